@@ -1,0 +1,108 @@
+# make              the three programs: ./sample ./train ./inpaint
+# make test         every test; the last line is "N passed, N failed"
+# make test SANITIZE=1   the same under AddressSanitizer and UndefinedBehaviorSanitizer
+# make bench        how fast, as fractions of this machine's ceilings
+# make data/emoji   the pictures that the bundled model was trained on
+# Variables: CC=clang, MARCH=x86-64-v3 (default native), SANITIZE=1. Each combination builds in its own folder.
+
+CC ?= cc
+ifeq ($(origin CC),default)
+CC := $(if $(shell command -v gcc),gcc,clang)
+endif
+MARCH ?= native
+SANITIZE ?= 0
+
+B := build/$(notdir $(CC))-$(MARCH)$(if $(filter 1,$(SANITIZE)),-sanitize)
+
+comma := ,
+
+# ---- what this machine has: each feature is verified by compiling something ----
+compiles = $(shell printf '%b\n' '$(1)' | $(CC) -x c - $(2) -o /dev/null 2>/dev/null && echo yes)
+HAVE_OPENMP := $(call compiles,int main(void) { return 0; },-fopenmp)
+HAVE_MARCH := $(call compiles,int main(void) { return 0; },-march=$(MARCH))
+HAVE_PNG := $(call compiles,#include <png.h>\nint main(void) { return !png_get_libpng_ver(0); },-lpng)
+HAVE_JPEG := $(call compiles,#include <stdio.h>\n#include <jpeglib.h>\nint main(void) { return !jpeg_std_error(0); },-ljpeg)
+
+ifneq ($(filter-out clean format,$(or $(MAKECMDGOALS),all)),)
+$(info compiler  $(CC) -march=$(MARCH)$(if $(filter 1,$(SANITIZE)), with sanitizers))
+$(info OpenMP    $(if $(HAVE_OPENMP),yes,no: one thread only (Debian: libgomp comes with gcc$(comma) clang needs libomp-dev)))
+ifeq ($(HAVE_PNG),)
+$(error libpng is missing. Debian: apt-get install libpng-dev)
+endif
+ifeq ($(HAVE_JPEG),)
+$(error libjpeg is missing. Debian: apt-get install libjpeg-dev)
+endif
+$(info images    PNG, JPEG)
+$(info device    CPU (the CUDA path is not part of this version))
+endif
+
+# -ffp-contract=fast: a*b+c may become one fused multiply-add, which every kernel here is built on. -fno-math-errno and
+# -fno-trapping-math only promise that nobody reads errno or floating-point traps, so that sqrt and selects vectorise.
+# No -ffast-math: sums keep their order, NaN stays NaN.
+WARN := -Wall -Wextra -Wshadow -Werror
+OPT := $(if $(filter 1,$(SANITIZE)),-O1 -fsanitize=address$(comma)undefined -fno-sanitize-recover=all -fno-omit-frame-pointer,-O3)
+CFLAGS := -std=c11 -D_GNU_SOURCE -g $(OPT) $(if $(HAVE_MARCH),-march=$(MARCH)) -ffp-contract=fast -fno-math-errno \
+          -fno-trapping-math $(WARN) $(if $(HAVE_OPENMP),-fopenmp,-Wno-unknown-pragmas)
+LDLIBS := -lpng -ljpeg -lz -lm -lpthread
+
+COMPONENTS := base gemm checkpoint data vqgan transformer diffusion
+PROGRAMS := sample train inpaint
+TESTS := base gemm checkpoint data vqgan transformer diffusion
+TESTS_DOUBLE := gemm vqgan transformer
+
+OBJ := $(COMPONENTS:%=$B/%.o)
+OBJ_DOUBLE := $(COMPONENTS:%=$B/double/%.o)
+TEST_BIN := $(TESTS:%=$B/test_%) $(TESTS_DOUBLE:%=$B/test_%_double)
+
+all: $(PROGRAMS)
+
+# ./sample, ./train, ./inpaint, test/golden and test/bench are copies of the last configuration built.
+$(PROGRAMS): %: $B/%
+	@cp -f $< $@
+test/golden test/bench: test/%: $B/%
+	@cp -f $< $@
+.PHONY: all test bench clean format FORCE
+ifneq ($(shell cat build/last 2>/dev/null),$B)
+$(PROGRAMS) test/golden test/bench: FORCE
+$(shell mkdir -p build && echo $B >build/last)
+endif
+
+$(PROGRAMS:%=$B/%): $B/%: $B/%.o $B/cli.o $(OBJ)
+	$(CC) $(CFLAGS) -o $@ $^ $(LDLIBS)
+$B/golden $B/bench: $B/%: $B/test/%.o $(OBJ)
+	$(CC) $(CFLAGS) -o $@ $^ $(LDLIBS)
+$(TESTS:%=$B/test_%): $B/test_%: $B/test/test_%.o $(OBJ)
+	$(CC) $(CFLAGS) -o $@ $^ $(LDLIBS)
+$(TESTS_DOUBLE:%=$B/test_%_double): $B/test_%_double: $B/double/test/test_%.o $(OBJ_DOUBLE)
+	$(CC) $(CFLAGS) -DREAL_DOUBLE -o $@ $^ $(LDLIBS)
+
+$B/%.o: %.c Makefile
+	@mkdir -p $(@D)
+	$(CC) $(CFLAGS) -MMD -MP -c -o $@ $<
+$B/%.o: %.cu Makefile
+	@mkdir -p $(@D)
+	$(CC) $(CFLAGS) -MMD -MP -x c -c -o $@ $<
+$B/double/%.o: %.c Makefile
+	@mkdir -p $(@D)
+	$(CC) $(CFLAGS) -DREAL_DOUBLE -MMD -MP -c -o $@ $<
+$B/double/%.o: %.cu Makefile
+	@mkdir -p $(@D)
+	$(CC) $(CFLAGS) -DREAL_DOUBLE -MMD -MP -x c -c -o $@ $<
+
+test: $(TEST_BIN) $B/golden $(PROGRAMS:%=$B/%)
+	@test/run.sh $B $(TEST_BIN)
+
+bench: test/bench
+	test/bench
+
+data/emoji:
+	/usr/bin/python3 dev/emoji.py --out $@
+
+format:
+	clang-format -i *.c *.cu *.h test/*.c test/*.h
+
+clean:
+	rm -rf build $(PROGRAMS) test/golden test/bench
+
+FORCE:
+-include $(wildcard $B/*.d $B/test/*.d $B/double/*.d $B/double/test/*.d)

@@ -1,0 +1,1273 @@
+/* checkpoint.c - named tensors: flat configurations, safetensors files, atomic files, parameter tables.
+ *
+ * Owns everything that is read from or written to a disk as weights or settings. A checkpoint is a read-only mapping
+ * of a file plus a sorted table of tensors that point into it; nothing is copied until someone asks for numbers. A
+ * parameter table is a list of rows (name, shape, rule of initialisation) over at most five arenas (value, gradient,
+ * two Adam moments, EMA); whoever saves, loads, updates or checks a model loops over its rows.
+ *
+ * A safetensors file is:   u64 length, little-endian | JSON header of that length | data
+ *   header: {"__metadata__": {"key": "text"}, "name": {"dtype": "F32", "shape": [2,3], "data_offsets": [0,24]}, ...}
+ * Offsets count from the start of the data; together the tensors cover the data without a gap or an overlap.
+ *
+ * Refuses: whatever breaks a word of that. A file is hostile until every length, offset, shape and dtype in it has been
+ * checked, so after checkpoint_open any tensor can be read without further thought. (A file that someone shortens
+ * while it is mapped is beyond our reach: the kernel answers with SIGBUS. We replace files by rename for that reason.)
+ * Does not know any model: names and shapes come from the rows of the caller's table.
+ *
+ * Read in this order: configurations; atomic files; number formats; the JSON cursor; reading safetensors; asking for
+ * tensors; writing safetensors; parameter tables. Other containers join at checkpoint_open, which tells files apart by
+ * content. */
+#include "imagebart.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <math.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "safetensors data is little-endian and is mapped as it is"
+#endif
+
+enum {
+    HEADER_MAX_BYTES = 100000000, /* the limit of the safetensors library */
+    META_MAX_ENTRIES = 4096,      /* Config is searched linearly; a hostile file must not make that slow */
+    LINE_MAX_BYTES = 1 << 16,     /* of a configuration file */
+    ROW_ALIGN = 64,               /* bytes: a cache line, and the widest vector */
+    ARENAS = 5
+};
+
+/* Makes room for `more` elements behind n: *array (capacity elements of size bytes) grows by half at least. */
+static Err grow(void *array, size_t n, size_t more, size_t *capacity, size_t size, const char *what) {
+    if (more <= *capacity - n) return OK;
+    void *old, *larger;
+    size_t wanted = *capacity + *capacity / 2 + 16;
+    if (wanted - n < more) wanted = n + more;
+    TRY(mem_alloc(&larger, wanted, size, what));
+    memcpy(&old, array, sizeof old);
+    if (n) memcpy(larger, old, n * size);
+    memcpy(array, &larger, sizeof larger);
+    *capacity = wanted;
+    free(old);
+    return OK;
+}
+
+static Err io_error(const char *path, const char *doing) {
+    return err("%s: cannot %s: %s", path, doing, strerror(errno));
+}
+
+/* ------------------------------------------------------------------------------------------------------------
+ * Flat configurations
+ * ---------------------------------------------------------------------------------------------------------- */
+
+static KeyValue *config_find(const Config *c, const char *prefix, const char *key) {
+    size_t skip = prefix ? strlen(prefix) : 0;
+    for (size_t i = 0; i < c->n; i++) {
+        const char *k = c->kv[i].key;
+        if ((skip == 0 || strncmp(k, prefix, skip) == 0) && strcmp(k + skip, key) == 0) return &c->kv[i];
+    }
+    return NULL;
+}
+
+static Err config_append(Config *c, const char *key, char *value) {
+    size_t bytes = strlen(key) + 1;
+    char *copy;
+    TRY(grow(&c->kv, c->n, 1, &c->capacity, sizeof *c->kv, "a configuration"));
+    TRY(mem_alloc(&copy, bytes, 1, "a configuration key"));
+    memcpy(copy, key, bytes);
+    c->kv[c->n++] = (KeyValue){copy, value};
+    return OK;
+}
+
+Err config_set(Config *c, const char *key, const char *fmt, ...) {
+    va_list a;
+    va_start(a, fmt);
+    int length = vsnprintf(NULL, 0, fmt, a);
+    va_end(a);
+    if (length < 0) return err("configuration key '%s': its value cannot be printed", key);
+
+    char *value;
+    TRY(mem_alloc(&value, (size_t)length + 1, 1, "a configuration value"));
+    va_start(a, fmt);
+    vsnprintf(value, (size_t)length + 1, fmt, a);
+    va_end(a);
+
+    KeyValue *old = config_find(c, "", key);
+    if (old) { /* only now: the old value may have been among the arguments */
+        free(old->value);
+        old->value = value;
+        return OK;
+    }
+    Err e = config_append(c, key, value);
+    if (e != OK) free(value);
+    return e;
+}
+
+const char *config_get(const Config *c, const char *prefix, const char *key) {
+    const KeyValue *kv = config_find(c, prefix, key);
+    return kv ? kv->value : NULL;
+}
+
+/* The value, or NULL: then *e says whether that is an error. */
+static const char *config_need(Err *e, const Config *c, const char *prefix, const char *key, int optional) {
+    const char *value = config_get(c, prefix, key);
+    *e = value || optional ? OK : err("no configuration key '%s%s'", prefix ? prefix : "", key);
+    return value;
+}
+
+static Err config_bad(const char *prefix, const char *key, const char *value, const char *expected) {
+    return err("configuration key '%s%s' is '%s', expected %s", prefix ? prefix : "", key, value, expected);
+}
+
+/* Decimal digits at *s, nothing else; *s moves behind them. 0: there are none, or too many for a size_t. */
+static int digits(size_t *out, const char **s) {
+    const char *start = *s;
+    *out = 0;
+    for (; **s >= '0' && **s <= '9'; ++*s) {
+        size_t d = (size_t)(**s - '0');
+        if (*out > (SIZE_MAX - d) / 10) return 0;
+        *out = *out * 10 + d;
+    }
+    return *s != start;
+}
+
+Err config_size(size_t *out, const Config *c, const char *prefix, const char *key, size_t lo, size_t hi, int optional) {
+    Err e;
+    const char *value = config_need(&e, c, prefix, key, optional), *s = value;
+    if (!value) return e;
+    size_t number;
+    char expected[96];
+    snprintf(expected, sizeof expected, "a whole number from %zu to %zu", lo, hi);
+    if (!digits(&number, &s) || *s || number < lo || number > hi) return config_bad(prefix, key, value, expected);
+    *out = number;
+    return OK;
+}
+
+Err config_real(double *out, const Config *c, const char *prefix, const char *key, double lo, double hi, int optional) {
+    Err e;
+    const char *value = config_need(&e, c, prefix, key, optional);
+    if (!value) return e;
+    char *end, expected[96];
+    double number = strtod(value, &end);
+    snprintf(expected, sizeof expected, "a number from %g to %g", lo, hi);
+    if (end == value || *end || !(number >= lo && number <= hi)) return config_bad(prefix, key, value, expected);
+    *out = number;
+    return OK;
+}
+
+Err config_flag(int *out, const Config *c, const char *prefix, const char *key, int optional) {
+    Err e;
+    const char *value = config_need(&e, c, prefix, key, optional);
+    if (!value) return e;
+    int yes = strcmp(value, "true") == 0;
+    if (!yes && strcmp(value, "false") != 0) return config_bad(prefix, key, value, "true or false");
+    *out = yes;
+    return OK;
+}
+
+Err config_list(size_t *out, size_t *n, size_t max, const Config *c, const char *prefix, const char *key,
+                int optional) {
+    Err e;
+    const char *value = config_need(&e, c, prefix, key, optional), *s = value;
+    if (!value) return e;
+    size_t count = 0;
+    char expected[96];
+    snprintf(expected, sizeof expected, "at most %zu whole numbers with commas between them, or -", max);
+    if (strcmp(value, "-") != 0) {
+        do {
+            s += strspn(s, " ");
+            if (count == max || !digits(&out[count++], &s)) return config_bad(prefix, key, value, expected);
+            s += strspn(s, " ");
+        } while (*s++ == ',');
+        if (s[-1]) return config_bad(prefix, key, value, expected);
+    }
+    *n = count;
+    return OK;
+}
+
+/* Takes one line apart in place. Keys from row `first` on come from this file: none may come twice. */
+static Err config_line(Config *c, size_t first, char *line) {
+    static const char blank[] = " \t\r\n";
+    char *key = line + strspn(line, blank);
+    for (size_t n = strlen(key); n && strchr(blank, key[n - 1]);) key[--n] = 0;
+    if (*key == 0 || *key == '#') return OK;
+
+    char *value = key + strcspn(key, blank);
+    if (*value == 0) return err("'%s' has no value, expected 'key value'", key);
+    *value++ = 0;
+    value += strspn(value, blank);
+    const KeyValue *old = config_find(c, "", key);
+    if (old && old >= c->kv + first) return err("second value for '%s'", key);
+    return config_set(c, key, "%s", value);
+}
+
+Err config_read(Config *c, const char *path) {
+    char line[LINE_MAX_BYTES], where[48];
+    size_t first = c->n, number = 0;
+    FILE *f = fopen(path, "rb");
+    if (!f) return io_error(path, "open");
+    Err e = OK;
+    while (e == OK && fgets(line, sizeof line, f)) {
+        int whole = strchr(line, '\n') || feof(f); /* neither cut by the buffer nor by a zero byte */
+        e = whole ? config_line(c, first, line) : err("no text, or longer than %d bytes", LINE_MAX_BYTES - 2);
+        snprintf(where, sizeof where, "line %zu", ++number);
+        if (e != OK) err_in(where), err_in(path);
+    }
+    if (e == OK && ferror(f)) e = io_error(path, "read");
+    fclose(f);
+    return e;
+}
+
+void config_free(Config *c) {
+    for (size_t i = 0; i < c->n; i++) {
+        free(c->kv[i].key);
+        free(c->kv[i].value);
+    }
+    free(c->kv);
+    *c = (Config){0};
+}
+
+/* ------------------------------------------------------------------------------------------------------------
+ * Atomic files
+ * ---------------------------------------------------------------------------------------------------------- */
+
+/* A new file beside f->path, on the same file system, so that rename can replace one by the other. */
+static int open_temporary(AtomicFile *f) {
+    for (int try = 0; try < 100; try++) {
+        int n = snprintf(f->temporary, sizeof f->temporary, "%s.tmp%ld-%d", f->path, (long)getpid(), try);
+        if (n < 0 || (size_t)n >= sizeof f->temporary) {
+            errno = ENAMETOOLONG;
+            return -1;
+        }
+        int fd = open(f->temporary, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
+        if (fd >= 0 || errno != EEXIST) return fd;
+    }
+    return -1;
+}
+
+/* Devices and pipes (/dev/stdout, /dev/full) are written directly: there is nothing to replace. A symbolic link stays,
+ * the file behind it is replaced. */
+Err atomic_open(AtomicFile *f, const char *path) {
+    *f = (AtomicFile){0};
+    struct stat st;
+    int exists = stat(path, &st) == 0, direct = exists && !S_ISREG(st.st_mode);
+    if (exists && S_ISDIR(st.st_mode)) return err("%s: is a directory, expected a file to write", path);
+
+    char *behind = exists && !direct ? realpath(path, NULL) : NULL;
+    int n = snprintf(f->path, sizeof f->path, "%s", behind ? behind : path);
+    free(behind);
+    if (n < 0 || (size_t)n >= sizeof f->path) return err("%.200s...: path of %d bytes is too long", path, n);
+
+    int fd = direct ? open(path, O_WRONLY | O_CLOEXEC) : open_temporary(f);
+    if (fd < 0) {
+        f->temporary[0] = 0; /* whatever has that name, we did not make it */
+        return io_error(path, "write");
+    }
+    if (exists && !direct) fchmod(fd, st.st_mode & 0777); /* who may read the file stays as it was */
+    f->file = fdopen(fd, "wb");
+    if (f->file) return OK;
+    io_error(path, "write");
+    close(fd);
+    atomic_abandon(f);
+    return FAILED;
+}
+
+Err atomic_write(AtomicFile *f, const void *data, size_t bytes) {
+    if (!f->file) return err("%s: is not open for writing", f->path);
+    if (bytes == 0 || fwrite(data, 1, bytes, (FILE *)f->file) == bytes) return OK;
+    io_error(f->path, "write");
+    atomic_abandon(f);
+    return FAILED;
+}
+
+/* Makes a rename last through a power cut. Not every file system can; the file is whole either way. */
+static void sync_folder(const char *path) {
+    char folder[1024];
+    const char *slash = strrchr(path, '/');
+    int length = slash ? (int)(slash - path) + 1 : 0;
+    snprintf(folder, sizeof folder, "%.*s", length ? length : 1, length ? path : ".");
+    int fd = open(folder, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    if (fd < 0) return;
+    fsync(fd);
+    close(fd);
+}
+
+Err atomic_commit(AtomicFile *f) {
+    if (!f->file) return err("%s: is not open for writing", f->path);
+    FILE *file = (FILE *)f->file;
+    int direct = f->temporary[0] == 0;
+    Err e = OK;
+    if (fflush(file) != 0) e = io_error(f->path, "write");
+    if (e == OK && !direct && fsync(fileno(file)) != 0) e = io_error(f->path, "write to the disk");
+    f->file = NULL;
+    if (fclose(file) != 0 && e == OK) e = io_error(f->path, "close");
+    if (e == OK && !direct && rename(f->temporary, f->path) != 0) e = io_error(f->path, "replace");
+    if (e != OK) {
+        atomic_abandon(f);
+        return e;
+    }
+    if (!direct) sync_folder(f->path);
+    f->temporary[0] = 0;
+    return OK;
+}
+
+void atomic_abandon(AtomicFile *f) {
+    if (f->file) fclose((FILE *)f->file);
+    if (f->temporary[0]) unlink(f->temporary);
+    f->file = NULL;
+    f->temporary[0] = 0;
+}
+
+Err file_checksum(uint64_t *out, const char *path) {
+    FILE *f = fopen(path, "rb");
+    if (!f) return io_error(path, "open");
+    unsigned char block[16384];
+    uint64_t h = UINT64_C(14695981039346656037);
+    for (size_t n; (n = fread(block, 1, sizeof block, f)) > 0;) {
+        for (size_t i = 0; i < n; i++) h = (h ^ block[i]) * UINT64_C(1099511628211);
+    }
+    Err e = ferror(f) ? io_error(path, "read") : OK;
+    fclose(f);
+    *out = h;
+    return e;
+}
+
+/* ------------------------------------------------------------------------------------------------------------
+ * Number formats
+ * ---------------------------------------------------------------------------------------------------------- */
+
+static const struct {
+    const char *name;
+    size_t size;
+} dtypes[DT_COUNT] = {{"F64", 8}, {"F32", 4}, {"F16", 2}, {"BF16", 2}, {"I64", 8},
+                      {"I32", 4}, {"I16", 2}, {"I8", 1},  {"U8", 1},   {"BOOL", 1}};
+
+size_t dtype_size(Dtype d) {
+    return (unsigned)d < DT_COUNT ? dtypes[d].size : 0;
+}
+const char *dtype_name(Dtype d) {
+    return (unsigned)d < DT_COUNT ? dtypes[d].name : "?";
+}
+
+/* x in a 16-bit format of 1 sign bit, 15 - m exponent bits and m mantissa bits (F16: m = 10, BF16: m = 7), rounded to
+ * nearest, ties to even. From double in one step: two roundings in a row can differ from one. */
+static uint16_t narrow(double x, int m) {
+    uint64_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    const int top = (1 << (15 - m)) - 1; /* exponent field of infinity and NaN; bias = top / 2 */
+    const uint64_t sign = bits >> 63 << 15, fraction = bits & ((UINT64_C(1) << 52) - 1), infinity = (uint64_t)top << m;
+    const int field = (int)(bits >> 52 & 0x7ff), e = field - 1023 + top / 2;
+    if (field == 0x7ff && fraction) return (uint16_t)(sign | infinity | UINT64_C(1) << (m - 1));
+    if (e >= top) return (uint16_t)(sign | infinity);
+
+    /* Below the smallest normal number (e < 1) the quantum stays the same and more bits go. The leading 1 of the
+     * significand adds one to the exponent field, and so does a carry from rounding: up to infinity. */
+    const int drop = 52 - m + (e < 1 ? 1 - e : 0);
+    if (field == 0 || drop > 53) return (uint16_t)sign;
+    const uint64_t significand = fraction | UINT64_C(1) << 52, kept = significand >> drop;
+    const uint64_t rest = significand & ((UINT64_C(1) << drop) - 1), half = UINT64_C(1) << (drop - 1);
+    const uint64_t rounded = kept + (rest > half || (rest == half && (kept & 1)));
+    return (uint16_t)(sign | (((uint64_t)(e < 1 ? 0 : e - 1) << m) + rounded));
+}
+
+static float from_half(uint16_t h) {
+    const uint32_t sign = (uint32_t)(h >> 15) << 31, e = h >> 10 & 31, fraction = h & 1023;
+    float magnitude = (float)fraction * (1.0f / 16777216); /* e = 0: multiples of 2^-24 */
+    uint32_t bits;
+    memcpy(&bits, &magnitude, sizeof bits);
+    if (e) bits = (e == 31 ? 255 : e - 15 + 127) << 23 | fraction << 13;
+    bits |= sign;
+    memcpy(&magnitude, &bits, sizeof bits);
+    return magnitude;
+}
+
+static float from_bfloat(uint16_t h) {
+    uint32_t bits = (uint32_t)h << 16;
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+/* out[i] = expression of v, the i-th element of `type` at p; memcpy because mapped data may be unaligned */
+#define EACH(type, expression)                                                                                         \
+    for (size_t i = 0; i < x->size; i++) {                                                                             \
+        type v;                                                                                                        \
+        memcpy(&v, p + i * sizeof v, sizeof v);                                                                        \
+        out[i] = (real)(expression);                                                                                   \
+    }                                                                                                                  \
+    break
+
+void tensor_to_reals(const Tensor *x, real *out) {
+    const unsigned char *p = (const unsigned char *)x->data;
+    switch (x->dtype) {
+    case DT_F64: EACH(double, v);
+    case DT_F32: EACH(float, v);
+    case DT_F16: EACH(uint16_t, from_half(v));
+    case DT_BF16: EACH(uint16_t, from_bfloat(v));
+    case DT_I64: EACH(int64_t, v);
+    case DT_I32: EACH(int32_t, v);
+    case DT_I16: EACH(int16_t, v);
+    case DT_I8: EACH(int8_t, v);
+    case DT_U8: EACH(uint8_t, v);
+    case DT_BOOL: EACH(uint8_t, v != 0);
+    case DT_COUNT: break;
+    }
+}
+#undef EACH
+
+/* out = n reals as elements of dtype d, one of F64 F32 F16 BF16 */
+static void from_reals(unsigned char *out, Dtype d, const real *x, size_t n) {
+    const size_t width = dtype_size(d);
+    for (size_t i = 0; i < n; i++) {
+        double f64 = (double)x[i];
+        float f32 = (float)f64;
+        uint16_t u16 = width == 2 ? narrow(f64, d == DT_F16 ? 10 : 7) : 0;
+        memcpy(out + i * width, width == 8 ? (void *)&f64 : width == 4 ? (void *)&f32 : (void *)&u16, width);
+    }
+}
+
+/* ------------------------------------------------------------------------------------------------------------
+ * The JSON cursor. It runs over a copy of the header that ends in a zero byte, where every function stops, and decodes
+ * strings in place: none is longer than its source. It knows the shape of a safetensors header only (two levels of
+ * objects, one of lists), so there is no depth to limit. The first error sticks: after it nothing is read any more.
+ * ---------------------------------------------------------------------------------------------------------- */
+
+typedef struct {
+    char *start, *p, *end;
+    int failed;
+} Json;
+
+static Err json_fail(Json *j, const char *fmt, ...) PRINTF_LIKE(2, 3);
+static Err json_fail(Json *j, const char *fmt, ...) {
+    if (j->failed) return FAILED;
+    char text[640];
+    va_list a;
+    va_start(a, fmt);
+    vsnprintf(text, sizeof text, fmt, a);
+    va_end(a);
+    j->failed = 1;
+    return err("header byte %zu: %s", (size_t)(j->p - j->start), text);
+}
+
+static Err json_unexpected(Json *j, const char *expected) {
+    unsigned c = (unsigned char)*j->p;
+    char found[16];
+    snprintf(found, sizeof found, c > ' ' && c < 127 ? "'%c'" : "byte 0x%02x", c);
+    return json_fail(j, "expected %s, found %s", expected, j->p == j->end ? "the end" : found);
+}
+
+/* The next character that is not white space */
+static char json_peek(Json *j) {
+    j->p += strspn(j->p, " \t\r\n");
+    return *j->p;
+}
+
+static void json_expect(Json *j, char c) {
+    char expected[4] = {'\'', c, '\'', 0};
+    if (j->failed) return;
+    if (json_peek(j) != c) json_unexpected(j, expected);
+    if (!j->failed) j->p++;
+}
+
+/* Steps to the next member of a list or object: 0 behind the last one or after an error. */
+static int json_more(Json *j, char close, int *first) {
+    if (!j->failed && json_peek(j) == close) return j->p++, 0;
+    if (!*first) json_expect(j, ',');
+    *first = 0;
+    return !j->failed;
+}
+
+static size_t json_size(Json *j) {
+    size_t number = 0;
+    if (j->failed) return 0;
+    json_peek(j);
+    const char *start = j->p, *s = start;
+    int good = digits(&number, &s) && !(*start == '0' && s > start + 1) && !strchr(".eE", *s);
+    if (!good) json_unexpected(j, "a whole number of 64 bits");
+    j->p += s - start;
+    return number;
+}
+
+/* Bytes of the UTF-8 character at text, which ends in a zero byte; 0: it is none. */
+static size_t utf8_length(const char *text) {
+    const unsigned char *s = (const unsigned char *)text;
+    if (s[0] < 0x80) return 1;
+    if (s[0] < 0xC2 || s[0] > 0xF4) return 0;
+    size_t length = s[0] >= 0xF0 ? 4 : s[0] >= 0xE0 ? 3 : 2;
+    for (size_t i = 1; i < length; i++) {
+        if ((s[i] & 0xC0) != 0x80) return 0;
+    }
+    int overlong = (s[0] == 0xE0 && s[1] < 0xA0) || (s[0] == 0xF0 && s[1] < 0x90);
+    int outside = (s[0] == 0xED && s[1] > 0x9F) || (s[0] == 0xF4 && s[1] > 0x8F);
+    return overlong || outside ? 0 : length;
+}
+
+static char *put_utf8(char *out, uint32_t u) {
+    static const unsigned char lead[] = {0, 0, 0xC0, 0xE0, 0xF0};
+    int n = u < 0x80 ? 1 : u < 0x800 ? 2 : u < 0x10000 ? 3 : 4;
+    *out++ = (char)(lead[n] | u >> 6 * (n - 1));
+    while (--n) *out++ = (char)(0x80 | (u >> 6 * (n - 1) & 63));
+    return out;
+}
+
+static uint32_t json_hex4(Json *j) {
+    static const char hex[] = "0123456789abcdef0123456789ABCDEF";
+    uint32_t u = 0;
+    for (int i = 0; i < 4 && !j->failed; i++) {
+        const char *digit = *j->p ? strchr(hex, *j->p) : NULL, *upper = *j->p ? strrchr(hex, *j->p) : NULL;
+        if (!digit) return json_unexpected(j, "four hexadecimal digits after \\u"), 0;
+        u = u * 16 + (uint32_t)((upper - hex) & 15);
+        j->p++;
+    }
+    return u;
+}
+
+/* The character behind a backslash. \u may need a second \u, the other half of a surrogate pair. */
+static char *json_escape(Json *j, char *out) {
+    static const char code[] = "\"\\/bfnrt", meaning[] = "\"\\/\b\f\n\r\t";
+    const char *c = *j->p ? strchr(code, *j->p) : NULL;
+    if (c) return *out = meaning[c - code], j->p++, out + 1;
+    if (*j->p != 'u') return json_unexpected(j, "an escape sequence after '\\'"), out;
+    j->p++;
+    uint32_t u = json_hex4(j), low = 0;
+    if (u >= 0xD800 && u < 0xDC00 && j->p[0] == '\\' && j->p[1] == 'u') {
+        j->p += 2;
+        low = json_hex4(j);
+        if (low >= 0xDC00 && low < 0xE000) u = 0x10000 + ((u - 0xD800) << 10) + (low - 0xDC00);
+    }
+    if (u == 0 || (u >= 0xD800 && u < 0xE000)) return json_fail(j, "\\u%04x is no character", u), out;
+    return put_utf8(out, u);
+}
+
+/* Never NULL; lives as long as the copy of the header. */
+static const char *json_string(Json *j) {
+    json_expect(j, '"');
+    char *string = j->p, *out = string;
+    while (!j->failed && *j->p != '"') {
+        size_t n = utf8_length(j->p);
+        if (*j->p == '\\') {
+            j->p++;
+            out = json_escape(j, out);
+        } else if (n == 0 || (unsigned char)*j->p < ' ') {
+            json_unexpected(j, "a string of UTF-8");
+        } else {
+            memmove(out, j->p, n);
+            out += n, j->p += n;
+        }
+    }
+    if (j->failed) return "";
+    j->p++;
+    *out = 0;
+    return string;
+}
+
+static const char *json_key(Json *j) {
+    const char *key = json_string(j);
+    json_expect(j, ':');
+    return key;
+}
+
+/* ------------------------------------------------------------------------------------------------------------
+ * Reading safetensors
+ * ---------------------------------------------------------------------------------------------------------- */
+
+static Err read_metadata(Json *j, Config *meta) {
+    json_expect(j, '{');
+    for (int first = 1; json_more(j, '}', &first);) {
+        const char *key = json_key(j), *value = json_string(j);
+        if (j->failed) return FAILED;
+        if (config_get(meta, "", key)) return json_fail(j, "second '%s' in __metadata__", key);
+        if (meta->n == META_MAX_ENTRIES) return json_fail(j, "over %d entries in __metadata__", META_MAX_ENTRIES);
+        TRY(config_set(meta, key, "%s", value));
+    }
+    return j->failed;
+}
+
+static Err read_dtype(Json *j, Tensor *x) {
+    const char *name = json_string(j);
+    for (int d = 0; d < DT_COUNT; d++) {
+        if (strcmp(name, dtypes[d].name) == 0) return x->dtype = (Dtype)d, OK;
+    }
+    return json_fail(j, "tensor '%s': dtype '%.40s', expected F64 F32 F16 BF16 I64 I32 I16 I8 U8 or BOOL", x->name,
+                     name);
+}
+
+static Err read_shape(Json *j, Tensor *x) {
+    json_expect(j, '[');
+    for (int first = 1; json_more(j, ']', &first);) {
+        size_t dim = json_size(j);
+        if (x->ndim == TENSOR_DIMS) return json_fail(j, "tensor '%s': over %d dimensions", x->name, TENSOR_DIMS);
+        x->dim[x->ndim++] = dim;
+        if (dim && x->size > SIZE_MAX / dim) return json_fail(j, "tensor '%s': shape is too large", x->name);
+        x->size *= dim;
+    }
+    return j->failed;
+}
+
+static Err read_range(Json *j, size_t range[2]) {
+    json_expect(j, '[');
+    range[0] = json_size(j);
+    json_expect(j, ',');
+    range[1] = json_size(j);
+    json_expect(j, ']');
+    return j->failed;
+}
+
+/* {"dtype": ..., "shape": ..., "data_offsets": ...} in any order */
+static Err read_entry(Json *j, Tensor *x, size_t range[2]) {
+    static const char *const fields[] = {"dtype", "shape", "data_offsets"};
+    unsigned seen = 0;
+    json_expect(j, '{');
+    for (int first = 1; json_more(j, '}', &first);) {
+        const char *key = json_key(j);
+        unsigned field = 0;
+        if (j->failed) return FAILED;
+        while (field < 3 && strcmp(key, fields[field]) != 0) field++;
+        if (field == 3) return json_fail(j, "tensor '%s': unknown field '%.40s'", x->name, key);
+        if (seen >> field & 1) return json_fail(j, "tensor '%s': second '%s'", x->name, key);
+        TRY(field == 0 ? read_dtype(j, x) : field == 1 ? read_shape(j, x) : read_range(j, range));
+        seen |= 1u << field;
+    }
+    for (int field = 0; field < 3; field++) {
+        if (!(seen >> field & 1)) return json_fail(j, "tensor '%s' has no %s", x->name, fields[field]);
+    }
+    return j->failed;
+}
+
+/* x->data, once its range lies in the data and holds just as many bytes as dtype and shape ask for */
+static Err place_tensor(Tensor *x, const size_t range[2], const unsigned char *data, size_t data_bytes) {
+    size_t width = dtype_size(x->dtype);
+    if (range[0] > range[1]) return err("tensor '%s' goes from byte %zu to %zu", x->name, range[0], range[1]);
+    if (range[1] > data_bytes)
+        return err("tensor '%s' ends at byte %zu of the data, the file at %zu: it is truncated", x->name, range[1],
+                   data_bytes);
+    if (x->size > SIZE_MAX / width || range[1] - range[0] != x->size * width)
+        return err("tensor '%s' has %zu bytes of data, expected %zu of %s with %zu each", x->name, range[1] - range[0],
+                   x->size, dtype_name(x->dtype), width);
+    x->data = data + range[0];
+    return OK;
+}
+
+static Err read_header(Json *j, Checkpoint *ck, const unsigned char *data, size_t data_bytes) {
+    size_t capacity = 0, range[2] = {0, 0};
+    int has_meta = 0;
+    json_expect(j, '{');
+    for (int first = 1; json_more(j, '}', &first);) {
+        const char *name = json_key(j);
+        size_t length = strlen(name);
+        if (j->failed) return FAILED;
+        if (strcmp(name, "__metadata__") == 0) {
+            if (has_meta++) return json_fail(j, "second __metadata__");
+            TRY(read_metadata(j, &ck->meta));
+            continue;
+        }
+        if (length >= NAME_MAX_BYTES)
+            return json_fail(j, "name of %zu bytes, expected at most %d: '%.40s...'", length, NAME_MAX_BYTES - 1, name);
+        TRY(grow(&ck->tensor, ck->n, 1, &capacity, sizeof *ck->tensor, "the table of tensors"));
+        Tensor *x = &ck->tensor[ck->n++];
+        memset(x, 0, sizeof *x);
+        memcpy(x->name, name, length + 1);
+        x->size = 1;
+        TRY(read_entry(j, x, range));
+        TRY(place_tensor(x, range, data, data_bytes));
+    }
+    json_peek(j);
+    return j->p == j->end ? (Err)j->failed : json_unexpected(j, "nothing behind the closing brace");
+}
+
+static int by_place(const void *pa, const void *pb) {
+    const Tensor *a = (const Tensor *)pa, *b = (const Tensor *)pb;
+    if (a->data != b->data) return (const char *)a->data < (const char *)b->data ? -1 : 1;
+    return (a->size != 0) - (b->size != 0); /* an empty tensor ends where it begins */
+}
+
+static int by_name(const void *a, const void *b) {
+    return strcmp(((const Tensor *)a)->name, ((const Tensor *)b)->name);
+}
+
+/* Every byte of the data belongs to one tensor; every name comes once. Leaves the table sorted by name. */
+static Err check_layout(Checkpoint *ck, const unsigned char *data, size_t data_bytes) {
+    const unsigned char *end = data;
+    if (ck->n) qsort(ck->tensor, ck->n, sizeof *ck->tensor, by_place);
+    for (size_t i = 0; i < ck->n; i++) {
+        const Tensor *x = &ck->tensor[i];
+        const unsigned char *begin = (const unsigned char *)x->data;
+        if (begin != end)
+            return err("tensor '%s' begins at byte %zu of the data, the one before it ends at %zu: %s", x->name,
+                       (size_t)(begin - data), (size_t)(end - data), begin < end ? "an overlap" : "a gap");
+        end = begin + x->size * dtype_size(x->dtype);
+    }
+    if (end != data + data_bytes)
+        return err("%zu bytes of data, the tensors cover %zu", data_bytes, (size_t)(end - data));
+
+    if (ck->n) qsort(ck->tensor, ck->n, sizeof *ck->tensor, by_name);
+    for (size_t i = 1; i < ck->n; i++) {
+        if (by_name(&ck->tensor[i - 1], &ck->tensor[i]) == 0) return err("two tensors '%s'", ck->tensor[i].name);
+    }
+    return OK;
+}
+
+static uint64_t read_u64(const void *p) {
+    uint64_t u;
+    memcpy(&u, p, sizeof u);
+    return u;
+}
+
+static Err read_safetensors(Checkpoint *ck) {
+    const char *file = (const char *)ck->map;
+    uint64_t length = read_u64(file);
+    if (length > HEADER_MAX_BYTES)
+        return err("header of %llu bytes, expected at most %d", (unsigned long long)length, HEADER_MAX_BYTES);
+    if (length > ck->map_bytes - 8)
+        return err("header of %llu bytes in a file of %zu: it is truncated", (unsigned long long)length, ck->map_bytes);
+
+    char *text;
+    TRY(mem_alloc(&text, (size_t)length + 1, 1, "the header"));
+    memcpy(text, file + 8, (size_t)length);
+    Json j = {text, text, text + length, 0};
+    const unsigned char *data = (const unsigned char *)file + 8 + length;
+    const size_t data_bytes = ck->map_bytes - 8 - (size_t)length;
+    Err e = read_header(&j, ck, data, data_bytes);
+    free(text);
+    return e == OK ? check_layout(ck, data, data_bytes) : e;
+}
+
+/* What files are that are not safetensors, by their first bytes. */
+static const struct {
+    const char *magic, *what;
+} foreign[] = {
+    {"PK\3\4", "a zip archive, such as a PyTorch .ckpt"},
+    {"\x80\2", "a pickle, such as a .ckpt of PyTorch before 1.6"},
+    {"version https://git-lfs", "a git-lfs pointer, not the file it stands for: fetch that with 'git lfs pull'"},
+    {"\x1f\x8b", "gzip data"},
+    {"\x89PNG", "a PNG image"},
+    {"\xff\xd8\xff", "a JPEG image"},
+    {"\x93NUMPY", "a NumPy array"},
+    {"<", "an HTML or XML page: a download that went wrong?"},
+    {"{", "JSON text"},
+};
+
+static Err foreign_content(const Checkpoint *ck) {
+    const char *file = (const char *)ck->map;
+    size_t n = ck->map_bytes, skip = 0;
+    if (n >= 3 && memcmp(file, "\xef\xbb\xbf", 3) == 0) skip = 3;
+    while (skip < n && (file[skip] == ' ' || file[skip] == '\n' || file[skip] == '\r' || file[skip] == '\t')) skip++;
+    for (size_t i = 0; i < sizeof foreign / sizeof *foreign; i++) {
+        size_t length = strlen(foreign[i].magic);
+        if (n - skip >= length && memcmp(file + skip, foreign[i].magic, length) == 0)
+            return err("looks like %s; expected a safetensors file", foreign[i].what);
+    }
+    if (n < 10) return err("has only %zu bytes: it is truncated or no safetensors file", n);
+    return err("is no safetensors file: expected a header length below %d and then '{', found %llu and byte 0x%02x",
+               HEADER_MAX_BYTES, (unsigned long long)read_u64(file), (unsigned)(unsigned char)file[8]);
+}
+
+static Err map_open_file(Checkpoint *ck, int fd) {
+    struct stat st;
+    if (fstat(fd, &st) != 0) return err("cannot read: %s", strerror(errno));
+    if (S_ISDIR(st.st_mode)) return err("is a directory, expected a safetensors file");
+    if (!S_ISREG(st.st_mode)) return err("is a device or a pipe, expected a safetensors file");
+    if (st.st_size == 0) return err("is empty, expected a safetensors file");
+    if ((uint64_t)st.st_size > SIZE_MAX) return err("is too large for this machine");
+    void *map = mmap(NULL, (size_t)st.st_size, PROT_READ, MAP_PRIVATE, fd, 0);
+    if (map == MAP_FAILED) return err("cannot map %lld bytes: %s", (long long)st.st_size, strerror(errno));
+    ck->map = map;
+    ck->map_bytes = (size_t)st.st_size;
+    return OK;
+}
+
+static Err map_file(Checkpoint *ck) {
+    int fd = open(ck->path, O_RDONLY | O_CLOEXEC | O_NONBLOCK); /* or a pipe that nobody writes holds us for ever */
+    if (fd < 0) return err("cannot open: %s", strerror(errno));
+    Err e = map_open_file(ck, fd);
+    close(fd);
+    return e;
+}
+
+/* The container is told by content, never by the file's name. */
+static Err read_content(Checkpoint *ck) {
+    const char *file = (const char *)ck->map;
+    int brace = ck->map_bytes >= 10 && file[8] == '{'; /* the shortest header is {} */
+    if (brace && read_u64(file) >> 32 == 0) return read_safetensors(ck);
+    return foreign_content(ck);
+}
+
+Err checkpoint_open(Checkpoint *ck, const char *path) {
+    memset(ck, 0, sizeof *ck);
+    size_t length = strlen(path);
+    if (length >= sizeof ck->path) return err("%.200s...: path of %zu bytes is too long", path, length);
+    memcpy(ck->path, path, length + 1);
+    Err e = map_file(ck);
+    if (e == OK) e = read_content(ck);
+    if (e == OK) return OK;
+    checkpoint_close(ck);
+    return err_in(path);
+}
+
+void checkpoint_close(Checkpoint *ck) {
+    if (ck->map) munmap(ck->map, ck->map_bytes);
+    free(ck->tensor);
+    config_free(&ck->meta);
+    memset(ck, 0, sizeof *ck);
+}
+
+/* ------------------------------------------------------------------------------------------------------------
+ * Asking for tensors
+ * ---------------------------------------------------------------------------------------------------------- */
+
+const Tensor *checkpoint_find(const Checkpoint *ck, const char *name) {
+    size_t lo = 0, hi = ck->n;
+    while (lo < hi) {
+        size_t middle = lo + (hi - lo) / 2;
+        int order = strcmp(name, ck->tensor[middle].name);
+        if (order == 0) return &ck->tensor[middle];
+        if (order < 0)
+            hi = middle;
+        else
+            lo = middle + 1;
+    }
+    return NULL;
+}
+
+/* Does one name end in the other, at a dot? Then they differ by a prefix only, the usual mistake. */
+static int same_ending(const char *a, const char *b) {
+    size_t la = strlen(a), lb = strlen(b);
+    if (la < lb) return same_ending(b, a);
+    return la > lb && a[la - lb - 1] == '.' && strcmp(a + la - lb, b) == 0;
+}
+
+static Err missing_tensor(const Checkpoint *ck, const char *name) {
+    for (size_t i = 0; i < ck->n; i++) {
+        if (same_ending(name, ck->tensor[i].name))
+            return err("%s: no tensor '%s' (there is '%s')", ck->path, name, ck->tensor[i].name);
+    }
+    return err("%s: no tensor '%s' among its %zu", ck->path, name, ck->n);
+}
+
+/* "(3,4)"; a scalar is "()" */
+static const char *shape_text(char *out, size_t bytes, int ndim, const size_t *dim) {
+    size_t n = (size_t)snprintf(out, bytes, "(");
+    for (int i = 0; i < ndim && n < bytes; i++)
+        n += (size_t)snprintf(out + n, bytes - n, "%s%zu", i ? "," : "", dim[i]);
+    if (n < bytes) snprintf(out + n, bytes - n, ")");
+    return out;
+}
+
+static Err wrong_shape(const Checkpoint *ck, const Tensor *x, int ndim, const size_t *dim, size_t size) {
+    char found[200], expected[200];
+    shape_text(found, sizeof found, x->ndim, x->dim);
+    if (ndim < 0)
+        snprintf(expected, sizeof expected, "%zu elements", size);
+    else
+        shape_text(expected, sizeof expected, ndim, dim);
+    return err("%s: tensor '%s' has shape %s, expected %s", ck->path, x->name, found, expected);
+}
+
+Err checkpoint_reals(const Checkpoint *ck, const char *name, int ndim, const size_t *dim, size_t size, real *out) {
+    const Tensor *x = checkpoint_find(ck, name);
+    if (!x) return missing_tensor(ck, name);
+    int same = x->size == size && (ndim < 0 || x->ndim == ndim);
+    for (int i = 0; same && i < ndim; i++) same = x->dim[i] == dim[i];
+    if (!same) return wrong_shape(ck, x, ndim, dim, size);
+    tensor_to_reals(x, out);
+    return OK;
+}
+
+static int64_t integer_at(const Tensor *x, size_t i) {
+    const unsigned char *p = (const unsigned char *)x->data + i * dtype_size(x->dtype);
+    int64_t i64 = 0;
+    int32_t i32 = 0;
+    int16_t i16 = 0;
+    switch (x->dtype) {
+    case DT_I64: memcpy(&i64, p, sizeof i64); return i64;
+    case DT_I32: memcpy(&i32, p, sizeof i32); return i32;
+    case DT_I16: memcpy(&i16, p, sizeof i16); return i16;
+    default: return *p;
+    }
+}
+
+Err checkpoint_ints(const Checkpoint *ck, const char *name, size_t size, int32_t *out) {
+    const Tensor *x = checkpoint_find(ck, name);
+    if (!x) return missing_tensor(ck, name);
+    if (x->size != size) return wrong_shape(ck, x, -1, NULL, size);
+    if (x->dtype != DT_I64 && x->dtype != DT_I32 && x->dtype != DT_I16 && x->dtype != DT_U8)
+        return err("%s: tensor '%s' is %s, expected I64, I32, I16 or U8", ck->path, name, dtype_name(x->dtype));
+    for (size_t i = 0; i < size; i++) {
+        int64_t v = integer_at(x, i);
+        if (v < INT32_MIN || v > INT32_MAX)
+            return err("%s: tensor '%s' element %zu is %lld, expected 32 bits", ck->path, name, i, (long long)v);
+        out[i] = (int32_t)v;
+    }
+    return OK;
+}
+
+/* ------------------------------------------------------------------------------------------------------------
+ * Writing safetensors
+ * ---------------------------------------------------------------------------------------------------------- */
+
+/* A growing text, made of short pieces; the first failure sticks. */
+typedef struct {
+    char *s;
+    size_t n, capacity;
+    Err failed;
+} Text;
+
+static void text_add(Text *t, const char *fmt, ...) PRINTF_LIKE(2, 3);
+static void text_add(Text *t, const char *fmt, ...) {
+    char piece[96];
+    va_list a;
+    va_start(a, fmt);
+    size_t n = (size_t)vsnprintf(piece, sizeof piece, fmt, a);
+    va_end(a);
+    if (t->failed == OK) t->failed = grow(&t->s, t->n, n, &t->capacity, 1, "a safetensors header");
+    if (t->failed != OK) return;
+    memcpy(t->s + t->n, piece, n);
+    t->n += n;
+}
+
+/* "s", as JSON */
+static void text_string(Text *t, const char *s) {
+    text_add(t, "\"");
+    for (size_t n; *s && t->failed == OK; s += n) {
+        n = utf8_length(s);
+        int plain = (unsigned char)*s >= ' ' && *s != '"' && *s != '\\';
+        if (n == 0)
+            t->failed = err("'%s' is not UTF-8, as names and metadata must be", s);
+        else if (plain)
+            text_add(t, "%.*s", (int)n, s);
+        else
+            text_add(t, "\\u%04x", (unsigned)*s);
+    }
+    text_add(t, "\"");
+}
+
+static void write_metadata(Text *t, const Config *meta) {
+    text_add(t, "\"__metadata__\":{");
+    for (size_t i = 0; i < meta->n; i++) {
+        text_add(t, i ? "," : "");
+        text_string(t, meta->kv[i].key);
+        text_add(t, ":");
+        text_string(t, meta->kv[i].value);
+    }
+    text_add(t, "}");
+}
+
+static void write_entry(Text *t, const Tensor *x, size_t begin, size_t bytes) {
+    text_string(t, x->name);
+    text_add(t, ":{\"dtype\":\"%s\",\"shape\":[", dtype_name(x->dtype));
+    for (int i = 0; i < x->ndim; i++) text_add(t, "%s%zu", i ? "," : "", x->dim[i]);
+    text_add(t, "],\"data_offsets\":[%zu,%zu]}", begin, begin + bytes);
+}
+
+static int by_name_pointer(const void *a, const void *b) {
+    return strcmp((*(const Tensor *const *)a)->name, (*(const Tensor *const *)b)->name);
+}
+
+/* order = the tensors from wide to narrow elements, otherwise as given: each lies aligned in the file, and the same
+ * list gives the same bytes. Uses the array for sorting by name first. */
+static Err order_tensors(const Tensor **order, const Tensor *tensor, size_t n) {
+    for (size_t i = 0; i < n; i++) order[i] = &tensor[i];
+    if (n) qsort(order, n, sizeof *order, by_name_pointer);
+    for (size_t i = 1; i < n; i++) {
+        if (strcmp(order[i - 1]->name, order[i]->name) == 0) return err("two tensors '%s'", order[i]->name);
+    }
+    size_t k = 0;
+    for (size_t width = 8; width; width /= 2) {
+        for (size_t i = 0; i < n; i++) {
+            if (dtype_size(tensor[i].dtype) == width) order[k++] = &tensor[i];
+        }
+    }
+    return OK;
+}
+
+/* A slip of our own code must not become a file that nobody can open. */
+static Err check_tensor(const Tensor *x, int from_real) {
+    size_t size = 1;
+    if (x->ndim < 0 || x->ndim > TENSOR_DIMS) return err("tensor '%s' has %d dimensions", x->name, x->ndim);
+    for (int i = 0; i < x->ndim; i++) TRY(size_mul(&size, size, x->dim[i]));
+    if (size != x->size) return err("tensor '%s' has %zu elements, its shape %zu", x->name, x->size, size);
+    if (dtype_size(x->dtype) == 0) return err("tensor '%s' has unknown dtype %d", x->name, (int)x->dtype);
+    TRY(size_mul(&size, size, dtype_size(x->dtype)));
+    if (from_real && x->dtype > DT_BF16) return err("tensor '%s': reals as %s", x->name, dtype_name(x->dtype));
+    if (strcmp(x->name, "__metadata__") == 0) return err("a tensor cannot be called __metadata__");
+    if (size && !x->data) return err("tensor '%s' has no data", x->name);
+    return OK;
+}
+
+/* Length and header, filled up with spaces so that the data begin at a multiple of 8 */
+static Err make_header(Text *t, const Tensor *const *order, size_t n, const Config *meta) {
+    size_t begin = 0;
+    text_add(t, "%8s{", ""); /* the length, when it is known */
+    if (meta && meta->n) write_metadata(t, meta);
+    for (size_t i = 0; i < n; i++) {
+        size_t bytes = order[i]->size * dtype_size(order[i]->dtype);
+        if (begin > SIZE_MAX - bytes) return err("the tensors are too large for a file");
+        text_add(t, t->n > 9 ? "," : "");
+        write_entry(t, order[i], begin, bytes);
+        begin += bytes;
+    }
+    text_add(t, "}");
+    while (t->failed == OK && t->n % 8) text_add(t, " ");
+    if (t->failed) return FAILED;
+    uint64_t length = t->n - 8;
+    if (length > HEADER_MAX_BYTES) return err("header of %zu bytes, at most %d", t->n - 8, HEADER_MAX_BYTES);
+    memcpy(t->s, &length, sizeof length);
+    return OK;
+}
+
+static Err write_tensor(AtomicFile *f, const Tensor *x, int from_real) {
+    enum { BLOCK = 4096 };
+    unsigned char block[BLOCK * 8];
+    size_t width = dtype_size(x->dtype);
+    int as_is = x->dtype == (sizeof(real) == 8 ? DT_F64 : DT_F32);
+    if (!from_real || as_is) return atomic_write(f, x->data, x->size * width);
+    for (size_t i = 0; i < x->size; i += BLOCK) {
+        size_t n = x->size - i < BLOCK ? x->size - i : BLOCK;
+        from_reals(block, x->dtype, (const real *)x->data + i, n);
+        TRY(atomic_write(f, block, n * width));
+    }
+    return OK;
+}
+
+static Err write_file(const char *path, const Text *header, const Tensor *const *order, const Tensor *tensor,
+                      const int *from_real, size_t n) {
+    AtomicFile f;
+    TRY(atomic_open(&f, path));
+    Err e = atomic_write(&f, header->s, header->n);
+    for (size_t i = 0; i < n && e == OK; i++)
+        e = write_tensor(&f, order[i], from_real ? from_real[order[i] - tensor] : 0);
+    if (e == OK) e = atomic_commit(&f);
+    atomic_abandon(&f);
+    return e;
+}
+
+Err checkpoint_write(const char *path, const Tensor *tensor, const int *from_real, size_t n, const Config *meta) {
+    const Tensor **order;
+    Text header = {0};
+    Err e = OK;
+    for (size_t i = 0; i < n && e == OK; i++) e = check_tensor(&tensor[i], from_real && from_real[i]);
+    if (e != OK) return err_in(path);
+    TRY(mem_alloc(&order, n, sizeof *order, "the order of tensors"));
+    e = order_tensors(order, tensor, n);
+    if (e == OK) e = make_header(&header, order, n, meta);
+    if (e != OK)
+        err_in(path);
+    else
+        e = write_file(path, &header, order, tensor, from_real, n);
+    free(order);
+    free(header.s);
+    return e;
+}
+
+/* ------------------------------------------------------------------------------------------------------------
+ * Parameter tables
+ * ---------------------------------------------------------------------------------------------------------- */
+
+/* One of a row's pointers; they stand in the order of Params.arena. */
+static real **slot(Param *row, int arena) {
+    real **slots[ARENAS] = {&row->value, &row->grad, &row->m, &row->v, &row->ema};
+    return slots[arena];
+}
+
+/* Elements a row takes in an arena: whole cache lines. */
+static size_t padded(size_t size) {
+    const size_t line = ROW_ALIGN / sizeof(real);
+    return (size + line - 1) / line * line;
+}
+
+static Err check_row(const Params *p, const Param *row) {
+    for (int k = 0; k < ARENAS; k++) {
+        if (p->arena[k]) return err("parameter '%s' comes after the table was planned", row->name);
+    }
+    for (size_t i = 0; i < p->n; i++) {
+        if (strcmp(p->row[i].name, row->name) == 0) return err("two parameters '%s'", row->name);
+    }
+    if (row->size > SIZE_MAX / 2 - ROW_ALIGN || p->total > SIZE_MAX / 2 - padded(row->size))
+        return err("parameter '%s' is too large", row->name);
+    return OK;
+}
+
+Err params_add(Params *p, size_t *index, Init init, double scale, double decay, int ndim, const size_t *dim,
+               const char *fmt, ...) {
+    Param row = {.ndim = ndim, .size = 1, .init = init, .scale = scale, .decay = decay};
+    va_list a;
+    va_start(a, fmt);
+    int length = vsnprintf(row.name, sizeof row.name, fmt, a);
+    va_end(a);
+    if (length < 0 || length >= NAME_MAX_BYTES) return err("parameter name '%s...' is too long", row.name);
+    if (ndim < 0 || ndim > 4) return err("parameter '%s' has %d dimensions, expected 0..4", row.name, ndim);
+    for (int i = 0; i < ndim; i++) {
+        row.dim[i] = dim[i];
+        if (size_mul(&row.size, row.size, dim[i]) != OK) return err_in(row.name);
+    }
+    TRY(check_row(p, &row));
+    TRY(grow(&p->row, p->n, 1, &p->capacity, sizeof *p->row, "a parameter table"));
+    if (index) *index = p->n;
+    p->total += padded(row.size);
+    p->row[p->n++] = row;
+    return OK;
+}
+
+static Err plan_arena(Params *p, int arena, const char *what) {
+    if (p->arena[arena]) return OK;
+    TRY(mem_alloc(&p->arena[arena], p->total, sizeof(real), what));
+    real *next = p->arena[arena];
+    for (size_t i = 0; i < p->n; i++) {
+        *slot(&p->row[i], arena) = next;
+        next += padded(p->row[i].size);
+    }
+    return OK;
+}
+
+Err params_plan(Params *p, int what) {
+    if (what & PLAN_VALUE) TRY(plan_arena(p, 0, "parameters"));
+    if (what & PLAN_GRAD) TRY(plan_arena(p, 1, "gradients"));
+    if (what & PLAN_ADAM) TRY(plan_arena(p, 2, "first moments"));
+    if (what & PLAN_ADAM) TRY(plan_arena(p, 3, "second moments"));
+    if (what & PLAN_EMA) TRY(plan_arena(p, 4, "the moving average"));
+    return OK;
+}
+
+/* Element i of a row draws number i of the row's stream, so neither threads nor other rows matter. */
+static void init_row(const Param *row, uint64_t seed, uint64_t stream) {
+    const double scale = row->scale;
+    real *x = row->value;
+#ifdef _OPENMP
+#pragma omp parallel for schedule(static) if (row->size > 16384)
+#endif
+    for (size_t i = 0; i < row->size; i++) {
+        double value = row->init == INIT_ONE ? 1 : 0;
+        if (row->init == INIT_NORMAL) value = scale * rng_normal(seed, stream, i);
+        if (row->init == INIT_UNIFORM) value = scale * (2 * rng_uniform(seed, stream, i) - 1);
+        x[i] = (real)value;
+    }
+}
+
+void params_init(Params *p, uint64_t seed) {
+    for (size_t i = 0; i < p->n && p->arena[0]; i++) init_row(&p->row[i], seed, rng_stream(RNG_INIT, i, 0));
+    if (p->arena[0] && p->arena[4]) memcpy(p->arena[4], p->arena[0], p->total * sizeof(real));
+}
+
+void params_zero_grad(Params *p) {
+    if (p->arena[1]) memset(p->arena[1], 0, p->total * sizeof(real));
+}
+
+size_t params_count(const Params *p) {
+    size_t count = 0;
+    for (size_t i = 0; i < p->n; i++) count += p->row[i].size;
+    return count;
+}
+
+/* Eight sums side by side, whatever the machine: fast enough to be bound by memory, and always the same bits. */
+static double sum_of_squares(const real *x, size_t n) {
+    double lane[8] = {0};
+    size_t i = 0;
+    for (; i + 8 <= n; i += 8) {
+        for (int k = 0; k < 8; k++) lane[k] += (double)x[i + (size_t)k] * (double)x[i + (size_t)k];
+    }
+    for (; i < n; i++) lane[0] += (double)x[i] * (double)x[i];
+    return ((lane[0] + lane[1]) + (lane[2] + lane[3])) + ((lane[4] + lane[5]) + (lane[6] + lane[7]));
+}
+
+double params_grad_norm(const Params *p) {
+    double sum = 0;
+    for (size_t i = 0; i < p->n && p->arena[1]; i++) sum += sum_of_squares(p->row[i].grad, p->row[i].size);
+    return sqrt(sum);
+}
+
+/* Numbers move, pointers stay: whoever holds a pointer to a value sees the exchange. */
+void params_swap_ema(Params *p) {
+    if (!p->arena[0] || !p->arena[4]) return;
+    for (size_t i = 0; i < p->total; i++) {
+        real value = p->arena[0][i];
+        p->arena[0][i] = p->arena[4][i];
+        p->arena[4][i] = value;
+    }
+}
+
+/* out = prefix + name, the name without its dots if asked (so the official EMA calls its buffers, SPEC section 6) */
+static Err join_name(char out[NAME_MAX_BYTES], const char *prefix, const char *name, int strip_dots) {
+    size_t n = strlen(prefix), length = strlen(name);
+    if (n + length >= NAME_MAX_BYTES) return err("tensor name '%s%s' is too long", prefix, name);
+    memcpy(out, prefix, n);
+    for (; *name; name++) {
+        if (!strip_dots || *name != '.') out[n++] = *name;
+    }
+    out[n] = 0;
+    return OK;
+}
+
+static Err load_rows(Params *p, const Checkpoint *ck, const char *prefix, int strip_dots, int arena) {
+    if (!p->arena[arena]) return err("%s: a parameter table without memory to load into", ck->path);
+    for (size_t i = 0; i < p->n; i++) {
+        char name[NAME_MAX_BYTES];
+        Param *row = &p->row[i];
+        TRY(join_name(name, prefix, row->name, strip_dots));
+        TRY(checkpoint_reals(ck, name, row->ndim, row->dim, row->size, *slot(row, arena)));
+    }
+    return OK;
+}
+
+Err params_load(Params *p, const Checkpoint *ck, const char *prefix) {
+    return load_rows(p, ck, prefix, 0, 0);
+}
+
+Err params_load_ema(Params *p, const Checkpoint *ck, const char *ema_prefix, int into_ema) {
+    return load_rows(p, ck, ema_prefix, 1, into_ema ? 4 : 0);
+}
+
+void params_free(Params *p) {
+    for (int k = 0; k < ARENAS; k++) free(p->arena[k]);
+    free(p->row);
+    *p = (Params){0};
+}
+
+/* ---- Lists of tensors to write ---- */
+
+static Err list_room(TensorList *list) {
+    size_t capacity = list->capacity; /* both arrays grow by the same rule */
+    TRY(grow(&list->tensor, list->n, 1, &capacity, sizeof *list->tensor, "a list of tensors"));
+    return grow(&list->from_real, list->n, 1, &list->capacity, sizeof *list->from_real, "a list of tensors");
+}
+
+Err tensor_list_add(TensorList *list, const char *name, Dtype dtype, int ndim, const size_t *dim, const void *data,
+                    int from_real) {
+    Tensor x = {.dtype = dtype, .ndim = ndim, .size = 1, .data = data};
+    TRY(join_name(x.name, "", name, 0));
+    if (ndim < 0 || ndim > TENSOR_DIMS) return err("tensor '%s' has %d dimensions", name, ndim);
+    for (int i = 0; i < ndim; i++) {
+        x.dim[i] = dim[i];
+        if (size_mul(&x.size, x.size, dim[i]) != OK) return err_in(name);
+    }
+    TRY(list_room(list));
+    list->tensor[list->n] = x;
+    list->from_real[list->n++] = from_real;
+    return OK;
+}
+
+Err tensor_list_params(TensorList *list, const Params *p, char which, const char *prefix, Dtype dtype) {
+    static const char letters[] = "vg12e"; /* in the order of the arenas */
+    const char *letter = which ? strchr(letters, which) : NULL;
+    if (!letter) return err("parameters of kind '%c', expected one of %s", which, letters);
+    int arena = (int)(letter - letters);
+    if (!p->arena[arena]) return err("parameters of kind '%c' were never planned", which);
+    for (size_t i = 0; i < p->n; i++) {
+        Param *row = &p->row[i];
+        char name[NAME_MAX_BYTES];
+        TRY(join_name(name, prefix, row->name, 0));
+        TRY(tensor_list_add(list, name, dtype, row->ndim, row->dim, *slot(row, arena), 1));
+    }
+    return OK;
+}
+
+void tensor_list_free(TensorList *list) {
+    free(list->tensor);
+    free(list->from_real);
+    *list = (TensorList){0};
+}

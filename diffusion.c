@@ -1,0 +1,865 @@
+/* diffusion.c - the Markov chain over tokens, and the models that run it backwards.
+ *
+ * Forward, a token grid x_0 is destroyed in T steps: at step t each token becomes, with probability beta_t, a uniform
+ * one. Backward, the transition of scale t draws x_{t-1} from x_t, token by token. This file owns the schedules beta_t,
+ * the forward step, the posterior q(x_{t-1} | x_t, x_0) that training aims at, the draw of one token (temperature,
+ * top-k, guide), the sampling of a whole chain with its forward-backward repeats, and the table of named models with
+ * the reading of a model's folder. The networks are transformer.cu's and vqgan.c's; training is train.c's.
+ *
+ * It refuses: schedules whose betas leave [0,1], folders with a missing, foreign or contradicting file, official .ckpt
+ * files (it reads safetensors), labels a model does not have, networks that answer with NaN.
+ *
+ * Every random number is a Philox draw named by (seed, purpose, scale and repeat, sample number, position): tokens
+ * depend on neither the batch a sample is in nor the number of threads.
+ *
+ * Read: schedules; forward and posterior; one token; named models; a model's folder; sampling a chain.
+ *
+ * Builds alone with base.c, checkpoint.c, gemm.c, vqgan.c and transformer.cu. Paper section 3, SPEC sections 3 and 5.
+ */
+#include "imagebart.h"
+
+#include <ctype.h>
+#include <errno.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+
+/* ---- Schedules --------------------------------------------------------------------------------------------- */
+
+/* From s->beta to alpha and alphacum as the official float32 buffers: differences round to float, the running product
+ * is kept in double and rounded at each t. */
+static Err schedule_finish(Schedule *s, int T) {
+    double product = 1;
+    s->T = T;
+    s->beta[0] = 0;
+    s->alpha[0] = s->alphacum[0] = 1;
+    for (int t = 1; t <= T; t++) {
+        if (!(s->beta[t] >= 0 && s->beta[t] <= 1)) return err("schedule: beta_%d is %g, expected 0..1", t, s->beta[t]);
+        s->alpha[t] = 1 - s->beta[t];
+        product *= s->alpha[t];
+        s->alphacum[t] = (float)product;
+    }
+    return OK;
+}
+
+static int sign(double y) {
+    return (y > 0) - (y < 0);
+}
+
+/* Where a curve first takes a value, in file order: linear interpolation at the first change of sign of y = metric -
+ * value. Changes from and to zero count; y_i = 0 then gives alphacum_i itself, the quotient being infinite. */
+static Err curve_crossing(double *out, const double *alphacum, const double *metric, size_t n, double value) {
+    for (size_t i = 0; i + 1 < n; i++) {
+        double a = metric[i] - value, b = metric[i + 1] - value;
+        if (sign(a) == sign(b)) continue;
+        double ratio = a == 0 ? HUGE_VAL : fabs(b / a);
+        *out = alphacum[i] + (alphacum[i + 1] - alphacum[i]) / (ratio + 1);
+        return OK;
+    }
+    return err("schedule: the metric curve never crosses %g", value);
+}
+
+Err schedule_from_curve(Schedule *s, const double *alphacum, const double *metric, size_t n, int T) {
+    if (T < 1 || T > MAX_SCALES) return err("schedule: %d scales, expected 1..%d", T, MAX_SCALES);
+    if (n < 2) return err("schedule: a metric curve of %zu points, expected at least 2", n);
+    double lo = HUGE_VAL, hi = -HUGE_VAL;
+    for (size_t i = 0; i < n; i++) {
+        if (!(alphacum[i] >= 0 && alphacum[i] <= 1) || !isfinite(metric[i]))
+            return err("schedule: point %zu of the metric curve is (%g, %g), expected alphacum in 0..1 and a number",
+                       i + 1, alphacum[i], metric[i]);
+        lo = metric[i] < lo ? metric[i] : lo;
+        hi = metric[i] > hi ? metric[i] : hi;
+    }
+    double step = (hi - lo) / T, before = 0;
+    for (int t = 0; t <= T; t++) {
+        double a = 0;
+        TRY(curve_crossing(&a, alphacum, metric, n, t == T ? hi : t * step + lo));
+        if (t > 0 && !(before > 0 && a <= before))
+            return err("schedule: the metric curve gives alphacum %g after %g, expected falling values", a, before);
+        if (t > 0) s->beta[t] = (float)(1 - a / before);
+        before = a;
+    }
+    return schedule_finish(s, T);
+}
+
+/* A text file of two columns, alphacum and metric; empty lines and lines after # are skipped. */
+static Err curve_read(double *alphacum, double *metric, size_t *n, size_t max, const char *path) {
+    FILE *f = fopen(path, "r");
+    if (!f) return err("%s: %s", path, strerror(errno));
+    char line[512], tail;
+    Err e = OK;
+    *n = 0;
+    for (size_t number = 1; e == OK && fgets(line, sizeof line, f); number++) {
+        size_t start = strspn(line, " \t\r\n");
+        if (line[start] == 0 || line[start] == '#') continue;
+        if (*n == max)
+            e = err("%s: more than %zu points", path, max);
+        else if (sscanf(line, "%lf %lf %c", &alphacum[*n], &metric[*n], &tail) != 2)
+            e = err("%s: line %zu is not two numbers", path, number);
+        else
+            ++*n;
+    }
+    if (e == OK && ferror(f)) e = err("%s: %s", path, strerror(errno));
+    fclose(f);
+    return e;
+}
+
+static Err schedule_curve_file(Schedule *s, const char *path, int T) {
+    enum { POINTS = 4096 };
+    double *points;
+    size_t n;
+    TRY(mem_alloc(&points, 2 * POINTS, sizeof *points, "a metric curve"));
+    Err e = curve_read(points, points + POINTS, &n, POINTS, path);
+    if (e == OK && schedule_from_curve(s, points, points + POINTS, n, T) != OK) e = err_in(path);
+    free(points);
+    return e;
+}
+
+/* "alphacum:a0,a1,...,aT": alpha_t = a_t / a_{t-1}. */
+static Err schedule_alphacum(Schedule *s, const char *list, int T) {
+    double before = 0;
+    const char *p = list;
+    for (int t = 0; t <= T; t++) {
+        char *end;
+        double a = strtod(p, &end);
+        if (end == p || *end != (t < T ? ',' : 0))
+            return err("schedule alphacum:%s: expected %d numbers for %d scales", list, T + 1, T);
+        if (!(a >= 0 && a <= 1) || (t > 0 && !(before > 0 && a <= before)))
+            return err("schedule alphacum:%s: value %d is %g, expected numbers that fall from 1 to 0", list, t + 1, a);
+        if (t > 0) s->beta[t] = (float)(1 - a / before);
+        before = a;
+        p = end + 1;
+    }
+    return schedule_finish(s, T);
+}
+
+/* The metric-spaced schedules of the released models, betas as their checkpoints hold them. */
+static const struct {
+    const char *name;
+    int T;
+    float beta[5];
+} released[] = {
+    {"ffhq_bernoulli_PSIM", 2, {0.3639524579048157f, 1}},
+    {"bernoulli_PSIM", 3, {0.1517287641763687f, 0.23063573241233826f, 1}},
+    {"bernoulli_PSIM", 5, {0.0901111289858818f, 0.1041797399520874f, 0.13920249044895172f, 0.2660215497016907f, 1}},
+};
+
+static Err schedule_released(Schedule *s, const char *name, int T) {
+    int known = 0;
+    for (size_t i = 0; i < sizeof released / sizeof *released; i++) {
+        if (strcmp(name, released[i].name) != 0) continue;
+        known = 1;
+        if (released[i].T != T) continue;
+        for (int t = 1; t <= T; t++) s->beta[t] = released[i].beta[t - 1];
+        return schedule_finish(s, T);
+    }
+    if (known)
+        return err("schedule %s with %d scales is not one of the released models; give its metric as curve:FILE", name,
+                   T);
+    return err("schedule \"%.200s\": expected geometric, a probability, alphacum:a0,a1,..., curve:FILE, "
+               "ffhq_bernoulli_PSIM or bernoulli_PSIM",
+               name);
+}
+
+Err schedule_make(Schedule *s, const char *redraw_prob, int T) {
+    memset(s, 0, sizeof *s);
+    if (T < 1 || T > MAX_SCALES) return err("schedule: %d scales, expected 1..%d", T, MAX_SCALES);
+    if (strcmp(redraw_prob, "geometric") == 0) {
+        for (int t = 1; t <= T; t++) s->beta[t] = (float)(1.0 / (T - t + 1));
+        return schedule_finish(s, T);
+    }
+    if (strncmp(redraw_prob, "alphacum:", 9) == 0) return schedule_alphacum(s, redraw_prob + 9, T);
+    if (strncmp(redraw_prob, "curve:", 6) == 0) return schedule_curve_file(s, redraw_prob + 6, T);
+    char *end;
+    double p = strtod(redraw_prob, &end);
+    if (end == redraw_prob || *end != 0) return schedule_released(s, redraw_prob, T);
+    for (int t = 1; t <= T; t++) s->beta[t] = (float)p;
+    return schedule_finish(s, T);
+}
+
+/* ---- Forward and posterior --------------------------------------------------------------------------------- */
+
+void noise_step(int32_t *x, size_t n, size_t K, double beta, uint64_t seed, uint64_t stream, uint64_t first) {
+    for (size_t i = 0; i < n; i++) {
+        uint32_t r[4];
+        philox(r, seed, stream, first + i);
+        double u = (double)(((uint64_t)r[0] << 32 | r[1]) >> 11) * 0x1p-53;
+        if (u < beta) x[i] = (int32_t)((unsigned __int128)((uint64_t)r[2] << 32 | r[3]) * K >> 64);
+    }
+}
+
+/* One row takes at most three values: at x_0, at x_t, elsewhere. */
+static void posterior_row(real *q, size_t x0, size_t xt, size_t K, double A, double a) {
+    double far0 = (1 - A) / (double)K, fart = (1 - a) / (double)K;
+    double rest = far0 * fart, at0 = (A + far0) * fart, att = far0 * (a + fart);
+    if (x0 == xt) at0 = att = (A + far0) * (a + fart);
+    double sum = x0 == xt ? (double)(K - 1) * rest + at0 : (double)(K - 2) * rest + at0 + att;
+    if (!(sum > 0)) { /* x_t cannot come from x_0 (beta_t = 0): only x_0 is left to aim at */
+        rest = att = 0;
+        at0 = sum = 1;
+    }
+    for (size_t k = 0; k < K; k++) q[k] = (real)(rest / sum);
+    q[xt] = (real)(att / sum);
+    q[x0] = (real)(at0 / sum);
+}
+
+void posterior(real *q, const int32_t *x0, const int32_t *xt, size_t R, size_t K, const Schedule *s, int t) {
+    double A = s->alphacum[t - 1], a = s->alpha[t];
+#pragma omp parallel for schedule(static) if (R * K > 65536)
+    for (size_t r = 0; r < R; r++) posterior_row(q + r * K, (size_t)x0[r], (size_t)xt[r], K, A, a);
+}
+
+/* ---- One token --------------------------------------------------------------------------------------------- */
+
+/* The rank-th largest (rank >= 1) of z (n), which is reordered. No NaN in z. */
+static real select_largest(real *z, size_t n, size_t rank) {
+    size_t lo = 0, hi = n - 1, want = rank - 1;
+    while (lo < hi) {
+        real pivot = z[lo + (hi - lo) / 2];
+        size_t i = lo, j = hi;
+        for (;;) { /* Hoare: z[lo..j] >= pivot >= z[j+1..hi] */
+            while (z[i] > pivot) i++;
+            while (z[j] < pivot) j--;
+            if (i >= j) break;
+            real swap = z[i];
+            z[i++] = z[j];
+            z[j--] = swap;
+        }
+        if (want <= j)
+            hi = j;
+        else
+            lo = j + 1;
+    }
+    return z[want];
+}
+
+static void one_hot(real *prob, size_t K, size_t k) {
+    memset(prob, 0, K * sizeof *prob);
+    prob[k] = 1;
+}
+
+void sample_probs(real *prob, const real *logits, size_t K, int32_t guide, double temperature, size_t top_k) {
+    real largest = -(real)HUGE_VAL, heat = (real)temperature;
+    size_t argmax = 0;
+    for (size_t k = 0; k < K; k++) {
+        if (isnan(logits[k])) { /* nothing can be drawn from these: sample_pick gives -1 */
+            for (size_t j = 0; j < K; j++) prob[j] = (real)NAN;
+            return;
+        }
+        if (logits[k] > largest) largest = logits[argmax = k];
+    }
+    if (guide >= 0 || temperature == 0) {
+        one_hot(prob, K, guide >= 0 ? (size_t)guide : argmax);
+        return;
+    }
+    real least = -(real)HUGE_VAL;
+    if (top_k > 0 && top_k < K) {
+        for (size_t k = 0; k < K; k++) prob[k] = logits[k] / heat;
+        least = select_largest(prob, K, top_k);
+    }
+    double sum = 0;
+    largest /= heat;
+    for (size_t k = 0; k < K; k++) {
+        real z = logits[k] / heat;
+        prob[k] = z < least ? 0 : (real)exp((double)(z - largest));
+        sum += (double)prob[k];
+    }
+    for (size_t k = 0; k < K; k++) prob[k] = (real)((double)prob[k] / sum);
+}
+
+int32_t sample_pick(const real *prob, size_t K, double u) {
+    double below = 0;
+    int32_t last = -1; /* what u next to 1 falls on when the sum is rounded below it */
+    for (size_t k = 0; k < K; k++) {
+        if (!(prob[k] > 0)) continue;
+        below += (double)prob[k];
+        last = (int32_t)k;
+        if (below > u) break;
+    }
+    return last;
+}
+
+/* ---- Named models ------------------------------------------------------------------------------------------ */
+
+static const NamedModel named[] = {
+    {"emoji", "models/emoji", NULL, NULL, "geometric", "bundled: emoji in nine classes, 64x64", 0, "", NULL},
+    {"ffhq", "models/ffhq_4_scales_geometric", "vqgan/vqgan-ffhq.ckpt", "ffhq_4_scales_geometric.zip", "geometric",
+     "faces, 256x256, 4 scales, residual-scaled", 4, "548 / 1024", "smileys"},
+    {"ffhq2", "models/ffhq_2_scales_custom", "vqgan/vqgan-ffhq.ckpt", "ffhq_2_scales_custom.zip", "ffhq_bernoulli_PSIM",
+     "faces, 256x256, 2 scales", 2, "548 / 1024", "smileys"},
+    {"churches", "models/churches_3_scales", "vqgan/vqgan-churches.ckpt", "churches_3_scales.zip", "bernoulli_PSIM",
+     "LSUN churches, 256x256, 3 scales", 3, "1022 / 16384", "travel"},
+    {"bedrooms", "models/bedrooms_3_scales", "vqgan/vqgan-bedrooms.ckpt", "bedrooms_3_scales.zip", "bernoulli_PSIM",
+     "LSUN bedrooms, 256x256, 3 scales", 3, "1017 / 16384", "objects"},
+    {"cats", "models/cats_3_scales", "vqgan/vqgan-cats.ckpt", "cats_3_scales.zip", "bernoulli_PSIM",
+     "LSUN cats, 256x256, 3 scales", 3, "1014 / 16384", "animals"},
+    {"imagenet", "models/cin_5_scales_custom", "vqgan/vqgan-imagenet.ckpt", "cin_5_scales_custom.zip", "bernoulli_PSIM",
+     "ImageNet by class, 256x256, 5 scales", 5, "973 / 16384", NULL},
+    {"imagenet4", "models/cin_4_scales_geometric", "vqgan/vqgan-imagenet.ckpt", "cin_4_scales_geometric.zip",
+     "geometric", "ImageNet by class, 256x256, 4 scales, residual-scaled", 4, "973 / 16384", NULL},
+};
+
+const NamedModel *named_models(size_t *n) {
+    *n = sizeof named / sizeof *named;
+    return named;
+}
+
+static const NamedModel *find_named(const char *name) {
+    for (size_t i = 0; i < sizeof named / sizeof *named; i++)
+        if (strcmp(named[i].name, name) == 0) return &named[i];
+    return NULL;
+}
+
+const char *model_folder(const char *name_or_folder) {
+    const NamedModel *n = find_named(name_or_folder);
+    return n ? n->folder : name_or_folder;
+}
+
+static int is_folder(const char *path) {
+    struct stat st;
+    return stat(path, &st) == 0 && S_ISDIR(st.st_mode);
+}
+
+enum { PATH_BYTES = 1100 };
+
+static int has_file(const char *folder, const char *name) {
+    char path[PATH_BYTES];
+    struct stat st;
+    int length = snprintf(path, sizeof path, "%s/%s", folder, name);
+    return length > 0 && (size_t)length < sizeof path && stat(path, &st) == 0 && S_ISREG(st.st_mode);
+}
+
+static const char *scale_file(char name[32], int t) {
+    snprintf(name, 32, "scale%d.safetensors", t);
+    return name;
+}
+
+int model_installed(const NamedModel *model) {
+    char name[32];
+    if (!has_file(model->folder, "vqgan.safetensors")) return 0;
+    if (!has_file(model->folder, scale_file(name, 1))) return has_file(model->folder, "joint.safetensors");
+    for (int t = 2; t <= model->T; t++)
+        if (!has_file(model->folder, scale_file(name, t))) return 0;
+    return 1;
+}
+
+/* ---- A model's folder -------------------------------------------------------------------------------------- */
+
+static const char prefix[] = "model.params."; /* of the official configuration in each file's metadata */
+
+/* What one transition's file says about itself. */
+typedef struct {
+    int T;
+    NetConfig net;
+    Schedule schedule;
+    size_t h, w;
+} ScaleFacts;
+
+/* The buffers are what the network was trained with; the configuration's word is the second best. */
+Err schedule_read(Schedule *s, const Checkpoint *ck, int T) {
+    if (!checkpoint_find(ck, "alphats")) {
+        const char *redraw = config_get(&ck->meta, prefix, "redraw_prob");
+        if (!redraw) return err("neither a tensor alphats nor %sredraw_prob says the schedule", prefix);
+        return schedule_make(s, redraw, T);
+    }
+    real alpha[MAX_SCALES + 1], alphacum[MAX_SCALES + 1];
+    size_t rows = (size_t)T + 1;
+    memset(s, 0, sizeof *s);
+    TRY(checkpoint_reals(ck, "alphats", 1, &rows, rows, alpha));
+    TRY(checkpoint_reals(ck, "alphacum", 1, &rows, rows, alphacum));
+    for (int t = 1; t <= T; t++) s->beta[t] = 1 - (float)alpha[t];
+    TRY(schedule_finish(s, T));
+    for (int t = 0; t <= T; t++) {
+        if (!(fabs((double)alphacum[t] - s->alphacum[t]) < 1e-4))
+            return err("alphacum[%d] is %g, the product of alphats is %g", t, (double)alphacum[t], s->alphacum[t]);
+        s->alpha[t] = (float)alpha[t];
+        s->alphacum[t] = (float)alphacum[t];
+    }
+    return OK;
+}
+
+/* scale: the number in the file's name, 0 for joint.safetensors. */
+static Err read_facts(ScaleFacts *f, const Checkpoint *ck, int scale) {
+    size_t T = 0, single = 0;
+    memset(f, 0, sizeof *f);
+    TRY(config_size(&T, &ck->meta, prefix, "n_scales", 1, MAX_SCALES, 0));
+    TRY(config_size(&single, &ck->meta, prefix, "single_scale", 1, T, 1));
+    if (scale && single && single != (size_t)scale) return err("it holds scale %zu, its name says %d", single, scale);
+    if (!scale && single) return err("it holds scale %zu alone, expected all scales", single);
+    TRY(net_config_read(&f->net, &ck->meta, prefix));
+    TRY(config_size(&f->h, &ck->meta, "", "imagebart.h", 1, IMAGE_MAX_SIDE, 1));
+    TRY(config_size(&f->w, &ck->meta, "", "imagebart.w", 1, IMAGE_MAX_SIDE, 1));
+    f->T = (int)T;
+    return schedule_read(&f->schedule, ck, f->T);
+}
+
+static Err check_same(const char *what, size_t found, size_t expected, const char *where) {
+    return found == expected ? OK : err("%s is %zu, expected %zu as %s has it", what, found, expected, where);
+}
+
+/* The transition fits the first stage: token values, grid, room for the sequence (SPEC 1.10, 2.5). */
+static Err check_fit(const Model *m, const ScaleFacts *f) {
+    const NetConfig *net = &f->net;
+    size_t N = m->h * m->w, prompt = net->has_class ? 2 : 1;
+    TRY(check_same("the number of token values", net->dec_num_tokens, m->K, "vqgan.safetensors"));
+    if (f->h || f->w) {
+        TRY(check_same("imagebart.h", f->h, m->h, "vqgan.safetensors"));
+        TRY(check_same("imagebart.w", f->w, m->w, "vqgan.safetensors"));
+    }
+    size_t input = net->kind == NET_X ? net->enc_max_seq_len : net->dec_max_seq_len;
+    size_t need = net->kind == NET_X ? prompt + N : prompt + N - 1;
+    if (input < need)
+        return err("the network takes %zu positions, a grid of %zu x %zu needs %zu", input, m->h, m->w, need);
+    if (net->kind == NET_X && net->dec_max_seq_len < N)
+        return err("the decoder takes %zu positions, a grid of %zu x %zu needs %zu", net->dec_max_seq_len, m->h, m->w,
+                   N);
+    return OK;
+}
+
+static Err check_schedule(const Schedule *s, const Schedule *expected) {
+    for (int t = 0; t <= expected->T; t++)
+        if (fabsf(s->alpha[t] - expected->alpha[t]) > 1e-6f)
+            return err("alpha_%d of its schedule is %g, expected %g as scale 1 has it", t, s->alpha[t],
+                       expected->alpha[t]);
+    return OK;
+}
+
+/* Class names from a comma-separated list; without one, the numbers below `rows`. */
+static Err read_classes(Model *m, const char *list, size_t rows) {
+    m->n_classes = rows;
+    if (list) {
+        m->n_classes = 1;
+        for (const char *p = list; *p; p++) m->n_classes += *p == ',';
+        if (m->n_classes > rows)
+            return err("imagebart.classes names %zu classes, the network knows %zu labels", m->n_classes, rows);
+    }
+    TRY(mem_alloc(&m->class_name, m->n_classes, sizeof *m->class_name, "class names"));
+    for (size_t i = 0; i < m->n_classes; i++) {
+        size_t length = list ? strcspn(list, ",") : 24;
+        TRY(mem_alloc(&m->class_name[i], length + 1, 1, "a class name"));
+        if (!list)
+            snprintf(m->class_name[i], length, "%zu", i);
+        else {
+            memcpy(m->class_name[i], list, length);
+            list += length + (list[length] == ',');
+        }
+    }
+    return OK;
+}
+
+/* Scale 1 (or the joint file) gives the model its meta, schedule and classes. */
+static Err adopt_facts(Model *m, const Checkpoint *ck, const ScaleFacts *f) {
+    m->schedule = f->schedule;
+    for (size_t i = 0; i < ck->meta.n; i++) TRY(config_set(&m->meta, ck->meta.kv[i].key, "%s", ck->meta.kv[i].value));
+    if (!f->net.has_class) return OK;
+    size_t rows = f->net.kind == NET_X ? f->net.enc_num_tokens : f->net.input_vocab_size;
+    return read_classes(m, config_get(&m->meta, "", "imagebart.classes"), rows);
+}
+
+static Err check_facts(Model *m, const Checkpoint *ck, int scale) {
+    ScaleFacts f;
+    TRY(read_facts(&f, ck, scale));
+    TRY(check_fit(m, &f));
+    if (scale <= 1) return adopt_facts(m, ck, &f);
+    TRY(check_same("n_scales", (size_t)f.T, (size_t)m->schedule.T, "scale 1"));
+    TRY(check_schedule(&f.schedule, &m->schedule));
+    if (f.net.has_class != (m->n_classes > 0))
+        return err("it is %sclass-conditional, scale 1 is%s", f.net.has_class ? "" : "not ",
+                   m->n_classes ? "" : " not");
+    return OK;
+}
+
+/* FAILED, with the file named once. */
+static Err err_file(const char *path) {
+    return strstr(err_text(), path) ? FAILED : err_in(path);
+}
+
+static Err open_file(Checkpoint *ck, char path[PATH_BYTES], const Model *m, const char *name) {
+    snprintf(path, PATH_BYTES, "%s/%s", m->folder, name);
+    if (!has_file(m->folder, name)) return err("%s is missing", path);
+    return checkpoint_open(ck, path);
+}
+
+static Err check_file(Model *m, const char *name, int scale) {
+    char path[PATH_BYTES];
+    Checkpoint ck = {0};
+    Err e = open_file(&ck, path, m, name);
+    if (e == OK && check_facts(m, &ck, scale) != OK) e = err_file(path);
+    checkpoint_close(&ck);
+    return e;
+}
+
+static Err build_vqgan(Model *m, const Checkpoint *ck) {
+    VqganConfig c;
+    memset(&c, 0, sizeof c);
+    TRY(vqgan_config_read(&c, &ck->meta, prefix));
+    const Tensor *used = checkpoint_find(ck, "quantize.used");
+    c.re_embed = used ? used->size : 0;
+    TRY(vqgan_create(&m->vqgan, &c, 0));
+    TRY(params_plan(vqgan_params(m->vqgan), PLAN_VALUE));
+    TRY(vqgan_load(m->vqgan, ck, ""));
+    size_t factor = (size_t)1 << (c.levels - 1);
+    m->h = m->w = c.resolution / factor;
+    m->side = m->h * factor;
+    m->K = vqgan_K(m->vqgan);
+    if (m->h < 1) return err("a resolution of %zu is too small for %zu levels", c.resolution, c.levels);
+    return OK;
+}
+
+static Err open_vqgan(Model *m) {
+    char path[PATH_BYTES];
+    Checkpoint ck = {0};
+    Err e = open_file(&ck, path, m, "vqgan.safetensors");
+    if (e == OK && build_vqgan(m, &ck) != OK) e = err_file(path);
+    checkpoint_close(&ck);
+    return e;
+}
+
+static Err open_folder(Model *m) {
+    char name[32];
+    int separate = has_file(m->folder, scale_file(name, 1));
+    m->joint = !separate && has_file(m->folder, "joint.safetensors");
+    if (!separate && !m->joint && has_file(m->folder, "scale1.ckpt"))
+        return err("%s/scale1.ckpt: reading official .ckpt files is not in this version, expected scale1.safetensors",
+                   m->folder);
+    TRY(open_vqgan(m));
+    if (m->joint) return check_file(m, "joint.safetensors", 0);
+    TRY(check_file(m, scale_file(name, 1), 1));
+    for (int t = 2; t <= m->schedule.T; t++) TRY(check_file(m, scale_file(name, t), t));
+    return OK;
+}
+
+/* *folder = where to look; *substituted as model_open. */
+static Err find_folder(const char **folder, const char *name_or_folder, const NamedModel **substituted) {
+    const NamedModel *found = find_named(name_or_folder);
+    *folder = found ? found->folder : name_or_folder;
+    if (is_folder(*folder)) return OK;
+    if (!found)
+        return err("model \"%.200s\": no such folder, and not one of emoji, ffhq, ffhq2, churches, bedrooms, cats, "
+                   "imagenet, imagenet4",
+                   name_or_folder);
+    if (found == &named[0]) return err("the bundled model is missing: no folder %s here", *folder);
+    if (substituted && is_folder(named[0].folder)) {
+        *substituted = found;
+        *folder = named[0].folder;
+        return OK;
+    }
+    return err("model %s is not installed: no folder %s (unpack https://ommer-lab.com/files/%s under models/)%s",
+               found->name, *folder, found->zip, substituted ? ", and the bundled model is missing too" : "");
+}
+
+Err model_open(Model *m, const char *name_or_folder, const NamedModel **substituted) {
+    const char *folder;
+    memset(m, 0, sizeof *m);
+    if (substituted) *substituted = NULL;
+    TRY(find_folder(&folder, name_or_folder, substituted));
+    if (strlen(folder) >= sizeof m->folder) return err("model folder: a path of %zu bytes is too long", strlen(folder));
+    snprintf(m->folder, sizeof m->folder, "%s", folder);
+    if (open_folder(m) == OK) return OK;
+    model_close(m);
+    return FAILED;
+}
+
+void model_close(Model *m) {
+    for (size_t i = 0; m->class_name && i < m->n_classes; i++) free(m->class_name[i]);
+    free(m->class_name);
+    transformer_free(m->net);
+    vqgan_free(m->vqgan);
+    config_free(&m->meta);
+    memset(m, 0, sizeof *m);
+}
+
+/* The weights to sample with: transformer_ema.* where the file has them, else transformer.* */
+static Err build_net(Model *m, const Checkpoint *ck) {
+    NetConfig c;
+    memset(&c, 0, sizeof c);
+    TRY(net_config_read(&c, &ck->meta, prefix));
+    TRY(transformer_create(&m->net, &c));
+    Params *p = transformer_params(m->net);
+    TRY(params_plan(p, PLAN_VALUE));
+    transformer_set_alphas(m->net, m->schedule.alpha);
+    if (checkpoint_find(ck, "sos_token")) {
+        int32_t sos = 0;
+        TRY(checkpoint_ints(ck, "sos_token", 1, &sos));
+        if (sos != 0) return err("sos_token is %d, expected 0", (int)sos);
+    }
+    if (checkpoint_find(ck, "transformer_ema.num_updates")) return params_load_ema(p, ck, "transformer_ema.", 0);
+    return params_load(p, ck, "transformer.");
+}
+
+Err model_scale(Model *m, int t) {
+    if (t < 1 || t > m->schedule.T) return err("%s: scale %d, expected 1..%d", m->folder, t, m->schedule.T);
+    if (m->loaded && (m->joint || m->loaded == t)) {
+        m->loaded = t;
+        return OK;
+    }
+    char path[PATH_BYTES], name[32];
+    Checkpoint ck = {0};
+    transformer_free(m->net);
+    m->net = NULL;
+    m->loaded = 0;
+    Err e = open_file(&ck, path, m, m->joint ? "joint.safetensors" : scale_file(name, t));
+    if (e == OK && build_net(m, &ck) != OK) e = err_file(path);
+    if (e == OK) m->loaded = t;
+    checkpoint_close(&ck);
+    return e;
+}
+
+/* Case-insensitively: does `text` hold `part`? */
+static int holds(const char *text, const char *part) {
+    for (; *text; text++) {
+        size_t i = 0;
+        while (part[i] && tolower((unsigned char)text[i]) == tolower((unsigned char)part[i])) i++;
+        if (!part[i]) return 1;
+    }
+    return 0;
+}
+
+/* Appends the names that hold `part` ("" holds in all), as far as the line has room. */
+static Err class_error(const Model *m, const char *name, const char *why, const char *part) {
+    char list[640] = "";
+    size_t length = 0;
+    for (size_t i = 0; i < m->n_classes; i++) {
+        if (*part && !holds(m->class_name[i], part)) continue;
+        size_t room = strlen(m->class_name[i]) + 8;
+        if (length + room >= sizeof list) {
+            snprintf(list + length, sizeof list - length, ", ...");
+            break;
+        }
+        length += (size_t)snprintf(list + length, sizeof list - length, "%s%s", length ? ", " : "", m->class_name[i]);
+    }
+    return err("class \"%.100s\": %s %s", name, why, list);
+}
+
+Err model_class(const Model *m, const char *name, int32_t *label) {
+    if (m->n_classes == 0) return err("class \"%.100s\": %s is not a model with classes", name, m->folder);
+    for (size_t i = 0; i < m->n_classes; i++)
+        if (strcmp(m->class_name[i], name) == 0) {
+            *label = (int32_t)i;
+            return OK;
+        }
+    if (*name == 0) return class_error(m, name, "expected one of", "");
+    if (name[strspn(name, "0123456789")] == 0) {
+        unsigned long long number = strtoull(name, NULL, 10);
+        if (number >= m->n_classes) return err("class %.100s: expected 0..%zu or a name", name, m->n_classes - 1);
+        *label = (int32_t)number;
+        return OK;
+    }
+    size_t matches = 0;
+    for (size_t i = 0; i < m->n_classes; i++)
+        if (holds(m->class_name[i], name)) {
+            matches++;
+            *label = (int32_t)i;
+        }
+    if (matches == 1) return OK;
+    return matches ? class_error(m, name, "could be any of", name) : class_error(m, name, "expected one of", "");
+}
+
+/* ---- Sampling a chain -------------------------------------------------------------------------------------- */
+
+enum { MAX_CHAIN = 65535 }; /* repeats share 24 bits of the stream's name with t */
+
+/* Samples on their way down the scales: the options, the network of the present scale and the buffers. */
+typedef struct {
+    Model *m; /* NULL for a single scale */
+    Transformer *net;
+    const SampleOptions *o;
+    size_t N, K;
+    int32_t *tokens;       /* (n,N) the caller's: x_{t-1} as it grows */
+    int32_t *x_t;          /* (n,N) */
+    int32_t *prev, *scale; /* (n) */
+    real *prob;            /* (n,K) */
+} Run;
+
+void sample_defaults(SampleOptions *o, const Model *m) {
+    memset(o, 0, sizeof *o);
+    o->n = 1;
+    for (int t = 0; t <= m->schedule.T; t++) {
+        o->temperature[t] = 1;
+        o->chain[t] = 1;
+    }
+}
+
+static Err check_options(const Model *m, const SampleOptions *o) {
+    if (o->n < 1 || o->n > UINT32_MAX || o->first > UINT32_MAX - o->n)
+        return err("sampling: %zu samples from number %llu on, expected at least 1 and numbers below 2^32", o->n,
+                   (unsigned long long)o->first);
+    for (int t = 1; t <= m->schedule.T; t++) {
+        if (!(o->temperature[t] >= 0) || !isfinite(o->temperature[t]))
+            return err("sampling: temperature %g of scale %d, expected 0 or more", o->temperature[t], t);
+        if (o->chain[t] < 1 || o->chain[t] > MAX_CHAIN)
+            return err("sampling: a chain of %zu at scale %d, expected 1..%d", o->chain[t], t, MAX_CHAIN);
+    }
+    if (m->n_classes && !o->label) return err("sampling: %s needs a class for each sample", m->folder);
+    if (!m->n_classes && o->label) return err("sampling: %s is not a model with classes", m->folder);
+    for (size_t b = 0; o->label && b < o->n; b++)
+        if (o->label[b] < 0 || (size_t)o->label[b] >= m->n_classes)
+            return err("sampling: class %d, expected 0..%zu", (int)o->label[b], m->n_classes - 1);
+    if (!o->known != !o->keep) return err("sampling: known tokens and their mask go together");
+    for (size_t i = 0, N = m->h * m->w; o->known && i < o->n * N; i++)
+        if (o->keep[i % N] && (o->known[i] < 0 || (size_t)o->known[i] >= m->K))
+            return err("sampling: known token %d, expected 0..%zu", (int)o->known[i], m->K - 1);
+    return OK;
+}
+
+/* x_T: uniform tokens, known ones in their places (SPEC 5). */
+static void start_tokens(const Run *r) {
+    for (size_t b = 0; b < r->o->n; b++)
+        for (size_t i = 0; i < r->N; i++) {
+            uint64_t stream = rng_stream(RNG_START, 0, r->o->first + b);
+            int keep = r->o->known && r->o->keep[i];
+            r->tokens[b * r->N + i] =
+                keep ? r->o->known[b * r->N + i] : (int32_t)rng_below(r->o->seed, stream, i, (uint32_t)r->K);
+        }
+}
+
+static uint64_t pass_stream(RngPurpose purpose, int t, size_t repeat, uint64_t sample) {
+    return rng_stream(purpose, (uint64_t)t << 16 | repeat, sample);
+}
+
+/* Between repeats the tokens, known ones too, go part of the way forward again: beta_t fades to nothing over the
+ * chain (SPEC 5). */
+static void renoise(const Run *r, int t, size_t repeat) {
+    double beta = (1 - (double)repeat / (double)r->o->chain[t]) * (double)r->m->schedule.beta[t];
+    for (size_t b = 0; b < r->o->n; b++)
+        noise_step(r->tokens + b * r->N, r->N, r->K, beta, r->o->seed,
+                   pass_stream(RNG_RENOISE, t, repeat, r->o->first + b), 0);
+}
+
+/* Logits of position i: rows `stride` apart. Uncached, the whole prefix is run again. */
+static Err position_logits(const Run *r, size_t i, const real **logits, size_t *stride) {
+    size_t n = r->o->n, K = r->K;
+    if (r->o->uncached) {
+        TRY(transformer_forward(r->net, r->tokens, r->x_t, r->scale, r->o->label, n, r->N, logits));
+        *logits += i * K;
+        *stride = r->N * K;
+        return OK;
+    }
+    for (size_t b = 0; i > 0 && b < n; b++) r->prev[b] = r->tokens[b * r->N + i - 1];
+    *stride = K;
+    return transformer_decode_step(r->net, r->prev, i, logits);
+}
+
+static void draw_position(const Run *r, const real *logits, size_t stride, size_t i, int t, size_t repeat) {
+    const SampleOptions *o = r->o;
+    size_t K = r->K;
+    int official_one = o->official_temperature && transformer_config(r->net)->kind == NET_X; /* SPEC 1.11 */
+    double temperature = official_one ? 1 : o->temperature[t];
+#pragma omp parallel for schedule(static) if (o->n > 1)
+    for (size_t b = 0; b < o->n; b++) {
+        real *prob = r->prob + b * K;
+        int32_t guide = o->known && o->keep[i] ? o->known[b * r->N + i] : -1;
+        sample_probs(prob, logits + b * stride, K, guide, temperature, o->top_k[t]);
+        double u = rng_uniform(o->seed, pass_stream(RNG_SAMPLE, t, repeat, o->first + b), i);
+        r->tokens[b * r->N + i] = sample_pick(prob, K, u);
+    }
+}
+
+/* tokens: x_t in, x_{t-1} out. */
+static Err sample_pass(const Run *r, int t, size_t repeat) {
+    const SampleOptions *o = r->o;
+    memcpy(r->x_t, r->tokens, o->n * r->N * sizeof *r->tokens);
+    memset(r->prev, 0, o->n * sizeof *r->prev);
+    for (size_t b = 0; b < o->n; b++) r->scale[b] = t;
+    if (!o->uncached) TRY(transformer_decode_begin(r->net, r->x_t, r->scale, o->label, o->n, r->N));
+    for (size_t i = 0; i < r->N; i++) {
+        const real *logits;
+        size_t stride;
+        TRY(position_logits(r, i, &logits, &stride));
+        draw_position(r, logits, stride, i, t, repeat);
+        for (size_t b = 0; b < o->n; b++)
+            if (r->tokens[b * r->N + i] < 0)
+                return err("scale %d gives no usable probabilities (NaN or infinite logits) at position %zu", t, i);
+        if (o->progress && o->progress(o->context, t, repeat, i + 1, r->N)) return err("sampling was stopped");
+    }
+    return OK;
+}
+
+static Err sample_scales(Run *r) {
+    const SampleOptions *o = r->o;
+    start_tokens(r);
+    if (o->scale_done) o->scale_done(o->context, r->m->schedule.T + 1, r->tokens);
+    for (int t = r->m->schedule.T; t >= 1; t--) {
+        TRY(model_scale(r->m, t));
+        r->net = r->m->net;
+        TRY(transformer_plan(r->net, o->n, r->N, 0));
+        for (size_t repeat = 0; repeat < o->chain[t]; repeat++) {
+            if (repeat > 0) renoise(r, t, repeat);
+            TRY(sample_pass(r, t, repeat));
+        }
+        if (o->scale_done) o->scale_done(o->context, t, r->tokens);
+    }
+    return OK;
+}
+
+static Err run_buffers(Run *r) {
+    size_t n = r->o->n, nN, nK;
+    TRY(size_mul(&nN, n, r->N));
+    TRY(size_mul(&nK, n, r->K));
+    TRY(mem_alloc(&r->x_t, nN, sizeof *r->x_t, "tokens of a batch"));
+    TRY(mem_alloc(&r->prev, n, sizeof *r->prev, "tokens of a step"));
+    TRY(mem_alloc(&r->scale, n, sizeof *r->scale, "scales of a batch"));
+    return mem_alloc(&r->prob, nK, sizeof *r->prob, "token probabilities");
+}
+
+static void free_buffers(Run *r) {
+    free(r->x_t);
+    free(r->prev);
+    free(r->scale);
+    free(r->prob);
+}
+
+Err model_sample(Model *m, const SampleOptions *o, int32_t *tokens) {
+    TRY(check_options(m, o));
+    Run r = {.m = m, .o = o, .N = m->h * m->w, .K = m->K, .tokens = tokens};
+    Err e = run_buffers(&r);
+    if (e == OK) e = sample_scales(&r);
+    free_buffers(&r);
+    return e == OK ? OK : err_in(m->folder);
+}
+
+Err sample_scale(Transformer *net, const SampleOptions *o, int t, size_t repeat, size_t N, int32_t *tokens) {
+    Run r = {.net = net, .o = o, .N = N, .K = transformer_config(net)->dec_num_tokens, .tokens = tokens};
+    Err e = run_buffers(&r);
+    if (e == OK) e = transformer_plan(net, o->n, N, 0);
+    if (e == OK) e = sample_pass(&r, t, repeat);
+    free_buffers(&r);
+    return e;
+}
+
+/* Cross entropy of the kept tokens of x_0, seen through one draw of x_1, under every class. */
+Err model_guess_class(Model *m, const int32_t *tokens, const uint8_t *keep, uint64_t seed, int32_t *label) {
+    size_t N = m->h * m->w, kept = 0;
+    int32_t *x_t = NULL, *target = NULL, one = 1;
+    real *rows = NULL;
+    double best = HUGE_VAL;
+    TRY(model_scale(m, 1));
+    TRY(transformer_plan(m->net, 1, N, 0));
+    TRY(mem_alloc(&x_t, 2 * N, sizeof *x_t, "tokens"));
+    Err e = mem_alloc(&rows, N * m->K, sizeof *rows, "logits");
+    target = x_t + N;
+    memcpy(x_t, tokens, N * sizeof *x_t);
+    noise_step(x_t, N, m->K, m->schedule.beta[1], seed, rng_stream(RNG_NOISE, 1, 0), 0);
+    for (int32_t c = 0; e == OK && (size_t)c < m->n_classes; c++) {
+        const real *logits;
+        Loss loss;
+        e = transformer_forward(m->net, tokens, x_t, &one, &c, 1, N, &logits);
+        if (e != OK) break;
+        kept = 0;
+        for (size_t i = 0; i < N; i++) {
+            if (!keep[i]) continue;
+            memcpy(rows + kept * m->K, logits + i * m->K, m->K * sizeof *rows);
+            target[kept++] = tokens[i];
+        }
+        if (kept == 0) break;
+        e = denoising_loss(&loss, rows, target, NULL, kept, m->K, 0, 1, NULL);
+        if (e == OK && loss.hard < best) best = loss.hard, *label = c;
+    }
+    free(x_t);
+    free(rows);
+    if (e == OK && (kept == 0 || best == HUGE_VAL))
+        return err("no kept tokens tell the class of the picture; name it: --class");
+    return e;
+}

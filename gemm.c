@@ -1,0 +1,401 @@
+/* gemm.c - the one matrix product: C = op(A) op(B) (+ C), row-major, any leading dimension.
+ *
+ * Owns: the product and nothing else. Refuses: nothing; it cannot fail and it allocates nothing.
+ *
+ * A naive product reads two numbers from memory for every multiplication; a core can multiply twenty times faster
+ * than it can read. So C is cut into pieces in three levels, each sized for one level of the memory hierarchy
+ * (Goto and van de Geijn 2008; Van Zee and van de Geijn 2015 "BLIS"):
+ *
+ *     tile     MC x NC of C   one thread's unit of work; its MC x KC block of A stays in the L2 cache
+ *     panel    KC x NR of B   packed to stand contiguous, zero-padded to NR columns, and to stay in the L1 cache
+ *     micro    MR x NR of C   lives in registers while k runs through KC: the micro kernel
+ *
+ *                      NR                 for each tile of C                      gemm            (threads)
+ *               +----+----+----+            for each KC-long piece of K           tile_product
+ *            KC |    | B  |    |              pack A's block if that pays         pack_a
+ *               +----+----+----+              for each panel of B                 block_product
+ *          KC                                   pack it                           pack_b
+ *        +----+ +----+----+----+                for each MR rows of A             micro_rows
+ *     MR | A  | |    | C  |    |                  for k < KC                      micro_kernel
+ *        +----+ +----+----+----+                    C[MR][NR] += A[MR][k] B[k][NR]
+ *
+ * The micro kernel loads NV vectors of B and MR scalars of A per k for MR*NV multiply-adds, enough independent
+ * chains to keep the multiply-add units busy and few enough to stay in registers. It reads A through two strides,
+ * so A and its transpose need no packing to be correct; pack_a only copies blocks that are read many times.
+ * B is always read along its rows: pack_b transposes in registers when it has to.
+ *
+ * Decoding multiplies 1..16 rows with a weight matrix (N,K) transposed. That is the same path: each panel is read
+ * once, turned in registers, used from L1 and forgotten, so the weights are streamed once.
+ *
+ * Promise on bits: an element of C is the sum, in order, of the KC-long pieces of K; within a piece the products
+ * are added in order of k with one fused multiply-add each (two roundings on machines without it). Nothing else -
+ * threads, M, N, position, transposes, packing - changes the order, so a row computed alone equals bit for bit the
+ * same row computed in a batch.
+ *
+ * Buffers are thread-local, so calls may come from OpenMP workers and from plain threads at the same time. They
+ * take about 300 KB of each thread's memory (on glibc: of its stack). */
+
+#include <string.h>
+
+#if defined(__AVX512F__) || defined(__FMA__)
+#include <immintrin.h>
+#endif
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#include "imagebart.h"
+
+/* ---- Sizes ---- */
+
+#if defined(__AVX512F__)
+#define VECTOR_BYTES 64
+enum { MR = 8, NV = 2 }; /* 32 registers: 16 sums */
+#else
+#if defined(__AVX__)
+#define VECTOR_BYTES 32
+#else
+#define VECTOR_BYTES 16
+#endif
+enum { MR = 6, NV = 2 }; /* 16 registers: 12 sums */
+#endif
+
+#ifdef REAL_DOUBLE
+#define LANES (VECTOR_BYTES / 8) /* numbers in a vector */
+#else
+#define LANES (VECTOR_BYTES / 4)
+#endif
+
+enum {
+    NR = NV * LANES,                                                 /* columns of a panel */
+    KC = 256,                                                        /* a panel is 32 KB; part of the promise on bits */
+    MC = (256 * 1024 / (KC * (int)sizeof(real)) + MR - 1) / MR * MR, /* rows of a block of A: about 256 KB */
+    NC = 512,                                                        /* columns of a tile */
+    PACK_A_PANELS = 3,                                               /* fewer panels than this: A is read in place */
+    TILES_PER_THREAD = 4                                             /* so that a delayed thread costs little */
+};
+static const size_t SMALL_WORK = (size_t)1 << 20; /* multiply-adds below which waking a thread does not pay */
+
+typedef real Vec __attribute__((vector_size(VECTOR_BYTES)));
+#define INLINE static inline __attribute__((always_inline))
+
+static __thread real block_a[MC * KC] __attribute__((aligned(64)));
+static __thread real panel_b[KC * NR] __attribute__((aligned(64)));
+
+/* A matrix seen through two strides: element (i,j) is p[i * row + j * col]. Either row or col is 1. */
+typedef struct {
+    const real *p;
+    size_t row, col;
+} View;
+
+static size_t min_size(size_t a, size_t b) {
+    return a < b ? a : b;
+}
+
+static size_t round_up(size_t n, size_t unit) {
+    return (n + unit - 1) / unit * unit;
+}
+
+INLINE Vec load(const real *p) {
+    Vec v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+INLINE void store(real *p, Vec v) {
+    memcpy(p, &v, sizeof v);
+}
+
+/* sum + a*b, rounded once. Spelt out, because whether a compiler fuses a*b + sum by itself depends on its options. */
+INLINE Vec multiply_add(real a, Vec b, Vec sum) {
+#if defined(__AVX512F__) && defined(REAL_DOUBLE)
+    return _mm512_fmadd_pd(_mm512_set1_pd(a), b, sum);
+#elif defined(__AVX512F__)
+    return _mm512_fmadd_ps(_mm512_set1_ps(a), b, sum);
+#elif defined(__FMA__) && defined(REAL_DOUBLE)
+    return _mm256_fmadd_pd(_mm256_set1_pd(a), b, sum);
+#elif defined(__FMA__)
+    return _mm256_fmadd_ps(_mm256_set1_ps(a), b, sum);
+#else
+    return sum + a * b;
+#endif
+}
+
+/* ---- Micro kernel ---- */
+
+/* c[i,j] = or += sum_k a[i,k] b[k,j]    i < rows <= MR, j < vecs*LANES
+ * rows, vecs and one of the strides of A are constants where this is expanded, so the loops over i and v unroll and
+ * sum[][] becomes registers.
+ *   a: (rows, kc) strides a_row, a_col    b: (kc, vecs*LANES) row stride ldb    c: (rows, vecs*LANES) row stride ldc */
+INLINE void micro_kernel(int rows, int vecs, size_t kc, const real *a, size_t a_row, size_t a_col, const real *b,
+                         size_t ldb, int add, real *c, size_t ldc) {
+    Vec sum[MR][NV];
+    for (int i = 0; i < rows; i++) {
+        __builtin_prefetch(c + (size_t)i * ldc, 1);
+        for (int v = 0; v < vecs; v++) sum[i][v] = (Vec){0};
+    }
+    for (size_t k = 0; k < kc; k++, b += ldb, a += a_col) {
+        Vec bk[NV];
+        for (int v = 0; v < vecs; v++) bk[v] = load(b + v * LANES);
+        for (int i = 0; i < rows; i++) {
+            const real aik = a[(size_t)i * a_row];
+            for (int v = 0; v < vecs; v++) sum[i][v] = multiply_add(aik, bk[v], sum[i][v]);
+        }
+    }
+    for (int i = 0; i < rows; i++) {
+        for (int v = 0; v < vecs; v++) {
+            real *cv = c + (size_t)i * ldc + v * LANES;
+            store(cv, add ? load(cv) + sum[i][v] : sum[i][v]);
+        }
+    }
+}
+
+/* Chooses the expansion of micro_kernel for a number of rows; called with constant vecs and one constant stride. */
+INLINE void micro_rows(int rows, int vecs, size_t kc, const real *a, size_t a_row, size_t a_col, const real *b,
+                       size_t ldb, int add, real *c, size_t ldc) {
+#define ROWS(n)                                                                                                        \
+    case n: micro_kernel(n, vecs, kc, a, a_row, a_col, b, ldb, add, c, ldc); break
+    switch (rows) {
+        ROWS(1);
+        ROWS(2);
+        ROWS(3);
+        ROWS(4);
+        ROWS(5);
+        ROWS(6);
+#if defined(__AVX512F__)
+        ROWS(7);
+        ROWS(8);
+#endif
+    }
+#undef ROWS
+}
+
+/* One micro tile of full width; a.row or a.col is 1, see View. */
+static void micro_tile(int rows, int vecs, size_t kc, View a, const real *b, size_t ldb, int add, real *c, size_t ldc) {
+    if (a.col == 1) {
+        if (vecs == 1)
+            micro_rows(rows, 1, kc, a.p, a.row, 1, b, ldb, add, c, ldc);
+        else
+            micro_rows(rows, NV, kc, a.p, a.row, 1, b, ldb, add, c, ldc);
+    } else {
+        if (vecs == 1)
+            micro_rows(rows, 1, kc, a.p, 1, a.col, b, ldb, add, c, ldc);
+        else
+            micro_rows(rows, NV, kc, a.p, 1, a.col, b, ldb, add, c, ldc);
+    }
+}
+
+/* ---- Packing ---- */
+
+#if defined(__clang__) || __GNUC__ >= 12
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (Index){__VA_ARGS__})
+#endif
+
+/* The first halves of a and b, interleaved; the second halves. */
+INLINE Vec interleave_low(Vec a, Vec b) {
+#if LANES == 16
+    return SHUFFLE(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+#elif LANES == 8
+    return SHUFFLE(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+#elif LANES == 4
+    return SHUFFLE(a, b, 0, 4, 1, 5);
+#else
+    return SHUFFLE(a, b, 0, 2);
+#endif
+}
+
+INLINE Vec interleave_high(Vec a, Vec b) {
+#if LANES == 16
+    return SHUFFLE(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+#elif LANES == 8
+    return SHUFFLE(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+#elif LANES == 4
+    return SHUFFLE(a, b, 2, 6, 3, 7);
+#else
+    return SHUFFLE(a, b, 1, 3);
+#endif
+}
+
+/* to[j,i] = from[i,j] for a square of LANES x LANES, in registers. Each round interleaves row i with row i+LANES/2;
+ * that rotates the bits of (i,j) by one, so log2(LANES) rounds swap i and j. */
+static void transpose_square(real *to, size_t to_stride, const real *from, size_t from_stride) {
+    Vec row[LANES], next[LANES];
+    for (int i = 0; i < LANES; i++) row[i] = load(from + (size_t)i * from_stride);
+    for (int round = 1; round < LANES; round *= 2) {
+        for (int i = 0; i < LANES / 2; i++) {
+            next[2 * i] = interleave_low(row[i], row[i + LANES / 2]);
+            next[2 * i + 1] = interleave_high(row[i], row[i + LANES / 2]);
+        }
+        for (int i = 0; i < LANES; i++) row[i] = next[i];
+    }
+    for (int i = 0; i < LANES; i++) store(to + (size_t)i * to_stride, row[i]);
+}
+
+/* to[j,i] = from[i,j] for i < rows, j < cols */
+static void transpose(real *to, size_t to_stride, const real *from, size_t from_stride, size_t rows, size_t cols) {
+    for (size_t i = 0; i < rows; i += LANES) {
+        const size_t high = min_size(LANES, rows - i);
+        size_t j = 0;
+        if (high == LANES)
+            for (; j + LANES <= cols; j += LANES)
+                transpose_square(to + j * to_stride + i, to_stride, from + i * from_stride + j, from_stride);
+        for (; j < cols; j++)
+            for (size_t r = 0; r < high; r++) to[j * to_stride + i + r] = from[(i + r) * from_stride + j];
+    }
+}
+
+/* panel_b (kc,NR) = op(B)(kc, cols <= NR), zeros in the columns behind. b: element (k,j) of op(B). */
+static void pack_b(View b, size_t kc, size_t cols) {
+    if (cols < NR) memset(panel_b, 0, kc * NR * sizeof(real));
+    if (b.col != 1) {
+        transpose(panel_b, NR, b.p, b.col, cols, kc);
+    } else if (cols == NR) {
+        for (size_t k = 0; k < kc; k++) memcpy(panel_b + k * NR, b.p + k * b.row, NR * sizeof(real));
+    } else {
+        for (size_t k = 0; k < kc; k++) memcpy(panel_b + k * NR, b.p + k * b.row, cols * sizeof(real));
+    }
+}
+
+/* Copies a block of op(A), rows <= MC by kc, into block_a, so that the micro kernel walks through few pages and no two
+ * rows fight for one place in the cache. Rows stay rows; a transposed A becomes panels of MR columns. */
+static View pack_a(View a, size_t rows, size_t kc) {
+    View packed = {block_a, KC, 1};
+    if (a.col == 1) {
+        for (size_t i = 0; i < rows; i++) memcpy(block_a + i * KC, a.p + i * a.row, kc * sizeof(real));
+    } else {
+        packed.row = 1;
+        packed.col = MR;
+        for (size_t i = 0; i < rows; i += MR) {
+            const size_t width = min_size(MR, rows - i);
+            real *to = block_a + i * KC;
+            if (width == MR)
+                for (size_t k = 0; k < kc; k++) memcpy(to + k * MR, a.p + k * a.col + i, MR * sizeof(real));
+            else
+                for (size_t k = 0; k < kc; k++) memcpy(to + k * MR, a.p + k * a.col + i, width * sizeof(real));
+        }
+    }
+    return packed;
+}
+
+/* ---- Blocks and tiles ---- */
+
+/* One panel: C (rows, cols <= NR) = or += A (rows,kc) b (kc, row stride ldb). a_step: from one MR rows to the next.
+ * Where the panel is narrower than its vectors the sums go through a small tile on the stack. */
+static void panel_product(size_t rows, size_t cols, size_t kc, View a, size_t a_step, const real *b, size_t ldb,
+                          int add, real *c, size_t ldc) {
+    const int vecs = cols <= LANES ? 1 : NV;
+    for (size_t i = 0; i < rows; i += MR, a.p += a_step, c += MR * ldc) {
+        const int high = (int)min_size(MR, rows - i);
+        if (cols == (size_t)vecs * LANES) {
+            micro_tile(high, vecs, kc, a, b, ldb, add, c, ldc);
+            continue;
+        }
+        real tile[MR * NR];
+        micro_tile(high, vecs, kc, a, b, ldb, 0, tile, NR);
+        for (int r = 0; r < high; r++)
+            for (size_t j = 0; j < cols; j++) {
+                real *to = c + (size_t)r * ldc + j;
+                *to = add ? *to + tile[r * NR + (int)j] : tile[r * NR + (int)j];
+            }
+    }
+}
+
+/* C (rows <= MC, cols) = or += A (rows, kc <= KC) B (kc, cols) */
+static void block_product(size_t rows, size_t cols, size_t kc, View a, View b, int add, real *c, size_t ldc) {
+    size_t a_step = MR * a.row;
+    if (cols > (PACK_A_PANELS - 1) * NR && rows > MR) {
+        a = pack_a(a, rows, kc);
+        a_step = MR * KC; /* both kinds of packed panel are MR*KC long */
+    }
+    for (size_t j = 0; j < cols; j += NR, b.p += NR * b.col) {
+        const size_t width = min_size(NR, cols - j);
+        if (b.col == 1 && rows <= MR && (width == NR || width == LANES)) { /* read once: no use in packing */
+            panel_product(rows, width, kc, a, a_step, b.p, b.row, add, c + j, ldc);
+        } else {
+            pack_b(b, kc, width);
+            panel_product(rows, width, kc, a, a_step, panel_b, NR, add, c + j, ldc);
+        }
+    }
+}
+
+/* ---- The product ---- */
+
+typedef struct {
+    size_t M, N, K;
+    View a, b; /* op(A), op(B) */
+    int accumulate;
+    real *c;
+    size_t ldc;
+    size_t rows, cols, down, tiles; /* of a tile; tiles in a column of tiles; tiles in all */
+} Product;
+
+static size_t ceil_div(size_t a, size_t b) {
+    return (a + b - 1) / b;
+}
+
+/* Tiles of MC x NC, halved along the longer side until every thread has several or they become too small. */
+static void choose_tiles(Product *p, size_t threads) {
+    p->rows = min_size(p->M, MC);
+    p->cols = min_size(p->N, NC);
+    for (;;) {
+        const size_t across = ceil_div(p->N, p->cols);
+        p->down = ceil_div(p->M, p->rows);
+        p->tiles = p->down * across;
+        p->rows = min_size(p->rows, round_up(ceil_div(p->M, p->down), MR)); /* equal heights, not one thin rest */
+        p->cols = min_size(p->cols, round_up(ceil_div(p->N, across), NR));
+        if (threads == 1 || p->tiles >= TILES_PER_THREAD * threads) return;
+        if ((double)p->rows * (double)p->cols * (double)p->K < (double)SMALL_WORK) return;
+        if (p->rows > p->cols && p->rows > MR)
+            p->rows = round_up(p->rows / 2, MR);
+        else if (p->cols > NR)
+            p->cols = round_up(p->cols / 2, NR);
+        else
+            return;
+    }
+}
+
+/* One tile of C, K in pieces of KC. Tiles that follow each other share their columns of B. */
+static void tile_product(const Product *p, size_t tile) {
+    const size_t i = tile % p->down * p->rows, j = tile / p->down * p->cols;
+    const size_t rows = min_size(p->rows, p->M - i), cols = min_size(p->cols, p->N - j);
+    View a = p->a, b = p->b;
+    a.p += i * a.row;
+    b.p += j * b.col;
+    for (size_t k = 0; k < p->K; k += KC, a.p += KC * a.col, b.p += KC * b.row)
+        block_product(rows, cols, min_size(KC, p->K - k), a, b, p->accumulate || k > 0, p->c + i * p->ldc + j, p->ldc);
+}
+
+static void clear(real *C, size_t M, size_t N, size_t ldc) {
+    for (size_t i = 0; i < M; i++) memset(C + i * ldc, 0, N * sizeof(real));
+}
+
+/* How many threads a product is worth: 1 when it is small or when all threads are busy already. */
+static int threads_for(size_t M, size_t N, size_t K) {
+    if ((double)(M + MR) * (double)N * (double)K < (double)SMALL_WORK) return 1; /* MR: the cost of packing B */
+#ifdef _OPENMP
+    if (omp_in_parallel()) return 1;
+#endif
+    return threads_get();
+}
+
+void gemm(int trans_a, int trans_b, size_t M, size_t N, size_t K, const real *A, size_t lda, const real *B, size_t ldb,
+          int accumulate, real *C, size_t ldc) {
+    if (M == 0 || N == 0) return;
+    if (K == 0) {
+        if (!accumulate) clear(C, M, N, ldc);
+        return;
+    }
+    const int threads = threads_for(M, N, K);
+    const View a = {A, trans_a ? 1 : lda, trans_a ? lda : 1}, b = {B, trans_b ? 1 : ldb, trans_b ? ldb : 1};
+    Product p = {M, N, K, a, b, accumulate, C, ldc, 0, 0, 0, 0};
+    choose_tiles(&p, (size_t)threads);
+    if (threads == 1 || p.tiles == 1) {
+        for (size_t t = 0; t < p.tiles; t++) tile_product(&p, t);
+        return;
+    }
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+    for (size_t t = 0; t < p.tiles; t++) tile_product(&p, t);
+}

@@ -1,0 +1,592 @@
+/* imagebart.h - the map of the code, in the order in which data flows through it.
+ *
+ *     image -> data.c -> vqgan.c -> tokens -> diffusion.c (noise)
+ *           -> transformer.cu (denoise) -> tokens -> vqgan.c -> image
+ *
+ * One section per file. Read them in this order; each file's top comment says what it owns:
+ *
+ *     1. base.c          error values, memory, random streams, threads
+ *     2. gemm.c          the one matrix product everything stands on
+ *     3. checkpoint.c    named tensors: parameter tables, safetensors in and out, flat configurations
+ *     4. data.c          images in, batches, the token cache, image grids out
+ *     5. vqgan.c         first stage: image <-> tokens
+ *     6. transformer.cu  one reverse transition p(x_{t-1} | x_t), its losses, optimizer and EMA
+ *     7. diffusion.c     the Markov chain: schedules, noise, posterior, sampling over scales, named models
+ *     8. cli.c           what the three programs share: options, progress, pictures in a terminal
+ *
+ * Names: B batch, N = h*w tokens of a grid (row-major), T number of scales, t in 1..T a scale, K token values,
+ * C channels, H W image height and width in pixels, h w grid height and width in tokens. x_0 are the data tokens,
+ * x_t the t times noised ones. Arrays are row-major, shapes are written (outer,...,inner).
+ *
+ * Rules that hold for every function here:
+ *   - Err is OK or FAILED; after FAILED err_text() says what, where, what was found and what was expected.
+ *   - Nothing below the programs prints or exits. Nothing allocates between a plan call and the next.
+ *   - x_backward accumulates (+=) into parameter gradients and overwrites gradients of activations.
+ *   - Results do not depend on the number of threads.
+ *
+ * Paper: Esser, Rombach, Blattmann, Ommer, "ImageBART", NeurIPS 2021, arXiv 2108.08827. */
+#ifndef IMAGEBART_H
+#define IMAGEBART_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* ------------------------------------------------------------------------------------------------------------
+ * 1. base.c: error values, memory, random streams, threads
+ * ---------------------------------------------------------------------------------------------------------- */
+
+/* The arithmetic type. Component files compile with float (default) or with -DREAL_DOUBLE for gradient checks. */
+#ifdef REAL_DOUBLE
+typedef double real;
+#else
+typedef float real;
+#endif
+
+typedef int Err;
+enum { OK = 0, FAILED = 1 };
+
+#if defined(__GNUC__)
+#define PRINTF_LIKE(f, a) __attribute__((format(printf, f, a)))
+#else
+#define PRINTF_LIKE(f, a)
+#endif
+
+/* Set this thread's error text (one line, at most ERR_MAX-1 bytes, control characters are replaced); FAILED. */
+enum { ERR_MAX = 1024 };
+Err err(const char *fmt, ...) PRINTF_LIKE(1, 2);
+/* Put "where: " in front of the present text, to say in which file or option it happened; FAILED. */
+Err err_in(const char *where);
+/* The text of the last error in this thread; "" if none. */
+const char *err_text(void);
+#define TRY(call)                                                                                                    \
+    do {                                                                                                             \
+        if ((call) != OK) return FAILED;                                                                             \
+    } while (0)
+
+/* *out = zeroed memory for count elements of size bytes, 64-byte aligned; release with free(). Overflow of the
+ * product and lack of memory are errors that name what it was for and how much was asked. count = 0 gives a valid
+ * pointer. */
+Err mem_alloc(void *out_pointer, size_t count, size_t size, const char *what);
+/* *out = a*b or an error */
+Err size_mul(size_t *out, size_t a, size_t b);
+
+/* Philox4x32-10 (Salmon et al. 2011): out = f(key = seed, counter = (stream, index)). Stateless: any number of a
+ * stream can be asked for in any order, so results depend neither on threads nor on batch order. */
+void philox(uint32_t out[4], uint64_t seed, uint64_t stream, uint64_t index);
+
+/* Purposes of streams. rng_stream(purpose, a, b) names one: a < 2^24 and b < 2^32 (e.g. scale and sample). */
+typedef enum {
+    RNG_INIT = 1, /* a = row of the parameter table */
+    RNG_ORDER,    /* a = epoch: order of the training examples */
+    RNG_CROP,     /* a = epoch, b = example: random crop and flip */
+    RNG_NOISE,    /* training noise: a = t, b = step */
+    RNG_SCALE,    /* joint training: which t at a step */
+    RNG_START,    /* sampling: x_T, b = sample */
+    RNG_SAMPLE,   /* sampling: a = t and repeat, b = sample; index = position */
+    RNG_RENOISE,  /* chains: noise between repeats, a = t and repeat, b = sample */
+    RNG_UNKNOWN,  /* tokens of codes outside the remap table, b = image */
+    RNG_CODES,    /* which latents replace dead codes, a = 0, b = step */
+    RNG_TEST      /* tests */
+} RngPurpose;
+uint64_t rng_stream(RngPurpose purpose, uint64_t a, uint64_t b);
+double rng_uniform(uint64_t seed, uint64_t stream, uint64_t index);                 /* [0,1), 53 bits */
+double rng_normal(uint64_t seed, uint64_t stream, uint64_t index);                  /* N(0,1), Box-Muller */
+uint32_t rng_below(uint64_t seed, uint64_t stream, uint64_t index, uint32_t below); /* 0..below-1, below >= 1 */
+
+/* Threads of every parallel loop; n = 0: as many as the machine has. Without OpenMP always 1. */
+void threads_set(int n);
+int threads_get(void);
+
+/* ------------------------------------------------------------------------------------------------------------
+ * 2. gemm.c: the one matrix product
+ * ---------------------------------------------------------------------------------------------------------- */
+
+/* C = op(A) op(B) (+ C if accumulate).  Row-major; ld* are row strides in elements.
+ *   op(A) (M,K): A is (M,K), or (K,M) when trans_a;   op(B) (K,N): B is (K,N), or (N,K) when trans_b
+ *   C     (M,N) overwritten, or added to when accumulate != 0
+ * Empty M or N does nothing; K = 0 zeroes C (or leaves it, when accumulating). No aliasing of C with A or B.
+ * The order of additions for an element of C is fixed by K alone: any thread count gives the same bits. Called
+ * from inside a parallel region it runs on the calling thread alone, with the same bits. Cannot fail. */
+void gemm(int trans_a, int trans_b, size_t M, size_t N, size_t K, const real *A, size_t lda, const real *B,
+          size_t ldb, int accumulate, real *C, size_t ldc);
+
+/* ------------------------------------------------------------------------------------------------------------
+ * 3. checkpoint.c: named tensors
+ * ---------------------------------------------------------------------------------------------------------- */
+
+/* ---- Flat configurations: the official YAML files as "dotted.key value" strings; a file's __metadata__ ---- */
+typedef struct {
+    char *key, *value;
+} KeyValue;
+typedef struct {
+    KeyValue *kv;
+    size_t n, capacity;
+} Config;
+Err config_set(Config *c, const char *key, const char *fmt, ...) PRINTF_LIKE(3, 4); /* replaces or appends */
+const char *config_get(const Config *c, const char *prefix, const char *key);       /* prefix+key; NULL: absent */
+/* A whole number in lo..hi. Absent: *out is left alone when optional, an error that names the key when not. */
+Err config_size(size_t *out, const Config *c, const char *prefix, const char *key, size_t lo, size_t hi, int optional);
+Err config_real(double *out, const Config *c, const char *prefix, const char *key, double lo, double hi, int optional);
+Err config_flag(int *out, const Config *c, const char *prefix, const char *key, int optional); /* true | false */
+/* "1,1,2,4" -> out[0..*n-1], at most max of them; "-" is an empty list. */
+Err config_list(size_t *out, size_t *n, size_t max, const Config *c, const char *prefix, const char *key, int optional);
+Err config_read(Config *c, const char *path); /* a text file of "key value" lines */
+void config_free(Config *c);
+
+/* ---- Files ---- */
+typedef enum { DT_F64, DT_F32, DT_F16, DT_BF16, DT_I64, DT_I32, DT_I16, DT_I8, DT_U8, DT_BOOL, DT_COUNT } Dtype;
+size_t dtype_size(Dtype d);
+const char *dtype_name(Dtype d); /* "F32", ... as safetensors spells it */
+
+enum { TENSOR_DIMS = 8, NAME_MAX_BYTES = 160 };
+typedef struct {
+    char name[NAME_MAX_BYTES];
+    Dtype dtype;
+    int ndim;
+    size_t dim[TENSOR_DIMS], size; /* size = product of dim, elements */
+    const void *data;              /* reading: into the mapped file, maybe unaligned; writing: the caller's */
+} Tensor;
+
+typedef struct {
+    Tensor *tensor; /* sorted by name */
+    size_t n;
+    Config meta; /* __metadata__ */
+    void *map;
+    size_t map_bytes;
+    char path[1024];
+} Checkpoint;
+
+/* Maps a safetensors file and checks all of it: header length, JSON, names unique, dtypes known, shape product =
+ * byte length, no overlap, no gap, no tail. Errors name the file. */
+Err checkpoint_open(Checkpoint *ck, const char *path);
+void checkpoint_close(Checkpoint *ck); /* safe on a zeroed struct */
+const Tensor *checkpoint_find(const Checkpoint *ck, const char *name); /* NULL: no such tensor */
+/* out[0..size-1] = the tensor, converted; an error names the tensor if it is missing or its shape differs.
+ * ndim < 0: any shape with `size` elements. */
+Err checkpoint_reals(const Checkpoint *ck, const char *name, int ndim, const size_t *dim, size_t size, real *out);
+Err checkpoint_ints(const Checkpoint *ck, const char *name, size_t size, int32_t *out); /* from I64 I32 I16 U8; range-checked */
+void tensor_to_reals(const Tensor *x, real *out);       /* any dtype -> real; x->size elements */
+/* Writes a safetensors file atomically: temporary name, flush, rename. Source data is `real` where from_real[i],
+ * converted to tensor[i].dtype (F32, F16 or BF16 round to nearest even); else raw bytes of that dtype. */
+Err checkpoint_write(const char *path, const Tensor *tensor, const int *from_real, size_t n, const Config *meta);
+/* 64-bit FNV-1a over a file's bytes: tells which VQGAN made a token cache. */
+Err file_checksum(uint64_t *out, const char *path);
+/* Atomic writing for any file: open a temporary beside path, write, then commit (flush, fsync, rename) or abandon
+ * (remove). */
+typedef struct {
+    void *file; /* FILE* */
+    char path[1024], temporary[1040];
+} AtomicFile;
+Err atomic_open(AtomicFile *f, const char *path);
+Err atomic_write(AtomicFile *f, const void *data, size_t bytes);
+Err atomic_commit(AtomicFile *f);
+void atomic_abandon(AtomicFile *f); /* safe after a failure or twice */
+
+/* ---- Parameter tables: one row per tensor of a model; allocation, init, load, save, decay, optimizer, EMA and
+ * gradient checks loop over the rows and nothing else knows names or order. ---- */
+typedef enum { INIT_ZERO, INIT_ONE, INIT_NORMAL, INIT_UNIFORM } Init;
+typedef struct {
+    char name[NAME_MAX_BYTES]; /* official state-dict name, without the model's prefix */
+    int ndim;
+    size_t dim[4], size;
+    Init init;
+    double scale;   /* standard deviation of INIT_NORMAL, half width of INIT_UNIFORM */
+    double decay;   /* AdamW weight decay of this tensor */
+    int untrained;  /* never receives a gradient: the optimizer skips it altogether, as PyTorch does */
+    real *value, *grad, *m, *v, *ema; /* each NULL until planned */
+} Param;
+typedef struct {
+    Param *row;
+    size_t n, capacity;
+    size_t total;      /* elements of one arena, padding included */
+    real *arena[5];    /* value, grad, m, v, ema: one allocation each */
+} Params;
+enum { PLAN_VALUE = 1, PLAN_GRAD = 2, PLAN_ADAM = 4, PLAN_EMA = 8 };
+/* Appends a row; *index = its number (rows may move while the table grows: keep numbers, not pointers). */
+Err params_add(Params *p, size_t *index, Init init, double scale, double decay, int ndim, const size_t *dim,
+               const char *fmt, ...) PRINTF_LIKE(8, 9);
+Err params_plan(Params *p, int what); /* allocates what is asked for and not yet there */
+void params_init(Params *p, uint64_t seed);      /* values from their Init rule, stream RNG_INIT; EMA = values */
+void params_zero_grad(Params *p);
+size_t params_count(const Params *p);            /* elements without padding */
+double params_grad_norm(const Params *p);        /* L2 norm over all rows, summed in fixed order in double */
+void params_swap_ema(Params *p);                 /* exchanges value and ema: twice is nothing */
+/* value[row] = tensor prefix+name; every row must be there with its exact shape. ema: read "ema_prefix" + name
+ * without dots instead (SPEC section 6). into_ema: fill Param.ema rather than Param.value. */
+Err params_load(Params *p, const Checkpoint *ck, const char *prefix);
+Err params_load_ema(Params *p, const Checkpoint *ck, const char *ema_prefix, int into_ema);
+/* Tensors for checkpoint_write: value / ema / m / v of every row (which = offset into Param: 'v' value, 'e' ema under
+ * its own name, '1' m, '2' v), named prefix+name. Appends to *list (capacity grows). */
+typedef struct {
+    Tensor *tensor;
+    int *from_real;
+    size_t n, capacity;
+} TensorList;
+Err tensor_list_params(TensorList *list, const Params *p, char which, const char *prefix, Dtype dtype);
+Err tensor_list_add(TensorList *list, const char *name, Dtype dtype, int ndim, const size_t *dim, const void *data,
+                    int from_real);
+void tensor_list_free(TensorList *list);
+void params_free(Params *p);
+
+/* ------------------------------------------------------------------------------------------------------------
+ * 4. data.c: images in, batches, the token cache, image grids out
+ * ---------------------------------------------------------------------------------------------------------- */
+typedef struct {
+    size_t H, W;
+    uint8_t *rgb; /* (H,W,3) */
+} Image;
+enum { IMAGE_MAX_SIDE = 32768 };
+/* PNG or JPEG, told by content. Grey, palette, 16-bit, CMYK/YCCK become 8-bit RGB; alpha is composited on white;
+ * EXIF orientation is applied. Truncated or foreign content is an error that names the file. */
+Err image_read(Image *im, const char *path);
+Err image_read_gray(Image *im, const char *path); /* masks: rgb holds (H,W) grey values; alpha over black */
+/* Atomic. text: tEXt/iTXt chunks (seed, model, options). */
+Err image_write_png(const char *path, const Image *im, const Config *text);
+void image_free(Image *im);
+typedef enum {
+    FILTER_NEAREST, /* source pixel floor(i*in/out) */
+    FILTER_LINEAR,  /* OpenCV INTER_LINEAR: no antialias, exact 2:1 is a 2x2 mean */
+    FILTER_BICUBIC  /* Pillow BICUBIC: antialiased, a = -0.5 */
+} Filter;
+Err image_resize(Image *out, const Image *in, size_t H, size_t W, Filter filter);
+
+/* The official preprocessing of each dataset (SPEC section 10). */
+typedef enum {
+    PREP_FOLDER,   /* ours, for any folder: centre square, antialiased bicubic */
+    PREP_FFHQ,     /* short side to size by FILTER_LINEAR, centre crop, no flip */
+    PREP_IMAGENET, /* the same; training takes a random crop */
+    PREP_LSUN      /* centre square, then FILTER_BICUBIC; training flips at random */
+} Prep;
+/* out (3,size,size) = the picture in [-1,1] (u8/127.5 - 1). u_crop_y, u_crop_x in [0,1): where a random crop lies
+ * (PREP_IMAGENET in training; pass -1 for a centre crop); flip: mirror left-right. */
+Err image_prepare(real *out, const Image *im, Prep prep, size_t size, double u_crop_y, double u_crop_x, int flip);
+/* (n,3,H,W) in [-1,1] -> one picture, `columns` wide, `gap` white pixels between; official u8 truncation
+ * (255*clip((x+1)/2,0,1)). */
+Err image_grid(Image *out, const real *images, size_t n, size_t H, size_t W, size_t columns, size_t gap);
+
+/* A set of labelled picture files. */
+typedef struct {
+    size_t n, n_classes;
+    char **path;        /* sorted by name */
+    int32_t *label;     /* index into class_name; 0 everywhere if there are no sub-folders */
+    char **class_name;  /* sub-folder names, sorted; n_classes = 0: unlabelled */
+} Dataset;
+typedef enum { SPLIT_ALL, SPLIT_TRAIN, SPLIT_VAL } Split;
+/* path: a folder (searched recursively; its sub-folders are the classes) or a text file with one picture path a line
+ * (relative to the list's folder). If the folder holds train/ and val/ these are the split; else every picture whose
+ * name hashes into 1 of 20 is held out. An empty set is an error. */
+Err dataset_open(Dataset *d, const char *path, Split split);
+void dataset_close(Dataset *d);
+/* order[0..n-1] = the permutation of epoch `epoch` under `seed`. */
+void epoch_order(uint32_t *order, size_t n, uint64_t seed, uint64_t epoch);
+
+/* Batches read ahead by one thread. Step s takes examples s*B .. s*B+B-1 of the endless sequence of epochs. */
+typedef struct Loader Loader;
+typedef struct {
+    Prep prep;
+    size_t B, size;      /* batch, pixels a side */
+    uint64_t seed, step; /* first step to deliver: resuming needs no other state */
+    int train;           /* shuffle, random crop of the preset */
+    int flip;            /* mirror half of the training pictures */
+} LoaderConfig;
+Err loader_start(Loader **l, const Dataset *d, const LoaderConfig *c);
+/* The next batch: images (B,3,size,size), labels (B); valid until the next call. */
+Err loader_next(Loader *l, const real **images, const int32_t **labels);
+void loader_stop(Loader *l); /* NULL is fine */
+
+/* A dataset encoded once. File: magic, sizes, checksum of the VQGAN, labels, then 16-bit tokens (n, flips, N). */
+typedef struct {
+    size_t n, h, w, K, flips; /* flips: 1 as they are, 2 also mirrored */
+    uint64_t vqgan;           /* file_checksum of the first stage */
+    uint64_t source;          /* hash of the dataset's paths and preprocessing */
+    int32_t *label;           /* (n) */
+    uint16_t *token;          /* (n, flips, h*w) */
+} Tokens;
+Err tokens_write(const char *path, const Tokens *x);
+Err tokens_read(Tokens *x, const char *path);
+void tokens_free(Tokens *x);
+
+/* ------------------------------------------------------------------------------------------------------------
+ * 5. vqgan.c: first stage, image <-> tokens (SPEC section 8; Esser et al. 2021, "Taming Transformers")
+ * ---------------------------------------------------------------------------------------------------------- */
+enum { VQ_LEVELS = 8 };
+typedef struct { /* the official ddconfig and quantiser settings, under their official names */
+    size_t ch, levels, ch_mult[VQ_LEVELS], num_res_blocks;
+    size_t n_attn, attn_resolutions[VQ_LEVELS], resolution; /* attention where resolution/2^level is listed */
+    size_t in_channels, out_ch, z_channels, embed_dim, n_embed;
+    size_t re_embed; /* entries of the remap table `used`; 0: no remapping */
+    int tanh_out;    /* the official code ignores it: see vqgan_create */
+    int legacy;      /* 1 (official default): beta multiplies the codebook term; 0: the commitment term */
+    double beta;     /* 0.25 */
+} VqganConfig;
+Err vqgan_config_read(VqganConfig *c, const Config *from, const char *prefix); /* prefix e.g. "model.params." */
+Err vqgan_config_write(Config *to, const VqganConfig *c, const char *prefix);
+
+typedef struct Vqgan Vqgan;
+/* Builds the network and its parameter table (values are not allocated: params_plan). honour_tanh: apply tanh_out,
+ * which the official decoder swallows silently. */
+Err vqgan_create(Vqgan **v, const VqganConfig *c, int honour_tanh);
+void vqgan_free(Vqgan *v);
+const VqganConfig *vqgan_config(const Vqgan *v);
+Params *vqgan_params(Vqgan *v);
+size_t vqgan_K(const Vqgan *v); /* token values: re_embed or n_embed */
+/* Parameters and, with re_embed, quantize.used from a checkpoint, names prefixed ("" or "first_stage_model."). */
+Err vqgan_load(Vqgan *v, const Checkpoint *ck, const char *prefix);
+const int32_t *vqgan_used(const Vqgan *v); /* (re_embed) or NULL */
+/* Sizes activations for batches up to B of pictures up to HxW (multiples of 2^(levels-1)); train: keep what backward
+ * needs. One allocation; call again to change. */
+Err vqgan_plan(Vqgan *v, size_t B, size_t H, size_t W, int train);
+
+/* images (B,in_channels,H,W) -> prequant (B,embed_dim,h,w) or NULL, raw (B,h*w) codebook entries or NULL, tokens
+ * (B,h*w) remapped or NULL. A code outside `used` becomes a random token drawn from RNG_UNKNOWN under seed. */
+Err vqgan_encode(Vqgan *v, const real *images, size_t B, size_t H, size_t W, uint64_t seed, real *prequant,
+                 int32_t *raw, int32_t *tokens);
+/* z (B,embed_dim,h,w): nearest codebook entries of given latents, then as above. */
+Err vqgan_quantize(Vqgan *v, const real *z, size_t B, size_t h, size_t w, uint64_t seed, int32_t *raw, int32_t *tokens);
+/* tokens (B,h*w) -> z (B,embed_dim,h,w), the codebook entries; a token outside 0..K-1 is an error. */
+Err vqgan_lookup(Vqgan *v, const int32_t *tokens, size_t B, size_t h, size_t w, real *z);
+/* z (B,embed_dim,h,w) -> images (B,out_ch,H,W), not clamped. */
+Err vqgan_decode(Vqgan *v, const real *z, size_t B, size_t h, size_t w, real *images);
+Err vqgan_decode_tokens(Vqgan *v, const int32_t *tokens, size_t B, size_t h, size_t w, real *images);
+
+/* Training. forward: image -> quantise straight through -> reconstruction. *xrec (B,out_ch,H,W) points into the
+ * activations; *codebook_loss as the official quantiser (mean over all elements).
+ * backward: from dxrec (B,out_ch,H,W) and the weight of the codebook loss to every parameter's grad (+=) and to dimage
+ * (B,in_channels,H,W; overwritten; may be NULL). */
+Err vqgan_forward(Vqgan *v, const real *images, size_t B, size_t H, size_t W, const real **xrec, double *codebook_loss);
+Err vqgan_backward(Vqgan *v, const real *dxrec, double codebook_weight, real *dimage);
+/* What the last forward saw: latents z and straight-through z_q (B,embed_dim,h,w), raw codes (B,h*w). */
+void vqgan_latents(const Vqgan *v, const real **z, const real **zq_st, const int32_t **raw);
+/* l1 = mean|x-xrec|, l2 = mean (x-xrec)^2; dxrec (n) = w1 dl1 + w2 dl2 (overwritten; may be NULL). */
+void image_loss(const real *x, const real *xrec, size_t n, double w1, double w2, double *l1, double *l2, real *dxrec);
+/* Every codebook entry with usage[code] = 0 becomes a latent of the last forward, picked by RNG_CODES; its Adam moments
+ * and EMA follow. Returns how many. Without it most of a codebook trained from scratch stays unused. */
+size_t vqgan_restart_codes(Vqgan *v, const uint32_t *usage, uint64_t seed, uint64_t step);
+
+/* ------------------------------------------------------------------------------------------------------------
+ * 6. transformer.cu: one reverse transition p(x_{t-1} | x_t) (paper section 3.2; SPEC sections 1, 2, 4, 6, 7, 14)
+ * ---------------------------------------------------------------------------------------------------------- */
+enum { MAX_SCALES = 64 };
+typedef enum { NET_X, NET_GPT } NetKind; /* encoder-decoder; decoder-only */
+typedef enum { X_PLAIN, X_SCALED, X_FINE_SCALED, X_RESIDUAL, X_RESIDUAL_SCALED } XVariant;
+typedef struct {
+    NetKind kind;
+    XVariant variant;     /* NET_X only */
+    int n_scales;         /* T: rows of log_scalors */
+    int has_class;        /* prompt is (t, class) rather than (t) */
+    size_t dim;           /* n_embd */
+    size_t enc_num_tokens, enc_depth, enc_heads, enc_max_seq_len; /* NET_X */
+    size_t dec_num_tokens, dec_depth, dec_heads, dec_max_seq_len; /* NET_GPT: vocab_size = K, n_layer, n_head, block_size */
+    size_t input_vocab_size, n_unmasked;                          /* NET_GPT */
+    int tie_token_emb;                                            /* NET_X */
+} NetConfig;
+/* From the official keys under prefix + "transformer_config."; has_class from "conditioner_config.target". */
+Err net_config_read(NetConfig *c, const Config *from, const char *prefix);
+Err net_config_write(Config *to, const NetConfig *c, const char *prefix);
+
+typedef struct Transformer Transformer;
+Err transformer_create(Transformer **m, const NetConfig *c);
+void transformer_free(Transformer *m);
+const NetConfig *transformer_config(const Transformer *m);
+Params *transformer_params(Transformer *m);
+/* Per-step alphas alpha[1..T] of the schedule, read by the residual variants (SPEC section 1). */
+void transformer_set_alphas(Transformer *m, const float *alpha);
+/* Sizes activations for batches up to B of N tokens. train: keep what backward needs; else: the KV caches of decoding
+ * and a forward without backward. One allocation; call again to change. */
+Err transformer_plan(Transformer *m, size_t B, size_t N, int train);
+
+/* logits[b,i,:] of p(x_{t-1}[i] | x_{t-1}[<i], x_t). Teacher forcing.
+ *   x (B,N) x_{t-1}; x_t (B,N) (ignored by NET_GPT, may be NULL); t (B) 1..T; label (B) (has_class, else NULL)
+ *   *logits (B,N,K) points into the activations. Tokens, t and labels out of range are errors. */
+Err transformer_forward(Transformer *m, const int32_t *x, const int32_t *x_t, const int32_t *t, const int32_t *label,
+                        size_t B, size_t N, const real **logits);
+/* dlogits (B,N,K) -> grad of every parameter (+=); after transformer_forward under a training plan. */
+Err transformer_backward(Transformer *m, const real *dlogits);
+
+/* The losses (SPEC section 4), each a mean over B*N rows, in nats per token:
+ *   hard = cross entropy of target (R); soft = KL(posterior (R,K) || softmax(logits)); loss = alpha soft + (1-alpha) hard
+ *   dlogits (R,K) = weight * dloss/dlogits, overwritten; may be NULL, may be the logits' own memory
+ *   posterior may be NULL when alpha = 0; then soft is reported as NAN.   R = B*N rows */
+typedef struct {
+    double loss, hard, soft;
+} Loss;
+Err denoising_loss(Loss *out, const real *logits, const int32_t *target, const real *posterior, size_t R, size_t K,
+                   double alpha, double weight, real *dlogits);
+
+/* KV-cached decoding. begin: runs the encoder and the cross-attention keys and values once (NET_X), or feeds the prompt
+ * (NET_GPT: prompt tokens see each other). step i = 0..N-1 in order: prev (B) = x_{t-1}[i-1] (ignored at i = 0);
+ * *logits (B,K) of position i points into the activations. Equal to transformer_forward up to rounding. */
+Err transformer_decode_begin(Transformer *m, const int32_t *x_t, const int32_t *t, const int32_t *label, size_t B, size_t N);
+Err transformer_decode_step(Transformer *m, const int32_t *prev, size_t i, const real **logits);
+
+/* AdamW as PyTorch: p *= 1-lr*decay; m,v moments; bias correction with step = 1,2,...; rows marked untrained are left
+ * alone. grad is read, not cleared. decay comes from each row times `decay_scale`. */
+typedef struct {
+    double lr, beta1, beta2, eps, decay_scale;
+} AdamW;
+void adamw_step(Params *p, const AdamW *o, uint64_t step);
+/* EMA (SPEC section 6): d = min(decay, (1+n)/(10+n)) in float32 with n = num_updates (already incremented);
+ * ema -= (1-d)(ema - value). */
+void ema_update(Params *p, double decay, uint64_t num_updates);
+/* Learning-rate factor at optimizer step n = 0,1,... : linear warm-up, then cosine (SPEC section 7). */
+typedef struct {
+    double lr_start, lr_max, lr_min, warm_up_steps, max_decay_steps;
+} LrSchedule;
+double lr_at(const LrSchedule *s, uint64_t n);
+
+/* ------------------------------------------------------------------------------------------------------------
+ * 7. diffusion.c: the Markov chain over tokens (paper section 3.1; SPEC sections 3 and 5)
+ * ---------------------------------------------------------------------------------------------------------- */
+typedef struct {
+    int T;
+    float beta[MAX_SCALES + 1], alpha[MAX_SCALES + 1], alphacum[MAX_SCALES + 1]; /* index t; beta[0] = 0 */
+} Schedule;
+/* redraw_prob as in the official configs: "geometric", a number, "alphacum:a0,a1,...", "ffhq_bernoulli_PSIM" (T = 2),
+ * "bernoulli_PSIM" (T = 3 or 5), or "curve:FILE": equal steps of a metric curve (two columns: alphacum, metric). */
+Err schedule_make(Schedule *s, const char *redraw_prob, int T);
+/* The metric-spaced rule on n points (alphacum[i], metric[i]), in file order. */
+Err schedule_from_curve(Schedule *s, const double *alphacum, const double *metric, size_t n, int T);
+/* A transition's file: its alphats and alphacum buffers; without them, redraw_prob of its metadata. */
+Err schedule_read(Schedule *s, const Checkpoint *ck, int T);
+
+/* x (n) = one forward step: each token, with probability beta, becomes a uniform draw from 0..K-1. Token i uses index
+ * first+i of the stream. */
+void noise_step(int32_t *x, size_t n, size_t K, double beta, uint64_t seed, uint64_t stream, uint64_t first);
+/* q (R,K) = q(x_{t-1} | x_t, x_0), rows sum to 1 (SPEC section 3, paper eq. 7). */
+void posterior(real *q, const int32_t *x0, const int32_t *xt, size_t R, size_t K, const Schedule *s, int t);
+/* Official order: (logits + guide)/temperature, top_k (ties with the k-th are all kept; 0 or >= K: no cut), softmax.
+ * guide: -1 free, else the one token that is allowed. prob (K) is overwritten; temperature 0 puts all of it on the first
+ * of the largest logits; logits with NaN (or nothing but -inf) make it all NaN. */
+void sample_probs(real *prob, const real *logits, size_t K, int32_t guide, double temperature, size_t top_k);
+/* Index of the first cumulative probability above u; skips zeros. -1 if nothing is above 0. */
+int32_t sample_pick(const real *prob, size_t K, double u);
+
+/* A model: a VQGAN, a schedule and T transitions in one folder. */
+typedef struct {
+    const char *name, *folder, *vqgan, *zip, *schedule, *what; /* what: one line for --list */
+    int T;
+    const char *codes;    /* "548 / 1024" */
+    const char *stand_in; /* the class of the bundled model that comes closest; NULL: any */
+} NamedModel;
+const NamedModel *named_models(size_t *n); /* the table */
+
+typedef struct {
+    char folder[1024];
+    Config meta;       /* of scale 1 */
+    Schedule schedule;
+    Vqgan *vqgan;
+    size_t h, w, K, side; /* token grid, token values, picture side in pixels */
+    size_t n_classes;
+    char **class_name;
+    int loaded;           /* scale whose transition is in memory, 0: none. One at a time. */
+    Transformer *net;
+    int joint;            /* one file for all scales */
+} Model;
+/* name_or_folder: a named model or a folder with vqgan.safetensors and scale1..scaleT.safetensors. *substituted is set
+ * to the named entry when its weights are not installed and the bundled model was opened instead (the caller must say
+ * so); NULL forbids that. */
+Err model_open(Model *m, const char *name_or_folder, const NamedModel **substituted);
+int model_installed(const NamedModel *named);
+/* The folder of a named model ("models/..."); any other name is a folder already. */
+const char *model_folder(const char *name_or_folder);
+Err model_scale(Model *m, int t); /* loads scale t's transition (EMA weights), releases the other */
+void model_close(Model *m);
+/* class name or number -> label; an ambiguous or unknown one is an error that lists what there is. */
+Err model_class(const Model *m, const char *name, int32_t *label);
+
+typedef struct {
+    size_t n;                              /* samples */
+    uint64_t seed, first;                  /* sample b uses the streams of number first+b */
+    double temperature[MAX_SCALES + 1];    /* [t] */
+    size_t top_k[MAX_SCALES + 1];          /* [t]; 0: all */
+    size_t chain[MAX_SCALES + 1];          /* [t] forward-backward repeats, >= 1 */
+    int official_temperature;              /* encoder-decoder scales ignore it, as the official code does */
+    int uncached;                          /* tests: the whole prefix again for every token, no KV cache */
+    const int32_t *label;                  /* (n) or NULL */
+    const int32_t *known;                  /* (n,N) tokens to keep, or NULL */
+    const uint8_t *keep;                   /* (N) 1 = keep */
+    /* called after every token position and every scale; nonzero return stops with an error */
+    int (*progress)(void *context, int t, size_t repeat, size_t done, size_t of);
+    void (*scale_done)(void *context, int t, const int32_t *tokens); /* tokens (n,N) = x_{t-1}; t = T+1: the start x_T */
+    void *context;
+} SampleOptions;
+void sample_defaults(SampleOptions *o, const Model *m);
+/* One reverse step for o->n samples: tokens (n,N) x_t in, x_{t-1} out. repeat numbers the passes of a chain. Plans the
+ * network for decoding. */
+Err sample_scale(Transformer *net, const SampleOptions *o, int t, size_t repeat, size_t N, int32_t *tokens);
+/* The class under which the network of scale 1 finds the kept tokens (N) likeliest: for pictures of unknown class. */
+Err model_guess_class(Model *m, const int32_t *tokens, const uint8_t *keep, uint64_t seed, int32_t *label);
+/* tokens (n,N) = x_0, by ancestral sampling t = T..1 (SPEC section 5), with the guide and chains of inpainting. */
+Err model_sample(Model *m, const SampleOptions *o, int32_t *tokens);
+
+/* ------------------------------------------------------------------------------------------------------------
+ * 8. cli.c: what the three programs share
+ * ---------------------------------------------------------------------------------------------------------- */
+/* One row per option: parsing and --help both read this table. */
+typedef enum { OPT_END, OPT_HEADING, OPT_ARGUMENT, OPT_FLAG, OPT_STRING, OPT_SIZE, OPT_REAL, OPT_U64 } OptionKind;
+typedef struct {
+    OptionKind kind;
+    const char *name;  /* "--steps", "-n"; for OPT_ARGUMENT what the help calls it; for OPT_HEADING its text */
+    const char *value; /* how the help calls the value: "N" */
+    void *out;         /* int (flag), const char * (argument, string), size_t, double, uint64_t; left alone if not given */
+    double lo, hi;     /* range of numbers */
+    const char *help;
+} Option;
+/* Fills every *out. Numbers must parse whole and lie in range. -h and --help print intro and table, exit 0; wrong usage
+ * prints one line and exits 2. */
+void options_parse(int argc, char **argv, const Option *table, const char *intro);
+void die(const char *fmt, ...) PRINTF_LIKE(1, 2);         /* "program: text" on stderr, exit 1 */
+void usage_error(const char *fmt, ...) PRINTF_LIKE(1, 2); /* the same, exit 2 */
+void check(Err e);                                        /* die(err_text()) on FAILED */
+void check_device(const char *device);                    /* "cpu", or NULL for the default; "cuda" where it is built in */
+/* "a,b,c": the first value is for scale T, which is sampled first, and so on down; one value is for all. out[t]. */
+Err parse_per_scale(double *out, int T, const char *list, double lo, double hi, const char *option);
+/* stderr: a line that overwrites itself on a terminal, plain lines elsewhere, one every 10 s at most. */
+void progress_line(const char *fmt, ...) PRINTF_LIKE(1, 2);
+void progress_end(void); /* leaves the last progress line standing */
+double seconds(void);    /* monotonic clock */
+const char *duration(char text[32], double s); /* "1 h 02 min", "3 min 05 s", "4.2 s" */
+/* What ./sample and ./inpaint ask alike, and how both draw. SAMPLING_OPTIONS(a, ...) are the rows of an Option table. */
+typedef struct {
+    const char *model, *out, *class_name, *temperature, *top_k, *device;
+    size_t n, batch, threads;
+    uint64_t seed; /* SEED_NOT_GIVEN: take one from the clock; it is printed and kept in the PNG */
+    int official_temperature, show;
+} SamplingArgs;
+#define SEED_NOT_GIVEN UINT64_MAX
+#define SAMPLING_OPTIONS(a)                                                                                            \
+    {OPT_SIZE, "-n", "COUNT", &(a).n, 1, 4096, "how many pictures"},                                                   \
+        {OPT_STRING, "-o", "OUT.png", &(a).out, 0, 0, "where the picture goes"},                                       \
+        {OPT_U64, "--seed", "N", &(a).seed, 0, 0, "same seed, same pictures (default: from the clock; always printed)"}, \
+        {OPT_STRING, "--class", "NAME|ID", &(a).class_name, 0, 0, "which class, for models that have classes"},        \
+        {OPT_STRING, "--temperature", "T,..", &(a).temperature, 0, 0,                                                  \
+         "per scale, noisiest first, or one for all (default 1; lower is safer)"},                                     \
+        {OPT_STRING, "--top-k", "K,..", &(a).top_k, 0, 0,                                                              \
+         "draw among the K likeliest tokens only; per scale or one\nfor all (default 0: all)"},                        \
+        {OPT_FLAG, "--official-temperature", NULL, &(a).official_temperature, 0, 0,                                    \
+         "as the official code: --temperature acts on the noisiest\nscale only"},                                      \
+        {OPT_SIZE, "--batch", "N", &(a).batch, 1, 4096, "samples computed side by side (memory)"},                     \
+        {OPT_STRING, "--device", "cpu", &(a).device, 0, 0, "where to compute"},                                        \
+        {OPT_SIZE, "--threads", "N", &(a).threads, 0, 4096, "0 (default): all; the result does not depend on it"},     \
+        {OPT_FLAG, "--show", NULL, &(a).show, 0, 0, "draw the result in the terminal too"}
+void sampling_start(SamplingArgs *a, Model *m, const NamedModel **stand_in_for); /* threads, seed, model; dies on error */
+void sampling_options(SampleOptions *o, const SamplingArgs *a, const Model *m);  /* dies on error */
+int sampling_progress(void *context, int t, size_t repeat, size_t done, size_t of); /* SampleOptions.progress */
+/* The options as PNG text, for image_write_png. */
+Err sampling_text(Config *text, const SamplingArgs *a, const Model *m);
+/* images (n,3,side,side) decoded from tokens (n,N), a picture at a time. */
+Err decode_pictures(Model *m, const int32_t *tokens, size_t n, real *images);
+/* Draws a PNG file on stdout: Kitty or iTerm2 graphics where the terminal says it has them, else 24-bit half blocks. */
+Err show_png(const char *path);
+/* SIGINT and SIGTERM set a flag; a second one ends the program at once. */
+void catch_interrupts(void);
+int interrupted(void);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,291 @@
+/* inpaint.c - completes a picture: keeps what a mask keeps and lets the model draw the rest.
+ *
+ * The picture becomes tokens x_0. At every scale the known tokens are forced (the guide of SPEC section 5) and the
+ * others sampled; each scale may run several times, re-noising in between (the paper's forward-backward chains), which
+ * lets known and new parts settle on each other. Options, masks and files; the sampling is model_sample. */
+#include "imagebart.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+typedef struct {
+    const char *image, *mask, *half, *chain_length;
+    size_t window, outside;
+    int no_paste, official_mask;
+} InpaintArgs;
+
+typedef struct {
+    Model model;
+    const SamplingArgs *args;
+    const InpaintArgs *in;
+    size_t side, N;
+    Image picture;    /* (side,side), what is completed */
+    uint8_t *keep;    /* (side,side) 1 = the pixel stays */
+    uint8_t *keep_token; /* (N) */
+    int32_t *known;   /* (n,N) tokens of the picture, once per sample */
+    int32_t *tokens;  /* (n,N) */
+    int32_t *label;   /* (n) */
+    SampleOptions options;
+} Job;
+
+/* ---- the picture and its mask, at the model's resolution ---- */
+
+/* The centre square, scaled to side x side. */
+static Err fit(Image *im, size_t side, Filter filter, size_t channels) {
+    size_t square = im->H < im->W ? im->H : im->W, y0 = (im->H - square) / 2, x0 = (im->W - square) / 2;
+    Image out = {0};
+    for (size_t y = 0; y < square; y++)
+        memmove(im->rgb + y * square * channels, im->rgb + ((y + y0) * im->W + x0) * channels, square * channels);
+    im->H = im->W = square;
+    if (square == side) return OK;
+    TRY(image_resize(&out, im, side, side, filter));
+    image_free(im);
+    *im = out;
+    return OK;
+}
+
+static Err read_picture(Job *job) {
+    TRY(image_read(&job->picture, job->in->image));
+    size_t H = job->picture.H, W = job->picture.W;
+    if (H != job->side || W != job->side)
+        fprintf(stderr, "%s is %zux%zu: its centre square is used at %zux%zu\n", job->in->image, W, H, job->side, job->side);
+    return fit(&job->picture, job->side, FILTER_BICUBIC, 3);
+}
+
+/* Grey values as an RGB picture, so that the same resizing serves; 128 and above keeps. */
+static Err read_mask(Job *job, size_t H, size_t W) {
+    Image mask = {0};
+    size_t side = job->side;
+    TRY(image_read(&mask, job->in->mask));
+    if (!((mask.H == H && mask.W == W) || (mask.H == side && mask.W == side))) {
+        Err e = err("%s: the mask is %zux%zu; expected the picture's size %zux%zu or %zux%zu", job->in->mask, mask.W, mask.H, W,
+                    H, side, side);
+        image_free(&mask);
+        return e;
+    }
+    Err e = fit(&mask, side, FILTER_NEAREST, 3);
+    for (size_t i = 0; e == OK && i < side * side; i++)
+        job->keep[i] = (mask.rgb[3 * i] + mask.rgb[3 * i + 1] + mask.rgb[3 * i + 2]) / 3 >= 128;
+    image_free(&mask);
+    return e;
+}
+
+/* Keeps everything outside (or, with inside = 1, only what is inside) a centred window. */
+static void window_mask(Job *job, size_t size, uint8_t inside) {
+    size_t from = (job->side - size) / 2, to = (job->side + size) / 2;
+    for (size_t y = 0; y < job->side; y++)
+        for (size_t x = 0; x < job->side; x++)
+            job->keep[y * job->side + x] = (y >= from && y < to && x >= from && x < to) == (inside != 0);
+}
+
+static void half_mask(Job *job, const char *half) {
+    int upper = !strcmp(half, "upper"), lower = !strcmp(half, "lower"), left = !strcmp(half, "left");
+    size_t middle = job->side / 2;
+    for (size_t y = 0; y < job->side; y++)
+        for (size_t x = 0; x < job->side; x++)
+            job->keep[y * job->side + x] = upper ? y >= middle : lower ? y < middle : left ? x >= middle : x < middle;
+}
+
+static Err make_mask(Job *job, size_t H, size_t W) {
+    const InpaintArgs *in = job->in;
+    size_t kept = 0;
+    TRY(mem_alloc(&job->keep, job->side * job->side, 1, "mask"));
+    if (in->window >= job->side || in->outside >= job->side)
+        return err("a window of %zu pixels: the picture has %zu", in->window ? in->window : in->outside, job->side);
+    if (in->mask)
+        TRY(read_mask(job, H, W));
+    else if (in->half)
+        half_mask(job, in->half);
+    else
+        window_mask(job, in->window ? in->window : in->outside, in->outside != 0);
+    for (size_t i = 0; i < job->side * job->side; i++) kept += job->keep[i];
+    if (kept == job->side * job->side) return err("the mask keeps everything: nothing to draw (black parts are redrawn)");
+    return OK;
+}
+
+/* A token stays if all its pixels do. The official code asks only its first pixel (nearest neighbour, SPEC section 5). */
+static Err token_mask(Job *job) {
+    size_t cell = job->side / job->model.h, redrawn = 0;
+    TRY(mem_alloc(&job->keep_token, job->N, 1, "token mask"));
+    for (size_t i = 0; i < job->N; i++) {
+        const uint8_t *corner = job->keep + (i / job->model.w) * cell * job->side + (i % job->model.w) * cell;
+        job->keep_token[i] = corner[0];
+        for (size_t p = 0; !job->in->official_mask && p < cell * cell; p++)
+            job->keep_token[i] &= corner[p / cell * job->side + p % cell];
+        redrawn += !job->keep_token[i];
+    }
+    if (redrawn == 0) return err("the mask redraws no token (each is %zux%zu pixels); without --official-mask it would", cell, cell);
+    fprintf(stderr, "%zu of %zu tokens are drawn anew\n", redrawn, job->N);
+    return OK;
+}
+
+/* ---- tokens in, tokens out ---- */
+
+static Err encode_picture(Job *job) {
+    real *image = NULL;
+    size_t side = job->side, n = job->args->n;
+    TRY(mem_alloc(&image, 3 * side, side * sizeof *image, "picture"));
+    TRY(mem_alloc(&job->known, n * job->N, sizeof *job->known, "known tokens"));
+    TRY(mem_alloc(&job->tokens, n * job->N, sizeof *job->tokens, "tokens"));
+    Err e = image_prepare(image, &job->picture, PREP_FOLDER, side, -1, -1, 0);
+    if (e == OK) e = vqgan_plan(job->model.vqgan, 1, side, side, 0);
+    if (e == OK) e = vqgan_encode(job->model.vqgan, image, 1, side, side, job->args->seed, NULL, NULL, job->known);
+    for (size_t b = 1; e == OK && b < n; b++) memcpy(job->known + b * job->N, job->known, job->N * sizeof *job->known);
+    free(image);
+    return e;
+}
+
+/* --class, else the name of the picture's folder if that is a class, else what the known part looks like. */
+static Err choose_class(Job *job) {
+    const SamplingArgs *a = job->args;
+    int32_t label = -1;
+    char folder[256] = "";
+    if (job->model.n_classes == 0) return a->class_name ? model_class(&job->model, a->class_name, &label) : OK;
+    TRY(mem_alloc(&job->label, a->n, sizeof *job->label, "classes"));
+    const char *end = strrchr(job->in->image, '/'), *start = end;
+    while (start && start > job->in->image && start[-1] != '/') start--;
+    if (end && (size_t)(end - start) < sizeof folder) memcpy(folder, start, (size_t)(end - start));
+    for (size_t i = 0; i < job->model.n_classes; i++)
+        if (!strcmp(job->model.class_name[i], folder)) label = (int32_t)i;
+    if (a->class_name)
+        TRY(model_class(&job->model, a->class_name, &label));
+    else if (label < 0)
+        TRY(model_guess_class(&job->model, job->known, job->keep_token, a->seed, &label));
+    fprintf(stderr, "class %s%s\n", job->model.class_name[label], a->class_name ? "" : " (--class chooses another)");
+    for (size_t b = 0; b < a->n; b++) job->label[b] = label;
+    return OK;
+}
+
+static int progress(void *context, int t, size_t repeat, size_t done, size_t of) {
+    return sampling_progress(&((Job *)context)->options, t, repeat, done, of);
+}
+
+/* Official defaults: three passes per scale for geometric schedules, else five, and one for the noisiest. */
+static void chain_lengths(Job *job) {
+    double length[MAX_SCALES + 1];
+    int T = job->model.schedule.T;
+    const char *redraw = config_get(&job->model.meta, "model.params.", "redraw_prob");
+    int geometric = redraw && !strcmp(redraw, "geometric");
+    for (int t = 1; t <= T; t++) length[t] = geometric ? 3 : t == T ? 1 : 5;
+    if (job->in->chain_length && parse_per_scale(length, T, job->in->chain_length, 1, 1000, "--chain-length") != OK)
+        usage_error("%s", err_text());
+    for (int t = 1; t <= T; t++) job->options.chain[t] = (size_t)length[t];
+}
+
+static Err draw_tokens(Job *job) {
+    const SamplingArgs *a = job->args;
+    job->options.keep = job->keep_token;
+    job->options.progress = progress;
+    job->options.context = job;
+    for (size_t first = 0; first < a->n; first += a->batch) {
+        job->options.first = first;
+        job->options.n = a->n - first < a->batch ? a->n - first : a->batch;
+        job->options.known = job->known + first * job->N;
+        job->options.label = job->label ? job->label + first : NULL;
+        TRY(model_sample(&job->model, &job->options, job->tokens + first * job->N));
+    }
+    progress_end();
+    return OK;
+}
+
+/* ---- the result: each sample beside the others, the kept pixels put back exactly ---- */
+
+static void paste(const Job *job, Image *im, size_t n, size_t columns, size_t gap) {
+    size_t side = job->side, step = side + gap;
+    for (size_t b = 0; b < n; b++)
+        for (size_t i = 0; i < side * side; i++) {
+            if (!job->keep[i]) continue;
+            size_t y = b / columns * step + i / side, x = b % columns * step + i % side;
+            memcpy(im->rgb + 3 * (y * im->W + x), job->picture.rgb + 3 * i, 3);
+        }
+}
+
+static Err write_result(Job *job) {
+    size_t n = job->args->n, columns = n < 8 ? n : 8, gap = n > 1 ? 2 : 0, pixels = 3 * job->side * job->side;
+    real *images = NULL;
+    Image im = {0};
+    Config text = {0};
+    TRY(mem_alloc(&images, n, pixels * sizeof *images, "pictures"));
+    Err e = decode_pictures(&job->model, job->tokens, n, images);
+    if (e == OK) e = image_grid(&im, images, n, job->side, job->side, columns, gap);
+    if (e == OK && !job->in->no_paste) paste(job, &im, n, columns, gap);
+    if (e == OK) e = sampling_text(&text, job->args, &job->model);
+    if (e == OK) e = config_set(&text, "inpainted", "%s", job->in->image);
+    if (e == OK) e = image_write_png(job->args->out, &im, &text);
+    image_free(&im);
+    config_free(&text);
+    free(images);
+    return e;
+}
+
+static void inpaint(SamplingArgs *a, const InpaintArgs *in) {
+    Job job;
+    const NamedModel *missing;
+    memset(&job, 0, sizeof job);
+    job.args = a;
+    job.in = in;
+    sampling_start(a, &job.model, &missing);
+    a->class_name = missing && a->class_name == missing->stand_in ? NULL : a->class_name; /* the picture tells its class */
+    sampling_options(&job.options, a, &job.model);
+    chain_lengths(&job);
+    job.side = job.model.side;
+    job.N = job.model.h * job.model.w;
+    fprintf(stderr, "seed %llu\n", (unsigned long long)a->seed);
+    Image original = {0};
+    check(image_read(&original, in->image));
+    size_t H = original.H, W = original.W;
+    image_free(&original);
+    check(read_picture(&job));
+    check(make_mask(&job, H, W));
+    check(token_mask(&job));
+    check(encode_picture(&job));
+    check(choose_class(&job));
+    catch_interrupts();
+    check(draw_tokens(&job));
+    check(write_result(&job));
+    printf("%s\n", a->out);
+    if (a->show) check(show_png(a->out));
+    image_free(&job.picture);
+    model_close(&job.model);
+    void *buffers[] = {job.keep, job.keep_token, job.known, job.tokens, job.label};
+    for (size_t i = 0; i < sizeof buffers / sizeof *buffers; i++) free(buffers[i]);
+}
+
+static const char intro[] =
+    "usage: ./inpaint [MODEL] IMAGE (--mask MASK.png | --half upper | --window SIZE | --outside SIZE) [options]\n\n"
+    "Completes a picture with an ImageBART model: the tokens of the kept part are forced at every scale, the others are\n"
+    "sampled with the whole picture in view. Each scale runs several times with some noise in between, so that old and\n"
+    "new parts settle on each other (--chain-length). The kept pixels are put back exactly as they were.\n";
+
+int main(int argc, char **argv) {
+    SamplingArgs a = {.out = "inpainted.png", .n = 4, .batch = 16, .seed = SEED_NOT_GIVEN};
+    InpaintArgs in = {0};
+    const Option table[] = {
+        {OPT_ARGUMENT, "MODEL", NULL, &a.model, 0, 0, "emoji (default), a name that ./sample --list shows, or a folder"},
+        {OPT_ARGUMENT, "IMAGE", NULL, &in.image, 0, 0, "PNG or JPEG; other sizes than the model's: the centre square, scaled"},
+        {OPT_HEADING, "What to draw anew (one of)", NULL, NULL, 0, 0, NULL},
+        {OPT_STRING, "--mask", "MASK.png", &in.mask, 0, 0, "the black parts of this picture; white is kept"},
+        {OPT_STRING, "--half", "WHICH", &in.half, 0, 0, "the upper, lower, left or right half"},
+        {OPT_SIZE, "--window", "SIZE", &in.window, 1, 65536, "a centred square of SIZE pixels"},
+        {OPT_SIZE, "--outside", "SIZE", &in.outside, 1, 65536, "everything but a centred square of SIZE pixels"},
+        {OPT_HEADING, "Options", NULL, NULL, 0, 0, NULL},
+        {OPT_STRING, "--chain-length", "L,..", &in.chain_length, 0, 0,
+         "passes per scale, noisiest first, or one for all (default: 3 for\n"
+         "geometric schedules, else 5 and 1 for the noisiest)"},
+        {OPT_FLAG, "--no-paste", NULL, &in.no_paste, 0, 0, "leave the kept part as the VQGAN draws it"},
+        {OPT_FLAG, "--official-mask", NULL, &in.official_mask, 0, 0, "a token is kept if its first pixel is, as in the official code"},
+        SAMPLING_OPTIONS(a),
+        {OPT_END, NULL, NULL, NULL, 0, 0, NULL}};
+    options_parse(argc, argv, table, intro);
+    if (a.model && !in.image) in.image = a.model, a.model = NULL; /* one argument is the picture */
+    if (!a.model) a.model = "emoji";
+    if (!in.image) usage_error("which picture? ./inpaint [MODEL] IMAGE; -h explains");
+    if ((in.mask != NULL) + (in.half != NULL) + (in.window > 0) + (in.outside > 0) != 1)
+        usage_error("give one of --mask, --half, --window, --outside; -h explains");
+    if (in.half && strcmp(in.half, "upper") && strcmp(in.half, "lower") && strcmp(in.half, "left") && strcmp(in.half, "right"))
+        usage_error("--half %s: expected upper, lower, left or right", in.half);
+    inpaint(&a, &in);
+    if (fflush(stdout)) die("standard output could not be written");
+    return 0;
+}

@@ -1,0 +1,260 @@
+/* bench.c - how fast, as fractions of what this machine can do.
+ *
+ *     test/bench            every section
+ *     test/bench gemm       only the sections named
+ *     test/bench -t 1 gemm  on one thread
+ *
+ * Two ceilings are measured first: multiply-adds per second (independent chains in registers on every thread) and
+ * bytes read per second (a block far larger than the caches). Then each row of each section runs for a while and
+ * prints its best time, because anything else on the machine only ever makes it slower:
+ *
+ *     time   GFLOP/s   % of the multiply-add ceiling   GB/s it must move at least   % of the read ceiling
+ *
+ * A row near 100 % of either ceiling is done; data that fit in the caches can pass 100 % of the second.
+ *
+ * A new section: a function that fills Rows and calls row() for each, and a line in the table `sections`. */
+#include "../imagebart.h"
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#define COUNT(array) (sizeof(array) / sizeof *(array))
+
+static double now(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+/* Ends the program when a component fails: a benchmark has nobody to report to. */
+static void must(Err e) {
+    if (e == OK) return;
+    fprintf(stderr, "bench: %s\n", err_text());
+    exit(1);
+}
+
+static void *reals(size_t n, const char *what) {
+    real *p;
+    must(mem_alloc(&p, n, sizeof(real), what));
+    for (size_t i = 0; i < n; i++) p[i] = (real)((double)(i * 2654435761u % 1000) / 1000 - 0.5);
+    return p;
+}
+
+/* ---- Measuring ---- */
+
+typedef void Work(void *context);
+
+/* Best time of one call, out of as many as fit into `budget` seconds (at least 5). Calls shorter than 20 us are timed
+ * in groups. */
+static double best_time(Work *work, void *context, double budget) {
+    work(context); /* caches, pages and threads are warm after this */
+    double begin = now();
+    work(context);
+    const double once = now() - begin;
+    const int group = once < 20e-6 ? (int)(20e-6 / (once + 1e-9)) + 1 : 1;
+    const double end = now() + budget;
+    double best = 1e30;
+    for (int n = 0; n < 5 || now() < end; n++) {
+        begin = now();
+        for (int i = 0; i < group; i++) work(context);
+        const double t = (now() - begin) / group;
+        if (t < best) best = t;
+    }
+    return best;
+}
+
+/* ---- Ceilings ---- */
+
+#if defined(__AVX512F__)
+#define VECTOR_BYTES 64
+#elif defined(__AVX__)
+#define VECTOR_BYTES 32
+#else
+#define VECTOR_BYTES 16
+#endif
+typedef real Vec __attribute__((vector_size(VECTOR_BYTES)));
+enum { LANES = VECTOR_BYTES / (int)sizeof(real), CHAINS = 12, STEPS = 100000 };
+
+static struct { double flops, bytes; /* per second */ } ceiling;
+
+/* CHAINS independent chains of STEPS multiply-adds on every thread; more chains than the units have stages, few
+ * enough for 16 registers. */
+static void multiply_add_chains(void *context) {
+    real *sink = (real *)context;
+#pragma omp parallel for schedule(static) num_threads(threads_get())
+    for (int t = 0; t < threads_get(); t++) {
+        Vec chain[CHAINS], factor, term, all = {0};
+        for (int l = 0; l < LANES; l++) { /* numbers of many digits: units that work hard may be clocked lower */
+            factor[l] = (real)(0.99931 - 0.00123 * l);
+            term[l] = (real)(0.71312 - 0.12301 * l);
+        }
+        for (int c = 0; c < CHAINS; c++) chain[c] = term * (real)(c + 0.1);
+        for (int s = 0; s < STEPS; s++)
+            for (int c = 0; c < CHAINS; c++) chain[c] = chain[c] * factor + term;
+        for (int c = 0; c < CHAINS; c++) all += chain[c];
+        for (int l = 0; l < LANES; l++) sink[t % 64 * LANES + l] = all[l]; /* so that the work is not removed */
+    }
+}
+
+typedef struct {
+    const char *data;
+    size_t bytes;
+    real sink;
+} Read;
+
+/* Adds up a block, a share for every thread. */
+static void read_block(void *context) {
+    Read *r = (Read *)context;
+    const size_t unit = 4096, units = r->bytes / unit;
+    real total = 0;
+#pragma omp parallel for schedule(static) num_threads(threads_get()) reduction(+ : total)
+    for (size_t u = 0; u < units; u++) {
+        const Vec *v = (const Vec *)(const void *)(r->data + u * unit);
+        Vec sum[4] = {{0}, {0}, {0}, {0}};
+        for (size_t i = 0; i < unit / VECTOR_BYTES; i += 4)
+            for (size_t k = 0; k < 4; k++) sum[k] += v[i + k];
+        total += (sum[0] + sum[1] + sum[2] + sum[3])[0];
+    }
+    r->sink = total;
+}
+
+static double read_rate(size_t bytes) {
+    Read r = {NULL, bytes, 0};
+    r.data = (const char *)reals(bytes / sizeof(real), "the block to read");
+    const double rate = (double)bytes / best_time(read_block, &r, 0.5);
+    free((void *)r.data);
+    return rate;
+}
+
+static void measure_ceilings(void) {
+    real sink[64 * LANES];
+    const double flops = 2.0 * LANES * CHAINS * STEPS * threads_get();
+    ceiling.flops = flops / best_time(multiply_add_chains, sink, 0.5);
+    ceiling.bytes = read_rate((size_t)256 << 20);
+    printf("ceilings with %d threads: %.0f GFLOP/s multiply-add (%d bytes wide), %.1f GB/s read from memory "
+           "(%.1f GB/s of 4 MB in the caches)\n",
+           threads_get(), ceiling.flops * 1e-9, VECTOR_BYTES, ceiling.bytes * 1e-9, read_rate((size_t)4 << 20) * 1e-9);
+}
+
+/* ---- Rows ---- */
+
+typedef struct {
+    const char *name;
+    double flops, bytes; /* of one call: multiplications and additions; what it must at least read and write */
+} Row;
+
+static void section(const char *title) {
+    printf("\n%-58s %11s %9s %5s %7s %5s\n", title, "time", "GFLOP/s", "%", "GB/s", "%");
+}
+
+static void row(Row r, Work *work, void *context) {
+    const double t = best_time(work, context, 0.3);
+    char time_text[32];
+    snprintf(time_text, sizeof time_text, t < 1e-3 ? "%.2f us" : "%.2f ms", t < 1e-3 ? t * 1e6 : t * 1e3);
+    printf("%-58s %11s %9.1f %5.1f %7.1f %5.1f\n", r.name, time_text, r.flops / t * 1e-9,
+           100 * r.flops / t / ceiling.flops, r.bytes / t * 1e-9, 100 * r.bytes / t / ceiling.bytes);
+    fflush(stdout);
+}
+
+/* ---- gemm ---- */
+
+typedef struct {
+    const char *what;
+    int trans_a, trans_b;
+    size_t M, N, K;
+} Shape;
+
+typedef struct {
+    Shape s;
+    real *A, *B, *C;
+} Product;
+
+static void run_product(void *context) {
+    const Product *p = (const Product *)context;
+    gemm(p->s.trans_a, p->s.trans_b, p->s.M, p->s.N, p->s.K, p->A, p->s.trans_a ? p->s.M : p->s.K, p->B,
+         p->s.trans_b ? p->s.K : p->s.N, 0, p->C, p->s.N);
+}
+
+static void bench_gemm(void) {
+    static const Shape shapes[] = {
+        {"square", 0, 0, 1024, 1024, 1024},
+        {"square, B transposed", 0, 1, 1024, 1024, 1024},
+        {"square, A transposed", 1, 0, 1024, 1024, 1024},
+        {"square, both transposed", 1, 1, 1024, 1024, 1024},
+        {"square", 0, 0, 2048, 2048, 2048},
+        {"awkward", 0, 0, 1021, 1019, 1031},
+        {"linear, forward", 0, 1, 64, 256, 256},
+        {"linear, forward", 0, 1, 512, 128, 128},
+        {"linear, forward", 0, 1, 4096, 256, 256},
+        {"linear, forward", 0, 1, 4096, 768, 768},
+        {"linear, forward", 0, 1, 4096, 1024, 256},
+        {"linear, gradient of the input", 0, 0, 4096, 256, 1024},
+        {"linear, gradient of the weight", 1, 0, 256, 256, 4096},
+        {"linear, gradient of the weight", 1, 0, 768, 768, 4096},
+        {"convolution 3x3, 32 channels", 0, 0, 32, 4096, 288},
+        {"convolution 3x3, 64 channels", 0, 0, 64, 4096, 576},
+        {"convolution 3x3, 128 channels", 0, 0, 128, 1024, 1152},
+        {"convolution, gradient of the weight", 0, 1, 64, 576, 4096},
+        {"convolution, gradient of the patches", 1, 0, 576, 4096, 64},
+        {"attention, one head: Q K^T", 0, 1, 64, 64, 64},
+        {"attention, one head: P V", 0, 0, 64, 64, 64},
+        {"attention, one head: P^T dO", 1, 0, 64, 64, 64},
+        {"tiny", 0, 0, 8, 8, 8},
+        {"decode 1 row", 0, 1, 1, 256, 256},
+        {"decode 1 row", 0, 1, 1, 768, 768},
+        {"decode 16 rows", 0, 1, 16, 768, 768},
+        {"decode 1 row, weights from memory", 0, 1, 1, 8192, 8192},
+        {"decode 16 rows, weights from memory", 0, 1, 16, 8192, 8192},
+    };
+    section("gemm: op(A) (M,K) * op(B) (K,N)");
+    for (size_t i = 0; i < COUNT(shapes); i++) {
+        const Shape s = shapes[i];
+        Product p = {s, reals(s.M * s.K, "A"), reals(s.K * s.N, "B"), reals(s.M * s.N, "C")};
+        const double numbers = (double)s.M * (double)s.K + (double)s.K * (double)s.N + (double)s.M * (double)s.N;
+        char name[96], size[40];
+        snprintf(size, sizeof size, "%zu x %zu x %zu", s.M, s.K, s.N);
+        snprintf(name, sizeof name, "%-38s %19s", s.what, size);
+        row((Row){name, 2.0 * (double)s.M * (double)s.N * (double)s.K, numbers * sizeof(real)}, run_product, &p);
+        free(p.A);
+        free(p.B);
+        free(p.C);
+    }
+}
+
+/* ---- All of them ---- */
+
+static const struct {
+    const char *name;
+    void (*run)(void);
+} sections[] = {
+    {"gemm", bench_gemm},
+};
+
+static int usage(void) {
+    fprintf(stderr, "usage: test/bench [-t THREADS] [SECTION...]\nsections:");
+    for (size_t s = 0; s < COUNT(sections); s++) fprintf(stderr, " %s", sections[s].name);
+    fprintf(stderr, "\n");
+    return 2;
+}
+
+int main(int argc, char **argv) {
+    int first = 1, wanted[COUNT(sections)] = {0};
+    if (argc > 2 && !strcmp(argv[1], "-t")) {
+        char *end;
+        const long threads = strtol(argv[2], &end, 10);
+        if (*end || threads < 1 || threads > 1024) return usage();
+        threads_set((int)threads);
+        first = 3;
+    }
+    for (int a = first; a < argc; a++) {
+        size_t s = 0;
+        while (s < COUNT(sections) && strcmp(argv[a], sections[s].name)) s++;
+        if (s == COUNT(sections)) return usage();
+        wanted[s] = 1;
+    }
+    measure_ceilings();
+    for (size_t s = 0; s < COUNT(sections); s++)
+        if (argc == first || wanted[s]) sections[s].run();
+    return 0;
+}

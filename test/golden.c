@@ -1,0 +1,1022 @@
+/* golden.c - runs the golden cases: tiny models with what the official implementation computes with them.
+ *
+ *     test/golden DIR...              every case folder under DIR
+ *     test/golden --selftest DIR...   the same with falsified expectations: nothing may pass
+ *
+ * A case is a folder with config.txt (the official configuration), model.safetensors (the official state dict),
+ * io.safetensors (inputs in.*, expectations everything else), or with schedules.json. Which kind it is tell
+ * model.target and the tensors that are there:
+ *
+ *     first stage    VQGANWrapper: latents, codes, reconstructions, losses, gradients
+ *     transition     DenoisingXTransformer, DecoderOnlyDenoiser: posterior, logits, losses, gradients, decoding
+ *     training       the same with final.*: losses, learning rates, parameters and EMA after some optimizer steps
+ *     schedules      betas, alphats, alphacum
+ *
+ * One line per comparison, with its largest error as a fraction of the tolerance. What fails: an error beyond its
+ * tolerance, NaN, an expectation that is not there, an expectation that nobody looked at, a case of an unknown kind,
+ * having compared nothing. The last line counts comparisons: "N passed, N failed"; exit status 1 if any failed.
+ *
+ * Read from the bottom: main, run_folder, run_case, then the kind you are interested in. */
+#include "../imagebart.h"
+
+#include <dirent.h>
+#include <float.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+
+/* ---- Tolerances (the golden cases' README) ---- */
+#define TOL_OUTPUT 1e-4    /* of the tensor's largest magnitude */
+#define TOL_GRAD 1e-3      /* likewise */
+#define FLOOR_GRAD 1e-6    /* absolute, for gradients that are zero in exact arithmetic: they hold rounding noise ... */
+#define NOISE_GRAD 1e-5    /* ... and are told by being smaller than this everywhere */
+#define TOL_FINAL 1e-3     /* after training: of the parameter's largest movement */
+#define TOL_KEY_BIAS 1e-2  /* absolute: Adam amplifies the rounding noise in gradients of the keys' biases */
+#define FLOOR_FINAL 2.4e-7 /* two units in the last place of the parameter's largest value */
+enum { GRADSUB_STRIDE = 61 }; /* gradsub.* holds every 61st element of a large gradient */
+
+/* ---- Bookkeeping ---- */
+
+typedef enum { HONEST, MOVED, MADE_NAN, RENAMED } Falsify; /* --selftest */
+
+static size_t passed, failed;
+static Falsify falsify;
+
+enum { MAX_BLOCKS = 256 };
+typedef struct {
+    const char *name; /* folder */
+    char dir[1024];
+    Config config;
+    Checkpoint model, io;
+    char *seen; /* (io.n) 1: compared or an input in use */
+    Vqgan *vqgan;
+    Transformer *net;
+    void *block[MAX_BLOCKS]; /* freed with the case */
+    size_t n_blocks;
+} Case;
+
+static void report(const Case *c, const char *what, int ok, const char *detail) {
+    if (ok)
+        passed++;
+    else
+        failed++;
+    printf("%-4s %s %s  %s\n", ok ? "ok" : "FAIL", c->name, what, detail);
+}
+
+static Err case_alloc(Case *c, void *out, size_t n, size_t size) {
+    if (c->n_blocks == MAX_BLOCKS) return err("too many buffers");
+    TRY(mem_alloc(out, n, size, "a golden case"));
+    memcpy(&c->block[c->n_blocks++], out, sizeof(void *));
+    return OK;
+}
+
+static Err case_reals(Case *c, real **out, size_t n) {
+    return case_alloc(c, out, n, sizeof **out);
+}
+
+static int has(const Case *c, const char *name) {
+    return checkpoint_find(&c->io, name) != NULL;
+}
+
+/* The tensor, marked as accounted for. */
+static Err io_tensor(Case *c, const char *name, const Tensor **x) {
+    *x = checkpoint_find(&c->io, name);
+    if (!*x) return err("io.safetensors has no tensor %s", name);
+    c->seen[*x - c->io.tensor] = 1;
+    return OK;
+}
+
+static Err io_reals(Case *c, const char *name, real **out, size_t *n) {
+    const Tensor *x;
+    TRY(io_tensor(c, name, &x));
+    TRY(case_reals(c, out, x->size));
+    tensor_to_reals(x, *out);
+    *n = x->size;
+    return OK;
+}
+
+static Err io_ints(Case *c, const char *name, int32_t **out, size_t *n) {
+    const Tensor *x;
+    TRY(io_tensor(c, name, &x));
+    TRY(case_alloc(c, out, x->size, sizeof **out));
+    *n = x->size;
+    return checkpoint_ints(&c->io, name, x->size, *out);
+}
+
+static Err io_tokens(Case *c, const char *name, int32_t **out, size_t expected) {
+    size_t n;
+    TRY(io_ints(c, name, out, &n));
+    return n == expected ? OK : err("%s has %zu elements, expected %zu", name, n, expected);
+}
+
+/* ---- Comparisons ---- */
+
+static double largest(const real *x, size_t n) {
+    double most = 0;
+    for (size_t i = 0; i < n; i++)
+        if (isfinite(x[i]) && fabs((double)x[i]) > most) most = fabs((double)x[i]);
+    return most;
+}
+
+/* want (n) is the expectation; --selftest falsifies one element of it by two tolerances. */
+static void compare(const Case *c, const char *what, const real *got, real *want, size_t n, double tolerance) {
+    double worst = n ? 0 : NAN;
+    char detail[80];
+    if (falsify == MOVED && n) want[n / 2] = isfinite(want[n / 2]) ? want[n / 2] + (real)(2 * tolerance + 1e-30) : 0;
+    if (falsify == MADE_NAN && n) want[n / 2] = NAN;
+    for (size_t i = 0; i < n && worst == worst; i++) {
+        double d = fabs((double)got[i] - (double)want[i]);
+        if (isinf(want[i]) && got[i] == want[i]) d = 0;
+        if (!(d <= worst)) worst = d; /* also taken when d is NaN */
+    }
+    snprintf(detail, sizeof detail, "%.2g of the tolerance %.2g", tolerance > 0 ? worst / tolerance : worst, tolerance);
+    report(c, what, worst <= tolerance, detail);
+}
+
+static void compare_tokens(const Case *c, const char *what, const int32_t *got, int32_t *want, size_t n) {
+    size_t wrong = 0;
+    char detail[80];
+    if (falsify != HONEST && falsify != RENAMED && n) want[n / 2]++;
+    for (size_t i = 0; i < n; i++) wrong += got[i] != want[i];
+    snprintf(detail, sizeof detail, "%zu of %zu differ", wrong, n);
+    report(c, what, n > 0 && wrong == 0, detail);
+}
+
+static Err io_expected(Case *c, const char *name, real **want, size_t n) {
+    size_t size;
+    TRY(io_reals(c, name, want, &size));
+    return size == n ? OK : err("%s has %zu elements, computed were %zu", name, size, n);
+}
+
+/* label: what to call it, when one expectation is met twice. */
+static Err check_output(Case *c, const char *name, const char *label, const real *got, size_t n) {
+    real *want;
+    TRY(io_expected(c, name, &want, n));
+    compare(c, label, got, want, n, TOL_OUTPUT * largest(want, n));
+    return OK;
+}
+
+static Err check_scalar(Case *c, const char *name, double got) {
+    real value = (real)got;
+    return check_output(c, name, name, &value, 1);
+}
+
+static Err check_tokens(Case *c, const char *name, const char *label, const int32_t *got, size_t n) {
+    int32_t *want;
+    TRY(io_tokens(c, name, &want, n));
+    compare_tokens(c, label, got, want, n);
+    return OK;
+}
+
+static double grad_tolerance(const real *want, size_t n) {
+    double most = largest(want, n);
+    return most < NOISE_GRAD ? FLOOR_GRAD : TOL_GRAD * most;
+}
+
+/* A large gradient is kept as every 61st element and the norm of the whole. */
+static Err check_sampled_gradient(Case *c, const Param *row, const char *prefix) {
+    char name[NAME_MAX_BYTES + 40];
+    size_t n = (row->size + GRADSUB_STRIDE - 1) / GRADSUB_STRIDE;
+    real *got, *want;
+    double sum = 0;
+    TRY(case_reals(c, &got, n));
+    for (size_t i = 0; i < n; i++) got[i] = row->grad[i * GRADSUB_STRIDE];
+    for (size_t i = 0; i < row->size; i++) sum += (double)row->grad[i] * (double)row->grad[i];
+    snprintf(name, sizeof name, "gradsub.%s%s", prefix, row->name);
+    TRY(io_expected(c, name, &want, n));
+    compare(c, name, got, want, n, grad_tolerance(want, n));
+    snprintf(name, sizeof name, "gradnorm.%s%s", prefix, row->name);
+    TRY(io_expected(c, name, &want, 1));
+    real norm = (real)sqrt(sum);
+    compare(c, name, &norm, want, 1, grad_tolerance(want, 1));
+    return OK;
+}
+
+/* Every parameter that is trained must have its gradient among the expectations. */
+static Err check_gradients(Case *c, const Params *p, const char *prefix) {
+    char name[NAME_MAX_BYTES + 40];
+    for (size_t r = 0; r < p->n; r++) {
+        const Param *row = &p->row[r];
+        real *want;
+        snprintf(name, sizeof name, "gradsub.%s%s", prefix, row->name);
+        if (has(c, name)) {
+            TRY(check_sampled_gradient(c, row, prefix));
+            continue;
+        }
+        snprintf(name, sizeof name, "grad.%s%s", prefix, row->name);
+        if (row->untrained && !has(c, name)) continue;
+        TRY(io_expected(c, name, &want, row->size));
+        compare(c, name, row->grad, want, row->size, grad_tolerance(want, row->size));
+        for (size_t b = 0; b < c->n_blocks; b++) /* there are many: give each back */
+            if (c->block[b] == want) c->block[b] = c->block[--c->n_blocks];
+        free(want);
+    }
+    return OK;
+}
+
+/* ---- First stage ---- */
+
+/* Opens the VQGAN whose tensors are prefixed `tensors` and whose configuration is under `keys`. */
+static Err open_vqgan(Case *c, Vqgan **v, const char *tensors, const char *keys, int honour_tanh) {
+    VqganConfig config;
+    char used[NAME_MAX_BYTES];
+    TRY(vqgan_config_read(&config, &c->config, keys));
+    snprintf(used, sizeof used, "%squantize.used", tensors);
+    const Tensor *table = checkpoint_find(&c->model, used);
+    if (!table && config_get(&c->config, keys, "remap")) return err("model.safetensors has no tensor %s", used);
+    config.re_embed = table ? table->size : 0;
+    TRY(vqgan_create(v, &config, honour_tanh));
+    TRY(params_plan(vqgan_params(*v), PLAN_VALUE | PLAN_GRAD));
+    return vqgan_load(*v, &c->model, tensors);
+}
+
+typedef struct {
+    size_t B, H, W, h, w, N, pixels, latents; /* pixels, latents: elements of the whole batch */
+    real *image;
+} Pictures;
+
+static Err open_pictures(Case *c, Pictures *p, const Vqgan *v) {
+    const VqganConfig *config = vqgan_config(v);
+    const Tensor *x;
+    size_t factor = (size_t)1 << (config->levels - 1);
+    TRY(io_tensor(c, "in.image", &x));
+    if (x->ndim != 4 || x->dim[1] != config->in_channels)
+        return err("in.image is not (B,%zu,H,W)", config->in_channels);
+    p->B = x->dim[0], p->H = x->dim[2], p->W = x->dim[3];
+    p->h = p->H / factor, p->w = p->W / factor, p->N = p->h * p->w;
+    p->latents = p->B * p->N * config->embed_dim;
+    return io_reals(c, "in.image", &p->image, &p->pixels);
+}
+
+/* out.indices; a code outside the remap table is any token there, as the official code draws it. */
+static Err check_indices(Case *c, const Vqgan *v, const int32_t *raw, int32_t *tokens, size_t n) {
+    const int32_t *used = vqgan_used(v);
+    size_t K = vqgan_K(v);
+    int32_t *want;
+    TRY(io_tokens(c, "out.indices", &want, n));
+    for (size_t i = 0; used && i < n; i++) {
+        int known = 0;
+        for (size_t k = 0; k < K; k++) known |= used[k] == raw[i];
+        if (known || tokens[i] < 0 || (size_t)tokens[i] >= K) continue;
+        if (want[i] >= 0 && (size_t)want[i] < K) tokens[i] = want[i];
+    }
+    compare_tokens(c, "out.indices", tokens, want, n);
+    return OK;
+}
+
+static Err vqgan_encoding(Case *c, Vqgan *v, const Pictures *p) {
+    real *prequant, *zq, *image;
+    int32_t *raw, *tokens, *given;
+    size_t n = p->B * p->N, out = vqgan_config(v)->out_ch * p->B * p->H * p->W;
+    TRY(case_reals(c, &prequant, p->latents));
+    TRY(case_reals(c, &zq, p->latents));
+    TRY(case_reals(c, &image, out));
+    TRY(case_alloc(c, &raw, n, sizeof *raw));
+    TRY(case_alloc(c, &tokens, n, sizeof *tokens));
+    TRY(vqgan_encode(v, p->image, p->B, p->H, p->W, 1, prequant, raw, tokens));
+    TRY(check_output(c, "out.prequant", "out.prequant", prequant, p->latents));
+    TRY(check_tokens(c, "out.raw_indices", "out.raw_indices", raw, n));
+    TRY(check_indices(c, v, raw, tokens, n));
+    TRY(io_tokens(c, "out.indices", &given, n));
+    TRY(vqgan_lookup(v, given, p->B, p->h, p->w, zq));
+    TRY(check_output(c, "out.zq", "out.zq", zq, p->latents));
+    TRY(vqgan_decode_tokens(v, given, p->B, p->h, p->w, image));
+    return check_output(c, "out.dec_from_indices", "out.dec_from_indices", image, out);
+}
+
+/* in.z and in.rand_indices through the decoder; the codes of in.z through the quantiser's own entry. */
+static Err vqgan_decoding(Case *c, Vqgan *v, const Pictures *p) {
+    const Tensor *x;
+    int32_t *tokens;
+    real *z, *image;
+    size_t n, out = vqgan_config(v)->out_ch * p->B * p->H * p->W;
+    TRY(case_reals(c, &image, out));
+    TRY(io_tokens(c, "in.rand_indices", &tokens, p->B * p->N));
+    TRY(vqgan_decode_tokens(v, tokens, p->B, p->h, p->w, image));
+    TRY(check_output(c, "out.dec_rand", "out.dec_rand", image, out));
+    TRY(io_reals(c, "in.z", &z, &n));
+    if (n != p->latents) return err("in.z has %zu elements, expected %zu", n, p->latents);
+    TRY(vqgan_decode(v, z, p->B, p->h, p->w, image));
+    TRY(check_output(c, "out.dec_z", "out.dec_z", image, out));
+    x = checkpoint_find(&c->io, "out.dec_z_if_tanh");
+    if (!x && !vqgan_config(v)->tanh_out) return OK;
+    Vqgan *honest = NULL; /* a second one, which applies its tanh */
+    Err e = open_vqgan(c, &honest, "", "model.params.", 1);
+    if (e == OK) e = vqgan_plan(honest, p->B, p->H, p->W, 0);
+    if (e == OK) e = vqgan_decode(honest, z, p->B, p->h, p->w, image);
+    if (e == OK) e = check_output(c, "out.dec_z_if_tanh", "out.dec_z_if_tanh", image, out);
+    vqgan_free(honest);
+    return e;
+}
+
+static Err vqgan_training(Case *c, Vqgan *v, const Pictures *p) {
+    const real *xrec, *z, *zq_st;
+    const int32_t *raw;
+    real *dxrec, *image;
+    double codebook, l1, l2;
+    TRY(vqgan_forward(v, p->image, p->B, p->H, p->W, &xrec, &codebook));
+    vqgan_latents(v, &z, &zq_st, &raw);
+    TRY(check_output(c, "out.xrec", "out.xrec", xrec, p->pixels));
+    TRY(check_output(c, "out.prequant", "out.prequant (training)", z, p->latents));
+    TRY(check_output(c, "out.zq_st", "out.zq_st", zq_st, p->latents));
+    TRY(check_tokens(c, "out.raw_indices", "out.raw_indices (training)", raw, p->B * p->N));
+    TRY(check_scalar(c, "out.codebook_loss", codebook));
+    TRY(case_reals(c, &dxrec, p->pixels));
+    image_loss(p->image, xrec, p->pixels, 1, 0, &l1, &l2, dxrec);
+    TRY(check_scalar(c, "out.loss_l1", l1));
+    TRY(check_scalar(c, "out.loss", l1 + codebook));
+    params_zero_grad(vqgan_params(v));
+    TRY(vqgan_backward(v, dxrec, 1, NULL));
+    TRY(check_gradients(c, vqgan_params(v), ""));
+    real *given; /* the straight-through latents, as the official forward decodes them */
+    size_t n;
+    TRY(io_reals(c, "out.zq_st", &given, &n));
+    TRY(case_reals(c, &image, p->pixels));
+    TRY(vqgan_decode(v, given, p->B, p->h, p->w, image));
+    return check_output(c, "out.xrec", "out.xrec (decoded from out.zq_st)", image, p->pixels);
+}
+
+static Err run_vqgan(Case *c) {
+    Pictures p;
+    TRY(open_vqgan(c, &c->vqgan, "", "model.params.", 0));
+    TRY(open_pictures(c, &p, c->vqgan));
+    if (vqgan_config(c->vqgan)->out_ch != vqgan_config(c->vqgan)->in_channels)
+        return err("out_ch differs from in_channels: there is no loss between the pictures");
+    TRY(vqgan_plan(c->vqgan, p.B, p.H, p.W, 1));
+    TRY(vqgan_encoding(c, c->vqgan, &p));
+    TRY(vqgan_decoding(c, c->vqgan, &p));
+    return vqgan_training(c, c->vqgan, &p);
+}
+
+/* ---- Transition ---- */
+
+static const char keys[] = "model.params.";
+
+typedef struct {
+    Schedule schedule;
+    size_t B, N, K;
+    int32_t *x0, *x, *x_t, *t, *label; /* (B,N) x3, (B) x2; label NULL without classes */
+} Tokenized;
+
+static Err open_net(Case *c, Schedule *s) {
+    NetConfig config;
+    TRY(net_config_read(&config, &c->config, keys));
+    TRY(transformer_create(&c->net, &config));
+    Params *p = transformer_params(c->net);
+    TRY(params_plan(p, PLAN_VALUE | PLAN_GRAD));
+    TRY(params_load(p, &c->model, "transformer."));
+    TRY(schedule_read(s, &c->model, config.n_scales));
+    transformer_set_alphas(c->net, s->alpha);
+    return OK;
+}
+
+/* The schedule that the configuration names is the one in the buffers (curves of other T have no name). */
+static Err check_schedule(Case *c, const Schedule *s) {
+    Schedule named;
+    const char *redraw = config_get(&c->config, keys, "redraw_prob");
+    real got[MAX_SCALES + 1], want[MAX_SCALES + 1];
+    size_t rows = (size_t)s->T + 1;
+    if (!redraw || schedule_make(&named, redraw, s->T) != OK) return OK;
+    TRY(checkpoint_reals(&c->model, "alphacum", 1, &rows, rows, want));
+    for (size_t t = 0; t < rows; t++) got[t] = named.alphacum[t];
+    compare(c, "alphacum of the schedule's name", got, want, rows, FLT_EPSILON);
+    return OK;
+}
+
+/* The batch's tokens; with `steps` > 1 of a training run, all of it: B counts every row. */
+static Err open_tokens(Case *c, Tokenized *b) {
+    const NetConfig *config = transformer_config(c->net);
+    const Tensor *x;
+    TRY(io_tensor(c, "in.x", &x));
+    if (x->ndim < 2 || x->size == 0) return err("in.x is not (B,N) tokens");
+    b->N = x->dim[x->ndim - 1];
+    b->B = x->size / b->N;
+    b->K = config->dec_num_tokens;
+    TRY(io_tokens(c, "in.x", &b->x, b->B * b->N));
+    TRY(io_tokens(c, "in.c", &b->x_t, b->B * b->N));
+    TRY(io_tokens(c, "in.x0", &b->x0, b->B * b->N));
+    TRY(io_tokens(c, "in.scale", &b->t, b->B));
+    if (config->has_class) TRY(io_tokens(c, "in.class", &b->label, b->B));
+    for (size_t i = 0; i < b->B * b->N; i++)
+        if ((size_t)b->x0[i] >= b->K || (size_t)b->x_t[i] >= b->K || b->x0[i] < 0 || b->x_t[i] < 0)
+            return err("token %zu is %d or %d, expected 0..%zu", i, (int)b->x0[i], (int)b->x_t[i], b->K - 1);
+    for (size_t i = 0; i < b->B; i++)
+        if (b->t[i] < 1 || b->t[i] > b->schedule.T)
+            return err("in.scale %d, expected 1..%d", (int)b->t[i], b->schedule.T);
+    return OK;
+}
+
+/* The official posterior is (B,K,h,w), ours (B,N,K). */
+static void transpose_posterior(real *out, const real *in, size_t B, size_t K, size_t N) {
+    for (size_t b = 0; b < B; b++)
+        for (size_t i = 0; i < N; i++)
+            for (size_t k = 0; k < K; k++) out[(b * N + i) * K + k] = in[(b * K + k) * N + i];
+}
+
+/* *q (B*N,K) = our posterior, compared with the expectation `name`. */
+static Err check_posterior(Case *c, const Tokenized *b, const char *name, real **q) {
+    size_t n = b->B * b->N * b->K, size;
+    real *want, *turned;
+    TRY(case_reals(c, q, n));
+    for (size_t i = 0; i < b->B; i++)
+        posterior(*q + i * b->N * b->K, b->x0 + i * b->N, b->x_t + i * b->N, b->N, b->K, &b->schedule, b->t[i]);
+    TRY(io_reals(c, name, &want, &size));
+    if (size != n) return err("%s has %zu elements, computed were %zu", name, size, n);
+    TRY(case_reals(c, &turned, n));
+    transpose_posterior(turned, want, b->B, b->K, b->N);
+    compare(c, name, *q, turned, n, TOL_OUTPUT * largest(turned, n));
+    return OK;
+}
+
+static Err check_first_stage(Case *c, const Tokenized *b) {
+    Pictures p;
+    int32_t *tokens;
+    TRY(open_vqgan(c, &c->vqgan, "first_stage_model.", "model.params.first_stage_config.params.", 0));
+    TRY(open_pictures(c, &p, c->vqgan));
+    if (p.B != b->B || p.N != b->N)
+        return err("in.image gives %zu x %zu tokens, in.x0 has %zu x %zu", p.B, p.N, b->B, b->N);
+    TRY(vqgan_plan(c->vqgan, p.B, p.H, p.W, 0));
+    TRY(case_alloc(c, &tokens, b->B * b->N, sizeof *tokens));
+    TRY(vqgan_encode(c->vqgan, p.image, p.B, p.H, p.W, 1, NULL, NULL, tokens));
+    return check_tokens(c, "in.x0", "in.x0 (from in.image)", tokens, b->B * b->N);
+}
+
+/* Teacher forcing: the losses at alpha 0, 1/2, 1, and the gradients of the middle one. */
+static Err check_losses(Case *c, const Tokenized *b, const real *q) {
+    static const char *const names[3] = {"out.loss_a0", "out.loss_a05", "out.loss_a1"};
+    const real *logits;
+    real *dlogits;
+    Loss loss;
+    size_t R = b->B * b->N;
+    TRY(transformer_plan(c->net, b->B, b->N, 1));
+    TRY(transformer_forward(c->net, b->x, b->x_t, b->t, b->label, b->B, b->N, &logits));
+    TRY(check_output(c, "out.logits", "out.logits", logits, R * b->K));
+    TRY(case_reals(c, &dlogits, R * b->K));
+    for (int i = 2; i >= 0; i--) {
+        TRY(denoising_loss(&loss, logits, b->x, q, R, b->K, 0.5 * i, 1, NULL));
+        TRY(check_scalar(c, names[i], loss.loss));
+    }
+    TRY(denoising_loss(&loss, logits, b->x, q, R, b->K, 0.5, 1, dlogits));
+    TRY(check_scalar(c, "out.loss_hard", loss.hard));
+    TRY(check_scalar(c, "out.loss_soft", loss.soft));
+    params_zero_grad(transformer_params(c->net));
+    TRY(transformer_backward(c->net, dlogits));
+    return check_gradients(c, transformer_params(c->net), "transformer.");
+}
+
+/* The teacher-forced logits again, position by position through the KV cache. */
+static Err check_cached_logits(Case *c, const Tokenized *b, const char *name, const char *label) {
+    real *all;
+    int32_t *prev;
+    TRY(case_reals(c, &all, b->B * b->N * b->K));
+    TRY(case_alloc(c, &prev, b->B, sizeof *prev));
+    TRY(transformer_plan(c->net, b->B, b->N, 0));
+    TRY(transformer_decode_begin(c->net, b->x_t, b->t, b->label, b->B, b->N));
+    for (size_t i = 0; i < b->N; i++) {
+        const real *logits;
+        for (size_t r = 0; i > 0 && r < b->B; r++) prev[r] = b->x[r * b->N + i - 1];
+        TRY(transformer_decode_step(c->net, prev, i, &logits));
+        for (size_t r = 0; r < b->B; r++) memcpy(all + (r * b->N + i) * b->K, logits + r * b->K, b->K * sizeof *all);
+    }
+    return check_output(c, name, label, all, b->B * b->N * b->K);
+}
+
+/* One greedy decoding: x_t and the guide (-1: free) in, tokens (and prob (B,N,K) or NULL) out. */
+typedef struct {
+    const Tokenized *b;
+    size_t B; /* the first rows of b */
+    const int32_t *x_t, *guide;
+    double temperature;
+    size_t top_k;
+    int uncached;
+    int32_t *tokens;
+    real *prob;
+} Greedy;
+
+static Err greedy_position(Case *c, const Greedy *g, size_t i, const real **logits, size_t *stride, int32_t *prev) {
+    const Tokenized *b = g->b;
+    if (g->uncached) {
+        TRY(transformer_forward(c->net, g->tokens, g->x_t, b->t, b->label, g->B, b->N, logits));
+        *logits += i * b->K;
+        *stride = b->N * b->K;
+        return OK;
+    }
+    for (size_t r = 0; i > 0 && r < g->B; r++) prev[r] = g->tokens[r * b->N + i - 1];
+    *stride = b->K;
+    return transformer_decode_step(c->net, prev, i, logits);
+}
+
+static Err greedy_decode(Case *c, Greedy *g) {
+    const Tokenized *b = g->b;
+    int32_t *prev;
+    real *prob;
+    TRY(case_alloc(c, &prev, g->B, sizeof *prev));
+    TRY(case_reals(c, &prob, b->K));
+    TRY(case_alloc(c, &g->tokens, g->B * b->N, sizeof *g->tokens));
+    TRY(transformer_plan(c->net, g->B, b->N, 0));
+    if (!g->uncached) TRY(transformer_decode_begin(c->net, g->x_t, b->t, b->label, g->B, b->N));
+    for (size_t i = 0; i < b->N; i++) {
+        const real *logits;
+        size_t stride;
+        TRY(greedy_position(c, g, i, &logits, &stride, prev));
+        for (size_t r = 0; r < g->B; r++) {
+            size_t at = r * b->N + i, best = 0;
+            sample_probs(prob, logits + r * stride, b->K, g->guide ? g->guide[at] : -1, g->temperature, g->top_k);
+            for (size_t k = 1; k < b->K; k++)
+                if (prob[k] > prob[best]) best = k;
+            g->tokens[at] = (int32_t)best;
+            if (g->prob) memcpy(g->prob + at * b->K, prob, b->K * sizeof *prob);
+        }
+    }
+    return OK;
+}
+
+static Err check_greedy(Case *c, const Greedy *like, const char *name) {
+    char label[100];
+    Greedy g = *like;
+    TRY(greedy_decode(c, &g));
+    TRY(check_tokens(c, name, name, g.tokens, g.B * g.b->N));
+    g.uncached = 1;
+    TRY(greedy_decode(c, &g));
+    snprintf(label, sizeof label, "%s (uncached)", name);
+    return check_tokens(c, name, label, g.tokens, g.B * g.b->N);
+}
+
+/* Guided decoding, as inpainting: tokens under the mask are known. Its inputs are recomputed from mask and x_clean. */
+static Err check_guided(Case *c, const Greedy *free_run) {
+    size_t n = free_run->B * free_run->b->N, K = free_run->b->K, size;
+    real *mask, *guide;
+    int32_t *clean, *x_t, *known;
+    Greedy g = *free_run;
+    TRY(io_reals(c, "greedy.mask", &mask, &size));
+    if (size != n) return err("greedy.mask has %zu elements, expected %zu", size, n);
+    TRY(io_tokens(c, "greedy.x_clean", &clean, n));
+    TRY(case_alloc(c, &x_t, n, sizeof *x_t));
+    TRY(case_alloc(c, &known, n, sizeof *known));
+    TRY(case_reals(c, &guide, n * K));
+    for (size_t i = 0; i < n; i++) {
+        x_t[i] = mask[i] < (real)0.5 ? free_run->x_t[i] : clean[i];
+        known[i] = mask[i] < (real)0.5 ? -1 : clean[i];
+        for (size_t k = 0; k < K; k++) guide[i * K + k] = known[i] < 0 || k == (size_t)known[i] ? 0 : -INFINITY;
+    }
+    TRY(check_tokens(c, "greedy.xt_masked", "greedy.xt_masked", x_t, n));
+    TRY(check_output(c, "greedy.guide", "greedy.guide", guide, n * K));
+    g.x_t = x_t;
+    g.guide = known;
+    return check_greedy(c, &g, "greedy.tokens_guided");
+}
+
+/* sample_single_scale with temperature and top-k, the draw replaced by the argmax. The official encoder-decoder ignores
+ * the temperature (SPEC 1.11). */
+static Err check_sample(Case *c, const Greedy *free_run) {
+    Greedy g = *free_run;
+    size_t n = g.B * g.b->N;
+    g.temperature = 0.7, g.top_k = 5;
+    TRY(config_real(&g.temperature, &c->io.meta, "", "temp", 1e-3, 1e3, 1));
+    TRY(config_size(&g.top_k, &c->io.meta, "", "top_k", 1, 1 << 20, 1));
+    if (transformer_config(c->net)->kind == NET_X) g.temperature = 1;
+    TRY(case_reals(c, &g.prob, n * g.b->K));
+    TRY(greedy_decode(c, &g));
+    TRY(check_tokens(c, "sample.tokens", "sample.tokens", g.tokens, n));
+    return check_output(c, "sample.probs", "sample.probs", g.prob, n * g.b->K);
+}
+
+/* topk.out_kN = the official top_k_logits(topk.in, N): we see it through the probabilities. */
+static Err check_top_k(Case *c, size_t K) {
+    real *in, *want, *got;
+    size_t n;
+    TRY(io_reals(c, "topk.in", &in, &n));
+    TRY(case_reals(c, &got, n));
+    for (size_t i = 0; i < c->io.n; i++) {
+        const char *name = c->io.tensor[i].name;
+        if (strncmp(name, "topk.out_k", 10) != 0) continue;
+        size_t top = strtoull(name + 10, NULL, 10);
+        TRY(io_expected(c, name, &want, n));
+        if (n % K != 0) return err("topk.in is not (R,%zu)", K);
+        for (size_t r = 0; r < n; r += K) sample_probs(got + r, in + r, K, -1, 1, top);
+        for (size_t k = 0; k < n; k++) got[k] = got[k] > 0 ? in[k] : -INFINITY;
+        compare(c, name, got, want, n, TOL_OUTPUT * largest(want, n));
+    }
+    return OK;
+}
+
+static Err check_ema(Case *c, const Tokenized *b, const Greedy *free_run) {
+    const real *logits;
+    TRY(params_load_ema(transformer_params(c->net), &c->model, "transformer_ema.", 0));
+    TRY(transformer_plan(c->net, b->B, b->N, 0));
+    TRY(transformer_forward(c->net, b->x, b->x_t, b->t, b->label, b->B, b->N, &logits));
+    TRY(check_output(c, "ema.logits", "ema.logits", logits, b->B * b->N * b->K));
+    return check_greedy(c, free_run, "ema.greedy_tokens");
+}
+
+static Err run_transition(Case *c) {
+    Tokenized b = {0};
+    const Tensor *x;
+    real *q;
+    int32_t *x_t;
+    TRY(open_net(c, &b.schedule));
+    TRY(open_tokens(c, &b));
+    TRY(check_schedule(c, &b.schedule));
+    TRY(check_first_stage(c, &b));
+    TRY(check_posterior(c, &b, "out.posterior", &q));
+    TRY(check_losses(c, &b, q));
+    TRY(check_cached_logits(c, &b, "out.logits", "out.logits (cached)"));
+    TRY(io_tensor(c, "greedy.xt", &x));
+    Greedy g = {.b = &b, .B = x->size / b.N, .temperature = 1};
+    if (g.B < 1 || g.B > b.B) return err("greedy.xt has %zu rows, in.x has %zu", g.B, b.B);
+    TRY(io_tokens(c, "greedy.xt", &x_t, g.B * b.N));
+    g.x_t = x_t;
+    TRY(check_greedy(c, &g, "greedy.tokens"));
+    TRY(check_guided(c, &g));
+    TRY(check_sample(c, &g));
+    if (has(c, "topk.in")) TRY(check_top_k(c, b.K));
+    if (checkpoint_find(&c->model, "transformer_ema.num_updates")) TRY(check_ema(c, &b, &g));
+    return OK;
+}
+
+/* ---- Training ---- */
+
+typedef struct {
+    size_t micro, accumulate, B; /* micro batches, per optimizer step, rows of each */
+    double base_lr, alpha;
+    LrSchedule lr;
+    int ema;
+    double ema_decay;
+    int32_t ema_updates;
+    real *loss, *hard, *soft, *rate, *grad_l2, *param_l2; /* (micro) x3, (steps) x3 */
+    real *q;
+} Training;
+
+static Err open_training(Case *c, Training *r, const Tokenized *b) {
+    static const char lr[] = "model.params.scheduler_config.params.";
+    const Tensor *x;
+    int soft_only = 0;
+    TRY(io_tensor(c, "in.x", &x));
+    if (x->ndim != 3) return err("in.x is not (micro batches,B,N)");
+    r->micro = x->dim[0], r->B = x->dim[1], r->accumulate = 1, r->base_lr = 1;
+    TRY(config_size(&r->accumulate, &c->io.meta, "", "accumulate", 1, r->micro, 1));
+    TRY(config_real(&r->base_lr, &c->io.meta, "", "base_lr", 0, 1e6, 1));
+    TRY(config_real(&r->alpha, &c->config, keys, "alpha", 0, 1, 1));
+    TRY(config_flag(&soft_only, &c->config, keys, "soft_only", 1));
+    if (soft_only) r->alpha = 1;
+    TRY(config_real(&r->lr.lr_start, &c->config, lr, "lr_start", 0, 1, 0));
+    TRY(config_real(&r->lr.lr_max, &c->config, lr, "lr_max", 0, 1, 0));
+    TRY(config_real(&r->lr.lr_min, &c->config, lr, "lr_min", 0, 1, 0));
+    TRY(config_real(&r->lr.warm_up_steps, &c->config, lr, "warm_up_steps", 0, 1e12, 0));
+    TRY(config_real(&r->lr.max_decay_steps, &c->config, lr, "max_decay_steps", 0, 1e12, 0));
+    real **series[6] = {&r->loss, &r->hard, &r->soft, &r->rate, &r->grad_l2, &r->param_l2};
+    for (int i = 0; i < 6; i++) TRY(case_reals(c, series[i], r->micro));
+    TRY(check_posterior(c, b, "in.posterior", &r->q));
+    Params *p = transformer_params(c->net);
+    r->ema = checkpoint_find(&c->model, "transformer_ema.num_updates") != NULL;
+    TRY(params_plan(p, PLAN_ADAM | (r->ema ? PLAN_EMA : 0)));
+    if (!r->ema) return OK;
+    real decay;
+    TRY(params_load_ema(p, &c->model, "transformer_ema.", 1));
+    TRY(checkpoint_reals(&c->model, "transformer_ema.decay", -1, NULL, 1, &decay));
+    r->ema_decay = (double)decay;
+    return checkpoint_ints(&c->model, "transformer_ema.num_updates", 1, &r->ema_updates);
+}
+
+static double params_norm(const Params *p) {
+    double sum = 0;
+    for (size_t r = 0; r < p->n; r++)
+        for (size_t i = 0; i < p->row[r].size; i++) sum += (double)p->row[r].value[i] * (double)p->row[r].value[i];
+    return sqrt(sum);
+}
+
+static Err micro_batch(Case *c, Training *r, const Tokenized *b, size_t i, real *dlogits) {
+    size_t first = i * r->B, R = r->B * b->N;
+    const real *logits;
+    Loss loss;
+    TRY(transformer_forward(c->net, b->x + first * b->N, b->x_t + first * b->N, b->t + first,
+                            b->label ? b->label + first : NULL, r->B, b->N, &logits));
+    TRY(denoising_loss(&loss, logits, b->x + first * b->N, r->q + i * R * b->K, R, b->K, r->alpha,
+                       1.0 / (double)r->accumulate, dlogits));
+    r->loss[i] = (real)loss.loss;
+    r->hard[i] = (real)loss.hard;
+    r->soft[i] = (real)loss.soft;
+    return transformer_backward(c->net, dlogits);
+}
+
+/* Lightning's order: the loss over the number of micro batches, a step after the last of a group (or of all), the EMA
+ * after every micro batch (SPEC 6, 7). */
+static Err train(Case *c, Training *r, const Tokenized *b) {
+    Params *p = transformer_params(c->net);
+    real *dlogits;
+    size_t step = 0;
+    TRY(transformer_plan(c->net, r->B, b->N, 1));
+    TRY(case_reals(c, &dlogits, r->B * b->N * b->K));
+    for (size_t i = 0; i < r->micro; i++) {
+        if (i % r->accumulate == 0) params_zero_grad(p);
+        TRY(micro_batch(c, r, b, i, dlogits));
+        if ((i + 1) % r->accumulate == 0 || i + 1 == r->micro) {
+            AdamW o = {lr_at(&r->lr, step) * r->base_lr, 0.9, 0.95, 1e-8, 1};
+            r->rate[step] = (real)o.lr;
+            r->grad_l2[step] = (real)params_grad_norm(p);
+            adamw_step(p, &o, step + 1);
+            r->param_l2[step++] = (real)params_norm(p);
+        }
+        if (r->ema) ema_update(p, r->ema_decay, (uint64_t)++r->ema_updates);
+    }
+    size_t steps = step;
+    TRY(check_output(c, "out.loss", "out.loss", r->loss, r->micro));
+    TRY(check_output(c, "out.loss_hard", "out.loss_hard", r->hard, r->micro));
+    TRY(check_output(c, "out.loss_soft", "out.loss_soft", r->soft, r->micro));
+    TRY(check_output(c, "out.lr", "out.lr", r->rate, steps));
+    TRY(check_output(c, "out.grad_l2", "out.grad_l2", r->grad_l2, steps));
+    return check_output(c, "out.param_l2", "out.param_l2", r->param_l2, steps);
+}
+
+/* dst = src without its dots: how the EMA spells a parameter. */
+static void strip_dots(char *dst, const char *src) {
+    for (; *src; src++)
+        if (*src != '.') *dst++ = *src;
+    *dst = 0;
+}
+
+/* final.<name> after training, against the tolerance of how far it moved from the checkpoint's <name>. */
+static Err check_final(Case *c, const char *name, const real *got, size_t n, int key_bias) {
+    char final[NAME_MAX_BYTES + 40];
+    real *want, *before;
+    double moved = 0;
+    snprintf(final, sizeof final, "final.%s", name);
+    TRY(case_reals(c, &before, n));
+    TRY(checkpoint_reals(&c->model, name, -1, NULL, n, before));
+    TRY(io_expected(c, final, &want, n));
+    for (size_t i = 0; i < n; i++) {
+        double d = fabs((double)want[i] - (double)before[i]);
+        moved = d > moved ? d : moved;
+    }
+    double tolerance = TOL_FINAL * moved, floor = FLOOR_FINAL * largest(want, n);
+    if (tolerance < floor) tolerance = floor;
+    compare(c, final, got, want, n, key_bias ? TOL_KEY_BIAS : tolerance);
+    c->n_blocks -= 2; /* want and before, one after the other */
+    free(want);
+    free(before);
+    return OK;
+}
+
+static Err check_finals(Case *c, const Training *r) {
+    const Params *p = transformer_params(c->net);
+    char name[NAME_MAX_BYTES + 20];
+    for (size_t i = 0; i < p->n; i++) {
+        const Param *row = &p->row[i];
+        size_t length = strlen(row->name);
+        int key_bias = length >= 13 && strcmp(row->name + length - 13, "attn.key.bias") == 0;
+        snprintf(name, sizeof name, "transformer.%s", row->name);
+        TRY(check_final(c, name, row->value, row->size, key_bias));
+        if (!r->ema) continue;
+        strcpy(name, "transformer_ema.");
+        strip_dots(name + strlen(name), row->name);
+        TRY(check_final(c, name, row->ema, row->size, key_bias));
+    }
+    if (!r->ema) return OK;
+    TRY(check_tokens(c, "final.transformer_ema.num_updates", "final.transformer_ema.num_updates", &r->ema_updates, 1));
+    return check_scalar(c, "final.transformer_ema.decay", r->ema_decay);
+}
+
+static Err run_training(Case *c) {
+    Tokenized b = {0};
+    Training r = {0};
+    TRY(open_net(c, &b.schedule));
+    TRY(open_tokens(c, &b));
+    TRY(check_schedule(c, &b.schedule));
+    TRY(open_training(c, &r, &b));
+    TRY(train(c, &r, &b));
+    return check_finals(c, &r);
+}
+
+/* ---- Schedules ---- */
+
+static Err read_text(Case *c, const char *path, char **text) {
+    FILE *f = fopen(path, "rb");
+    if (!f) return err("%s cannot be read", path);
+    size_t most = 1 << 20, n;
+    Err e = case_alloc(c, text, most + 1, 1);
+    n = e == OK ? fread(*text, 1, most, f) : 0;
+    fclose(f);
+    return e == OK && n == most ? err("%s: longer than %zu bytes", path, most) : e;
+}
+
+/* The text after "key": in the object that starts at `object`; NULL if it ends before. */
+static const char *json_value(const char *object, const char *key) {
+    char quoted[40];
+    snprintf(quoted, sizeof quoted, "\"%s\"", key);
+    const char *end = strchr(object, '}'), *at = strstr(object, quoted);
+    if (!at || (end && at > end)) return NULL;
+    at += strlen(quoted);
+    return at + strspn(at, " \t\r\n:");
+}
+
+static Err json_reals(const char *object, const char *key, real *out, size_t n) {
+    const char *p = json_value(object, key);
+    if (!p || *p != '[') return err("schedules.json: no list \"%s\"", key);
+    for (size_t i = 0; i < n; i++) {
+        char *end;
+        out[i] = (real)strtod(p + 1, &end);
+        p = end + strspn(end, " \t\r\n");
+        if (end == p + 1 || *p != (i + 1 < n ? ',' : ']'))
+            return err("schedules.json: \"%s\" has not %zu numbers", key, n);
+    }
+    return OK;
+}
+
+/* float32 to the last place. */
+static void compare_schedule(const Case *c, const char *redraw, const char *key, const float *ours, real *want,
+                             size_t n) {
+    char label[400];
+    real got[MAX_SCALES + 1];
+    for (size_t i = 0; i < n; i++) got[i] = (real)ours[i];
+    snprintf(label, sizeof label, "%s, %zu scales: %s", redraw, n - 1, key);
+    compare(c, label, got, want, n, FLT_EPSILON / 2);
+}
+
+static Err run_schedule(Case *c, const char *object) {
+    char redraw[300];
+    real beta[MAX_SCALES + 1], alpha[MAX_SCALES + 1], alphacum[MAX_SCALES + 1];
+    Schedule s;
+    const char *p = json_value(object, "redraw_prob"), *T = json_value(object, "n_scales");
+    if (!p || !T) return err("schedules.json: an entry without redraw_prob or n_scales");
+    size_t quote = *p == '"', length = strcspn(p + quote, quote ? "\"" : ",\r\n }");
+    int scales = atoi(T);
+    if (length >= sizeof redraw || scales < 1 || scales > MAX_SCALES) return err("schedules.json: an impossible entry");
+    memcpy(redraw, p + quote, length);
+    redraw[length] = 0;
+    size_t n = (size_t)scales + 1;
+    TRY(json_reals(object, "betas", beta, n));
+    TRY(json_reals(object, "alphats", alpha, n));
+    TRY(json_reals(object, "alphacum", alphacum, n));
+    TRY(schedule_make(&s, redraw, scales));
+    compare_schedule(c, redraw, "betas", s.beta, beta, n);
+    compare_schedule(c, redraw, "alphats", s.alpha, alpha, n);
+    compare_schedule(c, redraw, "alphacum", s.alphacum, alphacum, n);
+    return OK;
+}
+
+static Err run_schedules(Case *c) {
+    char path[1100], *text;
+    snprintf(path, sizeof path, "%s/schedules.json", c->dir);
+    TRY(read_text(c, path, &text));
+    const char *object = strchr(text, '{');
+    if (!object) return err("schedules.json has no entries");
+    for (; object; object = strchr(object + 1, '{'))
+        if (run_schedule(c, object) != OK) report(c, "schedule", 0, err_text());
+    return OK;
+}
+
+/* ---- Cases ---- */
+
+static int file_in(const char *dir, const char *name) {
+    char path[1300];
+    struct stat st;
+    snprintf(path, sizeof path, "%s/%s", dir, name);
+    return stat(path, &st) == 0 && S_ISREG(st.st_mode);
+}
+
+/* --selftest: an expectation under another name is one missing and one unknown. */
+static void rename_one(Case *c) {
+    for (size_t i = 0; i < c->io.n; i++) {
+        Tensor *x = &c->io.tensor[i];
+        if (strncmp(x->name, "out.l", 5) != 0 && strncmp(x->name, "out.x", 5) != 0) continue;
+        x->name[strlen(x->name) - 1]++;
+        return;
+    }
+}
+
+static Err open_case(Case *c) {
+    char path[1100];
+    snprintf(path, sizeof path, "%s/config.txt", c->dir);
+    TRY(config_read(&c->config, path));
+    if (!file_in(c->dir, "model.safetensors") && file_in(c->dir, "model.ckpt"))
+        return err("only model.ckpt is there: reading .ckpt files comes with a later version");
+    snprintf(path, sizeof path, "%s/model.safetensors", c->dir);
+    TRY(checkpoint_open(&c->model, path));
+    snprintf(path, sizeof path, "%s/io.safetensors", c->dir);
+    TRY(checkpoint_open(&c->io, path));
+    if (falsify == RENAMED) rename_one(c);
+    return case_alloc(c, &c->seen, c->io.n, 1);
+}
+
+/* An expectation that no code above looked at is one that this program does not know. */
+static void check_all_seen(const Case *c) {
+    for (size_t i = 0; i < c->io.n; i++)
+        if (!c->seen[i] && strncmp(c->io.tensor[i].name, "in.", 3) != 0)
+            report(c, c->io.tensor[i].name, 0, "an expectation that is not known here");
+}
+
+static int has_prefix(const Case *c, const char *prefix) {
+    for (size_t i = 0; i < c->io.n; i++)
+        if (strncmp(c->io.tensor[i].name, prefix, strlen(prefix)) == 0) return 1;
+    return 0;
+}
+
+static int ends_in(const char *text, const char *end) {
+    size_t n = strlen(text), m = strlen(end);
+    return n >= m && strcmp(text + n - m, end) == 0;
+}
+
+static Err run_kind(Case *c) {
+    const char *target = config_get(&c->config, "", "model.target");
+    if (!target) return err("config.txt has no model.target");
+    if (ends_in(target, ".VQGANWrapper") || ends_in(target, ".VQModel")) {
+        if (has_prefix(c, "grad_g.") || has_prefix(c, "grad_d.") || has(c, "out.aeloss"))
+            return err("an adversarial first stage: that comes with a later version");
+        TRY(run_vqgan(c));
+    } else if (ends_in(target, ".DenoisingXTransformer") || ends_in(target, ".DecoderOnlyDenoiser")) {
+        if (has_prefix(c, "out.logits_"))
+            return err("checkpoint encodings: reading .ckpt files comes with a later version");
+        TRY(has_prefix(c, "final.") ? run_training(c) : run_transition(c));
+    } else
+        return err("model.target %s: not a kind of case known here", target);
+    check_all_seen(c);
+    return OK;
+}
+
+static void close_case(Case *c) {
+    for (size_t i = 0; i < c->n_blocks; i++) free(c->block[i]);
+    vqgan_free(c->vqgan);
+    transformer_free(c->net);
+    checkpoint_close(&c->model);
+    checkpoint_close(&c->io);
+    config_free(&c->config);
+}
+
+static void run_case(const char *dir) {
+    Case c = {0};
+    size_t before = passed + failed, failures = failed;
+    snprintf(c.dir, sizeof c.dir, "%s", dir);
+    c.name = strrchr(c.dir, '/') ? strrchr(c.dir, '/') + 1 : c.dir;
+    Err e;
+    if (file_in(dir, "schedules.json"))
+        e = run_schedules(&c);
+    else if ((e = open_case(&c)) == OK)
+        e = run_kind(&c);
+    if (e != OK) report(&c, "case", 0, err_text());
+    if (passed + failed == before) report(&c, "case", 0, "compared nothing");
+    printf("---- %s: %s, %zu comparisons, %zu failed\n", c.name, failed == failures ? "pass" : "FAIL",
+           passed + failed - before, failed - failures);
+    close_case(&c);
+}
+
+static int is_case(const char *dir) {
+    return file_in(dir, "config.txt") || file_in(dir, "io.safetensors") || file_in(dir, "schedules.json") ||
+           file_in(dir, "model.safetensors") || file_in(dir, "model.ckpt");
+}
+
+static int by_folder(const struct dirent *entry) {
+    return entry->d_name[0] != '.';
+}
+
+/* A case, or a folder of cases; any other folder counts as an unknown case. */
+static void run_folder(const char *dir) {
+    struct dirent **entry;
+    size_t before = passed + failed;
+    if (is_case(dir)) {
+        run_case(dir);
+        return;
+    }
+    int n = scandir(dir, &entry, by_folder, alphasort);
+    for (int i = 0; i < n; i++) {
+        char path[1024];
+        struct stat st;
+        int length = snprintf(path, sizeof path, "%s/%s", dir, entry[i]->d_name);
+        if (length > 0 && (size_t)length < sizeof path && stat(path, &st) == 0 && S_ISDIR(st.st_mode)) run_folder(path);
+        free(entry[i]);
+    }
+    if (n >= 0) free(entry);
+    if (passed + failed > before) return;
+    Case none = {.name = dir};
+    report(&none, "case", 0, n < 0 ? "the folder cannot be read" : "no case is in this folder");
+}
+
+/* With one element of every expectation moved by two tolerances, or NaN, or tokens off by one, every comparison must
+ * fail; with one expectation misnamed, every case must. */
+static int selftest(int n, char **dirs) {
+    int bad = 0;
+    static const char *const what[] = {"", "moved by two tolerances", "made NaN", "one misnamed per case"};
+    for (falsify = MOVED; falsify <= RENAMED; falsify++) {
+        passed = failed = 0;
+        for (int i = 0; i < n; i++) run_folder(dirs[i]);
+        int red = falsify == RENAMED ? failed > 0 : failed > 0 && passed == 0;
+        printf("selftest: expectations %s: %zu passed, %zu failed: %s\n", what[falsify], passed, failed,
+               red ? "as it must" : "WRONG");
+        bad |= !red;
+    }
+    return bad;
+}
+
+int main(int argc, char **argv) {
+    int test_itself = argc > 1 && strcmp(argv[1], "--selftest") == 0;
+    if (argc < 2 + test_itself) {
+        fprintf(stderr, "golden: expected a folder of cases: test/golden [--selftest] DIR...\n");
+        return 2;
+    }
+    if (test_itself) return selftest(argc - 2, argv + 2);
+    for (int i = 1; i < argc; i++) run_folder(argv[i]);
+    if (passed + failed == 0) failed = 1;
+    printf("%zu passed, %zu failed\n", passed, failed);
+    return failed != 0;
+}

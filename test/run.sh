@@ -1,0 +1,37 @@
+#!/bin/sh
+# run.sh BUILD TEST...: runs every test program, the golden cases, the checks of the three programs, and adds up what
+# they report. The last line is "N passed, N failed"; exit status 1 if anything failed, crashed or reported nothing.
+build=$1
+shift
+passed=0 failed=0
+
+tally() { # tally NAME LOGFILE EXIT_STATUS
+    line=$(tail -n 1 "$2")
+    p=$(expr "$line" : '\([0-9][0-9]*\) passed, [0-9][0-9]* failed$')
+    f=$(expr "$line" : '[0-9][0-9]* passed, \([0-9][0-9]*\) failed$')
+    if [ -z "$p" ] || [ -z "$f" ] || { [ "$3" -ne 0 ] && [ "$f" -eq 0 ]; } || [ "$p" -eq 0 ]; then
+        p=${p:-0} f=$((${f:-0} + 1))
+        echo "FAIL $1: exit status $3, last line: $line"
+    fi
+    [ "$f" -eq 0 ] || grep -E 'FAIL|^ERROR|runtime error|ERROR:|error text|^     ' "$2" | head -40
+    printf '%-40s %6s passed, %s failed, %s s\n' "$1" "$p" "$f" "$(($(date +%s) - started))"
+    passed=$((passed + p)) failed=$((failed + f))
+}
+
+check() { # check NAME COMMAND...
+    name=$1
+    shift
+    started=$(date +%s)
+    "$@" >"$build/$name.log" 2>&1
+    tally "$name" "$build/$name.log" $?
+}
+
+for t in "$@"; do
+    check "$(basename "$t")" "$t"
+done
+check golden "$build/golden" test/golden-cases
+check golden-selftest "$build/golden" --selftest test/golden-cases
+check programs test/test_programs.sh "$build"
+check common-subset test/test_subset.sh
+echo "$passed passed, $failed failed"
+[ "$failed" -eq 0 ]

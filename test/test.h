@@ -1,0 +1,84 @@
+/* test.h - what every test program shares. A test is a main() that calls CHECK, near or gradcheck and returns
+ * test_report(): a last line "N passed, N failed", exit status 1 if anything failed or nothing was checked. */
+#ifndef TEST_H
+#define TEST_H
+
+#include "../imagebart.h"
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+static size_t test_passed, test_failed;
+
+static inline int test_note(int ok, const char *file, int line, const char *what) {
+    if (ok)
+        test_passed++;
+    else {
+        test_failed++;
+        printf("FAIL %s:%d: %s\n", file, line, what);
+    }
+    return ok;
+}
+
+#define CHECK(condition) test_note(!!(condition), __FILE__, __LINE__, #condition)
+/* An Err that must be OK; prints the error text otherwise. */
+#define CHECK_OK(call)                                                                                                 \
+    do {                                                                                                               \
+        if (!CHECK((call) == OK)) printf("     %s\n", err_text());                                                     \
+    } while (0)
+/* An Err that must fail with a text that contains `part`. */
+#define CHECK_ERR(call, part)                                                                                          \
+    do {                                                                                                               \
+        if (!CHECK((call) != OK && strstr(err_text(), (part)))) printf("     error text: \"%s\"\n", err_text());       \
+    } while (0)
+
+/* max |got-ref| <= atol + rtol*max|ref|. Comparing nothing fails, NaN fails. *worst = fraction of the tolerance. */
+static inline int near_reals(const real *got, const real *ref, size_t n, double atol, double rtol, double *worst) {
+    double largest = 0, error = n ? 0 : NAN;
+    for (size_t i = 0; i < n; i++)
+        if (fabs((double)ref[i]) > largest) largest = fabs((double)ref[i]);
+    for (size_t i = 0; i < n && error == error; i++) {
+        double d = fabs((double)got[i] - (double)ref[i]);
+        if (!(d <= error)) error = d; /* also taken when d is NaN */
+    }
+    error /= atol + rtol * largest;
+    if (worst) *worst = error;
+    return error <= 1; /* false for NaN */
+}
+#define CHECK_NEAR(name, got, ref, n, atol, rtol)                                                                      \
+    do {                                                                                                               \
+        double worst_;                                                                                                 \
+        if (!test_note(near_reals(got, ref, n, atol, rtol, &worst_), __FILE__, __LINE__, name))                        \
+            printf("     %.3g of the tolerance\n", worst_);                                                            \
+    } while (0)
+
+/* Central differences of f at x[0..n-1] against grad (for REAL_DOUBLE builds). Checks at most `most` elements, spread
+ * over the tensor. Error of an element is relative to the tensor's largest gradient, or `floor_` if that is smaller.
+ * Returns the largest error; NAN when there was nothing to check. */
+static inline double gradient_error(double (*f)(void *), void *context, real *x, const real *grad, size_t n,
+                                    size_t most, double step, double floor_) {
+    double largest = floor_, worst = n ? 0 : NAN;
+    for (size_t i = 0; i < n; i++)
+        if (fabs((double)grad[i]) > largest) largest = fabs((double)grad[i]);
+    size_t stride = n > most ? n / most : 1;
+    for (size_t i = 0; i < n; i += stride) {
+        real keep = x[i];
+        x[i] = (real)((double)keep + step);
+        double up = f(context);
+        x[i] = (real)((double)keep - step);
+        double down = f(context);
+        x[i] = keep;
+        double d = fabs((up - down) / (2 * step) - (double)grad[i]) / largest;
+        if (!(d <= worst)) worst = d;
+    }
+    return worst;
+}
+
+static inline int test_report(void) {
+    if (test_passed + test_failed == 0) test_failed = 1; /* a test that checks nothing fails */
+    printf("%zu passed, %zu failed\n", test_passed, test_failed);
+    return test_failed != 0;
+}
+
+#endif

@@ -1,0 +1,867 @@
+/* test_diffusion.c - schedules against the official numbers, the chain against brute force, the draw of one token, and
+ * whole models: tiny random ones written into a temporary folder. */
+#include "test.h"
+
+#include <float.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+/* ---- schedules ---- */
+
+/* The buffers of the official implementation (float32 printed as exact doubles). */
+static const struct {
+    const char *redraw_prob;
+    int T;
+    float beta[6], alpha[6], alphacum[6];
+} official[] = {
+    {"geometric", 2, {0.0f, 0.5f, 1.0f}, {1.0f, 0.5f, 0.0f}, {1.0f, 0.5f, 0.0f}},
+    {"geometric",
+     3,
+     {0.0f, 0.3333333432674408f, 0.5f, 1.0f},
+     {1.0f, 0.6666666269302368f, 0.5f, 0.0f},
+     {1.0f, 0.6666666269302368f, 0.3333333134651184f, 0.0f}},
+    {"geometric",
+     4,
+     {0.0f, 0.25f, 0.3333333432674408f, 0.5f, 1.0f},
+     {1.0f, 0.75f, 0.6666666269302368f, 0.5f, 0.0f},
+     {1.0f, 0.75f, 0.4999999701976776f, 0.2499999850988388f, 0.0f}},
+    {"geometric",
+     5,
+     {0.0f, 0.20000000298023224f, 0.25f, 0.3333333432674408f, 0.5f, 1.0f},
+     {1.0f, 0.800000011920929f, 0.75f, 0.6666666269302368f, 0.5f, 0.0f},
+     {1.0f, 0.800000011920929f, 0.6000000238418579f, 0.3999999761581421f, 0.19999998807907104f, 0.0f}},
+    {"ffhq_bernoulli_PSIM",
+     2,
+     {0.0f, 0.3639524579048157f, 1.0f},
+     {1.0f, 0.6360475420951843f, 0.0f},
+     {1.0f, 0.6360475420951843f, 0.0f}},
+    {"bernoulli_PSIM",
+     3,
+     {0.0f, 0.1517287641763687f, 0.23063573241233826f, 1.0f},
+     {1.0f, 0.8482712507247925f, 0.7693642377853394f, 0.0f},
+     {1.0f, 0.8482712507247925f, 0.652629554271698f, 0.0f}},
+    {"bernoulli_PSIM",
+     5,
+     {0.0f, 0.0901111289858818f, 0.1041797399520874f, 0.13920249044895172f, 0.2660215497016907f, 1.0f},
+     {1.0f, 0.9098888635635376f, 0.8958202600479126f, 0.8607975244522095f, 0.7339784502983093f, 0.0f},
+     {1.0f, 0.9098888635635376f, 0.8150968551635742f, 0.7016333937644958f, 0.5149837732315063f, 0.0f}},
+    {"0.3",
+     4,
+     {0.0f, 0.30000001192092896f, 0.30000001192092896f, 0.30000001192092896f, 0.30000001192092896f},
+     {1.0f, 0.699999988079071f, 0.699999988079071f, 0.699999988079071f, 0.699999988079071f},
+     {1.0f, 0.699999988079071f, 0.4899999797344208f, 0.34299999475479126f, 0.2400999814271927f}},
+    {"alphacum:1.0,0.7,0.3,0.0",
+     3,
+     {0.0f, 0.30000001192092896f, 0.5714285969734192f, 1.0f},
+     {1.0f, 0.699999988079071f, 0.4285714030265808f, 0.0f},
+     {1.0f, 0.699999988079071f, 0.29999998211860657f, 0.0f}},
+};
+
+static void test_official_schedules(void) {
+    for (size_t i = 0; i < sizeof official / sizeof *official; i++) {
+        Schedule s;
+        CHECK_OK(schedule_make(&s, official[i].redraw_prob, official[i].T));
+        CHECK(s.T == official[i].T);
+        for (int t = 0; t <= s.T; t++)
+            CHECK(s.beta[t] == official[i].beta[t] && s.alpha[t] == official[i].alpha[t] &&
+                  s.alphacum[t] == official[i].alphacum[t]);
+    }
+}
+
+static void test_schedule_errors(void) {
+    Schedule s;
+    CHECK_ERR(schedule_make(&s, "geometric", 0), "0 scales");
+    CHECK_ERR(schedule_make(&s, "geometric", MAX_SCALES + 1), "65 scales");
+    CHECK_ERR(schedule_make(&s, "1.5", 3), "beta_1");
+    CHECK_ERR(schedule_make(&s, "-0.1", 3), "beta_1");
+    CHECK_ERR(schedule_make(&s, "nan", 3), "beta_1");
+    CHECK_ERR(schedule_make(&s, "0.3x", 3), "0.3x");
+    CHECK_ERR(schedule_make(&s, "", 3), "expected geometric");
+    CHECK_ERR(schedule_make(&s, "cosine", 3), "cosine");
+    CHECK_ERR(schedule_make(&s, "bernoulli_PSIM", 4), "curve:");
+    CHECK_ERR(schedule_make(&s, "alphacum:1,0.5,0", 3), "4 numbers");
+    CHECK_ERR(schedule_make(&s, "alphacum:1,0.5,0.2,0,0", 3), "4 numbers");
+    CHECK_ERR(schedule_make(&s, "alphacum:1,0.5,0.6,0", 3), "value 3");
+    CHECK_ERR(schedule_make(&s, "alphacum:1,0,0,0", 3), "value 3");
+    CHECK_ERR(schedule_make(&s, "alphacum:1,x,0,0", 3), "4 numbers");
+    CHECK_ERR(schedule_make(&s, "curve:/no/such/file", 3), "/no/such/file");
+}
+
+static int betas_are(const Schedule *s, const double *beta) {
+    for (int t = 1; t <= s->T; t++)
+        if (!(fabs((double)s->beta[t] - beta[t - 1]) < 1e-6)) return 0;
+    return 1;
+}
+
+/* Three points worked out by hand: equal steps of the metric 0,1,2,3,4 cross the curve at alphacum 1, 5/6, 4/6, 1/2, 0,
+ * so beta = 1/6, 1/5, 1/4, 1. Reversed, each change of sign is found from the other side. */
+static void test_curve(void) {
+    Schedule s;
+    double a[] = {1, 0.5, 0}, m[] = {0, 3, 4}, ra[] = {0, 0.5, 1}, rm[] = {4, 3, 0};
+    double beta[] = {1.0 / 6, 0.2, 0.25, 1}, wrong[] = {1.0 / 6, 0.2, 0.26, 1};
+    CHECK_OK(schedule_from_curve(&s, a, m, 3, 4));
+    CHECK(betas_are(&s, beta));
+    CHECK(!betas_are(&s, wrong));
+    CHECK_OK(schedule_from_curve(&s, ra, rm, 3, 4));
+    CHECK(betas_are(&s, beta));
+    double bent[] = {1, 0.8, 0.6, 0.4, 0}, bm[] = {0, 2, 1, 2, 4}; /* 2 is first reached at 0.8 */
+    double bent_beta[] = {0.2, 1};
+    CHECK_OK(schedule_from_curve(&s, bent, bm, 5, 2));
+    CHECK(betas_are(&s, bent_beta));
+    double flat[] = {1, 1, 1}, hole[] = {0, NAN, 1}, up[] = {0.2, 0.5, 1};
+    CHECK_ERR(schedule_from_curve(&s, a, flat, 3, 2), "never crosses");
+    CHECK_ERR(schedule_from_curve(&s, a, hole, 3, 2), "point 2");
+    CHECK_ERR(schedule_from_curve(&s, up, m, 3, 2), "falling");
+    CHECK_ERR(schedule_from_curve(&s, a, m, 1, 2), "1 points");
+}
+
+static void write_text(const char *path, const char *text) {
+    FILE *f = fopen(path, "w");
+    if (!CHECK(f != NULL)) return;
+    fputs(text, f);
+    fclose(f);
+}
+
+static void test_curve_file(const char *dir) {
+    Schedule s;
+    char path[512], redraw[600];
+    snprintf(path, sizeof path, "%s/curve.txt", dir);
+    snprintf(redraw, sizeof redraw, "curve:%s", path);
+    write_text(path, "# alphacum metric\n1 0\n\n  0.5\t3\n0 4");
+    CHECK_OK(schedule_make(&s, redraw, 4));
+    double beta[] = {1.0 / 6, 0.2, 0.25, 1};
+    CHECK(betas_are(&s, beta));
+    write_text(path, "1 0\n0.5 3 7\n0 4\n");
+    CHECK_ERR(schedule_make(&s, redraw, 4), "line 2");
+    write_text(path, "1 0\n0.5\n");
+    CHECK_ERR(schedule_make(&s, redraw, 4), "line 2");
+    write_text(path, "");
+    CHECK_ERR(schedule_make(&s, redraw, 4), "curve.txt");
+}
+
+/* ---- forward and posterior ---- */
+
+/* q(x_{t-1} = k | x_t, x_0) by Bayes from the K x K matrices of the steps. */
+static double brute_force(const Schedule *s, size_t K, size_t x0, size_t xt, size_t k, int t) {
+    double joint[8], sum = 0;
+    for (size_t j = 0; j < K; j++) {
+        double reach[8] = {0}, next[8] = {0};
+        reach[x0] = 1;
+        for (int u = 1; u < t; u++) {
+            for (size_t b = 0; b < K; b++) {
+                next[b] = 0;
+                for (size_t a = 0; a < K; a++)
+                    next[b] += reach[a] * ((a == b) * (double)s->alpha[u] + (1 - (double)s->alpha[u]) / (double)K);
+            }
+            memcpy(reach, next, sizeof next);
+        }
+        joint[j] = reach[j] * ((j == xt) * (double)s->alpha[t] + (1 - (double)s->alpha[t]) / (double)K);
+        sum += joint[j];
+    }
+    return joint[k] / sum;
+}
+
+static double posterior_error(const Schedule *s, size_t K, int t, double *worst_sum) {
+    int32_t x0[64] = {0}, xt[64] = {0};
+    real q[8 * 64];
+    double worst = 0;
+    for (size_t r = 0; r < K * K; r++) x0[r] = (int32_t)(r / K), xt[r] = (int32_t)(r % K);
+    posterior(q, x0, xt, K * K, K, s, t);
+    for (size_t r = 0; r < K * K; r++) {
+        double sum = 0;
+        for (size_t k = 0; k < K; k++) {
+            double d = fabs((double)q[r * K + k] - brute_force(s, K, r / K, r % K, k, t));
+            if (!(d <= worst)) worst = d;
+            sum += (double)q[r * K + k];
+        }
+        if (!(fabs(sum - 1) <= *worst_sum)) *worst_sum = fabs(sum - 1);
+    }
+    return worst;
+}
+
+static void test_posterior(void) {
+    static const char *names[] = {"geometric", "0.3", "bernoulli_PSIM"};
+    for (size_t i = 0; i < 3; i++)
+        for (size_t K = 1; K <= 5; K += 1 + (K > 1)) { /* 1, 2, 4 */
+            Schedule s;
+            double sum = 0;
+            CHECK_OK(schedule_make(&s, names[i], 5));
+            for (int t = 1; t <= 5; t++) {
+                CHECK(posterior_error(&s, K, t, &sum) < 1e-6);
+                CHECK(sum < 1e-6);
+            }
+            if (K < 2) continue;
+            Schedule wrong = s; /* the check sees a wrong schedule */
+            wrong.alpha[3] *= 0.9f;
+            double unused = 0;
+            posterior_error(&wrong, K, 3, &unused);
+            int32_t x0 = 0, xt = 1;
+            real a[5], b[5];
+            posterior(a, &x0, &xt, 1, K, &s, 3);
+            posterior(b, &x0, &xt, 1, K, &wrong, 3);
+            CHECK(fabs((double)(a[1] - b[1])) > 1e-4);
+        }
+}
+
+/* t = 1 is exactly one-hot at x_0, whatever x_t; so is T = 1, where x_1 is pure noise. beta = 0 cannot give NaN. */
+static void test_posterior_exact(void) {
+    Schedule s;
+    real q[7];
+    for (int T = 1; T <= 3; T++) {
+        CHECK_OK(schedule_make(&s, "geometric", T));
+        for (int32_t xt = 0; xt < 7; xt++) {
+            int32_t x0 = 4;
+            posterior(q, &x0, &xt, 1, 7, &s, 1);
+            for (int k = 0; k < 7; k++) CHECK(q[k] == (k == 4));
+        }
+    }
+    CHECK_OK(schedule_make(&s, "0", 2));
+    int32_t x0 = 2, xt = 3;
+    posterior(q, &x0, &xt, 1, 7, &s, 1);
+    for (int k = 0; k < 7; k++) CHECK(q[k] == (k == 2));
+}
+
+/* After t steps a token is still x_0 with probability alphacum_t + (1 - alphacum_t)/K and each other value equally
+ * often: chi-square over the K values, 10 degrees of freedom, 35 is exceeded by chance once in 8,000. */
+static double marginal_chi(const Schedule *s, double claimed, int t, size_t K, size_t n) {
+    int32_t *x = NULL;
+    size_t count[32] = {0}, outside = 0;
+    CHECK_OK(mem_alloc(&x, n, sizeof *x, "test tokens"));
+    for (size_t i = 0; i < n; i++) x[i] = 3;
+    for (int u = 1; u <= t; u++) noise_step(x, n, K, s->beta[u], 11, rng_stream(RNG_TEST, (uint64_t)u, 0), 0);
+    for (size_t i = 0; i < n; i++) {
+        if (x[i] >= 0 && (size_t)x[i] < K)
+            count[x[i]]++;
+        else
+            outside++;
+    }
+    free(x);
+    CHECK(outside == 0);
+    double chi = 0;
+    for (size_t k = 0; k < K; k++) {
+        double expected = (double)n * ((1 - claimed) / (double)K + (k == 3 ? claimed : 0));
+        chi += ((double)count[k] - expected) * ((double)count[k] - expected) / expected;
+    }
+    return chi;
+}
+
+static void test_marginals(void) {
+    Schedule s;
+    CHECK_OK(schedule_make(&s, "geometric", 4));
+    for (int t = 1; t <= 4; t++) {
+        CHECK(marginal_chi(&s, (double)s.alphacum[t], t, 11, 40000) < 35);
+        CHECK(!(marginal_chi(&s, fabs((double)s.alphacum[t] - 0.03), t, 11, 40000) < 35)); /* the check can fail */
+    }
+}
+
+static void test_noise_step(void) {
+    enum { N = 257, K = 5 };
+    int32_t whole[N], parts[N], still[N], fresh[N];
+    size_t counts[K] = {0};
+    for (int i = 0; i < N; i++) whole[i] = parts[i] = still[i] = fresh[i] = 9;
+    uint64_t stream = rng_stream(RNG_TEST, 0, 0);
+    noise_step(whole, N, K, 0.5, 1, stream, 1000);
+    noise_step(parts, 100, K, 0.5, 1, stream, 1000);
+    noise_step(parts + 100, N - 100, K, 0.5, 1, stream, 1100);
+    CHECK(!memcmp(whole, parts, sizeof whole)); /* token i is draw first+i */
+    noise_step(still, N, K, 0, 1, stream, 0);
+    noise_step(fresh, N, K, 1, 1, stream, 0);
+    int kept = 1, all = 1;
+    for (int i = 0; i < N; i++) {
+        kept &= still[i] == 9;
+        all &= fresh[i] >= 0 && fresh[i] < K;
+        if (fresh[i] >= 0 && fresh[i] < K) counts[fresh[i]]++;
+    }
+    CHECK(kept && all);
+    for (int k = 0; k < K; k++) CHECK(counts[k] > 20); /* 51 expected */
+}
+
+/* ---- one token ---- */
+
+static void test_sample_probs(void) {
+    real p[6], z[6] = {1, 3, 2, 3, -1, 2}, big = 1e30f;
+    sample_probs(p, z, 6, -1, 1, 0);
+    double sum = 0;
+    for (int k = 0; k < 6; k++) sum += exp((double)z[k]);
+    for (int k = 0; k < 6; k++) CHECK(fabs((double)p[k] - exp((double)z[k]) / sum) < 1e-6);
+    sample_probs(p, z, 6, -1, 0.5, 0);
+    CHECK(fabs((double)(p[2] / p[1]) - exp(-2)) < 1e-6);
+    sample_probs(p, z, 6, -1, 1, 1); /* two share the largest value: both stay */
+    CHECK(p[0] == 0 && p[1] == 0.5f && p[2] == 0 && p[3] == 0.5f && p[4] == 0 && p[5] == 0);
+    sample_probs(p, z, 6, -1, 1, 3); /* third largest is 2, twice */
+    CHECK(p[0] == 0 && p[2] > 0 && p[2] == p[5] && p[4] == 0);
+    sample_probs(p, z, 6, -1, 1, 6);
+    CHECK(p[4] > 0);
+    sample_probs(p, z, 6, -1, 1, 1000); /* more than there are: no cut */
+    CHECK(p[4] > 0);
+    sample_probs(p, z, 6, 4, 0.7, 1); /* the guide beats everything */
+    for (int k = 0; k < 6; k++) CHECK(p[k] == (k == 4));
+    sample_probs(p, z, 6, -1, 0, 0); /* temperature 0: the first of the largest */
+    for (int k = 0; k < 6; k++) CHECK(p[k] == (k == 1));
+    real inf[6] = {-INFINITY, 2, -INFINITY, -INFINITY, 1, -INFINITY};
+    sample_probs(p, inf, 6, -1, 1, 3); /* the third largest is -inf: nothing more is cut */
+    CHECK(p[0] == 0 && p[2] == 0 && fabs((double)p[1] - 1 / (1 + exp(-1))) < 1e-6);
+    real huge[6] = {big, big, -big, 0, 0, 0};
+    sample_probs(p, huge, 6, -1, 1, 0);
+    CHECK(p[0] == 0.5f && p[1] == 0.5f && p[3] == 0);
+    z[2] = NAN;
+    sample_probs(p, z, 6, -1, 1, 2);
+    CHECK(sample_pick(p, 6, 0.3) == -1);
+    real none[3] = {-INFINITY, -INFINITY, -INFINITY}, one = -7;
+    sample_probs(p, none, 3, -1, 1, 2);
+    CHECK(sample_pick(p, 3, 0.3) == -1);
+    sample_probs(p, &one, 1, -1, 1, 1);
+    CHECK(p[0] == 1);
+}
+
+static int falling(const void *a, const void *b) {
+    real x = *(const real *)a, y = *(const real *)b;
+    return (x < y) - (x > y);
+}
+
+/* top-k against a full sort, on values with many ties, for every k. */
+static void test_top_k(void) {
+    enum { K = 61 };
+    real z[K], sorted[K], p[K];
+    size_t wrong = 0;
+    for (uint64_t round = 0; round < 200; round++) {
+        for (uint64_t k = 0; k < K; k++) {
+            z[k] = (real)rng_below(1, rng_stream(RNG_TEST, 7, round), k, round % 2 ? 9 : 1000) / 64;
+            if (round % 3 == 0 && k % 5 == 1) z[k] = -INFINITY;
+        }
+        memcpy(sorted, z, sizeof z);
+        qsort(sorted, K, sizeof *sorted, falling);
+        size_t k = 1 + round % (K + 3);
+        sample_probs(p, z, K, -1, 1, k);
+        real least = k < K ? sorted[k - 1] : -INFINITY;
+        for (int i = 0; i < K; i++) wrong += (p[i] > 0) != (z[i] >= least && z[i] > -INFINITY);
+    }
+    CHECK(wrong == 0);
+}
+
+static void test_sample_pick(void) {
+    real p[5] = {0, 0.25f, 0, 0.75f, 0}, thirds[3], zero[3] = {0, 0, 0};
+    CHECK(sample_pick(p, 5, 0) == 1);
+    CHECK(sample_pick(p, 5, 0.2499) == 1);
+    CHECK(sample_pick(p, 5, 0.25) == 3);
+    CHECK(sample_pick(p, 5, 1 - DBL_EPSILON / 2) == 3); /* not the zero after it */
+    for (int k = 0; k < 3; k++) thirds[k] = 0.333333f;  /* a sum rounded below 1 */
+    CHECK(sample_pick(thirds, 3, 0.9999999999) == 2);
+    CHECK(sample_pick(thirds, 3, 0.5) == 1);
+    CHECK(sample_pick(zero, 3, 0.5) == -1);
+    CHECK(sample_pick(zero, 0, 0.5) == -1);
+}
+
+/* ---- tiny models in a folder ---- */
+
+typedef struct {
+    int T, joint, classes; /* classes: class-conditional, names a, bee, bicycle */
+    int ema;               /* add transformer_ema.* (others than transformer.*) */
+    int flip;              /* 1: scale 2 says another number of scales; 2: another schedule; 3: another scale number;
+                              4: a grid that does not fit; 5: no classes; 6: other token values; 7: NaN weights */
+    XVariant variant;
+} Tiny;
+enum { SIDE = 3, N = SIDE * SIDE, CODES = 13, USED = 7 };
+
+static void tiny_path(char out[600], const char *dir, const char *name) {
+    snprintf(out, 600, "%s/%s", dir, name);
+}
+
+static void write_vqgan(const char *dir) {
+    char path[600];
+    VqganConfig c;
+    Vqgan *v = NULL;
+    Config meta = {0};
+    TensorList list = {0};
+    int64_t used[USED] = {1, 2, 4, 5, 8, 11, 12};
+    size_t dim = USED;
+    memset(&c, 0, sizeof c);
+    c.ch = 32, c.levels = 2, c.ch_mult[0] = c.ch_mult[1] = 1, c.num_res_blocks = 1, c.resolution = 2 * SIDE;
+    c.in_channels = c.out_ch = 3, c.z_channels = 4, c.embed_dim = 3, c.n_embed = CODES, c.re_embed = USED;
+    c.legacy = 1, c.beta = 0.25;
+    CHECK_OK(vqgan_create(&v, &c, 0));
+    CHECK_OK(params_plan(vqgan_params(v), PLAN_VALUE));
+    params_init(vqgan_params(v), 5);
+    CHECK_OK(vqgan_config_write(&meta, &c, "model.params."));
+    CHECK_OK(tensor_list_params(&list, vqgan_params(v), 'v', "", DT_F32));
+    CHECK_OK(tensor_list_add(&list, "quantize.used", DT_I64, 1, &dim, used, 0));
+    tiny_path(path, dir, "vqgan.safetensors");
+    CHECK_OK(checkpoint_write(path, list.tensor, list.from_real, list.n, &meta));
+    tensor_list_free(&list);
+    config_free(&meta);
+    vqgan_free(v);
+}
+
+static void tiny_net(NetConfig *c, const Tiny *x, int t) {
+    memset(c, 0, sizeof *c);
+    size_t values = x->flip == 6 && t == 2 ? USED + 1 : USED;
+    size_t room = x->flip == 4 && t == 2 ? N - 1 : N;
+    int has_class = x->classes && !(x->flip == 5 && t == 2);
+    c->kind = !x->joint && t == x->T ? NET_GPT : NET_X;
+    c->variant = x->variant;
+    c->n_scales = x->T;
+    c->has_class = has_class;
+    c->dim = 8;
+    c->dec_num_tokens = values;
+    c->dec_depth = c->dec_heads = 1;
+    c->dec_max_seq_len = c->kind == NET_X ? room : room + (size_t)has_class;
+    c->enc_num_tokens = values + 1, c->enc_depth = c->enc_heads = 1, c->enc_max_seq_len = room + 1 + (size_t)has_class;
+    c->input_vocab_size = USED + 1, c->n_unmasked = has_class ? 2 : 0;
+}
+
+/* Random weights, large enough that the network has opinions. */
+static void opinionated(Params *p, uint64_t seed) {
+    params_init(p, seed);
+    for (size_t r = 0; r < p->n; r++)
+        for (size_t i = 0; i < p->row[r].size; i++)
+            if (p->row[r].ndim > 1) p->row[r].value[i] = (real)(0.7 * rng_normal(seed, rng_stream(RNG_TEST, r, 1), i));
+}
+
+static void tiny_meta(Config *meta, const Tiny *x, const NetConfig *c, int t) {
+    int second = t == 2;
+    CHECK_OK(net_config_write(meta, c, "model.params."));
+    CHECK_OK(config_set(meta, "model.params.n_scales", "%d", x->T + (second && x->flip == 1)));
+    if (!x->joint) CHECK_OK(config_set(meta, "model.params.single_scale", "%d", second && x->flip == 3 ? 1 : t));
+    CHECK_OK(config_set(meta, "model.params.redraw_prob", "geometric"));
+    CHECK_OK(config_set(meta, "imagebart.h", "%d", SIDE));
+    CHECK_OK(config_set(meta, "imagebart.w", "%d", SIDE));
+    if (x->classes) CHECK_OK(config_set(meta, "imagebart.classes", "a,bee,bicycle"));
+}
+
+/* One transition's file; seed: other weights. */
+static void write_scale(const char *dir, const char *name, const Tiny *x, int t, uint64_t seed) {
+    char path[600];
+    NetConfig c;
+    Transformer *net = NULL;
+    Config meta = {0};
+    TensorList list = {0};
+    Schedule s;
+    int64_t sos = 0;
+    size_t rows = (size_t)x->T + 1 + (x->flip == 1 && t == 2), one = 1;
+    tiny_net(&c, x, t);
+    tiny_meta(&meta, x, &c, t);
+    CHECK_OK(transformer_create(&net, &c));
+    Params *p = transformer_params(net);
+    CHECK_OK(params_plan(p, PLAN_VALUE | PLAN_EMA));
+    opinionated(p, seed);
+    if (x->flip == 7 && t == 2) p->row[p->n - 1].value[0] = NAN;
+    for (size_t r = 0; r < p->n; r++)
+        for (size_t i = 0; i < p->row[r].size; i++) p->row[r].ema[i] = -p->row[r].value[i];
+    CHECK_OK(schedule_make(&s, x->flip == 2 && t == 2 ? "0.3" : "geometric", (int)rows - 1));
+    CHECK_OK(tensor_list_params(&list, p, x->ema ? 'e' : 'v', "transformer.", DT_F32));
+    CHECK_OK(tensor_list_add(&list, "alphats", DT_F32, 1, &rows, s.alpha, 0));
+    CHECK_OK(tensor_list_add(&list, "alphacum", DT_F32, 1, &rows, s.alphacum, 0));
+    CHECK_OK(tensor_list_add(&list, "sos_token", DT_I64, 1, &one, &sos, 0));
+    tiny_path(path, dir, name);
+    CHECK_OK(checkpoint_write(path, list.tensor, list.from_real, list.n, &meta));
+    tensor_list_free(&list);
+    config_free(&meta);
+    transformer_free(net);
+}
+
+static const char *scratch; /* the test's temporary folder */
+
+static const char *tiny_folder(char dir[512], const char *name, const Tiny *x) {
+    char file[64];
+    snprintf(dir, 512, "%s/%s", scratch, name);
+    if (!CHECK(mkdir(dir, 0777) == 0)) return dir;
+    write_vqgan(dir);
+    if (x->joint) write_scale(dir, "joint.safetensors", x, 1, 100);
+    for (int t = 1; !x->joint && t <= x->T; t++) {
+        snprintf(file, sizeof file, "scale%d.safetensors", t);
+        write_scale(dir, file, x, t, 100 + (uint64_t)t);
+    }
+    return dir;
+}
+
+/* ---- sampling ---- */
+
+enum { BATCH = 4 };
+
+static void sample_into(Model *m, int32_t *tokens, size_t n, uint64_t first, void (*change)(SampleOptions *)) {
+    static const int32_t label[BATCH] = {2, 0, 1, 2};
+    SampleOptions o;
+    sample_defaults(&o, m);
+    o.n = n, o.first = first, o.seed = 42;
+    o.label = m->n_classes ? label + first : NULL;
+    if (change) change(&o);
+    CHECK_OK(model_sample(m, &o, tokens));
+}
+
+static void set_uncached(SampleOptions *o) {
+    o->uncached = 1;
+}
+static void set_seed(SampleOptions *o) {
+    o->seed = 43;
+}
+static void set_heat(SampleOptions *o) {
+    for (int t = 1; t < MAX_SCALES; t++) o->temperature[t] = 0.6, o->top_k[t] = 4, o->chain[t] = (size_t)(1 + t % 3);
+}
+static void set_heat_uncached(SampleOptions *o) {
+    set_heat(o);
+    o->uncached = 1;
+}
+
+/* The same tokens from one batch of four, four batches of one, two threads, and without a KV cache. */
+static void test_same_tokens(const Tiny *x, const char *name) {
+    char dir[512];
+    Model m;
+    int32_t all[BATCH * N], again[BATCH * N];
+    CHECK_OK(model_open(&m, tiny_folder(dir, name, x), NULL));
+    if (!CHECK(m.net == NULL && m.h == SIDE && m.w == SIDE && m.K == USED && m.side == 2 * SIDE)) return;
+    threads_set(1);
+    sample_into(&m, all, BATCH, 0, NULL);
+    for (int i = 0; i < BATCH * N; i++)
+        if (all[i] < 0 || all[i] >= USED) CHECK(0);
+    for (uint64_t b = 0; b < BATCH; b++) sample_into(&m, again + b * N, 1, b, NULL);
+    CHECK(!memcmp(all, again, sizeof all));
+    threads_set(2);
+    sample_into(&m, again, BATCH, 0, NULL);
+    CHECK(!memcmp(all, again, sizeof all));
+    sample_into(&m, again, BATCH, 0, set_uncached);
+    CHECK(!memcmp(all, again, sizeof all));
+    sample_into(&m, again, BATCH, 0, set_seed);
+    CHECK(memcmp(all, again, sizeof all)); /* the comparison can fail */
+    sample_into(&m, all, BATCH, 0, set_heat);
+    CHECK(memcmp(all, again, sizeof all));
+    sample_into(&m, again, BATCH, 0, set_heat_uncached);
+    CHECK(!memcmp(all, again, sizeof all));
+    CHECK(memcmp(all, all + N, N * sizeof *all)); /* two samples differ */
+    model_close(&m);
+}
+
+/* Known tokens stand in every scale's result; the rest is free. */
+typedef struct {
+    const int32_t *known;
+    const uint8_t *keep;
+    size_t n, scales, broken;
+} Watch;
+
+static void watch_scale(void *context, int t, const int32_t *tokens) {
+    Watch *w = context;
+    (void)t;
+    w->scales++;
+    for (size_t i = 0; i < w->n * N; i++) w->broken += w->keep[i % N] && tokens[i] != w->known[i];
+}
+
+static void test_guide(const char *dir) {
+    Model m;
+    SampleOptions o;
+    int32_t known[BATCH * N], tokens[BATCH * N];
+    uint8_t keep[N];
+    CHECK_OK(model_open(&m, dir, NULL));
+    for (int i = 0; i < BATCH * N; i++) known[i] = (i * 5) % USED;
+    for (int i = 0; i < N; i++) keep[i] = i % 2 == 0;
+    Watch w = {known, keep, BATCH, 0, 0};
+    sample_defaults(&o, &m);
+    o.n = BATCH, o.known = known, o.keep = keep, o.scale_done = watch_scale, o.context = &w;
+    o.chain[1] = 3, o.top_k[2] = 1;
+    CHECK_OK(model_sample(&m, &o, tokens));
+    CHECK(w.scales == (size_t)m.schedule.T + 1 && w.broken == 0);
+    int32_t other[BATCH * N]; /* the watch sees a change */
+    memcpy(other, tokens, sizeof other);
+    other[2] = (other[2] + 1) % USED;
+    watch_scale(&w, 1, other);
+    CHECK(w.broken == 1);
+    size_t same = 0;
+    for (int i = 0; i < BATCH * N; i++) same += tokens[i] == known[i];
+    CHECK(same < BATCH * N); /* the free ones are drawn */
+    known[0] = USED;
+    CHECK_ERR(model_sample(&m, &o, tokens), "known token 7");
+    o.keep = NULL;
+    CHECK_ERR(model_sample(&m, &o, tokens), "go together");
+    model_close(&m);
+}
+
+/* Chains: when repeat r has written its first token, the others still hold x_t, the renoised result of the repeat
+ * before. Each differs from that result with probability (1 - r/n) beta_t (1 - 1/K), known tokens too. */
+typedef struct {
+    const int32_t *tokens;
+    int32_t *before;
+    size_t n, changed[MAX_SCALES + 1][4], seen[MAX_SCALES + 1][4];
+} Rates;
+
+static int watch_rates(void *context, int t, size_t repeat, size_t done, size_t of) {
+    Rates *w = context;
+    for (size_t b = 0; done == 1 && repeat > 0 && b < w->n; b++)
+        for (size_t i = 1; i < of; i++) {
+            w->changed[t][repeat] += w->tokens[b * of + i] != w->before[b * of + i];
+            w->seen[t][repeat]++;
+        }
+    if (done == of) memcpy(w->before, w->tokens, w->n * of * sizeof *w->tokens);
+    return 0;
+}
+
+static int rate_is(const Rates *w, int t, size_t repeat, double p) {
+    double seen = (double)w->seen[t][repeat], sigma = sqrt(p * (1 - p) / seen);
+    return fabs((double)w->changed[t][repeat] / seen - p) < 4.5 * sigma;
+}
+
+static void test_chain_rates(const char *dir) {
+    enum { SAMPLES = 300 };
+    Model m;
+    SampleOptions o;
+    Rates w = {0};
+    int32_t *tokens = NULL, *known = NULL;
+    uint8_t keep[N] = {0, 1, 0, 0, 1, 1};
+    CHECK_OK(model_open(&m, dir, NULL));
+    CHECK_OK(mem_alloc(&tokens, SAMPLES * N, sizeof *tokens, "test"));
+    CHECK_OK(mem_alloc(&w.before, SAMPLES * N, sizeof *w.before, "test"));
+    CHECK_OK(mem_alloc(&known, SAMPLES * N, sizeof *known, "test"));
+    w.tokens = tokens, w.n = SAMPLES;
+    sample_defaults(&o, &m);
+    o.n = SAMPLES, o.known = known, o.keep = keep, o.progress = watch_rates, o.context = &w;
+    o.chain[1] = 4, o.chain[2] = 3, o.chain[3] = 2;
+    CHECK_OK(model_sample(&m, &o, tokens));
+    for (int t = 1; t <= 3; t++)
+        for (size_t r = 1; r < o.chain[t]; r++) {
+            double p = (1 - (double)r / (double)o.chain[t]) * (double)m.schedule.beta[t] * (1 - 1.0 / USED);
+            CHECK(rate_is(&w, t, r, p));
+            CHECK(!rate_is(&w, t, r, p + 0.12));
+        }
+    free(tokens), free(known), free(w.before);
+    model_close(&m);
+}
+
+static int stop_at_four(void *context, int t, size_t repeat, size_t done, size_t of) {
+    (void)context, (void)t, (void)repeat, (void)of;
+    return done == 4;
+}
+
+static void test_sample_options(const char *dir) {
+    Model m;
+    SampleOptions o;
+    int32_t tokens[N], hot[BATCH * N], cold[BATCH * N], label = 0;
+    CHECK_OK(model_open(&m, dir, NULL));
+    sample_defaults(&o, &m);
+    o.progress = stop_at_four;
+    CHECK_ERR(model_sample(&m, &o, tokens), "stopped");
+    sample_defaults(&o, &m);
+    o.temperature[1] = -1;
+    CHECK_ERR(model_sample(&m, &o, tokens), "temperature");
+    o.temperature[1] = 1, o.chain[2] = 0;
+    CHECK_ERR(model_sample(&m, &o, tokens), "chain");
+    o.chain[2] = 1, o.n = 0;
+    CHECK_ERR(model_sample(&m, &o, tokens), "0 samples");
+    o.n = 1, o.label = &label;
+    CHECK_ERR(model_sample(&m, &o, tokens), "not a model with classes");
+    /* official_temperature: the encoder-decoder scales 1, 2 run at 1, the decoder-only scale 3 as asked */
+    sample_defaults(&o, &m);
+    o.n = BATCH, o.temperature[3] = 0.5;
+    CHECK_OK(model_sample(&m, &o, cold));
+    o.temperature[1] = o.temperature[2] = 0.1;
+    CHECK_OK(model_sample(&m, &o, hot));
+    CHECK(memcmp(hot, cold, sizeof hot));
+    o.official_temperature = 1;
+    CHECK_OK(model_sample(&m, &o, hot));
+    CHECK(!memcmp(hot, cold, sizeof hot));
+    CHECK_ERR(model_scale(&m, 4), "scale 4");
+    CHECK_ERR(model_scale(&m, 0), "scale 0");
+    model_close(&m);
+}
+
+/* A file with transformer_ema.* is sampled with those. */
+static void test_ema(void) {
+    Tiny x = {3, 0, 0, 1, 0, X_PLAIN};
+    char dir[512], path[600];
+    Model m;
+    Checkpoint ck = {0};
+    CHECK_OK(model_open(&m, tiny_folder(dir, "ema", &x), NULL));
+    CHECK_OK(model_scale(&m, 2));
+    Param *row = &transformer_params(m.net)->row[1];
+    char name[200];
+    snprintf(name, sizeof name, "transformer.%s", row->name);
+    tiny_path(path, dir, "scale2.safetensors");
+    CHECK_OK(checkpoint_open(&ck, path));
+    real *value = NULL;
+    CHECK_OK(mem_alloc(&value, row->size, sizeof *value, "test"));
+    CHECK_OK(checkpoint_reals(&ck, name, -1, NULL, row->size, value));
+    CHECK(row->value[0] == value[0]); /* without transformer_ema.*: these */
+    /* the same file with transformer_ema.* added */
+    TensorList list = {0};
+    int32_t updates = 5;
+    for (size_t i = 0; i < ck.n; i++) {
+        const Tensor *y = &ck.tensor[i];
+        char ema[200] = "transformer_ema.";
+        CHECK_OK(tensor_list_add(&list, y->name, y->dtype, y->ndim, y->dim, y->data, 0));
+        if (strncmp(y->name, "transformer.", 12) != 0) continue;
+        size_t length = strlen(ema);
+        for (const char *c = y->name + 12; *c; c++)
+            if (*c != '.') ema[length++] = *c;
+        ema[length] = 0;
+        float *negative = NULL;
+        CHECK_OK(mem_alloc(&negative, y->size, sizeof *negative, "test"));
+        for (size_t k = 0; k < y->size; k++) negative[k] = -((const float *)y->data)[k];
+        CHECK_OK(tensor_list_add(&list, ema, y->dtype, y->ndim, y->dim, negative, 0));
+    }
+    CHECK_OK(tensor_list_add(&list, "transformer_ema.num_updates", DT_I32, 0, NULL, &updates, 0));
+    CHECK_OK(checkpoint_write(path, list.tensor, list.from_real, list.n, &ck.meta));
+    CHECK_OK(model_scale(&m, 1));
+    CHECK_OK(model_scale(&m, 2));
+    row = &transformer_params(m.net)->row[1];
+    CHECK(row->value[0] == -value[0]);
+    for (size_t i = 0; i < list.n; i++)
+        if (!strncmp(list.tensor[i].name, "transformer_ema.", 16) && list.tensor[i].data != &updates)
+            free((void *)(uintptr_t)list.tensor[i].data);
+    tensor_list_free(&list);
+    free(value);
+    checkpoint_close(&ck);
+    model_close(&m);
+}
+
+static void test_classes(const char *dir) {
+    Model m;
+    int32_t label = -1;
+    SampleOptions o;
+    int32_t tokens[N];
+    CHECK_OK(model_open(&m, dir, NULL));
+    CHECK(m.n_classes == 3);
+    CHECK_OK(model_class(&m, "bee", &label));
+    CHECK(label == 1);
+    CHECK_OK(model_class(&m, "2", &label));
+    CHECK(label == 2);
+    CHECK_OK(model_class(&m, "CYC", &label));
+    CHECK(label == 2);
+    CHECK_OK(model_class(&m, "a", &label));
+    CHECK(label == 0);
+    CHECK_ERR(model_class(&m, "b", &label), "could be any of bee, bicycle");
+    CHECK_ERR(model_class(&m, "zebra", &label), "expected one of a, bee, bicycle");
+    CHECK_ERR(model_class(&m, "3", &label), "0..2");
+    CHECK_ERR(model_class(&m, "99999999999999999999999", &label), "0..2");
+    CHECK_ERR(model_class(&m, "", &label), "expected one of");
+    sample_defaults(&o, &m);
+    CHECK_ERR(model_sample(&m, &o, tokens), "needs a class");
+    label = 3;
+    o.label = &label;
+    CHECK_ERR(model_sample(&m, &o, tokens), "class 3");
+    model_close(&m);
+}
+
+/* ---- folders ---- */
+
+static void test_broken(void) {
+    static const struct {
+        int flip;
+        const char *name, *says;
+    } cases[] = {
+        {1, "other-T", "n_scales"},     {2, "other-schedule", "schedule"}, {3, "other-scale", "its name says 2"},
+        {4, "small-grid", "positions"}, {5, "no-class", "class"},          {6, "other-K", "token values"}};
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        Tiny x = {3, 0, cases[i].flip == 5, 0, cases[i].flip, X_PLAIN};
+        char dir[512];
+        Model m;
+        CHECK_ERR(model_open(&m, tiny_folder(dir, cases[i].name, &x), NULL), cases[i].says);
+        CHECK(strstr(err_text(), "scale2.safetensors") != NULL);
+    }
+    Tiny nan = {2, 0, 0, 0, 7, X_PLAIN};
+    char dir[512];
+    Model m;
+    SampleOptions o;
+    int32_t tokens[N];
+    CHECK_OK(model_open(&m, tiny_folder(dir, "nan", &nan), NULL));
+    sample_defaults(&o, &m);
+    CHECK_ERR(model_sample(&m, &o, tokens), "scale 2 gives no usable");
+    model_close(&m);
+}
+
+static void test_missing(const char *dir) {
+    char path[600], kept[600];
+    Model m;
+    static const char *files[] = {"scale2.safetensors", "scale3.safetensors", "vqgan.safetensors"};
+    for (int i = 0; i < 3; i++) {
+        tiny_path(path, dir, files[i]);
+        tiny_path(kept, dir, "kept");
+        CHECK(rename(path, kept) == 0);
+        CHECK_ERR(model_open(&m, dir, NULL), files[i]);
+        CHECK(strstr(err_text(), "missing") != NULL);
+        CHECK(rename(kept, path) == 0);
+    }
+    tiny_path(path, dir, "scale1.safetensors");
+    CHECK(rename(path, kept) == 0);
+    CHECK_ERR(model_open(&m, dir, NULL), "scale1.safetensors is missing");
+    char ckpt[600];
+    tiny_path(ckpt, dir, "scale1.ckpt");
+    write_text(ckpt, "PK");
+    CHECK_ERR(model_open(&m, dir, NULL), ".ckpt files is not in this version");
+    write_text(path, "not a safetensors file");
+    CHECK_ERR(model_open(&m, dir, NULL), "scale1.safetensors");
+    CHECK(remove(path) == 0 && remove(ckpt) == 0 && rename(kept, path) == 0);
+    CHECK_OK(model_open(&m, dir, NULL));
+    model_close(&m);
+    CHECK_ERR(model_open(&m, path, NULL), "no such folder");
+    CHECK_ERR(model_open(&m, "no-such-model", NULL), "no-such-model");
+    CHECK_ERR(model_open(&m, "", NULL), "no such folder");
+}
+
+/* In an empty folder nothing is installed; with models/emoji there, the others are substituted by it. */
+static void test_named(void) {
+    char home[1024];
+    size_t n;
+    Model m;
+    const NamedModel *list = named_models(&n), *substituted = list;
+    if (!CHECK(n == 8 && getcwd(home, sizeof home) && chdir(scratch) == 0)) return;
+    CHECK(!strcmp(list[0].name, "emoji") && !strcmp(list[7].zip, "cin_4_scales_geometric.zip"));
+    for (size_t i = 1; i < n; i++) {
+        Schedule s;
+        CHECK_OK(schedule_make(&s, list[i].schedule, list[i].T));
+        CHECK(!model_installed(&list[i]));
+        char folder[200];
+        snprintf(folder, sizeof folder, "models/%s", list[i].zip);
+        folder[strlen(folder) - 4] = 0; /* .zip */
+        CHECK(!strcmp(folder, list[i].folder));
+    }
+    CHECK_ERR(model_open(&m, "ffhq", &substituted), "bundled model is missing too");
+    CHECK(substituted == NULL);
+    CHECK_ERR(model_open(&m, "emoji", &substituted), "models/emoji");
+    CHECK(mkdir("models", 0777) == 0);
+    Tiny x = {2, 0, 0, 0, 0, X_PLAIN};
+    char dir[512];
+    tiny_folder(dir, "models/emoji", &x);
+    CHECK_OK(model_open(&m, "emoji", &substituted));
+    CHECK(substituted == NULL && model_installed(&list[0]));
+    model_close(&m);
+    CHECK_OK(model_open(&m, "ffhq", &substituted));
+    CHECK(substituted == &list[1] && !strcmp(m.folder, "models/emoji"));
+    model_close(&m);
+    CHECK_ERR(model_open(&m, "ffhq", NULL), "ffhq_4_scales_geometric.zip");
+    CHECK_ERR(model_open(&m, "nothing", &substituted), "nothing");
+    CHECK(mkdir("models/ffhq_2_scales_custom", 0777) == 0); /* there, but incomplete: said, not replaced */
+    CHECK_ERR(model_open(&m, "ffhq2", &substituted), "vqgan.safetensors is missing");
+    CHECK(chdir(home) == 0);
+}
+
+int main(void) {
+    char dir[] = "/tmp/test_diffusion_XXXXXX", command[100];
+    if (!CHECK(mkdtemp(dir) != NULL)) return test_report();
+    scratch = dir;
+    test_official_schedules();
+    test_schedule_errors();
+    test_curve();
+    test_curve_file(dir);
+    test_posterior();
+    test_posterior_exact();
+    test_marginals();
+    test_noise_step();
+    test_sample_probs();
+    test_top_k();
+    test_sample_pick();
+    char plain[600], classes[600];
+    tiny_path(plain, dir, "plain");
+    tiny_path(classes, dir, "classes");
+    test_same_tokens(&(Tiny){3, 0, 0, 0, 0, X_PLAIN}, "plain"); /* scales 1, 2 NET_X, 3 NET_GPT */
+    test_same_tokens(&(Tiny){3, 0, 1, 0, 0, X_FINE_SCALED}, "classes");
+    test_same_tokens(&(Tiny){4, 1, 1, 0, 0, X_RESIDUAL_SCALED}, "joint");
+    test_same_tokens(&(Tiny){2, 0, 0, 0, 0, X_RESIDUAL}, "residual");
+    test_same_tokens(&(Tiny){1, 0, 0, 0, 0, X_PLAIN}, "single");
+    test_guide(plain);
+    test_chain_rates(plain);
+    test_sample_options(plain);
+    test_ema();
+    test_classes(classes);
+    test_broken();
+    test_missing(plain);
+    test_named();
+    snprintf(command, sizeof command, "rm -r %s", dir);
+    CHECK(system(command) == 0);
+    return test_report();
+}

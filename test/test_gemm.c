@@ -1,0 +1,286 @@
+/* test_gemm.c - the matrix product against three independent truths:
+ *   exact     small whole numbers, whose products and sums are exact in any order: equality, every shape and transpose
+ *   bound     random numbers against long double, within the a-priori bound of the promised order of additions
+ *   bits      equality with that order written out as a plain loop, for 1, 2 and 3 threads, inside a parallel region,
+ *             from two plain threads at once, and for single rows
+ * Everything around the matrices (strides wider than the rows, memory behind the last row) must stay unread and
+ * untouched: inputs are padded with NaN, outputs with a mark, and nothing is allocated behind the last element. */
+#include "test.h"
+#include <float.h>
+#include <pthread.h>
+
+#ifdef REAL_DOUBLE
+static const double UNIT = DBL_EPSILON / 2;
+#else
+static const double UNIT = FLT_EPSILON / 2;
+#endif
+enum { PIECE = 256 }; /* KC in gemm.c: part of its promise on bits */
+static const real MARK = 12345;
+
+typedef struct {
+    int trans_a, trans_b, accumulate;
+    size_t M, N, K, lda, ldb, ldc;
+    real *A, *B, *C, *before; /* before: C before the product */
+    size_t c_size;
+} Case;
+
+static uint64_t seed;
+
+static real random_real(int whole) {
+    seed++;
+    return whole ? (real)rng_below(seed, 0, 0, 9) - 4 : (real)(2 * rng_uniform(seed, 0, 0) - 1);
+}
+
+/* (rows,cols) numbers of row stride ld, NaN between them, nothing behind the last */
+static real *matrix(size_t rows, size_t cols, size_t ld, int whole, size_t *size) {
+    *size = rows && cols ? (rows - 1) * ld + cols : 0;
+    real *m = (real *)malloc(*size * sizeof(real) + 1);
+    for (size_t i = 0; i < *size; i++) m[i] = i % ld < cols ? random_real(whole) : (real)NAN;
+    return m;
+}
+
+static Case make_case(int trans, size_t M, size_t N, size_t K, size_t pad, int whole) {
+    Case c = {.trans_a = trans & 1, .trans_b = trans >> 1 & 1, .accumulate = trans >> 2 & 1, .M = M, .N = N, .K = K};
+    size_t size;
+    c.lda = (c.trans_a ? M : K) + pad;
+    c.ldb = (c.trans_b ? K : N) + 2 * pad;
+    c.ldc = N + 3 * pad;
+    c.A = matrix(c.trans_a ? K : M, c.trans_a ? M : K, c.lda, whole, &size);
+    c.B = matrix(c.trans_b ? N : K, c.trans_b ? K : N, c.ldb, whole, &size);
+    c.C = matrix(M, N, c.ldc, whole, &c.c_size);
+    c.before = (real *)malloc(c.c_size * sizeof(real) + 1);
+    for (size_t i = 0; i < c.c_size; i++) {
+        if (i % c.ldc >= N)
+            c.C[i] = MARK;
+        else if (!c.accumulate)
+            c.C[i] = (real)NAN; /* must be overwritten without being read */
+        c.before[i] = c.C[i];
+    }
+    return c;
+}
+
+static void free_case(Case *c) {
+    free(c->A);
+    free(c->B);
+    free(c->C);
+    free(c->before);
+}
+
+static void run(const Case *c, real *C) {
+    memcpy(C, c->before, c->c_size * sizeof(real));
+    gemm(c->trans_a, c->trans_b, c->M, c->N, c->K, c->A, c->lda, c->B, c->ldb, c->accumulate, C, c->ldc);
+}
+
+static real a_at(const Case *c, size_t i, size_t k) {
+    return c->trans_a ? c->A[k * c->lda + i] : c->A[i * c->lda + k];
+}
+
+static real b_at(const Case *c, size_t k, size_t j) {
+    return c->trans_b ? c->B[j * c->ldb + k] : c->B[k * c->ldb + j];
+}
+
+/* Every element of c->C within the a-priori bound, every element beside them untouched. Adding n terms in sequence
+ * with unit roundoff u errs by at most n*u/(1-n*u) * sum |terms| (Higham, Accuracy and Stability, 2002, sec. 3.1);
+ * n = a product, a piece, the pieces, the old C. Whole numbers below 2^24 allow no error at all. */
+static int correct(const Case *c, int whole) {
+    const double n = (double)((c->K < PIECE ? c->K : PIECE) + c->K / PIECE + 3) * UNIT, bound = whole ? 0 : n / (1 - n);
+    for (size_t e = 0; e < c->c_size; e++) {
+        const size_t i = e / c->ldc, j = e % c->ldc;
+        if (j >= c->N) {
+            if (c->C[e] != MARK) return 0;
+            continue;
+        }
+        long double sum = c->accumulate ? (long double)c->before[e] : 0, size = c->accumulate ? fabsl(sum) : 0;
+        for (size_t k = 0; k < c->K; k++) {
+            const long double product = (long double)a_at(c, i, k) * (long double)b_at(c, k, j);
+            sum += product;
+            size += fabsl(product);
+        }
+        if (!(fabsl((long double)c->C[e] - sum) <= (long double)bound * size)) return 0; /* also taken when NaN */
+    }
+    return 1;
+}
+
+/* sum + a*b as the micro kernel rounds it on this machine */
+static real multiply_add(real a, real b, real sum) {
+#if defined(__FMA__) && defined(REAL_DOUBLE)
+    return fma(a, b, sum);
+#elif defined(__FMA__)
+    return fmaf(a, b, sum);
+#else
+    volatile real product = a * b; /* volatile: must be rounded */
+    return sum + product;
+#endif
+}
+
+/* C in the promised order: pieces of PIECE products each, one after the other */
+static void promised_order(const Case *c, real *C) {
+    memcpy(C, c->before, c->c_size * sizeof(real));
+    for (size_t i = 0; i < c->M; i++)
+        for (size_t j = 0; j < c->N; j++)
+            for (size_t start = 0; start < c->K; start += PIECE) {
+                real sum = 0, *to = C + i * c->ldc + j;
+                for (size_t k = start; k < c->K && k < start + PIECE; k++)
+                    sum = multiply_add(a_at(c, i, k), b_at(c, k, j), sum);
+                *to = start || c->accumulate ? *to + sum : sum;
+            }
+}
+
+static int same_bits(const Case *c, const real *x, const real *y) {
+    return c->c_size && memcmp(x, y, c->c_size * sizeof(real)) == 0;
+}
+
+static int product_is(int trans, size_t M, size_t N, size_t K, size_t pad, int whole) {
+    Case c = make_case(trans, M, N, K, pad, whole);
+    run(&c, c.C);
+    const int ok = correct(&c, whole);
+    if (!ok)
+        printf("     trans_a %d trans_b %d accumulate %d M %zu N %zu K %zu pad %zu\n", c.trans_a, c.trans_b,
+               c.accumulate, M, N, K, pad);
+    free_case(&c);
+    return ok;
+}
+
+/* Sizes around every boundary: vectors of 2..16, micro tiles of 6 and 8 rows, panels of 4..32, blocks of 256. */
+static void test_shapes(void) {
+    static const size_t small[] = {1, 2, 3, 5, 6, 7, 8, 9, 13, 15, 16, 17, 31, 32, 33, 47, 64, 65};
+    enum { SMALL = sizeof small / sizeof *small };
+    int ok = 1, bound = 1;
+    for (int trans = 0; trans < 8; trans++)
+        for (size_t m = 0; m < SMALL; m++)
+            for (size_t n = 0; n < SMALL; n++)
+                for (size_t k = (m + n) % 3; k < SMALL; k += 3)
+                    ok &= product_is(trans, small[m], small[n], small[k], (m + n + k) % 4, 1);
+    CHECK(ok);
+    static const size_t large[][3] = {{257, 17, 3},  {3, 257, 17},   {17, 3, 257},    {257, 129, 511}, {1, 1031, 300},
+                                      {9, 515, 256}, {530, 97, 260}, {100, 1030, 40}, {19, 23, 1025},  {259, 1, 513}};
+    for (int trans = 0; trans < 8; trans++)
+        for (size_t s = 0; s < sizeof large / sizeof *large; s++) {
+            ok &= product_is(trans, large[s][0], large[s][1], large[s][2], s % 3, 1);
+            bound &= product_is(trans, large[s][0], large[s][1], large[s][2], (s + 1) % 3, 0);
+        }
+    CHECK(ok);
+    CHECK(bound);
+}
+
+static void test_empty(void) {
+    real C[6] = {1, 2, 3, 4, 5, 6};
+    const real one = 1;
+    gemm(0, 0, 0, 3, 2, &one, 2, &one, 3, 0, C, 3);
+    gemm(0, 0, 3, 0, 2, &one, 2, &one, 3, 0, C, 3);
+    gemm(0, 0, 0, 0, 0, NULL, 0, NULL, 0, 0, NULL, 0);
+    gemm(1, 1, 2, 2, 0, NULL, 0, NULL, 0, 1, C, 3); /* K = 0 adds nothing */
+    CHECK(C[0] == 1 && C[1] == 2 && C[2] == 3 && C[3] == 4 && C[4] == 5 && C[5] == 6);
+    gemm(0, 0, 2, 2, 0, NULL, 0, NULL, 0, 0, C, 3); /* K = 0 is a sum of nothing */
+    CHECK(C[0] == 0 && C[1] == 0 && C[2] == 3 && C[3] == 0 && C[4] == 0 && C[5] == 6);
+}
+
+typedef struct {
+    const Case *c;
+    real *C;
+    int rounds;
+} Job;
+
+static void *run_many(void *job_pointer) {
+    const Job *job = (const Job *)job_pointer;
+    for (int i = 0; i < job->rounds; i++) run(job->c, job->C);
+    return NULL;
+}
+
+/* Two threads that OpenMP knows nothing of call gemm at the same time, each on its own matrices. */
+static int plain_threads_agree(const Case *c, const real *expected, const Case *other) {
+    real *C = (real *)malloc(c->c_size * sizeof(real));
+    Job mine = {c, C, 4}, theirs = {other, other->C, 6};
+    pthread_t thread;
+    if (pthread_create(&thread, NULL, run_many, &theirs)) return 0;
+    run_many(&mine);
+    pthread_join(thread, NULL);
+    const int ok = same_bits(c, C, expected) && correct(other, 0);
+    free(C);
+    return ok;
+}
+
+static int inside_parallel_agrees(const Case *c, const real *expected) {
+    int ok = 1;
+#pragma omp parallel for num_threads(2) reduction(& : ok)
+    for (int t = 0; t < 4; t++) {
+        real *C = (real *)malloc(c->c_size * sizeof(real));
+        run(c, C);
+        ok &= same_bits(c, C, expected);
+        free(C);
+    }
+    return ok;
+}
+
+/* Rows computed alone, as in decoding, equal rows of the whole product. */
+static int single_rows_agree(const Case *c, const real *expected) {
+    real *row = (real *)malloc(c->N * sizeof(real));
+    int ok = 1;
+    for (size_t i = 0; i < c->M; i += c->M / 5 + 1) {
+        const real *A = c->trans_a ? c->A + i : c->A + i * c->lda;
+        memcpy(row, c->before + i * c->ldc, c->N * sizeof(real));
+        gemm(c->trans_a, c->trans_b, 1, c->N, c->K, A, c->lda, c->B, c->ldb, c->accumulate, row, c->ldc);
+        ok &= memcmp(row, expected + i * c->ldc, c->N * sizeof(real)) == 0;
+    }
+    free(row);
+    return ok;
+}
+
+static void test_bits(void) {
+    Case other = make_case(2, 150, 140, 300, 1, 0);
+    for (int trans = 0; trans < 8; trans++) {
+        Case c = make_case(trans, 131, 173, 601, 3, 0); /* large enough to be shared among threads */
+        real *expected = (real *)malloc(c.c_size * sizeof(real));
+        promised_order(&c, expected);
+        for (int threads = 1; threads <= 3; threads++) {
+            threads_set(threads);
+            run(&c, c.C);
+            CHECK(same_bits(&c, c.C, expected));
+        }
+        CHECK(inside_parallel_agrees(&c, expected));
+        CHECK(plain_threads_agree(&c, expected, &other));
+        CHECK(single_rows_agree(&c, expected));
+        free(expected);
+        free_case(&c);
+    }
+    free_case(&other);
+    threads_set(0);
+}
+
+/* The checkers above must be able to say no. */
+static void test_negative_control(void) {
+    Case c = make_case(6, 37, 41, 300, 2, 0);
+    run(&c, c.C);
+    CHECK(correct(&c, 0));
+    real *right = (real *)malloc(c.c_size * sizeof(real)), *const element = c.C + 5 * c.ldc + 40, keep = *element;
+    memcpy(right, c.C, c.c_size * sizeof(real));
+    *element = keep + a_at(&c, 5, 299) * b_at(&c, 299, 40); /* one product twice */
+    CHECK(!correct(&c, 0));
+    *element = (real)NAN;
+    CHECK(!correct(&c, 0));
+    *element = keep + (real)(4 * UNIT); /* one bit or a few */
+    CHECK(!same_bits(&c, c.C, right));
+    *element = keep;
+    CHECK(same_bits(&c, c.C, right) && correct(&c, 0));
+    c.C[5 * c.ldc + 41] = 0; /* between two rows */
+    CHECK(!correct(&c, 0));
+    free(right);
+    free_case(&c);
+
+    c = make_case(0, 9, 10, 11, 0, 1);
+    run(&c, c.C);
+    CHECK(correct(&c, 1));
+    c.trans_b = 1; /* swapped indices */
+    c.ldb = 11;
+    c.B = (real *)realloc(c.B, 110 * sizeof(real));
+    CHECK(!correct(&c, 1));
+    free_case(&c);
+}
+
+int main(void) {
+    test_shapes();
+    test_empty();
+    test_bits();
+    test_negative_control();
+    return test_report();
+}

@@ -1,0 +1,1405 @@
+/* transformer.cu - one reverse transition p(x_{t-1} | x_t) of the Markov chain over tokens.
+ *
+ * Owns both networks of the paper (section 3.2), forward and backward, the losses on their logits, decoding token by
+ * token with cached keys and values, and the optimizer: AdamW, EMA, learning rate. It knows neither images nor files;
+ * noise and sampling are the business of diffusion.c.
+ *
+ *     NET_X     encoder reads [t, (class,) x_t], all positions see each other -> context
+ *               decoder reads [sos, x_{t-1} shifted right], causal, attends to the context -> logits of x_{t-1}
+ *     NET_GPT   one causal stack reads [t, (class,) x_{t-1} shifted right] -> logits; for the last scale, whose x_t is
+ *               pure noise and tells nothing
+ *
+ * Everything is built from one idea: a stack is a list of layers, each doing x = x + block(norm(x)), where a block is
+ * self-attention, cross-attention or feed-forward. Encoder, decoder and GPT are three lists run by the same
+ * stack_forward / stack_backward. Decoding runs it too: a pass over n new positions at `pos`, whose keys and values
+ * join those that earlier passes left behind; training is the pass with pos = 0 and all positions at once.
+ *
+ * Activations are (B,n,C), row-major: a linear layer is one gemm over all B*n rows. Attention runs in parallel over
+ * (batch row, head). Sums over rows (gradients of biases, norms, embeddings) run in parallel over columns, so that the
+ * order of additions, hence every bit, is the same for any number of threads.
+ *
+ * Refuses: tokens, t and labels outside their tables, sequences longer than the position tables, official options that
+ * it does not implement. Dropout is not implemented (the official configurations use none).
+ *
+ * Reading order: configuration, parameter table, memory plan, then the mathematics from small to large: elementwise,
+ * norm, linear, embedding, attention, feed-forward, stack, head; then the four things done with them: forward and
+ * backward, loss, decoding, optimizer. This file is compiled as C; it is in the common subset with C++17. */
+#include "imagebart.h"
+
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum {
+    X_HEAD = 64,       /* size of a head in NET_X, whatever dim and heads are (SPEC 1.6) */
+    FEED_FACTOR = 4,   /* hidden width of a feed-forward block over dim */
+    QUERY_BLOCK = 64,  /* queries that attention treats at a time: their scores stay in cache */
+    COLUMN_BLOCK = 32, /* columns that one task sums over all rows */
+    LOSS_CHUNKS = 64,  /* partial sums of the loss: fixed, so that threads do not matter */
+    SMALL_WORK = 16384 /* elements below which a loop is not worth waking the other threads */
+};
+static const double NORM_EPS = 1e-5;
+static const double WEIGHT_DECAY = 0.01; /* PyTorch's default (SPEC section 7) */
+static const double EMBEDDING_STD = 0.02;
+static const size_t NO_ROW = (size_t)-1;
+
+typedef struct {
+    size_t weight, bias; /* rows of the parameter table */
+    size_t C;
+} Norm;
+
+typedef struct {
+    size_t weight, bias; /* weight (out,in); bias (out) or NO_ROW */
+    size_t in, out;
+} Linear;
+
+typedef enum { BLOCK_SELF, BLOCK_CROSS, BLOCK_FEED } BlockKind;
+
+/* One x = x + block(norm(x)) and what its last forward left for backward; R = B*n rows of the pass. While decoding,
+ * k and v of attention layers are the caches. */
+typedef struct {
+    BlockKind kind;
+    Norm norm;
+    Linear q, k, v, out; /* attention */
+    size_t heads, D;     /* heads of D channels each; inner = heads*D */
+    Linear up, down;     /* feed-forward */
+
+    real *x;           /* (R,C) input */
+    real *mean, *rstd; /* (R) of the norm */
+    real *normed;      /* (R,C) */
+    real *query, *y;   /* (R,inner) queries; what the heads say */
+    real *key, *value; /* (B,keys,inner) */
+    real *p;           /* (B,heads,n,keys) attention probabilities; NULL: not kept */
+    real *g, *dg;      /* (R,4C) gelu(h) and its derivative; dg NULL: not kept */
+} Layer;
+
+typedef struct {
+    Layer *layer;
+    size_t n_layers;
+    size_t token_emb, pos_emb; /* rows of the table */
+    Norm norm;                 /* the final one */
+    size_t C, max_T;
+    int causal;
+    size_t unmasked; /* the first positions, that see each other even if causal */
+
+    size_t T;                /* planned positions */
+    int32_t *ids;            /* (B,T) */
+    real *x_end, *out;       /* (R,C) input and output of the final norm */
+    real *end_mean, *end_rstd;
+} Stack;
+
+struct Transformer {
+    NetConfig config;
+    Params params;
+    Stack encoder, decoder; /* NET_GPT: decoder only */
+    Linear head;
+    size_t log_scalors; /* row, or NO_ROW */
+    float alpha[MAX_SCALES + 1];
+
+    size_t B, N; /* planned */
+    int train;
+    void *arena;
+    real *raw, *logits;                         /* (B,N,K) before and after scaling and residual; may be one */
+    real *scores;                               /* attention scores of one block of queries per (row, head) */
+    real *dx, *dcontext, *dnormed;              /* gradients, reused by every layer */
+    real *dquery, *dkey, *dvalue, *dy, *dh;
+    real *row_sum;                              /* (B*N) */
+
+    size_t now_B, now_N; /* of the last forward or decode_begin; 0: none */
+    size_t next;         /* decoding: the position whose turn it is */
+};
+
+static size_t min_size(size_t a, size_t b) { return a < b ? a : b; }
+static size_t max_size(size_t a, size_t b) { return a > b ? a : b; }
+
+/* ---- Configuration: the official keys (SPEC sections 1 and 2) ---- */
+
+enum { DIM_MAX = 1 << 16, DEPTH_MAX = 1024, HEADS_MAX = 1024, TOKENS_MAX = 1 << 24, LENGTH_MAX = 1 << 20 };
+
+static const struct {
+    const char *target;
+    NetKind kind;
+    XVariant variant;
+} net_targets[] = {
+    {"imagebart.modules.xtransformers.x_transformer.XTransformer", NET_X, X_PLAIN},
+    {"imagebart.modules.xtransformers.x_transformer.ScaledXTransformer", NET_X, X_SCALED},
+    {"imagebart.modules.xtransformers.x_transformer.FineScaledXTransformer", NET_X, X_FINE_SCALED},
+    {"imagebart.modules.xtransformers.x_transformer.ResidualXTransformer", NET_X, X_RESIDUAL},
+    {"imagebart.modules.xtransformers.x_transformer.ResidualScaledXTransformer", NET_X, X_RESIDUAL_SCALED},
+    {"imagebart.modules.transformer.mingpt.GPT", NET_GPT, X_PLAIN},
+};
+enum { NET_TARGETS = sizeof net_targets / sizeof net_targets[0] };
+static const char *const class_provider = "imagebart.util.ClassProvider";
+
+static int is_scaled(const NetConfig *c) {
+    return c->variant == X_SCALED || c->variant == X_FINE_SCALED || c->variant == X_RESIDUAL_SCALED;
+}
+static int is_residual(const NetConfig *c) {
+    return c->variant == X_RESIDUAL || c->variant == X_RESIDUAL_SCALED;
+}
+static size_t prompt_length(const NetConfig *c) { return c->has_class ? 2 : 1; }
+
+/* Every option under "transformer_config.params." must be one that is read below, or be switched off. */
+static Err refuse_unknown_options(const Config *from, const char *params, NetKind kind) {
+    static const char *const known[2][20] = {
+        {"dim", "enc_num_tokens", "enc_depth", "enc_heads", "enc_max_seq_len", "dec_num_tokens", "dec_depth",
+         "dec_heads", "dec_max_seq_len", "tie_token_emb", "wrap_decoder", "scale_pos", "n_scales", "xt_start",
+         "xt_size", NULL},
+        {"vocab_size", "input_vocab_size", "block_size", "n_layer", "n_head", "n_embd", "n_unmasked", NULL}};
+    size_t skip = strlen(params);
+    for (size_t i = 0; i < from->n; i++) {
+        const char *key = from->kv[i].key, *value = from->kv[i].value;
+        if (strncmp(key, params, skip) != 0) continue;
+        int ok = !strcmp(value, "false") || !strcmp(value, "0") || !strcmp(value, "0.0");
+        for (size_t k = 0; known[kind][k] && !ok; k++) ok = !strcmp(key + skip, known[kind][k]);
+        if (!ok) return err("%s: \"%s\" is an option that this program does not implement", key, value);
+    }
+    return OK;
+}
+
+static Err read_x_config(NetConfig *c, const Config *from, const char *params) {
+    size_t scale_pos = 0, xt_start = prompt_length(c), n_scales = (size_t)c->n_scales;
+    int wrap = 0;
+    TRY(config_size(&c->dim, from, params, "dim", 1, DIM_MAX, 0));
+    TRY(config_size(&c->enc_num_tokens, from, params, "enc_num_tokens", 2, TOKENS_MAX, 0));
+    TRY(config_size(&c->enc_depth, from, params, "enc_depth", 1, DEPTH_MAX, 0));
+    TRY(config_size(&c->enc_heads, from, params, "enc_heads", 1, HEADS_MAX, 0));
+    TRY(config_size(&c->enc_max_seq_len, from, params, "enc_max_seq_len", 2, LENGTH_MAX, 0));
+    TRY(config_size(&c->dec_num_tokens, from, params, "dec_num_tokens", 2, TOKENS_MAX, 0));
+    TRY(config_size(&c->dec_depth, from, params, "dec_depth", 1, DEPTH_MAX, 0));
+    TRY(config_size(&c->dec_heads, from, params, "dec_heads", 1, HEADS_MAX, 0));
+    TRY(config_size(&c->dec_max_seq_len, from, params, "dec_max_seq_len", 1, LENGTH_MAX, 0));
+    TRY(config_flag(&c->tie_token_emb, from, params, "tie_token_emb", 1));
+    TRY(config_flag(&wrap, from, params, "wrap_decoder", 1));
+    if (wrap) return err("%swrap_decoder: true is broken in the official code and not implemented", params);
+    TRY(config_size(&scale_pos, from, params, "scale_pos", 0, 0, 1));
+    TRY(config_size(&n_scales, from, params, "n_scales", n_scales, n_scales, 1));
+    TRY(config_size(&xt_start, from, params, "xt_start", xt_start, xt_start, 1));
+    return OK;
+}
+
+static Err read_gpt_config(NetConfig *c, const Config *from, const char *params) {
+    TRY(config_size(&c->dim, from, params, "n_embd", 1, DIM_MAX, 0));
+    TRY(config_size(&c->dec_num_tokens, from, params, "vocab_size", 2, TOKENS_MAX, 0));
+    TRY(config_size(&c->dec_depth, from, params, "n_layer", 1, DEPTH_MAX, 0));
+    TRY(config_size(&c->dec_heads, from, params, "n_head", 1, HEADS_MAX, 0));
+    TRY(config_size(&c->dec_max_seq_len, from, params, "block_size", 1, LENGTH_MAX, 0));
+    c->input_vocab_size = c->dec_num_tokens;
+    TRY(config_size(&c->input_vocab_size, from, params, "input_vocab_size", 2, TOKENS_MAX, 1));
+    TRY(config_size(&c->n_unmasked, from, params, "n_unmasked", 0, LENGTH_MAX, 1));
+    return OK;
+}
+
+Err net_config_read(NetConfig *c, const Config *from, const char *prefix) {
+    char params[256];
+    size_t n_scales = 0, found = NET_TARGETS;
+    memset(c, 0, sizeof *c);
+    if (snprintf(params, sizeof params, "%stransformer_config.params.", prefix) >= (int)sizeof params)
+        return err("transformer: configuration prefix of %zu bytes is too long", strlen(prefix));
+    const char *target = config_get(from, prefix, "transformer_config.target");
+    if (!target) return err("%stransformer_config.target is missing", prefix);
+    for (size_t i = 0; i < NET_TARGETS; i++)
+        if (!strcmp(target, net_targets[i].target)) found = i;
+    if (found == NET_TARGETS)
+        return err("%stransformer_config.target is \"%s\", expected an XTransformer or mingpt.GPT", prefix, target);
+    c->kind = net_targets[found].kind;
+    c->variant = net_targets[found].variant;
+    const char *conditioner = config_get(from, prefix, "conditioner_config.target");
+    if (conditioner && strcmp(conditioner, class_provider) != 0)
+        return err("%sconditioner_config.target is \"%s\", expected %s", prefix, conditioner, class_provider);
+    c->has_class = conditioner != NULL;
+    TRY(config_size(&n_scales, from, prefix, "n_scales", 1, MAX_SCALES, 0));
+    c->n_scales = (int)n_scales;
+    TRY(refuse_unknown_options(from, params, c->kind));
+    return c->kind == NET_X ? read_x_config(c, from, params) : read_gpt_config(c, from, params);
+}
+
+static Err put_size(Config *to, const char *prefix, const char *key, size_t value) {
+    char full[256];
+    snprintf(full, sizeof full, "%stransformer_config.params.%s", prefix, key);
+    return config_set(to, full, "%zu", value);
+}
+
+static Err put_text(Config *to, const char *prefix, const char *key, const char *value) {
+    char full[256];
+    snprintf(full, sizeof full, "%s%s", prefix, key);
+    return config_set(to, full, "%s", value);
+}
+
+static Err write_x_config(Config *to, const NetConfig *c, const char *prefix) {
+    if (c->variant != X_PLAIN) {
+        TRY(put_size(to, prefix, "scale_pos", 0));
+        TRY(put_size(to, prefix, "n_scales", (size_t)c->n_scales));
+    }
+    if (is_residual(c)) {
+        TRY(put_size(to, prefix, "xt_start", prompt_length(c)));
+        TRY(put_size(to, prefix, "xt_size", c->dec_max_seq_len));
+    }
+    TRY(put_text(to, prefix, "transformer_config.params.wrap_decoder", "false"));
+    TRY(put_text(to, prefix, "transformer_config.params.tie_token_emb", c->tie_token_emb ? "true" : "false"));
+    TRY(put_size(to, prefix, "dim", c->dim));
+    TRY(put_size(to, prefix, "enc_num_tokens", c->enc_num_tokens));
+    TRY(put_size(to, prefix, "enc_depth", c->enc_depth));
+    TRY(put_size(to, prefix, "enc_heads", c->enc_heads));
+    TRY(put_size(to, prefix, "enc_max_seq_len", c->enc_max_seq_len));
+    TRY(put_size(to, prefix, "dec_num_tokens", c->dec_num_tokens));
+    TRY(put_size(to, prefix, "dec_depth", c->dec_depth));
+    TRY(put_size(to, prefix, "dec_heads", c->dec_heads));
+    return put_size(to, prefix, "dec_max_seq_len", c->dec_max_seq_len);
+}
+
+static Err write_gpt_config(Config *to, const NetConfig *c, const char *prefix) {
+    TRY(put_size(to, prefix, "vocab_size", c->dec_num_tokens));
+    TRY(put_size(to, prefix, "input_vocab_size", c->input_vocab_size));
+    TRY(put_size(to, prefix, "block_size", c->dec_max_seq_len));
+    TRY(put_size(to, prefix, "n_layer", c->dec_depth));
+    TRY(put_size(to, prefix, "n_head", c->dec_heads));
+    TRY(put_size(to, prefix, "n_embd", c->dim));
+    return put_size(to, prefix, "n_unmasked", c->n_unmasked);
+}
+
+Err net_config_write(Config *to, const NetConfig *c, const char *prefix) {
+    char key[256];
+    snprintf(key, sizeof key, "%sn_scales", prefix);
+    TRY(config_set(to, key, "%d", c->n_scales));
+    if (c->has_class) TRY(put_text(to, prefix, "conditioner_config.target", class_provider));
+    for (size_t i = 0; i < NET_TARGETS; i++)
+        if (net_targets[i].kind == c->kind && (c->kind == NET_GPT || net_targets[i].variant == c->variant))
+            TRY(put_text(to, prefix, "transformer_config.target", net_targets[i].target));
+    return c->kind == NET_X ? write_x_config(to, c, prefix) : write_gpt_config(to, c, prefix);
+}
+
+static Err range_check(const char *what, size_t value, size_t lo, size_t hi) {
+    return value >= lo && value <= hi ? OK : err("transformer: %s is %zu, expected %zu..%zu", what, value, lo, hi);
+}
+
+/* Rows of the table that embeds t and the class label. */
+static size_t prompt_tokens(const NetConfig *c) {
+    return c->kind == NET_X ? c->enc_num_tokens : c->input_vocab_size;
+}
+
+static Err config_check(const NetConfig *c) {
+    if (c->kind != NET_X && c->kind != NET_GPT) return err("transformer: kind %d is unknown", (int)c->kind);
+    if ((int)c->variant < X_PLAIN || (int)c->variant > X_RESIDUAL_SCALED)
+        return err("transformer: variant %d is unknown", (int)c->variant);
+    if (c->n_scales < 1 || c->n_scales > MAX_SCALES)
+        return err("transformer: n_scales is %d, expected 1..%d", c->n_scales, (int)MAX_SCALES);
+    TRY(range_check("dim", c->dim, 1, DIM_MAX));
+    TRY(range_check("token values", c->dec_num_tokens, 2, TOKENS_MAX));
+    TRY(range_check("depth of the decoder", c->dec_depth, 1, DEPTH_MAX));
+    TRY(range_check("heads of the decoder", c->dec_heads, 1, HEADS_MAX));
+    TRY(range_check("positions of the decoder", c->dec_max_seq_len, 1, LENGTH_MAX));
+    if (c->kind == NET_X) {
+        TRY(range_check("depth of the encoder", c->enc_depth, 1, DEPTH_MAX));
+        TRY(range_check("heads of the encoder", c->enc_heads, 1, HEADS_MAX));
+        TRY(range_check("positions of the encoder", c->enc_max_seq_len, 2, LENGTH_MAX));
+    } else if (c->dim % c->dec_heads != 0)
+        return err("transformer: n_embd %zu is not a multiple of n_head %zu", c->dim, c->dec_heads);
+    TRY(range_check("tokens of the input table", prompt_tokens(c), c->dec_num_tokens, TOKENS_MAX));
+    if (prompt_tokens(c) <= (size_t)c->n_scales)
+        return err("transformer: %zu input tokens cannot name %d scales", prompt_tokens(c), c->n_scales);
+    return OK;
+}
+
+/* ---- Parameter table, in the order of the official state dict; initial values: SPEC section 14 ---- */
+
+static Err add_norm(Transformer *m, Norm *norm, size_t C, const char *name) {
+    double decay = m->config.kind == NET_X ? WEIGHT_DECAY : 0;
+    norm->C = C;
+    TRY(params_add(&m->params, &norm->weight, INIT_ONE, 0, decay, 1, &C, "%s.weight", name));
+    return params_add(&m->params, &norm->bias, INIT_ZERO, 0, decay, 1, &C, "%s.bias", name);
+}
+
+static Err add_linear(Transformer *m, Linear *l, size_t in, size_t out, int bias, const char *name) {
+    int x = m->config.kind == NET_X;
+    size_t dim[2] = {out, in};
+    double half_width = 1 / sqrt((double)in);
+    l->in = in, l->out = out, l->bias = NO_ROW;
+    TRY(params_add(&m->params, &l->weight, x ? INIT_UNIFORM : INIT_NORMAL, x ? half_width : EMBEDDING_STD,
+                   WEIGHT_DECAY, 2, dim, "%s.weight", name));
+    if (!bias) return OK;
+    return params_add(&m->params, &l->bias, x ? INIT_UNIFORM : INIT_ZERO, x ? half_width : 0, x ? WEIGHT_DECAY : 0, 1,
+                      dim, "%s.bias", name);
+}
+
+static Err add_feed_forward(Transformer *m, Layer *l, size_t C, const char *up, const char *down) {
+    TRY(add_linear(m, &l->up, C, FEED_FACTOR * C, 1, up));
+    return add_linear(m, &l->down, FEED_FACTOR * C, C, 1, down);
+}
+
+/* Layer i of attn_layers: .0 its norm, .1 its block. */
+static Err add_x_layer(Transformer *m, Layer *l, size_t C, size_t heads, const char *side, size_t i) {
+    char name[4][NAME_MAX_BYTES];
+    size_t inner = heads * X_HEAD;
+    snprintf(name[0], sizeof name[0], "%s.attn_layers.layers.%zu.0", side, i);
+    TRY(add_norm(m, &l->norm, C, name[0]));
+    if (l->kind == BLOCK_FEED) {
+        snprintf(name[0], sizeof name[0], "%s.attn_layers.layers.%zu.1.net.0.0", side, i);
+        snprintf(name[1], sizeof name[1], "%s.attn_layers.layers.%zu.1.net.2", side, i);
+        return add_feed_forward(m, l, C, name[0], name[1]);
+    }
+    static const char *const part[4] = {"to_q", "to_k", "to_v", "to_out"};
+    for (int k = 0; k < 4; k++)
+        snprintf(name[k], sizeof name[k], "%s.attn_layers.layers.%zu.1.%s", side, i, part[k]);
+    l->heads = heads, l->D = X_HEAD;
+    TRY(add_linear(m, &l->q, C, inner, 0, name[0]));
+    TRY(add_linear(m, &l->k, C, inner, 0, name[1]));
+    TRY(add_linear(m, &l->v, C, inner, 0, name[2]));
+    return add_linear(m, &l->out, inner, C, 1, name[3]);
+}
+
+/* shared_emb: a row to embed tokens with, or NO_ROW for an own table. logits: the Linear behind the final norm. */
+static Err add_x_stack(Transformer *m, Stack *s, const char *side, size_t tokens, size_t length, size_t heads,
+                       size_t shared_emb, Linear *logits) {
+    char name[NAME_MAX_BYTES];
+    size_t C = m->config.dim, dim[2] = {tokens, C}, pos_dim[2] = {length, C};
+    s->C = C, s->max_T = length, s->token_emb = shared_emb;
+    if (shared_emb == NO_ROW)
+        TRY(params_add(&m->params, &s->token_emb, INIT_NORMAL, EMBEDDING_STD, WEIGHT_DECAY, 2, dim,
+                       "%s.token_emb.weight", side));
+    TRY(params_add(&m->params, &s->pos_emb, INIT_NORMAL, EMBEDDING_STD, WEIGHT_DECAY, 2, pos_dim,
+                   "%s.pos_emb.emb.weight", side));
+    for (size_t i = 0; i < s->n_layers; i++) TRY(add_x_layer(m, &s->layer[i], C, heads, side, i));
+    snprintf(name, sizeof name, "%s.norm", side);
+    TRY(add_norm(m, &s->norm, C, name));
+    snprintf(name, sizeof name, "%s.to_logits", side);
+    return add_linear(m, logits, C, tokens, 1, name);
+}
+
+static Err build_x(Transformer *m) {
+    const NetConfig *c = &m->config;
+    size_t dim[2] = {(size_t)c->n_scales, c->dec_max_seq_len};
+    if (c->variant != X_PLAIN) {
+        TRY(params_add(&m->params, &m->log_scalors, INIT_ZERO, 0, WEIGHT_DECAY, c->variant == X_FINE_SCALED ? 2 : 1,
+                       dim, "log_scalors"));
+        m->params.row[m->log_scalors].untrained = !is_scaled(c);
+    }
+    Linear unused; /* encoder.to_logits is in every official file and takes part in nothing */
+    TRY(add_x_stack(m, &m->encoder, "encoder", c->enc_num_tokens, c->enc_max_seq_len, c->enc_heads, NO_ROW, &unused));
+    m->params.row[unused.weight].untrained = m->params.row[unused.bias].untrained = 1;
+    m->decoder.causal = 1;
+    return add_x_stack(m, &m->decoder, "decoder", c->dec_num_tokens, c->dec_max_seq_len, c->dec_heads,
+                       c->tie_token_emb ? m->encoder.token_emb : NO_ROW, &m->head);
+}
+
+static Err add_gpt_block(Transformer *m, Layer *attention, Layer *feed, size_t i) {
+    static const char *const part[8] = {"ln1",        "ln2",       "attn.key", "attn.query",
+                                        "attn.value", "attn.proj", "mlp.0",    "mlp.2"};
+    char name[8][NAME_MAX_BYTES];
+    size_t C = m->config.dim;
+    for (int k = 0; k < 8; k++) snprintf(name[k], sizeof name[k], "blocks.%zu.%s", i, part[k]);
+    attention->heads = m->config.dec_heads, attention->D = C / m->config.dec_heads;
+    TRY(add_norm(m, &attention->norm, C, name[0]));
+    TRY(add_norm(m, &feed->norm, C, name[1]));
+    TRY(add_linear(m, &attention->k, C, C, 1, name[2]));
+    TRY(add_linear(m, &attention->q, C, C, 1, name[3]));
+    TRY(add_linear(m, &attention->v, C, C, 1, name[4]));
+    TRY(add_linear(m, &attention->out, C, C, 1, name[5]));
+    return add_feed_forward(m, feed, C, name[6], name[7]);
+}
+
+static Err build_gpt(Transformer *m) {
+    const NetConfig *c = &m->config;
+    Stack *s = &m->decoder;
+    size_t pos_dim[3] = {1, c->dec_max_seq_len, c->dim}, dim[2] = {c->input_vocab_size, c->dim};
+    s->C = c->dim, s->max_T = c->dec_max_seq_len, s->causal = 1, s->unmasked = c->n_unmasked;
+    TRY(params_add(&m->params, &s->pos_emb, INIT_ZERO, 0, 0, 3, pos_dim, "pos_emb"));
+    TRY(params_add(&m->params, &s->token_emb, INIT_NORMAL, EMBEDDING_STD, 0, 2, dim, "tok_emb.weight"));
+    for (size_t i = 0; i < c->dec_depth; i++) TRY(add_gpt_block(m, &s->layer[2 * i], &s->layer[2 * i + 1], i));
+    TRY(add_norm(m, &s->norm, c->dim, "ln_f"));
+    return add_linear(m, &m->head, c->dim, c->dec_num_tokens, 0, "head");
+}
+
+/* depth times the blocks of `order`, e.g. self, cross, feed. */
+static Err stack_create(Stack *s, size_t depth, const BlockKind *order, size_t per_depth) {
+    s->n_layers = depth * per_depth;
+    TRY(mem_alloc(&s->layer, s->n_layers, sizeof(Layer), "layers"));
+    for (size_t i = 0; i < s->n_layers; i++) s->layer[i].kind = order[i % per_depth];
+    return OK;
+}
+
+static Err build(Transformer *m) {
+    static const BlockKind two[2] = {BLOCK_SELF, BLOCK_FEED}, three[3] = {BLOCK_SELF, BLOCK_CROSS, BLOCK_FEED};
+    m->log_scalors = NO_ROW;
+    if (m->config.kind == NET_GPT) {
+        m->config.variant = X_PLAIN;
+        TRY(stack_create(&m->decoder, m->config.dec_depth, two, 2));
+        return build_gpt(m);
+    }
+    TRY(stack_create(&m->encoder, m->config.enc_depth, two, 2));
+    TRY(stack_create(&m->decoder, m->config.dec_depth, three, 3));
+    return build_x(m);
+}
+
+Err transformer_create(Transformer **out, const NetConfig *c) {
+    *out = NULL;
+    TRY(config_check(c));
+    Transformer *m;
+    TRY(mem_alloc(&m, 1, sizeof *m, "transformer"));
+    m->config = *c;
+    if (build(m) != OK) {
+        transformer_free(m);
+        return FAILED;
+    }
+    *out = m;
+    return OK;
+}
+
+void transformer_free(Transformer *m) {
+    if (!m) return;
+    params_free(&m->params);
+    free(m->encoder.layer);
+    free(m->decoder.layer);
+    free(m->arena);
+    free(m);
+}
+
+const NetConfig *transformer_config(const Transformer *m) { return &m->config; }
+Params *transformer_params(Transformer *m) { return &m->params; }
+
+void transformer_set_alphas(Transformer *m, const float *alpha) {
+    memcpy(m->alpha, alpha, ((size_t)m->config.n_scales + 1) * sizeof *alpha);
+}
+
+static real *value_of(const Transformer *m, size_t row) { return m->params.row[row].value; }
+static real *grad_of(const Transformer *m, size_t row) { return m->params.row[row].grad; }
+
+/* ---- Memory plan: one arena, laid out by running the same code twice, first to measure, then to assign ---- */
+
+typedef struct {
+    char *base; /* NULL: measuring */
+    size_t bytes;
+    int overflow;
+} Arena;
+
+static void *take_bytes(Arena *a, size_t n1, size_t n2, size_t n3, size_t size) {
+    size_t bytes, start = a->bytes;
+    if (size_mul(&bytes, n1, n2) || size_mul(&bytes, bytes, n3) || size_mul(&bytes, bytes, size) ||
+        bytes > (size_t)-1 / 4 || a->bytes > (size_t)-1 / 4) {
+        a->overflow = 1;
+        return NULL;
+    }
+    a->bytes += (bytes + 63) / 64 * 64;
+    return a->base ? a->base + start : NULL;
+}
+
+static real *take(Arena *a, size_t n1, size_t n2, size_t n3) {
+    return (real *)take_bytes(a, n1, n2, n3, sizeof(real));
+}
+
+/* What backward needs of one layer: queries from R = B*T rows, keys from B*Tk. */
+static void plan_layer_training(Arena *a, Layer *l, size_t B, size_t T, size_t Tk, size_t C) {
+    size_t R = B * T, inner = l->heads * l->D;
+    l->x = take(a, R, C, 1);
+    l->mean = take(a, R, 1, 1);
+    l->rstd = take(a, R, 1, 1);
+    l->normed = take(a, R, C, 1);
+    if (l->kind == BLOCK_FEED) {
+        l->g = take(a, R, FEED_FACTOR * C, 1);
+        l->dg = take(a, R, FEED_FACTOR * C, 1);
+        return;
+    }
+    l->query = take(a, R, inner, 1);
+    l->key = take(a, B, Tk, inner);
+    l->value = take(a, B, Tk, inner);
+    l->y = take(a, R, inner, 1);
+    l->p = take(a, B * l->heads, T, Tk);
+}
+
+/* Without backward all layers share one set of buffers, except that a decoder's keys and values are its caches. */
+static void plan_layer_inference(Arena *a, Layer *l, const Layer *shared, size_t B, size_t Tk, int cache) {
+    size_t inner = l->heads * l->D;
+    l->x = shared->x, l->mean = shared->mean, l->rstd = shared->rstd, l->normed = shared->normed;
+    l->query = shared->query, l->key = shared->key, l->value = shared->value, l->y = shared->y;
+    l->g = shared->g;
+    l->p = l->dg = NULL;
+    if (cache && l->kind != BLOCK_FEED) {
+        l->key = take(a, B, Tk, inner);
+        l->value = take(a, B, Tk, inner);
+    }
+}
+
+/* T_context: positions of the context of cross-attention. shared NULL: training. */
+static void plan_stack(Arena *a, Stack *s, const Layer *shared, size_t B, size_t T_context) {
+    size_t R = B * s->T;
+    s->ids = (int32_t *)take_bytes(a, R, 1, 1, sizeof(int32_t));
+    for (size_t i = 0; i < s->n_layers; i++) {
+        Layer *l = &s->layer[i];
+        size_t Tk = l->kind == BLOCK_CROSS ? T_context : s->T;
+        if (shared) plan_layer_inference(a, l, shared, B, Tk, s->causal);
+        else plan_layer_training(a, l, B, s->T, Tk, s->C);
+    }
+    s->x_end = shared ? shared->x : take(a, R, s->C, 1);
+    s->end_mean = shared ? shared->mean : take(a, R, 1, 1);
+    s->end_rstd = shared ? shared->rstd : take(a, R, 1, 1);
+    s->out = take(a, R, s->C, 1);
+}
+
+static size_t widest_inner(const Transformer *m) {
+    const Layer *e = m->encoder.n_layers ? m->encoder.layer : m->decoder.layer, *d = m->decoder.layer;
+    return max_size(e->heads * e->D, d->heads * d->D);
+}
+
+static void plan_arena(Transformer *m, Arena *a) {
+    const NetConfig *c = &m->config;
+    Stack *e = &m->encoder, *d = &m->decoder;
+    size_t B = m->B, C = c->dim, K = c->dec_num_tokens, T = max_size(e->T, d->T), R = B * T, inner = widest_inner(m);
+    Layer shared;
+    memset(&shared, 0, sizeof shared);
+    if (!m->train) {
+        shared.x = take(a, R, C, 1);
+        shared.mean = take(a, R, 1, 1);
+        shared.rstd = take(a, R, 1, 1);
+        shared.normed = take(a, R, C, 1);
+        shared.query = take(a, R, inner, 1);
+        shared.key = take(a, R, inner, 1);
+        shared.value = take(a, R, inner, 1);
+        shared.y = take(a, R, inner, 1);
+        shared.g = take(a, R, FEED_FACTOR * C, 1);
+    }
+    if (c->kind == NET_X) plan_stack(a, e, m->train ? NULL : &shared, B, 0);
+    plan_stack(a, d, m->train ? NULL : &shared, B, e->T);
+    m->scores = take(a, B * max_size(c->enc_heads, c->dec_heads), QUERY_BLOCK, T);
+    m->logits = take(a, B * m->N, K, 1);
+    m->raw = m->train && is_scaled(c) ? take(a, B * m->N, K, 1) : m->logits;
+    if (!m->train) return;
+    m->row_sum = take(a, B * m->N, 1, 1);
+    m->dx = take(a, R, C, 1);
+    m->dcontext = take(a, R, C, 1);
+    m->dnormed = take(a, R, C, 1);
+    m->dquery = take(a, R, inner, 1);
+    m->dkey = take(a, R, inner, 1);
+    m->dvalue = take(a, R, inner, 1);
+    m->dy = take(a, R, inner, 1);
+    m->dh = take(a, R, FEED_FACTOR * C, 1);
+}
+
+/* N tokens fit the position tables: the encoder reads the prompt and N, a decoder N, a GPT all but the last. */
+static Err set_lengths(Transformer *m, size_t N) {
+    Stack *e = &m->encoder, *d = &m->decoder;
+    size_t P = prompt_length(&m->config);
+    if (N < 1 || N > LENGTH_MAX) return err("transformer: %zu tokens, expected 1..%d", N, (int)LENGTH_MAX);
+    e->T = m->config.kind == NET_X ? P + N : 0;
+    d->T = m->config.kind == NET_X ? N : P + N - 1;
+    if (e->T > e->max_T && e->T > 0)
+        return err("transformer: %zu tokens need %zu encoder positions, the table has %zu", N, e->T, e->max_T);
+    if (d->T > d->max_T)
+        return err("transformer: %zu tokens need %zu decoder positions, the table has %zu", N, d->T, d->max_T);
+    return OK;
+}
+
+Err transformer_plan(Transformer *m, size_t B, size_t N, int train) {
+    enum { BATCH_MAX = 1 << 20 };
+    Arena measure = {NULL, 0, 0}, assign = {NULL, 0, 0};
+    m->now_B = m->now_N = m->B = 0;
+    free(m->arena);
+    m->arena = NULL;
+    if (B < 1 || B > BATCH_MAX) return err("transformer: batch of %zu, expected 1..%d", B, (int)BATCH_MAX);
+    TRY(set_lengths(m, N));
+    m->B = B, m->N = N, m->train = train;
+    plan_arena(m, &measure);
+    m->B = 0; /* until the memory is there */
+    if (measure.overflow) return err("transformer: a batch of %zu x %zu tokens is too large", B, N);
+    TRY(mem_alloc(&m->arena, measure.bytes, 1, "transformer activations"));
+    assign.base = (char *)m->arena;
+    m->B = B;
+    plan_arena(m, &assign);
+    return OK;
+}
+
+/* ---- Elementwise mathematics. In float: polynomials that compilers turn into vector code, good to 1e-7 relative ---- */
+
+#ifdef REAL_DOUBLE
+static inline real exp_negative(real x) { return exp(x); }
+static inline real log_positive(real x) { return log(x); }
+
+/* *cdf = P(z < x), *pdf = its derivative, for z ~ N(0,1) */
+static inline void normal_distribution(real *cdf, real *pdf, real x) {
+    *cdf = 0.5 * erfc(-x * 0.70710678118654752440);
+    *pdf = 0.39894228040143267794 * exp(-0.5 * x * x);
+}
+#else
+static inline uint32_t bits_of(float x) {
+    uint32_t u;
+    memcpy(&u, &x, sizeof u);
+    return u;
+}
+static inline float float_of(uint32_t u) {
+    float x;
+    memcpy(&x, &u, sizeof x);
+    return x;
+}
+
+/* e^x for x <= 0; 0 below -87. x = n ln 2 + r, |r| <= ln(2)/2; 2^n is added to the exponent bits of e^r. Adding
+ * 1.5 * 2^23 rounds to the whole number n and leaves it in the low bits. */
+static inline real exp_negative(real x) {
+    const float round = 12582912.0f, ln2_high = 0.693145751953125f, ln2_low = 1.428606820e-6f;
+    float y = x < -87.0f ? -87.0f : x;
+    float shifted = y * 1.44269504f + round, n = shifted - round;
+    float r = (y - n * ln2_high) - n * ln2_low;
+    float e = 1.0f / 5040;
+    e = e * r + 1.0f / 720;
+    e = e * r + 1.0f / 120;
+    e = e * r + 1.0f / 24;
+    e = e * r + 1.0f / 6;
+    e = e * r + 0.5f;
+    e = e * r + 1.0f;
+    e = e * r + 1.0f;
+    float result = float_of(bits_of(e) + (bits_of(shifted) << 23));
+    return x < -87.0f ? 0.0f : result; /* NaN stays NaN */
+}
+
+/* ln x for normal x > 0: x = 2^e f with f in [sqrt(1/2), sqrt 2), ln f = 2 artanh((f-1)/(f+1)). */
+static inline real log_positive(real x) {
+    const uint32_t sqrt_half = 0x3f3504f3u;
+    uint32_t u = bits_of(x) - sqrt_half + (127u << 23);
+    float e = (float)((int32_t)(u >> 23) - 127), f = float_of((u & 0x7fffffu) + sqrt_half);
+    float s = (f - 1) / (f + 1), s2 = s * s;
+    float series = 1.0f + s2 * (1.0f / 3 + s2 * (1.0f / 5 + s2 * (1.0f / 7 + s2 * (1.0f / 9))));
+    return e * 0.69314718f + 2 * s * series;
+}
+
+/* *cdf = P(z < x), *pdf = its derivative, for z ~ N(0,1). The tail beyond a = |x| is exp(-a^2/2) w(u) with
+ * u = 1/(1+0.26a); w is a polynomial fitted to 6e-9 relative by Chebyshev interpolation on 0 <= a <= 9. */
+static inline void normal_distribution(real *cdf, real *pdf, real x) {
+    float a = x < 0 ? -x : x, u = 1 / (1 + 0.26f * a), bell = exp_negative(-0.5f * a * a);
+    float w = 0.033387092663053f;
+    w = w * u - 0.16725111833022654f;
+    w = w * u + 0.2823366197186822f;
+    w = w * u - 0.187723955702553f;
+    w = w * u + 0.18764427555377294f;
+    w = w * u + 0.03895874528037058f;
+    w = w * u + 0.10634528372981047f;
+    w = w * u + 0.10251123952572946f;
+    w = w * u + 0.10379182019182964f;
+    float tail = bell * w * u;
+    *cdf = x < 0 ? tail : 1 - tail;
+    *pdf = 0.398942280f * bell;
+}
+#endif
+
+static inline real dot(const real *a, const real *b, size_t n) {
+    real sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (size_t i = 0; i < n; i++) sum += a[i] * b[i];
+    return sum;
+}
+
+static inline real max_of(const real *x, size_t n) {
+    real largest = x[0];
+#pragma omp simd reduction(max : largest)
+    for (size_t i = 0; i < n; i++) largest = x[i] > largest ? x[i] : largest;
+    return largest;
+}
+
+/* gelu_forward    g = gelu(g + bias), in place; dg = gelu'(g + bias), or not wanted when NULL
+ * gelu_backward   dh *= dg
+ *   g, dg, dh (R,H); bias (H). gelu(x) = x P(z < x), the exact one (SPEC 1.8). */
+static void gelu_forward(real *g, real *dg, const real *bias, size_t R, size_t H) {
+#pragma omp parallel for if (R * H > SMALL_WORK)
+    for (size_t r = 0; r < R; r++) {
+        real *gr = g + r * H, *dgr = dg ? dg + r * H : gr;
+#pragma omp simd
+        for (size_t i = 0; i < H; i++) {
+            real x = gr[i] + bias[i], cdf, pdf;
+            normal_distribution(&cdf, &pdf, x);
+            dgr[i] = cdf + x * pdf;
+            gr[i] = x * cdf;
+        }
+    }
+}
+
+static void gelu_backward(real *dh, const real *dg, size_t R, size_t H) {
+#pragma omp parallel for if (R * H > SMALL_WORK)
+    for (size_t r = 0; r < R; r++) {
+#pragma omp simd
+        for (size_t i = 0; i < H; i++) dh[r * H + i] *= dg[r * H + i];
+    }
+}
+
+/* ---- Norm: y = (x - mean) / sqrt(var + eps) * weight + bias, over each row of C channels ---- */
+
+/* norm_forward    y (R,C), mean (R), rstd (R) from x (R,C)
+ * norm_backward   dx (R,C) +=, dweight (C) +=, dbias (C) += from dy (R,C) and what forward saw and left */
+static void norm_forward(const Transformer *m, const Norm *norm, real *y, real *mean, real *rstd, const real *x,
+                         size_t R) {
+    const real *weight = value_of(m, norm->weight), *bias = value_of(m, norm->bias);
+    const size_t C = norm->C;
+#pragma omp parallel for if (R * C > SMALL_WORK)
+    for (size_t r = 0; r < R; r++) {
+        const real *xr = x + r * C;
+        real *yr = y + r * C, sum = 0, square = 0;
+#pragma omp simd reduction(+ : sum)
+        for (size_t i = 0; i < C; i++) sum += xr[i];
+        const real mu = sum / (real)C;
+#pragma omp simd reduction(+ : square)
+        for (size_t i = 0; i < C; i++) square += (xr[i] - mu) * (xr[i] - mu);
+        const real s = (real)(1 / sqrt((double)square / (double)C + NORM_EPS));
+#pragma omp simd
+        for (size_t i = 0; i < C; i++) yr[i] = (xr[i] - mu) * s * weight[i] + bias[i];
+        mean[r] = mu, rstd[r] = s;
+    }
+}
+
+static void norm_backward_input(real *dx, const real *dy, const real *x, const real *weight, const real *mean,
+                                const real *rstd, size_t R, size_t C) {
+#pragma omp parallel for if (R * C > SMALL_WORK)
+    for (size_t r = 0; r < R; r++) {
+        const real *xr = x + r * C, *dyr = dy + r * C, mu = mean[r], s = rstd[r];
+        real *dxr = dx + r * C, sum = 0, sum_hat = 0;
+#pragma omp simd reduction(+ : sum, sum_hat)
+        for (size_t i = 0; i < C; i++) {
+            real d = dyr[i] * weight[i];
+            sum += d;
+            sum_hat += d * (xr[i] - mu);
+        }
+        const real shift = sum / (real)C, slope = sum_hat * s * s / (real)C;
+#pragma omp simd
+        for (size_t i = 0; i < C; i++) dxr[i] += s * (dyr[i] * weight[i] - shift - (xr[i] - mu) * slope);
+    }
+}
+
+static void norm_backward(const Transformer *m, const Norm *norm, real *dx, const real *dy, const real *x,
+                          const real *mean, const real *rstd, size_t R) {
+    const size_t C = norm->C;
+    real *dweight = grad_of(m, norm->weight), *dbias = grad_of(m, norm->bias);
+    norm_backward_input(dx, dy, x, value_of(m, norm->weight), mean, rstd, R, C);
+#pragma omp parallel for if (R * C > SMALL_WORK)
+    for (size_t c0 = 0; c0 < C; c0 += COLUMN_BLOCK) {
+        real dw[COLUMN_BLOCK] = {0}, db[COLUMN_BLOCK] = {0};
+        const size_t n = min_size(COLUMN_BLOCK, C - c0);
+        for (size_t r = 0; r < R; r++) {
+            const real *xr = x + r * C + c0, *dyr = dy + r * C + c0, mu = mean[r], s = rstd[r];
+#pragma omp simd
+            for (size_t i = 0; i < n; i++) {
+                dw[i] += dyr[i] * (xr[i] - mu) * s;
+                db[i] += dyr[i];
+            }
+        }
+        for (size_t i = 0; i < n; i++) dweight[c0 + i] += dw[i], dbias[c0 + i] += db[i];
+    }
+}
+
+/* ---- Linear: out = residual + bias + in weight^T ---- */
+
+/* out (R,l->out), its rows ldo apart = residual + bias, each if there is one; residual may be out. Returns whether
+ * anything was written: then the product must be added. */
+static int fill_rows(real *out, size_t ldo, const real *residual, const real *bias, size_t R, size_t C) {
+    if (!bias && !residual) return 0;
+#pragma omp parallel for if (R * C > SMALL_WORK)
+    for (size_t r = 0; r < R; r++) {
+        real *o = out + r * ldo;
+        const real *x = residual ? residual + r * ldo : NULL;
+        if (bias && x) {
+#pragma omp simd
+            for (size_t i = 0; i < C; i++) o[i] = x[i] + bias[i];
+        } else memmove(o, bias ? bias : x, C * sizeof *o);
+    }
+    return 1;
+}
+
+/* linear_forward    out (R,l->out) = residual + bias + in (R,l->in) weight^T; rows of out and residual are ldo apart,
+ *                   rows of in ldi; residual may be NULL or out
+ * linear_backward   din (R,l->in) = or += dout weight; dweight +=, dbias += from dout (R,l->out) and in */
+static void linear_forward(const Transformer *m, const Linear *l, real *out, size_t ldo, const real *residual,
+                           const real *in, size_t ldi, size_t R) {
+    const real *bias = l->bias == NO_ROW ? NULL : value_of(m, l->bias);
+    int filled = fill_rows(out, ldo, residual, bias, R, l->out);
+    gemm(0, 1, R, l->out, l->in, in, ldi, value_of(m, l->weight), l->in, filled, out, ldo);
+}
+
+static void linear_backward(const Transformer *m, const Linear *l, real *din, int accumulate, const real *dout,
+                            const real *in, size_t R) {
+    gemm(0, 0, R, l->in, l->out, dout, l->out, value_of(m, l->weight), l->in, accumulate, din, l->in);
+    gemm(1, 0, l->out, l->in, R, dout, l->out, in, l->in, 1, grad_of(m, l->weight), l->in);
+    if (l->bias == NO_ROW) return;
+    real *dbias = grad_of(m, l->bias);
+    const size_t C = l->out;
+#pragma omp parallel for if (R * C > SMALL_WORK)
+    for (size_t c0 = 0; c0 < C; c0 += COLUMN_BLOCK) {
+        real sum[COLUMN_BLOCK] = {0};
+        const size_t n = min_size(COLUMN_BLOCK, C - c0);
+        for (size_t r = 0; r < R; r++) {
+            const real *d = dout + r * C + c0;
+#pragma omp simd
+            for (size_t i = 0; i < n; i++) sum[i] += d[i];
+        }
+        for (size_t i = 0; i < n; i++) dbias[c0 + i] += sum[i];
+    }
+}
+
+/* ---- Embedding ---- */
+
+/* embed_forward    x[b,i,:] = token_emb[ids[b,i],:] + pos_emb[pos+i,:]
+ * embed_backward   dtoken_emb[ids[b,i],:] += dx[b,i,:], dpos_emb[i,:] += dx[b,i,:], for pos = 0
+ *   x, dx (B,n,C); ids (B,n) */
+static void embed_forward(const Transformer *m, const Stack *s, real *x, const int32_t *ids, size_t B, size_t n,
+                          size_t pos) {
+    const real *token = value_of(m, s->token_emb), *position = value_of(m, s->pos_emb);
+    const size_t C = s->C;
+#pragma omp parallel for if (B * n * C > SMALL_WORK)
+    for (size_t r = 0; r < B * n; r++) {
+        const real *a = token + (size_t)ids[r] * C, *p = position + (pos + r % n) * C;
+#pragma omp simd
+        for (size_t i = 0; i < C; i++) x[r * C + i] = a[i] + p[i];
+    }
+}
+
+static void embed_backward(const Transformer *m, const Stack *s, const real *dx, const int32_t *ids, size_t B,
+                           size_t n) {
+    real *token = grad_of(m, s->token_emb), *position = grad_of(m, s->pos_emb);
+    const size_t C = s->C;
+#pragma omp parallel for if (B * n * C > SMALL_WORK)
+    for (size_t c0 = 0; c0 < C; c0 += COLUMN_BLOCK) {
+        const size_t width = min_size(COLUMN_BLOCK, C - c0);
+        for (size_t r = 0; r < B * n; r++) {
+            real *a = token + (size_t)ids[r] * C + c0, *p = position + r % n * C + c0;
+            const real *d = dx + r * C + c0;
+#pragma omp simd
+            for (size_t i = 0; i < width; i++) a[i] += d[i], p[i] += d[i];
+        }
+    }
+}
+
+/* ---- Attention ---- */
+
+typedef struct {
+    size_t B, heads, D, Tq, Tk;
+    size_t key_stride; /* positions from one batch row's keys to the next's, >= Tk */
+    int causal;        /* query i sees keys 0..i; Tq = Tk */
+    size_t unmasked;   /* and the first `unmasked` positions see each other */
+} AttendShape;
+
+/* Keys 0..visible-1 are seen by query i; never falls with i. */
+static size_t visible(const AttendShape *s, size_t i) {
+    if (!s->causal) return s->Tk;
+    return i < s->unmasked ? min_size(s->unmasked, s->Tk) : i + 1;
+}
+
+/* s[0..n-1] = softmax(scale * s), s[n..end-1] = 0 */
+static void softmax_row(real *s, size_t n, size_t end, real scale) {
+    real largest = max_of(s, n), sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (size_t j = 0; j < n; j++) {
+        s[j] = exp_negative((s[j] - largest) * scale);
+        sum += s[j];
+    }
+    const real norm = 1 / sum;
+#pragma omp simd
+    for (size_t j = 0; j < n; j++) s[j] *= norm;
+    for (size_t j = n; j < end; j++) s[j] = 0;
+}
+
+/* attend_forward    y = softmax(q k^T / sqrt(D), over the visible keys) v, for every batch row and head
+ * attend_backward   dq, dk, dv overwritten, from dy and the probabilities p of forward
+ *   q, y (B,Tq,heads*D)   k, v (B,key_stride,heads*D)   p (B,heads,Tq,Tk), beyond the visible keys unspecified
+ *   scores (B*heads, QUERY_BLOCK, Tk): work space; forward uses it when p is NULL. backward needs key_stride = Tk. */
+static void attend_forward(const AttendShape *s, real *y, real *p, real *scores, const real *q, const real *k,
+                           const real *v) {
+    const size_t inner = s->heads * s->D;
+    const real scale = (real)(1 / sqrt((double)s->D));
+#pragma omp parallel for
+    for (size_t task = 0; task < s->B * s->heads; task++) {
+        const size_t b = task / s->heads, h = task % s->heads, at_key = b * s->key_stride * inner + h * s->D;
+        for (size_t i0 = 0; i0 < s->Tq; i0 += QUERY_BLOCK) {
+            const size_t rows = min_size(QUERY_BLOCK, s->Tq - i0), keys = visible(s, i0 + rows - 1);
+            const size_t at = (b * s->Tq + i0) * inner + h * s->D;
+            real *pi = p ? p + (task * s->Tq + i0) * s->Tk : scores + task * QUERY_BLOCK * s->Tk;
+            gemm(0, 1, rows, keys, s->D, q + at, inner, k + at_key, inner, 0, pi, s->Tk);
+            for (size_t i = 0; i < rows; i++) softmax_row(pi + i * s->Tk, visible(s, i0 + i), keys, scale);
+            gemm(0, 0, rows, s->D, keys, pi, s->Tk, v + at_key, inner, 0, y + at, inner);
+        }
+    }
+}
+
+/* ds (rows,keys; Tk apart) holds dp; becomes the gradient of q k^T: p (dp - sum_j p dp) scale */
+static void softmax_backward(real *ds, const real *p, size_t rows, size_t keys, size_t Tk, real scale) {
+    for (size_t i = 0; i < rows; i++) {
+        real *d = ds + i * Tk;
+        const real *pi = p + i * Tk, mean = dot(d, pi, keys);
+#pragma omp simd
+        for (size_t j = 0; j < keys; j++) d[j] = pi[j] * (d[j] - mean) * scale;
+    }
+}
+
+static void attend_backward(const AttendShape *s, real *dq, real *dk, real *dv, const real *dy, const real *p,
+                            real *scores, const real *q, const real *k, const real *v) {
+    const size_t inner = s->heads * s->D;
+    const real scale = (real)(1 / sqrt((double)s->D));
+#pragma omp parallel for
+    for (size_t task = 0; task < s->B * s->heads; task++) {
+        const size_t b = task / s->heads, h = task % s->heads, at_key = b * s->Tk * inner + h * s->D;
+        real *ds = scores + task * QUERY_BLOCK * s->Tk;
+        for (size_t j = 0; j < s->Tk; j++) {
+            memset(dk + at_key + j * inner, 0, s->D * sizeof *dk);
+            memset(dv + at_key + j * inner, 0, s->D * sizeof *dv);
+        }
+        for (size_t i0 = 0; i0 < s->Tq; i0 += QUERY_BLOCK) {
+            const size_t rows = min_size(QUERY_BLOCK, s->Tq - i0), keys = visible(s, i0 + rows - 1);
+            const size_t at = (b * s->Tq + i0) * inner + h * s->D;
+            const real *pi = p + (task * s->Tq + i0) * s->Tk;
+            gemm(1, 0, keys, s->D, rows, pi, s->Tk, dy + at, inner, 1, dv + at_key, inner);
+            gemm(0, 1, rows, keys, s->D, dy + at, inner, v + at_key, inner, 0, ds, s->Tk);
+            softmax_backward(ds, pi, rows, keys, s->Tk, scale);
+            gemm(0, 0, rows, s->D, keys, ds, s->Tk, k + at_key, inner, 0, dq + at, inner);
+            gemm(1, 0, keys, s->D, rows, ds, s->Tk, q + at, inner, 1, dk + at_key, inner);
+        }
+    }
+}
+
+/* ---- Blocks: next = x + block(normed) ---- */
+
+/* A pass over n new positions, the first of them at `pos`, for B batch rows. Training: pos = 0, n = stride = T. */
+typedef struct {
+    size_t B, n, pos;
+    size_t stride;       /* positions that a batch row's keys and values have room for */
+    int causal;          /* mask among the new positions; decoding adds one at a time and needs none */
+    const real *context; /* (B,T_context,C); NULL: keys and values of the context are in place */
+    size_t T_context;
+} Pass;
+
+static AttendShape attend_shape(const Stack *s, const Layer *l, const Pass *pass) {
+    int cross = l->kind == BLOCK_CROSS;
+    AttendShape shape;
+    shape.B = pass->B, shape.heads = l->heads, shape.D = l->D, shape.Tq = pass->n;
+    shape.Tk = cross ? pass->T_context : pass->pos + pass->n;
+    shape.key_stride = cross ? pass->T_context : pass->stride;
+    shape.causal = pass->causal && !cross;
+    shape.unmasked = s->unmasked;
+    return shape;
+}
+
+/* out[b,pos+i,:] = projection of in[b,i,:], where out (B,stride,l->out) may have room for more positions than n. */
+static void project_positions(const Transformer *m, const Linear *l, real *out, const real *in, const Pass *pass) {
+    const size_t n = pass->n;
+    if (pass->stride == n) linear_forward(m, l, out, l->out, NULL, in, l->in, pass->B * n);
+    else
+        for (size_t i = 0; i < n; i++)
+            linear_forward(m, l, out + (pass->pos + i) * l->out, pass->stride * l->out, NULL, in + i * l->in,
+                           n * l->in, pass->B);
+}
+
+/* attention_forward    next (R,C) = x + to_out(attend(to_q normed, to_k source, to_v source)), source = normed or context
+ * attention_backward   m->dnormed overwritten, dcontext += (cross-attention), parameters +=, from dout (R,C) */
+static void attention_forward(Transformer *m, const Stack *s, Layer *l, real *next, const Pass *pass) {
+    const size_t R = pass->B * pass->n, C = s->C, inner = l->heads * l->D;
+    const AttendShape shape = attend_shape(s, l, pass);
+    linear_forward(m, &l->q, l->query, inner, NULL, l->normed, C, R);
+    if (l->kind == BLOCK_SELF) {
+        project_positions(m, &l->k, l->key, l->normed, pass);
+        project_positions(m, &l->v, l->value, l->normed, pass);
+    } else if (pass->context) {
+        linear_forward(m, &l->k, l->key, inner, NULL, pass->context, C, pass->B * pass->T_context);
+        linear_forward(m, &l->v, l->value, inner, NULL, pass->context, C, pass->B * pass->T_context);
+    }
+    attend_forward(&shape, l->y, l->p, m->scores, l->query, l->key, l->value);
+    linear_forward(m, &l->out, next, C, l->x, l->y, inner, R);
+}
+
+static void attention_backward(Transformer *m, const Stack *s, const Layer *l, const real *dout, real *dcontext,
+                               const Pass *pass) {
+    const size_t R = pass->B * pass->n;
+    const AttendShape shape = attend_shape(s, l, pass);
+    linear_backward(m, &l->out, m->dy, 0, dout, l->y, R);
+    attend_backward(&shape, m->dquery, m->dkey, m->dvalue, m->dy, l->p, m->scores, l->query, l->key, l->value);
+    linear_backward(m, &l->q, m->dnormed, 0, m->dquery, l->normed, R);
+    int cross = l->kind == BLOCK_CROSS;
+    real *dsource = cross ? dcontext : m->dnormed;
+    const real *source = cross ? pass->context : l->normed;
+    linear_backward(m, &l->k, dsource, 1, m->dkey, source, shape.B * shape.Tk);
+    linear_backward(m, &l->v, dsource, 1, m->dvalue, source, shape.B * shape.Tk);
+}
+
+/* feed_forward            next (R,C) = x + down(gelu(up normed))
+ * feed_forward_backward   m->dnormed overwritten, parameters +=, from dout (R,C) */
+static void feed_forward(Transformer *m, Layer *l, real *next, size_t R) {
+    const size_t C = l->up.in, H = l->up.out;
+    gemm(0, 1, R, H, C, l->normed, C, value_of(m, l->up.weight), C, 0, l->g, H);
+    gelu_forward(l->g, l->dg, value_of(m, l->up.bias), R, H);
+    linear_forward(m, &l->down, next, C, l->x, l->g, H, R);
+}
+
+static void feed_forward_backward(Transformer *m, const Layer *l, const real *dout, size_t R) {
+    linear_backward(m, &l->down, m->dh, 0, dout, l->g, R);
+    gelu_backward(m->dh, l->dg, R, l->up.out);
+    linear_backward(m, &l->up, m->dnormed, 0, m->dh, l->normed, R);
+}
+
+/* ---- Stack ---- */
+
+/* stack_forward    s->out (B,n-skip,C) = final norm of the last layer's output, without the first `skip` positions
+ * stack_backward   from dout (B,n-skip,C): parameters +=, dcontext +=, both embeddings +=. Overwrites m->dx. */
+static void stack_forward(Transformer *m, Stack *s, const int32_t *ids, const Pass *pass, size_t skip) {
+    const size_t R = pass->B * pass->n, kept = pass->n - skip;
+    embed_forward(m, s, s->layer[0].x, ids, pass->B, pass->n, pass->pos);
+    for (size_t i = 0; i < s->n_layers; i++) {
+        Layer *l = &s->layer[i];
+        real *next = i + 1 < s->n_layers ? s->layer[i + 1].x : s->x_end;
+        norm_forward(m, &l->norm, l->normed, l->mean, l->rstd, l->x, R);
+        if (l->kind == BLOCK_FEED) feed_forward(m, l, next, R);
+        else attention_forward(m, s, l, next, pass);
+    }
+    for (size_t b = 0; b < (skip ? pass->B : 1); b++)
+        norm_forward(m, &s->norm, s->out + b * kept * s->C, s->end_mean + b * kept, s->end_rstd + b * kept,
+                     s->x_end + (b * pass->n + skip) * s->C, skip ? kept : R);
+}
+
+static void stack_backward(Transformer *m, Stack *s, const real *dout, real *dcontext, const Pass *pass, size_t skip) {
+    const size_t R = pass->B * pass->n, kept = pass->n - skip;
+    memset(m->dx, 0, R * s->C * sizeof *m->dx);
+    for (size_t b = 0; b < (skip ? pass->B : 1); b++) {
+        const size_t at = (b * pass->n + skip) * s->C;
+        norm_backward(m, &s->norm, m->dx + at, dout + b * kept * s->C, s->x_end + at, s->end_mean + b * kept,
+                      s->end_rstd + b * kept, skip ? kept : R);
+    }
+    for (size_t i = s->n_layers; i-- > 0;) {
+        Layer *l = &s->layer[i];
+        if (l->kind == BLOCK_FEED) feed_forward_backward(m, l, m->dx, R);
+        else attention_backward(m, s, l, m->dx, dcontext, pass);
+        norm_backward(m, &l->norm, m->dx, m->dnormed, l->x, l->mean, l->rstd, R);
+    }
+    embed_backward(m, s, m->dx, s->ids, pass->B, pass->n);
+}
+
+/* ---- Head: what the variants do between the decoder and the logits (SPEC section 1, "Variants") ---- */
+
+/* Scale t and noisy token x_t[i] of batch row b, as the encoder read them. */
+static size_t scale_of_row(const Transformer *m, size_t b) {
+    return (size_t)m->encoder.ids[b * (prompt_length(&m->config) + m->now_N)];
+}
+static int32_t noisy_token(const Transformer *m, size_t b, size_t i) {
+    size_t P = prompt_length(&m->config);
+    return m->encoder.ids[b * (P + m->now_N) + P + i];
+}
+
+/* Element of log_scalors that scales position i of batch row b. */
+static size_t scalor_index(const Transformer *m, size_t b, size_t i) {
+    size_t t = scale_of_row(m, b) - 1;
+    return m->config.variant == X_FINE_SCALED ? t * m->config.dec_max_seq_len + i : t;
+}
+
+/* row[k] += log(alpha [k = x_t] + (1 - alpha)/K): the log probability of x_{t-1} = k given x_t before any learning */
+static void add_residual(real *row, size_t K, double alpha, int32_t x_t) {
+    const double other = (1 - alpha) / (double)K;
+    const real same = (real)log(alpha + other), different = (real)log(other), kept = row[x_t] + same;
+#pragma omp simd
+    for (size_t k = 0; k < K; k++) row[k] += different;
+    row[x_t] = kept;
+}
+
+/* variant_forward    logits = raw * exp(log_scalors) + residual, as the variant has them
+ * variant_backward   raw becomes draw = dlogits * exp(log_scalors); dlog_scalors +=
+ *   raw, logits, dlogits (B,n,K), positions pos..pos+n-1; raw may be logits */
+static void variant_forward(Transformer *m, real *logits, const real *raw, size_t B, size_t n, size_t pos) {
+    const NetConfig *c = &m->config;
+    const size_t K = c->dec_num_tokens;
+    const int scaled = is_scaled(c), residual = is_residual(c);
+    if (!scaled && !residual) return;
+#pragma omp parallel for if (B * n * K > SMALL_WORK)
+    for (size_t r = 0; r < B * n; r++) {
+        const size_t b = r / n, i = pos + r % n;
+        if (scaled) {
+            const real scale = (real)exp((double)value_of(m, m->log_scalors)[scalor_index(m, b, i)]);
+#pragma omp simd
+            for (size_t k = 0; k < K; k++) logits[r * K + k] = raw[r * K + k] * scale;
+        }
+        if (residual) add_residual(logits + r * K, K, (double)m->alpha[scale_of_row(m, b)], noisy_token(m, b, i));
+    }
+}
+
+static void variant_backward(Transformer *m, real *raw, const real *dlogits, size_t B, size_t n) {
+    const size_t K = m->config.dec_num_tokens;
+    real *dlog_scalors = grad_of(m, m->log_scalors);
+#pragma omp parallel for if (B * n * K > SMALL_WORK)
+    for (size_t r = 0; r < B * n; r++) {
+        const real scale = (real)exp((double)value_of(m, m->log_scalors)[scalor_index(m, r / n, r % n)]);
+        const real *d = dlogits + r * K;
+        m->row_sum[r] = scale * dot(d, raw + r * K, K);
+#pragma omp simd
+        for (size_t k = 0; k < K; k++) raw[r * K + k] = d[k] * scale;
+    }
+    for (size_t r = 0; r < B * n; r++) dlog_scalors[scalor_index(m, r / n, r % n)] += m->row_sum[r];
+}
+
+/* The decoder's output (B,n,C), positions pos..pos+n-1, to m->logits (B,n,K). */
+static void head_forward(Transformer *m, size_t B, size_t n, size_t pos) {
+    linear_forward(m, &m->head, m->raw, m->head.out, NULL, m->decoder.out, m->head.in, B * n);
+    variant_forward(m, m->logits, m->raw, B, n, pos);
+}
+
+/* ---- Forward and backward of the whole network ---- */
+
+static Err check_ids(const char *what, const int32_t *ids, size_t n, int32_t lo, size_t end) {
+    if (!ids) return err("transformer: no %s given", what);
+    for (size_t i = 0; i < n; i++)
+        if (ids[i] < lo || (size_t)ids[i] >= end)
+            return err("transformer: %s[%zu] is %d, expected %d..%zu", what, i, (int)ids[i], (int)lo, end - 1);
+    return OK;
+}
+
+static Err check_batch(const Transformer *m, const int32_t *x_t, const int32_t *t, const int32_t *label, size_t B,
+                       size_t N) {
+    const NetConfig *c = &m->config;
+    if (!m->B) return err("transformer: nothing is planned");
+    if (m->params.n == 0 || !m->params.row[0].value) return err("transformer: the parameters have no values yet");
+    if (B < 1 || B > m->B || N < 1 || N > m->N)
+        return err("transformer: a batch of %zu x %zu tokens, planned for up to %zu x %zu", B, N, m->B, m->N);
+    TRY(check_ids("t", t, B, 1, (size_t)c->n_scales + 1));
+    if (c->has_class) TRY(check_ids("label", label, B, 0, prompt_tokens(c)));
+    if (c->kind == NET_X) TRY(check_ids("x_t", x_t, B * N, 0, c->dec_num_tokens));
+    return OK;
+}
+
+/* ids (B,P+n) = [t, (label,) tokens[b,0..n-1]]; rows of tokens are `stride` apart. */
+static void prompted_ids(const NetConfig *c, int32_t *ids, const int32_t *t, const int32_t *label,
+                         const int32_t *tokens, size_t stride, size_t B, size_t n) {
+    size_t P = prompt_length(c);
+    for (size_t b = 0; b < B; b++) {
+        int32_t *row = ids + b * (P + n);
+        row[0] = t[b];
+        if (c->has_class) row[1] = label[b];
+        if (n) memcpy(row + P, tokens + b * stride, n * sizeof *row);
+    }
+}
+
+/* ids (B,N) = [sos, x[b,0..N-2]]; sos is token 0 (SPEC 1.10). */
+static void shifted_ids(int32_t *ids, const int32_t *x, size_t B, size_t N) {
+    for (size_t b = 0; b < B; b++) {
+        ids[b * N] = 0;
+        memcpy(ids + b * N + 1, x + b * N, (N - 1) * sizeof *ids);
+    }
+}
+
+static Pass whole_pass(const Stack *s, size_t B, size_t n, const real *context, size_t T_context) {
+    Pass pass;
+    pass.B = B, pass.n = pass.stride = n, pass.pos = 0, pass.causal = s->causal;
+    pass.context = context, pass.T_context = T_context;
+    return pass;
+}
+
+Err transformer_forward(Transformer *m, const int32_t *x, const int32_t *x_t, const int32_t *t, const int32_t *label,
+                        size_t B, size_t N, const real **logits) {
+    const NetConfig *c = &m->config;
+    Stack *e = &m->encoder, *d = &m->decoder;
+    const size_t P = prompt_length(c);
+    m->now_B = 0;
+    m->next = m->N; /* the caches are overwritten: no decoding may go on */
+    TRY(check_batch(m, x_t, t, label, B, N));
+    TRY(check_ids("x", x, B * N, 0, c->dec_num_tokens));
+    m->now_B = B, m->now_N = N;
+    if (c->kind == NET_X) {
+        const Pass encode = whole_pass(e, B, P + N, NULL, 0), decode = whole_pass(d, B, N, e->out, P + N);
+        prompted_ids(c, e->ids, t, label, x_t, N, B, N);
+        shifted_ids(d->ids, x, B, N);
+        stack_forward(m, e, e->ids, &encode, 0);
+        stack_forward(m, d, d->ids, &decode, 0);
+    } else {
+        const Pass pass = whole_pass(d, B, P + N - 1, NULL, 0);
+        prompted_ids(c, d->ids, t, label, x, N, B, N - 1);
+        stack_forward(m, d, d->ids, &pass, P - 1);
+    }
+    head_forward(m, B, N, 0);
+    *logits = m->logits;
+    return OK;
+}
+
+Err transformer_backward(Transformer *m, const real *dlogits) {
+    Stack *e = &m->encoder, *d = &m->decoder;
+    const size_t B = m->now_B, N = m->now_N, P = prompt_length(&m->config);
+    if (!m->train) return err("transformer: backward under a plan without training");
+    if (!B) return err("transformer: backward without a forward before it");
+    if (!m->params.row[0].grad) return err("transformer: the parameters have no gradients planned");
+    const real *draw = dlogits;
+    if (is_scaled(&m->config)) {
+        variant_backward(m, m->raw, dlogits, B, N);
+        draw = m->raw;
+    }
+    real *dout = m->dnormed; /* (B*N,C): the final norm reads it before the last block writes there */
+    linear_backward(m, &m->head, dout, 0, draw, d->out, B * N);
+    if (m->config.kind == NET_X) {
+        const Pass encode = whole_pass(e, B, P + N, NULL, 0), decode = whole_pass(d, B, N, e->out, P + N);
+        memset(m->dcontext, 0, B * (P + N) * e->C * sizeof *m->dcontext);
+        stack_backward(m, d, dout, m->dcontext, &decode, 0);
+        stack_backward(m, e, m->dcontext, NULL, &encode, 0);
+    } else {
+        const Pass pass = whole_pass(d, B, P + N - 1, NULL, 0);
+        stack_backward(m, d, dout, NULL, &pass, P - 1);
+    }
+    m->now_B = 0; /* raw is spent: a second backward needs a new forward */
+    return OK;
+}
+
+/* ---- Losses (SPEC section 4) ---- */
+
+typedef struct {
+    const real *logits, *posterior;
+    const int32_t *target;
+    real *dlogits;
+    size_t K;
+    real soft_weight, hard_weight; /* of one row's gradient */
+} LossRows;
+
+/* *hard = -log p[target], *soft = sum_k q_k log(q_k/p_k) with 0 log 0 = 0, for p = softmax(logits) of row r;
+ * dlogits = soft_weight (p - q) + hard_weight (p - onehot). */
+static void loss_row(const LossRows *a, size_t r, double *hard, double *soft) {
+    const size_t K = a->K;
+    const real *l = a->logits + r * K, *q = a->posterior ? a->posterior + r * K : NULL;
+    real *d = a->dlogits ? a->dlogits + r * K : NULL;
+    const real largest = max_of(l, K);
+    real sum = 0, kl = 0;
+#pragma omp simd reduction(+ : sum)
+    for (size_t k = 0; k < K; k++) sum += exp_negative(l[k] - largest);
+    const real log_sum = (real)log((double)sum), inverse = 1 / sum;
+    *hard = (double)log_sum - ((double)l[a->target[r]] - (double)largest);
+    if (q) {
+#pragma omp simd reduction(+ : kl)
+        for (size_t k = 0; k < K; k++) {
+            const real qk = q[k] > (real)1e-37 ? q[k] : 1, term = log_positive(qk) - (l[k] - largest - log_sum);
+            kl += q[k] > (real)1e-37 ? q[k] * term : 0;
+        }
+        *soft = (double)kl;
+    }
+    if (!d) return;
+    const real total = a->soft_weight + a->hard_weight, on_target = a->hard_weight;
+    if (q && a->soft_weight != 0) {
+#pragma omp simd
+        for (size_t k = 0; k < K; k++)
+            d[k] = total * inverse * exp_negative(l[k] - largest) - a->soft_weight * q[k];
+    } else {
+#pragma omp simd
+        for (size_t k = 0; k < K; k++) d[k] = total * inverse * exp_negative(l[k] - largest);
+    }
+    d[a->target[r]] -= on_target;
+}
+
+Err denoising_loss(Loss *out, const real *logits, const int32_t *target, const real *posterior, size_t R, size_t K,
+                   double alpha, double weight, real *dlogits) {
+    double hard[LOSS_CHUNKS] = {0}, soft[LOSS_CHUNKS] = {0}, hard_sum = 0, soft_sum = 0;
+    if (R < 1 || K < 1) return err("loss: %zu rows of %zu classes, expected at least one", R, K);
+    if (!(alpha >= 0 && alpha <= 1)) return err("loss: alpha is %g, expected 0..1", alpha);
+    if (!posterior && alpha > 0) return err("loss: alpha is %g, but there is no posterior", alpha);
+    TRY(check_ids("target", target, R, 0, K));
+    LossRows rows;
+    rows.logits = logits, rows.posterior = posterior, rows.target = target, rows.dlogits = dlogits, rows.K = K;
+    rows.soft_weight = (real)(weight * alpha / (double)R), rows.hard_weight = (real)(weight * (1 - alpha) / (double)R);
+    const size_t chunk = (R + LOSS_CHUNKS - 1) / LOSS_CHUNKS;
+#pragma omp parallel for
+    for (size_t c = 0; c < LOSS_CHUNKS; c++)
+        for (size_t r = c * chunk; r < min_size((c + 1) * chunk, R); r++) {
+            double h = 0, s = 0;
+            loss_row(&rows, r, &h, &s);
+            hard[c] += h, soft[c] += s;
+        }
+    for (size_t c = 0; c < LOSS_CHUNKS; c++) hard_sum += hard[c], soft_sum += soft[c];
+    out->hard = hard_sum / (double)R;
+    out->soft = posterior ? soft_sum / (double)R : (double)NAN;
+    out->loss = alpha == 0 ? out->hard : alpha * out->soft + (1 - alpha) * out->hard;
+    return OK;
+}
+
+/* ---- Decoding, one position at a time ---- */
+
+/* n new positions of the decoder from pos on, for ids (B,n): logits of the last one, (B,K) in m->logits. Every new
+ * position sees all that is there, itself and the other new ones included. */
+static void decode_positions(Transformer *m, const int32_t *ids, size_t n, size_t pos, size_t i) {
+    Stack *d = &m->decoder;
+    Pass pass;
+    pass.B = m->now_B, pass.n = n, pass.pos = pos, pass.stride = d->T, pass.causal = 0;
+    pass.context = NULL, pass.T_context = m->config.kind == NET_X ? prompt_length(&m->config) + m->now_N : 0;
+    stack_forward(m, d, ids, &pass, n - 1);
+    head_forward(m, m->now_B, 1, i);
+}
+
+/* Keys and values of the context, for every cross-attention layer. */
+static void cache_context(Transformer *m, size_t rows) {
+    const real *context = m->encoder.out;
+    for (size_t i = 0; i < m->decoder.n_layers; i++) {
+        Layer *l = &m->decoder.layer[i];
+        if (l->kind != BLOCK_CROSS) continue;
+        linear_forward(m, &l->k, l->key, l->k.out, NULL, context, l->k.in, rows);
+        linear_forward(m, &l->v, l->value, l->v.out, NULL, context, l->v.in, rows);
+    }
+}
+
+/* The prompt of a GPT is fed without any mask, as the official sampler does: for a prompt (t, class) training must have
+ * used n_unmasked = 2 to see the same (SPEC 2.6). */
+Err transformer_decode_begin(Transformer *m, const int32_t *x_t, const int32_t *t, const int32_t *label, size_t B,
+                             size_t N) {
+    const NetConfig *c = &m->config;
+    const size_t P = prompt_length(c);
+    m->now_B = 0;
+    if (m->B && m->train) return err("transformer: decoding under a training plan, which has no caches");
+    TRY(check_batch(m, x_t, t, label, B, N));
+    m->now_B = B, m->now_N = N, m->next = 0;
+    if (c->kind == NET_X) {
+        const Pass encode = whole_pass(&m->encoder, B, P + N, NULL, 0);
+        prompted_ids(c, m->encoder.ids, t, label, x_t, N, B, N);
+        stack_forward(m, &m->encoder, m->encoder.ids, &encode, 0);
+        cache_context(m, B * (P + N));
+    } else {
+        prompted_ids(c, m->decoder.ids, t, label, NULL, 0, B, 0);
+        decode_positions(m, m->decoder.ids, P, 0, 0);
+    }
+    return OK;
+}
+
+Err transformer_decode_step(Transformer *m, const int32_t *prev, size_t i, const real **logits) {
+    const NetConfig *c = &m->config;
+    if (!m->now_B || m->train) return err("transformer: a decoding step before decoding began");
+    if (i != m->next || i >= m->now_N)
+        return err("transformer: decoding step %zu, expected %zu of %zu", i, m->next, m->now_N);
+    if (i > 0) TRY(check_ids("previous token", prev, m->now_B, 0, c->dec_num_tokens));
+    int32_t *ids = m->decoder.ids;
+    for (size_t b = 0; b < m->now_B; b++) ids[b] = i > 0 ? prev[b] : 0;
+    if (c->kind == NET_X) decode_positions(m, ids, 1, i, i);
+    else if (i > 0) decode_positions(m, ids, 1, prompt_length(c) - 1 + i, i); /* i = 0: begin has done it */
+    m->next = i + 1;
+    *logits = m->logits;
+    return OK;
+}
+
+/* ---- Optimizer (SPEC sections 6 and 7) ---- */
+
+void adamw_step(Params *p, const AdamW *o, uint64_t step) {
+    const double correction1 = 1 - pow(o->beta1, (double)step), correction2 = 1 - pow(o->beta2, (double)step);
+    const real beta1 = (real)o->beta1, beta2 = (real)o->beta2, eps = (real)o->eps;
+    const real rest1 = (real)(1 - o->beta1), rest2 = (real)(1 - o->beta2);
+    const real rate = (real)(o->lr / correction1), inverse = (real)(1 / sqrt(correction2));
+    for (size_t i = 0; i < p->n; i++) {
+        const Param *row = &p->row[i];
+        if (row->untrained) continue;
+        const real keep = (real)(1 - o->lr * row->decay * o->decay_scale);
+        real *w = row->value, *m = row->m, *v = row->v;
+        const real *g = row->grad;
+#pragma omp parallel for simd if (row->size > SMALL_WORK)
+        for (size_t k = 0; k < row->size; k++) {
+            m[k] = beta1 * m[k] + rest1 * g[k];
+            v[k] = beta2 * v[k] + rest2 * g[k] * g[k];
+#ifdef REAL_DOUBLE
+            w[k] = keep * w[k] - rate * m[k] / (sqrt(v[k]) * inverse + eps);
+#else
+            w[k] = keep * w[k] - rate * m[k] / (sqrtf(v[k]) * inverse + eps);
+#endif
+        }
+    }
+}
+
+void ema_update(Params *p, double decay, uint64_t num_updates) {
+    const float n = (float)num_updates, warm = (1 + n) / (10 + n), limit = (float)decay;
+    const real step = (real)(1 - (warm < limit ? warm : limit));
+    for (size_t i = 0; i < p->n; i++) {
+        const Param *row = &p->row[i];
+        real *e = row->ema;
+        const real *w = row->value;
+#pragma omp parallel for simd if (row->size > SMALL_WORK)
+        for (size_t k = 0; k < row->size; k++) e[k] -= step * (e[k] - w[k]);
+    }
+}
+
+double lr_at(const LrSchedule *s, uint64_t n) {
+    const double pi = 3.14159265358979323846, x = (double)n;
+    if (x < s->warm_up_steps) return (s->lr_max - s->lr_start) / s->warm_up_steps * x + s->lr_start;
+    double done = (x - s->warm_up_steps) / (s->max_decay_steps - s->warm_up_steps);
+    return s->lr_min + 0.5 * (s->lr_max - s->lr_min) * (1 + cos(pi * (done < 1 ? done : 1)));
+}
