@@ -15,7 +15,7 @@
  *            KC |    | B  |    |              pack A's block if that pays         pack_a
  *               +----+----+----+              for each panel of B                 block_product
  *          KC                                   pack it                           pack_b
- *        +----+ +----+----+----+                for each MR rows of A             micro_rows
+ *        +----+ +----+----+----+                for each MR rows of A             micro_tile
  *     MR | A  | |    | C  |    |                  for k < KC                      micro_kernel
  *        +----+ +----+----+----+                    C[MR][NR] += A[MR][k] B[k][NR]
  *
@@ -28,7 +28,7 @@
  * once, turned in registers, used from L1 and forgotten, so the weights are streamed once.
  *
  * Promise on bits: an element of C is the sum, in order, of the KC-long pieces of K; within a piece the products
- * are added in order of k with one fused multiply-add each (two roundings on machines without it). Nothing else -
+ * are added in order of k with one fused multiply-add each (two roundings on machines without one). Nothing else -
  * threads, M, N, position, transposes, packing - changes the order, so a row computed alone equals bit for bit the
  * same row computed in a batch.
  *
@@ -71,9 +71,9 @@ enum {
     NR = NV * LANES,                                                 /* columns of a panel */
     KC = 256,                                                        /* a panel is 32 KB; part of the promise on bits */
     MC = (256 * 1024 / (KC * (int)sizeof(real)) + MR - 1) / MR * MR, /* rows of a block of A: about 256 KB */
-    NC = 512,                                                        /* columns of a tile */
-    PACK_A_PANELS = 3,                                               /* fewer panels than this: A is read in place */
-    TILES_PER_THREAD = 4                                             /* so that a delayed thread costs little */
+    NC = 1024,                                                       /* columns of a tile */
+    PACK_A_COLS = 2 * NR, /* a tile as narrow as this reads A where it stands */
+    TILES_PER_THREAD = 4  /* so that a delayed thread costs little */
 };
 static const size_t SMALL_WORK = (size_t)1 << 20; /* multiply-adds below which waking a thread does not pay */
 
@@ -135,11 +135,11 @@ INLINE void micro_kernel(int rows, int vecs, size_t kc, const real *a, size_t a_
         __builtin_prefetch(c + (size_t)i * ldc, 1);
         for (int v = 0; v < vecs; v++) sum[i][v] = (Vec){0};
     }
-    for (size_t k = 0; k < kc; k++, b += ldb, a += a_col) {
+    for (size_t k = 0; k < kc; k++) {
         Vec bk[NV];
-        for (int v = 0; v < vecs; v++) bk[v] = load(b + v * LANES);
+        for (int v = 0; v < vecs; v++) bk[v] = load(b + k * ldb + v * LANES);
         for (int i = 0; i < rows; i++) {
-            const real aik = a[(size_t)i * a_row];
+            const real aik = a[(size_t)i * a_row + k * a_col];
             for (int v = 0; v < vecs; v++) sum[i][v] = multiply_add(aik, bk[v], sum[i][v]);
         }
     }
@@ -191,6 +191,11 @@ static void micro_tile(int rows, int vecs, size_t kc, View a, const real *b, siz
 #if defined(__clang__) || __GNUC__ >= 12
 #define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
+#ifdef REAL_DOUBLE
+typedef long long Index __attribute__((vector_size(VECTOR_BYTES)));
+#else
+typedef int Index __attribute__((vector_size(VECTOR_BYTES)));
+#endif
 #define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (Index){__VA_ARGS__})
 #endif
 
@@ -247,75 +252,80 @@ static void transpose(real *to, size_t to_stride, const real *from, size_t from_
     }
 }
 
-/* panel_b (kc,NR) = op(B)(kc, cols <= NR), zeros in the columns behind. b: element (k,j) of op(B). */
+/* to[i,:] = from[i,:] of `width` numbers. Expanded with a constant width a row is a few moves, not a call. */
+INLINE void copy_rows(real *to, size_t to_stride, const real *from, size_t from_stride, size_t rows, size_t width) {
+    for (size_t i = 0; i < rows; i++) memcpy(to + i * to_stride, from + i * from_stride, width * sizeof(real));
+}
+
+/* panel_b (kc,NR) = op(B) (kc, cols <= NR), zeros in the columns behind */
 static void pack_b(View b, size_t kc, size_t cols) {
     if (cols < NR) memset(panel_b, 0, kc * NR * sizeof(real));
-    if (b.col != 1) {
+    if (b.col != 1)
         transpose(panel_b, NR, b.p, b.col, cols, kc);
-    } else if (cols == NR) {
-        for (size_t k = 0; k < kc; k++) memcpy(panel_b + k * NR, b.p + k * b.row, NR * sizeof(real));
-    } else {
-        for (size_t k = 0; k < kc; k++) memcpy(panel_b + k * NR, b.p + k * b.row, cols * sizeof(real));
-    }
+    else if (cols == NR)
+        copy_rows(panel_b, NR, b.p, b.row, kc, NR);
+    else
+        copy_rows(panel_b, NR, b.p, b.row, kc, cols);
 }
 
 /* Copies a block of op(A), rows <= MC by kc, into block_a, so that the micro kernel walks through few pages and no two
- * rows fight for one place in the cache. Rows stay rows; a transposed A becomes panels of MR columns. */
+ * rows fight for one place in the cache. Rows stay rows of stride KC; a transposed A becomes panels (kc, MR). */
 static View pack_a(View a, size_t rows, size_t kc) {
-    View packed = {block_a, KC, 1};
     if (a.col == 1) {
-        for (size_t i = 0; i < rows; i++) memcpy(block_a + i * KC, a.p + i * a.row, kc * sizeof(real));
-    } else {
-        packed.row = 1;
-        packed.col = MR;
-        for (size_t i = 0; i < rows; i += MR) {
-            const size_t width = min_size(MR, rows - i);
-            real *to = block_a + i * KC;
-            if (width == MR)
-                for (size_t k = 0; k < kc; k++) memcpy(to + k * MR, a.p + k * a.col + i, MR * sizeof(real));
-            else
-                for (size_t k = 0; k < kc; k++) memcpy(to + k * MR, a.p + k * a.col + i, width * sizeof(real));
-        }
+        copy_rows(block_a, KC, a.p, a.row, rows, kc);
+        const View packed = {block_a, KC, 1};
+        return packed;
     }
+    size_t i = 0;
+    for (; i + MR <= rows; i += MR) copy_rows(block_a + i * KC, MR, a.p + i, a.col, kc, MR);
+    if (i < rows) copy_rows(block_a + i * KC, MR, a.p + i, a.col, kc, rows - i);
+    const View packed = {block_a, 1, MR};
     return packed;
 }
 
 /* ---- Blocks and tiles ---- */
 
-/* One panel: C (rows, cols <= NR) = or += A (rows,kc) b (kc, row stride ldb). a_step: from one MR rows to the next.
- * Where the panel is narrower than its vectors the sums go through a small tile on the stack. */
+/* c (rows, cols) = or += tile (rows, NR) */
+static void add_tile(int rows, size_t cols, const real *tile, int add, real *c, size_t ldc) {
+    for (int i = 0; i < rows; i++, tile += NR) {
+        real *to = c + (size_t)i * ldc;
+        for (size_t j = 0; j < cols; j++) to[j] = add ? to[j] + tile[j] : tile[j];
+    }
+}
+
+/* One panel: C (rows, cols <= NR) = or += A (rows,kc) b (kc, row stride ldb). a_step: from one MR rows of A to the
+ * next. Where C is narrower than the vectors the sums take a way over the stack. */
 static void panel_product(size_t rows, size_t cols, size_t kc, View a, size_t a_step, const real *b, size_t ldb,
                           int add, real *c, size_t ldc) {
     const int vecs = cols <= LANES ? 1 : NV;
-    for (size_t i = 0; i < rows; i += MR, a.p += a_step, c += MR * ldc) {
+    for (size_t i = 0; i < rows; i += MR) {
         const int high = (int)min_size(MR, rows - i);
+        const View ai = {a.p + i / MR * a_step, a.row, a.col};
+        real *ci = c + i * ldc;
         if (cols == (size_t)vecs * LANES) {
-            micro_tile(high, vecs, kc, a, b, ldb, add, c, ldc);
-            continue;
+            micro_tile(high, vecs, kc, ai, b, ldb, add, ci, ldc);
+        } else {
+            real tile[MR * NR];
+            micro_tile(high, vecs, kc, ai, b, ldb, 0, tile, NR);
+            add_tile(high, cols, tile, add, ci, ldc);
         }
-        real tile[MR * NR];
-        micro_tile(high, vecs, kc, a, b, ldb, 0, tile, NR);
-        for (int r = 0; r < high; r++)
-            for (size_t j = 0; j < cols; j++) {
-                real *to = c + (size_t)r * ldc + j;
-                *to = add ? *to + tile[r * NR + (int)j] : tile[r * NR + (int)j];
-            }
     }
 }
 
 /* C (rows <= MC, cols) = or += A (rows, kc <= KC) B (kc, cols) */
 static void block_product(size_t rows, size_t cols, size_t kc, View a, View b, int add, real *c, size_t ldc) {
     size_t a_step = MR * a.row;
-    if (cols > (PACK_A_PANELS - 1) * NR && rows > MR) {
+    if (cols > PACK_A_COLS && rows > MR) {
         a = pack_a(a, rows, kc);
         a_step = MR * KC; /* both kinds of packed panel are MR*KC long */
     }
-    for (size_t j = 0; j < cols; j += NR, b.p += NR * b.col) {
+    for (size_t j = 0; j < cols; j += NR) {
         const size_t width = min_size(NR, cols - j);
+        const View bj = {b.p + j * b.col, b.row, b.col};
         if (b.col == 1 && rows <= MR && (width == NR || width == LANES)) { /* read once: no use in packing */
-            panel_product(rows, width, kc, a, a_step, b.p, b.row, add, c + j, ldc);
+            panel_product(rows, width, kc, a, a_step, bj.p, b.row, add, c + j, ldc);
         } else {
-            pack_b(b, kc, width);
+            pack_b(bj, kc, width);
             panel_product(rows, width, kc, a, a_step, panel_b, NR, add, c + j, ldc);
         }
     }
@@ -336,6 +346,11 @@ static size_t ceil_div(size_t a, size_t b) {
     return (a + b - 1) / b;
 }
 
+/* The cost of a product in multiply-adds; + MR stands for reading and packing B. */
+static double work(size_t M, size_t N, size_t K) {
+    return (double)(M + MR) * (double)N * (double)K;
+}
+
 /* Tiles of MC x NC, halved along the longer side until every thread has several or they become too small. */
 static void choose_tiles(Product *p, size_t threads) {
     p->rows = min_size(p->M, MC);
@@ -347,7 +362,7 @@ static void choose_tiles(Product *p, size_t threads) {
         p->rows = min_size(p->rows, round_up(ceil_div(p->M, p->down), MR)); /* equal heights, not one thin rest */
         p->cols = min_size(p->cols, round_up(ceil_div(p->N, across), NR));
         if (threads == 1 || p->tiles >= TILES_PER_THREAD * threads) return;
-        if ((double)p->rows * (double)p->cols * (double)p->K < (double)SMALL_WORK) return;
+        if (work(p->rows, p->cols, p->K) < (double)SMALL_WORK) return;
         if (p->rows > p->cols && p->rows > MR)
             p->rows = round_up(p->rows / 2, MR);
         else if (p->cols > NR)
@@ -361,11 +376,11 @@ static void choose_tiles(Product *p, size_t threads) {
 static void tile_product(const Product *p, size_t tile) {
     const size_t i = tile % p->down * p->rows, j = tile / p->down * p->cols;
     const size_t rows = min_size(p->rows, p->M - i), cols = min_size(p->cols, p->N - j);
-    View a = p->a, b = p->b;
-    a.p += i * a.row;
-    b.p += j * b.col;
-    for (size_t k = 0; k < p->K; k += KC, a.p += KC * a.col, b.p += KC * b.row)
+    for (size_t k = 0; k < p->K; k += KC) {
+        const View a = {p->a.p + i * p->a.row + k * p->a.col, p->a.row, p->a.col};
+        const View b = {p->b.p + k * p->b.row + j * p->b.col, p->b.row, p->b.col};
         block_product(rows, cols, min_size(KC, p->K - k), a, b, p->accumulate || k > 0, p->c + i * p->ldc + j, p->ldc);
+    }
 }
 
 static void clear(real *C, size_t M, size_t N, size_t ldc) {
@@ -374,7 +389,7 @@ static void clear(real *C, size_t M, size_t N, size_t ldc) {
 
 /* How many threads a product is worth: 1 when it is small or when all threads are busy already. */
 static int threads_for(size_t M, size_t N, size_t K) {
-    if ((double)(M + MR) * (double)N * (double)K < (double)SMALL_WORK) return 1; /* MR: the cost of packing B */
+    if (work(M, N, K) < (double)SMALL_WORK) return 1;
 #ifdef _OPENMP
     if (omp_in_parallel()) return 1;
 #endif

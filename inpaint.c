@@ -12,7 +12,7 @@
 typedef struct {
     const char *image, *mask, *half, *chain_length;
     size_t window, outside;
-    int no_paste, official_mask;
+    int no_paste, official_mask, compare;
 } InpaintArgs;
 
 typedef struct {
@@ -191,9 +191,9 @@ static Err draw_tokens(Job *job) {
 
 /* ---- the result: each sample beside the others, the kept pixels put back exactly ---- */
 
-static void paste(const Job *job, Image *im, size_t n, size_t columns, size_t gap) {
+static void paste(const Job *job, Image *im, size_t first, size_t tiles, size_t columns, size_t gap) {
     size_t side = job->side, step = side + gap;
-    for (size_t b = 0; b < n; b++)
+    for (size_t b = first; b < tiles; b++)
         for (size_t i = 0; i < side * side; i++) {
             if (!job->keep[i]) continue;
             size_t y = b / columns * step + i / side, x = b % columns * step + i % side;
@@ -201,15 +201,25 @@ static void paste(const Job *job, Image *im, size_t n, size_t columns, size_t ga
         }
 }
 
+/* Two tiles (3,side,side): the picture, and the picture with grey where it is drawn anew. */
+static Err comparison_tiles(const Job *job, real *tiles) {
+    size_t pixels = job->side * job->side;
+    TRY(image_prepare(tiles, &job->picture, PREP_FOLDER, job->side, -1, -1, 0));
+    for (size_t i = 0; i < 3 * pixels; i++) tiles[3 * pixels + i] = job->keep[i % pixels] ? tiles[i] : 0;
+    return OK;
+}
+
 static Err write_result(Job *job) {
-    size_t n = job->args->n, columns = n < 8 ? n : 8, gap = n > 1 ? 2 : 0, pixels = 3 * job->side * job->side;
+    size_t first = job->in->compare ? 2 : 0, tiles = job->args->n + first;
+    size_t columns = tiles < 8 ? tiles : 8, gap = tiles > 1 ? 2 : 0, pixels = 3 * job->side * job->side;
     real *images = NULL;
     Image im = {0};
     Config text = {0};
-    TRY(mem_alloc(&images, n, pixels * sizeof *images, "pictures"));
-    Err e = decode_pictures(&job->model, job->tokens, n, images);
-    if (e == OK) e = image_grid(&im, images, n, job->side, job->side, columns, gap);
-    if (e == OK && !job->in->no_paste) paste(job, &im, n, columns, gap);
+    TRY(mem_alloc(&images, tiles, pixels * sizeof *images, "pictures"));
+    Err e = first ? comparison_tiles(job, images) : OK;
+    if (e == OK) e = decode_pictures(&job->model, job->tokens, job->args->n, images + first * pixels);
+    if (e == OK) e = image_grid(&im, images, tiles, job->side, job->side, columns, gap);
+    if (e == OK && !job->in->no_paste) paste(job, &im, first, tiles, columns, gap);
     if (e == OK) e = sampling_text(&text, job->args, &job->model);
     if (e == OK) e = config_set(&text, "inpainted", "%s", job->in->image);
     if (e == OK) e = image_write_png(job->args->out, &im, &text);
@@ -259,7 +269,7 @@ static const char intro[] =
     "new parts settle on each other (--chain-length). The kept pixels are put back exactly as they were.\n";
 
 int main(int argc, char **argv) {
-    SamplingArgs a = {.out = "inpainted.png", .n = 4, .batch = 16, .seed = SEED_NOT_GIVEN};
+    SamplingArgs a = {.out = "inpainted.png", .n = 1, .batch = 16, .seed = SEED_NOT_GIVEN};
     InpaintArgs in = {0};
     const Option table[] = {
         {OPT_ARGUMENT, "MODEL", NULL, &a.model, 0, 0, "emoji (default), a name that ./sample --list shows, or a folder"},
@@ -274,6 +284,7 @@ int main(int argc, char **argv) {
          "passes per scale, noisiest first, or one for all (default: 3 for\n"
          "geometric schedules, else 5 and 1 for the noisiest)"},
         {OPT_FLAG, "--no-paste", NULL, &in.no_paste, 0, 0, "leave the kept part as the VQGAN draws it"},
+        {OPT_FLAG, "--compare", NULL, &in.compare, 0, 0, "show the picture and what is kept of it before the results"},
         {OPT_FLAG, "--official-mask", NULL, &in.official_mask, 0, 0, "a token is kept if its first pixel is, as in the official code"},
         SAMPLING_OPTIONS(a),
         {OPT_END, NULL, NULL, NULL, 0, 0, NULL}};

@@ -83,11 +83,13 @@ typedef struct {
     int causal;
     size_t unmasked; /* the first positions, that see each other even if causal */
 
-    size_t T;                /* planned positions */
-    int32_t *ids;            /* (B,T) */
-    real *x_end, *out;       /* (R,C) input and output of the final norm */
+    size_t T;          /* planned positions */
+    int32_t *ids;      /* (B,T) */
+    real *x_end, *out; /* (R,C) input and output of the final norm */
     real *end_mean, *end_rstd;
 } Stack;
+
+typedef enum { IDLE, FORWARD_DONE, DECODING } State;
 
 struct Transformer {
     NetConfig config;
@@ -100,37 +102,79 @@ struct Transformer {
     size_t B, N; /* planned */
     int train;
     void *arena;
-    real *raw, *logits;                         /* (B,N,K) before and after scaling and residual; may be one */
-    real *scores;                               /* attention scores of one block of queries per (row, head) */
-    real *dx, *dcontext, *dnormed;              /* gradients, reused by every layer */
+    real *raw, *logits;            /* (B,N,K) before and after scaling and residual; may be one */
+    real *scores;                  /* attention scores of one block of queries per (row, head) */
+    real *dx, *dcontext, *dnormed; /* gradients, reused by every layer */
     real *dquery, *dkey, *dvalue, *dy, *dh;
-    real *row_sum;                              /* (B*N) */
+    real *row_sum; /* (B*N) */
 
-    size_t now_B, now_N; /* of the last forward or decode_begin; 0: none */
+    State state;
+    size_t now_B, now_N; /* of the last forward or decode_begin */
     size_t next;         /* decoding: the position whose turn it is */
 };
 
-static size_t min_size(size_t a, size_t b) { return a < b ? a : b; }
-static size_t max_size(size_t a, size_t b) { return a > b ? a : b; }
+static size_t min_size(size_t a, size_t b) {
+    return a < b ? a : b;
+}
+static size_t max_size(size_t a, size_t b) {
+    return a > b ? a : b;
+}
 
 /* ---- Configuration: the official keys (SPEC sections 1 and 2) ---- */
 
-enum { DIM_MAX = 1 << 16, DEPTH_MAX = 1024, HEADS_MAX = 1024, TOKENS_MAX = 1 << 24, LENGTH_MAX = 1 << 20 };
-
-static const struct {
+typedef struct {
     const char *target;
     NetKind kind;
     XVariant variant;
-} net_targets[] = {
+} NetTarget;
+static const NetTarget net_targets[] = {
     {"imagebart.modules.xtransformers.x_transformer.XTransformer", NET_X, X_PLAIN},
     {"imagebart.modules.xtransformers.x_transformer.ScaledXTransformer", NET_X, X_SCALED},
     {"imagebart.modules.xtransformers.x_transformer.FineScaledXTransformer", NET_X, X_FINE_SCALED},
     {"imagebart.modules.xtransformers.x_transformer.ResidualXTransformer", NET_X, X_RESIDUAL},
     {"imagebart.modules.xtransformers.x_transformer.ResidualScaledXTransformer", NET_X, X_RESIDUAL_SCALED},
     {"imagebart.modules.transformer.mingpt.GPT", NET_GPT, X_PLAIN},
+    {NULL, NET_X, X_PLAIN},
 };
-enum { NET_TARGETS = sizeof net_targets / sizeof net_targets[0] };
 static const char *const class_provider = "imagebart.util.ClassProvider";
+
+/* A size under "transformer_config.params." and the field it fills: reading, writing and checking loop over these. */
+typedef struct {
+    const char *key;
+    size_t field; /* offset of a size_t in NetConfig */
+    size_t lo, hi;
+    int optional;
+} SizeOption;
+enum { DIM_MAX = 1 << 16, DEPTH_MAX = 1024, HEADS_MAX = 1024, TOKENS_MAX = 1 << 24, LENGTH_MAX = 1 << 20 };
+static const SizeOption x_sizes[] = {
+    {"dim", offsetof(NetConfig, dim), 1, DIM_MAX, 0},
+    {"enc_num_tokens", offsetof(NetConfig, enc_num_tokens), 2, TOKENS_MAX, 0},
+    {"enc_depth", offsetof(NetConfig, enc_depth), 1, DEPTH_MAX, 0},
+    {"enc_heads", offsetof(NetConfig, enc_heads), 1, HEADS_MAX, 0},
+    {"enc_max_seq_len", offsetof(NetConfig, enc_max_seq_len), 2, LENGTH_MAX, 0},
+    {"dec_num_tokens", offsetof(NetConfig, dec_num_tokens), 2, TOKENS_MAX, 0},
+    {"dec_depth", offsetof(NetConfig, dec_depth), 1, DEPTH_MAX, 0},
+    {"dec_heads", offsetof(NetConfig, dec_heads), 1, HEADS_MAX, 0},
+    {"dec_max_seq_len", offsetof(NetConfig, dec_max_seq_len), 1, LENGTH_MAX, 0},
+    {NULL, 0, 0, 0, 0},
+};
+static const SizeOption gpt_sizes[] = {
+    {"n_embd", offsetof(NetConfig, dim), 1, DIM_MAX, 0},
+    {"vocab_size", offsetof(NetConfig, dec_num_tokens), 2, TOKENS_MAX, 0},
+    {"input_vocab_size", offsetof(NetConfig, input_vocab_size), 2, TOKENS_MAX, 1},
+    {"n_layer", offsetof(NetConfig, dec_depth), 1, DEPTH_MAX, 0},
+    {"n_head", offsetof(NetConfig, dec_heads), 1, HEADS_MAX, 0},
+    {"block_size", offsetof(NetConfig, dec_max_seq_len), 1, LENGTH_MAX, 0},
+    {"n_unmasked", offsetof(NetConfig, n_unmasked), 0, LENGTH_MAX, 1},
+    {NULL, 0, 0, 0, 0},
+};
+
+static const SizeOption *sizes_of(NetKind kind) {
+    return kind == NET_X ? x_sizes : gpt_sizes;
+}
+static size_t *size_field(NetConfig *c, const SizeOption *o) {
+    return (size_t *)((char *)c + o->field);
+}
 
 static int is_scaled(const NetConfig *c) {
     return c->variant == X_SCALED || c->variant == X_FINE_SCALED || c->variant == X_RESIDUAL_SCALED;
@@ -138,73 +182,55 @@ static int is_scaled(const NetConfig *c) {
 static int is_residual(const NetConfig *c) {
     return c->variant == X_RESIDUAL || c->variant == X_RESIDUAL_SCALED;
 }
-static size_t prompt_length(const NetConfig *c) { return c->has_class ? 2 : 1; }
+static size_t prompt_length(const NetConfig *c) {
+    return c->has_class ? 2 : 1;
+}
+/* Rows of the table that embeds t and the class label. */
+static size_t prompt_tokens(const NetConfig *c) {
+    return c->kind == NET_X ? c->enc_num_tokens : c->input_vocab_size;
+}
 
-/* Every option under "transformer_config.params." must be one that is read below, or be switched off. */
+/* Every option under `params` must be one that is read here, or be switched off. */
 static Err refuse_unknown_options(const Config *from, const char *params, NetKind kind) {
-    static const char *const known[2][20] = {
-        {"dim", "enc_num_tokens", "enc_depth", "enc_heads", "enc_max_seq_len", "dec_num_tokens", "dec_depth",
-         "dec_heads", "dec_max_seq_len", "tie_token_emb", "wrap_decoder", "scale_pos", "n_scales", "xt_start",
-         "xt_size", NULL},
-        {"vocab_size", "input_vocab_size", "block_size", "n_layer", "n_head", "n_embd", "n_unmasked", NULL}};
-    size_t skip = strlen(params);
+    static const char *const others[] = {"tie_token_emb", "wrap_decoder", "scale_pos",
+                                         "n_scales",      "xt_start",     "xt_size"};
+    const size_t skip = strlen(params), n_others = kind == NET_X ? sizeof others / sizeof *others : 0;
     for (size_t i = 0; i < from->n; i++) {
         const char *key = from->kv[i].key, *value = from->kv[i].value;
         if (strncmp(key, params, skip) != 0) continue;
         int ok = !strcmp(value, "false") || !strcmp(value, "0") || !strcmp(value, "0.0");
-        for (size_t k = 0; known[kind][k] && !ok; k++) ok = !strcmp(key + skip, known[kind][k]);
+        for (const SizeOption *o = sizes_of(kind); o->key && !ok; o++) ok = !strcmp(key + skip, o->key);
+        for (size_t k = 0; k < n_others && !ok; k++) ok = !strcmp(key + skip, others[k]);
         if (!ok) return err("%s: \"%s\" is an option that this program does not implement", key, value);
     }
     return OK;
 }
 
-static Err read_x_config(NetConfig *c, const Config *from, const char *params) {
+/* What NET_X has besides sizes. The positions of t and x_t in the encoder's input have one possible value. */
+static Err read_x_options(NetConfig *c, const Config *from, const char *params) {
     size_t scale_pos = 0, xt_start = prompt_length(c), n_scales = (size_t)c->n_scales;
     int wrap = 0;
-    TRY(config_size(&c->dim, from, params, "dim", 1, DIM_MAX, 0));
-    TRY(config_size(&c->enc_num_tokens, from, params, "enc_num_tokens", 2, TOKENS_MAX, 0));
-    TRY(config_size(&c->enc_depth, from, params, "enc_depth", 1, DEPTH_MAX, 0));
-    TRY(config_size(&c->enc_heads, from, params, "enc_heads", 1, HEADS_MAX, 0));
-    TRY(config_size(&c->enc_max_seq_len, from, params, "enc_max_seq_len", 2, LENGTH_MAX, 0));
-    TRY(config_size(&c->dec_num_tokens, from, params, "dec_num_tokens", 2, TOKENS_MAX, 0));
-    TRY(config_size(&c->dec_depth, from, params, "dec_depth", 1, DEPTH_MAX, 0));
-    TRY(config_size(&c->dec_heads, from, params, "dec_heads", 1, HEADS_MAX, 0));
-    TRY(config_size(&c->dec_max_seq_len, from, params, "dec_max_seq_len", 1, LENGTH_MAX, 0));
     TRY(config_flag(&c->tie_token_emb, from, params, "tie_token_emb", 1));
     TRY(config_flag(&wrap, from, params, "wrap_decoder", 1));
     if (wrap) return err("%swrap_decoder: true is broken in the official code and not implemented", params);
     TRY(config_size(&scale_pos, from, params, "scale_pos", 0, 0, 1));
     TRY(config_size(&n_scales, from, params, "n_scales", n_scales, n_scales, 1));
-    TRY(config_size(&xt_start, from, params, "xt_start", xt_start, xt_start, 1));
-    return OK;
-}
-
-static Err read_gpt_config(NetConfig *c, const Config *from, const char *params) {
-    TRY(config_size(&c->dim, from, params, "n_embd", 1, DIM_MAX, 0));
-    TRY(config_size(&c->dec_num_tokens, from, params, "vocab_size", 2, TOKENS_MAX, 0));
-    TRY(config_size(&c->dec_depth, from, params, "n_layer", 1, DEPTH_MAX, 0));
-    TRY(config_size(&c->dec_heads, from, params, "n_head", 1, HEADS_MAX, 0));
-    TRY(config_size(&c->dec_max_seq_len, from, params, "block_size", 1, LENGTH_MAX, 0));
-    c->input_vocab_size = c->dec_num_tokens;
-    TRY(config_size(&c->input_vocab_size, from, params, "input_vocab_size", 2, TOKENS_MAX, 1));
-    TRY(config_size(&c->n_unmasked, from, params, "n_unmasked", 0, LENGTH_MAX, 1));
-    return OK;
+    return config_size(&xt_start, from, params, "xt_start", xt_start, xt_start, 1);
 }
 
 Err net_config_read(NetConfig *c, const Config *from, const char *prefix) {
     char params[256];
-    size_t n_scales = 0, found = NET_TARGETS;
+    size_t n_scales = 0;
+    const NetTarget *found = net_targets;
     memset(c, 0, sizeof *c);
     if (snprintf(params, sizeof params, "%stransformer_config.params.", prefix) >= (int)sizeof params)
         return err("transformer: configuration prefix of %zu bytes is too long", strlen(prefix));
     const char *target = config_get(from, prefix, "transformer_config.target");
     if (!target) return err("%stransformer_config.target is missing", prefix);
-    for (size_t i = 0; i < NET_TARGETS; i++)
-        if (!strcmp(target, net_targets[i].target)) found = i;
-    if (found == NET_TARGETS)
+    while (found->target && strcmp(target, found->target) != 0) found++;
+    if (!found->target)
         return err("%stransformer_config.target is \"%s\", expected an XTransformer or mingpt.GPT", prefix, target);
-    c->kind = net_targets[found].kind;
-    c->variant = net_targets[found].variant;
+    c->kind = found->kind, c->variant = found->variant;
     const char *conditioner = config_get(from, prefix, "conditioner_config.target");
     if (conditioner && strcmp(conditioner, class_provider) != 0)
         return err("%sconditioner_config.target is \"%s\", expected %s", prefix, conditioner, class_provider);
@@ -212,93 +238,60 @@ Err net_config_read(NetConfig *c, const Config *from, const char *prefix) {
     TRY(config_size(&n_scales, from, prefix, "n_scales", 1, MAX_SCALES, 0));
     c->n_scales = (int)n_scales;
     TRY(refuse_unknown_options(from, params, c->kind));
-    return c->kind == NET_X ? read_x_config(c, from, params) : read_gpt_config(c, from, params);
+    for (const SizeOption *o = sizes_of(c->kind); o->key; o++)
+        TRY(config_size(size_field(c, o), from, params, o->key, o->lo, o->hi, o->optional));
+    if (c->kind == NET_X) return read_x_options(c, from, params);
+    if (c->input_vocab_size == 0) c->input_vocab_size = c->dec_num_tokens;
+    return OK;
 }
 
-static Err put_size(Config *to, const char *prefix, const char *key, size_t value) {
-    char full[256];
-    snprintf(full, sizeof full, "%stransformer_config.params.%s", prefix, key);
-    return config_set(to, full, "%zu", value);
-}
-
-static Err put_text(Config *to, const char *prefix, const char *key, const char *value) {
-    char full[256];
-    snprintf(full, sizeof full, "%s%s", prefix, key);
-    return config_set(to, full, "%s", value);
-}
-
-static Err write_x_config(Config *to, const NetConfig *c, const char *prefix) {
-    if (c->variant != X_PLAIN) {
-        TRY(put_size(to, prefix, "scale_pos", 0));
-        TRY(put_size(to, prefix, "n_scales", (size_t)c->n_scales));
-    }
-    if (is_residual(c)) {
-        TRY(put_size(to, prefix, "xt_start", prompt_length(c)));
-        TRY(put_size(to, prefix, "xt_size", c->dec_max_seq_len));
-    }
-    TRY(put_text(to, prefix, "transformer_config.params.wrap_decoder", "false"));
-    TRY(put_text(to, prefix, "transformer_config.params.tie_token_emb", c->tie_token_emb ? "true" : "false"));
-    TRY(put_size(to, prefix, "dim", c->dim));
-    TRY(put_size(to, prefix, "enc_num_tokens", c->enc_num_tokens));
-    TRY(put_size(to, prefix, "enc_depth", c->enc_depth));
-    TRY(put_size(to, prefix, "enc_heads", c->enc_heads));
-    TRY(put_size(to, prefix, "enc_max_seq_len", c->enc_max_seq_len));
-    TRY(put_size(to, prefix, "dec_num_tokens", c->dec_num_tokens));
-    TRY(put_size(to, prefix, "dec_depth", c->dec_depth));
-    TRY(put_size(to, prefix, "dec_heads", c->dec_heads));
-    return put_size(to, prefix, "dec_max_seq_len", c->dec_max_seq_len);
-}
-
-static Err write_gpt_config(Config *to, const NetConfig *c, const char *prefix) {
-    TRY(put_size(to, prefix, "vocab_size", c->dec_num_tokens));
-    TRY(put_size(to, prefix, "input_vocab_size", c->input_vocab_size));
-    TRY(put_size(to, prefix, "block_size", c->dec_max_seq_len));
-    TRY(put_size(to, prefix, "n_layer", c->dec_depth));
-    TRY(put_size(to, prefix, "n_head", c->dec_heads));
-    TRY(put_size(to, prefix, "n_embd", c->dim));
-    return put_size(to, prefix, "n_unmasked", c->n_unmasked);
+static Err put(Config *to, const char *prefix, const char *key, const char *text, size_t number) {
+    char full[512];
+    if (snprintf(full, sizeof full, "%s%s", prefix, key) >= (int)sizeof full)
+        return err("transformer: configuration key %s is too long", key);
+    return text ? config_set(to, full, "%s", text) : config_set(to, full, "%zu", number);
 }
 
 Err net_config_write(Config *to, const NetConfig *c, const char *prefix) {
-    char key[256];
-    snprintf(key, sizeof key, "%sn_scales", prefix);
-    TRY(config_set(to, key, "%d", c->n_scales));
-    if (c->has_class) TRY(put_text(to, prefix, "conditioner_config.target", class_provider));
-    for (size_t i = 0; i < NET_TARGETS; i++)
-        if (net_targets[i].kind == c->kind && (c->kind == NET_GPT || net_targets[i].variant == c->variant))
-            TRY(put_text(to, prefix, "transformer_config.target", net_targets[i].target));
-    return c->kind == NET_X ? write_x_config(to, c, prefix) : write_gpt_config(to, c, prefix);
-}
-
-static Err range_check(const char *what, size_t value, size_t lo, size_t hi) {
-    return value >= lo && value <= hi ? OK : err("transformer: %s is %zu, expected %zu..%zu", what, value, lo, hi);
-}
-
-/* Rows of the table that embeds t and the class label. */
-static size_t prompt_tokens(const NetConfig *c) {
-    return c->kind == NET_X ? c->enc_num_tokens : c->input_vocab_size;
+    char params[256];
+    const NetTarget *found = net_targets;
+    snprintf(params, sizeof params, "%stransformer_config.params.", prefix);
+    while (found->target && (found->kind != c->kind || (c->kind == NET_X && found->variant != c->variant))) found++;
+    if (!found->target) return err("transformer: kind %d, variant %d is unknown", (int)c->kind, (int)c->variant);
+    TRY(put(to, prefix, "transformer_config.target", found->target, 0));
+    TRY(put(to, prefix, "n_scales", NULL, (size_t)c->n_scales));
+    if (c->has_class) TRY(put(to, prefix, "conditioner_config.target", class_provider, 0));
+    NetConfig copy = *c;
+    for (const SizeOption *o = sizes_of(c->kind); o->key; o++)
+        TRY(put(to, params, o->key, NULL, *size_field(&copy, o)));
+    if (c->kind == NET_GPT) return OK;
+    TRY(put(to, params, "wrap_decoder", "false", 0));
+    TRY(put(to, params, "tie_token_emb", c->tie_token_emb ? "true" : "false", 0));
+    if (c->variant == X_PLAIN) return OK;
+    TRY(put(to, params, "scale_pos", NULL, 0));
+    TRY(put(to, params, "n_scales", NULL, (size_t)c->n_scales));
+    if (!is_residual(c)) return OK;
+    TRY(put(to, params, "xt_start", NULL, prompt_length(c)));
+    return put(to, params, "xt_size", NULL, c->dec_max_seq_len);
 }
 
 static Err config_check(const NetConfig *c) {
+    NetConfig copy = *c;
     if (c->kind != NET_X && c->kind != NET_GPT) return err("transformer: kind %d is unknown", (int)c->kind);
     if ((int)c->variant < X_PLAIN || (int)c->variant > X_RESIDUAL_SCALED)
         return err("transformer: variant %d is unknown", (int)c->variant);
     if (c->n_scales < 1 || c->n_scales > MAX_SCALES)
         return err("transformer: n_scales is %d, expected 1..%d", c->n_scales, (int)MAX_SCALES);
-    TRY(range_check("dim", c->dim, 1, DIM_MAX));
-    TRY(range_check("token values", c->dec_num_tokens, 2, TOKENS_MAX));
-    TRY(range_check("depth of the decoder", c->dec_depth, 1, DEPTH_MAX));
-    TRY(range_check("heads of the decoder", c->dec_heads, 1, HEADS_MAX));
-    TRY(range_check("positions of the decoder", c->dec_max_seq_len, 1, LENGTH_MAX));
-    if (c->kind == NET_X) {
-        TRY(range_check("depth of the encoder", c->enc_depth, 1, DEPTH_MAX));
-        TRY(range_check("heads of the encoder", c->enc_heads, 1, HEADS_MAX));
-        TRY(range_check("positions of the encoder", c->enc_max_seq_len, 2, LENGTH_MAX));
-    } else if (c->dim % c->dec_heads != 0)
+    for (const SizeOption *o = sizes_of(c->kind); o->key; o++) {
+        size_t value = *size_field(&copy, o);
+        if (value < o->lo || value > o->hi)
+            return err("transformer: %s is %zu, expected %zu..%zu", o->key, value, o->lo, o->hi);
+    }
+    if (c->kind == NET_GPT && c->dim % c->dec_heads != 0)
         return err("transformer: n_embd %zu is not a multiple of n_head %zu", c->dim, c->dec_heads);
-    TRY(range_check("tokens of the input table", prompt_tokens(c), c->dec_num_tokens, TOKENS_MAX));
-    if (prompt_tokens(c) <= (size_t)c->n_scales)
-        return err("transformer: %zu input tokens cannot name %d scales", prompt_tokens(c), c->n_scales);
+    if (prompt_tokens(c) < c->dec_num_tokens || prompt_tokens(c) <= (size_t)c->n_scales)
+        return err("transformer: an input table of %zu tokens is too small for %zu token values and %d scales",
+                   prompt_tokens(c), c->dec_num_tokens, c->n_scales);
     return OK;
 }
 
@@ -316,8 +309,8 @@ static Err add_linear(Transformer *m, Linear *l, size_t in, size_t out, int bias
     size_t dim[2] = {out, in};
     double half_width = 1 / sqrt((double)in);
     l->in = in, l->out = out, l->bias = NO_ROW;
-    TRY(params_add(&m->params, &l->weight, x ? INIT_UNIFORM : INIT_NORMAL, x ? half_width : EMBEDDING_STD,
-                   WEIGHT_DECAY, 2, dim, "%s.weight", name));
+    TRY(params_add(&m->params, &l->weight, x ? INIT_UNIFORM : INIT_NORMAL, x ? half_width : EMBEDDING_STD, WEIGHT_DECAY,
+                   2, dim, "%s.weight", name));
     if (!bias) return OK;
     return params_add(&m->params, &l->bias, x ? INIT_UNIFORM : INIT_ZERO, x ? half_width : 0, x ? WEIGHT_DECAY : 0, 1,
                       dim, "%s.bias", name);
@@ -340,8 +333,7 @@ static Err add_x_layer(Transformer *m, Layer *l, size_t C, size_t heads, const c
         return add_feed_forward(m, l, C, name[0], name[1]);
     }
     static const char *const part[4] = {"to_q", "to_k", "to_v", "to_out"};
-    for (int k = 0; k < 4; k++)
-        snprintf(name[k], sizeof name[k], "%s.attn_layers.layers.%zu.1.%s", side, i, part[k]);
+    for (int k = 0; k < 4; k++) snprintf(name[k], sizeof name[k], "%s.attn_layers.layers.%zu.1.%s", side, i, part[k]);
     l->heads = heads, l->D = X_HEAD;
     TRY(add_linear(m, &l->q, C, inner, 0, name[0]));
     TRY(add_linear(m, &l->k, C, inner, 0, name[1]));
@@ -455,15 +447,23 @@ void transformer_free(Transformer *m) {
     free(m);
 }
 
-const NetConfig *transformer_config(const Transformer *m) { return &m->config; }
-Params *transformer_params(Transformer *m) { return &m->params; }
+const NetConfig *transformer_config(const Transformer *m) {
+    return &m->config;
+}
+Params *transformer_params(Transformer *m) {
+    return &m->params;
+}
 
 void transformer_set_alphas(Transformer *m, const float *alpha) {
     memcpy(m->alpha, alpha, ((size_t)m->config.n_scales + 1) * sizeof *alpha);
 }
 
-static real *value_of(const Transformer *m, size_t row) { return m->params.row[row].value; }
-static real *grad_of(const Transformer *m, size_t row) { return m->params.row[row].grad; }
+static real *value_of(const Transformer *m, size_t row) {
+    return m->params.row[row].value;
+}
+static real *grad_of(const Transformer *m, size_t row) {
+    return m->params.row[row].grad;
+}
 
 /* ---- Memory plan: one arena, laid out by running the same code twice, first to measure, then to assign ---- */
 
@@ -488,36 +488,42 @@ static real *take(Arena *a, size_t n1, size_t n2, size_t n3) {
     return (real *)take_bytes(a, n1, n2, n3, sizeof(real));
 }
 
-/* What backward needs of one layer: queries from R = B*T rows, keys from B*Tk. */
-static void plan_layer_training(Arena *a, Layer *l, size_t B, size_t T, size_t Tk, size_t C) {
-    size_t R = B * T, inner = l->heads * l->D;
+/* The buffers of a layer: R = B*n rows of queries, B*Tk rows of keys. */
+static void plan_input(Arena *a, Layer *l, size_t R, size_t C) {
     l->x = take(a, R, C, 1);
     l->mean = take(a, R, 1, 1);
     l->rstd = take(a, R, 1, 1);
     l->normed = take(a, R, C, 1);
-    if (l->kind == BLOCK_FEED) {
-        l->g = take(a, R, FEED_FACTOR * C, 1);
-        l->dg = take(a, R, FEED_FACTOR * C, 1);
-        return;
-    }
+}
+static void plan_queries(Arena *a, Layer *l, size_t R, size_t inner) {
     l->query = take(a, R, inner, 1);
+    l->y = take(a, R, inner, 1);
+}
+static void plan_keys(Arena *a, Layer *l, size_t B, size_t Tk, size_t inner) {
     l->key = take(a, B, Tk, inner);
     l->value = take(a, B, Tk, inner);
-    l->y = take(a, R, inner, 1);
+}
+
+/* Training: each layer keeps what its backward needs. */
+static void plan_layer_training(Arena *a, Layer *l, size_t B, size_t T, size_t Tk, size_t C) {
+    plan_input(a, l, B * T, C);
+    if (l->kind == BLOCK_FEED) {
+        l->g = take(a, B * T, FEED_FACTOR * C, 1);
+        l->dg = take(a, B * T, FEED_FACTOR * C, 1);
+        return;
+    }
+    plan_queries(a, l, B * T, l->heads * l->D);
+    plan_keys(a, l, B, Tk, l->heads * l->D);
     l->p = take(a, B * l->heads, T, Tk);
 }
 
-/* Without backward all layers share one set of buffers, except that a decoder's keys and values are its caches. */
+/* Else all layers share one set of buffers, except that the keys and values of a decoder are its caches. */
 static void plan_layer_inference(Arena *a, Layer *l, const Layer *shared, size_t B, size_t Tk, int cache) {
-    size_t inner = l->heads * l->D;
     l->x = shared->x, l->mean = shared->mean, l->rstd = shared->rstd, l->normed = shared->normed;
-    l->query = shared->query, l->key = shared->key, l->value = shared->value, l->y = shared->y;
+    l->query = shared->query, l->y = shared->y, l->key = shared->key, l->value = shared->value;
     l->g = shared->g;
     l->p = l->dg = NULL;
-    if (cache && l->kind != BLOCK_FEED) {
-        l->key = take(a, B, Tk, inner);
-        l->value = take(a, B, Tk, inner);
-    }
+    if (cache && l->kind != BLOCK_FEED) plan_keys(a, l, B, Tk, l->heads * l->D);
 }
 
 /* T_context: positions of the context of cross-attention. shared NULL: training. */
@@ -527,8 +533,10 @@ static void plan_stack(Arena *a, Stack *s, const Layer *shared, size_t B, size_t
     for (size_t i = 0; i < s->n_layers; i++) {
         Layer *l = &s->layer[i];
         size_t Tk = l->kind == BLOCK_CROSS ? T_context : s->T;
-        if (shared) plan_layer_inference(a, l, shared, B, Tk, s->causal);
-        else plan_layer_training(a, l, B, s->T, Tk, s->C);
+        if (shared)
+            plan_layer_inference(a, l, shared, B, Tk, s->causal);
+        else
+            plan_layer_training(a, l, B, s->T, Tk, s->C);
     }
     s->x_end = shared ? shared->x : take(a, R, s->C, 1);
     s->end_mean = shared ? shared->mean : take(a, R, 1, 1);
@@ -548,14 +556,9 @@ static void plan_arena(Transformer *m, Arena *a) {
     Layer shared;
     memset(&shared, 0, sizeof shared);
     if (!m->train) {
-        shared.x = take(a, R, C, 1);
-        shared.mean = take(a, R, 1, 1);
-        shared.rstd = take(a, R, 1, 1);
-        shared.normed = take(a, R, C, 1);
-        shared.query = take(a, R, inner, 1);
-        shared.key = take(a, R, inner, 1);
-        shared.value = take(a, R, inner, 1);
-        shared.y = take(a, R, inner, 1);
+        plan_input(a, &shared, R, C);
+        plan_queries(a, &shared, R, inner);
+        plan_keys(a, &shared, B, T, inner);
         shared.g = take(a, R, FEED_FACTOR * C, 1);
     }
     if (c->kind == NET_X) plan_stack(a, e, m->train ? NULL : &shared, B, 0);
@@ -592,7 +595,8 @@ static Err set_lengths(Transformer *m, size_t N) {
 Err transformer_plan(Transformer *m, size_t B, size_t N, int train) {
     enum { BATCH_MAX = 1 << 20 };
     Arena measure = {NULL, 0, 0}, assign = {NULL, 0, 0};
-    m->now_B = m->now_N = m->B = 0;
+    m->state = IDLE;
+    m->B = 0;
     free(m->arena);
     m->arena = NULL;
     if (B < 1 || B > BATCH_MAX) return err("transformer: batch of %zu, expected 1..%d", B, (int)BATCH_MAX);
@@ -608,11 +612,15 @@ Err transformer_plan(Transformer *m, size_t B, size_t N, int train) {
     return OK;
 }
 
-/* ---- Elementwise mathematics. In float: polynomials that compilers turn into vector code, good to 1e-7 relative ---- */
+/* ---- Elementwise mathematics. In float: polynomials, good to 1e-7, that compilers turn into vector code ---- */
 
 #ifdef REAL_DOUBLE
-static inline real exp_negative(real x) { return exp(x); }
-static inline real log_positive(real x) { return log(x); }
+static inline real exp_negative(real x) {
+    return exp(x);
+}
+static inline real log_positive(real x) {
+    return log(x);
+}
 
 /* *cdf = P(z < x), *pdf = its derivative, for z ~ N(0,1) */
 static inline void normal_distribution(real *cdf, real *pdf, real x) {
@@ -638,14 +646,9 @@ static inline real exp_negative(real x) {
     float y = x < -87.0f ? -87.0f : x;
     float shifted = y * 1.44269504f + round, n = shifted - round;
     float r = (y - n * ln2_high) - n * ln2_low;
+    const float taylor[7] = {1, 1, 1.0f / 2, 1.0f / 6, 1.0f / 24, 1.0f / 120, 1.0f / 720};
     float e = 1.0f / 5040;
-    e = e * r + 1.0f / 720;
-    e = e * r + 1.0f / 120;
-    e = e * r + 1.0f / 24;
-    e = e * r + 1.0f / 6;
-    e = e * r + 0.5f;
-    e = e * r + 1.0f;
-    e = e * r + 1.0f;
+    for (int k = 6; k >= 0; k--) e = e * r + taylor[k];
     float result = float_of(bits_of(e) + (bits_of(shifted) << 23));
     return x < -87.0f ? 0.0f : result; /* NaN stays NaN */
 }
@@ -660,20 +663,14 @@ static inline real log_positive(real x) {
     return e * 0.69314718f + 2 * s * series;
 }
 
-/* *cdf = P(z < x), *pdf = its derivative, for z ~ N(0,1). The tail beyond a = |x| is exp(-a^2/2) w(u) with
+/* *cdf = P(z < x), *pdf = its derivative, for z ~ N(0,1). The tail beyond a = |x| is exp(-a^2/2) u w(u) with
  * u = 1/(1+0.26a); w is a polynomial fitted to 6e-9 relative by Chebyshev interpolation on 0 <= a <= 9. */
 static inline void normal_distribution(real *cdf, real *pdf, real x) {
-    float a = x < 0 ? -x : x, u = 1 / (1 + 0.26f * a), bell = exp_negative(-0.5f * a * a);
-    float w = 0.033387092663053f;
-    w = w * u - 0.16725111833022654f;
-    w = w * u + 0.2823366197186822f;
-    w = w * u - 0.187723955702553f;
-    w = w * u + 0.18764427555377294f;
-    w = w * u + 0.03895874528037058f;
-    w = w * u + 0.10634528372981047f;
-    w = w * u + 0.10251123952572946f;
-    w = w * u + 0.10379182019182964f;
-    float tail = bell * w * u;
+    const float w[9] = {0.10379182f,  0.10251124f, 0.10634528f,  0.038958745f, 0.18764427f,
+                        -0.18772396f, 0.28233662f, -0.16725112f, 0.033387092f};
+    float a = x < 0 ? -x : x, u = 1 / (1 + 0.26f * a), bell = exp_negative(-0.5f * a * a), sum = w[8];
+    for (int k = 7; k >= 0; k--) sum = sum * u + w[k];
+    float tail = bell * u * sum;
     *cdf = x < 0 ? tail : 1 - tail;
     *pdf = 0.398942280f * bell;
 }
@@ -794,7 +791,8 @@ static int fill_rows(real *out, size_t ldo, const real *residual, const real *bi
         if (bias && x) {
 #pragma omp simd
             for (size_t i = 0; i < C; i++) o[i] = x[i] + bias[i];
-        } else memmove(o, bias ? bias : x, C * sizeof *o);
+        } else
+            memmove(o, bias ? bias : x, C * sizeof *o);
     }
     return 1;
 }
@@ -973,15 +971,16 @@ static AttendShape attend_shape(const Stack *s, const Layer *l, const Pass *pass
 /* out[b,pos+i,:] = projection of in[b,i,:], where out (B,stride,l->out) may have room for more positions than n. */
 static void project_positions(const Transformer *m, const Linear *l, real *out, const real *in, const Pass *pass) {
     const size_t n = pass->n;
-    if (pass->stride == n) linear_forward(m, l, out, l->out, NULL, in, l->in, pass->B * n);
+    if (pass->stride == n)
+        linear_forward(m, l, out, l->out, NULL, in, l->in, pass->B * n);
     else
         for (size_t i = 0; i < n; i++)
-            linear_forward(m, l, out + (pass->pos + i) * l->out, pass->stride * l->out, NULL, in + i * l->in,
-                           n * l->in, pass->B);
+            linear_forward(m, l, out + (pass->pos + i) * l->out, pass->stride * l->out, NULL, in + i * l->in, n * l->in,
+                           pass->B);
 }
 
-/* attention_forward    next (R,C) = x + to_out(attend(to_q normed, to_k source, to_v source)), source = normed or context
- * attention_backward   m->dnormed overwritten, dcontext += (cross-attention), parameters +=, from dout (R,C) */
+/* attention_forward    next (R,C) = x + to_out(attend(to_q normed, to_k source, to_v source)), source = normed or
+ * context attention_backward   m->dnormed overwritten, dcontext += (cross-attention), parameters +=, from dout (R,C) */
 static void attention_forward(Transformer *m, const Stack *s, Layer *l, real *next, const Pass *pass) {
     const size_t R = pass->B * pass->n, C = s->C, inner = l->heads * l->D;
     const AttendShape shape = attend_shape(s, l, pass);
@@ -1037,8 +1036,10 @@ static void stack_forward(Transformer *m, Stack *s, const int32_t *ids, const Pa
         Layer *l = &s->layer[i];
         real *next = i + 1 < s->n_layers ? s->layer[i + 1].x : s->x_end;
         norm_forward(m, &l->norm, l->normed, l->mean, l->rstd, l->x, R);
-        if (l->kind == BLOCK_FEED) feed_forward(m, l, next, R);
-        else attention_forward(m, s, l, next, pass);
+        if (l->kind == BLOCK_FEED)
+            feed_forward(m, l, next, R);
+        else
+            attention_forward(m, s, l, next, pass);
     }
     for (size_t b = 0; b < (skip ? pass->B : 1); b++)
         norm_forward(m, &s->norm, s->out + b * kept * s->C, s->end_mean + b * kept, s->end_rstd + b * kept,
@@ -1055,8 +1056,10 @@ static void stack_backward(Transformer *m, Stack *s, const real *dout, real *dco
     }
     for (size_t i = s->n_layers; i-- > 0;) {
         Layer *l = &s->layer[i];
-        if (l->kind == BLOCK_FEED) feed_forward_backward(m, l, m->dx, R);
-        else attention_backward(m, s, l, m->dx, dcontext, pass);
+        if (l->kind == BLOCK_FEED)
+            feed_forward_backward(m, l, m->dx, R);
+        else
+            attention_backward(m, s, l, m->dx, dcontext, pass);
         norm_backward(m, &l->norm, m->dx, m->dnormed, l->x, l->mean, l->rstd, R);
     }
     embed_backward(m, s, m->dx, s->ids, pass->B, pass->n);
@@ -1183,8 +1186,7 @@ Err transformer_forward(Transformer *m, const int32_t *x, const int32_t *x_t, co
     const NetConfig *c = &m->config;
     Stack *e = &m->encoder, *d = &m->decoder;
     const size_t P = prompt_length(c);
-    m->now_B = 0;
-    m->next = m->N; /* the caches are overwritten: no decoding may go on */
+    m->state = IDLE;
     TRY(check_batch(m, x_t, t, label, B, N));
     TRY(check_ids("x", x, B * N, 0, c->dec_num_tokens));
     m->now_B = B, m->now_N = N;
@@ -1200,6 +1202,7 @@ Err transformer_forward(Transformer *m, const int32_t *x, const int32_t *x_t, co
         stack_forward(m, d, d->ids, &pass, P - 1);
     }
     head_forward(m, B, N, 0);
+    m->state = FORWARD_DONE;
     *logits = m->logits;
     return OK;
 }
@@ -1208,7 +1211,7 @@ Err transformer_backward(Transformer *m, const real *dlogits) {
     Stack *e = &m->encoder, *d = &m->decoder;
     const size_t B = m->now_B, N = m->now_N, P = prompt_length(&m->config);
     if (!m->train) return err("transformer: backward under a plan without training");
-    if (!B) return err("transformer: backward without a forward before it");
+    if (m->state != FORWARD_DONE) return err("transformer: backward without a forward before it");
     if (!m->params.row[0].grad) return err("transformer: the parameters have no gradients planned");
     const real *draw = dlogits;
     if (is_scaled(&m->config)) {
@@ -1226,7 +1229,7 @@ Err transformer_backward(Transformer *m, const real *dlogits) {
         const Pass pass = whole_pass(d, B, P + N - 1, NULL, 0);
         stack_backward(m, d, dout, NULL, &pass, P - 1);
     }
-    m->now_B = 0; /* raw is spent: a second backward needs a new forward */
+    m->state = IDLE; /* raw is spent: a second backward needs a new forward */
     return OK;
 }
 
@@ -1264,8 +1267,7 @@ static void loss_row(const LossRows *a, size_t r, double *hard, double *soft) {
     const real total = a->soft_weight + a->hard_weight, on_target = a->hard_weight;
     if (q && a->soft_weight != 0) {
 #pragma omp simd
-        for (size_t k = 0; k < K; k++)
-            d[k] = total * inverse * exp_negative(l[k] - largest) - a->soft_weight * q[k];
+        for (size_t k = 0; k < K; k++) d[k] = total * inverse * exp_negative(l[k] - largest) - a->soft_weight * q[k];
     } else {
 #pragma omp simd
         for (size_t k = 0; k < K; k++) d[k] = total * inverse * exp_negative(l[k] - largest);
@@ -1328,7 +1330,7 @@ Err transformer_decode_begin(Transformer *m, const int32_t *x_t, const int32_t *
                              size_t N) {
     const NetConfig *c = &m->config;
     const size_t P = prompt_length(c);
-    m->now_B = 0;
+    m->state = IDLE;
     if (m->B && m->train) return err("transformer: decoding under a training plan, which has no caches");
     TRY(check_batch(m, x_t, t, label, B, N));
     m->now_B = B, m->now_N = N, m->next = 0;
@@ -1341,19 +1343,22 @@ Err transformer_decode_begin(Transformer *m, const int32_t *x_t, const int32_t *
         prompted_ids(c, m->decoder.ids, t, label, NULL, 0, B, 0);
         decode_positions(m, m->decoder.ids, P, 0, 0);
     }
+    m->state = DECODING;
     return OK;
 }
 
 Err transformer_decode_step(Transformer *m, const int32_t *prev, size_t i, const real **logits) {
     const NetConfig *c = &m->config;
-    if (!m->now_B || m->train) return err("transformer: a decoding step before decoding began");
+    if (m->state != DECODING) return err("transformer: a decoding step before decoding began");
     if (i != m->next || i >= m->now_N)
         return err("transformer: decoding step %zu, expected %zu of %zu", i, m->next, m->now_N);
     if (i > 0) TRY(check_ids("previous token", prev, m->now_B, 0, c->dec_num_tokens));
     int32_t *ids = m->decoder.ids;
     for (size_t b = 0; b < m->now_B; b++) ids[b] = i > 0 ? prev[b] : 0;
-    if (c->kind == NET_X) decode_positions(m, ids, 1, i, i);
-    else if (i > 0) decode_positions(m, ids, 1, prompt_length(c) - 1 + i, i); /* i = 0: begin has done it */
+    if (c->kind == NET_X)
+        decode_positions(m, ids, 1, i, i);
+    else if (i > 0)
+        decode_positions(m, ids, 1, prompt_length(c) - 1 + i, i); /* i = 0: begin has done it */
     m->next = i + 1;
     *logits = m->logits;
     return OK;

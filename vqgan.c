@@ -88,7 +88,8 @@ struct Vqgan {
     real *arena;
     /* the present run */
     size_t b, h, w; /* batch, picture */
-    int ready;      /* forward ran, so backward may */
+    int ready;      /* vqgan_forward ran: backward may, once, for it reuses the activations' memory */
+    int latents;    /* z, z_q and the codes of a forward stand */
     real **x, **dx; /* where every value and its gradient lie */
 };
 
@@ -459,7 +460,7 @@ static double dot(const real *x, const real *y, size_t n) {
  *
  * A stencil says, for every cell (y,x) of a grid, which source cells are read and where the result goes:
  *     result cell (spread*y + oy, spread*x + ox) = sum over taps of W[tap] source(stride*y + tap.dy, stride*x + tap.dx)
- * with zeros outside the source. W[tap] is the sum of the 3x3 (or 1x1) kernel's weights in the set tap.kernel.
+ * with zeros outside the source. W[tap] is the sum of the 3x3 (or 1x1) kernel's weights at tap.cell.
  *
  *               forward                                       backward (source = gradient of the result)
  *     CONV3     9 taps                                        9 taps, mirrored
@@ -475,7 +476,7 @@ static double dot(const real *x, const real *y, size_t n) {
 
 typedef struct {
     int dy, dx;
-    unsigned kernel; /* set of kernel cells, bit ky*3 + kx */
+    size_t cells, cell[4]; /* kernel cells, ky*3 + kx, whose weights add up */
 } Tap;
 
 typedef struct {
@@ -490,6 +491,14 @@ typedef struct {
     unsigned kernel[4];
 } Axis;
 
+static Tap cross_tap(const Axis *y, size_t i, const Axis *x, size_t j) {
+    Tap t = {y->d[i], x->d[j], 0, {0}};
+    for (size_t ky = 0; ky < 3; ky++)
+        for (size_t kx = 0; kx < 3; kx++)
+            if (y->kernel[i] >> ky & 1 && x->kernel[j] >> kx & 1) t.cell[t.cells++] = 3 * ky + kx;
+    return t;
+}
+
 static Stencil cross(const Axis *y, const Axis *x, size_t stride, size_t spread, size_t oy, size_t ox) {
     Stencil s;
     memset(&s, 0, sizeof s);
@@ -498,13 +507,7 @@ static Stencil cross(const Axis *y, const Axis *x, size_t stride, size_t spread,
     s.oy = oy;
     s.ox = ox;
     for (size_t i = 0; i < y->n; i++)
-        for (size_t j = 0; j < x->n; j++) {
-            Tap *t = &s.tap[s.n++];
-            t->dy = y->d[i];
-            t->dx = x->d[j];
-            for (unsigned ky = 0; ky < 3; ky++)
-                if (y->kernel[i] >> ky & 1) t->kernel |= x->kernel[j] << 3 * ky;
-        }
+        for (size_t j = 0; j < x->n; j++) s.tap[s.n++] = cross_tap(y, i, x, j);
     return s;
 }
 
@@ -673,24 +676,25 @@ static const real *load_tile(real *stage, size_t *ld, const Product *p, const Ti
     return stage;
 }
 
-/* weight (M, C*n) for a stencil from the layer's w (Cout, Cin, kernel cells): M,C = Cout,Cin forward, Cin,Cout
- * backward. */
-static void stencil_weights(real *weight, const real *w, const Product *p, size_t cells, int backward) {
-    const size_t row = p->C * p->s.n;
+/* weight (M, C*n) for a stencil from the layer's w (Cout, Cin, kernel): M,C = Cout,Cin forward, Cin,Cout backward */
+static void stencil_weights(real *weight, const real *w, const Product *p, size_t kernel, int backward) {
 #pragma omp parallel for
-    for (size_t m = 0; m < p->M; m++)
-        for (size_t c = 0; c < p->C; c++)
+    for (size_t m = 0; m < p->M; m++) {
+        real *to = weight + m * p->C * p->s.n;
+        for (size_t c = 0; c < p->C; c++) {
+            const real *from = w + (backward ? c * p->M + m : m * p->C + c) * kernel;
             for (size_t k = 0; k < p->s.n; k++) {
-                const real *from = w + (backward ? c * p->M + m : m * p->C + c) * cells;
-                real s = 0;
-                for (size_t i = 0; i < cells; i++)
-                    if (p->s.tap[k].kernel >> i & 1) s += from[i];
-                weight[m * row + c * p->s.n + k] = s;
+                const Tap *tap = &p->s.tap[k];
+                real s = from[tap->cell[0]];
+                for (size_t i = 1; i < tap->cells; i++) s += from[tap->cell[i]];
+                *to++ = s;
             }
+        }
+    }
 }
 
-/* dw (Cout, Cin, cells) += the sum of the partials (parts; Cin, Cout*n): the stencil_weights map transposed */
-static void add_weight_gradient(real *dw, real *partial, size_t parts, const Product *p, size_t cells) {
+/* dw (Cout, Cin, kernel) += the sum of the partials (parts; Cin, Cout*n): the stencil_weights map transposed */
+static void add_weight_gradient(real *dw, real *partial, size_t parts, const Product *p, size_t kernel) {
     const size_t row = p->C * p->s.n;
 #pragma omp parallel for
     for (size_t m = 0; m < p->M; m++) {
@@ -699,10 +703,13 @@ static void add_weight_gradient(real *dw, real *partial, size_t parts, const Pro
             const real *more = partial + (i * p->M + m) * row;
             for (size_t j = 0; j < row; j++) total[j] += more[j];
         }
-        for (size_t c = 0; c < p->C; c++)
-            for (size_t k = 0; k < p->s.n; k++)
-                for (size_t i = 0; i < cells; i++)
-                    if (p->s.tap[k].kernel >> i & 1) dw[(c * p->M + m) * cells + i] += total[c * p->s.n + k];
+        for (size_t c = 0; c < p->C; c++) {
+            real *to = dw + (c * p->M + m) * kernel;
+            for (size_t k = 0; k < p->s.n; k++, total++) {
+                const Tap *tap = &p->s.tap[k];
+                for (size_t i = 0; i < tap->cells; i++) to[tap->cell[i]] += *total;
+            }
+        }
     }
 }
 
@@ -733,7 +740,7 @@ static Product make_product(const Vqgan *v, const Stencil *s, size_t in, size_t 
     return p;
 }
 
-static size_t kernel_cells(Kind kind) {
+static size_t kernel_size(Kind kind) {
     return kind == CONV1 ? 1 : 9;
 }
 
@@ -786,7 +793,7 @@ static void product_backward(Vqgan *v, const Layer *l, const Product *p) {
     const real *dy = v->dx[l->out], *x = v->x[l->in[0]];
     real *dx = v->dx[l->in[0]], *weight = v->arena + v->weights, *partial = v->arena + v->partials;
     const size_t K = p->C * p->s.n, parts = min_size(PARTS, p->tiles);
-    if (dx) stencil_weights(weight, w->value, p, kernel_cells(l->kind), 1);
+    if (dx) stencil_weights(weight, w->value, p, kernel_size(l->kind), 1);
     const int threads = loop_threads(v);
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (parts >= (size_t)threads)
     for (size_t part = 0; part < parts; part++) {
@@ -809,7 +816,7 @@ static void product_backward(Vqgan *v, const Layer *l, const Product *p) {
             }
         }
     }
-    add_weight_gradient(w->grad, partial, parts, p, kernel_cells(l->kind));
+    add_weight_gradient(w->grad, partial, parts, p, kernel_size(l->kind));
 }
 
 static void conv_backward(Vqgan *v, const Layer *l) {
@@ -842,8 +849,8 @@ static void norm_forward(Vqgan *v, const Layer *l) {
             const real scale = rstd * gamma[c], shift = beta[c] - mean * scale;
             if (l->swish)
                 for (size_t j = 0; j < hw; j++) {
-                    const real t = x[j] * scale + shift;
-                    y[j] = t / (1 + exp_real(-t));
+                    const real t = x[j] * scale + shift, s = 1 / (1 + exp_real(-t));
+                    y[j] = t * s;
                 }
             else
                 for (size_t j = 0; j < hw; j++) y[j] = x[j] * scale + shift;
@@ -1077,7 +1084,7 @@ static void place_values(Vqgan *v, size_t B, size_t H, size_t W) {
     v->b = B;
     v->h = H;
     v->w = W;
-    v->ready = 0;
+    v->ready = v->latents = 0;
     for (size_t i = 0; i < v->n_values; i++) {
         v->x[i] = v->value[i].act == NONE ? NULL : v->arena + v->value[i].act;
         v->dx[i] = v->value[i].grad == NONE ? NULL : v->arena + v->value[i].grad;
@@ -1312,7 +1319,7 @@ Err vqgan_plan(Vqgan *v, size_t B, size_t H, size_t W, int train) {
     size_t *lives = NULL;
     free(v->arena);
     v->arena = NULL;
-    v->ready = 0;
+    v->ready = v->latents = 0;
     TRY(check_picture(v, B, H, W, "vqgan_plan"));
     if (B > 1 << 20 || H > 1 << 20 || W > 1 << 20)
         return err("vqgan_plan: %zu pictures of %zux%zu is too much", B, H, W);
@@ -1535,7 +1542,7 @@ Err vqgan_quantize(Vqgan *v, const real *z, size_t B, size_t h, size_t w, uint64
                    int32_t *tokens) {
     TRY(check_values(v, "vqgan_quantize"));
     TRY(check_grid(v, B, h, w, "vqgan_quantize"));
-    v->ready = 0;
+    v->ready = v->latents = 0;
     nearest(v, z, B, h * w, (int32_t *)(v->arena + v->raw));
     copy_codes(v, B, h * w, seed, raw, tokens);
     return OK;
@@ -1592,7 +1599,7 @@ Err vqgan_forward(Vqgan *v, const real *images, size_t B, size_t H, size_t W, co
     place_values(v, B, H, W);
     memcpy(v->x[v->image], images, B * v->c.in_channels * H * W * sizeof(real)); /* backward reads it again */
     run_forward(v, 0, v->n_layers);
-    v->ready = 1;
+    v->ready = v->latents = 1;
     *xrec = v->x[v->xrec];
     *codebook_loss = codebook_loss_value(v, B * v->c.embed_dim * plane_size(v, v->z));
     return OK;
@@ -1604,6 +1611,7 @@ Err vqgan_backward(Vqgan *v, const real *dxrec, double codebook_weight, real *di
     v->dx[v->xrec] = (real *)dxrec; /* only read */
     v->dx[v->image] = dimage;
     run_backward(v, codebook_weight);
+    v->ready = 0;
     return OK;
 }
 
@@ -1633,7 +1641,7 @@ size_t vqgan_restart_codes(Vqgan *v, const uint32_t *usage, uint64_t seed, uint6
     const uint64_t stream = rng_stream(RNG_CODES, 0, step);
     size_t restarted = 0;
     for (size_t code = 0; code < v->c.n_embed; code++) {
-        if (usage[code] || !v->ready) continue;
+        if (usage[code] || !v->latents) continue;
         const size_t pick = rng_below(seed, stream, code, (uint32_t)(v->b * N)), b = pick / N, i = pick % N;
         for (size_t d = 0; d < D; d++) {
             const size_t at = code * D + d;

@@ -74,27 +74,41 @@ static double best_time(Work *work, void *context, double budget) {
 #define VECTOR_BYTES 16
 #endif
 typedef real Vec __attribute__((vector_size(VECTOR_BYTES)));
-enum { LANES = VECTOR_BYTES / (int)sizeof(real), CHAINS = 12, STEPS = 100000 };
+enum { LANES = VECTOR_BYTES / (int)sizeof(real), CHAINS = 12, STEPS = 10000 };
 
 static struct { double flops, bytes; /* per second */ } ceiling;
 
-/* CHAINS independent chains of STEPS multiply-adds on every thread; more chains than the units have stages, few
- * enough for 16 registers. */
-static void multiply_add_chains(void *context) {
-    real *sink = (real *)context;
-#pragma omp parallel for schedule(static) num_threads(threads_get())
-    for (int t = 0; t < threads_get(); t++) {
-        Vec chain[CHAINS], factor, term, all = {0};
-        for (int l = 0; l < LANES; l++) { /* numbers of many digits: units that work hard may be clocked lower */
-            factor[l] = (real)(0.99931 - 0.00123 * l);
-            term[l] = (real)(0.71312 - 0.12301 * l);
-        }
-        for (int c = 0; c < CHAINS; c++) chain[c] = term * (real)(c + 0.1);
+/* Multiply-adds per second of this thread: CHAINS independent chains, more than the units have stages and few enough
+ * for 16 registers. The best of many short runs; their numbers have many digits, because units that work hard may be
+ * clocked lower. */
+static double multiply_add_rate(real *sink, double budget) {
+    Vec chain[CHAINS], factor, term, all = {0};
+    for (int l = 0; l < LANES; l++) {
+        factor[l] = (real)(0.99931 - 0.00123 * l);
+        term[l] = (real)(0.71312 - 0.12301 * l);
+    }
+    for (int c = 0; c < CHAINS; c++) chain[c] = term * (real)(c + 0.1);
+    double best = 0;
+    for (const double end = now() + budget; now() < end;) {
+        const double begin = now();
         for (int s = 0; s < STEPS; s++)
             for (int c = 0; c < CHAINS; c++) chain[c] = chain[c] * factor + term;
-        for (int c = 0; c < CHAINS; c++) all += chain[c];
-        for (int l = 0; l < LANES; l++) sink[t % 64 * LANES + l] = all[l]; /* so that the work is not removed */
+        const double rate = (double)STEPS * CHAINS * LANES / (now() - begin);
+        if (rate > best) best = rate;
     }
+    for (int c = 0; c < CHAINS; c++) all += chain[c];
+    for (int l = 0; l < LANES; l++) *sink += all[l]; /* so that the work is not removed */
+    return best;
+}
+
+/* All threads at once, so that they share what clock and power there is; the sum of what each can do. */
+static double multiply_add_ceiling(void) {
+    double sum = 0;
+    real kept = 0;
+#pragma omp parallel num_threads(threads_get()) reduction(+ : sum, kept)
+    sum += multiply_add_rate(&kept, 0.5);
+    if (kept != kept) printf("(the chains overflowed)\n");
+    return 2 * sum;
 }
 
 typedef struct {
@@ -128,9 +142,7 @@ static double read_rate(size_t bytes) {
 }
 
 static void measure_ceilings(void) {
-    real sink[64 * LANES];
-    const double flops = 2.0 * LANES * CHAINS * STEPS * threads_get();
-    ceiling.flops = flops / best_time(multiply_add_chains, sink, 0.5);
+    ceiling.flops = multiply_add_ceiling();
     ceiling.bytes = read_rate((size_t)256 << 20);
     printf("ceilings with %d threads: %.0f GFLOP/s multiply-add (%d bytes wide), %.1f GB/s read from memory "
            "(%.1f GB/s of 4 MB in the caches)\n",

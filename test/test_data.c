@@ -440,12 +440,33 @@ static int flips_accepted(const char *path, size_t groups) {
     return accepted;
 }
 
+/* A JPEG whose data are all there but whose end marker is not. */
+static void test_jpeg_end(void) {
+    static uint8_t flat[8 * 200];
+    int accepted = 0;
+    for (size_t W = 1; W <= 200; W += 3) {
+        size_t n;
+        Image im;
+        for (size_t i = 0; i < sizeof flat; i++) flat[i] = (uint8_t)(W + (i % W / 8) % 3 * 9);
+        write_jpeg(in_folder("end.jpg"), 8, W, flat, &(JpegSpec){JCS_GRAYSCALE, JCS_GRAYSCALE, .quality = 75});
+        const uint8_t *bytes = get_file(in_folder("end.jpg"), &n);
+        put_file(in_folder("end.jpg"), bytes, n - 2);
+        accepted += image_read(&im, in_folder("end.jpg")) == OK;
+        image_free(&im);
+    }
+    CHECK(accepted == 0);
+}
+
 static void test_damage(void) {
     Image small = picture(9, 7), large = picture(64, 50), smooth = gradient(48, 40);
     PngSpec p = {.H = 9, .W = 7, .type = PNG_COLOR_TYPE_RGB, .depth = 8, .interlaced = 1, .rows = small.rgb};
     write_png(in_folder("small.png"), &p);
     CHECK(cuts_accepted(in_folder("small.png"), 1) == 0);
     CHECK(flips_accepted(in_folder("small.png"), 300) == 0); /* everything in a PNG is under a checksum */
+    PngSpec t = {.H = 3, .W = 7, .type = PNG_COLOR_TYPE_PALETTE, .depth = 8, .rows = (uint8_t[21]){1, 0, 2}};
+    t.n_palette = t.n_trans = 3, t.palette[1].red = 200, t.trans[1] = 90; /* alpha lies in an optional chunk */
+    write_png(in_folder("trans.png"), &t);
+    CHECK(flips_accepted(in_folder("trans.png"), 100) == 0);
     CHECK_OK(image_write_png(in_folder("large.png"), &large, NULL));
     CHECK(cuts_accepted(in_folder("large.png"), 64 * 50 * 3 / 16) == 0);
     for (int progressive = 0; progressive < 2; progressive++) {
@@ -1018,6 +1039,7 @@ int main(void) {
     test_exif();
     test_exif_damage();
     test_damage();
+    test_jpeg_end();
     test_foreign();
     test_limits();
     test_write();

@@ -364,7 +364,7 @@ typedef struct {
 enum { SIDE = 3, N = SIDE * SIDE, CODES = 13, USED = 7 };
 
 static void tiny_path(char out[600], const char *dir, const char *name) {
-    snprintf(out, 600, "%s/%s", dir, name);
+    CHECK(snprintf(out, 600, "%s/%s", dir, name) < 600);
 }
 
 static void write_vqgan(const char *dir) {
@@ -526,7 +526,76 @@ static void test_same_tokens(const Tiny *x, const char *name) {
     CHECK(memcmp(all, again, sizeof all));
     sample_into(&m, again, BATCH, 0, set_heat_uncached);
     CHECK(!memcmp(all, again, sizeof all));
+    for (uint64_t b = 0; b < BATCH; b++) sample_into(&m, again + b * N, 1, b, set_heat);
+    CHECK(!memcmp(all, again, sizeof all));
     CHECK(memcmp(all, all + N, N * sizeof *all)); /* two samples differ */
+    model_close(&m);
+}
+
+/* The chain once more, spelled out for one sample: each scale's file opened by hand, the whole prefix run for every
+ * token. */
+static void oracle_scale(int32_t *x, Transformer *net, const SampleOptions *o, const Schedule *s, int t,
+                         int32_t label) {
+    int32_t x_t[N], scale = t;
+    real prob[USED];
+    const real *logits;
+    for (size_t repeat = 0; repeat < o->chain[t]; repeat++) {
+        uint64_t pass = ((uint64_t)t << 16) + repeat;
+        double beta = (double)s->beta[t] * (1 - (double)repeat / (double)o->chain[t]);
+        if (repeat > 0) noise_step(x, N, USED, beta, o->seed, rng_stream(RNG_RENOISE, pass, o->first), 0);
+        memcpy(x_t, x, sizeof x_t);
+        for (size_t i = 0; i < N; i++) {
+            CHECK_OK(transformer_forward(net, x, x_t, &scale, &label, 1, N, &logits));
+            sample_probs(prob, logits + i * USED, USED, -1, o->temperature[t], o->top_k[t]);
+            x[i] = sample_pick(prob, USED, rng_uniform(o->seed, rng_stream(RNG_SAMPLE, pass, o->first), i));
+        }
+    }
+}
+
+static void oracle(int32_t *x, const char *dir, const Tiny *model, const SampleOptions *o, int32_t label) {
+    Schedule s;
+    CHECK_OK(schedule_make(&s, "geometric", model->T));
+    uint64_t start = rng_stream(RNG_START, 0, o->first);
+    for (size_t i = 0; i < N; i++) x[i] = (int32_t)rng_below(o->seed, start, i, USED);
+    for (int t = model->T; t >= 1; t--) {
+        char file[64], path[600];
+        Checkpoint ck = {0};
+        NetConfig c;
+        Transformer *net = NULL;
+        snprintf(file, sizeof file, "scale%d.safetensors", t);
+        tiny_path(path, dir, model->joint ? "joint.safetensors" : file);
+        CHECK_OK(checkpoint_open(&ck, path));
+        tiny_net(&c, model, t);
+        CHECK_OK(transformer_create(&net, &c));
+        CHECK_OK(params_plan(transformer_params(net), PLAN_VALUE));
+        CHECK_OK(params_load(transformer_params(net), &ck, "transformer."));
+        transformer_set_alphas(net, s.alpha);
+        CHECK_OK(transformer_plan(net, 1, N, 0));
+        oracle_scale(x, net, o, &s, t, label);
+        transformer_free(net);
+        checkpoint_close(&ck);
+    }
+}
+
+static void test_oracle(const Tiny *x, const char *name) {
+    char dir[600];
+    Model m;
+    SampleOptions o;
+    int32_t label = 1, got[N], want[N];
+    tiny_path(dir, scratch, name);
+    CHECK_OK(model_open(&m, dir, NULL));
+    for (uint64_t sample = 5; sample < 15; sample++) {
+        sample_defaults(&o, &m);
+        o.seed = 3, o.first = sample, o.label = m.n_classes ? &label : NULL;
+        for (int t = 1; t <= x->T; t++)
+            o.temperature[t] = 1 + 0.3 * t, o.top_k[t] = (size_t)(7 - t), o.chain[t] = 1 + t % 2;
+        CHECK_OK(model_sample(&m, &o, got));
+        oracle(want, dir, x, &o, label);
+        CHECK(!memcmp(got, want, sizeof got));
+    }
+    o.seed = 4;
+    oracle(want, dir, x, &o, label);
+    CHECK(memcmp(got, want, sizeof got));
     model_close(&m);
 }
 
@@ -753,9 +822,10 @@ static void test_broken(void) {
         CHECK_ERR(model_open(&m, tiny_folder(dir, cases[i].name, &x), NULL), cases[i].says);
         CHECK(strstr(err_text(), "scale2.safetensors") != NULL);
     }
-    Tiny nan = {2, 0, 0, 0, 7, X_PLAIN};
+    Tiny nan = {2, 0, 0, 0, 7, X_PLAIN}, short_gpt = {2, 0, 0, 0, 4, X_PLAIN};
     char dir[512];
     Model m;
+    CHECK_ERR(model_open(&m, tiny_folder(dir, "short-gpt", &short_gpt), NULL), "takes 8 positions");
     SampleOptions o;
     int32_t tokens[N];
     CHECK_OK(model_open(&m, tiny_folder(dir, "nan", &nan), NULL));
@@ -853,6 +923,10 @@ int main(void) {
     test_same_tokens(&(Tiny){4, 1, 1, 0, 0, X_RESIDUAL_SCALED}, "joint");
     test_same_tokens(&(Tiny){2, 0, 0, 0, 0, X_RESIDUAL}, "residual");
     test_same_tokens(&(Tiny){1, 0, 0, 0, 0, X_PLAIN}, "single");
+    test_oracle(&(Tiny){3, 0, 0, 0, 0, X_PLAIN}, "plain");
+    test_oracle(&(Tiny){3, 0, 1, 0, 0, X_FINE_SCALED}, "classes");
+    test_oracle(&(Tiny){4, 1, 1, 0, 0, X_RESIDUAL_SCALED}, "joint");
+    test_oracle(&(Tiny){2, 0, 0, 0, 0, X_RESIDUAL}, "residual");
     test_guide(plain);
     test_chain_rates(plain);
     test_sample_options(plain);

@@ -101,11 +101,17 @@ static int correct(const Case *c, int whole) {
     return 1;
 }
 
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+#define HAVE_FMA 1
+#else
+#define HAVE_FMA 0
+#endif
+
 /* sum + a*b as the micro kernel rounds it on this machine */
 static real multiply_add(real a, real b, real sum) {
-#if defined(__FMA__) && defined(REAL_DOUBLE)
+#if HAVE_FMA && defined(REAL_DOUBLE)
     return fma(a, b, sum);
-#elif defined(__FMA__)
+#elif HAVE_FMA
     return fmaf(a, b, sum);
 #else
     volatile real product = a * b; /* volatile: must be rounded */

@@ -1,0 +1,67 @@
+/* pictures.c - makes and compares pictures for test_programs.sh.
+ *
+ *   pictures make DIR COUNT SIDE     COUNT pictures of coloured discs and bars in DIR/disc and DIR/bar
+ *   pictures same A B X0 Y0 X1 Y1    exit status 0 if the two pictures agree in that rectangle, 1 if not */
+#include "../imagebart.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+
+static int complain(void) {
+    fprintf(stderr, "pictures: %s\n", err_text());
+    return 2;
+}
+
+static void draw(Image *im, uint32_t number, int disc) {
+    long side = (long)im->W, x0 = rng_below(1, rng_stream(RNG_TEST, 0, number), 0, (uint32_t)side / 2) + side / 4;
+    for (long y = 0; y < side; y++)
+        for (long x = 0; x < side; x++) {
+            long dx = x - x0, dy = y - side / 2;
+            int inside = disc ? dx * dx + dy * dy < side * side / 9 : dx * dx < side * side / 64;
+            for (uint32_t c = 0; c < 3; c++)
+                im->rgb[3 * (y * side + x) + c] =
+                    (uint8_t)(inside ? rng_below(1, rng_stream(RNG_TEST, 1, number), c, 120) : 255);
+        }
+}
+
+static int make(const char *dir, int count, size_t side) {
+    Image im = {side, side, NULL};
+    char path[1100];
+    if (mem_alloc(&im.rgb, side * side, 3, "picture") != OK) return complain();
+    for (int i = 0; i < count; i++) {
+        const char *kind = i % 2 ? "bar" : "disc";
+        draw(&im, (uint32_t)i, i % 2 == 0);
+        snprintf(path, sizeof path, "%s/%s", dir, kind);
+        mkdir(dir, 0777);
+        mkdir(path, 0777);
+        snprintf(path, sizeof path, "%s/%s/%03d.png", dir, kind, i);
+        if (image_write_png(path, &im, NULL) != OK) return complain();
+    }
+    image_free(&im);
+    return 0;
+}
+
+static int same(char **argv) {
+    Image a = {0}, b = {0};
+    size_t x0 = strtoul(argv[4], NULL, 10), y0 = strtoul(argv[5], NULL, 10);
+    size_t x1 = strtoul(argv[6], NULL, 10), y1 = strtoul(argv[7], NULL, 10);
+    int differ = 0;
+    if (image_read(&a, argv[2]) != OK || image_read(&b, argv[3]) != OK) return complain();
+    if (a.H != b.H || a.W != b.W || x1 > a.W || y1 > a.H || x0 >= x1 || y0 >= y1) {
+        fprintf(stderr, "pictures: sizes %zux%zu and %zux%zu do not fit the rectangle\n", a.W, a.H, b.W, b.H);
+        return 2;
+    }
+    for (size_t y = y0; y < y1; y++) differ |= memcmp(a.rgb + 3 * (y * a.W + x0), b.rgb + 3 * (y * a.W + x0), 3 * (x1 - x0));
+    image_free(&a);
+    image_free(&b);
+    return differ != 0;
+}
+
+int main(int argc, char **argv) {
+    if (argc == 5 && !strcmp(argv[1], "make")) return make(argv[2], atoi(argv[3]), strtoul(argv[4], NULL, 10));
+    if (argc == 8 && !strcmp(argv[1], "same")) return same(argv);
+    fprintf(stderr, "usage: pictures make DIR COUNT SIDE | same A B X0 Y0 X1 Y1\n");
+    return 2;
+}

@@ -1,0 +1,199 @@
+#!/bin/sh
+# test_programs.sh BUILD: the three programs as a user runs them: train a tiny model from a folder of pictures, kill and
+# resume it, sample and inpaint with it, and everything that can be asked wrongly.
+build=$(cd "$1" && pwd)
+here=$(pwd)
+dir=$(mktemp -d)
+trap 'rm -rf "$dir"' EXIT
+passed=0 failed=0
+export OMP_WAIT_POLICY=passive # two programs at a time share the cores below
+
+ok() { # ok WHAT COMMAND...: must exit 0
+    what=$1
+    shift
+    if "$@" >"$dir/out" 2>"$dir/err"; then
+        passed=$((passed + 1))
+    else
+        failed=$((failed + 1))
+        echo "FAIL $what: $*: exit status $?"
+        head -5 "$dir/err"
+    fi
+}
+
+refused() { # refused STATUS WORD COMMAND...: exit status, one clear line on stderr that holds WORD, and no crash
+    status=$1 word=$2
+    shift 2
+    "$@" >"$dir/out" 2>"$dir/err"
+    got=$?
+    if [ $got -eq "$status" ] && [ "$(grep -c . "$dir/err")" -eq 1 ] && grep -q -- "$word" "$dir/err"; then
+        passed=$((passed + 1))
+    else
+        failed=$((failed + 1))
+        echo "FAIL $*: exit status $got, expected $status and one line with \"$word\"; stderr:"
+        head -5 "$dir/err"
+    fi
+}
+
+refused_late() { # the same after the programs have said other things: the last line counts
+    status=$1 word=$2
+    shift 2
+    "$@" >"$dir/out" 2>"$dir/err"
+    got=$?
+    if [ $got -eq "$status" ] && tail -n 1 "$dir/err" | grep -q -- "$word"; then
+        passed=$((passed + 1))
+    else
+        failed=$((failed + 1))
+        echo "FAIL $*: exit status $got, expected $status and a last line with \"$word\"; stderr ends:"
+        tail -n 3 "$dir/err"
+    fi
+}
+
+falls() { # falls LOG STAGE: the mean loss of the last 10 steps is below that of the first 10
+    awk -v stage="$2" '$1 == stage { x[++n] = $3 } END { for (i = 1; i <= 10; i++) { a += x[i]; b += x[n - 10 + i] }
+        if (n < 20 || !(b < a)) exit 1 }' "$1"
+}
+
+options="--config test/tiny.txt --data $dir/data --save-every 5 --eval-every 10 --picture-every 20"
+# shellcheck disable=SC2086
+train() { "$build/train" $options "$@"; }
+
+killed() { # killed ARGUMENTS...: starts a run, SIGKILL after its first checkpoint, then resumes it to the end
+    stage=$1
+    shift
+    # shellcheck disable=SC2086
+    "$build/train" $options --run "$dir/killed" "$@" >/dev/null 2>&1 &
+    pid=$! # the program itself, not a shell around it
+    tries=0
+    while [ ! -f "$dir/killed/$stage.state.safetensors" ] && [ $tries -lt 1200 ] && kill -0 $pid 2>/dev/null; do
+        sleep 0.05
+        tries=$((tries + 1))
+    done
+    kill -9 $pid 2>/dev/null
+    wait $pid 2>/dev/null
+    train --run "$dir/killed" "$@" --resume
+}
+
+"$build/pictures" make "$dir/data" 60 20 || exit 1
+
+# ---- train: every stage learns, survives a kill bit for bit, and does not depend on the number of threads ----
+for stage in vqgan scale1 scale2 scale3 joint; do
+    case $stage in
+        scale*) arguments="--scale ${stage#scale}" ;;
+        *) arguments="--$stage" ;;
+    esac
+    # shellcheck disable=SC2086
+    ok "train $stage" train --run "$dir/run" $arguments
+    ok "$stage loss falls" falls "$dir/run/log.tsv" $stage
+    # shellcheck disable=SC2086
+    ok "$stage killed and resumed" killed $stage $arguments --threads 1
+    ok "$stage the same weights" cmp "$dir/run/$stage.state.safetensors" "$dir/killed/$stage.state.safetensors"
+    ok "$stage the same weights for sampling" cmp "$dir/run/$stage.safetensors" "$dir/killed/$stage.safetensors"
+    # shellcheck disable=SC2086
+    ok "$stage evaluates" train --run "$dir/run" $arguments --eval
+    ok "$stage drew a picture" test -s "$dir/run/$stage-000020.png"
+done
+ok "the log has every step once" awk '$1 == "scale2" { n[$2]++ } END { for (i = 1; i <= 30; i++) if (n[i] != 1) exit 1 }' "$dir/killed/log.tsv"
+ok "no temporary files left by whole runs" sh -c "! ls $dir/run/*.tmp* 2>/dev/null"
+
+# shellcheck disable=SC2086
+"$build/train" $options --run "$dir/int" --vqgan --steps 100000 >/dev/null 2>"$dir/int.err" &
+pid=$!
+while [ ! -f "$dir/int/vqgan.state.safetensors" ] && kill -0 $pid 2>/dev/null; do sleep 0.05; done
+kill -INT $pid
+wait $pid
+ok "an interrupt ends a run cleanly" test $? -eq 0
+ok "and says how to go on" grep -q -- --resume "$dir/int.err"
+
+# ---- sample ----
+sample() { "$build/sample" "$@" -o "$dir/s.png"; }
+ok "sample a run" sample "$dir/run" -n 5 --seed 7 --chain "$dir/chain.png"
+cp "$dir/s.png" "$dir/first.png"
+ok "sample again" sample "$dir/run" -n 5 --seed 7 --batch 2 --threads 1
+ok "same seed, same file, any batch and threads" cmp "$dir/s.png" "$dir/first.png"
+ok "another seed" sample "$dir/run" -n 5 --seed 8
+ok "another picture" sh -c "! cmp -s $dir/s.png $dir/first.png"
+ok "the seed is kept in the PNG" grep -q seed "$dir/first.png"
+ok "by class name" sample "$dir/run" -n 1 --class disc --temperature 1,0.9,0.8 --top-k 3
+ok "by class number" sample "$dir/run" -n 1 --class 1 --official-temperature
+ok "shown in a terminal" sample "$dir/run" -n 1 --show
+cp "$dir/out" "$dir/shown"
+ok "as half blocks" grep -q '38;2;' "$dir/shown"
+rm "$dir"/run/scale?.safetensors
+ok "sample the joint model" sample "$dir/run" -n 2 --seed 1
+ok "the list" "$build/sample" --list
+cp "$dir/out" "$dir/list"
+for model in emoji ffhq ffhq2 churches bedrooms cats imagenet imagenet4; do
+    ok "which names $model" grep -q "^$model " "$dir/list"
+done
+
+# ---- inpaint: the kept part is the picture's, to the bit ----
+picture=$dir/data/disc/000.png
+inpaint() { "$build/inpaint" "$dir/killed" "$@" --seed 3 -o "$dir/i.png"; }
+"$build/pictures" make "$dir/fit" 2 16
+fit=$dir/fit/disc/000.png
+ok "inpaint upper half" inpaint "$fit" --half upper -n 1
+ok "the lower half is untouched" "$build/pictures" same "$dir/i.png" "$fit" 0 8 16 16
+ok "inpaint a window" inpaint "$fit" --window 6 -n 1 --chain-length 1,2,1
+ok "its surroundings are untouched" "$build/pictures" same "$dir/i.png" "$fit" 0 0 5 16
+ok "inpaint outside" inpaint "$fit" --outside 8 -n 1
+ok "the inside is untouched" "$build/pictures" same "$dir/i.png" "$fit" 4 4 12 12
+ok "a mask picture" inpaint "$fit" --mask "$dir/fit/bar/001.png" -n 2
+ok "with the original beside it" inpaint "$fit" --window 6 --compare
+ok "which comes first" "$build/pictures" same "$dir/i.png" "$dir/i.png" 0 0 52 16
+ok "a picture of another size" inpaint "$picture" --half left -n 1
+ok "without pasting" inpaint "$fit" --half right -n 1 --no-paste
+refused_late 1 "mask" "$build/inpaint" "$dir/killed" "$fit" --mask "$picture"
+
+# ---- wrong usage: exit 2; what is missing or broken: exit 1; always one line ----
+cd "$dir" && mkdir empty && echo '<!DOCTYPE html><html>' >page.png && head -c 60 "$fit" >cut.png && : >zero.png
+mkdir broken && cp killed/vqgan.safetensors broken/ && head -c 2000 killed/scale1.safetensors >broken/scale1.safetensors
+for program in sample train inpaint; do
+    refused 2 "unknown option" "$build/$program" --nonsense
+    refused 2 "needs a value" "$build/$program" --threads
+    refused 2 "whole number" "$build/$program" --threads two
+    refused 2 "expected 0 to" "$build/$program" --threads 99999999
+    ok "$program -h" "$build/$program" -h
+done
+refused 2 "whole number" "$build/sample" killed -n -1
+refused 2 "expected 1 to" "$build/sample" killed -n 0
+refused 2 "whole number" "$build/sample" killed --seed 1e99
+refused 2 "temperature" "$build/sample" killed --temperature nan
+refused 2 "temperature" "$build/sample" killed --temperature 1,2
+refused 2 "top-k" "$build/sample" killed --top-k -3
+refused 2 "unexpected argument" "$build/sample" killed extra
+refused 1 "no such folder" "$build/sample" nothing-here
+refused 1 "CPU" "$build/sample" killed --device cuda
+refused 2 "expected cpu or cuda" "$build/sample" killed --device tpu
+refused 1 "vqgan.safetensors" "$build/sample" empty
+refused 1 "scale1.safetensors" "$build/sample" broken
+refused_late 1 "class" "$build/sample" killed --class dragon
+refused_late 1 "No space left" "$build/sample" killed -n 1 --seed 1 -o /dev/full
+refused_late 1 "no/such" "$build/sample" killed -n 1 --seed 1 -o no/such/folder.png
+refused 2 "one of" "$build/train" --scale 1 --vqgan
+refused 2 "one of" "$build/train"
+refused 1 "recipe" "$build/train" nothing --vqgan
+refused 1 "scales 1 to 3" "$build/train" --config "$here/test/tiny.txt" --scale 9 --data data --run r1
+refused 1 "empty" "$build/train" --config "$here/test/tiny.txt" --vqgan --data empty --run r2
+refused 1 "missing" "$build/train" --config "$here/test/tiny.txt" --vqgan --data missing --run r3
+refused 1 "exists" "$build/train" --config "$here/test/tiny.txt" --vqgan --data data --run killed
+refused 2 "which picture" "$build/inpaint"
+refused 2 "one of" "$build/inpaint" killed "$fit"
+refused 2 "upper, lower" "$build/inpaint" killed "$fit" --half middle
+refused_late 1 "page.png" "$build/inpaint" killed page.png --half upper
+refused_late 1 "cut.png" "$build/inpaint" killed cut.png --half upper
+refused_late 1 "zero.png" "$build/inpaint" killed zero.png --half upper
+refused_late 1 "empty" "$build/inpaint" killed empty --half upper
+refused_late 1 "window of 16" "$build/inpaint" killed "$fit" --window 16
+ok "nothing half-written" sh -c "! ls ./*.tmp* no 2>/dev/null"
+
+# a full disk: what was there before is there afterwards
+if mkdir small && mount -t tmpfs -o size=200k tmpfs small 2>/dev/null; then
+    refused_late 1 "No space left" "$build/train" --config "$here/test/tiny.txt" --vqgan --data data --run small/run
+    ok "no torn file on a full disk" sh -c "! ls small/run/*.tmp* small/run/*.safetensors 2>/dev/null"
+    umount small
+else
+    echo "SKIP the full disk: mounting a small tmpfs needs root"
+fi
+
+echo "$passed passed, $failed failed"
+[ "$failed" -eq 0 ]

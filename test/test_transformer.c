@@ -1,0 +1,789 @@
+/* test_transformer.c - the transition networks, their losses, decoding and the optimizer.
+ *
+ * The official numbers are compared elsewhere (test/golden.c). Here: every analytic gradient against central
+ * differences (double build), decoding with caches against the full forward, closed forms of losses and optimizer,
+ * what must not depend on threads, batch or future tokens, and that wrong use is an error. Each kind of check is also
+ * shown to fail on a planted fault. */
+#include "test.h"
+
+enum { B_MAX = 8, N_MAX = 80 };
+
+/* A network with every parameter moved off its initial value, so that no term is hidden by a 0 or a 1. */
+typedef struct {
+    Transformer *net;
+    Params *params;
+    size_t B, N, K, P;
+    int32_t x[B_MAX * N_MAX], x_t[B_MAX * N_MAX], t[B_MAX], label[B_MAX];
+    real *posterior, *dlogits;
+    double alpha, weight;
+} Case;
+
+static const NetConfig x_small = {.kind = NET_X,
+                                  .n_scales = 3,
+                                  .dim = 10,
+                                  .enc_num_tokens = 9,
+                                  .enc_depth = 1,
+                                  .enc_heads = 2,
+                                  .enc_max_seq_len = 9,
+                                  .dec_num_tokens = 7,
+                                  .dec_depth = 2,
+                                  .dec_heads = 1,
+                                  .dec_max_seq_len = 6};
+static const NetConfig gpt_small = {.kind = NET_GPT,
+                                    .n_scales = 4,
+                                    .dim = 12,
+                                    .dec_num_tokens = 7,
+                                    .dec_depth = 2,
+                                    .dec_heads = 3,
+                                    .dec_max_seq_len = 8,
+                                    .input_vocab_size = 11};
+
+static void shake(Params *p, double size) {
+    for (size_t i = 0; i < p->n; i++)
+        for (size_t k = 0; k < p->row[i].size; k++)
+            p->row[i].value[k] += (real)(size * rng_normal(5, rng_stream(RNG_TEST, i, 0), k));
+}
+
+static int32_t draw(uint64_t stream, size_t i, size_t lo, size_t end) {
+    return (int32_t)(lo + rng_below(11, rng_stream(RNG_TEST, stream, 1), i, (uint32_t)(end - lo)));
+}
+
+static void case_make(Case *c, const NetConfig *config, size_t B, size_t N) {
+    memset(c, 0, sizeof *c);
+    c->B = B, c->N = N, c->K = config->dec_num_tokens, c->P = config->has_class ? 2 : 1;
+    c->alpha = 0.3, c->weight = 1.7;
+    if (!CHECK(transformer_create(&c->net, config) == OK) || B > B_MAX || N > N_MAX) {
+        printf("     %s\n", err_text());
+        exit(1);
+    }
+    c->params = transformer_params(c->net);
+    CHECK_OK(params_plan(c->params, PLAN_VALUE | PLAN_GRAD | PLAN_ADAM | PLAN_EMA));
+    params_init(c->params, 3);
+    shake(c->params, 0.15);
+    float alpha[MAX_SCALES + 1] = {1, 0.8f, 0.6f, 0.5f, 0.3f};
+    transformer_set_alphas(c->net, alpha);
+    size_t labels = config->kind == NET_X ? config->enc_num_tokens : config->input_vocab_size;
+    for (size_t i = 0; i < B * N; i++) c->x[i] = draw(1, i, 0, c->K), c->x_t[i] = draw(2, i, 0, c->K);
+    for (size_t b = 0; b < B; b++) /* every row its own t, and the largest label */
+        c->t[b] = (int32_t)(1 + b % (size_t)config->n_scales), c->label[b] = (int32_t)(labels - 1 - b % labels);
+    CHECK_OK(mem_alloc(&c->posterior, B * N * c->K, sizeof(real), "posterior"));
+    CHECK_OK(mem_alloc(&c->dlogits, B * N * c->K, sizeof(real), "dlogits"));
+    for (size_t r = 0; r < B * N; r++) {
+        double sum = 0;
+        for (size_t k = 0; k < c->K; k++) { /* some entries exactly 0 */
+            double u = rng_uniform(13, rng_stream(RNG_TEST, 3, 0), r * c->K + k);
+            c->posterior[r * c->K + k] = (real)(u < 0.3 && k ? 0 : u);
+            sum += (double)c->posterior[r * c->K + k];
+        }
+        for (size_t k = 0; k < c->K; k++) c->posterior[r * c->K + k] /= (real)sum;
+    }
+}
+
+static void case_free(Case *c) {
+    transformer_free(c->net);
+    free(c->posterior);
+    free(c->dlogits);
+}
+
+static Err forward(Case *c, const real **logits) {
+    return transformer_forward(c->net, c->x, c->x_t, c->t, c->label, c->B, c->N, logits);
+}
+
+static void gradients(Case *c) {
+    const real *logits;
+    Loss loss;
+    CHECK_OK(forward(c, &logits));
+    CHECK_OK(denoising_loss(&loss, logits, c->x, c->posterior, c->B * c->N, c->K, c->alpha, c->weight, c->dlogits));
+    CHECK_OK(transformer_backward(c->net, c->dlogits));
+}
+
+/* ---- gradients: double only ---- */
+
+#ifdef REAL_DOUBLE
+static double loss_of(void *context) {
+    Case *c = (Case *)context;
+    const real *logits;
+    Loss loss = {NAN, NAN, NAN};
+    if (forward(c, &logits) != OK ||
+        denoising_loss(&loss, logits, c->x, c->posterior, c->B * c->N, c->K, c->alpha, c->weight, NULL) != OK)
+        return NAN;
+    return loss.loss * c->weight;
+}
+
+static double row_error(Case *c, size_t row, size_t most) {
+    Param *p = &c->params->row[row];
+    return gradient_error(loss_of, c, p->value, p->grad, p->size, most, 1e-5, 1e-4);
+}
+
+static void check_gradients(const char *what, const NetConfig *config, size_t B, size_t N, size_t most) {
+    Case c;
+    case_make(&c, config, B, N);
+    CHECK_OK(transformer_plan(c.net, B, N, 1));
+    params_zero_grad(c.params);
+    gradients(&c);
+    double worst = 0;
+    for (size_t i = 0; i < c.params->n; i++) {
+        double e = row_error(&c, i, most);
+        if (!CHECK(e <= 1e-6)) printf("     %s: %s is wrong by %.3g\n", what, c.params->row[i].name, e);
+        if (!(e <= worst)) worst = e;
+    }
+    printf("%-34s %3zu tensors, worst %.1e\n", what, c.params->n, worst);
+    case_free(&c);
+}
+
+static void test_gradients(void) {
+    NetConfig c = x_small;
+    check_gradients("plain", &c, 3, 5, 30);
+    c.variant = X_SCALED, c.has_class = 1;
+    check_gradients("scaled, class", &c, 4, 5, 20);
+    c.variant = X_FINE_SCALED, c.has_class = 0, c.tie_token_emb = 1;
+    check_gradients("fine-scaled, tied", &c, 4, 5, 20);
+    c.variant = X_RESIDUAL, c.has_class = 1;
+    check_gradients("residual, class, tied", &c, 2, 6, 20);
+    c.variant = X_RESIDUAL_SCALED, c.has_class = 0, c.tie_token_emb = 0;
+    check_gradients("residual-scaled", &c, 4, 5, 20);
+    c.enc_max_seq_len = 75, c.dec_max_seq_len = 72, c.dec_depth = 1;
+    check_gradients("more queries than a block", &c, 2, 69, 4);
+    c = gpt_small;
+    check_gradients("gpt", &c, 3, 7, 30);
+    c.has_class = 1, c.n_unmasked = 2;
+    check_gradients("gpt, class, 2 unmasked", &c, 2, 7, 20);
+    c.n_unmasked = 5;
+    check_gradients("gpt, class, 5 unmasked", &c, 2, 6, 20);
+    c.dec_max_seq_len = 72, c.n_unmasked = 66, c.dec_depth = 1;
+    check_gradients("gpt, unmasked across blocks", &c, 2, 69, 4);
+}
+
+/* The check itself must see a sign, a missing term and a single wrong element. */
+static void test_gradient_check_fails(void) {
+    Case c;
+    case_make(&c, &x_small, 2, 5);
+    CHECK_OK(transformer_plan(c.net, 2, 5, 1));
+    params_zero_grad(c.params);
+    gradients(&c);
+    size_t row = 5; /* a projection of the first layer */
+    Param *p = &c.params->row[row];
+    CHECK(row_error(&c, row, 1000) <= 1e-6);
+    p->grad[p->size / 2] *= -1;
+    CHECK(row_error(&c, row, 1000) > 1e-6);
+    p->grad[p->size / 2] *= -(real)1.00001;
+    p->grad[0] += (real)1e-4;
+    CHECK(row_error(&c, row, 1000) > 1e-6);
+    p->grad[0] = (real)NAN;
+    CHECK(!(row_error(&c, row, 1000) <= 1e-6));
+    case_free(&c);
+}
+
+static double only_loss(void *context) {
+    Case *c = (Case *)context;
+    Loss loss = {NAN, NAN, NAN};
+    denoising_loss(&loss, c->dlogits, c->x, c->posterior, c->B * c->N, c->K, c->alpha, 1, NULL);
+    return loss.loss;
+}
+
+static void test_loss_gradient(void) {
+    static real grad[3 * 5 * 7];
+    Case c;
+    Loss loss;
+    case_make(&c, &x_small, 3, 5);
+    size_t n = c.B * c.N * c.K;
+    for (size_t i = 0; i < n; i++) c.dlogits[i] = (real)rng_normal(1, 2, i);
+    for (c.alpha = 0; c.alpha <= 1; c.alpha += 0.25) {
+        CHECK_OK(denoising_loss(&loss, c.dlogits, c.x, c.posterior, c.B * c.N, c.K, c.alpha, 1, grad));
+        CHECK(gradient_error(only_loss, &c, c.dlogits, grad, n, n, 1e-5, 1e-4) <= 1e-8);
+    }
+    case_free(&c);
+}
+#endif
+
+/* backward adds to what is there, and leaves alone what takes part in nothing. */
+static void test_accumulation(void) {
+    Case c;
+    NetConfig config = x_small;
+    config.variant = X_RESIDUAL;
+    case_make(&c, &config, 3, 5);
+    CHECK_OK(transformer_plan(c.net, 4, 6, 1)); /* planned for more than is used */
+    params_zero_grad(c.params);
+    gradients(&c);
+    size_t untrained = 0;
+    for (size_t i = 0; i < c.params->n; i++) {
+        Param *p = &c.params->row[i];
+        memcpy(p->m, p->grad, p->size * sizeof(real));
+        for (size_t k = 0; k < p->size; k++) p->m[k] *= 2;
+        untrained += p->untrained != 0;
+        for (size_t k = 0; k < p->size && p->untrained; k++)
+            if (p->grad[k] != 0) CHECK(!"an untrained tensor has a gradient");
+    }
+    CHECK(untrained == 3); /* log_scalors, encoder.to_logits.{weight,bias} */
+    gradients(&c);
+    for (size_t i = 0; i < c.params->n; i++) {
+        Param *p = &c.params->row[i];
+        CHECK_NEAR(p->name, p->grad, p->m, p->size, 1e-8, 1e-5);
+    }
+    case_free(&c);
+}
+
+/* ---- decoding ---- */
+
+/* Feeds x token by token; logits of all positions into out (B,N,K). */
+static Err decode_all(Case *c, real *out) {
+    TRY(transformer_decode_begin(c->net, c->x_t, c->t, c->label, c->B, c->N));
+    for (size_t i = 0; i < c->N; i++) {
+        int32_t prev[B_MAX] = {0};
+        const real *logits;
+        for (size_t b = 0; b < c->B && i > 0; b++) prev[b] = c->x[b * c->N + i - 1];
+        TRY(transformer_decode_step(c->net, prev, i, &logits));
+        for (size_t b = 0; b < c->B; b++) memcpy(out + (b * c->N + i) * c->K, logits + b * c->K, c->K * sizeof(real));
+    }
+    return OK;
+}
+
+/* Largest difference between decoding and the full forward, over the largest logit. */
+static double decoding_error(const NetConfig *config, size_t B, size_t N, size_t plan_B, size_t plan_N) {
+    Case c;
+    const real *logits;
+    real *full;
+    double error = NAN;
+    case_make(&c, config, B, N);
+    const size_t n = B * N * c.K;
+    CHECK_OK(mem_alloc(&full, n, sizeof(real), "logits"));
+    CHECK_OK(transformer_plan(c.net, plan_B, plan_N, 0));
+    CHECK_OK(decode_all(&c, c.dlogits));
+    CHECK_OK(forward(&c, &logits));
+    memcpy(full, logits, n * sizeof(real));
+    near_reals(c.dlogits, full, n, 0, 1, &error);
+    CHECK_OK(transformer_plan(c.net, B, N, 1));
+    CHECK_OK(forward(&c, &logits));
+    CHECK_NEAR("forward of the two plans", logits, full, n, 0, sizeof(real) == 8 ? 1e-13 : 1e-6);
+    free(full);
+    case_free(&c);
+    return error;
+}
+
+static void test_decoding(void) {
+    const double tolerance = sizeof(real) == 8 ? 1e-13 : 2e-6;
+    NetConfig c = x_small;
+    for (int v = X_PLAIN; v <= X_RESIDUAL_SCALED; v++) {
+        c.variant = (XVariant)v, c.has_class = v % 2, c.tie_token_emb = v == X_SCALED;
+        CHECK(decoding_error(&c, 3, 5, 3, 5) <= tolerance);
+        CHECK(decoding_error(&c, 2, 4, 5, 6) <= tolerance); /* caches larger than what is used */
+    }
+    c.enc_max_seq_len = 75, c.dec_max_seq_len = 72;
+    CHECK(decoding_error(&c, 1, 70, 1, 72) <= tolerance);
+    c = gpt_small;
+    CHECK(decoding_error(&c, 3, 7, 3, 8) <= tolerance);
+    CHECK(decoding_error(&c, 1, 1, 1, 1) <= tolerance);
+    c.has_class = 1, c.n_unmasked = 2;
+    CHECK(decoding_error(&c, 3, 6, 4, 7) <= tolerance);
+    c.n_unmasked = 0; /* the official sampler lets the prompt see itself, trained for it or not (SPEC 2.6) */
+    CHECK(decoding_error(&c, 3, 6, 3, 6) > 1e-4);
+}
+
+/* Logits at i depend on x before i only, on all of x_t, and not on the other rows of the batch. */
+static void test_dependence(void) {
+    for (int gpt = 0; gpt < 2; gpt++) {
+        Case c;
+        const real *logits;
+        const size_t B = 3, N = 6, at = 3;
+        case_make(&c, gpt ? &gpt_small : &x_small, B, N);
+        size_t row = N * c.K;
+        CHECK_OK(transformer_plan(c.net, B, N, 0));
+        CHECK_OK(forward(&c, &logits));
+        memcpy(c.dlogits, logits, B * row * sizeof(real));
+        c.x[N + at] = (c.x[N + at] + 1) % (int32_t)c.K; /* row 1 */
+        CHECK_OK(forward(&c, &logits));
+        CHECK(!memcmp(logits, c.dlogits, row * sizeof(real)));
+        CHECK(!memcmp(logits + 2 * row, c.dlogits + 2 * row, row * sizeof(real)));
+        CHECK(!memcmp(logits + row, c.dlogits + row, (at + 1) * c.K * sizeof(real)));
+        for (size_t i = at + 1; i < N; i++)
+            CHECK(memcmp(logits + row + i * c.K, c.dlogits + row + i * c.K, c.K * sizeof(real)));
+        memcpy(c.dlogits, logits, B * row * sizeof(real));
+        c.x_t[2 * N + N - 1] = (c.x_t[2 * N + N - 1] + 1) % (int32_t)c.K;
+        CHECK_OK(forward(&c, &logits));
+        for (size_t i = 0; i < N; i++) /* a GPT does not read x_t at all */
+            CHECK((memcmp(logits + 2 * row + i * c.K, c.dlogits + 2 * row + i * c.K, c.K * sizeof(real)) == 0) == gpt);
+        memcpy(c.dlogits, logits, B * row * sizeof(real));
+        for (size_t b = 0; b < B; b++) c.t[b] = 1 + c.t[b] % 3;
+        CHECK_OK(forward(&c, &logits));
+        CHECK(memcmp(logits, c.dlogits, row * sizeof(real)));
+        case_free(&c);
+    }
+}
+
+/* The residual is log(alpha [k = x_t] + (1-alpha)/K): with a zeroed head nothing else is left. */
+static void test_residual(void) {
+    Case c;
+    const real *logits;
+    NetConfig config = x_small;
+    config.variant = X_RESIDUAL_SCALED;
+    case_make(&c, &config, 3, 5);
+    for (size_t i = c.params->n - 2; i < c.params->n; i++)
+        memset(c.params->row[i].value, 0, c.params->row[i].size * sizeof(real));
+    CHECK_OK(transformer_plan(c.net, 3, 5, 0));
+    CHECK_OK(forward(&c, &logits));
+    const double alpha[4] = {1, (double)0.8f, (double)0.6f, 0.5};
+    for (size_t r = 0; r < 15; r++)
+        for (size_t k = 0; k < c.K; k++) {
+            double a = alpha[c.t[r / 5]], want = log((k == (size_t)c.x_t[r]) * a + (1 - a) / (double)c.K);
+            if (!(fabs((double)logits[r * c.K + k] - want) < 1e-6)) CHECK(!"residual");
+        }
+    CHECK_OK(decode_all(&c, c.dlogits));
+    CHECK_OK(forward(&c, &logits));
+    CHECK_NEAR("residual while decoding", c.dlogits, logits, 15 * c.K, 0, 1e-6);
+    case_free(&c);
+}
+
+/* Position i of a row with scale t is scaled by its own element of log_scalors (T,dec_max_seq_len). */
+static void test_fine_scaling(void) {
+    Case c;
+    const real *logits;
+    const size_t B = 3, N = 5;
+    NetConfig config = x_small;
+    config.variant = X_FINE_SCALED;
+    case_make(&c, &config, B, N);
+    real *log_scalors = c.params->row[0].value;
+    memset(log_scalors, 0, c.params->row[0].size * sizeof(real));
+    CHECK_OK(transformer_plan(c.net, B, N, 0));
+    CHECK_OK(forward(&c, &logits));
+    memcpy(c.dlogits, logits, B * N * c.K * sizeof(real));
+    for (size_t t = 0; t < 3; t++)
+        for (size_t i = 0; i < 6; i++) log_scalors[t * 6 + i] = (real)(0.1 * (double)t - 0.07 * (double)i);
+    for (size_t r = 0; r < B * N; r++)
+        for (size_t k = 0; k < c.K; k++)
+            c.dlogits[r * c.K + k] *= (real)exp(0.1 * (c.t[r / N] - 1) - 0.07 * (double)(r % N));
+    CHECK_OK(forward(&c, &logits));
+    CHECK_NEAR("fine scaling", logits, c.dlogits, B * N * c.K, 0, 1e-6);
+    case_free(&c);
+}
+
+/* With 4 unmasked positions (t, class, x[0], x[1]) logits 0..2 see x[0] and x[1] but not x[2]; logits 3 sees x[2]. */
+static void test_unmasked(void) {
+    Case c;
+    const real *logits;
+    NetConfig config = gpt_small;
+    config.has_class = 1, config.n_unmasked = 4;
+    case_make(&c, &config, 1, 5);
+    CHECK_OK(transformer_plan(c.net, 1, 5, 0));
+    for (size_t j = 0; j < 4; j++) {
+        CHECK_OK(forward(&c, &logits));
+        memcpy(c.dlogits, logits, 5 * c.K * sizeof(real));
+        c.x[j] = (c.x[j] + 1) % (int32_t)c.K;
+        CHECK_OK(forward(&c, &logits));
+        for (size_t i = 0; i < 5; i++) {
+            int seen = j < 2 || j < i, changed = memcmp(logits + i * c.K, c.dlogits + i * c.K, c.K * sizeof(real)) != 0;
+            CHECK(seen == changed);
+        }
+    }
+    case_free(&c);
+}
+
+/* ---- threads ---- */
+
+/* One training step at a size where every loop is parallel: *out = dlogits and all arenas; their number of elements. */
+static size_t training_step(const NetConfig *config, int threads, real **out) {
+    Case c;
+    threads_set(threads);
+    case_make(&c, config, B_MAX, 70);
+    CHECK_OK(transformer_plan(c.net, B_MAX, 70, 1));
+    params_zero_grad(c.params);
+    gradients(&c);
+    AdamW o = {1e-3, 0.9, 0.95, 1e-8, 1};
+    adamw_step(c.params, &o, 1);
+    ema_update(c.params, 0.9999, 1);
+    size_t used = B_MAX * 70 * c.K;
+    CHECK_OK(mem_alloc(out, 5 * c.params->total + used, sizeof(real), "step"));
+    memcpy(*out, c.dlogits, used * sizeof(real));
+    for (int arena = 0; arena < 5; arena++, used += c.params->total)
+        memcpy(*out + used, c.params->arena[arena], c.params->total * sizeof(real));
+    case_free(&c);
+    return used;
+}
+
+static void test_threads(void) {
+    int before = threads_get();
+    NetConfig x = x_small, gpt = gpt_small;
+    x.variant = X_FINE_SCALED, x.dim = 70, x.dec_num_tokens = 37, x.enc_num_tokens = 41;
+    x.enc_max_seq_len = 75, x.dec_max_seq_len = 72, x.enc_heads = 3;
+    gpt.dim = 66, gpt.dec_max_seq_len = 80, gpt.dec_num_tokens = 37, gpt.input_vocab_size = 38;
+    const NetConfig *both[2] = {&x, &gpt};
+    for (int k = 0; k < 2; k++) {
+        real *one, *other;
+        size_t n = training_step(both[k], 1, &one);
+        for (int threads = 2; threads <= 3; threads++) {
+            CHECK(training_step(both[k], threads, &other) == n);
+            CHECK(!memcmp(one, other, n * sizeof(real)));
+            free(other);
+        }
+        one[n / 2] += 1;
+        training_step(both[k], 1, &other);
+        CHECK(memcmp(one, other, n * sizeof(real)));
+        free(other);
+        free(one);
+    }
+    threads_set(before);
+}
+
+/* ---- losses ---- */
+
+static void test_loss_closed_forms(void) {
+    enum { R = 67, K = 257 };
+    static real logits[R * K], q[R * K], d[R * K];
+    static int32_t target[R];
+    const double e = 1e-6 * (sizeof(real) == 8 ? 1e-6 : 1);
+    Loss loss, same;
+    for (size_t r = 0; r < R; r++) target[r] = draw(4, r, 0, K), q[r * K + (size_t)target[r]] = 1;
+    CHECK_OK(denoising_loss(&loss, logits, target, q, R, K, 0.25, 1, d)); /* uniform model, one-hot posterior */
+    CHECK(fabs(loss.hard - log(K)) < 6 * e && fabs(loss.soft - log(K)) < 6 * e && fabs(loss.loss - log(K)) < 6 * e);
+    CHECK(fabs((double)d[(size_t)target[0]] - (1.0 / K - 1) / R) < e);
+    for (size_t i = 0; i < R * K; i++) q[i] = (real)1 / K;
+    CHECK_OK(denoising_loss(&loss, logits, target, q, R, K, 1, 1, d)); /* posterior = model */
+    CHECK(fabs(loss.soft) < 6 * e && fabs((double)d[5]) < e);
+
+    double hard = 0, soft = 0; /* against plain double arithmetic, with zeros in the posterior */
+    for (size_t r = 0; r < R; r++) {
+        double sum = 0, total = 0;
+        for (size_t k = 0; k < K; k++) {
+            size_t i = r * K + k;
+            double u = rng_uniform(7, 7, i);
+            logits[i] = (real)(4 * rng_normal(8, 8, i) - 900.0 * (k % 50 == 3)), q[i] = (real)(u < 0.5 ? 0 : u * u * u);
+            if (k % 50 == 3) q[i] = 0;
+            if (k % 50 == 3 && (size_t)target[r] == k) target[r]++;
+            sum += exp((double)logits[i]), total += (double)q[i];
+        }
+        for (size_t k = 0; k < K; k++) {
+            q[r * K + k] = (real)((double)q[r * K + k] / total);
+            double qk = (double)q[r * K + k], l = (double)logits[r * K + k] - log(sum);
+            if (qk > 0) soft += qk * (log(qk) - l) / R;
+            if (k == (size_t)target[r]) hard -= l / R;
+        }
+    }
+    CHECK_OK(denoising_loss(&loss, logits, target, q, R, K, 0.25, 3, d));
+    CHECK(fabs(loss.hard - hard) < 5 * e && fabs(loss.soft - soft) < 5 * e);
+    CHECK(fabs(loss.loss - (0.25 * soft + 0.75 * hard)) < 5 * e);
+    CHECK(!(fabs(loss.loss - (0.75 * soft + 0.25 * hard)) < 5 * e)); /* the tolerance tells the two apart */
+    static real in_place[R * K];
+    memcpy(in_place, logits, sizeof logits);
+    CHECK_OK(denoising_loss(&same, in_place, target, q, R, K, 0.25, 3, in_place));
+    CHECK(!memcmp(&same, &loss, sizeof loss) && !memcmp(in_place, d, sizeof d));
+    CHECK_OK(denoising_loss(&same, logits, target, NULL, R, K, 0, 1, d));
+    CHECK(same.hard == loss.hard && same.loss == same.hard && isnan(same.soft));
+    logits[5] = -(real)INFINITY, q[5] = 0, target[0] = 6; /* impossible and never asked for: no harm */
+    CHECK_OK(denoising_loss(&same, logits, target, q, R, K, 0.25, 1, d));
+    CHECK(isfinite(same.loss) && d[5] == 0);
+    logits[3 * K + 1] = (real)NAN;
+    CHECK_OK(denoising_loss(&same, logits, target, q, R, K, 0.25, 1, NULL));
+    CHECK(isnan(same.loss));
+    CHECK_ERR(denoising_loss(&loss, logits, target, NULL, R, K, 0.5, 1, NULL), "no posterior");
+    CHECK_ERR(denoising_loss(&loss, logits, target, q, R, K, 1.5, 1, NULL), "alpha");
+    CHECK_ERR(denoising_loss(&loss, logits, target, q, 0, K, 0, 1, NULL), "0 rows");
+    target[R - 1] = K;
+    CHECK_ERR(denoising_loss(&loss, logits, target, q, R, K, 0.5, 1, NULL), "target[66] is 257, expected 0..256");
+}
+
+/* ---- optimizer ---- */
+
+static void test_decay_rules(void) {
+    Transformer *net;
+    NetConfig config = x_small;
+    config.variant = X_SCALED;
+    CHECK_OK(transformer_create(&net, &config));
+    for (size_t i = 0; i < transformer_params(net)->n; i++) CHECK(transformer_params(net)->row[i].decay == 0.01);
+    transformer_free(net);
+    CHECK_OK(transformer_create(&net, &gpt_small));
+    size_t decayed = 0;
+    for (size_t i = 0; i < transformer_params(net)->n; i++) {
+        Param *p = &transformer_params(net)->row[i];
+        int linear = p->ndim == 2 && strcmp(p->name, "tok_emb.weight") != 0;
+        CHECK(p->decay == (linear ? 0.01 : 0));
+        decayed += linear;
+    }
+    CHECK(decayed == 2 * 6 + 1); /* key query value proj mlp.0 mlp.2 of two blocks, head */
+    transformer_free(net);
+}
+
+static void test_adamw_and_ema(void) {
+    const double lr = 0.01, b1 = 0.9, b2 = 0.95, eps = 1e-8, tolerance = sizeof(real) == 8 ? 1e-12 : 1e-6;
+    AdamW o = {lr, b1, b2, eps, 1};
+    Case c;
+    NetConfig config = x_small;
+    config.variant = X_RESIDUAL;
+    case_make(&c, &config, 1, 2);
+    double worst = 0, worst_ema = 0, moved = 0;
+    for (size_t i = 0; i < c.params->n; i++)
+        memcpy(c.params->row[i].ema, c.params->row[i].value, c.params->row[i].size * sizeof(real));
+    Param *p = &c.params->row[4];
+    double w = (double)p->value[1], m = 0, v = 0, ema = w, untrained = (double)c.params->row[0].value[0];
+    CHECK(c.params->row[0].untrained && !p->untrained);
+    for (uint64_t step = 1; step <= 5; step++) {
+        for (size_t i = 0; i < c.params->n; i++)
+            for (size_t k = 0; k < c.params->row[i].size; k++) c.params->row[i].grad[k] = (real)rng_normal(step, i, k);
+        double g = (double)p->grad[1];
+        w *= 1 - lr * 0.01, m = b1 * m + (1 - b1) * g, v = b2 * v + (1 - b2) * g * g;
+        w -= lr / (1 - pow(b1, (double)step)) * m / (sqrt(v) / sqrt(1 - pow(b2, (double)step)) + eps);
+        adamw_step(c.params, &o, step);
+        float d = (1 + (float)step) / (10 + (float)step);
+        if (d > 0.4f) d = 0.4f;
+        ema -= (double)(1 - d) * (ema - w);
+        ema_update(c.params, 0.4, step);
+        worst = fmax(worst, fabs((double)p->value[1] - w)), worst_ema = fmax(worst_ema, fabs((double)p->ema[1] - ema));
+        moved = fmax(moved, fabs((double)p->value[1] - (double)p->value[2]));
+    }
+    CHECK(worst <= tolerance && worst_ema <= tolerance && moved > 1e-3);
+    CHECK((double)c.params->row[0].value[0] == untrained); /* no gradient: no step, no decay */
+    for (size_t k = 0; k < p->size; k++) p->grad[k] = 0, p->m[k] = 0, p->v[k] = 0;
+    o.decay_scale = 0;
+    w = (double)p->value[1];
+    adamw_step(c.params, &o, 9);
+    CHECK((double)p->value[1] == w);
+    o.decay_scale = 2;
+    adamw_step(c.params, &o, 10);
+    CHECK(fabs((double)p->value[1] - w * (1 - 2 * 0.01 * lr)) <= tolerance && (double)p->value[1] != w);
+    case_free(&c);
+}
+
+static void test_learning_rate(void) {
+    LrSchedule s = {2.5e-6, 1e-4, 1e-8, 1000, 9000};
+    CHECK(fabs(lr_at(&s, 0) - 2.5e-6) < 1e-18);
+    CHECK(fabs(lr_at(&s, 500) - (2.5e-6 + 1e-4) / 2) < 1e-18);
+    CHECK(fabs(lr_at(&s, 1000) - 1e-4) < 1e-18);
+    CHECK(fabs(lr_at(&s, 5000) - (1e-4 + 1e-8) / 2) < 1e-18);
+    CHECK(fabs(lr_at(&s, 9000) - 1e-8) < 1e-18 && lr_at(&s, 90000) == lr_at(&s, 9000));
+    CHECK(lr_at(&s, 999) < lr_at(&s, 1000) && lr_at(&s, 1001) < lr_at(&s, 1000));
+    s.warm_up_steps = 0;
+    CHECK(fabs(lr_at(&s, 0) - 1e-4) < 1e-18);
+}
+
+/* ---- names, configurations, errors ---- */
+
+static void check_names(const NetConfig *config, const char *const *name, size_t n) {
+    Transformer *net;
+    CHECK_OK(transformer_create(&net, config));
+    Params *p = transformer_params(net);
+    CHECK(p->n == n);
+    for (size_t i = 0; i < n && i < p->n; i++)
+        if (!CHECK(!strcmp(p->row[i].name, name[i]))) printf("     \"%s\", expected \"%s\"\n", p->row[i].name, name[i]);
+    transformer_free(net);
+}
+
+#define X_ATTENTION(l)                                                                                                 \
+    l ".0.weight", l ".0.bias", l ".1.to_q.weight", l ".1.to_k.weight", l ".1.to_v.weight", l ".1.to_out.weight",      \
+        l ".1.to_out.bias"
+#define X_FEED(l)                                                                                                      \
+    l ".0.weight", l ".0.bias", l ".1.net.0.0.weight", l ".1.net.0.0.bias", l ".1.net.2.weight", l ".1.net.2.bias"
+#define X_END(s) s ".norm.weight", s ".norm.bias", s ".to_logits.weight", s ".to_logits.bias"
+
+static void test_names(void) {
+    static const char *const x[] = {"log_scalors",
+                                    "encoder.token_emb.weight",
+                                    "encoder.pos_emb.emb.weight",
+                                    X_ATTENTION("encoder.attn_layers.layers.0"),
+                                    X_FEED("encoder.attn_layers.layers.1"),
+                                    X_END("encoder"),
+                                    "decoder.token_emb.weight",
+                                    "decoder.pos_emb.emb.weight",
+                                    X_ATTENTION("decoder.attn_layers.layers.0"),
+                                    X_ATTENTION("decoder.attn_layers.layers.1"),
+                                    X_FEED("decoder.attn_layers.layers.2"),
+                                    X_END("decoder")};
+    static const char *const gpt[] = {"pos_emb",
+                                      "tok_emb.weight",
+                                      "blocks.0.ln1.weight",
+                                      "blocks.0.ln1.bias",
+                                      "blocks.0.ln2.weight",
+                                      "blocks.0.ln2.bias",
+                                      "blocks.0.attn.key.weight",
+                                      "blocks.0.attn.key.bias",
+                                      "blocks.0.attn.query.weight",
+                                      "blocks.0.attn.query.bias",
+                                      "blocks.0.attn.value.weight",
+                                      "blocks.0.attn.value.bias",
+                                      "blocks.0.attn.proj.weight",
+                                      "blocks.0.attn.proj.bias",
+                                      "blocks.0.mlp.0.weight",
+                                      "blocks.0.mlp.0.bias",
+                                      "blocks.0.mlp.2.weight",
+                                      "blocks.0.mlp.2.bias",
+                                      "ln_f.weight",
+                                      "ln_f.bias",
+                                      "head.weight"};
+    NetConfig c = x_small;
+    c.dec_depth = 1, c.variant = X_RESIDUAL_SCALED;
+    check_names(&c, x, sizeof x / sizeof *x);
+    c = gpt_small, c.dec_depth = 1;
+    check_names(&c, gpt, sizeof gpt / sizeof *gpt);
+}
+
+/* Elements of the full FFHQ transitions (SPEC section 12). */
+static void test_full_size_counts(void) {
+    NetConfig x = {.kind = NET_X,
+                   .variant = X_RESIDUAL_SCALED,
+                   .n_scales = 4,
+                   .dim = 752,
+                   .enc_num_tokens = 548,
+                   .enc_depth = 18,
+                   .enc_heads = 16,
+                   .enc_max_seq_len = 257,
+                   .dec_num_tokens = 548,
+                   .dec_depth = 6,
+                   .dec_heads = 16,
+                   .dec_max_seq_len = 256};
+    NetConfig gpt = {.kind = NET_GPT,
+                     .n_scales = 4,
+                     .dim = 800,
+                     .dec_num_tokens = 548,
+                     .dec_depth = 26,
+                     .dec_heads = 16,
+                     .dec_max_seq_len = 256,
+                     .input_vocab_size = 548};
+    Transformer *net;
+    CHECK_OK(transformer_create(&net, &x));
+    CHECK(params_count(transformer_params(net)) == 203214812);
+    transformer_free(net);
+    CHECK_OK(transformer_create(&net, &gpt));
+    CHECK(params_count(transformer_params(net)) == 201033600);
+    transformer_free(net);
+}
+
+static void test_config(void) {
+    for (int k = 0; k < 6; k++) {
+        Config text = {0};
+        NetConfig c = k < 5 ? x_small : gpt_small, back;
+        if (k < 5)
+            c.variant = (XVariant)k, c.tie_token_emb = k % 2;
+        else
+            c.n_unmasked = 2;
+        c.has_class = k >= 2;
+        CHECK_OK(net_config_write(&text, &c, "model.params."));
+        CHECK_OK(net_config_read(&back, &text, "model.params."));
+        CHECK(!memcmp(&c, &back, sizeof c));
+        config_free(&text);
+    }
+}
+
+/* Each entry replaces one key of a good configuration and must be refused with a text that holds `part`. */
+static void test_config_errors(void) {
+    static const char *const wrong[][3] = {
+        {"transformer_config.target", "x.transformer.Perceiver", "Perceiver"},
+        {"transformer_config.params.enc_rel_pos_bias", "true", "enc_rel_pos_bias"},
+        {"transformer_config.params.wrap_decoder", "true", "wrap_decoder"},
+        {"transformer_config.params.dim", "0", "dim"},
+        {"transformer_config.params.dec_heads", "-3", "dec_heads"},
+        {"transformer_config.params.enc_depth", "99999999999999999999", "enc_depth"},
+        {"transformer_config.params.xt_start", "2", "xt_start"},
+        {"transformer_config.params.n_scales", "2", "n_scales"},
+        {"n_scales", "65", "n_scales"},
+        {"conditioner_config.target", "imagebart.util.TextProvider", "TextProvider"},
+    };
+    for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++) {
+        Config text = {0};
+        NetConfig c = x_small, back;
+        c.variant = X_RESIDUAL;
+        CHECK_OK(net_config_write(&text, &c, ""));
+        CHECK_OK(config_set(&text, wrong[i][0], "%s", wrong[i][1]));
+        CHECK_ERR(net_config_read(&back, &text, ""), wrong[i][2]);
+        config_free(&text);
+    }
+    Config empty = {0};
+    NetConfig back;
+    CHECK_ERR(net_config_read(&back, &empty, "a."), "a.transformer_config.target is missing");
+    Transformer *net;
+    NetConfig c = gpt_small;
+    c.dec_heads = 5;
+    CHECK_ERR(transformer_create(&net, &c), "n_head");
+    c = x_small, c.enc_num_tokens = 6;
+    CHECK_ERR(transformer_create(&net, &c), "6 tokens is too small for 7 token values");
+    c = x_small, c.n_scales = 9;
+    CHECK_ERR(transformer_create(&net, &c), "9 scales");
+    c = x_small, c.dim = 0;
+    CHECK_ERR(transformer_create(&net, &c), "dim");
+    CHECK(net == NULL);
+}
+
+/* One id at a time is put out of range, refused by name and place, and put back. */
+static void test_bad_ids(Case *c) {
+    const real *logits;
+    const struct {
+        int32_t *id, bad;
+        const char *part;
+    } bad[] = {{&c->x[4], 7, "x[4] is 7, expected 0..6"},
+               {&c->x[4], -1, "x[4] is -1"},
+               {&c->x_t[9], 7, "x_t[9] is 7, expected 0..6"},
+               {&c->t[1], 0, "t[1] is 0, expected 1..3"},
+               {&c->t[1], 4, "t[1] is 4"},
+               {&c->label[0], 9, "label[0] is 9, expected 0..8"}};
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
+        int32_t keep = *bad[i].id;
+        *bad[i].id = bad[i].bad;
+        CHECK_ERR(forward(c, &logits), bad[i].part);
+        *bad[i].id = keep;
+    }
+    CHECK_OK(forward(c, &logits));
+    CHECK_ERR(transformer_forward(c->net, c->x, NULL, c->t, c->label, 2, 5, &logits), "no x_t");
+    CHECK_ERR(transformer_forward(c->net, c->x, c->x_t, c->t, NULL, 2, 5, &logits), "no label");
+    CHECK_ERR(transformer_forward(c->net, c->x, c->x_t, c->t, c->label, 3, 5, &logits), "3 x 5");
+    CHECK_ERR(transformer_forward(c->net, c->x, c->x_t, c->t, c->label, 2, 6, &logits), "2 x 6");
+}
+
+static void test_errors(void) {
+    Case c;
+    const real *logits;
+    int32_t prev[2] = {0, 7};
+    NetConfig config = x_small;
+    config.has_class = 1;
+    case_make(&c, &config, 2, 5);
+    CHECK_ERR(forward(&c, &logits), "nothing is planned");
+    CHECK_ERR(transformer_plan(c.net, 2, 7, 0), "7 tokens need 7 decoder positions, the table has 6");
+    CHECK_ERR(transformer_plan(c.net, 2, 8, 0), "8 tokens need 10 encoder positions, the table has 9");
+    CHECK_ERR(transformer_plan(c.net, 0, 5, 0), "batch of 0");
+    CHECK_ERR(transformer_plan(c.net, 2, 0, 0), "0 tokens");
+    CHECK_OK(transformer_plan(c.net, 2, 5, 1));
+    CHECK_ERR(transformer_backward(c.net, c.dlogits), "without a forward");
+    CHECK_ERR(transformer_decode_begin(c.net, c.x_t, c.t, c.label, 2, 5), "training plan");
+    test_bad_ids(&c);
+    CHECK_OK(transformer_plan(c.net, 2, 5, 0));
+    CHECK_OK(forward(&c, &logits));
+    CHECK_ERR(transformer_backward(c.net, c.dlogits), "without training");
+    CHECK_ERR(transformer_decode_step(c.net, prev, 0, &logits), "decoding");
+    CHECK_OK(transformer_decode_begin(c.net, c.x_t, c.t, c.label, 2, 5));
+    CHECK_ERR(transformer_decode_step(c.net, prev, 1, &logits), "expected 0");
+    CHECK_OK(transformer_decode_step(c.net, NULL, 0, &logits));
+    CHECK_ERR(transformer_decode_step(c.net, prev, 1, &logits), "previous token[1] is 7");
+    CHECK_ERR(transformer_decode_step(c.net, prev, 0, &logits), "expected 1");
+    prev[1] = 6;
+    CHECK_OK(transformer_decode_step(c.net, prev, 1, &logits));
+    CHECK_OK(forward(&c, &logits));
+    CHECK_ERR(transformer_decode_step(c.net, prev, 2, &logits), "decoding"); /* forward used the caches */
+    case_free(&c);
+
+    config.dec_max_seq_len = 1 << 20, config.enc_max_seq_len = 1 << 20; /* a plan beyond any memory */
+    Transformer *net;
+    CHECK_OK(transformer_create(&net, &config));
+    CHECK_ERR(transformer_plan(net, 1 << 20, (1 << 20) - 2, 1), "");
+    CHECK_ERR(transformer_forward(net, c.x, c.x_t, c.t, c.label, 1, 1, &logits), "nothing is planned");
+    transformer_free(net);
+}
+
+int main(void) {
+#ifdef REAL_DOUBLE
+    test_gradients();
+    test_gradient_check_fails();
+    test_loss_gradient();
+#endif
+    test_accumulation();
+    test_decoding();
+    test_dependence();
+    test_residual();
+    test_fine_scaling();
+    test_unmasked();
+    test_threads();
+    test_loss_closed_forms();
+    test_decay_rules();
+    test_adamw_and_ema();
+    test_learning_rate();
+    test_names();
+    test_full_size_counts();
+    test_config();
+    test_config_errors();
+    test_errors();
+    return test_report();
+}

@@ -1,0 +1,678 @@
+/* test_vqgan.c - the first stage against finite differences, against itself at other sizes and thread counts, and
+ * against brute force. Agreement with the official implementation is test/golden's business.
+ *
+ * Gradients: the network is not differentiable where a latent changes its code, and straight-through gradients are
+ * not the derivative of anything it computes. So the finite differences are taken of a surrogate whose derivative
+ * they are: the codes and the step e - z are frozen, and S = <R, decode(z + frozen)> + the term of the codebook loss
+ * that moves z. The other term, which moves the codebook, is checked by its closed form. */
+
+#include "test.h"
+
+enum { IS_DOUBLE = sizeof(real) == 8 };
+
+/* ---- Tiny first stages ---- */
+
+static VqganConfig tiny(void) {
+    VqganConfig c;
+    memset(&c, 0, sizeof c);
+    c.ch = 32;
+    c.levels = 3;
+    c.ch_mult[0] = 1, c.ch_mult[1] = 2, c.ch_mult[2] = 1; /* nin_shortcut up and down */
+    c.num_res_blocks = 1;
+    c.resolution = 12;
+    c.n_attn = 1;
+    c.attn_resolutions[0] = 6; /* level 1 */
+    c.in_channels = 3;
+    c.out_ch = 2;
+    c.z_channels = 7;
+    c.embed_dim = 5;
+    c.n_embed = 11;
+    c.legacy = 1;
+    c.beta = 0.25;
+    return c;
+}
+
+static void fill(real *x, size_t n, double scale, uint64_t stream) {
+    for (size_t i = 0; i < n; i++) x[i] = (real)(scale * rng_normal(7, rng_stream(RNG_TEST, stream, 0), i));
+}
+
+static real *random_reals(size_t n, double scale, uint64_t stream) {
+    real *x = NULL;
+    CHECK_OK(mem_alloc(&x, n, sizeof *x, "test"));
+    fill(x, n, scale, stream);
+    return x;
+}
+
+static real *copied(const real *x, size_t n) {
+    real *y = NULL;
+    CHECK_OK(mem_alloc(&y, n, sizeof *y, "test"));
+    memcpy(y, x, n * sizeof *y);
+    return y;
+}
+
+static int same_bits(const real *a, const real *b, size_t n) {
+    return memcmp(a, b, n * sizeof *a) == 0;
+}
+
+/* Norms and biases away from their initial 1 and 0, codes far enough apart that small steps do not change them. */
+static Vqgan *make(const VqganConfig *c, int honour_tanh) {
+    Vqgan *v = NULL;
+    CHECK_OK(vqgan_create(&v, c, honour_tanh));
+    if (!v) exit(test_report());
+    Params *p = vqgan_params(v);
+    CHECK_OK(params_plan(p, PLAN_VALUE | PLAN_GRAD));
+    params_init(p, 3);
+    for (size_t i = 0; i < p->n; i++)
+        if (p->row[i].ndim == 1)
+            for (size_t j = 0; j < p->row[i].size; j++)
+                p->row[i].value[j] += (real)(0.2 * rng_normal(5, rng_stream(RNG_TEST, 99, i), j));
+    for (size_t i = 0; i < p->n; i++)
+        if (strcmp(p->row[i].name, "quantize.embedding.weight") == 0) fill(p->row[i].value, p->row[i].size, 1, 98);
+    return v;
+}
+
+static Param *find(Vqgan *v, const char *name) {
+    Params *p = vqgan_params(v);
+    for (size_t i = 0; i < p->n; i++)
+        if (strcmp(p->row[i].name, name) == 0) return &p->row[i];
+    printf("no parameter %s\n", name);
+    exit(1);
+}
+
+/* ---- Gradients ---- */
+
+typedef struct {
+    Vqgan *v;
+    size_t B, H, W, n_image, n_z, n_out;
+    real *image, *R, *z, *frozen, *e, *out; /* frozen = e - z at the start */
+    double to_z;                            /* weight of mean (e-z)^2 in S */
+} Surrogate;
+
+static double surrogate(Surrogate *s) {
+    const size_t shift = vqgan_config(s->v)->levels - 1;
+    double value = 0, gap = 0;
+    if (vqgan_encode(s->v, s->image, s->B, s->H, s->W, 0, s->z, NULL, NULL) != OK) return NAN;
+    for (size_t i = 0; i < s->n_z; i++) {
+        gap += ((double)s->e[i] - (double)s->z[i]) * ((double)s->e[i] - (double)s->z[i]);
+        s->z[i] += s->frozen[i];
+    }
+    if (vqgan_decode(s->v, s->z, s->B, s->H >> shift, s->W >> shift, s->out) != OK) return NAN;
+    for (size_t i = 0; i < s->n_out; i++) value += (double)s->R[i] * (double)s->out[i];
+    return value + s->to_z * gap / (double)s->n_z;
+}
+
+/* |dS/dr - <grad, r>| / |grad| for a random direction r: one wrong element among all shows. */
+static double direction_error(Surrogate *s, real *x, const real *grad, size_t n, uint64_t stream) {
+    const double step = 3e-5 / sqrt((double)n);
+    real *r = random_reals(n, 1, stream), *keep = copied(x, n);
+    double along = 0, size = 0, up, down;
+    for (size_t i = 0; i < n; i++) {
+        along += (double)grad[i] * (double)r[i];
+        size += (double)grad[i] * (double)grad[i];
+    }
+    for (size_t i = 0; i < n; i++) x[i] = keep[i] + (real)step * r[i];
+    up = surrogate(s);
+    for (size_t i = 0; i < n; i++) x[i] = keep[i] - (real)step * r[i];
+    down = surrogate(s);
+    memcpy(x, keep, n * sizeof *x);
+    free(r);
+    free(keep);
+    return fabs((up - down) / (2 * step) - along) / fmax(sqrt(size), 0.1); /* some are exactly 0 */
+}
+
+static Surrogate start(Vqgan *v, size_t B, size_t H, size_t W) {
+    const VqganConfig *c = vqgan_config(v);
+    const size_t N = (H >> (c->levels - 1)) * (W >> (c->levels - 1));
+    Surrogate s;
+    memset(&s, 0, sizeof s);
+    s.v = v;
+    s.B = B, s.H = H, s.W = W;
+    s.n_image = B * c->in_channels * H * W;
+    s.n_out = B * c->out_ch * H * W;
+    s.n_z = B * c->embed_dim * N;
+    s.image = random_reals(s.n_image, 0.5, 1);
+    s.R = random_reals(s.n_out, 1, 2);
+    s.z = random_reals(s.n_z, 1, 3);
+    s.frozen = random_reals(s.n_z, 1, 4);
+    s.e = random_reals(s.n_z, 1, 5);
+    s.out = random_reals(s.n_out, 1, 6);
+    return s;
+}
+
+static void finish(Surrogate *s) {
+    free(s->image);
+    free(s->R);
+    free(s->z);
+    free(s->frozen);
+    free(s->e);
+    free(s->out);
+}
+
+/* After vqgan_forward: the codes and latents that stay frozen. book_grad = what the codebook's gradient must be. */
+static void freeze(Surrogate *s, double weight, real *book_grad) {
+    const VqganConfig *c = vqgan_config(s->v);
+    const size_t D = c->embed_dim, N = s->n_z / s->B / D;
+    const real *z, *book = find(s->v, "quantize.embedding.weight")->value;
+    const int32_t *raw;
+    const double to_e = weight * (c->legacy ? c->beta : 1) * 2 / (double)s->n_z;
+    s->to_z = weight * (c->legacy ? 1 : c->beta);
+    vqgan_latents(s->v, &z, NULL, &raw);
+    memset(book_grad, 0, c->n_embed * D * sizeof *book_grad);
+    for (size_t b = 0; b < s->B; b++)
+        for (size_t d = 0; d < D; d++)
+            for (size_t i = 0; i < N; i++) {
+                const size_t at = (b * D + d) * N + i, entry = (size_t)raw[b * N + i] * D + d;
+                s->e[at] = book[entry];
+                s->frozen[at] = book[entry] - z[at];
+                book_grad[entry] += (real)(to_e * ((double)book[entry] - (double)z[at]));
+            }
+}
+
+static void check_gradients(const VqganConfig *c, int honour_tanh, size_t B, size_t H, size_t W) {
+    const double weight = 1.7, limit = 1e-6; /* float could not tell: directions only in double */
+    Vqgan *v = make(c, honour_tanh);
+    Params *p = vqgan_params(v);
+    CHECK_OK(vqgan_plan(v, B, H, W, 1));
+    Surrogate s = start(v, B, H, W);
+    real *dimage = random_reals(s.n_image, 1, 8), *book_grad = random_reals(c->n_embed * c->embed_dim, 1, 9);
+    const real *xrec;
+    double loss, worst = 0;
+    CHECK_OK(vqgan_forward(v, s.image, B, H, W, &xrec, &loss));
+    freeze(&s, weight, book_grad);
+    params_zero_grad(p);
+    CHECK_OK(vqgan_backward(v, s.R, weight, dimage));
+    CHECK(loss > 0);
+    for (size_t i = 0; IS_DOUBLE && i < p->n; i++) {
+        Param *row = &p->row[i];
+        if (strcmp(row->name, "quantize.embedding.weight") == 0) continue;
+        const double e = direction_error(&s, row->value, row->grad, row->size, 100 + i);
+        if (!test_note(e <= limit, __FILE__, __LINE__, row->name)) printf("     error %.3g\n", e);
+        worst = e > worst ? e : worst;
+    }
+    const double image_error = IS_DOUBLE ? direction_error(&s, s.image, dimage, s.n_image, 10) : 0;
+    CHECK(image_error <= limit);
+    Param *book = find(v, "quantize.embedding.weight");
+    CHECK_NEAR("codebook gradient", book->grad, book_grad, book->size, 1e-9, IS_DOUBLE ? 1e-12 : 1e-4);
+    if (IS_DOUBLE) printf("gradients: parameters %.2g, image %.2g\n", worst, image_error);
+    /* negative controls: one flipped element must show */
+    if (IS_DOUBLE) {
+        Param *row = find(v, "decoder.up.1.upsample.conv.weight");
+        row->grad[5] += (real)1e-2 * row->grad[6];
+        CHECK(direction_error(&s, row->value, row->grad, row->size, 11) > limit);
+    }
+    finish(&s);
+    free(dimage);
+    free(book_grad);
+    vqgan_free(v);
+}
+
+static void test_gradients(void) {
+    VqganConfig c = tiny();
+    const int before = threads_get();
+    threads_set(1);                    /* the pictures are too small for threads to help */
+    check_gradients(&c, 0, 2, 12, 20); /* not square; 3x5 latents */
+    c.legacy = 0;
+    c.beta = 0.6;
+    c.tanh_out = 1;
+    c.re_embed = 6;
+    c.n_attn = 0;
+    c.levels = 2;
+    c.ch_mult[0] = 2;
+    c.ch_mult[1] = 1;
+    check_gradients(&c, 1, 1, 6, 10);
+    threads_set(before);
+}
+
+/* backward adds to parameter gradients; dimage = NULL changes none of them; tanh_out is ignored unless honoured */
+static void test_accumulation(void) {
+    VqganConfig c = tiny();
+    c.tanh_out = 1;
+    Vqgan *v = make(&c, 0), *honest = make(&c, 1);
+    Params *p = vqgan_params(v);
+    Surrogate s = start(v, 2, 8, 12);
+    const real *xrec, *other;
+    double loss, other_loss;
+    CHECK_OK(vqgan_plan(v, 2, 8, 12, 1));
+    CHECK_OK(vqgan_forward(v, s.image, 2, 8, 12, &xrec, &loss));
+    params_zero_grad(p);
+    CHECK_OK(vqgan_backward(v, s.R, 1, NULL));
+    real *once = copied(p->arena[1], p->total), *dimage = random_reals(s.n_image, 1, 20);
+    CHECK_ERR(vqgan_backward(v, s.R, 1, dimage), "must follow");
+    CHECK_OK(vqgan_forward(v, s.image, 2, 8, 12, &xrec, &loss));
+    CHECK_OK(vqgan_backward(v, s.R, 1, dimage));
+    for (size_t i = 0; i < p->total; i++) once[i] *= 2;
+    CHECK_NEAR("two backwards", p->arena[1], once, p->total, 0, IS_DOUBLE ? 1e-12 : 1e-5);
+    params_zero_grad(p);
+    CHECK_OK(vqgan_forward(v, s.image, 2, 8, 12, &xrec, &loss));
+    CHECK_OK(vqgan_backward(v, s.R, 1, dimage));
+    for (size_t i = 0; i < p->total; i++) once[i] /= 2;
+    CHECK(same_bits(once, p->arena[1], p->total));
+
+    CHECK_OK(vqgan_plan(honest, 2, 8, 12, 1));
+    CHECK_OK(vqgan_forward(honest, s.image, 2, 8, 12, &other, &other_loss));
+    for (size_t i = 0; i < s.n_out; i++) s.out[i] = (real)tanh((double)xrec[i]);
+    CHECK_NEAR("tanh", other, s.out, s.n_out, 0, 1e-6);
+    CHECK(loss == other_loss);
+    finish(&s);
+    free(once);
+    free(dimage);
+    vqgan_free(v);
+    vqgan_free(honest);
+}
+
+/* ---- The same bits for every thread count, plan and batch ---- */
+
+typedef struct {
+    real *xrec, *dimage, *grad, *decoded;
+    double loss;
+    size_t n_out, n_image, n_grad;
+} Run;
+
+static Run run_with(const VqganConfig *c, int threads, size_t B, size_t H, size_t W) {
+    Run r;
+    threads_set(threads);
+    Vqgan *v = make(c, 0);
+    Params *p = vqgan_params(v);
+    Surrogate s = start(v, B, H, W);
+    const real *xrec, *zq;
+    CHECK_OK(vqgan_plan(v, B, H, W, 1));
+    CHECK_OK(vqgan_forward(v, s.image, B, H, W, &xrec, &r.loss));
+    r.xrec = copied(xrec, s.n_out);
+    r.dimage = random_reals(s.n_image, 1, 30);
+    params_zero_grad(p);
+    CHECK_OK(vqgan_backward(v, s.R, 1, r.dimage));
+    r.grad = copied(p->arena[1], p->total);
+    vqgan_latents(v, NULL, &zq, NULL);
+    r.decoded = copied(zq, s.n_z);
+    CHECK_OK(vqgan_plan(v, B, H, W, 0)); /* and once more with memory shared by liveness */
+    CHECK_OK(vqgan_decode(v, r.decoded, B, H >> (c->levels - 1), W >> (c->levels - 1), s.out));
+    free(r.decoded);
+    r.decoded = copied(s.out, s.n_out);
+    r.n_out = s.n_out;
+    r.n_image = s.n_image;
+    r.n_grad = p->total;
+    finish(&s);
+    vqgan_free(v);
+    return r;
+}
+
+static void run_free(Run *r) {
+    free(r->xrec);
+    free(r->dimage);
+    free(r->grad);
+    free(r->decoded);
+}
+
+static void test_threads(size_t B, size_t H, size_t W) {
+    const VqganConfig c = tiny();
+    const int before = threads_get();
+    Run one = run_with(&c, 1, B, H, W);
+    CHECK(same_bits(one.xrec, one.decoded, one.n_out)); /* training and inference plans */
+    for (int threads = 2; threads <= 3; threads++) {
+        Run r = run_with(&c, threads, B, H, W);
+        CHECK(r.loss == one.loss);
+        CHECK(same_bits(r.xrec, one.xrec, one.n_out));
+        CHECK(same_bits(r.dimage, one.dimage, one.n_image));
+        CHECK(same_bits(r.grad, one.grad, one.n_grad));
+        CHECK(same_bits(r.decoded, one.decoded, one.n_out));
+        r.xrec[one.n_out - 1] += (real)1e-3;
+        CHECK(!same_bits(r.xrec, one.xrec, one.n_out));
+        run_free(&r);
+    }
+    run_free(&one);
+    threads_set(before);
+}
+
+/* A picture alone, or in a plan made for larger ones, has the same latents and the same reconstruction. */
+static void test_sizes(void) {
+    const VqganConfig c = tiny();
+    Vqgan *v = make(&c, 0);
+    Surrogate s = start(v, 3, 12, 20);
+    const size_t picture = s.n_image / 3, latent = s.n_z / 3;
+    real *alone = random_reals(s.n_z, 1, 40);
+    int32_t tokens[3 * 15], token[15];
+    CHECK_OK(vqgan_plan(v, 3, 12, 20, 0));
+    CHECK_OK(vqgan_encode(v, s.image, 3, 12, 20, 1, s.z, NULL, tokens));
+    CHECK_OK(vqgan_plan(v, 5, 24, 32, 1));
+    for (size_t b = 0; b < 3; b++) {
+        CHECK_OK(vqgan_encode(v, s.image + b * picture, 1, 12, 20, 1, alone, NULL, token));
+        CHECK(same_bits(alone, s.z + b * latent, latent));
+        CHECK(memcmp(token, tokens + b * 15, sizeof token) == 0);
+    }
+    finish(&s);
+    free(alone);
+    vqgan_free(v);
+}
+
+/* ---- Quantiser ---- */
+
+/* The nearest entry by exhaustive search in double, the first of equals; *margin: how clear the smallest choice is. */
+static void search(const real *book, size_t K, size_t D, const real *z, size_t B, size_t N, int32_t *raw,
+                   double *margin) {
+    *margin = INFINITY;
+    for (size_t i = 0; i < B * N; i++) {
+        double best = INFINITY, second = INFINITY;
+        for (size_t k = 0; k < K; k++) {
+            double d = 0;
+            for (size_t j = 0; j < D; j++) {
+                const double gap = (double)z[(i / N * D + j) * N + i % N] - (double)book[k * D + j];
+                d += gap * gap;
+            }
+            if (d < best) {
+                second = best;
+                best = d;
+                raw[i] = (int32_t)k;
+            } else if (d > best && d < second)
+                second = d;
+        }
+        *margin = fmin(*margin, second - best);
+    }
+}
+
+static void test_quantizer(void) {
+    VqganConfig c = tiny();
+    c.levels = 1;
+    c.n_attn = 0;
+    c.n_embed = 1031; /* more than one block of codes */
+    enum { B = 2, H = 17, W = 19, N = H * W, D = 5 };
+    Vqgan *v = make(&c, 0);
+    real *book = find(v, "quantize.embedding.weight")->value, *z = random_reals(B * N * D, 1, 50);
+    real *back = random_reals(B * N * D, 1, 51);
+    static int32_t raw[B * N], tokens[B * N], expected[B * N];
+    double margin;
+    memcpy(book + 700 * D, book + 3 * D, D * sizeof *book); /* a tie: 3 wins over 700 */
+    for (size_t i = 0; i < 40; i++)
+        for (size_t d = 0; d < D; d++) z[d * N + i] = book[3 * D + d];
+    CHECK_OK(vqgan_plan(v, B, H, W, 0));
+    CHECK_OK(vqgan_quantize(v, z, B, H, W, 0, raw, tokens));
+    search(book, c.n_embed, D, z, B, N, expected, &margin);
+    printf("quantizer: clearest doubt %.2g\n", margin);
+    CHECK(margin > 1e-6);
+    CHECK(memcmp(raw, expected, sizeof raw) == 0);
+    CHECK(memcmp(raw, tokens, sizeof raw) == 0); /* no remap */
+    CHECK(raw[0] == 3 && raw[39] == 3);
+    CHECK_OK(vqgan_lookup(v, tokens, B, H, W, back));
+    for (size_t i = 0; i < B * N; i++)
+        for (size_t d = 0; d < D; d++)
+            if (back[(i / N * D + d) * N + i % N] != book[(size_t)expected[i] * D + d]) CHECK(!"lookup");
+    tokens[5] = (int32_t)c.n_embed;
+    CHECK_ERR(vqgan_lookup(v, tokens, B, H, W, back), "token 5 of picture 0 is 1031, expected 0..1030");
+    tokens[5] = -1;
+    CHECK_ERR(vqgan_decode_tokens(v, tokens, B, H, W, back), "is -1");
+    free(z);
+    free(back);
+    vqgan_free(v);
+}
+
+static void write_model(Vqgan *v, const char *path, const int64_t *used, size_t n_used) {
+    TensorList list;
+    memset(&list, 0, sizeof list);
+    CHECK_OK(tensor_list_params(&list, vqgan_params(v), 'v', "first_stage_model.", DT_F32));
+    if (used) CHECK_OK(tensor_list_add(&list, "first_stage_model.quantize.used", DT_I64, 1, &n_used, used, 0));
+    Config meta;
+    memset(&meta, 0, sizeof meta);
+    CHECK_OK(checkpoint_write(path, list.tensor, list.from_real, list.n, &meta));
+    tensor_list_free(&list);
+}
+
+static void test_remap(void) {
+    const char *path = "/tmp/test_vqgan.safetensors";
+    VqganConfig c = tiny();
+    c.re_embed = 4;
+    int64_t used[4] = {9, 2, 5, 10};
+    Vqgan *v = make(&c, 0), *w = make(&c, 0);
+    Checkpoint ck;
+    memset(&ck, 0, sizeof ck);
+    write_model(v, path, used, 4);
+    CHECK_OK(checkpoint_open(&ck, path));
+    params_init(vqgan_params(w), 77);
+    CHECK_OK(vqgan_load(w, &ck, "first_stage_model."));
+    checkpoint_close(&ck);
+    CHECK(vqgan_K(w) == 4 && vqgan_used(w)[0] == 9 && vqgan_used(w)[3] == 10);
+    const real *a = find(v, "encoder.mid.attn_1.q.weight")->value, *b = find(w, "encoder.mid.attn_1.q.weight")->value;
+    CHECK_NEAR("loaded", b, a, 32 * 32, 0, 1e-7);
+
+    enum { B = 3, N = 15 * 12 };
+    real *z = random_reals(B * N * 5, 2, 60), *back = random_reals(B * N * 5, 1, 61);
+    const real *book = find(w, "quantize.embedding.weight")->value;
+    static int32_t raw[B * N], tokens[B * N], again[B * N], other[B * N];
+    size_t known = 0, unknown = 0, moved = 0, count[4] = {0};
+    CHECK_OK(vqgan_plan(w, B, 60, 48, 0));
+    CHECK_OK(vqgan_quantize(w, z, B, 15, 12, 1, raw, tokens));
+    CHECK_OK(vqgan_quantize(w, z, B, 15, 12, 1, NULL, again));
+    CHECK_OK(vqgan_quantize(w, z, B, 15, 12, 2, NULL, other));
+    for (size_t i = 0; i < B * N; i++) {
+        CHECK(tokens[i] >= 0 && tokens[i] < 4);
+        count[tokens[i]]++;
+        size_t at = 0;
+        while (at < 4 && used[at] != raw[i]) at++;
+        if (at < 4) {
+            known++;
+            if (tokens[i] != (int32_t)at || other[i] != (int32_t)at) CHECK(!"a known code moved");
+        } else {
+            unknown++;
+            moved += other[i] != tokens[i];
+        }
+    }
+    CHECK(known > 20 && unknown > 20 && moved > unknown / 2);
+    CHECK(count[0] > 20 && count[1] > 20 && count[2] > 20 && count[3] > 20);
+    CHECK(memcmp(tokens, again, sizeof tokens) == 0);
+    CHECK_OK(vqgan_lookup(w, tokens, B, 15, 12, back));
+    CHECK(back[0] == book[used[tokens[0]] * 5]);
+
+    used[2] = 11;
+    write_model(v, path, used, 4);
+    CHECK_OK(checkpoint_open(&ck, path));
+    CHECK_ERR(vqgan_load(w, &ck, "first_stage_model."), "quantize.used[2] is 11, expected 0..10");
+    CHECK_ERR(vqgan_load(w, &ck, ""), "encoder.conv_in.weight");
+    checkpoint_close(&ck);
+    write_model(v, path, NULL, 0);
+    CHECK_OK(checkpoint_open(&ck, path));
+    CHECK_ERR(vqgan_load(w, &ck, "first_stage_model."), "quantize.used");
+    checkpoint_close(&ck);
+    remove(path);
+    free(z);
+    free(back);
+    vqgan_free(v);
+    vqgan_free(w);
+}
+
+static void test_restart(void) {
+    const VqganConfig c = tiny();
+    Vqgan *v = make(&c, 0);
+    Param *book = find(v, "quantize.embedding.weight");
+    CHECK_OK(params_plan(vqgan_params(v), PLAN_ADAM | PLAN_EMA));
+    CHECK_OK(vqgan_plan(v, 2, 12, 20, 1));
+    Surrogate s = start(v, 2, 12, 20);
+    const real *xrec, *z;
+    double loss;
+    uint32_t usage[11] = {1, 0, 3, 1, 1, 1, 1, 1, 0, 1, 1};
+    CHECK(vqgan_restart_codes(v, usage, 1, 1) == 0); /* nothing to restart from yet */
+    CHECK_OK(vqgan_forward(v, s.image, 2, 12, 20, &xrec, &loss));
+    vqgan_latents(v, &z, NULL, NULL);
+    fill(book->m, book->size, 1, 70);
+    fill(book->v, book->size, 1, 71);
+    real *before = copied(book->value, book->size);
+    CHECK(vqgan_restart_codes(v, usage, 1, 1) == 2);
+    for (size_t code = 0; code < 11; code++) {
+        int found = 0;
+        for (size_t i = 0; i < 30; i++) {
+            int same = 1;
+            for (size_t d = 0; d < 5; d++) same &= book->value[code * 5 + d] == z[(i / 15 * 5 + d) * 15 + i % 15];
+            found |= same;
+        }
+        CHECK(found == !usage[code]);
+        CHECK(same_bits(before + code * 5, book->value + code * 5, 5) == !!usage[code]);
+        CHECK((book->m[code * 5] == 0 && book->v[code * 5 + 4] == 0) == !usage[code]);
+        if (!usage[code]) CHECK(same_bits(book->ema + code * 5, book->value + code * 5, 5));
+    }
+    real *first = copied(book->value, book->size);
+    CHECK(vqgan_restart_codes(v, usage, 1, 1) == 2 && same_bits(first, book->value, book->size));
+    CHECK(vqgan_restart_codes(v, usage, 1, 2) == 2 && !same_bits(first, book->value, book->size));
+    free(first);
+    free(before);
+    finish(&s);
+    vqgan_free(v);
+}
+
+static void test_image_loss(void) {
+    enum { N = 257 };
+    real *x = random_reals(N, 1, 80), *y = random_reals(N, 1, 81), d[N];
+    double l1, l2, s1 = 0, s2 = 0, up, down, unused;
+    y[3] = x[3];
+    image_loss(x, y, N, 0.3, 0.7, &l1, &l2, d);
+    for (size_t i = 0; i < N; i++) {
+        s1 += fabs((double)y[i] - (double)x[i]) / N;
+        s2 += ((double)y[i] - (double)x[i]) * ((double)y[i] - (double)x[i]) / N;
+    }
+    CHECK(fabs(l1 - s1) < 1e-6 && fabs(l2 - s2) < 1e-6);
+    CHECK(d[3] == 0);
+    y[5] += (real)1e-3;
+    image_loss(x, y, N, 0, 0, &up, &unused, NULL);
+    y[5] -= (real)2e-3;
+    image_loss(x, y, N, 0, 0, &down, &unused, NULL);
+    image_loss(x, y, N, 1, 0, &s1, &s2, d);
+    CHECK(fabs((up - down) / 2e-3 - (double)d[5]) < 1e-4);
+    free(x);
+    free(y);
+}
+
+/* ---- Names, shapes, refusals ---- */
+
+static VqganConfig official(void) {
+    VqganConfig c = tiny();
+    const size_t mult[5] = {1, 1, 2, 2, 4};
+    c.ch = 128;
+    c.levels = 5;
+    memcpy(c.ch_mult, mult, sizeof mult);
+    c.num_res_blocks = 2;
+    c.resolution = 256;
+    c.attn_resolutions[0] = 16;
+    c.out_ch = 3;
+    c.z_channels = c.embed_dim = 256;
+    c.n_embed = 1024;
+    c.re_embed = 548;
+    return c;
+}
+
+static void test_table(void) {
+    const VqganConfig c = official();
+    Vqgan *v = NULL;
+    CHECK_OK(vqgan_create(&v, &c, 0));
+    Params *p = vqgan_params(v);
+    CHECK(params_count(p) == 72141699); /* SPEC section 12 */
+    const char *order[] = {"encoder.conv_in.weight",
+                           "encoder.down.2.block.0.nin_shortcut.bias",
+                           "encoder.down.4.block.1.norm1.weight",
+                           "encoder.down.4.attn.0.norm.weight",
+                           "encoder.mid.block_1.norm1.weight",
+                           "encoder.conv_out.bias",
+                           "decoder.conv_in.weight",
+                           "decoder.mid.block_2.conv2.bias",
+                           "decoder.up.0.block.0.norm1.weight",
+                           "decoder.up.4.attn.2.proj_out.bias",
+                           "decoder.up.4.upsample.conv.bias",
+                           "decoder.conv_out.bias",
+                           "quantize.embedding.weight",
+                           "quant_conv.weight",
+                           "post_quant_conv.bias"};
+    size_t at = 0;
+    for (size_t i = 0; i < p->n && at < sizeof order / sizeof *order; i++) at += !strcmp(p->row[i].name, order[at]);
+    CHECK(at == sizeof order / sizeof *order);
+    CHECK(strcmp(p->row[0].name, order[0]) == 0 && strcmp(p->row[p->n - 1].name, order[at - 1]) == 0);
+    CHECK(find(v, "decoder.up.3.block.0.nin_shortcut.weight")->dim[1] == 512);
+    vqgan_free(v);
+}
+
+static void test_config(void) {
+    VqganConfig c = official(), d;
+    Config text;
+    memset(&text, 0, sizeof text);
+    c.tanh_out = 1;
+    c.legacy = 0;
+    c.beta = 0.3;
+    CHECK_OK(vqgan_config_write(&text, &c, "model.params."));
+    CHECK_OK(vqgan_config_read(&d, &text, "model.params."));
+    for (size_t i = c.levels; i < VQ_LEVELS; i++) d.ch_mult[i] = c.ch_mult[i];
+    CHECK(memcmp(c.ch_mult, d.ch_mult, sizeof c.ch_mult) == 0 && d.levels == 5 && d.n_attn == 1);
+    CHECK(d.ch == 128 && d.attn_resolutions[0] == 16 && d.resolution == 256 && d.num_res_blocks == 2);
+    CHECK(d.in_channels == 3 && d.out_ch == 3 && d.z_channels == 256 && d.embed_dim == 256);
+    CHECK(d.n_embed == 1024 && d.re_embed == 548 && d.tanh_out == 1 && d.legacy == 0 && d.beta == 0.3);
+    CHECK_ERR(vqgan_config_read(&d, &text, "other."), "other.embed_dim");
+    CHECK_OK(config_set(&text, "model.params.ddconfig.double_z", "true"));
+    CHECK_ERR(vqgan_config_read(&d, &text, "model.params."), "double_z");
+    config_free(&text);
+}
+
+static void refuse(VqganConfig c, const char *part) {
+    Vqgan *v;
+    CHECK_ERR(vqgan_create(&v, &c, 0), part);
+    CHECK(v == NULL);
+}
+
+static void test_refusals(void) {
+    VqganConfig c = tiny();
+#define REFUSE(change, part)                                                                                           \
+    do {                                                                                                               \
+        c = tiny();                                                                                                    \
+        change;                                                                                                        \
+        refuse(c, part);                                                                                               \
+    } while (0)
+    REFUSE(c.ch = 48, "ch is 48, expected a multiple of 32");
+    REFUSE(c.ch = 0, "ch is 0");
+    REFUSE(c.levels = 0, "levels");
+    REFUSE(c.levels = 9, "levels");
+    REFUSE(c.ch_mult[1] = 0, "ch_mult");
+    REFUSE(c.ch_mult[2] = (size_t)-1, "ch_mult");
+    REFUSE(c.num_res_blocks = 0, "num_res_blocks");
+    REFUSE(c.n_embed = 0, "n_embed");
+    REFUSE(c.re_embed = 12, "re_embed is 12, expected 0..11");
+    REFUSE(c.beta = NAN, "beta");
+    REFUSE(c.z_channels = 0, "z_channels");
+
+    c = tiny();
+    Vqgan *v = NULL;
+    Surrogate s;
+    const real *xrec;
+    double loss;
+    CHECK_OK(vqgan_create(&v, &c, 0));
+    CHECK_OK(vqgan_plan(v, 2, 12, 20, 0));
+    real dummy[1] = {0};
+    CHECK_ERR(vqgan_encode(v, dummy, 1, 12, 20, 0, NULL, NULL, NULL), "no values");
+    vqgan_free(v);
+    v = make(&c, 0);
+    s = start(v, 2, 12, 20);
+    CHECK_ERR(vqgan_encode(v, s.image, 2, 12, 20, 0, NULL, NULL, NULL), "vqgan_plan");
+    CHECK_ERR(vqgan_plan(v, 2, 12, 18, 0), "12x18; both sides must be multiples of 4");
+    CHECK_ERR(vqgan_plan(v, 0, 12, 20, 0), "empty batch");
+    CHECK_ERR(vqgan_plan(v, (size_t)-1, 12, 20, 0), "too much");
+    CHECK_OK(vqgan_plan(v, 2, 12, 20, 0));
+    CHECK_ERR(vqgan_encode(v, s.image, 3, 12, 20, 0, NULL, NULL, NULL), "planned for 2 of 12x20");
+    CHECK_ERR(vqgan_encode(v, s.image, 2, 16, 20, 0, NULL, NULL, NULL), "planned for");
+    CHECK_ERR(vqgan_decode(v, s.z, 2, (size_t)-1, 5, s.out), "planned for");
+    CHECK_ERR(vqgan_forward(v, s.image, 2, 12, 20, &xrec, &loss), "inference");
+    CHECK_ERR(vqgan_backward(v, s.R, 1, NULL), "must follow");
+    CHECK_OK(vqgan_plan(v, 2, 12, 20, 1));
+    CHECK_ERR(vqgan_backward(v, s.R, 1, NULL), "must follow");
+    CHECK_OK(vqgan_forward(v, s.image, 2, 12, 20, &xrec, &loss));
+    CHECK_OK(vqgan_encode(v, s.image, 2, 12, 20, 0, NULL, NULL, NULL));
+    CHECK_ERR(vqgan_backward(v, s.R, 1, NULL), "must follow");
+    finish(&s);
+    vqgan_free(v);
+}
+
+int main(void) {
+    test_table();
+    test_config();
+    test_refusals();
+    test_image_loss();
+    test_quantizer();
+    test_remap();
+    test_restart();
+    test_sizes();
+    test_accumulation();
+    test_gradients();
+    test_threads(3, 8, 12);
+    test_threads(1, 64, 80);
+    return test_report();
+}
