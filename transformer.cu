@@ -696,13 +696,22 @@ static inline real max_of(const real *x, size_t n) {
 static void gelu_forward(real *g, real *dg, const real *bias, size_t R, size_t H) {
 #pragma omp parallel for if (R * H > SMALL_WORK)
     for (size_t r = 0; r < R; r++) {
-        real *gr = g + r * H, *dgr = dg ? dg + r * H : gr;
+        real *gr = g + r * H, *dgr = dg ? dg + r * H : NULL;
+        if (dgr) {
 #pragma omp simd
-        for (size_t i = 0; i < H; i++) {
-            real x = gr[i] + bias[i], cdf, pdf;
-            normal_distribution(&cdf, &pdf, x);
-            dgr[i] = cdf + x * pdf;
-            gr[i] = x * cdf;
+            for (size_t i = 0; i < H; i++) {
+                real x = gr[i] + bias[i], cdf, pdf;
+                normal_distribution(&cdf, &pdf, x);
+                dgr[i] = cdf + x * pdf;
+                gr[i] = x * cdf;
+            }
+        } else {
+#pragma omp simd
+            for (size_t i = 0; i < H; i++) {
+                real x = gr[i] + bias[i], cdf, pdf;
+                normal_distribution(&cdf, &pdf, x);
+                gr[i] = x * cdf;
+            }
         }
     }
 }
@@ -979,8 +988,9 @@ static void project_positions(const Transformer *m, const Linear *l, real *out, 
                            pass->B);
 }
 
-/* attention_forward    next (R,C) = x + to_out(attend(to_q normed, to_k source, to_v source)), source = normed or
- * context attention_backward   m->dnormed overwritten, dcontext += (cross-attention), parameters +=, from dout (R,C) */
+/* attention_forward    next (R,C) = x + to_out(attend(to_q normed, to_k source, to_v source))
+ * attention_backward   m->dnormed overwritten, dcontext += (cross-attention), parameters +=, from dout (R,C)
+ *   source: normed itself, or the context in cross-attention */
 static void attention_forward(Transformer *m, const Stack *s, Layer *l, real *next, const Pass *pass) {
     const size_t R = pass->B * pass->n, C = s->C, inner = l->heads * l->D;
     const AttendShape shape = attend_shape(s, l, pass);
@@ -1366,6 +1376,17 @@ Err transformer_decode_step(Transformer *m, const int32_t *prev, size_t i, const
 
 /* ---- Optimizer (SPEC sections 6 and 7) ---- */
 
+#ifdef REAL_DOUBLE
+static inline real square_root(real x) {
+    return sqrt(x);
+}
+#else
+static inline real square_root(real x) {
+    return sqrtf(x);
+}
+#endif
+
+/* Tensors are cut into pieces of fixed size, so that threads do not decide which elements run as vectors. */
 void adamw_step(Params *p, const AdamW *o, uint64_t step) {
     const double correction1 = 1 - pow(o->beta1, (double)step), correction2 = 1 - pow(o->beta2, (double)step);
     const real beta1 = (real)o->beta1, beta2 = (real)o->beta2, eps = (real)o->eps;
@@ -1375,17 +1396,17 @@ void adamw_step(Params *p, const AdamW *o, uint64_t step) {
         const Param *row = &p->row[i];
         if (row->untrained) continue;
         const real keep = (real)(1 - o->lr * row->decay * o->decay_scale);
-        real *w = row->value, *m = row->m, *v = row->v;
-        const real *g = row->grad;
-#pragma omp parallel for simd if (row->size > SMALL_WORK)
-        for (size_t k = 0; k < row->size; k++) {
-            m[k] = beta1 * m[k] + rest1 * g[k];
-            v[k] = beta2 * v[k] + rest2 * g[k] * g[k];
-#ifdef REAL_DOUBLE
-            w[k] = keep * w[k] - rate * m[k] / (sqrt(v[k]) * inverse + eps);
-#else
-            w[k] = keep * w[k] - rate * m[k] / (sqrtf(v[k]) * inverse + eps);
-#endif
+#pragma omp parallel for if (row->size > SMALL_WORK)
+        for (size_t k0 = 0; k0 < row->size; k0 += SMALL_WORK) {
+            const size_t n = min_size(SMALL_WORK, row->size - k0);
+            real *w = row->value + k0, *m = row->m + k0, *v = row->v + k0;
+            const real *g = row->grad + k0;
+#pragma omp simd
+            for (size_t k = 0; k < n; k++) {
+                m[k] = beta1 * m[k] + rest1 * g[k];
+                v[k] = beta2 * v[k] + rest2 * g[k] * g[k];
+                w[k] = keep * w[k] - rate * m[k] / (square_root(v[k]) * inverse + eps);
+            }
         }
     }
 }
@@ -1395,10 +1416,14 @@ void ema_update(Params *p, double decay, uint64_t num_updates) {
     const real step = (real)(1 - (warm < limit ? warm : limit));
     for (size_t i = 0; i < p->n; i++) {
         const Param *row = &p->row[i];
-        real *e = row->ema;
-        const real *w = row->value;
-#pragma omp parallel for simd if (row->size > SMALL_WORK)
-        for (size_t k = 0; k < row->size; k++) e[k] -= step * (e[k] - w[k]);
+#pragma omp parallel for if (row->size > SMALL_WORK)
+        for (size_t k0 = 0; k0 < row->size; k0 += SMALL_WORK) {
+            const size_t width = min_size(SMALL_WORK, row->size - k0);
+            real *e = row->ema + k0;
+            const real *w = row->value + k0;
+#pragma omp simd
+            for (size_t k = 0; k < width; k++) e[k] -= step * (e[k] - w[k]);
+        }
     }
 }
 

@@ -39,17 +39,17 @@
 
 enum {
     GROUPS = 32,       /* of every GroupNorm */
-    TAPS = 16,         /* most taps of a stencil */
     PARTS = 16,        /* partial sums of a weight gradient: fixed, so that threads do not change bits */
     CODES = 512,       /* codebook entries compared at a time */
     SPOTS = 256,       /* latents compared at a time */
     MAX_BLOCKS = 64,   /* num_res_blocks */
     MAX_WIDTH = 16384, /* channels */
+    FEW_CHANNELS = 16, /* fewer: transforms cost more than they save */
     ALIGN = 16         /* reals between the starts of two areas: a cache line or more */
 };
 static const double NORM_EPS = 1e-6;
 static const size_t PATCH_REALS = 64 * 1024; /* patches of a tile, unless that is less than MIN_COLUMNS */
-static const size_t MIN_COLUMNS = 128;
+static const size_t MIN_COLUMNS = 64;
 static const size_t NONE = (size_t)-1;
 
 typedef enum { CONV1, CONV3, DOWN, UP, NORM, ATTEND, QUANTIZE, TANH } Kind;
@@ -458,25 +458,29 @@ static double dot(const real *x, const real *y, size_t n) {
 
 /* ---- Convolutions ----
  *
- * A stencil says, for every cell (y,x) of a grid, which source cells are read and where the result goes:
- *     result cell (spread*y + oy, spread*x + ox) = sum over taps of W[tap] source(stride*y + tap.dy, stride*x + tap.dx)
- * with zeros outside the source. W[tap] is the sum of the 3x3 (or 1x1) kernel's weights at tap.cell.
+ * All of them, in both directions, are matrix products of weights with patches of a source. The grid of results is cut
+ * into tiles whose patches stay in the L2 cache; threads share tiles, and no sum crosses from one to another.
  *
- *               forward                                       backward (source = gradient of the result)
- *     CONV3     9 taps                                        9 taps, mirrored
- *     DOWN      9 taps, stride 2 (SPEC: the padding is        4 stencils with spread 2, one for each parity of the
- *               right and below)                              row and column, of 4, 2, 2 and 1 taps
- *     UP        doubling the picture and 3x3 in one: every    16 taps, stride 2
- *               parity sees only 2x2 source cells, 4 stencils
- *               of 4 taps, 4/9 of the work
- *     CONV1     1 tap                                         1 tap
+ * Stencils serve 1x1 and strided convolutions, few channels and odd sizes. A stencil is a list of taps:
+ *     result cell (spread*y + oy, spread*x + ox) = sum over taps of W[tap.cell] source(stride*y + dy, stride*x + dx)
+ * with zeros outside the source. Backward, a convolution with stride 2 is four stencils, one for each parity of row and
+ * column (SPEC section 8: its padding is right and below only).
+ *
+ * Winograd's F(2x2,3x3) (Lavin and Gray 2016) serves the other 3x3 convolutions: 16 multiplications instead of 36 for
+ * 2x2 results. With the fixed matrices A, B, G below and U = G g G^T of a kernel g,
+ *     2x2 results = A^T [U .* V] A,   V = B^T (4x4 source cells around them) B
+ * so for each of the 16 elements k, V[k] (C, cells) is multiplied by U[k] (M, C). After nearest doubling (UP), the
+ * third row and column of V vanish: 9 products remain.
  *
  * Backward, one gather of the gradient's patches serves both results:
- *     dX = W^T patches(dY)          dW^T = X patches(dY)^T */
+ *     dX = W^T patches(dY)          dW^T = X patches(dY)^T
+ * and Winograd's dX is the same algorithm with the kernel mirrored, which only exchanges rows 0 and 3 of U. */
+
+enum { TAPS = 9, POINTS = 16 };
 
 typedef struct {
     int dy, dx;
-    size_t cells, cell[4]; /* kernel cells, ky*3 + kx, whose weights add up */
+    size_t cell; /* of the kernel: ky*3 + kx */
 } Tap;
 
 typedef struct {
@@ -484,20 +488,12 @@ typedef struct {
     Tap tap[TAPS];
 } Stencil;
 
-/* One dimension of a stencil: offsets and sets of kernel rows (bit ky); the other dimension is alike. */
+/* One dimension of a stencil: offsets and kernel cells; the other dimension is alike. */
 typedef struct {
     size_t n;
-    int d[4];
-    unsigned kernel[4];
+    int d[3];
+    size_t cell[3];
 } Axis;
-
-static Tap cross_tap(const Axis *y, size_t i, const Axis *x, size_t j) {
-    Tap t = {y->d[i], x->d[j], 0, {0}};
-    for (size_t ky = 0; ky < 3; ky++)
-        for (size_t kx = 0; kx < 3; kx++)
-            if (y->kernel[i] >> ky & 1 && x->kernel[j] >> kx & 1) t.cell[t.cells++] = 3 * ky + kx;
-    return t;
-}
 
 static Stencil cross(const Axis *y, const Axis *x, size_t stride, size_t spread, size_t oy, size_t ox) {
     Stencil s;
@@ -507,34 +503,34 @@ static Stencil cross(const Axis *y, const Axis *x, size_t stride, size_t spread,
     s.oy = oy;
     s.ox = ox;
     for (size_t i = 0; i < y->n; i++)
-        for (size_t j = 0; j < x->n; j++) s.tap[s.n++] = cross_tap(y, i, x, j);
+        for (size_t j = 0; j < x->n; j++) {
+            const Tap t = {y->d[i], x->d[j], 3 * y->cell[i] + x->cell[j]};
+            s.tap[s.n++] = t;
+        }
     return s;
 }
 
 /* Writes the stencils of a convolution; returns how many. */
 static size_t stencils(Stencil s[4], Kind kind, int backward) {
-    static const Axis one = {1, {0}, {1}};
-    static const Axis conv3[2] = {{3, {-1, 0, 1}, {1, 2, 4}}, {3, {-1, 0, 1}, {4, 2, 1}}};
-    static const Axis down = {3, {0, 1, 2}, {1, 2, 4}};
-    static const Axis down_back[2] = {{2, {-1, 0}, {4, 1}}, {1, {0}, {2}}};
-    static const Axis up[2] = {{2, {-1, 0}, {1, 6}}, {2, {0, 1}, {3, 4}}};
-    static const Axis up_back = {4, {-1, 0, 1, 2}, {4, 6, 3, 1}};
-    const int phases = (kind == DOWN && backward) || (kind == UP && !backward);
-    if (phases) {
-        const Axis *axis = backward ? down_back : up;
-        for (size_t i = 0; i < 4; i++) s[i] = cross(&axis[i / 2], &axis[i % 2], 1, 2, i / 2, i % 2);
+    static const Axis one = {1, {0}, {0}}, down = {3, {0, 1, 2}, {0, 1, 2}};
+    static const Axis conv3[2] = {{3, {-1, 0, 1}, {0, 1, 2}}, {3, {-1, 0, 1}, {2, 1, 0}}};
+    static const Axis down_back[2] = {{2, {-1, 0}, {2, 0}}, {1, {0}, {1}}};
+    if (kind == DOWN && backward) {
+        for (size_t i = 0; i < 4; i++) s[i] = cross(&down_back[i / 2], &down_back[i % 2], 1, 2, i / 2, i % 2);
         return 4;
     }
-    const Axis *axis = kind == CONV1 ? &one : kind == CONV3 ? &conv3[backward] : backward ? &up_back : &down;
-    s[0] = cross(axis, axis, kind == DOWN || kind == UP ? 2 : 1, 1, 0, 0);
+    const Axis *axis = kind == CONV1 ? &one : kind == CONV3 ? &conv3[backward] : &down;
+    s[0] = cross(axis, axis, kind == DOWN ? 2 : 1, 1, 0, 0);
     return 1;
 }
 
-/* One gather product: out (B,M, gh*spread, gw*spread) at the stencil's cells = weight (M, C*n) x patches of in. */
+/* One product: results (M, cells) = weights (M, C*n) x patches (C*n, cells); the cells of a stencil's grid, or 2x2
+ * blocks of results for Winograd's algorithm, where n = POINTS. */
 typedef struct {
+    int winograd, up;
     Stencil s;
-    size_t B, C, h, w;                     /* in (B,C,h,w) */
-    size_t M, gh, gw;                      /* grid of one stencil */
+    size_t n, B, C, h, w;                  /* source (B,C,h,w) */
+    size_t M, gh, gw;                      /* grid */
     size_t images, rows, row_tiles, tiles; /* a tile: `rows` grid rows of `images` pictures */
 } Product;
 
@@ -542,18 +538,21 @@ typedef struct {
     size_t b, images, y, rows, cols; /* cols = images*rows*gw */
 } Tile;
 
-/* Cuts the grid: whole rows, several pictures where one is small, patches about as large as the L2 cache likes. */
+/* Columns of a tile's patches, if the grid is not wider. */
+static size_t tile_columns(const Product *p) {
+    return max_size(PATCH_REALS / (p->C * p->n), MIN_COLUMNS);
+}
+
+/* Cuts the grid: whole rows, several pictures where one is small. */
 static void cut_tiles(Product *p) {
-    const size_t columns = max_size(PATCH_REALS / (p->C * p->s.n), MIN_COLUMNS);
-    const size_t rows = max_size(columns / p->gw, 1);
-    p->images = p->rows = 1;
+    const size_t rows = max_size(tile_columns(p) / p->gw, 1);
+    p->images = p->row_tiles = 1;
+    p->rows = p->gh;
     if (rows >= p->gh) {
-        p->rows = p->gh;
         p->images = min_size(rows / p->gh, p->B);
-        p->row_tiles = 1;
     } else {
         p->row_tiles = (p->gh + rows - 1) / rows;
-        p->rows = (p->gh + p->row_tiles - 1) / p->row_tiles;
+        p->rows = (p->gh + p->row_tiles - 1) / p->row_tiles; /* equal heights, not one thin rest */
         p->row_tiles = (p->gh + p->rows - 1) / p->rows;
     }
     p->tiles = (p->B + p->images - 1) / p->images * p->row_tiles;
@@ -569,10 +568,54 @@ static Tile tile_at(const Product *p, size_t i) {
     return t;
 }
 
+static size_t value_h(const Vqgan *v, size_t i) {
+    return v->h >> v->value[i].level;
+}
+
+static size_t value_w(const Vqgan *v, size_t i) {
+    return v->w >> v->value[i].level;
+}
+
+static size_t plane_size(const Vqgan *v, size_t i) {
+    return value_h(v, i) * value_w(v, i);
+}
+
+static int wants_winograd(const Vqgan *v, const Layer *l) {
+    const size_t C = v->value[l->in[0]].C, M = v->value[l->out].C;
+    return l->kind == UP || (l->kind == CONV3 && min_size(C, M) >= FEW_CHANNELS && value_h(v, l->out) % 2 == 0 &&
+                             value_w(v, l->out) % 2 == 0);
+}
+
+/* The products of a convolution, in the order in which they run; returns how many. */
+static size_t products(Product p[4], const Vqgan *v, const Layer *l, int backward) {
+    const size_t from = backward ? l->out : l->in[0], to = backward ? l->in[0] : l->out;
+    const int winograd = wants_winograd(v, l);
+    Stencil s[4];
+    const size_t n = winograd ? 1 : stencils(s, l->kind, backward);
+    for (size_t i = 0; i < n; i++) {
+        memset(&p[i], 0, sizeof p[i]);
+        p[i].winograd = winograd;
+        p[i].up = l->kind == UP;
+        if (!winograd) p[i].s = s[i];
+        p[i].n = winograd ? (size_t)POINTS : s[i].n;
+        p[i].B = v->b;
+        p[i].C = v->value[from].C;
+        p[i].h = value_h(v, from);
+        p[i].w = value_w(v, from);
+        p[i].M = v->value[to].C;
+        p[i].gh = winograd ? value_h(v, l->out) / 2 : value_h(v, to) / s[i].spread;
+        p[i].gw = winograd ? value_w(v, l->out) / 2 : value_w(v, to) / s[i].spread;
+        cut_tiles(&p[i]);
+    }
+    return n;
+}
+
+/* -- Stencils -- */
+
 /* to (rows,gw) = one tap of one plane, stride 1: a shifted copy with zeros where the shift leaves the plane */
 static void gather_shifted(real *to, const real *plane, const Product *p, const Tile *t, Tap tap) {
-    const size_t w = p->gw, above = tap.dy < 0 && t->y == 0, end = t->y + t->rows;
-    const size_t below = tap.dy > 0 && end == p->gh, n = (t->rows - min_size(above + below, t->rows)) * w;
+    const size_t w = p->gw, above = tap.dy < 0 && t->y == 0, below = tap.dy > 0 && t->y + t->rows == p->gh;
+    const size_t n = (t->rows - min_size(above + below, t->rows)) * w;
     memset(to, 0, above * w * sizeof(real));
     if (below) memset(to + (t->rows - 1) * w, 0, w * sizeof(real));
     if (n == 0) return;
@@ -590,37 +633,31 @@ static void gather_shifted(real *to, const real *plane, const Product *p, const 
     }
 }
 
-/* The same for stride 2; -1 <= dy, dx <= 2. */
+/* The same for stride 2, where 0 <= dy, dx <= 2: what leaves the plane leaves it right or below. */
 static void gather_strided(real *to, const real *plane, const Product *p, const Tile *t, Tap tap) {
-    const size_t first = tap.dx < 0, gw = p->gw;
-    size_t end = gw; /* the last cell may read column 2*gw - 2 + dx */
-    while (end > first && 2 * (end - 1) + (size_t)(tap.dx + 1) >= p->w + 1) end--;
+    const size_t gw = p->gw, end = tap.dx == 2 ? gw - 1 : gw;
     for (size_t y = t->y; y < t->y + t->rows; y++, to += gw) {
-        const size_t row = 2 * y + (size_t)(tap.dy + 1);
-        if (row == 0 || row > p->h) {
-            memset(to, 0, gw * sizeof(real));
-            continue;
-        }
-        const real *from = plane + (row - 1) * p->w + 2 * first + (size_t)(tap.dx + (int)(2 * first)) - 2 * first;
-        for (size_t x = 0; x < first; x++) to[x] = 0;
-        for (size_t x = first; x < end; x++) to[x] = from[2 * (x - first)];
-        for (size_t x = end; x < gw; x++) to[x] = 0;
+        const size_t row = 2 * y + (size_t)tap.dy;
+        const real *from = plane + row * p->w + tap.dx;
+        const size_t inside = row < p->h ? end : 0;
+        for (size_t x = 0; x < inside; x++) to[x] = from[2 * x];
+        for (size_t x = inside; x < gw; x++) to[x] = 0;
     }
 }
 
 /* The patches of a tile: (C*n, cols) with row stride *ld, gathered into `to` unless they stand in the source already.
  */
-static const real *patches(real *to, size_t *ld, const Product *p, const Tile *t, const real *in) {
-    if (p->s.n == 1 && p->s.stride == 1 && t->images == 1) {
+static const real *gather(real *to, size_t *ld, const Product *p, const Tile *t, const real *in) {
+    if (p->n == 1 && p->s.stride == 1 && t->images == 1) {
         *ld = p->h * p->w;
         return in + t->b * p->C * p->h * p->w + t->y * p->w;
     }
     *ld = t->cols;
     for (size_t c = 0; c < p->C; c++)
-        for (size_t k = 0; k < p->s.n; k++)
+        for (size_t k = 0; k < p->n; k++)
             for (size_t b = 0; b < t->images; b++) {
                 const real *plane = in + ((t->b + b) * p->C + c) * p->h * p->w;
-                real *row = to + (c * p->s.n + k) * t->cols + b * t->rows * p->gw;
+                real *row = to + (c * p->n + k) * t->cols + b * t->rows * p->gw;
                 if (p->s.stride == 1)
                     gather_shifted(row, plane, p, t, p->s.tap[k]);
                 else
@@ -676,103 +713,311 @@ static const real *load_tile(real *stage, size_t *ld, const Product *p, const Ti
     return stage;
 }
 
-/* weight (M, C*n) for a stencil from the layer's w (Cout, Cin, kernel): M,C = Cout,Cin forward, Cin,Cout backward */
-static void stencil_weights(real *weight, const real *w, const Product *p, size_t kernel, int backward) {
+static size_t kernel_size(const Layer *l) {
+    return l->kind == CONV1 ? 1 : 9;
+}
+
+/* Backward: weight (M, C*n) from w (C, M, kernel) */
+static void transpose_weights(real *weight, const real *w, const Product *p, size_t kernel) {
 #pragma omp parallel for
-    for (size_t m = 0; m < p->M; m++) {
-        real *to = weight + m * p->C * p->s.n;
-        for (size_t c = 0; c < p->C; c++) {
-            const real *from = w + (backward ? c * p->M + m : m * p->C + c) * kernel;
-            for (size_t k = 0; k < p->s.n; k++) {
-                const Tap *tap = &p->s.tap[k];
-                real s = from[tap->cell[0]];
-                for (size_t i = 1; i < tap->cells; i++) s += from[tap->cell[i]];
-                *to++ = s;
+    for (size_t m = 0; m < p->M; m++)
+        for (size_t c = 0; c < p->C; c++)
+            for (size_t k = 0; k < p->n; k++)
+                weight[(m * p->C + c) * p->n + k] = w[(c * p->M + m) * kernel + p->s.tap[k].cell];
+}
+
+/* dw (C, M, kernel) += total (C*n, M) */
+static void add_stencil_gradient(real *dw, const real *total, const Product *p, size_t kernel) {
+    for (size_t c = 0; c < p->C; c++)
+        for (size_t k = 0; k < p->n; k++)
+            for (size_t m = 0; m < p->M; m++)
+                dw[(c * p->M + m) * kernel + p->s.tap[k].cell] += total[(c * p->n + k) * p->M + m];
+}
+
+static void stencil_forward(real *out, const Product *p, const Tile *t, const real *weight, const real *bias,
+                            const real *in, const real *add, real *columns, real *stage) {
+    const size_t K = p->C * p->n, hw = p->gh * p->gw;
+    const int direct = tile_direct(p, t);
+    real *to = direct ? out + tile_offset(p, t, t->b, 0) : stage;
+    size_t ld, ld_to = direct ? hw : t->cols;
+    const real *patch = gather(columns, &ld, p, t, in);
+    gemm(0, 0, p->M, t->cols, K, weight, K, patch, ld, 0, to, ld_to);
+    if (!direct || bias || add) store_tile(out, p, t, to, ld_to, bias, add);
+}
+
+/* partial (C*n, M) = or += patches(dy) x^T;  dx = or += weight patches(dy) unless NULL */
+static void stencil_backward(real *dx, real *partial, const Product *p, const Tile *t, const real *weight,
+                             const real *dy, const real *x, int begun, int more, real *columns, real *stage) {
+    const size_t K = p->C * p->n;
+    size_t ld, ldx;
+    const real *patch = gather(columns, &ld, p, t, dy), *cells = load_tile(stage, &ldx, p, t, x);
+    gemm(0, 1, K, p->M, t->cols, patch, ld, cells, ldx, begun, partial, p->M);
+    if (!dx) return;
+    const int direct = tile_direct(p, t);
+    real *to = direct ? dx + tile_offset(p, t, t->b, 0) : stage;
+    const size_t ld_to = direct ? p->gh * p->gw : t->cols;
+    gemm(0, 0, p->M, t->cols, K, weight, K, patch, ld, direct && more, to, ld_to);
+    if (!direct) store_tile(dx, p, t, stage, t->cols, NULL, more ? dx : NULL);
+}
+
+/* -- Winograd's algorithm. Elements of a 4x4 are numbered k = 4i + j; V and the products are (16, channels, cols), and
+ *    every transform is two passes, along rows and along columns, over runs of n blocks.
+ *
+ *          1  0 -1  0           1   0   0             1  0
+ *    B^T = 0  1  1  0     G =  1/2 1/2 1/2       A =  1  1
+ *          0 -1  1  0          1/2 -1/2 1/2           1 -1
+ *          0  1  0 -1           0   0   1             0 -1      -- */
+
+#define NO_ALIAS __restrict /* of gcc, clang and nvcc, in C and C++ */
+
+/* line (4,n) = one source row times B; row: 2n cells and one more on either side */
+static void rows_times_b(real *NO_ALIAS line, const real *NO_ALIAS row, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        const real a = row[2 * i], b = row[2 * i + 1], c = row[2 * i + 2], d = row[2 * i + 3];
+        line[i] = a - c;
+        line[n + i] = b + c;
+        line[2 * n + i] = c - b;
+        line[3 * n + i] = b - d;
+    }
+}
+
+/* v[4 step i + x] = B^T times column x of four lines */
+static void columns_times_b(real *NO_ALIAS v, size_t step, const real *NO_ALIAS a, const real *NO_ALIAS b,
+                            const real *NO_ALIAS c, const real *NO_ALIAS d, size_t n) {
+    for (size_t i = 0; i < n; i++) v[i] = a[i] - c[i];
+    for (size_t i = 0; i < n; i++) v[4 * step + i] = b[i] + c[i];
+    for (size_t i = 0; i < n; i++) v[8 * step + i] = c[i] - b[i];
+    for (size_t i = 0; i < n; i++) v[12 * step + i] = b[i] - d[i];
+}
+
+/* The same two with A: a row of 2n cells; two lines. */
+static void rows_times_a(real *NO_ALIAS line, const real *NO_ALIAS row, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        const real a = row[2 * i], b = row[2 * i + 1];
+        line[i] = a;
+        line[n + i] = a + b;
+        line[2 * n + i] = a - b;
+        line[3 * n + i] = -b;
+    }
+}
+
+static void columns_times_a(real *NO_ALIAS v, size_t step, const real *NO_ALIAS a, const real *NO_ALIAS b, size_t n) {
+    for (size_t i = 0; i < n; i++) v[i] = a[i];
+    for (size_t i = 0; i < n; i++) v[4 * step + i] = a[i] + b[i];
+    for (size_t i = 0; i < n; i++) v[8 * step + i] = a[i] - b[i];
+    for (size_t i = 0; i < n; i++) v[12 * step + i] = -b[i];
+}
+
+/* sum[r][j] = row r of A^T times column j of block i */
+static inline void a_times_block(real sum[2][4], const real *m, size_t step, size_t i) {
+    for (size_t j = 0; j < 4; j++) {
+        const real a = m[j * step + i], b = m[(4 + j) * step + i], c = m[(8 + j) * step + i];
+        sum[0][j] = a + b + c;
+        sum[1][j] = b - c - m[(12 + j) * step + i];
+    }
+}
+
+/* Two rows of 2n results, y0 and y1, = A^T m A + bias (+ add0, add1 unless NULL). */
+static void blocks_to_rows(real *NO_ALIAS y0, real *NO_ALIAS y1, const real *NO_ALIAS m, size_t step, size_t n,
+                           real bias) {
+    for (size_t i = 0; i < n; i++) {
+        real s[2][4];
+        a_times_block(s, m, step, i);
+        y0[2 * i] = s[0][0] + s[0][1] + s[0][2] + bias;
+        y0[2 * i + 1] = s[0][1] - s[0][2] - s[0][3] + bias;
+        y1[2 * i] = s[1][0] + s[1][1] + s[1][2] + bias;
+        y1[2 * i + 1] = s[1][1] - s[1][2] - s[1][3] + bias;
+    }
+}
+
+/* Backward of doubling: a result is the sum of its block, (1 1) A^T m A (1 1)^T with A (1 1)^T = (1 2 0 -1). */
+static void blocks_to_sums(real *NO_ALIAS y, const real *NO_ALIAS m, size_t step, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        real s[2][4];
+        a_times_block(s, m, step, i);
+        for (size_t j = 0; j < 4; j++) s[0][j] += s[1][j];
+        y[i] = s[0][0] + 2 * s[0][1] - s[0][3];
+    }
+}
+
+/* Row `row` of a plane, doubled if `up`, at to[1..2*gw]. */
+static void fetch_row(real *to, const real *plane, const Product *p, size_t row, int up) {
+    if (!up) {
+        memcpy(to + 1, plane + row * 2 * p->gw, 2 * p->gw * sizeof(real));
+        return;
+    }
+    const real *from = plane + row / 2 * p->gw;
+    for (size_t i = 0; i < p->gw; i++) to[1 + 2 * i] = to[2 + 2 * i] = from[i];
+}
+
+/* V (16, C, cols) = B^T d B of every block of a tile; lines: scratch of LINES(gw). Four lines go round: a row of blocks
+ * shares two with the next. */
+#define LINES(gw) (18 * (gw) + 2)
+static void blocks_times_b(real *V, real *lines, const Product *p, const Tile *t, const real *in, int up) {
+    const size_t gw = p->gw, step = p->C * t->cols, plane_size = p->h * p->w;
+    real *row = lines + 16 * gw;
+    row[0] = row[2 * gw + 1] = 0;
+    for (size_t cb = 0; cb < p->C * t->images; cb++) {
+        const size_t c = cb / t->images, b = cb % t->images;
+        const real *plane = in + ((t->b + b) * p->C + c) * plane_size;
+        real *v = V + c * t->cols + b * t->rows * gw, *line[4];
+        for (size_t i = 0; i < 2 * t->rows + 2; i++) { /* source row 2y - 1 + i */
+            for (size_t k = 0; k < 4; k++) line[k] = lines + (i + 1 + k) % 4 * 4 * gw;
+            if (2 * t->y + i == 0 || 2 * t->y + i > 2 * p->gh) {
+                memset(line[3], 0, 4 * gw * sizeof(real));
+            } else {
+                fetch_row(row, plane, p, 2 * t->y + i - 1, up);
+                rows_times_b(line[3], row, gw);
             }
+            if (i < 3 || i % 2 == 0) continue;
+            for (size_t j = 0; j < 4; j++)
+                columns_times_b(v + j * step, step, line[0] + j * gw, line[1] + j * gw, line[2] + j * gw,
+                                line[3] + j * gw, gw);
+            v += gw;
         }
     }
 }
 
-/* dw (Cout, Cin, kernel) += the sum of the partials (parts; Cin, Cout*n): the stencil_weights map transposed */
-static void add_weight_gradient(real *dw, real *partial, size_t parts, const Product *p, size_t kernel) {
-    const size_t row = p->C * p->s.n;
-#pragma omp parallel for
-    for (size_t m = 0; m < p->M; m++) {
-        real *total = partial + m * row;
-        for (size_t i = 1; i < parts; i++) {
-            const real *more = partial + (i * p->M + m) * row;
-            for (size_t j = 0; j < row; j++) total[j] += more[j];
-        }
-        for (size_t c = 0; c < p->C; c++) {
-            real *to = dw + (c * p->M + m) * kernel;
-            for (size_t k = 0; k < p->s.n; k++, total++) {
-                const Tap *tap = &p->s.tap[k];
-                for (size_t i = 0; i < tap->cells; i++) to[tap->cell[i]] += *total;
+/* (16, M, cols) = A x A^T of every 2x2 block of x (B,M,2gh,2gw), or of x (B,M,gh,gw) doubled if up */
+static void blocks_times_a(real *stage, real *lines, const Product *p, const Tile *t, const real *x) {
+    const size_t gw = p->gw, step = p->M * t->cols, plane_size = p->gh * gw * (p->up ? 1 : 4);
+    real *row = lines + 8 * gw;
+    for (size_t mb = 0; mb < p->M * t->images; mb++) {
+        const size_t m = mb / t->images, b = mb % t->images;
+        const real *plane = x + ((t->b + b) * p->M + m) * plane_size;
+        real *v = stage + m * t->cols + b * t->rows * gw;
+        for (size_t y = t->y; y < t->y + t->rows; y++, v += gw) {
+            for (size_t i = 0; i < 2; i++) {
+                fetch_row(row, plane, p, 2 * y + i, p->up);
+                rows_times_a(lines + 4 * i * gw, row + 1, gw);
             }
+            for (size_t j = 0; j < 4; j++)
+                columns_times_a(v + j * step, step, lines + j * gw, lines + (4 + j) * gw, gw);
         }
     }
 }
 
-static size_t value_h(const Vqgan *v, size_t i) {
-    return v->h >> v->value[i].level;
+/* out at the tile = the results of products stage (16, M, cols), + bias (M) + add (as out) unless NULL; sums: of 2x2 */
+static void store_blocks(real *out, real *lines, const Product *p, const Tile *t, const real *stage, int sums,
+                         const real *bias, const real *add) {
+    const size_t gw = p->gw, step = p->M * t->cols, run = sums ? gw : 4 * gw;
+    for (size_t m = 0; m < p->M; m++)
+        for (size_t i = 0; i < t->images * t->rows; i++) {
+            const size_t b = t->b + i / t->rows, y = t->y + i % t->rows, at = ((b * p->M + m) * p->gh + y) * run;
+            const real *from = stage + m * t->cols + i * gw;
+            real *to = add ? lines : out + at;
+            if (sums)
+                blocks_to_sums(to, from, step, gw);
+            else
+                blocks_to_rows(to, to + 2 * gw, from, step, gw, bias ? bias[m] : 0);
+            for (size_t j = 0; add && j < run; j++) out[at + j] = to[j] + add[at + j];
+        }
 }
 
-static size_t value_w(const Vqgan *v, size_t i) {
-    return v->w >> v->value[i].level;
+/* U (16, Cout, Cin) = G g G^T of every kernel g of w (Cout, Cin, 3, 3) */
+static void winograd_weights(real *U, const real *w, size_t n) {
+#pragma omp parallel for
+    for (size_t i = 0; i < n; i++) {
+        const real *g = w + 9 * i;
+        for (size_t k = 0; k < 4; k++) {
+            real h[3];
+            for (size_t j = 0; j < 3; j++) {
+                const real even = (g[j] + g[6 + j]) / 2, odd = g[3 + j] / 2;
+                h[j] = k == 0 ? g[j] : k == 1 ? even + odd : k == 2 ? even - odd : g[6 + j];
+            }
+            real *u = U + 4 * k * n + i;
+            u[0] = h[0];
+            u[n] = (h[0] + h[2] + h[1]) / 2;
+            u[2 * n] = (h[0] + h[2] - h[1]) / 2;
+            u[3 * n] = h[2];
+        }
+    }
 }
 
-static size_t plane_size(const Vqgan *v, size_t i) {
-    return value_h(v, i) * value_w(v, i);
+/* dw (Cout, Cin, 3, 3) += G^T dU G, total (16, Cout, Cin) */
+static void add_winograd_gradient(real *dw, const real *total, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        real h[3][4], *g = dw + 9 * i;
+        for (size_t j = 0; j < 4; j++) {
+            const real *u = total + j * n + i;
+            const real half_sum = (u[4 * n] + u[8 * n]) / 2, half_gap = (u[4 * n] - u[8 * n]) / 2;
+            h[0][j] = u[0] + half_sum;
+            h[1][j] = half_gap;
+            h[2][j] = half_sum + u[12 * n];
+        }
+        for (size_t k = 0; k < 3; k++) {
+            g[3 * k] += h[k][0] + (h[k][1] + h[k][2]) / 2;
+            g[3 * k + 1] += (h[k][1] - h[k][2]) / 2;
+            g[3 * k + 2] += (h[k][1] + h[k][2]) / 2 + h[k][3];
+        }
+    }
 }
 
-/* The gather product from value `in` to value `out` (backward: from the layer's result to its source). */
-static Product make_product(const Vqgan *v, const Stencil *s, size_t in, size_t out) {
-    Product p;
-    p.s = *s;
-    p.B = v->b;
-    p.C = v->value[in].C;
-    p.h = value_h(v, in);
-    p.w = value_w(v, in);
-    p.M = v->value[out].C;
-    p.gh = value_h(v, out) / s->spread;
-    p.gw = value_w(v, out) / s->spread;
-    cut_tiles(&p);
-    return p;
+/* Element k of the mirrored kernel's U. */
+static size_t mirrored(size_t k) {
+    static const size_t mirror[4] = {3, 1, 2, 0};
+    return 4 * mirror[k / 4] + mirror[k % 4];
 }
 
-static size_t kernel_size(Kind kind) {
-    return kind == CONV1 ? 1 : 9;
+static int vanishes(const Product *p, size_t k) {
+    return p->up && (k / 4 == 2 || k % 4 == 2);
 }
 
-/* y = W * x + bias (+ add)     x (B,Cin,..)  y (B,Cout,..), see "Convolutions" */
+/* stage (16, M, cols) = U[k] V[k], backward with the mirrored kernel: U[mirrored(k)]^T V[k] */
+static void winograd_products(real *stage, const Product *p, const Tile *t, const real *U, const real *V,
+                              int backward) {
+    const size_t n = p->M * t->cols, ldu = backward ? p->M : p->C;
+    for (size_t k = 0; k < POINTS; k++) {
+        const real *u = U + (backward ? mirrored(k) : k) * p->M * p->C;
+        if (vanishes(p, k))
+            memset(stage + k * n, 0, n * sizeof(real));
+        else
+            gemm(backward, 0, p->M, t->cols, p->C, u, ldu, V + k * p->C * t->cols, t->cols, 0, stage + k * n, t->cols);
+    }
+}
+
+static void winograd_forward(real *out, const Product *p, const Tile *t, const real *U, const real *bias,
+                             const real *in, const real *add, real *columns, real *stage) {
+    real *lines = columns + POINTS * p->C * t->cols;
+    blocks_times_b(columns, lines, p, t, in, p->up);
+    winograd_products(stage, p, t, U, columns, 0);
+    store_blocks(out, lines, p, t, stage, 0, bias, add);
+}
+
+/* partial (16, C, M) = or += dU;  dx = or += unless NULL */
+static void winograd_backward(real *dx, real *partial, const Product *p, const Tile *t, const real *U, const real *dy,
+                              const real *x, int begun, int more, real *columns, real *stage) {
+    real *lines = columns + POINTS * p->C * t->cols;
+    blocks_times_b(columns, lines, p, t, dy, 0);
+    blocks_times_a(stage, lines, p, t, x);
+    for (size_t k = 0; k < POINTS; k++)
+        if (!vanishes(p, k))
+            gemm(0, 1, p->C, p->M, t->cols, columns + k * p->C * t->cols, t->cols, stage + k * p->M * t->cols, t->cols,
+                 begun, partial + mirrored(k) * p->C * p->M, p->M);
+    if (!dx) return;
+    winograd_products(stage, p, t, U, columns, 1);
+    store_blocks(dx, lines, p, t, stage, p->up, NULL, more ? dx : NULL);
+}
+
+/* -- Both -- */
+
+/* y = W * x + bias (+ add)     x (B,Cin,..)  y, add (B,Cout,..) */
 static void conv_forward(Vqgan *v, const Layer *l) {
     const real *w = v->params.row[l->weight].value, *bias = v->params.row[l->weight + 1].value;
     const real *in = v->x[l->in[0]], *add = l->add == NONE ? NULL : v->x[l->add];
-    real *out = v->x[l->out];
-    Stencil s[4];
-    const size_t n = stencils(s, l->kind, 0);
-    for (size_t i = 0; i < n; i++) {
-        const Product p = make_product(v, &s[i], l->in[0], l->out);
-        const real *weight = w;
-        if (l->kind == UP) {
-            stencil_weights(v->arena + v->weights, w, &p, 9, 0);
-            weight = v->arena + v->weights;
-        }
-        const int threads = loop_threads(v);
-#pragma omp parallel for schedule(dynamic) num_threads(threads) if (p.tiles >= (size_t)threads)
-        for (size_t j = 0; j < p.tiles; j++) {
-            const Tile t = tile_at(&p, j);
-            real *columns = v->arena + v->columns + thread_index() * v->column_reals;
-            real *to = v->arena + v->stages + thread_index() * v->stage_reals;
-            size_t ld, ldto = t.cols;
-            const real *patch = patches(columns, &ld, &p, &t, in);
-            if (tile_direct(&p, &t)) {
-                to = out + tile_offset(&p, &t, t.b, 0);
-                ldto = p.gh * p.gw;
-            }
-            gemm(0, 0, p.M, t.cols, p.C * p.s.n, weight, p.C * p.s.n, patch, ld, 0, to, ldto);
-            store_tile(out, &p, &t, to, ldto, bias, add);
-        }
+    real *out = v->x[l->out], *U = v->arena + v->weights;
+    Product p[4];
+    products(p, v, l, 0);
+    if (p->winograd) winograd_weights(U, w, p->M * p->C);
+#pragma omp parallel for schedule(dynamic) num_threads(loop_threads(v)) if (p->tiles >= (size_t)loop_threads(v))
+    for (size_t j = 0; j < p->tiles; j++) {
+        const Tile t = tile_at(p, j);
+        real *columns = v->arena + v->columns + thread_index() * v->column_reals;
+        real *stage = v->arena + v->stages + thread_index() * v->stage_reals;
+        if (p->winograd)
+            winograd_forward(out, p, &t, U, bias, in, add, columns, stage);
+        else
+            stencil_forward(out, p, &t, w, bias, in, add, columns, stage);
     }
 }
 
@@ -786,46 +1031,52 @@ static void bias_backward(real *dbias, const real *dy, size_t B, size_t C, size_
     }
 }
 
-/* One stencil: dx = or += W^T patches(dy) unless dx is NULL; partial sums of x patches(dy)^T for the weights. A part is
- * a run of tiles; the number of parts does not depend on the threads. */
+/* partial[0] (n) += the others, in order */
+static void add_parts(real *partial, size_t parts, size_t n) {
+#pragma omp parallel for
+    for (size_t at = 0; at < n; at += RUN) {
+        const size_t end = min_size(n, at + RUN);
+        for (size_t i = 1; i < parts; i++)
+            for (size_t j = at; j < end; j++) partial[j] += partial[i * n + j];
+    }
+}
+
+/* One product: dx, and partial sums of the weight gradient over runs of tiles, whose number no thread count changes. */
 static void product_backward(Vqgan *v, const Layer *l, const Product *p) {
     const Param *w = &v->params.row[l->weight];
     const real *dy = v->dx[l->out], *x = v->x[l->in[0]];
     real *dx = v->dx[l->in[0]], *weight = v->arena + v->weights, *partial = v->arena + v->partials;
-    const size_t K = p->C * p->s.n, parts = min_size(PARTS, p->tiles);
-    if (dx) stencil_weights(weight, w->value, p, kernel_size(l->kind), 1);
-    const int threads = loop_threads(v);
-#pragma omp parallel for schedule(dynamic) num_threads(threads) if (parts >= (size_t)threads)
+    const size_t n = p->C * p->n * p->M, parts = min_size(PARTS, p->tiles);
+    if (p->winograd)
+        winograd_weights(weight, w->value, p->M * p->C);
+    else
+        transpose_weights(weight, w->value, p, kernel_size(l));
+#pragma omp parallel for schedule(dynamic) num_threads(loop_threads(v)) if (parts >= (size_t)loop_threads(v))
     for (size_t part = 0; part < parts; part++) {
         const size_t first = p->tiles * part / parts, end = p->tiles * (part + 1) / parts;
         real *columns = v->arena + v->columns + thread_index() * v->column_reals;
         real *stage = v->arena + v->stages + thread_index() * v->stage_reals;
+        for (size_t k = 0; k < POINTS && p->up; k++)
+            if (vanishes(p, k)) memset(partial + part * n + mirrored(k) * p->C * p->M, 0, p->C * p->M * sizeof(real));
         for (size_t j = first; j < end; j++) {
             const Tile t = tile_at(p, j);
-            size_t ld, ldx;
-            const real *patch = patches(columns, &ld, p, &t, dy);
-            const real *cells = load_tile(stage, &ldx, p, &t, x);
-            gemm(0, 1, p->M, K, t.cols, cells, ldx, patch, ld, j > first, partial + part * p->M * K, K);
-            if (!dx) continue;
-            if (tile_direct(p, &t)) {
-                real *to = dx + tile_offset(p, &t, t.b, 0);
-                gemm(0, 0, p->M, t.cols, K, weight, K, patch, ld, l->more[0], to, p->gh * p->gw);
-            } else {
-                gemm(0, 0, p->M, t.cols, K, weight, K, patch, ld, 0, stage, t.cols);
-                store_tile(dx, p, &t, stage, t.cols, NULL, l->more[0] ? dx : NULL);
-            }
+            if (p->winograd)
+                winograd_backward(dx, partial + part * n, p, &t, weight, dy, x, j > first, l->more[0], columns, stage);
+            else
+                stencil_backward(dx, partial + part * n, p, &t, weight, dy, x, j > first, l->more[0], columns, stage);
         }
     }
-    add_weight_gradient(w->grad, partial, parts, p, kernel_size(l->kind));
+    add_parts(partial, parts, n);
+    if (p->winograd)
+        add_winograd_gradient(w->grad, partial, p->C * p->M);
+    else
+        add_stencil_gradient(w->grad, partial, p, kernel_size(l));
 }
 
 static void conv_backward(Vqgan *v, const Layer *l) {
-    Stencil s[4];
-    const size_t n = stencils(s, l->kind, 1);
-    for (size_t i = 0; i < n; i++) {
-        const Product p = make_product(v, &s[i], l->out, l->in[0]);
-        product_backward(v, l, &p);
-    }
+    Product p[4];
+    const size_t n = products(p, v, l, 1);
+    for (size_t i = 0; i < n; i++) product_backward(v, l, &p[i]);
     bias_backward(v->params.row[l->weight + 1].grad, v->dx[l->out], v->b, v->value[l->out].C, plane_size(v, l->out));
 }
 
@@ -990,10 +1241,9 @@ static void nearest(Vqgan *v, const real *z, size_t B, size_t N, int32_t *raw) {
     const size_t D = v->c.embed_dim, per = (N + SPOTS - 1) / SPOTS;
     const real *book = v->params.row[v->codebook].value;
     real *half_norm = v->arena + v->code_norm;
-    const int threads = loop_threads(v);
-#pragma omp parallel for num_threads(threads)
+#pragma omp parallel for num_threads(loop_threads(v))
     for (size_t k = 0; k < v->c.n_embed; k++) half_norm[k] = (real)(dot(book + k * D, book + k * D, D) / 2);
-#pragma omp parallel for schedule(dynamic) num_threads(threads) if (B * per >= (size_t)threads)
+#pragma omp parallel for schedule(dynamic) num_threads(loop_threads(v)) if (B * per >= (size_t)loop_threads(v))
     for (size_t i = 0; i < B * per; i++) {
         const size_t b = i / per, at = i % per * SPOTS;
         real *score = v->arena + v->columns + thread_index() * v->column_reals;
@@ -1238,15 +1488,13 @@ static Err scratch_areas(Vqgan *v, AreaList *list) {
         const Layer *l = &v->layer[j];
         if (l->kind == NORM) partials = max_size(partials, v->B * v->value[l->out].C * 2);
         for (int backward = 0; l->kind <= UP && backward <= v->train; backward++) {
-            Stencil s[4];
-            for (size_t i = stencils(s, l->kind, backward); i-- > 0;) {
-                const Product p =
-                    backward ? make_product(v, &s[i], l->out, l->in[0]) : make_product(v, &s[i], l->in[0], l->out);
-                const size_t cols = p.images * p.rows * p.gw, K = p.C * p.s.n;
-                if (p.s.n > 1 || p.images > 1) columns = max_size(columns, K * cols);
-                stage = max_size(stage, p.M * cols);
-                if (backward || l->kind == UP) weights = max_size(weights, p.M * K);
-                if (backward) partials = max_size(partials, min_size(PARTS, p.tiles) * p.M * K);
+            Product p[4];
+            for (size_t i = products(p, v, l, backward); i-- > 0;) {
+                const size_t cols = max_size(tile_columns(&p[i]), p[i].gw), K = p[i].C * p[i].n; /* smaller runs too */
+                columns = max_size(columns, K * cols + LINES(p[i].gw));
+                stage = max_size(stage, (p[i].winograd ? POINTS : 1) * p[i].M * cols);
+                weights = max_size(weights, p[i].M * K);
+                if (backward) partials = max_size(partials, PARTS * p[i].M * K);
             }
         }
     }

@@ -884,7 +884,7 @@ static void test_named(void) {
     CHECK(substituted == NULL);
     CHECK_ERR(model_open(&m, "emoji", &substituted), "models/emoji");
     CHECK(mkdir("models", 0777) == 0);
-    Tiny x = {2, 0, 0, 0, 0, X_PLAIN};
+    Tiny x = {3, 0, 0, 0, 0, X_PLAIN};
     char dir[512];
     tiny_folder(dir, "models/emoji", &x);
     CHECK_OK(model_open(&m, "emoji", &substituted));
