@@ -47,7 +47,9 @@ Err err_in(const char *where) {
     return err("%s: %s", where, text);
 }
 
-const char *err_text(void) { return error_text; }
+const char *err_text(void) {
+    return error_text;
+}
 
 /* ---- memory ---- */
 

@@ -106,8 +106,8 @@ static void set_option(const Option *table, int argc, char **argv, int *i) {
     const char *text = argv[*i], *equals = strchr(text, '=');
     size_t length = equals ? (size_t)(equals - text) : strlen(text);
     const Option *o = table;
-    while (o->kind != OPT_END &&
-           (o->kind == OPT_HEADING || o->kind == OPT_ARGUMENT || strlen(o->name) != length || strncmp(o->name, text, length)))
+    while (o->kind != OPT_END && (o->kind == OPT_HEADING || o->kind == OPT_ARGUMENT || strlen(o->name) != length ||
+                                  strncmp(o->name, text, length)))
         o++;
     if (o->kind == OPT_END) usage_error("unknown option %.*s; -h lists them", (int)length, text);
     if (o->kind == OPT_FLAG) {
@@ -218,7 +218,9 @@ void catch_interrupts(void) {
     sigaction(SIGTERM, &action, NULL);
 }
 
-int interrupted(void) { return interrupt_flag; }
+int interrupted(void) {
+    return interrupt_flag;
+}
 
 /* ---- pictures in a terminal ---- */
 
@@ -293,7 +295,8 @@ static Err show_blocks(const char *path) {
 
 Err show_png(const char *path) {
     int kitty = getenv("KITTY_WINDOW_ID") || env_has("TERM", "kitty") || env_has("TERM_PROGRAM", "ghostty");
-    int iterm = env_has("TERM_PROGRAM", "iTerm") || env_has("LC_TERMINAL", "iTerm2") || env_has("TERM_PROGRAM", "WezTerm");
+    int iterm =
+        env_has("TERM_PROGRAM", "iTerm") || env_has("LC_TERMINAL", "iTerm2") || env_has("TERM_PROGRAM", "WezTerm");
     if (!kitty && !iterm) return show_blocks(path);
     unsigned char *png = NULL;
     size_t n = 0;

@@ -62,9 +62,9 @@ Err err(const char *fmt, ...) PRINTF_LIKE(1, 2);
 Err err_in(const char *where);
 /* The text of the last error in this thread; "" if none. */
 const char *err_text(void);
-#define TRY(call)                                                                                                    \
-    do {                                                                                                             \
-        if ((call) != OK) return FAILED;                                                                             \
+#define TRY(call)                                                                                                      \
+    do {                                                                                                               \
+        if ((call) != OK) return FAILED;                                                                               \
     } while (0)
 
 /* *out = zeroed memory for count elements of size bytes, 64-byte aligned; release with free(). Overflow of the
@@ -111,8 +111,8 @@ int threads_get(void);
  * Empty M or N does nothing; K = 0 zeroes C (or leaves it, when accumulating). No aliasing of C with A or B.
  * The order of additions for an element of C is fixed by K alone: any thread count gives the same bits. Called
  * from inside a parallel region it runs on the calling thread alone, with the same bits. Cannot fail. */
-void gemm(int trans_a, int trans_b, size_t M, size_t N, size_t K, const real *A, size_t lda, const real *B,
-          size_t ldb, int accumulate, real *C, size_t ldc);
+void gemm(int trans_a, int trans_b, size_t M, size_t N, size_t K, const real *A, size_t lda, const real *B, size_t ldb,
+          int accumulate, real *C, size_t ldc);
 
 /* ------------------------------------------------------------------------------------------------------------
  * 3. checkpoint.c: named tensors
@@ -163,13 +163,14 @@ typedef struct {
 /* Maps a safetensors file and checks all of it: header length, JSON, names unique, dtypes known, shape product =
  * byte length, no overlap, no gap, no tail. Errors name the file. */
 Err checkpoint_open(Checkpoint *ck, const char *path);
-void checkpoint_close(Checkpoint *ck); /* safe on a zeroed struct */
+void checkpoint_close(Checkpoint *ck);                                 /* safe on a zeroed struct */
 const Tensor *checkpoint_find(const Checkpoint *ck, const char *name); /* NULL: no such tensor */
 /* out[0..size-1] = the tensor, converted; an error names the tensor if it is missing or its shape differs.
  * ndim < 0: any shape with `size` elements. */
 Err checkpoint_reals(const Checkpoint *ck, const char *name, int ndim, const size_t *dim, size_t size, real *out);
-Err checkpoint_ints(const Checkpoint *ck, const char *name, size_t size, int32_t *out); /* from I64 I32 I16 U8; range-checked */
-void tensor_to_reals(const Tensor *x, real *out);       /* any dtype -> real; x->size elements */
+Err checkpoint_ints(const Checkpoint *ck, const char *name, size_t size,
+                    int32_t *out);                /* from I64 I32 I16 U8; range-checked */
+void tensor_to_reals(const Tensor *x, real *out); /* any dtype -> real; x->size elements */
 /* Writes a safetensors file atomically: temporary name, flush, rename. Source data is `real` where from_real[i],
  * converted to tensor[i].dtype (F32, F16 or BF16 round to nearest even); else raw bytes of that dtype. */
 Err checkpoint_write(const char *path, const Tensor *tensor, const int *from_real, size_t n, const Config *meta);
@@ -194,27 +195,27 @@ typedef struct {
     int ndim;
     size_t dim[4], size;
     Init init;
-    double scale;   /* standard deviation of INIT_NORMAL, half width of INIT_UNIFORM */
-    double decay;   /* AdamW weight decay of this tensor */
-    int untrained;  /* never receives a gradient: the optimizer skips it altogether, as PyTorch does */
+    double scale;  /* standard deviation of INIT_NORMAL, half width of INIT_UNIFORM */
+    double decay;  /* AdamW weight decay of this tensor */
+    int untrained; /* never receives a gradient: the optimizer skips it altogether, as PyTorch does */
     real *value, *grad, *m, *v, *ema; /* each NULL until planned */
 } Param;
 typedef struct {
     Param *row;
     size_t n, capacity;
-    size_t total;      /* elements of one arena, padding included */
-    real *arena[5];    /* value, grad, m, v, ema: one allocation each */
+    size_t total;   /* elements of one arena, padding included */
+    real *arena[5]; /* value, grad, m, v, ema: one allocation each */
 } Params;
 enum { PLAN_VALUE = 1, PLAN_GRAD = 2, PLAN_ADAM = 4, PLAN_EMA = 8 };
 /* Appends a row; *index = its number (rows may move while the table grows: keep numbers, not pointers). */
 Err params_add(Params *p, size_t *index, Init init, double scale, double decay, int ndim, const size_t *dim,
                const char *fmt, ...) PRINTF_LIKE(8, 9);
-Err params_plan(Params *p, int what); /* allocates what is asked for and not yet there */
-void params_init(Params *p, uint64_t seed);      /* values from their Init rule, stream RNG_INIT; EMA = values */
+Err params_plan(Params *p, int what);       /* allocates what is asked for and not yet there */
+void params_init(Params *p, uint64_t seed); /* values from their Init rule, stream RNG_INIT; EMA = values */
 void params_zero_grad(Params *p);
-size_t params_count(const Params *p);            /* elements without padding */
-double params_grad_norm(const Params *p);        /* L2 norm over all rows, summed in fixed order in double */
-void params_swap_ema(Params *p);                 /* exchanges value and ema: twice is nothing */
+size_t params_count(const Params *p);     /* elements without padding */
+double params_grad_norm(const Params *p); /* L2 norm over all rows, summed in fixed order in double */
+void params_swap_ema(Params *p);          /* exchanges value and ema: twice is nothing */
 /* value[row] = tensor prefix+name; every row must be there with its exact shape. ema: read "ema_prefix" + name
  * without dots instead (SPEC section 6). into_ema: fill Param.ema rather than Param.value. */
 Err params_load(Params *p, const Checkpoint *ck, const char *prefix);
@@ -271,9 +272,9 @@ Err image_grid(Image *out, const real *images, size_t n, size_t H, size_t W, siz
 /* A set of labelled picture files. */
 typedef struct {
     size_t n, n_classes;
-    char **path;        /* sorted by name */
-    int32_t *label;     /* index into class_name; 0 everywhere if there are no sub-folders */
-    char **class_name;  /* sub-folder names, sorted; n_classes = 0: unlabelled */
+    char **path;       /* sorted by name */
+    int32_t *label;    /* index into class_name; 0 everywhere if there are no sub-folders */
+    char **class_name; /* sub-folder names, sorted; n_classes = 0: unlabelled */
 } Dataset;
 typedef enum { SPLIT_ALL, SPLIT_TRAIN, SPLIT_VAL } Split;
 /* path: a folder (searched recursively; its sub-folders are the classes) or a text file with one picture path a line
@@ -375,14 +376,15 @@ typedef enum { NET_X, NET_GPT } NetKind; /* encoder-decoder; decoder-only */
 typedef enum { X_PLAIN, X_SCALED, X_FINE_SCALED, X_RESIDUAL, X_RESIDUAL_SCALED } XVariant;
 typedef struct {
     NetKind kind;
-    XVariant variant;     /* NET_X only */
-    int n_scales;         /* T: rows of log_scalors */
-    int has_class;        /* prompt is (t, class) rather than (t) */
-    size_t dim;           /* n_embd */
+    XVariant variant;                                             /* NET_X only */
+    int n_scales;                                                 /* T: rows of log_scalors */
+    int has_class;                                                /* prompt is (t, class) rather than (t) */
+    size_t dim;                                                   /* n_embd */
     size_t enc_num_tokens, enc_depth, enc_heads, enc_max_seq_len; /* NET_X */
-    size_t dec_num_tokens, dec_depth, dec_heads, dec_max_seq_len; /* NET_GPT: vocab_size = K, n_layer, n_head, block_size */
-    size_t input_vocab_size, n_unmasked;                          /* NET_GPT */
-    int tie_token_emb;                                            /* NET_X */
+    size_t dec_num_tokens, dec_depth, dec_heads,
+        dec_max_seq_len;                 /* NET_GPT: vocab_size = K, n_layer, n_head, block_size */
+    size_t input_vocab_size, n_unmasked; /* NET_GPT */
+    int tie_token_emb;                   /* NET_X */
 } NetConfig;
 /* From the official keys under prefix + "transformer_config."; has_class from "conditioner_config.target". */
 Err net_config_read(NetConfig *c, const Config *from, const char *prefix);
@@ -408,9 +410,9 @@ Err transformer_forward(Transformer *m, const int32_t *x, const int32_t *x_t, co
 Err transformer_backward(Transformer *m, const real *dlogits);
 
 /* The losses (SPEC section 4), each a mean over B*N rows, in nats per token:
- *   hard = cross entropy of target (R); soft = KL(posterior (R,K) || softmax(logits)); loss = alpha soft + (1-alpha) hard
- *   dlogits (R,K) = weight * dloss/dlogits, overwritten; may be NULL, may be the logits' own memory
- *   posterior may be NULL when alpha = 0; then soft is reported as NAN.   R = B*N rows */
+ *   hard = cross entropy of target (R); soft = KL(posterior (R,K) || softmax(logits)); loss = alpha soft + (1-alpha)
+ * hard dlogits (R,K) = weight * dloss/dlogits, overwritten; may be NULL, may be the logits' own memory posterior may be
+ * NULL when alpha = 0; then soft is reported as NAN.   R = B*N rows */
 typedef struct {
     double loss, hard, soft;
 } Loss;
@@ -420,7 +422,8 @@ Err denoising_loss(Loss *out, const real *logits, const int32_t *target, const r
 /* KV-cached decoding. begin: runs the encoder and the cross-attention keys and values once (NET_X), or feeds the prompt
  * (NET_GPT: prompt tokens see each other). step i = 0..N-1 in order: prev (B) = x_{t-1}[i-1] (ignored at i = 0);
  * *logits (B,K) of position i points into the activations. Equal to transformer_forward up to rounding. */
-Err transformer_decode_begin(Transformer *m, const int32_t *x_t, const int32_t *t, const int32_t *label, size_t B, size_t N);
+Err transformer_decode_begin(Transformer *m, const int32_t *x_t, const int32_t *t, const int32_t *label, size_t B,
+                             size_t N);
 Err transformer_decode_step(Transformer *m, const int32_t *prev, size_t i, const real **logits);
 
 /* AdamW as PyTorch: p *= 1-lr*decay; m,v moments; bias correction with step = 1,2,...; rows marked untrained are left
@@ -459,8 +462,8 @@ void noise_step(int32_t *x, size_t n, size_t K, double beta, uint64_t seed, uint
 /* q (R,K) = q(x_{t-1} | x_t, x_0), rows sum to 1 (SPEC section 3, paper eq. 7). */
 void posterior(real *q, const int32_t *x0, const int32_t *xt, size_t R, size_t K, const Schedule *s, int t);
 /* Official order: (logits + guide)/temperature, top_k (ties with the k-th are all kept; 0 or >= K: no cut), softmax.
- * guide: -1 free, else the one token that is allowed. prob (K) is overwritten; temperature 0 puts all of it on the first
- * of the largest logits; logits with NaN (or nothing but -inf) make it all NaN. */
+ * guide: -1 free, else the one token that is allowed. prob (K) is overwritten; temperature 0 puts all of it on the
+ * first of the largest logits; logits with NaN (or nothing but -inf) make it all NaN. */
 void sample_probs(real *prob, const real *logits, size_t K, int32_t guide, double temperature, size_t top_k);
 /* Index of the first cumulative probability above u; skips zeros. -1 if nothing is above 0. */
 int32_t sample_pick(const real *prob, size_t K, double u);
@@ -476,15 +479,15 @@ const NamedModel *named_models(size_t *n); /* the table */
 
 typedef struct {
     char folder[1024];
-    Config meta;       /* of scale 1 */
+    Config meta; /* of scale 1 */
     Schedule schedule;
     Vqgan *vqgan;
     size_t h, w, K, side; /* token grid, token values, picture side in pixels */
     size_t n_classes;
     char **class_name;
-    int loaded;           /* scale whose transition is in memory, 0: none. One at a time. */
+    int loaded; /* scale whose transition is in memory, 0: none. One at a time. */
     Transformer *net;
-    int joint;            /* one file for all scales */
+    int joint; /* one file for all scales */
 } Model;
 /* name_or_folder: a named model or a folder with vqgan.safetensors and scale1..scaleT.safetensors. *substituted is set
  * to the named entry when its weights are not installed and the bundled model was opened instead (the caller must say
@@ -499,19 +502,20 @@ void model_close(Model *m);
 Err model_class(const Model *m, const char *name, int32_t *label);
 
 typedef struct {
-    size_t n;                              /* samples */
-    uint64_t seed, first;                  /* sample b uses the streams of number first+b */
-    double temperature[MAX_SCALES + 1];    /* [t] */
-    size_t top_k[MAX_SCALES + 1];          /* [t]; 0: all */
-    size_t chain[MAX_SCALES + 1];          /* [t] forward-backward repeats, >= 1 */
-    int official_temperature;              /* encoder-decoder scales ignore it, as the official code does */
-    int uncached;                          /* tests: the whole prefix again for every token, no KV cache */
-    const int32_t *label;                  /* (n) or NULL */
-    const int32_t *known;                  /* (n,N) tokens to keep, or NULL */
-    const uint8_t *keep;                   /* (N) 1 = keep */
+    size_t n;                           /* samples */
+    uint64_t seed, first;               /* sample b uses the streams of number first+b */
+    double temperature[MAX_SCALES + 1]; /* [t] */
+    size_t top_k[MAX_SCALES + 1];       /* [t]; 0: all */
+    size_t chain[MAX_SCALES + 1];       /* [t] forward-backward repeats, >= 1 */
+    int official_temperature;           /* encoder-decoder scales ignore it, as the official code does */
+    int uncached;                       /* tests: the whole prefix again for every token, no KV cache */
+    const int32_t *label;               /* (n) or NULL */
+    const int32_t *known;               /* (n,N) tokens to keep, or NULL */
+    const uint8_t *keep;                /* (N) 1 = keep */
     /* called after every token position and every scale; nonzero return stops with an error */
     int (*progress)(void *context, int t, size_t repeat, size_t done, size_t of);
-    void (*scale_done)(void *context, int t, const int32_t *tokens); /* tokens (n,N) = x_{t-1}; t = T+1: the start x_T */
+    void (*scale_done)(void *context, int t,
+                       const int32_t *tokens); /* tokens (n,N) = x_{t-1}; t = T+1: the start x_T */
     void *context;
 } SampleOptions;
 void sample_defaults(SampleOptions *o, const Model *m);
@@ -532,8 +536,8 @@ typedef struct {
     OptionKind kind;
     const char *name;  /* "--steps", "-n"; for OPT_ARGUMENT what the help calls it; for OPT_HEADING its text */
     const char *value; /* how the help calls the value: "N" */
-    void *out;         /* int (flag), const char * (argument, string), size_t, double, uint64_t; left alone if not given */
-    double lo, hi;     /* range of numbers */
+    void *out;     /* int (flag), const char * (argument, string), size_t, double, uint64_t; left alone if not given */
+    double lo, hi; /* range of numbers */
     const char *help;
 } Option;
 /* Fills every *out. Numbers must parse whole and lie in range. -h and --help print intro and table, exit 0; wrong usage
@@ -542,15 +546,16 @@ void options_parse(int argc, char **argv, const Option *table, const char *intro
 void die(const char *fmt, ...) PRINTF_LIKE(1, 2);         /* "program: text" on stderr, exit 1 */
 void usage_error(const char *fmt, ...) PRINTF_LIKE(1, 2); /* the same, exit 2 */
 void check(Err e);                                        /* die(err_text()) on FAILED */
-void check_device(const char *device);                    /* "cpu", or NULL for the default; "cuda" where it is built in */
+void check_device(const char *device); /* "cpu", or NULL for the default; "cuda" where it is built in */
 /* "a,b,c": the first value is for scale T, which is sampled first, and so on down; one value is for all. out[t]. */
 Err parse_per_scale(double *out, int T, const char *list, double lo, double hi, const char *option);
 /* stderr: a line that overwrites itself on a terminal, plain lines elsewhere, one every 10 s at most. */
 void progress_line(const char *fmt, ...) PRINTF_LIKE(1, 2);
-void progress_end(void); /* leaves the last progress line standing */
-double seconds(void);    /* monotonic clock */
+void progress_end(void);                       /* leaves the last progress line standing */
+double seconds(void);                          /* monotonic clock */
 const char *duration(char text[32], double s); /* "1 h 02 min", "3 min 05 s", "4.2 s" */
-/* What ./sample and ./inpaint ask alike, and how both draw. SAMPLING_OPTIONS(a, ...) are the rows of an Option table. */
+/* What ./sample and ./inpaint ask alike, and how both draw. SAMPLING_OPTIONS(a, ...) are the rows of an Option table.
+ */
 typedef struct {
     const char *model, *out, *class_name, *temperature, *top_k, *device;
     size_t n, batch, threads;
@@ -559,22 +564,37 @@ typedef struct {
 } SamplingArgs;
 #define SEED_NOT_GIVEN UINT64_MAX
 #define SAMPLING_OPTIONS(a)                                                                                            \
-    {OPT_SIZE, "-n", "COUNT", &(a).n, 1, 4096, "how many pictures"},                                                   \
-        {OPT_STRING, "-o", "OUT.png", &(a).out, 0, 0, "where the picture goes"},                                       \
-        {OPT_U64, "--seed", "N", &(a).seed, 0, 0, "same seed, same pictures (default: from the clock; always printed)"}, \
+    {OPT_U64, "--seed", "N", &(a).seed, 0, 0, "same seed, same pictures (default: from the clock; always printed)"},   \
         {OPT_STRING, "--class", "NAME|ID", &(a).class_name, 0, 0, "which class, for models that have classes"},        \
-        {OPT_STRING, "--temperature", "T,..", &(a).temperature, 0, 0,                                                  \
+        {OPT_STRING,                                                                                                   \
+         "--temperature",                                                                                              \
+         "T,..",                                                                                                       \
+         &(a).temperature,                                                                                             \
+         0,                                                                                                            \
+         0,                                                                                                            \
          "per scale, noisiest first, or one for all (default 1; lower is safer)"},                                     \
-        {OPT_STRING, "--top-k", "K,..", &(a).top_k, 0, 0,                                                              \
-         "draw among the K likeliest tokens only; per scale or one\nfor all (default 0: all)"},                        \
-        {OPT_FLAG, "--official-temperature", NULL, &(a).official_temperature, 0, 0,                                    \
-         "as the official code: --temperature acts on the noisiest\nscale only"},                                      \
-        {OPT_SIZE, "--batch", "N", &(a).batch, 1, 4096, "samples computed side by side (memory)"},                     \
-        {OPT_STRING, "--device", "cpu", &(a).device, 0, 0, "where to compute"},                                        \
-        {OPT_SIZE, "--threads", "N", &(a).threads, 0, 4096, "0 (default): all; the result does not depend on it"},     \
-        {OPT_FLAG, "--show", NULL, &(a).show, 0, 0, "draw the result in the terminal too"}
-void sampling_start(SamplingArgs *a, Model *m, const NamedModel **stand_in_for); /* threads, seed, model; dies on error */
-void sampling_options(SampleOptions *o, const SamplingArgs *a, const Model *m);  /* dies on error */
+        {OPT_STRING,                                                                                                   \
+         "--top-k",                                                                                                    \
+         "K,..",                                                                                                       \
+         &(a).top_k,                                                                                                   \
+         0,                                                                                                            \
+         0,                                                                                                            \
+         "draw among the K likeliest tokens only; per scale or one for all\n(default 0: all)"},                        \
+        {OPT_FLAG,                                                                                                     \
+         "--official-temperature",                                                                                     \
+         NULL,                                                                                                         \
+         &(a).official_temperature,                                                                                    \
+         0,                                                                                                            \
+         0,                                                                                                            \
+         "as the official code: --temperature acts on the noisiest scale only"},                                       \
+        {OPT_SIZE, "--batch", "N", &(a).batch, 1, 4096, "samples computed side by side (default 16)"},                 \
+        {OPT_STRING, "--device", "cpu|cuda", &(a).device, 0, 0, "where to compute; this version: cpu"},                \
+        {OPT_SIZE, "--threads", "N", &(a).threads, 0, 4096, "0 (default): all; the result does not depend on it"}, {   \
+        OPT_FLAG, "--show", NULL, &(a).show, 0, 0, "draw the result in the terminal too"                               \
+    }
+void sampling_start(SamplingArgs *a, Model *m,
+                    const NamedModel **stand_in_for); /* threads, seed, model; dies on error */
+void sampling_options(SampleOptions *o, const SamplingArgs *a, const Model *m);     /* dies on error */
 int sampling_progress(void *context, int t, size_t repeat, size_t done, size_t of); /* SampleOptions.progress */
 /* The options as PNG text, for image_write_png. */
 Err sampling_text(Config *text, const SamplingArgs *a, const Model *m);

@@ -20,12 +20,12 @@ typedef struct {
     const SamplingArgs *args;
     const InpaintArgs *in;
     size_t side, N;
-    Image picture;    /* (side,side), what is completed */
-    uint8_t *keep;    /* (side,side) 1 = the pixel stays */
+    Image picture;       /* (side,side), what is completed */
+    uint8_t *keep;       /* (side,side) 1 = the pixel stays */
     uint8_t *keep_token; /* (N) */
-    int32_t *known;   /* (n,N) tokens of the picture, once per sample */
-    int32_t *tokens;  /* (n,N) */
-    int32_t *label;   /* (n) */
+    int32_t *known;      /* (n,N) tokens of the picture, once per sample */
+    int32_t *tokens;     /* (n,N) */
+    int32_t *label;      /* (n) */
     SampleOptions options;
 } Job;
 
@@ -49,7 +49,8 @@ static Err read_picture(Job *job) {
     TRY(image_read(&job->picture, job->in->image));
     size_t H = job->picture.H, W = job->picture.W;
     if (H != job->side || W != job->side)
-        fprintf(stderr, "%s is %zux%zu: its centre square is used at %zux%zu\n", job->in->image, W, H, job->side, job->side);
+        fprintf(stderr, "%s is %zux%zu: its centre square is used at %zux%zu\n", job->in->image, W, H, job->side,
+                job->side);
     return fit(&job->picture, job->side, FILTER_BICUBIC, 3);
 }
 
@@ -59,8 +60,8 @@ static Err read_mask(Job *job, size_t H, size_t W) {
     size_t side = job->side;
     TRY(image_read(&mask, job->in->mask));
     if (!((mask.H == H && mask.W == W) || (mask.H == side && mask.W == side))) {
-        Err e = err("%s: the mask is %zux%zu; expected the picture's size %zux%zu or %zux%zu", job->in->mask, mask.W, mask.H, W,
-                    H, side, side);
+        Err e = err("%s: the mask is %zux%zu; expected the picture's size %zux%zu or %zux%zu", job->in->mask, mask.W,
+                    mask.H, W, H, side, side);
         image_free(&mask);
         return e;
     }
@@ -100,11 +101,13 @@ static Err make_mask(Job *job, size_t H, size_t W) {
     else
         window_mask(job, in->window ? in->window : in->outside, in->outside != 0);
     for (size_t i = 0; i < job->side * job->side; i++) kept += job->keep[i];
-    if (kept == job->side * job->side) return err("the mask keeps everything: nothing to draw (black parts are redrawn)");
+    if (kept == job->side * job->side)
+        return err("the mask keeps everything: nothing to draw (black parts are redrawn)");
     return OK;
 }
 
-/* A token stays if all its pixels do. The official code asks only its first pixel (nearest neighbour, SPEC section 5). */
+/* A token stays if all its pixels do. The official code asks only its first pixel (nearest neighbour, SPEC section 5).
+ */
 static Err token_mask(Job *job) {
     size_t cell = job->side / job->model.h, redrawn = 0;
     TRY(mem_alloc(&job->keep_token, job->N, 1, "token mask"));
@@ -115,7 +118,8 @@ static Err token_mask(Job *job) {
             job->keep_token[i] &= corner[p / cell * job->side + p % cell];
         redrawn += !job->keep_token[i];
     }
-    if (redrawn == 0) return err("the mask redraws no token (each is %zux%zu pixels); without --official-mask it would", cell, cell);
+    if (redrawn == 0)
+        return err("the mask redraws no token (each is %zux%zu pixels); without --official-mask it would", cell, cell);
     fprintf(stderr, "%zu of %zu tokens are drawn anew\n", redrawn, job->N);
     return OK;
 }
@@ -236,7 +240,8 @@ static void inpaint(SamplingArgs *a, const InpaintArgs *in) {
     job.args = a;
     job.in = in;
     sampling_start(a, &job.model, &missing);
-    a->class_name = missing && a->class_name == missing->stand_in ? NULL : a->class_name; /* the picture tells its class */
+    a->class_name =
+        missing && a->class_name == missing->stand_in ? NULL : a->class_name; /* the picture tells its class */
     sampling_options(&job.options, a, &job.model);
     chain_lengths(&job);
     job.side = job.model.side;
@@ -264,16 +269,21 @@ static void inpaint(SamplingArgs *a, const InpaintArgs *in) {
 
 static const char intro[] =
     "usage: ./inpaint [MODEL] IMAGE (--mask MASK.png | --half upper | --window SIZE | --outside SIZE) [options]\n\n"
-    "Completes a picture with an ImageBART model: the tokens of the kept part are forced at every scale, the others are\n"
-    "sampled with the whole picture in view. Each scale runs several times with some noise in between, so that old and\n"
+    "Completes a picture with an ImageBART model: the tokens of the kept part are forced at every scale, the others "
+    "are\n"
+    "sampled with the whole picture in view. Each scale runs several times with some noise in between, so that old "
+    "and\n"
     "new parts settle on each other (--chain-length). The kept pixels are put back exactly as they were.\n";
 
 int main(int argc, char **argv) {
     SamplingArgs a = {.out = "inpainted.png", .n = 1, .batch = 16, .seed = SEED_NOT_GIVEN};
     InpaintArgs in = {0};
     const Option table[] = {
-        {OPT_ARGUMENT, "MODEL", NULL, &a.model, 0, 0, "emoji (default), a name that ./sample --list shows, or a folder"},
-        {OPT_ARGUMENT, "IMAGE", NULL, &in.image, 0, 0, "PNG or JPEG; other sizes than the model's: the centre square, scaled"},
+        {OPT_HEADING, "Arguments", NULL, NULL, 0, 0, NULL},
+        {OPT_ARGUMENT, "MODEL", NULL, &a.model, 0, 0,
+         "emoji (default), a name that ./sample --list shows, or a folder"},
+        {OPT_ARGUMENT, "IMAGE", NULL, &in.image, 0, 0,
+         "PNG or JPEG; other sizes than the model's: the centre square, scaled"},
         {OPT_HEADING, "What to draw anew (one of)", NULL, NULL, 0, 0, NULL},
         {OPT_STRING, "--mask", "MASK.png", &in.mask, 0, 0, "the black parts of this picture; white is kept"},
         {OPT_STRING, "--half", "WHICH", &in.half, 0, 0, "the upper, lower, left or right half"},
@@ -285,7 +295,10 @@ int main(int argc, char **argv) {
          "geometric schedules, else 5 and 1 for the noisiest)"},
         {OPT_FLAG, "--no-paste", NULL, &in.no_paste, 0, 0, "leave the kept part as the VQGAN draws it"},
         {OPT_FLAG, "--compare", NULL, &in.compare, 0, 0, "show the picture and what is kept of it before the results"},
-        {OPT_FLAG, "--official-mask", NULL, &in.official_mask, 0, 0, "a token is kept if its first pixel is, as in the official code"},
+        {OPT_FLAG, "--official-mask", NULL, &in.official_mask, 0, 0,
+         "a token is kept if its first pixel is, as in the official code"},
+        {OPT_SIZE, "-n", "COUNT", &a.n, 1, 4096, "how many completions (default 1)"},
+        {OPT_STRING, "-o", "OUT.png", &a.out, 0, 0, "where they go (default inpainted.png)"},
         SAMPLING_OPTIONS(a),
         {OPT_END, NULL, NULL, NULL, 0, 0, NULL}};
     options_parse(argc, argv, table, intro);
@@ -294,7 +307,8 @@ int main(int argc, char **argv) {
     if (!in.image) usage_error("which picture? ./inpaint [MODEL] IMAGE; -h explains");
     if ((in.mask != NULL) + (in.half != NULL) + (in.window > 0) + (in.outside > 0) != 1)
         usage_error("give one of --mask, --half, --window, --outside; -h explains");
-    if (in.half && strcmp(in.half, "upper") && strcmp(in.half, "lower") && strcmp(in.half, "left") && strcmp(in.half, "right"))
+    if (in.half && strcmp(in.half, "upper") && strcmp(in.half, "lower") && strcmp(in.half, "left") &&
+        strcmp(in.half, "right"))
         usage_error("--half %s: expected upper, lower, left or right", in.half);
     inpaint(&a, &in);
     if (fflush(stdout)) die("standard output could not be written");

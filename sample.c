@@ -18,20 +18,17 @@ typedef struct {
     SampleOptions options;
 } Job;
 
-static int is_here(const NamedModel *m) { return model_installed(m); }
-
 static void list_models(void) {
     size_t n;
     const NamedModel *m = named_models(&n);
-    printf("%-10s %-10s %s\n", "model", "weights", "what");
-    for (size_t i = 0; i < n; i++) {
-        printf("%-10s %-10s %s\n", m[i].name, is_here(&m[i]) ? "here" : "not here", m[i].what);
-        if (!is_here(&m[i]) && m[i].zip)
-            printf("%-21s get it: https://ommer-lab.com/files/%s and https://ommer-lab.com/files/vqgan.zip, unzip under models/\n",
-                   "", m[i].zip);
-    }
-    printf("\nAny folder with vqgan.safetensors and scale1.safetensors ... is a model too, such as a run of ./train.\n"
-           "Reading the official .ckpt files is not in this version.\n");
+    printf("%-10s %-9s %-28s %s\n", "model", "weights", "official file", "what");
+    for (size_t i = 0; i < n; i++)
+        printf("%-10s %-9s %-28s %s\n", m[i].name, model_installed(&m[i]) ? "here" : "not here",
+               m[i].zip ? m[i].zip : "-", m[i].what);
+    printf(
+        "\nTo get an official model: download its file and vqgan.zip from https://ommer-lab.com/files/ and unzip both\n"
+        "under models/. Reading their .ckpt files is not in this version.\n"
+        "Any folder with vqgan.safetensors and scale1.safetensors ... is a model too, such as a run of ./train.\n");
 }
 
 /* One class for all, or every sample its own drawn at random. */
@@ -42,8 +39,9 @@ static Err choose_classes(Job *job) {
     if (job->model.n_classes == 0) return OK;
     TRY(mem_alloc(&job->label, a->n, sizeof *job->label, "classes"));
     for (size_t b = 0; b < a->n; b++)
-        job->label[b] = one >= 0 ? one
-                                 : (int32_t)rng_below(a->seed, rng_stream(RNG_START, 1, b), 0, (uint32_t)job->model.n_classes);
+        job->label[b] =
+            one >= 0 ? one
+                     : (int32_t)rng_below(a->seed, rng_stream(RNG_START, 1, b), 0, (uint32_t)job->model.n_classes);
     return OK;
 }
 
@@ -118,7 +116,8 @@ static void sample(SamplingArgs *a, const char *chain_path) {
     check(draw_tokens(&job, chain_path != NULL));
     check(write_grid(&job, job.tokens, a->n, columns, a->out));
     if (chain_path) check(write_grid(&job, job.chain, a->n * (T + 1), T + 1, chain_path));
-    fprintf(stderr, "%zu pictures in %s, seed %llu\n", a->n, duration(took, seconds() - start), (unsigned long long)a->seed);
+    fprintf(stderr, "%zu pictures in %s, seed %llu\n", a->n, duration(took, seconds() - start),
+            (unsigned long long)a->seed);
     printf("%s\n", a->out);
     if (chain_path) printf("%s\n", chain_path);
     if (a->show) check(show_png(a->out));
@@ -138,14 +137,17 @@ int main(int argc, char **argv) {
     SamplingArgs a = {.model = "emoji", .out = "samples.png", .n = 16, .batch = 16, .seed = SEED_NOT_GIVEN};
     const char *chain = NULL;
     int list = 0;
-    const Option table[] = {{OPT_ARGUMENT, "MODEL", NULL, &a.model, 0, 0,
-                             "emoji (default), a name that --list shows, or a folder with\nweights such as runs/emoji"},
-                            {OPT_HEADING, "Options", NULL, NULL, 0, 0, NULL},
-                            SAMPLING_OPTIONS(a),
-                            {OPT_STRING, "--chain", "CHAIN.png", &chain, 0, 0,
-                             "also draw every scale: a row per sample, x_T at the left"},
-                            {OPT_FLAG, "--list", NULL, &list, 0, 0, "the models, which of them are here, how to get the others"},
-                            {OPT_END, NULL, NULL, NULL, 0, 0, NULL}};
+    const Option table[] = {
+        {OPT_HEADING, "Arguments", NULL, NULL, 0, 0, NULL},
+        {OPT_ARGUMENT, "MODEL", NULL, &a.model, 0, 0,
+         "emoji (default), a name that --list shows, or a folder with\nweights such as runs/emoji"},
+        {OPT_HEADING, "Options", NULL, NULL, 0, 0, NULL},
+        {OPT_SIZE, "-n", "COUNT", &a.n, 1, 4096, "how many pictures (default 16)"},
+        {OPT_STRING, "-o", "OUT.png", &a.out, 0, 0, "where the grid of them goes (default samples.png)"},
+        SAMPLING_OPTIONS(a),
+        {OPT_STRING, "--chain", "CHAIN.png", &chain, 0, 0, "also draw every scale: a row per sample, x_T at the left"},
+        {OPT_FLAG, "--list", NULL, &list, 0, 0, "the models, which of them are here, how to get the others"},
+        {OPT_END, NULL, NULL, NULL, 0, 0, NULL}};
     options_parse(argc, argv, table, intro);
     if (list)
         list_models();

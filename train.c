@@ -42,7 +42,7 @@ typedef struct {
 
 typedef struct Stage Stage;
 struct Stage {
-    char name[16];   /* "vqgan", "scale2", "joint": names the files */
+    char name[16]; /* "vqgan", "scale2", "joint": names the files */
     const Options *opt;
     Config settings; /* the recipe's part for this stage, under the official keys, with the user's changes */
     Params *params;
@@ -83,7 +83,7 @@ struct Stage {
     int t; /* the scale; 0: joint */
     double alpha;
     size_t h, w, N, K;
-    uint32_t *order;  /* of the present epoch */
+    uint32_t *order; /* of the present epoch */
     uint64_t epoch;
     int32_t *x0, *x_prev, *x_t, *ts, *label; /* (B,N) ... (B) */
     real *q, *dlogits;                       /* (B,N,K) */
@@ -284,7 +284,8 @@ static Err transition_evaluate(Stage *s, Metrics *out) {
             for (size_t b = 0; b < B; b++) take_example(s, &s->val_tokens, i + b, 0, b);
             draw_chain(s, t, B, VALIDATION_SEED, 0, i * s->N);
             TRY(transition_loss(s, t, B, 0, &loss, NULL));
-            out->loss += loss.loss * (double)B, out->part[0] += loss.hard * (double)B, out->part[1] += loss.soft * (double)B;
+            out->loss += loss.loss * (double)B, out->part[0] += loss.hard * (double)B,
+                out->part[1] += loss.soft * (double)B;
         }
     out->loss /= (double)done, out->part[0] /= (double)done, out->part[1] /= (double)done;
     return OK;
@@ -451,7 +452,8 @@ static Err open_vqgan(Stage *s, char path[1100]) {
 static Err check_transition(const Stage *s, const NetConfig *c) {
     size_t vocabulary = c->kind == NET_X ? c->enc_num_tokens : c->input_vocab_size;
     if (c->dec_num_tokens != s->K)
-        return err("%s: the network writes %zu token values, the first stage has %zu", s->name, c->dec_num_tokens, s->K);
+        return err("%s: the network writes %zu token values, the first stage has %zu", s->name, c->dec_num_tokens,
+                   s->K);
     if (c->has_class && s->train.n_classes == 0)
         return err("%s: the model is conditioned on classes; the pictures need one sub-folder per class", s->opt->data);
     if (c->has_class && s->train.n_classes > vocabulary)
@@ -540,7 +542,8 @@ static Err read_recipe(Stage *s) {
         snprintf(path, sizeof path, "%s/config.txt", o->model);
     else
         snprintf(path, sizeof path, "models/%s.txt", o->model);
-    if (!file_exists(path)) return err("%s: no such recipe; --config FILE names one (models/emoji.txt is an example)", path);
+    if (!file_exists(path))
+        return err("%s: no such recipe; --config FILE names one (models/emoji.txt is an example)", path);
     TRY(config_read(&recipe, path));
     Err e = OK;
     if (o->vqgan)
@@ -577,7 +580,8 @@ static Err apply_options(Stage *s) {
         TRY(config_set(c, "model.base_learning_rate", "none"));
     }
     if (o->batch != NOT_GIVEN) TRY(config_set(c, "data.params.batch_size", "%zu", o->batch));
-    if (o->accumulate != NOT_GIVEN) TRY(config_set(c, "lightning.trainer.accumulate_grad_batches", "%zu", o->accumulate));
+    if (o->accumulate != NOT_GIVEN)
+        TRY(config_set(c, "lightning.trainer.accumulate_grad_batches", "%zu", o->accumulate));
     if (o->alpha >= 0) TRY(config_set(c, "model.params.alpha", "%.17g", o->alpha));
     if (o->seed != NOT_GIVEN) TRY(config_set(c, "train.seed", "%zu", o->seed));
     if (o->store) TRY(config_set(c, "imagebart.store", "%s", o->store));
@@ -708,8 +712,8 @@ static Err load_state(Stage *s, const Checkpoint *ck) {
  * The log: one line per step; when a run resumes, lines that are about to be repeated are dropped
  * ---------------------------------------------------------------------------------------------------------- */
 
-static const char log_header[] =
-    "stage\tstep\tloss\thard_or_l1\tsoft_or_l2\tlr\tgrad_norm\timages_per_s\tval\tval_ema\tval_part1_ema\tval_part2_ema\n";
+static const char log_header[] = "stage\tstep\tloss\thard_or_l1\tsoft_or_l2\tlr\tgrad_norm\timages_per_s\tval\tval_"
+                                 "ema\tval_part1_ema\tval_part2_ema\n";
 
 static Err log_rewind(const Stage *s, const char *path) {
     char line[512], stage[16];
@@ -788,8 +792,8 @@ static void print_evaluation(const Stage *s, FILE *to, const Metrics *val, const
         fprintf(to, "\n");
         return;
     }
-    fprintf(to, "%s step %llu: validation, nats per token: hard %.4f soft %.4f; with EMA: hard %.4f soft %.4f\n", s->name,
-            (unsigned long long)s->step, val->part[0], val->part[1], ema->part[0], ema->part[1]);
+    fprintf(to, "%s step %llu: validation, nats per token: hard %.4f soft %.4f; with EMA: hard %.4f soft %.4f\n",
+            s->name, (unsigned long long)s->step, val->part[0], val->part[1], ema->part[0], ema->part[1]);
 }
 
 /* ------------------------------------------------------------------------------------------------------------
@@ -808,11 +812,13 @@ static Err train_step(Stage *s, Metrics *mean, double *lr, double *norm) {
     }
     *norm = params_grad_norm(s->params);
     if (!isfinite(mean->loss) || !isfinite(*norm))
-        return err("%s step %llu: the loss is %g and the gradient norm %g; the last checkpoint is intact (a smaller --lr?)",
-                   s->name, (unsigned long long)s->step + 1, mean->loss, *norm);
+        return err(
+            "%s step %llu: the loss is %g and the gradient norm %g; the last checkpoint is intact (a smaller --lr?)",
+            s->name, (unsigned long long)s->step + 1, mean->loss, *norm);
     s->adam.lr = *lr = s->lr_scale * lr_at(&s->lr, s->step);
     adamw_step(s->params, &s->adam, ++s->step);
-    if (!s->opt->vqgan) ema_update(s->params, s->ema_decay, ++s->ema_updates); /* once per micro batch, as the official code */
+    if (!s->opt->vqgan)
+        ema_update(s->params, s->ema_decay, ++s->ema_updates); /* once per micro batch, as the official code */
     return s->after_step ? s->after_step(s) : OK;
 }
 
@@ -827,7 +833,9 @@ static Err draw_picture(Stage *s) {
     return e;
 }
 
-static int due(uint64_t step, size_t every, size_t last) { return every && (step % every == 0 || step == last); }
+static int due(uint64_t step, size_t every, size_t last) {
+    return every && (step % every == 0 || step == last);
+}
 
 static Err run(Stage *s) {
     Progress p = {0};
@@ -878,22 +886,26 @@ static Err build_stage(Stage *s, const Checkpoint *ck) {
 }
 
 static void say_start(const Stage *s) {
-    fprintf(stderr, "%s: %.2f million parameters, %zu pictures (%zu held out), batch %zu x %zu, %zu steps, seed %llu, %d threads\n",
-            s->name, (double)params_count(s->params) / 1e6, s->train.n, s->val.n, s->batch, s->accumulate, s->steps,
-            (unsigned long long)s->seed, threads_get());
+    fprintf(
+        stderr,
+        "%s: %.2f million parameters, %zu pictures (%zu held out), batch %zu x %zu, %zu steps, seed %llu, %d threads\n",
+        s->name, (double)params_count(s->params) / 1e6, s->train.n, s->val.n, s->batch, s->accumulate, s->steps,
+        (unsigned long long)s->seed, threads_get());
     if (s->step) fprintf(stderr, "%s: continuing after step %llu\n", s->name, (unsigned long long)s->step);
 }
 
 static void say_end(const Stage *s) {
     const char *run = s->opt->run;
     if (s->step < s->steps) {
-        fprintf(stderr, "stopped after step %llu, everything is saved; --resume continues\n", (unsigned long long)s->step);
+        fprintf(stderr, "stopped after step %llu, everything is saved; --resume continues\n",
+                (unsigned long long)s->step);
         return;
     }
     char path[1100];
     printf("%s\n", run_path(s, path, ".safetensors"));
     if (s->opt->vqgan)
-        fprintf(stderr, "next: ./train %s --scale 1 --data %s --run %s, then the other scales\n", s->opt->model, s->opt->data, run);
+        fprintf(stderr, "next: ./train %s --scale 1 --data %s --run %s, then the other scales\n", s->opt->model,
+                s->opt->data, run);
     else
         fprintf(stderr, "when every scale is trained: ./sample %s\n", run);
 }
@@ -933,7 +945,8 @@ static void train(const Options *o) {
     int continuing = open_state(&s, &ck);
     if (o->eval && !continuing) die("%s: no %s.state.safetensors there to evaluate; train it first", o->run, s.name);
     if (continuing)
-        for (size_t i = 0; i < ck.meta.n; i++) check(config_set(&s.settings, ck.meta.kv[i].key, "%s", ck.meta.kv[i].value));
+        for (size_t i = 0; i < ck.meta.n; i++)
+            check(config_set(&s.settings, ck.meta.kv[i].key, "%s", ck.meta.kv[i].value));
     else
         check(read_recipe(&s));
     check(apply_options(&s));
@@ -955,18 +968,29 @@ static const char intro[] =
     "usage: ./train [MODEL] (--vqgan | --scale N | --joint) [options]\n\n"
     "Trains one part of an ImageBART model. Three steps make a model:\n"
     "  1. ./train emoji --vqgan --data data/emoji    a VQGAN learns to write a picture as a grid of tokens and back\n"
-    "  2. ./train emoji --scale N --data data/emoji  for N = 1..T: noise has replaced a part of the tokens, more at each\n"
+    "  2. ./train emoji --scale N --data data/emoji  for N = 1..T: noise has replaced a part of the tokens, more at "
+    "each\n"
     "                                                scale; a transformer learns to undo one step of it\n"
     "  3. ./sample runs/emoji                        starts from pure noise and runs the steps back, T to 1\n"
-    "MODEL names a recipe models/MODEL.txt (default emoji). Everything is kept in the run folder; the pictures there show\n"
+    "MODEL names a recipe models/MODEL.txt (default emoji). Everything is kept in the run folder; the pictures there "
+    "show\n"
     "held-out examples as training goes on.\n";
 
 int main(int argc, char **argv) {
     static char default_run[1100];
-    Options o = {.model = "emoji", .steps = NOT_GIVEN, .batch = NOT_GIVEN, .accumulate = NOT_GIVEN, .seed = NOT_GIVEN,
-                 .save_every = 100, .eval_every = 500, .picture_every = 500, .alpha = -1};
+    Options o = {.model = "emoji",
+                 .steps = NOT_GIVEN,
+                 .batch = NOT_GIVEN,
+                 .accumulate = NOT_GIVEN,
+                 .seed = NOT_GIVEN,
+                 .save_every = 100,
+                 .eval_every = 500,
+                 .picture_every = 500,
+                 .alpha = -1};
     const Option table[] = {
-        {OPT_ARGUMENT, "MODEL", NULL, &o.model, 0, 0, "emoji, another recipe models/MODEL.txt, or a folder with config.txt"},
+        {OPT_HEADING, "Arguments", NULL, NULL, 0, 0, NULL},
+        {OPT_ARGUMENT, "MODEL", NULL, &o.model, 0, 0,
+         "emoji, another recipe models/MODEL.txt, or a folder with config.txt"},
         {OPT_HEADING, "What to train (one of)", NULL, NULL, 0, 0, NULL},
         {OPT_FLAG, "--vqgan", NULL, &o.vqgan, 0, 0, "the first stage: pictures to tokens and back"},
         {OPT_SIZE, "--scale", "N", &o.scale, 1, MAX_SCALES, "the transition x_N -> x_(N-1)"},
@@ -978,7 +1002,8 @@ int main(int argc, char **argv) {
         {OPT_STRING, "--run", "DIR", &o.run, 0, 0, "where weights, log and pictures go (default runs/MODEL)"},
         {OPT_STRING, "--config", "FILE", &o.config, 0, 0, "the recipe, instead of models/MODEL.txt"},
         {OPT_HEADING, "How", NULL, NULL, 0, 0, NULL},
-        {OPT_SIZE, "--steps", "N", &o.steps, 1, UINT32_MAX, "optimizer steps in all; warm-up and cosine decay fit themselves to it"},
+        {OPT_SIZE, "--steps", "N", &o.steps, 1, UINT32_MAX,
+         "optimizer steps in all; warm-up and cosine decay fit themselves to it"},
         {OPT_SIZE, "--batch", "N", &o.batch, 1, 65536, "pictures per micro batch"},
         {OPT_SIZE, "--accumulate", "N", &o.accumulate, 1, 65536, "micro batches per step"},
         {OPT_REAL, "--lr", "X", &o.lr, 1e-12, 10, "peak learning rate"},
@@ -990,7 +1015,7 @@ int main(int argc, char **argv) {
         {OPT_SIZE, "--picture-every", "N", &o.picture_every, 1, UINT32_MAX, "steps between pictures (default 500)"},
         {OPT_FLAG, "--resume", NULL, &o.resume, 0, 0, "continue the run, bit for bit as if it had not stopped"},
         {OPT_FLAG, "--eval", NULL, &o.eval, 0, 0, "only evaluate what the run has, on the held-out pictures"},
-        {OPT_STRING, "--device", "cpu", &o.device, 0, 0, "where to compute"},
+        {OPT_STRING, "--device", "cpu|cuda", &o.device, 0, 0, "where to compute; this version: cpu"},
         {OPT_SIZE, "--threads", "N", &o.threads, 0, 4096, "0 (default): all; the result does not depend on it"},
         {OPT_END, NULL, NULL, NULL, 0, 0, NULL}};
     options_parse(argc, argv, table, intro);

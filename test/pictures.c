@@ -53,7 +53,8 @@ static int same(char **argv) {
         fprintf(stderr, "pictures: sizes %zux%zu and %zux%zu do not fit the rectangle\n", a.W, a.H, b.W, b.H);
         return 2;
     }
-    for (size_t y = y0; y < y1; y++) differ |= memcmp(a.rgb + 3 * (y * a.W + x0), b.rgb + 3 * (y * a.W + x0), 3 * (x1 - x0));
+    for (size_t y = y0; y < y1; y++)
+        differ |= memcmp(a.rgb + 3 * (y * a.W + x0), b.rgb + 3 * (y * a.W + x0), 3 * (x1 - x0));
     image_free(&a);
     image_free(&b);
     return differ != 0;

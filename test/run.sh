@@ -4,6 +4,7 @@
 build=$1
 shift
 passed=0 failed=0
+export ASAN_OPTIONS=allocator_may_return_null=1 # the tests ask for more memory than there is
 
 tally() { # tally NAME LOGFILE EXIT_STATUS
     line=$(tail -n 1 "$2")
