@@ -43,7 +43,7 @@ WARN := -Wall -Wextra -Wshadow -Werror
 ifneq ($(findstring clang,$(shell $(CC) --version 2>/dev/null)),)
 WARN += -Wno-pass-failed # "this loop was not vectorised" is a remark about speed, not about the code
 endif
-OPT := $(if $(filter 1,$(SANITIZE)),-O1 -fsanitize=address$(comma)undefined -fno-sanitize-recover=all -fno-omit-frame-pointer,-O3)
+OPT := $(if $(filter 1,$(SANITIZE)),-O2 -fsanitize=address$(comma)undefined -fno-sanitize-recover=all -fno-omit-frame-pointer,-O3)
 CFLAGS := -std=c11 -D_GNU_SOURCE -g $(OPT) $(if $(HAVE_MARCH),-march=$(MARCH)) -ffp-contract=fast -fno-math-errno \
           -fno-trapping-math $(WARN) $(if $(HAVE_OPENMP),-fopenmp,-Wno-unknown-pragmas)
 LDLIBS := -lpng -ljpeg -lz -lm -lpthread

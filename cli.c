@@ -332,21 +332,34 @@ void sampling_start(SamplingArgs *a, Model *m, const NamedModel **stand_in_for) 
     if (!a->class_name) a->class_name = missing->stand_in;
 }
 
-void sampling_options(SampleOptions *o, const SamplingArgs *a, const Model *m) {
-    double top_k[MAX_SCALES + 1] = {0};
-    int T = m->schedule.T;
+/* The user's list, else what the model's file recommends, else `otherwise`. */
+static void per_scale(double *out, const Model *m, const char *given, const char *key, const char *otherwise, double lo,
+                      double hi, const char *option) {
+    const char *recommended = config_get(&m->meta, "imagebart.", key);
+    const char *list = given ? given : recommended ? recommended : otherwise;
+    if (parse_per_scale(out, m->schedule.T, list, lo, hi, option) != OK) usage_error("%s", err_text());
+}
+
+static void per_scale_sizes(size_t *out, const Model *m, const char *given, const char *key, const char *otherwise,
+                            double lo, double hi, const char *option) {
+    double number[MAX_SCALES + 1] = {0};
+    per_scale(number, m, given, key, otherwise, lo, hi, option);
+    for (int t = 1; t <= m->schedule.T; t++) {
+        if (number[t] != floor(number[t])) usage_error("%s: %g is not a whole number", option, number[t]);
+        out[t] = (size_t)number[t];
+    }
+}
+
+void sampling_options(SampleOptions *o, const SamplingArgs *a, const Model *m, const char *chain_length) {
     sample_defaults(o, m);
     o->seed = a->seed;
     o->official_temperature = a->official_temperature;
     o->progress = sampling_progress;
     o->context = o;
-    if (parse_per_scale(o->temperature, T, a->temperature ? a->temperature : "1", 0, 1000, "--temperature") != OK)
-        usage_error("%s", err_text());
-    if (parse_per_scale(top_k, T, a->top_k ? a->top_k : "0", 0, 1e9, "--top-k") != OK) usage_error("%s", err_text());
-    for (int t = 1; t <= T; t++) {
-        if (top_k[t] != floor(top_k[t])) usage_error("--top-k %s: expected whole numbers", a->top_k);
-        o->top_k[t] = (size_t)top_k[t];
-    }
+    per_scale(o->temperature, m, a->temperature, "temperature", "1", 0, 1000, "--temperature");
+    per_scale_sizes(o->top_k, m, a->top_k, "top_k", "0", 0, 1e9, "--top-k");
+    per_scale_sizes(o->chain, m, a->chain_length ? a->chain_length : chain_length, "chain_length", "1", 1, 1000,
+                    "--chain-length");
 }
 
 int sampling_progress(void *context, int t, size_t repeat, size_t done, size_t of) {
@@ -366,13 +379,25 @@ int sampling_progress(void *context, int t, size_t repeat, size_t done, size_t o
     return interrupted();
 }
 
-Err sampling_text(Config *text, const SamplingArgs *a, const Model *m) {
+/* "1,0.9,0.8", noisiest first. */
+static Err text_per_scale(Config *text, const char *key, const SampleOptions *o, int T, int what) {
+    char list[MAX_SCALES * 24];
+    size_t at = 0;
+    for (int t = T; t >= 1; t--) {
+        double x = what == 0 ? o->temperature[t] : (double)(what == 1 ? o->top_k[t] : o->chain[t]);
+        at += (size_t)snprintf(list + at, sizeof list - at, "%s%.9g", t < T ? "," : "", x);
+    }
+    return config_set(text, key, "%s", list);
+}
+
+Err sampling_text(Config *text, const SamplingArgs *a, const SampleOptions *o, const Model *m) {
     TRY(config_set(text, "Software", "imagebart.c"));
     TRY(config_set(text, "model", "%s", m->folder));
     TRY(config_set(text, "seed", "%llu", (unsigned long long)a->seed));
     if (a->class_name) TRY(config_set(text, "class", "%s", a->class_name));
-    TRY(config_set(text, "temperature", "%s", a->temperature ? a->temperature : "1"));
-    TRY(config_set(text, "top-k", "%s", a->top_k ? a->top_k : "0"));
+    TRY(text_per_scale(text, "temperature", o, m->schedule.T, 0));
+    TRY(text_per_scale(text, "top-k", o, m->schedule.T, 1));
+    TRY(text_per_scale(text, "chain-length", o, m->schedule.T, 2));
     return a->official_temperature ? config_set(text, "official-temperature", "true") : OK;
 }
 

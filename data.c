@@ -1002,10 +1002,13 @@ static int32_t class_of(const Dataset *d, const char *name, int split_folders) {
     return at ? (int32_t)(at - d->class_name) : 0;
 }
 
-static int in_split(const char *name, Split split, int split_folders) {
-    if (split == SPLIT_ALL) return 1;
-    int val = split_folders ? strncmp(name, "val/", 4) == 0 : name_is_held_out(name);
-    return val == (split == SPLIT_VAL);
+/* Is picture i of all n held out? Where a small set's names hash to none, the first is. */
+static int is_held_out(char **all, size_t n, size_t i, int split_folders) {
+    if (split_folders) return strncmp(all[i], "val/", 4) == 0;
+    if (i > 0) return name_is_held_out(all[i]);
+    for (size_t k = 1; k < n; k++)
+        if (name_is_held_out(all[k])) return name_is_held_out(all[0]);
+    return 1;
 }
 
 /* d = those of `all` that belong to the split; paths and labels. */
@@ -1014,7 +1017,8 @@ static Err dataset_select(Dataset *d, char **all, size_t n, const char *folder, 
     Names chosen = {0};
     Err e = OK;
     for (size_t i = 0; i < n && e == OK; i++)
-        if (in_split(all[i], split, split_folders)) e = names_add(&chosen, all[i], strlen(all[i]));
+        if (split == SPLIT_ALL || is_held_out(all, n, i, split_folders) == (split == SPLIT_VAL))
+            e = names_add(&chosen, all[i], strlen(all[i]));
     if (e == OK && !chosen.n) e = err("has no %spictures (.png, .jpg or .jpeg) among %zu", what[split], n);
     if (e == OK) e = names_pack(&d->path, &chosen, folder);
     if (e == OK) e = mem_alloc(&d->label, chosen.n, sizeof *d->label, "labels");

@@ -279,7 +279,7 @@ typedef struct {
 typedef enum { SPLIT_ALL, SPLIT_TRAIN, SPLIT_VAL } Split;
 /* path: a folder (searched recursively; its sub-folders are the classes) or a text file with one picture path a line
  * (relative to the list's folder). If the folder holds train/ and val/ these are the split; else every picture whose
- * name hashes into 1 of 20 is held out. An empty set is an error. */
+ * name hashes into 1 of 20 is held out, the first if none does. An empty set is an error. */
 Err dataset_open(Dataset *d, const char *path, Split split);
 void dataset_close(Dataset *d);
 /* order[0..n-1] = the permutation of epoch `epoch` under `seed`. */
@@ -557,7 +557,7 @@ const char *duration(char text[32], double s); /* "1 h 02 min", "3 min 05 s", "4
 /* What ./sample and ./inpaint ask alike, and how both draw. SAMPLING_OPTIONS(a, ...) are the rows of an Option table.
  */
 typedef struct {
-    const char *model, *out, *class_name, *temperature, *top_k, *device;
+    const char *model, *out, *class_name, *temperature, *top_k, *chain_length, *device;
     size_t n, batch, threads;
     uint64_t seed; /* SEED_NOT_GIVEN: take one from the clock; it is printed and kept in the PNG */
     int official_temperature, show;
@@ -587,6 +587,13 @@ typedef struct {
          0,                                                                                                            \
          0,                                                                                                            \
          "as the official code: --temperature acts on the noisiest scale only"},                                       \
+        {OPT_STRING,                                                                                                   \
+         "--chain-length",                                                                                             \
+         "L,..",                                                                                                       \
+         &(a).chain_length,                                                                                            \
+         0,                                                                                                            \
+         0,                                                                                                            \
+         "passes of every scale, with some noise in between; per scale or one\nfor all"},                              \
         {OPT_SIZE, "--batch", "N", &(a).batch, 1, 4096, "samples computed side by side (default 16)"},                 \
         {OPT_STRING, "--device", "cpu|cuda", &(a).device, 0, 0, "where to compute; this version: cpu"},                \
         {OPT_SIZE, "--threads", "N", &(a).threads, 0, 4096, "0 (default): all; the result does not depend on it"}, {   \
@@ -594,10 +601,12 @@ typedef struct {
     }
 void sampling_start(SamplingArgs *a, Model *m,
                     const NamedModel **stand_in_for); /* threads, seed, model; dies on error */
-void sampling_options(SampleOptions *o, const SamplingArgs *a, const Model *m);     /* dies on error */
+/* What the user gave, else what the model's file recommends (imagebart.temperature, .top_k, .chain_length), else 1, all
+ * and chain_length (NULL: the recommendation, or 1). */
+void sampling_options(SampleOptions *o, const SamplingArgs *a, const Model *m, const char *chain_length);
 int sampling_progress(void *context, int t, size_t repeat, size_t done, size_t of); /* SampleOptions.progress */
 /* The options as PNG text, for image_write_png. */
-Err sampling_text(Config *text, const SamplingArgs *a, const Model *m);
+Err sampling_text(Config *text, const SamplingArgs *a, const SampleOptions *o, const Model *m);
 /* images (n,3,side,side) decoded from tokens (n,N), a picture at a time. */
 Err decode_pictures(Model *m, const int32_t *tokens, size_t n, real *images);
 /* Draws a PNG file on stdout: Kitty or iTerm2 graphics where the terminal says it has them, else 24-bit half blocks. */

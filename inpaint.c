@@ -10,7 +10,7 @@
 #include <string.h>
 
 typedef struct {
-    const char *image, *mask, *half, *chain_length;
+    const char *image, *mask, *half;
     size_t window, outside;
     int no_paste, official_mask, compare;
 } InpaintArgs;
@@ -166,15 +166,12 @@ static int progress(void *context, int t, size_t repeat, size_t done, size_t of)
 }
 
 /* Official defaults: three passes per scale for geometric schedules, else five, and one for the noisiest. */
-static void chain_lengths(Job *job) {
-    double length[MAX_SCALES + 1];
-    int T = job->model.schedule.T;
-    const char *redraw = config_get(&job->model.meta, "model.params.", "redraw_prob");
-    int geometric = redraw && !strcmp(redraw, "geometric");
-    for (int t = 1; t <= T; t++) length[t] = geometric ? 3 : t == T ? 1 : 5;
-    if (job->in->chain_length && parse_per_scale(length, T, job->in->chain_length, 1, 1000, "--chain-length") != OK)
-        usage_error("%s", err_text());
-    for (int t = 1; t <= T; t++) job->options.chain[t] = (size_t)length[t];
+static const char *chain_lengths(const Model *m, char list[MAX_SCALES * 2]) {
+    const char *redraw = config_get(&m->meta, "model.params.", "redraw_prob");
+    if (redraw && !strcmp(redraw, "geometric")) return "3";
+    strcpy(list, "1");
+    for (int t = 1; t < m->schedule.T; t++) strcat(list, ",5");
+    return list;
 }
 
 static Err draw_tokens(Job *job) {
@@ -224,7 +221,7 @@ static Err write_result(Job *job) {
     if (e == OK) e = decode_pictures(&job->model, job->tokens, job->args->n, images + first * pixels);
     if (e == OK) e = image_grid(&im, images, tiles, job->side, job->side, columns, gap);
     if (e == OK && !job->in->no_paste) paste(job, &im, first, tiles, columns, gap);
-    if (e == OK) e = sampling_text(&text, job->args, &job->model);
+    if (e == OK) e = sampling_text(&text, job->args, &job->options, &job->model);
     if (e == OK) e = config_set(&text, "inpainted", "%s", job->in->image);
     if (e == OK) e = image_write_png(job->args->out, &im, &text);
     image_free(&im);
@@ -236,14 +233,14 @@ static Err write_result(Job *job) {
 static void inpaint(SamplingArgs *a, const InpaintArgs *in) {
     Job job;
     const NamedModel *missing;
+    char chains[MAX_SCALES * 2];
     memset(&job, 0, sizeof job);
     job.args = a;
     job.in = in;
     sampling_start(a, &job.model, &missing);
     a->class_name =
         missing && a->class_name == missing->stand_in ? NULL : a->class_name; /* the picture tells its class */
-    sampling_options(&job.options, a, &job.model);
-    chain_lengths(&job);
+    sampling_options(&job.options, a, &job.model, chain_lengths(&job.model, chains));
     job.side = job.model.side;
     job.N = job.model.h * job.model.w;
     fprintf(stderr, "seed %llu\n", (unsigned long long)a->seed);
@@ -273,7 +270,8 @@ static const char intro[] =
     "are\n"
     "sampled with the whole picture in view. Each scale runs several times with some noise in between, so that old "
     "and\n"
-    "new parts settle on each other (--chain-length). The kept pixels are put back exactly as they were.\n";
+    "new parts settle on each other (--chain-length; default 3, or 5 and 1 for the noisiest where the schedule is not\n"
+    "geometric). The kept pixels are put back exactly as they were.\n";
 
 int main(int argc, char **argv) {
     SamplingArgs a = {.out = "inpainted.png", .n = 1, .batch = 16, .seed = SEED_NOT_GIVEN};
@@ -290,9 +288,6 @@ int main(int argc, char **argv) {
         {OPT_SIZE, "--window", "SIZE", &in.window, 1, 65536, "a centred square of SIZE pixels"},
         {OPT_SIZE, "--outside", "SIZE", &in.outside, 1, 65536, "everything but a centred square of SIZE pixels"},
         {OPT_HEADING, "Options", NULL, NULL, 0, 0, NULL},
-        {OPT_STRING, "--chain-length", "L,..", &in.chain_length, 0, 0,
-         "passes per scale, noisiest first, or one for all (default: 3 for\n"
-         "geometric schedules, else 5 and 1 for the noisiest)"},
         {OPT_FLAG, "--no-paste", NULL, &in.no_paste, 0, 0, "leave the kept part as the VQGAN draws it"},
         {OPT_FLAG, "--compare", NULL, &in.compare, 0, 0, "show the picture and what is kept of it before the results"},
         {OPT_FLAG, "--official-mask", NULL, &in.official_mask, 0, 0,

@@ -83,7 +83,7 @@ static Err write_grid(Job *job, const int32_t *tokens, size_t n, size_t columns,
     TRY(mem_alloc(&images, n, job->pixels * sizeof *images, "pictures"));
     Err e = decode_pictures(&job->model, tokens, n, images);
     if (e == OK) e = image_grid(&im, images, n, job->model.side, job->model.side, columns, 2);
-    if (e == OK) e = sampling_text(&text, job->args, &job->model);
+    if (e == OK) e = sampling_text(&text, job->args, &job->options, &job->model);
     if (e == OK) e = image_write_png(path, &im, &text);
     image_free(&im);
     config_free(&text);
@@ -106,7 +106,7 @@ static void sample(SamplingArgs *a, const char *chain_path) {
     memset(&job, 0, sizeof job);
     job.args = a;
     sampling_start(a, &job.model, &missing);
-    sampling_options(&job.options, a, &job.model);
+    sampling_options(&job.options, a, &job.model, NULL);
     job.N = job.model.h * job.model.w;
     job.pixels = 3 * job.model.side * job.model.side;
     size_t T = (size_t)job.model.schedule.T, columns = (size_t)ceil(sqrt((double)a->n));

@@ -13,9 +13,9 @@
  *     z -> QUANTIZE -> z_q -> CONV1 -> CONV3 -> mid -> [blocks, UP]* -> NORM, CONV3 -> image   decode
  *     block:     x + CONV3(NORM(CONV3(NORM(x))))      attention: x + CONV1(ATTEND(q, k, v))
  *
- * Every convolution, of any kind and in both directions, is one operation: gather patches of the source under a
- * stencil (a list of taps) and multiply them by a matrix of weights. That operation is cut into tiles whose patches
- * stay in the L2 cache; tiles are what threads share. See "Convolutions".
+ * Every convolution, of any kind and in both directions, is one operation: gather patches of a source, multiply them by
+ * a matrix of weights. It is cut into tiles whose patches stay in the L2 cache; tiles are what threads share. Most of
+ * the 3x3 ones go through Winograd's transform. See "Convolutions".
  *
  * Values are (B,C,h,w). Where the sum of two branches is formed, the last convolution of the branch adds the other one
  * (Layer.add); backward, the gradient of the sum *is* the gradient of the other branch, in the same memory.
@@ -56,13 +56,13 @@ typedef enum { CONV1, CONV3, DOWN, UP, NORM, ATTEND, QUANTIZE, TANH } Kind;
 
 typedef struct {
     Kind kind;
-    size_t in[3], out; /* values; in[1], in[2] only for ATTEND: q, k, v */
-    size_t add;        /* convolutions: a value added to the result, or NONE */
-    size_t weight;     /* row of the parameter table; the bias is the next row */
-    int swish;         /* NORM: followed by x*sigmoid(x) */
-    int more[3];       /* backward: in[i] already holds a gradient, add to it */
-    size_t saved;      /* offset of what forward keeps: NORM (B,32,2), ATTEND (B,N,N) */
-    size_t scratch;    /* offset of what backward needs: ATTEND (B,N,N) */
+    size_t in[3], out;   /* values; in[1], in[2] only for ATTEND: q, k, v */
+    size_t add;          /* convolutions: a value added to the result, or NONE */
+    size_t weight, bias; /* rows of the parameter table, or NONE */
+    int swish;           /* NORM: followed by x*sigmoid(x) */
+    int more[3];         /* backward: in[i] already holds a gradient, add to it */
+    size_t saved;        /* offset of what forward keeps: NORM (B,32,2), ATTEND (B,N,N) */
+    size_t scratch;      /* offset of what backward needs: ATTEND (B,N,N) */
 } Layer;
 
 typedef struct {
@@ -70,21 +70,28 @@ typedef struct {
     size_t act, grad; /* offsets in the arena; NONE: the caller's memory */
 } Value;
 
+/* Memory that convolutions share, one after the other. */
+typedef struct {
+    size_t threads, column_reals, stage_reals, weight_reals, partial_reals;
+    real *columns, *stages;   /* for each thread: patches, products */
+    real *weights, *partials; /* transformed weights, partial sums of their gradient */
+} Scratch;
+
 struct Vqgan {
     VqganConfig c;
     Params params;
     Layer *layer;
     Value *value;
     size_t n_layers, n_values;
+    Err broken;                          /* while building */
     size_t quantize, image, z, zq, xrec; /* layer; values */
     size_t codebook;                     /* row */
     int32_t *used, *inverse;             /* (re_embed), (n_embed): -1 = not in used */
     /* the plan */
     size_t B, H, W;
     int train;
-    size_t threads, column_reals, stage_reals; /* per thread: patches, products */
-    size_t columns, stages, weights, partials; /* offsets */
-    size_t raw, code_norm, image_loss;         /* offsets */
+    Scratch scratch;
+    size_t scratch_at, raw, code_norm, image_loss; /* offsets */
     real *arena;
     /* the present run */
     size_t b, h, w; /* batch, picture */
@@ -109,12 +116,12 @@ static size_t thread_index(void) {
 #endif
 }
 
-/* Threads of a loop that uses per-thread scratch: never more than were planned for. */
-static int loop_threads(const Vqgan *v) {
-    return (int)min_size((size_t)threads_get(), v->threads);
+static size_t round_up(size_t n) {
+    return (n + ALIGN - 1) / ALIGN * ALIGN;
 }
 
-/* ---- Parameter table: names and order of the official state dict ---- */
+/* ---- Building the network: layers in execution order, each with its rows of the parameter table. Every function
+ *      appends to the lists and returns the value it writes. The first error sticks in v->broken. ---- */
 
 typedef struct {
     char s[NAME_MAX_BYTES];
@@ -127,122 +134,6 @@ PRINTF_LIKE(1, 2) static Name named(const char *fmt, ...) {
     vsnprintf(name.s, sizeof name.s, fmt, args);
     va_end(args);
     return name;
-}
-
-static size_t width(const VqganConfig *c, size_t level) {
-    return c->ch * c->ch_mult[level];
-}
-
-static int attends(const VqganConfig *c, size_t resolution) {
-    for (size_t i = 0; i < c->n_attn; i++)
-        if (c->attn_resolutions[i] == resolution) return 1;
-    return 0;
-}
-
-/* The official encoder halves the configured resolution at every level, its decoder doubles what is left of it. */
-static int encoder_attends(const VqganConfig *c, size_t level) {
-    return attends(c, c->resolution >> level);
-}
-
-static int decoder_attends(const VqganConfig *c, size_t level) {
-    const size_t top = c->levels - 1;
-    return attends(c, c->resolution >> top << (top - level));
-}
-
-static Err conv_params(Params *p, const char *name, size_t in, size_t out, size_t kernel) {
-    const size_t dim[4] = {out, in, kernel, kernel};
-    const double bound = 1 / sqrt((double)(in * kernel * kernel));
-    TRY(params_add(p, NULL, INIT_UNIFORM, bound, 0, 4, dim, "%s.weight", name));
-    return params_add(p, NULL, INIT_UNIFORM, bound, 0, 1, dim, "%s.bias", name);
-}
-
-static Err norm_params(Params *p, const char *name, size_t C) {
-    TRY(params_add(p, NULL, INIT_ONE, 0, 0, 1, &C, "%s.weight", name));
-    return params_add(p, NULL, INIT_ZERO, 0, 0, 1, &C, "%s.bias", name);
-}
-
-/* One row pair `prefix.name`; kernel 0: a norm. */
-static Err sub_params(Params *p, const char *prefix, const char *name, size_t in, size_t out, size_t kernel) {
-    const Name full = named("%s.%s", prefix, name);
-    return kernel ? conv_params(p, full.s, in, out, kernel) : norm_params(p, full.s, in);
-}
-
-static Err block_params(Params *p, const char *prefix, size_t in, size_t out) {
-    TRY(sub_params(p, prefix, "norm1", in, in, 0));
-    TRY(sub_params(p, prefix, "conv1", in, out, 3));
-    TRY(sub_params(p, prefix, "norm2", out, out, 0));
-    TRY(sub_params(p, prefix, "conv2", out, out, 3));
-    return in == out ? OK : sub_params(p, prefix, "nin_shortcut", in, out, 1);
-}
-
-static Err attention_params(Params *p, const char *prefix, size_t C) {
-    TRY(sub_params(p, prefix, "norm", C, C, 0));
-    TRY(sub_params(p, prefix, "q", C, C, 1));
-    TRY(sub_params(p, prefix, "k", C, C, 1));
-    TRY(sub_params(p, prefix, "v", C, C, 1));
-    return sub_params(p, prefix, "proj_out", C, C, 1);
-}
-
-static Err mid_params(Params *p, const char *side, size_t C) {
-    TRY(block_params(p, named("%s.mid.block_1", side).s, C, C));
-    TRY(attention_params(p, named("%s.mid.attn_1", side).s, C));
-    return block_params(p, named("%s.mid.block_2", side).s, C, C);
-}
-
-/* The blocks of a level, then all of its attentions, as PyTorch lists the two module lists. */
-static Err level_params(Params *p, const char *level, size_t n, size_t in, size_t out, int with_attention) {
-    for (size_t i = 0; i < n; i++) TRY(block_params(p, named("%s.block.%zu", level, i).s, i ? out : in, out));
-    for (size_t i = 0; with_attention && i < n; i++) TRY(attention_params(p, named("%s.attn.%zu", level, i).s, out));
-    return OK;
-}
-
-static Err encoder_params(Params *p, const VqganConfig *c) {
-    const size_t top = c->levels - 1;
-    TRY(conv_params(p, "encoder.conv_in", c->in_channels, c->ch, 3));
-    for (size_t i = 0; i <= top; i++) {
-        const Name name = named("encoder.down.%zu", i);
-        TRY(level_params(p, name.s, c->num_res_blocks, i ? width(c, i - 1) : c->ch, width(c, i),
-                         encoder_attends(c, i)));
-        if (i < top) TRY(sub_params(p, name.s, "downsample.conv", width(c, i), width(c, i), 3));
-    }
-    TRY(mid_params(p, "encoder", width(c, top)));
-    TRY(norm_params(p, "encoder.norm_out", width(c, top)));
-    return conv_params(p, "encoder.conv_out", width(c, top), c->z_channels, 3);
-}
-
-static Err decoder_params(Params *p, const VqganConfig *c) {
-    const size_t top = c->levels - 1;
-    TRY(conv_params(p, "decoder.conv_in", c->z_channels, width(c, top), 3));
-    TRY(mid_params(p, "decoder", width(c, top)));
-    for (size_t i = 0; i <= top; i++) {
-        const Name name = named("decoder.up.%zu", i);
-        TRY(level_params(p, name.s, c->num_res_blocks + 1, width(c, i < top ? i + 1 : top), width(c, i),
-                         decoder_attends(c, i)));
-        if (i > 0) TRY(sub_params(p, name.s, "upsample.conv", width(c, i), width(c, i), 3));
-    }
-    TRY(norm_params(p, "decoder.norm_out", width(c, 0)));
-    return conv_params(p, "decoder.conv_out", width(c, 0), c->out_ch, 3);
-}
-
-static Err list_params(Vqgan *v) {
-    const VqganConfig *c = &v->c;
-    Params *p = &v->params;
-    const size_t codes[2] = {c->n_embed, c->embed_dim};
-    TRY(encoder_params(p, c));
-    TRY(decoder_params(p, c));
-    TRY(params_add(p, &v->codebook, INIT_UNIFORM, 1.0 / (double)c->n_embed, 0, 2, codes, "quantize.embedding.weight"));
-    TRY(conv_params(p, "quant_conv", c->z_channels, c->embed_dim, 1));
-    return conv_params(p, "post_quant_conv", c->embed_dim, c->z_channels, 1);
-}
-
-/* ---- Layers, in execution order. Each function appends to the list and returns the value it writes. ---- */
-
-/* Row number of `prefix.name.weight`, or NONE. */
-static size_t find_row(const Vqgan *v, const char *prefix, const char *name) {
-    const Name full = named("%s%s%s.weight", prefix, *name ? "." : "", name);
-    for (size_t i = 0; i < v->params.n; i++)
-        if (strcmp(v->params.row[i].name, full.s) == 0) return i;
-    return NONE;
 }
 
 static size_t add_value(Vqgan *v, size_t C, size_t level) {
@@ -258,87 +149,165 @@ static Layer *add_layer(Vqgan *v, Kind kind, size_t in, size_t C, size_t level) 
     memset(l, 0, sizeof *l);
     l->kind = kind;
     l->in[0] = in;
-    l->in[1] = l->in[2] = l->add = l->weight = NONE;
+    l->in[1] = l->in[2] = l->add = l->weight = l->bias = NONE;
     l->out = add_value(v, C, level);
     return l;
 }
 
-static size_t conv(Vqgan *v, Kind kind, size_t in, size_t add, const char *prefix, const char *name) {
-    const size_t row = find_row(v, prefix, name), level = v->value[in].level;
-    Layer *l = add_layer(v, kind, in, v->params.row[row].dim[0],
-                         kind == DOWN ? level + 1
-                         : kind == UP ? level - 1
-                                      : level);
-    l->weight = row;
+static void add_row(Vqgan *v, size_t *index, Init init, double scale, int ndim, const size_t *dim, const char *name) {
+    if (v->broken == OK) v->broken = params_add(&v->params, index, init, scale, 0, ndim, dim, "%s", name);
+}
+
+/* A convolution of C results, plus the value `add` unless NONE; rows `name`.weight and .bias */
+static size_t conv(Vqgan *v, Kind kind, size_t in, size_t C, size_t add, Name name) {
+    const size_t level = v->value[in].level, kernel = kind == CONV1 ? 1 : 3;
+    const size_t dim[4] = {C, v->value[in].C, kernel, kernel};
+    const double bound = 1 / sqrt((double)(dim[1] * kernel * kernel));
+    Layer *l = add_layer(v, kind, in, C, kind == DOWN ? level + 1 : kind == UP ? level - 1 : level);
+    add_row(v, &l->weight, INIT_UNIFORM, bound, 4, dim, named("%s.weight", name.s).s);
+    add_row(v, &l->bias, INIT_UNIFORM, bound, 1, dim, named("%s.bias", name.s).s);
     l->add = add;
     return l->out;
 }
 
-static size_t norm(Vqgan *v, size_t in, int swish, const char *prefix, const char *name) {
+static size_t norm(Vqgan *v, size_t in, int swish, Name name) {
     Layer *l = add_layer(v, NORM, in, v->value[in].C, v->value[in].level);
-    l->weight = find_row(v, prefix, name);
+    add_row(v, &l->weight, INIT_ONE, 0, 1, &v->value[in].C, named("%s.weight", name.s).s);
+    add_row(v, &l->bias, INIT_ZERO, 0, 1, &v->value[in].C, named("%s.bias", name.s).s);
     l->swish = swish;
     return l->out;
 }
 
-static size_t block(Vqgan *v, size_t x, const char *prefix) {
-    size_t y = conv(v, CONV3, norm(v, x, 1, prefix, "norm1"), NONE, prefix, "conv1");
-    y = norm(v, y, 1, prefix, "norm2");
-    if (find_row(v, prefix, "nin_shortcut") != NONE) x = conv(v, CONV1, x, NONE, prefix, "nin_shortcut");
-    return conv(v, CONV3, y, x, prefix, "conv2");
+static size_t block(Vqgan *v, size_t x, size_t C, Name name) {
+    size_t y = norm(v, x, 1, named("%s.norm1", name.s));
+    y = conv(v, CONV3, y, C, NONE, named("%s.conv1", name.s));
+    y = norm(v, y, 1, named("%s.norm2", name.s));
+    if (v->value[x].C != C) x = conv(v, CONV1, x, C, NONE, named("%s.nin_shortcut", name.s));
+    return conv(v, CONV3, y, C, x, named("%s.conv2", name.s));
 }
 
-static size_t attention(Vqgan *v, size_t x, const char *prefix) {
-    const size_t y = norm(v, x, 0, prefix, "norm");
-    const size_t q = conv(v, CONV1, y, NONE, prefix, "q");
-    const size_t k = conv(v, CONV1, y, NONE, prefix, "k");
-    const size_t values = conv(v, CONV1, y, NONE, prefix, "v");
-    Layer *l = add_layer(v, ATTEND, q, v->value[x].C, v->value[x].level);
+static size_t attention(Vqgan *v, size_t x, Name name) {
+    const size_t C = v->value[x].C, y = norm(v, x, 0, named("%s.norm", name.s));
+    const size_t q = conv(v, CONV1, y, C, NONE, named("%s.q", name.s));
+    const size_t k = conv(v, CONV1, y, C, NONE, named("%s.k", name.s));
+    const size_t values = conv(v, CONV1, y, C, NONE, named("%s.v", name.s));
+    Layer *l = add_layer(v, ATTEND, q, C, v->value[x].level);
     l->in[1] = k;
     l->in[2] = values;
-    return conv(v, CONV1, l->out, x, prefix, "proj_out");
+    return conv(v, CONV1, l->out, C, x, named("%s.proj_out", name.s));
 }
 
 static size_t mid(Vqgan *v, size_t x, const char *side) {
-    x = block(v, x, named("%s.mid.block_1", side).s);
-    x = attention(v, x, named("%s.mid.attn_1", side).s);
-    return block(v, x, named("%s.mid.block_2", side).s);
+    x = block(v, x, v->value[x].C, named("%s.mid.block_1", side));
+    x = attention(v, x, named("%s.mid.attn_1", side));
+    return block(v, x, v->value[x].C, named("%s.mid.block_2", side));
 }
 
-static size_t level_layers(Vqgan *v, size_t x, const char *level, size_t n, int with_attention) {
+/* The blocks of a level, each followed by attention where the configuration lists `resolution`. */
+static size_t level_blocks(Vqgan *v, size_t x, size_t n, size_t C, size_t resolution, Name level) {
+    int attends = 0;
+    for (size_t i = 0; i < v->c.n_attn; i++) attends |= v->c.attn_resolutions[i] == resolution;
     for (size_t i = 0; i < n; i++) {
-        x = block(v, x, named("%s.block.%zu", level, i).s);
-        if (with_attention) x = attention(v, x, named("%s.attn.%zu", level, i).s);
+        x = block(v, x, C, named("%s.block.%zu", level.s, i));
+        if (attends) x = attention(v, x, named("%s.attn.%zu", level.s, i));
     }
     return x;
 }
 
-static size_t encoder_layers(Vqgan *v, size_t x) {
+static size_t encoder(Vqgan *v, size_t x) {
     const VqganConfig *c = &v->c;
-    x = conv(v, CONV3, x, NONE, "encoder.conv_in", "");
+    x = conv(v, CONV3, x, c->ch, NONE, named("encoder.conv_in"));
     for (size_t i = 0; i < c->levels; i++) {
-        const Name name = named("encoder.down.%zu", i);
-        x = level_layers(v, x, name.s, c->num_res_blocks, encoder_attends(c, i));
-        if (i + 1 < c->levels) x = conv(v, DOWN, x, NONE, name.s, "downsample.conv");
+        const size_t C = c->ch * c->ch_mult[i];
+        x = level_blocks(v, x, c->num_res_blocks, C, c->resolution >> i, named("encoder.down.%zu", i));
+        if (i + 1 < c->levels) x = conv(v, DOWN, x, C, NONE, named("encoder.down.%zu.downsample.conv", i));
     }
-    x = norm(v, mid(v, x, "encoder"), 1, "encoder.norm_out", "");
-    return conv(v, CONV3, x, NONE, "encoder.conv_out", "");
+    x = norm(v, mid(v, x, "encoder"), 1, named("encoder.norm_out"));
+    return conv(v, CONV3, x, c->z_channels, NONE, named("encoder.conv_out"));
 }
 
-static size_t decoder_layers(Vqgan *v, size_t x) {
+/* The official decoder starts from the resolution that halving left and doubles it, which matters for odd ones. */
+static size_t decoder(Vqgan *v, size_t x) {
     const VqganConfig *c = &v->c;
-    x = mid(v, conv(v, CONV3, x, NONE, "decoder.conv_in", ""), "decoder");
+    const size_t top = c->levels - 1;
+    x = conv(v, CONV3, x, c->ch * c->ch_mult[top], NONE, named("decoder.conv_in"));
+    x = mid(v, x, "decoder");
     for (size_t i = c->levels; i-- > 0;) {
-        const Name name = named("decoder.up.%zu", i);
-        x = level_layers(v, x, name.s, c->num_res_blocks + 1, decoder_attends(c, i));
-        if (i > 0) x = conv(v, UP, x, NONE, name.s, "upsample.conv");
+        const size_t C = c->ch * c->ch_mult[i], resolution = c->resolution >> top << (top - i);
+        x = level_blocks(v, x, c->num_res_blocks + 1, C, resolution, named("decoder.up.%zu", i));
+        if (i > 0) x = conv(v, UP, x, C, NONE, named("decoder.up.%zu.upsample.conv", i));
     }
-    x = norm(v, x, 1, "decoder.norm_out", "");
-    return conv(v, CONV3, x, NONE, "decoder.conv_out", "");
+    x = norm(v, x, 1, named("decoder.norm_out"));
+    return conv(v, CONV3, x, c->out_ch, NONE, named("decoder.conv_out"));
+}
+
+static size_t quantizer(Vqgan *v, size_t z) {
+    const size_t dim[2] = {v->c.n_embed, v->c.embed_dim};
+    Layer *l = add_layer(v, QUANTIZE, z, v->c.embed_dim, v->value[z].level);
+    add_row(v, &l->weight, INIT_UNIFORM, 1.0 / (double)v->c.n_embed, 2, dim, "quantize.embedding.weight");
+    return l->out;
+}
+
+/* The words of official names in the order in which PyTorch lists them. */
+static size_t word_rank(const char *name, size_t length) {
+    static const char *const word[] = {"encoder",  "decoder", "quantize",     "quant_conv", "post_quant_conv",
+                                       "conv_in",  "down",    "mid",          "up",         "norm_out",
+                                       "conv_out", "block",   "attn",         "downsample", "upsample",
+                                       "block_1",  "attn_1",  "block_2",      "norm1",      "conv1",
+                                       "norm2",    "conv2",   "nin_shortcut", "norm",       "q",
+                                       "k",        "v",       "proj_out",     "conv",       "embedding",
+                                       "weight",   "bias"};
+    enum { WORDS = sizeof word / sizeof *word };
+    size_t i = 0;
+    while (i < WORDS && (strlen(word[i]) != length || strncmp(word[i], name, length) != 0)) i++;
+    return i < WORDS ? i : WORDS + strtoul(name, NULL, 10);
+}
+
+typedef struct {
+    Param row;
+    size_t number; /* as it was added */
+} NumberedRow;
+
+static int official_order(const void *a, const void *b) {
+    const char *x = ((const NumberedRow *)a)->row.name, *y = ((const NumberedRow *)b)->row.name;
+    for (;;) {
+        const size_t nx = strcspn(x, "."), ny = strcspn(y, "."), rx = word_rank(x, nx), ry = word_rank(y, ny);
+        if (rx != ry) return rx < ry ? -1 : 1;
+        if (!x[nx] || !y[ny]) return 0;
+        x += nx + 1;
+        y += ny + 1;
+    }
+}
+
+/* Rows were added in execution order. */
+static Err sort_rows(Vqgan *v) {
+    Params *p = &v->params;
+    NumberedRow *sorted;
+    size_t *moved;
+    TRY(mem_alloc(&sorted, p->n, sizeof *sorted + sizeof *moved, "vqgan: rows"));
+    moved = (size_t *)(sorted + p->n);
+    for (size_t i = 0; i < p->n; i++) {
+        sorted[i].row = p->row[i];
+        sorted[i].number = i;
+    }
+    qsort(sorted, p->n, sizeof *sorted, official_order);
+    for (size_t i = 0; i < p->n; i++) {
+        p->row[i] = sorted[i].row;
+        moved[sorted[i].number] = i;
+    }
+    for (size_t i = 0; i < v->n_layers; i++) {
+        Layer *l = &v->layer[i];
+        if (l->weight != NONE) l->weight = moved[l->weight];
+        if (l->bias != NONE) l->bias = moved[l->bias];
+    }
+    free(sorted);
+    return OK;
 }
 
 /* Which gradients a layer finds already begun when backward reaches it. */
-static void mark_begun_gradients(Vqgan *v, char *begun) {
+static Err mark_begun_gradients(Vqgan *v) {
+    char *begun;
+    TRY(mem_alloc(&begun, v->n_values, 1, "vqgan: gradients"));
     for (size_t i = v->n_layers; i-- > 0;) {
         Layer *l = &v->layer[i];
         if (l->add != NONE) begun[l->add] = 1; /* in the memory of the gradient of l->out */
@@ -347,26 +316,27 @@ static void mark_begun_gradients(Vqgan *v, char *begun) {
             begun[l->in[k]] = 1;
         }
     }
+    free(begun);
+    return OK;
 }
 
-static Err build_layers(Vqgan *v, int with_tanh) {
+static Err build(Vqgan *v, int with_tanh) {
     const VqganConfig *c = &v->c;
     const size_t most = 11 * ((2 * c->num_res_blocks + 1) * c->levels + 6) + 2 * c->levels + 16;
     TRY(mem_alloc(&v->layer, most, sizeof *v->layer, "vqgan: layers"));
     TRY(mem_alloc(&v->value, most + 1, sizeof *v->value, "vqgan: values"));
     v->image = add_value(v, c->in_channels, 0);
-    v->z = conv(v, CONV1, encoder_layers(v, v->image), NONE, "quant_conv", "");
+    v->z = conv(v, CONV1, encoder(v, v->image), c->embed_dim, NONE, named("quant_conv"));
     v->quantize = v->n_layers;
-    v->zq = add_layer(v, QUANTIZE, v->z, c->embed_dim, c->levels - 1)->out;
-    v->xrec = decoder_layers(v, conv(v, CONV1, v->zq, NONE, "post_quant_conv", ""));
+    v->zq = quantizer(v, v->z);
+    v->xrec = decoder(v, conv(v, CONV1, v->zq, c->z_channels, NONE, named("post_quant_conv")));
     if (with_tanh) v->xrec = add_layer(v, TANH, v->xrec, c->out_ch, 0)->out;
+    TRY(v->broken);
+    TRY(sort_rows(v));
+    v->codebook = v->layer[v->quantize].weight;
     TRY(mem_alloc(&v->x, 2 * v->n_values, sizeof *v->x, "vqgan: values"));
     v->dx = v->x + v->n_values;
-    char *begun;
-    TRY(mem_alloc(&begun, v->n_values, 1, "vqgan: gradients"));
-    mark_begun_gradients(v, begun);
-    free(begun);
-    return OK;
+    return mark_begun_gradients(v);
 }
 
 /* ---- Arithmetic of the hot loops ---- */
@@ -426,31 +396,16 @@ static double sum(const real *x, size_t n) {
     return s;
 }
 
-/* sum of (x-mean)^2 */
-static double sum_squares(const real *x, size_t n, real mean) {
+/* sum of (x-a)(y-b) */
+static double dot(const real *x, real a, const real *y, real b, size_t n) {
     real lane[LANES] = {0};
     double s = 0;
     for (size_t i = 0; i < n; i += RUN) {
         const size_t end = min_size(n, i + RUN);
         size_t j = i;
         for (; j + LANES <= end; j += LANES)
-            for (int l = 0; l < LANES; l++) lane[l] += (x[j + (size_t)l] - mean) * (x[j + (size_t)l] - mean);
-        for (; j < end; j++) lane[0] += (x[j] - mean) * (x[j] - mean);
-        s += empty_lanes(lane);
-    }
-    return s;
-}
-
-/* sum of x*y */
-static double dot(const real *x, const real *y, size_t n) {
-    real lane[LANES] = {0};
-    double s = 0;
-    for (size_t i = 0; i < n; i += RUN) {
-        const size_t end = min_size(n, i + RUN);
-        size_t j = i;
-        for (; j + LANES <= end; j += LANES)
-            for (int l = 0; l < LANES; l++) lane[l] += x[j + (size_t)l] * y[j + (size_t)l];
-        for (; j < end; j++) lane[0] += x[j] * y[j];
+            for (int l = 0; l < LANES; l++) lane[l] += (x[j + (size_t)l] - a) * (y[j + (size_t)l] - b);
+        for (; j < end; j++) lane[0] += (x[j] - a) * (y[j] - b);
         s += empty_lanes(lane);
     }
     return s;
@@ -461,82 +416,53 @@ static double dot(const real *x, const real *y, size_t n) {
  * All of them, in both directions, are matrix products of weights with patches of a source. The grid of results is cut
  * into tiles whose patches stay in the L2 cache; threads share tiles, and no sum crosses from one to another.
  *
- * Stencils serve 1x1 and strided convolutions, few channels and odd sizes. A stencil is a list of taps:
- *     result cell (spread*y + oy, spread*x + ox) = sum over taps of W[tap.cell] source(stride*y + dy, stride*x + dx)
- * with zeros outside the source. Backward, a convolution with stride 2 is four stencils, one for each parity of row and
- * column (SPEC section 8: its padding is right and below only).
+ * Backward, one gather of the gradient's patches serves both results, for the gradient of a convolution is a
+ * convolution of the gradient with the mirrored kernel: dx = w^T patches(dy)          dw^T = x patches(dy)^T
  *
- * Winograd's F(2x2,3x3) (Lavin and Gray 2016) serves the other 3x3 convolutions: 16 multiplications instead of 36 for
- * 2x2 results. With the fixed matrices A, B, G below and U = G g G^T of a kernel g,
- *     2x2 results = A^T [U .* V] A,   V = B^T (4x4 source cells around them) B
- * so for each of the 16 elements k, V[k] (C, cells) is multiplied by U[k] (M, C). After nearest doubling (UP), the
- * third row and column of V vanish: 9 products remain.
+ * Direct: patches are the 1 or 9 source cells around each result, the kernel is used as it is. For 1x1 convolutions,
+ * few channels and odd sizes.
  *
- * Backward, one gather of the gradient's patches serves both results:
- *     dX = W^T patches(dY)          dW^T = X patches(dY)^T
- * and Winograd's dX is the same algorithm with the kernel mirrored, which only exchanges rows 0 and 3 of U. */
-
-enum { TAPS = 9, POINTS = 16 };
+ * Winograd's F(2x2,3x3) (Lavin and Gray 2016): 16 multiplications instead of 36 for a block of 2x2 results. With
+ *
+ *          1  0 -1  0           1    0    0            1  0
+ *    B^T = 0  1  1  0     G =  1/2  1/2  1/2      A =  1  1        U = G g G^T of each kernel g
+ *          0 -1  1  0          1/2 -1/2  1/2           1 -1        V = B^T d B of the 4x4 source cells d at each block
+ *          0  1  0 -1           0    0    1            0 -1
+ *
+ * the results are A^T [U .* V] A: for each of the 16 points k = 4i + j one product of U[k] (M,C) with V[k] (C, blocks).
+ * A mirrored kernel exchanges i = 0 with i = 3, and j alike. One value of i, and of j, drops out where the source or
+ * the results are coarse, which leaves 9 products: UP, forward      nearest doubling, then 3x3      the source is
+ * doubled                       i = 2 drops out UP, backward                                     only the sum of each
+ * block is wanted        i = 2 DOWN, forward    3x3 with stride 2, padded right only the last of each block is wanted
+ * i = 0 DOWN, backward   and below (SPEC section 8)      source cells stand apart, with zeros around i = 3 */
 
 typedef struct {
-    int dy, dx;
-    size_t cell; /* of the kernel: ky*3 + kx */
-} Tap;
+    Kind kind;            /* CONV1, CONV3, DOWN, UP */
+    size_t B, C, M, h, w; /* x (B,C,h,w) -> y (B,M, ..): h x w, half for DOWN (h, w even), double for UP */
+} Conv;
 
+enum { POINTS = 16, KEPT = -1 };
+typedef enum { FINE, DOUBLED, APART } Source; /* how a row of the source is read */
+typedef enum { ALL, SUMS, LAST } Results;     /* what of a block is kept */
+
+/* One product: results (B,M,..) = weights (M, C*n) x patches of the source (B,C,..). */
 typedef struct {
-    size_t n, stride, spread, oy, ox;
-    Tap tap[TAPS];
-} Stencil;
-
-/* One dimension of a stencil: offsets and kernel cells; the other dimension is alike. */
-typedef struct {
-    size_t n;
-    int d[3];
-    size_t cell[3];
-} Axis;
-
-static Stencil cross(const Axis *y, const Axis *x, size_t stride, size_t spread, size_t oy, size_t ox) {
-    Stencil s;
-    memset(&s, 0, sizeof s);
-    s.stride = stride;
-    s.spread = spread;
-    s.oy = oy;
-    s.ox = ox;
-    for (size_t i = 0; i < y->n; i++)
-        for (size_t j = 0; j < x->n; j++) {
-            const Tap t = {y->d[i], x->d[j], 3 * y->cell[i] + x->cell[j]};
-            s.tap[s.n++] = t;
-        }
-    return s;
-}
-
-/* Writes the stencils of a convolution; returns how many. */
-static size_t stencils(Stencil s[4], Kind kind, int backward) {
-    static const Axis one = {1, {0}, {0}}, down = {3, {0, 1, 2}, {0, 1, 2}};
-    static const Axis conv3[2] = {{3, {-1, 0, 1}, {0, 1, 2}}, {3, {-1, 0, 1}, {2, 1, 0}}};
-    static const Axis down_back[2] = {{2, {-1, 0}, {2, 0}}, {1, {0}, {1}}};
-    if (kind == DOWN && backward) {
-        for (size_t i = 0; i < 4; i++) s[i] = cross(&down_back[i / 2], &down_back[i % 2], 1, 2, i / 2, i % 2);
-        return 4;
-    }
-    const Axis *axis = kind == CONV1 ? &one : kind == CONV3 ? &conv3[backward] : &down;
-    s[0] = cross(axis, axis, kind == DOWN ? 2 : 1, 1, 0, 0);
-    return 1;
-}
-
-/* One product: results (M, cells) = weights (M, C*n) x patches (C*n, cells); the cells of a stencil's grid, or 2x2
- * blocks of results for Winograd's algorithm, where n = POINTS. */
-typedef struct {
-    int winograd, up;
-    Stencil s;
-    size_t n, B, C, h, w;                  /* source (B,C,h,w) */
-    size_t M, gh, gw;                      /* grid */
+    size_t B, C, M, gh, gw, n; /* grid of results or blocks; 1, 9 or POINTS */
+    int backward, winograd;
+    Source source, cells; /* of patches; of x in the gradient of the weights */
+    Results results;
+    int drops;                             /* the i and j that drop out, or KEPT */
     size_t images, rows, row_tiles, tiles; /* a tile: `rows` grid rows of `images` pictures */
 } Product;
 
 typedef struct {
     size_t b, images, y, rows, cols; /* cols = images*rows*gw */
 } Tile;
+
+static int can_winograd(const Conv *c) {
+    return c->kind == UP || c->kind == DOWN ||
+           (c->kind == CONV3 && min_size(c->C, c->M) >= FEW_CHANNELS && c->h % 2 == 0 && c->w % 2 == 0);
+}
 
 /* Columns of a tile's patches, if the grid is not wider. */
 static size_t tile_columns(const Product *p) {
@@ -558,6 +484,33 @@ static void cut_tiles(Product *p) {
     p->tiles = (p->B + p->images - 1) / p->images * p->row_tiles;
 }
 
+static Product make_product(const Conv *c, int winograd, int backward) {
+    const size_t block = winograd && c->kind != UP ? 2 : 1;
+    Product p;
+    memset(&p, 0, sizeof p);
+    p.B = c->B;
+    p.C = backward ? c->M : c->C;
+    p.M = backward ? c->C : c->M;
+    p.gh = c->h / block;
+    p.gw = c->w / block;
+    p.n = winograd ? (size_t)POINTS : c->kind == CONV1 ? 1 : 9;
+    p.backward = backward;
+    p.winograd = winograd;
+    p.drops = KEPT;
+    if (c->kind == UP) {
+        p.source = backward ? FINE : DOUBLED;
+        p.cells = DOUBLED;
+        p.results = backward ? SUMS : ALL;
+        p.drops = 2;
+    } else if (c->kind == DOWN) {
+        p.source = backward ? APART : FINE;
+        p.results = backward ? ALL : LAST;
+        p.drops = backward ? 3 : 0;
+    }
+    cut_tiles(&p);
+    return p;
+}
+
 static Tile tile_at(const Product *p, size_t i) {
     Tile t;
     t.b = i / p->row_tiles * p->images;
@@ -568,63 +521,21 @@ static Tile tile_at(const Product *p, size_t i) {
     return t;
 }
 
-static size_t value_h(const Vqgan *v, size_t i) {
-    return v->h >> v->value[i].level;
-}
+/* -- Direct -- */
 
-static size_t value_w(const Vqgan *v, size_t i) {
-    return v->w >> v->value[i].level;
-}
-
-static size_t plane_size(const Vqgan *v, size_t i) {
-    return value_h(v, i) * value_w(v, i);
-}
-
-static int wants_winograd(const Vqgan *v, const Layer *l) {
-    const size_t C = v->value[l->in[0]].C, M = v->value[l->out].C;
-    return l->kind == UP || (l->kind == CONV3 && min_size(C, M) >= FEW_CHANNELS && value_h(v, l->out) % 2 == 0 &&
-                             value_w(v, l->out) % 2 == 0);
-}
-
-/* The products of a convolution, in the order in which they run; returns how many. */
-static size_t products(Product p[4], const Vqgan *v, const Layer *l, int backward) {
-    const size_t from = backward ? l->out : l->in[0], to = backward ? l->in[0] : l->out;
-    const int winograd = wants_winograd(v, l);
-    Stencil s[4];
-    const size_t n = winograd ? 1 : stencils(s, l->kind, backward);
-    for (size_t i = 0; i < n; i++) {
-        memset(&p[i], 0, sizeof p[i]);
-        p[i].winograd = winograd;
-        p[i].up = l->kind == UP;
-        if (!winograd) p[i].s = s[i];
-        p[i].n = winograd ? (size_t)POINTS : s[i].n;
-        p[i].B = v->b;
-        p[i].C = v->value[from].C;
-        p[i].h = value_h(v, from);
-        p[i].w = value_w(v, from);
-        p[i].M = v->value[to].C;
-        p[i].gh = winograd ? value_h(v, l->out) / 2 : value_h(v, to) / s[i].spread;
-        p[i].gw = winograd ? value_w(v, l->out) / 2 : value_w(v, to) / s[i].spread;
-        cut_tiles(&p[i]);
-    }
-    return n;
-}
-
-/* -- Stencils -- */
-
-/* to (rows,gw) = one tap of one plane, stride 1: a shifted copy with zeros where the shift leaves the plane */
-static void gather_shifted(real *to, const real *plane, const Product *p, const Tile *t, Tap tap) {
-    const size_t w = p->gw, above = tap.dy < 0 && t->y == 0, below = tap.dy > 0 && t->y + t->rows == p->gh;
+/* to (rows,gw) = the cells (y+dy, x+dx) of a plane: a shifted copy with zeros where the shift leaves the plane */
+static void gather_shifted(real *to, const real *plane, const Product *p, const Tile *t, int dy, int dx) {
+    const size_t w = p->gw, above = dy < 0 && t->y == 0, below = dy > 0 && t->y + t->rows == p->gh;
     const size_t n = (t->rows - min_size(above + below, t->rows)) * w;
     memset(to, 0, above * w * sizeof(real));
     if (below) memset(to + (t->rows - 1) * w, 0, w * sizeof(real));
     if (n == 0) return;
     to += above * w;
     const real *from = plane + (t->y + above) * w;
-    from = tap.dy < 0 ? from - w : tap.dy > 0 ? from + w : from;
-    if (tap.dx == 0) {
+    from = dy < 0 ? from - w : dy > 0 ? from + w : from;
+    if (dx == 0) {
         memcpy(to, from, n * sizeof(real));
-    } else if (tap.dx < 0) {
+    } else if (dx < 0) {
         memcpy(to + 1, from, (n - 1) * sizeof(real));
         for (size_t i = 0; i < n; i += w) to[i] = 0;
     } else {
@@ -633,144 +544,106 @@ static void gather_shifted(real *to, const real *plane, const Product *p, const 
     }
 }
 
-/* The same for stride 2, where 0 <= dy, dx <= 2: what leaves the plane leaves it right or below. */
-static void gather_strided(real *to, const real *plane, const Product *p, const Tile *t, Tap tap) {
-    const size_t gw = p->gw, end = tap.dx == 2 ? gw - 1 : gw;
-    for (size_t y = t->y; y < t->y + t->rows; y++, to += gw) {
-        const size_t row = 2 * y + (size_t)tap.dy;
-        const real *from = plane + row * p->w + tap.dx;
-        const size_t inside = row < p->h ? end : 0;
-        for (size_t x = 0; x < inside; x++) to[x] = from[2 * x];
-        for (size_t x = inside; x < gw; x++) to[x] = 0;
-    }
+/* Where a tile begins in channel c of picture b of a (B,C,gh,gw) array. */
+static size_t tile_offset(const Product *p, const Tile *t, size_t b, size_t C, size_t c) {
+    return (((t->b + b) * C + c) * p->gh + t->y) * p->gw;
 }
 
-/* The patches of a tile: (C*n, cols) with row stride *ld, gathered into `to` unless they stand in the source already.
- */
-static const real *gather(real *to, size_t *ld, const Product *p, const Tile *t, const real *in) {
-    if (p->n == 1 && p->s.stride == 1 && t->images == 1) {
-        *ld = p->h * p->w;
-        return in + t->b * p->C * p->h * p->w + t->y * p->w;
+/* The n cells around each of a tile's, of x (B,C,gh,gw): (C*n, cols) with row stride *ld, gathered into `to` unless
+ * they stand so in x. */
+static const real *gather(real *to, size_t *ld, const Product *p, const Tile *t, const real *x, size_t C, size_t n) {
+    if (n == 1 && t->images == 1) {
+        *ld = p->gh * p->gw;
+        return x + tile_offset(p, t, 0, C, 0);
     }
     *ld = t->cols;
-    for (size_t c = 0; c < p->C; c++)
-        for (size_t k = 0; k < p->n; k++)
+    for (size_t c = 0; c < C; c++)
+        for (size_t k = 0; k < n; k++)
             for (size_t b = 0; b < t->images; b++) {
-                const real *plane = in + ((t->b + b) * p->C + c) * p->h * p->w;
-                real *row = to + (c * p->n + k) * t->cols + b * t->rows * p->gw;
-                if (p->s.stride == 1)
-                    gather_shifted(row, plane, p, t, p->s.tap[k]);
-                else
-                    gather_strided(row, plane, p, t, p->s.tap[k]);
+                const real *plane = x + ((t->b + b) * C + c) * p->gh * p->gw;
+                const size_t cell = n == 1 ? 4 : p->backward ? 8 - k : k;
+                gather_shifted(to, plane, p, t, (int)(cell / 3) - 1, (int)(cell % 3) - 1);
+                to += t->rows * p->gw;
             }
-    return to;
-}
-
-/* Where a tile's results stand in one picture and channel of out, and whether they are contiguous there. */
-static size_t tile_offset(const Product *p, const Tile *t, size_t b, size_t m) {
-    const size_t spread = p->s.spread, w = p->gw * spread;
-    return ((b * p->M + m) * p->gh * spread + t->y * spread + p->s.oy) * w + p->s.ox;
-}
-
-static int tile_direct(const Product *p, const Tile *t) {
-    return t->images == 1 && p->s.spread == 1;
+    return to - C * n * t->cols;
 }
 
 /* out at the tile = stage (M, cols) + bias (M) + add (as out); bias and add may be NULL, add may be out itself */
 static void store_tile(real *out, const Product *p, const Tile *t, const real *stage, size_t ld, const real *bias,
                        const real *add) {
-    const size_t spread = p->s.spread, run = spread == 1 ? t->rows * p->gw : p->gw;
+    const size_t run = t->rows * p->gw;
     for (size_t m = 0; m < p->M; m++)
         for (size_t b = 0; b < t->images; b++) {
-            const real *from = stage + m * ld + b * t->rows * p->gw, shift = bias ? bias[m] : 0;
-            size_t at = tile_offset(p, t, t->b + b, m);
-            for (size_t y = 0; y < t->rows * p->gw; y += run, at += spread * spread * run, from += run) {
-                if (spread == 1 && add)
-                    for (size_t i = 0; i < run; i++) out[at + i] = from[i] + shift + add[at + i];
-                else if (spread == 1)
-                    for (size_t i = 0; i < run; i++) out[at + i] = from[i] + shift;
-                else
-                    for (size_t i = 0; i < run; i++) out[at + 2 * i] = from[i] + shift + (add ? add[at + 2 * i] : 0);
-            }
+            const size_t at = tile_offset(p, t, b, p->M, m);
+            const real *from = stage + m * ld + b * run, shift = bias ? bias[m] : 0;
+            for (size_t i = 0; i < run; i++) out[at + i] = from[i] + shift + (add ? add[at + i] : 0);
         }
 }
 
-/* The tile's cells of x, shaped as out: (M, cols) with row stride *ld, copied to `stage` unless contiguous. */
-static const real *load_tile(real *stage, size_t *ld, const Product *p, const Tile *t, const real *x) {
-    const size_t spread = p->s.spread, run = p->gw;
-    if (tile_direct(p, t)) {
-        *ld = p->gh * p->gw;
-        return x + tile_offset(p, t, t->b, 0);
-    }
-    *ld = t->cols;
-    for (size_t m = 0; m < p->M; m++)
-        for (size_t b = 0; b < t->images; b++) {
-            real *to = stage + m * t->cols + b * t->rows * run;
-            size_t at = tile_offset(p, t, t->b + b, m);
-            for (size_t y = 0; y < t->rows; y++, at += spread * spread * run, to += run)
-                for (size_t i = 0; i < run; i++) to[i] = x[at + spread * i];
-        }
-    return stage;
+/* out = or += weight (M, C*n) x patch, + bias + add unless NULL */
+static void direct_products(real *out, const Product *p, const Tile *t, const real *weight, const real *patch,
+                            size_t ld, const real *bias, const real *add, real *stage) {
+    const int in_place = t->images == 1;
+    real *to = in_place ? out + tile_offset(p, t, 0, p->M, 0) : stage;
+    const size_t K = p->C * p->n, ld_to = in_place ? p->gh * p->gw : t->cols;
+    const int adds = in_place && add == out;
+    gemm(0, 0, p->M, t->cols, K, weight, K, patch, ld, adds, to, ld_to);
+    if (!in_place || bias || (add && !adds)) store_tile(out, p, t, to, ld_to, bias, adds ? NULL : add);
 }
 
-static size_t kernel_size(const Layer *l) {
-    return l->kind == CONV1 ? 1 : 9;
-}
-
-/* Backward: weight (M, C*n) from w (C, M, kernel) */
-static void transpose_weights(real *weight, const real *w, const Product *p, size_t kernel) {
-#pragma omp parallel for
-    for (size_t m = 0; m < p->M; m++)
-        for (size_t c = 0; c < p->C; c++)
-            for (size_t k = 0; k < p->n; k++)
-                weight[(m * p->C + c) * p->n + k] = w[(c * p->M + m) * kernel + p->s.tap[k].cell];
-}
-
-/* dw (C, M, kernel) += total (C*n, M) */
-static void add_stencil_gradient(real *dw, const real *total, const Product *p, size_t kernel) {
-    for (size_t c = 0; c < p->C; c++)
-        for (size_t k = 0; k < p->n; k++)
-            for (size_t m = 0; m < p->M; m++)
-                dw[(c * p->M + m) * kernel + p->s.tap[k].cell] += total[(c * p->n + k) * p->M + m];
-}
-
-static void stencil_forward(real *out, const Product *p, const Tile *t, const real *weight, const real *bias,
-                            const real *in, const real *add, real *columns, real *stage) {
-    const size_t K = p->C * p->n, hw = p->gh * p->gw;
-    const int direct = tile_direct(p, t);
-    real *to = direct ? out + tile_offset(p, t, t->b, 0) : stage;
-    size_t ld, ld_to = direct ? hw : t->cols;
-    const real *patch = gather(columns, &ld, p, t, in);
-    gemm(0, 0, p->M, t->cols, K, weight, K, patch, ld, 0, to, ld_to);
-    if (!direct || bias || add) store_tile(out, p, t, to, ld_to, bias, add);
+static void direct_forward(real *y, const Product *p, const Tile *t, const real *x, const real *w, const real *bias,
+                           const real *add, real *columns, real *stage) {
+    size_t ld;
+    const real *patch = gather(columns, &ld, p, t, x, p->C, p->n);
+    direct_products(y, p, t, w, patch, ld, bias, add, stage);
 }
 
 /* partial (C*n, M) = or += patches(dy) x^T;  dx = or += weight patches(dy) unless NULL */
-static void stencil_backward(real *dx, real *partial, const Product *p, const Tile *t, const real *weight,
-                             const real *dy, const real *x, int begun, int more, real *columns, real *stage) {
-    const size_t K = p->C * p->n;
+static void direct_backward(real *dx, real *partial, const Product *p, const Tile *t, const real *dy, const real *x,
+                            const real *weight, int begun, int more, real *columns, real *stage) {
     size_t ld, ldx;
-    const real *patch = gather(columns, &ld, p, t, dy), *cells = load_tile(stage, &ldx, p, t, x);
-    gemm(0, 1, K, p->M, t->cols, patch, ld, cells, ldx, begun, partial, p->M);
-    if (!dx) return;
-    const int direct = tile_direct(p, t);
-    real *to = direct ? dx + tile_offset(p, t, t->b, 0) : stage;
-    const size_t ld_to = direct ? p->gh * p->gw : t->cols;
-    gemm(0, 0, p->M, t->cols, K, weight, K, patch, ld, direct && more, to, ld_to);
-    if (!direct) store_tile(dx, p, t, stage, t->cols, NULL, more ? dx : NULL);
+    const real *patch = gather(columns, &ld, p, t, dy, p->C, p->n), *cells = gather(stage, &ldx, p, t, x, p->M, 1);
+    gemm(0, 1, p->C * p->n, p->M, t->cols, patch, ld, cells, ldx, begun, partial, p->M);
+    if (dx) direct_products(dx, p, t, weight, patch, ld, NULL, more ? dx : NULL, stage);
 }
 
-/* -- Winograd's algorithm. Elements of a 4x4 are numbered k = 4i + j; V and the products are (16, channels, cols), and
- *    every transform is two passes, along rows and along columns, over runs of n blocks.
- *
- *          1  0 -1  0           1   0   0             1  0
- *    B^T = 0  1  1  0     G =  1/2 1/2 1/2       A =  1  1
- *          0 -1  1  0          1/2 -1/2 1/2           1 -1
- *          0  1  0 -1           0   0   1             0 -1      -- */
+/* Backward: weight (M, C*n) from w (C,M,n) */
+static void direct_weights(real *weight, const real *w, const Product *p) {
+#pragma omp parallel for
+    for (size_t m = 0; m < p->M; m++)
+        for (size_t c = 0; c < p->C; c++)
+            for (size_t k = 0; k < p->n; k++) weight[(m * p->C + c) * p->n + k] = w[(c * p->M + m) * p->n + k];
+}
 
-#define NO_ALIAS __restrict /* of gcc, clang and nvcc, in C and C++ */
+/* dw (C,M,n) += total (C*n, M) */
+static void add_direct_gradient(real *dw, const real *total, const Product *p) {
+    for (size_t c = 0; c < p->C; c++)
+        for (size_t k = 0; k < p->n; k++)
+            for (size_t m = 0; m < p->M; m++) dw[(c * p->M + m) * p->n + k] += total[(c * p->n + k) * p->M + m];
+}
 
-/* line (4,n) = one source row times B; row: 2n cells and one more on either side */
+/* -- Winograd's algorithm: V and the products are (16, channels, cols); a transform is a pass along rows and a pass
+ * along columns, over runs of n blocks -- */
+
+#define NO_ALIAS __restrict       /* of gcc, clang and nvcc, in C and C++ */
+#define LINES(gw) (18 * (gw) + 2) /* scratch of the transforms */
+
+/* Row `row` of the fine picture behind a plane, at to[1..2*gw]; to[0] and to[2*gw+1] are zero. */
+static void fetch_row(real *to, const real *plane, size_t row, size_t gw, Source source) {
+    const real *from = plane + row / 2 * gw;
+    to[0] = to[2 * gw + 1] = 0;
+    if (source == FINE)
+        memcpy(to + 1, plane + row * 2 * gw, 2 * gw * sizeof(real));
+    else if (source == DOUBLED)
+        for (size_t i = 0; i < gw; i++) to[1 + 2 * i] = to[2 + 2 * i] = from[i];
+    else
+        for (size_t i = 0; i < gw; i++) {
+            to[1 + 2 * i] = 0;
+            to[2 + 2 * i] = row % 2 ? from[i] : 0;
+        }
+}
+
+/* line (4,n) = a source row times B, from a fetched row */
 static void rows_times_b(real *NO_ALIAS line, const real *NO_ALIAS row, size_t n) {
     for (size_t i = 0; i < n; i++) {
         const real a = row[2 * i], b = row[2 * i + 1], c = row[2 * i + 2], d = row[2 * i + 3];
@@ -781,7 +654,7 @@ static void rows_times_b(real *NO_ALIAS line, const real *NO_ALIAS row, size_t n
     }
 }
 
-/* v[4 step i + x] = B^T times column x of four lines */
+/* v[4 step i] = row i of B^T times one column of four lines */
 static void columns_times_b(real *NO_ALIAS v, size_t step, const real *NO_ALIAS a, const real *NO_ALIAS b,
                             const real *NO_ALIAS c, const real *NO_ALIAS d, size_t n) {
     for (size_t i = 0; i < n; i++) v[i] = a[i] - c[i];
@@ -790,10 +663,34 @@ static void columns_times_b(real *NO_ALIAS v, size_t step, const real *NO_ALIAS 
     for (size_t i = 0; i < n; i++) v[12 * step + i] = b[i] - d[i];
 }
 
-/* The same two with A: a row of 2n cells; two lines. */
+/* V (16, C, cols) of a tile. Four lines go round: a row of blocks shares two with the next. */
+static void blocks_times_b(real *V, real *lines, const Product *p, const Tile *t, const real *x) {
+    const size_t gw = p->gw, step = p->C * t->cols, plane_size = p->gh * gw * (p->source == FINE ? 4 : 1);
+    for (size_t cb = 0; cb < p->C * t->images; cb++) {
+        const size_t c = cb / t->images, b = cb % t->images;
+        const real *plane = x + ((t->b + b) * p->C + c) * plane_size;
+        real *v = V + c * t->cols + b * t->rows * gw, *line[4], *row = lines + 16 * gw;
+        for (size_t i = 0; i < 2 * t->rows + 2; i++) { /* fine row 2y - 1 + i */
+            for (size_t k = 0; k < 4; k++) line[k] = lines + (i + 1 + k) % 4 * 4 * gw;
+            if (2 * t->y + i == 0 || 2 * t->y + i > 2 * p->gh) {
+                memset(line[3], 0, 4 * gw * sizeof(real));
+            } else {
+                fetch_row(row, plane, 2 * t->y + i - 1, gw, p->source);
+                rows_times_b(line[3], row, gw);
+            }
+            if (i < 3 || i % 2 == 0) continue;
+            for (size_t j = 0; j < 4; j++)
+                columns_times_b(v + j * step, step, line[0] + j * gw, line[1] + j * gw, line[2] + j * gw,
+                                line[3] + j * gw, gw);
+            v += gw;
+        }
+    }
+}
+
+/* The same two with A, for the gradient of the weights. */
 static void rows_times_a(real *NO_ALIAS line, const real *NO_ALIAS row, size_t n) {
     for (size_t i = 0; i < n; i++) {
-        const real a = row[2 * i], b = row[2 * i + 1];
+        const real a = row[2 * i + 1], b = row[2 * i + 2];
         line[i] = a;
         line[n + i] = a + b;
         line[2 * n + i] = a - b;
@@ -808,6 +705,24 @@ static void columns_times_a(real *NO_ALIAS v, size_t step, const real *NO_ALIAS 
     for (size_t i = 0; i < n; i++) v[12 * step + i] = -b[i];
 }
 
+/* (16, M, cols) = A x A^T of every 2x2 block of x */
+static void blocks_times_a(real *stage, real *lines, const Product *p, const Tile *t, const real *x) {
+    const size_t gw = p->gw, step = p->M * t->cols, plane_size = p->gh * gw * (p->cells == FINE ? 4 : 1);
+    for (size_t mb = 0; mb < p->M * t->images; mb++) {
+        const size_t m = mb / t->images, b = mb % t->images;
+        const real *plane = x + ((t->b + b) * p->M + m) * plane_size;
+        real *v = stage + m * t->cols + b * t->rows * gw, *row = lines + 16 * gw;
+        for (size_t y = t->y; y < t->y + t->rows; y++, v += gw) {
+            for (size_t i = 0; i < 2; i++) {
+                fetch_row(row, plane, 2 * y + i, gw, p->cells);
+                rows_times_a(lines + 4 * i * gw, row, gw);
+            }
+            for (size_t j = 0; j < 4; j++)
+                columns_times_a(v + j * step, step, lines + j * gw, lines + (4 + j) * gw, gw);
+        }
+    }
+}
+
 /* sum[r][j] = row r of A^T times column j of block i */
 static inline void a_times_block(real sum[2][4], const real *m, size_t step, size_t i) {
     for (size_t j = 0; j < 4; j++) {
@@ -817,7 +732,7 @@ static inline void a_times_block(real sum[2][4], const real *m, size_t step, siz
     }
 }
 
-/* Two rows of 2n results, y0 and y1, = A^T m A + bias (+ add0, add1 unless NULL). */
+/* Two rows of 2n results, y0 and y1, = A^T m A + bias */
 static void blocks_to_rows(real *NO_ALIAS y0, real *NO_ALIAS y1, const real *NO_ALIAS m, size_t step, size_t n,
                            real bias) {
     for (size_t i = 0; i < n; i++) {
@@ -830,102 +745,55 @@ static void blocks_to_rows(real *NO_ALIAS y0, real *NO_ALIAS y1, const real *NO_
     }
 }
 
-/* Backward of doubling: a result is the sum of its block, (1 1) A^T m A (1 1)^T with A (1 1)^T = (1 2 0 -1). */
-static void blocks_to_sums(real *NO_ALIAS y, const real *NO_ALIAS m, size_t step, size_t n) {
+/* One row of n results: the last of each block, or its sum, weights (1 2 0 -1) for A^T's rows (1 1 1 0), (0 1 -1 -1).
+ */
+static void blocks_to_last(real *NO_ALIAS y, const real *NO_ALIAS m, size_t step, size_t n, real bias) {
     for (size_t i = 0; i < n; i++) {
         real s[2][4];
         a_times_block(s, m, step, i);
-        for (size_t j = 0; j < 4; j++) s[0][j] += s[1][j];
-        y[i] = s[0][0] + 2 * s[0][1] - s[0][3];
+        y[i] = s[1][1] - s[1][2] - s[1][3] + bias;
     }
 }
 
-/* Row `row` of a plane, doubled if `up`, at to[1..2*gw]. */
-static void fetch_row(real *to, const real *plane, const Product *p, size_t row, int up) {
-    if (!up) {
-        memcpy(to + 1, plane + row * 2 * p->gw, 2 * p->gw * sizeof(real));
-        return;
-    }
-    const real *from = plane + row / 2 * p->gw;
-    for (size_t i = 0; i < p->gw; i++) to[1 + 2 * i] = to[2 + 2 * i] = from[i];
-}
-
-/* V (16, C, cols) = B^T d B of every block of a tile; lines: scratch of LINES(gw). Four lines go round: a row of blocks
- * shares two with the next. */
-#define LINES(gw) (18 * (gw) + 2)
-static void blocks_times_b(real *V, real *lines, const Product *p, const Tile *t, const real *in, int up) {
-    const size_t gw = p->gw, step = p->C * t->cols, plane_size = p->h * p->w;
-    real *row = lines + 16 * gw;
-    row[0] = row[2 * gw + 1] = 0;
-    for (size_t cb = 0; cb < p->C * t->images; cb++) {
-        const size_t c = cb / t->images, b = cb % t->images;
-        const real *plane = in + ((t->b + b) * p->C + c) * plane_size;
-        real *v = V + c * t->cols + b * t->rows * gw, *line[4];
-        for (size_t i = 0; i < 2 * t->rows + 2; i++) { /* source row 2y - 1 + i */
-            for (size_t k = 0; k < 4; k++) line[k] = lines + (i + 1 + k) % 4 * 4 * gw;
-            if (2 * t->y + i == 0 || 2 * t->y + i > 2 * p->gh) {
-                memset(line[3], 0, 4 * gw * sizeof(real));
-            } else {
-                fetch_row(row, plane, p, 2 * t->y + i - 1, up);
-                rows_times_b(line[3], row, gw);
-            }
-            if (i < 3 || i % 2 == 0) continue;
-            for (size_t j = 0; j < 4; j++)
-                columns_times_b(v + j * step, step, line[0] + j * gw, line[1] + j * gw, line[2] + j * gw,
-                                line[3] + j * gw, gw);
-            v += gw;
-        }
+static void blocks_to_sums(real *NO_ALIAS y, const real *NO_ALIAS m, size_t step, size_t n, real bias) {
+    for (size_t i = 0; i < n; i++) {
+        real s[2][4];
+        a_times_block(s, m, step, i);
+        y[i] = s[0][0] + s[1][0] + 2 * (s[0][1] + s[1][1]) - (s[0][3] + s[1][3]) + bias;
     }
 }
 
-/* (16, M, cols) = A x A^T of every 2x2 block of x (B,M,2gh,2gw), or of x (B,M,gh,gw) doubled if up */
-static void blocks_times_a(real *stage, real *lines, const Product *p, const Tile *t, const real *x) {
-    const size_t gw = p->gw, step = p->M * t->cols, plane_size = p->gh * gw * (p->up ? 1 : 4);
-    real *row = lines + 8 * gw;
-    for (size_t mb = 0; mb < p->M * t->images; mb++) {
-        const size_t m = mb / t->images, b = mb % t->images;
-        const real *plane = x + ((t->b + b) * p->M + m) * plane_size;
-        real *v = stage + m * t->cols + b * t->rows * gw;
-        for (size_t y = t->y; y < t->y + t->rows; y++, v += gw) {
-            for (size_t i = 0; i < 2; i++) {
-                fetch_row(row, plane, p, 2 * y + i, p->up);
-                rows_times_a(lines + 4 * i * gw, row + 1, gw);
-            }
-            for (size_t j = 0; j < 4; j++)
-                columns_times_a(v + j * step, step, lines + j * gw, lines + (4 + j) * gw, gw);
-        }
-    }
-}
-
-/* out at the tile = the results of products stage (16, M, cols), + bias (M) + add (as out) unless NULL; sums: of 2x2 */
-static void store_blocks(real *out, real *lines, const Product *p, const Tile *t, const real *stage, int sums,
-                         const real *bias, const real *add) {
-    const size_t gw = p->gw, step = p->M * t->cols, run = sums ? gw : 4 * gw;
+/* out at the tile = the results of the products (16, M, cols) + bias (M) + add (as out); bias and add may be NULL, add
+ * may be out itself */
+static void store_blocks(real *out, real *lines, const Product *p, const Tile *t, const real *stage, const real *bias,
+                         const real *add) {
+    const size_t gw = p->gw, step = p->M * t->cols, run = p->results == ALL ? 4 * gw : gw;
     for (size_t m = 0; m < p->M; m++)
         for (size_t i = 0; i < t->images * t->rows; i++) {
             const size_t b = t->b + i / t->rows, y = t->y + i % t->rows, at = ((b * p->M + m) * p->gh + y) * run;
-            const real *from = stage + m * t->cols + i * gw;
+            const real *from = stage + m * t->cols + i * gw, shift = bias ? bias[m] : 0;
             real *to = add ? lines : out + at;
-            if (sums)
-                blocks_to_sums(to, from, step, gw);
+            if (p->results == ALL)
+                blocks_to_rows(to, to + 2 * gw, from, step, gw, shift);
+            else if (p->results == LAST)
+                blocks_to_last(to, from, step, gw, shift);
             else
-                blocks_to_rows(to, to + 2 * gw, from, step, gw, bias ? bias[m] : 0);
+                blocks_to_sums(to, from, step, gw, shift);
             for (size_t j = 0; add && j < run; j++) out[at + j] = to[j] + add[at + j];
         }
 }
 
-/* U (16, Cout, Cin) = G g G^T of every kernel g of w (Cout, Cin, 3, 3) */
+/* U (16, n) of every kernel of w (n, 3, 3) */
 static void winograd_weights(real *U, const real *w, size_t n) {
 #pragma omp parallel for
     for (size_t i = 0; i < n; i++) {
         const real *g = w + 9 * i;
         for (size_t k = 0; k < 4; k++) {
-            real h[3];
+            real h[3], *u = U + 4 * k * n + i;
             for (size_t j = 0; j < 3; j++) {
                 const real even = (g[j] + g[6 + j]) / 2, odd = g[3 + j] / 2;
                 h[j] = k == 0 ? g[j] : k == 1 ? even + odd : k == 2 ? even - odd : g[6 + j];
             }
-            real *u = U + 4 * k * n + i;
             u[0] = h[0];
             u[n] = (h[0] + h[2] + h[1]) / 2;
             u[2 * n] = (h[0] + h[2] - h[1]) / 2;
@@ -934,7 +802,7 @@ static void winograd_weights(real *U, const real *w, size_t n) {
     }
 }
 
-/* dw (Cout, Cin, 3, 3) += G^T dU G, total (16, Cout, Cin) */
+/* dw (n, 3, 3) += G^T dU G, total (16, n) */
 static void add_winograd_gradient(real *dw, const real *total, size_t n) {
     for (size_t i = 0; i < n; i++) {
         real h[3][4], *g = dw + 9 * i;
@@ -953,138 +821,180 @@ static void add_winograd_gradient(real *dw, const real *total, size_t n) {
     }
 }
 
-/* Element k of the mirrored kernel's U. */
-static size_t mirrored(size_t k) {
+/* Which element of U belongs to point k: backward the kernel is mirrored. */
+static size_t kernel_point(const Product *p, size_t k) {
     static const size_t mirror[4] = {3, 1, 2, 0};
-    return 4 * mirror[k / 4] + mirror[k % 4];
+    return p->backward ? 4 * mirror[k / 4] + mirror[k % 4] : k;
 }
 
-static int vanishes(const Product *p, size_t k) {
-    return p->up && (k / 4 == 2 || k % 4 == 2);
+static int drops_out(const Product *p, size_t k) {
+    return (int)(k / 4) == p->drops || (int)(k % 4) == p->drops;
 }
 
-/* stage (16, M, cols) = U[k] V[k], backward with the mirrored kernel: U[mirrored(k)]^T V[k] */
-static void winograd_products(real *stage, const Product *p, const Tile *t, const real *U, const real *V,
-                              int backward) {
-    const size_t n = p->M * t->cols, ldu = backward ? p->M : p->C;
+/* stage (16, M, cols) = U[k] V[k], or backward U[mirrored k]^T V[k] */
+static void winograd_products(real *stage, const Product *p, const Tile *t, const real *U, const real *V) {
+    const size_t n = p->M * t->cols, ldu = p->backward ? p->M : p->C;
     for (size_t k = 0; k < POINTS; k++) {
-        const real *u = U + (backward ? mirrored(k) : k) * p->M * p->C;
-        if (vanishes(p, k))
+        if (drops_out(p, k))
             memset(stage + k * n, 0, n * sizeof(real));
         else
-            gemm(backward, 0, p->M, t->cols, p->C, u, ldu, V + k * p->C * t->cols, t->cols, 0, stage + k * n, t->cols);
+            gemm(p->backward, 0, p->M, t->cols, p->C, U + kernel_point(p, k) * p->M * p->C, ldu, V + k * p->C * t->cols,
+                 t->cols, 0, stage + k * n, t->cols);
     }
 }
 
-static void winograd_forward(real *out, const Product *p, const Tile *t, const real *U, const real *bias,
-                             const real *in, const real *add, real *columns, real *stage) {
+static void winograd_forward(real *y, const Product *p, const Tile *t, const real *x, const real *U, const real *bias,
+                             const real *add, real *columns, real *stage) {
     real *lines = columns + POINTS * p->C * t->cols;
-    blocks_times_b(columns, lines, p, t, in, p->up);
-    winograd_products(stage, p, t, U, columns, 0);
-    store_blocks(out, lines, p, t, stage, 0, bias, add);
+    blocks_times_b(columns, lines, p, t, x);
+    winograd_products(stage, p, t, U, columns);
+    store_blocks(y, lines, p, t, stage, bias, add);
 }
 
 /* partial (16, C, M) = or += dU;  dx = or += unless NULL */
-static void winograd_backward(real *dx, real *partial, const Product *p, const Tile *t, const real *U, const real *dy,
-                              const real *x, int begun, int more, real *columns, real *stage) {
+static void winograd_backward(real *dx, real *partial, const Product *p, const Tile *t, const real *dy, const real *x,
+                              const real *U, int begun, int more, real *columns, real *stage) {
     real *lines = columns + POINTS * p->C * t->cols;
-    blocks_times_b(columns, lines, p, t, dy, 0);
+    blocks_times_b(columns, lines, p, t, dy);
     blocks_times_a(stage, lines, p, t, x);
-    for (size_t k = 0; k < POINTS; k++)
-        if (!vanishes(p, k))
+    for (size_t k = 0; k < POINTS; k++) {
+        real *to = partial + kernel_point(p, k) * p->C * p->M;
+        if (!drops_out(p, k))
             gemm(0, 1, p->C, p->M, t->cols, columns + k * p->C * t->cols, t->cols, stage + k * p->M * t->cols, t->cols,
-                 begun, partial + mirrored(k) * p->C * p->M, p->M);
+                 begun, to, p->M);
+        else if (!begun)
+            memset(to, 0, p->C * p->M * sizeof(real));
+    }
     if (!dx) return;
-    winograd_products(stage, p, t, U, columns, 1);
-    store_blocks(dx, lines, p, t, stage, p->up, NULL, more ? dx : NULL);
+    winograd_products(stage, p, t, U, columns);
+    store_blocks(dx, lines, p, t, stage, NULL, more ? dx : NULL);
 }
 
 /* -- Both -- */
 
-/* y = W * x + bias (+ add)     x (B,Cin,..)  y, add (B,Cout,..) */
-static void conv_forward(Vqgan *v, const Layer *l) {
-    const real *w = v->params.row[l->weight].value, *bias = v->params.row[l->weight + 1].value;
-    const real *in = v->x[l->in[0]], *add = l->add == NONE ? NULL : v->x[l->add];
-    real *out = v->x[l->out], *U = v->arena + v->weights;
-    Product p[4];
-    products(p, v, l, 0);
-    if (p->winograd) winograd_weights(U, w, p->M * p->C);
-#pragma omp parallel for schedule(dynamic) num_threads(loop_threads(v)) if (p->tiles >= (size_t)loop_threads(v))
-    for (size_t j = 0; j < p->tiles; j++) {
-        const Tile t = tile_at(p, j);
-        real *columns = v->arena + v->columns + thread_index() * v->column_reals;
-        real *stage = v->arena + v->stages + thread_index() * v->stage_reals;
-        if (p->winograd)
-            winograd_forward(out, p, &t, U, bias, in, add, columns, stage);
-        else
-            stencil_forward(out, p, &t, w, bias, in, add, columns, stage);
+/* Raises what scratch must hold so that it is enough for c and for the same convolution of fewer or smaller pictures.
+ */
+static void conv_needs(Scratch *s, const Conv *c, int backward) {
+    const int direct = c->kind == CONV1 || c->kind == CONV3;
+    const int blocks = c->kind == UP || (c->kind != CONV1 && c->h > 1 && c->w > 1);
+    for (int winograd = 0; winograd < 2; winograd++) {
+        if (winograd ? !blocks : !direct) continue;
+        const Product p = make_product(c, winograd, backward);
+        const size_t cols = max_size(tile_columns(&p), p.gw), K = p.C * p.n;
+        s->column_reals = max_size(s->column_reals, round_up(K * cols + LINES(p.gw)));
+        s->stage_reals = max_size(s->stage_reals, round_up((winograd ? POINTS : 1) * p.M * cols));
+        s->weight_reals = max_size(s->weight_reals, round_up(p.M * K));
+        if (backward) s->partial_reals = max_size(s->partial_reals, round_up(PARTS * p.M * K));
     }
 }
 
-/* dbias (C) += sums of dy (B,C,hw) over pictures and cells */
-static void bias_backward(real *dbias, const real *dy, size_t B, size_t C, size_t hw) {
+/* Threads for a loop over tiles that uses the scratch of its thread. Too few tiles: one, and products share the work.
+ */
+static int tile_threads(const Scratch *s, size_t tiles) {
+    const size_t threads = min_size((size_t)threads_get(), s->threads);
+    return tiles < threads ? 1 : (int)threads;
+}
+
+/* y = w * x + bias (+ add unless NULL)     w (M,C,3,3) or (M,C,1,1)   bias (M)   add (as y) */
+static void conv_forward(real *y, const Conv *c, const real *x, const real *w, const real *bias, const real *add,
+                         const Scratch *s) {
+    const Product p = make_product(c, can_winograd(c), 0);
+    if (p.winograd) winograd_weights(s->weights, w, p.M * p.C);
+    const int threads = tile_threads(s, p.tiles);
+    (void)threads; /* without OpenMP */
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+    for (size_t j = 0; j < p.tiles; j++) {
+        const Tile t = tile_at(&p, j);
+        real *columns = s->columns + thread_index() * s->column_reals;
+        real *stage = s->stages + thread_index() * s->stage_reals;
+        if (p.winograd)
+            winograd_forward(y, &p, &t, x, s->weights, bias, add, columns, stage);
+        else
+            direct_forward(y, &p, &t, x, w, bias, add, columns, stage);
+    }
+}
+
+/* db (C) += sums of dy (B,C,hw) over pictures and cells */
+static void bias_backward(real *db, const real *dy, size_t B, size_t C, size_t hw) {
 #pragma omp parallel for
     for (size_t c = 0; c < C; c++) {
         double s = 0;
         for (size_t b = 0; b < B; b++) s += sum(dy + (b * C + c) * hw, hw);
-        dbias[c] += (real)s;
+        db[c] += (real)s;
     }
 }
 
 /* partial[0] (n) += the others, in order */
 static void add_parts(real *partial, size_t parts, size_t n) {
 #pragma omp parallel for
-    for (size_t at = 0; at < n; at += RUN) {
-        const size_t end = min_size(n, at + RUN);
+    for (size_t at = 0; at < n; at += RUN)
         for (size_t i = 1; i < parts; i++)
-            for (size_t j = at; j < end; j++) partial[j] += partial[i * n + j];
-    }
+            for (size_t j = at; j < min_size(n, at + RUN); j++) partial[j] += partial[i * n + j];
 }
 
-/* One product: dx, and partial sums of the weight gradient over runs of tiles, whose number no thread count changes. */
-static void product_backward(Vqgan *v, const Layer *l, const Product *p) {
-    const Param *w = &v->params.row[l->weight];
-    const real *dy = v->dx[l->out], *x = v->x[l->in[0]];
-    real *dx = v->dx[l->in[0]], *weight = v->arena + v->weights, *partial = v->arena + v->partials;
-    const size_t n = p->C * p->n * p->M, parts = min_size(PARTS, p->tiles);
-    if (p->winograd)
-        winograd_weights(weight, w->value, p->M * p->C);
+/* dx (as x) overwritten, or added to if `more`; NULL: not wanted. dw, db +=. A part is a run of tiles, and their number
+ * does not depend on the threads. */
+static void conv_backward(real *dx, real *dw, real *db, const Conv *c, const real *dy, const real *x, const real *w,
+                          int more, const Scratch *s) {
+    const Product p = make_product(c, can_winograd(c), 1);
+    const size_t n = p.C * p.n * p.M, parts = min_size(PARTS, p.tiles), results = c->h * c->w;
+    if (p.winograd)
+        winograd_weights(s->weights, w, p.M * p.C);
     else
-        transpose_weights(weight, w->value, p, kernel_size(l));
-#pragma omp parallel for schedule(dynamic) num_threads(loop_threads(v)) if (parts >= (size_t)loop_threads(v))
+        direct_weights(s->weights, w, &p);
+    const int threads = tile_threads(s, parts);
+    (void)threads; /* without OpenMP */
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
     for (size_t part = 0; part < parts; part++) {
-        const size_t first = p->tiles * part / parts, end = p->tiles * (part + 1) / parts;
-        real *columns = v->arena + v->columns + thread_index() * v->column_reals;
-        real *stage = v->arena + v->stages + thread_index() * v->stage_reals;
-        for (size_t k = 0; k < POINTS && p->up; k++)
-            if (vanishes(p, k)) memset(partial + part * n + mirrored(k) * p->C * p->M, 0, p->C * p->M * sizeof(real));
+        const size_t first = p.tiles * part / parts, end = p.tiles * (part + 1) / parts;
+        real *columns = s->columns + thread_index() * s->column_reals;
+        real *stage = s->stages + thread_index() * s->stage_reals, *partial = s->partials + part * n;
         for (size_t j = first; j < end; j++) {
-            const Tile t = tile_at(p, j);
-            if (p->winograd)
-                winograd_backward(dx, partial + part * n, p, &t, weight, dy, x, j > first, l->more[0], columns, stage);
+            const Tile t = tile_at(&p, j);
+            if (p.winograd)
+                winograd_backward(dx, partial, &p, &t, dy, x, s->weights, j > first, more, columns, stage);
             else
-                stencil_backward(dx, partial + part * n, p, &t, weight, dy, x, j > first, l->more[0], columns, stage);
+                direct_backward(dx, partial, &p, &t, dy, x, s->weights, j > first, more, columns, stage);
         }
     }
-    add_parts(partial, parts, n);
-    if (p->winograd)
-        add_winograd_gradient(w->grad, partial, p->C * p->M);
+    add_parts(s->partials, parts, n);
+    if (p.winograd)
+        add_winograd_gradient(dw, s->partials, p.C * p.M);
     else
-        add_stencil_gradient(w->grad, partial, p, kernel_size(l));
+        add_direct_gradient(dw, s->partials, &p);
+    bias_backward(db, dy, c->B, c->M, c->kind == UP ? 4 * results : c->kind == DOWN ? results / 4 : results);
 }
 
-static void conv_backward(Vqgan *v, const Layer *l) {
-    Product p[4];
-    const size_t n = products(p, v, l, 1);
-    for (size_t i = 0; i < n; i++) product_backward(v, l, &p[i]);
-    bias_backward(v->params.row[l->weight + 1].grad, v->dx[l->out], v->b, v->value[l->out].C, plane_size(v, l->out));
+/* ---- Layers: convolutions ---- */
+
+static size_t plane_size(const Vqgan *v, size_t value) {
+    return (v->h >> v->value[value].level) * (v->w >> v->value[value].level);
+}
+
+static Conv layer_conv(const Vqgan *v, const Layer *l) {
+    const Value *x = &v->value[l->in[0]];
+    const Conv c = {l->kind, v->b, x->C, v->value[l->out].C, v->h >> x->level, v->w >> x->level};
+    return c;
+}
+
+static void conv_layer_forward(Vqgan *v, const Layer *l) {
+    const Conv c = layer_conv(v, l);
+    conv_forward(v->x[l->out], &c, v->x[l->in[0]], v->params.row[l->weight].value, v->params.row[l->bias].value,
+                 l->add == NONE ? NULL : v->x[l->add], &v->scratch);
+}
+
+static void conv_layer_backward(Vqgan *v, const Layer *l) {
+    const Conv c = layer_conv(v, l);
+    const Param *w = &v->params.row[l->weight];
+    conv_backward(v->dx[l->in[0]], w->grad, v->params.row[l->bias].grad, &c, v->dx[l->out], v->x[l->in[0]], w->value,
+                  l->more[0], &v->scratch);
 }
 
 /* ---- GroupNorm, with or without swish ---- */
 
 /* y = swish(t), t = gamma (x - mean) rstd + beta     x, y (B,C,hw); saved (B,32,2) = mean, rstd of each group */
 static void norm_forward(Vqgan *v, const Layer *l) {
-    const real *gamma = v->params.row[l->weight].value, *beta = v->params.row[l->weight + 1].value;
+    const real *gamma = v->params.row[l->weight].value, *beta = v->params.row[l->bias].value;
     const size_t C = v->value[l->out].C, hw = plane_size(v, l->out), per = C / GROUPS, n = per * hw;
     real *saved = v->arena + l->saved;
 #pragma omp parallel for
@@ -1092,7 +1002,7 @@ static void norm_forward(Vqgan *v, const Layer *l) {
         const real *x = v->x[l->in[0]] + bg * n;
         real *y = v->x[l->out] + bg * n;
         const real mean = (real)(sum(x, n) / (double)n);
-        const real rstd = (real)(1 / sqrt(sum_squares(x, n, mean) / (double)n + NORM_EPS));
+        const real rstd = (real)(1 / sqrt(dot(x, mean, x, mean, n) / (double)n + NORM_EPS));
         saved[2 * bg] = mean;
         saved[2 * bg + 1] = rstd;
         for (size_t i = 0; i < per; i++, x += hw, y += hw) {
@@ -1121,10 +1031,10 @@ static void swish_backward(real *dy, const real *x, size_t n, real scale, real s
  *     dx = or += rstd (gamma d - mean(gamma d) - xhat mean(gamma d xhat))     dgamma += sum d xhat     dbeta += sum d
  * dy is overwritten with d; nothing reads it afterwards. channel (B,C,2): sums of d and d xhat of each plane. */
 static void norm_backward(Vqgan *v, const Layer *l) {
-    const real *gamma = v->params.row[l->weight].value, *beta = v->params.row[l->weight + 1].value;
+    const real *gamma = v->params.row[l->weight].value, *beta = v->params.row[l->bias].value;
     const size_t C = v->value[l->out].C, hw = plane_size(v, l->out), per = C / GROUPS, n = per * hw;
     const real *saved = v->arena + l->saved;
-    real *channel = v->arena + v->partials;
+    real *channel = v->scratch.partials;
 #pragma omp parallel for
     for (size_t bg = 0; bg < v->b * GROUPS; bg++) {
         const real mean = saved[2 * bg], rstd = saved[2 * bg + 1];
@@ -1134,7 +1044,7 @@ static void norm_backward(Vqgan *v, const Layer *l) {
             const real *x = v->x[l->in[0]] + at, scale = rstd * gamma[c];
             real *d = v->dx[l->out] + at;
             if (l->swish) swish_backward(d, x, hw, scale, beta[c] - mean * scale);
-            const double sum_d = sum(d, hw), sum_dx = (dot(d, x, hw) - (double)mean * sum_d) * (double)rstd;
+            const double sum_d = sum(d, hw), sum_dx = dot(d, 0, x, mean, hw) * (double)rstd;
             channel[2 * (bg * per + i)] = (real)sum_d;
             channel[2 * (bg * per + i) + 1] = (real)sum_dx;
             d_mean += (double)gamma[c] * sum_d / (double)n;
@@ -1152,7 +1062,7 @@ static void norm_backward(Vqgan *v, const Layer *l) {
                 for (size_t j = 0; j < hw; j++) dx[j] = scale * d[j] + slope * x[j] + offset;
         }
     }
-    real *dgamma = v->params.row[l->weight].grad, *dbeta = v->params.row[l->weight + 1].grad;
+    real *dgamma = v->params.row[l->weight].grad, *dbeta = v->params.row[l->bias].grad;
     for (size_t b = 0; b < v->b; b++)
         for (size_t c = 0; c < C; c++) {
             dbeta[c] += channel[2 * (b * C + c)];
@@ -1200,7 +1110,7 @@ static void attend_backward(Vqgan *v, const Layer *l) {
         gemm(0, 0, C, N, N, dy, N, p, N, l->more[2], v->dx[l->in[2]] + at, N);
         gemm(1, 0, N, N, C, dy, N, v->x[l->in[2]] + at, N, 0, ds, N);
         for (size_t i = 0; i < N; i++) {
-            const real *row = p + i * N, mean = (real)dot(ds + i * N, row, N);
+            const real *row = p + i * N, mean = (real)dot(ds + i * N, 0, row, 0, N);
             for (size_t j = 0; j < N; j++) ds[i * N + j] = scale * row[j] * (ds[i * N + j] - mean);
         }
         gemm(0, 1, C, N, N, v->x[l->in[1]] + at, N, ds, N, l->more[0], v->dx[l->in[0]] + at, N);
@@ -1241,12 +1151,14 @@ static void nearest(Vqgan *v, const real *z, size_t B, size_t N, int32_t *raw) {
     const size_t D = v->c.embed_dim, per = (N + SPOTS - 1) / SPOTS;
     const real *book = v->params.row[v->codebook].value;
     real *half_norm = v->arena + v->code_norm;
-#pragma omp parallel for num_threads(loop_threads(v))
-    for (size_t k = 0; k < v->c.n_embed; k++) half_norm[k] = (real)(dot(book + k * D, book + k * D, D) / 2);
-#pragma omp parallel for schedule(dynamic) num_threads(loop_threads(v)) if (B * per >= (size_t)loop_threads(v))
+#pragma omp parallel for
+    for (size_t k = 0; k < v->c.n_embed; k++) half_norm[k] = (real)(dot(book + k * D, 0, book + k * D, 0, D) / 2);
+    const int threads = tile_threads(&v->scratch, B * per);
+    (void)threads; /* without OpenMP */
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
     for (size_t i = 0; i < B * per; i++) {
         const size_t b = i / per, at = i % per * SPOTS;
-        real *score = v->arena + v->columns + thread_index() * v->column_reals;
+        real *score = v->scratch.columns + thread_index() * v->scratch.column_reals;
         nearest_codes(v, z + b * D * N + at, N, min_size(SPOTS, N - at), score, raw + b * N + at);
     }
 }
@@ -1349,7 +1261,7 @@ static void run_forward(Vqgan *v, size_t first, size_t end) {
         case ATTEND: attend_forward(v, l); break;
         case QUANTIZE: quantize_forward(v, l); break;
         case TANH: tanh_forward(v, l); break;
-        default: conv_forward(v, l);
+        default: conv_layer_forward(v, l);
         }
     }
 }
@@ -1362,7 +1274,7 @@ static void run_backward(Vqgan *v, double codebook_weight) {
         case ATTEND: attend_backward(v, l); break;
         case QUANTIZE: quantize_backward(v, l, codebook_weight); break;
         case TANH: tanh_backward(v, l); break;
-        default: conv_backward(v, l);
+        default: conv_layer_backward(v, l);
         }
     }
 }
@@ -1386,7 +1298,7 @@ static Err add_area(AreaList *list, size_t *target, size_t size, size_t from, si
     if (list->n == list->capacity) return err("vqgan: internal: %zu areas are not enough", list->capacity);
     Area *a = &list->area[list->n++];
     if (size > (size_t)-1 / sizeof(real) - ALIGN) return err("vqgan: an activation of %zu numbers is too large", size);
-    a->size = (size + ALIGN - 1) / ALIGN * ALIGN;
+    a->size = round_up(size);
     a->from = from;
     a->to = to;
     a->target = target;
@@ -1477,38 +1389,35 @@ static Err layer_areas(Vqgan *v, AreaList *list) {
     return OK;
 }
 
-/* What every step may use: patches and products of each thread, transformed weights, partial weight gradients. */
+/* What every step may use. */
 static Err scratch_areas(Vqgan *v, AreaList *list) {
     const size_t end = 2 * v->n_layers;
-    size_t weights = 0, columns = CODES * SPOTS, stage = 0, partials = 0, size, N;
+    Scratch *s = &v->scratch;
+    memset(s, 0, sizeof *s);
+    s->threads = (size_t)threads_get();
+    s->column_reals = CODES * SPOTS;
     v->b = v->B;
     v->h = v->H;
     v->w = v->W;
     for (size_t j = 0; j < v->n_layers; j++) {
         const Layer *l = &v->layer[j];
-        if (l->kind == NORM) partials = max_size(partials, v->B * v->value[l->out].C * 2);
-        for (int backward = 0; l->kind <= UP && backward <= v->train; backward++) {
-            Product p[4];
-            for (size_t i = products(p, v, l, backward); i-- > 0;) {
-                const size_t cols = max_size(tile_columns(&p[i]), p[i].gw), K = p[i].C * p[i].n; /* smaller runs too */
-                columns = max_size(columns, K * cols + LINES(p[i].gw));
-                stage = max_size(stage, (p[i].winograd ? POINTS : 1) * p[i].M * cols);
-                weights = max_size(weights, p[i].M * K);
-                if (backward) partials = max_size(partials, PARTS * p[i].M * K);
-            }
-        }
+        const Conv c = layer_conv(v, l);
+        if (l->kind == NORM) s->partial_reals = max_size(s->partial_reals, round_up(v->B * c.M * 2));
+        for (int backward = 0; l->kind <= UP && backward <= v->train; backward++) conv_needs(s, &c, backward);
     }
-    v->column_reals = (columns + ALIGN - 1) / ALIGN * ALIGN;
-    v->stage_reals = (stage + ALIGN - 1) / ALIGN * ALIGN;
-    TRY(add_area(list, &v->columns, v->column_reals * v->threads, 0, end));
-    TRY(add_area(list, &v->stages, v->stage_reals * v->threads, 0, end));
-    TRY(add_area(list, &v->weights, weights, 0, end));
-    TRY(add_area(list, &v->partials, partials, 0, end));
-    TRY(value_size(v, v->z, &N));
-    TRY(add_area(list, &v->raw, N / v->c.embed_dim, 0, end)); /* int32_t is no larger than real */
+    const size_t size = (s->column_reals + s->stage_reals) * s->threads + s->weight_reals + s->partial_reals;
+    TRY(add_area(list, &v->scratch_at, size, 0, end));
+    TRY(add_area(list, &v->raw, v->B * plane_size(v, v->z), 0, end)); /* int32_t is no larger than real */
     TRY(add_area(list, &v->code_norm, v->c.n_embed, 0, end));
-    TRY(size_mul(&size, v->B, sizeof(double) / sizeof(real)));
-    return add_area(list, &v->image_loss, size, 0, end);
+    return add_area(list, &v->image_loss, v->B * (sizeof(double) / sizeof(real)), 0, end);
+}
+
+static void place_scratch(Vqgan *v) {
+    Scratch *s = &v->scratch;
+    s->columns = v->arena + v->scratch_at;
+    s->stages = s->columns + s->threads * s->column_reals;
+    s->weights = s->stages + s->threads * s->stage_reals;
+    s->partials = s->weights + s->weight_reals;
 }
 
 static int larger_first(const void *a, const void *b) {
@@ -1551,7 +1460,9 @@ static Err plan_areas(Vqgan *v, AreaList *list, size_t *lives) {
     size_t total;
     TRY(lay_out(list, &total));
     for (size_t i = 0; v->train && i < v->n_values; i++) v->value[i].grad = v->value[lives[i]].grad;
-    return mem_alloc(&v->arena, total, sizeof(real), "vqgan: activations");
+    TRY(mem_alloc(&v->arena, total, sizeof(real), "vqgan: activations"));
+    place_scratch(v);
+    return OK;
 }
 
 static Err check_picture(const Vqgan *v, size_t B, size_t H, size_t W, const char *where) {
@@ -1575,7 +1486,6 @@ Err vqgan_plan(Vqgan *v, size_t B, size_t H, size_t W, int train) {
     v->H = H;
     v->W = W;
     v->train = train != 0;
-    v->threads = (size_t)threads_get();
     Err e = mem_alloc(&list.area, list.capacity, sizeof *list.area, "vqgan: plan");
     if (e == OK) e = mem_alloc(&lives, 3 * v->n_values, sizeof *lives, "vqgan: plan");
     if (e == OK) e = plan_areas(v, &list, lives);
@@ -1702,7 +1612,7 @@ Err vqgan_create(Vqgan **out, const VqganConfig *c, int honour_tanh) {
     TRY(check_config(c));
     TRY(mem_alloc(&v, 1, sizeof *v, "vqgan"));
     v->c = *c;
-    if (list_params(v) != OK || build_layers(v, c->tanh_out && honour_tanh) != OK || make_remap(v) != OK) {
+    if (build(v, c->tanh_out && honour_tanh) != OK || make_remap(v) != OK) {
         vqgan_free(v);
         return FAILED;
     }

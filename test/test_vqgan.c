@@ -344,6 +344,33 @@ static void test_sizes(void) {
     vqgan_free(v);
 }
 
+/* Training on H x W in a plan made for odd_H x odd_W: other algorithms, other tiles, and still enough memory. */
+static void test_smaller_run(size_t odd_H, size_t odd_W, size_t H, size_t W) {
+    VqganConfig c = tiny();
+    c.levels = 1;
+    c.n_attn = 0;
+    Vqgan *v = make(&c, 0);
+    Params *p = vqgan_params(v);
+    Surrogate s = start(v, 3, H, W);
+    const real *xrec;
+    real *first = NULL, *grad = NULL;
+    double loss;
+    for (int large = 0; large < 2; large++) {
+        CHECK_OK(large ? vqgan_plan(v, 3, odd_H, odd_W, 1) : vqgan_plan(v, 3, H, W, 1));
+        CHECK_OK(vqgan_forward(v, s.image, 3, H, W, &xrec, &loss));
+        if (large) CHECK(same_bits(first, xrec, s.n_out));
+        if (!large) first = copied(xrec, s.n_out);
+        params_zero_grad(p);
+        CHECK_OK(vqgan_backward(v, s.R, 1, NULL));
+        if (large) CHECK(same_bits(grad, p->arena[1], p->total));
+        if (!large) grad = copied(p->arena[1], p->total);
+    }
+    finish(&s);
+    free(first);
+    free(grad);
+    vqgan_free(v);
+}
+
 /* ---- Quantiser ---- */
 
 /* The nearest entry by exhaustive search in double, the first of equals; *margin: how clear the smallest choice is. */
@@ -670,6 +697,10 @@ int main(void) {
     test_remap();
     test_restart();
     test_sizes();
+    test_smaller_run(17, 19, 16, 16);
+    test_smaller_run(9, 101, 8, 64);
+    test_smaller_run(20, 20, 19, 3);
+    test_smaller_run(6, 4, 1, 1);
     test_accumulation();
     test_gradients();
     test_threads(3, 8, 12);
