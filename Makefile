@@ -48,10 +48,10 @@ CFLAGS := -std=c11 -D_GNU_SOURCE -g $(OPT) $(if $(HAVE_MARCH),-march=$(MARCH)) -
           -fno-trapping-math $(WARN) $(if $(HAVE_OPENMP),-fopenmp,-Wno-unknown-pragmas)
 LDLIBS := -lpng -ljpeg -lz -lm -lpthread
 
-COMPONENTS := base gemm checkpoint data vqgan transformer diffusion
+COMPONENTS := base gemm conv checkpoint data vqgan transformer diffusion
 PROGRAMS := sample train inpaint
-TESTS := base gemm checkpoint data vqgan transformer diffusion
-TESTS_DOUBLE := gemm vqgan transformer
+TESTS := base gemm conv checkpoint data vqgan transformer diffusion
+TESTS_DOUBLE := gemm conv vqgan transformer
 
 OBJ := $(COMPONENTS:%=$B/%.o)
 OBJ_DOUBLE := $(COMPONENTS:%=$B/double/%.o)

@@ -6,7 +6,7 @@
  * One section per file. Read them in this order; each file's top comment says what it owns:
  *
  *     1. base.c          error values, memory, random streams, threads
- *     2. gemm.c          the one matrix product everything stands on
+ *     2. gemm.c, conv.c  the one matrix product everything stands on; convolutions made of it
  *     3. checkpoint.c    named tensors: parameter tables, safetensors in and out, flat configurations
  *     4. data.c          images in, batches, the token cache, image grids out
  *     5. vqgan.c         first stage: image <-> tokens
@@ -102,7 +102,7 @@ void threads_set(int n);
 int threads_get(void);
 
 /* ------------------------------------------------------------------------------------------------------------
- * 2. gemm.c: the one matrix product
+ * 2. gemm.c: the one matrix product; conv.c: convolutions made of it
  * ---------------------------------------------------------------------------------------------------------- */
 
 /* C = op(A) op(B) (+ C if accumulate).  Row-major; ld* are row strides in elements.
@@ -113,6 +113,35 @@ int threads_get(void);
  * from inside a parallel region it runs on the calling thread alone, with the same bits. Cannot fail. */
 void gemm(int trans_a, int trans_b, size_t M, size_t N, size_t K, const real *A, size_t lda, const real *B, size_t ldb,
           int accumulate, real *C, size_t ldc);
+
+/* conv.c: convolutions, with bias, of (B,C,h,w) arrays. CONV1 is 1x1, the others 3x3 with zeros around: CONV3 at every
+ * cell; CONV_DOWN at every second, padded right and below only (h and w even); CONV_UP after nearest doubling. */
+typedef enum { CONV1, CONV3, CONV_DOWN, CONV_UP } ConvKind;
+typedef struct {
+    ConvKind kind;
+    size_t B, C, M, h, w; /* x (B,C,h,w) -> y (B,M, ..): h x w, half of it, or double */
+} Conv;
+/* Memory that convolutions share, one after the other. */
+typedef struct {
+    size_t threads, column_reals, stage_reals, weight_reals, partial_reals;
+    real *columns, *stages;   /* for each thread: patches, products */
+    real *weights, *partials; /* transformed weights, partial sums of their gradient */
+} ConvScratch;
+/* Raises what scratch (threads set, else zeroed) must hold so that it is enough for c and for the same convolution of
+ * fewer or smaller pictures; then: how much that is, and where it lies. */
+void conv_needs(ConvScratch *s, const Conv *c, int backward);
+size_t conv_scratch_reals(const ConvScratch *s);
+void conv_scratch_place(ConvScratch *s, real *memory);
+/* Threads for a loop over n tasks that each use the scratch of their thread; 1 when there are fewer tasks. */
+int conv_threads(const ConvScratch *s, size_t n);
+/* y = w * x + bias (+ add unless NULL)     w (M,C,3,3) or (M,C,1,1)   bias (M)   add (as y) */
+void conv_forward(real *y, const Conv *c, const real *x, const real *w, const real *bias, const real *add,
+                  const ConvScratch *s);
+/* dx (as x) overwritten, or added to if `more`; NULL: not wanted. dw, db +=. */
+void conv_backward(real *dx, real *dw, real *db, const Conv *c, const real *dy, const real *x, const real *w, int more,
+                   const ConvScratch *s);
+/* Sum of n numbers, in an order that depends on n alone, emptied from short chains into double. */
+double sum_reals(const real *x, size_t n);
 
 /* ------------------------------------------------------------------------------------------------------------
  * 3. checkpoint.c: named tensors

@@ -878,6 +878,7 @@ static void free_stage(Stage *s) {
 static Err build_stage(Stage *s, const Checkpoint *ck) {
     TRY(dataset_open(&s->train, s->opt->data, SPLIT_TRAIN));
     TRY(dataset_open(&s->val, s->opt->data, SPLIT_VAL));
+    TRY(make_folder(s->opt->run));
     TRY(s->opt->vqgan ? vqgan_stage(s) : transition_stage(s));
     TRY(params_plan(s->params, PLAN_VALUE | PLAN_GRAD | PLAN_ADAM | (s->opt->vqgan ? 0 : PLAN_EMA)));
     if (ck) return load_state(s, ck);
@@ -941,7 +942,6 @@ static void train(const Options *o) {
         snprintf(s.name, sizeof s.name, "%s", o->vqgan ? "vqgan" : "joint");
     else
         snprintf(s.name, sizeof s.name, "scale%zu", o->scale);
-    check(make_folder(o->run));
     int continuing = open_state(&s, &ck);
     if (o->eval && !continuing) die("%s: no %s.state.safetensors there to evaluate; train it first", o->run, s.name);
     if (continuing)

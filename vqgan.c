@@ -1,26 +1,22 @@
 /* vqgan.c - the first stage: image <-> tokens (Esser et al. 2021, "Taming Transformers"; SPEC section 8).
  *
  * Owns: the encoder, the vector quantiser with its remap table, the decoder, each forward and backward, and the memory
- * they run in. Refuses: configurations that the official network cannot have (channels that 32 groups do not divide),
- * pictures that the levels do not divide, tokens outside the table.
+ * they run in; convolutions are conv.c's. Refuses: configurations that the official network cannot have (channels that
+ * 32 groups do not divide), pictures that the levels do not divide, tokens outside the table.
  *
  * The network is a flat plan. vqgan_create lists every layer once, in execution order; a layer names the values
  * (activations) it reads and writes and its rows of the parameter table. Forward walks the list, backward walks it in
  * reverse, vqgan_plan walks it to find out how long every value is needed. From those lifetimes one allocation is laid
  * out: training keeps what backward needs, inference lets values take turns in the same memory.
  *
- *     image -> CONV3 -> [blocks, DOWN]* -> mid -> NORM, CONV3 -> CONV1 -> z          encode
- *     z -> QUANTIZE -> z_q -> CONV1 -> CONV3 -> mid -> [blocks, UP]* -> NORM, CONV3 -> image   decode
+ *     image -> CONV3 -> [blocks, CONV_DOWN]* -> mid -> NORM, CONV3 -> CONV1 -> z          encode
+ *     z -> QUANTIZE -> z_q -> CONV1 -> CONV3 -> mid -> [blocks, CONV_UP]* -> NORM, CONV3 -> image   decode
  *     block:     x + CONV3(NORM(CONV3(NORM(x))))      attention: x + CONV1(ATTEND(q, k, v))
- *
- * Every convolution, of any kind and in both directions, is one operation: gather patches of a source, multiply them by
- * a matrix of weights. It is cut into tiles whose patches stay in the L2 cache; tiles are what threads share. Most of
- * the 3x3 ones go through Winograd's transform. See "Convolutions".
  *
  * Values are (B,C,h,w). Where the sum of two branches is formed, the last convolution of the branch adds the other one
  * (Layer.add); backward, the gradient of the sum *is* the gradient of the other branch, in the same memory.
  *
- * Read in this order: types; building the network; convolutions; norm, attention, quantiser; the walk; planning;
+ * Read in this order: types; building the network; norm, attention, quantiser; the walk; planning;
  * public functions. */
 
 #include <math.h>
@@ -39,23 +35,20 @@
 
 enum {
     GROUPS = 32,       /* of every GroupNorm */
-    PARTS = 16,        /* partial sums of a weight gradient: fixed, so that threads do not change bits */
     CODES = 512,       /* codebook entries compared at a time */
     SPOTS = 256,       /* latents compared at a time */
     MAX_BLOCKS = 64,   /* num_res_blocks */
     MAX_WIDTH = 16384, /* channels */
-    FEW_CHANNELS = 16, /* fewer: transforms cost more than they save */
     ALIGN = 16         /* reals between the starts of two areas: a cache line or more */
 };
 static const double NORM_EPS = 1e-6;
-static const size_t PATCH_REALS = 64 * 1024; /* patches of a tile, unless that is less than MIN_COLUMNS */
-static const size_t MIN_COLUMNS = 64;
 static const size_t NONE = (size_t)-1;
 
-typedef enum { CONV1, CONV3, DOWN, UP, NORM, ATTEND, QUANTIZE, TANH } Kind;
+typedef enum { CONV, NORM, ATTEND, QUANTIZE, TANH } Kind;
 
 typedef struct {
     Kind kind;
+    ConvKind conv;       /* CONV */
     size_t in[3], out;   /* values; in[1], in[2] only for ATTEND: q, k, v */
     size_t add;          /* convolutions: a value added to the result, or NONE */
     size_t weight, bias; /* rows of the parameter table, or NONE */
@@ -70,13 +63,6 @@ typedef struct {
     size_t act, grad; /* offsets in the arena; NONE: the caller's memory */
 } Value;
 
-/* Memory that convolutions share, one after the other. */
-typedef struct {
-    size_t threads, column_reals, stage_reals, weight_reals, partial_reals;
-    real *columns, *stages;   /* for each thread: patches, products */
-    real *weights, *partials; /* transformed weights, partial sums of their gradient */
-} Scratch;
-
 struct Vqgan {
     VqganConfig c;
     Params params;
@@ -90,7 +76,7 @@ struct Vqgan {
     /* the plan */
     size_t B, H, W;
     int train;
-    Scratch scratch;
+    ConvScratch scratch;
     size_t scratch_at, raw, code_norm, image_loss; /* offsets */
     real *arena;
     /* the present run */
@@ -159,13 +145,14 @@ static void add_row(Vqgan *v, size_t *index, Init init, double scale, int ndim, 
 }
 
 /* A convolution of C results, plus the value `add` unless NONE; rows `name`.weight and .bias */
-static size_t conv(Vqgan *v, Kind kind, size_t in, size_t C, size_t add, Name name) {
+static size_t conv(Vqgan *v, ConvKind kind, size_t in, size_t C, size_t add, Name name) {
     const size_t level = v->value[in].level, kernel = kind == CONV1 ? 1 : 3;
     const size_t dim[4] = {C, v->value[in].C, kernel, kernel};
     const double bound = 1 / sqrt((double)(dim[1] * kernel * kernel));
-    Layer *l = add_layer(v, kind, in, C, kind == DOWN ? level + 1 : kind == UP ? level - 1 : level);
+    Layer *l = add_layer(v, CONV, in, C, kind == CONV_DOWN ? level + 1 : kind == CONV_UP ? level - 1 : level);
     add_row(v, &l->weight, INIT_UNIFORM, bound, 4, dim, named("%s.weight", name.s).s);
     add_row(v, &l->bias, INIT_UNIFORM, bound, 1, dim, named("%s.bias", name.s).s);
+    l->conv = kind;
     l->add = add;
     return l->out;
 }
@@ -220,7 +207,7 @@ static size_t encoder(Vqgan *v, size_t x) {
     for (size_t i = 0; i < c->levels; i++) {
         const size_t C = c->ch * c->ch_mult[i];
         x = level_blocks(v, x, c->num_res_blocks, C, c->resolution >> i, named("encoder.down.%zu", i));
-        if (i + 1 < c->levels) x = conv(v, DOWN, x, C, NONE, named("encoder.down.%zu.downsample.conv", i));
+        if (i + 1 < c->levels) x = conv(v, CONV_DOWN, x, C, NONE, named("encoder.down.%zu.downsample.conv", i));
     }
     x = norm(v, mid(v, x, "encoder"), 1, named("encoder.norm_out"));
     return conv(v, CONV3, x, c->z_channels, NONE, named("encoder.conv_out"));
@@ -235,7 +222,7 @@ static size_t decoder(Vqgan *v, size_t x) {
     for (size_t i = c->levels; i-- > 0;) {
         const size_t C = c->ch * c->ch_mult[i], resolution = c->resolution >> top << (top - i);
         x = level_blocks(v, x, c->num_res_blocks + 1, C, resolution, named("decoder.up.%zu", i));
-        if (i > 0) x = conv(v, UP, x, C, NONE, named("decoder.up.%zu.upsample.conv", i));
+        if (i > 0) x = conv(v, CONV_UP, x, C, NONE, named("decoder.up.%zu.upsample.conv", i));
     }
     x = norm(v, x, 1, named("decoder.norm_out"));
     return conv(v, CONV3, x, c->out_ch, NONE, named("decoder.conv_out"));
@@ -368,33 +355,8 @@ static inline real exp_real(real x) {
 #endif
 }
 
-/* Sums run in LANES interleaved chains, so that they vectorise without leave to reorder, and are emptied into double
- * every RUN numbers. Order depends on n alone. */
+/* Sums as in sum_reals: in LANES chains, emptied into double every RUN numbers. */
 enum { LANES = 32, RUN = 4096 };
-
-static double empty_lanes(real lane[LANES]) {
-    double s = 0;
-    for (int l = 0; l < LANES; l++) {
-        s += (double)lane[l];
-        lane[l] = 0;
-    }
-    return s;
-}
-
-/* sum of x */
-static double sum(const real *x, size_t n) {
-    real lane[LANES] = {0};
-    double s = 0;
-    for (size_t i = 0; i < n; i += RUN) {
-        const size_t end = min_size(n, i + RUN);
-        size_t j = i;
-        for (; j + LANES <= end; j += LANES)
-            for (int l = 0; l < LANES; l++) lane[l] += x[j + (size_t)l];
-        for (; j < end; j++) lane[0] += x[j];
-        s += empty_lanes(lane);
-    }
-    return s;
-}
 
 /* sum of (x-a)(y-b) */
 static double dot(const real *x, real a, const real *y, real b, size_t n) {
@@ -406,563 +368,12 @@ static double dot(const real *x, real a, const real *y, real b, size_t n) {
         for (; j + LANES <= end; j += LANES)
             for (int l = 0; l < LANES; l++) lane[l] += (x[j + (size_t)l] - a) * (y[j + (size_t)l] - b);
         for (; j < end; j++) lane[0] += (x[j] - a) * (y[j] - b);
-        s += empty_lanes(lane);
+        for (int l = 0; l < LANES; l++) {
+            s += (double)lane[l];
+            lane[l] = 0;
+        }
     }
     return s;
-}
-
-/* ---- Convolutions ----
- *
- * All of them, in both directions, are matrix products of weights with patches of a source. The grid of results is cut
- * into tiles whose patches stay in the L2 cache; threads share tiles, and no sum crosses from one to another.
- *
- * Backward, one gather of the gradient's patches serves both results, for the gradient of a convolution is a
- * convolution of the gradient with the mirrored kernel: dx = w^T patches(dy)          dw^T = x patches(dy)^T
- *
- * Direct: patches are the 1 or 9 source cells around each result, the kernel is used as it is. For 1x1 convolutions,
- * few channels and odd sizes.
- *
- * Winograd's F(2x2,3x3) (Lavin and Gray 2016): 16 multiplications instead of 36 for a block of 2x2 results. With
- *
- *          1  0 -1  0           1    0    0            1  0
- *    B^T = 0  1  1  0     G =  1/2  1/2  1/2      A =  1  1        U = G g G^T of each kernel g
- *          0 -1  1  0          1/2 -1/2  1/2           1 -1        V = B^T d B of the 4x4 source cells d at each block
- *          0  1  0 -1           0    0    1            0 -1
- *
- * the results are A^T [U .* V] A: for each of the 16 points k = 4i + j one product of U[k] (M,C) with V[k] (C, blocks).
- * A mirrored kernel exchanges i = 0 with i = 3, and j alike. One value of i, and of j, drops out where the source or
- * the results are coarse, which leaves 9 products: UP, forward      nearest doubling, then 3x3      the source is
- * doubled                       i = 2 drops out UP, backward                                     only the sum of each
- * block is wanted        i = 2 DOWN, forward    3x3 with stride 2, padded right only the last of each block is wanted
- * i = 0 DOWN, backward   and below (SPEC section 8)      source cells stand apart, with zeros around i = 3 */
-
-typedef struct {
-    Kind kind;            /* CONV1, CONV3, DOWN, UP */
-    size_t B, C, M, h, w; /* x (B,C,h,w) -> y (B,M, ..): h x w, half for DOWN (h, w even), double for UP */
-} Conv;
-
-enum { POINTS = 16, KEPT = -1 };
-typedef enum { FINE, DOUBLED, APART } Source; /* how a row of the source is read */
-typedef enum { ALL, SUMS, LAST } Results;     /* what of a block is kept */
-
-/* One product: results (B,M,..) = weights (M, C*n) x patches of the source (B,C,..). */
-typedef struct {
-    size_t B, C, M, gh, gw, n; /* grid of results or blocks; 1, 9 or POINTS */
-    int backward, winograd;
-    Source source, cells; /* of patches; of x in the gradient of the weights */
-    Results results;
-    int drops;                             /* the i and j that drop out, or KEPT */
-    size_t images, rows, row_tiles, tiles; /* a tile: `rows` grid rows of `images` pictures */
-} Product;
-
-typedef struct {
-    size_t b, images, y, rows, cols; /* cols = images*rows*gw */
-} Tile;
-
-static int can_winograd(const Conv *c) {
-    return c->kind == UP || c->kind == DOWN ||
-           (c->kind == CONV3 && min_size(c->C, c->M) >= FEW_CHANNELS && c->h % 2 == 0 && c->w % 2 == 0);
-}
-
-/* Columns of a tile's patches, if the grid is not wider. */
-static size_t tile_columns(const Product *p) {
-    return max_size(PATCH_REALS / (p->C * p->n), MIN_COLUMNS);
-}
-
-/* Cuts the grid: whole rows, several pictures where one is small. */
-static void cut_tiles(Product *p) {
-    const size_t rows = max_size(tile_columns(p) / p->gw, 1);
-    p->images = p->row_tiles = 1;
-    p->rows = p->gh;
-    if (rows >= p->gh) {
-        p->images = min_size(rows / p->gh, p->B);
-    } else {
-        p->row_tiles = (p->gh + rows - 1) / rows;
-        p->rows = (p->gh + p->row_tiles - 1) / p->row_tiles; /* equal heights, not one thin rest */
-        p->row_tiles = (p->gh + p->rows - 1) / p->rows;
-    }
-    p->tiles = (p->B + p->images - 1) / p->images * p->row_tiles;
-}
-
-static Product make_product(const Conv *c, int winograd, int backward) {
-    const size_t block = winograd && c->kind != UP ? 2 : 1;
-    Product p;
-    memset(&p, 0, sizeof p);
-    p.B = c->B;
-    p.C = backward ? c->M : c->C;
-    p.M = backward ? c->C : c->M;
-    p.gh = c->h / block;
-    p.gw = c->w / block;
-    p.n = winograd ? (size_t)POINTS : c->kind == CONV1 ? 1 : 9;
-    p.backward = backward;
-    p.winograd = winograd;
-    p.drops = KEPT;
-    if (c->kind == UP) {
-        p.source = backward ? FINE : DOUBLED;
-        p.cells = DOUBLED;
-        p.results = backward ? SUMS : ALL;
-        p.drops = 2;
-    } else if (c->kind == DOWN) {
-        p.source = backward ? APART : FINE;
-        p.results = backward ? ALL : LAST;
-        p.drops = backward ? 3 : 0;
-    }
-    cut_tiles(&p);
-    return p;
-}
-
-static Tile tile_at(const Product *p, size_t i) {
-    Tile t;
-    t.b = i / p->row_tiles * p->images;
-    t.images = min_size(p->images, p->B - t.b);
-    t.y = i % p->row_tiles * p->rows;
-    t.rows = min_size(p->rows, p->gh - t.y);
-    t.cols = t.images * t.rows * p->gw;
-    return t;
-}
-
-/* -- Direct -- */
-
-/* to (rows,gw) = the cells (y+dy, x+dx) of a plane: a shifted copy with zeros where the shift leaves the plane */
-static void gather_shifted(real *to, const real *plane, const Product *p, const Tile *t, int dy, int dx) {
-    const size_t w = p->gw, above = dy < 0 && t->y == 0, below = dy > 0 && t->y + t->rows == p->gh;
-    const size_t n = (t->rows - min_size(above + below, t->rows)) * w;
-    memset(to, 0, above * w * sizeof(real));
-    if (below) memset(to + (t->rows - 1) * w, 0, w * sizeof(real));
-    if (n == 0) return;
-    to += above * w;
-    const real *from = plane + (t->y + above) * w;
-    from = dy < 0 ? from - w : dy > 0 ? from + w : from;
-    if (dx == 0) {
-        memcpy(to, from, n * sizeof(real));
-    } else if (dx < 0) {
-        memcpy(to + 1, from, (n - 1) * sizeof(real));
-        for (size_t i = 0; i < n; i += w) to[i] = 0;
-    } else {
-        memcpy(to, from + 1, (n - 1) * sizeof(real));
-        for (size_t i = w - 1; i < n; i += w) to[i] = 0;
-    }
-}
-
-/* Where a tile begins in channel c of picture b of a (B,C,gh,gw) array. */
-static size_t tile_offset(const Product *p, const Tile *t, size_t b, size_t C, size_t c) {
-    return (((t->b + b) * C + c) * p->gh + t->y) * p->gw;
-}
-
-/* The n cells around each of a tile's, of x (B,C,gh,gw): (C*n, cols) with row stride *ld, gathered into `to` unless
- * they stand so in x. */
-static const real *gather(real *to, size_t *ld, const Product *p, const Tile *t, const real *x, size_t C, size_t n) {
-    if (n == 1 && t->images == 1) {
-        *ld = p->gh * p->gw;
-        return x + tile_offset(p, t, 0, C, 0);
-    }
-    *ld = t->cols;
-    for (size_t c = 0; c < C; c++)
-        for (size_t k = 0; k < n; k++)
-            for (size_t b = 0; b < t->images; b++) {
-                const real *plane = x + ((t->b + b) * C + c) * p->gh * p->gw;
-                const size_t cell = n == 1 ? 4 : p->backward ? 8 - k : k;
-                gather_shifted(to, plane, p, t, (int)(cell / 3) - 1, (int)(cell % 3) - 1);
-                to += t->rows * p->gw;
-            }
-    return to - C * n * t->cols;
-}
-
-/* out at the tile = stage (M, cols) + bias (M) + add (as out); bias and add may be NULL, add may be out itself */
-static void store_tile(real *out, const Product *p, const Tile *t, const real *stage, size_t ld, const real *bias,
-                       const real *add) {
-    const size_t run = t->rows * p->gw;
-    for (size_t m = 0; m < p->M; m++)
-        for (size_t b = 0; b < t->images; b++) {
-            const size_t at = tile_offset(p, t, b, p->M, m);
-            const real *from = stage + m * ld + b * run, shift = bias ? bias[m] : 0;
-            for (size_t i = 0; i < run; i++) out[at + i] = from[i] + shift + (add ? add[at + i] : 0);
-        }
-}
-
-/* out = or += weight (M, C*n) x patch, + bias + add unless NULL */
-static void direct_products(real *out, const Product *p, const Tile *t, const real *weight, const real *patch,
-                            size_t ld, const real *bias, const real *add, real *stage) {
-    const int in_place = t->images == 1;
-    real *to = in_place ? out + tile_offset(p, t, 0, p->M, 0) : stage;
-    const size_t K = p->C * p->n, ld_to = in_place ? p->gh * p->gw : t->cols;
-    const int adds = in_place && add == out;
-    gemm(0, 0, p->M, t->cols, K, weight, K, patch, ld, adds, to, ld_to);
-    if (!in_place || bias || (add && !adds)) store_tile(out, p, t, to, ld_to, bias, adds ? NULL : add);
-}
-
-static void direct_forward(real *y, const Product *p, const Tile *t, const real *x, const real *w, const real *bias,
-                           const real *add, real *columns, real *stage) {
-    size_t ld;
-    const real *patch = gather(columns, &ld, p, t, x, p->C, p->n);
-    direct_products(y, p, t, w, patch, ld, bias, add, stage);
-}
-
-/* partial (C*n, M) = or += patches(dy) x^T;  dx = or += weight patches(dy) unless NULL */
-static void direct_backward(real *dx, real *partial, const Product *p, const Tile *t, const real *dy, const real *x,
-                            const real *weight, int begun, int more, real *columns, real *stage) {
-    size_t ld, ldx;
-    const real *patch = gather(columns, &ld, p, t, dy, p->C, p->n), *cells = gather(stage, &ldx, p, t, x, p->M, 1);
-    gemm(0, 1, p->C * p->n, p->M, t->cols, patch, ld, cells, ldx, begun, partial, p->M);
-    if (dx) direct_products(dx, p, t, weight, patch, ld, NULL, more ? dx : NULL, stage);
-}
-
-/* Backward: weight (M, C*n) from w (C,M,n) */
-static void direct_weights(real *weight, const real *w, const Product *p) {
-#pragma omp parallel for
-    for (size_t m = 0; m < p->M; m++)
-        for (size_t c = 0; c < p->C; c++)
-            for (size_t k = 0; k < p->n; k++) weight[(m * p->C + c) * p->n + k] = w[(c * p->M + m) * p->n + k];
-}
-
-/* dw (C,M,n) += total (C*n, M) */
-static void add_direct_gradient(real *dw, const real *total, const Product *p) {
-    for (size_t c = 0; c < p->C; c++)
-        for (size_t k = 0; k < p->n; k++)
-            for (size_t m = 0; m < p->M; m++) dw[(c * p->M + m) * p->n + k] += total[(c * p->n + k) * p->M + m];
-}
-
-/* -- Winograd's algorithm: V and the products are (16, channels, cols); a transform is a pass along rows and a pass
- * along columns, over runs of n blocks -- */
-
-#define NO_ALIAS __restrict       /* of gcc, clang and nvcc, in C and C++ */
-#define LINES(gw) (18 * (gw) + 2) /* scratch of the transforms */
-
-/* Row `row` of the fine picture behind a plane, at to[1..2*gw]; to[0] and to[2*gw+1] are zero. */
-static void fetch_row(real *to, const real *plane, size_t row, size_t gw, Source source) {
-    const real *from = plane + row / 2 * gw;
-    to[0] = to[2 * gw + 1] = 0;
-    if (source == FINE)
-        memcpy(to + 1, plane + row * 2 * gw, 2 * gw * sizeof(real));
-    else if (source == DOUBLED)
-        for (size_t i = 0; i < gw; i++) to[1 + 2 * i] = to[2 + 2 * i] = from[i];
-    else
-        for (size_t i = 0; i < gw; i++) {
-            to[1 + 2 * i] = 0;
-            to[2 + 2 * i] = row % 2 ? from[i] : 0;
-        }
-}
-
-/* line (4,n) = a source row times B, from a fetched row */
-static void rows_times_b(real *NO_ALIAS line, const real *NO_ALIAS row, size_t n) {
-    for (size_t i = 0; i < n; i++) {
-        const real a = row[2 * i], b = row[2 * i + 1], c = row[2 * i + 2], d = row[2 * i + 3];
-        line[i] = a - c;
-        line[n + i] = b + c;
-        line[2 * n + i] = c - b;
-        line[3 * n + i] = b - d;
-    }
-}
-
-/* v[4 step i] = row i of B^T times one column of four lines */
-static void columns_times_b(real *NO_ALIAS v, size_t step, const real *NO_ALIAS a, const real *NO_ALIAS b,
-                            const real *NO_ALIAS c, const real *NO_ALIAS d, size_t n) {
-    for (size_t i = 0; i < n; i++) v[i] = a[i] - c[i];
-    for (size_t i = 0; i < n; i++) v[4 * step + i] = b[i] + c[i];
-    for (size_t i = 0; i < n; i++) v[8 * step + i] = c[i] - b[i];
-    for (size_t i = 0; i < n; i++) v[12 * step + i] = b[i] - d[i];
-}
-
-/* V (16, C, cols) of a tile. Four lines go round: a row of blocks shares two with the next. */
-static void blocks_times_b(real *V, real *lines, const Product *p, const Tile *t, const real *x) {
-    const size_t gw = p->gw, step = p->C * t->cols, plane_size = p->gh * gw * (p->source == FINE ? 4 : 1);
-    for (size_t cb = 0; cb < p->C * t->images; cb++) {
-        const size_t c = cb / t->images, b = cb % t->images;
-        const real *plane = x + ((t->b + b) * p->C + c) * plane_size;
-        real *v = V + c * t->cols + b * t->rows * gw, *line[4], *row = lines + 16 * gw;
-        for (size_t i = 0; i < 2 * t->rows + 2; i++) { /* fine row 2y - 1 + i */
-            for (size_t k = 0; k < 4; k++) line[k] = lines + (i + 1 + k) % 4 * 4 * gw;
-            if (2 * t->y + i == 0 || 2 * t->y + i > 2 * p->gh) {
-                memset(line[3], 0, 4 * gw * sizeof(real));
-            } else {
-                fetch_row(row, plane, 2 * t->y + i - 1, gw, p->source);
-                rows_times_b(line[3], row, gw);
-            }
-            if (i < 3 || i % 2 == 0) continue;
-            for (size_t j = 0; j < 4; j++)
-                columns_times_b(v + j * step, step, line[0] + j * gw, line[1] + j * gw, line[2] + j * gw,
-                                line[3] + j * gw, gw);
-            v += gw;
-        }
-    }
-}
-
-/* The same two with A, for the gradient of the weights. */
-static void rows_times_a(real *NO_ALIAS line, const real *NO_ALIAS row, size_t n) {
-    for (size_t i = 0; i < n; i++) {
-        const real a = row[2 * i + 1], b = row[2 * i + 2];
-        line[i] = a;
-        line[n + i] = a + b;
-        line[2 * n + i] = a - b;
-        line[3 * n + i] = -b;
-    }
-}
-
-static void columns_times_a(real *NO_ALIAS v, size_t step, const real *NO_ALIAS a, const real *NO_ALIAS b, size_t n) {
-    for (size_t i = 0; i < n; i++) v[i] = a[i];
-    for (size_t i = 0; i < n; i++) v[4 * step + i] = a[i] + b[i];
-    for (size_t i = 0; i < n; i++) v[8 * step + i] = a[i] - b[i];
-    for (size_t i = 0; i < n; i++) v[12 * step + i] = -b[i];
-}
-
-/* (16, M, cols) = A x A^T of every 2x2 block of x */
-static void blocks_times_a(real *stage, real *lines, const Product *p, const Tile *t, const real *x) {
-    const size_t gw = p->gw, step = p->M * t->cols, plane_size = p->gh * gw * (p->cells == FINE ? 4 : 1);
-    for (size_t mb = 0; mb < p->M * t->images; mb++) {
-        const size_t m = mb / t->images, b = mb % t->images;
-        const real *plane = x + ((t->b + b) * p->M + m) * plane_size;
-        real *v = stage + m * t->cols + b * t->rows * gw, *row = lines + 16 * gw;
-        for (size_t y = t->y; y < t->y + t->rows; y++, v += gw) {
-            for (size_t i = 0; i < 2; i++) {
-                fetch_row(row, plane, 2 * y + i, gw, p->cells);
-                rows_times_a(lines + 4 * i * gw, row, gw);
-            }
-            for (size_t j = 0; j < 4; j++)
-                columns_times_a(v + j * step, step, lines + j * gw, lines + (4 + j) * gw, gw);
-        }
-    }
-}
-
-/* sum[r][j] = row r of A^T times column j of block i */
-static inline void a_times_block(real sum[2][4], const real *m, size_t step, size_t i) {
-    for (size_t j = 0; j < 4; j++) {
-        const real a = m[j * step + i], b = m[(4 + j) * step + i], c = m[(8 + j) * step + i];
-        sum[0][j] = a + b + c;
-        sum[1][j] = b - c - m[(12 + j) * step + i];
-    }
-}
-
-/* Two rows of 2n results, y0 and y1, = A^T m A + bias */
-static void blocks_to_rows(real *NO_ALIAS y0, real *NO_ALIAS y1, const real *NO_ALIAS m, size_t step, size_t n,
-                           real bias) {
-    for (size_t i = 0; i < n; i++) {
-        real s[2][4];
-        a_times_block(s, m, step, i);
-        y0[2 * i] = s[0][0] + s[0][1] + s[0][2] + bias;
-        y0[2 * i + 1] = s[0][1] - s[0][2] - s[0][3] + bias;
-        y1[2 * i] = s[1][0] + s[1][1] + s[1][2] + bias;
-        y1[2 * i + 1] = s[1][1] - s[1][2] - s[1][3] + bias;
-    }
-}
-
-/* One row of n results: the last of each block, or its sum, weights (1 2 0 -1) for A^T's rows (1 1 1 0), (0 1 -1 -1).
- */
-static void blocks_to_last(real *NO_ALIAS y, const real *NO_ALIAS m, size_t step, size_t n, real bias) {
-    for (size_t i = 0; i < n; i++) {
-        real s[2][4];
-        a_times_block(s, m, step, i);
-        y[i] = s[1][1] - s[1][2] - s[1][3] + bias;
-    }
-}
-
-static void blocks_to_sums(real *NO_ALIAS y, const real *NO_ALIAS m, size_t step, size_t n, real bias) {
-    for (size_t i = 0; i < n; i++) {
-        real s[2][4];
-        a_times_block(s, m, step, i);
-        y[i] = s[0][0] + s[1][0] + 2 * (s[0][1] + s[1][1]) - (s[0][3] + s[1][3]) + bias;
-    }
-}
-
-/* out at the tile = the results of the products (16, M, cols) + bias (M) + add (as out); bias and add may be NULL, add
- * may be out itself */
-static void store_blocks(real *out, real *lines, const Product *p, const Tile *t, const real *stage, const real *bias,
-                         const real *add) {
-    const size_t gw = p->gw, step = p->M * t->cols, run = p->results == ALL ? 4 * gw : gw;
-    for (size_t m = 0; m < p->M; m++)
-        for (size_t i = 0; i < t->images * t->rows; i++) {
-            const size_t b = t->b + i / t->rows, y = t->y + i % t->rows, at = ((b * p->M + m) * p->gh + y) * run;
-            const real *from = stage + m * t->cols + i * gw, shift = bias ? bias[m] : 0;
-            real *to = add ? lines : out + at;
-            if (p->results == ALL)
-                blocks_to_rows(to, to + 2 * gw, from, step, gw, shift);
-            else if (p->results == LAST)
-                blocks_to_last(to, from, step, gw, shift);
-            else
-                blocks_to_sums(to, from, step, gw, shift);
-            for (size_t j = 0; add && j < run; j++) out[at + j] = to[j] + add[at + j];
-        }
-}
-
-/* U (16, n) of every kernel of w (n, 3, 3) */
-static void winograd_weights(real *U, const real *w, size_t n) {
-#pragma omp parallel for
-    for (size_t i = 0; i < n; i++) {
-        const real *g = w + 9 * i;
-        for (size_t k = 0; k < 4; k++) {
-            real h[3], *u = U + 4 * k * n + i;
-            for (size_t j = 0; j < 3; j++) {
-                const real even = (g[j] + g[6 + j]) / 2, odd = g[3 + j] / 2;
-                h[j] = k == 0 ? g[j] : k == 1 ? even + odd : k == 2 ? even - odd : g[6 + j];
-            }
-            u[0] = h[0];
-            u[n] = (h[0] + h[2] + h[1]) / 2;
-            u[2 * n] = (h[0] + h[2] - h[1]) / 2;
-            u[3 * n] = h[2];
-        }
-    }
-}
-
-/* dw (n, 3, 3) += G^T dU G, total (16, n) */
-static void add_winograd_gradient(real *dw, const real *total, size_t n) {
-    for (size_t i = 0; i < n; i++) {
-        real h[3][4], *g = dw + 9 * i;
-        for (size_t j = 0; j < 4; j++) {
-            const real *u = total + j * n + i;
-            const real half_sum = (u[4 * n] + u[8 * n]) / 2, half_gap = (u[4 * n] - u[8 * n]) / 2;
-            h[0][j] = u[0] + half_sum;
-            h[1][j] = half_gap;
-            h[2][j] = half_sum + u[12 * n];
-        }
-        for (size_t k = 0; k < 3; k++) {
-            g[3 * k] += h[k][0] + (h[k][1] + h[k][2]) / 2;
-            g[3 * k + 1] += (h[k][1] - h[k][2]) / 2;
-            g[3 * k + 2] += (h[k][1] + h[k][2]) / 2 + h[k][3];
-        }
-    }
-}
-
-/* Which element of U belongs to point k: backward the kernel is mirrored. */
-static size_t kernel_point(const Product *p, size_t k) {
-    static const size_t mirror[4] = {3, 1, 2, 0};
-    return p->backward ? 4 * mirror[k / 4] + mirror[k % 4] : k;
-}
-
-static int drops_out(const Product *p, size_t k) {
-    return (int)(k / 4) == p->drops || (int)(k % 4) == p->drops;
-}
-
-/* stage (16, M, cols) = U[k] V[k], or backward U[mirrored k]^T V[k] */
-static void winograd_products(real *stage, const Product *p, const Tile *t, const real *U, const real *V) {
-    const size_t n = p->M * t->cols, ldu = p->backward ? p->M : p->C;
-    for (size_t k = 0; k < POINTS; k++) {
-        if (drops_out(p, k))
-            memset(stage + k * n, 0, n * sizeof(real));
-        else
-            gemm(p->backward, 0, p->M, t->cols, p->C, U + kernel_point(p, k) * p->M * p->C, ldu, V + k * p->C * t->cols,
-                 t->cols, 0, stage + k * n, t->cols);
-    }
-}
-
-static void winograd_forward(real *y, const Product *p, const Tile *t, const real *x, const real *U, const real *bias,
-                             const real *add, real *columns, real *stage) {
-    real *lines = columns + POINTS * p->C * t->cols;
-    blocks_times_b(columns, lines, p, t, x);
-    winograd_products(stage, p, t, U, columns);
-    store_blocks(y, lines, p, t, stage, bias, add);
-}
-
-/* partial (16, C, M) = or += dU;  dx = or += unless NULL */
-static void winograd_backward(real *dx, real *partial, const Product *p, const Tile *t, const real *dy, const real *x,
-                              const real *U, int begun, int more, real *columns, real *stage) {
-    real *lines = columns + POINTS * p->C * t->cols;
-    blocks_times_b(columns, lines, p, t, dy);
-    blocks_times_a(stage, lines, p, t, x);
-    for (size_t k = 0; k < POINTS; k++) {
-        real *to = partial + kernel_point(p, k) * p->C * p->M;
-        if (!drops_out(p, k))
-            gemm(0, 1, p->C, p->M, t->cols, columns + k * p->C * t->cols, t->cols, stage + k * p->M * t->cols, t->cols,
-                 begun, to, p->M);
-        else if (!begun)
-            memset(to, 0, p->C * p->M * sizeof(real));
-    }
-    if (!dx) return;
-    winograd_products(stage, p, t, U, columns);
-    store_blocks(dx, lines, p, t, stage, NULL, more ? dx : NULL);
-}
-
-/* -- Both -- */
-
-/* Raises what scratch must hold so that it is enough for c and for the same convolution of fewer or smaller pictures.
- */
-static void conv_needs(Scratch *s, const Conv *c, int backward) {
-    const int direct = c->kind == CONV1 || c->kind == CONV3;
-    const int blocks = c->kind == UP || (c->kind != CONV1 && c->h > 1 && c->w > 1);
-    for (int winograd = 0; winograd < 2; winograd++) {
-        if (winograd ? !blocks : !direct) continue;
-        const Product p = make_product(c, winograd, backward);
-        const size_t cols = max_size(tile_columns(&p), p.gw), K = p.C * p.n;
-        s->column_reals = max_size(s->column_reals, round_up(K * cols + LINES(p.gw)));
-        s->stage_reals = max_size(s->stage_reals, round_up((winograd ? POINTS : 1) * p.M * cols));
-        s->weight_reals = max_size(s->weight_reals, round_up(p.M * K));
-        if (backward) s->partial_reals = max_size(s->partial_reals, round_up(PARTS * p.M * K));
-    }
-}
-
-/* Threads for a loop over tiles that uses the scratch of its thread. Too few tiles: one, and products share the work.
- */
-static int tile_threads(const Scratch *s, size_t tiles) {
-    const size_t threads = min_size((size_t)threads_get(), s->threads);
-    return tiles < threads ? 1 : (int)threads;
-}
-
-/* y = w * x + bias (+ add unless NULL)     w (M,C,3,3) or (M,C,1,1)   bias (M)   add (as y) */
-static void conv_forward(real *y, const Conv *c, const real *x, const real *w, const real *bias, const real *add,
-                         const Scratch *s) {
-    const Product p = make_product(c, can_winograd(c), 0);
-    if (p.winograd) winograd_weights(s->weights, w, p.M * p.C);
-    const int threads = tile_threads(s, p.tiles);
-    (void)threads; /* without OpenMP */
-#pragma omp parallel for schedule(dynamic) num_threads(threads)
-    for (size_t j = 0; j < p.tiles; j++) {
-        const Tile t = tile_at(&p, j);
-        real *columns = s->columns + thread_index() * s->column_reals;
-        real *stage = s->stages + thread_index() * s->stage_reals;
-        if (p.winograd)
-            winograd_forward(y, &p, &t, x, s->weights, bias, add, columns, stage);
-        else
-            direct_forward(y, &p, &t, x, w, bias, add, columns, stage);
-    }
-}
-
-/* db (C) += sums of dy (B,C,hw) over pictures and cells */
-static void bias_backward(real *db, const real *dy, size_t B, size_t C, size_t hw) {
-#pragma omp parallel for
-    for (size_t c = 0; c < C; c++) {
-        double s = 0;
-        for (size_t b = 0; b < B; b++) s += sum(dy + (b * C + c) * hw, hw);
-        db[c] += (real)s;
-    }
-}
-
-/* partial[0] (n) += the others, in order */
-static void add_parts(real *partial, size_t parts, size_t n) {
-#pragma omp parallel for
-    for (size_t at = 0; at < n; at += RUN)
-        for (size_t i = 1; i < parts; i++)
-            for (size_t j = at; j < min_size(n, at + RUN); j++) partial[j] += partial[i * n + j];
-}
-
-/* dx (as x) overwritten, or added to if `more`; NULL: not wanted. dw, db +=. A part is a run of tiles, and their number
- * does not depend on the threads. */
-static void conv_backward(real *dx, real *dw, real *db, const Conv *c, const real *dy, const real *x, const real *w,
-                          int more, const Scratch *s) {
-    const Product p = make_product(c, can_winograd(c), 1);
-    const size_t n = p.C * p.n * p.M, parts = min_size(PARTS, p.tiles), results = c->h * c->w;
-    if (p.winograd)
-        winograd_weights(s->weights, w, p.M * p.C);
-    else
-        direct_weights(s->weights, w, &p);
-    const int threads = tile_threads(s, parts);
-    (void)threads; /* without OpenMP */
-#pragma omp parallel for schedule(dynamic) num_threads(threads)
-    for (size_t part = 0; part < parts; part++) {
-        const size_t first = p.tiles * part / parts, end = p.tiles * (part + 1) / parts;
-        real *columns = s->columns + thread_index() * s->column_reals;
-        real *stage = s->stages + thread_index() * s->stage_reals, *partial = s->partials + part * n;
-        for (size_t j = first; j < end; j++) {
-            const Tile t = tile_at(&p, j);
-            if (p.winograd)
-                winograd_backward(dx, partial, &p, &t, dy, x, s->weights, j > first, more, columns, stage);
-            else
-                direct_backward(dx, partial, &p, &t, dy, x, s->weights, j > first, more, columns, stage);
-        }
-    }
-    add_parts(s->partials, parts, n);
-    if (p.winograd)
-        add_winograd_gradient(dw, s->partials, p.C * p.M);
-    else
-        add_direct_gradient(dw, s->partials, &p);
-    bias_backward(db, dy, c->B, c->M, c->kind == UP ? 4 * results : c->kind == DOWN ? results / 4 : results);
 }
 
 /* ---- Layers: convolutions ---- */
@@ -973,7 +384,7 @@ static size_t plane_size(const Vqgan *v, size_t value) {
 
 static Conv layer_conv(const Vqgan *v, const Layer *l) {
     const Value *x = &v->value[l->in[0]];
-    const Conv c = {l->kind, v->b, x->C, v->value[l->out].C, v->h >> x->level, v->w >> x->level};
+    const Conv c = {l->conv, v->b, x->C, v->value[l->out].C, v->h >> x->level, v->w >> x->level};
     return c;
 }
 
@@ -1001,7 +412,7 @@ static void norm_forward(Vqgan *v, const Layer *l) {
     for (size_t bg = 0; bg < v->b * GROUPS; bg++) {
         const real *x = v->x[l->in[0]] + bg * n;
         real *y = v->x[l->out] + bg * n;
-        const real mean = (real)(sum(x, n) / (double)n);
+        const real mean = (real)(sum_reals(x, n) / (double)n);
         const real rstd = (real)(1 / sqrt(dot(x, mean, x, mean, n) / (double)n + NORM_EPS));
         saved[2 * bg] = mean;
         saved[2 * bg + 1] = rstd;
@@ -1044,7 +455,7 @@ static void norm_backward(Vqgan *v, const Layer *l) {
             const real *x = v->x[l->in[0]] + at, scale = rstd * gamma[c];
             real *d = v->dx[l->out] + at;
             if (l->swish) swish_backward(d, x, hw, scale, beta[c] - mean * scale);
-            const double sum_d = sum(d, hw), sum_dx = dot(d, 0, x, mean, hw) * (double)rstd;
+            const double sum_d = sum_reals(d, hw), sum_dx = dot(d, 0, x, mean, hw) * (double)rstd;
             channel[2 * (bg * per + i)] = (real)sum_d;
             channel[2 * (bg * per + i) + 1] = (real)sum_dx;
             d_mean += (double)gamma[c] * sum_d / (double)n;
@@ -1077,7 +488,7 @@ static void softmax_row(real *p, size_t n) {
     real largest = p[0], total;
     for (size_t j = 1; j < n; j++) largest = p[j] > largest ? p[j] : largest;
     for (size_t j = 0; j < n; j++) p[j] = exp_real(p[j] - largest);
-    total = (real)sum(p, n);
+    total = (real)sum_reals(p, n);
     for (size_t j = 0; j < n; j++) p[j] /= total;
 }
 
@@ -1153,7 +564,7 @@ static void nearest(Vqgan *v, const real *z, size_t B, size_t N, int32_t *raw) {
     real *half_norm = v->arena + v->code_norm;
 #pragma omp parallel for
     for (size_t k = 0; k < v->c.n_embed; k++) half_norm[k] = (real)(dot(book + k * D, 0, book + k * D, 0, D) / 2);
-    const int threads = tile_threads(&v->scratch, B * per);
+    const int threads = conv_threads(&v->scratch, B * per);
     (void)threads; /* without OpenMP */
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
     for (size_t i = 0; i < B * per; i++) {
@@ -1392,7 +803,7 @@ static Err layer_areas(Vqgan *v, AreaList *list) {
 /* What every step may use. */
 static Err scratch_areas(Vqgan *v, AreaList *list) {
     const size_t end = 2 * v->n_layers;
-    Scratch *s = &v->scratch;
+    ConvScratch *s = &v->scratch;
     memset(s, 0, sizeof *s);
     s->threads = (size_t)threads_get();
     s->column_reals = CODES * SPOTS;
@@ -1403,21 +814,12 @@ static Err scratch_areas(Vqgan *v, AreaList *list) {
         const Layer *l = &v->layer[j];
         const Conv c = layer_conv(v, l);
         if (l->kind == NORM) s->partial_reals = max_size(s->partial_reals, round_up(v->B * c.M * 2));
-        for (int backward = 0; l->kind <= UP && backward <= v->train; backward++) conv_needs(s, &c, backward);
+        for (int backward = 0; l->kind == CONV && backward <= v->train; backward++) conv_needs(s, &c, backward);
     }
-    const size_t size = (s->column_reals + s->stage_reals) * s->threads + s->weight_reals + s->partial_reals;
-    TRY(add_area(list, &v->scratch_at, size, 0, end));
+    TRY(add_area(list, &v->scratch_at, conv_scratch_reals(s), 0, end));
     TRY(add_area(list, &v->raw, v->B * plane_size(v, v->z), 0, end)); /* int32_t is no larger than real */
     TRY(add_area(list, &v->code_norm, v->c.n_embed, 0, end));
     return add_area(list, &v->image_loss, v->B * (sizeof(double) / sizeof(real)), 0, end);
-}
-
-static void place_scratch(Vqgan *v) {
-    Scratch *s = &v->scratch;
-    s->columns = v->arena + v->scratch_at;
-    s->stages = s->columns + s->threads * s->column_reals;
-    s->weights = s->stages + s->threads * s->stage_reals;
-    s->partials = s->weights + s->weight_reals;
 }
 
 static int larger_first(const void *a, const void *b) {
@@ -1461,7 +863,7 @@ static Err plan_areas(Vqgan *v, AreaList *list, size_t *lives) {
     TRY(lay_out(list, &total));
     for (size_t i = 0; v->train && i < v->n_values; i++) v->value[i].grad = v->value[lives[i]].grad;
     TRY(mem_alloc(&v->arena, total, sizeof(real), "vqgan: activations"));
-    place_scratch(v);
+    conv_scratch_place(&v->scratch, v->arena + v->scratch_at);
     return OK;
 }
 

@@ -105,7 +105,7 @@ ok "an interrupt ends a run cleanly" test $? -eq 0
 ok "and says how to go on" grep -q -- --resume "$dir/int.err"
 
 "$build/pictures" make "$dir/two" 2 20
-ok "a folder of two pictures: one trains, one is held out" train --data "$dir/two" --run "$dir/r2" --vqgan --steps 2
+ok "a folder of two pictures: one trains, one is held out" train --data "$dir/two" --run "$dir/pair" --vqgan --steps 2
 
 # ---- sample ----
 sample() { "$build/sample" "$@" -o "$dir/s.png"; }
