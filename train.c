@@ -26,7 +26,7 @@
 
 typedef struct {
     const char *model, *data, *run, *config, *device, *store;
-    int vqgan, joint, resume, eval;
+    int vqgan, joint, resume, eval, balance;
     size_t scale, steps, batch, accumulate, threads, save_every, eval_every, picture_every;
     size_t seed;
     double lr, alpha;
@@ -83,7 +83,10 @@ struct Stage {
     int t; /* the scale; 0: joint */
     double alpha;
     size_t h, w, N, K;
-    uint32_t *order; /* of the present epoch */
+    uint32_t *order;  /* of the present epoch; when balanced: the examples, class by class */
+    int balance;      /* draw every class equally often */
+    size_t *class_at; /* balanced: where each class that has examples starts in order, and the end; n_drawn classes */
+    size_t n_drawn;
     uint64_t epoch;
     int32_t *x0, *x_prev, *x_t, *ts, *label; /* (B,N) ... (B) */
     real *q, *dlogits;                       /* (B,N,K) */
@@ -239,15 +242,41 @@ static void take_example(Stage *s, const Tokens *from, size_t example, size_t fl
     s->label[b] = from->label[example];
 }
 
-static void take_training_batch(Stage *s, uint64_t micro) {
-    const Tokens *from = &s->train_tokens;
-    for (size_t b = 0; b < s->batch; b++) {
-        uint64_t at = micro * s->batch + b, epoch = at / from->n;
-        if (epoch != s->epoch) epoch_order(s->order, from->n, s->seed, s->epoch = epoch);
-        size_t example = s->order[at % from->n];
-        uint32_t flip = rng_below(s->seed, rng_stream(RNG_CROP, epoch, example), 0, (uint32_t)from->flips);
-        take_example(s, from, example, flip, b);
+/* Which example is number `at` of the endless training sequence, and its epoch. */
+static size_t next_example(Stage *s, uint64_t at, uint64_t *epoch) {
+    size_t n = s->train_tokens.n;
+    *epoch = at / n;
+    if (s->balance) {
+        uint64_t stream = rng_stream(RNG_ORDER, 0, at);
+        size_t *start = s->class_at + rng_below(s->seed, stream, 0, (uint32_t)s->n_drawn);
+        return s->order[start[0] + rng_below(s->seed, stream, 1, (uint32_t)(start[1] - start[0]))];
     }
+    if (*epoch != s->epoch) epoch_order(s->order, n, s->seed, s->epoch = *epoch);
+    return s->order[at % n];
+}
+
+static void take_training_batch(Stage *s, uint64_t micro) {
+    for (size_t b = 0; b < s->batch; b++) {
+        uint64_t epoch;
+        size_t example = next_example(s, micro * s->batch + b, &epoch);
+        uint32_t flip = rng_below(s->seed, rng_stream(RNG_CROP, epoch, example), 0, (uint32_t)s->train_tokens.flips);
+        take_example(s, &s->train_tokens, example, flip, b);
+    }
+}
+
+static Err group_by_class(Stage *s) {
+    const Tokens *x = &s->train_tokens;
+    size_t at = 0;
+    if (s->train.n_classes == 0) return err("train.balance_classes: %s has no classes", s->opt->data);
+    TRY(mem_alloc(&s->class_at, s->train.n_classes + 1, sizeof *s->class_at, "classes"));
+    for (size_t c = 0; c < s->train.n_classes; c++) {
+        s->class_at[s->n_drawn] = at;
+        for (size_t i = 0; i < x->n; i++)
+            if (x->label[i] == (int32_t)c) s->order[at++] = (uint32_t)i;
+        if (at > s->class_at[s->n_drawn]) s->n_drawn++;
+    }
+    s->class_at[s->n_drawn] = at;
+    return OK;
 }
 
 /* Forward and losses of the B examples that draw_chain prepared; dlogits as denoising_loss leaves them. */
@@ -509,6 +538,7 @@ static Err transition_stage(Stage *s) {
     TRY(transformer_plan(s->net, s->batch, s->N, 1));
     TRY(transition_buffers(s));
     s->epoch = UINT64_MAX;
+    if (s->balance) TRY(group_by_class(s));
     s->micro_batch = transition_micro_batch;
     s->evaluate = transition_evaluate;
     s->picture = transition_picture;
@@ -584,6 +614,7 @@ static Err apply_options(Stage *s) {
         TRY(config_set(c, "lightning.trainer.accumulate_grad_batches", "%zu", o->accumulate));
     if (o->alpha >= 0) TRY(config_set(c, "model.params.alpha", "%.17g", o->alpha));
     if (o->seed != NOT_GIVEN) TRY(config_set(c, "train.seed", "%zu", o->seed));
+    if (o->balance) TRY(config_set(c, "train.balance_classes", "true"));
     if (o->store) TRY(config_set(c, "imagebart.store", "%s", o->store));
     return OK;
 }
@@ -614,6 +645,7 @@ static Err read_settings(Stage *s) {
     TRY(config_size(&s->steps, c, "train.", "steps", 1, UINT32_MAX, 0));
     TRY(config_size(&seed, c, "train.", "seed", 0, huge, 1));
     TRY(config_flag(&s->flip, c, "train.", "flip", 1));
+    TRY(config_flag(&s->balance, c, "train.", "balance_classes", 1));
     TRY(config_size(&s->restart_every, c, "train.", "restart_codes", 0, huge, 1));
     TRY(config_real(&s->w_l1, c, "train.", "l1_weight", 0, 1e6, 1));
     TRY(config_real(&s->w_l2, c, "train.", "l2_weight", 0, 1e6, 1));
@@ -870,7 +902,8 @@ static void free_stage(Stage *s) {
     transformer_free(s->net);
     vqgan_free(s->vqgan);
     config_free(&s->settings);
-    void *buffers[] = {s->dxrec, s->usage, s->order, s->x0, s->x_prev, s->x_t, s->ts, s->label, s->q, s->dlogits};
+    void *buffers[] = {s->dxrec, s->usage, s->order, s->x0,      s->x_prev,  s->x_t,
+                       s->ts,    s->label, s->q,     s->dlogits, s->class_at};
     for (size_t i = 0; i < sizeof buffers / sizeof *buffers; i++) free(buffers[i]);
 }
 
@@ -1009,6 +1042,8 @@ int main(int argc, char **argv) {
         {OPT_REAL, "--lr", "X", &o.lr, 1e-12, 10, "peak learning rate"},
         {OPT_REAL, "--alpha", "X", &o.alpha, 0, 1, "loss = X soft (KL to the posterior) + (1-X) hard (cross entropy)"},
         {OPT_SIZE, "--seed", "N", &o.seed, 0, 9e15, "of everything random (default 23)"},
+        {OPT_FLAG, "--balance", NULL, &o.balance, 0, 0,
+         "transitions: draw every class equally often, however few its pictures"},
         {OPT_STRING, "--store", "TYPE", &o.store, 0, 0, "f32, f16 or bf16: how the weights for sampling are stored"},
         {OPT_SIZE, "--save-every", "N", &o.save_every, 1, UINT32_MAX, "steps between checkpoints (default 100)"},
         {OPT_SIZE, "--eval-every", "N", &o.eval_every, 1, UINT32_MAX, "steps between evaluations (default 500)"},
