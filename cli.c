@@ -354,8 +354,6 @@ void sampling_options(SampleOptions *o, const SamplingArgs *a, const Model *m, c
     sample_defaults(o, m);
     o->seed = a->seed;
     o->official_temperature = a->official_temperature;
-    o->progress = sampling_progress;
-    o->context = o;
     per_scale(o->temperature, m, a->temperature, "temperature", "1", 0, 1000, "--temperature");
     per_scale_sizes(o->top_k, m, a->top_k, "top_k", "0", 0, 1e9, "--top-k");
     per_scale_sizes(o->chain, m, a->chain_length ? a->chain_length : chain_length, "chain_length", "1", 1, 1000,

@@ -45,9 +45,9 @@ static Err fit(Image *im, size_t side, Filter filter, size_t channels) {
     return OK;
 }
 
-static Err read_picture(Job *job) {
+static Err read_picture(Job *job, size_t *height, size_t *width) {
     TRY(image_read(&job->picture, job->in->image));
-    size_t H = job->picture.H, W = job->picture.W;
+    size_t H = *height = job->picture.H, W = *width = job->picture.W;
     if (H != job->side || W != job->side)
         fprintf(stderr, "%s is %zux%zu: its centre square is used at %zux%zu\n", job->in->image, W, H, job->side,
                 job->side);
@@ -244,11 +244,8 @@ static void inpaint(SamplingArgs *a, const InpaintArgs *in) {
     job.side = job.model.side;
     job.N = job.model.h * job.model.w;
     fprintf(stderr, "seed %llu\n", (unsigned long long)a->seed);
-    Image original = {0};
-    check(image_read(&original, in->image));
-    size_t H = original.H, W = original.W;
-    image_free(&original);
-    check(read_picture(&job));
+    size_t H = 0, W = 0;
+    check(read_picture(&job, &H, &W));
     check(make_mask(&job, H, W));
     check(token_mask(&job));
     check(encode_picture(&job));

@@ -768,7 +768,7 @@ static Err log_rewind(const Stage *s, const char *path) {
 typedef struct {
     FILE *log;
     char log_path[1100];
-    double started, rate, last_saved;
+    double started, rate;
     uint64_t first_step;
 } Progress;
 
