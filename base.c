@@ -73,6 +73,20 @@ Err mem_alloc(void *out_pointer, size_t count, size_t size, const char *what) {
     return OK;
 }
 
+Err mem_grow(void *array, size_t n, size_t more, size_t *capacity, size_t size, const char *what) {
+    if (more <= *capacity - n) return OK;
+    void *old, *larger = NULL;
+    size_t wanted = *capacity + *capacity / 2 + 16;
+    if (wanted - n < more) wanted = n + more;
+    TRY(mem_alloc(&larger, wanted, size, what));
+    memcpy(&old, array, sizeof old);
+    if (n) memcpy(larger, old, n * size);
+    memcpy(array, &larger, sizeof larger);
+    *capacity = wanted;
+    free(old);
+    return OK;
+}
+
 /* ---- random streams ---- */
 
 void philox(uint32_t out[4], uint64_t seed, uint64_t stream, uint64_t index) {
@@ -133,5 +147,13 @@ int threads_get(void) {
     return omp_get_max_threads();
 #else
     return 1;
+#endif
+}
+
+size_t thread_index(void) {
+#ifdef _OPENMP
+    return (size_t)omp_get_thread_num();
+#else
+    return 0;
 #endif
 }

@@ -1,9 +1,7 @@
-/* checkpoint.c - named tensors: flat configurations, safetensors files, atomic files, parameter tables.
+/* checkpoint.c - named tensors: flat configurations, safetensors files, atomic files.
  *
  * Owns everything that is read from or written to a disk as weights or settings. A checkpoint is a read-only mapping
- * of a file plus a sorted table of tensors that point into it; nothing is copied until someone asks for numbers. A
- * parameter table is a list of rows (name, shape, rule of initialisation) over at most five arenas (value, gradient,
- * two Adam moments, EMA); whoever saves, loads, updates or checks a model loops over its rows.
+ * of a file plus a sorted table of tensors that point into it; nothing is copied until someone asks for numbers.
  *
  * A safetensors file is:   u64 length, little-endian | JSON header of that length | data
  *   header: {"__metadata__": {"key": "text"}, "name": {"dtype": "F32", "shape": [2,3], "data_offsets": [0,24]}, ...}
@@ -12,10 +10,10 @@
  * Refuses: whatever breaks a word of that. A file is hostile until every length, offset, shape and dtype in it has been
  * checked, so after checkpoint_open any tensor can be read without further thought. (A file that someone shortens
  * while it is mapped is beyond our reach: the kernel answers with SIGBUS. We replace files by rename for that reason.)
- * Does not know any model: names and shapes come from the rows of the caller's table.
+ * Does not know any model: which names and shapes there must be is said by the rows of a parameter table (params.c).
  *
  * Read in this order: configurations; atomic files; number formats; the JSON cursor; reading safetensors; asking for
- * tensors; writing safetensors; parameter tables. Other containers join at checkpoint_open, which tells files apart by
+ * tensors; writing safetensors; lists of tensors. Other containers join at checkpoint_open, which tells files apart by
  * content. */
 #include "imagebart.h"
 
@@ -38,25 +36,8 @@
 enum {
     HEADER_MAX_BYTES = 100000000, /* the limit of the safetensors library */
     META_MAX_ENTRIES = 4096,      /* Config is searched linearly; a hostile file must not make that slow */
-    LINE_MAX_BYTES = 1 << 16,     /* of a configuration file */
-    ROW_ALIGN = 64,               /* bytes: a cache line, and the widest vector */
-    ARENAS = 5
+    LINE_MAX_BYTES = 1 << 16      /* of a configuration file */
 };
-
-/* Makes room for `more` elements behind n: *array (capacity elements of size bytes) grows by half at least. */
-static Err grow(void *array, size_t n, size_t more, size_t *capacity, size_t size, const char *what) {
-    if (more <= *capacity - n) return OK;
-    void *old, *larger;
-    size_t wanted = *capacity + *capacity / 2 + 16;
-    if (wanted - n < more) wanted = n + more;
-    TRY(mem_alloc(&larger, wanted, size, what));
-    memcpy(&old, array, sizeof old);
-    if (n) memcpy(larger, old, n * size);
-    memcpy(array, &larger, sizeof larger);
-    *capacity = wanted;
-    free(old);
-    return OK;
-}
 
 static Err io_error(const char *path, const char *doing) {
     return err("%s: cannot %s: %s", path, doing, strerror(errno));
@@ -78,7 +59,7 @@ static KeyValue *config_find(const Config *c, const char *prefix, const char *ke
 static Err config_append(Config *c, const char *key, char *value) {
     size_t bytes = strlen(key) + 1;
     char *copy;
-    TRY(grow(&c->kv, c->n, 1, &c->capacity, sizeof *c->kv, "a configuration"));
+    TRY(mem_grow(&c->kv, c->n, 1, &c->capacity, sizeof *c->kv, "a configuration"));
     TRY(mem_alloc(&copy, bytes, 1, "a configuration key"));
     memcpy(copy, key, bytes);
     c->kv[c->n++] = (KeyValue){copy, value};
@@ -669,7 +650,7 @@ static Err read_header(Json *j, Checkpoint *ck, const unsigned char *data, size_
         }
         if (length >= NAME_MAX_BYTES)
             return json_fail(j, "name of %zu bytes, expected at most %d: '%.40s...'", length, NAME_MAX_BYTES - 1, name);
-        TRY(grow(&ck->tensor, ck->n, 1, &capacity, sizeof *ck->tensor, "the table of tensors"));
+        TRY(mem_grow(&ck->tensor, ck->n, 1, &capacity, sizeof *ck->tensor, "the table of tensors"));
         Tensor *x = &ck->tensor[ck->n++];
         memset(x, 0, sizeof *x);
         memcpy(x->name, name, length + 1);
@@ -925,7 +906,7 @@ static void text_add(Text *t, const char *fmt, ...) {
     va_start(a, fmt);
     size_t n = (size_t)vsnprintf(piece, sizeof piece, fmt, a);
     va_end(a);
-    if (t->failed == OK) t->failed = grow(&t->s, t->n, n, &t->capacity, 1, "a safetensors header");
+    if (t->failed == OK) t->failed = mem_grow(&t->s, t->n, n, &t->capacity, 1, "a safetensors header");
     if (t->failed != OK) return;
     memcpy(t->s + t->n, piece, n);
     t->n += n;
@@ -1066,180 +1047,20 @@ Err checkpoint_write(const char *path, const Tensor *tensor, const int *from_rea
 }
 
 /* ------------------------------------------------------------------------------------------------------------
- * Parameter tables
+ * Lists of tensors to write
  * ---------------------------------------------------------------------------------------------------------- */
-
-/* One of a row's pointers; they stand in the order of Params.arena. */
-static real **slot(Param *row, int arena) {
-    real **slots[ARENAS] = {&row->value, &row->grad, &row->m, &row->v, &row->ema};
-    return slots[arena];
-}
-
-/* Elements a row takes in an arena: whole cache lines. */
-static size_t padded(size_t size) {
-    const size_t line = ROW_ALIGN / sizeof(real);
-    return (size + line - 1) / line * line;
-}
-
-static Err check_row(const Params *p, const Param *row) {
-    for (int k = 0; k < ARENAS; k++) {
-        if (p->arena[k]) return err("parameter '%s' comes after the table was planned", row->name);
-    }
-    for (size_t i = 0; i < p->n; i++) {
-        if (strcmp(p->row[i].name, row->name) == 0) return err("two parameters '%s'", row->name);
-    }
-    if (row->size > SIZE_MAX / 2 - ROW_ALIGN || p->total > SIZE_MAX / 2 - padded(row->size))
-        return err("parameter '%s' is too large", row->name);
-    return OK;
-}
-
-Err params_add(Params *p, size_t *index, Init init, double scale, double decay, int ndim, const size_t *dim,
-               const char *fmt, ...) {
-    Param row = {.ndim = ndim, .size = 1, .init = init, .scale = scale, .decay = decay};
-    va_list a;
-    va_start(a, fmt);
-    int length = vsnprintf(row.name, sizeof row.name, fmt, a);
-    va_end(a);
-    if (length < 0 || length >= NAME_MAX_BYTES) return err("parameter name '%s...' is too long", row.name);
-    if (ndim < 0 || ndim > 4) return err("parameter '%s' has %d dimensions, expected 0..4", row.name, ndim);
-    for (int i = 0; i < ndim; i++) {
-        row.dim[i] = dim[i];
-        if (size_mul(&row.size, row.size, dim[i]) != OK) return err_in(row.name);
-    }
-    TRY(check_row(p, &row));
-    TRY(grow(&p->row, p->n, 1, &p->capacity, sizeof *p->row, "a parameter table"));
-    if (index) *index = p->n;
-    p->total += padded(row.size);
-    p->row[p->n++] = row;
-    return OK;
-}
-
-static Err plan_arena(Params *p, int arena, const char *what) {
-    if (p->arena[arena]) return OK;
-    TRY(mem_alloc(&p->arena[arena], p->total, sizeof(real), what));
-    real *next = p->arena[arena];
-    for (size_t i = 0; i < p->n; i++) {
-        *slot(&p->row[i], arena) = next;
-        next += padded(p->row[i].size);
-    }
-    return OK;
-}
-
-Err params_plan(Params *p, int what) {
-    if (what & PLAN_VALUE) TRY(plan_arena(p, 0, "parameters"));
-    if (what & PLAN_GRAD) TRY(plan_arena(p, 1, "gradients"));
-    if (what & PLAN_ADAM) TRY(plan_arena(p, 2, "first moments"));
-    if (what & PLAN_ADAM) TRY(plan_arena(p, 3, "second moments"));
-    if (what & PLAN_EMA) TRY(plan_arena(p, 4, "the moving average"));
-    return OK;
-}
-
-/* Element i of a row draws number i of the row's stream, so neither threads nor other rows matter. */
-static void init_row(const Param *row, uint64_t seed, uint64_t stream) {
-    const double scale = row->scale;
-    real *x = row->value;
-#ifdef _OPENMP
-#pragma omp parallel for schedule(static) if (row->size > 16384)
-#endif
-    for (size_t i = 0; i < row->size; i++) {
-        double value = row->init == INIT_ONE ? 1 : 0;
-        if (row->init == INIT_NORMAL) value = scale * rng_normal(seed, stream, i);
-        if (row->init == INIT_UNIFORM) value = scale * (2 * rng_uniform(seed, stream, i) - 1);
-        x[i] = (real)value;
-    }
-}
-
-void params_init(Params *p, uint64_t seed) {
-    for (size_t i = 0; i < p->n && p->arena[0]; i++) init_row(&p->row[i], seed, rng_stream(RNG_INIT, i, 0));
-    if (p->arena[0] && p->arena[4]) memcpy(p->arena[4], p->arena[0], p->total * sizeof(real));
-}
-
-void params_zero_grad(Params *p) {
-    if (p->arena[1]) memset(p->arena[1], 0, p->total * sizeof(real));
-}
-
-size_t params_count(const Params *p) {
-    size_t count = 0;
-    for (size_t i = 0; i < p->n; i++) count += p->row[i].size;
-    return count;
-}
-
-/* Eight sums side by side, whatever the machine: fast enough to be bound by memory, and always the same bits. */
-static double sum_of_squares(const real *x, size_t n) {
-    double lane[8] = {0};
-    size_t i = 0;
-    for (; i + 8 <= n; i += 8) {
-        for (int k = 0; k < 8; k++) lane[k] += (double)x[i + (size_t)k] * (double)x[i + (size_t)k];
-    }
-    for (; i < n; i++) lane[0] += (double)x[i] * (double)x[i];
-    return ((lane[0] + lane[1]) + (lane[2] + lane[3])) + ((lane[4] + lane[5]) + (lane[6] + lane[7]));
-}
-
-double params_grad_norm(const Params *p) {
-    double sum = 0;
-    for (size_t i = 0; i < p->n && p->arena[1]; i++) sum += sum_of_squares(p->row[i].grad, p->row[i].size);
-    return sqrt(sum);
-}
-
-/* Numbers move, pointers stay: whoever holds a pointer to a value sees the exchange. */
-void params_swap_ema(Params *p) {
-    if (!p->arena[0] || !p->arena[4]) return;
-    for (size_t i = 0; i < p->total; i++) {
-        real value = p->arena[0][i];
-        p->arena[0][i] = p->arena[4][i];
-        p->arena[4][i] = value;
-    }
-}
-
-/* out = prefix + name, the name without its dots if asked (so the official EMA calls its buffers, SPEC section 6) */
-static Err join_name(char out[NAME_MAX_BYTES], const char *prefix, const char *name, int strip_dots) {
-    size_t n = strlen(prefix), length = strlen(name);
-    if (n + length >= NAME_MAX_BYTES) return err("tensor name '%s%s' is too long", prefix, name);
-    memcpy(out, prefix, n);
-    for (; *name; name++) {
-        if (!strip_dots || *name != '.') out[n++] = *name;
-    }
-    out[n] = 0;
-    return OK;
-}
-
-static Err load_rows(Params *p, const Checkpoint *ck, const char *prefix, int strip_dots, int arena) {
-    if (!p->arena[arena]) return err("%s: a parameter table without memory to load into", ck->path);
-    for (size_t i = 0; i < p->n; i++) {
-        char name[NAME_MAX_BYTES];
-        Param *row = &p->row[i];
-        TRY(join_name(name, prefix, row->name, strip_dots));
-        TRY(checkpoint_reals(ck, name, row->ndim, row->dim, row->size, *slot(row, arena)));
-    }
-    return OK;
-}
-
-Err params_load(Params *p, const Checkpoint *ck, const char *prefix) {
-    return load_rows(p, ck, prefix, 0, 0);
-}
-
-Err params_load_ema(Params *p, const Checkpoint *ck, const char *ema_prefix, int into_ema) {
-    return load_rows(p, ck, ema_prefix, 1, into_ema ? 4 : 0);
-}
-
-void params_free(Params *p) {
-    for (int k = 0; k < ARENAS; k++) free(p->arena[k]);
-    free(p->row);
-    *p = (Params){0};
-}
-
-/* ---- Lists of tensors to write ---- */
 
 static Err list_room(TensorList *list) {
     size_t capacity = list->capacity; /* both arrays grow by the same rule */
-    TRY(grow(&list->tensor, list->n, 1, &capacity, sizeof *list->tensor, "a list of tensors"));
-    return grow(&list->from_real, list->n, 1, &list->capacity, sizeof *list->from_real, "a list of tensors");
+    TRY(mem_grow(&list->tensor, list->n, 1, &capacity, sizeof *list->tensor, "a list of tensors"));
+    return mem_grow(&list->from_real, list->n, 1, &list->capacity, sizeof *list->from_real, "a list of tensors");
 }
 
 Err tensor_list_add(TensorList *list, const char *name, Dtype dtype, int ndim, const size_t *dim, const void *data,
                     int from_real) {
     Tensor x = {.dtype = dtype, .ndim = ndim, .size = 1, .data = data};
-    TRY(join_name(x.name, "", name, 0));
+    int length = snprintf(x.name, sizeof x.name, "%s", name);
+    if (length < 0 || (size_t)length >= sizeof x.name) return err("tensor name '%s' is too long", name);
     if (ndim < 0 || ndim > TENSOR_DIMS) return err("tensor '%s' has %d dimensions", name, ndim);
     for (int i = 0; i < ndim; i++) {
         x.dim[i] = dim[i];
@@ -1248,21 +1069,6 @@ Err tensor_list_add(TensorList *list, const char *name, Dtype dtype, int ndim, c
     TRY(list_room(list));
     list->tensor[list->n] = x;
     list->from_real[list->n++] = from_real;
-    return OK;
-}
-
-Err tensor_list_params(TensorList *list, const Params *p, char which, const char *prefix, Dtype dtype) {
-    static const char letters[] = "vg12e"; /* in the order of the arenas */
-    const char *letter = which ? strchr(letters, which) : NULL;
-    if (!letter) return err("parameters of kind '%c', expected one of %s", which, letters);
-    int arena = (int)(letter - letters);
-    if (!p->arena[arena]) return err("parameters of kind '%c' were never planned", which);
-    for (size_t i = 0; i < p->n; i++) {
-        Param *row = &p->row[i];
-        char name[NAME_MAX_BYTES];
-        TRY(join_name(name, prefix, row->name, 0));
-        TRY(tensor_list_add(list, name, dtype, row->ndim, row->dim, *slot(row, arena), 1));
-    }
     return OK;
 }
 

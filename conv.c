@@ -47,26 +47,6 @@ enum {
 static const size_t PATCH_REALS = 64 * 1024; /* patches of a tile, unless that is less than MIN_COLUMNS */
 static const size_t MIN_COLUMNS = 64;
 
-static size_t min_size(size_t a, size_t b) {
-    return a < b ? a : b;
-}
-
-static size_t max_size(size_t a, size_t b) {
-    return a > b ? a : b;
-}
-
-static size_t round_up(size_t n) {
-    return (n + ALIGN - 1) / ALIGN * ALIGN;
-}
-
-static size_t thread_index(void) {
-#ifdef _OPENMP
-    return (size_t)omp_get_thread_num();
-#else
-    return 0;
-#endif
-}
-
 /* Sums run in LANES interleaved chains, so that they vectorise without leave to reorder, and are emptied into double
  * every RUN numbers. Order depends on n alone. */
 enum { LANES = 32, RUN = 4096 };
@@ -528,10 +508,10 @@ void conv_needs(ConvScratch *s, const Conv *c, int backward) {
         if (winograd ? !blocks : !direct) continue;
         const Product p = make_product(c, winograd, backward);
         const size_t cols = max_size(tile_columns(&p), p.gw), K = p.C * p.n;
-        s->column_reals = max_size(s->column_reals, round_up(K * cols + LINES(p.gw)));
-        s->stage_reals = max_size(s->stage_reals, round_up((winograd ? POINTS : 1) * p.M * cols));
-        s->weight_reals = max_size(s->weight_reals, round_up(p.M * K));
-        if (backward) s->partial_reals = max_size(s->partial_reals, round_up(PARTS * p.M * K));
+        s->column_reals = max_size(s->column_reals, round_up(K * cols + LINES(p.gw), ALIGN));
+        s->stage_reals = max_size(s->stage_reals, round_up((winograd ? POINTS : 1) * p.M * cols, ALIGN));
+        s->weight_reals = max_size(s->weight_reals, round_up(p.M * K, ALIGN));
+        if (backward) s->partial_reals = max_size(s->partial_reals, round_up(PARTS * p.M * K, ALIGN));
     }
 }
 

@@ -834,22 +834,9 @@ typedef struct {
     size_t n, capacity;
 } Names;
 
-static Err grow(void *array_pointer, size_t *capacity, size_t need, size_t size, const char *what) {
-    if (need <= *capacity) return OK;
-    size_t room = need < 64 ? 64 : need + need / 2;
-    void *old, *larger;
-    memcpy(&old, array_pointer, sizeof old);
-    TRY(mem_alloc(&larger, room, size, what));
-    if (*capacity) memcpy(larger, old, *capacity * size);
-    free(old);
-    memcpy(array_pointer, &larger, sizeof larger);
-    *capacity = room;
-    return OK;
-}
-
 static Err names_add(Names *s, const char *name, size_t length) {
-    TRY(grow(&s->text, &s->room, s->used + length + 1, 1, "file names"));
-    TRY(grow(&s->start, &s->capacity, s->n + 1, sizeof *s->start, "file names"));
+    TRY(mem_grow(&s->text, s->used, length + 1, &s->room, 1, "file names"));
+    TRY(mem_grow(&s->start, s->n, 1, &s->capacity, sizeof *s->start, "file names"));
     memcpy(s->text + s->used, name, length);
     s->text[s->used + length] = 0;
     s->start[s->n++] = s->used;

@@ -585,8 +585,8 @@ static Err build_net(Model *m, const Checkpoint *ck) {
         TRY(checkpoint_ints(ck, "sos_token", 1, &sos));
         if (sos != 0) return err("sos_token is %d, expected 0", (int)sos);
     }
-    if (checkpoint_find(ck, "transformer_ema.num_updates")) return params_load_ema(p, ck, "transformer_ema.", 0);
-    return params_load(p, ck, "transformer.");
+    if (checkpoint_find(ck, "transformer_ema.num_updates")) return params_load_ema(p, ck, 'v', "transformer_ema.");
+    return params_load(p, ck, 'v', "transformer.");
 }
 
 Err model_scale(Model *m, int t) {

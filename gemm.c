@@ -89,14 +89,6 @@ typedef struct {
     size_t row, col;
 } View;
 
-static size_t min_size(size_t a, size_t b) {
-    return a < b ? a : b;
-}
-
-static size_t round_up(size_t n, size_t unit) {
-    return (n + unit - 1) / unit * unit;
-}
-
 INLINE Vec load(const real *p) {
     Vec v;
     memcpy(&v, p, sizeof v);

@@ -7,7 +7,8 @@
  *
  *     1. base.c          error values, memory, random streams, threads
  *     2. gemm.c, conv.c  the one matrix product everything stands on; convolutions made of it
- *     3. checkpoint.c    named tensors: parameter tables, safetensors in and out, flat configurations
+ *     3. checkpoint.c    named tensors in files: safetensors in and out, flat configurations
+ *        params.c        named tensors in memory: the parameter table of a model
  *     4. data.c          images in, batches, the token cache, image grids out
  *     5. vqgan.c         first stage: image <-> tokens
  *     6. transformer.cu  one reverse transition p(x_{t-1} | x_t), its losses, optimizer and EMA
@@ -71,8 +72,19 @@ const char *err_text(void);
  * product and lack of memory are errors that name what it was for and how much was asked. count = 0 gives a valid
  * pointer. */
 Err mem_alloc(void *out_pointer, size_t count, size_t size, const char *what);
+/* Makes room for `more` elements behind the n of *array (capacity elements of size bytes); it grows by half at least. */
+Err mem_grow(void *array_pointer, size_t n, size_t more, size_t *capacity, size_t size, const char *what);
 /* *out = a*b or an error */
 Err size_mul(size_t *out, size_t a, size_t b);
+static inline size_t min_size(size_t a, size_t b) {
+    return a < b ? a : b;
+}
+static inline size_t max_size(size_t a, size_t b) {
+    return a > b ? a : b;
+}
+static inline size_t round_up(size_t n, size_t unit) {
+    return (n + unit - 1) / unit * unit;
+}
 
 /* Philox4x32-10 (Salmon et al. 2011): out = f(key = seed, counter = (stream, index)). Stateless: any number of a
  * stream can be asked for in any order, so results depend neither on threads nor on batch order. */
@@ -100,6 +112,7 @@ uint32_t rng_below(uint64_t seed, uint64_t stream, uint64_t index, uint32_t belo
 /* Threads of every parallel loop; n = 0: as many as the machine has. Without OpenMP always 1. */
 void threads_set(int n);
 int threads_get(void);
+size_t thread_index(void); /* of the calling thread in its parallel loop: 0..threads_get()-1 */
 
 /* ------------------------------------------------------------------------------------------------------------
  * 2. gemm.c: the one matrix product; conv.c: convolutions made of it
@@ -144,7 +157,7 @@ void conv_backward(real *dx, real *dw, real *db, const Conv *c, const real *dy, 
 double sum_reals(const real *x, size_t n);
 
 /* ------------------------------------------------------------------------------------------------------------
- * 3. checkpoint.c: named tensors
+ * 3. checkpoint.c: named tensors in files; params.c: in memory
  * ---------------------------------------------------------------------------------------------------------- */
 
 /* ---- Flat configurations: the official YAML files as "dotted.key value" strings; a file's __metadata__ ---- */
@@ -216,7 +229,7 @@ Err atomic_write(AtomicFile *f, const void *data, size_t bytes);
 Err atomic_commit(AtomicFile *f);
 void atomic_abandon(AtomicFile *f); /* safe after a failure or twice */
 
-/* ---- Parameter tables: one row per tensor of a model; allocation, init, load, save, decay, optimizer, EMA and
+/* ---- params.c: parameter tables. One row per tensor of a model; allocation, init, load, save, decay, optimizer, EMA and
  * gradient checks loop over the rows and nothing else knows names or order. ---- */
 typedef enum { INIT_ZERO, INIT_ONE, INIT_NORMAL, INIT_UNIFORM } Init;
 typedef struct {
@@ -245,12 +258,12 @@ void params_zero_grad(Params *p);
 size_t params_count(const Params *p);     /* elements without padding */
 double params_grad_norm(const Params *p); /* L2 norm over all rows, summed in fixed order in double */
 void params_swap_ema(Params *p);          /* exchanges value and ema: twice is nothing */
-/* value[row] = tensor prefix+name; every row must be there with its exact shape. ema: read "ema_prefix" + name
- * without dots instead (SPEC section 6). into_ema: fill Param.ema rather than Param.value. */
-Err params_load(Params *p, const Checkpoint *ck, const char *prefix);
-Err params_load_ema(Params *p, const Checkpoint *ck, const char *ema_prefix, int into_ema);
-/* Tensors for checkpoint_write: value / ema / m / v of every row (which = offset into Param: 'v' value, 'e' ema under
- * its own name, '1' m, '2' v), named prefix+name. Appends to *list (capacity grows). */
+/* What one letter names below: 'v' value, 'g' grad, '1' m, '2' v, 'e' ema; it must have been planned.
+ * Every row's `which` = tensor prefix+name, which must be there with its exact shape. _ema: ema_prefix + the name without
+ * its dots, as the official EMA calls it (SPEC section 6). */
+Err params_load(Params *p, const Checkpoint *ck, char which, const char *prefix);
+Err params_load_ema(Params *p, const Checkpoint *ck, char which, const char *ema_prefix);
+/* Tensors for checkpoint_write: `which` of every row, named prefix+name. Appends to *list (capacity grows). */
 typedef struct {
     Tensor *tensor;
     int *from_real;

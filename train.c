@@ -715,24 +715,12 @@ static Err save(Stage *s) {
     return write_list(s, collect_weights, ".safetensors");
 }
 
-static Err load_rows(Stage *s, const Checkpoint *ck, const char *prefix, size_t field) {
-    for (size_t i = 0; i < s->params->n; i++) {
-        Param *p = &s->params->row[i];
-        char name[NAME_MAX_BYTES + 16];
-        real *to;
-        snprintf(name, sizeof name, "%s%s", prefix, p->name);
-        memcpy(&to, (char *)p + field, sizeof to);
-        TRY(checkpoint_reals(ck, name, p->ndim, p->dim, p->size, to));
-    }
-    return OK;
-}
-
 static Err load_state(Stage *s, const Checkpoint *ck) {
     size_t step = 0, updates = 0;
-    TRY(load_rows(s, ck, "value.", offsetof(Param, value)));
-    TRY(load_rows(s, ck, "adam.m.", offsetof(Param, m)));
-    TRY(load_rows(s, ck, "adam.v.", offsetof(Param, v)));
-    if (!s->opt->vqgan) TRY(load_rows(s, ck, "ema.", offsetof(Param, ema)));
+    TRY(params_load(s->params, ck, 'v', "value."));
+    TRY(params_load(s->params, ck, '1', "adam.m."));
+    TRY(params_load(s->params, ck, '2', "adam.v."));
+    if (!s->opt->vqgan) TRY(params_load(s->params, ck, 'e', "ema."));
     if (s->usage) TRY(checkpoint_ints(ck, "usage", vqgan_config(s->vqgan)->n_embed, (int32_t *)s->usage));
     TRY(config_size(&step, &ck->meta, "train.", "step", 0, UINT32_MAX, 0));
     TRY(config_size(&updates, &ck->meta, "train.", "ema_updates", 0, SIZE_MAX / 2, 0));

@@ -113,13 +113,6 @@ struct Transformer {
     size_t next;         /* decoding: the position whose turn it is */
 };
 
-static size_t min_size(size_t a, size_t b) {
-    return a < b ? a : b;
-}
-static size_t max_size(size_t a, size_t b) {
-    return a > b ? a : b;
-}
-
 /* ---- Configuration: the official keys (SPEC sections 1 and 2) ---- */
 
 typedef struct {

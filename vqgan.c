@@ -86,26 +86,6 @@ struct Vqgan {
     real **x, **dx; /* where every value and its gradient lie */
 };
 
-static size_t min_size(size_t a, size_t b) {
-    return a < b ? a : b;
-}
-
-static size_t max_size(size_t a, size_t b) {
-    return a > b ? a : b;
-}
-
-static size_t thread_index(void) {
-#ifdef _OPENMP
-    return (size_t)omp_get_thread_num();
-#else
-    return 0;
-#endif
-}
-
-static size_t round_up(size_t n) {
-    return (n + ALIGN - 1) / ALIGN * ALIGN;
-}
-
 /* ---- Building the network: layers in execution order, each with its rows of the parameter table. Every function
  *      appends to the lists and returns the value it writes. The first error sticks in v->broken. ---- */
 
@@ -709,7 +689,7 @@ static Err add_area(AreaList *list, size_t *target, size_t size, size_t from, si
     if (list->n == list->capacity) return err("vqgan: internal: %zu areas are not enough", list->capacity);
     Area *a = &list->area[list->n++];
     if (size > (size_t)-1 / sizeof(real) - ALIGN) return err("vqgan: an activation of %zu numbers is too large", size);
-    a->size = round_up(size);
+    a->size = round_up(size, ALIGN);
     a->from = from;
     a->to = to;
     a->target = target;
@@ -813,7 +793,7 @@ static Err scratch_areas(Vqgan *v, AreaList *list) {
     for (size_t j = 0; j < v->n_layers; j++) {
         const Layer *l = &v->layer[j];
         const Conv c = layer_conv(v, l);
-        if (l->kind == NORM) s->partial_reals = max_size(s->partial_reals, round_up(v->B * c.M * 2));
+        if (l->kind == NORM) s->partial_reals = max_size(s->partial_reals, round_up(v->B * c.M * 2, ALIGN));
         for (int backward = 0; l->kind == CONV && backward <= v->train; backward++) conv_needs(s, &c, backward);
     }
     TRY(add_area(list, &v->scratch_at, conv_scratch_reals(s), 0, end));
@@ -1066,7 +1046,7 @@ static Err load_used(Vqgan *v, const Checkpoint *ck, const char *prefix) {
 
 Err vqgan_load(Vqgan *v, const Checkpoint *ck, const char *prefix) {
     TRY(params_plan(&v->params, PLAN_VALUE));
-    TRY(params_load(&v->params, ck, prefix));
+    TRY(params_load(&v->params, ck, 'v', prefix));
     return v->c.re_embed ? load_used(v, ck, prefix) : OK;
 }
 

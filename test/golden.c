@@ -376,7 +376,7 @@ static Err open_net(Case *c, Schedule *s) {
     TRY(transformer_create(&c->net, &config));
     Params *p = transformer_params(c->net);
     TRY(params_plan(p, PLAN_VALUE | PLAN_GRAD));
-    TRY(params_load(p, &c->model, "transformer."));
+    TRY(params_load(p, &c->model, 'v', "transformer."));
     TRY(schedule_read(s, &c->model, config.n_scales));
     transformer_set_alphas(c->net, s->alpha);
     return OK;
@@ -615,7 +615,7 @@ static Err check_top_k(Case *c, size_t K) {
 
 static Err check_ema(Case *c, const Tokenized *b, const Greedy *free_run) {
     const real *logits;
-    TRY(params_load_ema(transformer_params(c->net), &c->model, "transformer_ema.", 0));
+    TRY(params_load_ema(transformer_params(c->net), &c->model, 'v', "transformer_ema."));
     TRY(transformer_plan(c->net, b->B, b->N, 0));
     TRY(transformer_forward(c->net, b->x, b->x_t, b->t, b->label, b->B, b->N, &logits));
     TRY(check_output(c, "ema.logits", "ema.logits", logits, b->B * b->N * b->K));
@@ -685,7 +685,7 @@ static Err open_training(Case *c, Training *r, const Tokenized *b) {
     TRY(params_plan(p, PLAN_ADAM | (r->ema ? PLAN_EMA : 0)));
     if (!r->ema) return OK;
     real decay;
-    TRY(params_load_ema(p, &c->model, "transformer_ema.", 1));
+    TRY(params_load_ema(p, &c->model, 'e', "transformer_ema."));
     TRY(checkpoint_reals(&c->model, "transformer_ema.decay", -1, NULL, 1, &decay));
     r->ema_decay = (double)decay;
     return checkpoint_ints(&c->model, "transformer_ema.num_updates", 1, &r->ema_updates);

@@ -888,23 +888,23 @@ static void test_params_files(void) {
     CHECK(ck.n == 5 * a.n);
 
     size_t bytes = a.total * sizeof(real);
-    CHECK_OK(params_load(&b, &ck, "net."));
+    CHECK_OK(params_load(&b, &ck, 'v', "net."));
     CHECK(!memcmp(a.arena[0], b.arena[0], bytes));
-    CHECK_OK(params_load_ema(&b, &ck, "net_ema.", 1));
+    CHECK_OK(params_load_ema(&b, &ck, 'e', "net_ema."));
     for (size_t i = 0; i < b.n; i++) CHECK(!memcmp(a.row[i].ema, b.row[i].ema, b.row[i].size * sizeof(real)));
     CHECK(!memcmp(a.arena[0], b.arena[0], bytes));
-    CHECK_OK(params_load_ema(&b, &ck, "net_ema.", 0));
+    CHECK_OK(params_load_ema(&b, &ck, 'v', "net_ema."));
     CHECK(!memcmp(a.row[1].ema, b.row[1].value, b.row[1].size * sizeof(real)));
-    CHECK_OK(params_load(&b, &ck, "m."));
+    CHECK_OK(params_load(&b, &ck, 'v', "m."));
     CHECK_NEAR("moments as F16", b.row[0].value, a.row[0].m, b.row[0].size, 0, 1.0 / 2048);
-    CHECK_OK(params_load(&b, &ck, "v."));
+    CHECK_OK(params_load(&b, &ck, 'v', "v."));
     CHECK_NEAR("moments as BF16", b.row[0].value, a.row[0].v, b.row[0].size, 0, 1.0 / 256);
 
-    CHECK_ERR(params_load(&b, &ck, "nets."), "no tensor 'nets.encoder.layers.0.weight'");
-    CHECK_ERR(params_load(&b, &ck, ""), "(there is '"); /* the prefix was forgotten */
-    CHECK_ERR(params_load_ema(&b, &ck, "net.", 1), "no tensor 'net.encoderlayers0weight'");
+    CHECK_ERR(params_load(&b, &ck, 'v', "nets."), "no tensor 'nets.encoder.layers.0.weight'");
+    CHECK_ERR(params_load(&b, &ck, 'v', ""), "(there is '"); /* the prefix was forgotten */
+    CHECK_ERR(params_load_ema(&b, &ck, 'e', "net."), "no tensor 'net.encoderlayers0weight'");
     b.row[1].dim[0] = 5, b.row[1].dim[1] = 3;
-    CHECK_ERR(params_load(&b, &ck, "net."), "tensor 'net.conv.weight' has shape (3,5,7,1), expected (5,3,7,1)");
+    CHECK_ERR(params_load(&b, &ck, 'v', "net."), "tensor 'net.conv.weight' has shape (3,5,7,1), expected (5,3,7,1)");
     checkpoint_close(&ck);
     tensor_list_free(&list);
     params_free(&a);
@@ -927,7 +927,7 @@ static Err everything(void) {
     if (e == OK) e = tensor_list_params(&list, &p, 'v', "", DT_F16);
     if (e == OK) e = checkpoint_write(in_folder("memory/file"), list.tensor, list.from_real, list.n, &c);
     if (e == OK) e = checkpoint_open(&ck, in_folder("memory/file"));
-    if (e == OK) e = params_load(&p, &ck, "");
+    if (e == OK) e = params_load(&p, &ck, 'v', "");
     config_free(&c);
     checkpoint_close(&ck);
     params_free(&p);

@@ -568,7 +568,7 @@ static void oracle(int32_t *x, const char *dir, const Tiny *model, const SampleO
         tiny_net(&c, model, t);
         CHECK_OK(transformer_create(&net, &c));
         CHECK_OK(params_plan(transformer_params(net), PLAN_VALUE));
-        CHECK_OK(params_load(transformer_params(net), &ck, "transformer."));
+        CHECK_OK(params_load(transformer_params(net), &ck, 'v', "transformer."));
         transformer_set_alphas(net, s.alpha);
         CHECK_OK(transformer_plan(net, 1, N, 0));
         oracle_scale(x, net, o, &s, t, label);

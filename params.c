@@ -1,0 +1,198 @@
+/* params.c - parameter tables: one row per tensor of a model.
+ *
+ * A table is a list of rows (official name, shape, rule of initialisation, weight decay) over at most five arenas:
+ * value, gradient, two Adam moments, EMA. Each arena is one allocation, and a row has its place in every one of them.
+ * Whoever allocates, initialises, loads, saves, updates or checks a model loops over its rows, so adding a layer to a
+ * network means adding rows, and nothing else in the project knows a name or an order.
+ *
+ * Read in this order: building a table; planning memory; initial values; sums over a table; loading; saving. */
+#include "imagebart.h"
+
+#include <math.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum {
+    ARENAS = 5,
+    ROW_REALS = 64 / sizeof(real) /* rows begin at a cache line, which is also the widest vector */
+};
+
+/* One of a row's pointers; they stand in the order of Params.arena. */
+static real **slot(Param *row, int arena) {
+    real **slots[ARENAS] = {&row->value, &row->grad, &row->m, &row->v, &row->ema};
+    return slots[arena];
+}
+
+/* The arena of a letter: v value, g gradient, 1 and 2 Adam moments, e EMA. -1: an error, already set. */
+static int find_arena(const Params *p, char which) {
+    static const char letters[] = "vg12e";
+    const char *letter = which ? strchr(letters, which) : NULL;
+    if (letter && p->arena[letter - letters]) return (int)(letter - letters);
+    if (letter)
+        err("parameters of kind '%c' were never planned", which);
+    else
+        err("parameters of kind '%c', expected one of %s", which, letters);
+    return -1;
+}
+
+static Err check_row(const Params *p, const Param *row) {
+    for (int k = 0; k < ARENAS; k++) {
+        if (p->arena[k]) return err("parameter '%s' comes after the table was planned", row->name);
+    }
+    for (size_t i = 0; i < p->n; i++) {
+        if (strcmp(p->row[i].name, row->name) == 0) return err("two parameters '%s'", row->name);
+    }
+    if (row->size > SIZE_MAX / 2 - ROW_REALS || p->total > SIZE_MAX / 2 - round_up(row->size, ROW_REALS))
+        return err("parameter '%s' is too large", row->name);
+    return OK;
+}
+
+Err params_add(Params *p, size_t *index, Init init, double scale, double decay, int ndim, const size_t *dim,
+               const char *fmt, ...) {
+    Param row = {.ndim = ndim, .size = 1, .init = init, .scale = scale, .decay = decay};
+    va_list a;
+    va_start(a, fmt);
+    int length = vsnprintf(row.name, sizeof row.name, fmt, a);
+    va_end(a);
+    if (length < 0 || length >= NAME_MAX_BYTES) return err("parameter name '%s...' is too long", row.name);
+    if (ndim < 0 || ndim > 4) return err("parameter '%s' has %d dimensions, expected 0..4", row.name, ndim);
+    for (int i = 0; i < ndim; i++) {
+        row.dim[i] = dim[i];
+        if (size_mul(&row.size, row.size, dim[i]) != OK) return err_in(row.name);
+    }
+    TRY(check_row(p, &row));
+    TRY(mem_grow(&p->row, p->n, 1, &p->capacity, sizeof *p->row, "a parameter table"));
+    if (index) *index = p->n;
+    p->total += round_up(row.size, ROW_REALS);
+    p->row[p->n++] = row;
+    return OK;
+}
+
+static Err plan_arena(Params *p, int arena, const char *what) {
+    if (p->arena[arena]) return OK;
+    TRY(mem_alloc(&p->arena[arena], p->total, sizeof(real), what));
+    real *next = p->arena[arena];
+    for (size_t i = 0; i < p->n; i++) {
+        *slot(&p->row[i], arena) = next;
+        next += round_up(p->row[i].size, ROW_REALS);
+    }
+    return OK;
+}
+
+Err params_plan(Params *p, int what) {
+    if (what & PLAN_VALUE) TRY(plan_arena(p, 0, "parameters"));
+    if (what & PLAN_GRAD) TRY(plan_arena(p, 1, "gradients"));
+    if (what & PLAN_ADAM) TRY(plan_arena(p, 2, "first moments"));
+    if (what & PLAN_ADAM) TRY(plan_arena(p, 3, "second moments"));
+    if (what & PLAN_EMA) TRY(plan_arena(p, 4, "the moving average"));
+    return OK;
+}
+
+/* Element i of a row draws number i of the row's stream, so neither threads nor other rows matter. */
+static void init_row(const Param *row, uint64_t seed, uint64_t stream) {
+    const double scale = row->scale;
+    real *x = row->value;
+#ifdef _OPENMP
+#pragma omp parallel for schedule(static) if (row->size > 16384)
+#endif
+    for (size_t i = 0; i < row->size; i++) {
+        double value = row->init == INIT_ONE ? 1 : 0;
+        if (row->init == INIT_NORMAL) value = scale * rng_normal(seed, stream, i);
+        if (row->init == INIT_UNIFORM) value = scale * (2 * rng_uniform(seed, stream, i) - 1);
+        x[i] = (real)value;
+    }
+}
+
+void params_init(Params *p, uint64_t seed) {
+    for (size_t i = 0; i < p->n && p->arena[0]; i++) init_row(&p->row[i], seed, rng_stream(RNG_INIT, i, 0));
+    if (p->arena[0] && p->arena[4]) memcpy(p->arena[4], p->arena[0], p->total * sizeof(real));
+}
+
+void params_zero_grad(Params *p) {
+    if (p->arena[1]) memset(p->arena[1], 0, p->total * sizeof(real));
+}
+
+size_t params_count(const Params *p) {
+    size_t count = 0;
+    for (size_t i = 0; i < p->n; i++) count += p->row[i].size;
+    return count;
+}
+
+/* Eight sums side by side, whatever the machine: fast enough to be bound by memory, and always the same bits. */
+static double sum_of_squares(const real *x, size_t n) {
+    double lane[8] = {0};
+    size_t i = 0;
+    for (; i + 8 <= n; i += 8) {
+        for (int k = 0; k < 8; k++) lane[k] += (double)x[i + (size_t)k] * (double)x[i + (size_t)k];
+    }
+    for (; i < n; i++) lane[0] += (double)x[i] * (double)x[i];
+    return ((lane[0] + lane[1]) + (lane[2] + lane[3])) + ((lane[4] + lane[5]) + (lane[6] + lane[7]));
+}
+
+double params_grad_norm(const Params *p) {
+    double sum = 0;
+    for (size_t i = 0; i < p->n && p->arena[1]; i++) sum += sum_of_squares(p->row[i].grad, p->row[i].size);
+    return sqrt(sum);
+}
+
+/* Numbers move, pointers stay: whoever holds a pointer to a value sees the exchange. */
+void params_swap_ema(Params *p) {
+    if (!p->arena[0] || !p->arena[4]) return;
+    for (size_t i = 0; i < p->total; i++) {
+        real value = p->arena[0][i];
+        p->arena[0][i] = p->arena[4][i];
+        p->arena[4][i] = value;
+    }
+}
+
+/* out = prefix + name, the name without its dots if asked (so the official EMA calls its buffers, SPEC section 6) */
+static Err join_name(char out[NAME_MAX_BYTES], const char *prefix, const char *name, int strip_dots) {
+    size_t n = strlen(prefix), length = strlen(name);
+    if (n + length >= NAME_MAX_BYTES) return err("tensor name '%s%s' is too long", prefix, name);
+    memcpy(out, prefix, n);
+    for (; *name; name++) {
+        if (!strip_dots || *name != '.') out[n++] = *name;
+    }
+    out[n] = 0;
+    return OK;
+}
+
+static Err load_rows(Params *p, const Checkpoint *ck, char which, const char *prefix, int strip_dots) {
+    const int arena = find_arena(p, which);
+    if (arena < 0) return err_in(ck->path);
+    for (size_t i = 0; i < p->n; i++) {
+        char name[NAME_MAX_BYTES];
+        Param *row = &p->row[i];
+        TRY(join_name(name, prefix, row->name, strip_dots));
+        TRY(checkpoint_reals(ck, name, row->ndim, row->dim, row->size, *slot(row, arena)));
+    }
+    return OK;
+}
+
+Err params_load(Params *p, const Checkpoint *ck, char which, const char *prefix) {
+    return load_rows(p, ck, which, prefix, 0);
+}
+
+Err params_load_ema(Params *p, const Checkpoint *ck, char which, const char *ema_prefix) {
+    return load_rows(p, ck, which, ema_prefix, 1);
+}
+
+Err tensor_list_params(TensorList *list, const Params *p, char which, const char *prefix, Dtype dtype) {
+    const int arena = find_arena(p, which);
+    if (arena < 0) return FAILED;
+    for (size_t i = 0; i < p->n; i++) {
+        Param *row = &p->row[i];
+        char name[NAME_MAX_BYTES];
+        TRY(join_name(name, prefix, row->name, 0));
+        TRY(tensor_list_add(list, name, dtype, row->ndim, row->dim, *slot(row, arena), 1));
+    }
+    return OK;
+}
+
+void params_free(Params *p) {
+    for (int k = 0; k < ARENAS; k++) free(p->arena[k]);
+    free(p->row);
+    *p = (Params){0};
+}
