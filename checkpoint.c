@@ -13,8 +13,8 @@
  * Does not know any model: which names and shapes there must be is said by the rows of a parameter table (params.c).
  *
  * Read in this order: configurations; atomic files; number formats; the JSON cursor; reading safetensors; asking for
- * tensors; writing safetensors; lists of tensors. Other containers join at checkpoint_open, which tells files apart by
- * content. */
+ * tensors; writing safetensors; lists of tensors. PyTorch's own containers are read in ckpt.c; checkpoint_open tells
+ * files apart by content. */
 #include "imagebart.h"
 
 #include <errno.h>
@@ -672,7 +672,7 @@ static int by_name(const void *a, const void *b) {
     return strcmp(((const Tensor *)a)->name, ((const Tensor *)b)->name);
 }
 
-/* Every byte of the data belongs to one tensor; every name comes once. Leaves the table sorted by name. */
+/* Every byte of the data belongs to one tensor. */
 static Err check_layout(Checkpoint *ck, const unsigned char *data, size_t data_bytes) {
     const unsigned char *end = data;
     if (ck->n) qsort(ck->tensor, ck->n, sizeof *ck->tensor, by_place);
@@ -686,7 +686,11 @@ static Err check_layout(Checkpoint *ck, const unsigned char *data, size_t data_b
     }
     if (end != data + data_bytes)
         return err("%zu bytes of data, the tensors cover %zu", data_bytes, (size_t)(end - data));
+    return OK;
+}
 
+/* As checkpoint_find wants it. Every name comes once. */
+static Err sort_by_name(Checkpoint *ck) {
     if (ck->n) qsort(ck->tensor, ck->n, sizeof *ck->tensor, by_name);
     for (size_t i = 1; i < ck->n; i++) {
         if (by_name(&ck->tensor[i - 1], &ck->tensor[i]) == 0) return err("two tensors '%s'", ck->tensor[i].name);
@@ -716,15 +720,14 @@ static Err read_safetensors(Checkpoint *ck) {
     const size_t data_bytes = ck->map_bytes - 8 - (size_t)length;
     Err e = read_header(&j, ck, data, data_bytes);
     free(text);
-    return e == OK ? check_layout(ck, data, data_bytes) : e;
+    if (e == OK) e = check_layout(ck, data, data_bytes);
+    return e == OK ? sort_by_name(ck) : e;
 }
 
 /* What files are that are not safetensors, by their first bytes. */
 static const struct {
     const char *magic, *what;
 } foreign[] = {
-    {"PK\3\4", "a zip archive, such as a PyTorch .ckpt"},
-    {"\x80\2", "a pickle, such as a .ckpt of PyTorch before 1.6"},
     {"version https://git-lfs", "a git-lfs pointer, not the file it stands for: fetch that with 'git lfs pull'"},
     {"\x1f\x8b", "gzip data"},
     {"\x89PNG", "a PNG image"},
@@ -742,19 +745,20 @@ static Err foreign_content(const Checkpoint *ck) {
     for (size_t i = 0; i < sizeof foreign / sizeof *foreign; i++) {
         size_t length = strlen(foreign[i].magic);
         if (n - skip >= length && memcmp(file + skip, foreign[i].magic, length) == 0)
-            return err("looks like %s; expected a safetensors file", foreign[i].what);
+            return err("looks like %s; expected a safetensors or .ckpt file", foreign[i].what);
     }
-    if (n < 10) return err("has only %zu bytes: it is truncated or no safetensors file", n);
-    return err("is no safetensors file: expected a header length below %d and then '{', found %llu and byte 0x%02x",
+    if (n < 10) return err("has only %zu bytes: it is truncated, or neither a safetensors nor a .ckpt file", n);
+    return err("is neither a .ckpt nor a safetensors file: expected a header length below %d and then '{', found %llu "
+               "and byte 0x%02x",
                HEADER_MAX_BYTES, (unsigned long long)read_u64(file), (unsigned)(unsigned char)file[8]);
 }
 
 static Err map_open_file(Checkpoint *ck, int fd) {
     struct stat st;
     if (fstat(fd, &st) != 0) return err("cannot read: %s", strerror(errno));
-    if (S_ISDIR(st.st_mode)) return err("is a directory, expected a safetensors file");
-    if (!S_ISREG(st.st_mode)) return err("is a device or a pipe, expected a safetensors file");
-    if (st.st_size == 0) return err("is empty, expected a safetensors file");
+    if (S_ISDIR(st.st_mode)) return err("is a directory, expected a safetensors or .ckpt file");
+    if (!S_ISREG(st.st_mode)) return err("is a device or a pipe, expected a safetensors or .ckpt file");
+    if (st.st_size == 0) return err("is empty, expected a safetensors or .ckpt file");
     if ((uint64_t)st.st_size > SIZE_MAX) return err("is too large for this machine");
     void *map = mmap(NULL, (size_t)st.st_size, PROT_READ, MAP_PRIVATE, fd, 0);
     if (map == MAP_FAILED) return err("cannot map %lld bytes: %s", (long long)st.st_size, strerror(errno));
@@ -775,7 +779,13 @@ static Err map_file(Checkpoint *ck) {
 static Err read_content(Checkpoint *ck) {
     const char *file = (const char *)ck->map;
     int brace = ck->map_bytes >= 10 && file[8] == '{'; /* the shortest header is {} */
+    int zip = ck->map_bytes >= 4 && (memcmp(file, "PK\3\4", 4) == 0 || memcmp(file, "PK\5\6", 4) == 0);
+    int pickle = ck->map_bytes >= 2 && (unsigned char)file[0] == 0x80 && file[1] >= 2 && file[1] <= 5;
     if (brace && read_u64(file) >> 32 == 0) return read_safetensors(ck);
+    if (zip || pickle) {
+        TRY(ckpt_read(ck));
+        return sort_by_name(ck);
+    }
     return foreign_content(ck);
 }
 
@@ -793,6 +803,7 @@ Err checkpoint_open(Checkpoint *ck, const char *path) {
 
 void checkpoint_close(Checkpoint *ck) {
     if (ck->map) munmap(ck->map, ck->map_bytes);
+    ckpt_free_copies(ck->copies);
     free(ck->tensor);
     config_free(&ck->meta);
     memset(ck, 0, sizeof *ck);

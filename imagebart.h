@@ -8,6 +8,7 @@
  *     1. base.c          error values, memory, random streams, threads
  *     2. gemm.c, conv.c  the one matrix product everything stands on; convolutions made of it
  *     3. checkpoint.c    named tensors in files: safetensors in and out, flat configurations
+ *        ckpt.c          named tensors out of PyTorch's .ckpt files
  *        params.c        named tensors in memory: the parameter table of a model
  *     4. data.c          images in, batches, the token cache, image grids out
  *     5. vqgan.c         first stage: image <-> tokens
@@ -95,7 +96,7 @@ typedef enum {
     RNG_INIT = 1, /* a = row of the parameter table */
     RNG_ORDER,    /* a = epoch: order of the training examples */
     RNG_CROP,     /* a = epoch, b = example: random crop and flip */
-    RNG_NOISE,    /* training noise: a = t, b = step */
+    RNG_NOISE,    /* training noise: a = t, or 0 for the decoder's prefix, b = step */
     RNG_SCALE,    /* joint training: which t at a step */
     RNG_START,    /* sampling: x_T, b = sample */
     RNG_SAMPLE,   /* sampling: a = t and repeat, b = sample; index = position */
@@ -157,7 +158,7 @@ void conv_backward(real *dx, real *dw, real *db, const Conv *c, const real *dy, 
 double sum_reals(const real *x, size_t n);
 
 /* ------------------------------------------------------------------------------------------------------------
- * 3. checkpoint.c: named tensors in files; params.c: in memory
+ * 3. checkpoint.c, ckpt.c: named tensors in files; params.c: in memory
  * ---------------------------------------------------------------------------------------------------------- */
 
 /* ---- Flat configurations: the official YAML files as "dotted.key value" strings; a file's __metadata__ ---- */
@@ -199,11 +200,13 @@ typedef struct {
     Config meta; /* __metadata__ */
     void *map;
     size_t map_bytes;
+    void *copies; /* of tensors whose elements do not lie in row-major order in the file */
     char path[1024];
 } Checkpoint;
 
-/* Maps a safetensors file and checks all of it: header length, JSON, names unique, dtypes known, shape product =
- * byte length, no overlap, no gap, no tail. Errors name the file. */
+/* Maps a file, tells by its content what it is, and checks all of it before use: a safetensors file (header length,
+ * JSON, names unique, dtypes known, shape product = byte length, no overlap, no gap, no tail) or a PyTorch .ckpt (zip or
+ * older; SPEC section 11), whose meta then has "epoch" and "global_step". Errors name the file. */
 Err checkpoint_open(Checkpoint *ck, const char *path);
 void checkpoint_close(Checkpoint *ck);                                 /* safe on a zeroed struct */
 const Tensor *checkpoint_find(const Checkpoint *ck, const char *name); /* NULL: no such tensor */
@@ -216,6 +219,9 @@ void tensor_to_reals(const Tensor *x, real *out); /* any dtype -> real; x->size 
 /* Writes a safetensors file atomically: temporary name, flush, rename. Source data is `real` where from_real[i],
  * converted to tensor[i].dtype (F32, F16 or BF16 round to nearest even); else raw bytes of that dtype. */
 Err checkpoint_write(const char *path, const Tensor *tensor, const int *from_real, size_t n, const Config *meta);
+/* ckpt.c: what checkpoint_open and checkpoint_close call for PyTorch's files. */
+Err ckpt_read(Checkpoint *ck);
+void ckpt_free_copies(void *copies);
 /* 64-bit FNV-1a over a file's bytes: tells which VQGAN made a token cache. */
 Err file_checksum(uint64_t *out, const char *path);
 /* Atomic writing for any file: open a temporary beside path, write, then commit (flush, fsync, rename) or abandon

@@ -3,13 +3,14 @@
  *     test/golden DIR...              every case folder under DIR
  *     test/golden --selftest DIR...   the same with falsified expectations: nothing may pass
  *
- * A case is a folder with config.txt (the official configuration), model.safetensors (the official state dict),
- * io.safetensors (inputs in.*, expectations everything else), or with schedules.json. Which kind it is tell
+ * A case is a folder with config.txt (the official configuration), model.ckpt (a checkpoint of the official training)
+ * or else model.safetensors (its state dict), io.safetensors (inputs in.*, expectations everything else), or with schedules.json. Which kind it is tell
  * model.target and the tensors that are there:
  *
  *     first stage    VQGANWrapper: latents, codes, reconstructions, losses, gradients
  *     transition     DenoisingXTransformer, DecoderOnlyDenoiser: posterior, logits, losses, gradients, decoding
  *     training       the same with final.*: losses, learning rates, parameters and EMA after some optimizer steps
+ *     encodings      one transition as several model_*.ckpt: logits, EMA's logits, a decoded latent of each
  *     schedules      betas, alphats, alphacum
  *
  * One line per comparison, with its largest error as a fraction of the tolerance. What fails: an error beyond its
@@ -79,6 +80,12 @@ static Err case_reals(Case *c, real **out, size_t n) {
 
 static int has(const Case *c, const char *name) {
     return checkpoint_find(&c->io, name) != NULL;
+}
+
+static int has_prefix(const Case *c, const char *prefix) {
+    for (size_t i = 0; i < c->io.n; i++)
+        if (strncmp(c->io.tensor[i].name, prefix, strlen(prefix)) == 0) return 1;
+    return 0;
 }
 
 /* The tensor, marked as accounted for. */
@@ -234,7 +241,7 @@ static Err open_vqgan(Case *c, Vqgan **v, const char *tensors, const char *keys,
     TRY(vqgan_config_read(&config, &c->config, keys));
     snprintf(used, sizeof used, "%squantize.used", tensors);
     const Tensor *table = checkpoint_find(&c->model, used);
-    if (!table && config_get(&c->config, keys, "remap")) return err("model.safetensors has no tensor %s", used);
+    if (!table && config_get(&c->config, keys, "remap")) return err("%s has no tensor %s", c->model.path, used);
     config.re_embed = table ? table->size : 0;
     TRY(vqgan_create(v, &config, honour_tanh));
     TRY(params_plan(vqgan_params(*v), PLAN_VALUE | PLAN_GRAD));
@@ -622,6 +629,77 @@ static Err check_ema(Case *c, const Tokenized *b, const Greedy *free_run) {
     return check_greedy(c, free_run, "ema.greedy_tokens");
 }
 
+/* ---- Encodings: out.logits_NAME, ema.logits_NAME and out.dec_NAME belong to model_NAME.ckpt; "zip" to model.ckpt ---- */
+
+static const char encoded[] = "out.logits_";
+
+static Err open_encoding(Case *c, const char *name) {
+    char path[1300];
+    const int first = strcmp(name, "zip") == 0;
+    checkpoint_close(&c->model);
+    transformer_free(c->net);
+    vqgan_free(c->vqgan);
+    c->net = NULL, c->vqgan = NULL;
+    snprintf(path, sizeof path, "%s/model%s%s.ckpt", c->dir, first ? "" : "_", first ? "" : name);
+    return checkpoint_open(&c->model, path);
+}
+
+static Err encoding_logits(Case *c, const char *expectation) {
+    const NetConfig *config = transformer_config(c->net);
+    const Tensor *x;
+    int32_t *tokens, *scale;
+    const real *logits;
+    TRY(io_tensor(c, "in.x", &x));
+    if (x->ndim != 2) return err("in.x is not (B,N) tokens");
+    const size_t B = x->dim[0], N = x->dim[1];
+    if (config->kind != NET_GPT || config->has_class)
+        return err("encodings of this kind of network are not known here");
+    TRY(io_tokens(c, "in.x", &tokens, B * N));
+    TRY(io_tokens(c, "in.scale", &scale, B));
+    TRY(transformer_plan(c->net, B, N, 0));
+    TRY(transformer_forward(c->net, tokens, NULL, scale, NULL, B, N, &logits));
+    return check_output(c, expectation, expectation, logits, B * N * config->dec_num_tokens);
+}
+
+static Err encoding_picture(Case *c, const char *expectation) {
+    const Tensor *z;
+    real *latents, *image;
+    size_t n;
+    TRY(open_vqgan(c, &c->vqgan, "first_stage_model.", "model.params.first_stage_config.params.", 0));
+    const VqganConfig *v = vqgan_config(c->vqgan);
+    TRY(io_tensor(c, "in.z", &z));
+    TRY(io_reals(c, "in.z", &latents, &n));
+    if (z->ndim != 4 || z->dim[1] != v->embed_dim || v->levels < 1) return err("in.z is not (B,%zu,h,w)", v->embed_dim);
+    const size_t B = z->dim[0], H = z->dim[2] << (v->levels - 1), W = z->dim[3] << (v->levels - 1);
+    TRY(vqgan_plan(c->vqgan, B, H, W, 0));
+    TRY(case_reals(c, &image, B * v->out_ch * H * W));
+    TRY(vqgan_decode(c->vqgan, latents, B, z->dim[2], z->dim[3], image));
+    return check_output(c, expectation, expectation, image, B * v->out_ch * H * W);
+}
+
+static Err run_encoding(Case *c, const char *name) {
+    Schedule s;
+    char logits[NAME_MAX_BYTES], ema[NAME_MAX_BYTES], picture[NAME_MAX_BYTES];
+    snprintf(logits, sizeof logits, "%s%s", encoded, name);
+    snprintf(ema, sizeof ema, "ema.logits_%s", name);
+    snprintf(picture, sizeof picture, "out.dec_%s", name);
+    TRY(open_encoding(c, name));
+    TRY(open_net(c, &s));
+    TRY(encoding_logits(c, logits));
+    TRY(params_load_ema(transformer_params(c->net), &c->model, 'v', "transformer_ema."));
+    TRY(encoding_logits(c, ema));
+    return encoding_picture(c, picture);
+}
+
+static Err run_encodings(Case *c) {
+    for (size_t i = 0; i < c->io.n; i++) {
+        const char *name = c->io.tensor[i].name;
+        if (strncmp(name, encoded, sizeof encoded - 1) != 0) continue;
+        if (run_encoding(c, name + sizeof encoded - 1) != OK) report(c, name, 0, err_text());
+    }
+    return OK;
+}
+
 static Err run_transition(Case *c) {
     Tokenized b = {0};
     const Tensor *x;
@@ -902,12 +980,10 @@ static Err open_case(Case *c) {
     char path[1100];
     snprintf(path, sizeof path, "%s/config.txt", c->dir);
     TRY(config_read(&c->config, path));
-    if (!file_in(c->dir, "model.safetensors") && file_in(c->dir, "model.ckpt"))
-        return err("only model.ckpt is there: reading .ckpt files comes with a later version");
-    snprintf(path, sizeof path, "%s/model.safetensors", c->dir);
-    TRY(checkpoint_open(&c->model, path));
     snprintf(path, sizeof path, "%s/io.safetensors", c->dir);
     TRY(checkpoint_open(&c->io, path));
+    snprintf(path, sizeof path, "%s/model.%s", c->dir, file_in(c->dir, "model.ckpt") ? "ckpt" : "safetensors");
+    if (!has_prefix(c, encoded)) TRY(checkpoint_open(&c->model, path)); /* encodings have files of their own */
     if (falsify == RENAMED) rename_one(c);
     return case_alloc(c, &c->seen, c->io.n, 1);
 }
@@ -917,12 +993,6 @@ static void check_all_seen(const Case *c) {
     for (size_t i = 0; i < c->io.n; i++)
         if (!c->seen[i] && strncmp(c->io.tensor[i].name, "in.", 3) != 0)
             report(c, c->io.tensor[i].name, 0, "an expectation that is not known here");
-}
-
-static int has_prefix(const Case *c, const char *prefix) {
-    for (size_t i = 0; i < c->io.n; i++)
-        if (strncmp(c->io.tensor[i].name, prefix, strlen(prefix)) == 0) return 1;
-    return 0;
 }
 
 static int ends_in(const char *text, const char *end) {
@@ -938,9 +1008,10 @@ static Err run_kind(Case *c) {
             return err("an adversarial first stage: that comes with a later version");
         TRY(run_vqgan(c));
     } else if (ends_in(target, ".DenoisingXTransformer") || ends_in(target, ".DecoderOnlyDenoiser")) {
-        if (has_prefix(c, "out.logits_"))
-            return err("checkpoint encodings: reading .ckpt files comes with a later version");
-        TRY(has_prefix(c, "final.") ? run_training(c) : run_transition(c));
+        if (has_prefix(c, encoded))
+            TRY(run_encodings(c));
+        else
+            TRY(has_prefix(c, "final.") ? run_training(c) : run_transition(c));
     } else
         return err("model.target %s: not a kind of case known here", target);
     check_all_seen(c);

@@ -1,0 +1,555 @@
+/* test_ckpt.c - PyTorch's .ckpt files, made here byte by byte: zip, zip64 and the old format, every kind of tensor,
+ * and the files that an attacker would make. The golden cases have files that PyTorch itself wrote. */
+#include "test.h"
+
+#include <unistd.h>
+#include <zlib.h>
+
+static char path[64];
+
+/* ---- A growing file, and the pickles, archives and old files made of it ---- */
+
+typedef struct {
+    unsigned char b[1 << 16];
+    size_t n;
+} Bytes;
+
+static void add(Bytes *to, const void *data, size_t n) {
+    if (!CHECK(to->n + n <= sizeof to->b)) exit(1);
+    memcpy(to->b + to->n, data, n);
+    to->n += n;
+}
+
+static void number(Bytes *to, uint64_t v, size_t bytes) {
+    for (size_t i = 0; i < bytes; i++) add(to, &(unsigned char){i < 8 ? (unsigned char)(v >> 8 * i) : 0}, 1);
+}
+
+static void op(Bytes *to, const char *codes) {
+    add(to, codes, strlen(codes));
+}
+
+static void text(Bytes *to, const char *s) {
+    op(to, "X");
+    number(to, strlen(s), 4);
+    op(to, s);
+}
+
+static void integer(Bytes *to, int64_t v) {
+    op(to, "\x8a\x08"); /* LONG1 */
+    number(to, (uint64_t)v, 8);
+}
+
+static void global(Bytes *to, const char *module, const char *name) {
+    op(to, "c");
+    op(to, module);
+    op(to, "\n");
+    op(to, name);
+    op(to, "\n");
+}
+
+typedef struct {
+    const char *name, *storage, *key;
+    int64_t elements, offset, ndim, dim[4], stride[4];
+} Made;
+
+static void tuple(Bytes *to, const int64_t *v, int64_t n) {
+    op(to, "(");
+    for (int64_t i = 0; i < n; i++) integer(to, v[i]);
+    op(to, "t");
+}
+
+/* _rebuild_tensor_v2(storage, offset, size, stride, requires_grad, hooks) */
+static void tensor(Bytes *to, const Made *m) {
+    global(to, "torch._utils", "_rebuild_tensor_v2");
+    op(to, "((");
+    text(to, "storage");
+    global(to, "torch", m->storage);
+    text(to, m->key);
+    text(to, "cuda:0");
+    integer(to, m->elements);
+    op(to, "tQ"); /* BINPERSID */
+    integer(to, m->offset);
+    tuple(to, m->dim, m->ndim);
+    tuple(to, m->stride, m->ndim);
+    op(to, "\x89");
+    global(to, "collections", "OrderedDict");
+    op(to, ")RtR");
+}
+
+/* {'epoch': 7, 'callbacks': {...}, 'state_dict': OrderedDict(name: tensor, ...)}; evil: what callbacks hold */
+static void lightning(Bytes *to, const Made *m, size_t n, const char *evil, size_t evil_bytes) {
+    op(to, "\x80\x02}(");
+    text(to, "epoch");
+    integer(to, 7);
+    text(to, "callbacks");
+    add(to, evil, evil_bytes);
+    text(to, "state_dict");
+    global(to, "collections", "OrderedDict");
+    op(to, ")R(");
+    for (size_t i = 0; i < n; i++) {
+        text(to, m[i].name);
+        tensor(to, &m[i]);
+    }
+    op(to, "u}");
+    text(to, "_metadata");
+    op(to, "}sbu.");
+}
+
+enum { FILES = 16 };
+typedef struct {
+    Bytes *out;
+    int wide; /* zip64 */
+    size_t n, place[FILES], bytes[FILES];
+    const char *name[FILES];
+    uint32_t crc[FILES];
+} Archive;
+
+static void local_file(Archive *z, const char *name, const void *data, size_t bytes) {
+    Bytes *to = z->out;
+    z->name[z->n] = name, z->place[z->n] = to->n, z->bytes[z->n] = bytes;
+    z->crc[z->n++] = (uint32_t)crc32_z(0, data, bytes);
+    op(to, "PK\3\4");
+    number(to, 45, 2);
+    number(to, 0, 20); /* sizes come in the directory, as PyTorch writes it */
+    number(to, strlen(name), 2);
+    number(to, 5, 2);
+    op(to, name);
+    add(to, "FB\1\0Z", 5); /* padding for alignment */
+    add(to, data, bytes);
+}
+
+static void directory(Archive *z) {
+    Bytes *to = z->out;
+    const size_t place = to->n;
+    for (size_t i = 0; i < z->n; i++) {
+        op(to, "PK\1\2");
+        number(to, 0, 12);
+        number(to, z->crc[i], 4);
+        number(to, z->wide ? UINT32_MAX : z->bytes[i], 4);
+        number(to, z->wide ? UINT32_MAX : z->bytes[i], 4);
+        number(to, strlen(z->name[i]), 2);
+        number(to, z->wide ? 28 : 0, 2);
+        number(to, 0, 10);
+        number(to, z->wide ? UINT32_MAX : z->place[i], 4);
+        op(to, z->name[i]);
+        if (!z->wide) continue;
+        number(to, 1, 2);
+        number(to, 24, 2);
+        number(to, z->bytes[i], 8);
+        number(to, z->bytes[i], 8);
+        number(to, z->place[i], 8);
+    }
+    const size_t bytes = to->n - place, end = to->n;
+    if (z->wide) {
+        op(to, "PK\6\6");
+        number(to, 44, 8);
+        number(to, 0, 12);
+        number(to, z->n, 8);
+        number(to, z->n, 8);
+        number(to, bytes, 8);
+        number(to, place, 8);
+        op(to, "PK\6\7");
+        number(to, 0, 4);
+        number(to, end, 8);
+        number(to, 1, 4);
+    }
+    op(to, "PK\5\6");
+    number(to, 0, 4);
+    number(to, z->wide ? UINT16_MAX : z->n, 2);
+    number(to, z->wide ? UINT16_MAX : z->n, 2);
+    number(to, z->wide ? UINT32_MAX : bytes, 4);
+    number(to, z->wide ? UINT32_MAX : place, 4);
+    number(to, 0, 2);
+}
+
+/* ---- A model with one of everything ---- */
+
+static const float floats[6] = {0, 1, 2, 3, 4, 5};
+static const int64_t longs[3] = {-1, 1 << 20, 7};
+static const uint16_t halves[2] = {0x3c00, 0xc000};
+static const unsigned char bools[2] = {0, 1};
+
+static const Made model[] = {
+    {"net.weight", "FloatStorage", "0", 6, 0, 2, {2, 3}, {3, 1}},
+    {"net.turned", "FloatStorage", "0", 6, 0, 2, {3, 2}, {1, 3}},
+    {"net.column", "FloatStorage", "0", 6, 1, 1, {2}, {3}},
+    {"net.repeated", "FloatStorage", "0", 6, 5, 2, {4, 2}, {0, 0}},
+    {"net.scalar", "FloatStorage", "0", 6, 4, 0, {0}, {0}},
+    {"net.empty", "FloatStorage", "0", 6, 6, 2, {0, 3}, {3, 1}},
+    {"net.odd_strides", "FloatStorage", "0", 6, 0, 3, {1, 6, 1}, {77, 1, 99}}, /* of one element: of no meaning */
+    {"used", "LongStorage", "1", 3, 0, 1, {3}, {1}},
+    {"half", "HalfStorage", "2", 2, 0, 1, {2}, {1}},
+    {"mask", "BoolStorage", "3", 2, 0, 1, {2}, {1}},
+    {"complex", "ComplexFloatStorage", "4", 1, 0, 1, {1}, {1}},
+};
+enum { MODEL = sizeof model / sizeof *model };
+
+/* os.system("touch /tmp/pwned"), an object with a state, a numpy scalar */
+static const char evil[] =
+    "(cos\nsystem\nX\x10\0\0\0touch /tmp/pwned\x85Rcmodule\nClass\n)\x81}bcnumpy.core.multiarray\n"
+    "scalar\nK\1K\2\x86Rt";
+
+static Bytes pickle, file;
+
+static void make_archive(int wide) {
+    Archive z = {.out = &file, .wide = wide};
+    file.n = pickle.n = 0;
+    lightning(&pickle, model, MODEL, evil, sizeof evil - 1);
+    local_file(&z, "scale 1/data.pkl", pickle.b, pickle.n);
+    local_file(&z, "scale 1/byteorder", "little", 6);
+    local_file(&z, "scale 1/data/0", floats, sizeof floats);
+    local_file(&z, "scale 1/data/1", longs, sizeof longs);
+    local_file(&z, "scale 1/data/2", halves, sizeof halves);
+    local_file(&z, "scale 1/data/3", bools, sizeof bools);
+    local_file(&z, "scale 1/version", "3\n", 2);
+    local_file(&z, "scale 1/.data/serialization_id", "1", 1);
+    directory(&z);
+}
+
+static void make_old(void) {
+    file.n = 0;
+    add(&file, "\x80\2\x8a\nl\xfc\x9c\x46\xf9 j\xa8P\x19.", 15);
+    add(&file, "\x80\2M\xe9\3.", 6);
+    op(&file, "\x80\2}(");
+    text(&file, "little_endian");
+    op(&file, "\x88u.");
+    lightning(&file, model, MODEL, evil, sizeof evil - 1);
+    op(&file, "\x80\2](");
+    for (int i = 3; i >= 0; i--) text(&file, (const char[2]){(char)('0' + i), 0});
+    op(&file, "e.");
+    number(&file, 2, 8);
+    add(&file, bools, sizeof bools);
+    number(&file, 2, 8);
+    add(&file, halves, sizeof halves);
+    number(&file, 3, 8);
+    add(&file, longs, sizeof longs);
+    number(&file, 6, 8);
+    add(&file, floats, sizeof floats);
+}
+
+static void put_file(const void *data, size_t n) {
+    unlink(path);
+    FILE *f = fopen(path, "wb");
+    if (!f || fwrite(data, 1, n, f) != n || fclose(f) != 0) CHECK(!"a test file can be written");
+}
+
+static Err open_file(Checkpoint *ck) {
+    put_file(file.b, file.n);
+    return checkpoint_open(ck, path);
+}
+
+static void check_numbers(const Checkpoint *ck, const char *name, const double *want, size_t n) {
+    const Tensor *x = checkpoint_find(ck, name);
+    real got[16];
+    if (!CHECK(x && x->size == n && n <= 16)) return;
+    tensor_to_reals(x, got);
+    for (size_t i = 0; i < n; i++) CHECK((double)got[i] == want[i]);
+}
+
+static void check_model(const char *what) {
+    Checkpoint ck;
+    printf("%s\n", what);
+    CHECK_OK(open_file(&ck));
+    CHECK(ck.n == MODEL - 1 && !checkpoint_find(&ck, "complex"));
+    check_numbers(&ck, "net.weight", (const double[]){0, 1, 2, 3, 4, 5}, 6);
+    check_numbers(&ck, "net.turned", (const double[]){0, 3, 1, 4, 2, 5}, 6);
+    check_numbers(&ck, "net.column", (const double[]){1, 4}, 2);
+    check_numbers(&ck, "net.repeated", (const double[]){5, 5, 5, 5, 5, 5, 5, 5}, 8);
+    check_numbers(&ck, "net.scalar", (const double[]){4}, 1);
+    check_numbers(&ck, "net.empty", NULL, 0);
+    check_numbers(&ck, "net.odd_strides", (const double[]){0, 1, 2, 3, 4, 5}, 6);
+    check_numbers(&ck, "used", (const double[]){-1, 1 << 20, 7}, 3);
+    check_numbers(&ck, "half", (const double[]){1, -2}, 2);
+    check_numbers(&ck, "mask", (const double[]){0, 1}, 2);
+    const Tensor *turned = checkpoint_find(&ck, "net.turned"), *weight = checkpoint_find(&ck, "net.weight");
+    CHECK(turned && turned->ndim == 2 && turned->dim[0] == 3 && turned->dim[1] == 2);
+    const unsigned char *map = (const unsigned char *)ck.map,
+                        *data = weight ? (const unsigned char *)weight->data : NULL;
+    CHECK(data >= map && data < map + ck.map_bytes); /* in the mapped file, not copied */
+    CHECK(config_get(&ck.meta, "", "epoch") && strcmp(config_get(&ck.meta, "", "epoch"), "7") == 0);
+    CHECK(access("/tmp/pwned", F_OK) != 0);
+    checkpoint_close(&ck);
+    CHECK(!ck.copies && !ck.tensor);
+}
+
+/* ---- Pickles of other protocols, and what is not a state_dict ---- */
+
+static void put_archive(const Bytes *pkl) {
+    Archive z = {.out = &file};
+    file.n = 0;
+    local_file(&z, "a/data.pkl", pkl->b, pkl->n);
+    local_file(&z, "a/data/0", floats, sizeof floats);
+    directory(&z);
+}
+
+static void test_protocols(void) {
+    Checkpoint ck;
+    Bytes *p = &pickle;
+    p->n = 0; /* protocol 4: frames, memo, STACK_GLOBAL, short texts; a plain dictionary, keys and storage recalled */
+    op(p, "\x80\4\x95");
+    number(p, 1000, 8);
+    op(p, "}\x94(\x8c\1w\x8c\x0ctorch._utils\x8c\x12_rebuild_tensor_v2\x93\x94((\x8c\7storage\x8c\5torch\x8c\x0c"
+          "FloatStorage\x93\x8c\1");
+    op(p, "0\x8c\3cpu");
+    op(p, "K\6tQ\x94K");
+    number(p, 0, 1);
+    op(p, "K\2K\3\x86K\3K\1\x86\x89NtR\x8c\1vh\1(h\2K\1K\1\x85K\1\x85\x89NtRu.");
+    put_archive(p);
+    CHECK_OK(open_file(&ck));
+    check_numbers(&ck, "w", (const double[]){0, 1, 2, 3, 4, 5}, 6);
+    check_numbers(&ck, "v", (const double[]){1}, 1);
+    checkpoint_close(&ck);
+
+    p->n = 0; /* protocol 0, in lines, as a Parameter */
+    op(p, "(dp0\nVw\np1\nctorch._utils\n_rebuild_parameter\n(ctorch._utils\n_rebuild_tensor\n((Vstorage\nctorch\n"
+          "FloatStorage\nV0\nVcpu\nI6\ntQL2L\n(I2\ntp2\n(I1\ntp3\ntRI01\nNtRs.");
+    put_archive(p);
+    CHECK_OK(open_file(&ck));
+    check_numbers(&ck, "w", (const double[]){2, 3}, 2);
+    checkpoint_close(&ck);
+
+    static const struct {
+        const char *pickle, *error;
+    } others[] = {
+        {"\x80\2N.", "holds no dictionary of tensors"},
+        {"\x80\2}.", "holds no tensors"},
+        {"\x80\2cos\nsystem\nU\1x\x85R.", "holds no dictionary of tensors"},
+        {"\x80\6N.", "pickle protocol 6, expected 0 to 5"},
+        {"\x80\2\xff.", "instruction 0xff"},
+        {"\x80\2", "ends in the middle of an instruction"},
+        {"\x80\2.", "takes a value that is not there"},
+        {"\x80\2"
+         "0.",
+         "takes a value that is not there"},
+        {"\x80\2t.", "a mark that is not there"},
+        {"\x80\2(R.", "takes a value that is not there"},
+        {"\x80\2s.", "adds a value that is not there"},
+        {"\x80\2(u.", "adds to a container that is not there"},
+        {"\x80\2}(Nu.", "sets 1 keys and values"},
+        {"\x80\2(Nd.", "a dictionary of 1 keys and values"},
+        {"\x80\2h\5.", "recalls value number 5"},
+        {"\x80\2Nr\xff\xff\xff\x7f.", "remembers value number 2147483647"},
+        {"\x80\2X\xff\xff\xff\xff.", "ends in the middle of an instruction"},
+        {"\x80\2\x8d\xff\xff\xff\xff\xff\xff\xff\xff.", "ends in the middle of an instruction"},
+        {"\x80\2Vno newline", "ends in the middle of a line"},
+        {"\x80\2I9999999999999999999\n.", "a number that is none"},
+        {"\x80\2ctorch._utils\n_rebuild_tensor_v2\nN\x85R.", "rebuilds a tensor from 1 arguments"},
+    };
+    for (size_t i = 0; i < sizeof others / sizeof *others; i++) {
+        p->n = 0;
+        op(p, others[i].pickle);
+        put_archive(p);
+        CHECK_ERR(open_file(&ck), others[i].error);
+        CHECK(strstr(err_text(), path) == err_text() && !ck.map && !ck.tensor);
+    }
+    p->n = 0; /* sixty thousand lists on the stack: no stack of ours grows with them */
+    op(p, "\x80\2");
+    for (int i = 0; i < 60000; i++) op(p, "]");
+    op(p, ".");
+    put_archive(p);
+    CHECK_ERR(open_file(&ck), "holds no dictionary of tensors");
+}
+
+/* ---- Tensors that reach where they must not ---- */
+
+static void test_hostile_tensors(void) {
+    static const struct {
+        Made m;
+        const char *error;
+    } hostile[] = {
+        {{"t", "FloatStorage", "9", 6, 0, 1, {6}, {1}}, "storage '9', which is not in the file"},
+        {{"t", "FloatStorage", "0", 7, 0, 1, {6}, {1}}, "storage of 24 bytes, expected 7 elements of F32"},
+        {{"t", "DoubleStorage", "0", 6, 0, 1, {6}, {1}}, "storage of 24 bytes, expected 6 elements of F64"},
+        {{"t", "FloatStorage", "0", INT64_MAX, 0, 1, {6}, {1}}, "storage of 24 bytes"},
+        {{"t", "FloatStorage", "0", 6, 1, 1, {6}, {1}}, "reaches element 6 beyond offset 1 of a storage of 6"},
+        {{"t", "FloatStorage", "0", 6, 7, 1, {0}, {1}}, "beyond offset 7"},
+        {{"t", "FloatStorage", "0", 6, -1, 1, {6}, {1}}, "beyond offset -1"},
+        {{"t", "FloatStorage", "0", 6, 0, 1, {7}, {1}}, "reaches element 7"},
+        {{"t", "FloatStorage", "0", 6, 0, 1, {2}, {6}}, "reaches element 7"},
+        {{"t", "FloatStorage", "0", 6, 0, 1, {2}, {-1}}, "has no shape"},
+        {{"t", "FloatStorage", "0", 6, 0, 1, {-1}, {1}}, "has no shape"},
+        {{"t", "FloatStorage", "0", 6, 0, 1, {INT64_MAX}, {INT64_MAX}}, "too large"},
+        {{"t", "FloatStorage", "0", 6, 0, 4, {INT64_MAX, INT64_MAX, 4, 4}, {0, 0, 0, 0}}, "too large"},
+        {{"t", "FloatStorage", "0", 6, 0, 1, {1 << 30}, {0}}, "repeats its elements until they exceed the file"},
+        {{"t\0", "FloatStorage", "0", 6, 0, 2, {1 << 10, 1 << 9}, {0, 0}}, "repeats its elements"},
+    };
+    Checkpoint ck;
+    for (size_t i = 0; i < sizeof hostile / sizeof *hostile; i++) {
+        pickle.n = 0;
+        lightning(&pickle, &hostile[i].m, 1, "N", 1);
+        put_archive(&pickle);
+        CHECK_ERR(open_file(&ck), hostile[i].error);
+        CHECK(strstr(err_text(), "tensor 't'") && !ck.map && !ck.copies);
+    }
+    const Made twice[2] = {model[0], model[0]};
+    pickle.n = 0;
+    lightning(&pickle, twice, 2, "N", 1);
+    put_archive(&pickle);
+    CHECK_ERR(open_file(&ck), "two tensors 'net.weight'");
+    static char name[NAME_MAX_BYTES + 1];
+    Made named = model[0];
+    memset(name, 'n', NAME_MAX_BYTES);
+    named.name = name;
+    pickle.n = 0;
+    lightning(&pickle, &named, 1, "N", 1);
+    put_archive(&pickle);
+    CHECK_ERR(open_file(&ck), "name of 160 bytes");
+}
+
+/* ---- Archives that lie ---- */
+
+/* Where the n-th entry stands in the directory */
+static unsigned char *entry(int n) {
+    for (unsigned char *p = file.b; p + 4 <= file.b + file.n; p++)
+        if (memcmp(p, "PK\1\2", 4) == 0 && n-- == 0) return p;
+    CHECK(!"the entry is there");
+    return file.b;
+}
+
+static void set(unsigned char *at, uint64_t v, size_t bytes) {
+    for (size_t i = 0; i < bytes; i++) at[i] = (unsigned char)(v >> 8 * i);
+}
+
+static void lie(size_t at, uint64_t v, size_t bytes, const char *error) {
+    Checkpoint ck;
+    make_archive(0);
+    set(entry(2) + at, v, bytes);
+    CHECK_ERR(open_file(&ck), error);
+    CHECK(!ck.map && !ck.tensor && !ck.copies);
+}
+
+static void lie_at_end(int wide, size_t from_end, uint64_t v, size_t bytes, const char *error) {
+    Checkpoint ck;
+    make_archive(wide);
+    set(file.b + file.n - from_end, v, bytes);
+    CHECK_ERR(open_file(&ck), error);
+}
+
+static void test_hostile_archives(void) {
+    Checkpoint ck;
+    lie(8, 1, 2, "encrypted");
+    lie(10, 8, 2, "compressed zip entry 'scale 1/data/0'");
+    lie(20, 23, 4, "compressed zip entry");
+    make_archive(0);
+    set(entry(2) + 20, 1 << 30, 4), set(entry(2) + 24, 1 << 30, 4); /* a bomb by its size fields */
+    CHECK_ERR(open_file(&ck), "zip entry of 1073741824 bytes that does not fit");
+    make_archive(0);
+    set(entry(2) + 20, 300, 4), set(entry(2) + 24, 300, 4);
+    CHECK_ERR(open_file(&ck), "overlap");
+    lie(42, 0, 4, "overlap");
+    lie(42, 1, 4, "not where the directory says");
+    lie(42, UINT32_MAX - 1, 4, "outside of the file");
+    lie(28, 60000, 2, "broken zip directory");
+    lie(30, 60000, 2, "broken zip directory");
+    lie(0, 0, 4, "broken zip directory");
+    lie_at_end(0, 12, 60000, 2, "directory of 60000 entries does not fit");
+    lie_at_end(0, 6, 1 << 20, 4, "does not fit in it");
+    lie_at_end(0, 10, 1 << 20, 4, "does not fit in it");
+    lie_at_end(0, 22, 0, 4, "without an end: it is truncated");
+    lie_at_end(1, 22 + 12, UINT64_MAX, 8, "not where it says");
+    lie_at_end(1, 22 + 20 + 8, UINT64_MAX - 7, 8, "does not fit in it");
+    lie_at_end(1, 22 + 20 + 24, UINT64_MAX / 8, 8, "does not fit in it");
+    make_archive(0);
+    set(file.b + 60, 0, 1); /* inside data.pkl */
+    CHECK_ERR(open_file(&ck), "damaged data.pkl");
+
+    Archive z = {.out = &file};
+    file.n = 0;
+    local_file(&z, "models/scale1.ckpt", "x", 1);
+    directory(&z);
+    CHECK_ERR(open_file(&ck), "without data.pkl");
+    z = (Archive){.out = &file};
+    file.n = 0;
+    local_file(&z, "a/data.pkl", "N.", 2);
+    local_file(&z, "b/data.pkl", "N.", 2);
+    directory(&z);
+    CHECK_ERR(open_file(&ck), "two data.pkl");
+    z = (Archive){.out = &file};
+    file.n = pickle.n = 0;
+    lightning(&pickle, model, 1, "N", 1);
+    local_file(&z, "a/data.pkl", pickle.b, pickle.n);
+    local_file(&z, "a/data/0", floats, sizeof floats);
+    local_file(&z, "a/data/0", floats, sizeof floats);
+    directory(&z);
+    CHECK_ERR(open_file(&ck), "two zip entries of one name");
+    z = (Archive){.out = &file};
+    file.n = 0;
+    local_file(&z, "a/data.pkl", pickle.b, pickle.n);
+    local_file(&z, "a/byteorder", "big", 3);
+    directory(&z);
+    CHECK_ERR(open_file(&ck), "big-endian");
+}
+
+static void test_hostile_old(void) {
+    Checkpoint ck;
+    make_old();
+    file.n -= 1;
+    CHECK_ERR(open_file(&ck), "truncated");
+    make_old();
+    set(file.b + file.n - sizeof floats - 8, UINT64_MAX, 8);
+    CHECK_ERR(open_file(&ck), "ends behind the file");
+    make_old();
+    file.b[5] ^= 1;
+    CHECK_ERR(open_file(&ck), "not one of torch.save");
+    make_old();
+    file.b[18] ^= 1;
+    CHECK_ERR(open_file(&ck), "not of torch.save protocol 1001");
+    make_old();
+    for (size_t i = 0; i < 60; i++)
+        if (file.b[i] == 0x88) file.b[i] = 0x89;
+    CHECK_ERR(open_file(&ck), "big-endian");
+}
+
+/* ---- Every truncation and thousands of damaged copies: an error or a model, never a crash ---- */
+
+static int open_and_read(const unsigned char *data, size_t n) {
+    Checkpoint ck;
+    put_file(data, n);
+    if (checkpoint_open(&ck, path) != OK) return CHECK(err_text()[0] && !ck.map), 0;
+    double sum = 0;
+    for (size_t i = 0; i < ck.n; i++) {
+        real *out = (real *)malloc((ck.tensor[i].size + 1) * sizeof(real));
+        tensor_to_reals(&ck.tensor[i], out);
+        for (size_t k = 0; k < ck.tensor[i].size; k++) sum += (double)out[k];
+        free(out);
+    }
+    checkpoint_close(&ck);
+    return sum == sum || 1;
+}
+
+static void test_damaged(const char *what) {
+    static const unsigned char spice[] = "\0\1\377\200QRbtu(.0Nh\x85\x86PK";
+    static unsigned char copy[sizeof file.b];
+    size_t cut = 0, opened = 0, damaged = 3000;
+    for (size_t n = 0; n < file.n; n++) cut += (size_t)open_and_read(file.b, n);
+    CHECK(cut == 0);
+    for (size_t i = 0; i < damaged; i++) {
+        uint32_t r[4];
+        philox(r, 2, rng_stream(RNG_TEST, 0, 0), i);
+        memcpy(copy, file.b, file.n);
+        copy[r[0] % file.n] = r[1] % 2 ? spice[r[2] % (sizeof spice - 1)] : (unsigned char)(r[2] >> 8);
+        if (r[1] % 4 == 0) copy[r[3] % file.n] = spice[r[3] / 7 % (sizeof spice - 1)];
+        opened += (size_t)open_and_read(copy, file.n);
+    }
+    CHECK(opened > 0 && opened < damaged);
+    printf("%s: %zu of %zu damaged files opened\n", what, opened, damaged);
+}
+
+int main(void) {
+    snprintf(path, sizeof path, "/tmp/test_ckpt.%ld", (long)getpid());
+    make_archive(0);
+    check_model("zip");
+    test_damaged("zip");
+    make_archive(1);
+    check_model("zip64");
+    test_damaged("zip64");
+    make_old();
+    check_model("old format");
+    test_damaged("old format");
+    test_protocols();
+    test_hostile_tensors();
+    test_hostile_archives();
+    test_hostile_old();
+    unlink(path);
+    return test_report();
+}
