@@ -316,6 +316,7 @@ void sampling_start(SamplingArgs *a, Model *m, const NamedModel **stand_in_for) 
     check_device(a->device);
     threads_set((int)a->threads);
     check(model_open(m, a->model, stand_in_for));
+    m->no_ema = a->no_ema;
     if (a->seed == SEED_NOT_GIVEN) a->seed = (uint64_t)time(NULL);
     const NamedModel *missing = *stand_in_for;
     if (!missing) return;
@@ -324,7 +325,6 @@ void sampling_start(SamplingArgs *a, Model *m, const NamedModel **stand_in_for) 
             "    mkdir -p models && cd models\n"
             "    curl -LO https://ommer-lab.com/files/%s && unzip %s\n"
             "    curl -LO https://ommer-lab.com/files/vqgan.zip && unzip vqgan.zip\n"
-            "  (their .ckpt files cannot be read by this version yet)\n"
             "Going on with the bundled model, emoji%s%s.\n",
             program_name, missing->name, missing->what, missing->zip, missing->zip,
             missing->stand_in && !a->class_name ? ", class " : "",

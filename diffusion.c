@@ -6,8 +6,8 @@
  * top-k, guide), the sampling of a whole chain with its forward-backward repeats, and the table of named models with
  * the reading of a model's folder. The networks are transformer.cu's and vqgan.c's; training is train.c's.
  *
- * It refuses: schedules whose betas leave [0,1], folders with a missing, foreign or contradicting file, official .ckpt
- * files (it reads safetensors), labels a model does not have, networks that answer with NaN.
+ * It refuses: schedules whose betas leave [0,1], folders with a missing, foreign or contradicting file, tensors that
+ * the network does not have, labels a model does not have, networks that answer with NaN.
  *
  * Every random number is a Philox draw named by (seed, purpose, scale and repeat, sample number, position): tokens
  * depend on neither the batch a sample is in nor the number of threads.
@@ -284,7 +284,8 @@ int32_t sample_pick(const real *prob, size_t K, double u) {
 /* ---- Named models ------------------------------------------------------------------------------------------ */
 
 static const NamedModel named[] = {
-    {"emoji", "models/emoji", NULL, NULL, "geometric", "bundled: emoji in nine classes, 64x64, 3 scales", 3, "512 / 512", NULL},
+    {"emoji", "models/emoji", NULL, NULL, "geometric", "bundled: emoji in nine classes, 64x64, 3 scales", 3,
+     "512 / 512", NULL},
     {"ffhq", "models/ffhq_4_scales_geometric", "vqgan/vqgan-ffhq.ckpt", "ffhq_4_scales_geometric.zip", "geometric",
      "faces, 256x256, 4 scales, residual-scaled", 4, "548 / 1024", "smileys"},
     {"ffhq2", "models/ffhq_2_scales_custom", "vqgan/vqgan-ffhq.ckpt", "ffhq_2_scales_custom.zip", "ffhq_bernoulli_PSIM",
@@ -317,6 +318,40 @@ const char *model_folder(const char *name_or_folder) {
     return n ? n->folder : name_or_folder;
 }
 
+/* ---- Recipes: the official configurations as models/NAME.txt ----------------------------------------------------- */
+
+static Err take_part(Config *to, const Config *recipe, const char *part, const char *except) {
+    size_t n = strlen(part);
+    for (size_t i = 0; i < recipe->n; i++) {
+        const char *key = recipe->kv[i].key;
+        if (strncmp(key, part, n) != 0 || key[n] != '.' || (except && strstr(key, except))) continue;
+        TRY(config_set(to, key + n + 1, "%s", recipe->kv[i].value));
+    }
+    return OK;
+}
+
+static Err take_scale(Config *to, const Config *recipe, int scale) {
+    size_t T = 0;
+    char name[32];
+    TRY(config_size(&T, recipe, "scale.model.params.", "n_scales", 1, MAX_SCALES, 0));
+    if (scale > (int)T) return err("scale %d: this model has scales 1 to %zu", scale, T);
+    const int last = scale == (int)T; /* another network: only the settings are shared */
+    snprintf(name, sizeof name, "scale%d", scale);
+    TRY(take_part(to, recipe, "scale", last ? ".transformer_config." : NULL));
+    if (last) TRY(take_part(to, recipe, "last", NULL));
+    return take_part(to, recipe, scale ? name : "joint", NULL);
+}
+
+Err recipe_read(Config *to, const char *path, int scale) {
+    Config recipe = {0};
+    Err e = config_read(&recipe, path);
+    if (e == OK &&
+        (scale == RECIPE_VQGAN ? take_part(to, &recipe, "vqgan", NULL) : take_scale(to, &recipe, scale)) != OK)
+        e = err_in(path);
+    config_free(&recipe);
+    return e;
+}
+
 static int is_folder(const char *path) {
     struct stat st;
     return stat(path, &st) == 0 && S_ISDIR(st.st_mode);
@@ -331,18 +366,28 @@ static int has_file(const char *folder, const char *name) {
     return length > 0 && (size_t)length < sizeof path && stat(path, &st) == 0 && S_ISREG(st.st_mode);
 }
 
-static const char *scale_file(char name[32], int t) {
-    snprintf(name, 32, "scale%d.safetensors", t);
+/* The file of scale t, 0: of all scales together; official files are .ckpt. */
+static const char *scale_file(char name[32], int t, int official) {
+    const char *ending = official ? "ckpt" : "safetensors";
+    if (t)
+        snprintf(name, 32, "scale%d.%s", t, ending);
+    else
+        snprintf(name, 32, "joint.%s", ending);
     return name;
 }
 
-int model_installed(const NamedModel *model) {
+/* Does the folder have every file of a model with T scales? */
+static int has_scales(const char *folder, int T, int official) {
     char name[32];
-    if (!has_file(model->folder, "vqgan.safetensors")) return 0;
-    if (!has_file(model->folder, scale_file(name, 1))) return has_file(model->folder, "joint.safetensors");
-    for (int t = 2; t <= model->T; t++)
-        if (!has_file(model->folder, scale_file(name, t))) return 0;
+    if (has_file(folder, scale_file(name, 0, official))) return 1;
+    for (int t = 1; t <= T; t++)
+        if (!has_file(folder, scale_file(name, t, official))) return 0;
     return 1;
+}
+
+int model_installed(const NamedModel *model) {
+    const int ours = has_file(model->folder, "vqgan.safetensors") && has_scales(model->folder, model->T, 0);
+    return ours || has_scales(model->folder, model->T, 1);
 }
 
 /* ---- A model's folder -------------------------------------------------------------------------------------- */
@@ -403,10 +448,10 @@ static Err check_same(const char *what, size_t found, size_t expected, const cha
 static Err check_fit(const Model *m, const ScaleFacts *f) {
     const NetConfig *net = &f->net;
     size_t N = m->h * m->w, prompt = net->has_class ? 2 : 1;
-    TRY(check_same("the number of token values", net->dec_num_tokens, m->K, "vqgan.safetensors"));
+    TRY(check_same("the number of token values", net->dec_num_tokens, m->K, "the first stage"));
     if (f->h || f->w) {
-        TRY(check_same("imagebart.h", f->h, m->h, "vqgan.safetensors"));
-        TRY(check_same("imagebart.w", f->w, m->w, "vqgan.safetensors"));
+        TRY(check_same("imagebart.h", f->h, m->h, "the first stage"));
+        TRY(check_same("imagebart.w", f->w, m->w, "the first stage"));
     }
     size_t input = net->kind == NET_X ? net->enc_max_seq_len : net->dec_max_seq_len;
     size_t need = net->kind == NET_X ? prompt + N : prompt + N - 1;
@@ -476,30 +521,59 @@ static Err err_file(const char *path) {
     return strstr(err_text(), path) ? FAILED : err_in(path);
 }
 
+/* The configuration that an official file does not carry: config.txt in its folder, or the named model's recipe. */
+static Err official_meta(Config *meta, const Model *m, int scale) {
+    char path[PATH_BYTES];
+    if (has_file(m->folder, "config.txt")) {
+        snprintf(path, sizeof path, "%s/config.txt", m->folder);
+        return recipe_read(meta, path, scale);
+    }
+    for (size_t i = 0; i < sizeof named / sizeof *named; i++) {
+        if (strcmp(named[i].folder, m->folder) != 0) continue;
+        snprintf(path, sizeof path, "models/%s.txt", named[i].name);
+        return recipe_read(meta, path, scale);
+    }
+    return err(
+        "%s: .ckpt files do not say their architecture, expected a config.txt beside them (models/ffhq.txt is an "
+        "example)",
+        m->folder);
+}
+
 static Err open_file(Checkpoint *ck, char path[PATH_BYTES], const Model *m, const char *name) {
     snprintf(path, PATH_BYTES, "%s/%s", m->folder, name);
     if (!has_file(m->folder, name)) return err("%s is missing", path);
     return checkpoint_open(ck, path);
 }
 
-static Err check_file(Model *m, const char *name, int scale) {
+/* t: the scale, 0: all of them. */
+static Err open_scale(Checkpoint *ck, char path[PATH_BYTES], const Model *m, int t) {
+    char name[32];
+    TRY(open_file(ck, path, m, scale_file(name, t, m->official)));
+    if (!m->official || official_meta(&ck->meta, m, t) == OK) return OK;
+    checkpoint_close(ck);
+    return FAILED;
+}
+
+static Err check_file(Model *m, int scale) {
     char path[PATH_BYTES];
     Checkpoint ck = {0};
-    Err e = open_file(&ck, path, m, name);
+    Err e = open_scale(&ck, path, m, scale);
     if (e == OK && check_facts(m, &ck, scale) != OK) e = err_file(path);
     checkpoint_close(&ck);
     return e;
 }
 
-static Err build_vqgan(Model *m, const Checkpoint *ck) {
+static Err build_vqgan(Model *m, const Checkpoint *ck, const Config *meta, const char *tensors) {
     VqganConfig c;
+    char name[NAME_MAX_BYTES];
     memset(&c, 0, sizeof c);
-    TRY(vqgan_config_read(&c, &ck->meta, prefix));
-    const Tensor *used = checkpoint_find(ck, "quantize.used");
+    TRY(vqgan_config_read(&c, meta, prefix));
+    snprintf(name, sizeof name, "%squantize.used", tensors);
+    const Tensor *used = checkpoint_find(ck, name);
     c.re_embed = used ? used->size : 0;
     TRY(vqgan_create(&m->vqgan, &c, 0));
     TRY(params_plan(vqgan_params(m->vqgan), PLAN_VALUE));
-    TRY(vqgan_load(m->vqgan, ck, ""));
+    TRY(vqgan_load(m->vqgan, ck, tensors));
     size_t factor = (size_t)1 << (c.levels - 1);
     m->h = m->w = c.resolution / factor;
     m->side = m->h * factor;
@@ -508,26 +582,31 @@ static Err build_vqgan(Model *m, const Checkpoint *ck) {
     return OK;
 }
 
+/* Ours is a file of its own; the official first stage is a part of every transition's file. */
 static Err open_vqgan(Model *m) {
-    char path[PATH_BYTES];
+    char path[PATH_BYTES], name[32];
     Checkpoint ck = {0};
-    Err e = open_file(&ck, path, m, "vqgan.safetensors");
-    if (e == OK && build_vqgan(m, &ck) != OK) e = err_file(path);
+    Config recipe = {0};
+    const char *file = m->official ? scale_file(name, m->joint ? 0 : 1, 1) : "vqgan.safetensors";
+    Err e = open_file(&ck, path, m, file);
+    if (e == OK && m->official) e = official_meta(&recipe, m, RECIPE_VQGAN);
+    if (e == OK && build_vqgan(m, &ck, m->official ? &recipe : &ck.meta, m->official ? "first_stage_model." : "") != OK)
+        e = err_file(path);
+    config_free(&recipe);
     checkpoint_close(&ck);
     return e;
 }
 
 static Err open_folder(Model *m) {
     char name[32];
-    int separate = has_file(m->folder, scale_file(name, 1));
-    m->joint = !separate && has_file(m->folder, "joint.safetensors");
-    if (!separate && !m->joint && has_file(m->folder, "scale1.ckpt"))
-        return err("%s/scale1.ckpt: reading official .ckpt files is not in this version, expected scale1.safetensors",
-                   m->folder);
+    const int ours = has_file(m->folder, scale_file(name, 1, 0)) || has_file(m->folder, scale_file(name, 0, 0));
+    m->official = !ours && (has_file(m->folder, scale_file(name, 1, 1)) || has_file(m->folder, scale_file(name, 0, 1)));
+    m->joint =
+        !has_file(m->folder, scale_file(name, 1, m->official)) && has_file(m->folder, scale_file(name, 0, m->official));
     TRY(open_vqgan(m));
-    if (m->joint) return check_file(m, "joint.safetensors", 0);
-    TRY(check_file(m, scale_file(name, 1), 1));
-    for (int t = 2; t <= m->schedule.T; t++) TRY(check_file(m, scale_file(name, t), t));
+    if (m->joint) return check_file(m, 0);
+    TRY(check_file(m, 1));
+    for (int t = 2; t <= m->schedule.T; t++) TRY(check_file(m, t));
     return OK;
 }
 
@@ -571,7 +650,34 @@ void model_close(Model *m) {
     memset(m, 0, sizeof *m);
 }
 
-/* The weights to sample with: transformer_ema.* where the file has them, else transformer.* */
+static int begins(const char *text, const char *with) {
+    return strncmp(text, with, strlen(with)) == 0;
+}
+
+/* Buffers that the official classes keep beside their parameters, and the second name of a tied embedding */
+static int is_buffer(const char *name, const NetConfig *c) {
+    const char *end = strrchr(name, '.');
+    if (c->kind == NET_GPT) return begins(name, "blocks.") && end && strcmp(end, ".mask") == 0;
+    return c->tie_token_emb && strcmp(name, "decoder.token_emb.weight") == 0;
+}
+
+/* A tensor that nobody asks for means that this is another network than we take it for. */
+static Err check_unexpected(const Transformer *net, const Checkpoint *ck, const Params *p) {
+    static const char *const others[] = {"first_stage_model.", "transformer_ema.", "sos_token", "alphats", "alphacum"};
+    for (size_t i = 0; i < ck->n; i++) {
+        const char *name = ck->tensor[i].name, *own = name + strlen("transformer.");
+        int known = 0;
+        for (size_t k = 0; k < sizeof others / sizeof *others && !known; k++) known = begins(name, others[k]);
+        if (!known && begins(name, "transformer.")) {
+            known = is_buffer(own, transformer_config(net));
+            for (size_t k = 0; k < p->n && !known; k++) known = strcmp(p->row[k].name, own) == 0;
+        }
+        if (!known) return err("unexpected tensor '%s': another network than its configuration says", name);
+    }
+    return OK;
+}
+
+/* The weights to sample with: transformer_ema.* where the file has them and they are wanted, else transformer.* */
 static Err build_net(Model *m, const Checkpoint *ck) {
     NetConfig c;
     memset(&c, 0, sizeof c);
@@ -585,8 +691,9 @@ static Err build_net(Model *m, const Checkpoint *ck) {
         TRY(checkpoint_ints(ck, "sos_token", 1, &sos));
         if (sos != 0) return err("sos_token is %d, expected 0", (int)sos);
     }
-    if (checkpoint_find(ck, "transformer_ema.num_updates")) return params_load_ema(p, ck, 'v', "transformer_ema.");
-    return params_load(p, ck, 'v', "transformer.");
+    TRY(check_unexpected(m->net, ck, p));
+    const int ema = !m->no_ema && checkpoint_find(ck, "transformer_ema.num_updates");
+    return ema ? params_load_ema(p, ck, 'v', "transformer_ema.") : params_load(p, ck, 'v', "transformer.");
 }
 
 Err model_scale(Model *m, int t) {
@@ -595,12 +702,12 @@ Err model_scale(Model *m, int t) {
         m->loaded = t;
         return OK;
     }
-    char path[PATH_BYTES], name[32];
+    char path[PATH_BYTES];
     Checkpoint ck = {0};
     transformer_free(m->net);
     m->net = NULL;
     m->loaded = 0;
-    Err e = open_file(&ck, path, m, m->joint ? "joint.safetensors" : scale_file(name, t));
+    Err e = open_scale(&ck, path, m, m->joint ? 0 : t);
     if (e == OK && build_net(m, &ck) != OK) e = err_file(path);
     if (e == OK) m->loaded = t;
     checkpoint_close(&ck);

@@ -535,9 +535,17 @@ typedef struct {
     char **class_name;
     int loaded; /* scale whose transition is in memory, 0: none. One at a time. */
     Transformer *net;
-    int joint; /* one file for all scales */
+    int joint;    /* one file for all scales */
+    int official; /* the files are PyTorch's */
+    int no_ema;   /* set after model_open: sample with the trained weights rather than their moving average */
 } Model;
-/* name_or_folder: a named model or a folder with vqgan.safetensors and scale1..scaleT.safetensors. *substituted is set
+/* A recipe (models/NAME.txt) is a list of "part.key value" lines; part is vqgan, scale (encoder-decoder scales and joint),
+ * last (scale T), joint or scaleN (that alone, overrides). Keys are the official configuration's. *to gets the keys of
+ * one scale, 0: joint, or of the first stage. */
+enum { RECIPE_VQGAN = -1 };
+Err recipe_read(Config *to, const char *path, int scale);
+/* name_or_folder: a named model, or a folder with vqgan.safetensors and scale1..scaleT.safetensors, or one with the
+ * official scale1..scaleT.ckpt and, unless it is a named model's, a recipe config.txt. *substituted is set
  * to the named entry when its weights are not installed and the bundled model was opened instead (the caller must say
  * so); NULL forbids that. */
 Err model_open(Model *m, const char *name_or_folder, const NamedModel **substituted);
@@ -608,7 +616,7 @@ typedef struct {
     const char *model, *out, *class_name, *temperature, *top_k, *chain_length, *device;
     size_t n, batch, threads;
     uint64_t seed; /* SEED_NOT_GIVEN: take one from the clock; it is printed and kept in the PNG */
-    int official_temperature, show;
+    int official_temperature, no_ema, show;
 } SamplingArgs;
 #define SEED_NOT_GIVEN UINT64_MAX
 #define SAMPLING_OPTIONS(a)                                                                                            \
@@ -642,6 +650,13 @@ typedef struct {
          0,                                                                                                            \
          0,                                                                                                            \
          "passes of every scale, with some noise in between; per scale or one\nfor all"},                              \
+        {OPT_FLAG,                                                                                                     \
+         "--no-ema",                                                                                                   \
+         NULL,                                                                                                         \
+         &(a).no_ema,                                                                                                  \
+         0,                                                                                                            \
+         0,                                                                                                            \
+         "the trained weights, not their moving average, where a file has both"},                                      \
         {OPT_SIZE, "--batch", "N", &(a).batch, 1, 4096, "samples computed side by side (default 16)"},                 \
         {OPT_STRING, "--device", "cpu|cuda", &(a).device, 0, 0, "where to compute; this version: cpu"},                \
         {OPT_SIZE, "--threads", "N", &(a).threads, 0, 4096, "0 (default): all; the result does not depend on it"}, {   \

@@ -27,8 +27,9 @@ static void list_models(void) {
                m[i].zip ? m[i].zip : "-", m[i].what);
     printf(
         "\nTo get an official model: download its file and vqgan.zip from https://ommer-lab.com/files/ and unzip both\n"
-        "under models/. Reading their .ckpt files is not in this version.\n"
-        "Any folder with vqgan.safetensors and scale1.safetensors ... is a model too, such as a run of ./train.\n");
+        "under models/. Their .ckpt files are read as they are.\n"
+        "Any folder with vqgan.safetensors and scale1.safetensors ... is a model too, such as a run of ./train; so is one\n"
+        "with scale1.ckpt ... of the official code and a recipe config.txt (models/ffhq.txt is an example).\n");
 }
 
 /* One class for all, or every sample its own drawn at random. */

@@ -562,23 +562,10 @@ static Err transition_stage(Stage *s) {
  * Settings: the recipe's lines for this stage, then what the user said
  * ---------------------------------------------------------------------------------------------------------- */
 
-/* A recipe (models/NAME.txt) is a list of "part.key value" lines; part is vqgan, scale (encoder-decoder scales and
- * joint), last (scale T) or scaleN (one scale, overrides). The keys are the official configuration's. */
-static Err take_part(Stage *s, const Config *recipe, const char *part, const char *except) {
-    size_t n = strlen(part);
-    for (size_t i = 0; i < recipe->n; i++) {
-        const char *key = recipe->kv[i].key;
-        if (strncmp(key, part, n) || key[n] != '.' || (except && strstr(key, except))) continue;
-        TRY(config_set(&s->settings, key + n + 1, "%s", recipe->kv[i].value));
-    }
-    return OK;
-}
-
+/* The part of the recipe that this stage is trained by */
 static Err read_recipe(Stage *s) {
     const Options *o = s->opt;
     char path[1100];
-    Config recipe = {0};
-    size_t T = 0;
     if (o->config)
         snprintf(path, sizeof path, "%s", o->config);
     else if (strchr(o->model, '/'))
@@ -587,21 +574,7 @@ static Err read_recipe(Stage *s) {
         snprintf(path, sizeof path, "models/%s.txt", o->model);
     if (!file_exists(path))
         return err("%s: no such recipe; --config FILE names one (models/emoji.txt is an example)", path);
-    TRY(config_read(&recipe, path));
-    Err e = OK;
-    if (o->vqgan)
-        e = take_part(s, &recipe, "vqgan", NULL);
-    else {
-        e = config_size(&T, &recipe, "scale.model.params.", "n_scales", 1, MAX_SCALES, 0);
-        if (e == OK && (o->joint ? 0 : o->scale > T))
-            e = err("--scale %zu: this model has scales 1 to %zu", o->scale, T);
-        int last = !o->joint && o->scale == T; /* another network: only the settings are shared */
-        if (e == OK) e = take_part(s, &recipe, "scale", last ? ".transformer_config." : NULL);
-        if (e == OK && last) e = take_part(s, &recipe, "last", NULL);
-        if (e == OK) e = take_part(s, &recipe, o->joint ? "joint" : s->name, NULL);
-    }
-    config_free(&recipe);
-    return e == OK ? OK : err_in(path);
+    return recipe_read(&s->settings, path, o->vqgan ? RECIPE_VQGAN : o->joint ? 0 : (int)o->scale);
 }
 
 static const char LR[] = "model.params.scheduler_config.params.";

@@ -10,12 +10,12 @@ static char path[64];
 /* ---- A growing file, and the pickles, archives and old files made of it ---- */
 
 typedef struct {
-    unsigned char b[1 << 16];
-    size_t n;
+    unsigned char *b;
+    size_t n, capacity;
 } Bytes;
 
 static void add(Bytes *to, const void *data, size_t n) {
-    if (!CHECK(to->n + n <= sizeof to->b)) exit(1);
+    if (mem_grow(&to->b, to->n, n, &to->capacity, 1, "a test file") != OK) exit(1);
     memcpy(to->b + to->n, data, n);
     to->n += n;
 }
@@ -95,18 +95,20 @@ static void lightning(Bytes *to, const Made *m, size_t n, const char *evil, size
     op(to, "}sbu.");
 }
 
-enum { FILES = 16 };
+enum { FILES = 1024 };
 typedef struct {
     Bytes *out;
     int wide; /* zip64 */
     size_t n, place[FILES], bytes[FILES];
-    const char *name[FILES];
+    char name[FILES][32];
     uint32_t crc[FILES];
 } Archive;
 
 static void local_file(Archive *z, const char *name, const void *data, size_t bytes) {
     Bytes *to = z->out;
-    z->name[z->n] = name, z->place[z->n] = to->n, z->bytes[z->n] = bytes;
+    if (z->n == FILES) exit(1);
+    snprintf(z->name[z->n], sizeof z->name[0], "%s", name);
+    z->place[z->n] = to->n, z->bytes[z->n] = bytes;
     z->crc[z->n++] = (uint32_t)crc32_z(0, data, bytes);
     op(to, "PK\3\4");
     number(to, 45, 2);
@@ -191,19 +193,28 @@ static const char evil[] =
 
 static Bytes pickle, file;
 
+static Archive archive;
+
+static Archive *new_archive(int wide) {
+    memset(&archive, 0, sizeof archive);
+    archive.out = &file;
+    archive.wide = wide;
+    return &archive;
+}
+
 static void make_archive(int wide) {
-    Archive z = {.out = &file, .wide = wide};
+    Archive *z = new_archive(wide);
     file.n = pickle.n = 0;
     lightning(&pickle, model, MODEL, evil, sizeof evil - 1);
-    local_file(&z, "scale 1/data.pkl", pickle.b, pickle.n);
-    local_file(&z, "scale 1/byteorder", "little", 6);
-    local_file(&z, "scale 1/data/0", floats, sizeof floats);
-    local_file(&z, "scale 1/data/1", longs, sizeof longs);
-    local_file(&z, "scale 1/data/2", halves, sizeof halves);
-    local_file(&z, "scale 1/data/3", bools, sizeof bools);
-    local_file(&z, "scale 1/version", "3\n", 2);
-    local_file(&z, "scale 1/.data/serialization_id", "1", 1);
-    directory(&z);
+    local_file(z, "scale 1/data.pkl", pickle.b, pickle.n);
+    local_file(z, "scale 1/byteorder", "little", 6);
+    local_file(z, "scale 1/data/0", floats, sizeof floats);
+    local_file(z, "scale 1/data/1", longs, sizeof longs);
+    local_file(z, "scale 1/data/2", halves, sizeof halves);
+    local_file(z, "scale 1/data/3", bools, sizeof bools);
+    local_file(z, "scale 1/version", "3\n", 2);
+    local_file(z, "scale 1/.data/serialization_id", "1", 1);
+    directory(z);
 }
 
 static void make_old(void) {
@@ -275,11 +286,11 @@ static void check_model(const char *what) {
 /* ---- Pickles of other protocols, and what is not a state_dict ---- */
 
 static void put_archive(const Bytes *pkl) {
-    Archive z = {.out = &file};
+    Archive *z = new_archive(0);
     file.n = 0;
-    local_file(&z, "a/data.pkl", pkl->b, pkl->n);
-    local_file(&z, "a/data/0", floats, sizeof floats);
-    directory(&z);
+    local_file(z, "a/data.pkl", pkl->b, pkl->n);
+    local_file(z, "a/data/0", floats, sizeof floats);
+    directory(z);
 }
 
 static void test_protocols(void) {
@@ -453,30 +464,30 @@ static void test_hostile_archives(void) {
     set(file.b + 60, 0, 1); /* inside data.pkl */
     CHECK_ERR(open_file(&ck), "damaged data.pkl");
 
-    Archive z = {.out = &file};
+    Archive *z = new_archive(0);
     file.n = 0;
-    local_file(&z, "models/scale1.ckpt", "x", 1);
-    directory(&z);
+    local_file(z, "models/scale1.ckpt", "x", 1);
+    directory(z);
     CHECK_ERR(open_file(&ck), "without data.pkl");
-    z = (Archive){.out = &file};
+    z = new_archive(0);
     file.n = 0;
-    local_file(&z, "a/data.pkl", "N.", 2);
-    local_file(&z, "b/data.pkl", "N.", 2);
-    directory(&z);
+    local_file(z, "a/data.pkl", "N.", 2);
+    local_file(z, "b/data.pkl", "N.", 2);
+    directory(z);
     CHECK_ERR(open_file(&ck), "two data.pkl");
-    z = (Archive){.out = &file};
+    z = new_archive(0);
     file.n = pickle.n = 0;
     lightning(&pickle, model, 1, "N", 1);
-    local_file(&z, "a/data.pkl", pickle.b, pickle.n);
-    local_file(&z, "a/data/0", floats, sizeof floats);
-    local_file(&z, "a/data/0", floats, sizeof floats);
-    directory(&z);
+    local_file(z, "a/data.pkl", pickle.b, pickle.n);
+    local_file(z, "a/data/0", floats, sizeof floats);
+    local_file(z, "a/data/0", floats, sizeof floats);
+    directory(z);
     CHECK_ERR(open_file(&ck), "two zip entries of one name");
-    z = (Archive){.out = &file};
+    z = new_archive(0);
     file.n = 0;
-    local_file(&z, "a/data.pkl", pickle.b, pickle.n);
-    local_file(&z, "a/byteorder", "big", 3);
-    directory(&z);
+    local_file(z, "a/data.pkl", pickle.b, pickle.n);
+    local_file(z, "a/byteorder", "big", 3);
+    directory(z);
     CHECK_ERR(open_file(&ck), "big-endian");
 }
 
@@ -519,7 +530,7 @@ static int open_and_read(const unsigned char *data, size_t n) {
 
 static void test_damaged(const char *what) {
     static const unsigned char spice[] = "\0\1\377\200QRbtu(.0Nh\x85\x86PK";
-    static unsigned char copy[sizeof file.b];
+    unsigned char *copy = (unsigned char *)malloc(file.n);
     size_t cut = 0, opened = 0, damaged = 3000;
     for (size_t n = 0; n < file.n; n++) cut += (size_t)open_and_read(file.b, n);
     CHECK(cut == 0);
@@ -532,10 +543,62 @@ static void test_damaged(const char *what) {
         opened += (size_t)open_and_read(copy, file.n);
     }
     CHECK(opened > 0 && opened < damaged);
+    free(copy);
     printf("%s: %zu of %zu damaged files opened\n", what, opened, damaged);
 }
 
-int main(void) {
+/* ---- test_ckpt --official RUN DIR: a trained run as the official code would have left it, for test_programs.sh ---- */
+
+static const char *storage_of(Dtype d) {
+    return d == DT_F32    ? "FloatStorage"
+           : d == DT_F16  ? "HalfStorage"
+           : d == DT_BF16 ? "BFloat16Storage"
+                          : "LongStorage";
+}
+
+/* Adds the tensors of a file of ours, renamed, to the list, and their numbers to the archive. */
+static size_t adopt(Archive *z, Made *m, char (*name)[2][NAME_MAX_BYTES], size_t n, const Checkpoint *ck,
+                    const char *prefix) {
+    for (size_t i = 0; i < ck->n; i++, n++) {
+        const Tensor *x = &ck->tensor[i];
+        char path_in_zip[64];
+        int64_t stride = 1;
+        snprintf(name[n][0], NAME_MAX_BYTES, "%.40s%.100s", prefix, x->name);
+        snprintf(name[n][1], NAME_MAX_BYTES, "%zu", n);
+        m[n] = (Made){name[n][0], storage_of(x->dtype), name[n][1], (int64_t)x->size, 0, x->ndim, {0}, {0}};
+        for (int d = x->ndim; d-- > 0; stride *= m[n].dim[d]) m[n].dim[d] = (int64_t)x->dim[d], m[n].stride[d] = stride;
+        snprintf(path_in_zip, sizeof path_in_zip, "archive/data/%zu", n);
+        local_file(z, path_in_zip, x->data, x->size * dtype_size(x->dtype));
+    }
+    return n;
+}
+
+static int make_official(const char *run, const char *dir) {
+    static Made m[FILES];
+    static char name[FILES][2][NAME_MAX_BYTES];
+    Checkpoint vqgan, scale;
+    char from[600];
+    snprintf(from, sizeof from, "%s/vqgan.safetensors", run);
+    if (checkpoint_open(&vqgan, from) != OK) return puts(err_text()), 1;
+    for (int t = 1;; t++) {
+        snprintf(from, sizeof from, "%s/scale%d.safetensors", run, t);
+        if (access(from, F_OK) != 0) return t == 1;
+        if (checkpoint_open(&scale, from) != OK) return puts(err_text()), 1;
+        Archive *z = new_archive(t == 2);
+        file.n = pickle.n = 0;
+        size_t n = adopt(z, m, name, 0, &vqgan, "first_stage_model.");
+        n = adopt(z, m, name, n, &scale, "");
+        lightning(&pickle, m, n, "N", 1);
+        local_file(z, "archive/data.pkl", pickle.b, pickle.n);
+        directory(z);
+        snprintf(path, sizeof path, "%.40s/scale%d.ckpt", dir, t);
+        put_file(file.b, file.n);
+        checkpoint_close(&scale);
+    }
+}
+
+int main(int argc, char **argv) {
+    if (argc == 4 && strcmp(argv[1], "--official") == 0) return make_official(argv[2], argv[3]);
     snprintf(path, sizeof path, "/tmp/test_ckpt.%ld", (long)getpid());
     make_archive(0);
     check_model("zip");
@@ -551,5 +614,7 @@ int main(void) {
     test_hostile_archives();
     test_hostile_old();
     unlink(path);
+    free(file.b);
+    free(pickle.b);
     return test_report();
 }

@@ -121,6 +121,19 @@ ok "by class number" sample "$dir/run" -n 1 --class 1 --official-temperature
 ok "shown in a terminal" sample "$dir/run" -n 1 --show
 cp "$dir/out" "$dir/shown"
 ok "as half blocks" grep -q '38;2;' "$dir/shown"
+mkdir "$dir/official" && cp test/tiny.txt "$dir/official/config.txt"
+ok "the run as official .ckpt files" "$build/test_ckpt" --official "$dir/run" "$dir/official"
+ok "which sample" sample "$dir/official" -n 2 --class 1 --seed 7
+cp "$dir/s.png" "$dir/official.png"
+ok "as ours do" sample "$dir/run" -n 2 --class 1 --seed 7
+ok "the same picture" "$build/pictures" same "$dir/s.png" "$dir/official.png" 0 0 34 16
+ok "without the moving average" sample "$dir/official" -n 1 --class 1 --no-ema
+sed -i 's/enc_depth 1/enc_depth 2/' "$dir/official/config.txt"
+refused_late 1 "no tensor" sample "$dir/official" -n 2 --class 1
+sed -i 's/enc_depth 2/enc_depth 1/; s/ResidualScaledXTransformer/XTransformer/' "$dir/official/config.txt"
+refused_late 1 "unexpected tensor 'transformer.log_scalors'" sample "$dir/official" -n 2 --class 1
+rm "$dir/official/config.txt"
+refused 1 "config.txt" sample "$dir/official" -n 2 --class 1
 rm "$dir"/run/scale?.safetensors
 ok "sample the joint model" sample "$dir/run" -n 2 --seed 1
 ok "the list" "$build/sample" --list
