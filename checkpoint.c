@@ -861,12 +861,18 @@ static Err wrong_shape(const Checkpoint *ck, const Tensor *x, int ndim, const si
     return err("%s: tensor '%s' has shape %s, expected %s", ck->path, x->name, found, expected);
 }
 
-Err checkpoint_reals(const Checkpoint *ck, const char *name, int ndim, const size_t *dim, size_t size, real *out) {
-    const Tensor *x = checkpoint_find(ck, name);
+Err checkpoint_shaped(const Checkpoint *ck, const char *name, int ndim, const size_t *dim, size_t size,
+                      const Tensor **out) {
+    const Tensor *x = *out = checkpoint_find(ck, name);
     if (!x) return missing_tensor(ck, name);
     int same = x->size == size && (ndim < 0 || x->ndim == ndim);
     for (int i = 0; same && i < ndim; i++) same = x->dim[i] == dim[i];
-    if (!same) return wrong_shape(ck, x, ndim, dim, size);
+    return same ? OK : wrong_shape(ck, x, ndim, dim, size);
+}
+
+Err checkpoint_reals(const Checkpoint *ck, const char *name, int ndim, const size_t *dim, size_t size, real *out) {
+    const Tensor *x;
+    TRY(checkpoint_shaped(ck, name, ndim, dim, size, &x));
     tensor_to_reals(x, out);
     return OK;
 }

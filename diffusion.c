@@ -641,10 +641,17 @@ Err model_open(Model *m, const char *name_or_folder, const NamedModel **substitu
     return FAILED;
 }
 
+static void unload(Model *m) {
+    transformer_free(m->net);
+    checkpoint_close(&m->file);
+    m->net = NULL;
+    m->loaded = 0;
+}
+
 void model_close(Model *m) {
     for (size_t i = 0; m->class_name && i < m->n_classes; i++) free(m->class_name[i]);
     free(m->class_name);
-    transformer_free(m->net);
+    unload(m);
     vqgan_free(m->vqgan);
     config_free(&m->meta);
     memset(m, 0, sizeof *m);
@@ -684,7 +691,6 @@ static Err build_net(Model *m, const Checkpoint *ck) {
     TRY(net_config_read(&c, &ck->meta, prefix));
     TRY(transformer_create(&m->net, &c));
     Params *p = transformer_params(m->net);
-    TRY(params_plan(p, PLAN_VALUE));
     transformer_set_alphas(m->net, m->schedule.alpha);
     if (checkpoint_find(ck, "sos_token")) {
         int32_t sos = 0;
@@ -693,7 +699,7 @@ static Err build_net(Model *m, const Checkpoint *ck) {
     }
     TRY(check_unexpected(m->net, ck, p));
     const int ema = !m->no_ema && checkpoint_find(ck, "transformer_ema.num_updates");
-    return ema ? params_load_ema(p, ck, 'v', "transformer_ema.") : params_load(p, ck, 'v', "transformer.");
+    return params_map(p, ck, ema ? "transformer_ema." : "transformer.", ema);
 }
 
 Err model_scale(Model *m, int t) {
@@ -703,14 +709,13 @@ Err model_scale(Model *m, int t) {
         return OK;
     }
     char path[PATH_BYTES];
-    Checkpoint ck = {0};
-    transformer_free(m->net);
-    m->net = NULL;
-    m->loaded = 0;
-    Err e = open_scale(&ck, path, m, m->joint ? 0 : t);
-    if (e == OK && build_net(m, &ck) != OK) e = err_file(path);
-    if (e == OK) m->loaded = t;
-    checkpoint_close(&ck);
+    unload(m);
+    Err e = open_scale(&m->file, path, m, m->joint ? 0 : t);
+    if (e == OK && build_net(m, &m->file) != OK) e = err_file(path);
+    if (e == OK)
+        m->loaded = t;
+    else
+        unload(m);
     return e;
 }
 

@@ -210,8 +210,10 @@ typedef struct {
 Err checkpoint_open(Checkpoint *ck, const char *path);
 void checkpoint_close(Checkpoint *ck);                                 /* safe on a zeroed struct */
 const Tensor *checkpoint_find(const Checkpoint *ck, const char *name); /* NULL: no such tensor */
-/* out[0..size-1] = the tensor, converted; an error names the tensor if it is missing or its shape differs.
- * ndim < 0: any shape with `size` elements. */
+/* *out = the tensor; an error names it if it is missing or its shape differs. ndim < 0: any shape with `size` elements. */
+Err checkpoint_shaped(const Checkpoint *ck, const char *name, int ndim, const size_t *dim, size_t size,
+                      const Tensor **out);
+/* The same, then out[0..size-1] = its elements, converted. */
 Err checkpoint_reals(const Checkpoint *ck, const char *name, int ndim, const size_t *dim, size_t size, real *out);
 Err checkpoint_ints(const Checkpoint *ck, const char *name, size_t size,
                     int32_t *out);                /* from I64 I32 I16 U8; range-checked */
@@ -269,6 +271,9 @@ void params_swap_ema(Params *p);          /* exchanges value and ema: twice is n
  * its dots, as the official EMA calls it (SPEC section 6). */
 Err params_load(Params *p, const Checkpoint *ck, char which, const char *prefix);
 Err params_load_ema(Params *p, const Checkpoint *ck, char which, const char *ema_prefix);
+/* The values of a table without memory are those of the file where they lie, if they lie there as aligned reals, else
+ * copies. For sampling: nothing may be written to them, and the file must stay open. strip_dots: EMA names. */
+Err params_map(Params *p, const Checkpoint *ck, const char *prefix, int strip_dots);
 /* Tensors for checkpoint_write: `which` of every row, named prefix+name. Appends to *list (capacity grows). */
 typedef struct {
     Tensor *tensor;
@@ -535,9 +540,10 @@ typedef struct {
     char **class_name;
     int loaded; /* scale whose transition is in memory, 0: none. One at a time. */
     Transformer *net;
-    int joint;    /* one file for all scales */
-    int official; /* the files are PyTorch's */
-    int no_ema;   /* set after model_open: sample with the trained weights rather than their moving average */
+    Checkpoint file; /* its file: the weights stay there */
+    int joint;       /* one file for all scales */
+    int official;    /* the files are PyTorch's */
+    int no_ema;      /* set after model_open: sample with the trained weights rather than their moving average */
 } Model;
 /* A recipe (models/NAME.txt) is a list of "part.key value" lines; part is vqgan, scale (encoder-decoder scales and joint),
  * last (scale T), joint or scaleN (that alone, overrides). Keys are the official configuration's. *to gets the keys of

@@ -179,6 +179,42 @@ Err params_load_ema(Params *p, const Checkpoint *ck, char which, const char *ema
     return load_rows(p, ck, which, ema_prefix, 1);
 }
 
+/* Can the numbers be used where they lie in the file? */
+static int lies_ready(const Tensor *x) {
+    const Dtype own = sizeof(real) == sizeof(double) ? DT_F64 : DT_F32;
+    return x->dtype == own && (uintptr_t)x->data % sizeof(real) == 0;
+}
+
+/* Points rows at the file, and the others at *next, which moves on; with *next NULL only counts what those need. */
+static Err map_rows(Params *p, const Checkpoint *ck, const char *prefix, int strip_dots, real *arena, size_t *need) {
+    *need = 0;
+    for (size_t i = 0; i < p->n; i++) {
+        char name[NAME_MAX_BYTES];
+        Param *row = &p->row[i];
+        const Tensor *x;
+        TRY(join_name(name, prefix, row->name, strip_dots));
+        TRY(checkpoint_shaped(ck, name, row->ndim, row->dim, row->size, &x));
+        if (lies_ready(x)) {
+            memcpy(&row->value, &x->data, sizeof row->value);
+            continue;
+        }
+        row->value = arena ? arena + *need : NULL;
+        if (arena) tensor_to_reals(x, row->value);
+        *need += round_up(row->size, ROW_REALS);
+    }
+    return OK;
+}
+
+Err params_map(Params *p, const Checkpoint *ck, const char *prefix, int strip_dots) {
+    size_t need;
+    for (int k = 0; k < ARENAS; k++) {
+        if (p->arena[k]) return err("%s: a parameter table that has memory cannot be mapped", ck->path);
+    }
+    TRY(map_rows(p, ck, prefix, strip_dots, NULL, &need));
+    TRY(mem_alloc(&p->arena[0], need, sizeof(real), "parameters"));
+    return map_rows(p, ck, prefix, strip_dots, p->arena[0], &need);
+}
+
 Err tensor_list_params(TensorList *list, const Params *p, char which, const char *prefix, Dtype dtype) {
     const int arena = find_arena(p, which);
     if (arena < 0) return FAILED;

@@ -29,7 +29,7 @@ typedef struct {
     int vqgan, joint, resume, eval, balance;
     size_t scale, steps, batch, accumulate, threads, save_every, eval_every, picture_every;
     size_t seed;
-    double lr, alpha;
+    double lr, alpha, prefix_noise;
 } Options;
 
 /* ------------------------------------------------------------------------------------------------------------
@@ -599,6 +599,7 @@ static Err apply_options(Stage *s) {
     if (o->accumulate != NOT_GIVEN)
         TRY(config_set(c, "lightning.trainer.accumulate_grad_batches", "%zu", o->accumulate));
     if (o->alpha >= 0) TRY(config_set(c, "model.params.alpha", "%.17g", o->alpha));
+    if (o->prefix_noise >= 0) TRY(config_set(c, "train.prefix_noise", "%.17g", o->prefix_noise));
     if (o->seed != NOT_GIVEN) TRY(config_set(c, "train.seed", "%zu", o->seed));
     if (o->balance) TRY(config_set(c, "train.balance_classes", "true"));
     if (o->store) TRY(config_set(c, "imagebart.store", "%s", o->store));
@@ -994,7 +995,8 @@ int main(int argc, char **argv) {
                  .save_every = 100,
                  .eval_every = 500,
                  .picture_every = 500,
-                 .alpha = -1};
+                 .alpha = -1,
+                 .prefix_noise = -1};
     const Option table[] = {
         {OPT_HEADING, "Arguments", NULL, NULL, 0, 0, NULL},
         {OPT_ARGUMENT, "MODEL", NULL, &o.model, 0, 0,
@@ -1019,6 +1021,8 @@ int main(int argc, char **argv) {
         {OPT_SIZE, "--seed", "N", &o.seed, 0, 9e15, "of everything random (default 23)"},
         {OPT_FLAG, "--balance", NULL, &o.balance, 0, 0,
          "transitions: draw every class equally often, however few its pictures"},
+        {OPT_REAL, "--prefix-noise", "X", &o.prefix_noise, 0, 1,
+         "transitions: part of the tokens drawn anew in what the decoder reads,\nso that it survives its own mistakes"},
         {OPT_STRING, "--store", "TYPE", &o.store, 0, 0, "f32, f16 or bf16: how the weights for sampling are stored"},
         {OPT_SIZE, "--save-every", "N", &o.save_every, 1, UINT32_MAX, "steps between checkpoints (default 100)"},
         {OPT_SIZE, "--eval-every", "N", &o.eval_every, 1, UINT32_MAX, "steps between evaluations (default 500)"},

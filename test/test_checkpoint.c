@@ -897,6 +897,31 @@ static void test_params_files(void) {
     CHECK_OK(params_load(&b, &ck, 'v', "v."));
     CHECK_NEAR("moments as BF16", b.row[0].value, a.row[0].v, b.row[0].size, 0, 1.0 / 256);
 
+    CHECK_ERR(params_map(&b, &ck, "net.", 0), "cannot be mapped"); /* it has memory */
+    for (int k = 0; k < 5; k++) {                                  /* as they lie in the file, or copied */
+        free(b.arena[k]);
+        b.arena[k] = NULL;
+    }
+    const char *map = (const char *)ck.map;
+    CHECK_OK(params_map(&b, &ck, "net.", 0));
+    for (size_t i = 0; i < b.n; i++) {
+        const char *value = (const char *)b.row[i].value;
+        CHECK(value >= map && value < map + ck.map_bytes);
+        CHECK(!memcmp(a.row[i].value, value, b.row[i].size * sizeof(real)));
+    }
+    free(b.arena[0]);
+    b.arena[0] = NULL;
+    CHECK_OK(params_map(&b, &ck, "m.", 0));
+    for (size_t i = 0; i < b.n; i++)
+        CHECK((const char *)b.row[i].value < map || (const char *)b.row[i].value >= map + ck.map_bytes);
+    CHECK_NEAR("moments as F16, copied", b.row[1].value, a.row[1].m, b.row[1].size, 0, 1.0 / 2048);
+    free(b.arena[0]);
+    b.arena[0] = NULL;
+    CHECK_OK(params_map(&b, &ck, "net_ema.", 1));
+    CHECK(!memcmp(a.row[1].ema, b.row[1].value, b.row[1].size * sizeof(real)));
+    free(b.arena[0]);
+    b.arena[0] = NULL;
+    CHECK_OK(params_plan(&b, PLAN_VALUE | PLAN_EMA));
     CHECK_ERR(params_load(&b, &ck, 'v', "nets."), "no tensor 'nets.encoder.layers.0.weight'");
     CHECK_ERR(params_load(&b, &ck, 'v', ""), "(there is '"); /* the prefix was forgotten */
     CHECK_ERR(params_load_ema(&b, &ck, 'e', "net."), "no tensor 'net.encoderlayers0weight'");
