@@ -96,7 +96,7 @@ typedef enum {
     RNG_INIT = 1, /* a = row of the parameter table */
     RNG_ORDER,    /* a = epoch: order of the training examples */
     RNG_CROP,     /* a = epoch, b = example: random crop and flip */
-    RNG_NOISE,    /* training noise: a = t, or 0 for the decoder's prefix, b = step */
+    RNG_NOISE,    /* training noise: a = t, b = step */
     RNG_SCALE,    /* joint training: which t at a step */
     RNG_START,    /* sampling: x_T, b = sample */
     RNG_SAMPLE,   /* sampling: a = t and repeat, b = sample; index = position */
