@@ -719,6 +719,56 @@ Err model_scale(Model *m, int t) {
     return e;
 }
 
+/* ---- Writing a model --------------------------------------------------------------------------------------- */
+
+Err transition_tensors(TensorList *list, const Params *p, char which, const Schedule *s, Dtype store) {
+    static const int64_t sos = 0;
+    size_t one = 1, rows = (size_t)s->T + 1;
+    TRY(tensor_list_params(list, p, which, "transformer.", store));
+    TRY(tensor_list_add(list, "sos_token", DT_I64, 1, &one, &sos, 0));
+    TRY(tensor_list_add(list, "alphats", DT_F32, 1, &rows, s->alpha, 0));
+    return tensor_list_add(list, "alphacum", DT_F32, 1, &rows, s->alphacum, 0);
+}
+
+static Err vqgan_tensors(TensorList *list, Config *meta, Vqgan *v, Dtype store) {
+    const size_t used = vqgan_config(v)->re_embed;
+    TRY(vqgan_config_write(meta, vqgan_config(v), prefix));
+    if (used) TRY(tensor_list_add(list, "quantize.used", DT_I32, 1, &used, vqgan_used(v), 0));
+    return tensor_list_params(list, vqgan_params(v), 'v', "", store);
+}
+
+static Err scale_tensors(TensorList *list, Config *meta, Model *m, int t, Dtype store) {
+    TRY(model_scale(m, t));
+    for (size_t i = 0; i < m->file.meta.n; i++)
+        TRY(config_set(meta, m->file.meta.kv[i].key, "%s", m->file.meta.kv[i].value));
+    TRY(config_set(meta, "imagebart.h", "%zu", m->h));
+    TRY(config_set(meta, "imagebart.w", "%zu", m->w));
+    if (!m->joint) TRY(config_set(meta, "model.params.single_scale", "%d", t));
+    return transition_tensors(list, transformer_params(m->net), 'v', &m->schedule, store);
+}
+
+/* t: the scale, 0: the first stage. */
+static Err convert_part(Model *m, const char *folder, int t, Dtype store) {
+    char path[PATH_BYTES], name[32];
+    TensorList list = {0};
+    Config meta = {0};
+    const char *file = t ? scale_file(name, m->joint ? 0 : t, 0) : "vqgan.safetensors";
+    Err e = t ? scale_tensors(&list, &meta, m, t, store) : vqgan_tensors(&list, &meta, m->vqgan, store);
+    if (e == OK && (size_t)snprintf(path, sizeof path, "%s/%s", folder, file) >= sizeof path)
+        e = err("%.200s...: the path is too long", folder);
+    if (e == OK) e = checkpoint_write(path, list.tensor, list.from_real, list.n, &meta);
+    tensor_list_free(&list);
+    config_free(&meta);
+    return e;
+}
+
+Err model_convert(Model *m, const char *folder, Dtype store) {
+    if (!is_folder(folder)) return err("%s: no such folder to write the model into", folder);
+    if (has_scales(folder, 1, 0)) return err("%s: has a model already, expected an empty folder", folder);
+    for (int t = 0; t <= (m->joint ? 1 : m->schedule.T); t++) TRY(convert_part(m, folder, t, store));
+    return OK;
+}
+
 /* Case-insensitively: does `text` hold `part`? */
 static int holds(const char *text, const char *part) {
     for (; *text; text++) {

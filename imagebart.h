@@ -560,6 +560,10 @@ int model_installed(const NamedModel *named);
 const char *model_folder(const char *name_or_folder);
 Err model_scale(Model *m, int t); /* loads scale t's transition (EMA weights), releases the other */
 void model_close(Model *m);
+/* What a transition's file holds: `which` ('v' or 'e') of every parameter as transformer.*, the schedule's buffers. */
+Err transition_tensors(TensorList *list, const Params *p, char which, const Schedule *s, Dtype store);
+/* Writes the model as safetensors, weights as F32, F16 or BF16, into a folder that has no model. */
+Err model_convert(Model *m, const char *folder, Dtype store);
 /* class name or number -> label; an ambiguous or unknown one is an error that lists what there is. */
 Err model_class(const Model *m, const char *name, int32_t *label);
 

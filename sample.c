@@ -28,7 +28,8 @@ static void list_models(void) {
     printf(
         "\nTo get an official model: download its file and vqgan.zip from https://ommer-lab.com/files/ and unzip both\n"
         "under models/. Their .ckpt files are read as they are.\n"
-        "Any folder with vqgan.safetensors and scale1.safetensors ... is a model too, such as a run of ./train; so is one\n"
+        "Any folder with vqgan.safetensors and scale1.safetensors ... is a model too, such as a run of ./train; so is "
+        "one\n"
         "with scale1.ckpt ... of the official code and a recipe config.txt (models/ffhq.txt is an example).\n");
 }
 
@@ -128,6 +129,20 @@ static void sample(SamplingArgs *a, const char *chain_path) {
     free(job.chain);
 }
 
+static void convert(SamplingArgs *a, const char *folder, const char *store) {
+    static const char *const names[] = {"f32", "f16", "bf16"};
+    static const Dtype types[] = {DT_F32, DT_F16, DT_BF16};
+    Model m;
+    size_t k = 0;
+    while (k < 3 && strcmp(store, names[k]) != 0) k++;
+    if (k == 3) usage_error("--store %s: expected f32, f16 or bf16", store);
+    check(model_open(&m, a->model, NULL));
+    m.no_ema = a->no_ema;
+    check(model_convert(&m, folder, types[k]));
+    printf("%s\n", folder);
+    model_close(&m);
+}
+
 static const char intro[] =
     "usage: ./sample [MODEL] [options]\n\n"
     "Draws pictures with an ImageBART model: starts from a grid of random tokens x_T and, scale by scale, lets a\n"
@@ -136,7 +151,7 @@ static const char intro[] =
 
 int main(int argc, char **argv) {
     SamplingArgs a = {.model = "emoji", .out = "samples.png", .n = 16, .batch = 16, .seed = SEED_NOT_GIVEN};
-    const char *chain = NULL;
+    const char *chain = NULL, *folder = NULL, *store = "f32";
     int list = 0;
     const Option table[] = {
         {OPT_HEADING, "Arguments", NULL, NULL, 0, 0, NULL},
@@ -148,10 +163,14 @@ int main(int argc, char **argv) {
         SAMPLING_OPTIONS(a),
         {OPT_STRING, "--chain", "CHAIN.png", &chain, 0, 0, "also draw every scale: a row per sample, x_T at the left"},
         {OPT_FLAG, "--list", NULL, &list, 0, 0, "the models, which of them are here, how to get the others"},
+        {OPT_STRING, "--convert", "DIR", &folder, 0, 0, "write the model as safetensors into DIR instead of sampling"},
+        {OPT_STRING, "--store", "TYPE", &store, 0, 0, "with --convert: weights as f32 (default), f16 or bf16"},
         {OPT_END, NULL, NULL, NULL, 0, 0, NULL}};
     options_parse(argc, argv, table, intro);
     if (list)
         list_models();
+    else if (folder)
+        convert(&a, folder, store);
     else
         sample(&a, chain);
     if (fflush(stdout)) die("standard output could not be written");

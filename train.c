@@ -663,13 +663,8 @@ static Err collect_state(Stage *s, TensorList *list) {
 /* What sampling reads: the EMA weights of a transition under their plain names (as the official "-ema_weights" files),
  * the schedule's buffers; the VQGAN as it is. */
 static Err collect_weights(Stage *s, TensorList *list) {
-    static const int64_t sos = 0;
-    size_t one = 1, rows = (size_t)s->schedule.T + 1;
     if (s->opt->vqgan) return tensor_list_params(list, s->params, 'v', "", s->store);
-    TRY(tensor_list_params(list, s->params, 'e', "transformer.", s->store));
-    TRY(tensor_list_add(list, "sos_token", DT_I64, 1, &one, &sos, 0));
-    TRY(tensor_list_add(list, "alphats", DT_F32, 1, &rows, s->schedule.alpha, 0));
-    return tensor_list_add(list, "alphacum", DT_F32, 1, &rows, s->schedule.alphacum, 0);
+    return transition_tensors(list, s->params, 'e', &s->schedule, s->store);
 }
 
 static Err write_list(Stage *s, Err (*collect)(Stage *, TensorList *), const char *suffix) {

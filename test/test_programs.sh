@@ -127,6 +127,16 @@ ok "which sample" sample "$dir/official" -n 2 --class 1 --seed 7
 cp "$dir/s.png" "$dir/official.png"
 ok "as ours do" sample "$dir/run" -n 2 --class 1 --seed 7
 ok "the same picture" "$build/pictures" same "$dir/s.png" "$dir/official.png" 0 0 34 16
+mkdir "$dir/converted" "$dir/half"
+ok "converted to safetensors" "$build/sample" "$dir/official" --convert "$dir/converted"
+ok "which sample" sample "$dir/converted" -n 2 --class 1 --seed 7
+ok "the same picture again" "$build/pictures" same "$dir/s.png" "$dir/official.png" 0 0 34 16
+ok "converted to half the size" "$build/sample" "$dir/official" --convert "$dir/half" --store bf16
+ok "which sample" sample "$dir/half" -n 2 --class 1 --seed 7
+refused 1 "has a model already" "$build/sample" "$dir/official" --convert "$dir/half"
+refused 1 "no such folder" "$build/sample" "$dir/official" --convert "$dir/nowhere"
+refused 2 "f32, f16 or bf16" "$build/sample" "$dir/official" --convert "$dir/nowhere" --store int8
+refused 1 "not installed" "$build/sample" ffhq --convert "$dir/nowhere"
 ok "without the moving average" sample "$dir/official" -n 1 --class 1 --no-ema
 sed -i 's/enc_depth 1/enc_depth 2/' "$dir/official/config.txt"
 refused_late 1 "no tensor" sample "$dir/official" -n 2 --class 1
