@@ -2,6 +2,7 @@
 # make test         every test; the last line is "N passed, N failed"
 # make test SANITIZE=1   the same under AddressSanitizer and UndefinedBehaviorSanitizer
 # make bench        how fast, as fractions of this machine's ceilings
+# make fuzz SECONDS=60  the readers of checkpoints under libFuzzer (needs clang; Debian: clang, libclang-rt-14-dev)
 # make data/emoji   the pictures that the bundled model was trained on
 # Variables: CC=clang, MARCH=x86-64-v3 (default native), SANITIZE=1. Each combination builds in its own folder.
 
@@ -64,7 +65,7 @@ $(PROGRAMS): %: $B/%
 	@cp -f $< $@
 test/golden test/bench: test/%: $B/%
 	@cp -f $< $@
-.PHONY: all test bench clean format FORCE
+.PHONY: all test bench fuzz clean format FORCE
 ifneq ($(shell cat build/last 2>/dev/null),$B)
 $(PROGRAMS) test/golden test/bench: FORCE
 $(shell mkdir -p build && echo $B >build/last)
@@ -99,6 +100,19 @@ test: $(TEST_BIN) $B/golden $B/pictures $(PROGRAMS:%=$B/%)
 
 bench: test/bench
 	test/bench
+
+FUZZ := zip pickle legacy safetensors
+SECONDS ?= 60
+fuzz: $B/test_ckpt
+	@for f in $(FUZZ); do mkdir -p build/fuzz/$$f && clang -std=c11 -D_GNU_SOURCE -g -O1 -Wno-unknown-pragmas \
+	    -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -o build/fuzz_$$f test/fuzz_$$f.c base.c \
+	    checkpoint.c ckpt.c -lz -lm || exit 1; done
+	@$B/test_ckpt --seeds build/fuzz
+	@cp test/golden-cases/ckpt_formats/model_half_legacy.ckpt build/fuzz/legacy
+	@cp test/golden-cases/ckpt_formats/model_half.ckpt build/fuzz/zip
+	@cp test/golden-cases/ckpt_formats/io.safetensors build/fuzz/safetensors
+	@for f in $(FUZZ); do echo "fuzz_$$f, $(SECONDS) s"; build/fuzz_$$f -max_total_time=$(SECONDS) -timeout=10 -max_len=20000 \
+	    -rss_limit_mb=4096 -print_final_stats=1 build/fuzz/$$f >build/fuzz_$$f.log 2>&1 || { tail -30 build/fuzz_$$f.log; exit 1; }; done
 
 data/emoji:
 	/usr/bin/python3 dev/emoji.py --out $@

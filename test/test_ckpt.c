@@ -597,7 +597,26 @@ static int make_official(const char *run, const char *dir) {
     }
 }
 
+/* ---- test_ckpt --seeds DIR: small files of every kind for the fuzzers to start from ---- */
+
+static void put_seed(const char *dir, const char *name, const Bytes *data) {
+    snprintf(path, sizeof path, "%.30s/%s", dir, name);
+    put_file(data->b, data->n);
+}
+
+static int make_seeds(const char *dir) {
+    make_archive(0);
+    put_seed(dir, "zip/plain", &file);
+    make_archive(1);
+    put_seed(dir, "zip/zip64", &file);
+    put_seed(dir, "pickle/object", &pickle);
+    make_old();
+    put_seed(dir, "legacy/old", &file);
+    return test_failed != 0;
+}
+
 int main(int argc, char **argv) {
+    if (argc == 3 && strcmp(argv[1], "--seeds") == 0) return make_seeds(argv[2]);
     if (argc == 4 && strcmp(argv[1], "--official") == 0) return make_official(argv[2], argv[3]);
     snprintf(path, sizeof path, "/tmp/test_ckpt.%ld", (long)getpid());
     make_archive(0);
