@@ -285,7 +285,7 @@ int32_t sample_pick(const real *prob, size_t K, double u) {
 
 static const NamedModel named[] = {
     {"emoji", "models/emoji", NULL, NULL, "geometric", "bundled: emoji in nine classes, 64x64, 3 scales", 3,
-     "512 / 512", NULL},
+     "1024 / 1024", NULL},
     {"ffhq", "models/ffhq_4_scales_geometric", "vqgan/vqgan-ffhq.ckpt", "ffhq_4_scales_geometric.zip", "geometric",
      "faces, 256x256, 4 scales, residual-scaled", 4, "548 / 1024", "smileys"},
     {"ffhq2", "models/ffhq_2_scales_custom", "vqgan/vqgan-ffhq.ckpt", "ffhq_2_scales_custom.zip", "ffhq_bernoulli_PSIM",
