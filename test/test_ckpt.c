@@ -579,11 +579,11 @@ static int make_official(const char *run, const char *dir) {
     Checkpoint vqgan, scale;
     char from[600];
     snprintf(from, sizeof from, "%s/vqgan.safetensors", run);
-    if (checkpoint_open(&vqgan, from) != OK) return puts(err_text()), 1;
-    for (int t = 1;; t++) {
+    CHECK_OK(checkpoint_open(&vqgan, from));
+    for (int t = 1; !test_failed; t++) {
         snprintf(from, sizeof from, "%s/scale%d.safetensors", run, t);
-        if (access(from, F_OK) != 0) return t == 1;
-        if (checkpoint_open(&scale, from) != OK) return puts(err_text()), 1;
+        if (t > 1 && access(from, F_OK) != 0) break;
+        CHECK_OK(checkpoint_open(&scale, from));
         Archive *z = new_archive(t == 2);
         file.n = pickle.n = 0;
         size_t n = adopt(z, m, name, 0, &vqgan, "first_stage_model.");
@@ -595,6 +595,8 @@ static int make_official(const char *run, const char *dir) {
         put_file(file.b, file.n);
         checkpoint_close(&scale);
     }
+    checkpoint_close(&vqgan);
+    return test_failed != 0;
 }
 
 /* ---- test_ckpt --seeds DIR: small files of every kind for the fuzzers to start from ---- */
@@ -615,9 +617,7 @@ static int make_seeds(const char *dir) {
     return test_failed != 0;
 }
 
-int main(int argc, char **argv) {
-    if (argc == 3 && strcmp(argv[1], "--seeds") == 0) return make_seeds(argv[2]);
-    if (argc == 4 && strcmp(argv[1], "--official") == 0) return make_official(argv[2], argv[3]);
+static int test_all(void) {
     snprintf(path, sizeof path, "/tmp/test_ckpt.%ld", (long)getpid());
     make_archive(0);
     check_model("zip");
@@ -633,7 +633,18 @@ int main(int argc, char **argv) {
     test_hostile_archives();
     test_hostile_old();
     unlink(path);
+    return test_report();
+}
+
+int main(int argc, char **argv) {
+    int status;
+    if (argc == 3 && strcmp(argv[1], "--seeds") == 0)
+        status = make_seeds(argv[2]);
+    else if (argc == 4 && strcmp(argv[1], "--official") == 0)
+        status = make_official(argv[2], argv[3]);
+    else
+        status = test_all();
     free(file.b);
     free(pickle.b);
-    return test_report();
+    return status;
 }
