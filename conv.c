@@ -33,10 +33,6 @@
 
 #include <string.h>
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
 #include "imagebart.h"
 
 enum {

@@ -75,6 +75,24 @@ static inline double gradient_error(double (*f)(void *), void *context, real *x,
     return worst;
 }
 
+/* Whatever opens as a checkpoint must be readable to the last byte (the sanitizers watch). 1: it opened. */
+static inline int open_and_read(const char *path) {
+    Checkpoint ck;
+    if (checkpoint_open(&ck, path) != OK) {
+        CHECK(err_text()[0] && !ck.map);
+        return 0;
+    }
+    double sum = 0;
+    for (size_t i = 0; i < ck.n; i++) {
+        real *out = (real *)malloc((ck.tensor[i].size + 1) * sizeof(real));
+        tensor_to_reals(&ck.tensor[i], out);
+        for (size_t k = 0; k < ck.tensor[i].size; k++) sum += (double)out[k];
+        free(out);
+    }
+    checkpoint_close(&ck);
+    return sum == sum || 1;
+}
+
 static inline int test_report(void) {
     if (test_passed + test_failed == 0) test_failed = 1; /* a test that checks nothing fails */
     printf("%zu passed, %zu failed\n", test_passed, test_failed);

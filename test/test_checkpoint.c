@@ -601,24 +601,6 @@ static void test_foreign_files(void) {
     CHECK_ERR(checkpoint_open(&ck, path), "1099 bytes is too long");
 }
 
-/* Whatever opens must be readable to the last byte (the sanitizers watch). 1: it opened. */
-static int open_and_read(const char *path) {
-    Checkpoint ck;
-    if (checkpoint_open(&ck, path) != OK) {
-        CHECK(err_text()[0] && !ck.map);
-        return 0;
-    }
-    double sum = 0;
-    for (size_t i = 0; i < ck.n; i++) {
-        real *out = (real *)malloc((ck.tensor[i].size + 1) * sizeof(real));
-        tensor_to_reals(&ck.tensor[i], out);
-        for (size_t k = 0; k < ck.tensor[i].size; k++) sum += (double)out[k];
-        free(out);
-    }
-    checkpoint_close(&ck);
-    return sum == sum || 1;
-}
-
 /* Every truncation, and thousands of damaged copies, of a file with all that the format has. */
 static void test_damaged_files(void) {
     TensorList list = {0};

@@ -513,26 +513,14 @@ static void test_hostile_old(void) {
 
 /* ---- Every truncation and thousands of damaged copies: an error or a model, never a crash ---- */
 
-static int open_and_read(const unsigned char *data, size_t n) {
-    Checkpoint ck;
-    put_file(data, n);
-    if (checkpoint_open(&ck, path) != OK) return CHECK(err_text()[0] && !ck.map), 0;
-    double sum = 0;
-    for (size_t i = 0; i < ck.n; i++) {
-        real *out = (real *)malloc((ck.tensor[i].size + 1) * sizeof(real));
-        tensor_to_reals(&ck.tensor[i], out);
-        for (size_t k = 0; k < ck.tensor[i].size; k++) sum += (double)out[k];
-        free(out);
-    }
-    checkpoint_close(&ck);
-    return sum == sum || 1;
-}
-
 static void test_damaged(const char *what) {
     static const unsigned char spice[] = "\0\1\377\200QRbtu(.0Nh\x85\x86PK";
     unsigned char *copy = (unsigned char *)malloc(file.n);
     size_t cut = 0, opened = 0, damaged = 3000;
-    for (size_t n = 0; n < file.n; n++) cut += (size_t)open_and_read(file.b, n);
+    for (size_t n = 0; n < file.n; n++) {
+        put_file(file.b, n);
+        cut += (size_t)open_and_read(path);
+    }
     CHECK(cut == 0);
     for (size_t i = 0; i < damaged; i++) {
         uint32_t r[4];
@@ -540,7 +528,8 @@ static void test_damaged(const char *what) {
         memcpy(copy, file.b, file.n);
         copy[r[0] % file.n] = r[1] % 2 ? spice[r[2] % (sizeof spice - 1)] : (unsigned char)(r[2] >> 8);
         if (r[1] % 4 == 0) copy[r[3] % file.n] = spice[r[3] / 7 % (sizeof spice - 1)];
-        opened += (size_t)open_and_read(copy, file.n);
+        put_file(copy, file.n);
+        opened += (size_t)open_and_read(path);
     }
     CHECK(opened > 0 && opened < damaged);
     free(copy);
