@@ -833,11 +833,12 @@ typedef struct {
     int32_t *x_t;          /* (n,N) */
     int32_t *prev, *scale; /* (n) */
     real *prob;            /* (n,K) */
+    double *fit;           /* (n) log probability of the known tokens in this pass */
 } Run;
 
 void sample_defaults(SampleOptions *o, const Model *m) {
     memset(o, 0, sizeof *o);
-    o->n = 1;
+    o->n = o->candidates = 1;
     for (int t = 0; t <= m->schedule.T; t++) {
         o->temperature[t] = 1;
         o->chain[t] = 1;
@@ -859,6 +860,8 @@ static Err check_options(const Model *m, const SampleOptions *o) {
     for (size_t b = 0; o->label && b < o->n; b++)
         if (o->label[b] < 0 || (size_t)o->label[b] >= m->n_classes)
             return err("sampling: class %d, expected 0..%zu", (int)o->label[b], m->n_classes - 1);
+    if (o->candidates < 1 || o->n % o->candidates)
+        return err("sampling: %zu samples in groups of %zu candidates", o->n, o->candidates);
     if (!o->known != !o->keep) return err("sampling: known tokens and their mask go together");
     for (size_t i = 0, N = m->h * m->w; o->known && i < o->n * N; i++)
         if (o->keep[i % N] && (o->known[i] < 0 || (size_t)o->known[i] >= m->K))
@@ -904,6 +907,14 @@ static Err position_logits(const Run *r, size_t i, const real **logits, size_t *
     return transformer_decode_step(r->net, r->prev, i, logits);
 }
 
+/* log softmax(logits)[k] */
+static double log_prob(const real *logits, size_t K, size_t k) {
+    double largest = -HUGE_VAL, sum = 0;
+    for (size_t j = 0; j < K; j++) largest = fmax(largest, (double)logits[j]);
+    for (size_t j = 0; j < K; j++) sum += exp((double)logits[j] - largest);
+    return (double)logits[k] - largest - log(sum);
+}
+
 static void draw_position(const Run *r, const real *logits, size_t stride, size_t i, int t, size_t repeat) {
     const SampleOptions *o = r->o;
     size_t K = r->K;
@@ -913,6 +924,7 @@ static void draw_position(const Run *r, const real *logits, size_t stride, size_
     for (size_t b = 0; b < o->n; b++) {
         real *prob = r->prob + b * K;
         int32_t guide = o->known && o->keep[i] ? o->known[b * r->N + i] : -1;
+        if (o->candidates > 1 && guide >= 0) r->fit[b] += log_prob(logits + b * stride, K, (size_t)guide);
         sample_probs(prob, logits + b * stride, K, guide, temperature, o->top_k[t]);
         double u = rng_uniform(o->seed, pass_stream(RNG_SAMPLE, t, repeat, o->first + b), i);
         r->tokens[b * r->N + i] = sample_pick(prob, K, u);
@@ -924,6 +936,7 @@ static Err sample_pass(const Run *r, int t, size_t repeat) {
     const SampleOptions *o = r->o;
     memcpy(r->x_t, r->tokens, o->n * r->N * sizeof *r->tokens);
     memset(r->prev, 0, o->n * sizeof *r->prev);
+    memset(r->fit, 0, o->n * sizeof *r->fit);
     for (size_t b = 0; b < o->n; b++) r->scale[b] = t;
     if (!o->uncached) TRY(transformer_decode_begin(r->net, r->x_t, r->scale, o->label, o->n, r->N));
     for (size_t i = 0; i < r->N; i++) {
@@ -939,6 +952,23 @@ static Err sample_pass(const Run *r, int t, size_t repeat) {
     return OK;
 }
 
+/* Each group of candidates is drawn anew from itself, in proportion to exp(fit). */
+static void choose_candidates(const Run *r, int t, size_t repeat) {
+    size_t M = r->o->candidates, N = r->N;
+    memcpy(r->x_t, r->tokens, r->o->n * N * sizeof *r->tokens);
+    for (size_t g = 0; g < r->o->n; g += M) {
+        double best = -HUGE_VAL, sum = 0;
+        for (size_t j = g; j < g + M; j++) best = fmax(best, r->fit[j]);
+        for (size_t j = g; j < g + M; j++) sum += r->fit[j] = exp(r->fit[j] - best);
+        for (size_t j = g; j < g + M; j++) {
+            double u = rng_uniform(r->o->seed, pass_stream(RNG_CHOOSE, t, repeat, r->o->first + j), 0) * sum;
+            size_t from = g;
+            while (from + 1 < g + M && u >= r->fit[from]) u -= r->fit[from++];
+            memcpy(r->tokens + j * N, r->x_t + from * N, N * sizeof *r->tokens);
+        }
+    }
+}
+
 static Err sample_scales(Run *r) {
     const SampleOptions *o = r->o;
     start_tokens(r);
@@ -950,6 +980,7 @@ static Err sample_scales(Run *r) {
         for (size_t repeat = 0; repeat < o->chain[t]; repeat++) {
             if (repeat > 0) renoise(r, t, repeat);
             TRY(sample_pass(r, t, repeat));
+            if (o->candidates > 1) choose_candidates(r, t, repeat);
         }
         if (o->scale_done) o->scale_done(o->context, t, r->tokens);
     }
@@ -963,6 +994,7 @@ static Err run_buffers(Run *r) {
     TRY(mem_alloc(&r->x_t, nN, sizeof *r->x_t, "tokens of a batch"));
     TRY(mem_alloc(&r->prev, n, sizeof *r->prev, "tokens of a step"));
     TRY(mem_alloc(&r->scale, n, sizeof *r->scale, "scales of a batch"));
+    TRY(mem_alloc(&r->fit, n, sizeof *r->fit, "weights of candidates"));
     return mem_alloc(&r->prob, nK, sizeof *r->prob, "token probabilities");
 }
 
@@ -970,6 +1002,7 @@ static void free_buffers(Run *r) {
     free(r->x_t);
     free(r->prev);
     free(r->scale);
+    free(r->fit);
     free(r->prob);
 }
 

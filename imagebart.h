@@ -103,6 +103,8 @@ typedef enum {
     RNG_RENOISE,  /* chains: noise between repeats, a = t and repeat, b = sample */
     RNG_UNKNOWN,  /* tokens of codes outside the remap table, b = image */
     RNG_CODES,    /* which latents replace dead codes, a = 0, b = step */
+    RNG_CHOOSE,   /* inpainting: which candidates stay, a = t and repeat, b = sample */
+    RNG_PREFIX,   /* training: noise in the decoder's prefix, a = how much or which, b = step */
     RNG_TEST      /* tests */
 } RngPurpose;
 uint64_t rng_stream(RngPurpose purpose, uint64_t a, uint64_t b);
@@ -578,6 +580,7 @@ typedef struct {
     const int32_t *label;               /* (n) or NULL */
     const int32_t *known;               /* (n,N) tokens to keep, or NULL */
     const uint8_t *keep;                /* (N) 1 = keep */
+    size_t candidates;                  /* > 1: samples are candidates in groups of so many (n a multiple), see below */
     /* called after every token position and every scale; nonzero return stops with an error */
     int (*progress)(void *context, int t, size_t repeat, size_t done, size_t of);
     void (*scale_done)(void *context, int t,
@@ -590,7 +593,10 @@ void sample_defaults(SampleOptions *o, const Model *m);
 Err sample_scale(Transformer *net, const SampleOptions *o, int t, size_t repeat, size_t N, int32_t *tokens);
 /* The class under which the network of scale 1 finds the kept tokens (N) likeliest: for pictures of unknown class. */
 Err model_guess_class(Model *m, const int32_t *tokens, const uint8_t *keep, uint64_t seed, int32_t *label);
-/* tokens (n,N) = x_0, by ancestral sampling t = T..1 (SPEC section 5), with the guide and chains of inpainting. */
+/* tokens (n,N) = x_0, by ancestral sampling t = T..1 (SPEC section 5), with the guide and chains of inpainting.
+ * The guide forces known tokens without asking whether what was drawn before them agrees. Candidates ask: after every
+ * pass each group is drawn anew from itself, a candidate's weight being the probability its pass gave the known tokens
+ * (importance resampling); the first of each group is the result. */
 Err model_sample(Model *m, const SampleOptions *o, int32_t *tokens);
 
 /* ------------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@
 
 typedef struct {
     const char *image, *mask, *half;
-    size_t window, outside;
+    size_t window, outside, candidates;
     int no_paste, official_mask, compare;
 } InpaintArgs;
 
@@ -19,13 +19,14 @@ typedef struct {
     Model model;
     const SamplingArgs *args;
     const InpaintArgs *in;
-    size_t side, N;
+    size_t side, N, rows;      /* rows: samples times candidates in a batch */
     Image picture;       /* (side,side), what is completed */
     uint8_t *keep;       /* (side,side) 1 = the pixel stays */
     uint8_t *keep_token; /* (N) */
-    int32_t *known;      /* (n,N) tokens of the picture, once per sample */
+    int32_t *known;      /* (rows,N) tokens of the picture, once per row of a batch */
+    int32_t *label;      /* (rows) */
+    int32_t *drawn;      /* (rows,N) a batch */
     int32_t *tokens;     /* (n,N) */
-    int32_t *label;      /* (n) */
     SampleOptions options;
 } Job;
 
@@ -128,14 +129,16 @@ static Err token_mask(Job *job) {
 
 static Err encode_picture(Job *job) {
     real *image = NULL;
-    size_t side = job->side, n = job->args->n;
+    size_t side = job->side;
     TRY(mem_alloc(&image, 3 * side, side * sizeof *image, "picture"));
-    TRY(mem_alloc(&job->known, n * job->N, sizeof *job->known, "known tokens"));
-    TRY(mem_alloc(&job->tokens, n * job->N, sizeof *job->tokens, "tokens"));
+    TRY(mem_alloc(&job->known, job->rows * job->N, sizeof *job->known, "known tokens"));
+    TRY(mem_alloc(&job->drawn, job->rows * job->N, sizeof *job->drawn, "tokens of a batch"));
+    TRY(mem_alloc(&job->tokens, job->args->n * job->N, sizeof *job->tokens, "tokens"));
     Err e = image_prepare(image, &job->picture, PREP_FOLDER, side, -1, -1, 0);
     if (e == OK) e = vqgan_plan(job->model.vqgan, 1, side, side, 0);
     if (e == OK) e = vqgan_encode(job->model.vqgan, image, 1, side, side, job->args->seed, NULL, NULL, job->known);
-    for (size_t b = 1; e == OK && b < n; b++) memcpy(job->known + b * job->N, job->known, job->N * sizeof *job->known);
+    for (size_t b = 1; e == OK && b < job->rows; b++)
+        memcpy(job->known + b * job->N, job->known, job->N * sizeof *job->known);
     free(image);
     return e;
 }
@@ -146,7 +149,7 @@ static Err choose_class(Job *job) {
     int32_t label = -1;
     char folder[256] = "";
     if (job->model.n_classes == 0) return a->class_name ? model_class(&job->model, a->class_name, &label) : OK;
-    TRY(mem_alloc(&job->label, a->n, sizeof *job->label, "classes"));
+    TRY(mem_alloc(&job->label, job->rows, sizeof *job->label, "classes"));
     const char *end = strrchr(job->in->image, '/'), *start = end;
     while (start && start > job->in->image && start[-1] != '/') start--;
     if (end && (size_t)(end - start) < sizeof folder) memcpy(folder, start, (size_t)(end - start));
@@ -157,7 +160,7 @@ static Err choose_class(Job *job) {
     else if (label < 0)
         TRY(model_guess_class(&job->model, job->known, job->keep_token, a->seed, &label));
     fprintf(stderr, "class %s%s\n", job->model.class_name[label], a->class_name ? "" : " (--class chooses another)");
-    for (size_t b = 0; b < a->n; b++) job->label[b] = label;
+    for (size_t b = 0; b < job->rows; b++) job->label[b] = label;
     return OK;
 }
 
@@ -179,12 +182,16 @@ static Err draw_tokens(Job *job) {
     job->options.keep = job->keep_token;
     job->options.progress = progress;
     job->options.context = job;
-    for (size_t first = 0; first < a->n; first += a->batch) {
-        job->options.first = first;
-        job->options.n = a->n - first < a->batch ? a->n - first : a->batch;
-        job->options.known = job->known + first * job->N;
-        job->options.label = job->label ? job->label + first : NULL;
-        TRY(model_sample(&job->model, &job->options, job->tokens + first * job->N));
+    size_t M = job->options.candidates = job->in->candidates, most = job->rows / M;
+    job->options.known = job->known;
+    job->options.label = job->label;
+    for (size_t first = 0; first < a->n; first += most) {
+        size_t n = min_size(most, a->n - first);
+        job->options.first = first * M;
+        job->options.n = n * M;
+        TRY(model_sample(&job->model, &job->options, job->drawn));
+        for (size_t b = 0; b < n; b++)
+            memcpy(job->tokens + (first + b) * job->N, job->drawn + b * M * job->N, job->N * sizeof *job->tokens);
     }
     progress_end();
     return OK;
@@ -244,6 +251,7 @@ static void inpaint(SamplingArgs *a, const InpaintArgs *in) {
     job.side = job.model.side;
     job.N = job.model.h * job.model.w;
     fprintf(stderr, "seed %llu\n", (unsigned long long)a->seed);
+    job.rows = min_size(a->n, a->batch > in->candidates ? a->batch / in->candidates : 1) * in->candidates;
     size_t H = 0, W = 0;
     check(read_picture(&job, &H, &W));
     check(make_mask(&job, H, W));
@@ -272,7 +280,7 @@ static const char intro[] =
 
 int main(int argc, char **argv) {
     SamplingArgs a = {.out = "inpainted.png", .n = 1, .batch = 16, .seed = SEED_NOT_GIVEN};
-    InpaintArgs in = {0};
+    InpaintArgs in = {.candidates = 1};
     const Option table[] = {
         {OPT_HEADING, "Arguments", NULL, NULL, 0, 0, NULL},
         {OPT_ARGUMENT, "MODEL", NULL, &a.model, 0, 0,
@@ -291,6 +299,8 @@ int main(int argc, char **argv) {
          "a token is kept if its first pixel is, as in the official code"},
         {OPT_SIZE, "-n", "COUNT", &a.n, 1, 4096, "how many completions (default 1)"},
         {OPT_STRING, "-o", "OUT.png", &a.out, 0, 0, "where they go (default inpainted.png)"},
+        {OPT_SIZE, "--candidates", "M", &in.candidates, 1, 4096,
+         "draw M of each and keep those that the kept part fits best (default 1)"},
         SAMPLING_OPTIONS(a),
         {OPT_END, NULL, NULL, NULL, 0, 0, NULL}};
     options_parse(argc, argv, table, intro);

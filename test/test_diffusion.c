@@ -642,6 +642,65 @@ static void test_guide(const char *dir) {
     model_close(&m);
 }
 
+/* One scale, x_0[1] known, x_0[0] asked: p(x_0[0] | x_0[1]) is proportional to p(x_0[0]) p(x_0[1] | x_0[0]), which
+ * takes a forward pass for each value. The guide alone draws from p(x_0[0]), candidates from the former. */
+static void exact_first_token(Model *m, double p[USED], double guided[USED], int32_t known) {
+    int32_t tokens[USED * N] = {0}, x_t[USED * N] = {0}, scale[USED];
+    const real *logits;
+    real prob[USED];
+    double sum = 0;
+    for (int k = 0; k < USED; k++) tokens[k * N] = k, tokens[k * N + 1] = known, scale[k] = 1;
+    CHECK_OK(model_scale(m, 1));
+    CHECK_OK(transformer_plan(m->net, USED, N, 0));
+    CHECK_OK(transformer_forward(m->net, tokens, x_t, scale, NULL, USED, N, &logits));
+    for (int k = 0; k < USED; k++) {
+        sample_probs(prob, logits + k * N * USED, USED, -1, 1, 0);
+        guided[k] = (double)prob[k];
+        sample_probs(prob, logits + (k * N + 1) * USED, USED, -1, 1, 0);
+        sum += p[k] = guided[k] * (double)prob[known];
+    }
+    for (int k = 0; k < USED; k++) p[k] /= sum;
+}
+
+static double first_token_chi(Model *m, const double p[USED], int32_t value, size_t groups, size_t M) {
+    SampleOptions o;
+    int32_t *tokens = NULL, *known = NULL;
+    uint8_t keep[N] = {0, 1};
+    double count[USED] = {0}, chi = 0;
+    CHECK_OK(mem_alloc(&tokens, groups * M * N, sizeof *tokens, "test"));
+    CHECK_OK(mem_alloc(&known, groups * M * N, sizeof *known, "test"));
+    for (size_t b = 0; b < groups * M; b++) known[b * N + 1] = value;
+    sample_defaults(&o, m);
+    o.n = groups * M, o.candidates = M, o.known = known, o.keep = keep;
+    CHECK_OK(model_sample(m, &o, tokens));
+    for (size_t g = 0; g < groups; g++) {
+        CHECK(tokens[g * M * N + 1] == value);
+        count[tokens[g * M * N]]++;
+    }
+    for (int k = 0; k < USED; k++) chi += pow(count[k] - (double)groups * p[k], 2) / ((double)groups * p[k]);
+    free(tokens), free(known);
+    return chi;
+}
+
+/* 6 degrees of freedom: 28 is exceeded by chance once in 10,000. */
+static void test_candidates(const char *dir) {
+    Model m;
+    SampleOptions o;
+    int32_t tokens[BATCH * N], value = 0;
+    double p[USED], guided[USED];
+    CHECK_OK(model_open(&m, dir, NULL));
+    exact_first_token(&m, p, guided, value);
+    CHECK(first_token_chi(&m, p, value, 1000, 100) < 28);
+    CHECK(first_token_chi(&m, guided, value, 1000, 1) < 28);
+    CHECK(!(first_token_chi(&m, p, value, 1000, 1) < 28)); /* the check can fail */
+    sample_defaults(&o, &m);
+    o.n = BATCH, o.candidates = 3;
+    CHECK_ERR(model_sample(&m, &o, tokens), "groups of 3");
+    o.candidates = 0;
+    CHECK_ERR(model_sample(&m, &o, tokens), "groups of 0");
+    model_close(&m);
+}
+
 /* Chains: when repeat r has written its first token, the others still hold x_t, the renoised result of the repeat
  * before. Each differs from that result with probability (1 - r/n) beta_t (1 - 1/K), known tokens too. */
 typedef struct {
@@ -915,7 +974,8 @@ int main(void) {
     test_sample_probs();
     test_top_k();
     test_sample_pick();
-    char plain[600], classes[600];
+    char plain[600], classes[600], single[600];
+    tiny_path(single, dir, "single");
     tiny_path(plain, dir, "plain");
     tiny_path(classes, dir, "classes");
     test_same_tokens(&(Tiny){3, 0, 0, 0, 0, X_PLAIN}, "plain"); /* scales 1, 2 NET_X, 3 NET_GPT */
@@ -928,6 +988,7 @@ int main(void) {
     test_oracle(&(Tiny){4, 1, 1, 0, 0, X_RESIDUAL_SCALED}, "joint");
     test_oracle(&(Tiny){2, 0, 0, 0, 0, X_RESIDUAL}, "residual");
     test_guide(plain);
+    test_candidates(single);
     test_chain_rates(plain);
     test_sample_options(plain);
     test_ema();
