@@ -9,6 +9,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+enum { MAX_CANDIDATES = 4096 };
+
 typedef struct {
     const char *image, *mask, *half;
     size_t window, outside, candidates;
@@ -19,7 +21,8 @@ typedef struct {
     Model model;
     const SamplingArgs *args;
     const InpaintArgs *in;
-    size_t side, N, rows;      /* rows: samples times candidates in a batch */
+    size_t side, N;
+    size_t M, rows;      /* candidates for a sample; samples times candidates in a batch */
     Image picture;       /* (side,side), what is completed */
     uint8_t *keep;       /* (side,side) 1 = the pixel stays */
     uint8_t *keep_token; /* (N) */
@@ -168,6 +171,13 @@ static int progress(void *context, int t, size_t repeat, size_t done, size_t of)
     return sampling_progress(&((Job *)context)->options, t, repeat, done, of);
 }
 
+/* What the user gave, else what the model's file recommends, else one. */
+static size_t candidates(const Model *m, size_t given) {
+    size_t M = given ? given : 1;
+    if (!given) check(config_size(&M, &m->meta, "imagebart.", "candidates", 1, MAX_CANDIDATES, 1));
+    return M;
+}
+
 /* Official defaults: three passes per scale for geometric schedules, else five, and one for the noisiest. */
 static const char *chain_lengths(const Model *m, char list[MAX_SCALES * 2]) {
     const char *redraw = config_get(&m->meta, "model.params.", "redraw_prob");
@@ -182,7 +192,7 @@ static Err draw_tokens(Job *job) {
     job->options.keep = job->keep_token;
     job->options.progress = progress;
     job->options.context = job;
-    size_t M = job->options.candidates = job->in->candidates, most = job->rows / M;
+    size_t M = job->options.candidates = job->M, most = job->rows / M;
     job->options.known = job->known;
     job->options.label = job->label;
     for (size_t first = 0; first < a->n; first += most) {
@@ -230,6 +240,7 @@ static Err write_result(Job *job) {
     if (e == OK && !job->in->no_paste) paste(job, &im, first, tiles, columns, gap);
     if (e == OK) e = sampling_text(&text, job->args, &job->options, &job->model);
     if (e == OK) e = config_set(&text, "inpainted", "%s", job->in->image);
+    if (e == OK) e = config_set(&text, "candidates", "%zu", job->M);
     if (e == OK) e = image_write_png(job->args->out, &im, &text);
     image_free(&im);
     config_free(&text);
@@ -251,7 +262,8 @@ static void inpaint(SamplingArgs *a, const InpaintArgs *in) {
     job.side = job.model.side;
     job.N = job.model.h * job.model.w;
     fprintf(stderr, "seed %llu\n", (unsigned long long)a->seed);
-    job.rows = min_size(a->n, a->batch > in->candidates ? a->batch / in->candidates : 1) * in->candidates;
+    job.M = candidates(&job.model, in->candidates);
+    job.rows = min_size(a->n, max_size(1, a->batch / job.M)) * job.M;
     size_t H = 0, W = 0;
     check(read_picture(&job, &H, &W));
     check(make_mask(&job, H, W));
@@ -265,7 +277,7 @@ static void inpaint(SamplingArgs *a, const InpaintArgs *in) {
     if (a->show) check(show_png(a->out));
     image_free(&job.picture);
     model_close(&job.model);
-    void *buffers[] = {job.keep, job.keep_token, job.known, job.tokens, job.label};
+    void *buffers[] = {job.keep, job.keep_token, job.known, job.label, job.drawn, job.tokens};
     for (size_t i = 0; i < sizeof buffers / sizeof *buffers; i++) free(buffers[i]);
 }
 
@@ -280,7 +292,7 @@ static const char intro[] =
 
 int main(int argc, char **argv) {
     SamplingArgs a = {.out = "inpainted.png", .n = 1, .batch = 16, .seed = SEED_NOT_GIVEN};
-    InpaintArgs in = {.candidates = 1};
+    InpaintArgs in = {0};
     const Option table[] = {
         {OPT_HEADING, "Arguments", NULL, NULL, 0, 0, NULL},
         {OPT_ARGUMENT, "MODEL", NULL, &a.model, 0, 0,
@@ -299,8 +311,9 @@ int main(int argc, char **argv) {
          "a token is kept if its first pixel is, as in the official code"},
         {OPT_SIZE, "-n", "COUNT", &a.n, 1, 4096, "how many completions (default 1)"},
         {OPT_STRING, "-o", "OUT.png", &a.out, 0, 0, "where they go (default inpainted.png)"},
-        {OPT_SIZE, "--candidates", "M", &in.candidates, 1, 4096,
-         "draw M of each and keep those that the kept part fits best (default 1)"},
+        {OPT_SIZE, "--candidates", "M", &in.candidates, 1, MAX_CANDIDATES,
+         "draw M of each, and after every pass go on from those that the kept part\nfits best (default: what the model "
+         "recommends, or 1)"},
         SAMPLING_OPTIONS(a),
         {OPT_END, NULL, NULL, NULL, 0, 0, NULL}};
     options_parse(argc, argv, table, intro);
