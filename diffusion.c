@@ -1024,37 +1024,85 @@ Err sample_scale(Transformer *net, const SampleOptions *o, int t, size_t repeat,
     return e;
 }
 
-/* Cross entropy of the kept tokens of x_0, seen through one draw of x_1, under every class. */
-Err model_guess_class(Model *m, const int32_t *tokens, const uint8_t *keep, uint64_t seed, int32_t *label) {
-    size_t N = m->h * m->w, kept = 0;
-    int32_t *x_t = NULL, *target = NULL, one = 1;
-    real *rows = NULL;
-    double best = HUGE_VAL;
-    TRY(model_scale(m, 1));
-    TRY(transformer_plan(m->net, 1, N, 0));
-    TRY(mem_alloc(&x_t, 2 * N, sizeof *x_t, "tokens"));
-    Err e = mem_alloc(&rows, N * m->K, sizeof *rows, "logits");
-    target = x_t + N;
-    memcpy(x_t, tokens, N * sizeof *x_t);
-    noise_step(x_t, N, m->K, m->schedule.beta[1], seed, rng_stream(RNG_NOISE, 1, 0), 0);
-    for (int32_t c = 0; e == OK && (size_t)c < m->n_classes; c++) {
+/* ---- Which class? ------------------------------------------------------------------------------------------ */
+
+enum { BOUND_DRAWS = 8 }; /* draws of the chain, side by side in a batch */
+
+/* n = BOUND_DRAWS*N cells, of which the kept ones come first in the arrays of size (n) and (n,K). */
+typedef struct {
+    size_t n, kept;
+    int32_t *chain;              /* (T+1,n) x_0 .. x_T */
+    int32_t *x_0, *x_prev, *x_t; /* (n) */
+    int32_t *scale, *label;      /* (BOUND_DRAWS) */
+    real *q, *logits;            /* (n,K) */
+} Bound;
+
+static Err bound_buffers(Bound *a, const Model *m) {
+    size_t n = a->n, reals;
+    TRY(size_mul(&reals, n, m->K));
+    TRY(mem_alloc(&a->chain, (size_t)m->schedule.T + 4, n * sizeof *a->chain, "tokens of every scale"));
+    TRY(mem_alloc(&a->scale, 2 * BOUND_DRAWS, sizeof *a->scale, "scales of a batch"));
+    TRY(mem_alloc(&a->q, reals, sizeof *a->q, "posterior"));
+    a->x_0 = a->chain + ((size_t)m->schedule.T + 1) * n, a->x_prev = a->x_0 + n, a->x_t = a->x_prev + n;
+    a->label = a->scale + BOUND_DRAWS;
+    return mem_alloc(&a->logits, reals, sizeof *a->logits, "logits");
+}
+
+/* What is not kept is unknown: uniform at every scale. */
+static void bound_chain(Bound *a, const Model *m, const int32_t *tokens, const uint8_t *keep, uint64_t seed) {
+    size_t n = a->n, N = n / BOUND_DRAWS;
+    for (size_t i = 0; i < n; i++)
+        a->chain[i] =
+            keep[i % N] ? tokens[i % N] : (int32_t)rng_below(seed, rng_stream(RNG_START, 2, 0), i, (uint32_t)m->K);
+    for (int t = 1; t <= m->schedule.T; t++) {
+        int32_t *x_t = a->chain + (size_t)t * n;
+        memcpy(x_t, x_t - n, n * sizeof *x_t);
+        noise_step(x_t, n, m->K, m->schedule.beta[t], seed, rng_stream(RNG_NOISE, (uint64_t)t, 0), 0);
+    }
+}
+
+static void bound_scale(Bound *a, const Model *m, const uint8_t *keep, int t) {
+    const int32_t *x_t = a->chain + (size_t)t * a->n, *x_prev = x_t - a->n;
+    a->kept = 0;
+    for (size_t i = 0; i < a->n; i++) {
+        if (!keep[i % (a->n / BOUND_DRAWS)]) continue;
+        a->x_0[a->kept] = a->chain[i], a->x_prev[a->kept] = x_prev[i], a->x_t[a->kept++] = x_t[i];
+    }
+    for (size_t b = 0; b < BOUND_DRAWS; b++) a->scale[b] = t;
+    posterior(a->q, a->x_0, a->x_t, a->kept, m->K, &m->schedule, t);
+}
+
+/* bound[c] += KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t, c)), a mean over the kept cells, for each class c */
+static Err bound_classes(Bound *a, Model *m, const uint8_t *keep, int t, double *bound) {
+    size_t N = a->n / BOUND_DRAWS, K = m->K;
+    const int32_t *x_t = a->chain + (size_t)t * a->n;
+    for (size_t c = 0; c < m->n_classes; c++) {
         const real *logits;
         Loss loss;
-        e = transformer_forward(m->net, tokens, x_t, &one, &c, 1, N, &logits);
-        if (e != OK) break;
-        kept = 0;
-        for (size_t i = 0; i < N; i++) {
-            if (!keep[i]) continue;
-            memcpy(rows + kept * m->K, logits + i * m->K, m->K * sizeof *rows);
-            target[kept++] = tokens[i];
-        }
-        if (kept == 0) break;
-        e = denoising_loss(&loss, rows, target, NULL, kept, m->K, 0, 1, NULL);
-        if (e == OK && loss.hard < best) best = loss.hard, *label = c;
+        for (size_t b = 0; b < BOUND_DRAWS; b++) a->label[b] = (int32_t)c;
+        TRY(transformer_forward(m->net, x_t - a->n, x_t, a->scale, a->label, BOUND_DRAWS, N, &logits));
+        for (size_t i = 0, r = 0; i < a->n; i++)
+            if (keep[i % N]) memcpy(a->logits + r++ * K, logits + i * K, K * sizeof *logits);
+        TRY(denoising_loss(&loss, a->logits, a->x_prev, a->q, a->kept, K, 1, 1, NULL));
+        bound[c] += loss.soft;
     }
-    free(x_t);
-    free(rows);
-    if (e == OK && (kept == 0 || best == HUGE_VAL))
-        return err("no kept tokens tell the class of the picture; name it: --class");
+    return OK;
+}
+
+Err model_class_bounds(Model *m, const int32_t *tokens, const uint8_t *keep, uint64_t seed, double *bound) {
+    Bound a = {.n = BOUND_DRAWS * m->h * m->w};
+    int any = memchr(keep, 1, m->h * m->w) != NULL;
+    if (!any) return err("no token is kept: nothing tells the class of the picture");
+    memset(bound, 0, m->n_classes * sizeof *bound);
+    Err e = bound_buffers(&a, m);
+    if (e == OK) bound_chain(&a, m, tokens, keep, seed);
+    for (int t = m->schedule.T; e == OK && t >= 1; t--) {
+        e = model_scale(m, t);
+        if (e == OK) e = transformer_plan(m->net, BOUND_DRAWS, m->h * m->w, 0);
+        if (e == OK) bound_scale(&a, m, keep, t);
+        if (e == OK) e = bound_classes(&a, m, keep, t, bound);
+    }
+    void *buffers[] = {a.chain, a.scale, a.q, a.logits};
+    for (size_t i = 0; i < sizeof buffers / sizeof *buffers; i++) free(buffers[i]);
     return e;
 }

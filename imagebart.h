@@ -591,8 +591,10 @@ void sample_defaults(SampleOptions *o, const Model *m);
 /* One reverse step for o->n samples: tokens (n,N) x_t in, x_{t-1} out. repeat numbers the passes of a chain. Plans the
  * network for decoding. */
 Err sample_scale(Transformer *net, const SampleOptions *o, int t, size_t repeat, size_t N, int32_t *tokens);
-/* The class under which the network of scale 1 finds the kept tokens (N) likeliest: for pictures of unknown class. */
-Err model_guess_class(Model *m, const int32_t *tokens, const uint8_t *keep, uint64_t seed, int32_t *label);
+/* bound (n_classes) = the variational bound (paper section 3.1) on the kept tokens of x_0 (N) under each class, in nats per token:
+ * the sum over scales of KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t, class)), a mean over a few draws of the chain. The
+ * least tells the class of a picture, and nothing but the kept tokens has a say. n_classes forward passes per scale. */
+Err model_class_bounds(Model *m, const int32_t *tokens, const uint8_t *keep, uint64_t seed, double *bound);
 /* tokens (n,N) = x_0, by ancestral sampling t = T..1 (SPEC section 5), with the guide and chains of inpainting.
  * The guide forces known tokens without asking whether what was drawn before them agrees. Candidates ask: after every
  * pass each group is drawn anew from itself, a candidate's weight being the probability its pass gave the known tokens

@@ -146,6 +146,20 @@ static Err encode_picture(Job *job) {
     return e;
 }
 
+/* The class that explains the kept part best. */
+static Err guess_class(Job *job, int32_t *label) {
+    enum { MOST = 100 };
+    double bound[MOST];
+    size_t n = job->model.n_classes;
+    if (n > MOST) return err("%s has %zu classes, too many to try them all; name one: --class", job->model.folder, n);
+    if (model_class_bounds(&job->model, job->known, job->keep_token, job->args->seed, bound) != OK)
+        return err_in("--class was not given");
+    *label = 0;
+    for (size_t c = 1; c < n; c++)
+        if (bound[c] < bound[*label]) *label = (int32_t)c;
+    return OK;
+}
+
 /* --class, else the name of the picture's folder if that is a class, else what the known part looks like. */
 static Err choose_class(Job *job) {
     const SamplingArgs *a = job->args;
@@ -161,7 +175,7 @@ static Err choose_class(Job *job) {
     if (a->class_name)
         TRY(model_class(&job->model, a->class_name, &label));
     else if (label < 0)
-        TRY(model_guess_class(&job->model, job->known, job->keep_token, a->seed, &label));
+        TRY(guess_class(job, &label));
     fprintf(stderr, "class %s%s\n", job->model.class_name[label], a->class_name ? "" : " (--class chooses another)");
     for (size_t b = 0; b < job->rows; b++) job->label[b] = label;
     return OK;

@@ -701,6 +701,37 @@ static void test_candidates(const char *dir) {
     model_close(&m);
 }
 
+/* At one scale x_1 is pure noise and the posterior sits on x_0, so that the bound is the cross entropy. */
+static void test_class_bounds(const char *one_scale, const char *three_scales) {
+    Model m;
+    int32_t x_0[N], scale = 1, other[N];
+    uint8_t keep[N], few[N] = {0, 0, 1};
+    double bound[3], again[3];
+    for (int i = 0; i < N; i++) x_0[i] = (i * 5) % USED, keep[i] = 1;
+    CHECK_OK(model_open(&m, one_scale, NULL));
+    CHECK_OK(model_class_bounds(&m, x_0, keep, 3, bound));
+    for (int32_t c = 0; c < 3; c++) {
+        const real *logits;
+        Loss loss = {NAN, NAN, NAN};
+        CHECK_OK(transformer_forward(m.net, x_0, NULL, &scale, &c, 1, N, &logits));
+        CHECK_OK(denoising_loss(&loss, logits, x_0, NULL, N, USED, 0, 1, NULL));
+        CHECK(fabs(bound[c] - loss.hard) < 1e-5 * loss.hard);
+        CHECK(!(fabs(bound[(c + 1) % 3] - loss.hard) < 1e-5 * loss.hard)); /* the check can fail */
+    }
+    model_close(&m);
+    CHECK_OK(model_open(&m, three_scales, NULL));
+    for (int i = 0; i < N; i++) other[i] = i == 2 ? x_0[i] : (x_0[i] + 1) % USED;
+    CHECK_OK(model_class_bounds(&m, x_0, few, 3, bound));
+    CHECK_OK(model_class_bounds(&m, other, few, 3, again));
+    CHECK(memcmp(bound, again, sizeof bound) == 0); /* what is not kept has no say */
+    other[2] = (x_0[2] + 1) % USED;
+    CHECK_OK(model_class_bounds(&m, other, few, 3, again));
+    for (int c = 0; c < 3; c++) CHECK(bound[c] != again[c]);
+    few[2] = 0;
+    CHECK_ERR(model_class_bounds(&m, x_0, few, 3, bound), "no token is kept");
+    model_close(&m);
+}
+
 /* Chains: when repeat r has written its first token, the others still hold x_t, the renoised result of the repeat
  * before. Each differs from that result with probability (1 - r/n) beta_t (1 - 1/K), known tokens too. */
 typedef struct {
@@ -974,7 +1005,8 @@ int main(void) {
     test_sample_probs();
     test_top_k();
     test_sample_pick();
-    char plain[600], classes[600], single[600];
+    char plain[600], classes[600], single[600], labelled[600];
+    tiny_path(labelled, dir, "labelled");
     tiny_path(single, dir, "single");
     tiny_path(plain, dir, "plain");
     tiny_path(classes, dir, "classes");
@@ -983,12 +1015,14 @@ int main(void) {
     test_same_tokens(&(Tiny){4, 1, 1, 0, 0, X_RESIDUAL_SCALED}, "joint");
     test_same_tokens(&(Tiny){2, 0, 0, 0, 0, X_RESIDUAL}, "residual");
     test_same_tokens(&(Tiny){1, 0, 0, 0, 0, X_PLAIN}, "single");
+    test_same_tokens(&(Tiny){1, 0, 1, 0, 0, X_PLAIN}, "labelled");
     test_oracle(&(Tiny){3, 0, 0, 0, 0, X_PLAIN}, "plain");
     test_oracle(&(Tiny){3, 0, 1, 0, 0, X_FINE_SCALED}, "classes");
     test_oracle(&(Tiny){4, 1, 1, 0, 0, X_RESIDUAL_SCALED}, "joint");
     test_oracle(&(Tiny){2, 0, 0, 0, 0, X_RESIDUAL}, "residual");
     test_guide(plain);
     test_candidates(single);
+    test_class_bounds(labelled, classes);
     test_chain_rates(plain);
     test_sample_options(plain);
     test_ema();
