@@ -350,14 +350,14 @@ static void per_scale_sizes(size_t *out, const Model *m, const char *given, cons
     }
 }
 
-void sampling_options(SampleOptions *o, const SamplingArgs *a, const Model *m, const char *chain_length) {
+void sampling_options(SampleOptions *o, const SamplingArgs *a, const Model *m, const char *chain_key,
+                      const char *chain_default, double least_chain) {
     sample_defaults(o, m);
     o->seed = a->seed;
     o->official_temperature = a->official_temperature;
     per_scale(o->temperature, m, a->temperature, "temperature", "1", 0, 1000, "--temperature");
     per_scale_sizes(o->top_k, m, a->top_k, "top_k", "0", 0, 1e9, "--top-k");
-    per_scale_sizes(o->chain, m, a->chain_length ? a->chain_length : chain_length, "chain_length", "1", 1, 1000,
-                    "--chain-length");
+    per_scale_sizes(o->chain, m, a->chain_length, chain_key, chain_default, least_chain, 1000, "--chain-length");
 }
 
 int sampling_progress(void *context, int t, size_t repeat, size_t done, size_t of) {

@@ -852,8 +852,9 @@ static Err check_options(const Model *m, const SampleOptions *o) {
     for (int t = 1; t <= m->schedule.T; t++) {
         if (!(o->temperature[t] >= 0) || !isfinite(o->temperature[t]))
             return err("sampling: temperature %g of scale %d, expected 0 or more", o->temperature[t], t);
-        if (o->chain[t] < 1 || o->chain[t] > MAX_CHAIN)
-            return err("sampling: a chain of %zu at scale %d, expected 1..%d", o->chain[t], t, MAX_CHAIN);
+        size_t least = o->known ? 0 : 1;
+        if (o->chain[t] < least || o->chain[t] > MAX_CHAIN)
+            return err("sampling: a chain of %zu at scale %d, expected %zu..%d", o->chain[t], t, least, MAX_CHAIN);
     }
     if (m->n_classes && !o->label) return err("sampling: %s needs a class for each sample", m->folder);
     if (!m->n_classes && o->label) return err("sampling: %s is not a model with classes", m->folder);
@@ -974,9 +975,11 @@ static Err sample_scales(Run *r) {
     start_tokens(r);
     if (o->scale_done) o->scale_done(o->context, r->m->schedule.T + 1, r->tokens);
     for (int t = r->m->schedule.T; t >= 1; t--) {
-        TRY(model_scale(r->m, t));
-        r->net = r->m->net;
-        TRY(transformer_plan(r->net, o->n, r->N, 0));
+        if (o->chain[t] > 0) {
+            TRY(model_scale(r->m, t));
+            r->net = r->m->net;
+            TRY(transformer_plan(r->net, o->n, r->N, 0));
+        }
         for (size_t repeat = 0; repeat < o->chain[t]; repeat++) {
             if (repeat > 0) renoise(r, t, repeat);
             TRY(sample_pass(r, t, repeat));

@@ -574,7 +574,7 @@ typedef struct {
     uint64_t seed, first;               /* sample b uses the streams of number first+b */
     double temperature[MAX_SCALES + 1]; /* [t] */
     size_t top_k[MAX_SCALES + 1];       /* [t]; 0: all */
-    size_t chain[MAX_SCALES + 1];       /* [t] forward-backward repeats, >= 1 */
+    size_t chain[MAX_SCALES + 1];       /* [t] forward-backward repeats, >= 1; 0 with known tokens: x_{t-1} = x_t */
     int official_temperature;           /* encoder-decoder scales ignore it, as the official code does */
     int uncached;                       /* tests: the whole prefix again for every token, no KV cache */
     const int32_t *label;               /* (n) or NULL */
@@ -682,9 +682,10 @@ typedef struct {
     }
 void sampling_start(SamplingArgs *a, Model *m,
                     const NamedModel **stand_in_for); /* threads, seed, model; dies on error */
-/* What the user gave, else what the model's file recommends (imagebart.temperature, .top_k, .chain_length), else 1, all
- * and chain_length (NULL: the recommendation, or 1). */
-void sampling_options(SampleOptions *o, const SamplingArgs *a, const Model *m, const char *chain_length);
+/* What the user gave, else what the model's file recommends (imagebart.temperature, .top_k and imagebart.CHAIN_KEY), else 1,
+ * all and chain_default. Chains may have least_chain passes or more. */
+void sampling_options(SampleOptions *o, const SamplingArgs *a, const Model *m, const char *chain_key,
+                      const char *chain_default, double least_chain);
 int sampling_progress(void *context, int t, size_t repeat, size_t done, size_t of); /* SampleOptions.progress */
 /* The options as PNG text, for image_write_png. */
 Err sampling_text(Config *text, const SamplingArgs *a, const SampleOptions *o, const Model *m);

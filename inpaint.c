@@ -272,7 +272,7 @@ static void inpaint(SamplingArgs *a, const InpaintArgs *in) {
     sampling_start(a, &job.model, &missing);
     a->class_name =
         missing && a->class_name == missing->stand_in ? NULL : a->class_name; /* the picture tells its class */
-    sampling_options(&job.options, a, &job.model, chain_lengths(&job.model, chains));
+    sampling_options(&job.options, a, &job.model, "inpaint_chain_length", chain_lengths(&job.model, chains), 0);
     job.side = job.model.side;
     job.N = job.model.h * job.model.w;
     fprintf(stderr, "seed %llu\n", (unsigned long long)a->seed);
@@ -301,8 +301,12 @@ static const char intro[] =
     "are\n"
     "sampled with the whole picture in view. Each scale runs several times with some noise in between, so that old "
     "and\n"
-    "new parts settle on each other (--chain-length; default 3, or 5 and 1 for the noisiest where the schedule is not\n"
-    "geometric). The kept pixels are put back exactly as they were.\n";
+    "new parts settle on each other (--chain-length; default: what the model recommends, else 3, or 5 and 1 for the\n"
+    "noisiest where the schedule is not geometric; 0 leaves a scale out: the start is as noisy as the next one's "
+    "input).\n"
+    "Forcing the kept tokens does not ask whether they fit what was drawn before them; --candidates does. The kept "
+    "pixels\n"
+    "are put back exactly as they were.\n";
 
 int main(int argc, char **argv) {
     SamplingArgs a = {.out = "inpainted.png", .n = 1, .batch = 16, .seed = SEED_NOT_GIVEN};

@@ -108,7 +108,7 @@ static void sample(SamplingArgs *a, const char *chain_path) {
     memset(&job, 0, sizeof job);
     job.args = a;
     sampling_start(a, &job.model, &missing);
-    sampling_options(&job.options, a, &job.model, NULL);
+    sampling_options(&job.options, a, &job.model, "chain_length", "1", 1);
     job.N = job.model.h * job.model.w;
     job.pixels = 3 * job.model.side * job.model.side;
     size_t T = (size_t)job.model.schedule.T, columns = (size_t)ceil(sqrt((double)a->n));

@@ -634,7 +634,18 @@ static void test_guide(const char *dir) {
     CHECK(w.broken == 1);
     size_t same = 0;
     for (int i = 0; i < BATCH * N; i++) same += tokens[i] == known[i];
-    CHECK(same < BATCH * N); /* the free ones are drawn */
+    CHECK(same < BATCH * N);                                /* the free ones are drawn */
+    for (int t = 1; t <= m.schedule.T; t++) o.chain[t] = 0; /* every scale left out: x_T, with the known tokens */
+    CHECK_OK(model_sample(&m, &o, tokens));
+    for (int i = 0; i < BATCH * N; i++) {
+        uint64_t stream = rng_stream(RNG_START, 0, (uint64_t)(i / N));
+        int32_t start = (int32_t)rng_below(o.seed, stream, (uint64_t)(i % N), USED);
+        CHECK(tokens[i] == (keep[i % N] ? known[i] : start));
+    }
+    o.known = NULL, o.keep = NULL;
+    CHECK_ERR(model_sample(&m, &o, tokens), "a chain of 0 at scale 1, expected 1..");
+    sample_defaults(&o, &m);
+    o.n = BATCH, o.known = known, o.keep = keep;
     known[0] = USED;
     CHECK_ERR(model_sample(&m, &o, tokens), "known token 7");
     o.keep = NULL;
