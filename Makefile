@@ -49,9 +49,9 @@ CFLAGS := -std=c11 -D_GNU_SOURCE -g $(OPT) $(if $(HAVE_MARCH),-march=$(MARCH)) -
           -fno-trapping-math $(WARN) $(if $(HAVE_OPENMP),-fopenmp,-Wno-unknown-pragmas)
 LDLIBS := -lpng -ljpeg -lz -lm -lpthread
 
-COMPONENTS := base gemm conv checkpoint ckpt params data vqgan transformer diffusion
+COMPONENTS := base gemm conv checkpoint ckpt params data vqgan transformer classes diffusion
 PROGRAMS := sample train inpaint
-TESTS := base gemm conv checkpoint ckpt data vqgan transformer diffusion
+TESTS := base gemm conv checkpoint ckpt data vqgan transformer classes diffusion
 TESTS_DOUBLE := gemm conv vqgan transformer
 
 OBJ := $(COMPONENTS:%=$B/%.o)

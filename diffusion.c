@@ -7,14 +7,14 @@
  * the reading of a model's folder. The networks are transformer.cu's and vqgan.c's; training is train.c's.
  *
  * It refuses: schedules whose betas leave [0,1], folders with a missing, foreign or contradicting file, tensors that
- * the network does not have, labels a model does not have, networks that answer with NaN.
+ * the network does not have, networks that answer with NaN.
  *
  * Every random number is a Philox draw named by (seed, purpose, scale and repeat, sample number, position): tokens
  * depend on neither the batch a sample is in nor the number of threads.
  *
  * Read: schedules; forward and posterior; one token; named models; a model's folder; sampling a chain.
  *
- * Builds alone with base.c, checkpoint.c, gemm.c, vqgan.c and transformer.cu. Paper section 3, SPEC sections 3 and 5.
+ * Builds alone with base.c, checkpoint.c, gemm.c, vqgan.c, transformer.cu and classes.c. Paper section 3, SPEC sections 3 and 5.
  */
 #include "imagebart.h"
 
@@ -348,6 +348,7 @@ Err recipe_read(Config *to, const char *path, int scale) {
     if (e == OK &&
         (scale == RECIPE_VQGAN ? take_part(to, &recipe, "vqgan", NULL) : take_scale(to, &recipe, scale)) != OK)
         e = err_in(path);
+    if (e == OK && classes_from_recipe(to, path) != OK) e = err_in(path);
     config_free(&recipe);
     return e;
 }
@@ -471,36 +472,13 @@ static Err check_schedule(const Schedule *s, const Schedule *expected) {
     return OK;
 }
 
-/* Class names from a comma-separated list; without one, the numbers below `rows`. */
-static Err read_classes(Model *m, const char *list, size_t rows) {
-    m->n_classes = rows;
-    if (list) {
-        m->n_classes = 1;
-        for (const char *p = list; *p; p++) m->n_classes += *p == ',';
-        if (m->n_classes > rows)
-            return err("imagebart.classes names %zu classes, the network knows %zu labels", m->n_classes, rows);
-    }
-    TRY(mem_alloc(&m->class_name, m->n_classes, sizeof *m->class_name, "class names"));
-    for (size_t i = 0; i < m->n_classes; i++) {
-        size_t length = list ? strcspn(list, ",") : 24;
-        TRY(mem_alloc(&m->class_name[i], length + 1, 1, "a class name"));
-        if (!list)
-            snprintf(m->class_name[i], length, "%zu", i);
-        else {
-            memcpy(m->class_name[i], list, length);
-            list += length + (list[length] == ',');
-        }
-    }
-    return OK;
-}
-
 /* Scale 1 (or the joint file) gives the model its meta, schedule and classes. */
 static Err adopt_facts(Model *m, const Checkpoint *ck, const ScaleFacts *f) {
     m->schedule = f->schedule;
     for (size_t i = 0; i < ck->meta.n; i++) TRY(config_set(&m->meta, ck->meta.kv[i].key, "%s", ck->meta.kv[i].value));
     if (!f->net.has_class) return OK;
     size_t rows = f->net.kind == NET_X ? f->net.enc_num_tokens : f->net.input_vocab_size;
-    return read_classes(m, config_get(&m->meta, "", "imagebart.classes"), rows);
+    return classes_open(m, config_get(&m->meta, "", "imagebart.classes"), rows);
 }
 
 static Err check_facts(Model *m, const Checkpoint *ck, int scale) {
@@ -767,56 +745,6 @@ Err model_convert(Model *m, const char *folder, Dtype store) {
     if (has_scales(folder, 1, 0)) return err("%s: has a model already, expected an empty folder", folder);
     for (int t = 0; t <= (m->joint ? 1 : m->schedule.T); t++) TRY(convert_part(m, folder, t, store));
     return OK;
-}
-
-/* Case-insensitively: does `text` hold `part`? */
-static int holds(const char *text, const char *part) {
-    for (; *text; text++) {
-        size_t i = 0;
-        while (part[i] && tolower((unsigned char)text[i]) == tolower((unsigned char)part[i])) i++;
-        if (!part[i]) return 1;
-    }
-    return 0;
-}
-
-/* Appends the names that hold `part` ("" holds in all), as far as the line has room. */
-static Err class_error(const Model *m, const char *name, const char *why, const char *part) {
-    char list[640] = "";
-    size_t length = 0;
-    for (size_t i = 0; i < m->n_classes; i++) {
-        if (*part && !holds(m->class_name[i], part)) continue;
-        size_t room = strlen(m->class_name[i]) + 8;
-        if (length + room >= sizeof list) {
-            snprintf(list + length, sizeof list - length, ", ...");
-            break;
-        }
-        length += (size_t)snprintf(list + length, sizeof list - length, "%s%s", length ? ", " : "", m->class_name[i]);
-    }
-    return err("class \"%.100s\": %s %s", name, why, list);
-}
-
-Err model_class(const Model *m, const char *name, int32_t *label) {
-    if (m->n_classes == 0) return err("class \"%.100s\": %s is not a model with classes", name, m->folder);
-    for (size_t i = 0; i < m->n_classes; i++)
-        if (strcmp(m->class_name[i], name) == 0) {
-            *label = (int32_t)i;
-            return OK;
-        }
-    if (*name == 0) return class_error(m, name, "expected one of", "");
-    if (name[strspn(name, "0123456789")] == 0) {
-        unsigned long long number = strtoull(name, NULL, 10);
-        if (number >= m->n_classes) return err("class %.100s: expected 0..%zu or a name", name, m->n_classes - 1);
-        *label = (int32_t)number;
-        return OK;
-    }
-    size_t matches = 0;
-    for (size_t i = 0; i < m->n_classes; i++)
-        if (holds(m->class_name[i], name)) {
-            matches++;
-            *label = (int32_t)i;
-        }
-    if (matches == 1) return OK;
-    return matches ? class_error(m, name, "could be any of", name) : class_error(m, name, "expected one of", "");
 }
 
 /* ---- Sampling a chain -------------------------------------------------------------------------------------- */

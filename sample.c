@@ -94,9 +94,12 @@ static Err write_grid(Job *job, const int32_t *tokens, size_t n, size_t columns,
 }
 
 static void say_classes(const Job *job) {
+    char title[CLASS_TITLE_BYTES];
     fprintf(stderr, "seed %llu", (unsigned long long)job->args->seed);
     for (size_t b = 0; job->label && !job->args->class_name && b < job->args->n && b < 64; b++)
-        fprintf(stderr, "%s%s", b ? ", " : ", classes: ", job->model.class_name[job->label[b]]);
+        fprintf(stderr, "%s%s", b ? ", " : ", classes: ", class_title(title, &job->model, (size_t)job->label[b]));
+    if (job->label && job->args->class_name)
+        fprintf(stderr, ", class %d: %s", (int)job->label[0], class_title(title, &job->model, (size_t)job->label[0]));
     fprintf(stderr, "\n");
 }
 

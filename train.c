@@ -507,14 +507,7 @@ static Err check_transition(const Stage *s, const NetConfig *c) {
 }
 
 static Err add_model_keys(Stage *s, const NetConfig *c) {
-    char names[8192] = "";
-    size_t at = 0;
-    for (size_t i = 0; c->has_class && i < s->train.n_classes; i++) {
-        int n = snprintf(names + at, sizeof names - at, "%s%s", i ? "," : "", s->train.class_name[i]);
-        if (n < 0 || (size_t)n >= sizeof names - at) break; /* very many classes go by number */
-        at += (size_t)n;
-    }
-    if (*names) TRY(config_set(&s->settings, "imagebart.classes", "%s", names));
+    if (c->has_class) TRY(classes_from_folders(&s->settings, s->train.class_name, s->train.n_classes));
     TRY(config_set(&s->settings, "imagebart.h", "%zu", s->h));
     TRY(config_set(&s->settings, "imagebart.w", "%zu", s->w));
     return s->t ? config_set(&s->settings, "model.params.single_scale", "%d", s->t) : OK;
