@@ -78,7 +78,7 @@ $(PROGRAMS:%=$B/%): $B/%: $B/%.o $B/cli.o $(OBJ)
 	$(CC) $(CFLAGS) -o $@ $^ $(LDLIBS)
 $B/golden $B/bench: $B/%: $B/test/%.o $(OBJ)
 	$(CC) $(CFLAGS) -o $@ $^ $(LDLIBS)
-$B/pictures: $B/test/pictures.o $(OBJ)
+$B/pictures $B/logits: $B/%: $B/test/%.o $(OBJ)
 	$(CC) $(CFLAGS) -o $@ $^ $(LDLIBS)
 $(TESTS:%=$B/test_%): $B/test_%: $B/test/test_%.o $(OBJ)
 	$(CC) $(CFLAGS) -o $@ $^ $(LDLIBS)
@@ -98,7 +98,7 @@ $B/double/%.o: %.cu Makefile
 	@mkdir -p $(@D)
 	$(CC) $(CFLAGS) -DREAL_DOUBLE -MMD -MP -x c -c -o $@ $<
 
-test: $(TEST_BIN) $B/golden $B/pictures $(PROGRAMS:%=$B/%)
+test: $(TEST_BIN) $B/golden $B/pictures $B/logits $(PROGRAMS:%=$B/%)
 	@test/run.sh $B $(TEST_BIN)
 
 bench: test/bench

@@ -282,6 +282,7 @@ typedef struct {
     Tensor *tensor;
     int *from_real;
     size_t n, capacity;
+    void *kept; /* data made for this list, freed with it; or NULL */
 } TensorList;
 Err tensor_list_params(TensorList *list, const Params *p, char which, const char *prefix, Dtype dtype);
 Err tensor_list_add(TensorList *list, const char *name, Dtype dtype, int ndim, const size_t *dim, const void *data,
@@ -563,8 +564,10 @@ int model_installed(const NamedModel *named);
 const char *model_folder(const char *name_or_folder);
 Err model_scale(Model *m, int t); /* loads scale t's transition (EMA weights), releases the other */
 void model_close(Model *m);
-/* What a transition's file holds: `which` ('v' or 'e') of every parameter as transformer.*, the schedule's buffers. */
-Err transition_tensors(TensorList *list, const Params *p, char which, const Schedule *s, Dtype store);
+/* What a transition's file holds: `which` ('v' or 'e') of every parameter as transformer.*, the schedule's buffers and,
+ * unless compact, what follows from the rest and the official classes expect (masks, the second name of a tied embedding):
+ * every name of the official state dict but first_stage_model.* and transformer_ema.* (SPEC sections 11 and 12). */
+Err transition_tensors(TensorList *list, Transformer *net, char which, const Schedule *s, Dtype store, int compact);
 /* Writes the model as safetensors, weights as F32, F16 or BF16, into a folder that has no model. */
 Err model_convert(Model *m, const char *folder, Dtype store);
 

@@ -54,6 +54,7 @@ struct Stage {
     double lr_scale; /* the official learning-rate rule (SPEC section 7), or 1 */
     double ema_decay;
     Dtype store;
+    int compact; /* leave out what can be derived */
 
     uint64_t step, ema_updates; /* optimizer steps done */
 
@@ -648,6 +649,7 @@ static Err read_settings(Stage *s) {
         TRY(config_real(&base, c, "model.", "base_learning_rate", 0, 10, 0));
         s->lr_scale = base * (double)(s->batch * s->accumulate);
     }
+    TRY(config_flag(&s->compact, c, "imagebart.", "compact", 1));
     TRY(choose(&store, c, "imagebart.store", stores, 3));
     TRY(choose(&prep, c, "data.prep", preps, 4));
     s->store = dtypes[store], s->prep = (Prep)prep, s->seed = seed;
@@ -674,7 +676,7 @@ static Err collect_state(Stage *s, TensorList *list) {
  * the schedule's buffers; the VQGAN as it is. */
 static Err collect_weights(Stage *s, TensorList *list) {
     if (s->opt->vqgan) return tensor_list_params(list, s->params, 'v', "", s->store);
-    return transition_tensors(list, s->params, 'e', &s->schedule, s->store);
+    return transition_tensors(list, s->net, 'e', &s->schedule, s->store, s->compact);
 }
 
 static Err write_list(Stage *s, Err (*collect)(Stage *, TensorList *), const char *suffix) {

@@ -1,6 +1,7 @@
 #!/bin/sh
 # run.sh BUILD TEST...: runs every test program, the golden cases, the checks of the three programs, and adds up what
-# they report; what could not be run here is named. The last line is "N passed, N failed"; exit status 1 if anything failed, crashed or reported nothing.
+# they report; what cannot be run here is named. The last line is "N passed, N failed"; exit status 1 if anything failed,
+# crashed or reported nothing. PYTHON names a python that has torch.
 build=$1
 shift
 passed=0 failed=0
@@ -36,6 +37,11 @@ check golden "$build/golden" test/golden-cases
 check golden-selftest "$build/golden" --selftest test/golden-cases
 check programs test/test_programs.sh "$build"
 check fetch test/test_fetch.sh
+if command -v "${PYTHON:-python3}" >/dev/null; then
+    check torch "${PYTHON:-python3}" test/test_torch.py "$build"
+else
+    echo "torch: skipped: no ${PYTHON:-python3}"
+fi
 check common-subset test/test_subset.sh
 echo "$passed passed, $failed failed"
 [ "$failed" -eq 0 ]

@@ -837,6 +837,44 @@ static void test_ema(void) {
     model_close(&m);
 }
 
+static const Tensor *listed(const TensorList *list, const char *name) {
+    for (size_t i = 0; i < list->n; i++)
+        if (!strcmp(list->tensor[i].name, name)) return &list->tensor[i];
+    return NULL;
+}
+
+/* What PyTorch's classes want besides parameters; compact files do without. */
+static void test_derived_tensors(void) {
+    Tiny x = {2, 0, 1, 0, 0, X_PLAIN};
+    Schedule s;
+    CHECK_OK(schedule_make(&s, "geometric", 2));
+    for (int t = 1; t <= 2; t++)
+        for (int compact = 0; compact < 2; compact++) {
+            NetConfig c;
+            Transformer *net = NULL;
+            TensorList list = {0};
+            tiny_net(&c, &x, t);
+            c.tie_token_emb = 1, c.dec_num_tokens = c.enc_num_tokens;
+            if (t == 2) c.n_unmasked = 3, c.dec_num_tokens = USED;
+            CHECK_OK(transformer_create(&net, &c));
+            CHECK_OK(params_plan(transformer_params(net), PLAN_VALUE | PLAN_EMA));
+            CHECK_OK(transition_tensors(&list, net, 'e', &s, DT_F16, compact));
+            const Tensor *mask = listed(&list, "transformer.blocks.0.attn.mask");
+            const Tensor *own = listed(&list, "transformer.encoder.token_emb.weight");
+            const Tensor *other = listed(&list, "transformer.decoder.token_emb.weight");
+            CHECK(listed(&list, "sos_token") && listed(&list, "alphats") && listed(&list, "alphacum"));
+            CHECK(!mask == (t == 1 || compact) && !other == (t == 2 || compact));
+            if (other && own) CHECK(other->data == own->data && other->dtype == DT_F16 && other->size == own->size);
+            const size_t L = c.dec_max_seq_len;
+            int right = mask && mask->ndim == 4 && mask->size == L * L && mask->dim[3] == L;
+            for (size_t i = 0; right && i < L * L; i++)
+                right = ((const uint8_t *)mask->data)[i] == (i % L <= i / L || (i % L < 3 && i / L < 3));
+            CHECK(right == (mask != NULL));
+            tensor_list_free(&list);
+            transformer_free(net);
+        }
+}
+
 static void test_classes(const char *dir) {
     Model m;
     int32_t label = -1;
@@ -992,6 +1030,7 @@ int main(void) {
     test_chain_rates(plain);
     test_sample_options(plain);
     test_ema();
+    test_derived_tensors();
     test_classes(classes);
     test_broken();
     test_missing(plain);
