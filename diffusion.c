@@ -377,18 +377,28 @@ static const char *scale_file(char name[32], int t, int official) {
     return name;
 }
 
-/* Does the folder have every file of a model with T scales? */
-static int has_scales(const char *folder, int T, int official) {
+static int has_scale(const char *folder, int t, int official) {
     char name[32];
-    if (has_file(folder, scale_file(name, 0, official))) return 1;
-    for (int t = 1; t <= T; t++)
-        if (!has_file(folder, scale_file(name, t, official))) return 0;
-    return 1;
+    return has_file(folder, scale_file(name, t, official));
 }
 
-int model_installed(const NamedModel *model) {
-    const int ours = has_file(model->folder, "vqgan.safetensors") && has_scales(model->folder, model->T, 0);
-    return ours || has_scales(model->folder, model->T, 1);
+static void count_file(size_t *here, char missing[32], const char *folder, const char *name) {
+    if (has_file(folder, name))
+        ++*here;
+    else if (!*missing)
+        snprintf(missing, 32, "%s", name);
+}
+
+size_t model_files(char missing[32], const NamedModel *model) {
+    const char *folder = model->folder;
+    const int ours = !model->zip || has_file(folder, "vqgan.safetensors") || has_scale(folder, 1, 0);
+    size_t here = 0;
+    char name[32];
+    *missing = 0;
+    if (ours) count_file(&here, missing, folder, "vqgan.safetensors"); /* official files hold the first stage too */
+    if (has_scale(folder, 0, !ours)) return here + 1;
+    for (int t = 1; t <= model->T; t++) count_file(&here, missing, folder, scale_file(name, t, !ours));
+    return here;
 }
 
 /* ---- A model's folder -------------------------------------------------------------------------------------- */
@@ -576,11 +586,9 @@ static Err open_vqgan(Model *m) {
 }
 
 static Err open_folder(Model *m) {
-    char name[32];
-    const int ours = has_file(m->folder, scale_file(name, 1, 0)) || has_file(m->folder, scale_file(name, 0, 0));
-    m->official = !ours && (has_file(m->folder, scale_file(name, 1, 1)) || has_file(m->folder, scale_file(name, 0, 1)));
-    m->joint =
-        !has_file(m->folder, scale_file(name, 1, m->official)) && has_file(m->folder, scale_file(name, 0, m->official));
+    const int ours = has_scale(m->folder, 1, 0) || has_scale(m->folder, 0, 0);
+    m->official = !ours && (has_scale(m->folder, 1, 1) || has_scale(m->folder, 0, 1));
+    m->joint = !has_scale(m->folder, 1, m->official) && has_scale(m->folder, 0, m->official);
     TRY(open_vqgan(m));
     if (m->joint) return check_file(m, 0);
     TRY(check_file(m, 1));
@@ -588,11 +596,23 @@ static Err open_folder(Model *m) {
     return OK;
 }
 
+/* A folder that has a part of an official model, such as one that was unpacked by hand */
+static Err check_complete(const NamedModel *found) {
+    char missing[32];
+    model_files(missing, found);
+    if (!*missing || !found->zip) return OK;
+    return err("model %s: %s/%s is missing; \"make %s\" fetches it", found->name, found->folder, missing, found->name);
+}
+
 /* *folder = where to look; *substituted as model_open. */
 static Err find_folder(const char **folder, const char *name_or_folder, const NamedModel **substituted) {
     const NamedModel *found = find_named(name_or_folder);
+    struct stat st;
     *folder = found ? found->folder : name_or_folder;
-    if (is_folder(*folder)) return OK;
+    if (is_folder(*folder)) return found ? check_complete(found) : OK;
+    if (stat(*folder, &st) == 0)
+        return err("model \"%.200s\": is a file, expected a folder of weights; zip files have to be unpacked first",
+                   *folder);
     if (!found)
         return err("model \"%.200s\": no such folder, and not one of emoji, ffhq, ffhq2, churches, bedrooms, cats, "
                    "imagenet, imagenet4",
@@ -603,8 +623,8 @@ static Err find_folder(const char **folder, const char *name_or_folder, const Na
         *folder = named[0].folder;
         return OK;
     }
-    return err("model %s is not installed: no folder %s (unpack https://ommer-lab.com/files/%s under models/)%s",
-               found->name, *folder, found->zip, substituted ? ", and the bundled model is missing too" : "");
+    return err("model %s is not installed: no folder %s; \"make %s\" fetches it%s", found->name, *folder, found->name,
+               substituted ? ", and the bundled model is missing too" : "");
 }
 
 Err model_open(Model *m, const char *name_or_folder, const NamedModel **substituted) {
@@ -770,7 +790,8 @@ static Err convert_part(Model *m, const char *folder, int t, Dtype store) {
 
 Err model_convert(Model *m, const char *folder, Dtype store) {
     if (!is_folder(folder)) return err("%s: no such folder to write the model into", folder);
-    if (has_scales(folder, 1, 0)) return err("%s: has a model already, expected an empty folder", folder);
+    if (has_scale(folder, 1, 0) || has_scale(folder, 0, 0))
+        return err("%s: has a model already, expected an empty folder", folder);
     for (int t = 0; t <= (m->joint ? 1 : m->schedule.T); t++) TRY(convert_part(m, folder, t, store));
     return OK;
 }

@@ -559,7 +559,8 @@ Err recipe_read(Config *to, const char *path, int scale);
  * to the named entry when its weights are not installed and the bundled model was opened instead (the caller must say
  * so); NULL forbids that. */
 Err model_open(Model *m, const char *name_or_folder, const NamedModel **substituted);
-int model_installed(const NamedModel *named);
+/* How many of a named model's files are here; missing: the first that is not, "" if all are. */
+size_t model_files(char missing[32], const NamedModel *named);
 /* The folder of a named model ("models/..."); any other name is a folder already. */
 const char *model_folder(const char *name_or_folder);
 Err model_scale(Model *m, int t); /* loads scale t's transition (EMA weights), releases the other */

@@ -955,14 +955,19 @@ static void test_missing(const char *dir) {
     CHECK(remove(path) == 0 && remove(ckpt) == 0 && rename(kept, path) == 0);
     CHECK_OK(model_open(&m, dir, NULL));
     model_close(&m);
-    CHECK_ERR(model_open(&m, path, NULL), "no such folder");
+    CHECK_ERR(model_open(&m, path, NULL), "is a file, expected a folder");
     CHECK_ERR(model_open(&m, "no-such-model", NULL), "no-such-model");
     CHECK_ERR(model_open(&m, "", NULL), "no such folder");
 }
 
 /* In an empty folder nothing is installed; with models/emoji there, the others are substituted by it. */
+static void put_empty(const char *path) {
+    FILE *f = fopen(path, "wb");
+    CHECK(f && fclose(f) == 0);
+}
+
 static void test_named(void) {
-    char home[1024];
+    char home[1024], missing[32];
     size_t n;
     Model m;
     const NamedModel *list = named_models(&n), *substituted = list;
@@ -971,7 +976,7 @@ static void test_named(void) {
     for (size_t i = 1; i < n; i++) {
         Schedule s;
         CHECK_OK(schedule_make(&s, list[i].schedule, list[i].T));
-        CHECK(!model_installed(&list[i]));
+        CHECK(model_files(missing, &list[i]) == 0 && !strcmp(missing, "scale1.ckpt"));
         char folder[200];
         snprintf(folder, sizeof folder, "models/%s", list[i].zip);
         folder[strlen(folder) - 4] = 0; /* .zip */
@@ -985,15 +990,31 @@ static void test_named(void) {
     char dir[512];
     tiny_folder(dir, "models/emoji", &x);
     CHECK_OK(model_open(&m, "emoji", &substituted));
-    CHECK(substituted == NULL && model_installed(&list[0]));
+    CHECK(substituted == NULL && model_files(missing, &list[0]) == 4 && !*missing);
     model_close(&m);
     CHECK_OK(model_open(&m, "ffhq", &substituted));
     CHECK(substituted == &list[1] && !strcmp(m.folder, "models/emoji"));
     model_close(&m);
-    CHECK_ERR(model_open(&m, "ffhq", NULL), "ffhq_4_scales_geometric.zip");
+    CHECK_ERR(model_open(&m, "ffhq", NULL), "no folder models/ffhq_4_scales_geometric; \"make ffhq\" fetches it");
     CHECK_ERR(model_open(&m, "nothing", &substituted), "nothing");
     CHECK(mkdir("models/ffhq_2_scales_custom", 0777) == 0); /* there, but incomplete: said, not replaced */
-    CHECK_ERR(model_open(&m, "ffhq2", &substituted), "vqgan.safetensors is missing");
+    CHECK_ERR(model_open(&m, "ffhq2", &substituted), "scale1.ckpt is missing; \"make ffhq2\" fetches it");
+    put_empty("models/ffhq_2_scales_custom/scale1.ckpt");
+    CHECK(model_files(missing, &list[2]) == 1 && !strcmp(missing, "scale2.ckpt"));
+    CHECK_ERR(model_open(&m, "ffhq2", &substituted), "scale2.ckpt is missing; \"make ffhq2\" fetches it");
+    put_empty("models/ffhq_2_scales_custom/scale2.ckpt");
+    CHECK(model_files(missing, &list[2]) == 2 && !*missing);
+    CHECK_ERR(model_open(&m, "ffhq2", &substituted), "scale1.ckpt: is empty");
+    put_empty(
+        "models/ffhq_2_scales_custom/joint.safetensors"); /* a model of our own in the place of the official one */
+    put_empty("models/ffhq_2_scales_custom/vqgan.safetensors");
+    CHECK(model_files(missing, &list[2]) == 2 && !*missing);
+    CHECK(remove("models/ffhq_2_scales_custom/vqgan.safetensors") == 0);
+    CHECK(model_files(missing, &list[2]) == 2 && !*missing); /* the official files again */
+    put_empty("models/ffhq.zip");
+    CHECK_ERR(model_open(&m, "models/ffhq.zip", &substituted), "is a file, expected a folder");
+    CHECK(remove("models/emoji/scale2.safetensors") == 0);
+    CHECK(model_files(missing, &list[0]) == 3 && !strcmp(missing, "scale2.safetensors"));
     CHECK(chdir(home) == 0);
 }
 

@@ -144,10 +144,30 @@ sed -i 's/enc_depth 2/enc_depth 1/; s/ResidualScaledXTransformer/XTransformer/' 
 refused_late 1 "unexpected tensor 'transformer.log_scalors'" sample "$dir/official" -n 2 --class 1
 rm "$dir/official/config.txt"
 refused 1 "config.txt" sample "$dir/official" -n 2 --class 1
+mkdir "$dir/foreign" && cp test/tiny.txt "$dir/foreign/config.txt"
+foreign() { refused 1 "$1" "$build/sample" "$dir/foreign" -n 1; } # scale1.ckpt is not what its name says
+echo '<!DOCTYPE html><html>log in</html>' >"$dir/foreign/scale1.ckpt"
+foreign "scale1.ckpt: looks like an HTML or XML page.*fetch the file again"
+printf 'version https://git-lfs.github.com/spec/v1\noid sha256:01\n' >"$dir/foreign/scale1.ckpt"
+foreign "scale1.ckpt: looks like a git-lfs pointer.*git lfs pull"
+head -c 20000 "$dir/official/scale1.ckpt" >"$dir/foreign/scale1.ckpt"
+foreign "scale1.ckpt: is a zip archive without an end: it is truncated; fetch it again"
+if command -v python3 >/dev/null; then
+    (cd "$dir" && python3 -m zipfile -c foreign/scale1.ckpt official/scale1.ckpt)
+    foreign "scale1.ckpt: is a zip archive that holds '.*scale1.ckpt': unzip it"
+else
+    echo "skipped: a whole model's zip as scale1.ckpt: no python3 to make one"
+fi
+refused 1 "is a file, expected a folder" "$build/sample" "$dir/official/scale1.ckpt"
 rm "$dir"/run/scale?.safetensors
 ok "sample the joint model" sample "$dir/run" -n 2 --seed 1
-ok "the list" "$build/sample" --list
+mkdir -p "$dir/models/churches_3_scales" "$dir/models/cats_3_scales" && touch "$dir/models/cats_3_scales/scale1.ckpt"
+for i in 1 2 3; do touch "$dir/models/churches_3_scales/scale$i.ckpt"; done
+ok "the list" sh -c "cd $dir && $build/sample --list"
 cp "$dir/out" "$dir/list"
+ok "says what is here" grep -q '^churches  *here ' "$dir/list"
+ok "what is partly here" grep -q '^cats  *partly here, no scale2.ckpt: make cats ' "$dir/list"
+ok "how to get the others" grep -q '^ffhq2  *not here: make ffhq2 ' "$dir/list"
 for model in emoji ffhq ffhq2 churches bedrooms cats imagenet imagenet4; do
     ok "which names $model" grep -q "^$model " "$dir/list"
 done
