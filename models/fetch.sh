@@ -165,7 +165,6 @@ fetch() { # fetch MODEL
         return
     fi
     [ -f "$name.zip" ] || download "$name.zip"
-    check_content "$name.zip" "$name.zip"
     unpack "$name" "$1"
     echo "fetch: models/$name is here" >&2
 }
