@@ -43,7 +43,7 @@ files_of() { # files_of MODEL: what its folder has when it is complete
 missing() { # missing FOLDER MODEL: the first file that is not there; nothing if all are
     set -f # '*' is for find
     for file in $(files_of "$2"); do
-        [ -n "$(find "$1" -maxdepth 1 -name "$file" -size +0 2>/dev/null)" ] || { echo "$file" && break; }
+        [ -n "$(find "$1/" -maxdepth 1 -name "$file" -size +0 2>/dev/null)" ] || { echo "$file" && break; }
     done
     set +f
 }
@@ -57,17 +57,21 @@ size_there() { # size_there URL: the Content-Length that the server announces; n
         curl -sfIL "$1"
     else
         wget --spider -S "$1" 2>&1
-    fi | tr -d '\r' | awk 'tolower($1) == "content-length:" { n = $2 } END { if (n ~ /^[0-9]+$/) print n }'
+    fi | tr -d '\r' | awk '
+        $1 ~ /^HTTP\// { n = ""; ok = $2 == 200 } # of the last answer, behind any redirections
+        tolower($1) == "content-length:" { n = $2 }
+        END { if (ok && n ~ /^[0-9]+$/) print n }'
 }
 
 # receive PART URL: appends what is missing. Sets $got to: whole, cut, full (the disk), norange, refused, or an exit status.
 receive() {
     if [ "$tool" = curl ]; then
         [ -t 2 ] && meter=--show-error || meter=-s # a terminal sees how it goes on
-        code=$(curl "$meter" -fL --connect-timeout 30 -C - -o "$1" -w '%{http_code}' "$2")
+        code=$(curl "$meter" -fL --connect-timeout 30 --speed-time 60 --speed-limit 1 -C - -o "$1" -w '%{http_code}' "$2")
         status=$?
     else
-        wget -nv -c --tries=1 --timeout=60 -S -O "$1" "$2" >"$1.log" 2>&1
+        [ -t 2 ] && meter=--show-progress || meter=-nv
+        wget -nv "$meter" -o "$1.log" -S -c --tries=1 --timeout=60 -O "$1" "$2"
         status=$? code=$(awk '$1 ~ /^HTTP\// { code = $2 } END { print code }' "$1.log")
         rm -f "$1.log"
     fi
@@ -131,6 +135,7 @@ download() { # download NAME.zip
 
 unpack() { # unpack NAME MODEL: NAME.zip, whose files may lie in a folder, -> NAME/
     rm -rf "$1.unpacking"
+    echo "fetch: unpacking $1.zip" >&2
     unzip -q -o "$1.zip" -d "$1.unpacking" >"$1.log" 2>&1
     status=$? said=$(grep -iE 'error|cannot|bad|missing|not find' "$1.log" | head -n 1 | sed 's/^ *//')
     rm -f "$1.log"
@@ -175,7 +180,7 @@ tool=
 for try in wget curl; do command -v $try >/dev/null && tool=$try; done
 [ -n "$tool" ] || die "curl is missing. Debian: apt-get install curl"
 command -v unzip >/dev/null || die "unzip is missing. Debian: apt-get install unzip"
-trap 'rm -rf ./*.unpacking; echo "fetch: interrupted; run this again to go on" >&2; exit 130' INT TERM
+trap 'rm -rf ./*.unpacking; echo "fetch: interrupted; run this again to go on" >&2; exit 130' HUP INT TERM
 if command -v flock >/dev/null; then # two at a time would write into the same files
     exec 9>.fetch.lock
     flock -n 9 || { echo "fetch: waiting for another fetch" >&2 && flock 9; }

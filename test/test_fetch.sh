@@ -108,6 +108,8 @@ for tool in curl wget; do
     ok "a scale was lost" from good ffhq
     ok "it is back" cmp "$dir/files/ffhq_4_scales_geometric/scale3.ckpt" models/ffhq_4_scales_geometric/scale3.ckpt
     ok "the others are as they were" grep -qx mine models/ffhq_4_scales_geometric/scale1.ckpt
+    rm -rf "$dir/elsewhere" && mv models/ffhq_4_scales_geometric "$dir/elsewhere" && ln -s "$dir/elsewhere" models/ffhq_4_scales_geometric
+    ok "a link to a folder" from nowhere ffhq
     fresh
     ok "a zip without a folder" from good cats
     ok "gets one" cmp "$dir/files/ffhq_4_scales_geometric/scale3.ckpt" models/cats_3_scales/scale3.ckpt
@@ -140,6 +142,10 @@ for tool in curl wget; do
     refused "git-lfs pointer instead of the file" from lfs ffhq
     ok "nor is that" sh -c '! ls models/*.part'
     refused "answers 404" from nowhere ffhq
+    head -c 1000 "$dir/files/ffhq_4_scales_geometric.zip" >models/ffhq_4_scales_geometric.zip.part
+    refused "answers 404" from nowhere ffhq
+    ok "half a file outlives an error" test -s models/ffhq_4_scales_geometric.zip.part
+    rm -f models/*.part
     refused "damaged" from good bedrooms
     ok "a zip with a wrong checksum is not kept" sh -c '! ls -d models/bedrooms*'
     refused "truncated or damaged" from silent imagenet4
