@@ -138,6 +138,21 @@ refused 1 "no such folder" "$build/sample" "$dir/official" --convert "$dir/nowhe
 refused 2 "f32, f16 or bf16" "$build/sample" "$dir/official" --convert "$dir/nowhere" --store int8
 refused 1 "not installed" "$build/sample" ffhq --convert "$dir/nowhere"
 ok "without the moving average" sample "$dir/official" -n 1 --class 1 --no-ema
+echo "scale.imagebart.class_list names.txt" >>"$dir/official/config.txt" # as models/imagenet.txt has it
+printf '# two\nn00000001 disc, round thing\nn00000002 bar\n' >"$dir/official/names.txt"
+mkdir "$dir/named"
+ok "a list of classes" sample "$dir/official" -n 1 --class n00000001
+cp "$dir/err" "$dir/said"
+ok "which says what it took" grep -q 'class 0: disc$' "$dir/said"
+ok "goes along when converted" "$build/sample" "$dir/official" --convert "$dir/named"
+ok "names and all" sample "$dir/named" -n 1 --class "Round THING"
+refused 1 "n00000001 disc, 1 n00000002 bar" sample "$dir/named" -n 1 --class square
+ok "inpaint knows it too" "$build/inpaint" "$dir/named" "$dir/data/disc/000.png" --half upper -n 1 --class round -o "$dir/i.png"
+cp "$dir/err" "$dir/said"
+ok "and says so" grep -q '^class disc$' "$dir/said"
+rm "$dir/official/names.txt"
+refused 1 "official/names.txt: No such file" sample "$dir/official" -n 1 --class 1
+sed -i '/class_list/d' "$dir/official/config.txt"
 sed -i 's/enc_depth 1/enc_depth 2/' "$dir/official/config.txt"
 refused_late 1 "no tensor" sample "$dir/official" -n 2 --class 1
 sed -i 's/enc_depth 2/enc_depth 1/; s/ResidualScaledXTransformer/XTransformer/' "$dir/official/config.txt"
