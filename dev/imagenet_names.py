@@ -52,7 +52,9 @@ def main():
     with open(args.nouns, "rb") as f:
         nouns = f.read()
     with open(args.out, "w") as f:
-        f.write("# The classes of ImageNet, in the order of their labels; names from WordNet 3.0, whose notice follows.\n#\n")
+        f.write(
+            "# The classes of ImageNet, in the order of their labels; names from WordNet 3.0, whose notice follows.\n#\n"
+        )
         f.writelines(line.rstrip() + "\n" for line in notice(nouns))
         f.writelines(f"{synset} {', '.join(words(nouns, synset))}\n" for synset in synsets)
 

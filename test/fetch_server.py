@@ -7,6 +7,7 @@ The first part of a path says how it serves the files of FOLDER:
     html, lfs  a page, a git-lfs pointer, with status 200; anything else: 404
 FOLDER/log gets a line per GET: path, first byte, bytes sent.
 """
+
 import http.server
 import os
 import re

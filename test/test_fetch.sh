@@ -1,10 +1,13 @@
 #!/bin/sh
 # test_fetch.sh: models/fetch.sh against a server of its own, with everything that can go wrong on the way. Small files
 # stand for the weights. Needs python3, unzip and curl or wget; what is not there is skipped aloud.
+for need in python3 unzip; do
+    command -v $need >/dev/null || { echo "skipped: fetching models needs $need here" && exit 0; }
+done
+command -v curl >/dev/null || command -v wget >/dev/null || { echo "skipped: curl and wget are missing" && exit 0; }
 here=$(pwd)
 dir=$(mktemp -d)
 server=
-command -v curl >/dev/null || command -v wget >/dev/null || { echo "skipped: curl and wget are missing" && exit 0; }
 trap '[ -z "$server" ] || kill $server; umount "$dir/small" 2>/dev/null; rm -rf "$dir"' EXIT
 passed=0 failed=0
 
@@ -49,10 +52,6 @@ from() { # from KIND MODEL...: models/fetch.sh from the server's folder KIND
 fresh() { rm -rf "$dir/work" && mkdir -p "$dir/work/models" && cp "$here/models/fetch.sh" "$dir/work/models" && cd "$dir/work" || exit 1; }
 whole() { cmp "$dir/files/ffhq_4_scales_geometric/scale4.ckpt" models/ffhq_4_scales_geometric/scale4.ckpt && ! ls models/*.zip* 2>/dev/null; }
 asked() { tail -n 1 "$dir/files/log" | grep -q "$1"; } # asked "FIRST BYTES": the last transfer
-
-for need in python3 unzip; do
-    command -v $need >/dev/null || { echo "skipped: fetching models needs $need here" && exit 0; }
-done
 
 # ---- what the server has: a model with a folder in its zip, one without, first stages, a damaged zip ----
 mkdir -p "$dir/files/ffhq_4_scales_geometric" "$dir/files/vqgan" && cd "$dir/files" || exit 1

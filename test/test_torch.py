@@ -6,6 +6,7 @@ Each file of a freshly trained model, and its conversions to F32 and BF16, is lo
 no name missing, none too many; then the transitions' logits must be those that our C code computed from the same file,
 within 1e-4. Needs torch; skipped aloud without.
 """
+
 import json
 import math
 import os
@@ -23,7 +24,14 @@ except ImportError:
     print("skipped: reading our files with PyTorch needs torch (pip install torch)")
     sys.exit(0)
 
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8}
+DTYPES = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+}
 
 
 def read_safetensors(path):
@@ -51,14 +59,19 @@ class Attention(nn.Module):
         self.to_out = nn.Linear(inner, dim)
 
     def forward(self, x, context, causal):
-        q, k, v = (y.unflatten(-1, (self.heads, 64)).transpose(1, 2) for y in (self.to_q(x), self.to_k(context), self.to_v(context)))
+        q, k, v = (
+            y.unflatten(-1, (self.heads, 64)).transpose(1, 2)
+            for y in (self.to_q(x), self.to_k(context), self.to_v(context))
+        )
         return self.to_out(F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).flatten(2))
 
 
 class FeedForward(nn.Module):
     def __init__(self, dim):
         super().__init__()
-        self.net = nn.Sequential(nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU()), nn.Identity(), nn.Linear(4 * dim, dim))
+        self.net = nn.Sequential(
+            nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU()), nn.Identity(), nn.Linear(4 * dim, dim)
+        )
 
     def forward(self, x, context, causal):
         return self.net(x)
@@ -75,7 +88,8 @@ class Side(nn.Module):
         self.pos_emb.emb = nn.Embedding(length, dim)
         self.attn_layers = nn.Module()
         self.attn_layers.layers = nn.ModuleList(
-            nn.ModuleList([nn.LayerNorm(dim), FeedForward(dim) if kind == "f" else Attention(dim, heads)]) for kind in self.order
+            nn.ModuleList([nn.LayerNorm(dim), FeedForward(dim) if kind == "f" else Attention(dim, heads)])
+            for kind in self.order
         )
         self.norm = nn.LayerNorm(dim)
         self.to_logits = nn.Linear(dim, tokens)
@@ -97,7 +111,14 @@ class XTransformer(nn.Module):
             rows = (number("n_scales"), number("dec_max_seq_len"))
             self.log_scalors = nn.Parameter(torch.zeros(rows if kind == "FineScaledXTransformer" else rows[:1]))
         for name, order in ("enc", "af"), ("dec", "acf"):
-            side = Side(order, number(name + "_depth"), number("dim"), number(name + "_heads"), number(name + "_num_tokens"), number(name + "_max_seq_len"))
+            side = Side(
+                order,
+                number(name + "_depth"),
+                number("dim"),
+                number(name + "_heads"),
+                number(name + "_num_tokens"),
+                number(name + "_max_seq_len"),
+            )
             setattr(self, {"enc": "encoder", "dec": "decoder"}[name], side)
         if p.get("tie_token_emb") == "true":
             self.decoder.token_emb = self.encoder.token_emb
@@ -133,7 +154,10 @@ class Block(nn.Module):
 
     def forward(self, x):
         y, L = self.ln1(x), x.shape[1]
-        q, k, v = (f(y).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.attn.query, self.attn.key, self.attn.value))
+        q, k, v = (
+            f(y).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for f in (self.attn.query, self.attn.key, self.attn.value)
+        )
         scores = (q @ k.transpose(-2, -1)) / math.sqrt(q.shape[-1])
         scores = scores.masked_fill(self.attn.mask[:, :, :L, :L] == 0, -math.inf)
         x = x + self.attn.proj((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
@@ -208,11 +232,25 @@ class Vqgan(nn.Module):
         last = len(width) - 1
 
         enc = self.encoder = nn.Module()
-        enc.conv_in, enc.mid, enc.norm_out, enc.conv_out = conv(int(d["in_channels"]), ch), middle(width[-1]), norm(width[-1]), conv(width[-1], z)
-        enc.down = nn.ModuleList(level(width[i - 1] if i else ch, width[i], blocks, attends[i]) for i in range(len(width)))
+        enc.conv_in, enc.mid, enc.norm_out, enc.conv_out = (
+            conv(int(d["in_channels"]), ch),
+            middle(width[-1]),
+            norm(width[-1]),
+            conv(width[-1], z),
+        )
+        enc.down = nn.ModuleList(
+            level(width[i - 1] if i else ch, width[i], blocks, attends[i]) for i in range(len(width))
+        )
         dec = self.decoder = nn.Module()
-        dec.conv_in, dec.mid, dec.norm_out, dec.conv_out = conv(z, width[-1]), middle(width[-1]), norm(width[0]), conv(width[0], int(d["out_ch"]))
-        dec.up = nn.ModuleList(level(width[min(i + 1, last)], width[i], blocks + 1, attends[i]) for i in range(len(width)))
+        dec.conv_in, dec.mid, dec.norm_out, dec.conv_out = (
+            conv(z, width[-1]),
+            middle(width[-1]),
+            norm(width[0]),
+            conv(width[0], int(d["out_ch"])),
+        )
+        dec.up = nn.ModuleList(
+            level(width[min(i + 1, last)], width[i], blocks + 1, attends[i]) for i in range(len(width))
+        )
         for i in range(last):
             enc.down[i].downsample = nn.Module()
             enc.down[i].downsample.conv = nn.Conv2d(width[i], width[i], 3, stride=2)
@@ -283,7 +321,9 @@ def check_scale(folder, t, vqgan, first_stage, said, dtype):
     check(f"{what}: alphacum", torch.allclose(model.alphats.cumprod(0), model.alphacum, atol=1e-6))
     label = said.get(f"label{t}")
     with torch.no_grad():
-        logits = model.transformer(said[f"x{t}"].long(), said[f"xt{t}"].long(), t, None if label is None else label.long(), model.alphats)
+        logits = model.transformer(
+            said[f"x{t}"].long(), said[f"xt{t}"].long(), t, None if label is None else label.long(), model.alphats
+        )
     error = (logits - said[f"logits{t}"]).abs().max().item()
     check(f"{what}: logits", error <= 1e-4, f"differ by {error}")
     check(f"{what}: logits say something", said[f"logits{t}"].std() > 0.01)
@@ -334,15 +374,39 @@ def main():
             os.mkdir(folder)
             run(f"{build}/sample", plain, "--convert", folder, "--store", store)
             check_model(build, folder, dtype)
-        check_model(build, train(build, scratch, "tied", [("tie_token_emb false", "tie_token_emb true"), (kind, "x_transformer.FineScaledXTransformer")]), torch.float32)
+        check_model(
+            build,
+            train(
+                build,
+                scratch,
+                "tied",
+                [("tie_token_emb false", "tie_token_emb true"), (kind, "x_transformer.FineScaledXTransformer")],
+            ),
+            torch.float32,
+        )
         # without what can be derived: not for PyTorch until converted
-        compact = train(build, scratch, "compact", [("scale.data.params", "scale.imagebart.compact true\nscale.data.params"), ("tie_token_emb false", "tie_token_emb true")])
+        compact = train(
+            build,
+            scratch,
+            "compact",
+            [
+                ("scale.data.params", "scale.imagebart.compact true\nscale.data.params"),
+                ("tie_token_emb false", "tie_token_emb true"),
+            ],
+        )
         names = [name for t in (1, 3) for name in read_safetensors(f"{compact}/scale{t}.safetensors")[0]]
-        check("compact files", not [name for name in names if "mask" in name or name == "transformer.decoder.token_emb.weight"])
+        check(
+            "compact files",
+            not [name for name in names if "mask" in name or name == "transformer.decoder.token_emb.weight"],
+        )
         os.mkdir(f"{scratch}/whole")
         run(f"{build}/sample", compact, "--convert", f"{scratch}/whole")
         check_model(build, f"{scratch}/whole", torch.float32)
-        check_model(build, train(build, scratch, "five", [("n_unmasked 2", "n_unmasked 5"), (kind, "x_transformer.XTransformer")]), torch.float32)
+        check_model(
+            build,
+            train(build, scratch, "five", [("n_unmasked 2", "n_unmasked 5"), (kind, "x_transformer.XTransformer")]),
+            torch.float32,
+        )
     print(f"{passed} passed, {failed} failed")
     return failed != 0
 
