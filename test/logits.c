@@ -22,7 +22,7 @@ static Err add(TensorList *list, const char *what, int t, Dtype dtype, int ndim,
     return tensor_list_add(list, name, dtype, ndim, dim, data, 0);
 }
 
-/* The arrays live until the program ends. */
+/* The list owns the arrays; main frees them. */
 static Err scale(TensorList *list, Model *m, int t) {
     int32_t *x, *xt, *label = NULL, ts[SAMPLES];
     const real *logits;
@@ -51,5 +51,8 @@ int main(int argc, char **argv) {
     for (int t = 1; e == OK && t <= m.schedule.T; t++) e = scale(&list, &m, t);
     if (e == OK) e = checkpoint_write(argv[2], list.tensor, list.from_real, list.n, NULL);
     if (e != OK) fprintf(stderr, "logits: %s\n", err_text());
+    for (size_t i = 0; i < list.n; i++) free((void *)(uintptr_t)list.tensor[i].data);
+    tensor_list_free(&list);
+    model_close(&m);
     return e != OK;
 }
