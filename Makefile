@@ -3,8 +3,9 @@
 # make test SANITIZE=1   the same under AddressSanitizer and UndefinedBehaviorSanitizer
 # make bench        how fast, as fractions of this machine's ceilings
 # make fuzz SECONDS=60  the readers of checkpoints under libFuzzer (needs clang; Debian: clang, libclang-rt-14-dev)
+# make ffhq         fetches an official model: also ffhq2 churches bedrooms cats imagenet imagenet4 (models/fetch.sh)
 # make data/emoji   the pictures that the bundled model was trained on
-# Variables: CC=clang, MARCH=x86-64-v3 (default native), SANITIZE=1. Each combination builds in its own folder.
+# Variables: MODELS_URL=https://... (where official models come from), CC=clang, MARCH=x86-64-v3 (default native), SANITIZE=1. Each combination builds in its own folder.
 
 CC ?= cc
 ifeq ($(origin CC),default)
@@ -24,7 +25,9 @@ HAVE_MARCH := $(call compiles,int main(void) { return 0; },-march=$(MARCH))
 HAVE_PNG := $(call compiles,#include <png.h>\nint main(void) { return !png_get_libpng_ver(0); },-lpng)
 HAVE_JPEG := $(call compiles,#include <stdio.h>\n#include <jpeglib.h>\nint main(void) { return !jpeg_std_error(0); },-ljpeg)
 
-ifneq ($(filter-out clean format,$(or $(MAKECMDGOALS),all)),)
+OFFICIAL := ffhq ffhq2 churches bedrooms cats imagenet imagenet4
+
+ifneq ($(filter-out clean format $(OFFICIAL) vqgan lsun,$(or $(MAKECMDGOALS),all)),)
 $(info compiler  $(CC) -march=$(MARCH)$(if $(filter 1,$(SANITIZE)), with sanitizers))
 $(info OpenMP    $(if $(HAVE_OPENMP),yes,no: one thread only (Debian: libgomp comes with gcc$(comma) clang needs libomp-dev)))
 ifeq ($(HAVE_PNG),)
@@ -49,9 +52,9 @@ CFLAGS := -std=c11 -D_GNU_SOURCE -g $(OPT) $(if $(HAVE_MARCH),-march=$(MARCH)) -
           -fno-trapping-math $(WARN) $(if $(HAVE_OPENMP),-fopenmp,-Wno-unknown-pragmas)
 LDLIBS := -lpng -ljpeg -lz -lm -lpthread
 
-COMPONENTS := base gemm conv checkpoint ckpt params data vqgan transformer diffusion
+COMPONENTS := base gemm conv checkpoint ckpt params data vqgan transformer classes diffusion
 PROGRAMS := sample train inpaint
-TESTS := base gemm conv checkpoint ckpt data vqgan transformer diffusion
+TESTS := base gemm conv checkpoint ckpt data vqgan transformer classes diffusion
 TESTS_DOUBLE := gemm conv vqgan transformer
 
 OBJ := $(COMPONENTS:%=$B/%.o)
@@ -65,7 +68,7 @@ $(PROGRAMS): %: $B/%
 	@cp -f $< $@
 test/golden test/bench: test/%: $B/%
 	@cp -f $< $@
-.PHONY: all test bench fuzz clean format FORCE
+.PHONY: all test bench fuzz clean format FORCE $(OFFICIAL) vqgan lsun
 ifneq ($(shell cat build/last 2>/dev/null),$B)
 $(PROGRAMS) test/golden test/bench: FORCE
 $(shell mkdir -p build && echo $B >build/last)
@@ -75,7 +78,7 @@ $(PROGRAMS:%=$B/%): $B/%: $B/%.o $B/cli.o $(OBJ)
 	$(CC) $(CFLAGS) -o $@ $^ $(LDLIBS)
 $B/golden $B/bench: $B/%: $B/test/%.o $(OBJ)
 	$(CC) $(CFLAGS) -o $@ $^ $(LDLIBS)
-$B/pictures: $B/test/pictures.o $(OBJ)
+$B/pictures $B/logits: $B/%: $B/test/%.o $(OBJ)
 	$(CC) $(CFLAGS) -o $@ $^ $(LDLIBS)
 $(TESTS:%=$B/test_%): $B/test_%: $B/test/test_%.o $(OBJ)
 	$(CC) $(CFLAGS) -o $@ $^ $(LDLIBS)
@@ -95,7 +98,7 @@ $B/double/%.o: %.cu Makefile
 	@mkdir -p $(@D)
 	$(CC) $(CFLAGS) -DREAL_DOUBLE -MMD -MP -x c -c -o $@ $<
 
-test: $(TEST_BIN) $B/golden $B/pictures $(PROGRAMS:%=$B/%)
+test: $(TEST_BIN) $B/golden $B/pictures $B/logits $(PROGRAMS:%=$B/%)
 	@test/run.sh $B $(TEST_BIN)
 
 bench: test/bench
@@ -113,6 +116,11 @@ fuzz: $B/test_ckpt
 	@cp test/golden-cases/ckpt_formats/io.safetensors build/fuzz/safetensors
 	@for f in $(FUZZ); do echo "fuzz_$$f, $(SECONDS) s"; build/fuzz_$$f -max_total_time=$(SECONDS) -timeout=10 -max_len=20000 \
 	    -rss_limit_mb=4096 -print_final_stats=1 build/fuzz/$$f >build/fuzz_$$f.log 2>&1 || { tail -30 build/fuzz_$$f.log; exit 1; }; done
+
+$(OFFICIAL):
+	@models/fetch.sh $@ vqgan
+vqgan lsun:
+	@models/fetch.sh $@
 
 data/emoji:
 	/usr/bin/python3 dev/emoji.py --out $@

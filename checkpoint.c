@@ -728,12 +728,12 @@ static Err read_safetensors(Checkpoint *ck) {
 static const struct {
     const char *magic, *what;
 } foreign[] = {
-    {"version https://git-lfs", "a git-lfs pointer, not the file it stands for: fetch that with 'git lfs pull'"},
+    {"version https://git-lfs", "a git-lfs pointer, not the file it stands for (fetch that with 'git lfs pull')"},
     {"\x1f\x8b", "gzip data"},
     {"\x89PNG", "a PNG image"},
     {"\xff\xd8\xff", "a JPEG image"},
     {"\x93NUMPY", "a NumPy array"},
-    {"<", "an HTML or XML page: a download that went wrong?"},
+    {"<", "an HTML or XML page, saved by a download that went wrong (remove it and fetch the file again)"},
     {"{", "JSON text"},
 };
 
@@ -1092,5 +1092,6 @@ Err tensor_list_add(TensorList *list, const char *name, Dtype dtype, int ndim, c
 void tensor_list_free(TensorList *list) {
     free(list->tensor);
     free(list->from_real);
+    free(list->kept);
     *list = (TensorList){0};
 }

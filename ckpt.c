@@ -835,6 +835,11 @@ static Err zip_data(const Zip *z, Entry *e, uint64_t place, uint64_t bytes) {
     return OK;
 }
 
+static int ends_in(const unsigned char *text, size_t length, const char *end) {
+    size_t n = strlen(end);
+    return length >= n && memcmp(text + length - n, end, n) == 0;
+}
+
 static Err zip_entry(const Zip *z, Entry *e, size_t *at) {
     const size_t stop = z->directory + z->directory_bytes;
     const unsigned char *p = z->file + *at;
@@ -846,6 +851,9 @@ static Err zip_entry(const Zip *z, Entry *e, size_t *at) {
     uint64_t *wide[3] = {&bytes, &stored, &place_};
     TRY(zip_extra(p + ENTRY_BYTES + name, extra, wide));
     if (number_at(p + 8, 2) & 1) return err("has an encrypted zip entry");
+    if (ends_in(p + ENTRY_BYTES, name, ".ckpt") || ends_in(p + ENTRY_BYTES, name, ".safetensors"))
+        return err("is a zip archive that holds '%.*s': unzip it and use what comes out", (int)min_size(name, 100),
+                   (const char *)p + ENTRY_BYTES);
     if (number_at(p + 10, 2) != 0 || stored != bytes)
         return err("has a compressed zip entry '%.*s': unzip it, PyTorch stores without compression",
                    (int)(name < 60 ? name : 60), (const char *)p + ENTRY_BYTES);
@@ -888,8 +896,7 @@ static Err zip_pickle(const Zip *z, const Entry **pickle, size_t *folder) {
         *pickle = e;
         *folder = e->name_length - length + 1;
     }
-    if (!*pickle)
-        return err("is a zip archive without data.pkl: not from torch.save. If it holds .ckpt files, unzip it");
+    if (!*pickle) return err("is a zip archive without data.pkl: not from torch.save");
     if (crc32_z(0, (*pickle)->data, (*pickle)->bytes) != (*pickle)->crc)
         return err("has a damaged data.pkl: its checksum differs; fetch it again");
     return OK;

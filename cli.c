@@ -321,12 +321,9 @@ void sampling_start(SamplingArgs *a, Model *m, const NamedModel **stand_in_for) 
     const NamedModel *missing = *stand_in_for;
     if (!missing) return;
     fprintf(stderr,
-            "%s: the official weights of %s (%s) are not here. To get them:\n"
-            "    mkdir -p models && cd models\n"
-            "    curl -LO https://ommer-lab.com/files/%s && unzip %s\n"
-            "    curl -LO https://ommer-lab.com/files/vqgan.zip && unzip vqgan.zip\n"
+            "%s: the official weights of %s (%s) are not here; \"make %s\" fetches them.\n"
             "Going on with the bundled model, emoji%s%s.\n",
-            program_name, missing->name, missing->what, missing->zip, missing->zip,
+            program_name, missing->name, missing->what, missing->name,
             missing->stand_in && !a->class_name ? ", class " : "",
             missing->stand_in && !a->class_name ? missing->stand_in : "");
     if (!a->class_name) a->class_name = missing->stand_in;

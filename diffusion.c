@@ -7,14 +7,14 @@
  * the reading of a model's folder. The networks are transformer.cu's and vqgan.c's; training is train.c's.
  *
  * It refuses: schedules whose betas leave [0,1], folders with a missing, foreign or contradicting file, tensors that
- * the network does not have, labels a model does not have, networks that answer with NaN.
+ * the network does not have, networks that answer with NaN.
  *
  * Every random number is a Philox draw named by (seed, purpose, scale and repeat, sample number, position): tokens
  * depend on neither the batch a sample is in nor the number of threads.
  *
  * Read: schedules; forward and posterior; one token; named models; a model's folder; sampling a chain.
  *
- * Builds alone with base.c, checkpoint.c, gemm.c, vqgan.c and transformer.cu. Paper section 3, SPEC sections 3 and 5.
+ * Builds alone with base.c, checkpoint.c, gemm.c, vqgan.c, transformer.cu and classes.c. Paper section 3, SPEC sections 3 and 5.
  */
 #include "imagebart.h"
 
@@ -348,6 +348,7 @@ Err recipe_read(Config *to, const char *path, int scale) {
     if (e == OK &&
         (scale == RECIPE_VQGAN ? take_part(to, &recipe, "vqgan", NULL) : take_scale(to, &recipe, scale)) != OK)
         e = err_in(path);
+    if (e == OK && classes_from_recipe(to, path) != OK) e = err_in(path);
     config_free(&recipe);
     return e;
 }
@@ -376,18 +377,28 @@ static const char *scale_file(char name[32], int t, int official) {
     return name;
 }
 
-/* Does the folder have every file of a model with T scales? */
-static int has_scales(const char *folder, int T, int official) {
+static int has_scale(const char *folder, int t, int official) {
     char name[32];
-    if (has_file(folder, scale_file(name, 0, official))) return 1;
-    for (int t = 1; t <= T; t++)
-        if (!has_file(folder, scale_file(name, t, official))) return 0;
-    return 1;
+    return has_file(folder, scale_file(name, t, official));
 }
 
-int model_installed(const NamedModel *model) {
-    const int ours = has_file(model->folder, "vqgan.safetensors") && has_scales(model->folder, model->T, 0);
-    return ours || has_scales(model->folder, model->T, 1);
+static void count_file(size_t *here, char missing[32], const char *folder, const char *name) {
+    if (has_file(folder, name))
+        ++*here;
+    else if (!*missing)
+        snprintf(missing, 32, "%s", name);
+}
+
+size_t model_files(char missing[32], const NamedModel *model) {
+    const char *folder = model->folder;
+    const int ours = !model->zip || has_file(folder, "vqgan.safetensors") || has_scale(folder, 1, 0);
+    size_t here = 0;
+    char name[32];
+    *missing = 0;
+    if (ours) count_file(&here, missing, folder, "vqgan.safetensors"); /* official files hold the first stage too */
+    if (has_scale(folder, 0, !ours)) return here + 1;
+    for (int t = 1; t <= model->T; t++) count_file(&here, missing, folder, scale_file(name, t, !ours));
+    return here;
 }
 
 /* ---- A model's folder -------------------------------------------------------------------------------------- */
@@ -471,36 +482,13 @@ static Err check_schedule(const Schedule *s, const Schedule *expected) {
     return OK;
 }
 
-/* Class names from a comma-separated list; without one, the numbers below `rows`. */
-static Err read_classes(Model *m, const char *list, size_t rows) {
-    m->n_classes = rows;
-    if (list) {
-        m->n_classes = 1;
-        for (const char *p = list; *p; p++) m->n_classes += *p == ',';
-        if (m->n_classes > rows)
-            return err("imagebart.classes names %zu classes, the network knows %zu labels", m->n_classes, rows);
-    }
-    TRY(mem_alloc(&m->class_name, m->n_classes, sizeof *m->class_name, "class names"));
-    for (size_t i = 0; i < m->n_classes; i++) {
-        size_t length = list ? strcspn(list, ",") : 24;
-        TRY(mem_alloc(&m->class_name[i], length + 1, 1, "a class name"));
-        if (!list)
-            snprintf(m->class_name[i], length, "%zu", i);
-        else {
-            memcpy(m->class_name[i], list, length);
-            list += length + (list[length] == ',');
-        }
-    }
-    return OK;
-}
-
 /* Scale 1 (or the joint file) gives the model its meta, schedule and classes. */
 static Err adopt_facts(Model *m, const Checkpoint *ck, const ScaleFacts *f) {
     m->schedule = f->schedule;
     for (size_t i = 0; i < ck->meta.n; i++) TRY(config_set(&m->meta, ck->meta.kv[i].key, "%s", ck->meta.kv[i].value));
     if (!f->net.has_class) return OK;
     size_t rows = f->net.kind == NET_X ? f->net.enc_num_tokens : f->net.input_vocab_size;
-    return read_classes(m, config_get(&m->meta, "", "imagebart.classes"), rows);
+    return classes_open(m, config_get(&m->meta, "", "imagebart.classes"), rows);
 }
 
 static Err check_facts(Model *m, const Checkpoint *ck, int scale) {
@@ -598,11 +586,9 @@ static Err open_vqgan(Model *m) {
 }
 
 static Err open_folder(Model *m) {
-    char name[32];
-    const int ours = has_file(m->folder, scale_file(name, 1, 0)) || has_file(m->folder, scale_file(name, 0, 0));
-    m->official = !ours && (has_file(m->folder, scale_file(name, 1, 1)) || has_file(m->folder, scale_file(name, 0, 1)));
-    m->joint =
-        !has_file(m->folder, scale_file(name, 1, m->official)) && has_file(m->folder, scale_file(name, 0, m->official));
+    const int ours = has_scale(m->folder, 1, 0) || has_scale(m->folder, 0, 0);
+    m->official = !ours && (has_scale(m->folder, 1, 1) || has_scale(m->folder, 0, 1));
+    m->joint = !has_scale(m->folder, 1, m->official) && has_scale(m->folder, 0, m->official);
     TRY(open_vqgan(m));
     if (m->joint) return check_file(m, 0);
     TRY(check_file(m, 1));
@@ -610,11 +596,23 @@ static Err open_folder(Model *m) {
     return OK;
 }
 
+/* A folder that has a part of an official model, such as one that was unpacked by hand */
+static Err check_complete(const NamedModel *found) {
+    char missing[32];
+    model_files(missing, found);
+    if (!*missing || !found->zip) return OK;
+    return err("model %s: %s/%s is missing; \"make %s\" fetches it", found->name, found->folder, missing, found->name);
+}
+
 /* *folder = where to look; *substituted as model_open. */
 static Err find_folder(const char **folder, const char *name_or_folder, const NamedModel **substituted) {
     const NamedModel *found = find_named(name_or_folder);
+    struct stat st;
     *folder = found ? found->folder : name_or_folder;
-    if (is_folder(*folder)) return OK;
+    if (is_folder(*folder)) return found ? check_complete(found) : OK;
+    if (stat(*folder, &st) == 0)
+        return err("model \"%.200s\": is a file, expected a folder of weights; zip files have to be unpacked first",
+                   *folder);
     if (!found)
         return err("model \"%.200s\": no such folder, and not one of emoji, ffhq, ffhq2, churches, bedrooms, cats, "
                    "imagenet, imagenet4",
@@ -625,8 +623,8 @@ static Err find_folder(const char **folder, const char *name_or_folder, const Na
         *folder = named[0].folder;
         return OK;
     }
-    return err("model %s is not installed: no folder %s (unpack https://ommer-lab.com/files/%s under models/)%s",
-               found->name, *folder, found->zip, substituted ? ", and the bundled model is missing too" : "");
+    return err("model %s is not installed: no folder %s; \"make %s\" fetches it%s", found->name, *folder, found->name,
+               substituted ? ", and the bundled model is missing too" : "");
 }
 
 Err model_open(Model *m, const char *name_or_folder, const NamedModel **substituted) {
@@ -721,13 +719,41 @@ Err model_scale(Model *m, int t) {
 
 /* ---- Writing a model --------------------------------------------------------------------------------------- */
 
-Err transition_tensors(TensorList *list, const Params *p, char which, const Schedule *s, Dtype store) {
+/* 1 where query i sees key j: causal, and the first n_unmasked see each other (SPEC 2.3). One byte each: PyTorch
+ * converts when it loads. */
+static Err mask_tensors(TensorList *list, const NetConfig *c) {
+    size_t L = c->dec_max_seq_len, dim[4] = {1, 1, L, L};
+    uint8_t *mask;
+    TRY(mem_alloc(&mask, L * L, 1, "the attention mask"));
+    list->kept = mask;
+    for (size_t i = 0; i < L; i++) memset(mask + i * L, 1, i < c->n_unmasked ? min_size(c->n_unmasked, L) : i + 1);
+    for (size_t i = 0; i < c->dec_depth; i++) {
+        char name[64];
+        snprintf(name, sizeof name, "transformer.blocks.%zu.attn.mask", i);
+        TRY(tensor_list_add(list, name, DT_U8, 4, dim, mask, 0));
+    }
+    return OK;
+}
+
+/* What the official classes have besides parameters: a GPT's masks, the second name of a tied embedding. */
+static Err derived_tensors(TensorList *list, const NetConfig *c) {
+    if (c->kind == NET_GPT) return mask_tensors(list, c);
+    for (size_t i = 0; c->tie_token_emb && i < list->n; i++) {
+        const Tensor x = list->tensor[i];
+        if (strcmp(x.name, "transformer.encoder.token_emb.weight") == 0)
+            return tensor_list_add(list, "transformer.decoder.token_emb.weight", x.dtype, x.ndim, x.dim, x.data, 1);
+    }
+    return OK;
+}
+
+Err transition_tensors(TensorList *list, Transformer *net, char which, const Schedule *s, Dtype store, int compact) {
     static const int64_t sos = 0;
     size_t one = 1, rows = (size_t)s->T + 1;
-    TRY(tensor_list_params(list, p, which, "transformer.", store));
+    TRY(tensor_list_params(list, transformer_params(net), which, "transformer.", store));
     TRY(tensor_list_add(list, "sos_token", DT_I64, 1, &one, &sos, 0));
     TRY(tensor_list_add(list, "alphats", DT_F32, 1, &rows, s->alpha, 0));
-    return tensor_list_add(list, "alphacum", DT_F32, 1, &rows, s->alphacum, 0);
+    TRY(tensor_list_add(list, "alphacum", DT_F32, 1, &rows, s->alphacum, 0));
+    return compact ? OK : derived_tensors(list, transformer_config(net));
 }
 
 static Err vqgan_tensors(TensorList *list, Config *meta, Vqgan *v, Dtype store) {
@@ -744,7 +770,7 @@ static Err scale_tensors(TensorList *list, Config *meta, Model *m, int t, Dtype 
     TRY(config_set(meta, "imagebart.h", "%zu", m->h));
     TRY(config_set(meta, "imagebart.w", "%zu", m->w));
     if (!m->joint) TRY(config_set(meta, "model.params.single_scale", "%d", t));
-    return transition_tensors(list, transformer_params(m->net), 'v', &m->schedule, store);
+    return transition_tensors(list, m->net, 'v', &m->schedule, store, 0);
 }
 
 /* t: the scale, 0: the first stage. */
@@ -764,59 +790,10 @@ static Err convert_part(Model *m, const char *folder, int t, Dtype store) {
 
 Err model_convert(Model *m, const char *folder, Dtype store) {
     if (!is_folder(folder)) return err("%s: no such folder to write the model into", folder);
-    if (has_scales(folder, 1, 0)) return err("%s: has a model already, expected an empty folder", folder);
+    if (has_scale(folder, 1, 0) || has_scale(folder, 0, 0))
+        return err("%s: has a model already, expected an empty folder", folder);
     for (int t = 0; t <= (m->joint ? 1 : m->schedule.T); t++) TRY(convert_part(m, folder, t, store));
     return OK;
-}
-
-/* Case-insensitively: does `text` hold `part`? */
-static int holds(const char *text, const char *part) {
-    for (; *text; text++) {
-        size_t i = 0;
-        while (part[i] && tolower((unsigned char)text[i]) == tolower((unsigned char)part[i])) i++;
-        if (!part[i]) return 1;
-    }
-    return 0;
-}
-
-/* Appends the names that hold `part` ("" holds in all), as far as the line has room. */
-static Err class_error(const Model *m, const char *name, const char *why, const char *part) {
-    char list[640] = "";
-    size_t length = 0;
-    for (size_t i = 0; i < m->n_classes; i++) {
-        if (*part && !holds(m->class_name[i], part)) continue;
-        size_t room = strlen(m->class_name[i]) + 8;
-        if (length + room >= sizeof list) {
-            snprintf(list + length, sizeof list - length, ", ...");
-            break;
-        }
-        length += (size_t)snprintf(list + length, sizeof list - length, "%s%s", length ? ", " : "", m->class_name[i]);
-    }
-    return err("class \"%.100s\": %s %s", name, why, list);
-}
-
-Err model_class(const Model *m, const char *name, int32_t *label) {
-    if (m->n_classes == 0) return err("class \"%.100s\": %s is not a model with classes", name, m->folder);
-    for (size_t i = 0; i < m->n_classes; i++)
-        if (strcmp(m->class_name[i], name) == 0) {
-            *label = (int32_t)i;
-            return OK;
-        }
-    if (*name == 0) return class_error(m, name, "expected one of", "");
-    if (name[strspn(name, "0123456789")] == 0) {
-        unsigned long long number = strtoull(name, NULL, 10);
-        if (number >= m->n_classes) return err("class %.100s: expected 0..%zu or a name", name, m->n_classes - 1);
-        *label = (int32_t)number;
-        return OK;
-    }
-    size_t matches = 0;
-    for (size_t i = 0; i < m->n_classes; i++)
-        if (holds(m->class_name[i], name)) {
-            matches++;
-            *label = (int32_t)i;
-        }
-    if (matches == 1) return OK;
-    return matches ? class_error(m, name, "could be any of", name) : class_error(m, name, "expected one of", "");
 }
 
 /* ---- Sampling a chain -------------------------------------------------------------------------------------- */

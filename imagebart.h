@@ -14,6 +14,7 @@
  *     5. vqgan.c         first stage: image <-> tokens
  *     6. transformer.cu  one reverse transition p(x_{t-1} | x_t), its losses, optimizer and EMA
  *     7. diffusion.c     the Markov chain: schedules, noise, posterior, sampling over scales, named models
+ *        classes.c       what the classes of a model are called
  *     8. cli.c           what the three programs share: options, progress, pictures in a terminal
  *
  * Names: B batch, N = h*w tokens of a grid (row-major), T number of scales, t in 1..T a scale, K token values,
@@ -281,6 +282,7 @@ typedef struct {
     Tensor *tensor;
     int *from_real;
     size_t n, capacity;
+    void *kept; /* data made for this list, freed with it; or NULL */
 } TensorList;
 Err tensor_list_params(TensorList *list, const Params *p, char which, const char *prefix, Dtype dtype);
 Err tensor_list_add(TensorList *list, const char *name, Dtype dtype, int ndim, const size_t *dim, const void *data,
@@ -539,8 +541,8 @@ typedef struct {
     Vqgan *vqgan;
     size_t h, w, K, side; /* token grid, token values, picture side in pixels */
     size_t n_classes;
-    char **class_name;
-    int loaded; /* scale whose transition is in memory, 0: none. One at a time. */
+    char **class_name; /* all names of a class, after its synset if it has one: "n01440764 tench, Tinca tinca" */
+    int loaded;        /* scale whose transition is in memory, 0: none. One at a time. */
     Transformer *net;
     Checkpoint file; /* its file: the weights stay there */
     int joint;       /* one file for all scales */
@@ -557,16 +559,34 @@ Err recipe_read(Config *to, const char *path, int scale);
  * to the named entry when its weights are not installed and the bundled model was opened instead (the caller must say
  * so); NULL forbids that. */
 Err model_open(Model *m, const char *name_or_folder, const NamedModel **substituted);
-int model_installed(const NamedModel *named);
+/* How many of a named model's files are here; missing: the first that is not, "" if all are. */
+size_t model_files(char missing[32], const NamedModel *named);
 /* The folder of a named model ("models/..."); any other name is a folder already. */
 const char *model_folder(const char *name_or_folder);
 Err model_scale(Model *m, int t); /* loads scale t's transition (EMA weights), releases the other */
 void model_close(Model *m);
-/* What a transition's file holds: `which` ('v' or 'e') of every parameter as transformer.*, the schedule's buffers. */
-Err transition_tensors(TensorList *list, const Params *p, char which, const Schedule *s, Dtype store);
+/* What a transition's file holds: `which` ('v' or 'e') of every parameter as transformer.*, the schedule's buffers and,
+ * unless compact, what follows from the rest and the official classes expect (masks, the second name of a tied embedding):
+ * every name of the official state dict but first_stage_model.* and transformer_ema.* (SPEC sections 11 and 12). */
+Err transition_tensors(TensorList *list, Transformer *net, char which, const Schedule *s, Dtype store, int compact);
 /* Writes the model as safetensors, weights as F32, F16 or BF16, into a folder that has no model. */
 Err model_convert(Model *m, const char *folder, Dtype store);
-/* class name or number -> label; an ambiguous or unknown one is an error that lists what there is. */
+
+/* ---- classes.c: what the classes are called ---- */
+/* A recipe's imagebart.class_list FILE (relative to the recipe) becomes imagebart.classes, the file's text. */
+Err classes_from_recipe(Config *to, const char *recipe);
+/* imagebart.classes for a model trained on pictures in these folders: what a recipe listed stays if the folders are those
+ * classes one by one, such as ImageNet's synsets; else it is the folders' names. */
+Err classes_from_folders(Config *to, char *const *folder, size_t n);
+/* m->class_name, n_classes from imagebart.classes: a class a line, or between commas; NULL: the numbers below rows, which
+ * is how many classes the network knows. */
+Err classes_open(Model *m, const char *list, size_t rows);
+/* A class's first name, without its synset, for messages. */
+enum { CLASS_TITLE_BYTES = 80 };
+const char *class_title(char out[CLASS_TITLE_BYTES], const Model *m, size_t label);
+/* How many classes have exactly this name or synset, whatever its case; *label = the first of them. */
+size_t classes_named(const Model *m, const char *name, int32_t *label);
+/* A number, a synset, a name or a part of one -> label; an ambiguous or unknown one is an error that lists what there is. */
 Err model_class(const Model *m, const char *name, int32_t *label);
 
 typedef struct {
@@ -639,7 +659,14 @@ typedef struct {
 #define SEED_NOT_GIVEN UINT64_MAX
 #define SAMPLING_OPTIONS(a)                                                                                            \
     {OPT_U64, "--seed", "N", &(a).seed, 0, 0, "same seed, same pictures (default: from the clock; always printed)"},   \
-        {OPT_STRING, "--class", "NAME|ID", &(a).class_name, 0, 0, "which class, for models that have classes"},        \
+        {OPT_STRING,                                                                                                   \
+         "--class",                                                                                                    \
+         "NAME|ID",                                                                                                    \
+         &(a).class_name,                                                                                              \
+         0,                                                                                                            \
+         0,                                                                                                            \
+         "which class, for models that have classes; ImageNet's also by synset\n(n02099601) or any WordNet name "      \
+         "(\"golden retriever\")"},                                                                                    \
         {OPT_STRING,                                                                                                   \
          "--temperature",                                                                                              \
          "T,..",                                                                                                       \

@@ -170,13 +170,14 @@ static Err choose_class(Job *job) {
     const char *end = strrchr(job->in->image, '/'), *start = end;
     while (start && start > job->in->image && start[-1] != '/') start--;
     if (end && (size_t)(end - start) < sizeof folder) memcpy(folder, start, (size_t)(end - start));
-    for (size_t i = 0; i < job->model.n_classes; i++)
-        if (!strcmp(job->model.class_name[i], folder)) label = (int32_t)i;
+    if (classes_named(&job->model, folder, &label) != 1) label = -1;
     if (a->class_name)
         TRY(model_class(&job->model, a->class_name, &label));
     else if (label < 0)
         TRY(guess_class(job, &label));
-    fprintf(stderr, "class %s%s\n", job->model.class_name[label], a->class_name ? "" : " (--class chooses another)");
+    char title[CLASS_TITLE_BYTES];
+    fprintf(stderr, "class %s%s\n", class_title(title, &job->model, (size_t)label),
+            a->class_name ? "" : " (--class chooses another)");
     for (size_t b = 0; b < job->rows; b++) job->label[b] = label;
     return OK;
 }

@@ -21,16 +21,22 @@ typedef struct {
 static void list_models(void) {
     size_t n;
     const NamedModel *m = named_models(&n);
-    printf("%-10s %-9s %-28s %s\n", "model", "weights", "official file", "what");
-    for (size_t i = 0; i < n; i++)
-        printf("%-10s %-9s %-28s %s\n", m[i].name, model_installed(&m[i]) ? "here" : "not here",
-               m[i].zip ? m[i].zip : "-", m[i].what);
+    printf("%-10s %-36s %s\n", "model", "weights", "what");
+    for (size_t i = 0; i < n; i++) {
+        char missing[32], state[64] = "here";
+        size_t here = model_files(missing, &m[i]);
+        if (*missing && !m[i].zip)
+            snprintf(state, sizeof state, "damaged: no %s", missing);
+        else if (*missing && here)
+            snprintf(state, sizeof state, "partly here, no %s: make %s", missing, m[i].name);
+        else if (*missing)
+            snprintf(state, sizeof state, "not here: make %s", m[i].name);
+        printf("%-10s %-36s %s\n", m[i].name, state, m[i].what);
+    }
     printf(
-        "\nTo get an official model: download its file and vqgan.zip from https://ommer-lab.com/files/ and unzip both\n"
-        "under models/. Their .ckpt files are read as they are.\n"
-        "Any folder with vqgan.safetensors and scale1.safetensors ... is a model too, such as a run of ./train; so is "
-        "one\n"
-        "with scale1.ckpt ... of the official code and a recipe config.txt (models/ffhq.txt is an example).\n");
+        "\n\"make ffhq\" and so on fetch the official files into models/; their .ckpt files are read as they are.\n"
+        "Any folder with vqgan.safetensors and scale1.safetensors ... is a model too, such as a run of ./train; so is\n"
+        "one with scale1.ckpt ... of the official code and a recipe config.txt (models/ffhq.txt is an example).\n");
 }
 
 /* One class for all, or every sample its own drawn at random. */
@@ -94,9 +100,12 @@ static Err write_grid(Job *job, const int32_t *tokens, size_t n, size_t columns,
 }
 
 static void say_classes(const Job *job) {
+    char title[CLASS_TITLE_BYTES];
     fprintf(stderr, "seed %llu", (unsigned long long)job->args->seed);
     for (size_t b = 0; job->label && !job->args->class_name && b < job->args->n && b < 64; b++)
-        fprintf(stderr, "%s%s", b ? ", " : ", classes: ", job->model.class_name[job->label[b]]);
+        fprintf(stderr, "%s%s", b ? ", " : ", classes: ", class_title(title, &job->model, (size_t)job->label[b]));
+    if (job->label && job->args->class_name)
+        fprintf(stderr, ", class %d: %s", (int)job->label[0], class_title(title, &job->model, (size_t)job->label[0]));
     fprintf(stderr, "\n");
 }
 
@@ -162,7 +171,8 @@ int main(int argc, char **argv) {
         {OPT_STRING, "-o", "OUT.png", &a.out, 0, 0, "where the grid of them goes (default samples.png)"},
         SAMPLING_OPTIONS(a),
         {OPT_STRING, "--chain", "CHAIN.png", &chain, 0, 0, "also draw every scale: a row per sample, x_T at the left"},
-        {OPT_FLAG, "--list", NULL, &list, 0, 0, "the models, which of them are here, how to get the others"},
+        {OPT_FLAG, "--list", NULL, &list, 0, 0,
+         "the models, which of them are here, how to get the others\n(make ffhq)"},
         {OPT_STRING, "--convert", "DIR", &folder, 0, 0, "write the model as safetensors into DIR instead of sampling"},
         {OPT_STRING, "--store", "TYPE", &store, 0, 0, "with --convert: weights as f32 (default), f16 or bf16"},
         {OPT_END, NULL, NULL, NULL, 0, 0, NULL}};

@@ -54,6 +54,7 @@ struct Stage {
     double lr_scale; /* the official learning-rate rule (SPEC section 7), or 1 */
     double ema_decay;
     Dtype store;
+    int compact; /* leave out what can be derived */
 
     uint64_t step, ema_updates; /* optimizer steps done */
 
@@ -507,14 +508,7 @@ static Err check_transition(const Stage *s, const NetConfig *c) {
 }
 
 static Err add_model_keys(Stage *s, const NetConfig *c) {
-    char names[8192] = "";
-    size_t at = 0;
-    for (size_t i = 0; c->has_class && i < s->train.n_classes; i++) {
-        int n = snprintf(names + at, sizeof names - at, "%s%s", i ? "," : "", s->train.class_name[i]);
-        if (n < 0 || (size_t)n >= sizeof names - at) break; /* very many classes go by number */
-        at += (size_t)n;
-    }
-    if (*names) TRY(config_set(&s->settings, "imagebart.classes", "%s", names));
+    if (c->has_class) TRY(classes_from_folders(&s->settings, s->train.class_name, s->train.n_classes));
     TRY(config_set(&s->settings, "imagebart.h", "%zu", s->h));
     TRY(config_set(&s->settings, "imagebart.w", "%zu", s->w));
     return s->t ? config_set(&s->settings, "model.params.single_scale", "%d", s->t) : OK;
@@ -655,6 +649,7 @@ static Err read_settings(Stage *s) {
         TRY(config_real(&base, c, "model.", "base_learning_rate", 0, 10, 0));
         s->lr_scale = base * (double)(s->batch * s->accumulate);
     }
+    TRY(config_flag(&s->compact, c, "imagebart.", "compact", 1));
     TRY(choose(&store, c, "imagebart.store", stores, 3));
     TRY(choose(&prep, c, "data.prep", preps, 4));
     s->store = dtypes[store], s->prep = (Prep)prep, s->seed = seed;
@@ -681,7 +676,7 @@ static Err collect_state(Stage *s, TensorList *list) {
  * the schedule's buffers; the VQGAN as it is. */
 static Err collect_weights(Stage *s, TensorList *list) {
     if (s->opt->vqgan) return tensor_list_params(list, s->params, 'v', "", s->store);
-    return transition_tensors(list, s->params, 'e', &s->schedule, s->store);
+    return transition_tensors(list, s->net, 'e', &s->schedule, s->store, s->compact);
 }
 
 static Err write_list(Stage *s, Err (*collect)(Stage *, TensorList *), const char *suffix) {

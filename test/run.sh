@@ -1,13 +1,16 @@
 #!/bin/sh
 # run.sh BUILD TEST...: runs every test program, the golden cases, the checks of the three programs, and adds up what
-# they report. The last line is "N passed, N failed"; exit status 1 if anything failed, crashed or reported nothing.
+# they report; what cannot be run here is named. The last line is "N passed, N failed"; exit status 1 if anything failed,
+# crashed or reported nothing. PYTHON names a python that has torch.
 build=$1
 shift
 passed=0 failed=0
 export ASAN_OPTIONS=allocator_may_return_null=1 # the tests ask for more memory than there is
 
 tally() { # tally NAME LOGFILE EXIT_STATUS
+    grep -E '^(SKIP|skipped:)' "$2" | sed "s/^/$1: /"
     line=$(tail -n 1 "$2")
+    case $line in skipped:*) return ;; esac
     p=$(expr "$line" : '\([0-9][0-9]*\) passed, [0-9][0-9]* failed$')
     f=$(expr "$line" : '[0-9][0-9]* passed, \([0-9][0-9]*\) failed$')
     if [ -z "$p" ] || [ -z "$f" ] || { [ "$3" -ne 0 ] && [ "$f" -eq 0 ]; } || [ "$p" -eq 0 ]; then
@@ -33,6 +36,12 @@ done
 check golden "$build/golden" test/golden-cases
 check golden-selftest "$build/golden" --selftest test/golden-cases
 check programs test/test_programs.sh "$build"
+check fetch test/test_fetch.sh
+if command -v "${PYTHON:-python3}" >/dev/null; then
+    check torch "${PYTHON:-python3}" test/test_torch.py "$build"
+else
+    echo "torch: skipped: no ${PYTHON:-python3}"
+fi
 check common-subset test/test_subset.sh
 echo "$passed passed, $failed failed"
 [ "$failed" -eq 0 ]

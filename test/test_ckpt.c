@@ -466,9 +466,17 @@ static void test_hostile_archives(void) {
 
     Archive *z = new_archive(0);
     file.n = 0;
-    local_file(z, "models/scale1.ckpt", "x", 1);
+    local_file(z, "models/readme.txt", "x", 1);
     directory(z);
     CHECK_ERR(open_file(&ck), "without data.pkl");
+    for (int compressed = 0; compressed < 2; compressed++) { /* a whole model's zip, as it was downloaded */
+        z = new_archive(0);
+        file.n = 0;
+        local_file(z, "ffhq/scale1.ckpt", "x", 1);
+        directory(z);
+        if (compressed) set(entry(0) + 10, 8, 2);
+        CHECK_ERR(open_file(&ck), "is a zip archive that holds 'ffhq/scale1.ckpt': unzip it");
+    }
     z = new_archive(0);
     file.n = 0;
     local_file(z, "a/data.pkl", "N.", 2);
@@ -542,6 +550,7 @@ static const char *storage_of(Dtype d) {
     return d == DT_F32    ? "FloatStorage"
            : d == DT_F16  ? "HalfStorage"
            : d == DT_BF16 ? "BFloat16Storage"
+           : d == DT_U8   ? "ByteStorage"
                           : "LongStorage";
 }
 

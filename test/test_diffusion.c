@@ -879,6 +879,44 @@ static void test_ema(void) {
     model_close(&m);
 }
 
+static const Tensor *listed(const TensorList *list, const char *name) {
+    for (size_t i = 0; i < list->n; i++)
+        if (!strcmp(list->tensor[i].name, name)) return &list->tensor[i];
+    return NULL;
+}
+
+/* What PyTorch's classes want besides parameters; compact files do without. */
+static void test_derived_tensors(void) {
+    Tiny x = {2, 0, 1, 0, 0, X_PLAIN};
+    Schedule s;
+    CHECK_OK(schedule_make(&s, "geometric", 2));
+    for (int t = 1; t <= 2; t++)
+        for (int compact = 0; compact < 2; compact++) {
+            NetConfig c;
+            Transformer *net = NULL;
+            TensorList list = {0};
+            tiny_net(&c, &x, t);
+            c.tie_token_emb = 1, c.dec_num_tokens = c.enc_num_tokens;
+            if (t == 2) c.n_unmasked = 3, c.dec_num_tokens = USED;
+            CHECK_OK(transformer_create(&net, &c));
+            CHECK_OK(params_plan(transformer_params(net), PLAN_VALUE | PLAN_EMA));
+            CHECK_OK(transition_tensors(&list, net, 'e', &s, DT_F16, compact));
+            const Tensor *mask = listed(&list, "transformer.blocks.0.attn.mask");
+            const Tensor *own = listed(&list, "transformer.encoder.token_emb.weight");
+            const Tensor *other = listed(&list, "transformer.decoder.token_emb.weight");
+            CHECK(listed(&list, "sos_token") && listed(&list, "alphats") && listed(&list, "alphacum"));
+            CHECK(!mask == (t == 1 || compact) && !other == (t == 2 || compact));
+            if (other && own) CHECK(other->data == own->data && other->dtype == DT_F16 && other->size == own->size);
+            const size_t L = c.dec_max_seq_len;
+            int right = mask && mask->ndim == 4 && mask->size == L * L && mask->dim[3] == L;
+            for (size_t i = 0; right && i < L * L; i++)
+                right = ((const uint8_t *)mask->data)[i] == (i % L <= i / L || (i % L < 3 && i / L < 3));
+            CHECK(right == (mask != NULL));
+            tensor_list_free(&list);
+            transformer_free(net);
+        }
+}
+
 static void test_classes(const char *dir) {
     Model m;
     int32_t label = -1;
@@ -959,14 +997,19 @@ static void test_missing(const char *dir) {
     CHECK(remove(path) == 0 && remove(ckpt) == 0 && rename(kept, path) == 0);
     CHECK_OK(model_open(&m, dir, NULL));
     model_close(&m);
-    CHECK_ERR(model_open(&m, path, NULL), "no such folder");
+    CHECK_ERR(model_open(&m, path, NULL), "is a file, expected a folder");
     CHECK_ERR(model_open(&m, "no-such-model", NULL), "no-such-model");
     CHECK_ERR(model_open(&m, "", NULL), "no such folder");
 }
 
 /* In an empty folder nothing is installed; with models/emoji there, the others are substituted by it. */
+static void put_empty(const char *path) {
+    FILE *f = fopen(path, "wb");
+    CHECK(f && fclose(f) == 0);
+}
+
 static void test_named(void) {
-    char home[1024];
+    char home[1024], missing[32];
     size_t n;
     Model m;
     const NamedModel *list = named_models(&n), *substituted = list;
@@ -975,7 +1018,7 @@ static void test_named(void) {
     for (size_t i = 1; i < n; i++) {
         Schedule s;
         CHECK_OK(schedule_make(&s, list[i].schedule, list[i].T));
-        CHECK(!model_installed(&list[i]));
+        CHECK(model_files(missing, &list[i]) == 0 && !strcmp(missing, "scale1.ckpt"));
         char folder[200];
         snprintf(folder, sizeof folder, "models/%s", list[i].zip);
         folder[strlen(folder) - 4] = 0; /* .zip */
@@ -989,15 +1032,31 @@ static void test_named(void) {
     char dir[512];
     tiny_folder(dir, "models/emoji", &x);
     CHECK_OK(model_open(&m, "emoji", &substituted));
-    CHECK(substituted == NULL && model_installed(&list[0]));
+    CHECK(substituted == NULL && model_files(missing, &list[0]) == 4 && !*missing);
     model_close(&m);
     CHECK_OK(model_open(&m, "ffhq", &substituted));
     CHECK(substituted == &list[1] && !strcmp(m.folder, "models/emoji"));
     model_close(&m);
-    CHECK_ERR(model_open(&m, "ffhq", NULL), "ffhq_4_scales_geometric.zip");
+    CHECK_ERR(model_open(&m, "ffhq", NULL), "no folder models/ffhq_4_scales_geometric; \"make ffhq\" fetches it");
     CHECK_ERR(model_open(&m, "nothing", &substituted), "nothing");
     CHECK(mkdir("models/ffhq_2_scales_custom", 0777) == 0); /* there, but incomplete: said, not replaced */
-    CHECK_ERR(model_open(&m, "ffhq2", &substituted), "vqgan.safetensors is missing");
+    CHECK_ERR(model_open(&m, "ffhq2", &substituted), "scale1.ckpt is missing; \"make ffhq2\" fetches it");
+    put_empty("models/ffhq_2_scales_custom/scale1.ckpt");
+    CHECK(model_files(missing, &list[2]) == 1 && !strcmp(missing, "scale2.ckpt"));
+    CHECK_ERR(model_open(&m, "ffhq2", &substituted), "scale2.ckpt is missing; \"make ffhq2\" fetches it");
+    put_empty("models/ffhq_2_scales_custom/scale2.ckpt");
+    CHECK(model_files(missing, &list[2]) == 2 && !*missing);
+    CHECK_ERR(model_open(&m, "ffhq2", &substituted), "scale1.ckpt: is empty");
+    put_empty(
+        "models/ffhq_2_scales_custom/joint.safetensors"); /* a model of our own in the place of the official one */
+    put_empty("models/ffhq_2_scales_custom/vqgan.safetensors");
+    CHECK(model_files(missing, &list[2]) == 2 && !*missing);
+    CHECK(remove("models/ffhq_2_scales_custom/vqgan.safetensors") == 0);
+    CHECK(model_files(missing, &list[2]) == 2 && !*missing); /* the official files again */
+    put_empty("models/ffhq.zip");
+    CHECK_ERR(model_open(&m, "models/ffhq.zip", &substituted), "is a file, expected a folder");
+    CHECK(remove("models/emoji/scale2.safetensors") == 0);
+    CHECK(model_files(missing, &list[0]) == 3 && !strcmp(missing, "scale2.safetensors"));
     CHECK(chdir(home) == 0);
 }
 
@@ -1037,6 +1096,7 @@ int main(void) {
     test_chain_rates(plain);
     test_sample_options(plain);
     test_ema();
+    test_derived_tensors();
     test_classes(classes);
     test_broken();
     test_missing(plain);

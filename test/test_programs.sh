@@ -138,16 +138,51 @@ refused 1 "no such folder" "$build/sample" "$dir/official" --convert "$dir/nowhe
 refused 2 "f32, f16 or bf16" "$build/sample" "$dir/official" --convert "$dir/nowhere" --store int8
 refused 1 "not installed" "$build/sample" ffhq --convert "$dir/nowhere"
 ok "without the moving average" sample "$dir/official" -n 1 --class 1 --no-ema
+echo "scale.imagebart.class_list names.txt" >>"$dir/official/config.txt" # as models/imagenet.txt has it
+printf '# two\nn00000001 disc, round thing\nn00000002 bar\n' >"$dir/official/names.txt"
+mkdir "$dir/named"
+ok "a list of classes" sample "$dir/official" -n 1 --class n00000001
+cp "$dir/err" "$dir/said"
+ok "which says what it took" grep -q 'class 0: disc$' "$dir/said"
+ok "goes along when converted" "$build/sample" "$dir/official" --convert "$dir/named"
+ok "names and all" sample "$dir/named" -n 1 --class "Round THING"
+refused 1 "n00000001 disc, 1 n00000002 bar" sample "$dir/named" -n 1 --class square
+ok "inpaint knows it too" "$build/inpaint" "$dir/named" "$dir/data/disc/000.png" --half upper -n 1 --class round -o "$dir/i.png"
+cp "$dir/err" "$dir/said"
+ok "and says so" grep -q '^class disc$' "$dir/said"
+rm "$dir/official/names.txt"
+refused 1 "official/names.txt: No such file" sample "$dir/official" -n 1 --class 1
+sed -i '/class_list/d' "$dir/official/config.txt"
 sed -i 's/enc_depth 1/enc_depth 2/' "$dir/official/config.txt"
 refused_late 1 "no tensor" sample "$dir/official" -n 2 --class 1
 sed -i 's/enc_depth 2/enc_depth 1/; s/ResidualScaledXTransformer/XTransformer/' "$dir/official/config.txt"
 refused_late 1 "unexpected tensor 'transformer.log_scalors'" sample "$dir/official" -n 2 --class 1
 rm "$dir/official/config.txt"
 refused 1 "config.txt" sample "$dir/official" -n 2 --class 1
+mkdir "$dir/foreign" && cp test/tiny.txt "$dir/foreign/config.txt"
+foreign() { refused 1 "$1" "$build/sample" "$dir/foreign" -n 1; } # scale1.ckpt is not what its name says
+echo '<!DOCTYPE html><html>log in</html>' >"$dir/foreign/scale1.ckpt"
+foreign "scale1.ckpt: looks like an HTML or XML page.*fetch the file again"
+printf 'version https://git-lfs.github.com/spec/v1\noid sha256:01\n' >"$dir/foreign/scale1.ckpt"
+foreign "scale1.ckpt: looks like a git-lfs pointer.*git lfs pull"
+head -c 20000 "$dir/official/scale1.ckpt" >"$dir/foreign/scale1.ckpt"
+foreign "scale1.ckpt: is a zip archive without an end: it is truncated; fetch it again"
+if command -v python3 >/dev/null; then
+    (cd "$dir" && python3 -m zipfile -c foreign/scale1.ckpt official/scale1.ckpt)
+    foreign "scale1.ckpt: is a zip archive that holds '.*scale1.ckpt': unzip it"
+else
+    echo "skipped: a whole model's zip as scale1.ckpt: no python3 to make one"
+fi
+refused 1 "is a file, expected a folder" "$build/sample" "$dir/official/scale1.ckpt"
 rm "$dir"/run/scale?.safetensors
 ok "sample the joint model" sample "$dir/run" -n 2 --seed 1
-ok "the list" "$build/sample" --list
+mkdir -p "$dir/models/churches_3_scales" "$dir/models/cats_3_scales" && touch "$dir/models/cats_3_scales/scale1.ckpt"
+for i in 1 2 3; do touch "$dir/models/churches_3_scales/scale$i.ckpt"; done
+ok "the list" sh -c "cd $dir && $build/sample --list"
 cp "$dir/out" "$dir/list"
+ok "says what is here" grep -q '^churches  *here ' "$dir/list"
+ok "what is partly here" grep -q '^cats  *partly here, no scale2.ckpt: make cats ' "$dir/list"
+ok "how to get the others" grep -q '^ffhq2  *not here: make ffhq2 ' "$dir/list"
 for model in emoji ffhq ffhq2 churches bedrooms cats imagenet imagenet4; do
     ok "which names $model" grep -q "^$model " "$dir/list"
 done

@@ -1,0 +1,231 @@
+/* classes.c - what a model's classes are called, and which of them the user means.
+ *
+ * A class is a line of text: a plain name ("food"), or a WordNet synset and all of its names, commas between, as
+ * models/imagenet-classes.txt has them ("n01440764 tench, Tinca tinca"). A recipe names such a file with the key
+ * imagebart.class_list; from then on the file's text travels with the model as imagebart.classes, so that a converted
+ * or trained model needs no second file. The label of a class is its place in the list (SPEC section 10).
+ *
+ * A class is found by its number, its synset, any of its names, or a part of one that no other class has; case does
+ * not matter. Words are not names: ImageNet has two cranes, a bird and a machine. What fits several classes is an error
+ * that lists them with their numbers.
+ *
+ * Read: the list; one class's names; finding a class. */
+#include "imagebart.h"
+
+#include <ctype.h>
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* ---- The list ---------------------------------------------------------------------------------------------- */
+
+static Err read_text(char **text, const char *path) {
+    FILE *f = fopen(path, "rb");
+    size_t n = 0, capacity = 0, more;
+    if (!f) return err("%s: %s", path, strerror(errno));
+    Err e = OK;
+    *text = NULL;
+    do {
+        e = mem_grow(text, n, 4097, &capacity, 1, path);
+        more = e == OK ? fread(*text + n, 1, 4096, f) : 0;
+        n += more;
+    } while (more);
+    if (e == OK && ferror(f)) e = err("%s: %s", path, strerror(errno));
+    fclose(f);
+    if (e == OK) (*text)[n] = 0;
+    if (e == OK && strlen(*text) != n) e = err("%s: holds zero bytes, expected a class a line", path);
+    if (e != OK) free(*text);
+    return e;
+}
+
+Err classes_from_recipe(Config *to, const char *recipe) {
+    char path[1100], *text;
+    const char *file = config_get(to, "imagebart.", "class_list"), *slash = strrchr(recipe, '/');
+    if (!file) return OK;
+    int folder = *file == '/' || !slash ? 0 : (int)(slash - recipe) + 1;
+    if ((size_t)snprintf(path, sizeof path, "%.*s%s", folder, recipe, file) >= sizeof path)
+        return err("imagebart.class_list %.200s: the path is too long", file);
+    TRY(read_text(&text, path));
+    Err e = config_set(to, "imagebart.classes", "%s", text);
+    free(text);
+    return e;
+}
+
+/* The next class of a list, *length bytes; *list moves on. NULL: no more. Lines (those after # are comments) or, in a
+ * list without line ends, what stands between commas. */
+static const char *next_class(const char **list, size_t *length, int lines) {
+    const char *start = *list;
+    while (lines && (*start == '#' || *start == '\n')) {
+        start += *start == '#' ? strcspn(start, "\n") : 0;
+        start += *start == '\n';
+    }
+    if (*start == 0) return NULL;
+    *length = strcspn(start, lines ? "\n" : ",");
+    *list = start + *length + (start[*length] != 0);
+    while (lines && *length && isspace((unsigned char)start[*length - 1])) --*length;
+    return start;
+}
+
+static Err add_class(Model *m, const char *text, size_t length) {
+    char **name = &m->class_name[m->n_classes];
+    TRY(mem_alloc(name, length + 1, 1, "a class name"));
+    memcpy(*name, text, length);
+    m->n_classes++;
+    return OK;
+}
+
+Err classes_open(Model *m, const char *list, size_t rows) {
+    TRY(mem_alloc(&m->class_name, rows, sizeof *m->class_name, "class names"));
+    if (!list || !*list) {
+        char number[24];
+        for (size_t i = 0; i < rows; i++) {
+            snprintf(number, sizeof number, "%zu", i);
+            TRY(add_class(m, number, strlen(number)));
+        }
+        return OK;
+    }
+    const int lines = strchr(list, '\n') != NULL;
+    const char *text;
+    for (size_t length, n = 0; (text = next_class(&list, &length, lines)); n++) {
+        if (n == rows) return err("imagebart.classes names more than the %zu classes that the network knows", rows);
+        TRY(add_class(m, text, length));
+    }
+    return m->n_classes ? OK : err("imagebart.classes names no class");
+}
+
+/* ---- One class's names ------------------------------------------------------------------------------------- */
+
+/* The bytes of "n01440764" at the start of a class; 0: it has no synset. */
+static size_t synset_length(const char *text) {
+    return text[0] == 'n' && strspn(text + 1, "0123456789") == 8 && text[9] == ' ' ? 9 : 0;
+}
+
+/* The next of a class's names, *length bytes; *text moves on. NULL: no more. */
+static const char *next_name(const char **text, size_t *length) {
+    const char *start = *text + strspn(*text, " ,");
+    if (*start == 0) return NULL;
+    *length = strcspn(start, ",");
+    *text = start + *length;
+    return start;
+}
+
+static int same(const char *text, size_t length, const char *name) {
+    size_t i = 0;
+    while (i < length && name[i] && tolower((unsigned char)text[i]) == tolower((unsigned char)name[i])) i++;
+    return i == length && name[i] == 0;
+}
+
+/* Is it exactly the class's synset or one of its names? */
+static int is_named(const char *text, const char *name) {
+    size_t length = synset_length(text);
+    if (length && same(text, length, name)) return 1;
+    text += length;
+    for (const char *word; (word = next_name(&text, &length));)
+        if (same(word, length, name)) return 1;
+    return 0;
+}
+
+/* Case-insensitively: does one of the class's names hold `part`? */
+static int holds(const char *text, const char *part) {
+    size_t length, n = strlen(part);
+    text += synset_length(text);
+    for (const char *word; (word = next_name(&text, &length));)
+        for (; length >= n; word++, length--)
+            if (same(word, n, part)) return 1;
+    return 0;
+}
+
+const char *class_title(char out[CLASS_TITLE_BYTES], const Model *m, size_t label) {
+    const char *text = m->class_name[label] + synset_length(m->class_name[label]);
+    size_t length = 0;
+    const char *first = next_name(&text, &length);
+    snprintf(out, CLASS_TITLE_BYTES, "%.*s", (int)min_size(length, CLASS_TITLE_BYTES), first ? first : "");
+    return out;
+}
+
+/* Are the folders the classes of the list, one by one? */
+static int folders_fit(const Model *m, char *const *folder, size_t n) {
+    size_t i = 0;
+    while (i < n && n == m->n_classes && is_named(m->class_name[i], folder[i])) i++;
+    return i == n;
+}
+
+Err classes_from_folders(Config *to, char *const *folder, size_t n) {
+    const char *list = config_get(to, "imagebart.", "classes");
+    Model m = {0};
+    int fits = 0;
+    Err e = OK;
+    if (list && classes_open(&m, list, 65536) == OK) fits = folders_fit(&m, folder, n);
+    for (size_t i = 0; i < m.n_classes; i++) free(m.class_name[i]);
+    free(m.class_name);
+    if (fits) return OK;
+    for (size_t i = 0; i < n && e == OK; i++)
+        e = config_set(to, "imagebart.classes", "%s%s%s", i ? config_get(to, "imagebart.", "classes") : "",
+                       i ? "," : "", folder[i]);
+    return e;
+}
+
+/* ---- Finding a class --------------------------------------------------------------------------------------- */
+
+size_t classes_named(const Model *m, const char *name, int32_t *label) {
+    size_t matches = 0;
+    for (size_t i = m->n_classes; i-- > 0;) {
+        if (!is_named(m->class_name[i], name)) continue;
+        matches++;
+        *label = (int32_t)i;
+    }
+    for (size_t i = 0; matches > 1 && i < m->n_classes; i++)
+        if (strcmp(m->class_name[i], name) == 0) { /* names that differ by case alone, such as folders a and A */
+            *label = (int32_t)i;
+            return 1;
+        }
+    return matches;
+}
+
+static size_t classes_holding(const Model *m, const char *part, int32_t *label) {
+    size_t matches = 0;
+    for (size_t i = 0; i < m->n_classes; i++) {
+        if (!holds(m->class_name[i], part)) continue;
+        matches++;
+        *label = (int32_t)i;
+    }
+    return matches;
+}
+
+/* The classes that pass, as far as the line has room: "food", or with its number "207 n02099601 golden retriever" */
+static Err class_error(const Model *m, const char *name, const char *why, int (*passes)(const char *, const char *)) {
+    char list[640] = "", one[CLASS_TITLE_BYTES + 48], title[CLASS_TITLE_BYTES];
+    size_t length = 0;
+    for (size_t i = 0; i < m->n_classes; i++) {
+        if (passes && !passes(m->class_name[i], name)) continue;
+        class_title(title, m, i);
+        if (synset_length(m->class_name[i]))
+            snprintf(one, sizeof one, "%zu %.9s %s", i, m->class_name[i], title);
+        else
+            snprintf(one, sizeof one, "%s", title);
+        if (length + strlen(one) + 8 >= sizeof list) {
+            snprintf(list + length, sizeof list - length, ", ...");
+            break;
+        }
+        length += (size_t)snprintf(list + length, sizeof list - length, "%s%s", length ? ", " : "", one);
+    }
+    return err("class \"%.100s\": %s %s", name, why, list);
+}
+
+Err model_class(const Model *m, const char *name, int32_t *label) {
+    if (m->n_classes == 0) return err("class \"%.100s\": %s is not a model with classes", name, m->folder);
+    if (*name == 0) return class_error(m, name, "expected one of", NULL);
+    size_t matches = classes_named(m, name, label);
+    if (matches == 1) return OK;
+    if (matches > 1) return class_error(m, name, "is the name of several; give a number or a synset:", is_named);
+    if (name[strspn(name, "0123456789")] == 0) {
+        unsigned long long number = strtoull(name, NULL, 10);
+        if (number >= m->n_classes) return err("class %.100s: expected 0..%zu or a name", name, m->n_classes - 1);
+        *label = (int32_t)number;
+        return OK;
+    }
+    matches = classes_holding(m, name, label);
+    if (matches == 1) return OK;
+    return matches ? class_error(m, name, "could be any of", holds) : class_error(m, name, "expected one of", NULL);
+}

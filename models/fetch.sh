@@ -1,0 +1,191 @@
+#!/bin/sh
+# fetch.sh MODEL...: official weights into this folder, ready for ./sample. "make ffhq" calls it with "ffhq vqgan".
+#
+#     ffhq ffhq2 churches bedrooms cats imagenet imagenet4   -> models/FOLDER/scale1.ckpt ...
+#     vqgan                                                  -> models/vqgan/vqgan-ffhq.ckpt ..., the first stages
+#     lsun                                                   -> models/lsun, lists of training and validation pictures
+#
+# Each is one zip file: downloaded as NAME.zip.part (run it again to go on after an interruption), unpacked into a
+# folder of its own, where unzip compares every checksum, and only then moved to its place. What is there already is
+# left alone. MODELS_URL is where the files come from; curl or wget fetches them.
+url=${MODELS_URL:-https://ommer-lab.com/files}
+here=$(cd "$(dirname "$0")" && pwd) || exit 1
+cd "$here" || exit 1
+
+die() {
+    echo "fetch: $*" >&2
+    exit 1
+}
+
+folder_of() { # folder_of MODEL: the name of its zip and of its folder
+    case $1 in
+        ffhq) echo ffhq_4_scales_geometric ;;
+        ffhq2) echo ffhq_2_scales_custom ;;
+        churches | bedrooms | cats) echo "$1_3_scales" ;;
+        imagenet) echo cin_5_scales_custom ;;
+        imagenet4) echo cin_4_scales_geometric ;;
+        vqgan | lsun) echo "$1" ;;
+        *) die "$1: expected ffhq, ffhq2, churches, bedrooms, cats, imagenet, imagenet4, vqgan or lsun" ;;
+    esac
+}
+
+files_of() { # files_of MODEL: what its folder has when it is complete
+    case $1 in
+        ffhq2) echo scale1.ckpt scale2.ckpt ;;
+        churches | bedrooms | cats) echo scale1.ckpt scale2.ckpt scale3.ckpt ;;
+        ffhq | imagenet4) echo scale1.ckpt scale2.ckpt scale3.ckpt scale4.ckpt ;;
+        imagenet) echo scale1.ckpt scale2.ckpt scale3.ckpt scale4.ckpt scale5.ckpt ;;
+        vqgan) echo 'vqgan-*.ckpt' ;;
+        lsun) echo '*.txt' ;;
+    esac
+}
+
+missing() { # missing FOLDER MODEL: the first file that is not there; nothing if all are
+    set -f # '*' is for find
+    for file in $(files_of "$2"); do
+        [ -n "$(find "$1/" -maxdepth 1 -name "$file" -size +0 2>/dev/null)" ] || { echo "$file" && break; }
+    done
+    set +f
+}
+
+size_of() { # bytes of a file, 0 if there is none
+    if [ -f "$1" ]; then wc -c <"$1" | tr -d ' '; else echo 0; fi
+}
+
+size_there() { # size_there URL: the Content-Length that the server announces; nothing if it does not
+    if [ "$tool" = curl ]; then
+        curl -sfIL "$1"
+    else
+        wget --spider -S "$1" 2>&1
+    fi | tr -d '\r' | awk '
+        $1 ~ /^HTTP\// { n = ""; ok = $2 == 200 } # of the last answer, behind any redirections
+        tolower($1) == "content-length:" { n = $2 }
+        END { if (ok && n ~ /^[0-9]+$/) print n }'
+}
+
+# receive PART URL: appends what is missing. Sets $got to: whole, cut, full (the disk), norange, refused, or an exit status.
+receive() {
+    if [ "$tool" = curl ]; then
+        [ -t 2 ] && meter=--show-error || meter=-s # a terminal sees how it goes on
+        code=$(curl "$meter" -fL --connect-timeout 30 --speed-time 60 --speed-limit 1 -C - -o "$1" -w '%{http_code}' "$2")
+        status=$?
+    else
+        [ -t 2 ] && meter=--show-progress || meter=-nv
+        wget -nv "$meter" -o "$1.log" -S -c --tries=1 --timeout=60 -O "$1" "$2"
+        status=$? code=$(awk '$1 ~ /^HTTP\// { code = $2 } END { print code }' "$1.log")
+        rm -f "$1.log"
+    fi
+    case $tool$status in
+        curl0 | wget0) got=whole ;;
+        curl18 | curl28 | curl52 | curl55 | curl56 | curl92 | wget4) got='cut' ;;
+        curl23 | wget3) got=full ;;
+        curl33) got=norange ;;
+        curl22 | wget8) got=refused ;;
+        *) got=$status ;;
+    esac
+    [ "$code" != 416 ] || got=whole # nothing is left to send
+}
+
+check_content() { # check_content PART NAME: is it a zip at all? What is not is removed, so that nothing is added to it.
+    case $(head -c 200 "$1" | tr -d '\000' | tr '\n' ' ') in
+        PK*) return ;;
+        *'<'[hH!?]*) what="an HTML page instead of the file: open $url/$2 in a browser to see what it says" ;;
+        'version https://git-lfs'*) what="a git-lfs pointer instead of the file: whoever runs $url has to put the file there" ;;
+        *) what="something that is not a zip file" ;;
+    esac
+    rm -f "$1"
+    die "$url/$2 sent $what"
+}
+
+free_kib() {
+    df -Pk . | awk 'NR == 2 { print $4 }'
+}
+
+no_room() { # no_room WHY
+    die "the disk of $here is full ($(free_kib) KiB left): $1; make room and run this again"
+}
+
+download() { # download NAME.zip
+    part=$1.part
+    have=$(size_of "$part") want=$(size_there "$url/$1")
+    [ "$have" -eq 0 ] && from= || from=", going on at $have"
+    echo "fetch: $url/$1${want:+, $want bytes}$from" >&2
+    [ "$have" -le "${want:-$have}" ] ||
+        die "$part has $have bytes, the server's file only $want: not the same file? Remove $here/$part to start again"
+    [ $(((${want:-0} - have) / 1024)) -le "$(free_kib)" ] || no_room "$1 needs $((want - have)) bytes"
+    got=whole
+    [ "$have" -eq "${want:--1}" ] || receive "$part" "$url/$1"
+    if [ "$got" = norange ]; then
+        echo "fetch: the server cannot go on in the middle of a file; starting again" >&2
+        rm -f "$part"
+        receive "$part" "$url/$1"
+    fi
+    [ ! -s "$part" ] || check_content "$part" "$1"
+    have=$(size_of "$part")
+    [ "$got" != whole ] || [ "$have" -eq "${want:-$have}" ] || got='cut'
+    [ "$got" != 'cut' ] || [ "$have" -gt 0 ] || got=$status
+    case $got in
+        whole) mv "$part" "$1" ;;
+        full) no_room "$1 has come to $have of ${want:-?} bytes" ;;
+        refused) die "$url/$1: the server answers ${code:-with an error}; is the address right?" ;;
+        cut) die "$1 ends after $have of ${want:-?} bytes: the connection broke; run this again to go on" ;;
+        *) die "$url/$1 cannot be reached ($tool: exit status $got)" ;;
+    esac
+}
+
+unpack() { # unpack NAME MODEL: NAME.zip, whose files may lie in a folder, -> NAME/
+    rm -rf "$1.unpacking"
+    echo "fetch: unpacking $1.zip" >&2
+    unzip -q -o "$1.zip" -d "$1.unpacking" >"$1.log" 2>&1
+    status=$? said=$(grep -iE 'error|cannot|bad|missing|not find' "$1.log" | head -n 1 | sed 's/^ *//')
+    rm -f "$1.log"
+    if [ $status -eq 50 ]; then
+        rm -rf "$1.unpacking"
+        no_room "$1.zip is here but does not fit unpacked"
+    elif [ $status -gt 1 ]; then
+        rm -rf "$1.unpacking" "$1.zip"
+        die "$1.zip was truncated or damaged (unzip: $said) and is removed; run this again to fetch it anew"
+    fi
+    set -- "$1" "$2" "$(files_of "$2" | cut -d ' ' -f 1)"
+    found=$(find "$1.unpacking" -name "$3" -type f | sort | head -n 1)
+    if [ -z "$found" ]; then
+        rm -rf "$1.unpacking"
+        die "$here/$1.zip holds no $3; unzip -l lists what it holds"
+    fi
+    if [ -d "$1" ]; then # was incomplete: what is there stays
+        mv -n "${found%/*}"/* "$1"/
+    else
+        mv "${found%/*}" "$1"
+    fi
+    rm -rf "$1.unpacking"
+    gap=$(missing "$1" "$2")
+    [ -z "$gap" ] || die "$here/$1.zip lacks $gap; unzip -l lists what it holds"
+    rm "$1.zip"
+}
+
+fetch() { # fetch MODEL
+    name=$(folder_of "$1")
+    if [ -z "$(missing "$name" "$1")" ]; then
+        echo "fetch: models/$name is here already" >&2
+        return
+    fi
+    [ -f "$name.zip" ] || download "$name.zip"
+    unpack "$name" "$1"
+    echo "fetch: models/$name is here" >&2
+}
+
+[ $# -gt 0 ] || die "which model? ffhq, ffhq2, churches, bedrooms, cats, imagenet, imagenet4, vqgan or lsun"
+for model in "$@"; do folder_of "$model" >/dev/null || exit 1; done
+tool=
+for try in wget curl; do command -v $try >/dev/null && tool=$try; done
+[ -n "$tool" ] || die "curl is missing. Debian: apt-get install curl"
+command -v unzip >/dev/null || die "unzip is missing. Debian: apt-get install unzip"
+trap 'rm -rf ./*.unpacking; echo "fetch: interrupted; run this again to go on" >&2; exit 130' HUP INT TERM
+if command -v flock >/dev/null; then # two at a time would write into the same files
+    exec 9>.fetch.lock
+    flock -n 9 || { echo "fetch: waiting for another fetch" >&2 && flock 9; }
+fi
+for model in "$@"; do fetch "$model"; done
+for model in "$@"; do
+    case $model in vqgan | lsun) ;; *) echo "next: ./sample $model" ;; esac
+done

@@ -1,0 +1,199 @@
+#!/bin/sh
+# test_fetch.sh: models/fetch.sh against a server of its own, with everything that can go wrong on the way. Small files
+# stand for the weights. Needs python3, unzip and curl or wget; what is not there is skipped aloud.
+for need in python3 unzip; do
+    command -v $need >/dev/null || { echo "skipped: fetching models needs $need here" && exit 0; }
+done
+command -v curl >/dev/null || command -v wget >/dev/null || { echo "skipped: curl and wget are missing" && exit 0; }
+here=$(pwd)
+dir=$(mktemp -d)
+server=
+trap '[ -z "$server" ] || kill $server; umount "$dir/small" 2>/dev/null; rm -rf "$dir"' EXIT
+passed=0 failed=0
+
+note() { # note STATUS WHAT
+    if [ "$1" -eq 0 ]; then
+        passed=$((passed + 1))
+    else
+        failed=$((failed + 1))
+        echo "FAIL $tool: $2"
+        sed 's/^/     /' "$dir/err" | tail -n 3
+    fi
+}
+
+ok() { # ok WHAT COMMAND...
+    what=$1
+    shift
+    "$@" >"$dir/out" 2>"$dir/err"
+    note $? "$what: $*"
+}
+
+holds() { # holds WHAT WORDS: what was said last, on stdout or stderr
+    grep -q -- "$2" "$dir/out" "$dir/err"
+    note $? "$1: expected \"$2\""
+}
+
+refused() { # refused WORDS COMMAND...: exit status 1, the last line says WORDS, nothing half-written is left
+    words=$1
+    shift
+    "$@" >"$dir/out" 2>"$dir/err"
+    [ $? -eq 1 ] && tail -n 1 "$dir/err" | grep -q -- "^fetch: .*$words"
+    note $? "$*: expected \"$words\""
+    ! ls -d models/*.unpacking models/*.log >"$dir/err" 2>&1
+    note $? "$*: left files behind"
+}
+
+from() { # from KIND MODEL...: models/fetch.sh from the server's folder KIND
+    base=http://127.0.0.1:$port/$1
+    shift
+    PATH=$path MODELS_URL=$base models/fetch.sh "$@"
+}
+
+fresh() { rm -rf "$dir/work" && mkdir -p "$dir/work/models" && cp "$here/models/fetch.sh" "$dir/work/models" && cd "$dir/work" || exit 1; }
+whole() { cmp "$dir/files/ffhq_4_scales_geometric/scale4.ckpt" models/ffhq_4_scales_geometric/scale4.ckpt && ! ls models/*.zip* 2>/dev/null; }
+asked() { tail -n 1 "$dir/files/log" | grep -q "$1"; } # asked "FIRST BYTES": the last transfer
+
+# ---- what the server has: a model with a folder in its zip, one without, first stages, a damaged zip ----
+mkdir -p "$dir/files/ffhq_4_scales_geometric" "$dir/files/vqgan" && cd "$dir/files" || exit 1
+for i in 1 2 3 4; do head -c 30000 /dev/urandom >ffhq_4_scales_geometric/scale$i.ckpt; done
+cp ffhq_4_scales_geometric/scale1.ckpt vqgan/vqgan-ffhq.ckpt
+python3 - <<'PY'
+import os, zipfile
+def pack(name, files):
+    with zipfile.ZipFile(name, "w") as z:
+        for inside, path in files:
+            z.write(path, inside)
+four = [f"ffhq_4_scales_geometric/scale{i}.ckpt" for i in (1, 2, 3, 4)]
+pack("ffhq_4_scales_geometric.zip", [(f, f) for f in four])
+pack("cats_3_scales.zip", [(os.path.basename(f), f) for f in four[:3]])
+pack("churches_3_scales.zip", [("deep/er/" + os.path.basename(f), f) for f in four[:2]])
+pack("ffhq_2_scales_custom.zip", [("readme.txt", four[0])])
+pack("vqgan.zip", [("vqgan/vqgan-ffhq.ckpt", four[0])])
+data = bytearray(open("ffhq_4_scales_geometric.zip", "rb").read())
+data[50000] ^= 1
+open("bedrooms_3_scales.zip", "wb").write(data)
+open("cin_4_scales_geometric.zip", "wb").write(data[:90000])
+PY
+size=$(wc -c <ffhq_4_scales_geometric.zip | tr -d ' ')
+python3 "$here/test/fetch_server.py" "$dir/files" "$dir/port" 2>"$dir/server" &
+server=$!
+tries=0
+while [ ! -f "$dir/port" ] && [ $tries -lt 200 ]; do sleep 0.05 && tries=$((tries + 1)); done
+port=$(cat "$dir/port") || exit 1
+
+# A folder of links to every program there is but the one named
+without() { # without FOLDER PROGRAM...
+    mkdir "$1"
+    for folder in $(echo "$PATH" | tr : ' '); do ln -s "$folder"/* "$1/" 2>/dev/null; done
+    (cd "$1" && shift && rm -f "$@")
+}
+without "$dir/no-curl" curl
+without "$dir/no-both" curl wget
+without "$dir/no-unzip" unzip
+
+# ---- with curl, then with wget ----
+for tool in curl wget; do
+    command -v $tool >/dev/null || { echo "skipped: fetching models with $tool, which is not here" && continue; }
+    path=$PATH
+    [ $tool = curl ] || path=$dir/no-curl
+    fresh
+    ok "a model and its first stage" from good ffhq vqgan
+    holds "what to do next" "^next: ./sample ffhq$"
+    ok "in place, no zip left" whole
+    ok "the first stage too" cmp "$dir/files/vqgan/vqgan-ffhq.ckpt" models/vqgan/vqgan-ffhq.ckpt
+    ok "again" from nowhere ffhq vqgan
+    holds "no need to" "is here already"
+    rm models/ffhq_4_scales_geometric/scale3.ckpt && echo mine >models/ffhq_4_scales_geometric/scale1.ckpt
+    ok "a scale was lost" from good ffhq
+    ok "it is back" cmp "$dir/files/ffhq_4_scales_geometric/scale3.ckpt" models/ffhq_4_scales_geometric/scale3.ckpt
+    ok "the others are as they were" grep -qx mine models/ffhq_4_scales_geometric/scale1.ckpt
+    rm -rf "$dir/elsewhere" && mv models/ffhq_4_scales_geometric "$dir/elsewhere" && ln -s "$dir/elsewhere" models/ffhq_4_scales_geometric
+    ok "a link to a folder" from nowhere ffhq
+    fresh
+    ok "a zip without a folder" from good cats
+    ok "gets one" cmp "$dir/files/ffhq_4_scales_geometric/scale3.ckpt" models/cats_3_scales/scale3.ckpt
+    fresh
+    refused "connection broke; run this again to go on" from cut ffhq
+    ok "half of it is kept" test "$(wc -c <models/ffhq_4_scales_geometric.zip.part)" -eq $((size / 2))
+    refused "connection broke" from cut ffhq
+    ok "from where it stood" asked "ffhq_4_scales_geometric.zip $((size / 2)) "
+    ok "then a better line" from good ffhq
+    ok "the last quarter" asked "ffhq_4_scales_geometric.zip [1-9]"
+    ok "is all that it took" whole
+    fresh && head -c 1000 "$dir/files/ffhq_4_scales_geometric.zip" >models/ffhq_4_scales_geometric.zip.part
+    ok "a server that cannot resume" from plain ffhq
+    ok "sends all of it" asked " 0 $size"
+    ok "which is whole" whole
+    fresh && head -c 1000 "$dir/files/ffhq_4_scales_geometric.zip" >models/ffhq_4_scales_geometric.zip.part
+    ok "one that does not say the size either" from silent ffhq
+    ok "sends a whole file" whole
+    fresh && cp "$dir/files/ffhq_4_scales_geometric.zip" models/ffhq_4_scales_geometric.zip.part
+    ok "all was there before an interruption" from good ffhq
+    ok "nothing is fetched" whole
+    fresh && cp "$dir/files/ffhq_4_scales_geometric.zip" models/
+    ok "a zip from elsewhere" from nowhere ffhq
+    ok "is unpacked" whole
+    cat "$dir/files/ffhq_4_scales_geometric.zip" >>models/cats_3_scales.zip.part
+    refused "not the same file" from good cats
+    fresh
+    refused "HTML page instead of the file" from html ffhq
+    ok "it is not kept" sh -c '! ls models/*.part'
+    refused "git-lfs pointer instead of the file" from lfs ffhq
+    ok "nor is that" sh -c '! ls models/*.part'
+    refused "answers 404" from nowhere ffhq
+    head -c 1000 "$dir/files/ffhq_4_scales_geometric.zip" >models/ffhq_4_scales_geometric.zip.part
+    refused "answers 404" from nowhere ffhq
+    ok "half a file outlives an error" test -s models/ffhq_4_scales_geometric.zip.part
+    rm -f models/*.part
+    refused "damaged" from good bedrooms
+    ok "a zip with a wrong checksum is not kept" sh -c '! ls -d models/bedrooms*'
+    refused "truncated or damaged" from silent imagenet4
+    refused "lacks scale3.ckpt" from good churches
+    refused "holds no scale1.ckpt" from good ffhq2
+    MODELS_URL=http://127.0.0.1:1 PATH=$path refused "cannot be reached" models/fetch.sh ffhq
+    fresh
+    if mkdir -p "$dir/small" && mount -t tmpfs -o size=100k tmpfs "$dir/small" 2>/dev/null; then
+        cp models/fetch.sh "$dir/small" && rmdir models 2>/dev/null
+        rm -rf models && ln -s "$dir/small" models
+        refused "full.*needs" from good ffhq
+        refused "full.*has come to" from silent ffhq
+        rm -f models/*.part && umount "$dir/small" && mount -t tmpfs -o size=180k tmpfs "$dir/small"
+        cp "$here/models/fetch.sh" models/
+        refused "full.*does not fit unpacked" from good ffhq
+        ok "the zip stays" test -f models/ffhq_4_scales_geometric.zip
+        umount "$dir/small"
+    else
+        echo "SKIP the full disk: mounting a small tmpfs needs root"
+    fi
+done
+
+# ---- what does not depend on either ----
+tool=none path=$PATH
+fresh
+refused "expected ffhq, ffhq2" from good dragons
+refused "which model" from good
+path=$dir/no-both
+refused "curl is missing. Debian: apt-get install curl" from good ffhq
+path=$dir/no-unzip
+refused "unzip is missing. Debian: apt-get install unzip" from good ffhq
+path=$PATH
+cd "$here" || exit 1
+for model in ffhq ffhq2 churches bedrooms cats imagenet imagenet4; do
+    ok "make $model" sh -c "make -n $model | grep -qx 'models/fetch.sh $model vqgan'"
+done
+
+# An interruption: the script and what it started are stopped, and go on where they were.
+fresh
+setsid sh -c "MODELS_URL=http://127.0.0.1:$port/slow models/fetch.sh ffhq" >/dev/null 2>"$dir/err" &
+pid=$!
+tries=0
+while [ ! -s models/ffhq_4_scales_geometric.zip.part ] && [ $tries -lt 200 ]; do sleep 0.05 && tries=$((tries + 1)); done
+kill -TERM -$pid
+wait $pid
+ok "an interrupted download is kept" test -s models/ffhq_4_scales_geometric.zip.part
+ok "and goes on" from good ffhq
+ok "from where it was" asked "ffhq_4_scales_geometric.zip [1-9]"
+ok "to the end" whole
+
+echo "$passed passed, $failed failed"
+[ "$failed" -eq 0 ]
