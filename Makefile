@@ -3,6 +3,7 @@
 # make test SANITIZE=1   the same under AddressSanitizer and UndefinedBehaviorSanitizer
 # make bench        how fast, as fractions of this machine's ceilings
 # make fuzz SECONDS=60  the readers of checkpoints under libFuzzer (needs clang; Debian: clang, libclang-rt-14-dev)
+# make fullsize     the official models at full size, with random weights, against PyTorch (PYTHON=..., MODELS=...)
 # make data/emoji   the pictures that the bundled model was trained on
 # Variables: CC=clang, MARCH=x86-64-v3 (default native), SANITIZE=1. Each combination builds in its own folder.
 
@@ -65,7 +66,7 @@ $(PROGRAMS): %: $B/%
 	@cp -f $< $@
 test/golden test/bench: test/%: $B/%
 	@cp -f $< $@
-.PHONY: all test bench fuzz clean format FORCE
+.PHONY: all test bench fullsize fuzz clean format FORCE
 ifneq ($(shell cat build/last 2>/dev/null),$B)
 $(PROGRAMS) test/golden test/bench: FORCE
 $(shell mkdir -p build && echo $B >build/last)
@@ -75,7 +76,7 @@ $(PROGRAMS:%=$B/%): $B/%: $B/%.o $B/cli.o $(OBJ)
 	$(CC) $(CFLAGS) -o $@ $^ $(LDLIBS)
 $B/golden $B/bench: $B/%: $B/test/%.o $(OBJ)
 	$(CC) $(CFLAGS) -o $@ $^ $(LDLIBS)
-$B/pictures: $B/test/pictures.o $(OBJ)
+$B/pictures $B/fullsize: $B/%: $B/test/%.o $(OBJ)
 	$(CC) $(CFLAGS) -o $@ $^ $(LDLIBS)
 $(TESTS:%=$B/test_%): $B/test_%: $B/test/test_%.o $(OBJ)
 	$(CC) $(CFLAGS) -o $@ $^ $(LDLIBS)
@@ -100,6 +101,11 @@ test: $(TEST_BIN) $B/golden $B/pictures $(PROGRAMS:%=$B/%)
 
 bench: test/bench
 	test/bench
+
+# Not part of `make test`: it writes 10 GiB at a time under build/fullsize and takes half an hour.
+PYTHON ?= python3
+fullsize: $B/fullsize $B/sample
+	@PYTHON=$(PYTHON) test/fullsize.sh $B build/fullsize $(MODELS)
 
 FUZZ := zip pickle legacy safetensors
 SECONDS ?= 60
