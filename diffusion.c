@@ -507,6 +507,7 @@ static Err check_facts(Model *m, const Checkpoint *ck, int scale) {
     ScaleFacts f;
     TRY(read_facts(&f, ck, scale));
     TRY(check_fit(m, &f));
+    m->config[scale] = f.net;
     if (scale <= 1) return adopt_facts(m, ck, &f);
     TRY(check_same("n_scales", (size_t)f.T, (size_t)m->schedule.T, "scale 1"));
     TRY(check_schedule(&f.schedule, &m->schedule));
@@ -572,8 +573,7 @@ static Err build_vqgan(Model *m, const Checkpoint *ck, const Config *meta, const
     const Tensor *used = checkpoint_find(ck, name);
     c.re_embed = used ? used->size : 0;
     TRY(vqgan_create(&m->vqgan, &c, 0));
-    TRY(params_plan(vqgan_params(m->vqgan), PLAN_VALUE));
-    TRY(vqgan_load(m->vqgan, ck, tensors));
+    TRY(vqgan_map(m->vqgan, ck, tensors));
     size_t factor = (size_t)1 << (c.levels - 1);
     m->h = m->w = c.resolution / factor;
     m->side = m->h * factor;
@@ -585,15 +585,14 @@ static Err build_vqgan(Model *m, const Checkpoint *ck, const Config *meta, const
 /* Ours is a file of its own; the official first stage is a part of every transition's file. */
 static Err open_vqgan(Model *m) {
     char path[PATH_BYTES], name[32];
-    Checkpoint ck = {0};
+    Checkpoint *ck = &m->vqgan_file; /* model_close closes it */
     Config recipe = {0};
     const char *file = m->official ? scale_file(name, m->joint ? 0 : 1, 1) : "vqgan.safetensors";
-    Err e = open_file(&ck, path, m, file);
+    Err e = open_file(ck, path, m, file);
     if (e == OK && m->official) e = official_meta(&recipe, m, RECIPE_VQGAN);
-    if (e == OK && build_vqgan(m, &ck, m->official ? &recipe : &ck.meta, m->official ? "first_stage_model." : "") != OK)
+    if (e == OK && build_vqgan(m, ck, m->official ? &recipe : &ck->meta, m->official ? "first_stage_model." : "") != OK)
         e = err_file(path);
     config_free(&recipe);
-    checkpoint_close(&ck);
     return e;
 }
 
@@ -653,6 +652,7 @@ void model_close(Model *m) {
     free(m->class_name);
     unload(m);
     vqgan_free(m->vqgan);
+    checkpoint_close(&m->vqgan_file);
     config_free(&m->meta);
     memset(m, 0, sizeof *m);
 }
@@ -717,6 +717,31 @@ Err model_scale(Model *m, int t) {
     else
         unload(m);
     return e;
+}
+
+/* Raises what the weights and the plan of scale t need. */
+static Err scale_memory(const Model *m, int t, size_t batch, size_t *weights, size_t *plan) {
+    Transformer *net;
+    size_t bytes = 0;
+    TRY(transformer_create(&net, &m->config[t]));
+    Err e = transformer_plan_bytes(net, batch, m->h * m->w, 0, &bytes);
+    *weights = max_size(*weights, params_count(transformer_params(net)) * sizeof(real));
+    *plan = max_size(*plan, bytes);
+    transformer_free(net);
+    return e;
+}
+
+Err model_memory(Model *m, size_t batch, size_t pictures, ModelMemory *out) {
+    size_t plan = 0, vqgan_plan_size = 0, pixels = 3 * m->side * m->side;
+    memset(out, 0, sizeof *out);
+    out->first_stage = params_count(vqgan_params(m->vqgan)) * sizeof(real);
+    for (int t = m->joint ? 0 : 1; t <= (m->joint ? 0 : m->schedule.T); t++)
+        TRY(scale_memory(m, t, batch, &out->scale, &plan));
+    TRY(vqgan_plan_bytes(m->vqgan, 1, m->side, m->side, 0, &vqgan_plan_size));
+    TRY(size_mul(&out->activations, pictures, pixels * (sizeof(real) + 1))); /* numbers, then bytes of the PNG */
+    out->activations += plan + vqgan_plan_size;
+    out->total = out->first_stage + out->scale + out->activations;
+    return OK;
 }
 
 /* ---- Writing a model --------------------------------------------------------------------------------------- */

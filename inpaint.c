@@ -19,14 +19,14 @@ typedef struct {
     Model model;
     const SamplingArgs *args;
     const InpaintArgs *in;
-    size_t side, N, rows;      /* rows: samples times candidates in a batch */
-    Image picture;       /* (side,side), what is completed */
-    uint8_t *keep;       /* (side,side) 1 = the pixel stays */
-    uint8_t *keep_token; /* (N) */
-    int32_t *known;      /* (rows,N) tokens of the picture, once per row of a batch */
-    int32_t *label;      /* (rows) */
-    int32_t *drawn;      /* (rows,N) a batch */
-    int32_t *tokens;     /* (n,N) */
+    size_t side, N, rows; /* rows: samples times candidates in a batch */
+    Image picture;        /* (side,side), what is completed */
+    uint8_t *keep;        /* (side,side) 1 = the pixel stays */
+    uint8_t *keep_token;  /* (N) */
+    int32_t *known;       /* (rows,N) tokens of the picture, once per row of a batch */
+    int32_t *label;       /* (rows) */
+    int32_t *drawn;       /* (rows,N) a batch */
+    int32_t *tokens;      /* (n,N) */
     SampleOptions options;
 } Job;
 
@@ -256,6 +256,7 @@ static void inpaint(SamplingArgs *a, const InpaintArgs *in) {
     check(read_picture(&job, &H, &W));
     check(make_mask(&job, H, W));
     check(token_mask(&job));
+    sampling_memory(&job.model, job.rows, a->n + (in->compare ? 2 : 0));
     check(encode_picture(&job));
     check(choose_class(&job));
     catch_interrupts();

@@ -210,6 +210,16 @@ refused_late 1 "cut.png" "$build/inpaint" killed cut.png --half upper
 refused_late 1 "zero.png" "$build/inpaint" killed zero.png --half upper
 refused_late 1 "empty" "$build/inpaint" killed empty --half upper
 refused_late 1 "window of 16" "$build/inpaint" killed "$fit" --window 16
+case $build in
+    *sanitize*) echo "SKIP the memory plan: the sanitizers need more address space than a limit leaves" ;;
+    *)
+        limited() { (ulimit -v 900000 && "$@"); }
+        refused 1 "smaller --batch" limited "$build/sample" killed -n 4096 --batch 4096 --threads 1
+        refused 1 "smaller --batch" limited "$build/inpaint" killed "$fit" --half upper -n 4096 --batch 4096 --threads 1
+        refused_late 1 "smaller --batch" limited "$build/train" --config "$here/test/tiny.txt" --vqgan --data data --run r5 --batch 65536 --threads 1
+        ;;
+esac
+ok "the memory plan is said" sh -c "'$build/sample' killed -n 1 --seed 1 -o m.png 2>&1 | grep -q '^memory: first stage'"
 ok "nothing half-written" sh -c "! ls ./*.tmp* no 2>/dev/null"
 
 # a full disk: what was there before is there afterwards
