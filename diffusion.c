@@ -522,35 +522,87 @@ static Err err_file(const char *path) {
     return strstr(err_text(), path) ? FAILED : err_in(path);
 }
 
-/* The configuration that an official file does not carry: config.txt in its folder, or the named model's recipe. */
-static Err official_meta(Config *meta, const Model *m, int scale) {
-    char path[PATH_BYTES];
-    if (has_file(m->folder, "config.txt")) {
-        snprintf(path, sizeof path, "%s/config.txt", m->folder);
-        return recipe_read(meta, path, scale);
-    }
-    for (size_t i = 0; i < sizeof named / sizeof *named; i++) {
-        if (strcmp(named[i].folder, m->folder) != 0) continue;
-        snprintf(path, sizeof path, "models/%s.txt", named[i].name);
-        return recipe_read(meta, path, scale);
-    }
-    return err(
-        "%s: .ckpt files do not say their architecture, expected a config.txt beside them (models/ffhq.txt is an "
-        "example)",
-        m->folder);
-}
-
 static Err open_file(Checkpoint *ck, char path[PATH_BYTES], const Model *m, const char *name) {
     snprintf(path, PATH_BYTES, "%s/%s", m->folder, name);
     if (!has_file(m->folder, name)) return err("%s is missing", path);
     return checkpoint_open(ck, path);
 }
 
+static int begins(const char *text, const char *with) {
+    return strncmp(text, with, strlen(with)) == 0;
+}
+
+/* Buffers that the official classes keep beside their parameters, and the second name of a tied embedding */
+static int is_buffer(const char *name, const NetConfig *c) {
+    const char *end = strrchr(name, '.');
+    if (c->kind == NET_GPT) return begins(name, "blocks.") && end && strcmp(end, ".mask") == 0;
+    return c->tie_token_emb && strcmp(name, "decoder.token_emb.weight") == 0;
+}
+
+/* A tensor that nobody asks for means that this is another network than we take it for. */
+static Err check_unexpected(const Transformer *net, const Checkpoint *ck, const Params *p) {
+    static const char *const others[] = {"first_stage_model.", "transformer_ema.", "sos_token", "alphats", "alphacum"};
+    for (size_t i = 0; i < ck->n; i++) {
+        const char *name = ck->tensor[i].name, *own = name + strlen("transformer.");
+        int known = 0;
+        for (size_t k = 0; k < sizeof others / sizeof *others && !known; k++) known = begins(name, others[k]);
+        if (!known && begins(name, "transformer.")) {
+            known = is_buffer(own, transformer_config(net));
+            for (size_t k = 0; k < p->n && !known; k++) known = strcmp(p->row[k].name, own) == 0;
+        }
+        if (!known) return err("unexpected tensor '%s': another network than its configuration says", name);
+    }
+    return OK;
+}
+
+/* Is this recipe's network the one whose tensors these are? */
+static int recipe_fits(const char *path, const Checkpoint *ck, int scale) {
+    NetConfig c;
+    Schedule s;
+    Config recipe = {0};
+    Transformer *net = NULL;
+    Err e = recipe_read(&recipe, path, scale);
+    if (e == OK) e = net_config_read(&c, &recipe, prefix);
+    if (e == OK) e = schedule_read(&s, ck, c.n_scales);
+    if (e == OK) e = transformer_create(&net, &c);
+    if (e == OK) e = check_unexpected(net, ck, transformer_params(net));
+    if (e == OK) e = params_map(transformer_params(net), ck, "transformer.", 0);
+    transformer_free(net);
+    config_free(&recipe);
+    return e == OK;
+}
+
+/* The configuration that official files do not carry: config.txt in their folder; else the recipe of the model whose
+ * folder this is; else, wherever the files were put, the one recipe that has just these tensors. */
+static Err find_recipe(Model *m) {
+    char path[PATH_BYTES], name[32];
+    const int scale = m->joint ? 0 : 1;
+    Checkpoint ck = {0};
+    const size_t n = sizeof named / sizeof *named;
+    snprintf(m->recipe, sizeof m->recipe, "%s/config.txt", m->folder);
+    if (has_file(m->folder, "config.txt")) return OK;
+    for (size_t i = 0; i < n; i++) {
+        snprintf(m->recipe, sizeof m->recipe, "models/%s.txt", named[i].name);
+        if (strcmp(named[i].folder, m->folder) == 0) return OK;
+    }
+    TRY(open_file(&ck, path, m, scale_file(name, scale, 1)));
+    size_t i = 0;
+    for (; i < n; i++) {
+        snprintf(m->recipe, sizeof m->recipe, "models/%s.txt", named[i].name);
+        if (recipe_fits(m->recipe, &ck, scale)) break;
+    }
+    checkpoint_close(&ck);
+    if (i < n) return OK;
+    return err("%s: .ckpt files do not say their architecture and no recipe models/*.txt has their tensors, expected a "
+               "config.txt beside them (models/ffhq.txt is an example)",
+               m->folder);
+}
+
 /* t: the scale, 0: all of them. */
 static Err open_scale(Checkpoint *ck, char path[PATH_BYTES], const Model *m, int t) {
     char name[32];
     TRY(open_file(ck, path, m, scale_file(name, t, m->official)));
-    if (!m->official || official_meta(&ck->meta, m, t) == OK) return OK;
+    if (!m->official || recipe_read(&ck->meta, m->recipe, t) == OK) return OK;
     checkpoint_close(ck);
     return FAILED;
 }
@@ -589,7 +641,7 @@ static Err open_vqgan(Model *m) {
     Config recipe = {0};
     const char *file = m->official ? scale_file(name, m->joint ? 0 : 1, 1) : "vqgan.safetensors";
     Err e = open_file(ck, path, m, file);
-    if (e == OK && m->official) e = official_meta(&recipe, m, RECIPE_VQGAN);
+    if (e == OK && m->official) e = recipe_read(&recipe, m->recipe, RECIPE_VQGAN);
     if (e == OK && build_vqgan(m, ck, m->official ? &recipe : &ck->meta, m->official ? "first_stage_model." : "") != OK)
         e = err_file(path);
     config_free(&recipe);
@@ -602,6 +654,7 @@ static Err open_folder(Model *m) {
     m->official = !ours && (has_file(m->folder, scale_file(name, 1, 1)) || has_file(m->folder, scale_file(name, 0, 1)));
     m->joint =
         !has_file(m->folder, scale_file(name, 1, m->official)) && has_file(m->folder, scale_file(name, 0, m->official));
+    if (m->official) TRY(find_recipe(m));
     TRY(open_vqgan(m));
     if (m->joint) return check_file(m, 0);
     TRY(check_file(m, 1));
@@ -655,33 +708,6 @@ void model_close(Model *m) {
     checkpoint_close(&m->vqgan_file);
     config_free(&m->meta);
     memset(m, 0, sizeof *m);
-}
-
-static int begins(const char *text, const char *with) {
-    return strncmp(text, with, strlen(with)) == 0;
-}
-
-/* Buffers that the official classes keep beside their parameters, and the second name of a tied embedding */
-static int is_buffer(const char *name, const NetConfig *c) {
-    const char *end = strrchr(name, '.');
-    if (c->kind == NET_GPT) return begins(name, "blocks.") && end && strcmp(end, ".mask") == 0;
-    return c->tie_token_emb && strcmp(name, "decoder.token_emb.weight") == 0;
-}
-
-/* A tensor that nobody asks for means that this is another network than we take it for. */
-static Err check_unexpected(const Transformer *net, const Checkpoint *ck, const Params *p) {
-    static const char *const others[] = {"first_stage_model.", "transformer_ema.", "sos_token", "alphats", "alphacum"};
-    for (size_t i = 0; i < ck->n; i++) {
-        const char *name = ck->tensor[i].name, *own = name + strlen("transformer.");
-        int known = 0;
-        for (size_t k = 0; k < sizeof others / sizeof *others && !known; k++) known = begins(name, others[k]);
-        if (!known && begins(name, "transformer.")) {
-            known = is_buffer(own, transformer_config(net));
-            for (size_t k = 0; k < p->n && !known; k++) known = strcmp(p->row[k].name, own) == 0;
-        }
-        if (!known) return err("unexpected tensor '%s': another network than its configuration says", name);
-    }
-    return OK;
 }
 
 /* The weights to sample with: transformer_ema.* where the file has them and they are wanted, else transformer.* */

@@ -546,8 +546,8 @@ typedef struct {
 const NamedModel *named_models(size_t *n); /* the table */
 
 typedef struct {
-    char folder[1024];
-    Config meta; /* of scale 1 */
+    char folder[1024], recipe[1100]; /* recipe: official files' configuration */
+    Config meta;                     /* of scale 1 */
     Schedule schedule;
     Vqgan *vqgan;
     Checkpoint vqgan_file; /* its weights stay there */
@@ -568,7 +568,7 @@ typedef struct {
 enum { RECIPE_VQGAN = -1 };
 Err recipe_read(Config *to, const char *path, int scale);
 /* name_or_folder: a named model, or a folder with vqgan.safetensors and scale1..scaleT.safetensors, or one with the
- * official scale1..scaleT.ckpt and, unless it is a named model's, a recipe config.txt. *substituted is set
+ * official scale1..scaleT.ckpt and, unless their tensors are a named model's, a recipe config.txt. *substituted is set
  * to the named entry when its weights are not installed and the bundled model was opened instead (the caller must say
  * so); NULL forbids that. */
 Err model_open(Model *m, const char *name_or_folder, const NamedModel **substituted);

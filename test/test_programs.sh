@@ -144,6 +144,12 @@ sed -i 's/enc_depth 2/enc_depth 1/; s/ResidualScaledXTransformer/XTransformer/' 
 refused_late 1 "unexpected tensor 'transformer.log_scalors'" sample "$dir/official" -n 2 --class 1
 rm "$dir/official/config.txt"
 refused 1 "config.txt" sample "$dir/official" -n 2 --class 1
+mkdir -p "$dir/home/models" && cp test/tiny.txt "$dir/home/models/cats.txt" && cp models/ffhq.txt "$dir/home/models"
+at_home() { (cd "$dir/home" && "$@"); }
+ok "a recipe is told by the tensors" at_home sample "$dir/official" -n 2 --class 1 --seed 7
+ok "the same picture once more" "$build/pictures" same "$dir/s.png" "$dir/official.png" 0 0 34 16
+sed -i 's/dec_depth 1/dec_depth 2/' "$dir/home/models/cats.txt"
+refused 1 "config.txt" at_home sample "$dir/official" -n 2 --class 1
 rm "$dir"/run/scale?.safetensors
 ok "sample the joint model" sample "$dir/run" -n 2 --seed 1
 ok "the list" "$build/sample" --list
