@@ -123,24 +123,33 @@ static size_t number_at(const char *folder, const char *name, const char *key) {
     return number_in(path, key);
 }
 
-/* What the control groups from `group` up to `mount` leave; the names of the files differ between the two versions. */
-static size_t cgroup_room(const char *mount, const char *group, const char *limit, const char *usage) {
+typedef struct {
+    const char *line; /* of /proc/self/cgroup: "0::/group", "4:memory:/group" */
+    const char *mount, *limit, *usage, *inactive, *active;
+} Cgroup;
+static const Cgroup cgroups[2] = {
+    {":memory:", "/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file ",
+     "total_active_file "},
+    {"0::", "/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file ", "active_file "},
+};
+
+/* What the control groups from `group` up to the mount point leave. */
+static size_t cgroup_room(const Cgroup *c, const char *group) {
     char path[1024];
     size_t room = SIZE_MAX;
-    int length = snprintf(path, sizeof path, "%s%s", mount, group);
+    int length = snprintf(path, sizeof path, "%s%s", c->mount, group);
     if (length < 0 || (size_t)length >= sizeof path) return SIZE_MAX;
-    for (char *slash = path; slash; slash = strrchr(path + strlen(mount), '/')) {
+    for (char *slash = path; slash; slash = strrchr(path + strlen(c->mount), '/')) {
         if (slash != path) *slash = 0; /* the group above */
-        size_t used = number_at(path, usage, "");
-        size_t inactive = number_at(path, "memory.stat", "inactive_file "); /* caches, which the kernel gives up */
-        size_t active = number_at(path, "memory.stat", "active_file ");
+        size_t used = number_at(path, c->usage, "");
+        size_t inactive = number_at(path, "memory.stat", c->inactive); /* caches, which the kernel gives up */
+        size_t active = number_at(path, "memory.stat", c->active);
         used = minus(used, (inactive == SIZE_MAX ? 0 : inactive) + (active == SIZE_MAX ? 0 : active));
-        room = min_size(room, minus(number_at(path, limit, ""), used));
+        room = min_size(room, minus(number_at(path, c->limit, ""), used));
     }
     return room;
 }
 
-/* /proc/self/cgroup has a line "0::/group" (version 2) or "4:memory:/group" (version 1). */
 static size_t cgroups_room(void) {
     char line[900];
     size_t room = SIZE_MAX;
@@ -148,12 +157,8 @@ static size_t cgroups_room(void) {
     while (f && fgets(line, sizeof line, f)) {
         char *group = strchr(line, '/');
         line[strcspn(line, "\n")] = 0;
-        if (!group) continue;
-        if (strncmp(line, "0::", 3) == 0)
-            room = min_size(room, cgroup_room("/sys/fs/cgroup", group, "memory.max", "memory.current"));
-        if (strstr(line, ":memory:"))
-            room = min_size(
-                room, cgroup_room("/sys/fs/cgroup/memory", group, "memory.limit_in_bytes", "memory.usage_in_bytes"));
+        for (int i = 0; group && i < 2; i++)
+            if (strstr(line, cgroups[i].line)) room = min_size(room, cgroup_room(&cgroups[i], group));
     }
     if (f) fclose(f);
     return room;
