@@ -4,6 +4,7 @@
 # make bench        how fast, as fractions of this machine's ceilings
 # make fuzz SECONDS=60  the readers of checkpoints under libFuzzer (needs clang; Debian: clang, libclang-rt-14-dev)
 # make ffhq         fetches an official model: also ffhq2 churches bedrooms cats imagenet imagenet4 (models/fetch.sh)
+# make fullsize     the official models at full size, with random weights, against PyTorch (PYTHON=..., MODELS=...)
 # make data/emoji   the pictures that the bundled model was trained on
 # Variables: MODELS_URL=https://... (where official models come from), CC=clang, MARCH=x86-64-v3 (default native), SANITIZE=1. Each combination builds in its own folder.
 
@@ -68,7 +69,7 @@ $(PROGRAMS): %: $B/%
 	@cp -f $< $@
 test/golden test/bench: test/%: $B/%
 	@cp -f $< $@
-.PHONY: all test bench fuzz clean format FORCE $(OFFICIAL) vqgan lsun
+.PHONY: all test bench fullsize fuzz clean format FORCE $(OFFICIAL) vqgan lsun
 ifneq ($(shell cat build/last 2>/dev/null),$B)
 $(PROGRAMS) test/golden test/bench: FORCE
 $(shell mkdir -p build && echo $B >build/last)
@@ -78,7 +79,7 @@ $(PROGRAMS:%=$B/%): $B/%: $B/%.o $B/cli.o $(OBJ)
 	$(CC) $(CFLAGS) -o $@ $^ $(LDLIBS)
 $B/golden $B/bench: $B/%: $B/test/%.o $(OBJ)
 	$(CC) $(CFLAGS) -o $@ $^ $(LDLIBS)
-$B/pictures $B/logits: $B/%: $B/test/%.o $(OBJ)
+$B/pictures $B/logits $B/fullsize: $B/%: $B/test/%.o $(OBJ)
 	$(CC) $(CFLAGS) -o $@ $^ $(LDLIBS)
 $(TESTS:%=$B/test_%): $B/test_%: $B/test/test_%.o $(OBJ)
 	$(CC) $(CFLAGS) -o $@ $^ $(LDLIBS)
@@ -103,6 +104,11 @@ test: $(TEST_BIN) $B/golden $B/pictures $B/logits $(PROGRAMS:%=$B/%)
 
 bench: test/bench
 	test/bench
+
+# Not part of `make test`: it writes 10 GiB at a time under build/fullsize and takes half an hour.
+PYTHON ?= python3
+fullsize: $B/fullsize $B/sample
+	@PYTHON=$(PYTHON) test/fullsize.sh $B build/fullsize $(MODELS)
 
 FUZZ := zip pickle legacy safetensors
 SECONDS ?= 60

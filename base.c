@@ -15,6 +15,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
 #include <unistd.h>
 #ifdef _OPENMP
 #include <omp.h>
@@ -85,6 +86,103 @@ Err mem_grow(void *array, size_t n, size_t more, size_t *capacity, size_t size, 
     *capacity = wanted;
     free(old);
     return OK;
+}
+
+const char *bytes_text(char text[32], size_t bytes) {
+    const double mib = (double)bytes / 1048576;
+    if (mib < 1000)
+        snprintf(text, 32, "%.*f MiB", mib < 10 ? 1 : 0, mib);
+    else
+        snprintf(text, 32, "%.1f GiB", mib / 1024);
+    return text;
+}
+
+/* The number behind `key` at the beginning of a line, "" being the first line's; kB become bytes. SIZE_MAX: none. */
+static size_t number_in(const char *path, const char *key) {
+    char line[256];
+    size_t found = SIZE_MAX, length = strlen(key);
+    FILE *f = fopen(path, "r");
+    while (f && found == SIZE_MAX && fgets(line, sizeof line, f)) {
+        char *end;
+        if (strncmp(line, key, length) != 0) continue;
+        unsigned long long n = strtoull(line + length, &end, 10);
+        if (end == line + length) break; /* "max" */
+        if (n < SIZE_MAX / 1024) found = (size_t)n * (strncmp(end, " kB", 3) == 0 ? 1024 : 1);
+    }
+    if (f) fclose(f);
+    return found;
+}
+
+static size_t minus(size_t a, size_t b) { /* SIZE_MAX: no limit; nothing is less than 0 */
+    return a == SIZE_MAX || b == SIZE_MAX ? SIZE_MAX : a > b ? a - b : 0;
+}
+
+static size_t number_at(const char *folder, const char *name, const char *key) {
+    char path[1100];
+    snprintf(path, sizeof path, "%s/%s", folder, name);
+    return number_in(path, key);
+}
+
+typedef struct {
+    const char *line; /* of /proc/self/cgroup: "0::/group", "4:memory:/group" */
+    const char *mount, *limit, *usage, *inactive, *active;
+} Cgroup;
+static const Cgroup cgroups[2] = {
+    {":memory:", "/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file ",
+     "total_active_file "},
+    {"0::", "/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file ", "active_file "},
+};
+
+/* What the control groups from `group` up to the mount point leave. */
+static size_t cgroup_room(const Cgroup *c, const char *group) {
+    char path[1024];
+    size_t room = SIZE_MAX;
+    int length = snprintf(path, sizeof path, "%s%s", c->mount, group);
+    if (length < 0 || (size_t)length >= sizeof path) return SIZE_MAX;
+    for (char *slash = path; slash; slash = strrchr(path + strlen(c->mount), '/')) {
+        if (slash != path) *slash = 0; /* the group above */
+        size_t used = number_at(path, c->usage, "");
+        size_t inactive = number_at(path, "memory.stat", c->inactive); /* caches, which the kernel gives up */
+        size_t active = number_at(path, "memory.stat", c->active);
+        used = minus(used, (inactive == SIZE_MAX ? 0 : inactive) + (active == SIZE_MAX ? 0 : active));
+        room = min_size(room, minus(number_at(path, c->limit, ""), used));
+    }
+    return room;
+}
+
+static size_t cgroups_room(void) {
+    char line[900];
+    size_t room = SIZE_MAX;
+    FILE *f = fopen("/proc/self/cgroup", "r");
+    while (f && fgets(line, sizeof line, f)) {
+        char *group = strchr(line, '/');
+        line[strcspn(line, "\n")] = 0;
+        for (int i = 0; group && i < 2; i++)
+            if (strstr(line, cgroups[i].line)) room = min_size(room, cgroup_room(&cgroups[i], group));
+    }
+    if (f) fclose(f);
+    return room;
+}
+
+size_t memory_available(void) {
+    static const struct {
+        int resource;
+        const char *used;
+    } own[] = {{RLIMIT_AS, "VmSize:"}, {RLIMIT_DATA, "VmData:"}};
+    size_t room = min_size(number_in("/proc/meminfo", "MemAvailable:"), cgroups_room());
+    for (size_t i = 0; i < sizeof own / sizeof *own; i++) {
+        struct rlimit limit;
+        if (getrlimit(own[i].resource, &limit) != 0 || limit.rlim_cur == RLIM_INFINITY) continue;
+        room = min_size(room, minus((size_t)limit.rlim_cur, number_in("/proc/self/status", own[i].used)));
+    }
+    return room;
+}
+
+Err memory_fits(size_t needed, size_t available, const char *what, const char *advice) {
+    char need[32], there[32];
+    if (needed <= available) return OK;
+    return err("%s: %s of memory needed, %s available; %s", what, bytes_text(need, needed),
+               bytes_text(there, available), advice);
 }
 
 /* ---- random streams ---- */

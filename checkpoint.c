@@ -782,11 +782,12 @@ static Err read_content(Checkpoint *ck) {
     int zip = ck->map_bytes >= 4 && (memcmp(file, "PK\3\4", 4) == 0 || memcmp(file, "PK\5\6", 4) == 0);
     int pickle = ck->map_bytes >= 2 && (unsigned char)file[0] == 0x80 && file[1] >= 2 && file[1] <= 5;
     if (brace && read_u64(file) >> 32 == 0) return read_safetensors(ck);
-    if (zip || pickle) {
-        TRY(ckpt_read(ck));
-        return sort_by_name(ck);
-    }
-    return foreign_content(ck);
+    if (!zip && !pickle) return foreign_content(ck);
+    /* An archive has a header in front of every tensor. Reading ahead behind each of them would fetch the whole file. */
+    madvise(ck->map, ck->map_bytes, MADV_RANDOM);
+    Err e = ckpt_read(ck);
+    madvise(ck->map, ck->map_bytes, MADV_NORMAL);
+    return e == OK ? sort_by_name(ck) : FAILED;
 }
 
 Err checkpoint_open(Checkpoint *ck, const char *path) {

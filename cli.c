@@ -329,6 +329,19 @@ void sampling_start(SamplingArgs *a, Model *m, const NamedModel **stand_in_for) 
     if (!a->class_name) a->class_name = missing->stand_in;
 }
 
+void sampling_memory(Model *m, size_t batch, size_t pictures) {
+    ModelMemory need;
+    char first[32], scale[32], rest[32], there[32], what[2048];
+    size_t available = memory_available();
+    check(model_memory(m, batch, pictures, &need));
+    bytes_text(first, need.first_stage), bytes_text(scale, need.scale), bytes_text(rest, need.activations);
+    snprintf(what, sizeof what, "%s: first stage %s, largest scale %s, activations and pictures %s", m->folder, first,
+             scale, rest);
+    check(memory_fits(need.total, available, what, "a smaller --batch or -n takes less"));
+    fprintf(stderr, "memory: first stage %s, largest scale %s, activations and pictures %s; ", first, scale, rest);
+    fprintf(stderr, "%s available\n", available == SIZE_MAX ? "unknown how much is" : bytes_text(there, available));
+}
+
 /* The user's list, else what the model's file recommends, else `otherwise`. */
 static void per_scale(double *out, const Model *m, const char *given, const char *key, const char *otherwise, double lo,
                       double hi, const char *option) {

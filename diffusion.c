@@ -495,6 +495,7 @@ static Err check_facts(Model *m, const Checkpoint *ck, int scale) {
     ScaleFacts f;
     TRY(read_facts(&f, ck, scale));
     TRY(check_fit(m, &f));
+    m->config[scale] = f.net;
     if (scale <= 1) return adopt_facts(m, ck, &f);
     TRY(check_same("n_scales", (size_t)f.T, (size_t)m->schedule.T, "scale 1"));
     TRY(check_schedule(&f.schedule, &m->schedule));
@@ -509,35 +510,87 @@ static Err err_file(const char *path) {
     return strstr(err_text(), path) ? FAILED : err_in(path);
 }
 
-/* The configuration that an official file does not carry: config.txt in its folder, or the named model's recipe. */
-static Err official_meta(Config *meta, const Model *m, int scale) {
-    char path[PATH_BYTES];
-    if (has_file(m->folder, "config.txt")) {
-        snprintf(path, sizeof path, "%s/config.txt", m->folder);
-        return recipe_read(meta, path, scale);
-    }
-    for (size_t i = 0; i < sizeof named / sizeof *named; i++) {
-        if (strcmp(named[i].folder, m->folder) != 0) continue;
-        snprintf(path, sizeof path, "models/%s.txt", named[i].name);
-        return recipe_read(meta, path, scale);
-    }
-    return err(
-        "%s: .ckpt files do not say their architecture, expected a config.txt beside them (models/ffhq.txt is an "
-        "example)",
-        m->folder);
-}
-
 static Err open_file(Checkpoint *ck, char path[PATH_BYTES], const Model *m, const char *name) {
     snprintf(path, PATH_BYTES, "%s/%s", m->folder, name);
     if (!has_file(m->folder, name)) return err("%s is missing", path);
     return checkpoint_open(ck, path);
 }
 
+static int begins(const char *text, const char *with) {
+    return strncmp(text, with, strlen(with)) == 0;
+}
+
+/* Buffers that the official classes keep beside their parameters, and the second name of a tied embedding */
+static int is_buffer(const char *name, const NetConfig *c) {
+    const char *end = strrchr(name, '.');
+    if (c->kind == NET_GPT) return begins(name, "blocks.") && end && strcmp(end, ".mask") == 0;
+    return c->tie_token_emb && strcmp(name, "decoder.token_emb.weight") == 0;
+}
+
+/* A tensor that nobody asks for means that this is another network than we take it for. */
+static Err check_unexpected(const Transformer *net, const Checkpoint *ck, const Params *p) {
+    static const char *const others[] = {"first_stage_model.", "transformer_ema.", "sos_token", "alphats", "alphacum"};
+    for (size_t i = 0; i < ck->n; i++) {
+        const char *name = ck->tensor[i].name, *own = name + strlen("transformer.");
+        int known = 0;
+        for (size_t k = 0; k < sizeof others / sizeof *others && !known; k++) known = begins(name, others[k]);
+        if (!known && begins(name, "transformer.")) {
+            known = is_buffer(own, transformer_config(net));
+            for (size_t k = 0; k < p->n && !known; k++) known = strcmp(p->row[k].name, own) == 0;
+        }
+        if (!known) return err("unexpected tensor '%s': another network than its configuration says", name);
+    }
+    return OK;
+}
+
+/* Is this recipe's network the one whose tensors these are? */
+static int recipe_fits(const char *path, const Checkpoint *ck, int scale) {
+    NetConfig c;
+    Schedule s;
+    Config recipe = {0};
+    Transformer *net = NULL;
+    Err e = recipe_read(&recipe, path, scale);
+    if (e == OK) e = net_config_read(&c, &recipe, prefix);
+    if (e == OK) e = schedule_read(&s, ck, c.n_scales);
+    if (e == OK) e = transformer_create(&net, &c);
+    if (e == OK) e = check_unexpected(net, ck, transformer_params(net));
+    if (e == OK) e = params_map(transformer_params(net), ck, "transformer.", 0);
+    transformer_free(net);
+    config_free(&recipe);
+    return e == OK;
+}
+
+/* The configuration that official files do not carry: config.txt in their folder; else the recipe of the model whose
+ * folder this is; else, wherever the files were put, the one recipe that has just these tensors. */
+static Err find_recipe(Model *m) {
+    char path[PATH_BYTES], name[32];
+    const int scale = m->joint ? 0 : 1;
+    Checkpoint ck = {0};
+    const size_t n = sizeof named / sizeof *named;
+    snprintf(m->recipe, sizeof m->recipe, "%s/config.txt", m->folder);
+    if (has_file(m->folder, "config.txt")) return OK;
+    for (size_t i = 0; i < n; i++) {
+        snprintf(m->recipe, sizeof m->recipe, "models/%s.txt", named[i].name);
+        if (strcmp(named[i].folder, m->folder) == 0) return OK;
+    }
+    TRY(open_file(&ck, path, m, scale_file(name, scale, 1)));
+    size_t i = 0;
+    for (; i < n; i++) {
+        snprintf(m->recipe, sizeof m->recipe, "models/%s.txt", named[i].name);
+        if (recipe_fits(m->recipe, &ck, scale)) break;
+    }
+    checkpoint_close(&ck);
+    if (i < n) return OK;
+    return err("%s: .ckpt files do not say their architecture and no recipe models/*.txt has their tensors, expected a "
+               "config.txt beside them (models/ffhq.txt is an example)",
+               m->folder);
+}
+
 /* t: the scale, 0: all of them. */
 static Err open_scale(Checkpoint *ck, char path[PATH_BYTES], const Model *m, int t) {
     char name[32];
     TRY(open_file(ck, path, m, scale_file(name, t, m->official)));
-    if (!m->official || official_meta(&ck->meta, m, t) == OK) return OK;
+    if (!m->official || recipe_read(&ck->meta, m->recipe, t) == OK) return OK;
     checkpoint_close(ck);
     return FAILED;
 }
@@ -560,8 +613,7 @@ static Err build_vqgan(Model *m, const Checkpoint *ck, const Config *meta, const
     const Tensor *used = checkpoint_find(ck, name);
     c.re_embed = used ? used->size : 0;
     TRY(vqgan_create(&m->vqgan, &c, 0));
-    TRY(params_plan(vqgan_params(m->vqgan), PLAN_VALUE));
-    TRY(vqgan_load(m->vqgan, ck, tensors));
+    TRY(vqgan_map(m->vqgan, ck, tensors));
     size_t factor = (size_t)1 << (c.levels - 1);
     m->h = m->w = c.resolution / factor;
     m->side = m->h * factor;
@@ -573,15 +625,14 @@ static Err build_vqgan(Model *m, const Checkpoint *ck, const Config *meta, const
 /* Ours is a file of its own; the official first stage is a part of every transition's file. */
 static Err open_vqgan(Model *m) {
     char path[PATH_BYTES], name[32];
-    Checkpoint ck = {0};
+    Checkpoint *ck = &m->vqgan_file; /* model_close closes it */
     Config recipe = {0};
     const char *file = m->official ? scale_file(name, m->joint ? 0 : 1, 1) : "vqgan.safetensors";
-    Err e = open_file(&ck, path, m, file);
-    if (e == OK && m->official) e = official_meta(&recipe, m, RECIPE_VQGAN);
-    if (e == OK && build_vqgan(m, &ck, m->official ? &recipe : &ck.meta, m->official ? "first_stage_model." : "") != OK)
+    Err e = open_file(ck, path, m, file);
+    if (e == OK && m->official) e = recipe_read(&recipe, m->recipe, RECIPE_VQGAN);
+    if (e == OK && build_vqgan(m, ck, m->official ? &recipe : &ck->meta, m->official ? "first_stage_model." : "") != OK)
         e = err_file(path);
     config_free(&recipe);
-    checkpoint_close(&ck);
     return e;
 }
 
@@ -589,6 +640,7 @@ static Err open_folder(Model *m) {
     const int ours = has_scale(m->folder, 1, 0) || has_scale(m->folder, 0, 0);
     m->official = !ours && (has_scale(m->folder, 1, 1) || has_scale(m->folder, 0, 1));
     m->joint = !has_scale(m->folder, 1, m->official) && has_scale(m->folder, 0, m->official);
+    if (m->official) TRY(find_recipe(m));
     TRY(open_vqgan(m));
     if (m->joint) return check_file(m, 0);
     TRY(check_file(m, 1));
@@ -651,35 +703,9 @@ void model_close(Model *m) {
     free(m->class_name);
     unload(m);
     vqgan_free(m->vqgan);
+    checkpoint_close(&m->vqgan_file);
     config_free(&m->meta);
     memset(m, 0, sizeof *m);
-}
-
-static int begins(const char *text, const char *with) {
-    return strncmp(text, with, strlen(with)) == 0;
-}
-
-/* Buffers that the official classes keep beside their parameters, and the second name of a tied embedding */
-static int is_buffer(const char *name, const NetConfig *c) {
-    const char *end = strrchr(name, '.');
-    if (c->kind == NET_GPT) return begins(name, "blocks.") && end && strcmp(end, ".mask") == 0;
-    return c->tie_token_emb && strcmp(name, "decoder.token_emb.weight") == 0;
-}
-
-/* A tensor that nobody asks for means that this is another network than we take it for. */
-static Err check_unexpected(const Transformer *net, const Checkpoint *ck, const Params *p) {
-    static const char *const others[] = {"first_stage_model.", "transformer_ema.", "sos_token", "alphats", "alphacum"};
-    for (size_t i = 0; i < ck->n; i++) {
-        const char *name = ck->tensor[i].name, *own = name + strlen("transformer.");
-        int known = 0;
-        for (size_t k = 0; k < sizeof others / sizeof *others && !known; k++) known = begins(name, others[k]);
-        if (!known && begins(name, "transformer.")) {
-            known = is_buffer(own, transformer_config(net));
-            for (size_t k = 0; k < p->n && !known; k++) known = strcmp(p->row[k].name, own) == 0;
-        }
-        if (!known) return err("unexpected tensor '%s': another network than its configuration says", name);
-    }
-    return OK;
 }
 
 /* The weights to sample with: transformer_ema.* where the file has them and they are wanted, else transformer.* */
@@ -715,6 +741,31 @@ Err model_scale(Model *m, int t) {
     else
         unload(m);
     return e;
+}
+
+/* Raises what the weights and the plan of scale t need. */
+static Err scale_memory(const Model *m, int t, size_t batch, size_t *weights, size_t *plan) {
+    Transformer *net;
+    size_t bytes = 0;
+    TRY(transformer_create(&net, &m->config[t]));
+    Err e = transformer_plan_bytes(net, batch, m->h * m->w, 0, &bytes);
+    *weights = max_size(*weights, params_count(transformer_params(net)) * sizeof(real));
+    *plan = max_size(*plan, bytes);
+    transformer_free(net);
+    return e;
+}
+
+Err model_memory(Model *m, size_t batch, size_t pictures, ModelMemory *out) {
+    size_t plan = 0, vqgan_plan_size = 0, pixels = 3 * m->side * m->side;
+    memset(out, 0, sizeof *out);
+    out->first_stage = params_count(vqgan_params(m->vqgan)) * sizeof(real);
+    for (int t = m->joint ? 0 : 1; t <= (m->joint ? 0 : m->schedule.T); t++)
+        TRY(scale_memory(m, t, batch, &out->scale, &plan));
+    TRY(vqgan_plan_bytes(m->vqgan, 1, m->side, m->side, 0, &vqgan_plan_size));
+    TRY(size_mul(&out->activations, pictures, pixels * (sizeof(real) + 1))); /* numbers, then bytes of the PNG */
+    out->activations += plan + vqgan_plan_size;
+    out->total = out->first_stage + out->scale + out->activations;
+    return OK;
 }
 
 /* ---- Writing a model --------------------------------------------------------------------------------------- */

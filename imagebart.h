@@ -78,6 +78,13 @@ Err mem_alloc(void *out_pointer, size_t count, size_t size, const char *what);
 Err mem_grow(void *array_pointer, size_t n, size_t more, size_t *capacity, size_t size, const char *what);
 /* *out = a*b or an error */
 Err size_mul(size_t *out, size_t a, size_t b);
+/* Bytes that this process can still take: the least of what the machine, its control groups (containers) and the
+ * process's own limits (ulimit -v, -d) leave. File caches count as free, for the kernel gives them up. SIZE_MAX: unknown. */
+size_t memory_available(void);
+/* OK if `needed` bytes are available, else an error that begins with `what` and ends with `advice`. */
+Err memory_fits(size_t needed, size_t available, const char *what, const char *advice);
+/* "2.3 GiB", "5.6 MiB" */
+const char *bytes_text(char text[32], size_t bytes);
 static inline size_t min_size(size_t a, size_t b) {
     return a < b ? a : b;
 }
@@ -394,10 +401,14 @@ Params *vqgan_params(Vqgan *v);
 size_t vqgan_K(const Vqgan *v); /* token values: re_embed or n_embed */
 /* Parameters and, with re_embed, quantize.used from a checkpoint, names prefixed ("" or "first_stage_model."). */
 Err vqgan_load(Vqgan *v, const Checkpoint *ck, const char *prefix);
+/* The same, but the parameters are used where they lie in the file, which must stay open: see params_map. */
+Err vqgan_map(Vqgan *v, const Checkpoint *ck, const char *prefix);
 const int32_t *vqgan_used(const Vqgan *v); /* (re_embed) or NULL */
 /* Sizes activations for batches up to B of pictures up to HxW (multiples of 2^(levels-1)); train: keep what backward
  * needs. One allocation; call again to change. */
 Err vqgan_plan(Vqgan *v, size_t B, size_t H, size_t W, int train);
+/* How much that allocates. Allocates nothing itself; there is no plan afterwards. */
+Err vqgan_plan_bytes(Vqgan *v, size_t B, size_t H, size_t W, int train, size_t *bytes);
 
 /* images (B,in_channels,H,W) -> prequant (B,embed_dim,h,w) or NULL, raw (B,h*w) codebook entries or NULL, tokens
  * (B,h*w) remapped or NULL. A code outside `used` becomes a random token drawn from RNG_UNKNOWN under seed. */
@@ -457,6 +468,8 @@ void transformer_set_alphas(Transformer *m, const float *alpha);
 /* Sizes activations for batches up to B of N tokens. train: keep what backward needs; else: the KV caches of decoding
  * and a forward without backward. One allocation; call again to change. */
 Err transformer_plan(Transformer *m, size_t B, size_t N, int train);
+/* How much that allocates. Allocates nothing itself; there is no plan afterwards. */
+Err transformer_plan_bytes(Transformer *m, size_t B, size_t N, int train, size_t *bytes);
 
 /* logits[b,i,:] of p(x_{t-1}[i] | x_{t-1}[<i], x_t). Teacher forcing.
  *   x (B,N) x_{t-1}; x_t (B,N) (ignored by NET_GPT, may be NULL); t (B) 1..T; label (B) (has_class, else NULL)
@@ -535,19 +548,21 @@ typedef struct {
 const NamedModel *named_models(size_t *n); /* the table */
 
 typedef struct {
-    char folder[1024];
-    Config meta; /* of scale 1 */
+    char folder[1024], recipe[1100]; /* recipe: official files' configuration */
+    Config meta;                     /* of scale 1 */
     Schedule schedule;
     Vqgan *vqgan;
-    size_t h, w, K, side; /* token grid, token values, picture side in pixels */
+    Checkpoint vqgan_file; /* its weights stay there */
+    size_t h, w, K, side;  /* token grid, token values, picture side in pixels */
     size_t n_classes;
     char **class_name; /* all names of a class, after its synset if it has one: "n01440764 tench, Tinca tinca" */
     int loaded;        /* scale whose transition is in memory, 0: none. One at a time. */
     Transformer *net;
-    Checkpoint file; /* its file: the weights stay there */
-    int joint;       /* one file for all scales */
-    int official;    /* the files are PyTorch's */
-    int no_ema;      /* set after model_open: sample with the trained weights rather than their moving average */
+    Checkpoint file;                  /* its file: the weights stay there */
+    NetConfig config[MAX_SCALES + 1]; /* [t] of scale t, [0] of all scales of a joint model */
+    int joint;                        /* one file for all scales */
+    int official;                     /* the files are PyTorch's */
+    int no_ema; /* set after model_open: sample with the trained weights rather than their moving average */
 } Model;
 /* A recipe (models/NAME.txt) is a list of "part.key value" lines; part is vqgan, scale (encoder-decoder scales and joint),
  * last (scale T), joint or scaleN (that alone, overrides). Keys are the official configuration's. *to gets the keys of
@@ -555,7 +570,7 @@ typedef struct {
 enum { RECIPE_VQGAN = -1 };
 Err recipe_read(Config *to, const char *path, int scale);
 /* name_or_folder: a named model, or a folder with vqgan.safetensors and scale1..scaleT.safetensors, or one with the
- * official scale1..scaleT.ckpt and, unless it is a named model's, a recipe config.txt. *substituted is set
+ * official scale1..scaleT.ckpt and, unless their tensors are a named model's, a recipe config.txt. *substituted is set
  * to the named entry when its weights are not installed and the bundled model was opened instead (the caller must say
  * so); NULL forbids that. */
 Err model_open(Model *m, const char *name_or_folder, const NamedModel **substituted);
@@ -565,6 +580,14 @@ size_t model_files(char missing[32], const NamedModel *named);
 const char *model_folder(const char *name_or_folder);
 Err model_scale(Model *m, int t); /* loads scale t's transition (EMA weights), releases the other */
 void model_close(Model *m);
+/* Bytes that sampling `batch` at a time holds; they are all needed throughout, weights in mapped files too: if the
+ * kernel drops their pages, every token reads them from the disk again. */
+typedef struct {
+    size_t first_stage, scale; /* weights: of the VQGAN; of the largest transition, as one is loaded at a time */
+    size_t activations;        /* what both plan, the caches of decoding among it, and `pictures` decoded pictures */
+    size_t total;
+} ModelMemory;
+Err model_memory(Model *m, size_t batch, size_t pictures, ModelMemory *out);
 /* What a transition's file holds: `which` ('v' or 'e') of every parameter as transformer.*, the schedule's buffers and,
  * unless compact, what follows from the rest and the official classes expect (masks, the second name of a tied embedding):
  * every name of the official state dict but first_stage_model.* and transformer_ema.* (SPEC sections 11 and 12). */
@@ -714,6 +737,8 @@ void sampling_start(SamplingArgs *a, Model *m,
 void sampling_options(SampleOptions *o, const SamplingArgs *a, const Model *m, const char *chain_key,
                       const char *chain_default, double least_chain);
 int sampling_progress(void *context, int t, size_t repeat, size_t done, size_t of); /* SampleOptions.progress */
+/* One line on stderr: how much memory this takes (see model_memory) and how much there is; dies if it does not fit. */
+void sampling_memory(Model *m, size_t batch, size_t pictures);
 /* The options as PNG text, for image_write_png. */
 Err sampling_text(Config *text, const SamplingArgs *a, const SampleOptions *o, const Model *m);
 /* images (n,3,side,side) decoded from tokens (n,N), a picture at a time. */

@@ -122,6 +122,7 @@ static void sample(SamplingArgs *a, const char *chain_path) {
     job.pixels = 3 * job.model.side * job.model.side;
     size_t T = (size_t)job.model.schedule.T, columns = (size_t)ceil(sqrt((double)a->n));
     check(choose_classes(&job));
+    sampling_memory(&job.model, min_size(a->n, a->batch), chain_path ? a->n * (T + 1) : a->n);
     say_classes(&job);
     catch_interrupts();
     check(draw_tokens(&job, chain_path != NULL));

@@ -56,7 +56,8 @@ struct Stage {
     Dtype store;
     int compact; /* leave out what can be derived */
 
-    uint64_t step, ema_updates; /* optimizer steps done */
+    uint64_t step, ema_updates;                      /* optimizer steps done */
+    size_t state_bytes, activation_bytes, available; /* memory: of check_memory */
 
     Err (*micro_batch)(Stage *s, uint64_t micro, Metrics *out); /* forward, loss, backward with weight 1/accumulate */
     Err (*evaluate)(Stage *s, Metrics *out);                    /* on the held-out split */
@@ -114,6 +115,20 @@ static Err make_folder(const char *path) {
             *p = keep;
             if (!keep) return OK;
         }
+}
+
+/* Before anything large is allocated: `arenas` arrays as large as all parameters, the network's plan (bytes), other
+ * buffers (rows x columns). */
+static Err check_memory(Stage *s, size_t arenas, size_t plan, size_t rows, size_t columns) {
+    TRY(size_mul(&s->state_bytes, s->params->total, arenas * sizeof(real)));
+    TRY(size_mul(&s->activation_bytes, rows, columns));
+    TRY(size_mul(&s->activation_bytes, s->activation_bytes, sizeof(real)));
+    s->activation_bytes += plan;
+    s->available = memory_available();
+    char what[160], state[32], activations[32];
+    snprintf(what, sizeof what, "%s: parameters, gradients and optimizer %s, activations %s", s->name,
+             bytes_text(state, s->state_bytes), bytes_text(activations, s->activation_bytes));
+    return memory_fits(s->state_bytes + s->activation_bytes, s->available, what, "a smaller --batch takes less");
 }
 
 /* ------------------------------------------------------------------------------------------------------------
@@ -212,6 +227,9 @@ static Err vqgan_stage(Stage *s) {
     s->h = s->w = s->size >> (c.levels - 1);
     s->N = s->h * s->w;
     if (s->train.n == 0) return OK;
+    size_t bytes = 0;
+    TRY(vqgan_plan_bytes(s->vqgan, s->batch, s->size, s->size, 1, &bytes));
+    TRY(check_memory(s, 4, bytes, s->batch, 3 * s->size * s->size));
     TRY(vqgan_plan(s->vqgan, s->batch, s->size, s->size, 1));
     TRY(mem_alloc(&s->dxrec, s->batch * 3 * s->size, s->size * sizeof *s->dxrec, "reconstruction gradient"));
     TRY(mem_alloc(&s->usage, c.n_embed, sizeof *s->usage, "code usage"));
@@ -531,7 +549,7 @@ static Err transition_buffers(Stage *s) {
 static Err transition_stage(Stage *s) {
     char vqgan_path[1100];
     NetConfig c;
-    size_t T = 0;
+    size_t T = 0, bytes = 0;
     const char *redraw = config_get(&s->settings, "model.params.", "redraw_prob");
     TRY(config_size(&T, &s->settings, "model.params.", "n_scales", 1, MAX_SCALES, 0));
     TRY(schedule_make(&s->schedule, redraw ? redraw : "geometric", (int)T));
@@ -544,6 +562,8 @@ static Err transition_stage(Stage *s) {
     TRY(transformer_create(&s->net, &c));
     s->params = transformer_params(s->net);
     transformer_set_alphas(s->net, s->schedule.alpha);
+    TRY(transformer_plan_bytes(s->net, s->batch, s->N, 1, &bytes));
+    TRY(check_memory(s, 5, bytes, 2 * s->batch * s->N, s->K)); /* the posterior, the gradient of the logits */
     TRY(transformer_plan(s->net, s->batch, s->N, 1));
     TRY(transition_buffers(s));
     s->epoch = UINT64_MAX;
@@ -909,6 +929,10 @@ static void say_start(const Stage *s) {
         "%s: %.2f million parameters, %zu pictures (%zu held out), batch %zu x %zu, %zu steps, seed %llu, %d threads\n",
         s->name, (double)params_count(s->params) / 1e6, s->train.n, s->val.n, s->batch, s->accumulate, s->steps,
         (unsigned long long)s->seed, threads_get());
+    char state[32], activations[32], available[32];
+    fprintf(stderr, "memory: parameters, gradients and optimizer %s, activations %s; %s available\n",
+            bytes_text(state, s->state_bytes), bytes_text(activations, s->activation_bytes),
+            s->available == SIZE_MAX ? "unknown how much is" : bytes_text(available, s->available));
     if (s->step) fprintf(stderr, "%s: continuing after step %llu\n", s->name, (unsigned long long)s->step);
 }
 

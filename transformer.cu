@@ -585,9 +585,9 @@ static Err set_lengths(Transformer *m, size_t N) {
     return OK;
 }
 
-Err transformer_plan(Transformer *m, size_t B, size_t N, int train) {
+Err transformer_plan_bytes(Transformer *m, size_t B, size_t N, int train, size_t *bytes) {
     enum { BATCH_MAX = 1 << 20 };
-    Arena measure = {NULL, 0, 0}, assign = {NULL, 0, 0};
+    Arena measure = {NULL, 0, 0};
     m->state = IDLE;
     m->B = 0;
     free(m->arena);
@@ -598,7 +598,15 @@ Err transformer_plan(Transformer *m, size_t B, size_t N, int train) {
     plan_arena(m, &measure);
     m->B = 0; /* until the memory is there */
     if (measure.overflow) return err("transformer: a batch of %zu x %zu tokens is too large", B, N);
-    TRY(mem_alloc(&m->arena, measure.bytes, 1, "transformer activations"));
+    *bytes = measure.bytes;
+    return OK;
+}
+
+Err transformer_plan(Transformer *m, size_t B, size_t N, int train) {
+    Arena assign = {NULL, 0, 0};
+    size_t bytes = 0;
+    TRY(transformer_plan_bytes(m, B, N, train, &bytes));
+    TRY(mem_alloc(&m->arena, bytes, 1, "transformer activations"));
     assign.base = (char *)m->arena;
     m->B = B;
     plan_arena(m, &assign);

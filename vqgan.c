@@ -829,17 +829,15 @@ static Err lay_out(AreaList *list, size_t *total) {
     return OK;
 }
 
-static Err plan_areas(Vqgan *v, AreaList *list, size_t *lives) {
+/* *total: reals of the arena */
+static Err plan_areas(Vqgan *v, AreaList *list, size_t *lives, size_t *total) {
     for (size_t i = 0; i < v->n_values; i++) v->value[i].act = v->value[i].grad = NONE;
     TRY(value_areas(v, list));
     if (v->train) TRY(gradient_areas(v, list, lives, lives + v->n_values, lives + 2 * v->n_values));
     TRY(layer_areas(v, list));
     TRY(scratch_areas(v, list));
-    size_t total;
-    TRY(lay_out(list, &total));
+    TRY(lay_out(list, total));
     for (size_t i = 0; v->train && i < v->n_values; i++) v->value[i].grad = v->value[lives[i]].grad;
-    TRY(mem_alloc(&v->arena, total, sizeof(real), "vqgan: activations"));
-    conv_scratch_place(&v->scratch, v->arena + v->scratch_at);
     return OK;
 }
 
@@ -851,9 +849,9 @@ static Err check_picture(const Vqgan *v, size_t B, size_t H, size_t W, const cha
     return OK;
 }
 
-Err vqgan_plan(Vqgan *v, size_t B, size_t H, size_t W, int train) {
+Err vqgan_plan_bytes(Vqgan *v, size_t B, size_t H, size_t W, int train, size_t *bytes) {
     AreaList list = {NULL, 0, 3 * (v->n_values + v->n_layers) + 16};
-    size_t *lives = NULL;
+    size_t *lives = NULL, total = 0;
     free(v->arena);
     v->arena = NULL;
     v->ready = v->latents = 0;
@@ -866,10 +864,19 @@ Err vqgan_plan(Vqgan *v, size_t B, size_t H, size_t W, int train) {
     v->train = train != 0;
     Err e = mem_alloc(&list.area, list.capacity, sizeof *list.area, "vqgan: plan");
     if (e == OK) e = mem_alloc(&lives, 3 * v->n_values, sizeof *lives, "vqgan: plan");
-    if (e == OK) e = plan_areas(v, &list, lives);
+    if (e == OK) e = plan_areas(v, &list, lives, &total);
+    if (e == OK) e = size_mul(bytes, total, sizeof(real));
     free(list.area);
     free(lives);
     return e;
+}
+
+Err vqgan_plan(Vqgan *v, size_t B, size_t H, size_t W, int train) {
+    size_t bytes = 0;
+    TRY(vqgan_plan_bytes(v, B, H, W, train, &bytes));
+    TRY(mem_alloc(&v->arena, bytes, 1, "vqgan: activations"));
+    conv_scratch_place(&v->scratch, v->arena + v->scratch_at);
+    return OK;
 }
 
 static Err check_fits(const Vqgan *v, size_t B, size_t H, size_t W, const char *where) {
@@ -1038,6 +1045,11 @@ static Err load_used(Vqgan *v, const Checkpoint *ck, const char *prefix) {
         v->inverse[v->used[i]] = (int32_t)i;
     }
     return OK;
+}
+
+Err vqgan_map(Vqgan *v, const Checkpoint *ck, const char *prefix) {
+    TRY(params_map(&v->params, ck, prefix, 0));
+    return v->c.re_embed ? load_used(v, ck, prefix) : OK;
 }
 
 Err vqgan_load(Vqgan *v, const Checkpoint *ck, const char *prefix) {

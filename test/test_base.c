@@ -1,6 +1,8 @@
 /* test_base.c - errors, memory, random streams. */
 #include "test.h"
 
+#include <sys/resource.h>
+
 static void test_errors(void) {
     CHECK(err("%s is %d, expected %d", "side", 3, 4) == FAILED);
     CHECK(!strcmp(err_text(), "side is 3, expected 4"));
@@ -61,9 +63,40 @@ static void test_streams(void) {
     CHECK(rng_below(7, s, 3, 1) == 0);
 }
 
+static size_t own_address_space(void) {
+    char line[128];
+    size_t kib = 0;
+    FILE *f = fopen("/proc/self/status", "r");
+    while (f && fgets(line, sizeof line, f))
+        if (sscanf(line, "VmSize: %zu kB", &kib) == 1) break;
+    if (f) fclose(f);
+    return kib * 1024;
+}
+
+static void test_available(void) {
+    char text[32];
+    struct rlimit old, limit;
+    const size_t some = 64 << 20, before = memory_available();
+    CHECK(!strcmp(bytes_text(text, 5 << 20), "5.0 MiB") && !strcmp(bytes_text(text, some), "64 MiB"));
+    CHECK(!strcmp(bytes_text(text, (size_t)2560 << 20), "2.5 GiB"));
+    CHECK_OK(memory_fits(some, some, "what", "advice"));
+    CHECK_OK(memory_fits(some, SIZE_MAX, "what", "advice"));
+    CHECK_ERR(memory_fits(2 * some, some, "what", "advice"),
+              "what: 128 MiB of memory needed, 64 MiB available; advice");
+    CHECK(before > some);
+    if (!CHECK(getrlimit(RLIMIT_AS, &old) == 0 && own_address_space() > 0)) return;
+    limit = old, limit.rlim_cur = own_address_space() + some;
+    CHECK(setrlimit(RLIMIT_AS, &limit) == 0);
+    const size_t within = memory_available();
+    CHECK(setrlimit(RLIMIT_AS, &old) == 0);
+    CHECK(within <= some && within > some / 2);
+    CHECK(memory_available() > some);
+}
+
 int main(void) {
     test_errors();
     test_memory();
+    test_available();
     test_philox();
     test_streams();
     threads_set(1);

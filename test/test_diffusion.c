@@ -1002,6 +1002,35 @@ static void test_missing(const char *dir) {
     CHECK_ERR(model_open(&m, "", NULL), "no such folder");
 }
 
+/* What model_memory foretells is what loading the largest scale and planning allocate. */
+static void test_model_memory(const char *dir) {
+    Model m;
+    ModelMemory one, four, pictures;
+    size_t weights = 0, plan = 0, decoder = 0;
+    CHECK_OK(model_open(&m, dir, NULL));
+    CHECK_OK(model_memory(&m, 1, 0, &one));
+    CHECK_OK(model_memory(&m, 4, 0, &four));
+    CHECK_OK(model_memory(&m, 4, 3, &pictures));
+    CHECK(!m.net && !m.loaded); /* it loads nothing */
+    for (int t = 1; t <= m.schedule.T; t++) {
+        size_t bytes = 0;
+        CHECK_OK(model_scale(&m, t));
+        CHECK_OK(transformer_plan_bytes(m.net, 4, m.h * m.w, 0, &bytes));
+        weights = max_size(weights, params_count(transformer_params(m.net)) * sizeof(real));
+        plan = max_size(plan, bytes);
+    }
+    CHECK_OK(vqgan_plan_bytes(m.vqgan, 1, m.side, m.side, 0, &decoder));
+    CHECK(four.scale == weights && four.activations == plan + decoder);
+    CHECK(four.first_stage == params_count(vqgan_params(m.vqgan)) * sizeof(real));
+    CHECK(four.total == four.first_stage + four.scale + four.activations);
+    CHECK(one.scale == four.scale && one.activations < four.activations);
+    CHECK(pictures.activations == four.activations + 3 * 3 * m.side * m.side * (sizeof(real) + 1));
+    CHECK_ERR(model_memory(&m, 0, 0, &one), "batch of 0");
+    int32_t tokens[N];
+    sample_into(&m, tokens, 1, 0, NULL); /* measuring leaves a model that works */
+    model_close(&m);
+}
+
 /* In an empty folder nothing is installed; with models/emoji there, the others are substituted by it. */
 static void put_empty(const char *path) {
     FILE *f = fopen(path, "wb");
@@ -1100,6 +1129,7 @@ int main(void) {
     test_classes(classes);
     test_broken();
     test_missing(plain);
+    test_model_memory(plain);
     test_named();
     snprintf(command, sizeof command, "rm -r %s", dir);
     CHECK(system(command) == 0);

@@ -174,6 +174,12 @@ else
     echo "skipped: a whole model's zip as scale1.ckpt: no python3 to make one"
 fi
 refused 1 "is a file, expected a folder" "$build/sample" "$dir/official/scale1.ckpt"
+mkdir -p "$dir/home/models" && cp test/tiny.txt "$dir/home/models/cats.txt" && cp models/ffhq.txt "$dir/home/models"
+at_home() { (cd "$dir/home" && "$@"); }
+ok "a recipe is told by the tensors" at_home sample "$dir/official" -n 2 --class 1 --seed 7
+ok "the same picture once more" "$build/pictures" same "$dir/s.png" "$dir/official.png" 0 0 34 16
+sed -i 's/dec_depth 1/dec_depth 2/' "$dir/home/models/cats.txt"
+refused 1 "config.txt" at_home sample "$dir/official" -n 2 --class 1
 rm "$dir"/run/scale?.safetensors
 ok "sample the joint model" sample "$dir/run" -n 2 --seed 1
 mkdir -p "$dir/models/churches_3_scales" "$dir/models/cats_3_scales" && touch "$dir/models/cats_3_scales/scale1.ckpt"
@@ -245,6 +251,16 @@ refused_late 1 "cut.png" "$build/inpaint" killed cut.png --half upper
 refused_late 1 "zero.png" "$build/inpaint" killed zero.png --half upper
 refused_late 1 "empty" "$build/inpaint" killed empty --half upper
 refused_late 1 "window of 16" "$build/inpaint" killed "$fit" --window 16
+case $build in
+    *sanitize*) echo "SKIP the memory plan: the sanitizers need more address space than a limit leaves" ;;
+    *)
+        limited() { (ulimit -v 900000 && "$@"); }
+        refused 1 "smaller --batch" limited "$build/sample" "$here/models/emoji" -n 4096 --batch 4096 --threads 1
+        refused_late 1 "smaller --batch" limited "$build/inpaint" "$here/models/emoji" "$here/models/emoji/example.png" --half upper -n 4096 --batch 4096 --threads 1
+        refused_late 1 "smaller --batch" limited "$build/train" --config "$here/test/tiny.txt" --vqgan --data data --run r5 --batch 65536 --threads 1
+        ;;
+esac
+ok "the memory plan is said" sh -c "'$build/sample' killed -n 1 --seed 1 -o m.png 2>&1 | grep -q '^memory: first stage'"
 ok "nothing half-written" sh -c "! ls ./*.tmp* no 2>/dev/null"
 
 # a full disk: what was there before is there afterwards
