@@ -112,7 +112,6 @@ typedef enum {
     RNG_UNKNOWN,  /* tokens of codes outside the remap table, b = image */
     RNG_CODES,    /* which latents replace dead codes, a = 0, b = step */
     RNG_CHOOSE,   /* inpainting: which candidates stay, a = t and repeat, b = sample */
-    RNG_PREFIX,   /* training: noise in the decoder's prefix, a = how much or which, b = step */
     RNG_TEST      /* tests */
 } RngPurpose;
 uint64_t rng_stream(RngPurpose purpose, uint64_t a, uint64_t b);

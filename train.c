@@ -29,7 +29,7 @@ typedef struct {
     int vqgan, joint, resume, eval, balance;
     size_t scale, steps, batch, accumulate, threads, save_every, eval_every, picture_every;
     size_t seed;
-    double lr, alpha, prefix_noise;
+    double lr, alpha;
 } Options;
 
 /* ------------------------------------------------------------------------------------------------------------
@@ -83,15 +83,15 @@ struct Stage {
     Schedule schedule;
     Tokens train_tokens, val_tokens;
     int t; /* the scale; 0: joint */
-    double alpha, prefix_noise;
+    double alpha;
     size_t h, w, N, K;
     uint32_t *order;  /* of the present epoch; when balanced: the examples, class by class */
     int balance;      /* draw every class equally often */
     size_t *class_at; /* balanced: where each class that has examples starts in order, and the end; n_drawn classes */
     size_t n_drawn;
     uint64_t epoch;
-    int32_t *x0, *x_prev, *x_t, *prefix, *ts, *label; /* (B,N) x4, (B) x2 */
-    real *q, *dlogits;                                /* (B,N,K) */
+    int32_t *x0, *x_prev, *x_t, *ts, *label; /* (B,N) ... (B) */
+    real *q, *dlogits;                       /* (B,N,K) */
 };
 
 static const char *run_path(const Stage *s, char out[1100], const char *suffix) {
@@ -298,28 +298,14 @@ static Err group_by_class(Stage *s) {
     return OK;
 }
 
-/* Forward and losses of the B examples that draw_chain prepared, when the decoder reads `prefix` instead of x_{t-1};
- * dlogits as denoising_loss leaves them. */
-static Err transition_loss(Stage *s, int t, const int32_t *prefix, size_t B, double weight, Loss *loss, real *dlogits) {
+/* Forward and losses of the B examples that draw_chain prepared; dlogits as denoising_loss leaves them. */
+static Err transition_loss(Stage *s, int t, size_t B, double weight, Loss *loss, real *dlogits) {
     const real *logits;
     size_t R = B * s->N;
     const int32_t *label = transformer_config(s->net)->has_class ? s->label : NULL;
-    TRY(transformer_forward(s->net, prefix, s->x_t, s->ts, label, B, s->N, &logits));
+    TRY(transformer_forward(s->net, s->x_prev, s->x_t, s->ts, label, B, s->N, &logits));
     posterior(s->q, s->x0, s->x_t, R, s->K, &s->schedule, t);
     return denoising_loss(loss, logits, s->x_prev, s->q, R, s->K, s->alpha, weight, dlogits);
-}
-
-/* What the decoder reads while it learns: x_{t-1} with some tokens drawn anew, of each example a part between none and
- * prefix_noise. In sampling its own mistakes stand there; a decoder that only ever saw the truth trusts them, and follows
- * a wrong beginning to the end whatever x_t says. Scale 1 needs this: above, x_{t-1} is noisy by itself. */
-static const int32_t *noisy_prefix(Stage *s, uint64_t micro) {
-    if (s->prefix_noise == 0) return s->x_prev;
-    memcpy(s->prefix, s->x_prev, s->batch * s->N * sizeof *s->prefix);
-    for (size_t b = 0; b < s->batch; b++) {
-        double part = rng_uniform(s->seed, rng_stream(RNG_PREFIX, 0, micro), b) * s->prefix_noise;
-        noise_step(s->prefix + b * s->N, s->N, s->K, part, s->seed, rng_stream(RNG_PREFIX, 1, micro), b * s->N);
-    }
-    return s->prefix;
 }
 
 static Err transition_micro_batch(Stage *s, uint64_t micro, Metrics *out) {
@@ -327,7 +313,7 @@ static Err transition_micro_batch(Stage *s, uint64_t micro, Metrics *out) {
     int t = s->t ? s->t : 1 + (int)rng_below(s->seed, rng_stream(RNG_SCALE, 0, 0), micro, (uint32_t)s->schedule.T);
     take_training_batch(s, micro);
     draw_chain(s, t, s->batch, s->seed, micro, 0);
-    TRY(transition_loss(s, t, noisy_prefix(s, micro), s->batch, 1 / (double)s->accumulate, &loss, s->dlogits));
+    TRY(transition_loss(s, t, s->batch, 1 / (double)s->accumulate, &loss, s->dlogits));
     out->loss = loss.loss, out->part[0] = loss.hard, out->part[1] = loss.soft;
     return transformer_backward(s->net, s->dlogits);
 }
@@ -345,7 +331,7 @@ static Err transition_evaluate(Stage *s, Metrics *out) {
             B = n - i < s->batch ? n - i : s->batch;
             for (size_t b = 0; b < B; b++) take_example(s, &s->val_tokens, i + b, 0, b);
             draw_chain(s, t, B, VALIDATION_SEED, 0, i * s->N);
-            TRY(transition_loss(s, t, s->x_prev, B, 0, &loss, NULL));
+            TRY(transition_loss(s, t, B, 0, &loss, NULL));
             out->loss += loss.loss * (double)B, out->part[0] += loss.hard * (double)B,
                 out->part[1] += loss.soft * (double)B;
         }
@@ -537,7 +523,6 @@ static Err transition_buffers(Stage *s) {
     TRY(size_mul(&n, B * s->N, s->K));
     TRY(mem_alloc(&s->x0, B * s->N, sizeof *s->x0, "tokens"));
     TRY(mem_alloc(&s->x_prev, B * s->N, sizeof *s->x0, "tokens"));
-    TRY(mem_alloc(&s->prefix, B * s->N, sizeof *s->x0, "tokens"));
     TRY(mem_alloc(&s->x_t, B * s->N, sizeof *s->x0, "tokens"));
     TRY(mem_alloc(&s->ts, B, sizeof *s->ts, "scales"));
     TRY(mem_alloc(&s->label, B, sizeof *s->label, "labels"));
@@ -615,7 +600,6 @@ static Err apply_options(Stage *s) {
     if (o->accumulate != NOT_GIVEN)
         TRY(config_set(c, "lightning.trainer.accumulate_grad_batches", "%zu", o->accumulate));
     if (o->alpha >= 0) TRY(config_set(c, "model.params.alpha", "%.17g", o->alpha));
-    if (o->prefix_noise >= 0) TRY(config_set(c, "train.prefix_noise", "%.17g", o->prefix_noise));
     if (o->seed != NOT_GIVEN) TRY(config_set(c, "train.seed", "%zu", o->seed));
     if (o->balance) TRY(config_set(c, "train.balance_classes", "true"));
     if (o->store) TRY(config_set(c, "imagebart.store", "%s", o->store));
@@ -649,7 +633,6 @@ static Err read_settings(Stage *s) {
     TRY(config_size(&seed, c, "train.", "seed", 0, huge, 1));
     TRY(config_flag(&s->flip, c, "train.", "flip", 1));
     TRY(config_flag(&s->balance, c, "train.", "balance_classes", 1));
-    TRY(config_real(&s->prefix_noise, c, "train.", "prefix_noise", 0, 1, 1));
     TRY(config_size(&s->restart_every, c, "train.", "restart_codes", 0, huge, 1));
     TRY(config_real(&s->w_l1, c, "train.", "l1_weight", 0, 1e6, 1));
     TRY(config_real(&s->w_l2, c, "train.", "l2_weight", 0, 1e6, 1));
@@ -890,8 +873,8 @@ static void free_stage(Stage *s) {
     transformer_free(s->net);
     vqgan_free(s->vqgan);
     config_free(&s->settings);
-    void *buffers[] = {s->dxrec, s->usage, s->order, s->x0, s->x_prev,  s->prefix,
-                       s->x_t,   s->ts,    s->label, s->q,  s->dlogits, s->class_at};
+    void *buffers[] = {s->dxrec, s->usage, s->order, s->x0,      s->x_prev,  s->x_t,
+                       s->ts,    s->label, s->q,     s->dlogits, s->class_at};
     for (size_t i = 0; i < sizeof buffers / sizeof *buffers; i++) free(buffers[i]);
 }
 
@@ -1027,8 +1010,7 @@ int main(int argc, char **argv) {
                  .save_every = 100,
                  .eval_every = 500,
                  .picture_every = 500,
-                 .alpha = -1,
-                 .prefix_noise = -1};
+                 .alpha = -1};
     const Option table[] = {
         {OPT_HEADING, "Arguments", NULL, NULL, 0, 0, NULL},
         {OPT_ARGUMENT, "MODEL", NULL, &o.model, 0, 0,
@@ -1055,8 +1037,6 @@ int main(int argc, char **argv) {
         {OPT_SIZE, "--seed", "N", &o.seed, 0, 9e15, "of everything random (default 23)"},
         {OPT_FLAG, "--balance", NULL, &o.balance, 0, 0,
          "transitions: draw every class equally often, however few its pictures"},
-        {OPT_REAL, "--prefix-noise", "X", &o.prefix_noise, 0, 1,
-         "transitions: part of the tokens drawn anew in what the decoder reads,\nso that it survives its own mistakes"},
         {OPT_STRING, "--store", "TYPE", &o.store, 0, 0, "f32, f16 or bf16: how the weights for sampling are stored"},
         {OPT_SIZE, "--save-every", "N", &o.save_every, 1, UINT32_MAX, "steps between checkpoints (default 100)"},
         {OPT_SIZE, "--eval-every", "N", &o.eval_every, 1, UINT32_MAX, "steps between evaluations (default 500)"},

@@ -22,9 +22,7 @@ The output depends only on the two input files and on the Pillow release.
 import argparse
 import hashlib
 import io
-import math
 import os
-import random
 import shutil
 import sys
 from collections import Counter
@@ -196,25 +194,6 @@ def draw(png, size):
     return square.convert("RGB").resize((size, size), Image.LANCZOS)
 
 
-def transform(picture, rng):
-    """A picture moved, turned, scaled and recoloured by chance, on white."""
-    size = picture.width
-    turn = rng.gauss(0, 8) * math.pi / 180
-    zoom = math.exp(rng.uniform(-0.35, 0.35))
-    cos, sin = math.cos(turn) / zoom, math.sin(turn) / zoom
-    at = [size / 2 + rng.uniform(-0.15, 0.15) * size for _ in "xy"]
-    half = size / 2
-    picture = picture.transform(
-        (size, size), Image.AFFINE,
-        (cos, -sin, at[0] - cos * half + sin * half,
-         sin, cos, at[1] - sin * half - cos * half),
-        Image.BICUBIC, fillcolor=(255, 255, 255))
-    h, s, v = picture.convert("HSV").split()
-    shift = rng.randrange(256)
-    h = h.point([(i + shift) % 256 for i in range(256)])
-    return Image.merge("HSV", (h, s, v)).convert("RGB")
-
-
 # ---------------------------------------------------------------- main
 
 def main():
@@ -224,9 +203,6 @@ def main():
     ap.add_argument("--size", type=int, default=64, help="picture side in pixels (default %(default)s)")
     ap.add_argument("--font", default=FONT, help="default %(default)s")
     ap.add_argument("--emoji-test", default=EMOJI_TEST, help="default %(default)s")
-    ap.add_argument("--views", type=int, default=1,
-                    help="of every training picture this many files: two in five as it is, "
-                         "the others moved, turned, scaled and recoloured by chance (default: only as it is)")
     ap.add_argument("--force", action="store_true", help="replace an existing --out folder")
     args = ap.parse_args()
 
@@ -234,8 +210,6 @@ def main():
                           (args.emoji_test, "unicode-data")):
         if not os.path.isfile(path):
             die(f"{path} not found (Debian package {package})")
-    if args.views < 1:
-        die("--views must be at least 1")
     if args.size < 1:
         die("--size must be at least 1")
     out = args.out.rstrip("/")
@@ -277,13 +251,8 @@ def main():
                 continue
             seen.add(digest)
             part = "val" if is_val(points) else "train"
-            for view in range(args.views if part == "train" else 1):
-                seen_as, name = picture, file_stem(points)
-                if view:
-                    name += f"_{view}"
-                    if view % 5 not in (0, 2):
-                        seen_as = transform(picture, random.Random(name))
-                seen_as.save(os.path.join(work, part, folder, name + ".png"), optimize=True)
+            picture.save(os.path.join(work, part, folder, file_stem(points) + ".png"),
+                         optimize=True)
             counts[part, folder] += 1
         if os.path.isdir(out):
             shutil.rmtree(out)

@@ -95,6 +95,12 @@ done
 ok "the log has every step once" awk '$1 == "scale2" { n[$2]++ } END { for (i = 1; i <= 30; i++) if (n[i] != 1) exit 1 }' "$dir/killed/log.tsv"
 ok "no temporary files left by whole runs" sh -c "! ls $dir/run/*.tmp* 2>/dev/null"
 
+mkdir "$dir/tuned" && cp "$dir/run/vqgan.safetensors" "$dir/tuned"
+first_loss() { awk '$1 == "scale1" && $2 == 1 { print $3 }' "$1/log.tsv"; }
+ok "train from a model's weights" train --run "$dir/tuned" --scale 1 --steps 1 --init "$dir/run"
+ok "which start where that model ended" awk "BEGIN { exit !($(first_loss "$dir/tuned") < 0.9 * $(first_loss "$dir/run")) }"
+refused 1 "scale2.safetensors" train --run "$dir/tuned" --scale 2 --init "$dir/tuned"
+
 # shellcheck disable=SC2086
 "$build/train" $options --run "$dir/int" --vqgan --steps 100000 >/dev/null 2>"$dir/int.err" &
 pid=$!
