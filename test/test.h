@@ -62,7 +62,7 @@ static inline double gradient_error(double (*f)(void *), void *context, real *x,
     for (size_t i = 0; i < n; i++)
         if (fabs((double)grad[i]) > largest) largest = fabs((double)grad[i]);
     size_t stride = n > most ? n / most : 1;
-    for (size_t i = 0; i < n; i += stride) {
+    for (size_t i = 0; i < n && worst == worst; i += stride) { /* NaN stays */
         real keep = x[i];
         x[i] = (real)((double)keep + step);
         double up = f(context);
