@@ -32,17 +32,13 @@
  * threads, M, N, position, transposes, packing - changes the order, so a row computed alone equals bit for bit the
  * same row computed in a batch.
  *
- * Buffers are thread-local, so calls may come from OpenMP workers and from plain threads at the same time. They
+ * Buffers are thread-local, so calls may come from the pool's workers and from plain threads at the same time. They
  * take about 300 KB of each thread's memory (on glibc: of its stack). */
 
 #include <string.h>
 
 #if defined(__AVX512F__) || defined(__FMA__)
 #include <immintrin.h>
-#endif
-
-#ifdef _OPENMP
-#include <omp.h>
 #endif
 
 #include "imagebart.h"
@@ -381,11 +377,11 @@ static void clear(real *C, size_t M, size_t N, size_t ldc) {
 
 /* How many threads a product is worth: 1 when it is small or when all threads are busy already. */
 static int threads_for(size_t M, size_t N, size_t K) {
-    if (work(M, N, K) < (double)SMALL_WORK) return 1;
-#ifdef _OPENMP
-    if (omp_in_parallel()) return 1;
-#endif
-    return threads_get();
+    return work(M, N, K) < (double)SMALL_WORK ? 1 : threads_free();
+}
+
+static void tile_task(void *context, size_t tile) {
+    tile_product((const Product *)context, tile);
 }
 
 void gemm(int trans_a, int trans_b, size_t M, size_t N, size_t K, const real *A, size_t lda, const real *B, size_t ldb,
@@ -399,10 +395,5 @@ void gemm(int trans_a, int trans_b, size_t M, size_t N, size_t K, const real *A,
     const View a = {A, trans_a ? 1 : lda, trans_a ? lda : 1}, b = {B, trans_b ? 1 : ldb, trans_b ? ldb : 1};
     Product p = {M, N, K, a, b, accumulate, C, ldc, 0, 0, 0, 0};
     choose_tiles(&p, (size_t)threads);
-    if (threads == 1 || p.tiles == 1) {
-        for (size_t t = 0; t < p.tiles; t++) tile_product(&p, t);
-        return;
-    }
-#pragma omp parallel for schedule(dynamic) num_threads(threads)
-    for (size_t t = 0; t < p.tiles; t++) tile_product(&p, t);
+    parallel_for(threads, p.tiles, tile_task, &p);
 }

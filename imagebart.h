@@ -112,10 +112,15 @@ double rng_uniform(uint64_t seed, uint64_t stream, uint64_t index);             
 double rng_normal(uint64_t seed, uint64_t stream, uint64_t index);                  /* N(0,1), Box-Muller */
 uint32_t rng_below(uint64_t seed, uint64_t stream, uint64_t index, uint32_t below); /* 0..below-1, below >= 1 */
 
-/* Threads of every parallel loop; n = 0: as many as the machine has. Without OpenMP always 1. */
-void threads_set(int n);
+/* task(context, i) for every i < n, shared among at most `threads` threads, of which the caller is one; returns when
+ * all are done. Which thread takes which i varies, so a task must depend on i alone. Runs on the caller alone when
+ * threads <= 1, inside another parallel_for, and while another thread of the program uses the workers. Cannot fail. */
+typedef void Task(void *context, size_t i);
+void parallel_for(int threads, size_t n, Task *task, void *context);
+void threads_set(int n); /* how many a program uses; 0 (default): as many as there are processors for it */
 int threads_get(void);
-size_t thread_index(void); /* of the calling thread in its parallel loop: 0..threads_get()-1 */
+int threads_free(void);    /* what a loop that starts here can use: 1 inside a parallel_for, else threads_get() */
+size_t thread_index(void); /* of the calling thread in its loop: 0..threads-1 */
 
 /* ------------------------------------------------------------------------------------------------------------
  * 2. gemm.c: the one matrix product; conv.c: convolutions made of it

@@ -91,18 +91,26 @@ Err params_plan(Params *p, int what) {
 }
 
 /* Element i of a row draws number i of the row's stream, so neither threads nor other rows matter. */
-static void init_row(const Param *row, uint64_t seed, uint64_t stream) {
-    const double scale = row->scale;
-    real *x = row->value;
-#ifdef _OPENMP
-#pragma omp parallel for schedule(static) if (row->size > 16384)
-#endif
-    for (size_t i = 0; i < row->size; i++) {
+enum { INIT_RUN = 4096 }; /* elements of a task */
+typedef struct {
+    const Param *row;
+    uint64_t seed, stream;
+} RowInit;
+
+static void init_task(void *context, size_t task) {
+    const RowInit *a = (const RowInit *)context;
+    const Param *row = a->row;
+    for (size_t i = task * INIT_RUN; i < min_size(row->size, (task + 1) * INIT_RUN); i++) {
         double value = row->init == INIT_ONE ? 1 : 0;
-        if (row->init == INIT_NORMAL) value = scale * rng_normal(seed, stream, i);
-        if (row->init == INIT_UNIFORM) value = scale * (2 * rng_uniform(seed, stream, i) - 1);
-        x[i] = (real)value;
+        if (row->init == INIT_NORMAL) value = row->scale * rng_normal(a->seed, a->stream, i);
+        if (row->init == INIT_UNIFORM) value = row->scale * (2 * rng_uniform(a->seed, a->stream, i) - 1);
+        row->value[i] = (real)value;
     }
+}
+
+static void init_row(const Param *row, uint64_t seed, uint64_t stream) {
+    RowInit a = {row, seed, stream};
+    parallel_for(threads_free(), (row->size + INIT_RUN - 1) / INIT_RUN, init_task, &a);
 }
 
 void params_init(Params *p, uint64_t seed) {

@@ -683,119 +683,170 @@ static inline real max_of(const real *x, size_t n) {
     return largest;
 }
 
+/* How many threads a loop over that many elements is worth. */
+static int threads_for(size_t elements) {
+    return elements > SMALL_WORK ? threads_free() : 1;
+}
+
+/* Tasks of a loop that sums C columns over all rows. */
+static size_t column_tasks(size_t C) {
+    return (C + COLUMN_BLOCK - 1) / COLUMN_BLOCK;
+}
+
 /* gelu_forward    g = gelu(g + bias), in place; dg = gelu'(g + bias), or not wanted when NULL
  * gelu_backward   dh *= dg
  *   g, dg, dh (R,H); bias (H). gelu(x) = x P(z < x), the exact one (SPEC 1.8). */
-static void gelu_forward(real *g, real *dg, const real *bias, size_t R, size_t H) {
-#pragma omp parallel for if (R * H > SMALL_WORK)
-    for (size_t r = 0; r < R; r++) {
-        real *gr = g + r * H, *dgr = dg ? dg + r * H : NULL;
-        if (dgr) {
+typedef struct {
+    real *g, *dg;
+    const real *bias;
+    size_t H;
+} Gelu;
+
+static void gelu_forward_row(void *context, size_t r) {
+    const Gelu *a = (const Gelu *)context;
+    const size_t H = a->H;
+    const real *bias = a->bias;
+    real *g = a->g + r * H, *dg = a->dg ? a->dg + r * H : NULL;
+    if (dg) {
 #pragma omp simd
-            for (size_t i = 0; i < H; i++) {
-                real x = gr[i] + bias[i], cdf, pdf;
-                normal_distribution(&cdf, &pdf, x);
-                dgr[i] = cdf + x * pdf;
-                gr[i] = x * cdf;
-            }
-        } else {
+        for (size_t i = 0; i < H; i++) {
+            real x = g[i] + bias[i], cdf, pdf;
+            normal_distribution(&cdf, &pdf, x);
+            dg[i] = cdf + x * pdf;
+            g[i] = x * cdf;
+        }
+    } else {
 #pragma omp simd
-            for (size_t i = 0; i < H; i++) {
-                real x = gr[i] + bias[i], cdf, pdf;
-                normal_distribution(&cdf, &pdf, x);
-                gr[i] = x * cdf;
-            }
+        for (size_t i = 0; i < H; i++) {
+            real x = g[i] + bias[i], cdf, pdf;
+            normal_distribution(&cdf, &pdf, x);
+            g[i] = x * cdf;
         }
     }
 }
 
-static void gelu_backward(real *dh, const real *dg, size_t R, size_t H) {
-#pragma omp parallel for if (R * H > SMALL_WORK)
-    for (size_t r = 0; r < R; r++) {
+static void gelu_forward(real *g, real *dg, const real *bias, size_t R, size_t H) {
+    Gelu a = {g, dg, bias, H};
+    parallel_for(threads_for(R * H), R, gelu_forward_row, &a);
+}
+
+static void gelu_backward_row(void *context, size_t r) {
+    const Gelu *a = (const Gelu *)context;
+    real *dh = a->g + r * a->H;
+    const real *dg = a->dg + r * a->H;
 #pragma omp simd
-        for (size_t i = 0; i < H; i++) dh[r * H + i] *= dg[r * H + i];
-    }
+    for (size_t i = 0; i < a->H; i++) dh[i] *= dg[i];
+}
+
+static void gelu_backward(real *dh, real *dg, size_t R, size_t H) {
+    Gelu a = {dh, dg, NULL, H};
+    parallel_for(threads_for(R * H), R, gelu_backward_row, &a);
 }
 
 /* ---- Norm: y = (x - mean) / sqrt(var + eps) * weight + bias, over each row of C channels ---- */
 
 /* norm_forward    y (R,C), mean (R), rstd (R) from x (R,C)
  * norm_backward   dx (R,C) +=, dweight (C) +=, dbias (C) += from dy (R,C) and what forward saw and left */
+typedef struct {
+    const real *weight, *x;
+    const real *bias, *dy;      /* forward; backward */
+    real *y, *dx, *mean, *rstd; /* forward; backward; mean and rstd are read by backward */
+    real *dweight, *dbias;
+    size_t R, C;
+} NormRows;
+
+static void norm_forward_row(void *context, size_t r) {
+    const NormRows *a = (const NormRows *)context;
+    const size_t C = a->C;
+    const real *x = a->x + r * C, *weight = a->weight, *bias = a->bias;
+    real *y = a->y + r * C, sum = 0, square = 0;
+#pragma omp simd reduction(+ : sum)
+    for (size_t i = 0; i < C; i++) sum += x[i];
+    const real mu = sum / (real)C;
+#pragma omp simd reduction(+ : square)
+    for (size_t i = 0; i < C; i++) square += (x[i] - mu) * (x[i] - mu);
+    const real s = (real)(1 / sqrt((double)square / (double)C + NORM_EPS));
+#pragma omp simd
+    for (size_t i = 0; i < C; i++) y[i] = (x[i] - mu) * s * weight[i] + bias[i];
+    a->mean[r] = mu, a->rstd[r] = s;
+}
+
 static void norm_forward(const Transformer *m, const Norm *norm, real *y, real *mean, real *rstd, const real *x,
                          size_t R) {
-    const real *weight = value_of(m, norm->weight), *bias = value_of(m, norm->bias);
-    const size_t C = norm->C;
-#pragma omp parallel for if (R * C > SMALL_WORK)
-    for (size_t r = 0; r < R; r++) {
-        const real *xr = x + r * C;
-        real *yr = y + r * C, sum = 0, square = 0;
-#pragma omp simd reduction(+ : sum)
-        for (size_t i = 0; i < C; i++) sum += xr[i];
-        const real mu = sum / (real)C;
-#pragma omp simd reduction(+ : square)
-        for (size_t i = 0; i < C; i++) square += (xr[i] - mu) * (xr[i] - mu);
-        const real s = (real)(1 / sqrt((double)square / (double)C + NORM_EPS));
-#pragma omp simd
-        for (size_t i = 0; i < C; i++) yr[i] = (xr[i] - mu) * s * weight[i] + bias[i];
-        mean[r] = mu, rstd[r] = s;
-    }
+    NormRows a;
+    memset(&a, 0, sizeof a);
+    a.weight = value_of(m, norm->weight), a.bias = value_of(m, norm->bias), a.x = x;
+    a.y = y, a.mean = mean, a.rstd = rstd, a.R = R, a.C = norm->C;
+    parallel_for(threads_for(R * a.C), R, norm_forward_row, &a);
 }
 
-static void norm_backward_input(real *dx, const real *dy, const real *x, const real *weight, const real *mean,
-                                const real *rstd, size_t R, size_t C) {
-#pragma omp parallel for if (R * C > SMALL_WORK)
-    for (size_t r = 0; r < R; r++) {
-        const real *xr = x + r * C, *dyr = dy + r * C, mu = mean[r], s = rstd[r];
-        real *dxr = dx + r * C, sum = 0, sum_hat = 0;
+static void norm_backward_row(void *context, size_t r) {
+    const NormRows *a = (const NormRows *)context;
+    const size_t C = a->C;
+    const real *x = a->x + r * C, *dy = a->dy + r * C, *weight = a->weight, mu = a->mean[r], s = a->rstd[r];
+    real *dx = a->dx + r * C, sum = 0, sum_hat = 0;
 #pragma omp simd reduction(+ : sum, sum_hat)
-        for (size_t i = 0; i < C; i++) {
-            real d = dyr[i] * weight[i];
-            sum += d;
-            sum_hat += d * (xr[i] - mu);
-        }
-        const real shift = sum / (real)C, slope = sum_hat * s * s / (real)C;
-#pragma omp simd
-        for (size_t i = 0; i < C; i++) dxr[i] += s * (dyr[i] * weight[i] - shift - (xr[i] - mu) * slope);
+    for (size_t i = 0; i < C; i++) {
+        real d = dy[i] * weight[i];
+        sum += d;
+        sum_hat += d * (x[i] - mu);
     }
+    const real shift = sum / (real)C, slope = sum_hat * s * s / (real)C;
+#pragma omp simd
+    for (size_t i = 0; i < C; i++) dx[i] += s * (dy[i] * weight[i] - shift - (x[i] - mu) * slope);
 }
 
-static void norm_backward(const Transformer *m, const Norm *norm, real *dx, const real *dy, const real *x,
-                          const real *mean, const real *rstd, size_t R) {
-    const size_t C = norm->C;
-    real *dweight = grad_of(m, norm->weight), *dbias = grad_of(m, norm->bias);
-    norm_backward_input(dx, dy, x, value_of(m, norm->weight), mean, rstd, R, C);
-#pragma omp parallel for if (R * C > SMALL_WORK)
-    for (size_t c0 = 0; c0 < C; c0 += COLUMN_BLOCK) {
-        real dw[COLUMN_BLOCK] = {0}, db[COLUMN_BLOCK] = {0};
-        const size_t n = min_size(COLUMN_BLOCK, C - c0);
-        for (size_t r = 0; r < R; r++) {
-            const real *xr = x + r * C + c0, *dyr = dy + r * C + c0, mu = mean[r], s = rstd[r];
+/* A task does COLUMN_BLOCK channels. */
+static void norm_backward_columns(void *context, size_t task) {
+    const NormRows *a = (const NormRows *)context;
+    const size_t C = a->C, c0 = task * COLUMN_BLOCK, n = min_size(COLUMN_BLOCK, C - c0);
+    real dw[COLUMN_BLOCK] = {0}, db[COLUMN_BLOCK] = {0};
+    for (size_t r = 0; r < a->R; r++) {
+        const real *x = a->x + r * C + c0, *dy = a->dy + r * C + c0, mu = a->mean[r], s = a->rstd[r];
 #pragma omp simd
-            for (size_t i = 0; i < n; i++) {
-                dw[i] += dyr[i] * (xr[i] - mu) * s;
-                db[i] += dyr[i];
-            }
+        for (size_t i = 0; i < n; i++) {
+            dw[i] += dy[i] * (x[i] - mu) * s;
+            db[i] += dy[i];
         }
-        for (size_t i = 0; i < n; i++) dweight[c0 + i] += dw[i], dbias[c0 + i] += db[i];
     }
+    for (size_t i = 0; i < n; i++) a->dweight[c0 + i] += dw[i], a->dbias[c0 + i] += db[i];
+}
+
+static void norm_backward(const Transformer *m, const Norm *norm, real *dx, const real *dy, const real *x, real *mean,
+                          real *rstd, size_t R) {
+    NormRows a;
+    memset(&a, 0, sizeof a);
+    a.weight = value_of(m, norm->weight), a.x = x, a.dy = dy, a.dx = dx, a.mean = mean, a.rstd = rstd;
+    a.dweight = grad_of(m, norm->weight), a.dbias = grad_of(m, norm->bias), a.R = R, a.C = norm->C;
+    parallel_for(threads_for(R * a.C), R, norm_backward_row, &a);
+    parallel_for(threads_for(R * a.C), column_tasks(a.C), norm_backward_columns, &a);
 }
 
 /* ---- Linear: out = residual + bias + in weight^T ---- */
 
-/* out (R,l->out), its rows ldo apart = residual + bias, each if there is one; residual may be out. Returns whether
- * anything was written: then the product must be added. */
-static int fill_rows(real *out, size_t ldo, const real *residual, const real *bias, size_t R, size_t C) {
-    if (!bias && !residual) return 0;
-#pragma omp parallel for if (R * C > SMALL_WORK)
-    for (size_t r = 0; r < R; r++) {
-        real *o = out + r * ldo;
-        const real *x = residual ? residual + r * ldo : NULL;
-        if (bias && x) {
+typedef struct {
+    real *out;
+    const real *residual, *bias;
+    size_t ldo, C;
+} FillRows;
+
+static void fill_row(void *context, size_t r) {
+    const FillRows *a = (const FillRows *)context;
+    real *o = a->out + r * a->ldo;
+    const real *x = a->residual ? a->residual + r * a->ldo : NULL, *bias = a->bias;
+    if (bias && x) {
 #pragma omp simd
-            for (size_t i = 0; i < C; i++) o[i] = x[i] + bias[i];
-        } else
-            memmove(o, bias ? bias : x, C * sizeof *o);
-    }
+        for (size_t i = 0; i < a->C; i++) o[i] = x[i] + bias[i];
+    } else
+        memmove(o, bias ? bias : x, a->C * sizeof *o);
+}
+
+/* out (R,C), its rows ldo apart = residual + bias, each if there is one; residual may be out. Returns whether anything
+ * was written: then the product must be added. */
+static int fill_rows(real *out, size_t ldo, const real *residual, const real *bias, size_t R, size_t C) {
+    FillRows a = {out, residual, bias, ldo, C};
+    if (!bias && !residual) return 0;
+    parallel_for(threads_for(R * C), R, fill_row, &a);
     return 1;
 }
 
@@ -809,24 +860,31 @@ static void linear_forward(const Transformer *m, const Linear *l, real *out, siz
     gemm(0, 1, R, l->out, l->in, in, ldi, value_of(m, l->weight), l->in, filled, out, ldo);
 }
 
+typedef struct {
+    real *dbias;
+    const real *dout;
+    size_t R, C;
+} ColumnSums;
+
+static void sum_columns(void *context, size_t task) {
+    const ColumnSums *a = (const ColumnSums *)context;
+    const size_t c0 = task * COLUMN_BLOCK, n = min_size(COLUMN_BLOCK, a->C - c0);
+    real sum[COLUMN_BLOCK] = {0};
+    for (size_t r = 0; r < a->R; r++) {
+        const real *d = a->dout + r * a->C + c0;
+#pragma omp simd
+        for (size_t i = 0; i < n; i++) sum[i] += d[i];
+    }
+    for (size_t i = 0; i < n; i++) a->dbias[c0 + i] += sum[i];
+}
+
 static void linear_backward(const Transformer *m, const Linear *l, real *din, int accumulate, const real *dout,
                             const real *in, size_t R) {
     gemm(0, 0, R, l->in, l->out, dout, l->out, value_of(m, l->weight), l->in, accumulate, din, l->in);
     gemm(1, 0, l->out, l->in, R, dout, l->out, in, l->in, 1, grad_of(m, l->weight), l->in);
     if (l->bias == NO_ROW) return;
-    real *dbias = grad_of(m, l->bias);
-    const size_t C = l->out;
-#pragma omp parallel for if (R * C > SMALL_WORK)
-    for (size_t c0 = 0; c0 < C; c0 += COLUMN_BLOCK) {
-        real sum[COLUMN_BLOCK] = {0};
-        const size_t n = min_size(COLUMN_BLOCK, C - c0);
-        for (size_t r = 0; r < R; r++) {
-            const real *d = dout + r * C + c0;
-#pragma omp simd
-            for (size_t i = 0; i < n; i++) sum[i] += d[i];
-        }
-        for (size_t i = 0; i < n; i++) dbias[c0 + i] += sum[i];
-    }
+    ColumnSums sums = {grad_of(m, l->bias), dout, R, l->out};
+    parallel_for(threads_for(R * l->out), column_tasks(l->out), sum_columns, &sums);
 }
 
 /* ---- Embedding ---- */
@@ -834,32 +892,43 @@ static void linear_backward(const Transformer *m, const Linear *l, real *din, in
 /* embed_forward    x[b,i,:] = token_emb[ids[b,i],:] + pos_emb[pos+i,:]
  * embed_backward   dtoken_emb[ids[b,i],:] += dx[b,i,:], dpos_emb[i,:] += dx[b,i,:], for pos = 0
  *   x, dx (B,n,C); ids (B,n) */
+typedef struct {
+    real *token, *position; /* the tables, or their gradients */
+    real *x;
+    const real *dx;
+    const int32_t *ids;
+    size_t R, n, pos, C;
+} Embed;
+
+static void embed_row(void *context, size_t r) {
+    const Embed *a = (const Embed *)context;
+    const real *t = a->token + (size_t)a->ids[r] * a->C, *p = a->position + (a->pos + r % a->n) * a->C;
+    real *x = a->x + r * a->C;
+#pragma omp simd
+    for (size_t i = 0; i < a->C; i++) x[i] = t[i] + p[i];
+}
+
 static void embed_forward(const Transformer *m, const Stack *s, real *x, const int32_t *ids, size_t B, size_t n,
                           size_t pos) {
-    const real *token = value_of(m, s->token_emb), *position = value_of(m, s->pos_emb);
-    const size_t C = s->C;
-#pragma omp parallel for if (B * n * C > SMALL_WORK)
-    for (size_t r = 0; r < B * n; r++) {
-        const real *a = token + (size_t)ids[r] * C, *p = position + (pos + r % n) * C;
+    Embed a = {value_of(m, s->token_emb), value_of(m, s->pos_emb), x, NULL, ids, B * n, n, pos, s->C};
+    parallel_for(threads_for(B * n * s->C), B * n, embed_row, &a);
+}
+
+static void embed_backward_columns(void *context, size_t task) {
+    const Embed *a = (const Embed *)context;
+    const size_t C = a->C, c0 = task * COLUMN_BLOCK, width = min_size(COLUMN_BLOCK, C - c0);
+    for (size_t r = 0; r < a->R; r++) {
+        real *t = a->token + (size_t)a->ids[r] * C + c0, *p = a->position + r % a->n * C + c0;
+        const real *d = a->dx + r * C + c0;
 #pragma omp simd
-        for (size_t i = 0; i < C; i++) x[r * C + i] = a[i] + p[i];
+        for (size_t i = 0; i < width; i++) t[i] += d[i], p[i] += d[i];
     }
 }
 
 static void embed_backward(const Transformer *m, const Stack *s, const real *dx, const int32_t *ids, size_t B,
                            size_t n) {
-    real *token = grad_of(m, s->token_emb), *position = grad_of(m, s->pos_emb);
-    const size_t C = s->C;
-#pragma omp parallel for if (B * n * C > SMALL_WORK)
-    for (size_t c0 = 0; c0 < C; c0 += COLUMN_BLOCK) {
-        const size_t width = min_size(COLUMN_BLOCK, C - c0);
-        for (size_t r = 0; r < B * n; r++) {
-            real *a = token + (size_t)ids[r] * C + c0, *p = position + r % n * C + c0;
-            const real *d = dx + r * C + c0;
-#pragma omp simd
-            for (size_t i = 0; i < width; i++) a[i] += d[i], p[i] += d[i];
-        }
-    }
+    Embed a = {grad_of(m, s->token_emb), grad_of(m, s->pos_emb), NULL, dx, ids, B * n, n, 0, s->C};
+    parallel_for(threads_for(B * n * s->C), column_tasks(s->C), embed_backward_columns, &a);
 }
 
 /* ---- Attention ---- */
@@ -895,22 +964,32 @@ static void softmax_row(real *s, size_t n, size_t end, real scale) {
  * attend_backward   dq, dk, dv overwritten, from dy and the probabilities p of forward
  *   q, y (B,Tq,heads*D)   k, v (B,key_stride,heads*D)   p (B,heads,Tq,Tk), beyond the visible keys unspecified
  *   scores (B*heads, QUERY_BLOCK, Tk): work space; forward uses it when p is NULL. backward needs key_stride = Tk. */
+typedef struct {
+    const AttendShape *s;
+    const real *q, *k, *v, *dy;
+    real *y, *p, *scores, *dq, *dk, *dv;
+} Attend;
+
+static void attend_forward_head(void *context, size_t task) {
+    const Attend *a = (const Attend *)context;
+    const AttendShape *s = a->s;
+    const size_t inner = s->heads * s->D, b = task / s->heads, h = task % s->heads;
+    const size_t at_key = b * s->key_stride * inner + h * s->D;
+    const real scale = (real)(1 / sqrt((double)s->D));
+    for (size_t i0 = 0; i0 < s->Tq; i0 += QUERY_BLOCK) {
+        const size_t rows = min_size(QUERY_BLOCK, s->Tq - i0), keys = visible(s, i0 + rows - 1);
+        const size_t at = (b * s->Tq + i0) * inner + h * s->D;
+        real *pi = a->p ? a->p + (task * s->Tq + i0) * s->Tk : a->scores + task * QUERY_BLOCK * s->Tk;
+        gemm(0, 1, rows, keys, s->D, a->q + at, inner, a->k + at_key, inner, 0, pi, s->Tk);
+        for (size_t i = 0; i < rows; i++) softmax_row(pi + i * s->Tk, visible(s, i0 + i), keys, scale);
+        gemm(0, 0, rows, s->D, keys, pi, s->Tk, a->v + at_key, inner, 0, a->y + at, inner);
+    }
+}
+
 static void attend_forward(const AttendShape *s, real *y, real *p, real *scores, const real *q, const real *k,
                            const real *v) {
-    const size_t inner = s->heads * s->D;
-    const real scale = (real)(1 / sqrt((double)s->D));
-#pragma omp parallel for
-    for (size_t task = 0; task < s->B * s->heads; task++) {
-        const size_t b = task / s->heads, h = task % s->heads, at_key = b * s->key_stride * inner + h * s->D;
-        for (size_t i0 = 0; i0 < s->Tq; i0 += QUERY_BLOCK) {
-            const size_t rows = min_size(QUERY_BLOCK, s->Tq - i0), keys = visible(s, i0 + rows - 1);
-            const size_t at = (b * s->Tq + i0) * inner + h * s->D;
-            real *pi = p ? p + (task * s->Tq + i0) * s->Tk : scores + task * QUERY_BLOCK * s->Tk;
-            gemm(0, 1, rows, keys, s->D, q + at, inner, k + at_key, inner, 0, pi, s->Tk);
-            for (size_t i = 0; i < rows; i++) softmax_row(pi + i * s->Tk, visible(s, i0 + i), keys, scale);
-            gemm(0, 0, rows, s->D, keys, pi, s->Tk, v + at_key, inner, 0, y + at, inner);
-        }
-    }
+    Attend a = {s, q, k, v, NULL, y, p, scores, NULL, NULL, NULL};
+    parallel_for(threads_free(), s->B * s->heads, attend_forward_head, &a);
 }
 
 /* ds (rows,keys; Tk apart) holds dp; becomes the gradient of q k^T: p (dp - sum_j p dp) scale */
@@ -923,29 +1002,33 @@ static void softmax_backward(real *ds, const real *p, size_t rows, size_t keys, 
     }
 }
 
-static void attend_backward(const AttendShape *s, real *dq, real *dk, real *dv, const real *dy, const real *p,
-                            real *scores, const real *q, const real *k, const real *v) {
-    const size_t inner = s->heads * s->D;
+static void attend_backward_head(void *context, size_t task) {
+    const Attend *a = (const Attend *)context;
+    const AttendShape *s = a->s;
+    const size_t inner = s->heads * s->D, b = task / s->heads, h = task % s->heads;
+    const size_t at_key = b * s->Tk * inner + h * s->D;
     const real scale = (real)(1 / sqrt((double)s->D));
-#pragma omp parallel for
-    for (size_t task = 0; task < s->B * s->heads; task++) {
-        const size_t b = task / s->heads, h = task % s->heads, at_key = b * s->Tk * inner + h * s->D;
-        real *ds = scores + task * QUERY_BLOCK * s->Tk;
-        for (size_t j = 0; j < s->Tk; j++) {
-            memset(dk + at_key + j * inner, 0, s->D * sizeof *dk);
-            memset(dv + at_key + j * inner, 0, s->D * sizeof *dv);
-        }
-        for (size_t i0 = 0; i0 < s->Tq; i0 += QUERY_BLOCK) {
-            const size_t rows = min_size(QUERY_BLOCK, s->Tq - i0), keys = visible(s, i0 + rows - 1);
-            const size_t at = (b * s->Tq + i0) * inner + h * s->D;
-            const real *pi = p + (task * s->Tq + i0) * s->Tk;
-            gemm(1, 0, keys, s->D, rows, pi, s->Tk, dy + at, inner, 1, dv + at_key, inner);
-            gemm(0, 1, rows, keys, s->D, dy + at, inner, v + at_key, inner, 0, ds, s->Tk);
-            softmax_backward(ds, pi, rows, keys, s->Tk, scale);
-            gemm(0, 0, rows, s->D, keys, ds, s->Tk, k + at_key, inner, 0, dq + at, inner);
-            gemm(1, 0, keys, s->D, rows, ds, s->Tk, q + at, inner, 1, dk + at_key, inner);
-        }
+    real *ds = a->scores + task * QUERY_BLOCK * s->Tk, *dk = a->dk + at_key, *dv = a->dv + at_key;
+    for (size_t j = 0; j < s->Tk; j++) {
+        memset(dk + j * inner, 0, s->D * sizeof *dk);
+        memset(dv + j * inner, 0, s->D * sizeof *dv);
     }
+    for (size_t i0 = 0; i0 < s->Tq; i0 += QUERY_BLOCK) {
+        const size_t rows = min_size(QUERY_BLOCK, s->Tq - i0), keys = visible(s, i0 + rows - 1);
+        const size_t at = (b * s->Tq + i0) * inner + h * s->D;
+        const real *pi = a->p + (task * s->Tq + i0) * s->Tk;
+        gemm(1, 0, keys, s->D, rows, pi, s->Tk, a->dy + at, inner, 1, dv, inner);
+        gemm(0, 1, rows, keys, s->D, a->dy + at, inner, a->v + at_key, inner, 0, ds, s->Tk);
+        softmax_backward(ds, pi, rows, keys, s->Tk, scale);
+        gemm(0, 0, rows, s->D, keys, ds, s->Tk, a->k + at_key, inner, 0, a->dq + at, inner);
+        gemm(1, 0, keys, s->D, rows, ds, s->Tk, a->q + at, inner, 1, dk, inner);
+    }
+}
+
+static void attend_backward(const AttendShape *s, real *dq, real *dk, real *dv, const real *dy, real *p, real *scores,
+                            const real *q, const real *k, const real *v) {
+    Attend a = {s, q, k, v, dy, NULL, p, scores, dq, dk, dv};
+    parallel_for(threads_free(), s->B * s->heads, attend_backward_head, &a);
 }
 
 /* ---- Blocks: next = x + block(normed) ---- */
@@ -1097,34 +1180,47 @@ static void add_residual(real *row, size_t K, double alpha, int32_t x_t) {
 /* variant_forward    logits = raw * exp(log_scalors) + residual, as the variant has them
  * variant_backward   raw becomes draw = dlogits * exp(log_scalors); dlog_scalors +=
  *   raw, logits, dlogits (B,n,K), positions pos..pos+n-1; raw may be logits */
-static void variant_forward(Transformer *m, real *logits, const real *raw, size_t B, size_t n, size_t pos) {
-    const NetConfig *c = &m->config;
-    const size_t K = c->dec_num_tokens;
-    const int scaled = is_scaled(c), residual = is_residual(c);
-    if (!scaled && !residual) return;
-#pragma omp parallel for if (B * n * K > SMALL_WORK)
-    for (size_t r = 0; r < B * n; r++) {
-        const size_t b = r / n, i = pos + r % n;
-        if (scaled) {
-            const real scale = (real)exp((double)value_of(m, m->log_scalors)[scalor_index(m, b, i)]);
+typedef struct {
+    Transformer *m;
+    real *logits, *raw;
+    const real *dlogits;
+    size_t n, pos;
+} VariantRows;
+
+static void variant_forward_row(void *context, size_t r) {
+    const VariantRows *a = (const VariantRows *)context;
+    const NetConfig *c = &a->m->config;
+    const size_t K = c->dec_num_tokens, b = r / a->n, i = a->pos + r % a->n;
+    real *logits = a->logits + r * K, *raw = a->raw + r * K;
+    if (is_scaled(c)) {
+        const real scale = (real)exp((double)value_of(a->m, a->m->log_scalors)[scalor_index(a->m, b, i)]);
 #pragma omp simd
-            for (size_t k = 0; k < K; k++) logits[r * K + k] = raw[r * K + k] * scale;
-        }
-        if (residual) add_residual(logits + r * K, K, (double)m->alpha[scale_of_row(m, b)], noisy_token(m, b, i));
+        for (size_t k = 0; k < K; k++) logits[k] = raw[k] * scale;
     }
+    if (is_residual(c)) add_residual(logits, K, (double)a->m->alpha[scale_of_row(a->m, b)], noisy_token(a->m, b, i));
+}
+
+static void variant_forward(Transformer *m, real *logits, real *raw, size_t B, size_t n, size_t pos) {
+    VariantRows a = {m, logits, raw, NULL, n, pos};
+    if (!is_scaled(&m->config) && !is_residual(&m->config)) return;
+    parallel_for(threads_for(B * n * m->config.dec_num_tokens), B * n, variant_forward_row, &a);
+}
+
+static void variant_backward_row(void *context, size_t r) {
+    const VariantRows *a = (const VariantRows *)context;
+    const size_t K = a->m->config.dec_num_tokens, row = scalor_index(a->m, r / a->n, r % a->n);
+    const real scale = (real)exp((double)value_of(a->m, a->m->log_scalors)[row]);
+    const real *d = a->dlogits + r * K;
+    real *raw = a->raw + r * K;
+    a->m->row_sum[r] = scale * dot(d, raw, K);
+#pragma omp simd
+    for (size_t k = 0; k < K; k++) raw[k] = d[k] * scale;
 }
 
 static void variant_backward(Transformer *m, real *raw, const real *dlogits, size_t B, size_t n) {
-    const size_t K = m->config.dec_num_tokens;
+    VariantRows a = {m, NULL, raw, dlogits, n, 0};
     real *dlog_scalors = grad_of(m, m->log_scalors);
-#pragma omp parallel for if (B * n * K > SMALL_WORK)
-    for (size_t r = 0; r < B * n; r++) {
-        const real scale = (real)exp((double)value_of(m, m->log_scalors)[scalor_index(m, r / n, r % n)]);
-        const real *d = dlogits + r * K;
-        m->row_sum[r] = scale * dot(d, raw + r * K, K);
-#pragma omp simd
-        for (size_t k = 0; k < K; k++) raw[r * K + k] = d[k] * scale;
-    }
+    parallel_for(threads_for(B * n * m->config.dec_num_tokens), B * n, variant_backward_row, &a);
     for (size_t r = 0; r < B * n; r++) dlog_scalors[scalor_index(m, r / n, r % n)] += m->row_sum[r];
 }
 
@@ -1244,6 +1340,8 @@ typedef struct {
     real *dlogits;
     size_t K;
     real soft_weight, hard_weight; /* of one row's gradient */
+    size_t R, chunk;               /* rows in all, rows of a task */
+    double hard[LOSS_CHUNKS], soft[LOSS_CHUNKS];
 } LossRows;
 
 /* *hard = -log p[target], *soft = sum_k q_k log(q_k/p_k) with 0 log 0 = 0, for p = softmax(logits) of row r;
@@ -1278,25 +1376,29 @@ static void loss_row(const LossRows *a, size_t r, double *hard, double *soft) {
     d[a->target[r]] -= on_target;
 }
 
+static void loss_chunk(void *context, size_t c) {
+    LossRows *a = (LossRows *)context;
+    for (size_t r = c * a->chunk; r < min_size((c + 1) * a->chunk, a->R); r++) {
+        double h = 0, s = 0;
+        loss_row(a, r, &h, &s);
+        a->hard[c] += h, a->soft[c] += s;
+    }
+}
+
 Err denoising_loss(Loss *out, const real *logits, const int32_t *target, const real *posterior, size_t R, size_t K,
                    double alpha, double weight, real *dlogits) {
-    double hard[LOSS_CHUNKS] = {0}, soft[LOSS_CHUNKS] = {0}, hard_sum = 0, soft_sum = 0;
+    double hard_sum = 0, soft_sum = 0;
     if (R < 1 || K < 1) return err("loss: %zu rows of %zu classes, expected at least one", R, K);
     if (!(alpha >= 0 && alpha <= 1)) return err("loss: alpha is %g, expected 0..1", alpha);
     if (!posterior && alpha > 0) return err("loss: alpha is %g, but there is no posterior", alpha);
     TRY(check_ids("target", target, R, 0, K));
     LossRows rows;
+    memset(&rows, 0, sizeof rows);
     rows.logits = logits, rows.posterior = posterior, rows.target = target, rows.dlogits = dlogits, rows.K = K;
     rows.soft_weight = (real)(weight * alpha / (double)R), rows.hard_weight = (real)(weight * (1 - alpha) / (double)R);
-    const size_t chunk = (R + LOSS_CHUNKS - 1) / LOSS_CHUNKS;
-#pragma omp parallel for
-    for (size_t c = 0; c < LOSS_CHUNKS; c++)
-        for (size_t r = c * chunk; r < min_size((c + 1) * chunk, R); r++) {
-            double h = 0, s = 0;
-            loss_row(&rows, r, &h, &s);
-            hard[c] += h, soft[c] += s;
-        }
-    for (size_t c = 0; c < LOSS_CHUNKS; c++) hard_sum += hard[c], soft_sum += soft[c];
+    rows.R = R, rows.chunk = (R + LOSS_CHUNKS - 1) / LOSS_CHUNKS;
+    parallel_for(threads_free(), LOSS_CHUNKS, loss_chunk, &rows);
+    for (size_t c = 0; c < LOSS_CHUNKS; c++) hard_sum += rows.hard[c], soft_sum += rows.soft[c];
     out->hard = hard_sum / (double)R;
     out->soft = posterior ? soft_sum / (double)R : (double)NAN;
     out->loss = alpha == 0 ? out->hard : alpha * out->soft + (1 - alpha) * out->hard;
@@ -1380,43 +1482,63 @@ static inline real square_root(real x) {
 #endif
 
 /* Tensors are cut into pieces of fixed size, so that threads do not decide which elements run as vectors. */
+typedef struct {
+    const Param *row;
+    real keep, rate, inverse, eps, beta1, beta2, rest1, rest2; /* AdamW */
+    real step;                                                 /* EMA */
+} Update;
+
+static size_t pieces(size_t n) {
+    return (n + SMALL_WORK - 1) / SMALL_WORK;
+}
+
+static void adamw_piece(void *context, size_t piece) {
+    const Update *a = (const Update *)context;
+    const size_t k0 = piece * SMALL_WORK, n = min_size(SMALL_WORK, a->row->size - k0);
+    const real keep = a->keep, rate = a->rate, inverse = a->inverse, eps = a->eps;
+    const real beta1 = a->beta1, beta2 = a->beta2, rest1 = a->rest1, rest2 = a->rest2;
+    real *w = a->row->value + k0, *m = a->row->m + k0, *v = a->row->v + k0;
+    const real *g = a->row->grad + k0;
+#pragma omp simd
+    for (size_t k = 0; k < n; k++) {
+        m[k] = beta1 * m[k] + rest1 * g[k];
+        v[k] = beta2 * v[k] + rest2 * g[k] * g[k];
+        w[k] = keep * w[k] - rate * m[k] / (square_root(v[k]) * inverse + eps);
+    }
+}
+
 void adamw_step(Params *p, const AdamW *o, uint64_t step) {
     const double correction1 = 1 - pow(o->beta1, (double)step), correction2 = 1 - pow(o->beta2, (double)step);
-    const real beta1 = (real)o->beta1, beta2 = (real)o->beta2, eps = (real)o->eps;
-    const real rest1 = (real)(1 - o->beta1), rest2 = (real)(1 - o->beta2);
-    const real rate = (real)(o->lr / correction1), inverse = (real)(1 / sqrt(correction2));
+    Update a;
+    memset(&a, 0, sizeof a);
+    a.beta1 = (real)o->beta1, a.beta2 = (real)o->beta2, a.eps = (real)o->eps;
+    a.rest1 = (real)(1 - o->beta1), a.rest2 = (real)(1 - o->beta2);
+    a.rate = (real)(o->lr / correction1), a.inverse = (real)(1 / sqrt(correction2));
     for (size_t i = 0; i < p->n; i++) {
-        const Param *row = &p->row[i];
-        if (row->untrained) continue;
-        const real keep = (real)(1 - o->lr * row->decay * o->decay_scale);
-#pragma omp parallel for if (row->size > SMALL_WORK)
-        for (size_t k0 = 0; k0 < row->size; k0 += SMALL_WORK) {
-            const size_t n = min_size(SMALL_WORK, row->size - k0);
-            real *w = row->value + k0, *m = row->m + k0, *v = row->v + k0;
-            const real *g = row->grad + k0;
-#pragma omp simd
-            for (size_t k = 0; k < n; k++) {
-                m[k] = beta1 * m[k] + rest1 * g[k];
-                v[k] = beta2 * v[k] + rest2 * g[k] * g[k];
-                w[k] = keep * w[k] - rate * m[k] / (square_root(v[k]) * inverse + eps);
-            }
-        }
+        a.row = &p->row[i];
+        if (a.row->untrained) continue;
+        a.keep = (real)(1 - o->lr * a.row->decay * o->decay_scale);
+        parallel_for(threads_free(), pieces(a.row->size), adamw_piece, &a);
     }
+}
+
+static void ema_piece(void *context, size_t piece) {
+    const Update *a = (const Update *)context;
+    const size_t k0 = piece * SMALL_WORK, n = min_size(SMALL_WORK, a->row->size - k0);
+    const real step = a->step, *w = a->row->value + k0;
+    real *e = a->row->ema + k0;
+#pragma omp simd
+    for (size_t k = 0; k < n; k++) e[k] -= step * (e[k] - w[k]);
 }
 
 void ema_update(Params *p, double decay, uint64_t num_updates) {
     const float n = (float)num_updates, warm = (1 + n) / (10 + n), limit = (float)decay;
-    const real step = (real)(1 - (warm < limit ? warm : limit));
+    Update a;
+    memset(&a, 0, sizeof a);
+    a.step = (real)(1 - (warm < limit ? warm : limit));
     for (size_t i = 0; i < p->n; i++) {
-        const Param *row = &p->row[i];
-#pragma omp parallel for if (row->size > SMALL_WORK)
-        for (size_t k0 = 0; k0 < row->size; k0 += SMALL_WORK) {
-            const size_t width = min_size(SMALL_WORK, row->size - k0);
-            real *e = row->ema + k0;
-            const real *w = row->value + k0;
-#pragma omp simd
-            for (size_t k = 0; k < width; k++) e[k] -= step * (e[k] - w[k]);
-        }
+        a.row = &p->row[i];
+        parallel_for(threads_free(), pieces(a.row->size), ema_piece, &a);
     }
 }
 

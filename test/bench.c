@@ -102,12 +102,25 @@ static double multiply_add_rate(real *sink, double budget) {
 }
 
 /* All threads at once, so that they share what clock and power there is; the sum of what each can do. */
+enum { THREADS_MAX = 1024 };
+typedef struct {
+    double rate[THREADS_MAX];
+    real kept[THREADS_MAX];
+} Rates;
+
+static void rate_task(void *context, size_t i) {
+    Rates *r = (Rates *)context;
+    r->rate[i] = multiply_add_rate(&r->kept[i], 0.5);
+}
+
 static double multiply_add_ceiling(void) {
+    static Rates r;
     double sum = 0;
-    real kept = 0;
-#pragma omp parallel num_threads(threads_get()) reduction(+ : sum, kept)
-    sum += multiply_add_rate(&kept, 0.5);
-    if (kept != kept) printf("(the chains overflowed)\n");
+    parallel_for(threads_get(), (size_t)threads_get(), rate_task, &r);
+    for (int i = 0; i < threads_get(); i++) {
+        if (r.kept[i] != r.kept[i]) printf("(the chains overflowed)\n");
+        sum += r.rate[i];
+    }
     return 2 * sum;
 }
 
@@ -116,21 +129,22 @@ typedef struct {
     size_t bytes;
     real sink;
 } Read;
+enum { READ_UNIT = 64 * 1024 };
 
-/* Adds up a block, a share for every thread. */
+static void read_unit(void *context, size_t unit) {
+    Read *r = (Read *)context;
+    const Vec *v = (const Vec *)(const void *)(r->data + unit * READ_UNIT);
+    Vec sum[4] = {{0}, {0}, {0}, {0}};
+    for (size_t i = 0; i < READ_UNIT / VECTOR_BYTES; i += 4)
+        for (size_t k = 0; k < 4; k++) sum[k] += v[i + k];
+    const real total = (sum[0] + sum[1] + sum[2] + sum[3])[0];
+    if (total == (real)0.123) r->sink = total; /* practically never: so that the work is not removed */
+}
+
+/* Adds up a block, shared among all threads. */
 static void read_block(void *context) {
     Read *r = (Read *)context;
-    const size_t unit = 4096, units = r->bytes / unit;
-    real total = 0;
-#pragma omp parallel for schedule(static) num_threads(threads_get()) reduction(+ : total)
-    for (size_t u = 0; u < units; u++) {
-        const Vec *v = (const Vec *)(const void *)(r->data + u * unit);
-        Vec sum[4] = {{0}, {0}, {0}, {0}};
-        for (size_t i = 0; i < unit / VECTOR_BYTES; i += 4)
-            for (size_t k = 0; k < 4; k++) sum[k] += v[i + k];
-        total += (sum[0] + sum[1] + sum[2] + sum[3])[0];
-    }
-    r->sink = total;
+    parallel_for(threads_get(), r->bytes / READ_UNIT, read_unit, r);
 }
 
 static double read_rate(size_t bytes) {

@@ -193,7 +193,7 @@ static void *run_many(void *job_pointer) {
     return NULL;
 }
 
-/* Two threads that OpenMP knows nothing of call gemm at the same time, each on its own matrices. */
+/* Two threads that the pool knows nothing of call gemm at the same time, each on its own matrices. */
 static int plain_threads_agree(const Case *c, const real *expected, const Case *other) {
     real *C = (real *)malloc(c->c_size * sizeof(real));
     Job mine = {c, C, 4}, theirs = {other, other->C, 6};
@@ -206,16 +206,24 @@ static int plain_threads_agree(const Case *c, const real *expected, const Case *
     return ok;
 }
 
+typedef struct {
+    const Case *c;
+    const real *expected;
+    int ok[4];
+} Inside;
+
+static void inside_task(void *context, size_t i) {
+    Inside *a = (Inside *)context;
+    real *C = (real *)malloc(a->c->c_size * sizeof(real));
+    run(a->c, C);
+    a->ok[i] = same_bits(a->c, C, a->expected);
+    free(C);
+}
+
 static int inside_parallel_agrees(const Case *c, const real *expected) {
-    int ok = 1;
-#pragma omp parallel for num_threads(2) reduction(& : ok)
-    for (int t = 0; t < 4; t++) {
-        real *C = (real *)malloc(c->c_size * sizeof(real));
-        run(c, C);
-        ok &= same_bits(c, C, expected);
-        free(C);
-    }
-    return ok;
+    Inside a = {c, expected, {0}};
+    parallel_for(2, 4, inside_task, &a);
+    return a.ok[0] && a.ok[1] && a.ok[2] && a.ok[3];
 }
 
 /* Rows computed alone, as in decoding, equal rows of the whole product. */

@@ -6,7 +6,6 @@ here=$(pwd)
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
 passed=0 failed=0
-export OMP_WAIT_POLICY=passive # two programs at a time share the cores below
 
 ok() { # ok WHAT COMMAND...: must exit 0
     what=$1
