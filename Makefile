@@ -49,7 +49,7 @@ CFLAGS := -std=c11 -D_GNU_SOURCE -g $(OPT) $(if $(HAVE_MARCH),-march=$(MARCH)) -
           -fno-trapping-math $(WARN) $(if $(HAVE_SIMD),-fopenmp-simd,-Wno-unknown-pragmas)
 LDLIBS := -lpng -ljpeg -lz -lm -lpthread
 
-COMPONENTS := base gemm conv checkpoint ckpt params data vqgan transformer diffusion
+COMPONENTS := base gemm conv checkpoint ckpt params data vqgan transformer decode optimizer diffusion
 PROGRAMS := sample train inpaint
 TESTS := base gemm conv checkpoint ckpt data vqgan transformer diffusion
 TESTS_DOUBLE := gemm conv vqgan transformer

@@ -12,7 +12,9 @@
  *        params.c        named tensors in memory: the parameter table of a model
  *     4. data.c          images in, batches, the token cache, image grids out
  *     5. vqgan.c         first stage: image <-> tokens
- *     6. transformer.cu  one reverse transition p(x_{t-1} | x_t), its losses, optimizer and EMA
+ *     6. transformer.cu  one reverse transition p(x_{t-1} | x_t)
+ *        decode.cu       the same, token by token
+ *        optimizer.cu    its losses, AdamW, EMA
  *     7. diffusion.c     the Markov chain: schedules, noise, posterior, sampling over scales, named models
  *     8. cli.c           what the three programs share: options, progress, pictures in a terminal
  *
@@ -429,7 +431,8 @@ void image_loss(const real *x, const real *xrec, size_t n, double w1, double w2,
 size_t vqgan_restart_codes(Vqgan *v, const uint32_t *usage, uint64_t seed, uint64_t step);
 
 /* ------------------------------------------------------------------------------------------------------------
- * 6. transformer.cu: one reverse transition p(x_{t-1} | x_t) (paper section 3.2; SPEC sections 1, 2, 4, 6, 7, 14)
+ * 6. transformer.cu, decode.cu, optimizer.cu: one reverse transition p(x_{t-1} | x_t) (paper section 3.2; SPEC
+ *    sections 1, 2, 4, 6, 7, 14)
  * ---------------------------------------------------------------------------------------------------------- */
 enum { MAX_SCALES = 64 };
 typedef enum { NET_X, NET_GPT } NetKind; /* encoder-decoder; decoder-only */
@@ -469,7 +472,7 @@ Err transformer_forward(Transformer *m, const int32_t *x, const int32_t *x_t, co
 /* dlogits (B,N,K) -> grad of every parameter (+=); after transformer_forward under a training plan. */
 Err transformer_backward(Transformer *m, const real *dlogits);
 
-/* The losses (SPEC section 4), each a mean over B*N rows, in nats per token:
+/* optimizer.cu. The losses (SPEC section 4), each a mean over B*N rows, in nats per token:
  *   hard = cross entropy of target (R); soft = KL(posterior (R,K) || softmax(logits)); loss = alpha soft + (1-alpha)
  * hard dlogits (R,K) = weight * dloss/dlogits, overwritten; may be NULL, may be the logits' own memory posterior may be
  * NULL when alpha = 0; then soft is reported as NAN.   R = B*N rows */
@@ -479,7 +482,7 @@ typedef struct {
 Err denoising_loss(Loss *out, const real *logits, const int32_t *target, const real *posterior, size_t R, size_t K,
                    double alpha, double weight, real *dlogits);
 
-/* KV-cached decoding. begin: runs the encoder and the cross-attention keys and values once (NET_X), or feeds the prompt
+/* decode.cu: KV-cached decoding. begin: runs the encoder and the cross-attention keys and values once (NET_X), or feeds the prompt
  * (NET_GPT: prompt tokens see each other). step i = 0..N-1 in order: prev (B) = x_{t-1}[i-1] (ignored at i = 0);
  * *logits (B,K) of position i points into the activations. Equal to transformer_forward up to rounding. */
 Err transformer_decode_begin(Transformer *m, const int32_t *x_t, const int32_t *t, const int32_t *label, size_t B,

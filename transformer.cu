@@ -1,8 +1,8 @@
 /* transformer.cu - one reverse transition p(x_{t-1} | x_t) of the Markov chain over tokens.
  *
- * Owns both networks of the paper (section 3.2), forward and backward, the losses on their logits, decoding token by
- * token with cached keys and values, and the optimizer: AdamW, EMA, learning rate. It knows neither images nor files;
- * noise and sampling are the business of diffusion.c.
+ * Owns both networks of the paper (section 3.2), forward and backward. Decoding token by token with cached keys and
+ * values is decode.cu; losses on the logits, AdamW, EMA and learning rate are optimizer.cu; transformer.h is what the
+ * three share. It knows neither images nor files; noise and sampling are the business of diffusion.c.
  *
  *     NET_X     encoder reads [t, (class,) x_t], all positions see each other -> context
  *               decoder reads [sos, x_{t-1} shifted right], causal, attends to the context -> logits of x_{t-1}
@@ -21,97 +21,22 @@
  * Refuses: tokens, t and labels outside their tables, sequences longer than the position tables, official options that
  * it does not implement. Dropout is not implemented (the official configurations use none).
  *
- * Reading order: configuration, parameter table, memory plan, then the mathematics from small to large: elementwise,
- * norm, linear, embedding, attention, feed-forward, stack, head; then the four things done with them: forward and
- * backward, loss, decoding, optimizer. This file is compiled as C; it is in the common subset with C++17. */
-#include "imagebart.h"
+ * Reading order: transformer.h, then here configuration, parameter table, memory plan, then the mathematics from small
+ * to large: elementwise, norm, linear, embedding, attention, feed-forward, stack, head; last, forward and backward of
+ * the whole. This file is compiled as C; it is in the common subset with C++17. */
+#include "transformer.h"
 
-#include <math.h>
 #include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
 
 enum {
-    X_HEAD = 64,       /* size of a head in NET_X, whatever dim and heads are (SPEC 1.6) */
-    FEED_FACTOR = 4,   /* hidden width of a feed-forward block over dim */
-    QUERY_BLOCK = 64,  /* queries that attention treats at a time: their scores stay in cache */
-    COLUMN_BLOCK = 32, /* columns that one task sums over all rows */
-    LOSS_CHUNKS = 64,  /* partial sums of the loss: fixed, so that threads do not matter */
-    SMALL_WORK = 16384 /* elements below which a loop is not worth waking the other threads */
+    X_HEAD = 64,      /* size of a head in NET_X, whatever dim and heads are (SPEC 1.6) */
+    FEED_FACTOR = 4,  /* hidden width of a feed-forward block over dim */
+    QUERY_BLOCK = 64, /* queries that attention treats at a time: their scores stay in cache */
+    COLUMN_BLOCK = 32 /* columns that one task sums over all rows */
 };
 static const double NORM_EPS = 1e-5;
 static const double WEIGHT_DECAY = 0.01; /* PyTorch's default (SPEC section 7) */
 static const double EMBEDDING_STD = 0.02;
-static const size_t NO_ROW = (size_t)-1;
-
-typedef struct {
-    size_t weight, bias; /* rows of the parameter table */
-    size_t C;
-} Norm;
-
-typedef struct {
-    size_t weight, bias; /* weight (out,in); bias (out) or NO_ROW */
-    size_t in, out;
-} Linear;
-
-typedef enum { BLOCK_SELF, BLOCK_CROSS, BLOCK_FEED } BlockKind;
-
-/* One x = x + block(norm(x)) and what its last forward left for backward; R = B*n rows of the pass. While decoding,
- * k and v of attention layers are the caches. */
-typedef struct {
-    BlockKind kind;
-    Norm norm;
-    Linear q, k, v, out; /* attention */
-    size_t heads, D;     /* heads of D channels each; inner = heads*D */
-    Linear up, down;     /* feed-forward */
-
-    real *x;           /* (R,C) input */
-    real *mean, *rstd; /* (R) of the norm */
-    real *normed;      /* (R,C) */
-    real *query, *y;   /* (R,inner) queries; what the heads say */
-    real *key, *value; /* (B,keys,inner) */
-    real *p;           /* (B,heads,n,keys) attention probabilities; NULL: not kept */
-    real *g, *dg;      /* (R,4C) gelu(h) and its derivative; dg NULL: not kept */
-} Layer;
-
-typedef struct {
-    Layer *layer;
-    size_t n_layers;
-    size_t token_emb, pos_emb; /* rows of the table */
-    Norm norm;                 /* the final one */
-    size_t C, max_T;
-    int causal;
-    size_t unmasked; /* the first positions, that see each other even if causal */
-
-    size_t T;          /* planned positions */
-    int32_t *ids;      /* (B,T) */
-    real *x_end, *out; /* (R,C) input and output of the final norm */
-    real *end_mean, *end_rstd;
-} Stack;
-
-typedef enum { IDLE, FORWARD_DONE, DECODING } State;
-
-struct Transformer {
-    NetConfig config;
-    Params params;
-    Stack encoder, decoder; /* NET_GPT: decoder only */
-    Linear head;
-    size_t log_scalors; /* row, or NO_ROW */
-    float alpha[MAX_SCALES + 1];
-
-    size_t B, N; /* planned */
-    int train;
-    void *arena;
-    real *raw, *logits;            /* (B,N,K) before and after scaling and residual; may be one */
-    real *scores;                  /* attention scores of one block of queries per (row, head) */
-    real *dx, *dcontext, *dnormed; /* gradients, reused by every layer */
-    real *dquery, *dkey, *dvalue, *dy, *dh;
-    real *row_sum; /* (B*N) */
-
-    State state;
-    size_t now_B, now_N; /* of the last forward or decode_begin */
-    size_t next;         /* decoding: the position whose turn it is */
-};
 
 /* ---- Configuration: the official keys (SPEC sections 1 and 2) ---- */
 
@@ -174,9 +99,6 @@ static int is_scaled(const NetConfig *c) {
 }
 static int is_residual(const NetConfig *c) {
     return c->variant == X_RESIDUAL || c->variant == X_RESIDUAL_SCALED;
-}
-static size_t prompt_length(const NetConfig *c) {
-    return c->has_class ? 2 : 1;
 }
 /* Rows of the table that embeds t and the class label. */
 static size_t prompt_tokens(const NetConfig *c) {
@@ -605,88 +527,7 @@ Err transformer_plan(Transformer *m, size_t B, size_t N, int train) {
     return OK;
 }
 
-/* ---- Elementwise mathematics. In float: polynomials, good to 1e-7, that compilers turn into vector code ---- */
-
-#ifdef REAL_DOUBLE
-static inline real exp_negative(real x) {
-    return exp(x);
-}
-static inline real log_positive(real x) {
-    return log(x);
-}
-
-/* *cdf = P(z < x), *pdf = its derivative, for z ~ N(0,1) */
-static inline void normal_distribution(real *cdf, real *pdf, real x) {
-    *cdf = 0.5 * erfc(-x * 0.70710678118654752440);
-    *pdf = 0.39894228040143267794 * exp(-0.5 * x * x);
-}
-#else
-static inline uint32_t bits_of(float x) {
-    uint32_t u;
-    memcpy(&u, &x, sizeof u);
-    return u;
-}
-static inline float float_of(uint32_t u) {
-    float x;
-    memcpy(&x, &u, sizeof x);
-    return x;
-}
-
-/* e^x for x <= 0; 0 below -87. x = n ln 2 + r, |r| <= ln(2)/2; 2^n is added to the exponent bits of e^r. Adding
- * 1.5 * 2^23 rounds to the whole number n and leaves it in the low bits. */
-static inline real exp_negative(real x) {
-    const float round = 12582912.0f, ln2_high = 0.693145751953125f, ln2_low = 1.428606820e-6f;
-    float y = x < -87.0f ? -87.0f : x;
-    float shifted = y * 1.44269504f + round, n = shifted - round;
-    float r = (y - n * ln2_high) - n * ln2_low;
-    const float taylor[7] = {1, 1, 1.0f / 2, 1.0f / 6, 1.0f / 24, 1.0f / 120, 1.0f / 720};
-    float e = 1.0f / 5040;
-    for (int k = 6; k >= 0; k--) e = e * r + taylor[k];
-    float result = float_of(bits_of(e) + (bits_of(shifted) << 23));
-    return x < -87.0f ? 0.0f : result; /* NaN stays NaN */
-}
-
-/* ln x for normal x > 0: x = 2^e f with f in [sqrt(1/2), sqrt 2), ln f = 2 artanh((f-1)/(f+1)). */
-static inline real log_positive(real x) {
-    const uint32_t sqrt_half = 0x3f3504f3u;
-    uint32_t u = bits_of(x) - sqrt_half + (127u << 23);
-    float e = (float)((int32_t)(u >> 23) - 127), f = float_of((u & 0x7fffffu) + sqrt_half);
-    float s = (f - 1) / (f + 1), s2 = s * s;
-    float series = 1.0f + s2 * (1.0f / 3 + s2 * (1.0f / 5 + s2 * (1.0f / 7 + s2 * (1.0f / 9))));
-    return e * 0.69314718f + 2 * s * series;
-}
-
-/* *cdf = P(z < x), *pdf = its derivative, for z ~ N(0,1). The tail beyond a = |x| is exp(-a^2/2) u w(u) with
- * u = 1/(1+0.26a); w is a polynomial fitted to 6e-9 relative by Chebyshev interpolation on 0 <= a <= 9. */
-static inline void normal_distribution(real *cdf, real *pdf, real x) {
-    const float w[9] = {0.10379182f,  0.10251124f, 0.10634528f,  0.038958745f, 0.18764427f,
-                        -0.18772396f, 0.28233662f, -0.16725112f, 0.033387092f};
-    float a = x < 0 ? -x : x, u = 1 / (1 + 0.26f * a), bell = exp_negative(-0.5f * a * a), sum = w[8];
-    for (int k = 7; k >= 0; k--) sum = sum * u + w[k];
-    float tail = bell * u * sum;
-    *cdf = x < 0 ? tail : 1 - tail;
-    *pdf = 0.398942280f * bell;
-}
-#endif
-
-static inline real dot(const real *a, const real *b, size_t n) {
-    real sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (size_t i = 0; i < n; i++) sum += a[i] * b[i];
-    return sum;
-}
-
-static inline real max_of(const real *x, size_t n) {
-    real largest = x[0];
-#pragma omp simd reduction(max : largest)
-    for (size_t i = 0; i < n; i++) largest = x[i] > largest ? x[i] : largest;
-    return largest;
-}
-
-/* How many threads a loop over that many elements is worth. */
-static int threads_for(size_t elements) {
-    return elements > SMALL_WORK ? threads_free() : 1;
-}
+/* ---- Elementwise: GELU (its mathematics: transformer.h) ---- */
 
 /* Tasks of a loop that sums C columns over all rows. */
 static size_t column_tasks(size_t C) {
@@ -853,8 +694,8 @@ static int fill_rows(real *out, size_t ldo, const real *residual, const real *bi
 /* linear_forward    out (R,l->out) = residual + bias + in (R,l->in) weight^T; rows of out and residual are ldo apart,
  *                   rows of in ldi; residual may be NULL or out
  * linear_backward   din (R,l->in) = or += dout weight; dweight +=, dbias += from dout (R,l->out) and in */
-static void linear_forward(const Transformer *m, const Linear *l, real *out, size_t ldo, const real *residual,
-                           const real *in, size_t ldi, size_t R) {
+void linear_forward(const Transformer *m, const Linear *l, real *out, size_t ldo, const real *residual, const real *in,
+                    size_t ldi, size_t R) {
     const real *bias = l->bias == NO_ROW ? NULL : value_of(m, l->bias);
     int filled = fill_rows(out, ldo, residual, bias, R, l->out);
     gemm(0, 1, R, l->out, l->in, in, ldi, value_of(m, l->weight), l->in, filled, out, ldo);
@@ -1033,15 +874,6 @@ static void attend_backward(const AttendShape *s, real *dq, real *dk, real *dv, 
 
 /* ---- Blocks: next = x + block(normed) ---- */
 
-/* A pass over n new positions, the first of them at `pos`, for B batch rows. Training: pos = 0, n = stride = T. */
-typedef struct {
-    size_t B, n, pos;
-    size_t stride;       /* positions that a batch row's keys and values have room for */
-    int causal;          /* mask among the new positions; decoding adds one at a time and needs none */
-    const real *context; /* (B,T_context,C); NULL: keys and values of the context are in place */
-    size_t T_context;
-} Pass;
-
 static AttendShape attend_shape(const Stack *s, const Layer *l, const Pass *pass) {
     int cross = l->kind == BLOCK_CROSS;
     AttendShape shape;
@@ -1115,7 +947,7 @@ static void feed_forward_backward(Transformer *m, const Layer *l, const real *do
 
 /* stack_forward    s->out (B,n-skip,C) = final norm of the last layer's output, without the first `skip` positions
  * stack_backward   from dout (B,n-skip,C): parameters +=, dcontext +=, both embeddings +=. Overwrites m->dx. */
-static void stack_forward(Transformer *m, Stack *s, const int32_t *ids, const Pass *pass, size_t skip) {
+void stack_forward(Transformer *m, Stack *s, const int32_t *ids, const Pass *pass, size_t skip) {
     const size_t R = pass->B * pass->n, kept = pass->n - skip;
     embed_forward(m, s, s->layer[0].x, ids, pass->B, pass->n, pass->pos);
     for (size_t i = 0; i < s->n_layers; i++) {
@@ -1225,14 +1057,14 @@ static void variant_backward(Transformer *m, real *raw, const real *dlogits, siz
 }
 
 /* The decoder's output (B,n,C), positions pos..pos+n-1, to m->logits (B,n,K). */
-static void head_forward(Transformer *m, size_t B, size_t n, size_t pos) {
+void head_forward(Transformer *m, size_t B, size_t n, size_t pos) {
     linear_forward(m, &m->head, m->raw, m->head.out, NULL, m->decoder.out, m->head.in, B * n);
     variant_forward(m, m->logits, m->raw, B, n, pos);
 }
 
 /* ---- Forward and backward of the whole network ---- */
 
-static Err check_ids(const char *what, const int32_t *ids, size_t n, int32_t lo, size_t end) {
+Err check_ids(const char *what, const int32_t *ids, size_t n, int32_t lo, size_t end) {
     if (!ids) return err("transformer: no %s given", what);
     for (size_t i = 0; i < n; i++)
         if (ids[i] < lo || (size_t)ids[i] >= end)
@@ -1240,8 +1072,7 @@ static Err check_ids(const char *what, const int32_t *ids, size_t n, int32_t lo,
     return OK;
 }
 
-static Err check_batch(const Transformer *m, const int32_t *x_t, const int32_t *t, const int32_t *label, size_t B,
-                       size_t N) {
+Err check_batch(const Transformer *m, const int32_t *x_t, const int32_t *t, const int32_t *label, size_t B, size_t N) {
     const NetConfig *c = &m->config;
     if (!m->B) return err("transformer: nothing is planned");
     if (m->params.n == 0 || !m->params.row[0].value) return err("transformer: the parameters have no values yet");
@@ -1254,8 +1085,8 @@ static Err check_batch(const Transformer *m, const int32_t *x_t, const int32_t *
 }
 
 /* ids (B,P+n) = [t, (label,) tokens[b,0..n-1]]; rows of tokens are `stride` apart. */
-static void prompted_ids(const NetConfig *c, int32_t *ids, const int32_t *t, const int32_t *label,
-                         const int32_t *tokens, size_t stride, size_t B, size_t n) {
+void prompted_ids(const NetConfig *c, int32_t *ids, const int32_t *t, const int32_t *label, const int32_t *tokens,
+                  size_t stride, size_t B, size_t n) {
     size_t P = prompt_length(c);
     for (size_t b = 0; b < B; b++) {
         int32_t *row = ids + b * (P + n);
@@ -1273,7 +1104,7 @@ static void shifted_ids(int32_t *ids, const int32_t *x, size_t B, size_t N) {
     }
 }
 
-static Pass whole_pass(const Stack *s, size_t B, size_t n, const real *context, size_t T_context) {
+Pass whole_pass(const Stack *s, size_t B, size_t n, const real *context, size_t T_context) {
     Pass pass;
     pass.B = B, pass.n = pass.stride = n, pass.pos = 0, pass.causal = s->causal;
     pass.context = context, pass.T_context = T_context;
@@ -1330,221 +1161,4 @@ Err transformer_backward(Transformer *m, const real *dlogits) {
     }
     m->state = IDLE; /* raw is spent: a second backward needs a new forward */
     return OK;
-}
-
-/* ---- Losses (SPEC section 4) ---- */
-
-typedef struct {
-    const real *logits, *posterior;
-    const int32_t *target;
-    real *dlogits;
-    size_t K;
-    real soft_weight, hard_weight; /* of one row's gradient */
-    size_t R, chunk;               /* rows in all, rows of a task */
-    double hard[LOSS_CHUNKS], soft[LOSS_CHUNKS];
-} LossRows;
-
-/* *hard = -log p[target], *soft = sum_k q_k log(q_k/p_k) with 0 log 0 = 0, for p = softmax(logits) of row r;
- * dlogits = soft_weight (p - q) + hard_weight (p - onehot). */
-static void loss_row(const LossRows *a, size_t r, double *hard, double *soft) {
-    const size_t K = a->K;
-    const real *l = a->logits + r * K, *q = a->posterior ? a->posterior + r * K : NULL;
-    real *d = a->dlogits ? a->dlogits + r * K : NULL;
-    const real largest = max_of(l, K);
-    real sum = 0, kl = 0;
-#pragma omp simd reduction(+ : sum)
-    for (size_t k = 0; k < K; k++) sum += exp_negative(l[k] - largest);
-    const real log_sum = (real)log((double)sum), inverse = 1 / sum;
-    *hard = (double)log_sum - ((double)l[a->target[r]] - (double)largest);
-    if (q) {
-#pragma omp simd reduction(+ : kl)
-        for (size_t k = 0; k < K; k++) {
-            const real qk = q[k] > (real)1e-37 ? q[k] : 1, term = log_positive(qk) - (l[k] - largest - log_sum);
-            kl += q[k] > (real)1e-37 ? q[k] * term : 0;
-        }
-        *soft = (double)kl;
-    }
-    if (!d) return;
-    const real total = a->soft_weight + a->hard_weight, on_target = a->hard_weight;
-    if (q && a->soft_weight != 0) {
-#pragma omp simd
-        for (size_t k = 0; k < K; k++) d[k] = total * inverse * exp_negative(l[k] - largest) - a->soft_weight * q[k];
-    } else {
-#pragma omp simd
-        for (size_t k = 0; k < K; k++) d[k] = total * inverse * exp_negative(l[k] - largest);
-    }
-    d[a->target[r]] -= on_target;
-}
-
-static void loss_chunk(void *context, size_t c) {
-    LossRows *a = (LossRows *)context;
-    for (size_t r = c * a->chunk; r < min_size((c + 1) * a->chunk, a->R); r++) {
-        double h = 0, s = 0;
-        loss_row(a, r, &h, &s);
-        a->hard[c] += h, a->soft[c] += s;
-    }
-}
-
-Err denoising_loss(Loss *out, const real *logits, const int32_t *target, const real *posterior, size_t R, size_t K,
-                   double alpha, double weight, real *dlogits) {
-    double hard_sum = 0, soft_sum = 0;
-    if (R < 1 || K < 1) return err("loss: %zu rows of %zu classes, expected at least one", R, K);
-    if (!(alpha >= 0 && alpha <= 1)) return err("loss: alpha is %g, expected 0..1", alpha);
-    if (!posterior && alpha > 0) return err("loss: alpha is %g, but there is no posterior", alpha);
-    TRY(check_ids("target", target, R, 0, K));
-    LossRows rows;
-    memset(&rows, 0, sizeof rows);
-    rows.logits = logits, rows.posterior = posterior, rows.target = target, rows.dlogits = dlogits, rows.K = K;
-    rows.soft_weight = (real)(weight * alpha / (double)R), rows.hard_weight = (real)(weight * (1 - alpha) / (double)R);
-    rows.R = R, rows.chunk = (R + LOSS_CHUNKS - 1) / LOSS_CHUNKS;
-    parallel_for(threads_free(), LOSS_CHUNKS, loss_chunk, &rows);
-    for (size_t c = 0; c < LOSS_CHUNKS; c++) hard_sum += rows.hard[c], soft_sum += rows.soft[c];
-    out->hard = hard_sum / (double)R;
-    out->soft = posterior ? soft_sum / (double)R : (double)NAN;
-    out->loss = alpha == 0 ? out->hard : alpha * out->soft + (1 - alpha) * out->hard;
-    return OK;
-}
-
-/* ---- Decoding, one position at a time ---- */
-
-/* n new positions of the decoder from pos on, for ids (B,n): logits of the last one, (B,K) in m->logits. Every new
- * position sees all that is there, itself and the other new ones included. */
-static void decode_positions(Transformer *m, const int32_t *ids, size_t n, size_t pos, size_t i) {
-    Stack *d = &m->decoder;
-    Pass pass;
-    pass.B = m->now_B, pass.n = n, pass.pos = pos, pass.stride = d->T, pass.causal = 0;
-    pass.context = NULL, pass.T_context = m->config.kind == NET_X ? prompt_length(&m->config) + m->now_N : 0;
-    stack_forward(m, d, ids, &pass, n - 1);
-    head_forward(m, m->now_B, 1, i);
-}
-
-/* Keys and values of the context, for every cross-attention layer. */
-static void cache_context(Transformer *m, size_t rows) {
-    const real *context = m->encoder.out;
-    for (size_t i = 0; i < m->decoder.n_layers; i++) {
-        Layer *l = &m->decoder.layer[i];
-        if (l->kind != BLOCK_CROSS) continue;
-        linear_forward(m, &l->k, l->key, l->k.out, NULL, context, l->k.in, rows);
-        linear_forward(m, &l->v, l->value, l->v.out, NULL, context, l->v.in, rows);
-    }
-}
-
-/* The prompt of a GPT is fed without any mask, as the official sampler does: for a prompt (t, class) training must have
- * used n_unmasked = 2 to see the same (SPEC 2.6). */
-Err transformer_decode_begin(Transformer *m, const int32_t *x_t, const int32_t *t, const int32_t *label, size_t B,
-                             size_t N) {
-    const NetConfig *c = &m->config;
-    const size_t P = prompt_length(c);
-    m->state = IDLE;
-    if (m->B && m->train) return err("transformer: decoding under a training plan, which has no caches");
-    TRY(check_batch(m, x_t, t, label, B, N));
-    m->now_B = B, m->now_N = N, m->next = 0;
-    if (c->kind == NET_X) {
-        const Pass encode = whole_pass(&m->encoder, B, P + N, NULL, 0);
-        prompted_ids(c, m->encoder.ids, t, label, x_t, N, B, N);
-        stack_forward(m, &m->encoder, m->encoder.ids, &encode, 0);
-        cache_context(m, B * (P + N));
-    } else {
-        prompted_ids(c, m->decoder.ids, t, label, NULL, 0, B, 0);
-        decode_positions(m, m->decoder.ids, P, 0, 0);
-    }
-    m->state = DECODING;
-    return OK;
-}
-
-Err transformer_decode_step(Transformer *m, const int32_t *prev, size_t i, const real **logits) {
-    const NetConfig *c = &m->config;
-    if (m->state != DECODING) return err("transformer: a decoding step before decoding began");
-    if (i != m->next || i >= m->now_N)
-        return err("transformer: decoding step %zu, expected %zu of %zu", i, m->next, m->now_N);
-    if (i > 0) TRY(check_ids("previous token", prev, m->now_B, 0, c->dec_num_tokens));
-    int32_t *ids = m->decoder.ids;
-    for (size_t b = 0; b < m->now_B; b++) ids[b] = i > 0 ? prev[b] : 0;
-    if (c->kind == NET_X)
-        decode_positions(m, ids, 1, i, i);
-    else if (i > 0)
-        decode_positions(m, ids, 1, prompt_length(c) - 1 + i, i); /* i = 0: begin has done it */
-    m->next = i + 1;
-    *logits = m->logits;
-    return OK;
-}
-
-/* ---- Optimizer (SPEC sections 6 and 7) ---- */
-
-#ifdef REAL_DOUBLE
-static inline real square_root(real x) {
-    return sqrt(x);
-}
-#else
-static inline real square_root(real x) {
-    return sqrtf(x);
-}
-#endif
-
-/* Tensors are cut into pieces of fixed size, so that threads do not decide which elements run as vectors. */
-typedef struct {
-    const Param *row;
-    real keep, rate, inverse, eps, beta1, beta2, rest1, rest2; /* AdamW */
-    real step;                                                 /* EMA */
-} Update;
-
-static size_t pieces(size_t n) {
-    return (n + SMALL_WORK - 1) / SMALL_WORK;
-}
-
-static void adamw_piece(void *context, size_t piece) {
-    const Update *a = (const Update *)context;
-    const size_t k0 = piece * SMALL_WORK, n = min_size(SMALL_WORK, a->row->size - k0);
-    const real keep = a->keep, rate = a->rate, inverse = a->inverse, eps = a->eps;
-    const real beta1 = a->beta1, beta2 = a->beta2, rest1 = a->rest1, rest2 = a->rest2;
-    real *w = a->row->value + k0, *m = a->row->m + k0, *v = a->row->v + k0;
-    const real *g = a->row->grad + k0;
-#pragma omp simd
-    for (size_t k = 0; k < n; k++) {
-        m[k] = beta1 * m[k] + rest1 * g[k];
-        v[k] = beta2 * v[k] + rest2 * g[k] * g[k];
-        w[k] = keep * w[k] - rate * m[k] / (square_root(v[k]) * inverse + eps);
-    }
-}
-
-void adamw_step(Params *p, const AdamW *o, uint64_t step) {
-    const double correction1 = 1 - pow(o->beta1, (double)step), correction2 = 1 - pow(o->beta2, (double)step);
-    Update a;
-    memset(&a, 0, sizeof a);
-    a.beta1 = (real)o->beta1, a.beta2 = (real)o->beta2, a.eps = (real)o->eps;
-    a.rest1 = (real)(1 - o->beta1), a.rest2 = (real)(1 - o->beta2);
-    a.rate = (real)(o->lr / correction1), a.inverse = (real)(1 / sqrt(correction2));
-    for (size_t i = 0; i < p->n; i++) {
-        a.row = &p->row[i];
-        if (a.row->untrained) continue;
-        a.keep = (real)(1 - o->lr * a.row->decay * o->decay_scale);
-        parallel_for(threads_free(), pieces(a.row->size), adamw_piece, &a);
-    }
-}
-
-static void ema_piece(void *context, size_t piece) {
-    const Update *a = (const Update *)context;
-    const size_t k0 = piece * SMALL_WORK, n = min_size(SMALL_WORK, a->row->size - k0);
-    const real step = a->step, *w = a->row->value + k0;
-    real *e = a->row->ema + k0;
-#pragma omp simd
-    for (size_t k = 0; k < n; k++) e[k] -= step * (e[k] - w[k]);
-}
-
-void ema_update(Params *p, double decay, uint64_t num_updates) {
-    const float n = (float)num_updates, warm = (1 + n) / (10 + n), limit = (float)decay;
-    Update a;
-    memset(&a, 0, sizeof a);
-    a.step = (real)(1 - (warm < limit ? warm : limit));
-    for (size_t i = 0; i < p->n; i++) {
-        a.row = &p->row[i];
-        parallel_for(threads_free(), pieces(a.row->size), ema_piece, &a);
-    }
-}
-
-double lr_at(const LrSchedule *s, uint64_t n) {
-    const double pi = 3.14159265358979323846, x = (double)n;
-    if (x < s->warm_up_steps) return (s->lr_max - s->lr_start) / s->warm_up_steps * x + s->lr_start;
-    double done = (x - s->warm_up_steps) / (s->max_decay_steps - s->warm_up_steps);
-    return s->lr_min + 0.5 * (s->lr_max - s->lr_min) * (1 + cos(pi * (done < 1 ? done : 1)));
 }
