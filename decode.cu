@@ -1,7 +1,8 @@
 /* decode.cu - decoding token by token, with the keys and values of earlier positions kept.
  *
  * Owns the order of the steps; each step is a pass of transformer.cu's stack over one new position, whose keys and
- * values join those that earlier passes left behind. */
+ * values join those that earlier passes left behind. Such a pass does two operations for every number that it reads, so
+ * its speed is that of memory: linear layers stream their weights by (gemm_stream), once for the whole batch. */
 #include "transformer.h"
 
 /* ---- Decoding, one position at a time ---- */

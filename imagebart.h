@@ -137,6 +137,26 @@ size_t thread_index(void); /* of the calling thread in its loop: 0..threads-1 */
 void gemm(int trans_a, int trans_b, size_t M, size_t N, size_t K, const real *A, size_t lda, const real *B, size_t ldb,
           int accumulate, real *C, size_t ldc);
 
+/* A weight matrix (N,K), row-major without gaps, as it is stored: as it is; the upper halves of floats; whole numbers
+ * -127..127 and a factor for each row. */
+typedef enum { WEIGHTS_REAL, WEIGHTS_BF16, WEIGHTS_INT8 } WeightFormat;
+typedef struct {
+    WeightFormat format;
+    const void *data;
+    const float *scale; /* (N), WEIGHTS_INT8 only */
+} Weights;
+static inline size_t weight_bytes(WeightFormat f) {
+    return f == WEIGHTS_BF16 ? 2 : f == WEIGHTS_INT8 ? 1 : sizeof(real);
+}
+/* C (M,N) = A (M,K) W^T (+ C if accumulate), arithmetic in real. Both cannot fail, as gemm.
+ * gemm_weights   any M; the same bits as gemm of the unpacked weights
+ * gemm_stream    for few rows, M = 1..16 or so (any M is right): reads the weights once, at the speed of memory. An order
+ *                of additions of its own, fixed by K alone: a row alone equals the row in a batch, for any thread count. */
+void gemm_weights(size_t M, size_t N, size_t K, const real *A, size_t lda, const Weights *w, int accumulate, real *C,
+                  size_t ldc);
+void gemm_stream(size_t M, size_t N, size_t K, const real *A, size_t lda, const Weights *w, int accumulate, real *C,
+                 size_t ldc);
+
 /* conv.c: convolutions, with bias, of (B,C,h,w) arrays. CONV1 is 1x1, the others 3x3 with zeros around: CONV3 at every
  * cell; CONV_DOWN at every second, padded right and below only (h and w even); CONV_UP after nearest doubling. */
 typedef enum { CONV1, CONV3, CONV_DOWN, CONV_UP } ConvKind;

@@ -691,6 +691,16 @@ static int fill_rows(real *out, size_t ldo, const real *residual, const real *bi
     return 1;
 }
 
+/* out (R,l->out) = or += in (R,l->in) weight^T. While decoding the rows are few and the weights stream by. */
+static void multiply(const Transformer *m, const Linear *l, real *out, size_t ldo, int accumulate, const real *in,
+                     size_t ldi, size_t R) {
+    const Weights w = {WEIGHTS_REAL, value_of(m, l->weight), NULL};
+    if (m->state == DECODING)
+        gemm_stream(R, l->out, l->in, in, ldi, &w, accumulate, out, ldo);
+    else
+        gemm_weights(R, l->out, l->in, in, ldi, &w, accumulate, out, ldo);
+}
+
 /* linear_forward    out (R,l->out) = residual + bias + in (R,l->in) weight^T; rows of out and residual are ldo apart,
  *                   rows of in ldi; residual may be NULL or out
  * linear_backward   din (R,l->in) = or += dout weight; dweight +=, dbias += from dout (R,l->out) and in */
@@ -698,7 +708,7 @@ void linear_forward(const Transformer *m, const Linear *l, real *out, size_t ldo
                     size_t ldi, size_t R) {
     const real *bias = l->bias == NO_ROW ? NULL : value_of(m, l->bias);
     int filled = fill_rows(out, ldo, residual, bias, R, l->out);
-    gemm(0, 1, R, l->out, l->in, in, ldi, value_of(m, l->weight), l->in, filled, out, ldo);
+    multiply(m, l, out, ldo, filled, in, ldi, R);
 }
 
 typedef struct {
@@ -778,6 +788,7 @@ typedef struct {
     size_t B, heads, D, Tq, Tk;
     size_t key_stride; /* positions from one batch row's keys to the next's, >= Tk */
     int causal;        /* query i sees keys 0..i; Tq = Tk */
+    int decoding;      /* one query at a time */
     size_t unmasked;   /* and the first `unmasked` positions see each other */
 } AttendShape;
 
@@ -827,10 +838,38 @@ static void attend_forward_head(void *context, size_t task) {
     }
 }
 
+/* The same for one query, as decoding has it: keys and values are read where they lie, once. */
+static void attend_one_query(void *context, size_t task) {
+    enum { PART = 32 }; /* channels whose sums stay in registers */
+    const Attend *a = (const Attend *)context;
+    const AttendShape *s = a->s;
+    const size_t inner = s->heads * s->D, D = s->D, b = task / s->heads, h = task % s->heads;
+    const real *q = a->q + task * D, *k = a->k + b * s->key_stride * inner + h * D;
+    const real *v = a->v + b * s->key_stride * inner + h * D;
+    real *p = a->scores + task * QUERY_BLOCK * s->Tk, *y = a->y + task * D;
+    for (size_t j = 0; j < s->Tk; j++) p[j] = dot(q, k + j * inner, D);
+    softmax_row(p, s->Tk, s->Tk, (real)(1 / sqrt((double)D)));
+    for (size_t d = 0; d < D; d += PART) {
+        real sum[PART] = {0};
+        const size_t n = min_size(PART, D - d);
+        if (n == PART)
+            for (size_t j = 0; j < s->Tk; j++)
+#pragma omp simd
+                for (size_t i = 0; i < PART; i++) sum[i] += p[j] * v[j * inner + d + i];
+        else
+            for (size_t j = 0; j < s->Tk; j++)
+                for (size_t i = 0; i < n; i++) sum[i] += p[j] * v[j * inner + d + i];
+        memcpy(y + d, sum, n * sizeof *y);
+    }
+}
+
 static void attend_forward(const AttendShape *s, real *y, real *p, real *scores, const real *q, const real *k,
                            const real *v) {
     Attend a = {s, q, k, v, NULL, y, p, scores, NULL, NULL, NULL};
-    parallel_for(threads_free(), s->B * s->heads, attend_forward_head, &a);
+    if (s->decoding)
+        parallel_for(threads_for(s->B * s->Tk * s->heads * s->D), s->B * s->heads, attend_one_query, &a);
+    else
+        parallel_for(threads_free(), s->B * s->heads, attend_forward_head, &a);
 }
 
 /* ds (rows,keys; Tk apart) holds dp; becomes the gradient of q k^T: p (dp - sum_j p dp) scale */
@@ -874,13 +913,14 @@ static void attend_backward(const AttendShape *s, real *dq, real *dk, real *dv, 
 
 /* ---- Blocks: next = x + block(normed) ---- */
 
-static AttendShape attend_shape(const Stack *s, const Layer *l, const Pass *pass) {
+static AttendShape attend_shape(const Transformer *m, const Stack *s, const Layer *l, const Pass *pass) {
     int cross = l->kind == BLOCK_CROSS;
     AttendShape shape;
     shape.B = pass->B, shape.heads = l->heads, shape.D = l->D, shape.Tq = pass->n;
     shape.Tk = cross ? pass->T_context : pass->pos + pass->n;
     shape.key_stride = cross ? pass->T_context : pass->stride;
     shape.causal = pass->causal && !cross;
+    shape.decoding = m->state == DECODING;
     shape.unmasked = s->unmasked;
     return shape;
 }
@@ -901,7 +941,7 @@ static void project_positions(const Transformer *m, const Linear *l, real *out, 
  *   source: normed itself, or the context in cross-attention */
 static void attention_forward(Transformer *m, const Stack *s, Layer *l, real *next, const Pass *pass) {
     const size_t R = pass->B * pass->n, C = s->C, inner = l->heads * l->D;
-    const AttendShape shape = attend_shape(s, l, pass);
+    const AttendShape shape = attend_shape(m, s, l, pass);
     linear_forward(m, &l->q, l->query, inner, NULL, l->normed, C, R);
     if (l->kind == BLOCK_SELF) {
         project_positions(m, &l->k, l->key, l->normed, pass);
@@ -917,7 +957,7 @@ static void attention_forward(Transformer *m, const Stack *s, Layer *l, real *ne
 static void attention_backward(Transformer *m, const Stack *s, const Layer *l, const real *dout, real *dcontext,
                                const Pass *pass) {
     const size_t R = pass->B * pass->n;
-    const AttendShape shape = attend_shape(s, l, pass);
+    const AttendShape shape = attend_shape(m, s, l, pass);
     linear_backward(m, &l->out, m->dy, 0, dout, l->y, R);
     attend_backward(&shape, m->dquery, m->dkey, m->dvalue, m->dy, l->p, m->scores, l->query, l->key, l->value);
     linear_backward(m, &l->q, m->dnormed, 0, m->dquery, l->normed, R);
@@ -932,7 +972,7 @@ static void attention_backward(Transformer *m, const Stack *s, const Layer *l, c
  * feed_forward_backward   m->dnormed overwritten, parameters +=, from dout (R,C) */
 static void feed_forward(Transformer *m, Layer *l, real *next, size_t R) {
     const size_t C = l->up.in, H = l->up.out;
-    gemm(0, 1, R, H, C, l->normed, C, value_of(m, l->up.weight), C, 0, l->g, H);
+    multiply(m, &l->up, l->g, H, 0, l->normed, C, R);
     gelu_forward(l->g, l->dg, value_of(m, l->up.bias), R, H);
     linear_forward(m, &l->down, next, C, l->x, l->g, H, R);
 }

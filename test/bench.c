@@ -248,6 +248,49 @@ static void bench_gemm(void) {
     }
 }
 
+/* ---- Few rows against weights from memory, as decoding does ---- */
+
+typedef struct {
+    size_t M, N, K, matrices;
+    Weights w;
+    real *A, *C;
+} StreamJob;
+
+static void run_stream(void *context) {
+    const StreamJob *s = (const StreamJob *)context;
+    const size_t bytes = s->N * s->K * weight_bytes(s->w.format);
+    for (size_t i = 0; i < s->matrices; i++) {
+        const Weights w = {s->w.format, (const char *)s->w.data + i * bytes, s->w.scale};
+        gemm_stream(s->M, s->N, s->K, s->A, s->K, &w, 0, s->C, s->N);
+    }
+}
+
+static const char *const format_names[] = {"f32", "bf16", "int8"};
+
+static void bench_stream(void) {
+    static const size_t shapes[][2] = {{1024, 752}, {752, 1024}, {3008, 752}, {752, 3008}, {3200, 800}, {548, 752}};
+    static const size_t rows[] = {1, 2, 4, 16};
+    const size_t total = (size_t)128 << 20;
+    section("gemm_stream: (M,K) * (N,K)^T, 128 MiB of matrices");
+    for (int format = WEIGHTS_REAL; format <= WEIGHTS_INT8; format++)
+        for (size_t m = 0; m < COUNT(rows); m++)
+            for (size_t k = 0; k < COUNT(shapes); k++) {
+                StreamJob s = {rows[m], shapes[k][0], shapes[k][1], 0, {(WeightFormat)format, NULL, NULL}, NULL, NULL};
+                const size_t bytes = s.N * s.K * weight_bytes(s.w.format);
+                s.matrices = total / bytes;
+                s.w.data = reals(total / sizeof(real), "weights"), s.w.scale = (const float *)reals(s.N, "factors");
+                s.A = (real *)reals(s.M * s.K, "A"), s.C = (real *)reals(s.M * s.N, "C");
+                char name[96];
+                snprintf(name, sizeof name, "%s, %zu x %zu x %zu", format_names[format], s.M, s.K, s.N);
+                row((Row){name, 2.0 * (double)(s.M * s.N * s.K * s.matrices), (double)(s.matrices * bytes)}, run_stream,
+                    &s);
+                free((void *)s.w.data);
+                free((void *)s.w.scale);
+                free(s.A);
+                free(s.C);
+            }
+}
+
 /* ---- All of them ---- */
 
 static const struct {
@@ -255,6 +298,7 @@ static const struct {
     void (*run)(void);
 } sections[] = {
     {"gemm", bench_gemm},
+    {"stream", bench_stream},
 };
 
 static int usage(void) {

@@ -3,6 +3,7 @@
  *   bound     random numbers against long double, within the a-priori bound of the promised order of additions
  *   bits      equality with that order written out as a plain loop, for 1, 2 and 3 threads, inside a parallel region,
  *             from two plain threads at once, and for single rows
+ * Weights in fewer bits and the product for few rows: against a bound, and bits in any company and on any thread.
  * Everything around the matrices (strides wider than the rows, memory behind the last row) must stay unread and
  * untouched: inputs are padded with NaN, outputs with a mark, and nothing is allocated behind the last element. */
 #include "test.h"
@@ -291,10 +292,93 @@ static void test_negative_control(void) {
     free_case(&c);
 }
 
+/* ---- Weights in fewer bits, and few rows ---- */
+
+enum { FEW = 21, COLS = 147, LONG = 603 }; /* no multiples of anything */
+typedef struct {
+    real A[FEW * LONG], plain[COLS * LONG]; /* plain: the weights, unpacked */
+    uint16_t half[COLS * LONG];
+    int8_t byte[COLS * LONG];
+    float scale[COLS];
+    Weights w;
+} Packed;
+
+static real number(size_t i) {
+    return (real)(2 * rng_uniform(5, rng_stream(RNG_TEST, 0, 0), i) - 1);
+}
+
+static void make_packed(Packed *p, WeightFormat format) {
+    for (size_t i = 0; i < FEW * LONG; i++) p->A[i] = number(3 * i + 1);
+    for (size_t i = 0; i < COLS * LONG; i++) {
+        const float x = (float)number(i);
+        uint32_t bits;
+        memcpy(&bits, &x, sizeof bits);
+        bits &= 0xffff0000u;
+        p->half[i] = (uint16_t)(bits >> 16);
+        p->byte[i] = (int8_t)((int)(i * 37 % 255) - 127);
+        p->scale[i / LONG] = 0.001f * (float)(i / LONG % 11 + 1);
+        float rounded;
+        memcpy(&rounded, &bits, sizeof rounded);
+        p->plain[i] = format == WEIGHTS_BF16   ? (real)rounded
+                      : format == WEIGHTS_INT8 ? (real)p->byte[i] * (real)p->scale[i / LONG]
+                                               : number(i);
+    }
+    p->w.format = format, p->w.scale = p->scale;
+    p->w.data = format == WEIGHTS_BF16 ? (void *)p->half : format == WEIGHTS_INT8 ? (void *)p->byte : (void *)p->plain;
+}
+
+/* |error| of a sum of n products <= 2n units in the last place of the sum of magnitudes: each is rounded at most twice. */
+static int stream_is_right(const Packed *p, size_t M, size_t N, size_t K, const real *C, size_t ldc, real before) {
+    for (size_t i = 0; i < M; i++)
+        for (size_t j = 0; j < N; j++) {
+            double sum = (double)before, size = fabs((double)before);
+            for (size_t k = 0; k < K; k++) {
+                const double x = (double)p->A[i * LONG + k] * (double)p->plain[j * K + k];
+                sum += x, size += fabs(x);
+            }
+            if (!(fabs((double)C[i * ldc + j] - sum) <= 2 * (double)(K + 2) * UNIT * size)) return 0;
+        }
+    return 1;
+}
+
+static void test_stream(void) {
+    static Packed p;
+    static real all[FEW * COLS], other[FEW * COLS];
+    static const size_t rows[] = {1, 2, 3, 4, 7, 16, FEW};
+    for (int format = WEIGHTS_REAL; format <= WEIGHTS_INT8; format++) {
+        make_packed(&p, (WeightFormat)format);
+        threads_set(1);
+        gemm_stream(FEW, COLS, LONG, p.A, LONG, &p.w, 0, all, COLS);
+        CHECK(stream_is_right(&p, FEW, COLS, LONG, all, COLS, 0));
+        for (size_t k = 0; k < sizeof rows / sizeof *rows; k++) /* the same bits in any company, on any thread */
+            for (int threads = 1; threads <= 3; threads++) {
+                const size_t M = rows[k], first = FEW - M;
+                threads_set(threads);
+                gemm_stream(M, COLS, LONG, p.A + first * LONG, LONG, &p.w, 0, other, COLS);
+                CHECK(!memcmp(other, all + first * COLS, M * COLS * sizeof(real)));
+            }
+        gemm_weights(FEW, COLS, LONG, p.A, LONG, &p.w, 0, other, COLS); /* the same bits as gemm */
+        gemm(0, 1, FEW, COLS, LONG, p.A, LONG, p.plain, LONG, 0, all, COLS);
+        CHECK(!memcmp(all, other, sizeof all));
+        for (size_t i = 0; i < FEW * COLS; i++) other[i] = (real)0.5;
+        gemm_weights(FEW, COLS, LONG, p.A, LONG, &p.w, 1, other, COLS);
+        CHECK(stream_is_right(&p, FEW, COLS, LONG, other, COLS, (real)0.5));
+        for (size_t i = 0; i < FEW * COLS; i++) other[i] = (real)0.5;
+        gemm_stream(3, 1, LONG, p.A, LONG, &p.w, 1, other, COLS); /* accumulates; touches nothing beside it */
+        CHECK(stream_is_right(&p, 3, 1, LONG, other, COLS, (real)0.5) && other[1] == (real)0.5);
+        other[0] += 1; /* the check can fail */
+        CHECK(!stream_is_right(&p, 3, 1, LONG, other, COLS, (real)0.5));
+        gemm_stream(2, 2, 0, p.A, LONG, &p.w, 0, other, COLS);
+        CHECK(other[0] == 0 && other[COLS + 1] == 0 && other[2] == (real)0.5);
+    }
+    threads_set(0);
+}
+
 int main(void) {
     test_shapes();
     test_empty();
     test_bits();
     test_negative_control();
+    test_stream();
     return test_report();
 }
