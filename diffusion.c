@@ -710,6 +710,7 @@ static Err build_net(Model *m, const Checkpoint *ck) {
     }
     TRY(check_unexpected(m->net, ck, p));
     const int ema = !m->no_ema && checkpoint_find(ck, "transformer_ema.num_updates");
+    p->format = m->weights;
     return params_map(p, ck, ema ? "transformer_ema." : "transformer.", ema);
 }
 

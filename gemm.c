@@ -352,6 +352,37 @@ INLINE Vec load_last(const real *p, size_t n) {
     return v;
 }
 
+static uint16_t to_bf16(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    const uint32_t rounded = bits + 0x7fffu + (bits >> 16 & 1);
+    return (uint16_t)((x == x ? rounded : bits | 0x400000u) >> 16);
+}
+
+static float pack_int8(int8_t *out, const real *x, size_t n) {
+    float largest = 0;
+    int finite = 1;
+    for (size_t i = 0; i < n; i++) {
+        const float size = (float)(x[i] < 0 ? -x[i] : x[i]);
+        finite &= size <= 3e38f; /* false for NaN */
+        largest = size > largest ? size : largest;
+    }
+    const float scale = largest / 127, inverse = scale > 0 ? 1 / scale : 0;
+    for (size_t i = 0; i < n; i++) {
+        const float q = finite ? (float)x[i] * inverse : 0;
+        out[i] = (int8_t)(q < -127 ? -127 : q > 127 ? 127 : q + (q < 0 ? -0.5f : 0.5f));
+    }
+    return finite ? scale : 0.0f / 0.0f;
+}
+
+void weights_pack(WeightFormat format, void *out, float *scale, const real *x, size_t n) {
+    if (format == WEIGHTS_INT8) {
+        *scale = pack_int8((int8_t *)out, x, n);
+        return;
+    }
+    for (size_t i = 0; i < n; i++) ((uint16_t *)out)[i] = to_bf16((float)x[i]);
+}
+
 static __thread real unpacked[NR * KC] __attribute__((aligned(64)));
 
 INLINE void unpack_row(WeightFormat format, real *to, const void *data, size_t i, size_t n, real scale) {

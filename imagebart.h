@@ -148,6 +148,9 @@ typedef struct {
 static inline size_t weight_bytes(WeightFormat f) {
     return f == WEIGHTS_BF16 ? 2 : f == WEIGHTS_INT8 ? 1 : sizeof(real);
 }
+/* out = n numbers packed, format not WEIGHTS_REAL. bf16 rounds to the nearest, ties to even: off by 2^-8 of a number at
+ * most. int8: *scale = largest/127, off by half of that; numbers that are not finite make *scale NaN. */
+void weights_pack(WeightFormat format, void *out, float *scale, const real *x, size_t n);
 /* C (M,N) = A (M,K) W^T (+ C if accumulate), arithmetic in real. Both cannot fail, as gemm.
  * gemm_weights   any M; the same bits as gemm of the unpacked weights
  * gemm_stream    for few rows, M = 1..16 or so (any M is right): reads the weights once, at the speed of memory. An order
@@ -274,16 +277,20 @@ typedef struct {
     int ndim;
     size_t dim[4], size;
     Init init;
-    double scale;  /* standard deviation of INIT_NORMAL, half width of INIT_UNIFORM */
-    double decay;  /* AdamW weight decay of this tensor */
-    int untrained; /* never receives a gradient: the optimizer skips it altogether, as PyTorch does */
+    double scale;   /* standard deviation of INIT_NORMAL, half width of INIT_UNIFORM */
+    double decay;   /* AdamW weight decay of this tensor */
+    int untrained;  /* never receives a gradient: the optimizer skips it altogether, as PyTorch does */
+    int matrix;     /* the weight (out,in) of a linear layer: may be kept in fewer bits for sampling */
+    Weights packed; /* then; data NULL: not packed */
     real *value, *grad, *m, *v, *ema; /* each NULL until planned */
 } Param;
 typedef struct {
     Param *row;
     size_t n, capacity;
-    size_t total;   /* elements of one arena, padding included */
-    real *arena[5]; /* value, grad, m, v, ema: one allocation each */
+    size_t total;        /* elements of one arena, padding included */
+    real *arena[5];      /* value, grad, m, v, ema: one allocation each */
+    void *packed;        /* of all matrices */
+    WeightFormat format; /* how params_map keeps matrices; set before */
 } Params;
 enum { PLAN_VALUE = 1, PLAN_GRAD = 2, PLAN_ADAM = 4, PLAN_EMA = 8 };
 /* Appends a row; *index = its number (rows may move while the table grows: keep numbers, not pointers). */
@@ -301,8 +308,12 @@ void params_swap_ema(Params *p);          /* exchanges value and ema: twice is n
 Err params_load(Params *p, const Checkpoint *ck, char which, const char *prefix);
 Err params_load_ema(Params *p, const Checkpoint *ck, char which, const char *ema_prefix);
 /* The values of a table without memory are those of the file where they lie, if they lie there as aligned reals, else
- * copies. For sampling: nothing may be written to them, and the file must stay open. strip_dots: EMA names. */
+ * copies. For sampling: nothing may be written to them, and the file must stay open. strip_dots: EMA names.
+ * p->format other than WEIGHTS_REAL: matrices have no value but are packed, row by row, so that a file's pages need not stay
+ * in memory; bf16 is used where it lies in the file if it is that already. */
 Err params_map(Params *p, const Checkpoint *ck, const char *prefix, int strip_dots);
+/* Packs the matrices of a table that has values, which stay: for tests and benchmarks. */
+Err params_pack(Params *p, WeightFormat format);
 /* Tensors for checkpoint_write: `which` of every row, named prefix+name. Appends to *list (capacity grows). */
 typedef struct {
     Tensor *tensor;
@@ -570,10 +581,11 @@ typedef struct {
     char **class_name;
     int loaded; /* scale whose transition is in memory, 0: none. One at a time. */
     Transformer *net;
-    Checkpoint file; /* its file: the weights stay there */
-    int joint;       /* one file for all scales */
-    int official;    /* the files are PyTorch's */
-    int no_ema;      /* set after model_open: sample with the trained weights rather than their moving average */
+    Checkpoint file;      /* its file: the weights stay there */
+    int joint;            /* one file for all scales */
+    int official;         /* the files are PyTorch's */
+    int no_ema;           /* set after model_open: sample with the trained weights rather than their moving average */
+    WeightFormat weights; /* set after model_open: how the transitions' matrices are kept */
 } Model;
 /* A recipe (models/NAME.txt) is a list of "part.key value" lines; part is vqgan, scale (encoder-decoder scales and joint),
  * last (scale T), joint or scaleN (that alone, overrides). Keys are the official configuration's. *to gets the keys of
@@ -657,7 +669,7 @@ const char *duration(char text[32], double s); /* "1 h 02 min", "3 min 05 s", "4
 /* What ./sample and ./inpaint ask alike, and how both draw. SAMPLING_OPTIONS(a, ...) are the rows of an Option table.
  */
 typedef struct {
-    const char *model, *out, *class_name, *temperature, *top_k, *chain_length, *device;
+    const char *model, *out, *class_name, *temperature, *top_k, *chain_length, *device, *weights;
     size_t n, batch, threads;
     uint64_t seed; /* SEED_NOT_GIVEN: take one from the clock; it is printed and kept in the PNG */
     int official_temperature, no_ema, show;
@@ -701,6 +713,13 @@ typedef struct {
          0,                                                                                                            \
          0,                                                                                                            \
          "the trained weights, not their moving average, where a file has both"},                                      \
+        {OPT_STRING,                                                                                                   \
+         "--weights",                                                                                                  \
+         "TYPE",                                                                                                       \
+         &(a).weights,                                                                                                 \
+         0,                                                                                                            \
+         0,                                                                                                            \
+         "the transformers' matrices as f32 (default), bf16 or int8: faster,\nless exact"},                            \
         {OPT_SIZE, "--batch", "N", &(a).batch, 1, 4096, "samples computed side by side (default 16)"},                 \
         {OPT_STRING, "--device", "cpu|cuda", &(a).device, 0, 0, "where to compute; this version: cpu"},                \
         {OPT_SIZE, "--threads", "N", &(a).threads, 0, 4096, "0 (default): all; the result does not depend on it"}, {   \

@@ -226,6 +226,7 @@ static Err add_linear(Transformer *m, Linear *l, size_t in, size_t out, int bias
     l->in = in, l->out = out, l->bias = NO_ROW;
     TRY(params_add(&m->params, &l->weight, x ? INIT_UNIFORM : INIT_NORMAL, x ? half_width : EMBEDDING_STD, WEIGHT_DECAY,
                    2, dim, "%s.weight", name));
+    m->params.row[l->weight].matrix = 1;
     if (!bias) return OK;
     return params_add(&m->params, &l->bias, x ? INIT_UNIFORM : INIT_ZERO, x ? half_width : 0, x ? WEIGHT_DECAY : 0, 1,
                       dim, "%s.bias", name);
@@ -694,7 +695,8 @@ static int fill_rows(real *out, size_t ldo, const real *residual, const real *bi
 /* out (R,l->out) = or += in (R,l->in) weight^T. While decoding the rows are few and the weights stream by. */
 static void multiply(const Transformer *m, const Linear *l, real *out, size_t ldo, int accumulate, const real *in,
                      size_t ldi, size_t R) {
-    const Weights w = {WEIGHTS_REAL, value_of(m, l->weight), NULL};
+    const Param *p = &m->params.row[l->weight];
+    const Weights plain = {WEIGHTS_REAL, p->value, NULL}, w = p->packed.data ? p->packed : plain;
     if (m->state == DECODING)
         gemm_stream(R, l->out, l->in, in, ldi, &w, accumulate, out, ldo);
     else

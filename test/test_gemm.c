@@ -374,11 +374,99 @@ static void test_stream(void) {
     threads_set(0);
 }
 
+/* The packed form of x (n), unpacked again. */
+static void pack_and_unpack(WeightFormat format, real *out, const real *x, size_t n) {
+    static uint16_t half[LONG];
+    static int8_t byte[LONG];
+    float scale = 0;
+    weights_pack(format, format == WEIGHTS_BF16 ? (void *)half : (void *)byte, &scale, x, n);
+    for (size_t i = 0; i < n; i++) {
+        const uint32_t bits = (uint32_t)half[i] << 16;
+        float f;
+        memcpy(&f, &bits, sizeof f);
+        out[i] = format == WEIGHTS_BF16 ? (real)f : (real)byte[i] * (real)scale;
+    }
+}
+
+static double largest_of(const real *x, size_t n) {
+    double largest = 0;
+    for (size_t i = 0; i < n; i++) largest = fmax(largest, fabs((double)x[i]));
+    return largest;
+}
+
+/* Of one weight: 2^-8 of itself in bf16 (8 bits, half of the last), half of largest/127 in int8, and the rounding of that arithmetic. */
+static double pack_bound(WeightFormat format, double x, double largest) {
+    return format == WEIGHTS_BF16 ? 0x1p-8 * fabs(x) : (0.5 + 1e-4) * largest / 127;
+}
+
+static void test_pack(void) {
+    static real x[LONG], y[LONG];
+    for (int format = WEIGHTS_BF16; format <= WEIGHTS_INT8; format++)
+        for (size_t n = 1; n <= LONG; n += 43) {
+            int ok = 1;
+            for (size_t i = 0; i < n; i++) x[i] = number(7 * i + n) * (real)(n % 3 ? 0.02 : 300);
+            pack_and_unpack((WeightFormat)format, y, x, n);
+            const double largest = largest_of(x, n);
+            for (size_t i = 0; i < n; i++)
+                ok &= fabs((double)y[i] - (double)x[i]) <= pack_bound((WeightFormat)format, (double)x[i], largest);
+            CHECK(ok);
+        }
+    const real ties[] = {1, (real)1.00390625, (real)1.01171875, -2, 0}; /* 1 + 2^-8: to even, down; 1 + 3 2^-8: up */
+    pack_and_unpack(WEIGHTS_BF16, y, ties, 5);
+    CHECK(y[0] == 1 && y[1] == 1 && y[2] == (real)1.015625 && y[3] == -2 && y[4] == 0);
+    const real zeros[3] = {0, 0, 0}, bad[3] = {1, (real)NAN, 2}, endless[2] = {1, (real)INFINITY};
+    pack_and_unpack(WEIGHTS_INT8, y, zeros, 3);
+    CHECK(y[0] == 0 && y[2] == 0);
+    pack_and_unpack(WEIGHTS_INT8, y, bad, 3);
+    CHECK(y[0] != y[0]);
+    pack_and_unpack(WEIGHTS_INT8, y, endless, 2);
+    CHECK(y[0] != y[0]);
+    pack_and_unpack(WEIGHTS_BF16, y, bad, 3);
+    CHECK(y[0] == 1 && y[1] != y[1]);
+}
+
+/* What packing does to a product: off by at most the sum of |A| times the bound of each weight, and rounding. */
+static void test_pack_error(void) {
+    static Packed p;
+    static real exact[FEW * COLS], got[FEW * COLS];
+    for (int format = WEIGHTS_BF16; format <= WEIGHTS_INT8; format++) {
+        int ok = 1;
+        double worst = 0, error = 0, size = 0;
+        make_packed(&p, WEIGHTS_REAL);
+        gemm_stream(FEW, COLS, LONG, p.A, LONG, &p.w, 0, exact, COLS);
+        for (size_t j = 0; j < COLS; j++) {
+            void *to = format == WEIGHTS_BF16 ? (void *)(p.half + j * LONG) : (void *)(p.byte + j * LONG);
+            weights_pack((WeightFormat)format, to, &p.scale[j], p.plain + j * LONG, LONG);
+        }
+        p.w.format = (WeightFormat)format;
+        p.w.data = format == WEIGHTS_BF16 ? (void *)p.half : (void *)p.byte;
+        gemm_stream(FEW, COLS, LONG, p.A, LONG, &p.w, 0, got, COLS);
+        for (size_t r = 0; r < FEW * COLS; r++) {
+            const real *a = p.A + r / COLS * LONG, *w = p.plain + r % COLS * LONG;
+            const double largest = largest_of(w, LONG), d = fabs((double)got[r] - (double)exact[r]);
+            double bound = 0;
+            for (size_t k = 0; k < LONG; k++) {
+                const double one = pack_bound((WeightFormat)format, (double)w[k], largest);
+                bound += fabs((double)a[k]) * (one + 4 * (LONG + 2) * UNIT * (fabs((double)w[k]) + one));
+            }
+            ok &= d <= bound;
+            worst = fmax(worst, d / bound);
+            error += d * d, size += (double)exact[r] * (double)exact[r];
+        }
+        CHECK(ok);
+        CHECK(worst > 1e-3); /* it is not the same product */
+        printf("%s weights: a product of %d is off by %.2g of its size (root mean square), at most %.2f of the bound\n",
+               format == WEIGHTS_BF16 ? "bf16" : "int8", LONG, sqrt(error / size), worst);
+    }
+}
+
 int main(void) {
     test_shapes();
     test_empty();
     test_bits();
     test_negative_control();
     test_stream();
+    test_pack();
+    test_pack_error();
     return test_report();
 }
