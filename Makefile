@@ -1,7 +1,7 @@
 # make              the three programs: ./sample ./train ./inpaint
 # make test         every test; the last line is "N passed, N failed"
 # make test SANITIZE=1   the same under AddressSanitizer and UndefinedBehaviorSanitizer
-# make bench        how fast, as fractions of this machine's ceilings
+# make bench        how fast, as fractions of this machine's ceilings and beside PyTorch; also in bench.tsv
 # make fuzz SECONDS=60  the readers of checkpoints under libFuzzer (needs clang; Debian: clang, libclang-rt-14-dev)
 # make data/emoji   the pictures that the bundled model was trained on
 # Variables: CC=clang, MARCH=x86-64-v3 (default native), SANITIZE=1. Each combination builds in its own folder.
@@ -98,8 +98,12 @@ $B/double/%.o: %.cu Makefile
 test: $(TEST_BIN) $B/golden $B/pictures $(PROGRAMS:%=$B/%)
 	@test/run.sh $B $(TEST_BIN)
 
+# The official model in PyTorch beside ours, where PYTHON has PyTorch.
+PYTHON ?= python3
 bench: test/bench
-	test/bench
+	test/bench -o bench.tsv
+	@if $(PYTHON) -c 'import torch' 2>/dev/null; then $(PYTHON) test/bench_torch.py bench.tsv; \
+	else echo "skipped: comparison with PyTorch, which $(PYTHON) does not have (PYTHON=... chooses another)"; fi
 
 FUZZ := zip pickle legacy safetensors
 SECONDS ?= 60
