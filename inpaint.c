@@ -265,7 +265,7 @@ static void inpaint(SamplingArgs *a, const InpaintArgs *in) {
     if (a->show) check(show_png(a->out));
     image_free(&job.picture);
     model_close(&job.model);
-    void *buffers[] = {job.keep, job.keep_token, job.known, job.tokens, job.label};
+    void *buffers[] = {job.keep, job.keep_token, job.known, job.label, job.drawn, job.tokens};
     for (size_t i = 0; i < sizeof buffers / sizeof *buffers; i++) free(buffers[i]);
 }
 
