@@ -1,12 +1,13 @@
 # make              the three programs: ./sample ./train ./inpaint
 # make test         every test; the last line is "N passed, N failed"
 # make test SANITIZE=1   the same under AddressSanitizer and UndefinedBehaviorSanitizer
-# make bench        how fast, as fractions of this machine's ceilings
+# make bench        how fast, as fractions of this machine's ceilings and beside PyTorch; also in bench.tsv
 # make fuzz SECONDS=60  the readers of checkpoints under libFuzzer (needs clang; Debian: clang, libclang-rt-14-dev)
 # make ffhq         fetches an official model: also ffhq2 churches bedrooms cats imagenet imagenet4 (models/fetch.sh)
 # make fullsize     the official models at full size, with random weights, against PyTorch (PYTHON=..., MODELS=...)
 # make data/emoji   the pictures that the bundled model was trained on
-# Variables: MODELS_URL=https://... (where official models come from), CC=clang, MARCH=x86-64-v3 (default native), SANITIZE=1. Each combination builds in its own folder.
+# Variables: CC=clang, MARCH=x86-64-v3 (default native), SANITIZE=1 (each combination builds in its own folder),
+# MODELS_URL=https://... (where official models come from), PYTHON=... (which has PyTorch, for comparisons).
 
 CC ?= cc
 ifeq ($(origin CC),default)
@@ -21,7 +22,7 @@ comma := ,
 
 # ---- what this machine has: each feature is verified by compiling something ----
 compiles = $(shell printf '%b\n' '$(1)' | $(CC) -x c - $(2) -o /dev/null 2>/dev/null && echo yes)
-HAVE_OPENMP := $(call compiles,int main(void) { return 0; },-fopenmp)
+HAVE_SIMD := $(call compiles,int main(void) { return 0; },-fopenmp-simd)
 HAVE_MARCH := $(call compiles,int main(void) { return 0; },-march=$(MARCH))
 HAVE_PNG := $(call compiles,#include <png.h>\nint main(void) { return !png_get_libpng_ver(0); },-lpng)
 HAVE_JPEG := $(call compiles,#include <stdio.h>\n#include <jpeglib.h>\nint main(void) { return !jpeg_std_error(0); },-ljpeg)
@@ -30,7 +31,6 @@ OFFICIAL := ffhq ffhq2 churches bedrooms cats imagenet imagenet4
 
 ifneq ($(filter-out clean format $(OFFICIAL) vqgan lsun,$(or $(MAKECMDGOALS),all)),)
 $(info compiler  $(CC) -march=$(MARCH)$(if $(filter 1,$(SANITIZE)), with sanitizers))
-$(info OpenMP    $(if $(HAVE_OPENMP),yes,no: one thread only (Debian: libgomp comes with gcc$(comma) clang needs libomp-dev)))
 ifeq ($(HAVE_PNG),)
 $(error libpng is missing. Debian: apt-get install libpng-dev)
 endif
@@ -43,17 +43,18 @@ endif
 
 # -ffp-contract=fast: a*b+c may become one fused multiply-add, which every kernel here is built on. -fno-math-errno and
 # -fno-trapping-math only promise that nobody reads errno or floating-point traps, so that sqrt and selects vectorise.
-# No -ffast-math: sums keep their order, NaN stays NaN.
+# No -ffast-math: sums keep their order, NaN stays NaN, except in loops marked "omp simd", whose sums run in lanes
+# (-fopenmp-simd: that mark alone, nothing of OpenMP's library).
 WARN := -Wall -Wextra -Wshadow -Werror
 ifneq ($(findstring clang,$(shell $(CC) --version 2>/dev/null)),)
 WARN += -Wno-pass-failed # "this loop was not vectorised" is a remark about speed, not about the code
 endif
 OPT := $(if $(filter 1,$(SANITIZE)),-O2 -fsanitize=address$(comma)undefined -fno-sanitize-recover=all -fno-omit-frame-pointer,-O3)
 CFLAGS := -std=c11 -D_GNU_SOURCE -g $(OPT) $(if $(HAVE_MARCH),-march=$(MARCH)) -ffp-contract=fast -fno-math-errno \
-          -fno-trapping-math $(WARN) $(if $(HAVE_OPENMP),-fopenmp,-Wno-unknown-pragmas)
+          -fno-trapping-math $(WARN) $(if $(HAVE_SIMD),-fopenmp-simd,-Wno-unknown-pragmas)
 LDLIBS := -lpng -ljpeg -lz -lm -lpthread
 
-COMPONENTS := base gemm conv checkpoint ckpt params data vqgan transformer classes diffusion
+COMPONENTS := base gemm conv checkpoint ckpt params data vqgan transformer decode optimizer classes diffusion
 PROGRAMS := sample train inpaint
 TESTS := base gemm conv checkpoint ckpt data vqgan transformer classes diffusion
 TESTS_DOUBLE := gemm conv vqgan transformer
@@ -102,11 +103,14 @@ $B/double/%.o: %.cu Makefile
 test: $(TEST_BIN) $B/golden $B/pictures $B/logits $(PROGRAMS:%=$B/%)
 	@test/run.sh $B $(TEST_BIN)
 
+# The official model in PyTorch beside ours, where PYTHON has PyTorch.
+PYTHON ?= python3
 bench: test/bench
-	test/bench
+	test/bench -o bench.tsv
+	@if $(PYTHON) -c 'import torch' 2>/dev/null; then $(PYTHON) test/bench_torch.py bench.tsv; \
+	else echo "skipped: comparison with PyTorch, which $(PYTHON) does not have (PYTHON=... chooses another)"; fi
 
 # Not part of `make test`: it writes 10 GiB at a time under build/fullsize and takes half an hour.
-PYTHON ?= python3
 fullsize: $B/fullsize $B/sample
 	@PYTHON=$(PYTHON) test/fullsize.sh $B build/fullsize $(MODELS)
 
@@ -115,7 +119,7 @@ SECONDS ?= 60
 fuzz: $B/test_ckpt
 	@for f in $(FUZZ); do mkdir -p build/fuzz/$$f && clang -std=c11 -D_GNU_SOURCE -g -O1 -Wno-unknown-pragmas \
 	    -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -o build/fuzz_$$f test/fuzz_$$f.c base.c \
-	    checkpoint.c ckpt.c -lz -lm || exit 1; done
+	    checkpoint.c ckpt.c -lz -lm -lpthread || exit 1; done
 	@$B/test_ckpt --seeds build/fuzz
 	@cp test/golden-cases/ckpt_formats/model_half_legacy.ckpt build/fuzz/legacy
 	@cp test/golden-cases/ckpt_formats/model_half.ckpt build/fuzz/zip

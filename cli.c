@@ -313,10 +313,15 @@ Err show_png(const char *path) {
 /* ---- sampling from the command line ---- */
 
 void sampling_start(SamplingArgs *a, Model *m, const NamedModel **stand_in_for) {
+    static const char *const formats[] = {"f32", "bf16", "int8"};
+    size_t format = 0;
+    while (a->weights && format < 3 && strcmp(a->weights, formats[format]) != 0) format++;
+    if (format == 3) usage_error("--weights %s: expected f32, bf16 or int8", a->weights);
     check_device(a->device);
     threads_set((int)a->threads);
     check(model_open(m, a->model, stand_in_for));
     m->no_ema = a->no_ema;
+    m->weights = (WeightFormat)format;
     if (a->seed == SEED_NOT_GIVEN) a->seed = (uint64_t)time(NULL);
     const NamedModel *missing = *stand_in_for;
     if (!missing) return;
@@ -406,6 +411,7 @@ Err sampling_text(Config *text, const SamplingArgs *a, const SampleOptions *o, c
     TRY(text_per_scale(text, "temperature", o, m->schedule.T, 0));
     TRY(text_per_scale(text, "top-k", o, m->schedule.T, 1));
     TRY(text_per_scale(text, "chain-length", o, m->schedule.T, 2));
+    if (m->weights != WEIGHTS_REAL) TRY(config_set(text, "weights", "%s", a->weights));
     return a->official_temperature ? config_set(text, "official-temperature", "true") : OK;
 }
 

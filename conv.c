@@ -231,11 +231,22 @@ static void direct_backward(real *dx, real *partial, const Product *p, const Til
 }
 
 /* Backward: weight (M, C*n) from w (C,M,n) */
+typedef struct {
+    real *weight;
+    const real *w;
+    const Product *p;
+} WeightTurn;
+
+static void direct_weights_task(void *context, size_t m) {
+    const WeightTurn *t = (const WeightTurn *)context;
+    const Product *p = t->p;
+    for (size_t c = 0; c < p->C; c++)
+        for (size_t k = 0; k < p->n; k++) t->weight[(m * p->C + c) * p->n + k] = t->w[(c * p->M + m) * p->n + k];
+}
+
 static void direct_weights(real *weight, const real *w, const Product *p) {
-#pragma omp parallel for
-    for (size_t m = 0; m < p->M; m++)
-        for (size_t c = 0; c < p->C; c++)
-            for (size_t k = 0; k < p->n; k++) weight[(m * p->C + c) * p->n + k] = w[(c * p->M + m) * p->n + k];
+    WeightTurn t = {weight, w, p};
+    parallel_for(threads_free(), p->M, direct_weights_task, &t);
 }
 
 /* dw (C,M,n) += total (C*n, M) */
@@ -406,10 +417,19 @@ static void store_blocks(real *out, real *lines, const Product *p, const Tile *t
         }
 }
 
-/* U (16, n) of every kernel of w (n, 3, 3) */
-static void winograd_weights(real *U, const real *w, size_t n) {
-#pragma omp parallel for
-    for (size_t i = 0; i < n; i++) {
+/* U (16, n) of every kernel of w (n, 3, 3); a task does RUN kernels. */
+typedef struct {
+    real *U;
+    const real *w;
+    size_t n;
+} KernelTransform;
+
+static void winograd_weights_task(void *context, size_t task) {
+    const KernelTransform *t = (const KernelTransform *)context;
+    const real *w = t->w;
+    real *U = t->U;
+    const size_t n = t->n;
+    for (size_t i = task * RUN; i < min_size(n, (task + 1) * RUN); i++) {
         const real *g = w + 9 * i;
         for (size_t k = 0; k < 4; k++) {
             real h[3], *u = U + 4 * k * n + i;
@@ -423,6 +443,11 @@ static void winograd_weights(real *U, const real *w, size_t n) {
             u[3 * n] = h[2];
         }
     }
+}
+
+static void winograd_weights(real *U, const real *w, size_t n) {
+    KernelTransform t = {U, w, n};
+    parallel_for(threads_free(), (n + RUN - 1) / RUN, winograd_weights_task, &t);
 }
 
 /* dw (n, 3, 3) += G^T dU G, total (16, n) */
@@ -514,7 +539,7 @@ void conv_needs(ConvScratch *s, const Conv *c, int backward) {
 /* Threads for a loop over tiles that uses the scratch of its thread. Too few tiles: one, and products share the work.
  */
 int conv_threads(const ConvScratch *s, size_t tiles) {
-    const size_t threads = min_size((size_t)threads_get(), s->threads);
+    const size_t threads = min_size((size_t)threads_free(), s->threads);
     return tiles < threads ? 1 : (int)threads;
 }
 
@@ -529,41 +554,87 @@ void conv_scratch_place(ConvScratch *s, real *memory) {
     s->partials = s->weights + s->weight_reals;
 }
 
+/* What the tasks of one convolution share. */
+typedef struct {
+    Product p;
+    const ConvScratch *s;
+    const real *x, *w, *bias, *add, *dy;
+    real *y, *dx;
+    int more;
+    size_t parts;
+} Job;
+
+static void forward_task(void *context, size_t tile) {
+    const Job *j = (const Job *)context;
+    const Tile t = tile_at(&j->p, tile);
+    real *columns = j->s->columns + thread_index() * j->s->column_reals;
+    real *stage = j->s->stages + thread_index() * j->s->stage_reals;
+    if (j->p.winograd)
+        winograd_forward(j->y, &j->p, &t, j->x, j->s->weights, j->bias, j->add, columns, stage);
+    else
+        direct_forward(j->y, &j->p, &t, j->x, j->w, j->bias, j->add, columns, stage);
+}
+
 /* y = w * x + bias (+ add unless NULL)     w (M,C,3,3) or (M,C,1,1)   bias (M)   add (as y) */
 void conv_forward(real *y, const Conv *c, const real *x, const real *w, const real *bias, const real *add,
                   const ConvScratch *s) {
     const Product p = make_product(c, can_winograd(c), 0);
     if (p.winograd) winograd_weights(s->weights, w, p.M * p.C);
-    const int threads = conv_threads(s, p.tiles);
-    (void)threads; /* without OpenMP */
-#pragma omp parallel for schedule(dynamic) num_threads(threads)
-    for (size_t j = 0; j < p.tiles; j++) {
-        const Tile t = tile_at(&p, j);
-        real *columns = s->columns + thread_index() * s->column_reals;
-        real *stage = s->stages + thread_index() * s->stage_reals;
-        if (p.winograd)
-            winograd_forward(y, &p, &t, x, s->weights, bias, add, columns, stage);
-        else
-            direct_forward(y, &p, &t, x, w, bias, add, columns, stage);
-    }
+    Job job = {p, s, x, w, bias, add, NULL, y, NULL, 0, 0};
+    parallel_for(conv_threads(s, p.tiles), p.tiles, forward_task, &job);
 }
 
 /* db (C) += sums of dy (B,C,hw) over pictures and cells */
-static void bias_backward(real *db, const real *dy, size_t B, size_t C, size_t hw) {
-#pragma omp parallel for
-    for (size_t c = 0; c < C; c++) {
-        double s = 0;
-        for (size_t b = 0; b < B; b++) s += sum_reals(dy + (b * C + c) * hw, hw);
-        db[c] += (real)s;
-    }
+typedef struct {
+    real *db;
+    const real *dy;
+    size_t B, C, hw;
+} BiasSum;
+
+static void bias_task(void *context, size_t c) {
+    const BiasSum *a = (const BiasSum *)context;
+    double s = 0;
+    for (size_t b = 0; b < a->B; b++) s += sum_reals(a->dy + (b * a->C + c) * a->hw, a->hw);
+    a->db[c] += (real)s;
 }
 
-/* partial[0] (n) += the others, in order */
+static void bias_backward(real *db, const real *dy, size_t B, size_t C, size_t hw) {
+    BiasSum a = {db, dy, B, C, hw};
+    parallel_for(threads_free(), C, bias_task, &a);
+}
+
+/* partial[0] (n) += the others, in order; a task does RUN numbers. */
+typedef struct {
+    real *partial;
+    size_t parts, n;
+} Parts;
+
+static void add_parts_task(void *context, size_t task) {
+    const Parts *a = (const Parts *)context;
+    const size_t begin = task * RUN, end = min_size(a->n, begin + RUN);
+    for (size_t i = 1; i < a->parts; i++)
+        for (size_t j = begin; j < end; j++) a->partial[j] += a->partial[i * a->n + j];
+}
+
 static void add_parts(real *partial, size_t parts, size_t n) {
-#pragma omp parallel for
-    for (size_t at = 0; at < n; at += RUN)
-        for (size_t i = 1; i < parts; i++)
-            for (size_t j = at; j < min_size(n, at + RUN); j++) partial[j] += partial[i * n + j];
+    Parts a = {partial, parts, n};
+    parallel_for(threads_free(), (n + RUN - 1) / RUN, add_parts_task, &a);
+}
+
+static void backward_task(void *context, size_t part) {
+    const Job *j = (const Job *)context;
+    const Product *p = &j->p;
+    const ConvScratch *s = j->s;
+    const size_t first = p->tiles * part / j->parts, end = p->tiles * (part + 1) / j->parts;
+    real *columns = s->columns + thread_index() * s->column_reals;
+    real *stage = s->stages + thread_index() * s->stage_reals, *partial = s->partials + part * p->C * p->n * p->M;
+    for (size_t i = first; i < end; i++) {
+        const Tile t = tile_at(p, i);
+        if (p->winograd)
+            winograd_backward(j->dx, partial, p, &t, j->dy, j->x, s->weights, i > first, j->more, columns, stage);
+        else
+            direct_backward(j->dx, partial, p, &t, j->dy, j->x, s->weights, i > first, j->more, columns, stage);
+    }
 }
 
 /* dx (as x) overwritten, or added to if `more`; NULL: not wanted. dw, db +=. A part is a run of tiles, and their number
@@ -576,21 +647,8 @@ void conv_backward(real *dx, real *dw, real *db, const Conv *c, const real *dy, 
         winograd_weights(s->weights, w, p.M * p.C);
     else
         direct_weights(s->weights, w, &p);
-    const int threads = conv_threads(s, parts);
-    (void)threads; /* without OpenMP */
-#pragma omp parallel for schedule(dynamic) num_threads(threads)
-    for (size_t part = 0; part < parts; part++) {
-        const size_t first = p.tiles * part / parts, end = p.tiles * (part + 1) / parts;
-        real *columns = s->columns + thread_index() * s->column_reals;
-        real *stage = s->stages + thread_index() * s->stage_reals, *partial = s->partials + part * n;
-        for (size_t j = first; j < end; j++) {
-            const Tile t = tile_at(&p, j);
-            if (p.winograd)
-                winograd_backward(dx, partial, &p, &t, dy, x, s->weights, j > first, more, columns, stage);
-            else
-                direct_backward(dx, partial, &p, &t, dy, x, s->weights, j > first, more, columns, stage);
-        }
-    }
+    Job job = {p, s, x, w, NULL, NULL, dy, NULL, dx, more, parts};
+    parallel_for(conv_threads(s, parts), parts, backward_task, &job);
     add_parts(s->partials, parts, n);
     if (p.winograd)
         add_winograd_gradient(dw, s->partials, p.C * p.M);

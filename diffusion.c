@@ -205,10 +205,21 @@ static void posterior_row(real *q, size_t x0, size_t xt, size_t K, double A, dou
     q[x0] = (real)(at0 / sum);
 }
 
+typedef struct {
+    real *q;
+    const int32_t *x0, *xt;
+    size_t K;
+    double A, a;
+} PosteriorRows;
+
+static void posterior_task(void *context, size_t r) {
+    const PosteriorRows *p = (const PosteriorRows *)context;
+    posterior_row(p->q + r * p->K, (size_t)p->x0[r], (size_t)p->xt[r], p->K, p->A, p->a);
+}
+
 void posterior(real *q, const int32_t *x0, const int32_t *xt, size_t R, size_t K, const Schedule *s, int t) {
-    double A = s->alphacum[t - 1], a = s->alpha[t];
-#pragma omp parallel for schedule(static) if (R * K > 65536)
-    for (size_t r = 0; r < R; r++) posterior_row(q + r * K, (size_t)x0[r], (size_t)xt[r], K, A, a);
+    PosteriorRows rows = {q, x0, xt, K, s->alphacum[t - 1], s->alpha[t]};
+    parallel_for(R * K > 65536 ? threads_free() : 1, R, posterior_task, &rows);
 }
 
 /* ---- One token --------------------------------------------------------------------------------------------- */
@@ -723,6 +734,7 @@ static Err build_net(Model *m, const Checkpoint *ck) {
     }
     TRY(check_unexpected(m->net, ck, p));
     const int ema = !m->no_ema && checkpoint_find(ck, "transformer_ema.num_updates");
+    p->format = m->weights;
     return params_map(p, ck, ema ? "transformer_ema." : "transformer.", ema);
 }
 
@@ -944,20 +956,33 @@ static double log_prob(const real *logits, size_t K, size_t k) {
     return (double)logits[k] - largest - log(sum);
 }
 
+/* Position i of every sample, from logits whose rows are `stride` apart. */
+typedef struct {
+    const Run *r;
+    const real *logits;
+    size_t stride, i, repeat;
+    int t;
+    double temperature;
+} Draw;
+
+static void draw_task(void *context, size_t b) {
+    const Draw *d = (const Draw *)context;
+    const Run *r = d->r;
+    const SampleOptions *o = r->o;
+    const real *logits = d->logits + b * d->stride;
+    real *prob = r->prob + b * r->K;
+    int32_t guide = o->known && o->keep[d->i] ? o->known[b * r->N + d->i] : -1;
+    if (o->candidates > 1 && guide >= 0) r->fit[b] += log_prob(logits, r->K, (size_t)guide);
+    sample_probs(prob, logits, r->K, guide, d->temperature, o->top_k[d->t]);
+    double u = rng_uniform(o->seed, pass_stream(RNG_SAMPLE, d->t, d->repeat, o->first + b), d->i);
+    r->tokens[b * r->N + d->i] = sample_pick(prob, r->K, u);
+}
+
 static void draw_position(const Run *r, const real *logits, size_t stride, size_t i, int t, size_t repeat) {
     const SampleOptions *o = r->o;
-    size_t K = r->K;
     int official_one = o->official_temperature && transformer_config(r->net)->kind == NET_X; /* SPEC 1.11 */
-    double temperature = official_one ? 1 : o->temperature[t];
-#pragma omp parallel for schedule(static) if (o->n > 1)
-    for (size_t b = 0; b < o->n; b++) {
-        real *prob = r->prob + b * K;
-        int32_t guide = o->known && o->keep[i] ? o->known[b * r->N + i] : -1;
-        if (o->candidates > 1 && guide >= 0) r->fit[b] += log_prob(logits + b * stride, K, (size_t)guide);
-        sample_probs(prob, logits + b * stride, K, guide, temperature, o->top_k[t]);
-        double u = rng_uniform(o->seed, pass_stream(RNG_SAMPLE, t, repeat, o->first + b), i);
-        r->tokens[b * r->N + i] = sample_pick(prob, K, u);
-    }
+    Draw d = {r, logits, stride, i, repeat, t, official_one ? 1 : o->temperature[t]};
+    parallel_for(threads_free(), o->n, draw_task, &d);
 }
 
 /* tokens: x_t in, x_{t-1} out. */

@@ -12,7 +12,9 @@
  *        params.c        named tensors in memory: the parameter table of a model
  *     4. data.c          images in, batches, the token cache, image grids out
  *     5. vqgan.c         first stage: image <-> tokens
- *     6. transformer.cu  one reverse transition p(x_{t-1} | x_t), its losses, optimizer and EMA
+ *     6. transformer.cu  one reverse transition p(x_{t-1} | x_t)
+ *        decode.cu       the same, token by token
+ *        optimizer.cu    its losses, AdamW, EMA
  *     7. diffusion.c     the Markov chain: schedules, noise, posterior, sampling over scales, named models
  *        classes.c       what the classes of a model are called
  *     8. cli.c           what the three programs share: options, progress, pictures in a terminal
@@ -119,10 +121,15 @@ double rng_uniform(uint64_t seed, uint64_t stream, uint64_t index);             
 double rng_normal(uint64_t seed, uint64_t stream, uint64_t index);                  /* N(0,1), Box-Muller */
 uint32_t rng_below(uint64_t seed, uint64_t stream, uint64_t index, uint32_t below); /* 0..below-1, below >= 1 */
 
-/* Threads of every parallel loop; n = 0: as many as the machine has. Without OpenMP always 1. */
-void threads_set(int n);
+/* task(context, i) for every i < n, shared among at most `threads` threads, of which the caller is one; returns when
+ * all are done. Which thread takes which i varies, so a task must depend on i alone. Runs on the caller alone when
+ * threads <= 1, inside another parallel_for, and while another thread of the program uses the workers. Cannot fail. */
+typedef void Task(void *context, size_t i);
+void parallel_for(int threads, size_t n, Task *task, void *context);
+void threads_set(int n); /* how many a program uses; 0 (default): as many as there are processors for it */
 int threads_get(void);
-size_t thread_index(void); /* of the calling thread in its parallel loop: 0..threads_get()-1 */
+int threads_free(void);    /* what a loop that starts here can use: 1 inside a parallel_for, else threads_get() */
+size_t thread_index(void); /* of the calling thread in its loop: 0..threads-1 */
 
 /* ------------------------------------------------------------------------------------------------------------
  * 2. gemm.c: the one matrix product; conv.c: convolutions made of it
@@ -136,6 +143,29 @@ size_t thread_index(void); /* of the calling thread in its parallel loop: 0..thr
  * from inside a parallel region it runs on the calling thread alone, with the same bits. Cannot fail. */
 void gemm(int trans_a, int trans_b, size_t M, size_t N, size_t K, const real *A, size_t lda, const real *B, size_t ldb,
           int accumulate, real *C, size_t ldc);
+
+/* A weight matrix (N,K), row-major without gaps, as it is stored: as it is; the upper halves of floats; whole numbers
+ * -127..127 and a factor for each row. */
+typedef enum { WEIGHTS_REAL, WEIGHTS_BF16, WEIGHTS_INT8 } WeightFormat;
+typedef struct {
+    WeightFormat format;
+    const void *data;
+    const float *scale; /* (N), WEIGHTS_INT8 only */
+} Weights;
+static inline size_t weight_bytes(WeightFormat f) {
+    return f == WEIGHTS_BF16 ? 2 : f == WEIGHTS_INT8 ? 1 : sizeof(real);
+}
+/* out = n numbers packed, format not WEIGHTS_REAL. bf16 rounds to the nearest, ties to even: off by 2^-8 of a number at
+ * most. int8: *scale = largest/127, off by half of that; numbers that are not finite make *scale NaN. */
+void weights_pack(WeightFormat format, void *out, float *scale, const real *x, size_t n);
+/* C (M,N) = A (M,K) W^T (+ C if accumulate), arithmetic in real. Both cannot fail, as gemm.
+ * gemm_weights   any M; the same bits as gemm of the unpacked weights
+ * gemm_stream    for few rows, M = 1..16 or so (any M is right): reads the weights once, at the speed of memory. An order
+ *                of additions of its own, fixed by K alone: a row alone equals the row in a batch, for any thread count. */
+void gemm_weights(size_t M, size_t N, size_t K, const real *A, size_t lda, const Weights *w, int accumulate, real *C,
+                  size_t ldc);
+void gemm_stream(size_t M, size_t N, size_t K, const real *A, size_t lda, const Weights *w, int accumulate, real *C,
+                 size_t ldc);
 
 /* conv.c: convolutions, with bias, of (B,C,h,w) arrays. CONV1 is 1x1, the others 3x3 with zeros around: CONV3 at every
  * cell; CONV_DOWN at every second, padded right and below only (h and w even); CONV_UP after nearest doubling. */
@@ -254,16 +284,20 @@ typedef struct {
     int ndim;
     size_t dim[4], size;
     Init init;
-    double scale;  /* standard deviation of INIT_NORMAL, half width of INIT_UNIFORM */
-    double decay;  /* AdamW weight decay of this tensor */
-    int untrained; /* never receives a gradient: the optimizer skips it altogether, as PyTorch does */
+    double scale;   /* standard deviation of INIT_NORMAL, half width of INIT_UNIFORM */
+    double decay;   /* AdamW weight decay of this tensor */
+    int untrained;  /* never receives a gradient: the optimizer skips it altogether, as PyTorch does */
+    int matrix;     /* the weight (out,in) of a linear layer: may be kept in fewer bits for sampling */
+    Weights packed; /* then; data NULL: not packed */
     real *value, *grad, *m, *v, *ema; /* each NULL until planned */
 } Param;
 typedef struct {
     Param *row;
     size_t n, capacity;
-    size_t total;   /* elements of one arena, padding included */
-    real *arena[5]; /* value, grad, m, v, ema: one allocation each */
+    size_t total;        /* elements of one arena, padding included */
+    real *arena[5];      /* value, grad, m, v, ema: one allocation each */
+    void *packed;        /* of all matrices */
+    WeightFormat format; /* how params_map keeps matrices; set before */
 } Params;
 enum { PLAN_VALUE = 1, PLAN_GRAD = 2, PLAN_ADAM = 4, PLAN_EMA = 8 };
 /* Appends a row; *index = its number (rows may move while the table grows: keep numbers, not pointers). */
@@ -281,8 +315,12 @@ void params_swap_ema(Params *p);          /* exchanges value and ema: twice is n
 Err params_load(Params *p, const Checkpoint *ck, char which, const char *prefix);
 Err params_load_ema(Params *p, const Checkpoint *ck, char which, const char *ema_prefix);
 /* The values of a table without memory are those of the file where they lie, if they lie there as aligned reals, else
- * copies. For sampling: nothing may be written to them, and the file must stay open. strip_dots: EMA names. */
+ * copies. For sampling: nothing may be written to them, and the file must stay open. strip_dots: EMA names.
+ * p->format other than WEIGHTS_REAL: matrices have no value but are packed, row by row, so that a file's pages need not stay
+ * in memory; bf16 is used where it lies in the file if it is that already. */
 Err params_map(Params *p, const Checkpoint *ck, const char *prefix, int strip_dots);
+/* Packs the matrices of a table that has values, which stay: for tests and benchmarks. */
+Err params_pack(Params *p, WeightFormat format);
 /* Tensors for checkpoint_write: `which` of every row, named prefix+name. Appends to *list (capacity grows). */
 typedef struct {
     Tensor *tensor;
@@ -436,7 +474,8 @@ void image_loss(const real *x, const real *xrec, size_t n, double w1, double w2,
 size_t vqgan_restart_codes(Vqgan *v, const uint32_t *usage, uint64_t seed, uint64_t step);
 
 /* ------------------------------------------------------------------------------------------------------------
- * 6. transformer.cu: one reverse transition p(x_{t-1} | x_t) (paper section 3.2; SPEC sections 1, 2, 4, 6, 7, 14)
+ * 6. transformer.cu, decode.cu, optimizer.cu: one reverse transition p(x_{t-1} | x_t) (paper section 3.2; SPEC
+ *    sections 1, 2, 4, 6, 7, 14)
  * ---------------------------------------------------------------------------------------------------------- */
 enum { MAX_SCALES = 64 };
 typedef enum { NET_X, NET_GPT } NetKind; /* encoder-decoder; decoder-only */
@@ -478,7 +517,7 @@ Err transformer_forward(Transformer *m, const int32_t *x, const int32_t *x_t, co
 /* dlogits (B,N,K) -> grad of every parameter (+=); after transformer_forward under a training plan. */
 Err transformer_backward(Transformer *m, const real *dlogits);
 
-/* The losses (SPEC section 4), each a mean over B*N rows, in nats per token:
+/* optimizer.cu. The losses (SPEC section 4), each a mean over B*N rows, in nats per token:
  *   hard = cross entropy of target (R); soft = KL(posterior (R,K) || softmax(logits)); loss = alpha soft + (1-alpha)
  * hard dlogits (R,K) = weight * dloss/dlogits, overwritten; may be NULL, may be the logits' own memory posterior may be
  * NULL when alpha = 0; then soft is reported as NAN.   R = B*N rows */
@@ -488,7 +527,7 @@ typedef struct {
 Err denoising_loss(Loss *out, const real *logits, const int32_t *target, const real *posterior, size_t R, size_t K,
                    double alpha, double weight, real *dlogits);
 
-/* KV-cached decoding. begin: runs the encoder and the cross-attention keys and values once (NET_X), or feeds the prompt
+/* decode.cu: KV-cached decoding. begin: runs the encoder and the cross-attention keys and values once (NET_X), or feeds the prompt
  * (NET_GPT: prompt tokens see each other). step i = 0..N-1 in order: prev (B) = x_{t-1}[i-1] (ignored at i = 0);
  * *logits (B,K) of position i points into the activations. Equal to transformer_forward up to rounding. */
 Err transformer_decode_begin(Transformer *m, const int32_t *x_t, const int32_t *t, const int32_t *label, size_t B,
@@ -561,7 +600,8 @@ typedef struct {
     NetConfig config[MAX_SCALES + 1]; /* [t] of scale t, [0] of all scales of a joint model */
     int joint;                        /* one file for all scales */
     int official;                     /* the files are PyTorch's */
-    int no_ema; /* set after model_open: sample with the trained weights rather than their moving average */
+    int no_ema;           /* set after model_open: sample with the trained weights rather than their moving average */
+    WeightFormat weights; /* set after model_open: how the transitions' matrices are kept */
 } Model;
 /* A recipe (models/NAME.txt) is a list of "part.key value" lines; part is vqgan, scale (encoder-decoder scales and joint),
  * last (scale T), joint or scaleN (that alone, overrides). Keys are the official configuration's. *to gets the keys of
@@ -673,7 +713,7 @@ const char *duration(char text[32], double s); /* "1 h 02 min", "3 min 05 s", "4
 /* What ./sample and ./inpaint ask alike, and how both draw. SAMPLING_OPTIONS(a, ...) are the rows of an Option table.
  */
 typedef struct {
-    const char *model, *out, *class_name, *temperature, *top_k, *chain_length, *device;
+    const char *model, *out, *class_name, *temperature, *top_k, *chain_length, *device, *weights;
     size_t n, batch, threads;
     uint64_t seed; /* SEED_NOT_GIVEN: take one from the clock; it is printed and kept in the PNG */
     int official_temperature, no_ema, show;
@@ -724,6 +764,13 @@ typedef struct {
          0,                                                                                                            \
          0,                                                                                                            \
          "the trained weights, not their moving average, where a file has both"},                                      \
+        {OPT_STRING,                                                                                                   \
+         "--weights",                                                                                                  \
+         "TYPE",                                                                                                       \
+         &(a).weights,                                                                                                 \
+         0,                                                                                                            \
+         0,                                                                                                            \
+         "the transformers' matrices as f32 (default), bf16 or int8: faster,\nless exact"},                            \
         {OPT_SIZE, "--batch", "N", &(a).batch, 1, 4096, "samples computed side by side (default 16)"},                 \
         {OPT_STRING, "--device", "cpu|cuda", &(a).device, 0, 0, "where to compute; this version: cpu"},                \
         {OPT_SIZE, "--threads", "N", &(a).threads, 0, 4096, "0 (default): all; the result does not depend on it"}, {   \

@@ -13,6 +13,8 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
 
 enum {
     ARENAS = 5,
@@ -91,18 +93,26 @@ Err params_plan(Params *p, int what) {
 }
 
 /* Element i of a row draws number i of the row's stream, so neither threads nor other rows matter. */
-static void init_row(const Param *row, uint64_t seed, uint64_t stream) {
-    const double scale = row->scale;
-    real *x = row->value;
-#ifdef _OPENMP
-#pragma omp parallel for schedule(static) if (row->size > 16384)
-#endif
-    for (size_t i = 0; i < row->size; i++) {
+enum { INIT_RUN = 4096 }; /* elements of a task */
+typedef struct {
+    const Param *row;
+    uint64_t seed, stream;
+} RowInit;
+
+static void init_task(void *context, size_t task) {
+    const RowInit *a = (const RowInit *)context;
+    const Param *row = a->row;
+    for (size_t i = task * INIT_RUN; i < min_size(row->size, (task + 1) * INIT_RUN); i++) {
         double value = row->init == INIT_ONE ? 1 : 0;
-        if (row->init == INIT_NORMAL) value = scale * rng_normal(seed, stream, i);
-        if (row->init == INIT_UNIFORM) value = scale * (2 * rng_uniform(seed, stream, i) - 1);
-        x[i] = (real)value;
+        if (row->init == INIT_NORMAL) value = row->scale * rng_normal(a->seed, a->stream, i);
+        if (row->init == INIT_UNIFORM) value = row->scale * (2 * rng_uniform(a->seed, a->stream, i) - 1);
+        row->value[i] = (real)value;
     }
+}
+
+static void init_row(const Param *row, uint64_t seed, uint64_t stream) {
+    RowInit a = {row, seed, stream};
+    parallel_for(threads_free(), (row->size + INIT_RUN - 1) / INIT_RUN, init_task, &a);
 }
 
 void params_init(Params *p, uint64_t seed) {
@@ -185,8 +195,69 @@ static int lies_ready(const Tensor *x) {
     return x->dtype == own && (uintptr_t)x->data % sizeof(real) == 0;
 }
 
-/* Points rows at the file, and the others at *next, which moves on; with *next NULL only counts what those need. */
+/* ---- Matrices in fewer bits ---- */
+
+static size_t packed_bytes(const Param *row, WeightFormat format) {
+    return round_up(row->size * weight_bytes(format), 64);
+}
+
+/* Room for every packed matrix and the factors of its rows, except for those that have a place already. */
+static Err plan_packed(Params *p, WeightFormat format) {
+    size_t bytes = 0;
+    if (p->packed) return err("matrices are packed already");
+    for (size_t i = 0; i < p->n; i++)
+        if (p->row[i].matrix && !p->row[i].packed.data)
+            bytes += packed_bytes(&p->row[i], format) + round_up(p->row[i].dim[0] * sizeof(float), 64);
+    TRY(mem_alloc(&p->packed, bytes, 1, "packed matrices"));
+    char *next = (char *)p->packed;
+    for (size_t i = 0; i < p->n; i++) {
+        Param *row = &p->row[i];
+        if (!row->matrix || row->packed.data) continue;
+        row->packed = (Weights){format, next, (const float *)(const void *)(next + packed_bytes(row, format))};
+        next += packed_bytes(row, format) + round_up(row->dim[0] * sizeof(float), 64);
+    }
+    return OK;
+}
+
+/* The pages of a file that nobody needs any more; they come back from it if somebody does. */
+static void let_go(const Checkpoint *ck, const Tensor *x) {
+    const size_t page = (size_t)sysconf(_SC_PAGESIZE), map = (size_t)ck->map;
+    const size_t begin = round_up((size_t)x->data, page), bytes = x->size * dtype_size(x->dtype);
+    const size_t end = ((size_t)x->data + bytes) / page * page;
+    if (begin >= map && end <= map + ck->map_bytes && begin < end) madvise((void *)begin, end - begin, MADV_DONTNEED);
+}
+
+/* Packs x (out,in) into the place of its row, a row of x at a time. */
+static Err pack_matrix(const Param *row, const Tensor *x) {
+    const size_t in = row->dim[1];
+    real *line;
+    TRY(mem_alloc(&line, in, sizeof *line, "a row of a matrix"));
+    Tensor part = *x;
+    part.size = in;
+    for (size_t r = 0; r < row->dim[0]; r++) {
+        part.data = (const char *)x->data + r * in * dtype_size(x->dtype);
+        tensor_to_reals(&part, line);
+        weights_pack(row->packed.format, (char *)row->packed.data + r * in * weight_bytes(row->packed.format),
+                     (float *)row->packed.scale + r, line, in);
+    }
+    free(line);
+    return OK;
+}
+
+Err params_pack(Params *p, WeightFormat format) {
+    TRY(plan_packed(p, format));
+    for (size_t i = 0; i < p->n; i++) {
+        Tensor x = {.dtype = sizeof(real) == sizeof(double) ? DT_F64 : DT_F32, .data = p->row[i].value};
+        x.size = p->row[i].size;
+        if (p->row[i].matrix) TRY(pack_matrix(&p->row[i], &x));
+    }
+    return OK;
+}
+
+/* Points rows at the file, and the others into the arena, in order; arena NULL: only counts what those need, and finds
+ * the matrices that are packed already. */
 static Err map_rows(Params *p, const Checkpoint *ck, const char *prefix, int strip_dots, real *arena, size_t *need) {
+    const WeightFormat format = p->format;
     *need = 0;
     for (size_t i = 0; i < p->n; i++) {
         char name[NAME_MAX_BYTES];
@@ -194,6 +265,15 @@ static Err map_rows(Params *p, const Checkpoint *ck, const char *prefix, int str
         const Tensor *x;
         TRY(join_name(name, prefix, row->name, strip_dots));
         TRY(checkpoint_shaped(ck, name, row->ndim, row->dim, row->size, &x));
+        if (row->matrix && format != WEIGHTS_REAL) {
+            if (!arena && format == WEIGHTS_BF16 && x->dtype == DT_BF16 && (uintptr_t)x->data % sizeof(uint16_t) == 0)
+                row->packed = (Weights){format, x->data, NULL};
+            if (arena && row->packed.data != x->data) {
+                TRY(pack_matrix(row, x));
+                let_go(ck, x);
+            }
+            continue;
+        }
         if (lies_ready(x)) {
             memcpy(&row->value, &x->data, sizeof row->value);
             continue;
@@ -211,6 +291,7 @@ Err params_map(Params *p, const Checkpoint *ck, const char *prefix, int strip_do
         if (p->arena[k]) return err("%s: a parameter table that has memory cannot be mapped", ck->path);
     }
     TRY(map_rows(p, ck, prefix, strip_dots, NULL, &need));
+    if (p->format != WEIGHTS_REAL) TRY(plan_packed(p, p->format));
     TRY(mem_alloc(&p->arena[0], need, sizeof(real), "parameters"));
     return map_rows(p, ck, prefix, strip_dots, p->arena[0], &need);
 }
@@ -222,6 +303,8 @@ Err tensor_list_params(TensorList *list, const Params *p, char which, const char
         Param *row = &p->row[i];
         char name[NAME_MAX_BYTES];
         TRY(join_name(name, prefix, row->name, 0));
+        if (row->packed.data && !row->value)
+            return err("'%s' is packed: its numbers are in the file it came from", name);
         TRY(tensor_list_add(list, name, dtype, row->ndim, row->dim, *slot(row, arena), 1));
     }
     return OK;
@@ -229,6 +312,7 @@ Err tensor_list_params(TensorList *list, const Params *p, char which, const char
 
 void params_free(Params *p) {
     for (int k = 0; k < ARENAS; k++) free(p->arena[k]);
+    free(p->packed);
     free(p->row);
     *p = (Params){0};
 }

@@ -1,8 +1,8 @@
 /* transformer.cu - one reverse transition p(x_{t-1} | x_t) of the Markov chain over tokens.
  *
- * Owns both networks of the paper (section 3.2), forward and backward, the losses on their logits, decoding token by
- * token with cached keys and values, and the optimizer: AdamW, EMA, learning rate. It knows neither images nor files;
- * noise and sampling are the business of diffusion.c.
+ * Owns both networks of the paper (section 3.2), forward and backward. Decoding token by token with cached keys and
+ * values is decode.cu; losses on the logits, AdamW, EMA and learning rate are optimizer.cu; transformer.h is what the
+ * three share. It knows neither images nor files; noise and sampling are the business of diffusion.c.
  *
  *     NET_X     encoder reads [t, (class,) x_t], all positions see each other -> context
  *               decoder reads [sos, x_{t-1} shifted right], causal, attends to the context -> logits of x_{t-1}
@@ -21,97 +21,22 @@
  * Refuses: tokens, t and labels outside their tables, sequences longer than the position tables, official options that
  * it does not implement. Dropout is not implemented (the official configurations use none).
  *
- * Reading order: configuration, parameter table, memory plan, then the mathematics from small to large: elementwise,
- * norm, linear, embedding, attention, feed-forward, stack, head; then the four things done with them: forward and
- * backward, loss, decoding, optimizer. This file is compiled as C; it is in the common subset with C++17. */
-#include "imagebart.h"
+ * Reading order: transformer.h, then here configuration, parameter table, memory plan, then the mathematics from small
+ * to large: elementwise, norm, linear, embedding, attention, feed-forward, stack, head; last, forward and backward of
+ * the whole. This file is compiled as C; it is in the common subset with C++17. */
+#include "transformer.h"
 
-#include <math.h>
 #include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
 
 enum {
-    X_HEAD = 64,       /* size of a head in NET_X, whatever dim and heads are (SPEC 1.6) */
-    FEED_FACTOR = 4,   /* hidden width of a feed-forward block over dim */
-    QUERY_BLOCK = 64,  /* queries that attention treats at a time: their scores stay in cache */
-    COLUMN_BLOCK = 32, /* columns that one task sums over all rows */
-    LOSS_CHUNKS = 64,  /* partial sums of the loss: fixed, so that threads do not matter */
-    SMALL_WORK = 16384 /* elements below which a loop is not worth waking the other threads */
+    X_HEAD = 64,      /* size of a head in NET_X, whatever dim and heads are (SPEC 1.6) */
+    FEED_FACTOR = 4,  /* hidden width of a feed-forward block over dim */
+    QUERY_BLOCK = 64, /* queries that attention treats at a time: their scores stay in cache */
+    COLUMN_BLOCK = 32 /* columns that one task sums over all rows */
 };
 static const double NORM_EPS = 1e-5;
 static const double WEIGHT_DECAY = 0.01; /* PyTorch's default (SPEC section 7) */
 static const double EMBEDDING_STD = 0.02;
-static const size_t NO_ROW = (size_t)-1;
-
-typedef struct {
-    size_t weight, bias; /* rows of the parameter table */
-    size_t C;
-} Norm;
-
-typedef struct {
-    size_t weight, bias; /* weight (out,in); bias (out) or NO_ROW */
-    size_t in, out;
-} Linear;
-
-typedef enum { BLOCK_SELF, BLOCK_CROSS, BLOCK_FEED } BlockKind;
-
-/* One x = x + block(norm(x)) and what its last forward left for backward; R = B*n rows of the pass. While decoding,
- * k and v of attention layers are the caches. */
-typedef struct {
-    BlockKind kind;
-    Norm norm;
-    Linear q, k, v, out; /* attention */
-    size_t heads, D;     /* heads of D channels each; inner = heads*D */
-    Linear up, down;     /* feed-forward */
-
-    real *x;           /* (R,C) input */
-    real *mean, *rstd; /* (R) of the norm */
-    real *normed;      /* (R,C) */
-    real *query, *y;   /* (R,inner) queries; what the heads say */
-    real *key, *value; /* (B,keys,inner) */
-    real *p;           /* (B,heads,n,keys) attention probabilities; NULL: not kept */
-    real *g, *dg;      /* (R,4C) gelu(h) and its derivative; dg NULL: not kept */
-} Layer;
-
-typedef struct {
-    Layer *layer;
-    size_t n_layers;
-    size_t token_emb, pos_emb; /* rows of the table */
-    Norm norm;                 /* the final one */
-    size_t C, max_T;
-    int causal;
-    size_t unmasked; /* the first positions, that see each other even if causal */
-
-    size_t T;          /* planned positions */
-    int32_t *ids;      /* (B,T) */
-    real *x_end, *out; /* (R,C) input and output of the final norm */
-    real *end_mean, *end_rstd;
-} Stack;
-
-typedef enum { IDLE, FORWARD_DONE, DECODING } State;
-
-struct Transformer {
-    NetConfig config;
-    Params params;
-    Stack encoder, decoder; /* NET_GPT: decoder only */
-    Linear head;
-    size_t log_scalors; /* row, or NO_ROW */
-    float alpha[MAX_SCALES + 1];
-
-    size_t B, N; /* planned */
-    int train;
-    void *arena;
-    real *raw, *logits;            /* (B,N,K) before and after scaling and residual; may be one */
-    real *scores;                  /* attention scores of one block of queries per (row, head) */
-    real *dx, *dcontext, *dnormed; /* gradients, reused by every layer */
-    real *dquery, *dkey, *dvalue, *dy, *dh;
-    real *row_sum; /* (B*N) */
-
-    State state;
-    size_t now_B, now_N; /* of the last forward or decode_begin */
-    size_t next;         /* decoding: the position whose turn it is */
-};
 
 /* ---- Configuration: the official keys (SPEC sections 1 and 2) ---- */
 
@@ -174,9 +99,6 @@ static int is_scaled(const NetConfig *c) {
 }
 static int is_residual(const NetConfig *c) {
     return c->variant == X_RESIDUAL || c->variant == X_RESIDUAL_SCALED;
-}
-static size_t prompt_length(const NetConfig *c) {
-    return c->has_class ? 2 : 1;
 }
 /* Rows of the table that embeds t and the class label. */
 static size_t prompt_tokens(const NetConfig *c) {
@@ -304,6 +226,7 @@ static Err add_linear(Transformer *m, Linear *l, size_t in, size_t out, int bias
     l->in = in, l->out = out, l->bias = NO_ROW;
     TRY(params_add(&m->params, &l->weight, x ? INIT_UNIFORM : INIT_NORMAL, x ? half_width : EMBEDDING_STD, WEIGHT_DECAY,
                    2, dim, "%s.weight", name));
+    m->params.row[l->weight].matrix = 1;
     if (!bias) return OK;
     return params_add(&m->params, &l->bias, x ? INIT_UNIFORM : INIT_ZERO, x ? half_width : 0, x ? WEIGHT_DECAY : 0, 1,
                       dim, "%s.bias", name);
@@ -613,208 +536,207 @@ Err transformer_plan(Transformer *m, size_t B, size_t N, int train) {
     return OK;
 }
 
-/* ---- Elementwise mathematics. In float: polynomials, good to 1e-7, that compilers turn into vector code ---- */
+/* ---- Elementwise: GELU (its mathematics: transformer.h) ---- */
 
-#ifdef REAL_DOUBLE
-static inline real exp_negative(real x) {
-    return exp(x);
-}
-static inline real log_positive(real x) {
-    return log(x);
-}
-
-/* *cdf = P(z < x), *pdf = its derivative, for z ~ N(0,1) */
-static inline void normal_distribution(real *cdf, real *pdf, real x) {
-    *cdf = 0.5 * erfc(-x * 0.70710678118654752440);
-    *pdf = 0.39894228040143267794 * exp(-0.5 * x * x);
-}
-#else
-static inline uint32_t bits_of(float x) {
-    uint32_t u;
-    memcpy(&u, &x, sizeof u);
-    return u;
-}
-static inline float float_of(uint32_t u) {
-    float x;
-    memcpy(&x, &u, sizeof x);
-    return x;
-}
-
-/* e^x for x <= 0; 0 below -87. x = n ln 2 + r, |r| <= ln(2)/2; 2^n is added to the exponent bits of e^r. Adding
- * 1.5 * 2^23 rounds to the whole number n and leaves it in the low bits. */
-static inline real exp_negative(real x) {
-    const float round = 12582912.0f, ln2_high = 0.693145751953125f, ln2_low = 1.428606820e-6f;
-    float y = x < -87.0f ? -87.0f : x;
-    float shifted = y * 1.44269504f + round, n = shifted - round;
-    float r = (y - n * ln2_high) - n * ln2_low;
-    const float taylor[7] = {1, 1, 1.0f / 2, 1.0f / 6, 1.0f / 24, 1.0f / 120, 1.0f / 720};
-    float e = 1.0f / 5040;
-    for (int k = 6; k >= 0; k--) e = e * r + taylor[k];
-    float result = float_of(bits_of(e) + (bits_of(shifted) << 23));
-    return x < -87.0f ? 0.0f : result; /* NaN stays NaN */
-}
-
-/* ln x for normal x > 0: x = 2^e f with f in [sqrt(1/2), sqrt 2), ln f = 2 artanh((f-1)/(f+1)). */
-static inline real log_positive(real x) {
-    const uint32_t sqrt_half = 0x3f3504f3u;
-    uint32_t u = bits_of(x) - sqrt_half + (127u << 23);
-    float e = (float)((int32_t)(u >> 23) - 127), f = float_of((u & 0x7fffffu) + sqrt_half);
-    float s = (f - 1) / (f + 1), s2 = s * s;
-    float series = 1.0f + s2 * (1.0f / 3 + s2 * (1.0f / 5 + s2 * (1.0f / 7 + s2 * (1.0f / 9))));
-    return e * 0.69314718f + 2 * s * series;
-}
-
-/* *cdf = P(z < x), *pdf = its derivative, for z ~ N(0,1). The tail beyond a = |x| is exp(-a^2/2) u w(u) with
- * u = 1/(1+0.26a); w is a polynomial fitted to 6e-9 relative by Chebyshev interpolation on 0 <= a <= 9. */
-static inline void normal_distribution(real *cdf, real *pdf, real x) {
-    const float w[9] = {0.10379182f,  0.10251124f, 0.10634528f,  0.038958745f, 0.18764427f,
-                        -0.18772396f, 0.28233662f, -0.16725112f, 0.033387092f};
-    float a = x < 0 ? -x : x, u = 1 / (1 + 0.26f * a), bell = exp_negative(-0.5f * a * a), sum = w[8];
-    for (int k = 7; k >= 0; k--) sum = sum * u + w[k];
-    float tail = bell * u * sum;
-    *cdf = x < 0 ? tail : 1 - tail;
-    *pdf = 0.398942280f * bell;
-}
-#endif
-
-static inline real dot(const real *a, const real *b, size_t n) {
-    real sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (size_t i = 0; i < n; i++) sum += a[i] * b[i];
-    return sum;
-}
-
-static inline real max_of(const real *x, size_t n) {
-    real largest = x[0];
-#pragma omp simd reduction(max : largest)
-    for (size_t i = 0; i < n; i++) largest = x[i] > largest ? x[i] : largest;
-    return largest;
+/* Tasks of a loop that sums C columns over all rows. */
+static size_t column_tasks(size_t C) {
+    return (C + COLUMN_BLOCK - 1) / COLUMN_BLOCK;
 }
 
 /* gelu_forward    g = gelu(g + bias), in place; dg = gelu'(g + bias), or not wanted when NULL
  * gelu_backward   dh *= dg
  *   g, dg, dh (R,H); bias (H). gelu(x) = x P(z < x), the exact one (SPEC 1.8). */
-static void gelu_forward(real *g, real *dg, const real *bias, size_t R, size_t H) {
-#pragma omp parallel for if (R * H > SMALL_WORK)
-    for (size_t r = 0; r < R; r++) {
-        real *gr = g + r * H, *dgr = dg ? dg + r * H : NULL;
-        if (dgr) {
+typedef struct {
+    real *g, *dg;
+    const real *bias;
+    size_t H;
+} Gelu;
+
+static void gelu_forward_row(void *context, size_t r) {
+    const Gelu *a = (const Gelu *)context;
+    const size_t H = a->H;
+    const real *bias = a->bias;
+    real *g = a->g + r * H, *dg = a->dg ? a->dg + r * H : NULL;
+    if (dg) {
 #pragma omp simd
-            for (size_t i = 0; i < H; i++) {
-                real x = gr[i] + bias[i], cdf, pdf;
-                normal_distribution(&cdf, &pdf, x);
-                dgr[i] = cdf + x * pdf;
-                gr[i] = x * cdf;
-            }
-        } else {
+        for (size_t i = 0; i < H; i++) {
+            real x = g[i] + bias[i], cdf, pdf;
+            normal_distribution(&cdf, &pdf, x);
+            dg[i] = cdf + x * pdf;
+            g[i] = x * cdf;
+        }
+    } else {
 #pragma omp simd
-            for (size_t i = 0; i < H; i++) {
-                real x = gr[i] + bias[i], cdf, pdf;
-                normal_distribution(&cdf, &pdf, x);
-                gr[i] = x * cdf;
-            }
+        for (size_t i = 0; i < H; i++) {
+            real x = g[i] + bias[i], cdf, pdf;
+            normal_distribution(&cdf, &pdf, x);
+            g[i] = x * cdf;
         }
     }
 }
 
-static void gelu_backward(real *dh, const real *dg, size_t R, size_t H) {
-#pragma omp parallel for if (R * H > SMALL_WORK)
-    for (size_t r = 0; r < R; r++) {
+static void gelu_forward(real *g, real *dg, const real *bias, size_t R, size_t H) {
+    Gelu a = {g, dg, bias, H};
+    parallel_for(threads_for(R * H), R, gelu_forward_row, &a);
+}
+
+static void gelu_backward_row(void *context, size_t r) {
+    const Gelu *a = (const Gelu *)context;
+    real *dh = a->g + r * a->H;
+    const real *dg = a->dg + r * a->H;
 #pragma omp simd
-        for (size_t i = 0; i < H; i++) dh[r * H + i] *= dg[r * H + i];
-    }
+    for (size_t i = 0; i < a->H; i++) dh[i] *= dg[i];
+}
+
+static void gelu_backward(real *dh, real *dg, size_t R, size_t H) {
+    Gelu a = {dh, dg, NULL, H};
+    parallel_for(threads_for(R * H), R, gelu_backward_row, &a);
 }
 
 /* ---- Norm: y = (x - mean) / sqrt(var + eps) * weight + bias, over each row of C channels ---- */
 
 /* norm_forward    y (R,C), mean (R), rstd (R) from x (R,C)
  * norm_backward   dx (R,C) +=, dweight (C) +=, dbias (C) += from dy (R,C) and what forward saw and left */
+typedef struct {
+    const real *weight, *x;
+    const real *bias, *dy;      /* forward; backward */
+    real *y, *dx, *mean, *rstd; /* forward; backward; mean and rstd are read by backward */
+    real *dweight, *dbias;
+    size_t R, C;
+} NormRows;
+
+static void norm_forward_row(void *context, size_t r) {
+    const NormRows *a = (const NormRows *)context;
+    const size_t C = a->C;
+    const real *x = a->x + r * C, *weight = a->weight, *bias = a->bias;
+    real *y = a->y + r * C, sum = 0, square = 0;
+#pragma omp simd reduction(+ : sum)
+    for (size_t i = 0; i < C; i++) sum += x[i];
+    const real mu = sum / (real)C;
+#pragma omp simd reduction(+ : square)
+    for (size_t i = 0; i < C; i++) square += (x[i] - mu) * (x[i] - mu);
+    const real s = (real)(1 / sqrt((double)square / (double)C + NORM_EPS));
+#pragma omp simd
+    for (size_t i = 0; i < C; i++) y[i] = (x[i] - mu) * s * weight[i] + bias[i];
+    a->mean[r] = mu, a->rstd[r] = s;
+}
+
 static void norm_forward(const Transformer *m, const Norm *norm, real *y, real *mean, real *rstd, const real *x,
                          size_t R) {
-    const real *weight = value_of(m, norm->weight), *bias = value_of(m, norm->bias);
-    const size_t C = norm->C;
-#pragma omp parallel for if (R * C > SMALL_WORK)
-    for (size_t r = 0; r < R; r++) {
-        const real *xr = x + r * C;
-        real *yr = y + r * C, sum = 0, square = 0;
-#pragma omp simd reduction(+ : sum)
-        for (size_t i = 0; i < C; i++) sum += xr[i];
-        const real mu = sum / (real)C;
-#pragma omp simd reduction(+ : square)
-        for (size_t i = 0; i < C; i++) square += (xr[i] - mu) * (xr[i] - mu);
-        const real s = (real)(1 / sqrt((double)square / (double)C + NORM_EPS));
-#pragma omp simd
-        for (size_t i = 0; i < C; i++) yr[i] = (xr[i] - mu) * s * weight[i] + bias[i];
-        mean[r] = mu, rstd[r] = s;
-    }
+    NormRows a;
+    memset(&a, 0, sizeof a);
+    a.weight = value_of(m, norm->weight), a.bias = value_of(m, norm->bias), a.x = x;
+    a.y = y, a.mean = mean, a.rstd = rstd, a.R = R, a.C = norm->C;
+    parallel_for(threads_for(R * a.C), R, norm_forward_row, &a);
 }
 
-static void norm_backward_input(real *dx, const real *dy, const real *x, const real *weight, const real *mean,
-                                const real *rstd, size_t R, size_t C) {
-#pragma omp parallel for if (R * C > SMALL_WORK)
-    for (size_t r = 0; r < R; r++) {
-        const real *xr = x + r * C, *dyr = dy + r * C, mu = mean[r], s = rstd[r];
-        real *dxr = dx + r * C, sum = 0, sum_hat = 0;
+static void norm_backward_row(void *context, size_t r) {
+    const NormRows *a = (const NormRows *)context;
+    const size_t C = a->C;
+    const real *x = a->x + r * C, *dy = a->dy + r * C, *weight = a->weight, mu = a->mean[r], s = a->rstd[r];
+    real *dx = a->dx + r * C, sum = 0, sum_hat = 0;
 #pragma omp simd reduction(+ : sum, sum_hat)
-        for (size_t i = 0; i < C; i++) {
-            real d = dyr[i] * weight[i];
-            sum += d;
-            sum_hat += d * (xr[i] - mu);
-        }
-        const real shift = sum / (real)C, slope = sum_hat * s * s / (real)C;
-#pragma omp simd
-        for (size_t i = 0; i < C; i++) dxr[i] += s * (dyr[i] * weight[i] - shift - (xr[i] - mu) * slope);
+    for (size_t i = 0; i < C; i++) {
+        real d = dy[i] * weight[i];
+        sum += d;
+        sum_hat += d * (x[i] - mu);
     }
+    const real shift = sum / (real)C, slope = sum_hat * s * s / (real)C;
+#pragma omp simd
+    for (size_t i = 0; i < C; i++) dx[i] += s * (dy[i] * weight[i] - shift - (x[i] - mu) * slope);
 }
 
-static void norm_backward(const Transformer *m, const Norm *norm, real *dx, const real *dy, const real *x,
-                          const real *mean, const real *rstd, size_t R) {
-    const size_t C = norm->C;
-    real *dweight = grad_of(m, norm->weight), *dbias = grad_of(m, norm->bias);
-    norm_backward_input(dx, dy, x, value_of(m, norm->weight), mean, rstd, R, C);
-#pragma omp parallel for if (R * C > SMALL_WORK)
-    for (size_t c0 = 0; c0 < C; c0 += COLUMN_BLOCK) {
-        real dw[COLUMN_BLOCK] = {0}, db[COLUMN_BLOCK] = {0};
-        const size_t n = min_size(COLUMN_BLOCK, C - c0);
-        for (size_t r = 0; r < R; r++) {
-            const real *xr = x + r * C + c0, *dyr = dy + r * C + c0, mu = mean[r], s = rstd[r];
+/* A task does COLUMN_BLOCK channels. */
+static void norm_backward_columns(void *context, size_t task) {
+    const NormRows *a = (const NormRows *)context;
+    const size_t C = a->C, c0 = task * COLUMN_BLOCK, n = min_size(COLUMN_BLOCK, C - c0);
+    real dw[COLUMN_BLOCK] = {0}, db[COLUMN_BLOCK] = {0};
+    for (size_t r = 0; r < a->R; r++) {
+        const real *x = a->x + r * C + c0, *dy = a->dy + r * C + c0, mu = a->mean[r], s = a->rstd[r];
 #pragma omp simd
-            for (size_t i = 0; i < n; i++) {
-                dw[i] += dyr[i] * (xr[i] - mu) * s;
-                db[i] += dyr[i];
-            }
+        for (size_t i = 0; i < n; i++) {
+            dw[i] += dy[i] * (x[i] - mu) * s;
+            db[i] += dy[i];
         }
-        for (size_t i = 0; i < n; i++) dweight[c0 + i] += dw[i], dbias[c0 + i] += db[i];
     }
+    for (size_t i = 0; i < n; i++) a->dweight[c0 + i] += dw[i], a->dbias[c0 + i] += db[i];
+}
+
+static void norm_backward(const Transformer *m, const Norm *norm, real *dx, const real *dy, const real *x, real *mean,
+                          real *rstd, size_t R) {
+    NormRows a;
+    memset(&a, 0, sizeof a);
+    a.weight = value_of(m, norm->weight), a.x = x, a.dy = dy, a.dx = dx, a.mean = mean, a.rstd = rstd;
+    a.dweight = grad_of(m, norm->weight), a.dbias = grad_of(m, norm->bias), a.R = R, a.C = norm->C;
+    parallel_for(threads_for(R * a.C), R, norm_backward_row, &a);
+    parallel_for(threads_for(R * a.C), column_tasks(a.C), norm_backward_columns, &a);
 }
 
 /* ---- Linear: out = residual + bias + in weight^T ---- */
 
-/* out (R,l->out), its rows ldo apart = residual + bias, each if there is one; residual may be out. Returns whether
- * anything was written: then the product must be added. */
-static int fill_rows(real *out, size_t ldo, const real *residual, const real *bias, size_t R, size_t C) {
-    if (!bias && !residual) return 0;
-#pragma omp parallel for if (R * C > SMALL_WORK)
-    for (size_t r = 0; r < R; r++) {
-        real *o = out + r * ldo;
-        const real *x = residual ? residual + r * ldo : NULL;
-        if (bias && x) {
+typedef struct {
+    real *out;
+    const real *residual, *bias;
+    size_t ldo, C;
+} FillRows;
+
+static void fill_row(void *context, size_t r) {
+    const FillRows *a = (const FillRows *)context;
+    real *o = a->out + r * a->ldo;
+    const real *x = a->residual ? a->residual + r * a->ldo : NULL, *bias = a->bias;
+    if (bias && x) {
 #pragma omp simd
-            for (size_t i = 0; i < C; i++) o[i] = x[i] + bias[i];
-        } else
-            memmove(o, bias ? bias : x, C * sizeof *o);
-    }
+        for (size_t i = 0; i < a->C; i++) o[i] = x[i] + bias[i];
+    } else
+        memmove(o, bias ? bias : x, a->C * sizeof *o);
+}
+
+/* out (R,C), its rows ldo apart = residual + bias, each if there is one; residual may be out. Returns whether anything
+ * was written: then the product must be added. */
+static int fill_rows(real *out, size_t ldo, const real *residual, const real *bias, size_t R, size_t C) {
+    FillRows a = {out, residual, bias, ldo, C};
+    if (!bias && !residual) return 0;
+    parallel_for(threads_for(R * C), R, fill_row, &a);
     return 1;
+}
+
+/* out (R,l->out) = or += in (R,l->in) weight^T. While decoding the rows are few and the weights stream by. */
+static void multiply(const Transformer *m, const Linear *l, real *out, size_t ldo, int accumulate, const real *in,
+                     size_t ldi, size_t R) {
+    const Param *p = &m->params.row[l->weight];
+    const Weights plain = {WEIGHTS_REAL, p->value, NULL}, w = p->packed.data ? p->packed : plain;
+    if (m->state == DECODING)
+        gemm_stream(R, l->out, l->in, in, ldi, &w, accumulate, out, ldo);
+    else
+        gemm_weights(R, l->out, l->in, in, ldi, &w, accumulate, out, ldo);
 }
 
 /* linear_forward    out (R,l->out) = residual + bias + in (R,l->in) weight^T; rows of out and residual are ldo apart,
  *                   rows of in ldi; residual may be NULL or out
  * linear_backward   din (R,l->in) = or += dout weight; dweight +=, dbias += from dout (R,l->out) and in */
-static void linear_forward(const Transformer *m, const Linear *l, real *out, size_t ldo, const real *residual,
-                           const real *in, size_t ldi, size_t R) {
+void linear_forward(const Transformer *m, const Linear *l, real *out, size_t ldo, const real *residual, const real *in,
+                    size_t ldi, size_t R) {
     const real *bias = l->bias == NO_ROW ? NULL : value_of(m, l->bias);
     int filled = fill_rows(out, ldo, residual, bias, R, l->out);
-    gemm(0, 1, R, l->out, l->in, in, ldi, value_of(m, l->weight), l->in, filled, out, ldo);
+    multiply(m, l, out, ldo, filled, in, ldi, R);
+}
+
+typedef struct {
+    real *dbias;
+    const real *dout;
+    size_t R, C;
+} ColumnSums;
+
+static void sum_columns(void *context, size_t task) {
+    const ColumnSums *a = (const ColumnSums *)context;
+    const size_t c0 = task * COLUMN_BLOCK, n = min_size(COLUMN_BLOCK, a->C - c0);
+    real sum[COLUMN_BLOCK] = {0};
+    for (size_t r = 0; r < a->R; r++) {
+        const real *d = a->dout + r * a->C + c0;
+#pragma omp simd
+        for (size_t i = 0; i < n; i++) sum[i] += d[i];
+    }
+    for (size_t i = 0; i < n; i++) a->dbias[c0 + i] += sum[i];
 }
 
 static void linear_backward(const Transformer *m, const Linear *l, real *din, int accumulate, const real *dout,
@@ -822,19 +744,8 @@ static void linear_backward(const Transformer *m, const Linear *l, real *din, in
     gemm(0, 0, R, l->in, l->out, dout, l->out, value_of(m, l->weight), l->in, accumulate, din, l->in);
     gemm(1, 0, l->out, l->in, R, dout, l->out, in, l->in, 1, grad_of(m, l->weight), l->in);
     if (l->bias == NO_ROW) return;
-    real *dbias = grad_of(m, l->bias);
-    const size_t C = l->out;
-#pragma omp parallel for if (R * C > SMALL_WORK)
-    for (size_t c0 = 0; c0 < C; c0 += COLUMN_BLOCK) {
-        real sum[COLUMN_BLOCK] = {0};
-        const size_t n = min_size(COLUMN_BLOCK, C - c0);
-        for (size_t r = 0; r < R; r++) {
-            const real *d = dout + r * C + c0;
-#pragma omp simd
-            for (size_t i = 0; i < n; i++) sum[i] += d[i];
-        }
-        for (size_t i = 0; i < n; i++) dbias[c0 + i] += sum[i];
-    }
+    ColumnSums sums = {grad_of(m, l->bias), dout, R, l->out};
+    parallel_for(threads_for(R * l->out), column_tasks(l->out), sum_columns, &sums);
 }
 
 /* ---- Embedding ---- */
@@ -842,32 +753,43 @@ static void linear_backward(const Transformer *m, const Linear *l, real *din, in
 /* embed_forward    x[b,i,:] = token_emb[ids[b,i],:] + pos_emb[pos+i,:]
  * embed_backward   dtoken_emb[ids[b,i],:] += dx[b,i,:], dpos_emb[i,:] += dx[b,i,:], for pos = 0
  *   x, dx (B,n,C); ids (B,n) */
+typedef struct {
+    real *token, *position; /* the tables, or their gradients */
+    real *x;
+    const real *dx;
+    const int32_t *ids;
+    size_t R, n, pos, C;
+} Embed;
+
+static void embed_row(void *context, size_t r) {
+    const Embed *a = (const Embed *)context;
+    const real *t = a->token + (size_t)a->ids[r] * a->C, *p = a->position + (a->pos + r % a->n) * a->C;
+    real *x = a->x + r * a->C;
+#pragma omp simd
+    for (size_t i = 0; i < a->C; i++) x[i] = t[i] + p[i];
+}
+
 static void embed_forward(const Transformer *m, const Stack *s, real *x, const int32_t *ids, size_t B, size_t n,
                           size_t pos) {
-    const real *token = value_of(m, s->token_emb), *position = value_of(m, s->pos_emb);
-    const size_t C = s->C;
-#pragma omp parallel for if (B * n * C > SMALL_WORK)
-    for (size_t r = 0; r < B * n; r++) {
-        const real *a = token + (size_t)ids[r] * C, *p = position + (pos + r % n) * C;
+    Embed a = {value_of(m, s->token_emb), value_of(m, s->pos_emb), x, NULL, ids, B * n, n, pos, s->C};
+    parallel_for(threads_for(B * n * s->C), B * n, embed_row, &a);
+}
+
+static void embed_backward_columns(void *context, size_t task) {
+    const Embed *a = (const Embed *)context;
+    const size_t C = a->C, c0 = task * COLUMN_BLOCK, width = min_size(COLUMN_BLOCK, C - c0);
+    for (size_t r = 0; r < a->R; r++) {
+        real *t = a->token + (size_t)a->ids[r] * C + c0, *p = a->position + r % a->n * C + c0;
+        const real *d = a->dx + r * C + c0;
 #pragma omp simd
-        for (size_t i = 0; i < C; i++) x[r * C + i] = a[i] + p[i];
+        for (size_t i = 0; i < width; i++) t[i] += d[i], p[i] += d[i];
     }
 }
 
 static void embed_backward(const Transformer *m, const Stack *s, const real *dx, const int32_t *ids, size_t B,
                            size_t n) {
-    real *token = grad_of(m, s->token_emb), *position = grad_of(m, s->pos_emb);
-    const size_t C = s->C;
-#pragma omp parallel for if (B * n * C > SMALL_WORK)
-    for (size_t c0 = 0; c0 < C; c0 += COLUMN_BLOCK) {
-        const size_t width = min_size(COLUMN_BLOCK, C - c0);
-        for (size_t r = 0; r < B * n; r++) {
-            real *a = token + (size_t)ids[r] * C + c0, *p = position + r % n * C + c0;
-            const real *d = dx + r * C + c0;
-#pragma omp simd
-            for (size_t i = 0; i < width; i++) a[i] += d[i], p[i] += d[i];
-        }
-    }
+    Embed a = {grad_of(m, s->token_emb), grad_of(m, s->pos_emb), NULL, dx, ids, B * n, n, 0, s->C};
+    parallel_for(threads_for(B * n * s->C), column_tasks(s->C), embed_backward_columns, &a);
 }
 
 /* ---- Attention ---- */
@@ -876,6 +798,7 @@ typedef struct {
     size_t B, heads, D, Tq, Tk;
     size_t key_stride; /* positions from one batch row's keys to the next's, >= Tk */
     int causal;        /* query i sees keys 0..i; Tq = Tk */
+    int decoding;      /* one query at a time */
     size_t unmasked;   /* and the first `unmasked` positions see each other */
 } AttendShape;
 
@@ -903,22 +826,60 @@ static void softmax_row(real *s, size_t n, size_t end, real scale) {
  * attend_backward   dq, dk, dv overwritten, from dy and the probabilities p of forward
  *   q, y (B,Tq,heads*D)   k, v (B,key_stride,heads*D)   p (B,heads,Tq,Tk), beyond the visible keys unspecified
  *   scores (B*heads, QUERY_BLOCK, Tk): work space; forward uses it when p is NULL. backward needs key_stride = Tk. */
+typedef struct {
+    const AttendShape *s;
+    const real *q, *k, *v, *dy;
+    real *y, *p, *scores, *dq, *dk, *dv;
+} Attend;
+
+static void attend_forward_head(void *context, size_t task) {
+    const Attend *a = (const Attend *)context;
+    const AttendShape *s = a->s;
+    const size_t inner = s->heads * s->D, b = task / s->heads, h = task % s->heads;
+    const size_t at_key = b * s->key_stride * inner + h * s->D;
+    const real scale = (real)(1 / sqrt((double)s->D));
+    for (size_t i0 = 0; i0 < s->Tq; i0 += QUERY_BLOCK) {
+        const size_t rows = min_size(QUERY_BLOCK, s->Tq - i0), keys = visible(s, i0 + rows - 1);
+        const size_t at = (b * s->Tq + i0) * inner + h * s->D;
+        real *pi = a->p ? a->p + (task * s->Tq + i0) * s->Tk : a->scores + task * QUERY_BLOCK * s->Tk;
+        gemm(0, 1, rows, keys, s->D, a->q + at, inner, a->k + at_key, inner, 0, pi, s->Tk);
+        for (size_t i = 0; i < rows; i++) softmax_row(pi + i * s->Tk, visible(s, i0 + i), keys, scale);
+        gemm(0, 0, rows, s->D, keys, pi, s->Tk, a->v + at_key, inner, 0, a->y + at, inner);
+    }
+}
+
+/* The same for one query, as decoding has it: keys and values are read where they lie, once. */
+static void attend_one_query(void *context, size_t task) {
+    enum { PART = 32 }; /* channels whose sums stay in registers */
+    const Attend *a = (const Attend *)context;
+    const AttendShape *s = a->s;
+    const size_t inner = s->heads * s->D, D = s->D, b = task / s->heads, h = task % s->heads;
+    const real *q = a->q + task * D, *k = a->k + b * s->key_stride * inner + h * D;
+    const real *v = a->v + b * s->key_stride * inner + h * D;
+    real *p = a->scores + task * QUERY_BLOCK * s->Tk, *y = a->y + task * D;
+    for (size_t j = 0; j < s->Tk; j++) p[j] = dot(q, k + j * inner, D);
+    softmax_row(p, s->Tk, s->Tk, (real)(1 / sqrt((double)D)));
+    for (size_t d = 0; d < D; d += PART) {
+        real sum[PART] = {0};
+        const size_t n = min_size(PART, D - d);
+        if (n == PART)
+            for (size_t j = 0; j < s->Tk; j++)
+#pragma omp simd
+                for (size_t i = 0; i < PART; i++) sum[i] += p[j] * v[j * inner + d + i];
+        else
+            for (size_t j = 0; j < s->Tk; j++)
+                for (size_t i = 0; i < n; i++) sum[i] += p[j] * v[j * inner + d + i];
+        memcpy(y + d, sum, n * sizeof *y);
+    }
+}
+
 static void attend_forward(const AttendShape *s, real *y, real *p, real *scores, const real *q, const real *k,
                            const real *v) {
-    const size_t inner = s->heads * s->D;
-    const real scale = (real)(1 / sqrt((double)s->D));
-#pragma omp parallel for
-    for (size_t task = 0; task < s->B * s->heads; task++) {
-        const size_t b = task / s->heads, h = task % s->heads, at_key = b * s->key_stride * inner + h * s->D;
-        for (size_t i0 = 0; i0 < s->Tq; i0 += QUERY_BLOCK) {
-            const size_t rows = min_size(QUERY_BLOCK, s->Tq - i0), keys = visible(s, i0 + rows - 1);
-            const size_t at = (b * s->Tq + i0) * inner + h * s->D;
-            real *pi = p ? p + (task * s->Tq + i0) * s->Tk : scores + task * QUERY_BLOCK * s->Tk;
-            gemm(0, 1, rows, keys, s->D, q + at, inner, k + at_key, inner, 0, pi, s->Tk);
-            for (size_t i = 0; i < rows; i++) softmax_row(pi + i * s->Tk, visible(s, i0 + i), keys, scale);
-            gemm(0, 0, rows, s->D, keys, pi, s->Tk, v + at_key, inner, 0, y + at, inner);
-        }
-    }
+    Attend a = {s, q, k, v, NULL, y, p, scores, NULL, NULL, NULL};
+    if (s->decoding)
+        parallel_for(threads_for(s->B * s->Tk * s->heads * s->D), s->B * s->heads, attend_one_query, &a);
+    else
+        parallel_for(threads_free(), s->B * s->heads, attend_forward_head, &a);
 }
 
 /* ds (rows,keys; Tk apart) holds dp; becomes the gradient of q k^T: p (dp - sum_j p dp) scale */
@@ -931,49 +892,45 @@ static void softmax_backward(real *ds, const real *p, size_t rows, size_t keys, 
     }
 }
 
-static void attend_backward(const AttendShape *s, real *dq, real *dk, real *dv, const real *dy, const real *p,
-                            real *scores, const real *q, const real *k, const real *v) {
-    const size_t inner = s->heads * s->D;
+static void attend_backward_head(void *context, size_t task) {
+    const Attend *a = (const Attend *)context;
+    const AttendShape *s = a->s;
+    const size_t inner = s->heads * s->D, b = task / s->heads, h = task % s->heads;
+    const size_t at_key = b * s->Tk * inner + h * s->D;
     const real scale = (real)(1 / sqrt((double)s->D));
-#pragma omp parallel for
-    for (size_t task = 0; task < s->B * s->heads; task++) {
-        const size_t b = task / s->heads, h = task % s->heads, at_key = b * s->Tk * inner + h * s->D;
-        real *ds = scores + task * QUERY_BLOCK * s->Tk;
-        for (size_t j = 0; j < s->Tk; j++) {
-            memset(dk + at_key + j * inner, 0, s->D * sizeof *dk);
-            memset(dv + at_key + j * inner, 0, s->D * sizeof *dv);
-        }
-        for (size_t i0 = 0; i0 < s->Tq; i0 += QUERY_BLOCK) {
-            const size_t rows = min_size(QUERY_BLOCK, s->Tq - i0), keys = visible(s, i0 + rows - 1);
-            const size_t at = (b * s->Tq + i0) * inner + h * s->D;
-            const real *pi = p + (task * s->Tq + i0) * s->Tk;
-            gemm(1, 0, keys, s->D, rows, pi, s->Tk, dy + at, inner, 1, dv + at_key, inner);
-            gemm(0, 1, rows, keys, s->D, dy + at, inner, v + at_key, inner, 0, ds, s->Tk);
-            softmax_backward(ds, pi, rows, keys, s->Tk, scale);
-            gemm(0, 0, rows, s->D, keys, ds, s->Tk, k + at_key, inner, 0, dq + at, inner);
-            gemm(1, 0, keys, s->D, rows, ds, s->Tk, q + at, inner, 1, dk + at_key, inner);
-        }
+    real *ds = a->scores + task * QUERY_BLOCK * s->Tk, *dk = a->dk + at_key, *dv = a->dv + at_key;
+    for (size_t j = 0; j < s->Tk; j++) {
+        memset(dk + j * inner, 0, s->D * sizeof *dk);
+        memset(dv + j * inner, 0, s->D * sizeof *dv);
     }
+    for (size_t i0 = 0; i0 < s->Tq; i0 += QUERY_BLOCK) {
+        const size_t rows = min_size(QUERY_BLOCK, s->Tq - i0), keys = visible(s, i0 + rows - 1);
+        const size_t at = (b * s->Tq + i0) * inner + h * s->D;
+        const real *pi = a->p + (task * s->Tq + i0) * s->Tk;
+        gemm(1, 0, keys, s->D, rows, pi, s->Tk, a->dy + at, inner, 1, dv, inner);
+        gemm(0, 1, rows, keys, s->D, a->dy + at, inner, a->v + at_key, inner, 0, ds, s->Tk);
+        softmax_backward(ds, pi, rows, keys, s->Tk, scale);
+        gemm(0, 0, rows, s->D, keys, ds, s->Tk, a->k + at_key, inner, 0, a->dq + at, inner);
+        gemm(1, 0, keys, s->D, rows, ds, s->Tk, a->q + at, inner, 1, dk, inner);
+    }
+}
+
+static void attend_backward(const AttendShape *s, real *dq, real *dk, real *dv, const real *dy, real *p, real *scores,
+                            const real *q, const real *k, const real *v) {
+    Attend a = {s, q, k, v, dy, NULL, p, scores, dq, dk, dv};
+    parallel_for(threads_free(), s->B * s->heads, attend_backward_head, &a);
 }
 
 /* ---- Blocks: next = x + block(normed) ---- */
 
-/* A pass over n new positions, the first of them at `pos`, for B batch rows. Training: pos = 0, n = stride = T. */
-typedef struct {
-    size_t B, n, pos;
-    size_t stride;       /* positions that a batch row's keys and values have room for */
-    int causal;          /* mask among the new positions; decoding adds one at a time and needs none */
-    const real *context; /* (B,T_context,C); NULL: keys and values of the context are in place */
-    size_t T_context;
-} Pass;
-
-static AttendShape attend_shape(const Stack *s, const Layer *l, const Pass *pass) {
+static AttendShape attend_shape(const Transformer *m, const Stack *s, const Layer *l, const Pass *pass) {
     int cross = l->kind == BLOCK_CROSS;
     AttendShape shape;
     shape.B = pass->B, shape.heads = l->heads, shape.D = l->D, shape.Tq = pass->n;
     shape.Tk = cross ? pass->T_context : pass->pos + pass->n;
     shape.key_stride = cross ? pass->T_context : pass->stride;
     shape.causal = pass->causal && !cross;
+    shape.decoding = m->state == DECODING;
     shape.unmasked = s->unmasked;
     return shape;
 }
@@ -994,7 +951,7 @@ static void project_positions(const Transformer *m, const Linear *l, real *out, 
  *   source: normed itself, or the context in cross-attention */
 static void attention_forward(Transformer *m, const Stack *s, Layer *l, real *next, const Pass *pass) {
     const size_t R = pass->B * pass->n, C = s->C, inner = l->heads * l->D;
-    const AttendShape shape = attend_shape(s, l, pass);
+    const AttendShape shape = attend_shape(m, s, l, pass);
     linear_forward(m, &l->q, l->query, inner, NULL, l->normed, C, R);
     if (l->kind == BLOCK_SELF) {
         project_positions(m, &l->k, l->key, l->normed, pass);
@@ -1010,7 +967,7 @@ static void attention_forward(Transformer *m, const Stack *s, Layer *l, real *ne
 static void attention_backward(Transformer *m, const Stack *s, const Layer *l, const real *dout, real *dcontext,
                                const Pass *pass) {
     const size_t R = pass->B * pass->n;
-    const AttendShape shape = attend_shape(s, l, pass);
+    const AttendShape shape = attend_shape(m, s, l, pass);
     linear_backward(m, &l->out, m->dy, 0, dout, l->y, R);
     attend_backward(&shape, m->dquery, m->dkey, m->dvalue, m->dy, l->p, m->scores, l->query, l->key, l->value);
     linear_backward(m, &l->q, m->dnormed, 0, m->dquery, l->normed, R);
@@ -1025,7 +982,7 @@ static void attention_backward(Transformer *m, const Stack *s, const Layer *l, c
  * feed_forward_backward   m->dnormed overwritten, parameters +=, from dout (R,C) */
 static void feed_forward(Transformer *m, Layer *l, real *next, size_t R) {
     const size_t C = l->up.in, H = l->up.out;
-    gemm(0, 1, R, H, C, l->normed, C, value_of(m, l->up.weight), C, 0, l->g, H);
+    multiply(m, &l->up, l->g, H, 0, l->normed, C, R);
     gelu_forward(l->g, l->dg, value_of(m, l->up.bias), R, H);
     linear_forward(m, &l->down, next, C, l->x, l->g, H, R);
 }
@@ -1040,7 +997,7 @@ static void feed_forward_backward(Transformer *m, const Layer *l, const real *do
 
 /* stack_forward    s->out (B,n-skip,C) = final norm of the last layer's output, without the first `skip` positions
  * stack_backward   from dout (B,n-skip,C): parameters +=, dcontext +=, both embeddings +=. Overwrites m->dx. */
-static void stack_forward(Transformer *m, Stack *s, const int32_t *ids, const Pass *pass, size_t skip) {
+void stack_forward(Transformer *m, Stack *s, const int32_t *ids, const Pass *pass, size_t skip) {
     const size_t R = pass->B * pass->n, kept = pass->n - skip;
     embed_forward(m, s, s->layer[0].x, ids, pass->B, pass->n, pass->pos);
     for (size_t i = 0; i < s->n_layers; i++) {
@@ -1105,46 +1062,59 @@ static void add_residual(real *row, size_t K, double alpha, int32_t x_t) {
 /* variant_forward    logits = raw * exp(log_scalors) + residual, as the variant has them
  * variant_backward   raw becomes draw = dlogits * exp(log_scalors); dlog_scalors +=
  *   raw, logits, dlogits (B,n,K), positions pos..pos+n-1; raw may be logits */
-static void variant_forward(Transformer *m, real *logits, const real *raw, size_t B, size_t n, size_t pos) {
-    const NetConfig *c = &m->config;
-    const size_t K = c->dec_num_tokens;
-    const int scaled = is_scaled(c), residual = is_residual(c);
-    if (!scaled && !residual) return;
-#pragma omp parallel for if (B * n * K > SMALL_WORK)
-    for (size_t r = 0; r < B * n; r++) {
-        const size_t b = r / n, i = pos + r % n;
-        if (scaled) {
-            const real scale = (real)exp((double)value_of(m, m->log_scalors)[scalor_index(m, b, i)]);
+typedef struct {
+    Transformer *m;
+    real *logits, *raw;
+    const real *dlogits;
+    size_t n, pos;
+} VariantRows;
+
+static void variant_forward_row(void *context, size_t r) {
+    const VariantRows *a = (const VariantRows *)context;
+    const NetConfig *c = &a->m->config;
+    const size_t K = c->dec_num_tokens, b = r / a->n, i = a->pos + r % a->n;
+    real *logits = a->logits + r * K, *raw = a->raw + r * K;
+    if (is_scaled(c)) {
+        const real scale = (real)exp((double)value_of(a->m, a->m->log_scalors)[scalor_index(a->m, b, i)]);
 #pragma omp simd
-            for (size_t k = 0; k < K; k++) logits[r * K + k] = raw[r * K + k] * scale;
-        }
-        if (residual) add_residual(logits + r * K, K, (double)m->alpha[scale_of_row(m, b)], noisy_token(m, b, i));
+        for (size_t k = 0; k < K; k++) logits[k] = raw[k] * scale;
     }
+    if (is_residual(c)) add_residual(logits, K, (double)a->m->alpha[scale_of_row(a->m, b)], noisy_token(a->m, b, i));
+}
+
+static void variant_forward(Transformer *m, real *logits, real *raw, size_t B, size_t n, size_t pos) {
+    VariantRows a = {m, logits, raw, NULL, n, pos};
+    if (!is_scaled(&m->config) && !is_residual(&m->config)) return;
+    parallel_for(threads_for(B * n * m->config.dec_num_tokens), B * n, variant_forward_row, &a);
+}
+
+static void variant_backward_row(void *context, size_t r) {
+    const VariantRows *a = (const VariantRows *)context;
+    const size_t K = a->m->config.dec_num_tokens, row = scalor_index(a->m, r / a->n, r % a->n);
+    const real scale = (real)exp((double)value_of(a->m, a->m->log_scalors)[row]);
+    const real *d = a->dlogits + r * K;
+    real *raw = a->raw + r * K;
+    a->m->row_sum[r] = scale * dot(d, raw, K);
+#pragma omp simd
+    for (size_t k = 0; k < K; k++) raw[k] = d[k] * scale;
 }
 
 static void variant_backward(Transformer *m, real *raw, const real *dlogits, size_t B, size_t n) {
-    const size_t K = m->config.dec_num_tokens;
+    VariantRows a = {m, NULL, raw, dlogits, n, 0};
     real *dlog_scalors = grad_of(m, m->log_scalors);
-#pragma omp parallel for if (B * n * K > SMALL_WORK)
-    for (size_t r = 0; r < B * n; r++) {
-        const real scale = (real)exp((double)value_of(m, m->log_scalors)[scalor_index(m, r / n, r % n)]);
-        const real *d = dlogits + r * K;
-        m->row_sum[r] = scale * dot(d, raw + r * K, K);
-#pragma omp simd
-        for (size_t k = 0; k < K; k++) raw[r * K + k] = d[k] * scale;
-    }
+    parallel_for(threads_for(B * n * m->config.dec_num_tokens), B * n, variant_backward_row, &a);
     for (size_t r = 0; r < B * n; r++) dlog_scalors[scalor_index(m, r / n, r % n)] += m->row_sum[r];
 }
 
 /* The decoder's output (B,n,C), positions pos..pos+n-1, to m->logits (B,n,K). */
-static void head_forward(Transformer *m, size_t B, size_t n, size_t pos) {
+void head_forward(Transformer *m, size_t B, size_t n, size_t pos) {
     linear_forward(m, &m->head, m->raw, m->head.out, NULL, m->decoder.out, m->head.in, B * n);
     variant_forward(m, m->logits, m->raw, B, n, pos);
 }
 
 /* ---- Forward and backward of the whole network ---- */
 
-static Err check_ids(const char *what, const int32_t *ids, size_t n, int32_t lo, size_t end) {
+Err check_ids(const char *what, const int32_t *ids, size_t n, int32_t lo, size_t end) {
     if (!ids) return err("transformer: no %s given", what);
     for (size_t i = 0; i < n; i++)
         if (ids[i] < lo || (size_t)ids[i] >= end)
@@ -1152,8 +1122,7 @@ static Err check_ids(const char *what, const int32_t *ids, size_t n, int32_t lo,
     return OK;
 }
 
-static Err check_batch(const Transformer *m, const int32_t *x_t, const int32_t *t, const int32_t *label, size_t B,
-                       size_t N) {
+Err check_batch(const Transformer *m, const int32_t *x_t, const int32_t *t, const int32_t *label, size_t B, size_t N) {
     const NetConfig *c = &m->config;
     if (!m->B) return err("transformer: nothing is planned");
     if (m->params.n == 0 || !m->params.row[0].value) return err("transformer: the parameters have no values yet");
@@ -1166,8 +1135,8 @@ static Err check_batch(const Transformer *m, const int32_t *x_t, const int32_t *
 }
 
 /* ids (B,P+n) = [t, (label,) tokens[b,0..n-1]]; rows of tokens are `stride` apart. */
-static void prompted_ids(const NetConfig *c, int32_t *ids, const int32_t *t, const int32_t *label,
-                         const int32_t *tokens, size_t stride, size_t B, size_t n) {
+void prompted_ids(const NetConfig *c, int32_t *ids, const int32_t *t, const int32_t *label, const int32_t *tokens,
+                  size_t stride, size_t B, size_t n) {
     size_t P = prompt_length(c);
     for (size_t b = 0; b < B; b++) {
         int32_t *row = ids + b * (P + n);
@@ -1185,7 +1154,7 @@ static void shifted_ids(int32_t *ids, const int32_t *x, size_t B, size_t N) {
     }
 }
 
-static Pass whole_pass(const Stack *s, size_t B, size_t n, const real *context, size_t T_context) {
+Pass whole_pass(const Stack *s, size_t B, size_t n, const real *context, size_t T_context) {
     Pass pass;
     pass.B = B, pass.n = pass.stride = n, pass.pos = 0, pass.causal = s->causal;
     pass.context = context, pass.T_context = T_context;
@@ -1242,195 +1211,4 @@ Err transformer_backward(Transformer *m, const real *dlogits) {
     }
     m->state = IDLE; /* raw is spent: a second backward needs a new forward */
     return OK;
-}
-
-/* ---- Losses (SPEC section 4) ---- */
-
-typedef struct {
-    const real *logits, *posterior;
-    const int32_t *target;
-    real *dlogits;
-    size_t K;
-    real soft_weight, hard_weight; /* of one row's gradient */
-} LossRows;
-
-/* *hard = -log p[target], *soft = sum_k q_k log(q_k/p_k) with 0 log 0 = 0, for p = softmax(logits) of row r;
- * dlogits = soft_weight (p - q) + hard_weight (p - onehot). */
-static void loss_row(const LossRows *a, size_t r, double *hard, double *soft) {
-    const size_t K = a->K;
-    const real *l = a->logits + r * K, *q = a->posterior ? a->posterior + r * K : NULL;
-    real *d = a->dlogits ? a->dlogits + r * K : NULL;
-    const real largest = max_of(l, K);
-    real sum = 0, kl = 0;
-#pragma omp simd reduction(+ : sum)
-    for (size_t k = 0; k < K; k++) sum += exp_negative(l[k] - largest);
-    const real log_sum = (real)log((double)sum), inverse = 1 / sum;
-    *hard = (double)log_sum - ((double)l[a->target[r]] - (double)largest);
-    if (q) {
-#pragma omp simd reduction(+ : kl)
-        for (size_t k = 0; k < K; k++) {
-            const real qk = q[k] > (real)1e-37 ? q[k] : 1, term = log_positive(qk) - (l[k] - largest - log_sum);
-            kl += q[k] > (real)1e-37 ? q[k] * term : 0;
-        }
-        *soft = (double)kl;
-    }
-    if (!d) return;
-    const real total = a->soft_weight + a->hard_weight, on_target = a->hard_weight;
-    if (q && a->soft_weight != 0) {
-#pragma omp simd
-        for (size_t k = 0; k < K; k++) d[k] = total * inverse * exp_negative(l[k] - largest) - a->soft_weight * q[k];
-    } else {
-#pragma omp simd
-        for (size_t k = 0; k < K; k++) d[k] = total * inverse * exp_negative(l[k] - largest);
-    }
-    d[a->target[r]] -= on_target;
-}
-
-Err denoising_loss(Loss *out, const real *logits, const int32_t *target, const real *posterior, size_t R, size_t K,
-                   double alpha, double weight, real *dlogits) {
-    double hard[LOSS_CHUNKS] = {0}, soft[LOSS_CHUNKS] = {0}, hard_sum = 0, soft_sum = 0;
-    if (R < 1 || K < 1) return err("loss: %zu rows of %zu classes, expected at least one", R, K);
-    if (!(alpha >= 0 && alpha <= 1)) return err("loss: alpha is %g, expected 0..1", alpha);
-    if (!posterior && alpha > 0) return err("loss: alpha is %g, but there is no posterior", alpha);
-    TRY(check_ids("target", target, R, 0, K));
-    LossRows rows;
-    rows.logits = logits, rows.posterior = posterior, rows.target = target, rows.dlogits = dlogits, rows.K = K;
-    rows.soft_weight = (real)(weight * alpha / (double)R), rows.hard_weight = (real)(weight * (1 - alpha) / (double)R);
-    const size_t chunk = (R + LOSS_CHUNKS - 1) / LOSS_CHUNKS;
-#pragma omp parallel for
-    for (size_t c = 0; c < LOSS_CHUNKS; c++)
-        for (size_t r = c * chunk; r < min_size((c + 1) * chunk, R); r++) {
-            double h = 0, s = 0;
-            loss_row(&rows, r, &h, &s);
-            hard[c] += h, soft[c] += s;
-        }
-    for (size_t c = 0; c < LOSS_CHUNKS; c++) hard_sum += hard[c], soft_sum += soft[c];
-    out->hard = hard_sum / (double)R;
-    out->soft = posterior ? soft_sum / (double)R : (double)NAN;
-    out->loss = alpha == 0 ? out->hard : alpha * out->soft + (1 - alpha) * out->hard;
-    return OK;
-}
-
-/* ---- Decoding, one position at a time ---- */
-
-/* n new positions of the decoder from pos on, for ids (B,n): logits of the last one, (B,K) in m->logits. Every new
- * position sees all that is there, itself and the other new ones included. */
-static void decode_positions(Transformer *m, const int32_t *ids, size_t n, size_t pos, size_t i) {
-    Stack *d = &m->decoder;
-    Pass pass;
-    pass.B = m->now_B, pass.n = n, pass.pos = pos, pass.stride = d->T, pass.causal = 0;
-    pass.context = NULL, pass.T_context = m->config.kind == NET_X ? prompt_length(&m->config) + m->now_N : 0;
-    stack_forward(m, d, ids, &pass, n - 1);
-    head_forward(m, m->now_B, 1, i);
-}
-
-/* Keys and values of the context, for every cross-attention layer. */
-static void cache_context(Transformer *m, size_t rows) {
-    const real *context = m->encoder.out;
-    for (size_t i = 0; i < m->decoder.n_layers; i++) {
-        Layer *l = &m->decoder.layer[i];
-        if (l->kind != BLOCK_CROSS) continue;
-        linear_forward(m, &l->k, l->key, l->k.out, NULL, context, l->k.in, rows);
-        linear_forward(m, &l->v, l->value, l->v.out, NULL, context, l->v.in, rows);
-    }
-}
-
-/* The prompt of a GPT is fed without any mask, as the official sampler does: for a prompt (t, class) training must have
- * used n_unmasked = 2 to see the same (SPEC 2.6). */
-Err transformer_decode_begin(Transformer *m, const int32_t *x_t, const int32_t *t, const int32_t *label, size_t B,
-                             size_t N) {
-    const NetConfig *c = &m->config;
-    const size_t P = prompt_length(c);
-    m->state = IDLE;
-    if (m->B && m->train) return err("transformer: decoding under a training plan, which has no caches");
-    TRY(check_batch(m, x_t, t, label, B, N));
-    m->now_B = B, m->now_N = N, m->next = 0;
-    if (c->kind == NET_X) {
-        const Pass encode = whole_pass(&m->encoder, B, P + N, NULL, 0);
-        prompted_ids(c, m->encoder.ids, t, label, x_t, N, B, N);
-        stack_forward(m, &m->encoder, m->encoder.ids, &encode, 0);
-        cache_context(m, B * (P + N));
-    } else {
-        prompted_ids(c, m->decoder.ids, t, label, NULL, 0, B, 0);
-        decode_positions(m, m->decoder.ids, P, 0, 0);
-    }
-    m->state = DECODING;
-    return OK;
-}
-
-Err transformer_decode_step(Transformer *m, const int32_t *prev, size_t i, const real **logits) {
-    const NetConfig *c = &m->config;
-    if (m->state != DECODING) return err("transformer: a decoding step before decoding began");
-    if (i != m->next || i >= m->now_N)
-        return err("transformer: decoding step %zu, expected %zu of %zu", i, m->next, m->now_N);
-    if (i > 0) TRY(check_ids("previous token", prev, m->now_B, 0, c->dec_num_tokens));
-    int32_t *ids = m->decoder.ids;
-    for (size_t b = 0; b < m->now_B; b++) ids[b] = i > 0 ? prev[b] : 0;
-    if (c->kind == NET_X)
-        decode_positions(m, ids, 1, i, i);
-    else if (i > 0)
-        decode_positions(m, ids, 1, prompt_length(c) - 1 + i, i); /* i = 0: begin has done it */
-    m->next = i + 1;
-    *logits = m->logits;
-    return OK;
-}
-
-/* ---- Optimizer (SPEC sections 6 and 7) ---- */
-
-#ifdef REAL_DOUBLE
-static inline real square_root(real x) {
-    return sqrt(x);
-}
-#else
-static inline real square_root(real x) {
-    return sqrtf(x);
-}
-#endif
-
-/* Tensors are cut into pieces of fixed size, so that threads do not decide which elements run as vectors. */
-void adamw_step(Params *p, const AdamW *o, uint64_t step) {
-    const double correction1 = 1 - pow(o->beta1, (double)step), correction2 = 1 - pow(o->beta2, (double)step);
-    const real beta1 = (real)o->beta1, beta2 = (real)o->beta2, eps = (real)o->eps;
-    const real rest1 = (real)(1 - o->beta1), rest2 = (real)(1 - o->beta2);
-    const real rate = (real)(o->lr / correction1), inverse = (real)(1 / sqrt(correction2));
-    for (size_t i = 0; i < p->n; i++) {
-        const Param *row = &p->row[i];
-        if (row->untrained) continue;
-        const real keep = (real)(1 - o->lr * row->decay * o->decay_scale);
-#pragma omp parallel for if (row->size > SMALL_WORK)
-        for (size_t k0 = 0; k0 < row->size; k0 += SMALL_WORK) {
-            const size_t n = min_size(SMALL_WORK, row->size - k0);
-            real *w = row->value + k0, *m = row->m + k0, *v = row->v + k0;
-            const real *g = row->grad + k0;
-#pragma omp simd
-            for (size_t k = 0; k < n; k++) {
-                m[k] = beta1 * m[k] + rest1 * g[k];
-                v[k] = beta2 * v[k] + rest2 * g[k] * g[k];
-                w[k] = keep * w[k] - rate * m[k] / (square_root(v[k]) * inverse + eps);
-            }
-        }
-    }
-}
-
-void ema_update(Params *p, double decay, uint64_t num_updates) {
-    const float n = (float)num_updates, warm = (1 + n) / (10 + n), limit = (float)decay;
-    const real step = (real)(1 - (warm < limit ? warm : limit));
-    for (size_t i = 0; i < p->n; i++) {
-        const Param *row = &p->row[i];
-#pragma omp parallel for if (row->size > SMALL_WORK)
-        for (size_t k0 = 0; k0 < row->size; k0 += SMALL_WORK) {
-            const size_t width = min_size(SMALL_WORK, row->size - k0);
-            real *e = row->ema + k0;
-            const real *w = row->value + k0;
-#pragma omp simd
-            for (size_t k = 0; k < width; k++) e[k] -= step * (e[k] - w[k]);
-        }
-    }
-}
-
-double lr_at(const LrSchedule *s, uint64_t n) {
-    const double pi = 3.14159265358979323846, x = (double)n;
-    if (x < s->warm_up_steps) return (s->lr_max - s->lr_start) / s->warm_up_steps * x + s->lr_start;
-    double done = (x - s->warm_up_steps) / (s->max_decay_steps - s->warm_up_steps);
-    return s->lr_min + 0.5 * (s->lr_max - s->lr_min) * (1 + cos(pi * (done < 1 ? done : 1)));
 }

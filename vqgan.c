@@ -379,31 +379,45 @@ static void conv_layer_backward(Vqgan *v, const Layer *l) {
 
 /* ---- GroupNorm, with or without swish ---- */
 
+/* What the tasks of one layer share: for norms a task is a group of channels, for attention a picture. */
+typedef struct {
+    Vqgan *v;
+    const Layer *l;
+} LayerJob;
+
+static void layer_tasks(Vqgan *v, const Layer *l, size_t n, Task *task) {
+    LayerJob job = {v, l};
+    parallel_for(threads_free(), n, task, &job);
+}
+
 /* y = swish(t), t = gamma (x - mean) rstd + beta     x, y (B,C,hw); saved (B,32,2) = mean, rstd of each group */
-static void norm_forward(Vqgan *v, const Layer *l) {
+static void norm_forward_task(void *context, size_t bg) {
+    Vqgan *v = ((const LayerJob *)context)->v;
+    const Layer *l = ((const LayerJob *)context)->l;
     const real *gamma = v->params.row[l->weight].value, *beta = v->params.row[l->bias].value;
     const size_t C = v->value[l->out].C, hw = plane_size(v, l->out), per = C / GROUPS, n = per * hw;
     real *saved = v->arena + l->saved;
-#pragma omp parallel for
-    for (size_t bg = 0; bg < v->b * GROUPS; bg++) {
-        const real *x = v->x[l->in[0]] + bg * n;
-        real *y = v->x[l->out] + bg * n;
-        const real mean = (real)(sum_reals(x, n) / (double)n);
-        const real rstd = (real)(1 / sqrt(dot(x, mean, x, mean, n) / (double)n + NORM_EPS));
-        saved[2 * bg] = mean;
-        saved[2 * bg + 1] = rstd;
-        for (size_t i = 0; i < per; i++, x += hw, y += hw) {
-            const size_t c = bg % GROUPS * per + i;
-            const real scale = rstd * gamma[c], shift = beta[c] - mean * scale;
-            if (l->swish)
-                for (size_t j = 0; j < hw; j++) {
-                    const real t = x[j] * scale + shift, s = 1 / (1 + exp_real(-t));
-                    y[j] = t * s;
-                }
-            else
-                for (size_t j = 0; j < hw; j++) y[j] = x[j] * scale + shift;
-        }
+    const real *x = v->x[l->in[0]] + bg * n;
+    real *y = v->x[l->out] + bg * n;
+    const real mean = (real)(sum_reals(x, n) / (double)n);
+    const real rstd = (real)(1 / sqrt(dot(x, mean, x, mean, n) / (double)n + NORM_EPS));
+    saved[2 * bg] = mean;
+    saved[2 * bg + 1] = rstd;
+    for (size_t i = 0; i < per; i++, x += hw, y += hw) {
+        const size_t c = bg % GROUPS * per + i;
+        const real scale = rstd * gamma[c], shift = beta[c] - mean * scale;
+        if (l->swish)
+            for (size_t j = 0; j < hw; j++) {
+                const real t = x[j] * scale + shift, s = 1 / (1 + exp_real(-t));
+                y[j] = t * s;
+            }
+        else
+            for (size_t j = 0; j < hw; j++) y[j] = x[j] * scale + shift;
     }
+}
+
+static void norm_forward(Vqgan *v, const Layer *l) {
+    layer_tasks(v, l, v->b * GROUPS, norm_forward_task);
 }
 
 /* dy (n) = dy swish'(t), in place; t = scale x + shift; swish' = s (1 + t (1-s)), s = sigmoid(t) */
@@ -417,38 +431,43 @@ static void swish_backward(real *dy, const real *x, size_t n, real scale, real s
 /* With d = dL/dt and xhat = (x - mean) rstd, means over the group:
  *     dx = or += rstd (gamma d - mean(gamma d) - xhat mean(gamma d xhat))     dgamma += sum d xhat     dbeta += sum d
  * dy is overwritten with d; nothing reads it afterwards. channel (B,C,2): sums of d and d xhat of each plane. */
-static void norm_backward(Vqgan *v, const Layer *l) {
+static void norm_backward_task(void *context, size_t bg) {
+    Vqgan *v = ((const LayerJob *)context)->v;
+    const Layer *l = ((const LayerJob *)context)->l;
     const real *gamma = v->params.row[l->weight].value, *beta = v->params.row[l->bias].value;
     const size_t C = v->value[l->out].C, hw = plane_size(v, l->out), per = C / GROUPS, n = per * hw;
     const real *saved = v->arena + l->saved;
     real *channel = v->scratch.partials;
-#pragma omp parallel for
-    for (size_t bg = 0; bg < v->b * GROUPS; bg++) {
-        const real mean = saved[2 * bg], rstd = saved[2 * bg + 1];
-        double d_mean = 0, dx_mean = 0;
-        for (size_t i = 0; i < per; i++) {
-            const size_t c = bg % GROUPS * per + i, at = bg * n + i * hw;
-            const real *x = v->x[l->in[0]] + at, scale = rstd * gamma[c];
-            real *d = v->dx[l->out] + at;
-            if (l->swish) swish_backward(d, x, hw, scale, beta[c] - mean * scale);
-            const double sum_d = sum_reals(d, hw), sum_dx = dot(d, 0, x, mean, hw) * (double)rstd;
-            channel[2 * (bg * per + i)] = (real)sum_d;
-            channel[2 * (bg * per + i) + 1] = (real)sum_dx;
-            d_mean += (double)gamma[c] * sum_d / (double)n;
-            dx_mean += (double)gamma[c] * sum_dx / (double)n;
-        }
-        const real slope = (real)(-dx_mean * (double)rstd * (double)rstd);
-        const real offset = (real)(-d_mean * (double)rstd) - slope * mean;
-        for (size_t i = 0; i < per; i++) {
-            const size_t c = bg % GROUPS * per + i, at = bg * n + i * hw;
-            const real *x = v->x[l->in[0]] + at, *d = v->dx[l->out] + at, scale = rstd * gamma[c];
-            real *dx = v->dx[l->in[0]] + at;
-            if (l->more[0])
-                for (size_t j = 0; j < hw; j++) dx[j] += scale * d[j] + slope * x[j] + offset;
-            else
-                for (size_t j = 0; j < hw; j++) dx[j] = scale * d[j] + slope * x[j] + offset;
-        }
+    const real mean = saved[2 * bg], rstd = saved[2 * bg + 1];
+    double d_mean = 0, dx_mean = 0;
+    for (size_t i = 0; i < per; i++) {
+        const size_t c = bg % GROUPS * per + i, at = bg * n + i * hw;
+        const real *x = v->x[l->in[0]] + at, scale = rstd * gamma[c];
+        real *d = v->dx[l->out] + at;
+        if (l->swish) swish_backward(d, x, hw, scale, beta[c] - mean * scale);
+        const double sum_d = sum_reals(d, hw), sum_dx = dot(d, 0, x, mean, hw) * (double)rstd;
+        channel[2 * (bg * per + i)] = (real)sum_d;
+        channel[2 * (bg * per + i) + 1] = (real)sum_dx;
+        d_mean += (double)gamma[c] * sum_d / (double)n;
+        dx_mean += (double)gamma[c] * sum_dx / (double)n;
     }
+    const real slope = (real)(-dx_mean * (double)rstd * (double)rstd);
+    const real offset = (real)(-d_mean * (double)rstd) - slope * mean;
+    for (size_t i = 0; i < per; i++) {
+        const size_t c = bg % GROUPS * per + i, at = bg * n + i * hw;
+        const real *x = v->x[l->in[0]] + at, *d = v->dx[l->out] + at, scale = rstd * gamma[c];
+        real *dx = v->dx[l->in[0]] + at;
+        if (l->more[0])
+            for (size_t j = 0; j < hw; j++) dx[j] += scale * d[j] + slope * x[j] + offset;
+        else
+            for (size_t j = 0; j < hw; j++) dx[j] = scale * d[j] + slope * x[j] + offset;
+    }
+}
+
+static void norm_backward(Vqgan *v, const Layer *l) {
+    const size_t C = v->value[l->out].C;
+    const real *channel = v->scratch.partials;
+    layer_tasks(v, l, v->b * GROUPS, norm_backward_task);
     real *dgamma = v->params.row[l->weight].grad, *dbeta = v->params.row[l->bias].grad;
     for (size_t b = 0; b < v->b; b++)
         for (size_t c = 0; c < C; c++) {
@@ -469,40 +488,46 @@ static void softmax_row(real *p, size_t n) {
 }
 
 /* y[:,i] = sum_j p[i,j] v[:,j],  p[i,:] = softmax(C^-0.5 q[:,i] . k[:,:])     q,k,v,y (B,C,N)  p (B,N,N) saved */
-static void attend_forward(Vqgan *v, const Layer *l) {
+static void attend_forward_task(void *context, size_t b) {
+    Vqgan *v = ((const LayerJob *)context)->v;
+    const Layer *l = ((const LayerJob *)context)->l;
     const size_t C = v->value[l->out].C, N = plane_size(v, l->out);
     const real scale = (real)(1 / sqrt((double)C));
-#pragma omp parallel for schedule(dynamic) if (v->b > 1)
-    for (size_t b = 0; b < v->b; b++) {
-        const size_t at = b * C * N;
-        real *p = v->arena + l->saved + b * N * N;
-        gemm(1, 0, N, N, C, v->x[l->in[0]] + at, N, v->x[l->in[1]] + at, N, 0, p, N);
-        for (size_t i = 0; i < N; i++) {
-            for (size_t j = 0; j < N; j++) p[i * N + j] *= scale;
-            softmax_row(p + i * N, N);
-        }
-        gemm(0, 1, C, N, N, v->x[l->in[2]] + at, N, p, N, 0, v->x[l->out] + at, N);
+    const size_t at = b * C * N;
+    real *p = v->arena + l->saved + b * N * N;
+    gemm(1, 0, N, N, C, v->x[l->in[0]] + at, N, v->x[l->in[1]] + at, N, 0, p, N);
+    for (size_t i = 0; i < N; i++) {
+        for (size_t j = 0; j < N; j++) p[i * N + j] *= scale;
+        softmax_row(p + i * N, N);
     }
+    gemm(0, 1, C, N, N, v->x[l->in[2]] + at, N, p, N, 0, v->x[l->out] + at, N);
+}
+
+static void attend_forward(Vqgan *v, const Layer *l) {
+    layer_tasks(v, l, v->b, attend_forward_task);
 }
 
 /* dv = dy p,  dp = dy^T v,  ds = scale p (dp - sum_j dp p),  dq = k ds^T,  dk = q ds     ds (B,N,N) scratch */
-static void attend_backward(Vqgan *v, const Layer *l) {
+static void attend_backward_task(void *context, size_t b) {
+    Vqgan *v = ((const LayerJob *)context)->v;
+    const Layer *l = ((const LayerJob *)context)->l;
     const size_t C = v->value[l->out].C, N = plane_size(v, l->out);
     const real scale = (real)(1 / sqrt((double)C));
-#pragma omp parallel for schedule(dynamic) if (v->b > 1)
-    for (size_t b = 0; b < v->b; b++) {
-        const size_t at = b * C * N;
-        const real *dy = v->dx[l->out] + at, *p = v->arena + l->saved + b * N * N;
-        real *ds = v->arena + l->scratch + b * N * N;
-        gemm(0, 0, C, N, N, dy, N, p, N, l->more[2], v->dx[l->in[2]] + at, N);
-        gemm(1, 0, N, N, C, dy, N, v->x[l->in[2]] + at, N, 0, ds, N);
-        for (size_t i = 0; i < N; i++) {
-            const real *row = p + i * N, mean = (real)dot(ds + i * N, 0, row, 0, N);
-            for (size_t j = 0; j < N; j++) ds[i * N + j] = scale * row[j] * (ds[i * N + j] - mean);
-        }
-        gemm(0, 1, C, N, N, v->x[l->in[1]] + at, N, ds, N, l->more[0], v->dx[l->in[0]] + at, N);
-        gemm(0, 0, C, N, N, v->x[l->in[0]] + at, N, ds, N, l->more[1], v->dx[l->in[1]] + at, N);
+    const size_t at = b * C * N;
+    const real *dy = v->dx[l->out] + at, *p = v->arena + l->saved + b * N * N;
+    real *ds = v->arena + l->scratch + b * N * N;
+    gemm(0, 0, C, N, N, dy, N, p, N, l->more[2], v->dx[l->in[2]] + at, N);
+    gemm(1, 0, N, N, C, dy, N, v->x[l->in[2]] + at, N, 0, ds, N);
+    for (size_t i = 0; i < N; i++) {
+        const real *row = p + i * N, mean = (real)dot(ds + i * N, 0, row, 0, N);
+        for (size_t j = 0; j < N; j++) ds[i * N + j] = scale * row[j] * (ds[i * N + j] - mean);
     }
+    gemm(0, 1, C, N, N, v->x[l->in[1]] + at, N, ds, N, l->more[0], v->dx[l->in[0]] + at, N);
+    gemm(0, 0, C, N, N, v->x[l->in[0]] + at, N, ds, N, l->more[1], v->dx[l->in[1]] + at, N);
+}
+
+static void attend_backward(Vqgan *v, const Layer *l) {
+    layer_tasks(v, l, v->b, attend_backward_task);
 }
 
 /* ---- Vector quantiser ---- */
@@ -533,21 +558,33 @@ static void nearest_codes(const Vqgan *v, const real *z, size_t ld, size_t n, re
     }
 }
 
+typedef struct {
+    Vqgan *v;
+    const real *z;
+    size_t N, per; /* cells and tasks of a picture */
+    int32_t *raw;
+} NearestJob;
+
+static void code_norm_task(void *context, size_t k) {
+    const Vqgan *v = ((const NearestJob *)context)->v;
+    const size_t D = v->c.embed_dim;
+    const real *code = v->params.row[v->codebook].value + k * D;
+    v->arena[v->code_norm + k] = (real)(dot(code, 0, code, 0, D) / 2);
+}
+
+static void nearest_task(void *context, size_t task) {
+    const NearestJob *j = (const NearestJob *)context;
+    const ConvScratch *s = &j->v->scratch;
+    const size_t N = j->N, b = task / j->per, at = task % j->per * SPOTS;
+    real *score = s->columns + thread_index() * s->column_reals;
+    nearest_codes(j->v, j->z + b * j->v->c.embed_dim * N + at, N, min_size(SPOTS, N - at), score, j->raw + b * N + at);
+}
+
 /* raw (B,N) = nearest entries of z (B,D,N) */
 static void nearest(Vqgan *v, const real *z, size_t B, size_t N, int32_t *raw) {
-    const size_t D = v->c.embed_dim, per = (N + SPOTS - 1) / SPOTS;
-    const real *book = v->params.row[v->codebook].value;
-    real *half_norm = v->arena + v->code_norm;
-#pragma omp parallel for
-    for (size_t k = 0; k < v->c.n_embed; k++) half_norm[k] = (real)(dot(book + k * D, 0, book + k * D, 0, D) / 2);
-    const int threads = conv_threads(&v->scratch, B * per);
-    (void)threads; /* without OpenMP */
-#pragma omp parallel for schedule(dynamic) num_threads(threads)
-    for (size_t i = 0; i < B * per; i++) {
-        const size_t b = i / per, at = i % per * SPOTS;
-        real *score = v->scratch.columns + thread_index() * v->scratch.column_reals;
-        nearest_codes(v, z + b * D * N + at, N, min_size(SPOTS, N - at), score, raw + b * N + at);
-    }
+    NearestJob job = {v, z, N, (N + SPOTS - 1) / SPOTS, raw};
+    parallel_for(threads_free(), v->c.n_embed, code_norm_task, &job);
+    parallel_for(conv_threads(&v->scratch, B * job.per), B * job.per, nearest_task, &job);
 }
 
 /* tokens (B,N) = raw remapped; a code that the table lacks becomes a random token (SPEC section 8: unknown_index) */
@@ -568,7 +605,6 @@ static void quantize_forward(Vqgan *v, const Layer *l) {
     int32_t *raw = (int32_t *)(v->arena + v->raw);
     double *loss = (double *)(v->arena + v->image_loss);
     nearest(v, v->x[l->in[0]], v->b, N, raw);
-#pragma omp parallel for
     for (size_t b = 0; b < v->b; b++) {
         const real *z = v->x[l->in[0]] + b * D * N;
         real *zq = v->x[l->out] + b * D * N;

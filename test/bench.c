@@ -3,6 +3,7 @@
  *     test/bench            every section
  *     test/bench gemm       only the sections named
  *     test/bench -t 1 gemm  on one thread
+ *     test/bench -o FILE    the rows as tab-separated values too
  *
  * Two ceilings are measured first: multiply-adds per second (independent chains in registers on every thread) and
  * bytes read per second (a block far larger than the caches). Then each row of each section runs for a while and
@@ -102,12 +103,25 @@ static double multiply_add_rate(real *sink, double budget) {
 }
 
 /* All threads at once, so that they share what clock and power there is; the sum of what each can do. */
+enum { THREADS_MAX = 1024 };
+typedef struct {
+    double rate[THREADS_MAX];
+    real kept[THREADS_MAX];
+} Rates;
+
+static void rate_task(void *context, size_t i) {
+    Rates *r = (Rates *)context;
+    r->rate[i] = multiply_add_rate(&r->kept[i], 0.5);
+}
+
 static double multiply_add_ceiling(void) {
+    static Rates r;
     double sum = 0;
-    real kept = 0;
-#pragma omp parallel num_threads(threads_get()) reduction(+ : sum, kept)
-    sum += multiply_add_rate(&kept, 0.5);
-    if (kept != kept) printf("(the chains overflowed)\n");
+    parallel_for(threads_get(), (size_t)threads_get(), rate_task, &r);
+    for (int i = 0; i < threads_get(); i++) {
+        if (r.kept[i] != r.kept[i]) printf("(the chains overflowed)\n");
+        sum += r.rate[i];
+    }
     return 2 * sum;
 }
 
@@ -116,21 +130,22 @@ typedef struct {
     size_t bytes;
     real sink;
 } Read;
+enum { READ_UNIT = 64 * 1024 };
 
-/* Adds up a block, a share for every thread. */
+static void read_unit(void *context, size_t unit) {
+    Read *r = (Read *)context;
+    const Vec *v = (const Vec *)(const void *)(r->data + unit * READ_UNIT);
+    Vec sum[4] = {{0}, {0}, {0}, {0}};
+    for (size_t i = 0; i < READ_UNIT / VECTOR_BYTES; i += 4)
+        for (size_t k = 0; k < 4; k++) sum[k] += v[i + k];
+    const real total = (sum[0] + sum[1] + sum[2] + sum[3])[0];
+    if (total == (real)0.123) r->sink = total; /* practically never: so that the work is not removed */
+}
+
+/* Adds up a block, shared among all threads. */
 static void read_block(void *context) {
     Read *r = (Read *)context;
-    const size_t unit = 4096, units = r->bytes / unit;
-    real total = 0;
-#pragma omp parallel for schedule(static) num_threads(threads_get()) reduction(+ : total)
-    for (size_t u = 0; u < units; u++) {
-        const Vec *v = (const Vec *)(const void *)(r->data + u * unit);
-        Vec sum[4] = {{0}, {0}, {0}, {0}};
-        for (size_t i = 0; i < unit / VECTOR_BYTES; i += 4)
-            for (size_t k = 0; k < 4; k++) sum[k] += v[i + k];
-        total += (sum[0] + sum[1] + sum[2] + sum[3])[0];
-    }
-    r->sink = total;
+    parallel_for(threads_get(), r->bytes / READ_UNIT, read_unit, r);
 }
 
 static double read_rate(size_t bytes) {
@@ -160,13 +175,22 @@ static void section(const char *title) {
     printf("\n%-58s %11s %9s %5s %7s %5s\n", title, "time", "GFLOP/s", "%", "GB/s", "%");
 }
 
-static void row(Row r, Work *work, void *context) {
-    const double t = best_time(work, context, 0.3);
+static FILE *tsv; /* every row once more, for programs; NULL: not wanted */
+static const char *section_name;
+
+static void print_row(Row r, double t) {
     char time_text[32];
     snprintf(time_text, sizeof time_text, t < 1e-3 ? "%.2f us" : "%.2f ms", t < 1e-3 ? t * 1e6 : t * 1e3);
     printf("%-58s %11s %9.1f %5.1f %7.1f %5.1f\n", r.name, time_text, r.flops / t * 1e-9,
            100 * r.flops / t / ceiling.flops, r.bytes / t * 1e-9, 100 * r.bytes / t / ceiling.bytes);
     fflush(stdout);
+    if (tsv)
+        fprintf(tsv, "%s\t%s\t%.6g\t%.4g\t%.4g\t%.4g\t%.4g\n", section_name, r.name, t, r.flops / t * 1e-9,
+                r.flops / t / ceiling.flops, r.bytes / t * 1e-9, r.bytes / t / ceiling.bytes);
+}
+
+static void row(Row r, Work *work, void *context) {
+    print_row(r, best_time(work, context, 0.3));
 }
 
 /* ---- gemm ---- */
@@ -234,6 +258,170 @@ static void bench_gemm(void) {
     }
 }
 
+/* ---- Few rows against weights from memory, as decoding does ---- */
+
+typedef struct {
+    size_t M, N, K, matrices;
+    Weights w;
+    real *A, *C;
+} StreamJob;
+
+static void run_stream(void *context) {
+    const StreamJob *s = (const StreamJob *)context;
+    const size_t bytes = s->N * s->K * weight_bytes(s->w.format);
+    for (size_t i = 0; i < s->matrices; i++) {
+        const Weights w = {s->w.format, (const char *)s->w.data + i * bytes, s->w.scale};
+        gemm_stream(s->M, s->N, s->K, s->A, s->K, &w, 0, s->C, s->N);
+    }
+}
+
+static const char *const format_names[] = {"f32", "bf16", "int8"};
+
+static void bench_stream(void) {
+    static const size_t shapes[][2] = {{1024, 752}, {752, 1024}, {3008, 752}, {752, 3008}, {3200, 800}, {548, 752}};
+    static const size_t rows[] = {1, 2, 4, 16};
+    const size_t total = (size_t)128 << 20;
+    section("gemm_stream: (M,K) * (N,K)^T, 128 MiB of matrices");
+    for (int format = WEIGHTS_REAL; format <= WEIGHTS_INT8; format++)
+        for (size_t m = 0; m < COUNT(rows); m++)
+            for (size_t k = 0; k < COUNT(shapes); k++) {
+                StreamJob s = {rows[m], shapes[k][0], shapes[k][1], 0, {(WeightFormat)format, NULL, NULL}, NULL, NULL};
+                const size_t bytes = s.N * s.K * weight_bytes(s.w.format);
+                s.matrices = total / bytes;
+                s.w.data = reals(total / sizeof(real), "weights"), s.w.scale = (const float *)reals(s.N, "factors");
+                s.A = (real *)reals(s.M * s.K, "A"), s.C = (real *)reals(s.M * s.N, "C");
+                char name[96];
+                snprintf(name, sizeof name, "%s, %zu x %zu x %zu", format_names[format], s.M, s.K, s.N);
+                row((Row){name, 2.0 * (double)(s.M * s.N * s.K * s.matrices), (double)(s.matrices * bytes)}, run_stream,
+                    &s);
+                free((void *)s.w.data);
+                free((void *)s.w.scale);
+                free(s.A);
+                free(s.C);
+            }
+}
+
+/* ---- A transition of the full-size FFHQ model, with made-up weights ---- */
+
+enum { TOKENS = 256, STEPS_TIMED = 40 };
+
+static Transformer *full_size(int scale) {
+    Config recipe = {0};
+    NetConfig c;
+    Transformer *m;
+    must(recipe_read(&recipe, "models/ffhq.txt", scale));
+    must(net_config_read(&c, &recipe, "model.params."));
+    config_free(&recipe);
+    must(transformer_create(&m, &c));
+    Params *p = transformer_params(m);
+    must(params_plan(p, PLAN_VALUE));
+    for (size_t i = 0; i < p->n; i++) { /* params_init would take a while; only the size of the numbers matters */
+        const Param *r = &p->row[i];
+        for (size_t k = 0; k < r->size; k++)
+            r->value[k] = r->init == INIT_ONE ? 1 : (real)((double)(k * 2654435761u % 1000) / 1000 - 0.5) * (real)0.05;
+    }
+    const float alpha[MAX_SCALES + 1] = {1, 0.5f, 0.5f, 0.5f, 0.5f};
+    transformer_set_alphas(m, alpha);
+    return m;
+}
+
+static void pack(Transformer *m, WeightFormat format) {
+    Params *p = transformer_params(m);
+    free(p->packed);
+    p->packed = NULL;
+    for (size_t i = 0; i < p->n; i++) p->row[i].packed.data = NULL;
+    if (format != WEIGHTS_REAL) must(params_pack(p, format));
+}
+
+/* Numbers in the matrices that a part of a network multiplies with: names that hold `part`, but neither of `not`. */
+static double matrix_numbers(Transformer *m, const char *part, const char *not_this, const char *not_that) {
+    const Params *p = transformer_params(m);
+    double n = 0;
+    for (size_t i = 0; i < p->n; i++) {
+        const char *name = p->row[i].name;
+        if (p->row[i].matrix && strstr(name, part) && !strstr(name, not_this) && !strstr(name, not_that))
+            n += (double)p->row[i].size;
+    }
+    return n;
+}
+
+/* What a token reads: every matrix of the decoder, but in cross-attention (each third layer's second) not those of keys
+ * and values, which are the context's business. And for each of B samples the keys and values so far. */
+static double token_numbers(Transformer *m, double *cached_per_position, double *cached_context) {
+    const NetConfig *c = transformer_config(m);
+    const double inner = c->kind == NET_X ? 64.0 * (double)c->dec_heads : (double)c->dim, depth = (double)c->dec_depth;
+    const double all = matrix_numbers(m, c->kind == NET_X ? "decoder." : "", "encoder.", "token_emb");
+    *cached_per_position = 2 * inner * depth;
+    *cached_context = c->kind == NET_X ? 2 * inner * depth * (TOKENS + 1) : 0;
+    return all - (c->kind == NET_X ? 2 * inner * (double)c->dim * depth : 0);
+}
+
+typedef struct {
+    Transformer *m;
+    size_t B, next;
+    int32_t *x_t, *t;
+    const char *what;
+} Decoding;
+
+static void begin_decoding(void *context) {
+    Decoding *d = (Decoding *)context;
+    const real *logits;
+    must(transformer_decode_begin(d->m, d->x_t, d->t, NULL, d->B, TOKENS));
+    must(transformer_decode_step(d->m, NULL, 0, &logits)); /* a GPT did it with its prompt */
+    d->next = 1;
+}
+
+/* The step that came closest to the read ceiling. */
+static void bench_steps(Decoding *d, WeightFormat format) {
+    double per_position, fixed, best = 0, best_t = 1, best_bytes = 0,
+                                weights = token_numbers(d->m, &per_position, &fixed);
+    const real *logits;
+    char name[96];
+    pack(d->m, format);
+    for (int k = 0; k < STEPS_TIMED; k++, d->next++) {
+        const double begin = now();
+        must(transformer_decode_step(d->m, d->x_t, d->next, &logits));
+        const double t = now() - begin;
+        const double kept = (double)d->B * (fixed + per_position * (double)(d->next + 1)) * sizeof(real);
+        const double bytes = weights * (double)weight_bytes(format) + kept;
+        if (bytes / t > best) best = bytes / t, best_t = t, best_bytes = bytes;
+    }
+    snprintf(name, sizeof name, "%s, a token, batch %zu, %s", d->what, d->B, format_names[format]);
+    print_row((Row){name, 2 * weights * (double)d->B, best_bytes}, best_t);
+}
+
+static void bench_transition(int scale, const char *what) {
+    static const size_t batches[] = {1, 16};
+    Decoding d = {full_size(scale), 0, 0, NULL, NULL, what};
+    const int encodes = transformer_config(d.m)->kind == NET_X;
+    must(mem_alloc(&d.x_t, 16 * TOKENS, sizeof *d.x_t, "tokens"));
+    must(mem_alloc(&d.t, 16, sizeof *d.t, "scales"));
+    for (size_t i = 0; i < 16 * TOKENS; i++) d.x_t[i] = (int32_t)(i * 37 % 548);
+    for (size_t b = 0; b < 16; b++) d.t[b] = scale;
+    for (size_t k = 0; k < COUNT(batches); k++) {
+        d.B = batches[k];
+        must(transformer_plan(d.m, d.B, TOKENS, 0));
+        pack(d.m, WEIGHTS_REAL);
+        begin_decoding(&d);
+        if (encodes && d.B == 1) {
+            const double numbers = matrix_numbers(d.m, "encoder.", "to_logits", "token_emb");
+            char name[96];
+            snprintf(name, sizeof name, "%s, encoder pass, batch 1", what);
+            row((Row){name, 2 * numbers * (TOKENS + 1), numbers * sizeof(real)}, begin_decoding, &d);
+        }
+        for (int format = WEIGHTS_REAL; format <= WEIGHTS_INT8; format++) bench_steps(&d, (WeightFormat)format);
+    }
+    free(d.x_t);
+    free(d.t);
+    transformer_free(d.m);
+}
+
+static void bench_decode(void) {
+    section("FFHQ at full size: 256 tokens, 548 codes");
+    bench_transition(1, "encoder-decoder");
+    bench_transition(4, "last scale (GPT)");
+}
+
 /* ---- All of them ---- */
 
 static const struct {
@@ -241,10 +429,12 @@ static const struct {
     void (*run)(void);
 } sections[] = {
     {"gemm", bench_gemm},
+    {"stream", bench_stream},
+    {"decode", bench_decode},
 };
 
 static int usage(void) {
-    fprintf(stderr, "usage: test/bench [-t THREADS] [SECTION...]\nsections:");
+    fprintf(stderr, "usage: test/bench [-t THREADS] [-o FILE.tsv] [SECTION...]\nsections:");
     for (size_t s = 0; s < COUNT(sections); s++) fprintf(stderr, " %s", sections[s].name);
     fprintf(stderr, "\n");
     return 2;
@@ -252,12 +442,13 @@ static int usage(void) {
 
 int main(int argc, char **argv) {
     int first = 1, wanted[COUNT(sections)] = {0};
-    if (argc > 2 && !strcmp(argv[1], "-t")) {
+    for (; argc > first + 1 && argv[first][0] == '-'; first += 2) {
         char *end;
-        const long threads = strtol(argv[2], &end, 10);
-        if (*end || threads < 1 || threads > 1024) return usage();
-        threads_set((int)threads);
-        first = 3;
+        const long threads = strtol(argv[first + 1], &end, 10);
+        if (!strcmp(argv[first], "-t") && !*end && threads >= 1 && threads <= THREADS_MAX)
+            threads_set((int)threads);
+        else if (strcmp(argv[first], "-o") || !(tsv = fopen(argv[first + 1], "w")))
+            return usage();
     }
     for (int a = first; a < argc; a++) {
         size_t s = 0;
@@ -266,7 +457,10 @@ int main(int argc, char **argv) {
         wanted[s] = 1;
     }
     measure_ceilings();
-    for (size_t s = 0; s < COUNT(sections); s++)
+    if (tsv) fprintf(tsv, "section\tname\tseconds\tGFLOP/s\tof peak\tGB/s\tof read rate\n");
+    for (size_t s = 0; s < COUNT(sections); s++) {
+        section_name = sections[s].name;
         if (argc == first || wanted[s]) sections[s].run();
-    return 0;
+    }
+    return tsv && fclose(tsv) ? (perror("bench"), 1) : 0;
 }

@@ -1,5 +1,7 @@
-/* test_base.c - errors, memory, random streams. */
+/* test_base.c - errors, memory, random streams, threads. */
 #include "test.h"
+#include <pthread.h>
+#include <time.h>
 
 #include <sys/resource.h>
 
@@ -93,13 +95,139 @@ static void test_available(void) {
     CHECK(memory_available() > some);
 }
 
+/* ---- parallel_for ---- */
+
+enum { TASKS = 1000, INNER = 7 };
+typedef struct {
+    unsigned char done[TASKS][INNER]; /* how often each task ran: anything but once is wrong */
+    size_t index[TASKS], free[TASKS];
+    pthread_t inner_thread[TASKS][INNER], thread[TASKS];
+    int right;
+    size_t pause; /* nanoseconds */
+} Loop;
+
+static void inner_task(void *context, size_t i) {
+    Loop *l = (Loop *)context;
+    l->done[i / INNER][i % INNER]++;
+    l->inner_thread[i / INNER][i % INNER] = pthread_self();
+}
+
+typedef struct {
+    Loop *l;
+    size_t i;
+} Inner;
+
+static void nested_task(void *context, size_t k) {
+    const Inner *in = (const Inner *)context;
+    inner_task(in->l, in->i * INNER + k);
+}
+
+static void outer_task(void *context, size_t i) {
+    Loop *l = (Loop *)context;
+    Inner in = {l, i};
+    const struct timespec pause = {0, (long)l->pause};
+    l->index[i] = thread_index(), l->free[i] = (size_t)threads_free(), l->thread[i] = pthread_self();
+    if (l->pause) nanosleep(&pause, NULL);
+    parallel_for(4, INNER, nested_task, &in);
+    if (thread_index() != l->index[i]) l->done[i][0] = 99;
+}
+
+/* Every task and every nested one once, on at most `threads` threads. */
+static int ran_once(const Loop *l, int threads, size_t n) {
+    int ok = thread_index() == 0;
+    for (size_t i = 0; i < TASKS; i++)
+        for (size_t k = 0; k < INNER; k++) ok &= l->done[i][k] == (i < n);
+    for (size_t i = 0; i < n; i++) ok &= l->index[i] < (size_t)(threads < 1 ? 1 : threads);
+    return ok;
+}
+
+/* What was nested ran where its task ran. */
+static int stayed_inside(const Loop *l, size_t n) {
+    int ok = 1;
+    for (size_t i = 0; i < n; i++) {
+        ok &= l->free[i] == 1;
+        for (size_t k = 0; k < INNER; k++) ok &= pthread_equal(l->inner_thread[i][k], l->thread[i]) != 0;
+    }
+    return ok;
+}
+
+static int loop_is_right(Loop *l, int threads, size_t n) {
+    memset(l->done, 0, sizeof l->done);
+    parallel_for(threads, n, outer_task, l);
+    return ran_once(l, threads, n) && (threads <= 1 || n <= 1 || stayed_inside(l, n));
+}
+
+static void test_loops(void) {
+    static Loop l;
+    static const size_t counts[] = {0, 1, 2, 3, 8, 31, TASKS};
+    for (int threads = 0; threads <= 4; threads++)
+        for (size_t k = 0; k < sizeof counts / sizeof *counts; k++) {
+            int ok = 1;
+            for (int repeat = 0; repeat < 50; repeat++) ok &= loop_is_right(&l, threads, counts[k]);
+            CHECK(ok);
+        }
+    l.pause = 2000000; /* long enough for the workers to wake: more than one thread takes part */
+    CHECK(loop_is_right(&l, 3, 30));
+    int others = 0;
+    for (size_t i = 0; i < 30; i++) others += l.index[i] > 0;
+    CHECK(others > 0);
+    l.pause = 0;
+    CHECK(loop_is_right(&l, 64, TASKS)); /* far more threads than processors */
+    l.done[5][3]++;                      /* the check can fail */
+    CHECK(!ran_once(&l, 64, TASKS));
+}
+
+static void *loop_many(void *context) {
+    Loop *l = (Loop *)context;
+    for (int repeat = 0; repeat < 300; repeat++) {
+        memset(l->done, 0, sizeof l->done);
+        parallel_for(3, 40, outer_task, l);
+        l->right &= ran_once(l, 3, 40);
+    }
+    return NULL;
+}
+
+/* Two threads of a program want the workers at once: one gets them, the other works alone. */
+static void test_two_callers(void) {
+    static Loop mine, theirs;
+    pthread_t thread;
+    mine.right = theirs.right = 1;
+    CHECK(pthread_create(&thread, NULL, loop_many, &theirs) == 0);
+    loop_many(&mine);
+    pthread_join(thread, NULL);
+    CHECK(mine.right && theirs.right);
+}
+
+static double processor_seconds(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+/* Idle workers sleep: what they spin after a loop is bounded, whatever else the machine does. */
+static void test_idle(void) {
+    static Loop l;
+    const struct timespec pause = {0, 300000000};
+    CHECK(loop_is_right(&l, 4, TASKS));
+    const double before = processor_seconds();
+    nanosleep(&pause, NULL);
+    const double used = processor_seconds() - before;
+    if (!CHECK(used < 0.03)) printf("     idle workers used %.3f s of 0.3 s\n", used);
+}
+
 int main(void) {
     test_errors();
     test_memory();
     test_available();
     test_philox();
     test_streams();
+    CHECK(threads_get() >= 1);
     threads_set(1);
-    CHECK(threads_get() == 1);
+    CHECK(threads_get() == 1 && threads_free() == 1);
+    threads_set(3);
+    CHECK(threads_get() == 3 && threads_free() == 3 && thread_index() == 0);
+    test_loops();
+    test_two_callers();
+    test_idle();
     return test_report();
 }

@@ -3,6 +3,7 @@
  *   bound     random numbers against long double, within the a-priori bound of the promised order of additions
  *   bits      equality with that order written out as a plain loop, for 1, 2 and 3 threads, inside a parallel region,
  *             from two plain threads at once, and for single rows
+ * Weights in fewer bits and the product for few rows: against a bound, and bits in any company and on any thread.
  * Everything around the matrices (strides wider than the rows, memory behind the last row) must stay unread and
  * untouched: inputs are padded with NaN, outputs with a mark, and nothing is allocated behind the last element. */
 #include "test.h"
@@ -193,7 +194,7 @@ static void *run_many(void *job_pointer) {
     return NULL;
 }
 
-/* Two threads that OpenMP knows nothing of call gemm at the same time, each on its own matrices. */
+/* Two threads that the pool knows nothing of call gemm at the same time, each on its own matrices. */
 static int plain_threads_agree(const Case *c, const real *expected, const Case *other) {
     real *C = (real *)malloc(c->c_size * sizeof(real));
     Job mine = {c, C, 4}, theirs = {other, other->C, 6};
@@ -206,16 +207,24 @@ static int plain_threads_agree(const Case *c, const real *expected, const Case *
     return ok;
 }
 
+typedef struct {
+    const Case *c;
+    const real *expected;
+    int ok[4];
+} Inside;
+
+static void inside_task(void *context, size_t i) {
+    Inside *a = (Inside *)context;
+    real *C = (real *)malloc(a->c->c_size * sizeof(real));
+    run(a->c, C);
+    a->ok[i] = same_bits(a->c, C, a->expected);
+    free(C);
+}
+
 static int inside_parallel_agrees(const Case *c, const real *expected) {
-    int ok = 1;
-#pragma omp parallel for num_threads(2) reduction(& : ok)
-    for (int t = 0; t < 4; t++) {
-        real *C = (real *)malloc(c->c_size * sizeof(real));
-        run(c, C);
-        ok &= same_bits(c, C, expected);
-        free(C);
-    }
-    return ok;
+    Inside a = {c, expected, {0}};
+    parallel_for(2, 4, inside_task, &a);
+    return a.ok[0] && a.ok[1] && a.ok[2] && a.ok[3];
 }
 
 /* Rows computed alone, as in decoding, equal rows of the whole product. */
@@ -283,10 +292,181 @@ static void test_negative_control(void) {
     free_case(&c);
 }
 
+/* ---- Weights in fewer bits, and few rows ---- */
+
+enum { FEW = 21, COLS = 147, LONG = 603 }; /* no multiples of anything */
+typedef struct {
+    real A[FEW * LONG], plain[COLS * LONG]; /* plain: the weights, unpacked */
+    uint16_t half[COLS * LONG];
+    int8_t byte[COLS * LONG];
+    float scale[COLS];
+    Weights w;
+} Packed;
+
+static real number(size_t i) {
+    return (real)(2 * rng_uniform(5, rng_stream(RNG_TEST, 0, 0), i) - 1);
+}
+
+static void make_packed(Packed *p, WeightFormat format) {
+    for (size_t i = 0; i < FEW * LONG; i++) p->A[i] = number(3 * i + 1);
+    for (size_t i = 0; i < COLS * LONG; i++) {
+        const float x = (float)number(i);
+        uint32_t bits;
+        memcpy(&bits, &x, sizeof bits);
+        bits &= 0xffff0000u;
+        p->half[i] = (uint16_t)(bits >> 16);
+        p->byte[i] = (int8_t)((int)(i * 37 % 255) - 127);
+        p->scale[i / LONG] = 0.001f * (float)(i / LONG % 11 + 1);
+        float rounded;
+        memcpy(&rounded, &bits, sizeof rounded);
+        p->plain[i] = format == WEIGHTS_BF16   ? (real)rounded
+                      : format == WEIGHTS_INT8 ? (real)p->byte[i] * (real)p->scale[i / LONG]
+                                               : number(i);
+    }
+    p->w.format = format, p->w.scale = p->scale;
+    p->w.data = format == WEIGHTS_BF16 ? (void *)p->half : format == WEIGHTS_INT8 ? (void *)p->byte : (void *)p->plain;
+}
+
+/* |error| of a sum of n products <= 2n units in the last place of the sum of magnitudes: each is rounded at most twice. */
+static int stream_is_right(const Packed *p, size_t M, size_t N, size_t K, const real *C, size_t ldc, real before) {
+    for (size_t i = 0; i < M; i++)
+        for (size_t j = 0; j < N; j++) {
+            double sum = (double)before, size = fabs((double)before);
+            for (size_t k = 0; k < K; k++) {
+                const double x = (double)p->A[i * LONG + k] * (double)p->plain[j * K + k];
+                sum += x, size += fabs(x);
+            }
+            if (!(fabs((double)C[i * ldc + j] - sum) <= 2 * (double)(K + 2) * UNIT * size)) return 0;
+        }
+    return 1;
+}
+
+static void test_stream(void) {
+    static Packed p;
+    static real all[FEW * COLS], other[FEW * COLS];
+    static const size_t rows[] = {1, 2, 3, 4, 7, 16, FEW};
+    for (int format = WEIGHTS_REAL; format <= WEIGHTS_INT8; format++) {
+        make_packed(&p, (WeightFormat)format);
+        threads_set(1);
+        gemm_stream(FEW, COLS, LONG, p.A, LONG, &p.w, 0, all, COLS);
+        CHECK(stream_is_right(&p, FEW, COLS, LONG, all, COLS, 0));
+        for (size_t k = 0; k < sizeof rows / sizeof *rows; k++) /* the same bits in any company, on any thread */
+            for (int threads = 1; threads <= 3; threads++) {
+                const size_t M = rows[k], first = FEW - M;
+                threads_set(threads);
+                gemm_stream(M, COLS, LONG, p.A + first * LONG, LONG, &p.w, 0, other, COLS);
+                CHECK(!memcmp(other, all + first * COLS, M * COLS * sizeof(real)));
+            }
+        gemm_weights(FEW, COLS, LONG, p.A, LONG, &p.w, 0, other, COLS); /* the same bits as gemm */
+        gemm(0, 1, FEW, COLS, LONG, p.A, LONG, p.plain, LONG, 0, all, COLS);
+        CHECK(!memcmp(all, other, sizeof all));
+        for (size_t i = 0; i < FEW * COLS; i++) other[i] = (real)0.5;
+        gemm_weights(FEW, COLS, LONG, p.A, LONG, &p.w, 1, other, COLS);
+        CHECK(stream_is_right(&p, FEW, COLS, LONG, other, COLS, (real)0.5));
+        for (size_t i = 0; i < FEW * COLS; i++) other[i] = (real)0.5;
+        gemm_stream(3, 1, LONG, p.A, LONG, &p.w, 1, other, COLS); /* accumulates; touches nothing beside it */
+        CHECK(stream_is_right(&p, 3, 1, LONG, other, COLS, (real)0.5) && other[1] == (real)0.5);
+        other[0] += 1; /* the check can fail */
+        CHECK(!stream_is_right(&p, 3, 1, LONG, other, COLS, (real)0.5));
+        gemm_stream(2, 2, 0, p.A, LONG, &p.w, 0, other, COLS);
+        CHECK(other[0] == 0 && other[COLS + 1] == 0 && other[2] == (real)0.5);
+    }
+    threads_set(0);
+}
+
+/* The packed form of x (n), unpacked again. */
+static void pack_and_unpack(WeightFormat format, real *out, const real *x, size_t n) {
+    static uint16_t half[LONG];
+    static int8_t byte[LONG];
+    float scale = 0;
+    weights_pack(format, format == WEIGHTS_BF16 ? (void *)half : (void *)byte, &scale, x, n);
+    for (size_t i = 0; i < n; i++) {
+        const uint32_t bits = (uint32_t)half[i] << 16;
+        float f;
+        memcpy(&f, &bits, sizeof f);
+        out[i] = format == WEIGHTS_BF16 ? (real)f : (real)byte[i] * (real)scale;
+    }
+}
+
+static double largest_of(const real *x, size_t n) {
+    double largest = 0;
+    for (size_t i = 0; i < n; i++) largest = fmax(largest, fabs((double)x[i]));
+    return largest;
+}
+
+/* Of one weight: 2^-8 of itself in bf16 (8 bits, half of the last), half of largest/127 in int8, and the rounding of that arithmetic. */
+static double pack_bound(WeightFormat format, double x, double largest) {
+    return format == WEIGHTS_BF16 ? 0x1p-8 * fabs(x) : (0.5 + 1e-4) * largest / 127;
+}
+
+static void test_pack(void) {
+    static real x[LONG], y[LONG];
+    for (int format = WEIGHTS_BF16; format <= WEIGHTS_INT8; format++)
+        for (size_t n = 1; n <= LONG; n += 43) {
+            int ok = 1;
+            for (size_t i = 0; i < n; i++) x[i] = number(7 * i + n) * (real)(n % 3 ? 0.02 : 300);
+            pack_and_unpack((WeightFormat)format, y, x, n);
+            const double largest = largest_of(x, n);
+            for (size_t i = 0; i < n; i++)
+                ok &= fabs((double)y[i] - (double)x[i]) <= pack_bound((WeightFormat)format, (double)x[i], largest);
+            CHECK(ok);
+        }
+    const real ties[] = {1, (real)1.00390625, (real)1.01171875, -2, 0}; /* 1 + 2^-8: to even, down; 1 + 3 2^-8: up */
+    pack_and_unpack(WEIGHTS_BF16, y, ties, 5);
+    CHECK(y[0] == 1 && y[1] == 1 && y[2] == (real)1.015625 && y[3] == -2 && y[4] == 0);
+    const real zeros[3] = {0, 0, 0}, bad[3] = {1, (real)NAN, 2}, endless[2] = {1, (real)INFINITY};
+    pack_and_unpack(WEIGHTS_INT8, y, zeros, 3);
+    CHECK(y[0] == 0 && y[2] == 0);
+    pack_and_unpack(WEIGHTS_INT8, y, bad, 3);
+    CHECK(y[0] != y[0]);
+    pack_and_unpack(WEIGHTS_INT8, y, endless, 2);
+    CHECK(y[0] != y[0]);
+    pack_and_unpack(WEIGHTS_BF16, y, bad, 3);
+    CHECK(y[0] == 1 && y[1] != y[1]);
+}
+
+/* What packing does to a product: off by at most the sum of |A| times the bound of each weight, and rounding. */
+static void test_pack_error(void) {
+    static Packed p;
+    static real exact[FEW * COLS], got[FEW * COLS];
+    for (int format = WEIGHTS_BF16; format <= WEIGHTS_INT8; format++) {
+        int ok = 1;
+        double worst = 0, error = 0, size = 0;
+        make_packed(&p, WEIGHTS_REAL);
+        gemm_stream(FEW, COLS, LONG, p.A, LONG, &p.w, 0, exact, COLS);
+        for (size_t j = 0; j < COLS; j++) {
+            void *to = format == WEIGHTS_BF16 ? (void *)(p.half + j * LONG) : (void *)(p.byte + j * LONG);
+            weights_pack((WeightFormat)format, to, &p.scale[j], p.plain + j * LONG, LONG);
+        }
+        p.w.format = (WeightFormat)format;
+        p.w.data = format == WEIGHTS_BF16 ? (void *)p.half : (void *)p.byte;
+        gemm_stream(FEW, COLS, LONG, p.A, LONG, &p.w, 0, got, COLS);
+        for (size_t r = 0; r < FEW * COLS; r++) {
+            const real *a = p.A + r / COLS * LONG, *w = p.plain + r % COLS * LONG;
+            const double largest = largest_of(w, LONG), d = fabs((double)got[r] - (double)exact[r]);
+            double bound = 0;
+            for (size_t k = 0; k < LONG; k++) {
+                const double one = pack_bound((WeightFormat)format, (double)w[k], largest);
+                bound += fabs((double)a[k]) * (one + 4 * (LONG + 2) * UNIT * (fabs((double)w[k]) + one));
+            }
+            ok &= d <= bound;
+            worst = fmax(worst, d / bound);
+            error += d * d, size += (double)exact[r] * (double)exact[r];
+        }
+        CHECK(ok);
+        CHECK(worst > 1e-3); /* it is not the same product */
+        printf("%s weights: a product of %d is off by %.2g of its size (root mean square), at most %.2f of the bound\n",
+               format == WEIGHTS_BF16 ? "bf16" : "int8", LONG, sqrt(error / size), worst);
+    }
+}
+
 int main(void) {
     test_shapes();
     test_empty();
     test_bits();
     test_negative_control();
+    test_stream();
+    test_pack();
+    test_pack_error();
     return test_report();
 }

@@ -6,7 +6,6 @@ here=$(pwd)
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
 passed=0 failed=0
-export OMP_WAIT_POLICY=passive # two programs at a time share the cores below
 
 ok() { # ok WHAT COMMAND...: must exit 0
     what=$1
@@ -139,6 +138,15 @@ ok "which sample" sample "$dir/converted" -n 2 --class 1 --seed 7
 ok "the same picture again" "$build/pictures" same "$dir/s.png" "$dir/official.png" 0 0 34 16
 ok "converted to half the size" "$build/sample" "$dir/official" --convert "$dir/half" --store bf16
 ok "which sample" sample "$dir/half" -n 2 --class 1 --seed 7
+ok "a model of bf16, unpacked" sample "$dir/half" -n 4 --seed 7
+cp "$dir/s.png" "$dir/unpacked.png"
+ok "the same, used where it lies" sample "$dir/half" -n 4 --seed 7 --weights bf16
+ok "the same pictures" "$build/pictures" same "$dir/s.png" "$dir/unpacked.png" 0 0 32 32
+ok "kept in the PNG" grep -q bf16 "$dir/s.png"
+ok "a model of f32 packed to bf16" sample "$dir/converted" -n 1 --weights bf16
+ok "a model of f32 packed to int8" sample "$dir/converted" -n 1 --weights int8
+ok "an official file packed to int8" sample "$dir/official" -n 1 --weights int8
+refused 2 "expected f32, bf16 or int8" "$build/sample" "$dir/half" --weights f16
 refused 1 "has a model already" "$build/sample" "$dir/official" --convert "$dir/half"
 refused 1 "no such folder" "$build/sample" "$dir/official" --convert "$dir/nowhere"
 refused 2 "f32, f16 or bf16" "$build/sample" "$dir/official" --convert "$dir/nowhere" --store int8

@@ -280,6 +280,64 @@ static void test_decoding(void) {
 }
 
 /* Logits at i depend on x before i only, on all of x_t, and not on the other rows of the batch. */
+/* Logits (B,N,K) of decoding and of a whole forward. */
+static void logits_both_ways(Case *c, real *decoded, real *whole) {
+    const real *logits;
+    CHECK_OK(transformer_plan(c->net, c->B, c->N, 0));
+    CHECK_OK(decode_all(c, decoded));
+    CHECK_OK(forward(c, &logits));
+    memcpy(whole, logits, c->B * c->N * c->K * sizeof(real));
+}
+
+/* Every matrix in place becomes what its packed form says. */
+static void unpack_matrices(Params *p) {
+    for (size_t i = 0; i < p->n; i++) {
+        Param *row = &p->row[i];
+        for (size_t k = 0; row->matrix && k < row->size; k++) {
+            const uint32_t bits =
+                (uint32_t)((const uint16_t *)row->packed.data)[row->packed.format == WEIGHTS_BF16 ? k : 0] << 16;
+            float f;
+            memcpy(&f, &bits, sizeof f);
+            row->value[k] = row->packed.format == WEIGHTS_BF16 ? (real)f
+                                                               : (real)((const int8_t *)row->packed.data)[k] *
+                                                                     (real)row->packed.scale[k / row->dim[1]];
+        }
+        row->packed.data = NULL;
+    }
+}
+
+/* With packed matrices the network computes what it does with the numbers they stand for; how far that is from the full
+ * weights is printed. A small factor in front of int8's sums is the only difference in arithmetic. */
+static void test_packed(void) {
+    static const char *const names[] = {"f32", "bf16", "int8"};
+    const NetConfig *const configs[] = {&x_small, &gpt_small};
+    for (size_t net = 0; net < 2; net++)
+        for (int format = WEIGHTS_BF16; format <= WEIGHTS_INT8; format++) {
+            Case c;
+            real *out;
+            double packing;
+            case_make(&c, configs[net], 3, 6);
+            const size_t n = c.B * c.N * c.K;
+            CHECK_OK(mem_alloc(&out, 6 * n, sizeof *out, "logits"));
+            logits_both_ways(&c, out, out + n);
+            CHECK_OK(params_pack(c.params, (WeightFormat)format));
+            CHECK_ERR(params_pack(c.params, (WeightFormat)format), "packed already");
+            logits_both_ways(&c, out + 2 * n, out + 3 * n);
+            unpack_matrices(c.params);
+            logits_both_ways(&c, out + 4 * n, out + 5 * n);
+            if (format == WEIGHTS_BF16)
+                CHECK(!memcmp(out + 2 * n, out + 4 * n, 2 * n * sizeof *out));
+            else
+                CHECK_NEAR("packed to int8", out + 2 * n, out + 4 * n, 2 * n, 0, 1e-5);
+            CHECK(!near_reals(out + 2 * n, out, n, 0, 1e-5, &packing)); /* packing does something */
+            near_reals(out + 2 * n, out, n, 0, 1, &packing);
+            printf("%s, %s matrices: logits are off by %.1e of the largest\n", net ? "gpt" : "encoder-decoder",
+                   names[format], packing);
+            free(out);
+            case_free(&c);
+        }
+}
+
 static void test_dependence(void) {
     for (int gpt = 0; gpt < 2; gpt++) {
         Case c;
@@ -770,6 +828,7 @@ int main(void) {
     test_loss_gradient();
 #endif
     test_accumulation();
+    test_packed();
     test_decoding();
     test_dependence();
     test_residual();
