@@ -306,9 +306,10 @@ Err params_add(Params *p, size_t *index, Init init, double scale, double decay, 
 Err params_plan(Params *p, int what);       /* allocates what is asked for and not yet there */
 void params_init(Params *p, uint64_t seed); /* values from their Init rule, stream RNG_INIT; EMA = values */
 void params_zero_grad(Params *p);
-size_t params_count(const Params *p);     /* elements without padding */
-double params_grad_norm(const Params *p); /* L2 norm over all rows, summed in fixed order in double */
-void params_swap_ema(Params *p);          /* exchanges value and ema: twice is nothing */
+size_t params_count(const Params *p);                      /* elements without padding */
+size_t params_bytes(const Params *p, WeightFormat format); /* of all values, matrices kept in this format */
+double params_grad_norm(const Params *p);                  /* L2 norm over all rows, summed in fixed order in double */
+void params_swap_ema(Params *p);                           /* exchanges value and ema: twice is nothing */
 /* What one letter names below: 'v' value, 'g' grad, '1' m, '2' v, 'e' ema; it must have been planned.
  * Every row's `which` = tensor prefix+name, which must be there with its exact shape. _ema: ema_prefix + the name without
  * its dots, as the official EMA calls it (SPEC section 6). */

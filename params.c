@@ -201,20 +201,31 @@ static size_t packed_bytes(const Param *row, WeightFormat format) {
     return round_up(row->size * weight_bytes(format), 64);
 }
 
+/* With the factors of its rows */
+static size_t kept_bytes(const Param *row, WeightFormat format) {
+    if (!row->matrix || format == WEIGHTS_REAL) return row->size * sizeof(real);
+    return packed_bytes(row, format) + round_up(row->dim[0] * sizeof(float), 64);
+}
+
+size_t params_bytes(const Params *p, WeightFormat format) {
+    size_t bytes = 0;
+    for (size_t i = 0; i < p->n; i++) bytes += kept_bytes(&p->row[i], format);
+    return bytes;
+}
+
 /* Room for every packed matrix and the factors of its rows, except for those that have a place already. */
 static Err plan_packed(Params *p, WeightFormat format) {
     size_t bytes = 0;
     if (p->packed) return err("matrices are packed already");
     for (size_t i = 0; i < p->n; i++)
-        if (p->row[i].matrix && !p->row[i].packed.data)
-            bytes += packed_bytes(&p->row[i], format) + round_up(p->row[i].dim[0] * sizeof(float), 64);
+        if (p->row[i].matrix && !p->row[i].packed.data) bytes += kept_bytes(&p->row[i], format);
     TRY(mem_alloc(&p->packed, bytes, 1, "packed matrices"));
     char *next = (char *)p->packed;
     for (size_t i = 0; i < p->n; i++) {
         Param *row = &p->row[i];
         if (!row->matrix || row->packed.data) continue;
         row->packed = (Weights){format, next, (const float *)(const void *)(next + packed_bytes(row, format))};
-        next += packed_bytes(row, format) + round_up(row->dim[0] * sizeof(float), 64);
+        next += kept_bytes(row, format);
     }
     return OK;
 }

@@ -12,7 +12,6 @@ if ! "$python" -c 'import torch, numpy' 2>/dev/null; then
     echo "skipped: fullsize: $python has no PyTorch and numpy; PYTHON=... names one that has (pip install torch numpy)"
     exit 0
 fi
-export OMP_WAIT_POLICY=passive
 here=$(pwd)
 failed=0
 mkdir -p "$dir/models" && cp models/*.txt "$dir/models/" || exit 2

@@ -1012,6 +1012,13 @@ static void test_model_memory(const char *dir) {
     CHECK_OK(model_memory(&m, 4, 0, &four));
     CHECK_OK(model_memory(&m, 4, 3, &pictures));
     CHECK(!m.net && !m.loaded); /* it loads nothing */
+    ModelMemory bf16, int8;
+    m.weights = WEIGHTS_BF16;
+    CHECK_OK(model_memory(&m, 1, 0, &bf16));
+    m.weights = WEIGHTS_INT8;
+    CHECK_OK(model_memory(&m, 1, 0, &int8));
+    m.weights = WEIGHTS_REAL;
+    CHECK(2 * bf16.scale >= one.scale && bf16.scale < one.scale && int8.scale < bf16.scale);
     for (int t = 1; t <= m.schedule.T; t++) {
         size_t bytes = 0;
         CHECK_OK(model_scale(&m, t));
