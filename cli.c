@@ -380,6 +380,7 @@ int sampling_progress(void *context, int t, size_t repeat, size_t done, size_t o
     static int last_t;
     static size_t last_repeat;
     const SampleOptions *o = context;
+    size_t M = o->candidates;
     if (t != last_t || repeat != last_repeat || done == 1) started = seconds();
     last_t = t, last_repeat = repeat;
     char left[32], pass[48] = "";
@@ -387,8 +388,8 @@ int sampling_progress(void *context, int t, size_t repeat, size_t done, size_t o
     if (o->chain[t] > 1) snprintf(pass, sizeof pass, ", pass %zu of %zu", repeat + 1, o->chain[t]);
     duration(left, rate > 0 ? (double)(of - done) / rate : NAN);
     progress_line("samples %llu to %llu: scale %d%s, token %zu of %zu, %.0f tokens/s, %s left in this scale",
-                  (unsigned long long)o->first + 1, (unsigned long long)o->first + o->n, t, pass, done, of,
-                  rate * (double)o->n, left);
+                  (unsigned long long)(o->first / M + 1), (unsigned long long)((o->first + o->n) / M), t, pass, done,
+                  of, rate * (double)o->n, left);
     return interrupted();
 }
 

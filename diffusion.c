@@ -1152,7 +1152,8 @@ Err model_class_bounds(Model *m, const int32_t *tokens, const uint8_t *keep, uin
     memset(bound, 0, m->n_classes * sizeof *bound);
     Err e = bound_buffers(&a, m);
     if (e == OK) bound_chain(&a, m, tokens, keep, seed);
-    for (int t = m->schedule.T; e == OK && t >= 1; t--) {
+    int last = m->schedule.T > 1 ? 2 : 1;
+    for (int t = m->schedule.T; e == OK && t >= last; t--) {
         e = model_scale(m, t);
         if (e == OK) e = transformer_plan(m->net, BOUND_DRAWS, m->h * m->w, 0);
         if (e == OK) bound_scale(&a, m, keep, t);

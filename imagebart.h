@@ -674,9 +674,11 @@ void sample_defaults(SampleOptions *o, const Model *m);
 /* One reverse step for o->n samples: tokens (n,N) x_t in, x_{t-1} out. repeat numbers the passes of a chain. Plans the
  * network for decoding. */
 Err sample_scale(Transformer *net, const SampleOptions *o, int t, size_t repeat, size_t N, int32_t *tokens);
-/* bound (n_classes) = the variational bound (paper section 3.1) on the kept tokens of x_0 (N) under each class, in nats per token:
- * the sum over scales of KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t, class)), a mean over a few draws of the chain. The
- * least tells the class of a picture, and nothing but the kept tokens has a say. n_classes forward passes per scale. */
+/* bound (n_classes) = what tells the class of a picture of which only some tokens of x_0 (N) are kept, the least being the
+ * best: the variational bound (paper section 3.1) on them under each class, in nats per token, a mean over a few draws of
+ * the chain of sum_t KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t, class)). What is not kept is noise at every scale, which
+ * the networks of t >= 2 have learnt to expect; scale 1, whose decoder has read nothing but clean pictures, has no say
+ * unless it is the only one. n_classes forward passes per scale. */
 Err model_class_bounds(Model *m, const int32_t *tokens, const uint8_t *keep, uint64_t seed, double *bound);
 /* tokens (n,N) = x_0, by ancestral sampling t = T..1 (SPEC section 5), with the guide and chains of inpainting.
  * The guide forces known tokens without asking whether what was drawn before them agrees. Candidates ask: after every
