@@ -12,9 +12,9 @@
  * Every random number is a Philox draw named by (seed, purpose, scale and repeat, sample number, position): tokens
  * depend on neither the batch a sample is in nor the number of threads.
  *
- * Read: schedules; forward and posterior; one token; named models; a model's folder; sampling a chain.
+ * Read: schedules; forward and posterior; one token; named models; a model's folder; sampling a chain; which class?
  *
- * Builds alone with base.c, checkpoint.c, gemm.c, vqgan.c, transformer.cu and classes.c. Paper section 3, SPEC sections 3 and 5.
+ * Builds alone with the components above it in imagebart.h and classes.c. Paper section 3, SPEC sections 3 and 5.
  */
 #include "imagebart.h"
 
@@ -1147,8 +1147,7 @@ static Err bound_classes(Bound *a, Model *m, const uint8_t *keep, int t, double 
 
 Err model_class_bounds(Model *m, const int32_t *tokens, const uint8_t *keep, uint64_t seed, double *bound) {
     Bound a = {.n = BOUND_DRAWS * m->h * m->w};
-    int any = memchr(keep, 1, m->h * m->w) != NULL;
-    if (!any) return err("no token is kept: nothing tells the class of the picture");
+    if (!memchr(keep, 1, m->h * m->w)) return err("no token is kept: nothing tells the class of the picture");
     memset(bound, 0, m->n_classes * sizeof *bound);
     Err e = bound_buffers(&a, m);
     if (e == OK) bound_chain(&a, m, tokens, keep, seed);

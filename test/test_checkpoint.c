@@ -15,7 +15,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-static char folder[64]; /* everything is written below it */
+static char folder[FOLDER_BYTES]; /* everything is written below it */
 static size_t skipped;
 
 /* Root could replace a device by a file, if the code under test were wrong, and write into any folder. So those tests
@@ -1010,9 +1010,7 @@ static void test_golden(const char *golden) {
 }
 
 int main(int argc, char **argv) {
-    const char *temporary = getenv("TMPDIR");
-    snprintf(folder, sizeof folder, "%.30s/checkpointXXXXXX", temporary ? temporary : "/tmp");
-    if (!mkdtemp(folder)) return printf("cannot make %s: %s\n", folder, strerror(errno)), 1;
+    if (!temporary_folder(folder)) return 1;
     chmod(folder, 0755);
     test_config_values();
     test_config_file();

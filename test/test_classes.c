@@ -128,8 +128,8 @@ static void test_lists(const char *dir) {
 }
 
 int main(void) {
-    char dir[] = "/tmp/test_classes_XXXXXX";
-    if (!CHECK(mkdtemp(dir) != NULL)) return test_report();
+    char dir[FOLDER_BYTES];
+    if (!temporary_folder(dir)) return 1;
     test_imagenet();
     test_folders();
     test_lists(dir);

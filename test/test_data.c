@@ -18,7 +18,7 @@
 
 /* ---- files ---- */
 
-static char folder[512];
+static char folder[FOLDER_BYTES];
 
 /* A path in the temporary folder, in one of eight buffers used in turn. */
 static const char *in_folder(const char *name) {
@@ -1024,13 +1024,7 @@ static void test_tokens(void) {
 }
 
 int main(void) {
-    const char *tmp = getenv("TMPDIR");
-    if (!tmp || !*tmp) tmp = access("/dev/shm", W_OK) == 0 ? "/dev/shm" : "/tmp"; /* thousands of small files */
-    snprintf(folder, sizeof folder, "%s/test_data.XXXXXX", tmp);
-    if (!mkdtemp(folder)) {
-        printf("cannot make a temporary folder %s\n", folder);
-        return 1;
-    }
+    if (!temporary_folder(folder)) return 1;
     test_png_gray();
     test_png_palette();
     test_png_alpha();

@@ -1097,8 +1097,8 @@ static void test_named(void) {
 }
 
 int main(void) {
-    char dir[] = "/tmp/test_diffusion_XXXXXX", command[100];
-    if (!CHECK(mkdtemp(dir) != NULL)) return test_report();
+    char dir[FOLDER_BYTES], command[FOLDER_BYTES + 8];
+    if (!temporary_folder(dir)) return 1;
     scratch = dir;
     test_official_schedules();
     test_schedule_errors();
