@@ -93,6 +93,9 @@ static inline size_t min_size(size_t a, size_t b) {
 static inline size_t max_size(size_t a, size_t b) {
     return a > b ? a : b;
 }
+static inline size_t ceil_div(size_t a, size_t b) {
+    return (a + b - 1) / b;
+}
 static inline size_t round_up(size_t n, size_t unit) {
     return (n + unit - 1) / unit * unit;
 }

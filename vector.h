@@ -1,0 +1,167 @@
+/* vector.h - vectors of LANES numbers, as wide as the processor of this build has them: what gemm.c and stream.c share.
+ * Nobody else includes it.
+ *
+ * gcc's and clang's vector types give the same code on x86-64, at any width, and on Arm; the few operations that
+ * compilers do not find by themselves are spelt out with intrinsics. */
+#ifndef VECTOR_H
+#define VECTOR_H
+
+#include <string.h>
+
+#if defined(__AVX512F__) || defined(__FMA__)
+#include <immintrin.h>
+#endif
+
+#include "imagebart.h"
+
+#if defined(__AVX512F__)
+#define VECTOR_BYTES 64
+#elif defined(__AVX__)
+#define VECTOR_BYTES 32
+#else
+#define VECTOR_BYTES 16
+#endif
+
+#ifdef REAL_DOUBLE
+#define LANES (VECTOR_BYTES / 8) /* numbers in a vector */
+#else
+#define LANES (VECTOR_BYTES / 4)
+#endif
+
+typedef real Vec __attribute__((vector_size(VECTOR_BYTES)));
+#define INLINE static inline __attribute__((always_inline))
+
+INLINE Vec load(const real *p) {
+    Vec v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+INLINE void store(real *p, Vec v) {
+    memcpy(p, &v, sizeof v);
+}
+
+/* sum + a*b, rounded once. Spelt out, because whether a compiler fuses a*b + sum by itself depends on its options. */
+INLINE Vec multiply_add_vec(Vec a, Vec b, Vec sum) {
+#if defined(__AVX512F__) && defined(REAL_DOUBLE)
+    return _mm512_fmadd_pd(a, b, sum);
+#elif defined(__AVX512F__)
+    return _mm512_fmadd_ps(a, b, sum);
+#elif defined(__FMA__) && defined(REAL_DOUBLE)
+    return _mm256_fmadd_pd(a, b, sum);
+#elif defined(__FMA__)
+    return _mm256_fmadd_ps(a, b, sum);
+#else
+    return sum + a * b;
+#endif
+}
+
+INLINE Vec multiply_add(real a, Vec b, Vec sum) {
+#if defined(__AVX512F__) && defined(REAL_DOUBLE)
+    return multiply_add_vec(_mm512_set1_pd(a), b, sum);
+#elif defined(__AVX512F__)
+    return multiply_add_vec(_mm512_set1_ps(a), b, sum);
+#elif defined(__FMA__) && defined(REAL_DOUBLE)
+    return multiply_add_vec(_mm256_set1_pd(a), b, sum);
+#elif defined(__FMA__)
+    return multiply_add_vec(_mm256_set1_ps(a), b, sum);
+#else
+    return sum + a * b;
+#endif
+}
+
+#if defined(__clang__) || __GNUC__ >= 12
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#ifdef REAL_DOUBLE
+typedef long long Index __attribute__((vector_size(VECTOR_BYTES)));
+#else
+typedef int Index __attribute__((vector_size(VECTOR_BYTES)));
+#endif
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (Index){__VA_ARGS__})
+#endif
+
+/* The first halves of a and b, interleaved; the second halves. */
+INLINE Vec interleave_low(Vec a, Vec b) {
+#if LANES == 16
+    return SHUFFLE(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+#elif LANES == 8
+    return SHUFFLE(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+#elif LANES == 4
+    return SHUFFLE(a, b, 0, 4, 1, 5);
+#else
+    return SHUFFLE(a, b, 0, 2);
+#endif
+}
+
+INLINE Vec interleave_high(Vec a, Vec b) {
+#if LANES == 16
+    return SHUFFLE(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+#elif LANES == 8
+    return SHUFFLE(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+#elif LANES == 4
+    return SHUFFLE(a, b, 2, 6, 3, 7);
+#else
+    return SHUFFLE(a, b, 1, 3);
+#endif
+}
+
+/* ---- Weights in fewer bits ---- */
+
+/* LANES numbers as they are stored, and on their way to real. */
+typedef uint16_t Halves __attribute__((vector_size(LANES * 2)));
+typedef int8_t Bytes __attribute__((vector_size(LANES)));
+typedef uint32_t Words __attribute__((vector_size(LANES * 4)));
+typedef int32_t Ints __attribute__((vector_size(LANES * 4)));
+typedef float Floats __attribute__((vector_size(LANES * 4)));
+
+/* bf16 is the upper half of a float. Spelt out where compilers take such conversions apart. */
+INLINE Vec load_bf16(const uint16_t *p) {
+#if defined(__AVX512F__) && !defined(REAL_DOUBLE)
+    const __m512i bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(const void *)p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
+#elif defined(__AVX2__) && !defined(REAL_DOUBLE)
+    const __m256i bits = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(const void *)p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(bits, 16));
+#else
+    Halves h;
+    memcpy(&h, p, sizeof h);
+    const Words bits = __builtin_convertvector(h, Words) << 16;
+    return __builtin_convertvector((Floats)bits, Vec);
+#endif
+}
+
+INLINE Vec load_int8(const int8_t *p) {
+#if defined(__AVX512F__) && !defined(REAL_DOUBLE)
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(const void *)p)));
+#elif defined(__AVX2__) && !defined(REAL_DOUBLE)
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(const void *)p)));
+#else
+    Bytes b;
+    memcpy(&b, p, sizeof b);
+    return __builtin_convertvector(__builtin_convertvector(b, Ints), Vec);
+#endif
+}
+
+/* LANES weights at element i of data, int8 without its factor. format is a constant where this is expanded. */
+INLINE Vec load_weights(WeightFormat format, const void *data, size_t i) {
+    if (format == WEIGHTS_BF16) return load_bf16((const uint16_t *)data + i);
+    if (format == WEIGHTS_INT8) return load_int8((const int8_t *)data + i);
+    return load((const real *)data + i);
+}
+
+/* The same for the last n < LANES of a row, with zeros behind. */
+INLINE Vec load_last_weights(WeightFormat format, const void *data, size_t i, size_t n) {
+    const size_t size = weight_bytes(format);
+    char last[LANES * sizeof(real)] = {0};
+    memcpy(last, (const char *)data + i * size, n * size);
+    return load_weights(format, last, 0);
+}
+
+INLINE Vec load_last(const real *p, size_t n) {
+    Vec v = {0};
+    memcpy(&v, p, n * sizeof *p);
+    return v;
+}
+
+#endif
