@@ -1,5 +1,5 @@
-/* transformer.h - what the files of the transformer share: transformer.cu, decode.cu and optimizer.cu. Nobody else
- * includes it; what others may use is in imagebart.h. */
+/* transformer.h - what the files of the transformer share: layers.cu, attention.cu, transformer.cu,
+ * decode.cu and optimizer.cu, from small to large. Nobody else includes it; what others may use is in imagebart.h. */
 #ifndef TRANSFORMER_H
 #define TRANSFORMER_H
 
@@ -101,6 +101,45 @@ static inline size_t prompt_length(const NetConfig *c) {
     return c->has_class ? 2 : 1;
 }
 
+static inline real *value_of(const Transformer *m, size_t row) {
+    return m->params.row[row].value;
+}
+static inline real *grad_of(const Transformer *m, size_t row) {
+    return m->params.row[row].grad;
+}
+
+/* ---- layers.cu: what each does, and shapes, stand there ---- */
+
+void gelu_forward(real *g, real *dg, const real *bias, size_t R, size_t H);
+void gelu_backward(real *dh, real *dg, size_t R, size_t H);
+void norm_forward(const Transformer *m, const Norm *norm, real *y, real *mean, real *rstd, const real *x, size_t R);
+void norm_backward(const Transformer *m, const Norm *norm, real *dx, const real *dy, const real *x, real *mean,
+                   real *rstd, size_t R);
+void multiply(const Transformer *m, const Linear *l, real *out, size_t ldo, int accumulate, const real *in, size_t ldi,
+              size_t R);
+void linear_forward(const Transformer *m, const Linear *l, real *out, size_t ldo, const real *residual, const real *in,
+                    size_t ldi, size_t R);
+void linear_backward(const Transformer *m, const Linear *l, real *din, int accumulate, const real *dout, const real *in,
+                     size_t R);
+void embed_forward(const Transformer *m, const Stack *s, real *x, const int32_t *ids, size_t B, size_t n, size_t pos);
+void embed_backward(const Transformer *m, const Stack *s, const real *dx, const int32_t *ids, size_t B, size_t n);
+
+/* ---- attention.cu ---- */
+
+enum { QUERY_BLOCK = 64 }; /* queries that attention treats at a time: their scores stay in cache */
+
+typedef struct {
+    size_t B, heads, D, Tq, Tk;
+    size_t key_stride; /* positions from one batch row's keys to the next's, >= Tk */
+    int causal;        /* query i sees keys 0..i; Tq = Tk */
+    int decoding;      /* one query at a time */
+    size_t unmasked;   /* and the first `unmasked` positions see each other */
+} AttendShape;
+
+void attend_forward(const AttendShape *s, real *y, real *p, real *scores, const real *q, const real *k, const real *v);
+void attend_backward(const AttendShape *s, real *dq, real *dk, real *dv, const real *dy, real *p, real *scores,
+                     const real *q, const real *k, const real *v);
+
 /* ---- transformer.cu ---- */
 
 /* Every ids[i] must be in lo..end-1; an error names `what`. */
@@ -110,8 +149,6 @@ Err check_batch(const Transformer *m, const int32_t *x_t, const int32_t *t, cons
 void prompted_ids(const NetConfig *c, int32_t *ids, const int32_t *t, const int32_t *label, const int32_t *tokens,
                   size_t stride, size_t B, size_t n);
 Pass whole_pass(const Stack *s, size_t B, size_t n, const real *context, size_t T_context);
-void linear_forward(const Transformer *m, const Linear *l, real *out, size_t ldo, const real *residual, const real *in,
-                    size_t ldi, size_t R);
 void stack_forward(Transformer *m, Stack *s, const int32_t *ids, const Pass *pass, size_t skip);
 void head_forward(Transformer *m, size_t B, size_t n, size_t pos);
 

@@ -1,0 +1,122 @@
+/* attention.cu - softmax(q k^T / sqrt(D)) v, forward and backward, and for one query at a time as decoding has it.
+ *
+ * Heads run in parallel, QUERY_BLOCK queries at a time, so that their scores stay in cache. Prototypes: transformer.h. */
+#include "transformer.h"
+
+/* Keys 0..visible-1 are seen by query i; never falls with i. */
+static size_t visible(const AttendShape *s, size_t i) {
+    if (!s->causal) return s->Tk;
+    return i < s->unmasked ? min_size(s->unmasked, s->Tk) : i + 1;
+}
+
+/* s[0..n-1] = softmax(scale * s), s[n..end-1] = 0 */
+static void softmax_row(real *s, size_t n, size_t end, real scale) {
+    real largest = max_of(s, n), sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (size_t j = 0; j < n; j++) {
+        s[j] = exp_negative((s[j] - largest) * scale);
+        sum += s[j];
+    }
+    const real norm = 1 / sum;
+#pragma omp simd
+    for (size_t j = 0; j < n; j++) s[j] *= norm;
+    for (size_t j = n; j < end; j++) s[j] = 0;
+}
+
+/* attend_forward    y = softmax(q k^T / sqrt(D), over the visible keys) v, for every batch row and head
+ * attend_backward   dq, dk, dv overwritten, from dy and the probabilities p of forward
+ *   q, y (B,Tq,heads*D)   k, v (B,key_stride,heads*D)   p (B,heads,Tq,Tk), beyond the visible keys unspecified
+ *   scores (B*heads, QUERY_BLOCK, Tk): work space; forward uses it when p is NULL. backward needs key_stride = Tk. */
+typedef struct {
+    const AttendShape *s;
+    const real *q, *k, *v, *dy;
+    real *y, *p, *scores, *dq, *dk, *dv;
+} Attend;
+
+static void attend_forward_head(void *context, size_t task) {
+    const Attend *a = (const Attend *)context;
+    const AttendShape *s = a->s;
+    const size_t inner = s->heads * s->D, b = task / s->heads, h = task % s->heads;
+    const size_t at_key = b * s->key_stride * inner + h * s->D;
+    const real scale = (real)(1 / sqrt((double)s->D));
+    for (size_t i0 = 0; i0 < s->Tq; i0 += QUERY_BLOCK) {
+        const size_t rows = min_size(QUERY_BLOCK, s->Tq - i0), keys = visible(s, i0 + rows - 1);
+        const size_t at = (b * s->Tq + i0) * inner + h * s->D;
+        real *pi = a->p ? a->p + (task * s->Tq + i0) * s->Tk : a->scores + task * QUERY_BLOCK * s->Tk;
+        gemm(0, 1, rows, keys, s->D, a->q + at, inner, a->k + at_key, inner, 0, pi, s->Tk);
+        for (size_t i = 0; i < rows; i++) softmax_row(pi + i * s->Tk, visible(s, i0 + i), keys, scale);
+        gemm(0, 0, rows, s->D, keys, pi, s->Tk, a->v + at_key, inner, 0, a->y + at, inner);
+    }
+}
+
+/* The same for one query, as decoding has it: keys and values are read where they lie, once. */
+static void attend_one_query(void *context, size_t task) {
+    enum { PART = 32 }; /* channels whose sums stay in registers */
+    const Attend *a = (const Attend *)context;
+    const AttendShape *s = a->s;
+    const size_t inner = s->heads * s->D, D = s->D, b = task / s->heads, h = task % s->heads;
+    const real *q = a->q + task * D, *k = a->k + b * s->key_stride * inner + h * D;
+    const real *v = a->v + b * s->key_stride * inner + h * D;
+    real *p = a->scores + task * QUERY_BLOCK * s->Tk, *y = a->y + task * D;
+    for (size_t j = 0; j < s->Tk; j++) p[j] = dot(q, k + j * inner, D);
+    softmax_row(p, s->Tk, s->Tk, (real)(1 / sqrt((double)D)));
+    for (size_t d = 0; d < D; d += PART) {
+        real sum[PART] = {0};
+        const size_t n = min_size(PART, D - d);
+        if (n == PART)
+            for (size_t j = 0; j < s->Tk; j++)
+#pragma omp simd
+                for (size_t i = 0; i < PART; i++) sum[i] += p[j] * v[j * inner + d + i];
+        else
+            for (size_t j = 0; j < s->Tk; j++)
+                for (size_t i = 0; i < n; i++) sum[i] += p[j] * v[j * inner + d + i];
+        memcpy(y + d, sum, n * sizeof *y);
+    }
+}
+
+void attend_forward(const AttendShape *s, real *y, real *p, real *scores, const real *q, const real *k, const real *v) {
+    Attend a = {s, q, k, v, NULL, y, p, scores, NULL, NULL, NULL};
+    if (s->decoding)
+        parallel_for(threads_for(s->B * s->Tk * s->heads * s->D), s->B * s->heads, attend_one_query, &a);
+    else
+        parallel_for(threads_free(), s->B * s->heads, attend_forward_head, &a);
+}
+
+/* ds (rows,keys; Tk apart) holds dp; becomes the gradient of q k^T: p (dp - sum_j p dp) scale */
+static void softmax_backward(real *ds, const real *p, size_t rows, size_t keys, size_t Tk, real scale) {
+    for (size_t i = 0; i < rows; i++) {
+        real *d = ds + i * Tk;
+        const real *pi = p + i * Tk, mean = dot(d, pi, keys);
+#pragma omp simd
+        for (size_t j = 0; j < keys; j++) d[j] = pi[j] * (d[j] - mean) * scale;
+    }
+}
+
+static void attend_backward_head(void *context, size_t task) {
+    const Attend *a = (const Attend *)context;
+    const AttendShape *s = a->s;
+    const size_t inner = s->heads * s->D, b = task / s->heads, h = task % s->heads;
+    const size_t at_key = b * s->Tk * inner + h * s->D;
+    const real scale = (real)(1 / sqrt((double)s->D));
+    real *ds = a->scores + task * QUERY_BLOCK * s->Tk, *dk = a->dk + at_key, *dv = a->dv + at_key;
+    for (size_t j = 0; j < s->Tk; j++) {
+        memset(dk + j * inner, 0, s->D * sizeof *dk);
+        memset(dv + j * inner, 0, s->D * sizeof *dv);
+    }
+    for (size_t i0 = 0; i0 < s->Tq; i0 += QUERY_BLOCK) {
+        const size_t rows = min_size(QUERY_BLOCK, s->Tq - i0), keys = visible(s, i0 + rows - 1);
+        const size_t at = (b * s->Tq + i0) * inner + h * s->D;
+        const real *pi = a->p + (task * s->Tq + i0) * s->Tk;
+        gemm(1, 0, keys, s->D, rows, pi, s->Tk, a->dy + at, inner, 1, dv, inner);
+        gemm(0, 1, rows, keys, s->D, a->dy + at, inner, a->v + at_key, inner, 0, ds, s->Tk);
+        softmax_backward(ds, pi, rows, keys, s->Tk, scale);
+        gemm(0, 0, rows, s->D, keys, ds, s->Tk, a->k + at_key, inner, 0, a->dq + at, inner);
+        gemm(1, 0, keys, s->D, rows, ds, s->Tk, a->q + at, inner, 1, dk, inner);
+    }
+}
+
+void attend_backward(const AttendShape *s, real *dq, real *dk, real *dv, const real *dy, real *p, real *scores,
+                     const real *q, const real *k, const real *v) {
+    Attend a = {s, q, k, v, dy, NULL, p, scores, dq, dk, dv};
+    parallel_for(threads_free(), s->B * s->heads, attend_backward_head, &a);
+}
