@@ -422,6 +422,97 @@ static void bench_decode(void) {
     bench_transition(4, "last scale (GPT)");
 }
 
+/* ---- A training step of the full-size FFHQ model: forward, losses, backward, AdamW ---- */
+
+typedef struct {
+    Transformer *m;
+    size_t B, K;
+    int32_t *x, *x_t, *t;
+    real *posterior, *dlogits;
+    const real *logits;
+    uint64_t step;
+} Training;
+
+static void run_forward(void *context) {
+    Training *a = (Training *)context;
+    must(transformer_forward(a->m, a->x, a->x_t, a->t, NULL, a->B, TOKENS, &a->logits));
+}
+
+static void run_backward(void *context) {
+    Training *a = (Training *)context;
+    Loss loss;
+    must(denoising_loss(&loss, a->logits, a->x, a->posterior, a->B * TOKENS, a->K, 0.5, 1, a->dlogits));
+    must(transformer_backward(a->m, a->dlogits));
+}
+
+static void run_optimizer(void *context) {
+    static const AdamW adam = {1e-5, 0.9, 0.95, 1e-8, 1};
+    Training *a = (Training *)context;
+    Params *p = transformer_params(a->m);
+    adamw_step(p, &adam, ++a->step);
+    ema_update(p, 0.9999, a->step);
+    params_zero_grad(p);
+}
+
+/* Multiplications and additions of a forward pass: every matrix with its rows, and every pair of positions that see
+ * each other, once with the keys and once with the values. */
+static double forward_flops(Transformer *m, size_t B) {
+    const NetConfig *c = transformer_config(m);
+    const double inner = c->kind == NET_X ? 64.0 * (double)c->dec_heads : (double)c->dim, depth = (double)c->dec_depth;
+    const double all = matrix_numbers(m, c->kind == NET_X ? "decoder." : "", "encoder.", "token_emb");
+    const double encoder = c->kind == NET_X ? matrix_numbers(m, "encoder.", "to_logits", "token_emb") : 0;
+    const double N = TOKENS, T = N + 1;
+    double pairs = depth * N * N / 2;
+    if (c->kind == NET_X) pairs += depth * N * T + (double)c->enc_depth * T * T;
+    return 2 * (double)B * (all * N + encoder * T + 2 * inner * pairs);
+}
+
+/* The parts one after another, three times; the best of each. A step is their sum. */
+static void bench_step(int scale, const char *what, size_t B) {
+    Training a = {full_size(scale), B, 0, NULL, NULL, NULL, NULL, NULL, NULL, 0};
+    static Work *const parts[] = {run_forward, run_backward, run_optimizer};
+    static const char *const names[] = {"forward", "loss and backward", "AdamW, EMA, gradients to zero", "whole step"};
+    Params *p = transformer_params(a.m);
+    double best[4] = {1e30, 1e30, 1e30, 0};
+    must(params_plan(p, PLAN_GRAD | PLAN_ADAM | PLAN_EMA));
+    must(transformer_plan(a.m, B, TOKENS, 1));
+    a.K = transformer_config(a.m)->dec_num_tokens;
+    must(mem_alloc(&a.x, B * TOKENS, sizeof *a.x, "tokens"));
+    must(mem_alloc(&a.x_t, B * TOKENS, sizeof *a.x_t, "tokens"));
+    must(mem_alloc(&a.t, B, sizeof *a.t, "scales"));
+    must(mem_alloc(&a.dlogits, B * TOKENS * a.K, sizeof *a.dlogits, "gradient"));
+    must(mem_alloc(&a.posterior, B * TOKENS * a.K, sizeof *a.posterior, "posterior"));
+    for (size_t i = 0; i < B * TOKENS; i++) a.x[i] = (int32_t)(i * 31 % a.K), a.x_t[i] = (int32_t)(i * 37 % a.K);
+    for (size_t b = 0; b < B; b++) a.t[b] = scale;
+    for (size_t i = 0; i < B * TOKENS * a.K; i++) a.posterior[i] = 1 / (real)a.K;
+    for (int round = 0; round < 3; round++)
+        for (size_t k = 0; k < COUNT(parts); k++) {
+            const double begin = now();
+            parts[k](&a);
+            const double t = now() - begin;
+            if (t < best[k]) best[k] = t;
+        }
+    best[3] = best[0] + best[1] + best[2];
+    const double forward = forward_flops(a.m, B), floats = (double)params_count(p) * sizeof(real);
+    const Row rows[] = {{NULL, forward, floats},
+                        {NULL, 2 * forward, 2 * floats},
+                        {NULL, 0, 11 * floats},
+                        {NULL, 3 * forward, 14 * floats}};
+    for (size_t k = 0; k < COUNT(rows); k++) {
+        char name[96];
+        snprintf(name, sizeof name, "%s, batch %zu, %s", what, B, names[k]);
+        print_row((Row){name, rows[k].flops, rows[k].bytes}, best[k]);
+    }
+    free(a.x), free(a.x_t), free(a.t), free(a.dlogits), free(a.posterior);
+    transformer_free(a.m);
+}
+
+static void bench_train(void) {
+    section("training at full size: 256 tokens, 548 codes");
+    bench_step(1, "encoder-decoder", 4);
+    bench_step(4, "last scale (GPT)", 4);
+}
+
 /* ---- All of them ---- */
 
 static const struct {
@@ -431,6 +522,7 @@ static const struct {
     {"gemm", bench_gemm},
     {"stream", bench_stream},
     {"decode", bench_decode},
+    {"train", bench_train},
 };
 
 static int usage(void) {

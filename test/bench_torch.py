@@ -127,6 +127,41 @@ def measure():
     return result
 
 
+def training_seconds(what):
+    """A step at batch 4: forward, losses (hard and soft, half each), backward, AdamW (fused), EMA."""
+    dim, head, depth = SIZES[what]
+    cross, B = what == "encoder-decoder", 4
+    decoder, logits = [layer(dim, head, torch.float32, cross) for _ in range(depth)], weight(CODES, dim, torch.float32)
+    encoder = [layer(dim, head, torch.float32, False) for _ in range(ENCODER_DEPTH)] if cross else []
+    tensors = lambda v: sum((tensors(x) for x in v), []) if isinstance(v, list) else [v] if v is not None else []
+    values = [logits] + sum((tensors(list(l.values())) for l in encoder + decoder), [])
+    for v in values:
+        v.requires_grad_()
+    averages = [v.detach().clone() for v in values]
+    optimizer = torch.optim.AdamW(values, lr=1e-5, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
+    x, context = torch.rand(B, N, dim), torch.rand(B, N + 1, dim)
+    target, posterior = torch.randint(CODES, (B * N,)), torch.full((B * N, CODES), 1 / CODES)
+
+    def loss():
+        seen = whole(encoder, context, head, False) if cross else None
+        p = F.log_softmax(F.linear(whole(decoder, x, head, True, seen), logits).flatten(0, 1), -1)
+        return 0.5 * F.nll_loss(p, target) + 0.5 * F.kl_div(p, posterior, reduction="batchmean")
+
+    def run(work):
+        work().backward()
+        optimizer.step()
+        torch._foreach_lerp_(averages, values, 1e-4)
+        optimizer.zero_grad(set_to_none=True)
+
+    seconds = best(lambda: run(loss), 2)
+    try:
+        compiled = torch.compile(loss)
+        return min(seconds, best(lambda: run(compiled), 2))
+    except Exception as error:  # no compiler for its code, or none of this version
+        print(f"skipped: torch.compile of a training step: {str(error).splitlines()[0]}")
+        return seconds
+
+
 def twin(theirs, name):
     """Their time for our row."""
     if name.endswith("int8"):
