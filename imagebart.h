@@ -531,11 +531,21 @@ typedef struct {
 Err denoising_loss(Loss *out, const real *logits, const int32_t *target, const real *posterior, size_t R, size_t K,
                    double alpha, double weight, real *dlogits);
 
-/* decode.cu: KV-cached decoding. begin: runs the encoder and the cross-attention keys and values once (NET_X), or feeds the prompt
- * (NET_GPT: prompt tokens see each other). step i = 0..N-1 in order: prev (B) = x_{t-1}[i-1] (ignored at i = 0);
- * *logits (B,K) of position i points into the activations. Equal to transformer_forward up to rounding. */
+/* decode.cu: KV-cached decoding. begin: runs the encoder and the cross-attention keys and values once (NET_X), or feeds
+ * the prompt (NET_GPT: prompt tokens see each other). block: n <= B*DECODE_BLOCK cells in one pass: position i of batch
+ * row b, fed the token in front of it, prev = x_{t-1}[b,i-1] (ignored at i = 0). Rows rise; a row's positions follow
+ * each other and begin anywhere up to what it was fed before, what lay behind is forgotten: so guessed tokens are taken
+ * back. *logits (n,K) points into the activations; each cell sees its row's earlier positions, those of this block
+ * included. step: the block of position i of all rows, logits (B,K). Equal to transformer_forward up to rounding, and
+ * to each other to the bit however positions are cut into blocks. */
+enum { DECODE_BLOCK = 64 };
+typedef struct {
+    size_t b, i;
+    int32_t prev;
+} DecodeCell;
 Err transformer_decode_begin(Transformer *m, const int32_t *x_t, const int32_t *t, const int32_t *label, size_t B,
                              size_t N);
+Err transformer_decode_block(Transformer *m, const DecodeCell *cell, size_t n, const real **logits);
 Err transformer_decode_step(Transformer *m, const int32_t *prev, size_t i, const real **logits);
 
 /* AdamW as PyTorch: p *= 1-lr*decay; m,v moments; bias correction with step = 1,2,...; rows marked untrained are left

@@ -422,6 +422,70 @@ static void bench_decode(void) {
     bench_transition(4, "last scale (GPT)");
 }
 
+/* ---- Blocks: n positions of every row in one pass, as guessed tokens are checked ---- */
+
+static double pass_time(Decoding *d, size_t n) {
+    DecodeCell cell[16 * DECODE_BLOCK];
+    const real *logits;
+    double best = 1e30;
+    for (size_t r = 0; r < d->B * n; r++) cell[r].b = r / n, cell[r].i = TOKENS / 2 + r % n, cell[r].prev = d->x_t[r];
+    for (int k = 0; k < 8; k++) {
+        const double begin = now();
+        must(transformer_decode_block(d->m, cell, d->B * n, &logits));
+        const double t = now() - begin;
+        if (k > 0 && t < best) best = t;
+    }
+    return best;
+}
+
+/* The least a for which 1 + a + ... + a^(n-1) tokens, what n positions give when each guess is right with probability a,
+ * are worth more than single passes in the same time; above 1: never. */
+static double break_even(double passes, size_t n) {
+    for (double a = 0; a < 1; a += 0.01) {
+        double tokens = 0, p = 1;
+        for (size_t i = 0; i < n; i++, p *= a) tokens += p;
+        if (tokens >= passes) return a;
+    }
+    return passes <= (double)n ? 1 : 9.99;
+}
+
+static void bench_block(void) {
+    static const size_t batches[] = {1, 4, 16}, lengths[] = {1, 2, 4, 8, 16, 32, 64};
+    Decoding d = {full_size(1), 0, 0, NULL, NULL, NULL};
+    double per_position, fixed;
+    section("Blocks of an FFHQ scale, times a single pass, pays from a");
+    must(mem_alloc(&d.x_t, 16 * TOKENS, sizeof *d.x_t, "tokens"));
+    must(mem_alloc(&d.t, 16, sizeof *d.t, "scales"));
+    for (size_t i = 0; i < 16 * TOKENS; i++) d.x_t[i] = (int32_t)(i * 37 % 548);
+    for (size_t b = 0; b < 16; b++) d.t[b] = 1;
+    const double weights = token_numbers(d.m, &per_position, &fixed);
+    for (int format = WEIGHTS_REAL; format <= WEIGHTS_INT8; format++)
+        for (size_t k = 0; k < COUNT(batches); k++) {
+            double single = 0;
+            d.B = batches[k];
+            must(transformer_plan(d.m, d.B, TOKENS, 0));
+            pack(d.m, WEIGHTS_REAL);
+            begin_decoding(&d);
+            pack(d.m, (WeightFormat)format);
+            const real *logits;
+            for (; d.next < TOKENS / 2; d.next++) must(transformer_decode_step(d.m, d.x_t, d.next, &logits));
+            for (size_t l = 0; l < COUNT(lengths) && d.B * lengths[l] <= 256; l++) {
+                const size_t n = lengths[l];
+                const double t = pass_time(&d, n), rows = (double)(d.B * n);
+                char name[96];
+                if (n == 1) single = t;
+                snprintf(name, sizeof name, "%s, batch %zu, block %zu: %.2f passes, a >= %.2f", format_names[format],
+                         d.B, n, t / single, break_even(t / single, n));
+                const double kept = rows * (fixed + per_position * TOKENS / 2) * sizeof(real);
+                print_row((Row){name, 2 * weights * rows, weights * (double)weight_bytes((WeightFormat)format) + kept},
+                          t);
+            }
+        }
+    free(d.x_t);
+    free(d.t);
+    transformer_free(d.m);
+}
+
 /* ---- All of them ---- */
 
 static const struct {
@@ -431,6 +495,7 @@ static const struct {
     {"gemm", bench_gemm},
     {"stream", bench_stream},
     {"decode", bench_decode},
+    {"block", bench_block},
 };
 
 static int usage(void) {
