@@ -486,16 +486,65 @@ static void bench_block(void) {
     transformer_free(d.m);
 }
 
+/* ---- A whole scale with its draws: one by one, and with x_t for a guess ---- */
+
+/* The network says little more than its residual, so that a token is x_t's with probability alpha, as it is on average
+ * where a trained network of a scale with this alpha is right. */
+static void quieten(Transformer *m, float alpha) {
+    Params *p = transformer_params(m);
+    const float alphas[MAX_SCALES + 1] = {1, alpha, alpha, alpha, alpha};
+    for (size_t i = 0; i < p->n; i++)
+        for (size_t k = 0; strstr(p->row[i].name, "log_scalors") && k < p->row[i].size; k++) p->row[i].value[k] = -9;
+    transformer_set_alphas(m, alphas);
+}
+
+static double scale_time(Transformer *m, size_t B, size_t block, DraftCounts *counts) {
+    static int32_t tokens[16 * TOKENS];
+    DraftCounts all[MAX_SCALES + 1];
+    memset(all, 0, sizeof all);
+    SampleOptions o = {.n = B, .candidates = 1, .seed = 1, .block = block, .counts = all};
+    o.temperature[1] = 1;
+    for (size_t i = 0; i < 16 * TOKENS; i++) tokens[i] = (int32_t)(i * 37 % 548);
+    const double begin = now();
+    must(sample_scale(m, &o, 1, 0, TOKENS, tokens));
+    *counts = all[1];
+    return now() - begin;
+}
+
+static void bench_draft(void) {
+    static const size_t batches[] = {1, 16};
+    static const float alphas[] = {0.5f, 0.75f}; /* geometric of 4 scales: 0.75, 0.67, 0.5 and the last */
+    Transformer *m = full_size(1);
+    printf("\n%-30s %7s %9s %8s %8s %7s %7s %8s\n", "An FFHQ scale, 256 tokens", "right", "one by one", "guessing",
+           "speed-up", "passes", "of", "positions");
+    for (int format = WEIGHTS_REAL; format <= WEIGHTS_INT8; format++)
+        for (size_t k = 0; k < COUNT(batches); k++)
+            for (size_t a = 0; a < COUNT(alphas); a++) {
+                DraftCounts single, guessed;
+                if (batches[k] > 1 && (a == 0 || format != WEIGHTS_REAL)) continue; /* these take long */
+                quieten(m, alphas[a]);
+                pack(m, (WeightFormat)format);
+                const double t1 = scale_time(m, batches[k], 1, &single), t = scale_time(m, batches[k], 0, &guessed);
+                char name[96];
+                snprintf(name, sizeof name, "%s, batch %zu, alpha %.2f", format_names[format], batches[k],
+                         (double)alphas[a]);
+                printf("%-30s %6.0f%% %8.2f s %6.2f s %8.2f %7zu %7zu %8zu\n", name,
+                       100 * (double)guessed.right / (double)guessed.tried, t1, t, t1 / t, guessed.passes,
+                       single.passes, guessed.cells);
+                fflush(stdout);
+                if (tsv) fprintf(tsv, "%s\t%s\t%.6g\t\t\t\t\n", section_name, name, t);
+            }
+    transformer_free(m);
+}
+
 /* ---- All of them ---- */
 
 static const struct {
     const char *name;
     void (*run)(void);
 } sections[] = {
-    {"gemm", bench_gemm},
-    {"stream", bench_stream},
-    {"decode", bench_decode},
-    {"block", bench_block},
+    {"gemm", bench_gemm},   {"stream", bench_stream}, {"decode", bench_decode},
+    {"block", bench_block}, {"draft", bench_draft},
 };
 
 static int usage(void) {
