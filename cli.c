@@ -398,7 +398,8 @@ void say_drafts(const DraftCounts *counts, int T) {
     for (int t = T; t >= 1; t--) {
         const DraftCounts *n = &counts[t];
         if (n->passes == 0) continue;
-        fprintf(stderr, "scale %d: %zu tokens in %zu passes of %zu positions", t, n->tokens, n->passes, n->cells);
+        fprintf(stderr, "scale %d: %zu tokens in %zu passes, %.1f in each, over %zu positions", t, n->tokens, n->passes,
+                (double)n->tokens / (double)n->passes, n->cells);
         if (n->tried > 0)
             fprintf(stderr, "; %.0f%% of the drawn ones were as guessed", 100 * (double)n->right / (double)n->tried);
         fprintf(stderr, "\n");

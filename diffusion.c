@@ -978,11 +978,16 @@ static int32_t guess_of(const Run *r, size_t b, size_t i) {
     return row->before_right > row->x_t_right ? r->before[b * r->N + i] : r->x_t[b * r->N + i];
 }
 
-/* That it is right. Last scales guess nothing: they do not look at x_t. */
+/* Last scales guess nothing: they do not look at x_t. */
+static int guesses(const Run *r) {
+    return transformer_config(r->net)->kind == NET_X;
+}
+
+/* That the token at position i is what is guessed. */
 static double chance_of(const Run *r, size_t b, size_t i) {
     const Row *row = &r->row[b];
     if (is_known(r, i)) return 1;
-    if (transformer_config(r->net)->kind != NET_X) return 0;
+    if (!guesses(r)) return 0;
     if (r->x_t[b * r->N + i] == r->before[b * r->N + i]) return row->same_right / row->same_tried;
     return fmax(row->x_t_right, row->before_right) / row->differ_tried;
 }
@@ -1016,8 +1021,8 @@ static double cost_left(const Run *r, double *longest) {
     return cost + r->pass_cost * *longest;
 }
 
-/* Cells for the samples that would take longest, again and again; the cheapest of all that are met on the way stays. A
- * choice that no clock has a part in. */
+/* Cells for the samples that would take longest, again and again; the cheapest of all that are met on the way stays, or
+ * the last if the length is given. A choice that no clock has a part in. */
 static void choose_lengths(const Run *r) {
     enum { ROUNDS_WITHOUT_GAIN = 4 };
     double longest, least = cost_left(r, &longest);
@@ -1025,13 +1030,19 @@ static void choose_lengths(const Run *r) {
     for (int rounds = 0, more = 1; more && rounds < ROUNDS_WITHOUT_GAIN; rounds++) {
         more = 0;
         for (size_t b = 0; b < r->o->n; b++)
-            if (passes_left(r, &r->row[b]) > 0.9 * longest) more |= extend(r, b);
+            if (r->o->block > 0 || passes_left(r, &r->row[b]) > 0.9 * longest) more |= extend(r, b);
         const double cost = cost_left(r, &longest);
         if (cost >= least && r->o->block == 0) continue;
         least = cost, rounds = -1;
         for (size_t b = 0; b < r->o->n; b++) r->row[b].best = r->row[b].cells;
     }
     for (size_t b = 0; b < r->o->n; b++) r->row[b].cells = r->row[b].best;
+}
+
+/* What is fed with position i: what is drawn there already, else what is expected. */
+static int32_t token_before(const Run *r, size_t b, size_t i) {
+    if (i == 0) return 0; /* not looked at */
+    return i == r->row[b].at ? r->tokens[b * r->N + i - 1] : guess_of(r, b, i - 1);
 }
 
 /* The next block: every sample's next position, what is sure behind it, and guesses as far as they pay off. */
@@ -1041,18 +1052,15 @@ static size_t choose_block(const Run *r) {
         Row *row = &r->row[b];
         row->cells = row->at < r->end;
         row->chance = row->gain = 1, row->tried = row->right = 0;
-        while (r->o->block != 1 && row->cells > 0 && is_known(r, row->at + row->cells - 1) && extend(r, b)) {
-        }
+        for (int more = r->o->block != 1 && row->cells > 0; more;)
+            more = is_known(r, row->at + row->cells - 1) && extend(r, b);
     }
     if (r->o->block != 1) choose_lengths(r);
     for (size_t b = 0; b < r->o->n; b++) {
         Row *row = &r->row[b];
         row->first = cells;
         for (size_t i = row->at; i < row->at + row->cells; i++)
-            r->cell[cells++] = (DecodeCell){b, i,
-                                            i == 0         ? 0
-                                            : i == row->at ? r->tokens[b * r->N + i - 1]
-                                                           : guess_of(r, b, i - 1)};
+            r->cell[cells++] = (DecodeCell){b, i, token_before(r, b, i)};
     }
     return cells;
 }
@@ -1095,7 +1103,7 @@ static int32_t draw_token(const Draw *d, size_t b, size_t i, const real *logits)
 static void judge(const Run *r, Row *row, size_t b, size_t i) {
     const size_t at = b * r->N + i;
     const int32_t token = r->tokens[at];
-    if (is_known(r, i)) return;
+    if (is_known(r, i) || !guesses(r)) return;
     row->tried++, row->right += token == guess_of(r, b, i);
     if (r->x_t[at] == r->before[at])
         row->same_tried++, row->same_right += token == r->x_t[at];

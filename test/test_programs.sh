@@ -123,7 +123,7 @@ for block in 1 2 64; do
     cp "$dir/err" "$dir/said"
     ok "the same file again" cmp "$dir/s.png" "$dir/first.png"
 done
-ok "sample says what a scale took" grep -q '^scale 1: [0-9]* tokens in [0-9]* passes of [0-9]* positions; [0-9]*% of the drawn ones were as guessed$' "$dir/said"
+ok "sample says what a scale took" grep -q '^scale 1: [0-9]* tokens in [0-9]* passes, [0-9.]* in each, over [0-9]* positions; [0-9]*% of the drawn ones were as guessed$' "$dir/said"
 ok "another seed" sample "$dir/run" -n 5 --seed 8
 ok "another picture" sh -c "! cmp -s $dir/s.png $dir/first.png"
 ok "the seed is kept in the PNG" grep -q seed "$dir/first.png"

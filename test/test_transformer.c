@@ -933,6 +933,9 @@ static void test_errors(void) {
     CHECK_OK(transformer_decode_block(c.net, back, 1, &logits)); /* back by one: position 1 is forgotten */
     ahead[0].i = 2;
     CHECK_OK(transformer_decode_block(c.net, ahead, 1, &logits));
+    CHECK_OK(transformer_decode_block(c.net, back, 1, &logits));
+    ahead[0].i = 3;
+    CHECK_ERR(transformer_decode_block(c.net, ahead, 1, &logits), "decoding position 3 of row 0, expected 0..2 of 5");
     CHECK_OK(forward(&c, &logits));
     CHECK_ERR(transformer_decode_step(c.net, prev, 2, &logits), "decoding"); /* forward used the caches */
     CHECK_ERR(transformer_decode_block(c.net, back, 1, &logits), "before decoding began");
