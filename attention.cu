@@ -1,4 +1,4 @@
-/* attention.cu - softmax(q k^T / sqrt(D)) v, forward and backward, and for one query at a time as decoding has it.
+/* attention.cu - softmax(q k^T / sqrt(D)) v, forward and backward, and query by query as decoding has it.
  *
  * Heads run in parallel, QUERY_BLOCK queries at a time, so that their scores stay in cache. Prototypes: transformer.h. */
 #include "transformer.h"
@@ -49,26 +49,28 @@ static void attend_forward_head(void *context, size_t task) {
     }
 }
 
-/* The same for one query, as decoding has it: keys and values are read where they lie, once. */
+/* The same for one query, as decoding has it: keys and values are read where they lie. A query among others gives the
+ * same bits as alone. Queries of one head follow each other, so that what they share stays in the cache. */
 static void attend_one_query(void *context, size_t task) {
     enum { PART = 32 }; /* channels whose sums stay in registers */
     const Attend *a = (const Attend *)context;
     const AttendShape *s = a->s;
-    const size_t inner = s->heads * s->D, D = s->D, b = task / s->heads, h = task % s->heads;
-    const real *q = a->q + task * D, *k = a->k + b * s->key_stride * inner + h * D;
-    const real *v = a->v + b * s->key_stride * inner + h * D;
-    real *p = a->scores + task * QUERY_BLOCK * s->Tk, *y = a->y + task * D;
-    for (size_t j = 0; j < s->Tk; j++) p[j] = dot(q, k + j * inner, D);
-    softmax_row(p, s->Tk, s->Tk, (real)(1 / sqrt((double)D)));
+    const size_t inner = s->heads * s->D, D = s->D, h = task / s->Tq, r = task % s->Tq;
+    const size_t b = s->cell[r].b, keys = s->Tk ? s->Tk : s->cell[r].visible,
+                 at_key = b * s->key_stride * inner + h * D;
+    const real *q = a->q + r * inner + h * D, *k = a->k + at_key, *v = a->v + at_key;
+    real *p = a->scores + task * s->key_stride, *y = a->y + r * inner + h * D;
+    for (size_t j = 0; j < keys; j++) p[j] = dot(q, k + j * inner, D);
+    softmax_row(p, keys, keys, (real)(1 / sqrt((double)D)));
     for (size_t d = 0; d < D; d += PART) {
         real sum[PART] = {0};
         const size_t n = min_size(PART, D - d);
         if (n == PART)
-            for (size_t j = 0; j < s->Tk; j++)
+            for (size_t j = 0; j < keys; j++)
 #pragma omp simd
                 for (size_t i = 0; i < PART; i++) sum[i] += p[j] * v[j * inner + d + i];
         else
-            for (size_t j = 0; j < s->Tk; j++)
+            for (size_t j = 0; j < keys; j++)
                 for (size_t i = 0; i < n; i++) sum[i] += p[j] * v[j * inner + d + i];
         memcpy(y + d, sum, n * sizeof *y);
     }
@@ -76,8 +78,8 @@ static void attend_one_query(void *context, size_t task) {
 
 void attend_forward(const AttendShape *s, real *y, real *p, real *scores, const real *q, const real *k, const real *v) {
     Attend a = {s, q, k, v, NULL, y, p, scores, NULL, NULL, NULL};
-    if (s->decoding)
-        parallel_for(threads_for(s->B * s->Tk * s->heads * s->D), s->B * s->heads, attend_one_query, &a);
+    if (s->cell)
+        parallel_for(threads_for(s->Tq * s->key_stride * s->heads * s->D), s->Tq * s->heads, attend_one_query, &a);
     else
         parallel_for(threads_free(), s->B * s->heads, attend_forward_head, &a);
 }

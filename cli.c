@@ -369,6 +369,7 @@ void sampling_options(SampleOptions *o, const SamplingArgs *a, const Model *m, c
                       const char *chain_default, double least_chain) {
     sample_defaults(o, m);
     o->seed = a->seed;
+    o->block = a->block;
     o->official_temperature = a->official_temperature;
     per_scale(o->temperature, m, a->temperature, "temperature", "1", 0, 1000, "--temperature");
     per_scale_sizes(o->top_k, m, a->top_k, "top_k", "0", 0, 1e9, "--top-k");
@@ -378,19 +379,31 @@ void sampling_options(SampleOptions *o, const SamplingArgs *a, const Model *m, c
 int sampling_progress(void *context, int t, size_t repeat, size_t done, size_t of) {
     static double started;
     static int last_t;
-    static size_t last_repeat;
+    static size_t last_repeat, first, last;
     const SampleOptions *o = context;
     size_t M = o->candidates;
-    if (t != last_t || repeat != last_repeat || done == 1) started = seconds();
-    last_t = t, last_repeat = repeat;
+    if (t != last_t || repeat != last_repeat || done < last) started = seconds(), first = done;
+    last_t = t, last_repeat = repeat, last = done;
     char left[32], pass[48] = "";
-    double rate = done > 1 ? (double)(done - 1) / (seconds() - started) : 0;
+    double rate = done > first ? (double)(done - first) / (seconds() - started) : 0;
     if (o->chain[t] > 1) snprintf(pass, sizeof pass, ", pass %zu of %zu", repeat + 1, o->chain[t]);
     duration(left, rate > 0 ? (double)(of - done) / rate : NAN);
     progress_line("samples %llu to %llu: scale %d%s, token %zu of %zu, %.0f tokens/s, %s left in this scale",
                   (unsigned long long)(o->first / M + 1), (unsigned long long)((o->first + o->n) / M), t, pass, done,
                   of, rate * (double)o->n, left);
     return interrupted();
+}
+
+void say_drafts(const DraftCounts *counts, int T) {
+    for (int t = T; t >= 1; t--) {
+        const DraftCounts *n = &counts[t];
+        if (n->passes == 0) continue;
+        fprintf(stderr, "scale %d: %zu tokens in %zu passes, %.1f in each, over %zu positions", t, n->tokens, n->passes,
+                (double)n->tokens / (double)n->passes, n->cells);
+        if (n->tried > 0)
+            fprintf(stderr, "; %.0f%% of the drawn ones were as guessed", 100 * (double)n->right / (double)n->tried);
+        fprintf(stderr, "\n");
+    }
 }
 
 /* "1,0.9,0.8", noisiest first. */

@@ -863,17 +863,34 @@ Err model_convert(Model *m, const char *folder, Dtype store) {
 
 enum { MAX_CHAIN = 65535 }; /* repeats share 24 bits of the stream's name with t */
 
+/* A sample in a pass, and how well its tokens could be guessed lately, where x_t and what came of the pass before are the
+ * same and where they differ. */
+typedef struct {
+    size_t at;           /* the position whose turn it is */
+    size_t first, cells; /* of the block: positions at.. */
+    double chance;       /* that the last of them will be of use */
+    double gain;         /* tokens that the block may be expected to give */
+    size_t best;         /* cells of the best choice so far */
+    double same_tried, same_right, differ_tried, x_t_right, before_right;
+    size_t tried, right; /* guesses of this block */
+} Row;
+
 /* Samples on their way down the scales: the options, the network of the present scale and the buffers. */
 typedef struct {
     Model *m; /* NULL for a single scale */
     Transformer *net;
     const SampleOptions *o;
     size_t N, K;
-    int32_t *tokens;       /* (n,N) the caller's: x_{t-1} as it grows */
-    int32_t *x_t;          /* (n,N) */
-    int32_t *prev, *scale; /* (n) */
-    real *prob;            /* (n,K) */
-    double *fit;           /* (n) log probability of the known tokens in this pass */
+    int32_t *tokens;  /* (n,N) the caller's: x_{t-1} as it grows */
+    int32_t *x_t;     /* (n,N) */
+    int32_t *before;  /* (n,N) what this scale drew the last time, before it was noised again; the first time x_t */
+    int32_t *scale;   /* (n) */
+    real *prob;       /* (n,K) */
+    double *fit;      /* (n) log probability of the known tokens in this pass */
+    Row *row;         /* (n) */
+    DecodeCell *cell; /* (n*min(N,DECODE_BLOCK)) a block */
+    double pass_cost, sample_cost; /* see transformer_pass_cost */
+    size_t end;                    /* positions from here on are known and nobody asks for their probability */
 } Run;
 
 void sample_defaults(SampleOptions *o, const Model *m) {
@@ -934,18 +951,125 @@ static void renoise(const Run *r, int t, size_t repeat) {
                    pass_stream(RNG_RENOISE, t, repeat, r->o->first + b), 0);
 }
 
-/* Logits of position i: rows `stride` apart. Uncached, the whole prefix is run again. */
-static Err position_logits(const Run *r, size_t i, const real **logits, size_t *stride) {
-    size_t n = r->o->n, K = r->K;
-    if (r->o->uncached) {
-        TRY(transformer_forward(r->net, r->tokens, r->x_t, r->scale, r->o->label, n, r->N, logits));
-        *logits += i * K;
-        *stride = r->N * K;
-        return OK;
+/* Less work, exactly. A pass of the decoder over several positions of a sample costs little more than over one, but each
+ * position needs the token in front of it. Some of those are known (inpainting), and the others can be guessed: scales
+ * differ by little noise, so x_t is a good draft of x_{t-1}; so is, in a chain, what the pass before made of the same
+ * picture, before some noise went into it. Whichever of the two has been right more often is taken where they differ.
+ *
+ * Speculative decoding (Leviathan et al. 2023; Chen et al. 2023) accepts a draft d of distribution q with probability
+ * min(1, p(d)/q(d)), else it draws from the rest max(0, p - q), normalised; that leaves the model's distribution p as it
+ * is. Here q is all on one token, so the rule reads: keep d with probability p(d), else draw from p without d. That is
+ * the same as to draw from p, and see whether it is d. So every token is drawn just as without drafts, temperature,
+ * top-k, guide and random number included; if it is the guess, the next position's logits are there already, else the
+ * rest of the block is thrown away and fed again. The logits have the bits of single steps (decode.cu), so not only the
+ * distribution but every token is the same, whatever the blocks. Each sample goes on at its own pace. */
+
+/* What is guessed counts as tried so often, and to be right at first this often, before there is more to go by. */
+static const double TRIED_BEFORE = 4, RIGHT_BEFORE = 0.75;
+
+static int is_known(const Run *r, size_t i) {
+    return r->o->known && r->o->keep[i];
+}
+
+/* The token expected at position i. */
+static int32_t guess_of(const Run *r, size_t b, size_t i) {
+    const Row *row = &r->row[b];
+    if (is_known(r, i)) return r->o->known[b * r->N + i];
+    return row->before_right > row->x_t_right ? r->before[b * r->N + i] : r->x_t[b * r->N + i];
+}
+
+/* Last scales guess nothing: they do not look at x_t. */
+static int guesses(const Run *r) {
+    return transformer_config(r->net)->kind == NET_X;
+}
+
+/* That the token at position i is what is guessed. */
+static double chance_of(const Run *r, size_t b, size_t i) {
+    const Row *row = &r->row[b];
+    if (is_known(r, i)) return 1;
+    if (!guesses(r)) return 0;
+    if (r->x_t[b * r->N + i] == r->before[b * r->N + i]) return row->same_right / row->same_tried;
+    return fmax(row->x_t_right, row->before_right) / row->differ_tried;
+}
+
+/* One more cell, if there is room and any chance that it is of use. */
+static int extend(const Run *r, size_t b) {
+    Row *row = &r->row[b];
+    const size_t next = row->at + row->cells, most = r->o->block ? r->o->block : DECODE_BLOCK;
+    if (row->cells == 0 || next == r->end || row->cells >= min_size(most, DECODE_BLOCK) || r->o->uncached) return 0;
+    const double chance = row->chance * chance_of(r, b, next - 1);
+    if (!(chance > 0.01)) return 0;
+    row->chance = chance, row->gain += chance;
+    row->cells++;
+    return 1;
+}
+
+/* Passes that a sample takes to its end, if all go as this one is expected to. */
+static double passes_left(const Run *r, const Row *row) {
+    return row->cells > 0 ? (double)(r->end - row->at) / row->gain : 0;
+}
+
+/* What is left to do, in cells; *longest = passes of the sample that takes most. */
+static double cost_left(const Run *r, double *longest) {
+    double cost = 0;
+    *longest = 0;
+    for (size_t b = 0; b < r->o->n; b++) {
+        const double passes = passes_left(r, &r->row[b]);
+        cost += passes * (r->sample_cost + (double)r->row[b].cells);
+        *longest = fmax(*longest, passes);
     }
-    for (size_t b = 0; i > 0 && b < n; b++) r->prev[b] = r->tokens[b * r->N + i - 1];
-    *stride = K;
-    return transformer_decode_step(r->net, r->prev, i, logits);
+    return cost + r->pass_cost * *longest;
+}
+
+/* Cells for the samples that would take longest, again and again; the cheapest of all that are met on the way stays, or
+ * the last if the length is given. A choice that no clock has a part in. */
+static void choose_lengths(const Run *r) {
+    enum { ROUNDS_WITHOUT_GAIN = 4 };
+    double longest, least = cost_left(r, &longest);
+    for (size_t b = 0; b < r->o->n; b++) r->row[b].best = r->row[b].cells;
+    for (int rounds = 0, more = 1; more && rounds < ROUNDS_WITHOUT_GAIN; rounds++) {
+        more = 0;
+        for (size_t b = 0; b < r->o->n; b++)
+            if (r->o->block > 0 || passes_left(r, &r->row[b]) > 0.9 * longest) more |= extend(r, b);
+        const double cost = cost_left(r, &longest);
+        if (cost >= least && r->o->block == 0) continue;
+        least = cost, rounds = -1;
+        for (size_t b = 0; b < r->o->n; b++) r->row[b].best = r->row[b].cells;
+    }
+    for (size_t b = 0; b < r->o->n; b++) r->row[b].cells = r->row[b].best;
+}
+
+/* What is fed with position i: what is drawn there already, else what is expected. */
+static int32_t token_before(const Run *r, size_t b, size_t i) {
+    if (i == 0) return 0; /* not looked at */
+    return i == r->row[b].at ? r->tokens[b * r->N + i - 1] : guess_of(r, b, i - 1);
+}
+
+/* The next block: every sample's next position, what is sure behind it, and guesses as far as they pay off. */
+static size_t choose_block(const Run *r) {
+    size_t cells = 0;
+    for (size_t b = 0; b < r->o->n; b++) {
+        Row *row = &r->row[b];
+        row->cells = row->at < r->end;
+        row->chance = row->gain = 1, row->tried = row->right = 0;
+        for (int more = r->o->block != 1 && row->cells > 0; more;)
+            more = is_known(r, row->at + row->cells - 1) && extend(r, b);
+    }
+    if (r->o->block != 1) choose_lengths(r);
+    for (size_t b = 0; b < r->o->n; b++) {
+        Row *row = &r->row[b];
+        row->first = cells;
+        for (size_t i = row->at; i < row->at + row->cells; i++)
+            r->cell[cells++] = (DecodeCell){b, i, token_before(r, b, i)};
+    }
+    return cells;
+}
+
+/* Logits of the block's cells. Uncached, every sample's whole prefix is run again: (n,N,K). */
+static Err block_logits(const Run *r, size_t cells, const real **logits) {
+    if (r->o->uncached)
+        return transformer_forward(r->net, r->tokens, r->x_t, r->scale, r->o->label, r->o->n, r->N, logits);
+    return transformer_decode_block(r->net, r->cell, cells, logits);
 }
 
 /* log softmax(logits)[k] */
@@ -956,52 +1080,105 @@ static double log_prob(const real *logits, size_t K, size_t k) {
     return (double)logits[k] - largest - log(sum);
 }
 
-/* Position i of every sample, from logits whose rows are `stride` apart. */
+/* A block's tokens, from the logits of its cells. */
 typedef struct {
     const Run *r;
     const real *logits;
-    size_t stride, i, repeat;
+    size_t repeat;
     int t;
     double temperature;
 } Draw;
 
+static int32_t draw_token(const Draw *d, size_t b, size_t i, const real *logits) {
+    const Run *r = d->r;
+    const SampleOptions *o = r->o;
+    real *prob = r->prob + b * r->K;
+    int32_t known = is_known(r, i) ? o->known[b * r->N + i] : -1;
+    if (o->candidates > 1 && known >= 0) r->fit[b] += log_prob(logits, r->K, (size_t)known);
+    sample_probs(prob, logits, r->K, known, d->temperature, o->top_k[d->t]);
+    return sample_pick(prob, r->K, rng_uniform(o->seed, pass_stream(RNG_SAMPLE, d->t, d->repeat, o->first + b), i));
+}
+
+/* What the drawn token says about the guesses at its place. */
+static void judge(const Run *r, Row *row, size_t b, size_t i) {
+    const size_t at = b * r->N + i;
+    const int32_t token = r->tokens[at];
+    if (is_known(r, i) || !guesses(r)) return;
+    row->tried++, row->right += token == guess_of(r, b, i);
+    if (r->x_t[at] == r->before[at])
+        row->same_tried++, row->same_right += token == r->x_t[at];
+    else
+        row->differ_tried++, row->x_t_right += token == r->x_t[at], row->before_right += token == r->before[at];
+}
+
+/* A sample's positions in turn, up to the first that is not as the next cell was told: its logits are for another
+ * prefix. */
 static void draw_task(void *context, size_t b) {
     const Draw *d = (const Draw *)context;
     const Run *r = d->r;
-    const SampleOptions *o = r->o;
-    const real *logits = d->logits + b * d->stride;
-    real *prob = r->prob + b * r->K;
-    int32_t guide = o->known && o->keep[d->i] ? o->known[b * r->N + d->i] : -1;
-    if (o->candidates > 1 && guide >= 0) r->fit[b] += log_prob(logits, r->K, (size_t)guide);
-    sample_probs(prob, logits, r->K, guide, d->temperature, o->top_k[d->t]);
-    double u = rng_uniform(o->seed, pass_stream(RNG_SAMPLE, d->t, d->repeat, o->first + b), d->i);
-    r->tokens[b * r->N + d->i] = sample_pick(prob, r->K, u);
+    Row *row = &r->row[b];
+    for (size_t c = row->first, end = c + row->cells; c < end; c++) {
+        const size_t i = row->at++, at = b * r->N + i;
+        r->tokens[at] = draw_token(d, b, i, d->logits + (r->o->uncached ? at : c) * r->K);
+        judge(r, row, b, i);
+        if (c + 1 < end && r->tokens[at] != r->cell[c + 1].prev) break;
+    }
 }
 
-static void draw_position(const Run *r, const real *logits, size_t stride, size_t i, int t, size_t repeat) {
+static Err draw_block(Run *r, const real *logits, size_t cells, int t, size_t repeat) {
     const SampleOptions *o = r->o;
     int official_one = o->official_temperature && transformer_config(r->net)->kind == NET_X; /* SPEC 1.11 */
-    Draw d = {r, logits, stride, i, repeat, t, official_one ? 1 : o->temperature[t]};
+    Draw d = {r, logits, repeat, t, official_one ? 1 : o->temperature[t]};
+    size_t least = r->N, tried = 0, right = 0, before = 0, after = 0;
+    for (size_t b = 0; b < o->n; b++) before += r->row[b].at;
     parallel_for(threads_free(), o->n, draw_task, &d);
+    for (size_t b = 0; b < o->n; b++) {
+        const size_t at = r->row[b].at;
+        if (at > 0 && r->tokens[b * r->N + at - 1] < 0)
+            return err("scale %d gives no usable probabilities (NaN or infinite logits) at position %zu", t, at - 1);
+        least = min_size(least, at < r->end ? at : r->N);
+        after += at, tried += r->row[b].tried, right += r->row[b].right;
+    }
+    if (o->counts) {
+        DraftCounts *n = &o->counts[t];
+        n->passes++, n->cells += cells, n->tokens += after - before, n->tried += tried, n->right += right;
+    }
+    return o->progress && o->progress(o->context, t, repeat, least, r->N) ? err("sampling was stopped") : OK;
+}
+
+/* What was learnt before counts as a few tokens. */
+static void start_row(Row *row) {
+    const double same = row->same_tried > 0 ? row->same_right / row->same_tried : RIGHT_BEFORE;
+    const double differ = row->differ_tried > 0 ? TRIED_BEFORE / row->differ_tried : 0;
+    row->at = 0;
+    row->same_tried = TRIED_BEFORE, row->same_right = same * TRIED_BEFORE;
+    row->x_t_right = differ > 0 ? row->x_t_right * differ : TRIED_BEFORE / 2;
+    row->before_right = differ > 0 ? row->before_right * differ : TRIED_BEFORE / 2;
+    row->differ_tried = TRIED_BEFORE;
+}
+
+/* What must be fed: all, unless only known tokens are left and candidates do not ask how likely they are. */
+static void start_pass(Run *r, int t) {
+    const SampleOptions *o = r->o;
+    memcpy(r->x_t, r->tokens, o->n * r->N * sizeof *r->tokens);
+    memset(r->fit, 0, o->n * sizeof *r->fit);
+    for (size_t b = 0; b < o->n; b++) r->scale[b] = t, start_row(&r->row[b]);
+    transformer_pass_cost(r->net, r->N, &r->pass_cost, &r->sample_cost);
+    r->end = r->N;
+    while (o->candidates <= 1 && r->end > 0 && is_known(r, r->end - 1)) r->end--;
+    for (size_t k = 0; k < o->n * r->N; k++)
+        if (k % r->N >= r->end) r->tokens[k] = o->known[k];
 }
 
 /* tokens: x_t in, x_{t-1} out. */
-static Err sample_pass(const Run *r, int t, size_t repeat) {
+static Err sample_pass(Run *r, int t, size_t repeat) {
     const SampleOptions *o = r->o;
-    memcpy(r->x_t, r->tokens, o->n * r->N * sizeof *r->tokens);
-    memset(r->prev, 0, o->n * sizeof *r->prev);
-    memset(r->fit, 0, o->n * sizeof *r->fit);
-    for (size_t b = 0; b < o->n; b++) r->scale[b] = t;
+    start_pass(r, t);
     if (!o->uncached) TRY(transformer_decode_begin(r->net, r->x_t, r->scale, o->label, o->n, r->N));
-    for (size_t i = 0; i < r->N; i++) {
+    for (size_t cells; (cells = choose_block(r)) > 0;) {
         const real *logits;
-        size_t stride;
-        TRY(position_logits(r, i, &logits, &stride));
-        draw_position(r, logits, stride, i, t, repeat);
-        for (size_t b = 0; b < o->n; b++)
-            if (r->tokens[b * r->N + i] < 0)
-                return err("scale %d gives no usable probabilities (NaN or infinite logits) at position %zu", t, i);
-        if (o->progress && o->progress(o->context, t, repeat, i + 1, r->N)) return err("sampling was stopped");
+        TRY(block_logits(r, cells, &logits));
+        TRY(draw_block(r, logits, cells, t, repeat));
     }
     return OK;
 }
@@ -1028,12 +1205,14 @@ static Err sample_scales(Run *r) {
     start_tokens(r);
     if (o->scale_done) o->scale_done(o->context, r->m->schedule.T + 1, r->tokens);
     for (int t = r->m->schedule.T; t >= 1; t--) {
+        memset(r->row, 0, o->n * sizeof *r->row);
         if (o->chain[t] > 0) {
             TRY(model_scale(r->m, t));
             r->net = r->m->net;
             TRY(transformer_plan(r->net, o->n, r->N, 0));
         }
         for (size_t repeat = 0; repeat < o->chain[t]; repeat++) {
+            memcpy(r->before, r->tokens, o->n * r->N * sizeof *r->before);
             if (repeat > 0) renoise(r, t, repeat);
             TRY(sample_pass(r, t, repeat));
             if (o->candidates > 1) choose_candidates(r, t, repeat);
@@ -1048,7 +1227,9 @@ static Err run_buffers(Run *r) {
     TRY(size_mul(&nN, n, r->N));
     TRY(size_mul(&nK, n, r->K));
     TRY(mem_alloc(&r->x_t, nN, sizeof *r->x_t, "tokens of a batch"));
-    TRY(mem_alloc(&r->prev, n, sizeof *r->prev, "tokens of a step"));
+    TRY(mem_alloc(&r->before, nN, sizeof *r->before, "tokens of the pass before"));
+    TRY(mem_alloc(&r->row, n, sizeof *r->row, "positions of a batch"));
+    TRY(mem_alloc(&r->cell, n * min_size(r->N, DECODE_BLOCK), sizeof *r->cell, "a block of positions"));
     TRY(mem_alloc(&r->scale, n, sizeof *r->scale, "scales of a batch"));
     TRY(mem_alloc(&r->fit, n, sizeof *r->fit, "weights of candidates"));
     return mem_alloc(&r->prob, nK, sizeof *r->prob, "token probabilities");
@@ -1056,7 +1237,9 @@ static Err run_buffers(Run *r) {
 
 static void free_buffers(Run *r) {
     free(r->x_t);
-    free(r->prev);
+    free(r->before);
+    free(r->row);
+    free(r->cell);
     free(r->scale);
     free(r->fit);
     free(r->prob);
@@ -1075,6 +1258,7 @@ Err sample_scale(Transformer *net, const SampleOptions *o, int t, size_t repeat,
     Run r = {.net = net, .o = o, .N = N, .K = transformer_config(net)->dec_num_tokens, .tokens = tokens};
     Err e = run_buffers(&r);
     if (e == OK) e = transformer_plan(net, o->n, N, 0);
+    if (e == OK) memcpy(r.before, tokens, o->n * N * sizeof *tokens);
     if (e == OK) e = sample_pass(&r, t, repeat);
     free_buffers(&r);
     return e;

@@ -531,12 +531,25 @@ typedef struct {
 Err denoising_loss(Loss *out, const real *logits, const int32_t *target, const real *posterior, size_t R, size_t K,
                    double alpha, double weight, real *dlogits);
 
-/* decode.cu: KV-cached decoding. begin: runs the encoder and the cross-attention keys and values once (NET_X), or feeds the prompt
- * (NET_GPT: prompt tokens see each other). step i = 0..N-1 in order: prev (B) = x_{t-1}[i-1] (ignored at i = 0);
- * *logits (B,K) of position i points into the activations. Equal to transformer_forward up to rounding. */
+/* decode.cu: KV-cached decoding. begin: runs the encoder and the cross-attention keys and values once (NET_X), or feeds
+ * the prompt (NET_GPT: prompt tokens see each other). block: n <= B*DECODE_BLOCK cells in one pass: position i of batch
+ * row b, fed the token in front of it, prev = x_{t-1}[b,i-1] (ignored at i = 0). Rows rise; a row's positions follow
+ * each other and begin anywhere up to what it was fed before, what lay behind is forgotten: so guessed tokens are taken
+ * back. *logits (n,K) points into the activations; each cell sees its row's earlier positions, those of this block
+ * included. step: the block of position i of all rows, logits (B,K). Equal to transformer_forward up to rounding, and
+ * to each other to the bit however positions are cut into blocks. */
+enum { DECODE_BLOCK = 64 };
+typedef struct {
+    size_t b, i;
+    int32_t prev;
+} DecodeCell;
 Err transformer_decode_begin(Transformer *m, const int32_t *x_t, const int32_t *t, const int32_t *label, size_t B,
                              size_t N);
+Err transformer_decode_block(Transformer *m, const DecodeCell *cell, size_t n, const real **logits);
 Err transformer_decode_step(Transformer *m, const int32_t *prev, size_t i, const real **logits);
+/* What a block of decoding costs beside its cells, in cells: *pass for the block, *sample for every batch row in it. A
+ * model, not a measurement (which would make programs depend on the clock); test/bench block shows what is true. */
+void transformer_pass_cost(const Transformer *m, size_t N, double *pass, double *sample);
 
 /* AdamW as PyTorch: p *= 1-lr*decay; m,v moments; bias correction with step = 1,2,...; rows marked untrained are left
  * alone. grad is read, not cleared. decay comes from each row times `decay_scale`. */
@@ -655,6 +668,14 @@ size_t classes_named(const Model *m, const char *name, int32_t *label);
 /* A number, a synset, a name or a part of one -> label; an ambiguous or unknown one is an error that lists what there is. */
 Err model_class(const Model *m, const char *name, int32_t *label);
 
+/* How blocks of several positions went at a scale: see SampleOptions.block. */
+typedef struct {
+    size_t passes;       /* of the decoder, over a block of every sample in a batch */
+    size_t cells;        /* positions fed */
+    size_t tokens;       /* positions done, known ones too */
+    size_t tried, right; /* tokens drawn; of those, as guessed */
+} DraftCounts;
+
 typedef struct {
     size_t n;                           /* samples */
     uint64_t seed, first;               /* sample b uses the streams of number first+b */
@@ -667,7 +688,11 @@ typedef struct {
     const int32_t *known;               /* (n,N) tokens to keep, or NULL */
     const uint8_t *keep;                /* (N) 1 = keep */
     size_t candidates;                  /* > 1: samples are candidates in groups of so many (n a multiple), see below */
-    /* called after every token position and every scale; nonzero return stops with an error */
+    size_t block;        /* positions of a sample in a pass of the decoder: 0: as many as pay off; 1: one by one. All
+                            give the same tokens: guesses only decide how much work that takes (diffusion.c) */
+    DraftCounts *counts; /* [MAX_SCALES + 1], [t] is added to; or NULL */
+    /* called after every pass of the decoder, with the positions that all samples have, and every scale; nonzero return
+     * stops with an error */
     int (*progress)(void *context, int t, size_t repeat, size_t done, size_t of);
     void (*scale_done)(void *context, int t,
                        const int32_t *tokens); /* tokens (n,N) = x_{t-1}; t = T+1: the start x_T */
@@ -720,7 +745,7 @@ const char *duration(char text[32], double s); /* "1 h 02 min", "3 min 05 s", "4
  */
 typedef struct {
     const char *model, *out, *class_name, *temperature, *top_k, *chain_length, *device, *weights;
-    size_t n, batch, threads;
+    size_t n, batch, block, threads;
     uint64_t seed; /* SEED_NOT_GIVEN: take one from the clock; it is printed and kept in the PNG */
     int official_temperature, no_ema, show;
 } SamplingArgs;
@@ -778,6 +803,13 @@ typedef struct {
          0,                                                                                                            \
          "the transformers' matrices as f32 (default), bf16 or int8: faster,\nless exact"},                            \
         {OPT_SIZE, "--batch", "N", &(a).batch, 1, 4096, "samples computed side by side (default 16)"},                 \
+        {OPT_SIZE,                                                                                                     \
+         "--block",                                                                                                    \
+         "N",                                                                                                          \
+         &(a).block,                                                                                                   \
+         0,                                                                                                            \
+         DECODE_BLOCK,                                                                                                 \
+         "guess ahead up to N positions: 1 none, 0 (default) as many as pay off;\nthe result does not depend on it"},  \
         {OPT_STRING, "--device", "cpu|cuda", &(a).device, 0, 0, "where to compute; this version: cpu"},                \
         {OPT_SIZE, "--threads", "N", &(a).threads, 0, 4096, "0 (default): all; the result does not depend on it"}, {   \
         OPT_FLAG, "--show", NULL, &(a).show, 0, 0, "draw the result in the terminal too"                               \
@@ -788,6 +820,8 @@ void sampling_start(SamplingArgs *a, Model *m,
  * all and chain_default. Chains may have least_chain passes or more. */
 void sampling_options(SampleOptions *o, const SamplingArgs *a, const Model *m, const char *chain_key,
                       const char *chain_default, double least_chain);
+/* A line on stderr per scale: how many passes of the decoder it took, and how good the guesses were. */
+void say_drafts(const DraftCounts *counts, int T);
 int sampling_progress(void *context, int t, size_t repeat, size_t done, size_t of); /* SampleOptions.progress */
 /* One line on stderr: how much memory this takes (see model_memory) and how much there is; dies if it does not fit. */
 void sampling_memory(Model *m, size_t batch, size_t pictures);

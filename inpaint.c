@@ -31,6 +31,7 @@ typedef struct {
     int32_t *drawn;      /* (rows,N) a batch */
     int32_t *tokens;     /* (n,N) */
     SampleOptions options;
+    DraftCounts counts[MAX_SCALES + 1];
 } Job;
 
 /* ---- the picture and its mask, at the model's resolution ---- */
@@ -206,6 +207,7 @@ static Err draw_tokens(Job *job) {
     const SamplingArgs *a = job->args;
     job->options.keep = job->keep_token;
     job->options.progress = progress;
+    job->options.counts = job->counts;
     job->options.context = job;
     size_t M = job->options.candidates = job->M, most = job->rows / M;
     job->options.known = job->known;
@@ -288,6 +290,7 @@ static void inpaint(SamplingArgs *a, const InpaintArgs *in) {
     check(choose_class(&job));
     catch_interrupts();
     check(draw_tokens(&job));
+    say_drafts(job.counts, job.model.schedule.T);
     check(write_result(&job));
     printf("%s\n", a->out);
     if (a->show) check(show_png(a->out));

@@ -221,27 +221,30 @@ void linear_backward(const Transformer *m, const Linear *l, real *din, int accum
 
 /* ---- Embedding ---- */
 
-/* embed_forward    x[b,i,:] = token_emb[ids[b,i],:] + pos_emb[pos+i,:]
- * embed_backward   dtoken_emb[ids[b,i],:] += dx[b,i,:], dpos_emb[i,:] += dx[b,i,:], for pos = 0
+/* embed_forward    x[b,i,:] = token_emb[ids[b,i],:] + pos_emb[i,:], or the position that the cell says
+ * embed_backward   dtoken_emb[ids[b,i],:] += dx[b,i,:], dpos_emb[i,:] += dx[b,i,:]
  *   x, dx (B,n,C); ids (B,n) */
 typedef struct {
     real *token, *position; /* the tables, or their gradients */
     real *x;
     const real *dx;
     const int32_t *ids;
-    size_t R, n, pos, C;
+    const Cell *cell; /* (B*n) or NULL */
+    size_t R, n, C;
 } Embed;
 
 static void embed_row(void *context, size_t r) {
     const Embed *a = (const Embed *)context;
-    const real *t = a->token + (size_t)a->ids[r] * a->C, *p = a->position + (a->pos + r % a->n) * a->C;
+    const size_t pos = a->cell ? a->cell[r].pos : r % a->n;
+    const real *t = a->token + (size_t)a->ids[r] * a->C, *p = a->position + pos * a->C;
     real *x = a->x + r * a->C;
 #pragma omp simd
     for (size_t i = 0; i < a->C; i++) x[i] = t[i] + p[i];
 }
 
-void embed_forward(const Transformer *m, const Stack *s, real *x, const int32_t *ids, size_t B, size_t n, size_t pos) {
-    Embed a = {value_of(m, s->token_emb), value_of(m, s->pos_emb), x, NULL, ids, B * n, n, pos, s->C};
+void embed_forward(const Transformer *m, const Stack *s, real *x, const int32_t *ids, size_t B, size_t n,
+                   const Cell *cell) {
+    Embed a = {value_of(m, s->token_emb), value_of(m, s->pos_emb), x, NULL, ids, cell, B * n, n, s->C};
     parallel_for(threads_for(B * n * s->C), B * n, embed_row, &a);
 }
 
@@ -257,6 +260,6 @@ static void embed_backward_columns(void *context, size_t task) {
 }
 
 void embed_backward(const Transformer *m, const Stack *s, const real *dx, const int32_t *ids, size_t B, size_t n) {
-    Embed a = {grad_of(m, s->token_emb), grad_of(m, s->pos_emb), NULL, dx, ids, B * n, n, 0, s->C};
+    Embed a = {grad_of(m, s->token_emb), grad_of(m, s->pos_emb), NULL, dx, ids, NULL, B * n, n, s->C};
     parallel_for(threads_for(B * n * s->C), column_tasks(s->C), embed_backward_columns, &a);
 }

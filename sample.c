@@ -16,6 +16,7 @@ typedef struct {
     int32_t *tokens; /* (n,N) x_0 */
     int32_t *chain;  /* (n,T+1,N) x_T .. x_0, when a picture of the chain is wanted */
     SampleOptions options;
+    DraftCounts counts[MAX_SCALES + 1];
 } Job;
 
 static void list_models(void) {
@@ -72,6 +73,7 @@ static Err draw_tokens(Job *job, int with_chain) {
     TRY(mem_alloc(&job->tokens, n, sizeof *job->tokens, "tokens"));
     if (with_chain) TRY(mem_alloc(&job->chain, n * (T + 1), sizeof *job->chain, "tokens of every scale"));
     job->options.progress = progress;
+    job->options.counts = job->counts;
     job->options.scale_done = keep_scale;
     job->options.context = job;
     for (size_t first = 0; first < a->n; first += a->batch) {
@@ -128,6 +130,7 @@ static void sample(SamplingArgs *a, const char *chain_path) {
     check(draw_tokens(&job, chain_path != NULL));
     check(write_grid(&job, job.tokens, a->n, columns, a->out));
     if (chain_path) check(write_grid(&job, job.chain, a->n * (T + 1), T + 1, chain_path));
+    say_drafts(job.counts, (int)T);
     fprintf(stderr, "%zu pictures in %s, seed %llu\n", a->n, duration(took, seconds() - start),
             (unsigned long long)a->seed);
     printf("%s\n", a->out);

@@ -91,6 +91,18 @@ INLINE Vec in_register(Vec v) {
     return v;
 }
 
+/* before + t scale. Spelled out, for else the compiler may round once in one expansion of the kernel and twice in another,
+ * and a row alone would differ from the row in a batch. */
+INLINE real scaled_add(real t, real scale, real before) {
+#if !defined(__FMA__) && !defined(__ARM_FEATURE_FMA)
+    return before + t * scale;
+#elif defined(REAL_DOUBLE)
+    return __builtin_fma(t, scale, before);
+#else
+    return __builtin_fmaf(t, scale, before);
+#endif
+}
+
 /* C[x,j] = or += A[x,:] . W[j,:] for xs rows of A and `rows` rows of weights. xs, rows, format and ahead are constants
  * where this is expanded. ahead: fetch the next rows of weights into the cache meanwhile. */
 INLINE void stream_kernel(WeightFormat format, int xs, int rows, int ahead, const Stream *s, size_t x0, size_t j) {
@@ -120,9 +132,9 @@ INLINE void stream_kernel(WeightFormat format, int xs, int rows, int ahead, cons
     const Vec total = sum_lanes(sum);
     for (int x = 0; x < xs; x++)
         for (int r = 0; r < rows; r++) {
-            const real t = total[x * rows + r] * (format == WEIGHTS_INT8 ? (real)s->w->scale[j + (size_t)r] : 1);
             real *c = s->C + (x0 + (size_t)x) * s->ldc + j + (size_t)r;
-            *c = s->accumulate ? *c + t : t;
+            const real t = total[x * rows + r], before = s->accumulate ? *c : 0;
+            *c = format == WEIGHTS_INT8 ? scaled_add(t, (real)s->w->scale[j + (size_t)r], before) : before + t;
         }
 }
 

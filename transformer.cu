@@ -11,8 +11,8 @@
  *
  * Everything is built from one idea: a stack is a list of layers, each doing x = x + block(norm(x)), where a block is
  * self-attention, cross-attention or feed-forward. Encoder, decoder and GPT are three lists run by the same
- * stack_forward / stack_backward. Decoding runs it too: a pass over n new positions at `pos`, whose keys and values
- * join those that earlier passes left behind; training is the pass with pos = 0 and all positions at once.
+ * stack_forward / stack_backward. Decoding runs it too: a pass over a list of cells, new positions of any batch
+ * rows, whose keys and values join those that earlier passes left behind; training is the pass over all positions.
  *
  * Activations are (B,n,C), row-major: a linear layer is one gemm over all B*n rows.
  *
@@ -463,6 +463,10 @@ static void plan_arena(Transformer *m, Arena *a) {
         plan_queries(a, &shared, R, inner);
         plan_keys(a, &shared, B, T, inner);
         shared.g = take(a, R, FEED_FACTOR * C, 1);
+        m->fresh = shared.key; /* else the encoder's, which is done before decoding starts */
+        m->fed = (size_t *)take_bytes(a, B, 1, 1, sizeof *m->fed);
+        m->first = (int32_t *)take_bytes(a, B, 1, 1, sizeof *m->first);
+        m->cell = (Cell *)take_bytes(a, B, DECODE_BLOCK, 1, sizeof *m->cell);
     }
     if (c->kind == NET_X) plan_stack(a, e, m->train ? NULL : &shared, B, 0);
     plan_stack(a, d, m->train ? NULL : &shared, B, e->T);
@@ -525,27 +529,24 @@ Err transformer_plan(Transformer *m, size_t B, size_t N, int train) {
 
 /* ---- Blocks: next = x + block(normed) ---- */
 
-static AttendShape attend_shape(const Transformer *m, const Stack *s, const Layer *l, const Pass *pass) {
+static AttendShape attend_shape(const Stack *s, const Layer *l, const Pass *pass) {
     int cross = l->kind == BLOCK_CROSS;
     AttendShape shape;
     shape.B = pass->B, shape.heads = l->heads, shape.D = l->D, shape.Tq = pass->n;
-    shape.Tk = cross ? pass->T_context : pass->pos + pass->n;
+    shape.Tk = cross ? pass->T_context : pass->cell ? 0 : pass->n;
     shape.key_stride = cross ? pass->T_context : pass->stride;
     shape.causal = pass->causal && !cross;
-    shape.decoding = m->state == DECODING;
+    shape.cell = pass->cell;
     shape.unmasked = s->unmasked;
     return shape;
 }
 
-/* out[b,pos+i,:] = projection of in[b,i,:], where out (B,stride,l->out) may have room for more positions than n. */
+/* Keys or values out (B,stride,l->out) of in (B,n,C), or of cells in (n,C), each to its place. */
 static void project_positions(const Transformer *m, const Linear *l, real *out, const real *in, const Pass *pass) {
-    const size_t n = pass->n;
-    if (pass->stride == n)
-        linear_forward(m, l, out, l->out, NULL, in, l->in, pass->B * n);
-    else
-        for (size_t i = 0; i < n; i++)
-            linear_forward(m, l, out + (pass->pos + i) * l->out, pass->stride * l->out, NULL, in + i * l->in, n * l->in,
-                           pass->B);
+    linear_forward(m, l, pass->cell ? m->fresh : out, l->out, NULL, in, l->in, pass->B * pass->n);
+    for (size_t r = 0; pass->cell && r < pass->n; r++)
+        memcpy(out + (pass->cell[r].b * pass->stride + pass->cell[r].pos) * l->out, m->fresh + r * l->out,
+               l->out * sizeof *out);
 }
 
 /* attention_forward    next (R,C) = x + to_out(attend(to_q normed, to_k source, to_v source))
@@ -553,7 +554,7 @@ static void project_positions(const Transformer *m, const Linear *l, real *out, 
  *   source: normed itself, or the context in cross-attention */
 static void attention_forward(Transformer *m, const Stack *s, Layer *l, real *next, const Pass *pass) {
     const size_t R = pass->B * pass->n, C = s->C, inner = l->heads * l->D;
-    const AttendShape shape = attend_shape(m, s, l, pass);
+    const AttendShape shape = attend_shape(s, l, pass);
     linear_forward(m, &l->q, l->query, inner, NULL, l->normed, C, R);
     if (l->kind == BLOCK_SELF) {
         project_positions(m, &l->k, l->key, l->normed, pass);
@@ -569,7 +570,7 @@ static void attention_forward(Transformer *m, const Stack *s, Layer *l, real *ne
 static void attention_backward(Transformer *m, const Stack *s, const Layer *l, const real *dout, real *dcontext,
                                const Pass *pass) {
     const size_t R = pass->B * pass->n;
-    const AttendShape shape = attend_shape(m, s, l, pass);
+    const AttendShape shape = attend_shape(s, l, pass);
     linear_backward(m, &l->out, m->dy, 0, dout, l->y, R);
     attend_backward(&shape, m->dquery, m->dkey, m->dvalue, m->dy, l->p, m->scores, l->query, l->key, l->value);
     linear_backward(m, &l->q, m->dnormed, 0, m->dquery, l->normed, R);
@@ -601,7 +602,7 @@ static void feed_forward_backward(Transformer *m, const Layer *l, const real *do
  * stack_backward   from dout (B,n-skip,C): parameters +=, dcontext +=, both embeddings +=. Overwrites m->dx. */
 void stack_forward(Transformer *m, Stack *s, const int32_t *ids, const Pass *pass, size_t skip) {
     const size_t R = pass->B * pass->n, kept = pass->n - skip;
-    embed_forward(m, s, s->layer[0].x, ids, pass->B, pass->n, pass->pos);
+    embed_forward(m, s, s->layer[0].x, ids, pass->B, pass->n, pass->cell);
     for (size_t i = 0; i < s->n_layers; i++) {
         Layer *l = &s->layer[i];
         real *next = i + 1 < s->n_layers ? s->layer[i + 1].x : s->x_end;
@@ -663,18 +664,19 @@ static void add_residual(real *row, size_t K, double alpha, int32_t x_t) {
 
 /* variant_forward    logits = raw * exp(log_scalors) + residual, as the variant has them
  * variant_backward   raw becomes draw = dlogits * exp(log_scalors); dlog_scalors +=
- *   raw, logits, dlogits (B,n,K), positions pos..pos+n-1; raw may be logits */
+ *   raw, logits, dlogits (B,n,K), or (n,K) of cells; raw may be logits */
 typedef struct {
     Transformer *m;
     real *logits, *raw;
     const real *dlogits;
-    size_t n, pos;
+    size_t n;
+    const Cell *cell; /* or NULL */
 } VariantRows;
 
 static void variant_forward_row(void *context, size_t r) {
     const VariantRows *a = (const VariantRows *)context;
     const NetConfig *c = &a->m->config;
-    const size_t K = c->dec_num_tokens, b = r / a->n, i = a->pos + r % a->n;
+    const size_t K = c->dec_num_tokens, b = a->cell ? a->cell[r].b : r / a->n, i = a->cell ? a->cell[r].pos : r % a->n;
     real *logits = a->logits + r * K, *raw = a->raw + r * K;
     if (is_scaled(c)) {
         const real scale = (real)exp((double)value_of(a->m, a->m->log_scalors)[scalor_index(a->m, b, i)]);
@@ -684,8 +686,8 @@ static void variant_forward_row(void *context, size_t r) {
     if (is_residual(c)) add_residual(logits, K, (double)a->m->alpha[scale_of_row(a->m, b)], noisy_token(a->m, b, i));
 }
 
-static void variant_forward(Transformer *m, real *logits, real *raw, size_t B, size_t n, size_t pos) {
-    VariantRows a = {m, logits, raw, NULL, n, pos};
+static void variant_forward(Transformer *m, real *logits, real *raw, size_t B, size_t n, const Cell *cell) {
+    VariantRows a = {m, logits, raw, NULL, n, cell};
     if (!is_scaled(&m->config) && !is_residual(&m->config)) return;
     parallel_for(threads_for(B * n * m->config.dec_num_tokens), B * n, variant_forward_row, &a);
 }
@@ -702,16 +704,16 @@ static void variant_backward_row(void *context, size_t r) {
 }
 
 static void variant_backward(Transformer *m, real *raw, const real *dlogits, size_t B, size_t n) {
-    VariantRows a = {m, NULL, raw, dlogits, n, 0};
+    VariantRows a = {m, NULL, raw, dlogits, n, NULL};
     real *dlog_scalors = grad_of(m, m->log_scalors);
     parallel_for(threads_for(B * n * m->config.dec_num_tokens), B * n, variant_backward_row, &a);
     for (size_t r = 0; r < B * n; r++) dlog_scalors[scalor_index(m, r / n, r % n)] += m->row_sum[r];
 }
 
-/* The decoder's output (B,n,C), positions pos..pos+n-1, to m->logits (B,n,K). */
-void head_forward(Transformer *m, size_t B, size_t n, size_t pos) {
+/* The decoder's output (B,n,C) to m->logits (B,n,K); of cells, B = 1. */
+void head_forward(Transformer *m, size_t B, size_t n, const Cell *cell) {
     linear_forward(m, &m->head, m->raw, m->head.out, NULL, m->decoder.out, m->head.in, B * n);
-    variant_forward(m, m->logits, m->raw, B, n, pos);
+    variant_forward(m, m->logits, m->raw, B, n, cell);
 }
 
 /* ---- Forward and backward of the whole network ---- */
@@ -758,7 +760,7 @@ static void shifted_ids(int32_t *ids, const int32_t *x, size_t B, size_t N) {
 
 Pass whole_pass(const Stack *s, size_t B, size_t n, const real *context, size_t T_context) {
     Pass pass;
-    pass.B = B, pass.n = pass.stride = n, pass.pos = 0, pass.causal = s->causal;
+    pass.B = B, pass.n = pass.stride = n, pass.cell = NULL, pass.causal = s->causal;
     pass.context = context, pass.T_context = T_context;
     return pass;
 }
@@ -783,7 +785,7 @@ Err transformer_forward(Transformer *m, const int32_t *x, const int32_t *x_t, co
         prompted_ids(c, d->ids, t, label, x, N, B, N - 1);
         stack_forward(m, d, d->ids, &pass, P - 1);
     }
-    head_forward(m, B, N, 0);
+    head_forward(m, B, N, NULL);
     m->state = FORWARD_DONE;
     *logits = m->logits;
     return OK;

@@ -65,6 +65,11 @@ typedef struct {
 
 typedef enum { IDLE, FORWARD_DONE, DECODING } State;
 
+/* What a row of a decoding pass is: a position of a batch row, which sees the keys 0..visible-1 of that row. */
+typedef struct {
+    size_t b, pos, visible;
+} Cell;
+
 struct Transformer {
     NetConfig config;
     Params params;
@@ -84,14 +89,18 @@ struct Transformer {
 
     State state;
     size_t now_B, now_N; /* of the last forward or decode_begin */
-    size_t next;         /* decoding: the position whose turn it is */
+    size_t *fed;         /* (B) decoding: positions of a batch row whose keys and values are there */
+    int32_t *first;      /* (B) what stands in front of position 0: sos, or the end of a GPT's prompt */
+    Cell *cell;          /* (B*DECODE_BLOCK) decoding: the positions of a pass */
+    real *fresh;         /* (R,inner) their keys or values, before each goes to its row's cache */
 };
 
-/* A pass over n new positions, the first of them at `pos`, for B batch rows. Training: pos = 0, n = stride = T. */
+/* A pass over positions 0..n-1 of B batch rows, as training has it; or, while decoding, over n cells, B = 1. */
 typedef struct {
-    size_t B, n, pos;
+    size_t B, n;
+    const Cell *cell;    /* (n), or NULL */
     size_t stride;       /* positions that a batch row's keys and values have room for */
-    int causal;          /* mask among the new positions; decoding adds one at a time and needs none */
+    int causal;          /* mask among the positions; cells say what they see */
     const real *context; /* (B,T_context,C); NULL: keys and values of the context are in place */
     size_t T_context;
 } Pass;
@@ -121,7 +130,8 @@ void linear_forward(const Transformer *m, const Linear *l, real *out, size_t ldo
                     size_t ldi, size_t R);
 void linear_backward(const Transformer *m, const Linear *l, real *din, int accumulate, const real *dout, const real *in,
                      size_t R);
-void embed_forward(const Transformer *m, const Stack *s, real *x, const int32_t *ids, size_t B, size_t n, size_t pos);
+void embed_forward(const Transformer *m, const Stack *s, real *x, const int32_t *ids, size_t B, size_t n,
+                   const Cell *cell);
 void embed_backward(const Transformer *m, const Stack *s, const real *dx, const int32_t *ids, size_t B, size_t n);
 
 /* ---- attention.cu ---- */
@@ -132,7 +142,7 @@ typedef struct {
     size_t B, heads, D, Tq, Tk;
     size_t key_stride; /* positions from one batch row's keys to the next's, >= Tk */
     int causal;        /* query i sees keys 0..i; Tq = Tk */
-    int decoding;      /* one query at a time */
+    const Cell *cell;  /* (Tq), B = 1: decoding; each query sees its cell's keys or, when Tk > 0, 0..Tk-1 of its row */
     size_t unmasked;   /* and the first `unmasked` positions see each other */
 } AttendShape;
 
@@ -150,7 +160,7 @@ void prompted_ids(const NetConfig *c, int32_t *ids, const int32_t *t, const int3
                   size_t stride, size_t B, size_t n);
 Pass whole_pass(const Stack *s, size_t B, size_t n, const real *context, size_t T_context);
 void stack_forward(Transformer *m, Stack *s, const int32_t *ids, const Pass *pass, size_t skip);
-void head_forward(Transformer *m, size_t B, size_t n, size_t pos);
+void head_forward(Transformer *m, size_t B, size_t n, const Cell *cell);
 
 /* ---- Elementwise mathematics. In float: polynomials, good to 1e-7, that compilers turn into vector code ---- */
 

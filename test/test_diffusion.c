@@ -502,6 +502,42 @@ static void set_heat_uncached(SampleOptions *o) {
     o->uncached = 1;
 }
 
+static size_t block; /* of the next samples */
+
+static void set_greedy(SampleOptions *o) {
+    for (int t = 1; t < MAX_SCALES; t++) o->temperature[t] = 0, o->chain[t] = 2;
+    o->block = block;
+}
+static void set_greedy_uncached(SampleOptions *o) {
+    set_greedy(o);
+    o->uncached = 1;
+}
+static void set_heat_block(SampleOptions *o) {
+    set_heat(o);
+    o->block = block;
+}
+static void set_block(SampleOptions *o) {
+    o->block = block;
+}
+
+/* However positions are cut into blocks, the tokens are those of one by one: at temperature 1, at others with top-k and
+ * chains, and greedily. */
+static void test_same_blocks(Model *m) {
+    static void (*const change[3])(SampleOptions *) = {set_block, set_heat_block, set_greedy};
+    int32_t single[BATCH * N], again[BATCH * N];
+    for (int k = 0; k < 3; k++) {
+        block = 1;
+        sample_into(m, single, BATCH, 0, change[k]);
+        for (block = 0; block <= N + 1; block++) {
+            sample_into(m, again, BATCH, 0, change[k]);
+            CHECK(!memcmp(single, again, sizeof single));
+        }
+    }
+    block = 3;
+    sample_into(m, again, BATCH, 0, set_greedy_uncached);
+    CHECK(!memcmp(single, again, sizeof single));
+}
+
 /* The same tokens from one batch of four, four batches of one, two threads, and without a KV cache. */
 static void test_same_tokens(const Tiny *x, const char *name) {
     char dir[512];
@@ -529,6 +565,7 @@ static void test_same_tokens(const Tiny *x, const char *name) {
     for (uint64_t b = 0; b < BATCH; b++) sample_into(&m, again + b * N, 1, b, set_heat);
     CHECK(!memcmp(all, again, sizeof all));
     CHECK(memcmp(all, all + N, N * sizeof *all)); /* two samples differ */
+    test_same_blocks(&m);
     model_close(&m);
 }
 
@@ -651,6 +688,165 @@ static void test_guide(const char *dir) {
     o.keep = NULL;
     CHECK_ERR(model_sample(&m, &o, tokens), "go together");
     model_close(&m);
+}
+
+/* ---- blocks ---- */
+
+/* Inpainting in blocks equals one by one, candidates and chains included; and takes the passes that it should. */
+static void test_known_blocks(const char *dir) {
+    Model m;
+    int32_t known[BATCH * N], tokens[BATCH * N], single[BATCH * N];
+    uint8_t keep[5][N] = {{1, 1, 1, 1, 0, 0, 0, 0, 0},
+                          {0, 0, 0, 0, 1, 1, 1, 1, 1},
+                          {1, 0, 0, 1, 1, 1, 0, 1, 1},
+                          {1, 1, 1, 1, 1, 1, 1, 1, 0},
+                          {0, 1, 1, 1, 1, 1, 1, 1, 1}};
+    CHECK_OK(model_open(&m, dir, NULL));
+    for (int i = 0; i < BATCH * N; i++) known[i] = (i * 5) % USED;
+    for (int mask = 0; mask < 5; mask++)
+        for (size_t M = 1; M <= 2; M++)
+            for (size_t length = 0; length <= N; length++) {
+                DraftCounts counts[MAX_SCALES + 1] = {{0}};
+                SampleOptions o;
+                sample_defaults(&o, &m);
+                o.n = BATCH, o.candidates = M, o.known = known, o.keep = keep[mask], o.counts = counts;
+                o.chain[1] = 2, o.temperature[2] = 0.7, o.top_k[1] = 5, o.block = 1;
+                size_t feeds = N; /* positions that have to be looked at */
+                while (M == 1 && keep[mask][feeds - 1]) feeds--;
+                CHECK_OK(model_sample(&m, &o, single));
+                for (int t = 1; t <= 3; t++) CHECK(counts[t].passes == o.chain[t] * feeds);
+                memset(counts, 0, sizeof counts);
+                o.block = length;
+                CHECK_OK(model_sample(&m, &o, tokens));
+                CHECK(!memcmp(tokens, single, sizeof tokens));
+                for (int t = 1; t <= 3; t++) CHECK(counts[t].tokens == BATCH * o.chain[t] * feeds);
+                if (mask >= 3 &&
+                    (length == 0 || length == N)) /* one unknown token: one pass, or it and what is behind */
+                    for (int t = 1; t <= 3; t++)
+                        CHECK(counts[t].passes <= o.chain[t] * (1 + (mask == 4 && M == 2)) && counts[t].passes > 0);
+                if (mask == 0 && length == 0) CHECK(counts[3].passes == 5 && counts[3].cells == BATCH * N);
+            }
+    model_close(&m);
+}
+
+/* A network that says what its residual says, p(x_t) = 0.8 + 0.2/K: what is drawn greedily is always x_t. */
+static Transformer *echo(void) {
+    Tiny x = {2, 0, 0, 0, 0, X_RESIDUAL};
+    const float alpha[] = {1, 0.8f, 0};
+    NetConfig c;
+    Transformer *net = NULL;
+    tiny_net(&c, &x, 1);
+    CHECK_OK(transformer_create(&net, &c));
+    Params *p = transformer_params(net);
+    CHECK_OK(params_plan(p, PLAN_VALUE));
+    opinionated(p, 3);
+    for (size_t r = p->n - 2; r < p->n; r++) memset(p->row[r].value, 0, p->row[r].size * sizeof(real));
+    transformer_set_alphas(net, alpha);
+    return net;
+}
+
+/* Right guesses are worth a pass each. */
+static void test_passes(void) {
+    Transformer *net = echo();
+    for (size_t length = 0; length <= N; length++)
+        for (int greedy = 1; greedy >= 0; greedy--) {
+            DraftCounts counts[MAX_SCALES + 1] = {{0}};
+            SampleOptions o = {.n = BATCH, .candidates = 1, .seed = 1, .block = length, .counts = counts};
+            int32_t tokens[BATCH * N], start[BATCH * N];
+            for (int i = 0; i < BATCH * N; i++) start[i] = tokens[i] = (i * 3) % USED;
+            o.temperature[1] = greedy ? 0 : 1;
+            CHECK_OK(sample_scale(net, &o, 1, 0, N, tokens));
+            CHECK((memcmp(tokens, start, sizeof tokens) == 0) == greedy);
+            CHECK(counts[1].tokens == BATCH * N && counts[1].tried == BATCH * N);
+            size_t same = 0;
+            for (int i = 0; i < BATCH * N; i++) same += tokens[i] == start[i];
+            CHECK(counts[1].right == same);
+            if (greedy && length > 0)
+                CHECK(counts[1].passes == (N + length - 1) / length && counts[1].cells == BATCH * N);
+            if (greedy && length == 0) CHECK(counts[1].passes < N);
+            if (!greedy && length > 1) CHECK(counts[1].passes < N && counts[1].cells > BATCH * N);
+        }
+    transformer_free(net);
+}
+
+/* The whole joint distribution of three tokens of four values, enumerated with whole forward passes, against samples
+ * drawn in blocks with temperature and top-k. */
+enum { JOINT_N = 3, JOINT_K = 4, JOINT = JOINT_K * JOINT_K * JOINT_K, JOINT_BATCH = 1000, JOINT_ROUNDS = 40 };
+
+static Transformer *joint_net(void) {
+    Tiny x = {2, 0, 0, 0, 0, X_RESIDUAL_SCALED};
+    const float alpha[] = {1, 0.4f, 0};
+    NetConfig c;
+    Transformer *net = NULL;
+    tiny_net(&c, &x, 1);
+    c.dec_num_tokens = JOINT_K;
+    CHECK_OK(transformer_create(&net, &c));
+    CHECK_OK(params_plan(transformer_params(net), PLAN_VALUE));
+    opinionated(transformer_params(net), 8);
+    transformer_set_alphas(net, alpha);
+    return net;
+}
+
+static void joint_exact(double p[JOINT], Transformer *net, const int32_t x_t[JOINT_N], double temperature,
+                        size_t top_k) {
+    int32_t x[JOINT * JOINT_N], all_x_t[JOINT * JOINT_N], scale[JOINT];
+    const real *logits;
+    for (int s = 0; s < JOINT; s++) {
+        x[s * 3] = s / 16, x[s * 3 + 1] = s / 4 % 4, x[s * 3 + 2] = s % 4, scale[s] = 1;
+        memcpy(all_x_t + s * 3, x_t, 3 * sizeof *x_t);
+    }
+    CHECK_OK(transformer_plan(net, JOINT, JOINT_N, 0));
+    CHECK_OK(transformer_forward(net, x, all_x_t, scale, NULL, JOINT, JOINT_N, &logits));
+    for (int s = 0; s < JOINT; s++) {
+        p[s] = 1;
+        for (int i = 0; i < JOINT_N; i++) {
+            real prob[JOINT_K];
+            sample_probs(prob, logits + (s * JOINT_N + i) * JOINT_K, JOINT_K, -1, temperature, top_k);
+            p[s] *= (double)prob[x[s * 3 + i]];
+        }
+    }
+}
+
+static double joint_chi(const double count[JOINT], const double p[JOINT], size_t *cells) {
+    double chi = 0, n = (double)JOINT_BATCH * JOINT_ROUNDS;
+    *cells = 0;
+    for (int s = 0; s < JOINT; s++) {
+        if (p[s] == 0 && count[s] > 0) return HUGE_VAL;
+        if (p[s] == 0) continue;
+        chi += (count[s] - n * p[s]) * (count[s] - n * p[s]) / (n * p[s]);
+        ++*cells;
+    }
+    return chi;
+}
+
+/* 26 degrees of freedom: 62 is exceeded by chance once in 10,000. */
+static void test_joint(void) {
+    const int32_t x_t[JOINT_N] = {2, 0, 3};
+    Transformer *net = joint_net();
+    double p[JOINT], other[JOINT];
+    size_t cells, tried = 0, right = 0;
+    joint_exact(p, net, x_t, 1.3, 3);
+    joint_exact(other, net, x_t, 1.2, 3);
+    for (size_t length = 0; length <= 3; length++) {
+        double count[JOINT] = {0};
+        static int32_t tokens[JOINT_BATCH * JOINT_N];
+        DraftCounts counts[MAX_SCALES + 1] = {{0}};
+        SampleOptions o = {.n = JOINT_BATCH, .candidates = 1, .seed = 2, .block = length, .counts = counts};
+        o.temperature[1] = 1.3, o.top_k[1] = 3;
+        for (uint64_t round = 0; round < JOINT_ROUNDS; round++) {
+            o.first = round * JOINT_BATCH;
+            for (int b = 0; b < JOINT_BATCH; b++) memcpy(tokens + b * 3, x_t, sizeof x_t);
+            CHECK_OK(sample_scale(net, &o, 1, 0, JOINT_N, tokens));
+            for (int b = 0; b < JOINT_BATCH; b++)
+                count[tokens[b * 3] * 16 + tokens[b * 3 + 1] * 4 + tokens[b * 3 + 2]]++;
+        }
+        CHECK(joint_chi(count, p, &cells) < 62 && cells == 27);
+        CHECK(!(joint_chi(count, other, &cells) < 62)); /* the check sees a temperature of 1.2 */
+        tried = counts[1].tried, right = counts[1].right;
+        if (length == 3) CHECK(counts[1].cells > counts[1].tokens + JOINT_BATCH); /* guesses were thrown away */
+    }
+    CHECK(tried == (size_t)JOINT_BATCH * JOINT_ROUNDS * JOINT_N && right > tried / 5 && right < tried * 4 / 5);
+    transformer_free(net);
 }
 
 /* One scale, x_0[1] known, x_0[0] asked: p(x_0[0] | x_0[1]) is proportional to p(x_0[0]) p(x_0[1] | x_0[0]), which
@@ -781,7 +977,7 @@ static void test_chain_rates(const char *dir) {
     w.tokens = tokens, w.n = SAMPLES;
     sample_defaults(&o, &m);
     o.n = SAMPLES, o.known = known, o.keep = keep, o.progress = watch_rates, o.context = &w;
-    o.chain[1] = 4, o.chain[2] = 3, o.chain[3] = 2;
+    o.chain[1] = 4, o.chain[2] = 3, o.chain[3] = 2, o.block = 1;
     CHECK_OK(model_sample(&m, &o, tokens));
     for (int t = 1; t <= 3; t++)
         for (size_t r = 1; r < o.chain[t]; r++) {
@@ -795,7 +991,7 @@ static void test_chain_rates(const char *dir) {
 
 static int stop_at_four(void *context, int t, size_t repeat, size_t done, size_t of) {
     (void)context, (void)t, (void)repeat, (void)of;
-    return done == 4;
+    return done >= 4;
 }
 
 static void test_sample_options(const char *dir) {
@@ -1127,6 +1323,9 @@ int main(void) {
     test_oracle(&(Tiny){4, 1, 1, 0, 0, X_RESIDUAL_SCALED}, "joint");
     test_oracle(&(Tiny){2, 0, 0, 0, 0, X_RESIDUAL}, "residual");
     test_guide(plain);
+    test_known_blocks(plain);
+    test_passes();
+    test_joint();
     test_candidates(single);
     test_class_bounds(labelled, classes);
     test_chain_rates(plain);

@@ -118,6 +118,12 @@ ok "sample a run" sample "$dir/run" -n 5 --seed 7 --chain "$dir/chain.png"
 cp "$dir/s.png" "$dir/first.png"
 ok "sample again" sample "$dir/run" -n 5 --seed 7 --batch 2 --threads 1
 ok "same seed, same file, any batch and threads" cmp "$dir/s.png" "$dir/first.png"
+for block in 1 2 64; do
+    ok "in blocks of $block" sample "$dir/run" -n 5 --seed 7 --block $block
+    cp "$dir/err" "$dir/said"
+    ok "the same file again" cmp "$dir/s.png" "$dir/first.png"
+done
+ok "sample says what a scale took" grep -q '^scale 1: [0-9]* tokens in [0-9]* passes, [0-9.]* in each, over [0-9]* positions; [0-9]*% of the drawn ones were as guessed$' "$dir/said"
 ok "another seed" sample "$dir/run" -n 5 --seed 8
 ok "another picture" sh -c "! cmp -s $dir/s.png $dir/first.png"
 ok "the seed is kept in the PNG" grep -q seed "$dir/first.png"
@@ -218,6 +224,9 @@ ok "inpaint a window" inpaint "$fit" --window 6 -n 1 --chain-length 1,2,1
 ok "its surroundings are untouched" "$build/pictures" same "$dir/i.png" "$fit" 0 0 5 16
 ok "inpaint outside" inpaint "$fit" --outside 8 -n 1
 ok "the inside is untouched" "$build/pictures" same "$dir/i.png" "$fit" 4 4 12 12
+cp "$dir/i.png" "$dir/ahead.png"
+ok "one by one" inpaint "$fit" --outside 8 -n 1 --block 1
+ok "gives the same file" cmp "$dir/i.png" "$dir/ahead.png"
 ok "a mask picture" inpaint "$fit" --mask "$dir/fit/bar/001.png" -n 2
 ok "with the original beside it" inpaint "$fit" --window 6 --compare
 ok "which comes first" "$build/pictures" same "$dir/i.png" "$dir/i.png" 0 0 52 16
@@ -237,6 +246,7 @@ for program in sample train inpaint; do
 done
 refused 2 "whole number" "$build/sample" killed -n -1
 refused 2 "expected 1 to" "$build/sample" killed -n 0
+refused 2 "expected 0 to 64" "$build/sample" killed --block 65
 refused 2 "whole number" "$build/sample" killed --seed 1e99
 refused 2 "temperature" "$build/sample" killed --temperature nan
 refused 2 "temperature" "$build/sample" killed --temperature 1,2

@@ -279,7 +279,117 @@ static void test_decoding(void) {
     CHECK(decoding_error(&c, 3, 6, 3, 6) > 1e-4);
 }
 
-/* Logits at i depend on x before i only, on all of x_t, and not on the other rows of the batch. */
+/* Feeds x in blocks of n positions of every row; logits of all into out (B,N,K). */
+static Err decode_in_blocks(Case *c, size_t n, real *out) {
+    TRY(transformer_decode_begin(c->net, c->x_t, c->t, c->label, c->B, c->N));
+    for (size_t i = 0; i < c->N; i += n) {
+        DecodeCell cell[B_MAX * N_MAX];
+        const real *logits;
+        size_t cells = 0;
+        for (size_t b = 0; b < c->B; b++)
+            for (size_t k = i; k < c->N && k < i + n; k++)
+                cell[cells++] = (DecodeCell){b, k, k > 0 ? c->x[b * c->N + k - 1] : 0};
+        TRY(transformer_decode_block(c->net, cell, cells, &logits));
+        for (size_t r = 0; r < cells; r++)
+            memcpy(out + (cell[r].b * c->N + cell[r].i) * c->K, logits + r * c->K, c->K * sizeof(real));
+    }
+    return OK;
+}
+
+/* Every row at its own pace, in blocks of its own length, with a wrong token in some of them: what comes behind it is
+ * thrown away and fed again. */
+static Err decode_with_mistakes(Case *c, uint64_t seed, real *out) {
+    size_t at[B_MAX] = {0}, cells = 1;
+    TRY(transformer_decode_begin(c->net, c->x_t, c->t, c->label, c->B, c->N));
+    for (size_t pass = 0; cells > 0; pass++) {
+        DecodeCell cell[B_MAX * N_MAX];
+        const real *logits;
+        size_t good[B_MAX * N_MAX];
+        cells = 0;
+        for (size_t b = 0; b < c->B; b++) {
+            const uint64_t stream = rng_stream(RNG_TEST, seed, b);
+            const size_t n = 1 + rng_below(seed, stream, 2 * pass, 4), wrong = rng_below(seed, stream, 2 * pass + 1, 6);
+            const size_t from = at[b];
+            for (size_t k = 0; k < n && from + k < c->N; k++) {
+                const size_t i = from + k;
+                int32_t prev = i > 0 ? c->x[b * c->N + i - 1] : 0;
+                if (k > 0 && k >= wrong) prev = (prev + 1 + (int32_t)(pass % (c->K - 1))) % (int32_t)c->K;
+                good[cells] = k == 0 || k < wrong;
+                at[b] += good[cells];
+                cell[cells++] = (DecodeCell){b, i, prev};
+            }
+        }
+        if (cells > 0) TRY(transformer_decode_block(c->net, cell, cells, &logits));
+        for (size_t r = 0; r < cells; r++)
+            if (good[r]) memcpy(out + (cell[r].b * c->N + cell[r].i) * c->K, logits + r * c->K, c->K * sizeof(real));
+    }
+    return OK;
+}
+
+/* The logits of blocks have the bits of single steps. */
+static void check_blocks(const NetConfig *config, size_t B, size_t N, WeightFormat format) {
+    Case c;
+    real *got;
+    case_make(&c, config, B, N);
+    const size_t n = B * N * c.K;
+    CHECK_OK(mem_alloc(&got, n, sizeof(real), "logits"));
+    CHECK_OK(transformer_plan(c.net, B + 1, N, 0));
+    if (format != WEIGHTS_REAL) CHECK_OK(params_pack(c.params, format));
+    CHECK_OK(decode_all(&c, c.dlogits));
+    for (size_t length = 1; length <= N && length <= DECODE_BLOCK; length++) {
+        memset(got, 0, n * sizeof *got);
+        CHECK_OK(decode_in_blocks(&c, length, got));
+        CHECK(!memcmp(got, c.dlogits, n * sizeof *got));
+    }
+    for (uint64_t seed = 0; seed < 20; seed++) {
+        memset(got, 0, n * sizeof *got);
+        CHECK_OK(decode_with_mistakes(&c, seed, got));
+        CHECK(!memcmp(got, c.dlogits, n * sizeof *got));
+    }
+    c.x[0] = (c.x[0] + 1) % (int32_t)c.K; /* the comparison can fail */
+    CHECK_OK(decode_in_blocks(&c, N < DECODE_BLOCK ? N : DECODE_BLOCK, got));
+    CHECK((memcmp(got, c.dlogits, n * sizeof *got) != 0) == (N > 1));
+    free(got);
+    case_free(&c);
+}
+
+static void test_blocks(void) {
+    NetConfig c = x_small;
+    for (int v = X_PLAIN; v <= X_RESIDUAL_SCALED; v++) {
+        c.variant = (XVariant)v, c.has_class = v % 2, c.tie_token_emb = v == X_SCALED;
+        check_blocks(&c, 3, 6, (WeightFormat)(v % 3));
+        check_blocks(&c, 1, 5, WEIGHTS_REAL);
+    }
+    c.enc_max_seq_len = 75, c.dec_max_seq_len = 72, c.dim = 70, c.dec_heads = 2;
+    check_blocks(&c, 2, 70, WEIGHTS_REAL);
+    c = gpt_small;
+    check_blocks(&c, 4, 7, WEIGHTS_REAL);
+    check_blocks(&c, 2, 1, WEIGHTS_REAL);
+    c.has_class = 1, c.n_unmasked = 2;
+    for (int format = WEIGHTS_REAL; format <= WEIGHTS_INT8; format++) check_blocks(&c, 3, 6, (WeightFormat)format);
+}
+
+/* 8, 4, 2 cells of time to read weights of 4, 2, 1 bytes from memory; next to nothing from the caches. */
+static void test_pass_cost(void) {
+    NetConfig c = x_small;
+    Transformer *net;
+    double pass = 0, sample = 0, more = 0;
+    CHECK_OK(transformer_create(&net, &c));
+    transformer_pass_cost(net, 5, &pass, &sample);
+    CHECK(pass == 1 && sample == 0);
+    transformer_free(net);
+    c.dim = 512, c.dec_depth = 4;
+    CHECK_OK(transformer_create(&net, &c));
+    transformer_pass_cost(net, 5, &pass, &sample);
+    transformer_pass_cost(net, 10, &pass, &more);
+    CHECK(fabs(pass - 2 * sizeof(real)) < 1e-9 && sample > 0 && fabs(more - 2 * sample) < 1e-9);
+    CHECK_OK(params_plan(transformer_params(net), PLAN_VALUE));
+    CHECK_OK(params_pack(transformer_params(net), WEIGHTS_BF16));
+    transformer_pass_cost(net, 5, &pass, &more);
+    CHECK(pass == 4);
+    transformer_free(net);
+}
+
 /* Logits (B,N,K) of decoding and of a whole forward. */
 static void logits_both_ways(Case *c, real *decoded, real *whole) {
     const real *logits;
@@ -338,6 +448,7 @@ static void test_packed(void) {
         }
 }
 
+/* Logits at i depend on x before i only, on all of x_t, and not on the other rows of the batch. */
 static void test_dependence(void) {
     for (int gpt = 0; gpt < 2; gpt++) {
         Case c;
@@ -803,14 +914,31 @@ static void test_errors(void) {
     CHECK_ERR(transformer_backward(c.net, c.dlogits), "without training");
     CHECK_ERR(transformer_decode_step(c.net, prev, 0, &logits), "decoding");
     CHECK_OK(transformer_decode_begin(c.net, c.x_t, c.t, c.label, 2, 5));
-    CHECK_ERR(transformer_decode_step(c.net, prev, 1, &logits), "expected 0");
+    CHECK_ERR(transformer_decode_step(c.net, prev, 1, &logits), "decoding step 1, expected 0..0 of 5");
     CHECK_OK(transformer_decode_step(c.net, NULL, 0, &logits));
     CHECK_ERR(transformer_decode_step(c.net, prev, 1, &logits), "previous token[1] is 7");
-    CHECK_ERR(transformer_decode_step(c.net, prev, 0, &logits), "expected 1");
+    CHECK_ERR(transformer_decode_step(c.net, prev, 2, &logits), "decoding step 2, expected 0..1 of 5");
     prev[1] = 6;
     CHECK_OK(transformer_decode_step(c.net, prev, 1, &logits));
+    DecodeCell ahead[] = {{0, 3, 1}}, gap[] = {{1, 0, 0}, {1, 2, 1}}, twice[] = {{1, 0, 0}, {1, 0, 0}};
+    DecodeCell falls[] = {{1, 0, 0}, {0, 0, 0}}, beyond[] = {{2, 0, 0}}, bad[] = {{0, 1, -1}}, back[] = {{0, 1, 3}};
+    CHECK_ERR(transformer_decode_block(c.net, ahead, 1, &logits), "decoding position 3 of row 0, expected 0..2 of 5");
+    CHECK_ERR(transformer_decode_block(c.net, gap, 2, &logits), "decoding position 2 of row 1, expected 1 of 5");
+    CHECK_ERR(transformer_decode_block(c.net, twice, 2, &logits), "decoding position 0 of row 1, expected 1 of 5");
+    CHECK_ERR(transformer_decode_block(c.net, falls, 2, &logits), "row 0 of a batch of 2");
+    CHECK_ERR(transformer_decode_block(c.net, beyond, 1, &logits), "row 2 of a batch of 2");
+    CHECK_ERR(transformer_decode_block(c.net, bad, 1, &logits), "previous token[0] is -1");
+    CHECK_ERR(transformer_decode_block(c.net, back, 0, &logits), "a block of 0 positions, expected 1..128");
+    CHECK_ERR(transformer_decode_block(c.net, back, 129, &logits), "a block of 129 positions");
+    CHECK_OK(transformer_decode_block(c.net, back, 1, &logits)); /* back by one: position 1 is forgotten */
+    ahead[0].i = 2;
+    CHECK_OK(transformer_decode_block(c.net, ahead, 1, &logits));
+    CHECK_OK(transformer_decode_block(c.net, back, 1, &logits));
+    ahead[0].i = 3;
+    CHECK_ERR(transformer_decode_block(c.net, ahead, 1, &logits), "decoding position 3 of row 0, expected 0..2 of 5");
     CHECK_OK(forward(&c, &logits));
     CHECK_ERR(transformer_decode_step(c.net, prev, 2, &logits), "decoding"); /* forward used the caches */
+    CHECK_ERR(transformer_decode_block(c.net, back, 1, &logits), "before decoding began");
     case_free(&c);
 
     config.dec_max_seq_len = 1 << 20, config.enc_max_seq_len = 1 << 20; /* a plan beyond any memory */
@@ -830,6 +958,8 @@ int main(void) {
     test_accumulation();
     test_packed();
     test_decoding();
+    test_blocks();
+    test_pass_cost();
     test_dependence();
     test_residual();
     test_fine_scaling();
