@@ -86,14 +86,15 @@ INLINE void micro_kernel(int rows, int vecs, size_t kc, const real *a, size_t a_
             __builtin_prefetch(c + (size_t)i * ldc + v * LANES, 1);
             sum[i][v] = (Vec){0};
         }
-    for (size_t k = 0; k < kc; k++) {
+    size_t k = 0;
+    do { /* at least once, and gcc keeps the sums out of memory: for kc = 0 it would store them as zeros */
         Vec bk[NV];
         for (int v = 0; v < vecs; v++) bk[v] = load(b + k * ldb + v * LANES);
         for (int i = 0; i < rows; i++) {
             const real aik = a[(size_t)i * a_row + k * a_col];
             for (int v = 0; v < vecs; v++) sum[i][v] = multiply_add(aik, bk[v], sum[i][v]);
         }
-    }
+    } while (++k < kc);
     if (add) /* all of C is read before any is written: a read that looks like a write before it (4 KB apart) waits */
         for (int i = 0; i < rows; i++)
             for (int v = 0; v < vecs; v++) sum[i][v] = load(c + (size_t)i * ldc + v * LANES) + sum[i][v];
