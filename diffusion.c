@@ -951,7 +951,8 @@ static Err position_logits(const Run *r, size_t i, const real **logits, size_t *
 /* log softmax(logits)[k] */
 static double log_prob(const real *logits, size_t K, size_t k) {
     double largest = -HUGE_VAL, sum = 0;
-    for (size_t j = 0; j < K; j++) largest = fmax(largest, (double)logits[j]);
+    for (size_t j = 0; j < K; j++) /* fmax here breaks gcc 12 on Arm: internal compiler error */
+        if ((double)logits[j] > largest) largest = (double)logits[j];
     for (size_t j = 0; j < K; j++) sum += exp((double)logits[j] - largest);
     return (double)logits[k] - largest - log(sum);
 }

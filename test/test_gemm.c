@@ -397,7 +397,8 @@ static void pack_and_unpack(WeightFormat format, real *out, const real *x, size_
 
 static double largest_of(const real *x, size_t n) {
     double largest = 0;
-    for (size_t i = 0; i < n; i++) largest = fmax(largest, fabs((double)x[i]));
+    for (size_t i = 0; i < n; i++)
+        if (fabs((double)x[i]) > largest) largest = fabs((double)x[i]);
     return largest;
 }
 
