@@ -1,4 +1,5 @@
-# make              the three programs: ./sample ./train ./inpaint
+# make              the three programs: ./sample ./train ./inpaint, for any x86-64 processor
+# make MARCH=native the three programs for this processor only: a third of the time to compile
 # make test         every test; the last line is "N passed, N failed"
 # make test SANITIZE=1   the same under AddressSanitizer and UndefinedBehaviorSanitizer
 # make bench        how fast, as fractions of this machine's ceilings and beside PyTorch; also in bench.tsv
@@ -6,15 +7,18 @@
 # make ffhq         fetches an official model: also ffhq2 churches bedrooms cats imagenet imagenet4 (models/fetch.sh)
 # make fullsize     the official models at full size, with random weights, against PyTorch (PYTHON=..., MODELS=...)
 # make data/emoji   the pictures that the bundled model was trained on
-# Variables: CC=clang, MARCH=x86-64-v3 (default native), SANITIZE=1 (each combination builds in its own folder),
+# Variables: CC=clang, MARCH=x86-64-v3 (one processor's instructions, for tests too), SANITIZE=1 (each combination
+# builds in its own folder), -j1 (default: as many jobs as there are processors),
 # MODELS_URL=https://... (where official models come from), PYTHON=... (which has PyTorch, for comparisons).
 
 CC ?= cc
 ifeq ($(origin CC),default)
 CC := $(if $(shell command -v gcc),gcc,clang)
 endif
+ONE_MARCH := $(MARCH)
 MARCH ?= native
 SANITIZE ?= 0
+MAKEFLAGS += -j$(or $(shell getconf _NPROCESSORS_ONLN 2>/dev/null),1)
 
 B := build/$(notdir $(CC))-$(MARCH)$(if $(filter 1,$(SANITIZE)),-sanitize)
 
@@ -27,16 +31,40 @@ HAVE_MARCH := $(call compiles,int main(void) { return 0; },-march=$(MARCH))
 HAVE_PNG := $(call compiles,#include <png.h>\nint main(void) { return !png_get_libpng_ver(0); },-lpng)
 HAVE_JPEG := $(call compiles,#include <stdio.h>\n#include <jpeglib.h>\nint main(void) { return !jpeg_std_error(0); },-ljpeg)
 
+# One program for any x86-64 (start.c) where the compiler makes that kind of objects and the linker can join them.
+whole = ld -r -o $(1).tmp $(2) && objcopy --redefine-sym main=$(3) --keep-global-symbol=$(3) $(1).tmp $(1) && rm $(1).tmp
+ifneq ($(filter 1,$(SANITIZE)),)
+WHY_ONE := sanitizers
+else ifeq ($(ONE_MARCH),)
+ifeq ($(findstring x86_64,$(shell $(CC) -dumpmachine 2>/dev/null)),)
+WHY_ONE := one program for several kinds of processors is made on x86-64 only
+else ifneq ($(shell mkdir -p build && echo 'int main(void) { return 0; }' | $(CC) -x c - -c -o build/try.o && \
+    $(call whole,build/whole.o,build/try.o,main_x) && nm build/whole.o | grep -q ' T main_x' && echo yes),yes)
+WHY_ONE := ld -r or objcopy is missing or different (Debian: apt-get install binutils)
+else
+P := build/$(notdir $(CC))-any
+endif
+endif
+FLAGS_x86-64 := -march=x86-64
+FLAGS_x86-64-v3 := -march=x86-64-v3
+FLAGS_x86-64-v4 := -march=x86-64-v4
+FLAGS_x86-64-v4-bf16 := -march=x86-64-v4 -mavx512bf16 -mavx512vnni
+LEVELS := $(if $P,$(foreach l,x86-64 x86-64-v3 x86-64-v4 x86-64-v4-bf16,$(if $(call compiles,int main(void) { return 0; },$(FLAGS_$l)),$l)))
+
 OFFICIAL := ffhq ffhq2 churches bedrooms cats imagenet imagenet4
 
 ifneq ($(filter-out clean format $(OFFICIAL) vqgan lsun,$(or $(MAKECMDGOALS),all)),)
-$(info compiler  $(CC) -march=$(MARCH)$(if $(filter 1,$(SANITIZE)), with sanitizers))
+$(info compiler  $(CC)$(if $(filter 1,$(SANITIZE)), with sanitizers))
 ifeq ($(HAVE_PNG),)
 $(error libpng is missing. Debian: apt-get install libpng-dev)
 endif
 ifeq ($(HAVE_JPEG),)
 $(error libjpeg is missing. Debian: apt-get install libjpeg-dev)
 endif
+ifeq ($(HAVE_MARCH),)
+$(if $(ONE_MARCH),$(error $(CC) does not know -march=$(ONE_MARCH)),$(info processor $(CC) does not know -march=native: its default instructions))
+endif
+$(info processor $(if $P,any x86-64; of $(LEVELS) the best that it has; tests: this one,this one only$(if $(ONE_MARCH),: MARCH=$(MARCH),: $(WHY_ONE))))
 $(info images    PNG, JPEG)
 $(info device    CPU (the CUDA path is not part of this version))
 endif
@@ -50,12 +78,14 @@ ifneq ($(findstring clang,$(shell $(CC) --version 2>/dev/null)),)
 WARN += -Wno-pass-failed # "this loop was not vectorised" is a remark about speed, not about the code
 endif
 OPT := $(if $(filter 1,$(SANITIZE)),-O2 -fsanitize=address$(comma)undefined -fno-sanitize-recover=all -fno-omit-frame-pointer,-O3)
-CFLAGS := -std=c11 -D_GNU_SOURCE -g $(OPT) $(if $(HAVE_MARCH),-march=$(MARCH)) -ffp-contract=fast -fno-math-errno \
-          -fno-trapping-math $(WARN) $(if $(HAVE_SIMD),-fopenmp-simd,-Wno-unknown-pragmas)
+CFLAGS_ANY := -std=c11 -D_GNU_SOURCE -g $(OPT) -ffp-contract=fast -fno-math-errno -fno-trapping-math $(WARN) \
+              $(if $(HAVE_SIMD),-fopenmp-simd,-Wno-unknown-pragmas)
+CFLAGS := $(CFLAGS_ANY) $(if $(HAVE_MARCH),-march=$(MARCH))
 LDLIBS := -lpng -ljpeg -lz -lm -lpthread
 
 COMPONENTS := base gemm stream conv checkpoint ckpt params data vqgan layers attention transformer decode optimizer classes diffusion
 PROGRAMS := sample train inpaint
+COLD := checkpoint ckpt params data classes # whose speed is that of files: compiled for the first level only
 TESTS := base gemm conv checkpoint ckpt data vqgan transformer classes diffusion
 TESTS_DOUBLE := gemm conv vqgan transformer
 
@@ -66,14 +96,14 @@ TEST_BIN := $(TESTS:%=$B/test_%) $(TESTS_DOUBLE:%=$B/test_%_double)
 all: $(PROGRAMS)
 
 # ./sample, ./train, ./inpaint, test/golden and test/bench are copies of the last configuration built.
-$(PROGRAMS): %: $B/%
+$(PROGRAMS): %: $(or $P,$B)/%
 	@cp -f $< $@
 test/golden test/bench: test/%: $B/%
 	@cp -f $< $@
 .PHONY: all test bench fullsize fuzz clean format FORCE $(OFFICIAL) vqgan lsun
-ifneq ($(shell cat build/last 2>/dev/null),$B)
+ifneq ($(shell cat build/last 2>/dev/null),$(or $P,$B))
 $(PROGRAMS) test/golden test/bench: FORCE
-$(shell mkdir -p build && echo $B >build/last)
+$(shell mkdir -p build && echo $(or $P,$B) >build/last)
 endif
 
 $(PROGRAMS:%=$B/%): $B/%: $B/%.o $B/cli.o $(OBJ)
@@ -100,8 +130,27 @@ $B/double/%.o: %.cu Makefile
 	@mkdir -p $(@D)
 	$(CC) $(CFLAGS) -DREAL_DOUBLE -MMD -MP -x c -c -o $@ $<
 
-test: $(TEST_BIN) $B/golden $B/pictures $B/logits $(PROGRAMS:%=$B/%)
-	@test/run.sh $B $(TEST_BIN)
+# ---- the programs for any x86-64: each is start.o and, for every level, a whole program linked into one object ----
+define level
+$P/$1/%.o: %.c Makefile
+	@mkdir -p $$(@D)
+	$$(CC) $$(CFLAGS_ANY) $$(FLAGS_$1) -MMD -MP -c -o $$@ $$<
+$P/$1/%.o: %.cu Makefile
+	@mkdir -p $$(@D)
+	$$(CC) $$(CFLAGS_ANY) $$(FLAGS_$1) -MMD -MP -x c -c -o $$@ $$<
+$(PROGRAMS:%=$P/$1/whole-%.o): $P/$1/whole-%.o: $P/x86-64/%.o $(patsubst %,$P/x86-64/%.o,cli $(COLD)) \
+    $(patsubst %,$P/$1/%.o,$(filter-out $(COLD),$(COMPONENTS)))
+	$$(call whole,$$@,$$^,main_$(subst -,_,$1))
+$(PROGRAMS:%=$P/%): $P/%: $P/$1/whole-%.o
+endef
+ifneq ($P,)
+$(foreach l,$(LEVELS),$(eval $(call level,$l)))
+$(PROGRAMS:%=$P/%): $P/x86-64/start.o
+	$(CC) $(CFLAGS_ANY) -o $@ $^ $(LDLIBS)
+endif
+
+test: $(TEST_BIN) $B/golden $B/pictures $B/logits $(PROGRAMS:%=$B/%) $(if $P,$(PROGRAMS:%=$P/%))
+	@test/run.sh $B "$P" $(TEST_BIN)
 
 # The official model in PyTorch beside ours, where PYTHON has PyTorch.
 PYTHON ?= python3
@@ -142,4 +191,4 @@ clean:
 	rm -rf build $(PROGRAMS) test/golden test/bench
 
 FORCE:
--include $(wildcard $B/*.d $B/test/*.d $B/double/*.d $B/double/test/*.d)
+-include $(wildcard $B/*.d $B/test/*.d $B/double/*.d $B/double/test/*.d $(if $P,$(LEVELS:%=$P/%/*.d)))

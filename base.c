@@ -285,6 +285,22 @@ int threads_get(void) {
     return n > 0 ? n : processors();
 }
 
+const char *vector_instructions(void) {
+#if defined(__AVX512BF16__) && defined(__AVX512VNNI__)
+    return "AVX-512 with bf16";
+#elif defined(__AVX512F__)
+    return "AVX-512";
+#elif defined(__AVX2__)
+    return "AVX2";
+#elif defined(__SSE2__)
+    return "SSE2";
+#elif defined(__ARM_NEON)
+    return "NEON";
+#else
+    return "no vector instructions";
+#endif
+}
+
 int threads_free(void) {
     return in_loop ? 1 : threads_get();
 }

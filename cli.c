@@ -127,6 +127,10 @@ static void set_option(const Option *table, int argc, char **argv, int *i) {
 void options_parse(int argc, char **argv, const Option *table, const char *intro) {
     const char *slash = strrchr(argv[0], '/');
     program_name = slash ? slash + 1 : argv[0];
+    if (getenv("IMAGEBART_LEVEL")) /* start.c takes it away */
+        usage_error("IMAGEBART_LEVEL: this program was compiled for one kind of processor, %s; \"make\" without MARCH "
+                    "makes one that chooses, on x86-64",
+                    vector_instructions());
     for (int i = 1; i < argc; i++)
         if (!strcmp(argv[i], "-h") || !strcmp(argv[i], "--help")) {
             print_help(table, intro);
@@ -345,6 +349,7 @@ void sampling_memory(Model *m, size_t batch, size_t pictures) {
     check(memory_fits(need.total, available, what, "a smaller --batch or -n takes less"));
     fprintf(stderr, "memory: first stage %s, largest scale %s, activations and pictures %s; ", first, scale, rest);
     fprintf(stderr, "%s available\n", available == SIZE_MAX ? "unknown how much is" : bytes_text(there, available));
+    fprintf(stderr, "processor: %s, %d threads\n", vector_instructions(), threads_get());
 }
 
 /* The user's list, else what the model's file recommends, else `otherwise`. */

@@ -1075,7 +1075,8 @@ static Err block_logits(const Run *r, size_t cells, const real **logits) {
 /* log softmax(logits)[k] */
 static double log_prob(const real *logits, size_t K, size_t k) {
     double largest = -HUGE_VAL, sum = 0;
-    for (size_t j = 0; j < K; j++) largest = fmax(largest, (double)logits[j]);
+    for (size_t j = 0; j < K; j++) /* fmax here breaks gcc 12 on Arm: internal compiler error */
+        if ((double)logits[j] > largest) largest = (double)logits[j];
     for (size_t j = 0; j < K; j++) sum += exp((double)logits[j] - largest);
     return (double)logits[k] - largest - log(sum);
 }

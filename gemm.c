@@ -7,39 +7,41 @@
  * (Goto and van de Geijn 2008; Van Zee and van de Geijn 2015 "BLIS"):
  *
  *     tile     MC x NC of C   one thread's unit of work; its MC x KC block of A stays in the L2 cache
- *     panel    KC x NR of B   packed to stand contiguous, zero-padded to NR columns, and to stay in the L1 cache
+ *     panel    KC x NR of B   packed to stand contiguous, zero-padded to NR columns
  *     micro    MR x NR of C   lives in registers while k runs through KC: the micro kernel
  *
  *                      NR                 for each tile of C                      gemm            (threads)
  *               +----+----+----+            for each KC-long piece of K           tile_product
- *            KC |    | B  |    |              pack A's block if that pays         pack_a
- *               +----+----+----+              for each panel of B                 block_product
- *          KC                                   pack it                           pack_b
- *        +----+ +----+----+----+                for each MR rows of A             micro_tile
- *     MR | A  | |    | C  |    |                  for k < KC                      micro_kernel
- *        +----+ +----+----+----+                    C[MR][NR] += A[MR][k] B[k][NR]
+ *            KC |    | B  |    |              for each panel of B                 block_product
+ *               +----+----+----+                pack it                           pack_b
+ *          KC                                   for each MR rows of A             panel_product
+ *        +----+ +----+----+----+                  pack them, the first time       pack_a
+ *     MR | A  | |    | C  |    |                  fetch what is packed next       fetch
+ *        +----+ +----+----+----+                  for k < KC                      micro_kernel
+ *                                                   C[MR][NR] += A[MR][k] B[k][NR]
  *
  * The micro kernel loads NV vectors of B and MR scalars of A per k for MR*NV multiply-adds, enough independent
  * chains to keep the multiply-add units busy and few enough to stay in registers. It reads A through two strides,
- * so A and its transpose need no packing to be correct; pack_a only copies blocks that are read many times.
- * B is always read along its rows: pack_b transposes in registers when it has to.
+ * so A and its transpose need no packing to be correct; pack_a only copies rows that are read many times.
+ * B is always read along its rows: pack_b transposes in registers when it has to. Packing waits for memory, multiplying
+ * does not: so the kernel's time is used to fetch what will be packed next.
  *
  * Weights may be stored in half or a quarter of the bits: gemm_weights unpacks them on the way into a panel. Products of
  * few rows, which reuse nothing, are another file's business: stream.c.
  *
- * Promise on bits: an element of C is the sum, in order, of the KC-long pieces of K; within a piece the products are
- * added in order of k with one fused multiply-add each (two roundings on machines without one). Nothing else - threads,
- * M, N, position, transposes, packing - changes the order, so a row computed alone equals bit for bit the same row
- * computed in a batch.
+ * Promise on bits: K is cut into as few equal pieces as are at most KC long (the last may be shorter). An element of C is
+ * the sum of the pieces, in order; within a piece the products are added in order of k with one fused multiply-add each
+ * (two roundings on machines without one). Nothing else - threads, M, N, position, transposes, packing - changes the
+ * order, so a row computed alone equals bit for bit the same row computed in a batch.
  *
  * Buffers are thread-local, so calls may come from the pool's workers and from plain threads at the same time. They
- * take about 300 KB of each thread's memory (on glibc: of its stack). */
+ * take about 600 KB of each thread's memory (on glibc: of its stack). */
 
 #include "vector.h"
 
 /* ---- Sizes ---- */
 
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(__aarch64__)
 enum { MR = 8, NV = 2 }; /* 32 registers: 16 sums */
 #else
 enum { MR = 6, NV = 2 }; /* 16 registers: 12 sums */
@@ -47,11 +49,12 @@ enum { MR = 6, NV = 2 }; /* 16 registers: 12 sums */
 
 enum {
     NR = NV * LANES,                                                 /* columns of a panel */
-    KC = 256,                                                        /* a panel is 32 KB; part of the promise on bits */
-    MC = (256 * 1024 / (KC * (int)sizeof(real)) + MR - 1) / MR * MR, /* rows of a block of A: about 256 KB */
+    KC = 384,                                                        /* part of the promise on bits */
+    MC = (512 * 1024 / (KC * (int)sizeof(real)) + MR - 1) / MR * MR, /* rows of a block of A: about 512 KB */
     NC = 1024,                                                       /* columns of a tile */
     PACK_A_COLS = 2 * NR, /* a tile as narrow as this reads A where it stands */
-    TILES_PER_THREAD = 4  /* so that a delayed thread costs little */
+    TILES_PER_THREAD = 2, /* at least */
+    CACHE_LINE = 64
 };
 static const size_t SMALL_WORK = (size_t)1 << 20; /* multiply-adds below which waking a thread does not pay */
 
@@ -78,24 +81,25 @@ INLINE View view_at(View v, size_t i, size_t j) {
 INLINE void micro_kernel(int rows, int vecs, size_t kc, const real *a, size_t a_row, size_t a_col, const real *b,
                          size_t ldb, int add, real *c, size_t ldc) {
     Vec sum[MR][NV];
-    for (int i = 0; i < rows; i++) {
-        __builtin_prefetch(c + (size_t)i * ldc, 1);
-        for (int v = 0; v < vecs; v++) sum[i][v] = (Vec){0};
-    }
-    for (size_t k = 0; k < kc; k++) {
+    for (int i = 0; i < rows; i++)
+        for (int v = 0; v < vecs; v++) {
+            __builtin_prefetch(c + (size_t)i * ldc + v * LANES, 1);
+            sum[i][v] = (Vec){0};
+        }
+    size_t k = 0;
+    do { /* at least once, and gcc keeps the sums out of memory: for kc = 0 it would store them as zeros */
         Vec bk[NV];
         for (int v = 0; v < vecs; v++) bk[v] = load(b + k * ldb + v * LANES);
         for (int i = 0; i < rows; i++) {
             const real aik = a[(size_t)i * a_row + k * a_col];
             for (int v = 0; v < vecs; v++) sum[i][v] = multiply_add(aik, bk[v], sum[i][v]);
         }
-    }
-    for (int i = 0; i < rows; i++) {
-        for (int v = 0; v < vecs; v++) {
-            real *cv = c + (size_t)i * ldc + v * LANES;
-            store(cv, add ? load(cv) + sum[i][v] : sum[i][v]);
-        }
-    }
+    } while (++k < kc);
+    if (add) /* all of C is read before any is written: a read that looks like a write before it (4 KB apart) waits */
+        for (int i = 0; i < rows; i++)
+            for (int v = 0; v < vecs; v++) sum[i][v] = load(c + (size_t)i * ldc + v * LANES) + sum[i][v];
+    for (int i = 0; i < rows; i++)
+        for (int v = 0; v < vecs; v++) store(c + (size_t)i * ldc + v * LANES, sum[i][v]);
 }
 
 /* Chooses the expansion of micro_kernel for a number of rows; called with constant vecs and one constant stride. */
@@ -110,7 +114,7 @@ INLINE void micro_rows(int rows, int vecs, size_t kc, const real *a, size_t a_ro
         ROWS(4);
         ROWS(5);
         ROWS(6);
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(__aarch64__)
         ROWS(7);
         ROWS(8);
 #endif
@@ -179,19 +183,23 @@ static void pack_b(View b, size_t kc, size_t cols) {
         copy_rows(panel_b, NR, b.p, b.row, kc, cols);
 }
 
-/* Copies a block of op(A), rows <= MC by kc, into block_a, so that the micro kernel walks through few pages and no two
- * rows fight for one place in the cache. Rows stay rows of stride KC; a transposed A becomes panels (kc, MR). */
-static View pack_a(View a, size_t rows, size_t kc) {
-    if (a.col == 1) {
-        copy_rows(block_a, KC, a.p, a.row, rows, kc);
-        const View packed = {block_a, KC, 1};
-        return packed;
-    }
-    size_t i = 0;
-    for (; i + MR <= rows; i += MR) copy_rows(block_a + i * KC, MR, a.p + i, a.col, kc, MR);
-    if (i < rows) copy_rows(block_a + i * KC, MR, a.p + i, a.col, kc, rows - i);
-    const View packed = {block_a, 1, MR};
-    return packed;
+/* MR rows of op(A), or fewer, by kc to their place in block_a, so that the micro kernel walks through few pages and no
+ * two rows fight for one place in the cache. Rows stay rows of stride KC; a transposed A becomes panels (kc, MR). */
+static void pack_a(real *to, View a, size_t rows, size_t kc) {
+    if (a.col == 1)
+        copy_rows(to, KC, a.p, a.row, rows, kc);
+    else if (rows == MR)
+        copy_rows(to, MR, a.p, a.col, kc, MR);
+    else
+        copy_rows(to, MR, a.p, a.col, kc, rows);
+}
+
+/* Asks the caches for part `part` of `parts` of a matrix (rows, cols): it will be read soon. */
+static void fetch(View v, size_t rows, size_t cols, size_t part, size_t parts) {
+    const size_t n = v.col == 1 ? rows : cols, length = v.col == 1 ? cols : rows, step = v.col == 1 ? v.row : v.col;
+    const size_t share = ceil_div(n, parts), end = min_size(n, (part + 1) * share);
+    for (size_t i = part * share; i < end; i++)
+        for (size_t k = 0; k < length; k += CACHE_LINE / sizeof(real)) __builtin_prefetch(v.p + i * step + k, 0, 2);
 }
 
 static __thread real unpacked[NR * KC] __attribute__((aligned(64)));
@@ -226,15 +234,31 @@ static void add_tile(int rows, size_t cols, const real *tile, int add, real *c, 
     }
 }
 
+/* What to do between two micro tiles. */
+typedef struct {
+    View a;                /* pack these rows of A into block_a on the way; p NULL: nothing to pack */
+    View b;                /* fetch this, the next panel of B */
+    size_t b_rows, b_cols; /* 0: there is none */
+} Between;
+
+static void between(const Between *to_do, size_t i, size_t rows, size_t kc) {
+    if (to_do->a.p) {
+        pack_a(block_a + i * KC, view_at(to_do->a, i, 0), min_size(MR, rows - i), kc);
+        if (i + MR < rows) fetch(view_at(to_do->a, i + MR, 0), min_size(MR, rows - i - MR), kc, 0, 1);
+    }
+    if (to_do->b_rows) fetch(to_do->b, to_do->b_rows, to_do->b_cols, i / MR, ceil_div(rows, MR));
+}
+
 /* One panel: C (rows, cols <= NR) = or += A (rows,kc) b (kc, row stride ldb). a_step: from one MR rows of A to the
  * next. Where C is narrower than the vectors the sums take a way over the stack. */
 static void panel_product(size_t rows, size_t cols, size_t kc, View a, size_t a_step, const real *b, size_t ldb,
-                          int add, real *c, size_t ldc) {
+                          int add, real *c, size_t ldc, const Between *to_do) {
     const int vecs = cols <= LANES ? 1 : NV;
     for (size_t i = 0; i < rows; i += MR) {
         const int high = (int)min_size(MR, rows - i);
         const View ai = {a.p + i / MR * a_step, a.row, a.col};
         real *ci = c + i * ldc;
+        between(to_do, i, rows, kc);
         if (cols == (size_t)vecs * LANES) {
             micro_tile(high, vecs, kc, ai, b, ldb, add, ci, ldc);
         } else {
@@ -258,20 +282,20 @@ typedef struct {
 /* C (rows <= MC, cols) = or += A (rows, kc <= KC) B (kc, cols), whose first element is (k0,j0) of the whole B */
 static void block_product(const Product *p, size_t rows, size_t cols, size_t kc, View a, size_t k0, size_t j0, int add,
                           real *c) {
-    const size_t ldc = p->ldc;
-    size_t a_step = MR * a.row;
-    if (cols > PACK_A_COLS && rows > MR) {
-        a = pack_a(a, rows, kc);
-        a_step = MR * KC; /* both kinds of packed panel are MR*KC long */
-    }
+    const int packs = cols > PACK_A_COLS && rows > MR;
+    const View rows_of_a = {block_a, KC, 1}, panels_of_a = {block_a, 1, MR}, none = {NULL, 0, 0};
+    const View packed = !packs ? a : a.col == 1 ? rows_of_a : panels_of_a;
+    const size_t a_step = packs ? MR * KC : MR * a.row; /* both kinds of packed panel are MR*KC long */
     for (size_t j = 0; j < cols; j += NR) {
-        const size_t width = min_size(NR, cols - j);
+        const size_t width = min_size(NR, cols - j), next = j + NR < cols && !p->w && rows > MR ? j + NR : 0;
+        const Between to_do = {packs && j == 0 ? a : none, next ? view_at(p->b, k0, j0 + next) : none, next ? kc : 0,
+                               min_size(NR, cols - next)};
         const View bj = p->w ? unpack(p->w, p->K, j0 + j, width, k0, kc) : view_at(p->b, k0, j0 + j);
         if (bj.col == 1 && rows <= MR && (width == NR || width == LANES)) { /* read once: no use in packing */
-            panel_product(rows, width, kc, a, a_step, bj.p, bj.row, add, c + j, ldc);
+            panel_product(rows, width, kc, packed, a_step, bj.p, bj.row, add, c + j, p->ldc, &to_do);
         } else {
             pack_b(bj, kc, width);
-            panel_product(rows, width, kc, a, a_step, panel_b, NR, add, c + j, ldc);
+            panel_product(rows, width, kc, packed, a_step, panel_b, NR, add, c + j, p->ldc, &to_do);
         }
     }
 }
@@ -283,7 +307,8 @@ static double work(size_t M, size_t N, size_t K) {
     return (double)(M + MR) * (double)N * (double)K;
 }
 
-/* Tiles of MC x NC, halved along the longer side until every thread has several or they become too small. */
+/* Tiles of MC x NC, halved along the longer side until every thread has several, and all about the same number, or they
+ * become too small. */
 static void choose_tiles(Product *p, size_t threads) {
     p->rows = min_size(p->M, MC);
     p->cols = min_size(p->N, NC);
@@ -293,7 +318,8 @@ static void choose_tiles(Product *p, size_t threads) {
         p->tiles = p->down * across;
         p->rows = min_size(p->rows, round_up(ceil_div(p->M, p->down), MR)); /* equal heights, not one thin rest */
         p->cols = min_size(p->cols, round_up(ceil_div(p->N, across), NR));
-        if (threads == 1 || p->tiles >= TILES_PER_THREAD * threads) return;
+        const size_t idle = round_up(p->tiles, threads) - p->tiles; /* threads without a tile in the last round */
+        if (threads == 1 || (p->tiles >= TILES_PER_THREAD * threads && idle <= p->tiles / 16)) return;
         if (work(p->rows, p->cols, p->K) < (double)SMALL_WORK) return;
         if (p->rows > p->cols && p->rows > MR)
             p->rows = round_up(p->rows / 2, MR);
@@ -304,12 +330,13 @@ static void choose_tiles(Product *p, size_t threads) {
     }
 }
 
-/* One tile of C, K in pieces of KC. Tiles that follow each other share their columns of B. */
+/* One tile of C, K in equal pieces of at most KC. Tiles that follow each other share their columns of B. */
 static void tile_product(const Product *p, size_t tile) {
     const size_t i = tile % p->down * p->rows, j = tile / p->down * p->cols;
     const size_t rows = min_size(p->rows, p->M - i), cols = min_size(p->cols, p->N - j);
-    for (size_t k = 0; k < p->K; k += KC)
-        block_product(p, rows, cols, min_size(KC, p->K - k), view_at(p->a, i, k), k, j, p->accumulate || k > 0,
+    const size_t kc = ceil_div(p->K, ceil_div(p->K, KC));
+    for (size_t k = 0; k < p->K; k += kc)
+        block_product(p, rows, cols, min_size(kc, p->K - k), view_at(p->a, i, k), k, j, p->accumulate || k > 0,
                       p->c + i * p->ldc + j);
 }
 

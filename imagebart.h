@@ -131,6 +131,7 @@ typedef void Task(void *context, size_t i);
 void parallel_for(int threads, size_t n, Task *task, void *context);
 void threads_set(int n); /* how many a program uses; 0 (default): as many as there are processors for it */
 int threads_get(void);
+const char *vector_instructions(void); /* that this copy of the program was compiled for: "AVX2" */
 int threads_free(void);    /* what a loop that starts here can use: 1 inside a parallel_for, else threads_get() */
 size_t thread_index(void); /* of the calling thread in its loop: 0..threads-1 */
 
@@ -823,7 +824,8 @@ void sampling_options(SampleOptions *o, const SamplingArgs *a, const Model *m, c
 /* A line on stderr per scale: how many passes of the decoder it took, and how good the guesses were. */
 void say_drafts(const DraftCounts *counts, int T);
 int sampling_progress(void *context, int t, size_t repeat, size_t done, size_t of); /* SampleOptions.progress */
-/* One line on stderr: how much memory this takes (see model_memory) and how much there is; dies if it does not fit. */
+/* On stderr: how much memory this takes (see model_memory) and how much there is, and which vectors and how many threads
+ * compute; dies if memory does not suffice. */
 void sampling_memory(Model *m, size_t batch, size_t pictures);
 /* The options as PNG text, for image_write_png. */
 Err sampling_text(Config *text, const SamplingArgs *a, const SampleOptions *o, const Model *m);

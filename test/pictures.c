@@ -1,7 +1,8 @@
 /* pictures.c - makes and compares pictures for test_programs.sh.
  *
  *   pictures make DIR COUNT SIDE     COUNT pictures of coloured discs and bars in DIR/disc and DIR/bar
- *   pictures same A B X0 Y0 X1 Y1    exit status 0 if the two pictures agree in that rectangle, 1 if not */
+ *   pictures same A B X0 Y0 X1 Y1    exit status 0 if the two pictures agree in that rectangle, 1 if not
+ *   pictures near A B MOST           exit status 0 if no two colours are farther apart than MOST (of 255), 1 if some are */
 #include "../imagebart.h"
 
 #include <stdio.h>
@@ -60,9 +61,26 @@ static int same(char **argv) {
     return differ != 0;
 }
 
+static int near(char **argv) {
+    Image a = {0}, b = {0};
+    int farthest = 0;
+    if (image_read(&a, argv[2]) != OK || image_read(&b, argv[3]) != OK) return complain();
+    if (a.H != b.H || a.W != b.W || a.H * a.W == 0) {
+        fprintf(stderr, "pictures: sizes %zux%zu and %zux%zu\n", a.W, a.H, b.W, b.H);
+        return 2;
+    }
+    for (size_t i = 0; i < 3 * a.H * a.W; i++)
+        if (abs(a.rgb[i] - b.rgb[i]) > farthest) farthest = abs(a.rgb[i] - b.rgb[i]);
+    if (farthest > atoi(argv[4])) fprintf(stderr, "pictures: %d apart\n", farthest);
+    image_free(&a);
+    image_free(&b);
+    return farthest > atoi(argv[4]);
+}
+
 int main(int argc, char **argv) {
     if (argc == 5 && !strcmp(argv[1], "make")) return make(argv[2], atoi(argv[3]), strtoul(argv[4], NULL, 10));
     if (argc == 8 && !strcmp(argv[1], "same")) return same(argv);
-    fprintf(stderr, "usage: pictures make DIR COUNT SIDE | same A B X0 Y0 X1 Y1\n");
+    if (argc == 5 && !strcmp(argv[1], "near")) return near(argv);
+    fprintf(stderr, "usage: pictures make DIR COUNT SIDE | same A B X0 Y0 X1 Y1 | near A B MOST\n");
     return 2;
 }

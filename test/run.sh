@@ -1,9 +1,9 @@
 #!/bin/sh
-# run.sh BUILD TEST...: runs every test program, the golden cases, the checks of the three programs, and adds up what
-# they report; what cannot be run here is named. The last line is "N passed, N failed"; exit status 1 if anything failed,
+# run.sh BUILD ANY TEST...: runs every test program, the golden cases, the checks of the three programs, and adds up what
+# they report; ANY holds the programs for any x86-64, "" where there are none; what cannot be run here is named. The last line is "N passed, N failed"; exit status 1 if anything failed,
 # crashed or reported nothing. PYTHON names a python that has torch.
-build=$1
-shift
+build=$1 any=$2
+shift 2
 passed=0 failed=0
 export ASAN_OPTIONS=allocator_may_return_null=1 # the tests ask for more memory than there is
 
@@ -36,6 +36,11 @@ done
 check golden "$build/golden" test/golden-cases
 check golden-selftest "$build/golden" --selftest test/golden-cases
 check programs test/test_programs.sh "$build"
+if [ -n "$any" ]; then
+    check levels test/test_levels.sh "$any" "$build"
+else
+    echo "levels: skipped: these programs are for one kind of processor"
+fi
 check fetch test/test_fetch.sh
 if command -v "${PYTHON:-python3}" >/dev/null; then
     check torch "${PYTHON:-python3}" test/test_torch.py "$build"

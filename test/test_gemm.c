@@ -15,7 +15,7 @@ static const double UNIT = DBL_EPSILON / 2;
 #else
 static const double UNIT = FLT_EPSILON / 2;
 #endif
-enum { PIECE = 256 }; /* KC in gemm.c: part of its promise on bits */
+enum { KC = 384 }; /* as in gemm.c: part of its promise on bits */
 static const real MARK = 12345;
 
 typedef struct {
@@ -80,11 +80,17 @@ static real b_at(const Case *c, size_t k, size_t j) {
     return c->trans_b ? c->B[j * c->ldb + k] : c->B[k * c->ldb + j];
 }
 
+/* The length of the pieces that K is cut into: the longest is at most KC, all but the last are equal. */
+static size_t piece(size_t K) {
+    const size_t pieces = (K + KC - 1) / KC;
+    return pieces ? (K + pieces - 1) / pieces : 1;
+}
+
 /* Every element of c->C within the a-priori bound, every element beside them untouched. Adding n terms in sequence
  * with unit roundoff u errs by at most n*u/(1-n*u) * sum |terms| (Higham, Accuracy and Stability, 2002, sec. 3.1);
  * n = a product, a piece, the pieces, the old C. Whole numbers below 2^24 allow no error at all. */
 static int correct(const Case *c, int whole) {
-    const double n = (double)((c->K < PIECE ? c->K : PIECE) + c->K / PIECE + 3) * UNIT, bound = whole ? 0 : n / (1 - n);
+    const double n = (double)(piece(c->K) + (c->K + KC - 1) / KC + 3) * UNIT, bound = whole ? 0 : n / (1 - n);
     for (size_t e = 0; e < c->c_size; e++) {
         const size_t i = e / c->ldc, j = e % c->ldc;
         if (j >= c->N) {
@@ -120,14 +126,15 @@ static real multiply_add(real a, real b, real sum) {
 #endif
 }
 
-/* C in the promised order: pieces of PIECE products each, one after the other */
+/* C in the promised order: pieces of equal length, one after the other */
 static void promised_order(const Case *c, real *C) {
+    const size_t length = piece(c->K);
     memcpy(C, c->before, c->c_size * sizeof(real));
     for (size_t i = 0; i < c->M; i++)
         for (size_t j = 0; j < c->N; j++)
-            for (size_t start = 0; start < c->K; start += PIECE) {
+            for (size_t start = 0; start < c->K; start += length) {
                 real sum = 0, *to = C + i * c->ldc + j;
-                for (size_t k = start; k < c->K && k < start + PIECE; k++)
+                for (size_t k = start; k < c->K && k < start + length; k++)
                     sum = multiply_add(a_at(c, i, k), b_at(c, k, j), sum);
                 *to = start || c->accumulate ? *to + sum : sum;
             }
@@ -148,7 +155,7 @@ static int product_is(int trans, size_t M, size_t N, size_t K, size_t pad, int w
     return ok;
 }
 
-/* Sizes around every boundary: vectors of 2..16, micro tiles of 6 and 8 rows, panels of 4..32, blocks of 256. */
+/* Sizes around every boundary: vectors of 2..16, micro tiles of 6 and 8 rows, panels of 4..32, pieces of at most 384. */
 static void test_shapes(void) {
     static const size_t small[] = {1, 2, 3, 5, 6, 7, 8, 9, 13, 15, 16, 17, 31, 32, 33, 47, 64, 65};
     enum { SMALL = sizeof small / sizeof *small };
@@ -160,7 +167,7 @@ static void test_shapes(void) {
                     ok &= product_is(trans, small[m], small[n], small[k], (m + n + k) % 4, 1);
     CHECK(ok);
     static const size_t large[][3] = {{257, 17, 3},  {3, 257, 17},   {17, 3, 257},    {257, 129, 511}, {1, 1031, 300},
-                                      {9, 515, 256}, {530, 97, 260}, {100, 1030, 40}, {19, 23, 1025},  {259, 1, 513}};
+                                      {9, 515, 384}, {530, 97, 385}, {100, 1030, 40}, {19, 23, 1025},  {355, 1, 769}};
     for (int trans = 0; trans < 8; trans++)
         for (size_t s = 0; s < sizeof large / sizeof *large; s++) {
             ok &= product_is(trans, large[s][0], large[s][1], large[s][2], s % 3, 1);
@@ -390,7 +397,8 @@ static void pack_and_unpack(WeightFormat format, real *out, const real *x, size_
 
 static double largest_of(const real *x, size_t n) {
     double largest = 0;
-    for (size_t i = 0; i < n; i++) largest = fmax(largest, fabs((double)x[i]));
+    for (size_t i = 0; i < n; i++)
+        if (fabs((double)x[i]) > largest) largest = fabs((double)x[i]);
     return largest;
 }
 

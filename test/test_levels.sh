@@ -1,0 +1,72 @@
+#!/bin/sh
+# test_levels.sh ANY BUILD: the programs in ANY, which hold a copy of themselves for each level of x86-64 (start.c): every
+# level that this machine has draws the same tokens and trains to the same loss. BUILD holds test programs and programs
+# for this processor only.
+any=$1 build=$2
+dir=$(mktemp -d)
+trap 'rm -rf "$dir"' EXIT
+passed=0 failed=0 best=
+
+ok() { # ok WHAT COMMAND...: must exit 0
+    what=$1
+    shift
+    if "$@" >"$dir/out" 2>"$dir/err"; then
+        passed=$((passed + 1))
+    else
+        failed=$((failed + 1))
+        echo "FAIL $what: $*"
+        tail -n 3 "$dir/err"
+    fi
+}
+
+refused() { # refused WORD COMMAND...: exit status 2 and one line that holds WORD
+    word=$1
+    shift
+    "$@" >"$dir/out" 2>"$dir/err"
+    got=$?
+    ok "refused" test "$got $(wc -l <"$dir/err") $(grep -c -- "$word" "$dir/err")" = "2 1 1"
+}
+
+# Greedy, so that a picture shows which tokens were likeliest at every step; rounding may shift a colour by one.
+draw() { "$any/sample" models/emoji -n 4 --top-k 1 --seed "$2" -o "$dir/$1.png"; }
+train() { "$any/train" --config test/tiny.txt --data "$dir/data" --run "$dir/$1" --scale 1 --steps 5; }
+loss() { awk '$1 == "scale1" && $2 == 5 { print $3 }' "$dir/$1/log.tsv"; }
+close_to() { awk "BEGIN { a = $1 + 0; b = $2 + 0; d = a - b; exit !(a > 0 && d * d < 1e-6 * a * a) }"; }
+
+"$build/pictures" make "$dir/data" 40 20 || exit 1
+ok "a first stage" "$any/train" --config test/tiny.txt --data "$dir/data" --run "$dir/first" --vqgan --steps 5
+
+while read -r level vectors; do
+    export IMAGEBART_LEVEL="$level"
+    if ! "$any/sample" --list >/dev/null 2>"$dir/err"; then
+        if grep -qE 'lacks it|not compiled' "$dir/err" && [ "$level" != x86-64 ]; then
+            echo "SKIP $(head -n 1 "$dir/err")"
+            continue
+        fi
+    fi
+    ok "$level draws" draw "$level" 3
+    cp "$dir/err" "$dir/said"
+    ok "$level is what computes" grep -q "^processor: $vectors, " "$dir/said"
+    ok "$level: the same picture as x86-64" "$build/pictures" near "$dir/$level.png" "$dir/x86-64.png" 2
+    mkdir "$dir/$level" && cp "$dir/first/vqgan.safetensors" "$dir/$level"
+    ok "$level trains" train "$level"
+    ok "$level: the same loss as x86-64" close_to "$(loss "$level")" "$(loss x86-64)"
+    best=$level
+done <<LEVELS
+x86-64 SSE2
+x86-64-v3 AVX2
+x86-64-v4 AVX-512
+x86-64-v4-bf16 AVX-512 with bf16
+LEVELS
+
+unset IMAGEBART_LEVEL
+ok "without being told" draw chosen 3
+ok "the best level is taken" cmp "$dir/chosen.png" "$dir/$best.png"
+ok "another seed" draw other 4
+ok "draws other pictures" sh -c "! '$build/pictures' near '$dir/other.png' '$dir/$best.png' 2" # the check can fail
+export IMAGEBART_LEVEL=x86-64-v9
+refused "no such level; expected one of: x86-64" "$any/sample" --list
+export IMAGEBART_LEVEL=x86-64
+refused "one kind of processor" "$build/sample" --list # never silently another than the one asked for
+echo "$passed passed, $failed failed"
+[ "$failed" -eq 0 ]
