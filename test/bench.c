@@ -527,163 +527,161 @@ static void bench_train(void) {
     section("training at full size: 256 tokens, 548 codes");
     bench_step(1, "encoder-decoder", 4);
     bench_step(4, "last scale (GPT)", 4);
+}
 
-    /* ---- Blocks: n positions of every row in one pass, as guessed tokens are checked ---- */
+/* ---- Blocks: n positions of every row in one pass, as guessed tokens are checked ---- */
 
-    static double pass_time(Decoding * d, size_t n) {
-        DecodeCell cell[16 * DECODE_BLOCK];
-        const real *logits;
-        double best = 1e30;
-        for (size_t r = 0; r < d->B * n; r++)
-            cell[r].b = r / n, cell[r].i = TOKENS / 2 + r % n, cell[r].prev = d->x_t[r];
-        for (int k = 0; k < 8; k++) {
-            const double begin = now();
-            must(transformer_decode_block(d->m, cell, d->B * n, &logits));
-            const double t = now() - begin;
-            if (k > 0 && t < best) best = t;
-        }
-        return best;
-    }
-
-    /* The least a for which 1 + a + ... + a^(n-1) tokens, what n positions give when each guess is right with probability a,
- * are worth more than single passes in the same time; above 1: never. */
-    static double break_even(double passes, size_t n) {
-        for (double a = 0; a < 1; a += 0.01) {
-            double tokens = 0, p = 1;
-            for (size_t i = 0; i < n; i++, p *= a) tokens += p;
-            if (tokens >= passes) return a;
-        }
-        return passes <= (double)n ? 1 : 9.99;
-    }
-
-    static void bench_block(void) {
-        static const size_t batches[] = {1, 4, 16}, lengths[] = {1, 2, 4, 8, 16, 32, 64};
-        Decoding d = {full_size(1), 0, 0, NULL, NULL, NULL};
-        double per_position, fixed;
-        section("Blocks of an FFHQ scale, times a single pass, pays from a");
-        must(mem_alloc(&d.x_t, 16 * TOKENS, sizeof *d.x_t, "tokens"));
-        must(mem_alloc(&d.t, 16, sizeof *d.t, "scales"));
-        for (size_t i = 0; i < 16 * TOKENS; i++) d.x_t[i] = (int32_t)(i * 37 % 548);
-        for (size_t b = 0; b < 16; b++) d.t[b] = 1;
-        const double weights = token_numbers(d.m, &per_position, &fixed);
-        for (int format = WEIGHTS_REAL; format <= WEIGHTS_INT8; format++)
-            for (size_t k = 0; k < COUNT(batches); k++) {
-                double single = 0;
-                d.B = batches[k];
-                must(transformer_plan(d.m, d.B, TOKENS, 0));
-                pack(d.m, WEIGHTS_REAL);
-                begin_decoding(&d);
-                pack(d.m, (WeightFormat)format);
-                const real *logits;
-                for (; d.next < TOKENS / 2; d.next++) must(transformer_decode_step(d.m, d.x_t, d.next, &logits));
-                for (size_t l = 0; l < COUNT(lengths) && d.B * lengths[l] <= 256; l++) {
-                    const size_t n = lengths[l];
-                    const double t = pass_time(&d, n), rows = (double)(d.B * n);
-                    char name[96];
-                    if (n == 1) single = t;
-                    snprintf(name, sizeof name, "%s, batch %zu, block %zu: %.2f passes, a >= %.2f",
-                             format_names[format], d.B, n, t / single, break_even(t / single, n));
-                    const double kept = rows * (fixed + per_position * TOKENS / 2) * sizeof(real);
-                    print_row(
-                        (Row){name, 2 * weights * rows, weights * (double)weight_bytes((WeightFormat)format) + kept},
-                        t);
-                }
-            }
-        free(d.x_t);
-        free(d.t);
-        transformer_free(d.m);
-    }
-
-    /* ---- A whole scale with its draws: one by one, and with x_t for a guess ---- */
-
-    /* The network says little more than its residual, so that a token is x_t's with probability alpha, as it is on average
- * where a trained network of a scale with this alpha is right. */
-    static void quieten(Transformer * m, float alpha) {
-        Params *p = transformer_params(m);
-        const float alphas[MAX_SCALES + 1] = {1, alpha, alpha, alpha, alpha};
-        for (size_t i = 0; i < p->n; i++)
-            for (size_t k = 0; strstr(p->row[i].name, "log_scalors") && k < p->row[i].size; k++)
-                p->row[i].value[k] = -9;
-        transformer_set_alphas(m, alphas);
-    }
-
-    static double scale_time(Transformer * m, size_t B, size_t block, DraftCounts * counts) {
-        static int32_t tokens[16 * TOKENS];
-        DraftCounts all[MAX_SCALES + 1];
-        memset(all, 0, sizeof all);
-        SampleOptions o = {.n = B, .candidates = 1, .seed = 1, .block = block, .counts = all};
-        o.temperature[1] = 1;
-        for (size_t i = 0; i < 16 * TOKENS; i++) tokens[i] = (int32_t)(i * 37 % 548);
+static double pass_time(Decoding *d, size_t n) {
+    DecodeCell cell[16 * DECODE_BLOCK];
+    const real *logits;
+    double best = 1e30;
+    for (size_t r = 0; r < d->B * n; r++) cell[r].b = r / n, cell[r].i = TOKENS / 2 + r % n, cell[r].prev = d->x_t[r];
+    for (int k = 0; k < 8; k++) {
         const double begin = now();
-        must(sample_scale(m, &o, 1, 0, TOKENS, tokens));
-        *counts = all[1];
-        return now() - begin;
+        must(transformer_decode_block(d->m, cell, d->B * n, &logits));
+        const double t = now() - begin;
+        if (k > 0 && t < best) best = t;
     }
+    return best;
+}
 
-    static void bench_draft(void) {
-        static const size_t batches[] = {1, 16};
-        static const float alphas[] = {0.5f, 0.75f}; /* geometric of 4 scales: 0.75, 0.67, 0.5 and the last */
-        Transformer *m = full_size(1);
-        printf("\n%-30s %7s %9s %8s %8s %7s %7s %8s\n", "An FFHQ scale, 256 tokens", "right", "one by one", "guessing",
-               "speed-up", "passes", "of", "positions");
-        for (int format = WEIGHTS_REAL; format <= WEIGHTS_INT8; format++)
-            for (size_t k = 0; k < COUNT(batches); k++)
-                for (size_t a = 0; a < COUNT(alphas); a++) {
-                    DraftCounts single, guessed;
-                    if (batches[k] > 1 && (a == 0 || format != WEIGHTS_REAL)) continue; /* these take long */
-                    quieten(m, alphas[a]);
-                    pack(m, (WeightFormat)format);
-                    const double t1 = scale_time(m, batches[k], 1, &single), t = scale_time(m, batches[k], 0, &guessed);
-                    char name[96];
-                    snprintf(name, sizeof name, "%s, batch %zu, alpha %.2f", format_names[format], batches[k],
-                             (double)alphas[a]);
-                    printf("%-30s %6.0f%% %8.2f s %6.2f s %8.2f %7zu %7zu %8zu\n", name,
-                           100 * (double)guessed.right / (double)guessed.tried, t1, t, t1 / t, guessed.passes,
-                           single.passes, guessed.cells);
-                    fflush(stdout);
-                    if (tsv) fprintf(tsv, "%s\t%s\t%.6g\t\t\t\t\n", section_name, name, t);
-                }
-        transformer_free(m);
+/* The least a for which 1 + a + ... + a^(n-1) tokens, what n positions give when each guess is right with probability a,
+ * are worth more than single passes in the same time; above 1: never. */
+static double break_even(double passes, size_t n) {
+    for (double a = 0; a < 1; a += 0.01) {
+        double tokens = 0, p = 1;
+        for (size_t i = 0; i < n; i++, p *= a) tokens += p;
+        if (tokens >= passes) return a;
     }
+    return passes <= (double)n ? 1 : 9.99;
+}
 
-    /* ---- All of them ---- */
-
-    static const struct {
-        const char *name;
-        void (*run)(void);
-    } sections[] = {
-        {"gemm", bench_gemm},   {"stream", bench_stream}, {"decode", bench_decode},
-        {"block", bench_block}, {"draft", bench_draft},   {"train", bench_train},
-    };
-
-    static int usage(void) {
-        fprintf(stderr, "usage: test/bench [-t THREADS] [-o FILE.tsv] [SECTION...]\nsections:");
-        for (size_t s = 0; s < COUNT(sections); s++) fprintf(stderr, " %s", sections[s].name);
-        fprintf(stderr, "\n");
-        return 2;
-    }
-
-    int main(int argc, char **argv) {
-        int first = 1, wanted[COUNT(sections)] = {0};
-        for (; argc > first + 1 && argv[first][0] == '-'; first += 2) {
-            char *end;
-            const long threads = strtol(argv[first + 1], &end, 10);
-            if (!strcmp(argv[first], "-t") && !*end && threads >= 1 && threads <= THREADS_MAX)
-                threads_set((int)threads);
-            else if (strcmp(argv[first], "-o") || !(tsv = fopen(argv[first + 1], "w")))
-                return usage();
+static void bench_block(void) {
+    static const size_t batches[] = {1, 4, 16}, lengths[] = {1, 2, 4, 8, 16, 32, 64};
+    Decoding d = {full_size(1), 0, 0, NULL, NULL, NULL};
+    double per_position, fixed;
+    section("Blocks of an FFHQ scale, times a single pass, pays from a");
+    must(mem_alloc(&d.x_t, 16 * TOKENS, sizeof *d.x_t, "tokens"));
+    must(mem_alloc(&d.t, 16, sizeof *d.t, "scales"));
+    for (size_t i = 0; i < 16 * TOKENS; i++) d.x_t[i] = (int32_t)(i * 37 % 548);
+    for (size_t b = 0; b < 16; b++) d.t[b] = 1;
+    const double weights = token_numbers(d.m, &per_position, &fixed);
+    for (int format = WEIGHTS_REAL; format <= WEIGHTS_INT8; format++)
+        for (size_t k = 0; k < COUNT(batches); k++) {
+            double single = 0;
+            d.B = batches[k];
+            must(transformer_plan(d.m, d.B, TOKENS, 0));
+            pack(d.m, WEIGHTS_REAL);
+            begin_decoding(&d);
+            pack(d.m, (WeightFormat)format);
+            const real *logits;
+            for (; d.next < TOKENS / 2; d.next++) must(transformer_decode_step(d.m, d.x_t, d.next, &logits));
+            for (size_t l = 0; l < COUNT(lengths) && d.B * lengths[l] <= 256; l++) {
+                const size_t n = lengths[l];
+                const double t = pass_time(&d, n), rows = (double)(d.B * n);
+                char name[96];
+                if (n == 1) single = t;
+                snprintf(name, sizeof name, "%s, batch %zu, block %zu: %.2f passes, a >= %.2f", format_names[format],
+                         d.B, n, t / single, break_even(t / single, n));
+                const double kept = rows * (fixed + per_position * TOKENS / 2) * sizeof(real);
+                print_row((Row){name, 2 * weights * rows, weights * (double)weight_bytes((WeightFormat)format) + kept},
+                          t);
+            }
         }
-        for (int a = first; a < argc; a++) {
-            size_t s = 0;
-            while (s < COUNT(sections) && strcmp(argv[a], sections[s].name)) s++;
-            if (s == COUNT(sections)) return usage();
-            wanted[s] = 1;
-        }
-        measure_ceilings();
-        if (tsv) fprintf(tsv, "section\tname\tseconds\tGFLOP/s\tof peak\tGB/s\tof read rate\n");
-        for (size_t s = 0; s < COUNT(sections); s++) {
-            section_name = sections[s].name;
-            if (argc == first || wanted[s]) sections[s].run();
-        }
-        return tsv && fclose(tsv) ? (perror("bench"), 1) : 0;
+    free(d.x_t);
+    free(d.t);
+    transformer_free(d.m);
+}
+
+/* ---- A whole scale with its draws: one by one, and with x_t for a guess ---- */
+
+/* The network says little more than its residual, so that a token is x_t's with probability alpha, as it is on average
+ * where a trained network of a scale with this alpha is right. */
+static void quieten(Transformer *m, float alpha) {
+    Params *p = transformer_params(m);
+    const float alphas[MAX_SCALES + 1] = {1, alpha, alpha, alpha, alpha};
+    for (size_t i = 0; i < p->n; i++)
+        for (size_t k = 0; strstr(p->row[i].name, "log_scalors") && k < p->row[i].size; k++) p->row[i].value[k] = -9;
+    transformer_set_alphas(m, alphas);
+}
+
+static double scale_time(Transformer *m, size_t B, size_t block, DraftCounts *counts) {
+    static int32_t tokens[16 * TOKENS];
+    DraftCounts all[MAX_SCALES + 1];
+    memset(all, 0, sizeof all);
+    SampleOptions o = {.n = B, .candidates = 1, .seed = 1, .block = block, .counts = all};
+    o.temperature[1] = 1;
+    for (size_t i = 0; i < 16 * TOKENS; i++) tokens[i] = (int32_t)(i * 37 % 548);
+    const double begin = now();
+    must(sample_scale(m, &o, 1, 0, TOKENS, tokens));
+    *counts = all[1];
+    return now() - begin;
+}
+
+static void bench_draft(void) {
+    static const size_t batches[] = {1, 16};
+    static const float alphas[] = {0.5f, 0.75f}; /* geometric of 4 scales: 0.75, 0.67, 0.5 and the last */
+    Transformer *m = full_size(1);
+    printf("\n%-30s %7s %9s %8s %8s %7s %7s %8s\n", "An FFHQ scale, 256 tokens", "right", "one by one", "guessing",
+           "speed-up", "passes", "of", "positions");
+    for (int format = WEIGHTS_REAL; format <= WEIGHTS_INT8; format++)
+        for (size_t k = 0; k < COUNT(batches); k++)
+            for (size_t a = 0; a < COUNT(alphas); a++) {
+                DraftCounts single, guessed;
+                if (batches[k] > 1 && (a == 0 || format != WEIGHTS_REAL)) continue; /* these take long */
+                quieten(m, alphas[a]);
+                pack(m, (WeightFormat)format);
+                const double t1 = scale_time(m, batches[k], 1, &single), t = scale_time(m, batches[k], 0, &guessed);
+                char name[96];
+                snprintf(name, sizeof name, "%s, batch %zu, alpha %.2f", format_names[format], batches[k],
+                         (double)alphas[a]);
+                printf("%-30s %6.0f%% %8.2f s %6.2f s %8.2f %7zu %7zu %8zu\n", name,
+                       100 * (double)guessed.right / (double)guessed.tried, t1, t, t1 / t, guessed.passes,
+                       single.passes, guessed.cells);
+                fflush(stdout);
+                if (tsv) fprintf(tsv, "%s\t%s\t%.6g\t\t\t\t\n", section_name, name, t);
+            }
+    transformer_free(m);
+}
+
+/* ---- All of them ---- */
+
+static const struct {
+    const char *name;
+    void (*run)(void);
+} sections[] = {
+    {"gemm", bench_gemm},   {"stream", bench_stream}, {"decode", bench_decode},
+    {"block", bench_block}, {"draft", bench_draft},   {"train", bench_train},
+};
+
+static int usage(void) {
+    fprintf(stderr, "usage: test/bench [-t THREADS] [-o FILE.tsv] [SECTION...]\nsections:");
+    for (size_t s = 0; s < COUNT(sections); s++) fprintf(stderr, " %s", sections[s].name);
+    fprintf(stderr, "\n");
+    return 2;
+}
+
+int main(int argc, char **argv) {
+    int first = 1, wanted[COUNT(sections)] = {0};
+    for (; argc > first + 1 && argv[first][0] == '-'; first += 2) {
+        char *end;
+        const long threads = strtol(argv[first + 1], &end, 10);
+        if (!strcmp(argv[first], "-t") && !*end && threads >= 1 && threads <= THREADS_MAX)
+            threads_set((int)threads);
+        else if (strcmp(argv[first], "-o") || !(tsv = fopen(argv[first + 1], "w")))
+            return usage();
     }
+    for (int a = first; a < argc; a++) {
+        size_t s = 0;
+        while (s < COUNT(sections) && strcmp(argv[a], sections[s].name)) s++;
+        if (s == COUNT(sections)) return usage();
+        wanted[s] = 1;
+    }
+    measure_ceilings();
+    if (tsv) fprintf(tsv, "section\tname\tseconds\tGFLOP/s\tof peak\tGB/s\tof read rate\n");
+    for (size_t s = 0; s < COUNT(sections); s++) {
+        section_name = sections[s].name;
+        if (argc == first || wanted[s]) sections[s].run();
+    }
+    return tsv && fclose(tsv) ? (perror("bench"), 1) : 0;
+}
