@@ -377,6 +377,18 @@ static void conv_layer_backward(Vqgan *v, const Layer *l) {
                   l->more[0], &v->scratch);
 }
 
+double vqgan_flops(const Vqgan *v, size_t B, size_t H, size_t W, int encode, int decode) {
+    double sum = 0;
+    for (size_t i = encode ? 0 : v->quantize + 1; i < (decode ? v->n_layers : v->quantize); i++) {
+        const Layer *l = &v->layer[i];
+        const Value *y = &v->value[l->out];
+        const double cells = (double)(H >> y->level) * (double)(W >> y->level), C = (double)y->C;
+        if (l->kind == CONV) sum += cells * (double)v->params.row[l->weight].size;
+        if (l->kind == ATTEND) sum += 2 * cells * cells * C;
+    }
+    return 2 * (double)B * sum;
+}
+
 /* ---- GroupNorm, with or without swish ---- */
 
 /* What the tasks of one layer share: for norms a task is a group of channels, for attention a picture. */

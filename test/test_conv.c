@@ -125,7 +125,8 @@ int main(void) {
         {CONV3, 2, 17, 16, 6, 10},      {CONV3, 5, 48, 33, 4, 8},   {CONV3, 1, 20, 24, 34, 130},
         {CONV3, 2, 16, 16, 8, 1},       {CONV_DOWN, 2, 3, 5, 2, 2}, {CONV_DOWN, 3, 33, 17, 6, 10},
         {CONV_DOWN, 1, 32, 32, 64, 34}, {CONV_UP, 2, 3, 5, 1, 1},   {CONV_UP, 3, 17, 33, 3, 5},
-        {CONV_UP, 1, 32, 32, 33, 20}};
+        {CONV_UP, 1, 32, 32, 33, 20},   {CONV3, 2, 17, 16, 32, 36}, {CONV3, 1, 20, 24, 36, 132},
+        {CONV3, 3, 16, 33, 32, 32},     {CONV3, 1, 70, 16, 4, 260}};
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) check_conv(cases[i]);
     real x[3] = {1, 2, 4};
     CHECK(sum_reals(x, 3) == 7 && sum_reals(x, 0) == 0);
