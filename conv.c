@@ -385,6 +385,11 @@ static void times_at(const Product *p, real *to, size_t step, const real *const 
     p->side == 4 ? times_at4(to, step, d, n) : times_at6(to, step, d, n);
 }
 
+/* What is n numbers long and needed a channel later: planes lie too far apart for the processor to guess it. */
+static void prefetch(const real *x, size_t n, int exists) {
+    for (size_t i = 0; exists && i < n; i += ALIGN) __builtin_prefetch(x + i);
+}
+
 /* Row `row` of the fine picture behind a plane, as `block` phases: cell x stands at to[(x+1) % block * pitch +
  * (x+1) / block], between two zeros. */
 static void fetch_row(real *to, size_t pitch, const Product *p, Source source, const real *plane, size_t row) {
@@ -444,8 +449,9 @@ static void b_task(void *context, size_t cb) {
     const Product *p = j->p;
     const Tile *t = j->t;
     const size_t n = p->gw, side = p->side, step = matrix_step(p->C, t->cols), pitch = round_up(n + 1, ALIGN);
-    const size_t c = cb / t->images, b = cb % t->images;
-    const real *plane = j->x + ((t->b + b) * p->C + c) * source_cells(p, p->source), *d[6];
+    const size_t c = cb / t->images, b = cb % t->images, plane_size = source_cells(p, p->source);
+    const size_t width = plane_size / p->gh / p->block; /* of the source, for each fine row */
+    const real *plane = j->x + ((t->b + b) * p->C + c) * plane_size, *d[6];
     real *v = j->V + c * t->cols + b * t->rows * n, *lines = own_lines(j->s), *phases = lines + side * side * n;
     for (size_t i = 0; i < p->block * t->rows + 2; i++) { /* fine row block*y - 1 + i */
         const size_t row = p->block * t->y + i;
@@ -453,6 +459,7 @@ static void b_task(void *context, size_t cb) {
         if (row == 0 || row > p->block * p->gh) {
             memset(line, 0, side * n * sizeof(real));
         } else {
+            prefetch(plane + plane_size + (row - 1) * width, width, c + 1 < p->C);
             fetch_row(phases, pitch, p, p->source, plane, row - 1);
             for (size_t k = 0; k < side; k++) d[k] = phases + k % p->block * pitch + k / p->block;
             times_b(p, line, n, d, n);
@@ -545,6 +552,7 @@ static void store_task(void *context, size_t m) {
         for (size_t r = 0; r < kept; r++) {
             if (p->results == ALL) interleave(row, done + r * block * n, block, n);
             const size_t out = at + r * kept * n;
+            prefetch(j->out + out + p->gh * kept * kept * n, kept * n, m + 1 < p->M);
             put_row(j->out + out, p->results == LAST ? done + 3 * n : row, shift, j->add ? j->add + out : NULL,
                     kept * n);
         }
