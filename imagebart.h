@@ -12,6 +12,7 @@
  *        params.c        named tensors in memory: the parameter table of a model
  *     4. data.c          images in, batches, the token cache, image grids out
  *     5. vqgan.c         first stage: image <-> tokens
+ *        vqgan_layers.c  what its layers do
  *     6. transformer.cu  one reverse transition p(x_{t-1} | x_t)
  *        decode.cu       the same, token by token
  *        optimizer.cu    its losses, AdamW, EMA
@@ -419,7 +420,7 @@ Err tokens_read(Tokens *x, const char *path);
 void tokens_free(Tokens *x);
 
 /* ------------------------------------------------------------------------------------------------------------
- * 5. vqgan.c: first stage, image <-> tokens (SPEC section 8; Esser et al. 2021, "Taming Transformers")
+ * 5. vqgan.c, vqgan_layers.c: first stage, image <-> tokens (SPEC section 8; Esser et al. 2021, "Taming Transformers")
  * ---------------------------------------------------------------------------------------------------------- */
 enum { VQ_LEVELS = 8 };
 typedef struct { /* the official ddconfig and quantiser settings, under their official names */

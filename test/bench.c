@@ -13,6 +13,10 @@
  *
  * A row near 100 % of either ceiling is done; data that fit in the caches can pass 100 % of the second.
  *
+ * A convolution counts the operations of the direct way, 2*9*C*M for each 3x3 result, as everybody does. Winograd's
+ * algorithm needs fewer, so its rows pass 100 %; the number in brackets behind a convolution's name is what it really
+ * multiplies, as a fraction: times that, the per cent are what the multiply-add units do.
+ *
  * A new section: a function that fills Rows and calls row() for each, and a line in the table `sections`. */
 #include "../imagebart.h"
 #include <stdio.h>
@@ -422,9 +426,7 @@ static void bench_decode(void) {
     bench_transition(4, "last scale (GPT)");
 }
 
-/* ---- The first stage at full size. As everybody does, the operations counted are those of the direct convolution,
- *      2*9*C*M for each 3x3 result: Winograd's algorithm needs fewer multiplications, so its rows may pass 100 %. The
- *      last number of a convolution's name is what it really multiplies, as a fraction of that. ---- */
+/* ---- The first stage at full size; see the top for what the per cent of a convolution mean ---- */
 
 typedef struct {
     Conv c;
@@ -547,7 +549,7 @@ static void bench_layers(void) {
         {CONV3, 1, 256, 256, 64, 64},     {CONV3, 1, 512, 512, 16, 16},       {CONV3, 1, 3, 128, 256, 256},
         {CONV3, 1, 128, 3, 256, 256},     {CONV1, 1, 256, 128, 128, 128},     {CONV1, 1, 512, 512, 16, 16},
         {CONV_UP, 1, 128, 128, 128, 128}, {CONV_DOWN, 1, 128, 128, 256, 256}, {CONV_UP, 1, 512, 512, 16, 16}};
-    section("convolutions of the first stage at full size");
+    section("convolutions (multiplications, of the direct way's)");
     for (size_t i = 0; i < COUNT(layers); i++) bench_conv(layers[i]);
 }
 
