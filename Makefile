@@ -83,7 +83,7 @@ CFLAGS_ANY := -std=c11 -D_GNU_SOURCE -g $(OPT) -ffp-contract=fast -fno-math-errn
 CFLAGS := $(CFLAGS_ANY) $(if $(HAVE_MARCH),-march=$(MARCH))
 LDLIBS := -lpng -ljpeg -lz -lm -lpthread
 
-COMPONENTS := base gemm stream conv checkpoint ckpt params data vqgan layers attention transformer decode optimizer classes diffusion
+COMPONENTS := base gemm stream conv checkpoint ckpt params data vqgan_layers vqgan layers attention transformer decode optimizer classes diffusion
 PROGRAMS := sample train inpaint
 COLD := checkpoint ckpt params data classes # whose speed is that of files: compiled for the first level only
 TESTS := base gemm conv checkpoint ckpt data vqgan transformer classes diffusion
