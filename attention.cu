@@ -82,6 +82,110 @@ void attend_forward(const AttendShape *s, real *y, real *p, real *scores, const 
         parallel_for(threads_free(), s->B * s->heads, attend_forward_head, &a);
 }
 
+/* ---- Kept keys and values ----
+ *
+ * Decoders with packed weights keep keys and values rounded to bf16, a head's positions one after the other, D padded with
+ * zeros to kept_width(D). Whole sequences go the same way, one query at a time, so that decoding with kept keys equals
+ * them bit for bit. */
+
+static inline real from_bf16(uint16_t half) {
+    const uint32_t bits = (uint32_t)half << 16;
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return (real)x;
+}
+
+/* Sixteen sums side by side, added as a tree. n: a multiple of 16. */
+static inline real dot_kept(const real *q, const uint16_t *k, size_t n) {
+    real sum[16] = {0};
+    for (size_t c = 0; c < n; c += 16)
+#pragma omp simd
+        for (int i = 0; i < 16; i++) sum[i] += q[c + (size_t)i] * from_bf16(k[c + (size_t)i]);
+    for (int half = 8; half > 0; half /= 2)
+        for (int i = 0; i < half; i++) sum[i] += sum[i + half];
+    return sum[0];
+}
+
+/* y = sum_j p[j] v[j,0..n-1] over keys j; rows of v are `width` apart. n is a constant where this is expanded. */
+static inline void add_kept(real *y, const real *p, const uint16_t *v, size_t width, size_t keys, const size_t n) {
+    real sum[64] = {0};
+    for (size_t j = 0; j < keys; j++)
+#pragma omp simd
+        for (size_t i = 0; i < n; i++) sum[i] += p[j] * from_bf16(v[j * width + i]);
+    memcpy(y, sum, n * sizeof *y);
+}
+
+/* attend_kept      y = softmax(q k^T / sqrt(D), over the visible keys) v, for every batch row and head
+ * keep_positions   kept (B,heads,key_stride,width) at pos..pos+n-1 = x (B,n,heads*D)
+ *   q, y (B,Tq,heads*D)   k, v as kept   scores (B*heads, QUERY_BLOCK, Tk): work space */
+typedef struct {
+    const AttendShape *s;
+    const real *q;
+    const uint16_t *k, *v;
+    real *y, *scores;
+} AttendKept;
+
+static void attend_kept_query(const AttendKept *a, size_t task, size_t i) {
+    enum { PART = 16, WIDEST = 256 };
+    const AttendShape *s = a->s;
+    const size_t D = s->D, width = kept_width(D), keys = visible(s, i), at = task * s->key_stride * width;
+    const real *q = a->q + ((task / s->heads * s->Tq + i) * s->heads + task % s->heads) * D;
+    real *y = a->y + (q - a->q), *p = a->scores + task * QUERY_BLOCK * s->Tk, part[PART];
+    const uint16_t *k = a->k + at, *v = a->v + at;
+    if (width <= WIDEST) { /* zeros behind the query, so that its end is no special case */
+        real padded[WIDEST];
+        memcpy(padded, q, D * sizeof *q);
+        for (size_t d = D; d < width; d++) padded[d] = 0;
+        for (size_t j = 0; j < keys; j++) p[j] = dot_kept(padded, k + j * width, width);
+    } else
+        for (size_t j = 0; j < keys; j++) {
+            p[j] = 0;
+            for (size_t d = 0; d < D; d++) p[j] += q[d] * from_bf16(k[j * width + d]);
+        }
+    softmax_row(p, keys, keys, (real)(1 / sqrt((double)D)));
+    size_t d = 0;
+    for (; d + 64 <= D; d += 64) add_kept(y + d, p, v + d, width, keys, 64);
+    for (; d + PART <= D; d += PART) add_kept(y + d, p, v + d, width, keys, PART);
+    if (d == D) return;
+    add_kept(part, p, v + d, width, keys, PART);
+    memcpy(y + d, part, (D - d) * sizeof *y);
+}
+
+static void attend_kept_head(void *context, size_t task) {
+    const AttendKept *a = (const AttendKept *)context;
+    for (size_t i = 0; i < a->s->Tq; i++) attend_kept_query(a, task, i);
+}
+
+void attend_kept(const AttendShape *s, real *y, real *scores, const real *q, const uint16_t *k, const uint16_t *v) {
+    AttendKept a = {s, q, k, v, y, scores};
+    parallel_for(threads_for(s->B * s->Tk * s->heads * s->D), s->B * s->heads, attend_kept_head, &a);
+}
+
+typedef struct {
+    const AttendShape *s;
+    uint16_t *kept;
+    const real *x;
+    size_t pos, n;
+} Keep;
+
+static void keep_row(void *context, size_t r) {
+    const Keep *a = (const Keep *)context;
+    const AttendShape *s = a->s;
+    const size_t width = kept_width(s->D), b = r / a->n, at = a->pos + r % a->n;
+    for (size_t h = 0; h < s->heads; h++) {
+        uint16_t *to = a->kept + ((b * s->heads + h) * s->key_stride + at) * width;
+        round_bf16(to, a->x + (r * s->heads + h) * s->D, s->D);
+        for (size_t d = s->D; d < width; d++) to[d] = 0;
+    }
+}
+
+void keep_positions(const AttendShape *s, uint16_t *kept, const real *x, size_t pos, size_t n) {
+    Keep a = {s, kept, x, pos, n};
+    parallel_for(threads_for(s->B * n * s->heads * s->D), s->B * n, keep_row, &a);
+}
+
+/* ---- Backward ---- */
+
 /* ds (rows,keys; Tk apart) holds dp; becomes the gradient of q k^T: p (dp - sum_j p dp) scale */
 static void softmax_backward(real *ds, const real *p, size_t rows, size_t keys, size_t Tk, real scale) {
     for (size_t i = 0; i < rows; i++) {

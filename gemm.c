@@ -24,8 +24,8 @@
  * so A and its transpose need no packing to be correct; pack_a only copies blocks that are read many times.
  * B is always read along its rows: pack_b transposes in registers when it has to.
  *
- * Weights may be stored in half or a quarter of the bits: gemm_weights unpacks them on the way into a panel. Products of
- * few rows, which reuse nothing, are another file's business: stream.c.
+ * Weights in half or a quarter of the bits, and products of few rows, which reuse nothing, are another file's business:
+ * stream.c.
  *
  * Promise on bits: an element of C is the sum, in order, of the KC-long pieces of K; within a piece the products are
  * added in order of k with one fused multiply-add each (two roundings on machines without one). Nothing else - threads,
@@ -194,28 +194,6 @@ static View pack_a(View a, size_t rows, size_t kc) {
     return packed;
 }
 
-static __thread real unpacked[NR * KC] __attribute__((aligned(64)));
-
-INLINE void unpack_row(WeightFormat format, real *to, const void *data, size_t i, size_t n, real scale) {
-    for (size_t k = 0; k < n; k += LANES) {
-        const Vec w = n - k < LANES ? load_last_weights(format, data, i + k, n - k) : load_weights(format, data, i + k);
-        store(to + k, w * scale);
-    }
-}
-
-/* Rows j..j+rows-1 <= NR of the weights (..,K), columns k..k+kc-1, as the view of a panel of op(B). */
-static View unpack(const Weights *w, size_t K, size_t j, size_t rows, size_t k, size_t kc) {
-    for (size_t r = 0; r < rows; r++) {
-        const size_t i = (j + r) * K + k;
-        if (w->format == WEIGHTS_BF16)
-            unpack_row(WEIGHTS_BF16, unpacked + r * KC, w->data, i, kc, 1);
-        else
-            unpack_row(WEIGHTS_INT8, unpacked + r * KC, w->data, i, kc, w->scale[j + r]);
-    }
-    const View view = {unpacked, 1, KC};
-    return view;
-}
-
 /* ---- Blocks and tiles ---- */
 
 /* c (rows, cols) = or += tile (rows, NR) */
@@ -247,8 +225,7 @@ static void panel_product(size_t rows, size_t cols, size_t kc, View a, size_t a_
 
 typedef struct {
     size_t M, N, K;
-    View a, b;        /* op(A), op(B) */
-    const Weights *w; /* B is unpacked from these (N,K); NULL: b */
+    View a, b; /* op(A), op(B) */
     int accumulate;
     real *c;
     size_t ldc;
@@ -266,7 +243,7 @@ static void block_product(const Product *p, size_t rows, size_t cols, size_t kc,
     }
     for (size_t j = 0; j < cols; j += NR) {
         const size_t width = min_size(NR, cols - j);
-        const View bj = p->w ? unpack(p->w, p->K, j0 + j, width, k0, kc) : view_at(p->b, k0, j0 + j);
+        const View bj = view_at(p->b, k0, j0 + j);
         if (bj.col == 1 && rows <= MR && (width == NR || width == LANES)) { /* read once: no use in packing */
             panel_product(rows, width, kc, a, a_step, bj.p, bj.row, add, c + j, ldc);
         } else {
@@ -326,27 +303,16 @@ static void tile_task(void *context, size_t tile) {
     tile_product((const Product *)context, tile);
 }
 
-static void product(Product *p) {
-    if (p->M == 0 || p->N == 0) return;
-    if (p->K == 0) {
-        if (!p->accumulate) clear(p->c, p->M, p->N, p->ldc);
-        return;
-    }
-    const int threads = threads_for(p->M, p->N, p->K);
-    choose_tiles(p, (size_t)threads);
-    parallel_for(threads, p->tiles, tile_task, p);
-}
-
 void gemm(int trans_a, int trans_b, size_t M, size_t N, size_t K, const real *A, size_t lda, const real *B, size_t ldb,
           int accumulate, real *C, size_t ldc) {
     const View a = {A, trans_a ? 1 : lda, trans_a ? lda : 1}, b = {B, trans_b ? 1 : ldb, trans_b ? ldb : 1};
-    Product p = {M, N, K, a, b, NULL, accumulate, C, ldc, 0, 0, 0, 0};
-    product(&p);
-}
-
-void gemm_weights(size_t M, size_t N, size_t K, const real *A, size_t lda, const Weights *w, int accumulate, real *C,
-                  size_t ldc) {
-    const View a = {A, lda, 1}, b = {(const real *)w->data, 1, K};
-    Product p = {M, N, K, a, b, w->format == WEIGHTS_REAL ? NULL : w, accumulate, C, ldc, 0, 0, 0, 0};
-    product(&p);
+    Product p = {M, N, K, a, b, accumulate, C, ldc, 0, 0, 0, 0};
+    if (M == 0 || N == 0) return;
+    if (K == 0) {
+        if (!accumulate) clear(C, M, N, ldc);
+        return;
+    }
+    const int threads = threads_for(M, N, K);
+    choose_tiles(&p, (size_t)threads);
+    parallel_for(threads, p.tiles, tile_task, &p);
 }

@@ -1,28 +1,42 @@
-/* stream.c - the product of few rows with a matrix of weights, as decoding does it; weights in fewer bits.
+/* stream.c - the product of rows with a matrix of weights that streams by, as decoding does it; weights in fewer bits.
  *
  * Owns: gemm_stream and the packing of weights (weights_pack). Refuses: nothing; it cannot fail and it allocates
  * nothing.
  *
- * Decoding multiplies 1..16 rows with a weight matrix (N,K). Nothing is reused there but the few rows, so the work is
- * to read the weights as fast as memory gives them, and gemm's packing would be in the way: gemm_stream multiplies rows
- * of weights with rows of A where they stand, LANES numbers at a time, both sides read along k.
+ * Decoding multiplies 1..64 rows with a weight matrix (N,K). Each weight is used once per row, so the work is to read
+ * the weights as fast as memory gives them and to multiply meanwhile. A task takes a few vectors of outputs
+ * at a time, a piece of k after the other, and does two things in turn:
  *
- * Promise on bits: an element of C is the sum of LANES sums, each over every LANES-th k in order, added as a tree.
- * Threads, M, N and position do not change the order, so a row computed alone equals bit for bit the same row computed
- * in a batch. (gemm has another order: the two agree to rounding only.) */
+ *     spread     brings the weights into `panel`, in the L1 cache, where a vector holds one k of LANES outputs: rows of
+ *                numbers are transposed in registers, int8 widened. Once for all rows of A. Packed bf16 lies so already.
+ *     multiply   GROUP rows of A at a time: loads a vector of the panel and adds its products with one number of each
+ *                row of A, while the next weights are fetched from memory at a constant rate.
+ *
+ * Numerics, the same on every machine. WEIGHTS_REAL: products and sums in real. WEIGHTS_BF16 and WEIGHTS_INT8: the
+ * rows of A are rounded to bf16 first, products of two bf16 are exact, sums are float (real); int8 is exact in bf16, its
+ * factor multiplies the sum. Processors with avx512_bf16 have one instruction for two such products, which is twice as
+ * fast as two multiply-adds (and takes numbers below 2^-126 for 0).
+ *
+ * Promise on bits: an element of C is one sum over k in a fixed order. Threads, M, N and position do not change it, so a
+ * row computed alone equals bit for bit the same row in any batch. */
 
 #include "vector.h"
 
 /* ---- Weights in fewer bits ---- */
 
-static uint16_t to_bf16(float x) {
+static inline uint16_t to_bf16(float x) {
     uint32_t bits;
     memcpy(&bits, &x, sizeof bits);
     const uint32_t rounded = bits + 0x7fffu + (bits >> 16 & 1);
     return (uint16_t)((x == x ? rounded : bits | 0x400000u) >> 16);
 }
 
-static float pack_int8(int8_t *out, const real *x, size_t n) {
+void round_bf16(uint16_t *to, const real *x, size_t n) {
+    for (size_t i = 0; i < n; i++) to[i] = to_bf16((float)x[i]);
+}
+
+/* What the numbers of a row are counted in; NaN if one of them is not finite. */
+static float int8_factor(const real *x, size_t n) {
     float largest = 0;
     int finite = 1;
     for (size_t i = 0; i < n; i++) {
@@ -30,138 +44,478 @@ static float pack_int8(int8_t *out, const real *x, size_t n) {
         finite &= size <= 3e38f; /* false for NaN */
         largest = size > largest ? size : largest;
     }
-    const float scale = largest / 127, inverse = scale > 0 ? 1 / scale : 0;
-    for (size_t i = 0; i < n; i++) {
-        const float q = finite ? (float)x[i] * inverse : 0;
-        out[i] = (int8_t)(q < -127 ? -127 : q > 127 ? 127 : q + (q < 0 ? -0.5f : 0.5f));
-    }
-    return finite ? scale : 0.0f / 0.0f;
+    return finite ? largest / 127 : 0.0f / 0.0f;
 }
 
-void weights_pack(WeightFormat format, void *out, float *scale, const real *x, size_t n) {
-    if (format == WEIGHTS_INT8) {
-        *scale = pack_int8((int8_t *)out, x, n);
-        return;
-    }
-    for (size_t i = 0; i < n; i++) ((uint16_t *)out)[i] = to_bf16((float)x[i]);
+static int8_t to_int8(float q) {
+    if (!(q >= -127)) return q != q ? 0 : -127;
+    return (int8_t)(q > 127 ? 127 : q + (q < 0 ? -0.5f : 0.5f));
 }
 
-/* ---- Few rows: the weights stream by ---- */
+/* A packed matrix (N,K) is cut into panels of PANEL_ROWS rows, each (words of K, PANEL_ROWS), zeros behind its ends: a
+ * vector of it holds the same k of neighbouring rows. A word is two bf16 or four int8. */
+enum { PANEL_ROWS = 16, WORD = 4 };
+
+/* Bytes from one panel to the next. */
+static size_t panel_bytes(WeightFormat format, size_t K) {
+    return round_up(K * weight_bytes(format), WORD) * PANEL_ROWS;
+}
+
+size_t weights_bytes(WeightFormat format, size_t N, size_t K) {
+    return format == WEIGHTS_REAL ? N * K * sizeof(real) : ceil_div(N, PANEL_ROWS) * panel_bytes(format, K);
+}
+
+void weights_pack(WeightFormat format, void *out, float *scale, const real *x, size_t j, size_t K) {
+    char *to = (char *)out + j / PANEL_ROWS * panel_bytes(format, K) + j % PANEL_ROWS * WORD;
+    const float factor = format == WEIGHTS_INT8 ? int8_factor(x, K) : 0;
+    const float inverse = factor > 0 ? 1 / factor : 0; /* NaN: all 0, and the factor says it */
+    for (size_t k = 0; k < K; k++) {
+        const uint16_t half = to_bf16((float)x[k]);
+        const int8_t byte = to_int8((float)x[k] * inverse);
+        if (format == WEIGHTS_BF16)
+            memcpy(to + k / 2 * WORD * PANEL_ROWS + k % 2 * 2, &half, 2);
+        else
+            memcpy(to + k / 4 * WORD * PANEL_ROWS + k % 4, &byte, 1);
+    }
+    if (format == WEIGHTS_INT8) scale[j] = factor;
+}
+
+/* ---- The product ---- */
+
+#if defined(__AVX512BF16__) && defined(__AVX512VBMI__) && !defined(REAL_DOUBLE)
+#define PAIRS 1 /* two neighbouring k of packed weights are one step */
+#else
+#define PAIRS 0
+#endif
 
 enum {
-    STREAM_X = LANES < 4 ? LANES : 4,    /* rows of A at a time, at most; LANES sums in registers in all */
-    STREAM_ROWS = LANES < 4 ? LANES : 4, /* rows of weights against one row of A */
-    AHEAD = 8192                         /* bytes */
+    GROUP = VECTOR_BYTES == 64 ? 8 : 6, /* rows of A at a time */
+    VECS = 2,                           /* vectors of outputs at a time: GROUP*VECS sums stay in registers */
+    FEW = 2,                            /* rows so few that only */
+    FEW_VECS = 4,                       /* more vectors keep the units busy */
+    PANEL = 256,                        /* vectors of a panel: 16 KB */
+    BURST = 16,                         /* steps between two rounds of fetching */
+    ROWS = 256,                         /* rows of A, at most, that share one reading of the weights */
+    LINE = 64,                          /* bytes that memory hands over at a time */
+    TASKS_PER_THREAD = 4                /* so that a delayed thread costs little */
 };
-static const size_t STREAM_BYTES = 64 * 1024; /* weights of a task */
-static const double SMALL_WORK = 1 << 20;     /* multiply-adds below which waking a thread does not pay */
+static const double SMALL_WORK = 1 << 20; /* multiply-adds below which waking a thread does not pay */
+
+/* What a row of A counts in: a number, or with PAIRS two bf16, the even k low. */
+typedef union {
+    real number;
+    uint32_t pair;
+} Step;
 
 typedef struct {
     size_t M, N, K;
-    const real *A;
-    size_t lda;
+    const Step *A; /* (M,lda) */
+    size_t lda;    /* steps */
     const Weights *w;
     int accumulate;
     real *C;
     size_t ldc;
-    size_t rows; /* of weights in a task */
+    size_t outputs; /* rows of weights in a task */
 } Stream;
 
-/* Lane i of the result is the sum of all lanes of v[i], added as a tree, the same for every i. Each round adds the
- * halves of two vectors into one (compare transpose_square). */
-INLINE Vec sum_lanes(Vec v[LANES]) {
-#define ROUND(half)                                                                                                    \
-    for (int i = 0; i < half && half < LANES; i++)                                                                     \
-    v[i] = interleave_low(v[i], v[(i + half) % LANES]) + interleave_high(v[i], v[(i + half) % LANES])
-    ROUND(8);
-    ROUND(4);
-    ROUND(2);
-    ROUND(1);
-#undef ROUND
-    return v[0];
+static __thread Vec panel[PANEL] __attribute__((aligned(64)));
+static __thread Vec sums[ROWS * VECS] __attribute__((aligned(64))); /* between two pieces of the same outputs */
+
+/* The steps that a word holds. */
+INLINE size_t word_steps(WeightFormat format) {
+    return format == WEIGHTS_REAL ? 1 : (format == WEIGHTS_BF16 ? 2 : 4) / (PAIRS ? 2 : 1);
 }
 
-/* In a register from here on: gcc would rather read it from memory again for every use. */
-INLINE Vec in_register(Vec v) {
-#if defined(__AVX512F__) && !defined(__clang__)
-    __asm__("" : "+v"(v));
-#elif defined(__AVX__) && !defined(__clang__)
-    __asm__("" : "+x"(v));
+/* Steps of a row: those of whole words. */
+INLINE size_t all_steps(WeightFormat format, size_t K) {
+    return format == WEIGHTS_REAL ? K : ceil_div(K * weight_bytes(format), WORD) * word_steps(format);
+}
+
+/* ---- Spread: from rows of weights to a panel ---- */
+
+/* Words of packed outputs from j on that hold a step. */
+INLINE const char *words_at(WeightFormat format, const Stream *s, size_t j, size_t step) {
+    return (const char *)s->w->data + j / PANEL_ROWS * panel_bytes(format, s->K) + j % PANEL_ROWS * WORD +
+           step / word_steps(format) * WORD * PANEL_ROWS;
+}
+
+#ifndef REAL_DOUBLE
+
+/* Within every 16 bytes: the first or second halves of a and b, interleaved by numbers or by pairs of numbers. Of a and
+ * then b: every second 16 bytes. */
+#if LANES == 16
+#define LOW4(a, b) SHUFFLE(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29)
+#define HIGH4(a, b) SHUFFLE(a, b, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31)
+#define LOW2(a, b) SHUFFLE(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29)
+#define HIGH2(a, b) SHUFFLE(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31)
+#define EVEN(a, b) SHUFFLE(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27)
+#define ODD(a, b) SHUFFLE(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31)
+#elif LANES == 8
+#define LOW4(a, b) SHUFFLE(a, b, 0, 8, 1, 9, 4, 12, 5, 13)
+#define HIGH4(a, b) SHUFFLE(a, b, 2, 10, 3, 11, 6, 14, 7, 15)
+#define LOW2(a, b) SHUFFLE(a, b, 0, 1, 8, 9, 4, 5, 12, 13)
+#define HIGH2(a, b) SHUFFLE(a, b, 2, 3, 10, 11, 6, 7, 14, 15)
+#define EVEN(a, b) SHUFFLE(a, b, 0, 1, 2, 3, 8, 9, 10, 11)
+#define ODD(a, b) SHUFFLE(a, b, 4, 5, 6, 7, 12, 13, 14, 15)
+#else
+#define LOW4(a, b) SHUFFLE(a, b, 0, 4, 1, 5)
+#define HIGH4(a, b) SHUFFLE(a, b, 2, 6, 3, 7)
+#define LOW2(a, b) SHUFFLE(a, b, 0, 1, 4, 5)
+#define HIGH2(a, b) SHUFFLE(a, b, 2, 3, 6, 7)
 #endif
+
+/* The first n numbers at p and zeros behind; LANES at most. */
+INLINE Vec load_first(const real *p, size_t n) {
+    Vec v = {0};
+    if (n >= LANES) return load(p);
+#if defined(__AVX512F__)
+    return _mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p);
+#endif
+    memcpy(&v, p, n * sizeof *p);
     return v;
 }
 
-/* C[x,j] = or += A[x,:] . W[j,:] for xs rows of A and `rows` rows of weights. xs, rows, format and ahead are constants
- * where this is expanded. ahead: fetch the next rows of weights into the cache meanwhile. */
-INLINE void stream_kernel(WeightFormat format, int xs, int rows, int ahead, const Stream *s, size_t x0, size_t j) {
-    const size_t K = s->K, lda = s->lda, whole = K / LANES * LANES, step = K * weight_bytes(format);
-    const char *w = (const char *)s->w->data + j * step;
-    const real *a = s->A + x0 * lda;
-    Vec sum[LANES];
-    for (int i = 0; i < LANES; i++) sum[i] = (Vec){0};
-    for (size_t k = 0; k < whole; k += LANES) {
-        Vec ak[STREAM_X];
-        for (int x = 0; x < xs; x++) ak[x] = in_register(load(a + (size_t)x * lda + k));
-        for (int r = 0; r < rows; r++) {
-            const char *row = w + (size_t)r * step;
-            const Vec wk = in_register(load_weights(format, row, k));
-            if (ahead) __builtin_prefetch(row + k * weight_bytes(format) + AHEAD, 0, 2);
-            for (int x = 0; x < xs; x++) sum[x * rows + r] = multiply_add_vec(ak[x], wk, sum[x * rows + r]);
-        }
+/* Number j of v[i] and number i of v[j] change places: squares of 4 x 4 numbers in themselves, within 16 bytes, where
+ * processors shuffle fastest; then the squares, 16 bytes at a time. */
+INLINE void transpose_vecs(Vec v[LANES]) {
+    Vec t[LANES];
+    for (int i = 0; i < LANES; i += 4) {
+        const Vec low = LOW4(v[i], v[i + 1]), high = HIGH4(v[i], v[i + 1]);
+        const Vec low2 = LOW4(v[i + 2], v[i + 3]), high2 = HIGH4(v[i + 2], v[i + 3]);
+        t[i] = LOW2(low, low2), t[i + 1] = HIGH2(low, low2);
+        t[i + 2] = LOW2(high, high2), t[i + 3] = HIGH2(high, high2);
     }
-    if (whole < K)
-        for (int x = 0; x < xs; x++) {
-            const Vec ak = load_last(a + (size_t)x * lda + whole, K - whole);
-            for (int r = 0; r < rows; r++) {
-                const Vec wk = load_last_weights(format, w + (size_t)r * step, whole, K - whole);
-                sum[x * rows + r] = multiply_add_vec(ak, wk, sum[x * rows + r]);
-            }
-        }
-    const Vec total = sum_lanes(sum);
-    for (int x = 0; x < xs; x++)
-        for (int r = 0; r < rows; r++) {
-            const real t = total[x * rows + r] * (format == WEIGHTS_INT8 ? (real)s->w->scale[j + (size_t)r] : 1);
-            real *c = s->C + (x0 + (size_t)x) * s->ldc + j + (size_t)r;
-            *c = s->accumulate ? *c + t : t;
-        }
+    for (int i = 0; i < 4; i++) {
+#if LANES == 16
+        const Vec a = EVEN(t[i], t[i + 4]), b = ODD(t[i], t[i + 4]);
+        const Vec c = EVEN(t[i + 8], t[i + 12]), d = ODD(t[i + 8], t[i + 12]);
+        v[i] = EVEN(a, c), v[i + 4] = EVEN(b, d), v[i + 8] = ODD(a, c), v[i + 12] = ODD(b, d);
+#elif LANES == 8
+        v[i] = EVEN(t[i], t[i + 4]), v[i + 4] = ODD(t[i], t[i + 4]);
+#else
+        v[i] = t[i];
+#endif
+    }
 }
 
-/* xs rows of A against the rows begin..end-1 of the weights. */
-INLINE void stream_block(WeightFormat format, int xs, int rows, int ahead, const Stream *s, size_t x, size_t begin,
-                         size_t end) {
-    size_t j = begin;
-    for (; j + (size_t)rows <= end; j += (size_t)rows) stream_kernel(format, xs, rows, ahead, s, x, j);
-    for (; j < end; j++) stream_kernel(format, xs, 1, 0, s, x, j);
+#if PAIRS
+/* Two tables give the low and the high byte of the bf16 of an int8's magnitude, 0..127; its sign is the bf16's sign. */
+typedef struct {
+    __m512i low[2], high[2];
+} Int8Tables;
+
+INLINE Int8Tables int8_tables(void) {
+    static const struct {
+        uint8_t low[128], high[128];
+    } bytes = {{0,   128, 0,   64,  128, 160, 192, 224, 0,   16,  32,  48,  64,  80,  96,  112, 128, 136, 144,
+                152, 160, 168, 176, 184, 192, 200, 208, 216, 224, 232, 240, 248, 0,   4,   8,   12,  16,  20,
+                24,  28,  32,  36,  40,  44,  48,  52,  56,  60,  64,  68,  72,  76,  80,  84,  88,  92,  96,
+                100, 104, 108, 112, 116, 120, 124, 128, 130, 132, 134, 136, 138, 140, 142, 144, 146, 148, 150,
+                152, 154, 156, 158, 160, 162, 164, 166, 168, 170, 172, 174, 176, 178, 180, 182, 184, 186, 188,
+                190, 192, 194, 196, 198, 200, 202, 204, 206, 208, 210, 212, 214, 216, 218, 220, 222, 224, 226,
+                228, 230, 232, 234, 236, 238, 240, 242, 244, 246, 248, 250, 252, 254},
+               {0,  63, 64, 64, 64, 64, 64, 64, 65, 65, 65, 65, 65, 65, 65, 65, 65, 65, 65, 65, 65, 65, 65, 65, 65, 65,
+                65, 65, 65, 65, 65, 65, 66, 66, 66, 66, 66, 66, 66, 66, 66, 66, 66, 66, 66, 66, 66, 66, 66, 66, 66, 66,
+                66, 66, 66, 66, 66, 66, 66, 66, 66, 66, 66, 66, 66, 66, 66, 66, 66, 66, 66, 66, 66, 66, 66, 66, 66, 66,
+                66, 66, 66, 66, 66, 66, 66, 66, 66, 66, 66, 66, 66, 66, 66, 66, 66, 66, 66, 66, 66, 66, 66, 66, 66, 66,
+                66, 66, 66, 66, 66, 66, 66, 66, 66, 66, 66, 66, 66, 66, 66, 66, 66, 66, 66, 66, 66, 66, 66, 66}};
+    Int8Tables t;
+    memcpy(&t, &bytes, sizeof t);
+    return t;
 }
 
-/* All rows of A against the rows begin..end-1 of the weights, which stay in the cache meanwhile. */
-INLINE void stream_rows(WeightFormat format, const Stream *s, size_t begin, size_t end) {
-    size_t x = 0;
-    for (; x + STREAM_X <= s->M; x += STREAM_X) {
-        if (x == 0)
-            stream_block(format, STREAM_X, LANES / STREAM_X, 1, s, x, begin, end);
+/* to[0], to[1] = the steps (k0,k2), (k1,k3) of LANES words (k0 k1 k2 k3). */
+INLINE void spread_int8(Vec *to, Vec packed, const Int8Tables *t) {
+    const __m512i byte = (__m512i)packed, size = _mm512_abs_epi8(byte);
+    const __m512i low = _mm512_permutex2var_epi8(t->low[0], size, t->low[1]);
+    const __m512i high = _mm512_permutex2var_epi8(t->high[0], size, t->high[1]);
+    const __m512i sign = _mm512_set1_epi8((char)0x80), odd = _mm512_set1_epi16((short)0xff00);
+    const __m512i with_sign = _mm512_ternarylogic_epi32(high, byte, sign, 0xf8); /* high | (byte & sign) */
+    to[0] = (Vec)_mm512_ternarylogic_epi32(odd, low, _mm512_slli_epi16(with_sign, 8), 0xac);
+    to[1] = (Vec)_mm512_ternarylogic_epi32(odd, _mm512_srli_epi16(low, 8), with_sign, 0xac);
+}
+#endif
+
+INLINE void spread_words(WeightFormat format, Vec *to, Vec packed) {
+    const Words bits = (Words)packed;
+    if (format == WEIGHTS_REAL)
+        to[0] = packed;
+    else if (format == WEIGHTS_BF16)
+        to[0] = (Vec)(bits << 16), to[1] = (Vec)(bits & 0xffff0000u);
+    else {
+#if PAIRS
+        const Int8Tables tables = int8_tables();
+        spread_int8(to, packed, &tables);
+#else
+        for (int i = 0; i < 4; i++) to[i] = __builtin_convertvector((Ints)(bits << (24 - 8 * i)) >> 24, Vec);
+#endif
+    }
+}
+
+/* to = n numbers of the LANES rows of weights (rows,K) at w, transposed. Rows behind the last are it. */
+INLINE void spread_rows(Vec *to, const real *w, size_t K, size_t rows, size_t n) {
+    for (size_t k = 0; k < n; k += LANES) {
+        Vec row[LANES];
+        if (k + LANES <= n && rows >= LANES)
+            for (size_t i = 0; i < LANES; i++) row[i] = load(w + i * K + k);
         else
-            stream_block(format, STREAM_X, LANES / STREAM_X, 0, s, x, begin, end);
+            for (size_t i = 0; i < LANES; i++) row[i] = load_first(w + min_size(i, rows - 1) * K + k, n - k);
+        transpose_vecs(row);
+        for (size_t i = 0; i < LANES; i++) to[k + i] = row[i];
     }
-    for (; x < s->M; x++) stream_block(format, 1, STREAM_ROWS, 1, s, x, begin, end);
+}
+
+/* The weights of LANES outputs from j on, steps step..step+steps-1: where they lie if they can be used there, else in
+ * `to`. */
+INLINE const Vec *spread(WeightFormat format, const Stream *s, size_t j, size_t step, size_t steps, Vec *to) {
+    if (format == WEIGHTS_REAL) {
+        spread_rows(to, (const real *)s->w->data + j * s->K + step, s->K, s->N - j, steps);
+        return to;
+    }
+    const char *w = words_at(format, s, j, step);
+    if (PAIRS && format == WEIGHTS_BF16) return (const Vec *)(const void *)w;
+    for (size_t i = 0; i < steps; i += word_steps(format), w += WORD * PANEL_ROWS) {
+        Vec packed;
+        memcpy(&packed, w, sizeof packed);
+        spread_words(format, to + i, packed);
+    }
+    return to;
+}
+
+#else /* doubles: for tests, one by one */
+
+static real one_weight(const Stream *s, size_t j, size_t k) {
+    const char *w = words_at(s->w->format, s, j, k);
+    uint32_t bits = 0;
+    float f;
+    if (s->w->format == WEIGHTS_INT8) return ((const int8_t *)w)[k % 4];
+    memcpy((char *)&bits + 2, w + k % 2 * 2, 2);
+    memcpy(&f, &bits, sizeof f);
+    return f;
+}
+
+INLINE const Vec *spread(WeightFormat format, const Stream *s, size_t j, size_t step, size_t steps, Vec *to) {
+    for (size_t i = 0; i < steps; i++)
+        for (size_t l = 0; l < LANES; l++) {
+            const size_t row = min_size(j + l, s->N - 1);
+            to[i][l] = format == WEIGHTS_REAL ? ((const real *)s->w->data)[row * s->K + step + i]
+                                              : one_weight(s, row, step + i);
+        }
+    return to;
+}
+
+#endif
+
+/* ---- Fetching ahead ---- */
+
+/* Lines of weights that will be needed next: of so many streams, line by line in turn. */
+typedef struct {
+    const char *at;
+    size_t stride, next, end;
+} Ahead;
+
+/* Rows of weights, or panels, that vecs*LANES outputs come from. */
+INLINE size_t streams(WeightFormat format, int vecs) {
+    const size_t outputs = (size_t)vecs * LANES;
+    return format == WEIGHTS_REAL ? outputs : ceil_div(outputs, PANEL_ROWS);
+}
+
+INLINE void fetch(Ahead *a, size_t n_streams, size_t lines) {
+    const size_t end = min_size(a->end, a->next + lines);
+    for (size_t i = a->next; i < end; i++)
+        __builtin_prefetch(a->at + i % n_streams * a->stride + i / n_streams * LINE, 0, 2);
+    a->next = end;
+}
+
+/* What follows the piece at (j,step) in the task that ends before output `end`; nothing behind its last. */
+INLINE Ahead ahead_of(WeightFormat format, int vecs, const Stream *s, size_t j, size_t step, size_t end) {
+    const size_t all = all_steps(format, s->K), most = PANEL / (size_t)vecs;
+    Ahead a = {NULL, format == WEIGHTS_REAL ? s->K * sizeof(real) : panel_bytes(format, s->K), 0, 0};
+    step += most;
+    if (step >= all) step = 0, j += (size_t)vecs * LANES;
+    if (j >= end) return a;
+    const size_t words = ceil_div(min_size(most, all - step), word_steps(format));
+    a.at = format == WEIGHTS_REAL ? (const char *)s->w->data + (j * s->K + step) * sizeof(real)
+                                  : words_at(format, s, j, step);
+    a.end = streams(format, vecs) *
+            (format == WEIGHTS_REAL ? ceil_div(words * sizeof(real), LINE) : words * WORD * PANEL_ROWS / LINE);
+    return a;
+}
+
+/* ---- Multiply ---- */
+
+/* sum + the products of the weights w with a step of A. */
+INLINE Vec add_products(int pairs, const Step *a, Vec w, Vec sum) {
+#if PAIRS
+    if (pairs) return _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)_mm512_set1_epi32((int)a->pair));
+#endif
+    (void)pairs;
+    return multiply_add(a->number, w, sum);
+}
+
+/* C (rows, LANES from column j on) = or += sum, with int8's factors */
+INLINE void put_sum(WeightFormat format, const Stream *s, size_t row, size_t j, Vec sum) {
+    real *c = s->C + row * s->ldc + j;
+    const size_t n = min_size(LANES, s->N - j);
+    if (n == LANES) {
+        if (format == WEIGHTS_INT8) sum *= load_factors(s->w->scale + j);
+        store(c, s->accumulate ? load(c) + sum : sum);
+    } else
+        for (size_t i = 0; i < n; i++) {
+            const real t = format == WEIGHTS_INT8 ? sum[i] * (real)s->w->scale[j + i] : sum[i];
+            c[i] = s->accumulate ? c[i] + t : t;
+        }
+}
+
+/* The panel (steps,vecs) at (j,step) times `rows` rows of A from x on. rows, vecs and format are constants where this is
+ * expanded. */
+INLINE void multiply_group(WeightFormat format, int rows, int vecs, const Stream *s, const Vec *const *weights,
+                           size_t x, size_t j, size_t step, size_t steps, Ahead *ahead, size_t lines) {
+    const int pairs = PAIRS && format != WEIGHTS_REAL;
+    const Step *a = s->A + x * s->lda + step;
+    const size_t lda = s->lda, stride = PAIRS && format == WEIGHTS_BF16 ? PANEL_ROWS / LANES : 1;
+    Vec sum[GROUP][FEW_VECS], *kept = sums + x * (size_t)vecs;
+    for (int i = 0; i < rows; i++)
+        for (int v = 0; v < vecs; v++) sum[i][v] = step ? kept[i * vecs + v] : (Vec){0};
+    for (size_t begin = 0; begin < steps; begin += BURST) {
+        fetch(ahead, streams(format, vecs), lines);
+        for (size_t k = begin; k < min_size(steps, begin + BURST); k++) {
+            Vec w[FEW_VECS];
+            for (int v = 0; v < vecs; v++) w[v] = weights[v][k * stride];
+            for (int i = 0; i < rows; i++)
+                for (int v = 0; v < vecs; v++)
+                    sum[i][v] = add_products(pairs, a + (size_t)i * lda + k, w[v], sum[i][v]);
+        }
+    }
+    const int last = step + steps == all_steps(format, s->K);
+    for (int i = 0; i < rows; i++)
+        for (int v = 0; v < vecs; v++)
+            if (!last)
+                kept[i * vecs + v] = sum[i][v];
+            else if (j + (size_t)v * LANES < s->N)
+                put_sum(format, s, x + (size_t)i, j + (size_t)v * LANES, sum[i][v]);
+}
+
+/* Chooses the expansion for a number of rows. */
+INLINE void multiply_rows(WeightFormat format, size_t rows, int vecs, const Stream *s, const Vec *const *weights,
+                          size_t x, size_t j, size_t step, size_t steps, Ahead *ahead, size_t lines) {
+#define EXPAND(n)                                                                                                      \
+    case n: multiply_group(format, n, vecs, s, weights, x, j, step, steps, ahead, lines); break
+    switch (rows) {
+        EXPAND(1);
+        EXPAND(2);
+        EXPAND(3);
+        EXPAND(4);
+        EXPAND(5);
+        EXPAND(6);
+#if VECTOR_BYTES == 64
+        EXPAND(7);
+        EXPAND(8);
+#endif
+    }
+#undef EXPAND
+}
+
+/* All rows of A with vecs*LANES outputs from j on, of a task that ends before output `end`. */
+INLINE void stream_panels(WeightFormat format, int vecs, const Stream *s, size_t j, size_t end) {
+    const size_t all = all_steps(format, s->K), most = PANEL / (size_t)vecs;
+    for (size_t step = 0; step < all; step += most) {
+        const size_t steps = min_size(most, all - step), bursts = ceil_div(s->M, GROUP) * ceil_div(steps, BURST);
+        Ahead ahead = ahead_of(format, vecs, s, j, step, end);
+        const size_t lines = ceil_div(ahead.end, bursts);
+        const Vec *weights[FEW_VECS];
+        for (int v = 0; v < vecs; v++) {
+            const size_t first = min_size(j + (size_t)v * LANES, (s->N - 1) / LANES * LANES); /* behind N: any */
+            weights[v] = spread(format, s, first, step, steps, panel + (size_t)v * most);
+        }
+        if (vecs == FEW_VECS && s->M == 1)
+            multiply_group(format, 1, vecs, s, weights, 0, j, step, steps, &ahead, lines);
+        else if (vecs == FEW_VECS)
+            multiply_group(format, FEW, vecs, s, weights, 0, j, step, steps, &ahead, lines);
+        else
+            for (size_t x = 0; x < s->M; x += GROUP)
+                multiply_rows(format, min_size(GROUP, s->M - x), vecs, s, weights, x, j, step, steps, &ahead, lines);
+    }
+}
+
+INLINE void stream_outputs(WeightFormat format, const Stream *s, size_t begin, size_t end) {
+    if (s->M <= FEW)
+        for (size_t j = begin; j < end; j += FEW_VECS * LANES) stream_panels(format, FEW_VECS, s, j, end);
+    else
+        for (size_t j = begin; j < end; j += VECS * LANES) stream_panels(format, VECS, s, j, end);
 }
 
 static void stream_task(void *context, size_t task) {
     const Stream *s = (const Stream *)context;
-    const size_t begin = task * s->rows, end = min_size(s->N, begin + s->rows);
+    const size_t begin = task * s->outputs, end = min_size(s->N, begin + s->outputs);
     if (s->w->format == WEIGHTS_BF16)
-        stream_rows(WEIGHTS_BF16, s, begin, end);
+        stream_outputs(WEIGHTS_BF16, s, begin, end);
     else if (s->w->format == WEIGHTS_INT8)
-        stream_rows(WEIGHTS_INT8, s, begin, end);
+        stream_outputs(WEIGHTS_INT8, s, begin, end);
     else
-        stream_rows(WEIGHTS_REAL, s, begin, end);
+        stream_outputs(WEIGHTS_REAL, s, begin, end);
+}
+
+/* ---- Rows of A ---- */
+
+typedef struct {
+    const real *A;
+    Step *to;
+    size_t lda, K, steps;
+    WeightFormat format;
+} Round;
+
+/* The place of number k in a rounded row, whose int8 partners come in the order of spread_int8: 0 2 1 3. */
+INLINE size_t place_of(WeightFormat format, size_t k) {
+    return PAIRS && format == WEIGHTS_INT8 ? k / 4 * 4 + (k % 4 * 2) % 3 + (k % 4 == 3 ? 3 : 0) : k;
+}
+
+/* A row rounded to bf16, zeros behind. */
+static void round_row(void *context, size_t r) {
+    const Round *a = (const Round *)context;
+    const real *from = a->A + r * a->lda;
+    Step *to = a->to + r * a->steps;
+#if PAIRS
+    uint16_t *half = (uint16_t *)(void *)to;
+    size_t k = 0;
+    for (; k + 32 <= a->K; k += 32) {
+        const __m512i x = (__m512i)_mm512_cvtne2ps_pbh(load(from + k + 16), load(from + k));
+        const __m512i swapped = _mm512_shufflehi_epi16(_mm512_shufflelo_epi16(x, 0xd8), 0xd8); /* 0 2 1 3 */
+        _mm512_storeu_si512(half + k, a->format == WEIGHTS_INT8 ? swapped : x);
+    }
+    for (; k < a->steps * 2; k++) half[place_of(a->format, k)] = k < a->K ? to_bf16(from[k]) : 0;
+#else
+    for (size_t k = 0; k < a->steps; k++) {
+        const uint32_t bits = k < a->K ? (uint32_t)to_bf16((float)from[k]) << 16 : 0;
+        float x;
+        memcpy(&x, &bits, sizeof x);
+        to[k].number = (real)x;
+    }
+#endif
+}
+
+size_t gemm_stream_work(size_t M, size_t K) {
+    return min_size(M, ROWS) * round_up(K, 4) * sizeof(Step);
 }
 
 void gemm_stream(size_t M, size_t N, size_t K, const real *A, size_t lda, const Weights *w, int accumulate, real *C,
-                 size_t ldc) {
-    if (M == 0 || N == 0) return;
-    Stream s = {M, N, K, A, lda, w, accumulate, C, ldc, 0};
-    s.rows = round_up(STREAM_BYTES / max_size(K * weight_bytes(w->format), 1) + 1, STREAM_ROWS);
-    const int threads = (double)(M + 8) * (double)N * (double)K < SMALL_WORK ? 1 : threads_free();
-    parallel_for(threads, ceil_div(N, s.rows), stream_task, &s);
+                 size_t ldc, void *work) {
+    const int packed = w->format != WEIGHTS_REAL;
+    for (size_t x = 0; x < M && K == 0 && !accumulate; x++) memset(C + x * ldc, 0, N * sizeof *C);
+    if (N == 0 || K == 0) return;
+    for (size_t x = 0; x < M; x += ROWS) {
+        const size_t rows = min_size(ROWS, M - x);
+        const Step *a = (const Step *)(const void *)(A + x * lda);
+        Stream s = {rows, N, K, a, lda, w, accumulate, C + x * ldc, ldc, 0};
+        const int threads = (double)(rows + 8) * (double)N * (double)K < SMALL_WORK ? 1 : threads_free();
+        if (packed) {
+            Round round = {A + x * lda, (Step *)work, lda, K, all_steps(w->format, K), w->format};
+            parallel_for(rows * K < 65536 ? 1 : threads, rows, round_row, &round);
+            s.A = (const Step *)work, s.lda = round.steps;
+        }
+        const size_t tasks = (size_t)threads * TASKS_PER_THREAD,
+                     together = rows <= FEW ? FEW_VECS * LANES : VECS * LANES;
+        s.outputs = round_up(ceil_div(N, tasks), together);
+        parallel_for(threads, ceil_div(N, s.outputs), stream_task, &s);
+    }
 }

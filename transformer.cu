@@ -409,6 +409,7 @@ static void plan_keys(Arena *a, Layer *l, size_t B, size_t Tk, size_t inner) {
 
 /* Training: each layer keeps what its backward needs. */
 static void plan_layer_training(Arena *a, Layer *l, size_t B, size_t T, size_t Tk, size_t C) {
+    l->kept_key = l->kept_value = NULL;
     plan_input(a, l, B * T, C);
     if (l->kind == BLOCK_FEED) {
         l->g = take(a, B * T, FEED_FACTOR * C, 1);
@@ -421,23 +422,30 @@ static void plan_layer_training(Arena *a, Layer *l, size_t B, size_t T, size_t T
 }
 
 /* Else all layers share one set of buffers, except that the keys and values of a decoder are its caches. */
-static void plan_layer_inference(Arena *a, Layer *l, const Layer *shared, size_t B, size_t Tk, int cache) {
+static void plan_layer_inference(Arena *a, Layer *l, const Layer *shared, size_t B, size_t Tk, int cache, int packed) {
     l->x = shared->x, l->mean = shared->mean, l->rstd = shared->rstd, l->normed = shared->normed;
     l->query = shared->query, l->y = shared->y, l->key = shared->key, l->value = shared->value;
     l->g = shared->g;
     l->p = l->dg = NULL;
-    if (cache && l->kind != BLOCK_FEED) plan_keys(a, l, B, Tk, l->heads * l->D);
+    l->kept_key = l->kept_value = NULL;
+    if (!cache || l->kind == BLOCK_FEED) return;
+    if (!packed) {
+        plan_keys(a, l, B, Tk, l->heads * l->D);
+        return;
+    }
+    l->kept_key = (uint16_t *)take_bytes(a, B * l->heads, Tk, kept_width(l->D), sizeof(uint16_t));
+    l->kept_value = (uint16_t *)take_bytes(a, B * l->heads, Tk, kept_width(l->D), sizeof(uint16_t));
 }
 
 /* T_context: positions of the context of cross-attention. shared NULL: training. */
-static void plan_stack(Arena *a, Stack *s, const Layer *shared, size_t B, size_t T_context) {
+static void plan_stack(Arena *a, Stack *s, const Layer *shared, size_t B, size_t T_context, int packed) {
     size_t R = B * s->T;
     s->ids = (int32_t *)take_bytes(a, R, 1, 1, sizeof(int32_t));
     for (size_t i = 0; i < s->n_layers; i++) {
         Layer *l = &s->layer[i];
         size_t Tk = l->kind == BLOCK_CROSS ? T_context : s->T;
         if (shared)
-            plan_layer_inference(a, l, shared, B, Tk, s->causal);
+            plan_layer_inference(a, l, shared, B, Tk, s->causal, packed);
         else
             plan_layer_training(a, l, B, s->T, Tk, s->C);
     }
@@ -464,8 +472,10 @@ static void plan_arena(Transformer *m, Arena *a) {
         plan_keys(a, &shared, B, T, inner);
         shared.g = take(a, R, FEED_FACTOR * C, 1);
     }
-    if (c->kind == NET_X) plan_stack(a, e, m->train ? NULL : &shared, B, 0);
-    plan_stack(a, d, m->train ? NULL : &shared, B, e->T);
+    const int packed = m->format != WEIGHTS_REAL;
+    if (c->kind == NET_X) plan_stack(a, e, m->train ? NULL : &shared, B, 0, packed);
+    plan_stack(a, d, m->train ? NULL : &shared, B, e->T, packed);
+    m->work = packed ? take_bytes(a, gemm_stream_work(R, max_size(FEED_FACTOR * C, inner)), 1, 1, 1) : NULL;
     m->scores = take(a, B * max_size(c->enc_heads, c->dec_heads), QUERY_BLOCK, T);
     m->logits = take(a, B * m->N, K, 1);
     m->raw = m->train && is_scaled(c) ? take(a, B * m->N, K, 1) : m->logits;
@@ -504,7 +514,7 @@ Err transformer_plan_bytes(Transformer *m, size_t B, size_t N, int train, size_t
     m->arena = NULL;
     if (B < 1 || B > BATCH_MAX) return err("transformer: batch of %zu, expected 1..%d", B, (int)BATCH_MAX);
     TRY(set_lengths(m, N));
-    m->B = B, m->N = N, m->train = train;
+    m->B = B, m->N = N, m->train = train, m->format = m->params.format;
     plan_arena(m, &measure);
     m->B = 0; /* until the memory is there */
     if (measure.overflow) return err("transformer: a batch of %zu x %zu tokens is too large", B, N);
@@ -538,14 +548,27 @@ static AttendShape attend_shape(const Transformer *m, const Stack *s, const Laye
 }
 
 /* out[b,pos+i,:] = projection of in[b,i,:], where out (B,stride,l->out) may have room for more positions than n. */
-static void project_positions(const Transformer *m, const Linear *l, real *out, const real *in, const Pass *pass) {
-    const size_t n = pass->n;
-    if (pass->stride == n)
-        linear_forward(m, l, out, l->out, NULL, in, l->in, pass->B * n);
+static void project_positions(const Transformer *m, const Linear *l, real *out, const real *in, size_t B, size_t n,
+                              size_t pos, size_t stride) {
+    if (stride == n)
+        linear_forward(m, l, out, l->out, NULL, in, l->in, B * n);
     else
         for (size_t i = 0; i < n; i++)
-            linear_forward(m, l, out + (pass->pos + i) * l->out, pass->stride * l->out, NULL, in + i * l->in, n * l->in,
-                           pass->B);
+            linear_forward(m, l, out + (pos + i) * l->out, stride * l->out, NULL, in + i * l->in, n * l->in, B);
+}
+
+void project_keys(const Transformer *m, const Layer *l, const real *source, size_t B, size_t n, size_t pos,
+                  size_t stride) {
+    if (!l->kept_key) {
+        project_positions(m, &l->k, l->key, source, B, n, pos, stride);
+        project_positions(m, &l->v, l->value, source, B, n, pos, stride);
+        return;
+    }
+    const AttendShape shape = {B, l->heads, l->D, 0, 0, stride, 0, 0, 0};
+    linear_forward(m, &l->k, l->key, l->k.out, NULL, source, l->k.in, B * n);
+    linear_forward(m, &l->v, l->value, l->v.out, NULL, source, l->v.in, B * n);
+    keep_positions(&shape, l->kept_key, l->key, pos, n);
+    keep_positions(&shape, l->kept_value, l->value, pos, n);
 }
 
 /* attention_forward    next (R,C) = x + to_out(attend(to_q normed, to_k source, to_v source))
@@ -555,14 +578,14 @@ static void attention_forward(Transformer *m, const Stack *s, Layer *l, real *ne
     const size_t R = pass->B * pass->n, C = s->C, inner = l->heads * l->D;
     const AttendShape shape = attend_shape(m, s, l, pass);
     linear_forward(m, &l->q, l->query, inner, NULL, l->normed, C, R);
-    if (l->kind == BLOCK_SELF) {
-        project_positions(m, &l->k, l->key, l->normed, pass);
-        project_positions(m, &l->v, l->value, l->normed, pass);
-    } else if (pass->context) {
-        linear_forward(m, &l->k, l->key, inner, NULL, pass->context, C, pass->B * pass->T_context);
-        linear_forward(m, &l->v, l->value, inner, NULL, pass->context, C, pass->B * pass->T_context);
-    }
-    attend_forward(&shape, l->y, l->p, m->scores, l->query, l->key, l->value);
+    if (l->kind == BLOCK_SELF)
+        project_keys(m, l, l->normed, pass->B, pass->n, pass->pos, pass->stride);
+    else if (pass->context)
+        project_keys(m, l, pass->context, pass->B, pass->T_context, 0, pass->T_context);
+    if (l->kept_key)
+        attend_kept(&shape, l->y, m->scores, l->query, l->kept_key, l->kept_value);
+    else
+        attend_forward(&shape, l->y, l->p, m->scores, l->query, l->key, l->value);
     linear_forward(m, &l->out, next, C, l->x, l->y, inner, R);
 }
 
@@ -727,6 +750,7 @@ Err check_ids(const char *what, const int32_t *ids, size_t n, int32_t lo, size_t
 Err check_batch(const Transformer *m, const int32_t *x_t, const int32_t *t, const int32_t *label, size_t B, size_t N) {
     const NetConfig *c = &m->config;
     if (!m->B) return err("transformer: nothing is planned");
+    if (m->format != m->params.format) return err("transformer: planned for matrices in another format");
     if (m->params.n == 0 || !m->params.row[0].value) return err("transformer: the parameters have no values yet");
     if (B < 1 || B > m->B || N < 1 || N > m->N)
         return err("transformer: a batch of %zu x %zu tokens, planned for up to %zu x %zu", B, N, m->B, m->N);
