@@ -88,33 +88,6 @@ void attend_forward(const AttendShape *s, real *y, real *p, real *scores, const 
  * zeros to kept_width(D). Whole sequences go the same way, one query at a time, so that decoding with kept keys equals
  * them bit for bit. */
 
-static inline real from_bf16(uint16_t half) {
-    const uint32_t bits = (uint32_t)half << 16;
-    float x;
-    memcpy(&x, &bits, sizeof x);
-    return (real)x;
-}
-
-/* Sixteen sums side by side, added as a tree. n: a multiple of 16. */
-static inline real dot_kept(const real *q, const uint16_t *k, size_t n) {
-    real sum[16] = {0};
-    for (size_t c = 0; c < n; c += 16)
-#pragma omp simd
-        for (int i = 0; i < 16; i++) sum[i] += q[c + (size_t)i] * from_bf16(k[c + (size_t)i]);
-    for (int half = 8; half > 0; half /= 2)
-        for (int i = 0; i < half; i++) sum[i] += sum[i + half];
-    return sum[0];
-}
-
-/* y = sum_j p[j] v[j,0..n-1] over keys j; rows of v are `width` apart. n is a constant where this is expanded. */
-static inline void add_kept(real *y, const real *p, const uint16_t *v, size_t width, size_t keys, const size_t n) {
-    real sum[64] = {0};
-    for (size_t j = 0; j < keys; j++)
-#pragma omp simd
-        for (size_t i = 0; i < n; i++) sum[i] += p[j] * from_bf16(v[j * width + i]);
-    memcpy(y, sum, n * sizeof *y);
-}
-
 /* attend_kept      y = softmax(q k^T / sqrt(D), over the visible keys) v, for every batch row and head
  * keep_positions   kept (B,heads,key_stride,width) at pos..pos+n-1 = x (B,n,heads*D)
  *   q, y (B,Tq,heads*D)   k, v as kept   scores (B*heads, QUERY_BLOCK, Tk): work space */
@@ -126,29 +99,16 @@ typedef struct {
 } AttendKept;
 
 static void attend_kept_query(const AttendKept *a, size_t task, size_t i) {
-    enum { PART = 16, WIDEST = 256 };
     const AttendShape *s = a->s;
     const size_t D = s->D, width = kept_width(D), keys = visible(s, i), at = task * s->key_stride * width;
-    const real *q = a->q + ((task / s->heads * s->Tq + i) * s->heads + task % s->heads) * D;
-    real *y = a->y + (q - a->q), *p = a->scores + task * QUERY_BLOCK * s->Tk, part[PART];
-    const uint16_t *k = a->k + at, *v = a->v + at;
-    if (width <= WIDEST) { /* zeros behind the query, so that its end is no special case */
-        real padded[WIDEST];
-        memcpy(padded, q, D * sizeof *q);
-        for (size_t d = D; d < width; d++) padded[d] = 0;
-        for (size_t j = 0; j < keys; j++) p[j] = dot_kept(padded, k + j * width, width);
-    } else
-        for (size_t j = 0; j < keys; j++) {
-            p[j] = 0;
-            for (size_t d = 0; d < D; d++) p[j] += q[d] * from_bf16(k[j * width + d]);
-        }
+    const size_t row = ((task / s->heads * s->Tq + i) * s->heads + task % s->heads) * D;
+    real *p = a->scores + task * QUERY_BLOCK * s->Tk, padded[HEAD_MAX];
+    memcpy(padded, a->q + row, D * sizeof *padded);
+    for (size_t d = D; d < width; d++) padded[d] = 0;
+    bf16_dots(p, padded, a->k + at, keys, width);
     softmax_row(p, keys, keys, (real)(1 / sqrt((double)D)));
-    size_t d = 0;
-    for (; d + 64 <= D; d += 64) add_kept(y + d, p, v + d, width, keys, 64);
-    for (; d + PART <= D; d += PART) add_kept(y + d, p, v + d, width, keys, PART);
-    if (d == D) return;
-    add_kept(part, p, v + d, width, keys, PART);
-    memcpy(y + d, part, (D - d) * sizeof *y);
+    bf16_weighted(padded, p, a->v + at, keys, width);
+    memcpy(a->y + row, padded, D * sizeof *padded);
 }
 
 static void attend_kept_head(void *context, size_t task) {

@@ -91,9 +91,9 @@ void weights_pack(WeightFormat format, void *out, float *scale, const real *x, s
 enum {
     GROUP = VECTOR_BYTES == 64 ? 8 : 6, /* rows of A at a time */
     VECS = 2,                           /* vectors of outputs at a time: GROUP*VECS sums stay in registers */
-    FEW = 2,                            /* rows so few that only */
-    FEW_VECS = 4,                       /* more vectors keep the units busy */
-    PANEL = 256,                        /* vectors of a panel: 16 KB */
+    STEPS = 128,                        /* of a panel: 16 KB */
+    FEW = 4,                            /* rows, at most, that do without a panel */
+    AHEAD = 8192,                       /* bytes fetched ahead then */
     BURST = 16,                         /* steps between two rounds of fetching */
     ROWS = 256,                         /* rows of A, at most, that share one reading of the weights */
     LINE = 64,                          /* bytes that memory hands over at a time */
@@ -118,7 +118,7 @@ typedef struct {
     size_t outputs; /* rows of weights in a task */
 } Stream;
 
-static __thread Vec panel[PANEL] __attribute__((aligned(64)));
+static __thread Vec panel[VECS][STEPS] __attribute__((aligned(64)));
 static __thread Vec sums[ROWS * VECS] __attribute__((aligned(64))); /* between two pieces of the same outputs */
 
 /* The steps that a word holds. */
@@ -238,7 +238,7 @@ INLINE void spread_int8(Vec *to, Vec packed, const Int8Tables *t) {
 
 INLINE void spread_words(WeightFormat format, Vec *to, Vec packed) {
     const Words bits = (Words)packed;
-    if (format == WEIGHTS_REAL)
+    if (format == WEIGHTS_BF16 && PAIRS)
         to[0] = packed;
     else if (format == WEIGHTS_BF16)
         to[0] = (Vec)(bits << 16), to[1] = (Vec)(bits & 0xffff0000u);
@@ -252,34 +252,26 @@ INLINE void spread_words(WeightFormat format, Vec *to, Vec packed) {
     }
 }
 
-/* to = n numbers of the LANES rows of weights (rows,K) at w, transposed. Rows behind the last are it. */
-INLINE void spread_rows(Vec *to, const real *w, size_t K, size_t rows, size_t n) {
-    for (size_t k = 0; k < n; k += LANES) {
-        Vec row[LANES];
-        if (k + LANES <= n && rows >= LANES)
-            for (size_t i = 0; i < LANES; i++) row[i] = load(w + i * K + k);
-        else
-            for (size_t i = 0; i < LANES; i++) row[i] = load_first(w + min_size(i, rows - 1) * K + k, n - k);
-        transpose_vecs(row);
-        for (size_t i = 0; i < LANES; i++) to[k + i] = row[i];
-    }
+/* The steps of a unit: as many numbers as fit a vector, of LANES rows; or a word of packed weights. */
+INLINE size_t unit_steps(WeightFormat format) {
+    return format == WEIGHTS_REAL ? LANES : word_steps(format);
 }
 
-/* The weights of LANES outputs from j on, steps step..step+steps-1: where they lie if they can be used there, else in
- * `to`. */
-INLINE const Vec *spread(WeightFormat format, const Stream *s, size_t j, size_t step, size_t steps, Vec *to) {
-    if (format == WEIGHTS_REAL) {
-        spread_rows(to, (const real *)s->w->data + j * s->K + step, s->K, s->N - j, steps);
-        return to;
-    }
-    const char *w = words_at(format, s, j, step);
-    if (PAIRS && format == WEIGHTS_BF16) return (const Vec *)(const void *)w;
-    for (size_t i = 0; i < steps; i += word_steps(format), w += WORD * PANEL_ROWS) {
+/* to = n <= unit_steps steps, from `step` on, of LANES outputs from j on. Rows of weights behind the last are it. */
+INLINE void spread_unit(WeightFormat format, const Stream *s, size_t j, size_t step, size_t n, Vec *to) {
+    if (format != WEIGHTS_REAL) {
         Vec packed;
-        memcpy(&packed, w, sizeof packed);
-        spread_words(format, to + i, packed);
+        memcpy(&packed, words_at(format, s, j, step), sizeof packed);
+        spread_words(format, to, packed);
+        return;
     }
-    return to;
+    const real *w = (const real *)s->w->data + j * s->K + step;
+    const size_t rows = s->N - j;
+    if (n == LANES && rows >= LANES)
+        for (size_t i = 0; i < LANES; i++) to[i] = load(w + i * s->K);
+    else
+        for (size_t i = 0; i < LANES; i++) to[i] = load_first(w + min_size(i, rows - 1) * s->K, n);
+    transpose_vecs(to);
 }
 
 #else /* doubles: for tests, one by one */
@@ -294,62 +286,74 @@ static real one_weight(const Stream *s, size_t j, size_t k) {
     return f;
 }
 
-INLINE const Vec *spread(WeightFormat format, const Stream *s, size_t j, size_t step, size_t steps, Vec *to) {
-    for (size_t i = 0; i < steps; i++)
-        for (size_t l = 0; l < LANES; l++) {
-            const size_t row = min_size(j + l, s->N - 1);
-            to[i][l] = format == WEIGHTS_REAL ? ((const real *)s->w->data)[row * s->K + step + i]
-                                              : one_weight(s, row, step + i);
-        }
-    return to;
+INLINE size_t unit_steps(WeightFormat format) {
+    (void)format;
+    return 1;
+}
+
+INLINE void spread_unit(WeightFormat format, const Stream *s, size_t j, size_t step, size_t n, Vec *to) {
+    for (size_t l = 0; l < LANES && n > 0; l++) {
+        const size_t row = min_size(j + l, s->N - 1);
+        to[0][l] = format == WEIGHTS_REAL ? ((const real *)s->w->data)[row * s->K + step] : one_weight(s, row, step);
+    }
 }
 
 #endif
 
 /* ---- Fetching ahead ---- */
 
-/* Lines of weights that will be needed next: of so many streams, line by line in turn. */
+/* Rows of weights, or panels, that VECS*LANES outputs come from. */
+INLINE size_t streams(WeightFormat format) {
+    return format == WEIGHTS_REAL ? VECS * LANES : ceil_div(VECS * LANES, PANEL_ROWS);
+}
+
+/* Bytes from one to the next, and of the steps of one unit. */
+INLINE size_t stream_bytes(WeightFormat format, size_t K) {
+    return format == WEIGHTS_REAL ? K * sizeof(real) : panel_bytes(format, K);
+}
+INLINE size_t unit_bytes(WeightFormat format) {
+    return format == WEIGHTS_REAL ? VECTOR_BYTES : WORD * PANEL_ROWS;
+}
+
+/* Lines of weights that will be needed next, line by line of each stream in turn. */
 typedef struct {
     const char *at;
     size_t stride, next, end;
 } Ahead;
 
-/* Rows of weights, or panels, that vecs*LANES outputs come from. */
-INLINE size_t streams(WeightFormat format, int vecs) {
-    const size_t outputs = (size_t)vecs * LANES;
-    return format == WEIGHTS_REAL ? outputs : ceil_div(outputs, PANEL_ROWS);
-}
-
-INLINE void fetch(Ahead *a, size_t n_streams, size_t lines) {
-    const size_t end = min_size(a->end, a->next + lines);
-    for (size_t i = a->next; i < end; i++)
-        __builtin_prefetch(a->at + i % n_streams * a->stride + i / n_streams * LINE, 0, 2);
+INLINE void fetch(WeightFormat format, Ahead *a, size_t lines) {
+    const size_t end = min_size(a->end, a->next + lines), n = streams(format);
+    for (size_t i = a->next; i < end; i++) __builtin_prefetch(a->at + i % n * a->stride + i / n * LINE, 0, 2);
     a->next = end;
 }
 
-/* What follows the piece at (j,step) in the task that ends before output `end`; nothing behind its last. */
-INLINE Ahead ahead_of(WeightFormat format, int vecs, const Stream *s, size_t j, size_t step, size_t end) {
-    const size_t all = all_steps(format, s->K), most = PANEL / (size_t)vecs;
-    Ahead a = {NULL, format == WEIGHTS_REAL ? s->K * sizeof(real) : panel_bytes(format, s->K), 0, 0};
-    step += most;
-    if (step >= all) step = 0, j += (size_t)vecs * LANES;
-    if (j >= end) return a;
-    const size_t words = ceil_div(min_size(most, all - step), word_steps(format));
-    a.at = format == WEIGHTS_REAL ? (const char *)s->w->data + (j * s->K + step) * sizeof(real)
+/* Where the steps of output j begin. */
+INLINE const char *weights_at(WeightFormat format, const Stream *s, size_t j, size_t step) {
+    return format == WEIGHTS_REAL ? (const char *)s->w->data + (j * s->K + step) * sizeof(real)
                                   : words_at(format, s, j, step);
-    a.end = streams(format, vecs) *
-            (format == WEIGHTS_REAL ? ceil_div(words * sizeof(real), LINE) : words * WORD * PANEL_ROWS / LINE);
+}
+
+/* What follows the piece at (j,step) in the task that ends before output `end`; nothing behind its last. */
+INLINE Ahead ahead_of(WeightFormat format, const Stream *s, size_t j, size_t step, size_t end) {
+    const size_t all = all_steps(format, s->K);
+    Ahead a = {NULL, stream_bytes(format, s->K), 0, 0};
+    step += STEPS;
+    if (step >= all) step = 0, j += VECS * LANES;
+    if (j >= end) return a;
+    a.at = weights_at(format, s, j, step);
+    a.end = streams(format) *
+            ceil_div(ceil_div(min_size(STEPS, all - step), unit_steps(format)) * unit_bytes(format), LINE);
     return a;
 }
 
 /* ---- Multiply ---- */
 
 /* sum + the products of the weights w with a step of A. */
-INLINE Vec add_products(int pairs, const Step *a, Vec w, Vec sum) {
+INLINE Vec add_products(WeightFormat format, const Step *a, Vec w, Vec sum) {
 #if PAIRS
-    if (pairs) return _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)_mm512_set1_epi32((int)a->pair));
+    if (format != WEIGHTS_REAL) return _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)_mm512_set1_epi32((int)a->pair));
 #endif
-    (void)pairs;
+    (void)format;
     return multiply_add(a->number, w, sum);
 }
 
@@ -367,40 +371,38 @@ INLINE void put_sum(WeightFormat format, const Stream *s, size_t row, size_t j, 
         }
 }
 
-/* The panel (steps,vecs) at (j,step) times `rows` rows of A from x on. rows, vecs and format are constants where this is
- * expanded. */
-INLINE void multiply_group(WeightFormat format, int rows, int vecs, const Stream *s, const Vec *const *weights,
-                           size_t x, size_t j, size_t step, size_t steps, Ahead *ahead, size_t lines) {
-    const int pairs = PAIRS && format != WEIGHTS_REAL;
+/* The panel at (j,step) times `rows` rows of A from x on. rows and format are constants where this is expanded. */
+INLINE void multiply_group(WeightFormat format, int rows, const Stream *s, const Vec *const weights[VECS], size_t x,
+                           size_t j, size_t step, size_t steps, Ahead *ahead, size_t lines) {
     const Step *a = s->A + x * s->lda + step;
-    const size_t lda = s->lda, stride = PAIRS && format == WEIGHTS_BF16 ? PANEL_ROWS / LANES : 1;
-    Vec sum[GROUP][FEW_VECS], *kept = sums + x * (size_t)vecs;
+    const size_t lda = s->lda;
+    Vec sum[GROUP][VECS], *kept = sums + x * VECS;
     for (int i = 0; i < rows; i++)
-        for (int v = 0; v < vecs; v++) sum[i][v] = step ? kept[i * vecs + v] : (Vec){0};
+        for (int v = 0; v < VECS; v++) sum[i][v] = step ? kept[i * VECS + v] : (Vec){0};
     for (size_t begin = 0; begin < steps; begin += BURST) {
-        fetch(ahead, streams(format, vecs), lines);
+        fetch(format, ahead, lines);
         for (size_t k = begin; k < min_size(steps, begin + BURST); k++) {
-            Vec w[FEW_VECS];
-            for (int v = 0; v < vecs; v++) w[v] = weights[v][k * stride];
+            Vec w[VECS];
+            for (int v = 0; v < VECS; v++) w[v] = weights[v][k];
             for (int i = 0; i < rows; i++)
-                for (int v = 0; v < vecs; v++)
-                    sum[i][v] = add_products(pairs, a + (size_t)i * lda + k, w[v], sum[i][v]);
+                for (int v = 0; v < VECS; v++)
+                    sum[i][v] = add_products(format, a + (size_t)i * lda + k, w[v], sum[i][v]);
         }
     }
     const int last = step + steps == all_steps(format, s->K);
     for (int i = 0; i < rows; i++)
-        for (int v = 0; v < vecs; v++)
+        for (int v = 0; v < VECS; v++)
             if (!last)
-                kept[i * vecs + v] = sum[i][v];
+                kept[i * VECS + v] = sum[i][v];
             else if (j + (size_t)v * LANES < s->N)
                 put_sum(format, s, x + (size_t)i, j + (size_t)v * LANES, sum[i][v]);
 }
 
 /* Chooses the expansion for a number of rows. */
-INLINE void multiply_rows(WeightFormat format, size_t rows, int vecs, const Stream *s, const Vec *const *weights,
-                          size_t x, size_t j, size_t step, size_t steps, Ahead *ahead, size_t lines) {
+INLINE void multiply_rows(WeightFormat format, size_t rows, const Stream *s, const Vec *const weights[VECS], size_t x,
+                          size_t j, size_t step, size_t steps, Ahead *ahead, size_t lines) {
 #define EXPAND(n)                                                                                                      \
-    case n: multiply_group(format, n, vecs, s, weights, x, j, step, steps, ahead, lines); break
+    case n: multiply_group(format, n, s, weights, x, j, step, steps, ahead, lines); break
     switch (rows) {
         EXPAND(1);
         EXPAND(2);
@@ -416,44 +418,89 @@ INLINE void multiply_rows(WeightFormat format, size_t rows, int vecs, const Stre
 #undef EXPAND
 }
 
-/* All rows of A with vecs*LANES outputs from j on, of a task that ends before output `end`. */
-INLINE void stream_panels(WeightFormat format, int vecs, const Stream *s, size_t j, size_t end) {
-    const size_t all = all_steps(format, s->K), most = PANEL / (size_t)vecs;
-    for (size_t step = 0; step < all; step += most) {
-        const size_t steps = min_size(most, all - step), bursts = ceil_div(s->M, GROUP) * ceil_div(steps, BURST);
-        Ahead ahead = ahead_of(format, vecs, s, j, step, end);
-        const size_t lines = ceil_div(ahead.end, bursts);
-        const Vec *weights[FEW_VECS];
-        for (int v = 0; v < vecs; v++) {
-            const size_t first = min_size(j + (size_t)v * LANES, (s->N - 1) / LANES * LANES); /* behind N: any */
-            weights[v] = spread(format, s, first, step, steps, panel + (size_t)v * most);
+/* Outputs behind the last are any that are there. */
+INLINE size_t output_of(const Stream *s, size_t j, int v) {
+    return min_size(j + (size_t)v * LANES, (s->N - 1) / LANES * LANES);
+}
+
+/* All rows of A with VECS*LANES outputs from j on, of a task that ends before output `end`. */
+INLINE void stream_outputs(WeightFormat format, const Stream *s, size_t j, size_t end) {
+    const size_t all = all_steps(format, s->K), groups = ceil_div(s->M, GROUP);
+    const int lies_ready = PAIRS && format == WEIGHTS_BF16;
+    for (size_t step = 0; step < all; step += STEPS) {
+        const size_t steps = min_size(STEPS, all - step);
+        const Vec *weights[VECS];
+        Ahead ahead = ahead_of(format, s, j, step, end);
+        const size_t units = VECS * ceil_div(steps, unit_steps(format)), parts = groups + !lies_ready;
+        const size_t in_spread = ceil_div(ahead.end, parts * units);
+        const size_t in_multiply = ceil_div(ahead.end, parts * ceil_div(steps, BURST));
+        for (int v = 0; v < VECS; v++) {
+            weights[v] =
+                lies_ready ? (const Vec *)(const void *)weights_at(format, s, output_of(s, j, v), step) : panel[v];
+            for (size_t k = 0; k < steps && !lies_ready; k += unit_steps(format)) {
+                spread_unit(format, s, output_of(s, j, v), step + k, min_size(unit_steps(format), steps - k),
+                            panel[v] + k);
+                fetch(format, &ahead, in_spread);
+            }
         }
-        if (vecs == FEW_VECS && s->M == 1)
-            multiply_group(format, 1, vecs, s, weights, 0, j, step, steps, &ahead, lines);
-        else if (vecs == FEW_VECS)
-            multiply_group(format, FEW, vecs, s, weights, 0, j, step, steps, &ahead, lines);
-        else
-            for (size_t x = 0; x < s->M; x += GROUP)
-                multiply_rows(format, min_size(GROUP, s->M - x), vecs, s, weights, x, j, step, steps, &ahead, lines);
+        for (size_t x = 0; x < s->M; x += GROUP)
+            multiply_rows(format, min_size(GROUP, s->M - x), s, weights, x, j, step, steps, &ahead, in_multiply);
     }
 }
 
-INLINE void stream_outputs(WeightFormat format, const Stream *s, size_t begin, size_t end) {
-    if (s->M <= FEW)
-        for (size_t j = begin; j < end; j += FEW_VECS * LANES) stream_panels(format, FEW_VECS, s, j, end);
-    else
-        for (size_t j = begin; j < end; j += VECS * LANES) stream_panels(format, VECS, s, j, end);
+/* ---- Few rows: spread and multiply at once ---- */
+
+/* `rows` rows of A, all of them, with VECS*LANES outputs from j on. more: outputs of the task follow. */
+INLINE void few_outputs(WeightFormat format, int rows, const Stream *s, size_t j, int more) {
+    const size_t all = all_steps(format, s->K), unit = unit_steps(format), bytes = stream_bytes(format, s->K);
+    const size_t distance = AHEAD / streams(format), n_streams = streams(format);
+    const char *at = weights_at(format, s, j, 0);
+    Vec sum[FEW][VECS];
+    for (int i = 0; i < rows; i++)
+        for (int v = 0; v < VECS; v++) sum[i][v] = (Vec){0};
+    for (size_t step = 0; step < all; step += unit) {
+        const size_t n = min_size(unit, all - step), next = step / unit * unit_bytes(format) + distance;
+        const size_t jump = next < bytes ? next : next + (n_streams - 1) * bytes; /* to the next outputs */
+        for (size_t i = 0; i < n_streams && (next < bytes || more); i++)
+            __builtin_prefetch(at + i * bytes + jump, 0, 2);
+        for (int v = 0; v < VECS; v++) {
+            Vec w[LANES];
+            spread_unit(format, s, output_of(s, j, v), step, n, w);
+            for (size_t k = 0; k < n; k++)
+                for (int i = 0; i < rows; i++)
+                    sum[i][v] = add_products(format, s->A + (size_t)i * s->lda + step + k, w[k], sum[i][v]);
+        }
+    }
+    for (int i = 0; i < rows; i++)
+        for (int v = 0; v < VECS; v++)
+            if (j + (size_t)v * LANES < s->N) put_sum(format, s, (size_t)i, j + (size_t)v * LANES, sum[i][v]);
+}
+
+INLINE void task_of(WeightFormat format, const Stream *s, size_t begin, size_t end) {
+    for (size_t j = begin; j < end; j += VECS * LANES) {
+        const int more = j + VECS * LANES < end;
+        if (s->M == 1)
+            few_outputs(format, 1, s, j, more);
+        else if (s->M == 2)
+            few_outputs(format, 2, s, j, more);
+        else if (s->M == 3)
+            few_outputs(format, 3, s, j, more);
+        else if (s->M == FEW)
+            few_outputs(format, FEW, s, j, more);
+        else
+            stream_outputs(format, s, j, end);
+    }
 }
 
 static void stream_task(void *context, size_t task) {
     const Stream *s = (const Stream *)context;
     const size_t begin = task * s->outputs, end = min_size(s->N, begin + s->outputs);
     if (s->w->format == WEIGHTS_BF16)
-        stream_outputs(WEIGHTS_BF16, s, begin, end);
+        task_of(WEIGHTS_BF16, s, begin, end);
     else if (s->w->format == WEIGHTS_INT8)
-        stream_outputs(WEIGHTS_INT8, s, begin, end);
+        task_of(WEIGHTS_INT8, s, begin, end);
     else
-        stream_outputs(WEIGHTS_REAL, s, begin, end);
+        task_of(WEIGHTS_REAL, s, begin, end);
 }
 
 /* ---- Rows of A ---- */
@@ -513,9 +560,63 @@ void gemm_stream(size_t M, size_t N, size_t K, const real *A, size_t lda, const 
             parallel_for(rows * K < 65536 ? 1 : threads, rows, round_row, &round);
             s.A = (const Step *)work, s.lda = round.steps;
         }
-        const size_t tasks = (size_t)threads * TASKS_PER_THREAD,
-                     together = rows <= FEW ? FEW_VECS * LANES : VECS * LANES;
-        s.outputs = round_up(ceil_div(N, tasks), together);
+        s.outputs = round_up(ceil_div(N, (size_t)threads * TASKS_PER_THREAD), VECS * LANES);
         parallel_for(threads, ceil_div(N, s.outputs), stream_task, &s);
     }
+}
+
+/* ---- Keys and values in bf16 stream by too ---- */
+
+/* Lane i of the result is the sum of all lanes of v[i], added as a tree, the same for every i. Each round adds the
+ * halves of two vectors into one. */
+INLINE Vec sum_lanes(Vec v[LANES]) {
+#define ROUND(half)                                                                                                    \
+    for (int i = 0; i < half && half < LANES; i++)                                                                     \
+    v[i] = interleave_low(v[i], v[(i + half) % LANES]) + interleave_high(v[i], v[(i + half) % LANES])
+    ROUND(8);
+    ROUND(4);
+    ROUND(2);
+    ROUND(1);
+#undef ROUND
+    return v[0];
+}
+
+INLINE void dots(real *p, const real *q, const uint16_t *k, size_t n, const size_t width) {
+    for (size_t j = 0; j < n; j += LANES) {
+        const size_t last = min_size(LANES, n - j) - 1;
+        Vec sum[LANES];
+        for (size_t i = 0; i < LANES; i++) {
+            const uint16_t *key = k + (j + min_size(i, last)) * width;
+            sum[i] = (Vec){0};
+            for (size_t c = 0; c < width; c += LANES)
+                sum[i] = multiply_add_vec(load(q + c), load_bf16(key + c), sum[i]);
+        }
+        const Vec total = sum_lanes(sum);
+        if (last == LANES - 1)
+            store(p + j, total);
+        else
+            for (size_t i = 0; i <= last; i++) p[j + i] = total[i];
+    }
+}
+
+void bf16_dots(real *p, const real *q, const uint16_t *k, size_t n, size_t width) {
+    if (width == 64)
+        dots(p, q, k, n, 64);
+    else
+        dots(p, q, k, n, width);
+}
+
+/* y (vecs*LANES) = sum_j p[j] v[j,:] */
+INLINE void weighted(real *y, const real *p, const uint16_t *v, size_t n, size_t width, int vecs) {
+    Vec sum[64 / LANES];
+    for (int i = 0; i < vecs; i++) sum[i] = (Vec){0};
+    for (size_t j = 0; j < n; j++)
+        for (int i = 0; i < vecs; i++) sum[i] = multiply_add(p[j], load_bf16(v + j * width + i * LANES), sum[i]);
+    for (int i = 0; i < vecs; i++) store(y + i * LANES, sum[i]);
+}
+
+void bf16_weighted(real *y, const real *p, const uint16_t *v, size_t n, size_t width) {
+    size_t c = 0;
+    for (; c + 64 <= width; c += 64) weighted(y + c, p, v + c, n, width, 64 / LANES);
+    for (; c < width; c += 16) weighted(y + c, p, v + c, n, width, 16 / LANES);
 }

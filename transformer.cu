@@ -198,6 +198,8 @@ static Err config_check(const NetConfig *c) {
     }
     if (c->kind == NET_GPT && c->dim % c->dec_heads != 0)
         return err("transformer: n_embd %zu is not a multiple of n_head %zu", c->dim, c->dec_heads);
+    if (c->kind == NET_GPT && c->dim / c->dec_heads > HEAD_MAX)
+        return err("transformer: heads of %zu channels, expected at most %d", c->dim / c->dec_heads, (int)HEAD_MAX);
     if (prompt_tokens(c) < c->dec_num_tokens || prompt_tokens(c) <= (size_t)c->n_scales)
         return err("transformer: an input table of %zu tokens is too small for %zu token values and %d scales",
                    prompt_tokens(c), c->dec_num_tokens, c->n_scales);

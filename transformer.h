@@ -130,7 +130,10 @@ void embed_backward(const Transformer *m, const Stack *s, const real *dx, const 
 
 /* ---- attention.cu ---- */
 
-enum { QUERY_BLOCK = 64 }; /* queries that attention treats at a time: their scores stay in cache */
+enum {
+    QUERY_BLOCK = 64, /* queries that attention treats at a time: their scores stay in cache */
+    HEAD_MAX = 1024   /* channels of a head */
+};
 
 typedef struct {
     size_t B, heads, D, Tq, Tk;

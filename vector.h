@@ -112,6 +112,23 @@ typedef uint32_t Words __attribute__((vector_size(LANES * 4)));
 typedef int32_t Ints __attribute__((vector_size(LANES * 4)));
 typedef float Floats __attribute__((vector_size(LANES * 4)));
 
+/* LANES numbers of bf16, the upper half of a float. Spelt out where compilers take such conversions apart. */
+typedef uint16_t Halves __attribute__((vector_size(LANES * 2)));
+INLINE Vec load_bf16(const uint16_t *p) {
+#if defined(__AVX512F__) && !defined(REAL_DOUBLE)
+    const __m512i bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(const void *)p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
+#elif defined(__AVX2__) && !defined(REAL_DOUBLE)
+    const __m256i bits = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(const void *)p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(bits, 16));
+#else
+    Halves h;
+    memcpy(&h, p, sizeof h);
+    const Words bits = __builtin_convertvector(h, Words) << 16;
+    return __builtin_convertvector((Floats)bits, Vec);
+#endif
+}
+
 /* LANES factors */
 INLINE Vec load_factors(const float *p) {
     Floats f;
