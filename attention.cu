@@ -84,6 +84,86 @@ void attend_forward(const AttendShape *s, real *y, real *p, real *scores, const 
         parallel_for(threads_free(), s->B * s->heads, attend_forward_head, &a);
 }
 
+/* ---- Kept keys and values ----
+ *
+ * Decoders with packed weights keep keys and values rounded to bf16, a head's positions one after the other, D padded with
+ * zeros to kept_width(D). Whole sequences go the same way, one query at a time, so that decoding with kept keys equals
+ * them bit for bit. */
+
+/* attend_kept      y = softmax(q k^T / sqrt(D), over the visible keys) v, for every batch row and head, or cell and head
+ * keep_positions   kept (B,heads,key_stride,width) at 0..n-1, or where the cells say, = x (B,n,heads*D)
+ *   q, y (B,Tq,heads*D)   k, v as kept   scores (B*heads, QUERY_BLOCK, Tk): work space */
+typedef struct {
+    const AttendShape *s;
+    const real *q;
+    const uint16_t *k, *v;
+    real *y, *scores;
+} AttendKept;
+
+/* Row r of q, head h, with the first `keys` of batch row b. */
+static void attend_kept_query(const AttendKept *a, size_t b, size_t h, size_t r, size_t keys, real *p) {
+    const AttendShape *s = a->s;
+    const size_t D = s->D, width = kept_width(D), at = (b * s->heads + h) * s->key_stride * width;
+    const size_t row = (r * s->heads + h) * D;
+    real padded[HEAD_MAX];
+    memcpy(padded, a->q + row, D * sizeof *padded);
+    for (size_t d = D; d < width; d++) padded[d] = 0;
+    bf16_dots(p, padded, a->k + at, keys, width);
+    softmax_row(p, keys, keys, (real)(1 / sqrt((double)D)));
+    bf16_weighted(padded, p, a->v + at, keys, width);
+    memcpy(a->y + row, padded, D * sizeof *padded);
+}
+
+static void attend_kept_head(void *context, size_t task) {
+    const AttendKept *a = (const AttendKept *)context;
+    const AttendShape *s = a->s;
+    const size_t b = task / s->heads, h = task % s->heads;
+    for (size_t i = 0; i < s->Tq; i++)
+        attend_kept_query(a, b, h, b * s->Tq + i, visible(s, i), a->scores + task * QUERY_BLOCK * s->Tk);
+}
+
+static void attend_kept_cell(void *context, size_t task) {
+    const AttendKept *a = (const AttendKept *)context;
+    const AttendShape *s = a->s;
+    const size_t h = task / s->Tq, r = task % s->Tq, keys = s->Tk ? s->Tk : s->cell[r].visible;
+    attend_kept_query(a, s->cell[r].b, h, r, keys, a->scores + task * s->key_stride);
+}
+
+void attend_kept(const AttendShape *s, real *y, real *scores, const real *q, const uint16_t *k, const uint16_t *v) {
+    AttendKept a = {s, q, k, v, y, scores};
+    const int threads = threads_for(s->B * s->Tq * s->key_stride * s->heads * s->D);
+    if (s->cell)
+        parallel_for(threads, s->Tq * s->heads, attend_kept_cell, &a);
+    else
+        parallel_for(threads, s->B * s->heads, attend_kept_head, &a);
+}
+
+typedef struct {
+    const AttendShape *s;
+    uint16_t *kept;
+    const real *x;
+    size_t n;
+} Keep;
+
+static void keep_row(void *context, size_t r) {
+    const Keep *a = (const Keep *)context;
+    const AttendShape *s = a->s;
+    const size_t width = kept_width(s->D), b = s->cell ? s->cell[r].b : r / a->n,
+                 at = s->cell ? s->cell[r].pos : r % a->n;
+    for (size_t h = 0; h < s->heads; h++) {
+        uint16_t *to = a->kept + ((b * s->heads + h) * s->key_stride + at) * width;
+        round_bf16(to, a->x + (r * s->heads + h) * s->D, s->D);
+        for (size_t d = s->D; d < width; d++) to[d] = 0;
+    }
+}
+
+void keep_positions(const AttendShape *s, uint16_t *kept, const real *x, size_t n) {
+    Keep a = {s, kept, x, n};
+    parallel_for(threads_for(s->B * n * s->heads * s->D), s->B * n, keep_row, &a);
+}
+
+/* ---- Backward ---- */
+
 /* ds (rows,keys; Tk apart) holds dp; becomes the gradient of q k^T: p (dp - sum_j p dp) scale */
 static void softmax_backward(real *ds, const real *p, size_t rows, size_t keys, size_t Tk, real scale) {
     for (size_t i = 0; i < rows; i++) {

@@ -23,13 +23,11 @@ static void feed_cells(Transformer *m, size_t n) {
 }
 
 /* Keys and values of the context, for every cross-attention layer. */
-static void cache_context(Transformer *m, size_t rows) {
-    const real *context = m->encoder.out;
+static void cache_context(Transformer *m, size_t B, size_t positions) {
     for (size_t i = 0; i < m->decoder.n_layers; i++) {
         Layer *l = &m->decoder.layer[i];
         if (l->kind != BLOCK_CROSS) continue;
-        linear_forward(m, &l->k, l->key, l->k.out, NULL, context, l->k.in, rows);
-        linear_forward(m, &l->v, l->value, l->v.out, NULL, context, l->v.in, rows);
+        project_keys(m, l, m->encoder.out, B, positions, NULL, positions);
     }
 }
 
@@ -60,7 +58,7 @@ Err transformer_decode_begin(Transformer *m, const int32_t *x_t, const int32_t *
         const Pass encode = whole_pass(&m->encoder, B, P + N, NULL, 0);
         prompted_ids(c, m->encoder.ids, t, label, x_t, N, B, N);
         stack_forward(m, &m->encoder, m->encoder.ids, &encode, 0);
-        cache_context(m, B * (P + N));
+        cache_context(m, B, P + N);
         memset(m->first, 0, B * sizeof *m->first); /* sos (SPEC 1.10) */
         m->state = DECODING;
     } else {

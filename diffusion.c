@@ -760,6 +760,7 @@ static Err scale_memory(const Model *m, int t, size_t batch, size_t *weights, si
     Transformer *net;
     size_t bytes = 0;
     TRY(transformer_create(&net, &m->config[t]));
+    transformer_params(net)->format = m->weights;
     Err e = transformer_plan_bytes(net, batch, m->h * m->w, 0, &bytes);
     *weights = max_size(*weights, params_bytes(transformer_params(net), m->weights));
     *plan = max_size(*plan, bytes);

@@ -26,8 +26,8 @@
  * B is always read along its rows: pack_b transposes in registers when it has to. Packing waits for memory, multiplying
  * does not: so the kernel's time is used to fetch what will be packed next.
  *
- * Weights may be stored in half or a quarter of the bits: gemm_weights unpacks them on the way into a panel. Products of
- * few rows, which reuse nothing, are another file's business: stream.c.
+ * Weights in half or a quarter of the bits, and products of few rows, which reuse nothing, are another file's business:
+ * stream.c.
  *
  * Promise on bits: K is cut into as few equal pieces as are at most KC long (the last may be shorter). An element of C is
  * the sum of the pieces, in order; within a piece the products are added in order of k with one fused multiply-add each
@@ -202,28 +202,6 @@ static void fetch(View v, size_t rows, size_t cols, size_t part, size_t parts) {
         for (size_t k = 0; k < length; k += CACHE_LINE / sizeof(real)) __builtin_prefetch(v.p + i * step + k, 0, 2);
 }
 
-static __thread real unpacked[NR * KC] __attribute__((aligned(64)));
-
-INLINE void unpack_row(WeightFormat format, real *to, const void *data, size_t i, size_t n, real scale) {
-    for (size_t k = 0; k < n; k += LANES) {
-        const Vec w = n - k < LANES ? load_last_weights(format, data, i + k, n - k) : load_weights(format, data, i + k);
-        store(to + k, w * scale);
-    }
-}
-
-/* Rows j..j+rows-1 <= NR of the weights (..,K), columns k..k+kc-1, as the view of a panel of op(B). */
-static View unpack(const Weights *w, size_t K, size_t j, size_t rows, size_t k, size_t kc) {
-    for (size_t r = 0; r < rows; r++) {
-        const size_t i = (j + r) * K + k;
-        if (w->format == WEIGHTS_BF16)
-            unpack_row(WEIGHTS_BF16, unpacked + r * KC, w->data, i, kc, 1);
-        else
-            unpack_row(WEIGHTS_INT8, unpacked + r * KC, w->data, i, kc, w->scale[j + r]);
-    }
-    const View view = {unpacked, 1, KC};
-    return view;
-}
-
 /* ---- Blocks and tiles ---- */
 
 /* c (rows, cols) = or += tile (rows, NR) */
@@ -271,8 +249,7 @@ static void panel_product(size_t rows, size_t cols, size_t kc, View a, size_t a_
 
 typedef struct {
     size_t M, N, K;
-    View a, b;        /* op(A), op(B) */
-    const Weights *w; /* B is unpacked from these (N,K); NULL: b */
+    View a, b; /* op(A), op(B) */
     int accumulate;
     real *c;
     size_t ldc;
@@ -287,10 +264,10 @@ static void block_product(const Product *p, size_t rows, size_t cols, size_t kc,
     const View packed = !packs ? a : a.col == 1 ? rows_of_a : panels_of_a;
     const size_t a_step = packs ? MR * KC : MR * a.row; /* both kinds of packed panel are MR*KC long */
     for (size_t j = 0; j < cols; j += NR) {
-        const size_t width = min_size(NR, cols - j), next = j + NR < cols && !p->w && rows > MR ? j + NR : 0;
+        const size_t width = min_size(NR, cols - j), next = j + NR < cols && rows > MR ? j + NR : 0;
         const Between to_do = {packs && j == 0 ? a : none, next ? view_at(p->b, k0, j0 + next) : none, next ? kc : 0,
                                min_size(NR, cols - next)};
-        const View bj = p->w ? unpack(p->w, p->K, j0 + j, width, k0, kc) : view_at(p->b, k0, j0 + j);
+        const View bj = view_at(p->b, k0, j0 + j);
         if (bj.col == 1 && rows <= MR && (width == NR || width == LANES)) { /* read once: no use in packing */
             panel_product(rows, width, kc, packed, a_step, bj.p, bj.row, add, c + j, p->ldc, &to_do);
         } else {
@@ -353,27 +330,16 @@ static void tile_task(void *context, size_t tile) {
     tile_product((const Product *)context, tile);
 }
 
-static void product(Product *p) {
-    if (p->M == 0 || p->N == 0) return;
-    if (p->K == 0) {
-        if (!p->accumulate) clear(p->c, p->M, p->N, p->ldc);
-        return;
-    }
-    const int threads = threads_for(p->M, p->N, p->K);
-    choose_tiles(p, (size_t)threads);
-    parallel_for(threads, p->tiles, tile_task, p);
-}
-
 void gemm(int trans_a, int trans_b, size_t M, size_t N, size_t K, const real *A, size_t lda, const real *B, size_t ldb,
           int accumulate, real *C, size_t ldc) {
     const View a = {A, trans_a ? 1 : lda, trans_a ? lda : 1}, b = {B, trans_b ? 1 : ldb, trans_b ? ldb : 1};
-    Product p = {M, N, K, a, b, NULL, accumulate, C, ldc, 0, 0, 0, 0};
-    product(&p);
-}
-
-void gemm_weights(size_t M, size_t N, size_t K, const real *A, size_t lda, const Weights *w, int accumulate, real *C,
-                  size_t ldc) {
-    const View a = {A, lda, 1}, b = {(const real *)w->data, 1, K};
-    Product p = {M, N, K, a, b, w->format == WEIGHTS_REAL ? NULL : w, accumulate, C, ldc, 0, 0, 0, 0};
-    product(&p);
+    Product p = {M, N, K, a, b, accumulate, C, ldc, 0, 0, 0, 0};
+    if (M == 0 || N == 0) return;
+    if (K == 0) {
+        if (!accumulate) clear(C, M, N, ldc);
+        return;
+    }
+    const int threads = threads_for(M, N, K);
+    choose_tiles(&p, (size_t)threads);
+    parallel_for(threads, p.tiles, tile_task, &p);
 }

@@ -149,28 +149,36 @@ size_t thread_index(void); /* of the calling thread in its loop: 0..threads-1 */
 void gemm(int trans_a, int trans_b, size_t M, size_t N, size_t K, const real *A, size_t lda, const real *B, size_t ldb,
           int accumulate, real *C, size_t ldc);
 
-/* A weight matrix (N,K), row-major without gaps, as it is stored: as it is; the upper halves of floats; whole numbers
- * -127..127 and a factor for each row. */
+/* stream.c. A weight matrix (N,K) as it is stored: row-major without gaps; or packed in stream.c's panels, as the upper
+ * halves of floats, or as whole numbers -127..127 and a factor for each row. */
 typedef enum { WEIGHTS_REAL, WEIGHTS_BF16, WEIGHTS_INT8 } WeightFormat;
 typedef struct {
     WeightFormat format;
     const void *data;
     const float *scale; /* (N), WEIGHTS_INT8 only */
 } Weights;
-static inline size_t weight_bytes(WeightFormat f) {
+static inline size_t weight_bytes(WeightFormat f) { /* of one number */
     return f == WEIGHTS_BF16 ? 2 : f == WEIGHTS_INT8 ? 1 : sizeof(real);
 }
-/* out = n numbers packed, format not WEIGHTS_REAL. bf16 rounds to the nearest, ties to even: off by 2^-8 of a number at
- * most. int8: *scale = largest/127, off by half of that; numbers that are not finite make *scale NaN. */
-void weights_pack(WeightFormat format, void *out, float *scale, const real *x, size_t n);
-/* C (M,N) = A (M,K) W^T (+ C if accumulate), arithmetic in real. Both cannot fail, as gemm.
- * gemm_weights   any M; the same bits as gemm of the unpacked weights
- * gemm_stream    for few rows, M = 1..16 or so (any M is right): reads the weights once, at the speed of memory. An order
- *                of additions of its own, fixed by K alone: a row alone equals the row in a batch, for any thread count. */
-void gemm_weights(size_t M, size_t N, size_t K, const real *A, size_t lda, const Weights *w, int accumulate, real *C,
-                  size_t ldc);
+size_t weights_bytes(WeightFormat format, size_t N, size_t K); /* of data */
+/* Row j of a matrix of row length K, x (K), goes to its place in `data`, zero before; format not WEIGHTS_REAL. bf16 rounds
+ * to the nearest, ties to even: off by 2^-8 of a number at most. int8: scale[j] = largest/127, off by half of that;
+ * numbers that are not finite make it NaN. */
+void weights_pack(WeightFormat format, void *data, float *scale, const real *x, size_t j, size_t K);
+/* to (n) = x (n) rounded to bf16. */
+void round_bf16(uint16_t *to, const real *x, size_t n);
+/* C (M,N) = A (M,K) W^T (+ C if accumulate): any M, but made for the few rows of decoding, as fast as memory hands over
+ * the weights. Cannot fail. With packed weights the numbers of A are rounded to bf16 first; sums are real. The order
+ * of additions is fixed by K and the format alone: a row alone equals the row in a batch, for any thread count.
+ *   work: gemm_stream_work(M, K) bytes; NULL for WEIGHTS_REAL */
 void gemm_stream(size_t M, size_t N, size_t K, const real *A, size_t lda, const Weights *w, int accumulate, real *C,
-                 size_t ldc);
+                 size_t ldc, void *work);
+size_t gemm_stream_work(size_t M, size_t K);
+/* Attention to n keys or values (n,width) in bf16; width is a multiple of 16.
+ *   bf16_dots       p (n) = k q, q (width)
+ *   bf16_weighted   y (width) = sum over j of p[j] v[j,:] */
+void bf16_dots(real *p, const real *q, const uint16_t *k, size_t n, size_t width);
+void bf16_weighted(real *y, const real *p, const uint16_t *v, size_t n, size_t width);
 
 /* conv.c: convolutions, with bias, of (B,C,h,w) arrays. CONV1 is 1x1, the others 3x3 with zeros around: CONV3 at every
  * cell; CONV_DOWN at every second, padded right and below only (h and w even); CONV_UP after nearest doubling. */
@@ -325,9 +333,9 @@ Err params_load_ema(Params *p, const Checkpoint *ck, char which, const char *ema
 /* The values of a table without memory are those of the file where they lie, if they lie there as aligned reals, else
  * copies. For sampling: nothing may be written to them, and the file must stay open. strip_dots: EMA names.
  * p->format other than WEIGHTS_REAL: matrices have no value but are packed, row by row, so that a file's pages need not stay
- * in memory; bf16 is used where it lies in the file if it is that already. */
+ * in memory. */
 Err params_map(Params *p, const Checkpoint *ck, const char *prefix, int strip_dots);
-/* Packs the matrices of a table that has values, which stay: for tests and benchmarks. */
+/* Packs the matrices of a table that has values, which stay, and sets p->format: for tests and benchmarks. */
 Err params_pack(Params *p, WeightFormat format);
 /* Tensors for checkpoint_write: `which` of every row, named prefix+name. Appends to *list (capacity grows). */
 typedef struct {

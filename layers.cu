@@ -171,15 +171,16 @@ static int fill_rows(real *out, size_t ldo, const real *residual, const real *bi
     return 1;
 }
 
-/* out (R,l->out) = or += in (R,l->in) weight^T. While decoding the rows are few and the weights stream by. */
+/* out (R,l->out) = or += in (R,l->in) weight^T. Packed weights, and those of decoding, whose rows are few, stream
+ * by. */
 void multiply(const Transformer *m, const Linear *l, real *out, size_t ldo, int accumulate, const real *in, size_t ldi,
               size_t R) {
     const Param *p = &m->params.row[l->weight];
     const Weights plain = {WEIGHTS_REAL, p->value, NULL}, w = p->packed.data ? p->packed : plain;
-    if (m->state == DECODING)
-        gemm_stream(R, l->out, l->in, in, ldi, &w, accumulate, out, ldo);
+    if (m->state == DECODING || p->packed.data)
+        gemm_stream(R, l->out, l->in, in, ldi, &w, accumulate, out, ldo, m->work);
     else
-        gemm_weights(R, l->out, l->in, in, ldi, &w, accumulate, out, ldo);
+        gemm(0, 1, R, l->out, l->in, in, ldi, p->value, l->in, accumulate, out, ldo);
 }
 
 /* linear_forward    out (R,l->out) = residual + bias + in (R,l->in) weight^T; rows of out and residual are ldo apart,

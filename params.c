@@ -198,7 +198,7 @@ static int lies_ready(const Tensor *x) {
 /* ---- Matrices in fewer bits ---- */
 
 static size_t packed_bytes(const Param *row, WeightFormat format) {
-    return round_up(row->size * weight_bytes(format), 64);
+    return round_up(weights_bytes(format, row->dim[0], row->dim[1]), 64);
 }
 
 /* With the factors of its rows */
@@ -213,17 +213,17 @@ size_t params_bytes(const Params *p, WeightFormat format) {
     return bytes;
 }
 
-/* Room for every packed matrix and the factors of its rows, except for those that have a place already. */
+/* Room for every packed matrix and the factors of its rows. */
 static Err plan_packed(Params *p, WeightFormat format) {
     size_t bytes = 0;
     if (p->packed) return err("matrices are packed already");
     for (size_t i = 0; i < p->n; i++)
-        if (p->row[i].matrix && !p->row[i].packed.data) bytes += kept_bytes(&p->row[i], format);
+        if (p->row[i].matrix) bytes += kept_bytes(&p->row[i], format);
     TRY(mem_alloc(&p->packed, bytes, 1, "packed matrices"));
     char *next = (char *)p->packed;
     for (size_t i = 0; i < p->n; i++) {
         Param *row = &p->row[i];
-        if (!row->matrix || row->packed.data) continue;
+        if (!row->matrix) continue;
         row->packed = (Weights){format, next, (const float *)(const void *)(next + packed_bytes(row, format))};
         next += kept_bytes(row, format);
     }
@@ -248,8 +248,7 @@ static Err pack_matrix(const Param *row, const Tensor *x) {
     for (size_t r = 0; r < row->dim[0]; r++) {
         part.data = (const char *)x->data + r * in * dtype_size(x->dtype);
         tensor_to_reals(&part, line);
-        weights_pack(row->packed.format, (char *)row->packed.data + r * in * weight_bytes(row->packed.format),
-                     (float *)row->packed.scale + r, line, in);
+        weights_pack(row->packed.format, (void *)row->packed.data, (float *)row->packed.scale, line, r, in);
     }
     free(line);
     return OK;
@@ -257,6 +256,7 @@ static Err pack_matrix(const Param *row, const Tensor *x) {
 
 Err params_pack(Params *p, WeightFormat format) {
     TRY(plan_packed(p, format));
+    p->format = format;
     for (size_t i = 0; i < p->n; i++) {
         Tensor x = {.dtype = sizeof(real) == sizeof(double) ? DT_F64 : DT_F32, .data = p->row[i].value};
         x.size = p->row[i].size;
@@ -265,8 +265,7 @@ Err params_pack(Params *p, WeightFormat format) {
     return OK;
 }
 
-/* Points rows at the file, and the others into the arena, in order; arena NULL: only counts what those need, and finds
- * the matrices that are packed already. */
+/* Points rows at the file, and the others into the arena, in order; arena NULL: only counts what those need. */
 static Err map_rows(Params *p, const Checkpoint *ck, const char *prefix, int strip_dots, real *arena, size_t *need) {
     const WeightFormat format = p->format;
     *need = 0;
@@ -277,9 +276,7 @@ static Err map_rows(Params *p, const Checkpoint *ck, const char *prefix, int str
         TRY(join_name(name, prefix, row->name, strip_dots));
         TRY(checkpoint_shaped(ck, name, row->ndim, row->dim, row->size, &x));
         if (row->matrix && format != WEIGHTS_REAL) {
-            if (!arena && format == WEIGHTS_BF16 && x->dtype == DT_BF16 && (uintptr_t)x->data % sizeof(uint16_t) == 0)
-                row->packed = (Weights){format, x->data, NULL};
-            if (arena && row->packed.data != x->data) {
+            if (arena) {
                 TRY(pack_matrix(row, x));
                 let_go(ck, x);
             }

@@ -1,28 +1,42 @@
-/* stream.c - the product of few rows with a matrix of weights, as decoding does it; weights in fewer bits.
+/* stream.c - the product of rows with a matrix of weights that streams by, as decoding does it; weights in fewer bits.
  *
  * Owns: gemm_stream and the packing of weights (weights_pack). Refuses: nothing; it cannot fail and it allocates
  * nothing.
  *
- * Decoding multiplies 1..16 rows with a weight matrix (N,K). Nothing is reused there but the few rows, so the work is
- * to read the weights as fast as memory gives them, and gemm's packing would be in the way: gemm_stream multiplies rows
- * of weights with rows of A where they stand, LANES numbers at a time, both sides read along k.
+ * Decoding multiplies 1..64 rows with a weight matrix (N,K). Each weight is used once per row, so the work is to read
+ * the weights as fast as memory gives them and to multiply meanwhile. A task takes a few vectors of outputs
+ * at a time, a piece of k after the other, and does two things in turn:
  *
- * Promise on bits: an element of C is the sum of LANES sums, each over every LANES-th k in order, added as a tree.
- * Threads, M, N and position do not change the order, so a row computed alone equals bit for bit the same row computed
- * in a batch. (gemm has another order: the two agree to rounding only.) */
+ *     spread     brings the weights into `panel`, in the L1 cache, where a vector holds one k of LANES outputs: rows of
+ *                numbers are transposed in registers, int8 widened. Once for all rows of A. Packed bf16 lies so already.
+ *     multiply   GROUP rows of A at a time: loads a vector of the panel and adds its products with one number of each
+ *                row of A, while the next weights are fetched from memory at a constant rate.
+ *
+ * Numerics, the same on every machine. WEIGHTS_REAL: products and sums in real. WEIGHTS_BF16 and WEIGHTS_INT8: the
+ * rows of A are rounded to bf16 first, products of two bf16 are exact, sums are float (real); int8 is exact in bf16, its
+ * factor multiplies the sum. Processors with avx512_bf16 have one instruction for two such products, which is twice as
+ * fast as two multiply-adds (and takes numbers below 2^-126 for 0).
+ *
+ * Promise on bits: an element of C is one sum over k in a fixed order. Threads, M, N and position do not change it, so a
+ * row computed alone equals bit for bit the same row in any batch. */
 
 #include "vector.h"
 
 /* ---- Weights in fewer bits ---- */
 
-static uint16_t to_bf16(float x) {
+static inline uint16_t to_bf16(float x) {
     uint32_t bits;
     memcpy(&bits, &x, sizeof bits);
     const uint32_t rounded = bits + 0x7fffu + (bits >> 16 & 1);
     return (uint16_t)((x == x ? rounded : bits | 0x400000u) >> 16);
 }
 
-static float pack_int8(int8_t *out, const real *x, size_t n) {
+void round_bf16(uint16_t *to, const real *x, size_t n) {
+    for (size_t i = 0; i < n; i++) to[i] = to_bf16((float)x[i]);
+}
+
+/* What the numbers of a row are counted in; NaN if one of them is not finite. */
+static float int8_factor(const real *x, size_t n) {
     float largest = 0;
     int finite = 1;
     for (size_t i = 0; i < n; i++) {
@@ -30,45 +44,531 @@ static float pack_int8(int8_t *out, const real *x, size_t n) {
         finite &= size <= 3e38f; /* false for NaN */
         largest = size > largest ? size : largest;
     }
-    const float scale = largest / 127, inverse = scale > 0 ? 1 / scale : 0;
-    for (size_t i = 0; i < n; i++) {
-        const float q = finite ? (float)x[i] * inverse : 0;
-        out[i] = (int8_t)(q < -127 ? -127 : q > 127 ? 127 : q + (q < 0 ? -0.5f : 0.5f));
-    }
-    return finite ? scale : 0.0f / 0.0f;
+    return finite ? largest / 127 : 0.0f / 0.0f;
 }
 
-void weights_pack(WeightFormat format, void *out, float *scale, const real *x, size_t n) {
-    if (format == WEIGHTS_INT8) {
-        *scale = pack_int8((int8_t *)out, x, n);
-        return;
-    }
-    for (size_t i = 0; i < n; i++) ((uint16_t *)out)[i] = to_bf16((float)x[i]);
+static int8_t to_int8(float q) {
+    if (!(q >= -127)) return q != q ? 0 : -127;
+    return (int8_t)(q > 127 ? 127 : q + (q < 0 ? -0.5f : 0.5f));
 }
 
-/* ---- Few rows: the weights stream by ---- */
+/* A packed matrix (N,K) is cut into panels of PANEL_ROWS rows, each (words of K, PANEL_ROWS), zeros behind its ends: a
+ * vector of it holds the same k of neighbouring rows. A word is two bf16 or four int8. */
+enum { PANEL_ROWS = 16, WORD = 4 };
+
+/* Bytes from one panel to the next. */
+static size_t panel_bytes(WeightFormat format, size_t K) {
+    return round_up(K * weight_bytes(format), WORD) * PANEL_ROWS;
+}
+
+size_t weights_bytes(WeightFormat format, size_t N, size_t K) {
+    return format == WEIGHTS_REAL ? N * K * sizeof(real) : ceil_div(N, PANEL_ROWS) * panel_bytes(format, K);
+}
+
+void weights_pack(WeightFormat format, void *out, float *scale, const real *x, size_t j, size_t K) {
+    char *to = (char *)out + j / PANEL_ROWS * panel_bytes(format, K) + j % PANEL_ROWS * WORD;
+    const float factor = format == WEIGHTS_INT8 ? int8_factor(x, K) : 0;
+    const float inverse = factor > 0 ? 1 / factor : 0; /* NaN: all 0, and the factor says it */
+    for (size_t k = 0; k < K; k++) {
+        const uint16_t half = to_bf16((float)x[k]);
+        const int8_t byte = to_int8((float)x[k] * inverse);
+        if (format == WEIGHTS_BF16)
+            memcpy(to + k / 2 * WORD * PANEL_ROWS + k % 2 * 2, &half, 2);
+        else
+            memcpy(to + k / 4 * WORD * PANEL_ROWS + k % 4, &byte, 1);
+    }
+    if (format == WEIGHTS_INT8) scale[j] = factor;
+}
+
+/* ---- The product ---- */
+
+#if defined(__AVX512BF16__) && defined(__AVX512VBMI__) && !defined(REAL_DOUBLE)
+#define PAIRS 1 /* two neighbouring k of packed weights are one step */
+#else
+#define PAIRS 0
+#endif
 
 enum {
-    STREAM_X = LANES < 4 ? LANES : 4,    /* rows of A at a time, at most; LANES sums in registers in all */
-    STREAM_ROWS = LANES < 4 ? LANES : 4, /* rows of weights against one row of A */
-    AHEAD = 8192                         /* bytes */
+    GROUP = VECTOR_BYTES == 64 ? 8 : 6, /* rows of A at a time */
+    VECS = 2,                           /* vectors of outputs at a time: GROUP*VECS sums stay in registers */
+    STEPS = 128,                        /* of a panel: 16 KB */
+    FEW = 4,                            /* rows, at most, that do without a panel */
+    AHEAD = 8192,                       /* bytes fetched ahead then */
+    BURST = 16,                         /* steps between two rounds of fetching */
+    ROWS = 256,                         /* rows of A, at most, that share one reading of the weights */
+    LINE = 64,                          /* bytes that memory hands over at a time */
+    TASKS_PER_THREAD = 4                /* so that a delayed thread costs little */
 };
-static const size_t STREAM_BYTES = 64 * 1024; /* weights of a task */
-static const double SMALL_WORK = 1 << 20;     /* multiply-adds below which waking a thread does not pay */
+static const double SMALL_WORK = 1 << 20; /* multiply-adds below which waking a thread does not pay */
+
+/* What a row of A counts in: a number, or with PAIRS two bf16, the even k low. */
+typedef union {
+    real number;
+    uint32_t pair;
+} Step;
 
 typedef struct {
     size_t M, N, K;
-    const real *A;
-    size_t lda;
+    const Step *A; /* (M,lda) */
+    size_t lda;    /* steps */
     const Weights *w;
     int accumulate;
     real *C;
     size_t ldc;
-    size_t rows; /* of weights in a task */
+    size_t outputs; /* rows of weights in a task */
 } Stream;
 
+static __thread Vec panel[VECS][STEPS] __attribute__((aligned(64)));
+static __thread Vec sums[ROWS * VECS] __attribute__((aligned(64))); /* between two pieces of the same outputs */
+
+/* The steps that a word holds. */
+INLINE size_t word_steps(WeightFormat format) {
+    return format == WEIGHTS_REAL ? 1 : (format == WEIGHTS_BF16 ? 2 : 4) / (PAIRS ? 2 : 1);
+}
+
+/* Steps of a row: those of whole words. */
+INLINE size_t all_steps(WeightFormat format, size_t K) {
+    return format == WEIGHTS_REAL ? K : ceil_div(K * weight_bytes(format), WORD) * word_steps(format);
+}
+
+/* ---- Spread: from rows of weights to a panel ---- */
+
+/* Words of packed outputs from j on that hold a step. */
+INLINE const char *words_at(WeightFormat format, const Stream *s, size_t j, size_t step) {
+    return (const char *)s->w->data + j / PANEL_ROWS * panel_bytes(format, s->K) + j % PANEL_ROWS * WORD +
+           step / word_steps(format) * WORD * PANEL_ROWS;
+}
+
+#ifndef REAL_DOUBLE
+
+/* Within every 16 bytes: the first or second halves of a and b, interleaved by numbers or by pairs of numbers. Of a and
+ * then b: every second 16 bytes. */
+#if LANES == 16
+#define LOW4(a, b) SHUFFLE(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29)
+#define HIGH4(a, b) SHUFFLE(a, b, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31)
+#define LOW2(a, b) SHUFFLE(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29)
+#define HIGH2(a, b) SHUFFLE(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31)
+#define EVEN(a, b) SHUFFLE(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27)
+#define ODD(a, b) SHUFFLE(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31)
+#elif LANES == 8
+#define LOW4(a, b) SHUFFLE(a, b, 0, 8, 1, 9, 4, 12, 5, 13)
+#define HIGH4(a, b) SHUFFLE(a, b, 2, 10, 3, 11, 6, 14, 7, 15)
+#define LOW2(a, b) SHUFFLE(a, b, 0, 1, 8, 9, 4, 5, 12, 13)
+#define HIGH2(a, b) SHUFFLE(a, b, 2, 3, 10, 11, 6, 7, 14, 15)
+#define EVEN(a, b) SHUFFLE(a, b, 0, 1, 2, 3, 8, 9, 10, 11)
+#define ODD(a, b) SHUFFLE(a, b, 4, 5, 6, 7, 12, 13, 14, 15)
+#else
+#define LOW4(a, b) SHUFFLE(a, b, 0, 4, 1, 5)
+#define HIGH4(a, b) SHUFFLE(a, b, 2, 6, 3, 7)
+#define LOW2(a, b) SHUFFLE(a, b, 0, 1, 4, 5)
+#define HIGH2(a, b) SHUFFLE(a, b, 2, 3, 6, 7)
+#endif
+
+/* The first n numbers at p and zeros behind; LANES at most. */
+INLINE Vec load_first(const real *p, size_t n) {
+    Vec v = {0};
+    if (n >= LANES) return load(p);
+#if defined(__AVX512F__)
+    return _mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p);
+#endif
+    memcpy(&v, p, n * sizeof *p);
+    return v;
+}
+
+/* Number j of v[i] and number i of v[j] change places: squares of 4 x 4 numbers in themselves, within 16 bytes, where
+ * processors shuffle fastest; then the squares, 16 bytes at a time. */
+INLINE void transpose_vecs(Vec v[LANES]) {
+    Vec t[LANES];
+    for (int i = 0; i < LANES; i += 4) {
+        const Vec low = LOW4(v[i], v[i + 1]), high = HIGH4(v[i], v[i + 1]);
+        const Vec low2 = LOW4(v[i + 2], v[i + 3]), high2 = HIGH4(v[i + 2], v[i + 3]);
+        t[i] = LOW2(low, low2), t[i + 1] = HIGH2(low, low2);
+        t[i + 2] = LOW2(high, high2), t[i + 3] = HIGH2(high, high2);
+    }
+    for (int i = 0; i < 4; i++) {
+#if LANES == 16
+        const Vec a = EVEN(t[i], t[i + 4]), b = ODD(t[i], t[i + 4]);
+        const Vec c = EVEN(t[i + 8], t[i + 12]), d = ODD(t[i + 8], t[i + 12]);
+        v[i] = EVEN(a, c), v[i + 4] = EVEN(b, d), v[i + 8] = ODD(a, c), v[i + 12] = ODD(b, d);
+#elif LANES == 8
+        v[i] = EVEN(t[i], t[i + 4]), v[i + 4] = ODD(t[i], t[i + 4]);
+#else
+        v[i] = t[i];
+#endif
+    }
+}
+
+#if PAIRS
+/* Two tables give the low and the high byte of the bf16 of an int8's magnitude, 0..127; its sign is the bf16's sign. */
+typedef struct {
+    __m512i low[2], high[2];
+} Int8Tables;
+
+INLINE Int8Tables int8_tables(void) {
+    static const struct {
+        uint8_t low[128], high[128];
+    } bytes = {{0,   128, 0,   64,  128, 160, 192, 224, 0,   16,  32,  48,  64,  80,  96,  112, 128, 136, 144,
+                152, 160, 168, 176, 184, 192, 200, 208, 216, 224, 232, 240, 248, 0,   4,   8,   12,  16,  20,
+                24,  28,  32,  36,  40,  44,  48,  52,  56,  60,  64,  68,  72,  76,  80,  84,  88,  92,  96,
+                100, 104, 108, 112, 116, 120, 124, 128, 130, 132, 134, 136, 138, 140, 142, 144, 146, 148, 150,
+                152, 154, 156, 158, 160, 162, 164, 166, 168, 170, 172, 174, 176, 178, 180, 182, 184, 186, 188,
+                190, 192, 194, 196, 198, 200, 202, 204, 206, 208, 210, 212, 214, 216, 218, 220, 222, 224, 226,
+                228, 230, 232, 234, 236, 238, 240, 242, 244, 246, 248, 250, 252, 254},
+               {0,  63, 64, 64, 64, 64, 64, 64, 65, 65, 65, 65, 65, 65, 65, 65, 65, 65, 65, 65, 65, 65, 65, 65, 65, 65,
+                65, 65, 65, 65, 65, 65, 66, 66, 66, 66, 66, 66, 66, 66, 66, 66, 66, 66, 66, 66, 66, 66, 66, 66, 66, 66,
+                66, 66, 66, 66, 66, 66, 66, 66, 66, 66, 66, 66, 66, 66, 66, 66, 66, 66, 66, 66, 66, 66, 66, 66, 66, 66,
+                66, 66, 66, 66, 66, 66, 66, 66, 66, 66, 66, 66, 66, 66, 66, 66, 66, 66, 66, 66, 66, 66, 66, 66, 66, 66,
+                66, 66, 66, 66, 66, 66, 66, 66, 66, 66, 66, 66, 66, 66, 66, 66, 66, 66, 66, 66, 66, 66, 66, 66}};
+    Int8Tables t;
+    memcpy(&t, &bytes, sizeof t);
+    return t;
+}
+
+/* to[0], to[1] = the steps (k0,k2), (k1,k3) of LANES words (k0 k1 k2 k3). */
+INLINE void spread_int8(Vec *to, Vec packed, const Int8Tables *t) {
+    const __m512i byte = (__m512i)packed, size = _mm512_abs_epi8(byte);
+    const __m512i low = _mm512_permutex2var_epi8(t->low[0], size, t->low[1]);
+    const __m512i high = _mm512_permutex2var_epi8(t->high[0], size, t->high[1]);
+    const __m512i sign = _mm512_set1_epi8((char)0x80), odd = _mm512_set1_epi16((short)0xff00);
+    const __m512i with_sign = _mm512_ternarylogic_epi32(high, byte, sign, 0xf8); /* high | (byte & sign) */
+    to[0] = (Vec)_mm512_ternarylogic_epi32(odd, low, _mm512_slli_epi16(with_sign, 8), 0xac);
+    to[1] = (Vec)_mm512_ternarylogic_epi32(odd, _mm512_srli_epi16(low, 8), with_sign, 0xac);
+}
+#endif
+
+INLINE void spread_words(WeightFormat format, Vec *to, Vec packed) {
+    const Words bits = (Words)packed;
+    if (format == WEIGHTS_BF16 && PAIRS)
+        to[0] = packed;
+    else if (format == WEIGHTS_BF16)
+        to[0] = (Vec)(bits << 16), to[1] = (Vec)(bits & 0xffff0000u);
+    else {
+#if PAIRS
+        const Int8Tables tables = int8_tables();
+        spread_int8(to, packed, &tables);
+#else
+        for (int i = 0; i < 4; i++) to[i] = __builtin_convertvector((Ints)(bits << (24 - 8 * i)) >> 24, Vec);
+#endif
+    }
+}
+
+/* The steps of a unit: as many numbers as fit a vector, of LANES rows; or a word of packed weights. */
+INLINE size_t unit_steps(WeightFormat format) {
+    return format == WEIGHTS_REAL ? LANES : word_steps(format);
+}
+
+/* to = n <= unit_steps steps, from `step` on, of LANES outputs from j on. Rows of weights behind the last are it. */
+INLINE void spread_unit(WeightFormat format, const Stream *s, size_t j, size_t step, size_t n, Vec *to) {
+    if (format != WEIGHTS_REAL) {
+        Vec packed;
+        memcpy(&packed, words_at(format, s, j, step), sizeof packed);
+        spread_words(format, to, packed);
+        return;
+    }
+    const real *w = (const real *)s->w->data + j * s->K + step;
+    const size_t rows = s->N - j;
+    if (n == LANES && rows >= LANES)
+        for (size_t i = 0; i < LANES; i++) to[i] = load(w + i * s->K);
+    else
+        for (size_t i = 0; i < LANES; i++) to[i] = load_first(w + min_size(i, rows - 1) * s->K, n);
+    transpose_vecs(to);
+}
+
+#else /* doubles: for tests, one by one */
+
+static real one_weight(const Stream *s, size_t j, size_t k) {
+    const char *w = words_at(s->w->format, s, j, k);
+    uint32_t bits = 0;
+    float f;
+    if (s->w->format == WEIGHTS_INT8) return ((const int8_t *)w)[k % 4];
+    memcpy((char *)&bits + 2, w + k % 2 * 2, 2);
+    memcpy(&f, &bits, sizeof f);
+    return f;
+}
+
+INLINE size_t unit_steps(WeightFormat format) {
+    (void)format;
+    return 1;
+}
+
+INLINE void spread_unit(WeightFormat format, const Stream *s, size_t j, size_t step, size_t n, Vec *to) {
+    for (size_t l = 0; l < LANES && n > 0; l++) {
+        const size_t row = min_size(j + l, s->N - 1);
+        to[0][l] = format == WEIGHTS_REAL ? ((const real *)s->w->data)[row * s->K + step] : one_weight(s, row, step);
+    }
+}
+
+#endif
+
+/* ---- Fetching ahead ---- */
+
+/* Rows of weights, or panels, that VECS*LANES outputs come from. */
+INLINE size_t streams(WeightFormat format) {
+    return format == WEIGHTS_REAL ? VECS * LANES : ceil_div(VECS * LANES, PANEL_ROWS);
+}
+
+/* Bytes from one to the next, and of the steps of one unit. */
+INLINE size_t stream_bytes(WeightFormat format, size_t K) {
+    return format == WEIGHTS_REAL ? K * sizeof(real) : panel_bytes(format, K);
+}
+INLINE size_t unit_bytes(WeightFormat format) {
+    return format == WEIGHTS_REAL ? VECTOR_BYTES : WORD * PANEL_ROWS;
+}
+
+/* Lines of weights that will be needed next, line by line of each stream in turn. */
+typedef struct {
+    const char *at;
+    size_t stride, next, end;
+} Ahead;
+
+INLINE void fetch(WeightFormat format, Ahead *a, size_t lines) {
+    const size_t end = min_size(a->end, a->next + lines), n = streams(format);
+    for (size_t i = a->next; i < end; i++) __builtin_prefetch(a->at + i % n * a->stride + i / n * LINE, 0, 2);
+    a->next = end;
+}
+
+/* Where the steps of output j begin. */
+INLINE const char *weights_at(WeightFormat format, const Stream *s, size_t j, size_t step) {
+    return format == WEIGHTS_REAL ? (const char *)s->w->data + (j * s->K + step) * sizeof(real)
+                                  : words_at(format, s, j, step);
+}
+
+/* What follows the piece at (j,step) in the task that ends before output `end`; nothing behind its last. */
+INLINE Ahead ahead_of(WeightFormat format, const Stream *s, size_t j, size_t step, size_t end) {
+    const size_t all = all_steps(format, s->K);
+    Ahead a = {NULL, stream_bytes(format, s->K), 0, 0};
+    step += STEPS;
+    if (step >= all) step = 0, j += VECS * LANES;
+    if (j >= end) return a;
+    a.at = weights_at(format, s, j, step);
+    a.end = streams(format) *
+            ceil_div(ceil_div(min_size(STEPS, all - step), unit_steps(format)) * unit_bytes(format), LINE);
+    return a;
+}
+
+/* ---- Multiply ---- */
+
+/* sum + the products of the weights w with a step of A. */
+INLINE Vec add_products(WeightFormat format, const Step *a, Vec w, Vec sum) {
+#if PAIRS
+    if (format != WEIGHTS_REAL) return _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)_mm512_set1_epi32((int)a->pair));
+#endif
+    (void)format;
+    return multiply_add(a->number, w, sum);
+}
+
+/* C (rows, LANES from column j on) = or += sum, with int8's factors */
+INLINE void put_sum(WeightFormat format, const Stream *s, size_t row, size_t j, Vec sum) {
+    real *c = s->C + row * s->ldc + j;
+    const size_t n = min_size(LANES, s->N - j);
+    if (n == LANES) {
+        if (format == WEIGHTS_INT8) sum *= load_factors(s->w->scale + j);
+        store(c, s->accumulate ? load(c) + sum : sum);
+    } else
+        for (size_t i = 0; i < n; i++) {
+            const real t = format == WEIGHTS_INT8 ? sum[i] * (real)s->w->scale[j + i] : sum[i];
+            c[i] = s->accumulate ? c[i] + t : t;
+        }
+}
+
+/* The panel at (j,step) times `rows` rows of A from x on. rows and format are constants where this is expanded. */
+INLINE void multiply_group(WeightFormat format, int rows, const Stream *s, const Vec *const weights[VECS], size_t x,
+                           size_t j, size_t step, size_t steps, Ahead *ahead, size_t lines) {
+    const Step *a = s->A + x * s->lda + step;
+    const size_t lda = s->lda;
+    Vec sum[GROUP][VECS], *kept = sums + x * VECS;
+    for (int i = 0; i < rows; i++)
+        for (int v = 0; v < VECS; v++) sum[i][v] = step ? kept[i * VECS + v] : (Vec){0};
+    for (size_t begin = 0; begin < steps; begin += BURST) {
+        fetch(format, ahead, lines);
+        for (size_t k = begin; k < min_size(steps, begin + BURST); k++) {
+            Vec w[VECS];
+            for (int v = 0; v < VECS; v++) w[v] = weights[v][k];
+            for (int i = 0; i < rows; i++)
+                for (int v = 0; v < VECS; v++)
+                    sum[i][v] = add_products(format, a + (size_t)i * lda + k, w[v], sum[i][v]);
+        }
+    }
+    const int last = step + steps == all_steps(format, s->K);
+    for (int i = 0; i < rows; i++)
+        for (int v = 0; v < VECS; v++)
+            if (!last)
+                kept[i * VECS + v] = sum[i][v];
+            else if (j + (size_t)v * LANES < s->N)
+                put_sum(format, s, x + (size_t)i, j + (size_t)v * LANES, sum[i][v]);
+}
+
+/* Chooses the expansion for a number of rows. */
+INLINE void multiply_rows(WeightFormat format, size_t rows, const Stream *s, const Vec *const weights[VECS], size_t x,
+                          size_t j, size_t step, size_t steps, Ahead *ahead, size_t lines) {
+#define EXPAND(n)                                                                                                      \
+    case n: multiply_group(format, n, s, weights, x, j, step, steps, ahead, lines); break
+    switch (rows) {
+        EXPAND(1);
+        EXPAND(2);
+        EXPAND(3);
+        EXPAND(4);
+        EXPAND(5);
+        EXPAND(6);
+#if VECTOR_BYTES == 64
+        EXPAND(7);
+        EXPAND(8);
+#endif
+    }
+#undef EXPAND
+}
+
+/* Outputs behind the last are any that are there. */
+INLINE size_t output_of(const Stream *s, size_t j, int v) {
+    return min_size(j + (size_t)v * LANES, (s->N - 1) / LANES * LANES);
+}
+
+/* All rows of A with VECS*LANES outputs from j on, of a task that ends before output `end`. */
+INLINE void stream_outputs(WeightFormat format, const Stream *s, size_t j, size_t end) {
+    const size_t all = all_steps(format, s->K), groups = ceil_div(s->M, GROUP);
+    const int lies_ready = PAIRS && format == WEIGHTS_BF16;
+    for (size_t step = 0; step < all; step += STEPS) {
+        const size_t steps = min_size(STEPS, all - step);
+        const Vec *weights[VECS];
+        Ahead ahead = ahead_of(format, s, j, step, end);
+        const size_t units = VECS * ceil_div(steps, unit_steps(format)), parts = groups + !lies_ready;
+        const size_t in_spread = ceil_div(ahead.end, parts * units);
+        const size_t in_multiply = ceil_div(ahead.end, parts * ceil_div(steps, BURST));
+        for (int v = 0; v < VECS; v++) {
+            weights[v] =
+                lies_ready ? (const Vec *)(const void *)weights_at(format, s, output_of(s, j, v), step) : panel[v];
+            for (size_t k = 0; k < steps && !lies_ready; k += unit_steps(format)) {
+                spread_unit(format, s, output_of(s, j, v), step + k, min_size(unit_steps(format), steps - k),
+                            panel[v] + k);
+                fetch(format, &ahead, in_spread);
+            }
+        }
+        for (size_t x = 0; x < s->M; x += GROUP)
+            multiply_rows(format, min_size(GROUP, s->M - x), s, weights, x, j, step, steps, &ahead, in_multiply);
+    }
+}
+
+/* ---- Few rows: spread and multiply at once ---- */
+
+/* `rows` rows of A, all of them, with VECS*LANES outputs from j on. more: outputs of the task follow. */
+INLINE void few_outputs(WeightFormat format, int rows, const Stream *s, size_t j, int more) {
+    const size_t all = all_steps(format, s->K), unit = unit_steps(format), bytes = stream_bytes(format, s->K);
+    const size_t distance = AHEAD / streams(format), n_streams = streams(format);
+    const char *at = weights_at(format, s, j, 0);
+    Vec sum[FEW][VECS];
+    for (int i = 0; i < rows; i++)
+        for (int v = 0; v < VECS; v++) sum[i][v] = (Vec){0};
+    for (size_t step = 0; step < all; step += unit) {
+        const size_t n = min_size(unit, all - step), next = step / unit * unit_bytes(format) + distance;
+        const size_t jump = next < bytes ? next : next + (n_streams - 1) * bytes; /* to the next outputs */
+        for (size_t i = 0; i < n_streams && (next < bytes || more); i++)
+            __builtin_prefetch(at + i * bytes + jump, 0, 2);
+        for (int v = 0; v < VECS; v++) {
+            Vec w[LANES];
+            spread_unit(format, s, output_of(s, j, v), step, n, w);
+            for (size_t k = 0; k < n; k++)
+                for (int i = 0; i < rows; i++)
+                    sum[i][v] = add_products(format, s->A + (size_t)i * s->lda + step + k, w[k], sum[i][v]);
+        }
+    }
+    for (int i = 0; i < rows; i++)
+        for (int v = 0; v < VECS; v++)
+            if (j + (size_t)v * LANES < s->N) put_sum(format, s, (size_t)i, j + (size_t)v * LANES, sum[i][v]);
+}
+
+INLINE void task_of(WeightFormat format, const Stream *s, size_t begin, size_t end) {
+    for (size_t j = begin; j < end; j += VECS * LANES) {
+        const int more = j + VECS * LANES < end;
+        if (s->M == 1)
+            few_outputs(format, 1, s, j, more);
+        else if (s->M == 2)
+            few_outputs(format, 2, s, j, more);
+        else if (s->M == 3)
+            few_outputs(format, 3, s, j, more);
+        else if (s->M == FEW)
+            few_outputs(format, FEW, s, j, more);
+        else
+            stream_outputs(format, s, j, end);
+    }
+}
+
+static void stream_task(void *context, size_t task) {
+    const Stream *s = (const Stream *)context;
+    const size_t begin = task * s->outputs, end = min_size(s->N, begin + s->outputs);
+    if (s->w->format == WEIGHTS_BF16)
+        task_of(WEIGHTS_BF16, s, begin, end);
+    else if (s->w->format == WEIGHTS_INT8)
+        task_of(WEIGHTS_INT8, s, begin, end);
+    else
+        task_of(WEIGHTS_REAL, s, begin, end);
+}
+
+/* ---- Rows of A ---- */
+
+typedef struct {
+    const real *A;
+    Step *to;
+    size_t lda, K, steps;
+    WeightFormat format;
+} Round;
+
+/* The place of number k in a rounded row, whose int8 partners come in the order of spread_int8: 0 2 1 3. */
+INLINE size_t place_of(WeightFormat format, size_t k) {
+    return PAIRS && format == WEIGHTS_INT8 ? k / 4 * 4 + (k % 4 * 2) % 3 + (k % 4 == 3 ? 3 : 0) : k;
+}
+
+/* A row rounded to bf16, zeros behind. */
+static void round_row(void *context, size_t r) {
+    const Round *a = (const Round *)context;
+    const real *from = a->A + r * a->lda;
+    Step *to = a->to + r * a->steps;
+#if PAIRS
+    uint16_t *half = (uint16_t *)(void *)to;
+    size_t k = 0;
+    for (; k + 32 <= a->K; k += 32) {
+        const __m512i x = (__m512i)_mm512_cvtne2ps_pbh(load(from + k + 16), load(from + k));
+        const __m512i swapped = _mm512_shufflehi_epi16(_mm512_shufflelo_epi16(x, 0xd8), 0xd8); /* 0 2 1 3 */
+        _mm512_storeu_si512(half + k, a->format == WEIGHTS_INT8 ? swapped : x);
+    }
+    for (; k < a->steps * 2; k++) half[place_of(a->format, k)] = k < a->K ? to_bf16(from[k]) : 0;
+#else
+    for (size_t k = 0; k < a->steps; k++) {
+        const uint32_t bits = k < a->K ? (uint32_t)to_bf16((float)from[k]) << 16 : 0;
+        float x;
+        memcpy(&x, &bits, sizeof x);
+        to[k].number = (real)x;
+    }
+#endif
+}
+
+size_t gemm_stream_work(size_t M, size_t K) {
+    return min_size(M, ROWS) * round_up(K, 4) * sizeof(Step);
+}
+
+void gemm_stream(size_t M, size_t N, size_t K, const real *A, size_t lda, const Weights *w, int accumulate, real *C,
+                 size_t ldc, void *work) {
+    const int packed = w->format != WEIGHTS_REAL;
+    for (size_t x = 0; x < M && K == 0 && !accumulate; x++) memset(C + x * ldc, 0, N * sizeof *C);
+    if (N == 0 || K == 0) return;
+    for (size_t x = 0; x < M; x += ROWS) {
+        const size_t rows = min_size(ROWS, M - x);
+        const Step *a = (const Step *)(const void *)(A + x * lda);
+        Stream s = {rows, N, K, a, lda, w, accumulate, C + x * ldc, ldc, 0};
+        const int threads = (double)(rows + 8) * (double)N * (double)K < SMALL_WORK ? 1 : threads_free();
+        if (packed) {
+            Round round = {A + x * lda, (Step *)work, lda, K, all_steps(w->format, K), w->format};
+            parallel_for(rows * K < 65536 ? 1 : threads, rows, round_row, &round);
+            s.A = (const Step *)work, s.lda = round.steps;
+        }
+        s.outputs = round_up(ceil_div(N, (size_t)threads * TASKS_PER_THREAD), VECS * LANES);
+        parallel_for(threads, ceil_div(N, s.outputs), stream_task, &s);
+    }
+}
+
+/* ---- Keys and values in bf16 stream by too ---- */
+
 /* Lane i of the result is the sum of all lanes of v[i], added as a tree, the same for every i. Each round adds the
- * halves of two vectors into one (compare transpose_square). */
+ * halves of two vectors into one. */
 INLINE Vec sum_lanes(Vec v[LANES]) {
 #define ROUND(half)                                                                                                    \
     for (int i = 0; i < half && half < LANES; i++)                                                                     \
@@ -81,99 +581,42 @@ INLINE Vec sum_lanes(Vec v[LANES]) {
     return v[0];
 }
 
-/* In a register from here on: gcc would rather read it from memory again for every use. */
-INLINE Vec in_register(Vec v) {
-#if defined(__AVX512F__) && !defined(__clang__)
-    __asm__("" : "+v"(v));
-#elif defined(__AVX__) && !defined(__clang__)
-    __asm__("" : "+x"(v));
-#endif
-    return v;
-}
-
-/* before + t scale. Spelled out, for else the compiler may round once in one expansion of the kernel and twice in another,
- * and a row alone would differ from the row in a batch. */
-INLINE real scaled_add(real t, real scale, real before) {
-#if !defined(__FMA__) && !defined(__ARM_FEATURE_FMA)
-    return before + t * scale;
-#elif defined(REAL_DOUBLE)
-    return __builtin_fma(t, scale, before);
-#else
-    return __builtin_fmaf(t, scale, before);
-#endif
-}
-
-/* C[x,j] = or += A[x,:] . W[j,:] for xs rows of A and `rows` rows of weights. xs, rows, format and ahead are constants
- * where this is expanded. ahead: fetch the next rows of weights into the cache meanwhile. */
-INLINE void stream_kernel(WeightFormat format, int xs, int rows, int ahead, const Stream *s, size_t x0, size_t j) {
-    const size_t K = s->K, lda = s->lda, whole = K / LANES * LANES, step = K * weight_bytes(format);
-    const char *w = (const char *)s->w->data + j * step;
-    const real *a = s->A + x0 * lda;
-    Vec sum[LANES];
-    for (int i = 0; i < LANES; i++) sum[i] = (Vec){0};
-    for (size_t k = 0; k < whole; k += LANES) {
-        Vec ak[STREAM_X];
-        for (int x = 0; x < xs; x++) ak[x] = in_register(load(a + (size_t)x * lda + k));
-        for (int r = 0; r < rows; r++) {
-            const char *row = w + (size_t)r * step;
-            const Vec wk = in_register(load_weights(format, row, k));
-            if (ahead) __builtin_prefetch(row + k * weight_bytes(format) + AHEAD, 0, 2);
-            for (int x = 0; x < xs; x++) sum[x * rows + r] = multiply_add_vec(ak[x], wk, sum[x * rows + r]);
+INLINE void dots(real *p, const real *q, const uint16_t *k, size_t n, const size_t width) {
+    for (size_t j = 0; j < n; j += LANES) {
+        const size_t last = min_size(LANES, n - j) - 1;
+        Vec sum[LANES];
+        for (size_t i = 0; i < LANES; i++) {
+            const uint16_t *key = k + (j + min_size(i, last)) * width;
+            sum[i] = (Vec){0};
+            for (size_t c = 0; c < width; c += LANES)
+                sum[i] = multiply_add_vec(load(q + c), load_bf16(key + c), sum[i]);
         }
-    }
-    if (whole < K)
-        for (int x = 0; x < xs; x++) {
-            const Vec ak = load_last(a + (size_t)x * lda + whole, K - whole);
-            for (int r = 0; r < rows; r++) {
-                const Vec wk = load_last_weights(format, w + (size_t)r * step, whole, K - whole);
-                sum[x * rows + r] = multiply_add_vec(ak, wk, sum[x * rows + r]);
-            }
-        }
-    const Vec total = sum_lanes(sum);
-    for (int x = 0; x < xs; x++)
-        for (int r = 0; r < rows; r++) {
-            real *c = s->C + (x0 + (size_t)x) * s->ldc + j + (size_t)r;
-            const real t = total[x * rows + r], before = s->accumulate ? *c : 0;
-            *c = format == WEIGHTS_INT8 ? scaled_add(t, (real)s->w->scale[j + (size_t)r], before) : before + t;
-        }
-}
-
-/* xs rows of A against the rows begin..end-1 of the weights. */
-INLINE void stream_block(WeightFormat format, int xs, int rows, int ahead, const Stream *s, size_t x, size_t begin,
-                         size_t end) {
-    size_t j = begin;
-    for (; j + (size_t)rows <= end; j += (size_t)rows) stream_kernel(format, xs, rows, ahead, s, x, j);
-    for (; j < end; j++) stream_kernel(format, xs, 1, 0, s, x, j);
-}
-
-/* All rows of A against the rows begin..end-1 of the weights, which stay in the cache meanwhile. */
-INLINE void stream_rows(WeightFormat format, const Stream *s, size_t begin, size_t end) {
-    size_t x = 0;
-    for (; x + STREAM_X <= s->M; x += STREAM_X) {
-        if (x == 0)
-            stream_block(format, STREAM_X, LANES / STREAM_X, 1, s, x, begin, end);
+        const Vec total = sum_lanes(sum);
+        if (last == LANES - 1)
+            store(p + j, total);
         else
-            stream_block(format, STREAM_X, LANES / STREAM_X, 0, s, x, begin, end);
+            for (size_t i = 0; i <= last; i++) p[j + i] = total[i];
     }
-    for (; x < s->M; x++) stream_block(format, 1, STREAM_ROWS, 1, s, x, begin, end);
 }
 
-static void stream_task(void *context, size_t task) {
-    const Stream *s = (const Stream *)context;
-    const size_t begin = task * s->rows, end = min_size(s->N, begin + s->rows);
-    if (s->w->format == WEIGHTS_BF16)
-        stream_rows(WEIGHTS_BF16, s, begin, end);
-    else if (s->w->format == WEIGHTS_INT8)
-        stream_rows(WEIGHTS_INT8, s, begin, end);
+void bf16_dots(real *p, const real *q, const uint16_t *k, size_t n, size_t width) {
+    if (width == 64)
+        dots(p, q, k, n, 64);
     else
-        stream_rows(WEIGHTS_REAL, s, begin, end);
+        dots(p, q, k, n, width);
 }
 
-void gemm_stream(size_t M, size_t N, size_t K, const real *A, size_t lda, const Weights *w, int accumulate, real *C,
-                 size_t ldc) {
-    if (M == 0 || N == 0) return;
-    Stream s = {M, N, K, A, lda, w, accumulate, C, ldc, 0};
-    s.rows = round_up(STREAM_BYTES / max_size(K * weight_bytes(w->format), 1) + 1, STREAM_ROWS);
-    const int threads = (double)(M + 8) * (double)N * (double)K < SMALL_WORK ? 1 : threads_free();
-    parallel_for(threads, ceil_div(N, s.rows), stream_task, &s);
+/* y (vecs*LANES) = sum_j p[j] v[j,:] */
+INLINE void weighted(real *y, const real *p, const uint16_t *v, size_t n, size_t width, int vecs) {
+    Vec sum[64 / LANES];
+    for (int i = 0; i < vecs; i++) sum[i] = (Vec){0};
+    for (size_t j = 0; j < n; j++)
+        for (int i = 0; i < vecs; i++) sum[i] = multiply_add(p[j], load_bf16(v + j * width + i * LANES), sum[i]);
+    for (int i = 0; i < vecs; i++) store(y + i * LANES, sum[i]);
+}
+
+void bf16_weighted(real *y, const real *p, const uint16_t *v, size_t n, size_t width) {
+    size_t c = 0;
+    for (; c + 64 <= width; c += 64) weighted(y + c, p, v + c, n, width, 64 / LANES);
+    for (; c < width; c += 16) weighted(y + c, p, v + c, n, width, 16 / LANES);
 }

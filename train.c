@@ -907,11 +907,11 @@ static Err build_stage(Stage *s, const Checkpoint *ck) {
 }
 
 static void say_start(const Stage *s) {
-    fprintf(
-        stderr,
-        "%s: %.2f million parameters, %zu pictures (%zu held out), batch %zu x %zu, %zu steps, seed %llu, %d threads, %s\n",
-        s->name, (double)params_count(s->params) / 1e6, s->train.n, s->val.n, s->batch, s->accumulate, s->steps,
-        (unsigned long long)s->seed, threads_get(), vector_instructions());
+    fprintf(stderr,
+            "%s: %.2f million parameters, %zu pictures (%zu held out), batch %zu x %zu, %zu steps, seed %llu, %d "
+            "threads, %s\n",
+            s->name, (double)params_count(s->params) / 1e6, s->train.n, s->val.n, s->batch, s->accumulate, s->steps,
+            (unsigned long long)s->seed, threads_get(), vector_instructions());
     char state[32], activations[32], available[32];
     fprintf(stderr, "memory: parameters, gradients and optimizer %s, activations %s; %s available\n",
             bytes_text(state, s->state_bytes), bytes_text(activations, s->activation_bytes),

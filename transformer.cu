@@ -198,6 +198,8 @@ static Err config_check(const NetConfig *c) {
     }
     if (c->kind == NET_GPT && c->dim % c->dec_heads != 0)
         return err("transformer: n_embd %zu is not a multiple of n_head %zu", c->dim, c->dec_heads);
+    if (c->kind == NET_GPT && c->dim / c->dec_heads > HEAD_MAX)
+        return err("transformer: heads of %zu channels, expected at most %d", c->dim / c->dec_heads, (int)HEAD_MAX);
     if (prompt_tokens(c) < c->dec_num_tokens || prompt_tokens(c) <= (size_t)c->n_scales)
         return err("transformer: an input table of %zu tokens is too small for %zu token values and %d scales",
                    prompt_tokens(c), c->dec_num_tokens, c->n_scales);
@@ -409,6 +411,7 @@ static void plan_keys(Arena *a, Layer *l, size_t B, size_t Tk, size_t inner) {
 
 /* Training: each layer keeps what its backward needs. */
 static void plan_layer_training(Arena *a, Layer *l, size_t B, size_t T, size_t Tk, size_t C) {
+    l->kept_key = l->kept_value = NULL;
     plan_input(a, l, B * T, C);
     if (l->kind == BLOCK_FEED) {
         l->g = take(a, B * T, FEED_FACTOR * C, 1);
@@ -421,23 +424,30 @@ static void plan_layer_training(Arena *a, Layer *l, size_t B, size_t T, size_t T
 }
 
 /* Else all layers share one set of buffers, except that the keys and values of a decoder are its caches. */
-static void plan_layer_inference(Arena *a, Layer *l, const Layer *shared, size_t B, size_t Tk, int cache) {
+static void plan_layer_inference(Arena *a, Layer *l, const Layer *shared, size_t B, size_t Tk, int cache, int packed) {
     l->x = shared->x, l->mean = shared->mean, l->rstd = shared->rstd, l->normed = shared->normed;
     l->query = shared->query, l->y = shared->y, l->key = shared->key, l->value = shared->value;
     l->g = shared->g;
     l->p = l->dg = NULL;
-    if (cache && l->kind != BLOCK_FEED) plan_keys(a, l, B, Tk, l->heads * l->D);
+    l->kept_key = l->kept_value = NULL;
+    if (!cache || l->kind == BLOCK_FEED) return;
+    if (!packed) {
+        plan_keys(a, l, B, Tk, l->heads * l->D);
+        return;
+    }
+    l->kept_key = (uint16_t *)take_bytes(a, B * l->heads, Tk, kept_width(l->D), sizeof(uint16_t));
+    l->kept_value = (uint16_t *)take_bytes(a, B * l->heads, Tk, kept_width(l->D), sizeof(uint16_t));
 }
 
 /* T_context: positions of the context of cross-attention. shared NULL: training. */
-static void plan_stack(Arena *a, Stack *s, const Layer *shared, size_t B, size_t T_context) {
+static void plan_stack(Arena *a, Stack *s, const Layer *shared, size_t B, size_t T_context, int packed) {
     size_t R = B * s->T;
     s->ids = (int32_t *)take_bytes(a, R, 1, 1, sizeof(int32_t));
     for (size_t i = 0; i < s->n_layers; i++) {
         Layer *l = &s->layer[i];
         size_t Tk = l->kind == BLOCK_CROSS ? T_context : s->T;
         if (shared)
-            plan_layer_inference(a, l, shared, B, Tk, s->causal);
+            plan_layer_inference(a, l, shared, B, Tk, s->causal, packed);
         else
             plan_layer_training(a, l, B, s->T, Tk, s->C);
     }
@@ -468,8 +478,10 @@ static void plan_arena(Transformer *m, Arena *a) {
         m->first = (int32_t *)take_bytes(a, B, 1, 1, sizeof *m->first);
         m->cell = (Cell *)take_bytes(a, B, DECODE_BLOCK, 1, sizeof *m->cell);
     }
-    if (c->kind == NET_X) plan_stack(a, e, m->train ? NULL : &shared, B, 0);
-    plan_stack(a, d, m->train ? NULL : &shared, B, e->T);
+    const int packed = m->format != WEIGHTS_REAL;
+    if (c->kind == NET_X) plan_stack(a, e, m->train ? NULL : &shared, B, 0, packed);
+    plan_stack(a, d, m->train ? NULL : &shared, B, e->T, packed);
+    m->work = packed ? take_bytes(a, gemm_stream_work(R, max_size(FEED_FACTOR * C, inner)), 1, 1, 1) : NULL;
     m->scores = take(a, B * max_size(c->enc_heads, c->dec_heads), QUERY_BLOCK, T);
     m->logits = take(a, B * m->N, K, 1);
     m->raw = m->train && is_scaled(c) ? take(a, B * m->N, K, 1) : m->logits;
@@ -508,7 +520,7 @@ Err transformer_plan_bytes(Transformer *m, size_t B, size_t N, int train, size_t
     m->arena = NULL;
     if (B < 1 || B > BATCH_MAX) return err("transformer: batch of %zu, expected 1..%d", B, (int)BATCH_MAX);
     TRY(set_lengths(m, N));
-    m->B = B, m->N = N, m->train = train;
+    m->B = B, m->N = N, m->train = train, m->format = m->params.format;
     plan_arena(m, &measure);
     m->B = 0; /* until the memory is there */
     if (measure.overflow) return err("transformer: a batch of %zu x %zu tokens is too large", B, N);
@@ -541,12 +553,28 @@ static AttendShape attend_shape(const Stack *s, const Layer *l, const Pass *pass
     return shape;
 }
 
-/* Keys or values out (B,stride,l->out) of in (B,n,C), or of cells in (n,C), each to its place. */
-static void project_positions(const Transformer *m, const Linear *l, real *out, const real *in, const Pass *pass) {
-    linear_forward(m, l, pass->cell ? m->fresh : out, l->out, NULL, in, l->in, pass->B * pass->n);
-    for (size_t r = 0; pass->cell && r < pass->n; r++)
-        memcpy(out + (pass->cell[r].b * pass->stride + pass->cell[r].pos) * l->out, m->fresh + r * l->out,
-               l->out * sizeof *out);
+/* Rows r of x (B*n,l->out), positions of B batch rows or of cells, each to its place in out (B,stride,l->out). */
+static void project_positions(const Transformer *m, const Linear *l, real *out, const real *in, size_t B, size_t n,
+                              const Cell *cell, size_t stride) {
+    linear_forward(m, l, cell ? m->fresh : out, l->out, NULL, in, l->in, B * n);
+    for (size_t r = 0; cell && r < n; r++)
+        memcpy(out + (cell[r].b * stride + cell[r].pos) * l->out, m->fresh + r * l->out, l->out * sizeof *out);
+}
+
+void project_keys(const Transformer *m, const Layer *l, const real *source, size_t B, size_t n, const Cell *cell,
+                  size_t stride) {
+    if (!l->kept_key) {
+        project_positions(m, &l->k, l->key, source, B, n, cell, stride);
+        project_positions(m, &l->v, l->value, source, B, n, cell, stride);
+        return;
+    }
+    AttendShape shape;
+    memset(&shape, 0, sizeof shape);
+    shape.B = B, shape.heads = l->heads, shape.D = l->D, shape.key_stride = stride, shape.cell = cell;
+    linear_forward(m, &l->k, l->key, l->k.out, NULL, source, l->k.in, B * n);
+    linear_forward(m, &l->v, l->value, l->v.out, NULL, source, l->v.in, B * n);
+    keep_positions(&shape, l->kept_key, l->key, n);
+    keep_positions(&shape, l->kept_value, l->value, n);
 }
 
 /* attention_forward    next (R,C) = x + to_out(attend(to_q normed, to_k source, to_v source))
@@ -556,14 +584,14 @@ static void attention_forward(Transformer *m, const Stack *s, Layer *l, real *ne
     const size_t R = pass->B * pass->n, C = s->C, inner = l->heads * l->D;
     const AttendShape shape = attend_shape(s, l, pass);
     linear_forward(m, &l->q, l->query, inner, NULL, l->normed, C, R);
-    if (l->kind == BLOCK_SELF) {
-        project_positions(m, &l->k, l->key, l->normed, pass);
-        project_positions(m, &l->v, l->value, l->normed, pass);
-    } else if (pass->context) {
-        linear_forward(m, &l->k, l->key, inner, NULL, pass->context, C, pass->B * pass->T_context);
-        linear_forward(m, &l->v, l->value, inner, NULL, pass->context, C, pass->B * pass->T_context);
-    }
-    attend_forward(&shape, l->y, l->p, m->scores, l->query, l->key, l->value);
+    if (l->kind == BLOCK_SELF)
+        project_keys(m, l, l->normed, pass->B, pass->n, pass->cell, pass->stride);
+    else if (pass->context)
+        project_keys(m, l, pass->context, pass->B, pass->T_context, NULL, pass->T_context);
+    if (l->kept_key)
+        attend_kept(&shape, l->y, m->scores, l->query, l->kept_key, l->kept_value);
+    else
+        attend_forward(&shape, l->y, l->p, m->scores, l->query, l->key, l->value);
     linear_forward(m, &l->out, next, C, l->x, l->y, inner, R);
 }
 
@@ -729,6 +757,7 @@ Err check_ids(const char *what, const int32_t *ids, size_t n, int32_t lo, size_t
 Err check_batch(const Transformer *m, const int32_t *x_t, const int32_t *t, const int32_t *label, size_t B, size_t N) {
     const NetConfig *c = &m->config;
     if (!m->B) return err("transformer: nothing is planned");
+    if (m->format != m->params.format) return err("transformer: planned for matrices in another format");
     if (m->params.n == 0 || !m->params.row[0].value) return err("transformer: the parameters have no values yet");
     if (B < 1 || B > m->B || N < 1 || N > m->N)
         return err("transformer: a batch of %zu x %zu tokens, planned for up to %zu x %zu", B, N, m->B, m->N);

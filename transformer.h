@@ -44,8 +44,10 @@ typedef struct {
     real *normed;      /* (R,C) */
     real *query, *y;   /* (R,inner) queries; what the heads say */
     real *key, *value; /* (B,keys,inner) */
-    real *p;           /* (B,heads,n,keys) attention probabilities; NULL: not kept */
-    real *g, *dg;      /* (R,4C) gelu(h) and its derivative; dg NULL: not kept */
+    uint16_t *kept_key,
+        *kept_value; /* (B,heads,keys,kept_width) rounded to bf16: in decoders with packed weights, else NULL */
+    real *p;         /* (B,heads,n,keys) attention probabilities; NULL: not kept */
+    real *g, *dg;    /* (R,4C) gelu(h) and its derivative; dg NULL: not kept */
 } Layer;
 
 typedef struct {
@@ -79,6 +81,7 @@ struct Transformer {
     float alpha[MAX_SCALES + 1];
 
     size_t B, N; /* planned */
+    WeightFormat format;
     int train;
     void *arena;
     real *raw, *logits;            /* (B,N,K) before and after scaling and residual; may be one */
@@ -86,6 +89,7 @@ struct Transformer {
     real *dx, *dcontext, *dnormed; /* gradients, reused by every layer */
     real *dquery, *dkey, *dvalue, *dy, *dh;
     real *row_sum; /* (B*N) */
+    void *work;    /* of gemm_stream, for packed weights */
 
     State state;
     size_t now_B, now_N; /* of the last forward or decode_begin */
@@ -136,7 +140,10 @@ void embed_backward(const Transformer *m, const Stack *s, const real *dx, const 
 
 /* ---- attention.cu ---- */
 
-enum { QUERY_BLOCK = 64 }; /* queries that attention treats at a time: their scores stay in cache */
+enum {
+    QUERY_BLOCK = 64, /* queries that attention treats at a time: their scores stay in cache */
+    HEAD_MAX = 1024   /* channels of a head */
+};
 
 typedef struct {
     size_t B, heads, D, Tq, Tk;
@@ -147,6 +154,11 @@ typedef struct {
 } AttendShape;
 
 void attend_forward(const AttendShape *s, real *y, real *p, real *scores, const real *q, const real *k, const real *v);
+void attend_kept(const AttendShape *s, real *y, real *scores, const real *q, const uint16_t *k, const uint16_t *v);
+void keep_positions(const AttendShape *s, uint16_t *kept, const real *x, size_t n);
+static inline size_t kept_width(size_t D) {
+    return (D + 15) / 16 * 16;
+}
 void attend_backward(const AttendShape *s, real *dq, real *dk, real *dv, const real *dy, real *p, real *scores,
                      const real *q, const real *k, const real *v);
 
@@ -159,6 +171,9 @@ Err check_batch(const Transformer *m, const int32_t *x_t, const int32_t *t, cons
 void prompted_ids(const NetConfig *c, int32_t *ids, const int32_t *t, const int32_t *label, const int32_t *tokens,
                   size_t stride, size_t B, size_t n);
 Pass whole_pass(const Stack *s, size_t B, size_t n, const real *context, size_t T_context);
+/* Keys and values of source (B,n,C), or of cells (n,C), join those of a layer, which has room for `stride` positions. */
+void project_keys(const Transformer *m, const Layer *l, const real *source, size_t B, size_t n, const Cell *cell,
+                  size_t stride);
 void stack_forward(Transformer *m, Stack *s, const int32_t *ids, const Pass *pass, size_t skip);
 void head_forward(Transformer *m, size_t B, size_t n, const Cell *cell);
 

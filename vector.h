@@ -108,14 +108,12 @@ INLINE Vec interleave_high(Vec a, Vec b) {
 
 /* ---- Weights in fewer bits ---- */
 
-/* LANES numbers as they are stored, and on their way to real. */
-typedef uint16_t Halves __attribute__((vector_size(LANES * 2)));
-typedef int8_t Bytes __attribute__((vector_size(LANES)));
 typedef uint32_t Words __attribute__((vector_size(LANES * 4)));
 typedef int32_t Ints __attribute__((vector_size(LANES * 4)));
 typedef float Floats __attribute__((vector_size(LANES * 4)));
 
-/* bf16 is the upper half of a float. Spelt out where compilers take such conversions apart. */
+/* LANES numbers of bf16, the upper half of a float. Spelt out where compilers take such conversions apart. */
+typedef uint16_t Halves __attribute__((vector_size(LANES * 2)));
 INLINE Vec load_bf16(const uint16_t *p) {
 #if defined(__AVX512F__) && !defined(REAL_DOUBLE)
     const __m512i bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(const void *)p));
@@ -131,37 +129,11 @@ INLINE Vec load_bf16(const uint16_t *p) {
 #endif
 }
 
-INLINE Vec load_int8(const int8_t *p) {
-#if defined(__AVX512F__) && !defined(REAL_DOUBLE)
-    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(const void *)p)));
-#elif defined(__AVX2__) && !defined(REAL_DOUBLE)
-    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(const void *)p)));
-#else
-    Bytes b;
-    memcpy(&b, p, sizeof b);
-    return __builtin_convertvector(__builtin_convertvector(b, Ints), Vec);
-#endif
-}
-
-/* LANES weights at element i of data, int8 without its factor. format is a constant where this is expanded. */
-INLINE Vec load_weights(WeightFormat format, const void *data, size_t i) {
-    if (format == WEIGHTS_BF16) return load_bf16((const uint16_t *)data + i);
-    if (format == WEIGHTS_INT8) return load_int8((const int8_t *)data + i);
-    return load((const real *)data + i);
-}
-
-/* The same for the last n < LANES of a row, with zeros behind. */
-INLINE Vec load_last_weights(WeightFormat format, const void *data, size_t i, size_t n) {
-    const size_t size = weight_bytes(format);
-    char last[LANES * sizeof(real)] = {0};
-    memcpy(last, (const char *)data + i * size, n * size);
-    return load_weights(format, last, 0);
-}
-
-INLINE Vec load_last(const real *p, size_t n) {
-    Vec v = {0};
-    memcpy(&v, p, n * sizeof *p);
-    return v;
+/* LANES factors */
+INLINE Vec load_factors(const float *p) {
+    Floats f;
+    memcpy(&f, p, sizeof f);
+    return __builtin_convertvector(f, Vec);
 }
 
 #endif

@@ -284,14 +284,15 @@ typedef struct {
     size_t M, N, K, matrices;
     Weights w;
     real *A, *C;
+    void *work;
 } StreamJob;
 
 static void run_stream(void *context) {
     const StreamJob *s = (const StreamJob *)context;
-    const size_t bytes = s->N * s->K * weight_bytes(s->w.format);
+    const size_t bytes = weights_bytes(s->w.format, s->N, s->K);
     for (size_t i = 0; i < s->matrices; i++) {
         const Weights w = {s->w.format, (const char *)s->w.data + i * bytes, s->w.scale};
-        gemm_stream(s->M, s->N, s->K, s->A, s->K, &w, 0, s->C, s->N);
+        gemm_stream(s->M, s->N, s->K, s->A, s->K, &w, 0, s->C, s->N, s->work);
     }
 }
 
@@ -305,10 +306,12 @@ static void bench_stream(void) {
     for (int format = WEIGHTS_REAL; format <= WEIGHTS_INT8; format++)
         for (size_t m = 0; m < COUNT(rows); m++)
             for (size_t k = 0; k < COUNT(shapes); k++) {
-                StreamJob s = {rows[m], shapes[k][0], shapes[k][1], 0, {(WeightFormat)format, NULL, NULL}, NULL, NULL};
-                const size_t bytes = s.N * s.K * weight_bytes(s.w.format);
+                StreamJob s = {rows[m], shapes[k][0], shapes[k][1], 0, {(WeightFormat)format, NULL, NULL},
+                               NULL,    NULL,         NULL};
+                const size_t bytes = weights_bytes(s.w.format, s.N, s.K);
                 s.matrices = total / bytes;
                 s.w.data = reals(total / sizeof(real), "weights"), s.w.scale = (const float *)reals(s.N, "factors");
+                must(mem_alloc(&s.work, gemm_stream_work(s.M, s.K), 1, "work space"));
                 s.A = (real *)reals(s.M * s.K, "A"), s.C = (real *)reals(s.M * s.N, "C");
                 char name[96];
                 snprintf(name, sizeof name, "%s, %zu x %zu x %zu", format_names[format], s.M, s.K, s.N);
@@ -318,12 +321,13 @@ static void bench_stream(void) {
                 free((void *)s.w.scale);
                 free(s.A);
                 free(s.C);
+                free(s.work);
             }
 }
 
 /* ---- A transition of the full-size FFHQ model, with made-up weights ---- */
 
-enum { TOKENS = 256, STEPS_TIMED = 40 };
+enum { TOKENS = 256, EARLY = 40 };
 
 static Transformer *full_size(int scale) {
     Config recipe = {0};
@@ -349,6 +353,7 @@ static void pack(Transformer *m, WeightFormat format) {
     Params *p = transformer_params(m);
     free(p->packed);
     p->packed = NULL;
+    p->format = WEIGHTS_REAL;
     for (size_t i = 0; i < p->n; i++) p->row[i].packed.data = NULL;
     if (format != WEIGHTS_REAL) must(params_pack(p, format));
 }
@@ -365,15 +370,22 @@ static double matrix_numbers(Transformer *m, const char *part, const char *not_t
     return n;
 }
 
-/* What a token reads: every matrix of the decoder, but in cross-attention (each third layer's second) not those of keys
- * and values, which are the context's business. And for each of B samples the keys and values so far. */
-static double token_numbers(Transformer *m, double *cached_per_position, double *cached_context) {
+/* What a token reads of weights: every matrix of the decoder, but in cross-attention (each third layer's second) not those
+ * of keys and values, which are the context's business. */
+static double token_numbers(Transformer *m) {
     const NetConfig *c = transformer_config(m);
-    const double inner = c->kind == NET_X ? 64.0 * (double)c->dec_heads : (double)c->dim, depth = (double)c->dec_depth;
+    const double inner = 64.0 * (double)c->dec_heads, depth = (double)c->dec_depth;
     const double all = matrix_numbers(m, c->kind == NET_X ? "decoder." : "", "encoder.", "token_emb");
-    *cached_per_position = 2 * inner * depth;
-    *cached_context = c->kind == NET_X ? 2 * inner * depth * (TOKENS + 1) : 0;
     return all - (c->kind == NET_X ? 2 * inner * (double)c->dim * depth : 0);
+}
+
+/* Bytes of keys and values that position i of B samples reads: those so far, and those of the context. With packed
+ * weights they are bf16, heads rounded up to 16 numbers. */
+static double kept_bytes(const NetConfig *c, WeightFormat format, size_t B, size_t i) {
+    const size_t D = c->kind == NET_X ? 64 : c->dim / c->dec_heads,
+                 positions = i + 1 + (c->kind == NET_X ? TOKENS + 1 : 0);
+    const size_t head = format == WEIGHTS_REAL ? D * sizeof(real) : round_up(D, 16) * sizeof(uint16_t);
+    return 2.0 * (double)(B * positions * c->dec_depth * c->dec_heads * head);
 }
 
 typedef struct {
@@ -391,23 +403,27 @@ static void begin_decoding(void *context) {
     d->next = 1;
 }
 
-/* The step that came closest to the read ceiling. */
+/* All positions of an image, in order: their mean, and the best of the first, which have few keys. */
 static void bench_steps(Decoding *d, WeightFormat format) {
-    double per_position, fixed, best = 0, best_t = 1, best_bytes = 0,
-                                weights = token_numbers(d->m, &per_position, &fixed);
+    const NetConfig *c = transformer_config(d->m);
+    const double weights = token_numbers(d->m);
+    const double matrices = weights * (double)weight_bytes(format), flops = 2 * weights * (double)d->B;
+    double all = 0, all_bytes = 0, early = 1e30, early_bytes = 0;
     const real *logits;
     char name[96];
-    pack(d->m, format);
-    for (int k = 0; k < STEPS_TIMED; k++, d->next++) {
+    const size_t first = d->next;
+    for (; d->next < TOKENS; d->next++) {
         const double begin = now();
         must(transformer_decode_step(d->m, d->x_t, d->next, &logits));
-        const double t = now() - begin;
-        const double kept = (double)d->B * (fixed + per_position * (double)(d->next + 1)) * sizeof(real);
-        const double bytes = weights * (double)weight_bytes(format) + kept;
-        if (bytes / t > best) best = bytes / t, best_t = t, best_bytes = bytes;
+        const double t = now() - begin, bytes = matrices + kept_bytes(c, format, d->B, d->next);
+        all += t, all_bytes += bytes;
+        if (d->next < EARLY && t < early) early = t, early_bytes = bytes;
     }
+    const double n = (double)(TOKENS - first);
     snprintf(name, sizeof name, "%s, a token, batch %zu, %s", d->what, d->B, format_names[format]);
-    print_row((Row){name, 2 * weights * (double)d->B, best_bytes}, best_t);
+    print_row((Row){name, flops, all_bytes / n}, all / n);
+    snprintf(name, sizeof name, "%s, an early token, batch %zu, %s", d->what, d->B, format_names[format]);
+    print_row((Row){name, flops, early_bytes}, early);
 }
 
 static void bench_transition(int scale, const char *what) {
@@ -420,16 +436,19 @@ static void bench_transition(int scale, const char *what) {
     for (size_t b = 0; b < 16; b++) d.t[b] = scale;
     for (size_t k = 0; k < COUNT(batches); k++) {
         d.B = batches[k];
-        must(transformer_plan(d.m, d.B, TOKENS, 0));
-        pack(d.m, WEIGHTS_REAL);
-        begin_decoding(&d);
-        if (encodes && d.B == 1) {
-            const double numbers = matrix_numbers(d.m, "encoder.", "to_logits", "token_emb");
-            char name[96];
-            snprintf(name, sizeof name, "%s, encoder pass, batch 1", what);
-            row((Row){name, 2 * numbers * (TOKENS + 1), numbers * sizeof(real)}, begin_decoding, &d);
+        for (int format = WEIGHTS_REAL; format <= WEIGHTS_INT8; format++) {
+            pack(d.m, (WeightFormat)format);
+            must(transformer_plan(d.m, d.B, TOKENS, 0));
+            begin_decoding(&d);
+            if (encodes && d.B == 1) {
+                const double numbers = matrix_numbers(d.m, "encoder.", "to_logits", "token_emb");
+                char name[96];
+                snprintf(name, sizeof name, "%s, encoder pass, batch 1, %s", what, format_names[format]);
+                row((Row){name, 2 * numbers * (TOKENS + 1), numbers * (double)weight_bytes((WeightFormat)format)},
+                    begin_decoding, &d);
+            }
+            bench_steps(&d, (WeightFormat)format);
         }
-        for (int format = WEIGHTS_REAL; format <= WEIGHTS_INT8; format++) bench_steps(&d, (WeightFormat)format);
     }
     free(d.x_t);
     free(d.t);

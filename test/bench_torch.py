@@ -1,15 +1,18 @@
 """bench_torch.py - the same work in PyTorch: what a strong user would write, and what the official code does.
 
-    python3 test/bench_torch.py bench.tsv
+    python3 test/bench_torch.py bench.tsv            every row of the section "decode"
+    python3 test/bench_torch.py bench.tsv int8 ...   only rows whose names hold one of the words, and no images
 
-Reads the table that test/bench wrote, times an equivalent model with made-up weights (eager, PyTorch's own threads),
-prints both times and their ratio, and adds two columns to the table. A transition at the full FFHQ size:
+Reads the table that test/bench wrote, times an equivalent model with made-up weights (PyTorch's own threads), prints both
+times and their ratio, and adds two columns to the table. A transition at the full FFHQ size:
 
-    a token    keys and values in buffers allocated once, one new position per step: float32, and bfloat16 throughout
+    a token    keys and values in buffers allocated once, one new position per step, at the same positions as ours: eager and
+               with the layers compiled (torch.compile), the faster of the two. float32; bfloat16 throughout; int8: weights
+               in int8 with a factor per row (torch._weight_int8pack_mm), the rest bfloat16.
     official   the decoder runs over the whole prefix for every token (keys and values of the context included): timed at
                a few lengths, summed over all of them with straight lines in between
 
-int8 has no eager twin: those rows stand beside PyTorch's bfloat16 or float32, whichever is faster.
+What this PyTorch cannot do is skipped aloud.
 """
 import sys
 import time
@@ -21,20 +24,35 @@ N, HEADS, CODES = 256, 16, 548
 SIZES = {"encoder-decoder": (752, 64, 6), "last scale (GPT)": (800, 50, 26)}  # dim, of a head, layers
 ENCODER_DEPTH = 18
 REPEATS = 7
+EARLY, POSITIONS = [20], [1, 64, 128, 192, 255]  # timed; in between, straight lines
+FORMATS = {"f32": torch.float32, "bf16": torch.bfloat16, "int8": torch.bfloat16}  # type of activations
 
 
-def weight(out, into, dtype):
-    return ((torch.rand(out, into) - 0.5) * 0.05).to(dtype)
+def weight(out, into, format):
+    """A matrix; in int8 with the factors of its rows."""
+    w = (torch.rand(out, into) - 0.5) * 0.05
+    if format != "int8":
+        return w.to(FORMATS[format])
+    scale = w.abs().amax(1) / 127
+    return (w / scale[:, None]).round().to(torch.int8), scale.to(torch.bfloat16)
 
 
-def layer(dim, head, dtype, cross):
+def linear(x, w, bias=None):
+    if not isinstance(w, tuple):
+        return F.linear(x, w, bias)
+    y = torch._weight_int8pack_mm(x.reshape(-1, x.shape[-1]), *w).view(*x.shape[:-1], -1)
+    return y if bias is None else y + bias
+
+
+def layer(dim, head, format, cross):
     """One layer's matrices: self-attention, cross-attention if there is one, feed-forward."""
-    inner = HEADS * head
-    attention = lambda: [weight(inner, dim, dtype), weight(inner, dim, dtype), weight(inner, dim, dtype),
-                         weight(dim, inner, dtype)]
+    inner, dtype = HEADS * head, FORMATS[format]
+    attention = lambda: [weight(inner, dim, format), weight(inner, dim, format), weight(inner, dim, format),
+                         weight(dim, inner, format)]
     return dict(attend=attention(), cross=attention() if cross else None, norm=torch.ones(dim, dtype=dtype),
-                shift=torch.zeros(dim, dtype=dtype), up=weight(4 * dim, dim, dtype), down=weight(dim, 4 * dim, dtype),
-                up_bias=torch.zeros(4 * dim, dtype=dtype), down_bias=torch.zeros(dim, dtype=dtype))
+                shift=torch.zeros(dim, dtype=dtype), up=weight(4 * dim, dim, format),
+                down=weight(dim, 4 * dim, format), up_bias=torch.zeros(4 * dim, dtype=dtype),
+                down_bias=torch.zeros(dim, dtype=dtype))
 
 
 def norm(l, x):
@@ -51,7 +69,7 @@ def attend(q, k, v, causal=False):
 
 
 def feed(l, x):
-    return x + F.linear(F.gelu(F.linear(norm(l, x), l["up"], l["up_bias"])), l["down"], l["down_bias"])
+    return x + linear(F.gelu(linear(norm(l, x), l["up"], l["up_bias"])), l["down"], l["down_bias"])
 
 
 def whole(layers, x, head, causal, context=None):
@@ -59,11 +77,11 @@ def whole(layers, x, head, causal, context=None):
     for l in layers:
         q, k, v, out = l["attend"]
         n = norm(l, x)
-        x = x + F.linear(attend(*(split(F.linear(n, w), head) for w in (q, k, v)), causal), out)
+        x = x + linear(attend(*(split(linear(n, w), head) for w in (q, k, v)), causal), out)
         if l["cross"]:
             q, k, v, out = l["cross"]
-            x = x + F.linear(attend(split(F.linear(norm(l, x), q), head), split(F.linear(context, k), head),
-                                    split(F.linear(context, v), head)), out)
+            x = x + linear(attend(split(linear(norm(l, x), q), head), split(linear(context, k), head),
+                                    split(linear(context, v), head)), out)
         x = feed(l, x)
     return x
 
@@ -73,20 +91,25 @@ def caches(layers, B, head, dtype):
     return [[torch.rand(shape).to(dtype) for _ in range(4)] for _ in layers]
 
 
-def step(layers, cache, x, head, position, logits):
-    """One new position: x (B,1,dim)."""
-    for l, (k_kept, v_kept, k_context, v_context) in zip(layers, cache):
-        q, k, v, out = l["attend"]
-        n = norm(l, x)
-        k_kept[:, :, position] = F.linear(n, k).view(-1, HEADS, head)
-        v_kept[:, :, position] = F.linear(n, v).view(-1, HEADS, head)
-        seen = position + 1
-        x = x + F.linear(attend(split(F.linear(n, q), head), k_kept[:, :, :seen], v_kept[:, :, :seen]), out)
-        if l["cross"]:
-            q, _, _, out = l["cross"]
-            x = x + F.linear(attend(split(F.linear(norm(l, x), q), head), k_context, v_context), out)
-        x = feed(l, x)
-    return F.linear(x, logits)
+def layer_step(l, cache, x, head, position):
+    """One layer at one new position: x (B,1,dim)."""
+    k_kept, v_kept, k_context, v_context = cache
+    q, k, v, out = l["attend"]
+    n = norm(l, x)
+    k_kept[:, :, position] = linear(n, k).view(-1, HEADS, head)
+    v_kept[:, :, position] = linear(n, v).view(-1, HEADS, head)
+    seen = position + 1
+    x = x + linear(attend(split(linear(n, q), head), k_kept[:, :, :seen], v_kept[:, :, :seen]), out)
+    if l["cross"]:
+        q, _, _, out = l["cross"]
+        x = x + linear(attend(split(linear(norm(l, x), q), head), k_context, v_context), out)
+    return feed(l, x)
+
+
+def step(one_layer, layers, cache, x, head, position, logits):
+    for l, kept in zip(layers, cache):
+        x = one_layer(l, kept, x, head, position)
+    return linear(x, logits)
 
 
 def best(work, repeats=REPEATS):
@@ -106,24 +129,49 @@ def official_seconds(layers, dim, head, context):
     return sum((b - a) * (s + t) / 2 for a, b, s, t in zip(lengths, lengths[1:], times, times[1:])) + times[0]
 
 
-def measure():
-    """Name of a row -> seconds."""
+def mean_over_positions(seconds_at):
+    """Of all positions POSITIONS[0]..POSITIONS[-1], from the times at a few."""
+    times = [seconds_at(p) for p in POSITIONS]
+    lines = zip(POSITIONS, POSITIONS[1:], times, times[1:])
+    return sum((b - a) * (s + t) / 2 for a, b, s, t in lines) / (POSITIONS[-1] - POSITIONS[0])
+
+
+def token_seconds(what, format, B):
+    """(a token, an early token), eager or compiled, whichever is faster; None: PyTorch cannot."""
+    dim, head, depth = SIZES[what]
+    cross = what == "encoder-decoder"
+    found = []
+    for way, one_layer in (("eager", layer_step), ("compiled", torch.compile(layer_step))):
+        try:
+            layers, logits = [layer(dim, head, format, cross) for _ in range(depth)], weight(CODES, dim, format)
+            cache, x = caches(layers, B, head, FORMATS[format]), torch.rand(B, 1, dim).to(FORMATS[format])
+            at = lambda p: best(lambda: step(one_layer, layers, cache, x, head, p, logits), REPEATS)
+            found.append((mean_over_positions(at), at(EARLY[0])))
+            print(f"# {what}, batch {B}, {format}, {way}: {1e3 * found[-1][0]:.2f} ms a token", flush=True)
+        except Exception as e:  # whatever a compiler may throw
+            print(f"skipped: {what}, batch {B}, {format}, {way}: {str(e).strip().splitlines()[0][:120]}", flush=True)
+    return min(found) if found else None
+
+
+def measure(wanted):
+    """Name of a row -> seconds, for the rows that `wanted` says."""
     result = {}
     for what, (dim, head, depth) in SIZES.items():
         cross = what == "encoder-decoder"
-        for dtype, name in ((torch.float32, "f32"), (torch.bfloat16, "bf16")):
-            layers, logits = [layer(dim, head, dtype, cross) for _ in range(depth)], weight(CODES, dim, dtype)
+        for format in FORMATS:
             for B in (1, 16):
-                cache, x = caches(layers, B, head, dtype), torch.rand(B, 1, dim).to(dtype)
-                result[f"{what}, a token, batch {B}, {name}"] = best(
-                    lambda: step(layers, cache, x, head, 20, logits), 20)
-            if name == "f32":
-                context = torch.rand(1, N + 1, dim) if cross else None
-                result[f"official {what}"] = official_seconds(layers, dim, head, context)
-        if cross:
-            encoder = [layer(dim, head, torch.float32, False) for _ in range(ENCODER_DEPTH)]
-            result[f"{what}, encoder pass, batch 1"] = best(
-                lambda: whole(encoder, torch.rand(1, N + 1, dim), head, False), 3)
+                names = [f"{what}, {a} token, batch {B}, {format}" for a in ("a", "an early")]
+                times = token_seconds(what, format, B) if any(map(wanted, names)) else None
+                result.update(zip(names, times) if times else [])
+            name = f"{what}, encoder pass, batch 1, {format}"
+            if cross and format != "int8" and wanted(name):
+                encoder = [layer(dim, head, format, False) for _ in range(ENCODER_DEPTH)]
+                x = torch.rand(1, N + 1, dim).to(FORMATS[format])
+                result[name] = best(lambda: whole(encoder, x, head, False), 3)
+        if wanted(f"official {what}"):
+            layers = [layer(dim, head, "f32", cross) for _ in range(depth)]
+            context = torch.rand(1, N + 1, dim) if cross else None
+            result[f"official {what}"] = official_seconds(layers, dim, head, context)
     return result
 
 
@@ -163,50 +211,64 @@ def training_seconds(what):
 
 
 def twin(theirs, name):
-    """Their time for our row."""
-    if name.endswith("int8"):
-        return min(theirs[name[:-4] + "bf16"], theirs[name[:-4] + "f32"])
+    """Their time for our row. An encoder pass in int8 has no twin but the faster of the other formats."""
+    if name not in theirs and "encoder pass" in name:
+        return min((t for n, t in theirs.items() if "encoder pass" in n), default=None)
     return theirs.get(name)
 
 
-def image(seconds, token):
-    """A 4-scale image at batch 1: three encoder-decoder scales and the last one; the first stage left out."""
+def image(seconds, format, B):
+    """B 4-scale images: three encoder-decoder scales and the last one; the first stage left out. An encoder pass of a
+    batch, bound by arithmetic, counts as B passes of one."""
     first, last = SIZES
-    return 3 * (seconds[f"{first}, encoder pass, batch 1"] + N * seconds[f"{first}, a token, batch 1, {token}"]
-                ) + N * seconds[f"{last}, a token, batch 1, {token}"]
+    encoder = twin(seconds, f"{first}, encoder pass, batch 1, {format}")
+    return 3 * (B * encoder + N * seconds[f"{first}, a token, batch {B}, {format}"]
+                ) + N * seconds[f"{last}, a token, batch {B}, {format}"]
 
 
-def main(path):
+def image_rows(ours, theirs):
+    """(name, our seconds, theirs): beside the same format, beside PyTorch's best, beside the official algorithm."""
+    first, last = SIZES
+    official = 3 * (theirs[f"{first}, encoder pass, batch 1, f32"] + theirs[f"official {first}"]
+                    ) + theirs[f"official {last}"]
+    rows = []
+    for B in (1, 16):
+        possible = {f: image(theirs, f, B) for f in FORMATS if f"{last}, a token, batch {B}, {f}" in theirs}
+        for format in FORMATS:
+            t = image(ours, format, B)
+            if format in possible:
+                rows.append((f"batch {B} image, {format}; PyTorch: the same", t, possible[format]))
+            rows.append((f"batch {B} image, {format}; PyTorch: its best", t, min(possible.values())))
+            if B == 1:
+                rows.append((f"batch 1 image, {format}; PyTorch: official algorithm", t, official))
+    return rows
+
+
+def main(path, words):
     with open(path) as f:
         header, *rows = [line.rstrip("\n").split("\t") for line in f]
     ours = {r[1]: float(r[2]) for r in rows if r[0] == "decode"}
     if not ours:
         sys.exit(f"bench_torch.py: {path} has no rows of the section \"decode\"; test/bench -o {path} writes it")
+    print(f"\nbeside PyTorch {torch.__version__}, {torch.get_num_threads()} threads", flush=True)
     with torch.inference_mode():
-        theirs = measure()
-    print(f"\nbeside PyTorch {torch.__version__}, eager, {torch.get_num_threads()} threads")
-    print(f"{'':58}{'ours':>11}{'PyTorch':>11}{'ratio':>8}")
+        theirs = measure(lambda name: not words or any(w in name for w in words))
     lines = [(name, t, twin(theirs, name)) for name, t in ours.items() if twin(theirs, name)]
-    first, last = SIZES
-    official = 3 * (theirs[f"{first}, encoder pass, batch 1"] + theirs[f"official {first}"]) + theirs[f"official {last}"]
-    kept = min(image(theirs, "f32"), image(theirs, "bf16"))
-    for token in ("f32", "bf16", "int8"):
-        t = image(ours, token)
-        lines.append((f"image, {token}; PyTorch: keys and values kept, its best", t, kept))
-        lines.append((f"image, {token}; PyTorch: the official algorithm", t, official))
-    for name, t, their in lines:
-        print(f"{name:58}{t * 1e3:8.2f} ms{their * 1e3:8.0f} ms{their / t:8.2f}")
-    added = {r[1]: twin(theirs, r[1]) for r in rows if r[0] == "decode"}
+    images = [] if words else image_rows(ours, theirs)
+    print(f"{'':58}{'ours':>11}{'PyTorch':>14}{'ratio':>8}")
+    for name, t, their in lines + images:
+        print(f"{name:58}{t * 1e3:8.2f} ms{their * 1e3:11.2f} ms{their / t:8.2f}")
+    added = {name: their for name, _, their in lines}
     with open(path, "w") as f:
-        print("\t".join(header + ["PyTorch seconds", "ratio"]), file=f)
+        print("\t".join(header[:7] + ["PyTorch seconds", "ratio"]), file=f)
         for r in rows:
-            their = added.get(r[1])
-            print("\t".join(r + ([f"{their:.6g}", f"{their / float(r[2]):.4g}"] if their else ["", ""])), file=f)
-        for name, t, their in lines[-6:]:
+            their = added.get(r[1]) if r[0] == "decode" else None
+            print("\t".join(r[:7] + ([f"{their:.6g}", f"{their / float(r[2]):.4g}"] if their else ["", ""])), file=f)
+        for name, t, their in images:
             print(f"image\t{name}\t{t:.6g}\t\t\t\t\t{their:.6g}\t{their / t:.4g}", file=f)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
+    if len(sys.argv) < 2:
         sys.exit(__doc__)
-    main(sys.argv[1])
+    main(sys.argv[1], sys.argv[2:])
