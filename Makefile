@@ -1,6 +1,7 @@
 # make              the three programs: ./sample ./train ./inpaint
 # make test         every test; the last line is "N passed, N failed"
 # make test SANITIZE=1   the same under AddressSanitizer and UndefinedBehaviorSanitizer
+# make test-cuda-emulated   every CUDA kernel, run on the CPU, against its C twin (part of make test)
 # make bench        how fast, as fractions of this machine's ceilings and beside PyTorch; also in bench.tsv
 # make fuzz SECONDS=60  the readers of checkpoints under libFuzzer (needs clang; Debian: clang, libclang-rt-14-dev)
 # make ffhq         fetches an official model: also ffhq2 churches bedrooms cats imagenet imagenet4 (models/fetch.sh)
@@ -54,7 +55,7 @@ CFLAGS := -std=c11 -D_GNU_SOURCE -g $(OPT) $(if $(HAVE_MARCH),-march=$(MARCH)) -
           -fno-trapping-math $(WARN) $(if $(HAVE_SIMD),-fopenmp-simd,-Wno-unknown-pragmas)
 LDLIBS := -lpng -ljpeg -lz -lm -lpthread
 
-COMPONENTS := base gemm stream conv checkpoint ckpt params data vqgan layers attention transformer decode optimizer classes diffusion
+COMPONENTS := base gemm stream conv checkpoint ckpt params data vqgan layers attention transformer decode optimizer device classes diffusion
 PROGRAMS := sample train inpaint
 TESTS := base gemm conv checkpoint ckpt data vqgan transformer classes diffusion
 TESTS_DOUBLE := gemm conv vqgan transformer
@@ -100,8 +101,31 @@ $B/double/%.o: %.cu Makefile
 	@mkdir -p $(@D)
 	$(CC) $(CFLAGS) -DREAL_DOUBLE -MMD -MP -x c -c -o $@ $<
 
-test: $(TEST_BIN) $B/golden $B/pictures $B/logits $(PROGRAMS:%=$B/%)
-	@test/run.sh $B $(TEST_BIN)
+# ---- CUDA: device.cu includes every kernel, and is compiled once with floatX = float, once with bf16 ----
+# Emulated: by a C++ compiler, with test/cuda_on_cpu.h in the place of CUDA's headers.
+CXX := $(if $(findstring clang,$(notdir $(CC))),$(subst clang,clang++,$(CC)),$(subst gcc,g++,$(CC)))
+DEVICE_SRC := device.cu layers.cu
+PRECISIONS := f32 bf16
+EMULATED_TESTS := $(PRECISIONS:%=$B/emulated/test_cuda_%)
+EMULATED_FLAGS := -x c++ -std=c++17 -D_GNU_SOURCE -DCUDA_ON_CPU -U_FORTIFY_SOURCE -g $(if $(filter 1,$(SANITIZE)),$(OPT),-O2) \
+                  -ffp-contract=off $(WARN) -Wno-unknown-pragmas -Wno-unused-function
+floatX = $(if $(filter %bf16 %bf16.o,$@),-DFLOATX_BF16)
+
+$(PRECISIONS:%=$B/emulated/device_%.o): device.cu Makefile
+	@mkdir -p $(@D)
+	$(CXX) $(EMULATED_FLAGS) $(floatX) -MMD -MP -c -o $@ $<
+$(PRECISIONS:%=$B/emulated/test_cuda_%.o): test/test_cuda.cu Makefile
+	@mkdir -p $(@D)
+	$(CXX) $(EMULATED_FLAGS) $(floatX) -MMD -MP -c -o $@ $<
+$(EMULATED_TESTS): $B/emulated/%: $B/emulated/%.o $(OBJ)
+	$(CXX) $(OPT) -o $@ $^ $(LDLIBS)
+
+.PHONY: test-cuda-emulated
+test-cuda-emulated: $(EMULATED_TESTS)
+	@for t in $^; do $$t || exit 1; done
+
+test: $(TEST_BIN) $(EMULATED_TESTS) $B/golden $B/pictures $B/logits $(PROGRAMS:%=$B/%)
+	@test/run.sh $B $(TEST_BIN) $(EMULATED_TESTS)
 
 # The official model in PyTorch beside ours, where PYTHON has PyTorch.
 PYTHON ?= python3
@@ -142,4 +166,4 @@ clean:
 	rm -rf build $(PROGRAMS) test/golden test/bench
 
 FORCE:
--include $(wildcard $B/*.d $B/test/*.d $B/double/*.d $B/double/test/*.d)
+-include $(wildcard $B/*.d $B/test/*.d $B/emulated/*.d $B/double/*.d $B/double/test/*.d)

@@ -15,6 +15,7 @@
  *     6. transformer.cu  one reverse transition p(x_{t-1} | x_t)
  *        decode.cu       the same, token by token
  *        optimizer.cu    its losses, AdamW, EMA
+ *        device.cu       all of it on a GPU
  *     7. diffusion.c     the Markov chain: schedules, noise, posterior, sampling over scales, named models
  *        classes.c       what the classes of a model are called
  *     8. cli.c           what the three programs share: options, progress, pictures in a terminal
@@ -294,6 +295,8 @@ typedef struct {
     Weights packed; /* then; data NULL: not packed */
     real *value, *grad, *m, *v, *ema; /* each NULL until planned */
 } Param;
+struct Device;
+struct DeviceOps;
 typedef struct {
     Param *row;
     size_t n, capacity;
@@ -301,6 +304,8 @@ typedef struct {
     real *arena[5];      /* value, grad, m, v, ema: one allocation each */
     void *packed;        /* of all matrices */
     WeightFormat format; /* how params_map keeps matrices; set before */
+    struct Device *device; /* NULL, or the table's twin on a GPU, where everything then happens (device.h) */
+    const struct DeviceOps *ops;
 } Params;
 enum { PLAN_VALUE = 1, PLAN_GRAD = 2, PLAN_ADAM = 4, PLAN_EMA = 8 };
 /* Appends a row; *index = its number (rows may move while the table grows: keep numbers, not pointers). */
@@ -552,6 +557,17 @@ typedef struct {
     double lr_start, lr_max, lr_min, warm_up_steps, max_decay_steps;
 } LrSchedule;
 double lr_at(const LrSchedule *s, uint64_t n);
+
+/* device.cu: the transformers on a GPU, if the program was built with nvcc (device.h says how).
+ * Is there one? text (CUDA_TEXT_BYTES): its name, compute capability and memory; free, total: bytes of it. Each may be
+ * NULL. FAILED says why not: a program without CUDA, no driver, no GPU, too old a GPU. */
+enum { CUDA_TEXT_BYTES = 320 };
+typedef enum { PRECISION_F32, PRECISION_BF16 } Precision; /* of activations and matrix products; sums are float */
+Err cuda_find(char *text, size_t *free_bytes, size_t *total_bytes);
+/* From here on this network is planned, run and updated on the GPU. Call it before transformer_plan; when the parameters
+ * have their values, params_send. */
+Err transformer_use_cuda(Transformer *m, Precision precision);
+int transformer_on_cuda(const Transformer *m);
 
 /* ------------------------------------------------------------------------------------------------------------
  * 7. diffusion.c: the Markov chain over tokens (paper section 3.1; SPEC sections 3 and 5)

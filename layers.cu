@@ -10,14 +10,17 @@ static const double NORM_EPS = 1e-5;
 
 /* ---- Elementwise: GELU (its mathematics: transformer.h) ---- */
 
+#ifndef DEVICE_CODE
 /* Tasks of a loop that sums C columns over all rows. */
 static size_t column_tasks(size_t C) {
     return (C + COLUMN_BLOCK - 1) / COLUMN_BLOCK;
 }
+#endif
 
 /* gelu_forward    g = gelu(g + bias), in place; dg = gelu'(g + bias), or not wanted when NULL
  * gelu_backward   dh *= dg
  *   g, dg, dh (R,H); bias (H). gelu(x) = x P(z < x), the exact one (SPEC 1.8). */
+#ifndef DEVICE_CODE
 typedef struct {
     real *g, *dg;
     const real *bias;
@@ -64,11 +67,53 @@ void gelu_backward(real *dh, real *dg, size_t R, size_t H) {
     Gelu a = {dh, dg, NULL, H};
     parallel_for(threads_for(R * H), R, gelu_backward_row, &a);
 }
+#else
+
+/* Grid and block: a thread takes PACK neighbours, which it moves 16 bytes at a time. The bias of an element is that of its
+ * column, i % H; its few kilobytes stay in cache. */
+static __global__ void gelu_forward_kernel(floatX *g, floatX *dg, const float *bias, size_t n, size_t H) {
+    const size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * PACK;
+    if (i >= n) return;
+    Pack x = load_pack(g, i, n), slope;
+    size_t column = i % H;
+    for (int k = 0; k < PACK; k++) {
+        const float h = to_float(x.at[k]) + bias[column];
+        const float cdf = 0.5f * erfcf(-h * 0.70710678f), pdf = 0.39894228f * expf(-0.5f * h * h);
+        x.at[k] = to_floatX(h * cdf);
+        slope.at[k] = to_floatX(cdf + h * pdf);
+        if (++column == H) column = 0;
+    }
+    store_pack(g, i, n, x);
+    if (dg) store_pack(dg, i, n, slope);
+}
+
+static Err gelu_forward_cuda(Device *d, floatX *g, floatX *dg, const float *bias, size_t R, size_t H) {
+    enum { THREADS = 128 };
+    LAUNCH(d, gelu_forward_kernel, blocks_for(R * H, THREADS * PACK), THREADS, 0, g, dg, bias, R * H, H);
+    return OK;
+}
+
+static __global__ void gelu_backward_kernel(floatX *dh, const floatX *dg, size_t n) {
+    const size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * PACK;
+    if (i >= n) return;
+    Pack x = load_pack(dh, i, n);
+    const Pack slope = load_pack(dg, i, n);
+    for (int k = 0; k < PACK; k++) x.at[k] = to_floatX(to_float(x.at[k]) * to_float(slope.at[k]));
+    store_pack(dh, i, n, x);
+}
+
+static Err gelu_backward_cuda(Device *d, floatX *dh, const floatX *dg, size_t R, size_t H) {
+    enum { THREADS = 128 };
+    LAUNCH(d, gelu_backward_kernel, blocks_for(R * H, THREADS * PACK), THREADS, 0, dh, dg, R * H);
+    return OK;
+}
+#endif
 
 /* ---- Norm: y = (x - mean) / sqrt(var + eps) * weight + bias, over each row of C channels ---- */
 
 /* norm_forward    y (R,C), mean (R), rstd (R) from x (R,C)
  * norm_backward   dx (R,C) +=, dweight (C) +=, dbias (C) += from dy (R,C) and what forward saw and left */
+#ifndef DEVICE_CODE
 typedef struct {
     const real *weight, *x;
     const real *bias, *dy;      /* forward; backward */
@@ -260,3 +305,4 @@ void embed_backward(const Transformer *m, const Stack *s, const real *dx, const 
     Embed a = {grad_of(m, s->token_emb), grad_of(m, s->pos_emb), NULL, dx, ids, B * n, n, 0, s->C};
     parallel_for(threads_for(B * n * s->C), column_tasks(s->C), embed_backward_columns, &a);
 }
+#endif

@@ -3,7 +3,7 @@
 #ifndef TRANSFORMER_H
 #define TRANSFORMER_H
 
-#include "imagebart.h"
+#include "device.h"
 
 #include <math.h>
 #include <stdlib.h>
@@ -152,6 +152,7 @@ Pass whole_pass(const Stack *s, size_t B, size_t n, const real *context, size_t 
 void stack_forward(Transformer *m, Stack *s, const int32_t *ids, const Pass *pass, size_t skip);
 void head_forward(Transformer *m, size_t B, size_t n, size_t pos);
 
+#ifndef DEVICE_CODE
 /* ---- Elementwise mathematics. In float: polynomials, good to 1e-7, that compilers turn into vector code ---- */
 
 #ifdef REAL_DOUBLE
@@ -234,6 +235,7 @@ static inline real max_of(const real *x, size_t n) {
 static inline int threads_for(size_t elements) {
     return elements > SMALL_WORK ? threads_free() : 1;
 }
+#endif
 
 #ifdef __cplusplus
 }

@@ -1,0 +1,279 @@
+/* device.cu - the GPU: finding it, its memory, matrix products on it, parameter tables there.
+ *
+ * device.h says how this file is compiled. The first half is C, for the rest of the program; the second half is CUDA: what
+ * the twins of the layers stand on, then the twins themselves, included at the end, and the table of functions that is all
+ * that C sees of them. Everything runs on one stream, in the order in which it is asked for.
+ *
+ * Matrix products are cuBLASLt's, which is opened when first needed: a program built here starts where there is no CUDA.
+ * Sums run in an order that depends on sizes alone, nothing is added by float atomics, and split products that add up in
+ * whatever order they finish are excluded: the same seed gives the same bits on the same kind of GPU.
+ *
+ * Refuses: no driver, no GPU, GPUs before compute capability 8.0 (no bf16), too little memory. */
+#include "transformer.h"
+
+#include <stdio.h>
+
+#ifndef DEVICE_CODE
+
+/* ---- C: which half computes ---- */
+
+static const DeviceOps *cuda_ops(Precision precision) {
+    const DeviceOps *f32 = &cuda_f32, *bf16 = &cuda_bf16;
+    return precision == PRECISION_BF16 ? bf16 : f32;
+}
+
+Err cuda_find(char *text, size_t *free_bytes, size_t *total_bytes) {
+    const DeviceOps *ops = cuda_ops(PRECISION_F32);
+    if (!ops) ops = cuda_ops(PRECISION_BF16);
+    if (!ops)
+        return err("--device cuda: this program was built without CUDA; install the CUDA toolkit (nvcc 12 or later; "
+                   "Debian: nvidia-cuda-toolkit), then: make clean && make");
+    return ops->find(text, free_bytes, total_bytes);
+}
+
+Err transformer_use_cuda(Transformer *m, Precision precision) {
+    const DeviceOps *ops = cuda_ops(precision);
+    if (!ops) return cuda_find(NULL, NULL, NULL) == OK ? err("this program has no CUDA of that precision") : FAILED;
+    if (m->params.device) return err("transformer: it is on the GPU already");
+    TRY(ops->open(&m->params.device));
+    m->params.ops = ops;
+    return OK;
+}
+
+int transformer_on_cuda(const Transformer *m) {
+    return m->params.device != NULL;
+}
+
+#else
+
+/* ---- Errors and memory ---- */
+
+#ifndef CUDA_ON_CPU
+static Err cuda_error(cudaError_t e, const char *what) {
+    return e == cudaSuccess ? OK : err("CUDA: %s: %s", what, cudaGetErrorString(e));
+}
+
+/* A block may have more than 48 KB of dynamic shared memory only when asked for. */
+static Err allow_shared(const void *kernel, size_t bytes, const char *what) {
+    return cuda_error(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes), what);
+}
+#endif
+
+#ifdef CUDA_ON_CPU
+static Err find_cuda(char *text, size_t *free_bytes, size_t *total_bytes) {
+    if (text) snprintf(text, CUDA_TEXT_BYTES, "CUDA kernels run on the CPU, for tests");
+    if (free_bytes) *free_bytes = memory_available();
+    if (total_bytes) *total_bytes = memory_available();
+    return OK;
+}
+#else
+static Err find_cuda(char *text, size_t *free_bytes, size_t *total_bytes) {
+    int n = 0, driver = 0;
+    size_t unused, total;
+    char memory[32];
+    cudaDeviceProp p;
+    if (cudaDriverGetVersion(&driver) != cudaSuccess || driver == 0)
+        return err("--device cuda: no NVIDIA driver on this machine; use --device cpu");
+    const cudaError_t e = cudaGetDeviceCount(&n);
+    if (e != cudaSuccess) return err("--device cuda: no usable GPU: %s; use --device cpu", cudaGetErrorString(e));
+    if (n < 1) return err("--device cuda: no GPU on this machine; use --device cpu");
+    TRY(cuda_error(cudaGetDeviceProperties(&p, 0), "properties of the GPU"));
+    if (p.major < 8)
+        return err("--device cuda: %s has compute capability %d.%d, expected 8.0 or more", p.name, p.major, p.minor);
+    TRY(cuda_error(cudaMemGetInfo(free_bytes ? free_bytes : &unused, &total), "memory of the GPU"));
+    if (total_bytes) *total_bytes = total;
+    if (text)
+        snprintf(text, CUDA_TEXT_BYTES, "%s, compute capability %d.%d, %s", p.name, p.major, p.minor,
+                 bytes_text(memory, total));
+    return OK;
+}
+#endif
+
+static Err device_alloc(void *out_pointer, size_t bytes, const char *what) {
+    void *p = NULL;
+#ifdef CUDA_ON_CPU
+    TRY(mem_alloc(&p, bytes, 1, what));
+    memset(p, 0xff, bytes); /* NaN: whoever reads what nobody wrote shall notice */
+#else
+    size_t available = 0, total = 0;
+    char need[32], there[32];
+    if (cudaMalloc(&p, bytes ? bytes : 1) != cudaSuccess) {
+        cudaGetLastError();
+        cudaMemGetInfo(&available, &total);
+        return err("%s: %s of GPU memory needed, %s free; a smaller --batch takes less", what, bytes_text(need, bytes),
+                   bytes_text(there, available));
+    }
+#endif
+    memcpy(out_pointer, &p, sizeof p);
+    return OK;
+}
+
+static void device_free(void *p) {
+#ifdef CUDA_ON_CPU
+    free(p);
+#else
+    cudaFree(p);
+#endif
+}
+
+/* Between the host's memory and the GPU's. to_host waits until the data are there; to_device until `from` may be reused. */
+static Err to_device(Device *d, void *to, const void *from, size_t bytes) {
+#ifdef CUDA_ON_CPU
+    (void)d;
+    memcpy(to, from, bytes);
+    return OK;
+#else
+    return cuda_error(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, d->stream), "copying to the GPU");
+#endif
+}
+static Err to_host(Device *d, void *to, const void *from, size_t bytes) {
+#ifdef CUDA_ON_CPU
+    (void)d;
+    memcpy(to, from, bytes);
+    return OK;
+#else
+    TRY(cuda_error(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, d->stream), "copying from the GPU"));
+    return cuda_error(cudaStreamSynchronize(d->stream), "waiting for the GPU");
+#endif
+}
+static Err device_zero(Device *d, void *p, size_t bytes) {
+#ifdef CUDA_ON_CPU
+    (void)d;
+    memset(p, 0, bytes);
+    return OK;
+#else
+    return cuda_error(cudaMemsetAsync(p, 0, bytes, d->stream), "zeroing");
+#endif
+}
+
+/* What a function that returns nothing could not say. */
+static void keep_failure(Device *d, Err e) {
+    if (e == OK || d->failed != OK) return;
+    d->failed = e;
+    snprintf(d->failure, sizeof d->failure, "%s", err_text());
+}
+static Err earlier_failure(const Device *d) {
+    return d->failed == OK ? OK : err("%s", d->failure);
+}
+
+/* ---- Matrix products ---- */
+
+/* D (M,N) = op(A) op(B) (+ add) (+ bias), row-major as gemm of imagebart.h. A and B are floatX; D, and add, which may be D
+ * and has its row stride, are floatX or float; bias (N) is of D's type. add and bias may be NULL. */
+typedef struct {
+    int trans_a, trans_b, d_is_float;
+    size_t M, N, K, lda, ldb, ldd;
+    const floatX *A, *B;
+    void *D;
+    const void *add, *bias;
+} Matmul;
+
+#ifdef CUDA_ON_CPU
+static Err open_blas(Device *d) {
+    (void)d;
+    return OK;
+}
+static void close_blas(Device *d) {
+    (void)d;
+}
+
+static float element(const void *x, int is_float, size_t i) {
+    return is_float ? ((const float *)x)[i] : to_float(((const floatX *)x)[i]);
+}
+
+/* rows x columns of x as floats without gaps */
+static Err as_floats(float **out, const floatX *x, size_t rows, size_t columns, size_t ld) {
+    TRY(mem_alloc(out, rows * columns, sizeof(float), "a matrix"));
+    for (size_t r = 0; r < rows; r++)
+        for (size_t c = 0; c < columns; c++) (*out)[r * columns + c] = to_float(x[r * ld + c]);
+    return OK;
+}
+
+static Err matmul(Device *d, const Matmul *p) {
+    float *A, *B, *C;
+    (void)d;
+    TRY(as_floats(&A, p->A, p->trans_a ? p->K : p->M, p->trans_a ? p->M : p->K, p->lda));
+    TRY(as_floats(&B, p->B, p->trans_b ? p->N : p->K, p->trans_b ? p->K : p->N, p->ldb));
+    TRY(mem_alloc(&C, p->M * p->N, sizeof *C, "a matrix"));
+    gemm(p->trans_a, p->trans_b, p->M, p->N, p->K, A, p->trans_a ? p->M : p->K, B, p->trans_b ? p->K : p->N, 0, C, p->N);
+    for (size_t r = 0; r < p->M; r++)
+        for (size_t c = 0; c < p->N; c++) {
+            const size_t at = r * p->ldd + c;
+            float x = C[r * p->N + c];
+            if (p->add) x += element(p->add, p->d_is_float, at);
+            if (p->bias) x += element(p->bias, p->d_is_float, c);
+            if (p->d_is_float)
+                ((float *)p->D)[at] = x;
+            else
+                ((floatX *)p->D)[at] = to_floatX(x);
+        }
+    free(A), free(B), free(C);
+    return OK;
+}
+#else
+#include "cublas.h"
+#endif
+
+/* ---- The table's twin ---- */
+
+static void free_rows(Device *d) {
+    for (int k = 0; k < 6; k++) device_free(d->arena[k]), d->arena[k] = NULL;
+    free(d->row);
+    free(d->size);
+    d->row = NULL, d->size = NULL, d->n_rows = 0;
+}
+
+static void close_device(Device *d) {
+    if (!d) return;
+#ifndef CUDA_ON_CPU
+    cudaStreamSynchronize(d->stream);
+#endif
+    free_rows(d);
+    device_free(d->sums);
+    close_blas(d);
+#ifndef CUDA_ON_CPU
+    if (d->stream) cudaStreamDestroy(d->stream);
+#endif
+    free(d);
+}
+
+static Err start_device(Device *d) {
+#ifndef CUDA_ON_CPU
+    TRY(cuda_error(cudaStreamCreate(&d->stream), "a stream"));
+#endif
+    TRY(device_alloc(&d->sums, SUM_BLOCKS * sizeof *d->sums, "partial sums"));
+    return open_blas(d);
+}
+
+static Err open_device(Device **out) {
+    Device *d;
+    *out = NULL;
+    TRY(find_cuda(NULL, NULL, NULL));
+    TRY(mem_alloc(&d, 1, sizeof *d, "a device"));
+    if (start_device(d) != OK) {
+        close_device(d);
+        return FAILED;
+    }
+    *out = d;
+    return OK;
+}
+
+#include "layers.cu"
+
+extern "C" {
+extern const DeviceOps
+#ifdef FLOATX_BF16
+    cuda_bf16
+#else
+    cuda_f32
+#endif
+    ;
+const DeviceOps
+#ifdef FLOATX_BF16
+    cuda_bf16
+#else
+    cuda_f32
+#endif
+    = {find_cuda, open_device, close_device, NULL, NULL, NULL, NULL, NULL, NULL, NULL};
+}
+#endif

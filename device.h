@@ -1,0 +1,172 @@
+/* device.h - the CUDA half of the program: what C sees of it, and what its kernels are written with.
+ *
+ * device.cu is compiled three times. As C, like every file here, it is what the rest of the program calls. As CUDA it
+ * includes layers.cu, attention.cu, optimizer.cu, transformer.cu and decode.cu, whose #else halves are the CUDA twins of
+ * the C above them, once with floatX = float and once with floatX = bf16: each time one object file that exports one
+ * table of functions. A program linked without these objects lacks the tables, and so knows that it has no CUDA.
+ *
+ * The same CUDA code runs on the CPU: -DCUDA_ON_CPU puts test/cuda_on_cpu.h in the place of CUDA's headers. */
+#ifndef DEVICE_H
+#define DEVICE_H
+
+#include "imagebart.h"
+
+#if defined(__CUDACC__) || defined(CUDA_ON_CPU)
+#define DEVICE_CODE 1
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* ---- What C sees ---- */
+
+typedef struct Device Device; /* a stream on a GPU, a parameter table's twin there */
+
+/* Functions that return nothing keep an error for the next one that returns an Err. */
+typedef struct DeviceOps {
+    Err (*find)(char *text, size_t *free_bytes, size_t *total_bytes); /* CUDA_TEXT_BYTES; NULL: not wanted */
+    Err (*open)(Device **out);
+    void (*close)(Device *d);
+    /* parameters: optimizer.cu */
+    Err (*send)(Device *d, const Params *p);
+    Err (*fetch)(Device *d, Params *p);
+    void (*zero_grad)(Device *d);
+    double (*grad_norm)(Device *d);
+    void (*swap_ema)(Device *d);
+    void (*adamw)(Device *d, const Params *p, const AdamW *o, uint64_t step);
+    void (*ema)(Device *d, float step);
+} DeviceOps;
+
+#ifndef DEVICE_CODE
+extern const DeviceOps cuda_f32 __attribute__((weak)), cuda_bf16 __attribute__((weak));
+#endif
+
+#ifdef __cplusplus
+}
+#endif
+
+/* ---- What kernels are written with ---- */
+
+#ifdef DEVICE_CODE
+
+#ifdef CUDA_ON_CPU
+#include "test/cuda_on_cpu.h"
+typedef int cudaStream_t;
+#else
+#include <cublasLt.h>
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+#endif
+
+/* floatX is what activations and the operands of matrix products are kept in. Sums, statistics, the residual stream, its
+ * gradient, logits and the gradients of parameters are float. */
+#ifdef FLOATX_BF16
+typedef __nv_bfloat16 floatX;
+static __device__ inline float to_float(floatX x) {
+    return __bfloat162float(x);
+}
+static __device__ inline floatX to_floatX(float x) {
+    return __float2bfloat16(x);
+}
+enum { IS_BF16 = 1 };
+#else
+typedef float floatX;
+static __device__ inline float to_float(float x) {
+    return x;
+}
+static __device__ inline floatX to_floatX(float x) {
+    return x;
+}
+enum { IS_BF16 = 0 };
+#endif
+
+/* 16 bytes, which a thread moves at once */
+enum { PACK = 16 / sizeof(floatX) };
+struct alignas(16) Pack {
+    floatX at[PACK];
+};
+/* Elements i.. of x, whose n elements begin at a multiple of 16 bytes; i is a multiple of PACK. */
+static __device__ inline Pack load_pack(const floatX *x, size_t i, size_t n) {
+    Pack p;
+    if (i + PACK <= n) return *(const Pack *)(x + i);
+    for (int k = 0; k < PACK; k++) p.at[k] = i + k < n ? x[i + k] : to_floatX(0);
+    return p;
+}
+static __device__ inline void store_pack(floatX *x, size_t i, size_t n, Pack p) {
+    if (i + PACK <= n)
+        *(Pack *)(x + i) = p;
+    else
+        for (int k = 0; i + k < n; k++) x[i + k] = p.at[k];
+}
+
+enum { WARP = 32, ALL_LANES = -1 };
+
+static __device__ inline float warp_sum(float x) {
+    for (int k = WARP / 2; k; k /= 2) x += __shfl_xor_sync(0xffffffffu, x, k);
+    return x;
+}
+static __device__ inline double warp_sum(double x) {
+    for (int k = WARP / 2; k; k /= 2) x += __shfl_xor_sync(0xffffffffu, x, k);
+    return x;
+}
+static __device__ inline float warp_max(float x) {
+    for (int k = WARP / 2; k; k /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, k));
+    return x;
+}
+
+/* Shared memory of a block, whose size is the launch's: SHARED(float, tile); */
+#ifdef CUDA_ON_CPU
+#define SHARED(type, name) type *name = (type *)(void *)on_cpu::shared_memory
+#else
+extern __shared__ unsigned char dynamic_shared[];
+#define SHARED(type, name) type *name = (type *)(void *)dynamic_shared
+#endif
+
+/* LAUNCH(d, kernel, grid, block, shared bytes, arguments...) on the stream of d, in a function that returns an Err. */
+#ifdef CUDA_ON_CPU
+#define LAUNCH(d, kernel, grid, block, shared, ...)                                                                    \
+    do {                                                                                                               \
+        (void)(d);                                                                                                     \
+        on_cpu::launch(#kernel, grid, block, shared, [=] { kernel(__VA_ARGS__); });                                    \
+    } while (0)
+#else
+#define LAUNCH(d, kernel, grid, block, shared, ...)                                                                    \
+    do {                                                                                                               \
+        const size_t launch_bytes = (shared);                                                                          \
+        if (launch_bytes > (48u << 10)) TRY(allow_shared((const void *)kernel, launch_bytes, #kernel));                \
+        kernel<<<grid, block, launch_bytes, (d)->stream>>>(__VA_ARGS__);                                               \
+        TRY(cuda_error(cudaGetLastError(), #kernel));                                                                  \
+    } while (0)
+#endif
+
+/* A tensor of a parameter table on the GPU. */
+typedef struct {
+    float *value, *grad, *m, *v, *ema; /* each NULL if it was never sent */
+    floatX *weight;                    /* value as matrix products read it; the same memory when floatX is float */
+} DeviceRow;
+
+struct Device {
+    cudaStream_t stream;
+    Err failed; /* of a function that returns nothing; its text is kept */
+    char failure[ERR_MAX];
+
+    DeviceRow *row; /* (n_rows) of the parameter table */
+    size_t *size;
+    size_t n_rows;
+    void *arena[6]; /* value, grad, m, v, ema, weight */
+    size_t arena_bytes[6];
+    double *sums; /* (SUM_BLOCKS) partial sums, of the gradient's norm and of losses */
+
+    struct MatmulPlan *plan; /* (n_plans) of matrix products seen so far */
+    size_t n_plans, plan_capacity;
+    void *blas, *workspace;
+};
+enum { SUM_BLOCKS = 256, WORKSPACE_BYTES = 32 << 20 };
+
+static inline unsigned blocks_for(size_t n, size_t per_block) {
+    return (unsigned)ceil_div(n, per_block);
+}
+
+#endif
+#endif
