@@ -1,13 +1,14 @@
 # make              the three programs: ./sample ./train ./inpaint
 # make test         every test; the last line is "N passed, N failed"
 # make test SANITIZE=1   the same under AddressSanitizer and UndefinedBehaviorSanitizer
+# make test-cuda    the CUDA kernels on this machine's GPU; SANITIZER=memcheck: under compute-sanitizer
 # make test-cuda-emulated   every CUDA kernel, run on the CPU, against its C twin (part of make test)
 # make bench        how fast, as fractions of this machine's ceilings and beside PyTorch; also in bench.tsv
 # make fuzz SECONDS=60  the readers of checkpoints under libFuzzer (needs clang; Debian: clang, libclang-rt-14-dev)
 # make ffhq         fetches an official model: also ffhq2 churches bedrooms cats imagenet imagenet4 (models/fetch.sh)
 # make fullsize     the official models at full size, with random weights, against PyTorch (PYTHON=..., MODELS=...)
 # make data/emoji   the pictures that the bundled model was trained on
-# Variables: CC=clang, MARCH=x86-64-v3 (default native), SANITIZE=1 (each combination builds in its own folder),
+# Variables: NVCC=... (empty: no CUDA), CUDA_ARCH="80 90 100", CC=clang, MARCH=x86-64-v3 (default native), SANITIZE=1 (each combination builds in its own folder),
 # MODELS_URL=https://... (where official models come from), PYTHON=... (which has PyTorch, for comparisons).
 
 CC ?= cc
@@ -20,6 +21,15 @@ SANITIZE ?= 0
 B := build/$(notdir $(CC))-$(MARCH)$(if $(filter 1,$(SANITIZE)),-sanitize)
 
 comma := ,
+space := $(subst ,, )
+
+# nvcc 12 or later makes the programs compute on NVIDIA GPUs too. CUDA_ARCH: their compute capabilities; the last one's
+# intermediate code also runs on later GPUs. Under the sanitizers of the host there is only the emulation.
+NVCC ?= $(firstword $(shell command -v nvcc 2>/dev/null) $(wildcard /usr/local/cuda/bin/nvcc))
+ifeq ($(SANITIZE),1)
+override NVCC :=
+endif
+CUDA_ARCH ?= 80 90 100
 
 # ---- what this machine has: each feature is verified by compiling something ----
 compiles = $(shell printf '%b\n' '$(1)' | $(CC) -x c - $(2) -o /dev/null 2>/dev/null && echo yes)
@@ -39,7 +49,11 @@ ifeq ($(HAVE_JPEG),)
 $(error libjpeg is missing. Debian: apt-get install libjpeg-dev)
 endif
 $(info images    PNG, JPEG)
-$(info device    CPU (the CUDA path is not part of this version))
+ifeq ($(NVCC),)
+$(info device    CPU (no nvcc was found, NVCC=... names it; the CUDA kernels run on the CPU in make test))
+else
+$(info device    CPU and CUDA ($(NVCC), for sm_$(subst $(space),$(comma) sm_,$(CUDA_ARCH)); NVCC= leaves it out))
+endif
 endif
 
 # -ffp-contract=fast: a*b+c may become one fused multiply-add, which every kernel here is built on. -fno-math-errno and
@@ -61,6 +75,11 @@ TESTS := base gemm conv checkpoint ckpt data vqgan transformer classes diffusion
 TESTS_DOUBLE := gemm conv vqgan transformer
 
 OBJ := $(COMPONENTS:%=$B/%.o)
+DEVICE_OBJ := $(if $(NVCC),$B/device_f32.o $B/device_bf16.o)
+CUDA_LIBS := $(if $(NVCC),-L$(dir $(NVCC))../lib64 -lcudart_static -ldl -lrt -lstdc++)
+NVCC_FLAGS := -x cu -std=c++17 -O3 -lineinfo $(foreach a,$(CUDA_ARCH),-gencode arch=compute_$a$(comma)code=sm_$a) \
+              -gencode arch=compute_$(lastword $(CUDA_ARCH))$(comma)code=compute_$(lastword $(CUDA_ARCH)) \
+              -Xcompiler -Wall$(comma)-Wextra$(comma)-Werror -Werror all-warnings
 OBJ_DOUBLE := $(COMPONENTS:%=$B/double/%.o)
 TEST_BIN := $(TESTS:%=$B/test_%) $(TESTS_DOUBLE:%=$B/test_%_double)
 
@@ -77,9 +96,11 @@ $(PROGRAMS) test/golden test/bench: FORCE
 $(shell mkdir -p build && echo $B >build/last)
 endif
 
-$(PROGRAMS:%=$B/%): $B/%: $B/%.o $B/cli.o $(OBJ)
-	$(CC) $(CFLAGS) -o $@ $^ $(LDLIBS)
-$B/golden $B/bench: $B/%: $B/test/%.o $(OBJ)
+$(PROGRAMS:%=$B/%): $B/%: $B/%.o $B/cli.o $(OBJ) $(DEVICE_OBJ)
+	$(CC) $(CFLAGS) -o $@ $^ $(LDLIBS) $(CUDA_LIBS)
+$B/golden: $B/test/golden.o $(OBJ) $(DEVICE_OBJ)
+	$(CC) $(CFLAGS) -o $@ $^ $(LDLIBS) $(CUDA_LIBS)
+$B/bench: $B/test/bench.o $(OBJ)
 	$(CC) $(CFLAGS) -o $@ $^ $(LDLIBS)
 $B/pictures $B/logits $B/fullsize: $B/%: $B/test/%.o $(OBJ)
 	$(CC) $(CFLAGS) -o $@ $^ $(LDLIBS)
@@ -104,11 +125,10 @@ $B/double/%.o: %.cu Makefile
 # ---- CUDA: device.cu includes every kernel, and is compiled once with floatX = float, once with bf16 ----
 # Emulated: by a C++ compiler, with test/cuda_on_cpu.h in the place of CUDA's headers.
 CXX := $(if $(findstring clang,$(notdir $(CC))),$(subst clang,clang++,$(CC)),$(subst gcc,g++,$(CC)))
-DEVICE_SRC := device.cu layers.cu
 PRECISIONS := f32 bf16
 EMULATED_TESTS := $(PRECISIONS:%=$B/emulated/test_cuda_%)
 EMULATED_FLAGS := -x c++ -std=c++17 -D_GNU_SOURCE -DCUDA_ON_CPU -U_FORTIFY_SOURCE -g $(if $(filter 1,$(SANITIZE)),$(OPT),-O2) \
-                  -ffp-contract=off $(WARN) -Wno-unknown-pragmas -Wno-unused-function
+                  -ffp-contract=off $(WARN) -Wno-unknown-pragmas
 floatX = $(if $(filter %bf16 %bf16.o,$@),-DFLOATX_BF16)
 
 $(PRECISIONS:%=$B/emulated/device_%.o): device.cu Makefile
@@ -120,11 +140,38 @@ $(PRECISIONS:%=$B/emulated/test_cuda_%.o): test/test_cuda.cu Makefile
 $(EMULATED_TESTS): $B/emulated/%: $B/emulated/%.o $(OBJ)
 	$(CXX) $(OPT) -o $@ $^ $(LDLIBS)
 
-.PHONY: test-cuda-emulated
-test-cuda-emulated: $(EMULATED_TESTS)
-	@for t in $^; do $$t || exit 1; done
+EMULATED_BIN := $(EMULATED_TESTS) $(PROGRAMS:%=$B/emulated/%) $B/emulated/golden
+EMULATED_OBJ := $(OBJ) $(PRECISIONS:%=$B/emulated/device_%.o)
+$(PROGRAMS:%=$B/emulated/%): $B/emulated/%: $B/%.o $B/cli.o $(EMULATED_OBJ)
+	$(CXX) $(OPT) -o $@ $^ $(LDLIBS)
+$B/emulated/golden: $B/test/golden.o $(EMULATED_OBJ)
+	$(CXX) $(OPT) -o $@ $^ $(LDLIBS)
 
-test: $(TEST_BIN) $(EMULATED_TESTS) $B/golden $B/pictures $B/logits $(PROGRAMS:%=$B/%)
+.PHONY: test-cuda test-cuda-emulated bench-cuda
+test-cuda-emulated: $(EMULATED_BIN) $(PROGRAMS:%=$B/%) $B/pictures
+	@test/run.sh --cuda $B $B/emulated $(EMULATED_TESTS)
+
+# On a GPU, by nvcc. SANITIZER=memcheck (or racecheck, synccheck, initcheck) runs the layers under compute-sanitizer.
+SANITIZER ?=
+NVCC_TESTS := $(PRECISIONS:%=$B/test_cuda_%)
+$(PRECISIONS:%=$B/device_%.o): device.cu Makefile
+	@mkdir -p $(@D)
+	$(NVCC) $(NVCC_FLAGS) $(floatX) -MMD -MP -MF $(@:.o=.d) -c -o $@ $<
+$(PRECISIONS:%=$B/test/test_cuda_%.o): test/test_cuda.cu Makefile
+	@mkdir -p $(@D)
+	$(NVCC) $(NVCC_FLAGS) $(floatX) -MMD -MP -MF $(@:.o=.d) -c -o $@ $<
+$(NVCC_TESTS): $B/%: $B/test/%.o $(OBJ)
+	$(CC) $(CFLAGS) -o $@ $^ $(LDLIBS) $(CUDA_LIBS)
+test-cuda: $(if $(NVCC),$(NVCC_TESTS) $B/golden $(PROGRAMS:%=$B/%) $B/pictures)
+ifeq ($(NVCC),)
+	@echo "make test-cuda needs nvcc (NVCC=... names it)"; exit 1
+else ifneq ($(SANITIZER),)
+	@for t in $(NVCC_TESTS); do compute-sanitizer --tool $(SANITIZER) --error-exitcode 1 $$t || exit 1; done
+else
+	@test/run.sh --cuda $B $B $(NVCC_TESTS)
+endif
+
+test: $(TEST_BIN) $(EMULATED_BIN) $B/golden $B/pictures $B/logits $(PROGRAMS:%=$B/%)
 	@test/run.sh $B $(TEST_BIN) $(EMULATED_TESTS)
 
 # The official model in PyTorch beside ours, where PYTHON has PyTorch.

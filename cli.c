@@ -45,10 +45,11 @@ void check(Err e) {
     if (e != OK) die("%s", err_text());
 }
 
-void check_device(const char *device) {
-    if (!device || !strcmp(device, "cpu")) return;
-    if (!strcmp(device, "cuda")) die("--device cuda: this version has the CPU path only; use --device cpu");
-    usage_error("--device %s: expected cpu or cuda", device);
+int check_device(const char *device) {
+    if (!device || !strcmp(device, "cpu")) return 0;
+    if (strcmp(device, "cuda") != 0) usage_error("--device %s: expected cpu or cuda", device);
+    check(cuda_find(NULL, NULL, NULL));
+    return 1;
 }
 
 /* ---- options ---- */
@@ -317,11 +318,13 @@ void sampling_start(SamplingArgs *a, Model *m, const NamedModel **stand_in_for) 
     size_t format = 0;
     while (a->weights && format < 3 && strcmp(a->weights, formats[format]) != 0) format++;
     if (format == 3) usage_error("--weights %s: expected f32, bf16 or int8", a->weights);
-    check_device(a->device);
+    const int cuda = check_device(a->device);
+    if (cuda && format == WEIGHTS_INT8) usage_error("--weights int8 is for --device cpu; on a GPU f32 or bf16");
     threads_set((int)a->threads);
     check(model_open(m, a->model, stand_in_for));
     m->no_ema = a->no_ema;
     m->weights = (WeightFormat)format;
+    m->cuda = cuda;
     if (a->seed == SEED_NOT_GIVEN) a->seed = (uint64_t)time(NULL);
     const NamedModel *missing = *stand_in_for;
     if (!missing) return;
@@ -332,6 +335,19 @@ void sampling_start(SamplingArgs *a, Model *m, const NamedModel **stand_in_for) 
             missing->stand_in && !a->class_name ? ", class " : "",
             missing->stand_in && !a->class_name ? missing->stand_in : "");
     if (!a->class_name) a->class_name = missing->stand_in;
+}
+
+/* One line: which GPU, how exact, what goes there; dies if that does not fit. */
+static void say_gpu(const Model *m, const ModelMemory *need) {
+    char text[CUDA_TEXT_BYTES], weights[32], plan[32], there[32], what[256];
+    size_t available = 0;
+    check(cuda_find(text, &available, NULL));
+    bytes_text(weights, need->gpu_scale), bytes_text(plan, need->gpu_activations);
+    snprintf(what, sizeof what, "GPU: largest scale %s, activations %s", weights, plan);
+    check(memory_fits(need->gpu_scale + need->gpu_activations, available, what, "a smaller --batch takes less"));
+    fprintf(stderr, "device: %s; transformers in %s there, the VQGAN on the CPU in this version\n", text,
+            m->weights == WEIGHTS_BF16 ? "bf16" : "f32 (--weights bf16 is faster)");
+    fprintf(stderr, "GPU memory: largest scale %s, activations %s; %s free\n", weights, plan, bytes_text(there, available));
 }
 
 void sampling_memory(Model *m, size_t batch, size_t pictures) {
@@ -345,6 +361,7 @@ void sampling_memory(Model *m, size_t batch, size_t pictures) {
     check(memory_fits(need.total, available, what, "a smaller --batch or -n takes less"));
     fprintf(stderr, "memory: first stage %s, largest scale %s, activations and pictures %s; ", first, scale, rest);
     fprintf(stderr, "%s available\n", available == SIZE_MAX ? "unknown how much is" : bytes_text(there, available));
+    if (m->cuda) say_gpu(m, &need);
 }
 
 /* The user's list, else what the model's file recommends, else `otherwise`. */

@@ -28,14 +28,22 @@ typedef struct DeviceOps {
     Err (*find)(char *text, size_t *free_bytes, size_t *total_bytes); /* CUDA_TEXT_BYTES; NULL: not wanted */
     Err (*open)(Device **out);
     void (*close)(Device *d);
-    /* parameters: optimizer.cu */
+    /* parameters: optimizer.cu. update: AdamW unless o is NULL, then the moving average unless ema_step is 0 */
     Err (*send)(Device *d, const Params *p);
     Err (*fetch)(Device *d, Params *p);
     void (*zero_grad)(Device *d);
     double (*grad_norm)(Device *d);
     void (*swap_ema)(Device *d);
-    void (*adamw)(Device *d, const Params *p, const AdamW *o, uint64_t step);
-    void (*ema)(Device *d, float step);
+    void (*update)(Device *d, const Params *p, const AdamW *o, uint64_t step, float ema_step);
+    /* networks: transformer.cu, optimizer.cu, decode.cu; the ids of a batch are where the CPU's forward puts them */
+    Err (*plan)(Transformer *m, int allocate, size_t *bytes);
+    Err (*forward)(Transformer *m);
+    Err (*backward)(Transformer *m, const real *dlogits);
+    Err (*train)(Transformer *m, const Schedule *s, const int32_t *x0, const int32_t *x, const int32_t *x_t,
+                 const int32_t *t, double alpha, double weight, int backward, Loss *out);
+    Err (*decode_begin)(Transformer *m);
+    Err (*decode_step)(Transformer *m, size_t i);
+    Err (*draw)(Transformer *m, const DrawOptions *o, int32_t *tokens);
 } DeviceOps;
 
 #ifndef DEVICE_CODE
@@ -63,19 +71,19 @@ typedef int cudaStream_t;
  * gradient, logits and the gradients of parameters are float. */
 #ifdef FLOATX_BF16
 typedef __nv_bfloat16 floatX;
-static __device__ inline float to_float(floatX x) {
+static __host__ __device__ inline float to_float(floatX x) {
     return __bfloat162float(x);
 }
-static __device__ inline floatX to_floatX(float x) {
+static __host__ __device__ inline floatX to_floatX(float x) {
     return __float2bfloat16(x);
 }
 enum { IS_BF16 = 1 };
 #else
 typedef float floatX;
-static __device__ inline float to_float(float x) {
+static __host__ __device__ inline float to_float(float x) {
     return x;
 }
-static __device__ inline floatX to_floatX(float x) {
+static __host__ __device__ inline floatX to_floatX(float x) {
     return x;
 }
 enum { IS_BF16 = 0 };
@@ -100,7 +108,7 @@ static __device__ inline void store_pack(floatX *x, size_t i, size_t n, Pack p) 
         for (int k = 0; i + k < n; k++) x[i + k] = p.at[k];
 }
 
-enum { WARP = 32, ALL_LANES = -1 };
+enum { WARP = 32 };
 
 static __device__ inline float warp_sum(float x) {
     for (int k = WARP / 2; k; k /= 2) x += __shfl_xor_sync(0xffffffffu, x, k);
@@ -121,6 +129,8 @@ static __device__ inline float warp_max(float x) {
 #else
 extern __shared__ unsigned char dynamic_shared[];
 #define SHARED(type, name) type *name = (type *)(void *)dynamic_shared
+static Err cuda_error(cudaError_t e, const char *what);
+static Err allow_shared(const void *kernel, size_t bytes, const char *what);
 #endif
 
 /* LAUNCH(d, kernel, grid, block, shared bytes, arguments...) on the stream of d, in a function that returns an Err. */
@@ -152,17 +162,16 @@ struct Device {
     char failure[ERR_MAX];
 
     DeviceRow *row; /* (n_rows) of the parameter table */
-    size_t *size;
     size_t n_rows;
     void *arena[6]; /* value, grad, m, v, ema, weight */
-    size_t arena_bytes[6];
+    size_t arena_floats[5];
+    void *chunks; /* (n_chunks) of optimizer.cu */
+    size_t n_chunks;
     double *sums; /* (SUM_BLOCKS) partial sums, of the gradient's norm and of losses */
 
-    struct MatmulPlan *plan; /* (n_plans) of matrix products seen so far */
-    size_t n_plans, plan_capacity;
-    void *blas, *workspace;
+    struct Blas *blas; /* cuBLASLt and the matrix products seen so far */
 };
-enum { SUM_BLOCKS = 256, WORKSPACE_BYTES = 32 << 20 };
+enum { SUM_BLOCKS = 256, WORKSPACE_BYTES = 32 << 20, ALIGNMENT = 64 /* bytes, of everything in an arena */ };
 
 static inline unsigned blocks_for(size_t n, size_t per_block) {
     return (unsigned)ceil_div(n, per_block);

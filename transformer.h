@@ -65,6 +65,8 @@ typedef struct {
 
 typedef enum { IDLE, FORWARD_DONE, DECODING } State;
 
+typedef struct NetTwin NetTwin; /* the plan on a GPU: transformer.cu's second half */
+
 struct Transformer {
     NetConfig config;
     Params params;
@@ -81,6 +83,8 @@ struct Transformer {
     real *dx, *dcontext, *dnormed; /* gradients, reused by every layer */
     real *dquery, *dkey, *dvalue, *dy, *dh;
     real *row_sum; /* (B*N) */
+
+    NetTwin *twin; /* NULL on the CPU */
 
     State state;
     size_t now_B, now_N; /* of the last forward or decode_begin */
@@ -145,6 +149,8 @@ void attend_backward(const AttendShape *s, real *dq, real *dk, real *dv, const r
 /* Every ids[i] must be in lo..end-1; an error names `what`. */
 Err check_ids(const char *what, const int32_t *ids, size_t n, int32_t lo, size_t end);
 Err check_batch(const Transformer *m, const int32_t *x_t, const int32_t *t, const int32_t *label, size_t B, size_t N);
+Err take_batch(Transformer *m, const int32_t *x, const int32_t *x_t, const int32_t *t, const int32_t *label, size_t B,
+               size_t N);
 /* ids (B,P+n) = [t, (label,) tokens[b,0..n-1]]; rows of tokens are `stride` apart. */
 void prompted_ids(const NetConfig *c, int32_t *ids, const int32_t *t, const int32_t *label, const int32_t *tokens,
                   size_t stride, size_t B, size_t n);
