@@ -324,7 +324,7 @@ void sampling_start(SamplingArgs *a, Model *m, const NamedModel **stand_in_for) 
     check(model_open(m, a->model, stand_in_for));
     m->no_ema = a->no_ema;
     m->weights = (WeightFormat)format;
-    m->cuda = cuda;
+    if (cuda) check(model_use_cuda(m));
     if (a->seed == SEED_NOT_GIVEN) a->seed = (uint64_t)time(NULL);
     const NamedModel *missing = *stand_in_for;
     if (!missing) return;
@@ -339,15 +339,17 @@ void sampling_start(SamplingArgs *a, Model *m, const NamedModel **stand_in_for) 
 
 /* One line: which GPU, how exact, what goes there; dies if that does not fit. */
 static void say_gpu(const Model *m, const ModelMemory *need) {
-    char text[CUDA_TEXT_BYTES], weights[32], plan[32], there[32], what[256];
+    char text[CUDA_TEXT_BYTES], first[32], weights[32], plan[32], there[32], what[256];
     size_t available = 0;
     check(cuda_find(text, &available, NULL));
-    bytes_text(weights, need->gpu_scale), bytes_text(plan, need->gpu_activations);
-    snprintf(what, sizeof what, "GPU: largest scale %s, activations %s", weights, plan);
-    check(memory_fits(need->gpu_scale + need->gpu_activations, available, what, "a smaller --batch takes less"));
-    fprintf(stderr, "device: %s; transformers in %s there, the VQGAN on the CPU in this version\n", text,
-            m->weights == WEIGHTS_BF16 ? "bf16" : "f32 (--weights bf16 is faster)");
-    fprintf(stderr, "GPU memory: largest scale %s, activations %s; %s free\n", weights, plan, bytes_text(there, available));
+    available += need->gpu_first_stage; /* which is there already */
+    bytes_text(first, need->gpu_first_stage), bytes_text(weights, need->gpu_scale), bytes_text(plan, need->gpu_activations);
+    snprintf(what, sizeof what, "GPU: first stage %s, largest scale %s, activations %s", first, weights, plan);
+    check(memory_fits(need->gpu_first_stage + need->gpu_scale + need->gpu_activations, available, what,
+                      "a smaller --batch takes less"));
+    fprintf(stderr, "device: %s; in %s\n", text, m->weights == WEIGHTS_BF16 ? "bf16" : "f32 (--weights bf16 is faster)");
+    fprintf(stderr, "GPU memory: first stage %s, largest scale %s, activations %s; %s free\n", first, weights, plan,
+            bytes_text(there, available));
 }
 
 void sampling_memory(Model *m, size_t batch, size_t pictures) {
@@ -435,9 +437,10 @@ Err sampling_text(Config *text, const SamplingArgs *a, const SampleOptions *o, c
 
 Err decode_pictures(Model *m, const int32_t *tokens, size_t n, real *images) {
     size_t N = m->h * m->w, pixels = 3 * m->side * m->side;
-    TRY(vqgan_plan(m->vqgan, 1, m->side, m->side, 0));
-    for (size_t b = 0; b < n; b++) {
-        TRY(vqgan_decode_tokens(m->vqgan, tokens + b * N, 1, m->h, m->w, images + b * pixels));
+    const size_t batch = decode_batch(m, n);
+    TRY(vqgan_plan(m->vqgan, batch, m->side, m->side, 0));
+    for (size_t b = 0; b < n; b += batch) {
+        TRY(vqgan_decode_tokens(m->vqgan, tokens + b * N, min_size(batch, n - b), m->h, m->w, images + b * pixels));
         progress_line("decoding picture %zu of %zu", b + 1, n);
     }
     progress_end();

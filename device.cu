@@ -34,13 +34,25 @@ Err cuda_find(char *text, size_t *free_bytes, size_t *total_bytes) {
     return ops->find(text, free_bytes, total_bytes);
 }
 
-Err transformer_use_cuda(Transformer *m, Precision precision) {
+static Err use_cuda(Params *p, Precision precision) {
     const DeviceOps *ops = cuda_ops(precision);
     if (!ops) return cuda_find(NULL, NULL, NULL) == OK ? err("this program has no CUDA of that precision") : FAILED;
-    if (m->params.device) return err("transformer: it is on the GPU already");
-    TRY(ops->open(&m->params.device));
-    m->params.ops = ops;
+    if (p->device) return err("the parameters are on the GPU already");
+    TRY(ops->open(&p->device));
+    p->ops = ops;
     return OK;
+}
+
+Err transformer_use_cuda(Transformer *m, Precision precision) {
+    return use_cuda(&m->params, precision);
+}
+
+Err vqgan_use_cuda(Vqgan *v, Precision precision) {
+    return use_cuda(vqgan_params(v), precision);
+}
+
+int vqgan_on_cuda(Vqgan *v) {
+    return vqgan_params(v)->device != NULL;
 }
 
 int transformer_on_cuda(const Transformer *m) {
@@ -180,6 +192,11 @@ typedef struct {
     const void *add, *bias;
 } Matmul;
 
+static Err check_aligned(const Matmul *p) {
+    const uintptr_t addresses = (uintptr_t)p->A | (uintptr_t)p->B | (uintptr_t)p->D | (uintptr_t)p->add;
+    return addresses % ALIGNMENT ? err("a matrix on the GPU is not aligned to %d bytes", (int)ALIGNMENT) : OK;
+}
+
 #ifdef CUDA_ON_CPU
 static Err open_blas(Device *d) {
     (void)d;
@@ -204,6 +221,7 @@ static Err as_floats(float **out, const floatX *x, size_t rows, size_t columns, 
 static Err matmul(Device *d, const Matmul *p) {
     float *A, *B, *C;
     (void)d;
+    TRY(check_aligned(p));
     TRY(as_floats(&A, p->A, p->trans_a ? p->K : p->M, p->trans_a ? p->M : p->K, p->lda));
     TRY(as_floats(&B, p->B, p->trans_b ? p->N : p->K, p->trans_b ? p->K : p->N, p->ldb));
     TRY(mem_alloc(&C, p->M * p->N, sizeof *C, "a matrix"));
@@ -371,10 +389,9 @@ static Err find_plan(Blas *blas, const MatmulKey *key, MatmulPlan **out) {
 
 static Err matmul(Device *d, const Matmul *p) {
     const float one = 1, beta = p->add ? 1 : 0;
-    const uintptr_t addresses = (uintptr_t)p->A | (uintptr_t)p->B | (uintptr_t)p->D | (uintptr_t)p->add;
     MatmulKey key;
     MatmulPlan *plan;
-    if (addresses % ALIGNMENT) return err("a matrix on the GPU is not aligned to %d bytes", (int)ALIGNMENT);
+    TRY(check_aligned(p));
     memset(&key, 0, sizeof key); /* gaps too: keys are compared byte by byte */
     key.trans_a = p->trans_a, key.trans_b = p->trans_b, key.d_is_float = p->d_is_float, key.add = p->add != NULL;
     key.bias = p->bias != NULL, key.M = p->M, key.N = p->N, key.K = p->K;
@@ -447,6 +464,8 @@ static Err open_device(Device **out) {
 
 #include "decode.cu"
 
+#include "first_stage.cu"
+
 #ifdef FLOATX_BF16
 #define CUDA_TABLE cuda_bf16
 #else
@@ -457,6 +476,8 @@ extern const DeviceOps CUDA_TABLE;
 const DeviceOps CUDA_TABLE = {find_cuda,     open_device,      close_device,      send_params,
                               fetch_params,  zero_grad_cuda,   grad_norm_cuda,    swap_ema_cuda,
                               update_params, plan_cuda,        forward_cuda,      backward_cuda,
-                              train_cuda,    decode_begin_cuda, decode_step_cuda, draw_cuda};
+                              train_cuda,    decode_begin_cuda, decode_step_cuda, draw_cuda,
+                              sizeof(floatX), vqgan_plan_cuda, vqgan_free_cuda, vqgan_run_cuda, vqgan_nearest_cuda,
+                              vqgan_draw_cuda, vqgan_forward_cuda, vqgan_backward_cuda, vqgan_restart_cuda};
 }
 #endif

@@ -44,6 +44,16 @@ typedef struct DeviceOps {
     Err (*decode_begin)(Transformer *m);
     Err (*decode_step)(Transformer *m, size_t i);
     Err (*draw)(Transformer *m, const DrawOptions *o, int32_t *tokens);
+    /* first stage: first_stage.cu says what each does */
+    size_t unit; /* bytes of a number in an activation */
+    Err (*vqgan_plan)(Vqgan *v, size_t units, int allocate, size_t *bytes);
+    void (*vqgan_free)(Vqgan *v);
+    Err (*vqgan_run)(Vqgan *v, size_t from, const real *in, size_t first, size_t end, size_t to, real *out);
+    Err (*vqgan_nearest)(Vqgan *v, const real *z, int32_t *raw);
+    Err (*vqgan_draw)(Vqgan *v, const int32_t *raw, real *images);
+    Err (*vqgan_forward)(Vqgan *v, const real *images, int32_t *raw, double *sum);
+    Err (*vqgan_backward)(Vqgan *v, const real *dxrec, double codebook_weight, real *dimage);
+    void (*vqgan_restart)(Vqgan *v, size_t code, size_t pick);
 } DeviceOps;
 
 #ifndef DEVICE_CODE
@@ -150,6 +160,37 @@ static Err allow_shared(const void *kernel, size_t bytes, const char *what);
     } while (0)
 #endif
 
+/* Tensor cores, in PTX; cuda_on_cpu.h has the same for the CPU.
+ *   copy_async       16 bytes from global to shared memory, or zeros, while the thread goes on
+ *   copy_commit, copy_wait<N>   close a group of copies; wait until all but the last N groups are there
+ *   load_matrices    four 8x8 matrices of bf16 from shared memory: lane i names row i % 8 of matrix i / 8, and gets of each
+ *                    the elements that multiply_tiles wants from it
+ *   multiply_tiles   c (16,8) float += a (16,16) b (8,16)^T of bf16, spread over a warp */
+#if defined(FLOATX_BF16) && !defined(CUDA_ON_CPU)
+static __device__ inline void copy_async(void *shared, const void *global, int there) {
+    const unsigned to = (unsigned)__cvta_generic_to_shared(shared), bytes = there ? 16 : 0;
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(bytes) : "memory");
+}
+static __device__ inline void copy_commit() {
+    asm volatile("cp.async.commit_group;" ::: "memory");
+}
+template <int N> static __device__ inline void copy_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+static __device__ inline void load_matrices(unsigned word[4], const void *row) {
+    const unsigned from = (unsigned)__cvta_generic_to_shared(row);
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(word[0]), "=r"(word[1]), "=r"(word[2]), "=r"(word[3])
+                 : "r"(from)
+                 : "memory");
+}
+static __device__ inline void multiply_tiles(float c[4], const unsigned a[4], const unsigned b[2]) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+#endif
+
 /* A tensor of a parameter table on the GPU. */
 typedef struct {
     float *value, *grad, *m, *v, *ema; /* each NULL if it was never sent */
@@ -163,6 +204,7 @@ struct Device {
 
     DeviceRow *row; /* (n_rows) of the parameter table */
     size_t n_rows;
+    uint64_t changes; /* counts whatever changes values */
     void *arena[6]; /* value, grad, m, v, ema, weight */
     size_t arena_floats[5];
     void *chunks; /* (n_chunks) of optimizer.cu */

@@ -723,6 +723,12 @@ static Precision cuda_precision(const Model *m) {
     return m->weights == WEIGHTS_BF16 ? PRECISION_BF16 : PRECISION_F32;
 }
 
+Err model_use_cuda(Model *m) {
+    m->cuda = 1;
+    TRY(vqgan_use_cuda(m->vqgan, cuda_precision(m)));
+    return params_send(vqgan_params(m->vqgan));
+}
+
 /* The weights to sample with: transformer_ema.* where the file has them and they are wanted, else transformer.* */
 static Err build_net(Model *m, const Checkpoint *ck) {
     NetConfig c;
@@ -777,6 +783,11 @@ static Err scale_memory(const Model *m, int t, size_t batch, ModelMemory *need, 
     return e;
 }
 
+size_t decode_batch(const Model *m, size_t n) {
+    enum { PICTURES = 8 }; /* enough to fill a GPU */
+    return m->cuda ? max_size(min_size(n, PICTURES), 1) : 1;
+}
+
 Err model_memory(Model *m, size_t batch, size_t pictures, ModelMemory *out) {
     size_t plan = 0, vqgan_plan_size = 0, pixels = 3 * m->side * m->side;
     memset(out, 0, sizeof *out);
@@ -784,7 +795,11 @@ Err model_memory(Model *m, size_t batch, size_t pictures, ModelMemory *out) {
     for (int t = m->joint ? 0 : 1; t <= (m->joint ? 0 : m->schedule.T); t++)
         TRY(scale_memory(m, t, batch, out, &plan));
     out->gpu_scale = m->cuda ? out->scale : 0;
-    TRY(vqgan_plan_bytes(m->vqgan, 1, m->side, m->side, 0, &vqgan_plan_size));
+    TRY(vqgan_plan_bytes(m->vqgan, decode_batch(m, pictures), m->side, m->side, 0, &vqgan_plan_size));
+    if (m->cuda) {
+        out->gpu_first_stage = out->first_stage / sizeof(real) * (sizeof(float) + (cuda_precision(m) == PRECISION_BF16 ? 2 : 0));
+        out->gpu_activations += vqgan_plan_size, vqgan_plan_size = 0;
+    }
     TRY(size_mul(&out->activations, pictures, pixels * (sizeof(real) + 1))); /* numbers, then bytes of the PNG */
     out->activations += plan + vqgan_plan_size;
     out->total = out->first_stage + out->scale + out->activations;

@@ -579,6 +579,9 @@ Err cuda_find(char *text, size_t *free_bytes, size_t *total_bytes);
  * have their values, params_send. */
 Err transformer_use_cuda(Transformer *m, Precision precision);
 int transformer_on_cuda(const Transformer *m);
+/* The same for a first stage, also before vqgan_plan: afterwards everything in section 5 computes there. */
+Err vqgan_use_cuda(Vqgan *v, Precision precision);
+int vqgan_on_cuda(Vqgan *v);
 /* A training pass that leaves logits where they are: transformer_forward, then denoising_loss against the posterior of x_0
  * and x_t, then, if backward, transformer_backward. x0, x (= x_{t-1}), x_t (B,N), t, label (B). On the GPU only. */
 Err transformer_loss_cuda(Transformer *m, const Schedule *s, const int32_t *x0, const int32_t *x, const int32_t *x_t,
@@ -671,10 +674,14 @@ void model_close(Model *m);
 typedef struct {
     size_t first_stage, scale; /* weights: of the VQGAN; of the largest transition, as one is loaded at a time */
     size_t activations;        /* what both plan, the caches of decoding among it, and `pictures` decoded pictures */
-    size_t total;                       /* of the host */
-    size_t gpu_scale, gpu_activations; /* with Model.cuda: the same on the GPU */
+    size_t total;              /* of the host */
+    size_t gpu_first_stage, gpu_scale, gpu_activations; /* with Model.cuda: the same on the GPU */
 } ModelMemory;
 Err model_memory(Model *m, size_t batch, size_t pictures, ModelMemory *out);
+/* Once m->weights are chosen: everything computes on the GPU from now on. */
+Err model_use_cuda(Model *m);
+/* Of n pictures, how many decode_pictures decodes at a time. */
+size_t decode_batch(const Model *m, size_t n);
 /* What a transition's file holds: `which` ('v' or 'e') of every parameter as transformer.*, the schedule's buffers and,
  * unless compact, what follows from the rest and the official classes expect (masks, the second name of a tied embedding):
  * every name of the official state dict but first_stage_model.* and transformer_ema.* (SPEC sections 11 and 12). */

@@ -431,6 +431,7 @@ static Err send_params(Device *d, const Params *p) {
         TRY(plan_rows(d, p));
         if (p->arena[1]) TRY(plan_chunks(d, p));
     }
+    d->changes++;
     for (size_t i = 0; i < p->n; i++) TRY(send_row(d, &p->row[i], &d->row[i]));
     return wait_for(d);
 }
@@ -495,6 +496,7 @@ static Err update(Device *d, const AdamW *o, uint64_t step, float ema_step) {
 
 static void update_params(Device *d, const Params *p, const AdamW *o, uint64_t step, float ema_step) {
     (void)p;
+    d->changes++;
     keep_failure(d, update(d, o, step, ema_step));
 }
 
@@ -549,6 +551,7 @@ static Err swap_arenas(Device *d) {
 }
 
 static void swap_ema_cuda(Device *d) {
+    d->changes++;
     if (d->arena[0] && d->arena[4]) keep_failure(d, swap_arenas(d));
 }
 #endif

@@ -27,7 +27,7 @@
 typedef struct {
     const char *model, *data, *run, *config, *init, *device, *store, *precision;
     int vqgan, joint, resume, eval, balance;
-    int cuda; /* transitions run on the GPU */
+    int cuda; /* on the GPU */
     size_t scale, steps, batch, accumulate, threads, save_every, eval_every, picture_every;
     size_t seed;
     double lr, alpha;
@@ -133,9 +133,13 @@ static Err check_memory(Stage *s, size_t arenas, size_t plan, size_t rows, size_
     return memory_fits(s->state_bytes + s->activation_bytes, s->available, what, "a smaller --batch takes less");
 }
 
+static Precision gpu_precision(const Stage *s) {
+    return strcmp(s->opt->precision, "bf16") ? PRECISION_F32 : PRECISION_BF16;
+}
+
 /* Values, gradients, moments and moving average in float, and in bf16 the values again; the network's plan. */
 static Err check_gpu_memory(Stage *s, size_t plan) {
-    const int bf16 = strcmp(s->opt->precision, "bf16") == 0;
+    const int bf16 = gpu_precision(s) == PRECISION_BF16;
     char what[160], state[32], activations[32];
     s->gpu_state = s->params->total * (5 * sizeof(float) + (bf16 ? 2 : 0)), s->gpu_activations = plan;
     TRY(cuda_find(NULL, &s->gpu_available, NULL));
@@ -241,8 +245,10 @@ static Err vqgan_stage(Stage *s) {
     s->N = s->h * s->w;
     if (s->train.n == 0) return OK;
     size_t bytes = 0;
+    if (s->opt->cuda) TRY(vqgan_use_cuda(s->vqgan, gpu_precision(s)));
     TRY(vqgan_plan_bytes(s->vqgan, s->batch, s->size, s->size, 1, &bytes));
-    TRY(check_memory(s, 4, bytes, s->batch, 3 * s->size * s->size));
+    TRY(s->opt->cuda ? check_gpu_memory(s, bytes) : OK);
+    TRY(check_memory(s, 4, s->opt->cuda ? 0 : bytes, s->batch, 3 * s->size * s->size));
     TRY(vqgan_plan(s->vqgan, s->batch, s->size, s->size, 1));
     TRY(mem_alloc(&s->dxrec, s->batch * 3 * s->size, s->size * sizeof *s->dxrec, "reconstruction gradient"));
     TRY(mem_alloc(&s->usage, c.n_embed, sizeof *s->usage, "code usage"));
@@ -504,6 +510,9 @@ static Err open_vqgan(Stage *s, char path[1100]) {
     if (e == OK) e = vqgan_create(&s->vqgan, &c, 0);
     if (e == OK) e = params_plan(vqgan_params(s->vqgan), PLAN_VALUE);
     if (e == OK) e = vqgan_load(s->vqgan, &ck, "");
+    /* in f32: whoever continues the run elsewhere must get the same tokens */
+    if (e == OK && s->opt->cuda) e = vqgan_use_cuda(s->vqgan, PRECISION_F32);
+    if (e == OK) e = params_send(vqgan_params(s->vqgan));
     checkpoint_close(&ck);
     if (e != OK) return err_in(path);
     s->size = c.resolution;
@@ -565,7 +574,7 @@ static Err transition_stage(Stage *s) {
     s->params = transformer_params(s->net);
     transformer_set_alphas(s->net, s->schedule.alpha);
     if (s->opt->cuda)
-        TRY(transformer_use_cuda(s->net, strcmp(s->opt->precision, "bf16") ? PRECISION_F32 : PRECISION_BF16));
+        TRY(transformer_use_cuda(s->net, gpu_precision(s)));
     TRY(transformer_plan_bytes(s->net, s->batch, s->N, 1, &bytes));
     TRY(s->opt->cuda ? check_gpu_memory(s, bytes) : OK);
     TRY(check_memory(s, 5, s->opt->cuda ? 0 : bytes, 2 * s->batch * s->N, s->K)); /* the posterior, the gradient of the logits */
@@ -935,7 +944,7 @@ static Err build_stage(Stage *s, const Checkpoint *ck) {
 static void say_gpu(const Stage *s) {
     char text[CUDA_TEXT_BYTES], state[32], activations[32], available[32];
     check(cuda_find(text, NULL, NULL));
-    fprintf(stderr, "device: %s; %s, %s; the VQGAN runs on the CPU in this version\n", text, s->name, s->opt->precision);
+    fprintf(stderr, "device: %s; %s, %s\n", text, s->name, s->opt->precision);
     fprintf(stderr, "GPU memory: parameters, gradients and optimizer %s, activations %s; %s was free\n",
             bytes_text(state, s->gpu_state), bytes_text(activations, s->gpu_activations),
             bytes_text(available, s->gpu_available));
@@ -1080,7 +1089,7 @@ int main(int argc, char **argv) {
         {OPT_SIZE, "--picture-every", "N", &o.picture_every, 1, UINT32_MAX, "steps between pictures (default 500)"},
         {OPT_FLAG, "--resume", NULL, &o.resume, 0, 0, "continue the run, bit for bit as if it had not stopped"},
         {OPT_FLAG, "--eval", NULL, &o.eval, 0, 0, "only evaluate what the run has, on the held-out pictures"},
-        {OPT_STRING, "--device", "cpu|cuda", &o.device, 0, 0, "where transitions are trained (default cpu)"},
+        {OPT_STRING, "--device", "cpu|cuda", &o.device, 0, 0, "where to train (default cpu)"},
         {OPT_STRING, "--precision", "TYPE", &o.precision, 0, 0,
          "with --device cuda: bf16 (default), weights and sums still in float, or f32"},
         {OPT_SIZE, "--threads", "N", &o.threads, 0, 4096, "0 (default): all; the result does not depend on it"},
@@ -1090,7 +1099,6 @@ int main(int argc, char **argv) {
     if (strcmp(o.precision, "bf16") && strcmp(o.precision, "f32"))
         usage_error("--precision %s: expected bf16 or f32", o.precision);
     o.cuda = check_device(o.device);
-    if (o.cuda && o.vqgan) die("--vqgan --device cuda: this version trains the VQGAN on the CPU; use --device cpu");
     threads_set((int)o.threads);
     const char *slash = strrchr(o.model, '/'), *short_name = slash && slash[1] ? slash + 1 : o.model;
     static char default_data[1100];

@@ -7,6 +7,7 @@
  *     threadIdx blockIdx blockDim gridDim
  *     __syncthreads __syncwarp __shfl_xor_sync __shfl_up_sync __shfl_sync __ballot_sync   threads meet and exchange
  *     atomicAdd, __nv_bfloat16, expf and its kin
+ *     copy_async load_matrices multiply_tiles   tensor cores and what feeds them, which have no words in C++: device.h
  *
  * The blocks of a launch run one after the other. The threads of a block are fibers: each has a stack of its own, and
  * runs until it must wait for others; then the next one goes on. So a kernel without barriers is a plain loop, and a
@@ -261,6 +262,41 @@ template <typename T> static inline T atomicAdd(T *at, T more) {
 static inline float rsqrtf(float x) {
     return 1 / sqrtf(x);
 }
+
+/* What tensor cores and their helpers do, by PTX's tables of which lane has what. A word has two bf16. */
+static inline void copy_async(void *shared, const void *global, int there) {
+    if (there)
+        memcpy(shared, global, 16);
+    else
+        memset(shared, 0, 16);
+}
+static inline void copy_commit() {}
+template <int N> static inline void copy_wait() {}
+static inline void load_matrices(unsigned word[4], const void *row, int line) {
+    const unsigned lane = on_cpu::lane();
+    for (unsigned j = 0; j < 4; j++)
+        word[j] = ((const unsigned *)on_cpu::exchange(0xffffffffu, row, 8 * j + lane / 4, line))[lane % 4];
+}
+#define load_matrices(word, row) load_matrices(word, row, __LINE__)
+static inline float bf16_of(unsigned word, unsigned half) {
+    const unsigned bits = (word >> 16 * half) << 16;
+    float f;
+    memcpy(&f, &bits, sizeof f);
+    return f;
+}
+static unsigned mma_word[1024][6];
+static inline void multiply_tiles(float c[4], const unsigned a[4], const unsigned b[2], int line) {
+    const unsigned me = on_cpu::running, first = me - on_cpu::lane(), g = on_cpu::lane() / 4, t = on_cpu::lane() % 4;
+    memcpy(mma_word[me], a, 4 * sizeof *a), memcpy(mma_word[me] + 4, b, 2 * sizeof *b);
+    on_cpu::exchange(0xffffffffu, 0, 0, line);
+    for (unsigned i = 0; i < 4; i++)
+        for (unsigned k = 0; k < 16; k++) {
+            const unsigned *row = mma_word[first + 4 * g + k % 8 / 2], *column = mma_word[first + 4 * (2 * t + i % 2) + k % 8 / 2];
+            c[i] += bf16_of(row[k / 8 * 2 + i / 2], k % 2) * bf16_of(column[4 + k / 8], k % 2);
+        }
+    on_cpu::exchange(0xffffffffu, 0, 0, line);
+}
+#define multiply_tiles(c, a, b) multiply_tiles(c, a, b, __LINE__)
 
 /* The upper half of a float, rounded to the nearest, ties to even. */
 struct __nv_bfloat16 {

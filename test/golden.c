@@ -2,7 +2,7 @@
  *
  *     test/golden DIR...              every case folder under DIR
  *     test/golden --selftest DIR...   the same with falsified expectations: nothing may pass
- *     test/golden --device cuda DIR...  transitions on the GPU, in float
+ *     test/golden --device cuda DIR...  all of it on the GPU, in float
  *
  * A case is a folder with config.txt (the official configuration), model.ckpt (a checkpoint of the official training)
  * or else model.safetensors (its state dict), io.safetensors (inputs in.*, expectations everything else), or with schedules.json. Which kind it is tell
@@ -248,7 +248,9 @@ static Err open_vqgan(Case *c, Vqgan **v, const char *tensors, const char *keys,
     config.re_embed = table ? table->size : 0;
     TRY(vqgan_create(v, &config, honour_tanh));
     TRY(params_plan(vqgan_params(*v), PLAN_VALUE | PLAN_GRAD));
-    return vqgan_load(*v, &c->model, tensors);
+    TRY(vqgan_load(*v, &c->model, tensors));
+    if (on_cuda) TRY(vqgan_use_cuda(*v, PRECISION_F32));
+    return params_send(vqgan_params(*v));
 }
 
 typedef struct {

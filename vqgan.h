@@ -1,0 +1,89 @@
+/* vqgan.h - what the first stage's halves share: vqgan.c and its CUDA twin. Nobody else includes it; what others may use
+ * is in imagebart.h. */
+#ifndef VQGAN_H
+#define VQGAN_H
+
+#include "device.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define NO_VALUE ((size_t)-1) /* of anything that is counted here: values, rows, offsets */
+
+typedef enum { VQ_CONV, VQ_NORM, VQ_ATTEND, VQ_QUANTIZE, VQ_TANH } VqKind;
+
+typedef struct {
+    VqKind kind;
+    ConvKind conv;       /* VQ_CONV */
+    size_t in[3], out;   /* values; in[1], in[2] only for VQ_ATTEND: q, k, v */
+    size_t add;          /* convolutions: a value added to the result, or NO_VALUE */
+    size_t weight, bias; /* rows of the parameter table, or NO_VALUE */
+    int swish;           /* VQ_NORM: followed by x*sigmoid(x) */
+    int more[3];         /* backward: in[i] already holds a gradient, add to it */
+    size_t saved;        /* offset of what forward keeps: VQ_NORM (B,32,2), VQ_ATTEND (B,N,N) */
+    size_t scratch;      /* offset of what backward needs: VQ_ATTEND (B,N,N) */
+} VqLayer;
+
+typedef struct {
+    size_t C, level;  /* (B, C, H >> level, W >> level) */
+    size_t act, grad; /* offsets in the arena; NO_VALUE: the caller's memory */
+} VqValue;
+
+typedef struct VqTwin VqTwin; /* the plan on a GPU */
+
+struct Vqgan {
+    VqganConfig c;
+    Params params;
+    VqLayer *layer;
+    VqValue *value;
+    size_t n_layers, n_values;
+    Err broken;                          /* while building */
+    size_t quantize, image, z, zq, xrec; /* layer; values */
+    size_t codebook;                     /* row */
+    int32_t *used, *inverse;             /* (re_embed), (n_embed): -1 = not in used */
+    /* the plan. Offsets are in units: a real on the CPU; on a GPU a number as activations are kept there, and then the
+     * arena here has only what callers see */
+    size_t B, H, W;
+    int train;
+    ConvScratch scratch;
+    size_t scratch_at, raw, code_norm, image_loss; /* offsets */
+    size_t shown[3];                               /* on a GPU: where z, z_q and the reconstruction are shown */
+    real *arena;
+    VqTwin *twin; /* NULL on the CPU */
+    size_t units; /* of the arena */
+    /* the present run */
+    size_t b, h, w; /* batch, picture */
+    int ready;      /* vqgan_forward ran: backward may, once, for it reuses the activations' memory */
+    int latents;    /* z, z_q and the codes of a forward stand */
+    real **x, **dx; /* where every value and its gradient lie */
+};
+
+enum { NORM_GROUPS = 32 };
+
+/* What a norm of C channels keeps on a GPU: mean and 1/deviation of every group, scale and shift of every channel. */
+static inline size_t norm_kept_floats(size_t B, size_t C) {
+    return B * (2 * NORM_GROUPS + 2 * C);
+}
+
+static inline size_t plane_size(const Vqgan *v, size_t value) {
+    return (v->h >> v->value[value].level) * (v->w >> v->value[value].level);
+}
+
+static inline Conv layer_conv(const Vqgan *v, const VqLayer *l) {
+    const VqValue *x = &v->value[l->in[0]];
+    const Conv c = {l->conv, v->b, x->C, v->value[l->out].C, v->h >> x->level, v->w >> x->level};
+    return c;
+}
+
+/* Weights of the two terms of the codebook loss, which has `elements` numbers: to the latents, to the codebook. */
+static inline void codebook_weights(const VqganConfig *c, double weight, size_t elements, real *to_z, real *to_e) {
+    const double unit = 2 * weight / (double)elements;
+    *to_z = (real)(unit * (c->legacy ? 1 : c->beta));
+    *to_e = (real)(unit * (c->legacy ? c->beta : 1));
+}
+
+#ifdef __cplusplus
+}
+#endif
+#endif
