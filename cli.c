@@ -347,7 +347,8 @@ static void say_gpu(const Model *m, const ModelMemory *need) {
     check(memory_fits(need->gpu_scale + need->gpu_activations, available, what, "a smaller --batch takes less"));
     fprintf(stderr, "device: %s; transformers in %s there, the VQGAN on the CPU in this version\n", text,
             m->weights == WEIGHTS_BF16 ? "bf16" : "f32 (--weights bf16 is faster)");
-    fprintf(stderr, "GPU memory: largest scale %s, activations %s; %s free\n", weights, plan, bytes_text(there, available));
+    fprintf(stderr, "GPU memory: largest scale %s, activations %s; %s free\n", weights, plan,
+            bytes_text(there, available));
 }
 
 void sampling_memory(Model *m, size_t batch, size_t pictures) {
