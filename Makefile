@@ -2,13 +2,14 @@
 # make test         every test; the last line is "N passed, N failed"
 # make test SANITIZE=1   the same under AddressSanitizer and UndefinedBehaviorSanitizer
 # make test-cuda    the CUDA kernels on this machine's GPU; SANITIZER=memcheck: under compute-sanitizer
+# make bench-cuda   a training step and decoding on a GPU at full size, beside PyTorch
 # make test-cuda-emulated   every CUDA kernel, run on the CPU, against its C twin (part of make test)
 # make bench        how fast, as fractions of this machine's ceilings and beside PyTorch; also in bench.tsv
 # make fuzz SECONDS=60  the readers of checkpoints under libFuzzer (needs clang; Debian: clang, libclang-rt-14-dev)
 # make ffhq         fetches an official model: also ffhq2 churches bedrooms cats imagenet imagenet4 (models/fetch.sh)
 # make fullsize     the official models at full size, with random weights, against PyTorch (PYTHON=..., MODELS=...)
 # make data/emoji   the pictures that the bundled model was trained on
-# Variables: NVCC=... (empty: no CUDA), CUDA_ARCH="80 90 100", CC=clang, MARCH=x86-64-v3 (default native), SANITIZE=1 (each combination builds in its own folder),
+# Variables: NVCC=... (empty: no CUDA), CUDA_ARCH="80 90", CC=clang, MARCH=x86-64-v3 (default native), SANITIZE=1 (each combination builds in its own folder),
 # MODELS_URL=https://... (where official models come from), PYTHON=... (which has PyTorch, for comparisons).
 
 CC ?= cc
@@ -23,13 +24,14 @@ B := build/$(notdir $(CC))-$(MARCH)$(if $(filter 1,$(SANITIZE)),-sanitize)
 comma := ,
 space := $(subst ,, )
 
-# nvcc 12 or later makes the programs compute on NVIDIA GPUs too. CUDA_ARCH: their compute capabilities; the last one's
-# intermediate code also runs on later GPUs. Under the sanitizers of the host there is only the emulation.
+# nvcc 12 or later makes the programs compute on NVIDIA GPUs too. CUDA_ARCH: the compute capabilities to compile for, e.g.
+# "80 90 100"; the last one's intermediate code, too, which the driver compiles for any later GPU when first run: 80 alone
+# serves all, and each more takes nvcc several seconds. Under the sanitizers of the host there is only the emulation.
 NVCC ?= $(firstword $(shell command -v nvcc 2>/dev/null) $(wildcard /usr/local/cuda/bin/nvcc))
 ifeq ($(SANITIZE),1)
 override NVCC :=
 endif
-CUDA_ARCH ?= 80 90 100
+CUDA_ARCH ?= 80
 
 # ---- what this machine has: each feature is verified by compiling something ----
 compiles = $(shell printf '%b\n' '$(1)' | $(CC) -x c - $(2) -o /dev/null 2>/dev/null && echo yes)
@@ -52,7 +54,7 @@ $(info images    PNG, JPEG)
 ifeq ($(NVCC),)
 $(info device    CPU (no nvcc was found, NVCC=... names it; the CUDA kernels run on the CPU in make test))
 else
-$(info device    CPU and CUDA ($(NVCC), for sm_$(subst $(space),$(comma) sm_,$(CUDA_ARCH)); NVCC= leaves it out))
+$(info device    CPU and CUDA ($(NVCC), for sm_$(subst $(space),$(comma) sm_,$(CUDA_ARCH)) and later; NVCC= leaves it out))
 endif
 endif
 
@@ -175,6 +177,14 @@ else
 	@test/run.sh --cuda $B $B $(NVCC_TESTS)
 endif
 
+# A training step and decoding at full FFHQ size on a GPU, beside PyTorch where PYTHON has it.
+$B/bench_cuda: $B/test/bench_cuda.o $(OBJ) $(DEVICE_OBJ)
+	$(CC) $(CFLAGS) -o $@ $^ $(LDLIBS) $(CUDA_LIBS)
+bench-cuda: $B/bench_cuda
+	$B/bench_cuda
+	@if $(PYTHON) -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null; then $(PYTHON) test/bench_cuda_torch.py; \
+	else echo "skipped: comparison with PyTorch on the GPU, which $(PYTHON) does not have (PYTHON=... chooses another)"; fi
+
 test: $(TEST_BIN) $(EMULATED_BIN) $B/golden $B/pictures $B/logits $(PROGRAMS:%=$B/%)
 	@test/run.sh $B $(TEST_BIN) $(EMULATED_TESTS)
 
@@ -211,7 +221,7 @@ data/emoji:
 	/usr/bin/python3 dev/emoji.py --out $@
 
 format:
-	clang-format -i *.c *.cu *.h test/*.c test/*.h
+	clang-format -i *.c *.cu *.h test/*.c test/*.cu test/*.h
 
 clean:
 	rm -rf build $(PROGRAMS) test/golden test/bench

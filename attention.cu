@@ -169,7 +169,8 @@ static __device__ inline void multiply_rows(float sum[PER_SIDE][PER_SIDE], const
 /* sum[a][b] += sum_j w[ty+16a, j] x[j, tx+16b]; with turned, w[j, ty+16a]. w (TILE,TILE+1), x (TILE,D+1). CHANNELS: how
  * many times 16 channels there can be. */
 template <int CHANNELS>
-static __device__ inline void weigh_rows(float sum[PER_SIDE][CHANNELS], const float *w, int turned, const float *x, int D) {
+static __device__ inline void weigh_rows(float sum[PER_SIDE][CHANNELS], const float *w, int turned, const float *x,
+                                         int D) {
     const int tx = threadIdx.x % SIDE, ty = threadIdx.x / SIDE;
     for (int j = 0; j < TILE; j++) {
         float ws[PER_SIDE];
@@ -318,8 +319,8 @@ static __device__ inline void put_tile(float *tile, float x[PER_SIDE][PER_SIDE])
 }
 
 template <int CHANNELS>
-static __device__ inline void put_rows(floatX *x, size_t first, size_t rows, size_t stride, float sum[PER_SIDE][CHANNELS],
-                                       int D, float scale) {
+static __device__ inline void put_rows(floatX *x, size_t first, size_t rows, size_t stride,
+                                       float sum[PER_SIDE][CHANNELS], int D, float scale) {
     const int tx = threadIdx.x % SIDE, ty = threadIdx.x / SIDE;
     for (int a = 0; a < PER_SIDE; a++) {
         const size_t i = first + ty + SIDE * a;
@@ -336,7 +337,8 @@ typedef struct {
     const float *lse, *delta;
 } AttendBackward;
 
-template <int CHANNELS> static __global__ void __launch_bounds__(ATTEND_THREADS) attend_queries_kernel(AttendBackward x) {
+template <int CHANNELS>
+static __global__ void __launch_bounds__(ATTEND_THREADS) attend_queries_kernel(AttendBackward x) {
     SHARED(float, queries);
     const AttendShape *s = &x.s;
     const int D = (int)s->D, tile = TILE * (D + 1);
@@ -403,7 +405,8 @@ static Err attend_backward_cuda(Device *d, const AttendShape *s, floatX *dq, flo
     const dim3 queries(blocks_for(s->Tq, TILE), (unsigned)(s->B * s->heads)), keys(blocks_for(s->Tk, TILE), queries.y);
     const size_t bytes = TILE * (4 * (s->D + 1) + TILE + 1) * sizeof(float);
     TRY(check_head(s));
-    LAUNCH(d, attend_delta_kernel, blocks_for(s->B * s->heads * s->Tq, ROW_WARPS), ROW_WARPS * WARP, 0, *s, delta, dy, y);
+    LAUNCH(d, attend_delta_kernel, blocks_for(s->B * s->heads * s->Tq, ROW_WARPS), ROW_WARPS * WARP, 0, *s, delta, dy,
+           y);
     if (s->D <= 64) {
         LAUNCH(d, attend_queries_kernel<4>, queries, ATTEND_THREADS, bytes, x);
         LAUNCH(d, attend_keys_kernel<4>, keys, ATTEND_THREADS, bytes, x);

@@ -162,8 +162,9 @@ static __global__ void __launch_bounds__(STREAM_WARPS *WARP) stream_kernel(Strea
         const Pack w = *(const Pack *)(weight + k);
 #pragma unroll
         for (size_t r = 0; r < STREAM_ROWS; r++) {
-            if (r >= s.R) break;
+            if (r >= s.R) continue;
             const Pack x = *(const Pack *)(rows + r * K + k);
+#pragma unroll
             for (int e = 0; e < PACK; e++) sum[r] += to_float(w.at[e]) * to_float(x.at[e]);
         }
     }
@@ -173,7 +174,7 @@ static __global__ void __launch_bounds__(STREAM_WARPS *WARP) stream_kernel(Strea
             if (r < s.R) sum[r] += to_float(weight[k]) * to_float(rows[r * K + k]);
 #pragma unroll
     for (size_t r = 0; r < STREAM_ROWS; r++) {
-        if (r >= s.R) break;
+        if (r >= s.R) continue;
         float y = warp_sum(sum[r]) + (s.part[which].bias ? s.part[which].bias[n] : 0);
         if (lane != 0) continue;
         if (s.gelu) y *= 0.5f * erfcf(-y * 0.70710678f);
@@ -201,7 +202,8 @@ static void add_part(const Device *d, Stream *s, int which, const Linear *l, voi
 
 static Err stream_cuda(Device *d, const Stream *s) {
     const size_t parts = s->part[2].weight ? 3 : 1;
-    LAUNCH(d, stream_kernel, blocks_for(parts * s->N, STREAM_WARPS), STREAM_WARPS * WARP, s->R * s->K * sizeof(floatX), *s);
+    LAUNCH(d, stream_kernel, blocks_for(parts * s->N, STREAM_WARPS), STREAM_WARPS * WARP, s->R * s->K * sizeof(floatX),
+           *s);
     return OK;
 }
 
@@ -220,7 +222,8 @@ static Err attention_stream(Transformer *m, const Layer *l, LayerTwin *w, float 
     add_part(n->d, &s, 0, &l->q, w->query);
     if (self) add_part(n->d, &s, 1, &l->k, n->new_key), add_part(n->d, &s, 2, &l->v, n->new_value);
     TRY(stream_cuda(n->d, &s));
-    TRY(attend_decode_cuda(n->d, shape, self ? n->pos : NULL, w->y, w->query, w->key, w->value, n->new_key, n->new_value));
+    TRY(attend_decode_cuda(n->d, shape, self ? n->pos : NULL, w->y, w->query, w->key, w->value, n->new_key,
+                           n->new_value));
     return stream_back(n->d, &l->out, next, w->x, w->y, shape->B);
 }
 
@@ -256,30 +259,34 @@ static __device__ inline double uniform(uint64_t seed, uint64_t stream, uint64_t
     return (double)(((uint64_t)c[0] << 32 | c[1]) >> 11) * 0x1p-53;
 }
 
-/* What the threads of a block tell each other */
+/* What the warps of a block tell each other */
+enum { DRAW_WARPS = DRAW_THREADS / WARP };
 typedef struct {
-    double part[DRAW_THREADS];
-    float value[DRAW_THREADS];
-    int index[DRAW_THREADS], other[DRAW_THREADS];
+    double part[DRAW_WARPS];
+    float value[DRAW_WARPS];
+    int index[DRAW_WARPS], bad[DRAW_WARPS];
     int count[256];
     unsigned prefix, rank; /* of the search for the k-th largest */
+    int first, last;       /* tokens: at which u is exceeded; with any probability */
 } DrawShared;
 
-/* Sum over the threads before this one and, in *total, over all: each step doubles the span that part[] covers. */
+/* Sum over the threads before this one and, in *total, over all: within a warp each step doubles the span. */
 static __device__ inline double sum_before(DrawShared *s, double x, double *total) {
-    double sum = x;
-    s->part[threadIdx.x] = x;
-    for (unsigned span = 1; span < DRAW_THREADS; span *= 2) {
-        __syncthreads();
-        const double more = threadIdx.x >= span ? s->part[threadIdx.x - span] : 0;
-        __syncthreads();
-        s->part[threadIdx.x] = sum += more;
+    const unsigned lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    double sum = x, before = 0, all = 0;
+    for (unsigned span = 1; span < WARP; span *= 2) {
+        const double more = __shfl_up_sync(0xffffffffu, sum, span);
+        if (lane >= span) sum += more;
     }
     __syncthreads();
-    *total = s->part[DRAW_THREADS - 1];
-    const double before = threadIdx.x ? s->part[threadIdx.x - 1] : 0;
+    if (lane == WARP - 1) s->part[warp] = sum;
     __syncthreads();
-    return before;
+    for (unsigned k = 0; k < DRAW_WARPS; k++) {
+        if (k == warp) before = all;
+        all += s->part[k];
+    }
+    *total = all;
+    return before + (sum - x);
 }
 
 /* The first of the largest numbers of row (K), 0 if none is above -inf; *nan: there is a NaN. */
@@ -290,18 +297,24 @@ static __device__ inline int find_largest(DrawShared *s, const float *row, int K
         bad |= row[k] != row[k];
         if (row[k] > best) best = row[k], at = k;
     }
-    s->value[threadIdx.x] = best, s->index[threadIdx.x] = at, s->other[threadIdx.x] = bad;
-    for (unsigned half = DRAW_THREADS / 2; half; half /= 2) {
-        __syncthreads();
-        if (threadIdx.x >= half) continue;
-        const unsigned o = threadIdx.x + half;
-        if (s->value[o] > s->value[threadIdx.x] || (s->value[o] == s->value[threadIdx.x] && s->index[o] < s->index[threadIdx.x]))
-            s->value[threadIdx.x] = s->value[o], s->index[threadIdx.x] = s->index[o];
-        s->other[threadIdx.x] |= s->other[o];
+    for (int span = WARP / 2; span; span /= 2) {
+        const float value = __shfl_xor_sync(0xffffffffu, best, span);
+        const int index = __shfl_xor_sync(0xffffffffu, at, span);
+        if (value > best || (value == best && index < at)) best = value, at = index;
+    }
+    bad = __ballot_sync(0xffffffffu, bad) != 0;
+    __syncthreads();
+    if (threadIdx.x % WARP == 0) {
+        const unsigned warp = threadIdx.x / WARP;
+        s->value[warp] = best, s->index[warp] = at, s->bad[warp] = bad;
     }
     __syncthreads();
-    *largest = s->value[0], *nan = s->other[0], at = s->index[0];
-    __syncthreads();
+    best = s->value[0], at = s->index[0], bad = s->bad[0];
+    for (unsigned k = 1; k < DRAW_WARPS; k++) {
+        if (s->value[k] > best || (s->value[k] == best && s->index[k] < at)) best = s->value[k], at = s->index[k];
+        bad |= s->bad[k];
+    }
+    *largest = best, *nan = bad;
     return at < K ? at : 0;
 }
 
@@ -342,7 +355,8 @@ static __device__ inline float kth_largest(DrawShared *s, const float *row, int 
 
 /* sample_probs and sample_pick of diffusion.c: the token at which the sum of probabilities first exceeds u. A thread has
  * `each` neighbouring tokens. */
-static __device__ inline int pick(DrawShared *s, const float *row, int K, float heat, float largest, float least, double u) {
+static __device__ inline int pick(DrawShared *s, const float *row, int K, float heat, float largest, float least,
+                                  double u) {
     const int each = (K + DRAW_THREADS - 1) / DRAW_THREADS, begin = (int)threadIdx.x * each;
     const int end = begin + each < K ? begin + each : K;
     double sum = 0, total, all;
@@ -352,7 +366,8 @@ static __device__ inline int pick(DrawShared *s, const float *row, int K, float 
     }
     sum_before(s, sum, &total);
     double mass = 0;
-#define PROBABILITY(k) (row[k] / heat < least ? 0 : (float)((double)(float)exp((double)(row[k] / heat - largest)) / total))
+#define PROBABILITY(k)                                                                                                 \
+    (row[k] / heat < least ? 0 : (float)((double)(float)exp((double)(row[k] / heat - largest)) / total))
     for (int k = begin; k < end; k++) {
         const float p = PROBABILITY(k);
         if (p > 0) mass += (double)p;
@@ -369,11 +384,12 @@ static __device__ inline int pick(DrawShared *s, const float *row, int K, float 
         }
     }
 #undef PROBABILITY
-    s->index[threadIdx.x] = hit, s->other[threadIdx.x] = last;
+    if (threadIdx.x == 0) s->first = K, s->last = -1;
     __syncthreads();
-    for (unsigned k = 0; k < DRAW_THREADS && hit == K; k++) hit = s->index[k] < hit ? s->index[k] : hit;
-    for (unsigned k = 0; k < DRAW_THREADS; k++) last = s->other[k] > last ? s->other[k] : last;
-    return hit < K ? hit : last;
+    if (hit < K) atomicMin(&s->first, hit);
+    if (last >= 0) atomicMax(&s->last, last);
+    __syncthreads();
+    return s->first < K ? s->first : s->last;
 }
 
 /* fit += log softmax(row)[guide] */
@@ -412,7 +428,8 @@ static __global__ void __launch_bounds__(DRAW_THREADS) draw_kernel(DrawStep a) {
     else if (guide >= 0)
         token = guide;
     else if (heat > 0) {
-        if (a.how->top_k > 0 && a.how->top_k < (size_t)a.K) least = kth_largest(s, row, a.K, heat, (unsigned)a.how->top_k);
+        if (a.how->top_k > 0 && a.how->top_k < (size_t)a.K)
+            least = kth_largest(s, row, a.K, heat, (unsigned)a.how->top_k);
         token = pick(s, row, a.K, heat, largest / heat, least, uniform(a.how->seed, a.stream[b], i));
     }
     if (threadIdx.x == 0) a.tokens[b * a.N + i] = token, a.ids[b] = token < 0 ? 0 : token;
@@ -493,8 +510,11 @@ static Err launch_draw(Device *d, const DrawStep *a, size_t B) {
 
 static Err draw_token(Transformer *m) {
     NetTwin *w = m->twin;
-    const DrawStep a = {w->logits, w->how,    w->stream,      w->known, w->keep,
-                        w->fit,    w->tokens, w->decoder.ids, w->pos,   (int)prompt_positions(m),
+    const DrawStep a = {w->logits, w->how,
+                        w->stream, w->known,
+                        w->keep,   w->fit,
+                        w->tokens, w->decoder.ids,
+                        w->pos,    (int)prompt_positions(m),
                         m->now_N,  (int)m->config.dec_num_tokens};
     TRY(launch_draw(w->d, &a, m->now_B));
     LAUNCH(w->d, advance_kernel, 1, WARP, 0, w->pos);
@@ -568,7 +588,12 @@ static Err draw_all(Transformer *m, const DrawOptions *o, StepGraph *g) {
     size_t done = 0;
     if (m->config.kind == NET_GPT) {
         TRY(draw_token(m)); /* from the prompt's logits */
-        done = 1;
+        done++;
+    }
+    /* The first step runs as it is: it loads what it needs, which must not happen while a graph is captured. */
+    if (done < m->now_N) {
+        TRY(draw_step(m));
+        done++;
     }
     if (done < m->now_N) TRY(graph_make(g, m));
     while (done < m->now_N) {

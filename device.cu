@@ -225,7 +225,8 @@ static Err matmul(Device *d, const Matmul *p) {
     TRY(as_floats(&A, p->A, p->trans_a ? p->K : p->M, p->trans_a ? p->M : p->K, p->lda));
     TRY(as_floats(&B, p->B, p->trans_b ? p->N : p->K, p->trans_b ? p->K : p->N, p->ldb));
     TRY(mem_alloc(&C, p->M * p->N, sizeof *C, "a matrix"));
-    gemm(p->trans_a, p->trans_b, p->M, p->N, p->K, A, p->trans_a ? p->M : p->K, B, p->trans_b ? p->K : p->N, 0, C, p->N);
+    gemm(p->trans_a, p->trans_b, p->M, p->N, p->K, A, p->trans_a ? p->M : p->K, B, p->trans_b ? p->K : p->N, 0, C,
+         p->N);
     for (size_t r = 0; r < p->M; r++)
         for (size_t c = 0; c < p->N; c++) {
             const size_t at = r * p->ldd + c;
@@ -265,6 +266,7 @@ typedef struct {
     MatmulKey key;
     cublasLtMatmulDesc_t desc;
     cublasLtMatrixLayout_t a, b, d;
+    int possible;
     cublasLtMatmulAlgo_t algo;
 } MatmulPlan;
 
@@ -349,7 +351,8 @@ static Err describe(Blas *blas, MatmulPlan *p) {
 
 /* The fastest way by cuBLASLt's own estimate, but for those that add up in an order that varies. */
 static Err choose_algorithm(Blas *blas, MatmulPlan *p) {
-    const uint32_t schemes = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE | CUBLASLT_REDUCTION_SCHEME_OUTPUT_TYPE, align = ALIGNMENT;
+    const uint32_t schemes = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE | CUBLASLT_REDUCTION_SCHEME_OUTPUT_TYPE,
+                   align = ALIGNMENT;
     const size_t workspace = WORKSPACE_BYTES;
     cublasLtMatmulPreference_t wish;
     cublasLtMatmulHeuristicResult_t found;
@@ -367,9 +370,7 @@ static Err choose_algorithm(Blas *blas, MatmulPlan *p) {
     const cublasStatus_t e =
         blas->cublasLtMatmulAlgoGetHeuristic(blas->handle, p->desc, p->a, p->b, p->d, p->d, wish, 1, &found, &n);
     blas->cublasLtMatmulPreferenceDestroy(wish);
-    if (e != CUBLAS_STATUS_SUCCESS || n < 1)
-        return err("cuBLASLt has no way to multiply %zu x %zu by %zu x %zu: status %d", p->key.M, p->key.K, p->key.K,
-                   p->key.N, (int)e);
+    p->possible = e == CUBLAS_STATUS_SUCCESS && n > 0;
     p->algo = found.algo;
     return OK;
 }
@@ -387,6 +388,27 @@ static Err find_plan(Blas *blas, const MatmulKey *key, MatmulPlan **out) {
     return OK;
 }
 
+/* D += bias, where cuBLASLt cannot add it itself. */
+static __global__ void add_bias_kernel(Matmul p) {
+    const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= p.M * p.N) return;
+    const size_t at = i / p.N * p.ldd + i % p.N;
+    if (p.d_is_float)
+        ((float *)p.D)[at] += ((const float *)p.bias)[i % p.N];
+    else
+        ((floatX *)p.D)[at] = to_floatX(to_float(((floatX *)p.D)[at]) + to_float(((const floatX *)p.bias)[i % p.N]));
+}
+
+static Err matmul(Device *d, const Matmul *p);
+static Err matmul_then_bias(Device *d, const Matmul *p) {
+    enum { THREADS = 256 };
+    Matmul product = *p;
+    product.bias = NULL;
+    TRY(matmul(d, &product));
+    LAUNCH(d, add_bias_kernel, blocks_for(p->M * p->N, THREADS), THREADS, 0, *p);
+    return OK;
+}
+
 static Err matmul(Device *d, const Matmul *p) {
     const float one = 1, beta = p->add ? 1 : 0;
     MatmulKey key;
@@ -397,6 +419,8 @@ static Err matmul(Device *d, const Matmul *p) {
     key.bias = p->bias != NULL, key.M = p->M, key.N = p->N, key.K = p->K;
     key.lda = p->lda, key.ldb = p->ldb, key.ldd = p->ldd;
     TRY(find_plan(d->blas, &key, &plan));
+    if (!plan->possible && p->bias) return matmul_then_bias(d, p);
+    if (!plan->possible) return err("cuBLASLt cannot multiply %zu x %zu by %zu x %zu", p->M, p->K, p->K, p->N);
     if (p->bias)
         TRY(blas_error(d->blas->cublasLtMatmulDescSetAttribute(plan->desc, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &p->bias,
                                                                sizeof p->bias),

@@ -108,6 +108,7 @@ struct alignas(16) Pack {
 static __device__ inline Pack load_pack(const floatX *x, size_t i, size_t n) {
     Pack p;
     if (i + PACK <= n) return *(const Pack *)(x + i);
+#pragma unroll
     for (int k = 0; k < PACK; k++) p.at[k] = i + k < n ? x[i + k] : to_floatX(0);
     return p;
 }
@@ -115,7 +116,9 @@ static __device__ inline void store_pack(floatX *x, size_t i, size_t n, Pack p) 
     if (i + PACK <= n)
         *(Pack *)(x + i) = p;
     else
-        for (int k = 0; i + k < n; k++) x[i + k] = p.at[k];
+#pragma unroll
+        for (int k = 0; k < PACK; k++)
+            if (i + k < n) x[i + k] = p.at[k];
 }
 
 enum { WARP = 32 };
@@ -137,7 +140,7 @@ static __device__ inline float warp_max(float x) {
 #ifdef CUDA_ON_CPU
 #define SHARED(type, name) type *name = (type *)(void *)on_cpu::shared_memory
 #else
-extern __shared__ unsigned char dynamic_shared[];
+extern __shared__ __align__(16) unsigned char dynamic_shared[];
 #define SHARED(type, name) type *name = (type *)(void *)dynamic_shared
 static Err cuda_error(cudaError_t e, const char *what);
 static Err allow_shared(const void *kernel, size_t bytes, const char *what);
@@ -205,7 +208,7 @@ struct Device {
     DeviceRow *row; /* (n_rows) of the parameter table */
     size_t n_rows;
     uint64_t changes; /* counts whatever changes values */
-    void *arena[6]; /* value, grad, m, v, ema, weight */
+    void *arena[6]; /* value, grad, m, v, ema, weight; several GPUs would add up arena[1] between backward and update */
     size_t arena_floats[5];
     void *chunks; /* (n_chunks) of optimizer.cu */
     size_t n_chunks;

@@ -792,8 +792,7 @@ Err model_memory(Model *m, size_t batch, size_t pictures, ModelMemory *out) {
     size_t plan = 0, vqgan_plan_size = 0, pixels = 3 * m->side * m->side;
     memset(out, 0, sizeof *out);
     out->first_stage = params_count(vqgan_params(m->vqgan)) * sizeof(real);
-    for (int t = m->joint ? 0 : 1; t <= (m->joint ? 0 : m->schedule.T); t++)
-        TRY(scale_memory(m, t, batch, out, &plan));
+    for (int t = m->joint ? 0 : 1; t <= (m->joint ? 0 : m->schedule.T); t++) TRY(scale_memory(m, t, batch, out, &plan));
     out->gpu_scale = m->cuda ? out->scale : 0;
     TRY(vqgan_plan_bytes(m->vqgan, decode_batch(m, pictures), m->side, m->side, 0, &vqgan_plan_size));
     if (m->cuda) {
@@ -1032,9 +1031,15 @@ static Err draw_on_gpu(const Run *r, int t, size_t repeat) {
     uint64_t *stream;
     TRY(mem_alloc(&stream, o->n, sizeof *stream, "random streams"));
     for (size_t b = 0; b < o->n; b++) stream[b] = pass_stream(RNG_SAMPLE, t, repeat, o->first + b);
-    const DrawOptions d = {.seed = o->seed, .stream = stream, .temperature = temperature_of(r, t), .top_k = o->top_k[t],
-                           .known = o->known, .keep = o->keep, .fit = o->known && o->candidates > 1 ? r->fit : NULL,
-                           .progress = report_pass, .context = &report};
+    const DrawOptions d = {.seed = o->seed,
+                           .stream = stream,
+                           .temperature = temperature_of(r, t),
+                           .top_k = o->top_k[t],
+                           .known = o->known,
+                           .keep = o->keep,
+                           .fit = o->known && o->candidates > 1 ? r->fit : NULL,
+                           .progress = report_pass,
+                           .context = &report};
     const Err e = transformer_draw_cuda(r->net, &d, r->tokens);
     free(stream);
     return e;

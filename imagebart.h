@@ -300,10 +300,10 @@ struct DeviceOps;
 typedef struct {
     Param *row;
     size_t n, capacity;
-    size_t total;        /* elements of one arena, padding included */
-    real *arena[5];      /* value, grad, m, v, ema: one allocation each */
-    void *packed;        /* of all matrices */
-    WeightFormat format; /* how params_map keeps matrices; set before */
+    size_t total;          /* elements of one arena, padding included */
+    real *arena[5];        /* value, grad, m, v, ema: one allocation each */
+    void *packed;          /* of all matrices */
+    WeightFormat format;   /* how params_map keeps matrices; set before */
     struct Device *device; /* NULL, or the table's twin on a GPU, where everything then happens (device.h) */
     const struct DeviceOps *ops;
 } Params;
@@ -596,7 +596,7 @@ typedef struct {
     size_t top_k;
     const int32_t *known; /* (B,N) tokens that are forced where keep (N) is 1; both or neither */
     const uint8_t *keep;
-    double *fit; /* (B) += log probability of what is forced; NULL: not wanted */
+    double *fit;                                 /* (B) += log probability of what is forced; NULL: not wanted */
     int (*progress)(void *context, size_t done); /* now and then; nonzero return stops with an error; or NULL */
     void *context;
 } DrawOptions;
@@ -651,7 +651,7 @@ typedef struct {
     int official;                     /* the files are PyTorch's */
     int no_ema;           /* set after model_open: sample with the trained weights rather than their moving average */
     WeightFormat weights; /* set after model_open: how the transitions' matrices are kept */
-    int cuda;             /* set after model_open: the transitions run on the GPU, in f32 or, with bf16 weights, in bf16 */
+    int cuda; /* set after model_open: the transitions run on the GPU, in f32 or, with bf16 weights, in bf16 */
 } Model;
 /* A recipe (models/NAME.txt) is a list of "part.key value" lines; part is vqgan, scale (encoder-decoder scales and joint),
  * last (scale T), joint or scaleN (that alone, overrides). Keys are the official configuration's. *to gets the keys of
@@ -759,7 +759,8 @@ void options_parse(int argc, char **argv, const Option *table, const char *intro
 void die(const char *fmt, ...) PRINTF_LIKE(1, 2);         /* "program: text" on stderr, exit 1 */
 void usage_error(const char *fmt, ...) PRINTF_LIKE(1, 2); /* the same, exit 2 */
 void check(Err e);                                        /* die(err_text()) on FAILED */
-int check_device(const char *device); /* "cpu", or NULL for the default: 0; "cuda" where it is built in and there is a GPU: 1 */
+/* "cpu", or NULL for the default: 0. "cuda": 1 where it is built in and there is a GPU, else dies. */
+int check_device(const char *device);
 /* "a,b,c": the first value is for scale T, which is sampled first, and so on down; one value is for all. out[t]. */
 Err parse_per_scale(double *out, int T, const char *list, double lo, double hi, const char *option);
 /* stderr: a line that overwrites itself on a terminal, plain lines elsewhere, one every 10 s at most. */
@@ -829,7 +830,7 @@ typedef struct {
          0,                                                                                                            \
          "the transformers' matrices as f32 (default), bf16 or int8: faster,\nless exact"},                            \
         {OPT_SIZE, "--batch", "N", &(a).batch, 1, 4096, "samples computed side by side (default 16)"},                 \
-        {OPT_STRING, "--device", "cpu|cuda", &(a).device, 0, 0, "where the transformers run (default cpu)"},                \
+        {OPT_STRING, "--device", "cpu|cuda", &(a).device, 0, 0, "where the transformers run (default cpu)"},           \
         {OPT_SIZE, "--threads", "N", &(a).threads, 0, 4096, "0 (default): all; the result does not depend on it"}, {   \
         OPT_FLAG, "--show", NULL, &(a).show, 0, 0, "draw the result in the terminal too"                               \
     }

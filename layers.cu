@@ -76,6 +76,7 @@ static __global__ void gelu_forward_kernel(floatX *g, floatX *dg, const float *b
     if (i >= n) return;
     Pack x = load_pack(g, i, n), slope;
     size_t column = i % H;
+#pragma unroll
     for (int k = 0; k < PACK; k++) {
         const float h = to_float(x.at[k]) + bias[column];
         const float cdf = 0.5f * erfcf(-h * 0.70710678f), pdf = 0.39894228f * expf(-0.5f * h * h);
@@ -98,6 +99,7 @@ static __global__ void gelu_backward_kernel(floatX *dh, const floatX *dg, size_t
     if (i >= n) return;
     Pack x = load_pack(dh, i, n);
     const Pack slope = load_pack(dg, i, n);
+#pragma unroll
     for (int k = 0; k < PACK; k++) x.at[k] = to_floatX(to_float(x.at[k]) * to_float(slope.at[k]));
     store_pack(dh, i, n, x);
 }
@@ -223,8 +225,8 @@ static Err norm_forward_cuda(Device *d, const Norm *norm, floatX *y, float *mean
 
 /* dx += and, for the matrix product that reads it next, a copy of it in floatX. As norm_forward: a warp per row. */
 static __global__ void norm_backward_kernel(float *dx, floatX *dx_copy, const float *dy, const float *x,
-                                            const float *weight, const float *mean, const float *rstd, size_t R, size_t C,
-                                            size_t n, size_t skip) {
+                                            const float *weight, const float *mean, const float *rstd, size_t R,
+                                            size_t C, size_t n, size_t skip) {
     const size_t r = (size_t)blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP, lane = threadIdx.x % WARP;
     if (r >= R) return;
     const size_t at = source_row(r, n, skip) * C;
@@ -236,7 +238,8 @@ static __global__ void norm_backward_kernel(float *dx, floatX *dx_copy, const fl
     }
     const float shift = warp_sum(sum) / (float)C, slope = warp_sum(sum_hat) * s * s / (float)C;
     for (size_t c = lane; c < C; c += WARP) {
-        const float more = s * (dy[r * C + c] * weight[c] - shift - (x[at + c] - mu) * slope), total = dx[at + c] + more;
+        const float more = s * (dy[r * C + c] * weight[c] - shift - (x[at + c] - mu) * slope),
+                    total = dx[at + c] + more;
         dx[at + c] = total;
         if ((void *)dx_copy != (void *)dx) dx_copy[at + c] = to_floatX(total);
     }
@@ -309,10 +312,10 @@ static Err norm_backward_cuda(Device *d, const Norm *norm, float *dx, floatX *dx
     const size_t C = norm->C, slices = ceil_div(R, SLICE_ROWS);
     const dim3 grid(blocks_for(C, WARP), (unsigned)slices);
     const DeviceRow *weight = &d->row[norm->weight], *bias = &d->row[norm->bias];
-    LAUNCH(d, norm_backward_kernel, blocks_for(R, ROW_WARPS), ROW_WARPS * WARP, 0, dx, dx_copy, dy, x, weight->value, mean,
-           rstd, R, C, n, skip);
-    LAUNCH(d, norm_columns_kernel, grid, COLUMN_THREADS, COLUMN_THREADS * sizeof(float), partial, dy, x, mean, rstd, R, C,
-           n, skip);
+    LAUNCH(d, norm_backward_kernel, blocks_for(R, ROW_WARPS), ROW_WARPS * WARP, 0, dx, dx_copy, dy, x, weight->value,
+           mean, rstd, R, C, n, skip);
+    LAUNCH(d, norm_columns_kernel, grid, COLUMN_THREADS, COLUMN_THREADS * sizeof(float), partial, dy, x, mean, rstd, R,
+           C, n, skip);
     TRY(add_slices(d, weight->grad, partial, slices, C));
     return add_slices(d, bias->grad, partial + slices * C, slices, C);
 }
@@ -481,7 +484,8 @@ static __global__ void embed_forward_kernel(float *x, const int32_t *ids, const 
     for (size_t c = threadIdx.x; c < C; c += blockDim.x) x[r * C + c] = t[c] + p[c];
 }
 
-static Err embed_forward_cuda(Device *d, const Stack *s, float *x, const int32_t *ids, size_t B, size_t n, const int *at) {
+static Err embed_forward_cuda(Device *d, const Stack *s, float *x, const int32_t *ids, size_t B, size_t n,
+                              const int *at) {
     enum { THREADS = 128 };
     LAUNCH(d, embed_forward_kernel, (unsigned)(B * n), THREADS, 0, x, ids, d->row[s->token_emb].value,
            d->row[s->pos_emb].value, n, at, s->C);

@@ -103,7 +103,7 @@ Err transformer_loss_cuda(Transformer *m, const Schedule *s, const int32_t *x0, 
 
 typedef struct {
     const float *raw;
-    floatX *draw;                /* NULL: no gradient */
+    floatX *draw; /* NULL: no gradient */
     float *row_sum, *hard, *soft;
     const int32_t *x0, *target, *x_t, *t;
     Variant variant;
@@ -151,7 +151,8 @@ static __global__ void loss_kernel(LossTwin a) {
     const double log_sum = log((double)sum);
     if (lane == 0) {
         const double log_x0 = (double)(LOGIT(x0) - largest) - log_sum, log_xt = (double)(LOGIT(xt) - largest) - log_sum;
-        double soft = q.rest > 1e-37f ? (double)q.rest * ((double)K * (log((double)q.rest) + log_sum) - (double)all) : 0;
+        double soft =
+            q.rest > 1e-37f ? (double)q.rest * ((double)K * (log((double)q.rest) + log_sum) - (double)all) : 0;
         soft += divergence(q.at_x0, log_x0) - divergence(q.rest, log_x0);
         if (x0 != xt) soft += divergence(q.at_xt, log_xt) - divergence(q.rest, log_xt);
         a.hard[r] = (float)(log_sum - (double)(LOGIT(target) - largest));
@@ -162,8 +163,8 @@ static __global__ void loss_kernel(LossTwin a) {
     float slope = 0;
     for (size_t k = lane; k < K; k += WARP) {
         const float posterior = k == x0 ? q.at_x0 : k == xt ? q.at_xt : q.rest;
-        const float g = total * inverse * expf(LOGIT(k) - largest) - a.soft_weight * posterior -
-                        (k == target ? a.hard_weight : 0);
+        const float g =
+            total * inverse * expf(LOGIT(k) - largest) - a.soft_weight * posterior - (k == target ? a.hard_weight : 0);
         slope += g * raw[k];
         a.draw[r * K + k] = to_floatX(g * v.scale);
     }
@@ -197,7 +198,8 @@ static Err loss_cuda(Transformer *m, const Schedule *s, double alpha, double wei
     a.R = R, a.N = m->now_N, a.K = m->config.dec_num_tokens;
     a.soft_weight = (float)(weight * alpha / (double)R), a.hard_weight = (float)(weight * (1 - alpha) / (double)R);
     LAUNCH(n->d, loss_kernel, blocks_for(R, ROW_WARPS), ROW_WARPS * WARP, 0, a);
-    LAUNCH(n->d, add_losses_kernel, 1, LOSS_THREADS, 2 * LOSS_THREADS * sizeof(double), n->d->sums, n->hard, n->soft, R);
+    LAUNCH(n->d, add_losses_kernel, 1, LOSS_THREADS, 2 * LOSS_THREADS * sizeof(double), n->d->sums, n->hard, n->soft,
+           R);
     if (backward) TRY(scalors_backward_cuda(m, &a.variant));
     if (backward) TRY(network_backward_cuda(m));
     TRY(to_host(n->d, sums, n->d->sums, sizeof sums)); /* waits: everything has been asked for by now */
@@ -454,9 +456,9 @@ static Err fetch_params(Device *d, Params *p) {
 typedef struct {
     float *value, *grad, *m, *v, *ema;
     floatX *weight;
-    int adam;                                                   /* else only the moving average */
+    int adam;                                                    /* else only the moving average */
     float rate, inverse, eps, beta1, beta2, rest1, rest2, decay; /* decay: of the weights, times the tensor's own */
-    float step;                                                 /* of the moving average; 0: none */
+    float step;                                                  /* of the moving average; 0: none */
 } UpdateTwin;
 
 /* AdamW, then the moving average of what it left, then the copy in floatX, reading and writing everything once. */
@@ -480,7 +482,8 @@ static __global__ void update_kernel(UpdateTwin a, const Chunk *chunks) {
 static Err update(Device *d, const AdamW *o, uint64_t step, float ema_step) {
     UpdateTwin a;
     memset(&a, 0, sizeof a);
-    if (!d->row || (o && !d->arena[2]) || (ema_step != 0 && !d->arena[4])) return err("an update of what was never sent");
+    if (!d->row || (o && !d->arena[2]) || (ema_step != 0 && !d->arena[4]))
+        return err("an update of what was never sent");
     a.value = arena(d, 0), a.grad = arena(d, 1), a.m = arena(d, 2), a.v = arena(d, 3), a.ema = arena(d, 4);
     a.weight = (floatX *)d->arena[5], a.adam = o != NULL, a.step = ema_step;
     if (o) {

@@ -57,8 +57,8 @@ struct Stage {
     Dtype store;
     int compact; /* leave out what can be derived */
 
-    uint64_t step, ema_updates;                      /* optimizer steps done */
-    size_t state_bytes, activation_bytes, available; /* memory: of check_memory */
+    uint64_t step, ema_updates;                       /* optimizer steps done */
+    size_t state_bytes, activation_bytes, available;  /* memory: of check_memory */
     size_t gpu_state, gpu_activations, gpu_available; /* the same on the GPU */
 
     Err (*micro_batch)(Stage *s, uint64_t micro, Metrics *out); /* forward, loss, backward with weight 1/accumulate */
@@ -577,7 +577,8 @@ static Err transition_stage(Stage *s) {
         TRY(transformer_use_cuda(s->net, gpu_precision(s)));
     TRY(transformer_plan_bytes(s->net, s->batch, s->N, 1, &bytes));
     TRY(s->opt->cuda ? check_gpu_memory(s, bytes) : OK);
-    TRY(check_memory(s, 5, s->opt->cuda ? 0 : bytes, 2 * s->batch * s->N, s->K)); /* the posterior, the gradient of the logits */
+    TRY(check_memory(s, 5, s->opt->cuda ? 0 : bytes, 2 * s->batch * s->N,
+                     s->K)); /* the posterior, the gradient of the logits */
     TRY(transformer_plan(s->net, s->batch, s->N, 1));
     TRY(transition_buffers(s));
     s->epoch = UINT64_MAX;

@@ -531,8 +531,9 @@ Err transformer_plan_bytes(Transformer *m, size_t B, size_t N, int train, size_t
     TRY(set_lengths(m, N));
     m->B = B, m->N = N, m->train = train;
     plan_arena(m, &measure);
-    if (m->params.device) TRY(m->params.ops->plan(m, 0, &measure.bytes));
+    const Err e = m->params.device ? m->params.ops->plan(m, 0, &measure.bytes) : OK;
     m->B = 0; /* until the memory is there */
+    TRY(e);
     if (measure.overflow) return err("transformer: a batch of %zu x %zu tokens is too large", B, N);
     *bytes = measure.bytes;
     return OK;
@@ -541,17 +542,16 @@ Err transformer_plan_bytes(Transformer *m, size_t B, size_t N, int train, size_t
 Err transformer_plan(Transformer *m, size_t B, size_t N, int train) {
     Arena assign = {NULL, 0, 0};
     size_t bytes = 0;
+    Err e = OK;
     TRY(transformer_plan_bytes(m, B, N, train, &bytes));
-    m->B = B;
-    if (m->params.device) {
+    if (m->params.device) { /* those bytes there; here what plan_host_side says */
         Arena host = {NULL, 0, 0};
+        m->B = B;
         plan_arena(m, &host);
-        bytes = host.bytes;
-        const Err e = m->params.ops->plan(m, 1, NULL);
-        if (e != OK) m->B = 0;
-        TRY(e);
+        e = m->params.ops->plan(m, 1, NULL);
+        bytes = host.bytes, m->B = 0;
     }
-    m->B = 0;
+    TRY(e);
     TRY(mem_alloc(&m->arena, bytes, 1, "transformer activations"));
     assign.base = (char *)m->arena;
     m->B = B;
@@ -931,8 +931,8 @@ static int32_t *take_ids(Arena *a, size_t n1, size_t n2) {
 
 /* As plan_layer_training: R = B*T rows of queries, keys of Tk positions. With `shared`, buffers that all layers take turns
  * in, only the caches of decoding are the layer's own. */
-static void plan_layer_twin(Arena *a, LayerTwin *w, const Layer *l, const LayerTwin *shared, size_t B, size_t T, size_t Tk,
-                            size_t C, int cache) {
+static void plan_layer_twin(Arena *a, LayerTwin *w, const Layer *l, const LayerTwin *shared, size_t B, size_t T,
+                            size_t Tk, size_t C, int cache) {
     const size_t R = B * T, inner = l->heads * l->D;
     if (shared)
         *w = *shared;
@@ -948,12 +948,13 @@ static void plan_layer_twin(Arena *a, LayerTwin *w, const Layer *l, const LayerT
     if (!shared || cache) w->key = take_x(a, B * Tk, inner), w->value = take_x(a, B * Tk, inner);
 }
 
-static void plan_stack_twin(Arena *a, StackTwin *w, const Stack *s, const LayerTwin *shared, size_t B, size_t T_context) {
+static void plan_stack_twin(Arena *a, StackTwin *w, const Stack *s, const LayerTwin *shared, size_t B,
+                            size_t T_context) {
     const size_t R = B * s->T;
     w->ids = take_ids(a, R, 1);
     for (size_t i = 0; i < s->n_layers; i++)
-        plan_layer_twin(a, &w->layer[i], &s->layer[i], shared, B, s->T, s->layer[i].kind == BLOCK_CROSS ? T_context : s->T,
-                        s->C, s->causal);
+        plan_layer_twin(a, &w->layer[i], &s->layer[i], shared, B, s->T,
+                        s->layer[i].kind == BLOCK_CROSS ? T_context : s->T, s->C, s->causal);
     w->x_end = shared ? shared->x : take_floats(a, R, s->C);
     w->end_mean = shared ? shared->mean : take_floats(a, R, 1);
     w->end_rstd = shared ? shared->rstd : take_floats(a, R, 1);
@@ -1109,8 +1110,8 @@ static Err stack_forward_cuda(Transformer *m, const Stack *s, StackTwin *w, cons
             TRY(attention_forward_cuda(m, s, l, k, next, pass, context));
     }
     if (m->twin->streaming) return OK; /* the head's kernel begins with the norm */
-    return norm_forward_cuda(d, &s->norm, w->out, w->end_mean, w->end_rstd, w->x_end, pass->B * (pass->n - skip), pass->n,
-                             skip);
+    return norm_forward_cuda(d, &s->norm, w->out, w->end_mean, w->end_rstd, w->x_end, pass->B * (pass->n - skip),
+                             pass->n, skip);
 }
 
 /* values: rows of the table that embeds the stack's tokens */
@@ -1130,8 +1131,8 @@ static Err stack_backward_cuda(Transformer *m, const Stack *s, const StackTwin *
             TRY(feed_forward_backward_cuda(m, l, k, R));
         else
             TRY(attention_backward_cuda(m, s, l, k, dcontext, pass, context));
-        TRY(norm_backward_cuda(d, &l->norm, n->dx, n->dx_copy, n->dnormed, k->x, k->mean, k->rstd, n->partial, R, pass->n,
-                               0));
+        TRY(norm_backward_cuda(d, &l->norm, n->dx, n->dx_copy, n->dnormed, k->x, k->mean, k->rstd, n->partial, R,
+                               pass->n, 0));
     }
     return embed_backward_cuda(d, s, n->dx, w->ids, pass->B, pass->n, m->params.row[s->token_emb].dim[0]);
 }
@@ -1163,7 +1164,8 @@ typedef struct {
 /* For position i under scale t */
 static __device__ inline RowVariant row_variant(const Variant *v, int t, size_t i) {
     RowVariant r = {1, 0, 0};
-    if (v->log_scalors) r.scale = (float)exp((double)v->log_scalors[v->fine ? (t - 1) * v->length + i : (size_t)(t - 1)]);
+    if (v->log_scalors)
+        r.scale = (float)exp((double)v->log_scalors[v->fine ? (t - 1) * v->length + i : (size_t)(t - 1)]);
     return r;
 }
 static __device__ inline RowVariant with_residual(RowVariant r, const Variant *v, int t, size_t K) {
@@ -1182,7 +1184,8 @@ static __global__ void variant_forward_kernel(float *logits, const float *raw, V
     const int32_t *row = ids + r / n * (P + N);
     const RowVariant x = with_residual(row_variant(&v, row[0], i), &v, row[0], K);
     const size_t kept = (size_t)row[P + i];
-    for (size_t k = lane; k < K; k += WARP) logits[r * K + k] = raw[r * K + k] * x.scale + (k == kept ? x.same : x.different);
+    for (size_t k = lane; k < K; k += WARP)
+        logits[r * K + k] = raw[r * K + k] * x.scale + (k == kept ? x.same : x.different);
 }
 
 /* draw (B,N,K) = dlogits * scale; row_sum[r] = scale * sum_k dlogits raw, the gradient of the row's log_scalor */
@@ -1202,8 +1205,8 @@ static __global__ void variant_backward_kernel(floatX *draw, float *row_sum, con
 }
 
 /* A warp per element of log_scalors looks for its rows, lane by lane in the same order always. */
-static __global__ void scalors_backward_kernel(float *dlog_scalors, const float *row_sum, const int32_t *ids, size_t stride,
-                                               size_t R, size_t N, size_t length, int fine) {
+static __global__ void scalors_backward_kernel(float *dlog_scalors, const float *row_sum, const int32_t *ids,
+                                               size_t stride, size_t R, size_t N, size_t length, int fine) {
     const size_t t = fine ? blockIdx.x / length : blockIdx.x, i = blockIdx.x % length;
     float sum = 0;
     for (size_t r = threadIdx.x; r < R; r += WARP)

@@ -64,6 +64,7 @@ struct Fiber {
     int parity;  /* which of its warp's two sets of slots the next exchange uses */
     int started; /* its stack has been entered */
     char *stack;
+    size_t stack_bytes;
     ucontext_t context;
     jmp_buf jump;
     void *asan;
@@ -84,18 +85,19 @@ static void fail(const char *what, int line) {
     abort();
 }
 
-/* From one stack to another. swapcontext would do, but calls the kernel for the signal mask each time; once both stacks
- * exist, _longjmp moves between them in nanoseconds. The address sanitizer must be told, and knows swapcontext best. */
+/* From one stack to another. swapcontext would do, but asks the kernel about signals each time: so that only enters a new
+ * stack; between two that exist _longjmp moves, in nanoseconds. The address sanitizer wants to be told. */
 static void __attribute__((noinline)) switch_to(Fiber *from, Fiber *to) {
 #ifdef FIBERS_UNDER_ASAN
-    __sanitizer_start_switch_fiber(&from->asan, to->stack, STACK_BYTES);
-    swapcontext(&from->context, &to->context);
+    __sanitizer_start_switch_fiber(&from->asan, to->stack, to->stack_bytes);
+#endif
+    if (_setjmp(from->jump) == 0) {
+        if (to->started) _longjmp(to->jump, 1);
+        to->started = 1;
+        setcontext(&to->context);
+    }
+#ifdef FIBERS_UNDER_ASAN
     __sanitizer_finish_switch_fiber(from->asan, NULL, NULL);
-#else
-    if (_setjmp(from->jump)) return;
-    if (to->started) _longjmp(to->jump, 1);
-    to->started = 1;
-    setcontext(&to->context);
 #endif
 }
 
@@ -105,7 +107,8 @@ static void fiber_main() {
     const void *bottom;
     size_t size;
     __sanitizer_finish_switch_fiber(NULL, &bottom, &size);
-    scheduler.stack = (char *)bottom; /* every launch comes from the same thread's stack */
+    scheduler.stack = (char *)bottom,
+    scheduler.stack_bytes = size; /* every launch comes from the same thread's stack */
 #endif
     for (;;) {
         kernel->run();
@@ -118,6 +121,7 @@ static void make_fiber(Fiber *f) {
     if (f->stack) return;
     f->stack = (char *)mmap(NULL, STACK_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (f->stack == (char *)MAP_FAILED || getcontext(&f->context) != 0) fail("no memory for another thread", 0);
+    f->stack_bytes = STACK_BYTES;
     f->context.uc_stack.ss_sp = f->stack, f->context.uc_stack.ss_size = STACK_BYTES, f->context.uc_link = NULL;
     makecontext(&f->context, fiber_main, 0);
 }
@@ -182,11 +186,13 @@ template <typename F> static void launch(const char *name, dim3 grid, dim3 block
     const Call<F> call(f);
     kernel = &call, kernel_name = name;
     blockDim = block, gridDim = grid, running = 0;
-    if (n == 0 || n % WARP || n > MAX_THREADS || blocks == 0) fail("an empty grid, or a block that is not 1 to 32 whole warps", 0);
+    if (n == 0 || n % WARP || n > MAX_THREADS || blocks == 0)
+        fail("an empty grid, or a block that is not 1 to 32 whole warps", 0);
     if (shared > (227u << 10)) fail("more than 227 KiB of shared memory, which is all that a block can have", 0);
     for (unsigned i = 0; i < n; i++) make_fiber(&fiber[i]);
     scheduler.started = 1;
-    shared_bytes = shared, shared_memory = shared ? (char *)aligned_alloc(256, (shared + GUARD_BYTES + 255) / 256 * 256) : NULL;
+    shared_bytes = shared,
+    shared_memory = shared ? (char *)aligned_alloc(256, (shared + GUARD_BYTES + 255) / 256 * 256) : NULL;
     if (shared) memset(shared_memory + shared, 0x55, GUARD_BYTES);
     for (size_t k = 0; k < blocks; k++) {
         const size_t b = cuda_on_cpu_reverse ? blocks - 1 - k : k;
@@ -257,6 +263,16 @@ static inline unsigned ballot(unsigned mask, int predicate, int line) {
 template <typename T> static inline T atomicAdd(T *at, T more) {
     T before = *at;
     *at += more;
+    return before;
+}
+static inline int atomicMin(int *at, int x) {
+    const int before = *at;
+    *at = x < before ? x : before;
+    return before;
+}
+static inline int atomicMax(int *at, int x) {
+    const int before = *at;
+    *at = x > before ? x : before;
     return before;
 }
 static inline float rsqrtf(float x) {

@@ -13,7 +13,8 @@
 
 static void test_gelu(size_t R, size_t H, int backward) {
     const size_t n = R * H;
-    real *h = random_reals(n, 1, 2), *bias = random_reals(H, 2, 1), *slope = random_reals(n, 3, 1), *dh = random_reals(n, 4, 1);
+    real *h = random_reals(n, 1, 2), *bias = random_reals(H, 2, 1), *slope = random_reals(n, 3, 1),
+         *dh = random_reals(n, 4, 1);
     for (int order = 0; order < 2; order++) {
         floatX *g = send_x(h, n), *dg = send_x(slope, n), *d = send_x(dh, n);
         reverse(order);
@@ -184,7 +185,8 @@ static void test_embedding(size_t B, size_t n, size_t C) {
 static void test_attention(size_t B, size_t heads, size_t D, size_t Tq, size_t Tk, int causal, size_t unmasked) {
     const AttendShape s = {B, heads, D, Tq, Tk, Tk, causal, 0, unmasked};
     const size_t inner = heads * D, nq = B * Tq * inner, nk = B * Tk * inner;
-    real *q = random_reals(nq, 1, 1.5), *k = random_reals(nk, 2, 1.5), *v = random_reals(nk, 3, 1), *dy = random_reals(nq, 4, 1);
+    real *q = random_reals(nq, 1, 1.5), *k = random_reals(nk, 2, 1.5), *v = random_reals(nk, 3, 1),
+         *dy = random_reals(nq, 4, 1);
     real *y = reals(nq), *p = reals(B * heads * Tq * Tk), *scores = reals(B * heads * QUERY_BLOCK * Tk);
     real *dq = reals(nq), *dk = reals(nk), *dv = reals(nk);
     attend_forward(&s, y, p, scores, q, k, v);
@@ -193,7 +195,8 @@ static void test_attention(size_t B, size_t heads, size_t D, size_t Tq, size_t T
         floatX *gq = send_x(q, nq), *gk = send_x(k, nk), *gv = send_x(v, nk), *gdy = send_x(dy, nq);
         floatX *gy = (floatX *)on_device(nq * sizeof(floatX)), *gdq = (floatX *)on_device(nq * sizeof(floatX));
         floatX *gdk = (floatX *)on_device(nk * sizeof(floatX)), *gdv = (floatX *)on_device(nk * sizeof(floatX));
-        float *lse = (float *)on_device(B * heads * Tq * sizeof(float)), *delta = (float *)on_device(B * heads * Tq * sizeof(float));
+        float *lse = (float *)on_device(B * heads * Tq * sizeof(float)),
+              *delta = (float *)on_device(B * heads * Tq * sizeof(float));
         reverse(order);
         CHECK_OK(attend_forward_cuda(device, &s, gy, lse, gq, gk, gv));
         CHECK_OK(attend_backward_cuda(device, &s, gdq, gdk, gdv, gdy, gy, lse, delta, gq, gk, gv));
@@ -324,7 +327,8 @@ static void pair_make(Pair *a, const NetConfig *c, size_t B, size_t N, int train
         a->x0[i] = (int32_t)rng_below(1, 1, i, (uint32_t)a->K), a->x[i] = (int32_t)rng_below(1, 2, i, (uint32_t)a->K);
         a->x_t[i] = i % 3 ? (int32_t)rng_below(1, 3, i, (uint32_t)a->K) : a->x0[i];
     }
-    for (size_t b = 0; b < B; b++) a->t[b] = 1 + (int32_t)(b % (size_t)c->n_scales), a->label[b] = (int32_t)(labels - 1 - b % labels);
+    for (size_t b = 0; b < B; b++)
+        a->t[b] = 1 + (int32_t)(b % (size_t)c->n_scales), a->label[b] = (int32_t)(labels - 1 - b % labels);
     CHECK_OK(mem_alloc(&a->q, B * N * a->K, sizeof(real), "posterior"));
     CHECK_OK(mem_alloc(&a->dlogits, B * N * a->K, sizeof(real), "gradient"));
     for (size_t b = 0; b < B; b++)
@@ -483,7 +487,8 @@ static void test_drawing(const NetConfig *c, size_t B, size_t N, double temperat
     for (size_t i = 0; i < B * N; i++) known[i] = (int32_t)rng_below(2, 2, i, (uint32_t)a.K);
     for (size_t i = 0; i < N; i++) keep[i] = i % 3 == 1;
     for (size_t b = 0; b < B; b++) stream[b] = rng_stream(RNG_TEST, 77, b);
-    DrawOptions o = {99, stream, temperature, top_k, guided ? known : NULL, guided ? keep : NULL, guided ? fit : NULL, NULL, NULL};
+    DrawOptions o = {99,   stream, temperature, top_k, guided ? known : NULL, guided ? keep : NULL, guided ? fit : NULL,
+                     NULL, NULL};
     CHECK_OK(transformer_decode_begin(a.gpu, a.x_t, a.t, a.label, B, N));
     CHECK_OK(transformer_draw_cuda(a.gpu, &o, got));
     Transformer *steps = IS_BF16 ? a.gpu : a.cpu; /* whose logits are drawn from */
@@ -515,10 +520,10 @@ static void test_pick(size_t K, double temperature, size_t top_k) {
     uint64_t stream[ROWS];
     for (size_t b = 0; b < ROWS; b++) stream[b] = rng_stream(RNG_TEST, 78, b);
     for (size_t k = 0; k < K; k++) {
-        logits[0 * K + k] = k % 5 ? 1 : 2;                  /* ties */
-        logits[1 * K + k] = k % 2 ? -(real)HUGE_VAL : 1;    /* impossible tokens */
-        logits[2 * K + k] = -(real)HUGE_VAL;                /* nothing possible */
-        logits[4 * K + k] = k % 3 ? 0 : -(real)0.0;         /* both zeros */
+        logits[0 * K + k] = k % 5 ? 1 : 2;               /* ties */
+        logits[1 * K + k] = k % 2 ? -(real)HUGE_VAL : 1; /* impossible tokens */
+        logits[2 * K + k] = -(real)HUGE_VAL;             /* nothing possible */
+        logits[4 * K + k] = k % 3 ? 0 : -(real)0.0;      /* both zeros */
     }
     logits[3 * K + K / 2] = (real)NAN, logits[5 * K + K - 1] = (real)HUGE_VAL;
     const DrawTwin how = {42, temperature, top_k, 0, 0};
@@ -538,7 +543,8 @@ static void test_pick(size_t K, double temperature, size_t top_k) {
     for (size_t b = 0; b < ROWS; b++) {
         sample_probs(prob, logits + b * K, K, -1, temperature, top_k);
         const int32_t want = sample_pick(prob, K, rng_uniform(42, stream[b], 1));
-        if (!CHECK(got[b * N + 1] == want)) printf("     row %zu of %zu: %d, expected %d\n", b, K, (int)got[b * N + 1], (int)want);
+        if (!CHECK(got[b * N + 1] == want))
+            printf("     row %zu of %zu: %d, expected %d\n", b, K, (int)got[b * N + 1], (int)want);
     }
     free(logits), free(prob);
     free_arrays();
@@ -572,15 +578,18 @@ static void test_refusals(void) {
     uint64_t stream[B_MAX] = {0};
     DrawOptions o = {1, stream, 1, 0, NULL, NULL, NULL, count_reports, &reports};
     pair_make(&a, &c, 2, 70, 0);
-    CHECK_ERR(transformer_loss_cuda(a.gpu, &a.schedule, a.x0, a.x, a.x_t, a.t, a.label, 2, 70, 0, 1, 1, &loss), "without training");
-    CHECK_ERR(transformer_loss_cuda(a.cpu, &a.schedule, a.x0, a.x, a.x_t, a.t, a.label, 2, 70, 0, 1, 0, &loss), "not on the GPU");
+    CHECK_ERR(transformer_loss_cuda(a.gpu, &a.schedule, a.x0, a.x, a.x_t, a.t, a.label, 2, 70, 0, 1, 1, &loss),
+              "without training");
+    CHECK_ERR(transformer_loss_cuda(a.cpu, &a.schedule, a.x0, a.x, a.x_t, a.t, a.label, 2, 70, 0, 1, 0, &loss),
+              "not on the GPU");
     CHECK_ERR(transformer_draw_cuda(a.gpu, &o, tokens), "begun");
     CHECK_OK(transformer_decode_begin(a.gpu, a.x_t, a.t, a.label, 2, 70));
     CHECK_ERR(transformer_draw_cuda(a.gpu, &o, tokens), "stopped");
     CHECK(reports == 3);
     a.x0[3] = 9;
     CHECK_OK(transformer_plan(a.gpu, 2, 70, 1));
-    CHECK_ERR(transformer_loss_cuda(a.gpu, &a.schedule, a.x0, a.x, a.x_t, a.t, a.label, 2, 70, 0, 1, 1, &loss), "x_0[3] is 9");
+    CHECK_ERR(transformer_loss_cuda(a.gpu, &a.schedule, a.x0, a.x, a.x_t, a.t, a.label, 2, 70, 0, 1, 1, &loss),
+              "x_0[3] is 9");
     CHECK_ERR(transformer_use_cuda(a.gpu, IS_BF16 ? PRECISION_BF16 : PRECISION_F32), "already");
     CHECK_ERR(transformer_use_cuda(a.cpu, IS_BF16 ? PRECISION_F32 : PRECISION_BF16), "precision");
     pair_free(&a);
