@@ -343,11 +343,13 @@ static void say_gpu(const Model *m, const ModelMemory *need) {
     size_t available = 0;
     check(cuda_find(text, &available, NULL));
     available += need->gpu_first_stage; /* which is there already */
-    bytes_text(first, need->gpu_first_stage), bytes_text(weights, need->gpu_scale), bytes_text(plan, need->gpu_activations);
+    bytes_text(first, need->gpu_first_stage), bytes_text(weights, need->gpu_scale),
+        bytes_text(plan, need->gpu_activations);
     snprintf(what, sizeof what, "GPU: first stage %s, largest scale %s, activations %s", first, weights, plan);
     check(memory_fits(need->gpu_first_stage + need->gpu_scale + need->gpu_activations, available, what,
                       "a smaller --batch takes less"));
-    fprintf(stderr, "device: %s; in %s\n", text, m->weights == WEIGHTS_BF16 ? "bf16" : "f32 (--weights bf16 is faster)");
+    fprintf(stderr, "device: %s; in %s\n", text,
+            m->weights == WEIGHTS_BF16 ? "bf16" : "f32 (--weights bf16 is faster)");
     fprintf(stderr, "GPU memory: first stage %s, largest scale %s, activations %s; %s free\n", first, weights, plan,
             bytes_text(there, available));
 }

@@ -497,11 +497,11 @@ static Err open_device(Device **out) {
 #endif
 extern "C" {
 extern const DeviceOps CUDA_TABLE;
-const DeviceOps CUDA_TABLE = {find_cuda,     open_device,      close_device,      send_params,
-                              fetch_params,  zero_grad_cuda,   grad_norm_cuda,    swap_ema_cuda,
-                              update_params, plan_cuda,        forward_cuda,      backward_cuda,
-                              train_cuda,    decode_begin_cuda, decode_step_cuda, draw_cuda,
-                              sizeof(floatX), vqgan_plan_cuda, vqgan_free_cuda, vqgan_run_cuda, vqgan_nearest_cuda,
-                              vqgan_draw_cuda, vqgan_forward_cuda, vqgan_backward_cuda, vqgan_restart_cuda};
+const DeviceOps CUDA_TABLE = {
+    find_cuda,          open_device,     close_device,       send_params,         fetch_params,
+    zero_grad_cuda,     grad_norm_cuda,  swap_ema_cuda,      update_params,       plan_cuda,
+    forward_cuda,       backward_cuda,   train_cuda,         decode_begin_cuda,   decode_step_cuda,
+    draw_cuda,          sizeof(floatX),  vqgan_plan_cuda,    vqgan_free_cuda,     vqgan_run_cuda,
+    vqgan_nearest_cuda, vqgan_draw_cuda, vqgan_forward_cuda, vqgan_backward_cuda, vqgan_restart_cuda};
 }
 #endif

@@ -796,7 +796,8 @@ Err model_memory(Model *m, size_t batch, size_t pictures, ModelMemory *out) {
     out->gpu_scale = m->cuda ? out->scale : 0;
     TRY(vqgan_plan_bytes(m->vqgan, decode_batch(m, pictures), m->side, m->side, 0, &vqgan_plan_size));
     if (m->cuda) {
-        out->gpu_first_stage = out->first_stage / sizeof(real) * (sizeof(float) + (cuda_precision(m) == PRECISION_BF16 ? 2 : 0));
+        out->gpu_first_stage =
+            out->first_stage / sizeof(real) * (sizeof(float) + (cuda_precision(m) == PRECISION_BF16 ? 2 : 0));
         out->gpu_activations += vqgan_plan_size, vqgan_plan_size = 0;
     }
     TRY(size_mul(&out->activations, pictures, pixels * (sizeof(real) + 1))); /* numbers, then bytes of the PNG */

@@ -15,13 +15,14 @@ enum { CELL_THREADS = 256 }; /* of a block where a thread has an element or PACK
  * A patch is read through a window of side x side cells: along each axis, result i of the grid sees cells
  * (stride*i - pad + k) >> shift, k = 0..side-1, where shift = 1 is nearest doubling. */
 typedef struct {
-    size_t C, gh, gw; /* channels of the source; grid of results */
-    size_t h, w;      /* source before the shift; cells beyond are 0 */
+    size_t C, gh, gw;                    /* channels of the source; grid of results */
+    size_t h, w;                         /* source before the shift; cells beyond are 0 */
     int side, stride, pad, pad_x, shift; /* pad_x: the same as pad, but for phase_window */
-    size_t pitch; /* of a patch: side*side*C, rounded up to whole packs */
+    size_t pitch;                        /* of a patch: side*side*C, rounded up to whole packs */
 } Window;
 
-static Window make_window(size_t C, size_t gh, size_t gw, size_t h, size_t w, int side, int stride, int pad, int shift) {
+static Window make_window(size_t C, size_t gh, size_t gw, size_t h, size_t w, int side, int stride, int pad,
+                          int shift) {
     Window p = {C, gh, gw, h, w, side, stride, pad, pad, shift, 0};
     p.pitch = round_up((size_t)(side * side) * C, PACK);
     return p;
@@ -54,7 +55,8 @@ static __global__ void gather_kernel(floatX *columns, const floatX *x, Window p,
     const long at = (long)(row % gw) * p.stride - p.pad_x + (long)(cell % side);
     const bool inside = cell < side * side && y >= 0 && at >= 0 && y < (long)p.h && at < (long)p.w;
     const size_t picture = row / (gw * gh) * ((p.h >> p.shift) * (p.w >> p.shift));
-    const size_t from = inside ? (picture + (size_t)(y >> p.shift) * (p.w >> p.shift) + (size_t)(at >> p.shift)) * p.C + c : 0;
+    const size_t from =
+        inside ? (picture + (size_t)(y >> p.shift) * (p.w >> p.shift) + (size_t)(at >> p.shift)) * p.C + c : 0;
     if (WIDTH == 1) {
         columns[i] = inside ? x[from] : to_floatX(0);
     } else {
@@ -66,8 +68,8 @@ static __global__ void gather_kernel(floatX *columns, const floatX *x, Window p,
 
 static Err gather(Device *d, floatX *columns, const floatX *x, const Window *p, size_t first, size_t rows) {
     if (p->C % PACK == 0)
-        LAUNCH(d, gather_kernel<PACK>, blocks_for(rows * p->pitch / PACK, CELL_THREADS), CELL_THREADS, 0, columns, x, *p,
-               (unsigned)first, (unsigned)rows);
+        LAUNCH(d, gather_kernel<PACK>, blocks_for(rows * p->pitch / PACK, CELL_THREADS), CELL_THREADS, 0, columns, x,
+               *p, (unsigned)first, (unsigned)rows);
     else
         LAUNCH(d, gather_kernel<1>, blocks_for(rows * p->pitch, CELL_THREADS), CELL_THREADS, 0, columns, x, *p,
                (unsigned)first, (unsigned)rows);
@@ -108,7 +110,8 @@ static __global__ void order_weights_kernel(floatX *out, const floatX *w, size_t
 
 static Err order_weights(Device *d, floatX *out, const floatX *w, const Conv *c, const Window *p, WeightOrder order) {
     const size_t n = (order == PHASES ? 4 * c->M : order == FORWARD ? c->M : c->C) * p->pitch;
-    LAUNCH(d, order_weights_kernel, blocks_for(n, CELL_THREADS), CELL_THREADS, 0, out, w, c->M, c->C, p->pitch, p->side, order);
+    LAUNCH(d, order_weights_kernel, blocks_for(n, CELL_THREADS), CELL_THREADS, 0, out, w, c->M, c->C, p->pitch, p->side,
+           order);
     return OK;
 }
 
@@ -128,8 +131,8 @@ static __global__ void add_ordered_kernel(float *dw, const float *total, size_t 
 }
 
 static Err add_ordered(Device *d, float *dw, const float *total, const Conv *c, const Window *p, WeightOrder order) {
-    LAUNCH(d, add_ordered_kernel, blocks_for(c->M * c->C * 9, CELL_THREADS), CELL_THREADS, 0, dw, total, c->M, c->C, p->pitch,
-           p->side, order);
+    LAUNCH(d, add_ordered_kernel, blocks_for(c->M * c->C * 9, CELL_THREADS), CELL_THREADS, 0, dw, total, c->M, c->C,
+           p->pitch, p->side, order);
     return OK;
 }
 
@@ -142,7 +145,8 @@ typedef struct {
     float *partial;  /* sums of slices: channel_slices */
 } ConvMemory;
 
-static const size_t COLUMN_BYTES = 64 << 20; /* patches of a tile; a few tiles fill a GPU, and its cache holds much of one */
+static const size_t COLUMN_BYTES =
+    64 << 20; /* patches of a tile; a few tiles fill a GPU, and its cache holds much of one */
 
 static size_t rows_of(const Conv *c) { /* of y */
     const size_t cells = c->B * c->h * c->w;
@@ -210,11 +214,12 @@ static Err conv_order_weights_cuda(Device *d, floatX *out, const floatX *w, cons
 }
 
 /* y = or += a (rows,K) b (N,K)^T or, unless trans_b, b (K,N) */
-static Matmul rows_times(void *y, const floatX *a, const floatX *b, size_t rows, size_t N, size_t K, size_t ldb, int trans_b,
-                         const void *add) {
+static Matmul rows_times(void *y, const floatX *a, const floatX *b, size_t rows, size_t N, size_t K, size_t ldb,
+                         int trans_b, const void *add) {
     Matmul p;
     memset(&p, 0, sizeof p);
-    p.trans_b = trans_b, p.M = rows, p.N = N, p.K = K, p.A = a, p.lda = K, p.B = b, p.ldb = ldb, p.D = y, p.ldd = N, p.add = add;
+    p.trans_b = trans_b, p.M = rows, p.N = N, p.K = K, p.A = a, p.lda = K, p.B = b, p.ldb = ldb, p.D = y, p.ldd = N,
+    p.add = add;
     return p;
 }
 
@@ -222,7 +227,8 @@ static Matmul rows_times(void *y, const floatX *a, const floatX *b, size_t rows,
 static Matmul turned_times(float *y, const floatX *a, const floatX *b, size_t M, size_t N, size_t rows, int more) {
     Matmul p;
     memset(&p, 0, sizeof p);
-    p.trans_a = 1, p.d_is_float = 1, p.M = M, p.N = N, p.K = rows, p.A = a, p.lda = M, p.B = b, p.ldb = N, p.D = y, p.ldd = N;
+    p.trans_a = 1, p.d_is_float = 1, p.M = M, p.N = N, p.K = rows, p.A = a, p.lda = M, p.B = b, p.ldb = N, p.D = y,
+    p.ldd = N;
     if (more) p.add = y;
     return p;
 }
@@ -269,7 +275,9 @@ typedef struct {
 /* Where result r goes: of a phase, to every second row and column of a grid twice as large. */
 static __device__ inline size_t mma_place(const MmaConv *a, size_t r) {
     const unsigned gw = (unsigned)a->p.gw, row = (unsigned)r / gw;
-    return a->phase < 0 ? r : (2 * row + (unsigned)a->phase / 2) * 2 * (size_t)gw + 2 * ((unsigned)r % gw) + (unsigned)a->phase % 2;
+    return a->phase < 0
+               ? r
+               : (2 * row + (unsigned)a->phase / 2) * 2 * (size_t)gw + 2 * ((unsigned)r % gw) + (unsigned)a->phase % 2;
 }
 
 /* Step s of the sum: copies its part of source and weights to a stage. */
@@ -280,7 +288,8 @@ static __device__ inline void mma_copy(floatX *stage, const MmaConv *a, const Mm
     for (unsigned i = 0; i < 2; i++) {
         const long y = row[i].y + (long)(cell / (unsigned)a->p.side), x = row[i].x + (long)(cell % (unsigned)a->p.side);
         const bool there = row[i].there && y >= 0 && x >= 0 && y < (long)a->p.h && x < (long)a->p.w;
-        const size_t from = row[i].picture + (size_t)(y >> a->p.shift) * (a->p.w >> a->p.shift) + (size_t)(x >> a->p.shift);
+        const size_t from =
+            row[i].picture + (size_t)(y >> a->p.shift) * (a->p.w >> a->p.shift) + (size_t)(x >> a->p.shift);
         copy_async(chunk_at(stage, threadIdx.x / 4 + i * 64, k), there ? a->x + from * C + c : a->x, there);
     }
     for (unsigned r = threadIdx.x / 4; r < TILE_N; r += 64) {
@@ -312,7 +321,8 @@ static __device__ inline void mma_multiply(float sum[MI][4][4], floatX *stage, u
 }
 
 /* What is in sums (TILE_M, TILE_N+4), + bias + add, to y */
-template <int TILE_N> static __device__ inline void mma_store(const MmaConv *a, const float *sums, size_t r0, size_t m0) {
+template <int TILE_N>
+static __device__ inline void mma_store(const MmaConv *a, const float *sums, size_t r0, size_t m0) {
     for (unsigned i = threadIdx.x; i < TILE_M * TILE_N / PACK; i += MMA_THREADS) {
         const unsigned r = i / (TILE_N / PACK), m = i % (TILE_N / PACK) * PACK;
         const size_t at = mma_place(a, r0 + r) * a->M + m0 + m, left = m0 + m < a->M ? a->M - m0 - m : 0;
@@ -322,7 +332,8 @@ template <int TILE_N> static __device__ inline void mma_store(const MmaConv *a, 
         if (a->add && whole) out = *(const Pack *)(a->add + at);
         for (unsigned k = 0; k < PACK && k < left; k++) {
             const float more = !a->add ? 0 : to_float(whole ? out.at[k] : a->add[at + k]);
-            out.at[k] = to_floatX(sums[r * (TILE_N + 4) + m + k] + (a->bias ? to_float(a->bias[m0 + m + k]) : 0) + more);
+            out.at[k] =
+                to_floatX(sums[r * (TILE_N + 4) + m + k] + (a->bias ? to_float(a->bias[m0 + m + k]) : 0) + more);
         }
         if (whole)
             *(Pack *)(a->y + at) = out;
@@ -333,12 +344,20 @@ template <int TILE_N> static __device__ inline void mma_store(const MmaConv *a, 
 
 /* Grid: tiles of channels, then of results. */
 template <int TILE_N> static __global__ void __launch_bounds__(MMA_THREADS, 2) mma_conv_kernel(MmaConv a) {
-    enum { WARPS_N = TILE_N / 32, ROWS = TILE_M / (MMA_WARPS / WARPS_N), MI = ROWS / 16, STAGE = (TILE_M + TILE_N) * STEP };
+    enum {
+        WARPS_N = TILE_N / 32,
+        ROWS = TILE_M / (MMA_WARPS / WARPS_N),
+        MI = ROWS / 16,
+        STAGE = (TILE_M + TILE_N) * STEP
+    };
     SHARED(floatX, stages);
-    const unsigned tiles = (unsigned)((a.M + TILE_N - 1) / TILE_N), warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-    const unsigned first_row = warp / WARPS_N * ROWS, first_m = warp % WARPS_N * 32, steps = (unsigned)(a.p.pitch / STEP);
+    const unsigned tiles = (unsigned)((a.M + TILE_N - 1) / TILE_N), warp = threadIdx.x / WARP,
+                   lane = threadIdx.x % WARP;
+    const unsigned first_row = warp / WARPS_N * ROWS, first_m = warp % WARPS_N * 32,
+                   steps = (unsigned)(a.p.pitch / STEP);
     const size_t r0 = (size_t)(blockIdx.x / tiles) * TILE_M, m0 = (size_t)(blockIdx.x % tiles) * TILE_N;
-    const MmaRow row[2] = {mma_row(&a.p, r0 + threadIdx.x / 4, a.rows), mma_row(&a.p, r0 + threadIdx.x / 4 + 64, a.rows)};
+    const MmaRow row[2] = {mma_row(&a.p, r0 + threadIdx.x / 4, a.rows),
+                           mma_row(&a.p, r0 + threadIdx.x / 4 + 64, a.rows)};
     float sum[MI][4][4] = {};
     for (unsigned s = 0; s < STAGES - 1; s++) {
         if (s < steps) mma_copy<TILE_N>(stages + s * STAGE, &a, row, m0, s);
@@ -360,28 +379,29 @@ template <int TILE_N> static __global__ void __launch_bounds__(MMA_THREADS, 2) m
 #pragma unroll
         for (int j = 0; j < 4; j++)
             for (unsigned k = 0; k < 4; k++)
-                sums[(first_row + (unsigned)i * 16 + lane / 4 + k / 2 * 8) * (TILE_N + 4) + first_m + (unsigned)j * 8 + lane % 4 * 2 + k % 2] =
-                    sum[i][j][k];
+                sums[(first_row + (unsigned)i * 16 + lane / 4 + k / 2 * 8) * (TILE_N + 4) + first_m + (unsigned)j * 8 +
+                     lane % 4 * 2 + k % 2] = sum[i][j][k];
     __syncthreads();
     mma_store<TILE_N>(&a, sums, r0, m0);
 }
 
 template <int TILE_N> static Err launch_mma(Device *d, const MmaConv *a) {
-    const size_t stages = (size_t)STAGES * (TILE_M + TILE_N) * STEP * sizeof(floatX), sums = TILE_M * (TILE_N + 4) * sizeof(float);
+    const size_t stages = (size_t)STAGES * (TILE_M + TILE_N) * STEP * sizeof(floatX),
+                 sums = TILE_M * (TILE_N + 4) * sizeof(float);
     const size_t blocks = ceil_div(a->M, TILE_N) * ceil_div(a->rows, TILE_M);
     LAUNCH(d, mma_conv_kernel<TILE_N>, (unsigned)blocks, MMA_THREADS, max_size(stages, sums), *a);
     return OK;
 }
 
 /* y (rows,M) = patches of x times w (M,pitch), + bias + add unless NULL */
-static Err multiply_directly(Device *d, floatX *y, const Window *p, const floatX *x, const floatX *w, size_t rows, size_t M,
-                             const floatX *bias, const floatX *add, int phase) {
+static Err multiply_directly(Device *d, floatX *y, const Window *p, const floatX *x, const floatX *w, size_t rows,
+                             size_t M, const floatX *bias, const floatX *add, int phase) {
     const MmaConv a = {y, x, w, bias, add, *p, rows, M, phase};
     return M <= 32 ? launch_mma<32>(d, &a) : launch_mma<128>(d, &a);
 }
 #else
-static Err multiply_directly(Device *d, floatX *y, const Window *p, const floatX *x, const floatX *w, size_t rows, size_t M,
-                             const floatX *bias, const floatX *add, int phase) {
+static Err multiply_directly(Device *d, floatX *y, const Window *p, const floatX *x, const floatX *w, size_t rows,
+                             size_t M, const floatX *bias, const floatX *add, int phase) {
     (void)d, (void)y, (void)p, (void)x, (void)w, (void)rows, (void)M, (void)bias, (void)add, (void)phase;
     return err("internal: no convolution on tensor cores in float");
 }
@@ -391,7 +411,8 @@ static Err phases_forward(Device *d, floatX *y, const Conv *c, const floatX *x, 
                           const floatX *add) {
     for (int phase = 0; phase < 4; phase++) {
         const Window p = phase_window(c, phase);
-        TRY(multiply_directly(d, y, &p, x, w + (size_t)phase * c->M * p.pitch, c->B * c->h * c->w, c->M, bias, add, phase));
+        TRY(multiply_directly(d, y, &p, x, w + (size_t)phase * c->M * p.pitch, c->B * c->h * c->w, c->M, bias, add,
+                              phase));
     }
     return OK;
 }
@@ -402,7 +423,8 @@ static Err conv_forward_cuda(Device *d, floatX *y, const Conv *c, const floatX *
     const Window p = forward_window(c);
     const size_t rows = rows_of(c), K = c->kind == CONV1 ? c->C : p.pitch;
     if (in_phases(c)) return phases_forward(d, y, c, x, w, bias, add);
-    if (c->kind != CONV1 && can_multiply_directly(&p)) return multiply_directly(d, y, &p, x, w, rows, c->M, bias, add, -1);
+    if (c->kind != CONV1 && can_multiply_directly(&p))
+        return multiply_directly(d, y, &p, x, w, rows, c->M, bias, add, -1);
     const size_t tile = c->kind == CONV1 ? rows : tile_rows(memory->column_size, p.pitch);
     for (size_t r = 0; r < rows; r += tile) {
         const size_t n = min_size(tile, rows - r);
@@ -436,8 +458,8 @@ static __global__ void fold_kernel(floatX *dx, const floatX *dcolumns, Window p,
 
 /* CONV_DOWN: the weights' gradient from the patches of x; dx from the patches' gradient, with the results above and to the
  * left of a tile computed once more. */
-static Err down_backward(Device *d, floatX *dx, float *dw, const Conv *c, const floatX *dy, const floatX *x, const floatX *w,
-                         int more, const ConvMemory *memory) {
+static Err down_backward(Device *d, floatX *dx, float *dw, const Conv *c, const floatX *dy, const floatX *x,
+                         const floatX *w, int more, const ConvMemory *memory) {
     const Window p = forward_window(c);
     const size_t rows = rows_of(c), room = tile_rows(memory->column_size, p.pitch);
     const size_t above = round_up(p.gw + 1, TILE_ROWS);
@@ -453,8 +475,8 @@ static Err down_backward(Device *d, floatX *dx, float *dw, const Conv *c, const 
     for (size_t r = 0, n; r < rows; r += n) {
         const size_t begin = r - min_size(r, above);
         n = min_size(room - (r - begin), rows - r);
-        const Matmul product = rows_times(memory->columns, dy + begin * c->M, memory->weights, r + n - begin, p.pitch, c->M,
-                                          p.pitch, 0, NULL);
+        const Matmul product = rows_times(memory->columns, dy + begin * c->M, memory->weights, r + n - begin, p.pitch,
+                                          c->M, p.pitch, 0, NULL);
         TRY(matmul(d, &product));
         LAUNCH(d, fold_kernel, blocks_for(n * 4 * c->C, CELL_THREADS), CELL_THREADS, 0, dx, memory->columns, p,
                (unsigned)begin, (unsigned)r, (unsigned)n, more);
@@ -463,8 +485,8 @@ static Err down_backward(Device *d, floatX *dx, float *dw, const Conv *c, const 
 }
 
 /* One gather of the gradient's patches serves both results, as in C: dx = patches(dy) w, dw = x^T patches(dy). */
-static Err same_backward(Device *d, floatX *dx, float *dw, const Conv *c, const floatX *dy, const floatX *x, const floatX *w,
-                         int more, const ConvMemory *memory) {
+static Err same_backward(Device *d, floatX *dx, float *dw, const Conv *c, const floatX *dy, const floatX *x,
+                         const floatX *w, int more, const ConvMemory *memory) {
     const Window p = backward_window(c);
     const WeightOrder order = c->kind == CONV_UP ? DOUBLED : MIRRORED;
     const size_t rows = c->B * c->h * c->w, tile = tile_rows(memory->column_size, p.pitch);
@@ -476,7 +498,8 @@ static Err same_backward(Device *d, floatX *dx, float *dw, const Conv *c, const 
         TRY(matmul(d, &sums));
         if (!dx) continue;
         floatX *part = dx + r * c->C;
-        const Matmul product = rows_times(part, memory->columns, memory->weights, n, c->C, p.pitch, p.pitch, 1, more ? part : NULL);
+        const Matmul product =
+            rows_times(part, memory->columns, memory->weights, n, c->C, p.pitch, p.pitch, 1, more ? part : NULL);
         TRY(matmul(d, &product));
     }
     return add_ordered(d, dw, memory->totals, c, &p, order);
@@ -485,8 +508,8 @@ static Err same_backward(Device *d, floatX *dx, float *dw, const Conv *c, const 
 static Err add_channel_sums(Device *d, float *sum, const floatX *x, size_t rows, size_t C, float *partial);
 
 /* dx overwritten, or added to if `more`; NULL: not wanted. dw (M,C,3,3), db (M) +=. w (M,C,3,3) as it is in the table. */
-static Err conv_backward_cuda(Device *d, floatX *dx, float *dw, float *db, const Conv *c, const floatX *dy, const floatX *x,
-                              const floatX *w, int more, const ConvMemory *memory) {
+static Err conv_backward_cuda(Device *d, floatX *dx, float *dw, float *db, const Conv *c, const floatX *dy,
+                              const floatX *x, const floatX *w, int more, const ConvMemory *memory) {
     TRY(add_channel_sums(d, db, dy, rows_of(c), c->M, memory->partial));
     if (c->kind == CONV_DOWN) return down_backward(d, dx, dw, c, dy, x, w, more, memory);
     if (c->kind != CONV1) return same_backward(d, dx, dw, c, dy, x, w, more, memory);
@@ -537,7 +560,8 @@ static __device__ inline Share share_of(size_t C, size_t cells, int width) {
     return s;
 }
 
-template <int WIDTH> static __global__ void channel_sums_kernel(float *partial, const floatX *x, size_t cells, size_t C) {
+template <int WIDTH>
+static __global__ void channel_sums_kernel(float *partial, const floatX *x, size_t cells, size_t C) {
     const Share s = share_of(C, cells, WIDTH);
     float sum[WIDTH] = {}, none[WIDTH] = {};
     for (size_t r = s.first; r < s.end; r += CELL_LANES)
@@ -568,11 +592,11 @@ static Err add_channels(Device *d, float *a, float *b, const float *partial, siz
 /* sum (C) += the columns' sums of x (rows,C) */
 static Err add_channel_sums(Device *d, float *sum, const floatX *x, size_t rows, size_t C, float *partial) {
     if (C % PACK == 0)
-        LAUNCH(d, channel_sums_kernel<PACK>, slice_grid(C, rows, 1, PACK), CELL_THREADS, CELL_THREADS * PACK * sizeof(float),
-               partial, x, rows, C);
+        LAUNCH(d, channel_sums_kernel<PACK>, slice_grid(C, rows, 1, PACK), CELL_THREADS,
+               CELL_THREADS * PACK * sizeof(float), partial, x, rows, C);
     else
-        LAUNCH(d, channel_sums_kernel<1>, slice_grid(C, rows, 1, 1), CELL_THREADS, CELL_THREADS * sizeof(float), partial, x,
-               rows, C);
+        LAUNCH(d, channel_sums_kernel<1>, slice_grid(C, rows, 1, 1), CELL_THREADS, CELL_THREADS * sizeof(float),
+               partial, x, rows, C);
     return add_channels(d, sum, NULL, partial, ceil_div(rows, SLICE_CELLS), C);
 }
 
@@ -624,7 +648,8 @@ static __global__ void norm_groups_kernel(NormKept kept, const float *partial, c
         const float *p = partial + (b * slices + i / per) * 2 * n.C + g * per + i % per;
         sum += (double)p[0], square += (double)p[n.C];
     }
-    const double count = (double)(n.cells * per), gap = warp_sum(sum) / count, var = warp_sum(square) / count - gap * gap;
+    const double count = (double)(n.cells * per), gap = warp_sum(sum) / count,
+                 var = warp_sum(square) / count - gap * gap;
     const float mean = (float)((double)to_float(x[b * n.cells * n.C + g * per]) + gap);
     const float rstd = (float)(1 / sqrt((var > 0 ? var : 0) + (double)GROUP_EPS));
     if (lane == 0) kept.group[(b * NORM_GROUPS + g) * 2] = mean, kept.group[(b * NORM_GROUPS + g) * 2 + 1] = rstd;
@@ -656,11 +681,12 @@ static dim3 pack_grid(const NormShape *n) {
     return dim3(blocks_for(n->cells * n->C, CELL_THREADS * PACK), (unsigned)n->B);
 }
 
-static Err group_norm_forward_cuda(Device *d, floatX *y, NormKept kept, const floatX *x, const float *gamma, const float *beta,
-                                   const NormShape *n, float *partial) {
+static Err group_norm_forward_cuda(Device *d, floatX *y, NormKept kept, const floatX *x, const float *gamma,
+                                   const float *beta, const NormShape *n, float *partial) {
     const dim3 grid = slice_grid(n->C, n->cells, n->B, PACK);
     LAUNCH(d, norm_sums_kernel, grid, CELL_THREADS, CELL_THREADS * PACK * sizeof(float), partial, x, *n);
-    LAUNCH(d, norm_groups_kernel, (unsigned)n->B, NORM_GROUPS * WARP, 0, kept, partial, x, gamma, beta, *n, (size_t)grid.y);
+    LAUNCH(d, norm_groups_kernel, (unsigned)n->B, NORM_GROUPS * WARP, 0, kept, partial, x, gamma, beta, *n,
+           (size_t)grid.y);
     LAUNCH(d, norm_cells_kernel, pack_grid(n), CELL_THREADS, 0, y, x, kept.channel, *n);
     return OK;
 }
@@ -672,12 +698,14 @@ static __device__ inline float through_swish(float dy, float t) {
 }
 
 /* Sums of d = dL/dt and of d xhat. */
-static __global__ void norm_gradient_sums_kernel(float *partial, const floatX *dy, const floatX *x, NormKept kept, NormShape n) {
+static __global__ void norm_gradient_sums_kernel(float *partial, const floatX *dy, const floatX *x, NormKept kept,
+                                                 NormShape n) {
     const Share s = share_of(n.C, n.cells, PACK);
     const size_t b = blockIdx.z, per = n.C / NORM_GROUPS;
     float sum[PACK] = {}, sum_hat[PACK] = {}, mean[PACK] = {}, rstd[PACK] = {}, scale[PACK] = {}, shift[PACK] = {};
     for (int j = 0; j < PACK && s.end; j++) {
-        const float *group = kept.group + (b * NORM_GROUPS + (s.c + j) / per) * 2, *channel = kept.channel + (b * n.C + s.c + j) * 2;
+        const float *group = kept.group + (b * NORM_GROUPS + (s.c + j) / per) * 2,
+                    *channel = kept.channel + (b * n.C + s.c + j) * 2;
         mean[j] = group[0], rstd[j] = group[1], scale[j] = channel[0], shift[j] = channel[1];
     }
     for (size_t r = s.first; r < s.end; r += CELL_LANES) {
@@ -693,16 +721,18 @@ static __global__ void norm_gradient_sums_kernel(float *partial, const floatX *d
 }
 
 /* line (B,C,2) = slope, offset: dx = scale d + slope x + offset, alike in a group. A block per picture, a warp per group. */
-static __global__ void norm_lines_kernel(float *line, const float *partial, const float *gamma, NormKept kept, NormShape n,
-                                         size_t slices) {
+static __global__ void norm_lines_kernel(float *line, const float *partial, const float *gamma, NormKept kept,
+                                         NormShape n, size_t slices) {
     const size_t b = blockIdx.x, g = threadIdx.x / WARP, lane = threadIdx.x % WARP, per = n.C / NORM_GROUPS;
     double sum = 0, sum_hat = 0;
     for (size_t i = lane; i < slices * per; i += WARP) {
         const float *p = partial + (b * slices + i / per) * 2 * n.C + g * per + i % per;
-        sum += (double)gamma[g * per + i % per] * (double)p[0], sum_hat += (double)gamma[g * per + i % per] * (double)p[n.C];
+        sum += (double)gamma[g * per + i % per] * (double)p[0],
+            sum_hat += (double)gamma[g * per + i % per] * (double)p[n.C];
     }
     const double count = (double)(n.cells * per), mean_d = warp_sum(sum) / count, mean_hat = warp_sum(sum_hat) / count;
-    const double mean = (double)kept.group[(b * NORM_GROUPS + g) * 2], rstd = (double)kept.group[(b * NORM_GROUPS + g) * 2 + 1];
+    const double mean = (double)kept.group[(b * NORM_GROUPS + g) * 2],
+                 rstd = (double)kept.group[(b * NORM_GROUPS + g) * 2 + 1];
     const double slope = -mean_hat * rstd * rstd, offset = -mean_d * rstd - slope * mean;
     for (size_t c = g * per + lane; c < (g + 1) * per; c += WARP)
         line[(b * n.C + c) * 2] = (float)slope, line[(b * n.C + c) * 2 + 1] = (float)offset;
@@ -726,11 +756,13 @@ static __global__ void norm_gradient_kernel(floatX *dx, const floatX *dy, const 
 }
 
 /* dx overwritten, or added to if `more`; dgamma, dbeta (C) +=. partial: norm_partial_size floats. */
-static Err group_norm_backward_cuda(Device *d, floatX *dx, float *dgamma, float *dbeta, const floatX *dy, const floatX *x,
-                                    NormKept kept, const float *gamma, const NormShape *n, int more, float *partial) {
+static Err group_norm_backward_cuda(Device *d, floatX *dx, float *dgamma, float *dbeta, const floatX *dy,
+                                    const floatX *x, NormKept kept, const float *gamma, const NormShape *n, int more,
+                                    float *partial) {
     const dim3 grid = slice_grid(n->C, n->cells, n->B, PACK);
     float *line = partial + channel_slices(n->B, n->cells, n->C);
-    LAUNCH(d, norm_gradient_sums_kernel, grid, CELL_THREADS, CELL_THREADS * PACK * sizeof(float), partial, dy, x, kept, *n);
+    LAUNCH(d, norm_gradient_sums_kernel, grid, CELL_THREADS, CELL_THREADS * PACK * sizeof(float), partial, dy, x, kept,
+           *n);
     LAUNCH(d, norm_lines_kernel, (unsigned)n->B, NORM_GROUPS * WARP, 0, line, partial, gamma, kept, *n, (size_t)grid.y);
     LAUNCH(d, norm_gradient_kernel, pack_grid(n), CELL_THREADS, 0, dx, dy, x, kept.channel, line, *n, more);
     return add_channels(d, dbeta, dgamma, partial, n->B * grid.y, n->C);
@@ -765,7 +797,8 @@ static __global__ void softmax_gradient_kernel(floatX *ds, const float *dp, cons
     float sum = 0;
     for (size_t j = lane; j < n; j += WARP) sum += dp[r * n + j] * to_float(p[r * n + j]);
     const float mean = warp_sum(sum);
-    for (size_t j = lane; j < n; j += WARP) ds[r * n + j] = to_floatX(scale * to_float(p[r * n + j]) * (dp[r * n + j] - mean));
+    for (size_t j = lane; j < n; j += WARP)
+        ds[r * n + j] = to_floatX(scale * to_float(p[r * n + j]) * (dp[r * n + j] - mean));
 }
 
 /* From the probabilities of one picture to those of the next. */
@@ -774,15 +807,15 @@ static size_t picture_scores(size_t N) {
 }
 
 /* p (B, picture_scores(N)). scores: N*N floats of work space; backward N*N floatX more, ds. */
-static Err picture_attend_forward_cuda(Device *d, floatX *y, floatX *p, const floatX *q, const floatX *k, const floatX *v,
-                                       size_t B, size_t N, size_t C, float *scores) {
+static Err picture_attend_forward_cuda(Device *d, floatX *y, floatX *p, const floatX *q, const floatX *k,
+                                       const floatX *v, size_t B, size_t N, size_t C, float *scores) {
     for (size_t b = 0; b < B; b++) {
         const size_t at = b * N * C;
         Matmul product = rows_times(scores, q + at, k + at, N, N, C, C, 1, NULL);
         product.d_is_float = 1;
         TRY(matmul(d, &product));
-        LAUNCH(d, softmax_rows_kernel, blocks_for(N, CELL_THREADS / WARP), CELL_THREADS, 0, p + b * picture_scores(N), scores,
-               1 / sqrtf((float)C), N);
+        LAUNCH(d, softmax_rows_kernel, blocks_for(N, CELL_THREADS / WARP), CELL_THREADS, 0, p + b * picture_scores(N),
+               scores, 1 / sqrtf((float)C), N);
         product = rows_times(y + at, p + b * picture_scores(N), v + at, N, C, N, C, 0, NULL);
         TRY(matmul(d, &product));
     }
@@ -797,9 +830,9 @@ static Matmul turned_rows(floatX *y, const floatX *a, const floatX *b, size_t M,
 }
 
 /* dx[3]: dq, dk, dv, each overwritten or, where more, added to. */
-static Err picture_attend_backward_cuda(Device *d, floatX *const dx[3], const int more[3], const floatX *dy, const floatX *q,
-                                        const floatX *k, const floatX *v, const floatX *p, size_t B, size_t N, size_t C,
-                                        float *scores, floatX *ds) {
+static Err picture_attend_backward_cuda(Device *d, floatX *const dx[3], const int more[3], const floatX *dy,
+                                        const floatX *q, const floatX *k, const floatX *v, const floatX *p, size_t B,
+                                        size_t N, size_t C, float *scores, floatX *ds) {
     for (size_t b = 0; b < B; b++) {
         const size_t at = b * N * C;
         floatX *dq = dx[0] + at, *dk = dx[1] + at, *dv = dx[2] + at;
@@ -808,8 +841,8 @@ static Err picture_attend_backward_cuda(Device *d, floatX *const dx[3], const in
         product = rows_times(scores, dy + at, v + at, N, N, C, C, 1, NULL);
         product.d_is_float = 1;
         TRY(matmul(d, &product));
-        LAUNCH(d, softmax_gradient_kernel, blocks_for(N, CELL_THREADS / WARP), CELL_THREADS, 0, ds, scores, p + b * picture_scores(N),
-               1 / sqrtf((float)C), N);
+        LAUNCH(d, softmax_gradient_kernel, blocks_for(N, CELL_THREADS / WARP), CELL_THREADS, 0, ds, scores,
+               p + b * picture_scores(N), 1 / sqrtf((float)C), N);
         product = rows_times(dq, ds, k + at, N, C, N, C, 0, more[0] ? dq : NULL);
         TRY(matmul(d, &product));
         product = turned_rows(dk, ds, q + at, N, C, N, more[1]);
@@ -849,8 +882,8 @@ static __global__ void least_kernel(int32_t *code, const float *scores, const fl
 }
 
 /* raw (rows) = nearest entries of z (rows,D) in book (K,D). half (K), scores: work space, score_size >= TILE_ROWS*K floats. */
-static Err nearest_cuda(Device *d, int32_t *raw, const floatX *z, const floatX *book, size_t rows, size_t K, size_t D, float *half,
-                        float *scores, size_t score_size) {
+static Err nearest_cuda(Device *d, int32_t *raw, const floatX *z, const floatX *book, size_t rows, size_t K, size_t D,
+                        float *half, float *scores, size_t score_size) {
     const size_t tile = tile_rows(score_size, K);
     LAUNCH(d, half_norms_kernel, blocks_for(K, CELL_THREADS / WARP), CELL_THREADS, 0, half, book, K, D);
     for (size_t r = 0; r < rows; r += tile) {
@@ -864,8 +897,8 @@ static Err nearest_cuda(Device *d, int32_t *raw, const floatX *z, const floatX *
 }
 
 /* zq = z + (e - z), straight through; sums (SUM_BLOCKS) += of (e - z)^2: a block adds up its share, warp after warp. */
-static __global__ void straight_kernel(floatX *zq, double *sums, const floatX *z, const floatX *book, const int32_t *raw,
-                                       size_t rows, size_t D) {
+static __global__ void straight_kernel(floatX *zq, double *sums, const floatX *z, const floatX *book,
+                                       const int32_t *raw, size_t rows, size_t D) {
     SHARED(double, warps);
     double sum = 0;
     for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; i < rows * D; i += (size_t)SUM_BLOCKS * blockDim.x) {
@@ -881,9 +914,10 @@ static __global__ void straight_kernel(floatX *zq, double *sums, const floatX *z
     sums[blockIdx.x] = sum;
 }
 
-static Err straight_through_cuda(Device *d, floatX *zq, double *sums, const floatX *z, const floatX *book, const int32_t *raw,
-                                 size_t rows, size_t D) {
-    LAUNCH(d, straight_kernel, SUM_BLOCKS, CELL_THREADS, CELL_THREADS / WARP * sizeof(double), zq, sums, z, book, raw, rows, D);
+static Err straight_through_cuda(Device *d, floatX *zq, double *sums, const floatX *z, const floatX *book,
+                                 const int32_t *raw, size_t rows, size_t D) {
+    LAUNCH(d, straight_kernel, SUM_BLOCKS, CELL_THREADS, CELL_THREADS / WARP * sizeof(double), zq, sums, z, book, raw,
+           rows, D);
     return OK;
 }
 
@@ -897,8 +931,8 @@ static __global__ void commit_kernel(floatX *dz, const floatX *z, const floatX *
 
 /* dbook[k] += to_e (e - z) over the rows whose code is k, in their order: a block per entry looks for its rows, 256 at a
  * time, and a thread has channels of its own. Shared: the sums (D), then which of those rows are ours. */
-static __global__ void book_gradient_kernel(float *dbook, const floatX *z, const floatX *book, const int32_t *raw, float to_e,
-                                            size_t rows, size_t D) {
+static __global__ void book_gradient_kernel(float *dbook, const floatX *z, const floatX *book, const int32_t *raw,
+                                            float to_e, size_t rows, size_t D) {
     SHARED(float, sum);
     unsigned *ours = (unsigned *)(void *)(sum + D);
     const size_t k = blockIdx.x;
@@ -916,11 +950,11 @@ static __global__ void book_gradient_kernel(float *dbook, const floatX *z, const
     for (size_t c = threadIdx.x; c < D; c += blockDim.x) dbook[k * D + c] += to_e * sum[c];
 }
 
-static Err quantize_backward_cuda(Device *d, floatX *dz, float *dbook, const floatX *z, const floatX *book, const int32_t *raw,
-                                  float to_z, float to_e, size_t rows, size_t K, size_t D) {
+static Err quantize_backward_cuda(Device *d, floatX *dz, float *dbook, const floatX *z, const floatX *book,
+                                  const int32_t *raw, float to_z, float to_e, size_t rows, size_t K, size_t D) {
     LAUNCH(d, commit_kernel, blocks_for(rows * D, CELL_THREADS), CELL_THREADS, 0, dz, z, book, raw, to_z, rows, D);
-    LAUNCH(d, book_gradient_kernel, (unsigned)K, CELL_THREADS, (D + CELL_THREADS / WARP) * sizeof(float), dbook, z, book, raw,
-           to_e, rows, D);
+    LAUNCH(d, book_gradient_kernel, (unsigned)K, CELL_THREADS, (D + CELL_THREADS / WARP) * sizeof(float), dbook, z,
+           book, raw, to_e, rows, D);
     return OK;
 }
 
@@ -947,7 +981,8 @@ static __global__ void from_planes_kernel(floatX *to, const float *from, size_t 
     if (b < B) to[i] = to_floatX(from[(b * C + c) * cells + cell]);
 }
 static __global__ void to_planes_kernel(float *to, const floatX *from, size_t B, size_t C, size_t cells) {
-    const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x, cell = i % cells, c = i / cells % C, b = i / C / cells;
+    const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x, cell = i % cells, c = i / cells % C,
+                 b = i / C / cells;
     if (b < B) to[i] = to_float(from[(b * cells + cell) * C + c]);
 }
 
@@ -998,8 +1033,9 @@ static Err vq_conv_forward(Vqgan *v, size_t i) {
 static Err vq_conv_backward(Vqgan *v, const VqLayer *l, int image_wanted) {
     const Conv c = layer_conv(v, l);
     floatX *dx = l->in[0] == v->image && !image_wanted ? NULL : grad_at(v, l->in[0]);
-    return conv_backward_cuda(v->twin->d, dx, row_at(v, l->weight)->grad, row_at(v, l->bias)->grad, &c, grad_at(v, l->out),
-                              value_at(v, l->in[0]), row_at(v, l->weight)->weight, l->more[0], &v->twin->conv);
+    return conv_backward_cuda(v->twin->d, dx, row_at(v, l->weight)->grad, row_at(v, l->bias)->grad, &c,
+                              grad_at(v, l->out), value_at(v, l->in[0]), row_at(v, l->weight)->weight, l->more[0],
+                              &v->twin->conv);
 }
 
 static Err vq_norm_forward(Vqgan *v, const VqLayer *l) {
@@ -1010,33 +1046,35 @@ static Err vq_norm_forward(Vqgan *v, const VqLayer *l) {
 
 static Err vq_norm_backward(Vqgan *v, const VqLayer *l) {
     const NormShape n = norm_shape(v, l);
-    return group_norm_backward_cuda(v->twin->d, grad_at(v, l->in[0]), row_at(v, l->weight)->grad, row_at(v, l->bias)->grad,
-                                    grad_at(v, l->out), value_at(v, l->in[0]), kept_by(v, l, &n), row_at(v, l->weight)->value,
-                                    &n, l->more[0], v->twin->partial);
+    return group_norm_backward_cuda(v->twin->d, grad_at(v, l->in[0]), row_at(v, l->weight)->grad,
+                                    row_at(v, l->bias)->grad, grad_at(v, l->out), value_at(v, l->in[0]),
+                                    kept_by(v, l, &n), row_at(v, l->weight)->value, &n, l->more[0], v->twin->partial);
 }
 
 static Err vq_attend_forward(Vqgan *v, const VqLayer *l) {
-    return picture_attend_forward_cuda(v->twin->d, value_at(v, l->out), v->twin->arena + l->saved, value_at(v, l->in[0]),
-                                       value_at(v, l->in[1]), value_at(v, l->in[2]), v->b, plane_size(v, l->out),
-                                       v->value[l->out].C, v->twin->scores);
+    return picture_attend_forward_cuda(v->twin->d, value_at(v, l->out), v->twin->arena + l->saved,
+                                       value_at(v, l->in[0]), value_at(v, l->in[1]), value_at(v, l->in[2]), v->b,
+                                       plane_size(v, l->out), v->value[l->out].C, v->twin->scores);
 }
 
 static Err vq_attend_backward(Vqgan *v, const VqLayer *l) {
     floatX *const dx[3] = {grad_at(v, l->in[0]), grad_at(v, l->in[1]), grad_at(v, l->in[2])};
-    return picture_attend_backward_cuda(v->twin->d, dx, l->more, grad_at(v, l->out), value_at(v, l->in[0]), value_at(v, l->in[1]),
-                                        value_at(v, l->in[2]), v->twin->arena + l->saved, v->b, plane_size(v, l->out),
-                                        v->value[l->out].C, v->twin->scores, v->twin->ds);
+    return picture_attend_backward_cuda(v->twin->d, dx, l->more, grad_at(v, l->out), value_at(v, l->in[0]),
+                                        value_at(v, l->in[1]), value_at(v, l->in[2]), v->twin->arena + l->saved, v->b,
+                                        plane_size(v, l->out), v->value[l->out].C, v->twin->scores, v->twin->ds);
 }
 
 static Err vq_nearest(Vqgan *v) {
-    return nearest_cuda(v->twin->d, v->twin->raw, value_at(v, v->z), row_at(v, v->codebook)->weight, v->b * plane_size(v, v->z),
-                        v->c.n_embed, v->c.embed_dim, v->twin->half, v->twin->scores, v->twin->score_size);
+    return nearest_cuda(v->twin->d, v->twin->raw, value_at(v, v->z), row_at(v, v->codebook)->weight,
+                        v->b * plane_size(v, v->z), v->c.n_embed, v->c.embed_dim, v->twin->half, v->twin->scores,
+                        v->twin->score_size);
 }
 
 static Err vq_quantize_forward(Vqgan *v, const VqLayer *l) {
     TRY(vq_nearest(v));
     return straight_through_cuda(v->twin->d, value_at(v, l->out), v->twin->d->sums, value_at(v, l->in[0]),
-                                 row_at(v, l->weight)->weight, v->twin->raw, v->b * plane_size(v, l->out), v->c.embed_dim);
+                                 row_at(v, l->weight)->weight, v->twin->raw, v->b * plane_size(v, l->out),
+                                 v->c.embed_dim);
 }
 
 static Err vq_quantize_backward(Vqgan *v, const VqLayer *l, double loss_weight) {
@@ -1109,16 +1147,16 @@ static Err put_planes(Vqgan *v, floatX *to, const real *planes, size_t value) {
     VqTwin *t = v->twin;
     const size_t n = value_elements(v, value);
     TRY(to_device(t->d, t->planes, planes, n * sizeof *planes));
-    LAUNCH(t->d, from_planes_kernel, blocks_for(n, CELL_THREADS), CELL_THREADS, 0, to, t->planes, v->b, v->value[value].C,
-           plane_size(v, value));
+    LAUNCH(t->d, from_planes_kernel, blocks_for(n, CELL_THREADS), CELL_THREADS, 0, to, t->planes, v->b,
+           v->value[value].C, plane_size(v, value));
     return OK;
 }
 
 static Err get_planes(Vqgan *v, real *planes, const floatX *from, size_t value) {
     VqTwin *t = v->twin;
     const size_t n = value_elements(v, value);
-    LAUNCH(t->d, to_planes_kernel, blocks_for(n, CELL_THREADS), CELL_THREADS, 0, t->planes, from, v->b, v->value[value].C,
-           plane_size(v, value));
+    LAUNCH(t->d, to_planes_kernel, blocks_for(n, CELL_THREADS), CELL_THREADS, 0, t->planes, from, v->b,
+           v->value[value].C, plane_size(v, value));
     return to_host(t->d, planes, t->planes, n * sizeof *planes);
 }
 
@@ -1145,8 +1183,8 @@ static Err vqgan_draw_cuda(Vqgan *v, const int32_t *raw, real *images) {
     const size_t n = value_elements(v, v->zq);
     if (!t->d->row) return err("vqgan: its parameters are not on the GPU yet");
     TRY(to_device(t->d, t->raw, raw, v->b * plane_size(v, v->zq) * sizeof *raw));
-    LAUNCH(t->d, lookup_kernel, blocks_for(n, CELL_THREADS), CELL_THREADS, 0, value_at(v, v->zq), row_at(v, v->codebook)->weight,
-           t->raw, n / v->c.embed_dim, v->c.embed_dim);
+    LAUNCH(t->d, lookup_kernel, blocks_for(n, CELL_THREADS), CELL_THREADS, 0, value_at(v, v->zq),
+           row_at(v, v->codebook)->weight, t->raw, n / v->c.embed_dim, v->c.embed_dim);
     TRY(walk_forward(v, v->quantize + 1, v->n_layers));
     return get_planes(v, images, value_at(v, v->xrec), v->xrec);
 }
@@ -1184,7 +1222,8 @@ static __global__ void restart_kernel(DeviceRow book, const floatX *z, size_t co
 }
 
 static Err restart_cuda(Vqgan *v, size_t code, size_t pick) {
-    LAUNCH(v->twin->d, restart_kernel, 1, CELL_THREADS, 0, *row_at(v, v->codebook), value_at(v, v->z), code, pick, v->c.embed_dim);
+    LAUNCH(v->twin->d, restart_kernel, 1, CELL_THREADS, 0, *row_at(v, v->codebook), value_at(v, v->z), code, pick,
+           v->c.embed_dim);
     return OK;
 }
 
@@ -1220,7 +1259,9 @@ static VqNeeds shared_needs(const Vqgan *v) {
         }
     }
     n.partial = max_size(n.partial, n.conv.partial_size);
-    n.scores = max_size(n.scores, max_size(TILE_ROWS * v->c.n_embed, min_size(round_up(n.cells, TILE_ROWS) * v->c.n_embed, COLUMN_BYTES / sizeof(float))));
+    n.scores = max_size(n.scores,
+                        max_size(TILE_ROWS * v->c.n_embed,
+                                 min_size(round_up(n.cells, TILE_ROWS) * v->c.n_embed, COLUMN_BYTES / sizeof(float))));
     const size_t shown[3] = {v->image, v->z, v->xrec};
     for (int k = 0; k < 3; k++) n.planes = max_size(n.planes, value_elements(v, shown[k]));
     return n;
@@ -1266,8 +1307,8 @@ static Err allocate_twin(Vqgan *v, const VqNeeds *n, size_t units) {
 
 static void vqgan_free_cuda(Vqgan *v) {
     VqTwin *t = v->twin;
-    void *const all[] = {t->arena,  t->order_arena, t->planes,       t->raw,         t->partial,    t->scores,
-                         t->half,   t->ds,          t->conv.columns, t->conv.weights, t->conv.totals};
+    void *const all[] = {t->arena, t->order_arena, t->planes,       t->raw,          t->partial,    t->scores,
+                         t->half,  t->ds,          t->conv.columns, t->conv.weights, t->conv.totals};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) device_free(all[i]);
     free(t->ordered);
     free(t);
@@ -1278,7 +1319,8 @@ static void vqgan_free_cuda(Vqgan *v) {
 static Err vqgan_plan_cuda(Vqgan *v, size_t units, int allocate, size_t *bytes) {
     v->b = v->B, v->h = v->H, v->w = v->W;
     for (size_t i = 0; i < v->n_values; i++)
-        if (value_elements(v, i) > (1u << 31)) return err("vqgan: activations of more than 2^31 numbers; a smaller batch takes less");
+        if (value_elements(v, i) > (1u << 31))
+            return err("vqgan: activations of more than 2^31 numbers; a smaller batch takes less");
     const VqNeeds n = shared_needs(v);
     *bytes = units * sizeof(floatX) + shared_bytes(v, &n);
     if (!allocate) return OK;

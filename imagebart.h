@@ -12,6 +12,7 @@
  *        params.c        named tensors in memory: the parameter table of a model
  *     4. data.c          images in, batches, the token cache, image grids out
  *     5. vqgan.c         first stage: image <-> tokens
+ *        vqgan_layers.c  what its layers do
  *     6. transformer.cu  one reverse transition p(x_{t-1} | x_t)
  *        decode.cu       the same, token by token
  *        optimizer.cu    its losses, AdamW, EMA
@@ -180,9 +181,9 @@ typedef struct {
 } Conv;
 /* Memory that convolutions share, one after the other. */
 typedef struct {
-    size_t threads, column_reals, stage_reals, weight_reals, partial_reals;
-    real *columns, *stages;   /* for each thread: patches, products */
-    real *weights, *partials; /* transformed weights, partial sums of their gradient */
+    size_t threads, column_reals, stage_reals, line_reals, weight_reals, partial_reals;
+    real *columns, *stages, *lines; /* for each thread: patches, products, rows in transformation */
+    real *weights, *partials;       /* transformed weights, partial sums of their gradient */
 } ConvScratch;
 /* Raises what scratch (threads set, else zeroed) must hold so that it is enough for c and for the same convolution of
  * fewer or smaller pictures; then: how much that is, and where it lies. */
@@ -197,6 +198,8 @@ void conv_forward(real *y, const Conv *c, const real *x, const real *w, const re
 /* dx (as x) overwritten, or added to if `more`; NULL: not wanted. dw, db +=. */
 void conv_backward(real *dx, real *dw, real *db, const Conv *c, const real *dy, const real *x, const real *w, int more,
                    const ConvScratch *s);
+/* How many multiplications that takes; the direct way takes C*M*9 (1x1: C*M) for each cell of y, and twice that backward. */
+double conv_multiplications(const Conv *c, int backward);
 /* Sum of n numbers, in an order that depends on n alone, emptied from short chains into double. */
 double sum_reals(const real *x, size_t n);
 
@@ -427,7 +430,7 @@ Err tokens_read(Tokens *x, const char *path);
 void tokens_free(Tokens *x);
 
 /* ------------------------------------------------------------------------------------------------------------
- * 5. vqgan.c: first stage, image <-> tokens (SPEC section 8; Esser et al. 2021, "Taming Transformers")
+ * 5. vqgan.c, vqgan_layers.c: first stage, image <-> tokens (SPEC section 8; Esser et al. 2021, "Taming Transformers")
  * ---------------------------------------------------------------------------------------------------------- */
 enum { VQ_LEVELS = 8 };
 typedef struct { /* the official ddconfig and quantiser settings, under their official names */
@@ -460,6 +463,9 @@ const int32_t *vqgan_used(const Vqgan *v); /* (re_embed) or NULL */
 Err vqgan_plan(Vqgan *v, size_t B, size_t H, size_t W, int train);
 /* How much that allocates. Allocates nothing itself; there is no plan afterwards. */
 Err vqgan_plan_bytes(Vqgan *v, size_t B, size_t H, size_t W, int train, size_t *bytes);
+
+/* Additions and multiplications of a pass over encoder, decoder or both, convolutions done the direct way. */
+double vqgan_flops(const Vqgan *v, size_t B, size_t H, size_t W, int encode, int decode);
 
 /* images (B,in_channels,H,W) -> prequant (B,embed_dim,h,w) or NULL, raw (B,h*w) codebook entries or NULL, tokens
  * (B,h*w) remapped or NULL. A code outside `used` becomes a random token drawn from RNG_UNKNOWN under seed. */

@@ -573,8 +573,7 @@ static Err transition_stage(Stage *s) {
     TRY(transformer_create(&s->net, &c));
     s->params = transformer_params(s->net);
     transformer_set_alphas(s->net, s->schedule.alpha);
-    if (s->opt->cuda)
-        TRY(transformer_use_cuda(s->net, gpu_precision(s)));
+    if (s->opt->cuda) TRY(transformer_use_cuda(s->net, gpu_precision(s)));
     TRY(transformer_plan_bytes(s->net, s->batch, s->N, 1, &bytes));
     TRY(s->opt->cuda ? check_gpu_memory(s, bytes) : OK);
     TRY(check_memory(s, 5, s->opt->cuda ? 0 : bytes, 2 * s->batch * s->N,

@@ -1,5 +1,5 @@
-/* vqgan.h - what the first stage's halves share: vqgan.c and its CUDA twin. Nobody else includes it; what others may use
- * is in imagebart.h. */
+/* vqgan.h - what vqgan_layers.c, vqgan.c and first_stage.cu, their CUDA twin, share: the network as a list of layers, and
+ * what each layer does. Nobody else includes it; what others may use is in imagebart.h. */
 #ifndef VQGAN_H
 #define VQGAN_H
 
@@ -9,7 +9,12 @@
 extern "C" {
 #endif
 
-#define NO_VALUE ((size_t)-1) /* of anything that is counted here: values, rows, offsets */
+enum {
+    NORM_GROUPS = 32, /* of every GroupNorm */
+    CODES = 512,      /* codebook entries compared at a time */
+    SPOTS = 256       /* latents compared at a time */
+};
+#define NO_VALUE ((size_t)-1) /* no value, no row, no memory */
 
 typedef enum { VQ_CONV, VQ_NORM, VQ_ATTEND, VQ_QUANTIZE, VQ_TANH } VqKind;
 
@@ -59,21 +64,9 @@ struct Vqgan {
     real **x, **dx; /* where every value and its gradient lie */
 };
 
-enum { NORM_GROUPS = 32 };
-
 /* What a norm of C channels keeps on a GPU: mean and 1/deviation of every group, scale and shift of every channel. */
 static inline size_t norm_kept_floats(size_t B, size_t C) {
     return B * (2 * NORM_GROUPS + 2 * C);
-}
-
-static inline size_t plane_size(const Vqgan *v, size_t value) {
-    return (v->h >> v->value[value].level) * (v->w >> v->value[value].level);
-}
-
-static inline Conv layer_conv(const Vqgan *v, const VqLayer *l) {
-    const VqValue *x = &v->value[l->in[0]];
-    const Conv c = {l->conv, v->b, x->C, v->value[l->out].C, v->h >> x->level, v->w >> x->level};
-    return c;
 }
 
 /* Weights of the two terms of the codebook loss, which has `elements` numbers: to the latents, to the codebook. */
@@ -82,6 +75,30 @@ static inline void codebook_weights(const VqganConfig *c, double weight, size_t 
     *to_z = (real)(unit * (c->legacy ? 1 : c->beta));
     *to_e = (real)(unit * (c->legacy ? c->beta : 1));
 }
+
+/* ---- vqgan_layers.c. Layers read and write values where v->x and v->dx say; backward overwrites the gradient of what
+ *      forward read, or adds to it where Layer.more says so, and adds to the gradients of parameters. ---- */
+
+size_t plane_size(const Vqgan *v, size_t value); /* h*w of a value in the present run */
+Conv layer_conv(const Vqgan *v, const VqLayer *l);
+void conv_layer_forward(Vqgan *v, const VqLayer *l);
+void conv_layer_backward(Vqgan *v, const VqLayer *l);
+void group_norm_forward(Vqgan *v, const VqLayer *l);
+void group_norm_backward(Vqgan *v, const VqLayer *l);
+void spatial_attention_forward(Vqgan *v, const VqLayer *l);
+void spatial_attention_backward(Vqgan *v, const VqLayer *l);
+void quantize_forward(Vqgan *v, const VqLayer *l);
+void quantize_backward(Vqgan *v, const VqLayer *l, double loss_weight);
+void tanh_forward(Vqgan *v, const VqLayer *l);
+void tanh_backward(Vqgan *v, const VqLayer *l);
+
+/* raw (B,N) = nearest codebook entries of z (B,D,N) */
+void nearest_codes(Vqgan *v, const real *z, size_t B, size_t N, int32_t *raw);
+/* tokens (B,N) = raw remapped; a code that the table lacks becomes a random token */
+void remap_codes(const Vqgan *v, const int32_t *raw, size_t B, size_t N, uint64_t seed, int32_t *tokens);
+/* (1 + beta) mean (e-z)^2 over `elements` numbers: from their sum, or after quantize_forward */
+double codebook_loss_of(const VqganConfig *c, double sum, size_t elements);
+double codebook_loss_value(const Vqgan *v, size_t elements);
 
 #ifdef __cplusplus
 }

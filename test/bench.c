@@ -13,6 +13,10 @@
  *
  * A row near 100 % of either ceiling is done; data that fit in the caches can pass 100 % of the second.
  *
+ * A convolution counts the operations of the direct way, 2*9*C*M for each 3x3 result, as everybody does. Winograd's
+ * algorithm needs fewer, so its rows pass 100 %; the number in brackets behind a convolution's name is what it really
+ * multiplies, as a fraction: times that, the per cent are what the multiply-add units do.
+ *
  * A new section: a function that fills Rows and calls row() for each, and a line in the table `sections`. */
 #include "../imagebart.h"
 #include <stdio.h>
@@ -422,15 +426,147 @@ static void bench_decode(void) {
     bench_transition(4, "last scale (GPT)");
 }
 
+/* ---- The first stage at full size; see the top for what the per cent of a convolution mean ---- */
+
+typedef struct {
+    Conv c;
+    real *x, *w, *bias, *y, *dx, *dw, *db, *memory;
+    ConvScratch s;
+} ConvJob;
+
+static void run_conv_forward(void *context) {
+    const ConvJob *j = (const ConvJob *)context;
+    conv_forward(j->y, &j->c, j->x, j->w, j->bias, NULL, &j->s);
+}
+
+static void run_conv_backward(void *context) {
+    const ConvJob *j = (const ConvJob *)context;
+    conv_backward(j->dx, j->dw, j->db, &j->c, j->y, j->x, j->w, 0, &j->s);
+}
+
+static void bench_conv(Conv c) {
+    static const char *const kind[] = {"1x1", "3x3", "down", "up"};
+    const size_t results = c.h * c.w * (c.kind == CONV_UP ? 4 : 1) / (c.kind == CONV_DOWN ? 4 : 1);
+    const size_t kernel = c.kind == CONV1 ? 1 : 9, nx = c.B * c.C * c.h * c.w, ny = c.B * c.M * results;
+    const size_t nw = c.M * c.C * kernel;
+    ConvJob j = {c,
+                 reals(nx, "x"),
+                 reals(nw, "w"),
+                 reals(c.M, "bias"),
+                 reals(ny, "y"),
+                 reals(nx, "dx"),
+                 reals(nw, "dw"),
+                 reals(c.M, "db"),
+                 NULL,
+                 {0}};
+    j.s.threads = (size_t)threads_get();
+    for (int backward = 0; backward < 2; backward++) conv_needs(&j.s, &c, backward);
+    j.memory = (real *)reals(conv_scratch_reals(&j.s), "scratch");
+    conv_scratch_place(&j.s, j.memory);
+    for (int backward = 0; backward < 2; backward++) {
+        const double times = backward ? 2 : 1, flops = 2 * (double)(nw * results * c.B);
+        char name[96];
+        snprintf(name, sizeof name, "%s %zu->%zu at %zux%zu, %s (%.2f)", kind[c.kind], c.C, c.M, c.h, c.w,
+                 backward ? "backward" : "forward", conv_multiplications(&c, backward) / (times * flops / 2));
+        row((Row){name, times * flops, times * (double)(nx + ny + nw) * sizeof(real)},
+            backward ? run_conv_backward : run_conv_forward, &j);
+    }
+    real *all[] = {j.x, j.w, j.bias, j.y, j.dx, j.dw, j.db, j.memory};
+    for (size_t i = 0; i < COUNT(all); i++) free(all[i]);
+}
+
+typedef struct {
+    Vqgan *v;
+    size_t B;
+    real *images, *z, *gradient;
+    int32_t *raw;
+} StageJob;
+
+enum { SIDE = 256, GRID = 16 };
+
+static void run_encode(void *context) {
+    const StageJob *j = (const StageJob *)context;
+    must(vqgan_encode(j->v, j->images, j->B, SIDE, SIDE, 0, NULL, j->raw, NULL));
+}
+
+static void run_decode(void *context) {
+    const StageJob *j = (const StageJob *)context;
+    must(vqgan_decode(j->v, j->z, j->B, GRID, GRID, j->images));
+}
+
+static void run_training_step(void *context) {
+    const StageJob *j = (const StageJob *)context;
+    const real *xrec;
+    double loss;
+    must(vqgan_forward(j->v, j->images, j->B, SIDE, SIDE, &xrec, &loss));
+    must(vqgan_backward(j->v, j->gradient, 1, NULL));
+}
+
+static StageJob first_stage(size_t B) {
+    Config recipe = {0};
+    VqganConfig c;
+    StageJob j = {NULL, B, NULL, NULL, NULL, NULL};
+    must(config_read(&recipe, "models/ffhq.txt"));
+    must(vqgan_config_read(&c, &recipe, "vqgan.model.params."));
+    config_free(&recipe);
+    must(vqgan_create(&j.v, &c, 0));
+    must(params_plan(vqgan_params(j.v), PLAN_VALUE | PLAN_GRAD));
+    params_init(vqgan_params(j.v), 1);
+    j.images = (real *)reals(B * 3 * SIDE * SIDE, "images");
+    j.gradient = (real *)reals(B * 3 * SIDE * SIDE, "gradient");
+    j.z = (real *)reals(B * c.embed_dim * GRID * GRID, "latents");
+    must(mem_alloc(&j.raw, B * GRID * GRID, sizeof *j.raw, "codes"));
+    return j;
+}
+
+static void bench_stage(size_t B) {
+    StageJob j = first_stage(B);
+    const double weights = (double)params_count(vqgan_params(j.v)) * sizeof(real);
+    const double encode = vqgan_flops(j.v, B, SIDE, SIDE, 1, 0), decode = vqgan_flops(j.v, B, SIDE, SIDE, 0, 1);
+    size_t bytes;
+    char name[96];
+    must(vqgan_plan_bytes(j.v, B, SIDE, SIDE, 0, &bytes));
+    must(vqgan_plan(j.v, B, SIDE, SIDE, 0));
+    snprintf(name, sizeof name, "encode, batch %zu", B);
+    row((Row){name, encode, weights / 2}, run_encode, &j);
+    snprintf(name, sizeof name, "decode, batch %zu", B);
+    row((Row){name, decode, weights / 2}, run_decode, &j);
+    printf("    %zu MiB besides the weights\n", bytes >> 20);
+    if (B == 1) {
+        must(vqgan_plan_bytes(j.v, B, SIDE, SIDE, 1, &bytes));
+        must(vqgan_plan(j.v, B, SIDE, SIDE, 1));
+        snprintf(name, sizeof name, "training step, batch %zu", B);
+        row((Row){name, 3 * (encode + decode), 3 * weights}, run_training_step, &j);
+        printf("    %zu MiB besides the weights and their gradients\n", bytes >> 20);
+    }
+    vqgan_free(j.v);
+    free(j.images), free(j.gradient), free(j.z), free(j.raw);
+}
+
+static void bench_layers(void) {
+    static const Conv layers[] = {
+        {CONV3, 1, 128, 128, 256, 256},   {CONV3, 1, 128, 128, 128, 128},     {CONV3, 1, 256, 128, 128, 128},
+        {CONV3, 1, 256, 256, 64, 64},     {CONV3, 1, 512, 512, 16, 16},       {CONV3, 1, 3, 128, 256, 256},
+        {CONV3, 1, 128, 3, 256, 256},     {CONV1, 1, 256, 128, 128, 128},     {CONV1, 1, 512, 512, 16, 16},
+        {CONV_UP, 1, 128, 128, 128, 128}, {CONV_DOWN, 1, 128, 128, 256, 256}, {CONV_UP, 1, 512, 512, 16, 16}};
+    section("convolutions (multiplications, of the direct way's)");
+    for (size_t i = 0; i < COUNT(layers); i++) bench_conv(layers[i]);
+}
+
+static void bench_vqgan(void) {
+    static const size_t batches[] = {1, 4};
+    section("the first stage at full size, pictures of 256x256");
+    for (size_t i = 0; i < COUNT(batches); i++) bench_stage(batches[i]);
+}
+
 /* ---- All of them ---- */
 
 static const struct {
     const char *name;
     void (*run)(void);
 } sections[] = {
-    {"gemm", bench_gemm},
-    {"stream", bench_stream},
-    {"decode", bench_decode},
+    {"gemm", bench_gemm},   {"stream", bench_stream}, {"decode", bench_decode},
+    {"conv", bench_layers}, {"vqgan", bench_vqgan},
 };
 
 static int usage(void) {

@@ -307,7 +307,8 @@ static inline void multiply_tiles(float c[4], const unsigned a[4], const unsigne
     on_cpu::exchange(0xffffffffu, 0, 0, line);
     for (unsigned i = 0; i < 4; i++)
         for (unsigned k = 0; k < 16; k++) {
-            const unsigned *row = mma_word[first + 4 * g + k % 8 / 2], *column = mma_word[first + 4 * (2 * t + i % 2) + k % 8 / 2];
+            const unsigned *row = mma_word[first + 4 * g + k % 8 / 2],
+                           *column = mma_word[first + 4 * (2 * t + i % 2) + k % 8 / 2];
             c[i] += bf16_of(row[k / 8 * 2 + i / 2], k % 2) * bf16_of(column[4 + k / 8], k % 2);
         }
     on_cpu::exchange(0xffffffffu, 0, 0, line);

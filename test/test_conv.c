@@ -125,8 +125,22 @@ int main(void) {
         {CONV3, 2, 17, 16, 6, 10},      {CONV3, 5, 48, 33, 4, 8},   {CONV3, 1, 20, 24, 34, 130},
         {CONV3, 2, 16, 16, 8, 1},       {CONV_DOWN, 2, 3, 5, 2, 2}, {CONV_DOWN, 3, 33, 17, 6, 10},
         {CONV_DOWN, 1, 32, 32, 64, 34}, {CONV_UP, 2, 3, 5, 1, 1},   {CONV_UP, 3, 17, 33, 3, 5},
-        {CONV_UP, 1, 32, 32, 33, 20}};
+        {CONV_UP, 1, 32, 32, 33, 20},   {CONV3, 2, 17, 16, 32, 36}, {CONV3, 1, 20, 24, 36, 132},
+        {CONV3, 3, 16, 33, 32, 32},     {CONV3, 1, 70, 16, 4, 260}};
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) check_conv(cases[i]);
+    /* Of the 9 multiplications for every cell and pair of channels: all, 4, 9/4; after doubling 9 instead of 36. */
+    static const struct {
+        Conv c;
+        double times;
+    } counts[] = {{{CONV3, 2, 3, 5, 64, 64}, 9},      {{CONV3, 2, 16, 20, 30, 32}, 4},
+                  {{CONV3, 2, 16, 20, 32, 32}, 2.25}, {{CONV_DOWN, 2, 3, 5, 32, 32}, 2.25},
+                  {{CONV_UP, 2, 3, 5, 32, 32}, 9},    {{CONV1, 2, 3, 5, 7, 9}, 1}};
+    for (size_t i = 0; i < sizeof counts / sizeof *counts; i++) {
+        const Conv *c = &counts[i].c;
+        const double pairs = (double)(c->B * c->C * c->M * c->h * c->w);
+        CHECK(conv_multiplications(c, 0) == counts[i].times * pairs);
+        CHECK(conv_multiplications(c, 1) == 2 * counts[i].times * pairs);
+    }
     real x[3] = {1, 2, 4};
     CHECK(sum_reals(x, 3) == 7 && sum_reals(x, 0) == 0);
     return test_report();

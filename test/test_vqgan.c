@@ -611,6 +611,43 @@ static void test_table(void) {
     vqgan_free(v);
 }
 
+/* A picture of 256x256 decoded by the official network: activations, scratch and the decoder's weights. */
+static void test_memory(void) {
+    const VqganConfig c = official();
+    Vqgan *v = NULL;
+    const size_t limit = (size_t)400 << 20;
+    const int before = threads_get();
+    size_t activations = 0, training = 0, weights = 0;
+    CHECK_OK(vqgan_create(&v, &c, 0));
+    const Params *p = vqgan_params(v);
+    for (size_t i = 0; i < p->n; i++)
+        if (strncmp(p->row[i].name, "encoder.", 8) != 0) weights += p->row[i].size * sizeof(float);
+    threads_set(2); /* each needs scratch of its own */
+    CHECK_OK(vqgan_plan_bytes(v, 1, 256, 256, 1, &training));
+    CHECK_OK(vqgan_plan_bytes(v, 1, 256, 256, 0, &activations));
+    threads_set(before);
+    activations = activations / sizeof(real) * sizeof(float); /* as the programs, which are float, need it */
+    printf("decoding 256x256: %zu MiB of activations, %zu MiB of weights\n", activations >> 20, weights >> 20);
+    CHECK(activations > (size_t)3 * 128 * 256 * 256 * sizeof(float)); /* three values live at once */
+    CHECK(activations + weights < limit && training > limit);
+    vqgan_free(v);
+}
+
+static void test_flops(void) {
+    VqganConfig c = official();
+    Vqgan *v = NULL;
+    c.levels = 1;
+    c.num_res_blocks = 1;
+    c.n_attn = 0;
+    CHECK_OK(vqgan_create(&v, &c, 0));
+    const double encode = vqgan_flops(v, 3, 2, 4, 1, 0), decode = vqgan_flops(v, 3, 2, 4, 0, 1);
+    const double block = 2 * 9 * 128 * 128, attention = 4 * 128 * 128 + 2 * 8 * 128; /* multiplications for a cell */
+    CHECK(encode == 2 * 3 * 8 * (9 * 3 * 128 + 3 * block + attention + 9 * 128 * 256 + 256 * 256));
+    CHECK(decode == 2 * 3 * 8 * (256 * 256 + 9 * 256 * 128 + 4 * block + attention + 9 * 128 * 3));
+    CHECK(vqgan_flops(v, 3, 2, 4, 1, 1) == encode + decode);
+    vqgan_free(v);
+}
+
 static void test_config(void) {
     VqganConfig c = official(), d;
     Config text;
@@ -690,6 +727,8 @@ static void test_refusals(void) {
 
 int main(void) {
     test_table();
+    test_memory();
+    test_flops();
     test_config();
     test_refusals();
     test_image_loss();

@@ -37,8 +37,8 @@ static void add_digest(const void *p, size_t bytes) {
 
 /* ---- Convolutions ---- */
 
-static void conv_on_cpu(const Conv *c, real *y, real *dx, real *dw, real *db, const real *x, const real *w, const real *bias,
-                        const real *add, const real *dy, int more) {
+static void conv_on_cpu(const Conv *c, real *y, real *dx, real *dw, real *db, const real *x, const real *w,
+                        const real *bias, const real *add, const real *dy, int more) {
     ConvScratch s;
     real *memory;
     memset(&s, 0, sizeof s);
@@ -55,9 +55,14 @@ static ConvMemory conv_memory(const Conv *c, int small) {
     ConvMemory m;
     memset(&m, 0, sizeof m);
     conv_needs_cuda(&m, c, 1);
-    if (small) m.column_size = min_size(m.column_size, (round_up(c->w + 1, TILE_ROWS) + TILE_ROWS) * (c->kind == CONV_UP ? 16 : 9) * round_up(max_size(c->C, c->M), PACK));
-    m.columns = (floatX *)on_device(m.column_size * sizeof(floatX)), m.weights = (floatX *)on_device(m.weight_size * sizeof(floatX));
-    m.totals = (float *)on_device(m.total_size * sizeof(float)), m.partial = (float *)on_device(m.partial_size * sizeof(float));
+    if (small)
+        m.column_size =
+            min_size(m.column_size, (round_up(c->w + 1, TILE_ROWS) + TILE_ROWS) * (c->kind == CONV_UP ? 16 : 9) *
+                                        round_up(max_size(c->C, c->M), PACK));
+    m.columns = (floatX *)on_device(m.column_size * sizeof(floatX)),
+    m.weights = (floatX *)on_device(m.weight_size * sizeof(floatX));
+    m.totals = (float *)on_device(m.total_size * sizeof(float)),
+    m.partial = (float *)on_device(m.partial_size * sizeof(float));
     return m;
 }
 
@@ -65,13 +70,15 @@ static ConvMemory conv_memory(const Conv *c, int small) {
 static void test_conv(Conv c, int small) {
     const size_t hw = c.h * c.w, out = rows_of(&c) / c.B, k = c.kind == CONV1 ? 1 : 9, nw = c.M * c.C * k;
     const size_t nx = c.B * c.C * hw, ny = c.B * c.M * out;
-    real *x = random_reals(nx, 1, 1), *w = random_reals(nw, 2, 0.3), *bias = random_reals(c.M, 3, 1), *add = random_reals(ny, 4, 1);
+    real *x = random_reals(nx, 1, 1), *w = random_reals(nw, 2, 0.3), *bias = random_reals(c.M, 3, 1),
+         *add = random_reals(ny, 4, 1);
     real *dy = random_reals(ny, 5, 1), *y = random_reals(ny, 6, 1);
     uint64_t first = 0;
     for (int order = 0; order < 3; order++) { /* order 2: once more, without the addend, and dx is added to */
         real *dx = random_reals(nx, 7, 1), *dw = random_reals(nw, 8, 1), *db = random_reals(c.M, 9, 1);
         const ConvMemory m = conv_memory(&c, small);
-        floatX *dev_w = send_x(w, nw), *ordered = dev_w, *dev_y = (floatX *)on_device(ny * sizeof(floatX)), *dev_dx = send_picture(dx, c.B, c.C, hw);
+        floatX *dev_w = send_x(w, nw), *ordered = dev_w, *dev_y = (floatX *)on_device(ny * sizeof(floatX)),
+               *dev_dx = send_picture(dx, c.B, c.C, hw);
         float *dev_dw = send(dw, nw), *dev_db = send(db, c.M);
         floatX *dev_x = send_picture(x, c.B, c.C, hw), *dev_dy = send_picture(dy, c.B, c.M, out);
         const floatX *dev_add = order < 2 ? send_picture(add, c.B, c.M, out) : NULL, *dev_bias = send_x(bias, c.M);
@@ -102,13 +109,28 @@ static void test_conv(Conv c, int small) {
 }
 
 static void test_convs(void) {
-    static const Conv cases[] = {{CONV1, 2, 5, 3, 7, 9},   {CONV1, 1, 32, 16, 4, 4},  {CONV1, 1, 1, 1, 1, 1},  {CONV3, 2, 8, 8, 12, 11},   {CONV_DOWN, 3, 8, 16, 22, 10}, {CONV_UP, 2, 16, 8, 11, 10},
+    static const Conv cases[] = {{CONV1, 2, 5, 3, 7, 9},
+                                 {CONV1, 1, 32, 16, 4, 4},
+                                 {CONV1, 1, 1, 1, 1, 1},
+                                 {CONV3, 2, 8, 8, 12, 11},
+                                 {CONV_DOWN, 3, 8, 16, 22, 10},
+                                 {CONV_UP, 2, 16, 8, 11, 10},
                                  /* those that tensor cores do directly: several tiles, and parts of tiles, each way */
-                                 {CONV3, 1, 32, 8, 9, 15}, {CONV3, 2, 32, 136, 5, 7},  {CONV3, 1, 64, 3, 6, 6},
-                                 {CONV_DOWN, 1, 32, 40, 14, 20}, {CONV_UP, 1, 64, 32, 4, 9}, {CONV3, 1, 96, 33, 3, 2},
-                                 {CONV3, 2, 3, 5, 7, 9},   {CONV3, 1, 1, 1, 1, 1},    {CONV3, 2, 16, 24, 5, 3},
-                                 {CONV3, 1, 8, 40, 6, 10}, {CONV_DOWN, 2, 3, 5, 2, 2}, {CONV_DOWN, 2, 8, 17, 6, 10},
-                                 {CONV_DOWN, 1, 16, 8, 10, 4}, {CONV_UP, 2, 3, 5, 1, 1}, {CONV_UP, 2, 8, 16, 3, 5},
+                                 {CONV3, 1, 32, 8, 9, 15},
+                                 {CONV3, 2, 32, 136, 5, 7},
+                                 {CONV3, 1, 64, 3, 6, 6},
+                                 {CONV_DOWN, 1, 32, 40, 14, 20},
+                                 {CONV_UP, 1, 64, 32, 4, 9},
+                                 {CONV3, 1, 96, 33, 3, 2},
+                                 {CONV3, 2, 3, 5, 7, 9},
+                                 {CONV3, 1, 1, 1, 1, 1},
+                                 {CONV3, 2, 16, 24, 5, 3},
+                                 {CONV3, 1, 8, 40, 6, 10},
+                                 {CONV_DOWN, 2, 3, 5, 2, 2},
+                                 {CONV_DOWN, 2, 8, 17, 6, 10},
+                                 {CONV_DOWN, 1, 16, 8, 10, 4},
+                                 {CONV_UP, 2, 3, 5, 1, 1},
+                                 {CONV_UP, 2, 8, 16, 3, 5},
                                  {CONV_UP, 1, 17, 8, 4, 3}};
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         test_conv(cases[i], 0);
@@ -118,8 +140,8 @@ static void test_convs(void) {
 
 /* ---- Norm, attention, quantiser: against their formulas in double ---- */
 
-static void norm_reference(const NormShape *n, real *y, real *dx, real *dgamma, real *dbeta, const real *x, const real *gamma,
-                           const real *beta, const real *dy, int more) {
+static void norm_reference(const NormShape *n, real *y, real *dx, real *dgamma, real *dbeta, const real *x,
+                           const real *gamma, const real *beta, const real *dy, int more) {
     const size_t per = n->C / NORM_GROUPS;
     for (size_t b = 0; b < n->B; b++)
         for (size_t g = 0; g < NORM_GROUPS; g++) {
@@ -131,17 +153,18 @@ static void norm_reference(const NormShape *n, real *y, real *dx, real *dgamma, 
             CELLS mean += (double)x[at + c] / count;
             CELLS var += ((double)x[at + c] - mean) * ((double)x[at + c] - mean) / count;
             const double rstd = 1 / sqrt(var + 1e-6);
-            for (int pass = 0; pass < 2; pass++)
-                CELLS {
+            for (int pass = 0; pass < 2; pass++) CELLS {
                     const double hat = ((double)x[at + c] - mean) * rstd, t = hat * (double)gamma[c] + (double)beta[c];
                     const double sig = 1 / (1 + exp(-t));
-                    const double d = (double)dy[at + c] * (n->swish ? sig * (1 + t * (1 - sig)) : 1), scaled = d * (double)gamma[c];
+                    const double d = (double)dy[at + c] * (n->swish ? sig * (1 + t * (1 - sig)) : 1),
+                                 scaled = d * (double)gamma[c];
                     if (pass == 0) {
                         y[at + c] = (real)(n->swish ? t * sig : t);
                         d_mean += scaled / count, hat_mean += scaled * hat / count;
                         dgamma[c] += (real)(d * hat), dbeta[c] += (real)d;
                     } else
-                        dx[at + c] = (real)((more ? (double)dx[at + c] : 0) + rstd * (scaled - d_mean - hat * hat_mean));
+                        dx[at + c] =
+                            (real)((more ? (double)dx[at + c] : 0) + rstd * (scaled - d_mean - hat * hat_mean));
                 }
 #undef CELLS
         }
@@ -150,20 +173,24 @@ static void norm_reference(const NormShape *n, real *y, real *dx, real *dgamma, 
 static void test_norm(size_t B, size_t cells, size_t C, int swish, int more) {
     const NormShape n = {B, cells, C, swish};
     const size_t size = B * cells * C;
-    real *x = random_reals(size, 11, 2), *gamma = random_reals(C, 12, 1), *beta = random_reals(C, 13, 1), *dy = random_reals(size, 14, 1);
+    real *x = random_reals(size, 11, 2), *gamma = random_reals(C, 12, 1), *beta = random_reals(C, 13, 1),
+         *dy = random_reals(size, 14, 1);
     uint64_t first = 0;
     for (size_t i = 0; i < size; i++) x[i] += 8; /* a mean far from zero, which bf16 holds exactly enough */
     if (IS_BF16)
         for (size_t i = 0; i < size; i++) x[i] = to_float(to_floatX(x[i]));
     for (int order = 0; order < 2; order++) {
-        real *y = random_reals(size, 15, 1), *dx = random_reals(size, 16, 1), *dgamma = random_reals(C, 17, 1), *dbeta = random_reals(C, 18, 1);
+        real *y = random_reals(size, 15, 1), *dx = random_reals(size, 16, 1), *dgamma = random_reals(C, 17, 1),
+             *dbeta = random_reals(C, 18, 1);
         const NormKept kept = norm_kept((float *)on_device(norm_kept_floats(B, C) * sizeof(float)), &n);
         float *partial = (float *)on_device(norm_partial_size(&n) * sizeof(float)), *dev_gamma = send(gamma, C);
         float *dev_dgamma = send(dgamma, C), *dev_dbeta = send(dbeta, C);
-        floatX *dev_x = send_x(x, size), *dev_y = (floatX *)on_device(size * sizeof(floatX)), *dev_dx = send_x(dx, size);
+        floatX *dev_x = send_x(x, size), *dev_y = (floatX *)on_device(size * sizeof(floatX)),
+               *dev_dx = send_x(dx, size);
         reverse(order);
         CHECK_OK(group_norm_forward_cuda(device, dev_y, kept, dev_x, dev_gamma, send(beta, C), &n, partial));
-        CHECK_OK(group_norm_backward_cuda(device, dev_dx, dev_dgamma, dev_dbeta, send_x(dy, size), dev_x, kept, dev_gamma, &n, more, partial));
+        CHECK_OK(group_norm_backward_cuda(device, dev_dx, dev_dgamma, dev_dbeta, send_x(dy, size), dev_x, kept,
+                                          dev_gamma, &n, more, partial));
         reverse(0);
         norm_reference(&n, y, dx, dgamma, dbeta, x, gamma, beta, dy, more);
         near_x("norm y", dev_y, y, size);
@@ -171,7 +198,8 @@ static void test_norm(size_t B, size_t cells, size_t C, int swish, int more) {
         near_f("norm dgamma", dev_dgamma, dgamma, C);
         near_f("norm dbeta", dev_dbeta, dbeta, C);
         digest = 0;
-        add_digest(dev_y, size * sizeof(floatX)), add_digest(dev_dx, size * sizeof(floatX)), add_digest(dev_dgamma, C * 4);
+        add_digest(dev_y, size * sizeof(floatX)), add_digest(dev_dx, size * sizeof(floatX)),
+            add_digest(dev_dgamma, C * 4);
         if (order) CHECK(digest == first);
         first = digest;
         free(y), free(dx), free(dgamma), free(dbeta);
@@ -214,17 +242,22 @@ static void attend_reference(size_t N, size_t C, real *y, real *dq, real *dk, re
 static void test_picture_attention(size_t B, size_t N, size_t C) {
     const size_t size = B * N * C, bytes = size * sizeof(floatX);
     const int more[3] = {0, 1, 0};
-    real *q = random_reals(size, 21, 1), *k = random_reals(size, 22, 1), *v = random_reals(size, 23, 1), *dy = random_reals(size, 24, 1);
+    real *q = random_reals(size, 21, 1), *k = random_reals(size, 22, 1), *v = random_reals(size, 23, 1),
+         *dy = random_reals(size, 24, 1);
     uint64_t first = 0;
     for (int order = 0; order < 2; order++) {
-        real *y = random_reals(size, 25, 1), *dq = random_reals(size, 26, 0), *dk = random_reals(size, 27, 1), *dv = random_reals(size, 28, 0);
-        floatX *dev_q = send_x(q, size), *dev_k = send_x(k, size), *dev_v = send_x(v, size), *dev_y = (floatX *)on_device(bytes);
-        floatX *p = (floatX *)on_device(B * picture_scores(N) * sizeof *p), *ds = (floatX *)on_device(N * N * sizeof *ds);
+        real *y = random_reals(size, 25, 1), *dq = random_reals(size, 26, 0), *dk = random_reals(size, 27, 1),
+             *dv = random_reals(size, 28, 0);
+        floatX *dev_q = send_x(q, size), *dev_k = send_x(k, size), *dev_v = send_x(v, size),
+               *dev_y = (floatX *)on_device(bytes);
+        floatX *p = (floatX *)on_device(B * picture_scores(N) * sizeof *p),
+               *ds = (floatX *)on_device(N * N * sizeof *ds);
         floatX *const dx[3] = {(floatX *)on_device(bytes), send_x(dk, size), (floatX *)on_device(bytes)};
         float *scores = (float *)on_device(N * N * sizeof *scores);
         reverse(order);
         CHECK_OK(picture_attend_forward_cuda(device, dev_y, p, dev_q, dev_k, dev_v, B, N, C, scores));
-        CHECK_OK(picture_attend_backward_cuda(device, dx, more, send_x(dy, size), dev_q, dev_k, dev_v, p, B, N, C, scores, ds));
+        CHECK_OK(picture_attend_backward_cuda(device, dx, more, send_x(dy, size), dev_q, dev_k, dev_v, p, B, N, C,
+                                              scores, ds));
         reverse(0);
         for (size_t b = 0, at = 0; b < B; b++, at += N * C)
             attend_reference(N, C, y + at, dq + at, dk + at, dv + at, q + at, k + at, v + at, dy + at);
@@ -244,16 +277,19 @@ static void test_picture_attention(size_t B, size_t N, size_t C) {
 
 /* Every entry comes twice: the first of equals must win. */
 static void test_quantiser(size_t rows, size_t K, size_t D, size_t tile) {
-    real *z = random_reals(rows * D, 31, 1), *book = random_reals(K * D, 32, 1), *dz = random_reals(rows * D, 33, 1), *dbook = random_reals(K * D, 34, 1);
+    real *z = random_reals(rows * D, 31, 1), *book = random_reals(K * D, 32, 1), *dz = random_reals(rows * D, 33, 1),
+         *dbook = random_reals(K * D, 34, 1);
     real *zq = random_reals(rows * D, 35, 1);
     int32_t *want = (int32_t *)malloc(rows * sizeof *want), *got = (int32_t *)malloc(rows * sizeof *got);
     double sums[SUM_BLOCKS], sum = 0, want_sum = 0;
     memcpy(book + K / 2 * D, book, K / 2 * D * sizeof *book);
     for (int order = 0; order < 2; order++) {
         int32_t *raw = (int32_t *)on_device(rows * sizeof *raw);
-        floatX *dev_z = send_x(z, rows * D), *dev_book = send_x(book, K * D), *dev_zq = (floatX *)on_device(rows * D * sizeof *dev_zq);
+        floatX *dev_z = send_x(z, rows * D), *dev_book = send_x(book, K * D),
+               *dev_zq = (floatX *)on_device(rows * D * sizeof *dev_zq);
         floatX *dev_dz = send_x(dz, rows * D);
-        float *dev_dbook = send(dbook, K * D), *half = (float *)on_device(K * 4), *scores = (float *)on_device(tile * K * 4);
+        float *dev_dbook = send(dbook, K * D), *half = (float *)on_device(K * 4),
+              *scores = (float *)on_device(tile * K * 4);
         reverse(order);
         CHECK_OK(nearest_cuda(device, raw, dev_z, dev_book, rows, K, D, half, scores, tile * K));
         CHECK_OK(straight_through_cuda(device, dev_zq, device->sums, dev_z, dev_book, raw, rows, D));
@@ -349,10 +385,12 @@ typedef struct {
 static Asked ask(const VqganConfig *c, size_t B, size_t H, size_t W) {
     Asked a = {B, H, W, (H >> (c->levels - 1)) * (W >> (c->levels - 1)), 0, 0, 0, NULL, NULL, NULL, NULL};
     a.n_image = B * c->in_channels * H * W, a.n_out = B * c->out_ch * H * W, a.n_z = B * c->embed_dim * a.cells;
-    a.image = random_reals(a.n_image, 51, 0.5), a.z = random_reals(a.n_z, 52, 2), a.dxrec = random_reals(a.n_out, 53, 1);
+    a.image = random_reals(a.n_image, 51, 0.5), a.z = random_reals(a.n_z, 52, 2),
+    a.dxrec = random_reals(a.n_out, 53, 1);
     a.tokens = (int32_t *)malloc(B * a.cells * sizeof *a.tokens);
     for (size_t i = 0; i < B * a.cells; i++)
-        a.tokens[i] = (int32_t)rng_below(7, rng_stream(RNG_TEST, 54, 0), i, (uint32_t)(c->re_embed ? c->re_embed : c->n_embed));
+        a.tokens[i] =
+            (int32_t)rng_below(7, rng_stream(RNG_TEST, 54, 0), i, (uint32_t)(c->re_embed ? c->re_embed : c->n_embed));
     return a;
 }
 
@@ -368,7 +406,8 @@ static Said say(Vqgan *v, const Asked *a) {
     const real *xrec, *z, *zq;
     const int32_t *raw;
     Said s;
-    s.prequant = random_reals(a->n_z, 1, 1), s.decoded = random_reals(a->n_out, 1, 1), s.drawn = random_reals(a->n_out, 1, 1);
+    s.prequant = random_reals(a->n_z, 1, 1), s.decoded = random_reals(a->n_out, 1, 1),
+    s.drawn = random_reals(a->n_out, 1, 1);
     s.dimage = random_reals(a->n_image, 1, 1);
     s.tokens = (int32_t *)malloc(a->B * a->cells * 4), s.raw = (int32_t *)malloc(a->B * a->cells * 4);
     CHECK_OK(vqgan_plan(v, a->B, a->H, a->W, 0));
@@ -380,7 +419,9 @@ static Said say(Vqgan *v, const Asked *a) {
     params_zero_grad(vqgan_params(v));
     for (int twice = 0; twice < 2; twice++) { /* gradients of parameters add up */
         CHECK_OK(vqgan_forward(v, a->image, a->B, a->H, a->W, &xrec, &s.loss));
-        if (twice) vqgan_latents(v, &z, &zq, &raw), s.xrec = copy_of(xrec, a->n_out), s.z = copy_of(z, a->n_z), s.zq = copy_of(zq, a->n_z);
+        if (twice)
+            vqgan_latents(v, &z, &zq, &raw), s.xrec = copy_of(xrec, a->n_out), s.z = copy_of(z, a->n_z),
+                                             s.zq = copy_of(zq, a->n_z);
         if (twice) memcpy(s.raw, raw, a->B * a->cells * sizeof *raw);
         CHECK_OK(vqgan_backward(v, a->dxrec, 1.5, twice ? s.dimage : NULL));
     }
@@ -406,7 +447,8 @@ static void near_rms(const char *name, const real *got, const real *want, size_t
     real *gap = copy_of(got, n);
     for (size_t i = 0; i < n; i++) gap[i] -= want[i];
     const double error = rms_of(gap, n) / fmax(rms_of(want, n), least);
-    if (!test_note(n > 0 && error <= limit, __FILE__, __LINE__, name)) printf("     an error of %.3g, at most %.3g\n", error, limit);
+    if (!test_note(n > 0 && error <= limit, __FILE__, __LINE__, name))
+        printf("     an error of %.3g, at most %.3g\n", error, limit);
     free(gap);
 }
 
