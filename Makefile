@@ -2,13 +2,16 @@
 # make MARCH=native the three programs for this processor only: a third of the time to compile
 # make test         every test; the last line is "N passed, N failed"
 # make test SANITIZE=1   the same under AddressSanitizer and UndefinedBehaviorSanitizer
+# make test-cuda    the CUDA kernels on this machine's GPU; SANITIZER=memcheck: under compute-sanitizer
+# make bench-cuda   a training step and decoding on a GPU at full size, beside PyTorch
+# make test-cuda-emulated   every CUDA kernel, run on the CPU, against its C twin (part of make test)
 # make bench        how fast, as fractions of this machine's ceilings and beside PyTorch; also in bench.tsv
 # make fuzz SECONDS=60  the readers of checkpoints under libFuzzer (needs clang; Debian: clang, libclang-rt-14-dev)
 # make ffhq         fetches an official model: also ffhq2 churches bedrooms cats imagenet imagenet4 (models/fetch.sh)
 # make fullsize     the official models at full size, with random weights, against PyTorch (PYTHON=..., MODELS=...)
 # make data/emoji   the pictures that the bundled model was trained on
-# Variables: CC=clang, MARCH=x86-64-v3 (one processor's instructions, for tests too), SANITIZE=1 (each combination
-# builds in its own folder), -j1 (default: as many jobs as there are processors),
+# Variables: NVCC=... (empty: no CUDA), CUDA_ARCH="80 90", CC=clang, MARCH=x86-64-v3 (one processor's instructions, for tests
+# too), SANITIZE=1 (each combination builds in its own folder), -j1 (default: as many jobs as there are processors),
 # MODELS_URL=https://... (where official models come from), PYTHON=... (which has PyTorch, for comparisons).
 
 CC ?= cc
@@ -23,6 +26,16 @@ MAKEFLAGS += -j$(or $(shell getconf _NPROCESSORS_ONLN 2>/dev/null),1)
 B := build/$(notdir $(CC))-$(MARCH)$(if $(filter 1,$(SANITIZE)),-sanitize)
 
 comma := ,
+space := $(subst ,, )
+
+# nvcc 12 or later makes the programs compute on NVIDIA GPUs too. CUDA_ARCH: the compute capabilities to compile for, e.g.
+# "80 90 100"; the last one's intermediate code, too, which the driver compiles for any later GPU when first run: 80 alone
+# serves all, and each more takes nvcc several seconds. Under the sanitizers of the host there is only the emulation.
+NVCC ?= $(firstword $(shell command -v nvcc 2>/dev/null) $(wildcard /usr/local/cuda/bin/nvcc))
+ifeq ($(SANITIZE),1)
+override NVCC :=
+endif
+CUDA_ARCH ?= 80
 
 # ---- what this machine has: each feature is verified by compiling something ----
 compiles = $(shell printf '%b\n' '$(1)' | $(CC) -x c - $(2) -o /dev/null 2>/dev/null && echo yes)
@@ -66,7 +79,11 @@ $(if $(ONE_MARCH),$(error $(CC) does not know -march=$(ONE_MARCH)),$(info proces
 endif
 $(info processor $(if $P,any x86-64; of $(LEVELS) the best that it has; tests: this one,this one only$(if $(ONE_MARCH),: MARCH=$(MARCH),: $(WHY_ONE))))
 $(info images    PNG, JPEG)
-$(info device    CPU (the CUDA path is not part of this version))
+ifeq ($(NVCC),)
+$(info device    CPU (no nvcc was found, NVCC=... names it; the CUDA kernels run on the CPU in make test))
+else
+$(info device    CPU and CUDA ($(NVCC), for sm_$(subst $(space),$(comma) sm_,$(CUDA_ARCH)) and later; NVCC= leaves it out))
+endif
 endif
 
 # -ffp-contract=fast: a*b+c may become one fused multiply-add, which every kernel here is built on. -fno-math-errno and
@@ -83,13 +100,18 @@ CFLAGS_ANY := -std=c11 -D_GNU_SOURCE -g $(OPT) -ffp-contract=fast -fno-math-errn
 CFLAGS := $(CFLAGS_ANY) $(if $(HAVE_MARCH),-march=$(MARCH))
 LDLIBS := -lpng -ljpeg -lz -lm -lpthread
 
-COMPONENTS := base gemm stream conv checkpoint ckpt params data vqgan_layers vqgan layers attention transformer decode optimizer classes diffusion
+COMPONENTS := base gemm stream conv checkpoint ckpt params data vqgan_layers vqgan layers attention transformer decode optimizer device classes diffusion
 PROGRAMS := sample train inpaint
 COLD := checkpoint ckpt params data classes # whose speed is that of files: compiled for the first level only
 TESTS := base gemm conv checkpoint ckpt data vqgan transformer classes diffusion
 TESTS_DOUBLE := gemm conv vqgan transformer
 
 OBJ := $(COMPONENTS:%=$B/%.o)
+DEVICE_OBJ := $(if $(NVCC),$B/device_f32.o $B/device_bf16.o)
+CUDA_LIBS := $(if $(NVCC),-L$(dir $(NVCC))../lib64 -lcudart_static -ldl -lrt -lstdc++)
+NVCC_FLAGS := -x cu -std=c++17 -O3 -lineinfo $(foreach a,$(CUDA_ARCH),-gencode arch=compute_$a$(comma)code=sm_$a) \
+              -gencode arch=compute_$(lastword $(CUDA_ARCH))$(comma)code=compute_$(lastword $(CUDA_ARCH)) \
+              -Xcompiler -Wall$(comma)-Wextra$(comma)-Werror -Werror all-warnings
 OBJ_DOUBLE := $(COMPONENTS:%=$B/double/%.o)
 TEST_BIN := $(TESTS:%=$B/test_%) $(TESTS_DOUBLE:%=$B/test_%_double)
 
@@ -106,9 +128,11 @@ $(PROGRAMS) test/golden test/bench: FORCE
 $(shell mkdir -p build && echo $(or $P,$B) >build/last)
 endif
 
-$(PROGRAMS:%=$B/%): $B/%: $B/%.o $B/cli.o $(OBJ)
-	$(CC) $(CFLAGS) -o $@ $^ $(LDLIBS)
-$B/golden $B/bench: $B/%: $B/test/%.o $(OBJ)
+$(PROGRAMS:%=$B/%): $B/%: $B/%.o $B/cli.o $(OBJ) $(DEVICE_OBJ)
+	$(CC) $(CFLAGS) -o $@ $^ $(LDLIBS) $(CUDA_LIBS)
+$B/golden: $B/test/golden.o $(OBJ) $(DEVICE_OBJ)
+	$(CC) $(CFLAGS) -o $@ $^ $(LDLIBS) $(CUDA_LIBS)
+$B/bench: $B/test/bench.o $(OBJ)
 	$(CC) $(CFLAGS) -o $@ $^ $(LDLIBS)
 $B/pictures $B/logits $B/fullsize: $B/%: $B/test/%.o $(OBJ)
 	$(CC) $(CFLAGS) -o $@ $^ $(LDLIBS)
@@ -149,8 +173,69 @@ $(PROGRAMS:%=$P/%): $P/x86-64/start.o
 	$(CC) $(CFLAGS_ANY) -o $@ $^ $(LDLIBS)
 endif
 
-test: $(TEST_BIN) $B/golden $B/pictures $B/logits $(PROGRAMS:%=$B/%) $(if $P,$(PROGRAMS:%=$P/%))
-	@test/run.sh $B "$P" $(TEST_BIN)
+# ---- CUDA: device.cu includes every kernel, and is compiled once with floatX = float, once with bf16 ----
+# Emulated: by a C++ compiler, with test/cuda_on_cpu.h in the place of CUDA's headers.
+CXX := $(if $(findstring clang,$(notdir $(CC))),$(subst clang,clang++,$(CC)),$(subst gcc,g++,$(CC)))
+PRECISIONS := f32 bf16
+EMULATED_TESTS := $(foreach t,cuda vqgan_cuda,$(PRECISIONS:%=$B/emulated/test_$(t)_%))
+EMULATED_FLAGS := -x c++ -std=c++17 -D_GNU_SOURCE -DCUDA_ON_CPU -U_FORTIFY_SOURCE -g $(if $(filter 1,$(SANITIZE)),$(OPT),-O2) \
+                  -ffp-contract=off $(WARN) -Wno-unknown-pragmas
+floatX = $(if $(filter %bf16 %bf16.o,$@),-DFLOATX_BF16)
+
+$(PRECISIONS:%=$B/emulated/device_%.o): device.cu Makefile
+	@mkdir -p $(@D)
+	$(CXX) $(EMULATED_FLAGS) $(floatX) -MMD -MP -c -o $@ $<
+$(PRECISIONS:%=$B/emulated/test_cuda_%.o): test/test_cuda.cu Makefile
+$(PRECISIONS:%=$B/emulated/test_vqgan_cuda_%.o): test/test_vqgan_cuda.cu Makefile
+$(EMULATED_TESTS:%=%.o):
+	@mkdir -p $(@D)
+	$(CXX) $(EMULATED_FLAGS) $(floatX) -MMD -MP -c -o $@ $<
+$(EMULATED_TESTS): $B/emulated/%: $B/emulated/%.o $(OBJ)
+	$(CXX) $(OPT) -o $@ $^ $(LDLIBS)
+
+EMULATED_BIN := $(EMULATED_TESTS) $(PROGRAMS:%=$B/emulated/%) $B/emulated/golden
+EMULATED_OBJ := $(OBJ) $(PRECISIONS:%=$B/emulated/device_%.o)
+$(PROGRAMS:%=$B/emulated/%): $B/emulated/%: $B/%.o $B/cli.o $(EMULATED_OBJ)
+	$(CXX) $(OPT) -o $@ $^ $(LDLIBS)
+$B/emulated/golden: $B/test/golden.o $(EMULATED_OBJ)
+	$(CXX) $(OPT) -o $@ $^ $(LDLIBS)
+
+.PHONY: test-cuda test-cuda-emulated bench-cuda
+test-cuda-emulated: $(EMULATED_BIN) $(PROGRAMS:%=$B/%) $B/pictures
+	@test/run.sh --cuda $B $B/emulated $(EMULATED_TESTS)
+
+# On a GPU, by nvcc. SANITIZER=memcheck (or racecheck, synccheck, initcheck) runs the layers under compute-sanitizer.
+SANITIZER ?=
+NVCC_TESTS := $(foreach t,cuda vqgan_cuda,$(PRECISIONS:%=$B/test_$(t)_%))
+$(PRECISIONS:%=$B/device_%.o): device.cu Makefile
+	@mkdir -p $(@D)
+	$(NVCC) $(NVCC_FLAGS) $(floatX) -MMD -MP -MF $(@:.o=.d) -c -o $@ $<
+$(PRECISIONS:%=$B/test/test_cuda_%.o): test/test_cuda.cu Makefile
+$(PRECISIONS:%=$B/test/test_vqgan_cuda_%.o): test/test_vqgan_cuda.cu Makefile
+$(NVCC_TESTS:$B/%=$B/test/%.o):
+	@mkdir -p $(@D)
+	$(NVCC) $(NVCC_FLAGS) $(floatX) -MMD -MP -MF $(@:.o=.d) -c -o $@ $<
+$(NVCC_TESTS): $B/%: $B/test/%.o $(OBJ)
+	$(CC) $(CFLAGS) -o $@ $^ $(LDLIBS) $(CUDA_LIBS)
+test-cuda: $(if $(NVCC),$(NVCC_TESTS) $B/golden $(PROGRAMS:%=$B/%) $B/pictures)
+ifeq ($(NVCC),)
+	@echo "make test-cuda needs nvcc (NVCC=... names it)"; exit 1
+else ifneq ($(SANITIZER),)
+	@for t in $(NVCC_TESTS); do compute-sanitizer --tool $(SANITIZER) --error-exitcode 1 $$t || exit 1; done
+else
+	@test/run.sh --cuda $B $B $(NVCC_TESTS)
+endif
+
+# A training step and decoding at full FFHQ size on a GPU, beside PyTorch where PYTHON has it.
+$B/bench_cuda: $B/test/bench_cuda.o $(OBJ) $(DEVICE_OBJ)
+	$(CC) $(CFLAGS) -o $@ $^ $(LDLIBS) $(CUDA_LIBS)
+bench-cuda: $B/bench_cuda
+	$B/bench_cuda
+	@if $(PYTHON) -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null; then $(PYTHON) test/bench_cuda_torch.py; \
+	else echo "skipped: comparison with PyTorch on the GPU, which $(PYTHON) does not have (PYTHON=... chooses another)"; fi
+
+test: $(TEST_BIN) $(EMULATED_BIN) $B/golden $B/pictures $B/logits $(PROGRAMS:%=$B/%) $(if $P,$(PROGRAMS:%=$P/%))
+	@test/run.sh $B "$P" $(TEST_BIN) $(EMULATED_TESTS)
 
 # The official model in PyTorch beside ours, where PYTHON has PyTorch.
 PYTHON ?= python3
@@ -185,10 +270,10 @@ data/emoji:
 	/usr/bin/python3 dev/emoji.py --out $@
 
 format:
-	clang-format -i *.c *.cu *.h test/*.c test/*.h
+	clang-format -i *.c *.cu *.h test/*.c test/*.cu test/*.h
 
 clean:
 	rm -rf build $(PROGRAMS) test/golden test/bench
 
 FORCE:
--include $(wildcard $B/*.d $B/test/*.d $B/double/*.d $B/double/test/*.d $(if $P,$(LEVELS:%=$P/%/*.d)))
+-include $(wildcard $B/*.d $B/test/*.d $B/emulated/*.d $B/double/*.d $B/double/test/*.d $(if $P,$(LEVELS:%=$P/%/*.d)))

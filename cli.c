@@ -45,10 +45,11 @@ void check(Err e) {
     if (e != OK) die("%s", err_text());
 }
 
-void check_device(const char *device) {
-    if (!device || !strcmp(device, "cpu")) return;
-    if (!strcmp(device, "cuda")) die("--device cuda: this version has the CPU path only; use --device cpu");
-    usage_error("--device %s: expected cpu or cuda", device);
+int check_device(const char *device) {
+    if (!device || !strcmp(device, "cpu")) return 0;
+    if (strcmp(device, "cuda") != 0) usage_error("--device %s: expected cpu or cuda", device);
+    check(cuda_find(NULL, NULL, NULL));
+    return 1;
 }
 
 /* ---- options ---- */
@@ -321,11 +322,13 @@ void sampling_start(SamplingArgs *a, Model *m, const NamedModel **stand_in_for) 
     size_t format = 0;
     while (a->weights && format < 3 && strcmp(a->weights, formats[format]) != 0) format++;
     if (format == 3) usage_error("--weights %s: expected f32, bf16 or int8", a->weights);
-    check_device(a->device);
+    const int cuda = check_device(a->device);
+    if (cuda && format == WEIGHTS_INT8) usage_error("--weights int8 is for --device cpu; on a GPU f32 or bf16");
     threads_set((int)a->threads);
     check(model_open(m, a->model, stand_in_for));
     m->no_ema = a->no_ema;
     m->weights = (WeightFormat)format;
+    if (cuda) check(model_use_cuda(m));
     if (a->seed == SEED_NOT_GIVEN) a->seed = (uint64_t)time(NULL);
     const NamedModel *missing = *stand_in_for;
     if (!missing) return;
@@ -336,6 +339,23 @@ void sampling_start(SamplingArgs *a, Model *m, const NamedModel **stand_in_for) 
             missing->stand_in && !a->class_name ? ", class " : "",
             missing->stand_in && !a->class_name ? missing->stand_in : "");
     if (!a->class_name) a->class_name = missing->stand_in;
+}
+
+/* One line: which GPU, how exact, what goes there; dies if that does not fit. */
+static void say_gpu(const Model *m, const ModelMemory *need) {
+    char text[CUDA_TEXT_BYTES], first[32], weights[32], plan[32], there[32], what[256];
+    size_t available = 0;
+    check(cuda_find(text, &available, NULL));
+    available += need->gpu_first_stage; /* which is there already */
+    bytes_text(first, need->gpu_first_stage), bytes_text(weights, need->gpu_scale),
+        bytes_text(plan, need->gpu_activations);
+    snprintf(what, sizeof what, "GPU: first stage %s, largest scale %s, activations %s", first, weights, plan);
+    check(memory_fits(need->gpu_first_stage + need->gpu_scale + need->gpu_activations, available, what,
+                      "a smaller --batch takes less"));
+    fprintf(stderr, "device: %s; in %s\n", text,
+            m->weights == WEIGHTS_BF16 ? "bf16" : "f32 (--weights bf16 is faster)");
+    fprintf(stderr, "GPU memory: first stage %s, largest scale %s, activations %s; %s free\n", first, weights, plan,
+            bytes_text(there, available));
 }
 
 void sampling_memory(Model *m, size_t batch, size_t pictures) {
@@ -350,6 +370,7 @@ void sampling_memory(Model *m, size_t batch, size_t pictures) {
     fprintf(stderr, "memory: first stage %s, largest scale %s, activations and pictures %s; ", first, scale, rest);
     fprintf(stderr, "%s available\n", available == SIZE_MAX ? "unknown how much is" : bytes_text(there, available));
     fprintf(stderr, "processor: %s, %d threads\n", vector_instructions(), threads_get());
+    if (m->cuda) say_gpu(m, &need);
 }
 
 /* The user's list, else what the model's file recommends, else `otherwise`. */
@@ -436,9 +457,10 @@ Err sampling_text(Config *text, const SamplingArgs *a, const SampleOptions *o, c
 
 Err decode_pictures(Model *m, const int32_t *tokens, size_t n, real *images) {
     size_t N = m->h * m->w, pixels = 3 * m->side * m->side;
-    TRY(vqgan_plan(m->vqgan, 1, m->side, m->side, 0));
-    for (size_t b = 0; b < n; b++) {
-        TRY(vqgan_decode_tokens(m->vqgan, tokens + b * N, 1, m->h, m->w, images + b * pixels));
+    const size_t batch = decode_batch(m, n);
+    TRY(vqgan_plan(m->vqgan, batch, m->side, m->side, 0));
+    for (size_t b = 0; b < n; b += batch) {
+        TRY(vqgan_decode_tokens(m->vqgan, tokens + b * N, min_size(batch, n - b), m->h, m->w, images + b * pixels));
         progress_line("decoding picture %zu of %zu", b + 1, n);
     }
     progress_end();

@@ -10,6 +10,7 @@
  * layer works row by row; gemm_stream and attention keep the bits of a row alone. */
 #include "transformer.h"
 
+#ifndef DEVICE_CODE
 /* ---- A pass ---- */
 
 /* The n cells of m->cell with the tokens in decoder.ids, through the decoder. Keys and values of all cells are there
@@ -54,7 +55,14 @@ Err transformer_decode_begin(Transformer *m, const int32_t *x_t, const int32_t *
     TRY(check_batch(m, x_t, t, label, B, N));
     m->now_B = B, m->now_N = N;
     memset(m->fed, 0, B * sizeof *m->fed);
-    if (c->kind == NET_X) {
+    if (m->params.device) {
+        if (c->kind == NET_X)
+            prompted_ids(c, m->encoder.ids, t, label, x_t, N, B, N);
+        else
+            prompted_ids(c, m->decoder.ids, t, label, NULL, 0, B, 0);
+        TRY(m->params.ops->decode_begin(m));
+        m->state = DECODING;
+    } else if (c->kind == NET_X) {
         const Pass encode = whole_pass(&m->encoder, B, P + N, NULL, 0);
         prompted_ids(c, m->encoder.ids, t, label, x_t, N, B, N);
         stack_forward(m, &m->encoder, m->encoder.ids, &encode, 0);
@@ -98,11 +106,19 @@ static Err check_cells(const Transformer *m, const DecodeCell *cell, size_t n) {
 
 Err transformer_decode_block(Transformer *m, const DecodeCell *cell, size_t n, const real **logits) {
     TRY(check_cells(m, cell, n));
+    if (m->params.device) return err("transformer: a block of positions, which the GPU's decoding does not have");
     for (size_t r = 0; r < n; r++) set_cell(m, r, cell[r].b, cell[r].i, cell[r].prev);
     feed_cells(m, n);
     head_forward(m, 1, n, m->cell);
     *logits = m->logits;
     return OK;
+}
+
+/* On a GPU nothing is taken back: positions come in order. */
+static Err step_on_device(Transformer *m, const int32_t *prev, size_t i) {
+    if (i != m->fed[0]) return err("transformer: decoding step %zu on the GPU, expected %zu", i, m->fed[0]);
+    for (size_t b = 0; b < m->now_B; b++) m->decoder.ids[b] = i > 0 ? prev[b] : 0, m->fed[b] = i + 1;
+    return m->params.ops->decode_step(m, i);
 }
 
 Err transformer_decode_step(Transformer *m, const int32_t *prev, size_t i, const real **logits) {
@@ -111,10 +127,11 @@ Err transformer_decode_step(Transformer *m, const int32_t *prev, size_t i, const
         if (i > m->fed[b] || i >= m->now_N)
             return err("transformer: decoding step %zu, expected 0..%zu of %zu", i, m->fed[b], m->now_N);
     if (i > 0) TRY(check_ids("previous token", prev, m->now_B, 0, m->config.dec_num_tokens));
+    *logits = m->logits;
+    if (m->params.device) return step_on_device(m, prev, i);
     for (size_t b = 0; b < m->now_B; b++) set_cell(m, b, b, i, i > 0 ? prev[b] : 0);
     feed_cells(m, m->now_B);
     head_forward(m, 1, m->now_B, m->cell);
-    *logits = m->logits;
     return OK;
 }
 
@@ -139,3 +156,549 @@ void transformer_pass_cost(const Transformer *m, size_t N, double *pass, double 
     *pass = bytes > CACHES ? CELLS_PER_BYTE * bytes / weights : 1;
     *sample = bytes > CACHES ? CELLS_PER_BYTE * kept * (double)sizeof(real) / weights : 0;
 }
+
+Err transformer_draw_cuda(Transformer *m, const DrawOptions *o, int32_t *tokens) {
+    if (!m->params.device) return err("transformer: it is not on the GPU");
+    if (m->state != DECODING || m->fed[0] != 0) return err("transformer: drawing without decoding just begun");
+    if (!(o->temperature >= 0)) return err("transformer: temperature %g, expected 0 or more", o->temperature);
+    if (!o->known != !o->keep) return err("transformer: known tokens and their mask go together");
+    for (size_t i = 0; o->known && i < m->now_B * m->now_N; i++)
+        if (o->keep[i % m->now_N]) TRY(check_ids("known token", o->known + i, 1, 0, m->config.dec_num_tokens));
+    for (size_t b = 0; b < m->now_B; b++) m->fed[b] = m->now_N;
+    return m->params.ops->draw(m, o, tokens);
+}
+#else
+
+/* ---- The twins ----
+ *
+ * For few rows (a batch of up to STREAM_ROWS) a step is bound by reading weights and by starting kernels: stream_kernel
+ * does norm, product and what follows it in one go, so that a block of the network takes two or three kernels. Larger
+ * batches go through the matrix products of training. Tokens are drawn where the logits are; a step is captured in a graph
+ * once per pass and started N times, without the host having a say in between. */
+
+enum { STREAM_ROWS = 8, STREAM_WARPS = 4, STREAM_BYTES = 96 << 10, DRAW_THREADS = 256 };
+
+static void plan_decoding_twin(Arena *a, NetTwin *w, const Transformer *m, size_t inner) {
+    const size_t rows = m->B * prompt_length(&m->config);
+    w->pos = (int *)take_bytes(a, 1, 1, 1, sizeof *w->pos);
+    w->new_key = take_x(a, rows, inner), w->new_value = take_x(a, rows, inner);
+    w->how = (DrawTwin *)take_bytes(a, 1, 1, 1, sizeof *w->how);
+    w->stream = (uint64_t *)take_bytes(a, m->B, 1, 1, sizeof *w->stream);
+    w->fit = (double *)take_bytes(a, m->B, 1, 1, sizeof *w->fit);
+    w->known = take_ids(a, m->B, m->N), w->tokens = take_ids(a, m->B, m->N);
+    w->keep = (uint8_t *)take_bytes(a, m->N, 1, 1, 1);
+}
+
+/* ---- Products for few rows ---- */
+
+/* out (R,N) of up to three matrices (N,K) that read the same rows (R,K): in, or the norm of x. */
+typedef struct {
+    const floatX *weight;
+    const float *bias; /* NULL: none */
+    void *out;         /* float with `residual` or is_float, else floatX */
+} StreamPart;
+typedef struct {
+    const floatX *in; /* NULL: norm of x */
+    const float *x, *norm_weight, *norm_bias;
+    float eps;
+    StreamPart part[3];
+    const float *residual;
+    int gelu, is_float;
+    size_t R, N, K;
+} Stream;
+
+/* rows (R,K) in shared memory */
+static __device__ inline void load_rows(floatX *rows, const Stream *s) {
+    const size_t lane = threadIdx.x % WARP, K = s->K;
+    if (s->in) {
+        for (size_t i = threadIdx.x * PACK; i < s->R * K; i += STREAM_WARPS * WARP * PACK)
+            store_pack(rows, i, s->R * K, load_pack(s->in, i, s->R * K));
+        return;
+    }
+    for (size_t r = threadIdx.x / WARP; r < s->R; r += STREAM_WARPS) {
+        const float *x = s->x + r * K;
+        float sum = 0, square = 0;
+        for (size_t c = lane; c < K; c += WARP) sum += x[c];
+        const float mu = warp_sum(sum) / (float)K;
+        for (size_t c = lane; c < K; c += WARP) square += (x[c] - mu) * (x[c] - mu);
+        const float scale = 1 / sqrtf(warp_sum(square) / (float)K + s->eps);
+        for (size_t c = lane; c < K; c += WARP)
+            rows[r * K + c] = to_floatX((x[c] - mu) * scale * s->norm_weight[c] + s->norm_bias[c]);
+    }
+}
+
+/* A warp per row of a matrix, that is, per column of out: it reads that row once, 16 bytes a lane, for all R rows. */
+static __global__ void __launch_bounds__(STREAM_WARPS *WARP) stream_kernel(Stream s) {
+    SHARED(floatX, rows);
+    const size_t column = (size_t)blockIdx.x * STREAM_WARPS + threadIdx.x / WARP, lane = threadIdx.x % WARP, K = s.K;
+    const size_t n = column % s.N, which = column / s.N;
+    float sum[STREAM_ROWS] = {};
+    load_rows(rows, &s);
+    __syncthreads();
+    if (which > 2 || !s.part[which].weight) return;
+    const floatX *weight = s.part[which].weight + n * K;
+    const size_t whole = K % PACK ? 0 : K; /* rows that are not whole packs do not begin at 16 bytes */
+    for (size_t k = lane * PACK; k < whole; k += WARP * PACK) {
+        const Pack w = *(const Pack *)(weight + k);
+#pragma unroll
+        for (size_t r = 0; r < STREAM_ROWS; r++) {
+            if (r >= s.R) continue;
+            const Pack x = *(const Pack *)(rows + r * K + k);
+#pragma unroll
+            for (int e = 0; e < PACK; e++) sum[r] += to_float(w.at[e]) * to_float(x.at[e]);
+        }
+    }
+    for (size_t k = whole + lane; k < K; k += WARP)
+#pragma unroll
+        for (size_t r = 0; r < STREAM_ROWS; r++)
+            if (r < s.R) sum[r] += to_float(weight[k]) * to_float(rows[r * K + k]);
+#pragma unroll
+    for (size_t r = 0; r < STREAM_ROWS; r++) {
+        if (r >= s.R) continue;
+        float y = warp_sum(sum[r]) + (s.part[which].bias ? s.part[which].bias[n] : 0);
+        if (lane != 0) continue;
+        if (s.gelu) y *= 0.5f * erfcf(-y * 0.70710678f);
+        if (s.residual) y += s.residual[r * s.N + n];
+        if (s.is_float)
+            ((float *)s.part[which].out)[r * s.N + n] = y;
+        else
+            ((floatX *)s.part[which].out)[r * s.N + n] = to_floatX(y);
+    }
+}
+
+static Stream stream_of(const Device *d, const Norm *norm, const float *x, const floatX *in, size_t R) {
+    Stream s;
+    memset(&s, 0, sizeof s);
+    s.in = in, s.R = R, s.eps = (float)NORM_EPS;
+    if (norm) s.x = x, s.norm_weight = d->row[norm->weight].value, s.norm_bias = d->row[norm->bias].value;
+    return s;
+}
+
+static void add_part(const Device *d, Stream *s, int which, const Linear *l, void *out) {
+    s->part[which].weight = d->row[l->weight].weight, s->part[which].out = out;
+    s->part[which].bias = l->bias == NO_ROW ? NULL : d->row[l->bias].value;
+    s->N = l->out, s->K = l->in;
+}
+
+static Err stream_cuda(Device *d, const Stream *s) {
+    const size_t parts = s->part[2].weight ? 3 : 1;
+    LAUNCH(d, stream_kernel, blocks_for(parts * s->N, STREAM_WARPS), STREAM_WARPS * WARP, s->R * s->K * sizeof(floatX),
+           *s);
+    return OK;
+}
+
+/* next = x + projection of in */
+static Err stream_back(Device *d, const Linear *l, float *next, const float *x, const floatX *in, size_t R) {
+    Stream s = stream_of(d, NULL, NULL, in, R);
+    add_part(d, &s, 0, l, next);
+    s.residual = x, s.is_float = 1;
+    return stream_cuda(d, &s);
+}
+
+static Err attention_stream(Transformer *m, const Layer *l, LayerTwin *w, float *next, const AttendShape *shape) {
+    NetTwin *n = m->twin;
+    const int self = l->kind == BLOCK_SELF;
+    Stream s = stream_of(n->d, &l->norm, w->x, NULL, shape->B);
+    add_part(n->d, &s, 0, &l->q, w->query);
+    if (self) add_part(n->d, &s, 1, &l->k, n->new_key), add_part(n->d, &s, 2, &l->v, n->new_value);
+    TRY(stream_cuda(n->d, &s));
+    TRY(attend_decode_cuda(n->d, shape, self ? n->pos : NULL, w->y, w->query, w->key, w->value, n->new_key,
+                           n->new_value));
+    return stream_back(n->d, &l->out, next, w->x, w->y, shape->B);
+}
+
+static Err feed_stream(Transformer *m, const Layer *l, LayerTwin *w, float *next, size_t R) {
+    Device *d = m->twin->d;
+    Stream s = stream_of(d, &l->norm, w->x, NULL, R);
+    add_part(d, &s, 0, &l->up, w->g);
+    s.gelu = 1;
+    TRY(stream_cuda(d, &s));
+    return stream_back(d, &l->down, next, w->x, w->g, R);
+}
+
+static Err head_stream(Transformer *m, size_t R) {
+    NetTwin *n = m->twin;
+    Stream s = stream_of(n->d, &m->decoder.norm, n->decoder.x_end, NULL, R);
+    add_part(n->d, &s, 0, &m->head, n->raw);
+    s.is_float = 1;
+    return stream_cuda(n->d, &s);
+}
+
+/* ---- One token ---- */
+
+/* Philox of base.c */
+static __device__ inline double uniform(uint64_t seed, uint64_t stream, uint64_t index) {
+    uint32_t c[4] = {(uint32_t)index, (uint32_t)(index >> 32), (uint32_t)stream, (uint32_t)(stream >> 32)};
+    uint32_t key0 = (uint32_t)seed, key1 = (uint32_t)(seed >> 32);
+    for (int round = 0; round < 10; round++) {
+        const uint64_t a = (uint64_t)0xD2511F53u * c[0], b = (uint64_t)0xCD9E8D57u * c[2];
+        const uint32_t n0 = (uint32_t)(b >> 32) ^ c[1] ^ key0, n2 = (uint32_t)(a >> 32) ^ c[3] ^ key1;
+        c[1] = (uint32_t)b, c[3] = (uint32_t)a, c[0] = n0, c[2] = n2;
+        key0 += 0x9E3779B9u, key1 += 0xBB67AE85u;
+    }
+    return (double)(((uint64_t)c[0] << 32 | c[1]) >> 11) * 0x1p-53;
+}
+
+/* What the warps of a block tell each other */
+enum { DRAW_WARPS = DRAW_THREADS / WARP };
+typedef struct {
+    double part[DRAW_WARPS];
+    float value[DRAW_WARPS];
+    int index[DRAW_WARPS], bad[DRAW_WARPS];
+    int count[256];
+    unsigned prefix, rank; /* of the search for the k-th largest */
+    int first, last;       /* tokens: at which u is exceeded; with any probability */
+} DrawShared;
+
+/* Sum over the threads before this one and, in *total, over all: within a warp each step doubles the span. */
+static __device__ inline double sum_before(DrawShared *s, double x, double *total) {
+    const unsigned lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    double sum = x, before = 0, all = 0;
+    for (unsigned span = 1; span < WARP; span *= 2) {
+        const double more = __shfl_up_sync(0xffffffffu, sum, span);
+        if (lane >= span) sum += more;
+    }
+    __syncthreads();
+    if (lane == WARP - 1) s->part[warp] = sum;
+    __syncthreads();
+    for (unsigned k = 0; k < DRAW_WARPS; k++) {
+        if (k == warp) before = all;
+        all += s->part[k];
+    }
+    *total = all;
+    return before + (sum - x);
+}
+
+/* The first of the largest numbers of row (K), 0 if none is above -inf; *nan: there is a NaN. */
+static __device__ inline int find_largest(DrawShared *s, const float *row, int K, float *largest, int *nan) {
+    float best = -HUGE_VALF;
+    int at = K, bad = 0;
+    for (int k = threadIdx.x; k < K; k += DRAW_THREADS) {
+        bad |= row[k] != row[k];
+        if (row[k] > best) best = row[k], at = k;
+    }
+    for (int span = WARP / 2; span; span /= 2) {
+        const float value = __shfl_xor_sync(0xffffffffu, best, span);
+        const int index = __shfl_xor_sync(0xffffffffu, at, span);
+        if (value > best || (value == best && index < at)) best = value, at = index;
+    }
+    bad = __ballot_sync(0xffffffffu, bad) != 0;
+    __syncthreads();
+    if (threadIdx.x % WARP == 0) {
+        const unsigned warp = threadIdx.x / WARP;
+        s->value[warp] = best, s->index[warp] = at, s->bad[warp] = bad;
+    }
+    __syncthreads();
+    best = s->value[0], at = s->index[0], bad = s->bad[0];
+    for (unsigned k = 1; k < DRAW_WARPS; k++) {
+        if (s->value[k] > best || (s->value[k] == best && s->index[k] < at)) best = s->value[k], at = s->index[k];
+        bad |= s->bad[k];
+    }
+    *largest = best, *nan = bad;
+    return at < K ? at : 0;
+}
+
+/* Whole numbers in the order of the floats, and back */
+static __device__ inline unsigned order_of(float x) {
+    unsigned u;
+    memcpy(&u, &x, sizeof u);
+    return u >> 31 ? ~u : u | 0x80000000u;
+}
+static __device__ inline float float_at(unsigned order) {
+    const unsigned u = order >> 31 ? order & 0x7fffffffu : ~order;
+    float x;
+    memcpy(&x, &u, sizeof x);
+    return x;
+}
+
+/* The rank-th largest of row[k]/heat, byte by byte from the top: count who shares the bytes found so far, by the next. */
+static __device__ inline float kth_largest(DrawShared *s, const float *row, int K, float heat, unsigned rank) {
+    if (threadIdx.x == 0) s->prefix = 0, s->rank = rank;
+    for (int shift = 24; shift >= 0; shift -= 8) {
+        for (int k = threadIdx.x; k < 256; k += DRAW_THREADS) s->count[k] = 0;
+        __syncthreads();
+        const unsigned prefix = s->prefix;
+        for (int k = threadIdx.x; k < K; k += DRAW_THREADS) {
+            const unsigned u = order_of(row[k] / heat);
+            if (shift == 24 || u >> (shift + 8) == prefix) atomicAdd(&s->count[u >> shift & 255], 1);
+        }
+        __syncthreads();
+        if (threadIdx.x == 0) {
+            unsigned byte = 255, left = s->rank;
+            while (byte > 0 && (unsigned)s->count[byte] < left) left -= (unsigned)s->count[byte--];
+            s->prefix = prefix << 8 | byte, s->rank = left;
+        }
+        __syncthreads();
+    }
+    return float_at(s->prefix);
+}
+
+/* sample_probs and sample_pick of diffusion.c: the token at which the sum of probabilities first exceeds u. A thread has
+ * `each` neighbouring tokens. */
+static __device__ inline int pick(DrawShared *s, const float *row, int K, float heat, float largest, float least,
+                                  double u) {
+    const int each = (K + DRAW_THREADS - 1) / DRAW_THREADS, begin = (int)threadIdx.x * each;
+    const int end = begin + each < K ? begin + each : K;
+    double sum = 0, total, all;
+    for (int k = begin; k < end; k++) {
+        const float z = row[k] / heat;
+        if (!(z < least)) sum += (double)(float)exp((double)(z - largest));
+    }
+    sum_before(s, sum, &total);
+    double mass = 0;
+#define PROBABILITY(k)                                                                                                 \
+    (row[k] / heat < least ? 0 : (float)((double)(float)exp((double)(row[k] / heat - largest)) / total))
+    for (int k = begin; k < end; k++) {
+        const float p = PROBABILITY(k);
+        if (p > 0) mass += (double)p;
+    }
+    double below = sum_before(s, mass, &all);
+    int hit = K, last = -1;
+    for (int k = begin; k < end; k++) {
+        const float p = PROBABILITY(k);
+        if (!(p > 0)) continue;
+        below += (double)p, last = k;
+        if (below > u) {
+            hit = k;
+            break;
+        }
+    }
+#undef PROBABILITY
+    if (threadIdx.x == 0) s->first = K, s->last = -1;
+    __syncthreads();
+    if (hit < K) atomicMin(&s->first, hit);
+    if (last >= 0) atomicMax(&s->last, last);
+    __syncthreads();
+    return s->first < K ? s->first : s->last;
+}
+
+/* fit += log softmax(row)[guide] */
+static __device__ inline void add_fit(DrawShared *s, double *fit, const float *row, int K, float largest, int guide) {
+    double sum = 0, total;
+    for (int k = threadIdx.x; k < K; k += DRAW_THREADS) sum += exp((double)row[k] - (double)largest);
+    sum_before(s, sum, &total);
+    if (threadIdx.x == 0) *fit += (double)row[guide] - (double)largest - log(total);
+}
+
+typedef struct {
+    const float *logits; /* (B,K) */
+    const DrawTwin *how;
+    const uint64_t *stream;
+    const int32_t *known;
+    const uint8_t *keep;
+    double *fit;
+    int32_t *tokens, *ids; /* (B,N) and what the next step reads (B) */
+    const int *pos;
+    int prompt; /* positions in front of the tokens' */
+    size_t N;
+    int K;
+} DrawStep;
+
+/* A block per sample: draws its token i, -1 if there are no probabilities. */
+static __global__ void __launch_bounds__(DRAW_THREADS) draw_kernel(DrawStep a) {
+    SHARED(DrawShared, s);
+    const size_t b = blockIdx.x, i = (size_t)(*a.pos - a.prompt);
+    const float *row = a.logits + b * (size_t)a.K, heat = (float)a.how->temperature;
+    const int guide = a.how->guided && a.keep[i] ? a.known[b * a.N + i] : -1;
+    float largest, least = -HUGE_VALF;
+    int nan, token = find_largest(s, row, a.K, &largest, &nan);
+    if (a.how->fitted && guide >= 0) add_fit(s, &a.fit[b], row, a.K, largest, guide);
+    if (nan)
+        token = -1;
+    else if (guide >= 0)
+        token = guide;
+    else if (heat > 0) {
+        if (a.how->top_k > 0 && a.how->top_k < (size_t)a.K)
+            least = kth_largest(s, row, a.K, heat, (unsigned)a.how->top_k);
+        token = pick(s, row, a.K, heat, largest / heat, least, uniform(a.how->seed, a.stream[b], i));
+    }
+    if (threadIdx.x == 0) a.tokens[b * a.N + i] = token, a.ids[b] = token < 0 ? 0 : token;
+}
+
+static __global__ void advance_kernel(int *pos) {
+    if (threadIdx.x == 0) ++*pos;
+}
+
+/* ---- A pass ---- */
+
+static Err set_position(NetTwin *w, size_t pos) {
+    const int value = (int)pos;
+    TRY(to_device(w->d, w->pos, &value, sizeof value));
+    return wait_for(w->d);
+}
+
+/* One position of the decoder, whose ids and place are on the GPU, to logits (B,K). */
+static Err step_cuda(Transformer *m) {
+    NetTwin *w = m->twin;
+    const Stack *d = &m->decoder;
+    const size_t widest = max_size(FEED_FACTOR * d->C, d->layer[0].heads * d->layer[0].D);
+    Pass pass = whole_pass(d, m->now_B, 1, NULL, 0);
+    pass.stride = d->T, pass.causal = 0;
+    if (m->config.kind == NET_X) pass.T_context = prompt_length(&m->config) + m->now_N;
+    w->streaming = m->now_B <= STREAM_ROWS && m->now_B * widest * sizeof(floatX) <= STREAM_BYTES;
+    Err e = stack_forward_cuda(m, d, &w->decoder, &pass, NULL, 0, w->pos);
+    if (e == OK) e = head_forward_cuda(m, m->now_B, 1, w->pos);
+    w->streaming = 0;
+    return e;
+}
+
+/* As the CPU's: the context's keys and values, or the prompt of a GPT, whose last position gives the first logits. */
+static Err decode_begin_cuda(Transformer *m) {
+    NetTwin *w = m->twin;
+    const Stack *e = &m->encoder, *d = &m->decoder;
+    const size_t B = m->now_B, P = prompt_length(&m->config), n = P + m->now_N;
+    TRY(earlier_failure(w->d));
+    TRY(set_position(w, 0));
+    if (m->config.kind == NET_X) {
+        const Pass encode = whole_pass(e, B, n, NULL, 0);
+        TRY(to_device(w->d, w->encoder.ids, e->ids, B * n * sizeof *e->ids));
+        TRY(stack_forward_cuda(m, e, &w->encoder, &encode, NULL, 0, NULL));
+        for (size_t i = 0; i < d->n_layers; i++) {
+            const Layer *l = &d->layer[i];
+            if (l->kind != BLOCK_CROSS) continue;
+            TRY(linear_forward_cuda(w->d, &l->k, w->decoder.layer[i].key, 0, NULL, w->encoder.out, B * n));
+            TRY(linear_forward_cuda(w->d, &l->v, w->decoder.layer[i].value, 0, NULL, w->encoder.out, B * n));
+        }
+        return OK;
+    }
+    Pass pass = whole_pass(d, B, P, NULL, 0);
+    pass.stride = d->T, pass.causal = 0;
+    TRY(to_device(w->d, w->decoder.ids, d->ids, B * P * sizeof *d->ids));
+    m->state = DECODING; /* new keys go into the caches */
+    TRY(stack_forward_cuda(m, d, &w->decoder, &pass, NULL, P - 1, w->pos));
+    return head_forward_cuda(m, B, 1, w->pos);
+}
+
+static size_t prompt_positions(const Transformer *m) {
+    return m->config.kind == NET_X ? 0 : prompt_length(&m->config) - 1;
+}
+
+static Err decode_step_cuda(Transformer *m, size_t i) {
+    NetTwin *w = m->twin;
+    if (m->config.kind == NET_X || i > 0) { /* else begin has done it */
+        TRY(to_device(w->d, w->decoder.ids, m->decoder.ids, m->now_B * sizeof *m->decoder.ids));
+        TRY(set_position(w, prompt_positions(m) + i));
+        TRY(step_cuda(m));
+    }
+    return to_host(w->d, m->logits, w->logits, m->now_B * m->config.dec_num_tokens * sizeof *w->logits);
+}
+
+static Err launch_draw(Device *d, const DrawStep *a, size_t B) {
+    LAUNCH(d, draw_kernel, (unsigned)B, DRAW_THREADS, sizeof(DrawShared), *a);
+    return OK;
+}
+
+static Err draw_token(Transformer *m) {
+    NetTwin *w = m->twin;
+    const DrawStep a = {w->logits, w->how,
+                        w->stream, w->known,
+                        w->keep,   w->fit,
+                        w->tokens, w->decoder.ids,
+                        w->pos,    (int)prompt_positions(m),
+                        m->now_N,  (int)m->config.dec_num_tokens};
+    TRY(launch_draw(w->d, &a, m->now_B));
+    LAUNCH(w->d, advance_kernel, 1, WARP, 0, w->pos);
+    return OK;
+}
+
+static Err draw_step(Transformer *m) {
+    TRY(step_cuda(m));
+    return draw_token(m);
+}
+
+/* A step as a graph, which starts all its kernels at once */
+typedef struct {
+#ifdef CUDA_ON_CPU
+    int none;
+#else
+    cudaGraph_t graph;
+    cudaGraphExec_t ready;
+#endif
+} StepGraph;
+
+#ifdef CUDA_ON_CPU
+static Err graph_make(StepGraph *g, Transformer *m) {
+    (void)m;
+    g->none = 0;
+    return OK;
+}
+static Err graph_run(StepGraph *g, Transformer *m) {
+    (void)g;
+    return draw_step(m);
+}
+static void graph_free(StepGraph *g) {
+    (void)g;
+}
+#else
+static Err graph_make(StepGraph *g, Transformer *m) {
+    cudaStream_t stream = m->twin->d->stream;
+    g->graph = NULL, g->ready = NULL;
+    TRY(cuda_error(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "capturing a step"));
+    const Err e = draw_step(m);
+    const cudaError_t end = cudaStreamEndCapture(stream, &g->graph);
+    TRY(e);
+    TRY(cuda_error(end, "capturing a step"));
+    return cuda_error(cudaGraphInstantiate(&g->ready, g->graph, 0), "preparing a step");
+}
+static Err graph_run(StepGraph *g, Transformer *m) {
+    return cuda_error(cudaGraphLaunch(g->ready, m->twin->d->stream), "a step");
+}
+static void graph_free(StepGraph *g) {
+    if (g->ready) cudaGraphExecDestroy(g->ready);
+    if (g->graph) cudaGraphDestroy(g->graph);
+}
+#endif
+
+static Err send_options(Transformer *m, const DrawOptions *o) {
+    NetTwin *w = m->twin;
+    const size_t B = m->now_B, N = m->now_N;
+    const DrawTwin how = {o->seed, o->temperature, o->top_k, o->known != NULL, o->fit != NULL};
+    TRY(to_device(w->d, w->how, &how, sizeof how));
+    TRY(to_device(w->d, w->stream, o->stream, B * sizeof *o->stream));
+    TRY(device_zero(w->d, w->fit, B * sizeof *w->fit));
+    if (o->known) TRY(to_device(w->d, w->known, o->known, B * N * sizeof *o->known));
+    if (o->keep) TRY(to_device(w->d, w->keep, o->keep, N));
+    TRY(device_zero(w->d, w->decoder.ids, B * sizeof *w->decoder.ids)); /* sos */
+    return set_position(w, prompt_positions(m));
+}
+
+static Err draw_all(Transformer *m, const DrawOptions *o, StepGraph *g) {
+    enum { BETWEEN_REPORTS = 32 };
+    NetTwin *w = m->twin;
+    size_t done = 0;
+    if (m->config.kind == NET_GPT) {
+        TRY(draw_token(m)); /* from the prompt's logits */
+        done++;
+    }
+    /* The first step runs as it is: it loads what it needs, which must not happen while a graph is captured. */
+    if (done < m->now_N) {
+        TRY(draw_step(m));
+        done++;
+    }
+    if (done < m->now_N) TRY(graph_make(g, m));
+    while (done < m->now_N) {
+        for (size_t k = 0; k < BETWEEN_REPORTS && done < m->now_N; k++, done++) TRY(graph_run(g, m));
+        TRY(wait_for(w->d));
+        if (o->progress && o->progress(o->context, done)) return err("sampling was stopped");
+    }
+    return wait_for(w->d);
+}
+
+static Err draw_cuda(Transformer *m, const DrawOptions *o, int32_t *tokens) {
+    NetTwin *w = m->twin;
+    StepGraph g;
+    memset(&g, 0, sizeof g);
+    TRY(send_options(m, o));
+    const Err e = draw_all(m, o, &g);
+    graph_free(&g);
+    TRY(e);
+    TRY(to_host(w->d, tokens, w->tokens, m->now_B * m->now_N * sizeof *tokens));
+    if (!o->fit) return OK;
+    double *fit;
+    TRY(mem_alloc(&fit, m->now_B, sizeof *fit, "weights of candidates"));
+    const Err f = to_host(w->d, fit, w->fit, m->now_B * sizeof *fit);
+    for (size_t b = 0; f == OK && b < m->now_B; b++) o->fit[b] += fit[b];
+    free(fit);
+    return f;
+}
+#endif

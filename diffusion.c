@@ -719,12 +719,23 @@ void model_close(Model *m) {
     memset(m, 0, sizeof *m);
 }
 
+static Precision cuda_precision(const Model *m) {
+    return m->weights == WEIGHTS_BF16 ? PRECISION_BF16 : PRECISION_F32;
+}
+
+Err model_use_cuda(Model *m) {
+    m->cuda = 1;
+    TRY(vqgan_use_cuda(m->vqgan, cuda_precision(m)));
+    return params_send(vqgan_params(m->vqgan));
+}
+
 /* The weights to sample with: transformer_ema.* where the file has them and they are wanted, else transformer.* */
 static Err build_net(Model *m, const Checkpoint *ck) {
     NetConfig c;
     memset(&c, 0, sizeof c);
     TRY(net_config_read(&c, &ck->meta, prefix));
     TRY(transformer_create(&m->net, &c));
+    if (m->cuda) TRY(transformer_use_cuda(m->net, cuda_precision(m)));
     Params *p = transformer_params(m->net);
     transformer_set_alphas(m->net, m->schedule.alpha);
     if (checkpoint_find(ck, "sos_token")) {
@@ -735,7 +746,8 @@ static Err build_net(Model *m, const Checkpoint *ck) {
     TRY(check_unexpected(m->net, ck, p));
     const int ema = !m->no_ema && checkpoint_find(ck, "transformer_ema.num_updates");
     p->format = m->weights;
-    return params_map(p, ck, ema ? "transformer_ema." : "transformer.", ema);
+    TRY(params_map(p, ck, ema ? "transformer_ema." : "transformer.", ema));
+    return params_send(p);
 }
 
 Err model_scale(Model *m, int t) {
@@ -755,26 +767,40 @@ Err model_scale(Model *m, int t) {
     return e;
 }
 
-/* Raises what the weights and the plan of scale t need. */
-static Err scale_memory(const Model *m, int t, size_t batch, size_t *weights, size_t *plan) {
+/* Raises what the weights and the plan of scale t need: the host's, or the GPU's plan. */
+static Err scale_memory(const Model *m, int t, size_t batch, ModelMemory *need, size_t *plan) {
     Transformer *net;
     size_t bytes = 0;
     TRY(transformer_create(&net, &m->config[t]));
     transformer_params(net)->format = m->weights;
-    Err e = transformer_plan_bytes(net, batch, m->h * m->w, 0, &bytes);
-    *weights = max_size(*weights, params_bytes(transformer_params(net), m->weights));
-    *plan = max_size(*plan, bytes);
+    Err e = m->cuda ? transformer_use_cuda(net, cuda_precision(m)) : OK;
+    if (e == OK) e = transformer_plan_bytes(net, batch, m->h * m->w, 0, &bytes);
+    need->scale = max_size(need->scale, params_bytes(transformer_params(net), m->weights));
+    if (m->cuda)
+        need->gpu_activations = max_size(need->gpu_activations, bytes);
+    else
+        *plan = max_size(*plan, bytes);
     transformer_free(net);
     return e;
+}
+
+size_t decode_batch(const Model *m, size_t n) {
+    enum { PICTURES = 8 }; /* enough to fill a GPU */
+    return m->cuda ? max_size(min_size(n, PICTURES), 1) : 1;
 }
 
 Err model_memory(Model *m, size_t batch, size_t pictures, ModelMemory *out) {
     size_t plan = 0, vqgan_plan_size = 0, pixels = 3 * m->side * m->side;
     memset(out, 0, sizeof *out);
     out->first_stage = params_count(vqgan_params(m->vqgan)) * sizeof(real);
-    for (int t = m->joint ? 0 : 1; t <= (m->joint ? 0 : m->schedule.T); t++)
-        TRY(scale_memory(m, t, batch, &out->scale, &plan));
-    TRY(vqgan_plan_bytes(m->vqgan, 1, m->side, m->side, 0, &vqgan_plan_size));
+    for (int t = m->joint ? 0 : 1; t <= (m->joint ? 0 : m->schedule.T); t++) TRY(scale_memory(m, t, batch, out, &plan));
+    out->gpu_scale = m->cuda ? out->scale : 0;
+    TRY(vqgan_plan_bytes(m->vqgan, decode_batch(m, pictures), m->side, m->side, 0, &vqgan_plan_size));
+    if (m->cuda) {
+        out->gpu_first_stage =
+            out->first_stage / sizeof(real) * (sizeof(float) + (cuda_precision(m) == PRECISION_BF16 ? 2 : 0));
+        out->gpu_activations += vqgan_plan_size, vqgan_plan_size = 0;
+    }
     TRY(size_mul(&out->activations, pictures, pixels * (sizeof(real) + 1))); /* numbers, then bytes of the PNG */
     out->activations += plan + vqgan_plan_size;
     out->total = out->first_stage + out->scale + out->activations;
@@ -1127,10 +1153,14 @@ static void draw_task(void *context, size_t b) {
     }
 }
 
+static double temperature_of(const Run *r, int t) {
+    int official_one = r->o->official_temperature && transformer_config(r->net)->kind == NET_X; /* SPEC 1.11 */
+    return official_one ? 1 : r->o->temperature[t];
+}
+
 static Err draw_block(Run *r, const real *logits, size_t cells, int t, size_t repeat) {
     const SampleOptions *o = r->o;
-    int official_one = o->official_temperature && transformer_config(r->net)->kind == NET_X; /* SPEC 1.11 */
-    Draw d = {r, logits, repeat, t, official_one ? 1 : o->temperature[t]};
+    Draw d = {r, logits, repeat, t, temperature_of(r, t)};
     size_t least = r->N, tried = 0, right = 0, before = 0, after = 0;
     for (size_t b = 0; b < o->n; b++) before += r->row[b].at;
     parallel_for(threads_free(), o->n, draw_task, &d);
@@ -1172,11 +1202,55 @@ static void start_pass(Run *r, int t) {
         if (k % r->N >= r->end) r->tokens[k] = o->known[k];
 }
 
+/* All positions drawn where the network is, on the GPU. */
+typedef struct {
+    const Run *r;
+    int t;
+    size_t repeat;
+} PassReport;
+static int report_pass(void *context, size_t done) {
+    const PassReport *p = (const PassReport *)context;
+    const SampleOptions *o = p->r->o;
+    return o->progress ? o->progress(o->context, p->t, p->repeat, done, p->r->N) : 0;
+}
+
+static Err draw_on_gpu(const Run *r, int t, size_t repeat) {
+    const SampleOptions *o = r->o;
+    PassReport report = {r, t, repeat};
+    uint64_t *stream;
+    TRY(mem_alloc(&stream, o->n, sizeof *stream, "random streams"));
+    for (size_t b = 0; b < o->n; b++) stream[b] = pass_stream(RNG_SAMPLE, t, repeat, o->first + b);
+    const DrawOptions d = {.seed = o->seed,
+                           .stream = stream,
+                           .temperature = temperature_of(r, t),
+                           .top_k = o->top_k[t],
+                           .known = o->known,
+                           .keep = o->keep,
+                           .fit = o->known && o->candidates > 1 ? r->fit : NULL,
+                           .progress = report_pass,
+                           .context = &report};
+    const Err e = transformer_draw_cuda(r->net, &d, r->tokens);
+    free(stream);
+    return e;
+}
+
+static Err check_drawn(const Run *r, int t, size_t i) {
+    for (size_t b = 0; b < r->o->n; b++)
+        if (r->tokens[b * r->N + i] < 0)
+            return err("scale %d gives no usable probabilities (NaN or infinite logits) at position %zu", t, i);
+    return OK;
+}
+
 /* tokens: x_t in, x_{t-1} out. */
 static Err sample_pass(Run *r, int t, size_t repeat) {
     const SampleOptions *o = r->o;
     start_pass(r, t);
     if (!o->uncached) TRY(transformer_decode_begin(r->net, r->x_t, r->scale, o->label, o->n, r->N));
+    if (!o->uncached && transformer_on_cuda(r->net)) {
+        TRY(draw_on_gpu(r, t, repeat));
+        for (size_t i = 0; i < r->N; i++) TRY(check_drawn(r, t, i));
+        return OK;
+    }
     for (size_t cells; (cells = choose_block(r)) > 0;) {
         const real *logits;
         TRY(block_logits(r, cells, &logits));

@@ -16,6 +16,7 @@
  *     6. transformer.cu  one reverse transition p(x_{t-1} | x_t)
  *        decode.cu       the same, token by token
  *        optimizer.cu    its losses, AdamW, EMA
+ *        device.cu       all of it on a GPU
  *     7. diffusion.c     the Markov chain: schedules, noise, posterior, sampling over scales, named models
  *        classes.c       what the classes of a model are called
  *     8. cli.c           what the three programs share: options, progress, pictures in a terminal
@@ -306,13 +307,17 @@ typedef struct {
     Weights packed; /* then; data NULL: not packed */
     real *value, *grad, *m, *v, *ema; /* each NULL until planned */
 } Param;
+struct Device;
+struct DeviceOps;
 typedef struct {
     Param *row;
     size_t n, capacity;
-    size_t total;        /* elements of one arena, padding included */
-    real *arena[5];      /* value, grad, m, v, ema: one allocation each */
-    void *packed;        /* of all matrices */
-    WeightFormat format; /* how params_map keeps matrices; set before */
+    size_t total;          /* elements of one arena, padding included */
+    real *arena[5];        /* value, grad, m, v, ema: one allocation each */
+    void *packed;          /* of all matrices */
+    WeightFormat format;   /* how params_map keeps matrices; set before */
+    struct Device *device; /* NULL, or the table's twin on a GPU, where everything then happens (device.h) */
+    const struct DeviceOps *ops;
 } Params;
 enum { PLAN_VALUE = 1, PLAN_GRAD = 2, PLAN_ADAM = 4, PLAN_EMA = 8 };
 /* Appends a row; *index = its number (rows may move while the table grows: keep numbers, not pointers). */
@@ -325,6 +330,11 @@ size_t params_count(const Params *p);                      /* elements without p
 size_t params_bytes(const Params *p, WeightFormat format); /* of all values, matrices kept in this format */
 double params_grad_norm(const Params *p);                  /* L2 norm over all rows, summed in fixed order in double */
 void params_swap_ema(Params *p);                           /* exchanges value and ema: twice is nothing */
+/* Of a table whose network is on the GPU (transformer_use_cuda) everything planned is copied there, or back; on the CPU
+ * there is nothing to do. Sent: values, moments, EMA. Fetched: gradients too. Zeroing, norms, updates and exchanges happen
+ * where the table is. */
+Err params_send(Params *p);
+Err params_fetch(Params *p);
 /* What one letter names below: 'v' value, 'g' grad, '1' m, '2' v, 'e' ema; it must have been planned.
  * Every row's `which` = tensor prefix+name, which must be there with its exact shape. _ema: ema_prefix + the name without
  * its dots, as the official EMA calls it (SPEC section 6). */
@@ -497,6 +507,10 @@ size_t vqgan_restart_codes(Vqgan *v, const uint32_t *usage, uint64_t seed, uint6
  *    sections 1, 2, 4, 6, 7, 14)
  * ---------------------------------------------------------------------------------------------------------- */
 enum { MAX_SCALES = 64 };
+typedef struct { /* of the Markov chain: section 7 */
+    int T;
+    float beta[MAX_SCALES + 1], alpha[MAX_SCALES + 1], alphacum[MAX_SCALES + 1]; /* index t; beta[0] = 0 */
+} Schedule;
 typedef enum { NET_X, NET_GPT } NetKind; /* encoder-decoder; decoder-only */
 typedef enum { X_PLAIN, X_SCALED, X_FINE_SCALED, X_RESIDUAL, X_RESIDUAL_SCALED } XVariant;
 typedef struct {
@@ -575,19 +589,50 @@ void adamw_step(Params *p, const AdamW *o, uint64_t step);
 /* EMA (SPEC section 6): d = min(decay, (1+n)/(10+n)) in float32 with n = num_updates (already incremented);
  * ema -= (1-d)(ema - value). */
 void ema_update(Params *p, double decay, uint64_t num_updates);
+/* Both, one after the other, in one pass over memory where that is faster. */
+void adamw_ema_step(Params *p, const AdamW *o, uint64_t step, double decay, uint64_t num_updates);
 /* Learning-rate factor at optimizer step n = 0,1,... : linear warm-up, then cosine (SPEC section 7). */
 typedef struct {
     double lr_start, lr_max, lr_min, warm_up_steps, max_decay_steps;
 } LrSchedule;
 double lr_at(const LrSchedule *s, uint64_t n);
 
+/* device.cu: the transformers on a GPU, if the program was built with nvcc (device.h says how).
+ * Is there one? text (CUDA_TEXT_BYTES): its name, compute capability and memory; free, total: bytes of it. Each may be
+ * NULL. FAILED says why not: a program without CUDA, no driver, no GPU, too old a GPU. */
+enum { CUDA_TEXT_BYTES = 320 };
+typedef enum { PRECISION_F32, PRECISION_BF16 } Precision; /* of activations and matrix products; sums are float */
+Err cuda_find(char *text, size_t *free_bytes, size_t *total_bytes);
+/* From here on this network is planned, run and updated on the GPU. Call it before transformer_plan; when the parameters
+ * have their values, params_send. */
+Err transformer_use_cuda(Transformer *m, Precision precision);
+int transformer_on_cuda(const Transformer *m);
+/* The same for a first stage, also before vqgan_plan: afterwards everything in section 5 computes there. */
+Err vqgan_use_cuda(Vqgan *v, Precision precision);
+int vqgan_on_cuda(Vqgan *v);
+/* A training pass that leaves logits where they are: transformer_forward, then denoising_loss against the posterior of x_0
+ * and x_t, then, if backward, transformer_backward. x0, x (= x_{t-1}), x_t (B,N), t, label (B). On the GPU only. */
+Err transformer_loss_cuda(Transformer *m, const Schedule *s, const int32_t *x0, const int32_t *x, const int32_t *x_t,
+                          const int32_t *t, const int32_t *label, size_t B, size_t N, double alpha, double weight,
+                          int backward, Loss *out);
+/* After transformer_decode_begin: draws all N positions of the B rows, which is what N steps of transformer_decode_step,
+ * sample_probs and sample_pick give, without a word to the host in between. tokens (B,N). On the GPU only. */
+typedef struct {
+    uint64_t seed;
+    const uint64_t *stream; /* (B) of random numbers; index = position */
+    double temperature;
+    size_t top_k;
+    const int32_t *known; /* (B,N) tokens that are forced where keep (N) is 1; both or neither */
+    const uint8_t *keep;
+    double *fit;                                 /* (B) += log probability of what is forced; NULL: not wanted */
+    int (*progress)(void *context, size_t done); /* now and then; nonzero return stops with an error; or NULL */
+    void *context;
+} DrawOptions;
+Err transformer_draw_cuda(Transformer *m, const DrawOptions *o, int32_t *tokens);
+
 /* ------------------------------------------------------------------------------------------------------------
  * 7. diffusion.c: the Markov chain over tokens (paper section 3.1; SPEC sections 3 and 5)
  * ---------------------------------------------------------------------------------------------------------- */
-typedef struct {
-    int T;
-    float beta[MAX_SCALES + 1], alpha[MAX_SCALES + 1], alphacum[MAX_SCALES + 1]; /* index t; beta[0] = 0 */
-} Schedule;
 /* redraw_prob as in the official configs: "geometric", a number, "alphacum:a0,a1,...", "ffhq_bernoulli_PSIM" (T = 2),
  * "bernoulli_PSIM" (T = 3 or 5), or "curve:FILE": equal steps of a metric curve (two columns: alphacum, metric). */
 Err schedule_make(Schedule *s, const char *redraw_prob, int T);
@@ -634,6 +679,7 @@ typedef struct {
     int official;                     /* the files are PyTorch's */
     int no_ema;           /* set after model_open: sample with the trained weights rather than their moving average */
     WeightFormat weights; /* set after model_open: how the transitions' matrices are kept */
+    int cuda; /* set after model_open: the transitions run on the GPU, in f32 or, with bf16 weights, in bf16 */
 } Model;
 /* A recipe (models/NAME.txt) is a list of "part.key value" lines; part is vqgan, scale (encoder-decoder scales and joint),
  * last (scale T), joint or scaleN (that alone, overrides). Keys are the official configuration's. *to gets the keys of
@@ -656,9 +702,14 @@ void model_close(Model *m);
 typedef struct {
     size_t first_stage, scale; /* weights: of the VQGAN; of the largest transition, as one is loaded at a time */
     size_t activations;        /* what both plan, the caches of decoding among it, and `pictures` decoded pictures */
-    size_t total;
+    size_t total;              /* of the host */
+    size_t gpu_first_stage, gpu_scale, gpu_activations; /* with Model.cuda: the same on the GPU */
 } ModelMemory;
 Err model_memory(Model *m, size_t batch, size_t pictures, ModelMemory *out);
+/* Once m->weights are chosen: everything computes on the GPU from now on. */
+Err model_use_cuda(Model *m);
+/* Of n pictures, how many decode_pictures decodes at a time. */
+size_t decode_batch(const Model *m, size_t n);
 /* What a transition's file holds: `which` ('v' or 'e') of every parameter as transformer.*, the schedule's buffers and,
  * unless compact, what follows from the rest and the official classes expect (masks, the second name of a tied embedding):
  * every name of the official state dict but first_stage_model.* and transformer_ema.* (SPEC sections 11 and 12). */
@@ -748,7 +799,8 @@ void options_parse(int argc, char **argv, const Option *table, const char *intro
 void die(const char *fmt, ...) PRINTF_LIKE(1, 2);         /* "program: text" on stderr, exit 1 */
 void usage_error(const char *fmt, ...) PRINTF_LIKE(1, 2); /* the same, exit 2 */
 void check(Err e);                                        /* die(err_text()) on FAILED */
-void check_device(const char *device); /* "cpu", or NULL for the default; "cuda" where it is built in */
+/* "cpu", or NULL for the default: 0. "cuda": 1 where it is built in and there is a GPU, else dies. */
+int check_device(const char *device);
 /* "a,b,c": the first value is for scale T, which is sampled first, and so on down; one value is for all. out[t]. */
 Err parse_per_scale(double *out, int T, const char *list, double lo, double hi, const char *option);
 /* stderr: a line that overwrites itself on a terminal, plain lines elsewhere, one every 10 s at most. */
@@ -825,7 +877,7 @@ typedef struct {
          0,                                                                                                            \
          DECODE_BLOCK,                                                                                                 \
          "guess ahead up to N positions: 1 none, 0 (default) as many as pay off;\nthe result does not depend on it"},  \
-        {OPT_STRING, "--device", "cpu|cuda", &(a).device, 0, 0, "where to compute; this version: cpu"},                \
+        {OPT_STRING, "--device", "cpu|cuda", &(a).device, 0, 0, "where the transformers run (default cpu)"},           \
         {OPT_SIZE, "--threads", "N", &(a).threads, 0, 4096, "0 (default): all; the result does not depend on it"}, {   \
         OPT_FLAG, "--show", NULL, &(a).show, 0, 0, "draw the result in the terminal too"                               \
     }

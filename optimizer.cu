@@ -3,6 +3,7 @@
  * Sums run in parts of fixed size and tensors in pieces of fixed size, so that threads do not change a bit. */
 #include "transformer.h"
 
+#ifndef DEVICE_CODE
 enum { LOSS_CHUNKS = 64 }; /* partial sums of the loss */
 
 /* ---- Losses (SPEC section 4) ---- */
@@ -78,6 +79,152 @@ Err denoising_loss(Loss *out, const real *logits, const int32_t *target, const r
     return OK;
 }
 
+Err transformer_loss_cuda(Transformer *m, const Schedule *s, const int32_t *x0, const int32_t *x, const int32_t *x_t,
+                          const int32_t *t, const int32_t *label, size_t B, size_t N, double alpha, double weight,
+                          int backward, Loss *out) {
+    if (!m->params.device) return err("transformer: it is not on the GPU");
+    if (backward && !m->train) return err("transformer: backward under a plan without training");
+    if (backward && !m->params.row[0].grad) return err("transformer: the parameters have no gradients planned");
+    if (!(alpha >= 0 && alpha <= 1)) return err("loss: alpha is %g, expected 0..1", alpha);
+    TRY(take_batch(m, x, x_t, t, label, B, N));
+    TRY(check_ids("x_0", x0, B * N, 0, m->config.dec_num_tokens));
+    TRY(check_ids("x_t", x_t, B * N, 0, m->config.dec_num_tokens));
+    if (s->T != m->config.n_scales) return err("loss: a schedule of %d scales, expected %d", s->T, m->config.n_scales);
+    return m->params.ops->train(m, s, x0, x, x_t, t, alpha, weight, backward, out);
+}
+
+#else
+
+/* ---- The twin: from raw logits to both losses and the gradient of the raw logits in one kernel ----
+ *
+ * The posterior of x_{t-1} given x_t and x_0 takes at most three values in a row, at x_0, at x_t and elsewhere, so that
+ * neither it nor the probabilities need be written down: with L_k the logits, lse their log-sum-exp and "rest" the value
+ * elsewhere, sum_k q_k log(q_k/p_k) = rest (K log rest - sum_k L_k + K lse), corrected at x_0 and x_t. */
+
+typedef struct {
+    const float *raw;
+    floatX *draw; /* NULL: no gradient */
+    float *row_sum, *hard, *soft;
+    const int32_t *x0, *target, *x_t, *t;
+    Variant variant;
+    Schedule schedule;
+    size_t R, N, K;
+    float soft_weight, hard_weight; /* of a row's gradient */
+} LossTwin;
+
+/* The three values of posterior_row in diffusion.c */
+typedef struct {
+    float at_x0, at_xt, rest;
+} RowPosterior;
+static __device__ inline RowPosterior row_posterior(const Schedule *s, int t, int same, size_t K) {
+    const double A = (double)s->alphacum[t - 1], a = (double)s->alpha[t], far0 = (1 - A) / (double)K,
+                 fart = (1 - a) / (double)K;
+    double rest = far0 * fart, at0 = (A + far0) * fart, att = far0 * (a + fart);
+    if (same) at0 = att = (A + far0) * (a + fart);
+    double sum = same ? (double)(K - 1) * rest + at0 : (double)(K - 2) * rest + at0 + att;
+    if (!(sum > 0)) rest = att = 0, at0 = sum = 1;
+    if (same) att = at0;
+    const RowPosterior q = {(float)(at0 / sum), (float)(att / sum), (float)(rest / sum)};
+    return q;
+}
+
+/* q log(q/p) for log p */
+static __device__ inline double divergence(float q, double log_p) {
+    return q > 1e-37f ? (double)q * (log((double)q) - log_p) : 0;
+}
+
+/* A warp per row: its logits are read three times, from cache after the first. */
+static __global__ void loss_kernel(LossTwin a) {
+    const size_t r = (size_t)blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP, lane = threadIdx.x % WARP, K = a.K;
+    if (r >= a.R) return;
+    const int t = a.t[r / a.N];
+    const size_t x0 = (size_t)a.x0[r], xt = (size_t)a.x_t[r], target = (size_t)a.target[r];
+    const RowVariant v = with_residual(row_variant(&a.variant, t, r % a.N), &a.variant, t, K);
+    const RowPosterior q = row_posterior(&a.schedule, t, x0 == xt, K);
+    const float *raw = a.raw + r * K;
+    float largest = -HUGE_VALF, sum = 0, all = 0;
+#define LOGIT(k) (raw[k] * v.scale + (a.variant.residual && (k) == xt ? v.same : v.different))
+    for (size_t k = lane; k < K; k += WARP) largest = fmaxf(largest, LOGIT(k));
+    largest = warp_max(largest);
+    for (size_t k = lane; k < K; k += WARP) sum += expf(LOGIT(k) - largest), all += LOGIT(k) - largest;
+    sum = warp_sum(sum), all = warp_sum(all);
+    const double log_sum = log((double)sum);
+    if (lane == 0) {
+        const double log_x0 = (double)(LOGIT(x0) - largest) - log_sum, log_xt = (double)(LOGIT(xt) - largest) - log_sum;
+        double soft =
+            q.rest > 1e-37f ? (double)q.rest * ((double)K * (log((double)q.rest) + log_sum) - (double)all) : 0;
+        soft += divergence(q.at_x0, log_x0) - divergence(q.rest, log_x0);
+        if (x0 != xt) soft += divergence(q.at_xt, log_xt) - divergence(q.rest, log_xt);
+        a.hard[r] = (float)(log_sum - (double)(LOGIT(target) - largest));
+        a.soft[r] = (float)soft;
+    }
+    if (!a.draw) return;
+    const float total = a.soft_weight + a.hard_weight, inverse = 1 / sum;
+    float slope = 0;
+    for (size_t k = lane; k < K; k += WARP) {
+        const float posterior = k == x0 ? q.at_x0 : k == xt ? q.at_xt : q.rest;
+        const float g =
+            total * inverse * expf(LOGIT(k) - largest) - a.soft_weight * posterior - (k == target ? a.hard_weight : 0);
+        slope += g * raw[k];
+        a.draw[r * K + k] = to_floatX(g * v.scale);
+    }
+    slope = warp_sum(slope);
+    if (lane == 0) a.row_sum[r] = slope * v.scale;
+#undef LOGIT
+}
+
+/* sums[0], sums[1] = of hard and soft (R); one block, each thread in steps of the block, then in the order of threads. */
+enum { LOSS_THREADS = 256 };
+static __global__ void add_losses_kernel(double *sums, const float *hard, const float *soft, size_t R) {
+    SHARED(double, part);
+    double h = 0, s = 0;
+    for (size_t r = threadIdx.x; r < R; r += LOSS_THREADS) h += (double)hard[r], s += (double)soft[r];
+    part[threadIdx.x] = h, part[LOSS_THREADS + threadIdx.x] = s;
+    __syncthreads();
+    if (threadIdx.x > 1) return;
+    double sum = 0;
+    for (unsigned k = 0; k < LOSS_THREADS; k++) sum += part[threadIdx.x * LOSS_THREADS + k];
+    sums[threadIdx.x] = sum;
+}
+
+static Err loss_cuda(Transformer *m, const Schedule *s, double alpha, double weight, int backward, Loss *out) {
+    NetTwin *n = m->twin;
+    const size_t R = m->now_B * m->now_N;
+    double sums[2];
+    LossTwin a;
+    memset(&a, 0, sizeof a);
+    a.raw = n->raw, a.draw = backward ? n->draw : NULL, a.row_sum = n->row_sum, a.hard = n->hard, a.soft = n->soft;
+    a.x0 = n->x0, a.target = n->x, a.x_t = n->x_t, a.t = n->t, a.variant = variant_of(m), a.schedule = *s;
+    a.R = R, a.N = m->now_N, a.K = m->config.dec_num_tokens;
+    a.soft_weight = (float)(weight * alpha / (double)R), a.hard_weight = (float)(weight * (1 - alpha) / (double)R);
+    LAUNCH(n->d, loss_kernel, blocks_for(R, ROW_WARPS), ROW_WARPS * WARP, 0, a);
+    LAUNCH(n->d, add_losses_kernel, 1, LOSS_THREADS, 2 * LOSS_THREADS * sizeof(double), n->d->sums, n->hard, n->soft,
+           R);
+    if (backward) TRY(scalors_backward_cuda(m, &a.variant));
+    if (backward) TRY(network_backward_cuda(m));
+    TRY(to_host(n->d, sums, n->d->sums, sizeof sums)); /* waits: everything has been asked for by now */
+    out->hard = sums[0] / (double)R, out->soft = sums[1] / (double)R;
+    out->loss = alpha == 0 ? out->hard : alpha * out->soft + (1 - alpha) * out->hard;
+    return OK;
+}
+
+/* m's ids are in place (take_batch); x0, x, x_t and t are what the loss compares with. */
+static Err train_cuda(Transformer *m, const Schedule *s, const int32_t *x0, const int32_t *x, const int32_t *x_t,
+                      const int32_t *t, double alpha, double weight, int backward, Loss *out) {
+    NetTwin *n = m->twin;
+    const size_t bytes = m->now_B * m->now_N * sizeof *x;
+    TRY(earlier_failure(n->d));
+    TRY(to_device(n->d, n->x0, x0, bytes));
+    TRY(to_device(n->d, n->x, x, bytes));
+    TRY(to_device(n->d, n->x_t, x_t, bytes));
+    TRY(to_device(n->d, n->t, t, m->now_B * sizeof *t));
+    TRY(network_forward_cuda(m));
+    TRY(linear_forward_cuda(n->d, &m->head, n->raw, 1, NULL, n->decoder.out, m->now_B * m->now_N));
+    return loss_cuda(m, s, alpha, weight, backward, out);
+}
+#endif
+
+#ifndef DEVICE_CODE
 /* ---- Optimizer (SPEC sections 6 and 7) ---- */
 
 #ifdef REAL_DOUBLE
@@ -117,6 +264,10 @@ static void adamw_piece(void *context, size_t piece) {
 }
 
 void adamw_step(Params *p, const AdamW *o, uint64_t step) {
+    if (p->device) {
+        p->ops->update(p->device, p, o, step, 0);
+        return;
+    }
     const double correction1 = 1 - pow(o->beta1, (double)step), correction2 = 1 - pow(o->beta2, (double)step);
     Update a;
     memset(&a, 0, sizeof a);
@@ -140,15 +291,33 @@ static void ema_piece(void *context, size_t piece) {
     for (size_t k = 0; k < n; k++) e[k] -= step * (e[k] - w[k]);
 }
 
-void ema_update(Params *p, double decay, uint64_t num_updates) {
+/* 1 - d */
+static float ema_step(double decay, uint64_t num_updates) {
     const float n = (float)num_updates, warm = (1 + n) / (10 + n), limit = (float)decay;
+    return 1 - (warm < limit ? warm : limit);
+}
+
+void ema_update(Params *p, double decay, uint64_t num_updates) {
     Update a;
     memset(&a, 0, sizeof a);
-    a.step = (real)(1 - (warm < limit ? warm : limit));
+    a.step = (real)ema_step(decay, num_updates);
+    if (p->device) {
+        p->ops->update(p->device, p, NULL, 0, (float)a.step);
+        return;
+    }
     for (size_t i = 0; i < p->n; i++) {
         a.row = &p->row[i];
         parallel_for(threads_free(), pieces(a.row->size), ema_piece, &a);
     }
+}
+
+void adamw_ema_step(Params *p, const AdamW *o, uint64_t step, double decay, uint64_t num_updates) {
+    if (p->device) {
+        p->ops->update(p->device, p, o, step, ema_step(decay, num_updates));
+        return;
+    }
+    adamw_step(p, o, step);
+    ema_update(p, decay, num_updates);
 }
 
 double lr_at(const LrSchedule *s, uint64_t n) {
@@ -157,3 +326,235 @@ double lr_at(const LrSchedule *s, uint64_t n) {
     double done = (x - s->warm_up_steps) / (s->max_decay_steps - s->warm_up_steps);
     return s->lr_min + 0.5 * (s->lr_max - s->lr_min) * (1 + cos(pi * (done < 1 ? done : 1)));
 }
+#else
+
+/* ---- The twin: a parameter table on the GPU, and its updates ---- */
+
+/* One kernel goes through all tensors: a block has a chunk, at most CHUNK elements of one tensor. */
+enum { CHUNK = 2048, UPDATE_THREADS = 256 };
+typedef struct {
+    size_t start; /* the same in every arena of a table that is trained */
+    unsigned n;
+    float decay;
+    int untrained;
+} Chunk;
+
+static float *arena(const Device *d, int k) {
+    return (float *)d->arena[k];
+}
+
+/* Where a tensor lies: in every arena of floats, but for matrices of a table that only samples in bf16, which have no value
+ * in float. */
+static int keeps_value(const Params *p, const Param *row) {
+    return !IS_BF16 || p->arena[1] || !row->matrix;
+}
+
+static Err plan_rows(Device *d, const Params *p) {
+    size_t values = 0, all = 0;
+    TRY(mem_alloc(&d->row, p->n, sizeof *d->row, "a parameter table"));
+    d->n_rows = p->n;
+    for (size_t i = 0; i < p->n; i++) {
+        all += round_up(p->row[i].size, 64);
+        if (keeps_value(p, &p->row[i])) values += round_up(p->row[i].size, 64);
+    }
+    d->arena_floats[0] = values;
+    TRY(device_alloc(&d->arena[0], values * sizeof(float), "parameters"));
+    static const char *const what[5] = {"", "gradients", "first moments", "second moments", "the moving average"};
+    for (int k = 1; k < 5; k++) {
+        if (!p->arena[k]) continue;
+        d->arena_floats[k] = all;
+        TRY(device_alloc(&d->arena[k], all * sizeof(float), what[k]));
+        TRY(device_zero(d, d->arena[k], all * sizeof(float)));
+    }
+    if (IS_BF16) TRY(device_alloc(&d->arena[5], all * sizeof(floatX), "parameters in bf16"));
+    for (size_t i = 0, v = 0, at = 0; i < p->n; at += round_up(p->row[i++].size, 64)) {
+        DeviceRow *r = &d->row[i];
+        if (keeps_value(p, &p->row[i])) r->value = arena(d, 0) + v, v += round_up(p->row[i].size, 64);
+        float **const slot[4] = {&r->grad, &r->m, &r->v, &r->ema};
+        for (int k = 1; k < 5; k++) *slot[k - 1] = d->arena[k] ? arena(d, k) + at : NULL;
+        r->weight = IS_BF16 ? (floatX *)d->arena[5] + at : (floatX *)(void *)r->value;
+    }
+    return OK;
+}
+
+static Err plan_chunks(Device *d, const Params *p) {
+    Chunk *list;
+    size_t n = 0;
+    for (size_t i = 0; i < p->n; i++) n += ceil_div(p->row[i].size, CHUNK);
+    TRY(mem_alloc(&list, n, sizeof *list, "chunks of parameters"));
+    d->n_chunks = 0;
+    for (size_t i = 0; i < p->n; i++)
+        for (size_t at = 0; at < p->row[i].size; at += CHUNK) {
+            Chunk *c = &list[d->n_chunks++];
+            c->start = (size_t)(d->row[i].value - arena(d, 0)) + at;
+            c->n = (unsigned)min_size(CHUNK, p->row[i].size - at);
+            c->decay = (float)p->row[i].decay, c->untrained = p->row[i].untrained;
+        }
+    Err e = device_alloc(&d->chunks, n * sizeof *list, "chunks of parameters");
+    if (e == OK) e = to_device(d, d->chunks, list, n * sizeof *list);
+    if (e == OK) e = wait_for(d);
+    free(list);
+    return e;
+}
+
+/* Host numbers as floatX, a piece at a time. */
+static Err send_low(Device *d, floatX *to, const float *from, size_t n) {
+    enum { PIECE = 1 << 18 };
+    floatX *piece;
+    TRY(mem_alloc(&piece, min_size(n, PIECE), sizeof *piece, "a piece of a matrix"));
+    Err e = OK;
+    for (size_t at = 0; e == OK && at < n; at += PIECE) {
+        const size_t length = min_size(n - at, PIECE);
+        for (size_t k = 0; k < length; k++) piece[k] = to_floatX(from[at + k]);
+        e = to_device(d, to + at, piece, length * sizeof *piece);
+        if (e == OK) e = wait_for(d);
+    }
+    free(piece);
+    return e;
+}
+
+static Err send_row(Device *d, const Param *row, DeviceRow *to) {
+    const size_t bytes = row->size * sizeof(float);
+    const float *const from[4] = {row->m, row->v, row->ema, row->value};
+    float *const there[4] = {to->m, to->v, to->ema, to->value};
+    for (int k = 0; k < 4; k++)
+        if (from[k] && there[k]) TRY(to_device(d, there[k], from[k], bytes));
+    if (row->value) return IS_BF16 ? send_low(d, to->weight, row->value, row->size) : OK;
+    if (!IS_BF16 || row->packed.format != WEIGHTS_BF16)
+        return err("'%s' is packed for the CPU; on the GPU matrices are f32 or bf16", row->name);
+    return to_device(d, to->weight, row->packed.data, row->size * sizeof(floatX));
+}
+
+static Err send_params(Device *d, const Params *p) {
+    int changed = !d->row;
+    for (int k = 1; k < 5; k++) changed |= (p->arena[k] != NULL) != (d->arena[k] != NULL);
+    if (changed) {
+        free_rows(d);
+        TRY(plan_rows(d, p));
+        if (p->arena[1]) TRY(plan_chunks(d, p));
+    }
+    d->changes++;
+    for (size_t i = 0; i < p->n; i++) TRY(send_row(d, &p->row[i], &d->row[i]));
+    return wait_for(d);
+}
+
+static Err fetch_params(Device *d, Params *p) {
+    TRY(earlier_failure(d));
+    if (!d->row) return err("parameters were never sent to the GPU");
+    for (size_t i = 0; i < p->n; i++) {
+        const DeviceRow *r = &d->row[i];
+        real *const to[5] = {p->row[i].value, p->row[i].grad, p->row[i].m, p->row[i].v, p->row[i].ema};
+        const float *const from[5] = {r->value, r->grad, r->m, r->v, r->ema};
+        for (int k = 0; k < 5; k++)
+            if (to[k] && from[k] && p->arena[k]) TRY(to_host(d, to[k], from[k], p->row[i].size * sizeof(float)));
+    }
+    return OK;
+}
+
+/* ---- Updates ---- */
+
+typedef struct {
+    float *value, *grad, *m, *v, *ema;
+    floatX *weight;
+    int adam;                                                    /* else only the moving average */
+    float rate, inverse, eps, beta1, beta2, rest1, rest2, decay; /* decay: of the weights, times the tensor's own */
+    float step;                                                  /* of the moving average; 0: none */
+} UpdateTwin;
+
+/* AdamW, then the moving average of what it left, then the copy in floatX, reading and writing everything once. */
+static __global__ void update_kernel(UpdateTwin a, const Chunk *chunks) {
+    const Chunk c = chunks[blockIdx.x];
+    const int adam = a.adam && !c.untrained;
+    const float keep = 1 - a.decay * c.decay;
+    for (unsigned k = threadIdx.x; k < c.n; k += UPDATE_THREADS) {
+        const size_t i = c.start + k;
+        float w = a.value[i];
+        if (adam) {
+            const float g = a.grad[i], m = a.beta1 * a.m[i] + a.rest1 * g, v = a.beta2 * a.v[i] + a.rest2 * g * g;
+            w = keep * w - a.rate * m / (sqrtf(v) * a.inverse + a.eps);
+            a.m[i] = m, a.v[i] = v, a.value[i] = w;
+            if (IS_BF16) a.weight[i] = to_floatX(w);
+        }
+        if (a.step != 0) a.ema[i] -= a.step * (a.ema[i] - w);
+    }
+}
+
+static Err update(Device *d, const AdamW *o, uint64_t step, float ema_step) {
+    UpdateTwin a;
+    memset(&a, 0, sizeof a);
+    if (!d->row || (o && !d->arena[2]) || (ema_step != 0 && !d->arena[4]))
+        return err("an update of what was never sent");
+    a.value = arena(d, 0), a.grad = arena(d, 1), a.m = arena(d, 2), a.v = arena(d, 3), a.ema = arena(d, 4);
+    a.weight = (floatX *)d->arena[5], a.adam = o != NULL, a.step = ema_step;
+    if (o) {
+        const double correction1 = 1 - pow(o->beta1, (double)step), correction2 = 1 - pow(o->beta2, (double)step);
+        a.beta1 = (float)o->beta1, a.beta2 = (float)o->beta2, a.eps = (float)o->eps;
+        a.rest1 = (float)(1 - o->beta1), a.rest2 = (float)(1 - o->beta2);
+        a.rate = (float)(o->lr / correction1), a.inverse = (float)(1 / sqrt(correction2));
+        a.decay = (float)(o->lr * o->decay_scale);
+    }
+    LAUNCH(d, update_kernel, (unsigned)d->n_chunks, UPDATE_THREADS, 0, a, (const Chunk *)d->chunks);
+    return OK;
+}
+
+static void update_params(Device *d, const Params *p, const AdamW *o, uint64_t step, float ema_step) {
+    (void)p;
+    d->changes++;
+    keep_failure(d, update(d, o, step, ema_step));
+}
+
+static void zero_grad_cuda(Device *d) {
+    if (d->arena[1]) keep_failure(d, device_zero(d, d->arena[1], d->arena_floats[1] * sizeof(float)));
+}
+
+/* sums[block] = sum of squares of its elements, in steps of the grid; the order of a warp's lanes is fixed too. */
+static __global__ void squares_kernel(double *sums, const float *x, size_t n) {
+    SHARED(double, part);
+    double sum = 0;
+    for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; i < n; i += (size_t)gridDim.x * blockDim.x)
+        sum += (double)x[i] * (double)x[i];
+    sum = warp_sum(sum);
+    if (threadIdx.x % WARP == 0) part[threadIdx.x / WARP] = sum;
+    __syncthreads();
+    if (threadIdx.x > 0) return;
+    for (unsigned k = 1; k < blockDim.x / WARP; k++) sum += part[k];
+    sums[blockIdx.x] = sum;
+}
+
+static Err squares(Device *d, double *sum) {
+    double part[SUM_BLOCKS];
+    LAUNCH(d, squares_kernel, SUM_BLOCKS, UPDATE_THREADS, UPDATE_THREADS / WARP * sizeof(double), d->sums, arena(d, 1),
+           d->arena_floats[1]);
+    TRY(to_host(d, part, d->sums, sizeof part));
+    for (int k = 0; k < SUM_BLOCKS; k++) *sum += part[k];
+    return OK;
+}
+
+static double grad_norm_cuda(Device *d) {
+    double sum = 0;
+    if (!d->arena[1]) return 0;
+    const Err e = squares(d, &sum);
+    keep_failure(d, e);
+    return e == OK && d->failed == OK ? sqrt(sum) : (double)NAN;
+}
+
+static __global__ void swap_kernel(float *value, float *ema, floatX *weight, size_t n) {
+    const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= n) return;
+    const float w = ema[i];
+    ema[i] = value[i], value[i] = w;
+    if (IS_BF16) weight[i] = to_floatX(w);
+}
+
+static Err swap_arenas(Device *d) {
+    const size_t n = d->arena_floats[4];
+    LAUNCH(d, swap_kernel, blocks_for(n, UPDATE_THREADS), UPDATE_THREADS, 0, arena(d, 0), arena(d, 4),
+           (floatX *)d->arena[5], n);
+    return OK;
+}
+
+static void swap_ema_cuda(Device *d) {
+    d->changes++;
+    if (d->arena[0] && d->arena[4]) keep_failure(d, swap_arenas(d));
+}
+#endif

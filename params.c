@@ -6,7 +6,7 @@
  * network means adding rows, and nothing else in the project knows a name or an order.
  *
  * Read in this order: building a table; planning memory; initial values; sums over a table; loading; saving. */
-#include "imagebart.h"
+#include "device.h"
 
 #include <math.h>
 #include <stdarg.h>
@@ -121,7 +121,10 @@ void params_init(Params *p, uint64_t seed) {
 }
 
 void params_zero_grad(Params *p) {
-    if (p->arena[1]) memset(p->arena[1], 0, p->total * sizeof(real));
+    if (p->device)
+        p->ops->zero_grad(p->device);
+    else if (p->arena[1])
+        memset(p->arena[1], 0, p->total * sizeof(real));
 }
 
 size_t params_count(const Params *p) {
@@ -143,6 +146,7 @@ static double sum_of_squares(const real *x, size_t n) {
 
 double params_grad_norm(const Params *p) {
     double sum = 0;
+    if (p->device) return p->ops->grad_norm(p->device);
     for (size_t i = 0; i < p->n && p->arena[1]; i++) sum += sum_of_squares(p->row[i].grad, p->row[i].size);
     return sqrt(sum);
 }
@@ -150,11 +154,23 @@ double params_grad_norm(const Params *p) {
 /* Numbers move, pointers stay: whoever holds a pointer to a value sees the exchange. */
 void params_swap_ema(Params *p) {
     if (!p->arena[0] || !p->arena[4]) return;
+    if (p->device) {
+        p->ops->swap_ema(p->device);
+        return;
+    }
     for (size_t i = 0; i < p->total; i++) {
         real value = p->arena[0][i];
         p->arena[0][i] = p->arena[4][i];
         p->arena[4][i] = value;
     }
+}
+
+Err params_send(Params *p) {
+    return p->device ? p->ops->send(p->device, p) : OK;
+}
+
+Err params_fetch(Params *p) {
+    return p->device ? p->ops->fetch(p->device, p) : OK;
 }
 
 /* out = prefix + name, the name without its dots if asked (so the official EMA calls its buffers, SPEC section 6) */
@@ -319,6 +335,7 @@ Err tensor_list_params(TensorList *list, const Params *p, char which, const char
 }
 
 void params_free(Params *p) {
+    if (p->device) p->ops->close(p->device);
     for (int k = 0; k < ARENAS; k++) free(p->arena[k]);
     free(p->packed);
     free(p->row);

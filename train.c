@@ -25,8 +25,9 @@
 #define NOT_GIVEN ((size_t)-1)
 
 typedef struct {
-    const char *model, *data, *run, *config, *init, *device, *store;
+    const char *model, *data, *run, *config, *init, *device, *store, *precision;
     int vqgan, joint, resume, eval, balance;
+    int cuda; /* on the GPU */
     size_t scale, steps, batch, accumulate, threads, save_every, eval_every, picture_every;
     size_t seed;
     double lr, alpha;
@@ -56,8 +57,9 @@ struct Stage {
     Dtype store;
     int compact; /* leave out what can be derived */
 
-    uint64_t step, ema_updates;                      /* optimizer steps done */
-    size_t state_bytes, activation_bytes, available; /* memory: of check_memory */
+    uint64_t step, ema_updates;                       /* optimizer steps done */
+    size_t state_bytes, activation_bytes, available;  /* memory: of check_memory */
+    size_t gpu_state, gpu_activations, gpu_available; /* the same on the GPU */
 
     Err (*micro_batch)(Stage *s, uint64_t micro, Metrics *out); /* forward, loss, backward with weight 1/accumulate */
     Err (*evaluate)(Stage *s, Metrics *out);                    /* on the held-out split */
@@ -129,6 +131,21 @@ static Err check_memory(Stage *s, size_t arenas, size_t plan, size_t rows, size_
     snprintf(what, sizeof what, "%s: parameters, gradients and optimizer %s, activations %s", s->name,
              bytes_text(state, s->state_bytes), bytes_text(activations, s->activation_bytes));
     return memory_fits(s->state_bytes + s->activation_bytes, s->available, what, "a smaller --batch takes less");
+}
+
+static Precision gpu_precision(const Stage *s) {
+    return strcmp(s->opt->precision, "bf16") ? PRECISION_F32 : PRECISION_BF16;
+}
+
+/* Values, gradients, moments and moving average in float, and in bf16 the values again; the network's plan. */
+static Err check_gpu_memory(Stage *s, size_t plan) {
+    const int bf16 = gpu_precision(s) == PRECISION_BF16;
+    char what[160], state[32], activations[32];
+    s->gpu_state = s->params->total * (5 * sizeof(float) + (bf16 ? 2 : 0)), s->gpu_activations = plan;
+    TRY(cuda_find(NULL, &s->gpu_available, NULL));
+    snprintf(what, sizeof what, "%s on the GPU: parameters, gradients and optimizer %s, activations %s", s->name,
+             bytes_text(state, s->gpu_state), bytes_text(activations, plan));
+    return memory_fits(s->gpu_state + plan, s->gpu_available, what, "a smaller --batch takes less");
 }
 
 /* ------------------------------------------------------------------------------------------------------------
@@ -228,8 +245,10 @@ static Err vqgan_stage(Stage *s) {
     s->N = s->h * s->w;
     if (s->train.n == 0) return OK;
     size_t bytes = 0;
+    if (s->opt->cuda) TRY(vqgan_use_cuda(s->vqgan, gpu_precision(s)));
     TRY(vqgan_plan_bytes(s->vqgan, s->batch, s->size, s->size, 1, &bytes));
-    TRY(check_memory(s, 4, bytes, s->batch, 3 * s->size * s->size));
+    TRY(s->opt->cuda ? check_gpu_memory(s, bytes) : OK);
+    TRY(check_memory(s, 4, s->opt->cuda ? 0 : bytes, s->batch, 3 * s->size * s->size));
     TRY(vqgan_plan(s->vqgan, s->batch, s->size, s->size, 1));
     TRY(mem_alloc(&s->dxrec, s->batch * 3 * s->size, s->size * sizeof *s->dxrec, "reconstruction gradient"));
     TRY(mem_alloc(&s->usage, c.n_embed, sizeof *s->usage, "code usage"));
@@ -303,6 +322,9 @@ static Err transition_loss(Stage *s, int t, size_t B, double weight, Loss *loss,
     const real *logits;
     size_t R = B * s->N;
     const int32_t *label = transformer_config(s->net)->has_class ? s->label : NULL;
+    if (transformer_on_cuda(s->net)) /* the gradients too, if they are wanted */
+        return transformer_loss_cuda(s->net, &s->schedule, s->x0, s->x_prev, s->x_t, s->ts, label, B, s->N, s->alpha,
+                                     weight, dlogits != NULL, loss);
     TRY(transformer_forward(s->net, s->x_prev, s->x_t, s->ts, label, B, s->N, &logits));
     posterior(s->q, s->x0, s->x_t, R, s->K, &s->schedule, t);
     return denoising_loss(loss, logits, s->x_prev, s->q, R, s->K, s->alpha, weight, dlogits);
@@ -315,7 +337,7 @@ static Err transition_micro_batch(Stage *s, uint64_t micro, Metrics *out) {
     draw_chain(s, t, s->batch, s->seed, micro, 0);
     TRY(transition_loss(s, t, s->batch, 1 / (double)s->accumulate, &loss, s->dlogits));
     out->loss = loss.loss, out->part[0] = loss.hard, out->part[1] = loss.soft;
-    return transformer_backward(s->net, s->dlogits);
+    return transformer_on_cuda(s->net) ? OK : transformer_backward(s->net, s->dlogits);
 }
 
 /* The noise of an example depends on nothing but the example, so that evaluations can be compared. */
@@ -488,6 +510,9 @@ static Err open_vqgan(Stage *s, char path[1100]) {
     if (e == OK) e = vqgan_create(&s->vqgan, &c, 0);
     if (e == OK) e = params_plan(vqgan_params(s->vqgan), PLAN_VALUE);
     if (e == OK) e = vqgan_load(s->vqgan, &ck, "");
+    /* in f32: whoever continues the run elsewhere must get the same tokens */
+    if (e == OK && s->opt->cuda) e = vqgan_use_cuda(s->vqgan, PRECISION_F32);
+    if (e == OK) e = params_send(vqgan_params(s->vqgan));
     checkpoint_close(&ck);
     if (e != OK) return err_in(path);
     s->size = c.resolution;
@@ -526,6 +551,7 @@ static Err transition_buffers(Stage *s) {
     TRY(mem_alloc(&s->x_t, B * s->N, sizeof *s->x0, "tokens"));
     TRY(mem_alloc(&s->ts, B, sizeof *s->ts, "scales"));
     TRY(mem_alloc(&s->label, B, sizeof *s->label, "labels"));
+    if (s->opt->cuda) n = 0; /* there, neither is written down */
     TRY(mem_alloc(&s->q, n, sizeof *s->q, "posterior"));
     TRY(mem_alloc(&s->dlogits, n, sizeof *s->dlogits, "gradient of the logits"));
     return mem_alloc(&s->order, s->train_tokens.n, sizeof *s->order, "order of the examples");
@@ -547,8 +573,11 @@ static Err transition_stage(Stage *s) {
     TRY(transformer_create(&s->net, &c));
     s->params = transformer_params(s->net);
     transformer_set_alphas(s->net, s->schedule.alpha);
+    if (s->opt->cuda) TRY(transformer_use_cuda(s->net, gpu_precision(s)));
     TRY(transformer_plan_bytes(s->net, s->batch, s->N, 1, &bytes));
-    TRY(check_memory(s, 5, bytes, 2 * s->batch * s->N, s->K)); /* the posterior, the gradient of the logits */
+    TRY(s->opt->cuda ? check_gpu_memory(s, bytes) : OK);
+    TRY(check_memory(s, 5, s->opt->cuda ? 0 : bytes, 2 * s->batch * s->N,
+                     s->K)); /* the posterior, the gradient of the logits */
     TRY(transformer_plan(s->net, s->batch, s->N, 1));
     TRY(transition_buffers(s));
     s->epoch = UINT64_MAX;
@@ -692,6 +721,7 @@ static Err write_list(Stage *s, Err (*collect)(Stage *, TensorList *), const cha
 }
 
 static Err save(Stage *s) {
+    TRY(params_fetch(s->params));
     TRY(config_set(&s->settings, "train.step", "%llu", (unsigned long long)s->step));
     TRY(config_set(&s->settings, "train.ema_updates", "%llu", (unsigned long long)s->ema_updates));
     TRY(write_list(s, collect_state, ".state.safetensors"));
@@ -819,9 +849,11 @@ static Err train_step(Stage *s, Metrics *mean, double *lr, double *norm) {
             "%s step %llu: the loss is %g and the gradient norm %g; the last checkpoint is intact (a smaller --lr?)",
             s->name, (unsigned long long)s->step + 1, mean->loss, *norm);
     s->adam.lr = *lr = s->lr_scale * lr_at(&s->lr, s->step);
-    adamw_step(s->params, &s->adam, ++s->step);
-    if (!s->opt->vqgan)
-        ema_update(s->params, s->ema_decay, ++s->ema_updates); /* once per micro batch, as the official code */
+    s->step++;
+    if (s->opt->vqgan)
+        adamw_step(s->params, &s->adam, s->step);
+    else /* the moving average once per micro batch, as the official code */
+        adamw_ema_step(s->params, &s->adam, s->step, s->ema_decay, ++s->ema_updates);
     return s->after_step ? s->after_step(s) : OK;
 }
 
@@ -901,12 +933,25 @@ static Err build_stage(Stage *s, const Checkpoint *ck) {
     TRY(make_folder(s->opt->run));
     TRY(s->opt->vqgan ? vqgan_stage(s) : transition_stage(s));
     TRY(params_plan(s->params, PLAN_VALUE | PLAN_GRAD | PLAN_ADAM | (s->opt->vqgan ? 0 : PLAN_EMA)));
-    if (ck) return load_state(s, ck);
-    params_init(s->params, s->seed);
-    return s->opt->init ? start_from(s, s->opt->init) : OK;
+    if (ck)
+        TRY(load_state(s, ck));
+    else
+        params_init(s->params, s->seed);
+    if (!ck && s->opt->init) TRY(start_from(s, s->opt->init));
+    return params_send(s->params);
+}
+
+static void say_gpu(const Stage *s) {
+    char text[CUDA_TEXT_BYTES], state[32], activations[32], available[32];
+    check(cuda_find(text, NULL, NULL));
+    fprintf(stderr, "device: %s; %s, %s\n", text, s->name, s->opt->precision);
+    fprintf(stderr, "GPU memory: parameters, gradients and optimizer %s, activations %s; %s was free\n",
+            bytes_text(state, s->gpu_state), bytes_text(activations, s->gpu_activations),
+            bytes_text(available, s->gpu_available));
 }
 
 static void say_start(const Stage *s) {
+    if (s->opt->cuda) say_gpu(s);
     fprintf(stderr,
             "%s: %.2f million parameters, %zu pictures (%zu held out), batch %zu x %zu, %zu steps, seed %llu, %d "
             "threads, %s\n",
@@ -1010,6 +1055,7 @@ int main(int argc, char **argv) {
                  .save_every = 100,
                  .eval_every = 500,
                  .picture_every = 500,
+                 .precision = "bf16",
                  .alpha = -1};
     const Option table[] = {
         {OPT_HEADING, "Arguments", NULL, NULL, 0, 0, NULL},
@@ -1043,12 +1089,16 @@ int main(int argc, char **argv) {
         {OPT_SIZE, "--picture-every", "N", &o.picture_every, 1, UINT32_MAX, "steps between pictures (default 500)"},
         {OPT_FLAG, "--resume", NULL, &o.resume, 0, 0, "continue the run, bit for bit as if it had not stopped"},
         {OPT_FLAG, "--eval", NULL, &o.eval, 0, 0, "only evaluate what the run has, on the held-out pictures"},
-        {OPT_STRING, "--device", "cpu|cuda", &o.device, 0, 0, "where to compute; this version: cpu"},
+        {OPT_STRING, "--device", "cpu|cuda", &o.device, 0, 0, "where to train (default cpu)"},
+        {OPT_STRING, "--precision", "TYPE", &o.precision, 0, 0,
+         "with --device cuda: bf16 (default), weights and sums still in float, or f32"},
         {OPT_SIZE, "--threads", "N", &o.threads, 0, 4096, "0 (default): all; the result does not depend on it"},
         {OPT_END, NULL, NULL, NULL, 0, 0, NULL}};
     options_parse(argc, argv, table, intro);
     if (o.vqgan + o.joint + (o.scale > 0) != 1) usage_error("give one of --vqgan, --scale N, --joint; -h explains");
-    check_device(o.device);
+    if (strcmp(o.precision, "bf16") && strcmp(o.precision, "f32"))
+        usage_error("--precision %s: expected bf16 or f32", o.precision);
+    o.cuda = check_device(o.device);
     threads_set((int)o.threads);
     const char *slash = strrchr(o.model, '/'), *short_name = slash && slash[1] ? slash + 1 : o.model;
     static char default_data[1100];

@@ -3,7 +3,7 @@
 #ifndef TRANSFORMER_H
 #define TRANSFORMER_H
 
-#include "imagebart.h"
+#include "device.h"
 
 #include <math.h>
 #include <stdlib.h>
@@ -72,6 +72,8 @@ typedef struct {
     size_t b, pos, visible;
 } Cell;
 
+typedef struct NetTwin NetTwin; /* the plan on a GPU: transformer.cu's second half */
+
 struct Transformer {
     NetConfig config;
     Params params;
@@ -90,6 +92,8 @@ struct Transformer {
     real *dquery, *dkey, *dvalue, *dy, *dh;
     real *row_sum; /* (B*N) */
     void *work;    /* of gemm_stream, for packed weights */
+
+    NetTwin *twin; /* NULL on the CPU */
 
     State state;
     size_t now_B, now_N; /* of the last forward or decode_begin */
@@ -167,6 +171,8 @@ void attend_backward(const AttendShape *s, real *dq, real *dk, real *dv, const r
 /* Every ids[i] must be in lo..end-1; an error names `what`. */
 Err check_ids(const char *what, const int32_t *ids, size_t n, int32_t lo, size_t end);
 Err check_batch(const Transformer *m, const int32_t *x_t, const int32_t *t, const int32_t *label, size_t B, size_t N);
+Err take_batch(Transformer *m, const int32_t *x, const int32_t *x_t, const int32_t *t, const int32_t *label, size_t B,
+               size_t N);
 /* ids (B,P+n) = [t, (label,) tokens[b,0..n-1]]; rows of tokens are `stride` apart. */
 void prompted_ids(const NetConfig *c, int32_t *ids, const int32_t *t, const int32_t *label, const int32_t *tokens,
                   size_t stride, size_t B, size_t n);
@@ -177,6 +183,7 @@ void project_keys(const Transformer *m, const Layer *l, const real *source, size
 void stack_forward(Transformer *m, Stack *s, const int32_t *ids, const Pass *pass, size_t skip);
 void head_forward(Transformer *m, size_t B, size_t n, const Cell *cell);
 
+#ifndef DEVICE_CODE
 /* ---- Elementwise mathematics. In float: polynomials, good to 1e-7, that compilers turn into vector code ---- */
 
 #ifdef REAL_DOUBLE
@@ -259,6 +266,7 @@ static inline real max_of(const real *x, size_t n) {
 static inline int threads_for(size_t elements) {
     return elements > SMALL_WORK ? threads_free() : 1;
 }
+#endif
 
 #ifdef __cplusplus
 }

@@ -29,7 +29,7 @@
 enum {
     MAX_BLOCKS = 64,   /* num_res_blocks */
     MAX_WIDTH = 16384, /* channels */
-    ALIGN = 16         /* reals between the starts of two areas: a cache line or more */
+    ALIGN = 64         /* units between the starts of two areas: a cache line or more */
 };
 
 /* ---- Building the network: layers in execution order, each with its rows of the parameter table. Every function
@@ -49,19 +49,19 @@ PRINTF_LIKE(1, 2) static Name named(const char *fmt, ...) {
 }
 
 static size_t add_value(Vqgan *v, size_t C, size_t level) {
-    Value *x = &v->value[v->n_values];
+    VqValue *x = &v->value[v->n_values];
     x->C = C;
     x->level = level;
-    x->act = x->grad = NONE;
+    x->act = x->grad = NO_VALUE;
     return v->n_values++;
 }
 
-static Layer *add_layer(Vqgan *v, Kind kind, size_t in, size_t C, size_t level) {
-    Layer *l = &v->layer[v->n_layers++];
+static VqLayer *add_layer(Vqgan *v, VqKind kind, size_t in, size_t C, size_t level) {
+    VqLayer *l = &v->layer[v->n_layers++];
     memset(l, 0, sizeof *l);
     l->kind = kind;
     l->in[0] = in;
-    l->in[1] = l->in[2] = l->add = l->weight = l->bias = NONE;
+    l->in[1] = l->in[2] = l->add = l->weight = l->bias = NO_VALUE;
     l->out = add_value(v, C, level);
     return l;
 }
@@ -70,12 +70,12 @@ static void add_row(Vqgan *v, size_t *index, Init init, double scale, int ndim, 
     if (v->broken == OK) v->broken = params_add(&v->params, index, init, scale, 0, ndim, dim, "%s", name);
 }
 
-/* A convolution of C results, plus the value `add` unless NONE; rows `name`.weight and .bias */
+/* A convolution of C results, plus the value `add` unless NO_VALUE; rows `name`.weight and .bias */
 static size_t conv(Vqgan *v, ConvKind kind, size_t in, size_t C, size_t add, Name name) {
     const size_t level = v->value[in].level, kernel = kind == CONV1 ? 1 : 3;
     const size_t dim[4] = {C, v->value[in].C, kernel, kernel};
     const double bound = 1 / sqrt((double)(dim[1] * kernel * kernel));
-    Layer *l = add_layer(v, CONV, in, C, kind == CONV_DOWN ? level + 1 : kind == CONV_UP ? level - 1 : level);
+    VqLayer *l = add_layer(v, VQ_CONV, in, C, kind == CONV_DOWN ? level + 1 : kind == CONV_UP ? level - 1 : level);
     add_row(v, &l->weight, INIT_UNIFORM, bound, 4, dim, named("%s.weight", name.s).s);
     add_row(v, &l->bias, INIT_UNIFORM, bound, 1, dim, named("%s.bias", name.s).s);
     l->conv = kind;
@@ -84,7 +84,7 @@ static size_t conv(Vqgan *v, ConvKind kind, size_t in, size_t C, size_t add, Nam
 }
 
 static size_t norm(Vqgan *v, size_t in, int swish, Name name) {
-    Layer *l = add_layer(v, NORM, in, v->value[in].C, v->value[in].level);
+    VqLayer *l = add_layer(v, VQ_NORM, in, v->value[in].C, v->value[in].level);
     add_row(v, &l->weight, INIT_ONE, 0, 1, &v->value[in].C, named("%s.weight", name.s).s);
     add_row(v, &l->bias, INIT_ZERO, 0, 1, &v->value[in].C, named("%s.bias", name.s).s);
     l->swish = swish;
@@ -93,18 +93,18 @@ static size_t norm(Vqgan *v, size_t in, int swish, Name name) {
 
 static size_t block(Vqgan *v, size_t x, size_t C, Name name) {
     size_t y = norm(v, x, 1, named("%s.norm1", name.s));
-    y = conv(v, CONV3, y, C, NONE, named("%s.conv1", name.s));
+    y = conv(v, CONV3, y, C, NO_VALUE, named("%s.conv1", name.s));
     y = norm(v, y, 1, named("%s.norm2", name.s));
-    if (v->value[x].C != C) x = conv(v, CONV1, x, C, NONE, named("%s.nin_shortcut", name.s));
+    if (v->value[x].C != C) x = conv(v, CONV1, x, C, NO_VALUE, named("%s.nin_shortcut", name.s));
     return conv(v, CONV3, y, C, x, named("%s.conv2", name.s));
 }
 
 static size_t attention(Vqgan *v, size_t x, Name name) {
     const size_t C = v->value[x].C, y = norm(v, x, 0, named("%s.norm", name.s));
-    const size_t q = conv(v, CONV1, y, C, NONE, named("%s.q", name.s));
-    const size_t k = conv(v, CONV1, y, C, NONE, named("%s.k", name.s));
-    const size_t values = conv(v, CONV1, y, C, NONE, named("%s.v", name.s));
-    Layer *l = add_layer(v, ATTEND, q, C, v->value[x].level);
+    const size_t q = conv(v, CONV1, y, C, NO_VALUE, named("%s.q", name.s));
+    const size_t k = conv(v, CONV1, y, C, NO_VALUE, named("%s.k", name.s));
+    const size_t values = conv(v, CONV1, y, C, NO_VALUE, named("%s.v", name.s));
+    VqLayer *l = add_layer(v, VQ_ATTEND, q, C, v->value[x].level);
     l->in[1] = k;
     l->in[2] = values;
     return conv(v, CONV1, l->out, C, x, named("%s.proj_out", name.s));
@@ -129,34 +129,34 @@ static size_t level_blocks(Vqgan *v, size_t x, size_t n, size_t C, size_t resolu
 
 static size_t encoder(Vqgan *v, size_t x) {
     const VqganConfig *c = &v->c;
-    x = conv(v, CONV3, x, c->ch, NONE, named("encoder.conv_in"));
+    x = conv(v, CONV3, x, c->ch, NO_VALUE, named("encoder.conv_in"));
     for (size_t i = 0; i < c->levels; i++) {
         const size_t C = c->ch * c->ch_mult[i];
         x = level_blocks(v, x, c->num_res_blocks, C, c->resolution >> i, named("encoder.down.%zu", i));
-        if (i + 1 < c->levels) x = conv(v, CONV_DOWN, x, C, NONE, named("encoder.down.%zu.downsample.conv", i));
+        if (i + 1 < c->levels) x = conv(v, CONV_DOWN, x, C, NO_VALUE, named("encoder.down.%zu.downsample.conv", i));
     }
     x = norm(v, mid(v, x, "encoder"), 1, named("encoder.norm_out"));
-    return conv(v, CONV3, x, c->z_channels, NONE, named("encoder.conv_out"));
+    return conv(v, CONV3, x, c->z_channels, NO_VALUE, named("encoder.conv_out"));
 }
 
 /* The official decoder starts from the resolution that halving left and doubles it, which matters for odd ones. */
 static size_t decoder(Vqgan *v, size_t x) {
     const VqganConfig *c = &v->c;
     const size_t top = c->levels - 1;
-    x = conv(v, CONV3, x, c->ch * c->ch_mult[top], NONE, named("decoder.conv_in"));
+    x = conv(v, CONV3, x, c->ch * c->ch_mult[top], NO_VALUE, named("decoder.conv_in"));
     x = mid(v, x, "decoder");
     for (size_t i = c->levels; i-- > 0;) {
         const size_t C = c->ch * c->ch_mult[i], resolution = c->resolution >> top << (top - i);
         x = level_blocks(v, x, c->num_res_blocks + 1, C, resolution, named("decoder.up.%zu", i));
-        if (i > 0) x = conv(v, CONV_UP, x, C, NONE, named("decoder.up.%zu.upsample.conv", i));
+        if (i > 0) x = conv(v, CONV_UP, x, C, NO_VALUE, named("decoder.up.%zu.upsample.conv", i));
     }
     x = norm(v, x, 1, named("decoder.norm_out"));
-    return conv(v, CONV3, x, c->out_ch, NONE, named("decoder.conv_out"));
+    return conv(v, CONV3, x, c->out_ch, NO_VALUE, named("decoder.conv_out"));
 }
 
 static size_t quantizer(Vqgan *v, size_t z) {
     const size_t dim[2] = {v->c.n_embed, v->c.embed_dim};
-    Layer *l = add_layer(v, QUANTIZE, z, v->c.embed_dim, v->value[z].level);
+    VqLayer *l = add_layer(v, VQ_QUANTIZE, z, v->c.embed_dim, v->value[z].level);
     add_row(v, &l->weight, INIT_UNIFORM, 1.0 / (double)v->c.n_embed, 2, dim, "quantize.embedding.weight");
     return l->out;
 }
@@ -209,9 +209,9 @@ static Err sort_rows(Vqgan *v) {
         moved[sorted[i].number] = i;
     }
     for (size_t i = 0; i < v->n_layers; i++) {
-        Layer *l = &v->layer[i];
-        if (l->weight != NONE) l->weight = moved[l->weight];
-        if (l->bias != NONE) l->bias = moved[l->bias];
+        VqLayer *l = &v->layer[i];
+        if (l->weight != NO_VALUE) l->weight = moved[l->weight];
+        if (l->bias != NO_VALUE) l->bias = moved[l->bias];
     }
     free(sorted);
     return OK;
@@ -222,9 +222,9 @@ static Err mark_begun_gradients(Vqgan *v) {
     char *begun;
     TRY(mem_alloc(&begun, v->n_values, 1, "vqgan: gradients"));
     for (size_t i = v->n_layers; i-- > 0;) {
-        Layer *l = &v->layer[i];
-        if (l->add != NONE) begun[l->add] = 1; /* in the memory of the gradient of l->out */
-        for (int k = 0; k < 3 && l->in[k] != NONE; k++) {
+        VqLayer *l = &v->layer[i];
+        if (l->add != NO_VALUE) begun[l->add] = 1; /* in the memory of the gradient of l->out */
+        for (int k = 0; k < 3 && l->in[k] != NO_VALUE; k++) {
             l->more[k] = begun[l->in[k]];
             begun[l->in[k]] = 1;
         }
@@ -239,11 +239,11 @@ static Err build(Vqgan *v, int with_tanh) {
     TRY(mem_alloc(&v->layer, most, sizeof *v->layer, "vqgan: layers"));
     TRY(mem_alloc(&v->value, most + 1, sizeof *v->value, "vqgan: values"));
     v->image = add_value(v, c->in_channels, 0);
-    v->z = conv(v, CONV1, encoder(v, v->image), c->embed_dim, NONE, named("quant_conv"));
+    v->z = conv(v, CONV1, encoder(v, v->image), c->embed_dim, NO_VALUE, named("quant_conv"));
     v->quantize = v->n_layers;
     v->zq = quantizer(v, v->z);
-    v->xrec = decoder(v, conv(v, CONV1, v->zq, c->z_channels, NONE, named("post_quant_conv")));
-    if (with_tanh) v->xrec = add_layer(v, TANH, v->xrec, c->out_ch, 0)->out;
+    v->xrec = decoder(v, conv(v, CONV1, v->zq, c->z_channels, NO_VALUE, named("post_quant_conv")));
+    if (with_tanh) v->xrec = add_layer(v, VQ_TANH, v->xrec, c->out_ch, 0)->out;
     TRY(v->broken);
     TRY(sort_rows(v));
     v->codebook = v->layer[v->quantize].weight;
@@ -261,19 +261,24 @@ static void place_values(Vqgan *v, size_t B, size_t H, size_t W) {
     v->w = W;
     v->ready = v->latents = 0;
     for (size_t i = 0; i < v->n_values; i++) {
-        v->x[i] = v->value[i].act == NONE ? NULL : v->arena + v->value[i].act;
-        v->dx[i] = v->value[i].grad == NONE ? NULL : v->arena + v->value[i].grad;
+        const int here = !v->twin;
+        v->x[i] = here && v->value[i].act != NO_VALUE ? v->arena + v->value[i].act : NULL;
+        v->dx[i] = here && v->value[i].grad != NO_VALUE ? v->arena + v->value[i].grad : NULL;
     }
+    if (!v->twin) return;
+    v->x[v->z] = v->arena + v->shown[0];
+    v->x[v->zq] = v->arena + v->shown[1];
+    v->x[v->xrec] = v->arena + v->shown[2];
 }
 
 static void run_forward(Vqgan *v, size_t first, size_t end) {
     for (size_t i = first; i < end; i++) {
-        const Layer *l = &v->layer[i];
+        const VqLayer *l = &v->layer[i];
         switch (l->kind) {
-        case NORM: group_norm_forward(v, l); break;
-        case ATTEND: spatial_attention_forward(v, l); break;
-        case QUANTIZE: quantize_forward(v, l); break;
-        case TANH: tanh_forward(v, l); break;
+        case VQ_NORM: group_norm_forward(v, l); break;
+        case VQ_ATTEND: spatial_attention_forward(v, l); break;
+        case VQ_QUANTIZE: quantize_forward(v, l); break;
+        case VQ_TANH: tanh_forward(v, l); break;
         default: conv_layer_forward(v, l);
         }
     }
@@ -281,12 +286,12 @@ static void run_forward(Vqgan *v, size_t first, size_t end) {
 
 static void run_backward(Vqgan *v, double codebook_weight) {
     for (size_t i = v->n_layers; i-- > 0;) {
-        const Layer *l = &v->layer[i];
+        const VqLayer *l = &v->layer[i];
         switch (l->kind) {
-        case NORM: group_norm_backward(v, l); break;
-        case ATTEND: spatial_attention_backward(v, l); break;
-        case QUANTIZE: quantize_backward(v, l, codebook_weight); break;
-        case TANH: tanh_backward(v, l); break;
+        case VQ_NORM: group_norm_backward(v, l); break;
+        case VQ_ATTEND: spatial_attention_backward(v, l); break;
+        case VQ_QUANTIZE: quantize_backward(v, l, codebook_weight); break;
+        case VQ_TANH: tanh_backward(v, l); break;
         default: conv_layer_backward(v, l);
         }
     }
@@ -295,11 +300,11 @@ static void run_backward(Vqgan *v, double codebook_weight) {
 double vqgan_flops(const Vqgan *v, size_t B, size_t H, size_t W, int encode, int decode) {
     double sum = 0;
     for (size_t i = encode ? 0 : v->quantize + 1; i < (decode ? v->n_layers : v->quantize); i++) {
-        const Layer *l = &v->layer[i];
-        const Value *y = &v->value[l->out];
+        const VqLayer *l = &v->layer[i];
+        const VqValue *y = &v->value[l->out];
         const double cells = (double)(H >> y->level) * (double)(W >> y->level), C = (double)y->C;
-        if (l->kind == CONV) sum += cells * (double)v->params.row[l->weight].size;
-        if (l->kind == ATTEND) sum += 2 * cells * cells * C;
+        if (l->kind == VQ_CONV) sum += cells * (double)v->params.row[l->weight].size;
+        if (l->kind == VQ_ATTEND) sum += 2 * cells * cells * C;
     }
     return 2 * (double)B * sum;
 }
@@ -332,14 +337,14 @@ static Err add_area(AreaList *list, size_t *target, size_t size, size_t from, si
 
 /* B * C * h * w reals of a value at the planned size. */
 static Err value_size(const Vqgan *v, size_t i, size_t *size) {
-    const Value *x = &v->value[i];
+    const VqValue *x = &v->value[i];
     TRY(size_mul(size, v->B, x->C));
     TRY(size_mul(size, *size, v->H >> x->level));
     return size_mul(size, *size, v->W >> x->level);
 }
 
-static int needs_input(Kind kind) { /* backward reads what forward read */
-    return kind != TANH;
+static int needs_input(VqKind kind) { /* backward reads what forward read */
+    return kind != VQ_TANH;
 }
 
 /* Activations: from their making to their last use, which in training may be a backward. */
@@ -347,13 +352,13 @@ static Err value_areas(Vqgan *v, AreaList *list) {
     const size_t n = v->n_layers, last = 2 * n - 1;
     for (size_t i = 0; i < v->n_values; i++) {
         size_t from = 0, to = 0, size;
-        if (!v->train && (i == v->image || i == v->xrec)) continue; /* the caller's */
+        if (!v->train && !v->params.ops && (i == v->image || i == v->xrec)) continue; /* the caller's */
         for (size_t j = 0; j < n; j++) {
-            const Layer *l = &v->layer[j];
+            const VqLayer *l = &v->layer[j];
             if (l->out == i) from = to = j;
             const int reads = l->in[0] == i || l->in[1] == i || l->in[2] == i;
             if (reads || l->add == i) to = max_size(to, j);
-            if (v->train && ((reads && needs_input(l->kind)) || (l->out == i && l->kind == TANH)))
+            if (v->train && ((reads && needs_input(l->kind)) || (l->out == i && l->kind == VQ_TANH)))
                 to = max_size(to, last - j);
         }
         if (v->train && (i == v->z || i == v->zq || i == v->xrec)) to = last + 1; /* shown to the caller */
@@ -366,8 +371,8 @@ static Err value_areas(Vqgan *v, AreaList *list) {
 /* A value whose gradient lies in the memory of another one's: the addend of a sum, what the quantiser read. */
 static size_t gradient_home(const Vqgan *v, size_t i) {
     for (size_t j = 0; j < v->n_layers; j++) {
-        const Layer *l = &v->layer[j];
-        if (l->add == i || (l->kind == QUANTIZE && l->in[0] == i)) return gradient_home(v, l->out);
+        const VqLayer *l = &v->layer[j];
+        if (l->add == i || (l->kind == VQ_QUANTIZE && l->in[0] == i)) return gradient_home(v, l->out);
     }
     return i;
 }
@@ -378,38 +383,47 @@ static Err gradient_areas(Vqgan *v, AreaList *list, size_t *home, size_t *from, 
     const size_t last = 2 * v->n_layers - 1;
     for (size_t i = 0; i < v->n_values; i++) {
         home[i] = gradient_home(v, i);
-        from[i] = NONE;
+        from[i] = NO_VALUE;
         to[i] = 0;
     }
     for (size_t j = 0; j < v->n_layers; j++) {
-        const Layer *l = &v->layer[j];
+        const VqLayer *l = &v->layer[j];
         const size_t out = home[l->out];
         to[out] = max_size(to[out], last - j);
-        for (int k = 0; k < 3 && l->in[k] != NONE; k++) from[home[l->in[k]]] = min_size(from[home[l->in[k]]], last - j);
+        for (int k = 0; k < 3 && l->in[k] != NO_VALUE; k++)
+            from[home[l->in[k]]] = min_size(from[home[l->in[k]]], last - j);
     }
     for (size_t i = 0; i < v->n_values; i++) {
         size_t size;
-        if (home[i] != i || i == v->image || i == v->xrec) continue; /* those two are the caller's */
+        const int callers = i == v->image || i == v->xrec;
+        if (home[i] != i || (callers && !v->params.ops)) continue;
+        if (i == v->xrec) from[i] = v->n_layers; /* the caller's gradient comes first */
+        if (i == v->image) to[i] = last;
         TRY(value_size(v, i, &size));
         TRY(add_area(list, &v->value[i].grad, size, from[i], to[i]));
     }
     return OK;
 }
 
+static size_t norm_kept_units(const Vqgan *v, size_t C) {
+    if (!v->params.ops) return v->B * NORM_GROUPS * 2;
+    return norm_kept_floats(v->B, C) * sizeof(float) / v->params.ops->unit;
+}
+
 static Err layer_areas(Vqgan *v, AreaList *list) {
     const size_t last = 2 * v->n_layers - 1;
     for (size_t j = 0; j < v->n_layers; j++) {
-        Layer *l = &v->layer[j];
-        const Value *x = &v->value[l->out];
+        VqLayer *l = &v->layer[j];
+        const VqValue *x = &v->value[l->out];
         const size_t until = v->train ? last - j : j;
         size_t size, N;
-        if (l->kind == NORM) TRY(add_area(list, &l->saved, v->B * GROUPS * 2, j, until));
-        if (l->kind != ATTEND) continue;
+        if (l->kind == VQ_NORM) TRY(add_area(list, &l->saved, norm_kept_units(v, x->C), j, until));
+        if (l->kind != VQ_ATTEND) continue;
         TRY(size_mul(&N, v->H >> x->level, v->W >> x->level));
         TRY(size_mul(&size, N, N));
-        TRY(size_mul(&size, size, v->B));
+        TRY(size_mul(&size, round_up(size, ALIGN), v->B)); /* ATTEND saved: pictures begin at whole areas on a GPU */
         TRY(add_area(list, &l->saved, size, j, until));
-        if (v->train) TRY(add_area(list, &l->scratch, size, last - j, last - j));
+        if (v->train && !v->params.ops) TRY(add_area(list, &l->scratch, size, last - j, last - j));
     }
     return OK;
 }
@@ -425,10 +439,10 @@ static Err scratch_areas(Vqgan *v, AreaList *list) {
     v->h = v->H;
     v->w = v->W;
     for (size_t j = 0; j < v->n_layers; j++) {
-        const Layer *l = &v->layer[j];
+        const VqLayer *l = &v->layer[j];
         const Conv c = layer_conv(v, l);
-        if (l->kind == NORM) s->partial_reals = max_size(s->partial_reals, round_up(v->B * c.M * 2, ALIGN));
-        for (int backward = 0; l->kind == CONV && backward <= v->train; backward++) conv_needs(s, &c, backward);
+        if (l->kind == VQ_NORM) s->partial_reals = max_size(s->partial_reals, round_up(v->B * c.M * 2, ALIGN));
+        for (int backward = 0; l->kind == VQ_CONV && backward <= v->train; backward++) conv_needs(s, &c, backward);
     }
     TRY(add_area(list, &v->scratch_at, conv_scratch_reals(s), 0, end));
     TRY(add_area(list, &v->raw, v->B * plane_size(v, v->z), 0, end)); /* int32_t is no larger than real */
@@ -467,13 +481,13 @@ static Err lay_out(AreaList *list, size_t *total) {
     return OK;
 }
 
-/* *total: reals of the arena */
+/* *total: units of the arena */
 static Err plan_areas(Vqgan *v, AreaList *list, size_t *lives, size_t *total) {
-    for (size_t i = 0; i < v->n_values; i++) v->value[i].act = v->value[i].grad = NONE;
+    for (size_t i = 0; i < v->n_values; i++) v->value[i].act = v->value[i].grad = NO_VALUE;
     TRY(value_areas(v, list));
     if (v->train) TRY(gradient_areas(v, list, lives, lives + v->n_values, lives + 2 * v->n_values));
     TRY(layer_areas(v, list));
-    TRY(scratch_areas(v, list));
+    if (!v->params.ops) TRY(scratch_areas(v, list));
     TRY(lay_out(list, total));
     for (size_t i = 0; v->train && i < v->n_values; i++) v->value[i].grad = v->value[lives[i]].grad;
     return OK;
@@ -487,12 +501,17 @@ static Err check_picture(const Vqgan *v, size_t B, size_t H, size_t W, const cha
     return OK;
 }
 
+static void drop_plan(Vqgan *v) {
+    if (v->twin) v->params.ops->vqgan_free(v);
+    free(v->arena);
+    v->arena = NULL, v->twin = NULL;
+    v->ready = v->latents = 0;
+}
+
 Err vqgan_plan_bytes(Vqgan *v, size_t B, size_t H, size_t W, int train, size_t *bytes) {
     AreaList list = {NULL, 0, 3 * (v->n_values + v->n_layers) + 16};
     size_t *lives = NULL, total = 0;
-    free(v->arena);
-    v->arena = NULL;
-    v->ready = v->latents = 0;
+    drop_plan(v);
     TRY(check_picture(v, B, H, W, "vqgan_plan"));
     if (B > 1 << 20 || H > 1 << 20 || W > 1 << 20)
         return err("vqgan_plan: %zu pictures of %zux%zu is too much", B, H, W);
@@ -503,15 +522,33 @@ Err vqgan_plan_bytes(Vqgan *v, size_t B, size_t H, size_t W, int train, size_t *
     Err e = mem_alloc(&list.area, list.capacity, sizeof *list.area, "vqgan: plan");
     if (e == OK) e = mem_alloc(&lives, 3 * v->n_values, sizeof *lives, "vqgan: plan");
     if (e == OK) e = plan_areas(v, &list, lives, &total);
-    if (e == OK) e = size_mul(bytes, total, sizeof(real));
+    if (e == OK)
+        e = v->params.ops ? v->params.ops->vqgan_plan(v, total, 0, bytes) : size_mul(bytes, total, sizeof(real));
+    v->units = total;
     free(list.area);
     free(lives);
     return e;
 }
 
+/* Activations there; here what callers see: z, z_q, the reconstruction, codes. */
+static Err plan_on_gpu(Vqgan *v, size_t *bytes) {
+    const size_t shown[3] = {v->z, v->zq, v->xrec};
+    size_t total = v->B * (v->H >> v->value[v->z].level) * (v->W >> v->value[v->z].level);
+    v->raw = 0;
+    for (int k = 0; k < 3; k++) {
+        size_t size;
+        v->shown[k] = round_up(total, ALIGN);
+        TRY(value_size(v, shown[k], &size));
+        total = v->shown[k] + size;
+    }
+    TRY(mem_alloc(&v->arena, total, sizeof(real), "vqgan: what the GPU gives back"));
+    return v->params.ops->vqgan_plan(v, v->units, 1, bytes);
+}
+
 Err vqgan_plan(Vqgan *v, size_t B, size_t H, size_t W, int train) {
     size_t bytes = 0;
     TRY(vqgan_plan_bytes(v, B, H, W, train, &bytes));
+    if (v->params.ops) return plan_on_gpu(v, &bytes);
     TRY(mem_alloc(&v->arena, bytes, 1, "vqgan: activations"));
     conv_scratch_place(&v->scratch, v->arena + v->scratch_at);
     return OK;
@@ -611,7 +648,7 @@ static Err check_config(const VqganConfig *c) {
     TRY(check_range("embed_dim", c->embed_dim, 1, MAX_WIDTH));
     TRY(check_range("n_embed", c->n_embed, 1, 1 << 24));
     TRY(check_range("re_embed", c->re_embed, 0, c->n_embed));
-    if (c->ch % GROUPS) return err("vqgan: ch is %zu, expected a multiple of %d", c->ch, GROUPS);
+    if (c->ch % NORM_GROUPS) return err("vqgan: ch is %zu, expected a multiple of %d", c->ch, NORM_GROUPS);
     for (size_t i = 0; i < c->levels; i++) TRY(check_range("ch_mult", c->ch_mult[i], 1, MAX_WIDTH / c->ch));
     if (!(c->beta >= 0 && c->beta < 1e6)) return err("vqgan: beta is %g, expected 0..1e6", c->beta);
     return OK;
@@ -645,13 +682,13 @@ Err vqgan_create(Vqgan **out, const VqganConfig *c, int honour_tanh) {
 
 void vqgan_free(Vqgan *v) {
     if (!v) return;
+    drop_plan(v);
     params_free(&v->params);
     free(v->layer);
     free(v->value);
     free(v->x);
     free(v->used);
     free(v->inverse);
-    free(v->arena);
     free(v);
 }
 
@@ -708,17 +745,29 @@ static void copy_codes(Vqgan *v, size_t B, size_t N, uint64_t seed, int32_t *raw
     if (tokens) remap_codes(v, found, B, N, seed, tokens);
 }
 
+/* The codes of z (B,D,N), or, on a GPU, of the latents that are there if z is NULL. */
+static Err find_nearest(Vqgan *v, const real *z, size_t B, size_t N) {
+    int32_t *raw = (int32_t *)(v->arena + v->raw);
+    if (v->twin) return v->params.ops->vqgan_nearest(v, z, raw);
+    nearest_codes(v, z, B, N, raw);
+    return OK;
+}
+
 Err vqgan_encode(Vqgan *v, const real *images, size_t B, size_t H, size_t W, uint64_t seed, real *prequant,
                  int32_t *raw, int32_t *tokens) {
     TRY(check_values(v, "vqgan_encode"));
     TRY(check_fits(v, B, H, W, "vqgan_encode"));
     place_values(v, B, H, W);
-    v->x[v->image] = (real *)images; /* only read */
-    run_forward(v, 0, v->quantize);
+    if (v->twin)
+        TRY(v->params.ops->vqgan_run(v, v->image, images, 0, v->quantize, v->z, prequant ? v->x[v->z] : NULL));
+    else {
+        v->x[v->image] = (real *)images; /* only read */
+        run_forward(v, 0, v->quantize);
+    }
     const size_t N = plane_size(v, v->z);
     if (prequant) memcpy(prequant, v->x[v->z], B * v->c.embed_dim * N * sizeof(real));
     if (raw || tokens) {
-        nearest_codes(v, v->x[v->z], B, N, (int32_t *)(v->arena + v->raw));
+        TRY(find_nearest(v, v->twin ? NULL : v->x[v->z], B, N));
         copy_codes(v, B, N, seed, raw, tokens);
     }
     return OK;
@@ -726,33 +775,49 @@ Err vqgan_encode(Vqgan *v, const real *images, size_t B, size_t H, size_t W, uin
 
 Err vqgan_quantize(Vqgan *v, const real *z, size_t B, size_t h, size_t w, uint64_t seed, int32_t *raw,
                    int32_t *tokens) {
+    const size_t shift = v->c.levels - 1;
     TRY(check_values(v, "vqgan_quantize"));
     TRY(check_grid(v, B, h, w, "vqgan_quantize"));
-    v->ready = v->latents = 0;
-    nearest_codes(v, z, B, h * w, (int32_t *)(v->arena + v->raw));
+    place_values(v, B, h << shift, w << shift);
+    TRY(find_nearest(v, z, B, h * w));
     copy_codes(v, B, h * w, seed, raw, tokens);
     return OK;
 }
 
-Err vqgan_lookup(Vqgan *v, const int32_t *tokens, size_t B, size_t h, size_t w, real *z) {
-    TRY(check_values(v, "vqgan_lookup"));
-    const size_t N = h * w, D = v->c.embed_dim, K = vqgan_K(v);
-    const real *book = v->params.row[v->codebook].value;
+static Err check_tokens(const Vqgan *v, const int32_t *tokens, size_t B, size_t N, const char *where) {
+    const size_t K = vqgan_K(v);
     for (size_t i = 0; i < B * N; i++)
         if (tokens[i] < 0 || (size_t)tokens[i] >= K)
-            return err("vqgan_lookup: token %d of picture %zu is %d, expected 0..%zu", (int)(i % N), i / N, tokens[i],
+            return err("%s: token %d of picture %zu is %d, expected 0..%zu", where, (int)(i % N), i / N, tokens[i],
                        K - 1);
-    for (size_t b = 0; b < B; b++)
-        for (size_t i = 0; i < N; i++) {
-            const size_t token = (size_t)tokens[b * N + i], code = v->used ? (size_t)v->used[token] : token;
-            for (size_t d = 0; d < D; d++) z[(b * D + d) * N + i] = book[code * D + d];
-        }
     return OK;
 }
 
-static void decode_placed(Vqgan *v, real *images) {
+static int32_t entry_of(const Vqgan *v, int32_t token) {
+    return v->used ? v->used[token] : token;
+}
+
+static void look_up(const Vqgan *v, const int32_t *tokens, size_t B, size_t N, real *z) {
+    const size_t D = v->c.embed_dim;
+    for (size_t b = 0; b < B; b++)
+        for (size_t i = 0; i < N; i++) {
+            const real *e = v->params.row[v->codebook].value + (size_t)entry_of(v, tokens[b * N + i]) * D;
+            for (size_t d = 0; d < D; d++) z[(b * D + d) * N + i] = e[d];
+        }
+}
+
+Err vqgan_lookup(Vqgan *v, const int32_t *tokens, size_t B, size_t h, size_t w, real *z) {
+    TRY(check_values(v, "vqgan_lookup"));
+    TRY(check_tokens(v, tokens, B, h * w, "vqgan_lookup"));
+    look_up(v, tokens, B, h * w, z);
+    return OK;
+}
+
+static Err decode_placed(Vqgan *v, const real *z, real *images) {
+    if (v->twin) return v->params.ops->vqgan_run(v, v->zq, z, v->quantize + 1, v->n_layers, v->xrec, images);
     v->x[v->xrec] = images;
     run_forward(v, v->quantize + 1, v->n_layers);
+    return OK;
 }
 
 Err vqgan_decode(Vqgan *v, const real *z, size_t B, size_t h, size_t w, real *images) {
@@ -761,8 +826,7 @@ Err vqgan_decode(Vqgan *v, const real *z, size_t B, size_t h, size_t w, real *im
     TRY(check_grid(v, B, h, w, "vqgan_decode"));
     place_values(v, B, h << shift, w << shift);
     v->x[v->zq] = (real *)z; /* only read */
-    decode_placed(v, images);
-    return OK;
+    return decode_placed(v, z, images);
 }
 
 Err vqgan_decode_tokens(Vqgan *v, const int32_t *tokens, size_t B, size_t h, size_t w, real *images) {
@@ -770,9 +834,14 @@ Err vqgan_decode_tokens(Vqgan *v, const int32_t *tokens, size_t B, size_t h, siz
     TRY(check_values(v, "vqgan_decode_tokens"));
     TRY(check_grid(v, B, h, w, "vqgan_decode_tokens"));
     place_values(v, B, h << shift, w << shift);
-    TRY(vqgan_lookup(v, tokens, B, h, w, v->x[v->zq]));
-    decode_placed(v, images);
-    return OK;
+    TRY(check_tokens(v, tokens, B, h * w, "vqgan_decode_tokens"));
+    if (v->twin) {
+        int32_t *raw = (int32_t *)(v->arena + v->raw);
+        for (size_t i = 0; i < B * h * w; i++) raw[i] = entry_of(v, tokens[i]);
+        return v->params.ops->vqgan_draw(v, raw, images);
+    }
+    look_up(v, tokens, B, h * w, v->x[v->zq]);
+    return decode_placed(v, NULL, images);
 }
 
 /* ---- Public functions: training ---- */
@@ -783,21 +852,29 @@ Err vqgan_forward(Vqgan *v, const real *images, size_t B, size_t H, size_t W, co
     TRY(check_fits(v, B, H, W, "vqgan_forward"));
     if (!v->train) return err("vqgan_forward: planned for inference");
     place_values(v, B, H, W);
-    memcpy(v->x[v->image], images, B * v->c.in_channels * H * W * sizeof(real)); /* backward reads it again */
-    run_forward(v, 0, v->n_layers);
+    const size_t elements = B * v->c.embed_dim * plane_size(v, v->z);
+    if (v->twin) {
+        double sum = 0;
+        TRY(v->params.ops->vqgan_forward(v, images, (int32_t *)(v->arena + v->raw), &sum));
+        *codebook_loss = codebook_loss_of(&v->c, sum, elements);
+    } else {
+        memcpy(v->x[v->image], images, B * v->c.in_channels * H * W * sizeof(real)); /* backward reads it again */
+        run_forward(v, 0, v->n_layers);
+        *codebook_loss = codebook_loss_value(v, elements);
+    }
     v->ready = v->latents = 1;
     *xrec = v->x[v->xrec];
-    *codebook_loss = codebook_loss_value(v, B * v->c.embed_dim * plane_size(v, v->z));
     return OK;
 }
 
 Err vqgan_backward(Vqgan *v, const real *dxrec, double codebook_weight, real *dimage) {
     if (!v->ready) return err("vqgan_backward: must follow vqgan_forward");
     if (!v->params.row[0].grad) return err("vqgan_backward: the parameters have no gradients planned");
+    v->ready = 0;
+    if (v->twin) return v->params.ops->vqgan_backward(v, dxrec, codebook_weight, dimage);
     v->dx[v->xrec] = (real *)dxrec; /* only read */
     v->dx[v->image] = dimage;
     run_backward(v, codebook_weight);
-    v->ready = 0;
     return OK;
 }
 
@@ -820,22 +897,29 @@ void image_loss(const real *x, const real *xrec, size_t n, double w1, double w2,
     *l2 = s2 / (double)n;
 }
 
-size_t vqgan_restart_codes(Vqgan *v, const uint32_t *usage, uint64_t seed, uint64_t step) {
-    const size_t D = v->c.embed_dim, N = plane_size(v, v->z);
+static void restart_code(const Vqgan *v, size_t code, size_t pick) {
+    const size_t D = v->c.embed_dim, N = plane_size(v, v->z), b = pick / N, i = pick % N;
     const Param *book = &v->params.row[v->codebook];
-    const real *z = v->x[v->z];
+    for (size_t d = 0; d < D; d++) {
+        const size_t at = code * D + d;
+        book->value[at] = v->x[v->z][(b * D + d) * N + i];
+        if (book->m) book->m[at] = 0;
+        if (book->v) book->v[at] = 0;
+        if (book->ema) book->ema[at] = book->value[at];
+    }
+}
+
+size_t vqgan_restart_codes(Vqgan *v, const uint32_t *usage, uint64_t seed, uint64_t step) {
+    const size_t N = plane_size(v, v->z);
     const uint64_t stream = rng_stream(RNG_CODES, 0, step);
     size_t restarted = 0;
     for (size_t code = 0; code < v->c.n_embed; code++) {
         if (usage[code] || !v->latents) continue;
-        const size_t pick = rng_below(seed, stream, code, (uint32_t)(v->b * N)), b = pick / N, i = pick % N;
-        for (size_t d = 0; d < D; d++) {
-            const size_t at = code * D + d;
-            book->value[at] = z[(b * D + d) * N + i];
-            if (book->m) book->m[at] = 0;
-            if (book->v) book->v[at] = 0;
-            if (book->ema) book->ema[at] = book->value[at];
-        }
+        const size_t pick = rng_below(seed, stream, code, (uint32_t)(v->b * N));
+        if (v->twin)
+            v->params.ops->vqgan_restart(v, code, pick);
+        else
+            restart_code(v, code, pick);
         restarted++;
     }
     return restarted;

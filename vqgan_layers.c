@@ -69,19 +69,19 @@ size_t plane_size(const Vqgan *v, size_t value) {
     return (v->h >> v->value[value].level) * (v->w >> v->value[value].level);
 }
 
-Conv layer_conv(const Vqgan *v, const Layer *l) {
-    const Value *x = &v->value[l->in[0]];
+Conv layer_conv(const Vqgan *v, const VqLayer *l) {
+    const VqValue *x = &v->value[l->in[0]];
     const Conv c = {l->conv, v->b, x->C, v->value[l->out].C, v->h >> x->level, v->w >> x->level};
     return c;
 }
 
-void conv_layer_forward(Vqgan *v, const Layer *l) {
+void conv_layer_forward(Vqgan *v, const VqLayer *l) {
     const Conv c = layer_conv(v, l);
     conv_forward(v->x[l->out], &c, v->x[l->in[0]], v->params.row[l->weight].value, v->params.row[l->bias].value,
-                 l->add == NONE ? NULL : v->x[l->add], &v->scratch);
+                 l->add == NO_VALUE ? NULL : v->x[l->add], &v->scratch);
 }
 
-void conv_layer_backward(Vqgan *v, const Layer *l) {
+void conv_layer_backward(Vqgan *v, const VqLayer *l) {
     const Conv c = layer_conv(v, l);
     const Param *w = &v->params.row[l->weight];
     conv_backward(v->dx[l->in[0]], w->grad, v->params.row[l->bias].grad, &c, v->dx[l->out], v->x[l->in[0]], w->value,
@@ -93,10 +93,10 @@ void conv_layer_backward(Vqgan *v, const Layer *l) {
 /* What the tasks of one layer share: for norms a task is a group of channels, for attention a picture. */
 typedef struct {
     Vqgan *v;
-    const Layer *l;
+    const VqLayer *l;
 } LayerJob;
 
-static void layer_tasks(Vqgan *v, const Layer *l, size_t n, Task *task) {
+static void layer_tasks(Vqgan *v, const VqLayer *l, size_t n, Task *task) {
     LayerJob job = {v, l};
     parallel_for(threads_free(), n, task, &job);
 }
@@ -104,9 +104,9 @@ static void layer_tasks(Vqgan *v, const Layer *l, size_t n, Task *task) {
 /* y = swish(t), t = gamma (x - mean) rstd + beta     x, y (B,C,hw); saved (B,32,2) = mean, rstd of each group */
 static void norm_forward_task(void *context, size_t bg) {
     Vqgan *v = ((const LayerJob *)context)->v;
-    const Layer *l = ((const LayerJob *)context)->l;
+    const VqLayer *l = ((const LayerJob *)context)->l;
     const real *gamma = v->params.row[l->weight].value, *beta = v->params.row[l->bias].value;
-    const size_t C = v->value[l->out].C, hw = plane_size(v, l->out), per = C / GROUPS, n = per * hw;
+    const size_t C = v->value[l->out].C, hw = plane_size(v, l->out), per = C / NORM_GROUPS, n = per * hw;
     real *saved = v->arena + l->saved;
     const real *x = v->x[l->in[0]] + bg * n;
     real *y = v->x[l->out] + bg * n;
@@ -115,7 +115,7 @@ static void norm_forward_task(void *context, size_t bg) {
     saved[2 * bg] = mean;
     saved[2 * bg + 1] = rstd;
     for (size_t i = 0; i < per; i++, x += hw, y += hw) {
-        const size_t c = bg % GROUPS * per + i;
+        const size_t c = bg % NORM_GROUPS * per + i;
         const real scale = rstd * gamma[c], shift = beta[c] - mean * scale;
         if (l->swish)
             for (size_t j = 0; j < hw; j++) {
@@ -127,8 +127,8 @@ static void norm_forward_task(void *context, size_t bg) {
     }
 }
 
-void group_norm_forward(Vqgan *v, const Layer *l) {
-    layer_tasks(v, l, v->b * GROUPS, norm_forward_task);
+void group_norm_forward(Vqgan *v, const VqLayer *l) {
+    layer_tasks(v, l, v->b * NORM_GROUPS, norm_forward_task);
 }
 
 /* dy (n) = dy swish'(t), in place; t = scale x + shift; swish' = s (1 + t (1-s)), s = sigmoid(t) */
@@ -144,15 +144,15 @@ static void swish_backward(real *dy, const real *x, size_t n, real scale, real s
  * dy is overwritten with d; nothing reads it afterwards. channel (B,C,2): sums of d and d xhat of each plane. */
 static void norm_backward_task(void *context, size_t bg) {
     Vqgan *v = ((const LayerJob *)context)->v;
-    const Layer *l = ((const LayerJob *)context)->l;
+    const VqLayer *l = ((const LayerJob *)context)->l;
     const real *gamma = v->params.row[l->weight].value, *beta = v->params.row[l->bias].value;
-    const size_t C = v->value[l->out].C, hw = plane_size(v, l->out), per = C / GROUPS, n = per * hw;
+    const size_t C = v->value[l->out].C, hw = plane_size(v, l->out), per = C / NORM_GROUPS, n = per * hw;
     const real *saved = v->arena + l->saved;
     real *channel = v->scratch.partials;
     const real mean = saved[2 * bg], rstd = saved[2 * bg + 1];
     double d_mean = 0, dx_mean = 0;
     for (size_t i = 0; i < per; i++) {
-        const size_t c = bg % GROUPS * per + i, at = bg * n + i * hw;
+        const size_t c = bg % NORM_GROUPS * per + i, at = bg * n + i * hw;
         const real *x = v->x[l->in[0]] + at, scale = rstd * gamma[c];
         real *d = v->dx[l->out] + at;
         if (l->swish) swish_backward(d, x, hw, scale, beta[c] - mean * scale);
@@ -165,7 +165,7 @@ static void norm_backward_task(void *context, size_t bg) {
     const real slope = (real)(-dx_mean * (double)rstd * (double)rstd);
     const real offset = (real)(-d_mean * (double)rstd) - slope * mean;
     for (size_t i = 0; i < per; i++) {
-        const size_t c = bg % GROUPS * per + i, at = bg * n + i * hw;
+        const size_t c = bg % NORM_GROUPS * per + i, at = bg * n + i * hw;
         const real *x = v->x[l->in[0]] + at, *d = v->dx[l->out] + at, scale = rstd * gamma[c];
         real *dx = v->dx[l->in[0]] + at;
         if (l->more[0])
@@ -175,10 +175,10 @@ static void norm_backward_task(void *context, size_t bg) {
     }
 }
 
-void group_norm_backward(Vqgan *v, const Layer *l) {
+void group_norm_backward(Vqgan *v, const VqLayer *l) {
     const size_t C = v->value[l->out].C;
     const real *channel = v->scratch.partials;
-    layer_tasks(v, l, v->b * GROUPS, norm_backward_task);
+    layer_tasks(v, l, v->b * NORM_GROUPS, norm_backward_task);
     real *dgamma = v->params.row[l->weight].grad, *dbeta = v->params.row[l->bias].grad;
     for (size_t b = 0; b < v->b; b++)
         for (size_t c = 0; c < C; c++) {
@@ -201,7 +201,7 @@ static void softmax_row(real *p, size_t n) {
 /* y[:,i] = sum_j p[i,j] v[:,j],  p[i,:] = softmax(C^-0.5 q[:,i] . k[:,:])     q,k,v,y (B,C,N)  p (B,N,N) saved */
 static void spatial_attention_forward_task(void *context, size_t b) {
     Vqgan *v = ((const LayerJob *)context)->v;
-    const Layer *l = ((const LayerJob *)context)->l;
+    const VqLayer *l = ((const LayerJob *)context)->l;
     const size_t C = v->value[l->out].C, N = plane_size(v, l->out);
     const real scale = (real)(1 / sqrt((double)C));
     const size_t at = b * C * N;
@@ -214,14 +214,14 @@ static void spatial_attention_forward_task(void *context, size_t b) {
     gemm(0, 1, C, N, N, v->x[l->in[2]] + at, N, p, N, 0, v->x[l->out] + at, N);
 }
 
-void spatial_attention_forward(Vqgan *v, const Layer *l) {
+void spatial_attention_forward(Vqgan *v, const VqLayer *l) {
     layer_tasks(v, l, v->b, spatial_attention_forward_task);
 }
 
 /* dv = dy p,  dp = dy^T v,  ds = scale p (dp - sum_j dp p),  dq = k ds^T,  dk = q ds     ds (B,N,N) scratch */
 static void spatial_attention_backward_task(void *context, size_t b) {
     Vqgan *v = ((const LayerJob *)context)->v;
-    const Layer *l = ((const LayerJob *)context)->l;
+    const VqLayer *l = ((const LayerJob *)context)->l;
     const size_t C = v->value[l->out].C, N = plane_size(v, l->out);
     const real scale = (real)(1 / sqrt((double)C));
     const size_t at = b * C * N;
@@ -237,7 +237,7 @@ static void spatial_attention_backward_task(void *context, size_t b) {
     gemm(0, 0, C, N, N, v->x[l->in[0]] + at, N, ds, N, l->more[1], v->dx[l->in[1]] + at, N);
 }
 
-void spatial_attention_backward(Vqgan *v, const Layer *l) {
+void spatial_attention_backward(Vqgan *v, const VqLayer *l) {
     layer_tasks(v, l, v->b, spatial_attention_backward_task);
 }
 
@@ -310,7 +310,7 @@ void remap_codes(const Vqgan *v, const int32_t *raw, size_t B, size_t N, uint64_
 }
 
 /* z_q = z + (e - z), e the nearest entry: straight through, rounding as the official code does */
-void quantize_forward(Vqgan *v, const Layer *l) {
+void quantize_forward(Vqgan *v, const VqLayer *l) {
     const size_t D = v->c.embed_dim, N = plane_size(v, l->out);
     const real *book = v->params.row[v->codebook].value;
     int32_t *raw = (int32_t *)(v->arena + v->raw);
@@ -330,20 +330,24 @@ void quantize_forward(Vqgan *v, const Layer *l) {
     }
 }
 
+double codebook_loss_of(const VqganConfig *c, double sum, size_t elements) {
+    return (1 + c->beta) * sum / (double)elements;
+}
+
 /* Both terms of the codebook loss have the value mse = mean (e-z)^2; one moves the encoder, one the codebook, and beta
  * weighs one of them. */
 double codebook_loss_value(const Vqgan *v, size_t elements) {
     const double *loss = (const double *)(v->arena + v->image_loss);
     double s = 0;
     for (size_t b = 0; b < v->b; b++) s += loss[b];
-    return (1 + v->c.beta) * s / (double)elements;
+    return codebook_loss_of(&v->c, s, elements);
 }
 
 /* dz = dz_q + weight w_z 2 (z-e)/n  (in place: dz is dz_q's memory)     de += weight w_e 2 (e-z)/n */
-void quantize_backward(Vqgan *v, const Layer *l, double loss_weight) {
+void quantize_backward(Vqgan *v, const VqLayer *l, double loss_weight) {
     const size_t D = v->c.embed_dim, N = plane_size(v, l->out);
-    const double unit = 2 * loss_weight / (double)(v->b * D * N);
-    const real to_z = (real)(unit * (v->c.legacy ? 1 : v->c.beta)), to_e = (real)(unit * (v->c.legacy ? v->c.beta : 1));
+    real to_z, to_e;
+    codebook_weights(&v->c, loss_weight, v->b * D * N, &to_z, &to_e);
     const real *book = v->params.row[v->codebook].value, *z = v->x[l->in[0]];
     const int32_t *raw = (const int32_t *)(v->arena + v->raw);
     real *dz = v->dx[l->in[0]], *dbook = v->params.row[v->codebook].grad;
@@ -359,14 +363,14 @@ void quantize_backward(Vqgan *v, const Layer *l, double loss_weight) {
 
 /* ---- tanh on the picture, where the configuration is taken at its word ---- */
 
-void tanh_forward(Vqgan *v, const Layer *l) {
+void tanh_forward(Vqgan *v, const VqLayer *l) {
     const size_t n = v->b * v->value[l->out].C * plane_size(v, l->out);
     const real *x = v->x[l->in[0]];
     real *y = v->x[l->out];
     for (size_t i = 0; i < n; i++) y[i] = (real)tanh((double)x[i]);
 }
 
-void tanh_backward(Vqgan *v, const Layer *l) {
+void tanh_backward(Vqgan *v, const VqLayer *l) {
     const size_t n = v->b * v->value[l->out].C * plane_size(v, l->out);
     const real *y = v->x[l->out], *dy = v->dx[l->out];
     real *dx = v->dx[l->in[0]];

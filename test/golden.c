@@ -2,6 +2,7 @@
  *
  *     test/golden DIR...              every case folder under DIR
  *     test/golden --selftest DIR...   the same with falsified expectations: nothing may pass
+ *     test/golden --device cuda DIR...  all of it on the GPU, in float
  *
  * A case is a folder with config.txt (the official configuration), model.ckpt (a checkpoint of the official training)
  * or else model.safetensors (its state dict), io.safetensors (inputs in.*, expectations everything else), or with schedules.json. Which kind it is tell
@@ -44,6 +45,7 @@ typedef enum { HONEST, MOVED, MADE_NAN, RENAMED } Falsify; /* --selftest */
 
 static size_t passed, failed, green; /* green: cases with tensors that failed nowhere */
 static Falsify falsify;
+static int on_cuda; /* --device cuda */
 
 typedef struct {
     const char *name; /* folder */
@@ -212,7 +214,8 @@ static Err check_sampled_gradient(Case *c, const Param *row, const char *prefix)
 }
 
 /* Every parameter that is trained must have its gradient among the expectations. */
-static Err check_gradients(Case *c, const Params *p, const char *prefix) {
+static Err check_gradients(Case *c, Params *p, const char *prefix) {
+    TRY(params_fetch(p));
     char name[NAME_MAX_BYTES + 40];
     for (size_t r = 0; r < p->n; r++) {
         const Param *row = &p->row[r];
@@ -245,7 +248,9 @@ static Err open_vqgan(Case *c, Vqgan **v, const char *tensors, const char *keys,
     config.re_embed = table ? table->size : 0;
     TRY(vqgan_create(v, &config, honour_tanh));
     TRY(params_plan(vqgan_params(*v), PLAN_VALUE | PLAN_GRAD));
-    return vqgan_load(*v, &c->model, tensors);
+    TRY(vqgan_load(*v, &c->model, tensors));
+    if (on_cuda) TRY(vqgan_use_cuda(*v, PRECISION_F32));
+    return params_send(vqgan_params(*v));
 }
 
 typedef struct {
@@ -381,9 +386,11 @@ static Err open_net(Case *c, Schedule *s) {
     NetConfig config;
     TRY(net_config_read(&config, &c->config, keys));
     TRY(transformer_create(&c->net, &config));
+    if (on_cuda) TRY(transformer_use_cuda(c->net, PRECISION_F32));
     Params *p = transformer_params(c->net);
     TRY(params_plan(p, PLAN_VALUE | PLAN_GRAD));
     TRY(params_load(p, &c->model, 'v', "transformer."));
+    TRY(params_send(p));
     TRY(schedule_read(s, &c->model, config.n_scales));
     transformer_set_alphas(c->net, s->alpha);
     return OK;
@@ -623,6 +630,7 @@ static Err check_top_k(Case *c, size_t K) {
 static Err check_ema(Case *c, const Tokenized *b, const Greedy *free_run) {
     const real *logits;
     TRY(params_load_ema(transformer_params(c->net), &c->model, 'v', "transformer_ema."));
+    TRY(params_send(transformer_params(c->net)));
     TRY(transformer_plan(c->net, b->B, b->N, 0));
     TRY(transformer_forward(c->net, b->x, b->x_t, b->t, b->label, b->B, b->N, &logits));
     TRY(check_output(c, "ema.logits", "ema.logits", logits, b->B * b->N * b->K));
@@ -687,6 +695,7 @@ static Err run_encoding(Case *c, const char *name) {
     TRY(open_net(c, &s));
     TRY(encoding_logits(c, logits));
     TRY(params_load_ema(transformer_params(c->net), &c->model, 'v', "transformer_ema."));
+    TRY(params_send(transformer_params(c->net)));
     TRY(encoding_logits(c, ema));
     return encoding_picture(c, picture);
 }
@@ -769,8 +778,9 @@ static Err open_training(Case *c, Training *r, const Tokenized *b) {
     return checkpoint_ints(&c->model, "transformer_ema.num_updates", 1, &r->ema_updates);
 }
 
-static double params_norm(const Params *p) {
+static double params_norm(Params *p) {
     double sum = 0;
+    if (params_fetch(p) != OK) return NAN;
     for (size_t r = 0; r < p->n; r++)
         for (size_t i = 0; i < p->row[r].size; i++) sum += (double)p->row[r].value[i] * (double)p->row[r].value[i];
     return sqrt(sum);
@@ -797,6 +807,7 @@ static Err train(Case *c, Training *r, const Tokenized *b) {
     real *dlogits;
     size_t step = 0;
     TRY(transformer_plan(c->net, r->B, b->N, 1));
+    TRY(params_send(p));
     TRY(case_reals(c, &dlogits, r->B * b->N * b->K));
     for (size_t i = 0; i < r->micro; i++) {
         if (i % r->accumulate == 0) params_zero_grad(p);
@@ -811,6 +822,7 @@ static Err train(Case *c, Training *r, const Tokenized *b) {
         if (r->ema) ema_update(p, r->ema_decay, (uint64_t)++r->ema_updates);
     }
     size_t steps = step;
+    TRY(params_fetch(p));
     TRY(check_output(c, "out.loss", "out.loss", r->loss, r->micro));
     TRY(check_output(c, "out.loss_hard", "out.loss_hard", r->hard, r->micro));
     TRY(check_output(c, "out.loss_soft", "out.loss_soft", r->soft, r->micro));
@@ -1095,9 +1107,13 @@ static int selftest(int n, char **dirs) {
 }
 
 int main(int argc, char **argv) {
+    if (argc > 2 && strcmp(argv[1], "--device") == 0) {
+        on_cuda = strcmp(argv[2], "cuda") == 0;
+        argc -= 2, argv += 2;
+    }
     int test_itself = argc > 1 && strcmp(argv[1], "--selftest") == 0;
     if (argc < 2 + test_itself) {
-        fprintf(stderr, "golden: expected a folder of cases: test/golden [--selftest] DIR...\n");
+        fprintf(stderr, "golden: expected a folder of cases: test/golden [--device cuda] [--selftest] DIR...\n");
         return 2;
     }
     if (test_itself) return selftest(argc - 2, argv + 2);

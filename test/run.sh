@@ -2,8 +2,13 @@
 # run.sh BUILD ANY TEST...: runs every test program, the golden cases, the checks of the three programs, and adds up what
 # they report; ANY holds the programs for any x86-64, "" where there are none; what cannot be run here is named. The last line is "N passed, N failed"; exit status 1 if anything failed,
 # crashed or reported nothing. PYTHON names a python that has torch.
-build=$1 any=$2
-shift 2
+#
+# run.sh --cuda BUILD PROGRAMS TEST...: only what concerns CUDA, with the programs of that folder (built by nvcc, or the
+# emulated ones).
+cuda=
+[ "$1" = --cuda ] && cuda=$3
+build=${cuda:+$2} any=
+[ -n "$cuda" ] && shift 3 || { build=$1 any=$2 && shift 2; }
 passed=0 failed=0
 export ASAN_OPTIONS=allocator_may_return_null=1 # the tests ask for more memory than there is
 
@@ -33,6 +38,15 @@ check() { # check NAME COMMAND...
 for t in "$@"; do
     check "$(basename "$t")" "$t"
 done
+if [ -n "$cuda" ]; then
+    check golden-cuda "$cuda/golden" --device cuda test/golden-cases
+    check cuda-programs test/test_cuda_programs.sh "$build" "$cuda"
+    echo "$passed passed, $failed failed"
+    [ "$failed" -eq 0 ]
+    exit
+fi
+check golden-cuda "$build/emulated/golden" --device cuda test/golden-cases
+check cuda-programs test/test_cuda_programs.sh "$build" "$build/emulated"
 check golden "$build/golden" test/golden-cases
 check golden-selftest "$build/golden" --selftest test/golden-cases
 check programs test/test_programs.sh "$build"

@@ -253,7 +253,7 @@ refused 2 "temperature" "$build/sample" killed --temperature 1,2
 refused 2 "top-k" "$build/sample" killed --top-k -3
 refused 2 "unexpected argument" "$build/sample" killed extra
 refused 1 "no such folder" "$build/sample" nothing-here
-refused 1 "CPU" "$build/sample" killed --device cuda
+command -v nvidia-smi >/dev/null || refused 1 "device cuda" "$build/sample" killed --device cuda
 refused 2 "expected cpu or cuda" "$build/sample" killed --device tpu
 refused 1 "vqgan.safetensors" "$build/sample" empty
 refused 1 "scale1.safetensors" "$build/sample" broken

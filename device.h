@@ -1,0 +1,227 @@
+/* device.h - the CUDA half of the program: what C sees of it, and what its kernels are written with.
+ *
+ * device.cu is compiled three times. As C, like every file here, it is what the rest of the program calls. As CUDA it
+ * includes layers.cu, attention.cu, optimizer.cu, transformer.cu and decode.cu, whose #else halves are the CUDA twins of
+ * the C above them, once with floatX = float and once with floatX = bf16: each time one object file that exports one
+ * table of functions. A program linked without these objects lacks the tables, and so knows that it has no CUDA.
+ *
+ * The same CUDA code runs on the CPU: -DCUDA_ON_CPU puts test/cuda_on_cpu.h in the place of CUDA's headers. */
+#ifndef DEVICE_H
+#define DEVICE_H
+
+#include "imagebart.h"
+
+#if defined(__CUDACC__) || defined(CUDA_ON_CPU)
+#define DEVICE_CODE 1
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* ---- What C sees ---- */
+
+typedef struct Device Device; /* a stream on a GPU, a parameter table's twin there */
+
+/* Functions that return nothing keep an error for the next one that returns an Err. */
+typedef struct DeviceOps {
+    Err (*find)(char *text, size_t *free_bytes, size_t *total_bytes); /* CUDA_TEXT_BYTES; NULL: not wanted */
+    Err (*open)(Device **out);
+    void (*close)(Device *d);
+    /* parameters: optimizer.cu. update: AdamW unless o is NULL, then the moving average unless ema_step is 0 */
+    Err (*send)(Device *d, const Params *p);
+    Err (*fetch)(Device *d, Params *p);
+    void (*zero_grad)(Device *d);
+    double (*grad_norm)(Device *d);
+    void (*swap_ema)(Device *d);
+    void (*update)(Device *d, const Params *p, const AdamW *o, uint64_t step, float ema_step);
+    /* networks: transformer.cu, optimizer.cu, decode.cu; the ids of a batch are where the CPU's forward puts them */
+    Err (*plan)(Transformer *m, int allocate, size_t *bytes);
+    Err (*forward)(Transformer *m);
+    Err (*backward)(Transformer *m, const real *dlogits);
+    Err (*train)(Transformer *m, const Schedule *s, const int32_t *x0, const int32_t *x, const int32_t *x_t,
+                 const int32_t *t, double alpha, double weight, int backward, Loss *out);
+    Err (*decode_begin)(Transformer *m);
+    Err (*decode_step)(Transformer *m, size_t i);
+    Err (*draw)(Transformer *m, const DrawOptions *o, int32_t *tokens);
+    /* first stage: first_stage.cu says what each does */
+    size_t unit; /* bytes of a number in an activation */
+    Err (*vqgan_plan)(Vqgan *v, size_t units, int allocate, size_t *bytes);
+    void (*vqgan_free)(Vqgan *v);
+    Err (*vqgan_run)(Vqgan *v, size_t from, const real *in, size_t first, size_t end, size_t to, real *out);
+    Err (*vqgan_nearest)(Vqgan *v, const real *z, int32_t *raw);
+    Err (*vqgan_draw)(Vqgan *v, const int32_t *raw, real *images);
+    Err (*vqgan_forward)(Vqgan *v, const real *images, int32_t *raw, double *sum);
+    Err (*vqgan_backward)(Vqgan *v, const real *dxrec, double codebook_weight, real *dimage);
+    void (*vqgan_restart)(Vqgan *v, size_t code, size_t pick);
+} DeviceOps;
+
+#ifndef DEVICE_CODE
+extern const DeviceOps cuda_f32 __attribute__((weak)), cuda_bf16 __attribute__((weak));
+#endif
+
+#ifdef __cplusplus
+}
+#endif
+
+/* ---- What kernels are written with ---- */
+
+#ifdef DEVICE_CODE
+
+#ifdef CUDA_ON_CPU
+#include "test/cuda_on_cpu.h"
+typedef int cudaStream_t;
+#else
+#include <cublasLt.h>
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+#endif
+
+/* floatX is what activations and the operands of matrix products are kept in. Sums, statistics, the residual stream, its
+ * gradient, logits and the gradients of parameters are float. */
+#ifdef FLOATX_BF16
+typedef __nv_bfloat16 floatX;
+static __host__ __device__ inline float to_float(floatX x) {
+    return __bfloat162float(x);
+}
+static __host__ __device__ inline floatX to_floatX(float x) {
+    return __float2bfloat16(x);
+}
+enum { IS_BF16 = 1 };
+#else
+typedef float floatX;
+static __host__ __device__ inline float to_float(float x) {
+    return x;
+}
+static __host__ __device__ inline floatX to_floatX(float x) {
+    return x;
+}
+enum { IS_BF16 = 0 };
+#endif
+
+/* 16 bytes, which a thread moves at once */
+enum { PACK = 16 / sizeof(floatX) };
+struct alignas(16) Pack {
+    floatX at[PACK];
+};
+/* Elements i.. of x, whose n elements begin at a multiple of 16 bytes; i is a multiple of PACK. */
+static __device__ inline Pack load_pack(const floatX *x, size_t i, size_t n) {
+    Pack p;
+    if (i + PACK <= n) return *(const Pack *)(x + i);
+#pragma unroll
+    for (int k = 0; k < PACK; k++) p.at[k] = i + k < n ? x[i + k] : to_floatX(0);
+    return p;
+}
+static __device__ inline void store_pack(floatX *x, size_t i, size_t n, Pack p) {
+    if (i + PACK <= n)
+        *(Pack *)(x + i) = p;
+    else
+#pragma unroll
+        for (int k = 0; k < PACK; k++)
+            if (i + k < n) x[i + k] = p.at[k];
+}
+
+enum { WARP = 32 };
+
+static __device__ inline float warp_sum(float x) {
+    for (int k = WARP / 2; k; k /= 2) x += __shfl_xor_sync(0xffffffffu, x, k);
+    return x;
+}
+static __device__ inline double warp_sum(double x) {
+    for (int k = WARP / 2; k; k /= 2) x += __shfl_xor_sync(0xffffffffu, x, k);
+    return x;
+}
+static __device__ inline float warp_max(float x) {
+    for (int k = WARP / 2; k; k /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, k));
+    return x;
+}
+
+/* Shared memory of a block, whose size is the launch's: SHARED(float, tile); */
+#ifdef CUDA_ON_CPU
+#define SHARED(type, name) type *name = (type *)(void *)on_cpu::shared_memory
+#else
+extern __shared__ __align__(16) unsigned char dynamic_shared[];
+#define SHARED(type, name) type *name = (type *)(void *)dynamic_shared
+static Err cuda_error(cudaError_t e, const char *what);
+static Err allow_shared(const void *kernel, size_t bytes, const char *what);
+#endif
+
+/* LAUNCH(d, kernel, grid, block, shared bytes, arguments...) on the stream of d, in a function that returns an Err. */
+#ifdef CUDA_ON_CPU
+#define LAUNCH(d, kernel, grid, block, shared, ...)                                                                    \
+    do {                                                                                                               \
+        (void)(d);                                                                                                     \
+        on_cpu::launch(#kernel, grid, block, shared, [=] { kernel(__VA_ARGS__); });                                    \
+    } while (0)
+#else
+#define LAUNCH(d, kernel, grid, block, shared, ...)                                                                    \
+    do {                                                                                                               \
+        const size_t launch_bytes = (shared);                                                                          \
+        if (launch_bytes > (48u << 10)) TRY(allow_shared((const void *)kernel, launch_bytes, #kernel));                \
+        kernel<<<grid, block, launch_bytes, (d)->stream>>>(__VA_ARGS__);                                               \
+        TRY(cuda_error(cudaGetLastError(), #kernel));                                                                  \
+    } while (0)
+#endif
+
+/* Tensor cores, in PTX; cuda_on_cpu.h has the same for the CPU.
+ *   copy_async       16 bytes from global to shared memory, or zeros, while the thread goes on
+ *   copy_commit, copy_wait<N>   close a group of copies; wait until all but the last N groups are there
+ *   load_matrices    four 8x8 matrices of bf16 from shared memory: lane i names row i % 8 of matrix i / 8, and gets of each
+ *                    the elements that multiply_tiles wants from it
+ *   multiply_tiles   c (16,8) float += a (16,16) b (8,16)^T of bf16, spread over a warp */
+#if defined(FLOATX_BF16) && !defined(CUDA_ON_CPU)
+static __device__ inline void copy_async(void *shared, const void *global, int there) {
+    const unsigned to = (unsigned)__cvta_generic_to_shared(shared), bytes = there ? 16 : 0;
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(bytes) : "memory");
+}
+static __device__ inline void copy_commit() {
+    asm volatile("cp.async.commit_group;" ::: "memory");
+}
+template <int N> static __device__ inline void copy_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+static __device__ inline void load_matrices(unsigned word[4], const void *row) {
+    const unsigned from = (unsigned)__cvta_generic_to_shared(row);
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(word[0]), "=r"(word[1]), "=r"(word[2]), "=r"(word[3])
+                 : "r"(from)
+                 : "memory");
+}
+static __device__ inline void multiply_tiles(float c[4], const unsigned a[4], const unsigned b[2]) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+#endif
+
+/* A tensor of a parameter table on the GPU. */
+typedef struct {
+    float *value, *grad, *m, *v, *ema; /* each NULL if it was never sent */
+    floatX *weight;                    /* value as matrix products read it; the same memory when floatX is float */
+} DeviceRow;
+
+struct Device {
+    cudaStream_t stream;
+    Err failed; /* of a function that returns nothing; its text is kept */
+    char failure[ERR_MAX];
+
+    DeviceRow *row; /* (n_rows) of the parameter table */
+    size_t n_rows;
+    uint64_t changes; /* counts whatever changes values */
+    void *arena[6]; /* value, grad, m, v, ema, weight; several GPUs would add up arena[1] between backward and update */
+    size_t arena_floats[5];
+    void *chunks; /* (n_chunks) of optimizer.cu */
+    size_t n_chunks;
+    double *sums; /* (SUM_BLOCKS) partial sums, of the gradient's norm and of losses */
+
+    struct Blas *blas; /* cuBLASLt and the matrix products seen so far */
+};
+enum { SUM_BLOCKS = 256, WORKSPACE_BYTES = 32 << 20, ALIGNMENT = 64 /* bytes, of everything in an arena */ };
+
+static inline unsigned blocks_for(size_t n, size_t per_block) {
+    return (unsigned)ceil_div(n, per_block);
+}
+
+#endif
+#endif

@@ -1,0 +1,336 @@
+/* cuda_on_cpu.h - runs CUDA kernels on the CPU, so that they can be tested and stepped through without a GPU.
+ *
+ * Compiled with a C++ compiler and -DCUDA_ON_CPU, device.cu includes this file where it would include CUDA's headers.
+ * It gives meaning to the words of CUDA that our kernels use:
+ *
+ *     __global__ __device__ __shared__   functions are functions; static shared memory is a static variable
+ *     threadIdx blockIdx blockDim gridDim
+ *     __syncthreads __syncwarp __shfl_xor_sync __shfl_up_sync __shfl_sync __ballot_sync   threads meet and exchange
+ *     atomicAdd, __nv_bfloat16, expf and its kin
+ *     copy_async load_matrices multiply_tiles   tensor cores and what feeds them, which have no words in C++: device.h
+ *
+ * The blocks of a launch run one after the other. The threads of a block are fibers: each has a stack of its own, and
+ * runs until it must wait for others; then the next one goes on. So a kernel without barriers is a plain loop, and a
+ * debugger that stops in one shows the thread's own variables. Between the barriers threads run in order, or, with
+ * cuda_on_cpu_reverse set, backwards, blocks too: a kernel whose result then changes lacks a barrier or depends on the
+ * order of its blocks.
+ *
+ * What a GPU would answer with wrong numbers or a hang ends the program with one line: threads of a block that wait at
+ * different barriers, or that have left while others wait; a block that is not whole warps; writing beyond the dynamic
+ * shared memory (which is full of NaN when a block begins). Not looked for: accesses out of bounds of global memory,
+ * which the address sanitizer finds, and races that neither order shows.
+ *
+ * Read: fibers; a block; warps; the words. */
+#ifndef CUDA_ON_CPU_H
+#define CUDA_ON_CPU_H
+
+#include <math.h>
+#include <setjmp.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <ucontext.h>
+
+#if defined(__SANITIZE_ADDRESS__)
+#define FIBERS_UNDER_ASAN 1
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer)
+#define FIBERS_UNDER_ASAN 1
+#endif
+#endif
+#ifdef FIBERS_UNDER_ASAN
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+struct dim3 {
+    unsigned x, y, z;
+    dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+static dim3 threadIdx, blockIdx, blockDim, gridDim;
+static int cuda_on_cpu_reverse; /* 1: threads and blocks in the opposite order */
+
+/* ---- Fibers ---- */
+
+namespace on_cpu {
+
+enum { WARP = 32, MAX_THREADS = 1024, STACK_BYTES = 128 << 10, GUARD_BYTES = 256 };
+typedef enum { READY, AT_BARRIER, AT_WARP, LEFT } State;
+
+struct Fiber {
+    State state;
+    int line;    /* of the barrier where it waits */
+    int parity;  /* which of its warp's two sets of slots the next exchange uses */
+    int started; /* its stack has been entered */
+    char *stack;
+    size_t stack_bytes;
+    ucontext_t context;
+    jmp_buf jump;
+    void *asan;
+};
+static Fiber fiber[MAX_THREADS], scheduler;
+static unsigned running; /* index of the fiber that runs */
+
+struct Kernel { /* a launch's function and arguments */
+    virtual void run() const = 0;
+    virtual ~Kernel() {}
+};
+static const Kernel *kernel;
+static const char *kernel_name;
+
+static void fail(const char *what, int line) {
+    fprintf(stderr, "%s, block (%u,%u,%u), thread %u, line %d: %s\n", kernel_name, blockIdx.x, blockIdx.y, blockIdx.z,
+            running, line, what);
+    abort();
+}
+
+/* From one stack to another. swapcontext would do, but asks the kernel about signals each time: so that only enters a new
+ * stack; between two that exist _longjmp moves, in nanoseconds. The address sanitizer wants to be told. */
+static void __attribute__((noinline)) switch_to(Fiber *from, Fiber *to) {
+#ifdef FIBERS_UNDER_ASAN
+    __sanitizer_start_switch_fiber(&from->asan, to->stack, to->stack_bytes);
+#endif
+    if (_setjmp(from->jump) == 0) {
+        if (to->started) _longjmp(to->jump, 1);
+        to->started = 1;
+        setcontext(&to->context);
+    }
+#ifdef FIBERS_UNDER_ASAN
+    __sanitizer_finish_switch_fiber(from->asan, NULL, NULL);
+#endif
+}
+
+/* A fiber lives as long as the program and runs thread after thread. */
+static void fiber_main() {
+#ifdef FIBERS_UNDER_ASAN
+    const void *bottom;
+    size_t size;
+    __sanitizer_finish_switch_fiber(NULL, &bottom, &size);
+    scheduler.stack = (char *)bottom,
+    scheduler.stack_bytes = size; /* every launch comes from the same thread's stack */
+#endif
+    for (;;) {
+        kernel->run();
+        fiber[running].state = LEFT;
+        switch_to(&fiber[running], &scheduler);
+    }
+}
+
+static void make_fiber(Fiber *f) {
+    if (f->stack) return;
+    f->stack = (char *)mmap(NULL, STACK_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (f->stack == (char *)MAP_FAILED || getcontext(&f->context) != 0) fail("no memory for another thread", 0);
+    f->stack_bytes = STACK_BYTES;
+    f->context.uc_stack.ss_sp = f->stack, f->context.uc_stack.ss_size = STACK_BYTES, f->context.uc_link = NULL;
+    makecontext(&f->context, fiber_main, 0);
+}
+
+static void resume(unsigned i) {
+    running = i;
+    threadIdx = dim3(i % blockDim.x, i / blockDim.x % blockDim.y, i / (blockDim.x * blockDim.y));
+    switch_to(&scheduler, &fiber[i]);
+}
+
+static void wait(State why, int line) {
+    Fiber *f = &fiber[running];
+    f->state = why, f->line = line;
+    switch_to(f, &scheduler);
+}
+
+/* ---- A block: its threads run until all have left ---- */
+
+static char *shared_memory; /* dynamic, of the present launch; behind it GUARD_BYTES that nobody may touch */
+static size_t shared_bytes;
+
+/* When nobody can go on: all must be at one barrier. */
+static void release_barrier(unsigned n) {
+    for (unsigned i = 0; i < n; i++) {
+        running = i;
+        if (fiber[i].state == LEFT) fail("a thread has left while others wait at __syncthreads or for its warp", 0);
+        if (fiber[i].state == AT_WARP) fail("waits for lanes of its warp that never come", fiber[i].line);
+        if (fiber[i].line != fiber[0].line) fail("waits at another __syncthreads than thread 0", fiber[i].line);
+    }
+    for (unsigned i = 0; i < n; i++) fiber[i].state = READY;
+}
+
+static unsigned arrived[MAX_THREADS / WARP]; /* lanes of each warp that wait for the others */
+
+static void run_block(unsigned n) {
+    if (shared_bytes) memset(shared_memory, 0xff, shared_bytes);
+    memset(arrived, 0, sizeof arrived);
+    for (unsigned i = 0; i < n; i++) fiber[i].state = READY, fiber[i].parity = 0;
+    for (;;) {
+        unsigned ran = 0, left = 0;
+        for (unsigned k = 0; k < n; k++) {
+            const unsigned i = cuda_on_cpu_reverse ? n - 1 - k : k;
+            if (fiber[i].state == READY) resume(i), ran++;
+            left += fiber[i].state == LEFT;
+        }
+        if (left == n) break;
+        if (!ran) release_barrier(n);
+    }
+    for (size_t i = 0; shared_bytes && i < GUARD_BYTES; i++)
+        if (shared_memory[shared_bytes + i] != 0x55) fail("the block wrote beyond its shared memory", 0);
+}
+
+template <typename F> struct Call : Kernel {
+    const F &f;
+    explicit Call(const F &f_) : f(f_) {}
+    void run() const override { f(); }
+};
+
+template <typename F> static void launch(const char *name, dim3 grid, dim3 block, size_t shared, const F &f) {
+    const unsigned n = block.x * block.y * block.z;
+    const size_t blocks = (size_t)grid.x * grid.y * grid.z;
+    const Call<F> call(f);
+    kernel = &call, kernel_name = name;
+    blockDim = block, gridDim = grid, running = 0;
+    if (n == 0 || n % WARP || n > MAX_THREADS || blocks == 0)
+        fail("an empty grid, or a block that is not 1 to 32 whole warps", 0);
+    if (shared > (227u << 10)) fail("more than 227 KiB of shared memory, which is all that a block can have", 0);
+    for (unsigned i = 0; i < n; i++) make_fiber(&fiber[i]);
+    scheduler.started = 1;
+    shared_bytes = shared,
+    shared_memory = shared ? (char *)aligned_alloc(256, (shared + GUARD_BYTES + 255) / 256 * 256) : NULL;
+    if (shared) memset(shared_memory + shared, 0x55, GUARD_BYTES);
+    for (size_t k = 0; k < blocks; k++) {
+        const size_t b = cuda_on_cpu_reverse ? blocks - 1 - k : k;
+        blockIdx = dim3((unsigned)(b % grid.x), (unsigned)(b / grid.x % grid.y), (unsigned)(b / grid.x / grid.y));
+        run_block(n);
+    }
+    free(shared_memory);
+}
+
+/* ---- Warps: 32 threads that exchange values through slots ---- */
+
+static uint64_t slot[2][MAX_THREADS];
+
+static void meet_warp(int line) {
+    const unsigned first = running / WARP * WARP;
+    if (++arrived[running / WARP] < WARP) return wait(AT_WARP, line);
+    for (unsigned i = first; i < first + WARP; i++) {
+        if (i != running && fiber[i].line != line) fail("lanes of a warp meet at different lines", line);
+        fiber[i].state = READY;
+    }
+    arrived[running / WARP] = 0;
+}
+
+/* Two sets of slots take turns, so that nobody overwrites what a slower lane has still to read. */
+template <typename T> static T exchange(unsigned mask, T value, unsigned from, int line) {
+    if (mask != 0xffffffffu) fail("an exchange among a part of a warp", line);
+    const unsigned me = running, first = me / WARP * WARP;
+    const int set = fiber[me].parity;
+    fiber[me].parity = !set;
+    slot[set][me] = 0;
+    memcpy(&slot[set][me], &value, sizeof value);
+    meet_warp(line);
+    memcpy(&value, &slot[set][first + from % WARP], sizeof value);
+    return value;
+}
+
+static inline unsigned lane() {
+    return running % WARP;
+}
+
+static inline unsigned ballot(unsigned mask, int predicate, int line) {
+    const unsigned me = running, first = me / WARP * WARP;
+    const int set = fiber[me].parity;
+    unsigned bits = 0;
+    exchange(mask, predicate ? 1 : 0, 0, line);
+    for (unsigned i = 0; i < WARP; i++) bits |= (unsigned)(slot[set][first + i] & 1) << i;
+    return bits;
+}
+
+} // namespace on_cpu
+
+/* ---- The words ---- */
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __restrict__ __restrict
+#define __syncthreads() on_cpu::wait(on_cpu::AT_BARRIER, __LINE__)
+#define __syncwarp() on_cpu::exchange(0xffffffffu, 0, 0, __LINE__)
+#define __shfl_sync(mask, value, from) on_cpu::exchange(mask, value, from, __LINE__)
+#define __shfl_xor_sync(mask, value, bits) on_cpu::exchange(mask, value, on_cpu::lane() ^ (bits), __LINE__)
+#define __shfl_up_sync(mask, value, by)                                                                                \
+    on_cpu::exchange(mask, value, on_cpu::lane() >= (unsigned)(by) ? on_cpu::lane() - (by) : on_cpu::lane(), __LINE__)
+#define __ballot_sync(mask, predicate) on_cpu::ballot(mask, predicate, __LINE__)
+
+template <typename T> static inline T atomicAdd(T *at, T more) {
+    T before = *at;
+    *at += more;
+    return before;
+}
+static inline int atomicMin(int *at, int x) {
+    const int before = *at;
+    *at = x < before ? x : before;
+    return before;
+}
+static inline int atomicMax(int *at, int x) {
+    const int before = *at;
+    *at = x > before ? x : before;
+    return before;
+}
+static inline float rsqrtf(float x) {
+    return 1 / sqrtf(x);
+}
+
+/* What tensor cores and their helpers do, by PTX's tables of which lane has what. A word has two bf16. */
+static inline void copy_async(void *shared, const void *global, int there) {
+    if (there)
+        memcpy(shared, global, 16);
+    else
+        memset(shared, 0, 16);
+}
+static inline void copy_commit() {}
+template <int N> static inline void copy_wait() {}
+static inline void load_matrices(unsigned word[4], const void *row, int line) {
+    const unsigned lane = on_cpu::lane();
+    for (unsigned j = 0; j < 4; j++)
+        word[j] = ((const unsigned *)on_cpu::exchange(0xffffffffu, row, 8 * j + lane / 4, line))[lane % 4];
+}
+#define load_matrices(word, row) load_matrices(word, row, __LINE__)
+static inline float bf16_of(unsigned word, unsigned half) {
+    const unsigned bits = (word >> 16 * half) << 16;
+    float f;
+    memcpy(&f, &bits, sizeof f);
+    return f;
+}
+static unsigned mma_word[1024][6];
+static inline void multiply_tiles(float c[4], const unsigned a[4], const unsigned b[2], int line) {
+    const unsigned me = on_cpu::running, first = me - on_cpu::lane(), g = on_cpu::lane() / 4, t = on_cpu::lane() % 4;
+    memcpy(mma_word[me], a, 4 * sizeof *a), memcpy(mma_word[me] + 4, b, 2 * sizeof *b);
+    on_cpu::exchange(0xffffffffu, 0, 0, line);
+    for (unsigned i = 0; i < 4; i++)
+        for (unsigned k = 0; k < 16; k++) {
+            const unsigned *row = mma_word[first + 4 * g + k % 8 / 2],
+                           *column = mma_word[first + 4 * (2 * t + i % 2) + k % 8 / 2];
+            c[i] += bf16_of(row[k / 8 * 2 + i / 2], k % 2) * bf16_of(column[4 + k / 8], k % 2);
+        }
+    on_cpu::exchange(0xffffffffu, 0, 0, line);
+}
+#define multiply_tiles(c, a, b) multiply_tiles(c, a, b, __LINE__)
+
+/* The upper half of a float, rounded to the nearest, ties to even. */
+struct __nv_bfloat16 {
+    uint16_t bits;
+};
+static inline float __bfloat162float(__nv_bfloat16 x) {
+    const uint32_t u = (uint32_t)x.bits << 16;
+    float f;
+    memcpy(&f, &u, sizeof f);
+    return f;
+}
+static inline __nv_bfloat16 __float2bfloat16(float f) {
+    uint32_t u;
+    __nv_bfloat16 x;
+    memcpy(&u, &f, sizeof u);
+    x.bits = (uint16_t)(f != f ? 0x7fc0u : (u + 0x7fffu + (u >> 16 & 1)) >> 16);
+    return x;
+}
+
+#endif

@@ -1,0 +1,78 @@
+/* device_test.h - what the tests of CUDA code share: arrays that exist on both sides, and comparing them. It is included
+ * after device.cu. */
+#ifndef DEVICE_TEST_H
+#define DEVICE_TEST_H
+
+#include "test.h"
+
+static const double TOLERANCE = IS_BF16 ? 2e-2 : 1e-4;
+static Device *device;
+
+/* ---- Arrays that exist on both sides ---- */
+
+enum { ARRAYS = 128 };
+static void *array[ARRAYS];
+static size_t arrays;
+
+static void free_arrays(void) {
+    while (arrays > 0) device_free(array[--arrays]);
+}
+
+static void *on_device(size_t bytes) {
+    void *p = NULL;
+    if (device_alloc(&p, bytes, "a test") != OK || arrays == ARRAYS) printf("%s\n", err_text()), exit(1);
+    return array[arrays++] = p;
+}
+
+/* n normally distributed numbers; in bf16 those that bf16 has. */
+static real *random_reals(size_t n, uint64_t stream, double size) {
+    real *x = (real *)malloc((n + 1) * sizeof *x);
+    for (size_t i = 0; i < n; i++) {
+        x[i] = (real)(size * rng_normal(7, rng_stream(RNG_TEST, 9, stream), i));
+        if (IS_BF16) x[i] = to_float(to_floatX(x[i]));
+    }
+    return x;
+}
+
+static floatX *send_x(const real *x, size_t n) {
+    floatX *low = (floatX *)malloc((n + 1) * sizeof *low), *p = (floatX *)on_device(n * sizeof *p);
+    for (size_t i = 0; i < n; i++) low[i] = to_floatX(x[i]);
+    CHECK_OK(to_device(device, p, low, n * sizeof *p));
+#ifndef CUDA_ON_CPU
+    cudaStreamSynchronize(device->stream);
+#endif
+    free(low);
+    return p;
+}
+
+static float *send(const real *x, size_t n) {
+    float *p = (float *)on_device(n * sizeof *p);
+    CHECK_OK(to_device(device, p, x, n * sizeof *p));
+    return p;
+}
+
+static void near_f(const char *name, const float *got, const real *want, size_t n) {
+    real *x = (real *)malloc((n + 1) * sizeof *x);
+    CHECK_OK(to_host(device, x, got, n * sizeof *x));
+    CHECK_NEAR(name, x, want, n, 1e-30, TOLERANCE);
+    free(x);
+}
+
+static void near_x(const char *name, const floatX *got, const real *want, size_t n) {
+    floatX *low = (floatX *)malloc((n + 1) * sizeof *low);
+    real *x = (real *)malloc((n + 1) * sizeof *x);
+    CHECK_OK(to_host(device, low, got, n * sizeof *low));
+    for (size_t i = 0; i < n; i++) x[i] = to_float(low[i]);
+    CHECK_NEAR(name, x, want, n, 1e-30, TOLERANCE);
+    free(low), free(x);
+}
+
+static void reverse(int on) {
+#ifdef CUDA_ON_CPU
+    cuda_on_cpu_reverse = on;
+#else
+    (void)on;
+#endif
+}
+
+#endif

@@ -1,0 +1,689 @@
+/* test_cuda.cu - every kernel against its C twin, then whole networks, decoding and training.
+ *
+ * Compiled twice, with floatX = float and = bf16: by a C++ compiler for the emulation on the CPU (make
+ * test-cuda-emulated), by nvcc for a GPU (make test-cuda). It includes device.cu, so it sees every function there.
+ * Tolerances are relative to the largest number of a tensor: 1e-4 in float, 2e-2 in bf16; inputs of a bf16 kernel are
+ * rounded to bf16 first. Every kernel runs twice, the second time in the opposite order of threads and blocks when it is
+ * emulated, and must give the same bits. */
+#include "../device.cu"
+
+#include "device_test.h"
+
+/* ---- Layers ---- */
+
+static void test_gelu(size_t R, size_t H, int backward) {
+    const size_t n = R * H;
+    real *h = random_reals(n, 1, 2), *bias = random_reals(H, 2, 1), *slope = random_reals(n, 3, 1),
+         *dh = random_reals(n, 4, 1);
+    for (int order = 0; order < 2; order++) {
+        floatX *g = send_x(h, n), *dg = send_x(slope, n), *d = send_x(dh, n);
+        reverse(order);
+        CHECK_OK(gelu_forward_cuda(device, g, backward ? dg : NULL, send(bias, H), R, H));
+        if (backward) CHECK_OK(gelu_backward_cuda(device, d, dg, R, H));
+        reverse(0);
+        real *want_g = random_reals(n, 1, 2), *want_dg = random_reals(n, 3, 1), *want_d = random_reals(n, 4, 1);
+        gelu_forward(want_g, backward ? want_dg : NULL, bias, R, H);
+        if (backward) gelu_backward(want_d, want_dg, R, H);
+        near_x("gelu", g, want_g, n);
+        near_x("slope of gelu", dg, want_dg, n);
+        near_x("gradient of gelu", d, want_d, n);
+        free(want_g), free(want_dg), free(want_d);
+        free_arrays();
+    }
+    free(h), free(bias), free(slope), free(dh);
+}
+
+/* A network of nothing but the tensors that single layers need. */
+typedef struct {
+    Transformer net;
+    Norm norm;
+    Linear linear;
+    Stack stack;
+} Fixture;
+
+enum { TOKENS = 13, POSITIONS = 9 };
+
+static void fixture_make(Fixture *f, size_t C, size_t out) {
+    memset(f, 0, sizeof *f);
+    Params *p = &f->net.params;
+    size_t matrix[2] = {out, C}, tokens[2] = {TOKENS, C}, positions[2] = {POSITIONS, C};
+    CHECK_OK(params_add(p, &f->norm.weight, INIT_NORMAL, 1, 0.01, 1, &C, "norm.weight"));
+    CHECK_OK(params_add(p, &f->norm.bias, INIT_NORMAL, 1, 0, 1, &C, "norm.bias"));
+    CHECK_OK(params_add(p, &f->linear.weight, INIT_NORMAL, 0.3, 0.02, 2, matrix, "linear.weight"));
+    CHECK_OK(params_add(p, &f->linear.bias, INIT_NORMAL, 1, 0, 1, &out, "linear.bias"));
+    CHECK_OK(params_add(p, &f->stack.token_emb, INIT_NORMAL, 1, 0, 2, tokens, "tokens"));
+    CHECK_OK(params_add(p, &f->stack.pos_emb, INIT_NORMAL, 1, 0, 2, positions, "positions"));
+    f->norm.C = f->stack.C = C, f->linear.in = C, f->linear.out = out;
+    CHECK_OK(params_plan(p, PLAN_VALUE | PLAN_GRAD | PLAN_ADAM | PLAN_EMA));
+    params_init(p, 3);
+    for (size_t r = 0; r < p->n; r++)
+        for (size_t k = 0; k < p->row[r].size; k++) {
+            if (IS_BF16) p->row[r].value[k] = to_float(to_floatX(p->row[r].value[k]));
+            p->row[r].grad[k] = (real)rng_normal(8, rng_stream(RNG_TEST, r, 1), k);
+            p->row[r].ema[k] = (real)rng_normal(8, rng_stream(RNG_TEST, r, 2), k);
+        }
+    free_rows(device);
+    CHECK_OK(send_params(device, p));
+    for (size_t r = 0; r < p->n; r++)
+        CHECK_OK(to_device(device, device->row[r].grad, p->row[r].grad, p->row[r].size * sizeof(real)));
+}
+
+static void fixture_free(Fixture *f) {
+    params_free(&f->net.params);
+    free_arrays();
+}
+
+static void near_grad(const Fixture *f, size_t row) {
+    const Param *p = &f->net.params.row[row];
+    near_f(p->name, device->row[row].grad, p->grad, p->size);
+}
+
+static real *reals(size_t n) {
+    real *x = (real *)malloc((n + 1) * sizeof *x);
+    for (size_t i = 0; i < n; i++) x[i] = (real)NAN;
+    return x;
+}
+
+/* rows: what the kernels see of x (B,n,C) without the first `skip` positions of each batch row; the C twin takes these */
+static real *without_skipped(const real *x, size_t B, size_t n, size_t skip, size_t C) {
+    const size_t kept = n - skip;
+    real *out = reals(B * kept * C);
+    for (size_t b = 0; b < B; b++) memcpy(out + b * kept * C, x + (b * n + skip) * C, kept * C * sizeof *x);
+    return out;
+}
+
+static void test_norm(size_t B, size_t n, size_t skip, size_t C) {
+    const size_t R = B * (n - skip), all = B * n * C;
+    Fixture f;
+    for (int order = 0; order < 2; order++) {
+        fixture_make(&f, C, 3);
+        real *x = random_reals(all, 1, 2), *dy = random_reals(R * C, 2, 1), *dx = random_reals(all, 3, 1);
+        real *kept_x = without_skipped(x, B, n, skip, C), *kept_dx = without_skipped(dx, B, n, skip, C);
+        real *y = reals(R * C), *mean = reals(R), *rstd = reals(R);
+        float *gx = send(x, all), *gdx = send(dx, all), *gm = send(mean, R), *gr = send(rstd, R);
+        float *partial = (float *)on_device(partial_floats(R, C, 2) * sizeof(float));
+        floatX *gy = send_x(y, R * C), *copy = IS_BF16 ? send_x(dx, all) : (floatX *)(void *)gdx;
+        reverse(order);
+        CHECK_OK(norm_forward_cuda(device, &f.norm, gy, gm, gr, gx, R, n, skip));
+        CHECK_OK(norm_backward_cuda(device, &f.norm, gdx, copy, send(dy, R * C), gx, gm, gr, partial, R, n, skip));
+        reverse(0);
+        norm_forward(&f.net, &f.norm, y, mean, rstd, kept_x, R);
+        norm_backward(&f.net, &f.norm, kept_dx, dy, kept_x, mean, rstd, R);
+        for (size_t b = 0; b < B; b++)
+            memcpy(dx + (b * n + skip) * C, kept_dx + b * (n - skip) * C, (n - skip) * C * sizeof *dx);
+        near_x("norm", gy, y, R * C);
+        near_f("norm, mean", gm, mean, R);
+        near_f("norm, rstd", gr, rstd, R);
+        near_f("norm, dx", gdx, dx, all);
+        near_x("norm, dx in floatX", copy, dx, all);
+        near_grad(&f, f.norm.weight);
+        near_grad(&f, f.norm.bias);
+        free(x), free(dy), free(dx), free(kept_x), free(kept_dx), free(y), free(mean), free(rstd);
+        fixture_free(&f);
+    }
+}
+
+static void test_linear(size_t R, size_t in, size_t out, int bias) {
+    Fixture f;
+    fixture_make(&f, in, out);
+    const size_t row = f.linear.bias;
+    if (!bias) f.linear.bias = NO_ROW;
+    real *x = random_reals(R * in, 1, 1), *residual = random_reals(R * out, 2, 1), *dy = random_reals(R * out, 3, 1);
+    real *y = reals(R * out), *sum = reals(R * out), *dx = reals(R * in), *more = random_reals(R * in, 4, 1);
+    floatX *gx = send_x(x, R * in), *gy = send_x(y, R * out), *gdy = send_x(dy, R * out), *gdx = send_x(dx, R * in);
+    float *gsum = send(sum, R * out), *gmore = send(more, R * in);
+    float *partial = (float *)on_device(partial_floats(R, out, 1) * sizeof(float));
+    CHECK_OK(linear_forward_cuda(device, &f.linear, gy, 0, NULL, gx, R));
+    CHECK_OK(linear_forward_cuda(device, &f.linear, gsum, 1, send(residual, R * out), gx, R));
+    CHECK_OK(linear_backward_cuda(device, &f.linear, gdx, 0, 0, gdy, gx, partial, R));
+    CHECK_OK(linear_backward_cuda(device, &f.linear, gmore, 1, 1, gdy, gx, partial, R));
+    linear_forward(&f.net, &f.linear, y, out, NULL, x, in, R);
+    linear_forward(&f.net, &f.linear, sum, out, residual, x, in, R);
+    linear_backward(&f.net, &f.linear, dx, 0, dy, x, R);
+    linear_backward(&f.net, &f.linear, more, 1, dy, x, R);
+    near_x("linear", gy, y, R * out);
+    near_f("linear + residual", gsum, sum, R * out);
+    near_x("linear, din", gdx, dx, R * in);
+    near_f("linear, din +=", gmore, more, R * in);
+    near_grad(&f, f.linear.weight);
+    near_grad(&f, row); /* untouched without bias */
+    free(x), free(residual), free(dy), free(y), free(sum), free(dx), free(more);
+    fixture_free(&f);
+}
+
+static void test_embedding(size_t B, size_t n, size_t C) {
+    int32_t ids[64];
+    Fixture f;
+    for (int order = 0; order < 2; order++) {
+        fixture_make(&f, C, 3);
+        for (size_t i = 0; i < B * n; i++) ids[i] = (int32_t)rng_below(5, 6, i, TOKENS - 3);
+        real *x = reals(B * n * C), *dx = random_reals(B * n * C, 1, 1);
+        float *gx = send(x, B * n * C), *gdx = send(dx, B * n * C);
+        int32_t *gids = (int32_t *)on_device(sizeof ids);
+        int two = 2, *at = (int *)on_device(sizeof two);
+        CHECK_OK(to_device(device, gids, ids, sizeof ids));
+        CHECK_OK(to_device(device, at, &two, sizeof two));
+        reverse(order);
+        CHECK_OK(embed_forward_cuda(device, &f.stack, gx, gids, B, n, NULL));
+        embed_forward(&f.net, &f.stack, x, ids, B, n, 0);
+        near_f("embedding", gx, x, B * n * C);
+        CHECK_OK(embed_forward_cuda(device, &f.stack, gx, gids, B, n, at));
+        embed_forward(&f.net, &f.stack, x, ids, B, n, 2);
+        near_f("embedding from position 2 on", gx, x, B * n * C);
+        CHECK_OK(embed_backward_cuda(device, &f.stack, gdx, gids, B, n, TOKENS));
+        reverse(0);
+        embed_backward(&f.net, &f.stack, dx, ids, B, n);
+        near_grad(&f, f.stack.token_emb);
+        near_grad(&f, f.stack.pos_emb);
+        free(x), free(dx);
+        fixture_free(&f);
+    }
+}
+
+/* ---- Attention ---- */
+
+static void test_attention(size_t B, size_t heads, size_t D, size_t Tq, size_t Tk, int causal, size_t unmasked) {
+    const AttendShape s = {B, heads, D, Tq, Tk, Tk, causal, 0, unmasked};
+    const size_t inner = heads * D, nq = B * Tq * inner, nk = B * Tk * inner;
+    real *q = random_reals(nq, 1, 1.5), *k = random_reals(nk, 2, 1.5), *v = random_reals(nk, 3, 1),
+         *dy = random_reals(nq, 4, 1);
+    real *y = reals(nq), *p = reals(B * heads * Tq * Tk), *scores = reals(B * heads * QUERY_BLOCK * Tk);
+    real *dq = reals(nq), *dk = reals(nk), *dv = reals(nk);
+    attend_forward(&s, y, p, scores, q, k, v);
+    attend_backward(&s, dq, dk, dv, dy, p, scores, q, k, v);
+    for (int order = 0; order < 2; order++) {
+        floatX *gq = send_x(q, nq), *gk = send_x(k, nk), *gv = send_x(v, nk), *gdy = send_x(dy, nq);
+        floatX *gy = (floatX *)on_device(nq * sizeof(floatX)), *gdq = (floatX *)on_device(nq * sizeof(floatX));
+        floatX *gdk = (floatX *)on_device(nk * sizeof(floatX)), *gdv = (floatX *)on_device(nk * sizeof(floatX));
+        float *lse = (float *)on_device(B * heads * Tq * sizeof(float)),
+              *delta = (float *)on_device(B * heads * Tq * sizeof(float));
+        reverse(order);
+        CHECK_OK(attend_forward_cuda(device, &s, gy, lse, gq, gk, gv));
+        CHECK_OK(attend_backward_cuda(device, &s, gdq, gdk, gdv, gdy, gy, lse, delta, gq, gk, gv));
+        reverse(0);
+        near_x("attention", gy, y, nq);
+        near_x("attention, dq", gdq, dq, nq);
+        near_x("attention, dk", gdk, dk, nk);
+        near_x("attention, dv", gdv, dv, nk);
+        free_arrays();
+    }
+    free(q), free(k), free(v), free(dy), free(y), free(p), free(scores), free(dq), free(dk), free(dv);
+}
+
+/* n new positions from `pos` on in caches with room for more, all seeing all. */
+static void test_attention_decoding(size_t B, size_t heads, size_t D, size_t pos, size_t n, size_t room) {
+    const size_t inner = heads * D, keys = pos + n, all = B * room * inner, rows = B * n * inner;
+    AttendShape s = {B, heads, D, n, keys, room, 0, 1, 0};
+    real *q = random_reals(rows, 1, 1.5), *k = random_reals(all, 2, 1.5), *v = random_reals(all, 3, 1);
+    real *new_k = random_reals(rows, 4, 1.5), *new_v = random_reals(rows, 5, 1), *y = reals(rows);
+    real *scores = reals(B * heads * QUERY_BLOCK * keys);
+    int at = (int)pos, *gat = (int *)on_device(sizeof at);
+    CHECK_OK(to_device(device, gat, &at, sizeof at));
+    floatX *gq = send_x(q, rows), *gk = send_x(k, all), *gv = send_x(v, all), *gy = send_x(y, rows);
+    CHECK_OK(attend_decode_cuda(device, &s, gat, gy, gq, gk, gv, send_x(new_k, rows), send_x(new_v, rows)));
+    for (size_t b = 0; b < B; b++) {
+        memcpy(k + (b * room + pos) * inner, new_k + b * n * inner, n * inner * sizeof *k);
+        memcpy(v + (b * room + pos) * inner, new_v + b * n * inner, n * inner * sizeof *v);
+    }
+    s.decoding = 0;
+    attend_forward(&s, y, NULL, scores, q, k, v);
+    near_x("attention while decoding", gy, y, rows);
+    near_x("keys after it", gk, k, all);
+    near_x("values after it", gv, v, all);
+    CHECK_OK(attend_decode_cuda(device, &s, NULL, gy, gq, gk, gv, NULL, NULL));
+    near_x("attention to keys in place", gy, y, rows);
+    free(q), free(k), free(v), free(new_k), free(new_v), free(y), free(scores);
+    free_arrays();
+}
+
+/* ---- Updates ---- */
+
+static void test_updates(void) {
+    const AdamW o = {1e-2, 0.9, 0.95, 1e-8, 1.5};
+    Fixture f;
+    Params *p = &f.net.params;
+    fixture_make(&f, 50, 90);
+    p->row[f.norm.bias].untrained = 1;
+    free_rows(device);
+    CHECK_OK(send_params(device, p));
+    for (uint64_t step = 1; step <= 3; step++) {
+        for (size_t r = 0; r < p->n; r++)
+            CHECK_OK(to_device(device, device->row[r].grad, p->row[r].grad, p->row[r].size * sizeof(real)));
+        const double norm = grad_norm_cuda(device);
+        CHECK(fabs(norm - params_grad_norm(p)) <= 1e-9 * norm);
+        if (step == 2) {
+            update_params(device, p, &o, step, 0);
+            update_params(device, p, NULL, 0, 0.125f);
+            adamw_step(p, &o, step);
+            ema_update(p, 0.875, 1000);
+        } else {
+            update_params(device, p, &o, step, 0.25f);
+            adamw_ema_step(p, &o, step, 0.75, 1000);
+        }
+    }
+    for (size_t r = 0; r < p->n; r++) {
+        const Param *row = &p->row[r];
+        near_f("value", device->row[r].value, row->value, row->size);
+        near_f("first moment", device->row[r].m, row->m, row->size);
+        near_f("second moment", device->row[r].v, row->v, row->size);
+        near_f("moving average", device->row[r].ema, row->ema, row->size);
+        near_x("value in floatX", device->row[r].weight, row->value, row->size);
+    }
+    swap_ema_cuda(device);
+    params_swap_ema(p);
+    near_f("value after the exchange", device->row[2].value, p->row[2].value, p->row[2].size);
+    near_x("in floatX too", device->row[2].weight, p->row[2].value, p->row[2].size);
+    near_f("moving average after it", device->row[2].ema, p->row[2].ema, p->row[2].size);
+    zero_grad_cuda(device);
+    CHECK(grad_norm_cuda(device) == 0);
+    CHECK_OK(earlier_failure(device));
+    fixture_free(&f);
+}
+
+/* ---- Whole networks: one on the CPU, one on the GPU, with the same parameters ---- */
+
+enum { B_MAX = 12, N_MAX = 72 };
+typedef struct {
+    Transformer *cpu, *gpu;
+    size_t B, N, K;
+    Schedule schedule;
+    int32_t x0[B_MAX * N_MAX], x[B_MAX * N_MAX], x_t[B_MAX * N_MAX], t[B_MAX], label[B_MAX];
+    real *q, *dlogits;
+} Pair;
+
+static const NetConfig x_small = {NET_X, X_PLAIN, 3, 0, 24, 11, 1, 2, 74, 9, 2, 1, 72, 0, 0, 0};
+static const NetConfig gpt_small = {NET_GPT, X_PLAIN, 3, 0, 30, 0, 0, 0, 0, 9, 2, 3, 73, 12, 0, 0};
+
+static void shake(Params *p) {
+    for (size_t r = 0; r < p->n; r++)
+        for (size_t k = 0; k < p->row[r].size; k++) {
+            p->row[r].value[k] += (real)(0.15 * rng_normal(5, rng_stream(RNG_TEST, r, 0), k));
+            if (IS_BF16 && p->row[r].matrix) p->row[r].value[k] = to_float(to_floatX(p->row[r].value[k]));
+        }
+    memcpy(p->arena[4], p->arena[0], p->total * sizeof(real));
+}
+
+static void network_make(Transformer **net, const NetConfig *c, const Schedule *s, int on_gpu) {
+    if (!CHECK(transformer_create(net, c) == OK)) printf("%s\n", err_text()), exit(1);
+    if (on_gpu) CHECK_OK(transformer_use_cuda(*net, IS_BF16 ? PRECISION_BF16 : PRECISION_F32));
+    transformer_set_alphas(*net, s->alpha);
+    CHECK_OK(params_plan(transformer_params(*net), PLAN_VALUE | PLAN_GRAD | PLAN_ADAM | PLAN_EMA));
+    params_init(transformer_params(*net), 3);
+    shake(transformer_params(*net));
+    CHECK_OK(params_send(transformer_params(*net)));
+}
+
+static void pair_make(Pair *a, const NetConfig *c, size_t B, size_t N, int train) {
+    memset(a, 0, sizeof *a);
+    a->B = B, a->N = N, a->K = c->dec_num_tokens;
+    CHECK_OK(schedule_make(&a->schedule, "geometric", c->n_scales));
+    network_make(&a->cpu, c, &a->schedule, 0);
+    network_make(&a->gpu, c, &a->schedule, 1);
+    CHECK_OK(transformer_plan(a->cpu, B, N, train));
+    CHECK_OK(transformer_plan(a->gpu, B, N, train));
+    CHECK(transformer_on_cuda(a->gpu) && !transformer_on_cuda(a->cpu));
+    const size_t labels = c->kind == NET_X ? c->enc_num_tokens : c->input_vocab_size;
+    for (size_t i = 0; i < B * N; i++) {
+        a->x0[i] = (int32_t)rng_below(1, 1, i, (uint32_t)a->K), a->x[i] = (int32_t)rng_below(1, 2, i, (uint32_t)a->K);
+        a->x_t[i] = i % 3 ? (int32_t)rng_below(1, 3, i, (uint32_t)a->K) : a->x0[i];
+    }
+    for (size_t b = 0; b < B; b++)
+        a->t[b] = 1 + (int32_t)(b % (size_t)c->n_scales), a->label[b] = (int32_t)(labels - 1 - b % labels);
+    CHECK_OK(mem_alloc(&a->q, B * N * a->K, sizeof(real), "posterior"));
+    CHECK_OK(mem_alloc(&a->dlogits, B * N * a->K, sizeof(real), "gradient"));
+    for (size_t b = 0; b < B; b++)
+        posterior(a->q + b * N * a->K, a->x0 + b * N, a->x_t + b * N, N, a->K, &a->schedule, a->t[b]);
+}
+
+static void pair_free(Pair *a) {
+    transformer_free(a->cpu);
+    transformer_free(a->gpu);
+    free(a->q), free(a->dlogits);
+}
+
+/* A tensor of a whole network. In float: 1e-4 of its largest number. In bf16 the gradient of a projection to queries or
+ * keys is a difference of nearly equal terms, each rounded: it may be off by 5e-2 of its norm (and that of a key's bias,
+ * which is 0 but for rounding, by that of its weight's), while the gradient as a whole must agree to 2e-2. */
+static void near_rows(const char *what, const Params *got, const Params *want, int which) {
+    double all_off = 0, all = 0, before = 0;
+    for (size_t r = 0; r < want->n; r++) {
+        const real *g = which == 'g' ? got->row[r].grad : which == 'e' ? got->row[r].ema : got->row[r].value;
+        const real *w = which == 'g' ? want->row[r].grad : which == 'e' ? want->row[r].ema : want->row[r].value;
+        const int key_bias = strstr(want->row[r].name, "key.bias") != NULL;
+        char name[NAME_MAX_BYTES + 64];
+        double off = 0, norm = 0;
+        snprintf(name, sizeof name, "%s, %s", what, want->row[r].name);
+        for (size_t k = 0; k < want->row[r].size; k++)
+            off += pow((double)g[k] - (double)w[k], 2), norm += pow((double)w[k], 2);
+        all_off += off, all += norm;
+        if (IS_BF16 && which == 'g') {
+            if (!test_note(sqrt(off) <= 5e-2 * sqrt(key_bias ? before : norm) + 1e-7, __FILE__, __LINE__, name))
+                printf("     off by %.3g of %.3g\n", sqrt(off), sqrt(norm));
+        } else /* Adam makes the noise of a key's bias as large as any other step */
+            CHECK_NEAR(name, g, w, want->row[r].size, which != 'g' && key_bias ? 2e-2 : 1e-7, TOLERANCE);
+        before = norm; /* of the tensor before: a key's weight, in front of its bias */
+    }
+    if (which == 'g') CHECK(sqrt(all_off) <= TOLERANCE * sqrt(all));
+}
+
+static real *gradients(Pair *a, const char *what, const real *dlogits) {
+    params_zero_grad(&a->gpu->params);
+    CHECK_OK(transformer_backward(a->gpu, dlogits));
+    CHECK_OK(params_fetch(&a->gpu->params));
+    near_rows(what, &a->gpu->params, &a->cpu->params, 'g');
+    real *copy = reals(a->gpu->params.total);
+    memcpy(copy, a->gpu->params.arena[1], a->gpu->params.total * sizeof *copy);
+    return copy;
+}
+
+/* Logits; gradients from given dlogits; loss and gradients in one go; the same bits in either order of threads. */
+static void test_network(const char *what, const NetConfig *c, size_t B, size_t N) {
+    Pair a;
+    const real *want, *got;
+    Loss loss, twin;
+    pair_make(&a, c, B, N, 1);
+    const size_t n = B * N * a.K;
+    CHECK_OK(transformer_forward(a.cpu, a.x, a.x_t, a.t, a.label, B, N, &want));
+    CHECK_OK(transformer_forward(a.gpu, a.x, a.x_t, a.t, a.label, B, N, &got));
+    CHECK_NEAR(what, got, want, n, 0, TOLERANCE);
+    CHECK_OK(denoising_loss(&loss, want, a.x, a.q, B * N, a.K, 0.3, 1.7, a.dlogits));
+    params_zero_grad(&a.cpu->params);
+    CHECK_OK(transformer_backward(a.cpu, a.dlogits));
+    real *first = gradients(&a, what, a.dlogits);
+    reverse(1);
+    CHECK_OK(transformer_forward(a.gpu, a.x, a.x_t, a.t, a.label, B, N, &got));
+    real *second = gradients(&a, what, a.dlogits);
+    CHECK(memcmp(first, second, a.gpu->params.total * sizeof *first) == 0);
+    reverse(0);
+    params_zero_grad(&a.gpu->params);
+    CHECK_OK(transformer_loss_cuda(a.gpu, &a.schedule, a.x0, a.x, a.x_t, a.t, a.label, B, N, 0.3, 1.7, 1, &twin));
+    CHECK(fabs(twin.hard - loss.hard) <= TOLERANCE * loss.hard && fabs(twin.soft - loss.soft) <= TOLERANCE * loss.soft);
+    CHECK(fabs(twin.loss - loss.loss) <= TOLERANCE * loss.loss);
+    CHECK_OK(params_fetch(&a.gpu->params));
+    near_rows(what, &a.gpu->params, &a.cpu->params, 'g');
+    free(first), free(second);
+    pair_free(&a);
+}
+
+static void test_networks(void) {
+    NetConfig c = x_small;
+    test_network("plain", &c, 3, 6);
+    c.variant = X_SCALED, c.has_class = 1;
+    test_network("scaled, class", &c, 4, 5);
+    c.variant = X_FINE_SCALED, c.has_class = 0, c.tie_token_emb = 1;
+    test_network("fine-scaled, tied", &c, 4, 5);
+    c.variant = X_RESIDUAL;
+    test_network("residual", &c, 2, 70);
+    c.variant = X_RESIDUAL_SCALED, c.has_class = 1, c.tie_token_emb = 0;
+    test_network("residual-scaled, class", &c, 5, 7);
+    c = gpt_small;
+    test_network("gpt", &c, 3, 8);
+    c.has_class = 1, c.n_unmasked = 2;
+    test_network("gpt, class, 2 unmasked", &c, 2, 72);
+}
+
+/* A few steps of training: losses and what they leave. */
+static void test_training(const NetConfig *c) {
+    enum { STEPS = 6 };
+    const AdamW o = {3e-3, 0.9, 0.95, 1e-8, 1};
+    Pair a;
+    pair_make(&a, c, 4, 6, 1);
+    for (uint64_t step = 1; step <= STEPS; step++) {
+        const real *logits;
+        Loss want, got;
+        params_zero_grad(&a.cpu->params), params_zero_grad(&a.gpu->params);
+        CHECK_OK(transformer_forward(a.cpu, a.x, a.x_t, a.t, a.label, a.B, a.N, &logits));
+        CHECK_OK(denoising_loss(&want, logits, a.x, a.q, a.B * a.N, a.K, 0.5, 1, a.dlogits));
+        CHECK_OK(transformer_backward(a.cpu, a.dlogits));
+        CHECK_OK(transformer_loss_cuda(a.gpu, &a.schedule, a.x0, a.x, a.x_t, a.t, a.label, a.B, a.N, 0.5, 1, 1, &got));
+        CHECK(fabs(got.loss - want.loss) <= TOLERANCE * want.loss);
+        const double norm = params_grad_norm(&a.cpu->params);
+        CHECK(fabs(params_grad_norm(&a.gpu->params) - norm) <= (IS_BF16 ? 5e-2 : TOLERANCE) * norm);
+        adamw_ema_step(&a.cpu->params, &o, step, 0.9, step), adamw_ema_step(&a.gpu->params, &o, step, 0.9, step);
+    }
+    CHECK_OK(params_fetch(&a.gpu->params));
+    near_rows("trained", &a.gpu->params, &a.cpu->params, 'v');
+    near_rows("trained", &a.gpu->params, &a.cpu->params, 'e');
+    pair_free(&a);
+}
+
+/* ---- Decoding ---- */
+
+/* Logits of every step, given the tokens. */
+static void test_decoding(const char *what, const NetConfig *c, size_t B, size_t N) {
+    Pair a;
+    pair_make(&a, c, B, N, 0);
+    CHECK_OK(transformer_decode_begin(a.cpu, a.x_t, a.t, a.label, B, N));
+    CHECK_OK(transformer_decode_begin(a.gpu, a.x_t, a.t, a.label, B, N));
+    for (size_t i = 0; i < N; i++) {
+        int32_t prev[B_MAX] = {0};
+        const real *want, *got;
+        for (size_t b = 0; i > 0 && b < B; b++) prev[b] = a.x[b * N + i - 1];
+        CHECK_OK(transformer_decode_step(a.cpu, prev, i, &want));
+        CHECK_OK(transformer_decode_step(a.gpu, prev, i, &got));
+        CHECK_NEAR(what, got, want, B * a.K, 0, TOLERANCE);
+    }
+    const real *whole, *got;
+    CHECK_OK(transformer_forward(a.cpu, a.x, a.x_t, a.t, a.label, B, N, &whole)); /* the plan serves this too */
+    CHECK_OK(transformer_forward(a.gpu, a.x, a.x_t, a.t, a.label, B, N, &got));
+    CHECK_NEAR(what, got, whole, B * N * a.K, 0, TOLERANCE);
+    pair_free(&a);
+}
+
+static int count_reports(void *context, size_t done) {
+    return ++*(int *)context == 3 || done > 1000;
+}
+
+/* The same tokens as the CPU's steps, sample_probs and sample_pick. In bf16 logits differ, so only what must hold is asked:
+ * forced tokens are in their places, others follow from the device's own logits. */
+static void test_drawing(const NetConfig *c, size_t B, size_t N, double temperature, size_t top_k, int guided) {
+    int32_t known[B_MAX * N_MAX], got[B_MAX * N_MAX], want[B_MAX * N_MAX];
+    uint8_t keep[N_MAX];
+    uint64_t stream[B_MAX];
+    double fit[B_MAX] = {0}, want_fit[B_MAX] = {0};
+    real *prob = reals(64);
+    Pair a;
+    pair_make(&a, c, B, N, 0);
+    for (size_t i = 0; i < B * N; i++) known[i] = (int32_t)rng_below(2, 2, i, (uint32_t)a.K);
+    for (size_t i = 0; i < N; i++) keep[i] = i % 3 == 1;
+    for (size_t b = 0; b < B; b++) stream[b] = rng_stream(RNG_TEST, 77, b);
+    DrawOptions o = {99,   stream, temperature, top_k, guided ? known : NULL, guided ? keep : NULL, guided ? fit : NULL,
+                     NULL, NULL};
+    CHECK_OK(transformer_decode_begin(a.gpu, a.x_t, a.t, a.label, B, N));
+    CHECK_OK(transformer_draw_cuda(a.gpu, &o, got));
+    Transformer *steps = IS_BF16 ? a.gpu : a.cpu; /* whose logits are drawn from */
+    CHECK_OK(transformer_decode_begin(steps, a.x_t, a.t, a.label, B, N));
+    for (size_t i = 0; i < N; i++) {
+        int32_t prev[B_MAX] = {0};
+        const real *logits;
+        for (size_t b = 0; i > 0 && b < B; b++) prev[b] = want[b * N + i - 1];
+        CHECK_OK(transformer_decode_step(steps, prev, i, &logits));
+        for (size_t b = 0; b < B; b++) {
+            const int32_t guide = guided && keep[i] ? known[b * N + i] : -1;
+            sample_probs(prob, logits + b * a.K, a.K, -1, 1, 0);
+            if (guide >= 0) want_fit[b] += log((double)prob[guide]);
+            sample_probs(prob, logits + b * a.K, a.K, guide, temperature, top_k);
+            want[b * N + i] = sample_pick(prob, a.K, rng_uniform(99, stream[b], i));
+        }
+    }
+    CHECK(memcmp(got, want, B * N * sizeof *got) == 0);
+    for (size_t b = 0; b < B; b++) CHECK(fabs(fit[b] - want_fit[b]) <= 1e-4 * fabs(want_fit[b]));
+    free(prob);
+    pair_free(&a);
+}
+
+/* What is drawn from rows of logits, beside sample_probs and sample_pick; ties, infinities, NaN. */
+static void test_pick(size_t K, double temperature, size_t top_k) {
+    enum { ROWS = 10, N = 2 };
+    real *logits = random_reals(ROWS * K, 1, 3), *prob = reals(K);
+    int32_t got[ROWS * N];
+    uint64_t stream[ROWS];
+    for (size_t b = 0; b < ROWS; b++) stream[b] = rng_stream(RNG_TEST, 78, b);
+    for (size_t k = 0; k < K; k++) {
+        logits[0 * K + k] = k % 5 ? 1 : 2;               /* ties */
+        logits[1 * K + k] = k % 2 ? -(real)HUGE_VAL : 1; /* impossible tokens */
+        logits[2 * K + k] = -(real)HUGE_VAL;             /* nothing possible */
+        logits[4 * K + k] = k % 3 ? 0 : -(real)0.0;      /* both zeros */
+    }
+    logits[3 * K + K / 2] = (real)NAN, logits[5 * K + K - 1] = (real)HUGE_VAL;
+    const DrawTwin how = {42, temperature, top_k, 0, 0};
+    int one = 1;
+    DrawStep a;
+    memset(&a, 0, sizeof a);
+    int *pos = (int *)on_device(sizeof *pos);
+    DrawTwin *ghow = (DrawTwin *)on_device(sizeof how);
+    uint64_t *gstream = (uint64_t *)on_device(sizeof stream);
+    a.logits = send(logits, ROWS * K), a.K = (int)K, a.N = N, a.how = ghow, a.stream = gstream, a.pos = pos;
+    a.tokens = (int32_t *)on_device(sizeof got), a.ids = (int32_t *)on_device(ROWS * sizeof *a.ids);
+    CHECK_OK(to_device(device, ghow, &how, sizeof how));
+    CHECK_OK(to_device(device, gstream, stream, sizeof stream));
+    CHECK_OK(to_device(device, pos, &one, sizeof one));
+    CHECK_OK(launch_draw(device, &a, ROWS));
+    CHECK_OK(to_host(device, got, a.tokens, sizeof got));
+    for (size_t b = 0; b < ROWS; b++) {
+        sample_probs(prob, logits + b * K, K, -1, temperature, top_k);
+        const int32_t want = sample_pick(prob, K, rng_uniform(42, stream[b], 1));
+        if (!CHECK(got[b * N + 1] == want))
+            printf("     row %zu of %zu: %d, expected %d\n", b, K, (int)got[b * N + 1], (int)want);
+    }
+    free(logits), free(prob);
+    free_arrays();
+}
+
+static void test_decodings(void) {
+    NetConfig c = x_small;
+    c.variant = X_FINE_SCALED;
+    test_decoding("decoding", &c, 3, 7);
+    test_drawing(&c, 3, 7, 1, 0, 0);
+    c.variant = X_RESIDUAL_SCALED, c.has_class = 1;
+    test_decoding("decoding a large batch", &c, 12, 5);
+    test_drawing(&c, 12, 5, 0.8, 3, 1);
+    c = gpt_small;
+    test_decoding("decoding, gpt", &c, 2, 40);
+    test_drawing(&c, 2, 40, 1.2, 0, 1);
+    c.has_class = 1, c.n_unmasked = 2;
+    test_decoding("decoding, gpt with class", &c, 12, 6);
+    test_drawing(&c, 1, 6, 0, 0, 0);
+    for (size_t K = 1; K < 3000; K = K * 3 + 1) {
+        test_pick(K, 1, 0), test_pick(K, 0.7, 2), test_pick(K, 1.3, K / 2), test_pick(K, 0, 0);
+    }
+}
+
+static void test_refusals(void) {
+    NetConfig c = x_small;
+    Pair a;
+    Loss loss;
+    int reports = 0;
+    int32_t tokens[B_MAX * N_MAX];
+    uint64_t stream[B_MAX] = {0};
+    DrawOptions o = {1, stream, 1, 0, NULL, NULL, NULL, count_reports, &reports};
+    pair_make(&a, &c, 2, 70, 0);
+    CHECK_ERR(transformer_loss_cuda(a.gpu, &a.schedule, a.x0, a.x, a.x_t, a.t, a.label, 2, 70, 0, 1, 1, &loss),
+              "without training");
+    CHECK_ERR(transformer_loss_cuda(a.cpu, &a.schedule, a.x0, a.x, a.x_t, a.t, a.label, 2, 70, 0, 1, 0, &loss),
+              "not on the GPU");
+    CHECK_ERR(transformer_draw_cuda(a.gpu, &o, tokens), "begun");
+    CHECK_OK(transformer_decode_begin(a.gpu, a.x_t, a.t, a.label, 2, 70));
+    CHECK_ERR(transformer_draw_cuda(a.gpu, &o, tokens), "stopped");
+    CHECK(reports == 3);
+    a.x0[3] = 9;
+    CHECK_OK(transformer_plan(a.gpu, 2, 70, 1));
+    CHECK_ERR(transformer_loss_cuda(a.gpu, &a.schedule, a.x0, a.x, a.x_t, a.t, a.label, 2, 70, 0, 1, 1, &loss),
+              "x_0[3] is 9");
+    CHECK_ERR(transformer_use_cuda(a.gpu, IS_BF16 ? PRECISION_BF16 : PRECISION_F32), "already");
+    CHECK_ERR(transformer_use_cuda(a.cpu, IS_BF16 ? PRECISION_F32 : PRECISION_BF16), "precision");
+    pair_free(&a);
+}
+
+/* ---- The emulation itself ---- */
+
+#ifdef CUDA_ON_CPU
+#include <sys/wait.h>
+
+enum { HONEST, NO_BARRIER, TWO_BARRIERS, LEAVES, LANE_LEAVES, OVERRUN };
+static __global__ void faulty_kernel(int *out, int fault) {
+    SHARED(int, x);
+    const int i = (int)threadIdx.x, n = (int)blockDim.x;
+    if (fault == LEAVES && i == 3) return;
+    x[i + (fault == OVERRUN ? n : 0)] = i;
+    if (fault == TWO_BARRIERS && i == 5)
+        __syncthreads();
+    else if (fault != NO_BARRIER)
+        __syncthreads();
+    int sum = x[(i + 1) % n];
+    if (fault == LANE_LEAVES && i == 3) return;
+    for (int k = WARP / 2; k; k /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, k);
+    const unsigned odd = __ballot_sync(0xffffffffu, i & 1);
+    out[blockIdx.x * n + i] = sum + (odd == 0xaaaaaaaau ? 0 : 1000000);
+}
+
+static int run_faulty(int *out, int fault) {
+    LAUNCH(device, faulty_kernel, 2, 64, 64 * sizeof(int), out, fault);
+    return OK;
+}
+
+static void test_emulation(void) {
+    int out[128];
+    for (int order = 0; order < 2; order++) {
+        reverse(order);
+        run_faulty(out, HONEST);
+        for (int i = 0; i < 128; i++) CHECK(out[i] == (i % 64 < 32 ? 32 * 33 / 2 : 32 * 33 / 2 + 32 * 32 - 64));
+        run_faulty(out, NO_BARRIER);
+        CHECK(out[0] != 32 * 33 / 2 || out[32] != 32 * 33 / 2 + 32 * 32 - 64);
+    }
+    reverse(0);
+    for (int fault = TWO_BARRIERS; fault <= OVERRUN; fault++) {
+        int status = 0;
+        fflush(stdout);
+        const pid_t child = fork();
+        if (child == 0) {
+            if (!freopen("/dev/null", "w", stderr)) _exit(0);
+            run_faulty(out, fault);
+            _exit(0);
+        }
+        CHECK(waitpid(child, &status, 0) == child && !(WIFEXITED(status) && WEXITSTATUS(status) == 0));
+    }
+}
+#endif
+
+int main(void) {
+    char text[CUDA_TEXT_BYTES];
+    if (find_cuda(text, NULL, NULL) != OK || open_device(&device) != OK) {
+        printf("FAIL %s\n0 passed, 1 failed\n", err_text());
+        return 1;
+    }
+    printf("%s, %s\n", text, IS_BF16 ? "bf16" : "f32");
+#ifdef CUDA_ON_CPU
+    test_emulation();
+#endif
+    test_gelu(3, 5, 1);
+    test_gelu(1, 1, 0);
+    test_gelu(7, 300, 1);
+    test_gelu(1, 4097, 0);
+    test_norm(1, 1, 0, 1);
+    test_norm(3, 50, 0, 33);
+    test_norm(2, 9, 1, 70);
+    test_norm(3, 5, 2, 7);
+    test_linear(1, 1, 1, 1);
+    test_linear(5, 7, 3, 0);
+    test_linear(140, 40, 33, 1);
+    test_embedding(3, 7, 40);
+    test_embedding(1, 1, 5);
+    test_attention(2, 2, 5, 7, 7, 0, 0);
+    test_attention(1, 3, 50, 69, 69, 1, 0);
+    test_attention(2, 1, 64, 65, 130, 0, 0);
+    test_attention(1, 2, 16, 70, 70, 1, 2);
+    test_attention(1, 1, 72, 70, 70, 1, 66);
+    test_attention(2, 1, 128, 1, 3, 0, 0);
+    test_attention_decoding(2, 3, 50, 4, 1, 9);
+    test_attention_decoding(3, 1, 64, 0, 2, 5);
+    test_attention_decoding(1, 2, 128, 200, 1, 258);
+    test_updates();
+    test_networks();
+    test_training(&x_small);
+    test_training(&gpt_small);
+    test_decodings();
+    test_refusals();
+    close_device(device);
+    return test_report();
+}

@@ -1,0 +1,102 @@
+#!/bin/sh
+# test_cuda_programs.sh BUILD PROGRAMS: the programs with --device cuda beside the CPU: training in float gives the same
+# losses, is the same bit for bit after a pause, and in both precisions can be sampled; the same seed gives the same tokens.
+# PROGRAMS: the folder of those that have CUDA, emulated ones or such that nvcc built.
+build=$(cd "$1" && pwd)
+cuda=$(cd "$2" && pwd)
+dir=$(mktemp -d)
+trap 'rm -rf "$dir"' EXIT
+passed=0 failed=0
+
+ok() { # ok WHAT COMMAND...: must exit 0
+    what=$1
+    shift
+    "$@" >"$dir/out" 2>"$dir/said" # the command may be a look at what the one before said
+    status=$?
+    mv "$dir/said" "$dir/err"
+    if [ $status -eq 0 ]; then
+        passed=$((passed + 1))
+    else
+        failed=$((failed + 1))
+        echo "FAIL $what: $*: exit status $status"
+        head -5 "$dir/err"
+    fi
+}
+
+train() { # train PROGRAMS RUN ARGUMENTS...
+    program=$1/train run=$2
+    shift 2
+    "$program" --config test/tiny.txt --data "$dir/data" --save-every 2 --eval-every 4 --picture-every 100 \
+        --run "$dir/$run" "$@"
+}
+
+near() { # near RUN STAGE TOLERANCE [OTHER]: losses, gradient norms and evaluations as those of the run OTHER, or cpu
+    awk -v stage="$2" -v tolerance="$3" 'function off(a, b) { return (a > b ? a - b : b - a) > tolerance * (b > 0 ? b : -b) }
+        NR == FNR { if ($1 == stage) for (k = 1; k <= NF; k++) want[$2, k] = $k; next }
+        $1 == stage { n++; for (k = 3; k <= NF; k++) if (k != 8 && off($k, want[$2, k])) { print "step " $2 ", column " k ": " $k ", expected " want[$2, k] >"/dev/stderr"; bad = 1 } }
+        END { exit bad || n < 4 }' "$dir/${4:-cpu}/log.tsv" "$dir/$1/log.tsv"
+}
+
+"$build/pictures" make "$dir/data" 40 20 || exit 1
+train "$build" cpu --vqgan --steps 2 >/dev/null 2>&1 || exit 1
+for run in f32 parts bf16; do mkdir "$dir/$run" && cp "$dir/cpu/vqgan.safetensors" "$dir/$run"; done
+
+train "$build" vqgan-cpu --vqgan --steps 4 >/dev/null 2>&1
+ok "train the VQGAN in f32" train "$cuda" vqgan-f32 --vqgan --steps 4 --device cuda --precision f32
+ok "which says where" grep -q "^device: .*vqgan, f32" "$dir/err"
+ok "vqgan: losses of f32" near vqgan-f32 vqgan 1e-3 vqgan-cpu
+ok "train the VQGAN in bf16" train "$cuda" vqgan-bf16 --vqgan --steps 2 --device cuda
+ok "again" train "$cuda" vqgan-again --vqgan --steps 1 --device cuda
+ok "and on" train "$cuda" vqgan-again --vqgan --steps 2 --device cuda --resume
+ok "the same bits" cmp "$dir/vqgan-bf16/vqgan.state.safetensors" "$dir/vqgan-again/vqgan.state.safetensors"
+train "$build" cpu --scale 1 --steps 4 >/dev/null 2>&1 || exit 1
+for stage in scale2 scale3; do
+    ok "train $stage on the CPU" train "$build" cpu --scale "${stage#scale}" --steps 4
+    ok "train $stage in f32" train "$cuda" f32 --scale "${stage#scale}" --steps 4 --device cuda --precision f32
+    ok "which says where" grep -q "^device: .*$stage, f32" "$dir/err"
+    ok "$stage: losses of f32" near f32 $stage 1e-4
+    ok "train $stage in bf16" train "$cuda" bf16 --scale "${stage#scale}" --steps 4 --device cuda
+    ok "$stage: losses of bf16" near bf16 $stage 2e-2
+done
+train "$cuda" parts --scale 2 --steps 4 --device cuda --precision f32 >/dev/null 2>&1 &
+pid=$!
+while [ ! -f "$dir/parts/scale2.state.safetensors" ] && kill -0 $pid 2>/dev/null; do sleep 0.02; done
+kill -9 $pid 2>/dev/null
+wait $pid 2>/dev/null
+ok "a killed run resumes" train "$cuda" parts --scale 2 --steps 4 --device cuda --precision f32 --resume
+ok "and ends with the same bits" cmp "$dir/f32/scale2.state.safetensors" "$dir/parts/scale2.state.safetensors"
+
+sample() { # sample PROGRAMS RUN OUT ARGUMENTS...
+    program=$1/sample run=$2 out=$3
+    shift 3
+    "$program" "$dir/$run" -n 2 --seed 5 -o "$dir/$out" "$@"
+}
+ok "sample on the CPU" sample "$build" cpu cpu.png
+ok "sample in f32" sample "$cuda" cpu f32.png --device cuda
+ok "the same pictures" cmp "$dir/cpu.png" "$dir/f32.png"
+ok "sample with options" sample "$build" cpu options-cpu.png --temperature 0.8,1,1.2 --top-k 5 --class bar
+ok "the same on the GPU" sample "$cuda" cpu options.png --temperature 0.8,1,1.2 --top-k 5 --class bar --device cuda
+ok "the same pictures" cmp "$dir/options-cpu.png" "$dir/options.png"
+ok "sample in bf16" sample "$cuda" cpu bf16.png --device cuda --weights bf16
+ok "inpaint on the CPU" "$build/inpaint" "$dir/cpu" "$dir/cpu.png" --half upper -n 1 --candidates 3 --chain-length 1 --seed 1 -o "$dir/inpaint-cpu.png"
+ok "inpaint in f32" "$cuda/inpaint" "$dir/cpu" "$dir/cpu.png" --half upper -n 1 --candidates 3 --chain-length 1 --seed 1 -o "$dir/inpaint.png" --device cuda
+ok "the same pictures" cmp "$dir/inpaint-cpu.png" "$dir/inpaint.png"
+
+refused() { # refused STATUS WORD COMMAND...: exit status, and WORD on the last line of stderr
+    status=$1 word=$2
+    shift 2
+    "$@" >"$dir/out" 2>"$dir/err"
+    got=$?
+    if [ $got -eq "$status" ] && tail -n 1 "$dir/err" | grep -q -- "$word"; then
+        passed=$((passed + 1))
+    else
+        failed=$((failed + 1))
+        echo "FAIL $*: exit status $got, expected $status and a last line with \"$word\"; stderr ends:"
+        tail -n 3 "$dir/err"
+    fi
+}
+refused 2 "int8" sample "$cuda" cpu no.png --device cuda --weights int8
+refused 2 "expected bf16 or f32" train "$cuda" f32 --scale 1 --device cuda --precision f16
+
+echo "$passed passed, $failed failed"
+[ "$failed" -eq 0 ]
