@@ -178,7 +178,7 @@ endif
 CXX := $(if $(findstring clang,$(notdir $(CC))),$(subst clang,clang++,$(CC)),$(subst gcc,g++,$(CC)))
 PRECISIONS := f32 bf16
 EMULATED_TESTS := $(foreach t,cuda vqgan_cuda,$(PRECISIONS:%=$B/emulated/test_$(t)_%))
-EMULATED_FLAGS := -x c++ -std=c++17 -D_GNU_SOURCE -DCUDA_ON_CPU -U_FORTIFY_SOURCE -g $(if $(filter 1,$(SANITIZE)),$(OPT),-O2) \
+EMULATED_FLAGS := -x c++ -std=c++17 -D_GNU_SOURCE -DCUDA_ON_CPU -g $(if $(filter 1,$(SANITIZE)),$(OPT),-O2) \
                   -ffp-contract=off $(WARN) -Wno-unknown-pragmas
 floatX = $(if $(filter %bf16 %bf16.o,$@),-DFLOATX_BF16)
 

@@ -488,7 +488,11 @@ static Err open_device(Device **out) {
 
 #include "decode.cu"
 
-#include "first_stage.cu"
+#include "conv.c"
+
+#include "vqgan_layers.c"
+
+#include "vqgan.c"
 
 #ifdef FLOATX_BF16
 #define CUDA_TABLE cuda_bf16

@@ -1,9 +1,10 @@
 /* device.h - the CUDA half of the program: what C sees of it, and what its kernels are written with.
  *
  * device.cu is compiled three times. As C, like every file here, it is what the rest of the program calls. As CUDA it
- * includes layers.cu, attention.cu, optimizer.cu, transformer.cu and decode.cu, whose #else halves are the CUDA twins of
- * the C above them, once with floatX = float and once with floatX = bf16: each time one object file that exports one
- * table of functions. A program linked without these objects lacks the tables, and so knows that it has no CUDA.
+ * includes layers.cu, attention.cu, transformer.cu, optimizer.cu, decode.cu and, for the first stage, conv.c,
+ * vqgan_layers.c and vqgan.c, whose #else halves are the CUDA twins of the C above them, once with floatX = float and
+ * once with floatX = bf16: each time one object file that exports one table of functions. A program linked without these
+ * objects lacks the tables, and so knows that it has no CUDA.
  *
  * The same CUDA code runs on the CPU: -DCUDA_ON_CPU puts test/cuda_on_cpu.h in the place of CUDA's headers. */
 #ifndef DEVICE_H
@@ -44,7 +45,7 @@ typedef struct DeviceOps {
     Err (*decode_begin)(Transformer *m);
     Err (*decode_step)(Transformer *m, size_t i);
     Err (*draw)(Transformer *m, const DrawOptions *o, int32_t *tokens);
-    /* first stage: first_stage.cu says what each does */
+    /* first stage: the end of vqgan.c says what each does */
     size_t unit; /* bytes of a number in an activation */
     Err (*vqgan_plan)(Vqgan *v, size_t units, int allocate, size_t *bytes);
     void (*vqgan_free)(Vqgan *v);

@@ -16,7 +16,8 @@
  * Values are (B,C,h,w). Where the sum of two branches is formed, the last convolution of the branch adds the other one
  * (Layer.add); backward, the gradient of the sum *is* the gradient of the other branch, in the same memory.
  *
- * Read in this order: types (vqgan.h); building the network; the walk; planning; public functions. */
+ * Read in this order: types (vqgan.h); building the network; the walk; planning; public functions; after #else the same walk
+ * on a GPU, in memory laid out by the same plan. */
 
 #include <math.h>
 #include <stdarg.h>
@@ -25,6 +26,8 @@
 #include <string.h>
 
 #include "vqgan.h"
+
+#ifndef DEVICE_CODE
 
 enum {
     MAX_BLOCKS = 64,   /* num_res_blocks */
@@ -924,3 +927,352 @@ size_t vqgan_restart_codes(Vqgan *v, const uint32_t *usage, uint64_t seed, uint6
     }
     return restarted;
 }
+
+#else
+
+/* ---- The twins: the walk on a GPU ---- */
+
+struct VqTwin {
+    Device *d;
+    floatX *arena;       /* every value and gradient, and what norms and attention keep, as vqgan_plan laid them out */
+    float *planes;       /* a picture batch, or latents, in the host's order, on their way */
+    int32_t *raw;        /* (B,N) codes */
+    floatX **ordered;    /* (n_layers) weights of 3x3 convolutions in the order of patches, else NULL */
+    floatX *order_arena; /* they lie here */
+    uint64_t changes;    /* of the parameters (Device.changes) when they were put in order */
+    ConvMemory conv;
+    size_t score_size;
+    float *partial, *scores, *half; /* sums of slices; scores of attention or codes; of the codebook */
+    floatX *ds;                     /* gradient of attention's scores */
+};
+
+static floatX *value_at(const Vqgan *v, size_t value) {
+    return v->twin->arena + v->value[value].act;
+}
+static floatX *grad_at(const Vqgan *v, size_t value) {
+    return v->twin->arena + v->value[value].grad;
+}
+static DeviceRow *row_at(const Vqgan *v, size_t row) {
+    return &v->twin->d->row[row];
+}
+static size_t value_elements(const Vqgan *v, size_t value) {
+    return v->b * v->value[value].C * plane_size(v, value);
+}
+static NormShape norm_shape(const Vqgan *v, const VqLayer *l) {
+    const NormShape n = {v->b, plane_size(v, l->out), v->value[l->out].C, l->swish};
+    return n;
+}
+static NormKept kept_by(const Vqgan *v, const VqLayer *l, const NormShape *n) {
+    return norm_kept((float *)(void *)(v->twin->arena + l->saved), n);
+}
+
+static Err vq_conv_forward(Vqgan *v, size_t i) {
+    const VqLayer *l = &v->layer[i];
+    const Conv c = layer_conv(v, l);
+    const floatX *w = v->twin->ordered[i] ? v->twin->ordered[i] : row_at(v, l->weight)->weight;
+    return conv_forward_cuda(v->twin->d, value_at(v, l->out), &c, value_at(v, l->in[0]), w, row_at(v, l->bias)->weight,
+                             l->add == NO_VALUE ? NULL : value_at(v, l->add), &v->twin->conv);
+}
+
+static Err vq_conv_backward(Vqgan *v, const VqLayer *l, int image_wanted) {
+    const Conv c = layer_conv(v, l);
+    floatX *dx = l->in[0] == v->image && !image_wanted ? NULL : grad_at(v, l->in[0]);
+    return conv_backward_cuda(v->twin->d, dx, row_at(v, l->weight)->grad, row_at(v, l->bias)->grad, &c,
+                              grad_at(v, l->out), value_at(v, l->in[0]), row_at(v, l->weight)->weight, l->more[0],
+                              &v->twin->conv);
+}
+
+static Err vq_norm_forward(Vqgan *v, const VqLayer *l) {
+    const NormShape n = norm_shape(v, l);
+    return group_norm_forward_cuda(v->twin->d, value_at(v, l->out), kept_by(v, l, &n), value_at(v, l->in[0]),
+                                   row_at(v, l->weight)->value, row_at(v, l->bias)->value, &n, v->twin->partial);
+}
+
+static Err vq_norm_backward(Vqgan *v, const VqLayer *l) {
+    const NormShape n = norm_shape(v, l);
+    return group_norm_backward_cuda(v->twin->d, grad_at(v, l->in[0]), row_at(v, l->weight)->grad,
+                                    row_at(v, l->bias)->grad, grad_at(v, l->out), value_at(v, l->in[0]),
+                                    kept_by(v, l, &n), row_at(v, l->weight)->value, &n, l->more[0], v->twin->partial);
+}
+
+static Err vq_attend_forward(Vqgan *v, const VqLayer *l) {
+    return picture_attend_forward_cuda(v->twin->d, value_at(v, l->out), v->twin->arena + l->saved,
+                                       value_at(v, l->in[0]), value_at(v, l->in[1]), value_at(v, l->in[2]), v->b,
+                                       plane_size(v, l->out), v->value[l->out].C, v->twin->scores);
+}
+
+static Err vq_attend_backward(Vqgan *v, const VqLayer *l) {
+    floatX *const dx[3] = {grad_at(v, l->in[0]), grad_at(v, l->in[1]), grad_at(v, l->in[2])};
+    return picture_attend_backward_cuda(v->twin->d, dx, l->more, grad_at(v, l->out), value_at(v, l->in[0]),
+                                        value_at(v, l->in[1]), value_at(v, l->in[2]), v->twin->arena + l->saved, v->b,
+                                        plane_size(v, l->out), v->value[l->out].C, v->twin->scores, v->twin->ds);
+}
+
+static Err vq_nearest(Vqgan *v) {
+    return nearest_cuda(v->twin->d, v->twin->raw, value_at(v, v->z), row_at(v, v->codebook)->weight,
+                        v->b * plane_size(v, v->z), v->c.n_embed, v->c.embed_dim, v->twin->half, v->twin->scores,
+                        v->twin->score_size);
+}
+
+static Err vq_quantize_forward(Vqgan *v, const VqLayer *l) {
+    TRY(vq_nearest(v));
+    return straight_through_cuda(v->twin->d, value_at(v, l->out), v->twin->d->sums, value_at(v, l->in[0]),
+                                 row_at(v, l->weight)->weight, v->twin->raw, v->b * plane_size(v, l->out),
+                                 v->c.embed_dim);
+}
+
+static Err vq_quantize_backward(Vqgan *v, const VqLayer *l, double loss_weight) {
+    const size_t rows = v->b * plane_size(v, l->out), D = v->c.embed_dim;
+    real to_z, to_e;
+    codebook_weights(&v->c, loss_weight, rows * D, &to_z, &to_e);
+    return quantize_backward_cuda(v->twin->d, grad_at(v, l->in[0]), row_at(v, l->weight)->grad, value_at(v, l->in[0]),
+                                  row_at(v, l->weight)->weight, v->twin->raw, to_z, to_e, rows, v->c.n_embed, D);
+}
+
+static Err vq_tanh(Vqgan *v, const VqLayer *l, int backward) {
+    const size_t n = value_elements(v, l->out);
+    if (backward)
+        LAUNCH(v->twin->d, tanh_backward_kernel, blocks_for(n, CELL_THREADS), CELL_THREADS, 0, grad_at(v, l->in[0]),
+               grad_at(v, l->out), value_at(v, l->out), n);
+    else
+        LAUNCH(v->twin->d, tanh_forward_kernel, blocks_for(n, CELL_THREADS), CELL_THREADS, 0, value_at(v, l->out),
+               value_at(v, l->in[0]), n);
+    return OK;
+}
+
+/* Weights that changed since they were last put in order. */
+static Err order_changed_weights(Vqgan *v) {
+    VqTwin *t = v->twin;
+    if (!t->d->row) return err("vqgan: its parameters are not on the GPU yet");
+    if (t->changes == t->d->changes) return OK;
+    for (size_t i = 0; i < v->n_layers; i++) {
+        const VqLayer *l = &v->layer[i];
+        if (!t->ordered[i]) continue;
+        const Conv c = layer_conv(v, l);
+        TRY(conv_order_weights_cuda(t->d, t->ordered[i], row_at(v, l->weight)->weight, &c));
+    }
+    t->changes = t->d->changes;
+    return OK;
+}
+
+static Err walk_forward(Vqgan *v, size_t first, size_t end) {
+    TRY(earlier_failure(v->twin->d));
+    TRY(order_changed_weights(v));
+    for (size_t i = first; i < end; i++) {
+        const VqLayer *l = &v->layer[i];
+        switch (l->kind) {
+        case VQ_NORM: TRY(vq_norm_forward(v, l)); break;
+        case VQ_ATTEND: TRY(vq_attend_forward(v, l)); break;
+        case VQ_QUANTIZE: TRY(vq_quantize_forward(v, l)); break;
+        case VQ_TANH: TRY(vq_tanh(v, l, 0)); break;
+        default: TRY(vq_conv_forward(v, i));
+        }
+    }
+    return OK;
+}
+
+static Err walk_backward(Vqgan *v, double codebook_weight, int image_wanted) {
+    for (size_t i = v->n_layers; i-- > 0;) {
+        const VqLayer *l = &v->layer[i];
+        switch (l->kind) {
+        case VQ_NORM: TRY(vq_norm_backward(v, l)); break;
+        case VQ_ATTEND: TRY(vq_attend_backward(v, l)); break;
+        case VQ_QUANTIZE: TRY(vq_quantize_backward(v, l, codebook_weight)); break;
+        case VQ_TANH: TRY(vq_tanh(v, l, 1)); break;
+        default: TRY(vq_conv_backward(v, l, image_wanted));
+        }
+    }
+    return OK;
+}
+
+/* ---- Between the host's planes and the GPU's cells ---- */
+
+static Err put_planes(Vqgan *v, floatX *to, const real *planes, size_t value) {
+    VqTwin *t = v->twin;
+    const size_t n = value_elements(v, value);
+    TRY(to_device(t->d, t->planes, planes, n * sizeof *planes));
+    LAUNCH(t->d, from_planes_kernel, blocks_for(n, CELL_THREADS), CELL_THREADS, 0, to, t->planes, v->b,
+           v->value[value].C, plane_size(v, value));
+    return OK;
+}
+
+static Err get_planes(Vqgan *v, real *planes, const floatX *from, size_t value) {
+    VqTwin *t = v->twin;
+    const size_t n = value_elements(v, value);
+    LAUNCH(t->d, to_planes_kernel, blocks_for(n, CELL_THREADS), CELL_THREADS, 0, t->planes, from, v->b,
+           v->value[value].C, plane_size(v, value));
+    return to_host(t->d, planes, t->planes, n * sizeof *planes);
+}
+
+/* ---- What C calls: device.h ---- */
+
+/* `in` planes to value from, layers first..end-1, value to to `out` planes unless NULL. */
+static Err vqgan_run_cuda(Vqgan *v, size_t from, const real *in, size_t first, size_t end, size_t to, real *out) {
+    TRY(put_planes(v, value_at(v, from), in, from));
+    TRY(walk_forward(v, first, end));
+    return out ? get_planes(v, out, value_at(v, to), to) : OK;
+}
+
+/* raw (B,N): codes of z (B,D,N), or of the latents that are there if it is NULL */
+static Err vqgan_nearest_cuda(Vqgan *v, const real *z, int32_t *raw) {
+    if (!v->twin->d->row) return err("vqgan: its parameters are not on the GPU yet");
+    if (z) TRY(put_planes(v, value_at(v, v->z), z, v->z));
+    TRY(vq_nearest(v));
+    return to_host(v->twin->d, raw, v->twin->raw, v->b * plane_size(v, v->z) * sizeof *raw);
+}
+
+/* images from entries of the codebook (B,N) */
+static Err vqgan_draw_cuda(Vqgan *v, const int32_t *raw, real *images) {
+    VqTwin *t = v->twin;
+    const size_t n = value_elements(v, v->zq);
+    if (!t->d->row) return err("vqgan: its parameters are not on the GPU yet");
+    TRY(to_device(t->d, t->raw, raw, v->b * plane_size(v, v->zq) * sizeof *raw));
+    LAUNCH(t->d, lookup_kernel, blocks_for(n, CELL_THREADS), CELL_THREADS, 0, value_at(v, v->zq),
+           row_at(v, v->codebook)->weight, t->raw, n / v->c.embed_dim, v->c.embed_dim);
+    TRY(walk_forward(v, v->quantize + 1, v->n_layers));
+    return get_planes(v, images, value_at(v, v->xrec), v->xrec);
+}
+
+/* z, z_q and the reconstruction go where v->x has them, codes to raw; *sum of (e-z)^2 */
+static Err vqgan_forward_cuda(Vqgan *v, const real *images, int32_t *raw, double *sum) {
+    VqTwin *t = v->twin;
+    double sums[SUM_BLOCKS];
+    TRY(vqgan_run_cuda(v, v->image, images, 0, v->n_layers, v->xrec, v->x[v->xrec]));
+    TRY(get_planes(v, v->x[v->z], value_at(v, v->z), v->z));
+    TRY(get_planes(v, v->x[v->zq], value_at(v, v->zq), v->zq));
+    TRY(to_host(t->d, raw, t->raw, v->b * plane_size(v, v->z) * sizeof *raw));
+    TRY(to_host(t->d, sums, t->d->sums, sizeof sums));
+    *sum = 0;
+    for (int k = 0; k < SUM_BLOCKS; k++) *sum += sums[k];
+    return OK;
+}
+
+static Err vqgan_backward_cuda(Vqgan *v, const real *dxrec, double codebook_weight, real *dimage) {
+    TRY(put_planes(v, grad_at(v, v->xrec), dxrec, v->xrec));
+    TRY(walk_backward(v, codebook_weight, dimage != NULL));
+    return dimage ? get_planes(v, dimage, grad_at(v, v->image), v->image) : OK;
+}
+
+/* An entry becomes a latent; its moments and average follow. Each of these may be NULL. */
+static __global__ void restart_kernel(DeviceRow book, const floatX *z, size_t code, size_t pick, size_t D) {
+    for (size_t k = threadIdx.x; k < D; k += blockDim.x) {
+        const float value = to_float(z[pick * D + k]);
+        const size_t at = code * D + k;
+        book.value[at] = value, book.weight[at] = to_floatX(value);
+        if (book.m) book.m[at] = 0;
+        if (book.v) book.v[at] = 0;
+        if (book.ema) book.ema[at] = value;
+    }
+}
+
+static Err restart_cuda(Vqgan *v, size_t code, size_t pick) {
+    LAUNCH(v->twin->d, restart_kernel, 1, CELL_THREADS, 0, *row_at(v, v->codebook), value_at(v, v->z), code, pick,
+           v->c.embed_dim);
+    return OK;
+}
+
+static void vqgan_restart_cuda(Vqgan *v, size_t code, size_t pick) {
+    keep_failure(v->twin->d, restart_cuda(v, code, pick));
+}
+
+/* ---- Its memory ---- */
+
+/* What the layers share, one after the other. Sizes follow from the planned sizes, which are in b, h, w. */
+typedef struct {
+    ConvMemory conv;
+    size_t order, planes, partial, scores, ds, cells; /* elements */
+} VqNeeds;
+
+static VqNeeds shared_needs(const Vqgan *v) {
+    VqNeeds n;
+    memset(&n, 0, sizeof n);
+    n.cells = v->b * plane_size(v, v->z);
+    for (size_t i = 0; i < v->n_layers; i++) {
+        const VqLayer *l = &v->layer[i];
+        const size_t N = plane_size(v, l->out);
+        if (l->kind == VQ_CONV) {
+            const Conv c = layer_conv(v, l);
+            conv_needs_cuda(&n.conv, &c, v->train);
+            n.order += round_up(ordered_weight_size(&c), 64);
+        } else if (l->kind == VQ_NORM) {
+            const NormShape s = norm_shape(v, l);
+            n.partial = max_size(n.partial, norm_partial_size(&s));
+        } else if (l->kind == VQ_ATTEND) {
+            n.scores = max_size(n.scores, N * N);
+            if (v->train) n.ds = max_size(n.ds, N * N);
+        }
+    }
+    n.partial = max_size(n.partial, n.conv.partial_size);
+    n.scores = max_size(n.scores,
+                        max_size(TILE_ROWS * v->c.n_embed,
+                                 min_size(round_up(n.cells, TILE_ROWS) * v->c.n_embed, COLUMN_BYTES / sizeof(float))));
+    const size_t shown[3] = {v->image, v->z, v->xrec};
+    for (int k = 0; k < 3; k++) n.planes = max_size(n.planes, value_elements(v, shown[k]));
+    return n;
+}
+
+static size_t shared_bytes(const Vqgan *v, const VqNeeds *n) {
+    const size_t floats = n->planes + n->partial + n->scores + n->cells + v->c.n_embed + n->conv.total_size;
+    return floats * sizeof(float) + (n->order + n->ds + n->conv.column_size + n->conv.weight_size) * sizeof(floatX);
+}
+
+static Err place_ordered(Vqgan *v) {
+    VqTwin *t = v->twin;
+    size_t at = 0;
+    TRY(mem_alloc(&t->ordered, v->n_layers, sizeof *t->ordered, "vqgan: weights on the GPU"));
+    for (size_t i = 0; i < v->n_layers; i++) {
+        const VqLayer *l = &v->layer[i];
+        if (l->kind != VQ_CONV || l->conv == CONV1) continue;
+        const Conv c = layer_conv(v, l);
+        t->ordered[i] = t->order_arena + at;
+        at += round_up(ordered_weight_size(&c), 64);
+    }
+    return OK;
+}
+
+static Err allocate_twin(Vqgan *v, const VqNeeds *n, size_t units) {
+    VqTwin *t = v->twin;
+    static const char *const what = "first stage: activations";
+    t->conv = n->conv, t->score_size = n->scores;
+    TRY(device_alloc(&t->arena, units * sizeof(floatX), what));
+    TRY(device_alloc(&t->order_arena, n->order * sizeof(floatX), "first stage: weights in the order of patches"));
+    TRY(device_alloc(&t->planes, n->planes * sizeof(float), what));
+    TRY(device_alloc(&t->raw, n->cells * sizeof *t->raw, what));
+    TRY(device_alloc(&t->partial, n->partial * sizeof(float), what));
+    TRY(device_alloc(&t->scores, n->scores * sizeof(float), what));
+    TRY(device_alloc(&t->half, v->c.n_embed * sizeof(float), what));
+    TRY(device_alloc(&t->ds, n->ds * sizeof(floatX), what));
+    TRY(device_alloc(&t->conv.columns, n->conv.column_size * sizeof(floatX), what));
+    TRY(device_alloc(&t->conv.weights, n->conv.weight_size * sizeof(floatX), what));
+    TRY(device_alloc(&t->conv.totals, n->conv.total_size * sizeof(float), what));
+    t->conv.partial = t->partial;
+    return place_ordered(v);
+}
+
+static void vqgan_free_cuda(Vqgan *v) {
+    VqTwin *t = v->twin;
+    void *const all[] = {t->arena, t->order_arena, t->planes,       t->raw,          t->partial,    t->scores,
+                         t->half,  t->ds,          t->conv.columns, t->conv.weights, t->conv.totals};
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++) device_free(all[i]);
+    free(t->ordered);
+    free(t);
+    v->twin = NULL;
+}
+
+/* units: of the arena. *bytes: of everything. */
+static Err vqgan_plan_cuda(Vqgan *v, size_t units, int allocate, size_t *bytes) {
+    v->b = v->B, v->h = v->H, v->w = v->W;
+    for (size_t i = 0; i < v->n_values; i++)
+        if (value_elements(v, i) > (1u << 31))
+            return err("vqgan: activations of more than 2^31 numbers; a smaller batch takes less");
+    const VqNeeds n = shared_needs(v);
+    *bytes = units * sizeof(floatX) + shared_bytes(v, &n);
+    if (!allocate) return OK;
+    TRY(mem_alloc(&v->twin, 1, sizeof *v->twin, "vqgan: on the GPU"));
+    v->twin->d = v->params.device;
+    v->twin->changes = (uint64_t)-1;
+    if (allocate_twin(v, &n, units) == OK) return OK;
+    vqgan_free_cuda(v);
+    return FAILED;
+}
+#endif

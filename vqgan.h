@@ -1,5 +1,4 @@
-/* vqgan.h - what vqgan_layers.c, vqgan.c and first_stage.cu, their CUDA twin, share: the network as a list of layers, and
- * what each layer does. Nobody else includes it; what others may use is in imagebart.h. */
+/* vqgan.h - what vqgan_layers.c and vqgan.c share: the network as a list of layers, and what each layer does. Nobody else includes it; what others may use is in imagebart.h. */
 #ifndef VQGAN_H
 #define VQGAN_H
 

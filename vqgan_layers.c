@@ -11,6 +11,8 @@
 #include <math.h>
 #include <string.h>
 
+#ifndef DEVICE_CODE
+
 static const double NORM_EPS = 1e-6;
 
 /* ---- Arithmetic of the hot loops ---- */
@@ -376,3 +378,392 @@ void tanh_backward(Vqgan *v, const VqLayer *l) {
     real *dx = v->dx[l->in[0]];
     for (size_t i = 0; i < n; i++) dx[i] = dy[i] * (1 - y[i] * y[i]);
 }
+
+#else
+
+/* ---- The twins: GroupNorm, with or without swish ----
+ *
+ * x, y (B,cells,C); a group is C/32 neighbouring channels. Three kernels each way: sums of channels over slices; a warp per
+ * group adds them up; every element. What forward keeps: */
+typedef struct {
+    float *group;   /* (B,32,2) mean and 1/deviation */
+    float *channel; /* (B,C,2) scale, shift: t = x scale + shift */
+} NormKept;
+
+static const float GROUP_EPS = 1e-6f;
+
+typedef struct {
+    size_t B, cells, C;
+    int swish;
+} NormShape;
+
+static NormKept norm_kept(float *memory, const NormShape *s) {
+    const NormKept k = {memory, memory + s->B * 2 * NORM_GROUPS};
+    return k;
+}
+
+/* Sums of x - pivot and of its square, where the pivot is the first number of the group: close to the mean, so that little
+ * is lost in their difference. */
+static __global__ void norm_sums_kernel(float *partial, const floatX *x, NormShape n) {
+    const Share s = share_of(n.C, n.cells, PACK);
+    const size_t per = n.C / NORM_GROUPS;
+    float sum[PACK] = {}, square[PACK] = {}, pivot[PACK] = {};
+    x += blockIdx.z * n.cells * n.C;
+    for (int j = 0; j < PACK && s.end; j++) pivot[j] = to_float(x[(s.c + j) / per * per]);
+    for (size_t r = s.first; r < s.end; r += CELL_LANES) {
+        const Pack p = *(const Pack *)(x + r * n.C + s.c);
+        for (int j = 0; j < PACK; j++) {
+            const float gap = to_float(p.at[j]) - pivot[j];
+            sum[j] += gap, square[j] += gap * gap;
+        }
+    }
+    store_channel_sums<PACK>(partial, sum, square, n.C);
+}
+
+/* A block per picture, a warp per group. */
+static __global__ void norm_groups_kernel(NormKept kept, const float *partial, const floatX *x, const float *gamma,
+                                          const float *beta, NormShape n, size_t slices) {
+    const size_t b = blockIdx.x, g = threadIdx.x / WARP, lane = threadIdx.x % WARP, per = n.C / NORM_GROUPS;
+    double sum = 0, square = 0;
+    for (size_t i = lane; i < slices * per; i += WARP) {
+        const float *p = partial + (b * slices + i / per) * 2 * n.C + g * per + i % per;
+        sum += (double)p[0], square += (double)p[n.C];
+    }
+    const double count = (double)(n.cells * per), gap = warp_sum(sum) / count,
+                 var = warp_sum(square) / count - gap * gap;
+    const float mean = (float)((double)to_float(x[b * n.cells * n.C + g * per]) + gap);
+    const float rstd = (float)(1 / sqrt((var > 0 ? var : 0) + (double)GROUP_EPS));
+    if (lane == 0) kept.group[(b * NORM_GROUPS + g) * 2] = mean, kept.group[(b * NORM_GROUPS + g) * 2 + 1] = rstd;
+    for (size_t c = g * per + lane; c < (g + 1) * per; c += WARP) {
+        const float scale = rstd * gamma[c];
+        kept.channel[(b * n.C + c) * 2] = scale, kept.channel[(b * n.C + c) * 2 + 1] = beta[c] - mean * scale;
+    }
+}
+
+static __device__ inline float sigmoid(float t) {
+    return 1 / (1 + expf(-t));
+}
+
+/* y = swish(t). Grid: packs of a picture, pictures; a pack is within a cell. */
+static __global__ void norm_cells_kernel(floatX *y, const floatX *x, const float *channel, NormShape n) {
+    const unsigned C = (unsigned)n.C, in_picture = (blockIdx.x * blockDim.x + threadIdx.x) * PACK;
+    const size_t i = blockIdx.y * n.cells * n.C + in_picture;
+    if (in_picture >= n.cells * n.C) return;
+    const float *scale = channel + (blockIdx.y * n.C + in_picture % C) * 2;
+    Pack p = *(const Pack *)(x + i);
+    for (int j = 0; j < PACK; j++) {
+        const float t = to_float(p.at[j]) * scale[2 * j] + scale[2 * j + 1];
+        p.at[j] = to_floatX(n.swish ? t * sigmoid(t) : t);
+    }
+    *(Pack *)(y + i) = p;
+}
+
+static dim3 pack_grid(const NormShape *n) {
+    return dim3(blocks_for(n->cells * n->C, CELL_THREADS * PACK), (unsigned)n->B);
+}
+
+static Err group_norm_forward_cuda(Device *d, floatX *y, NormKept kept, const floatX *x, const float *gamma,
+                                   const float *beta, const NormShape *n, float *partial) {
+    const dim3 grid = slice_grid(n->C, n->cells, n->B, PACK);
+    LAUNCH(d, norm_sums_kernel, grid, CELL_THREADS, CELL_THREADS * PACK * sizeof(float), partial, x, *n);
+    LAUNCH(d, norm_groups_kernel, (unsigned)n->B, NORM_GROUPS * WARP, 0, kept, partial, x, gamma, beta, *n,
+           (size_t)grid.y);
+    LAUNCH(d, norm_cells_kernel, pack_grid(n), CELL_THREADS, 0, y, x, kept.channel, *n);
+    return OK;
+}
+
+/* dL/dt from dL/dy */
+static __device__ inline float through_swish(float dy, float t) {
+    const float s = sigmoid(t);
+    return dy * s * (1 + t * (1 - s));
+}
+
+/* Sums of d = dL/dt and of d xhat. */
+static __global__ void norm_gradient_sums_kernel(float *partial, const floatX *dy, const floatX *x, NormKept kept,
+                                                 NormShape n) {
+    const Share s = share_of(n.C, n.cells, PACK);
+    const size_t b = blockIdx.z, per = n.C / NORM_GROUPS;
+    float sum[PACK] = {}, sum_hat[PACK] = {}, mean[PACK] = {}, rstd[PACK] = {}, scale[PACK] = {}, shift[PACK] = {};
+    for (int j = 0; j < PACK && s.end; j++) {
+        const float *group = kept.group + (b * NORM_GROUPS + (s.c + j) / per) * 2,
+                    *channel = kept.channel + (b * n.C + s.c + j) * 2;
+        mean[j] = group[0], rstd[j] = group[1], scale[j] = channel[0], shift[j] = channel[1];
+    }
+    for (size_t r = s.first; r < s.end; r += CELL_LANES) {
+        const size_t at = (b * n.cells + r) * n.C + s.c;
+        const Pack p = *(const Pack *)(x + at), g = *(const Pack *)(dy + at);
+        for (int j = 0; j < PACK; j++) {
+            const float v = to_float(p.at[j]), dt = to_float(g.at[j]);
+            const float t = n.swish ? through_swish(dt, v * scale[j] + shift[j]) : dt;
+            sum[j] += t, sum_hat[j] += t * (v - mean[j]) * rstd[j];
+        }
+    }
+    store_channel_sums<PACK>(partial, sum, sum_hat, n.C);
+}
+
+/* line (B,C,2) = slope, offset: dx = scale d + slope x + offset, alike in a group. A block per picture, a warp per group. */
+static __global__ void norm_lines_kernel(float *line, const float *partial, const float *gamma, NormKept kept,
+                                         NormShape n, size_t slices) {
+    const size_t b = blockIdx.x, g = threadIdx.x / WARP, lane = threadIdx.x % WARP, per = n.C / NORM_GROUPS;
+    double sum = 0, sum_hat = 0;
+    for (size_t i = lane; i < slices * per; i += WARP) {
+        const float *p = partial + (b * slices + i / per) * 2 * n.C + g * per + i % per;
+        sum += (double)gamma[g * per + i % per] * (double)p[0],
+            sum_hat += (double)gamma[g * per + i % per] * (double)p[n.C];
+    }
+    const double count = (double)(n.cells * per), mean_d = warp_sum(sum) / count, mean_hat = warp_sum(sum_hat) / count;
+    const double mean = (double)kept.group[(b * NORM_GROUPS + g) * 2],
+                 rstd = (double)kept.group[(b * NORM_GROUPS + g) * 2 + 1];
+    const double slope = -mean_hat * rstd * rstd, offset = -mean_d * rstd - slope * mean;
+    for (size_t c = g * per + lane; c < (g + 1) * per; c += WARP)
+        line[(b * n.C + c) * 2] = (float)slope, line[(b * n.C + c) * 2 + 1] = (float)offset;
+}
+
+static __global__ void norm_gradient_kernel(floatX *dx, const floatX *dy, const floatX *x, const float *channel,
+                                            const float *line, NormShape n, int more) {
+    const unsigned C = (unsigned)n.C, in_picture = (blockIdx.x * blockDim.x + threadIdx.x) * PACK;
+    const size_t i = blockIdx.y * n.cells * n.C + in_picture, c = blockIdx.y * n.C + in_picture % C;
+    if (in_picture >= n.cells * n.C) return;
+    const float *scale = channel + c * 2, *add = line + c * 2;
+    const Pack p = *(const Pack *)(x + i), g = *(const Pack *)(dy + i);
+    Pack out = {};
+    if (more) out = *(const Pack *)(dx + i);
+    for (int j = 0; j < PACK; j++) {
+        const float v = to_float(p.at[j]), dt = to_float(g.at[j]);
+        const float t = n.swish ? through_swish(dt, v * scale[2 * j] + scale[2 * j + 1]) : dt;
+        out.at[j] = to_floatX((more ? to_float(out.at[j]) : 0) + scale[2 * j] * t + add[2 * j] * v + add[2 * j + 1]);
+    }
+    *(Pack *)(dx + i) = out;
+}
+
+/* dx overwritten, or added to if `more`; dgamma, dbeta (C) +=. partial: norm_partial_size floats. */
+static Err group_norm_backward_cuda(Device *d, floatX *dx, float *dgamma, float *dbeta, const floatX *dy,
+                                    const floatX *x, NormKept kept, const float *gamma, const NormShape *n, int more,
+                                    float *partial) {
+    const dim3 grid = slice_grid(n->C, n->cells, n->B, PACK);
+    float *line = partial + channel_slices(n->B, n->cells, n->C);
+    LAUNCH(d, norm_gradient_sums_kernel, grid, CELL_THREADS, CELL_THREADS * PACK * sizeof(float), partial, dy, x, kept,
+           *n);
+    LAUNCH(d, norm_lines_kernel, (unsigned)n->B, NORM_GROUPS * WARP, 0, line, partial, gamma, kept, *n, (size_t)grid.y);
+    LAUNCH(d, norm_gradient_kernel, pack_grid(n), CELL_THREADS, 0, dx, dy, x, kept.channel, line, *n, more);
+    return add_channels(d, dbeta, dgamma, partial, n->B * grid.y, n->C);
+}
+
+static size_t norm_partial_size(const NormShape *n) {
+    return channel_slices(n->B, n->cells, n->C) + n->B * n->C * 2;
+}
+
+/* ---- The twin of attention over the cells of a picture, one head ----
+ *
+ * With N cells of C channels the scores (N,N) fit in memory and C is too wide for a block's, so scores are written down:
+ * products by matmul, picture by picture, the softmax a warp per row. q, k, v, y (B,N,C); p (B,N,N) kept. */
+
+/* p = softmax(scale * scores), rows of n */
+static __global__ void softmax_rows_kernel(floatX *p, const float *scores, float scale, size_t n) {
+    const size_t r = (size_t)blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    if (r >= n) return;
+    const float *s = scores + r * n;
+    float largest = -HUGE_VALF, sum = 0;
+    for (size_t j = lane; j < n; j += WARP) largest = fmaxf(largest, s[j]);
+    largest = warp_max(largest);
+    for (size_t j = lane; j < n; j += WARP) sum += expf(scale * (s[j] - largest));
+    const float norm = 1 / warp_sum(sum);
+    for (size_t j = lane; j < n; j += WARP) p[r * n + j] = to_floatX(expf(scale * (s[j] - largest)) * norm);
+}
+
+/* ds = scale p (dp - sum_j dp p) */
+static __global__ void softmax_gradient_kernel(floatX *ds, const float *dp, const floatX *p, float scale, size_t n) {
+    const size_t r = (size_t)blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    if (r >= n) return;
+    float sum = 0;
+    for (size_t j = lane; j < n; j += WARP) sum += dp[r * n + j] * to_float(p[r * n + j]);
+    const float mean = warp_sum(sum);
+    for (size_t j = lane; j < n; j += WARP)
+        ds[r * n + j] = to_floatX(scale * to_float(p[r * n + j]) * (dp[r * n + j] - mean));
+}
+
+/* From the probabilities of one picture to those of the next. */
+static size_t picture_scores(size_t N) {
+    return round_up(N * N, TILE_ROWS);
+}
+
+/* p (B, picture_scores(N)). scores: N*N floats of work space; backward N*N floatX more, ds. */
+static Err picture_attend_forward_cuda(Device *d, floatX *y, floatX *p, const floatX *q, const floatX *k,
+                                       const floatX *v, size_t B, size_t N, size_t C, float *scores) {
+    for (size_t b = 0; b < B; b++) {
+        const size_t at = b * N * C;
+        Matmul product = rows_times(scores, q + at, k + at, N, N, C, C, 1, NULL);
+        product.d_is_float = 1;
+        TRY(matmul(d, &product));
+        LAUNCH(d, softmax_rows_kernel, blocks_for(N, CELL_THREADS / WARP), CELL_THREADS, 0, p + b * picture_scores(N),
+               scores, 1 / sqrtf((float)C), N);
+        product = rows_times(y + at, p + b * picture_scores(N), v + at, N, C, N, C, 0, NULL);
+        TRY(matmul(d, &product));
+    }
+    return OK;
+}
+
+/* y (M,N) = or += a (K,M)^T b (K,N) */
+static Matmul turned_rows(floatX *y, const floatX *a, const floatX *b, size_t M, size_t N, size_t K, int more) {
+    Matmul p = turned_times(NULL, a, b, M, N, K, 0);
+    p.d_is_float = 0, p.D = y, p.add = more ? y : NULL;
+    return p;
+}
+
+/* dx[3]: dq, dk, dv, each overwritten or, where more, added to. */
+static Err picture_attend_backward_cuda(Device *d, floatX *const dx[3], const int more[3], const floatX *dy,
+                                        const floatX *q, const floatX *k, const floatX *v, const floatX *p, size_t B,
+                                        size_t N, size_t C, float *scores, floatX *ds) {
+    for (size_t b = 0; b < B; b++) {
+        const size_t at = b * N * C;
+        floatX *dq = dx[0] + at, *dk = dx[1] + at, *dv = dx[2] + at;
+        Matmul product = turned_rows(dv, p + b * picture_scores(N), dy + at, N, C, N, more[2]);
+        TRY(matmul(d, &product));
+        product = rows_times(scores, dy + at, v + at, N, N, C, C, 1, NULL);
+        product.d_is_float = 1;
+        TRY(matmul(d, &product));
+        LAUNCH(d, softmax_gradient_kernel, blocks_for(N, CELL_THREADS / WARP), CELL_THREADS, 0, ds, scores,
+               p + b * picture_scores(N), 1 / sqrtf((float)C), N);
+        product = rows_times(dq, ds, k + at, N, C, N, C, 0, more[0] ? dq : NULL);
+        TRY(matmul(d, &product));
+        product = turned_rows(dk, ds, q + at, N, C, N, more[1]);
+        TRY(matmul(d, &product));
+    }
+    return OK;
+}
+
+/* ---- The twin of the vector quantiser ---- */
+
+/* half (K) = |e|^2/2 of each entry as the product reads it: a warp per entry */
+static __global__ void half_norms_kernel(float *half, const floatX *book, size_t K, size_t D) {
+    const size_t k = (size_t)blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP;
+    if (k >= K) return;
+    float sum = 0;
+    for (size_t i = threadIdx.x % WARP; i < D; i += WARP) sum += to_float(book[k * D + i]) * to_float(book[k * D + i]);
+    sum = warp_sum(sum);
+    if (threadIdx.x % WARP == 0) half[k] = sum / 2;
+}
+
+/* code[r] = the entry with the least |e|^2/2 - z.e, the first of equals; a warp per row, scores (rows,K) = z.e. */
+static __global__ void least_kernel(int32_t *code, const float *scores, const float *half, size_t rows, size_t K) {
+    const size_t r = (size_t)blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    if (r >= rows) return;
+    float best = HUGE_VALF;
+    int id = 0x7fffffff;
+    for (size_t k = lane; k < K; k += WARP) {
+        const float distance = half[k] - scores[r * K + k];
+        if (distance < best || id == 0x7fffffff) best = distance, id = (int)k;
+    }
+    for (int k = WARP / 2; k; k /= 2) {
+        const float other = __shfl_xor_sync(0xffffffffu, best, k);
+        const int other_id = __shfl_xor_sync(0xffffffffu, id, k);
+        if (other < best || (other == best && other_id < id)) best = other, id = other_id;
+    }
+    if (lane == 0) code[r] = id < (int)K ? id : 0; /* distances that are not numbers */
+}
+
+/* raw (rows) = nearest entries of z (rows,D) in book (K,D). half (K), scores: work space, score_size >= TILE_ROWS*K floats. */
+static Err nearest_cuda(Device *d, int32_t *raw, const floatX *z, const floatX *book, size_t rows, size_t K, size_t D,
+                        float *half, float *scores, size_t score_size) {
+    const size_t tile = tile_rows(score_size, K);
+    LAUNCH(d, half_norms_kernel, blocks_for(K, CELL_THREADS / WARP), CELL_THREADS, 0, half, book, K, D);
+    for (size_t r = 0; r < rows; r += tile) {
+        const size_t n = min_size(tile, rows - r);
+        Matmul product = rows_times(scores, z + r * D, book, n, K, D, D, 1, NULL);
+        product.d_is_float = 1;
+        TRY(matmul(d, &product));
+        LAUNCH(d, least_kernel, blocks_for(n, CELL_THREADS / WARP), CELL_THREADS, 0, raw + r, scores, half, n, K);
+    }
+    return OK;
+}
+
+/* zq = z + (e - z), straight through; sums (SUM_BLOCKS) += of (e - z)^2: a block adds up its share, warp after warp. */
+static __global__ void straight_kernel(floatX *zq, double *sums, const floatX *z, const floatX *book,
+                                       const int32_t *raw, size_t rows, size_t D) {
+    SHARED(double, warps);
+    double sum = 0;
+    for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; i < rows * D; i += (size_t)SUM_BLOCKS * blockDim.x) {
+        const float at = to_float(z[i]), gap = to_float(book[(size_t)raw[i / D] * D + i % D]) - at;
+        zq[i] = to_floatX(at + gap);
+        sum += (double)gap * (double)gap;
+    }
+    sum = warp_sum(sum);
+    if (threadIdx.x % WARP == 0) warps[threadIdx.x / WARP] = sum;
+    __syncthreads();
+    if (threadIdx.x > 0) return;
+    for (unsigned k = 1; k < blockDim.x / WARP; k++) sum += warps[k];
+    sums[blockIdx.x] = sum;
+}
+
+static Err straight_through_cuda(Device *d, floatX *zq, double *sums, const floatX *z, const floatX *book,
+                                 const int32_t *raw, size_t rows, size_t D) {
+    LAUNCH(d, straight_kernel, SUM_BLOCKS, CELL_THREADS, CELL_THREADS / WARP * sizeof(double), zq, sums, z, book, raw,
+           rows, D);
+    return OK;
+}
+
+/* dz += to_z (z - e) */
+static __global__ void commit_kernel(floatX *dz, const floatX *z, const floatX *book, const int32_t *raw, float to_z,
+                                     size_t rows, size_t D) {
+    const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= rows * D) return;
+    dz[i] = to_floatX(to_float(dz[i]) + to_z * (to_float(z[i]) - to_float(book[(size_t)raw[i / D] * D + i % D])));
+}
+
+/* dbook[k] += to_e (e - z) over the rows whose code is k, in their order: a block per entry looks for its rows, 256 at a
+ * time, and a thread has channels of its own. Shared: the sums (D), then which of those rows are ours. */
+static __global__ void book_gradient_kernel(float *dbook, const floatX *z, const floatX *book, const int32_t *raw,
+                                            float to_e, size_t rows, size_t D) {
+    SHARED(float, sum);
+    unsigned *ours = (unsigned *)(void *)(sum + D);
+    const size_t k = blockIdx.x;
+    for (size_t c = threadIdx.x; c < D; c += blockDim.x) sum[c] = 0;
+    for (size_t r0 = 0; r0 < rows; r0 += blockDim.x) {
+        const size_t mine = r0 + threadIdx.x;
+        const unsigned bits = __ballot_sync(0xffffffffu, mine < rows && (size_t)raw[mine] == k);
+        __syncthreads();
+        if (threadIdx.x % WARP == 0) ours[threadIdx.x / WARP] = bits;
+        __syncthreads();
+        for (unsigned i = 0; i < blockDim.x; i++)
+            for (size_t c = threadIdx.x; (ours[i / WARP] >> i % WARP & 1) && c < D; c += blockDim.x)
+                sum[c] += to_float(book[k * D + c]) - to_float(z[(r0 + i) * D + c]);
+    }
+    for (size_t c = threadIdx.x; c < D; c += blockDim.x) dbook[k * D + c] += to_e * sum[c];
+}
+
+static Err quantize_backward_cuda(Device *d, floatX *dz, float *dbook, const floatX *z, const floatX *book,
+                                  const int32_t *raw, float to_z, float to_e, size_t rows, size_t K, size_t D) {
+    LAUNCH(d, commit_kernel, blocks_for(rows * D, CELL_THREADS), CELL_THREADS, 0, dz, z, book, raw, to_z, rows, D);
+    LAUNCH(d, book_gradient_kernel, (unsigned)K, CELL_THREADS, (D + CELL_THREADS / WARP) * sizeof(float), dbook, z,
+           book, raw, to_e, rows, D);
+    return OK;
+}
+
+/* z (rows,D) = entries of the book */
+static __global__ void lookup_kernel(floatX *z, const floatX *book, const int32_t *raw, size_t rows, size_t D) {
+    const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < rows * D) z[i] = book[(size_t)raw[i / D] * D + i % D];
+}
+
+/* ---- tanh on the picture; the host's order of a picture ---- */
+
+static __global__ void tanh_forward_kernel(floatX *y, const floatX *x, size_t n) {
+    const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < n) y[i] = to_floatX(tanhf(to_float(x[i])));
+}
+static __global__ void tanh_backward_kernel(floatX *dx, const floatX *dy, const floatX *y, size_t n) {
+    const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < n) dx[i] = to_floatX(to_float(dy[i]) * (1 - to_float(y[i]) * to_float(y[i])));
+}
+
+/* (B,C,cells) of floats as (B,cells,C), and back */
+static __global__ void from_planes_kernel(floatX *to, const float *from, size_t B, size_t C, size_t cells) {
+    const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x, c = i % C, cell = i / C % cells, b = i / C / cells;
+    if (b < B) to[i] = to_floatX(from[(b * C + c) * cells + cell]);
+}
+static __global__ void to_planes_kernel(float *to, const floatX *from, size_t B, size_t C, size_t cells) {
+    const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x, cell = i % cells, c = i / cells % C,
+                 b = i / C / cells;
+    if (b < B) to[i] = to_float(from[(b * cells + cell) * C + c]);
+}
+#endif

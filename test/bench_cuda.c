@@ -24,7 +24,7 @@ static double now(void) {
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
-static void check(Err e) {
+static void need(Err e) {
     if (e == OK) return;
     fprintf(stderr, "bench_cuda: %s\n", err_text());
     exit(1);
@@ -48,15 +48,16 @@ static void train_step(Bench *a) {
     const AdamW o = {1e-4, 0.9, 0.95, 1e-8, 1};
     Loss loss;
     params_zero_grad(a->params);
-    check(transformer_loss_cuda(a->net, &a->schedule, a->x0, a->x, a->x_t, a->t, NULL, a->B, N, 0.5, 1, 1, &loss));
-    if (!(params_grad_norm(a->params) > 0)) check(err("the gradient is 0 or NaN"));
-    adamw_ema_step(a->params, &o, ++a->step, 0.9999, a->step);
+    need(transformer_loss_cuda(a->net, &a->schedule, a->x0, a->x, a->x_t, a->t, NULL, a->B, N, 0.5, 1, 1, &loss));
+    if (!(params_grad_norm(a->params) > 0)) need(err("the gradient is 0 or NaN"));
+    a->step++;
+    adamw_ema_step(a->params, &o, a->step, 0.9999, a->step);
 }
 
 static void decode(Bench *a) {
     const DrawOptions o = {.seed = 1, .stream = a->stream, .temperature = 1};
-    check(transformer_decode_begin(a->net, a->x_t, a->t, NULL, a->B, N));
-    check(transformer_draw_cuda(a->net, &o, a->tokens));
+    need(transformer_decode_begin(a->net, a->x_t, a->t, NULL, a->B, N));
+    need(transformer_draw_cuda(a->net, &o, a->tokens));
 }
 
 static double median(Bench *a, void (*run)(Bench *)) {
@@ -72,14 +73,14 @@ static double median(Bench *a, void (*run)(Bench *)) {
 }
 
 static void open_net(Bench *a, const NetConfig *c, Precision precision, int train) {
-    check(schedule_make(&a->schedule, "geometric", c->n_scales));
-    check(transformer_create(&a->net, c));
-    check(transformer_use_cuda(a->net, precision));
+    need(schedule_make(&a->schedule, "geometric", c->n_scales));
+    need(transformer_create(&a->net, c));
+    need(transformer_use_cuda(a->net, precision));
     transformer_set_alphas(a->net, a->schedule.alpha);
     a->params = transformer_params(a->net), a->step = 0;
-    check(params_plan(a->params, PLAN_VALUE | (train ? PLAN_GRAD | PLAN_ADAM | PLAN_EMA : 0)));
+    need(params_plan(a->params, PLAN_VALUE | (train ? PLAN_GRAD | PLAN_ADAM | PLAN_EMA : 0)));
     params_init(a->params, 1);
-    check(params_send(a->params));
+    need(params_send(a->params));
     for (size_t i = 0; i < B_MAX * N; i++)
         a->x0[i] = (int32_t)rng_below(1, 1, i, K), a->x[i] = (int32_t)rng_below(1, 2, i, K), a->x_t[i] = a->x[i];
     for (size_t b = 0; b < B_MAX; b++)
@@ -99,14 +100,14 @@ static double flop(const NetConfig *c, const Params *p) {
 static void bench(Bench *a, const char *what, const NetConfig *c, Precision precision) {
     open_net(a, c, precision, 1);
     a->B = B_TRAIN;
-    check(transformer_plan(a->net, a->B, N, 1));
+    need(transformer_plan(a->net, a->B, N, 1));
     const double step = median(a, train_step), work = flop(c, a->params) * B_TRAIN;
     printf("%-18s training step, batch %d: %8.2f ms, %6.1f pictures/s, %6.1f TFLOP/s\n", what, (int)B_TRAIN, 1e3 * step,
            B_TRAIN / step, 1e-12 * work / step);
     transformer_free(a->net);
     open_net(a, c, precision, 0);
     for (a->B = 1; a->B <= B_MAX; a->B *= 64) {
-        check(transformer_plan(a->net, a->B, N, 0));
+        need(transformer_plan(a->net, a->B, N, 0));
         const double pass = median(a, decode);
         printf("%-18s decoding, batch %2zu: %8.3f ms a position, %8.0f tokens/s\n", what, a->B, 1e3 * pass / N,
                (double)(a->B * N) / pass);
@@ -118,7 +119,7 @@ int main(int argc, char **argv) {
     static Bench a;
     char text[CUDA_TEXT_BYTES];
     const int f32 = argc > 1 && strcmp(argv[1], "f32") == 0;
-    check(cuda_find(text, NULL, NULL));
+    need(cuda_find(text, NULL, NULL));
     printf("%s, %s\n", text, f32 ? "f32" : "bf16");
     bench(&a, "encoder-decoder", &encoder_decoder, f32 ? PRECISION_F32 : PRECISION_BF16);
     bench(&a, "last scale (GPT)", &last_scale, f32 ? PRECISION_F32 : PRECISION_BF16);

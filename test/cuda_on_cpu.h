@@ -25,13 +25,11 @@
 #define CUDA_ON_CPU_H
 
 #include <math.h>
-#include <setjmp.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
-#include <ucontext.h>
 
 #if defined(__SANITIZE_ADDRESS__)
 #define FIBERS_UNDER_ASAN 1
@@ -60,13 +58,11 @@ typedef enum { READY, AT_BARRIER, AT_WARP, LEFT } State;
 
 struct Fiber {
     State state;
-    int line;    /* of the barrier where it waits */
-    int parity;  /* which of its warp's two sets of slots the next exchange uses */
-    int started; /* its stack has been entered */
+    int line;   /* of the barrier where it waits */
+    int parity; /* which of its warp's two sets of slots the next exchange uses */
     char *stack;
     size_t stack_bytes;
-    ucontext_t context;
-    jmp_buf jump;
+    void *sp; /* where its stack ends while others run */
     void *asan;
 };
 static Fiber fiber[MAX_THREADS], scheduler;
@@ -85,17 +81,46 @@ static void fail(const char *what, int line) {
     abort();
 }
 
-/* From one stack to another. swapcontext would do, but asks the kernel about signals each time: so that only enters a new
- * stack; between two that exist _longjmp moves, in nanoseconds. The address sanitizer wants to be told. */
-static void __attribute__((noinline)) switch_to(Fiber *from, Fiber *to) {
+/* stack_switch(&a, b) keeps on the present stack the registers that a function must preserve, a = where it ends, and goes
+ * on where stack b ends. (swapcontext of the C library would do, but asks the kernel about signals each time, and the
+ * address sanitizer tidies up after longjmp for longer than most kernels run.) */
+extern "C" void stack_switch(void **from, void *to) __asm__("on_cpu_stack_switch");
+#if defined(__x86_64__)
+enum {
+    SAVED = 7,
+    RETURN_AT = 6,
+    ABOVE = 1
+}; /* words on a new stack: registers and where to go on; above: to align it */
+__asm__(".text\n"
+        "on_cpu_stack_switch:\n"
+        "    pushq %rbp\n    pushq %rbx\n    pushq %r12\n    pushq %r13\n    pushq %r14\n    pushq %r15\n"
+        "    movq %rsp, (%rdi)\n    movq %rsi, %rsp\n"
+        "    popq %r15\n    popq %r14\n    popq %r13\n    popq %r12\n    popq %rbx\n    popq %rbp\n"
+        "    ret\n");
+#elif defined(__aarch64__)
+enum { SAVED = 20, RETURN_AT = 11, ABOVE = 0 };
+__asm__(".text\n"
+        "on_cpu_stack_switch:\n"
+        "    sub sp, sp, #160\n"
+        "    stp x19, x20, [sp]\n    stp x21, x22, [sp, #16]\n    stp x23, x24, [sp, #32]\n"
+        "    stp x25, x26, [sp, #48]\n    stp x27, x28, [sp, #64]\n    stp x29, x30, [sp, #80]\n"
+        "    stp d8, d9, [sp, #96]\n    stp d10, d11, [sp, #112]\n"
+        "    stp d12, d13, [sp, #128]\n    stp d14, d15, [sp, #144]\n"
+        "    mov x2, sp\n    str x2, [x0]\n    mov sp, x1\n"
+        "    ldp x19, x20, [sp]\n    ldp x21, x22, [sp, #16]\n    ldp x23, x24, [sp, #32]\n"
+        "    ldp x25, x26, [sp, #48]\n    ldp x27, x28, [sp, #64]\n    ldp x29, x30, [sp, #80]\n"
+        "    ldp d8, d9, [sp, #96]\n    ldp d10, d11, [sp, #112]\n"
+        "    ldp d12, d13, [sp, #128]\n    ldp d14, d15, [sp, #144]\n"
+        "    add sp, sp, #160\n    ret\n");
+#else
+#error "fibers need to know how this processor keeps its registers: x86-64 and aarch64 are here"
+#endif
+
+static void switch_to(Fiber *from, Fiber *to) {
 #ifdef FIBERS_UNDER_ASAN
     __sanitizer_start_switch_fiber(&from->asan, to->stack, to->stack_bytes);
 #endif
-    if (_setjmp(from->jump) == 0) {
-        if (to->started) _longjmp(to->jump, 1);
-        to->started = 1;
-        setcontext(&to->context);
-    }
+    stack_switch(&from->sp, to->sp);
 #ifdef FIBERS_UNDER_ASAN
     __sanitizer_finish_switch_fiber(from->asan, NULL, NULL);
 #endif
@@ -120,10 +145,11 @@ static void fiber_main() {
 static void make_fiber(Fiber *f) {
     if (f->stack) return;
     f->stack = (char *)mmap(NULL, STACK_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (f->stack == (char *)MAP_FAILED || getcontext(&f->context) != 0) fail("no memory for another thread", 0);
+    if (f->stack == (char *)MAP_FAILED) fail("no memory for another thread", 0);
     f->stack_bytes = STACK_BYTES;
-    f->context.uc_stack.ss_sp = f->stack, f->context.uc_stack.ss_size = STACK_BYTES, f->context.uc_link = NULL;
-    makecontext(&f->context, fiber_main, 0);
+    void **end = (void **)(void *)(f->stack + STACK_BYTES) - ABOVE - SAVED;
+    end[RETURN_AT] = (void *)fiber_main;
+    f->sp = end;
 }
 
 static void resume(unsigned i) {
@@ -190,7 +216,6 @@ template <typename F> static void launch(const char *name, dim3 grid, dim3 block
         fail("an empty grid, or a block that is not 1 to 32 whole warps", 0);
     if (shared > (227u << 10)) fail("more than 227 KiB of shared memory, which is all that a block can have", 0);
     for (unsigned i = 0; i < n; i++) make_fiber(&fiber[i]);
-    scheduler.started = 1;
     shared_bytes = shared,
     shared_memory = shared ? (char *)aligned_alloc(256, (shared + GUARD_BYTES + 255) / 256 * 256) : NULL;
     if (shared) memset(shared_memory + shared, 0x55, GUARD_BYTES);

@@ -524,6 +524,7 @@ static void test_pick(size_t K, double temperature, size_t top_k) {
         logits[1 * K + k] = k % 2 ? -(real)HUGE_VAL : 1; /* impossible tokens */
         logits[2 * K + k] = -(real)HUGE_VAL;             /* nothing possible */
         logits[4 * K + k] = k % 3 ? 0 : -(real)0.0;      /* both zeros */
+        logits[6 * K + k] = k % 7 == 3 ? 2 : 1;          /* ties, the first not in the first thread */
     }
     logits[3 * K + K / 2] = (real)NAN, logits[5 * K + K - 1] = (real)HUGE_VAL;
     const DrawTwin how = {42, temperature, top_k, 0, 0};
