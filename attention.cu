@@ -216,7 +216,7 @@ void attend_backward(const AttendShape *s, real *dq, real *dk, real *dv, const r
  * share a query can add up by exchanging. Tiles lie in shared memory as float, rows of D+1 or TILE+1: the odd stride puts
  * what 16 lanes read in different banks. */
 
-enum { TILE = 64, SIDE = 16, PER_SIDE = TILE / SIDE, ATTEND_THREADS = SIDE * SIDE, HEAD_MAX = 128 };
+enum { TILE = 64, SIDE = 16, PER_SIDE = TILE / SIDE, ATTEND_THREADS = SIDE * SIDE, GPU_HEAD_MAX = 128 };
 
 static __device__ inline size_t visible_keys(const AttendShape *s, size_t i) {
     if (!s->causal) return s->Tk;
@@ -346,8 +346,8 @@ static __global__ void __launch_bounds__(ATTEND_THREADS)
 }
 
 static Err check_head(const AttendShape *s) {
-    if (s->D <= HEAD_MAX) return OK;
-    return err("transformer: heads of %zu channels; on the GPU they may have %d", s->D, (int)HEAD_MAX);
+    if (s->D <= GPU_HEAD_MAX) return OK;
+    return err("transformer: heads of %zu channels; on the GPU they may have %d", s->D, (int)GPU_HEAD_MAX);
 }
 
 static Err attend_forward_cuda(Device *d, const AttendShape *s, floatX *y, float *lse, const floatX *q, const floatX *k,

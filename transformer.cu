@@ -1073,17 +1073,17 @@ static Err attention_forward_cuda(Transformer *m, const Stack *s, const Layer *l
                                   const Pass *pass, const floatX *context) {
     Device *d = m->twin->d;
     const size_t R = pass->B * pass->n;
-    const AttendShape shape = attend_shape(m, s, l, pass);
+    const AttendShape shape = attend_shape(s, l, pass);
     const floatX *source = l->kind == BLOCK_SELF ? w->normed : context;
     const size_t rows = l->kind == BLOCK_SELF ? R : pass->B * pass->T_context;
     if (m->twin->streaming) return attention_stream(m, l, w, next, &shape);
-    const int cached = shape.decoding && l->kind == BLOCK_SELF;
+    const int decoding = m->state == DECODING, cached = decoding && l->kind == BLOCK_SELF;
     TRY(linear_forward_cuda(d, &l->q, w->query, 0, NULL, w->normed, R));
     if (source) {
         TRY(linear_forward_cuda(d, &l->k, cached ? m->twin->new_key : w->key, 0, NULL, source, rows));
         TRY(linear_forward_cuda(d, &l->v, cached ? m->twin->new_value : w->value, 0, NULL, source, rows));
     }
-    if (shape.decoding)
+    if (decoding)
         TRY(attend_decode_cuda(d, &shape, cached ? m->twin->pos : NULL, w->y, w->query, w->key, w->value,
                                m->twin->new_key, m->twin->new_value));
     else
@@ -1096,7 +1096,7 @@ static Err attention_backward_cuda(Transformer *m, const Stack *s, const Layer *
     NetTwin *n = m->twin;
     Device *d = n->d;
     const size_t R = pass->B * pass->n;
-    const AttendShape shape = attend_shape(m, s, l, pass);
+    const AttendShape shape = attend_shape(s, l, pass);
     const int cross = l->kind == BLOCK_CROSS;
     float *dsource = cross ? dcontext : n->dnormed;
     const floatX *source = cross ? context : w->normed;

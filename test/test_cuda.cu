@@ -165,10 +165,12 @@ static void test_embedding(size_t B, size_t n, size_t C) {
         CHECK_OK(to_device(device, at, &two, sizeof two));
         reverse(order);
         CHECK_OK(embed_forward_cuda(device, &f.stack, gx, gids, B, n, NULL));
-        embed_forward(&f.net, &f.stack, x, ids, B, n, 0);
+        embed_forward(&f.net, &f.stack, x, ids, B, n, NULL);
         near_f("embedding", gx, x, B * n * C);
         CHECK_OK(embed_forward_cuda(device, &f.stack, gx, gids, B, n, at));
-        embed_forward(&f.net, &f.stack, x, ids, B, n, 2);
+        Cell cell[64];
+        for (size_t r = 0; r < B * n; r++) cell[r].b = r / n, cell[r].pos = 2 + r % n, cell[r].visible = 0;
+        embed_forward(&f.net, &f.stack, x, ids, B, n, cell);
         near_f("embedding from position 2 on", gx, x, B * n * C);
         CHECK_OK(embed_backward_cuda(device, &f.stack, gdx, gids, B, n, TOKENS));
         reverse(0);
@@ -183,7 +185,7 @@ static void test_embedding(size_t B, size_t n, size_t C) {
 /* ---- Attention ---- */
 
 static void test_attention(size_t B, size_t heads, size_t D, size_t Tq, size_t Tk, int causal, size_t unmasked) {
-    const AttendShape s = {B, heads, D, Tq, Tk, Tk, causal, 0, unmasked};
+    const AttendShape s = {B, heads, D, Tq, Tk, Tk, causal, NULL, unmasked};
     const size_t inner = heads * D, nq = B * Tq * inner, nk = B * Tk * inner;
     real *q = random_reals(nq, 1, 1.5), *k = random_reals(nk, 2, 1.5), *v = random_reals(nk, 3, 1),
          *dy = random_reals(nq, 4, 1);
@@ -213,7 +215,7 @@ static void test_attention(size_t B, size_t heads, size_t D, size_t Tq, size_t T
 /* n new positions from `pos` on in caches with room for more, all seeing all. */
 static void test_attention_decoding(size_t B, size_t heads, size_t D, size_t pos, size_t n, size_t room) {
     const size_t inner = heads * D, keys = pos + n, all = B * room * inner, rows = B * n * inner;
-    AttendShape s = {B, heads, D, n, keys, room, 0, 1, 0};
+    AttendShape s = {B, heads, D, n, keys, room, 0, NULL, 0};
     real *q = random_reals(rows, 1, 1.5), *k = random_reals(all, 2, 1.5), *v = random_reals(all, 3, 1);
     real *new_k = random_reals(rows, 4, 1.5), *new_v = random_reals(rows, 5, 1), *y = reals(rows);
     real *scores = reals(B * heads * QUERY_BLOCK * keys);
@@ -225,7 +227,6 @@ static void test_attention_decoding(size_t B, size_t heads, size_t D, size_t pos
         memcpy(k + (b * room + pos) * inner, new_k + b * n * inner, n * inner * sizeof *k);
         memcpy(v + (b * room + pos) * inner, new_v + b * n * inner, n * inner * sizeof *v);
     }
-    s.decoding = 0;
     attend_forward(&s, y, NULL, scores, q, k, v);
     near_x("attention while decoding", gy, y, rows);
     near_x("keys after it", gk, k, all);
