@@ -593,10 +593,9 @@ static void bench_block(void) {
         for (size_t k = 0; k < COUNT(batches); k++) {
             double single = 0;
             d.B = batches[k];
-            must(transformer_plan(d.m, d.B, TOKENS, 0));
-            pack(d.m, WEIGHTS_REAL);
-            begin_decoding(&d);
             pack(d.m, (WeightFormat)format);
+            must(transformer_plan(d.m, d.B, TOKENS, 0));
+            begin_decoding(&d);
             const real *logits;
             for (; d.next < TOKENS / 2; d.next++) must(transformer_decode_step(d.m, d.x_t, d.next, &logits));
             for (size_t l = 0; l < COUNT(lengths) && d.B * lengths[l] <= 256; l++) {
