@@ -54,9 +54,9 @@ CFLAGS := -std=c11 -D_GNU_SOURCE -g $(OPT) $(if $(HAVE_MARCH),-march=$(MARCH)) -
           -fno-trapping-math $(WARN) $(if $(HAVE_SIMD),-fopenmp-simd,-Wno-unknown-pragmas)
 LDLIBS := -lpng -ljpeg -lz -lm -lpthread
 
-COMPONENTS := base gemm stream conv checkpoint ckpt params data vqgan layers attention transformer decode optimizer classes diffusion
+COMPONENTS := base gemm stream conv checkpoint ckpt params images data tokens vqgan layers attention transformer decode optimizer classes diffusion
 PROGRAMS := sample train inpaint
-TESTS := base gemm conv checkpoint ckpt data vqgan transformer classes diffusion
+TESTS := base gemm conv checkpoint ckpt images data vqgan transformer classes diffusion
 TESTS_DOUBLE := gemm conv vqgan transformer
 
 OBJ := $(COMPONENTS:%=$B/%.o)

@@ -1,6 +1,6 @@
 /* imagebart.h - the map of the code, in the order in which data flows through it.
  *
- *     image -> data.c -> vqgan.c -> tokens -> diffusion.c (noise)
+ *     image -> images.c, data.c -> vqgan.c -> tokens -> diffusion.c (noise)
  *           -> transformer.cu (denoise) -> tokens -> vqgan.c -> image
  *
  * One section per file. Read them in this order; each file's top comment says what it owns:
@@ -10,7 +10,9 @@
  *     3. checkpoint.c    named tensors in files: safetensors in and out, flat configurations
  *        ckpt.c          named tensors out of PyTorch's .ckpt files
  *        params.c        named tensors in memory: the parameter table of a model
- *     4. data.c          images in, batches, the token cache, image grids out
+ *     4. images.c        pictures in and out, the official preprocessing
+ *        data.c          datasets, batches read ahead
+ *        tokens.c        the token cache
  *     5. vqgan.c         first stage: image <-> tokens
  *     6. transformer.cu  one reverse transition p(x_{t-1} | x_t)
  *        decode.cu       the same, token by token
@@ -339,7 +341,7 @@ void tensor_list_free(TensorList *list);
 void params_free(Params *p);
 
 /* ------------------------------------------------------------------------------------------------------------
- * 4. data.c: images in, batches, the token cache, image grids out
+ * 4. images.c: pictures in and out
  * ---------------------------------------------------------------------------------------------------------- */
 typedef struct {
     size_t H, W;
@@ -374,7 +376,7 @@ Err image_prepare(real *out, const Image *im, Prep prep, size_t size, double u_c
  * (255*clip((x+1)/2,0,1)). */
 Err image_grid(Image *out, const real *images, size_t n, size_t H, size_t W, size_t columns, size_t gap);
 
-/* A set of labelled picture files. */
+/* data.c. A set of labelled picture files. */
 typedef struct {
     size_t n, n_classes;
     char **path;       /* sorted by name */
@@ -404,7 +406,7 @@ Err loader_start(Loader **l, const Dataset *d, const LoaderConfig *c);
 Err loader_next(Loader *l, const real **images, const int32_t **labels);
 void loader_stop(Loader *l); /* NULL is fine */
 
-/* A dataset encoded once. File: magic, sizes, checksum of the VQGAN, labels, then 16-bit tokens (n, flips, N). */
+/* tokens.c. A dataset encoded once. File: magic, sizes, checksum of the VQGAN, labels, then 16-bit tokens (n, flips, N). */
 typedef struct {
     size_t n, h, w, K, flips; /* flips: 1 as they are, 2 also mirrored */
     uint64_t vqgan;           /* file_checksum of the first stage */
