@@ -6,7 +6,7 @@
 # make ffhq         fetches an official model: also ffhq2 churches bedrooms cats imagenet imagenet4 (models/fetch.sh)
 # make fullsize     the official models at full size, with random weights, against PyTorch (PYTHON=..., MODELS=...)
 # make data/emoji   the pictures that the bundled model was trained on
-# Variables: CC=clang, MARCH=x86-64-v3 (default native), SANITIZE=1 (each combination builds in its own folder),
+# Variables: HAVE_WEBP= and HAVE_LMDB= leave these out though they are there; CC=clang, MARCH=x86-64-v3 (default native), SANITIZE=1 (each combination builds in its own folder),
 # MODELS_URL=https://... (where official models come from), PYTHON=... (which has PyTorch, for comparisons).
 
 CC ?= cc
@@ -26,6 +26,9 @@ HAVE_SIMD := $(call compiles,int main(void) { return 0; },-fopenmp-simd)
 HAVE_MARCH := $(call compiles,int main(void) { return 0; },-march=$(MARCH))
 HAVE_PNG := $(call compiles,#include <png.h>\nint main(void) { return !png_get_libpng_ver(0); },-lpng)
 HAVE_JPEG := $(call compiles,#include <stdio.h>\n#include <jpeglib.h>\nint main(void) { return !jpeg_std_error(0); },-ljpeg)
+HAVE_WEBP := $(call compiles,#include <webp/decode.h>\nint main(void) { return !WebPGetDecoderVersion(); },-lwebp)
+HAVE_LMDB := $(call compiles,#include <lmdb.h>\nint main(void) { return !mdb_version(0$(comma) 0$(comma) 0); },-llmdb)
+B := $B$(if $(HAVE_WEBP),,-nowebp)$(if $(HAVE_LMDB),,-nolmdb)
 
 OFFICIAL := ffhq ffhq2 churches bedrooms cats imagenet imagenet4
 
@@ -38,6 +41,8 @@ ifeq ($(HAVE_JPEG),)
 $(error libjpeg is missing. Debian: apt-get install libjpeg-dev)
 endif
 $(info images    PNG, JPEG)
+$(info WebP      $(if $(HAVE_WEBP),yes,left out; libwebp brings it (Debian: apt-get install libwebp-dev)))
+$(info LMDB      $(if $(HAVE_LMDB),yes,left out; liblmdb brings it (Debian: apt-get install liblmdb-dev)))
 $(info device    CPU (the CUDA path is not part of this version))
 endif
 
@@ -51,10 +56,11 @@ WARN += -Wno-pass-failed # "this loop was not vectorised" is a remark about spee
 endif
 OPT := $(if $(filter 1,$(SANITIZE)),-O2 -fsanitize=address$(comma)undefined -fno-sanitize-recover=all -fno-omit-frame-pointer,-O3)
 CFLAGS := -std=c11 -D_GNU_SOURCE -g $(OPT) $(if $(HAVE_MARCH),-march=$(MARCH)) -ffp-contract=fast -fno-math-errno \
-          -fno-trapping-math $(WARN) $(if $(HAVE_SIMD),-fopenmp-simd,-Wno-unknown-pragmas)
-LDLIBS := -lpng -ljpeg -lz -lm -lpthread
+          -fno-trapping-math $(WARN) $(if $(HAVE_SIMD),-fopenmp-simd,-Wno-unknown-pragmas) \
+          $(if $(HAVE_WEBP),-DHAVE_WEBP) $(if $(HAVE_LMDB),-DHAVE_LMDB)
+LDLIBS := $(if $(HAVE_WEBP),-lwebp) $(if $(HAVE_LMDB),-llmdb) -lpng -ljpeg -lz -lm -lpthread
 
-COMPONENTS := base gemm stream conv checkpoint ckpt params images data tokens vqgan layers attention transformer decode optimizer classes diffusion
+COMPONENTS := base gemm stream conv checkpoint ckpt params images lmdb data tokens vqgan layers attention transformer decode optimizer classes diffusion
 PROGRAMS := sample train inpaint
 TESTS := base gemm conv checkpoint ckpt images data vqgan transformer classes diffusion
 TESTS_DOUBLE := gemm conv vqgan transformer

@@ -1,88 +1,128 @@
 /* data.c - datasets: which pictures there are, what their labels are, and batches of them ahead of time.
  *
- * Owns finding the pictures of a dataset (a folder, a list file) and their labels, the split into training and
- * validation, the order of an epoch, and the thread that reads batches ahead. What a picture is, images.c knows.
+ * Owns finding the pictures of a dataset (a folder, an LMDB, folders of LMDBs, list files) and their labels, the split
+ * into training and validation, the list of damaged pictures, the order of an epoch, and the threads that read batches
+ * ahead. What a picture is, images.c knows; what an LMDB is, lmdb.c.
  *
- * Read in this order: dataset_open, loader_start. */
+ * How it is built: a picture is a name below the dataset's folder ("cat/1.png"); one in an LMDB is the LMDB's name and
+ * the key ("church_outdoor_train_lmdb/data.mdb/f7c8..."). Finding fills Names, a growing list; layout tells from the
+ * names which side of the split and which class each belongs to; Dataset keeps what is chosen. Batches are functions of
+ * their number: which picture, crop and flip an example is depends on no thread, and what stands in for a damaged
+ * picture only on the files.
+ *
+ * Read in this order: dataset_open, dataset_picture, loader_start. */
 #include "data.h"
 
 #include <dirent.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <strings.h>
 #include <sys/stat.h>
+#include <unistd.h>
 
 enum {
     LIST_FILE_BYTES = 1 << 30,
-    FOLDER_DEPTH = 16, /* also ends loops of symbolic links */
-    PATH_BYTES = 4096,
-    HELD_OUT = 20,          /* 1 of 20 pictures is for validation */
-    RING = 4,               /* batches read ahead, the one in use included */
-    CACHE_BYTES = 512 << 20 /* resized pictures kept in memory by a loader */
+    FOLDER_DEPTH = 16,       /* also ends loops of symbolic links */
+    HELD_OUT = 20,           /* 1 of 20 pictures is for validation */
+    RING = 4,                /* batches read ahead, the one in use included */
+    READERS = 16,            /* threads of a loader at most */
+    CACHE_BYTES = 512 << 20, /* resized pictures kept in memory by a loader */
+    SNIFF_BYTES = 160        /* enough to tell a picture or an LMDB */
 };
 
+#ifdef HAVE_WEBP
+#define EXTENSIONS ".png, .jpg, .jpeg or .webp"
+#else
+#define EXTENSIONS ".png, .jpg or .jpeg"
+#endif
+
 /* ------------------------------------------------------------------------------------------------------------
- * Datasets
+ * Names
  * ---------------------------------------------------------------------------------------------------------- */
 
-/* A growing list of strings; start[] are offsets because text moves. */
+/* A growing list of strings, each with what is known of its picture. start are offsets because text moves. */
+typedef struct {
+    size_t start;
+    const char *name; /* once sorted */
+    uint64_t bytes;   /* of the file, or the value */
+    int held;         /* 1 validation, 0 training, -1 not said */
+} Name;
 typedef struct {
     char *text;
     size_t used, room;
-    size_t *start;
+    Name *item;
     size_t n, capacity;
 } Names;
 
-static Err names_add(Names *s, const char *name, size_t length) {
+static Err names_add(Names *s, const char *name, size_t length, uint64_t bytes, int held) {
     TRY(mem_grow(&s->text, s->used, length + 1, &s->room, 1, "file names"));
-    TRY(mem_grow(&s->start, s->n, 1, &s->capacity, sizeof *s->start, "file names"));
+    TRY(mem_grow(&s->item, s->n, 1, &s->capacity, sizeof *s->item, "file names"));
     memcpy(s->text + s->used, name, length);
     s->text[s->used + length] = 0;
-    s->start[s->n++] = s->used;
+    s->item[s->n++] = (Name){s->used, NULL, bytes, held};
     s->used += length + 1;
     return OK;
 }
 
 static void names_free(Names *s) {
     free(s->text);
-    free(s->start);
+    free(s->item);
     *s = (Names){0};
+}
+
+static int compare_names(const void *a, const void *b) {
+    return strcmp(((const Name *)a)->name, ((const Name *)b)->name);
 }
 
 static int compare_strings(const void *a, const void *b) {
     return strcmp(*(char *const *)a, *(char *const *)b);
 }
 
-/* *out (n) = the strings in byte order, pointers and text in one allocation. Strings that do not start with '/' get
- * `folder` + "/" in front, after sorting; NULL: nothing in front. */
+/* The last part of a name without its extension: what lists and files agree in. */
+static const char *stem_of(size_t *length, const char *name) {
+    const char *slash = strrchr(name, '/'), *stem = slash ? slash + 1 : name, *dot = strrchr(stem, '.');
+    *length = dot && dot != stem ? (size_t)(dot - stem) : strlen(stem);
+    return stem;
+}
+
+static int compare_stems(const void *a, const void *b) {
+    size_t n, m;
+    const char *p = stem_of(&n, ((const Name *)a)->name), *q = stem_of(&m, ((const Name *)b)->name);
+    int order = memcmp(p, q, n < m ? n : m);
+    return order ? order : (n > m) - (n < m);
+}
+
+/* Into byte order, or another one. No name may be added afterwards. */
+static void names_sort(Names *s, int (*compare)(const void *, const void *)) {
+    for (size_t i = 0; i < s->n; i++) s->item[i].name = s->text + s->item[i].start;
+    if (s->n) qsort(s->item, s->n, sizeof *s->item, compare);
+}
+
+/* *out (n) = the names in their order, pointers and text in one allocation. Those that do not start with '/' get
+ * `folder` + "/" in front; NULL: nothing in front. */
 static Err names_pack(char ***out, const Names *s, const char *folder) {
     size_t prefix = folder ? strlen(folder) + 1 : 0, bytes;
     TRY(size_mul(&bytes, s->n, sizeof(char *) + prefix));
     TRY(mem_alloc(out, bytes + s->used, 1, "file names"));
-    char **item = *out, *to = (char *)(item + s->n);
-    for (size_t i = 0; i < s->n; i++) item[i] = s->text + s->start[i];
-    qsort(item, s->n, sizeof *item, compare_strings);
+    char *to = (char *)(*out + s->n);
     for (size_t i = 0; i < s->n; i++) {
-        const char *from = item[i];
-        item[i] = to;
-        if (folder && from[0] != '/') to += sprintf(to, "%s/", folder);
-        to = stpcpy(to, from) + 1;
+        (*out)[i] = to;
+        if (folder && s->item[i].name[0] != '/') to += sprintf(to, "%s/", folder);
+        to = stpcpy(to, s->item[i].name) + 1;
     }
     return OK;
 }
 
-static int is_picture_name(const char *name) {
-    const char *dot = strrchr(name, '.');
-    return dot && (!strcasecmp(dot, ".png") || !strcasecmp(dot, ".jpg") || !strcasecmp(dot, ".jpeg"));
-}
+/* ------------------------------------------------------------------------------------------------------------
+ * Finding pictures
+ * ---------------------------------------------------------------------------------------------------------- */
 
-static int is_folder(const char *path) {
-    struct stat st;
-    return stat(path, &st) == 0 && S_ISDIR(st.st_mode);
-}
+static const char DATA_MDB[] = "data.mdb";                     /* what the file in every LMDB's folder is called */
+static const char IMAGENET_LEFT_OUT[] = "n06596364_9591.JPEG"; /* the official code leaves it out (SPEC section 10) */
 
 /* out = a/b, or b alone when a is empty */
 static Err join(char out[PATH_BYTES], const char *a, const char *b) {
@@ -90,90 +130,240 @@ static Err join(char out[PATH_BYTES], const char *a, const char *b) {
     return n < PATH_BYTES ? OK : err("%.100s...: a path longer than %d bytes", a, PATH_BYTES - 1);
 }
 
-static Err scan_folder(Names *s, const char *root, const char *below, int depth);
+static int is_folder(const char *path) {
+    struct stat st;
+    return stat(path, &st) == 0 && S_ISDIR(st.st_mode);
+}
 
-/* One folder entry: a sub-folder, a picture, or nothing to us. Symbolic links are followed. */
-static Err scan_entry(Names *s, const char *root, const char *below, const char *name, int depth) {
+/* The beginning of a file; how much of it there is. */
+static size_t file_start(uint8_t bytes[SNIFF_BYTES], const char *path) {
+    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+    ssize_t n = fd < 0 ? 0 : read(fd, bytes, SNIFF_BYTES);
+    if (fd >= 0) close(fd);
+    return n > 0 ? (size_t)n : 0;
+}
+
+/* By the name where it says something, else by the content. */
+static int is_picture_file(const char *name, const char *path) {
+    static const char *const extension[] = {".png", ".jpg", ".jpeg", ".webp"};
+    uint8_t bytes[SNIFF_BYTES];
+    const char *dot = strrchr(name, '.');
+    for (size_t i = 0; dot && i < sizeof extension / sizeof *extension; i++)
+        if (!strcasecmp(dot, extension[i])) return 1;
+    return !dot && is_picture(bytes, file_start(bytes, path));
+}
+
+/* Where names go while a set is being searched. */
+typedef struct {
+    Dataset *set; /* owns the LMDBs that are met */
+    Names *names;
+    const char *root;
+    char below[PATH_BYTES]; /* of the LMDB being read */
+} Search;
+
+static Err take_key(void *context, const char *key, size_t value_bytes) {
+    Search *s = context;
+    char name[PATH_BYTES];
+    TRY(join(name, s->below, key));
+    return names_add(s->names, name, strlen(name), value_bytes, -1);
+}
+
+/* Adds the keys of the LMDB at root/below, which stays open. */
+static Err search_lmdb(Search *s, const char *below) {
+    char path[PATH_BYTES];
+    Lmdb *x, **larger;
+    TRY(join(path, s->root, below));
+    TRY(lmdb_open(&x, path));
+    Dataset *d = s->set;
+    if (mem_alloc(&larger, d->n_lmdb + 1, sizeof *larger, "LMDBs") != OK) {
+        lmdb_close(x);
+        return FAILED;
+    }
+    if (d->n_lmdb) memcpy(larger, d->lmdb, d->n_lmdb * sizeof *larger);
+    free(d->lmdb);
+    d->lmdb = larger;
+    d->lmdb[d->n_lmdb++] = x;
+    snprintf(s->below, sizeof s->below, "%s", below);
+    return lmdb_names(x, take_key, s);
+}
+
+static Err search_folder(Search *s, const char *below, int depth);
+
+/* One folder entry: a sub-folder, a picture, an LMDB, or nothing to us. Symbolic links are followed. */
+static Err search_entry(Search *s, const char *below, const char *name, int depth) {
     char relative[PATH_BYTES], path[PATH_BYTES];
     struct stat st;
     TRY(join(relative, below, name));
-    TRY(join(path, root, relative));
-    if (stat(path, &st) != 0) return is_picture_name(name) ? err("%s: %s", path, strerror(errno)) : OK;
-    if (S_ISDIR(st.st_mode)) return scan_folder(s, root, relative, depth + 1);
-    return S_ISREG(st.st_mode) && is_picture_name(name) ? names_add(s, relative, strlen(relative)) : OK;
+    TRY(join(path, s->root, relative));
+    if (stat(path, &st) != 0) return is_picture_file(name, path) ? err("%s: %s", path, strerror(errno)) : OK;
+    if (S_ISDIR(st.st_mode)) return search_folder(s, relative, depth + 1);
+    if (S_ISREG(st.st_mode) && !strcmp(name, DATA_MDB)) return search_lmdb(s, relative);
+    if (!S_ISREG(st.st_mode) || !is_picture_file(name, path) || !strcmp(name, IMAGENET_LEFT_OUT)) return OK;
+    return names_add(s->names, relative, strlen(relative), (uint64_t)st.st_size, -1);
 }
 
 /* Adds the pictures in root/below, named relative to root. Hidden files and folders are skipped. */
-static Err scan_folder(Names *s, const char *root, const char *below, int depth) {
+static Err search_folder(Search *s, const char *below, int depth) {
     char path[PATH_BYTES];
-    TRY(join(path, root, below));
+    TRY(join(path, s->root, below));
     if (depth > FOLDER_DEPTH) return err("%s: folders nested deeper than %d", path, FOLDER_DEPTH);
-    DIR *dir = opendir(*below ? path : root);
-    if (!dir) return err("%s: %s", path, strerror(errno));
+    DIR *dir = opendir(*below ? path : s->root);
+    if (!dir) return err("%s: %s", *below ? path : s->root, strerror(errno));
     Err e = OK;
     for (struct dirent *entry; e == OK && (entry = readdir(dir));)
-        if (entry->d_name[0] != '.') e = scan_entry(s, root, below, entry->d_name, depth);
+        if (entry->d_name[0] != '.') e = search_entry(s, below, entry->d_name, depth);
     closedir(dir);
     return e;
 }
 
-/* Adds the paths in a list file; each must be there. `folder`: what relative ones are relative to. */
-static Err scan_list(Names *s, const char *list, const char *folder) {
+/* ---- list files ---- */
+
+/* What a list's folder holds, by stem; searched when the first line names no file as it stands: FFHQ comes in folders of
+ * a thousand, LSUN as an LMDB or in nested folders, and the official lists name the pictures alone. */
+typedef struct {
+    Names found;
+    int searched;
+    size_t missing;
+    char first[ERR_MAX]; /* the complaint about the first missing one */
+} Index;
+
+/* *out = the one picture whose stem is that of `name`; NULL: none. Two are an error. */
+static Err index_find(Index *x, Search *s, const char *name, const Name **out) {
+    if (!x->searched) {
+        Names *theirs = s->names;
+        s->names = &x->found;
+        Err e = search_folder(s, "", 0);
+        s->names = theirs;
+        if (e != OK) return e;
+        names_sort(&x->found, compare_stems);
+        x->searched = 1;
+    }
+    Name key = {0, name, 0, 0};
+    const Name *all = x->found.item,
+               *at = x->found.n ? bsearch(&key, all, x->found.n, sizeof *all, compare_stems) : NULL;
+    *out = at;
+    if (!at) return OK;
+    const Name *other = at > all && !compare_stems(at - 1, at)                    ? at - 1
+                        : at + 1 < all + x->found.n && !compare_stems(at, at + 1) ? at + 1
+                                                                                  : NULL;
+    return other ? err("'%s' could be %s or %s", name, at->name, other->name) : OK;
+}
+
+/* One line of a list: the file of that path, else the picture of that stem. Missing ones are counted. */
+static Err list_line(Search *s, Index *x, const char *list, size_t line, const char *name, int held) {
+    char path[PATH_BYTES];
+    struct stat st;
+    const Name *found;
+    TRY(join(path, name[0] == '/' ? "" : s->root, name));
+    if (stat(path, &st) == 0 && S_ISREG(st.st_mode))
+        return names_add(s->names, name, strlen(name), (uint64_t)st.st_size, held);
+    if (index_find(x, s, name, &found) != OK) return err("%s: line %zu: %s", list, line, err_text());
+    if (found) return names_add(s->names, found->name, strlen(found->name), found->bytes, held);
+    if (x->missing++ == 0) {
+        err("%s: line %zu: no picture at %s", list, line, path);
+        snprintf(x->first, sizeof x->first, "%s", err_text());
+    }
+    return OK;
+}
+
+/* Adds the pictures that a list file names, a path a line; each must be there. */
+static Err search_list(Search *s, Index *x, const char *list, int held) {
     uint8_t *bytes;
     size_t size;
-    TRY(file_bytes(&bytes, &size, list, LIST_FILE_BYTES));
+    TRY(file_bytes(&bytes, &size, list, LIST_FILE_BYTES, NULL));
     Err e = memchr(bytes, 0, size) ? err("%s: is neither a folder nor a text file with one path a line", list) : OK;
     for (size_t at = 0, line = 1, end; at < size && e == OK; at = end + 1, line++) {
+        char name[PATH_BYTES];
         for (end = at; end < size && bytes[end] != '\n';) end++;
         size_t length = end - at;
         if (length && bytes[end - 1] == '\r') length--;
-        if (!length) continue;
-        char name[PATH_BYTES], path[PATH_BYTES];
-        struct stat st;
-        if (length >= PATH_BYTES) {
-            e = err("%s: line %zu: longer than %d bytes", list, line, PATH_BYTES - 1);
-            break;
-        }
+        if (length >= PATH_BYTES) e = err("%s: line %zu: longer than %d bytes", list, line, PATH_BYTES - 1);
+        if (!length || e != OK) continue;
         snprintf(name, sizeof name, "%.*s", (int)length, (const char *)bytes + at);
-        e = join(path, name[0] == '/' ? "" : folder, name);
-        if (e == OK && (stat(path, &st) != 0 || !S_ISREG(st.st_mode)))
-            e = err("%s: line %zu: no picture at %s", list, line, path);
-        if (e == OK) e = names_add(s, name, length);
+        e = list_line(s, x, list, line, name, held);
     }
     free(bytes);
-    return e;
+    if (e == OK && x->missing > 1) return err("%s, and %zu more are missing", x->first, x->missing - 1);
+    return e == OK && x->missing ? err("%s", x->first) : e;
 }
 
-/* 1 of HELD_OUT names, chosen by the name alone: adding pictures moves no other picture to the other side. */
-static int name_is_held_out(const char *name) {
-    uint64_t h = 0xcbf29ce484222325u; /* FNV-1a */
-    for (; *name; name++) h = (h ^ (unsigned char)*name) * 0x100000001b3u;
-    return (h >> 32) % HELD_OUT == 0;
+/* ------------------------------------------------------------------------------------------------------------
+ * What names say: the split and the class
+ * ---------------------------------------------------------------------------------------------------------- */
+
+typedef struct {
+    const char *train, *val; /* folders that are the split; NULL: there are none */
+    int lmdbs;               /* LMDBs of both sides of LSUN's split are there: NAME_train_lmdb, NAME_val_lmdb */
+} Layout;
+
+/* Folders that are known to be the split; the last are those of the official ImageNet code. */
+static const Layout layouts[] = {
+    {"train", "val", 0}, {"train", "validation", 0}, {"ILSVRC2012_train/data", "ILSVRC2012_validation/data", 0}};
+
+static int ends_with(const char *text, size_t length, const char *end) {
+    size_t n = strlen(end);
+    return length > n && memcmp(text + length - n, end, n) == 0;
 }
 
-/* The class part of "[train/|val/]class/rest" and its length; length 0: the picture lies in no sub-folder. */
-static const char *class_part(size_t *length, const char *name, int split_folders) {
-    if (split_folders) name = strchr(name, '/') + 1;
-    const char *slash = strchr(name, '/');
-    *length = slash ? (size_t)(slash - name) : 0;
-    return name;
+/* What follows folder/ in a name, or NULL. */
+static const char *below_folder(const char *name, const char *folder) {
+    size_t n = folder ? strlen(folder) : 0;
+    return n && strncmp(name, folder, n) == 0 && name[n] == '/' ? name + n + 1 : NULL;
+}
+
+/* The class part of "[train/|val/]class/rest" and its length; length 0: the picture lies in no sub-folder. *held: the
+ * side of the split that the name says, or -1. */
+static const char *class_part(size_t *length, int *held, const char *name, const Layout *layout) {
+    const char *rest = below_folder(name, layout->train);
+    *held = rest ? 0 : -1;
+    if (!rest && (rest = below_folder(name, layout->val))) *held = 1;
+    if (!rest) rest = name;
+    const char *slash = strchr(rest, '/');
+    *length = slash ? (size_t)(slash - rest) : 0;
+    if (!strncmp(rest, DATA_MDB, *length)) *length = 0; /* the keys of an LMDB are no classes */
+    int of_train = ends_with(rest, *length, "_train_lmdb"), of_val = ends_with(rest, *length, "_val_lmdb");
+    if (layout->lmdbs && (of_train || of_val)) *held = of_val;
+    if (of_train || of_val) *length -= strlen(of_val ? "_val_lmdb" : "_train_lmdb");
+    return rest;
+}
+
+static void find_folders(Layout *layout, const char *folder) {
+    char train[PATH_BYTES], val[PATH_BYTES];
+    for (size_t i = 0; i < sizeof layouts / sizeof *layouts && !layout->train; i++)
+        if (join(train, folder, layouts[i].train) == OK && join(val, folder, layouts[i].val) == OK &&
+            is_folder(train) && is_folder(val))
+            *layout = layouts[i];
+}
+
+static void find_lmdbs(Layout *layout, const Names *all) {
+    int sides = 0, held;
+    Layout lmdbs = {NULL, NULL, 1};
+    for (size_t i = 0, length; i < all->n && sides != 3; i++) {
+        class_part(&length, &held, all->item[i].name, &lmdbs);
+        if (held >= 0) sides |= 1 << held;
+    }
+    layout->lmdbs = sides == 3;
 }
 
 /* Class names of the whole set, both splits, so that ids agree between them. Pictures outside sub-folders make the
- * set unlabelled. name (n) is sorted. */
-static Err find_classes(Dataset *d, char **name, size_t n, int split_folders) {
+ * set unlabelled. all is sorted. */
+static Err find_classes(Dataset *d, const Names *all, const Layout *layout) {
     Names found = {0};
     Err e = OK;
     const char *last = NULL;
-    for (size_t i = 0, length; i < n && e == OK; i++) {
-        const char *part = class_part(&length, name[i], split_folders);
+    size_t last_length = 0;
+    int held;
+    for (size_t i = 0, length; i < all->n && e == OK; i++) {
+        const char *part = class_part(&length, &held, all->item[i].name, layout);
         if (!length) {
             names_free(&found);
             return OK;
         }
-        if (!last || strncmp(last, part, length + 1) != 0) e = names_add(&found, part, length);
-        last = part;
+        if (!last || length != last_length || memcmp(last, part, length) != 0)
+            e = names_add(&found, part, length, 0, -1);
+        last = part, last_length = length;
     }
+    names_sort(&found, compare_names);
     if (e == OK) e = names_pack(&d->class_name, &found, NULL);
     for (size_t i = 0; i < found.n && e == OK; i++) /* a class occurs once per split folder */
         if (i == 0 || strcmp(d->class_name[i], d->class_name[d->n_classes - 1]) != 0)
@@ -182,91 +372,287 @@ static Err find_classes(Dataset *d, char **name, size_t n, int split_folders) {
     return e;
 }
 
-static int32_t class_of(const Dataset *d, const char *name, int split_folders) {
+static int32_t class_of(const Dataset *d, const char *name, const Layout *layout) {
     char class_name[PATH_BYTES], *key = class_name;
     size_t length;
-    const char *part = class_part(&length, name, split_folders);
+    int held;
+    const char *part = class_part(&length, &held, name, layout);
     snprintf(class_name, sizeof class_name, "%.*s", (int)length, part);
     char **at = bsearch(&key, d->class_name, d->n_classes, sizeof *d->class_name, compare_strings);
     return at ? (int32_t)(at - d->class_name) : 0;
 }
 
-/* Is picture i of all n held out? Where a small set's names hash to none, the first is. */
-static int is_held_out(char **all, size_t n, size_t i, int split_folders) {
-    if (split_folders) return strncmp(all[i], "val/", 4) == 0;
-    if (i > 0) return name_is_held_out(all[i]);
-    for (size_t k = 1; k < n; k++)
-        if (name_is_held_out(all[k])) return name_is_held_out(all[0]);
-    return 1;
+static uint64_t hash_bytes(uint64_t h, const void *data, size_t n) { /* FNV-1a */
+    const unsigned char *p = data;
+    for (size_t i = 0; i < n; i++) h = (h ^ p[i]) * 0x100000001b3u;
+    return h;
+}
+static const uint64_t HASH_START = 0xcbf29ce484222325u;
+
+/* 1 of HELD_OUT names, chosen by the name alone: adding pictures moves no other picture to the other side. */
+static int name_is_held_out(const char *name) {
+    return (hash_bytes(HASH_START, name, strlen(name)) >> 32) % HELD_OUT == 0;
+}
+
+/* Says of every picture which side it is on. Where a small set's names hash to none, the first is held out. */
+static void choose_sides(Names *all, const Layout *layout) {
+    size_t said = 0, held_out = 0;
+    for (size_t i = 0; i < all->n; i++) {
+        Name *item = &all->item[i];
+        size_t length;
+        if (item->held < 0) class_part(&length, &item->held, item->name, layout);
+        said += item->held >= 0;
+        if (item->held < 0) item->held = name_is_held_out(item->name);
+        held_out += item->held == 1;
+    }
+    if (!said && !held_out && all->n) all->item[0].held = 1;
+}
+
+/* ------------------------------------------------------------------------------------------------------------
+ * Datasets
+ * ---------------------------------------------------------------------------------------------------------- */
+
+/* Pictures that could not be decoded, as they are met. */
+struct Damage {
+    pthread_mutex_t lock;
+    uint8_t *met; /* (n) */
+    Names lines;  /* path, tab, why */
+};
+
+static Err damage_create(Dataset *d) {
+    TRY(mem_alloc(&d->damage, 1, sizeof *d->damage, "the list of damaged pictures"));
+    pthread_mutex_init(&d->damage->lock, NULL);
+    return mem_alloc(&d->damage->met, d->n, 1, "the list of damaged pictures");
 }
 
 /* d = those of `all` that belong to the split; paths and labels. */
-static Err dataset_select(Dataset *d, char **all, size_t n, const char *folder, Split split, int split_folders) {
+static Err dataset_select(Dataset *d, const Names *all, const char *folder, Split split, const Layout *layout) {
     static const char *const what[] = {"", "training ", "validation "};
     Names chosen = {0};
     Err e = OK;
-    for (size_t i = 0; i < n && e == OK; i++)
-        if (split == SPLIT_ALL || is_held_out(all, n, i, split_folders) == (split == SPLIT_VAL))
-            e = names_add(&chosen, all[i], strlen(all[i]));
-    if (e == OK && !chosen.n) e = err("has no %spictures (.png, .jpg or .jpeg) among %zu", what[split], n);
+    d->identity = HASH_START;
+    for (size_t i = 0; i < all->n && e == OK; i++) {
+        const Name *item = &all->item[i];
+        if (split != SPLIT_ALL && item->held != (split == SPLIT_VAL)) continue;
+        d->identity = hash_bytes(d->identity, item->name, strlen(item->name) + 1);
+        d->identity = hash_bytes(d->identity, &item->bytes, sizeof item->bytes);
+        e = names_add(&chosen, item->name, strlen(item->name), item->bytes, item->held);
+    }
+    if (e == OK && !chosen.n) e = err("has no %spictures (" EXTENSIONS ") among %zu", what[split], all->n);
+    names_sort(&chosen, compare_names);
     if (e == OK) e = names_pack(&d->path, &chosen, folder);
     if (e == OK) e = mem_alloc(&d->label, chosen.n, sizeof *d->label, "labels");
     if (e == OK) d->n = chosen.n;
-    for (size_t i = 0; i < d->n && d->n_classes; i++)
-        d->label[i] = class_of(d, chosen.text + chosen.start[i], split_folders); /* chosen is sorted as path is */
+    for (size_t i = 0; i < d->n && d->n_classes; i++) d->label[i] = class_of(d, chosen.item[i].name, layout);
     names_free(&chosen);
+    return e == OK ? damage_create(d) : e;
+}
+
+/* Everything the sources name, sorted, and what the split follows from. */
+static Err dataset_find(Dataset *d, Names *all, Layout *layout, const char *folder, const char *list,
+                        const char *val_list) {
+    Search s = {.set = d, .names = all, .root = folder};
+    Index index = {0};
+    Err e;
+    if (!list) find_folders(layout, folder);
+    if (list) {
+        e = search_list(&s, &index, list, val_list ? 0 : -1);
+        if (e == OK && val_list) e = search_list(&s, &index, val_list, 1);
+    } else if (layout->train) { /* nothing beside the two */
+        e = search_folder(&s, layout->train, 0);
+        if (e == OK) e = search_folder(&s, layout->val, 0);
+    } else
+        e = search_folder(&s, "", 0);
+    names_free(&index.found);
+    if (e != OK) return e;
+    names_sort(all, compare_names);
+    if (!list && !layout->train) find_lmdbs(layout, all);
+    return OK;
+}
+
+static Err dataset_scan(Dataset *d, const char *path, const char *folder, const char *list, const char *val_list,
+                        Split split) {
+    Names all = {0};
+    Layout layout = {0};
+    Err e = dataset_find(d, &all, &layout, folder, list, val_list);
+    if (e == OK && all.n > INT32_MAX) e = err("%s: has %zu pictures; fewer than 2^31 expected", path, all.n);
+    if (e == OK && !all.n) e = err("%s: has no pictures (" EXTENSIONS ")", path);
+    if (e == OK) choose_sides(&all, &layout);
+    if (e == OK) e = find_classes(d, &all, &layout);
+    if (e == OK && dataset_select(d, &all, folder, split, &layout) != OK) e = err_in(path);
+    names_free(&all);
     return e;
 }
 
-static Err dataset_scan(Dataset *d, const char *path, const char *folder, int is_list, Split split) {
-    char train[PATH_BYTES], val[PATH_BYTES];
-    TRY(join(train, folder, "train"));
-    TRY(join(val, folder, "val"));
-    int split_folders = !is_list && is_folder(train) && is_folder(val);
-    Names found = {0};
-    char **all = NULL;
-    Err e;
-    if (is_list)
-        e = scan_list(&found, path, folder);
-    else if (split_folders) {
-        e = scan_folder(&found, folder, "train", 1);
-        if (e == OK) e = scan_folder(&found, folder, "val", 1);
-    } else
-        e = scan_folder(&found, folder, "", 0);
-    if (e == OK && found.n > INT32_MAX) e = err("%s: has %zu pictures; fewer than 2^31 expected", path, found.n);
-    if (e == OK && !found.n) e = err("%s: has no pictures (.png, .jpg or .jpeg)", path);
-    if (e == OK) e = names_pack(&all, &found, NULL);
-    if (e == OK && !is_list) e = find_classes(d, all, found.n, split_folders);
-    if (e == OK && dataset_select(d, all, found.n, folder, split, split_folders) != OK) e = err_in(path);
-    free(all);
-    names_free(&found);
+/* The set that is one file: an LMDB under any name. */
+static Err dataset_scan_lmdb(Dataset *d, const char *path, const char *folder, const char *name, Split split) {
+    Names all = {0};
+    Search s = {.set = d, .names = &all, .root = folder};
+    Layout none = {0};
+    Err e = search_lmdb(&s, name);
+    if (e == OK && !all.n) e = err("%s: has no pictures", path);
+    if (e == OK) names_sort(&all, compare_names);
+    if (e == OK) choose_sides(&all, &none);
+    if (e == OK && dataset_select(d, &all, folder, split, &none) != OK) e = err_in(path);
+    names_free(&all);
     return e;
+}
+
+/* folder, *name = the two parts of a path. */
+static Err split_path(char folder[PATH_BYTES], const char **name, const char *path) {
+    TRY(join(folder, "", path));
+    char *slash = strrchr(folder, '/');
+    *name = slash ? path + (slash - folder) + 1 : path;
+    if (slash)
+        slash[slash == folder] = 0;
+    else
+        strcpy(folder, ".");
+    return OK;
 }
 
 Err dataset_open(Dataset *d, const char *path, Split split) {
+    return dataset_open_lists(d, path, NULL, NULL, split);
+}
+
+Err dataset_open_lists(Dataset *d, const char *path, const char *list, const char *val_list, Split split) {
     *d = (Dataset){0};
     struct stat st;
     if (stat(path, &st) != 0) return err("%s: %s", path, strerror(errno));
     char folder[PATH_BYTES];
+    uint8_t start[SNIFF_BYTES];
+    Err e;
     TRY(join(folder, "", path));
-    int is_list = !S_ISDIR(st.st_mode);
-    char *slash = strrchr(folder, '/');
-    if (is_list && slash)
-        slash[slash == folder] = 0;
-    else if (is_list)
-        strcpy(folder, ".");
-    else
+    if (S_ISDIR(st.st_mode)) {
         for (size_t n = strlen(folder); n > 1 && folder[n - 1] == '/'; n--) folder[n - 1] = 0;
-    Err e = dataset_scan(d, path, folder, is_list, split);
+        e = dataset_scan(d, path, folder, list, val_list, split);
+    } else if (list)
+        return err("%s: is a file; with lists, the folder expected that their names are in", path);
+    else {
+        const char *name;
+        TRY(split_path(folder, &name, path));
+        if (lmdb_is(start, file_start(start, path)))
+            e = dataset_scan_lmdb(d, path, folder, name, split);
+        else
+            e = dataset_scan(d, path, folder, path, NULL, split);
+    }
     if (e != OK) dataset_close(d);
     return e;
 }
 
 void dataset_close(Dataset *d) {
+    for (size_t i = 0; i < d->n_lmdb; i++) lmdb_close(d->lmdb[i]);
+    if (d->damage) {
+        pthread_mutex_destroy(&d->damage->lock);
+        free(d->damage->met);
+        names_free(&d->damage->lines);
+    }
+    free(d->damage);
+    free(d->lmdb);
     free(d->path);
     free(d->label);
     free(d->class_name);
     *d = (Dataset){0};
+}
+
+/* ------------------------------------------------------------------------------------------------------------
+ * One picture, whole or damaged
+ * ---------------------------------------------------------------------------------------------------------- */
+
+/* The bytes of picture i. *empty: there are none, which is damage; everything else that fails here is not. */
+static Err picture_bytes(const Dataset *d, size_t i, uint8_t **bytes, size_t *size, int *empty) {
+    const char *path = d->path[i];
+    for (size_t k = 0; k < d->n_lmdb; k++) {
+        const char *key = below_folder(path, lmdb_path(d->lmdb[k]));
+        if (!key) continue;
+        TRY(lmdb_value(d->lmdb[k], key, bytes, size));
+        *empty = *size == 0;
+        return *empty ? err("%s: is empty", path) : OK;
+    }
+    return file_bytes(bytes, size, path, IMAGE_FILE_BYTES, empty);
+}
+
+static Err damage_note(const Dataset *d, size_t i) {
+    struct Damage *x = d->damage;
+    char line[PATH_BYTES + ERR_MAX];
+    const char *why = err_text(), *path = d->path[i];
+    if (!strncmp(why, path, strlen(path)) && !strncmp(why + strlen(path), ": ", 2)) why += strlen(path) + 2;
+    int n = snprintf(line, sizeof line, "%s\t%s", path, why);
+    for (int k = 0; k < n; k++)
+        if (line[k] == '\n') line[k] = '?';
+    pthread_mutex_lock(&x->lock);
+    Err e = x->met[i] ? OK : names_add(&x->lines, line, (size_t)n, 0, -1);
+    x->met[i] = 1;
+    pthread_mutex_unlock(&x->lock);
+    return e;
+}
+
+static int damage_known(const Dataset *d, size_t i) {
+    pthread_mutex_lock(&d->damage->lock);
+    int met = d->damage->met[i];
+    pthread_mutex_unlock(&d->damage->lock);
+    return met;
+}
+
+Err dataset_picture(const Dataset *d, size_t i, int upright, Image *im, int *damaged) {
+    uint8_t *bytes = NULL;
+    size_t size = 0;
+    *im = (Image){0};
+    if ((*damaged = damage_known(d, i))) return OK;
+    Err e = picture_bytes(d, i, &bytes, &size, damaged);
+    if (e == OK && image_decode(im, bytes, size, upright) != OK) *damaged = 1;
+    free(bytes);
+    return *damaged ? damage_note(d, i) : e;
+}
+
+size_t dataset_damaged(const Dataset *d) {
+    if (!d->damage) return 0;
+    pthread_mutex_lock(&d->damage->lock);
+    size_t n = d->damage->lines.n;
+    pthread_mutex_unlock(&d->damage->lock);
+    return n;
+}
+
+/* s += the lines of a file, if it is there */
+static Err add_lines(Names *s, const char *path) {
+    uint8_t *bytes;
+    size_t size;
+    int empty = 0;
+    if (access(path, F_OK) != 0) return OK;
+    if (file_bytes(&bytes, &size, path, LIST_FILE_BYTES, &empty) != OK) return empty ? OK : FAILED;
+    Err e = OK;
+    for (size_t at = 0, end; at < size && e == OK; at = end + 1) {
+        for (end = at; end < size && bytes[end] != '\n';) end++;
+        if (end > at) e = names_add(s, (const char *)bytes + at, end - at, 0, -1);
+    }
+    free(bytes);
+    return e;
+}
+
+Err dataset_write_damaged(const Dataset *d, const char *path) {
+    Names all = {0};
+    AtomicFile f;
+    Err e = add_lines(&all, path);
+    size_t before = all.n;
+    pthread_mutex_lock(&d->damage->lock);
+    for (size_t i = 0; i < d->damage->lines.n && e == OK; i++) {
+        const char *line = d->damage->lines.text + d->damage->lines.item[i].start;
+        e = names_add(&all, line, strlen(line), 0, -1);
+    }
+    pthread_mutex_unlock(&d->damage->lock);
+    if (e == OK && all.n > before && (e = atomic_open(&f, path)) == OK) {
+        names_sort(&all, compare_names);
+        for (size_t i = 0; i < all.n && e == OK; i++) {
+            if (i > 0 && !strcmp(all.item[i].name, all.item[i - 1].name)) continue;
+            e = atomic_write(&f, all.item[i].name, strlen(all.item[i].name));
+            if (e == OK) e = atomic_write(&f, "\n", 1);
+        }
+        if (e == OK)
+            e = atomic_commit(&f);
+        else
+            atomic_abandon(&f);
+    }
+    names_free(&all);
+    return e;
 }
 
 void epoch_order(uint32_t *order, size_t n, uint64_t seed, uint64_t epoch) {
@@ -283,96 +669,114 @@ void epoch_order(uint32_t *order, size_t n, uint64_t seed, uint64_t epoch) {
  * Batches ahead of time
  * ---------------------------------------------------------------------------------------------------------- */
 
-/* Batch k lives in slot k % RING. The reader thread makes batches `made`, `made`+1, ... as long as their slot is
- * free; the consumer holds batch taken-1 until it asks for the next. lock guards the counters and flags; a slot's
- * contents belong to whichever side the counters say. Everything below `order` belongs to the reader alone. */
+/* Batch k lives in slot k % RING, example p = k*B + b (counted from the start) is row b of it. Readers claim examples in
+ * order as long as the slot is free, and fill them side by side; the consumer holds batch taken-1 until it asks for the
+ * next. lock guards everything below it up to cached_bytes; a row's contents belong to the reader that claimed it, then
+ * to the consumer. */
 struct Loader {
     const Dataset *set; /* the caller's; must outlive the loader */
     LoaderConfig c;
-    pthread_t thread;
-    int started;
+    pthread_t thread[READERS];
+    size_t readers;
+    real *images;    /* (RING, B, 3, size, size) */
+    int32_t *labels; /* (RING, B) */
     pthread_mutex_t lock;
     pthread_cond_t changed;
-    uint64_t made, taken; /* batches since the start */
+    uint64_t claimed, taken; /* examples, batches since the start */
+    size_t filled[RING];     /* rows of the slot that are ready */
+    size_t busy;             /* readers that hold a claim */
     int stop, failed;
-    char message[ERR_MAX]; /* why the reader gave up */
-    real *images;          /* (RING, B, 3, size, size) */
-    int32_t *labels;       /* (RING, B) */
+    char message[ERR_MAX]; /* why a reader gave up */
     uint32_t *order;       /* (n) of epoch order_epoch */
     uint64_t order_epoch;
     Image *cache; /* (n) resized pictures; empty: not kept */
     size_t cached_bytes;
 };
 
-/* *im = picture i resized, from memory if it was kept; *fresh: the caller must free it */
+typedef struct {
+    uint64_t row, epoch; /* since the start */
+    size_t i;            /* which picture */
+} Claim;
+
+/* Picture i resized, from memory if it was kept; *fresh: the caller must free it. Damage leaves *im empty. */
 static Err loader_picture(Loader *l, size_t i, Image *im, int *fresh) {
     *fresh = 0;
+    pthread_mutex_lock(&l->lock);
     *im = l->cache[i];
+    pthread_mutex_unlock(&l->lock);
     if (im->rgb) return OK;
     Image whole;
-    TRY(image_read(&whole, l->set->path[i]));
+    int damaged;
+    TRY(dataset_picture(l->set, i, l->c.prep == PREP_FOLDER, &whole, &damaged));
+    if (damaged) return OK;
     Err e = prep_resize(im, &whole, l->c.prep, l->c.size);
     image_free(&whole);
-    if (e != OK) return err_in(l->set->path[i]);
+    if (e != OK) return damage_note(l->set, i); /* its shape is the damage: a long side that would be too long */
     size_t bytes = im->H * im->W * 3;
-    *fresh = bytes > CACHE_BYTES - l->cached_bytes;
-    if (*fresh) return OK;
-    l->cache[i] = *im;
-    l->cached_bytes += bytes;
+    pthread_mutex_lock(&l->lock);
+    *fresh = bytes > CACHE_BYTES - l->cached_bytes || l->cache[i].rgb;
+    if (!*fresh) {
+        l->cache[i] = *im;
+        l->cached_bytes += bytes;
+    }
+    pthread_mutex_unlock(&l->lock);
     return OK;
 }
 
-/* out (3,size,size), *label = example `position` of the endless sequence of epochs. */
-static Err loader_example(Loader *l, uint64_t position, real *out, int32_t *label) {
-    uint64_t epoch = position / l->set->n;
-    size_t i = position % l->set->n;
-    if (l->c.train && epoch != l->order_epoch) {
-        epoch_order(l->order, l->set->n, l->c.seed, epoch);
-        l->order_epoch = epoch;
-    }
-    if (l->c.train) i = l->order[i];
-    uint64_t stream = rng_stream(RNG_CROP, epoch & 0xffffff, i);
+/* Into the claimed row. For a damaged picture stands the next whole one of the set (c.mark: a label of -1). */
+static Err loader_example(Loader *l, const Claim *claim) {
+    size_t n = l->set->n, i = claim->i, row = claim->row % (l->c.B * RING);
+    uint64_t stream = rng_stream(RNG_CROP, claim->epoch & 0xffffff, claim->i);
     int crop = l->c.train && l->c.prep == PREP_IMAGENET;
     int may_flip = l->c.train && (l->c.flip || l->c.prep == PREP_LSUN);
     Image im;
     int fresh;
     TRY(loader_picture(l, i, &im, &fresh));
-    prep_crop(out, &im, l->c.size, crop ? rng_uniform(l->c.seed, stream, 0) : -1,
-              crop ? rng_uniform(l->c.seed, stream, 1) : -1, may_flip && rng_uniform(l->c.seed, stream, 2) < 0.5);
+    for (size_t tries = 1; !im.rgb && !l->c.mark && tries < n; tries++) {
+        i = i + 1 < n ? i + 1 : 0;
+        TRY(loader_picture(l, i, &im, &fresh));
+    }
+    l->labels[row] = im.rgb ? l->set->label[i] : -1;
+    if (!im.rgb) return l->c.mark ? OK : err("none of the %zu pictures can be read, such as %s", n, l->set->path[0]);
+    prep_crop(l->images + row * 3 * l->c.size * l->c.size, &im, l->c.size,
+              crop ? rng_uniform(l->c.seed, stream, 0) : -1, crop ? rng_uniform(l->c.seed, stream, 1) : -1,
+              may_flip && rng_uniform(l->c.seed, stream, 2) < 0.5);
     if (fresh) image_free(&im);
-    *label = l->set->label[i];
     return OK;
 }
 
-/* Batch k since the start into its slot. Looks at `stop` between pictures, so that stopping never waits long. */
-static Err loader_batch(Loader *l, uint64_t k) {
-    size_t B = l->c.B, image = 3 * l->c.size * l->c.size, slot = k % RING;
-    for (size_t b = 0; b < B; b++) {
-        pthread_mutex_lock(&l->lock);
-        int stop = l->stop;
-        pthread_mutex_unlock(&l->lock);
-        if (stop) return OK;
-        uint64_t position = (l->c.step + k) * B + b;
-        TRY(loader_example(l, position, l->images + (slot * B + b) * image, l->labels + slot * B + b));
+/* With the lock held: the next example, if its slot is free. 1: there is one. */
+static int loader_claim(Loader *l, Claim *claim) {
+    uint64_t released = l->taken ? l->taken - 1 : 0, row = l->claimed;
+    if (row / l->c.B - released >= RING) return 0;
+    uint64_t position = l->c.step * l->c.B + row, n = l->set->n;
+    *claim = (Claim){row, position / n, position % n};
+    if (l->c.train && claim->epoch != l->order_epoch) {
+        epoch_order(l->order, l->set->n, l->c.seed, claim->epoch);
+        l->order_epoch = claim->epoch;
     }
-    return OK;
+    if (l->c.train) claim->i = l->order[claim->i];
+    l->claimed++;
+    l->busy++;
+    return 1;
 }
 
 static void *loader_thread(void *argument) {
     Loader *l = argument;
+    Claim claim;
     pthread_mutex_lock(&l->lock);
     while (!l->stop && !l->failed) {
-        uint64_t released = l->taken ? l->taken - 1 : 0;
-        if (l->made - released == RING) {
+        if (!loader_claim(l, &claim)) {
             pthread_cond_wait(&l->changed, &l->lock);
             continue;
         }
         pthread_mutex_unlock(&l->lock);
-        Err e = loader_batch(l, l->made); /* only this thread changes made */
+        Err e = loader_example(l, &claim);
         pthread_mutex_lock(&l->lock);
+        l->busy--;
         if (e == OK)
-            l->made++;
-        else {
+            l->filled[claim.row / l->c.B % RING]++;
+        else if (!l->failed) {
             l->failed = 1;
             snprintf(l->message, sizeof l->message, "%s", err_text());
         }
@@ -394,6 +798,15 @@ static Err loader_alloc(Loader *l) {
     return OK;
 }
 
+/* As many readers as the program has threads; fewer if the system has no more, but one. */
+static Err loader_readers(Loader *l) {
+    size_t wanted = min_size(min_size((size_t)threads_get(), READERS), l->c.B * RING);
+    int failure = 0;
+    while (l->readers < wanted && !failure)
+        if (!(failure = pthread_create(&l->thread[l->readers], NULL, loader_thread, l))) l->readers++;
+    return l->readers ? OK : err("starting a reader thread: %s", strerror(failure));
+}
+
 Err loader_start(Loader **out, const Dataset *d, const LoaderConfig *c) {
     *out = NULL;
     if (d->n < 1 || d->n > INT32_MAX) return err("a loader over %zu pictures", d->n);
@@ -407,11 +820,7 @@ Err loader_start(Loader **out, const Dataset *d, const LoaderConfig *c) {
     pthread_mutex_init(&l->lock, NULL);
     pthread_cond_init(&l->changed, NULL);
     Err e = loader_alloc(l);
-    if (e == OK) {
-        int failure = pthread_create(&l->thread, NULL, loader_thread, l);
-        if (failure) e = err("starting the reader thread: %s", strerror(failure));
-        l->started = !failure;
-    }
+    if (e == OK) e = loader_readers(l);
     if (e == OK)
         *out = l;
     else
@@ -419,17 +828,20 @@ Err loader_start(Loader **out, const Dataset *d, const LoaderConfig *c) {
     return e;
 }
 
+/* The batches in front of one that failed still come: claims are made in order, and those made are finished. */
 Err loader_next(Loader *l, const real **images, const int32_t **labels) {
+    size_t B = l->c.B;
     pthread_mutex_lock(&l->lock);
     uint64_t k = l->taken;
-    int there;
-    l->taken++; /* releases the batch handed out before */
+    size_t slot = k % RING;
+    if (k > 0) l->filled[(k - 1) % RING] = 0; /* releases the batch handed out before */
+    l->taken++;
     pthread_cond_broadcast(&l->changed);
-    while (!(there = l->made > k) && !l->failed) pthread_cond_wait(&l->changed, &l->lock);
+    while (l->filled[slot] < B && !(l->failed && !l->busy)) pthread_cond_wait(&l->changed, &l->lock);
+    int there = l->filled[slot] == B;
     if (!there) l->taken = k;
     pthread_mutex_unlock(&l->lock);
     if (!there) return err("%s", l->message);
-    size_t B = l->c.B, slot = k % RING;
     *images = l->images + slot * B * 3 * l->c.size * l->c.size;
     *labels = l->labels + slot * B;
     return OK;
@@ -441,7 +853,7 @@ void loader_stop(Loader *l) {
     l->stop = 1;
     pthread_cond_broadcast(&l->changed);
     pthread_mutex_unlock(&l->lock);
-    if (l->started) pthread_join(l->thread, NULL);
+    for (size_t i = 0; i < l->readers; i++) pthread_join(l->thread[i], NULL);
     for (size_t i = 0; l->cache && i < l->set->n; i++) image_free(&l->cache[i]);
     pthread_cond_destroy(&l->changed);
     pthread_mutex_destroy(&l->lock);

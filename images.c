@@ -1,10 +1,10 @@
 /* images.c - pictures in and out: files to pixels, pixels to batch rows, pixels to PNG files.
  *
- * Owns everything between a picture's bytes and a tensor: reading PNG and JPEG, resizing and cropping exactly as the
+ * Owns everything between a picture's bytes and a tensor: reading PNG, JPEG and WebP, resizing and cropping exactly as the
  * official preprocessing of each dataset does, and writing pictures.
  *
  * Refuses: a picture that is cut short or damaged in any way that its format lets us see (a PNG with one flipped byte
- * never loads; JPEG has no checksums, so some damage is invisible there), pictures with a side above IMAGE_MAX_SIDE or
+ * never loads; JPEG and WebP have no checksums, so some damage is invisible there), pictures with a side above IMAGE_MAX_SIDE or
  * more than IMAGE_MAX_PIXELS pixels, other formats (by name).
  *
  * How it is built: a file is read into memory whole, so that no decoder touches a file, and told by its first bytes.
@@ -33,15 +33,13 @@
 
 enum {
     IMAGE_MAX_PIXELS = 1 << 27, /* 400 MB of RGB: above any dataset, below what a hostile header could ask for */
-    IMAGE_FILE_BYTES = 1 << 30,
-    JPEG_MAX_SCANS = 500 /* real progressive files have about 10; thousands are an attack on our time */
+    JPEG_MAX_SCANS = 500        /* real progressive files have about 10; thousands are an attack on our time */
 };
 
 /* ------------------------------------------------------------------------------------------------------------
  * Files and images in memory
  * ---------------------------------------------------------------------------------------------------------- */
 
-/* Reads to the end of an open file into bytes (size). */
 Err read_exactly(int fd, const char *path, uint8_t *bytes, size_t size) {
     for (size_t at = 0; at < size;) {
         ssize_t got = read(fd, bytes + at, size - at);
@@ -53,22 +51,23 @@ Err read_exactly(int fd, const char *path, uint8_t *bytes, size_t size) {
     return OK;
 }
 
-/* *bytes (*size) = a whole regular file; release with free(). Never blocks on a pipe or a terminal. */
-Err file_bytes(uint8_t **bytes, size_t *size, const char *path, size_t most) {
+Err file_bytes(uint8_t **bytes, size_t *size, const char *path, size_t most, int *empty) {
     int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
     if (fd < 0) return err("%s: %s", path, strerror(errno));
     struct stat st;
     Err e = OK;
     *bytes = NULL;
+    if (empty) *empty = 0;
     if (fstat(fd, &st) != 0)
         e = err("%s: %s", path, strerror(errno));
     else if (S_ISDIR(st.st_mode))
         e = err("%s: is a folder; a file expected", path);
     else if (!S_ISREG(st.st_mode))
         e = err("%s: is not a regular file", path);
-    else if (st.st_size == 0)
+    else if (st.st_size == 0) {
         e = err("%s: is empty", path);
-    else if ((uintmax_t)st.st_size > most)
+        if (empty) *empty = 1;
+    } else if ((uintmax_t)st.st_size > most)
         e = err("%s: has %jd bytes; at most %zu are read", path, (intmax_t)st.st_size, most);
     if (e == OK) e = mem_alloc(bytes, *size = (size_t)st.st_size, 1, path);
     if (e == OK) e = read_exactly(fd, path, *bytes, *size);
@@ -233,7 +232,7 @@ static int png_orientation(PngIn *p) {
     return 1;
 }
 
-static Err png_decode(Image *im, const uint8_t *bytes, size_t size, unsigned background) {
+static Err png_decode(Image *im, const uint8_t *bytes, size_t size, unsigned background, int upright) {
     PngIn p = {.bytes = bytes, .size = size, .background = background, .im = im};
     p.png = png_create_read_struct(PNG_LIBPNG_VER_STRING, &p, png_in_error, png_ignore_warning);
     p.info = p.png ? png_create_info_struct(p.png) : NULL;
@@ -244,7 +243,7 @@ static Err png_decode(Image *im, const uint8_t *bytes, size_t size, unsigned bac
         e = err("damaged PNG: %s", p.message);
     else
         e = png_in_body(&p);
-    int orientation = e == OK ? png_orientation(&p) : 1;
+    int orientation = e == OK && upright ? png_orientation(&p) : 1;
     png_destroy_read_struct(&p.png, &p.info, NULL);
     free(p.raw);
     return e == OK ? image_orient(im, orientation) : FAILED;
@@ -330,7 +329,7 @@ static Err jpeg_in_body(JpegIn *j) {
     return OK;
 }
 
-static Err jpeg_decode(Image *im, const uint8_t *bytes, size_t size) {
+static Err jpeg_decode(Image *im, const uint8_t *bytes, size_t size, int upright) {
     JpegIn j = {.bytes = bytes, .size = size, .im = im};
     j.cinfo.err = jpeg_std_error(&j.manager);
     j.manager.error_exit = jpeg_in_error;
@@ -343,14 +342,74 @@ static Err jpeg_decode(Image *im, const uint8_t *bytes, size_t size) {
         e = jpeg_in_body(&j);
     jpeg_destroy_decompress(&j.cinfo);
     free(j.raw);
-    return e == OK ? image_orient(im, j.orientation) : FAILED;
+    return e == OK ? image_orient(im, upright ? j.orientation : 1) : FAILED;
 }
+
+/* ------------------------------------------------------------------------------------------------------------
+ * WebP in
+ * ---------------------------------------------------------------------------------------------------------- */
+
+#ifdef HAVE_WEBP
+#include <webp/decode.h>
+#define READABLE "PNG, JPEG or WebP"
+
+static const char *webp_message(VP8StatusCode s) {
+    switch (s) {
+    case VP8_STATUS_NOT_ENOUGH_DATA:
+    case VP8_STATUS_SUSPENDED: return "the file is cut short";
+    case VP8_STATUS_OUT_OF_MEMORY: return "no memory";
+    case VP8_STATUS_UNSUPPORTED_FEATURE: return "an unsupported feature";
+    default: return "the bits make no sense";
+    }
+}
+
+/* Into rgb, or into raw (H,W,4) where there is alpha. */
+static VP8StatusCode webp_pixels(WebPDecoderConfig *c, uint8_t *to, const uint8_t *bytes, size_t size) {
+    size_t channels = c->input.has_alpha ? 4 : 3, stride = channels * (size_t)c->input.width;
+    c->output.colorspace = c->input.has_alpha ? MODE_RGBA : MODE_RGB;
+    c->output.is_external_memory = 1;
+    c->output.u.RGBA.rgba = to;
+    c->output.u.RGBA.stride = (int)stride;
+    c->output.u.RGBA.size = stride * (size_t)c->input.height;
+    VP8StatusCode s = WebPDecode(bytes, size, c);
+    WebPFreeDecBuffer(&c->output);
+    return s;
+}
+
+/* EXIF orientation is ignored in WebP: no camera writes it. */
+static Err webp_decode(Image *im, const uint8_t *bytes, size_t size, unsigned background) {
+    WebPDecoderConfig c;
+    if (!WebPInitDecoderConfig(&c)) return err("libwebp is another version than the one compiled for");
+    VP8StatusCode s = WebPGetFeatures(bytes, size, &c.input);
+    if (s != VP8_STATUS_OK) return err("damaged WebP: %s", webp_message(s));
+    uint32_t riff = bytes[4] | (uint32_t)bytes[5] << 8 | (uint32_t)bytes[6] << 16 | (uint32_t)bytes[7] << 24;
+    if ((size_t)riff + 8 > size) return err("damaged WebP: the file is cut short");
+    if (c.input.has_animation) return err("is an animated WebP; a still picture expected");
+    size_t H = (size_t)c.input.height, W = (size_t)c.input.width;
+    TRY(image_alloc(im, H, W));
+    uint8_t *raw = NULL;
+    if (c.input.has_alpha) TRY(mem_alloc(&raw, H * W, 4, "the pixels of a WebP"));
+    s = webp_pixels(&c, raw ? raw : im->rgb, bytes, size);
+    if (s == VP8_STATUS_OK && raw) png_row_to_rgb(im->rgb, raw, H * W, 4, 8, background);
+    free(raw);
+    return s == VP8_STATUS_OK ? OK : err("damaged WebP: %s", webp_message(s));
+}
+#else
+#define READABLE "PNG or JPEG"
+
+static Err webp_decode(Image *im, const uint8_t *bytes, size_t size, unsigned background) {
+    (void)im, (void)bytes, (void)size, (void)background;
+    return err(
+        "is a WebP file, and this build reads none: install libwebp (Debian: apt-get install libwebp-dev) and run "
+        "make again");
+}
+#endif
 
 /* ------------------------------------------------------------------------------------------------------------
  * Pictures in
  * ---------------------------------------------------------------------------------------------------------- */
 
-typedef enum { KIND_UNKNOWN, KIND_PNG, KIND_JPEG, KIND_OTHER } Kind;
+typedef enum { KIND_UNKNOWN, KIND_PNG, KIND_JPEG, KIND_WEBP, KIND_OTHER } Kind;
 
 /* What the first bytes say. *name is for messages. */
 static Kind file_kind(const char **name, const uint8_t *p, size_t n) {
@@ -361,7 +420,7 @@ static Kind file_kind(const char **name, const uint8_t *p, size_t n) {
     } known[] = {
         {KIND_PNG, 0, 8, "\x89PNG\r\n\x1a\n", "PNG"},
         {KIND_JPEG, 0, 3, "\xff\xd8\xff", "JPEG"},
-        {KIND_OTHER, 8, 4, "WEBP", "WebP"},
+        {KIND_WEBP, 8, 4, "WEBP", "WebP"},
         {KIND_OTHER, 0, 4, "GIF8", "GIF"},
         {KIND_OTHER, 0, 2, "BM", "BMP"},
         {KIND_OTHER, 0, 4, "II*\0", "TIFF"},
@@ -385,22 +444,36 @@ static Kind file_kind(const char **name, const uint8_t *p, size_t n) {
     return n && *p == '<' ? KIND_OTHER : KIND_UNKNOWN;
 }
 
-static Err image_decode(Image *im, const uint8_t *bytes, size_t size, unsigned background) {
+int is_picture(const uint8_t *bytes, size_t n) {
+    const char *name;
+    Kind kind = file_kind(&name, bytes, n);
+    return kind == KIND_PNG || kind == KIND_JPEG || kind == KIND_WEBP;
+}
+
+static Err decode_any(Image *im, const uint8_t *bytes, size_t size, unsigned background, int upright) {
     const char *name;
     switch (file_kind(&name, bytes, size)) {
-    case KIND_PNG: return png_decode(im, bytes, size, background);
-    case KIND_JPEG: return jpeg_decode(im, bytes, size);
-    case KIND_OTHER: return err("is %s %s file; PNG or JPEG expected", strchr("AEIOHX", name[0]) ? "an" : "a", name);
-    default: return err("is neither PNG nor JPEG");
+    case KIND_PNG: return png_decode(im, bytes, size, background, upright);
+    case KIND_JPEG: return jpeg_decode(im, bytes, size, upright);
+    case KIND_WEBP: return webp_decode(im, bytes, size, background);
+    case KIND_OTHER: return err("is %s %s file; " READABLE " expected", strchr("AEIOHX", name[0]) ? "an" : "a", name);
+    default: return err("is neither PNG nor JPEG nor WebP");
     }
+}
+
+Err image_decode(Image *im, const uint8_t *bytes, size_t size, int upright) {
+    *im = (Image){0};
+    Err e = decode_any(im, bytes, size, 255, upright);
+    if (e != OK) image_free(im);
+    return e;
 }
 
 static Err image_load(Image *im, const char *path, unsigned background) {
     uint8_t *bytes;
     size_t size;
     *im = (Image){0};
-    TRY(file_bytes(&bytes, &size, path, IMAGE_FILE_BYTES));
-    Err e = image_decode(im, bytes, size, background);
+    TRY(file_bytes(&bytes, &size, path, IMAGE_FILE_BYTES, NULL));
+    Err e = decode_any(im, bytes, size, background, 1);
     free(bytes);
     if (e == OK) return OK;
     image_free(im);
@@ -747,7 +820,6 @@ static Err centre_square(Image *out, const Image *im) {
     return OK;
 }
 
-/* out = im with its short side resized to size, or its centre square for the presets that cut first. */
 Err prep_resize(Image *out, const Image *im, Prep prep, size_t size) {
     if (prep == PREP_FFHQ || prep == PREP_IMAGENET) {
         double scale = (double)size / (double)(im->H < im->W ? im->H : im->W);
@@ -765,7 +837,6 @@ static size_t crop_offset(size_t spare, double u) {
     return u < 0 ? spare / 2 : (size_t)((double)spare * u);
 }
 
-/* out (3,size,size) = a window of im (at least size x size), [0,255] to [-1,1]. */
 void prep_crop(real *out, const Image *im, size_t size, double u_y, double u_x, int flip) {
     real value[256];
     for (int i = 0; i < 256; i++) value[i] = (real)(i / 127.5 - 1);

@@ -1,5 +1,16 @@
-/* test_data.c - datasets, the loader, token files. */
+/* test_data.c - datasets, LMDBs, the loader, damaged pictures, token files.
+ *
+ * test/test_lsun.py asks this program what it makes of pictures: --prepare PRESET SIZE PATH writes the prepared pictures
+ * of a dataset as raw bytes to standard output. */
 #include "files.h"
+
+#include <sys/wait.h>
+
+#include "../data.h"
+
+#ifdef HAVE_LMDB
+#include <lmdb.h>
+#endif
 
 /* ---- datasets ---- */
 
@@ -86,6 +97,9 @@ static void test_dataset_list(void) {
     put_file(in_folder("lists/b.txt"), "one.png\n\nthree.png\n", 19);
     CHECK_ERR(dataset_open(&d, in_folder("lists/b.txt"), SPLIT_ALL), "b.txt: line 3: no picture at");
     CHECK(strstr(err_text(), "three.png") != NULL);
+    put_file(in_folder("lists/f.txt"), "one.png\nthree.png\nfour.png\nfive.png\n", 36);
+    CHECK_ERR(dataset_open(&d, in_folder("lists/f.txt"), SPLIT_ALL), "line 2: no picture at");
+    CHECK(strstr(err_text(), "three.png, and 2 more are missing") != NULL);
     put_file(in_folder("lists/c.txt"), "\n\r\n", 3);
     CHECK_ERR(dataset_open(&d, in_folder("lists/c.txt"), SPLIT_ALL), "has no pictures");
     put_file(in_folder("lists/d.txt"), "", 0);
@@ -96,6 +110,237 @@ static void test_dataset_list(void) {
     put_file(in_folder("lists/e.txt"), longest, sizeof longest);
     CHECK_ERR(dataset_open(&d, in_folder("lists/e.txt"), SPLIT_ALL), "line 1: longer than");
 }
+
+/* The official lists name pictures; FFHQ lies in folders of a thousand, exported LSUN in nested ones. */
+static void test_dataset_lists(void) {
+    Dataset d;
+    make_folder("ffhq"), make_folder("ffhq/00000"), make_folder("ffhq/01000"), make_folder("ffhq/a"),
+        make_folder("ffhq/a/b");
+    make_picture("ffhq/00000/00003.png", 2, 3), make_picture("ffhq/00000/00007.png", 2, 7);
+    make_picture("ffhq/01000/01001.png", 2, 9), make_picture("ffhq/a/b/ab12.webp", 2, 11);
+    put_file(in_folder("train.txt"), "01001.png\n00003.png\nab12.jpg\n", 29);
+    put_file(in_folder("val.txt"), "00007.png\n", 10);
+    const char *root = in_folder("ffhq"), *list = in_folder("train.txt"), *val = in_folder("val.txt");
+    CHECK_OK(dataset_open_lists(&d, root, list, val, SPLIT_TRAIN));
+    if (CHECK(d.n == 3)) {
+        CHECK(strstr(d.path[0], "/ffhq/00000/00003.png") && strstr(d.path[1], "/ffhq/01000/01001.png"));
+        CHECK(strstr(d.path[2], "/ffhq/a/b/ab12.webp") != NULL); /* another extension: told by content */
+    }
+    dataset_close(&d);
+    CHECK_OK(dataset_open_lists(&d, root, list, val, SPLIT_VAL));
+    CHECK(d.n == 1 && strstr(d.path[0], "/ffhq/00000/00007.png"));
+    dataset_close(&d);
+    CHECK_OK(dataset_open_lists(&d, root, list, NULL, SPLIT_ALL)); /* one list: 1 in 20 of it is held out */
+    CHECK(d.n == 3);
+    dataset_close(&d);
+    make_picture("ffhq/00000/01001.png", 2, 4);
+    CHECK_ERR(dataset_open_lists(&d, root, list, val, SPLIT_ALL), "train.txt: line 1: '01001.png' could be ");
+    CHECK(!d.path && !d.n);
+    CHECK(unlink(in_folder("ffhq/00000/01001.png")) == 0);
+    put_file(in_folder("val.txt"), "00008.png\n", 10);
+    CHECK_ERR(dataset_open_lists(&d, root, list, val, SPLIT_TRAIN), "val.txt: line 1: no picture at");
+    CHECK_ERR(dataset_open_lists(&d, in_folder("train.txt"), val, NULL, SPLIT_TRAIN), "is a file; with lists");
+}
+
+/* ImageNet as the official code lays it out: classes are synsets in byte order, one file is left out. */
+static void test_dataset_imagenet(void) {
+    static const char *const folders[] = {"in",
+                                          "in/ILSVRC2012_train",
+                                          "in/ILSVRC2012_train/data",
+                                          "in/ILSVRC2012_train/data/n02085620",
+                                          "in/ILSVRC2012_train/data/n01440764",
+                                          "in/ILSVRC2012_train/data/n06596364",
+                                          "in/ILSVRC2012_validation",
+                                          "in/ILSVRC2012_validation/data",
+                                          "in/ILSVRC2012_validation/data/n02085620"};
+    Dataset d;
+    for (size_t i = 0; i < sizeof folders / sizeof *folders; i++) make_folder(folders[i]);
+    make_picture("in/ILSVRC2012_train/data/n02085620/a.JPEG", 2, 1);
+    make_picture("in/ILSVRC2012_train/data/n01440764/b.JPEG", 2, 2);
+    make_picture("in/ILSVRC2012_train/data/n06596364/c.JPEG", 2, 3);
+    make_picture("in/ILSVRC2012_train/data/n06596364/n06596364_9591.JPEG", 2, 4);
+    make_picture("in/ILSVRC2012_validation/data/n02085620/d.JPEG", 2, 5);
+    make_picture("in/readme.png", 2, 6); /* beside the split: not of the set */
+    CHECK_OK(dataset_open(&d, in_folder("in"), SPLIT_TRAIN));
+    CHECK(d.n == 3 && d.n_classes == 3 && !strcmp(d.class_name[1], "n02085620"));
+    if (d.n == 3) CHECK(d.label[0] == 0 && d.label[1] == 1 && d.label[2] == 2 && strstr(d.path[0], "/b.JPEG"));
+    dataset_close(&d);
+    CHECK_OK(dataset_open(&d, in_folder("in"), SPLIT_VAL));
+    CHECK(d.n == 1 && d.n_classes == 3 && d.label[0] == 1);
+    dataset_close(&d);
+}
+
+/* What is in a set, not where it lies, makes its identity. */
+static void test_dataset_identity(void) {
+    Dataset d;
+    make_folder("id"), make_picture("id/a.png", 2, 1), make_picture("id/b.png", 2, 2);
+    CHECK_OK(dataset_open(&d, in_folder("id"), SPLIT_ALL));
+    uint64_t before = d.identity;
+    dataset_close(&d);
+    char path[1100];
+    snprintf(path, sizeof path, "%s/./id/", folder);
+    CHECK_OK(dataset_open(&d, path, SPLIT_ALL));
+    CHECK(d.identity == before);
+    dataset_close(&d);
+    make_picture("id/b.png", 3, 2); /* another size */
+    CHECK_OK(dataset_open(&d, in_folder("id"), SPLIT_ALL));
+    CHECK(d.identity != before);
+    dataset_close(&d);
+}
+
+/* No extension: the content tells. */
+static void test_dataset_sniffed(void) {
+    Dataset d;
+    make_folder("bare"), make_picture("bare/f00ba4", 2, 1);
+    put_file(in_folder("bare/README"), "hello\n", 6), put_file(in_folder("bare/x.txt"), "\xff\xd8\xff", 3);
+    CHECK_OK(dataset_open(&d, in_folder("bare"), SPLIT_ALL));
+    CHECK(d.n == 1 && strstr(d.path[0], "/bare/f00ba4"));
+    dataset_close(&d);
+}
+
+/* ---- LMDBs ---- */
+
+#ifdef HAVE_LMDB
+typedef struct {
+    const void *key;
+    size_t key_bytes;
+    const char *file; /* whose bytes are the value */
+} Record;
+
+static void write_lmdb(const char *path, unsigned flags, const Record *r, size_t n) {
+    MDB_env *env;
+    MDB_txn *txn;
+    MDB_dbi dbi;
+    int code = mdb_env_create(&env);
+    if (!code) code = mdb_env_set_mapsize(env, 1 << 24);
+    if (!code) code = mdb_env_open(env, path, flags | MDB_NOSYNC | MDB_NOLOCK, 0600);
+    if (!code) code = mdb_txn_begin(env, NULL, 0, &txn);
+    if (!code) code = mdb_dbi_open(txn, NULL, 0, &dbi);
+    for (size_t i = 0; i < n && !code; i++) {
+        size_t size;
+        uint8_t *bytes = get_file(r[i].file, &size);
+        MDB_val key = {r[i].key_bytes, (void *)r[i].key}, value = {size, bytes};
+        code = mdb_put(txn, dbi, &key, &value, 0);
+    }
+    if (!code) code = mdb_txn_commit(txn);
+    CHECK(code == 0);
+    mdb_env_close(env);
+}
+
+/* Keys in their order, odd ones too; values read back whole, by several threads. */
+static void test_lmdb_keys(void) {
+    Dataset d;
+    char path[3][1100];
+    make_folder("church_outdoor_train_lmdb");
+    for (int i = 0; i < 3; i++) {
+        snprintf(path[i], sizeof path[i], "%s/value%d.png", folder, i);
+        make_picture(strrchr(path[i], '/') + 1, 40, (uint8_t)(10 + i));
+    }
+    const Record r[] = {{"zz", 2, path[0]}, {"0a/b.webp", 9, path[1]}, {"\0\1 %\xff", 5, path[2]}};
+    write_lmdb(in_folder("church_outdoor_train_lmdb"), 0, r, 3);
+    CHECK_OK(dataset_open(&d, in_folder("church_outdoor_train_lmdb"), SPLIT_ALL));
+    if (CHECK(d.n == 3 && d.n_classes == 0)) {
+        CHECK(strstr(d.path[0], "_train_lmdb/data.mdb/%00%01%20%25%FF") && strstr(d.path[1], "/data.mdb/0a/b.webp"));
+        CHECK(strstr(d.path[2], "/data.mdb/zz") != NULL);
+        for (size_t i = 0; i < 3; i++) {
+            Image im;
+            int damaged;
+            CHECK_OK(dataset_picture(&d, i, 0, &im, &damaged));
+            CHECK(!damaged && im.H == 40 && im.rgb[1] == 12 - i);
+            image_free(&im);
+        }
+    }
+    dataset_close(&d);
+    make_folder("other"); /* the same file under any name, and by a list that says .jpg */
+    write_lmdb(in_folder("other/any.name"), MDB_NOSUBDIR, r, 3);
+    CHECK_OK(dataset_open(&d, in_folder("other/any.name"), SPLIT_ALL));
+    CHECK(d.n == 3 && strstr(d.path[2], "/any.name/zz"));
+    dataset_close(&d);
+    put_file(in_folder("keys.txt"), "zz.jpg\n", 7);
+    CHECK_OK(dataset_open_lists(&d, in_folder("church_outdoor_train_lmdb"), in_folder("keys.txt"), NULL, SPLIT_ALL));
+    CHECK(d.n == 1 && strstr(d.path[0], "/data.mdb/zz"));
+    dataset_close(&d);
+}
+
+/* Both sides of LSUN's split, two scenes: classes. */
+static void test_lmdb_split(void) {
+    static const char *const name[] = {"lsun/cat_train_lmdb", "lsun/cat_val_lmdb", "lsun/bed_train_lmdb"};
+    Dataset d;
+    char path[1100];
+    snprintf(path, sizeof path, "%s/one.png", folder);
+    make_picture("one.png", 3, 1);
+    make_folder("lsun");
+    for (int i = 0; i < 3; i++) {
+        char key = (char)('a' + i);
+        make_folder(name[i]);
+        write_lmdb(in_folder(name[i]), 0, &(Record){&key, 1, path}, 1);
+    }
+    CHECK_OK(dataset_open(&d, in_folder("lsun"), SPLIT_TRAIN));
+    CHECK(d.n == 2 && d.n_classes == 2 && !strcmp(d.class_name[0], "bed") && !strcmp(d.class_name[1], "cat"));
+    if (d.n == 2) CHECK(d.label[0] == 0 && d.label[1] == 1 && strstr(d.path[1], "cat_train_lmdb/data.mdb/a"));
+    dataset_close(&d);
+    CHECK_OK(dataset_open(&d, in_folder("lsun"), SPLIT_VAL));
+    CHECK(d.n == 1 && d.label[0] == 1);
+    dataset_close(&d);
+}
+
+/* Every cut, and every byte of the headers that is looked at; liblmdb would crash on most of these. */
+static void test_lmdb_damage(void) {
+    static uint8_t good[1 << 20];
+    Dataset d;
+    size_t n, accepted = 0;
+    make_folder("bad");
+    write_lmdb(in_folder("bad/good.mdb"), MDB_NOSUBDIR, &(Record){"key", 3, in_folder("value0.png")}, 1);
+    memcpy(good, get_file(in_folder("bad/good.mdb"), &n), sizeof good);
+    CHECK(n >= 3 * 4096 && n < sizeof good);
+    const char *path = in_folder("bad/data.mdb"), *set = in_folder("bad");
+    CHECK(unlink(in_folder("bad/good.mdb")) == 0);
+    for (size_t cut = 0; cut < n; cut += cut < 8300 ? 61 : 1024) {
+        put_file(path, good, cut);
+        accepted += dataset_open(&d, set, SPLIT_ALL) == OK || !strstr(err_text(), "data.mdb");
+        dataset_close(&d);
+    }
+    CHECK(accepted == 0);
+    put_file(path, good, n - 4096);
+    CHECK_ERR(dataset_open(&d, set, SPLIT_ALL), "data.mdb: the LMDB is cut short: ");
+    put_file(path, "hello", 5);
+    CHECK_ERR(dataset_open(&d, set, SPLIT_ALL), "data.mdb: is not an LMDB");
+    const struct {
+        size_t at;
+        uint32_t value;
+        const char *says;
+    } lies[] = {{16, 0, "is not an LMDB"},          {20, 2, "is an LMDB of format 2"},
+                {40, 0, "pages of 0 bytes"},        {40, 3000, "pages of 3000"},
+                {4096 + 16, 1, "is not an LMDB"},   {4096 + 40, 8192, "pages of 8192"},
+                {4096 + 136, 1 << 20, "cut short"}, {4096 + 140, ~0u, "damaged LMDB"}};
+    for (size_t i = 0; i < sizeof lies / sizeof *lies; i++) {
+        uint8_t keep[4];
+        memcpy(keep, good + lies[i].at, 4);
+        memcpy(good + lies[i].at, &lies[i].value, 4);
+        put_file(path, good, n);
+        CHECK_ERR(dataset_open(&d, set, SPLIT_ALL), lies[i].says);
+        memcpy(good + lies[i].at, keep, 4);
+    }
+    put_file(path, good, n); /* negative control */
+    CHECK_OK(dataset_open(&d, set, SPLIT_ALL));
+    CHECK(d.n == 1);
+    dataset_close(&d);
+    CHECK(unlink(path) == 0);
+    write_lmdb(path, MDB_NOSUBDIR, NULL, 0);
+    CHECK_ERR(dataset_open(&d, set, SPLIT_ALL), "has no pictures");
+}
+#else
+static void test_lmdb_keys(void) {
+    Dataset d;
+    make_folder("x_lmdb");
+    put_file(in_folder("x_lmdb/data.mdb"), "hello", 5);
+    CHECK_ERR(dataset_open(&d, in_folder("x_lmdb"), SPLIT_ALL), "data.mdb: is an LMDB, and this build reads none");
+    CHECK(strstr(err_text(), "apt-get install liblmdb-dev") != NULL);
+    puts("skipped: LMDBs, which this build was made without");
+}
+static void test_lmdb_split(void) {}
+static void test_lmdb_damage(void) {}
+#endif
 
 static void test_epoch_order(void) {
     enum { N = 257 };
@@ -201,15 +446,17 @@ static void test_loader_errors(const Dataset *good) {
     const real *images;
     const int32_t *labels;
     Dataset d, none = {0};
-    make_folder("broken");
-    make_picture("broken/1.png", 5, 1), make_picture("broken/2.png", 5, 2), make_picture("broken/3.png", 5, 3);
-    put_file(in_folder("broken/4.png"), "\x89PNG\r\n\x1a\n", 8);
-    CHECK_OK(dataset_open(&d, in_folder("broken"), SPLIT_ALL));
+    make_folder("gone");
+    make_picture("gone/1.png", 5, 1), make_picture("gone/2.png", 5, 2), make_picture("gone/3.png", 5, 3);
+    make_picture("gone/4.png", 5, 4);
+    CHECK_OK(dataset_open(&d, in_folder("gone"), SPLIT_ALL));
+    CHECK(unlink(in_folder("gone/4.png")) == 0); /* a disk that goes away is no damaged picture */
     CHECK_OK(loader_start(&l, &d, &c));
-    CHECK_OK(loader_next(l, &images, &labels)); /* the batch in front of the broken picture still comes */
-    CHECK_ERR(loader_next(l, &images, &labels), "broken/4.png: damaged PNG");
-    CHECK_ERR(loader_next(l, &images, &labels), "broken/4.png");
+    CHECK_OK(loader_next(l, &images, &labels)); /* the batch in front of the missing picture still comes */
+    CHECK_ERR(loader_next(l, &images, &labels), "gone/4.png: No such file");
+    CHECK_ERR(loader_next(l, &images, &labels), "gone/4.png");
     loader_stop(l);
+    CHECK(dataset_damaged(&d) == 0);
     dataset_close(&d);
     CHECK_ERR(loader_start(&l, &none, &c), "0 pictures");
     CHECK(l == NULL);
@@ -220,6 +467,115 @@ static void test_loader_errors(const Dataset *good) {
     c.size = 4, c.step = UINT64_MAX / 2;
     CHECK_ERR(loader_start(&l, good, &c), "step");
     loader_stop(NULL);
+}
+
+/* Six pictures, of which 1 (empty), 3 (cut short), 4 (foreign) and 5 (too long for its preset) are damaged. */
+static void make_damaged_set(void) {
+    size_t n;
+    if (access(in_folder("broken"), F_OK) != 0) make_folder("broken");
+    for (int i = 0; i < 6; i++) {
+        char name[64];
+        snprintf(name, sizeof name, "broken/%d.png", i);
+        make_picture(name, 9, (uint8_t)(30 * i));
+    }
+    put_file(in_folder("broken/1.png"), "", 0);
+    uint8_t *bytes = get_file(in_folder("broken/3.png"), &n);
+    put_file(in_folder("broken/3.png"), bytes, n - 9);
+    put_file(in_folder("broken/4.png"), "<html>404", 9);
+    Image im = picture(1, 20000);
+    CHECK_OK(image_write_png(in_folder("broken/5.png"), &im, NULL));
+    image_free(&im);
+}
+
+/* Whether a batch row is picture i of the set, prepared. */
+static int is_picture_of(const real *row, const Dataset *d, size_t i) {
+    static real want[3 * LOADER_SIZE * LOADER_SIZE];
+    Image im;
+    CHECK_OK(image_read(&im, d->path[i]));
+    CHECK_OK(image_prepare(want, &im, PREP_FFHQ, LOADER_SIZE, -1, -1, 0));
+    image_free(&im);
+    return memcmp(row, want, sizeof want) == 0;
+}
+
+static void test_damaged_pictures(void) {
+    LoaderConfig c = {.prep = PREP_FFHQ, .B = 6, .size = LOADER_SIZE};
+    enum { ROW = 3 * LOADER_SIZE * LOADER_SIZE };
+    static const size_t stands_in[6] = {0, 2, 2, 0, 0, 0};
+    Loader *l;
+    const real *images;
+    const int32_t *labels;
+    Dataset d;
+    size_t n;
+    make_damaged_set();
+    CHECK_OK(dataset_open(&d, in_folder("broken"), SPLIT_ALL));
+    CHECK_OK(loader_start(&l, &d, &c));
+    for (int epoch = 0; epoch < 3; epoch++) {
+        CHECK_OK(loader_next(l, &images, &labels));
+        for (size_t b = 0; b < 6; b++) CHECK(is_picture_of(images + b * ROW, &d, stands_in[b]));
+    }
+    CHECK(!is_picture_of(images + ROW, &d, 0)); /* negative control */
+    loader_stop(l);
+    CHECK(dataset_damaged(&d) == 4);
+    c.mark = 1;
+    CHECK_OK(loader_start(&l, &d, &c));
+    CHECK_OK(loader_next(l, &images, &labels));
+    for (size_t b = 0; b < 6; b++) CHECK(labels[b] == (b == 0 || b == 2 ? 0 : -1));
+    CHECK(is_picture_of(images + 2 * ROW, &d, 2));
+    loader_stop(l);
+    CHECK(dataset_damaged(&d) == 4);
+
+    const char *list = in_folder("skipped.txt"), *other = "/else/where.png\tis empty\n";
+    put_file(list, other, strlen(other));
+    CHECK_OK(dataset_write_damaged(&d, list));
+    CHECK_OK(dataset_write_damaged(&d, list)); /* twice is once */
+    char *text = (char *)get_file(list, &n), want[4096];
+    text[n] = 0;
+    snprintf(
+        want, sizeof want,
+        "%s/broken/1.png\tis empty\n%s/broken/3.png\tdamaged PNG: the file is cut short\n%s/broken/4.png\tis an HTML "
+        "file; ",
+        folder, folder, folder);
+    CHECK((strncmp(folder, other, 5) > 0 ? strstr(text, other) == text : strstr(text, other) != NULL));
+    if (!CHECK(strstr(text, want) != NULL)) printf("     %s", text);
+    CHECK(strstr(text, "/broken/5.png\ta picture of ") != NULL);
+    size_t lines = 0;
+    for (size_t i = 0; i < n; i++) lines += text[i] == '\n';
+    CHECK(lines == 5);
+    dataset_close(&d);
+    put_file(in_folder("broken/0.png"), "x", 1), put_file(in_folder("broken/2.png"), "x", 1);
+    CHECK_OK(dataset_open(&d, in_folder("broken"), SPLIT_ALL));
+    c.mark = 0;
+    CHECK_OK(loader_start(&l, &d, &c));
+    CHECK_ERR(loader_next(l, &images, &labels), "none of the 6 pictures can be read");
+    loader_stop(l);
+    dataset_close(&d);
+}
+
+/* The same batches for any number of readers and from any step, damaged pictures among them. */
+static void test_damaged_order(void) {
+    enum { STEPS = 9, B = 4, ROW = 3 * LOADER_SIZE * LOADER_SIZE };
+    static real kept[STEPS][B * ROW];
+    LoaderConfig c = {.prep = PREP_LSUN, .B = B, .size = LOADER_SIZE, .seed = 3, .train = 1};
+    Dataset d;
+    Loader *l;
+    const real *images;
+    const int32_t *labels;
+    make_damaged_set();
+    for (int threads = 1; threads <= 5; threads += 2)
+        for (c.step = 0; c.step < STEPS; c.step += threads == 1 ? STEPS : 4) {
+            threads_set(threads);
+            CHECK_OK(dataset_open(&d, in_folder("broken"), SPLIT_ALL));
+            CHECK_OK(loader_start(&l, &d, &c));
+            for (uint64_t s = c.step; s < STEPS; s++) {
+                CHECK_OK(loader_next(l, &images, &labels));
+                if (threads == 1) memcpy(kept[s], images, sizeof kept[s]);
+                CHECK(memcmp(kept[s], images, sizeof kept[s]) == 0);
+            }
+            loader_stop(l);
+            dataset_close(&d);
+        }
+    threads_set(0);
+    CHECK(memcmp(kept[0], kept[1], sizeof kept[0]) != 0);
 }
 
 static void test_loader(void) {
@@ -305,14 +661,143 @@ static void test_tokens(void) {
     CHECK_ERR(tokens_write(in_folder("no/such.tokens"), &x), "no/such.tokens");
 }
 
-int main(void) {
+enum { PART_N = 10, PART_EACH = 2 * 3 * 2 };
+
+/* Picture i's label (2 and 5 are damaged) and tokens, appended. */
+static void append(TokensPart *p, size_t upto) {
+    while (p->done < upto) {
+        int32_t token[PART_EACH];
+        size_t i = p->done;
+        for (size_t k = 0; k < PART_EACH; k++) token[k] = (int32_t)(i * 31 + k);
+        CHECK_OK(tokens_append(p, i == 2 || i == 5 ? -1 : (int32_t)i, token));
+    }
+}
+
+/* An encoding that stops, again and again, and the file at its end. */
+static void test_tokens_part(void) {
+    Tokens sizes = {PART_N, 3, 2, 1000, 2, 11, 22, NULL, NULL}, x, back;
+    TokensPart p;
+    size_t n;
+    const char *path = in_folder("enc.tokens"), *part = in_folder("enc.tokens.part");
+    CHECK_OK(tokens_start(&p, path, &sizes, 4));
+    CHECK(p.done == 0);
+    append(&p, 7);
+    CHECK_ERR(tokens_finish(&p, &x), "7 of 10 pictures are encoded");
+    tokens_stop(&p);
+    CHECK(access(path, F_OK) != 0);
+    CHECK_OK(tokens_start(&p, path, &sizes, 4)); /* whole batches only */
+    CHECK(p.done == 4);
+    append(&p, 9);
+    tokens_stop(&p);
+    uint8_t *bytes = get_file(part, &n);
+    bytes[64 + 8 * (8 + 4 + PART_EACH * 2) + 20] ^= 1; /* record 8 */
+    put_file(part, bytes, n - 1);                      /* and 9 is torn */
+    CHECK_OK(tokens_start(&p, path, &sizes, 2));
+    CHECK(p.done == 8);
+    tokens_stop(&p);
+    bytes = get_file(part, &n);
+    bytes[64 + 3 * (8 + 4 + PART_EACH * 2) + 3] ^= 1; /* a checksum */
+    put_file(part, bytes, n);
+    CHECK_OK(tokens_start(&p, path, &sizes, 1));
+    CHECK(p.done == 3);
+    append(&p, PART_N);
+    tokens_stop(&p);
+    CHECK_OK(tokens_start(&p, path, &sizes, 4)); /* all of them, though no multiple of 4 */
+    CHECK(p.done == PART_N);
+    CHECK_OK(tokens_finish(&p, &x));
+    tokens_stop(&p);
+    CHECK(access(part, F_OK) != 0);
+    CHECK_OK(tokens_read(&back, path));
+    CHECK(x.n == 8 && back.n == 8 && back.vqgan == 11 && back.source == 22);
+    CHECK(!memcmp(x.label, back.label, 8 * sizeof *x.label) && !memcmp(x.token, back.token, 8 * PART_EACH * 2));
+    CHECK(back.label[1] == 1 && back.label[2] == 3 && back.label[4] == 6 &&
+          back.token[2 * PART_EACH + 5] == 3 * 31 + 5);
+    tokens_free(&x), tokens_free(&back);
+    for (int what = 0; what < 4; what++) { /* another first stage, dataset, number of pictures, flips: from the start */
+        Tokens other = sizes;
+        CHECK_OK(tokens_start(&p, path, &sizes, 1));
+        append(&p, 5);
+        tokens_stop(&p);
+        other.vqgan += what == 0, other.source += what == 1, other.n -= what == 2, other.flips -= what == 3;
+        CHECK_OK(tokens_start(&p, path, &other, 1));
+        CHECK(p.done == 0);
+        tokens_stop(&p);
+    }
+    sizes.n = 1;
+    CHECK_OK(tokens_start(&p, path, &sizes, 1));
+    CHECK_OK(tokens_append(&p, -1, (int32_t[PART_EACH]){0}));
+    CHECK_ERR(tokens_finish(&p, &x), "none of the 1 pictures can be read");
+    tokens_stop(&p);
+    CHECK_ERR(tokens_start(&p, in_folder("no/such.tokens"), &sizes, 1), "no/such.tokens.part");
+}
+
+/* Two processes: the second waits, and finds nothing of its own to go on with. */
+static void test_tokens_wait(void) {
+    Tokens sizes = {PART_N, 3, 2, 1000, 2, 11, 22, NULL, NULL}, x;
+    TokensPart p;
+    int status = 1, ready[2];
+    char byte;
+    const char *path = in_folder("wait.tokens");
+    CHECK(pipe(ready) == 0);
+    pid_t child = fork();
+    if (child == 0) {
+        int bad = tokens_start(&p, path, &sizes, 1) != OK;
+        bad |= write(ready[1], "x", 1) != 1;
+        usleep(100000);
+        append(&p, PART_N);
+        _exit(bad || tokens_finish(&p, &x) != OK);
+    }
+    CHECK(read(ready[0], &byte, 1) == 1);
+    CHECK_OK(tokens_start(&p, path, &sizes, 1));
+    CHECK(p.done == 0 && access(path, F_OK) == 0); /* the other one's file is there before we have the lock */
+    tokens_stop(&p);
+    CHECK(waitpid(child, &status, 0) == child && status == 0);
+    close(ready[0]), close(ready[1]);
+}
+
+/* What test_lsun.py compares with Pillow and OpenCV: every picture of a set, (size,size,3) bytes. */
+static int prepare(const char *preset, size_t size, const char *path) {
+    static const char *const presets[] = {"folder", "ffhq", "imagenet", "lsun"};
+    int prep = 0, damaged;
+    Dataset d;
+    Image im;
+    while (prep < 4 && strcmp(preset, presets[prep]) != 0) prep++;
+    real *x = malloc(3 * size * size * sizeof *x);
+    Err e = dataset_open(&d, path, SPLIT_ALL);
+    for (size_t i = 0; e == OK && i < d.n; i++) {
+        e = dataset_picture(&d, i, prep == PREP_FOLDER, &im, &damaged);
+        if (e == OK && damaged) e = err("%s is damaged", d.path[i]);
+        if (e == OK) e = image_prepare(x, &im, (Prep)prep, size, -1, -1, 0);
+        for (size_t k = 0; k < 3 * size * size && e == OK; k++)
+            putchar((int)lrint(((double)x[k % 3 * size * size + k / 3] + 1) * 127.5));
+        image_free(&im);
+    }
+    if (e != OK) fprintf(stderr, "%s\n", err_text());
+    dataset_close(&d);
+    free(x);
+    return e != OK || fflush(stdout) != 0;
+}
+
+int main(int argc, char **argv) {
+    if (argc == 5 && !strcmp(argv[1], "--prepare")) return prepare(argv[2], (size_t)atol(argv[3]), argv[4]);
     if (!temporary_folder(folder)) return 1;
     test_dataset_folder();
     test_dataset_split_folders();
     test_dataset_list();
+    test_dataset_lists();
+    test_dataset_imagenet();
+    test_dataset_identity();
+    test_dataset_sniffed();
+    test_lmdb_keys();
+    test_lmdb_split();
+    test_lmdb_damage();
     test_epoch_order();
     test_loader();
+    test_damaged_pictures();
+    test_damaged_order();
     test_tokens();
+    test_tokens_part();
+    test_tokens_wait();
     nftw(folder, remove_entry, 16, FTW_DEPTH | FTW_PHYS);
     return test_report();
 }

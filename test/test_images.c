@@ -1,6 +1,6 @@
 /* test_images.c - pictures in and out, resizing against Pillow and OpenCV, the official preprocessing.
  *
- * Every picture file is made here, with libpng and libjpeg, in a temporary folder that is removed at the end. Damage is
+ * Every picture file is made here, with libpng, libjpeg and libwebp, in a temporary folder that is removed at the end. Damage is
  * systematic: files are cut at every sixteenth (small ones at every byte) and every byte is flipped; run under
  * sanitizers this is the fuzz test of the readers. */
 #include "files.h"
@@ -11,7 +11,12 @@
 #include <jpeglib.h>
 #include <png.h>
 
+#include "../data.h"
 #include "data_tables.h"
+
+#ifdef HAVE_WEBP
+#include <webp/encode.h>
+#endif
 
 /* ---- PNG files of every kind ---- */
 
@@ -288,6 +293,31 @@ static void test_exif(void) {
     image_free(&scene);
 }
 
+/* The official code ignores EXIF: the pixels as they are stored. */
+static void test_exif_ignored(void) {
+    enum { H = 8, W = 24 };
+    uint8_t exif[64];
+    Image im = gradient(H, W), got;
+    size_t n = make_exif(exif, 0, 6), size;
+    JpegSpec s = {JCS_RGB, JCS_YCbCr, .quality = 100, .exif = exif, .exif_bytes = n};
+    write_jpeg(in_folder("exif.jpg"), H, W, im.rgb, &s);
+    const uint8_t *bytes = get_file(in_folder("exif.jpg"), &size);
+    CHECK_OK(image_decode(&got, bytes, size, 0));
+    CHECK(difference(&got, &im) <= 3);
+    image_free(&got);
+    CHECK_OK(image_decode(&got, bytes, size, 1));
+    CHECK(got.H == W && got.W == H);
+    image_free(&got);
+    PngSpec p = {.H = H, .W = W, .type = PNG_COLOR_TYPE_RGB, .depth = 8, .rows = im.rgb};
+    p.exif = exif + 6, p.exif_bytes = n - 6;
+    write_png(in_folder("exif.png"), &p);
+    bytes = get_file(in_folder("exif.png"), &size);
+    CHECK_OK(image_decode(&got, bytes, size, 0));
+    CHECK(difference(&got, &im) == 0);
+    image_free(&got);
+    image_free(&im);
+}
+
 /* Metadata is not worth an error: any damage reads as some orientation, never past the end (sanitizers watch). */
 static void test_exif_damage(void) {
     enum { H = 3, W = 2 };
@@ -407,6 +437,38 @@ static void test_damage(void) {
     image_free(&smooth);
 }
 
+/* Any first bytes: told for a picture or refused, never more. */
+static void test_sniffing(void) {
+    static const char *const magic[] = {"\x89PNG\r\n\x1a\n",
+                                        "\xff\xd8\xff\xe0",
+                                        "RIFF????WEBPVP8 ",
+                                        "RIFF????WEBPVP8X",
+                                        "RIFF????WEBPVP8L",
+                                        "GIF89a",
+                                        "II*",
+                                        "????ftypavif",
+                                        "<html>",
+                                        "   ",
+                                        "",
+                                        "PK\3\4"};
+    static const int is[] = {1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0};
+    size_t wrong = 0, read = 0;
+    for (uint32_t k = 0; k < sizeof magic / sizeof *magic; k++)
+        for (uint32_t n = 0; n < 96; n++) {
+            uint8_t *bytes = malloc(n + 1); /* its end is watched */
+            size_t length = strlen(magic[k]);
+            for (uint32_t i = 0; i < n; i++)
+                bytes[i] = i < length ? (uint8_t)magic[k][i] : (uint8_t)mix(k * 1000 + n * 7 + i);
+            Image im;
+            wrong += n >= length && length && is_picture(bytes, n) != is[k];
+            read += image_decode(&im, bytes, n, (int)n % 2) == OK || im.rgb || !err_text()[0];
+            image_free(&im);
+            free(bytes);
+        }
+    CHECK(wrong == 0 && read == 0);
+    CHECK(is_picture((const uint8_t *)magic[0], 8) && !is_picture((const uint8_t *)magic[0], 7));
+}
+
 static void test_foreign(void) {
     Image im;
     const struct {
@@ -414,8 +476,8 @@ static void test_foreign(void) {
         size_t n;
         const char *says;
     } f[] = {
-        {"RIFF\x10\0\0\0WEBPVP8 ", 16, "is a WebP file; PNG or JPEG expected"},
-        {"GIF89a\1\0\1\0", 10, "is a GIF file; PNG or JPEG expected"},
+        {"RIFF\x10\0\0\0WEBPVP8 ", 16, "WebP"},
+        {"GIF89a\1\0\1\0", 10, "is a GIF file; PNG"},
         {"BM\x46\0\0\0", 6, "is a BMP file"},
         {"II*\0\10\0\0\0", 8, "is a TIFF file"},
         {"\0\0\0\x1c"
@@ -425,8 +487,8 @@ static void test_foreign(void) {
         {"<HTML>", 6, "is an HTML file"},
         {"<?xml version='1.0'?><svg/>", 27, "is an XML or SVG file"},
         {"", 0, "is empty"},
-        {"\x89PN", 3, "neither PNG nor JPEG"},
-        {"hello", 5, "neither PNG nor JPEG"},
+        {"\x89PN", 3, "neither PNG nor JPEG nor WebP"},
+        {"hello", 5, "neither PNG nor JPEG nor WebP"},
         {"\xff\xd8\xff", 3, "damaged JPEG"},
         {"\x89PNG\r\n\x1a\n", 8, "damaged PNG: the file is cut short"},
     };
@@ -467,6 +529,63 @@ static void test_limits(void) {
     CHECK_ERR(image_read(&got, in_folder("huge.jpg")), "sides of 1..32768");
     image_free(&im);
 }
+
+/* ---- WebP ---- */
+
+#ifdef HAVE_WEBP
+/* pixels (H,W,channels), lossless unless quality > 0 */
+static void write_webp(const char *path, size_t H, size_t W, size_t channels, const uint8_t *pixels, float quality) {
+    uint8_t *out = NULL;
+    int w = (int)W, h = (int)H, stride = w * (int)channels;
+    size_t n = quality > 0     ? WebPEncodeRGB(pixels, w, h, stride, quality, &out)
+               : channels == 4 ? WebPEncodeLosslessRGBA(pixels, w, h, stride, &out)
+                               : WebPEncodeLosslessRGB(pixels, w, h, stride, &out);
+    put_file(path, out, n);
+    WebPFree(out);
+}
+
+static void test_webp(void) {
+    enum { H = 33, W = 50 };
+    Image im = picture(H, W), smooth = gradient(H, W), got;
+    write_webp(in_folder("a.webp"), H, W, 3, im.rgb, 0);
+    CHECK(reads_as(in_folder("a.webp"), H, W, im.rgb));
+    CHECK(cuts_accepted(in_folder("a.webp"), 7) == 0);
+    flips_accepted(in_folder("a.webp"), 300);
+    write_webp(in_folder("b.jpg"), H, W, 3, smooth.rgb, 95); /* told by content, whatever its name */
+    CHECK(jpeg_error(in_folder("b.jpg"), &smooth) <= 6);
+    CHECK(cuts_accepted(in_folder("b.jpg"), 1) == 0);
+    flips_accepted(in_folder("b.jpg"), 300);
+    uint8_t rgba[H * W * 4], over[H * W * 3];
+    for (size_t i = 0; i < H * W; i++) {
+        uint8_t a = (uint8_t)(i % 4 * 85);
+        rgba[i * 4 + 3] = a;
+        for (size_t c = 0; c < 3; c++) {
+            uint8_t v = a ? im.rgb[i * 3 + c] : 0; /* what is invisible need not be kept */
+            rgba[i * 4 + c] = v;
+            over[i * 3 + c] = (uint8_t)rint((v * a + 255.0 * (255 - a)) / 255);
+        }
+    }
+    write_webp(in_folder("alpha.webp"), H, W, 4, rgba, 0);
+    CHECK(reads_as(in_folder("alpha.webp"), H, W, over));
+    size_t n;
+    uint8_t *p = get_file(in_folder("a.webp"), &n); /* VP8L: 14 bits of width-1 and of height-1 behind the signature */
+    memset(p + 21, 0xff, 3), p[24] |= 0x0f;
+    put_file(in_folder("huge.webp"), p, n);
+    CHECK_ERR(image_read(&got, in_folder("huge.webp")), "16384 x 16384 pixels; at most");
+    static const uint8_t moving[] = "RIFF\x22\0\0\0WEBPVP8X\x0a\0\0\0\2\0\0\0\7\0\0\7\0\0ANIM\6\0\0\0\0\0\0\0\0";
+    put_file(in_folder("moving.webp"), moving, sizeof moving);
+    CHECK_ERR(image_read(&got, in_folder("moving.webp")), "animated");
+    image_free(&im), image_free(&smooth);
+}
+#else
+static void test_webp(void) {
+    Image im;
+    put_file(in_folder("a.webp"), "RIFF\x10\0\0\0WEBPVP8 ", 16);
+    CHECK_ERR(image_read(&im, in_folder("a.webp")), "a.webp: is a WebP file, and this build reads none");
+    CHECK(strstr(err_text(), "apt-get install libwebp-dev") != NULL);
+    puts("skipped: WebP, which this build was made without");
+}
+#endif
 
 /* ---- writing ---- */
 
@@ -639,10 +758,13 @@ int main(void) {
     test_png_interlaced();
     test_jpeg_colours();
     test_exif();
+    test_exif_ignored();
     test_exif_damage();
     test_damage();
     test_jpeg_end();
     test_foreign();
+    test_sniffing();
+    test_webp();
     test_limits();
     test_write();
     test_resize_tables();
