@@ -120,7 +120,7 @@ static void say_damaged(const Stage *s) {
     char path[1100];
     size_t n = dataset_damaged(&s->train) + dataset_damaged(&s->val);
     if (s->train_tokens.n) n = s->train.n - s->train_tokens.n + s->val.n - s->val_tokens.n;
-    if (n) fprintf(stderr, "%zu damaged pictures are skipped; %s lists them\n", n, skipped_path(s, path));
+    if (n) fprintf(stderr, "damaged pictures skipped: %zu; %s lists them\n", n, skipped_path(s, path));
 }
 
 static Err make_folder(const char *path) {

@@ -758,23 +758,24 @@ static void test_tokens_wait(void) {
 /* What test_lsun.py compares with Pillow and OpenCV: every picture of a set, (size,size,3) bytes. */
 static int prepare(const char *preset, size_t size, const char *path) {
     static const char *const presets[] = {"folder", "ffhq", "imagenet", "lsun"};
-    int prep = 0, damaged;
+    LoaderConfig c = {.B = 1, .size = size};
+    int prep = 0;
     Dataset d;
-    Image im;
+    Loader *l = NULL;
+    const real *x;
+    const int32_t *label;
     while (prep < 4 && strcmp(preset, presets[prep]) != 0) prep++;
-    real *x = malloc(3 * size * size * sizeof *x);
+    c.prep = (Prep)prep;
     Err e = dataset_open(&d, path, SPLIT_ALL);
+    if (e == OK) e = loader_start(&l, &d, &c);
     for (size_t i = 0; e == OK && i < d.n; i++) {
-        e = dataset_picture(&d, i, prep == PREP_FOLDER, &im, &damaged);
-        if (e == OK && damaged) e = err("%s is damaged", d.path[i]);
-        if (e == OK) e = image_prepare(x, &im, (Prep)prep, size, -1, -1, 0);
+        e = loader_next(l, &x, &label);
         for (size_t k = 0; k < 3 * size * size && e == OK; k++)
             putchar((int)lrint(((double)x[k % 3 * size * size + k / 3] + 1) * 127.5));
-        image_free(&im);
     }
+    loader_stop(l);
     if (e != OK) fprintf(stderr, "%s\n", err_text());
     dataset_close(&d);
-    free(x);
     return e != OK || fflush(stdout) != 0;
 }
 

@@ -98,7 +98,7 @@ def test_training(folder, values):
         run = train(*stage, "--data", folder + "/lsun", "--run", folder + "/run")
         check(run.returncode == 0, f"{stage} on LMDBs: {run.stderr[-300:]}")
         check("28 pictures (4 held out)" in run.stderr, f"{stage}: the split of the LMDBs: {run.stderr[:300]}")
-        check("1 damaged pictures are skipped" in run.stderr, f"{stage}: the damaged value is not told")
+        check("damaged pictures skipped: 1;" in run.stderr, f"{stage}: the damaged value is not told")
     with open(folder + "/run/skipped.txt") as f:
         lines = f.read().splitlines()
     check(len(lines) == 1 and "/cat_train_lmdb/data.mdb/zz00\tdamaged JPEG: " in lines[0], f"skipped.txt: {lines}")

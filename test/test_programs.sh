@@ -117,7 +117,7 @@ cp -r "$dir/data" "$dir/worn" && : >"$dir/worn/bar/001.png" && head -c 90 "$dir/
 echo '<html>404</html>' >"$dir/worn/disc/000.png" && echo >"$dir/worn/disc/002.png"
 ok "train on damaged pictures" train --data "$dir/worn" --run "$dir/wornrun" --vqgan
 cp "$dir/err" "$dir/said"
-ok "which says how many" grep -q "^4 damaged pictures are skipped; $dir/wornrun/skipped.txt lists them" "$dir/said"
+ok "which says how many" grep -q "^damaged pictures skipped: 4; $dir/wornrun/skipped.txt lists them" "$dir/said"
 ok "and lists them" test "$(cut -f 1 "$dir/wornrun/skipped.txt" | sed 's/.*worn.//' | tr '\n' ' ')" = "bar/001.png bar/003.png disc/000.png disc/002.png "
 ok "and why" grep -q "bar/003.png$(printf '\t')damaged PNG: the file is cut short" "$dir/wornrun/skipped.txt"
 rm -rf "$dir/killed2" && mv "$dir/killed" "$dir/killed2"
@@ -127,7 +127,7 @@ ok "the same list" cmp "$dir/wornrun/skipped.txt" "$dir/killed/skipped.txt"
 rm -rf "$dir/killed" && mv "$dir/killed2" "$dir/killed"
 ok "tokens without them" train --data "$dir/worn" --run "$dir/wornrun" --scale 1 --steps 2
 cp "$dir/err" "$dir/said"
-ok "and how many there are" grep -q "^4 damaged pictures are skipped" "$dir/said"
+ok "and how many there are" grep -q "^damaged pictures skipped: 4" "$dir/said"
 "$build/pictures" make "$dir/lots" 1200 16
 mkdir "$dir/cut" "$dir/whole" && cp "$dir/run/vqgan.safetensors" "$dir/cut" && cp "$dir/run/vqgan.safetensors" "$dir/whole"
 ok "encode many pictures" train --data "$dir/lots" --run "$dir/whole" --scale 1 --steps 1
