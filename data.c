@@ -599,7 +599,10 @@ Err dataset_picture(const Dataset *d, size_t i, int upright, Image *im, int *dam
     *im = (Image){0};
     if ((*damaged = damage_known(d, i))) return OK;
     Err e = picture_bytes(d, i, &bytes, &size, damaged);
-    if (e == OK && image_decode(im, bytes, size, upright) != OK) *damaged = 1;
+    if (e == OK && image_decode(im, bytes, size, upright) != OK) {
+        *damaged = !is_left_out(bytes, size);
+        if (!*damaged) e = err_in(d->path[i]);
+    }
     free(bytes);
     return *damaged ? damage_note(d, i) : e;
 }

@@ -13,6 +13,8 @@ Err read_exactly(int fd, const char *path, uint8_t *bytes, size_t size);
 enum { PATH_BYTES = 4096, IMAGE_FILE_BYTES = 1 << 30 };
 /* Whether the first bytes are those of a picture that image_decode knows. */
 int is_picture(const uint8_t *bytes, size_t n);
+/* Whether they are those of one that this build was made without the library for. */
+int is_left_out(const uint8_t *bytes, size_t n);
 
 /* image_prepare in its two steps. out = im with its short side resized to size, or its centre square for the presets
  * that cut first. */

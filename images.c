@@ -352,6 +352,7 @@ static Err jpeg_decode(Image *im, const uint8_t *bytes, size_t size, int upright
 #ifdef HAVE_WEBP
 #include <webp/decode.h>
 #define READABLE "PNG, JPEG or WebP"
+enum { WEBP_LEFT_OUT = 0 };
 
 static const char *webp_message(VP8StatusCode s) {
     switch (s) {
@@ -396,6 +397,7 @@ static Err webp_decode(Image *im, const uint8_t *bytes, size_t size, unsigned ba
 }
 #else
 #define READABLE "PNG or JPEG"
+enum { WEBP_LEFT_OUT = 1 };
 
 static Err webp_decode(Image *im, const uint8_t *bytes, size_t size, unsigned background) {
     (void)im, (void)bytes, (void)size, (void)background;
@@ -448,6 +450,11 @@ int is_picture(const uint8_t *bytes, size_t n) {
     const char *name;
     Kind kind = file_kind(&name, bytes, n);
     return kind == KIND_PNG || kind == KIND_JPEG || kind == KIND_WEBP;
+}
+
+int is_left_out(const uint8_t *bytes, size_t n) {
+    const char *name;
+    return WEBP_LEFT_OUT && file_kind(&name, bytes, n) == KIND_WEBP;
 }
 
 static Err decode_any(Image *im, const uint8_t *bytes, size_t size, unsigned background, int upright) {

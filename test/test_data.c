@@ -551,6 +551,27 @@ static void test_damaged_pictures(void) {
     dataset_close(&d);
 }
 
+#ifdef HAVE_WEBP
+static void test_webp_left_out(void) {}
+#else
+/* A WebP is no damaged picture where the library for it is missing: training stops and says so. */
+static void test_webp_left_out(void) {
+    LoaderConfig c = {.B = 1, .size = 4};
+    Loader *l;
+    const real *images;
+    const int32_t *labels;
+    Dataset d;
+    make_folder("webp");
+    put_file(in_folder("webp/a.webp"), "RIFF\x10\0\0\0WEBPVP8 ", 16);
+    CHECK_OK(dataset_open(&d, in_folder("webp"), SPLIT_ALL));
+    CHECK_OK(loader_start(&l, &d, &c));
+    CHECK_ERR(loader_next(l, &images, &labels), "webp/a.webp: is a WebP file, and this build reads none");
+    CHECK(dataset_damaged(&d) == 0);
+    loader_stop(l);
+    dataset_close(&d);
+}
+#endif
+
 /* The same batches for any number of readers and from any step, damaged pictures among them. */
 static void test_damaged_order(void) {
     enum { STEPS = 9, B = 4, ROW = 3 * LOADER_SIZE * LOADER_SIZE };
@@ -796,6 +817,7 @@ int main(int argc, char **argv) {
     test_loader();
     test_damaged_pictures();
     test_damaged_order();
+    test_webp_left_out();
     test_tokens();
     test_tokens_part();
     test_tokens_wait();
