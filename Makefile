@@ -10,8 +10,9 @@
 # make ffhq         fetches an official model: also ffhq2 churches bedrooms cats imagenet imagenet4 (models/fetch.sh)
 # make fullsize     the official models at full size, with random weights, against PyTorch (PYTHON=..., MODELS=...)
 # make data/emoji   the pictures that the bundled model was trained on
-# Variables: NVCC=... (empty: no CUDA), CUDA_ARCH="80 90", CC=clang, MARCH=x86-64-v3 (one processor's instructions, for tests
-# too), SANITIZE=1 (each combination builds in its own folder), -j1 (default: as many jobs as there are processors),
+# Variables: NVCC=... (empty: no CUDA), CUDA_ARCH="80 90", HAVE_WEBP= and HAVE_LMDB= leave these out though they are there,
+# CC=clang, MARCH=x86-64-v3 (one processor's instructions, for tests too), SANITIZE=1 (each combination builds in its own
+# folder), -j1 (default: as many jobs as there are processors),
 # MODELS_URL=https://... (where official models come from), PYTHON=... (which has PyTorch, for comparisons).
 
 CC ?= cc
@@ -43,6 +44,10 @@ HAVE_SIMD := $(call compiles,int main(void) { return 0; },-fopenmp-simd)
 HAVE_MARCH := $(call compiles,int main(void) { return 0; },-march=$(MARCH))
 HAVE_PNG := $(call compiles,#include <png.h>\nint main(void) { return !png_get_libpng_ver(0); },-lpng)
 HAVE_JPEG := $(call compiles,#include <stdio.h>\n#include <jpeglib.h>\nint main(void) { return !jpeg_std_error(0); },-ljpeg)
+HAVE_WEBP := $(call compiles,#include <webp/decode.h>\nint main(void) { return !WebPGetDecoderVersion(); },-lwebp)
+HAVE_LMDB := $(call compiles,#include <lmdb.h>\nint main(void) { return !mdb_version(0$(comma) 0$(comma) 0); },-llmdb)
+LEFT_OUT := $(if $(HAVE_WEBP),,-nowebp)$(if $(HAVE_LMDB),,-nolmdb)
+B := $B$(LEFT_OUT)
 
 # One program for any x86-64 (start.c) where the compiler makes that kind of objects and the linker can join them.
 whole = ld -r -o $(1).tmp $(2) && objcopy --redefine-sym main=$(3) --keep-global-symbol=$(3) $(1).tmp $(1) && rm $(1).tmp
@@ -55,13 +60,15 @@ else ifneq ($(shell mkdir -p build && echo 'int main(void) { return 0; }' | $(CC
     $(call whole,build/whole.o,build/try.o,main_x) && nm build/whole.o | grep -q ' T main_x' && echo yes),yes)
 WHY_ONE := ld -r or objcopy is missing or different (Debian: apt-get install binutils)
 else
-P := build/$(notdir $(CC))-any
+P := build/$(notdir $(CC))-any$(LEFT_OUT)
 endif
 endif
 FLAGS_x86-64 := -march=x86-64
 FLAGS_x86-64-v3 := -march=x86-64-v3
 FLAGS_x86-64-v4 := -march=x86-64-v4
 FLAGS_x86-64-v4-bf16 := -march=x86-64-v4 -mavx512bf16 -mavx512vnni
+# The folder of ./sample, ./train, ./inpaint. With CUDA they are for this processor; the others are tested all the same.
+SHIPPED := $(if $(NVCC),$B,$(or $P,$B))
 LEVELS := $(if $P,$(foreach l,x86-64 x86-64-v3 x86-64-v4 x86-64-v4-bf16,$(if $(call compiles,int main(void) { return 0; },$(FLAGS_$l)),$l)))
 
 OFFICIAL := ffhq ffhq2 churches bedrooms cats imagenet imagenet4
@@ -77,8 +84,10 @@ endif
 ifeq ($(HAVE_MARCH),)
 $(if $(ONE_MARCH),$(error $(CC) does not know -march=$(ONE_MARCH)),$(info processor $(CC) does not know -march=native: its default instructions))
 endif
-$(info processor $(if $P,any x86-64; of $(LEVELS) the best that it has; tests: this one,this one only$(if $(ONE_MARCH),: MARCH=$(MARCH),: $(WHY_ONE))))
+$(info processor $(if $(filter $P,$(SHIPPED)),any x86-64; of $(LEVELS) the best that it has; tests: this one,this one only$(if $(ONE_MARCH),: MARCH=$(MARCH),: $(if $(NVCC),NVCC= makes a program for any x86-64,$(WHY_ONE)))))
 $(info images    PNG, JPEG)
+$(info WebP      $(if $(HAVE_WEBP),yes,left out; libwebp brings it (Debian: apt-get install libwebp-dev)))
+$(info LMDB      $(if $(HAVE_LMDB),yes,left out; liblmdb brings it (Debian: apt-get install liblmdb-dev)))
 ifeq ($(NVCC),)
 $(info device    CPU (no nvcc was found, NVCC=... names it; the CUDA kernels run on the CPU in make test))
 else
@@ -96,14 +105,15 @@ WARN += -Wno-pass-failed # "this loop was not vectorised" is a remark about spee
 endif
 OPT := $(if $(filter 1,$(SANITIZE)),-O2 -fsanitize=address$(comma)undefined -fno-sanitize-recover=all -fno-omit-frame-pointer,-O3)
 CFLAGS_ANY := -std=c11 -D_GNU_SOURCE -g $(OPT) -ffp-contract=fast -fno-math-errno -fno-trapping-math $(WARN) \
-              $(if $(HAVE_SIMD),-fopenmp-simd,-Wno-unknown-pragmas)
+              $(if $(HAVE_SIMD),-fopenmp-simd,-Wno-unknown-pragmas) \
+              $(if $(HAVE_WEBP),-DHAVE_WEBP) $(if $(HAVE_LMDB),-DHAVE_LMDB)
 CFLAGS := $(CFLAGS_ANY) $(if $(HAVE_MARCH),-march=$(MARCH))
-LDLIBS := -lpng -ljpeg -lz -lm -lpthread
+LDLIBS := $(if $(HAVE_WEBP),-lwebp) $(if $(HAVE_LMDB),-llmdb) -lpng -ljpeg -lz -lm -lpthread
 
-COMPONENTS := base gemm stream conv checkpoint ckpt params data vqgan_layers vqgan layers attention transformer decode optimizer device classes diffusion
+COMPONENTS := base gemm stream conv checkpoint ckpt params images lmdb data tokens vqgan_layers vqgan layers attention transformer decode optimizer device classes diffusion
 PROGRAMS := sample train inpaint
-COLD := checkpoint ckpt params data classes # whose speed is that of files: compiled for the first level only
-TESTS := base gemm conv checkpoint ckpt data vqgan transformer classes diffusion
+COLD := checkpoint ckpt params images lmdb data tokens classes # whose speed is that of files: compiled for the first level only
+TESTS := base gemm conv checkpoint ckpt images data vqgan transformer classes diffusion
 TESTS_DOUBLE := gemm conv vqgan transformer
 
 OBJ := $(COMPONENTS:%=$B/%.o)
@@ -118,14 +128,14 @@ TEST_BIN := $(TESTS:%=$B/test_%) $(TESTS_DOUBLE:%=$B/test_%_double)
 all: $(PROGRAMS)
 
 # ./sample, ./train, ./inpaint, test/golden and test/bench are copies of the last configuration built.
-$(PROGRAMS): %: $(or $P,$B)/%
+$(PROGRAMS): %: $(SHIPPED)/%
 	@cp -f $< $@
 test/golden test/bench: test/%: $B/%
 	@cp -f $< $@
 .PHONY: all test bench fullsize fuzz clean format FORCE $(OFFICIAL) vqgan lsun
-ifneq ($(shell cat build/last 2>/dev/null),$(or $P,$B))
+ifneq ($(shell cat build/last 2>/dev/null),$(SHIPPED))
 $(PROGRAMS) test/golden test/bench: FORCE
-$(shell mkdir -p build && echo $(or $P,$B) >build/last)
+$(shell mkdir -p build && echo $(SHIPPED) >build/last)
 endif
 
 $(PROGRAMS:%=$B/%): $B/%: $B/%.o $B/cli.o $(OBJ) $(DEVICE_OBJ)

@@ -1,28 +1,22 @@
-/* data.c - images in, batches, the token cache, image grids out.
+/* data.c - datasets: which pictures there are, what their labels are, and batches of them ahead of time.
  *
- * Owns everything between a file on disk and a tensor: reading PNG and JPEG, resizing and cropping exactly as the
- * official preprocessing of each dataset does, finding the pictures of a dataset and their labels, handing them out
- * in batches ahead of time, keeping a dataset's tokens in a file, and writing pictures.
+ * Owns finding the pictures of a dataset (a folder, an LMDB, folders of LMDBs, list files) and their labels, the split
+ * into training and validation, the list of damaged pictures, the order of an epoch, and the threads that read batches
+ * ahead. What a picture is, images.c knows; what an LMDB is, lmdb.c.
  *
- * Refuses: a picture that is cut short or damaged in any way that its format lets us see (a PNG with one flipped byte
- * never loads; JPEG has no checksums, so some damage is invisible there), pictures with a side above IMAGE_MAX_SIDE or
- * more than IMAGE_MAX_PIXELS pixels, other formats (by name), token files whose length or tokens do not add up.
+ * How it is built: a picture is a name below the dataset's folder ("cat/1.png"); one in an LMDB is the LMDB's name and
+ * the key ("church_outdoor_train_lmdb/data.mdb/f7c8..."). Finding fills Names, a growing list; layout tells from the
+ * names which side of the split and which class each belongs to; Dataset keeps what is chosen. Batches are functions of
+ * their number: which picture, crop and flip an example is depends on no thread, and what stands in for a damaged
+ * picture only on the files.
  *
- * How it is built: a file is read into memory whole, so that no decoder touches a file, and told by its first bytes.
- * libpng and libjpeg report errors by longjmp; each decoder keeps its state in one struct, so that nothing lives in
- * registers across the jump, and turns the jump into an Err at one place. A picture becomes a batch row in two steps:
- * prep_resize depends on the picture alone (its result is worth keeping in memory), prep_crop on the random draw.
- *
- * Read in this order: image_read, image_resize, image_prepare, dataset_open, loader_start, tokens_write. */
-#include "imagebart.h"
+ * Read in this order: dataset_open, dataset_picture, loader_start. */
+#include "data.h"
 
-#include <ctype.h>
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
-#include <math.h>
 #include <pthread.h>
-#include <setjmp.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -30,857 +24,105 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include <jerror.h>
-#include <jpeglib.h>
-#include <png.h>
-
 enum {
-    IMAGE_MAX_PIXELS = 1 << 27, /* 400 MB of RGB: above any dataset, below what a hostile header could ask for */
-    IMAGE_FILE_BYTES = 1 << 30,
     LIST_FILE_BYTES = 1 << 30,
-    JPEG_MAX_SCANS = 500, /* real progressive files have about 10; thousands are an attack on our time */
-    FOLDER_DEPTH = 16,    /* also ends loops of symbolic links */
-    PATH_BYTES = 4096,
-    HELD_OUT = 20,          /* 1 of 20 pictures is for validation */
-    RING = 4,               /* batches read ahead, the one in use included */
-    CACHE_BYTES = 512 << 20 /* resized pictures kept in memory by a loader */
+    FOLDER_DEPTH = 16,       /* also ends loops of symbolic links */
+    HELD_OUT = 20,           /* 1 of 20 pictures is for validation */
+    RING = 4,                /* batches read ahead, the one in use included */
+    READERS = 16,            /* threads of a loader at most */
+    CACHE_BYTES = 512 << 20, /* resized pictures kept in memory by a loader */
+    SNIFF_BYTES = 160        /* enough to tell a picture or an LMDB */
 };
 
-/* ------------------------------------------------------------------------------------------------------------
- * Files and images in memory
- * ---------------------------------------------------------------------------------------------------------- */
-
-/* Reads to the end of an open file into bytes (size). */
-static Err read_exactly(int fd, const char *path, uint8_t *bytes, size_t size) {
-    for (size_t at = 0; at < size;) {
-        ssize_t got = read(fd, bytes + at, size - at);
-        if (got < 0 && errno == EINTR) continue;
-        if (got < 0) return err("%s: %s", path, strerror(errno));
-        if (got == 0) return err("%s: ends after %zu bytes, expected %zu", path, at, size);
-        at += (size_t)got;
-    }
-    return OK;
-}
-
-/* *bytes (*size) = a whole regular file; release with free(). Never blocks on a pipe or a terminal. */
-static Err file_bytes(uint8_t **bytes, size_t *size, const char *path, size_t most) {
-    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
-    if (fd < 0) return err("%s: %s", path, strerror(errno));
-    struct stat st;
-    Err e = OK;
-    *bytes = NULL;
-    if (fstat(fd, &st) != 0)
-        e = err("%s: %s", path, strerror(errno));
-    else if (S_ISDIR(st.st_mode))
-        e = err("%s: is a folder; a file expected", path);
-    else if (!S_ISREG(st.st_mode))
-        e = err("%s: is not a regular file", path);
-    else if (st.st_size == 0)
-        e = err("%s: is empty", path);
-    else if ((uintmax_t)st.st_size > most)
-        e = err("%s: has %jd bytes; at most %zu are read", path, (intmax_t)st.st_size, most);
-    if (e == OK) e = mem_alloc(bytes, *size = (size_t)st.st_size, 1, path);
-    if (e == OK) e = read_exactly(fd, path, *bytes, *size);
-    close(fd);
-    if (e != OK) {
-        free(*bytes);
-        *bytes = NULL;
-    }
-    return e;
-}
-
-static Err image_alloc(Image *im, size_t H, size_t W) {
-    *im = (Image){0};
-    if (H < 1 || W < 1 || H > IMAGE_MAX_SIDE || W > IMAGE_MAX_SIDE)
-        return err("a picture of %zu x %zu pixels; sides of 1..%d expected", W, H, IMAGE_MAX_SIDE);
-    if (H * W > IMAGE_MAX_PIXELS)
-        return err("a picture of %zu x %zu pixels; at most %d pixels expected", W, H, IMAGE_MAX_PIXELS);
-    TRY(mem_alloc(&im->rgb, H * W, 3, "a picture"));
-    im->H = H;
-    im->W = W;
-    return OK;
-}
-
-void image_free(Image *im) {
-    free(im->rgb);
-    *im = (Image){0};
-}
-
-/* ------------------------------------------------------------------------------------------------------------
- * EXIF orientation
- * ---------------------------------------------------------------------------------------------------------- */
-
-/* Orientation 1..8 from a TIFF structure of n bytes (what follows "Exif\0\0" in a JPEG, the whole eXIf chunk in a
- * PNG). Metadata is often sloppy, so anything out of order means 1, upright. */
-static int exif_orientation(const uint8_t *p, size_t n) {
-    enum { TAG_ORIENTATION = 0x112, TYPE_SHORT = 3, ENTRY = 12 };
-    if (n < 8 || (memcmp(p, "II*\0", 4) != 0 && memcmp(p, "MM\0*", 4) != 0)) return 1;
-    int hi = p[0] == 'I', lo = 1 - hi; /* offsets of a 16-bit number's two bytes */
-#define U16(at) ((unsigned)p[(at) + (size_t)hi] << 8 | p[(at) + (size_t)lo])
-    size_t ifd = p[0] == 'I' ? (size_t)U16(6) << 16 | U16(4) : (size_t)U16(4) << 16 | U16(6);
-    if (ifd > n - 2) return 1;
-    size_t entries = U16(ifd);
-    for (size_t i = 0, at = ifd + 2; i < entries && at <= n - ENTRY && n >= ENTRY; i++, at += ENTRY)
-        if (U16(at) == TAG_ORIENTATION && U16(at + 2) == TYPE_SHORT)
-            return U16(at + 8) >= 1 && U16(at + 8) <= 8 ? (int)U16(at + 8) : 1;
-#undef U16
-    return 1;
-}
-
-/* Turns the stored picture upright. Orientations 5..8 exchange rows and columns. */
-static Err image_orient(Image *im, int orientation) {
-    if (orientation <= 1) return OK;
-    int transposed = orientation >= 5;
-    int from_bottom = orientation == 3 || orientation == 4 || orientation == 6 || orientation == 7;
-    int from_right = orientation == 2 || orientation == 3 || orientation == 7 || orientation == 8;
-    Image out;
-    TRY(image_alloc(&out, transposed ? im->W : im->H, transposed ? im->H : im->W));
-    for (size_t y = 0; y < out.H; y++)
-        for (size_t x = 0; x < out.W; x++) {
-            size_t sy = transposed ? x : y, sx = transposed ? y : x;
-            if (from_bottom) sy = im->H - 1 - sy;
-            if (from_right) sx = im->W - 1 - sx;
-            memcpy(out.rgb + (y * out.W + x) * 3, im->rgb + (sy * im->W + sx) * 3, 3);
-        }
-    image_free(im);
-    *im = out;
-    return OK;
-}
-
-/* ------------------------------------------------------------------------------------------------------------
- * PNG in
- * ---------------------------------------------------------------------------------------------------------- */
-
-typedef struct {
-    const uint8_t *bytes;
-    size_t size, at;
-    unsigned background; /* alpha is composited on this grey: 255 white, 0 black */
-    Image *im;
-    uint8_t *raw;      /* one row, or all of them when interlaced: 8 or 16 bits, 3 or 4 channels */
-    char message[200]; /* what libpng said before it jumped */
-    png_structp png;
-    png_infop info;
-} PngIn;
-
-static void png_in_error(png_structp png, png_const_charp text) {
-    PngIn *p = png_get_error_ptr(png);
-    snprintf(p->message, sizeof p->message, "%s", text);
-    png_longjmp(png, 1);
-}
-
-/* Colour profiles and the like: nothing that changes pixels as we read them. */
-static void png_ignore_warning(png_structp png, png_const_charp text) {
-    (void)png;
-    (void)text;
-}
-
-static void png_in_read(png_structp png, png_bytep to, size_t n) {
-    PngIn *p = png_get_io_ptr(png);
-    if (n > p->size - p->at) png_error(png, "the file is cut short");
-    memcpy(to, p->bytes + p->at, n);
-    p->at += n;
-}
-
-/* round(255 * over) where over = c*a + background*(1-a) with c and a in units of 1/most. most^2 is odd: no ties. */
-static uint8_t composite(uint64_t c, uint64_t a, uint64_t most, unsigned background) {
-    uint64_t v = c * a + (background ? most * (most - a) : 0);
-    return (uint8_t)((255 * v + most * most / 2) / (most * most));
-}
-
-/* rgb (W,3) = one expanded PNG row of `channels` (3: opaque, 4: alpha last) of `depth` bits. */
-static void png_row_to_rgb(uint8_t *rgb, const uint8_t *row, size_t W, size_t channels, int depth,
-                           unsigned background) {
-    uint64_t most = depth == 16 ? 65535 : 255;
-    if (depth == 8 && channels == 3) {
-        memcpy(rgb, row, W * 3);
-        return;
-    }
-    for (size_t x = 0; x < W; x++, rgb += 3) {
-        uint64_t v[4] = {0, 0, 0, most};
-        for (size_t c = 0; c < channels; c++, row += depth / 8)
-            v[c] = depth == 16 ? (uint64_t)row[0] << 8 | row[1] : row[0]; /* PNG is big-endian */
-        for (size_t c = 0; c < 3; c++) rgb[c] = composite(v[c], v[3], most, background);
-    }
-}
-
-/* Everything that may jump. Every kind of PNG is expanded to RGB or RGBA of 8 or 16 bits. */
-static Err png_in_body(PngIn *p) {
-    png_structp png = p->png;
-    png_set_read_fn(png, p, png_in_read);
-    png_set_user_limits(png, IMAGE_MAX_SIDE, IMAGE_MAX_SIDE);
-    png_set_crc_action(png, PNG_CRC_ERROR_QUIT, PNG_CRC_ERROR_QUIT);
-    png_read_info(png, p->info);
-    png_set_expand(png);
-    png_set_gray_to_rgb(png);
-    int passes = png_set_interlace_handling(png);
-    png_read_update_info(png, p->info);
-
-    size_t H = png_get_image_height(png, p->info), W = png_get_image_width(png, p->info);
-    size_t channels = png_get_channels(png, p->info), stride = png_get_rowbytes(png, p->info);
-    int depth = png_get_bit_depth(png, p->info);
-    if ((channels != 3 && channels != 4) || (depth != 8 && depth != 16) || stride != W * channels * (size_t)depth / 8)
-        return err("%zu channels of %d bits after expansion; 3 or 4 of 8 or 16 expected", channels, depth);
-    TRY(image_alloc(p->im, H, W));
-    TRY(mem_alloc(&p->raw, passes > 1 ? H : 1, stride, "the rows of a PNG"));
-    for (int pass = 0; pass < passes; pass++)
-        for (size_t y = 0; y < H; y++) {
-            uint8_t *row = p->raw + (passes > 1 ? y * stride : 0);
-            png_read_row(png, row, NULL);
-            if (pass == passes - 1) png_row_to_rgb(p->im->rgb + y * W * 3, row, W, channels, depth, p->background);
-        }
-    png_read_end(png, p->info);
-    return OK;
-}
-
-static int png_orientation(PngIn *p) {
-#ifdef PNG_eXIf_SUPPORTED
-    png_bytep exif = NULL;
-    png_uint_32 n = 0;
-    if (png_get_eXIf_1(p->png, p->info, &n, &exif)) return exif_orientation(exif, n);
+#ifdef HAVE_WEBP
+#define EXTENSIONS ".png, .jpg, .jpeg or .webp"
+#else
+#define EXTENSIONS ".png, .jpg or .jpeg"
 #endif
-    (void)p;
-    return 1;
-}
-
-static Err png_decode(Image *im, const uint8_t *bytes, size_t size, unsigned background) {
-    PngIn p = {.bytes = bytes, .size = size, .background = background, .im = im};
-    p.png = png_create_read_struct(PNG_LIBPNG_VER_STRING, &p, png_in_error, png_ignore_warning);
-    p.info = p.png ? png_create_info_struct(p.png) : NULL;
-    Err e;
-    if (!p.info)
-        e = err("no memory to read a PNG");
-    else if (setjmp(png_jmpbuf(p.png)))
-        e = err("damaged PNG: %s", p.message);
-    else
-        e = png_in_body(&p);
-    int orientation = e == OK ? png_orientation(&p) : 1;
-    png_destroy_read_struct(&p.png, &p.info, NULL);
-    free(p.raw);
-    return e == OK ? image_orient(im, orientation) : FAILED;
-}
 
 /* ------------------------------------------------------------------------------------------------------------
- * JPEG in
+ * Names
  * ---------------------------------------------------------------------------------------------------------- */
 
+/* A growing list of strings, each with what is known of its picture. start are offsets because text moves. */
 typedef struct {
-    struct jpeg_decompress_struct cinfo;
-    struct jpeg_error_mgr manager;
-    struct jpeg_progress_mgr progress;
-    jmp_buf jump;
-    char message[JMSG_LENGTH_MAX];
-    const uint8_t *bytes;
-    size_t size;
-    Image *im;
-    uint8_t *raw; /* one CMYK row */
-    int orientation;
-} JpegIn;
-
-static void jpeg_in_error(j_common_ptr cinfo) {
-    JpegIn *j = cinfo->client_data;
-    cinfo->err->format_message(cinfo, j->message);
-    longjmp(j->jump, 1);
-}
-
-/* Warnings (level < 0) mean damage that libjpeg papers over, such as a file cut short: here they are errors. Two are
- * harmless and common in real datasets: padding in front of the end marker, and a JFIF version from the future. */
-static void jpeg_in_warning(j_common_ptr cinfo, int level) {
-    const struct jpeg_error_mgr *m = cinfo->err;
-    int padding = m->msg_code == JWRN_EXTRANEOUS_DATA && m->msg_parm.i[1] == 0xd9;
-    if (level < 0 && !padding && m->msg_code != JWRN_JFIF_MAJOR) jpeg_in_error(cinfo);
-}
-
-static void jpeg_in_progress(j_common_ptr cinfo) {
-    JpegIn *j = cinfo->client_data;
-    if (cinfo->is_decompressor && j->cinfo.input_scan_number > JPEG_MAX_SCANS) {
-        snprintf(j->message, sizeof j->message, "more than %d scans", JPEG_MAX_SCANS);
-        longjmp(j->jump, 1);
-    }
-}
-
-/* rgb (W,3) from a row of CMYK (W,4). Files with an Adobe marker store inks inverted: 255 is no ink. */
-static void cmyk_to_rgb(uint8_t *rgb, const uint8_t *cmyk, size_t W, int inverted) {
-    unsigned flip = inverted ? 0 : 255;
-    for (size_t x = 0; x < W; x++, cmyk += 4, rgb += 3)
-        for (size_t c = 0; c < 3; c++) rgb[c] = (uint8_t)(((cmyk[c] ^ flip) * (cmyk[3] ^ flip) + 127) / 255);
-}
-
-static int jpeg_orientation(const struct jpeg_decompress_struct *cinfo) {
-    enum { PREFIX = 6 };
-    for (jpeg_saved_marker_ptr m = cinfo->marker_list; m; m = m->next)
-        if (m->data_length > PREFIX && memcmp(m->data, "Exif\0\0", PREFIX) == 0)
-            return exif_orientation(m->data + PREFIX, m->data_length - PREFIX);
-    return 1;
-}
-
-/* Everything that may jump. */
-static Err jpeg_in_body(JpegIn *j) {
-    struct jpeg_decompress_struct *cinfo = &j->cinfo;
-    jpeg_create_decompress(cinfo);
-    cinfo->progress = &j->progress;
-    j->progress.progress_monitor = jpeg_in_progress;
-    jpeg_mem_src(cinfo, j->bytes, (unsigned long)j->size);
-    jpeg_save_markers(cinfo, JPEG_APP0 + 1, 0xffff);
-    jpeg_read_header(cinfo, TRUE);
-    size_t W = cinfo->image_width;
-    TRY(image_alloc(j->im, cinfo->image_height, W)); /* before libjpeg allocates anything of that size */
-    int cmyk = cinfo->num_components == 4;
-    j->orientation = jpeg_orientation(cinfo);
-    cinfo->out_color_space = cmyk ? JCS_CMYK : JCS_RGB;
-    if (cmyk) TRY(mem_alloc(&j->raw, W, 4, "a CMYK row"));
-    jpeg_start_decompress(cinfo);
-    while (cinfo->output_scanline < cinfo->output_height) {
-        uint8_t *rgb = j->im->rgb + (size_t)cinfo->output_scanline * W * 3;
-        JSAMPROW row = cmyk ? j->raw : rgb;
-        jpeg_read_scanlines(cinfo, &row, 1);
-        if (cmyk) cmyk_to_rgb(rgb, row, W, cinfo->saw_Adobe_marker);
-    }
-    jpeg_finish_decompress(cinfo); /* reads up to the end marker: finds files cut right before it */
-    return OK;
-}
-
-static Err jpeg_decode(Image *im, const uint8_t *bytes, size_t size) {
-    JpegIn j = {.bytes = bytes, .size = size, .im = im};
-    j.cinfo.err = jpeg_std_error(&j.manager);
-    j.manager.error_exit = jpeg_in_error;
-    j.manager.emit_message = jpeg_in_warning;
-    j.cinfo.client_data = &j;
-    Err e;
-    if (setjmp(j.jump))
-        e = err("damaged JPEG: %s", j.message);
-    else
-        e = jpeg_in_body(&j);
-    jpeg_destroy_decompress(&j.cinfo);
-    free(j.raw);
-    return e == OK ? image_orient(im, j.orientation) : FAILED;
-}
-
-/* ------------------------------------------------------------------------------------------------------------
- * Pictures in
- * ---------------------------------------------------------------------------------------------------------- */
-
-typedef enum { KIND_UNKNOWN, KIND_PNG, KIND_JPEG, KIND_OTHER } Kind;
-
-/* What the first bytes say. *name is for messages. */
-static Kind file_kind(const char **name, const uint8_t *p, size_t n) {
-    static const struct {
-        Kind kind;
-        size_t at, length;
-        const char *bytes, *name;
-    } known[] = {
-        {KIND_PNG, 0, 8, "\x89PNG\r\n\x1a\n", "PNG"},
-        {KIND_JPEG, 0, 3, "\xff\xd8\xff", "JPEG"},
-        {KIND_OTHER, 8, 4, "WEBP", "WebP"},
-        {KIND_OTHER, 0, 4, "GIF8", "GIF"},
-        {KIND_OTHER, 0, 2, "BM", "BMP"},
-        {KIND_OTHER, 0, 4, "II*\0", "TIFF"},
-        {KIND_OTHER, 0, 4, "MM\0*", "TIFF"},
-        {KIND_OTHER, 4, 8, "ftypavif", "AVIF"},
-        {KIND_OTHER, 4, 7, "ftyphei", "HEIC"},
-        {KIND_OTHER, 0, 5, "%PDF-", "PDF"},
-        {KIND_OTHER, 0, 4, "PK\3\4", "zip"},
-        {KIND_OTHER, 0, 2, "\x1f\x8b", "gzip"},
-    };
-    for (size_t i = 0; i < sizeof known / sizeof *known; i++)
-        if (n >= known[i].at + known[i].length && memcmp(p + known[i].at, known[i].bytes, known[i].length) == 0) {
-            *name = known[i].name;
-            return known[i].kind;
-        }
-    while (n && isspace(*p)) p++, n--;
-    *name = "HTML";
-    if (n >= 5 && (strncasecmp((const char *)p, "<html", 5) == 0 || strncasecmp((const char *)p, "<!doc", 5) == 0))
-        return KIND_OTHER;
-    *name = "XML or SVG";
-    return n && *p == '<' ? KIND_OTHER : KIND_UNKNOWN;
-}
-
-static Err image_decode(Image *im, const uint8_t *bytes, size_t size, unsigned background) {
-    const char *name;
-    switch (file_kind(&name, bytes, size)) {
-    case KIND_PNG: return png_decode(im, bytes, size, background);
-    case KIND_JPEG: return jpeg_decode(im, bytes, size);
-    case KIND_OTHER: return err("is %s %s file; PNG or JPEG expected", strchr("AEIOHX", name[0]) ? "an" : "a", name);
-    default: return err("is neither PNG nor JPEG");
-    }
-}
-
-static Err image_load(Image *im, const char *path, unsigned background) {
-    uint8_t *bytes;
-    size_t size;
-    *im = (Image){0};
-    TRY(file_bytes(&bytes, &size, path, IMAGE_FILE_BYTES));
-    Err e = image_decode(im, bytes, size, background);
-    free(bytes);
-    if (e == OK) return OK;
-    image_free(im);
-    return err_in(path);
-}
-
-Err image_read(Image *im, const char *path) {
-    return image_load(im, path, 255);
-}
-
-Err image_read_gray(Image *im, const char *path) {
-    TRY(image_load(im, path, 0));
-    for (size_t i = 0; i < im->H * im->W; i++) { /* ITU-R 601 luma in 16-bit fixed point; grey stays as it is */
-        const uint8_t *p = im->rgb + i * 3;
-        im->rgb[i] = (uint8_t)((19595u * p[0] + 38470u * p[1] + 7471u * p[2] + 32768u) >> 16);
-    }
-    return OK;
-}
-
-/* ------------------------------------------------------------------------------------------------------------
- * PNG out
- * ---------------------------------------------------------------------------------------------------------- */
-
-typedef struct {
-    AtomicFile file;
-    const Image *im;
-    png_text *text;
-    size_t n_text;
-    int write_failed; /* err_text() already says what */
-    png_structp png;
-    png_infop info;
-} PngOut;
-
-static void png_out_error(png_structp png, png_const_charp text) {
-    PngOut *p = png_get_error_ptr(png);
-    if (!p->write_failed) err("writing a PNG: %s", text);
-    png_longjmp(png, 1);
-}
-
-static void png_out_write(png_structp png, png_bytep data, size_t n) {
-    PngOut *p = png_get_io_ptr(png);
-    p->write_failed = atomic_write(&p->file, data, n) != OK;
-    if (p->write_failed) png_error(png, "write failed");
-}
-
-static void png_out_flush(png_structp png) {
-    (void)png;
-}
-
-/* Whether s is well-formed UTF-8 with something beyond ASCII in it. */
-static int is_wide_utf8(const char *s) {
-    const unsigned char *p = (const unsigned char *)s;
-    int wide = 0;
-    while (*p) {
-        int more = *p < 0x80 ? 0 : *p >= 0xc2 && *p < 0xe0 ? 1 : *p >= 0xe0 && *p < 0xf0 ? 2 : 3;
-        if (*p >= 0xf5 || (*p >= 0x80 && *p < 0xc2)) return 0;
-        if ((*p == 0xe0 && p[1] < 0xa0) || (*p == 0xed && p[1] >= 0xa0)) return 0; /* overlong; surrogates */
-        if ((*p == 0xf0 && p[1] < 0x90) || (*p == 0xf4 && p[1] >= 0x90)) return 0;
-        wide |= more > 0;
-        for (p++; more > 0; more--, p++)
-            if ((*p & 0xc0) != 0x80) return 0;
-    }
-    return wide;
-}
-
-/* iTXt holds UTF-8, tEXt Latin-1: whatever is not UTF-8 goes there byte by byte. */
-static Err png_texts(PngOut *p, const Config *text) {
-    p->n_text = text ? text->n : 0;
-    TRY(mem_alloc(&p->text, p->n_text, sizeof *p->text, "PNG texts"));
-    for (size_t i = 0; i < p->n_text; i++) {
-        const char *key = text->kv[i].key;
-        size_t length = strlen(key);
-        int plain = length >= 1 && length <= 79 && key[0] != ' ' && key[length - 1] != ' ' && !strstr(key, "  ");
-        for (size_t k = 0; k < length; k++) plain &= key[k] >= ' ' && key[k] <= '~';
-        if (!plain) return err("PNG text key '%s': 1..79 printable ASCII characters, single spaces expected", key);
-        p->text[i].compression =
-            is_wide_utf8(text->kv[i].value) ? PNG_ITXT_COMPRESSION_NONE : PNG_TEXT_COMPRESSION_NONE;
-        p->text[i].key = text->kv[i].key;
-        p->text[i].text = text->kv[i].value;
-        p->text[i].lang = p->text[i].lang_key = "";
-    }
-    return OK;
-}
-
-/* Everything that may jump. */
-static void png_out_body(PngOut *p) {
-    png_structp png = p->png;
-    const Image *im = p->im;
-    png_set_write_fn(png, p, png_out_write, png_out_flush);
-    png_set_user_limits(png, PNG_UINT_31_MAX, PNG_UINT_31_MAX);
-    png_set_IHDR(png, p->info, (png_uint_32)im->W, (png_uint_32)im->H, 8, PNG_COLOR_TYPE_RGB, PNG_INTERLACE_NONE,
-                 PNG_COMPRESSION_TYPE_DEFAULT, PNG_FILTER_TYPE_DEFAULT);
-    if (p->n_text) png_set_text(png, p->info, p->text, (int)p->n_text);
-    png_write_info(png, p->info);
-    for (size_t y = 0; y < im->H; y++) png_write_row(png, im->rgb + y * im->W * 3);
-    png_write_end(png, p->info);
-}
-
-static Err png_encode(PngOut *p) {
-    p->png = png_create_write_struct(PNG_LIBPNG_VER_STRING, p, png_out_error, png_ignore_warning);
-    p->info = p->png ? png_create_info_struct(p->png) : NULL;
-    Err e = OK;
-    if (!p->info)
-        e = err("no memory to write a PNG");
-    else if (setjmp(png_jmpbuf(p->png)))
-        e = FAILED;
-    else
-        png_out_body(p);
-    png_destroy_write_struct(&p->png, &p->info);
-    return e;
-}
-
-Err image_write_png(const char *path, const Image *im, const Config *text) {
-    if (im->H < 1 || im->W < 1 || im->H > PNG_UINT_31_MAX || im->W > PNG_UINT_31_MAX / 8)
-        return err("%s: a picture of %zu x %zu pixels cannot be a PNG", path, im->W, im->H);
-    PngOut p = {.im = im};
-    Err e = png_texts(&p, text);
-    if (e == OK) e = atomic_open(&p.file, path);
-    if (e == OK) {
-        e = png_encode(&p);
-        if (e == OK)
-            e = atomic_commit(&p.file);
-        else
-            atomic_abandon(&p.file);
-    }
-    free(p.text);
-    return e;
-}
-
-/* ------------------------------------------------------------------------------------------------------------
- * Resizing
- * ---------------------------------------------------------------------------------------------------------- */
-
-static void resize_nearest(Image *out, const Image *in) {
-    for (size_t y = 0; y < out->H; y++)
-        for (size_t x = 0; x < out->W; x++) {
-            size_t from = y * in->H / out->H * in->W + x * in->W / out->W;
-            memcpy(out->rgb + (y * out->W + x) * 3, in->rgb + from * 3, 3);
-        }
-}
-
-/* Exact halving: OpenCV answers INTER_LINEAR with the mean of 2x2 pixels. */
-static void resize_half(Image *out, const Image *in) {
-    for (size_t y = 0; y < out->H; y++)
-        for (size_t x = 0; x < out->W; x++)
-            for (size_t c = 0; c < 3; c++) {
-                const uint8_t *a = in->rgb + (2 * y * in->W + 2 * x) * 3 + c, *b = a + in->W * 3;
-                out->rgb[(y * out->W + x) * 3 + c] = (uint8_t)((a[0] + a[3] + b[0] + b[3] + 2) >> 2);
-            }
-}
-
-/* Where output pixel i of `out` lies among `in` source pixels, half-pixel centres: pixels at and at+1, weights with
- * LINEAR_BITS fractional bits rounded half to even. Computed in float, as OpenCV does. */
-enum { LINEAR_BITS = 11 };
-typedef struct {
-    ptrdiff_t at; /* -1 and in-1 are possible: clamp */
-    int w0, w1;
-} LinearTap;
-static LinearTap linear_tap(size_t i, size_t in, size_t out) {
-    double scale = 1 / ((double)out / (double)in);
-    float f = (float)(((double)i + 0.5) * scale - 0.5);
-    float whole = floorf(f);
-    f -= whole;
-    return (LinearTap){(ptrdiff_t)whole, (int)lrintf((1 - f) * (1 << LINEAR_BITS)),
-                       (int)lrintf(f * (1 << LINEAR_BITS))};
-}
-
-static size_t clamp_index(ptrdiff_t i, size_t n) {
-    return i < 0 ? 0 : (size_t)i >= n ? n - 1 : (size_t)i;
-}
-
-/* to (out,3) = a source row (in,3) at the column taps, LINEAR_BITS fractional bits. */
-static void linear_row(int32_t *to, const uint8_t *row, const LinearTap *tap, size_t in, size_t out) {
-    for (size_t x = 0; x < out; x++) {
-        const uint8_t *a = row + clamp_index(tap[x].at, in) * 3;
-        int inside = tap[x].at >= 0 && (size_t)tap[x].at < in - 1; /* else the edge pixel alone */
-        for (size_t c = 0; c < 3; c++)
-            to[x * 3 + c] = inside ? a[c] * tap[x].w0 + a[c + 3] * tap[x].w1 : a[c] << LINEAR_BITS;
-    }
-}
-
-/* Rows first, then columns; the second pass drops bits in the steps in which OpenCV drops them, so that every
- * pixel comes out the same. row[k] holds the horizontal pass of source row have[k]. */
-static Err resize_linear(Image *out, const Image *in) {
-    LinearTap *tap = NULL;
-    int32_t *row[2] = {NULL, NULL};
-    Err e = mem_alloc(&tap, out->W, sizeof *tap, "column weights");
-    for (int k = 0; k < 2 && e == OK; k++) e = mem_alloc(&row[k], out->W * 3, sizeof *row[k], "a resized row");
-    size_t have[2] = {SIZE_MAX, SIZE_MAX};
-    for (size_t x = 0; x < out->W && e == OK; x++) tap[x] = linear_tap(x, in->W, out->W);
-    for (size_t y = 0; y < out->H && e == OK; y++) {
-        LinearTap v = linear_tap(y, in->H, out->H);
-        size_t want[2] = {clamp_index(v.at, in->H), clamp_index(v.at + 1, in->H)};
-        if (want[0] == have[1]) { /* the lower row of the last line is the upper one of this */
-            int32_t *swap = row[0];
-            row[0] = row[1], row[1] = swap;
-            have[1] = have[0], have[0] = want[0];
-        }
-        for (int k = 0; k < 2; k++)
-            if (have[k] != want[k]) {
-                linear_row(row[k], in->rgb + want[k] * in->W * 3, tap, in->W, out->W);
-                have[k] = want[k];
-            }
-        uint8_t *to = out->rgb + y * out->W * 3;
-        for (size_t i = 0; i < out->W * 3; i++)
-            to[i] = (uint8_t)((((v.w0 * (row[0][i] >> 4)) >> 16) + ((v.w1 * (row[1][i] >> 4)) >> 16) + 2) >> 2);
-    }
-    free(tap);
-    free(row[0]);
-    free(row[1]);
-    return e;
-}
-
-/* Antialiased bicubic along one axis: output i is the weighted sum of n[i] source pixels from first[i]. */
-enum { BICUBIC_BITS = 22 };
-typedef struct {
-    size_t *first, *n; /* (out) */
-    size_t most;       /* row stride of weight */
-    int32_t *weight;   /* (out, most), BICUBIC_BITS fractional bits, rows sum to about 1 */
-} Taps;
-
-/* Keys' cubic with a = -0.5. */
-static double cubic(double x) {
-    const double a = -0.5;
-    x = fabs(x);
-    if (x < 1) return ((a + 2) * x - (a + 3)) * x * x + 1;
-    return x < 2 ? (((x - 5) * x + 8) * x - 4) * a : 0;
-}
-
-static void taps_free(Taps *t) {
-    free(t->first);
-    free(t->n);
-    free(t->weight);
-}
-
-/* One row of weights around source position `centre`; w is scratch (most). */
-static void taps_fill(Taps *t, double *w, size_t i, size_t in, double scale) {
-    double wide = scale < 1 ? 1 : scale, centre = ((double)i + 0.5) * scale, sum = 0;
-    double from = centre - 2 * wide + 0.5, to = centre + 2 * wide + 0.5;
-    size_t first = from < 0 ? 0 : (size_t)from, end = to > (double)in ? in : (size_t)to;
-    for (size_t k = 0; k < end - first; k++) sum += w[k] = cubic(((double)(first + k) - centre + 0.5) / wide);
-    t->first[i] = first;
-    t->n[i] = end - first;
-    for (size_t k = 0; k < end - first; k++)
-        t->weight[i * t->most + k] = (int32_t)round(w[k] / sum * (1 << BICUBIC_BITS));
-}
-
-static Err taps_make(Taps *t, size_t in, size_t out) {
-    double scale = (double)in / (double)out, *w = NULL;
-    *t = (Taps){.most = (size_t)ceil(2 * (scale < 1 ? 1 : scale)) * 2 + 1};
-    size_t weights;
-    Err e = size_mul(&weights, out, t->most);
-    if (e == OK) e = mem_alloc(&t->first, out, sizeof *t->first, "resize taps");
-    if (e == OK) e = mem_alloc(&t->n, out, sizeof *t->n, "resize taps");
-    if (e == OK) e = mem_alloc(&t->weight, weights, sizeof *t->weight, "resize weights");
-    if (e == OK) e = mem_alloc(&w, t->most, sizeof *w, "resize weights");
-    for (size_t i = 0; i < out && e == OK; i++) taps_fill(t, w, i, in, scale);
-    free(w);
-    if (e != OK) taps_free(t);
-    return e;
-}
-
-static uint8_t clip_bicubic(int32_t v) {
-    v >>= BICUBIC_BITS;
-    return (uint8_t)(v < 0 ? 0 : v > 255 ? 255 : v);
-}
-
-/* out (H,out,3) = the rows of in (H,in,3) */
-static void bicubic_columns(Image *out, const Image *in, const Taps *t) {
-    for (size_t y = 0; y < in->H; y++)
-        for (size_t x = 0; x < out->W; x++) {
-            const uint8_t *from = in->rgb + (y * in->W + t->first[x]) * 3;
-            const int32_t *w = t->weight + x * t->most;
-            int32_t sum[3] = {1 << (BICUBIC_BITS - 1), 1 << (BICUBIC_BITS - 1), 1 << (BICUBIC_BITS - 1)};
-            for (size_t k = 0; k < t->n[x]; k++, from += 3)
-                for (size_t c = 0; c < 3; c++) sum[c] += from[c] * w[k];
-            for (size_t c = 0; c < 3; c++) out->rgb[(y * out->W + x) * 3 + c] = clip_bicubic(sum[c]);
-        }
-}
-
-/* out (out,W,3) = the columns of in (in,W,3); sum (W*3) is scratch */
-static void bicubic_rows(Image *out, const Image *in, const Taps *t, int32_t *sum) {
-    size_t row = in->W * 3;
-    for (size_t y = 0; y < out->H; y++) {
-        for (size_t i = 0; i < row; i++) sum[i] = 1 << (BICUBIC_BITS - 1);
-        for (size_t k = 0; k < t->n[y]; k++) {
-            const uint8_t *from = in->rgb + (t->first[y] + k) * row;
-            int32_t w = t->weight[y * t->most + k];
-            for (size_t i = 0; i < row; i++) sum[i] += from[i] * w;
-        }
-        for (size_t i = 0; i < row; i++) out->rgb[y * row + i] = clip_bicubic(sum[i]);
-    }
-}
-
-/* Columns, then rows, rounded to 8 bits between, each only where the size changes: as Pillow. */
-static Err resize_bicubic(Image *out, const Image *in) {
-    Taps across = {0}, down = {0};
-    Image wide = {0};
-    int32_t *sum = NULL;
-    Err e = OK;
-    if (out->W != in->W) {
-        e = taps_make(&across, in->W, out->W);
-        if (e == OK && out->H != in->H) e = image_alloc(&wide, in->H, out->W);
-        if (e == OK) bicubic_columns(out->H != in->H ? &wide : out, in, &across);
-    }
-    if (e == OK && out->H != in->H) {
-        e = taps_make(&down, in->H, out->H);
-        if (e == OK) e = mem_alloc(&sum, out->W * 3, sizeof *sum, "a resized row");
-        if (e == OK) bicubic_rows(out, out->W != in->W ? &wide : in, &down, sum);
-    }
-    if (across.weight) taps_free(&across);
-    if (down.weight) taps_free(&down);
-    image_free(&wide);
-    free(sum);
-    return e;
-}
-
-Err image_resize(Image *out, const Image *in, size_t H, size_t W, Filter filter) {
-    if (in->H < 1 || in->W < 1) return err("resizing an empty picture");
-    TRY(image_alloc(out, H, W));
-    Err e = OK;
-    if (H == in->H && W == in->W)
-        memcpy(out->rgb, in->rgb, H * W * 3);
-    else if (filter == FILTER_NEAREST)
-        resize_nearest(out, in);
-    else if (filter == FILTER_LINEAR && in->H == 2 * H && in->W == 2 * W)
-        resize_half(out, in);
-    else
-        e = filter == FILTER_LINEAR ? resize_linear(out, in) : resize_bicubic(out, in);
-    if (e != OK) image_free(out);
-    return e;
-}
-
-/* ------------------------------------------------------------------------------------------------------------
- * Preprocessing (SPEC section 10)
- * ---------------------------------------------------------------------------------------------------------- */
-
-/* out = the centre square of im; odd remainders leave the larger part below and on the right. */
-static Err centre_square(Image *out, const Image *im) {
-    size_t side = im->H < im->W ? im->H : im->W;
-    size_t y0 = (im->H - side) / 2, x0 = (im->W - side) / 2;
-    TRY(image_alloc(out, side, side));
-    for (size_t y = 0; y < side; y++) memcpy(out->rgb + y * side * 3, im->rgb + ((y0 + y) * im->W + x0) * 3, side * 3);
-    return OK;
-}
-
-/* out = im with its short side resized to size, or its centre square for the presets that cut first. */
-static Err prep_resize(Image *out, const Image *im, Prep prep, size_t size) {
-    if (prep == PREP_FFHQ || prep == PREP_IMAGENET) {
-        double scale = (double)size / (double)(im->H < im->W ? im->H : im->W);
-        return image_resize(out, im, (size_t)rint((double)im->H * scale), (size_t)rint((double)im->W * scale),
-                            FILTER_LINEAR); /* rint: half to even, as Python's round */
-    }
-    Image square;
-    TRY(centre_square(&square, im));
-    Err e = image_resize(out, &square, size, size, FILTER_BICUBIC);
-    image_free(&square);
-    return e;
-}
-
-static size_t crop_offset(size_t spare, double u) {
-    return u < 0 ? spare / 2 : (size_t)((double)spare * u);
-}
-
-/* out (3,size,size) = a window of im (at least size x size), [0,255] to [-1,1]. */
-static void prep_crop(real *out, const Image *im, size_t size, double u_y, double u_x, int flip) {
-    real value[256];
-    for (int i = 0; i < 256; i++) value[i] = (real)(i / 127.5 - 1);
-    size_t y0 = crop_offset(im->H - size, u_y), x0 = crop_offset(im->W - size, u_x);
-    for (size_t c = 0; c < 3; c++)
-        for (size_t y = 0; y < size; y++) {
-            const uint8_t *row = im->rgb + ((y0 + y) * im->W + x0) * 3 + c;
-            for (size_t x = 0; x < size; x++) *out++ = value[row[(flip ? size - 1 - x : x) * 3]];
-        }
-}
-
-Err image_prepare(real *out, const Image *im, Prep prep, size_t size, double u_crop_y, double u_crop_x, int flip) {
-    if (!(u_crop_y < 1 && u_crop_x < 1)) return err("crop position %g, %g: below 1 expected", u_crop_y, u_crop_x);
-    if (size < 1 || size > IMAGE_MAX_SIDE) return err("size %zu: 1..%d expected", size, IMAGE_MAX_SIDE);
-    if (im->H < 1 || im->W < 1) return err("preparing an empty picture");
-    Image resized;
-    TRY(prep_resize(&resized, im, prep, size));
-    prep_crop(out, &resized, size, u_crop_y, u_crop_x, flip);
-    image_free(&resized);
-    return OK;
-}
-
-/* Truncation, not rounding: what the official sampling script does. NaN becomes black. */
-static uint8_t real_to_u8(real x) {
-    x = (x + 1) / 2;
-    x = x > 0 ? x < 1 ? x : 1 : 0;
-    return (uint8_t)(255 * x);
-}
-
-Err image_grid(Image *out, const real *images, size_t n, size_t H, size_t W, size_t columns, size_t gap) {
-    if (n < 1 || columns < 1 || H < 1 || W < 1) return err("a grid of no pictures");
-    if (columns > n) columns = n;
-    size_t rows = (n + columns - 1) / columns;
-    if (H > IMAGE_MAX_SIDE || W > IMAGE_MAX_SIDE || gap > IMAGE_MAX_SIDE || rows > IMAGE_MAX_SIDE ||
-        columns > IMAGE_MAX_SIDE)
-        return err("a grid of %zu x %zu pictures of %zu x %zu is too large", columns, rows, W, H);
-    TRY(image_alloc(out, rows * (H + gap) - gap, columns * (W + gap) - gap));
-    memset(out->rgb, 255, out->H * out->W * 3);
-    for (size_t i = 0; i < n; i++)
-        for (size_t y = 0; y < H; y++) {
-            uint8_t *to = out->rgb + ((i / columns * (H + gap) + y) * out->W + i % columns * (W + gap)) * 3;
-            for (size_t x = 0; x < W; x++)
-                for (size_t c = 0; c < 3; c++) *to++ = real_to_u8(images[((i * 3 + c) * H + y) * W + x]);
-        }
-    return OK;
-}
-
-/* ------------------------------------------------------------------------------------------------------------
- * Datasets
- * ---------------------------------------------------------------------------------------------------------- */
-
-/* A growing list of strings; start[] are offsets because text moves. */
+    size_t start;
+    const char *name; /* once sorted */
+    uint64_t bytes;   /* of the file, or the value */
+    int held;         /* 1 validation, 0 training, -1 not said */
+} Name;
 typedef struct {
     char *text;
     size_t used, room;
-    size_t *start;
+    Name *item;
     size_t n, capacity;
 } Names;
 
-static Err names_add(Names *s, const char *name, size_t length) {
+static Err names_add(Names *s, const char *name, size_t length, uint64_t bytes, int held) {
     TRY(mem_grow(&s->text, s->used, length + 1, &s->room, 1, "file names"));
-    TRY(mem_grow(&s->start, s->n, 1, &s->capacity, sizeof *s->start, "file names"));
+    TRY(mem_grow(&s->item, s->n, 1, &s->capacity, sizeof *s->item, "file names"));
     memcpy(s->text + s->used, name, length);
     s->text[s->used + length] = 0;
-    s->start[s->n++] = s->used;
+    s->item[s->n++] = (Name){s->used, NULL, bytes, held};
     s->used += length + 1;
     return OK;
 }
 
 static void names_free(Names *s) {
     free(s->text);
-    free(s->start);
+    free(s->item);
     *s = (Names){0};
+}
+
+static int compare_names(const void *a, const void *b) {
+    return strcmp(((const Name *)a)->name, ((const Name *)b)->name);
 }
 
 static int compare_strings(const void *a, const void *b) {
     return strcmp(*(char *const *)a, *(char *const *)b);
 }
 
-/* *out (n) = the strings in byte order, pointers and text in one allocation. Strings that do not start with '/' get
- * `folder` + "/" in front, after sorting; NULL: nothing in front. */
+/* The last part of a name without its extension: what lists and files agree in. */
+static const char *stem_of(size_t *length, const char *name) {
+    const char *slash = strrchr(name, '/'), *stem = slash ? slash + 1 : name, *dot = strrchr(stem, '.');
+    *length = dot && dot != stem ? (size_t)(dot - stem) : strlen(stem);
+    return stem;
+}
+
+static int compare_stems(const void *a, const void *b) {
+    size_t n, m;
+    const char *p = stem_of(&n, ((const Name *)a)->name), *q = stem_of(&m, ((const Name *)b)->name);
+    int order = memcmp(p, q, n < m ? n : m);
+    return order ? order : (n > m) - (n < m);
+}
+
+/* Into byte order, or another one. No name may be added afterwards. */
+static void names_sort(Names *s, int (*compare)(const void *, const void *)) {
+    for (size_t i = 0; i < s->n; i++) s->item[i].name = s->text + s->item[i].start;
+    if (s->n) qsort(s->item, s->n, sizeof *s->item, compare);
+}
+
+/* *out (n) = the names in their order, pointers and text in one allocation. Those that do not start with '/' get
+ * `folder` + "/" in front; NULL: nothing in front. */
 static Err names_pack(char ***out, const Names *s, const char *folder) {
     size_t prefix = folder ? strlen(folder) + 1 : 0, bytes;
     TRY(size_mul(&bytes, s->n, sizeof(char *) + prefix));
     TRY(mem_alloc(out, bytes + s->used, 1, "file names"));
-    char **item = *out, *to = (char *)(item + s->n);
-    for (size_t i = 0; i < s->n; i++) item[i] = s->text + s->start[i];
-    qsort(item, s->n, sizeof *item, compare_strings);
+    char *to = (char *)(*out + s->n);
     for (size_t i = 0; i < s->n; i++) {
-        const char *from = item[i];
-        item[i] = to;
-        if (folder && from[0] != '/') to += sprintf(to, "%s/", folder);
-        to = stpcpy(to, from) + 1;
+        (*out)[i] = to;
+        if (folder && s->item[i].name[0] != '/') to += sprintf(to, "%s/", folder);
+        to = stpcpy(to, s->item[i].name) + 1;
     }
     return OK;
 }
 
-static int is_picture_name(const char *name) {
-    const char *dot = strrchr(name, '.');
-    return dot && (!strcasecmp(dot, ".png") || !strcasecmp(dot, ".jpg") || !strcasecmp(dot, ".jpeg"));
-}
+/* ------------------------------------------------------------------------------------------------------------
+ * Finding pictures
+ * ---------------------------------------------------------------------------------------------------------- */
 
-static int is_folder(const char *path) {
-    struct stat st;
-    return stat(path, &st) == 0 && S_ISDIR(st.st_mode);
-}
+static const char DATA_MDB[] = "data.mdb";                     /* what the file in every LMDB's folder is called */
+static const char IMAGENET_LEFT_OUT[] = "n06596364_9591.JPEG"; /* the official code leaves it out (SPEC section 10) */
 
 /* out = a/b, or b alone when a is empty */
 static Err join(char out[PATH_BYTES], const char *a, const char *b) {
@@ -888,90 +130,240 @@ static Err join(char out[PATH_BYTES], const char *a, const char *b) {
     return n < PATH_BYTES ? OK : err("%.100s...: a path longer than %d bytes", a, PATH_BYTES - 1);
 }
 
-static Err scan_folder(Names *s, const char *root, const char *below, int depth);
+static int is_folder(const char *path) {
+    struct stat st;
+    return stat(path, &st) == 0 && S_ISDIR(st.st_mode);
+}
 
-/* One folder entry: a sub-folder, a picture, or nothing to us. Symbolic links are followed. */
-static Err scan_entry(Names *s, const char *root, const char *below, const char *name, int depth) {
+/* The beginning of a file; how much of it there is. */
+static size_t file_start(uint8_t bytes[SNIFF_BYTES], const char *path) {
+    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+    ssize_t n = fd < 0 ? 0 : read(fd, bytes, SNIFF_BYTES);
+    if (fd >= 0) close(fd);
+    return n > 0 ? (size_t)n : 0;
+}
+
+/* By the name where it says something, else by the content. */
+static int is_picture_file(const char *name, const char *path) {
+    static const char *const extension[] = {".png", ".jpg", ".jpeg", ".webp"};
+    uint8_t bytes[SNIFF_BYTES];
+    const char *dot = strrchr(name, '.');
+    for (size_t i = 0; dot && i < sizeof extension / sizeof *extension; i++)
+        if (!strcasecmp(dot, extension[i])) return 1;
+    return !dot && is_picture(bytes, file_start(bytes, path));
+}
+
+/* Where names go while a set is being searched. */
+typedef struct {
+    Dataset *set; /* owns the LMDBs that are met */
+    Names *names;
+    const char *root;
+    char below[PATH_BYTES]; /* of the LMDB being read */
+} Search;
+
+static Err take_key(void *context, const char *key, size_t value_bytes) {
+    Search *s = context;
+    char name[PATH_BYTES];
+    TRY(join(name, s->below, key));
+    return names_add(s->names, name, strlen(name), value_bytes, -1);
+}
+
+/* Adds the keys of the LMDB at root/below, which stays open. */
+static Err search_lmdb(Search *s, const char *below) {
+    char path[PATH_BYTES];
+    Lmdb *x, **larger;
+    TRY(join(path, s->root, below));
+    TRY(lmdb_open(&x, path));
+    Dataset *d = s->set;
+    if (mem_alloc(&larger, d->n_lmdb + 1, sizeof *larger, "LMDBs") != OK) {
+        lmdb_close(x);
+        return FAILED;
+    }
+    if (d->n_lmdb) memcpy(larger, d->lmdb, d->n_lmdb * sizeof *larger);
+    free(d->lmdb);
+    d->lmdb = larger;
+    d->lmdb[d->n_lmdb++] = x;
+    snprintf(s->below, sizeof s->below, "%s", below);
+    return lmdb_names(x, take_key, s);
+}
+
+static Err search_folder(Search *s, const char *below, int depth);
+
+/* One folder entry: a sub-folder, a picture, an LMDB, or nothing to us. Symbolic links are followed. */
+static Err search_entry(Search *s, const char *below, const char *name, int depth) {
     char relative[PATH_BYTES], path[PATH_BYTES];
     struct stat st;
     TRY(join(relative, below, name));
-    TRY(join(path, root, relative));
-    if (stat(path, &st) != 0) return is_picture_name(name) ? err("%s: %s", path, strerror(errno)) : OK;
-    if (S_ISDIR(st.st_mode)) return scan_folder(s, root, relative, depth + 1);
-    return S_ISREG(st.st_mode) && is_picture_name(name) ? names_add(s, relative, strlen(relative)) : OK;
+    TRY(join(path, s->root, relative));
+    if (stat(path, &st) != 0) return is_picture_file(name, path) ? err("%s: %s", path, strerror(errno)) : OK;
+    if (S_ISDIR(st.st_mode)) return search_folder(s, relative, depth + 1);
+    if (S_ISREG(st.st_mode) && !strcmp(name, DATA_MDB)) return search_lmdb(s, relative);
+    if (!S_ISREG(st.st_mode) || !is_picture_file(name, path) || !strcmp(name, IMAGENET_LEFT_OUT)) return OK;
+    return names_add(s->names, relative, strlen(relative), (uint64_t)st.st_size, -1);
 }
 
 /* Adds the pictures in root/below, named relative to root. Hidden files and folders are skipped. */
-static Err scan_folder(Names *s, const char *root, const char *below, int depth) {
+static Err search_folder(Search *s, const char *below, int depth) {
     char path[PATH_BYTES];
-    TRY(join(path, root, below));
+    TRY(join(path, s->root, below));
     if (depth > FOLDER_DEPTH) return err("%s: folders nested deeper than %d", path, FOLDER_DEPTH);
-    DIR *dir = opendir(*below ? path : root);
-    if (!dir) return err("%s: %s", path, strerror(errno));
+    DIR *dir = opendir(*below ? path : s->root);
+    if (!dir) return err("%s: %s", *below ? path : s->root, strerror(errno));
     Err e = OK;
     for (struct dirent *entry; e == OK && (entry = readdir(dir));)
-        if (entry->d_name[0] != '.') e = scan_entry(s, root, below, entry->d_name, depth);
+        if (entry->d_name[0] != '.') e = search_entry(s, below, entry->d_name, depth);
     closedir(dir);
     return e;
 }
 
-/* Adds the paths in a list file; each must be there. `folder`: what relative ones are relative to. */
-static Err scan_list(Names *s, const char *list, const char *folder) {
+/* ---- list files ---- */
+
+/* What a list's folder holds, by stem; searched when the first line names no file as it stands: FFHQ comes in folders of
+ * a thousand, LSUN as an LMDB or in nested folders, and the official lists name the pictures alone. */
+typedef struct {
+    Names found;
+    int searched;
+    size_t missing;
+    char first[ERR_MAX]; /* the complaint about the first missing one */
+} Index;
+
+/* *out = the one picture whose stem is that of `name`; NULL: none. Two are an error. */
+static Err index_find(Index *x, Search *s, const char *name, const Name **out) {
+    if (!x->searched) {
+        Names *theirs = s->names;
+        s->names = &x->found;
+        Err e = search_folder(s, "", 0);
+        s->names = theirs;
+        if (e != OK) return e;
+        names_sort(&x->found, compare_stems);
+        x->searched = 1;
+    }
+    Name key = {0, name, 0, 0};
+    const Name *all = x->found.item,
+               *at = x->found.n ? bsearch(&key, all, x->found.n, sizeof *all, compare_stems) : NULL;
+    *out = at;
+    if (!at) return OK;
+    const Name *other = at > all && !compare_stems(at - 1, at)                    ? at - 1
+                        : at + 1 < all + x->found.n && !compare_stems(at, at + 1) ? at + 1
+                                                                                  : NULL;
+    return other ? err("'%s' could be %s or %s", name, at->name, other->name) : OK;
+}
+
+/* One line of a list: the file of that path, else the picture of that stem. Missing ones are counted. */
+static Err list_line(Search *s, Index *x, const char *list, size_t line, const char *name, int held) {
+    char path[PATH_BYTES];
+    struct stat st;
+    const Name *found;
+    TRY(join(path, name[0] == '/' ? "" : s->root, name));
+    if (stat(path, &st) == 0 && S_ISREG(st.st_mode))
+        return names_add(s->names, name, strlen(name), (uint64_t)st.st_size, held);
+    if (index_find(x, s, name, &found) != OK) return err("%s: line %zu: %s", list, line, err_text());
+    if (found) return names_add(s->names, found->name, strlen(found->name), found->bytes, held);
+    if (x->missing++ == 0) {
+        err("%s: line %zu: no picture at %s", list, line, path);
+        snprintf(x->first, sizeof x->first, "%s", err_text());
+    }
+    return OK;
+}
+
+/* Adds the pictures that a list file names, a path a line; each must be there. */
+static Err search_list(Search *s, Index *x, const char *list, int held) {
     uint8_t *bytes;
     size_t size;
-    TRY(file_bytes(&bytes, &size, list, LIST_FILE_BYTES));
+    TRY(file_bytes(&bytes, &size, list, LIST_FILE_BYTES, NULL));
     Err e = memchr(bytes, 0, size) ? err("%s: is neither a folder nor a text file with one path a line", list) : OK;
     for (size_t at = 0, line = 1, end; at < size && e == OK; at = end + 1, line++) {
+        char name[PATH_BYTES];
         for (end = at; end < size && bytes[end] != '\n';) end++;
         size_t length = end - at;
         if (length && bytes[end - 1] == '\r') length--;
-        if (!length) continue;
-        char name[PATH_BYTES], path[PATH_BYTES];
-        struct stat st;
-        if (length >= PATH_BYTES) {
-            e = err("%s: line %zu: longer than %d bytes", list, line, PATH_BYTES - 1);
-            break;
-        }
+        if (length >= PATH_BYTES) e = err("%s: line %zu: longer than %d bytes", list, line, PATH_BYTES - 1);
+        if (!length || e != OK) continue;
         snprintf(name, sizeof name, "%.*s", (int)length, (const char *)bytes + at);
-        e = join(path, name[0] == '/' ? "" : folder, name);
-        if (e == OK && (stat(path, &st) != 0 || !S_ISREG(st.st_mode)))
-            e = err("%s: line %zu: no picture at %s", list, line, path);
-        if (e == OK) e = names_add(s, name, length);
+        e = list_line(s, x, list, line, name, held);
     }
     free(bytes);
-    return e;
+    if (e == OK && x->missing > 1) return err("%s, and %zu more are missing", x->first, x->missing - 1);
+    return e == OK && x->missing ? err("%s", x->first) : e;
 }
 
-/* 1 of HELD_OUT names, chosen by the name alone: adding pictures moves no other picture to the other side. */
-static int name_is_held_out(const char *name) {
-    uint64_t h = 0xcbf29ce484222325u; /* FNV-1a */
-    for (; *name; name++) h = (h ^ (unsigned char)*name) * 0x100000001b3u;
-    return (h >> 32) % HELD_OUT == 0;
+/* ------------------------------------------------------------------------------------------------------------
+ * What names say: the split and the class
+ * ---------------------------------------------------------------------------------------------------------- */
+
+typedef struct {
+    const char *train, *val; /* folders that are the split; NULL: there are none */
+    int lmdbs;               /* LMDBs of both sides of LSUN's split are there: NAME_train_lmdb, NAME_val_lmdb */
+} Layout;
+
+/* Folders that are known to be the split; the last are those of the official ImageNet code. */
+static const Layout layouts[] = {
+    {"train", "val", 0}, {"train", "validation", 0}, {"ILSVRC2012_train/data", "ILSVRC2012_validation/data", 0}};
+
+static int ends_with(const char *text, size_t length, const char *end) {
+    size_t n = strlen(end);
+    return length > n && memcmp(text + length - n, end, n) == 0;
 }
 
-/* The class part of "[train/|val/]class/rest" and its length; length 0: the picture lies in no sub-folder. */
-static const char *class_part(size_t *length, const char *name, int split_folders) {
-    if (split_folders) name = strchr(name, '/') + 1;
-    const char *slash = strchr(name, '/');
-    *length = slash ? (size_t)(slash - name) : 0;
-    return name;
+/* What follows folder/ in a name, or NULL. */
+static const char *below_folder(const char *name, const char *folder) {
+    size_t n = folder ? strlen(folder) : 0;
+    return n && strncmp(name, folder, n) == 0 && name[n] == '/' ? name + n + 1 : NULL;
+}
+
+/* The class part of "[train/|val/]class/rest" and its length; length 0: the picture lies in no sub-folder. *held: the
+ * side of the split that the name says, or -1. */
+static const char *class_part(size_t *length, int *held, const char *name, const Layout *layout) {
+    const char *rest = below_folder(name, layout->train);
+    *held = rest ? 0 : -1;
+    if (!rest && (rest = below_folder(name, layout->val))) *held = 1;
+    if (!rest) rest = name;
+    const char *slash = strchr(rest, '/');
+    *length = slash ? (size_t)(slash - rest) : 0;
+    if (!strncmp(rest, DATA_MDB, *length)) *length = 0; /* the keys of an LMDB are no classes */
+    int of_train = ends_with(rest, *length, "_train_lmdb"), of_val = ends_with(rest, *length, "_val_lmdb");
+    if (layout->lmdbs && (of_train || of_val)) *held = of_val;
+    if (of_train || of_val) *length -= strlen(of_val ? "_val_lmdb" : "_train_lmdb");
+    return rest;
+}
+
+static void find_folders(Layout *layout, const char *folder) {
+    char train[PATH_BYTES], val[PATH_BYTES];
+    for (size_t i = 0; i < sizeof layouts / sizeof *layouts && !layout->train; i++)
+        if (join(train, folder, layouts[i].train) == OK && join(val, folder, layouts[i].val) == OK &&
+            is_folder(train) && is_folder(val))
+            *layout = layouts[i];
+}
+
+static void find_lmdbs(Layout *layout, const Names *all) {
+    int sides = 0, held;
+    Layout lmdbs = {NULL, NULL, 1};
+    for (size_t i = 0, length; i < all->n && sides != 3; i++) {
+        class_part(&length, &held, all->item[i].name, &lmdbs);
+        if (held >= 0) sides |= 1 << held;
+    }
+    layout->lmdbs = sides == 3;
 }
 
 /* Class names of the whole set, both splits, so that ids agree between them. Pictures outside sub-folders make the
- * set unlabelled. name (n) is sorted. */
-static Err find_classes(Dataset *d, char **name, size_t n, int split_folders) {
+ * set unlabelled. all is sorted. */
+static Err find_classes(Dataset *d, const Names *all, const Layout *layout) {
     Names found = {0};
     Err e = OK;
     const char *last = NULL;
-    for (size_t i = 0, length; i < n && e == OK; i++) {
-        const char *part = class_part(&length, name[i], split_folders);
+    size_t last_length = 0;
+    int held;
+    for (size_t i = 0, length; i < all->n && e == OK; i++) {
+        const char *part = class_part(&length, &held, all->item[i].name, layout);
         if (!length) {
             names_free(&found);
             return OK;
         }
-        if (!last || strncmp(last, part, length + 1) != 0) e = names_add(&found, part, length);
-        last = part;
+        if (!last || length != last_length || memcmp(last, part, length) != 0)
+            e = names_add(&found, part, length, 0, -1);
+        last = part, last_length = length;
     }
+    names_sort(&found, compare_names);
     if (e == OK) e = names_pack(&d->class_name, &found, NULL);
     for (size_t i = 0; i < found.n && e == OK; i++) /* a class occurs once per split folder */
         if (i == 0 || strcmp(d->class_name[i], d->class_name[d->n_classes - 1]) != 0)
@@ -980,91 +372,290 @@ static Err find_classes(Dataset *d, char **name, size_t n, int split_folders) {
     return e;
 }
 
-static int32_t class_of(const Dataset *d, const char *name, int split_folders) {
+static int32_t class_of(const Dataset *d, const char *name, const Layout *layout) {
     char class_name[PATH_BYTES], *key = class_name;
     size_t length;
-    const char *part = class_part(&length, name, split_folders);
+    int held;
+    const char *part = class_part(&length, &held, name, layout);
     snprintf(class_name, sizeof class_name, "%.*s", (int)length, part);
     char **at = bsearch(&key, d->class_name, d->n_classes, sizeof *d->class_name, compare_strings);
     return at ? (int32_t)(at - d->class_name) : 0;
 }
 
-/* Is picture i of all n held out? Where a small set's names hash to none, the first is. */
-static int is_held_out(char **all, size_t n, size_t i, int split_folders) {
-    if (split_folders) return strncmp(all[i], "val/", 4) == 0;
-    if (i > 0) return name_is_held_out(all[i]);
-    for (size_t k = 1; k < n; k++)
-        if (name_is_held_out(all[k])) return name_is_held_out(all[0]);
-    return 1;
+static uint64_t hash_bytes(uint64_t h, const void *data, size_t n) { /* FNV-1a */
+    const unsigned char *p = data;
+    for (size_t i = 0; i < n; i++) h = (h ^ p[i]) * 0x100000001b3u;
+    return h;
+}
+static const uint64_t HASH_START = 0xcbf29ce484222325u;
+
+/* 1 of HELD_OUT names, chosen by the name alone: adding pictures moves no other picture to the other side. */
+static int name_is_held_out(const char *name) {
+    return (hash_bytes(HASH_START, name, strlen(name)) >> 32) % HELD_OUT == 0;
+}
+
+/* Says of every picture which side it is on. Where a small set's names hash to none, the first is held out. */
+static void choose_sides(Names *all, const Layout *layout) {
+    size_t said = 0, held_out = 0;
+    for (size_t i = 0; i < all->n; i++) {
+        Name *item = &all->item[i];
+        size_t length;
+        if (item->held < 0) class_part(&length, &item->held, item->name, layout);
+        said += item->held >= 0;
+        if (item->held < 0) item->held = name_is_held_out(item->name);
+        held_out += item->held == 1;
+    }
+    if (!said && !held_out && all->n) all->item[0].held = 1;
+}
+
+/* ------------------------------------------------------------------------------------------------------------
+ * Datasets
+ * ---------------------------------------------------------------------------------------------------------- */
+
+/* Pictures that could not be decoded, as they are met. */
+struct Damage {
+    pthread_mutex_t lock;
+    uint8_t *met; /* (n) */
+    Names lines;  /* path, tab, why */
+};
+
+static Err damage_create(Dataset *d) {
+    TRY(mem_alloc(&d->damage, 1, sizeof *d->damage, "the list of damaged pictures"));
+    pthread_mutex_init(&d->damage->lock, NULL);
+    return mem_alloc(&d->damage->met, d->n, 1, "the list of damaged pictures");
 }
 
 /* d = those of `all` that belong to the split; paths and labels. */
-static Err dataset_select(Dataset *d, char **all, size_t n, const char *folder, Split split, int split_folders) {
+static Err dataset_select(Dataset *d, const Names *all, const char *folder, Split split, const Layout *layout) {
     static const char *const what[] = {"", "training ", "validation "};
     Names chosen = {0};
     Err e = OK;
-    for (size_t i = 0; i < n && e == OK; i++)
-        if (split == SPLIT_ALL || is_held_out(all, n, i, split_folders) == (split == SPLIT_VAL))
-            e = names_add(&chosen, all[i], strlen(all[i]));
-    if (e == OK && !chosen.n) e = err("has no %spictures (.png, .jpg or .jpeg) among %zu", what[split], n);
+    d->identity = HASH_START;
+    for (size_t i = 0; i < all->n && e == OK; i++) {
+        const Name *item = &all->item[i];
+        if (split != SPLIT_ALL && item->held != (split == SPLIT_VAL)) continue;
+        d->identity = hash_bytes(d->identity, item->name, strlen(item->name) + 1);
+        d->identity = hash_bytes(d->identity, &item->bytes, sizeof item->bytes);
+        e = names_add(&chosen, item->name, strlen(item->name), item->bytes, item->held);
+    }
+    if (e == OK && !chosen.n) e = err("has no %spictures (" EXTENSIONS ") among %zu", what[split], all->n);
+    names_sort(&chosen, compare_names);
     if (e == OK) e = names_pack(&d->path, &chosen, folder);
     if (e == OK) e = mem_alloc(&d->label, chosen.n, sizeof *d->label, "labels");
     if (e == OK) d->n = chosen.n;
-    for (size_t i = 0; i < d->n && d->n_classes; i++)
-        d->label[i] = class_of(d, chosen.text + chosen.start[i], split_folders); /* chosen is sorted as path is */
+    for (size_t i = 0; i < d->n && d->n_classes; i++) d->label[i] = class_of(d, chosen.item[i].name, layout);
     names_free(&chosen);
+    return e == OK ? damage_create(d) : e;
+}
+
+/* Everything the sources name, sorted, and what the split follows from. */
+static Err dataset_find(Dataset *d, Names *all, Layout *layout, const char *folder, const char *list,
+                        const char *val_list) {
+    Search s = {.set = d, .names = all, .root = folder};
+    Index index = {0};
+    Err e;
+    if (!list) find_folders(layout, folder);
+    if (list) {
+        e = search_list(&s, &index, list, val_list ? 0 : -1);
+        if (e == OK && val_list) e = search_list(&s, &index, val_list, 1);
+    } else if (layout->train) { /* nothing beside the two */
+        e = search_folder(&s, layout->train, 0);
+        if (e == OK) e = search_folder(&s, layout->val, 0);
+    } else
+        e = search_folder(&s, "", 0);
+    names_free(&index.found);
+    if (e != OK) return e;
+    names_sort(all, compare_names);
+    if (!list && !layout->train) find_lmdbs(layout, all);
+    return OK;
+}
+
+static Err dataset_scan(Dataset *d, const char *path, const char *folder, const char *list, const char *val_list,
+                        Split split) {
+    Names all = {0};
+    Layout layout = {0};
+    Err e = dataset_find(d, &all, &layout, folder, list, val_list);
+    if (e == OK && all.n > INT32_MAX) e = err("%s: has %zu pictures; fewer than 2^31 expected", path, all.n);
+    if (e == OK && !all.n) e = err("%s: has no pictures (" EXTENSIONS ")", path);
+    if (e == OK) choose_sides(&all, &layout);
+    if (e == OK) e = find_classes(d, &all, &layout);
+    if (e == OK && dataset_select(d, &all, folder, split, &layout) != OK) e = err_in(path);
+    names_free(&all);
     return e;
 }
 
-static Err dataset_scan(Dataset *d, const char *path, const char *folder, int is_list, Split split) {
-    char train[PATH_BYTES], val[PATH_BYTES];
-    TRY(join(train, folder, "train"));
-    TRY(join(val, folder, "val"));
-    int split_folders = !is_list && is_folder(train) && is_folder(val);
-    Names found = {0};
-    char **all = NULL;
-    Err e;
-    if (is_list)
-        e = scan_list(&found, path, folder);
-    else if (split_folders) {
-        e = scan_folder(&found, folder, "train", 1);
-        if (e == OK) e = scan_folder(&found, folder, "val", 1);
-    } else
-        e = scan_folder(&found, folder, "", 0);
-    if (e == OK && found.n > INT32_MAX) e = err("%s: has %zu pictures; fewer than 2^31 expected", path, found.n);
-    if (e == OK && !found.n) e = err("%s: has no pictures (.png, .jpg or .jpeg)", path);
-    if (e == OK) e = names_pack(&all, &found, NULL);
-    if (e == OK && !is_list) e = find_classes(d, all, found.n, split_folders);
-    if (e == OK && dataset_select(d, all, found.n, folder, split, split_folders) != OK) e = err_in(path);
-    free(all);
-    names_free(&found);
+/* The set that is one file: an LMDB under any name. */
+static Err dataset_scan_lmdb(Dataset *d, const char *path, const char *folder, const char *name, Split split) {
+    Names all = {0};
+    Search s = {.set = d, .names = &all, .root = folder};
+    Layout none = {0};
+    Err e = search_lmdb(&s, name);
+    if (e == OK && !all.n) e = err("%s: has no pictures", path);
+    if (e == OK) names_sort(&all, compare_names);
+    if (e == OK) choose_sides(&all, &none);
+    if (e == OK && dataset_select(d, &all, folder, split, &none) != OK) e = err_in(path);
+    names_free(&all);
     return e;
+}
+
+/* folder, *name = the two parts of a path. */
+static Err split_path(char folder[PATH_BYTES], const char **name, const char *path) {
+    TRY(join(folder, "", path));
+    char *slash = strrchr(folder, '/');
+    *name = slash ? path + (slash - folder) + 1 : path;
+    if (slash)
+        slash[slash == folder] = 0;
+    else
+        strcpy(folder, ".");
+    return OK;
 }
 
 Err dataset_open(Dataset *d, const char *path, Split split) {
+    return dataset_open_lists(d, path, NULL, NULL, split);
+}
+
+Err dataset_open_lists(Dataset *d, const char *path, const char *list, const char *val_list, Split split) {
     *d = (Dataset){0};
     struct stat st;
     if (stat(path, &st) != 0) return err("%s: %s", path, strerror(errno));
     char folder[PATH_BYTES];
+    uint8_t start[SNIFF_BYTES];
+    Err e;
     TRY(join(folder, "", path));
-    int is_list = !S_ISDIR(st.st_mode);
-    char *slash = strrchr(folder, '/');
-    if (is_list && slash)
-        slash[slash == folder] = 0;
-    else if (is_list)
-        strcpy(folder, ".");
-    else
+    if (S_ISDIR(st.st_mode)) {
         for (size_t n = strlen(folder); n > 1 && folder[n - 1] == '/'; n--) folder[n - 1] = 0;
-    Err e = dataset_scan(d, path, folder, is_list, split);
+        e = dataset_scan(d, path, folder, list, val_list, split);
+    } else if (list)
+        return err("%s: is a file; with lists, the folder expected that their names are in", path);
+    else {
+        const char *name;
+        TRY(split_path(folder, &name, path));
+        if (lmdb_is(start, file_start(start, path)))
+            e = dataset_scan_lmdb(d, path, folder, name, split);
+        else
+            e = dataset_scan(d, path, folder, path, NULL, split);
+    }
     if (e != OK) dataset_close(d);
     return e;
 }
 
 void dataset_close(Dataset *d) {
+    for (size_t i = 0; i < d->n_lmdb; i++) lmdb_close(d->lmdb[i]);
+    if (d->damage) {
+        pthread_mutex_destroy(&d->damage->lock);
+        free(d->damage->met);
+        names_free(&d->damage->lines);
+    }
+    free(d->damage);
+    free(d->lmdb);
     free(d->path);
     free(d->label);
     free(d->class_name);
     *d = (Dataset){0};
+}
+
+/* ------------------------------------------------------------------------------------------------------------
+ * One picture, whole or damaged
+ * ---------------------------------------------------------------------------------------------------------- */
+
+/* The bytes of picture i. *empty: there are none, which is damage; everything else that fails here is not. */
+static Err picture_bytes(const Dataset *d, size_t i, uint8_t **bytes, size_t *size, int *empty) {
+    const char *path = d->path[i];
+    for (size_t k = 0; k < d->n_lmdb; k++) {
+        const char *key = below_folder(path, lmdb_path(d->lmdb[k]));
+        if (!key) continue;
+        TRY(lmdb_value(d->lmdb[k], key, bytes, size));
+        *empty = *size == 0;
+        return *empty ? err("%s: is empty", path) : OK;
+    }
+    return file_bytes(bytes, size, path, IMAGE_FILE_BYTES, empty);
+}
+
+static Err damage_note(const Dataset *d, size_t i) {
+    struct Damage *x = d->damage;
+    char line[PATH_BYTES + ERR_MAX];
+    const char *why = err_text(), *path = d->path[i];
+    if (!strncmp(why, path, strlen(path)) && !strncmp(why + strlen(path), ": ", 2)) why += strlen(path) + 2;
+    int n = snprintf(line, sizeof line, "%s\t%s", path, why);
+    for (int k = 0; k < n; k++)
+        if (line[k] == '\n') line[k] = '?';
+    pthread_mutex_lock(&x->lock);
+    Err e = x->met[i] ? OK : names_add(&x->lines, line, (size_t)n, 0, -1);
+    x->met[i] = 1;
+    pthread_mutex_unlock(&x->lock);
+    return e;
+}
+
+static int damage_known(const Dataset *d, size_t i) {
+    pthread_mutex_lock(&d->damage->lock);
+    int met = d->damage->met[i];
+    pthread_mutex_unlock(&d->damage->lock);
+    return met;
+}
+
+Err dataset_picture(const Dataset *d, size_t i, int upright, Image *im, int *damaged) {
+    uint8_t *bytes = NULL;
+    size_t size = 0;
+    *im = (Image){0};
+    if ((*damaged = damage_known(d, i))) return OK;
+    Err e = picture_bytes(d, i, &bytes, &size, damaged);
+    if (e == OK && image_decode(im, bytes, size, upright) != OK) {
+        *damaged = !is_left_out(bytes, size);
+        if (!*damaged) e = err_in(d->path[i]);
+    }
+    free(bytes);
+    return *damaged ? damage_note(d, i) : e;
+}
+
+size_t dataset_damaged(const Dataset *d) {
+    if (!d->damage) return 0;
+    pthread_mutex_lock(&d->damage->lock);
+    size_t n = d->damage->lines.n;
+    pthread_mutex_unlock(&d->damage->lock);
+    return n;
+}
+
+/* s += the lines of a file, if it is there */
+static Err add_lines(Names *s, const char *path) {
+    uint8_t *bytes;
+    size_t size;
+    int empty = 0;
+    if (access(path, F_OK) != 0) return OK;
+    if (file_bytes(&bytes, &size, path, LIST_FILE_BYTES, &empty) != OK) return empty ? OK : FAILED;
+    Err e = OK;
+    for (size_t at = 0, end; at < size && e == OK; at = end + 1) {
+        for (end = at; end < size && bytes[end] != '\n';) end++;
+        if (end > at) e = names_add(s, (const char *)bytes + at, end - at, 0, -1);
+    }
+    free(bytes);
+    return e;
+}
+
+Err dataset_write_damaged(const Dataset *d, const char *path) {
+    Names all = {0};
+    AtomicFile f;
+    Err e = add_lines(&all, path);
+    size_t before = all.n;
+    pthread_mutex_lock(&d->damage->lock);
+    for (size_t i = 0; i < d->damage->lines.n && e == OK; i++) {
+        const char *line = d->damage->lines.text + d->damage->lines.item[i].start;
+        e = names_add(&all, line, strlen(line), 0, -1);
+    }
+    pthread_mutex_unlock(&d->damage->lock);
+    if (e == OK && all.n > before && (e = atomic_open(&f, path)) == OK) {
+        names_sort(&all, compare_names);
+        for (size_t i = 0; i < all.n && e == OK; i++) {
+            if (i > 0 && !strcmp(all.item[i].name, all.item[i - 1].name)) continue;
+            e = atomic_write(&f, all.item[i].name, strlen(all.item[i].name));
+            if (e == OK) e = atomic_write(&f, "\n", 1);
+        }
+        if (e == OK)
+            e = atomic_commit(&f);
+        else
+            atomic_abandon(&f);
+    }
+    names_free(&all);
+    return e;
 }
 
 void epoch_order(uint32_t *order, size_t n, uint64_t seed, uint64_t epoch) {
@@ -1081,96 +672,114 @@ void epoch_order(uint32_t *order, size_t n, uint64_t seed, uint64_t epoch) {
  * Batches ahead of time
  * ---------------------------------------------------------------------------------------------------------- */
 
-/* Batch k lives in slot k % RING. The reader thread makes batches `made`, `made`+1, ... as long as their slot is
- * free; the consumer holds batch taken-1 until it asks for the next. lock guards the counters and flags; a slot's
- * contents belong to whichever side the counters say. Everything below `order` belongs to the reader alone. */
+/* Batch k lives in slot k % RING, example p = k*B + b (counted from the start) is row b of it. Readers claim examples in
+ * order as long as the slot is free, and fill them side by side; the consumer holds batch taken-1 until it asks for the
+ * next. lock guards everything below it up to cached_bytes; a row's contents belong to the reader that claimed it, then
+ * to the consumer. */
 struct Loader {
     const Dataset *set; /* the caller's; must outlive the loader */
     LoaderConfig c;
-    pthread_t thread;
-    int started;
+    pthread_t thread[READERS];
+    size_t readers;
+    real *images;    /* (RING, B, 3, size, size) */
+    int32_t *labels; /* (RING, B) */
     pthread_mutex_t lock;
     pthread_cond_t changed;
-    uint64_t made, taken; /* batches since the start */
+    uint64_t claimed, taken; /* examples, batches since the start */
+    size_t filled[RING];     /* rows of the slot that are ready */
+    size_t busy;             /* readers that hold a claim */
     int stop, failed;
-    char message[ERR_MAX]; /* why the reader gave up */
-    real *images;          /* (RING, B, 3, size, size) */
-    int32_t *labels;       /* (RING, B) */
+    char message[ERR_MAX]; /* why a reader gave up */
     uint32_t *order;       /* (n) of epoch order_epoch */
     uint64_t order_epoch;
     Image *cache; /* (n) resized pictures; empty: not kept */
     size_t cached_bytes;
 };
 
-/* *im = picture i resized, from memory if it was kept; *fresh: the caller must free it */
+typedef struct {
+    uint64_t row, epoch; /* since the start */
+    size_t i;            /* which picture */
+} Claim;
+
+/* Picture i resized, from memory if it was kept; *fresh: the caller must free it. Damage leaves *im empty. */
 static Err loader_picture(Loader *l, size_t i, Image *im, int *fresh) {
     *fresh = 0;
+    pthread_mutex_lock(&l->lock);
     *im = l->cache[i];
+    pthread_mutex_unlock(&l->lock);
     if (im->rgb) return OK;
     Image whole;
-    TRY(image_read(&whole, l->set->path[i]));
+    int damaged;
+    TRY(dataset_picture(l->set, i, l->c.prep == PREP_FOLDER, &whole, &damaged));
+    if (damaged) return OK;
     Err e = prep_resize(im, &whole, l->c.prep, l->c.size);
     image_free(&whole);
-    if (e != OK) return err_in(l->set->path[i]);
+    if (e != OK) return damage_note(l->set, i); /* its shape is the damage: a long side that would be too long */
     size_t bytes = im->H * im->W * 3;
-    *fresh = bytes > CACHE_BYTES - l->cached_bytes;
-    if (*fresh) return OK;
-    l->cache[i] = *im;
-    l->cached_bytes += bytes;
+    pthread_mutex_lock(&l->lock);
+    *fresh = bytes > CACHE_BYTES - l->cached_bytes || l->cache[i].rgb;
+    if (!*fresh) {
+        l->cache[i] = *im;
+        l->cached_bytes += bytes;
+    }
+    pthread_mutex_unlock(&l->lock);
     return OK;
 }
 
-/* out (3,size,size), *label = example `position` of the endless sequence of epochs. */
-static Err loader_example(Loader *l, uint64_t position, real *out, int32_t *label) {
-    uint64_t epoch = position / l->set->n;
-    size_t i = position % l->set->n;
-    if (l->c.train && epoch != l->order_epoch) {
-        epoch_order(l->order, l->set->n, l->c.seed, epoch);
-        l->order_epoch = epoch;
-    }
-    if (l->c.train) i = l->order[i];
-    uint64_t stream = rng_stream(RNG_CROP, epoch & 0xffffff, i);
+/* Into the claimed row. For a damaged picture stands the next whole one of the set (c.mark: a label of -1). */
+static Err loader_example(Loader *l, const Claim *claim) {
+    size_t n = l->set->n, i = claim->i, row = claim->row % (l->c.B * RING);
+    uint64_t stream = rng_stream(RNG_CROP, claim->epoch & 0xffffff, claim->i);
     int crop = l->c.train && l->c.prep == PREP_IMAGENET;
     int may_flip = l->c.train && (l->c.flip || l->c.prep == PREP_LSUN);
     Image im;
     int fresh;
     TRY(loader_picture(l, i, &im, &fresh));
-    prep_crop(out, &im, l->c.size, crop ? rng_uniform(l->c.seed, stream, 0) : -1,
-              crop ? rng_uniform(l->c.seed, stream, 1) : -1, may_flip && rng_uniform(l->c.seed, stream, 2) < 0.5);
+    for (size_t tries = 1; !im.rgb && !l->c.mark && tries < n; tries++) {
+        i = i + 1 < n ? i + 1 : 0;
+        TRY(loader_picture(l, i, &im, &fresh));
+    }
+    l->labels[row] = im.rgb ? l->set->label[i] : -1;
+    if (!im.rgb) return l->c.mark ? OK : err("none of the %zu pictures can be read, such as %s", n, l->set->path[0]);
+    prep_crop(l->images + row * 3 * l->c.size * l->c.size, &im, l->c.size,
+              crop ? rng_uniform(l->c.seed, stream, 0) : -1, crop ? rng_uniform(l->c.seed, stream, 1) : -1,
+              may_flip && rng_uniform(l->c.seed, stream, 2) < 0.5);
     if (fresh) image_free(&im);
-    *label = l->set->label[i];
     return OK;
 }
 
-/* Batch k since the start into its slot. Looks at `stop` between pictures, so that stopping never waits long. */
-static Err loader_batch(Loader *l, uint64_t k) {
-    size_t B = l->c.B, image = 3 * l->c.size * l->c.size, slot = k % RING;
-    for (size_t b = 0; b < B; b++) {
-        pthread_mutex_lock(&l->lock);
-        int stop = l->stop;
-        pthread_mutex_unlock(&l->lock);
-        if (stop) return OK;
-        uint64_t position = (l->c.step + k) * B + b;
-        TRY(loader_example(l, position, l->images + (slot * B + b) * image, l->labels + slot * B + b));
+/* With the lock held: the next example, if its slot is free. 1: there is one. */
+static int loader_claim(Loader *l, Claim *claim) {
+    uint64_t released = l->taken ? l->taken - 1 : 0, row = l->claimed;
+    if (row / l->c.B - released >= RING) return 0;
+    uint64_t position = l->c.step * l->c.B + row, n = l->set->n;
+    *claim = (Claim){row, position / n, position % n};
+    if (l->c.train && claim->epoch != l->order_epoch) {
+        epoch_order(l->order, l->set->n, l->c.seed, claim->epoch);
+        l->order_epoch = claim->epoch;
     }
-    return OK;
+    if (l->c.train) claim->i = l->order[claim->i];
+    l->claimed++;
+    l->busy++;
+    return 1;
 }
 
 static void *loader_thread(void *argument) {
     Loader *l = argument;
+    Claim claim;
     pthread_mutex_lock(&l->lock);
     while (!l->stop && !l->failed) {
-        uint64_t released = l->taken ? l->taken - 1 : 0;
-        if (l->made - released == RING) {
+        if (!loader_claim(l, &claim)) {
             pthread_cond_wait(&l->changed, &l->lock);
             continue;
         }
         pthread_mutex_unlock(&l->lock);
-        Err e = loader_batch(l, l->made); /* only this thread changes made */
+        Err e = loader_example(l, &claim);
         pthread_mutex_lock(&l->lock);
+        l->busy--;
         if (e == OK)
-            l->made++;
-        else {
+            l->filled[claim.row / l->c.B % RING]++;
+        else if (!l->failed) {
             l->failed = 1;
             snprintf(l->message, sizeof l->message, "%s", err_text());
         }
@@ -1192,6 +801,15 @@ static Err loader_alloc(Loader *l) {
     return OK;
 }
 
+/* As many readers as the program has threads; fewer if the system has no more, but one. */
+static Err loader_readers(Loader *l) {
+    size_t wanted = min_size(min_size((size_t)threads_get(), READERS), l->c.B * RING);
+    int failure = 0;
+    while (l->readers < wanted && !failure)
+        if (!(failure = pthread_create(&l->thread[l->readers], NULL, loader_thread, l))) l->readers++;
+    return l->readers ? OK : err("starting a reader thread: %s", strerror(failure));
+}
+
 Err loader_start(Loader **out, const Dataset *d, const LoaderConfig *c) {
     *out = NULL;
     if (d->n < 1 || d->n > INT32_MAX) return err("a loader over %zu pictures", d->n);
@@ -1205,11 +823,7 @@ Err loader_start(Loader **out, const Dataset *d, const LoaderConfig *c) {
     pthread_mutex_init(&l->lock, NULL);
     pthread_cond_init(&l->changed, NULL);
     Err e = loader_alloc(l);
-    if (e == OK) {
-        int failure = pthread_create(&l->thread, NULL, loader_thread, l);
-        if (failure) e = err("starting the reader thread: %s", strerror(failure));
-        l->started = !failure;
-    }
+    if (e == OK) e = loader_readers(l);
     if (e == OK)
         *out = l;
     else
@@ -1217,17 +831,20 @@ Err loader_start(Loader **out, const Dataset *d, const LoaderConfig *c) {
     return e;
 }
 
+/* The batches in front of one that failed still come: claims are made in order, and those made are finished. */
 Err loader_next(Loader *l, const real **images, const int32_t **labels) {
+    size_t B = l->c.B;
     pthread_mutex_lock(&l->lock);
     uint64_t k = l->taken;
-    int there;
-    l->taken++; /* releases the batch handed out before */
+    size_t slot = k % RING;
+    if (k > 0) l->filled[(k - 1) % RING] = 0; /* releases the batch handed out before */
+    l->taken++;
     pthread_cond_broadcast(&l->changed);
-    while (!(there = l->made > k) && !l->failed) pthread_cond_wait(&l->changed, &l->lock);
+    while (l->filled[slot] < B && !(l->failed && !l->busy)) pthread_cond_wait(&l->changed, &l->lock);
+    int there = l->filled[slot] == B;
     if (!there) l->taken = k;
     pthread_mutex_unlock(&l->lock);
     if (!there) return err("%s", l->message);
-    size_t B = l->c.B, slot = k % RING;
     *images = l->images + slot * B * 3 * l->c.size * l->c.size;
     *labels = l->labels + slot * B;
     return OK;
@@ -1239,7 +856,7 @@ void loader_stop(Loader *l) {
     l->stop = 1;
     pthread_cond_broadcast(&l->changed);
     pthread_mutex_unlock(&l->lock);
-    if (l->started) pthread_join(l->thread, NULL);
+    for (size_t i = 0; i < l->readers; i++) pthread_join(l->thread[i], NULL);
     for (size_t i = 0; l->cache && i < l->set->n; i++) image_free(&l->cache[i]);
     pthread_cond_destroy(&l->changed);
     pthread_mutex_destroy(&l->lock);
@@ -1248,96 +865,4 @@ void loader_stop(Loader *l) {
     free(l->order);
     free(l->cache);
     free(l);
-}
-
-/* ------------------------------------------------------------------------------------------------------------
- * The token cache
- * ---------------------------------------------------------------------------------------------------------- */
-
-_Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "token files are little-endian");
-
-/* The file: this header, then labels int32 (n), then tokens uint16 (n, flips, h*w). Nothing else. */
-typedef struct {
-    char magic[8];
-    uint64_t n, h, w, K, flips, vqgan, source;
-} TokensHeader;
-static const char tokens_magic[8] = "ibtokens";
-
-/* Sizes in range, and how many tokens they mean. */
-static Err tokens_sizes(size_t *count, uint64_t n, uint64_t h, uint64_t w, uint64_t K, uint64_t flips) {
-    enum { MAX_GRID = 4096, MAX_K = 65536 };
-    if (n < 1 || n > INT32_MAX) return err("%ju pictures, 1..2^31-1 expected", (uintmax_t)n);
-    if (h < 1 || w < 1 || h > MAX_GRID || w > MAX_GRID)
-        return err("a grid of %ju x %ju tokens, sides of 1..%d expected", (uintmax_t)h, (uintmax_t)w, MAX_GRID);
-    if (K < 1 || K > MAX_K) return err("%ju token values, 1..%d expected", (uintmax_t)K, MAX_K);
-    if (flips < 1 || flips > 2) return err("%ju flips, 1 or 2 expected", (uintmax_t)flips);
-    *count = (size_t)(n * flips * h * w); /* at most 2^31 * 2 * 2^24 */
-    return OK;
-}
-
-static Err tokens_check(const Tokens *x, size_t count) {
-    for (size_t i = 0; i < count; i++)
-        if (x->token[i] >= x->K) return err("token %zu is %u, 0..%zu expected", i, (unsigned)x->token[i], x->K - 1);
-    for (size_t i = 0; i < x->n; i++)
-        if (x->label[i] < 0) return err("label %zu is %d, 0 or more expected", i, (int)x->label[i]);
-    return OK;
-}
-
-Err tokens_write(const char *path, const Tokens *x) {
-    size_t count;
-    if (tokens_sizes(&count, x->n, x->h, x->w, x->K, x->flips) != OK || tokens_check(x, count) != OK)
-        return err_in(path);
-    TokensHeader head = {{0}, x->n, x->h, x->w, x->K, x->flips, x->vqgan, x->source};
-    memcpy(head.magic, tokens_magic, sizeof head.magic);
-    AtomicFile f;
-    TRY(atomic_open(&f, path));
-    Err e = atomic_write(&f, &head, sizeof head);
-    if (e == OK) e = atomic_write(&f, x->label, x->n * sizeof *x->label);
-    if (e == OK) e = atomic_write(&f, x->token, count * sizeof *x->token);
-    if (e == OK) return atomic_commit(&f);
-    atomic_abandon(&f);
-    return e;
-}
-
-/* x from an open file of `size` bytes; every size is checked against the length before memory is asked for. */
-static Err tokens_read_fd(Tokens *x, int fd, const char *path, uint64_t size) {
-    TokensHeader head;
-    size_t count;
-    if (size < sizeof head)
-        return err("%s: has %ju bytes; a token file has at least %zu", path, (uintmax_t)size, sizeof head);
-    TRY(read_exactly(fd, path, (uint8_t *)&head, sizeof head));
-    if (memcmp(head.magic, tokens_magic, sizeof head.magic) != 0) return err("%s: is not a token file", path);
-    if (tokens_sizes(&count, head.n, head.h, head.w, head.K, head.flips) != OK) return err_in(path);
-    uint64_t expected = sizeof head + head.n * sizeof *x->label + (uint64_t)count * sizeof *x->token;
-    if (size != expected)
-        return err("%s: has %ju bytes, its header says %ju", path, (uintmax_t)size, (uintmax_t)expected);
-    *x = (Tokens){head.n, head.h, head.w, head.K, head.flips, head.vqgan, head.source, NULL, NULL};
-    TRY(mem_alloc(&x->label, x->n, sizeof *x->label, "labels"));
-    TRY(mem_alloc(&x->token, count, sizeof *x->token, "tokens"));
-    TRY(read_exactly(fd, path, (uint8_t *)x->label, x->n * sizeof *x->label));
-    TRY(read_exactly(fd, path, (uint8_t *)x->token, count * sizeof *x->token));
-    return tokens_check(x, count) == OK ? OK : err_in(path);
-}
-
-Err tokens_read(Tokens *x, const char *path) {
-    *x = (Tokens){0};
-    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
-    if (fd < 0) return err("%s: %s", path, strerror(errno));
-    struct stat st;
-    Err e;
-    if (fstat(fd, &st) != 0)
-        e = err("%s: %s", path, strerror(errno));
-    else if (!S_ISREG(st.st_mode))
-        e = err("%s: is not a regular file", path);
-    else
-        e = tokens_read_fd(x, fd, path, (uint64_t)st.st_size);
-    close(fd);
-    if (e != OK) tokens_free(x);
-    return e;
-}
-
-void tokens_free(Tokens *x) {
-    free(x->label);
-    free(x->token);
-    *x = (Tokens){0};
 }

@@ -1,6 +1,6 @@
 /* imagebart.h - the map of the code, in the order in which data flows through it.
  *
- *     image -> data.c -> vqgan.c -> tokens -> diffusion.c (noise)
+ *     image -> images.c, data.c -> vqgan.c -> tokens -> diffusion.c (noise)
  *           -> transformer.cu (denoise) -> tokens -> vqgan.c -> image
  *
  * One section per file. Read them in this order; each file's top comment says what it owns:
@@ -10,7 +10,9 @@
  *     3. checkpoint.c    named tensors in files: safetensors in and out, flat configurations
  *        ckpt.c          named tensors out of PyTorch's .ckpt files
  *        params.c        named tensors in memory: the parameter table of a model
- *     4. data.c          images in, batches, the token cache, image grids out
+ *     4. images.c        pictures in and out, the official preprocessing
+ *        data.c          datasets, batches read ahead; lmdb.c: those in LMDBs
+ *        tokens.c        the token cache
  *     5. vqgan.c         first stage: image <-> tokens
  *        vqgan_layers.c  what its layers do
  *     6. transformer.cu  one reverse transition p(x_{t-1} | x_t)
@@ -361,16 +363,18 @@ void tensor_list_free(TensorList *list);
 void params_free(Params *p);
 
 /* ------------------------------------------------------------------------------------------------------------
- * 4. data.c: images in, batches, the token cache, image grids out
+ * 4. images.c: pictures in and out
  * ---------------------------------------------------------------------------------------------------------- */
 typedef struct {
     size_t H, W;
     uint8_t *rgb; /* (H,W,3) */
 } Image;
 enum { IMAGE_MAX_SIDE = 32768 };
-/* PNG or JPEG, told by content. Grey, palette, 16-bit, CMYK/YCCK become 8-bit RGB; alpha is composited on white;
- * EXIF orientation is applied. Truncated or foreign content is an error that names the file. */
+/* PNG, JPEG or (where libwebp was found) WebP, told by content. Grey, palette, 16-bit, CMYK/YCCK become 8-bit RGB; alpha
+ * is composited on white; EXIF orientation is applied. Truncated or foreign content is an error that names the file. */
 Err image_read(Image *im, const char *path);
+/* The same from memory; errors name no file. upright = 0: EXIF orientation is ignored, as the official pipelines do. */
+Err image_decode(Image *im, const uint8_t *bytes, size_t size, int upright);
 Err image_read_gray(Image *im, const char *path); /* masks: rgb holds (H,W) grey values; alpha over black */
 /* Atomic. text: tEXt/iTXt chunks (seed, model, options). */
 Err image_write_png(const char *path, const Image *im, const Config *text);
@@ -396,47 +400,80 @@ Err image_prepare(real *out, const Image *im, Prep prep, size_t size, double u_c
  * (255*clip((x+1)/2,0,1)). */
 Err image_grid(Image *out, const real *images, size_t n, size_t H, size_t W, size_t columns, size_t gap);
 
-/* A set of labelled picture files. */
+/* data.c. A set of labelled pictures: files, or values in LMDBs (whose path is the LMDB's, a slash and the key). */
 typedef struct {
     size_t n, n_classes;
-    char **path;       /* sorted by name */
-    int32_t *label;    /* index into class_name; 0 everywhere if there are no sub-folders */
-    char **class_name; /* sub-folder names, sorted; n_classes = 0: unlabelled */
+    char **path;        /* sorted by name */
+    int32_t *label;     /* index into class_name; 0 everywhere if there are no sub-folders */
+    char **class_name;  /* sub-folder names, sorted; n_classes = 0: unlabelled */
+    uint64_t identity;  /* hash of the names below the folder and of the sizes of the files */
+    struct Lmdb **lmdb; /* (n_lmdb) open ones */
+    size_t n_lmdb;
+    struct Damage *damage; /* pictures that could not be decoded, as they are met */
 } Dataset;
 typedef enum { SPLIT_ALL, SPLIT_TRAIN, SPLIT_VAL } Split;
-/* path: a folder (searched recursively; its sub-folders are the classes) or a text file with one picture path a line
- * (relative to the list's folder). If the folder holds train/ and val/ these are the split; else every picture whose
- * name hashes into 1 of 20 is held out, the first if none does. An empty set is an error. */
+/* path: a folder (searched recursively; its sub-folders are the classes; a data.mdb is an LMDB of pictures), an LMDB's
+ * file, or a text file with one picture path a line (relative to the list's folder). If the folder holds train/ and val/
+ * (or validation/, or ILSVRC2012_train/data/ and ILSVRC2012_validation/data/), or LSUN's NAME_train_lmdb and
+ * NAME_val_lmdb, these are the split; else every picture whose name hashes into 1 of 20 is held out, the first if none
+ * does. An empty set is an error. */
 Err dataset_open(Dataset *d, const char *path, Split split);
+/* The same, but of the folder `path` only what list files name (the official lists of FFHQ and LSUN; list NULL: all of
+ * it). A name is a file below the folder, or the one picture or key anywhere in it that is called so but for the
+ * extension; a missing one is an error. val_list, unless NULL: the validation pictures; then `list` is for training. */
+Err dataset_open_lists(Dataset *d, const char *path, const char *list, const char *val_list, Split split);
 void dataset_close(Dataset *d);
+/* *im = picture i, decoded; *damaged: it cannot be, which is noted and no error; *im is empty then. An error is what
+ * lies not in the picture, such as a disk that fails. Any number of threads at a time. */
+Err dataset_picture(const Dataset *d, size_t i, int upright, Image *im, int *damaged);
+size_t dataset_damaged(const Dataset *d); /* how many have been met so far */
+/* Adds those to the list in the file at path: path, tab, why, a line each, sorted, each once. */
+Err dataset_write_damaged(const Dataset *d, const char *path);
 /* order[0..n-1] = the permutation of epoch `epoch` under `seed`. */
 void epoch_order(uint32_t *order, size_t n, uint64_t seed, uint64_t epoch);
 
-/* Batches read ahead by one thread. Step s takes examples s*B .. s*B+B-1 of the endless sequence of epochs. */
+/* Batches read ahead by threads. Step s takes examples s*B .. s*B+B-1 of the endless sequence of epochs, whatever the
+ * number of threads. For a damaged picture stands the next whole one in the order of the set. */
 typedef struct Loader Loader;
 typedef struct {
-    Prep prep;
+    Prep prep;           /* all but PREP_FOLDER ignore EXIF orientation, as the official code does */
     size_t B, size;      /* batch, pixels a side */
     uint64_t seed, step; /* first step to deliver: resuming needs no other state */
     int train;           /* shuffle, random crop of the preset */
     int flip;            /* mirror half of the training pictures */
+    int mark;            /* damaged pictures keep their place, with label -1 */
 } LoaderConfig;
 Err loader_start(Loader **l, const Dataset *d, const LoaderConfig *c);
 /* The next batch: images (B,3,size,size), labels (B); valid until the next call. */
 Err loader_next(Loader *l, const real **images, const int32_t **labels);
 void loader_stop(Loader *l); /* NULL is fine */
 
-/* A dataset encoded once. File: magic, sizes, checksum of the VQGAN, labels, then 16-bit tokens (n, flips, N). */
+/* tokens.c. A dataset encoded once. File: magic, sizes, checksum of the VQGAN, labels, then 16-bit tokens (n, flips, N). */
 typedef struct {
     size_t n, h, w, K, flips; /* flips: 1 as they are, 2 also mirrored */
     uint64_t vqgan;           /* file_checksum of the first stage */
-    uint64_t source;          /* hash of the dataset's paths and preprocessing */
+    uint64_t source;          /* hash of the dataset's identity and preprocessing */
     int32_t *label;           /* (n) */
     uint16_t *token;          /* (n, flips, h*w) */
 } Tokens;
 Err tokens_write(const char *path, const Tokens *x);
 Err tokens_read(Tokens *x, const char *path);
 void tokens_free(Tokens *x);
+/* Making one, so that a kill costs a batch at most. tokens_start: sizes says what `path` is to hold (n counts damaged
+ * pictures too); what an earlier run left in path.part is continued if it is of the same first stage and dataset, from
+ * picture `done`, a multiple of batch or all. Waits while another process makes the same file. */
+typedef struct {
+    Tokens sizes;
+    size_t done, bytes; /* pictures; of a record */
+    uint8_t *record;
+    int fd;
+    char path[1100], part[1110];
+} TokensPart;
+Err tokens_start(TokensPart *p, const char *path, const Tokens *sizes, size_t batch);
+Err tokens_append(TokensPart *p, int32_t label, const int32_t *token); /* (flips, h*w); label -1: a damaged picture */
+/* Writes path from what was appended, without the damaged pictures; x is it. The part file is removed. */
+Err tokens_finish(TokensPart *p, Tokens *x);
+void tokens_stop(TokensPart *p); /* releases; what was appended stays for the next start */
 
 /* ------------------------------------------------------------------------------------------------------------
  * 5. vqgan.c, vqgan_layers.c: first stage, image <-> tokens (SPEC section 8; Esser et al. 2021, "Taming Transformers")

@@ -17,6 +17,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <unistd.h>
 
 /* ------------------------------------------------------------------------------------------------------------
  * What the user said
@@ -25,8 +26,8 @@
 #define NOT_GIVEN ((size_t)-1)
 
 typedef struct {
-    const char *model, *data, *run, *config, *init, *device, *store, *precision;
-    int vqgan, joint, resume, eval, balance;
+    const char *model, *data, *list, *val_list, *run, *config, *init, *device, *store, *precision;
+    int vqgan, joint, all, resume, eval, balance;
     int cuda; /* on the GPU */
     size_t scale, steps, batch, accumulate, threads, save_every, eval_every, picture_every;
     size_t seed;
@@ -104,6 +105,24 @@ static const char *run_path(const Stage *s, char out[1100], const char *suffix) 
 static int file_exists(const char *path) {
     struct stat st;
     return stat(path, &st) == 0;
+}
+
+/* RUN/skipped.txt names the pictures that could not be read, and why. */
+static const char *skipped_path(const Stage *s, char out[1100]) {
+    snprintf(out, 1100, "%s/skipped.txt", s->opt->run);
+    return out;
+}
+
+static Err list_damaged(const Stage *s, const Dataset *d) {
+    char path[1100];
+    return dataset_damaged(d) ? dataset_write_damaged(d, skipped_path(s, path)) : OK;
+}
+
+static void say_damaged(const Stage *s) {
+    char path[1100];
+    size_t n = dataset_damaged(&s->train) + dataset_damaged(&s->val);
+    if (s->train_tokens.n) n = s->train.n - s->train_tokens.n + s->val.n - s->val_tokens.n;
+    if (n) fprintf(stderr, "damaged pictures skipped: %zu; %s lists them\n", n, skipped_path(s, path));
 }
 
 static Err make_folder(const char *path) {
@@ -405,8 +424,7 @@ static uint64_t hash_bytes(uint64_t h, const void *data, size_t n) { /* FNV-1a *
 
 static uint64_t dataset_hash(const Stage *s, const Dataset *d) {
     uint64_t h = hash_bytes(0xcbf29ce484222325u, &s->prep, sizeof s->prep);
-    for (size_t i = 0; i < d->n; i++) h = hash_bytes(h, d->path[i], strlen(d->path[i]) + 1);
-    return h;
+    return hash_bytes(h, &d->identity, sizeof d->identity);
 }
 
 static void mirror(real *images, size_t planes, size_t side) {
@@ -418,64 +436,82 @@ static void mirror(real *images, size_t planes, size_t side) {
         }
 }
 
-static Err encode_batch(Stage *s, Tokens *x, const real *images, const int32_t *labels, size_t first, size_t B,
-                        real *mirrored, int32_t *token) {
+/* images (B,...) as they are and, with flips, mirrored: token (B, flips, N). Where a label is -1 the image is not used. */
+static Err encode_batch(Stage *s, size_t flips, const real *images, size_t B, real *mirrored, int32_t *once,
+                        int32_t *token) {
     size_t pixels = 3 * s->size * s->size;
     memcpy(mirrored, images, B * pixels * sizeof *mirrored);
-    for (size_t flip = 0; flip < x->flips; flip++) {
+    for (size_t flip = 0; flip < flips; flip++) {
         if (flip) mirror(mirrored, B * 3, s->size);
-        TRY(vqgan_encode(s->vqgan, mirrored, B, s->size, s->size, s->seed, NULL, NULL, token));
-        for (size_t b = 0; b < B; b++) {
-            x->label[first + b] = labels[b];
-            for (size_t i = 0; i < s->N; i++)
-                x->token[((first + b) * x->flips + flip) * s->N + i] = (uint16_t)token[b * s->N + i];
-        }
+        TRY(vqgan_encode(s->vqgan, mirrored, B, s->size, s->size, s->seed, NULL, NULL, once));
+        for (size_t b = 0; b < B; b++) memcpy(token + (b * flips + flip) * s->N, once + b * s->N, s->N * sizeof *token);
     }
     return OK;
 }
 
-static Err encode_dataset(Stage *s, Tokens *x, const Dataset *d) {
-    enum { B = 16 };
+enum { ENCODED_AT_ONCE = 16 };
+
+/* Pictures are read and prepared by the loader's threads, ahead, while all threads encode. Damaged pictures are listed
+ * before their place is taken, so that a kill in between forgets none. */
+static Err encode_dataset(Stage *s, TokensPart *p, const Dataset *d) {
+    enum { B = ENCODED_AT_ONCE };
     Loader *l = NULL;
     real *mirrored = NULL;
-    int32_t *token = NULL;
-    LoaderConfig c = {.prep = s->prep, .B = B, .size = s->size};
-    TRY(mem_alloc(&x->label, x->n, sizeof *x->label, "labels"));
-    TRY(mem_alloc(&x->token, x->n * x->flips, s->N * sizeof *x->token, "tokens"));
-    TRY(mem_alloc(&mirrored, B * 3 * s->size, s->size * sizeof *mirrored, "batch"));
-    TRY(mem_alloc(&token, B * s->N, sizeof *token, "batch of tokens"));
-    Err e = loader_start(&l, d, &c);
-    for (size_t i = 0, n; e == OK && i < x->n; i += n) {
+    int32_t *once = NULL, *token = NULL;
+    size_t n = d->n, flips = p->sizes.flips;
+    LoaderConfig c = {.prep = s->prep, .B = B, .size = s->size, .step = p->done / B, .mark = 1};
+    Err e = p->done < n ? loader_start(&l, d, &c) : OK;
+    if (e == OK) e = mem_alloc(&mirrored, B * 3 * s->size, s->size * sizeof *mirrored, "batch");
+    if (e == OK) e = mem_alloc(&once, B * s->N, sizeof *once, "batch of tokens");
+    if (e == OK) e = mem_alloc(&token, B * s->N, flips * sizeof *token, "batch of tokens");
+    while (e == OK && p->done < n) {
         const real *images;
         const int32_t *labels;
-        n = x->n - i < B ? x->n - i : B; /* the last batch wraps around into the next epoch: its tail is not used */
+        size_t rows = min_size(n - p->done, B); /* the last batch wraps around: its tail is not used */
         e = loader_next(l, &images, &labels);
-        if (e == OK) e = encode_batch(s, x, images, labels, i, n, mirrored, token);
-        progress_line("encoding %zu of %zu pictures", i + n, x->n);
+        if (e == OK) e = encode_batch(s, flips, images, rows, mirrored, once, token);
+        if (e == OK) e = list_damaged(s, d);
+        for (size_t b = 0; b < rows && e == OK; b++) e = tokens_append(p, labels[b], token + b * flips * s->N);
+        progress_line("encoding %zu of %zu pictures", p->done, n);
     }
     progress_end();
     loader_stop(l);
     free(mirrored);
+    free(once);
     free(token);
     return e;
+}
+
+/* x = the file, if it is there and of this first stage, dataset and preprocessing; else x->n = 0. */
+static Err cached_tokens(Tokens *x, const char *path, const Tokens *wanted) {
+    memset(x, 0, sizeof *x);
+    if (!file_exists(path)) return OK;
+    TRY(tokens_read(x, path));
+    if (x->vqgan != wanted->vqgan || x->source != wanted->source || x->flips != wanted->flips) tokens_free(x);
+    return OK;
 }
 
 /* The cache belongs to one VQGAN file and one set of pictures; any other is encoded afresh. */
 static Err load_tokens(Stage *s, Tokens *x, const Dataset *d, const char *what, const char *vqgan_path) {
     char path[1100];
-    uint64_t checksum, source = dataset_hash(s, d);
-    size_t flips = s->flip ? 2 : 1;
+    TokensPart p;
+    Tokens wanted = {.n = d->n, .h = s->h, .w = s->w, .K = s->K, .flips = s->flip ? 2 : 1};
+    wanted.source = dataset_hash(s, d);
     snprintf(path, sizeof path, "%s/%s.tokens", s->opt->run, what);
-    TRY(file_checksum(&checksum, vqgan_path));
-    if (file_exists(path)) {
-        TRY(tokens_read(x, path));
-        if (x->vqgan == checksum && x->source == source && x->flips == flips) return OK;
-        tokens_free(x);
+    TRY(file_checksum(&wanted.vqgan, vqgan_path));
+    TRY(cached_tokens(x, path, &wanted));
+    if (x->n) return OK;
+    TRY(tokens_start(&p, path, &wanted, ENCODED_AT_ONCE));
+    Err e = cached_tokens(x, path, &wanted); /* another process may have made it while this one waited */
+    if (e == OK && x->n) {
+        unlink(p.part);
+    } else if (e == OK) {
+        if (p.done) fprintf(stderr, "%s: continuing after %zu pictures\n", p.part, p.done);
+        e = encode_dataset(s, &p, d);
+        if (e == OK) e = tokens_finish(&p, x);
     }
-    memset(x, 0, sizeof *x);
-    x->n = d->n, x->h = s->h, x->w = s->w, x->K = s->K, x->flips = flips, x->vqgan = checksum, x->source = source;
-    TRY(encode_dataset(s, x, d));
-    return tokens_write(path, x);
+    tokens_stop(&p);
+    return e;
 }
 
 /* ---- the first stage that a transition stands on ---- */
@@ -528,7 +564,9 @@ static Err check_transition(const Stage *s, const NetConfig *c) {
         return err("%s: the network writes %zu token values, the first stage has %zu", s->name, c->dec_num_tokens,
                    s->K);
     if (c->has_class && s->train.n_classes == 0)
-        return err("%s: the model is conditioned on classes; the pictures need one sub-folder per class", s->opt->data);
+        return err("%s: the model is conditioned on classes; the pictures need one sub-folder per class "
+                   "(the recipe photos has no classes)",
+                   s->opt->data);
     if (c->has_class && s->train.n_classes > vocabulary)
         return err("%s: %zu classes; the network has %zu input tokens", s->opt->data, s->train.n_classes, vocabulary);
     if (s->t && c->kind == NET_GPT && s->t != s->schedule.T)
@@ -722,6 +760,8 @@ static Err write_list(Stage *s, Err (*collect)(Stage *, TensorList *), const cha
 
 static Err save(Stage *s) {
     TRY(params_fetch(s->params));
+    TRY(list_damaged(s, &s->train));
+    TRY(list_damaged(s, &s->val));
     TRY(config_set(&s->settings, "train.step", "%llu", (unsigned long long)s->step));
     TRY(config_set(&s->settings, "train.ema_updates", "%llu", (unsigned long long)s->ema_updates));
     TRY(write_list(s, collect_state, ".state.safetensors"));
@@ -928,8 +968,9 @@ static Err start_from(Stage *s, const char *folder) {
 
 /* Builds the stage from its settings: data, network, parameters and optimizer; fresh, or as `ck` left it. */
 static Err build_stage(Stage *s, const Checkpoint *ck) {
-    TRY(dataset_open(&s->train, s->opt->data, SPLIT_TRAIN));
-    TRY(dataset_open(&s->val, s->opt->data, SPLIT_VAL));
+    const Options *o = s->opt;
+    TRY(dataset_open_lists(&s->train, o->data, o->list, o->val_list, SPLIT_TRAIN));
+    TRY(dataset_open_lists(&s->val, o->data, o->list, o->val_list, SPLIT_VAL));
     TRY(make_folder(s->opt->run));
     TRY(s->opt->vqgan ? vqgan_stage(s) : transition_stage(s));
     TRY(params_plan(s->params, PLAN_VALUE | PLAN_GRAD | PLAN_ADAM | (s->opt->vqgan ? 0 : PLAN_EMA)));
@@ -961,11 +1002,13 @@ static void say_start(const Stage *s) {
     fprintf(stderr, "memory: parameters, gradients and optimizer %s, activations %s; %s available\n",
             bytes_text(state, s->state_bytes), bytes_text(activations, s->activation_bytes),
             s->available == SIZE_MAX ? "unknown how much is" : bytes_text(available, s->available));
+    if (s->train_tokens.n) say_damaged(s);
     if (s->step) fprintf(stderr, "%s: continuing after step %llu\n", s->name, (unsigned long long)s->step);
 }
 
 static void say_end(const Stage *s) {
     const char *run = s->opt->run;
+    if (!s->train_tokens.n) say_damaged(s);
     if (s->step < s->steps) {
         fprintf(stderr, "stopped after step %llu, everything is saved; --resume continues\n",
                 (unsigned long long)s->step);
@@ -973,6 +1016,7 @@ static void say_end(const Stage *s) {
     }
     char path[1100];
     printf("%s\n", run_path(s, path, ".safetensors"));
+    if (s->opt->all) return;
     if (s->opt->vqgan)
         fprintf(stderr, "next: ./train %s --scale 1 --data %s --run %s, then the other scales\n", s->opt->model,
                 s->opt->data, run);
@@ -985,7 +1029,7 @@ static int open_state(Stage *s, Checkpoint *ck) {
     char path[1100];
     run_path(s, path, ".state.safetensors");
     if (!file_exists(path)) {
-        if (s->opt->resume) fprintf(stderr, "%s: nothing to resume; starting at step 0\n", path);
+        if (s->opt->resume && !s->opt->all) fprintf(stderr, "%s: nothing to resume; starting at step 0\n", path);
         return 0;
     }
     if (!s->opt->resume && !s->opt->eval)
@@ -1033,14 +1077,37 @@ static void train(const Options *o) {
     free_stage(&s);
 }
 
+/* Every stage in turn, finished ones in no time, then ./sample, which lies beside this program. */
+static void train_all(Options *o, const char *program) {
+    char sample[1100], out[1100];
+    const char *slash = strrchr(program, '/');
+    size_t T = 1;
+    Stage s = {.opt = o, .name = "scale"};
+    o->resume = 1;
+    check(read_recipe(&s));
+    check(config_size(&T, &s.settings, "model.params.", "n_scales", 1, MAX_SCALES, 0));
+    config_free(&s.settings);
+    o->vqgan = 1;
+    train(o);
+    o->vqgan = 0;
+    for (o->scale = 1; o->scale <= T && !interrupted(); o->scale++) train(o);
+    if (interrupted()) return;
+    snprintf(sample, sizeof sample, "%.*ssample", slash ? (int)(slash - program) + 1 : 0, program);
+    snprintf(out, sizeof out, "%s/samples.png", o->run);
+    fflush(stdout);
+    execlp(sample, sample, o->run, "-o", out, (char *)NULL);
+    die("%s: %s; when it is built: ./sample %s", sample, strerror(errno), o->run);
+}
+
 static const char intro[] =
-    "usage: ./train [MODEL] (--vqgan | --scale N | --joint) [options]\n\n"
+    "usage: ./train [MODEL] (--vqgan | --scale N | --joint | --all) [options]\n\n"
     "Trains one part of an ImageBART model. Three steps make a model:\n"
     "  1. ./train emoji --vqgan --data data/emoji    a VQGAN learns to write a picture as a grid of tokens and back\n"
     "  2. ./train emoji --scale N --data data/emoji  for N = 1..T: noise has replaced a part of the tokens, more at "
     "each\n"
     "                                                scale; a transformer learns to undo one step of it\n"
     "  3. ./sample runs/emoji                        starts from pure noise and runs the steps back, T to 1\n"
+    "--all runs them one after the other. "
     "MODEL names a recipe models/MODEL.txt (default emoji). Everything is kept in the run folder; the pictures there "
     "show\n"
     "held-out examples as training goes on.\n";
@@ -1065,10 +1132,17 @@ int main(int argc, char **argv) {
         {OPT_FLAG, "--vqgan", NULL, &o.vqgan, 0, 0, "the first stage: pictures to tokens and back"},
         {OPT_SIZE, "--scale", "N", &o.scale, 1, MAX_SCALES, "the transition x_N -> x_(N-1)"},
         {OPT_FLAG, "--joint", NULL, &o.joint, 0, 0, "all transitions in one network, a random scale each step"},
+        {OPT_FLAG, "--all", NULL, &o.all, 0, 0,
+         "the first stage, then every scale, then draw samples with ./sample; the same\ncommand again goes on where it "
+         "was "
+         "stopped"},
         {OPT_HEADING, "On what", NULL, NULL, 0, 0, NULL},
         {OPT_STRING, "--data", "PATH", &o.data, 0, 0,
-         "a folder of PNG and JPEG pictures (sub-folders are classes; train/ and val/\n"
-         "are the split if they exist, else 1 in 20 is held out), or a list file\n(default data/MODEL)"},
+         "a folder of PNG, JPEG and WebP pictures (sub-folders are classes; train/ and val/\n"
+         "are the split if they exist, else 1 in 20 is held out), LSUN's LMDB, or a list\nfile (default data/MODEL)"},
+        {OPT_STRING, "--list", "FILE", &o.list, 0, 0,
+         "of the folder --data only what this file names, a picture a line, such as the\nofficial ffhqtrain.txt"},
+        {OPT_STRING, "--val-list", "FILE", &o.val_list, 0, 0, "and hold out what this one names (ffhqvalidation.txt)"},
         {OPT_STRING, "--run", "DIR", &o.run, 0, 0, "where weights, log and pictures go (default runs/MODEL)"},
         {OPT_STRING, "--config", "FILE", &o.config, 0, 0, "the recipe, instead of models/MODEL.txt"},
         {OPT_STRING, "--init", "DIR", &o.init, 0, 0,
@@ -1095,7 +1169,10 @@ int main(int argc, char **argv) {
         {OPT_SIZE, "--threads", "N", &o.threads, 0, 4096, "0 (default): all; the result does not depend on it"},
         {OPT_END, NULL, NULL, NULL, 0, 0, NULL}};
     options_parse(argc, argv, table, intro);
-    if (o.vqgan + o.joint + (o.scale > 0) != 1) usage_error("give one of --vqgan, --scale N, --joint; -h explains");
+    if (o.vqgan + o.joint + o.all + (o.scale > 0) != 1)
+        usage_error("give one of --vqgan, --scale N, --joint, --all; -h explains");
+    if (o.val_list && !o.list) usage_error("--val-list goes with --list, which names the training pictures");
+    if (o.all && o.eval) usage_error("--eval evaluates one stage: --vqgan, --scale N or --joint");
     if (strcmp(o.precision, "bf16") && strcmp(o.precision, "f32"))
         usage_error("--precision %s: expected bf16 or f32", o.precision);
     o.cuda = check_device(o.device);
@@ -1106,6 +1183,9 @@ int main(int argc, char **argv) {
     snprintf(default_data, sizeof default_data, "data/%s", short_name);
     if (!o.run) o.run = default_run;
     if (!o.data) o.data = default_data;
-    train(&o);
+    if (o.all)
+        train_all(&o, argv[0]);
+    else
+        train(&o);
     return 0;
 }

@@ -582,21 +582,19 @@ static double break_even(double passes, size_t n) {
 static void bench_block(void) {
     static const size_t batches[] = {1, 4, 16}, lengths[] = {1, 2, 4, 8, 16, 32, 64};
     Decoding d = {full_size(1), 0, 0, NULL, NULL, NULL};
-    double per_position, fixed;
     section("Blocks of an FFHQ scale, times a single pass, pays from a");
     must(mem_alloc(&d.x_t, 16 * TOKENS, sizeof *d.x_t, "tokens"));
     must(mem_alloc(&d.t, 16, sizeof *d.t, "scales"));
     for (size_t i = 0; i < 16 * TOKENS; i++) d.x_t[i] = (int32_t)(i * 37 % 548);
     for (size_t b = 0; b < 16; b++) d.t[b] = 1;
-    const double weights = token_numbers(d.m, &per_position, &fixed);
+    const double weights = token_numbers(d.m);
     for (int format = WEIGHTS_REAL; format <= WEIGHTS_INT8; format++)
         for (size_t k = 0; k < COUNT(batches); k++) {
             double single = 0;
             d.B = batches[k];
-            must(transformer_plan(d.m, d.B, TOKENS, 0));
-            pack(d.m, WEIGHTS_REAL);
-            begin_decoding(&d);
             pack(d.m, (WeightFormat)format);
+            must(transformer_plan(d.m, d.B, TOKENS, 0));
+            begin_decoding(&d);
             const real *logits;
             for (; d.next < TOKENS / 2; d.next++) must(transformer_decode_step(d.m, d.x_t, d.next, &logits));
             for (size_t l = 0; l < COUNT(lengths) && d.B * lengths[l] <= 256; l++) {
@@ -606,7 +604,7 @@ static void bench_block(void) {
                 if (n == 1) single = t;
                 snprintf(name, sizeof name, "%s, batch %zu, block %zu: %.2f passes, a >= %.2f", format_names[format],
                          d.B, n, t / single, break_even(t / single, n));
-                const double kept = rows * (fixed + per_position * TOKENS / 2) * sizeof(real);
+                const double kept = kept_bytes(transformer_config(d.m), (WeightFormat)format, d.B * n, TOKENS / 2);
                 print_row((Row){name, 2 * weights * rows, weights * (double)weight_bytes((WeightFormat)format) + kept},
                           t);
             }

@@ -1,6 +1,6 @@
 """bench_torch.py - the same work in PyTorch: what a strong user would write, and what the official code does.
 
-    python3 test/bench_torch.py bench.tsv            every row of the section "decode"
+    python3 test/bench_torch.py bench.tsv            every row of the sections decode, train, conv and vqgan
     python3 test/bench_torch.py bench.tsv int8 ...   only rows whose names hold one of the words, and no images
 
 Reads the table that test/bench wrote, times an equivalent model with made-up weights (PyTorch's own threads), prints both
@@ -11,14 +11,17 @@ times and their ratio, and adds two columns to the table. A transition at the fu
                in int8 with a factor per row (torch._weight_int8pack_mm), the rest bfloat16.
     official   the decoder runs over the whole prefix for every token (keys and values of the context included): timed at
                a few lengths, summed over all of them with straight lines in between
+    training   a step at batch 4 in float32, eager and compiled, the faster of the two
 
-What this PyTorch cannot do is skipped aloud.
+The first stage and its convolutions are bench_torch_vqgan.py's. What this PyTorch cannot do is skipped aloud.
 """
 import sys
 import time
 
 import torch
 import torch.nn.functional as F
+
+from bench_torch_vqgan import stage_seconds
 
 N, HEADS, CODES = 256, 16, 548
 SIZES = {"encoder-decoder": (752, 64, 6), "last scale (GPT)": (800, 50, 26)}  # dim, of a head, layers
@@ -179,8 +182,8 @@ def training_seconds(what):
     """A step at batch 4: forward, losses (hard and soft, half each), backward, AdamW (fused), EMA."""
     dim, head, depth = SIZES[what]
     cross, B = what == "encoder-decoder", 4
-    decoder, logits = [layer(dim, head, torch.float32, cross) for _ in range(depth)], weight(CODES, dim, torch.float32)
-    encoder = [layer(dim, head, torch.float32, False) for _ in range(ENCODER_DEPTH)] if cross else []
+    decoder, logits = [layer(dim, head, "f32", cross) for _ in range(depth)], weight(CODES, dim, "f32")
+    encoder = [layer(dim, head, "f32", False) for _ in range(ENCODER_DEPTH)] if cross else []
     tensors = lambda v: sum((tensors(x) for x in v), []) if isinstance(v, list) else [v] if v is not None else []
     values = [logits] + sum((tensors(list(l.values())) for l in encoder + decoder), [])
     for v in values:
@@ -244,25 +247,43 @@ def image_rows(ours, theirs):
     return rows
 
 
+def compare(title, ours, theirs):
+    """Prints a table of the rows that have a twin; gives them as (name, our seconds, theirs)."""
+    lines = [(name, t, twin(theirs, name)) for name, t in ours.items() if twin(theirs, name)]
+    print(f"{title:58}{'ours':>11}{'PyTorch':>14}{'ratio':>8}")
+    for name, t, their in lines:
+        print(f"{name:58}{t * 1e3:8.2f} ms{their * 1e3:11.2f} ms{their / t:8.2f}", flush=True)
+    return lines
+
+
 def main(path, words):
     with open(path) as f:
         header, *rows = [line.rstrip("\n").split("\t") for line in f]
-    ours = {r[1]: float(r[2]) for r in rows if r[0] == "decode"}
-    if not ours:
-        sys.exit(f"bench_torch.py: {path} has no rows of the section \"decode\"; test/bench -o {path} writes it")
+    wanted = lambda name: not words or any(w in name for w in words)
+    ours = lambda *sections: {r[1]: float(r[2]) for r in rows if r[0] in sections and wanted(r[1])}
     print(f"\nbeside PyTorch {torch.__version__}, {torch.get_num_threads()} threads", flush=True)
-    with torch.inference_mode():
-        theirs = measure(lambda name: not words or any(w in name for w in words))
-    lines = [(name, t, twin(theirs, name)) for name, t in ours.items() if twin(theirs, name)]
-    images = [] if words else image_rows(ours, theirs)
-    print(f"{'':58}{'ours':>11}{'PyTorch':>14}{'ratio':>8}")
-    for name, t, their in lines + images:
-        print(f"{name:58}{t * 1e3:8.2f} ms{their * 1e3:11.2f} ms{their / t:8.2f}")
+    lines, images = [], []
+    if ours("decode"):
+        with torch.inference_mode():
+            theirs = measure(wanted)
+        lines += compare("decoding", ours("decode"), theirs)
+        images = [] if words else image_rows(ours("decode"), theirs)
+        compare("images of four scales", {name: t for name, t, _ in images}, {name: their for name, _, their in images})
+    for what in SIZES:
+        name = f"{what}, batch 4, whole step"
+        if name in ours("train"):
+            lines += compare("training", {name: ours("train")[name]}, {name: training_seconds(what)})
+    stage = ours("conv", "vqgan")
+    if stage:
+        lines += compare("the first stage", stage, {name: stage_seconds(name, best)[0] for name in stage})
+    if not lines:
+        sys.exit(f"bench_torch.py: {path} has no rows of the sections decode, train, conv, vqgan; test/bench -o {path} "
+                 "writes them")
     added = {name: their for name, _, their in lines}
     with open(path, "w") as f:
         print("\t".join(header[:7] + ["PyTorch seconds", "ratio"]), file=f)
         for r in rows:
-            their = added.get(r[1]) if r[0] == "decode" else None
+            their = added.get(r[1])
             print("\t".join(r[:7] + ([f"{their:.6g}", f"{their / float(r[2]):.4g}"] if their else ["", ""])), file=f)
         for name, t, their in images:
             print(f"image\t{name}\t{t:.6g}\t\t\t\t\t{their:.6g}\t{their / t:.4g}", file=f)

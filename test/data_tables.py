@@ -1,4 +1,4 @@
-"""Writes data_tables.h: what Pillow and OpenCV make of small pictures, for test_data.c.
+"""Writes data_tables.h: what Pillow and OpenCV make of small pictures, for test_images.c.
 
     pip install pillow opencv-python-headless numpy
     python3 test/data_tables.py > test/data_tables.h
@@ -17,7 +17,7 @@ HASHED = [(257, 129, 64, 32), (1024, 1024, 256, 256), (100, 75, 256, 192), (333,
 
 
 def picture(H, W):
-    """The same formula as in test_data.c: noise, with a region of pure black and white to provoke overshoot."""
+    """The same formula as in test_images.c: noise, with a region of pure black and white to provoke overshoot."""
     y, x, c = np.meshgrid(np.arange(H), np.arange(W), np.arange(3), indexing="ij")
     v = (y * 7919 + x * 104729 + c * 1299709 + 12345).astype(np.uint32)
     v = v * np.uint32(2654435761)

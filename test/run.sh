@@ -61,6 +61,19 @@ if command -v "${PYTHON:-python3}" >/dev/null; then
 else
     echo "torch: skipped: no ${PYTHON:-python3}"
 fi
+lsun=python3 # which has them: the PYTHON that has PyTorch, or the system's
+for p in "${PYTHON:-python3}" python3 /usr/bin/python3; do
+    if "$p" -c 'import lmdb, PIL' 2>/dev/null; then
+        lsun=$p
+        break
+    fi
+done
+if command -v $lsun >/dev/null; then
+    check lsun "$lsun" test/test_lsun.py "$build"
+else
+    echo "lsun: skipped: no python3"
+fi
+check left-out test/test_left_out.sh
 check common-subset test/test_subset.sh
 echo "$passed passed, $failed failed"
 [ "$failed" -eq 0 ]

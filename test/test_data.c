@@ -1,725 +1,18 @@
-/* test_data.c - pictures in and out, resizing against Pillow and OpenCV, datasets, the loader, token files.
+/* test_data.c - datasets, LMDBs, the loader, damaged pictures, token files.
  *
- * Every picture file is made here, with libpng and libjpeg, in a temporary folder that is removed at the end. Damage is
- * systematic: files are cut at every sixteenth (small ones at every byte) and every byte is flipped; run under
- * sanitizers this is the fuzz test of the readers. */
-#include "test.h"
+ * test/test_lsun.py asks this program what it makes of pictures: --prepare PRESET SIZE PATH writes the prepared pictures
+ * of a dataset as raw bytes to standard output. */
+#include "files.h"
 
-#include <ftw.h>
-#include <setjmp.h>
-#include <sys/stat.h>
-#include <unistd.h>
-#include <zlib.h>
+#include <sys/wait.h>
 
-#include <jpeglib.h>
-#include <png.h>
+#include "../data.h"
 
-#include "data_tables.h"
-
-/* ---- files ---- */
-
-static char folder[FOLDER_BYTES];
-
-/* A path in the temporary folder, in one of eight buffers used in turn. */
-static const char *in_folder(const char *name) {
-    static char path[8][1024];
-    static int turn;
-    turn = (turn + 1) % 8;
-    snprintf(path[turn], sizeof path[turn], "%s/%s", folder, name);
-    return path[turn];
-}
-
-static void put_file(const char *path, const void *bytes, size_t n) {
-    FILE *f = fopen(path, "wb");
-    if (!f || fwrite(bytes, 1, n, f) != n || fclose(f) != 0) {
-        printf("cannot write %s\n", path);
-        exit(1);
-    }
-}
-
-static uint8_t *get_file(const char *path, size_t *n) {
-    static uint8_t bytes[1 << 20];
-    FILE *f = fopen(path, "rb");
-    *n = f ? fread(bytes, 1, sizeof bytes, f) : 0;
-    if (f) fclose(f);
-    return bytes;
-}
-
-static int remove_entry(const char *path, const struct stat *st, int flag, struct FTW *ftw) {
-    (void)st, (void)flag, (void)ftw;
-    return remove(path);
-}
-
-static uint32_t mix(uint32_t v) {
-    v *= 2654435761u;
-    v ^= v >> 15;
-    v *= 2246822519u;
-    return v ^ v >> 13;
-}
-
-/* The picture of data_tables.py. */
-static Image picture(size_t H, size_t W) {
-    Image im = {H, W, malloc(H * W * 3)};
-    for (size_t y = 0; y < H; y++)
-        for (size_t x = 0; x < W; x++)
-            for (size_t c = 0; c < 3; c++) {
-                uint32_t v = mix((uint32_t)(y * 7919 + x * 104729 + c * 1299709 + 12345)) >> 8 & 255;
-                im.rgb[(y * W + x) * 3 + c] = (uint8_t)((x + y) % 5 < 2 ? (v < 128 ? 0 : 255) : v);
-            }
-    return im;
-}
-
-/* A smooth one, for JPEG. */
-static Image gradient(size_t H, size_t W) {
-    Image im = {H, W, malloc(H * W * 3)};
-    for (size_t y = 0; y < H; y++)
-        for (size_t x = 0; x < W; x++) {
-            uint8_t *p = im.rgb + (y * W + x) * 3;
-            p[0] = (uint8_t)(40 + 200 * x / W), p[1] = (uint8_t)(20 + 180 * y / H), p[2] = (uint8_t)(90 + 100 * x / W);
-        }
-    return im;
-}
-
-/* Largest difference of two pictures; 999 if their sizes differ. */
-static int difference(const Image *a, const Image *b) {
-    if (a->H != b->H || a->W != b->W) return 999;
-    int worst = 0;
-    for (size_t i = 0; i < a->H * a->W * 3; i++)
-        if (abs(a->rgb[i] - b->rgb[i]) > worst) worst = abs(a->rgb[i] - b->rgb[i]);
-    return worst;
-}
-
-/* ---- PNG files of every kind ---- */
-
-typedef struct {
-    size_t H, W;
-    int type, depth, interlaced;
-    const uint8_t *rows; /* packed as PNG stores them, (H, bytes per row) */
-    int n_palette, n_trans;
-    png_color palette[256];
-    png_byte trans[256]; /* palette alphas */
-    png_color_16 *key;   /* transparent colour of grey and RGB */
-    const uint8_t *exif;
-    size_t exif_bytes;
-} PngSpec;
-
-static void write_png(const char *path, const PngSpec *s) {
-    FILE *f = fopen(path, "wb");
-    png_structp png = png_create_write_struct(PNG_LIBPNG_VER_STRING, NULL, NULL, NULL);
-    png_infop info = png_create_info_struct(png);
-    if (!f || setjmp(png_jmpbuf(png))) exit(1);
-    png_init_io(png, f);
-    png_set_IHDR(png, info, (png_uint_32)s->W, (png_uint_32)s->H, s->depth, s->type,
-                 s->interlaced ? PNG_INTERLACE_ADAM7 : PNG_INTERLACE_NONE, 0, 0);
-    if (s->n_palette) png_set_PLTE(png, info, s->palette, s->n_palette);
-    if (s->n_trans || s->key) png_set_tRNS(png, info, s->trans, s->n_trans, s->key);
-    if (s->exif) png_set_eXIf_1(png, info, (png_uint_32)s->exif_bytes, (png_bytep)s->exif);
-    png_write_info(png, info);
-    size_t stride = png_get_rowbytes(png, info);
-    png_bytep *row = malloc(s->H * sizeof *row);
-    for (size_t y = 0; y < s->H; y++) row[y] = (png_bytep)s->rows + y * stride;
-    png_write_image(png, row);
-    png_write_end(png, info);
-    png_destroy_write_struct(&png, &info);
-    free(row);
-    fclose(f);
-}
-
-/* Whether path reads as these (H,W,3) pixels. */
-static int reads_as(const char *path, size_t H, size_t W, const uint8_t *rgb) {
-    Image got, want = {H, W, (uint8_t *)rgb};
-    if (image_read(&got, path) != OK) {
-        printf("     %s\n", err_text());
-        return 0;
-    }
-    int same = difference(&got, &want) == 0;
-    image_free(&got);
-    return same;
-}
-
-static void test_png_gray(void) {
-    const char *path = in_folder("gray.png");
-    static const uint8_t one[] = {0xa0}, two[] = {0x1b}, four[] = {0x0f, 0x70}, eight[] = {0, 1, 254, 255},
-                         sixteen[] = {0, 0, 0, 0x80, 0x00, 0x81, 0xff, 0x7e, 0xff, 0x7f, 0xff, 0xff},
-                         gray_alpha[] = {100, 255, 100, 0, 100, 128, 7, 3};
-    PngSpec s = {.H = 1, .W = 3, .type = PNG_COLOR_TYPE_GRAY, .depth = 1, .rows = one};
-    write_png(path, &s);
-    CHECK(reads_as(path, 1, 3, (uint8_t[]){255, 255, 255, 0, 0, 0, 255, 255, 255}));
-    CHECK(!reads_as(path, 1, 3, (uint8_t[]){255, 255, 255, 0, 1, 0, 255, 255, 255}));
-    s.depth = 2, s.rows = two, s.W = 4;
-    write_png(path, &s);
-    CHECK(reads_as(path, 1, 4, (uint8_t[]){0, 0, 0, 85, 85, 85, 170, 170, 170, 255, 255, 255}));
-    s.depth = 4, s.rows = four, s.W = 3;
-    write_png(path, &s);
-    CHECK(reads_as(path, 1, 3, (uint8_t[]){0, 0, 0, 255, 255, 255, 119, 119, 119}));
-    s.depth = 8, s.rows = eight, s.W = 4;
-    write_png(path, &s);
-    CHECK(reads_as(path, 1, 4, (uint8_t[]){0, 0, 0, 1, 1, 1, 254, 254, 254, 255, 255, 255}));
-    s.key = &(png_color_16){.gray = 1}; /* the transparent grey shows the white background */
-    write_png(path, &s);
-    CHECK(reads_as(path, 1, 4, (uint8_t[]){0, 0, 0, 255, 255, 255, 254, 254, 254, 255, 255, 255}));
-    s.key = NULL, s.depth = 16, s.rows = sixteen, s.W = 6; /* 128/257 rounds to 0, 129/257 to 1 */
-    write_png(path, &s);
-    CHECK(reads_as(path, 1, 6, (uint8_t[]){0, 0, 0, 0, 0, 0, 1, 1, 1, 254, 254, 254, 255, 255, 255, 255, 255, 255}));
-    s.type = PNG_COLOR_TYPE_GRAY_ALPHA, s.depth = 8, s.rows = gray_alpha, s.W = 4;
-    write_png(path, &s);
-    CHECK(reads_as(path, 1, 4, (uint8_t[]){100, 100, 100, 255, 255, 255, 177, 177, 177, 252, 252, 252}));
-}
-
-static void test_png_palette(void) {
-    const char *path = in_folder("palette.png");
-    static const uint8_t rows[] = {0x18, 0x40}, bytes[] = {0, 1, 2, 1};
-    PngSpec s = {.H = 2, .W = 3, .type = PNG_COLOR_TYPE_PALETTE, .depth = 2, .rows = rows, .n_palette = 3};
-    s.palette[0] = (png_color){10, 20, 30}, s.palette[1] = (png_color){200, 100, 0},
-    s.palette[2] = (png_color){1, 2, 3};
-    write_png(path, &s);
-    CHECK(reads_as(path, 2, 3, (uint8_t[]){10, 20, 30, 200, 100, 0, 1, 2, 3, 200, 100, 0, 10, 20, 30, 10, 20, 30}));
-    s.n_trans = 2, s.trans[0] = 0, s.trans[1] = 51, s.depth = 8, s.rows = bytes, s.H = 1, s.W = 4;
-    write_png(path, &s); /* alpha 51 = 1/5 */
-    CHECK(reads_as(path, 1, 4, (uint8_t[]){255, 255, 255, 244, 224, 204, 1, 2, 3, 244, 224, 204}));
-    static const uint8_t outside[] = {3, 3, 3, 3}; /* beyond the palette: libpng's choice of colour, but no crash */
-    s.rows = outside;
-    write_png(path, &s);
-    Image im;
-    if (image_read(&im, path) == OK) image_free(&im);
-}
-
-/* All 65536 pairs of colour and alpha over white: nearest integer, no ties possible. The same in 16 bits, sampled. */
-static void test_png_alpha(void) {
-    static uint8_t rows[256 * 256 * 4], wide[256 * 256 * 8];
-    for (size_t i = 0; i < 65536; i++) {
-        rows[i * 4] = (uint8_t)i, rows[i * 4 + 1] = (uint8_t)(255 - i), rows[i * 4 + 2] = 0,
-                 rows[i * 4 + 3] = (uint8_t)(i >> 8);
-        for (size_t k = 0; k < 8; k++) wide[i * 8 + k] = (uint8_t)mix((uint32_t)(i * 8 + k));
-    }
-    PngSpec s = {.H = 256, .W = 256, .type = PNG_COLOR_TYPE_RGBA, .depth = 8, .rows = rows};
-    write_png(in_folder("alpha.png"), &s);
-    s.depth = 16, s.rows = wide;
-    write_png(in_folder("alpha16.png"), &s);
-    Image im, im16;
-    CHECK_OK(image_read(&im, in_folder("alpha.png")));
-    CHECK_OK(image_read(&im16, in_folder("alpha16.png")));
-    size_t wrong = 0, wrong16 = 0;
-    for (size_t i = 0; i < 65536; i++)
-        for (size_t c = 0; c < 3; c++) {
-            int want = rows[i * 4 + c] * rows[i * 4 + 3] + 255 * (255 - rows[i * 4 + 3]);
-            wrong += 2 * abs(255 * im.rgb[i * 3 + c] - want) > 255;
-            const uint8_t *p = wide + i * 8;
-            double v = (p[c * 2] * 256 + p[c * 2 + 1]) / 65535.0, a = (p[6] * 256 + p[7]) / 65535.0;
-            wrong16 += fabs(im16.rgb[i * 3 + c] - 255 * (v * a + 1 - a)) > 0.5 + 1e-9;
-        }
-    CHECK(wrong == 0 && wrong16 == 0);
-    image_free(&im);
-    image_free(&im16);
-    CHECK_OK(image_read_gray(&im, in_folder("alpha.png"))); /* over black, luma */
-    for (size_t i = 0; i < 65536; i++) {
-        double a = rows[i * 4 + 3] / 255.0, want = 0.299 * rint(rows[i * 4] * a) + 0.587 * rint(rows[i * 4 + 1] * a);
-        wrong += fabs(im.rgb[i] - want) > 0.51;
-    }
-    CHECK(wrong == 0);
-    image_free(&im);
-}
-
-static void test_png_interlaced(void) {
-    int wrong = 0;
-    for (size_t H = 1; H <= 9; H++)
-        for (size_t W = 1; W <= 9; W++) {
-            Image im = picture(H, W);
-            PngSpec s = {.H = H, .W = W, .type = PNG_COLOR_TYPE_RGB, .depth = 8, .interlaced = 1, .rows = im.rgb};
-            write_png(in_folder("interlaced.png"), &s);
-            wrong += !reads_as(in_folder("interlaced.png"), H, W, im.rgb);
-            image_free(&im);
-        }
-    CHECK(wrong == 0);
-}
-
-/* ---- JPEG files of every kind ---- */
-
-typedef struct {
-    J_COLOR_SPACE in, stored; /* in: JCS_RGB, JCS_GRAYSCALE or JCS_CMYK */
-    int progressive, no_adobe, quality;
-    const uint8_t *exif;
-    size_t exif_bytes;
-} JpegSpec;
-
-/* rows (H,W,channels of s->in) */
-static void write_jpeg(const char *path, size_t H, size_t W, const uint8_t *rows, const JpegSpec *s) {
-    struct jpeg_compress_struct c;
-    struct jpeg_error_mgr manager;
-    FILE *f = fopen(path, "wb");
-    c.err = jpeg_std_error(&manager);
-    jpeg_create_compress(&c);
-    jpeg_stdio_dest(&c, f);
-    c.image_width = (JDIMENSION)W, c.image_height = (JDIMENSION)H;
-    c.in_color_space = s->in;
-    c.input_components = s->in == JCS_GRAYSCALE ? 1 : s->in == JCS_RGB ? 3 : 4;
-    jpeg_set_defaults(&c);
-    jpeg_set_colorspace(&c, s->stored);
-    for (int k = 0; k < c.num_components; k++) c.comp_info[k].h_samp_factor = c.comp_info[k].v_samp_factor = 1;
-    jpeg_set_quality(&c, s->quality, TRUE);
-    if (s->progressive) jpeg_simple_progression(&c);
-    if (s->no_adobe) c.write_Adobe_marker = FALSE;
-    jpeg_start_compress(&c, TRUE);
-    if (s->exif) jpeg_write_marker(&c, JPEG_APP0 + 1, s->exif, (unsigned)s->exif_bytes);
-    while (c.next_scanline < H) {
-        JSAMPROW row = (JSAMPROW)rows + c.next_scanline * W * (size_t)c.input_components;
-        jpeg_write_scanlines(&c, &row, 1);
-    }
-    jpeg_finish_compress(&c);
-    jpeg_destroy_compress(&c);
-    fclose(f);
-}
-
-/* Largest difference between what path reads as and the picture. */
-static int jpeg_error(const char *path, const Image *want) {
-    Image got;
-    if (image_read(&got, path) != OK) {
-        printf("     %s\n", err_text());
-        return 999;
-    }
-    int worst = difference(&got, want);
-    image_free(&got);
-    return worst;
-}
-
-static void test_jpeg_colours(void) {
-    enum { H = 21, W = 35 };
-    const char *path = in_folder("a.jpg");
-    Image im = gradient(H, W), gray = gradient(H, W);
-    write_jpeg(path, H, W, im.rgb, &(JpegSpec){JCS_RGB, JCS_YCbCr, .quality = 100});
-    CHECK(jpeg_error(path, &im) <= 3);
-    write_jpeg(path, H, W, im.rgb, &(JpegSpec){JCS_RGB, JCS_RGB, .quality = 100});
-    CHECK(jpeg_error(path, &im) <= 3);
-    write_jpeg(path, H, W, im.rgb, &(JpegSpec){JCS_RGB, JCS_YCbCr, .progressive = 1, .quality = 100});
-    CHECK(jpeg_error(path, &im) <= 3);
-    static uint8_t luma[H * W], ink[H * W * 4];
-    for (size_t i = 0; i < H * W; i++)
-        gray.rgb[i * 3] = gray.rgb[i * 3 + 1] = gray.rgb[i * 3 + 2] = luma[i] = im.rgb[i * 3];
-    write_jpeg(path, H, W, luma, &(JpegSpec){JCS_GRAYSCALE, JCS_GRAYSCALE, .quality = 100});
-    CHECK(jpeg_error(path, &gray) <= 2);
-    for (size_t i = 0; i < H * W; i++) { /* a third of black ink; Adobe's inverted numbers: 255 is no ink */
-        ink[i * 4 + 3] = 170;
-        for (size_t c = 0; c < 3; c++)
-            ink[i * 4 + c] = im.rgb[i * 3 + c], im.rgb[i * 3 + c] = (uint8_t)(im.rgb[i * 3 + c] * 2 / 3);
-    }
-    write_jpeg(path, H, W, ink, &(JpegSpec){JCS_CMYK, JCS_CMYK, .quality = 100});
-    CHECK(jpeg_error(path, &im) <= 3);
-    write_jpeg(path, H, W, ink, &(JpegSpec){JCS_CMYK, JCS_YCCK, .quality = 100});
-    CHECK(jpeg_error(path, &im) <= 4);
-    for (size_t i = 0; i < sizeof ink; i++) ink[i] = 255 - ink[i];
-    write_jpeg(path, H, W, ink, &(JpegSpec){JCS_CMYK, JCS_CMYK, .no_adobe = 1, .quality = 100});
-    CHECK(jpeg_error(path, &im) <= 3);
-    write_jpeg(path, H, W, ink,
-               &(JpegSpec){JCS_CMYK, JCS_CMYK, .quality = 100}); /* inverted the wrong way: must show */
-    CHECK(jpeg_error(path, &im) > 50);
-    image_free(&im);
-    image_free(&gray);
-}
-
-/* ---- EXIF ---- */
-
-/* "Exif\0\0" and a TIFF directory with one unrelated entry and the orientation. Returns the length. */
-static size_t make_exif(uint8_t *p, int little, int orientation) {
-    static const uint8_t big_endian[] = {'E', 'x', 'i', 'f', 0, 0, 'M', 'M', 0, 42, 0, 0, 0, 8, 0, 2, 1, 0, 0, 3, 0, 0,
-                                         0,   1,   0,   9,   0, 0, 1,   18,  0, 3,  0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0};
-    static const uint8_t little_endian[] = {'E', 'x', 'i', 'f', 0, 0, 'I', 'I', 42, 0, 8, 0, 0, 0,  2,
-                                            0,   0,   1,   3,   0, 1, 0,   0,   0,  9, 0, 0, 0, 18, 1,
-                                            3,   0,   1,   0,   0, 0, 0,   0,   0,  0, 0, 0, 0, 0};
-    memcpy(p, little ? little_endian : big_endian, sizeof big_endian);
-    p[little ? 36 : 37] = (uint8_t)orientation;
-    return sizeof big_endian;
-}
-
-/* Where the viewer's pixel (y,x) of an upright HxW picture is stored, by the words of the EXIF standard: which sides of
- * the scene row 0 and column 0 of the file are. */
-static void stored_at(size_t *sy, size_t *sx, int orientation, size_t y, size_t x, size_t H, size_t W) {
-    size_t top = y, bottom = H - 1 - y, left = x, right = W - 1 - x; /* distances from the sides of the scene */
-    size_t row[] = {0, top, top, bottom, bottom, left, right, right, left};
-    size_t column[] = {0, left, right, right, left, top, top, bottom, bottom};
-    *sy = row[orientation];
-    *sx = column[orientation];
-}
-
-static void test_exif(void) {
-    enum { H = 16, W = 24 };
-    Image scene = gradient(H, W);
-    uint8_t exif[64], stored[H * W * 3];
-    for (int orientation = 0; orientation <= 9; orientation++)
-        for (int little = 0; little < 2; little++) {
-            int o = orientation >= 1 && orientation <= 8 ? orientation : 1; /* others mean nothing */
-            size_t n = make_exif(exif, little, orientation), h = o >= 5 ? W : H, w = o >= 5 ? H : W, sy, sx;
-            for (size_t y = 0; y < H; y++)
-                for (size_t x = 0; x < W; x++) {
-                    stored_at(&sy, &sx, o, y, x, H, W);
-                    memcpy(stored + (sy * w + sx) * 3, scene.rgb + (y * W + x) * 3, 3);
-                }
-            JpegSpec s = {JCS_RGB, JCS_YCbCr, .quality = 100, .exif = exif, .exif_bytes = n};
-            write_jpeg(in_folder("exif.jpg"), h, w, stored, &s);
-            CHECK(jpeg_error(in_folder("exif.jpg"), &scene) <= 3);
-            PngSpec p = {.H = h, .W = w, .type = PNG_COLOR_TYPE_RGB, .depth = 8, .rows = stored};
-            p.exif = exif + 6, p.exif_bytes = n - 6;
-            write_png(in_folder("exif.png"), &p);
-            CHECK(reads_as(in_folder("exif.png"), H, W, scene.rgb));
-        }
-    image_free(&scene);
-}
-
-/* Metadata is not worth an error: any damage reads as some orientation, never past the end (sanitizers watch). */
-static void test_exif_damage(void) {
-    enum { H = 3, W = 2 };
-    Image im = gradient(H, W), got;
-    uint8_t exif[64];
-    int failed = 0;
-    for (int little = 0; little < 2; little++) {
-        size_t n = make_exif(exif, little, 6);
-        for (size_t cut = 1; cut <= n; cut++) {
-            JpegSpec s = {JCS_RGB, JCS_YCbCr, .quality = 90, .exif = exif, .exif_bytes = cut};
-            write_jpeg(in_folder("cut.jpg"), H, W, im.rgb, &s);
-            failed += image_read(&got, in_folder("cut.jpg")) != OK;
-            image_free(&got);
-        }
-        for (size_t i = 0; i < n; i++) {
-            exif[i] ^= 0xff;
-            JpegSpec s = {JCS_RGB, JCS_YCbCr, .quality = 90, .exif = exif, .exif_bytes = n};
-            write_jpeg(in_folder("flip.jpg"), H, W, im.rgb, &s);
-            failed += image_read(&got, in_folder("flip.jpg")) != OK;
-            image_free(&got);
-            exif[i] ^= 0xff;
-        }
-    }
-    CHECK(failed == 0);
-    image_free(&im);
-}
-
-/* ---- damage ---- */
-
-/* Cuts the file at every `step` bytes; how many of the cut files were not refused under their own name. */
-static int cuts_accepted(const char *path, size_t step) {
-    static uint8_t bytes[1 << 20];
-    size_t n;
-    const char *cut = in_folder("cut");
-    memcpy(bytes, get_file(path, &n), sizeof bytes);
-    int accepted = n == 0;
-    for (size_t i = 0; i < n; i += step) {
-        put_file(cut, bytes, i);
-        Image im;
-        accepted += image_read(&im, cut) == OK || !strstr(err_text(), cut) || im.rgb;
-        image_free(&im);
-    }
-    put_file(cut, bytes, n); /* negative control */
-    Image im;
-    accepted += image_read(&im, cut) != OK;
-    image_free(&im);
-    return accepted;
-}
-
-/* Flips random bits, one byte at a time and in groups; how many of the single flips were accepted. */
-static int flips_accepted(const char *path, size_t groups) {
-    static uint8_t bytes[1 << 20];
-    size_t n;
-    const char *flipped = in_folder("flipped");
-    memcpy(bytes, get_file(path, &n), sizeof bytes);
-    int accepted = 0;
-    Image im;
-    for (size_t i = 0; i < n; i++) {
-        uint8_t bit = (uint8_t)(1 << (mix((uint32_t)i) >> 9 & 7));
-        bytes[i] ^= bit;
-        put_file(flipped, bytes, n);
-        accepted += image_read(&im, flipped) == OK;
-        image_free(&im);
-        bytes[i] ^= bit;
-    }
-    for (uint32_t g = 0; g < groups; g++) {
-        uint8_t kept[1 << 14];
-        memcpy(kept, bytes, sizeof kept);
-        for (uint32_t k = 0; k < 1 + g % 9; k++) bytes[mix(g * 16 + k) % n] = (uint8_t)mix(g * 16 + k + 77777);
-        put_file(flipped, bytes, n);
-        if (image_read(&im, flipped) == OK) image_free(&im);
-        memcpy(bytes, kept, sizeof kept);
-    }
-    return accepted;
-}
-
-/* A JPEG whose data are all there but whose end marker is not. */
-static void test_jpeg_end(void) {
-    static uint8_t flat[8 * 200];
-    int accepted = 0;
-    for (size_t W = 1; W <= 200; W += 3) {
-        size_t n;
-        Image im;
-        for (size_t i = 0; i < sizeof flat; i++) flat[i] = (uint8_t)(W + (i % W / 8) % 3 * 9);
-        write_jpeg(in_folder("end.jpg"), 8, W, flat, &(JpegSpec){JCS_GRAYSCALE, JCS_GRAYSCALE, .quality = 75});
-        const uint8_t *bytes = get_file(in_folder("end.jpg"), &n);
-        put_file(in_folder("end.jpg"), bytes, n - 2);
-        accepted += image_read(&im, in_folder("end.jpg")) == OK;
-        image_free(&im);
-    }
-    CHECK(accepted == 0);
-}
-
-static void test_damage(void) {
-    Image small = picture(9, 7), large = picture(64, 50), smooth = gradient(48, 40);
-    PngSpec p = {.H = 9, .W = 7, .type = PNG_COLOR_TYPE_RGB, .depth = 8, .interlaced = 1, .rows = small.rgb};
-    write_png(in_folder("small.png"), &p);
-    CHECK(cuts_accepted(in_folder("small.png"), 1) == 0);
-    CHECK(flips_accepted(in_folder("small.png"), 300) == 0); /* everything in a PNG is under a checksum */
-    PngSpec t = {.H = 3, .W = 7, .type = PNG_COLOR_TYPE_PALETTE, .depth = 8, .rows = (uint8_t[21]){1, 0, 2}};
-    t.n_palette = t.n_trans = 3, t.palette[1].red = 200, t.trans[1] = 90; /* alpha lies in an optional chunk */
-    write_png(in_folder("trans.png"), &t);
-    CHECK(flips_accepted(in_folder("trans.png"), 100) == 0);
-    CHECK_OK(image_write_png(in_folder("large.png"), &large, NULL));
-    CHECK(cuts_accepted(in_folder("large.png"), 64 * 50 * 3 / 16) == 0);
-    for (int progressive = 0; progressive < 2; progressive++) {
-        JpegSpec s = {JCS_RGB, JCS_YCbCr, .progressive = progressive, .quality = 90};
-        write_jpeg(in_folder("damage.jpg"), 48, 40, smooth.rgb, &s);
-        CHECK(cuts_accepted(in_folder("damage.jpg"), 1) == 0);
-        flips_accepted(in_folder("damage.jpg"), 500);
-        size_t n;
-        get_file(in_folder("damage.jpg"), &n);
-        CHECK(n > 500 && cuts_accepted(in_folder("damage.jpg"), n / 16) == 0);
-    }
-    image_free(&small);
-    image_free(&large);
-    image_free(&smooth);
-}
-
-static void test_foreign(void) {
-    Image im;
-    const struct {
-        const char *bytes;
-        size_t n;
-        const char *says;
-    } f[] = {
-        {"RIFF\x10\0\0\0WEBPVP8 ", 16, "is a WebP file; PNG or JPEG expected"},
-        {"GIF89a\1\0\1\0", 10, "is a GIF file; PNG or JPEG expected"},
-        {"BM\x46\0\0\0", 6, "is a BMP file"},
-        {"II*\0\10\0\0\0", 8, "is a TIFF file"},
-        {"\0\0\0\x1c"
-         "ftypavif",
-         12, "is an AVIF file"},
-        {" \n<!DOCTYPE html><html>", 22, "is an HTML file"},
-        {"<HTML>", 6, "is an HTML file"},
-        {"<?xml version='1.0'?><svg/>", 27, "is an XML or SVG file"},
-        {"", 0, "is empty"},
-        {"\x89PN", 3, "neither PNG nor JPEG"},
-        {"hello", 5, "neither PNG nor JPEG"},
-        {"\xff\xd8\xff", 3, "damaged JPEG"},
-        {"\x89PNG\r\n\x1a\n", 8, "damaged PNG: the file is cut short"},
-    };
-    for (size_t i = 0; i < sizeof f / sizeof *f; i++) {
-        put_file(in_folder("foreign.png"), f[i].bytes, f[i].n);
-        CHECK_ERR(image_read(&im, in_folder("foreign.png")), f[i].says);
-        CHECK(strstr(err_text(), "foreign.png: ") != NULL && !im.rgb);
-    }
-    CHECK_ERR(image_read(&im, folder), "is a folder");
-    CHECK_ERR(image_read(&im, "/dev/null"), "not a regular file");
-    CHECK_ERR(image_read(&im, in_folder("nowhere.png")), "nowhere.png: No such file");
-    CHECK(mkfifo(in_folder("pipe"), 0600) == 0);
-    CHECK_ERR(image_read(&im, in_folder("pipe")), "not a regular file"); /* and does not wait for a writer */
-}
-
-/* Headers that promise too much: refused before memory is asked for. */
-static void test_limits(void) {
-    Image im = gradient(8, 8), got;
-    PngSpec s = {.H = 8, .W = 8, .type = PNG_COLOR_TYPE_RGB, .depth = 8, .rows = im.rgb};
-    const uint32_t side[][2] = {{40000, 8}, {8, 40000}, {32768, 32768}, {0x7fffffff, 0x7fffffff}, {0, 8}};
-    for (size_t i = 0; i < sizeof side / sizeof *side; i++) {
-        size_t n;
-        write_png(in_folder("huge.png"), &s);
-        uint8_t *p = get_file(in_folder("huge.png"), &n);
-        for (size_t k = 0; k < 8; k++) p[16 + k] = (uint8_t)(side[i][k / 4] >> (24 - 8 * (k % 4)));
-        uint32_t crc = (uint32_t)crc32(0, p + 12, 17);
-        for (size_t k = 0; k < 4; k++) p[29 + k] = (uint8_t)(crc >> (24 - 8 * k));
-        put_file(in_folder("huge.png"), p, n);
-        CHECK_ERR(image_read(&got, in_folder("huge.png")), "huge.png: ");
-        if (i == 2) CHECK(strstr(err_text(), "32768 x 32768") != NULL);
-    }
-    write_jpeg(in_folder("huge.jpg"), 8, 8, im.rgb, &(JpegSpec){JCS_RGB, JCS_YCbCr, .quality = 90});
-    size_t n, at = 0;
-    uint8_t *p = get_file(in_folder("huge.jpg"), &n);
-    while (at + 9 < n && !(p[at] == 0xff && p[at + 1] == 0xc0)) at++;
-    p[at + 5] = 0xff; /* height */
-    put_file(in_folder("huge.jpg"), p, n);
-    CHECK_ERR(image_read(&got, in_folder("huge.jpg")), "sides of 1..32768");
-    image_free(&im);
-}
-
-/* ---- writing ---- */
-
-static void check_texts(const char *path) {
-    png_structp png = png_create_read_struct(PNG_LIBPNG_VER_STRING, NULL, NULL, NULL);
-    png_infop info = png_create_info_struct(png);
-    FILE *f = fopen(path, "rb");
-    if (!f || setjmp(png_jmpbuf(png))) exit(1);
-    png_init_io(png, f);
-    png_read_info(png, info);
-    png_textp text;
-    int n = png_get_text(png, info, &text, NULL);
-    if (CHECK(n == 3)) {
-        CHECK(!strcmp(text[0].key, "seed") && !strcmp(text[0].text, "42") &&
-              text[0].compression == PNG_TEXT_COMPRESSION_NONE);
-        CHECK(!strcmp(text[1].key, "model name") && !strcmp(text[1].text, "\xce\xb1\xe2\x82\xac\xf0\x9f\x98\x80"));
-        CHECK(text[1].compression == PNG_ITXT_COMPRESSION_NONE);
-        CHECK(!strcmp(text[2].text, "caf\xe9") && text[2].compression == PNG_TEXT_COMPRESSION_NONE);
-    }
-    png_destroy_read_struct(&png, &info, NULL);
-    fclose(f);
-}
-
-static void test_write(void) {
-    Image im = picture(17, 23);
-    KeyValue kv[] = {{(char *)"seed", (char *)"42"},
-                     {(char *)"model name", (char *)"\xce\xb1\xe2\x82\xac\xf0\x9f\x98\x80"}, /* UTF-8 */
-                     {(char *)"path", (char *)"caf\xe9"}};                                   /* Latin-1 */
-    Config text = {kv, 3, 3};
-    CHECK_OK(image_write_png(in_folder("out.png"), &im, &text));
-    CHECK(reads_as(in_folder("out.png"), 17, 23, im.rgb));
-    check_texts(in_folder("out.png"));
-    kv[1].key = (char *)"bad\nkey";
-    CHECK_ERR(image_write_png(in_folder("out.png"), &im, &text), "PNG text key");
-    CHECK(reads_as(in_folder("out.png"), 17, 23, im.rgb)); /* the file of before is untouched */
-    CHECK_ERR(image_write_png(in_folder("no/such/out.png"), &im, NULL), "no/such/out.png");
-    CHECK_ERR(image_write_png(in_folder("x.png"), &(Image){0, 3, im.rgb}, NULL), "cannot be a PNG");
-    CHECK_ERR(image_write_png("/dev/full/x.png", &im, NULL), "/dev/full");
-    image_free(&im);
-}
-
-/* ---- resizing and preprocessing ---- */
-
-static uint64_t fnv(const uint8_t *p, size_t n) {
-    uint64_t h = 0xcbf29ce484222325u;
-    for (size_t i = 0; i < n; i++) h = (h ^ p[i]) * 0x100000001b3u;
-    return h;
-}
-
-static void test_resize_tables(void) {
-    size_t n = sizeof resize_cases / sizeof *resize_cases;
-    for (size_t i = 0; i < n; i++) {
-        Image in = picture(resize_cases[i].H, resize_cases[i].W), out;
-        CHECK_OK(image_resize(&out, &in, resize_cases[i].h, resize_cases[i].w, resize_cases[i].filter));
-        size_t bytes = out.H * out.W * 3;
-        int same = resize_cases[i].at >= 0 ? !memcmp(out.rgb, resize_pixels + resize_cases[i].at, bytes)
-                                           : fnv(out.rgb, bytes) == resize_cases[i].hash;
-        if (!CHECK(same)) printf("     case %zu\n", i);
-        out.rgb[bytes / 2] ^= 1; /* negative control */
-        CHECK(resize_cases[i].at >= 0 ? memcmp(out.rgb, resize_pixels + resize_cases[i].at, bytes) != 0
-                                      : fnv(out.rgb, bytes) != resize_cases[i].hash);
-        image_free(&in);
-        image_free(&out);
-    }
-}
-
-static void test_resize_properties(void) {
-    Image in = picture(5, 7), out, flat = {4, 6, malloc(4 * 6 * 3)};
-    for (int filter = FILTER_NEAREST; filter <= FILTER_BICUBIC; filter++) {
-        CHECK_OK(image_resize(&out, &in, 5, 7, (Filter)filter));
-        CHECK(difference(&out, &in) == 0); /* the same size changes nothing */
-        image_free(&out);
-        memset(flat.rgb, 201, 4 * 6 * 3); /* one colour stays one colour */
-        CHECK_OK(image_resize(&out, &flat, 9, 5, (Filter)filter));
-        size_t other = 0;
-        for (size_t i = 0; i < 9 * 5 * 3; i++) other += out.rgb[i] != 201;
-        CHECK(other == 0);
-        image_free(&out);
-    }
-    CHECK_OK(image_resize(&out, &in, 2, 16, FILTER_NEAREST));
-    size_t wrong = 0;
-    for (size_t y = 0; y < 2; y++)
-        for (size_t x = 0; x < 16; x++)
-            wrong += memcmp(out.rgb + (y * 16 + x) * 3, in.rgb + (y * 5 / 2 * 7 + x * 7 / 16) * 3, 3) != 0;
-    CHECK(wrong == 0);
-    image_free(&out);
-    CHECK_ERR(image_resize(&out, &in, 0, 7, FILTER_LINEAR), "sides of 1..");
-    CHECK_ERR(image_resize(&out, &in, 7, 40000, FILTER_BICUBIC), "sides of 1..");
-    CHECK_ERR(image_resize(&out, &in, 32768, 32768, FILTER_BICUBIC), "pixels expected");
-    CHECK_ERR(image_resize(&out, &(Image){0}, 3, 3, FILTER_BICUBIC), "empty");
-    image_free(&in);
-    image_free(&flat);
-}
-
-/* Whether out (3,size,size) is the window of `im` at (y0,x0), mirrored if flip. */
-static int is_window(const real *out, const Image *im, size_t size, size_t y0, size_t x0, int flip) {
-    size_t wrong = 0;
-    for (size_t c = 0; c < 3; c++)
-        for (size_t y = 0; y < size; y++)
-            for (size_t x = 0; x < size; x++) {
-                size_t sx = x0 + (flip ? size - 1 - x : x);
-                real want = (real)(im->rgb[((y0 + y) * im->W + sx) * 3 + c] / 127.5 - 1.0);
-                wrong += out[(c * size + y) * size + x] != want;
-            }
-    return wrong == 0;
-}
-
-static void test_prepare(void) {
-    enum { SIZE = 6 };
-    real out[3 * SIZE * SIZE];
-    Image im = picture(9, 13), resized, square;
-    /* 13*6/9 = 8.67 -> 9 columns; crop offset (9-6)/2 = 1 */
-    CHECK_OK(image_resize(&resized, &im, 6, 9, FILTER_LINEAR));
-    CHECK_OK(image_prepare(out, &im, PREP_FFHQ, SIZE, -1, -1, 0));
-    CHECK(is_window(out, &resized, SIZE, 0, 1, 0));
-    CHECK(!is_window(out, &resized, SIZE, 0, 2, 0) && !is_window(out, &resized, SIZE, 0, 1, 1));
-    CHECK_OK(image_prepare(out, &im, PREP_IMAGENET, SIZE, 0.9, 0.99, 1)); /* 3*0.99 = 2.97 -> 2 */
-    CHECK(is_window(out, &resized, SIZE, 0, 2, 1));
-    CHECK_ERR(image_prepare(out, &im, PREP_IMAGENET, SIZE, 1, 0, 0), "below 1");
-    CHECK_ERR(image_prepare(out, &im, PREP_IMAGENET, SIZE, NAN, 0, 0), "below 1");
-    CHECK_ERR(image_prepare(out, &im, PREP_IMAGENET, 0, -1, -1, 0), "size 0");
-    image_free(&resized);
-    /* the centre square starts at (13-9)/2 = 2 */
-    square = (Image){9, 9, malloc(9 * 9 * 3)};
-    for (size_t y = 0; y < 9; y++) memcpy(square.rgb + y * 27, im.rgb + (y * 13 + 2) * 3, 27);
-    CHECK_OK(image_resize(&resized, &square, SIZE, SIZE, FILTER_BICUBIC));
-    CHECK_OK(image_prepare(out, &im, PREP_FOLDER, SIZE, -1, -1, 0));
-    CHECK(is_window(out, &resized, SIZE, 0, 0, 0));
-    CHECK_OK(image_prepare(out, &im, PREP_LSUN, SIZE, -1, -1, 1));
-    CHECK(is_window(out, &resized, SIZE, 0, 0, 1));
-    image_free(&im), image_free(&square), image_free(&resized);
-    /* rounding half to even: 5*2/4 = 2.5 -> 2, 7*2/4 = 3.5 -> 4 (crop offsets 0 and 1) */
-    for (size_t W = 5; W <= 7; W += 2) {
-        im = picture(4, W);
-        CHECK_OK(image_resize(&resized, &im, 2, W == 5 ? 2 : 4, FILTER_LINEAR));
-        CHECK_OK(image_prepare(out, &im, PREP_FFHQ, 2, -1, -1, 0));
-        CHECK(is_window(out, &resized, 2, 0, W == 5 ? 0 : 1, 0));
-        image_free(&im), image_free(&resized);
-    }
-    im = picture(1, 2000); /* the long side would be too long */
-    CHECK_ERR(image_prepare(out, &im, PREP_FFHQ, 64, -1, -1, 0), "sides of 1..");
-    image_free(&im);
-}
-
-static void test_grid(void) {
-    enum { N = 3, H = 2, W = 1 };
-    real x[N * 3 * H * W];
-    for (size_t i = 0; i < N * 3 * H * W; i++) x[i] = (real)(-1 + 2 * (double)i / 17);
-    x[0] = -5, x[1] = 5, x[2] = (real)NAN, x[3] = 0;
-    Image g;
-    CHECK_OK(image_grid(&g, x, N, H, W, 2, 1));
-    CHECK(g.H == 5 && g.W == 3);
-    CHECK(g.rgb[0] == 0 && g.rgb[9] == 255);                       /* clipped */
-    CHECK(g.rgb[1] == 0 && g.rgb[10] == 127);                      /* NaN; 127.5 is cut, not rounded */
-    CHECK(g.rgb[3] == 255 && g.rgb[4] == 255);                     /* the gap */
-    CHECK(g.rgb[6] == (uint8_t)(255 * ((x[6] + 1) / 2)));          /* picture 1 at column 2 */
-    CHECK(g.rgb[3 * 9 + 2] == (uint8_t)(255 * ((x[16] + 1) / 2))); /* picture 2, blue, on the second row */
-    CHECK(g.rgb[3 * 9 + 6] == 255);                                /* no picture there */
-    image_free(&g);
-    CHECK_ERR(image_grid(&g, x, 0, H, W, 2, 1), "no pictures");
-    CHECK_ERR(image_grid(&g, x, N, H, W, 0, 1), "no pictures");
-    CHECK_ERR(image_grid(&g, x, N, 30000, 1, 1, 1), "sides of 1..");
-}
+#ifdef HAVE_LMDB
+#include <lmdb.h>
+#endif
 
 /* ---- datasets ---- */
-
-static void make_folder(const char *name) {
-    if (mkdir(in_folder(name), 0700) != 0) printf("mkdir %s failed\n", name);
-}
-
-/* A picture whose colour tells which one it is. */
-static void make_picture(const char *name, size_t side, uint8_t tag) {
-    Image im = {side, side + 1, malloc(side * (side + 1) * 3)};
-    for (size_t i = 0; i < side * (side + 1) * 3; i++) im.rgb[i] = (uint8_t)(tag + (i % 3 == 0 ? i / 3 % side : 0));
-    CHECK_OK(image_write_png(in_folder(name), &im, NULL));
-    image_free(&im);
-}
 
 static void test_dataset_folder(void) {
     Dataset d, train, val;
@@ -804,6 +97,9 @@ static void test_dataset_list(void) {
     put_file(in_folder("lists/b.txt"), "one.png\n\nthree.png\n", 19);
     CHECK_ERR(dataset_open(&d, in_folder("lists/b.txt"), SPLIT_ALL), "b.txt: line 3: no picture at");
     CHECK(strstr(err_text(), "three.png") != NULL);
+    put_file(in_folder("lists/f.txt"), "one.png\nthree.png\nfour.png\nfive.png\n", 36);
+    CHECK_ERR(dataset_open(&d, in_folder("lists/f.txt"), SPLIT_ALL), "line 2: no picture at");
+    CHECK(strstr(err_text(), "three.png, and 2 more are missing") != NULL);
     put_file(in_folder("lists/c.txt"), "\n\r\n", 3);
     CHECK_ERR(dataset_open(&d, in_folder("lists/c.txt"), SPLIT_ALL), "has no pictures");
     put_file(in_folder("lists/d.txt"), "", 0);
@@ -814,6 +110,237 @@ static void test_dataset_list(void) {
     put_file(in_folder("lists/e.txt"), longest, sizeof longest);
     CHECK_ERR(dataset_open(&d, in_folder("lists/e.txt"), SPLIT_ALL), "line 1: longer than");
 }
+
+/* The official lists name pictures; FFHQ lies in folders of a thousand, exported LSUN in nested ones. */
+static void test_dataset_lists(void) {
+    Dataset d;
+    make_folder("ffhq"), make_folder("ffhq/00000"), make_folder("ffhq/01000"), make_folder("ffhq/a"),
+        make_folder("ffhq/a/b");
+    make_picture("ffhq/00000/00003.png", 2, 3), make_picture("ffhq/00000/00007.png", 2, 7);
+    make_picture("ffhq/01000/01001.png", 2, 9), make_picture("ffhq/a/b/ab12.webp", 2, 11);
+    put_file(in_folder("train.txt"), "01001.png\n00003.png\nab12.jpg\n", 29);
+    put_file(in_folder("val.txt"), "00007.png\n", 10);
+    const char *root = in_folder("ffhq"), *list = in_folder("train.txt"), *val = in_folder("val.txt");
+    CHECK_OK(dataset_open_lists(&d, root, list, val, SPLIT_TRAIN));
+    if (CHECK(d.n == 3)) {
+        CHECK(strstr(d.path[0], "/ffhq/00000/00003.png") && strstr(d.path[1], "/ffhq/01000/01001.png"));
+        CHECK(strstr(d.path[2], "/ffhq/a/b/ab12.webp") != NULL); /* another extension: told by content */
+    }
+    dataset_close(&d);
+    CHECK_OK(dataset_open_lists(&d, root, list, val, SPLIT_VAL));
+    CHECK(d.n == 1 && strstr(d.path[0], "/ffhq/00000/00007.png"));
+    dataset_close(&d);
+    CHECK_OK(dataset_open_lists(&d, root, list, NULL, SPLIT_ALL)); /* one list: 1 in 20 of it is held out */
+    CHECK(d.n == 3);
+    dataset_close(&d);
+    make_picture("ffhq/00000/01001.png", 2, 4);
+    CHECK_ERR(dataset_open_lists(&d, root, list, val, SPLIT_ALL), "train.txt: line 1: '01001.png' could be ");
+    CHECK(!d.path && !d.n);
+    CHECK(unlink(in_folder("ffhq/00000/01001.png")) == 0);
+    put_file(in_folder("val.txt"), "00008.png\n", 10);
+    CHECK_ERR(dataset_open_lists(&d, root, list, val, SPLIT_TRAIN), "val.txt: line 1: no picture at");
+    CHECK_ERR(dataset_open_lists(&d, in_folder("train.txt"), val, NULL, SPLIT_TRAIN), "is a file; with lists");
+}
+
+/* ImageNet as the official code lays it out: classes are synsets in byte order, one file is left out. */
+static void test_dataset_imagenet(void) {
+    static const char *const folders[] = {"in",
+                                          "in/ILSVRC2012_train",
+                                          "in/ILSVRC2012_train/data",
+                                          "in/ILSVRC2012_train/data/n02085620",
+                                          "in/ILSVRC2012_train/data/n01440764",
+                                          "in/ILSVRC2012_train/data/n06596364",
+                                          "in/ILSVRC2012_validation",
+                                          "in/ILSVRC2012_validation/data",
+                                          "in/ILSVRC2012_validation/data/n02085620"};
+    Dataset d;
+    for (size_t i = 0; i < sizeof folders / sizeof *folders; i++) make_folder(folders[i]);
+    make_picture("in/ILSVRC2012_train/data/n02085620/a.JPEG", 2, 1);
+    make_picture("in/ILSVRC2012_train/data/n01440764/b.JPEG", 2, 2);
+    make_picture("in/ILSVRC2012_train/data/n06596364/c.JPEG", 2, 3);
+    make_picture("in/ILSVRC2012_train/data/n06596364/n06596364_9591.JPEG", 2, 4);
+    make_picture("in/ILSVRC2012_validation/data/n02085620/d.JPEG", 2, 5);
+    make_picture("in/readme.png", 2, 6); /* beside the split: not of the set */
+    CHECK_OK(dataset_open(&d, in_folder("in"), SPLIT_TRAIN));
+    CHECK(d.n == 3 && d.n_classes == 3 && !strcmp(d.class_name[1], "n02085620"));
+    if (d.n == 3) CHECK(d.label[0] == 0 && d.label[1] == 1 && d.label[2] == 2 && strstr(d.path[0], "/b.JPEG"));
+    dataset_close(&d);
+    CHECK_OK(dataset_open(&d, in_folder("in"), SPLIT_VAL));
+    CHECK(d.n == 1 && d.n_classes == 3 && d.label[0] == 1);
+    dataset_close(&d);
+}
+
+/* What is in a set, not where it lies, makes its identity. */
+static void test_dataset_identity(void) {
+    Dataset d;
+    make_folder("id"), make_picture("id/a.png", 2, 1), make_picture("id/b.png", 2, 2);
+    CHECK_OK(dataset_open(&d, in_folder("id"), SPLIT_ALL));
+    uint64_t before = d.identity;
+    dataset_close(&d);
+    char path[1100];
+    snprintf(path, sizeof path, "%s/./id/", folder);
+    CHECK_OK(dataset_open(&d, path, SPLIT_ALL));
+    CHECK(d.identity == before);
+    dataset_close(&d);
+    make_picture("id/b.png", 3, 2); /* another size */
+    CHECK_OK(dataset_open(&d, in_folder("id"), SPLIT_ALL));
+    CHECK(d.identity != before);
+    dataset_close(&d);
+}
+
+/* No extension: the content tells. */
+static void test_dataset_sniffed(void) {
+    Dataset d;
+    make_folder("bare"), make_picture("bare/f00ba4", 2, 1);
+    put_file(in_folder("bare/README"), "hello\n", 6), put_file(in_folder("bare/x.txt"), "\xff\xd8\xff", 3);
+    CHECK_OK(dataset_open(&d, in_folder("bare"), SPLIT_ALL));
+    CHECK(d.n == 1 && strstr(d.path[0], "/bare/f00ba4"));
+    dataset_close(&d);
+}
+
+/* ---- LMDBs ---- */
+
+#ifdef HAVE_LMDB
+typedef struct {
+    const void *key;
+    size_t key_bytes;
+    const char *file; /* whose bytes are the value */
+} Record;
+
+static void write_lmdb(const char *path, unsigned flags, const Record *r, size_t n) {
+    MDB_env *env;
+    MDB_txn *txn;
+    MDB_dbi dbi;
+    int code = mdb_env_create(&env);
+    if (!code) code = mdb_env_set_mapsize(env, 1 << 24);
+    if (!code) code = mdb_env_open(env, path, flags | MDB_NOSYNC | MDB_NOLOCK, 0600);
+    if (!code) code = mdb_txn_begin(env, NULL, 0, &txn);
+    if (!code) code = mdb_dbi_open(txn, NULL, 0, &dbi);
+    for (size_t i = 0; i < n && !code; i++) {
+        size_t size;
+        uint8_t *bytes = get_file(r[i].file, &size);
+        MDB_val key = {r[i].key_bytes, (void *)r[i].key}, value = {size, bytes};
+        code = mdb_put(txn, dbi, &key, &value, 0);
+    }
+    if (!code) code = mdb_txn_commit(txn);
+    CHECK(code == 0);
+    mdb_env_close(env);
+}
+
+/* Keys in their order, odd ones too; values read back whole, by several threads. */
+static void test_lmdb_keys(void) {
+    Dataset d;
+    char path[3][1100];
+    make_folder("church_outdoor_train_lmdb");
+    for (int i = 0; i < 3; i++) {
+        snprintf(path[i], sizeof path[i], "%s/value%d.png", folder, i);
+        make_picture(strrchr(path[i], '/') + 1, 40, (uint8_t)(10 + i));
+    }
+    const Record r[] = {{"zz", 2, path[0]}, {"0a/b.webp", 9, path[1]}, {"\0\1 %\xff", 5, path[2]}};
+    write_lmdb(in_folder("church_outdoor_train_lmdb"), 0, r, 3);
+    CHECK_OK(dataset_open(&d, in_folder("church_outdoor_train_lmdb"), SPLIT_ALL));
+    if (CHECK(d.n == 3 && d.n_classes == 0)) {
+        CHECK(strstr(d.path[0], "_train_lmdb/data.mdb/%00%01%20%25%FF") && strstr(d.path[1], "/data.mdb/0a/b.webp"));
+        CHECK(strstr(d.path[2], "/data.mdb/zz") != NULL);
+        for (size_t i = 0; i < 3; i++) {
+            Image im;
+            int damaged;
+            CHECK_OK(dataset_picture(&d, i, 0, &im, &damaged));
+            CHECK(!damaged && im.H == 40 && im.rgb[1] == 12 - i);
+            image_free(&im);
+        }
+    }
+    dataset_close(&d);
+    make_folder("other"); /* the same file under any name, and by a list that says .jpg */
+    write_lmdb(in_folder("other/any.name"), MDB_NOSUBDIR, r, 3);
+    CHECK_OK(dataset_open(&d, in_folder("other/any.name"), SPLIT_ALL));
+    CHECK(d.n == 3 && strstr(d.path[2], "/any.name/zz"));
+    dataset_close(&d);
+    put_file(in_folder("keys.txt"), "zz.jpg\n", 7);
+    CHECK_OK(dataset_open_lists(&d, in_folder("church_outdoor_train_lmdb"), in_folder("keys.txt"), NULL, SPLIT_ALL));
+    CHECK(d.n == 1 && strstr(d.path[0], "/data.mdb/zz"));
+    dataset_close(&d);
+}
+
+/* Both sides of LSUN's split, two scenes: classes. */
+static void test_lmdb_split(void) {
+    static const char *const name[] = {"lsun/cat_train_lmdb", "lsun/cat_val_lmdb", "lsun/bed_train_lmdb"};
+    Dataset d;
+    char path[1100];
+    snprintf(path, sizeof path, "%s/one.png", folder);
+    make_picture("one.png", 3, 1);
+    make_folder("lsun");
+    for (int i = 0; i < 3; i++) {
+        char key = (char)('a' + i);
+        make_folder(name[i]);
+        write_lmdb(in_folder(name[i]), 0, &(Record){&key, 1, path}, 1);
+    }
+    CHECK_OK(dataset_open(&d, in_folder("lsun"), SPLIT_TRAIN));
+    CHECK(d.n == 2 && d.n_classes == 2 && !strcmp(d.class_name[0], "bed") && !strcmp(d.class_name[1], "cat"));
+    if (d.n == 2) CHECK(d.label[0] == 0 && d.label[1] == 1 && strstr(d.path[1], "cat_train_lmdb/data.mdb/a"));
+    dataset_close(&d);
+    CHECK_OK(dataset_open(&d, in_folder("lsun"), SPLIT_VAL));
+    CHECK(d.n == 1 && d.label[0] == 1);
+    dataset_close(&d);
+}
+
+/* Every cut, and every byte of the headers that is looked at; liblmdb would crash on most of these. */
+static void test_lmdb_damage(void) {
+    static uint8_t good[1 << 20];
+    Dataset d;
+    size_t n, accepted = 0;
+    make_folder("bad");
+    write_lmdb(in_folder("bad/good.mdb"), MDB_NOSUBDIR, &(Record){"key", 3, in_folder("value0.png")}, 1);
+    memcpy(good, get_file(in_folder("bad/good.mdb"), &n), sizeof good);
+    CHECK(n >= 3 * 4096 && n < sizeof good);
+    const char *path = in_folder("bad/data.mdb"), *set = in_folder("bad");
+    CHECK(unlink(in_folder("bad/good.mdb")) == 0);
+    for (size_t cut = 0; cut < n; cut += cut < 8300 ? 61 : 1024) {
+        put_file(path, good, cut);
+        accepted += dataset_open(&d, set, SPLIT_ALL) == OK || !strstr(err_text(), "data.mdb");
+        dataset_close(&d);
+    }
+    CHECK(accepted == 0);
+    put_file(path, good, n - 4096);
+    CHECK_ERR(dataset_open(&d, set, SPLIT_ALL), "data.mdb: the LMDB is cut short: ");
+    put_file(path, "hello", 5);
+    CHECK_ERR(dataset_open(&d, set, SPLIT_ALL), "data.mdb: is not an LMDB");
+    const struct {
+        size_t at;
+        uint32_t value;
+        const char *says;
+    } lies[] = {{16, 0, "is not an LMDB"},          {20, 2, "is an LMDB of format 2"},
+                {40, 0, "pages of 0 bytes"},        {40, 3000, "pages of 3000"},
+                {4096 + 16, 1, "is not an LMDB"},   {4096 + 40, 8192, "pages of 8192"},
+                {4096 + 136, 1 << 20, "cut short"}, {4096 + 140, ~0u, "damaged LMDB"}};
+    for (size_t i = 0; i < sizeof lies / sizeof *lies; i++) {
+        uint8_t keep[4];
+        memcpy(keep, good + lies[i].at, 4);
+        memcpy(good + lies[i].at, &lies[i].value, 4);
+        put_file(path, good, n);
+        CHECK_ERR(dataset_open(&d, set, SPLIT_ALL), lies[i].says);
+        memcpy(good + lies[i].at, keep, 4);
+    }
+    put_file(path, good, n); /* negative control */
+    CHECK_OK(dataset_open(&d, set, SPLIT_ALL));
+    CHECK(d.n == 1);
+    dataset_close(&d);
+    CHECK(unlink(path) == 0);
+    write_lmdb(path, MDB_NOSUBDIR, NULL, 0);
+    CHECK_ERR(dataset_open(&d, set, SPLIT_ALL), "has no pictures");
+}
+#else
+static void test_lmdb_keys(void) {
+    Dataset d;
+    make_folder("x_lmdb");
+    put_file(in_folder("x_lmdb/data.mdb"), "hello", 5);
+    CHECK_ERR(dataset_open(&d, in_folder("x_lmdb"), SPLIT_ALL), "data.mdb: is an LMDB, and this build reads none");
+    CHECK(strstr(err_text(), "apt-get install liblmdb-dev") != NULL);
+    puts("skipped: LMDBs, which this build was made without");
+}
+static void test_lmdb_split(void) {}
+static void test_lmdb_damage(void) {}
+#endif
 
 static void test_epoch_order(void) {
     enum { N = 257 };
@@ -919,15 +446,17 @@ static void test_loader_errors(const Dataset *good) {
     const real *images;
     const int32_t *labels;
     Dataset d, none = {0};
-    make_folder("broken");
-    make_picture("broken/1.png", 5, 1), make_picture("broken/2.png", 5, 2), make_picture("broken/3.png", 5, 3);
-    put_file(in_folder("broken/4.png"), "\x89PNG\r\n\x1a\n", 8);
-    CHECK_OK(dataset_open(&d, in_folder("broken"), SPLIT_ALL));
+    make_folder("gone");
+    make_picture("gone/1.png", 5, 1), make_picture("gone/2.png", 5, 2), make_picture("gone/3.png", 5, 3);
+    make_picture("gone/4.png", 5, 4);
+    CHECK_OK(dataset_open(&d, in_folder("gone"), SPLIT_ALL));
+    CHECK(unlink(in_folder("gone/4.png")) == 0); /* a disk that goes away is no damaged picture */
     CHECK_OK(loader_start(&l, &d, &c));
-    CHECK_OK(loader_next(l, &images, &labels)); /* the batch in front of the broken picture still comes */
-    CHECK_ERR(loader_next(l, &images, &labels), "broken/4.png: damaged PNG");
-    CHECK_ERR(loader_next(l, &images, &labels), "broken/4.png");
+    CHECK_OK(loader_next(l, &images, &labels)); /* the batch in front of the missing picture still comes */
+    CHECK_ERR(loader_next(l, &images, &labels), "gone/4.png: No such file");
+    CHECK_ERR(loader_next(l, &images, &labels), "gone/4.png");
     loader_stop(l);
+    CHECK(dataset_damaged(&d) == 0);
     dataset_close(&d);
     CHECK_ERR(loader_start(&l, &none, &c), "0 pictures");
     CHECK(l == NULL);
@@ -938,6 +467,136 @@ static void test_loader_errors(const Dataset *good) {
     c.size = 4, c.step = UINT64_MAX / 2;
     CHECK_ERR(loader_start(&l, good, &c), "step");
     loader_stop(NULL);
+}
+
+/* Six pictures, of which 1 (empty), 3 (cut short), 4 (foreign) and 5 (too long for its preset) are damaged. */
+static void make_damaged_set(void) {
+    size_t n;
+    if (access(in_folder("broken"), F_OK) != 0) make_folder("broken");
+    for (int i = 0; i < 6; i++) {
+        char name[64];
+        snprintf(name, sizeof name, "broken/%d.png", i);
+        make_picture(name, 9, (uint8_t)(30 * i));
+    }
+    put_file(in_folder("broken/1.png"), "", 0);
+    uint8_t *bytes = get_file(in_folder("broken/3.png"), &n);
+    put_file(in_folder("broken/3.png"), bytes, n - 9);
+    put_file(in_folder("broken/4.png"), "<html>404", 9);
+    Image im = picture(1, 20000);
+    CHECK_OK(image_write_png(in_folder("broken/5.png"), &im, NULL));
+    image_free(&im);
+}
+
+/* Whether a batch row is picture i of the set, prepared. */
+static int is_picture_of(const real *row, const Dataset *d, size_t i) {
+    static real want[3 * LOADER_SIZE * LOADER_SIZE];
+    Image im;
+    CHECK_OK(image_read(&im, d->path[i]));
+    CHECK_OK(image_prepare(want, &im, PREP_FFHQ, LOADER_SIZE, -1, -1, 0));
+    image_free(&im);
+    return memcmp(row, want, sizeof want) == 0;
+}
+
+static void test_damaged_pictures(void) {
+    LoaderConfig c = {.prep = PREP_FFHQ, .B = 6, .size = LOADER_SIZE};
+    enum { ROW = 3 * LOADER_SIZE * LOADER_SIZE };
+    static const size_t stands_in[6] = {0, 2, 2, 0, 0, 0};
+    Loader *l;
+    const real *images;
+    const int32_t *labels;
+    Dataset d;
+    size_t n;
+    make_damaged_set();
+    CHECK_OK(dataset_open(&d, in_folder("broken"), SPLIT_ALL));
+    CHECK_OK(loader_start(&l, &d, &c));
+    for (int epoch = 0; epoch < 3; epoch++) {
+        CHECK_OK(loader_next(l, &images, &labels));
+        for (size_t b = 0; b < 6; b++) CHECK(is_picture_of(images + b * ROW, &d, stands_in[b]));
+    }
+    CHECK(!is_picture_of(images + ROW, &d, 0)); /* negative control */
+    loader_stop(l);
+    CHECK(dataset_damaged(&d) == 4);
+    c.mark = 1;
+    CHECK_OK(loader_start(&l, &d, &c));
+    CHECK_OK(loader_next(l, &images, &labels));
+    for (size_t b = 0; b < 6; b++) CHECK(labels[b] == (b == 0 || b == 2 ? 0 : -1));
+    CHECK(is_picture_of(images + 2 * ROW, &d, 2));
+    loader_stop(l);
+    CHECK(dataset_damaged(&d) == 4);
+
+    const char *list = in_folder("skipped.txt"), *other = "/else/where.png\tis empty\n";
+    put_file(list, other, strlen(other));
+    CHECK_OK(dataset_write_damaged(&d, list));
+    CHECK_OK(dataset_write_damaged(&d, list)); /* twice is once */
+    char *text = (char *)get_file(list, &n), want[4096];
+    text[n] = 0;
+    snprintf(
+        want, sizeof want,
+        "%s/broken/1.png\tis empty\n%s/broken/3.png\tdamaged PNG: the file is cut short\n%s/broken/4.png\tis an HTML "
+        "file; ",
+        folder, folder, folder);
+    CHECK((strncmp(folder, other, 5) > 0 ? strstr(text, other) == text : strstr(text, other) != NULL));
+    if (!CHECK(strstr(text, want) != NULL)) printf("     %s", text);
+    CHECK(strstr(text, "/broken/5.png\ta picture of ") != NULL);
+    size_t lines = 0;
+    for (size_t i = 0; i < n; i++) lines += text[i] == '\n';
+    CHECK(lines == 5);
+    dataset_close(&d);
+    put_file(in_folder("broken/0.png"), "x", 1), put_file(in_folder("broken/2.png"), "x", 1);
+    CHECK_OK(dataset_open(&d, in_folder("broken"), SPLIT_ALL));
+    c.mark = 0;
+    CHECK_OK(loader_start(&l, &d, &c));
+    CHECK_ERR(loader_next(l, &images, &labels), "none of the 6 pictures can be read");
+    loader_stop(l);
+    dataset_close(&d);
+}
+
+#ifdef HAVE_WEBP
+static void test_webp_left_out(void) {}
+#else
+/* A WebP is no damaged picture where the library for it is missing: training stops and says so. */
+static void test_webp_left_out(void) {
+    LoaderConfig c = {.B = 1, .size = 4};
+    Loader *l;
+    const real *images;
+    const int32_t *labels;
+    Dataset d;
+    make_folder("webp");
+    put_file(in_folder("webp/a.webp"), "RIFF\x10\0\0\0WEBPVP8 ", 16);
+    CHECK_OK(dataset_open(&d, in_folder("webp"), SPLIT_ALL));
+    CHECK_OK(loader_start(&l, &d, &c));
+    CHECK_ERR(loader_next(l, &images, &labels), "webp/a.webp: is a WebP file, and this build reads none");
+    CHECK(dataset_damaged(&d) == 0);
+    loader_stop(l);
+    dataset_close(&d);
+}
+#endif
+
+/* The same batches for any number of readers and from any step, damaged pictures among them. */
+static void test_damaged_order(void) {
+    enum { STEPS = 9, B = 4, ROW = 3 * LOADER_SIZE * LOADER_SIZE };
+    static real kept[STEPS][B * ROW];
+    LoaderConfig c = {.prep = PREP_LSUN, .B = B, .size = LOADER_SIZE, .seed = 3, .train = 1};
+    Dataset d;
+    Loader *l;
+    const real *images;
+    const int32_t *labels;
+    make_damaged_set();
+    for (int threads = 1; threads <= 5; threads += 2)
+        for (c.step = 0; c.step < STEPS; c.step += threads == 1 ? STEPS : 4) {
+            threads_set(threads);
+            CHECK_OK(dataset_open(&d, in_folder("broken"), SPLIT_ALL));
+            CHECK_OK(loader_start(&l, &d, &c));
+            for (uint64_t s = c.step; s < STEPS; s++) {
+                CHECK_OK(loader_next(l, &images, &labels));
+                if (threads == 1) memcpy(kept[s], images, sizeof kept[s]);
+                CHECK(memcmp(kept[s], images, sizeof kept[s]) == 0);
+            }
+            loader_stop(l);
+            dataset_close(&d);
+        }
+    threads_set(0);
+    CHECK(memcmp(kept[0], kept[1], sizeof kept[0]) != 0);
 }
 
 static void test_loader(void) {
@@ -1023,30 +682,145 @@ static void test_tokens(void) {
     CHECK_ERR(tokens_write(in_folder("no/such.tokens"), &x), "no/such.tokens");
 }
 
-int main(void) {
+enum { PART_N = 10, PART_EACH = 2 * 3 * 2 };
+
+/* Picture i's label (2 and 5 are damaged) and tokens, appended. */
+static void append(TokensPart *p, size_t upto) {
+    while (p->done < upto) {
+        int32_t token[PART_EACH];
+        size_t i = p->done;
+        for (size_t k = 0; k < PART_EACH; k++) token[k] = (int32_t)(i * 31 + k);
+        CHECK_OK(tokens_append(p, i == 2 || i == 5 ? -1 : (int32_t)i, token));
+    }
+}
+
+/* An encoding that stops, again and again, and the file at its end. */
+static void test_tokens_part(void) {
+    Tokens sizes = {PART_N, 3, 2, 1000, 2, 11, 22, NULL, NULL}, x, back;
+    TokensPart p;
+    size_t n;
+    const char *path = in_folder("enc.tokens"), *part = in_folder("enc.tokens.part");
+    CHECK_OK(tokens_start(&p, path, &sizes, 4));
+    CHECK(p.done == 0);
+    append(&p, 7);
+    CHECK_ERR(tokens_finish(&p, &x), "7 of 10 pictures are encoded");
+    tokens_stop(&p);
+    CHECK(access(path, F_OK) != 0);
+    CHECK_OK(tokens_start(&p, path, &sizes, 4)); /* whole batches only */
+    CHECK(p.done == 4);
+    append(&p, 9);
+    tokens_stop(&p);
+    uint8_t *bytes = get_file(part, &n);
+    bytes[64 + 8 * (8 + 4 + PART_EACH * 2) + 20] ^= 1; /* record 8 */
+    put_file(part, bytes, n - 1);                      /* and 9 is torn */
+    CHECK_OK(tokens_start(&p, path, &sizes, 2));
+    CHECK(p.done == 8);
+    tokens_stop(&p);
+    bytes = get_file(part, &n);
+    bytes[64 + 3 * (8 + 4 + PART_EACH * 2) + 3] ^= 1; /* a checksum */
+    put_file(part, bytes, n);
+    CHECK_OK(tokens_start(&p, path, &sizes, 1));
+    CHECK(p.done == 3);
+    append(&p, PART_N);
+    tokens_stop(&p);
+    CHECK_OK(tokens_start(&p, path, &sizes, 4)); /* all of them, though no multiple of 4 */
+    CHECK(p.done == PART_N);
+    CHECK_OK(tokens_finish(&p, &x));
+    tokens_stop(&p);
+    CHECK(access(part, F_OK) != 0);
+    CHECK_OK(tokens_read(&back, path));
+    CHECK(x.n == 8 && back.n == 8 && back.vqgan == 11 && back.source == 22);
+    CHECK(!memcmp(x.label, back.label, 8 * sizeof *x.label) && !memcmp(x.token, back.token, 8 * PART_EACH * 2));
+    CHECK(back.label[1] == 1 && back.label[2] == 3 && back.label[4] == 6 &&
+          back.token[2 * PART_EACH + 5] == 3 * 31 + 5);
+    tokens_free(&x), tokens_free(&back);
+    for (int what = 0; what < 4; what++) { /* another first stage, dataset, number of pictures, flips: from the start */
+        Tokens other = sizes;
+        CHECK_OK(tokens_start(&p, path, &sizes, 1));
+        append(&p, 5);
+        tokens_stop(&p);
+        other.vqgan += what == 0, other.source += what == 1, other.n -= what == 2, other.flips -= what == 3;
+        CHECK_OK(tokens_start(&p, path, &other, 1));
+        CHECK(p.done == 0);
+        tokens_stop(&p);
+    }
+    sizes.n = 1;
+    CHECK_OK(tokens_start(&p, path, &sizes, 1));
+    CHECK_OK(tokens_append(&p, -1, (int32_t[PART_EACH]){0}));
+    CHECK_ERR(tokens_finish(&p, &x), "none of the 1 pictures can be read");
+    tokens_stop(&p);
+    CHECK_ERR(tokens_start(&p, in_folder("no/such.tokens"), &sizes, 1), "no/such.tokens.part");
+}
+
+/* Two processes: the second waits, and finds nothing of its own to go on with. */
+static void test_tokens_wait(void) {
+    Tokens sizes = {PART_N, 3, 2, 1000, 2, 11, 22, NULL, NULL}, x;
+    TokensPart p;
+    int status = 1, ready[2];
+    char byte;
+    const char *path = in_folder("wait.tokens");
+    CHECK(pipe(ready) == 0);
+    pid_t child = fork();
+    if (child == 0) {
+        int bad = tokens_start(&p, path, &sizes, 1) != OK;
+        bad |= write(ready[1], "x", 1) != 1;
+        usleep(100000);
+        append(&p, PART_N);
+        _exit(bad || tokens_finish(&p, &x) != OK);
+    }
+    CHECK(read(ready[0], &byte, 1) == 1);
+    CHECK_OK(tokens_start(&p, path, &sizes, 1));
+    CHECK(p.done == 0 && access(path, F_OK) == 0); /* the other one's file is there before we have the lock */
+    tokens_stop(&p);
+    CHECK(waitpid(child, &status, 0) == child && status == 0);
+    close(ready[0]), close(ready[1]);
+}
+
+/* What test_lsun.py compares with Pillow and OpenCV: every picture of a set, (size,size,3) bytes. */
+static int prepare(const char *preset, size_t size, const char *path) {
+    static const char *const presets[] = {"folder", "ffhq", "imagenet", "lsun"};
+    LoaderConfig c = {.B = 1, .size = size};
+    int prep = 0;
+    Dataset d;
+    Loader *l = NULL;
+    const real *x;
+    const int32_t *label;
+    while (prep < 4 && strcmp(preset, presets[prep]) != 0) prep++;
+    c.prep = (Prep)prep;
+    Err e = dataset_open(&d, path, SPLIT_ALL);
+    if (e == OK) e = loader_start(&l, &d, &c);
+    for (size_t i = 0; e == OK && i < d.n; i++) {
+        e = loader_next(l, &x, &label);
+        for (size_t k = 0; k < 3 * size * size && e == OK; k++)
+            putchar((int)lrint(((double)x[k % 3 * size * size + k / 3] + 1) * 127.5));
+    }
+    loader_stop(l);
+    if (e != OK) fprintf(stderr, "%s\n", err_text());
+    dataset_close(&d);
+    return e != OK || fflush(stdout) != 0;
+}
+
+int main(int argc, char **argv) {
+    if (argc == 5 && !strcmp(argv[1], "--prepare")) return prepare(argv[2], (size_t)atol(argv[3]), argv[4]);
     if (!temporary_folder(folder)) return 1;
-    test_png_gray();
-    test_png_palette();
-    test_png_alpha();
-    test_png_interlaced();
-    test_jpeg_colours();
-    test_exif();
-    test_exif_damage();
-    test_damage();
-    test_jpeg_end();
-    test_foreign();
-    test_limits();
-    test_write();
-    test_resize_tables();
-    test_resize_properties();
-    test_prepare();
-    test_grid();
     test_dataset_folder();
     test_dataset_split_folders();
     test_dataset_list();
+    test_dataset_lists();
+    test_dataset_imagenet();
+    test_dataset_identity();
+    test_dataset_sniffed();
+    test_lmdb_keys();
+    test_lmdb_split();
+    test_lmdb_damage();
     test_epoch_order();
     test_loader();
+    test_damaged_pictures();
+    test_damaged_order();
+    test_webp_left_out();
     test_tokens();
+    test_tokens_part();
+    test_tokens_wait();
     nftw(folder, remove_entry, 16, FTW_DEPTH | FTW_PHYS);
     return test_report();
 }

@@ -112,6 +112,53 @@ ok "and says how to go on" grep -q -- --resume "$dir/int.err"
 "$build/pictures" make "$dir/two" 2 20
 ok "a folder of two pictures: one trains, one is held out" train --data "$dir/two" --run "$dir/pair" --vqgan --steps 2
 
+# ---- data as it lies on disk ----
+cp -r "$dir/data" "$dir/worn" && : >"$dir/worn/bar/001.png" && head -c 90 "$dir/data/bar/003.png" >"$dir/worn/bar/003.png"
+echo '<html>404</html>' >"$dir/worn/disc/000.png" && echo >"$dir/worn/disc/002.png"
+ok "train on damaged pictures" train --data "$dir/worn" --run "$dir/wornrun" --vqgan
+cp "$dir/err" "$dir/said"
+ok "which says how many" grep -q "^damaged pictures skipped: 4; $dir/wornrun/skipped.txt lists them" "$dir/said"
+ok "and lists them" test "$(cut -f 1 "$dir/wornrun/skipped.txt" | sed 's/.*worn.//' | tr '\n' ' ')" = "bar/001.png bar/003.png disc/000.png disc/002.png "
+ok "and why" grep -q "bar/003.png$(printf '\t')damaged PNG: the file is cut short" "$dir/wornrun/skipped.txt"
+rm -rf "$dir/killed2" && mv "$dir/killed" "$dir/killed2"
+ok "killed and resumed with damaged pictures" killed vqgan --vqgan --threads 1 --data "$dir/worn"
+ok "the same weights" cmp "$dir/wornrun/vqgan.state.safetensors" "$dir/killed/vqgan.state.safetensors"
+ok "the same list" cmp "$dir/wornrun/skipped.txt" "$dir/killed/skipped.txt"
+rm -rf "$dir/killed" && mv "$dir/killed2" "$dir/killed"
+ok "tokens without them" train --data "$dir/worn" --run "$dir/wornrun" --scale 1 --steps 2
+cp "$dir/err" "$dir/said"
+ok "and how many there are" grep -q "^damaged pictures skipped: 4" "$dir/said"
+"$build/pictures" make "$dir/lots" 1200 16
+mkdir "$dir/cut" "$dir/whole" && cp "$dir/run/vqgan.safetensors" "$dir/cut" && cp "$dir/run/vqgan.safetensors" "$dir/whole"
+ok "encode many pictures" train --data "$dir/lots" --run "$dir/whole" --scale 1 --steps 1
+# shellcheck disable=SC2086
+"$build/train" $options --data "$dir/lots" --run "$dir/cut" --scale 1 --steps 1 >/dev/null 2>&1 &
+pid=$!
+while [ "$(stat -c %s "$dir/cut/train.tokens.part" 2>/dev/null || echo 0)" -lt 20000 ] && kill -0 $pid 2>/dev/null; do :; done
+kill -9 $pid 2>/dev/null
+wait $pid 2>/dev/null
+ok "a kill while encoding leaves a part" test -s "$dir/cut/train.tokens.part"
+ok "which the next run" train --data "$dir/lots" --run "$dir/cut" --scale 1 --steps 1
+cp "$dir/err" "$dir/said"
+ok "goes on from" grep -q 'train.tokens.part: continuing after [1-9][0-9]* pictures' "$dir/said"
+ok "to the same tokens" cmp "$dir/cut/train.tokens" "$dir/whole/train.tokens"
+ok "and removes" sh -c "! ls $dir/cut/*.part 2>/dev/null"
+(cd "$dir/data" && ls disc/0[0-3]*.png bar/0[0-3]*.png) >"$dir/list.txt"
+(cd "$dir/data" && ls disc/05*.png bar/05*.png) >"$dir/val.txt"
+ok "train on lists" train --run "$dir/listed" --vqgan --steps 2 --list "$dir/list.txt" --val-list "$dir/val.txt"
+cp "$dir/err" "$dir/said"
+ok "which are the split" grep -q ' 40 pictures (10 held out)' "$dir/said"
+echo nowhere.png >>"$dir/val.txt"
+refused 1 "val.txt: line 11: no picture at" train --run "$dir/l2" --vqgan --list "$dir/list.txt" --val-list "$dir/val.txt"
+refused 2 "goes with --list" train --run "$dir/l2" --vqgan --val-list "$dir/val.txt"
+ok "one command: every stage, then samples" train --all --run "$dir/all" --steps 20
+ok "are there" test -s "$dir/all/samples.png"
+cp "$dir/all/scale3.state.safetensors" "$dir/state"
+ok "once more: nothing left to train" train --all --run "$dir/all" --steps 20
+ok "the same weights" cmp "$dir/state" "$dir/all/scale3.state.safetensors"
+ok "the recipe for photographs needs no classes" sh -c "mkdir '$dir/flat' && cp '$dir'/data/*/*.png '$dir/flat' && '$build/train' photos --all --data '$dir/flat' --run '$dir/photos' --steps 1 --batch 1"
+ok "and its samples are there" test -s "$dir/photos/samples.png"
+
 # ---- sample ----
 sample() { "$build/sample" "$@" -o "$dir/s.png"; }
 ok "sample a run" sample "$dir/run" -n 5 --seed 7 --chain "$dir/chain.png"

@@ -333,8 +333,8 @@ static void check_blocks(const NetConfig *config, size_t B, size_t N, WeightForm
     case_make(&c, config, B, N);
     const size_t n = B * N * c.K;
     CHECK_OK(mem_alloc(&got, n, sizeof(real), "logits"));
-    CHECK_OK(transformer_plan(c.net, B + 1, N, 0));
     if (format != WEIGHTS_REAL) CHECK_OK(params_pack(c.params, format));
+    CHECK_OK(transformer_plan(c.net, B + 1, N, 0));
     CHECK_OK(decode_all(&c, c.dlogits));
     for (size_t length = 1; length <= N && length <= DECODE_BLOCK; length++) {
         memset(got, 0, n * sizeof *got);

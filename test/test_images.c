@@ -1,0 +1,776 @@
+/* test_images.c - pictures in and out, resizing against Pillow and OpenCV, the official preprocessing.
+ *
+ * Every picture file is made here, with libpng, libjpeg and libwebp, in a temporary folder that is removed at the end. Damage is
+ * systematic: files are cut at every sixteenth (small ones at every byte) and every byte is flipped; run under
+ * sanitizers this is the fuzz test of the readers. */
+#include "files.h"
+
+#include <setjmp.h>
+#include <zlib.h>
+
+#include <jpeglib.h>
+#include <png.h>
+
+#include "../data.h"
+#include "data_tables.h"
+
+#ifdef HAVE_WEBP
+#include <webp/encode.h>
+#endif
+
+/* ---- PNG files of every kind ---- */
+
+typedef struct {
+    size_t H, W;
+    int type, depth, interlaced;
+    const uint8_t *rows; /* packed as PNG stores them, (H, bytes per row) */
+    int n_palette, n_trans;
+    png_color palette[256];
+    png_byte trans[256]; /* palette alphas */
+    png_color_16 *key;   /* transparent colour of grey and RGB */
+    const uint8_t *exif;
+    size_t exif_bytes;
+} PngSpec;
+
+static void write_png(const char *path, const PngSpec *s) {
+    FILE *f = fopen(path, "wb");
+    png_structp png = png_create_write_struct(PNG_LIBPNG_VER_STRING, NULL, NULL, NULL);
+    png_infop info = png_create_info_struct(png);
+    if (!f || setjmp(png_jmpbuf(png))) exit(1);
+    png_init_io(png, f);
+    png_set_IHDR(png, info, (png_uint_32)s->W, (png_uint_32)s->H, s->depth, s->type,
+                 s->interlaced ? PNG_INTERLACE_ADAM7 : PNG_INTERLACE_NONE, 0, 0);
+    if (s->n_palette) png_set_PLTE(png, info, s->palette, s->n_palette);
+    if (s->n_trans || s->key) png_set_tRNS(png, info, s->trans, s->n_trans, s->key);
+    if (s->exif) png_set_eXIf_1(png, info, (png_uint_32)s->exif_bytes, (png_bytep)s->exif);
+    png_write_info(png, info);
+    size_t stride = png_get_rowbytes(png, info);
+    png_bytep *row = malloc(s->H * sizeof *row);
+    for (size_t y = 0; y < s->H; y++) row[y] = (png_bytep)s->rows + y * stride;
+    png_write_image(png, row);
+    png_write_end(png, info);
+    png_destroy_write_struct(&png, &info);
+    free(row);
+    fclose(f);
+}
+
+/* Whether path reads as these (H,W,3) pixels. */
+static int reads_as(const char *path, size_t H, size_t W, const uint8_t *rgb) {
+    Image got, want = {H, W, (uint8_t *)rgb};
+    if (image_read(&got, path) != OK) {
+        printf("     %s\n", err_text());
+        return 0;
+    }
+    int same = difference(&got, &want) == 0;
+    image_free(&got);
+    return same;
+}
+
+static void test_png_gray(void) {
+    const char *path = in_folder("gray.png");
+    static const uint8_t one[] = {0xa0}, two[] = {0x1b}, four[] = {0x0f, 0x70}, eight[] = {0, 1, 254, 255},
+                         sixteen[] = {0, 0, 0, 0x80, 0x00, 0x81, 0xff, 0x7e, 0xff, 0x7f, 0xff, 0xff},
+                         gray_alpha[] = {100, 255, 100, 0, 100, 128, 7, 3};
+    PngSpec s = {.H = 1, .W = 3, .type = PNG_COLOR_TYPE_GRAY, .depth = 1, .rows = one};
+    write_png(path, &s);
+    CHECK(reads_as(path, 1, 3, (uint8_t[]){255, 255, 255, 0, 0, 0, 255, 255, 255}));
+    CHECK(!reads_as(path, 1, 3, (uint8_t[]){255, 255, 255, 0, 1, 0, 255, 255, 255}));
+    s.depth = 2, s.rows = two, s.W = 4;
+    write_png(path, &s);
+    CHECK(reads_as(path, 1, 4, (uint8_t[]){0, 0, 0, 85, 85, 85, 170, 170, 170, 255, 255, 255}));
+    s.depth = 4, s.rows = four, s.W = 3;
+    write_png(path, &s);
+    CHECK(reads_as(path, 1, 3, (uint8_t[]){0, 0, 0, 255, 255, 255, 119, 119, 119}));
+    s.depth = 8, s.rows = eight, s.W = 4;
+    write_png(path, &s);
+    CHECK(reads_as(path, 1, 4, (uint8_t[]){0, 0, 0, 1, 1, 1, 254, 254, 254, 255, 255, 255}));
+    s.key = &(png_color_16){.gray = 1}; /* the transparent grey shows the white background */
+    write_png(path, &s);
+    CHECK(reads_as(path, 1, 4, (uint8_t[]){0, 0, 0, 255, 255, 255, 254, 254, 254, 255, 255, 255}));
+    s.key = NULL, s.depth = 16, s.rows = sixteen, s.W = 6; /* 128/257 rounds to 0, 129/257 to 1 */
+    write_png(path, &s);
+    CHECK(reads_as(path, 1, 6, (uint8_t[]){0, 0, 0, 0, 0, 0, 1, 1, 1, 254, 254, 254, 255, 255, 255, 255, 255, 255}));
+    s.type = PNG_COLOR_TYPE_GRAY_ALPHA, s.depth = 8, s.rows = gray_alpha, s.W = 4;
+    write_png(path, &s);
+    CHECK(reads_as(path, 1, 4, (uint8_t[]){100, 100, 100, 255, 255, 255, 177, 177, 177, 252, 252, 252}));
+}
+
+static void test_png_palette(void) {
+    const char *path = in_folder("palette.png");
+    static const uint8_t rows[] = {0x18, 0x40}, bytes[] = {0, 1, 2, 1};
+    PngSpec s = {.H = 2, .W = 3, .type = PNG_COLOR_TYPE_PALETTE, .depth = 2, .rows = rows, .n_palette = 3};
+    s.palette[0] = (png_color){10, 20, 30}, s.palette[1] = (png_color){200, 100, 0},
+    s.palette[2] = (png_color){1, 2, 3};
+    write_png(path, &s);
+    CHECK(reads_as(path, 2, 3, (uint8_t[]){10, 20, 30, 200, 100, 0, 1, 2, 3, 200, 100, 0, 10, 20, 30, 10, 20, 30}));
+    s.n_trans = 2, s.trans[0] = 0, s.trans[1] = 51, s.depth = 8, s.rows = bytes, s.H = 1, s.W = 4;
+    write_png(path, &s); /* alpha 51 = 1/5 */
+    CHECK(reads_as(path, 1, 4, (uint8_t[]){255, 255, 255, 244, 224, 204, 1, 2, 3, 244, 224, 204}));
+    static const uint8_t outside[] = {3, 3, 3, 3}; /* beyond the palette: libpng's choice of colour, but no crash */
+    s.rows = outside;
+    write_png(path, &s);
+    Image im;
+    if (image_read(&im, path) == OK) image_free(&im);
+}
+
+/* All 65536 pairs of colour and alpha over white: nearest integer, no ties possible. The same in 16 bits, sampled. */
+static void test_png_alpha(void) {
+    static uint8_t rows[256 * 256 * 4], wide[256 * 256 * 8];
+    for (size_t i = 0; i < 65536; i++) {
+        rows[i * 4] = (uint8_t)i, rows[i * 4 + 1] = (uint8_t)(255 - i), rows[i * 4 + 2] = 0,
+                 rows[i * 4 + 3] = (uint8_t)(i >> 8);
+        for (size_t k = 0; k < 8; k++) wide[i * 8 + k] = (uint8_t)mix((uint32_t)(i * 8 + k));
+    }
+    PngSpec s = {.H = 256, .W = 256, .type = PNG_COLOR_TYPE_RGBA, .depth = 8, .rows = rows};
+    write_png(in_folder("alpha.png"), &s);
+    s.depth = 16, s.rows = wide;
+    write_png(in_folder("alpha16.png"), &s);
+    Image im, im16;
+    CHECK_OK(image_read(&im, in_folder("alpha.png")));
+    CHECK_OK(image_read(&im16, in_folder("alpha16.png")));
+    size_t wrong = 0, wrong16 = 0;
+    for (size_t i = 0; i < 65536; i++)
+        for (size_t c = 0; c < 3; c++) {
+            int want = rows[i * 4 + c] * rows[i * 4 + 3] + 255 * (255 - rows[i * 4 + 3]);
+            wrong += 2 * abs(255 * im.rgb[i * 3 + c] - want) > 255;
+            const uint8_t *p = wide + i * 8;
+            double v = (p[c * 2] * 256 + p[c * 2 + 1]) / 65535.0, a = (p[6] * 256 + p[7]) / 65535.0;
+            wrong16 += fabs(im16.rgb[i * 3 + c] - 255 * (v * a + 1 - a)) > 0.5 + 1e-9;
+        }
+    CHECK(wrong == 0 && wrong16 == 0);
+    image_free(&im);
+    image_free(&im16);
+    CHECK_OK(image_read_gray(&im, in_folder("alpha.png"))); /* over black, luma */
+    for (size_t i = 0; i < 65536; i++) {
+        double a = rows[i * 4 + 3] / 255.0, want = 0.299 * rint(rows[i * 4] * a) + 0.587 * rint(rows[i * 4 + 1] * a);
+        wrong += fabs(im.rgb[i] - want) > 0.51;
+    }
+    CHECK(wrong == 0);
+    image_free(&im);
+}
+
+static void test_png_interlaced(void) {
+    int wrong = 0;
+    for (size_t H = 1; H <= 9; H++)
+        for (size_t W = 1; W <= 9; W++) {
+            Image im = picture(H, W);
+            PngSpec s = {.H = H, .W = W, .type = PNG_COLOR_TYPE_RGB, .depth = 8, .interlaced = 1, .rows = im.rgb};
+            write_png(in_folder("interlaced.png"), &s);
+            wrong += !reads_as(in_folder("interlaced.png"), H, W, im.rgb);
+            image_free(&im);
+        }
+    CHECK(wrong == 0);
+}
+
+/* ---- JPEG files of every kind ---- */
+
+typedef struct {
+    J_COLOR_SPACE in, stored; /* in: JCS_RGB, JCS_GRAYSCALE or JCS_CMYK */
+    int progressive, no_adobe, quality;
+    const uint8_t *exif;
+    size_t exif_bytes;
+} JpegSpec;
+
+/* rows (H,W,channels of s->in) */
+static void write_jpeg(const char *path, size_t H, size_t W, const uint8_t *rows, const JpegSpec *s) {
+    struct jpeg_compress_struct c;
+    struct jpeg_error_mgr manager;
+    FILE *f = fopen(path, "wb");
+    c.err = jpeg_std_error(&manager);
+    jpeg_create_compress(&c);
+    jpeg_stdio_dest(&c, f);
+    c.image_width = (JDIMENSION)W, c.image_height = (JDIMENSION)H;
+    c.in_color_space = s->in;
+    c.input_components = s->in == JCS_GRAYSCALE ? 1 : s->in == JCS_RGB ? 3 : 4;
+    jpeg_set_defaults(&c);
+    jpeg_set_colorspace(&c, s->stored);
+    for (int k = 0; k < c.num_components; k++) c.comp_info[k].h_samp_factor = c.comp_info[k].v_samp_factor = 1;
+    jpeg_set_quality(&c, s->quality, TRUE);
+    if (s->progressive) jpeg_simple_progression(&c);
+    if (s->no_adobe) c.write_Adobe_marker = FALSE;
+    jpeg_start_compress(&c, TRUE);
+    if (s->exif) jpeg_write_marker(&c, JPEG_APP0 + 1, s->exif, (unsigned)s->exif_bytes);
+    while (c.next_scanline < H) {
+        JSAMPROW row = (JSAMPROW)rows + c.next_scanline * W * (size_t)c.input_components;
+        jpeg_write_scanlines(&c, &row, 1);
+    }
+    jpeg_finish_compress(&c);
+    jpeg_destroy_compress(&c);
+    fclose(f);
+}
+
+/* Largest difference between what path reads as and the picture. */
+static int jpeg_error(const char *path, const Image *want) {
+    Image got;
+    if (image_read(&got, path) != OK) {
+        printf("     %s\n", err_text());
+        return 999;
+    }
+    int worst = difference(&got, want);
+    image_free(&got);
+    return worst;
+}
+
+static void test_jpeg_colours(void) {
+    enum { H = 21, W = 35 };
+    const char *path = in_folder("a.jpg");
+    Image im = gradient(H, W), gray = gradient(H, W);
+    write_jpeg(path, H, W, im.rgb, &(JpegSpec){JCS_RGB, JCS_YCbCr, .quality = 100});
+    CHECK(jpeg_error(path, &im) <= 3);
+    write_jpeg(path, H, W, im.rgb, &(JpegSpec){JCS_RGB, JCS_RGB, .quality = 100});
+    CHECK(jpeg_error(path, &im) <= 3);
+    write_jpeg(path, H, W, im.rgb, &(JpegSpec){JCS_RGB, JCS_YCbCr, .progressive = 1, .quality = 100});
+    CHECK(jpeg_error(path, &im) <= 3);
+    static uint8_t luma[H * W], ink[H * W * 4];
+    for (size_t i = 0; i < H * W; i++)
+        gray.rgb[i * 3] = gray.rgb[i * 3 + 1] = gray.rgb[i * 3 + 2] = luma[i] = im.rgb[i * 3];
+    write_jpeg(path, H, W, luma, &(JpegSpec){JCS_GRAYSCALE, JCS_GRAYSCALE, .quality = 100});
+    CHECK(jpeg_error(path, &gray) <= 2);
+    for (size_t i = 0; i < H * W; i++) { /* a third of black ink; Adobe's inverted numbers: 255 is no ink */
+        ink[i * 4 + 3] = 170;
+        for (size_t c = 0; c < 3; c++)
+            ink[i * 4 + c] = im.rgb[i * 3 + c], im.rgb[i * 3 + c] = (uint8_t)(im.rgb[i * 3 + c] * 2 / 3);
+    }
+    write_jpeg(path, H, W, ink, &(JpegSpec){JCS_CMYK, JCS_CMYK, .quality = 100});
+    CHECK(jpeg_error(path, &im) <= 3);
+    write_jpeg(path, H, W, ink, &(JpegSpec){JCS_CMYK, JCS_YCCK, .quality = 100});
+    CHECK(jpeg_error(path, &im) <= 4);
+    for (size_t i = 0; i < sizeof ink; i++) ink[i] = 255 - ink[i];
+    write_jpeg(path, H, W, ink, &(JpegSpec){JCS_CMYK, JCS_CMYK, .no_adobe = 1, .quality = 100});
+    CHECK(jpeg_error(path, &im) <= 3);
+    write_jpeg(path, H, W, ink,
+               &(JpegSpec){JCS_CMYK, JCS_CMYK, .quality = 100}); /* inverted the wrong way: must show */
+    CHECK(jpeg_error(path, &im) > 50);
+    image_free(&im);
+    image_free(&gray);
+}
+
+/* ---- EXIF ---- */
+
+/* "Exif\0\0" and a TIFF directory with one unrelated entry and the orientation. Returns the length. */
+static size_t make_exif(uint8_t *p, int little, int orientation) {
+    static const uint8_t big_endian[] = {'E', 'x', 'i', 'f', 0, 0, 'M', 'M', 0, 42, 0, 0, 0, 8, 0, 2, 1, 0, 0, 3, 0, 0,
+                                         0,   1,   0,   9,   0, 0, 1,   18,  0, 3,  0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0};
+    static const uint8_t little_endian[] = {'E', 'x', 'i', 'f', 0, 0, 'I', 'I', 42, 0, 8, 0, 0, 0,  2,
+                                            0,   0,   1,   3,   0, 1, 0,   0,   0,  9, 0, 0, 0, 18, 1,
+                                            3,   0,   1,   0,   0, 0, 0,   0,   0,  0, 0, 0, 0, 0};
+    memcpy(p, little ? little_endian : big_endian, sizeof big_endian);
+    p[little ? 36 : 37] = (uint8_t)orientation;
+    return sizeof big_endian;
+}
+
+/* Where the viewer's pixel (y,x) of an upright HxW picture is stored, by the words of the EXIF standard: which sides of
+ * the scene row 0 and column 0 of the file are. */
+static void stored_at(size_t *sy, size_t *sx, int orientation, size_t y, size_t x, size_t H, size_t W) {
+    size_t top = y, bottom = H - 1 - y, left = x, right = W - 1 - x; /* distances from the sides of the scene */
+    size_t row[] = {0, top, top, bottom, bottom, left, right, right, left};
+    size_t column[] = {0, left, right, right, left, top, top, bottom, bottom};
+    *sy = row[orientation];
+    *sx = column[orientation];
+}
+
+static void test_exif(void) {
+    enum { H = 16, W = 24 };
+    Image scene = gradient(H, W);
+    uint8_t exif[64], stored[H * W * 3];
+    for (int orientation = 0; orientation <= 9; orientation++)
+        for (int little = 0; little < 2; little++) {
+            int o = orientation >= 1 && orientation <= 8 ? orientation : 1; /* others mean nothing */
+            size_t n = make_exif(exif, little, orientation), h = o >= 5 ? W : H, w = o >= 5 ? H : W, sy, sx;
+            for (size_t y = 0; y < H; y++)
+                for (size_t x = 0; x < W; x++) {
+                    stored_at(&sy, &sx, o, y, x, H, W);
+                    memcpy(stored + (sy * w + sx) * 3, scene.rgb + (y * W + x) * 3, 3);
+                }
+            JpegSpec s = {JCS_RGB, JCS_YCbCr, .quality = 100, .exif = exif, .exif_bytes = n};
+            write_jpeg(in_folder("exif.jpg"), h, w, stored, &s);
+            CHECK(jpeg_error(in_folder("exif.jpg"), &scene) <= 3);
+            PngSpec p = {.H = h, .W = w, .type = PNG_COLOR_TYPE_RGB, .depth = 8, .rows = stored};
+            p.exif = exif + 6, p.exif_bytes = n - 6;
+            write_png(in_folder("exif.png"), &p);
+            CHECK(reads_as(in_folder("exif.png"), H, W, scene.rgb));
+        }
+    image_free(&scene);
+}
+
+/* The official code ignores EXIF: the pixels as they are stored. */
+static void test_exif_ignored(void) {
+    enum { H = 8, W = 24 };
+    uint8_t exif[64];
+    Image im = gradient(H, W), got;
+    size_t n = make_exif(exif, 0, 6), size;
+    JpegSpec s = {JCS_RGB, JCS_YCbCr, .quality = 100, .exif = exif, .exif_bytes = n};
+    write_jpeg(in_folder("exif.jpg"), H, W, im.rgb, &s);
+    const uint8_t *bytes = get_file(in_folder("exif.jpg"), &size);
+    CHECK_OK(image_decode(&got, bytes, size, 0));
+    CHECK(difference(&got, &im) <= 3);
+    image_free(&got);
+    CHECK_OK(image_decode(&got, bytes, size, 1));
+    CHECK(got.H == W && got.W == H);
+    image_free(&got);
+    PngSpec p = {.H = H, .W = W, .type = PNG_COLOR_TYPE_RGB, .depth = 8, .rows = im.rgb};
+    p.exif = exif + 6, p.exif_bytes = n - 6;
+    write_png(in_folder("exif.png"), &p);
+    bytes = get_file(in_folder("exif.png"), &size);
+    CHECK_OK(image_decode(&got, bytes, size, 0));
+    CHECK(difference(&got, &im) == 0);
+    image_free(&got);
+    image_free(&im);
+}
+
+/* Metadata is not worth an error: any damage reads as some orientation, never past the end (sanitizers watch). */
+static void test_exif_damage(void) {
+    enum { H = 3, W = 2 };
+    Image im = gradient(H, W), got;
+    uint8_t exif[64];
+    int failed = 0;
+    for (int little = 0; little < 2; little++) {
+        size_t n = make_exif(exif, little, 6);
+        for (size_t cut = 1; cut <= n; cut++) {
+            JpegSpec s = {JCS_RGB, JCS_YCbCr, .quality = 90, .exif = exif, .exif_bytes = cut};
+            write_jpeg(in_folder("cut.jpg"), H, W, im.rgb, &s);
+            failed += image_read(&got, in_folder("cut.jpg")) != OK;
+            image_free(&got);
+        }
+        for (size_t i = 0; i < n; i++) {
+            exif[i] ^= 0xff;
+            JpegSpec s = {JCS_RGB, JCS_YCbCr, .quality = 90, .exif = exif, .exif_bytes = n};
+            write_jpeg(in_folder("flip.jpg"), H, W, im.rgb, &s);
+            failed += image_read(&got, in_folder("flip.jpg")) != OK;
+            image_free(&got);
+            exif[i] ^= 0xff;
+        }
+    }
+    CHECK(failed == 0);
+    image_free(&im);
+}
+
+/* ---- damage ---- */
+
+/* Cuts the file at every `step` bytes; how many of the cut files were not refused under their own name. */
+static int cuts_accepted(const char *path, size_t step) {
+    static uint8_t bytes[1 << 20];
+    size_t n;
+    const char *cut = in_folder("cut");
+    memcpy(bytes, get_file(path, &n), sizeof bytes);
+    int accepted = n == 0;
+    for (size_t i = 0; i < n; i += step) {
+        put_file(cut, bytes, i);
+        Image im;
+        accepted += image_read(&im, cut) == OK || !strstr(err_text(), cut) || im.rgb;
+        image_free(&im);
+    }
+    put_file(cut, bytes, n); /* negative control */
+    Image im;
+    accepted += image_read(&im, cut) != OK;
+    image_free(&im);
+    return accepted;
+}
+
+/* Flips random bits, one byte at a time and in groups; how many of the single flips were accepted. */
+static int flips_accepted(const char *path, size_t groups) {
+    static uint8_t bytes[1 << 20];
+    size_t n;
+    const char *flipped = in_folder("flipped");
+    memcpy(bytes, get_file(path, &n), sizeof bytes);
+    int accepted = 0;
+    Image im;
+    for (size_t i = 0; i < n; i++) {
+        uint8_t bit = (uint8_t)(1 << (mix((uint32_t)i) >> 9 & 7));
+        bytes[i] ^= bit;
+        put_file(flipped, bytes, n);
+        accepted += image_read(&im, flipped) == OK;
+        image_free(&im);
+        bytes[i] ^= bit;
+    }
+    for (uint32_t g = 0; g < groups; g++) {
+        uint8_t kept[1 << 14];
+        memcpy(kept, bytes, sizeof kept);
+        for (uint32_t k = 0; k < 1 + g % 9; k++) bytes[mix(g * 16 + k) % n] = (uint8_t)mix(g * 16 + k + 77777);
+        put_file(flipped, bytes, n);
+        if (image_read(&im, flipped) == OK) image_free(&im);
+        memcpy(bytes, kept, sizeof kept);
+    }
+    return accepted;
+}
+
+/* A JPEG whose data are all there but whose end marker is not. */
+static void test_jpeg_end(void) {
+    static uint8_t flat[8 * 200];
+    int accepted = 0;
+    for (size_t W = 1; W <= 200; W += 3) {
+        size_t n;
+        Image im;
+        for (size_t i = 0; i < sizeof flat; i++) flat[i] = (uint8_t)(W + (i % W / 8) % 3 * 9);
+        write_jpeg(in_folder("end.jpg"), 8, W, flat, &(JpegSpec){JCS_GRAYSCALE, JCS_GRAYSCALE, .quality = 75});
+        const uint8_t *bytes = get_file(in_folder("end.jpg"), &n);
+        put_file(in_folder("end.jpg"), bytes, n - 2);
+        accepted += image_read(&im, in_folder("end.jpg")) == OK;
+        image_free(&im);
+    }
+    CHECK(accepted == 0);
+}
+
+static void test_damage(void) {
+    Image small = picture(9, 7), large = picture(64, 50), smooth = gradient(48, 40);
+    PngSpec p = {.H = 9, .W = 7, .type = PNG_COLOR_TYPE_RGB, .depth = 8, .interlaced = 1, .rows = small.rgb};
+    write_png(in_folder("small.png"), &p);
+    CHECK(cuts_accepted(in_folder("small.png"), 1) == 0);
+    CHECK(flips_accepted(in_folder("small.png"), 300) == 0); /* everything in a PNG is under a checksum */
+    PngSpec t = {.H = 3, .W = 7, .type = PNG_COLOR_TYPE_PALETTE, .depth = 8, .rows = (uint8_t[21]){1, 0, 2}};
+    t.n_palette = t.n_trans = 3, t.palette[1].red = 200, t.trans[1] = 90; /* alpha lies in an optional chunk */
+    write_png(in_folder("trans.png"), &t);
+    CHECK(flips_accepted(in_folder("trans.png"), 100) == 0);
+    CHECK_OK(image_write_png(in_folder("large.png"), &large, NULL));
+    CHECK(cuts_accepted(in_folder("large.png"), 64 * 50 * 3 / 16) == 0);
+    for (int progressive = 0; progressive < 2; progressive++) {
+        JpegSpec s = {JCS_RGB, JCS_YCbCr, .progressive = progressive, .quality = 90};
+        write_jpeg(in_folder("damage.jpg"), 48, 40, smooth.rgb, &s);
+        CHECK(cuts_accepted(in_folder("damage.jpg"), 1) == 0);
+        flips_accepted(in_folder("damage.jpg"), 500);
+        size_t n;
+        get_file(in_folder("damage.jpg"), &n);
+        CHECK(n > 500 && cuts_accepted(in_folder("damage.jpg"), n / 16) == 0);
+    }
+    image_free(&small);
+    image_free(&large);
+    image_free(&smooth);
+}
+
+/* Any first bytes: told for a picture or refused, never more. */
+static void test_sniffing(void) {
+    static const char *const magic[] = {"\x89PNG\r\n\x1a\n",
+                                        "\xff\xd8\xff\xe0",
+                                        "RIFF????WEBPVP8 ",
+                                        "RIFF????WEBPVP8X",
+                                        "RIFF????WEBPVP8L",
+                                        "GIF89a",
+                                        "II*",
+                                        "????ftypavif",
+                                        "<html>",
+                                        "   ",
+                                        "",
+                                        "PK\3\4"};
+    static const int is[] = {1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0};
+    size_t wrong = 0, read = 0;
+    for (uint32_t k = 0; k < sizeof magic / sizeof *magic; k++)
+        for (uint32_t n = 0; n < 96; n++) {
+            uint8_t *bytes = malloc(n + 1); /* its end is watched */
+            size_t length = strlen(magic[k]);
+            for (uint32_t i = 0; i < n; i++)
+                bytes[i] = i < length ? (uint8_t)magic[k][i] : (uint8_t)mix(k * 1000 + n * 7 + i);
+            Image im;
+            wrong += n >= length && length && is_picture(bytes, n) != is[k];
+            read += image_decode(&im, bytes, n, (int)n % 2) == OK || im.rgb || !err_text()[0];
+            image_free(&im);
+            free(bytes);
+        }
+    CHECK(wrong == 0 && read == 0);
+    CHECK(is_picture((const uint8_t *)magic[0], 8) && !is_picture((const uint8_t *)magic[0], 7));
+}
+
+static void test_foreign(void) {
+    Image im;
+    const struct {
+        const char *bytes;
+        size_t n;
+        const char *says;
+    } f[] = {
+        {"RIFF\x10\0\0\0WEBPVP8 ", 16, "WebP"},
+        {"GIF89a\1\0\1\0", 10, "is a GIF file; PNG"},
+        {"BM\x46\0\0\0", 6, "is a BMP file"},
+        {"II*\0\10\0\0\0", 8, "is a TIFF file"},
+        {"\0\0\0\x1c"
+         "ftypavif",
+         12, "is an AVIF file"},
+        {" \n<!DOCTYPE html><html>", 22, "is an HTML file"},
+        {"<HTML>", 6, "is an HTML file"},
+        {"<?xml version='1.0'?><svg/>", 27, "is an XML or SVG file"},
+        {"", 0, "is empty"},
+        {"\x89PN", 3, "neither PNG nor JPEG nor WebP"},
+        {"hello", 5, "neither PNG nor JPEG nor WebP"},
+        {"\xff\xd8\xff", 3, "damaged JPEG"},
+        {"\x89PNG\r\n\x1a\n", 8, "damaged PNG: the file is cut short"},
+    };
+    for (size_t i = 0; i < sizeof f / sizeof *f; i++) {
+        put_file(in_folder("foreign.png"), f[i].bytes, f[i].n);
+        CHECK_ERR(image_read(&im, in_folder("foreign.png")), f[i].says);
+        CHECK(strstr(err_text(), "foreign.png: ") != NULL && !im.rgb);
+    }
+    CHECK_ERR(image_read(&im, folder), "is a folder");
+    CHECK_ERR(image_read(&im, "/dev/null"), "not a regular file");
+    CHECK_ERR(image_read(&im, in_folder("nowhere.png")), "nowhere.png: No such file");
+    CHECK(mkfifo(in_folder("pipe"), 0600) == 0);
+    CHECK_ERR(image_read(&im, in_folder("pipe")), "not a regular file"); /* and does not wait for a writer */
+}
+
+/* Headers that promise too much: refused before memory is asked for. */
+static void test_limits(void) {
+    Image im = gradient(8, 8), got;
+    PngSpec s = {.H = 8, .W = 8, .type = PNG_COLOR_TYPE_RGB, .depth = 8, .rows = im.rgb};
+    const uint32_t side[][2] = {{40000, 8}, {8, 40000}, {32768, 32768}, {0x7fffffff, 0x7fffffff}, {0, 8}};
+    for (size_t i = 0; i < sizeof side / sizeof *side; i++) {
+        size_t n;
+        write_png(in_folder("huge.png"), &s);
+        uint8_t *p = get_file(in_folder("huge.png"), &n);
+        for (size_t k = 0; k < 8; k++) p[16 + k] = (uint8_t)(side[i][k / 4] >> (24 - 8 * (k % 4)));
+        uint32_t crc = (uint32_t)crc32(0, p + 12, 17);
+        for (size_t k = 0; k < 4; k++) p[29 + k] = (uint8_t)(crc >> (24 - 8 * k));
+        put_file(in_folder("huge.png"), p, n);
+        CHECK_ERR(image_read(&got, in_folder("huge.png")), "huge.png: ");
+        if (i == 2) CHECK(strstr(err_text(), "32768 x 32768") != NULL);
+    }
+    write_jpeg(in_folder("huge.jpg"), 8, 8, im.rgb, &(JpegSpec){JCS_RGB, JCS_YCbCr, .quality = 90});
+    size_t n, at = 0;
+    uint8_t *p = get_file(in_folder("huge.jpg"), &n);
+    while (at + 9 < n && !(p[at] == 0xff && p[at + 1] == 0xc0)) at++;
+    p[at + 5] = 0xff; /* height */
+    put_file(in_folder("huge.jpg"), p, n);
+    CHECK_ERR(image_read(&got, in_folder("huge.jpg")), "sides of 1..32768");
+    image_free(&im);
+}
+
+/* ---- WebP ---- */
+
+#ifdef HAVE_WEBP
+/* pixels (H,W,channels), lossless unless quality > 0 */
+static void write_webp(const char *path, size_t H, size_t W, size_t channels, const uint8_t *pixels, float quality) {
+    uint8_t *out = NULL;
+    int w = (int)W, h = (int)H, stride = w * (int)channels;
+    size_t n = quality > 0     ? WebPEncodeRGB(pixels, w, h, stride, quality, &out)
+               : channels == 4 ? WebPEncodeLosslessRGBA(pixels, w, h, stride, &out)
+                               : WebPEncodeLosslessRGB(pixels, w, h, stride, &out);
+    put_file(path, out, n);
+    WebPFree(out);
+}
+
+static void test_webp(void) {
+    enum { H = 33, W = 50 };
+    Image im = picture(H, W), smooth = gradient(H, W), got;
+    write_webp(in_folder("a.webp"), H, W, 3, im.rgb, 0);
+    CHECK(reads_as(in_folder("a.webp"), H, W, im.rgb));
+    CHECK(cuts_accepted(in_folder("a.webp"), 7) == 0);
+    flips_accepted(in_folder("a.webp"), 300);
+    write_webp(in_folder("b.jpg"), H, W, 3, smooth.rgb, 95); /* told by content, whatever its name */
+    CHECK(jpeg_error(in_folder("b.jpg"), &smooth) <= 6);
+    CHECK(cuts_accepted(in_folder("b.jpg"), 1) == 0);
+    flips_accepted(in_folder("b.jpg"), 300);
+    uint8_t rgba[H * W * 4], over[H * W * 3];
+    for (size_t i = 0; i < H * W; i++) {
+        uint8_t a = (uint8_t)(i % 4 * 85);
+        rgba[i * 4 + 3] = a;
+        for (size_t c = 0; c < 3; c++) {
+            uint8_t v = a ? im.rgb[i * 3 + c] : 0; /* what is invisible need not be kept */
+            rgba[i * 4 + c] = v;
+            over[i * 3 + c] = (uint8_t)rint((v * a + 255.0 * (255 - a)) / 255);
+        }
+    }
+    write_webp(in_folder("alpha.webp"), H, W, 4, rgba, 0);
+    CHECK(reads_as(in_folder("alpha.webp"), H, W, over));
+    size_t n;
+    uint8_t *p = get_file(in_folder("a.webp"), &n); /* VP8L: 14 bits of width-1 and of height-1 behind the signature */
+    memset(p + 21, 0xff, 3), p[24] |= 0x0f;
+    put_file(in_folder("huge.webp"), p, n);
+    CHECK_ERR(image_read(&got, in_folder("huge.webp")), "16384 x 16384 pixels; at most");
+    static const uint8_t moving[] = "RIFF\x22\0\0\0WEBPVP8X\x0a\0\0\0\2\0\0\0\7\0\0\7\0\0ANIM\6\0\0\0\0\0\0\0\0";
+    put_file(in_folder("moving.webp"), moving, sizeof moving);
+    CHECK_ERR(image_read(&got, in_folder("moving.webp")), "animated");
+    image_free(&im), image_free(&smooth);
+}
+#else
+static void test_webp(void) {
+    Image im;
+    put_file(in_folder("a.webp"), "RIFF\x10\0\0\0WEBPVP8 ", 16);
+    CHECK_ERR(image_read(&im, in_folder("a.webp")), "a.webp: is a WebP file, and this build reads none");
+    CHECK(strstr(err_text(), "apt-get install libwebp-dev") != NULL);
+    puts("skipped: WebP, which this build was made without");
+}
+#endif
+
+/* ---- writing ---- */
+
+static void check_texts(const char *path) {
+    png_structp png = png_create_read_struct(PNG_LIBPNG_VER_STRING, NULL, NULL, NULL);
+    png_infop info = png_create_info_struct(png);
+    FILE *f = fopen(path, "rb");
+    if (!f || setjmp(png_jmpbuf(png))) exit(1);
+    png_init_io(png, f);
+    png_read_info(png, info);
+    png_textp text;
+    int n = png_get_text(png, info, &text, NULL);
+    if (CHECK(n == 3)) {
+        CHECK(!strcmp(text[0].key, "seed") && !strcmp(text[0].text, "42") &&
+              text[0].compression == PNG_TEXT_COMPRESSION_NONE);
+        CHECK(!strcmp(text[1].key, "model name") && !strcmp(text[1].text, "\xce\xb1\xe2\x82\xac\xf0\x9f\x98\x80"));
+        CHECK(text[1].compression == PNG_ITXT_COMPRESSION_NONE);
+        CHECK(!strcmp(text[2].text, "caf\xe9") && text[2].compression == PNG_TEXT_COMPRESSION_NONE);
+    }
+    png_destroy_read_struct(&png, &info, NULL);
+    fclose(f);
+}
+
+static void test_write(void) {
+    Image im = picture(17, 23);
+    KeyValue kv[] = {{(char *)"seed", (char *)"42"},
+                     {(char *)"model name", (char *)"\xce\xb1\xe2\x82\xac\xf0\x9f\x98\x80"}, /* UTF-8 */
+                     {(char *)"path", (char *)"caf\xe9"}};                                   /* Latin-1 */
+    Config text = {kv, 3, 3};
+    CHECK_OK(image_write_png(in_folder("out.png"), &im, &text));
+    CHECK(reads_as(in_folder("out.png"), 17, 23, im.rgb));
+    check_texts(in_folder("out.png"));
+    kv[1].key = (char *)"bad\nkey";
+    CHECK_ERR(image_write_png(in_folder("out.png"), &im, &text), "PNG text key");
+    CHECK(reads_as(in_folder("out.png"), 17, 23, im.rgb)); /* the file of before is untouched */
+    CHECK_ERR(image_write_png(in_folder("no/such/out.png"), &im, NULL), "no/such/out.png");
+    CHECK_ERR(image_write_png(in_folder("x.png"), &(Image){0, 3, im.rgb}, NULL), "cannot be a PNG");
+    CHECK_ERR(image_write_png("/dev/full/x.png", &im, NULL), "/dev/full");
+    image_free(&im);
+}
+
+/* ---- resizing and preprocessing ---- */
+
+static uint64_t fnv(const uint8_t *p, size_t n) {
+    uint64_t h = 0xcbf29ce484222325u;
+    for (size_t i = 0; i < n; i++) h = (h ^ p[i]) * 0x100000001b3u;
+    return h;
+}
+
+static void test_resize_tables(void) {
+    size_t n = sizeof resize_cases / sizeof *resize_cases;
+    for (size_t i = 0; i < n; i++) {
+        Image in = picture(resize_cases[i].H, resize_cases[i].W), out;
+        CHECK_OK(image_resize(&out, &in, resize_cases[i].h, resize_cases[i].w, resize_cases[i].filter));
+        size_t bytes = out.H * out.W * 3;
+        int same = resize_cases[i].at >= 0 ? !memcmp(out.rgb, resize_pixels + resize_cases[i].at, bytes)
+                                           : fnv(out.rgb, bytes) == resize_cases[i].hash;
+        if (!CHECK(same)) printf("     case %zu\n", i);
+        out.rgb[bytes / 2] ^= 1; /* negative control */
+        CHECK(resize_cases[i].at >= 0 ? memcmp(out.rgb, resize_pixels + resize_cases[i].at, bytes) != 0
+                                      : fnv(out.rgb, bytes) != resize_cases[i].hash);
+        image_free(&in);
+        image_free(&out);
+    }
+}
+
+static void test_resize_properties(void) {
+    Image in = picture(5, 7), out, flat = {4, 6, malloc(4 * 6 * 3)};
+    for (int filter = FILTER_NEAREST; filter <= FILTER_BICUBIC; filter++) {
+        CHECK_OK(image_resize(&out, &in, 5, 7, (Filter)filter));
+        CHECK(difference(&out, &in) == 0); /* the same size changes nothing */
+        image_free(&out);
+        memset(flat.rgb, 201, 4 * 6 * 3); /* one colour stays one colour */
+        CHECK_OK(image_resize(&out, &flat, 9, 5, (Filter)filter));
+        size_t other = 0;
+        for (size_t i = 0; i < 9 * 5 * 3; i++) other += out.rgb[i] != 201;
+        CHECK(other == 0);
+        image_free(&out);
+    }
+    CHECK_OK(image_resize(&out, &in, 2, 16, FILTER_NEAREST));
+    size_t wrong = 0;
+    for (size_t y = 0; y < 2; y++)
+        for (size_t x = 0; x < 16; x++)
+            wrong += memcmp(out.rgb + (y * 16 + x) * 3, in.rgb + (y * 5 / 2 * 7 + x * 7 / 16) * 3, 3) != 0;
+    CHECK(wrong == 0);
+    image_free(&out);
+    CHECK_ERR(image_resize(&out, &in, 0, 7, FILTER_LINEAR), "sides of 1..");
+    CHECK_ERR(image_resize(&out, &in, 7, 40000, FILTER_BICUBIC), "sides of 1..");
+    CHECK_ERR(image_resize(&out, &in, 32768, 32768, FILTER_BICUBIC), "pixels expected");
+    CHECK_ERR(image_resize(&out, &(Image){0}, 3, 3, FILTER_BICUBIC), "empty");
+    image_free(&in);
+    image_free(&flat);
+}
+
+/* Whether out (3,size,size) is the window of `im` at (y0,x0), mirrored if flip. */
+static int is_window(const real *out, const Image *im, size_t size, size_t y0, size_t x0, int flip) {
+    size_t wrong = 0;
+    for (size_t c = 0; c < 3; c++)
+        for (size_t y = 0; y < size; y++)
+            for (size_t x = 0; x < size; x++) {
+                size_t sx = x0 + (flip ? size - 1 - x : x);
+                real want = (real)(im->rgb[((y0 + y) * im->W + sx) * 3 + c] / 127.5 - 1.0);
+                wrong += out[(c * size + y) * size + x] != want;
+            }
+    return wrong == 0;
+}
+
+static void test_prepare(void) {
+    enum { SIZE = 6 };
+    real out[3 * SIZE * SIZE];
+    Image im = picture(9, 13), resized, square;
+    /* 13*6/9 = 8.67 -> 9 columns; crop offset (9-6)/2 = 1 */
+    CHECK_OK(image_resize(&resized, &im, 6, 9, FILTER_LINEAR));
+    CHECK_OK(image_prepare(out, &im, PREP_FFHQ, SIZE, -1, -1, 0));
+    CHECK(is_window(out, &resized, SIZE, 0, 1, 0));
+    CHECK(!is_window(out, &resized, SIZE, 0, 2, 0) && !is_window(out, &resized, SIZE, 0, 1, 1));
+    CHECK_OK(image_prepare(out, &im, PREP_IMAGENET, SIZE, 0.9, 0.99, 1)); /* 3*0.99 = 2.97 -> 2 */
+    CHECK(is_window(out, &resized, SIZE, 0, 2, 1));
+    CHECK_ERR(image_prepare(out, &im, PREP_IMAGENET, SIZE, 1, 0, 0), "below 1");
+    CHECK_ERR(image_prepare(out, &im, PREP_IMAGENET, SIZE, NAN, 0, 0), "below 1");
+    CHECK_ERR(image_prepare(out, &im, PREP_IMAGENET, 0, -1, -1, 0), "size 0");
+    image_free(&resized);
+    /* the centre square starts at (13-9)/2 = 2 */
+    square = (Image){9, 9, malloc(9 * 9 * 3)};
+    for (size_t y = 0; y < 9; y++) memcpy(square.rgb + y * 27, im.rgb + (y * 13 + 2) * 3, 27);
+    CHECK_OK(image_resize(&resized, &square, SIZE, SIZE, FILTER_BICUBIC));
+    CHECK_OK(image_prepare(out, &im, PREP_FOLDER, SIZE, -1, -1, 0));
+    CHECK(is_window(out, &resized, SIZE, 0, 0, 0));
+    CHECK_OK(image_prepare(out, &im, PREP_LSUN, SIZE, -1, -1, 1));
+    CHECK(is_window(out, &resized, SIZE, 0, 0, 1));
+    image_free(&im), image_free(&square), image_free(&resized);
+    /* rounding half to even: 5*2/4 = 2.5 -> 2, 7*2/4 = 3.5 -> 4 (crop offsets 0 and 1) */
+    for (size_t W = 5; W <= 7; W += 2) {
+        im = picture(4, W);
+        CHECK_OK(image_resize(&resized, &im, 2, W == 5 ? 2 : 4, FILTER_LINEAR));
+        CHECK_OK(image_prepare(out, &im, PREP_FFHQ, 2, -1, -1, 0));
+        CHECK(is_window(out, &resized, 2, 0, W == 5 ? 0 : 1, 0));
+        image_free(&im), image_free(&resized);
+    }
+    im = picture(1, 2000); /* the long side would be too long */
+    CHECK_ERR(image_prepare(out, &im, PREP_FFHQ, 64, -1, -1, 0), "sides of 1..");
+    image_free(&im);
+}
+
+static void test_grid(void) {
+    enum { N = 3, H = 2, W = 1 };
+    real x[N * 3 * H * W];
+    for (size_t i = 0; i < N * 3 * H * W; i++) x[i] = (real)(-1 + 2 * (double)i / 17);
+    x[0] = -5, x[1] = 5, x[2] = (real)NAN, x[3] = 0;
+    Image g;
+    CHECK_OK(image_grid(&g, x, N, H, W, 2, 1));
+    CHECK(g.H == 5 && g.W == 3);
+    CHECK(g.rgb[0] == 0 && g.rgb[9] == 255);                       /* clipped */
+    CHECK(g.rgb[1] == 0 && g.rgb[10] == 127);                      /* NaN; 127.5 is cut, not rounded */
+    CHECK(g.rgb[3] == 255 && g.rgb[4] == 255);                     /* the gap */
+    CHECK(g.rgb[6] == (uint8_t)(255 * ((x[6] + 1) / 2)));          /* picture 1 at column 2 */
+    CHECK(g.rgb[3 * 9 + 2] == (uint8_t)(255 * ((x[16] + 1) / 2))); /* picture 2, blue, on the second row */
+    CHECK(g.rgb[3 * 9 + 6] == 255);                                /* no picture there */
+    image_free(&g);
+    CHECK_ERR(image_grid(&g, x, 0, H, W, 2, 1), "no pictures");
+    CHECK_ERR(image_grid(&g, x, N, H, W, 0, 1), "no pictures");
+    CHECK_ERR(image_grid(&g, x, N, 30000, 1, 1, 1), "sides of 1..");
+}
+
+int main(void) {
+    if (!temporary_folder(folder)) return 1;
+    test_png_gray();
+    test_png_palette();
+    test_png_alpha();
+    test_png_interlaced();
+    test_jpeg_colours();
+    test_exif();
+    test_exif_ignored();
+    test_exif_damage();
+    test_damage();
+    test_jpeg_end();
+    test_foreign();
+    test_sniffing();
+    test_webp();
+    test_limits();
+    test_write();
+    test_resize_tables();
+    test_resize_properties();
+    test_prepare();
+    test_grid();
+    nftw(folder, remove_entry, 16, FTW_DEPTH | FTW_PHYS);
+    return test_report();
+}

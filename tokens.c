@@ -1,0 +1,242 @@
+/* tokens.c - the token cache: a dataset encoded once by the first stage, kept in a file.
+ *
+ * Owns two formats. A token file is complete and replaced atomically. While a dataset is being encoded its records go to
+ * PATH.part one after the other, each under a checksum, so that a kill at any instant loses the last batch at most: the
+ * next run finds how far the last one came and goes on there, provided that the first stage and the dataset are the
+ * same. One process at a time encodes into a file; others wait for it and then use what it made.
+ *
+ * Refuses: token files whose length or tokens do not add up.
+ *
+ * Read in this order: tokens_write, tokens_read, tokens_start, tokens_append, tokens_finish. */
+#include "data.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/file.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+_Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "token files are little-endian");
+
+/* The file: this header, then labels int32 (n), then tokens uint16 (n, flips, h*w). Nothing else. */
+typedef struct {
+    char magic[8];
+    uint64_t n, h, w, K, flips, vqgan, source;
+} TokensHeader;
+static const char tokens_magic[8] = "ibtokens";
+
+/* Sizes in range, and how many tokens they mean. */
+static Err tokens_sizes(size_t *count, uint64_t n, uint64_t h, uint64_t w, uint64_t K, uint64_t flips) {
+    enum { MAX_GRID = 4096, MAX_K = 65536 };
+    if (n < 1 || n > INT32_MAX) return err("%ju pictures, 1..2^31-1 expected", (uintmax_t)n);
+    if (h < 1 || w < 1 || h > MAX_GRID || w > MAX_GRID)
+        return err("a grid of %ju x %ju tokens, sides of 1..%d expected", (uintmax_t)h, (uintmax_t)w, MAX_GRID);
+    if (K < 1 || K > MAX_K) return err("%ju token values, 1..%d expected", (uintmax_t)K, MAX_K);
+    if (flips < 1 || flips > 2) return err("%ju flips, 1 or 2 expected", (uintmax_t)flips);
+    *count = (size_t)(n * flips * h * w); /* at most 2^31 * 2 * 2^24 */
+    return OK;
+}
+
+static Err tokens_check(const Tokens *x, size_t count) {
+    for (size_t i = 0; i < count; i++)
+        if (x->token[i] >= x->K) return err("token %zu is %u, 0..%zu expected", i, (unsigned)x->token[i], x->K - 1);
+    for (size_t i = 0; i < x->n; i++)
+        if (x->label[i] < 0) return err("label %zu is %d, 0 or more expected", i, (int)x->label[i]);
+    return OK;
+}
+
+Err tokens_write(const char *path, const Tokens *x) {
+    size_t count;
+    if (tokens_sizes(&count, x->n, x->h, x->w, x->K, x->flips) != OK || tokens_check(x, count) != OK)
+        return err_in(path);
+    TokensHeader head = {{0}, x->n, x->h, x->w, x->K, x->flips, x->vqgan, x->source};
+    memcpy(head.magic, tokens_magic, sizeof head.magic);
+    AtomicFile f;
+    TRY(atomic_open(&f, path));
+    Err e = atomic_write(&f, &head, sizeof head);
+    if (e == OK) e = atomic_write(&f, x->label, x->n * sizeof *x->label);
+    if (e == OK) e = atomic_write(&f, x->token, count * sizeof *x->token);
+    if (e == OK) return atomic_commit(&f);
+    atomic_abandon(&f);
+    return e;
+}
+
+/* x from an open file of `size` bytes; every size is checked against the length before memory is asked for. */
+static Err tokens_read_fd(Tokens *x, int fd, const char *path, uint64_t size) {
+    TokensHeader head;
+    size_t count;
+    if (size < sizeof head)
+        return err("%s: has %ju bytes; a token file has at least %zu", path, (uintmax_t)size, sizeof head);
+    TRY(read_exactly(fd, path, (uint8_t *)&head, sizeof head));
+    if (memcmp(head.magic, tokens_magic, sizeof head.magic) != 0) return err("%s: is not a token file", path);
+    if (tokens_sizes(&count, head.n, head.h, head.w, head.K, head.flips) != OK) return err_in(path);
+    uint64_t expected = sizeof head + head.n * sizeof *x->label + (uint64_t)count * sizeof *x->token;
+    if (size != expected)
+        return err("%s: has %ju bytes, its header says %ju", path, (uintmax_t)size, (uintmax_t)expected);
+    *x = (Tokens){head.n, head.h, head.w, head.K, head.flips, head.vqgan, head.source, NULL, NULL};
+    TRY(mem_alloc(&x->label, x->n, sizeof *x->label, "labels"));
+    TRY(mem_alloc(&x->token, count, sizeof *x->token, "tokens"));
+    TRY(read_exactly(fd, path, (uint8_t *)x->label, x->n * sizeof *x->label));
+    TRY(read_exactly(fd, path, (uint8_t *)x->token, count * sizeof *x->token));
+    return tokens_check(x, count) == OK ? OK : err_in(path);
+}
+
+Err tokens_read(Tokens *x, const char *path) {
+    *x = (Tokens){0};
+    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+    if (fd < 0) return err("%s: %s", path, strerror(errno));
+    struct stat st;
+    Err e;
+    if (fstat(fd, &st) != 0)
+        e = err("%s: %s", path, strerror(errno));
+    else if (!S_ISREG(st.st_mode))
+        e = err("%s: is not a regular file", path);
+    else
+        e = tokens_read_fd(x, fd, path, (uint64_t)st.st_size);
+    close(fd);
+    if (e != OK) tokens_free(x);
+    return e;
+}
+
+void tokens_free(Tokens *x) {
+    free(x->label);
+    free(x->token);
+    *x = (Tokens){0};
+}
+
+/* ------------------------------------------------------------------------------------------------------------
+ * Encoding that survives a kill
+ * ---------------------------------------------------------------------------------------------------------- */
+
+/* PATH.part: the header with another magic, then records: checksum uint64 of what follows and of the record's number,
+ * label int32 (-1: a damaged picture), tokens uint16 (flips, h*w). */
+static const char part_magic[8] = "ibtokprt";
+enum { RECORD_LABEL = sizeof(uint64_t), RECORD_TOKENS = RECORD_LABEL + sizeof(int32_t) };
+
+static uint64_t record_checksum(const uint8_t *record, size_t bytes, uint64_t number) { /* FNV-1a */
+    uint64_t h = 0xcbf29ce484222325u ^ number;
+    for (size_t i = RECORD_LABEL; i < bytes; i++) h = (h ^ record[i]) * 0x100000001b3u;
+    return h;
+}
+
+static Err write_all(int fd, const char *path, const void *bytes, size_t size) {
+    for (const uint8_t *p = bytes; size;) {
+        ssize_t put = write(fd, p, size);
+        if (put < 0 && errno == EINTR) continue;
+        if (put < 0) return err("%s: %s", path, strerror(errno));
+        p += put, size -= (size_t)put;
+    }
+    return OK;
+}
+
+/* Opens the part file and waits until nobody else has it; one that was finished meanwhile is gone, so try again. */
+static Err part_open(TokensPart *p) {
+    for (;;) {
+        struct stat ours, theirs;
+        p->fd = open(p->part, O_RDWR | O_CREAT | O_CLOEXEC | O_NONBLOCK, 0666);
+        if (p->fd < 0) return err("%s: %s", p->part, strerror(errno));
+        if (fstat(p->fd, &ours) != 0 || !S_ISREG(ours.st_mode)) return err("%s: is not a regular file", p->part);
+        int code;
+        while ((code = flock(p->fd, LOCK_EX)) != 0 && errno == EINTR) continue;
+        if (code != 0) return err("%s: %s", p->part, strerror(errno));
+        if (stat(p->part, &theirs) == 0 && ours.st_ino == theirs.st_ino && ours.st_dev == theirs.st_dev) return OK;
+        close(p->fd);
+    }
+}
+
+/* The next record into p->record; 0: there is no whole one. */
+static int part_next(TokensPart *p, uint64_t number) {
+    uint64_t checksum;
+    size_t at = 0;
+    while (at < p->bytes) {
+        ssize_t got = read(p->fd, p->record + at, p->bytes - at);
+        if (got < 0 && errno == EINTR) continue;
+        if (got <= 0) return 0;
+        at += (size_t)got;
+    }
+    memcpy(&checksum, p->record, sizeof checksum);
+    return checksum == record_checksum(p->record, p->bytes, number);
+}
+
+/* How far an earlier run came, whole batches only; the file ends there afterwards, and so does its position. */
+static Err part_continue(TokensPart *p, const TokensHeader *head, size_t batch) {
+    TokensHeader theirs;
+    ssize_t got = read(p->fd, &theirs, sizeof theirs);
+    p->done = 0;
+    if (got == (ssize_t)sizeof theirs && memcmp(&theirs, head, sizeof theirs) == 0)
+        while (p->done < p->sizes.n && part_next(p, p->done)) p->done++;
+    if (p->done < p->sizes.n) p->done = p->done / batch * batch;
+    off_t end = p->done ? (off_t)(sizeof *head + p->done * p->bytes) : 0;
+    if (ftruncate(p->fd, end) != 0 || lseek(p->fd, end, SEEK_SET) != end)
+        return err("%s: %s", p->part, strerror(errno));
+    return p->done ? OK : write_all(p->fd, p->part, head, sizeof *head);
+}
+
+Err tokens_start(TokensPart *p, const char *path, const Tokens *sizes, size_t batch) {
+    size_t count;
+    *p = (TokensPart){.fd = -1, .sizes = *sizes};
+    if (tokens_sizes(&count, sizes->n, sizes->h, sizes->w, sizes->K, sizes->flips) != OK) return err_in(path);
+    TokensHeader head = {{0}, sizes->n, sizes->h, sizes->w, sizes->K, sizes->flips, sizes->vqgan, sizes->source};
+    memcpy(head.magic, part_magic, sizeof head.magic);
+    if ((size_t)snprintf(p->path, sizeof p->path, "%s", path) >= sizeof p->path ||
+        (size_t)snprintf(p->part, sizeof p->part, "%s.part", path) >= sizeof p->part)
+        return err("%.100s...: the path is too long", path);
+    p->bytes = RECORD_TOKENS + count / sizes->n * sizeof *sizes->token;
+    Err e = mem_alloc(&p->record, p->bytes, 1, "a picture's tokens");
+    if (e == OK) e = part_open(p);
+    if (e == OK) e = part_continue(p, &head, batch);
+    if (e != OK) tokens_stop(p);
+    return e;
+}
+
+Err tokens_append(TokensPart *p, int32_t label, const int32_t *token) {
+    size_t n = (p->bytes - RECORD_TOKENS) / sizeof(uint16_t);
+    memcpy(p->record + RECORD_LABEL, &label, sizeof label);
+    for (size_t i = 0; i < n; i++) {
+        uint16_t narrow = (uint16_t)token[i];
+        memcpy(p->record + RECORD_TOKENS + i * sizeof narrow, &narrow, sizeof narrow);
+    }
+    uint64_t checksum = record_checksum(p->record, p->bytes, p->done);
+    memcpy(p->record, &checksum, sizeof checksum);
+    TRY(write_all(p->fd, p->part, p->record, p->bytes));
+    p->done++;
+    return OK;
+}
+
+/* x = the whole pictures of the part file */
+static Err part_collect(TokensPart *p, Tokens *x) {
+    size_t each = (p->bytes - RECORD_TOKENS) / sizeof *x->token, total;
+    *x = p->sizes;
+    x->n = 0, x->label = NULL, x->token = NULL;
+    TRY(size_mul(&total, p->sizes.n, each));
+    TRY(mem_alloc(&x->label, p->sizes.n, sizeof *x->label, "labels"));
+    TRY(mem_alloc(&x->token, total, sizeof *x->token, "tokens"));
+    if (lseek(p->fd, sizeof(TokensHeader), SEEK_SET) < 0) return err("%s: %s", p->part, strerror(errno));
+    for (size_t i = 0; i < p->sizes.n; i++) {
+        if (!part_next(p, i)) return err("%s: record %zu cannot be read back", p->part, i);
+        memcpy(&x->label[x->n], p->record + RECORD_LABEL, sizeof *x->label);
+        if (x->label[x->n] < 0) continue;
+        memcpy(x->token + x->n * each, p->record + RECORD_TOKENS, each * sizeof *x->token);
+        x->n++;
+    }
+    return x->n ? OK : err("%s: none of the %zu pictures can be read", p->path, p->sizes.n);
+}
+
+Err tokens_finish(TokensPart *p, Tokens *x) {
+    *x = (Tokens){0};
+    if (p->done != p->sizes.n) return err("%s: %zu of %zu pictures are encoded", p->part, p->done, p->sizes.n);
+    Err e = part_collect(p, x);
+    if (e == OK) e = tokens_write(p->path, x);
+    if (e == OK) e = unlink(p->part) == 0 ? OK : err("%s: %s", p->part, strerror(errno));
+    if (e != OK) tokens_free(x);
+    return e;
+}
+
+void tokens_stop(TokensPart *p) {
+    if (p->fd >= 0) close(p->fd);
+    free(p->record);
+    *p = (TokensPart){.fd = -1};
+}
