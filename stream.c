@@ -95,7 +95,7 @@ enum {
     FEW = 4,                            /* rows, at most, that do without a panel */
     AHEAD = 8192,                       /* bytes fetched ahead then */
     BURST = 16,                         /* steps between two rounds of fetching */
-    ROWS = 256,                         /* rows of A, at most, that share one reading of the weights */
+    ROWS = 512,                         /* rows of A, at most, that share one reading of the weights */
     LINE = 64,                          /* bytes that memory hands over at a time */
     TASKS_PER_THREAD = 4                /* so that a delayed thread costs little */
 };
@@ -512,10 +512,12 @@ typedef struct {
     WeightFormat format;
 } Round;
 
+#if PAIRS
 /* The place of number k in a rounded row, whose int8 partners come in the order of spread_int8: 0 2 1 3. */
 INLINE size_t place_of(WeightFormat format, size_t k) {
-    return PAIRS && format == WEIGHTS_INT8 ? k / 4 * 4 + (k % 4 * 2) % 3 + (k % 4 == 3 ? 3 : 0) : k;
+    return format == WEIGHTS_INT8 ? k / 4 * 4 + (k % 4 * 2) % 3 + (k % 4 == 3 ? 3 : 0) : k;
 }
+#endif
 
 /* A row rounded to bf16, zeros behind. */
 static void round_row(void *context, size_t r) {

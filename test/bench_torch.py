@@ -144,7 +144,8 @@ def token_seconds(what, format, B):
     dim, head, depth = SIZES[what]
     cross = what == "encoder-decoder"
     found = []
-    for way, one_layer in (("eager", layer_step), ("compiled", torch.compile(layer_step))):
+    torch._dynamo.reset()
+    for way, one_layer in (("eager", layer_step), ("compiled", torch.compile(layer_step, dynamic=True))):
         try:
             layers, logits = [layer(dim, head, format, cross) for _ in range(depth)], weight(CODES, dim, format)
             cache, x = caches(layers, B, head, FORMATS[format]), torch.rand(B, 1, dim).to(FORMATS[format])

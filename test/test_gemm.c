@@ -301,7 +301,7 @@ static void test_negative_control(void) {
 
 /* ---- Weights in fewer bits, and few rows ---- */
 
-enum { FEW = 21, COLS = 147, LONG = 603, MANY = 300 }; /* no multiples of anything */
+enum { FEW = 21, COLS = 147, LONG = 603, MANY = 530 }; /* no multiples of anything */
 typedef struct {
     real A[FEW * LONG], rounded[FEW * LONG], plain[COLS * LONG]; /* plain: the weights, unpacked */
     Weights w;
