@@ -406,6 +406,9 @@ static void test_stream(void) {
             CHECK(!memcmp(other, all, n * sizeof(real)) && (n == COLS || other[n] == (real)0.5));
         }
         for (size_t i = 0; i < FEW * COLS; i++) other[i] = (real)0.5;
+        gemm_stream(FEW, COLS, LONG, p.A, LONG, &p.w, 1, other, COLS, p.work); /* whole vectors accumulate */
+        CHECK(stream_is_right(&p, FEW, COLS, LONG, other, COLS, (real)0.5));
+        for (size_t i = 0; i < FEW * COLS; i++) other[i] = (real)0.5;
         gemm_stream(3, 1, LONG, p.A, LONG, &p.w, 1, other, COLS, p.work); /* accumulates; touches nothing beside it */
         CHECK(stream_is_right(&p, 3, 1, LONG, other, COLS, (real)0.5) && other[1] == (real)0.5);
         other[0] += 1; /* the check can fail */
