@@ -138,6 +138,9 @@ $(PROGRAMS) test/golden test/bench: FORCE
 $(shell mkdir -p build && echo $(SHIPPED) >build/last)
 endif
 
+TRAIN := train_run train_vqgan train_scale # the files of ./train beside train.c
+$B/train: $(TRAIN:%=$B/%.o)
+$B/emulated/train: $(TRAIN:%=$B/%.o)
 $(PROGRAMS:%=$B/%): $B/%: $B/%.o $B/cli.o $(OBJ) $(DEVICE_OBJ)
 	$(CC) $(CFLAGS) -o $@ $^ $(LDLIBS) $(CUDA_LIBS)
 $B/golden: $B/test/golden.o $(OBJ) $(DEVICE_OBJ)
@@ -172,6 +175,7 @@ $P/$1/%.o: %.c Makefile
 $P/$1/%.o: %.cu Makefile
 	@mkdir -p $$(@D)
 	$$(CC) $$(CFLAGS_ANY) $$(FLAGS_$1) -MMD -MP -x c -c -o $$@ $$<
+$P/$1/whole-train.o: $(TRAIN:%=$P/x86-64/%.o)
 $(PROGRAMS:%=$P/$1/whole-%.o): $P/$1/whole-%.o: $P/x86-64/%.o $(patsubst %,$P/x86-64/%.o,cli $(COLD)) \
     $(patsubst %,$P/$1/%.o,$(filter-out $(COLD),$(COMPONENTS)))
 	$$(call whole,$$@,$$^,main_$(subst -,_,$1))

@@ -119,7 +119,9 @@ def stage_seconds(name, best_of):
     ways = {}
     for layout, fmt in LAYOUTS.items():
         ways[layout] = best_of(conv_work(name, fmt) if single else stage_work(name, fmt, False), 5 if single else 2)
-    if name.endswith("batch 1") and not single:
+    if name.startswith("training step"):
+        print(f"skipped: torch.compile of {name}: it compiles for longer than all the rest takes", flush=True)
+    elif name.endswith("batch 1") and not single:
         try:
             ways["compiled"] = best_of(stage_work(name, torch.channels_last, True), 2)
         except Exception as e:  # no compiler for it, for instance

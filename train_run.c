@@ -1,0 +1,218 @@
+/* train_run.c - the run's folder: the memory plan, checkpoints, the log.
+ *
+ * STAGE.state.safetensors holds everything that continuing needs (weights, EMA, optimizer, counters, settings; all random
+ * numbers are functions of the step), STAGE.safetensors what sampling needs. Both are replaced atomically, so a kill at any
+ * instant loses at most the steps since the last checkpoint, and resuming repeats them bit for bit. */
+#include "train.h"
+
+#include <errno.h>
+#include <math.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/stat.h>
+
+const char *run_path(const Stage *s, char out[1100], const char *suffix) {
+    snprintf(out, 1100, "%s/%s%s", s->opt->run, s->name, suffix);
+    return out;
+}
+
+int file_exists(const char *path) {
+    struct stat st;
+    return stat(path, &st) == 0;
+}
+
+/* RUN/skipped.txt names the pictures that could not be read, and why. */
+static const char *skipped_path(const Stage *s, char out[1100]) {
+    snprintf(out, 1100, "%s/skipped.txt", s->opt->run);
+    return out;
+}
+
+Err list_damaged(const Stage *s, const Dataset *d) {
+    char path[1100];
+    return dataset_damaged(d) ? dataset_write_damaged(d, skipped_path(s, path)) : OK;
+}
+
+void say_damaged(const Stage *s) {
+    char path[1100];
+    size_t n = dataset_damaged(&s->train) + dataset_damaged(&s->val);
+    if (s->train_tokens.n) n = s->train.n - s->train_tokens.n + s->val.n - s->val_tokens.n;
+    if (n) fprintf(stderr, "damaged pictures skipped: %zu; %s lists them\n", n, skipped_path(s, path));
+}
+
+Err make_folder(const char *path) {
+    char part[1024];
+    if ((size_t)snprintf(part, sizeof part, "%s", path) >= sizeof part) return err("%s: the path is too long", path);
+    for (char *p = part + 1;; p++)
+        if (!*p || *p == '/') {
+            char keep = *p;
+            *p = 0;
+            if (mkdir(part, 0777) && errno != EEXIST) return err("%s: %s", part, strerror(errno));
+            *p = keep;
+            if (!keep) return OK;
+        }
+}
+
+/* Before anything large is allocated: `arenas` arrays as large as all parameters, the network's plan (bytes), other
+ * buffers (rows x columns). */
+Err check_memory(Stage *s, size_t arenas, size_t plan, size_t rows, size_t columns) {
+    TRY(size_mul(&s->state_bytes, s->params->total, arenas * sizeof(real)));
+    TRY(size_mul(&s->activation_bytes, rows, columns));
+    TRY(size_mul(&s->activation_bytes, s->activation_bytes, sizeof(real)));
+    s->activation_bytes += plan;
+    s->available = memory_available();
+    char what[160], state[32], activations[32];
+    snprintf(what, sizeof what, "%s: parameters, gradients and optimizer %s, activations %s", s->name,
+             bytes_text(state, s->state_bytes), bytes_text(activations, s->activation_bytes));
+    return memory_fits(s->state_bytes + s->activation_bytes, s->available, what, "a smaller --batch takes less");
+}
+
+Precision gpu_precision(const Stage *s) {
+    return strcmp(s->opt->precision, "bf16") ? PRECISION_F32 : PRECISION_BF16;
+}
+
+/* Values, gradients, moments and moving average in float, and in bf16 the values again; the network's plan. */
+Err check_gpu_memory(Stage *s, size_t plan) {
+    const int bf16 = gpu_precision(s) == PRECISION_BF16;
+    char what[160], state[32], activations[32];
+    s->gpu_state = s->params->total * (5 * sizeof(float) + (bf16 ? 2 : 0)), s->gpu_activations = plan;
+    TRY(cuda_find(NULL, &s->gpu_available, NULL));
+    snprintf(what, sizeof what, "%s on the GPU: parameters, gradients and optimizer %s, activations %s", s->name,
+             bytes_text(state, s->gpu_state), bytes_text(activations, plan));
+    return memory_fits(s->gpu_state + plan, s->gpu_available, what, "a smaller --batch takes less");
+}
+
+/* ------------------------------------------------------------------------------------------------------------
+ * Checkpoints
+ * ---------------------------------------------------------------------------------------------------------- */
+
+static Err collect_state(Stage *s, TensorList *list) {
+    TRY(tensor_list_params(list, s->params, 'v', "value.", DT_F32));
+    TRY(tensor_list_params(list, s->params, '1', "adam.m.", DT_F32));
+    TRY(tensor_list_params(list, s->params, '2', "adam.v.", DT_F32));
+    if (!s->opt->vqgan) TRY(tensor_list_params(list, s->params, 'e', "ema.", DT_F32));
+    if (s->usage) {
+        size_t n = vqgan_config(s->vqgan)->n_embed;
+        TRY(tensor_list_add(list, "usage", DT_I32, 1, &n, s->usage, 0));
+    }
+    return OK;
+}
+
+/* What sampling reads: the EMA weights of a transition under their plain names (as the official "-ema_weights" files),
+ * the schedule's buffers; the VQGAN as it is. */
+static Err collect_weights(Stage *s, TensorList *list) {
+    if (s->opt->vqgan) return tensor_list_params(list, s->params, 'v', "", s->store);
+    return transition_tensors(list, s->net, 'e', &s->schedule, s->store, s->compact);
+}
+
+static Err write_list(Stage *s, Err (*collect)(Stage *, TensorList *), const char *suffix) {
+    char path[1100];
+    TensorList list = {0};
+    Err e = collect(s, &list);
+    if (e == OK) e = checkpoint_write(run_path(s, path, suffix), list.tensor, list.from_real, list.n, &s->settings);
+    tensor_list_free(&list);
+    return e;
+}
+
+Err save(Stage *s) {
+    TRY(params_fetch(s->params));
+    TRY(list_damaged(s, &s->train));
+    TRY(list_damaged(s, &s->val));
+    TRY(config_set(&s->settings, "train.step", "%llu", (unsigned long long)s->step));
+    TRY(config_set(&s->settings, "train.ema_updates", "%llu", (unsigned long long)s->ema_updates));
+    TRY(write_list(s, collect_state, ".state.safetensors"));
+    return write_list(s, collect_weights, ".safetensors");
+}
+
+Err load_state(Stage *s, const Checkpoint *ck) {
+    size_t step = 0, updates = 0;
+    TRY(params_load(s->params, ck, 'v', "value."));
+    TRY(params_load(s->params, ck, '1', "adam.m."));
+    TRY(params_load(s->params, ck, '2', "adam.v."));
+    if (!s->opt->vqgan) TRY(params_load(s->params, ck, 'e', "ema."));
+    if (s->usage) TRY(checkpoint_ints(ck, "usage", vqgan_config(s->vqgan)->n_embed, (int32_t *)s->usage));
+    TRY(config_size(&step, &ck->meta, "train.", "step", 0, UINT32_MAX, 0));
+    TRY(config_size(&updates, &ck->meta, "train.", "ema_updates", 0, SIZE_MAX / 2, 0));
+    s->step = step, s->ema_updates = updates;
+    return OK;
+}
+
+/* ------------------------------------------------------------------------------------------------------------
+ * The log: one line per step; when a run resumes, lines that are about to be repeated are dropped
+ * ---------------------------------------------------------------------------------------------------------- */
+
+static const char log_header[] = "stage\tstep\tloss\thard_or_l1\tsoft_or_l2\tlr\tgrad_norm\timages_per_s\tval\tval_"
+                                 "ema\tval_part1_ema\tval_part2_ema\n";
+
+static Err log_rewind(const Stage *s, const char *path) {
+    char line[512], stage[16];
+    unsigned long long step;
+    AtomicFile out;
+    TRY(atomic_open(&out, path));
+    Err e = atomic_write(&out, log_header, strlen(log_header));
+    FILE *in = fopen(path, "r");
+    while (in && e == OK && fgets(line, sizeof line, in)) {
+        if (sscanf(line, "%15s\t%llu", stage, &step) != 2) continue; /* the header, or a line cut short by a kill */
+        if (!strchr(line, '\n') || (!strcmp(stage, s->name) && step > s->step)) continue;
+        e = atomic_write(&out, line, strlen(line));
+    }
+    if (in) fclose(in);
+    if (e == OK) return atomic_commit(&out);
+    atomic_abandon(&out);
+    return e;
+}
+
+Err log_open(const Stage *s, Progress *p) {
+    snprintf(p->log_path, sizeof p->log_path, "%s/log.tsv", s->opt->run);
+    TRY(log_rewind(s, p->log_path));
+    p->log = fopen(p->log_path, "a");
+    if (!p->log) return err("%s: %s", p->log_path, strerror(errno));
+    p->started = seconds();
+    p->first_step = s->step;
+    return OK;
+}
+
+Err log_step(const Stage *s, Progress *p, const Metrics *m, double lr, double norm, const Metrics *val,
+             const Metrics *ema) {
+    fprintf(p->log, "%s\t%llu\t%.6g\t%.6g\t%.6g\t%.6g\t%.6g\t%.1f\t", s->name, (unsigned long long)s->step, m->loss,
+            m->part[0], m->part[1], lr, norm, p->rate);
+    if (val)
+        fprintf(p->log, "%.6g\t%.6g\t%.6g\t%.6g\n", val->loss, ema->loss, ema->part[0], ema->part[1]);
+    else
+        fprintf(p->log, "\t\t\t\n");
+    if (fflush(p->log) || ferror(p->log)) return err("%s: %s", p->log_path, strerror(errno));
+    return OK;
+}
+
+void show_step(const Stage *s, Progress *p, const Metrics *m, double lr, double norm) {
+    char left[32];
+    double per_step = (seconds() - p->started) / (double)(s->step - p->first_step);
+    p->rate = (double)(s->batch * s->accumulate) / per_step;
+    duration(left, per_step * (double)(s->steps - s->step));
+    progress_line("%s step %llu/%zu | loss %.4f | %s %.4f | %s %.4f | lr %.2e | norm %.3f | %.1f images/s | %s left",
+                  s->name, (unsigned long long)s->step, s->steps, m->loss, s->opt->vqgan ? "L1" : "hard", m->part[0],
+                  s->opt->vqgan ? "L2" : "soft", m->part[1], lr, norm, p->rate, left);
+}
+
+/* Evaluates with the weights as they are and, for transitions, with their EMA. */
+Err evaluate_both(Stage *s, Metrics *val, Metrics *ema) {
+    TRY(s->evaluate(s, val));
+    *ema = *val;
+    if (s->opt->vqgan) return OK;
+    params_swap_ema(s->params);
+    Err e = s->evaluate(s, ema);
+    params_swap_ema(s->params);
+    return e;
+}
+
+void print_evaluation(const Stage *s, FILE *to, const Metrics *val, const Metrics *ema) {
+    if (s->opt->vqgan) {
+        /* Pixels span 2, so PSNR = 10 log10(4 / mean square error). */
+        fprintf(to, "%s step %llu: validation loss %.4f, L1 %.4f, PSNR %.2f dB", s->name, (unsigned long long)s->step,
+                val->loss, val->part[0], 10 * log10(4 / val->part[1]));
+        if (s->codes_used) fprintf(to, ", %zu of %zu codes in use", s->codes_used, vqgan_config(s->vqgan)->n_embed);
+        fprintf(to, "\n");
+        return;
+    }
+    fprintf(to, "%s step %llu: validation, nats per token: hard %.4f soft %.4f; with EMA: hard %.4f soft %.4f\n",
+            s->name, (unsigned long long)s->step, val->part[0], val->part[1], ema->part[0], ema->part[1]);
+}

@@ -1,0 +1,113 @@
+/* train_vqgan.c - ./train --vqgan: images -> codes -> reconstructions. One micro batch, an evaluation, a picture; the
+ * mathematics is in vqgan.c. */
+#include "train.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+Err start_loader(Stage *s) {
+    LoaderConfig c = {.prep = s->prep, .B = s->batch, .size = s->size, .seed = s->seed, .train = 1, .flip = s->flip};
+    c.step = s->step * s->accumulate;
+    return loader_start(&s->loader, &s->train, &c);
+}
+
+static Err vqgan_micro_batch(Stage *s, uint64_t micro, Metrics *out) {
+    (void)micro; /* the loader counts for itself */
+    const real *images, *xrec;
+    const int32_t *labels, *raw;
+    double codebook;
+    size_t n = s->batch * 3 * s->size * s->size, codes = s->batch * s->N;
+    TRY(loader_next(s->loader, &images, &labels));
+    TRY(vqgan_forward(s->vqgan, images, s->batch, s->size, s->size, &xrec, &codebook));
+    image_loss(images, xrec, n, s->w_l1 / (double)s->accumulate, s->w_l2 / (double)s->accumulate, &out->part[0],
+               &out->part[1], s->dxrec);
+    out->loss = s->w_l1 * out->part[0] + s->w_l2 * out->part[1] + s->w_codebook * codebook;
+    vqgan_latents(s->vqgan, NULL, NULL, &raw);
+    for (size_t i = 0; i < codes; i++) s->usage[raw[i]]++;
+    return vqgan_backward(s->vqgan, s->dxrec, s->w_codebook / (double)s->accumulate, NULL);
+}
+
+/* Codes that no latent chose for a while are put where latents are, until the last fifth of the run settles them. */
+static Err vqgan_after_step(Stage *s) {
+    if (!s->restart_every || s->step % s->restart_every) return OK;
+    size_t n = vqgan_config(s->vqgan)->n_embed;
+    s->codes_used = 0;
+    for (size_t k = 0; k < n; k++) s->codes_used += s->usage[k] != 0;
+    if (s->step < s->steps - s->steps / 5) vqgan_restart_codes(s->vqgan, s->usage, s->seed, s->step);
+    memset(s->usage, 0, n * sizeof *s->usage);
+    return OK;
+}
+
+static Err vqgan_evaluate(Stage *s, Metrics *out) {
+    LoaderConfig c = {.prep = s->prep, .B = s->batch < s->val.n ? s->batch : s->val.n, .size = s->size};
+    Loader *l = NULL;
+    Err e = loader_start(&l, &s->val, &c);
+    size_t batches = s->val.n / c.B < 32 ? s->val.n / c.B : 32;
+    memset(out, 0, sizeof *out);
+    for (size_t i = 0; e == OK && i < batches; i++) {
+        const real *images, *xrec;
+        const int32_t *labels;
+        double l1, l2, codebook;
+        e = loader_next(l, &images, &labels);
+        if (e == OK) e = vqgan_forward(s->vqgan, images, c.B, s->size, s->size, &xrec, &codebook);
+        if (e != OK) break;
+        image_loss(images, xrec, c.B * 3 * s->size * s->size, 0, 0, &l1, &l2, NULL);
+        out->part[0] += l1 / (double)batches;
+        out->part[1] += l2 / (double)batches;
+        out->loss += (s->w_l1 * l1 + s->w_l2 * l2 + s->w_codebook * codebook) / (double)batches;
+    }
+    loader_stop(l);
+    return e;
+}
+
+/* Held-out pictures above their reconstructions. */
+static Err vqgan_picture(Stage *s, const char *path) {
+    enum { COLUMNS = 8 };
+    size_t n = s->val.n < COLUMNS ? s->val.n : COLUMNS, pixels = 3 * s->size * s->size;
+    if (n > s->batch) n = s->batch;
+    real *rows = NULL;
+    Loader *l = NULL;
+    Image im = {0};
+    LoaderConfig c = {.prep = s->prep, .B = n, .size = s->size};
+    const real *images, *xrec;
+    const int32_t *labels;
+    double codebook;
+    TRY(mem_alloc(&rows, 2 * n * pixels, sizeof *rows, "picture"));
+    Err e = loader_start(&l, &s->val, &c);
+    if (e == OK) e = loader_next(l, &images, &labels);
+    if (e == OK) e = vqgan_forward(s->vqgan, images, n, s->size, s->size, &xrec, &codebook);
+    if (e == OK) {
+        memcpy(rows, images, n * pixels * sizeof *rows);
+        memcpy(rows + n * pixels, xrec, n * pixels * sizeof *rows);
+        e = image_grid(&im, rows, 2 * n, s->size, s->size, n, 2);
+    }
+    if (e == OK) e = image_write_png(path, &im, &s->settings);
+    loader_stop(l);
+    image_free(&im);
+    free(rows);
+    return e;
+}
+
+Err vqgan_stage(Stage *s) {
+    VqganConfig c;
+    TRY(vqgan_config_read(&c, &s->settings, "model.params."));
+    TRY(vqgan_create(&s->vqgan, &c, 0));
+    s->params = vqgan_params(s->vqgan);
+    s->size = c.resolution;
+    s->h = s->w = s->size >> (c.levels - 1);
+    s->N = s->h * s->w;
+    if (s->train.n == 0) return OK;
+    size_t bytes = 0;
+    if (s->opt->cuda) TRY(vqgan_use_cuda(s->vqgan, gpu_precision(s)));
+    TRY(vqgan_plan_bytes(s->vqgan, s->batch, s->size, s->size, 1, &bytes));
+    TRY(s->opt->cuda ? check_gpu_memory(s, bytes) : OK);
+    TRY(check_memory(s, 4, s->opt->cuda ? 0 : bytes, s->batch, 3 * s->size * s->size));
+    TRY(vqgan_plan(s->vqgan, s->batch, s->size, s->size, 1));
+    TRY(mem_alloc(&s->dxrec, s->batch * 3 * s->size, s->size * sizeof *s->dxrec, "reconstruction gradient"));
+    TRY(mem_alloc(&s->usage, c.n_embed, sizeof *s->usage, "code usage"));
+    s->micro_batch = vqgan_micro_batch;
+    s->evaluate = vqgan_evaluate;
+    s->picture = vqgan_picture;
+    s->after_step = vqgan_after_step;
+    return OK;
+}
