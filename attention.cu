@@ -1,6 +1,7 @@
 /* attention.cu - softmax(q k^T / sqrt(D)) v, forward and backward, and query by query as decoding has it.
  *
- * Heads run in parallel, QUERY_BLOCK queries at a time, so that their scores stay in cache. Prototypes: transformer.h. */
+ * Heads run in parallel, up to QUERY_BLOCK queries at a time, so that their scores stay in cache. Prototypes:
+ * transformer.h. */
 #include "transformer.h"
 
 #ifndef DEVICE_CODE
@@ -8,6 +9,12 @@
 static size_t visible(const AttendShape *s, size_t i) {
     if (!s->causal) return s->Tk;
     return i < s->unmasked ? min_size(s->unmasked, s->Tk) : i + 1;
+}
+
+/* Queries at a time, equal shares: large blocks read keys and values less often, but causal ones see more in vain. */
+static size_t query_rows(const AttendShape *s) {
+    const size_t most = s->causal ? QUERY_BLOCK / 2 : QUERY_BLOCK;
+    return ceil_div(s->Tq, ceil_div(s->Tq, most));
 }
 
 /* s[0..n-1] = softmax(scale * s), s[n..end-1] = 0 */
@@ -37,11 +44,11 @@ typedef struct {
 static void attend_forward_head(void *context, size_t task) {
     const Attend *a = (const Attend *)context;
     const AttendShape *s = a->s;
-    const size_t inner = s->heads * s->D, b = task / s->heads, h = task % s->heads;
+    const size_t inner = s->heads * s->D, b = task / s->heads, h = task % s->heads, block = query_rows(s);
     const size_t at_key = b * s->key_stride * inner + h * s->D;
     const real scale = (real)(1 / sqrt((double)s->D));
-    for (size_t i0 = 0; i0 < s->Tq; i0 += QUERY_BLOCK) {
-        const size_t rows = min_size(QUERY_BLOCK, s->Tq - i0), keys = visible(s, i0 + rows - 1);
+    for (size_t i0 = 0; i0 < s->Tq; i0 += block) {
+        const size_t rows = min_size(block, s->Tq - i0), keys = visible(s, i0 + rows - 1);
         const size_t at = (b * s->Tq + i0) * inner + h * s->D;
         real *pi = a->p ? a->p + (task * s->Tq + i0) * s->Tk : a->scores + task * QUERY_BLOCK * s->Tk;
         gemm(0, 1, rows, keys, s->D, a->q + at, inner, a->k + at_key, inner, 0, pi, s->Tk);
@@ -50,46 +57,16 @@ static void attend_forward_head(void *context, size_t task) {
     }
 }
 
-/* The same for one query, as decoding has it: keys and values are read where they lie. A query among others gives the
- * same bits as alone. Queries of one head follow each other, so that what they share stays in the cache. */
-static void attend_one_query(void *context, size_t task) {
-    enum { PART = 32 }; /* channels whose sums stay in registers */
-    const Attend *a = (const Attend *)context;
-    const AttendShape *s = a->s;
-    const size_t inner = s->heads * s->D, D = s->D, h = task / s->Tq, r = task % s->Tq;
-    const size_t b = s->cell[r].b, keys = s->Tk ? s->Tk : s->cell[r].visible,
-                 at_key = b * s->key_stride * inner + h * D;
-    const real *q = a->q + r * inner + h * D, *k = a->k + at_key, *v = a->v + at_key;
-    real *p = a->scores + task * s->key_stride, *y = a->y + r * inner + h * D;
-    for (size_t j = 0; j < keys; j++) p[j] = dot(q, k + j * inner, D);
-    softmax_row(p, keys, keys, (real)(1 / sqrt((double)D)));
-    for (size_t d = 0; d < D; d += PART) {
-        real sum[PART] = {0};
-        const size_t n = min_size(PART, D - d);
-        if (n == PART)
-            for (size_t j = 0; j < keys; j++)
-#pragma omp simd
-                for (size_t i = 0; i < PART; i++) sum[i] += p[j] * v[j * inner + d + i];
-        else
-            for (size_t j = 0; j < keys; j++)
-                for (size_t i = 0; i < n; i++) sum[i] += p[j] * v[j * inner + d + i];
-        memcpy(y + d, sum, n * sizeof *y);
-    }
-}
-
 void attend_forward(const AttendShape *s, real *y, real *p, real *scores, const real *q, const real *k, const real *v) {
     Attend a = {s, q, k, v, NULL, y, p, scores, NULL, NULL, NULL};
-    if (s->cell)
-        parallel_for(threads_for(s->Tq * s->key_stride * s->heads * s->D), s->Tq * s->heads, attend_one_query, &a);
-    else
-        parallel_for(threads_free(), s->B * s->heads, attend_forward_head, &a);
+    parallel_for(threads_free(), s->B * s->heads, attend_forward_head, &a);
 }
 
 /* ---- Kept keys and values ----
  *
- * Decoders with packed weights keep keys and values rounded to bf16, a head's positions one after the other, D padded with
- * zeros to kept_width(D). Whole sequences go the same way, one query at a time, so that decoding with kept keys equals
- * them bit for bit. */
+ * Decoding keeps keys and values, a head's positions one after the other, D padded with zeros to kept_width(D): with packed
+ * weights rounded to bf16, and then whole sequences go the same way, one query at a time, so that decoding with kept keys
+ * equals them bit for bit. A query among others gives the same bits as alone. */
 
 /* attend_kept      y = softmax(q k^T / sqrt(D), over the visible keys) v, for every batch row and head, or cell and head
  * keep_positions   kept (B,heads,key_stride,width) at 0..n-1, or where the cells say, = x (B,n,heads*D)
@@ -97,21 +74,22 @@ void attend_forward(const AttendShape *s, real *y, real *p, real *scores, const 
 typedef struct {
     const AttendShape *s;
     const real *q;
-    const uint16_t *k, *v;
+    const char *k, *v;
     real *y, *scores;
 } AttendKept;
 
 /* Row r of q, head h, with the first `keys` of batch row b. */
 static void attend_kept_query(const AttendKept *a, size_t b, size_t h, size_t r, size_t keys, real *p) {
     const AttendShape *s = a->s;
-    const size_t D = s->D, width = kept_width(D), at = (b * s->heads + h) * s->key_stride * width;
+    const size_t D = s->D, width = kept_width(D);
+    const size_t at = (b * s->heads + h) * s->key_stride * width * kept_bytes(s);
     const size_t row = (r * s->heads + h) * D;
     real padded[HEAD_MAX];
     memcpy(padded, a->q + row, D * sizeof *padded);
     for (size_t d = D; d < width; d++) padded[d] = 0;
-    bf16_dots(p, padded, a->k + at, keys, width);
+    kept_dots(s->kept_bf16, p, padded, a->k + at, keys, width);
     softmax_row(p, keys, keys, (real)(1 / sqrt((double)D)));
-    bf16_weighted(padded, p, a->v + at, keys, width);
+    kept_weighted(s->kept_bf16, padded, p, a->v + at, keys, width);
     memcpy(a->y + row, padded, D * sizeof *padded);
 }
 
@@ -130,8 +108,8 @@ static void attend_kept_cell(void *context, size_t task) {
     attend_kept_query(a, s->cell[r].b, h, r, keys, a->scores + task * s->key_stride);
 }
 
-void attend_kept(const AttendShape *s, real *y, real *scores, const real *q, const uint16_t *k, const uint16_t *v) {
-    AttendKept a = {s, q, k, v, y, scores};
+void attend_kept(const AttendShape *s, real *y, real *scores, const real *q, const void *k, const void *v) {
+    AttendKept a = {s, q, (const char *)k, (const char *)v, y, scores};
     const int threads = threads_for(s->B * s->Tq * s->key_stride * s->heads * s->D);
     if (s->cell)
         parallel_for(threads, s->Tq * s->heads, attend_kept_cell, &a);
@@ -141,7 +119,7 @@ void attend_kept(const AttendShape *s, real *y, real *scores, const real *q, con
 
 typedef struct {
     const AttendShape *s;
-    uint16_t *kept;
+    char *kept;
     const real *x;
     size_t n;
 } Keep;
@@ -152,14 +130,19 @@ static void keep_row(void *context, size_t r) {
     const size_t width = kept_width(s->D), b = s->cell ? s->cell[r].b : r / a->n,
                  at = s->cell ? s->cell[r].pos : r % a->n;
     for (size_t h = 0; h < s->heads; h++) {
-        uint16_t *to = a->kept + ((b * s->heads + h) * s->key_stride + at) * width;
-        round_bf16(to, a->x + (r * s->heads + h) * s->D, s->D);
-        for (size_t d = s->D; d < width; d++) to[d] = 0;
+        const size_t bytes = kept_bytes(s);
+        char *to = a->kept + ((b * s->heads + h) * s->key_stride + at) * width * bytes;
+        const real *x = a->x + (r * s->heads + h) * s->D;
+        if (s->kept_bf16)
+            round_bf16((uint16_t *)(void *)to, x, s->D);
+        else
+            memcpy(to, x, s->D * bytes);
+        memset(to + s->D * bytes, 0, (width - s->D) * bytes);
     }
 }
 
-void keep_positions(const AttendShape *s, uint16_t *kept, const real *x, size_t n) {
-    Keep a = {s, kept, x, n};
+void keep_positions(const AttendShape *s, void *kept, const real *x, size_t n) {
+    Keep a = {s, (char *)kept, x, n};
     parallel_for(threads_for(s->B * n * s->heads * s->D), s->B * n, keep_row, &a);
 }
 
@@ -178,7 +161,7 @@ static void softmax_backward(real *ds, const real *p, size_t rows, size_t keys, 
 static void attend_backward_head(void *context, size_t task) {
     const Attend *a = (const Attend *)context;
     const AttendShape *s = a->s;
-    const size_t inner = s->heads * s->D, b = task / s->heads, h = task % s->heads;
+    const size_t inner = s->heads * s->D, b = task / s->heads, h = task % s->heads, block = query_rows(s);
     const size_t at_key = b * s->Tk * inner + h * s->D;
     const real scale = (real)(1 / sqrt((double)s->D));
     real *ds = a->scores + task * QUERY_BLOCK * s->Tk, *dk = a->dk + at_key, *dv = a->dv + at_key;
@@ -186,8 +169,8 @@ static void attend_backward_head(void *context, size_t task) {
         memset(dk + j * inner, 0, s->D * sizeof *dk);
         memset(dv + j * inner, 0, s->D * sizeof *dv);
     }
-    for (size_t i0 = 0; i0 < s->Tq; i0 += QUERY_BLOCK) {
-        const size_t rows = min_size(QUERY_BLOCK, s->Tq - i0), keys = visible(s, i0 + rows - 1);
+    for (size_t i0 = 0; i0 < s->Tq; i0 += block) {
+        const size_t rows = min_size(block, s->Tq - i0), keys = visible(s, i0 + rows - 1);
         const size_t at = (b * s->Tq + i0) * inner + h * s->D;
         const real *pi = a->p + (task * s->Tq + i0) * s->Tk;
         gemm(1, 0, keys, s->D, rows, pi, s->Tk, a->dy + at, inner, 1, dv, inner);

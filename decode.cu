@@ -25,10 +25,14 @@ static void feed_cells(Transformer *m, size_t n) {
 
 /* Keys and values of the context, for every cross-attention layer. */
 static void cache_context(Transformer *m, size_t B, size_t positions) {
+    Pass pass;
+    memset(&pass, 0, sizeof pass);
+    pass.B = B, pass.T_context = positions;
     for (size_t i = 0; i < m->decoder.n_layers; i++) {
         Layer *l = &m->decoder.layer[i];
         if (l->kind != BLOCK_CROSS) continue;
-        project_keys(m, l, m->encoder.out, B, positions, NULL, positions);
+        const AttendShape shape = attend_shape(m, &m->decoder, l, &pass);
+        project_keys(m, l, &shape, m->encoder.out, positions);
     }
 }
 
@@ -135,11 +139,12 @@ Err transformer_decode_step(Transformer *m, const int32_t *prev, size_t i, const
     return OK;
 }
 
-/* A cell multiplies with every weight once; in that time memory gives half a byte for each of them (measured on two
- * AVX-512 cores: 105 GFLOP/s, 28 GB/s). So long do the weights take to come, and a sample's keys and values. Where all
+/* A cell multiplies with every weight once; in that time memory gives a third of a byte for each of them (measured on two
+ * AVX-512 cores). So long do the weights take to come, and a sample's keys and values. Where all
  * of it stays in the caches, a pass costs little more than its cells. */
 void transformer_pass_cost(const Transformer *m, size_t N, double *pass, double *sample) {
-    const double CELLS_PER_BYTE = 2, CACHES = 16 << 20;
+    const double CELLS_PER_BYTE = 3, CACHES = 16 << 20;
+    const double number = m->format == WEIGHTS_REAL ? sizeof(real) : sizeof(uint16_t); /* of keys and values */
     double weights = 0, bytes = 0, kept = 0;
     for (size_t i = 0; i < m->decoder.n_layers; i++) {
         const Layer *l = &m->decoder.layer[i];
@@ -154,7 +159,7 @@ void transformer_pass_cost(const Transformer *m, size_t N, double *pass, double 
         kept += 2 * (double)l->heads * (double)l->D * (double)N * (l->kind == BLOCK_CROSS ? 1 : 0.5);
     }
     *pass = bytes > CACHES ? CELLS_PER_BYTE * bytes / weights : 1;
-    *sample = bytes > CACHES ? CELLS_PER_BYTE * kept * (double)sizeof(real) / weights : 0;
+    *sample = bytes > CACHES ? CELLS_PER_BYTE * kept * number / weights : 0;
 }
 
 Err transformer_draw_cuda(Transformer *m, const DrawOptions *o, int32_t *tokens) {

@@ -177,11 +177,11 @@ void round_bf16(uint16_t *to, const real *x, size_t n);
 void gemm_stream(size_t M, size_t N, size_t K, const real *A, size_t lda, const Weights *w, int accumulate, real *C,
                  size_t ldc, void *work);
 size_t gemm_stream_work(size_t M, size_t K);
-/* Attention to n keys or values (n,width) in bf16; width is a multiple of 16.
- *   bf16_dots       p (n) = k q, q (width)
- *   bf16_weighted   y (width) = sum over j of p[j] v[j,:] */
-void bf16_dots(real *p, const real *q, const uint16_t *k, size_t n, size_t width);
-void bf16_weighted(real *y, const real *p, const uint16_t *v, size_t n, size_t width);
+/* Attention to n keys or values (n,width), in bf16 or real; width is a multiple of 16.
+ *   kept_dots       p (n) = k q, q (width)
+ *   kept_weighted   y (width) = sum over j of p[j] v[j,:] */
+void kept_dots(int bf16, real *p, const real *q, const void *k, size_t n, size_t width);
+void kept_weighted(int bf16, real *y, const real *p, const void *v, size_t n, size_t width);
 
 /* conv.c: convolutions, with bias, of (B,C,h,w) arrays. CONV1 is 1x1, the others 3x3 with zeros around: CONV3 at every
  * cell; CONV_DOWN at every second, padded right and below only (h and w even); CONV_UP after nearest doubling. */

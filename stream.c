@@ -567,7 +567,7 @@ void gemm_stream(size_t M, size_t N, size_t K, const real *A, size_t lda, const 
     }
 }
 
-/* ---- Keys and values in bf16 stream by too ---- */
+/* ---- Kept keys and values stream by too: rows of real, or of bf16 ---- */
 
 /* Lane i of the result is the sum of all lanes of v[i], added as a tree, the same for every i. Each round adds the
  * halves of two vectors into one. */
@@ -583,15 +583,20 @@ INLINE Vec sum_lanes(Vec v[LANES]) {
     return v[0];
 }
 
-INLINE void dots(real *p, const real *q, const uint16_t *k, size_t n, const size_t width) {
+/* LANES numbers from number `at` on */
+INLINE Vec load_kept(int bf16, const void *x, size_t at) {
+    return bf16 ? load_bf16((const uint16_t *)x + at) : load((const real *)x + at);
+}
+
+INLINE void dots(int bf16, real *p, const real *q, const void *k, size_t n, const size_t width) {
     for (size_t j = 0; j < n; j += LANES) {
         const size_t last = min_size(LANES, n - j) - 1;
         Vec sum[LANES];
         for (size_t i = 0; i < LANES; i++) {
-            const uint16_t *key = k + (j + min_size(i, last)) * width;
+            const size_t key = (j + min_size(i, last)) * width;
             sum[i] = (Vec){0};
             for (size_t c = 0; c < width; c += LANES)
-                sum[i] = multiply_add_vec(load(q + c), load_bf16(key + c), sum[i]);
+                sum[i] = multiply_add_vec(load(q + c), load_kept(bf16, k, key + c), sum[i]);
         }
         const Vec total = sum_lanes(sum);
         if (last == LANES - 1)
@@ -601,24 +606,36 @@ INLINE void dots(real *p, const real *q, const uint16_t *k, size_t n, const size
     }
 }
 
-void bf16_dots(real *p, const real *q, const uint16_t *k, size_t n, size_t width) {
-    if (width == 64)
-        dots(p, q, k, n, 64);
+void kept_dots(int bf16, real *p, const real *q, const void *k, size_t n, size_t width) {
+    if (bf16 && width == 64)
+        dots(1, p, q, k, n, 64);
+    else if (bf16)
+        dots(1, p, q, k, n, width);
+    else if (width == 64)
+        dots(0, p, q, k, n, 64);
     else
-        dots(p, q, k, n, width);
+        dots(0, p, q, k, n, width);
 }
 
-/* y (vecs*LANES) = sum_j p[j] v[j,:] */
-INLINE void weighted(real *y, const real *p, const uint16_t *v, size_t n, size_t width, int vecs) {
+/* y (vecs*LANES) = sum_j p[j] v[j,c..] */
+INLINE void weighted(int bf16, real *y, const real *p, const void *v, size_t c, size_t n, size_t width, int vecs) {
     Vec sum[64 / LANES];
     for (int i = 0; i < vecs; i++) sum[i] = (Vec){0};
     for (size_t j = 0; j < n; j++)
-        for (int i = 0; i < vecs; i++) sum[i] = multiply_add(p[j], load_bf16(v + j * width + i * LANES), sum[i]);
-    for (int i = 0; i < vecs; i++) store(y + i * LANES, sum[i]);
+        for (int i = 0; i < vecs; i++)
+            sum[i] = multiply_add(p[j], load_kept(bf16, v, j * width + c + (size_t)i * LANES), sum[i]);
+    for (int i = 0; i < vecs; i++) store(y + c + i * LANES, sum[i]);
 }
 
-void bf16_weighted(real *y, const real *p, const uint16_t *v, size_t n, size_t width) {
+INLINE void all_weighted(int bf16, real *y, const real *p, const void *v, size_t n, size_t width) {
     size_t c = 0;
-    for (; c + 64 <= width; c += 64) weighted(y + c, p, v + c, n, width, 64 / LANES);
-    for (; c < width; c += 16) weighted(y + c, p, v + c, n, width, 16 / LANES);
+    for (; c + 64 <= width; c += 64) weighted(bf16, y, p, v, c, n, width, 64 / LANES);
+    for (; c < width; c += 16) weighted(bf16, y, p, v, c, n, width, 16 / LANES);
+}
+
+void kept_weighted(int bf16, real *y, const real *p, const void *v, size_t n, size_t width) {
+    if (bf16)
+        all_weighted(1, y, p, v, n, width);
+    else
+        all_weighted(0, y, p, v, n, width);
 }

@@ -434,7 +434,7 @@ static void plan_layer_training(Arena *a, Layer *l, size_t B, size_t T, size_t T
     l->p = take(a, B * l->heads, T, Tk);
 }
 
-/* Else all layers share one set of buffers, except that the keys and values of a decoder are its caches. */
+/* Else all layers share one set of buffers, but a decoder keeps the keys and values of each. */
 static void plan_layer_inference(Arena *a, Layer *l, const Layer *shared, size_t B, size_t Tk, int cache, int packed) {
     l->x = shared->x, l->mean = shared->mean, l->rstd = shared->rstd, l->normed = shared->normed;
     l->query = shared->query, l->y = shared->y, l->key = shared->key, l->value = shared->value;
@@ -442,12 +442,9 @@ static void plan_layer_inference(Arena *a, Layer *l, const Layer *shared, size_t
     l->p = l->dg = NULL;
     l->kept_key = l->kept_value = NULL;
     if (!cache || l->kind == BLOCK_FEED) return;
-    if (!packed) {
-        plan_keys(a, l, B, Tk, l->heads * l->D);
-        return;
-    }
-    l->kept_key = (uint16_t *)take_bytes(a, B * l->heads, Tk, kept_width(l->D), sizeof(uint16_t));
-    l->kept_value = (uint16_t *)take_bytes(a, B * l->heads, Tk, kept_width(l->D), sizeof(uint16_t));
+    const size_t bytes = packed ? sizeof(uint16_t) : sizeof(real);
+    l->kept_key = take_bytes(a, B * l->heads, Tk, kept_width(l->D), bytes);
+    l->kept_value = take_bytes(a, B * l->heads, Tk, kept_width(l->D), bytes);
 }
 
 /* T_context: positions of the context of cross-attention. shared NULL: training. */
@@ -499,7 +496,6 @@ static void plan_arena(Transformer *m, Arena *a) {
         plan_queries(a, &shared, R, inner);
         plan_keys(a, &shared, B, T, inner);
         shared.g = take(a, R, FEED_FACTOR * C, 1);
-        m->fresh = shared.key; /* else the encoder's, which is done before decoding starts */
         m->fed = (size_t *)take_bytes(a, B, 1, 1, sizeof *m->fed);
         m->first = (int32_t *)take_bytes(a, B, 1, 1, sizeof *m->first);
         m->cell = (Cell *)take_bytes(a, B, DECODE_BLOCK, 1, sizeof *m->cell);
@@ -580,41 +576,14 @@ Err transformer_plan(Transformer *m, size_t B, size_t N, int train) {
 
 /* ---- Blocks: next = x + block(normed) ---- */
 
-static AttendShape attend_shape(const Stack *s, const Layer *l, const Pass *pass) {
-    int cross = l->kind == BLOCK_CROSS;
-    AttendShape shape;
-    shape.B = pass->B, shape.heads = l->heads, shape.D = l->D, shape.Tq = pass->n;
-    shape.Tk = cross ? pass->T_context : pass->cell ? 0 : pass->n;
-    shape.key_stride = cross ? pass->T_context : pass->stride;
-    shape.causal = pass->causal && !cross;
-    shape.cell = pass->cell;
-    shape.unmasked = s->unmasked;
-    return shape;
-}
-
 #ifndef DEVICE_CODE
-/* Rows r of x (B*n,l->out), positions of B batch rows or of cells, each to its place in out (B,stride,l->out). */
-static void project_positions(const Transformer *m, const Linear *l, real *out, const real *in, size_t B, size_t n,
-                              const Cell *cell, size_t stride) {
-    linear_forward(m, l, cell ? m->fresh : out, l->out, NULL, in, l->in, B * n);
-    for (size_t r = 0; cell && r < n; r++)
-        memcpy(out + (cell[r].b * stride + cell[r].pos) * l->out, m->fresh + r * l->out, l->out * sizeof *out);
-}
-
-void project_keys(const Transformer *m, const Layer *l, const real *source, size_t B, size_t n, const Cell *cell,
-                  size_t stride) {
-    if (!l->kept_key) {
-        project_positions(m, &l->k, l->key, source, B, n, cell, stride);
-        project_positions(m, &l->v, l->value, source, B, n, cell, stride);
-        return;
-    }
-    AttendShape shape;
-    memset(&shape, 0, sizeof shape);
-    shape.B = B, shape.heads = l->heads, shape.D = l->D, shape.key_stride = stride, shape.cell = cell;
-    linear_forward(m, &l->k, l->key, l->k.out, NULL, source, l->k.in, B * n);
-    linear_forward(m, &l->v, l->value, l->v.out, NULL, source, l->v.in, B * n);
-    keep_positions(&shape, l->kept_key, l->key, n);
-    keep_positions(&shape, l->kept_value, l->value, n);
+/* The projections of source (B*n,C), positions of B batch rows or of cells; a decoder keeps them at their places. */
+void project_keys(const Transformer *m, const Layer *l, const AttendShape *s, const real *source, size_t n) {
+    linear_forward(m, &l->k, l->key, l->k.out, NULL, source, l->k.in, s->B * n);
+    linear_forward(m, &l->v, l->value, l->v.out, NULL, source, l->v.in, s->B * n);
+    if (!l->kept_key) return;
+    keep_positions(s, l->kept_key, l->key, n);
+    keep_positions(s, l->kept_value, l->value, n);
 }
 
 /* attention_forward    next (R,C) = x + to_out(attend(to_q normed, to_k source, to_v source))
@@ -622,13 +591,13 @@ void project_keys(const Transformer *m, const Layer *l, const real *source, size
  *   source: normed itself, or the context in cross-attention */
 static void attention_forward(Transformer *m, const Stack *s, Layer *l, real *next, const Pass *pass) {
     const size_t R = pass->B * pass->n, C = s->C, inner = l->heads * l->D;
-    const AttendShape shape = attend_shape(s, l, pass);
+    const AttendShape shape = attend_shape(m, s, l, pass);
     linear_forward(m, &l->q, l->query, inner, NULL, l->normed, C, R);
     if (l->kind == BLOCK_SELF)
-        project_keys(m, l, l->normed, pass->B, pass->n, pass->cell, pass->stride);
+        project_keys(m, l, &shape, l->normed, pass->n);
     else if (pass->context)
-        project_keys(m, l, pass->context, pass->B, pass->T_context, NULL, pass->T_context);
-    if (l->kept_key)
+        project_keys(m, l, &shape, pass->context, pass->T_context);
+    if (l->kept_key && (pass->cell || shape.kept_bf16))
         attend_kept(&shape, l->y, m->scores, l->query, l->kept_key, l->kept_value);
     else
         attend_forward(&shape, l->y, l->p, m->scores, l->query, l->key, l->value);
@@ -638,7 +607,7 @@ static void attention_forward(Transformer *m, const Stack *s, Layer *l, real *ne
 static void attention_backward(Transformer *m, const Stack *s, const Layer *l, const real *dout, real *dcontext,
                                const Pass *pass) {
     const size_t R = pass->B * pass->n;
-    const AttendShape shape = attend_shape(s, l, pass);
+    const AttendShape shape = attend_shape(m, s, l, pass);
     linear_backward(m, &l->out, m->dy, 0, dout, l->y, R);
     attend_backward(&shape, m->dquery, m->dkey, m->dvalue, m->dy, l->p, m->scores, l->query, l->key, l->value);
     linear_backward(m, &l->q, m->dnormed, 0, m->dquery, l->normed, R);
@@ -1073,7 +1042,7 @@ static Err attention_forward_cuda(Transformer *m, const Stack *s, const Layer *l
                                   const Pass *pass, const floatX *context) {
     Device *d = m->twin->d;
     const size_t R = pass->B * pass->n;
-    const AttendShape shape = attend_shape(s, l, pass);
+    const AttendShape shape = attend_shape(m, s, l, pass);
     const floatX *source = l->kind == BLOCK_SELF ? w->normed : context;
     const size_t rows = l->kind == BLOCK_SELF ? R : pass->B * pass->T_context;
     if (m->twin->streaming) return attention_stream(m, l, w, next, &shape);
@@ -1096,7 +1065,7 @@ static Err attention_backward_cuda(Transformer *m, const Stack *s, const Layer *
     NetTwin *n = m->twin;
     Device *d = n->d;
     const size_t R = pass->B * pass->n;
-    const AttendShape shape = attend_shape(s, l, pass);
+    const AttendShape shape = attend_shape(m, s, l, pass);
     const int cross = l->kind == BLOCK_CROSS;
     float *dsource = cross ? dcontext : n->dnormed;
     const floatX *source = cross ? context : w->normed;

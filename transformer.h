@@ -30,8 +30,7 @@ typedef struct {
 
 typedef enum { BLOCK_SELF, BLOCK_CROSS, BLOCK_FEED } BlockKind;
 
-/* One x = x + block(norm(x)) and what its last forward left for backward; R = B*n rows of the pass. While decoding,
- * k and v of attention layers are the caches. */
+/* One x = x + block(norm(x)) and what its last forward left for backward; R = B*n rows of the pass. */
 typedef struct {
     BlockKind kind;
     Norm norm;
@@ -39,15 +38,14 @@ typedef struct {
     size_t heads, D;     /* heads of D channels each; inner = heads*D */
     Linear up, down;     /* feed-forward */
 
-    real *x;           /* (R,C) input */
-    real *mean, *rstd; /* (R) of the norm */
-    real *normed;      /* (R,C) */
-    real *query, *y;   /* (R,inner) queries; what the heads say */
-    real *key, *value; /* (B,keys,inner) */
-    uint16_t *kept_key,
-        *kept_value; /* (B,heads,keys,kept_width) rounded to bf16: in decoders with packed weights, else NULL */
-    real *p;         /* (B,heads,n,keys) attention probabilities; NULL: not kept */
-    real *g, *dg;    /* (R,4C) gelu(h) and its derivative; dg NULL: not kept */
+    real *x;                     /* (R,C) input */
+    real *mean, *rstd;           /* (R) of the norm */
+    real *normed;                /* (R,C) */
+    real *query, *y;             /* (R,inner) queries; what the heads say */
+    real *key, *value;           /* (B,keys,inner) */
+    void *kept_key, *kept_value; /* (B,heads,keys,kept_width) real, or bf16 with packed weights; NULL: not a decoder */
+    real *p;                     /* (B,heads,n,keys) attention probabilities; NULL: not kept */
+    real *g, *dg;                /* (R,4C) gelu(h) and its derivative; dg NULL: not kept */
 } Layer;
 
 typedef struct {
@@ -100,7 +98,6 @@ struct Transformer {
     size_t *fed;         /* (B) decoding: positions of a batch row whose keys and values are there */
     int32_t *first;      /* (B) what stands in front of position 0: sos, or the end of a GPT's prompt */
     Cell *cell;          /* (B*DECODE_BLOCK) decoding: the positions of a pass */
-    real *fresh;         /* (R,inner) their keys or values, before each goes to its row's cache */
 };
 
 /* A pass over positions 0..n-1 of B batch rows, as training has it; or, while decoding, over n cells, B = 1. */
@@ -145,7 +142,7 @@ void embed_backward(const Transformer *m, const Stack *s, const real *dx, const 
 /* ---- attention.cu ---- */
 
 enum {
-    QUERY_BLOCK = 64, /* queries that attention treats at a time: their scores stay in cache */
+    QUERY_BLOCK = 144, /* queries that attention treats at a time: their scores stay in cache */
     HEAD_MAX = 1024   /* channels of a head */
 };
 
@@ -153,18 +150,37 @@ typedef struct {
     size_t B, heads, D, Tq, Tk;
     size_t key_stride; /* positions from one batch row's keys to the next's, >= Tk */
     int causal;        /* query i sees keys 0..i; Tq = Tk */
-    const Cell *cell;  /* (Tq), B = 1: decoding; each query sees its cell's keys or, when Tk > 0, 0..Tk-1 of its row */
-    size_t unmasked;   /* and the first `unmasked` positions see each other */
+    const Cell *
+        cell; /* (Tq), B = 1: decoding, from what is kept; each query sees its cell's keys or, when Tk > 0, 0..Tk-1 of its row */
+    size_t unmasked; /* and the first `unmasked` positions see each other */
+    int kept_bf16;   /* how keys and values are kept: bf16, or real */
 } AttendShape;
 
 void attend_forward(const AttendShape *s, real *y, real *p, real *scores, const real *q, const real *k, const real *v);
-void attend_kept(const AttendShape *s, real *y, real *scores, const real *q, const uint16_t *k, const uint16_t *v);
-void keep_positions(const AttendShape *s, uint16_t *kept, const real *x, size_t n);
+void attend_kept(const AttendShape *s, real *y, real *scores, const real *q, const void *k, const void *v);
+void keep_positions(const AttendShape *s, void *kept, const real *x, size_t n);
 static inline size_t kept_width(size_t D) {
     return (D + 15) / 16 * 16;
 }
+static inline size_t kept_bytes(const AttendShape *s) { /* of one number */
+    return s->kept_bf16 ? sizeof(uint16_t) : sizeof(real);
+}
 void attend_backward(const AttendShape *s, real *dq, real *dk, real *dv, const real *dy, real *p, real *scores,
                      const real *q, const real *k, const real *v);
+
+/* What layer l of stack s does in a pass. */
+static inline AttendShape attend_shape(const Transformer *m, const Stack *s, const Layer *l, const Pass *pass) {
+    int cross = l->kind == BLOCK_CROSS;
+    AttendShape shape;
+    shape.B = pass->B, shape.heads = l->heads, shape.D = l->D, shape.Tq = pass->n;
+    shape.Tk = cross ? pass->T_context : pass->cell ? 0 : pass->n;
+    shape.key_stride = cross ? pass->T_context : pass->stride;
+    shape.causal = pass->causal && !cross;
+    shape.cell = pass->cell;
+    shape.unmasked = s->unmasked;
+    shape.kept_bf16 = m->format != WEIGHTS_REAL;
+    return shape;
+}
 
 /* ---- transformer.cu ---- */
 
@@ -178,8 +194,7 @@ void prompted_ids(const NetConfig *c, int32_t *ids, const int32_t *t, const int3
                   size_t stride, size_t B, size_t n);
 Pass whole_pass(const Stack *s, size_t B, size_t n, const real *context, size_t T_context);
 /* Keys and values of source (B,n,C), or of cells (n,C), join those of a layer, which has room for `stride` positions. */
-void project_keys(const Transformer *m, const Layer *l, const real *source, size_t B, size_t n, const Cell *cell,
-                  size_t stride);
+void project_keys(const Transformer *m, const Layer *l, const AttendShape *s, const real *source, size_t n);
 void stack_forward(Transformer *m, Stack *s, const int32_t *ids, const Pass *pass, size_t skip);
 void head_forward(Transformer *m, size_t B, size_t n, const Cell *cell);
 

@@ -185,7 +185,7 @@ static void test_embedding(size_t B, size_t n, size_t C) {
 /* ---- Attention ---- */
 
 static void test_attention(size_t B, size_t heads, size_t D, size_t Tq, size_t Tk, int causal, size_t unmasked) {
-    const AttendShape s = {B, heads, D, Tq, Tk, Tk, causal, NULL, unmasked};
+    const AttendShape s = {B, heads, D, Tq, Tk, Tk, causal, NULL, unmasked, 0};
     const size_t inner = heads * D, nq = B * Tq * inner, nk = B * Tk * inner;
     real *q = random_reals(nq, 1, 1.5), *k = random_reals(nk, 2, 1.5), *v = random_reals(nk, 3, 1),
          *dy = random_reals(nq, 4, 1);
@@ -215,7 +215,7 @@ static void test_attention(size_t B, size_t heads, size_t D, size_t Tq, size_t T
 /* n new positions from `pos` on in caches with room for more, all seeing all. */
 static void test_attention_decoding(size_t B, size_t heads, size_t D, size_t pos, size_t n, size_t room) {
     const size_t inner = heads * D, keys = pos + n, all = B * room * inner, rows = B * n * inner;
-    AttendShape s = {B, heads, D, n, keys, room, 0, NULL, 0};
+    AttendShape s = {B, heads, D, n, keys, room, 0, NULL, 0, 0};
     real *q = random_reals(rows, 1, 1.5), *k = random_reals(all, 2, 1.5), *v = random_reals(all, 3, 1);
     real *new_k = random_reals(rows, 4, 1.5), *new_v = random_reals(rows, 5, 1), *y = reals(rows);
     real *scores = reals(B * heads * QUERY_BLOCK * keys);
