@@ -881,6 +881,24 @@ Err vqgan_backward(Vqgan *v, const real *dxrec, double codebook_weight, real *di
     return OK;
 }
 
+const Param *vqgan_last_layer(const Vqgan *v) {
+    const VqLayer *l = &v->layer[v->n_layers - 1];
+    return &v->params.row[(l->kind == VQ_TANH ? l - 1 : l)->weight];
+}
+
+Err vqgan_last_gradient(Vqgan *v, const real *dxrec, real *dw, real *db) {
+    const VqLayer *l = &v->layer[v->n_layers - 1];
+    if (!v->ready) return err("vqgan_last_gradient: must follow vqgan_forward");
+    if (v->twin) return err("vqgan_last_gradient: not on the GPU");
+    if (l->kind == VQ_TANH) return err("vqgan_last_gradient: not behind a tanh");
+    const Param *w = vqgan_last_layer(v);
+    const Conv c = layer_conv(v, l);
+    memset(dw, 0, w->size * sizeof *dw);
+    memset(db, 0, w->dim[0] * sizeof *db);
+    conv_backward(NULL, dw, db, &c, dxrec, v->x[l->in[0]], w->value, 0, &v->scratch);
+    return OK;
+}
+
 void vqgan_latents(const Vqgan *v, const real **z, const real **zq_st, const int32_t **raw) {
     if (z) *z = v->x[v->z];
     if (zq_st) *zq_st = v->x[v->zq];
