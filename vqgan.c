@@ -287,8 +287,8 @@ static void run_forward(Vqgan *v, size_t first, size_t end) {
     }
 }
 
-static void run_backward(Vqgan *v, double codebook_weight) {
-    for (size_t i = v->n_layers; i-- > 0;) {
+static void run_backward(Vqgan *v, double codebook_weight, int image_wanted) {
+    for (size_t i = v->n_layers; i-- > backward_end(v, image_wanted);) {
         const VqLayer *l = &v->layer[i];
         switch (l->kind) {
         case VQ_NORM: group_norm_backward(v, l); break;
@@ -877,7 +877,7 @@ Err vqgan_backward(Vqgan *v, const real *dxrec, double codebook_weight, real *di
     if (v->twin) return v->params.ops->vqgan_backward(v, dxrec, codebook_weight, dimage);
     v->dx[v->xrec] = (real *)dxrec; /* only read */
     v->dx[v->image] = dimage;
-    run_backward(v, codebook_weight);
+    run_backward(v, codebook_weight, dimage != NULL);
     return OK;
 }
 
@@ -1090,7 +1090,7 @@ static Err walk_forward(Vqgan *v, size_t first, size_t end) {
 }
 
 static Err walk_backward(Vqgan *v, double codebook_weight, int image_wanted) {
-    for (size_t i = v->n_layers; i-- > 0;) {
+    for (size_t i = v->n_layers; i-- > backward_end(v, image_wanted);) {
         const VqLayer *l = &v->layer[i];
         switch (l->kind) {
         case VQ_NORM: TRY(vq_norm_backward(v, l)); break;
