@@ -15,6 +15,7 @@
  *        tokens.c        the token cache
  *     5. vqgan.c         first stage: image <-> tokens
  *        vqgan_layers.c  what its layers do
+ *        discriminator.c its adversary in training
  *     6. transformer.cu  one reverse transition p(x_{t-1} | x_t)
  *        decode.cu       the same, token by token
  *        optimizer.cu    its losses, AdamW, EMA
@@ -302,7 +303,7 @@ typedef struct {
     int ndim;
     size_t dim[4], size;
     Init init;
-    double scale;   /* standard deviation of INIT_NORMAL, half width of INIT_UNIFORM */
+    double scale;   /* standard deviation of INIT_NORMAL and around INIT_ONE, half width of INIT_UNIFORM */
     double decay;   /* AdamW weight decay of this tensor */
     int untrained;  /* never receives a gradient: the optimizer skips it altogether, as PyTorch does */
     int matrix;     /* the weight (out,in) of a linear layer: may be kept in fewer bits for sampling */
@@ -531,6 +532,10 @@ Err vqgan_decode_tokens(Vqgan *v, const int32_t *tokens, size_t B, size_t h, siz
  * (B,in_channels,H,W; overwritten; may be NULL). */
 Err vqgan_forward(Vqgan *v, const real *images, size_t B, size_t H, size_t W, const real **xrec, double *codebook_loss);
 Err vqgan_backward(Vqgan *v, const real *dxrec, double codebook_weight, real *dimage);
+/* Between the two, and changing nothing but dw (out_ch,C,3,3) and db (out_ch), overwritten: the gradient of the decoder's
+ * last layer alone, whose weight's row vqgan_last_layer is. On the CPU only. */
+Err vqgan_last_gradient(Vqgan *v, const real *dxrec, real *dw, real *db);
+const Param *vqgan_last_layer(const Vqgan *v);
 /* What the last forward saw: latents z and straight-through z_q (B,embed_dim,h,w), raw codes (B,h*w). */
 void vqgan_latents(const Vqgan *v, const real **z, const real **zq_st, const int32_t **raw);
 /* l1 = mean|x-xrec|, l2 = mean (x-xrec)^2; dxrec (n) = w1 dl1 + w2 dl2 (overwritten; may be NULL). */
@@ -538,6 +543,48 @@ void image_loss(const real *x, const real *xrec, size_t n, double w1, double w2,
 /* Every codebook entry with usage[code] = 0 becomes a latent of the last forward, picked by RNG_CODES; its Adam moments
  * and EMA follow. Returns how many. Without it most of a codebook trained from scratch stays unused. */
 size_t vqgan_restart_codes(Vqgan *v, const uint32_t *usage, uint64_t seed, uint64_t step);
+
+/* ------------------------------------------------------------------------------------------------------------
+ * 5b. discriminator.c: tells pictures from reconstructions while a first stage is trained (SPEC section 9; the official
+ *     NLayerDiscriminator). On the CPU only.
+ * ---------------------------------------------------------------------------------------------------------- */
+typedef struct { /* the official disc_in_channels, disc_ndf, disc_num_layers */
+    size_t in_channels, ndf, n_layers;
+} DiscConfig;
+/* prefix e.g. "model.params.lossconfig.params."; official defaults 3, 64, 3. */
+Err disc_config_read(DiscConfig *c, const Config *from, const char *prefix);
+
+typedef struct Discriminator Discriminator;
+/* Rows have their official names, loss.discriminator.main.N.*, batch norm's buffers included, which are untrained. */
+Err disc_create(Discriminator **d, const DiscConfig *c);
+void disc_free(Discriminator *d);
+Params *disc_params(Discriminator *d);
+/* Sizes activations for B pictures of HxW, which every forward then has. features: room for disc_keep_features. One
+ * allocation; call again to change. Pictures of which the layers leave nothing are an error. bytes: how much that is;
+ * allocates nothing itself, and there is no plan afterwards. */
+Err disc_plan(Discriminator *d, size_t B, size_t H, size_t W, int features);
+Err disc_plan_bytes(Discriminator *d, size_t B, size_t H, size_t W, int features, size_t *bytes);
+size_t disc_logits(const Discriminator *d); /* how many logits a forward gives: B*h*w */
+/* images (B,in_channels,H,W), which must stay for backward -> *logits (B,1,h,w), in the activations. As in training: batch
+ * norm takes the batch's own mean and variance; update: its buffers follow (momentum 0.1, unbiased variance). */
+Err disc_forward(Discriminator *d, const real *images, int update, const real **logits);
+/* From dlogits (B,1,h,w; NULL: zeros) and feature_weight times the gradient of disc_feature_loss to every parameter's grad
+ * (+=) if `trained`, and to dimages (B,in_channels,H,W; overwritten; may be NULL). Any number of times after a forward. */
+Err disc_backward(Discriminator *d, const real *dlogits, double feature_weight, int trained, real *dimages);
+/* Feature matching: the activations of the last forward stay for comparison; how far those of a later forward are from
+ * them: the mean over the layers of mean |a - kept| after each leaky ReLU. Only the later forward gets a gradient. */
+Err disc_keep_features(Discriminator *d);
+double disc_feature_loss(const Discriminator *d);
+/* Losses, means over n logits D(x); dlogits (n) = weight * gradient, overwritten.
+ *   disc_loss       half of relu(1 - D) for genuine pictures, of relu(1 + D) for reconstructions; DISC_VANILLA: of
+ *                   softplus(-D) and softplus(D). The discriminator's loss is the sum of both halves.
+ *   generator_loss  -D
+ *   adaptive_weight what the generator's loss is multiplied with, times disc_weight: |d nll/d W| / (|d g/d W| + 1e-4), at
+ *                   most 1e4, W the weight of the decoder's last layer */
+typedef enum { DISC_HINGE, DISC_VANILLA } DiscLoss;
+double disc_loss(DiscLoss kind, const real *logits, size_t n, int genuine, double weight, real *dlogits);
+double generator_loss(const real *logits, size_t n, double weight, real *dlogits);
+double adaptive_weight(double nll_norm, double g_norm);
 
 /* ------------------------------------------------------------------------------------------------------------
  * 6. transformer.cu, decode.cu, optimizer.cu: one reverse transition p(x_{t-1} | x_t) (paper section 3.2; SPEC

@@ -105,6 +105,7 @@ static void init_task(void *context, size_t task) {
     for (size_t i = task * INIT_RUN; i < min_size(row->size, (task + 1) * INIT_RUN); i++) {
         double value = row->init == INIT_ONE ? 1 : 0;
         if (row->init == INIT_NORMAL) value = row->scale * rng_normal(a->seed, a->stream, i);
+        if (row->init == INIT_ONE && row->scale > 0) value += row->scale * rng_normal(a->seed, a->stream, i);
         if (row->init == INIT_UNIFORM) value = row->scale * (2 * rng_uniform(a->seed, a->stream, i) - 1);
         row->value[i] = (real)value;
     }

@@ -1,8 +1,8 @@
 /* train.c - trains every part of a model: the VQGAN, one transition, or all transitions in one network.
  *
  * Reading order: the options at the end of the file say what a user can ask for; `Stage` (train.h) is what is being
- * trained; train_vqgan.c and train_scale.c are the two kinds of stage, each as four functions: one micro batch, an
- * evaluation, a picture, the weights that sampling uses; here is the one loop that drives them; train_run.c keeps the
+ * trained; train_vqgan.c (with train_gan.c, its discriminator) and train_scale.c are the two kinds of stage, each as four functions:
+ * one micro batch, an evaluation, a picture, the weights that sampling uses; here is the one loop that drives them; train_run.c keeps the
  * run. No mathematics here: it is in vqgan.c, transformer.cu and diffusion.c. */
 #include "train.h"
 
@@ -11,6 +11,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 /* ------------------------------------------------------------------------------------------------------------
@@ -188,23 +189,31 @@ static void free_stage(Stage *s) {
     tokens_free(&s->val_tokens);
     transformer_free(s->net);
     vqgan_free(s->vqgan);
+    gan_free(s);
     config_free(&s->settings);
     void *buffers[] = {s->dxrec, s->usage, s->order, s->x0,      s->x_prev,  s->x_t,
                        s->ts,    s->label, s->q,     s->dlogits, s->class_at};
     for (size_t i = 0; i < sizeof buffers / sizeof *buffers; i++) free(buffers[i]);
 }
 
-/* Starts from the weights that a model's folder has for this stage, with a fresh optimizer. */
+static int is_file(const char *path) {
+    struct stat st;
+    return stat(path, &st) == 0 && S_ISREG(st.st_mode);
+}
+
+/* Starts from the weights that a model's folder, or a file, has for this stage, with a fresh optimizer. */
 static Err start_from(Stage *s, const char *folder) {
     char path[1100];
     Checkpoint ck;
     memset(&ck, 0, sizeof ck);
     const char *prefix = s->opt->vqgan ? "" : "transformer.";
-    if ((size_t)snprintf(path, sizeof path, "%s/%s.safetensors", folder, s->name) >= sizeof path)
-        return err("--init %.200s...: the path is too long", folder);
+    const size_t length = is_file(folder) ? (size_t)snprintf(path, sizeof path, "%s", folder)
+                                          : (size_t)snprintf(path, sizeof path, "%s/%s.safetensors", folder, s->name);
+    if (length >= sizeof path) return err("--init %.200s...: the path is too long", folder);
     TRY(checkpoint_open(&ck, path));
     Err e = params_load(s->params, &ck, 'v', prefix);
     if (e == OK && !s->opt->vqgan) e = params_load(s->params, &ck, 'e', prefix);
+    if (e == OK && s->opt->vqgan) e = gan_start_from(s, &ck);
     if (e != OK) err_in(path);
     checkpoint_close(&ck);
     return e;
@@ -389,8 +398,10 @@ int main(int argc, char **argv) {
         {OPT_STRING, "--val-list", "FILE", &o.val_list, 0, 0, "and hold out what this one names (ffhqvalidation.txt)"},
         {OPT_STRING, "--run", "DIR", &o.run, 0, 0, "where weights, log and pictures go (default runs/MODEL)"},
         {OPT_STRING, "--config", "FILE", &o.config, 0, 0, "the recipe, instead of models/MODEL.txt"},
-        {OPT_STRING, "--init", "DIR", &o.init, 0, 0,
-         "start from the weights in this folder (models/emoji, another run), not from noise"},
+        {OPT_STRING, "--init", "PATH", &o.init, 0, 0,
+         "start from the weights in this folder (models/emoji, another run) or file (an\nofficial vqgan .ckpt), not "
+         "from "
+         "noise"},
         {OPT_HEADING, "How", NULL, NULL, 0, 0, NULL},
         {OPT_SIZE, "--steps", "N", &o.steps, 1, UINT32_MAX,
          "optimizer steps in all; warm-up and cosine decay fit themselves to it"},

@@ -1,7 +1,7 @@
 /* train.h - what the files of ./train share: the user's options, the stage being trained, the run's folder.
  *
  * train.c reads options and recipe and drives the loop; train_vqgan.c and train_scale.c are the two kinds of stage, first
- * stage and transition; train_run.c keeps the run: memory plan, checkpoints, log. Nobody else includes this. */
+ * stage and transition, train_gan.c is the first one's discriminator; train_run.c keeps the run: memory plan, checkpoints, log. Nobody else includes this. */
 #ifndef TRAIN_H
 #define TRAIN_H
 
@@ -33,6 +33,7 @@ typedef struct {
 } Metrics;
 
 typedef struct Stage Stage;
+typedef struct Gan Gan; /* train_gan.c */
 struct Stage {
     char name[16]; /* "vqgan", "scale2", "joint": names the files */
     const Options *opt;
@@ -70,6 +71,7 @@ struct Stage {
     size_t restart_every; /* 0: never */
     size_t codes_used;
     double w_l1, w_l2, w_codebook;
+    Gan *gan; /* NULL: no discriminator */
 
     /* transitions */
     Transformer *net;
@@ -98,6 +100,24 @@ typedef struct {
 Err vqgan_stage(Stage *s);
 Err start_loader(Stage *s);
 Err transition_stage(Stage *s);
+
+/* train_gan.c: the first stage's discriminator, if the recipe asks for one; without one all of these do nothing.
+ * gan_create reads the settings, train.freeze_encoder too, and gan_plan allocates; gan_plan_bytes adds what that is. */
+Err gan_create(Stage *s);
+Err gan_plan_bytes(const Stage *s, size_t *bytes);
+Err gan_plan(Stage *s);
+void gan_free(Stage *s);
+/* Of a micro batch, before and after vqgan_backward: adds the discriminator's judgement to s->dxrec, which holds
+ * 1/accumulate of the gradient of nll, and to loss; the gradients of the discriminator's own loss. Then its update. */
+Err gan_generator(Stage *s, uint64_t micro, const real *images, const real *xrec, double *loss);
+Err gan_discriminator(Stage *s, uint64_t micro, const real *xrec);
+Err gan_after_step(Stage *s);
+/* Its part of the state file, of --init, of a line of the log and of the progress line */
+Err gan_collect_state(const Stage *s, TensorList *list);
+Err gan_load_state(Stage *s, const Checkpoint *ck);
+Err gan_start_from(Stage *s, const Checkpoint *ck);
+void gan_log(const Stage *s, FILE *log);
+const char *gan_text(const Stage *s, char text[96]);
 
 /* train_run.c. out = RUN/STAGEsuffix, returned */
 const char *run_path(const Stage *s, char out[1100], const char *suffix);

@@ -90,6 +90,7 @@ static Err collect_state(Stage *s, TensorList *list) {
     TRY(tensor_list_params(list, s->params, '1', "adam.m.", DT_F32));
     TRY(tensor_list_params(list, s->params, '2', "adam.v.", DT_F32));
     if (!s->opt->vqgan) TRY(tensor_list_params(list, s->params, 'e', "ema.", DT_F32));
+    TRY(gan_collect_state(s, list));
     if (s->usage) {
         size_t n = vqgan_config(s->vqgan)->n_embed;
         TRY(tensor_list_add(list, "usage", DT_I32, 1, &n, s->usage, 0));
@@ -129,6 +130,7 @@ Err load_state(Stage *s, const Checkpoint *ck) {
     TRY(params_load(s->params, ck, '1', "adam.m."));
     TRY(params_load(s->params, ck, '2', "adam.v."));
     if (!s->opt->vqgan) TRY(params_load(s->params, ck, 'e', "ema."));
+    TRY(gan_load_state(s, ck));
     if (s->usage) TRY(checkpoint_ints(ck, "usage", vqgan_config(s->vqgan)->n_embed, (int32_t *)s->usage));
     TRY(config_size(&step, &ck->meta, "train.", "step", 0, UINT32_MAX, 0));
     TRY(config_size(&updates, &ck->meta, "train.", "ema_updates", 0, SIZE_MAX / 2, 0));
@@ -141,7 +143,7 @@ Err load_state(Stage *s, const Checkpoint *ck) {
  * ---------------------------------------------------------------------------------------------------------- */
 
 static const char log_header[] = "stage\tstep\tloss\thard_or_l1\tsoft_or_l2\tlr\tgrad_norm\timages_per_s\tval\tval_"
-                                 "ema\tval_part1_ema\tval_part2_ema\n";
+                                 "ema\tval_part1_ema\tval_part2_ema\tdisc_loss\tg_loss\td_weight\n";
 
 static Err log_rewind(const Stage *s, const char *path) {
     char line[512], stage[16];
@@ -176,21 +178,23 @@ Err log_step(const Stage *s, Progress *p, const Metrics *m, double lr, double no
     fprintf(p->log, "%s\t%llu\t%.6g\t%.6g\t%.6g\t%.6g\t%.6g\t%.1f\t", s->name, (unsigned long long)s->step, m->loss,
             m->part[0], m->part[1], lr, norm, p->rate);
     if (val)
-        fprintf(p->log, "%.6g\t%.6g\t%.6g\t%.6g\n", val->loss, ema->loss, ema->part[0], ema->part[1]);
+        fprintf(p->log, "%.6g\t%.6g\t%.6g\t%.6g", val->loss, ema->loss, ema->part[0], ema->part[1]);
     else
-        fprintf(p->log, "\t\t\t\n");
+        fprintf(p->log, "\t\t\t");
+    gan_log(s, p->log);
+    fprintf(p->log, "\n");
     if (fflush(p->log) || ferror(p->log)) return err("%s: %s", p->log_path, strerror(errno));
     return OK;
 }
 
 void show_step(const Stage *s, Progress *p, const Metrics *m, double lr, double norm) {
-    char left[32];
+    char left[32], gan[96];
     double per_step = (seconds() - p->started) / (double)(s->step - p->first_step);
     p->rate = (double)(s->batch * s->accumulate) / per_step;
     duration(left, per_step * (double)(s->steps - s->step));
-    progress_line("%s step %llu/%zu | loss %.4f | %s %.4f | %s %.4f | lr %.2e | norm %.3f | %.1f images/s | %s left",
+    progress_line("%s step %llu/%zu | loss %.4f | %s %.4f | %s %.4f%s | lr %.2e | norm %.3f | %.1f images/s | %s left",
                   s->name, (unsigned long long)s->step, s->steps, m->loss, s->opt->vqgan ? "L1" : "hard", m->part[0],
-                  s->opt->vqgan ? "L2" : "soft", m->part[1], lr, norm, p->rate, left);
+                  s->opt->vqgan ? "L2" : "soft", m->part[1], gan_text(s, gan), lr, norm, p->rate, left);
 }
 
 /* Evaluates with the weights as they are and, for transitions, with their EMA. */

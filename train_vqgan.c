@@ -12,7 +12,6 @@ Err start_loader(Stage *s) {
 }
 
 static Err vqgan_micro_batch(Stage *s, uint64_t micro, Metrics *out) {
-    (void)micro; /* the loader counts for itself */
     const real *images, *xrec;
     const int32_t *labels, *raw;
     double codebook;
@@ -21,14 +20,19 @@ static Err vqgan_micro_batch(Stage *s, uint64_t micro, Metrics *out) {
     TRY(vqgan_forward(s->vqgan, images, s->batch, s->size, s->size, &xrec, &codebook));
     image_loss(images, xrec, n, s->w_l1 / (double)s->accumulate, s->w_l2 / (double)s->accumulate, &out->part[0],
                &out->part[1], s->dxrec);
-    out->loss = s->w_l1 * out->part[0] + s->w_l2 * out->part[1] + s->w_codebook * codebook;
+    out->loss = s->w_l1 * out->part[0] + s->w_l2 * out->part[1];
+    /* here a perceptual loss joins nll: adds to s->dxrec (1/accumulate of its gradient) and to out->loss */
+    TRY(gan_generator(s, micro, images, xrec, &out->loss));
+    out->loss += s->w_codebook * codebook;
     vqgan_latents(s->vqgan, NULL, NULL, &raw);
     for (size_t i = 0; i < codes; i++) s->usage[raw[i]]++;
-    return vqgan_backward(s->vqgan, s->dxrec, s->w_codebook / (double)s->accumulate, NULL);
+    TRY(vqgan_backward(s->vqgan, s->dxrec, s->w_codebook / (double)s->accumulate, NULL));
+    return gan_discriminator(s, micro, xrec);
 }
 
 /* Codes that no latent chose for a while are put where latents are, until the last fifth of the run settles them. */
 static Err vqgan_after_step(Stage *s) {
+    TRY(gan_after_step(s));
     if (!s->restart_every || s->step % s->restart_every) return OK;
     size_t n = vqgan_config(s->vqgan)->n_embed;
     s->codes_used = 0;
@@ -98,11 +102,14 @@ Err vqgan_stage(Stage *s) {
     s->N = s->h * s->w;
     if (s->train.n == 0) return OK;
     size_t bytes = 0;
+    TRY(gan_create(s));
     if (s->opt->cuda) TRY(vqgan_use_cuda(s->vqgan, gpu_precision(s)));
     TRY(vqgan_plan_bytes(s->vqgan, s->batch, s->size, s->size, 1, &bytes));
     TRY(s->opt->cuda ? check_gpu_memory(s, bytes) : OK);
+    TRY(gan_plan_bytes(s, &bytes));
     TRY(check_memory(s, 4, s->opt->cuda ? 0 : bytes, s->batch, 3 * s->size * s->size));
     TRY(vqgan_plan(s->vqgan, s->batch, s->size, s->size, 1));
+    TRY(gan_plan(s));
     TRY(mem_alloc(&s->dxrec, s->batch * 3 * s->size, s->size * sizeof *s->dxrec, "reconstruction gradient"));
     TRY(mem_alloc(&s->usage, c.n_embed, sizeof *s->usage, "code usage"));
     s->micro_batch = vqgan_micro_batch;

@@ -287,8 +287,8 @@ static void run_forward(Vqgan *v, size_t first, size_t end) {
     }
 }
 
-static void run_backward(Vqgan *v, double codebook_weight) {
-    for (size_t i = v->n_layers; i-- > 0;) {
+static void run_backward(Vqgan *v, double codebook_weight, int image_wanted) {
+    for (size_t i = v->n_layers; i-- > backward_end(v, image_wanted);) {
         const VqLayer *l = &v->layer[i];
         switch (l->kind) {
         case VQ_NORM: group_norm_backward(v, l); break;
@@ -877,7 +877,25 @@ Err vqgan_backward(Vqgan *v, const real *dxrec, double codebook_weight, real *di
     if (v->twin) return v->params.ops->vqgan_backward(v, dxrec, codebook_weight, dimage);
     v->dx[v->xrec] = (real *)dxrec; /* only read */
     v->dx[v->image] = dimage;
-    run_backward(v, codebook_weight);
+    run_backward(v, codebook_weight, dimage != NULL);
+    return OK;
+}
+
+const Param *vqgan_last_layer(const Vqgan *v) {
+    const VqLayer *l = &v->layer[v->n_layers - 1];
+    return &v->params.row[(l->kind == VQ_TANH ? l - 1 : l)->weight];
+}
+
+Err vqgan_last_gradient(Vqgan *v, const real *dxrec, real *dw, real *db) {
+    const VqLayer *l = &v->layer[v->n_layers - 1];
+    if (!v->ready) return err("vqgan_last_gradient: must follow vqgan_forward");
+    if (v->twin) return err("vqgan_last_gradient: not on the GPU");
+    if (l->kind == VQ_TANH) return err("vqgan_last_gradient: not behind a tanh");
+    const Param *w = vqgan_last_layer(v);
+    const Conv c = layer_conv(v, l);
+    memset(dw, 0, w->size * sizeof *dw);
+    memset(db, 0, w->dim[0] * sizeof *db);
+    conv_backward(NULL, dw, db, &c, dxrec, v->x[l->in[0]], w->value, 0, &v->scratch);
     return OK;
 }
 
@@ -1072,7 +1090,7 @@ static Err walk_forward(Vqgan *v, size_t first, size_t end) {
 }
 
 static Err walk_backward(Vqgan *v, double codebook_weight, int image_wanted) {
-    for (size_t i = v->n_layers; i-- > 0;) {
+    for (size_t i = v->n_layers; i-- > backward_end(v, image_wanted);) {
         const VqLayer *l = &v->layer[i];
         switch (l->kind) {
         case VQ_NORM: TRY(vq_norm_backward(v, l)); break;

@@ -75,6 +75,13 @@ static inline void codebook_weights(const VqganConfig *c, double weight, size_t 
     *to_e = (real)(unit * (c->legacy ? c->beta : 1));
 }
 
+/* Where backward ends: nothing in front of the quantiser needs a gradient when encoder and codebook are not trained. */
+static inline size_t backward_end(const Vqgan *v, int image_wanted) {
+    const Param *row = v->params.row;
+    const int frozen = row[v->layer[0].weight].untrained && row[v->codebook].untrained;
+    return frozen && !image_wanted ? v->quantize + 1 : 0;
+}
+
 /* ---- vqgan_layers.c. Layers read and write values where v->x and v->dx say; backward overwrites the gradient of what
  *      forward read, or adds to it where Layer.more says so, and adds to the gradients of parameters. ---- */
 

@@ -1,8 +1,10 @@
-/* pictures.c - makes and compares pictures for test_programs.sh.
+/* pictures.c - makes and compares pictures, and compares tensors, for test_programs.sh.
  *
  *   pictures make DIR COUNT SIDE     COUNT pictures of coloured discs and bars in DIR/disc and DIR/bar
  *   pictures same A B X0 Y0 X1 Y1    exit status 0 if the two pictures agree in that rectangle, 1 if not
- *   pictures near A B MOST           exit status 0 if no two colours are farther apart than MOST (of 255), 1 if some are */
+ *   pictures near A B MOST           exit status 0 if no two colours are farther apart than MOST (of 255), 1 if some are
+ *   pictures tensors A P B Q         exit status 0 if every tensor of file A whose name begins with P, and there are some, has
+ *                                    the same values in B, where Q stands for P; 1 if not */
 #include "../imagebart.h"
 
 #include <stdio.h>
@@ -77,10 +79,42 @@ static int near(char **argv) {
     return farthest > atoi(argv[4]);
 }
 
+static int same_values(const Tensor *x, const Tensor *y) {
+    real *a = NULL, *b = NULL;
+    if (!y || x->size != y->size) return 0;
+    int same_size =
+        mem_alloc(&a, x->size, sizeof *a, "a tensor") == OK && mem_alloc(&b, y->size, sizeof *b, "a tensor") == OK;
+    if (same_size) tensor_to_reals(x, a), tensor_to_reals(y, b);
+    int is_same = same_size && memcmp(a, b, x->size * sizeof *a) == 0;
+    free(a);
+    free(b);
+    return is_same;
+}
+
+static int tensors(char **argv) {
+    Checkpoint a, b;
+    size_t same_ones = 0, others = 0, n = strlen(argv[3]);
+    if (checkpoint_open(&a, argv[2]) != OK || checkpoint_open(&b, argv[4]) != OK) return complain();
+    for (size_t i = 0; i < a.n; i++) {
+        char name[2 * NAME_MAX_BYTES];
+        if (strncmp(a.tensor[i].name, argv[3], n) != 0) continue;
+        snprintf(name, sizeof name, "%.100s%s", argv[5], a.tensor[i].name + n);
+        if (same_values(&a.tensor[i], checkpoint_find(&b, name)))
+            same_ones++;
+        else
+            others++;
+    }
+    fprintf(stderr, "pictures: %zu tensors the same, %zu not\n", same_ones, others);
+    checkpoint_close(&a);
+    checkpoint_close(&b);
+    return !same_ones || others;
+}
+
 int main(int argc, char **argv) {
     if (argc == 5 && !strcmp(argv[1], "make")) return make(argv[2], atoi(argv[3]), strtoul(argv[4], NULL, 10));
     if (argc == 8 && !strcmp(argv[1], "same")) return same(argv);
     if (argc == 5 && !strcmp(argv[1], "near")) return near(argv);
-    fprintf(stderr, "usage: pictures make DIR COUNT SIDE | same A B X0 Y0 X1 Y1 | near A B MOST\n");
+    if (argc == 6 && !strcmp(argv[1], "tensors")) return tensors(argv);
+    fprintf(stderr, "usage: pictures make DIR COUNT SIDE | same A B X0 Y0 X1 Y1 | near A B MOST | tensors A P B Q\n");
     return 2;
 }

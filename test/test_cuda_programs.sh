@@ -96,6 +96,8 @@ refused() { # refused STATUS WORD COMMAND...: exit status, and WORD on the last 
     fi
 }
 refused 2 "int8" sample "$cuda" cpu no.png --device cuda --weights int8
+{ cat test/tiny.txt && echo "vqgan.model.params.lossconfig.params.disc_start 0"; } >"$dir/gan.txt"
+refused 1 "discriminator, which --device cuda cannot train yet" train "$cuda" gan --vqgan --config "$dir/gan.txt" --device cuda
 refused 2 "expected bf16 or f32" train "$cuda" f32 --scale 1 --device cuda --precision f16
 
 echo "$passed passed, $failed failed"

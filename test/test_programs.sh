@@ -112,6 +112,60 @@ ok "and says how to go on" grep -q -- --resume "$dir/int.err"
 "$build/pictures" make "$dir/two" 2 20
 ok "a folder of two pictures: one trains, one is held out" train --data "$dir/two" --run "$dir/pair" --vqgan --steps 2
 
+# ---- a first stage and its discriminator: warm-up, kill and resume, threads, the official order, features ----
+loss=vqgan.model.params.lossconfig.params
+gan() { # gan FILE LINE...: a recipe
+    file=$dir/$1
+    shift
+    { cat test/tiny.txt && printf '%s\n' "$loss.disc_num_layers 2" "$loss.disc_ndf 8" "$@"; } >"$file"
+}
+gan gan.txt "$loss.disc_start 8" "vqgan.train.disc_warm_up 4"
+gan official.txt "$loss.disc_start 3" "$loss.disc_loss vanilla" "vqgan.train.official_order true" "vqgan.train.disc_warm_up 0" \
+    "$loss.perceptual_weight 0.5" "vqgan.lightning.trainer.accumulate_grad_batches 2"
+same_tensors() { "$build/pictures" tensors "$@"; }
+rm -rf "$dir/killed2" && mv "$dir/killed" "$dir/killed2"
+for recipe in gan official; do
+    rm -rf "$dir/killed"
+    ok "$recipe trains" train --run "$dir/$recipe" --vqgan --config "$dir/$recipe.txt"
+    cp "$dir/err" "$dir/said"
+    ok "$recipe killed and resumed" killed vqgan --vqgan --threads 1 --config "$dir/$recipe.txt"
+    for file in vqgan.state.safetensors vqgan.safetensors; do
+        ok "$recipe the same $file" cmp "$dir/$recipe/$file" "$dir/killed/$file"
+    done
+done
+ok "no perceptual network, which is said" grep -q "features are matched instead" "$dir/said"
+ok "the discriminator begins first, then the generator sees it" awk -F '\t' '$1 == "vqgan" {
+    if (($13 > 0) != ($2 > 4) || ($14 != 0) != ($2 > 8) || ($15 > 0) != ($2 > 8) || NF != 15) exit 1; n++ } END { exit n != 30 }' \
+    "$dir/gan/log.tsv"
+ok "without a warm-up both at once" awk -F '\t' '$1 == "vqgan" && (($13 > 0) != ($2 > 3) || ($15 > 0) != ($2 > 3)) { exit 1 }' \
+    "$dir/official/log.tsv"
+ok "the discriminator is in the state" same_tensors "$dir/gan/vqgan.state.safetensors" value.loss.discriminator. "$dir/gan/vqgan.state.safetensors" value.loss.discriminator.
+ok "and not among the weights" sh -c "! grep -q loss.discriminator '$dir/gan/vqgan.safetensors'"
+ok "the generator was not told alone" sh -c "! cmp -s '$dir/gan/vqgan.safetensors' '$dir/run/vqgan.safetensors'"
+gan frozen.txt "$loss.disc_start 0" "vqgan.train.freeze_encoder true"
+ok "train a decoder alone" train --run "$dir/frozen" --vqgan --config "$dir/frozen.txt" --init "$dir/run" --steps 12
+for part in encoder. quant_conv. quantize.; do
+    ok "$part stays" same_tensors "$dir/run/vqgan.safetensors" $part "$dir/frozen/vqgan.safetensors" $part
+done
+for part in decoder. post_quant_conv.; do
+    ok "$part does not" sh -c "! '$build/pictures' tensors '$dir/run/vqgan.safetensors' $part '$dir/frozen/vqgan.safetensors' $part"
+done
+ok "tokens of it" train --run "$dir/frozen" --scale 1 --steps 1
+ok "are the same" cmp -i 64 "$dir/run/train.tokens" "$dir/frozen/train.tokens"
+{ sed 's/^/vqgan./' test/golden-cases/vqgan_gan/config.txt && echo vqgan.train.steps 1 &&
+    printf 'vqgan.model.params.scheduler_config.params.%s\n' 'lr_start 0' 'warm_up_steps 10'; } >"$dir/taken.txt"
+ok "train from an official checkpoint" train --run "$dir/taken" --vqgan --config "$dir/taken.txt" --init test/golden-cases/vqgan_gan/model.safetensors --batch 2
+for part in loss.discriminator.main.2. decoder.; do
+    ok "$part is from there" same_tensors test/golden-cases/vqgan_gan/model.safetensors $part "$dir/taken/vqgan.state.safetensors" value.$part
+done
+gan wrong.txt "$loss.disc_start 0" "$loss.disc_conditional true"
+refused 1 "disc_conditional true" train --run "$dir/wrong" --vqgan --config "$dir/wrong.txt"
+gan wrong.txt "$loss.disc_start 0" "$loss.disc_loss wasserstein"
+refused 1 "hinge or vanilla" train --run "$dir/wrong" --vqgan --config "$dir/wrong.txt"
+{ cat test/tiny.txt && echo "$loss.disc_start 0"; } >"$dir/wrong.txt" # three layers on 16 pixels
+refused 1 "smaller disc_num_layers" train --run "$dir/wrong" --vqgan --config "$dir/wrong.txt"
+rm -rf "$dir/killed" && mv "$dir/killed2" "$dir/killed"
+
 # ---- data as it lies on disk ----
 cp -r "$dir/data" "$dir/worn" && : >"$dir/worn/bar/001.png" && head -c 90 "$dir/data/bar/003.png" >"$dir/worn/bar/003.png"
 echo '<html>404</html>' >"$dir/worn/disc/000.png" && echo >"$dir/worn/disc/002.png"

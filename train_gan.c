@@ -1,0 +1,280 @@
+/* train_gan.c - the adversarial part of ./train --vqgan (SPEC section 9; Esser et al. 2021, section 3.1): what the recipe
+ * says of a discriminator, the generator's share of a micro batch, the discriminator's own, its optimizer, its state.
+ *
+ *     reconstruct -> d nll/d xrec -> gan_generator adds d_weight * d g/d xrec -> the first stage's backward
+ *                 -> gan_discriminator: gradients from the pictures and their reconstructions
+ *     after the first stage's update -> gan_after_step: the discriminator's update
+ *
+ * The official code reconstructs the batch anew, with the updated first stage, before the discriminator's pass. That costs
+ * a third of a step and moves the reconstruction by one update, so it is an option, train.official_order; otherwise
+ * the discriminator sees the reconstruction that the generator was judged by.
+ *
+ * A discriminator that has learnt nothing sends the generator noise. So it is trained train.disc_warm_up steps longer than
+ * the generator sees it, which is from disc_start on; 0: both begin there, as in the official code.
+ *
+ * The mathematics is in discriminator.c. */
+#include "train.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+static const char LOSS[] = "model.params.lossconfig.params.";
+
+struct Gan {
+    Discriminator *d;
+    Params *params;
+    AdamW adam;
+    DiscLoss kind;
+    size_t start, first; /* steps from which on the generator sees it, from which on it is trained */
+    double weight, factor, feature_weight;
+    int official_order;
+    real *dxrec, *dlogits, *dw, *db; /* of the generator's loss; of the first stage's last layer */
+    const real *images;              /* of the last micro batch */
+    double disc, g, d_weight;        /* means over the present step's micro batches */
+};
+
+/* ------------------------------------------------------------------------------------------------------------
+ * Settings
+ * ---------------------------------------------------------------------------------------------------------- */
+
+/* Tokens stay as they are: only decoder and post_quant_conv are trained. */
+static void freeze_encoder(Stage *s) {
+    static const char *const frozen[] = {"encoder.", "quant_conv.", "quantize."};
+    for (size_t i = 0; i < s->params->n; i++)
+        for (int k = 0; k < 3; k++)
+            if (!strncmp(s->params->row[i].name, frozen[k], strlen(frozen[k]))) s->params->row[i].untrained = 1;
+    s->w_codebook = 0;
+    s->restart_every = 0;
+}
+
+/* No perceptual network (LPIPS) is here: in its place, the distance of the discriminator's features. */
+static Err read_feature_weight(Gan *g, const Config *c) {
+    double perceptual = 0;
+    TRY(config_real(&perceptual, c, LOSS, "perceptual_weight", 0, 1e6, 1));
+    if (perceptual > 0 && !config_get(c, "train.", "feature_weight")) {
+        g->feature_weight = perceptual;
+        fprintf(stderr,
+                "perceptual_weight %g: no perceptual network is here; the discriminator's features are matched "
+                "instead (train.feature_weight)\n",
+                perceptual);
+    }
+    return config_real(&g->feature_weight, c, "train.", "feature_weight", 0, 1e6, 1);
+}
+
+static Err read_gan(Gan *g, const Config *c) {
+    const char *kind = config_get(c, LOSS, "disc_loss");
+    size_t warm_up = 500;
+    int conditional = 0;
+    g->weight = g->factor = 1;
+    TRY(config_size(&g->start, c, LOSS, "disc_start", 0, SIZE_MAX / 2, 1));
+    TRY(config_size(&warm_up, c, "train.", "disc_warm_up", 0, SIZE_MAX / 2, 1));
+    g->first = g->start - min_size(warm_up, g->start);
+    TRY(config_real(&g->weight, c, LOSS, "disc_weight", 0, 1e6, 1));
+    TRY(config_real(&g->factor, c, LOSS, "disc_factor", 0, 1e6, 1));
+    TRY(config_flag(&conditional, c, LOSS, "disc_conditional", 1));
+    if (conditional)
+        return err("%sdisc_conditional true: a discriminator that sees a condition is not supported", LOSS);
+    if (kind && strcmp(kind, "hinge") && strcmp(kind, "vanilla"))
+        return err("%sdisc_loss %s: expected hinge or vanilla", LOSS, kind);
+    g->kind = kind && !strcmp(kind, "vanilla") ? DISC_VANILLA : DISC_HINGE;
+    TRY(config_flag(&g->official_order, c, "train.", "official_order", 1));
+    return read_feature_weight(g, c);
+}
+
+static Err create_discriminator(Stage *s, Gan *g) {
+    DiscConfig c;
+    const VqganConfig *v = vqgan_config(s->vqgan);
+    TRY(disc_config_read(&c, &s->settings, LOSS));
+    if (c.in_channels != v->in_channels || c.in_channels != v->out_ch)
+        return err("%sdisc_in_channels is %zu, expected the pictures' %zu", LOSS, c.in_channels, v->out_ch);
+    TRY(disc_create(&g->d, &c));
+    g->params = disc_params(g->d);
+    g->adam = (AdamW){0, 0.5, 0.9, 1e-8, 0};
+    return OK;
+}
+
+Err gan_create(Stage *s) {
+    const Config *c = &s->settings;
+    int wanted = config_get(c, LOSS, "disc_start") != NULL, frozen = 0;
+    if (!config_get(c, "train.", "codebook_weight"))
+        TRY(config_real(&s->w_codebook, c, LOSS, "codebook_weight", 0, 1e6, 1));
+    TRY(config_flag(&frozen, c, "train.", "freeze_encoder", 1));
+    if (frozen) freeze_encoder(s);
+    TRY(config_flag(&wanted, c, "train.", "discriminator", 1));
+    if (!wanted) return OK;
+    if (s->opt->cuda)
+        return err("the recipe asks for a discriminator, which --device cuda cannot train yet; --device cpu can, or "
+                   "train.discriminator false leaves it out");
+    TRY(mem_alloc(&s->gan, 1, sizeof *s->gan, "discriminator"));
+    TRY(read_gan(s->gan, c));
+    return create_discriminator(s, s->gan);
+}
+
+void gan_free(Stage *s) {
+    Gan *g = s->gan;
+    if (!g) return;
+    disc_free(g->d);
+    void *buffers[] = {g->dxrec, g->dlogits, g->dw, g->db, g};
+    for (size_t i = 0; i < sizeof buffers / sizeof *buffers; i++) free(buffers[i]);
+    s->gan = NULL;
+}
+
+Err gan_plan_bytes(const Stage *s, size_t *bytes) {
+    size_t activations;
+    if (!s->gan) return OK;
+    TRY(disc_plan_bytes(s->gan->d, s->batch, s->size, s->size, s->gan->feature_weight > 0, &activations));
+    *bytes += activations + (4 * s->gan->params->total + s->batch * 3 * s->size * s->size) * sizeof(real);
+    return OK;
+}
+
+Err gan_plan(Stage *s) {
+    Gan *g = s->gan;
+    if (!g) return OK;
+    const Param *last = vqgan_last_layer(s->vqgan);
+    TRY(disc_plan(g->d, s->batch, s->size, s->size, g->feature_weight > 0));
+    TRY(params_plan(g->params, PLAN_VALUE | PLAN_GRAD | PLAN_ADAM));
+    params_init(g->params, s->seed + 1); /* other numbers than the first stage's */
+    TRY(mem_alloc(&g->dxrec, s->batch * 3 * s->size * s->size, sizeof(real), "discriminator: gradient"));
+    TRY(mem_alloc(&g->dlogits, disc_logits(g->d), sizeof(real), "discriminator: gradient"));
+    TRY(mem_alloc(&g->dw, last->size, sizeof(real), "gradient of the last layer"));
+    return mem_alloc(&g->db, last->dim[0], sizeof(real), "gradient of the last layer");
+}
+
+/* ------------------------------------------------------------------------------------------------------------
+ * A micro batch
+ * ---------------------------------------------------------------------------------------------------------- */
+
+static void add_scaled(real *to, const real *x, double scale, size_t n) {
+    for (size_t i = 0; i < n; i++) to[i] += (real)scale * x[i];
+}
+
+/* |gradient of the weight of the decoder's last layer| */
+static Err last_norm(Stage *s, const real *dxrec, double *norm) {
+    Gan *g = s->gan;
+    const size_t n = vqgan_last_layer(s->vqgan)->size;
+    double sum = 0;
+    TRY(vqgan_last_gradient(s->vqgan, dxrec, g->dw, g->db));
+    for (size_t i = 0; i < n; i++) sum += (double)g->dw[i] * (double)g->dw[i];
+    *norm = sqrt(sum);
+    return OK;
+}
+
+/* The discriminator's logits. Feature matching counts as part of nll, as the perceptual loss does whose place it takes. */
+static Err see_reconstruction(Stage *s, double unit, const real *images, const real *xrec, const real **logits,
+                              double *loss) {
+    Gan *g = s->gan;
+    if (g->feature_weight > 0) {
+        TRY(disc_forward(g->d, images, 0, logits));
+        TRY(disc_keep_features(g->d));
+    }
+    TRY(disc_forward(g->d, xrec, 1, logits));
+    if (g->feature_weight <= 0) return OK;
+    *loss += g->feature_weight * disc_feature_loss(g->d);
+    TRY(disc_backward(g->d, NULL, g->feature_weight * unit, 0, g->dxrec));
+    add_scaled(s->dxrec, g->dxrec, 1, s->batch * 3 * s->size * s->size);
+    return OK;
+}
+
+/* s->dxrec holds the gradient of nll with weight 1/accumulate. To it and to loss is added what the discriminator says. */
+Err gan_generator(Stage *s, uint64_t micro, const real *images, const real *xrec, double *loss) {
+    Gan *g = s->gan;
+    const double unit = 1 / (double)s->accumulate;
+    const real *logits;
+    double nll_norm, g_norm;
+    if (!g) return OK;
+    if (micro % s->accumulate == 0) {
+        params_zero_grad(g->params);
+        g->disc = g->g = g->d_weight = 0;
+    }
+    g->images = images;
+    if (s->step < g->start) return OK;
+    TRY(see_reconstruction(s, unit, images, xrec, &logits, loss));
+    const double g_loss = generator_loss(logits, disc_logits(g->d), unit, g->dlogits);
+    TRY(disc_backward(g->d, g->dlogits, 0, 0, g->dxrec));
+    TRY(last_norm(s, s->dxrec, &nll_norm));
+    TRY(last_norm(s, g->dxrec, &g_norm));
+    const double d_weight = g->weight * adaptive_weight(nll_norm / unit, g_norm / unit);
+    add_scaled(s->dxrec, g->dxrec, d_weight * g->factor, s->batch * 3 * s->size * s->size);
+    *loss += d_weight * g->factor * g_loss;
+    g->g += unit * g_loss, g->d_weight += unit * d_weight;
+    return OK;
+}
+
+static Err judge(Stage *s, const real *pictures, int genuine) {
+    Gan *g = s->gan;
+    const double unit = 1 / (double)s->accumulate;
+    const real *logits;
+    TRY(disc_forward(g->d, pictures, 1, &logits));
+    g->disc += unit * g->factor * disc_loss(g->kind, logits, disc_logits(g->d), genuine, unit * g->factor, g->dlogits);
+    return disc_backward(g->d, g->dlogits, 0, 1, NULL);
+}
+
+/* After the first stage's backward; in the official order, the last micro batch's waits for gan_after_step. */
+Err gan_discriminator(Stage *s, uint64_t micro, const real *xrec) {
+    Gan *g = s->gan;
+    if (!g || s->step < g->first) return OK;
+    if (g->official_order && micro % s->accumulate == s->accumulate - 1) return OK;
+    TRY(judge(s, g->images, 1));
+    return judge(s, xrec, 0);
+}
+
+/* s->step counts the step that has just been made; the learning rate is the first stage's. */
+Err gan_after_step(Stage *s) {
+    Gan *g = s->gan;
+    const real *xrec;
+    double codebook;
+    if (!g || s->step <= g->first) return OK;
+    if (g->official_order) {
+        TRY(vqgan_forward(s->vqgan, g->images, s->batch, s->size, s->size, &xrec, &codebook));
+        TRY(judge(s, g->images, 1));
+        TRY(judge(s, xrec, 0));
+    }
+    const double norm = params_grad_norm(g->params);
+    if (!isfinite(g->disc) || !isfinite(norm))
+        return err(
+            "%s step %llu: the discriminator's loss is %g and its gradient norm %g; the last checkpoint is intact "
+            "(a smaller --lr?)",
+            s->name, (unsigned long long)s->step, g->disc, norm);
+    g->adam.lr = s->adam.lr;
+    adamw_step(g->params, &g->adam, s->step - g->first);
+    return OK;
+}
+
+/* ------------------------------------------------------------------------------------------------------------
+ * State and log
+ * ---------------------------------------------------------------------------------------------------------- */
+
+/* Batch norm's buffers are rows of the table. */
+Err gan_collect_state(const Stage *s, TensorList *list) {
+    if (!s->gan) return OK;
+    TRY(tensor_list_params(list, s->gan->params, 'v', "value.", DT_F32));
+    TRY(tensor_list_params(list, s->gan->params, '1', "adam.m.", DT_F32));
+    return tensor_list_params(list, s->gan->params, '2', "adam.v.", DT_F32);
+}
+
+Err gan_load_state(Stage *s, const Checkpoint *ck) {
+    if (!s->gan) return OK;
+    TRY(params_load(s->gan->params, ck, 'v', "value."));
+    TRY(params_load(s->gan->params, ck, '1', "adam.m."));
+    return params_load(s->gan->params, ck, '2', "adam.v.");
+}
+
+/* An official checkpoint of a first stage has its discriminator too. */
+Err gan_start_from(Stage *s, const Checkpoint *ck) {
+    if (!s->gan || !checkpoint_find(ck, s->gan->params->row[0].name)) return OK;
+    return params_load(s->gan->params, ck, 'v', "");
+}
+
+void gan_log(const Stage *s, FILE *log) {
+    if (s->gan)
+        fprintf(log, "\t%.6g\t%.6g\t%.6g", s->gan->disc, s->gan->g, s->gan->d_weight);
+    else
+        fprintf(log, "\t\t\t");
+}
+
+const char *gan_text(const Stage *s, char text[96]) {
+    text[0] = 0;
+    if (s->gan) snprintf(text, 96, " | D %.4f | G %.4f x %.3f", s->gan->disc, s->gan->g, s->gan->d_weight);
+    return text;
+}
