@@ -397,6 +397,8 @@ typedef enum {
 /* out (3,size,size) = the picture in [-1,1] (u8/127.5 - 1). u_crop_y, u_crop_x in [0,1): where a random crop lies
  * (PREP_IMAGENET in training; pass -1 for a centre crop); flip: mirror left-right. */
 Err image_prepare(real *out, const Image *im, Prep prep, size_t size, double u_crop_y, double u_crop_x, int flip);
+/* images (planes,side,side): left and right change places. */
+void image_mirror(real *images, size_t planes, size_t side);
 /* (n,3,H,W) in [-1,1] -> one picture, `columns` wide, `gap` white pixels between; official u8 truncation
  * (255*clip((x+1)/2,0,1)). */
 Err image_grid(Image *out, const real *images, size_t n, size_t H, size_t W, size_t columns, size_t gap);
@@ -863,6 +865,10 @@ Err model_class_bounds(Model *m, const int32_t *tokens, const uint8_t *keep, uin
  * pass each group is drawn anew from itself, a candidate's weight being the probability its pass gave the known tokens
  * (importance resampling); the first of each group is the result. */
 Err model_sample(Model *m, const SampleOptions *o, int32_t *tokens);
+
+/* nearest.c: how near drawn pictures, tokens (n,N), come to the training pictures of the dataset at path, mirrored ones
+ * included: a line on stdout for each, a sum on stderr. Ends the first stage's plan. */
+Err nearest_report(Model *m, const int32_t *tokens, size_t n, const char *path);
 
 /* ------------------------------------------------------------------------------------------------------------
  * 8. cli.c: what the three programs share

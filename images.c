@@ -855,6 +855,15 @@ void prep_crop(real *out, const Image *im, size_t size, double u_y, double u_x, 
         }
 }
 
+void image_mirror(real *images, size_t planes, size_t side) {
+    for (size_t row = 0; row < planes * side; row++)
+        for (size_t i = 0, j = side - 1; i < j; i++, j--) {
+            const real keep = images[row * side + i];
+            images[row * side + i] = images[row * side + j];
+            images[row * side + j] = keep;
+        }
+}
+
 Err image_prepare(real *out, const Image *im, Prep prep, size_t size, double u_crop_y, double u_crop_x, int flip) {
     if (!(u_crop_y < 1 && u_crop_x < 1)) return err("crop position %g, %g: below 1 expected", u_crop_y, u_crop_x);
     if (size < 1 || size > IMAGE_MAX_SIDE) return err("size %zu: 1..%d expected", size, IMAGE_MAX_SIDE);

@@ -111,7 +111,7 @@ static void say_classes(const Job *job) {
     fprintf(stderr, "\n");
 }
 
-static void sample(SamplingArgs *a, const char *chain_path) {
+static void sample(SamplingArgs *a, const char *chain_path, const char *nearest) {
     Job job;
     const NamedModel *missing;
     double start = seconds();
@@ -136,6 +136,7 @@ static void sample(SamplingArgs *a, const char *chain_path) {
     printf("%s\n", a->out);
     if (chain_path) printf("%s\n", chain_path);
     if (a->show) check(show_png(a->out));
+    if (nearest) check(nearest_report(&job.model, job.tokens, a->n, nearest));
     model_close(&job.model);
     free(job.label);
     free(job.tokens);
@@ -164,7 +165,7 @@ static const char intro[] =
 
 int main(int argc, char **argv) {
     SamplingArgs a = {.model = "emoji", .out = "samples.png", .n = 16, .batch = 16, .seed = SEED_NOT_GIVEN};
-    const char *chain = NULL, *folder = NULL, *store = "f32";
+    const char *chain = NULL, *nearest = NULL, *folder = NULL, *store = "f32";
     int list = 0;
     const Option table[] = {
         {OPT_HEADING, "Arguments", NULL, NULL, 0, 0, NULL},
@@ -175,6 +176,8 @@ int main(int argc, char **argv) {
         {OPT_STRING, "-o", "OUT.png", &a.out, 0, 0, "where the grid of them goes (default samples.png)"},
         SAMPLING_OPTIONS(a),
         {OPT_STRING, "--chain", "CHAIN.png", &chain, 0, 0, "also draw every scale: a row per sample, x_T at the left"},
+        {OPT_STRING, "--nearest", "DATA", &nearest, 0, 0,
+         "compare each picture with the training pictures in this folder: same tokens,\ndistance of pixels"},
         {OPT_FLAG, "--list", NULL, &list, 0, 0,
          "the models, which of them are here, how to get the others\n(make ffhq)"},
         {OPT_STRING, "--convert", "DIR", &folder, 0, 0, "write the model as safetensors into DIR instead of sampling"},
@@ -186,7 +189,7 @@ int main(int argc, char **argv) {
     else if (folder)
         convert(&a, folder, store);
     else
-        sample(&a, chain);
+        sample(&a, chain, nearest);
     if (fflush(stdout)) die("standard output could not be written");
     return 0;
 }

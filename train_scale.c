@@ -153,22 +153,13 @@ static uint64_t dataset_hash(const Stage *s, const Dataset *d) {
     return hash_bytes(h, &d->identity, sizeof d->identity);
 }
 
-static void mirror(real *images, size_t planes, size_t side) {
-    for (size_t row = 0; row < planes * side; row++)
-        for (size_t i = 0, j = side - 1; i < j; i++, j--) {
-            real keep = images[row * side + i];
-            images[row * side + i] = images[row * side + j];
-            images[row * side + j] = keep;
-        }
-}
-
 /* images (B,...) as they are and, with flips, mirrored: token (B, flips, N). Where a label is -1 the image is not used. */
 static Err encode_batch(Stage *s, size_t flips, const real *images, size_t B, real *mirrored, int32_t *once,
                         int32_t *token) {
     size_t pixels = 3 * s->size * s->size;
     memcpy(mirrored, images, B * pixels * sizeof *mirrored);
     for (size_t flip = 0; flip < flips; flip++) {
-        if (flip) mirror(mirrored, B * 3, s->size);
+        if (flip) image_mirror(mirrored, B * 3, s->size);
         TRY(vqgan_encode(s->vqgan, mirrored, B, s->size, s->size, s->seed, NULL, NULL, once));
         for (size_t b = 0; b < B; b++) memcpy(token + (b * flips + flip) * s->N, once + b * s->N, s->N * sizeof *token);
     }
