@@ -1,9 +1,9 @@
 /* train.c - trains every part of a model: the VQGAN, one transition, or all transitions in one network.
  *
  * Reading order: the options at the end of the file say what a user can ask for; `Stage` (train.h) is what is being
- * trained; train_vqgan.c (with train_gan.c, its discriminator) and train_scale.c are the two kinds of stage, each as four functions:
- * one micro batch, an evaluation, a picture, the weights that sampling uses; here is the one loop that drives them; train_run.c keeps the
- * run. No mathematics here: it is in vqgan.c, transformer.cu and diffusion.c. */
+ * trained; train_vqgan.c (with train_gan.c, its discriminator) and train_scale.c are the two kinds of stage, each as four
+ * functions: one micro batch, an evaluation, a picture, the weights that sampling uses; here is the one loop that drives
+ * them; train_run.c keeps the run. No mathematics here: it is in vqgan.c, transformer.cu and diffusion.c. */
 #include "train.h"
 
 #include <errno.h>

@@ -1,7 +1,8 @@
 /* train.h - what the files of ./train share: the user's options, the stage being trained, the run's folder.
  *
  * train.c reads options and recipe and drives the loop; train_vqgan.c and train_scale.c are the two kinds of stage, first
- * stage and transition, train_gan.c is the first one's discriminator; train_run.c keeps the run: memory plan, checkpoints, log. Nobody else includes this. */
+ * stage and transition, train_gan.c is the first one's discriminator; train_run.c keeps the run: memory plan,
+ * checkpoints, log. Nobody else includes this. */
 #ifndef TRAIN_H
 #define TRAIN_H
 

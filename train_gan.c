@@ -132,6 +132,8 @@ Err gan_plan(Stage *s) {
     Gan *g = s->gan;
     if (!g) return OK;
     const Param *last = vqgan_last_layer(s->vqgan);
+    fprintf(stderr, "discriminator: %.2f million parameters, trained from step %zu on, seen from step %zu on\n",
+            (double)params_count(g->params) / 1e6, g->first + 1, g->start + 1);
     TRY(disc_plan(g->d, s->batch, s->size, s->size, g->feature_weight > 0));
     TRY(params_plan(g->params, PLAN_VALUE | PLAN_GRAD | PLAN_ADAM));
     params_init(g->params, s->seed + 1); /* other numbers than the first stage's */

@@ -142,6 +142,16 @@ ok "without a warm-up both at once" awk -F '\t' '$1 == "vqgan" && (($13 > 0) != 
 ok "the discriminator is in the state" same_tensors "$dir/gan/vqgan.state.safetensors" value.loss.discriminator. "$dir/gan/vqgan.state.safetensors" value.loss.discriminator.
 ok "and not among the weights" sh -c "! grep -q loss.discriminator '$dir/gan/vqgan.safetensors'"
 ok "the generator was not told alone" sh -c "! cmp -s '$dir/gan/vqgan.safetensors' '$dir/run/vqgan.safetensors'"
+gan usual.txt "$loss.disc_start 0"
+gan after.txt "$loss.disc_start 0" "vqgan.train.official_order true"
+gan still.txt "$loss.disc_start 0" && sed 's/lr_start .*/lr_start 0/' "$dir/still.txt" >"$dir/still2.txt"
+ok "a step" train --run "$dir/usual" --vqgan --config "$dir/usual.txt" --steps 1
+ok "a step in the official order" train --run "$dir/after" --vqgan --config "$dir/after.txt" --steps 1
+ok "moves the first stage alike" same_tensors "$dir/usual/vqgan.safetensors" "" "$dir/after/vqgan.safetensors" ""
+ok "the moved one" train --run "$dir/still" --vqgan --config "$dir/still2.txt" --init "$dir/after" --steps 20 --save-every 1
+judged() { awk -F '\t' '$2 == 1 { print $13 }' "$dir/$1/log.tsv"; }
+ok "is what the discriminator judges then" test "$(judged after)" = "$(judged still)"
+ok "and not the one before" test "$(judged usual)" != "$(judged after)"
 gan frozen.txt "$loss.disc_start 0" "vqgan.train.freeze_encoder true"
 ok "train a decoder alone" train --run "$dir/frozen" --vqgan --config "$dir/frozen.txt" --init "$dir/run" --steps 12
 for part in encoder. quant_conv. quantize.; do
