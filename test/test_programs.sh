@@ -240,6 +240,13 @@ ok "another picture" sh -c "! cmp -s $dir/s.png $dir/first.png"
 ok "the seed is kept in the PNG" grep -q seed "$dir/first.png"
 ok "by class name" sample "$dir/run" -n 1 --class disc --temperature 1,0.9,0.8 --top-k 3
 ok "by class number" sample "$dir/run" -n 1 --class 1 --official-temperature
+mkdir -p "$dir/near/train" "$dir/near/val"
+for seed in 7 8 9; do ok "a picture to find" sample "$dir/run" -n 1 --seed $seed && cp "$dir/s.png" "$dir/near/train/$seed.png"; done
+cp "$dir/s.png" "$dir/near/val"
+ok "what is nearest" sample "$dir/run" -n 1 --seed 8 --nearest "$dir/near"
+cp "$dir/out" "$dir/nearest"
+ok "is the picture itself, but for its 8 bits" awk -F'\t' '$1 == 0 && $4 < 0.003 && $5 ~ /train.8.png$/ { found = 1 } END { exit !found }' "$dir/nearest"
+refused_late 1 "nowhere" sample "$dir/run" -n 1 --nearest "$dir/nowhere"
 ok "shown in a terminal" sample "$dir/run" -n 1 --show
 cp "$dir/out" "$dir/shown"
 ok "as half blocks" grep -q '38;2;' "$dir/shown"
