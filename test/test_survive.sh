@@ -32,7 +32,6 @@ fails() { # fails WORD ARGUMENTS...: train exits 1 and its last line holds WORD
 }
 
 said() { grep -q -- "$1" "$dir/said"; }
-twice() { [ "$(grep -c -- "$1" "$dir/said")" -eq 2 ]; }
 state() { echo "$dir/$1/$2.state.safetensors"; }
 same() { cmp "$(state "$1" "$3")" "$(state "$2" "$3")"; } # same RUN RUN STAGE
 every_step_once() { awk -v stage="$2" -v steps="$3" '$1 == stage { n[$2]++ } END { for (i = 1; i <= steps; i++) if (n[i] != 1) exit 1 }' "$dir/$1/log.tsv"; }
@@ -156,6 +155,20 @@ bad_batch vqgan 17 17 18 "not finite" --vqgan --steps 60
 bad_batch scale1 34 34-35 18 "not finite" --scale 1 --steps 60
 bad_batch joint 35 34-35 18 "not finite" --joint --steps 60
 bad_batch scale3 94 94-95 48 "loss spike" --scale 3 --steps 60
+# From before the bad batch: it is met again, measured against what the state remembers; if it is good now, it is taken.
+new_run again
+export IMAGEBART_TEST_SPIKE=scale3:94
+ok "a spike, with five states" train --run "$dir/again" --scale 3 --steps 60 --keep 5
+(cd "$dir/again" && rm scale3.state.safetensors scale3.state-[123].safetensors) && cp -r "$dir/again" "$dir/taken"
+ok "the state before it" train --run "$dir/again" --scale 3 --steps 60 --resume
+ok "is of step 40" said 'continuing after step 40$'
+ok "and meets it again" said '^scale3 step 48: loss spike'
+ok "to the same state" same again scale3-bad scale3
+ok "the same notes" cmp "$dir/again/skipped_batches.tsv" "$dir/scale3-bad/skipped_batches.tsv"
+unset IMAGEBART_TEST_SPIKE
+ok "without the spike" train --run "$dir/taken" --scale 3 --steps 60 --resume
+ok "nothing is left out" same taken scale3-good scale3
+ok "nor noted" test "$(wc -l <"$dir/taken/skipped_batches.tsv")" -eq 1
 losses() { awk -v stage=scale1 -v last="$2" '$1 == stage && $2 <= last { print $3 }' "$dir/$1/log.tsv"; }
 ok "before it the two runs are one" test "$(losses scale1-bad 17)" = "$(losses scale1-good 17)"
 ok "behind it they are not" test "$(losses scale1-bad 18)" != "$(losses scale1-good 18)"
