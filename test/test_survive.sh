@@ -39,6 +39,7 @@ every_step_once() { awk -v stage="$2" -v steps="$3" '$1 == stage { n[$2]++ } END
 begin() { # begin RUN ARGUMENTS...: in the background, until said is $until; its number is in $pid
     run=$1
     shift
+    : >"$dir/said" # the program will, but not at once
     # the program itself, not a shell around it
     "$build/train" --config test/tiny.txt --data "$dir/data" --save-every 5 --eval-every 10 --picture-every 100 --threads 1 --run "$dir/$run" "$@" >/dev/null 2>"$dir/said" &
     pid=$!
@@ -46,8 +47,8 @@ begin() { # begin RUN ARGUMENTS...: in the background, until said is $until; its
 
 until_there() { # until_there COMMAND...: as long as $pid runs
     tries=0
-    while ! "$@" && [ $tries -lt 2400 ] && kill -0 $pid 2>/dev/null; do
-        sleep 0.02
+    while ! "$@" && [ $tries -lt 8000 ] && kill -0 $pid 2>/dev/null; do
+        sleep 0.005
         tries=$((tries + 1))
     done
 }
@@ -229,6 +230,7 @@ quiet_folder() { ! ls "$dir/$1/"*.tmp* "$dir/$1/"*-new* 2>/dev/null; }
 limited() { # limited BYTES RUN ARGUMENTS...: begin under a limit that can be raised
     limit=$1 run=$2
     shift 2
+    : >"$dir/said"
     prlimit --fsize="$limit": "$build/train" --config test/tiny.txt --data "$dir/data" --save-every 5 --eval-every 10 --picture-every 100 --threads 1 --run "$dir/$run" "$@" >/dev/null 2>"$dir/said" &
     pid=$!
 }
