@@ -39,7 +39,10 @@ enum {
     LINE_MAX_BYTES = 1 << 16      /* of a configuration file */
 };
 
+static _Thread_local int io_errno; /* of the last file written; 0: it went well so far */
+
 static Err io_error(const char *path, const char *doing) {
+    io_errno = errno;
     return err("%s: cannot %s: %s", path, doing, strerror(errno));
 }
 
@@ -236,6 +239,7 @@ static int open_temporary(AtomicFile *f) {
  * the file behind it is replaced. */
 Err atomic_open(AtomicFile *f, const char *path) {
     *f = (AtomicFile){0};
+    io_errno = 0;
     struct stat st;
     int exists = stat(path, &st) == 0, direct = exists && !S_ISREG(st.st_mode);
     if (exists && S_ISDIR(st.st_mode)) return err("%s: is a directory, expected a file to write", path);
@@ -303,6 +307,30 @@ void atomic_abandon(AtomicFile *f) {
     if (f->temporary[0]) unlink(f->temporary);
     f->file = NULL;
     f->temporary[0] = 0;
+}
+
+int disk_full(void) {
+    return io_errno == ENOSPC || io_errno == EDQUOT || io_errno == EFBIG;
+}
+
+Err file_append(const char *path, const char *text) {
+    struct stat before;
+    size_t n = strlen(text), done = 0;
+    io_errno = 0;
+    int fd = open(path, O_WRONLY | O_APPEND | O_CREAT | O_CLOEXEC, 0666);
+    if (fd < 0) return io_error(path, "open");
+    Err e = fstat(fd, &before) == 0 ? OK : io_error(path, "read");
+    while (e == OK && done < n) {
+        ssize_t put = write(fd, text + done, n - done);
+        if (put >= 0)
+            done += (size_t)put;
+        else if (errno != EINTR)
+            e = io_error(path, "write");
+    }
+    if (e != OK && done && ftruncate(fd, before.st_size) != 0)
+        err("%s; and the beginning of a line stays there", err_text());
+    if (close(fd) != 0 && e == OK) e = io_error(path, "close");
+    return e;
 }
 
 Err file_checksum(uint64_t *out, const char *path) {

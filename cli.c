@@ -209,18 +209,27 @@ void progress_end(void) {
 
 static volatile sig_atomic_t interrupt_flag;
 
+static const int interrupts[] = {SIGINT, SIGTERM, SIGHUP};
+enum { INTERRUPTS = sizeof interrupts / sizeof *interrupts };
+
 static void on_interrupt(int number) {
     (void)number;
     interrupt_flag = 1;
+    for (int i = 0; i < INTERRUPTS; i++) /* a second one, whichever, acts as usual: it ends the program */
+        signal(interrupts[i], SIG_DFL);
 }
 
 void catch_interrupts(void) {
-    struct sigaction action;
+    struct sigaction action, before;
     memset(&action, 0, sizeof action);
     action.sa_handler = on_interrupt;
-    action.sa_flags = SA_RESETHAND | SA_RESTART; /* a second signal acts as usual: it ends the program */
-    sigaction(SIGINT, &action, NULL);
-    sigaction(SIGTERM, &action, NULL);
+    action.sa_flags = SA_RESTART;
+    sigfillset(&action.sa_mask); /* the second comes after the handler of the first, never into it */
+    for (int i = 0; i < INTERRUPTS && !interrupt_flag; i++) {
+        sigaction(interrupts[i], NULL, &before);
+        if (interrupts[i] == SIGHUP && before.sa_handler == SIG_IGN) continue; /* nohup */
+        sigaction(interrupts[i], &action, NULL);
+    }
 }
 
 int interrupted(void) {

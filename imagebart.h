@@ -294,6 +294,10 @@ Err atomic_open(AtomicFile *f, const char *path);
 Err atomic_write(AtomicFile *f, const void *data, size_t bytes);
 Err atomic_commit(AtomicFile *f);
 void atomic_abandon(AtomicFile *f); /* safe after a failure or twice */
+/* Writes text behind a file's end: all of it, or none of it and an error. */
+Err file_append(const char *path, const char *text);
+/* Did the last of this thread's AtomicFiles and file_appends fail for want of room (ENOSPC, EDQUOT, EFBIG)? */
+int disk_full(void);
 
 /* ---- params.c: parameter tables. One row per tensor of a model; allocation, init, load, save, decay, optimizer, EMA and
  * gradient checks loop over the rows and nothing else knows names or order. ---- */
@@ -989,7 +993,7 @@ Err sampling_text(Config *text, const SamplingArgs *a, const SampleOptions *o, c
 Err decode_pictures(Model *m, const int32_t *tokens, size_t n, real *images);
 /* Draws a PNG file on stdout: Kitty or iTerm2 graphics where the terminal says it has them, else 24-bit half blocks. */
 Err show_png(const char *path);
-/* SIGINT and SIGTERM set a flag; a second one ends the program at once. */
+/* SIGINT, SIGTERM and, without nohup, SIGHUP set a flag; a second one ends the program at once. */
 void catch_interrupts(void);
 int interrupted(void);
 

@@ -3,11 +3,12 @@
  * Reading order: the options at the end of the file say what a user can ask for; `Stage` (train.h) is what is being
  * trained; train_vqgan.c (with train_gan.c, its discriminator) and train_scale.c are the two kinds of stage, each as four
  * functions: one micro batch, an evaluation, a picture, the weights that sampling uses; here is the one loop that drives
- * them; train_run.c keeps the run. No mathematics here: it is in vqgan.c, transformer.cu and diffusion.c. */
+ * them; train_run.c keeps the run, train_survive.c what it goes on after. No mathematics here: it is in vqgan.c,
+ * transformer.cu and diffusion.c. */
 #include "train.h"
 
 #include <errno.h>
-#include <math.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -18,16 +19,21 @@
  * Settings: the recipe's lines for this stage, then what the user said
  * ---------------------------------------------------------------------------------------------------------- */
 
+static const char *recipe_path(const Options *o, char out[1100]) {
+    if (o->config)
+        snprintf(out, 1100, "%s", o->config);
+    else if (strchr(o->model, '/'))
+        snprintf(out, 1100, "%s/config.txt", o->model);
+    else
+        snprintf(out, 1100, "models/%s.txt", o->model);
+    return out;
+}
+
 /* The part of the recipe that this stage is trained by */
 static Err read_recipe(Stage *s) {
     const Options *o = s->opt;
     char path[1100];
-    if (o->config)
-        snprintf(path, sizeof path, "%s", o->config);
-    else if (strchr(o->model, '/'))
-        snprintf(path, sizeof path, "%s/config.txt", o->model);
-    else
-        snprintf(path, sizeof path, "models/%s.txt", o->model);
+    recipe_path(o, path);
     if (!file_exists(path))
         return err("%s: no such recipe; --config FILE names one (models/emoji.txt is an example)", path);
     return recipe_read(&s->settings, path, o->vqgan ? RECIPE_VQGAN : o->joint ? 0 : (int)o->scale);
@@ -36,7 +42,7 @@ static Err read_recipe(Stage *s) {
 static const char LR[] = "model.params.scheduler_config.params.";
 
 /* What the user gave goes over the recipe; --steps alone also fits warm-up and decay to the shorter run. */
-static Err apply_options(Stage *s) {
+Err apply_options(Stage *s) {
     const Options *o = s->opt;
     Config *c = &s->settings;
     if (o->steps != NOT_GIVEN) {
@@ -82,6 +88,7 @@ static Err read_settings(Stage *s) {
     s->lr = (LrSchedule){2.5e-6, 1e-4, 1e-8, 0, 0};
     s->ema_decay = 0.9999;
     s->w_l1 = s->w_l2 = s->w_codebook = 1;
+    survive_defaults(s);
     TRY(config_size(&s->batch, c, "data.params.", "batch_size", 1, 65536, 1));
     TRY(config_size(&s->accumulate, c, "lightning.trainer.", "accumulate_grad_batches", 1, 65536, 1));
     TRY(config_size(&s->steps, c, "train.", "steps", 1, UINT32_MAX, 0));
@@ -93,6 +100,7 @@ static Err read_settings(Stage *s) {
     TRY(config_real(&s->w_l2, c, "train.", "l2_weight", 0, 1e6, 1));
     TRY(config_real(&s->w_codebook, c, "train.", "codebook_weight", 0, 1e6, 1));
     TRY(config_real(&s->ema_decay, c, "train.", "ema_decay", 0, 1, 1));
+    TRY(config_real(&s->spike, c, "train.", "spike", 0, 1e6, 1));
     TRY(config_real(&s->adam.decay_scale, c, "train.", "weight_decay_scale", 0, 1e6, 1));
     TRY(config_real(&s->alpha, c, "model.params.", "alpha", 0, 1, 1));
     TRY(config_real(&s->lr.lr_start, c, LR, "lr_start", 0, 10, 1));
@@ -118,21 +126,26 @@ static Err read_settings(Stage *s) {
  * The loop
  * ---------------------------------------------------------------------------------------------------------- */
 
-static Err train_step(Stage *s, Metrics *mean, double *lr, double *norm) {
+/* The step's gradients, their mean loss and norm: all that decides whether the step is good (what_is_bad). */
+static Err gradients(Stage *s, Metrics *mean, double *norm) {
     memset(mean, 0, sizeof *mean);
     params_zero_grad(s->params);
     for (size_t i = 0; i < s->accumulate; i++) {
+        const uint64_t micro = micro_number(s, i);
+        s->micro_index = i;
         Metrics m;
-        TRY(s->micro_batch(s, s->step * s->accumulate + i, &m));
-        mean->loss += m.loss / (double)s->accumulate;
+        TRY(s->micro_batch(s, micro, &m));
+        mean->loss += test_loss(s, micro, m.loss) / (double)s->accumulate;
         for (int k = 0; k < 2; k++) mean->part[k] += m.part[k] / (double)s->accumulate;
         if (i + 1 < s->accumulate && !s->opt->vqgan) ema_update(s->params, s->ema_decay, ++s->ema_updates);
     }
     *norm = params_grad_norm(s->params);
-    if (!isfinite(mean->loss) || !isfinite(*norm))
-        return err(
-            "%s step %llu: the loss is %g and the gradient norm %g; the last checkpoint is intact (a smaller --lr?)",
-            s->name, (unsigned long long)s->step + 1, mean->loss, *norm);
+    return OK;
+}
+
+/* The optimizer's part of the step */
+static Err update(Stage *s, const Metrics *mean, double norm, double *lr) {
+    remember_step(s, mean->loss, norm);
     s->adam.lr = *lr = s->lr_scale * lr_at(&s->lr, s->step);
     s->step++;
     if (s->opt->vqgan)
@@ -142,7 +155,8 @@ static Err train_step(Stage *s, Metrics *mean, double *lr, double *norm) {
     return s->after_step ? s->after_step(s) : OK;
 }
 
-static Err draw_picture(Stage *s) {
+static Err draw_picture(Stage *s, void *unused) {
+    (void)unused;
     char suffix[40], path[1100];
     snprintf(suffix, sizeof suffix, "-%06llu.png", (unsigned long long)s->step);
     run_path(s, path, suffix);
@@ -159,25 +173,31 @@ static int due(uint64_t step, size_t every, size_t last) {
 
 static Err run(Stage *s) {
     Progress p = {0};
-    TRY(log_open(s, &p));
     catch_interrupts();
-    Err e = OK;
+    TRY(log_open(s, &p));
+    Err e = state_exists(s) ? OK : save_state(s, 1); /* something to go back to, and the disk shows what it has */
     while (e == OK && s->step < s->steps && !interrupted()) {
         Metrics m, val, ema;
         double lr = 0, norm = 0;
-        e = train_step(s, &m, &lr, &norm);
+        e = gradients(s, &m, &norm);
+        const char *bad = e == OK ? what_is_bad(s, m.loss, norm) : NULL;
+        if (bad) {
+            e = roll_back(s, &p, &m, norm, bad);
+            continue;
+        }
+        if (e == OK) e = update(s, &m, norm, &lr);
         if (e != OK) break;
         int evaluating = due(s->step, s->opt->eval_every, s->steps);
         show_step(s, &p, &m, lr, norm);
         if (evaluating) e = evaluate_both(s, &val, &ema);
         if (e == OK && evaluating) progress_end(), print_evaluation(s, stderr, &val, &ema);
         if (e == OK) e = log_step(s, &p, &m, lr, norm, evaluating ? &val : NULL, &ema);
-        if (e == OK && due(s->step, s->opt->picture_every, s->steps)) e = draw_picture(s);
+        if (e == OK && evaluating) e = save_best(s, &ema);
+        if (e == OK && due(s->step, s->opt->picture_every, s->steps)) e = until_room(s, draw_picture, NULL, 0);
         if (e == OK && due(s->step, s->opt->save_every, s->steps)) e = save(s);
     }
     if (e == OK && interrupted()) e = save(s);
     progress_end();
-    if (fclose(p.log) && e == OK) e = err("%s: %s", p.log_path, strerror(errno));
     return e;
 }
 
@@ -244,7 +264,7 @@ static void say_gpu(const Stage *s) {
             bytes_text(available, s->gpu_available));
 }
 
-static void say_start(const Stage *s) {
+static void say_start(Stage *s) {
     if (s->opt->cuda) say_gpu(s);
     fprintf(stderr,
             "%s: %.2f million parameters, %zu pictures (%zu held out), batch %zu x %zu, %zu steps, seed %llu, %d "
@@ -256,11 +276,89 @@ static void say_start(const Stage *s) {
             bytes_text(state, s->state_bytes), bytes_text(activations, s->activation_bytes),
             s->available == SIZE_MAX ? "unknown how much is" : bytes_text(available, s->available));
     if (s->train_tokens.n) say_damaged(s);
+    say_disk(s);
     if (s->step) fprintf(stderr, "%s: continuing after step %llu\n", s->name, (unsigned long long)s->step);
 }
 
+/* A word as a shell takes it */
+static void say_word(const char *word) {
+    static const char plain[] = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-./=+:,@%";
+    if (*word && word[strspn(word, plain)] == 0) {
+        fprintf(stderr, " %s", word);
+        return;
+    }
+    fprintf(stderr, " '");
+    for (; *word; word++) *word == '\'' ? fprintf(stderr, "'\\''") : fprintf(stderr, "%c", *word);
+    fprintf(stderr, "'");
+}
+
+static void say_option(const char *option, const char *value) {
+    if (!value) return;
+    fprintf(stderr, " %s", option);
+    say_word(value);
+}
+
+/* How many scales the model has. Of the settings of a transition, for those of a first stage do not say. */
+static Err count_scales(const Options *o, const Config *settings, size_t *T) {
+    Config recipe = {0};
+    char path[1100];
+    if (settings && config_get(settings, "model.params.", "n_scales"))
+        return config_size(T, settings, "model.params.", "n_scales", 1, MAX_SCALES, 0);
+    Err e = recipe_read(&recipe, recipe_path(o, path), 1);
+    if (e == OK) e = config_size(T, &recipe, "model.params.", "n_scales", 1, MAX_SCALES, 0);
+    config_free(&recipe);
+    return e;
+}
+
+/* Has the run weights of this scale, trained to the end? Those of unknown history are. */
+static int is_finished(const Options *o, size_t scale) {
+    char path[1100];
+    Checkpoint ck;
+    size_t step = 0, steps = 0;
+    snprintf(path, sizeof path, "%s/scale%zu.safetensors", o->run, scale);
+    if (!file_exists(path) || checkpoint_open(&ck, path) != OK) return 0;
+    Err e = config_size(&step, &ck.meta, "train.", "step", 0, UINT32_MAX, 1);
+    if (e == OK) e = config_size(&steps, &ck.meta, "train.", "steps", 0, UINT32_MAX, 1);
+    int known = config_get(&ck.meta, "train.", "step") != NULL;
+    checkpoint_close(&ck);
+    return e == OK && (!known || step >= steps);
+}
+
+/* The folder of ./train, where ./sample is too; "" when the shell looks for both */
+static int program_folder(const Options *o) {
+    const char *slash = strrchr(o->program, '/');
+    return slash ? (int)(slash - o->program) + 1 : 0;
+}
+
+/* The next command, as it can be typed: the first scale that is not trained, then ./sample. */
+static void say_next(const Stage *s) {
+    const Options *o = s->opt;
+    size_t T = 1, next = 1;
+    char word[1100];
+    if (count_scales(o, o->vqgan ? NULL : &s->settings, &T) != OK) T = 1;
+    while (!o->joint && next <= T && is_finished(o, next)) next++;
+    fprintf(stderr, "next:");
+    if (o->joint || next > T) {
+        snprintf(word, sizeof word, "%.*ssample", program_folder(o), o->program);
+        say_word(word);
+        say_word(o->run);
+    } else {
+        snprintf(word, sizeof word, "%zu", next);
+        say_word(o->program);
+        say_word(o->model);
+        say_option("--scale", word);
+        say_option("--config", o->config);
+        say_option("--data", o->data);
+        say_option("--list", o->list);
+        say_option("--val-list", o->val_list);
+        say_option("--run", o->run);
+        say_option("--device", o->device);
+        if (o->cuda) say_option("--precision", o->precision);
+    }
+    fprintf(stderr, "\n");
+}
+
 static void say_end(const Stage *s) {
-    const char *run = s->opt->run;
     if (!s->train_tokens.n) say_damaged(s);
     if (s->step < s->steps) {
         fprintf(stderr, "stopped after step %llu, everything is saved; --resume continues\n",
@@ -269,25 +367,20 @@ static void say_end(const Stage *s) {
     }
     char path[1100];
     printf("%s\n", run_path(s, path, ".safetensors"));
-    if (s->opt->all) return;
-    if (s->opt->vqgan)
-        fprintf(stderr, "next: ./train %s --scale 1 --data %s --run %s, then the other scales\n", s->opt->model,
-                s->opt->data, run);
-    else
-        fprintf(stderr, "when every scale is trained: ./sample %s\n", run);
+    if (!s->opt->all) say_next(s);
 }
 
 /* The state file of an earlier run of this stage, if any; 1 when there is one to continue. */
 static int open_state(Stage *s, Checkpoint *ck) {
     char path[1100];
     run_path(s, path, ".state.safetensors");
-    if (!file_exists(path)) {
+    if (!state_exists(s)) {
         if (s->opt->resume && !s->opt->all) fprintf(stderr, "%s: nothing to resume; starting at step 0\n", path);
         return 0;
     }
     if (!s->opt->resume && !s->opt->eval)
         die("%s exists: --resume continues it, --run DIR starts another run, or remove it", path);
-    check(checkpoint_open(ck, path));
+    check(state_open(s, ck, !s->opt->eval));
     return 1;
 }
 
@@ -310,11 +403,7 @@ static void train(const Options *o) {
         snprintf(s.name, sizeof s.name, "scale%zu", o->scale);
     int continuing = open_state(&s, &ck);
     if (o->eval && !continuing) die("%s: no %s.state.safetensors there to evaluate; train it first", o->run, s.name);
-    if (continuing)
-        for (size_t i = 0; i < ck.meta.n; i++)
-            check(config_set(&s.settings, ck.meta.kv[i].key, "%s", ck.meta.kv[i].value));
-    else
-        check(read_recipe(&s));
+    check(continuing ? copy_settings(&s.settings, &ck.meta) : read_recipe(&s));
     check(apply_options(&s));
     check(read_settings(&s));
     check(build_stage(&s, continuing ? &ck : NULL));
@@ -322,8 +411,8 @@ static void train(const Options *o) {
     if (o->eval)
         evaluate_only(&s);
     else {
+        remove_leftovers(&s);
         say_start(&s);
-        if (o->vqgan) check(start_loader(&s));
         check(run(&s));
         say_end(&s);
     }
@@ -331,23 +420,20 @@ static void train(const Options *o) {
 }
 
 /* Every stage in turn, finished ones in no time, then ./sample, which lies beside this program. */
-static void train_all(Options *o, const char *program) {
+static void train_all(Options *o) {
     char sample[1100], out[1100];
-    const char *slash = strrchr(program, '/');
     size_t T = 1;
-    Stage s = {.opt = o, .name = "scale"};
     o->resume = 1;
-    check(read_recipe(&s));
-    check(config_size(&T, &s.settings, "model.params.", "n_scales", 1, MAX_SCALES, 0));
-    config_free(&s.settings);
+    check(count_scales(o, NULL, &T));
     o->vqgan = 1;
     train(o);
     o->vqgan = 0;
     for (o->scale = 1; o->scale <= T && !interrupted(); o->scale++) train(o);
     if (interrupted()) return;
-    snprintf(sample, sizeof sample, "%.*ssample", slash ? (int)(slash - program) + 1 : 0, program);
+    snprintf(sample, sizeof sample, "%.*ssample", program_folder(o), o->program);
     snprintf(out, sizeof out, "%s/samples.png", o->run);
     fflush(stdout);
+    signal(SIGXFSZ, SIG_DFL), signal(SIGPIPE, SIG_DFL);
     execlp(sample, sample, o->run, "-o", out, (char *)NULL);
     die("%s: %s; when it is built: ./sample %s", sample, strerror(errno), o->run);
 }
@@ -375,6 +461,8 @@ int main(int argc, char **argv) {
                  .save_every = 100,
                  .eval_every = 500,
                  .picture_every = 500,
+                 .keep = 2,
+                 .program = argv[0],
                  .precision = "bf16",
                  .alpha = -1};
     const Option table[] = {
@@ -414,6 +502,10 @@ int main(int argc, char **argv) {
          "transitions: draw every class equally often, however few its pictures"},
         {OPT_STRING, "--store", "TYPE", &o.store, 0, 0, "f32, f16 or bf16: how the weights for sampling are stored"},
         {OPT_SIZE, "--save-every", "N", &o.save_every, 1, UINT32_MAX, "steps between checkpoints (default 100)"},
+        {OPT_SIZE, "--keep", "N", &o.keep, 1, KEEP_MAX,
+         "states that are kept, the newest and those before it (default 2)"},
+        {OPT_FLAG, "--no-wait", NULL, &o.no_wait, 0, 0,
+         "stop when the disk is full, instead of trying until it is not"},
         {OPT_SIZE, "--eval-every", "N", &o.eval_every, 1, UINT32_MAX, "steps between evaluations (default 500)"},
         {OPT_SIZE, "--picture-every", "N", &o.picture_every, 1, UINT32_MAX, "steps between pictures (default 500)"},
         {OPT_FLAG, "--resume", NULL, &o.resume, 0, 0, "continue the run, bit for bit as if it had not stopped"},
@@ -423,6 +515,7 @@ int main(int argc, char **argv) {
          "with --device cuda: bf16 (default), weights and sums still in float, or f32"},
         {OPT_SIZE, "--threads", "N", &o.threads, 0, 4096, "0 (default): all; the result does not depend on it"},
         {OPT_END, NULL, NULL, NULL, 0, 0, NULL}};
+    signal(SIGXFSZ, SIG_IGN), signal(SIGPIPE, SIG_IGN); /* both are errors of the write, which are dealt with there */
     options_parse(argc, argv, table, intro);
     if (o.vqgan + o.joint + o.all + (o.scale > 0) != 1)
         usage_error("give one of --vqgan, --scale N, --joint, --all; -h explains");
@@ -439,7 +532,7 @@ int main(int argc, char **argv) {
     if (!o.run) o.run = default_run;
     if (!o.data) o.data = default_data;
     if (o.all)
-        train_all(&o, argv[0]);
+        train_all(&o);
     else
         train(&o);
     return 0;

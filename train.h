@@ -1,8 +1,13 @@
 /* train.h - what the files of ./train share: the user's options, the stage being trained, the run's folder.
  *
  * train.c reads options and recipe and drives the loop; train_vqgan.c and train_scale.c are the two kinds of stage, first
- * stage and transition, train_gan.c is the first one's discriminator; train_run.c keeps the run: memory plan,
- * checkpoints, log. Nobody else includes this. */
+ * stage and transition, train_gan.c the first one's discriminator; train_run.c keeps the run: memory plan, checkpoints, log; train_survive.c is what a run goes on
+ * after: bad batches, full disks, damaged files. Nobody else includes this.
+ *
+ * For tests only, from the environment:
+ *   IMAGEBART_TEST_NAN="stage:micro[,micro...]"    the loss of these micro batches becomes NaN
+ *   IMAGEBART_TEST_SPIKE="stage:micro[,micro...]"  ... a hundred times what it is
+ *   IMAGEBART_TEST_PAUSE=SECONDS                   between tries while the disk is full, instead of 30 */
 #ifndef TRAIN_H
 #define TRAIN_H
 
@@ -18,9 +23,10 @@
 
 typedef struct {
     const char *model, *data, *list, *val_list, *run, *config, *init, *device, *store, *precision;
-    int vqgan, joint, all, resume, eval, balance;
+    const char *program; /* as it was called */
+    int vqgan, joint, all, resume, eval, balance, no_wait;
     int cuda; /* on the GPU */
-    size_t scale, steps, batch, accumulate, threads, save_every, eval_every, picture_every;
+    size_t scale, steps, batch, accumulate, threads, save_every, eval_every, picture_every, keep;
     size_t seed;
     double lr, alpha;
 } Options;
@@ -32,6 +38,12 @@ typedef struct {
 typedef struct {
     double loss, part[2]; /* part: L1 and L2 of the VQGAN; hard and soft loss of a transition */
 } Metrics;
+
+enum {
+    KEEP_MAX = 99,     /* states */
+    RECENT = 64,       /* steps that a spike is measured against */
+    SKIPPED_MAX = 4096 /* micro batches that a run may leave out */
+};
 
 typedef struct Stage Stage;
 typedef struct Gan Gan; /* train_gan.c */
@@ -50,9 +62,18 @@ struct Stage {
     Dtype store;
     int compact; /* leave out what can be derived */
 
+    size_t micro_index;                               /* of the present micro batch in its step */
     uint64_t step, ema_updates;                       /* optimizer steps done */
     size_t state_bytes, activation_bytes, available;  /* memory: of check_memory */
     size_t gpu_state, gpu_activations, gpu_available; /* the same on the GPU */
+
+    /* surviving: what loss and norm have been, what is left out, what was best; part of the state (train_survive.c) */
+    double spike;                           /* train.spike: how many deviations are one; 0: no such thing */
+    real recent[2 * RECENT];                /* (2,RECENT) loss and gradient norm of step i at i % RECENT; NaN: none */
+    size_t skipped[SKIPPED_MAX], n_skipped; /* numbers of micro batches, ascending */
+    double best;                            /* the least validation loss so far */
+    uint64_t saved;                         /* the step of the last checkpoint */
+    int rollbacks;                          /* to it, in this process */
 
     Err (*micro_batch)(Stage *s, uint64_t micro, Metrics *out); /* forward, loss, backward with weight 1/accumulate */
     Err (*evaluate)(Stage *s, Metrics *out);                    /* on the held-out split */
@@ -67,6 +88,7 @@ struct Stage {
     /* first stage */
     Vqgan *vqgan;
     Loader *loader;
+    uint64_t loader_at; /* the micro batch that it gives next */
     real *dxrec;
     uint32_t *usage;      /* (n_embed) how often each code was used since the last restart of dead codes */
     size_t restart_every; /* 0: never */
@@ -91,16 +113,16 @@ struct Stage {
 };
 
 typedef struct {
-    FILE *log;
-    char log_path[1100];
+    char log_path[1100], line[512];
     double started, rate;
     uint64_t first_step;
 } Progress;
 
-/* train_vqgan.c, train_scale.c: build the stage of Stage.settings. start_loader: pictures from the present step on. */
+/* train_vqgan.c, train_scale.c: build the stage of Stage.settings. */
 Err vqgan_stage(Stage *s);
-Err start_loader(Stage *s);
 Err transition_stage(Stage *s);
+/* train.c: what the user gave goes over Stage.settings */
+Err apply_options(Stage *s);
 
 /* train_gan.c: the first stage's discriminator, if the recipe asks for one; without one all of these do nothing.
  * gan_create reads the settings, train.freeze_encoder too, and gan_plan allocates; gan_plan_bytes adds what that is. */
@@ -110,14 +132,14 @@ Err gan_plan(Stage *s);
 void gan_free(Stage *s);
 /* Of a micro batch, before and after vqgan_backward: adds the discriminator's judgement to s->dxrec, which holds
  * 1/accumulate of the gradient of nll, and to loss; the gradients of the discriminator's own loss. Then its update. */
-Err gan_generator(Stage *s, uint64_t micro, const real *images, const real *xrec, double *loss);
-Err gan_discriminator(Stage *s, uint64_t micro, const real *xrec);
+Err gan_generator(Stage *s, const real *images, const real *xrec, double *loss);
+Err gan_discriminator(Stage *s, const real *xrec, double *loss);
 Err gan_after_step(Stage *s);
 /* Its part of the state file, of --init, of a line of the log and of the progress line */
 Err gan_collect_state(const Stage *s, TensorList *list);
 Err gan_load_state(Stage *s, const Checkpoint *ck);
 Err gan_start_from(Stage *s, const Checkpoint *ck);
-void gan_log(const Stage *s, FILE *log);
+int gan_log(const Stage *s, char *text, size_t size);
 const char *gan_text(const Stage *s, char text[96]);
 
 /* train_run.c. out = RUN/STAGEsuffix, returned */
@@ -132,16 +154,49 @@ void say_damaged(const Stage *s);
 Err check_memory(Stage *s, size_t arenas, size_t plan, size_t rows, size_t columns);
 Precision gpu_precision(const Stage *s);
 Err check_gpu_memory(Stage *s, size_t plan);
-/* STAGE.state.safetensors and STAGE.safetensors, atomically; the stage as such a file left it */
+/* to = the settings in from, but for the checksum of the file that they came from */
+Err copy_settings(Config *to, const Config *from);
+/* STAGE.state.safetensors and STAGE.safetensors, atomically; the first alone, beside the one before or in its place;
+ * STAGE.best.safetensors if the evaluation is the best so far; the stage as a state left it. All wait for room. */
 Err save(Stage *s);
+Err save_state(Stage *s, int beside);
+Err save_best(Stage *s, const Metrics *val);
 Err load_state(Stage *s, const Checkpoint *ck);
+void say_disk(Stage *s); /* how much of it checkpoints take */
 /* log.tsv: one line per step; lines behind the present step, about to be repeated, are dropped */
-Err log_open(const Stage *s, Progress *p);
-Err log_step(const Stage *s, Progress *p, const Metrics *m, double lr, double norm, const Metrics *val,
-             const Metrics *ema);
+Err log_open(Stage *s, Progress *p);
+Err log_step(Stage *s, Progress *p, const Metrics *m, double lr, double norm, const Metrics *val, const Metrics *ema);
 void show_step(const Stage *s, Progress *p, const Metrics *m, double lr, double norm);
 /* Evaluates with the weights as they are and, for transitions, with their EMA. */
 Err evaluate_both(Stage *s, Metrics *val, Metrics *ema);
 void print_evaluation(const Stage *s, FILE *to, const Metrics *val, const Metrics *ema);
+
+/* train_survive.c */
+void survive_defaults(Stage *s);
+/* Its part of the state; its tensor among the others */
+Err survive_load(Stage *s, const Checkpoint *ck);
+Err survive_collect(Stage *s, TensorList *list);
+/* The number of micro batch i of the present step; the loss as tests want it */
+uint64_t micro_number(const Stage *s, size_t i);
+double test_loss(const Stage *s, uint64_t micro, double loss);
+/* NULL, or what is wrong with a step of this loss and norm; a step that was right becomes part of the measure */
+const char *what_is_bad(const Stage *s, double loss, double norm);
+void remember_step(Stage *s, double loss, double norm);
+/* Back to the last checkpoint, from where the present step's micro batches are left out. */
+Err roll_back(Stage *s, Progress *p, const Metrics *m, double norm, const char *reason);
+Err list_skipped(Stage *s,
+                 void *line); /* RUN/skipped_batches.tsv: what the state leaves out, and one more line or NULL */
+/* write(s, argument), again and again while the disk is full, unless --no-wait or a signal says otherwise. bytes: what it
+ * takes, at least. */
+Err until_room(Stage *s, Err (*write)(Stage *s, void *argument), void *argument, size_t bytes);
+/* meta gets the checksum of the tensors and of itself. */
+Err add_checksum(Config *meta, const Tensor *tensor, size_t n);
+/* The state that was written as `written` becomes the newest; with `beside`, the newest becomes the one before. */
+Err state_put(const Stage *s, const char *written, int beside);
+int state_exists(const Stage *s);
+/* The newest that can be read; damaged newer ones are said, and put aside if `tidy`. */
+Err state_open(const Stage *s, Checkpoint *ck, int tidy);
+/* Temporary files of this stage whose process is gone */
+void remove_leftovers(const Stage *s);
 
 #endif

@@ -179,13 +179,13 @@ static Err see_reconstruction(Stage *s, double unit, const real *images, const r
 }
 
 /* s->dxrec holds the gradient of nll with weight 1/accumulate. To it and to loss is added what the discriminator says. */
-Err gan_generator(Stage *s, uint64_t micro, const real *images, const real *xrec, double *loss) {
+Err gan_generator(Stage *s, const real *images, const real *xrec, double *loss) {
     Gan *g = s->gan;
     const double unit = 1 / (double)s->accumulate;
     const real *logits;
     double nll_norm, g_norm;
     if (!g) return OK;
-    if (micro % s->accumulate == 0) {
+    if (s->micro_index == 0) {
         params_zero_grad(g->params);
         g->disc = g->g = g->d_weight = 0;
     }
@@ -213,12 +213,14 @@ static Err judge(Stage *s, const real *pictures, int genuine) {
 }
 
 /* After the first stage's backward; in the official order, the last micro batch's waits for gan_after_step. */
-Err gan_discriminator(Stage *s, uint64_t micro, const real *xrec) {
+Err gan_discriminator(Stage *s, const real *xrec, double *loss) {
     Gan *g = s->gan;
     if (!g || s->step < g->first) return OK;
-    if (g->official_order && micro % s->accumulate == s->accumulate - 1) return OK;
+    if (g->official_order && s->micro_index + 1 == s->accumulate) return OK;
     TRY(judge(s, g->images, 1));
-    return judge(s, xrec, 0);
+    TRY(judge(s, xrec, 0));
+    if (!isfinite(g->disc)) *loss = g->disc; /* a bad batch (train_survive.c) */
+    return OK;
 }
 
 /* s->step counts the step that has just been made; the learning rate is the first stage's. */
@@ -268,11 +270,9 @@ Err gan_start_from(Stage *s, const Checkpoint *ck) {
     return params_load(s->gan->params, ck, 'v', "");
 }
 
-void gan_log(const Stage *s, FILE *log) {
-    if (s->gan)
-        fprintf(log, "\t%.6g\t%.6g\t%.6g", s->gan->disc, s->gan->g, s->gan->d_weight);
-    else
-        fprintf(log, "\t\t\t");
+int gan_log(const Stage *s, char *text, size_t size) {
+    if (!s->gan) return snprintf(text, size, "\t\t\t");
+    return snprintf(text, size, "\t%.6g\t%.6g\t%.6g", s->gan->disc, s->gan->g, s->gan->d_weight);
 }
 
 const char *gan_text(const Stage *s, char text[96]) {

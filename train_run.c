@@ -1,8 +1,10 @@
 /* train_run.c - the run's folder: the memory plan, checkpoints, the log.
  *
  * STAGE.state.safetensors holds everything that continuing needs (weights, EMA, optimizer, counters, settings; all random
- * numbers are functions of the step), STAGE.safetensors what sampling needs. Both are replaced atomically, so a kill at any
- * instant loses at most the steps since the last checkpoint, and resuming repeats them bit for bit. */
+ * numbers are functions of the step), STAGE.safetensors what sampling needs, STAGE.best.safetensors the same as it was when
+ * the validation loss was least. They are replaced atomically, so a kill at any instant loses at most the steps since the
+ * last checkpoint, and resuming repeats them bit for bit. Older states, and what happens when one cannot be written or read:
+ * train_survive.c. */
 #include "train.h"
 
 #include <errno.h>
@@ -10,6 +12,7 @@
 #include <stdio.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <sys/statvfs.h>
 
 const char *run_path(const Stage *s, char out[1100], const char *suffix) {
     snprintf(out, 1100, "%s/%s%s", s->opt->run, s->name, suffix);
@@ -95,7 +98,7 @@ static Err collect_state(Stage *s, TensorList *list) {
         size_t n = vqgan_config(s->vqgan)->n_embed;
         TRY(tensor_list_add(list, "usage", DT_I32, 1, &n, s->usage, 0));
     }
-    return OK;
+    return survive_collect(s, list);
 }
 
 /* What sampling reads: the EMA weights of a transition under their plain names (as the official "-ema_weights" files),
@@ -105,23 +108,96 @@ static Err collect_weights(Stage *s, TensorList *list) {
     return transition_tensors(list, s->net, 'e', &s->schedule, s->store, s->compact);
 }
 
-static Err write_list(Stage *s, Err (*collect)(Stage *, TensorList *), const char *suffix) {
-    char path[1100];
+static const char CHECKSUM[] = "train.checksum";
+
+Err copy_settings(Config *to, const Config *from) {
+    for (size_t i = 0; i < from->n; i++)
+        if (strcmp(from->kv[i].key, CHECKSUM)) TRY(config_set(to, from->kv[i].key, "%s", from->kv[i].value));
+    return OK;
+}
+
+typedef Err Collect(Stage *s, TensorList *list);
+
+static Err write_list(Stage *s, Collect *collect, const char *path) {
     TensorList list = {0};
+    Config meta = {0};
     Err e = collect(s, &list);
-    if (e == OK) e = checkpoint_write(run_path(s, path, suffix), list.tensor, list.from_real, list.n, &s->settings);
+    if (e == OK) e = copy_settings(&meta, &s->settings);
+    if (e == OK && collect == collect_state) e = add_checksum(&meta, list.tensor, list.n);
+    if (e == OK) e = checkpoint_write(path, list.tensor, list.from_real, list.n, &meta);
     tensor_list_free(&list);
+    config_free(&meta);
     return e;
 }
 
-Err save(Stage *s) {
-    TRY(params_fetch(s->params));
+static size_t list_bytes(Stage *s, Collect *collect) {
+    TensorList list = {0};
+    size_t bytes = 65536; /* names and settings */
+    if (collect(s, &list) == OK)
+        for (size_t i = 0; i < list.n; i++) bytes += list.tensor[i].size * dtype_size(list.tensor[i].dtype);
+    tensor_list_free(&list);
+    return bytes;
+}
+
+static Err write_damaged(Stage *s, void *unused) {
+    (void)unused;
     TRY(list_damaged(s, &s->train));
-    TRY(list_damaged(s, &s->val));
+    return list_damaged(s, &s->val);
+}
+
+static Err write_state(Stage *s, void *beside) {
+    char path[1100];
+    TRY(write_list(s, collect_state, run_path(s, path, ".state-new.safetensors")));
+    return state_put(s, path, beside != NULL);
+}
+
+static Err write_weights(Stage *s, void *suffix) {
+    char path[1100];
+    return write_list(s, collect_weights, run_path(s, path, suffix));
+}
+
+static Err set_counters(Stage *s) {
+    TRY(params_fetch(s->params));
     TRY(config_set(&s->settings, "train.step", "%llu", (unsigned long long)s->step));
-    TRY(config_set(&s->settings, "train.ema_updates", "%llu", (unsigned long long)s->ema_updates));
-    TRY(write_list(s, collect_state, ".state.safetensors"));
-    return write_list(s, collect_weights, ".safetensors");
+    return config_set(&s->settings, "train.ema_updates", "%llu", (unsigned long long)s->ema_updates);
+}
+
+Err save_state(Stage *s, int beside) {
+    TRY(set_counters(s));
+    TRY(until_room(s, write_state, beside ? s : NULL, list_bytes(s, collect_state)));
+    s->saved = s->step;
+    return OK;
+}
+
+Err save(Stage *s) {
+    static char suffix[] = ".safetensors";
+    TRY(until_room(s, write_damaged, NULL, 0));
+    TRY(save_state(s, 1));
+    s->rollbacks = 0;
+    return until_room(s, write_weights, suffix, list_bytes(s, collect_weights));
+}
+
+Err save_best(Stage *s, const Metrics *val) {
+    static char suffix[] = ".best.safetensors";
+    if (!(val->loss < s->best)) return OK;
+    s->best = val->loss;
+    TRY(set_counters(s));
+    TRY(config_set(&s->settings, "train.best_step", "%llu", (unsigned long long)s->step));
+    TRY(config_set(&s->settings, "train.best_validation_loss", "%.17g", s->best));
+    return until_room(s, write_weights, suffix, list_bytes(s, collect_weights));
+}
+
+/* While a state is written, it, the N that are kept and the weights are on the disk. */
+void say_disk(Stage *s) {
+    size_t state = list_bytes(s, collect_state), weights = list_bytes(s, collect_weights);
+    char one[32], two[32], all[32], left[32];
+    struct statvfs disk;
+    fprintf(stderr, "disk: a state %s, weights %s twice: with --keep %zu at most %s in %s", bytes_text(one, state),
+            bytes_text(two, weights), s->opt->keep, bytes_text(all, (s->opt->keep + 1) * state + 2 * weights),
+            s->opt->run);
+    if (statvfs(s->opt->run, &disk) == 0)
+        fprintf(stderr, ", %s free", bytes_text(left, (size_t)disk.f_bavail * disk.f_frsize));
+    fprintf(stderr, "\n");
 }
 
 Err load_state(Stage *s, const Checkpoint *ck) {
@@ -134,8 +210,8 @@ Err load_state(Stage *s, const Checkpoint *ck) {
     if (s->usage) TRY(checkpoint_ints(ck, "usage", vqgan_config(s->vqgan)->n_embed, (int32_t *)s->usage));
     TRY(config_size(&step, &ck->meta, "train.", "step", 0, UINT32_MAX, 0));
     TRY(config_size(&updates, &ck->meta, "train.", "ema_updates", 0, SIZE_MAX / 2, 0));
-    s->step = step, s->ema_updates = updates;
-    return OK;
+    s->step = s->saved = step, s->ema_updates = updates;
+    return survive_load(s, ck);
 }
 
 /* ------------------------------------------------------------------------------------------------------------
@@ -145,7 +221,8 @@ Err load_state(Stage *s, const Checkpoint *ck) {
 static const char log_header[] = "stage\tstep\tloss\thard_or_l1\tsoft_or_l2\tlr\tgrad_norm\timages_per_s\tval\tval_"
                                  "ema\tval_part1_ema\tval_part2_ema\tdisc_loss\tg_loss\td_weight\n";
 
-static Err log_rewind(const Stage *s, const char *path) {
+static Err log_rewind(Stage *s, void *log_path) {
+    const char *path = log_path;
     char line[512], stage[16];
     unsigned long long step;
     AtomicFile out;
@@ -163,28 +240,30 @@ static Err log_rewind(const Stage *s, const char *path) {
     return e;
 }
 
-Err log_open(const Stage *s, Progress *p) {
+Err log_open(Stage *s, Progress *p) {
     snprintf(p->log_path, sizeof p->log_path, "%s/log.tsv", s->opt->run);
-    TRY(log_rewind(s, p->log_path));
-    p->log = fopen(p->log_path, "a");
-    if (!p->log) return err("%s: %s", p->log_path, strerror(errno));
+    TRY(until_room(s, log_rewind, p->log_path, 0));
     p->started = seconds();
     p->first_step = s->step;
-    return OK;
+    return until_room(s, list_skipped, NULL, 0);
 }
 
-Err log_step(const Stage *s, Progress *p, const Metrics *m, double lr, double norm, const Metrics *val,
-             const Metrics *ema) {
-    fprintf(p->log, "%s\t%llu\t%.6g\t%.6g\t%.6g\t%.6g\t%.6g\t%.1f\t", s->name, (unsigned long long)s->step, m->loss,
-            m->part[0], m->part[1], lr, norm, p->rate);
+static Err log_append(Stage *s, void *p) {
+    (void)s;
+    return file_append(((Progress *)p)->log_path, ((Progress *)p)->line);
+}
+
+Err log_step(Stage *s, Progress *p, const Metrics *m, double lr, double norm, const Metrics *val, const Metrics *ema) {
+    int n = snprintf(p->line, sizeof p->line, "%s\t%llu\t%.6g\t%.6g\t%.6g\t%.6g\t%.6g\t%.1f\t", s->name,
+                     (unsigned long long)s->step, m->loss, m->part[0], m->part[1], lr, norm, p->rate);
     if (val)
-        fprintf(p->log, "%.6g\t%.6g\t%.6g\t%.6g", val->loss, ema->loss, ema->part[0], ema->part[1]);
+        n += snprintf(p->line + n, sizeof p->line - (size_t)n, "%.6g\t%.6g\t%.6g\t%.6g", val->loss, ema->loss,
+                      ema->part[0], ema->part[1]);
     else
-        fprintf(p->log, "\t\t\t");
-    gan_log(s, p->log);
-    fprintf(p->log, "\n");
-    if (fflush(p->log) || ferror(p->log)) return err("%s: %s", p->log_path, strerror(errno));
-    return OK;
+        n += snprintf(p->line + n, sizeof p->line - (size_t)n, "\t\t\t");
+    n += gan_log(s, p->line + n, sizeof p->line - (size_t)n);
+    snprintf(p->line + n, sizeof p->line - (size_t)n, "\n");
+    return until_room(s, log_append, p, 0);
 }
 
 void show_step(const Stage *s, Progress *p, const Metrics *m, double lr, double norm) {

@@ -190,6 +190,8 @@ static Err encode_dataset(Stage *s, TokensPart *p, const Dataset *d) {
         if (e == OK) e = list_damaged(s, d);
         for (size_t b = 0; b < rows && e == OK; b++) e = tokens_append(p, labels[b], token + b * flips * s->N);
         progress_line("encoding %zu of %zu pictures", p->done, n);
+        if (e == OK && interrupted() && p->done < n)
+            e = err("%s: stopped after %zu of %zu pictures; the same command goes on from there", p->part, p->done, n);
     }
     progress_end();
     loader_stop(l);

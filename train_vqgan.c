@@ -5,10 +5,18 @@
 #include <stdlib.h>
 #include <string.h>
 
-Err start_loader(Stage *s) {
+/* The loader counts for itself; it starts anew where the next micro batch is not the one after the last: at first, after
+ * one that is left out, after going back to a checkpoint. */
+static Err next_pictures(Stage *s, uint64_t micro, const real **images, const int32_t **labels) {
     LoaderConfig c = {.prep = s->prep, .B = s->batch, .size = s->size, .seed = s->seed, .train = 1, .flip = s->flip};
-    c.step = s->step * s->accumulate;
-    return loader_start(&s->loader, &s->train, &c);
+    if (!s->loader || s->loader_at != micro) {
+        loader_stop(s->loader);
+        s->loader = NULL;
+        c.step = micro;
+        TRY(loader_start(&s->loader, &s->train, &c));
+    }
+    s->loader_at = micro + 1;
+    return loader_next(s->loader, images, labels);
 }
 
 static Err vqgan_micro_batch(Stage *s, uint64_t micro, Metrics *out) {
@@ -16,18 +24,18 @@ static Err vqgan_micro_batch(Stage *s, uint64_t micro, Metrics *out) {
     const int32_t *labels, *raw;
     double codebook;
     size_t n = s->batch * 3 * s->size * s->size, codes = s->batch * s->N;
-    TRY(loader_next(s->loader, &images, &labels));
+    TRY(next_pictures(s, micro, &images, &labels));
     TRY(vqgan_forward(s->vqgan, images, s->batch, s->size, s->size, &xrec, &codebook));
     image_loss(images, xrec, n, s->w_l1 / (double)s->accumulate, s->w_l2 / (double)s->accumulate, &out->part[0],
                &out->part[1], s->dxrec);
     out->loss = s->w_l1 * out->part[0] + s->w_l2 * out->part[1];
     /* here a perceptual loss joins nll: adds to s->dxrec (1/accumulate of its gradient) and to out->loss */
-    TRY(gan_generator(s, micro, images, xrec, &out->loss));
+    TRY(gan_generator(s, images, xrec, &out->loss));
     out->loss += s->w_codebook * codebook;
     vqgan_latents(s->vqgan, NULL, NULL, &raw);
     for (size_t i = 0; i < codes; i++) s->usage[raw[i]]++;
     TRY(vqgan_backward(s->vqgan, s->dxrec, s->w_codebook / (double)s->accumulate, NULL));
-    return gan_discriminator(s, micro, xrec);
+    return gan_discriminator(s, xrec, &out->loss);
 }
 
 /* Codes that no latent chose for a while are put where latents are, until the last fifth of the run settles them. */

@@ -50,6 +50,7 @@ check cuda-programs test/test_cuda_programs.sh "$build" "$build/emulated"
 check golden "$build/golden" test/golden-cases
 check golden-selftest "$build/golden" --selftest test/golden-cases
 check programs test/test_programs.sh "$build"
+check survive test/test_survive.sh "$build"
 if [ -n "$any" ]; then
     check levels test/test_levels.sh "$any" "$build"
 else

@@ -660,6 +660,7 @@ static void test_atomic(void) {
 
     CHECK_OK(atomic_open(&f, path));
     CHECK_OK(atomic_write(&f, "lost", 4));
+    CHECK(!disk_full());
     atomic_abandon(&f);
     atomic_abandon(&f);
     CHECK_ERR(atomic_write(&f, "x", 1), "not open");
@@ -681,6 +682,7 @@ static void check_full(const char *path, const char *error) {
     CHECK_OK(tensor_list_add(&list, "x", DT_F16, 1, &n, x, 1));
     CHECK(stat(path, &before) == 0);
     CHECK_ERR(checkpoint_write(path, list.tensor, list.from_real, 1, NULL), error);
+    CHECK(disk_full());
     CHECK(strstr(err_text(), path) == err_text());
     CHECK(stat(path, &after) == 0 && before.st_size == after.st_size && before.st_ino == after.st_ino);
     tensor_list_free(&list);
@@ -707,6 +709,20 @@ static void test_not_permitted(void) {
     as_before();
 }
 
+/* Lines up to the limit of 50000 bytes; the one that does not fit leaves nothing of itself. */
+static void check_append(const char *path) {
+    static const char line[] = "a line of thirty-one bytes here\n";
+    struct stat st;
+    for (size_t i = 0; i < 50000 / strlen(line); i++) CHECK_OK(file_append(path, line));
+    CHECK_ERR(file_append(path, line), "File too large");
+    CHECK(disk_full());
+    CHECK(stat(path, &st) == 0 && st.st_size == (off_t)(50000 / strlen(line) * strlen(line)));
+    CHECK_ERR(file_append(in_folder("full/no/log"), line), "No such file");
+    CHECK(!disk_full());
+    CHECK_OK(file_append(path, ""));
+    CHECK(!disk_full());
+}
+
 static void test_full_disk(void) {
     CHECK(mkdir(in_folder("full"), 0755) == 0);
     put_file(in_folder("full/old"), "old", 3);
@@ -717,7 +733,9 @@ static void test_full_disk(void) {
     small.rlim_cur = 50000;
     CHECK(setrlimit(RLIMIT_FSIZE, &small) == 0);
     check_full(in_folder("full/old"), "File too large");
+    check_append(in_folder("full/log"));
     CHECK(setrlimit(RLIMIT_FSIZE, &limit) == 0);
+    CHECK(unlink(in_folder("full/log")) == 0);
     CHECK(count_files(in_folder("full")) == 1);
 
     /* our own view of the mounts, which ends with this process */

@@ -56,14 +56,14 @@ options="--config test/tiny.txt --data $dir/data --save-every 5 --eval-every 10 
 # shellcheck disable=SC2086
 train() { "$build/train" $options "$@"; }
 
-killed() { # killed ARGUMENTS...: starts a run, SIGKILL after its first checkpoint, then resumes it to the end
+killed() { # killed ARGUMENTS...: starts a run, SIGKILL after its second checkpoint, then resumes it to the end
     stage=$1
     shift
     # shellcheck disable=SC2086
     "$build/train" $options --run "$dir/killed" "$@" >/dev/null 2>&1 &
     pid=$! # the program itself, not a shell around it
     tries=0
-    while [ ! -f "$dir/killed/$stage.state.safetensors" ] && [ $tries -lt 1200 ] && kill -0 $pid 2>/dev/null; do
+    while [ ! -f "$dir/killed/$stage.state-1.safetensors" ] && [ $tries -lt 1200 ] && kill -0 $pid 2>/dev/null; do
         sleep 0.05
         tries=$((tries + 1))
     done
@@ -407,8 +407,8 @@ ok "nothing half-written" sh -c "! ls ./*.tmp* no 2>/dev/null"
 
 # a full disk: what was there before is there afterwards
 if mkdir small && mount -t tmpfs -o size=200k tmpfs small 2>/dev/null; then
-    refused_late 1 "No space left" "$build/train" --config "$here/test/tiny.txt" --vqgan --data data --run small/run
-    ok "no torn file on a full disk" sh -c "! ls small/run/*.tmp* small/run/*.safetensors 2>/dev/null"
+    refused_late 1 "No space left" "$build/train" --config "$here/test/tiny.txt" --vqgan --data data --run small/run --no-wait
+    ok "no torn file on a full disk" sh -c "! ls small/run/*.tmp* small/run/*-new* small/run/*.safetensors 2>/dev/null"
     umount small
 else
     echo "SKIP the full disk: mounting a small tmpfs needs root"

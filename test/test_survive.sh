@@ -1,0 +1,309 @@
+#!/bin/sh
+# test_survive.sh BUILD: what a run of ./train goes on after: signals, bad batches, spikes, damaged checkpoints, full
+# disks, the leavings of kills. Whatever happened on the way, the last state must be, byte for byte, that of a run to which
+# it did not happen, or happened elsewhere.
+build=$(cd "$1" && pwd)
+dir=$(mktemp -d)
+mounted=
+trap '[ -z "$mounted" ] || umount "$mounted"; rm -rf "$dir"' EXIT
+passed=0 failed=0
+export IMAGEBART_TEST_PAUSE=0.05
+
+ok() { # ok WHAT COMMAND...: must exit 0; what it said is in $dir/said until the next train
+    what=$1
+    shift
+    if "$@" >"$dir/out" 2>"$dir/err"; then
+        passed=$((passed + 1))
+    else
+        failed=$((failed + 1))
+        echo "FAIL $what: $*: exit status $?"
+        tail -n 5 "$dir/err" "$dir/said"
+    fi
+}
+
+# What train says goes to $dir/said.
+train() { "$build/train" --config test/tiny.txt --data "$dir/data" --save-every 5 --eval-every 10 --picture-every 100 --threads 1 "$@" 2>"$dir/said"; }
+
+fails() { # fails WORD ARGUMENTS...: train exits 1 and its last line holds WORD
+    word=$1
+    shift
+    train "$@"
+    [ $? -eq 1 ] && tail -n 1 "$dir/said" | grep -q -- "$word"
+}
+
+said() { grep -q -- "$1" "$dir/said"; }
+state() { echo "$dir/$1/$2.state.safetensors"; }
+same() { cmp "$(state "$1" "$3")" "$(state "$2" "$3")"; } # same RUN RUN STAGE
+every_step_once() { awk -v stage="$2" -v steps="$3" '$1 == stage { n[$2]++ } END { for (i = 1; i <= steps; i++) if (n[i] != 1) exit 1 }' "$dir/$1/log.tsv"; }
+
+begin() { # begin RUN ARGUMENTS...: in the background, until said is $until; its number is in $pid
+    run=$1
+    shift
+    : >"$dir/said" # the program will, but not at once
+    # the program itself, not a shell around it
+    "$build/train" --config test/tiny.txt --data "$dir/data" --save-every 5 --eval-every 10 --picture-every 100 --threads 1 --run "$dir/$run" "$@" >/dev/null 2>"$dir/said" &
+    pid=$!
+}
+
+until_there() { # until_there COMMAND...: as long as $pid runs
+    tries=0
+    while ! "$@" && [ $tries -lt 8000 ] && kill -0 $pid 2>/dev/null; do
+        sleep 0.005
+        tries=$((tries + 1))
+    done
+}
+
+new_run() { # new_run RUN: with the first stage, encoded
+    mkdir "$dir/$1" && cp "$dir/first/vqgan.safetensors" "$dir/first/train.tokens" "$dir/first/val.tokens" "$dir/$1"
+}
+
+"$build/pictures" make "$dir/data" 60 20 || exit 1
+ok "train a first stage" train --run "$dir/first" --vqgan
+ok "and a scale" train --run "$dir/first" --scale 1
+
+# ---- checkpoints: which is which ----
+step_of() { # step_of FILE: of its metadata
+    head -c 20000 "$1" | tr -d '\0' | grep -ao '"train.step":"[0-9]*"' | tr -dc 0-9
+}
+best_of() { awk -v stage="$2" '$1 == stage && $10 != "" && (n++ == 0 || $10 < best) { best = $10; step = $2 } END { print step }' FS='\t' "$dir/$1/log.tsv"; }
+ok "the newest state" test "$(step_of "$(state first scale1)")" = 30
+ok "the one before" test "$(step_of "$dir/first/scale1.state-1.safetensors")" = 25
+ok "and no more" test ! -e "$dir/first/scale1.state-2.safetensors"
+for stage in vqgan scale1; do
+    ok "the best $stage is of the step with the least loss" test "$(step_of "$dir/first/$stage.best.safetensors")" = "$(best_of first $stage)"
+done
+ok "training that gets worse" train --run "$dir/worse" --vqgan --lr 0.5 --eval-every 1 --steps 12 --keep 4
+ok "has its best before the end" test "$(best_of worse vqgan)" -lt 12
+ok "which is kept" test "$(step_of "$dir/worse/vqgan.best.safetensors")" = "$(best_of worse vqgan)"
+ok "with its loss" grep -aq '"train.best_validation_loss":"[0-9.]*"' "$dir/worse/vqgan.best.safetensors"
+ok "four states" test "$(for i in '' -1 -2 -3; do step_of "$dir/worse/vqgan.state$i.safetensors" && echo; done | tr '\n' ' ')" = "12 10 5 0 "
+ok "which with --keep 1" train --run "$dir/worse" --vqgan --lr 0.5 --steps 14 --resume --keep 1
+ok "are one" test "$(cd "$dir/worse" && echo vqgan.state*)" = vqgan.state.safetensors
+ok "how much of the disk that takes is said" said '^disk: a state 2.6 MiB, weights 0.9 MiB twice: with --keep 1 at most 7.0 MiB in .*, .* free$'
+
+# ---- signals: saved first; with a second one nothing is lost but the steps since the last checkpoint ----
+long="--scale 1 --steps 250"
+new_run whole
+# shellcheck disable=SC2086
+ok "a run without disturbance" train --run "$dir/whole" $long
+ok "leaves nothing out" test ! -e "$dir/whole/skipped_batches.tsv"
+for signal in TERM INT HUP; do
+    new_run $signal
+    # shellcheck disable=SC2086
+    begin $signal $long
+    until_there test -f "$dir/$signal/scale1.state-1.safetensors"
+    kill -$signal $pid
+    wait $pid 2>/dev/null
+    ok "SIG$signal ends a run cleanly" test $? -eq 0
+    ok "before its end" said '^stopped after step .*--resume'
+    ok "with all its steps saved" test "$(step_of "$(state $signal scale1)")" = "$(tail -n 1 "$dir/$signal/log.tsv" | cut -f 2)"
+done
+# shellcheck disable=SC2086
+ok "the run goes on" train --run "$dir/TERM" $long --resume
+ok "to the same state" same TERM whole scale1
+new_run second
+# shellcheck disable=SC2086
+begin second $long
+until_there test -f "$dir/second/scale1.state-1.safetensors"
+kill -TERM $pid && kill -INT $pid
+wait $pid 2>/dev/null
+ok "a second signal ends it at once" test $? -gt 128
+# shellcheck disable=SC2086
+ok "the run goes on" train --run "$dir/second" $long --resume
+ok "to the same state" same second whole scale1
+(
+    trap '' HUP
+    new_run nohup
+    # shellcheck disable=SC2086
+    begin nohup $long
+    until_there test -f "$dir/nohup/scale1.state-1.safetensors"
+    kill -HUP $pid
+    wait $pid 2>/dev/null
+)
+ok "with nohup it goes on" same nohup whole scale1
+
+# ---- bad batches: left out, whatever happens in between ----
+bad_batch() { # bad_batch STAGE MICRO MICROS STEP REASON ARGUMENTS...
+    stage=$1 micro=$2 micros=$3 step=$4 reason=$5
+    shift 5
+    export IMAGEBART_TEST_NAN=$stage:$micro
+    if [ "$reason" != "not finite" ]; then
+        export IMAGEBART_TEST_SPIKE=$stage:$micro
+        unset IMAGEBART_TEST_NAN
+    fi
+    new_run "$stage-bad" && new_run "$stage-killed" && new_run "$stage-good"
+    ok "$stage: a bad batch" train --run "$dir/$stage-bad" "$@"
+    ok "is said" said "^$stage step $step: $reason: loss .*; back to step $((step / 5 * 5)), micro batches $micros are left out"
+    ok "once" test "$(grep -c 'left out' "$dir/said")" -eq 1
+    tab=$(printf '\t')
+    ok "and noted" grep -q "^$stage$tab$step$tab$micros$tab.*$tab.*$tab$reason\$" "$dir/$stage-bad/skipped_batches.tsv"
+    ok "every step is in the log" every_step_once "$stage-bad" "$stage" 60
+    begin "$stage-killed" "$@"
+    until_there said "left out"
+    kill -9 $pid 2>/dev/null
+    wait $pid 2>/dev/null
+    ok "killed before the end" test "$(step_of "$(state "$stage-killed" "$stage")")" -lt 60
+    unset IMAGEBART_TEST_NAN IMAGEBART_TEST_SPIKE # what is left out is in the state
+    ok "goes on without it" train --run "$dir/$stage-killed" "$@" --resume
+    ok "to the same state" same "$stage-bad" "$stage-killed" "$stage"
+    ok "the same weights" cmp "$dir/$stage-bad/$stage.safetensors" "$dir/$stage-killed/$stage.safetensors"
+    ok "the same best" cmp "$dir/$stage-bad/$stage.best.safetensors" "$dir/$stage-killed/$stage.best.safetensors"
+    ok "the same notes" cmp "$dir/$stage-bad/skipped_batches.tsv" "$dir/$stage-killed/skipped_batches.tsv"
+    ok "a run without the bad batch" train --run "$dir/$stage-good" "$@"
+    ok "takes it" sh -c "! cmp -s '$(state "$stage-bad" "$stage")' '$(state "$stage-good" "$stage")'"
+}
+bad_batch vqgan 17 17 18 "not finite" --vqgan --steps 60
+bad_batch scale1 34 34-35 18 "not finite" --scale 1 --steps 60
+bad_batch joint 35 34-35 18 "not finite" --joint --steps 60
+bad_batch scale3 94 94-95 48 "loss spike" --scale 3 --steps 60
+# From before the bad batch: it is met again, measured against what the state remembers; if it is good now, it is taken.
+new_run again
+export IMAGEBART_TEST_SPIKE=scale3:94
+ok "a spike, with five states" train --run "$dir/again" --scale 3 --steps 60 --keep 5
+(cd "$dir/again" && rm scale3.state.safetensors scale3.state-[123].safetensors) && cp -r "$dir/again" "$dir/taken"
+ok "the state before it" train --run "$dir/again" --scale 3 --steps 60 --resume
+ok "is of step 40" said 'continuing after step 40$'
+ok "and meets it again" said '^scale3 step 48: loss spike'
+ok "to the same state" same again scale3-bad scale3
+ok "the same notes" cmp "$dir/again/skipped_batches.tsv" "$dir/scale3-bad/skipped_batches.tsv"
+unset IMAGEBART_TEST_SPIKE
+ok "without the spike" train --run "$dir/taken" --scale 3 --steps 60 --resume
+ok "nothing is left out" same taken scale3-good scale3
+ok "nor noted" test "$(wc -l <"$dir/taken/skipped_batches.tsv")" -eq 1
+losses() { awk -v stage=scale1 -v last="$2" '$1 == stage && $2 <= last { print $3 }' "$dir/$1/log.tsv"; }
+ok "before it the two runs are one" test "$(losses scale1-bad 17)" = "$(losses scale1-good 17)"
+ok "behind it they are not" test "$(losses scale1-bad 18)" != "$(losses scale1-good 18)"
+sed 's/^scale.train.flip.*/&\nscale.train.spike 0/' test/tiny.txt >"$dir/calm.txt"
+new_run calm
+export IMAGEBART_TEST_SPIKE=scale1:94
+ok "train.spike 0: no spikes" train --run "$dir/calm" --scale 1 --steps 60 --config "$dir/calm.txt"
+ok "at all" test ! -e "$dir/calm/skipped_batches.tsv"
+sed 's/^scale.train.flip.*/&\nscale.train.spike 0.01/' test/tiny.txt >"$dir/nervous.txt"
+unset IMAGEBART_TEST_SPIKE
+new_run nervous
+ok "train.spike 0.01: every other step is one, and that is too many" fails 'spike: loss .*after going back to step 3[05] 3 times; a smaller --lr' --run "$dir/nervous" --scale 1 --steps 60 --config "$dir/nervous.txt"
+ok "norms count too" grep -q 'gradient spike' "$dir/nervous/skipped_batches.tsv"
+new_run three
+export IMAGEBART_TEST_NAN=scale1:14,16,18
+ok "three bad steps in a row" train --run "$dir/three" --scale 1
+ok "are left out" test "$(cut -f 3 "$dir/three/skipped_batches.tsv" | tr '\n' ' ')" = "micro_batches 14-15 16-17 18-19 "
+new_run four
+export IMAGEBART_TEST_NAN=scale1:14,16,18,20
+ok "four end the run" fails "scale1 step 8: not finite: loss nan.*after going back to step 5 3 times; a smaller --lr than 0.003" --run "$dir/four" --scale 1
+ok "whose checkpoint is intact" test "$(step_of "$(state four scale1)")" = 5
+unset IMAGEBART_TEST_NAN
+
+# ---- damaged checkpoints: the one before ----
+damage() { # damage RUN HOW
+    file=$(state "$1" scale1)
+    case $2 in
+        cut) head -c 300000 "$file" >"$file.cut" && mv "$file.cut" "$file" ;;
+        flipped) printf '\377\377\377\377' | dd of="$file" bs=1 seek=300000 conv=notrunc 2>/dev/null ;;
+        setting) sed -i 's/"train.step":"60"/"train.step":"61"/' "$file" ;;
+    esac
+}
+for how in cut flipped setting; do
+    rm -rf "$dir/damaged" && cp -r "$dir/scale1-good" "$dir/damaged" && damage damaged $how
+    ok "a newest state that is $how" train --run "$dir/damaged" --scale 1 --steps 60 --resume
+    ok "is said" said "scale1.state.safetensors: .*; going on from the one before, .*/scale1.state-1.safetensors$"
+    ok "the one before is used" said '^scale1: continuing after step 55$'
+    ok "to the same state" same damaged scale1-good scale1
+    ok "and the damaged one put aside" test -s "$dir/damaged/scale1.state-damaged.safetensors"
+done
+damage damaged flipped && cp "$(state damaged scale1)" "$dir/damaged/scale1.state-1.safetensors"
+ok "no state is whole" fails "scale1.state-1.safetensors: is damaged: its checksum is .*, expected" --run "$dir/damaged" --scale 1 --steps 60 --resume
+
+# ---- leavings ----
+sh -c : &
+dead=$!
+wait $dead
+new_run left
+for name in scale1.state.safetensors.tmp$dead-0 scale1-000020.png.tmp$dead-0 scale1.state-1.safetensors.tmp$dead scale1.state.safetensors.tmp$$-0 scale10.safetensors.tmp$dead-0 scale1.tmp.txt; do
+    : >"$dir/left/$name"
+done
+ok "a run in a folder of a killed one" train --run "$dir/left" --scale 1 --steps 1
+ok "says what it removes" said "temporary files of a killed run removed: 3$"
+ok "its own, of the dead" test "$(cd "$dir/left" && echo ./*tmp*)" = "./scale1.state.safetensors.tmp$$-0 ./scale1.tmp.txt ./scale10.safetensors.tmp$dead-0"
+
+# ---- full disks: a limit on the size of files, then a small disk ----
+quiet_folder() { ! ls "$dir/$1/"*.tmp* "$dir/$1/"*-new* 2>/dev/null; }
+limited() { # limited BYTES RUN ARGUMENTS...: begin under a limit that can be raised
+    limit=$1 run=$2
+    shift 2
+    : >"$dir/said"
+    prlimit --fsize="$limit": "$build/train" --config test/tiny.txt --data "$dir/data" --save-every 5 --eval-every 10 --picture-every 100 --threads 1 --run "$dir/$run" "$@" >/dev/null 2>"$dir/said" &
+    pid=$!
+}
+waiting='trying again every 0.05 s'
+if command -v prlimit >/dev/null; then
+    new_run limited
+    limited 100000 limited --scale 1 --steps 60
+    until_there said "$waiting"
+    ok "no room: the run waits" kill -0 $pid
+    ok "says what it needs, and where" said "limited/scale1.state-new.safetensors: cannot write.*: File too large; 1.0 MiB needed in $dir/limited, free: .*; $waiting"
+    ok "and leaves nothing half-written" quiet_folder limited
+    ok "there is room" prlimit --pid $pid --fsize=200000:
+    sleep 0.2
+    ok "but not enough" prlimit --pid $pid --fsize=600000:
+    wait $pid 2>/dev/null
+    ok "enough room: the run ends well" test $? -eq 0
+    ok "as if nothing had been" same limited scale1-good scale1
+    ok "every step is in the log" every_step_once limited scale1 60
+    ok "and waits once" test "$(grep -c "$waiting" "$dir/said")" -eq 1
+
+    cp -r "$dir/scale1-good" "$dir/later" && cp "$(state later scale1)" "$dir/before"
+    limited 100000 later --scale 1 --steps 70 --resume
+    until_there said "$waiting"
+    ok "no room later: the checkpoint" cmp "$(state later scale1)" "$dir/before"
+    kill -TERM $pid
+    wait $pid 2>/dev/null
+    ok "a signal ends the waiting" test $? -eq 1
+    ok "with a clear line" sh -c "tail -n 1 '$dir/said' | grep -q 'File too large.*; stopped; the checkpoint of step 60 is intact, --resume goes on from it\$'"
+    ok "and leaves nothing half-written" quiet_folder later
+    limited 100000 later --scale 1 --steps 70 --resume --no-wait
+    wait $pid 2>/dev/null
+    ok "--no-wait" test $? -eq 1
+    ok "says the same at once" sh -c "tail -n 1 '$dir/said' | grep -q 'the checkpoint of step 60 is intact'"
+    ok "the checkpoint is" cmp "$(state later scale1)" "$dir/before"
+    ok "from which the run" train --run "$dir/later" --scale 1 --steps 70 --resume
+    cp -r "$dir/scale1-good" "$dir/easy"
+    ok "goes on" train --run "$dir/easy" --scale 1 --steps 70 --resume
+    ok "as if nothing had been" same later easy scale1
+else
+    echo "SKIP a limit on the size of files: no prlimit"
+fi
+if mkdir "$dir/small" && mount -t tmpfs -o size=8m tmpfs "$dir/small" 2>/dev/null; then
+    mounted=$dir/small
+    mkdir "$dir/small/run" && cp "$dir"/first/*.tokens "$dir/first/vqgan.safetensors" "$dir/small/run"
+    begin small/run $long --save-every 249
+    until_there test -s "$dir/small/run/log.tsv"
+    dd if=/dev/zero of="$dir/small/fill" bs=4096 2>/dev/null
+    until_there said "$waiting"
+    ok "a full disk" said "No space left on device; 1.0 MiB needed in $dir/small/run, free: 0.0 MiB; $waiting"
+    rm "$dir/small/fill"
+    wait $pid 2>/dev/null
+    ok "that has room again" test $? -eq 0
+    ok "holds the same state" same small/run whole scale1
+    ok "and every step in the log" every_step_once small/run scale1 250
+else
+    echo "SKIP a full disk: mounting a small tmpfs needs root"
+fi
+
+# ---- the next command, as it is typed ----
+mkdir "$dir/it's here" && cp -r "$dir/data" "$dir/it's here/my data"
+ok "a first stage" "$build/train" --config test/tiny.txt --vqgan --data "$dir/it's here/my data" --run "$dir/it's here/run" --steps 5
+for scale in 1 2 3; do
+    cp "$dir/err" "$dir/said"
+    ok "scale $scale is next" said "^next: $build/train emoji --scale $scale --config test/tiny.txt --data "
+    ok "as it is typed" sh -c "$(sed -n 's/^next: //p' "$dir/said")"
+done
+cp "$dir/err" "$dir/said"
+ok "./sample is last" said "^next: $build/sample "
+ok "as it is typed" sh -c "$(sed -n 's/^next: //p' "$dir/said") -n 1 -o '$dir/last.png'"
+rm "$dir/it's here/run/"scale2.*
+ok "a scale again" "$build/train" --config test/tiny.txt --scale 3 --data "$dir/it's here/my data" --run "$dir/it's here/run" --resume
+cp "$dir/err" "$dir/said"
+ok "the next one is that which is missing" said "^next: $build/train emoji --scale 2 "
+
+echo "$passed passed, $failed failed"
+[ "$failed" -eq 0 ]

@@ -1,0 +1,440 @@
+/* train_survive.c - what a run goes on after: a bad batch, a damaged checkpoint, a full disk, the leavings of a kill.
+ *
+ * Bad batches. A step whose loss or gradient norm is not finite, or out of all proportion to the last steps', is not taken:
+ * the run goes back to the newest state and leaves the step's micro batches out from then on. The numbers left out are part
+ * of the state, as are the losses and norms that a step is measured against, and both decisions are functions of the step's
+ * mean loss and norm alone. So a run that was killed takes the same decisions as one that was not, and ends with the same
+ * bits; and so would several processes that have summed their gradients.
+ *
+ * Checkpoints. STAGE.state.safetensors is the newest, STAGE.state-1.safetensors the one before, and so on, --keep in all.
+ * A new one is written whole under another name first; then the older ones move on and it takes its place. Each carries a
+ * checksum of its tensors and settings; one that does not match, or is cut short, is passed over.
+ *
+ * Full disks. Whatever is written is tried again until there is room.
+ *
+ * Read in this order: which micro batches; what is bad; states; going back; full disks; leavings. */
+#include "train.h"
+
+#include <dirent.h>
+#include <errno.h>
+#include <math.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/statvfs.h>
+#include <time.h>
+#include <unistd.h>
+#include <zlib.h>
+
+enum { ROLLBACKS = 3 }; /* to the same checkpoint */
+
+/* ------------------------------------------------------------------------------------------------------------
+ * Which micro batches
+ * ---------------------------------------------------------------------------------------------------------- */
+
+/* The data of a run are an endless sequence of micro batches. Micro batch i of a step is number step * accumulate + i of
+ * those that are not left out: a function of the step and the list, whatever happened on the way. */
+uint64_t micro_number(const Stage *s, size_t i) {
+    uint64_t micro = s->step * s->accumulate + i;
+    for (size_t k = 0; k < s->n_skipped && s->skipped[k] <= micro; k++) micro++;
+    return micro;
+}
+
+/* Keeps the list ascending. */
+static Err skip(Stage *s, size_t micro) {
+    size_t k = s->n_skipped;
+    while (k && s->skipped[k - 1] > micro) k--;
+    if (k && s->skipped[k - 1] == micro) return OK;
+    if (s->n_skipped == SKIPPED_MAX)
+        return err("%s: %d micro batches were left out already; data or settings need a look", s->name, SKIPPED_MAX);
+    memmove(s->skipped + k + 1, s->skipped + k, (s->n_skipped - k) * sizeof *s->skipped);
+    s->skipped[k] = micro;
+    s->n_skipped++;
+    return OK;
+}
+
+/* The list into the settings, which are saved with the state */
+static Err skipped_to_settings(Stage *s) {
+    enum { DIGITS = 21 };
+    char *text;
+    size_t n = 0;
+    TRY(mem_alloc(&text, s->n_skipped + 1, DIGITS, "skipped micro batches"));
+    for (size_t k = 0; k < s->n_skipped; k++) n += (size_t)sprintf(text + n, "%s%zu", k ? "," : "", s->skipped[k]);
+    Err e = config_set(&s->settings, "train.skipped", "%s", text);
+    free(text);
+    return e;
+}
+
+/* "14-15,20"; cut where there is no more room */
+static const char *numbers_text(char *out, size_t bytes, const size_t *list, size_t n) {
+    size_t at = 0;
+    *out = 0;
+    for (size_t i = 0, last; i < n && at < bytes; i = last + 1) {
+        for (last = i; last + 1 < n && list[last + 1] == list[last] + 1;) last++;
+        at += (size_t)snprintf(out + at, bytes - at, at ? ",%zu" : "%zu", list[i]);
+        if (last > i && at < bytes) at += (size_t)snprintf(out + at, bytes - at, "-%zu", list[last]);
+    }
+    return out;
+}
+
+static int is_skipped(const Stage *s, uint64_t micro) {
+    for (size_t k = 0; k < s->n_skipped; k++)
+        if (s->skipped[k] == micro) return 1;
+    return 0;
+}
+
+static const char skipped_header[] = "stage\tstep\tmicro_batches\tloss\tgrad_norm\treason\n";
+
+/* Of this stage, the lines that the state knows of stay. */
+Err list_skipped(Stage *s, void *line) {
+    char path[1100], old[512], stage[16];
+    unsigned long long step, first;
+    AtomicFile out;
+    snprintf(path, sizeof path, "%s/skipped_batches.tsv", s->opt->run);
+    if (!line && !file_exists(path)) return OK;
+    TRY(atomic_open(&out, path));
+    Err e = atomic_write(&out, skipped_header, strlen(skipped_header));
+    FILE *in = fopen(path, "r");
+    while (in && e == OK && fgets(old, sizeof old, in)) {
+        if (sscanf(old, "%15s\t%llu\t%llu", stage, &step, &first) != 3 || (line && !strcmp(old, line))) continue;
+        if (strcmp(stage, s->name) && strchr(old, '\n')) e = atomic_write(&out, old, strlen(old));
+        if (!strcmp(stage, s->name) && is_skipped(s, first)) e = atomic_write(&out, old, strlen(old));
+    }
+    if (in) fclose(in);
+    if (line && e == OK) e = atomic_write(&out, line, strlen(line));
+    if (e == OK) return atomic_commit(&out);
+    atomic_abandon(&out);
+    return e;
+}
+
+/* ------------------------------------------------------------------------------------------------------------
+ * What is bad
+ * ---------------------------------------------------------------------------------------------------------- */
+
+static int named_in(const char *variable, const Stage *s, uint64_t micro) {
+    const char *text = getenv(variable);
+    size_t n = strlen(s->name);
+    if (!text || strncmp(text, s->name, n) != 0 || text[n] != ':') return 0;
+    for (text += n; *text == ':' || *text == ',';) {
+        char *end;
+        if (strtoull(text + 1, &end, 10) == micro && end > text + 1) return 1;
+        text = end;
+    }
+    return 0;
+}
+
+double test_loss(const Stage *s, uint64_t micro, double loss) {
+    if (named_in("IMAGEBART_TEST_NAN", s, micro)) return NAN;
+    return named_in("IMAGEBART_TEST_SPIKE", s, micro) ? 100 * loss : loss;
+}
+
+static int by_value(const void *a, const void *b) {
+    const double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
+static double median(double *x, size_t n) {
+    qsort(x, n, sizeof *x, by_value);
+    return x[n / 2];
+}
+
+/* Is x more than `spike` deviations above the median of the last steps? The deviation is the median's own (times 1.4826,
+ * that of a normal distribution), which a few outliers do not move, and at least `least` times the median, for a loss that
+ * hardly moves is no reason to be strict. Half a window is the least to judge by. */
+static int is_spike(const Stage *s, const real *recent, double least, double x) {
+    double sorted[RECENT];
+    size_t n = 0;
+    for (size_t i = 0; i < RECENT; i++)
+        if (!isnan(recent[i])) sorted[n++] = (double)recent[i];
+    if (s->spike <= 0 || n < RECENT / 2) return 0;
+    const double middle = median(sorted, n);
+    for (size_t i = 0; i < n; i++) sorted[i] = fabs(sorted[i] - middle);
+    const double deviation = 1.4826 * median(sorted, n), floor = least * fabs(middle);
+    return x > middle + s->spike * (deviation > floor ? deviation : floor);
+}
+
+/* A norm moves more than a loss: with 10 deviations, twice the usual loss can be a spike, eleven times the usual norm. */
+const char *what_is_bad(const Stage *s, double loss, double norm) {
+    if (!isfinite(loss) || !isfinite(norm)) return "not finite";
+    if (is_spike(s, s->recent, 0.1, loss)) return "loss spike";
+    return is_spike(s, s->recent + RECENT, 1, norm) ? "gradient spike" : NULL;
+}
+
+void remember_step(Stage *s, double loss, double norm) {
+    s->recent[s->step % RECENT] = (real)loss;
+    s->recent[RECENT + s->step % RECENT] = (real)norm;
+}
+
+void survive_defaults(Stage *s) {
+    s->spike = 10;
+    s->best = INFINITY;
+    s->n_skipped = 0;
+    for (size_t i = 0; i < 2 * RECENT; i++) s->recent[i] = NAN;
+}
+
+Err survive_collect(Stage *s, TensorList *list) {
+    const size_t dim[2] = {2, RECENT};
+    return tensor_list_add(list, "recent_loss_and_norm", DT_F32, 2, dim, s->recent, 1);
+}
+
+Err survive_load(Stage *s, const Checkpoint *ck) {
+    const size_t dim[2] = {2, RECENT};
+    const double spike = s->spike;
+    survive_defaults(s);
+    s->spike = spike;
+    if (checkpoint_find(ck, "recent_loss_and_norm")) /* states of earlier versions have none of this */
+        TRY(checkpoint_reals(ck, "recent_loss_and_norm", 2, dim, 2 * RECENT, s->recent));
+    TRY(config_real(&s->best, &ck->meta, "train.", "best_validation_loss", -1e300, 1e300, 1));
+    TRY(config_list(s->skipped, &s->n_skipped, SKIPPED_MAX, &ck->meta, "train.", "skipped", 1));
+    for (size_t k = 1; k < s->n_skipped; k++)
+        if (s->skipped[k] <= s->skipped[k - 1]) return err("%s: train.skipped is not ascending", ck->path);
+    return OK;
+}
+
+/* ------------------------------------------------------------------------------------------------------------
+ * States
+ * ---------------------------------------------------------------------------------------------------------- */
+
+typedef struct {
+    const Tensor *tensor;
+    uint64_t *sum;
+} Hashing;
+
+static void hash_tensor(void *context, size_t i) {
+    const Hashing *a = context;
+    const Tensor *x = &a->tensor[i];
+    uLong c = crc32_z(0, (const Bytef *)x->name, strlen(x->name));
+    if (x->size) c = crc32_z(c, x->data, x->size * dtype_size(x->dtype));
+    a->sum[i] = c;
+}
+
+_Static_assert(sizeof(real) == sizeof(float), "a state in memory has the bytes that it has in its file");
+
+/* CRC-32 of every tensor and of every setting, each with its name, added up: in whatever order they come. */
+static Err state_checksum(char out[24], const Tensor *tensor, size_t n, const Config *meta) {
+    uint64_t sum = 0;
+    Hashing a = {tensor, NULL};
+    TRY(mem_alloc(&a.sum, n, sizeof *a.sum, "checksums"));
+    parallel_for(threads_free(), n, hash_tensor, &a);
+    for (size_t i = 0; i < n; i++) sum += a.sum[i];
+    free(a.sum);
+    for (size_t i = 0; i < meta->n; i++) {
+        const char *key = meta->kv[i].key, *value = meta->kv[i].value;
+        if (!strcmp(key, "train.checksum")) continue;
+        sum += crc32_z(crc32_z(0, (const Bytef *)key, strlen(key) + 1), (const Bytef *)value, strlen(value));
+    }
+    snprintf(out, 24, "%016llx", (unsigned long long)sum);
+    return OK;
+}
+
+Err add_checksum(Config *meta, const Tensor *tensor, size_t n) {
+    char sum[24];
+    TRY(state_checksum(sum, tensor, n, meta));
+    return config_set(meta, "train.checksum", "%s", sum);
+}
+
+static Err open_checked(Checkpoint *ck, const char *path) {
+    char sum[24];
+    TRY(checkpoint_open(ck, path));
+    const char *said = config_get(&ck->meta, "train.", "checksum"); /* earlier versions did not say */
+    Err e = said ? state_checksum(sum, ck->tensor, ck->n, &ck->meta) : OK;
+    if (e == OK && said && strcmp(said, sum))
+        e = err("%s: is damaged: its checksum is %s, expected %s", path, sum, said);
+    if (e != OK) checkpoint_close(ck);
+    return e;
+}
+
+/* The newest is number 0. */
+static const char *state_path(const Stage *s, char out[1100], size_t number) {
+    char suffix[40];
+    snprintf(suffix, sizeof suffix, number ? ".state-%zu.safetensors" : ".state.safetensors", number);
+    return run_path(s, out, suffix);
+}
+
+/* The first from `number` on that is there; KEEP_MAX: none. A kill between two renames may leave a gap. */
+static size_t next_state(const Stage *s, size_t number) {
+    char path[1100];
+    while (number < KEEP_MAX && !file_exists(state_path(s, path, number))) number++;
+    return number;
+}
+
+int state_exists(const Stage *s) {
+    return next_state(s, 0) < KEEP_MAX;
+}
+
+static void move_aside(const Stage *s, size_t end) {
+    char path[1100], aside[1100];
+    run_path(s, aside, ".state-damaged.safetensors");
+    for (size_t i = 0; i < end; i++) rename(state_path(s, path, i), aside);
+}
+
+Err state_open(const Stage *s, Checkpoint *ck, int tidy) {
+    char path[1100], other[1100];
+    for (size_t i = next_state(s, 0), next; i < KEEP_MAX; i = next) {
+        if (open_checked(ck, state_path(s, path, i)) == OK) {
+            if (tidy) move_aside(s, i);
+            return OK;
+        }
+        next = next_state(s, i + 1);
+        if (next == KEEP_MAX) return FAILED;
+        progress_end();
+        fprintf(stderr, "%s; going on from the one before, %s\n", err_text(), state_path(s, other, next));
+    }
+    return err("%s: no such file", state_path(s, path, 0));
+}
+
+/* The newest under a second name, so that its own is never without a file; by renaming where there are no links. */
+static void link_newest(const char *newest, const char *before) {
+    char temporary[1200];
+    snprintf(temporary, sizeof temporary, "%s.tmp%ld", before, (long)getpid());
+    unlink(temporary);
+    int linked = link(newest, temporary) == 0 && rename(temporary, before) == 0;
+    unlink(temporary); /* rename leaves two names of one file as they are */
+    if (!linked) rename(newest, before);
+}
+
+Err state_put(const Stage *s, const char *written, int beside) {
+    char newest[1100], path[1100], older[1100];
+    const size_t keep = s->opt->keep;
+    state_path(s, newest, 0);
+    if (beside) {
+        for (size_t i = keep; i-- > 2;) rename(state_path(s, path, i - 1), state_path(s, older, i));
+        if (keep > 1 && file_exists(newest)) link_newest(newest, state_path(s, path, 1));
+    }
+    if (rename(written, newest)) {
+        Err e = err("%s: cannot replace: %s", newest, strerror(errno));
+        unlink(written);
+        return e;
+    }
+    for (size_t i = keep; (i = next_state(s, i)) < KEEP_MAX; i++) unlink(state_path(s, path, i));
+    return OK;
+}
+
+/* ------------------------------------------------------------------------------------------------------------
+ * Going back
+ * ---------------------------------------------------------------------------------------------------------- */
+
+/* As a new process would find it */
+static Err reload(Stage *s) {
+    Checkpoint ck;
+    memset(&ck, 0, sizeof ck);
+    TRY(state_open(s, &ck, 1));
+    config_free(&s->settings);
+    Err e = copy_settings(&s->settings, &ck.meta);
+    if (e == OK) e = apply_options(s);
+    if (e == OK) e = load_state(s, &ck);
+    checkpoint_close(&ck);
+    return e == OK ? params_send(s->params) : e;
+}
+
+Err roll_back(Stage *s, Progress *p, const Metrics *m, double norm, const char *reason) {
+    size_t out[SKIPPED_MAX], n = s->n_skipped, n_bad = s->accumulate;
+    const unsigned long long step = s->step + 1;
+    char micros[256], line[400];
+    if (n + n_bad > SKIPPED_MAX)
+        return err("%s step %llu: %s: loss %g, gradient norm %g, and %zu micro batches were left out already", s->name,
+                   step, reason, m->loss, norm, n);
+    memcpy(out, s->skipped, n * sizeof *out); /* the state may be older than the last rollback */
+    for (size_t i = 0; i < n_bad; i++) out[n + i] = micro_number(s, i);
+    numbers_text(micros, sizeof micros, out + n, n_bad);
+    snprintf(line, sizeof line, "%s\t%llu\t%s\t%.6g\t%.6g\t%s\n", s->name, step, micros, m->loss, norm, reason);
+    if (s->rollbacks++ == ROLLBACKS)
+        return err(
+            "%s step %llu: %s: loss %g, gradient norm %g, after going back to step %llu %d times; a smaller --lr "
+            "than %g may help, and in the recipe train.spike is what counts as a spike (%g, 0: nothing)",
+            s->name, step, reason, m->loss, norm, (unsigned long long)s->saved, ROLLBACKS, s->lr_scale * s->lr.lr_max,
+            s->spike);
+    TRY(reload(s));
+    for (size_t i = 0; i < n + n_bad; i++) TRY(skip(s, out[i]));
+    TRY(skipped_to_settings(s));
+    TRY(until_room(s, list_skipped, line, 0));
+    TRY(save_state(s, 0)); /* in the place of the one without the list */
+    progress_end();
+    fprintf(stderr,
+            "%s step %llu: %s: loss %g, gradient norm %g; back to step %llu, micro batches %s are left out from now "
+            "on\n",
+            s->name, step, reason, m->loss, norm, (unsigned long long)s->step, micros);
+    return log_open(s, p);
+}
+
+/* ------------------------------------------------------------------------------------------------------------
+ * Full disks
+ * ---------------------------------------------------------------------------------------------------------- */
+
+static double pause_seconds(void) {
+    const char *text = getenv("IMAGEBART_TEST_PAUSE");
+    return text ? strtod(text, NULL) : 30;
+}
+
+static void wait_a_little(double wanted) {
+    const double end = seconds() + wanted;
+    while (!interrupted() && seconds() < end) {
+        struct timespec moment = {0, 50000000};
+        nanosleep(&moment, NULL);
+    }
+}
+
+/* err_text() with how much is wanted where */
+static Err no_room(const Stage *s, size_t bytes) {
+    char needed[32], left[32] = "unknown";
+    struct statvfs disk;
+    if (statvfs(s->opt->run, &disk) == 0) bytes_text(left, (size_t)disk.f_bavail * disk.f_frsize);
+    return err("%s; %s needed in %s, free: %s", err_text(), bytes_text(needed, max_size(bytes, 1 << 20)), s->opt->run,
+               left);
+}
+
+Err until_room(Stage *s, Err (*write)(Stage *s, void *argument), void *argument, size_t bytes) {
+    const double between = pause_seconds();
+    for (int tries = 0;; tries++) {
+        if (write(s, argument) == OK) {
+            if (tries) fprintf(stderr, "%s: there is room again; training goes on\n", s->opt->run);
+            return OK;
+        }
+        if (!disk_full()) return FAILED;
+        no_room(s, bytes);
+        if ((interrupted() || s->opt->no_wait) && state_exists(s))
+            return err("%s; stopped; the checkpoint of step %llu is intact, --resume goes on from it", err_text(),
+                       (unsigned long long)s->saved);
+        if (interrupted() || s->opt->no_wait) return err("%s; stopped; there is no checkpoint yet", err_text());
+        progress_end();
+        if (tries == 0)
+            fprintf(stderr, "%s; trying again every %g s, Ctrl-C ends the run (--no-wait: at once)\n", err_text(),
+                    between);
+        wait_a_little(between);
+    }
+}
+
+/* ------------------------------------------------------------------------------------------------------------
+ * Leavings
+ * ---------------------------------------------------------------------------------------------------------- */
+
+/* Who left this temporary file of the stage, NAME.tmpPID or NAME.tmpPID-TRY; 0: it is none. */
+static long leaver(const Stage *s, const char *name) {
+    const size_t n = strlen(s->name);
+    const char *last = NULL;
+    char *end;
+    if (strncmp(name, s->name, n) != 0 || (name[n] != '.' && name[n] != '-')) return 0;
+    for (const char *p = name; (p = strstr(p, ".tmp")) != NULL; p += 4) last = p + 4;
+    if (!last || *last < '1' || *last > '9') return 0;
+    long pid = strtol(last, &end, 10);
+    if (*end == '-') end += 1 + strspn(end + 1, "0123456789");
+    return *end ? 0 : pid;
+}
+
+/* One of our own number is of a process before us, as in a container, where numbers are few. */
+void remove_leftovers(const Stage *s) {
+    DIR *folder = opendir(s->opt->run);
+    char path[1400];
+    size_t removed = 0;
+    for (const struct dirent *f; folder && (f = readdir(folder)) != NULL;) {
+        long pid = leaver(s, f->d_name);
+        if (pid <= 0 || (pid != (long)getpid() && (kill((pid_t)pid, 0) == 0 || errno != ESRCH))) continue;
+        snprintf(path, sizeof path, "%s/%s", s->opt->run, f->d_name);
+        removed += unlink(path) == 0;
+    }
+    if (folder) closedir(folder);
+    run_path(s, path, ".state-new.safetensors"); /* one that a kill kept from its place */
+    removed += unlink(path) == 0;
+    if (removed) fprintf(stderr, "%s: temporary files of a killed run removed: %zu\n", s->opt->run, removed);
+}
