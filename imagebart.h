@@ -121,7 +121,8 @@ typedef enum {
     RNG_UNKNOWN,  /* tokens of codes outside the remap table, b = image */
     RNG_CODES,    /* which latents replace dead codes, a = 0, b = step */
     RNG_CHOOSE,   /* inpainting: which candidates stay, a = t and repeat, b = sample */
-    RNG_TEST      /* tests */
+    RNG_TEST,     /* tests */
+    RNG_LABEL     /* label dropout: a = 0, b = row of the micro batch, index = micro batch */
 } RngPurpose;
 uint64_t rng_stream(RngPurpose purpose, uint64_t a, uint64_t b);
 double rng_uniform(uint64_t seed, uint64_t stream, uint64_t index);                 /* [0,1), 53 bits */
@@ -431,6 +432,8 @@ size_t dataset_damaged(const Dataset *d); /* how many have been met so far */
 Err dataset_write_damaged(const Dataset *d, const char *path);
 /* order[0..n-1] = the permutation of epoch `epoch` under `seed`. */
 void epoch_order(uint32_t *order, size_t n, uint64_t seed, uint64_t epoch);
+/* Label dropout: does row b of this micro batch lose its label, as it does with probability p? */
+int label_dropped(double p, uint64_t seed, uint64_t micro, uint64_t b);
 
 /* Batches read ahead by threads. Step s takes examples s*B .. s*B+B-1 of the endless sequence of epochs, whatever the
  * number of threads. For a damaged picture stands the next whole one in the order of the set. */
@@ -712,6 +715,7 @@ typedef struct {
     Transformer *net;
     Checkpoint file;                  /* its file: the weights stay there */
     NetConfig config[MAX_SCALES + 1]; /* [t] of scale t, [0] of all scales of a joint model */
+    int32_t null_class[MAX_SCALES + 1]; /* [t] the label "no class" that scale t was trained with too; -1: none */
     int joint;                        /* one file for all scales */
     int official;                     /* the files are PyTorch's */
     int no_ema;           /* set after model_open: sample with the trained weights rather than their moving average */
@@ -785,6 +789,7 @@ typedef struct {
     double temperature[MAX_SCALES + 1]; /* [t] */
     size_t top_k[MAX_SCALES + 1];       /* [t]; 0: all */
     size_t chain[MAX_SCALES + 1];       /* [t] forward-backward repeats, >= 1; 0 with known tokens: x_{t-1} = x_t */
+    double guidance[MAX_SCALES + 1];    /* [t] classifier-free: logits = uncond + g (cond - uncond); 1: none */
     int official_temperature;           /* encoder-decoder scales ignore it, as the official code does */
     int uncached;                       /* tests: the whole prefix again for every token, no KV cache */
     const int32_t *label;               /* (n) or NULL */
@@ -802,8 +807,10 @@ typedef struct {
     void *context;
 } SampleOptions;
 void sample_defaults(SampleOptions *o, const Model *m);
+/* Rows of the decoder's batch for n samples: with guidance at any scale two for each, with its class and with none. */
+size_t sample_rows(const SampleOptions *o, const Model *m, size_t n);
 /* One reverse step for o->n samples: tokens (n,N) x_t in, x_{t-1} out. repeat numbers the passes of a chain. Plans the
- * network for decoding. */
+ * network for decoding. No guidance, which needs a Model. */
 Err sample_scale(Transformer *net, const SampleOptions *o, int t, size_t repeat, size_t N, int32_t *tokens);
 /* bound (n_classes) = what tells the class of a picture of which only some tokens of x_0 (N) are kept, the least being the
  * best: the variational bound (paper section 3.1) on them under each class, in nats per token, a mean over a few draws of
@@ -848,7 +855,7 @@ const char *duration(char text[32], double s); /* "1 h 02 min", "3 min 05 s", "4
 /* What ./sample and ./inpaint ask alike, and how both draw. SAMPLING_OPTIONS(a, ...) are the rows of an Option table.
  */
 typedef struct {
-    const char *model, *out, *class_name, *temperature, *top_k, *chain_length, *device, *weights;
+    const char *model, *out, *class_name, *temperature, *top_k, *guidance, *chain_length, *device, *weights;
     size_t n, batch, block, threads;
     uint64_t seed; /* SEED_NOT_GIVEN: take one from the clock; it is printed and kept in the PNG */
     int official_temperature, no_ema, show;
@@ -878,6 +885,14 @@ typedef struct {
          0,                                                                                                            \
          0,                                                                                                            \
          "draw among the K likeliest tokens only; per scale or one for all\n(default 0: all)"},                        \
+        {OPT_STRING,                                                                                                   \
+         "--guidance",                                                                                                 \
+         "G,..",                                                                                                       \
+         &(a).guidance,                                                                                                \
+         0,                                                                                                            \
+         0,                                                                                                            \
+         "more of the class: logits = uncond + G (cond - uncond); per scale or one\nfor all (default 1: none; "        \
+         "needs ./train --label-dropout)"},                                                                            \
         {OPT_FLAG,                                                                                                     \
          "--official-temperature",                                                                                     \
          NULL,                                                                                                         \
@@ -920,8 +935,8 @@ typedef struct {
     }
 void sampling_start(SamplingArgs *a, Model *m,
                     const NamedModel **stand_in_for); /* threads, seed, model; dies on error */
-/* What the user gave, else what the model's file recommends (imagebart.temperature, .top_k and imagebart.CHAIN_KEY), else 1,
- * all and chain_default. Chains may have least_chain passes or more. */
+/* What the user gave, else what the model's file recommends (imagebart.temperature, .top_k, .guidance, imagebart.CHAIN_KEY),
+ * else 1, all, 1 and chain_default. Chains may have least_chain passes or more. */
 void sampling_options(SampleOptions *o, const SamplingArgs *a, const Model *m, const char *chain_key,
                       const char *chain_default, double least_chain);
 /* A line on stderr per scale: how many passes of the decoder it took, and how good the guesses were. */
