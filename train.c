@@ -3,7 +3,8 @@
  * Reading order: the options at the end of the file say what a user can ask for; `Stage` (train.h) is what is being
  * trained; train_vqgan.c and train_scale.c are the two kinds of stage, each as four functions: one micro batch, an
  * evaluation, a picture, the weights that sampling uses; here is the one loop that drives them; train_run.c keeps the
- * run. No mathematics here: it is in vqgan.c, transformer.cu and diffusion.c. */
+ * run, train_view.c shows it; train_schedule.c is --schedule. No mathematics here: it is in vqgan.c, transformer.cu and
+ * diffusion.c. */
 #include "train.h"
 
 #include <errno.h>
@@ -54,6 +55,7 @@ static Err apply_options(Stage *s) {
     if (o->accumulate != NOT_GIVEN)
         TRY(config_set(c, "lightning.trainer.accumulate_grad_batches", "%zu", o->accumulate));
     if (o->alpha >= 0) TRY(config_set(c, "model.params.alpha", "%.17g", o->alpha));
+    if (o->label_dropout >= 0) TRY(config_set(c, "train.label_dropout", "%.17g", o->label_dropout));
     if (o->seed != NOT_GIVEN) TRY(config_set(c, "train.seed", "%zu", o->seed));
     if (o->balance) TRY(config_set(c, "train.balance_classes", "true"));
     if (o->store) TRY(config_set(c, "imagebart.store", "%s", o->store));
@@ -94,6 +96,7 @@ static Err read_settings(Stage *s) {
     TRY(config_real(&s->ema_decay, c, "train.", "ema_decay", 0, 1, 1));
     TRY(config_real(&s->adam.decay_scale, c, "train.", "weight_decay_scale", 0, 1e6, 1));
     TRY(config_real(&s->alpha, c, "model.params.", "alpha", 0, 1, 1));
+    TRY(config_real(&s->label_dropout, c, "train.", "label_dropout", 0, 1, 1));
     TRY(config_real(&s->lr.lr_start, c, LR, "lr_start", 0, 10, 1));
     TRY(config_real(&s->lr.lr_max, c, LR, "lr_max", 0, 10, 1));
     TRY(config_real(&s->lr.lr_min, c, LR, "lr_min", 0, 10, 1));
@@ -141,15 +144,14 @@ static Err train_step(Stage *s, Metrics *mean, double *lr, double *norm) {
     return s->after_step ? s->after_step(s) : OK;
 }
 
-static Err draw_picture(Stage *s) {
+static Err draw_picture(Stage *s, View *v) {
     char suffix[40], path[1100];
     snprintf(suffix, sizeof suffix, "-%06llu.png", (unsigned long long)s->step);
     run_path(s, path, suffix);
-    if (s->opt->vqgan) return s->picture(s, path);
-    params_swap_ema(s->params);
+    if (!s->opt->vqgan) params_swap_ema(s->params);
     Err e = s->picture(s, path);
-    params_swap_ema(s->params);
-    return e;
+    if (!s->opt->vqgan) params_swap_ema(s->params);
+    return e == OK ? view_picture(s, v, path) : e;
 }
 
 static int due(uint64_t step, size_t every, size_t last) {
@@ -158,7 +160,9 @@ static int due(uint64_t step, size_t every, size_t last) {
 
 static Err run(Stage *s) {
     Progress p = {0};
+    View v;
     TRY(log_open(s, &p));
+    TRY(view_open(s, &v));
     catch_interrupts();
     Err e = OK;
     while (e == OK && s->step < s->steps && !interrupted()) {
@@ -171,10 +175,12 @@ static Err run(Stage *s) {
         if (evaluating) e = evaluate_both(s, &val, &ema);
         if (e == OK && evaluating) progress_end(), print_evaluation(s, stderr, &val, &ema);
         if (e == OK) e = log_step(s, &p, &m, lr, norm, evaluating ? &val : NULL, &ema);
-        if (e == OK && due(s->step, s->opt->picture_every, s->steps)) e = draw_picture(s);
+        if (e == OK) e = view_step(s, &v, evaluating);
+        if (e == OK && due(s->step, s->opt->picture_every, s->steps)) e = draw_picture(s, &v);
         if (e == OK && due(s->step, s->opt->save_every, s->steps)) e = save(s);
     }
     if (e == OK && interrupted()) e = save(s);
+    e = view_close(s, &v, e);
     progress_end();
     if (fclose(p.log) && e == OK) e = err("%s: %s", p.log_path, strerror(errno));
     return e;
@@ -321,6 +327,15 @@ static void train(const Options *o) {
     free_stage(&s);
 }
 
+static void make_schedule(const Options *o) {
+    Stage s = {.opt = o, .name = "schedule"};
+    check(read_recipe(&s));
+    check(apply_options(&s));
+    check(read_settings(&s));
+    check(metric_schedule(&s));
+    free_stage(&s);
+}
+
 /* Every stage in turn, finished ones in no time, then ./sample, which lies beside this program. */
 static void train_all(Options *o, const char *program) {
     char sample[1100], out[1100];
@@ -367,7 +382,8 @@ int main(int argc, char **argv) {
                  .eval_every = 500,
                  .picture_every = 500,
                  .precision = "bf16",
-                 .alpha = -1};
+                 .alpha = -1,
+                 .label_dropout = -1};
     const Option table[] = {
         {OPT_HEADING, "Arguments", NULL, NULL, 0, 0, NULL},
         {OPT_ARGUMENT, "MODEL", NULL, &o.model, 0, 0,
@@ -380,6 +396,10 @@ int main(int argc, char **argv) {
          "the first stage, then every scale, then draw samples with ./sample; the same\ncommand again goes on where it "
          "was "
          "stopped"},
+        {OPT_STRING, "--schedule", "psim", &o.schedule, 0, 0,
+         "nothing yet: measure, with the run's VQGAN, how far scales must be apart to\nlook equally far apart, and "
+         "write "
+         "RUN/psim.txt and the recipe's line"},
         {OPT_HEADING, "On what", NULL, NULL, 0, 0, NULL},
         {OPT_STRING, "--data", "PATH", &o.data, 0, 0,
          "a folder of PNG, JPEG and WebP pictures (sub-folders are classes; train/ and val/\n"
@@ -398,6 +418,9 @@ int main(int argc, char **argv) {
         {OPT_SIZE, "--accumulate", "N", &o.accumulate, 1, 65536, "micro batches per step"},
         {OPT_REAL, "--lr", "X", &o.lr, 1e-12, 10, "peak learning rate"},
         {OPT_REAL, "--alpha", "X", &o.alpha, 0, 1, "loss = X soft (KL to the posterior) + (1-X) hard (cross entropy)"},
+        {OPT_REAL, "--label-dropout", "P", &o.label_dropout, 0, 1,
+         "transitions with classes: leave the class out this often, so that ./sample can\nguide (--guidance); 0.1 is "
+         "usual"},
         {OPT_SIZE, "--seed", "N", &o.seed, 0, 9e15, "of everything random (default 23)"},
         {OPT_FLAG, "--balance", NULL, &o.balance, 0, 0,
          "transitions: draw every class equally often, however few its pictures"},
@@ -413,8 +436,10 @@ int main(int argc, char **argv) {
         {OPT_SIZE, "--threads", "N", &o.threads, 0, 4096, "0 (default): all; the result does not depend on it"},
         {OPT_END, NULL, NULL, NULL, 0, 0, NULL}};
     options_parse(argc, argv, table, intro);
-    if (o.vqgan + o.joint + o.all + (o.scale > 0) != 1)
-        usage_error("give one of --vqgan, --scale N, --joint, --all; -h explains");
+    if (o.vqgan + o.joint + o.all + (o.scale > 0) + (o.schedule != NULL) != 1)
+        usage_error("give one of --vqgan, --scale N, --joint, --all, --schedule psim; -h explains");
+    if (o.schedule && strcmp(o.schedule, "psim")) usage_error("--schedule %s: expected psim", o.schedule);
+    if (o.schedule && (o.eval || o.resume)) usage_error("--schedule goes with neither --eval nor --resume");
     if (o.val_list && !o.list) usage_error("--val-list goes with --list, which names the training pictures");
     if (o.all && o.eval) usage_error("--eval evaluates one stage: --vqgan, --scale N or --joint");
     if (strcmp(o.precision, "bf16") && strcmp(o.precision, "f32"))
@@ -427,7 +452,9 @@ int main(int argc, char **argv) {
     snprintf(default_data, sizeof default_data, "data/%s", short_name);
     if (!o.run) o.run = default_run;
     if (!o.data) o.data = default_data;
-    if (o.all)
+    if (o.schedule)
+        make_schedule(&o);
+    else if (o.all)
         train_all(&o, argv[0]);
     else
         train(&o);

@@ -1,7 +1,8 @@
 /* train.h - what the files of ./train share: the user's options, the stage being trained, the run's folder.
  *
  * train.c reads options and recipe and drives the loop; train_vqgan.c and train_scale.c are the two kinds of stage, first
- * stage and transition; train_run.c keeps the run: memory plan, checkpoints, log. Nobody else includes this. */
+ * stage and transition; train_run.c keeps the run: memory plan, checkpoints, log; train_view.c shows it; train_schedule.c
+ * measures a schedule. Nobody else includes this. */
 #ifndef TRAIN_H
 #define TRAIN_H
 
@@ -16,12 +17,12 @@
 #define NOT_GIVEN ((size_t)-1)
 
 typedef struct {
-    const char *model, *data, *list, *val_list, *run, *config, *init, *device, *store, *precision;
+    const char *model, *data, *list, *val_list, *run, *config, *init, *device, *store, *precision, *schedule;
     int vqgan, joint, all, resume, eval, balance;
     int cuda; /* on the GPU */
     size_t scale, steps, batch, accumulate, threads, save_every, eval_every, picture_every;
     size_t seed;
-    double lr, alpha;
+    double lr, alpha, label_dropout;
 } Options;
 
 /* ------------------------------------------------------------------------------------------------------------
@@ -77,6 +78,8 @@ struct Stage {
     Tokens train_tokens, val_tokens;
     int t; /* the scale; 0: joint */
     double alpha;
+    double label_dropout; /* how often a label gives way to "no class" (classifier-free guidance) */
+    int32_t null_class;   /* which label that is */
     size_t h, w, N, K;
     uint32_t *order;  /* of the present epoch; when balanced: the examples, class by class */
     int balance;      /* draw every class equally often */
@@ -94,10 +97,27 @@ typedef struct {
     uint64_t first_step;
 } Progress;
 
+/* train_view.c */
+typedef struct {
+    FILE *events;
+    char path[1500];
+} View;
+/* RUN/events/STAGE/events.out.tfevents.TIME.HOST, for TensorBoard, begun; after a step is in log.tsv: its numbers, every
+ * tenth step, and RUN/loss.svg anew when it was evaluated; a picture that was written to path; the end, e: how the run
+ * went, returned. */
+Err view_open(const Stage *s, View *v);
+Err view_step(const Stage *s, View *v, int evaluated);
+Err view_picture(const Stage *s, View *v, const char *path);
+Err view_close(const Stage *s, View *v, Err e);
+
 /* train_vqgan.c, train_scale.c: build the stage of Stage.settings. start_loader: pictures from the present step on. */
 Err vqgan_stage(Stage *s);
 Err start_loader(Stage *s);
 Err transition_stage(Stage *s);
+Err open_vqgan(Stage *s, char path[1100]); /* the run's own first stage; path: its file */
+/* train_schedule.c: RUN/psim.txt, a curve for schedule_make, from the run's first stage and held-out pictures; the recipe's
+ * line on stdout */
+Err metric_schedule(Stage *s);
 
 /* train_run.c. out = RUN/STAGEsuffix, returned */
 const char *run_path(const Stage *s, char out[1100], const char *suffix);
