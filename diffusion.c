@@ -963,13 +963,13 @@ static Err check_guidance(const Model *m, const SampleOptions *o, int t) {
     const double g = o->guidance[t];
     if (g == 1) return OK;
     if (!(g >= 0) || !isfinite(g)) return err("guidance %g of scale %d, expected 0 or more", g, t);
+    if (m->cuda) return err("guidance %g at scale %d: not on a GPU yet; --device cpu does it", g, t);
     if (!m->n_classes) return err("guidance %g at scale %d: %s is not a model with classes", g, t, m->folder);
     if (m->null_class[t] < 0)
         return err(
             "guidance %g at scale %d: %s was trained without \"no class\" (./train --label-dropout 0.1), expected "
             "--guidance 1",
             g, t, m->folder);
-    if (m->cuda) return err("guidance %g at scale %d: not on a GPU yet; --device cpu does it", g, t);
     return OK;
 }
 

@@ -122,7 +122,8 @@ typedef enum {
     RNG_CODES,    /* which latents replace dead codes, a = 0, b = step */
     RNG_CHOOSE,   /* inpainting: which candidates stay, a = t and repeat, b = sample */
     RNG_TEST,     /* tests */
-    RNG_LABEL     /* label dropout: a = 0, b = row of the micro batch, index = micro batch */
+    RNG_LABEL,    /* label dropout: a = 0, b = row of the micro batch, index = micro batch */
+    RNG_ROUND     /* moments in bf16: a = row of the parameter table, b = step, index = element / 4 */
 } RngPurpose;
 uint64_t rng_stream(RngPurpose purpose, uint64_t a, uint64_t b);
 double rng_uniform(uint64_t seed, uint64_t stream, uint64_t index);                 /* [0,1), 53 bits */
@@ -309,6 +310,7 @@ typedef struct {
     int matrix;     /* the weight (out,in) of a linear layer: may be kept in fewer bits for sampling */
     Weights packed; /* then; data NULL: not packed */
     real *value, *grad, *m, *v, *ema; /* each NULL until planned */
+    uint16_t *m16, *v16;              /* instead of m and v: in bf16 */
 } Param;
 struct Device;
 struct DeviceOps;
@@ -317,6 +319,7 @@ typedef struct {
     size_t n, capacity;
     size_t total;          /* elements of one arena, padding included */
     real *arena[5];        /* value, grad, m, v, ema: one allocation each */
+    int bf16_moments;      /* set before the plan, on the CPU: m and v are kept in bf16, in half the memory */
     void *packed;          /* of all matrices */
     WeightFormat format;   /* how params_map keeps matrices; set before */
     struct Device *device; /* NULL, or the table's twin on a GPU, where everything then happens (device.h) */
@@ -626,6 +629,10 @@ typedef struct {
     double lr, beta1, beta2, eps, decay_scale;
 } AdamW;
 void adamw_step(Params *p, const AdamW *o, uint64_t step);
+/* x as one of the two bf16 beside it (itself if it is one), by 16 random bits: the mean over all of them is x. NaN and
+ * infinity stay. Moments in bf16 are rounded so after every step, by random numbers of row, element and step alone; values
+ * move by the moments before rounding. */
+uint16_t round_at_random(float x, uint32_t random);
 /* EMA (SPEC section 6): d = min(decay, (1+n)/(10+n)) in float32 with n = num_updates (already incremented);
  * ema -= (1-d)(ema - value). */
 void ema_update(Params *p, double decay, uint64_t num_updates);
@@ -713,11 +720,11 @@ typedef struct {
     char **class_name; /* all names of a class, after its synset if it has one: "n01440764 tench, Tinca tinca" */
     int loaded;        /* scale whose transition is in memory, 0: none. One at a time. */
     Transformer *net;
-    Checkpoint file;                  /* its file: the weights stay there */
-    NetConfig config[MAX_SCALES + 1]; /* [t] of scale t, [0] of all scales of a joint model */
+    Checkpoint file;                    /* its file: the weights stay there */
+    NetConfig config[MAX_SCALES + 1];   /* [t] of scale t, [0] of all scales of a joint model */
     int32_t null_class[MAX_SCALES + 1]; /* [t] the label "no class" that scale t was trained with too; -1: none */
-    int joint;                        /* one file for all scales */
-    int official;                     /* the files are PyTorch's */
+    int joint;                          /* one file for all scales */
+    int official;                       /* the files are PyTorch's */
     int no_ema;           /* set after model_open: sample with the trained weights rather than their moving average */
     WeightFormat weights; /* set after model_open: how the transitions' matrices are kept */
     int cuda; /* set after model_open: the transitions run on the GPU, in f32 or, with bf16 weights, in bf16 */

@@ -57,6 +57,7 @@ static Err apply_options(Stage *s) {
     if (o->alpha >= 0) TRY(config_set(c, "model.params.alpha", "%.17g", o->alpha));
     if (o->label_dropout >= 0) TRY(config_set(c, "train.label_dropout", "%.17g", o->label_dropout));
     if (o->seed != NOT_GIVEN) TRY(config_set(c, "train.seed", "%zu", o->seed));
+    if (o->bf16_states) TRY(config_set(c, "train.bf16_states", "true"));
     if (o->balance) TRY(config_set(c, "train.balance_classes", "true"));
     if (o->store) TRY(config_set(c, "imagebart.store", "%s", o->store));
     return OK;
@@ -89,6 +90,9 @@ static Err read_settings(Stage *s) {
     TRY(config_size(&seed, c, "train.", "seed", 0, huge, 1));
     TRY(config_flag(&s->flip, c, "train.", "flip", 1));
     TRY(config_flag(&s->balance, c, "train.", "balance_classes", 1));
+    TRY(config_flag(&s->bf16_states, c, "train.", "bf16_states", 1));
+    if (s->bf16_states && s->opt->cuda)
+        return err("train.bf16_states: on a GPU the optimizer's moments are floats; expected --device cpu, or false");
     TRY(config_size(&s->restart_every, c, "train.", "restart_codes", 0, huge, 1));
     TRY(config_real(&s->w_l1, c, "train.", "l1_weight", 0, 1e6, 1));
     TRY(config_real(&s->w_l2, c, "train.", "l2_weight", 0, 1e6, 1));
@@ -223,6 +227,7 @@ static Err build_stage(Stage *s, const Checkpoint *ck) {
     TRY(dataset_open_lists(&s->val, o->data, o->list, o->val_list, SPLIT_VAL));
     TRY(make_folder(s->opt->run));
     TRY(s->opt->vqgan ? vqgan_stage(s) : transition_stage(s));
+    s->params->bf16_moments = s->bf16_states;
     TRY(params_plan(s->params, PLAN_VALUE | PLAN_GRAD | PLAN_ADAM | (s->opt->vqgan ? 0 : PLAN_EMA)));
     if (ck)
         TRY(load_state(s, ck));
@@ -249,8 +254,9 @@ static void say_start(const Stage *s) {
             s->name, (double)params_count(s->params) / 1e6, s->train.n, s->val.n, s->batch, s->accumulate, s->steps,
             (unsigned long long)s->seed, threads_get(), vector_instructions());
     char state[32], activations[32], available[32];
-    fprintf(stderr, "memory: parameters, gradients and optimizer %s, activations %s; %s available\n",
-            bytes_text(state, s->state_bytes), bytes_text(activations, s->activation_bytes),
+    fprintf(stderr, "memory: parameters, gradients and optimizer%s %s, activations %s; %s available\n",
+            s->bf16_states ? " (in bf16)" : "", bytes_text(state, s->state_bytes),
+            bytes_text(activations, s->activation_bytes),
             s->available == SIZE_MAX ? "unknown how much is" : bytes_text(available, s->available));
     if (s->train_tokens.n) say_damaged(s);
     if (s->step) fprintf(stderr, "%s: continuing after step %llu\n", s->name, (unsigned long long)s->step);
@@ -424,6 +430,8 @@ int main(int argc, char **argv) {
         {OPT_SIZE, "--seed", "N", &o.seed, 0, 9e15, "of everything random (default 23)"},
         {OPT_FLAG, "--balance", NULL, &o.balance, 0, 0,
          "transitions: draw every class equally often, however few its pictures"},
+        {OPT_FLAG, "--bf16-states", NULL, &o.bf16_states, 0, 0,
+         "the optimizer's moments in bf16, rounded at random: half their memory"},
         {OPT_STRING, "--store", "TYPE", &o.store, 0, 0, "f32, f16 or bf16: how the weights for sampling are stored"},
         {OPT_SIZE, "--save-every", "N", &o.save_every, 1, UINT32_MAX, "steps between checkpoints (default 100)"},
         {OPT_SIZE, "--eval-every", "N", &o.eval_every, 1, UINT32_MAX, "steps between evaluations (default 500)"},

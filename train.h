@@ -18,7 +18,7 @@
 
 typedef struct {
     const char *model, *data, *list, *val_list, *run, *config, *init, *device, *store, *precision, *schedule;
-    int vqgan, joint, all, resume, eval, balance;
+    int vqgan, joint, all, resume, eval, balance, bf16_states;
     int cuda; /* on the GPU */
     size_t scale, steps, batch, accumulate, threads, save_every, eval_every, picture_every;
     size_t seed;
@@ -46,6 +46,7 @@ struct Stage {
     LrSchedule lr;
     double lr_scale; /* the official learning-rate rule (SPEC section 7), or 1 */
     double ema_decay;
+    int bf16_states; /* Adam's moments in bf16 */
     Dtype store;
     int compact; /* leave out what can be derived */
 

@@ -56,6 +56,7 @@ Err make_folder(const char *path) {
  * buffers (rows x columns). */
 Err check_memory(Stage *s, size_t arenas, size_t plan, size_t rows, size_t columns) {
     TRY(size_mul(&s->state_bytes, s->params->total, arenas * sizeof(real)));
+    if (s->bf16_states) s->state_bytes -= s->params->total * 2 * (sizeof(real) - sizeof(uint16_t));
     TRY(size_mul(&s->activation_bytes, rows, columns));
     TRY(size_mul(&s->activation_bytes, s->activation_bytes, sizeof(real)));
     s->activation_bytes += plan;

@@ -1,5 +1,6 @@
 #!/bin/sh
-# test_guidance.sh BUILD: label dropout in ./train and guidance in ./sample and ./inpaint; schedules from a run's own VQGAN.
+# test_guidance.sh BUILD: label dropout in ./train and guidance in ./sample and ./inpaint; moments in bf16; schedules from a
+# run's own VQGAN.
 build=$(cd "$1" && pwd)
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
@@ -92,6 +93,35 @@ for t in 1 2 3; do
 done
 ok "which is taken" sample "$dir/rec" -n 4 --seed 7
 ok "as if it were given" "$build/pictures" same "$dir/s.png" "$dir/guided.png" 0 0 34 34
+
+# ---- the optimizer's moments in bf16 ----
+mean() { awk -v stage="$2" '$1 == stage && $2 > 20 { n++; sum += $3 } END { print n == 10 ? sum / n : "none" }' "$dir/$1/log.tsv"; }
+for stage in vqgan scale1; do
+    arguments=--vqgan
+    [ $stage = vqgan ] || arguments="--scale ${stage#scale}"
+    mkdir -p "$dir/float" "$dir/bf16" "$dir/killed"
+    # shellcheck disable=SC2086
+    ok "$stage with moments in float" train --run "$dir/float" $arguments
+    grep -o 'optimizer.*, activations' "$dir/err" >"$dir/floats"
+    [ $stage = vqgan ] && cp "$dir/float/vqgan.safetensors" "$dir/kept" # both scales stand on the same first stage
+    # shellcheck disable=SC2086
+    ok "$stage with moments in bf16" train --run "$dir/bf16" $arguments --bf16-states
+    grep -o 'optimizer.*, activations' "$dir/err" >"$dir/halves"
+    ok "which the memory plan says" grep -q '^optimizer (in bf16)' "$dir/halves"
+    ok "and counts" awk '{ sub(/ \(in bf16\)/, "") } NR == 1 { whole = $2 } NR == 2 { exit !($2 < 0.85 * whole && $2 > 0.5 * whole) }' "$dir/floats" "$dir/halves"
+    ok "$stage learns as well" awk "BEGIN { a = $(mean float $stage); b = $(mean bf16 $stage); exit !(a > 0 && b < 1.05 * a && b > 0.95 * a && a != b) }"
+    # shellcheck disable=SC2086
+    "$build/train" --config test/tiny.txt --data "$dir/data" --save-every 5 --run "$dir/killed" $arguments --bf16-states \
+        --threads 1 >/dev/null 2>&1 &
+    pid=$! # the program itself, not a shell around it
+    while [ ! -f "$dir/killed/$stage.state.safetensors" ] && kill -0 $pid 2>/dev/null; do sleep 0.02; done
+    kill -9 $pid 2>/dev/null
+    wait $pid 2>/dev/null
+    # shellcheck disable=SC2086
+    ok "$stage killed and resumed" train --run "$dir/killed" $arguments --resume
+    ok "to the bit" cmp "$dir/killed/$stage.state.safetensors" "$dir/bf16/$stage.state.safetensors"
+    for run in float bf16 killed; do cp "$dir/kept" "$dir/$run/vqgan.safetensors"; done
+done
 
 # ---- a schedule from the run's own first stage ----
 schedule() { train --run "$dir/run" --schedule psim "$@"; }
