@@ -99,11 +99,13 @@ static Curve *find_curve(Curves *all, const char *name) {
 static Err add_line(Curves *all, const Line *l, const int field[SERIES]) {
     Curve *c = find_curve(all, l->field[0]);
     if (!c || l->n < 2) return OK;
+    const float step = (float)number(l, 1);
+    if (!(step >= 0)) return OK;                                /* not a number */
+    while (c->n > 0 && c->point[c->n - 1].step >= step) c->n--; /* these are repeated */
     TRY(mem_grow(&c->point, c->n, 1, &c->capacity, sizeof *c->point, "a curve"));
-    Point *p = &c->point[c->n];
-    p->step = (float)number(l, 1);
+    Point *p = &c->point[c->n++];
+    p->step = step;
     for (int k = 0; k < SERIES; k++) p->y[k] = (float)number(l, field[k]);
-    if (c->n == 0 || p->step > c->point[c->n - 1].step) c->n++;
     return OK;
 }
 

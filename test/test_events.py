@@ -193,12 +193,14 @@ def test_long(build, run, data):
         for step in range(2, 200001):
             val = "\t".join(["%g" % (2 + 1000 / step)] * 4) if step % 500 == 0 else "\t\t\t"
             f.write("scale1\t%d\t%g\t%g\t%g\t1e-4\t1\t1.0\t%s\n" % (step, 2 + (step * 7919 % 101) / 100, 2, 3, val))
+        for step in range(199000, 199501):  # again, from a checkpoint before
+            f.write("scale1\t%d\t%g\t2\t3\t1e-4\t1\t1.0\t\t\t\t\n" % (step, 4))
         f.write("scale1\t200001\t9")  # cut short
     os.remove(run + "/vqgan.state.safetensors")
     train(build, "--data", data, "--run", run, "--vqgan", "--steps", "1")
     check(os.path.getsize(run + "/loss.svg") < 120000, "%d bytes" % os.path.getsize(run + "/loss.svg"))
     with open(run + "/loss.svg") as f:
-        check("step 200000, loss" in f.read(), "the last whole step")
+        check("step 199500, loss 4," in f.read(), "the last whole step, where it was repeated")
 
 
 def test_tensorboard(run, folder):
