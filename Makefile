@@ -138,7 +138,8 @@ $(PROGRAMS) test/golden test/bench: FORCE
 $(shell mkdir -p build && echo $(SHIPPED) >build/last)
 endif
 
-TRAIN := train_run train_survive train_vqgan train_gan train_scale # the files of ./train beside train.c
+# the files of ./train beside train.c
+TRAIN := train_run train_survive train_view train_vqgan train_gan train_scale train_schedule
 $B/train: $(TRAIN:%=$B/%.o)
 $B/emulated/train: $(TRAIN:%=$B/%.o)
 $(PROGRAMS:%=$B/%): $B/%: $B/%.o $B/cli.o $(OBJ) $(DEVICE_OBJ)

@@ -313,22 +313,22 @@ int disk_full(void) {
     return io_errno == ENOSPC || io_errno == EDQUOT || io_errno == EFBIG;
 }
 
-Err file_append(const char *path, const char *text) {
+Err file_append(const char *path, const void *data, size_t bytes) {
     struct stat before;
-    size_t n = strlen(text), done = 0;
+    size_t done = 0;
     io_errno = 0;
     int fd = open(path, O_WRONLY | O_APPEND | O_CREAT | O_CLOEXEC, 0666);
     if (fd < 0) return io_error(path, "open");
     Err e = fstat(fd, &before) == 0 ? OK : io_error(path, "read");
-    while (e == OK && done < n) {
-        ssize_t put = write(fd, text + done, n - done);
+    while (e == OK && done < bytes) {
+        ssize_t put = write(fd, (const char *)data + done, bytes - done);
         if (put >= 0)
             done += (size_t)put;
         else if (errno != EINTR)
             e = io_error(path, "write");
     }
     if (e != OK && done && ftruncate(fd, before.st_size) != 0)
-        err("%s; and the beginning of a line stays there", err_text());
+        err("%s; and the beginning of it stays there", err_text());
     if (close(fd) != 0 && e == OK) e = io_error(path, "close");
     return e;
 }

@@ -407,6 +407,7 @@ void sampling_options(SampleOptions *o, const SamplingArgs *a, const Model *m, c
     o->block = a->block;
     o->official_temperature = a->official_temperature;
     per_scale(o->temperature, m, a->temperature, "temperature", "1", 0, 1000, "--temperature");
+    per_scale(o->guidance, m, a->guidance, "guidance", "1", 0, 1000, "--guidance");
     per_scale_sizes(o->top_k, m, a->top_k, "top_k", "0", 0, 1e9, "--top-k");
     per_scale_sizes(o->chain, m, a->chain_length, chain_key, chain_default, least_chain, 1000, "--chain-length");
 }
@@ -446,7 +447,9 @@ static Err text_per_scale(Config *text, const char *key, const SampleOptions *o,
     char list[MAX_SCALES * 24];
     size_t at = 0;
     for (int t = T; t >= 1; t--) {
-        double x = what == 0 ? o->temperature[t] : (double)(what == 1 ? o->top_k[t] : o->chain[t]);
+        double x = what == 0   ? o->temperature[t]
+                   : what == 3 ? o->guidance[t]
+                               : (double)(what == 1 ? o->top_k[t] : o->chain[t]);
         at += (size_t)snprintf(list + at, sizeof list - at, "%s%.9g", t < T ? "," : "", x);
     }
     return config_set(text, key, "%s", list);
@@ -460,6 +463,7 @@ Err sampling_text(Config *text, const SamplingArgs *a, const SampleOptions *o, c
     TRY(text_per_scale(text, "temperature", o, m->schedule.T, 0));
     TRY(text_per_scale(text, "top-k", o, m->schedule.T, 1));
     TRY(text_per_scale(text, "chain-length", o, m->schedule.T, 2));
+    if (sample_rows(o, m, 1) > 1) TRY(text_per_scale(text, "guidance", o, m->schedule.T, 3));
     if (m->weights != WEIGHTS_REAL) TRY(config_set(text, "weights", "%s", a->weights));
     return a->official_temperature ? config_set(text, "official-temperature", "true") : OK;
 }

@@ -668,6 +668,10 @@ void epoch_order(uint32_t *order, size_t n, uint64_t seed, uint64_t epoch) {
     }
 }
 
+int label_dropped(double p, uint64_t seed, uint64_t micro, uint64_t b) {
+    return p > 0 && rng_uniform(seed, rng_stream(RNG_LABEL, 0, b), micro) < p;
+}
+
 /* ------------------------------------------------------------------------------------------------------------
  * Batches ahead of time
  * ---------------------------------------------------------------------------------------------------------- */

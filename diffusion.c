@@ -422,6 +422,7 @@ typedef struct {
     NetConfig net;
     Schedule schedule;
     size_t h, w;
+    int32_t null_class;
 } ScaleFacts;
 
 /* The buffers are what the network was trained with; the configuration's word is the second best. */
@@ -447,6 +448,17 @@ Err schedule_read(Schedule *s, const Checkpoint *ck, int T) {
     return OK;
 }
 
+/* The label "no class", which a network trained with label dropout knows beside its classes; -1: there is none. */
+static Err read_null_class(int32_t *label, const Config *meta, const NetConfig *net) {
+    const size_t rows = net->kind == NET_X ? net->enc_num_tokens : net->input_vocab_size;
+    size_t value = SIZE_MAX;
+    *label = -1;
+    if (!net->has_class || !config_get(meta, "", "imagebart.null_class")) return OK;
+    TRY(config_size(&value, meta, "", "imagebart.null_class", 0, rows - 1, 0));
+    *label = (int32_t)value;
+    return OK;
+}
+
 /* scale: the number in the file's name, 0 for joint.safetensors. */
 static Err read_facts(ScaleFacts *f, const Checkpoint *ck, int scale) {
     size_t T = 0, single = 0;
@@ -456,6 +468,7 @@ static Err read_facts(ScaleFacts *f, const Checkpoint *ck, int scale) {
     if (scale && single && single != (size_t)scale) return err("it holds scale %zu, its name says %d", single, scale);
     if (!scale && single) return err("it holds scale %zu alone, expected all scales", single);
     TRY(net_config_read(&f->net, &ck->meta, prefix));
+    TRY(read_null_class(&f->null_class, &ck->meta, &f->net));
     TRY(config_size(&f->h, &ck->meta, "", "imagebart.h", 1, IMAGE_MAX_SIDE, 1));
     TRY(config_size(&f->w, &ck->meta, "", "imagebart.w", 1, IMAGE_MAX_SIDE, 1));
     f->T = (int)T;
@@ -507,6 +520,7 @@ static Err check_facts(Model *m, const Checkpoint *ck, int scale) {
     TRY(read_facts(&f, ck, scale));
     TRY(check_fit(m, &f));
     m->config[scale] = f.net;
+    for (int t = scale ? scale : 1; t <= (scale ? scale : f.T); t++) m->null_class[t] = f.null_class;
     if (scale <= 1) return adopt_facts(m, ck, &f);
     TRY(check_same("n_scales", (size_t)f.T, (size_t)m->schedule.T, "scale 1"));
     TRY(check_schedule(&f.schedule, &m->schedule));
@@ -909,13 +923,17 @@ typedef struct {
     const SampleOptions *o;
     size_t N, K;
     int32_t *tokens;  /* (n,N) the caller's: x_{t-1} as it grows */
-    int32_t *x_t;     /* (n,N) */
+    size_t rows;      /* of the network's batch: n, or 2n at a guided scale: samples with their class, then with none */
+    int32_t *x_t;     /* (rows,N) */
     int32_t *before;  /* (n,N) what this scale drew the last time, before it was noised again; the first time x_t */
-    int32_t *scale;   /* (n) */
+    int32_t *scale;   /* (rows) */
+    int32_t *label;   /* (rows), guided */
+    int32_t *prefix;  /* (rows,N), guided and uncached */
+    real *mixed;      /* (n,K) guided logits */
     real *prob;       /* (n,K) */
     double *fit;      /* (n) log probability of the known tokens in this pass */
     Row *row;         /* (n) */
-    DecodeCell *cell; /* (n*min(N,DECODE_BLOCK)) a block */
+    DecodeCell *cell; /* (rows*min(N,DECODE_BLOCK)) a block */
     double pass_cost, sample_cost; /* see transformer_pass_cost */
     size_t end;                    /* positions from here on are known and nobody asks for their probability */
 } Run;
@@ -924,9 +942,35 @@ void sample_defaults(SampleOptions *o, const Model *m) {
     memset(o, 0, sizeof *o);
     o->n = o->candidates = 1;
     for (int t = 0; t <= m->schedule.T; t++) {
-        o->temperature[t] = 1;
+        o->temperature[t] = o->guidance[t] = 1;
         o->chain[t] = 1;
     }
+}
+
+size_t sample_rows(const SampleOptions *o, const Model *m, size_t n) {
+    for (int t = 1; t <= m->schedule.T; t++)
+        if (o->guidance[t] != 1) return 2 * n;
+    return n;
+}
+
+/* Classifier-free guidance (Ho and Salimans 2022): at such a scale every sample is fed twice, with its class and with "no
+ * class", and drawn from uncond + g (cond - uncond). */
+static int is_guided(const Run *r, int t) {
+    return r->m && r->o->guidance[t] != 1;
+}
+
+static Err check_guidance(const Model *m, const SampleOptions *o, int t) {
+    const double g = o->guidance[t];
+    if (g == 1) return OK;
+    if (!(g >= 0) || !isfinite(g)) return err("guidance %g of scale %d, expected 0 or more", g, t);
+    if (m->cuda) return err("guidance %g at scale %d: not on a GPU yet; --device cpu does it", g, t);
+    if (!m->n_classes) return err("guidance %g at scale %d: %s is not a model with classes", g, t, m->folder);
+    if (m->null_class[t] < 0)
+        return err(
+            "guidance %g at scale %d: %s was trained without \"no class\" (./train --label-dropout 0.1), expected "
+            "--guidance 1",
+            g, t, m->folder);
+    return OK;
 }
 
 static Err check_options(const Model *m, const SampleOptions *o) {
@@ -936,6 +980,7 @@ static Err check_options(const Model *m, const SampleOptions *o) {
     for (int t = 1; t <= m->schedule.T; t++) {
         if (!(o->temperature[t] >= 0) || !isfinite(o->temperature[t]))
             return err("sampling: temperature %g of scale %d, expected 0 or more", o->temperature[t], t);
+        TRY(check_guidance(m, o, t));
         size_t least = o->known ? 0 : 1;
         if (o->chain[t] < least || o->chain[t] > MAX_CHAIN)
             return err("sampling: a chain of %zu at scale %d, expected %zu..%d", o->chain[t], t, least, MAX_CHAIN);
@@ -1092,11 +1137,25 @@ static size_t choose_block(const Run *r) {
     return cells;
 }
 
-/* Logits of the block's cells. Uncached, every sample's whole prefix is run again: (n,N,K). */
+/* Logits of the block's cells. Uncached, every sample's whole prefix is run again: (n,N,K). Guided, those without a class
+ * follow. */
 static Err block_logits(const Run *r, size_t cells, const real **logits) {
-    if (r->o->uncached)
-        return transformer_forward(r->net, r->tokens, r->x_t, r->scale, r->o->label, r->o->n, r->N, logits);
-    return transformer_decode_block(r->net, r->cell, cells, logits);
+    const size_t n = r->o->n;
+    const int guided = r->rows > n;
+    if (!r->o->uncached) {
+        for (size_t c = 0; c < cells && guided; c++)
+            r->cell[cells + c] = (DecodeCell){n + r->cell[c].b, r->cell[c].i, r->cell[c].prev};
+        return transformer_decode_block(r->net, r->cell, guided ? 2 * cells : cells, logits);
+    }
+    for (size_t b = 0; b < r->rows && guided; b++)
+        memcpy(r->prefix + b * r->N, r->tokens + b % n * r->N, r->N * sizeof *r->tokens);
+    return transformer_forward(r->net, guided ? r->prefix : r->tokens, r->x_t, r->scale,
+                               guided ? r->label : r->o->label, r->rows, r->N, logits);
+}
+
+/* mixed (K) = uncond + g (cond - uncond) */
+static void mix_logits(real *mixed, const real *cond, const real *uncond, size_t K, double g) {
+    for (size_t k = 0; k < K; k++) mixed[k] = uncond[k] + (real)g * (cond[k] - uncond[k]);
 }
 
 /* log softmax(logits)[k] */
@@ -1111,15 +1170,21 @@ static double log_prob(const real *logits, size_t K, size_t k) {
 /* A block's tokens, from the logits of its cells. */
 typedef struct {
     const Run *r;
-    const real *logits;
+    const real *logits, *uncond; /* NULL: no guidance */
     size_t repeat;
     int t;
     double temperature;
 } Draw;
 
-static int32_t draw_token(const Draw *d, size_t b, size_t i, const real *logits) {
+/* at: of the position's logits */
+static int32_t draw_token(const Draw *d, size_t b, size_t i, size_t at) {
     const Run *r = d->r;
     const SampleOptions *o = r->o;
+    const real *logits = d->logits + at;
+    if (d->uncond) {
+        mix_logits(r->mixed + b * r->K, logits, d->uncond + at, r->K, o->guidance[d->t]);
+        logits = r->mixed + b * r->K;
+    }
     real *prob = r->prob + b * r->K;
     int32_t known = is_known(r, i) ? o->known[b * r->N + i] : -1;
     if (o->candidates > 1 && known >= 0) r->fit[b] += log_prob(logits, r->K, (size_t)known);
@@ -1147,7 +1212,7 @@ static void draw_task(void *context, size_t b) {
     Row *row = &r->row[b];
     for (size_t c = row->first, end = c + row->cells; c < end; c++) {
         const size_t i = row->at++, at = b * r->N + i;
-        r->tokens[at] = draw_token(d, b, i, d->logits + (r->o->uncached ? at : c) * r->K);
+        r->tokens[at] = draw_token(d, b, i, (r->o->uncached ? at : c) * r->K);
         judge(r, row, b, i);
         if (c + 1 < end && r->tokens[at] != r->cell[c + 1].prev) break;
     }
@@ -1160,7 +1225,8 @@ static double temperature_of(const Run *r, int t) {
 
 static Err draw_block(Run *r, const real *logits, size_t cells, int t, size_t repeat) {
     const SampleOptions *o = r->o;
-    Draw d = {r, logits, repeat, t, temperature_of(r, t)};
+    const real *uncond = r->rows > o->n ? logits + (o->uncached ? o->n * r->N : cells) * r->K : NULL;
+    Draw d = {r, logits, uncond, repeat, t, temperature_of(r, t)};
     size_t least = r->N, tried = 0, right = 0, before = 0, after = 0;
     for (size_t b = 0; b < o->n; b++) before += r->row[b].at;
     parallel_for(threads_free(), o->n, draw_task, &d);
@@ -1192,10 +1258,15 @@ static void start_row(Row *row) {
 /* What must be fed: all, unless only known tokens are left and candidates do not ask how likely they are. */
 static void start_pass(Run *r, int t) {
     const SampleOptions *o = r->o;
-    memcpy(r->x_t, r->tokens, o->n * r->N * sizeof *r->tokens);
+    for (size_t b = 0; b < r->rows; b++) {
+        memcpy(r->x_t + b * r->N, r->tokens + b % o->n * r->N, r->N * sizeof *r->tokens);
+        r->scale[b] = t;
+        if (r->rows > o->n) r->label[b] = b < o->n ? o->label[b] : r->m->null_class[t];
+    }
     memset(r->fit, 0, o->n * sizeof *r->fit);
-    for (size_t b = 0; b < o->n; b++) r->scale[b] = t, start_row(&r->row[b]);
+    for (size_t b = 0; b < o->n; b++) start_row(&r->row[b]);
     transformer_pass_cost(r->net, r->N, &r->pass_cost, &r->sample_cost);
+    r->pass_cost *= (double)o->n / (double)r->rows; /* in pairs of cells */
     r->end = r->N;
     while (o->candidates <= 1 && r->end > 0 && is_known(r, r->end - 1)) r->end--;
     for (size_t k = 0; k < o->n * r->N; k++)
@@ -1245,7 +1316,8 @@ static Err check_drawn(const Run *r, int t, size_t i) {
 static Err sample_pass(Run *r, int t, size_t repeat) {
     const SampleOptions *o = r->o;
     start_pass(r, t);
-    if (!o->uncached) TRY(transformer_decode_begin(r->net, r->x_t, r->scale, o->label, o->n, r->N));
+    const int32_t *label = r->rows > o->n ? r->label : o->label;
+    if (!o->uncached) TRY(transformer_decode_begin(r->net, r->x_t, r->scale, label, r->rows, r->N));
     if (!o->uncached && transformer_on_cuda(r->net)) {
         TRY(draw_on_gpu(r, t, repeat));
         for (size_t i = 0; i < r->N; i++) TRY(check_drawn(r, t, i));
@@ -1282,10 +1354,11 @@ static Err sample_scales(Run *r) {
     if (o->scale_done) o->scale_done(o->context, r->m->schedule.T + 1, r->tokens);
     for (int t = r->m->schedule.T; t >= 1; t--) {
         memset(r->row, 0, o->n * sizeof *r->row);
+        r->rows = is_guided(r, t) ? 2 * o->n : o->n;
         if (o->chain[t] > 0) {
             TRY(model_scale(r->m, t));
             r->net = r->m->net;
-            TRY(transformer_plan(r->net, o->n, r->N, 0));
+            TRY(transformer_plan(r->net, r->rows, r->N, 0));
         }
         for (size_t repeat = 0; repeat < o->chain[t]; repeat++) {
             memcpy(r->before, r->tokens, o->n * r->N * sizeof *r->before);
@@ -1299,26 +1372,26 @@ static Err sample_scales(Run *r) {
 }
 
 static Err run_buffers(Run *r) {
-    size_t n = r->o->n, nN, nK;
+    const size_t n = r->o->n, rows = r->m ? sample_rows(r->o, r->m, n) : n;
+    size_t nN, nK;
     TRY(size_mul(&nN, n, r->N));
     TRY(size_mul(&nK, n, r->K));
-    TRY(mem_alloc(&r->x_t, nN, sizeof *r->x_t, "tokens of a batch"));
+    r->rows = n; /* of a scale that is not guided */
+    TRY(mem_alloc(&r->x_t, rows * r->N, sizeof *r->x_t, "tokens of a batch"));
+    TRY(mem_alloc(&r->label, rows, sizeof *r->label, "labels of a batch"));
+    TRY(mem_alloc(&r->prefix, rows * r->N, sizeof *r->prefix, "tokens of a batch"));
+    TRY(mem_alloc(&r->mixed, rows > n ? nK : 0, sizeof *r->mixed, "guided logits"));
     TRY(mem_alloc(&r->before, nN, sizeof *r->before, "tokens of the pass before"));
     TRY(mem_alloc(&r->row, n, sizeof *r->row, "positions of a batch"));
-    TRY(mem_alloc(&r->cell, n * min_size(r->N, DECODE_BLOCK), sizeof *r->cell, "a block of positions"));
-    TRY(mem_alloc(&r->scale, n, sizeof *r->scale, "scales of a batch"));
+    TRY(mem_alloc(&r->cell, rows * min_size(r->N, DECODE_BLOCK), sizeof *r->cell, "a block of positions"));
+    TRY(mem_alloc(&r->scale, rows, sizeof *r->scale, "scales of a batch"));
     TRY(mem_alloc(&r->fit, n, sizeof *r->fit, "weights of candidates"));
     return mem_alloc(&r->prob, nK, sizeof *r->prob, "token probabilities");
 }
 
 static void free_buffers(Run *r) {
-    free(r->x_t);
-    free(r->before);
-    free(r->row);
-    free(r->cell);
-    free(r->scale);
-    free(r->fit);
-    free(r->prob);
+    void *buffers[] = {r->x_t, r->before, r->row, r->cell, r->scale, r->label, r->prefix, r->mixed, r->fit, r->prob};
+    for (size_t i = 0; i < sizeof buffers / sizeof *buffers; i++) free(buffers[i]);
 }
 
 Err model_sample(Model *m, const SampleOptions *o, int32_t *tokens) {

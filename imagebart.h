@@ -122,7 +122,9 @@ typedef enum {
     RNG_UNKNOWN,  /* tokens of codes outside the remap table, b = image */
     RNG_CODES,    /* which latents replace dead codes, a = 0, b = step */
     RNG_CHOOSE,   /* inpainting: which candidates stay, a = t and repeat, b = sample */
-    RNG_TEST      /* tests */
+    RNG_TEST,     /* tests */
+    RNG_LABEL,    /* label dropout: a = 0, b = row of the micro batch, index = micro batch */
+    RNG_ROUND     /* moments in bf16: a = row of the parameter table, b = step, index = element / 4 */
 } RngPurpose;
 uint64_t rng_stream(RngPurpose purpose, uint64_t a, uint64_t b);
 double rng_uniform(uint64_t seed, uint64_t stream, uint64_t index);                 /* [0,1), 53 bits */
@@ -294,8 +296,8 @@ Err atomic_open(AtomicFile *f, const char *path);
 Err atomic_write(AtomicFile *f, const void *data, size_t bytes);
 Err atomic_commit(AtomicFile *f);
 void atomic_abandon(AtomicFile *f); /* safe after a failure or twice */
-/* Writes text behind a file's end: all of it, or none of it and an error. */
-Err file_append(const char *path, const char *text);
+/* Writes behind a file's end: all of it, or none of it and an error. */
+Err file_append(const char *path, const void *data, size_t bytes);
 /* Did the last of this thread's AtomicFiles and file_appends fail for want of room (ENOSPC, EDQUOT, EFBIG)? */
 int disk_full(void);
 
@@ -313,6 +315,7 @@ typedef struct {
     int matrix;     /* the weight (out,in) of a linear layer: may be kept in fewer bits for sampling */
     Weights packed; /* then; data NULL: not packed */
     real *value, *grad, *m, *v, *ema; /* each NULL until planned */
+    uint16_t *m16, *v16;              /* instead of m and v: in bf16 */
 } Param;
 struct Device;
 struct DeviceOps;
@@ -321,6 +324,7 @@ typedef struct {
     size_t n, capacity;
     size_t total;          /* elements of one arena, padding included */
     real *arena[5];        /* value, grad, m, v, ema: one allocation each */
+    int bf16_moments;      /* set before the plan, on the CPU: m and v are kept in bf16, in half the memory */
     void *packed;          /* of all matrices */
     WeightFormat format;   /* how params_map keeps matrices; set before */
     struct Device *device; /* NULL, or the table's twin on a GPU, where everything then happens (device.h) */
@@ -438,6 +442,8 @@ size_t dataset_damaged(const Dataset *d); /* how many have been met so far */
 Err dataset_write_damaged(const Dataset *d, const char *path);
 /* order[0..n-1] = the permutation of epoch `epoch` under `seed`. */
 void epoch_order(uint32_t *order, size_t n, uint64_t seed, uint64_t epoch);
+/* Label dropout: does row b of this micro batch lose its label, as it does with probability p? */
+int label_dropped(double p, uint64_t seed, uint64_t micro, uint64_t b);
 
 /* Batches read ahead by threads. Step s takes examples s*B .. s*B+B-1 of the endless sequence of epochs, whatever the
  * number of threads. For a damaged picture stands the next whole one in the order of the set. */
@@ -676,6 +682,10 @@ typedef struct {
     double lr, beta1, beta2, eps, decay_scale;
 } AdamW;
 void adamw_step(Params *p, const AdamW *o, uint64_t step);
+/* x as one of the two bf16 beside it (itself if it is one), by 16 random bits: the mean over all of them is x. NaN and
+ * infinity stay. Moments in bf16 are rounded so after every step, by random numbers of row, element and step alone; values
+ * move by the moments before rounding. */
+uint16_t round_at_random(float x, uint32_t random);
 /* EMA (SPEC section 6): d = min(decay, (1+n)/(10+n)) in float32 with n = num_updates (already incremented);
  * ema -= (1-d)(ema - value). */
 void ema_update(Params *p, double decay, uint64_t num_updates);
@@ -763,10 +773,11 @@ typedef struct {
     char **class_name; /* all names of a class, after its synset if it has one: "n01440764 tench, Tinca tinca" */
     int loaded;        /* scale whose transition is in memory, 0: none. One at a time. */
     Transformer *net;
-    Checkpoint file;                  /* its file: the weights stay there */
-    NetConfig config[MAX_SCALES + 1]; /* [t] of scale t, [0] of all scales of a joint model */
-    int joint;                        /* one file for all scales */
-    int official;                     /* the files are PyTorch's */
+    Checkpoint file;                    /* its file: the weights stay there */
+    NetConfig config[MAX_SCALES + 1];   /* [t] of scale t, [0] of all scales of a joint model */
+    int32_t null_class[MAX_SCALES + 1]; /* [t] the label "no class" that scale t was trained with too; -1: none */
+    int joint;                          /* one file for all scales */
+    int official;                       /* the files are PyTorch's */
     int no_ema;           /* set after model_open: sample with the trained weights rather than their moving average */
     WeightFormat weights; /* set after model_open: how the transitions' matrices are kept */
     int cuda; /* set after model_open: the transitions run on the GPU, in f32 or, with bf16 weights, in bf16 */
@@ -838,6 +849,7 @@ typedef struct {
     double temperature[MAX_SCALES + 1]; /* [t] */
     size_t top_k[MAX_SCALES + 1];       /* [t]; 0: all */
     size_t chain[MAX_SCALES + 1];       /* [t] forward-backward repeats, >= 1; 0 with known tokens: x_{t-1} = x_t */
+    double guidance[MAX_SCALES + 1];    /* [t] classifier-free: logits = uncond + g (cond - uncond); 1: none */
     int official_temperature;           /* encoder-decoder scales ignore it, as the official code does */
     int uncached;                       /* tests: the whole prefix again for every token, no KV cache */
     const int32_t *label;               /* (n) or NULL */
@@ -855,8 +867,10 @@ typedef struct {
     void *context;
 } SampleOptions;
 void sample_defaults(SampleOptions *o, const Model *m);
+/* Rows of the decoder's batch for n samples: with guidance at any scale two for each, with its class and with none. */
+size_t sample_rows(const SampleOptions *o, const Model *m, size_t n);
 /* One reverse step for o->n samples: tokens (n,N) x_t in, x_{t-1} out. repeat numbers the passes of a chain. Plans the
- * network for decoding. */
+ * network for decoding. No guidance, which needs a Model. */
 Err sample_scale(Transformer *net, const SampleOptions *o, int t, size_t repeat, size_t N, int32_t *tokens);
 /* bound (n_classes) = what tells the class of a picture of which only some tokens of x_0 (N) are kept, the least being the
  * best: the variational bound (paper section 3.1) on them under each class, in nats per token, a mean over a few draws of
@@ -905,7 +919,7 @@ const char *duration(char text[32], double s); /* "1 h 02 min", "3 min 05 s", "4
 /* What ./sample and ./inpaint ask alike, and how both draw. SAMPLING_OPTIONS(a, ...) are the rows of an Option table.
  */
 typedef struct {
-    const char *model, *out, *class_name, *temperature, *top_k, *chain_length, *device, *weights;
+    const char *model, *out, *class_name, *temperature, *top_k, *guidance, *chain_length, *device, *weights;
     size_t n, batch, block, threads;
     uint64_t seed; /* SEED_NOT_GIVEN: take one from the clock; it is printed and kept in the PNG */
     int official_temperature, no_ema, show;
@@ -935,6 +949,14 @@ typedef struct {
          0,                                                                                                            \
          0,                                                                                                            \
          "draw among the K likeliest tokens only; per scale or one for all\n(default 0: all)"},                        \
+        {OPT_STRING,                                                                                                   \
+         "--guidance",                                                                                                 \
+         "G,..",                                                                                                       \
+         &(a).guidance,                                                                                                \
+         0,                                                                                                            \
+         0,                                                                                                            \
+         "more of the class: logits = uncond + G (cond - uncond); per scale or one\nfor all (default 1: none; "        \
+         "needs ./train --label-dropout)"},                                                                            \
         {OPT_FLAG,                                                                                                     \
          "--official-temperature",                                                                                     \
          NULL,                                                                                                         \
@@ -977,8 +999,8 @@ typedef struct {
     }
 void sampling_start(SamplingArgs *a, Model *m,
                     const NamedModel **stand_in_for); /* threads, seed, model; dies on error */
-/* What the user gave, else what the model's file recommends (imagebart.temperature, .top_k and imagebart.CHAIN_KEY), else 1,
- * all and chain_default. Chains may have least_chain passes or more. */
+/* What the user gave, else what the model's file recommends (imagebart.temperature, .top_k, .guidance, imagebart.CHAIN_KEY),
+ * else 1, all, 1 and chain_default. Chains may have least_chain passes or more. */
 void sampling_options(SampleOptions *o, const SamplingArgs *a, const Model *m, const char *chain_key,
                       const char *chain_default, double least_chain);
 /* A line on stderr per scale: how many passes of the decoder it took, and how good the guesses were. */

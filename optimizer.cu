@@ -242,6 +242,7 @@ typedef struct {
     const Param *row;
     real keep, rate, inverse, eps, beta1, beta2, rest1, rest2; /* AdamW */
     real step;                                                 /* EMA */
+    uint64_t stream;                                           /* of random numbers, for moments in bf16 */
 } Update;
 
 static size_t pieces(size_t n) {
@@ -263,6 +264,44 @@ static void adamw_piece(void *context, size_t piece) {
     }
 }
 
+/* ---- Moments in bf16. Rounded to the nearest, what changes a moment by less than 2^-9 of itself would be lost every time;
+ * rounded up or down at random, by chances that keep the mean, it adds up. ---- */
+
+uint16_t round_at_random(float x, uint32_t random) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    if ((bits & 0x7f800000u) != 0x7f800000u)
+        bits += random & 0xffffu;
+    else if (bits & 0x7fffffu)
+        bits |= 0x400000u; /* a NaN whose upper half would be infinity's */
+    return (uint16_t)(bits >> 16);
+}
+
+static inline real from_bf16(uint16_t x) {
+    const uint32_t bits = (uint32_t)x << 16;
+    float number;
+    memcpy(&number, &bits, sizeof number);
+    return (real)number;
+}
+
+/* Four elements share a draw of four numbers, each of which has bits for both moments. */
+static void adamw_bf16_piece(void *context, size_t piece) {
+    const Update *a = (const Update *)context;
+    const size_t k0 = piece * SMALL_WORK, n = min_size(SMALL_WORK, a->row->size - k0);
+    real *w = a->row->value + k0;
+    const real *g = a->row->grad + k0;
+    uint16_t *m16 = a->row->m16 + k0, *v16 = a->row->v16 + k0;
+    uint32_t random[4] = {0};
+    for (size_t k = 0; k < n; k++) {
+        if (k % 4 == 0) philox(random, 0, a->stream, (k0 + k) / 4);
+        const real m = a->beta1 * from_bf16(m16[k]) + a->rest1 * g[k];
+        const real v = a->beta2 * from_bf16(v16[k]) + a->rest2 * g[k] * g[k];
+        w[k] = a->keep * w[k] - a->rate * m / (square_root(v) * a->inverse + a->eps);
+        m16[k] = round_at_random((float)m, random[k % 4]);
+        v16[k] = round_at_random((float)v, random[k % 4] >> 16);
+    }
+}
+
 void adamw_step(Params *p, const AdamW *o, uint64_t step) {
     if (p->device) {
         p->ops->update(p->device, p, o, step, 0);
@@ -278,7 +317,8 @@ void adamw_step(Params *p, const AdamW *o, uint64_t step) {
         a.row = &p->row[i];
         if (a.row->untrained) continue;
         a.keep = (real)(1 - o->lr * a.row->decay * o->decay_scale);
-        parallel_for(threads_free(), pieces(a.row->size), adamw_piece, &a);
+        a.stream = rng_stream(RNG_ROUND, i, step & 0xffffffffu);
+        parallel_for(threads_free(), pieces(a.row->size), p->bf16_moments ? adamw_bf16_piece : adamw_piece, &a);
     }
 }
 

@@ -27,6 +27,15 @@ static real **slot(Param *row, int arena) {
     return slots[arena];
 }
 
+/* Adam's moments may be in bf16 */
+static int in_bf16(const Params *p, int arena) {
+    return p->bf16_moments && (arena == 2 || arena == 3);
+}
+
+static uint16_t **slot16(Param *row, int arena) {
+    return arena == 2 ? &row->m16 : &row->v16;
+}
+
 /* The arena of a letter: v value, g gradient, 1 and 2 Adam moments, e EMA. -1: an error, already set. */
 static int find_arena(const Params *p, char which) {
     static const char letters[] = "vg12e";
@@ -74,10 +83,14 @@ Err params_add(Params *p, size_t *index, Init init, double scale, double decay, 
 
 static Err plan_arena(Params *p, int arena, const char *what) {
     if (p->arena[arena]) return OK;
-    TRY(mem_alloc(&p->arena[arena], p->total, sizeof(real), what));
-    real *next = p->arena[arena];
+    const int bf16 = in_bf16(p, arena);
+    TRY(mem_alloc(&p->arena[arena], p->total, bf16 ? sizeof(uint16_t) : sizeof(real), what));
+    size_t next = 0;
     for (size_t i = 0; i < p->n; i++) {
-        *slot(&p->row[i], arena) = next;
+        if (bf16)
+            *slot16(&p->row[i], arena) = (uint16_t *)(void *)p->arena[arena] + next;
+        else
+            *slot(&p->row[i], arena) = p->arena[arena] + next;
         next += round_up(p->row[i].size, ROW_REALS);
     }
     return OK;
@@ -186,6 +199,22 @@ static Err join_name(char out[NAME_MAX_BYTES], const char *prefix, const char *n
     return OK;
 }
 
+/* A moment: as it is where the file has bf16, else rounded to the nearest. */
+static Err load_bf16(uint16_t *out, const Checkpoint *ck, const char *name, const Param *row) {
+    const Tensor *x;
+    real *numbers;
+    TRY(checkpoint_shaped(ck, name, row->ndim, row->dim, row->size, &x));
+    if (x->dtype == DT_BF16) {
+        memcpy(out, x->data, row->size * sizeof *out);
+        return OK;
+    }
+    TRY(mem_alloc(&numbers, row->size, sizeof *numbers, "a moment"));
+    tensor_to_reals(x, numbers);
+    round_bf16(out, numbers, row->size);
+    free(numbers);
+    return OK;
+}
+
 static Err load_rows(Params *p, const Checkpoint *ck, char which, const char *prefix, int strip_dots) {
     const int arena = find_arena(p, which);
     if (arena < 0) return err_in(ck->path);
@@ -193,7 +222,10 @@ static Err load_rows(Params *p, const Checkpoint *ck, char which, const char *pr
         char name[NAME_MAX_BYTES];
         Param *row = &p->row[i];
         TRY(join_name(name, prefix, row->name, strip_dots));
-        TRY(checkpoint_reals(ck, name, row->ndim, row->dim, row->size, *slot(row, arena)));
+        if (in_bf16(p, arena))
+            TRY(load_bf16(*slot16(row, arena), ck, name, row));
+        else
+            TRY(checkpoint_reals(ck, name, row->ndim, row->dim, row->size, *slot(row, arena)));
     }
     return OK;
 }
@@ -330,7 +362,10 @@ Err tensor_list_params(TensorList *list, const Params *p, char which, const char
         TRY(join_name(name, prefix, row->name, 0));
         if (row->packed.data && !row->value)
             return err("'%s' is packed: its numbers are in the file it came from", name);
-        TRY(tensor_list_add(list, name, dtype, row->ndim, row->dim, *slot(row, arena), 1));
+        if (in_bf16(p, arena))
+            TRY(tensor_list_add(list, name, DT_BF16, row->ndim, row->dim, *slot16(row, arena), 0));
+        else
+            TRY(tensor_list_add(list, name, dtype, row->ndim, row->dim, *slot(row, arena), 1));
     }
     return OK;
 }

@@ -124,7 +124,8 @@ static void sample(SamplingArgs *a, const char *chain_path, const char *nearest)
     job.pixels = 3 * job.model.side * job.model.side;
     size_t T = (size_t)job.model.schedule.T, columns = (size_t)ceil(sqrt((double)a->n));
     check(choose_classes(&job));
-    sampling_memory(&job.model, min_size(a->n, a->batch), chain_path ? a->n * (T + 1) : a->n);
+    sampling_memory(&job.model, sample_rows(&job.options, &job.model, min_size(a->n, a->batch)),
+                    chain_path ? a->n * (T + 1) : a->n);
     say_classes(&job);
     catch_interrupts();
     check(draw_tokens(&job, chain_path != NULL));

@@ -3,8 +3,8 @@
  * Reading order: the options at the end of the file say what a user can ask for; `Stage` (train.h) is what is being
  * trained; train_vqgan.c (with train_gan.c, its discriminator) and train_scale.c are the two kinds of stage, each as four
  * functions: one micro batch, an evaluation, a picture, the weights that sampling uses; here is the one loop that drives
- * them; train_run.c keeps the run, train_survive.c what it goes on after. No mathematics here: it is in vqgan.c,
- * transformer.cu and diffusion.c. */
+ * them; train_run.c keeps the run, train_survive.c what it goes on after, train_view.c shows it; train_schedule.c is
+ * --schedule. No mathematics here: it is in vqgan.c, transformer.cu and diffusion.c. */
 #include "train.h"
 
 #include <errno.h>
@@ -61,7 +61,9 @@ Err apply_options(Stage *s) {
     if (o->accumulate != NOT_GIVEN)
         TRY(config_set(c, "lightning.trainer.accumulate_grad_batches", "%zu", o->accumulate));
     if (o->alpha >= 0) TRY(config_set(c, "model.params.alpha", "%.17g", o->alpha));
+    if (o->label_dropout >= 0) TRY(config_set(c, "train.label_dropout", "%.17g", o->label_dropout));
     if (o->seed != NOT_GIVEN) TRY(config_set(c, "train.seed", "%zu", o->seed));
+    if (o->bf16_states) TRY(config_set(c, "train.bf16_states", "true"));
     if (o->balance) TRY(config_set(c, "train.balance_classes", "true"));
     if (o->store) TRY(config_set(c, "imagebart.store", "%s", o->store));
     return OK;
@@ -95,6 +97,9 @@ static Err read_settings(Stage *s) {
     TRY(config_size(&seed, c, "train.", "seed", 0, huge, 1));
     TRY(config_flag(&s->flip, c, "train.", "flip", 1));
     TRY(config_flag(&s->balance, c, "train.", "balance_classes", 1));
+    TRY(config_flag(&s->bf16_states, c, "train.", "bf16_states", 1));
+    if (s->bf16_states && s->opt->cuda)
+        return err("train.bf16_states: on a GPU the optimizer's moments are floats; expected --device cpu, or false");
     TRY(config_size(&s->restart_every, c, "train.", "restart_codes", 0, huge, 1));
     TRY(config_real(&s->w_l1, c, "train.", "l1_weight", 0, 1e6, 1));
     TRY(config_real(&s->w_l2, c, "train.", "l2_weight", 0, 1e6, 1));
@@ -103,6 +108,7 @@ static Err read_settings(Stage *s) {
     TRY(config_real(&s->spike, c, "train.", "spike", 0, 1e6, 1));
     TRY(config_real(&s->adam.decay_scale, c, "train.", "weight_decay_scale", 0, 1e6, 1));
     TRY(config_real(&s->alpha, c, "model.params.", "alpha", 0, 1, 1));
+    TRY(config_real(&s->label_dropout, c, "train.", "label_dropout", 0, 1, 1));
     TRY(config_real(&s->lr.lr_start, c, LR, "lr_start", 0, 10, 1));
     TRY(config_real(&s->lr.lr_max, c, LR, "lr_max", 0, 10, 1));
     TRY(config_real(&s->lr.lr_min, c, LR, "lr_min", 0, 10, 1));
@@ -155,16 +161,14 @@ static Err update(Stage *s, const Metrics *mean, double norm, double *lr) {
     return s->after_step ? s->after_step(s) : OK;
 }
 
-static Err draw_picture(Stage *s, void *unused) {
-    (void)unused;
+static Err draw_picture(Stage *s, void *view) {
     char suffix[40], path[1100];
     snprintf(suffix, sizeof suffix, "-%06llu.png", (unsigned long long)s->step);
     run_path(s, path, suffix);
-    if (s->opt->vqgan) return s->picture(s, path);
-    params_swap_ema(s->params);
+    if (!s->opt->vqgan) params_swap_ema(s->params);
     Err e = s->picture(s, path);
-    params_swap_ema(s->params);
-    return e;
+    if (!s->opt->vqgan) params_swap_ema(s->params);
+    return e == OK ? view_picture(s, view, path) : e;
 }
 
 static int due(uint64_t step, size_t every, size_t last) {
@@ -173,8 +177,10 @@ static int due(uint64_t step, size_t every, size_t last) {
 
 static Err run(Stage *s) {
     Progress p = {0};
+    View v;
     catch_interrupts();
     TRY(log_open(s, &p));
+    TRY(until_room(s, view_open, &v, 0));
     Err e = state_exists(s) ? OK : save_state(s, 1); /* something to go back to, and the disk shows what it has */
     while (e == OK && s->step < s->steps && !interrupted()) {
         Metrics m, val, ema;
@@ -183,6 +189,7 @@ static Err run(Stage *s) {
         const char *bad = e == OK ? what_is_bad(s, m.loss, norm) : NULL;
         if (bad) {
             e = roll_back(s, &p, &m, norm, bad);
+            if (e == OK) e = until_room(s, view_open, &v, 0);
             continue;
         }
         if (e == OK) e = update(s, &m, norm, &lr);
@@ -192,11 +199,13 @@ static Err run(Stage *s) {
         if (evaluating) e = evaluate_both(s, &val, &ema);
         if (e == OK && evaluating) progress_end(), print_evaluation(s, stderr, &val, &ema);
         if (e == OK) e = log_step(s, &p, &m, lr, norm, evaluating ? &val : NULL, &ema);
+        if (e == OK) v.evaluated = evaluating, e = until_room(s, view_step, &v, 0);
         if (e == OK && evaluating) e = save_best(s, &ema);
-        if (e == OK && due(s->step, s->opt->picture_every, s->steps)) e = until_room(s, draw_picture, NULL, 0);
+        if (e == OK && due(s->step, s->opt->picture_every, s->steps)) e = until_room(s, draw_picture, &v, 0);
         if (e == OK && due(s->step, s->opt->save_every, s->steps)) e = save(s);
     }
     if (e == OK && interrupted()) e = save(s);
+    if (e == OK) e = until_room(s, view_close, &v, 0);
     progress_end();
     return e;
 }
@@ -246,6 +255,7 @@ static Err build_stage(Stage *s, const Checkpoint *ck) {
     TRY(dataset_open_lists(&s->val, o->data, o->list, o->val_list, SPLIT_VAL));
     TRY(make_folder(s->opt->run));
     TRY(s->opt->vqgan ? vqgan_stage(s) : transition_stage(s));
+    s->params->bf16_moments = s->bf16_states;
     TRY(params_plan(s->params, PLAN_VALUE | PLAN_GRAD | PLAN_ADAM | (s->opt->vqgan ? 0 : PLAN_EMA)));
     if (ck)
         TRY(load_state(s, ck));
@@ -272,8 +282,9 @@ static void say_start(Stage *s) {
             s->name, (double)params_count(s->params) / 1e6, s->train.n, s->val.n, s->batch, s->accumulate, s->steps,
             (unsigned long long)s->seed, threads_get(), vector_instructions());
     char state[32], activations[32], available[32];
-    fprintf(stderr, "memory: parameters, gradients and optimizer %s, activations %s; %s available\n",
-            bytes_text(state, s->state_bytes), bytes_text(activations, s->activation_bytes),
+    fprintf(stderr, "memory: parameters, gradients and optimizer%s %s, activations %s; %s available\n",
+            s->bf16_states ? " (in bf16)" : "", bytes_text(state, s->state_bytes),
+            bytes_text(activations, s->activation_bytes),
             s->available == SIZE_MAX ? "unknown how much is" : bytes_text(available, s->available));
     if (s->train_tokens.n) say_damaged(s);
     say_disk(s);
@@ -419,6 +430,15 @@ static void train(const Options *o) {
     free_stage(&s);
 }
 
+static void make_schedule(const Options *o) {
+    Stage s = {.opt = o, .name = "schedule"};
+    check(read_recipe(&s));
+    check(apply_options(&s));
+    check(read_settings(&s));
+    check(metric_schedule(&s));
+    free_stage(&s);
+}
+
 /* Every stage in turn, finished ones in no time, then ./sample, which lies beside this program. */
 static void train_all(Options *o) {
     char sample[1100], out[1100];
@@ -464,7 +484,8 @@ int main(int argc, char **argv) {
                  .keep = 2,
                  .program = argv[0],
                  .precision = "bf16",
-                 .alpha = -1};
+                 .alpha = -1,
+                 .label_dropout = -1};
     const Option table[] = {
         {OPT_HEADING, "Arguments", NULL, NULL, 0, 0, NULL},
         {OPT_ARGUMENT, "MODEL", NULL, &o.model, 0, 0,
@@ -477,6 +498,10 @@ int main(int argc, char **argv) {
          "the first stage, then every scale, then draw samples with ./sample; the same\ncommand again goes on where it "
          "was "
          "stopped"},
+        {OPT_STRING, "--schedule", "psim", &o.schedule, 0, 0,
+         "nothing yet: measure, with the run's VQGAN, how far scales must be apart to\nlook equally far apart, and "
+         "write "
+         "RUN/psim.txt and the recipe's line"},
         {OPT_HEADING, "On what", NULL, NULL, 0, 0, NULL},
         {OPT_STRING, "--data", "PATH", &o.data, 0, 0,
          "a folder of PNG, JPEG and WebP pictures (sub-folders are classes; train/ and val/\n"
@@ -497,9 +522,14 @@ int main(int argc, char **argv) {
         {OPT_SIZE, "--accumulate", "N", &o.accumulate, 1, 65536, "micro batches per step"},
         {OPT_REAL, "--lr", "X", &o.lr, 1e-12, 10, "peak learning rate"},
         {OPT_REAL, "--alpha", "X", &o.alpha, 0, 1, "loss = X soft (KL to the posterior) + (1-X) hard (cross entropy)"},
+        {OPT_REAL, "--label-dropout", "P", &o.label_dropout, 0, 1,
+         "transitions with classes: leave the class out this often, so that ./sample can\nguide (--guidance); 0.1 is "
+         "usual"},
         {OPT_SIZE, "--seed", "N", &o.seed, 0, 9e15, "of everything random (default 23)"},
         {OPT_FLAG, "--balance", NULL, &o.balance, 0, 0,
          "transitions: draw every class equally often, however few its pictures"},
+        {OPT_FLAG, "--bf16-states", NULL, &o.bf16_states, 0, 0,
+         "the optimizer's moments in bf16, rounded at random: half their memory"},
         {OPT_STRING, "--store", "TYPE", &o.store, 0, 0, "f32, f16 or bf16: how the weights for sampling are stored"},
         {OPT_SIZE, "--save-every", "N", &o.save_every, 1, UINT32_MAX, "steps between checkpoints (default 100)"},
         {OPT_SIZE, "--keep", "N", &o.keep, 1, KEEP_MAX,
@@ -517,8 +547,10 @@ int main(int argc, char **argv) {
         {OPT_END, NULL, NULL, NULL, 0, 0, NULL}};
     signal(SIGXFSZ, SIG_IGN), signal(SIGPIPE, SIG_IGN); /* both are errors of the write, which are dealt with there */
     options_parse(argc, argv, table, intro);
-    if (o.vqgan + o.joint + o.all + (o.scale > 0) != 1)
-        usage_error("give one of --vqgan, --scale N, --joint, --all; -h explains");
+    if (o.vqgan + o.joint + o.all + (o.scale > 0) + (o.schedule != NULL) != 1)
+        usage_error("give one of --vqgan, --scale N, --joint, --all, --schedule psim; -h explains");
+    if (o.schedule && strcmp(o.schedule, "psim")) usage_error("--schedule %s: expected psim", o.schedule);
+    if (o.schedule && (o.eval || o.resume)) usage_error("--schedule goes with neither --eval nor --resume");
     if (o.val_list && !o.list) usage_error("--val-list goes with --list, which names the training pictures");
     if (o.all && o.eval) usage_error("--eval evaluates one stage: --vqgan, --scale N or --joint");
     if (strcmp(o.precision, "bf16") && strcmp(o.precision, "f32"))
@@ -531,7 +563,9 @@ int main(int argc, char **argv) {
     snprintf(default_data, sizeof default_data, "data/%s", short_name);
     if (!o.run) o.run = default_run;
     if (!o.data) o.data = default_data;
-    if (o.all)
+    if (o.schedule)
+        make_schedule(&o);
+    else if (o.all)
         train_all(&o);
     else
         train(&o);

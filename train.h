@@ -1,8 +1,9 @@
 /* train.h - what the files of ./train share: the user's options, the stage being trained, the run's folder.
  *
  * train.c reads options and recipe and drives the loop; train_vqgan.c and train_scale.c are the two kinds of stage, first
- * stage and transition, train_gan.c the first one's discriminator; train_run.c keeps the run: memory plan, checkpoints, log; train_survive.c is what a run goes on
- * after: bad batches, full disks, damaged files. Nobody else includes this.
+ * stage and transition, train_gan.c the first one's discriminator; train_run.c keeps the run: memory plan, checkpoints,
+ * log; train_survive.c is what a run goes on after: bad batches, full disks, damaged files; train_view.c shows it;
+ * train_schedule.c measures a schedule. Nobody else includes this.
  *
  * For tests only, from the environment:
  *   IMAGEBART_TEST_NAN="stage:micro[,micro...]"    the loss of these micro batches becomes NaN
@@ -22,13 +23,13 @@
 #define NOT_GIVEN ((size_t)-1)
 
 typedef struct {
-    const char *model, *data, *list, *val_list, *run, *config, *init, *device, *store, *precision;
+    const char *model, *data, *list, *val_list, *run, *config, *init, *device, *store, *precision, *schedule;
     const char *program; /* as it was called */
-    int vqgan, joint, all, resume, eval, balance, no_wait;
+    int vqgan, joint, all, resume, eval, balance, bf16_states, no_wait;
     int cuda; /* on the GPU */
     size_t scale, steps, batch, accumulate, threads, save_every, eval_every, picture_every, keep;
     size_t seed;
-    double lr, alpha;
+    double lr, alpha, label_dropout;
 } Options;
 
 /* ------------------------------------------------------------------------------------------------------------
@@ -59,6 +60,7 @@ struct Stage {
     LrSchedule lr;
     double lr_scale; /* the official learning-rate rule (SPEC section 7), or 1 */
     double ema_decay;
+    int bf16_states; /* Adam's moments in bf16 */
     Dtype store;
     int compact; /* leave out what can be derived */
 
@@ -102,6 +104,8 @@ struct Stage {
     Tokens train_tokens, val_tokens;
     int t; /* the scale; 0: joint */
     double alpha;
+    double label_dropout; /* how often a label gives way to "no class" (classifier-free guidance) */
+    int32_t null_class;   /* which label that is */
     size_t h, w, N, K;
     uint32_t *order;  /* of the present epoch; when balanced: the examples, class by class */
     int balance;      /* draw every class equally often */
@@ -117,6 +121,19 @@ typedef struct {
     double started, rate;
     uint64_t first_step;
 } Progress;
+
+/* train_view.c */
+typedef struct {
+    char path[1500]; /* of the events; "": none */
+    int evaluated;   /* the present step was */
+} View;
+/* RUN/events/STAGE/events.out.tfevents.TIME.HOST, for TensorBoard, begun; after a step is in log.tsv: its numbers, every
+ * tenth step, and RUN/loss.svg anew when it was evaluated; a picture that was written to path; the end. What the disk has
+ * no room for can be tried again. */
+Err view_open(Stage *s, void *view);
+Err view_step(Stage *s, void *view);
+Err view_picture(const Stage *s, View *v, const char *path);
+Err view_close(Stage *s, void *view);
 
 /* train_vqgan.c, train_scale.c: build the stage of Stage.settings. */
 Err vqgan_stage(Stage *s);
@@ -141,6 +158,11 @@ Err gan_load_state(Stage *s, const Checkpoint *ck);
 Err gan_start_from(Stage *s, const Checkpoint *ck);
 int gan_log(const Stage *s, char *text, size_t size);
 const char *gan_text(const Stage *s, char text[96]);
+
+Err open_vqgan(Stage *s, char path[1100]); /* the run's own first stage; path: its file */
+/* train_schedule.c: RUN/psim.txt, a curve for schedule_make, from the run's first stage and held-out pictures; the recipe's
+ * line on stdout */
+Err metric_schedule(Stage *s);
 
 /* train_run.c. out = RUN/STAGEsuffix, returned */
 const char *run_path(const Stage *s, char out[1100], const char *suffix);

@@ -59,6 +59,7 @@ Err make_folder(const char *path) {
  * buffers (rows x columns). */
 Err check_memory(Stage *s, size_t arenas, size_t plan, size_t rows, size_t columns) {
     TRY(size_mul(&s->state_bytes, s->params->total, arenas * sizeof(real)));
+    if (s->bf16_states) s->state_bytes -= s->params->total * 2 * (sizeof(real) - sizeof(uint16_t));
     TRY(size_mul(&s->activation_bytes, rows, columns));
     TRY(size_mul(&s->activation_bytes, s->activation_bytes, sizeof(real)));
     s->activation_bytes += plan;
@@ -250,7 +251,8 @@ Err log_open(Stage *s, Progress *p) {
 
 static Err log_append(Stage *s, void *p) {
     (void)s;
-    return file_append(((Progress *)p)->log_path, ((Progress *)p)->line);
+    const Progress *progress = p;
+    return file_append(progress->log_path, progress->line, strlen(progress->line));
 }
 
 Err log_step(Stage *s, Progress *p, const Metrics *m, double lr, double norm, const Metrics *val, const Metrics *ema) {

@@ -44,6 +44,7 @@ static void take_training_batch(Stage *s, uint64_t micro) {
         size_t example = next_example(s, micro * s->batch + b, &epoch);
         uint32_t flip = rng_below(s->seed, rng_stream(RNG_CROP, epoch, example), 0, (uint32_t)s->train_tokens.flips);
         take_example(s, &s->train_tokens, example, flip, b);
+        if (label_dropped(s->label_dropout, s->seed, micro, b)) s->label[b] = s->null_class;
     }
 }
 
@@ -248,7 +249,7 @@ static Err copy_file(const char *to, const char *from) {
 }
 
 /* The run's own VQGAN; if it has none, the model's is copied in, so that the run can be sampled as it stands. */
-static Err open_vqgan(Stage *s, char path[1100]) {
+Err open_vqgan(Stage *s, char path[1100]) {
     Checkpoint ck;
     VqganConfig c;
     snprintf(path, 1100, "%s/vqgan.safetensors", s->opt->run);
@@ -288,12 +289,22 @@ static Err check_transition(const Stage *s, const NetConfig *c) {
                    s->opt->data);
     if (c->has_class && s->train.n_classes > vocabulary)
         return err("%s: %zu classes; the network has %zu input tokens", s->opt->data, s->train.n_classes, vocabulary);
+    if (s->label_dropout > 0 && !c->has_class)
+        return err("train.label_dropout: %s is not conditioned on classes, expected 0", s->name);
+    if (s->label_dropout > 0 && s->train.n_classes >= vocabulary)
+        return err("train.label_dropout: %zu classes and \"no class\" need as many input tokens, the network has %zu; "
+                   "raise %s to %zu",
+                   s->train.n_classes, vocabulary, c->kind == NET_X ? "enc_num_tokens" : "input_vocab_size",
+                   s->train.n_classes + 1);
     if (s->t && c->kind == NET_GPT && s->t != s->schedule.T)
         return err("%s: a decoder-only network sees no x_t, so it can only be scale %d", s->name, s->schedule.T);
     return OK;
 }
 
+/* "No class" is the first row of the class embedding that no class has. */
 static Err add_model_keys(Stage *s, const NetConfig *c) {
+    s->null_class = (int32_t)s->train.n_classes;
+    if (s->label_dropout > 0) TRY(config_set(&s->settings, "imagebart.null_class", "%d", (int)s->null_class));
     if (c->has_class) TRY(classes_from_folders(&s->settings, s->train.class_name, s->train.n_classes));
     TRY(config_set(&s->settings, "imagebart.h", "%zu", s->h));
     TRY(config_set(&s->settings, "imagebart.w", "%zu", s->w));

@@ -926,6 +926,7 @@ static void restart_code(const Vqgan *v, size_t code, size_t pick) {
         book->value[at] = v->x[v->z][(b * D + d) * N + i];
         if (book->m) book->m[at] = 0;
         if (book->v) book->v[at] = 0;
+        if (book->m16) book->m16[at] = book->v16[at] = 0;
         if (book->ema) book->ema[at] = book->value[at];
     }
 }

@@ -51,6 +51,19 @@ check golden "$build/golden" test/golden-cases
 check golden-selftest "$build/golden" --selftest test/golden-cases
 check programs test/test_programs.sh "$build"
 check survive test/test_survive.sh "$build"
+check guidance test/test_guidance.sh "$build"
+events=python3 # which has TensorBoard, if any has
+for p in "${PYTHON:-python3}" python3 /usr/bin/python3; do
+    if "$p" -c 'import tensorboard' 2>/dev/null; then
+        events=$p
+        break
+    fi
+done
+if command -v $events >/dev/null; then
+    check events "$events" test/test_events.py "$build"
+else
+    echo "events: skipped: no python3"
+fi
 if [ -n "$any" ]; then
     check levels test/test_levels.sh "$any" "$build"
 else

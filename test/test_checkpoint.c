@@ -713,13 +713,13 @@ static void test_not_permitted(void) {
 static void check_append(const char *path) {
     static const char line[] = "a line of thirty-one bytes here\n";
     struct stat st;
-    for (size_t i = 0; i < 50000 / strlen(line); i++) CHECK_OK(file_append(path, line));
-    CHECK_ERR(file_append(path, line), "File too large");
+    for (size_t i = 0; i < 50000 / strlen(line); i++) CHECK_OK(file_append(path, line, strlen(line)));
+    CHECK_ERR(file_append(path, line, strlen(line)), "File too large");
     CHECK(disk_full());
     CHECK(stat(path, &st) == 0 && st.st_size == (off_t)(50000 / strlen(line) * strlen(line)));
-    CHECK_ERR(file_append(in_folder("full/no/log"), line), "No such file");
+    CHECK_ERR(file_append(in_folder("full/no/log"), line, strlen(line)), "No such file");
     CHECK(!disk_full());
-    CHECK_OK(file_append(path, ""));
+    CHECK_OK(file_append(path, "", 0));
     CHECK(!disk_full());
 }
 

@@ -98,6 +98,8 @@ refused() { # refused STATUS WORD COMMAND...: exit status, and WORD on the last 
 refused 2 "int8" sample "$cuda" cpu no.png --device cuda --weights int8
 { cat test/tiny.txt && echo "vqgan.model.params.lossconfig.params.disc_start 0"; } >"$dir/gan.txt"
 refused 1 "discriminator, which --device cuda cannot train yet" train "$cuda" gan --vqgan --config "$dir/gan.txt" --device cuda
+refused 1 "guidance 2 at scale 1: not on a GPU" sample "$cuda" cpu no.png --device cuda --guidance 2
+refused 1 "bf16_states: on a GPU" train "$cuda" states --scale 1 --device cuda --bf16-states
 refused 2 "expected bf16 or f32" train "$cuda" f32 --scale 1 --device cuda --precision f16
 
 echo "$passed passed, $failed failed"

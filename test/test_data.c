@@ -364,6 +364,25 @@ static void test_epoch_order(void) {
     epoch_order(b, 0, 5, 0);
 }
 
+/* As often as the stream says and no other, for any batch; with probability p. */
+static void test_label_dropped(void) {
+    enum { MICRO = 500, ROWS = 40 };
+    size_t dropped = 0, other_seed = 0, wrong = 0;
+    for (uint64_t micro = 0; micro < MICRO; micro++)
+        for (uint64_t b = 0; b < ROWS; b++) {
+            uint32_t r[4];
+            philox(r, 5, rng_stream(RNG_LABEL, 0, b), micro);
+            const double u = (double)(((uint64_t)r[0] << 32 | r[1]) >> 11) * 0x1p-53;
+            const int is = label_dropped(0.1, 5, micro, b);
+            wrong += is != (u < 0.1);
+            wrong += label_dropped(0, 5, micro, b) + !label_dropped(1, 5, micro, b);
+            dropped += (size_t)is, other_seed += is != label_dropped(0.1, 6, micro, b);
+        }
+    CHECK(wrong == 0);
+    CHECK(fabs((double)dropped - 2000) < 4 * sqrt(20000 * 0.1 * 0.9));
+    CHECK(other_seed > 3000); /* 3600 are expected of independent ones */
+}
+
 /* ---- the loader ---- */
 
 enum { LOADER_N = 7, LOADER_B = 3, LOADER_SIZE = 4, LOADER_REALS = LOADER_B * 3 * LOADER_SIZE * LOADER_SIZE };
@@ -814,6 +833,7 @@ int main(int argc, char **argv) {
     test_lmdb_split();
     test_lmdb_damage();
     test_epoch_order();
+    test_label_dropped();
     test_loader();
     test_damaged_pictures();
     test_damaged_order();

@@ -360,6 +360,7 @@ typedef struct {
     int flip;              /* 1: scale 2 says another number of scales; 2: another schedule; 3: another scale number;
                               4: a grid that does not fit; 5: no classes; 6: other token values; 7: NaN weights */
     XVariant variant;
+    int null_class; /* the label that means none; 0: the model was trained without */
 } Tiny;
 enum { SIDE = 3, N = SIDE * SIDE, CODES = 13, USED = 7 };
 
@@ -426,6 +427,7 @@ static void tiny_meta(Config *meta, const Tiny *x, const NetConfig *c, int t) {
     CHECK_OK(config_set(meta, "imagebart.h", "%d", SIDE));
     CHECK_OK(config_set(meta, "imagebart.w", "%d", SIDE));
     if (x->classes) CHECK_OK(config_set(meta, "imagebart.classes", "a,bee,bicycle"));
+    if (x->null_class) CHECK_OK(config_set(meta, "imagebart.null_class", "%d", x->null_class));
 }
 
 /* One transition's file; seed: other weights. */
@@ -571,10 +573,12 @@ static void test_same_tokens(const Tiny *x, const char *name) {
 
 /* The chain once more, spelled out for one sample: each scale's file opened by hand, the whole prefix run for every
  * token. */
+enum { NO_CLASS = 3 }; /* of guided models */
+
 static void oracle_scale(int32_t *x, Transformer *net, const SampleOptions *o, const Schedule *s, int t,
                          int32_t label) {
-    int32_t x_t[N], scale = t;
-    real prob[USED];
+    int32_t x_t[N], scale = t, none = NO_CLASS;
+    real prob[USED], mixed[N * USED];
     const real *logits;
     for (size_t repeat = 0; repeat < o->chain[t]; repeat++) {
         uint64_t pass = ((uint64_t)t << 16) + repeat;
@@ -583,7 +587,10 @@ static void oracle_scale(int32_t *x, Transformer *net, const SampleOptions *o, c
         memcpy(x_t, x, sizeof x_t);
         for (size_t i = 0; i < N; i++) {
             CHECK_OK(transformer_forward(net, x, x_t, &scale, &label, 1, N, &logits));
-            sample_probs(prob, logits + i * USED, USED, -1, o->temperature[t], o->top_k[t]);
+            memcpy(mixed, logits, sizeof mixed);
+            if (o->guidance[t] != 1) CHECK_OK(transformer_forward(net, x, x_t, &scale, &none, 1, N, &logits));
+            for (int k = 0; k < N * USED; k++) mixed[k] = logits[k] + (real)o->guidance[t] * (mixed[k] - logits[k]);
+            sample_probs(prob, mixed + i * USED, USED, -1, o->temperature[t], o->top_k[t]);
             x[i] = sample_pick(prob, USED, rng_uniform(o->seed, rng_stream(RNG_SAMPLE, pass, o->first), i));
         }
     }
@@ -626,6 +633,7 @@ static void test_oracle(const Tiny *x, const char *name) {
         o.seed = 3, o.first = sample, o.label = m.n_classes ? &label : NULL;
         for (int t = 1; t <= x->T; t++)
             o.temperature[t] = 1 + 0.3 * t, o.top_k[t] = (size_t)(7 - t), o.chain[t] = 1 + t % 2;
+        for (int t = 1; t <= x->T && x->null_class; t++) o.guidance[t] = t == 2 ? 1 : 0.5 * t + 1;
         CHECK_OK(model_sample(&m, &o, got));
         oracle(want, dir, x, &o, label);
         CHECK(!memcmp(got, want, sizeof got));
@@ -731,7 +739,7 @@ static void test_known_blocks(const char *dir) {
 
 /* A network that says what its residual says, p(x_t) = 0.8 + 0.2/K: what is drawn greedily is always x_t. */
 static Transformer *echo(void) {
-    Tiny x = {2, 0, 0, 0, 0, X_RESIDUAL};
+    Tiny x = {2, 0, 0, 0, 0, X_RESIDUAL, 0};
     const float alpha[] = {1, 0.8f, 0};
     NetConfig c;
     Transformer *net = NULL;
@@ -774,7 +782,7 @@ static void test_passes(void) {
 enum { JOINT_N = 3, JOINT_K = 4, JOINT = JOINT_K * JOINT_K * JOINT_K, JOINT_BATCH = 1000, JOINT_ROUNDS = 40 };
 
 static Transformer *joint_net(void) {
-    Tiny x = {2, 0, 0, 0, 0, X_RESIDUAL_SCALED};
+    Tiny x = {2, 0, 0, 0, 0, X_RESIDUAL_SCALED, 0};
     const float alpha[] = {1, 0.4f, 0};
     NetConfig c;
     Transformer *net = NULL;
@@ -847,6 +855,119 @@ static void test_joint(void) {
     }
     CHECK(tried == (size_t)JOINT_BATCH * JOINT_ROUNDS * JOINT_N && right > tried / 5 && right < tried * 4 / 5);
     transformer_free(net);
+}
+
+/* ---- guidance ---- */
+
+static void set_guided(SampleOptions *o) {
+    for (int t = 1; t < MAX_SCALES; t++) o->guidance[t] = t == 2 ? 1 : 0.5 * t + 1; /* scale 2 is not guided */
+    o->chain[1] = 2, o->temperature[3] = 0.8, o->block = block;
+}
+static void set_guided_uncached(SampleOptions *o) {
+    set_guided(o);
+    o->uncached = 1;
+}
+static void set_no_guidance(SampleOptions *o) {
+    for (int t = 1; t < MAX_SCALES; t++) o->guidance[t] = 1;
+    o->block = block;
+}
+static uint8_t guided_keep[N];
+static int32_t guided_known[BATCH * N];
+static void set_guided_known(SampleOptions *o) {
+    set_guided(o);
+    o->known = guided_known, o->keep = guided_keep, o->candidates = 2;
+}
+
+/* Guidance 1 is a model that knows nothing of it; others draw the same for any block, batch, number of threads, and
+ * without a cache. */
+static void test_guided(const Tiny *x, const char *name, const char *unguided) {
+    char dir[512];
+    Model m, plain;
+    int32_t one[BATCH * N], all[BATCH * N], again[BATCH * N];
+    static void (*const change[3])(SampleOptions *) = {set_guided, set_guided_uncached, set_guided_known};
+    CHECK_OK(model_open(&m, tiny_folder(dir, name, x), NULL));
+    CHECK_OK(model_open(&plain, unguided, NULL));
+    block = 0;
+    sample_into(&plain, one, BATCH, 0, NULL);
+    sample_into(&m, all, BATCH, 0, set_no_guidance);
+    CHECK(!memcmp(one, all, sizeof all));
+    for (int i = 0; i < N; i++) guided_keep[i] = i % 3 != 0;
+    for (int i = 0; i < BATCH * N; i++) guided_known[i] = (i * 5) % USED;
+    for (int k = 0; k < 3; k++) {
+        block = 1;
+        if (k != 1) sample_into(&m, all, BATCH, 0, change[k]); /* uncached: the same as before */
+        CHECK(memcmp(one, all, sizeof all));
+        for (block = 0; block <= N + 1; block++) {
+            threads_set(1 + block % 2);
+            sample_into(&m, again, BATCH, 0, change[k]);
+            CHECK(!memcmp(all, again, sizeof all));
+        }
+        for (uint64_t b = 0; b < BATCH && k < 2; b++) sample_into(&m, again + b * N, 1, b, change[k]);
+        CHECK(!memcmp(all, again, sizeof all));
+    }
+    model_close(&m);
+    model_close(&plain);
+}
+
+/* The first token of a model of one scale, against its exact distribution at guidance g; 6 degrees of freedom. */
+static double guided_chi(Model *m, double g, double drawn_with) {
+    enum { SAMPLES = 4000 };
+    static int32_t tokens[SAMPLES * N], label[SAMPLES];
+    int32_t x[N] = {0}, x_t[N] = {0}, scale = 1, with = 1, none = NO_CLASS;
+    real cond[USED], mixed[USED], p[USED];
+    double count[USED] = {0}, chi = 0;
+    const real *logits;
+    SampleOptions o;
+    CHECK_OK(model_scale(m, 1));
+    CHECK_OK(transformer_plan(m->net, 1, N, 0));
+    CHECK_OK(transformer_forward(m->net, x, x_t, &scale, &with, 1, N, &logits));
+    memcpy(cond, logits, sizeof cond);
+    CHECK_OK(transformer_forward(m->net, x, x_t, &scale, &none, 1, N, &logits));
+    for (int k = 0; k < USED; k++) mixed[k] = logits[k] + (real)g * (cond[k] - logits[k]);
+    sample_probs(p, mixed, USED, -1, 1, 0);
+    sample_defaults(&o, m);
+    for (int b = 0; b < SAMPLES; b++) label[b] = with;
+    o.n = SAMPLES, o.label = label, o.seed = 9, o.guidance[1] = drawn_with;
+    CHECK_OK(model_sample(m, &o, tokens));
+    for (int b = 0; b < SAMPLES; b++) count[tokens[b * N]]++;
+    for (int k = 0; k < USED; k++) chi += pow(count[k] - SAMPLES * (double)p[k], 2) / (SAMPLES * (double)p[k]);
+    return chi;
+}
+
+static void test_guided_distribution(void) {
+    char dir[512];
+    Model m;
+    CHECK_OK(model_open(&m, tiny_folder(dir, "guided1", &(Tiny){1, 0, 1, 0, 0, X_PLAIN, NO_CLASS}), NULL));
+    CHECK(guided_chi(&m, 1.5, 1.5) < 28);
+    CHECK(guided_chi(&m, 0, 0) < 28); /* without a class */
+    CHECK(!(guided_chi(&m, 1, 1.5) < 28) && !(guided_chi(&m, 1.5, 1) < 28));
+    model_close(&m);
+}
+
+static void test_guidance_errors(const char *plain, const char *classes) {
+    char dir[512];
+    Model m;
+    SampleOptions o;
+    int32_t tokens[N], label = 0;
+    CHECK_OK(model_open(&m, classes, NULL));
+    sample_defaults(&o, &m);
+    CHECK(sample_rows(&o, &m, 5) == 5);
+    o.label = &label, o.guidance[2] = 3;
+    CHECK(sample_rows(&o, &m, 5) == 10);
+    CHECK_ERR(model_sample(&m, &o, tokens), "guidance 3 at scale 2: ");
+    CHECK_ERR(model_sample(&m, &o, tokens), "--label-dropout");
+    o.guidance[2] = -1;
+    CHECK_ERR(model_sample(&m, &o, tokens), "guidance -1 of scale 2");
+    o.guidance[2] = NAN;
+    CHECK_ERR(model_sample(&m, &o, tokens), "of scale 2");
+    model_close(&m);
+    CHECK_OK(model_open(&m, plain, NULL));
+    sample_defaults(&o, &m);
+    o.guidance[1] = 2;
+    CHECK_ERR(model_sample(&m, &o, tokens), "not a model with classes");
+    model_close(&m);
+    CHECK_ERR(model_open(&m, tiny_folder(dir, "guided9", &(Tiny){1, 0, 1, 0, 0, X_PLAIN, USED + 1}), NULL),
+              "imagebart.null_class");
 }
 
 /* One scale, x_0[1] known, x_0[0] asked: p(x_0[0] | x_0[1]) is proportional to p(x_0[0]) p(x_0[1] | x_0[0]), which
@@ -1028,7 +1149,7 @@ static void test_sample_options(const char *dir) {
 
 /* A file with transformer_ema.* is sampled with those. */
 static void test_ema(void) {
-    Tiny x = {3, 0, 0, 1, 0, X_PLAIN};
+    Tiny x = {3, 0, 0, 1, 0, X_PLAIN, 0};
     char dir[512], path[600];
     Model m;
     Checkpoint ck = {0};
@@ -1083,7 +1204,7 @@ static const Tensor *listed(const TensorList *list, const char *name) {
 
 /* What PyTorch's classes want besides parameters; compact files do without. */
 static void test_derived_tensors(void) {
-    Tiny x = {2, 0, 1, 0, 0, X_PLAIN};
+    Tiny x = {2, 0, 1, 0, 0, X_PLAIN, 0};
     Schedule s;
     CHECK_OK(schedule_make(&s, "geometric", 2));
     for (int t = 1; t <= 2; t++)
@@ -1151,13 +1272,13 @@ static void test_broken(void) {
         {1, "other-T", "n_scales"},     {2, "other-schedule", "schedule"}, {3, "other-scale", "its name says 2"},
         {4, "small-grid", "positions"}, {5, "no-class", "class"},          {6, "other-K", "token values"}};
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
-        Tiny x = {3, 0, cases[i].flip == 5, 0, cases[i].flip, X_PLAIN};
+        Tiny x = {3, 0, cases[i].flip == 5, 0, cases[i].flip, X_PLAIN, 0};
         char dir[512];
         Model m;
         CHECK_ERR(model_open(&m, tiny_folder(dir, cases[i].name, &x), NULL), cases[i].says);
         CHECK(strstr(err_text(), "scale2.safetensors") != NULL);
     }
-    Tiny nan = {2, 0, 0, 0, 7, X_PLAIN}, short_gpt = {2, 0, 0, 0, 4, X_PLAIN};
+    Tiny nan = {2, 0, 0, 0, 7, X_PLAIN, 0}, short_gpt = {2, 0, 0, 0, 4, X_PLAIN, 0};
     char dir[512];
     Model m;
     CHECK_ERR(model_open(&m, tiny_folder(dir, "short-gpt", &short_gpt), NULL), "takes 8 positions");
@@ -1260,7 +1381,7 @@ static void test_named(void) {
     CHECK(substituted == NULL);
     CHECK_ERR(model_open(&m, "emoji", &substituted), "models/emoji");
     CHECK(mkdir("models", 0777) == 0);
-    Tiny x = {3, 0, 0, 0, 0, X_PLAIN};
+    Tiny x = {3, 0, 0, 0, 0, X_PLAIN, 0};
     char dir[512];
     tiny_folder(dir, "models/emoji", &x);
     CHECK_OK(model_open(&m, "emoji", &substituted));
@@ -1307,25 +1428,31 @@ int main(void) {
     test_sample_probs();
     test_top_k();
     test_sample_pick();
-    char plain[600], classes[600], single[600], labelled[600];
+    char plain[600], classes[600], single[600], labelled[600], joint[600];
     tiny_path(labelled, dir, "labelled");
     tiny_path(single, dir, "single");
     tiny_path(plain, dir, "plain");
     tiny_path(classes, dir, "classes");
-    test_same_tokens(&(Tiny){3, 0, 0, 0, 0, X_PLAIN}, "plain"); /* scales 1, 2 NET_X, 3 NET_GPT */
-    test_same_tokens(&(Tiny){3, 0, 1, 0, 0, X_FINE_SCALED}, "classes");
-    test_same_tokens(&(Tiny){4, 1, 1, 0, 0, X_RESIDUAL_SCALED}, "joint");
-    test_same_tokens(&(Tiny){2, 0, 0, 0, 0, X_RESIDUAL}, "residual");
-    test_same_tokens(&(Tiny){1, 0, 0, 0, 0, X_PLAIN}, "single");
-    test_same_tokens(&(Tiny){1, 0, 1, 0, 0, X_PLAIN}, "labelled");
-    test_oracle(&(Tiny){3, 0, 0, 0, 0, X_PLAIN}, "plain");
-    test_oracle(&(Tiny){3, 0, 1, 0, 0, X_FINE_SCALED}, "classes");
-    test_oracle(&(Tiny){4, 1, 1, 0, 0, X_RESIDUAL_SCALED}, "joint");
-    test_oracle(&(Tiny){2, 0, 0, 0, 0, X_RESIDUAL}, "residual");
+    test_same_tokens(&(Tiny){3, 0, 0, 0, 0, X_PLAIN, 0}, "plain"); /* scales 1, 2 NET_X, 3 NET_GPT */
+    test_same_tokens(&(Tiny){3, 0, 1, 0, 0, X_FINE_SCALED, 0}, "classes");
+    test_same_tokens(&(Tiny){4, 1, 1, 0, 0, X_RESIDUAL_SCALED, 0}, "joint");
+    test_same_tokens(&(Tiny){2, 0, 0, 0, 0, X_RESIDUAL, 0}, "residual");
+    test_same_tokens(&(Tiny){1, 0, 0, 0, 0, X_PLAIN, 0}, "single");
+    test_same_tokens(&(Tiny){1, 0, 1, 0, 0, X_PLAIN, 0}, "labelled");
+    test_oracle(&(Tiny){3, 0, 0, 0, 0, X_PLAIN, 0}, "plain");
+    test_oracle(&(Tiny){3, 0, 1, 0, 0, X_FINE_SCALED, 0}, "classes");
+    test_oracle(&(Tiny){4, 1, 1, 0, 0, X_RESIDUAL_SCALED, 0}, "joint");
+    test_oracle(&(Tiny){2, 0, 0, 0, 0, X_RESIDUAL, 0}, "residual");
     test_guide(plain);
     test_known_blocks(plain);
     test_passes();
     test_joint();
+    test_guided(&(Tiny){3, 0, 1, 0, 0, X_FINE_SCALED, NO_CLASS}, "guided", classes);
+    test_oracle(&(Tiny){3, 0, 1, 0, 0, X_FINE_SCALED, NO_CLASS}, "guided");
+    tiny_path(joint, dir, "joint");
+    test_guided(&(Tiny){4, 1, 1, 0, 0, X_RESIDUAL_SCALED, NO_CLASS}, "guidedjoint", joint);
+    test_guided_distribution();
+    test_guidance_errors(plain, classes);
     test_candidates(single);
     test_class_bounds(labelled, classes);
     test_chain_rates(plain);

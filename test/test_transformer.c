@@ -721,6 +721,73 @@ static void test_adamw_and_ema(void) {
     case_free(&c);
 }
 
+/* ---- moments in bf16 ---- */
+
+static double bf16_value(uint16_t x) {
+    const uint32_t bits = (uint32_t)x << 16;
+    float number;
+    memcpy(&number, &bits, sizeof number);
+    return (double)number;
+}
+
+/* Over all 65,536 random numbers the mean is x, to the last bit; and only x's two neighbours come out. */
+static void test_round_at_random(void) {
+    const float some[] = {1, -1.0003f, 3.14159f, 1e-30f, -7.3e8f, 1.1754944e-38f, 3e-39f, 0, 0.99999994f};
+    for (size_t i = 0; i < sizeof some / sizeof *some; i++) {
+        double sum = 0, lo = HUGE_VAL, hi = -HUGE_VAL;
+        for (uint32_t random = 0; random < 65536; random++) {
+            const double y = bf16_value(round_at_random(some[i], random | 0xabcd0000u));
+            sum += y, lo = fmin(lo, y), hi = fmax(hi, y);
+        }
+        CHECK(sum == 65536 * (double)some[i]);
+        CHECK(lo <= (double)some[i] && hi >= (double)some[i] && hi - lo <= fabs((double)some[i]) / 64 + 1e-40);
+    }
+    uint32_t bits = 0x7f800001u; /* a NaN that its upper half would take for infinity */
+    float nan;
+    memcpy(&nan, &bits, sizeof nan);
+    CHECK(isnan(bf16_value(round_at_random(nan, 0))));
+    CHECK(bf16_value(round_at_random((float)HUGE_VAL, 65535)) == HUGE_VAL);
+}
+
+enum { MOMENTS = 40000, MOMENT_STEPS = 200 };
+
+/* A table of one tensor after steps with gradients of some mean and much noise. */
+static void train_moments(Params *p, int bf16, int threads) {
+    const size_t size = MOMENTS;
+    AdamW o = {1e-3, 0.9, 0.999, 1e-8, 1};
+    memset(p, 0, sizeof *p);
+    threads_set(threads);
+    CHECK_OK(params_add(p, NULL, INIT_ONE, 0, 0, 1, &size, "w"));
+    p->bf16_moments = bf16;
+    CHECK_OK(params_plan(p, PLAN_VALUE | PLAN_GRAD | PLAN_ADAM));
+    params_init(p, 1);
+    for (uint64_t step = 1; step <= MOMENT_STEPS; step++) {
+        for (size_t k = 0; k < MOMENTS; k++)
+            p->row[0].grad[k] = (real)(0.3 + rng_uniform(2, rng_stream(RNG_TEST, 0, step), k) - 0.5);
+        adamw_step(p, &o, step);
+    }
+}
+
+/* In the mean the weights go where they go with moments in float: beta2 0.999 moves v by a thousandth a step, which a bf16
+ * rounded to the nearest never notices. Any number of threads gives the same bits. */
+static void test_bf16_moments(void) {
+    Params f, h, one;
+    train_moments(&f, 0, 2);
+    train_moments(&h, 1, 2);
+    train_moments(&one, 1, 1);
+    CHECK(!h.row[0].m && h.row[0].m16 && !f.row[0].m16);
+    CHECK(!memcmp(h.arena[0], one.arena[0], MOMENTS * sizeof(real)));
+    CHECK(!memcmp(h.row[0].v16, one.row[0].v16, MOMENTS * sizeof *h.row[0].v16));
+    double moved = 0, apart = 0, v = 0, v16 = 0;
+    for (size_t k = 0; k < MOMENTS; k++) {
+        moved += 1 - (double)f.row[0].value[k], apart += (double)(h.row[0].value[k] - f.row[0].value[k]);
+        v += (double)f.row[0].v[k], v16 += bf16_value(h.row[0].v16[k]);
+    }
+    CHECK(moved > 0.05 * MOMENTS && fabs(apart) < 1e-3 * moved && apart != 0);
+    CHECK(fabs(v16 - v) < 1e-3 * v);
+    params_free(&f), params_free(&h), params_free(&one);
+}
+
 static void test_learning_rate(void) {
     LrSchedule s = {2.5e-6, 1e-4, 1e-8, 1000, 9000};
     CHECK(fabs(lr_at(&s, 0) - 2.5e-6) < 1e-18);
@@ -979,6 +1046,8 @@ int main(void) {
     test_loss_closed_forms();
     test_decay_rules();
     test_adamw_and_ema();
+    test_round_at_random();
+    test_bf16_moments();
     test_learning_rate();
     test_names();
     test_full_size_counts();
