@@ -110,7 +110,7 @@ CFLAGS_ANY := -std=c11 -D_GNU_SOURCE -g $(OPT) -ffp-contract=fast -fno-math-errn
 CFLAGS := $(CFLAGS_ANY) $(if $(HAVE_MARCH),-march=$(MARCH))
 LDLIBS := $(if $(HAVE_WEBP),-lwebp) $(if $(HAVE_LMDB),-llmdb) -lpng -ljpeg -lz -lm -lpthread
 
-COMPONENTS := base gemm stream conv checkpoint ckpt params images lmdb data tokens vqgan_layers vqgan discriminator layers attention transformer decode optimizer device classes diffusion nearest
+COMPONENTS := base gemm stream conv checkpoint ckpt params images lmdb data tokens vqgan_layers vqgan discriminator layers attention transformer decode optimizer device classes diffusion
 PROGRAMS := sample train inpaint
 COLD := checkpoint ckpt params images lmdb data tokens classes # whose speed is that of files: compiled for the first level only
 TESTS := base gemm conv checkpoint ckpt images data vqgan discriminator transformer classes diffusion
@@ -141,6 +141,7 @@ endif
 # the files of ./train beside train.c
 TRAIN := train_run train_survive train_view train_vqgan train_gan train_scale train_schedule
 $B/train: $(TRAIN:%=$B/%.o)
+$B/sample $B/emulated/sample: $B/nearest.o
 $B/emulated/train: $(TRAIN:%=$B/%.o)
 $(PROGRAMS:%=$B/%): $B/%: $B/%.o $B/cli.o $(OBJ) $(DEVICE_OBJ)
 	$(CC) $(CFLAGS) -o $@ $^ $(LDLIBS) $(CUDA_LIBS)
@@ -177,6 +178,7 @@ $P/$1/%.o: %.cu Makefile
 	@mkdir -p $$(@D)
 	$$(CC) $$(CFLAGS_ANY) $$(FLAGS_$1) -MMD -MP -x c -c -o $$@ $$<
 $P/$1/whole-train.o: $(TRAIN:%=$P/x86-64/%.o)
+$P/$1/whole-sample.o: $P/x86-64/nearest.o
 $(PROGRAMS:%=$P/$1/whole-%.o): $P/$1/whole-%.o: $P/x86-64/%.o $(patsubst %,$P/x86-64/%.o,cli $(COLD)) \
     $(patsubst %,$P/$1/%.o,$(filter-out $(COLD),$(COMPONENTS)))
 	$$(call whole,$$@,$$^,main_$(subst -,_,$1))
