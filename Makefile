@@ -110,11 +110,11 @@ CFLAGS_ANY := -std=c11 -D_GNU_SOURCE -g $(OPT) -ffp-contract=fast -fno-math-errn
 CFLAGS := $(CFLAGS_ANY) $(if $(HAVE_MARCH),-march=$(MARCH))
 LDLIBS := $(if $(HAVE_WEBP),-lwebp) $(if $(HAVE_LMDB),-llmdb) -lpng -ljpeg -lz -lm -lpthread
 
-COMPONENTS := base gemm stream conv checkpoint ckpt params images lmdb data tokens vqgan_layers vqgan layers attention transformer decode optimizer device classes diffusion
+COMPONENTS := base gemm stream conv checkpoint ckpt params images lmdb data tokens vqgan_layers vqgan perceptual layers attention transformer decode optimizer device classes diffusion
 PROGRAMS := sample train inpaint
 COLD := checkpoint ckpt params images lmdb data tokens classes # whose speed is that of files: compiled for the first level only
-TESTS := base gemm conv checkpoint ckpt images data vqgan transformer classes diffusion
-TESTS_DOUBLE := gemm conv vqgan transformer
+TESTS := base gemm conv checkpoint ckpt images data vqgan perceptual transformer classes diffusion
+TESTS_DOUBLE := gemm conv vqgan perceptual transformer
 
 OBJ := $(COMPONENTS:%=$B/%.o)
 DEVICE_OBJ := $(if $(NVCC),$B/device_f32.o $B/device_bf16.o)
