@@ -110,9 +110,9 @@ CFLAGS_ANY := -std=c11 -D_GNU_SOURCE -g $(OPT) -ffp-contract=fast -fno-math-errn
 CFLAGS := $(CFLAGS_ANY) $(if $(HAVE_MARCH),-march=$(MARCH))
 LDLIBS := $(if $(HAVE_WEBP),-lwebp) $(if $(HAVE_LMDB),-llmdb) -lpng -ljpeg -lz -lm -lpthread
 
-COMPONENTS := base gemm stream conv checkpoint ckpt params images lmdb data tokens vqgan_layers vqgan perceptual layers attention transformer decode optimizer device classes diffusion
+COMPONENTS := base gemm stream conv checkpoint ckpt digest params images lmdb data tokens vqgan_layers vqgan perceptual layers attention transformer decode optimizer device classes diffusion
 PROGRAMS := sample train inpaint
-COLD := checkpoint ckpt params images lmdb data tokens classes # whose speed is that of files: compiled for the first level only
+COLD := checkpoint ckpt digest params images lmdb data tokens classes # whose speed is that of files: compiled for the first level only
 TESTS := base gemm conv checkpoint ckpt images data vqgan perceptual transformer classes diffusion
 TESTS_DOUBLE := gemm conv vqgan perceptual transformer
 
@@ -138,7 +138,7 @@ $(PROGRAMS) test/golden test/bench: FORCE
 $(shell mkdir -p build && echo $(SHIPPED) >build/last)
 endif
 
-TRAIN := train_run train_vqgan train_scale # the files of ./train beside train.c
+TRAIN := train_run train_vqgan train_scale train_perceptual train_codes # the files of ./train beside train.c
 $B/train: $(TRAIN:%=$B/%.o)
 $B/emulated/train: $(TRAIN:%=$B/%.o)
 $(PROGRAMS:%=$B/%): $B/%: $B/%.o $B/cli.o $(OBJ) $(DEVICE_OBJ)
@@ -147,7 +147,7 @@ $B/golden: $B/test/golden.o $(OBJ) $(DEVICE_OBJ)
 	$(CC) $(CFLAGS) -o $@ $^ $(LDLIBS) $(CUDA_LIBS)
 $B/bench: $B/test/bench.o $(OBJ)
 	$(CC) $(CFLAGS) -o $@ $^ $(LDLIBS)
-$B/pictures $B/logits $B/fullsize: $B/%: $B/test/%.o $(OBJ)
+$B/pictures $B/logits $B/lpips $B/codes $B/fullsize: $B/%: $B/test/%.o $(OBJ)
 	$(CC) $(CFLAGS) -o $@ $^ $(LDLIBS)
 $(TESTS:%=$B/test_%): $B/test_%: $B/test/test_%.o $(OBJ)
 	$(CC) $(CFLAGS) -o $@ $^ $(LDLIBS)
@@ -248,7 +248,7 @@ bench-cuda: $B/bench_cuda
 	@if $(PYTHON) -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null; then $(PYTHON) test/bench_cuda_torch.py; \
 	else echo "skipped: comparison with PyTorch on the GPU, which $(PYTHON) does not have (PYTHON=... chooses another)"; fi
 
-test: $(TEST_BIN) $(EMULATED_BIN) $B/golden $B/pictures $B/logits $(PROGRAMS:%=$B/%) $(if $P,$(PROGRAMS:%=$P/%))
+test: $(TEST_BIN) $(EMULATED_BIN) $B/golden $B/pictures $B/logits $B/lpips $B/codes $(PROGRAMS:%=$B/%) $(if $P,$(PROGRAMS:%=$P/%))
 	@test/run.sh $B "$P" $(TEST_BIN) $(EMULATED_TESTS)
 
 # The official model in PyTorch beside ours, where PYTHON has PyTorch.

@@ -9,6 +9,7 @@
  *     2. gemm.c, conv.c  the one matrix product everything stands on; convolutions made of it
  *     3. checkpoint.c    named tensors in files: safetensors in and out, flat configurations
  *        ckpt.c          named tensors out of PyTorch's .ckpt files
+ *        digest.c        SHA-256 and MD5: are weights the published ones?
  *        params.c        named tensors in memory: the parameter table of a model
  *     4. images.c        pictures in and out, the official preprocessing
  *        data.c          datasets, batches read ahead; lmdb.c: those in LMDBs
@@ -284,6 +285,10 @@ Err ckpt_read(Checkpoint *ck);
 void ckpt_free_copies(void *copies);
 /* 64-bit FNV-1a over a file's bytes: tells which VQGAN made a token cache. */
 Err file_checksum(uint64_t *out, const char *path);
+/* digest.c. out = the digest of a file's bytes in small hexadecimal digits, as sha256sum and md5sum print it. */
+typedef enum { DIGEST_SHA256, DIGEST_MD5 } DigestKind;
+enum { DIGEST_TEXT_BYTES = 65 };
+Err file_digest(char out[DIGEST_TEXT_BYTES], const char *path, DigestKind kind);
 /* Atomic writing for any file: open a temporary beside path, write, then commit (flush, fsync, rename) or abandon
  * (remove). */
 typedef struct {

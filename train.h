@@ -17,7 +17,8 @@
 
 typedef struct {
     const char *model, *data, *list, *val_list, *run, *config, *init, *device, *store, *precision;
-    int vqgan, joint, all, resume, eval, balance;
+    const char *perceptual, *convert_perceptual;
+    int vqgan, joint, all, resume, eval, balance, remap;
     int cuda; /* on the GPU */
     size_t scale, steps, batch, accumulate, threads, save_every, eval_every, picture_every;
     size_t seed;
@@ -29,7 +30,14 @@ typedef struct {
  * ---------------------------------------------------------------------------------------------------------- */
 
 typedef struct {
+    size_t used;       /* entries of a codebook that occur */
+    double perplexity; /* exp of the entropy of how often: as many entries, used equally often, would be as varied */
+} CodeUse;
+
+typedef struct {
     double loss, part[2]; /* part: L1 and L2 of the VQGAN; hard and soft loss of a transition */
+    double perceptual;    /* LPIPS of the VQGAN */
+    CodeUse codes;        /* of an evaluation of the VQGAN */
 } Metrics;
 
 typedef struct Stage Stage;
@@ -67,9 +75,10 @@ struct Stage {
     Loader *loader;
     real *dxrec;
     uint32_t *usage;      /* (n_embed) how often each code was used since the last restart of dead codes */
+    uint32_t *val_usage;  /* (n_embed) the same in an evaluation */
     size_t restart_every; /* 0: never */
-    size_t codes_used;
-    double w_l1, w_l2, w_codebook;
+    double w_l1, w_l2, w_codebook, w_perceptual;
+    Perceptual *perceptual; /* NULL: not part of the loss */
 
     /* transitions */
     Transformer *net;
@@ -98,6 +107,24 @@ typedef struct {
 Err vqgan_stage(Stage *s);
 Err start_loader(Stage *s);
 Err transition_stage(Stage *s);
+/* train_scale.c: the run's first stage, ready to encode, path = its file; planes mirrored left to right */
+Err open_vqgan(Stage *s, char path[1100]);
+void mirror(real *images, size_t planes, size_t side);
+
+/* train_perceptual.c. open: decides whether s->perceptual is part of the loss and loads it; *bytes += its memory.
+ * add: *mean = LPIPS of B reconstructions, 0 without; dxrec += weight times the gradient of its part of the loss. */
+Err open_perceptual(Stage *s, size_t *bytes);
+Err add_perceptual(Stage *s, const real *images, const real *xrec, size_t B, double weight, double *mean, real *dxrec);
+Err convert_perceptual(const char *files, const char *out);
+
+/* train_codes.c. count: the codes raw (n) of a micro batch to s->usage. fit: a new transition's token values are the codes in
+ * use. remap: the run's first stage, so that it numbers only what the training pictures use. */
+void count_codes(Stage *s, uint64_t micro, const int32_t *raw, size_t n);
+CodeUse code_use(const uint32_t *usage, size_t n_embed);
+void print_codes(const Stage *s, FILE *to, const CodeUse *val);
+void log_codes(const Stage *s, FILE *to, const Metrics *m, const Metrics *val); /* the last columns; val NULL: none */
+Err fit_to_codes(Stage *s, NetConfig *c);
+Err remap_first_stage(Stage *s);
 
 /* train_run.c. out = RUN/STAGEsuffix, returned */
 const char *run_path(const Stage *s, char out[1100], const char *suffix);

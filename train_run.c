@@ -140,8 +140,9 @@ Err load_state(Stage *s, const Checkpoint *ck) {
  * The log: one line per step; when a run resumes, lines that are about to be repeated are dropped
  * ---------------------------------------------------------------------------------------------------------- */
 
-static const char log_header[] = "stage\tstep\tloss\thard_or_l1\tsoft_or_l2\tlr\tgrad_norm\timages_per_s\tval\tval_"
-                                 "ema\tval_part1_ema\tval_part2_ema\n";
+static const char log_header[] =
+    "stage\tstep\tloss\thard_or_l1\tsoft_or_l2\tlr\tgrad_norm\timages_per_s\tval\tval_"
+    "ema\tval_part1_ema\tval_part2_ema\tlpips\tval_lpips\tcodes\tperplexity\tval_codes\tval_perplexity\n";
 
 static Err log_rewind(const Stage *s, const char *path) {
     char line[512], stage[16];
@@ -176,9 +177,11 @@ Err log_step(const Stage *s, Progress *p, const Metrics *m, double lr, double no
     fprintf(p->log, "%s\t%llu\t%.6g\t%.6g\t%.6g\t%.6g\t%.6g\t%.1f\t", s->name, (unsigned long long)s->step, m->loss,
             m->part[0], m->part[1], lr, norm, p->rate);
     if (val)
-        fprintf(p->log, "%.6g\t%.6g\t%.6g\t%.6g\n", val->loss, ema->loss, ema->part[0], ema->part[1]);
+        fprintf(p->log, "%.6g\t%.6g\t%.6g\t%.6g", val->loss, ema->loss, ema->part[0], ema->part[1]);
     else
-        fprintf(p->log, "\t\t\t\n");
+        fprintf(p->log, "\t\t\t");
+    log_codes(s, p->log, m, val);
+    fprintf(p->log, "\n");
     if (fflush(p->log) || ferror(p->log)) return err("%s: %s", p->log_path, strerror(errno));
     return OK;
 }
@@ -209,7 +212,8 @@ void print_evaluation(const Stage *s, FILE *to, const Metrics *val, const Metric
         /* Pixels span 2, so PSNR = 10 log10(4 / mean square error). */
         fprintf(to, "%s step %llu: validation loss %.4f, L1 %.4f, PSNR %.2f dB", s->name, (unsigned long long)s->step,
                 val->loss, val->part[0], 10 * log10(4 / val->part[1]));
-        if (s->codes_used) fprintf(to, ", %zu of %zu codes in use", s->codes_used, vqgan_config(s->vqgan)->n_embed);
+        if (s->perceptual) fprintf(to, ", LPIPS %.4f", val->perceptual);
+        print_codes(s, to, &val->codes);
         fprintf(to, "\n");
         return;
     }

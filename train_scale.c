@@ -153,7 +153,7 @@ static uint64_t dataset_hash(const Stage *s, const Dataset *d) {
     return hash_bytes(h, &d->identity, sizeof d->identity);
 }
 
-static void mirror(real *images, size_t planes, size_t side) {
+void mirror(real *images, size_t planes, size_t side) {
     for (size_t row = 0; row < planes * side; row++)
         for (size_t i = 0, j = side - 1; i < j; i++, j--) {
             real keep = images[row * side + i];
@@ -255,7 +255,7 @@ static Err copy_file(const char *to, const char *from) {
 }
 
 /* The run's own VQGAN; if it has none, the model's is copied in, so that the run can be sampled as it stands. */
-static Err open_vqgan(Stage *s, char path[1100]) {
+Err open_vqgan(Stage *s, char path[1100]) {
     Checkpoint ck;
     VqganConfig c;
     snprintf(path, 1100, "%s/vqgan.safetensors", s->opt->run);
@@ -330,6 +330,7 @@ Err transition_stage(Stage *s) {
     TRY(schedule_make(&s->schedule, redraw ? redraw : "geometric", (int)T));
     TRY(net_config_read(&c, &s->settings, "model.params."));
     TRY(open_vqgan(s, vqgan_path));
+    TRY(fit_to_codes(s, &c));
     TRY(check_transition(s, &c));
     TRY(add_model_keys(s, &c));
     TRY(load_tokens(s, &s->train_tokens, &s->train, "train", vqgan_path));
