@@ -215,7 +215,7 @@ $B/emulated/golden: $B/test/golden.o $(EMULATED_OBJ)
 	$(CXX) $(OPT) -o $@ $^ $(LDLIBS)
 
 .PHONY: test-cuda test-cuda-emulated bench-cuda
-test-cuda-emulated: $(EMULATED_BIN) $(PROGRAMS:%=$B/%) $B/pictures
+test-cuda-emulated: $(EMULATED_BIN) $(PROGRAMS:%=$B/%) $B/pictures $B/lpips
 	@test/run.sh --cuda $B $B/emulated $(EMULATED_TESTS)
 
 # On a GPU, by nvcc. SANITIZER=memcheck (or racecheck, synccheck, initcheck) runs the layers under compute-sanitizer.
@@ -231,7 +231,7 @@ $(NVCC_TESTS:$B/%=$B/test/%.o):
 	$(NVCC) $(NVCC_FLAGS) $(floatX) -MMD -MP -MF $(@:.o=.d) -c -o $@ $<
 $(NVCC_TESTS): $B/%: $B/test/%.o $(OBJ)
 	$(CC) $(CFLAGS) -o $@ $^ $(LDLIBS) $(CUDA_LIBS)
-test-cuda: $(if $(NVCC),$(NVCC_TESTS) $B/golden $(PROGRAMS:%=$B/%) $B/pictures)
+test-cuda: $(if $(NVCC),$(NVCC_TESTS) $B/golden $(PROGRAMS:%=$B/%) $B/pictures $B/lpips)
 ifeq ($(NVCC),)
 	@echo "make test-cuda needs nvcc (NVCC=... names it)"; exit 1
 else ifneq ($(SANITIZER),)
