@@ -110,11 +110,11 @@ CFLAGS_ANY := -std=c11 -D_GNU_SOURCE -g $(OPT) -ffp-contract=fast -fno-math-errn
 CFLAGS := $(CFLAGS_ANY) $(if $(HAVE_MARCH),-march=$(MARCH))
 LDLIBS := $(if $(HAVE_WEBP),-lwebp) $(if $(HAVE_LMDB),-llmdb) -lpng -ljpeg -lz -lm -lpthread
 
-COMPONENTS := base gemm stream conv checkpoint ckpt params images lmdb data tokens vqgan_layers vqgan discriminator layers attention transformer decode optimizer device classes diffusion
+COMPONENTS := base gemm stream conv checkpoint ckpt digest params images lmdb data tokens vqgan_layers vqgan discriminator perceptual layers attention transformer decode optimizer device classes diffusion
 PROGRAMS := sample train inpaint
-COLD := checkpoint ckpt params images lmdb data tokens classes # whose speed is that of files: compiled for the first level only
-TESTS := base gemm conv checkpoint ckpt images data vqgan discriminator transformer classes diffusion
-TESTS_DOUBLE := gemm conv vqgan discriminator transformer
+COLD := checkpoint ckpt digest params images lmdb data tokens classes # whose speed is that of files: compiled for the first level only
+TESTS := base gemm conv checkpoint ckpt images data vqgan discriminator perceptual transformer classes diffusion
+TESTS_DOUBLE := gemm conv vqgan discriminator perceptual transformer
 
 OBJ := $(COMPONENTS:%=$B/%.o)
 DEVICE_OBJ := $(if $(NVCC),$B/device_f32.o $B/device_bf16.o)
@@ -139,7 +139,7 @@ $(shell mkdir -p build && echo $(SHIPPED) >build/last)
 endif
 
 # the files of ./train beside train.c
-TRAIN := train_run train_survive train_view train_vqgan train_gan train_scale train_schedule
+TRAIN := train_run train_survive train_view train_vqgan train_gan train_perceptual train_codes train_scale train_schedule
 $B/train: $(TRAIN:%=$B/%.o)
 $B/sample $B/emulated/sample: $B/nearest.o
 $B/emulated/train: $(TRAIN:%=$B/%.o)
@@ -149,7 +149,7 @@ $B/golden: $B/test/golden.o $(OBJ) $(DEVICE_OBJ)
 	$(CC) $(CFLAGS) -o $@ $^ $(LDLIBS) $(CUDA_LIBS)
 $B/bench: $B/test/bench.o $(OBJ)
 	$(CC) $(CFLAGS) -o $@ $^ $(LDLIBS)
-$B/pictures $B/logits $B/fullsize: $B/%: $B/test/%.o $(OBJ)
+$B/pictures $B/logits $B/lpips $B/codes $B/fullsize: $B/%: $B/test/%.o $(OBJ)
 	$(CC) $(CFLAGS) -o $@ $^ $(LDLIBS)
 $(TESTS:%=$B/test_%): $B/test_%: $B/test/test_%.o $(OBJ)
 	$(CC) $(CFLAGS) -o $@ $^ $(LDLIBS)
@@ -218,7 +218,7 @@ $B/emulated/golden: $B/test/golden.o $(EMULATED_OBJ)
 	$(CXX) $(OPT) -o $@ $^ $(LDLIBS)
 
 .PHONY: test-cuda test-cuda-emulated bench-cuda
-test-cuda-emulated: $(EMULATED_BIN) $(PROGRAMS:%=$B/%) $B/pictures
+test-cuda-emulated: $(EMULATED_BIN) $(PROGRAMS:%=$B/%) $B/pictures $B/lpips
 	@test/run.sh --cuda $B $B/emulated $(EMULATED_TESTS)
 
 # On a GPU, by nvcc. SANITIZER=memcheck (or racecheck, synccheck, initcheck) runs the layers under compute-sanitizer.
@@ -234,7 +234,7 @@ $(NVCC_TESTS:$B/%=$B/test/%.o):
 	$(NVCC) $(NVCC_FLAGS) $(floatX) -MMD -MP -MF $(@:.o=.d) -c -o $@ $<
 $(NVCC_TESTS): $B/%: $B/test/%.o $(OBJ)
 	$(CC) $(CFLAGS) -o $@ $^ $(LDLIBS) $(CUDA_LIBS)
-test-cuda: $(if $(NVCC),$(NVCC_TESTS) $B/golden $(PROGRAMS:%=$B/%) $B/pictures)
+test-cuda: $(if $(NVCC),$(NVCC_TESTS) $B/golden $(PROGRAMS:%=$B/%) $B/pictures $B/lpips)
 ifeq ($(NVCC),)
 	@echo "make test-cuda needs nvcc (NVCC=... names it)"; exit 1
 else ifneq ($(SANITIZER),)
@@ -251,7 +251,7 @@ bench-cuda: $B/bench_cuda
 	@if $(PYTHON) -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null; then $(PYTHON) test/bench_cuda_torch.py; \
 	else echo "skipped: comparison with PyTorch on the GPU, which $(PYTHON) does not have (PYTHON=... chooses another)"; fi
 
-test: $(TEST_BIN) $(EMULATED_BIN) $B/golden $B/pictures $B/logits $(PROGRAMS:%=$B/%) $(if $P,$(PROGRAMS:%=$P/%))
+test: $(TEST_BIN) $(EMULATED_BIN) $B/golden $B/pictures $B/logits $B/lpips $B/codes $(PROGRAMS:%=$B/%) $(if $P,$(PROGRAMS:%=$P/%))
 	@test/run.sh $B "$P" $(TEST_BIN) $(EMULATED_TESTS)
 
 # The official model in PyTorch beside ours, where PYTHON has PyTorch.

@@ -240,12 +240,13 @@ static void direct_forward(real *y, const Product *p, const Tile *t, const real 
     direct_products(y, p, t, w, patch, ld, bias, add, stage);
 }
 
-/* partial (C*n, M) = or += patches(dy) x^T;  dx = or += weight patches(dy) unless NULL */
+/* partial (C*n, M) = or += patches(dy) x^T unless x is NULL;  dx = or += weight patches(dy) unless NULL */
 static void direct_backward(real *dx, real *partial, const Product *p, const Tile *t, const real *dy, const real *x,
                             const real *weight, int begun, int more, real *columns, real *stage) {
     size_t ld, ldx;
-    const real *patch = gather(columns, &ld, p, t, dy, p->C, p->n), *cells = gather(stage, &ldx, p, t, x, p->M, 1);
-    gemm(0, 1, p->C * p->n, p->M, t->cols, patch, ld, cells, ldx, begun, partial, p->M);
+    const real *patch = gather(columns, &ld, p, t, dy, p->C, p->n);
+    const real *cells = x ? gather(stage, &ldx, p, t, x, p->M, 1) : NULL;
+    if (cells) gemm(0, 1, p->C * p->n, p->M, t->cols, patch, ld, cells, ldx, begun, partial, p->M);
     if (dx) direct_products(dx, p, t, weight, patch, ld, NULL, more ? dx : NULL, stage);
 }
 
@@ -707,15 +708,15 @@ static void winograd_forward(real *y, const Product *p, const Tile *t, const Con
     winograd_results(y, p, t, s, bias, add, columns, stage);
 }
 
-/* partial (n, C, M) = or += dU;  dx = or += unless NULL */
+/* partial (n, C, M) = or += dU unless x is NULL;  dx = or += unless NULL */
 static void winograd_backward(real *dx, real *partial, const Product *p, const Tile *t, const ConvScratch *s,
                               const real *dy, const real *x, int begun, int more, real *columns, real *stage) {
     TileJob source = {p, t, s, dy, columns, NULL, NULL, NULL, NULL, NULL, 0};
     TileJob cells = {p, t, s, x, stage, NULL, NULL, NULL, NULL, NULL, 0};
     TileJob gradient = {p, t, s, NULL, columns, NULL, NULL, NULL, stage, partial, begun};
     tile_tasks(&source, p->C * t->images, b_task);
-    tile_tasks(&cells, p->M * t->images, a_task);
-    tile_tasks(&gradient, p->n, gradient_task);
+    if (x) tile_tasks(&cells, p->M * t->images, a_task);
+    if (x) tile_tasks(&gradient, p->n, gradient_task);
     if (dx) winograd_results(dx, p, t, s, NULL, more ? dx : NULL, columns, stage);
 }
 
@@ -735,7 +736,7 @@ void conv_needs(ConvScratch *s, const Conv *c, int backward) {
         s->stage_reals = max_size(s->stage_reals, round_up((block ? p.n : 1) * p.M * cols + extra, ALIGN));
         s->line_reals = max_size(s->line_reals, block ? line_reals(&p) : 0);
         s->weight_reals = max_size(s->weight_reals, p.n * matrix_step(p.C, p.M));
-        if (backward) s->partial_reals = max_size(s->partial_reals, PARTS * p.n * matrix_step(p.C, p.M));
+        if (backward == 1) s->partial_reals = max_size(s->partial_reals, PARTS * p.n * matrix_step(p.C, p.M));
     }
 }
 
@@ -833,7 +834,8 @@ static void backward_task(void *context, size_t part) {
     const size_t first = p->tiles * part / j->parts, end = p->tiles * (part + 1) / j->parts;
     real *columns = s->columns + thread_index() * s->column_reals;
     real *stage = s->stages + thread_index() * s->stage_reals;
-    real *partial = s->partials + part * (p->block ? p->n * matrix_step(p->C, p->M) : p->C * p->n * p->M);
+    const size_t of_part = p->block ? p->n * matrix_step(p->C, p->M) : p->C * p->n * p->M;
+    real *partial = j->x ? s->partials + part * of_part : NULL;
     for (size_t i = first; i < end; i++) {
         const Tile t = tile_at(p, i);
         if (p->block)
@@ -843,19 +845,20 @@ static void backward_task(void *context, size_t part) {
     }
 }
 
-/* dx (as x) overwritten, or added to if `more`; NULL: not wanted. dw, db +=. A part is a run of tiles, and their number
- * does not depend on the threads. */
+/* dx (as x) overwritten, or added to if `more`; NULL: not wanted. dw, db +=; NULL: not wanted. A part is a run of tiles,
+ * and their number does not depend on the threads. */
 void conv_backward(real *dx, real *dw, real *db, const Conv *c, const real *dy, const real *x, const real *w, int more,
                    const ConvScratch *s) {
     const Product p = make_product(c, best_block(c), 1);
-    const size_t n = p.C * p.n * p.M, parts = min_size(PARTS, p.tiles), results = c->h * c->w;
+    const size_t n = p.C * p.n * p.M, parts = dw ? min_size(PARTS, p.tiles) : p.tiles, results = c->h * c->w;
     KernelJob kernels = {&p, s->weights, NULL, w, 0}, gradients = {&p, s->partials, dw, NULL, parts};
     if (p.block)
         kernel_tasks(&kernels, kernels_task);
     else
         direct_weights(s->weights, w, &p);
-    Job job = {p, s, x, w, NULL, NULL, dy, NULL, dx, more, parts};
+    Job job = {p, s, dw ? x : NULL, w, NULL, NULL, dy, NULL, dx, more, parts};
     parallel_for(conv_threads(s, parts), parts, backward_task, &job);
+    if (!dw) return;
     if (p.block) {
         kernel_tasks(&gradients, kernel_gradients_task);
     } else {

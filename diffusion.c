@@ -860,10 +860,19 @@ Err transition_tensors(TensorList *list, Transformer *net, char which, const Sch
     return compact ? OK : derived_tensors(list, transformer_config(net));
 }
 
+/* As int64, which the official code indexes with */
+static Err used_tensor(TensorList *list, const Vqgan *v) {
+    const size_t n = vqgan_config(v)->re_embed;
+    int64_t *used;
+    TRY(mem_alloc(&used, n, sizeof *used, "codes in use"));
+    list->kept = used;
+    for (size_t i = 0; i < n; i++) used[i] = vqgan_used(v)[i];
+    return tensor_list_add(list, "quantize.used", DT_I64, 1, &n, used, 0);
+}
+
 static Err vqgan_tensors(TensorList *list, Config *meta, Vqgan *v, Dtype store) {
-    const size_t used = vqgan_config(v)->re_embed;
     TRY(vqgan_config_write(meta, vqgan_config(v), prefix));
-    if (used) TRY(tensor_list_add(list, "quantize.used", DT_I32, 1, &used, vqgan_used(v), 0));
+    if (vqgan_used(v)) TRY(used_tensor(list, v));
     return tensor_list_params(list, vqgan_params(v), 'v', "", store);
 }
 

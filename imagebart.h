@@ -9,6 +9,7 @@
  *     2. gemm.c, conv.c  the one matrix product everything stands on; convolutions made of it
  *     3. checkpoint.c    named tensors in files: safetensors in and out, flat configurations
  *        ckpt.c          named tensors out of PyTorch's .ckpt files
+ *        digest.c        SHA-256 and MD5: are weights the published ones?
  *        params.c        named tensors in memory: the parameter table of a model
  *     4. images.c        pictures in and out, the official preprocessing
  *        data.c          datasets, batches read ahead; lmdb.c: those in LMDBs
@@ -16,6 +17,7 @@
  *     5. vqgan.c         first stage: image <-> tokens
  *        vqgan_layers.c  what its layers do
  *        discriminator.c its adversary in training
+ *        perceptual.c    how different its reconstructions look
  *     6. transformer.cu  one reverse transition p(x_{t-1} | x_t)
  *        decode.cu       the same, token by token
  *        optimizer.cu    its losses, AdamW, EMA
@@ -200,7 +202,7 @@ typedef struct {
     real *weights, *partials;       /* transformed weights, partial sums of their gradient */
 } ConvScratch;
 /* Raises what scratch (threads set, else zeroed) must hold so that it is enough for c and for the same convolution of
- * fewer or smaller pictures; then: how much that is, and where it lies. */
+ * fewer or smaller pictures; then: how much that is, and where it lies. backward: 0 no, 1 yes, 2 of dx alone. */
 void conv_needs(ConvScratch *s, const Conv *c, int backward);
 size_t conv_scratch_reals(const ConvScratch *s);
 void conv_scratch_place(ConvScratch *s, real *memory);
@@ -209,7 +211,7 @@ int conv_threads(const ConvScratch *s, size_t n);
 /* y = w * x + bias (+ add unless NULL)     w (M,C,3,3) or (M,C,1,1)   bias (M)   add (as y) */
 void conv_forward(real *y, const Conv *c, const real *x, const real *w, const real *bias, const real *add,
                   const ConvScratch *s);
-/* dx (as x) overwritten, or added to if `more`; NULL: not wanted. dw, db +=. */
+/* dx (as x) overwritten, or added to if `more`; NULL: not wanted. dw, db +=; both NULL: not wanted, and x is not read. */
 void conv_backward(real *dx, real *dw, real *db, const Conv *c, const real *dy, const real *x, const real *w, int more,
                    const ConvScratch *s);
 /* How many multiplications that takes; the direct way takes C*M*9 (1x1: C*M) for each cell of y, and twice that backward. */
@@ -286,6 +288,10 @@ Err ckpt_read(Checkpoint *ck);
 void ckpt_free_copies(void *copies);
 /* 64-bit FNV-1a over a file's bytes: tells which VQGAN made a token cache. */
 Err file_checksum(uint64_t *out, const char *path);
+/* digest.c. out = the digest of a file's bytes in small hexadecimal digits, as sha256sum and md5sum print it. */
+typedef enum { DIGEST_SHA256, DIGEST_MD5 } DigestKind;
+enum { DIGEST_TEXT_BYTES = 65 };
+Err file_digest(char out[DIGEST_TEXT_BYTES], const char *path, DigestKind kind);
 /* Atomic writing for any file: open a temporary beside path, write, then commit (flush, fsync, rename) or abandon
  * (remove). */
 typedef struct {
@@ -555,6 +561,30 @@ void image_loss(const real *x, const real *xrec, size_t n, double w1, double w2,
 /* Every codebook entry with usage[code] = 0 becomes a latent of the last forward, picked by RNG_CODES; its Adam moments
  * and EMA follow. Returns how many. Without it most of a codebook trained from scratch stays unused. */
 size_t vqgan_restart_codes(Vqgan *v, const uint32_t *usage, uint64_t seed, uint64_t step);
+
+/* perceptual.c: LPIPS, how different two pictures look (Zhang et al. 2018; SPEC section 9). Its network is VGG16, with
+ * frozen weights; tests take a smaller one. */
+enum { PERCEPTUAL_STAGES = 5, PERCEPTUAL_DEPTH = 4 };
+typedef struct {
+    size_t width[PERCEPTUAL_STAGES], depth[PERCEPTUAL_STAGES]; /* channels and number of convolutions of each stage */
+} PerceptualConfig;
+PerceptualConfig perceptual_vgg16(void);
+typedef struct Perceptual Perceptual;
+/* Builds the table of weights, under the names of taming-transformers' LPIPS (values are not allocated). */
+Err perceptual_create(Perceptual **p, const PerceptualConfig *c);
+void perceptual_free(Perceptual *p);
+Params *perceptual_params(Perceptual *p);
+/* Every weight from the first of n open files that has it: as here, as "loss.perceptual_loss.*" of a VQGAN's checkpoint, or
+ * as "features.*" of torchvision's VGG16. An error names the tensor that is missing, misshapen or not finite. */
+Err perceptual_load(Perceptual *p, const Checkpoint *ck, size_t n);
+/* Memory for pictures of HxW, 16 or more along each side, in batches of about B; backward: also for the gradient. */
+Err perceptual_plan(Perceptual *p, size_t B, size_t H, size_t W, int backward);
+/* How much that allocates. Allocates nothing itself; there is no plan afterwards. */
+Err perceptual_plan_bytes(Perceptual *p, size_t B, size_t H, size_t W, int backward, size_t *bytes);
+/* *loss = mean over pictures of LPIPS(x, xrec), both (B,3,H,W) in [-1,1]. dxrec (as xrec) += weight * its gradient; NULL:
+ * not wanted. */
+Err perceptual_loss(Perceptual *p, const real *x, const real *xrec, size_t B, size_t H, size_t W, double weight,
+                    double *loss, real *dxrec);
 
 /* ------------------------------------------------------------------------------------------------------------
  * 5b. discriminator.c: tells pictures from reconstructions while a first stage is trained (SPEC section 9; the official

@@ -143,6 +143,7 @@ static Err gradients(Stage *s, Metrics *mean, double *norm) {
         TRY(s->micro_batch(s, micro, &m));
         mean->loss += test_loss(s, micro, m.loss) / (double)s->accumulate;
         for (int k = 0; k < 2; k++) mean->part[k] += m.part[k] / (double)s->accumulate;
+        mean->perceptual += m.perceptual / (double)s->accumulate;
         if (i + 1 < s->accumulate && !s->opt->vqgan) ema_update(s->params, s->ema_decay, ++s->ema_updates);
     }
     *norm = params_grad_norm(s->params);
@@ -219,9 +220,10 @@ static void free_stage(Stage *s) {
     transformer_free(s->net);
     vqgan_free(s->vqgan);
     gan_free(s);
+    perceptual_free(s->perceptual);
     config_free(&s->settings);
-    void *buffers[] = {s->dxrec, s->usage, s->order, s->x0,      s->x_prev,  s->x_t,
-                       s->ts,    s->label, s->q,     s->dlogits, s->class_at};
+    void *buffers[] = {s->dxrec, s->usage, s->val_usage, s->order, s->x0,      s->x_prev,
+                       s->x_t,   s->ts,    s->label,     s->q,     s->dlogits, s->class_at};
     for (size_t i = 0; i < sizeof buffers / sizeof *buffers; i++) free(buffers[i]);
 }
 
@@ -430,6 +432,31 @@ static void train(const Options *o) {
     free_stage(&s);
 }
 
+/* The first stage in the run, for transitions as the recipe has them: with their pictures, prepared their way. */
+static void remap(const Options *o) {
+    Stage s;
+    Options transition = *o;
+    memset(&s, 0, sizeof s);
+    transition.vqgan = transition.all = 0;
+    transition.scale = 1;
+    s.opt = &transition;
+    snprintf(s.name, sizeof s.name, "scale1");
+    check(read_recipe(&s));
+    check(read_settings(&s));
+    check(dataset_open_lists(&s.train, o->data, o->list, o->val_list, SPLIT_TRAIN));
+    check(make_folder(o->run));
+    check(remap_first_stage(&s));
+    free_stage(&s);
+}
+
+/* A run that has a first stage is remapped as it stands, unless it is to be trained further. */
+static void train_and_remap(const Options *o) {
+    char path[1100];
+    snprintf(path, sizeof path, "%s/vqgan.safetensors", o->run);
+    if (!o->remap || o->resume || !file_exists(path)) train(o);
+    if (o->remap && !interrupted()) remap(o);
+}
+
 static void make_schedule(const Options *o) {
     Stage s = {.opt = o, .name = "schedule"};
     check(read_recipe(&s));
@@ -446,7 +473,7 @@ static void train_all(Options *o) {
     o->resume = 1;
     check(count_scales(o, NULL, &T));
     o->vqgan = 1;
-    train(o);
+    train_and_remap(o);
     o->vqgan = 0;
     for (o->scale = 1; o->scale <= T && !interrupted(); o->scale++) train(o);
     if (interrupted()) return;
@@ -515,6 +542,11 @@ int main(int argc, char **argv) {
          "start from the weights in this folder (models/emoji, another run) or file (an\nofficial vqgan .ckpt), not "
          "from "
          "noise"},
+        {OPT_STRING, "--perceptual", "FILE[,FILE]", &o.perceptual, 0, 0,
+         "first stage: weights of LPIPS, a part of the loss: a VQGAN's .ckpt, or torchvision's\nvgg16-397923af.pth and "
+         "LPIPS's vgg.pth (default: what models/lpips has, where the\nrecipe wants it); none: without"},
+        {OPT_STRING, "--convert-perceptual", "OUT", &o.convert_perceptual, 0, 0,
+         "write what --perceptual names as one safetensors file, and end"},
         {OPT_HEADING, "How", NULL, NULL, 0, 0, NULL},
         {OPT_SIZE, "--steps", "N", &o.steps, 1, UINT32_MAX,
          "optimizer steps in all; warm-up and cosine decay fit themselves to it"},
@@ -538,6 +570,9 @@ int main(int argc, char **argv) {
          "stop when the disk is full, instead of trying until it is not"},
         {OPT_SIZE, "--eval-every", "N", &o.eval_every, 1, UINT32_MAX, "steps between evaluations (default 500)"},
         {OPT_SIZE, "--picture-every", "N", &o.picture_every, 1, UINT32_MAX, "steps between pictures (default 500)"},
+        {OPT_FLAG, "--remap", NULL, &o.remap, 0, 0,
+         "with --vqgan or --all: then let tokens number only the codes that the training pictures\nuse; at once where "
+         "the run has a first stage, unless --resume trains it further"},
         {OPT_FLAG, "--resume", NULL, &o.resume, 0, 0, "continue the run, bit for bit as if it had not stopped"},
         {OPT_FLAG, "--eval", NULL, &o.eval, 0, 0, "only evaluate what the run has, on the held-out pictures"},
         {OPT_STRING, "--device", "cpu|cuda", &o.device, 0, 0, "where to train (default cpu)"},
@@ -547,11 +582,18 @@ int main(int argc, char **argv) {
         {OPT_END, NULL, NULL, NULL, 0, 0, NULL}};
     signal(SIGXFSZ, SIG_IGN), signal(SIGPIPE, SIG_IGN); /* both are errors of the write, which are dealt with there */
     options_parse(argc, argv, table, intro);
+    if (o.convert_perceptual) {
+        if (!o.perceptual) usage_error("--convert-perceptual goes with --perceptual, which names what to convert");
+        check(convert_perceptual(o.perceptual, o.convert_perceptual));
+        return 0;
+    }
     if (o.vqgan + o.joint + o.all + (o.scale > 0) + (o.schedule != NULL) != 1)
         usage_error("give one of --vqgan, --scale N, --joint, --all, --schedule psim; -h explains");
     if (o.schedule && strcmp(o.schedule, "psim")) usage_error("--schedule %s: expected psim", o.schedule);
     if (o.schedule && (o.eval || o.resume)) usage_error("--schedule goes with neither --eval nor --resume");
     if (o.val_list && !o.list) usage_error("--val-list goes with --list, which names the training pictures");
+    if (o.remap && (!(o.vqgan || o.all) || o.eval)) usage_error("--remap goes with --vqgan or --all, without --eval");
+    if (o.perceptual && !(o.vqgan || o.all)) usage_error("--perceptual goes with --vqgan or --all");
     if (o.all && o.eval) usage_error("--eval evaluates one stage: --vqgan, --scale N or --joint");
     if (strcmp(o.precision, "bf16") && strcmp(o.precision, "f32"))
         usage_error("--precision %s: expected bf16 or f32", o.precision);
@@ -568,6 +610,6 @@ int main(int argc, char **argv) {
     else if (o.all)
         train_all(&o);
     else
-        train(&o);
+        train_and_remap(&o);
     return 0;
 }

@@ -24,8 +24,9 @@
 
 typedef struct {
     const char *model, *data, *list, *val_list, *run, *config, *init, *device, *store, *precision, *schedule;
+    const char *perceptual, *convert_perceptual;
     const char *program; /* as it was called */
-    int vqgan, joint, all, resume, eval, balance, bf16_states, no_wait;
+    int vqgan, joint, all, resume, eval, balance, bf16_states, no_wait, remap;
     int cuda; /* on the GPU */
     size_t scale, steps, batch, accumulate, threads, save_every, eval_every, picture_every, keep;
     size_t seed;
@@ -37,7 +38,14 @@ typedef struct {
  * ---------------------------------------------------------------------------------------------------------- */
 
 typedef struct {
+    size_t used;       /* entries of a codebook that occur */
+    double perplexity; /* exp of the entropy of how often: as many entries, used equally often, would be as varied */
+} CodeUse;
+
+typedef struct {
     double loss, part[2]; /* part: L1 and L2 of the VQGAN; hard and soft loss of a transition */
+    double perceptual;    /* LPIPS of the VQGAN */
+    CodeUse codes;        /* of an evaluation of the VQGAN */
 } Metrics;
 
 enum {
@@ -93,10 +101,11 @@ struct Stage {
     uint64_t loader_at; /* the micro batch that it gives next */
     real *dxrec;
     uint32_t *usage;      /* (n_embed) how often each code was used since the last restart of dead codes */
+    uint32_t *val_usage;  /* (n_embed) the same in an evaluation */
     size_t restart_every; /* 0: never */
-    size_t codes_used;
-    double w_l1, w_l2, w_codebook;
-    Gan *gan; /* NULL: no discriminator */
+    double w_l1, w_l2, w_codebook, w_perceptual;
+    Perceptual *perceptual; /* NULL: not part of the loss */
+    Gan *gan;               /* NULL: no discriminator */
 
     /* transitions */
     Transformer *net;
@@ -163,6 +172,22 @@ Err open_vqgan(Stage *s, char path[1100]); /* the run's own first stage; path: i
 /* train_schedule.c: RUN/psim.txt, a curve for schedule_make, from the run's first stage and held-out pictures; the recipe's
  * line on stdout */
 Err metric_schedule(Stage *s);
+
+/* train_perceptual.c. open: decides whether s->perceptual is part of the loss and loads it; *bytes += its memory.
+ * add: *mean = LPIPS of B reconstructions, 0 without; dxrec += weight times the gradient of its part of the loss. */
+Err open_perceptual(Stage *s, size_t *bytes);
+Err add_perceptual(Stage *s, const real *images, const real *xrec, size_t B, double weight, double *mean, real *dxrec);
+Err convert_perceptual(const char *files, const char *out);
+
+/* train_codes.c. count: the codes raw (n) of a micro batch to s->usage. fit: a new transition's token values are the codes in
+ * use. remap: the run's first stage, so that it numbers only what the training pictures use. */
+void count_codes(Stage *s, const int32_t *raw, size_t n);
+CodeUse code_use(const uint32_t *usage, size_t n_embed);
+void print_codes(const Stage *s, FILE *to, const CodeUse *val);
+/* the last columns; val NULL: none; as snprintf */
+int log_codes(const Stage *s, char *text, size_t size, const Metrics *m, const Metrics *val);
+Err fit_to_codes(Stage *s, NetConfig *c);
+Err remap_first_stage(Stage *s);
 
 /* train_run.c. out = RUN/STAGEsuffix, returned */
 const char *run_path(const Stage *s, char out[1100], const char *suffix);

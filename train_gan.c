@@ -48,21 +48,21 @@ static void freeze_encoder(Stage *s) {
     s->restart_every = 0;
 }
 
-/* No perceptual network (LPIPS) is here: in its place, the distance of the discriminator's features. */
-static Err read_feature_weight(Gan *g, const Config *c) {
+/* Where the perceptual network (LPIPS) is missing: in its place, the distance of the discriminator's features. */
+static Err read_feature_weight(Gan *g, const Config *c, int has_perceptual) {
     double perceptual = 0;
     TRY(config_real(&perceptual, c, LOSS, "perceptual_weight", 0, 1e6, 1));
-    if (perceptual > 0 && !config_get(c, "train.", "feature_weight")) {
+    if (perceptual > 0 && !has_perceptual && !config_get(c, "train.", "feature_weight")) {
         g->feature_weight = perceptual;
         fprintf(stderr,
-                "perceptual_weight %g: no perceptual network is here; the discriminator's features are matched "
-                "instead (train.feature_weight)\n",
+                "perceptual_weight %g without its network: the discriminator's features are matched instead "
+                "(train.feature_weight)\n",
                 perceptual);
     }
     return config_real(&g->feature_weight, c, "train.", "feature_weight", 0, 1e6, 1);
 }
 
-static Err read_gan(Gan *g, const Config *c) {
+static Err read_gan(Gan *g, const Config *c, int has_perceptual) {
     const char *kind = config_get(c, LOSS, "disc_loss");
     size_t warm_up = 500;
     int conditional = 0;
@@ -79,7 +79,7 @@ static Err read_gan(Gan *g, const Config *c) {
         return err("%sdisc_loss %s: expected hinge or vanilla", LOSS, kind);
     g->kind = kind && !strcmp(kind, "vanilla") ? DISC_VANILLA : DISC_HINGE;
     TRY(config_flag(&g->official_order, c, "train.", "official_order", 1));
-    return read_feature_weight(g, c);
+    return read_feature_weight(g, c, has_perceptual);
 }
 
 static Err create_discriminator(Stage *s, Gan *g) {
@@ -107,7 +107,7 @@ Err gan_create(Stage *s) {
         return err("the recipe asks for a discriminator, which --device cuda cannot train yet; --device cpu can, or "
                    "train.discriminator false leaves it out");
     TRY(mem_alloc(&s->gan, 1, sizeof *s->gan, "discriminator"));
-    TRY(read_gan(s->gan, c));
+    TRY(read_gan(s->gan, c, s->perceptual != NULL));
     return create_discriminator(s, s->gan);
 }
 

@@ -219,8 +219,10 @@ Err load_state(Stage *s, const Checkpoint *ck) {
  * The log: one line per step; when a run resumes, lines that are about to be repeated are dropped
  * ---------------------------------------------------------------------------------------------------------- */
 
-static const char log_header[] = "stage\tstep\tloss\thard_or_l1\tsoft_or_l2\tlr\tgrad_norm\timages_per_s\tval\tval_"
-                                 "ema\tval_part1_ema\tval_part2_ema\tdisc_loss\tg_loss\td_weight\n";
+static const char log_header[] =
+    "stage\tstep\tloss\thard_or_l1\tsoft_or_l2\tlr\tgrad_norm\timages_per_s\tval\tval_ema\tval_part1_ema\tval_part2_"
+    "ema\t"
+    "disc_loss\tg_loss\td_weight\tlpips\tval_lpips\tcodes\tperplexity\tval_codes\tval_perplexity\n";
 
 static Err log_rewind(Stage *s, void *log_path) {
     const char *path = log_path;
@@ -264,6 +266,7 @@ Err log_step(Stage *s, Progress *p, const Metrics *m, double lr, double norm, co
     else
         n += snprintf(p->line + n, sizeof p->line - (size_t)n, "\t\t\t");
     n += gan_log(s, p->line + n, sizeof p->line - (size_t)n);
+    n += log_codes(s, p->line + n, sizeof p->line - (size_t)n, m, val);
     snprintf(p->line + n, sizeof p->line - (size_t)n, "\n");
     return until_room(s, log_append, p, 0);
 }
@@ -294,7 +297,8 @@ void print_evaluation(const Stage *s, FILE *to, const Metrics *val, const Metric
         /* Pixels span 2, so PSNR = 10 log10(4 / mean square error). */
         fprintf(to, "%s step %llu: validation loss %.4f, L1 %.4f, PSNR %.2f dB", s->name, (unsigned long long)s->step,
                 val->loss, val->part[0], 10 * log10(4 / val->part[1]));
-        if (s->codes_used) fprintf(to, ", %zu of %zu codes in use", s->codes_used, vqgan_config(s->vqgan)->n_embed);
+        if (s->perceptual) fprintf(to, ", LPIPS %.4f", val->perceptual);
+        print_codes(s, to, &val->codes);
         fprintf(to, "\n");
         return;
     }

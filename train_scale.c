@@ -334,6 +334,7 @@ Err transition_stage(Stage *s) {
     TRY(schedule_make(&s->schedule, redraw ? redraw : "geometric", (int)T));
     TRY(net_config_read(&c, &s->settings, "model.params."));
     TRY(open_vqgan(s, vqgan_path));
+    TRY(fit_to_codes(s, &c));
     TRY(check_transition(s, &c));
     TRY(add_model_keys(s, &c));
     TRY(load_tokens(s, &s->train_tokens, &s->train, "train", vqgan_path));

@@ -28,12 +28,12 @@ static Err vqgan_micro_batch(Stage *s, uint64_t micro, Metrics *out) {
     TRY(vqgan_forward(s->vqgan, images, s->batch, s->size, s->size, &xrec, &codebook));
     image_loss(images, xrec, n, s->w_l1 / (double)s->accumulate, s->w_l2 / (double)s->accumulate, &out->part[0],
                &out->part[1], s->dxrec);
-    out->loss = s->w_l1 * out->part[0] + s->w_l2 * out->part[1];
-    /* here a perceptual loss joins nll: adds to s->dxrec (1/accumulate of its gradient) and to out->loss */
+    TRY(add_perceptual(s, images, xrec, s->batch, 1 / (double)s->accumulate, &out->perceptual, s->dxrec));
+    out->loss = s->w_l1 * out->part[0] + s->w_l2 * out->part[1] + s->w_perceptual * out->perceptual;
     TRY(gan_generator(s, images, xrec, &out->loss));
     out->loss += s->w_codebook * codebook;
     vqgan_latents(s->vqgan, NULL, NULL, &raw);
-    for (size_t i = 0; i < codes; i++) s->usage[raw[i]]++;
+    count_codes(s, raw, codes);
     TRY(vqgan_backward(s->vqgan, s->dxrec, s->w_codebook / (double)s->accumulate, NULL));
     return gan_discriminator(s, xrec, &out->loss);
 }
@@ -42,11 +42,7 @@ static Err vqgan_micro_batch(Stage *s, uint64_t micro, Metrics *out) {
 static Err vqgan_after_step(Stage *s) {
     TRY(gan_after_step(s));
     if (!s->restart_every || s->step % s->restart_every) return OK;
-    size_t n = vqgan_config(s->vqgan)->n_embed;
-    s->codes_used = 0;
-    for (size_t k = 0; k < n; k++) s->codes_used += s->usage[k] != 0;
     if (s->step < s->steps - s->steps / 5) vqgan_restart_codes(s->vqgan, s->usage, s->seed, s->step);
-    memset(s->usage, 0, n * sizeof *s->usage);
     return OK;
 }
 
@@ -55,19 +51,27 @@ static Err vqgan_evaluate(Stage *s, Metrics *out) {
     Loader *l = NULL;
     Err e = loader_start(&l, &s->val, &c);
     size_t batches = s->val.n / c.B < 32 ? s->val.n / c.B : 32;
+    const size_t n_embed = vqgan_config(s->vqgan)->n_embed;
     memset(out, 0, sizeof *out);
+    memset(s->val_usage, 0, n_embed * sizeof *s->val_usage);
     for (size_t i = 0; e == OK && i < batches; i++) {
         const real *images, *xrec;
-        const int32_t *labels;
-        double l1, l2, codebook;
+        const int32_t *labels, *raw;
+        double l1, l2, codebook, perceptual = 0;
         e = loader_next(l, &images, &labels);
         if (e == OK) e = vqgan_forward(s->vqgan, images, c.B, s->size, s->size, &xrec, &codebook);
+        if (e == OK) e = add_perceptual(s, images, xrec, c.B, 0, &perceptual, NULL);
         if (e != OK) break;
         image_loss(images, xrec, c.B * 3 * s->size * s->size, 0, 0, &l1, &l2, NULL);
+        vqgan_latents(s->vqgan, NULL, NULL, &raw);
+        for (size_t k = 0; k < c.B * s->N; k++) s->val_usage[raw[k]]++;
         out->part[0] += l1 / (double)batches;
         out->part[1] += l2 / (double)batches;
-        out->loss += (s->w_l1 * l1 + s->w_l2 * l2 + s->w_codebook * codebook) / (double)batches;
+        out->perceptual += perceptual / (double)batches;
+        out->loss +=
+            (s->w_l1 * l1 + s->w_l2 * l2 + s->w_codebook * codebook + s->w_perceptual * perceptual) / (double)batches;
     }
+    out->codes = code_use(s->val_usage, n_embed);
     loader_stop(l);
     return e;
 }
@@ -110,16 +114,20 @@ Err vqgan_stage(Stage *s) {
     s->N = s->h * s->w;
     if (s->train.n == 0) return OK;
     size_t bytes = 0;
-    TRY(gan_create(s));
     if (s->opt->cuda) TRY(vqgan_use_cuda(s->vqgan, gpu_precision(s)));
     TRY(vqgan_plan_bytes(s->vqgan, s->batch, s->size, s->size, 1, &bytes));
     TRY(s->opt->cuda ? check_gpu_memory(s, bytes) : OK);
+    if (s->opt->cuda) bytes = 0;
+    TRY(open_perceptual(s, &bytes));
+    TRY(gan_create(s));
     TRY(gan_plan_bytes(s, &bytes));
-    TRY(check_memory(s, 4, s->opt->cuda ? 0 : bytes, s->batch, 3 * s->size * s->size));
+    TRY(check_memory(s, 4, bytes, s->batch, 3 * s->size * s->size));
     TRY(vqgan_plan(s->vqgan, s->batch, s->size, s->size, 1));
+    if (s->perceptual) TRY(perceptual_plan(s->perceptual, s->batch, s->size, s->size, 1));
     TRY(gan_plan(s));
     TRY(mem_alloc(&s->dxrec, s->batch * 3 * s->size, s->size * sizeof *s->dxrec, "reconstruction gradient"));
     TRY(mem_alloc(&s->usage, c.n_embed, sizeof *s->usage, "code usage"));
+    TRY(mem_alloc(&s->val_usage, c.n_embed, sizeof *s->val_usage, "code usage"));
     s->micro_batch = vqgan_micro_batch;
     s->evaluate = vqgan_evaluate;
     s->picture = vqgan_picture;

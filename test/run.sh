@@ -72,6 +72,7 @@ fi
 check fetch test/test_fetch.sh
 if command -v "${PYTHON:-python3}" >/dev/null; then
     check torch "${PYTHON:-python3}" test/test_torch.py "$build"
+    check lpips "${PYTHON:-python3}" test/test_lpips.py "$build"
 else
     echo "torch: skipped: no ${PYTHON:-python3}"
 fi

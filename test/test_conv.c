@@ -112,6 +112,17 @@ static void check_conv(Conv c) {
     CHECK(memcmp(y, y1, ny * sizeof *y) == 0 && memcmp(dx, dx1, nx * sizeof *dx) == 0);
     threads_set(threads);
     free(memory);
+
+    memset(&s, 0, sizeof s); /* dx alone: the same bits, in less memory */
+    s.threads = (size_t)threads;
+    conv_needs(&s, &c, 2);
+    CHECK(s.partial_reals == 0);
+    CHECK_OK(mem_alloc(&memory, conv_scratch_reals(&s), sizeof *memory, "test"));
+    conv_scratch_place(&s, memory);
+    conv_backward(dx1, NULL, NULL, &c, dy, NULL, w, 0, &s);
+    conv_backward(dx1, NULL, NULL, &c, dy, NULL, w, 1, &s);
+    CHECK(memcmp(dx, dx1, nx * sizeof *dx) == 0);
+    free(memory);
     real *all[] = {x, w, bias, add, dy, y, dx, dw, db, y1, dx1};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
     free(ref);

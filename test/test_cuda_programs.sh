@@ -39,6 +39,8 @@ near() { # near RUN STAGE TOLERANCE [OTHER]: losses, gradient norms and evaluati
 
 "$build/pictures" make "$dir/data" 40 20 || exit 1
 train "$build" cpu --vqgan --steps 2 >/dev/null 2>&1 || exit 1
+"$build/lpips" make "$dir/lpips.safetensors" || exit 1
+ok "LPIPS is not on the GPU yet, which is said in one line" sh -c "! '$cuda/train' --config test/tiny.txt --data '$dir/data' --run '$dir/seen' --vqgan --steps 1 --device cuda --perceptual '$dir/lpips.safetensors' 2>'$dir/lpips.err' && test \$(wc -l <'$dir/lpips.err') = 1 && grep -q 'perceptual loss .* CPU only.*--perceptual none' '$dir/lpips.err'"
 for run in f32 parts bf16; do mkdir "$dir/$run" && cp "$dir/cpu/vqgan.safetensors" "$dir/$run"; done
 
 train "$build" vqgan-cpu --vqgan --steps 4 >/dev/null 2>&1

@@ -223,6 +223,84 @@ ok "the same weights" cmp "$dir/state" "$dir/all/scale3.state.safetensors"
 ok "the recipe for photographs needs no classes" sh -c "mkdir '$dir/flat' && cp '$dir'/data/*/*.png '$dir/flat' && '$build/train' photos --all --data '$dir/flat' --run '$dir/photos' --steps 1 --batch 1"
 ok "and its samples are there" test -s "$dir/photos/samples.png"
 
+# ---- the codes in use, and a first stage that numbers only those ----
+ok "the log says how many codes are in use" awk -F '\t' '$1 == "vqgan" && $2 == 20 { if (!($15 > 0 && $16 >= 1 && $16 <= $15 + 1e-4 && $17 > 0 && $18 >= 1 && $18 <= $17 + 1e-4)) exit 1; n++ } END { exit n != 1 }' "$dir/run/log.tsv"
+ok "and at other steps nothing" awk -F '\t' '$1 == "vqgan" && $2 == 21 { if ($15 $16 $17 $18 != "" || NF != 18) exit 1; n++ } END { exit n != 1 }' "$dir/run/log.tsv"
+ok "the same after a kill" sh -c "for d in run killed; do awk -F '\t' '\$1 == \"vqgan\" { print \$2, \$15, \$16, \$17, \$18 }' $dir/\$d/log.tsv >$dir/\$d.codes; done; cmp $dir/run.codes $dir/killed.codes"
+codes() { "$build/codes" "$1/vqgan.safetensors" "$dir/data" "$2"; }
+mkdir "$dir/wide" && sed 's/n_embed 16/n_embed 64/; s/_tokens 16/_tokens 64/; s/vocab_size 16/vocab_size 64/' test/tiny.txt >"$dir/wide.txt"
+wide() { "$build/train" --config "$dir/wide.txt" --data "$dir/data" --run "$dir/wide" "$@"; }
+ok "a first stage of 64 codes" wide --vqgan --steps 30
+cp "$dir/wide/vqgan.safetensors" "$dir/plain.safetensors"
+ok "what it makes of the pictures" codes "$dir/wide" "$dir/before"
+read -r before used dtype <"$dir/out"
+ok "remap it" wide --vqgan --remap
+cp "$dir/err" "$dir/said"
+ok "which says what it did" grep -q "vqgan.safetensors: [0-9]* of 64 codes are in use, perplexity [0-9.]*; tokens number those now$" "$dir/said"
+ok "what it makes of them now" codes "$dir/wide" "$dir/after"
+read -r K distinct dtype <"$dir/out"
+ok "the same to the bit" cmp "$dir/before" "$dir/after"
+ok "with fewer tokens, all of which occur, as int64" test "$before $K $distinct $dtype" = "64 $K $K I64"
+ok "fewer than before" test "$K" -lt 64
+ok "as many as occurred, or with mirrored pictures more" test "$K" -ge "$used"
+cp "$dir/wide/vqgan.safetensors" "$dir/remapped.safetensors"
+ok "remap it again" wide --vqgan --remap
+cp "$dir/err" "$dir/said"
+ok "which changes nothing" cmp "$dir/remapped.safetensors" "$dir/wide/vqgan.safetensors"
+ok "and says so" grep -q "tokens number those already$" "$dir/said"
+for t in 1 2 3; do ok "scale $t on it" wide --scale $t --steps 3; done
+ok "is resumed" wide --scale 1 --steps 4 --resume
+ok "and samples" "$build/sample" "$dir/wide" -n 2 --seed 1 -o "$dir/s.png"
+cp "$dir/plain.safetensors" "$dir/wide/vqgan.safetensors"
+refused_late 1 "scale1.state.safetensors: trained on the tokens as they are" wide --vqgan --remap
+ok "and leaves it alone" cmp "$dir/plain.safetensors" "$dir/wide/vqgan.safetensors"
+refused_late 1 "the network writes $K token values, the first stage has 64" wide --scale 1 --steps 5 --resume
+ok "train and remap in one command" train --run "$dir/remap2" --vqgan --steps 3 --remap
+ok "remaps at the end" sh -c "$build/codes $dir/remap2/vqgan.safetensors $dir/data $dir/before | grep -q 'I64$'"
+refused 2 "goes with --vqgan" train --scale 1 --remap
+
+# ---- the perceptual loss, with weights of the real shapes ----
+"$build/lpips" make "$dir/lpips.safetensors" || exit 1
+ok "train with LPIPS" train --run "$dir/seen" --vqgan --steps 4 --batch 2 --perceptual "$dir/lpips.safetensors"
+cp "$dir/err" "$dir/said"
+ok "which says so" grep -q "^perceptual loss: LPIPS, weight 1$" "$dir/said"
+ok "and from what" grep -q "^$dir/lpips.safetensors: SHA-256 [0-9a-f]*$" "$dir/said"
+ok "and logs it" awk -F '\t' '$1 == "vqgan" { if (!($13 > 0) || ($2 == 4 && !($14 > 0))) exit 1; n++ } END { exit n != 4 }' "$dir/seen/log.tsv"
+ok "killed and resumed, which remembers the weights" sh -c "'$build/train' $options --run '$dir/seen2' --vqgan --steps 4 --batch 2 --threads 1 --perceptual '$dir/lpips.safetensors' --save-every 2 & p=\$!; while [ ! -f '$dir/seen2/vqgan.state.safetensors' ] && kill -0 \$p; do sleep 0.05; done; kill -9 \$p; '$build/train' $options --run '$dir/seen2' --vqgan --steps 4 --batch 2 --resume"
+ok "the same weights" cmp "$dir/seen/vqgan.safetensors" "$dir/seen2/vqgan.safetensors"
+ok "it changes what is learnt" train --run "$dir/blind" --vqgan --steps 4 --batch 2
+ok "indeed" sh -c "! cmp -s $dir/seen/vqgan.safetensors $dir/blind/vqgan.safetensors"
+sed 's/^vqgan.data/vqgan.model.params.lossconfig.target taming.modules.losses.vqperceptual.VQLPIPSWithDiscriminator\n&/' test/tiny.txt >"$dir/lossy.txt"
+lossy() { "$build/train" --config "$dir/lossy.txt" --data "$dir/data" --run "$dir/lossy" --vqgan --steps 1 "$@"; }
+if [ -e models/lpips ]; then
+    echo "SKIP a recipe that wants LPIPS without its weights: models/lpips is there"
+else
+    ok "a recipe that wants it, without weights" lossy
+    cp "$dir/err" "$dir/said"
+    ok "says so in one line" test "$(grep -c '^perceptual loss: trained without it: there are no weights in models/lpips;' "$dir/said")" = 1
+    ok "stays without when it goes on" lossy --steps 2 --resume
+    cp "$dir/err" "$dir/said"
+    ok "and says so again" grep -q '^perceptual loss: trained without it, as the run began$' "$dir/said"
+    rm -r "$dir/lossy"
+fi
+ok "unless none are wanted" lossy --perceptual none
+cp "$dir/err" "$dir/said"
+ok "then not a word" sh -c "! grep -q perceptual '$dir/said'"
+rm -r "$dir/lossy"
+echo "vqgan.model.params.lossconfig.params.perceptual_weight 0.25" >>"$dir/lossy.txt"
+ok "the official weight" lossy --perceptual "$dir/lpips.safetensors"
+cp "$dir/err" "$dir/said"
+ok "is used" grep -q "^perceptual loss: LPIPS, weight 0.25$" "$dir/said"
+rm -r "$dir/lossy"
+head -c 30000000 "$dir/lpips.safetensors" >"$dir/cut.safetensors"
+refused 1 "cut.safetensors" lossy --perceptual "$dir/cut.safetensors"
+refused 1 "run/vqgan.safetensors: no tensor 'net.slice1.0.weight' (or 'features.0.weight') there" lossy --perceptual "$dir/run/vqgan.safetensors"
+refused 1 "nowhere.pth" lossy --perceptual "$dir/nowhere.pth"
+refused 1 "expected one or two files" lossy --perceptual "a,b,c"
+refused 2 "goes with --vqgan" train --scale 1 --perceptual "$dir/lpips.safetensors"
+refused 2 "goes with --perceptual" train --convert-perceptual "$dir/x.safetensors"
+rm "$dir/cut.safetensors"
+
 # ---- sample ----
 sample() { "$build/sample" "$@" -o "$dir/s.png"; }
 ok "sample a run" sample "$dir/run" -n 5 --seed 7 --chain "$dir/chain.png"

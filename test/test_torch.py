@@ -304,6 +304,9 @@ def load_vqgan(folder):
     prefix = "model.params."
     vqgan = Vqgan({k[len(prefix) :]: v for k, v in meta.items() if k.startswith(prefix)}, state.get("quantize.used"))
     vqgan.load_state_dict(state, strict=True)
+    if "quantize.used" in state:
+        used = state["quantize.used"]
+        check(f"{folder}: used is int64 and rises", used.dtype == torch.int64 and (used.diff() > 0).all())
     return vqgan, {"first_stage_model." + name: x for name, x in state.items()}
 
 
@@ -384,6 +387,18 @@ def main():
             ),
             torch.float32,
         )
+        remapped, used = f"{scratch}/remapped", f"{scratch}/used"
+        shutil.copytree(plain, remapped, ignore=shutil.ignore_patterns("scale*", "*.state.*", "*.tokens"))
+        options = ["--config", f"{scratch}/plain.txt", "--data", f"{scratch}/data", "--run", remapped, "--steps", "1"]
+        run(f"{build}/train", *options, "--vqgan", "--remap")
+        for t in (1, 2, 3):
+            run(f"{build}/train", *options, "--scale", str(t))
+        check_model(build, remapped, torch.float32)
+        os.mkdir(used)
+        run(f"{build}/sample", remapped, "--convert", used)
+        check_model(build, used, torch.float32)
+        K = [read_safetensors(f"{folder}/vqgan.safetensors")[0]["quantize.used"].numel() for folder in (remapped, used)]
+        check("fewer codes are in use", K[0] == K[1] < 16, str(K))
         # without what can be derived: not for PyTorch until converted
         compact = train(
             build,

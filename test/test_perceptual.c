@@ -1,0 +1,381 @@
+/* test_perceptual.c - LPIPS of small networks against its definition, its gradient against central differences, and what is
+ * said of damaged weight files. Full-size VGG16 is compared with PyTorch by test_torch.py. */
+#include "files.h"
+
+enum { IS_DOUBLE = sizeof(real) == 8 };
+
+static const PerceptualConfig odd = {{4, 5, 6, 7, 8}, {2, 2, 3, 3, 3}};
+static const PerceptualConfig wide = {{16, 20, 17, 16, 18}, {2, 1, 2, 1, 2}}; /* wide enough for Winograd's algorithm */
+
+static real *random_reals(size_t n, double scale, uint64_t stream) {
+    real *x = NULL;
+    CHECK_OK(mem_alloc(&x, n, sizeof *x, "test"));
+    for (size_t i = 0; i < n; i++) x[i] = (real)(scale * rng_normal(7, rng_stream(RNG_TEST, stream, 0), i));
+    return x;
+}
+
+static Perceptual *make(const PerceptualConfig *c) {
+    Perceptual *p = NULL;
+    CHECK_OK(perceptual_create(&p, c));
+    if (!p) exit(test_report());
+    Params *t = perceptual_params(p);
+    CHECK_OK(params_plan(t, PLAN_VALUE));
+    params_init(t, 3);
+    for (size_t i = 0; i < t->n; i++) /* the lin layers: not all the same */
+        for (size_t k = 0; t->row[i].init == INIT_ONE && k < t->row[i].size; k++)
+            t->row[i].value[k] = (real)rng_uniform(4, i, k);
+    return p;
+}
+
+/* ---- By definition, in double ---- */
+
+static double *conv_relu(const double *x, size_t C, size_t h, size_t w, const Param *weight, const Param *bias) {
+    const size_t M = weight->dim[0];
+    double *y = calloc(M * h * w, sizeof *y);
+    for (size_t m = 0; m < M; m++)
+        for (size_t i = 0; i < h * w; i++) {
+            double s = (double)bias->value[m];
+            for (size_t c = 0; c < C; c++)
+                for (long k = 0; k < 9; k++) {
+                    const long cy = (long)(i / w) + k / 3 - 1, cx = (long)(i % w) + k % 3 - 1;
+                    if (cy < 0 || cx < 0 || cy >= (long)h || cx >= (long)w) continue;
+                    s += x[(c * h + (size_t)cy) * w + (size_t)cx] * (double)weight->value[(m * C + c) * 9 + (size_t)k];
+                }
+            y[m * h * w + i] = s > 0 ? s : 0;
+        }
+    return y;
+}
+
+static double *pool(const double *x, size_t C, size_t h, size_t w) {
+    double *y = calloc(C * (h / 2) * (w / 2), sizeof *y);
+    for (size_t c = 0; c < C; c++)
+        for (size_t i = 0; i < h / 2 * 2; i++)
+            for (size_t j = 0; j < w / 2 * 2; j++) {
+                double *to = &y[(c * (h / 2) + i / 2) * (w / 2) + j / 2]; /* after a relu nothing is below 0 */
+                *to = fmax(*to, x[(c * h + i) * w + j]);
+            }
+    return y;
+}
+
+/* The features at the end of every stage, of one picture */
+static void features(double *tap[PERCEPTUAL_STAGES], Perceptual *p, const PerceptualConfig *c, const real *image,
+                     size_t H, size_t W) {
+    static const double shift[3] = {-.030, -.088, -.188}, scale[3] = {.458, .448, .450};
+    const Param *row = perceptual_params(p)->row;
+    size_t h = H, w = W, C = 3;
+    double *x = calloc(3 * H * W, sizeof *x);
+    for (size_t i = 0; i < 3 * H * W; i++) x[i] = ((double)image[i] - shift[i / (H * W)]) / scale[i / (H * W)];
+    for (int s = 0; s < PERCEPTUAL_STAGES; s++, row++ /* lin */) {
+        for (size_t k = 0; k < c->depth[s]; k++, row += 2) {
+            double *y = conv_relu(x, C, h, w, row, row + 1);
+            free(x);
+            x = y;
+            C = c->width[s];
+        }
+        tap[s] = x;
+        x = pool(x, C, h, w);
+        h /= 2, w /= 2;
+    }
+    free(x);
+}
+
+static double naive(Perceptual *p, const PerceptualConfig *c, const real *a, const real *b, size_t H, size_t W) {
+    double *fa[PERCEPTUAL_STAGES], *fb[PERCEPTUAL_STAGES], loss = 0;
+    const Param *lin = perceptual_params(p)->row;
+    features(fa, p, c, a, H, W);
+    features(fb, p, c, b, H, W);
+    for (int s = 0; s < PERCEPTUAL_STAGES; s++, lin++) {
+        const size_t hw = (H >> s) * (W >> s);
+        lin += 2 * c->depth[s];
+        for (size_t i = 0; i < hw; i++) {
+            double na = 0, nb = 0;
+            for (size_t k = 0; k < c->width[s]; k++)
+                na += fa[s][k * hw + i] * fa[s][k * hw + i], nb += fb[s][k * hw + i] * fb[s][k * hw + i];
+            for (size_t k = 0; k < c->width[s]; k++) {
+                const double d = fa[s][k * hw + i] / (sqrt(na) + 1e-10) - fb[s][k * hw + i] / (sqrt(nb) + 1e-10);
+                loss += (double)lin->value[k] * d * d / (double)hw;
+            }
+        }
+        free(fa[s]);
+        free(fb[s]);
+    }
+    return loss;
+}
+
+static void check_definition(const PerceptualConfig *c, size_t B, size_t H, size_t W) {
+    Perceptual *p = make(c);
+    const size_t n = 3 * H * W;
+    real *a = random_reals(B * n, 0.5, 1), *b = random_reals(B * n, 0.5, 2);
+    double loss = NAN, ref = 0;
+    for (size_t i = 0; i < B; i++) ref += naive(p, c, a + i * n, b + i * n, H, W) / (double)B;
+    CHECK_OK(perceptual_plan(p, B, H, W, 0));
+    CHECK_OK(perceptual_loss(p, a, b, B, H, W, 0, &loss, NULL));
+    if (!CHECK(ref > 0.01 && fabs(loss - ref) <= (IS_DOUBLE ? 1e-12 : 1e-5) * ref))
+        printf("     %zu of %zux%zu: %.17g, by definition %.17g\n", B, H, W, loss, ref);
+    perceptual_free(p);
+    free(a);
+    free(b);
+}
+
+/* ---- The gradient ---- */
+
+typedef struct {
+    Perceptual *p;
+    real *a, *b;
+    size_t B, H, W;
+} Pair;
+
+static double pair_loss(void *context) {
+    Pair *x = (Pair *)context;
+    double loss;
+    return perceptual_loss(x->p, x->a, x->b, x->B, x->H, x->W, 0, &loss, NULL) == OK ? loss : NAN;
+}
+
+/* The difference is taken over so little that hardly a relu or a pool changes its mind in between; the pictures are such
+ * that none does for the pixels that are looked at. */
+static void check_gradient(const PerceptualConfig *c, size_t B, size_t H, size_t W) {
+    Pair x = {make(c), NULL, NULL, B, H, W};
+    const size_t n = B * 3 * H * W;
+    real *d = random_reals(n, 1, 3), *before = random_reals(n, 1, 3);
+    double loss;
+    x.a = random_reals(n, 0.5, 1), x.b = random_reals(n, 0.5, 2);
+    CHECK_OK(perceptual_plan(x.p, B, H, W, 1));
+    CHECK_OK(perceptual_loss(x.p, x.a, x.b, B, H, W, 2.5, &loss, d));
+    for (size_t i = 0; i < n; i++) d[i] = (d[i] - before[i]) / (real)2.5; /* it is added to what was there */
+    const double error = gradient_error(pair_loss, &x, x.b, d, n, 150, 1e-7, 0);
+    if (!CHECK(error <= 1e-6)) printf("     %zu of %zux%zu: %g\n", B, H, W, error);
+    d[0] = -d[0];
+    CHECK(gradient_error(pair_loss, &x, x.b, d, 1, 1, 1e-7, 0) > 0.1);
+    perceptual_free(x.p);
+    free(x.a);
+    free(x.b);
+    free(d);
+    free(before);
+}
+
+/* Equal pictures, and features that are all 0, whose direction is undefined: nothing, and no NaN. */
+static void check_zeros(void) {
+    enum { B = 2, H = 20, W = 18, N = B * 3 * H * W };
+    Perceptual *p = make(&odd);
+    real *a = random_reals(N, 0.5, 1), *b = random_reals(N, 0.5, 2), *d = random_reals(N, 0, 3);
+    double loss = NAN;
+    size_t wrong = 0;
+    CHECK_OK(perceptual_plan(p, B, H, W, 1));
+    CHECK_OK(perceptual_loss(p, a, a, B, H, W, 1, &loss, d));
+    for (size_t i = 0; i < N; i++) wrong += !(d[i] == 0);
+    CHECK(loss == 0 && wrong == 0);
+    Params *t = perceptual_params(p);
+    for (size_t i = 0; i < t->n; i++)
+        for (size_t k = 0; t->row[i].ndim == 1 && k < t->row[i].size; k++) t->row[i].value[k] = -1000;
+    CHECK_OK(perceptual_loss(p, a, b, B, H, W, 1, &loss, d));
+    for (size_t i = 0; i < N; i++) wrong += !(d[i] == 0);
+    CHECK(loss == 0 && wrong == 0);
+    perceptual_free(p);
+    free(a);
+    free(b);
+    free(d);
+}
+
+/* ---- The same bits for any number of threads, and for a picture alone and in company ---- */
+
+static void check_bits(const PerceptualConfig *c, size_t B, size_t H, size_t W) {
+    const size_t n = 3 * H * W;
+    const int threads = threads_get();
+    Perceptual *p = make(c);
+    real *a = random_reals(B * n, 0.5, 1), *b = random_reals(B * n, 0.5, 2);
+    real *d = random_reals(B * n, 0, 3), *d1 = random_reals(B * n, 0, 3), *d2 = random_reals(B * n, 0, 3);
+    double loss, loss1, part, sum = 0;
+    CHECK_OK(perceptual_plan(p, B, H, W, 1));
+    CHECK_OK(perceptual_loss(p, a, b, B, H, W, 1, &loss, d));
+    threads_set(threads == 1 ? 3 : 1);
+    CHECK_OK(perceptual_plan(p, B, H, W, 1));
+    CHECK_OK(perceptual_loss(p, a, b, B, H, W, 1, &loss1, d1));
+    threads_set(threads);
+    CHECK(loss == loss1 && memcmp(d, d1, B * n * sizeof *d) == 0);
+    CHECK_OK(perceptual_plan(p, 1, H, W, 1));
+    for (size_t i = 0; i < B; i++) {
+        CHECK_OK(perceptual_loss(p, a + i * n, b + i * n, 1, H, W, 1 / (double)B, &part, d2 + i * n));
+        sum += part / (double)B;
+    }
+    CHECK(fabs(sum - loss) <= 1e-12 * loss && memcmp(d, d2, B * n * sizeof *d) == 0);
+    perceptual_free(p);
+    real *all[] = {a, b, d, d1, d2};
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
+}
+
+/* ---- Weight files ---- */
+
+/* Writes the table's rows first..end-1 that are (lin) or are not lin layers, each prefix + its name, or as torchvision. */
+static void write_weights(const char *name, Perceptual *p, const char *prefix, int convs, int lins) {
+    TensorList list = {0};
+    const Params *t = perceptual_params(p);
+    for (size_t i = 0; i < t->n; i++) {
+        const Param *r = &t->row[i];
+        const int lin = strncmp(r->name, "lin", 3) == 0;
+        char full[NAME_MAX_BYTES];
+        if (lin ? !lins : !convs) continue;
+        if (strcmp(prefix, "features") == 0)
+            snprintf(full, sizeof full, "features%s", strchr(r->name + 5, '.'));
+        else
+            snprintf(full, sizeof full, "%s%.100s", prefix, r->name);
+        CHECK_OK(tensor_list_add(&list, full, DT_F32, r->ndim, r->dim, r->value, 1));
+    }
+    const size_t dim[4] = {1, 3, 1, 1};
+    static const real shift[3] = {(real)-.030, (real)-.088, (real)-.188};
+    char full[NAME_MAX_BYTES];
+    snprintf(full, sizeof full, "%sscaling_layer.shift", prefix);
+    if (lins) CHECK_OK(tensor_list_add(&list, full, DT_F32, 4, dim, shift, 1));
+    CHECK_OK(checkpoint_write(in_folder(name), list.tensor, list.from_real, list.n, NULL));
+    tensor_list_free(&list);
+}
+
+static Err load(Perceptual *p, const char *first, const char *second) {
+    Checkpoint ck[2];
+    memset(ck, 0, sizeof ck);
+    Err e = checkpoint_open(&ck[0], in_folder(first));
+    if (e == OK && second) e = checkpoint_open(&ck[1], in_folder(second));
+    if (e == OK) e = perceptual_load(p, ck, second ? 2 : 1);
+    checkpoint_close(&ck[0]);
+    checkpoint_close(&ck[1]);
+    return e;
+}
+
+static int loads_as(Perceptual *from, const char *first, const char *second) {
+    Perceptual *p = NULL;
+    CHECK_OK(perceptual_create(&p, &odd));
+    CHECK_OK(load(p, first, second));
+    const Params *a = perceptual_params(from), *b = perceptual_params(p);
+    int same = a->n == b->n && a->n > 0;
+    for (size_t i = 0; same && i < a->n; i++)
+        for (size_t k = 0; k < a->row[i].size; k++) same &= (float)a->row[i].value[k] == (float)b->row[i].value[k];
+    perceptual_free(p);
+    return same;
+}
+
+static void truncate_file(const char *to, const char *from, size_t less) {
+    size_t n;
+    uint8_t *bytes = get_file(in_folder(from), &n);
+    put_file(in_folder(to), bytes, n - less);
+}
+
+static void check_files(void) {
+    Perceptual *p = make(&odd), *q = NULL, *other = make(&wide);
+    write_weights("lpips.safetensors", p, "", 1, 1);
+    write_weights("vqgan.safetensors", p, "loss.perceptual_loss.", 1, 1);
+    write_weights("vgg16.safetensors", p, "features", 1, 0);
+    write_weights("lins.safetensors", p, "", 0, 1);
+    CHECK(loads_as(p, "lpips.safetensors", NULL) && loads_as(p, "vqgan.safetensors", NULL));
+    CHECK(loads_as(p, "vgg16.safetensors", "lins.safetensors") && loads_as(p, "lins.safetensors", "vgg16.safetensors"));
+    CHECK(!loads_as(other, "lpips.safetensors", NULL));
+
+    CHECK_OK(perceptual_create(&q, &odd));
+    CHECK_ERR(load(q, "vgg16.safetensors", NULL), "no tensor 'lin0.model.1.weight'");
+    CHECK_ERR(load(q, "lins.safetensors", NULL), "no tensor 'net.slice1.0.weight' (or 'features.0.weight')");
+    write_weights("wide.safetensors", other, "", 1, 1);
+    CHECK_ERR(load(q, "wide.safetensors", NULL), "net.slice1.0.weight");
+    truncate_file("cut.safetensors", "lpips.safetensors", 100);
+    CHECK_ERR(load(q, "cut.safetensors", NULL), "cut.safetensors");
+    Param *row = &perceptual_params(p)->row[3];
+    const real keep = row->value[1];
+    row->value[1] = NAN;
+    write_weights("nan.safetensors", p, "", 1, 1);
+    row->value[1] = keep;
+    CHECK_ERR(load(q, "nan.safetensors", NULL), "tensor 'net.slice1.2.bias' element 1 is nan");
+
+    TensorList list = {0};
+    const size_t dim[4] = {1, 3, 1, 1};
+    const real scale[3] = {(real).458, (real).448, (real).225};
+    CHECK_OK(tensor_list_add(&list, "scaling_layer.scale", DT_F32, 4, dim, scale, 1));
+    CHECK_OK(checkpoint_write(in_folder("scale.safetensors"), list.tensor, list.from_real, list.n, NULL));
+    tensor_list_free(&list);
+    CHECK_ERR(load(q, "lpips.safetensors", "scale.safetensors"), "'scaling_layer.scale' element 2 is 0.225");
+    perceptual_free(p);
+    perceptual_free(q);
+    perceptual_free(other);
+}
+
+/* Published vectors, and lengths around those where the padding takes another block (sha256sum's and md5sum's answers). */
+static void check_digests(void) {
+    static const struct {
+        size_t n;
+        const char *bytes, *sha256, *md5; /* bytes NULL: n times "a" */
+    } cases[] = {
+        {0, "", "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855", "d41d8cd98f00b204e9800998ecf8427e"},
+        {3, "abc", "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad",
+         "900150983cd24fb0d6963f7d28e17f72"},
+        {55, NULL, "9f4390f8d30c2dd92ec9f095b65e2b9ae9b0a925a5258e241c9f1e910f734318",
+         "ef1772b6dff9a122358552954ad0df65"},
+        {56, NULL, "b35439a4ac6f0948b6d6f9e3c6af0f5f590ce20f1bde7090ef7970686ec6738a",
+         "3b0c8ac703f828b04c6c197006d17218"},
+        {64, NULL, "ffe054fe7ae0cb6dc65c3af9b61d5209f439851db43d0ba5997337df154668eb",
+         "014842d480b571495a4a0363793f7367"},
+        {65536, NULL, "bf718b6f653bebc184e1479f1935b8da974d701b893afcf49e701f3e2f9f9c5a",
+         "2d61aa54b58c2e94403fb092c3dbc027"},
+        {1000000, NULL, "cdc76e5c9914fb9281a1c7e284d73e67f1809a48a497200e046d39ccc7112cd0",
+         "7707d6ae4e027c70eea2a935c2296f21"}};
+    static uint8_t a[1000000];
+    memset(a, 'a', sizeof a);
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        char text[DIGEST_TEXT_BYTES];
+        put_file(in_folder("digest"), cases[i].bytes ? (const void *)cases[i].bytes : a, cases[i].n);
+        CHECK_OK(file_digest(text, in_folder("digest"), DIGEST_SHA256));
+        CHECK(strcmp(text, cases[i].sha256) == 0);
+        CHECK_OK(file_digest(text, in_folder("digest"), DIGEST_MD5));
+        CHECK(strcmp(text, cases[i].md5) == 0);
+    }
+    char text[DIGEST_TEXT_BYTES];
+    CHECK_ERR(file_digest(text, in_folder("nowhere"), DIGEST_MD5), "nowhere");
+}
+
+static void check_refusals(void) {
+    Perceptual *p = NULL;
+    real x[1] = {0};
+    double loss;
+    size_t bytes = 0, more = 0;
+    PerceptualConfig c = odd;
+    c.width[2] = 0;
+    CHECK_ERR(perceptual_create(&p, &c), "stage 3 has 0 channels");
+    CHECK(!p);
+    CHECK_OK(perceptual_create(&p, &odd));
+    CHECK_ERR(perceptual_loss(p, x, x, 1, 16, 16, 1, &loss, NULL), "perceptual_plan first");
+    CHECK_ERR(perceptual_plan(p, 1, 15, 16, 1), "pictures of 15x16, expected 16");
+    CHECK_ERR(perceptual_plan(p, 0, 16, 16, 1), "an empty batch");
+    CHECK_OK(perceptual_plan(p, 1, 16, 16, 0));
+    CHECK_ERR(perceptual_loss(p, x, x, 1, 16, 16, 1, &loss, NULL), "no values yet");
+    CHECK_OK(params_plan(perceptual_params(p), PLAN_VALUE));
+    CHECK_ERR(perceptual_loss(p, x, x, 1, 16, 32, 1, &loss, NULL), "planned for 16x16");
+    CHECK_ERR(perceptual_loss(p, x, x, 1, 16, 16, 1, &loss, x), "without the gradient");
+    CHECK_OK(perceptual_plan_bytes(p, 4, 256, 256, 1, &bytes));
+    CHECK_OK(perceptual_plan_bytes(p, 400, 256, 256, 1, &more));
+    CHECK(bytes > 0 && more == bytes);
+    perceptual_free(p);
+    perceptual_free(NULL);
+
+    const PerceptualConfig vgg = perceptual_vgg16();
+    CHECK_OK(perceptual_create(&p, &vgg));
+    const Params *t = perceptual_params(p);
+    CHECK(t->n == 31 && params_count(t) == 14714688 + 1472); /* VGG16's convolutions; the lin layers */
+    CHECK(strcmp(t->row[0].name, "net.slice1.0.weight") == 0 && strcmp(t->row[29].name, "net.slice5.28.bias") == 0);
+    perceptual_free(p);
+}
+
+int main(void) {
+    if (!temporary_folder(folder)) return 1;
+    check_definition(&odd, 2, 16, 16);
+    check_definition(&odd, 1, 37, 50);
+    check_definition(&wide, 2, 32, 40);
+    if (IS_DOUBLE) {
+        check_gradient(&odd, 2, 16, 16);
+        check_gradient(&odd, 1, 37, 22);
+        check_gradient(&wide, 1, 32, 40);
+    }
+    check_zeros();
+    check_bits(&odd, 3, 23, 18);
+    check_bits(&wide, 4, 32, 40);
+    check_bits(&odd, 2, 256, 320); /* one at a time */
+    check_files();
+    check_digests();
+    check_refusals();
+    nftw(folder, remove_entry, 16, FTW_DEPTH | FTW_PHYS);
+    return test_report();
+}

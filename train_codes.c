@@ -1,0 +1,187 @@
+/* train_codes.c - which entries of a first stage's codebook are in use: counted as it trains and shown beside its
+ * evaluations; and --remap, after which tokens number only those that the training pictures use.
+ *
+ * Few codes, or many of which a handful does all the work (a low perplexity), mean that latents and codebook have drifted
+ * apart: train.restart_codes is the cure. The transitions then predict one of K codes at every position; those that no
+ * picture ever uses only make that harder, so the official models leave them out (quantize.used, SPEC section 8). */
+#include "train.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* ---- Counting ---- */
+
+/* Steps over which usage is counted: those between two restarts of dead codes. */
+static uint64_t period(const Stage *s) {
+    return s->restart_every ? s->restart_every : 100;
+}
+
+/* Counts start anew with the first batch of a period, not with the last of the one before: so they are there to be shown
+ * and saved in between. */
+void count_codes(Stage *s, const int32_t *raw, size_t n) {
+    if (s->micro_index == 0 && s->step % period(s) == 0)
+        memset(s->usage, 0, vqgan_config(s->vqgan)->n_embed * sizeof *s->usage);
+    for (size_t i = 0; i < n; i++) s->usage[raw[i]]++;
+}
+
+CodeUse code_use(const uint32_t *usage, size_t n_embed) {
+    CodeUse use = {0, 0};
+    double sum = 0, entropy = 0;
+    for (size_t k = 0; k < n_embed; k++) sum += usage[k];
+    for (size_t k = 0; k < n_embed; k++) {
+        const double p = usage[k] / sum;
+        use.used += usage[k] != 0;
+        if (usage[k]) entropy -= p * log(p);
+    }
+    if (use.used) use.perplexity = exp(entropy);
+    return use;
+}
+
+void print_codes(const Stage *s, FILE *to, const CodeUse *val) {
+    const size_t n = vqgan_config(s->vqgan)->n_embed;
+    const CodeUse train = code_use(s->usage, n);
+    if (train.used) fprintf(to, ", %zu of %zu codes in use, perplexity %.1f", train.used, n, train.perplexity);
+    fprintf(to, "%s on validation %zu, perplexity %.1f", train.used ? ";" : ", codes in use", val->used,
+            val->perplexity);
+}
+
+/* lpips, val_lpips, codes, perplexity, val_codes, val_perplexity; a transition's are empty */
+int log_codes(const Stage *s, char *text, size_t size, const Metrics *m, const Metrics *val) {
+    char lpips[32] = "", val_lpips[32] = "";
+    if (s->perceptual) snprintf(lpips, sizeof lpips, "%.6g", m->perceptual);
+    if (s->perceptual && val) snprintf(val_lpips, sizeof val_lpips, "%.6g", val->perceptual);
+    if (!s->usage || !val) return snprintf(text, size, "\t%s\t%s\t\t\t\t", lpips, val_lpips);
+    const CodeUse train = code_use(s->usage, vqgan_config(s->vqgan)->n_embed);
+    return snprintf(text, size, "\t%s\t%s\t%zu\t%.6g\t%zu\t%.6g", lpips, val_lpips, train.used, train.perplexity,
+                    val->codes.used, val->codes.perplexity);
+}
+
+/* ---- A transition on a remapped first stage ---- */
+
+/* A recipe's transformer has as many tokens as the codebook has entries; a new one gets as many as there are in use. What it
+ * reads includes the scale and the class. */
+Err fit_to_codes(Stage *s, NetConfig *c) {
+    static const char prefix[] = "model.params.transformer_config.params.";
+    const VqganConfig *v = vqgan_config(s->vqgan);
+    if (!v->re_embed || v->re_embed == v->n_embed || c->dec_num_tokens != v->n_embed) return OK;
+    if (config_get(&s->settings, "train.", "step")) return OK; /* it is trained already: left as it is, to be refused */
+    const int x = c->kind == NET_X;
+    size_t reads = max_size(v->re_embed, (size_t)s->schedule.T + 1);
+    char key[128];
+    if (c->has_class) reads = max_size(reads, s->train.n_classes);
+    snprintf(key, sizeof key, "%s%s", prefix, x ? "dec_num_tokens" : "vocab_size");
+    TRY(config_set(&s->settings, key, "%zu", v->re_embed));
+    snprintf(key, sizeof key, "%s%s", prefix, x ? "enc_num_tokens" : "input_vocab_size");
+    if ((x ? c->enc_num_tokens : c->input_vocab_size) == v->n_embed) TRY(config_set(&s->settings, key, "%zu", reads));
+    fprintf(stderr, "%s: %zu token values, the codes of %zu that are in use\n", s->name, v->re_embed, v->n_embed);
+    return net_config_read(c, &s->settings, "model.params.");
+}
+
+/* ---- --remap ---- */
+
+enum { REMAP_BATCH = 16 };
+
+/* usage (n_embed) of every training picture, as it is and, where transitions train on both, mirrored. */
+static Err count_pictures(Stage *s, uint32_t *usage) {
+    enum { B = REMAP_BATCH };
+    const size_t n = s->train.n, pixels = 3 * s->size * s->size;
+    real *batch = NULL;
+    int32_t *raw = NULL;
+    Loader *l = NULL;
+    LoaderConfig c = {.prep = s->prep, .B = B, .size = s->size, .mark = 1};
+    Err e = loader_start(&l, &s->train, &c);
+    if (e == OK) e = mem_alloc(&batch, B * pixels, sizeof *batch, "batch");
+    if (e == OK) e = mem_alloc(&raw, B * s->N, sizeof *raw, "batch of codes");
+    for (size_t done = 0; done < n && e == OK; done += B) {
+        const real *images;
+        const int32_t *labels;
+        const size_t rows = min_size(n - done, B);
+        e = loader_next(l, &images, &labels);
+        if (e == OK) memcpy(batch, images, rows * pixels * sizeof *batch);
+        for (int flip = 0; flip <= s->flip && e == OK; flip++) {
+            if (flip) image_mirror(batch, rows * 3, s->size);
+            e = vqgan_encode(s->vqgan, batch, rows, s->size, s->size, s->seed, NULL, raw, NULL);
+            for (size_t i = 0; i < rows * s->N && e == OK; i++) usage[raw[i]] += labels[i / s->N] >= 0;
+        }
+        progress_line("encoding %zu of %zu pictures", min_size(done + B, n), n);
+        if (e == OK && interrupted()) e = err("interrupted; the first stage is as it was");
+    }
+    progress_end();
+    loader_stop(l);
+    free(batch);
+    free(raw);
+    return e;
+}
+
+/* Transitions that were trained on other numbers would say nonsense afterwards. */
+static Err check_untrained(const Stage *s) {
+    for (size_t t = 0; t <= MAX_SCALES; t++) {
+        char path[1100];
+        if (t)
+            snprintf(path, sizeof path, "%s/scale%zu.state.safetensors", s->opt->run, t);
+        else
+            snprintf(path, sizeof path, "%s/joint.state.safetensors", s->opt->run);
+        if (file_exists(path))
+            return err("%s: trained on the tokens as they are; --remap comes before the transitions", path);
+    }
+    return OK;
+}
+
+/* The file again, every tensor as it is, with quantize.used (K), as the official models have it. */
+static Err write_remapped(const char *path, const int64_t *used, size_t K) {
+    Checkpoint ck;
+    TensorList list = {0};
+    Config meta = {0};
+    memset(&ck, 0, sizeof ck);
+    TRY(checkpoint_open(&ck, path));
+    Err e = tensor_list_add(&list, "quantize.used", DT_I64, 1, &K, used, 0);
+    for (size_t i = 0; i < ck.n && e == OK; i++) {
+        const Tensor *x = &ck.tensor[i];
+        if (strcmp(x->name, "quantize.used") != 0)
+            e = tensor_list_add(&list, x->name, x->dtype, x->ndim, x->dim, x->data, 0);
+    }
+    for (size_t i = 0; i < ck.meta.n && e == OK; i++)
+        e = config_set(&meta, ck.meta.kv[i].key, "%s", ck.meta.kv[i].value);
+    if (e == OK) e = config_set(&meta, "model.params.re_embed", "%zu", K);
+    if (e == OK) e = checkpoint_write(path, list.tensor, list.from_real, list.n, &meta);
+    tensor_list_free(&list);
+    config_free(&meta);
+    checkpoint_close(&ck);
+    return e;
+}
+
+/* used (n_embed) = the codes that occur, rising; *K of them; *same: the first stage is numbered so already */
+static void list_used(const Stage *s, const uint32_t *usage, int64_t *used, size_t *K, int *same) {
+    const size_t n = vqgan_config(s->vqgan)->n_embed;
+    const int32_t *now = vqgan_used(s->vqgan);
+    *K = 0;
+    for (size_t k = 0; k < n; k++)
+        if (usage[k]) used[(*K)++] = (int64_t)k;
+    *same = now && vqgan_config(s->vqgan)->re_embed == *K;
+    for (size_t i = 0; *same && i < *K; i++) *same = now[i] == used[i];
+}
+
+Err remap_first_stage(Stage *s) {
+    char path[1100];
+    uint32_t *usage = NULL;
+    int64_t *used = NULL;
+    size_t K = 0;
+    int same = 0;
+    TRY(open_vqgan(s, path));
+    const size_t n = vqgan_config(s->vqgan)->n_embed;
+    Err e = mem_alloc(&usage, n, sizeof *usage, "code usage");
+    if (e == OK) e = mem_alloc(&used, n, sizeof *used, "codes in use");
+    if (e == OK) e = count_pictures(s, usage);
+    if (e == OK) e = list_damaged(s, &s->train);
+    if (e == OK) list_used(s, usage, used, &K, &same);
+    if (e == OK && K < 2) e = err("%s: the pictures use %zu of %zu codes; train the first stage", path, K, n);
+    if (e == OK && !same) e = check_untrained(s);
+    if (e == OK && !same) e = write_remapped(path, used, K);
+    if (e == OK)
+        fprintf(stderr, "%s: %zu of %zu codes are in use, perplexity %.1f; tokens number those%s\n", path, K, n,
+                code_use(usage, n).perplexity, same ? " already" : " now");
+    free(usage);
+    free(used);
+    return e;
+}
