@@ -229,6 +229,7 @@ double test_loss(const Stage *s, uint64_t micro, double loss);
 /* NULL, or what is wrong with a step of this loss and norm; a step that was right becomes part of the measure */
 const char *what_is_bad(const Stage *s, double loss, double norm);
 void remember_step(Stage *s, double loss, double norm);
+void forget_steps(Stage *s); /* the loss will be another one from here on */
 /* Back to the last checkpoint, from where the present step's micro batches are left out. */
 Err roll_back(Stage *s, Progress *p, const Metrics *m, double norm, const char *reason);
 Err list_skipped(Stage *s,

@@ -228,6 +228,7 @@ Err gan_after_step(Stage *s) {
     Gan *g = s->gan;
     const real *xrec;
     double codebook;
+    if (g && s->step == g->start) forget_steps(s);
     if (!g || s->step <= g->first) return OK;
     if (g->official_order) {
         TRY(vqgan_forward(s->vqgan, g->images, s->batch, s->size, s->size, &xrec, &codebook));

@@ -166,11 +166,15 @@ void remember_step(Stage *s, double loss, double norm) {
     s->recent[RECENT + s->step % RECENT] = (real)norm;
 }
 
+void forget_steps(Stage *s) {
+    for (size_t i = 0; i < 2 * RECENT; i++) s->recent[i] = NAN;
+}
+
 void survive_defaults(Stage *s) {
     s->spike = 10;
     s->best = INFINITY;
     s->n_skipped = 0;
-    for (size_t i = 0; i < 2 * RECENT; i++) s->recent[i] = NAN;
+    forget_steps(s);
 }
 
 Err survive_collect(Stage *s, TensorList *list) {
