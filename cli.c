@@ -221,6 +221,7 @@ void catch_interrupts(void) {
     action.sa_flags = SA_RESETHAND | SA_RESTART; /* a second signal acts as usual: it ends the program */
     sigaction(SIGINT, &action, NULL);
     sigaction(SIGTERM, &action, NULL);
+    sigaction(SIGUSR1, &action, NULL); /* which mpirun hands on to what it started */
 }
 
 int interrupted(void) {

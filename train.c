@@ -69,7 +69,20 @@ static Err choose(int *out, const Config *c, const char *key, const char *const 
                n > 3 ? names[3] : "");
 }
 
-static Err read_settings(Stage *s) {
+/* `batch` of the settings is of a rank if the user or the recipe says it, of all ranks as a state file keeps it: so that
+ * a run may go on with another number of ranks. given: of a rank. */
+static Err share_batch(Stage *s, int given) {
+    const size_t saved = s->batch;
+    if (!given && saved % ranks())
+        return err("%s: a micro batch of %zu pictures, as the run was trained, cannot be shared evenly by %zu "
+                   "processes; --batch says how many each is to take",
+                   s->name, saved, ranks());
+    s->batch = given ? saved : saved / ranks();
+    s->of = s->batch * ranks(), s->first = s->batch * rank(), s->shares = (double)(s->accumulate * ranks());
+    return config_set(&s->settings, "data.params.batch_size", "%zu", s->of);
+}
+
+static Err read_settings(Stage *s, int continuing) {
     static const char *const stores[] = {"f32", "f16", "bf16"}, *const preps[] = {"folder", "ffhq", "imagenet", "lsun"};
     static const Dtype dtypes[] = {DT_F32, DT_F16, DT_BF16};
     const Config *c = &s->settings;
@@ -83,6 +96,7 @@ static Err read_settings(Stage *s) {
     s->w_l1 = s->w_l2 = s->w_codebook = 1;
     TRY(config_size(&s->batch, c, "data.params.", "batch_size", 1, 65536, 1));
     TRY(config_size(&s->accumulate, c, "lightning.trainer.", "accumulate_grad_batches", 1, 65536, 1));
+    TRY(share_batch(s, !continuing || s->opt->batch != NOT_GIVEN));
     TRY(config_size(&s->steps, c, "train.", "steps", 1, UINT32_MAX, 0));
     TRY(config_size(&seed, c, "train.", "seed", 0, huge, 1));
     TRY(config_flag(&s->flip, c, "train.", "flip", 1));
@@ -104,7 +118,7 @@ static Err read_settings(Stage *s) {
     s->lr_scale = 1;
     if (base_text && strcmp(base_text, "none")) {
         TRY(config_real(&base, c, "model.", "base_learning_rate", 0, 10, 0));
-        s->lr_scale = base * (double)(s->batch * s->accumulate);
+        s->lr_scale = base * (double)(s->of * s->accumulate);
     }
     TRY(config_flag(&s->compact, c, "imagebart.", "compact", 1));
     TRY(choose(&store, c, "imagebart.store", stores, 3));
@@ -117,16 +131,28 @@ static Err read_settings(Stage *s) {
  * The loop
  * ---------------------------------------------------------------------------------------------------------- */
 
-static Err train_step(Stage *s, Metrics *mean, double *lr, double *norm) {
-    memset(mean, 0, sizeof *mean);
+/* The gradient of a step, on every rank that of all; so are the metrics. A rank that fails still takes part in the sum. */
+static Err step_gradient(Stage *s, Metrics *mean) {
+    double sums[3] = {0}; /* loss, parts */
+    Err e = OK;
     params_zero_grad(s->params);
     for (size_t i = 0; i < s->accumulate; i++) {
-        Metrics m;
-        TRY(s->micro_batch(s, s->step * s->accumulate + i, &m));
-        mean->loss += m.loss / (double)s->accumulate;
-        for (int k = 0; k < 2; k++) mean->part[k] += m.part[k] / (double)s->accumulate;
-        if (i + 1 < s->accumulate && !s->opt->vqgan) ema_update(s->params, s->ema_decay, ++s->ema_updates);
+        Metrics m = {0};
+        const int last = i + 1 == s->accumulate;
+        if (last) TRY(gradients_begin(s->params));
+        if (e == OK) e = s->micro_batch(s, s->step * s->accumulate + i, &m);
+        sums[0] += m.loss / s->shares, sums[1] += m.part[0] / s->shares, sums[2] += m.part[1] / s->shares;
+        if (!last && !s->opt->vqgan) ema_update(s->params, s->ema_decay, ++s->ema_updates);
     }
+    TRY(gradients_end(s->params));
+    TRY(ranks_agree(e));
+    TRY(ranks_sum(sums, 3));
+    *mean = (Metrics){sums[0], {sums[1], sums[2]}};
+    return OK;
+}
+
+static Err train_step(Stage *s, Metrics *mean, double *lr, double *norm) {
+    TRY(step_gradient(s, mean));
     *norm = params_grad_norm(s->params);
     if (!isfinite(mean->loss) || !isfinite(*norm))
         return err(
@@ -156,27 +182,38 @@ static int due(uint64_t step, size_t every, size_t last) {
     return every && (step % every == 0 || step == last);
 }
 
+/* What is seen of a step; the first rank's work. */
+static Err report_step(Stage *s, Progress *p, const Metrics *m, double lr, double norm) {
+    Metrics val, ema;
+    const int evaluating = due(s->step, s->opt->eval_every, s->steps);
+    show_step(s, p, m, lr, norm);
+    if (evaluating) {
+        TRY(evaluate_both(s, &val, &ema));
+        progress_end();
+        print_evaluation(s, stderr, &val, &ema);
+    }
+    TRY(log_step(s, p, m, lr, norm, evaluating ? &val : NULL, &ema));
+    return due(s->step, s->opt->picture_every, s->steps) ? draw_picture(s) : OK;
+}
+
 static Err run(Stage *s) {
     Progress p = {0};
-    TRY(log_open(s, &p));
+    const int first = rank() == 0;
+    int stop = 0;
+    Err e = ranks_agree(first ? log_open(s, &p) : OK);
     catch_interrupts();
-    Err e = OK;
-    while (e == OK && s->step < s->steps && !interrupted()) {
-        Metrics m, val, ema;
+    while (e == OK && s->step < s->steps && !stop) {
+        Metrics m;
         double lr = 0, norm = 0;
         e = train_step(s, &m, &lr, &norm);
         if (e != OK) break;
-        int evaluating = due(s->step, s->opt->eval_every, s->steps);
-        show_step(s, &p, &m, lr, norm);
-        if (evaluating) e = evaluate_both(s, &val, &ema);
-        if (e == OK && evaluating) progress_end(), print_evaluation(s, stderr, &val, &ema);
-        if (e == OK) e = log_step(s, &p, &m, lr, norm, evaluating ? &val : NULL, &ema);
-        if (e == OK && due(s->step, s->opt->picture_every, s->steps)) e = draw_picture(s);
-        if (e == OK && due(s->step, s->opt->save_every, s->steps)) e = save(s);
+        e = ranks_agree(first ? report_step(s, &p, &m, lr, norm) : OK);
+        stop = interrupted();
+        if (e == OK) e = ranks_any(&stop);
+        if (e == OK && (stop || due(s->step, s->opt->save_every, s->steps))) e = save(s);
     }
-    if (e == OK && interrupted()) e = save(s);
     progress_end();
-    if (fclose(p.log) && e == OK) e = err("%s: %s", p.log_path, strerror(errno));
+    if (p.log && fclose(p.log) && e == OK) e = err("%s: %s", p.log_path, strerror(errno));
     return e;
 }
 
@@ -215,7 +252,7 @@ static Err build_stage(Stage *s, const Checkpoint *ck) {
     const Options *o = s->opt;
     TRY(dataset_open_lists(&s->train, o->data, o->list, o->val_list, SPLIT_TRAIN));
     TRY(dataset_open_lists(&s->val, o->data, o->list, o->val_list, SPLIT_VAL));
-    TRY(make_folder(s->opt->run));
+    TRY(ranks_agree(rank() == 0 ? make_folder(s->opt->run) : OK));
     TRY(s->opt->vqgan ? vqgan_stage(s) : transition_stage(s));
     TRY(params_plan(s->params, PLAN_VALUE | PLAN_GRAD | PLAN_ADAM | (s->opt->vqgan ? 0 : PLAN_EMA)));
     if (ck)
@@ -236,11 +273,14 @@ static void say_gpu(const Stage *s) {
 }
 
 static void say_start(const Stage *s) {
+    if (ranks() > 1)
+        fprintf(stderr, "%zu processes, each takes %zu of the %zu pictures of a micro batch, with %d threads\n",
+                ranks(), s->batch, s->of, threads_get());
     if (s->opt->cuda) say_gpu(s);
     fprintf(stderr,
             "%s: %.2f million parameters, %zu pictures (%zu held out), batch %zu x %zu, %zu steps, seed %llu, %d "
             "threads, %s\n",
-            s->name, (double)params_count(s->params) / 1e6, s->train.n, s->val.n, s->batch, s->accumulate, s->steps,
+            s->name, (double)params_count(s->params) / 1e6, s->train.n, s->val.n, s->of, s->accumulate, s->steps,
             (unsigned long long)s->seed, threads_get(), vector_instructions());
     char state[32], activations[32], available[32];
     fprintf(stderr, "memory: parameters, gradients and optimizer %s, activations %s; %s available\n",
@@ -268,24 +308,44 @@ static void say_end(const Stage *s) {
         fprintf(stderr, "when every scale is trained: ./sample %s\n", run);
 }
 
+/* The first rank says what failed, on whichever rank it did, and all of them exit. */
+static void check_all(Err e) {
+    if (ranks_agree(e) == OK) return;
+    progress_end();
+    if (rank() == 0) die("%s", err_text());
+    exit(EXIT_FAILURE);
+}
+
 /* The state file of an earlier run of this stage, if any; 1 when there is one to continue. */
 static int open_state(Stage *s, Checkpoint *ck) {
     char path[1100];
-    run_path(s, path, ".state.safetensors");
-    if (!file_exists(path)) {
-        if (s->opt->resume && !s->opt->all) fprintf(stderr, "%s: nothing to resume; starting at step 0\n", path);
+    int there = file_exists(run_path(s, path, ".state.safetensors"));
+    check_all(ranks_any(&there));
+    if (!there) {
+        if (s->opt->resume && !s->opt->all && rank() == 0)
+            fprintf(stderr, "%s: nothing to resume; starting at step 0\n", path);
         return 0;
     }
     if (!s->opt->resume && !s->opt->eval)
-        die("%s exists: --resume continues it, --run DIR starts another run, or remove it", path);
-    check(checkpoint_open(ck, path));
+        check_all(err("%s exists: --resume continues it, --run DIR starts another run, or remove it", path));
+    check_all(checkpoint_open(ck, path));
     return 1;
 }
 
-static void evaluate_only(Stage *s) {
+static Err evaluate_only(Stage *s) {
     Metrics val, ema;
-    check(evaluate_both(s, &val, &ema));
+    TRY(evaluate_both(s, &val, &ema));
     print_evaluation(s, stdout, &val, &ema);
+    return OK;
+}
+
+/* Pictures in a step as the settings have it */
+static size_t pictures_per_step(const Stage *s) {
+    size_t batch = 16, accumulate = 1;
+    if (config_size(&batch, &s->settings, "data.params.", "batch_size", 1, SIZE_MAX / 2, 1) != OK ||
+        config_size(&accumulate, &s->settings, "lightning.trainer.", "accumulate_grad_batches", 1, 65536, 1) != OK)
+        return 0;
+    return batch * accumulate;
 }
 
 static void train(const Options *o) {
@@ -300,25 +360,38 @@ static void train(const Options *o) {
     else
         snprintf(s.name, sizeof s.name, "scale%zu", o->scale);
     int continuing = open_state(&s, &ck);
-    if (o->eval && !continuing) die("%s: no %s.state.safetensors there to evaluate; train it first", o->run, s.name);
+    if (o->eval && !continuing)
+        check_all(err("%s: no %s.state.safetensors there to evaluate; train it first", o->run, s.name));
     if (continuing)
         for (size_t i = 0; i < ck.meta.n; i++)
-            check(config_set(&s.settings, ck.meta.kv[i].key, "%s", ck.meta.kv[i].value));
+            check_all(config_set(&s.settings, ck.meta.kv[i].key, "%s", ck.meta.kv[i].value));
     else
-        check(read_recipe(&s));
-    check(apply_options(&s));
-    check(read_settings(&s));
-    check(build_stage(&s, continuing ? &ck : NULL));
+        check_all(read_recipe(&s));
+    const size_t pictures = pictures_per_step(&s);
+    check_all(apply_options(&s));
+    check_all(read_settings(&s, continuing));
+    check_all(build_stage(&s, continuing ? &ck : NULL));
     checkpoint_close(&ck);
+    check_all(ranks_same(s.params->arena[0], s.params->total * sizeof(real), "weights to start from"));
+    if (continuing && rank() == 0 && pictures != pictures_per_step(&s))
+        fprintf(stderr,
+                "%s: a step took %zu pictures, from here on it takes %zu: another run than without the change\n",
+                s.name, pictures, pictures_per_step(&s));
     if (o->eval)
-        evaluate_only(&s);
+        check_all(rank() == 0 ? evaluate_only(&s) : OK);
     else {
-        say_start(&s);
-        if (o->vqgan) check(start_loader(&s));
-        check(run(&s));
-        say_end(&s);
+        if (rank() == 0) say_start(&s);
+        if (o->vqgan) check_all(start_loader(&s));
+        check_all(run(&s));
+        if (rank() == 0) say_end(&s);
     }
     free_stage(&s);
+}
+
+static int any_interrupted(void) {
+    int flag = interrupted();
+    check_all(ranks_any(&flag));
+    return flag;
 }
 
 /* Every stage in turn, finished ones in no time, then ./sample, which lies beside this program. */
@@ -328,19 +401,36 @@ static void train_all(Options *o, const char *program) {
     size_t T = 1;
     Stage s = {.opt = o, .name = "scale"};
     o->resume = 1;
-    check(read_recipe(&s));
-    check(config_size(&T, &s.settings, "model.params.", "n_scales", 1, MAX_SCALES, 0));
+    check_all(read_recipe(&s));
+    check_all(config_size(&T, &s.settings, "model.params.", "n_scales", 1, MAX_SCALES, 0));
     config_free(&s.settings);
     o->vqgan = 1;
     train(o);
     o->vqgan = 0;
-    for (o->scale = 1; o->scale <= T && !interrupted(); o->scale++) train(o);
-    if (interrupted()) return;
+    for (o->scale = 1; o->scale <= T && !any_interrupted(); o->scale++) train(o);
+    if (any_interrupted()) return;
+    ranks_end();
+    if (rank() > 0) return;
     snprintf(sample, sizeof sample, "%.*ssample", slash ? (int)(slash - program) + 1 : 0, program);
     snprintf(out, sizeof out, "%s/samples.png", o->run);
     fflush(stdout);
     execlp(sample, sample, o->run, "-o", out, (char *)NULL);
     die("%s: %s; when it is built: ./sample %s", sample, strerror(errno), o->run);
+}
+
+/* While this process waits for others: what to make of it if one was lost and the launcher is about to end the rest. */
+static void say_waiting(double waited) {
+    static double since;
+    static int said;
+    if (said || !interrupted() || rank() > 1) return;
+    if (since == 0) since = seconds();
+    if (waited < 0.5 || seconds() - since < 0.5) return;
+    said = 1;
+    fprintf(
+        stderr,
+        "\nprocess %zu: interrupted, and waiting for another process; if that was lost, this run ends here: the last "
+        "checkpoint is intact and --resume continues from it\n",
+        rank());
 }
 
 static const char intro[] =
@@ -419,8 +509,10 @@ int main(int argc, char **argv) {
     if (o.all && o.eval) usage_error("--eval evaluates one stage: --vqgan, --scale N or --joint");
     if (strcmp(o.precision, "bf16") && strcmp(o.precision, "f32"))
         usage_error("--precision %s: expected bf16 or f32", o.precision);
+    check(ranks_start(say_waiting));
+    if (o.device && !strcmp(o.device, "cuda")) check_all(cuda_choose(rank_local()));
     o.cuda = check_device(o.device);
-    threads_set((int)o.threads);
+    threads_set(o.threads ? (int)o.threads : rank_threads());
     const char *slash = strrchr(o.model, '/'), *short_name = slash && slash[1] ? slash + 1 : o.model;
     static char default_data[1100];
     snprintf(default_run, sizeof default_run, "runs/%s", short_name);
@@ -431,5 +523,6 @@ int main(int argc, char **argv) {
         train_all(&o, argv[0]);
     else
         train(&o);
+    ranks_end();
     return 0;
 }

@@ -39,7 +39,9 @@ struct Stage {
     Config settings; /* the recipe's part for this stage, under the official keys, with the user's changes */
     Params *params;
 
-    size_t batch, accumulate, steps;
+    size_t batch, accumulate, steps; /* pictures of this rank in a micro batch, micro batches of a step */
+    size_t of, first;                /* of all ranks' pictures in a micro batch, of, this rank's begin with first */
+    double shares;                   /* a step is the mean over these: micro batches of all ranks */
     uint64_t seed;
     AdamW adam;
     LrSchedule lr;
@@ -98,6 +100,11 @@ typedef struct {
 Err vqgan_stage(Stage *s);
 Err start_loader(Stage *s);
 Err transition_stage(Stage *s);
+
+/* Which number of the endless sequence of training examples row b of a micro batch is, whichever rank computes it. */
+static inline uint64_t example_number(const Stage *s, uint64_t micro, size_t b) {
+    return micro * s->of + s->first + b;
+}
 
 /* train_run.c. out = RUN/STAGEsuffix, returned */
 const char *run_path(const Stage *s, char out[1100], const char *suffix);

@@ -60,6 +60,7 @@ Err check_memory(Stage *s, size_t arenas, size_t plan, size_t rows, size_t colum
     TRY(size_mul(&s->activation_bytes, s->activation_bytes, sizeof(real)));
     s->activation_bytes += plan;
     s->available = memory_available();
+    if (s->available != SIZE_MAX) s->available /= ranks_local();
     char what[160], state[32], activations[32];
     snprintf(what, sizeof what, "%s: parameters, gradients and optimizer %s, activations %s", s->name,
              bytes_text(state, s->state_bytes), bytes_text(activations, s->activation_bytes));
@@ -113,14 +114,41 @@ static Err write_list(Stage *s, Err (*collect)(Stage *, TensorList *), const cha
     return e;
 }
 
-Err save(Stage *s) {
-    TRY(params_fetch(s->params));
-    TRY(list_damaged(s, &s->train));
-    TRY(list_damaged(s, &s->val));
+/* One after the other, for they add to the same list. */
+static Err list_all_damaged(const Stage *s) {
+    for (size_t r = 0; r < ranks(); r++) {
+        Err e = OK;
+        if (r == rank()) e = list_damaged(s, &s->train);
+        if (r == rank() && e == OK) e = list_damaged(s, &s->val);
+        TRY(ranks_agree(e));
+    }
+    return OK;
+}
+
+/* What only all ranks together know, and whether they agree on what all should: then the first can write it down. */
+static Err gather_state(Stage *s) {
+    int damaged = dataset_damaged(&s->train) + dataset_damaged(&s->val) > 0;
+    TRY(ranks_agree(params_fetch(s->params)));
+    TRY(ranks_same(s->params->arena[0], s->params->total * sizeof(real), "weights after a step"));
+    if (s->usage) {
+        size_t n = vqgan_config(s->vqgan)->n_embed;
+        TRY(ranks_sum_counts(s->usage, n));
+        if (rank() > 0) memset(s->usage, 0, n * sizeof *s->usage); /* the first rank's counts are everybody's now */
+    }
+    TRY(ranks_any(&damaged));
+    return damaged ? list_all_damaged(s) : OK;
+}
+
+static Err write_state(Stage *s) {
     TRY(config_set(&s->settings, "train.step", "%llu", (unsigned long long)s->step));
     TRY(config_set(&s->settings, "train.ema_updates", "%llu", (unsigned long long)s->ema_updates));
     TRY(write_list(s, collect_state, ".state.safetensors"));
     return write_list(s, collect_weights, ".safetensors");
+}
+
+Err save(Stage *s) {
+    TRY(gather_state(s));
+    return ranks_agree(rank() == 0 ? write_state(s) : OK);
 }
 
 Err load_state(Stage *s, const Checkpoint *ck) {
@@ -130,6 +158,7 @@ Err load_state(Stage *s, const Checkpoint *ck) {
     TRY(params_load(s->params, ck, '2', "adam.v."));
     if (!s->opt->vqgan) TRY(params_load(s->params, ck, 'e', "ema."));
     if (s->usage) TRY(checkpoint_ints(ck, "usage", vqgan_config(s->vqgan)->n_embed, (int32_t *)s->usage));
+    if (s->usage && rank() > 0) memset(s->usage, 0, vqgan_config(s->vqgan)->n_embed * sizeof *s->usage);
     TRY(config_size(&step, &ck->meta, "train.", "step", 0, UINT32_MAX, 0));
     TRY(config_size(&updates, &ck->meta, "train.", "ema_updates", 0, SIZE_MAX / 2, 0));
     s->step = step, s->ema_updates = updates;
@@ -186,7 +215,7 @@ Err log_step(const Stage *s, Progress *p, const Metrics *m, double lr, double no
 void show_step(const Stage *s, Progress *p, const Metrics *m, double lr, double norm) {
     char left[32];
     double per_step = (seconds() - p->started) / (double)(s->step - p->first_step);
-    p->rate = (double)(s->batch * s->accumulate) / per_step;
+    p->rate = (double)(s->of * s->accumulate) / per_step;
     duration(left, per_step * (double)(s->steps - s->step));
     progress_line("%s step %llu/%zu | loss %.4f | %s %.4f | %s %.4f | lr %.2e | norm %.3f | %.1f images/s | %s left",
                   s->name, (unsigned long long)s->step, s->steps, m->loss, s->opt->vqgan ? "L1" : "hard", m->part[0],

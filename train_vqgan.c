@@ -7,7 +7,7 @@
 
 Err start_loader(Stage *s) {
     LoaderConfig c = {.prep = s->prep, .B = s->batch, .size = s->size, .seed = s->seed, .train = 1, .flip = s->flip};
-    c.step = s->step * s->accumulate;
+    c.step = s->step * s->accumulate, c.of = s->of, c.first = s->first;
     return loader_start(&s->loader, &s->train, &c);
 }
 
@@ -19,21 +19,45 @@ static Err vqgan_micro_batch(Stage *s, uint64_t micro, Metrics *out) {
     size_t n = s->batch * 3 * s->size * s->size, codes = s->batch * s->N;
     TRY(loader_next(s->loader, &images, &labels));
     TRY(vqgan_forward(s->vqgan, images, s->batch, s->size, s->size, &xrec, &codebook));
-    image_loss(images, xrec, n, s->w_l1 / (double)s->accumulate, s->w_l2 / (double)s->accumulate, &out->part[0],
-               &out->part[1], s->dxrec);
+    image_loss(images, xrec, n, s->w_l1 / s->shares, s->w_l2 / s->shares, &out->part[0], &out->part[1], s->dxrec);
     out->loss = s->w_l1 * out->part[0] + s->w_l2 * out->part[1] + s->w_codebook * codebook;
     vqgan_latents(s->vqgan, NULL, NULL, &raw);
     for (size_t i = 0; i < codes; i++) s->usage[raw[i]]++;
-    return vqgan_backward(s->vqgan, s->dxrec, s->w_codebook / (double)s->accumulate, NULL);
+    return vqgan_backward(s->vqgan, s->dxrec, s->w_codebook / s->shares, NULL);
+}
+
+/* vqgan_restart_codes where the latents of the last forward are spread over ranks: the one that has the latent which is
+ * picked hands it to the others. */
+static Err restart_codes(Stage *s) {
+    const VqganConfig *c = vqgan_config(s->vqgan);
+    const size_t latents = s->batch * s->N;
+    const real *z;
+    real *latent;
+    if (ranks() == 1) return vqgan_restart_codes(s->vqgan, s->usage, s->seed, s->step), OK;
+    TRY(params_fetch(s->params));
+    TRY(mem_alloc(&latent, c->embed_dim, sizeof *latent, "a latent"));
+    vqgan_latents(s->vqgan, &z, NULL, NULL);
+    Err e = OK;
+    for (size_t code = 0; e == OK && code < c->n_embed; code++) {
+        if (s->usage[code]) continue;
+        const size_t pick = vqgan_restart_pick(s->seed, s->step, code, s->of * s->N), owner = pick / latents;
+        const size_t b = pick % latents / s->N, i = pick % s->N;
+        for (size_t d = 0; d < c->embed_dim && owner == rank(); d++) latent[d] = z[(b * c->embed_dim + d) * s->N + i];
+        e = ranks_broadcast(owner, latent, c->embed_dim * sizeof *latent);
+        if (e == OK) vqgan_restart_code(s->vqgan, code, latent);
+    }
+    free(latent);
+    return e == OK ? params_send(s->params) : e;
 }
 
 /* Codes that no latent chose for a while are put where latents are, until the last fifth of the run settles them. */
 static Err vqgan_after_step(Stage *s) {
     if (!s->restart_every || s->step % s->restart_every) return OK;
     size_t n = vqgan_config(s->vqgan)->n_embed;
+    TRY(ranks_sum_counts(s->usage, n));
     s->codes_used = 0;
     for (size_t k = 0; k < n; k++) s->codes_used += s->usage[k] != 0;
-    if (s->step < s->steps - s->steps / 5) vqgan_restart_codes(s->vqgan, s->usage, s->seed, s->step);
+    if (s->step < s->steps - s->steps / 5) TRY(restart_codes(s));
     memset(s->usage, 0, n * sizeof *s->usage);
     return OK;
 }

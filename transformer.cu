@@ -592,6 +592,12 @@ static AttendShape attend_shape(const Stack *s, const Layer *l, const Pass *pass
     return shape;
 }
 
+/* In backward's order the rows from here on are a layer's own and those of layers behind it: a feed-forward block's norm
+ * may lie in front of the attention that comes before it. */
+static size_t first_row(const Layer *l) {
+    return l->kind == BLOCK_FEED ? l->up.weight : l->norm.weight;
+}
+
 #ifndef DEVICE_CODE
 /* Rows r of x (B*n,l->out), positions of B batch rows or of cells, each to its place in out (B,stride,l->out). */
 static void project_positions(const Transformer *m, const Linear *l, real *out, const real *in, size_t B, size_t n,
@@ -700,6 +706,7 @@ static void stack_backward(Transformer *m, Stack *s, const real *dout, real *dco
         else
             attention_backward(m, s, l, m->dx, dcontext, pass);
         norm_backward(m, &l->norm, m->dx, m->dnormed, l->x, l->mean, l->rstd, R);
+        params_ready(&m->params, first_row(l));
     }
     embed_backward(m, s, m->dx, s->ids, pass->B, pass->n);
 }
@@ -1165,6 +1172,7 @@ static Err stack_backward_cuda(Transformer *m, const Stack *s, const StackTwin *
             TRY(attention_backward_cuda(m, s, l, k, dcontext, pass, context));
         TRY(norm_backward_cuda(d, &l->norm, n->dx, n->dx_copy, n->dnormed, k->x, k->mean, k->rstd, n->partial, R,
                                pass->n, 0));
+        params_ready(&m->params, first_row(l));
     }
     return embed_backward_cuda(d, s, n->dx, w->ids, pass->B, pass->n, m->params.row[s->token_emb].dim[0]);
 }
