@@ -37,7 +37,7 @@ Err cuda_find(char *text, size_t *free_bytes, size_t *total_bytes) {
 Err cuda_choose(size_t local) {
     const DeviceOps *ops = cuda_ops(PRECISION_F32);
     if (!ops) ops = cuda_ops(PRECISION_BF16);
-    return ops ? ops->choose(local) : OK; /* cuda_find complains */
+    return ops ? ops->choose(local) : cuda_find(NULL, NULL, NULL);
 }
 
 static Err use_cuda(Params *p, Precision precision) {

@@ -77,6 +77,7 @@ static Err find_nccl(Nccl *nccl) {
 
 static Err choose_gpu(size_t local) {
     int n = 0;
+    TRY(find_cuda(NULL, NULL, NULL));
     TRY(cuda_error(cudaGetDeviceCount(&n), "counting GPUs"));
     if (local >= (size_t)n)
         return err("--device cuda: process %zu of this machine has no GPU of its own; there are %d", local + 1, n);

@@ -6,7 +6,7 @@
  * for each rank) NCCL, with MPI to start it.
  *
  * A gradient is complete from the last row of the parameter table down, as backward comes to it; networks say how far
- * they are (params_ready). Each MESSAGE of numbers that is complete is on its way while backward goes on below it.
+ * they are (params_ready). Each message of numbers that is complete is on its way while backward goes on below it.
  *
  * A failure is everybody's: every rank calls the same functions in the same order, whatever happens to it, until
  * ranks_agree tells all of them that one has failed. Whoever exits without having agreed takes the others along, and so
@@ -52,7 +52,7 @@ static size_t launched(const char **by) {
 /* ---- MPI ---- */
 
 typedef enum { SUM_REALS, SUM_DOUBLES, SUM_COUNTS, MAX_WORDS, UNION_BYTES } Combining;
-enum { MESSAGE = 4 << 20 }; /* numbers of a gradient in one message: 16 MiB */
+enum { MESSAGE = 4 << 20, MESSAGES = 8 }; /* numbers of a gradient in one message at most, 16 MiB; messages at least */
 
 #ifdef HAVE_MPI
 
@@ -292,8 +292,8 @@ Err ranks_same(const void *bytes, size_t n, const char *what) {
 /* The one that is being added up: numbers `sent`.. of the arena are on their way. */
 static struct {
     Params *params;
-    size_t sent;
-    Err failed; /* in the midst of backward, which cannot be told; the text is kept */
+    size_t sent, size; /* of a message */
+    Err failed;        /* in the midst of backward, which cannot be told; the text is kept */
     char failure[ERR_MAX];
 } sum;
 
@@ -305,8 +305,8 @@ static size_t gradient_place(const Params *p, size_t row) {
 
 static Err send_down_to(size_t place) {
     Params *p = sum.params;
-    while (sum.sent > place && (sum.sent - place >= MESSAGE || place == 0)) {
-        const size_t n = min_size(sum.sent, MESSAGE);
+    while (sum.sent > place && (sum.sent - place >= sum.size || place == 0)) {
+        const size_t n = min_size(sum.sent, sum.size);
         sum.sent -= n;
         TRY(p->device ? p->ops->grad_sum(p->device, sum.sent, n) : send_message(p->arena[1] + sum.sent, n));
     }
@@ -337,6 +337,7 @@ Err gradients_begin(Params *p) {
     if (world.ranks == 1) return OK;
     if (p->device) TRY(join_gpus(p));
     sum.params = p, sum.sent = gradient_place(p, p->n), sum.failed = OK;
+    sum.size = min_size(MESSAGE, ceil_div(sum.sent, MESSAGES));
     p->ready = rows_ready;
     return OK;
 }

@@ -510,7 +510,7 @@ int main(int argc, char **argv) {
     if (strcmp(o.precision, "bf16") && strcmp(o.precision, "f32"))
         usage_error("--precision %s: expected bf16 or f32", o.precision);
     check(ranks_start(say_waiting));
-    if (o.device && !strcmp(o.device, "cuda")) check_all(cuda_choose(rank_local()));
+    if (o.device && !strcmp(o.device, "cuda") && ranks() > 1) check_all(cuda_choose(rank_local()));
     o.cuda = check_device(o.device);
     threads_set(o.threads ? (int)o.threads : rank_threads());
     const char *slash = strrchr(o.model, '/'), *short_name = slash && slash[1] ? slash + 1 : o.model;

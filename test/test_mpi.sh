@@ -64,7 +64,7 @@ ok "vqgan: close weights" "$build/pictures" weights "$dir/one/vqgan.safetensors"
 ok "a look at other weights" sh -c "! '$build/pictures' weights '$dir/one/vqgan.state.safetensors' '$dir/two/vqgan.safetensors' 1e-2"
 cp "$dir/two/vqgan.safetensors" "$dir/vqgan.two"
 cp "$dir/one/vqgan.safetensors" "$dir/two"
-for stage in scale1 scale2 joint; do # scale2: examples balanced over classes
+for stage in scale1 scale2 scale3 joint; do # scale2: examples balanced over classes; scale3: decoder only
     case $stage in scale*) arguments="--scale ${stage#scale}" ;; *) arguments=--joint ;; esac
     # shellcheck disable=SC2086
     one one $arguments --batch 4 >/dev/null 2>&1
@@ -152,6 +152,7 @@ unlike() { timeout 60 mpirun --oversubscribe -np 1 "$build/train" $options --run
 refused "process 1 on .*nowhere" unlike "" "--data $dir/nowhere"
 refused "different weights to start from" unlike "--seed 1" "--seed 2"
 refused "different weights after a step" unlike "--lr 1e-3" "--lr 2e-3"
+command -v nvidia-smi >/dev/null || refused "device cuda" mpi 2 gpu --vqgan --device cuda
 refused "missing" mpi 2 missing --vqgan --data "$dir/missing"
 refused "exists: --resume" mpi 2 two --scale 1
 refused "cannot be shared evenly by 3 processes" mpi 3 two --scale 1 --resume --steps 30
