@@ -94,7 +94,7 @@ static Err read_settings(Stage *s, int continuing) {
     s->lr = (LrSchedule){2.5e-6, 1e-4, 1e-8, 0, 0};
     s->ema_decay = 0.9999;
     s->w_l1 = s->w_l2 = s->w_codebook = 1;
-    TRY(config_size(&s->batch, c, "data.params.", "batch_size", 1, 65536, 1));
+    TRY(config_size(&s->batch, c, "data.params.", "batch_size", 1, 1 << 20, 1));
     TRY(config_size(&s->accumulate, c, "lightning.trainer.", "accumulate_grad_batches", 1, 65536, 1));
     TRY(share_batch(s, !continuing || s->opt->batch != NOT_GIVEN));
     TRY(config_size(&s->steps, c, "train.", "steps", 1, UINT32_MAX, 0));

@@ -32,9 +32,20 @@ Err list_damaged(const Stage *s, const Dataset *d) {
     return dataset_damaged(d) ? dataset_write_damaged(d, skipped_path(s, path)) : OK;
 }
 
+/* Where each of several processes met its own: as many as the list has */
+static size_t listed_damaged(const Stage *s) {
+    char path[1100];
+    size_t lines = 0;
+    FILE *f = fopen(skipped_path(s, path), "r");
+    for (int c; f && (c = getc(f)) != EOF;) lines += c == '\n';
+    if (f) fclose(f);
+    return lines;
+}
+
 void say_damaged(const Stage *s) {
     char path[1100];
     size_t n = dataset_damaged(&s->train) + dataset_damaged(&s->val);
+    if (ranks() > 1) n = listed_damaged(s);
     if (s->train_tokens.n) n = s->train.n - s->train_tokens.n + s->val.n - s->val_tokens.n;
     if (n) fprintf(stderr, "damaged pictures skipped: %zu; %s lists them\n", n, skipped_path(s, path));
 }

@@ -135,6 +135,13 @@ for what in "--vqgan --batch 3" "--scale 1 --batch 2"; do
 done
 ok "the same bits" cmp "$dir/two/scale1.state.safetensors" "$dir/killed/scale1.state.safetensors"
 
+cp -r "$dir/data" "$dir/worn"
+for i in 001 003 005 007 009; do head -c 90 "$dir/data/bar/$i.png" >"$dir/worn/bar/$i.png"; done
+ok "damaged pictures, one process" one worn --vqgan --batch 4 --data "$dir/worn"
+ok "damaged pictures, two processes" mpi 2 worn2 --vqgan --batch 2 --data "$dir/worn"
+ok "are counted" grep -q "^damaged pictures skipped: 5; " "$dir/err"
+ok "and listed by both" cmp "$dir/worn/skipped.txt" "$dir/worn2/skipped.txt"
+
 # ---- a run may go on in another number of processes ----
 rm "$dir/single/scale1.state.safetensors"
 begin single --scale 1 --batch 2
