@@ -105,11 +105,8 @@ for victim in 0 1; do
     ok "process $victim killed: the job ends" ends badly
     ok "the other one says what it waits for" grep -q 'waiting for another process; .* --resume continues from it' "$dir/lost.err"
 done
-begin lost --vqgan --batch 3 --steps 100000
-kill -9 "$(cat "$dir/lost.pid1")"
-ok "killed in the first stage" ends badly
-export OMPI_MCA_odls_base_sigkill_timeout=3 # seconds that mpirun grants after handing TERM on, and waits; the default is 1
-for stop in TERM:0 TERM:1 USR1:mpirun TERM:mpirun; do
+export OMPI_MCA_odls_base_sigkill_timeout=2 # seconds that mpirun grants after handing TERM on, and waits; the default is 1
+for stop in TERM:1 USR1:mpirun TERM:mpirun; do
     rm -rf "$dir/told" && mkdir "$dir/told" && cp "$dir/one/vqgan.safetensors" "$dir/told"
     begin told --scale 1 --batch 2 --steps 100000
     case $stop in
@@ -153,9 +150,16 @@ ok "to the same losses" near single scale1 3 4 5 6 7
 ok "another batch" mpi 2 single --scale 1 --resume --steps 21 --batch 3
 ok "is said" grep -q '^scale1: a step took 8 pictures, from here on it takes 12' "$dir/err"
 
+ok "every stage in one command" mpi 2 all --all --steps 2 --batch 2
+ok "and samples" test -s "$dir/all/samples.png"
+
 # ---- what cannot work ----
 # shellcheck disable=SC2086
 unlike() { timeout 60 mpirun --oversubscribe -np 1 "$build/train" $options --run "$dir/unlike" --vqgan $1 : -np 1 "$build/train" $options --run "$dir/unlike" --vqgan $2; }
+mkdir -p "$dir/bad" "$dir/nolog/log.tsv"
+for i in 1 2 3 4; do head -c 90 "$dir/data/bar/001.png" >"$dir/bad/$i.png"; done
+refused "process 1 on .*none of the . pictures can be read" unlike "" "--data $dir/bad" # in the midst of a step
+refused "log.tsv" mpi 2 nolog --vqgan # on the first only
 refused "process 1 on .*nowhere" unlike "" "--data $dir/nowhere"
 refused "different weights to start from" unlike "--seed 1" "--seed 2"
 refused "different weights after a step" unlike "--lr 1e-3" "--lr 2e-3"
