@@ -10,7 +10,7 @@
 # make ffhq         fetches an official model: also ffhq2 churches bedrooms cats imagenet imagenet4 (models/fetch.sh)
 # make fullsize     the official models at full size, with random weights, against PyTorch (PYTHON=..., MODELS=...)
 # make data/emoji   the pictures that the bundled model was trained on
-# Variables: NVCC=... (empty: no CUDA), CUDA_ARCH="80 90", HAVE_WEBP= and HAVE_LMDB= leave these out though they are there,
+# Variables: NVCC=... (empty: no CUDA), CUDA_ARCH="80 90", HAVE_WEBP=, HAVE_LMDB= and HAVE_MPI= leave these out though they are there,
 # CC=clang, MARCH=x86-64-v3 (one processor's instructions, for tests too), SANITIZE=1 (each combination builds in its own
 # folder), -j1 (default: as many jobs as there are processors),
 # MODELS_URL=https://... (where official models come from), PYTHON=... (which has PyTorch, for comparisons).
@@ -37,6 +37,7 @@ ifeq ($(SANITIZE),1)
 override NVCC :=
 endif
 CUDA_ARCH ?= 80
+HAVE_NCCL = $(if $(NVCC),$(call compiles,#include <nccl.h>\nint main(void) { return 0; },-I$(dir $(NVCC))../include))
 
 # ---- what this machine has: each feature is verified by compiling something ----
 compiles = $(shell printf '%b\n' '$(1)' | $(CC) -x c - $(2) -o /dev/null 2>/dev/null && echo yes)
@@ -46,7 +47,12 @@ HAVE_PNG := $(call compiles,#include <png.h>\nint main(void) { return !png_get_l
 HAVE_JPEG := $(call compiles,#include <stdio.h>\n#include <jpeglib.h>\nint main(void) { return !jpeg_std_error(0); },-ljpeg)
 HAVE_WEBP := $(call compiles,#include <webp/decode.h>\nint main(void) { return !WebPGetDecoderVersion(); },-lwebp)
 HAVE_LMDB := $(call compiles,#include <lmdb.h>\nint main(void) { return !mdb_version(0$(comma) 0$(comma) 0); },-llmdb)
-LEFT_OUT := $(if $(HAVE_WEBP),,-nowebp)$(if $(HAVE_LMDB),,-nolmdb)
+# MPI, for ./train alone: what its compiler wrapper would say
+MPI := $(shell mpicc -show 2>/dev/null)
+MPI_CFLAGS := $(patsubst -I%,-isystem %,$(filter -I%,$(MPI)))
+MPI_LIBS := $(filter -L% -l% -Wl$(comma)%,$(MPI))
+HAVE_MPI := $(call compiles,#include <mpi.h>\nint main(void) { return MPI_Finalize(); },$(MPI_CFLAGS) $(MPI_LIBS))
+LEFT_OUT := $(if $(HAVE_WEBP),,-nowebp)$(if $(HAVE_LMDB),,-nolmdb)$(if $(HAVE_MPI),,-nompi)
 B := $B$(LEFT_OUT)
 
 # One program for any x86-64 (start.c) where the compiler makes that kind of objects and the linker can join them.
@@ -88,10 +94,12 @@ $(info processor $(if $(filter $P,$(SHIPPED)),any x86-64; of $(LEVELS) the best 
 $(info images    PNG, JPEG)
 $(info WebP      $(if $(HAVE_WEBP),yes,left out; libwebp brings it (Debian: apt-get install libwebp-dev)))
 $(info LMDB      $(if $(HAVE_LMDB),yes,left out; liblmdb brings it (Debian: apt-get install liblmdb-dev)))
+$(info MPI       $(if $(HAVE_MPI),yes: mpirun ./train,left out; libopenmpi brings it (Debian: apt-get install libopenmpi-dev openmpi-bin)))
 ifeq ($(NVCC),)
 $(info device    CPU (no nvcc was found, NVCC=... names it; the CUDA kernels run on the CPU in make test))
 else
 $(info device    CPU and CUDA ($(NVCC), for sm_$(subst $(space),$(comma) sm_,$(CUDA_ARCH)) and later; NVCC= leaves it out))
+$(info NCCL      $(if $(HAVE_NCCL),yes: one GPU for each process,left out; libnccl-dev (NVIDIA) brings it))
 endif
 endif
 
@@ -121,7 +129,7 @@ DEVICE_OBJ := $(if $(NVCC),$B/device_f32.o $B/device_bf16.o)
 CUDA_LIBS := $(if $(NVCC),-L$(dir $(NVCC))../lib64 -lcudart_static -ldl -lrt -lstdc++)
 NVCC_FLAGS := -x cu -std=c++17 -O3 -lineinfo $(foreach a,$(CUDA_ARCH),-gencode arch=compute_$a$(comma)code=sm_$a) \
               -gencode arch=compute_$(lastword $(CUDA_ARCH))$(comma)code=compute_$(lastword $(CUDA_ARCH)) \
-              -Xcompiler -Wall$(comma)-Wextra$(comma)-Werror -Werror all-warnings
+              $(if $(HAVE_NCCL),-DHAVE_NCCL) -Xcompiler -Wall$(comma)-Wextra$(comma)-Werror -Werror all-warnings
 OBJ_DOUBLE := $(COMPONENTS:%=$B/double/%.o)
 TEST_BIN := $(TESTS:%=$B/test_%) $(TESTS_DOUBLE:%=$B/test_%_double)
 
@@ -139,10 +147,18 @@ $(shell mkdir -p build && echo $(SHIPPED) >build/last)
 endif
 
 # the files of ./train beside train.c
-TRAIN := train_run train_survive train_view train_vqgan train_gan train_perceptual train_codes train_scale train_schedule
+TRAIN := train_run train_survive train_view train_vqgan train_gan train_perceptual train_codes train_scale train_schedule parallel
+$B/parallel.o: CFLAGS += $(if $(HAVE_MPI),-DHAVE_MPI $(MPI_CFLAGS))
+$B/train $B/emulated/train $(if $P,$P/train): LDLIBS += $(if $(HAVE_MPI),$(MPI_LIBS))
 $B/train: $(TRAIN:%=$B/%.o)
 $B/sample $B/emulated/sample: $B/nearest.o
 $B/emulated/train: $(TRAIN:%=$B/%.o)
+# ./train as it is where there is no MPI: for test_mpi.sh
+$B/train-alone: $B/train.o $(patsubst %,$B/%.o,$(filter-out parallel,$(TRAIN))) $B/alone/parallel.o $B/cli.o $(OBJ)
+	$(CC) $(CFLAGS) -o $@ $^ $(LDLIBS)
+$B/alone/%.o: %.c Makefile
+	@mkdir -p $(@D)
+	$(CC) $(CFLAGS) -MMD -MP -c -o $@ $<
 $(PROGRAMS:%=$B/%): $B/%: $B/%.o $B/cli.o $(OBJ) $(DEVICE_OBJ)
 	$(CC) $(CFLAGS) -o $@ $^ $(LDLIBS) $(CUDA_LIBS)
 $B/golden: $B/test/golden.o $(OBJ) $(DEVICE_OBJ)
@@ -185,6 +201,7 @@ $(PROGRAMS:%=$P/$1/whole-%.o): $P/$1/whole-%.o: $P/x86-64/%.o $(patsubst %,$P/x8
 $(PROGRAMS:%=$P/%): $P/%: $P/$1/whole-%.o
 endef
 ifneq ($P,)
+$P/x86-64/parallel.o: CFLAGS_ANY += $(if $(HAVE_MPI),-DHAVE_MPI $(MPI_CFLAGS))
 $(foreach l,$(LEVELS),$(eval $(call level,$l)))
 $(PROGRAMS:%=$P/%): $P/x86-64/start.o
 	$(CC) $(CFLAGS_ANY) -o $@ $^ $(LDLIBS)
@@ -251,7 +268,7 @@ bench-cuda: $B/bench_cuda
 	@if $(PYTHON) -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null; then $(PYTHON) test/bench_cuda_torch.py; \
 	else echo "skipped: comparison with PyTorch on the GPU, which $(PYTHON) does not have (PYTHON=... chooses another)"; fi
 
-test: $(TEST_BIN) $(EMULATED_BIN) $B/golden $B/pictures $B/logits $B/lpips $B/codes $(PROGRAMS:%=$B/%) $(if $P,$(PROGRAMS:%=$P/%))
+test: $(TEST_BIN) $(EMULATED_BIN) $B/golden $B/pictures $B/logits $B/lpips $B/codes $(PROGRAMS:%=$B/%) $B/train-alone $(if $P,$(PROGRAMS:%=$P/%))
 	@test/run.sh $B "$P" $(TEST_BIN) $(EMULATED_TESTS)
 
 # The official model in PyTorch beside ours, where PYTHON has PyTorch.
@@ -293,4 +310,4 @@ clean:
 	rm -rf build $(PROGRAMS) test/golden test/bench
 
 FORCE:
--include $(wildcard $B/*.d $B/test/*.d $B/emulated/*.d $B/double/*.d $B/double/test/*.d $(if $P,$(LEVELS:%=$P/%/*.d)))
+-include $(wildcard $B/*.d $B/alone/*.d $B/test/*.d $B/emulated/*.d $B/double/*.d $B/double/test/*.d $(if $P,$(LEVELS:%=$P/%/*.d)))

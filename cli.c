@@ -209,7 +209,7 @@ void progress_end(void) {
 
 static volatile sig_atomic_t interrupt_flag;
 
-static const int interrupts[] = {SIGINT, SIGTERM, SIGHUP};
+static const int interrupts[] = {SIGINT, SIGTERM, SIGHUP, SIGUSR1}; /* mpirun hands on SIGUSR1 to what it started */
 enum { INTERRUPTS = sizeof interrupts / sizeof *interrupts };
 
 static void on_interrupt(int number) {

@@ -34,6 +34,12 @@ Err cuda_find(char *text, size_t *free_bytes, size_t *total_bytes) {
     return ops->find(text, free_bytes, total_bytes);
 }
 
+Err cuda_choose(size_t local) {
+    const DeviceOps *ops = cuda_ops(PRECISION_F32);
+    if (!ops) ops = cuda_ops(PRECISION_BF16);
+    return ops ? ops->choose(local) : cuda_find(NULL, NULL, NULL);
+}
+
 static Err use_cuda(Params *p, Precision precision) {
     const DeviceOps *ops = cuda_ops(precision);
     if (!ops) return cuda_find(NULL, NULL, NULL) == OK ? err("this program has no CUDA of that precision") : FAILED;
@@ -83,7 +89,7 @@ static Err find_cuda(char *text, size_t *free_bytes, size_t *total_bytes) {
 }
 #else
 static Err find_cuda(char *text, size_t *free_bytes, size_t *total_bytes) {
-    int n = 0, driver = 0;
+    int n = 0, driver = 0, chosen = 0;
     size_t unused, total;
     char memory[32];
     cudaDeviceProp p;
@@ -92,7 +98,8 @@ static Err find_cuda(char *text, size_t *free_bytes, size_t *total_bytes) {
     const cudaError_t e = cudaGetDeviceCount(&n);
     if (e != cudaSuccess) return err("--device cuda: no usable GPU: %s; use --device cpu", cudaGetErrorString(e));
     if (n < 1) return err("--device cuda: no GPU on this machine; use --device cpu");
-    TRY(cuda_error(cudaGetDeviceProperties(&p, 0), "properties of the GPU"));
+    TRY(cuda_error(cudaGetDevice(&chosen), "the GPU in use"));
+    TRY(cuda_error(cudaGetDeviceProperties(&p, chosen), "properties of the GPU"));
     if (p.major < 8)
         return err("--device cuda: %s has compute capability %d.%d, expected 8.0 or more", p.name, p.major, p.minor);
     TRY(cuda_error(cudaMemGetInfo(free_bytes ? free_bytes : &unused, &total), "memory of the GPU"));
@@ -432,6 +439,10 @@ static Err matmul(Device *d, const Matmul *p) {
 }
 #endif
 
+/* ---- Other ranks' GPUs ---- */
+
+#include "nccl.cu"
+
 /* ---- The table's twin ---- */
 
 static void free_rows(Device *d) {
@@ -446,6 +457,7 @@ static void close_device(Device *d) {
 #ifndef CUDA_ON_CPU
     cudaStreamSynchronize(d->stream);
 #endif
+    leave(d);
     free_rows(d);
     device_free(d->sums);
     close_blas(d);
@@ -501,11 +513,37 @@ static Err open_device(Device **out) {
 #endif
 extern "C" {
 extern const DeviceOps CUDA_TABLE;
-const DeviceOps CUDA_TABLE = {
-    find_cuda,          open_device,     close_device,       send_params,         fetch_params,
-    zero_grad_cuda,     grad_norm_cuda,  swap_ema_cuda,      update_params,       plan_cuda,
-    forward_cuda,       backward_cuda,   train_cuda,         decode_begin_cuda,   decode_step_cuda,
-    draw_cuda,          sizeof(floatX),  vqgan_plan_cuda,    vqgan_free_cuda,     vqgan_run_cuda,
-    vqgan_nearest_cuda, vqgan_draw_cuda, vqgan_forward_cuda, vqgan_backward_cuda, vqgan_restart_cuda};
+const DeviceOps CUDA_TABLE = {find_cuda,
+                              open_device,
+                              close_device,
+                              send_params,
+                              fetch_params,
+                              zero_grad_cuda,
+                              grad_norm_cuda,
+                              swap_ema_cuda,
+                              update_params,
+                              plan_cuda,
+                              forward_cuda,
+                              backward_cuda,
+                              train_cuda,
+                              decode_begin_cuda,
+                              decode_step_cuda,
+                              draw_cuda,
+                              sizeof(floatX),
+                              vqgan_plan_cuda,
+                              vqgan_free_cuda,
+                              vqgan_run_cuda,
+                              vqgan_nearest_cuda,
+                              vqgan_draw_cuda,
+                              vqgan_forward_cuda,
+                              vqgan_backward_cuda,
+                              vqgan_restart_cuda,
+                              choose_gpu,
+                              joined,
+                              join_id,
+                              join,
+                              grad_place,
+                              grad_sum,
+                              grad_wait};
 }
 #endif

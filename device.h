@@ -24,6 +24,8 @@ extern "C" {
 
 typedef struct Device Device; /* a stream on a GPU, a parameter table's twin there */
 
+enum { DEVICE_ID_BYTES = 128 };
+
 /* Functions that return nothing keep an error for the next one that returns an Err. */
 typedef struct DeviceOps {
     Err (*find)(char *text, size_t *free_bytes, size_t *total_bytes); /* CUDA_TEXT_BYTES; NULL: not wanted */
@@ -55,6 +57,17 @@ typedef struct DeviceOps {
     Err (*vqgan_forward)(Vqgan *v, const real *images, int32_t *raw, double *sum);
     Err (*vqgan_backward)(Vqgan *v, const real *dxrec, double codebook_weight, real *dimage);
     void (*vqgan_restart)(Vqgan *v, size_t code, size_t pick);
+    /* several GPUs, one for each rank of parallel.c: nccl.cu. choose: the GPU of the rank of this number on
+     * its machine. join_id: what the ranks find each other by, drawn by one of them. grad_place: where a row lies in the
+     * gradient, row n_rows: its length. grad_sum: n numbers of it become the sum over ranks, while the GPU goes on;
+     * grad_wait: what follows waits for that. */
+    Err (*choose)(size_t local);
+    int (*joined)(const Device *d);
+    Err (*join_id)(unsigned char id[DEVICE_ID_BYTES]);
+    Err (*join)(Device *d, const unsigned char id[DEVICE_ID_BYTES], int ranks, int rank);
+    size_t (*grad_place)(const Device *d, size_t row);
+    Err (*grad_sum)(Device *d, size_t from, size_t n);
+    Err (*grad_wait)(Device *d);
 } DeviceOps;
 
 #ifndef DEVICE_CODE
@@ -210,13 +223,14 @@ struct Device {
     DeviceRow *row; /* (n_rows) of the parameter table */
     size_t n_rows;
     uint64_t changes; /* counts whatever changes values */
-    void *arena[6]; /* value, grad, m, v, ema, weight; several GPUs would add up arena[1] between backward and update */
+    void *arena[6];   /* value, grad, m, v, ema, weight */
     size_t arena_floats[5];
     void *chunks; /* (n_chunks) of optimizer.cu */
     size_t n_chunks;
     double *sums; /* (SUM_BLOCKS) partial sums, of the gradient's norm and of losses */
 
     struct Blas *blas; /* cuBLASLt and the matrix products seen so far */
+    struct Nccl *nccl; /* the other ranks' GPUs; NULL: there is one */
 };
 enum { SUM_BLOCKS = 256, WORKSPACE_BYTES = 32 << 20, ALIGNMENT = 64 /* bytes, of everything in an arena */ };
 

@@ -25,6 +25,7 @@
  *     7. diffusion.c     the Markov chain: schedules, noise, posterior, sampling over scales, named models
  *        classes.c       what the classes of a model are called
  *     8. cli.c           what the three programs share: options, progress, pictures in a terminal
+ *     9. parallel.c      ./train in more than one process
  *
  * Names: B batch, N = h*w tokens of a grid (row-major), T number of scales, t in 1..T a scale, K token values,
  * C channels, H W image height and width in pixels, h w grid height and width in tokens. x_0 are the data tokens,
@@ -325,7 +326,8 @@ typedef struct {
 } Param;
 struct Device;
 struct DeviceOps;
-typedef struct {
+typedef struct Params Params;
+struct Params {
     Param *row;
     size_t n, capacity;
     size_t total;          /* elements of one arena, padding included */
@@ -335,7 +337,8 @@ typedef struct {
     WeightFormat format;   /* how params_map keeps matrices; set before */
     struct Device *device; /* NULL, or the table's twin on a GPU, where everything then happens (device.h) */
     const struct DeviceOps *ops;
-} Params;
+    void (*ready)(Params *p, size_t row); /* whom params_ready tells; NULL: nobody */
+};
 enum { PLAN_VALUE = 1, PLAN_GRAD = 2, PLAN_ADAM = 4, PLAN_EMA = 8 };
 /* Appends a row; *index = its number (rows may move while the table grows: keep numbers, not pointers). */
 Err params_add(Params *p, size_t *index, Init init, double scale, double decay, int ndim, const size_t *dim,
@@ -346,7 +349,11 @@ void params_zero_grad(Params *p);
 size_t params_count(const Params *p);                      /* elements without padding */
 size_t params_bytes(const Params *p, WeightFormat format); /* of all values, matrices kept in this format */
 double params_grad_norm(const Params *p);                  /* L2 norm over all rows, summed in fixed order in double */
-void params_swap_ema(Params *p);                           /* exchanges value and ema: twice is nothing */
+/* A network's backward pass says that no row from this one on will get more of its gradient. */
+static inline void params_ready(Params *p, size_t row) {
+    if (p->ready) p->ready(p, row);
+}
+void params_swap_ema(Params *p); /* exchanges value and ema: twice is nothing */
 /* Of a table whose network is on the GPU (transformer_use_cuda) everything planned is copied there, or back; on the CPU
  * there is nothing to do. Sent: values, moments, EMA. Fetched: gradients too. Zeroing, norms, updates and exchanges happen
  * where the table is. */
@@ -457,6 +464,7 @@ typedef struct Loader Loader;
 typedef struct {
     Prep prep;           /* all but PREP_FOLDER ignore EXIF orientation, as the official code does */
     size_t B, size;      /* batch, pixels a side */
+    size_t of, first;    /* of batches of `of` (0: B) the rows first..first+B-1: what other ranks take is left out */
     uint64_t seed, step; /* first step to deliver: resuming needs no other state */
     int train;           /* shuffle, random crop of the preset */
     int flip;            /* mirror half of the training pictures */
@@ -561,6 +569,10 @@ void image_loss(const real *x, const real *xrec, size_t n, double w1, double w2,
 /* Every codebook entry with usage[code] = 0 becomes a latent of the last forward, picked by RNG_CODES; its Adam moments
  * and EMA follow. Returns how many. Without it most of a codebook trained from scratch stays unused. */
 size_t vqgan_restart_codes(Vqgan *v, const uint32_t *usage, uint64_t seed, uint64_t step);
+/* The same in parts, where several processes share the latents: which of so many is picked for a code; the code becomes
+ * latent (embed_dim), in the table here (params_send: on a GPU too). */
+size_t vqgan_restart_pick(uint64_t seed, uint64_t step, size_t code, size_t latents);
+void vqgan_restart_code(Vqgan *v, size_t code, const real *latent);
 
 /* perceptual.c: LPIPS, how different two pictures look (Zhang et al. 2018; SPEC section 9). Its network is VGG16, with
  * frozen weights; tests take a smaller one. */
@@ -733,6 +745,8 @@ double lr_at(const LrSchedule *s, uint64_t n);
 enum { CUDA_TEXT_BYTES = 320 };
 typedef enum { PRECISION_F32, PRECISION_BF16 } Precision; /* of activations and matrix products; sums are float */
 Err cuda_find(char *text, size_t *free_bytes, size_t *total_bytes);
+/* Of several processes on a machine each takes one GPU: before anything else, the one of this number. */
+Err cuda_choose(size_t local);
 /* From here on this network is planned, run and updated on the GPU. Call it before transformer_plan; when the parameters
  * have their values, params_send. */
 Err transformer_use_cuda(Transformer *m, Precision precision);
@@ -1045,9 +1059,35 @@ Err sampling_text(Config *text, const SamplingArgs *a, const SampleOptions *o, c
 Err decode_pictures(Model *m, const int32_t *tokens, size_t n, real *images);
 /* Draws a PNG file on stdout: Kitty or iTerm2 graphics where the terminal says it has them, else 24-bit half blocks. */
 Err show_png(const char *path);
-/* SIGINT, SIGTERM and, without nohup, SIGHUP set a flag; a second one ends the program at once. */
+/* SIGINT, SIGTERM, SIGUSR1 and, without nohup, SIGHUP set a flag; a second one ends the program at once. */
 void catch_interrupts(void);
 int interrupted(void);
+
+/* ------------------------------------------------------------------------------------------------------------
+ * 9. parallel.c: ./train in more than one process, each with the whole model and a share of every batch
+ * ---------------------------------------------------------------------------------------------------------- */
+/* Joins the processes that mpirun or srun started together; without them there is one, and MPI is not touched. waiting,
+ * unless NULL: called again and again while this process waits for others, with how long it has. Then exiting without
+ * ranks_end ends the other processes too. Refuses: several processes without MPI in this build, or with another. */
+Err ranks_start(void (*waiting)(double seconds));
+void ranks_end(void);
+size_t rank(void), ranks(void);             /* this process is number 0..ranks-1 */
+size_t rank_local(void), ranks_local(void); /* the same among those on its machine */
+int rank_threads(void); /* the processors of its machine, shared out; 0: all of them, there is one process */
+/* Every rank calls these at the same time; they return when all have. x (n) = the sum over ranks; *flag = 1 if any has it;
+ * bytes (n) are those of rank `from`. */
+Err ranks_sum(double *x, size_t n);
+Err ranks_sum_counts(uint32_t *x, size_t n);
+Err ranks_any(int *flag);
+Err ranks_broadcast(size_t from, void *bytes, size_t n);
+/* OK if e is OK on every rank; else FAILED, with the text of the first rank that failed, on all of them. */
+Err ranks_agree(Err e);
+/* An error unless all ranks have the same bytes; what: how it calls them */
+Err ranks_same(const void *bytes, size_t n, const char *what);
+/* begin, then a backward pass, then end: every row's gradient is the sum over ranks. What params_ready says is complete
+ * is on its way meanwhile. One table at a time; a rank whose backward failed calls end all the same. */
+Err gradients_begin(Params *p);
+Err gradients_end(Params *p);
 
 #ifdef __cplusplus
 }

@@ -78,7 +78,20 @@ static Err choose(int *out, const Config *c, const char *key, const char *const 
                n > 3 ? names[3] : "");
 }
 
-static Err read_settings(Stage *s) {
+/* `batch` of the settings is of a rank if the user or the recipe says it, of all ranks as a state file keeps it: so that
+ * a run may go on with another number of ranks. given: of a rank. */
+static Err share_batch(Stage *s, int given) {
+    const size_t saved = s->batch;
+    if (!given && saved % ranks())
+        return err("%s: a micro batch of %zu pictures, as the run was trained, cannot be shared evenly by %zu "
+                   "processes; --batch says how many each is to take",
+                   s->name, saved, ranks());
+    s->batch = given ? saved : saved / ranks();
+    s->of = s->batch * ranks(), s->first = s->batch * rank(), s->shares = (double)(s->accumulate * ranks());
+    return config_set(&s->settings, "data.params.batch_size", "%zu", s->of);
+}
+
+static Err read_settings(Stage *s, int continuing) {
     static const char *const stores[] = {"f32", "f16", "bf16"}, *const preps[] = {"folder", "ffhq", "imagenet", "lsun"};
     static const Dtype dtypes[] = {DT_F32, DT_F16, DT_BF16};
     const Config *c = &s->settings;
@@ -91,8 +104,9 @@ static Err read_settings(Stage *s) {
     s->ema_decay = 0.9999;
     s->w_l1 = s->w_l2 = s->w_codebook = 1;
     survive_defaults(s);
-    TRY(config_size(&s->batch, c, "data.params.", "batch_size", 1, 65536, 1));
+    TRY(config_size(&s->batch, c, "data.params.", "batch_size", 1, 1 << 20, 1));
     TRY(config_size(&s->accumulate, c, "lightning.trainer.", "accumulate_grad_batches", 1, 65536, 1));
+    TRY(share_batch(s, !continuing || s->opt->batch != NOT_GIVEN));
     TRY(config_size(&s->steps, c, "train.", "steps", 1, UINT32_MAX, 0));
     TRY(config_size(&seed, c, "train.", "seed", 0, huge, 1));
     TRY(config_flag(&s->flip, c, "train.", "flip", 1));
@@ -119,7 +133,7 @@ static Err read_settings(Stage *s) {
     s->lr_scale = 1;
     if (base_text && strcmp(base_text, "none")) {
         TRY(config_real(&base, c, "model.", "base_learning_rate", 0, 10, 0));
-        s->lr_scale = base * (double)(s->batch * s->accumulate);
+        s->lr_scale = base * (double)(s->of * s->accumulate);
     }
     TRY(config_flag(&s->compact, c, "imagebart.", "compact", 1));
     TRY(choose(&store, c, "imagebart.store", stores, 3));
@@ -132,20 +146,27 @@ static Err read_settings(Stage *s) {
  * The loop
  * ---------------------------------------------------------------------------------------------------------- */
 
-/* The step's gradients, their mean loss and norm: all that decides whether the step is good (what_is_bad). */
+/* The step's gradients, on every rank those of all; so are the mean loss and the norm: all that decides whether the step is
+ * good (what_is_bad). A rank that fails still takes part in the sum. */
 static Err gradients(Stage *s, Metrics *mean, double *norm) {
-    memset(mean, 0, sizeof *mean);
+    double sums[4] = {0}; /* loss, parts, LPIPS */
+    Err e = OK;
     params_zero_grad(s->params);
     for (size_t i = 0; i < s->accumulate; i++) {
         const uint64_t micro = micro_number(s, i);
+        Metrics m = {0};
+        const int last = i + 1 == s->accumulate;
         s->micro_index = i;
-        Metrics m;
-        TRY(s->micro_batch(s, micro, &m));
-        mean->loss += test_loss(s, micro, m.loss) / (double)s->accumulate;
-        for (int k = 0; k < 2; k++) mean->part[k] += m.part[k] / (double)s->accumulate;
-        mean->perceptual += m.perceptual / (double)s->accumulate;
-        if (i + 1 < s->accumulate && !s->opt->vqgan) ema_update(s->params, s->ema_decay, ++s->ema_updates);
+        if (last) TRY(gradients_begin(s->params));
+        if (e == OK) e = s->micro_batch(s, micro, &m);
+        sums[0] += test_loss(s, micro, m.loss) / s->shares, sums[1] += m.part[0] / s->shares;
+        sums[2] += m.part[1] / s->shares, sums[3] += m.perceptual / s->shares;
+        if (!last && !s->opt->vqgan) ema_update(s->params, s->ema_decay, ++s->ema_updates);
     }
+    TRY(gradients_end(s->params));
+    TRY(ranks_agree(e));
+    TRY(ranks_sum(sums, 4));
+    *mean = (Metrics){.loss = sums[0], .part = {sums[1], sums[2]}, .perceptual = sums[3]};
     *norm = params_grad_norm(s->params);
     return OK;
 }
@@ -176,37 +197,56 @@ static int due(uint64_t step, size_t every, size_t last) {
     return every && (step % every == 0 || step == last);
 }
 
+/* What is seen of a run is the first rank's work: at its beginning and after it went back; of a step. */
+static Err begin_report(Stage *s, Progress *p, View *v) {
+    if (rank() > 0) return OK;
+    TRY(log_open(s, p));
+    return until_room(s, view_open, v, 0);
+}
+
+static Err report_step(Stage *s, Progress *p, View *v, const Metrics *m, double lr, double norm) {
+    Metrics val, ema;
+    v->evaluated = due(s->step, s->opt->eval_every, s->steps);
+    show_step(s, p, m, lr, norm);
+    if (v->evaluated) {
+        TRY(evaluate_both(s, &val, &ema));
+        progress_end();
+        print_evaluation(s, stderr, &val, &ema);
+    }
+    TRY(log_step(s, p, m, lr, norm, v->evaluated ? &val : NULL, &ema));
+    TRY(until_room(s, view_step, v, 0));
+    if (v->evaluated) TRY(save_best(s, &ema));
+    return due(s->step, s->opt->picture_every, s->steps) ? until_room(s, draw_picture, v, 0) : OK;
+}
+
 static Err run(Stage *s) {
     Progress p = {0};
     View v;
+    const int first = rank() == 0;
+    int stop = 0, there = state_exists(s);
+    TRY(ranks_any(&there));
     catch_interrupts();
-    TRY(log_open(s, &p));
-    TRY(until_room(s, view_open, &v, 0));
-    Err e = state_exists(s) ? OK : save_state(s, 1); /* something to go back to, and the disk shows what it has */
-    while (e == OK && s->step < s->steps && !interrupted()) {
-        Metrics m, val, ema;
+    Err e = ranks_agree(begin_report(s, &p, &v));
+    if (e == OK && !there) e = save_state(s, 1); /* something to go back to, and the disk shows what it has */
+    while (e == OK && s->step < s->steps && !stop) {
+        Metrics m;
         double lr = 0, norm = 0;
         e = gradients(s, &m, &norm);
         const char *bad = e == OK ? what_is_bad(s, m.loss, norm) : NULL;
         if (bad) {
-            e = roll_back(s, &p, &m, norm, bad);
-            if (e == OK) e = until_room(s, view_open, &v, 0);
+            e = roll_back(s, &m, norm, bad);
+            if (e == OK) e = ranks_agree(begin_report(s, &p, &v));
             continue;
         }
         if (e == OK) e = update(s, &m, norm, &lr);
         if (e != OK) break;
-        int evaluating = due(s->step, s->opt->eval_every, s->steps);
-        show_step(s, &p, &m, lr, norm);
-        if (evaluating) e = evaluate_both(s, &val, &ema);
-        if (e == OK && evaluating) progress_end(), print_evaluation(s, stderr, &val, &ema);
-        if (e == OK) e = log_step(s, &p, &m, lr, norm, evaluating ? &val : NULL, &ema);
-        if (e == OK) v.evaluated = evaluating, e = until_room(s, view_step, &v, 0);
-        if (e == OK && evaluating) e = save_best(s, &ema);
-        if (e == OK && due(s->step, s->opt->picture_every, s->steps)) e = until_room(s, draw_picture, &v, 0);
-        if (e == OK && due(s->step, s->opt->save_every, s->steps)) e = save(s);
+        if (due(s->step, s->opt->eval_every, s->steps)) e = gather_usage(s);
+        if (e == OK) e = ranks_agree(first ? report_step(s, &p, &v, &m, lr, norm) : OK);
+        stop = interrupted();
+        if (e == OK) e = ranks_any(&stop);
+        if (e == OK && (stop || due(s->step, s->opt->save_every, s->steps))) e = save(s);
     }
-    if (e == OK && interrupted()) e = save(s);
-    if (e == OK) e = until_room(s, view_close, &v, 0);
+    if (e == OK) e = ranks_agree(first ? until_room(s, view_close, &v, 0) : OK);
     progress_end();
     return e;
 }
@@ -255,7 +295,7 @@ static Err build_stage(Stage *s, const Checkpoint *ck) {
     const Options *o = s->opt;
     TRY(dataset_open_lists(&s->train, o->data, o->list, o->val_list, SPLIT_TRAIN));
     TRY(dataset_open_lists(&s->val, o->data, o->list, o->val_list, SPLIT_VAL));
-    TRY(make_folder(s->opt->run));
+    TRY(ranks_agree(rank() == 0 ? make_folder(s->opt->run) : OK));
     TRY(s->opt->vqgan ? vqgan_stage(s) : transition_stage(s));
     s->params->bf16_moments = s->bf16_states;
     TRY(params_plan(s->params, PLAN_VALUE | PLAN_GRAD | PLAN_ADAM | (s->opt->vqgan ? 0 : PLAN_EMA)));
@@ -277,11 +317,14 @@ static void say_gpu(const Stage *s) {
 }
 
 static void say_start(Stage *s) {
+    if (ranks() > 1)
+        fprintf(stderr, "%zu processes, each takes %zu of the %zu pictures of a micro batch, with %d threads\n",
+                ranks(), s->batch, s->of, threads_get());
     if (s->opt->cuda) say_gpu(s);
     fprintf(stderr,
             "%s: %.2f million parameters, %zu pictures (%zu held out), batch %zu x %zu, %zu steps, seed %llu, %d "
             "threads, %s\n",
-            s->name, (double)params_count(s->params) / 1e6, s->train.n, s->val.n, s->batch, s->accumulate, s->steps,
+            s->name, (double)params_count(s->params) / 1e6, s->train.n, s->val.n, s->of, s->accumulate, s->steps,
             (unsigned long long)s->seed, threads_get(), vector_instructions());
     char state[32], activations[32], available[32];
     fprintf(stderr, "memory: parameters, gradients and optimizer%s %s, activations %s; %s available\n",
@@ -383,24 +426,45 @@ static void say_end(const Stage *s) {
     if (!s->opt->all) say_next(s);
 }
 
+/* The first rank says what failed, on whichever rank it did, and all of them exit. */
+static void check_all(Err e) {
+    if (ranks_agree(e) == OK) return;
+    progress_end();
+    if (rank() == 0) die("%s", err_text());
+    exit(EXIT_FAILURE);
+}
+
 /* The state file of an earlier run of this stage, if any; 1 when there is one to continue. */
 static int open_state(Stage *s, Checkpoint *ck) {
     char path[1100];
+    int there = state_exists(s);
+    check_all(ranks_any(&there));
     run_path(s, path, ".state.safetensors");
-    if (!state_exists(s)) {
-        if (s->opt->resume && !s->opt->all) fprintf(stderr, "%s: nothing to resume; starting at step 0\n", path);
+    if (!there) {
+        if (s->opt->resume && !s->opt->all && rank() == 0)
+            fprintf(stderr, "%s: nothing to resume; starting at step 0\n", path);
         return 0;
     }
     if (!s->opt->resume && !s->opt->eval)
-        die("%s exists: --resume continues it, --run DIR starts another run, or remove it", path);
-    check(state_open(s, ck, !s->opt->eval));
+        check_all(err("%s exists: --resume continues it, --run DIR starts another run, or remove it", path));
+    check_all(state_open_all(s, ck, !s->opt->eval));
     return 1;
 }
 
-static void evaluate_only(Stage *s) {
+static Err evaluate_only(Stage *s) {
     Metrics val, ema;
-    check(evaluate_both(s, &val, &ema));
+    TRY(evaluate_both(s, &val, &ema));
     print_evaluation(s, stdout, &val, &ema);
+    return OK;
+}
+
+/* Pictures in a step as the settings have it */
+static size_t pictures_per_step(const Stage *s) {
+    size_t batch = 16, accumulate = 1;
+    if (config_size(&batch, &s->settings, "data.params.", "batch_size", 1, SIZE_MAX / 2, 1) != OK ||
+        config_size(&accumulate, &s->settings, "lightning.trainer.", "accumulate_grad_batches", 1, 65536, 1) != OK)
+        return 0;
+    return batch * accumulate;
 }
 
 static void train(const Options *o) {
@@ -415,19 +479,25 @@ static void train(const Options *o) {
     else
         snprintf(s.name, sizeof s.name, "scale%zu", o->scale);
     int continuing = open_state(&s, &ck);
-    if (o->eval && !continuing) die("%s: no %s.state.safetensors there to evaluate; train it first", o->run, s.name);
-    check(continuing ? copy_settings(&s.settings, &ck.meta) : read_recipe(&s));
-    check(apply_options(&s));
-    check(read_settings(&s));
-    check(build_stage(&s, continuing ? &ck : NULL));
+    if (o->eval && !continuing)
+        check_all(err("%s: no %s.state.safetensors there to evaluate; train it first", o->run, s.name));
+    check_all(continuing ? copy_settings(&s.settings, &ck.meta) : read_recipe(&s));
+    const size_t pictures = pictures_per_step(&s);
+    check_all(apply_options(&s));
+    check_all(read_settings(&s, continuing));
+    check_all(build_stage(&s, continuing ? &ck : NULL));
     checkpoint_close(&ck);
+    check_all(ranks_same(s.params->arena[0], s.params->total * sizeof(real), "weights to start from"));
+    if (continuing && rank() == 0 && pictures != pictures_per_step(&s))
+        fprintf(stderr,
+                "%s: a step took %zu pictures, from here on it takes %zu: another run than without the change\n",
+                s.name, pictures, pictures_per_step(&s));
     if (o->eval)
-        evaluate_only(&s);
+        check_all(rank() == 0 ? evaluate_only(&s) : OK);
     else {
-        remove_leftovers(&s);
-        say_start(&s);
-        check(run(&s));
-        say_end(&s);
+        if (rank() == 0) remove_leftovers(&s), say_start(&s);
+        check_all(run(&s));
+        if (rank() == 0) say_end(&s);
     }
     free_stage(&s);
 }
@@ -442,26 +512,36 @@ static void remap(const Options *o) {
     s.opt = &transition;
     snprintf(s.name, sizeof s.name, "scale1");
     check(read_recipe(&s));
-    check(read_settings(&s));
+    check(read_settings(&s, 0));
     check(dataset_open_lists(&s.train, o->data, o->list, o->val_list, SPLIT_TRAIN));
     check(make_folder(o->run));
     check(remap_first_stage(&s));
     free_stage(&s);
 }
 
+static int any_interrupted(void) {
+    int flag = interrupted();
+    check_all(ranks_any(&flag));
+    return flag;
+}
+
 /* A run that has a first stage is remapped as it stands, unless it is to be trained further. */
 static void train_and_remap(const Options *o) {
     char path[1100];
     snprintf(path, sizeof path, "%s/vqgan.safetensors", o->run);
-    if (!o->remap || o->resume || !file_exists(path)) train(o);
-    if (o->remap && !interrupted()) remap(o);
+    int there = file_exists(path);
+    check_all(ranks_any(&there));
+    if (!o->remap || o->resume || !there) train(o);
+    if (!o->remap || any_interrupted()) return;
+    if (rank() == 0) remap(o);
+    check_all(OK); /* the others wait */
 }
 
 static void make_schedule(const Options *o) {
     Stage s = {.opt = o, .name = "schedule"};
     check(read_recipe(&s));
     check(apply_options(&s));
-    check(read_settings(&s));
+    check(read_settings(&s, 0));
     check(metric_schedule(&s));
     free_stage(&s);
 }
@@ -471,18 +551,35 @@ static void train_all(Options *o) {
     char sample[1100], out[1100];
     size_t T = 1;
     o->resume = 1;
-    check(count_scales(o, NULL, &T));
+    check_all(count_scales(o, NULL, &T));
     o->vqgan = 1;
     train_and_remap(o);
     o->vqgan = 0;
-    for (o->scale = 1; o->scale <= T && !interrupted(); o->scale++) train(o);
-    if (interrupted()) return;
+    for (o->scale = 1; o->scale <= T && !any_interrupted(); o->scale++) train(o);
+    if (any_interrupted()) return;
+    ranks_end();
+    if (rank() > 0) return;
     snprintf(sample, sizeof sample, "%.*ssample", program_folder(o), o->program);
     snprintf(out, sizeof out, "%s/samples.png", o->run);
     fflush(stdout);
     signal(SIGXFSZ, SIG_DFL), signal(SIGPIPE, SIG_DFL);
     execlp(sample, sample, o->run, "-o", out, (char *)NULL);
     die("%s: %s; when it is built: ./sample %s", sample, strerror(errno), o->run);
+}
+
+/* While this process waits for others: what to make of it if one was lost and the launcher is about to end the rest. */
+static void say_waiting(double waited) {
+    static double since;
+    static int said;
+    if (said || !interrupted() || rank() > 1) return;
+    if (since == 0) since = seconds();
+    if (waited < 0.5 || seconds() - since < 0.5) return;
+    said = 1;
+    fprintf(
+        stderr,
+        "\nprocess %zu: interrupted, and waiting for another process; if that was lost, this run ends here: the last "
+        "checkpoint is intact and --resume continues from it\n",
+        rank());
 }
 
 static const char intro[] =
@@ -597,19 +694,24 @@ int main(int argc, char **argv) {
     if (o.all && o.eval) usage_error("--eval evaluates one stage: --vqgan, --scale N or --joint");
     if (strcmp(o.precision, "bf16") && strcmp(o.precision, "f32"))
         usage_error("--precision %s: expected bf16 or f32", o.precision);
+    check(ranks_start(say_waiting));
+    if (o.device && !strcmp(o.device, "cuda") && ranks() > 1) check_all(cuda_choose(rank_local()));
     o.cuda = check_device(o.device);
-    threads_set((int)o.threads);
+    threads_set(o.threads ? (int)o.threads : rank_threads());
     const char *slash = strrchr(o.model, '/'), *short_name = slash && slash[1] ? slash + 1 : o.model;
     static char default_data[1100];
     snprintf(default_run, sizeof default_run, "runs/%s", short_name);
     snprintf(default_data, sizeof default_data, "data/%s", short_name);
     if (!o.run) o.run = default_run;
     if (!o.data) o.data = default_data;
-    if (o.schedule)
+    if (o.schedule && ranks() > 1)
+        check_all(err("--schedule runs in one process"));
+    else if (o.schedule)
         make_schedule(&o);
     else if (o.all)
         train_all(&o);
     else
         train_and_remap(&o);
+    ranks_end();
     return 0;
 }

@@ -62,7 +62,9 @@ struct Stage {
     Config settings; /* the recipe's part for this stage, under the official keys, with the user's changes */
     Params *params;
 
-    size_t batch, accumulate, steps;
+    size_t batch, accumulate, steps; /* pictures of this rank in a micro batch, micro batches of a step */
+    size_t of, first;                /* of all ranks' pictures in a micro batch, of, this rank's begin with first */
+    double shares;                   /* a step is the mean over these: micro batches of all ranks */
     uint64_t seed;
     AdamW adam;
     LrSchedule lr;
@@ -168,7 +170,9 @@ Err gan_start_from(Stage *s, const Checkpoint *ck);
 int gan_log(const Stage *s, char *text, size_t size);
 const char *gan_text(const Stage *s, char text[96]);
 
-Err open_vqgan(Stage *s, char path[1100]); /* the run's own first stage; path: its file */
+/* A run without a first stage gets the model's; the run's own, path: its file. */
+Err copy_vqgan(const Stage *s);
+Err open_vqgan(Stage *s, char path[1100]);
 /* train_schedule.c: RUN/psim.txt, a curve for schedule_make, from the run's first stage and held-out pictures; the recipe's
  * line on stdout */
 Err metric_schedule(Stage *s);
@@ -189,6 +193,11 @@ int log_codes(const Stage *s, char *text, size_t size, const Metrics *m, const M
 Err fit_to_codes(Stage *s, NetConfig *c);
 Err remap_first_stage(Stage *s);
 
+/* Which number of the endless sequence of training examples row b of a micro batch is, whichever rank computes it. */
+static inline uint64_t example_number(const Stage *s, uint64_t micro, size_t b) {
+    return micro * s->of + s->first + b;
+}
+
 /* train_run.c. out = RUN/STAGEsuffix, returned */
 const char *run_path(const Stage *s, char out[1100], const char *suffix);
 int file_exists(const char *path);
@@ -206,6 +215,7 @@ Err copy_settings(Config *to, const Config *from);
 /* STAGE.state.safetensors and STAGE.safetensors, atomically; the first alone, beside the one before or in its place;
  * STAGE.best.safetensors if the evaluation is the best so far; the stage as a state left it. All wait for room. */
 Err save(Stage *s);
+Err gather_usage(Stage *s); /* the first rank then has the counts of all */
 Err save_state(Stage *s, int beside);
 Err save_best(Stage *s, const Metrics *val);
 Err load_state(Stage *s, const Checkpoint *ck);
@@ -231,7 +241,7 @@ const char *what_is_bad(const Stage *s, double loss, double norm);
 void remember_step(Stage *s, double loss, double norm);
 void forget_steps(Stage *s); /* the loss will be another one from here on */
 /* Back to the last checkpoint, from where the present step's micro batches are left out. */
-Err roll_back(Stage *s, Progress *p, const Metrics *m, double norm, const char *reason);
+Err roll_back(Stage *s, const Metrics *m, double norm, const char *reason);
 Err list_skipped(Stage *s,
                  void *line); /* RUN/skipped_batches.tsv: what the state leaves out, and one more line or NULL */
 /* write(s, argument), again and again while the disk is full, unless --no-wait or a signal says otherwise. bytes: what it
@@ -244,6 +254,7 @@ Err state_put(const Stage *s, const char *written, int beside);
 int state_exists(const Stage *s);
 /* The newest that can be read; damaged newer ones are said, and put aside if `tidy`. */
 Err state_open(const Stage *s, Checkpoint *ck, int tidy);
+Err state_open_all(const Stage *s, Checkpoint *ck, int tidy); /* on every rank; the first tidies */
 /* Temporary files of this stage whose process is gone */
 void remove_leftovers(const Stage *s);
 

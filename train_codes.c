@@ -168,6 +168,7 @@ Err remap_first_stage(Stage *s) {
     int64_t *used = NULL;
     size_t K = 0;
     int same = 0;
+    TRY(copy_vqgan(s));
     TRY(open_vqgan(s, path));
     const size_t n = vqgan_config(s->vqgan)->n_embed;
     Err e = mem_alloc(&usage, n, sizeof *usage, "code usage");

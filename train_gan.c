@@ -178,10 +178,10 @@ static Err see_reconstruction(Stage *s, double unit, const real *images, const r
     return OK;
 }
 
-/* s->dxrec holds the gradient of nll with weight 1/accumulate. To it and to loss is added what the discriminator says. */
+/* s->dxrec holds the gradient of nll with weight 1/shares. To it and to loss is added what the discriminator says. */
 Err gan_generator(Stage *s, const real *images, const real *xrec, double *loss) {
     Gan *g = s->gan;
-    const double unit = 1 / (double)s->accumulate;
+    const double unit = 1 / s->shares;
     const real *logits;
     double nll_norm, g_norm;
     if (!g) return OK;
@@ -205,7 +205,7 @@ Err gan_generator(Stage *s, const real *images, const real *xrec, double *loss) 
 
 static Err judge(Stage *s, const real *pictures, int genuine) {
     Gan *g = s->gan;
-    const double unit = 1 / (double)s->accumulate;
+    const double unit = 1 / s->shares;
     const real *logits;
     TRY(disc_forward(g->d, pictures, 1, &logits));
     g->disc += unit * g->factor * disc_loss(g->kind, logits, disc_logits(g->d), genuine, unit * g->factor, g->dlogits);
@@ -235,6 +235,11 @@ Err gan_after_step(Stage *s) {
         TRY(judge(s, g->images, 1));
         TRY(judge(s, xrec, 0));
     }
+    double sums[] = {g->disc, g->g, g->d_weight};
+    TRY(gradients_begin(g->params));
+    TRY(gradients_end(g->params));
+    TRY(ranks_sum(sums, 3));
+    g->disc = sums[0], g->g = sums[1], g->d_weight = sums[2];
     const double norm = params_grad_norm(g->params);
     if (!isfinite(g->disc) || !isfinite(norm))
         return err(

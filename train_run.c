@@ -35,9 +35,20 @@ Err list_damaged(const Stage *s, const Dataset *d) {
     return dataset_damaged(d) ? dataset_write_damaged(d, skipped_path(s, path)) : OK;
 }
 
+/* Where each of several processes met its own: as many as the list has */
+static size_t listed_damaged(const Stage *s) {
+    char path[1100];
+    size_t lines = 0;
+    FILE *f = fopen(skipped_path(s, path), "r");
+    for (int c; f && (c = getc(f)) != EOF;) lines += c == '\n';
+    if (f) fclose(f);
+    return lines;
+}
+
 void say_damaged(const Stage *s) {
     char path[1100];
     size_t n = dataset_damaged(&s->train) + dataset_damaged(&s->val);
+    if (ranks() > 1) n = listed_damaged(s);
     if (s->train_tokens.n) n = s->train.n - s->train_tokens.n + s->val.n - s->val_tokens.n;
     if (n) fprintf(stderr, "damaged pictures skipped: %zu; %s lists them\n", n, skipped_path(s, path));
 }
@@ -64,6 +75,7 @@ Err check_memory(Stage *s, size_t arenas, size_t plan, size_t rows, size_t colum
     TRY(size_mul(&s->activation_bytes, s->activation_bytes, sizeof(real)));
     s->activation_bytes += plan;
     s->available = memory_available();
+    if (s->available != SIZE_MAX) s->available /= ranks_local();
     char what[160], state[32], activations[32];
     snprintf(what, sizeof what, "%s: parameters, gradients and optimizer %s, activations %s", s->name,
              bytes_text(state, s->state_bytes), bytes_text(activations, s->activation_bytes));
@@ -146,6 +158,35 @@ static Err write_damaged(Stage *s, void *unused) {
     return list_damaged(s, &s->val);
 }
 
+/* One after the other, for they add to the same list. */
+static Err list_all_damaged(Stage *s) {
+    for (size_t r = 0; r < ranks(); r++) {
+        Err e = OK;
+        if (r == rank()) e = until_room(s, write_damaged, NULL, 0);
+        TRY(ranks_agree(e));
+    }
+    return OK;
+}
+
+/* The first rank's counts are everybody's afterwards. */
+Err gather_usage(Stage *s) {
+    if (!s->usage || ranks() == 1) return OK;
+    const size_t n = vqgan_config(s->vqgan)->n_embed;
+    TRY(ranks_sum_counts(s->usage, n));
+    if (rank() > 0) memset(s->usage, 0, n * sizeof *s->usage);
+    return OK;
+}
+
+/* What only all ranks together know, and whether they agree on what all should: then the first can write it down. */
+static Err gather_state(Stage *s) {
+    int damaged = dataset_damaged(&s->train) + dataset_damaged(&s->val) > 0;
+    TRY(ranks_agree(params_fetch(s->params)));
+    TRY(ranks_same(s->params->arena[0], s->params->total * sizeof(real), "weights after a step"));
+    TRY(gather_usage(s));
+    TRY(ranks_any(&damaged));
+    return damaged ? list_all_damaged(s) : OK;
+}
+
 static Err write_state(Stage *s, void *beside) {
     char path[1100];
     TRY(write_list(s, collect_state, run_path(s, path, ".state-new.safetensors")));
@@ -158,30 +199,31 @@ static Err write_weights(Stage *s, void *suffix) {
 }
 
 static Err set_counters(Stage *s) {
-    TRY(params_fetch(s->params));
     TRY(config_set(&s->settings, "train.step", "%llu", (unsigned long long)s->step));
     return config_set(&s->settings, "train.ema_updates", "%llu", (unsigned long long)s->ema_updates);
 }
 
 Err save_state(Stage *s, int beside) {
+    TRY(gather_state(s));
     TRY(set_counters(s));
-    TRY(until_room(s, write_state, beside ? s : NULL, list_bytes(s, collect_state)));
+    TRY(ranks_agree(rank() ? OK : until_room(s, write_state, beside ? s : NULL, list_bytes(s, collect_state))));
     s->saved = s->step;
     return OK;
 }
 
 Err save(Stage *s) {
     static char suffix[] = ".safetensors";
-    TRY(until_room(s, write_damaged, NULL, 0));
     TRY(save_state(s, 1));
     s->rollbacks = 0;
-    return until_room(s, write_weights, suffix, list_bytes(s, collect_weights));
+    return ranks_agree(rank() ? OK : until_room(s, write_weights, suffix, list_bytes(s, collect_weights)));
 }
 
+/* The first rank's work, which evaluates */
 Err save_best(Stage *s, const Metrics *val) {
     static char suffix[] = ".best.safetensors";
     if (!(val->loss < s->best)) return OK;
     s->best = val->loss;
+    TRY(params_fetch(s->params));
     TRY(set_counters(s));
     TRY(config_set(&s->settings, "train.best_step", "%llu", (unsigned long long)s->step));
     TRY(config_set(&s->settings, "train.best_validation_loss", "%.17g", s->best));
@@ -209,6 +251,7 @@ Err load_state(Stage *s, const Checkpoint *ck) {
     if (!s->opt->vqgan) TRY(params_load(s->params, ck, 'e', "ema."));
     TRY(gan_load_state(s, ck));
     if (s->usage) TRY(checkpoint_ints(ck, "usage", vqgan_config(s->vqgan)->n_embed, (int32_t *)s->usage));
+    if (s->usage && rank() > 0) memset(s->usage, 0, vqgan_config(s->vqgan)->n_embed * sizeof *s->usage);
     TRY(config_size(&step, &ck->meta, "train.", "step", 0, UINT32_MAX, 0));
     TRY(config_size(&updates, &ck->meta, "train.", "ema_updates", 0, SIZE_MAX / 2, 0));
     s->step = s->saved = step, s->ema_updates = updates;
@@ -274,7 +317,7 @@ Err log_step(Stage *s, Progress *p, const Metrics *m, double lr, double norm, co
 void show_step(const Stage *s, Progress *p, const Metrics *m, double lr, double norm) {
     char left[32], gan[96];
     double per_step = (seconds() - p->started) / (double)(s->step - p->first_step);
-    p->rate = (double)(s->batch * s->accumulate) / per_step;
+    p->rate = (double)(s->of * s->accumulate) / per_step;
     duration(left, per_step * (double)(s->steps - s->step));
     progress_line("%s step %llu/%zu | loss %.4f | %s %.4f | %s %.4f%s | lr %.2e | norm %.3f | %.1f images/s | %s left",
                   s->name, (unsigned long long)s->step, s->steps, m->loss, s->opt->vqgan ? "L1" : "hard", m->part[0],

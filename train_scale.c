@@ -41,10 +41,10 @@ static size_t next_example(Stage *s, uint64_t at, uint64_t *epoch) {
 static void take_training_batch(Stage *s, uint64_t micro) {
     for (size_t b = 0; b < s->batch; b++) {
         uint64_t epoch;
-        size_t example = next_example(s, micro * s->batch + b, &epoch);
+        size_t example = next_example(s, example_number(s, micro, b), &epoch);
         uint32_t flip = rng_below(s->seed, rng_stream(RNG_CROP, epoch, example), 0, (uint32_t)s->train_tokens.flips);
         take_example(s, &s->train_tokens, example, flip, b);
-        if (label_dropped(s->label_dropout, s->seed, micro, b)) s->label[b] = s->null_class;
+        if (label_dropped(s->label_dropout, s->seed, micro, s->first + b)) s->label[b] = s->null_class;
     }
 }
 
@@ -80,8 +80,8 @@ static Err transition_micro_batch(Stage *s, uint64_t micro, Metrics *out) {
     Loss loss;
     int t = s->t ? s->t : 1 + (int)rng_below(s->seed, rng_stream(RNG_SCALE, 0, 0), micro, (uint32_t)s->schedule.T);
     take_training_batch(s, micro);
-    draw_chain(s, t, s->batch, s->seed, micro, 0);
-    TRY(transition_loss(s, t, s->batch, 1 / (double)s->accumulate, &loss, s->dlogits));
+    draw_chain(s, t, s->batch, s->seed, micro, s->first * s->N);
+    TRY(transition_loss(s, t, s->batch, 1 / s->shares, &loss, s->dlogits));
     out->loss = loss.loss, out->part[0] = loss.hard, out->part[1] = loss.soft;
     return transformer_on_cuda(s->net) ? OK : transformer_backward(s->net, s->dlogits);
 }
@@ -234,6 +234,11 @@ static Err load_tokens(Stage *s, Tokens *x, const Dataset *d, const char *what, 
     return e;
 }
 
+static Err load_both(Stage *s, const char *vqgan_path) {
+    TRY(load_tokens(s, &s->train_tokens, &s->train, "train", vqgan_path));
+    return load_tokens(s, &s->val_tokens, &s->val, "val", vqgan_path);
+}
+
 /* ---- the first stage that a transition stands on ---- */
 
 static Err copy_file(const char *to, const char *from) {
@@ -248,18 +253,21 @@ static Err copy_file(const char *to, const char *from) {
     return e;
 }
 
-/* The run's own VQGAN; if it has none, the model's is copied in, so that the run can be sampled as it stands. */
+/* A run without a VQGAN gets the model's, so that it can be sampled as it stands. */
+Err copy_vqgan(const Stage *s) {
+    char ours[1100], theirs[1100];
+    snprintf(ours, sizeof ours, "%s/vqgan.safetensors", s->opt->run);
+    snprintf(theirs, sizeof theirs, "%s/vqgan.safetensors", model_folder(s->opt->model));
+    if (file_exists(ours)) return OK;
+    if (!file_exists(theirs)) return err("%s: no first stage there, nor at %s; train it first: --vqgan", ours, theirs);
+    return copy_file(ours, theirs);
+}
+
+/* The run's own VQGAN */
 Err open_vqgan(Stage *s, char path[1100]) {
     Checkpoint ck;
     VqganConfig c;
     snprintf(path, 1100, "%s/vqgan.safetensors", s->opt->run);
-    if (!file_exists(path)) {
-        char theirs[1100];
-        snprintf(theirs, sizeof theirs, "%s/vqgan.safetensors", model_folder(s->opt->model));
-        if (!file_exists(theirs))
-            return err("%s: no first stage there, nor at %s; train it first: --vqgan", path, theirs);
-        TRY(copy_file(path, theirs));
-    }
     memset(&ck, 0, sizeof ck);
     TRY(checkpoint_open(&ck, path));
     Err e = vqgan_config_read(&c, &ck.meta, "model.params.");
@@ -333,12 +341,13 @@ Err transition_stage(Stage *s) {
     TRY(config_size(&T, &s->settings, "model.params.", "n_scales", 1, MAX_SCALES, 0));
     TRY(schedule_make(&s->schedule, redraw ? redraw : "geometric", (int)T));
     TRY(net_config_read(&c, &s->settings, "model.params."));
+    TRY(ranks_agree(rank() == 0 ? copy_vqgan(s) : OK));
     TRY(open_vqgan(s, vqgan_path));
     TRY(fit_to_codes(s, &c));
     TRY(check_transition(s, &c));
     TRY(add_model_keys(s, &c));
-    TRY(load_tokens(s, &s->train_tokens, &s->train, "train", vqgan_path));
-    TRY(load_tokens(s, &s->val_tokens, &s->val, "val", vqgan_path));
+    TRY(ranks_agree(rank() == 0 ? load_both(s, vqgan_path) : OK)); /* which makes them, for the others to read */
+    if (rank() > 0) TRY(load_both(s, vqgan_path));
     TRY(transformer_create(&s->net, &c));
     s->params = transformer_params(s->net);
     transformer_set_alphas(s->net, s->schedule.alpha);

@@ -158,6 +158,7 @@ Err metric_schedule(Stage *s) {
     TRY(dataset_open_lists(&s->train, s->opt->data, s->opt->list, s->opt->val_list, SPLIT_TRAIN));
     const int enough = s->val.n >= PICTURES;
     TRY(make_folder(s->opt->run));
+    TRY(copy_vqgan(s));
     TRY(open_vqgan(s, vqgan_path));
     const size_t n = min_size(enough ? s->val.n : s->train.n, PICTURES);
     Measure m = {.s = s, .B = min_size(n, AT_ONCE), .C = vqgan_config(s->vqgan)->embed_dim};

@@ -319,20 +319,26 @@ Err state_put(const Stage *s, const char *written, int beside) {
  * Going back
  * ---------------------------------------------------------------------------------------------------------- */
 
+Err state_open_all(const Stage *s, Checkpoint *ck, int tidy) {
+    TRY(ranks_agree(rank() == 0 ? state_open(s, ck, tidy) : OK));
+    return ranks_agree(rank() > 0 ? state_open(s, ck, 0) : OK);
+}
+
 /* As a new process would find it */
 static Err reload(Stage *s) {
     Checkpoint ck;
     memset(&ck, 0, sizeof ck);
-    TRY(state_open(s, &ck, 1));
+    TRY(state_open_all(s, &ck, 1));
     config_free(&s->settings);
     Err e = copy_settings(&s->settings, &ck.meta);
     if (e == OK) e = apply_options(s);
     if (e == OK) e = load_state(s, &ck);
     checkpoint_close(&ck);
-    return e == OK ? params_send(s->params) : e;
+    if (e == OK) e = params_send(s->params);
+    return ranks_agree(e);
 }
 
-Err roll_back(Stage *s, Progress *p, const Metrics *m, double norm, const char *reason) {
+Err roll_back(Stage *s, const Metrics *m, double norm, const char *reason) {
     size_t out[SKIPPED_MAX], n = s->n_skipped, n_bad = s->accumulate;
     const unsigned long long step = s->step + 1;
     char micros[256], line[400];
@@ -352,14 +358,15 @@ Err roll_back(Stage *s, Progress *p, const Metrics *m, double norm, const char *
     TRY(reload(s));
     for (size_t i = 0; i < n + n_bad; i++) TRY(skip(s, out[i]));
     TRY(skipped_to_settings(s));
-    TRY(until_room(s, list_skipped, line, 0));
+    TRY(ranks_agree(rank() ? OK : until_room(s, list_skipped, line, 0)));
     TRY(save_state(s, 0)); /* in the place of the one without the list */
+    if (rank() > 0) return OK;
     progress_end();
     fprintf(stderr,
             "%s step %llu: %s: loss %g, gradient norm %g; back to step %llu, micro batches %s are left out from now "
             "on\n",
             s->name, step, reason, m->loss, norm, (unsigned long long)s->step, micros);
-    return log_open(s, p);
+    return OK;
 }
 
 /* ------------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ static Err next_pictures(Stage *s, uint64_t micro, const real **images, const in
     if (!s->loader || s->loader_at != micro) {
         loader_stop(s->loader);
         s->loader = NULL;
-        c.step = micro;
+        c.step = micro, c.of = s->of, c.first = s->first;
         TRY(loader_start(&s->loader, &s->train, &c));
     }
     s->loader_at = micro + 1;
@@ -26,23 +26,49 @@ static Err vqgan_micro_batch(Stage *s, uint64_t micro, Metrics *out) {
     size_t n = s->batch * 3 * s->size * s->size, codes = s->batch * s->N;
     TRY(next_pictures(s, micro, &images, &labels));
     TRY(vqgan_forward(s->vqgan, images, s->batch, s->size, s->size, &xrec, &codebook));
-    image_loss(images, xrec, n, s->w_l1 / (double)s->accumulate, s->w_l2 / (double)s->accumulate, &out->part[0],
-               &out->part[1], s->dxrec);
-    TRY(add_perceptual(s, images, xrec, s->batch, 1 / (double)s->accumulate, &out->perceptual, s->dxrec));
+    image_loss(images, xrec, n, s->w_l1 / s->shares, s->w_l2 / s->shares, &out->part[0], &out->part[1], s->dxrec);
+    TRY(add_perceptual(s, images, xrec, s->batch, 1 / s->shares, &out->perceptual, s->dxrec));
     out->loss = s->w_l1 * out->part[0] + s->w_l2 * out->part[1] + s->w_perceptual * out->perceptual;
     TRY(gan_generator(s, images, xrec, &out->loss));
     out->loss += s->w_codebook * codebook;
     vqgan_latents(s->vqgan, NULL, NULL, &raw);
     count_codes(s, raw, codes);
-    TRY(vqgan_backward(s->vqgan, s->dxrec, s->w_codebook / (double)s->accumulate, NULL));
+    TRY(vqgan_backward(s->vqgan, s->dxrec, s->w_codebook / s->shares, NULL));
     return gan_discriminator(s, xrec, &out->loss);
+}
+
+/* vqgan_restart_codes where the latents of the last forward are spread over ranks: the one that has the latent which is
+ * picked hands it to the others. */
+static Err restart_codes(Stage *s) {
+    const VqganConfig *c = vqgan_config(s->vqgan);
+    const size_t latents = s->batch * s->N;
+    const real *z;
+    real *latent;
+    if (ranks() == 1) return vqgan_restart_codes(s->vqgan, s->usage, s->seed, s->step), OK;
+    TRY(params_fetch(s->params));
+    TRY(mem_alloc(&latent, c->embed_dim, sizeof *latent, "a latent"));
+    vqgan_latents(s->vqgan, &z, NULL, NULL);
+    Err e = OK;
+    for (size_t code = 0; e == OK && code < c->n_embed; code++) {
+        if (s->usage[code]) continue;
+        const size_t pick = vqgan_restart_pick(s->seed, s->step, code, s->of * s->N), owner = pick / latents;
+        const size_t b = pick % latents / s->N, i = pick % s->N;
+        for (size_t d = 0; d < c->embed_dim && owner == rank(); d++) latent[d] = z[(b * c->embed_dim + d) * s->N + i];
+        e = ranks_broadcast(owner, latent, c->embed_dim * sizeof *latent);
+        if (e == OK) vqgan_restart_code(s->vqgan, code, latent);
+    }
+    free(latent);
+    return e == OK ? params_send(s->params) : e;
 }
 
 /* Codes that no latent chose for a while are put where latents are, until the last fifth of the run settles them. */
 static Err vqgan_after_step(Stage *s) {
     TRY(gan_after_step(s));
     if (!s->restart_every || s->step % s->restart_every) return OK;
-    if (s->step < s->steps - s->steps / 5) vqgan_restart_codes(s->vqgan, s->usage, s->seed, s->step);
+    if (s->step >= s->steps - s->steps / 5) return OK;
+    if (ranks() > 1) TRY(ranks_sum_counts(s->usage, vqgan_config(s->vqgan)->n_embed));
+    TRY(restart_codes(s));
+    if (rank() > 0) memset(s->usage, 0, vqgan_config(s->vqgan)->n_embed * sizeof *s->usage);
     return OK;
 }
 

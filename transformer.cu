@@ -576,6 +576,12 @@ Err transformer_plan(Transformer *m, size_t B, size_t N, int train) {
 
 /* ---- Blocks: next = x + block(normed) ---- */
 
+/* In backward's order the rows from here on are a layer's own and those of layers behind it: a feed-forward block's norm
+ * may lie in front of the attention that comes before it. */
+static size_t first_row(const Layer *l) {
+    return l->kind == BLOCK_FEED ? l->up.weight : l->norm.weight;
+}
+
 #ifndef DEVICE_CODE
 /* The projections of source (B*n,C), positions of B batch rows or of cells; a decoder keeps them at their places. */
 void project_keys(const Transformer *m, const Layer *l, const AttendShape *s, const real *source, size_t n) {
@@ -669,6 +675,7 @@ static void stack_backward(Transformer *m, Stack *s, const real *dout, real *dco
         else
             attention_backward(m, s, l, m->dx, dcontext, pass);
         norm_backward(m, &l->norm, m->dx, m->dnormed, l->x, l->mean, l->rstd, R);
+        params_ready(&m->params, first_row(l));
     }
     embed_backward(m, s, m->dx, s->ids, pass->B, pass->n);
 }
@@ -1134,6 +1141,7 @@ static Err stack_backward_cuda(Transformer *m, const Stack *s, const StackTwin *
             TRY(attention_backward_cuda(m, s, l, k, dcontext, pass, context));
         TRY(norm_backward_cuda(d, &l->norm, n->dx, n->dx_copy, n->dnormed, k->x, k->mean, k->rstd, n->partial, R,
                                pass->n, 0));
+        params_ready(&m->params, first_row(l));
     }
     return embed_backward_cuda(d, s, n->dx, w->ids, pass->B, pass->n, m->params.row[s->token_emb].dim[0]);
 }

@@ -215,6 +215,9 @@ static Err sort_rows(Vqgan *v) {
         VqLayer *l = &v->layer[i];
         if (l->weight != NO_VALUE) l->weight = moved[l->weight];
         if (l->bias != NO_VALUE) l->bias = moved[l->bias];
+        l->complete = i ? v->layer[i - 1].complete : 0; /* behind the rows of all layers before it */
+        if (i && v->layer[i - 1].weight != NO_VALUE) l->complete = max_size(l->complete, v->layer[i - 1].weight + 1);
+        if (i && v->layer[i - 1].bias != NO_VALUE) l->complete = max_size(l->complete, v->layer[i - 1].bias + 1);
     }
     free(sorted);
     return OK;
@@ -297,6 +300,7 @@ static void run_backward(Vqgan *v, double codebook_weight, int image_wanted) {
         case VQ_TANH: tanh_backward(v, l); break;
         default: conv_layer_backward(v, l);
         }
+        params_ready(&v->params, l->complete);
     }
 }
 
@@ -918,12 +922,17 @@ void image_loss(const real *x, const real *xrec, size_t n, double w1, double w2,
     *l2 = s2 / (double)n;
 }
 
-static void restart_code(const Vqgan *v, size_t code, size_t pick) {
-    const size_t D = v->c.embed_dim, N = plane_size(v, v->z), b = pick / N, i = pick % N;
+size_t vqgan_restart_pick(uint64_t seed, uint64_t step, size_t code, size_t latents) {
+    return rng_below(seed, rng_stream(RNG_CODES, 0, step), code, (uint32_t)latents);
+}
+
+/* Latent d of the one that is picked is latent[d * stride]. */
+static void restart_code(const Vqgan *v, size_t code, const real *latent, size_t stride) {
+    const size_t D = v->c.embed_dim;
     const Param *book = &v->params.row[v->codebook];
     for (size_t d = 0; d < D; d++) {
         const size_t at = code * D + d;
-        book->value[at] = v->x[v->z][(b * D + d) * N + i];
+        book->value[at] = latent[d * stride];
         if (book->m) book->m[at] = 0;
         if (book->v) book->v[at] = 0;
         if (book->m16) book->m16[at] = book->v16[at] = 0;
@@ -931,17 +940,20 @@ static void restart_code(const Vqgan *v, size_t code, size_t pick) {
     }
 }
 
+void vqgan_restart_code(Vqgan *v, size_t code, const real *latent) {
+    restart_code(v, code, latent, 1);
+}
+
 size_t vqgan_restart_codes(Vqgan *v, const uint32_t *usage, uint64_t seed, uint64_t step) {
     const size_t N = plane_size(v, v->z);
-    const uint64_t stream = rng_stream(RNG_CODES, 0, step);
     size_t restarted = 0;
     for (size_t code = 0; code < v->c.n_embed; code++) {
         if (usage[code] || !v->latents) continue;
-        const size_t pick = rng_below(seed, stream, code, (uint32_t)(v->b * N));
+        const size_t pick = vqgan_restart_pick(seed, step, code, v->b * N);
         if (v->twin)
             v->params.ops->vqgan_restart(v, code, pick);
         else
-            restart_code(v, code, pick);
+            restart_code(v, code, v->x[v->z] + pick / N * v->c.embed_dim * N + pick % N, N);
         restarted++;
     }
     return restarted;
@@ -1100,6 +1112,7 @@ static Err walk_backward(Vqgan *v, double codebook_weight, int image_wanted) {
         case VQ_TANH: TRY(vq_tanh(v, l, 1)); break;
         default: TRY(vq_conv_backward(v, l, image_wanted));
         }
+        params_ready(&v->params, l->complete);
     }
     return OK;
 }

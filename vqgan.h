@@ -25,6 +25,7 @@ typedef struct {
     size_t weight, bias; /* rows of the parameter table, or NO_VALUE */
     int swish;           /* VQ_NORM: followed by x*sigmoid(x) */
     int more[3];         /* backward: in[i] already holds a gradient, add to it */
+    size_t complete;     /* after its backward the gradients of rows from here on are complete */
     size_t saved;        /* offset of what forward keeps: VQ_NORM (B,32,2), VQ_ATTEND (B,N,N) */
     size_t scratch;      /* offset of what backward needs: VQ_ATTEND (B,N,N) */
 } VqLayer;

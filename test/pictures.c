@@ -1,12 +1,16 @@
-/* pictures.c - makes and compares pictures, and compares tensors, for test_programs.sh.
+/* pictures.c - makes and compares pictures, and compares tensors, for the tests of the programs.
  *
  *   pictures make DIR COUNT SIDE     COUNT pictures of coloured discs and bars in DIR/disc and DIR/bar
  *   pictures same A B X0 Y0 X1 Y1    exit status 0 if the two pictures agree in that rectangle, 1 if not
  *   pictures near A B MOST           exit status 0 if no two colours are farther apart than MOST (of 255), 1 if some are
  *   pictures tensors A P B Q         exit status 0 if every tensor of file A whose name begins with P, and there are some, has
- *                                    the same values in B, where Q stands for P; 1 if not */
+ *                                    the same values in B, where Q stands for P; 1 if not
+ *   pictures weights A B MOST        exit status 0 if two safetensors files have the same tensors and no number is farther
+ *                                    from the other's than MOST times the largest of its tensor; but for those of one
+ *                                    dimension: a bias in front of a norm has no gradient but rounding, which Adam enlarges */
 #include "../imagebart.h"
 
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -110,11 +114,45 @@ static int tensors(char **argv) {
     return !same_ones || others;
 }
 
+/* How far apart, in units of the largest of a; NAN is far. */
+static double apart(const Tensor *a, const Tensor *b) {
+    real *x, *y;
+    double largest = 0, farthest = 0;
+    if (mem_alloc(&x, a->size, sizeof *x, "a") != OK || mem_alloc(&y, a->size, sizeof *y, "b") != OK) return INFINITY;
+    tensor_to_reals(a, x), tensor_to_reals(b, y);
+    for (size_t i = 0; i < a->size; i++) {
+        const double d = fabs((double)x[i] - (double)y[i]);
+        largest = fmax(largest, fabs((double)x[i]));
+        farthest = d <= farthest ? farthest : isnan(d) ? INFINITY : d;
+    }
+    free(x), free(y);
+    return farthest == 0 ? 0 : farthest / largest;
+}
+
+static int weights(char **argv) {
+    Checkpoint a = {0}, b = {0};
+    double farthest = 0;
+    if (checkpoint_open(&a, argv[2]) != OK || checkpoint_open(&b, argv[3]) != OK) return complain();
+    for (size_t i = 0; i < a.n; i++) {
+        const Tensor *other = checkpoint_find(&b, a.tensor[i].name);
+        if (a.tensor[i].ndim < 2) continue;
+        const double d = other && other->size == a.tensor[i].size ? apart(&a.tensor[i], other) : INFINITY;
+        if (d > atof(argv[4])) fprintf(stderr, "pictures: %s: %g apart\n", a.tensor[i].name, d);
+        farthest = fmax(farthest, d);
+    }
+    const int differ = a.n == 0 || a.n != b.n || farthest > atof(argv[4]);
+    checkpoint_close(&a);
+    checkpoint_close(&b);
+    return differ;
+}
+
 int main(int argc, char **argv) {
     if (argc == 5 && !strcmp(argv[1], "make")) return make(argv[2], atoi(argv[3]), strtoul(argv[4], NULL, 10));
     if (argc == 8 && !strcmp(argv[1], "same")) return same(argv);
     if (argc == 5 && !strcmp(argv[1], "near")) return near(argv);
     if (argc == 6 && !strcmp(argv[1], "tensors")) return tensors(argv);
-    fprintf(stderr, "usage: pictures make DIR COUNT SIDE | same A B X0 Y0 X1 Y1 | near A B MOST | tensors A P B Q\n");
+    if (argc == 5 && !strcmp(argv[1], "weights")) return weights(argv);
+    fprintf(stderr, "usage: pictures make DIR COUNT SIDE | same A B X0 Y0 X1 Y1 | near A B MOST | tensors A P B Q | "
+                    "weights A B MOST\n");
     return 2;
 }

@@ -69,6 +69,7 @@ if [ -n "$any" ]; then
 else
     echo "levels: skipped: these programs are for one kind of processor"
 fi
+check mpi test/test_mpi.sh "$build"
 check fetch test/test_fetch.sh
 if command -v "${PYTHON:-python3}" >/dev/null; then
     check torch "${PYTHON:-python3}" test/test_torch.py "$build"

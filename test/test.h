@@ -54,6 +54,32 @@ static inline int near_reals(const real *got, const real *ref, size_t n, double 
             printf("     %.3g of the tolerance\n", worst_);                                                            \
     } while (0)
 
+/* What a backward pass between the two says is complete (params_ready) must not change any more; all but few rows must
+ * have been said to be. */
+static struct {
+    real *grad; /* (total) when it was said */
+    size_t from;
+} test_ready;
+static inline void test_on_ready(Params *p, size_t row) {
+    for (size_t i = row; i < test_ready.from; i++)
+        memcpy(test_ready.grad + (p->row[i].grad - p->arena[1]), p->row[i].grad, p->row[i].size * sizeof(real));
+    if (row < test_ready.from) test_ready.from = row;
+}
+static inline void ready_begin(Params *p) {
+    test_ready.from = p->n;
+    test_ready.grad = (real *)calloc(p->total, sizeof(real));
+    p->ready = test_on_ready;
+}
+static inline void ready_end(Params *p) {
+    CHECK(test_ready.from <= 4);
+    for (size_t i = test_ready.from; i < p->n; i++) {
+        const real *then = test_ready.grad + (p->row[i].grad - p->arena[1]);
+        test_note(!memcmp(then, p->row[i].grad, p->row[i].size * sizeof(real)), __FILE__, __LINE__, p->row[i].name);
+    }
+    free(test_ready.grad);
+    p->ready = NULL;
+}
+
 /* Central differences of f at x[0..n-1] against grad (for REAL_DOUBLE builds). Checks at most `most` elements, spread
  * over the tensor. Error of an element is relative to the tensor's largest gradient, or `floor_` if that is smaller.
  * Returns the largest error; NAN when there was nothing to check. */

@@ -120,7 +120,9 @@ static void check_gradients(const char *what, const NetConfig *config, size_t B,
     case_make(&c, config, B, N);
     CHECK_OK(transformer_plan(c.net, B, N, 1));
     params_zero_grad(c.params);
+    ready_begin(c.params);
     gradients(&c);
+    ready_end(c.params);
     double worst = 0;
     for (size_t i = 0; i < c.params->n; i++) {
         double e = row_error(&c, i, most);

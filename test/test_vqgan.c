@@ -180,7 +180,9 @@ static void check_gradients(const VqganConfig *c, int honour_tanh, size_t B, siz
     CHECK_OK(vqgan_forward(v, s.image, B, H, W, &xrec, &loss));
     freeze(&s, weight, book_grad);
     params_zero_grad(p);
+    ready_begin(p);
     CHECK_OK(vqgan_backward(v, s.R, weight, dimage));
+    ready_end(p);
     CHECK(loss > 0);
     for (size_t i = 0; IS_DOUBLE && i < p->n; i++) {
         Param *row = &p->row[i];
