@@ -135,7 +135,7 @@ for recipe in gan official; do
 done
 ok "no perceptual network, which is said" grep -q "features are matched instead" "$dir/said"
 ok "the discriminator begins first, then the generator sees it" awk -F '\t' '$1 == "vqgan" {
-    if (($13 > 0) != ($2 > 4) || ($14 != 0) != ($2 > 8) || ($15 > 0) != ($2 > 8) || NF != 15) exit 1; n++ } END { exit n != 30 }' \
+    if (($13 > 0) != ($2 > 4) || ($14 != 0) != ($2 > 8) || ($15 > 0) != ($2 > 8) || NF != 21) exit 1; n++ } END { exit n != 30 }' \
     "$dir/gan/log.tsv"
 ok "without a warm-up both at once" awk -F '\t' '$1 == "vqgan" && (($13 > 0) != ($2 > 3) || ($15 > 0) != ($2 > 3)) { exit 1 }' \
     "$dir/official/log.tsv"
