@@ -156,7 +156,7 @@ ok "and samples" test -s "$dir/all/samples.png"
 # ---- what cannot work ----
 export OMPI_MCA_odls_base_sigkill_timeout=0 # the first to exit may be the last that is heard of
 # shellcheck disable=SC2086
-unlike() { timeout 60 mpirun --oversubscribe -np 1 "$build/train" $options --run "$dir/unlike" --vqgan $1 : -np 1 "$build/train" $options --run "$dir/unlike" --vqgan $2; }
+unlike() { rm -rf "$dir/unlike"; timeout 60 mpirun --oversubscribe -np 1 "$build/train" $options --run "$dir/unlike" --vqgan $1 : -np 1 "$build/train" $options --run "$dir/unlike" --vqgan $2; }
 mkdir -p "$dir/bad" "$dir/nolog/log.tsv"
 for i in 1 2 3 4; do head -c 90 "$dir/data/bar/001.png" >"$dir/bad/$i.png"; done
 refused "process 1 on .*none of the . pictures can be read" unlike "" "--data $dir/bad" # in the midst of a step

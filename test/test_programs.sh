@@ -120,11 +120,11 @@ gan() { # gan FILE LINE...: a recipe
     { cat test/tiny.txt && printf '%s\n' "$loss.disc_num_layers 2" "$loss.disc_ndf 8" "$@"; } >"$file"
 }
 gan gan.txt "$loss.disc_start 8" "vqgan.train.disc_warm_up 4"
-gan official.txt "$loss.disc_start 3" "$loss.disc_loss vanilla" "vqgan.train.official_order true" "vqgan.train.disc_warm_up 0" \
+gan in-order.txt "$loss.disc_start 3" "$loss.disc_loss vanilla" "vqgan.train.official_order true" "vqgan.train.disc_warm_up 0" \
     "$loss.perceptual_weight 0.5" "vqgan.lightning.trainer.accumulate_grad_batches 2"
 same_tensors() { "$build/pictures" tensors "$@"; }
 rm -rf "$dir/killed2" && mv "$dir/killed" "$dir/killed2"
-for recipe in gan official; do
+for recipe in gan in-order; do
     rm -rf "$dir/killed"
     ok "$recipe trains" train --run "$dir/$recipe" --vqgan --config "$dir/$recipe.txt"
     cp "$dir/err" "$dir/said"
@@ -138,7 +138,7 @@ ok "the discriminator begins first, then the generator sees it" awk -F '\t' '$1 
     if (($13 > 0) != ($2 > 4) || ($14 != 0) != ($2 > 8) || ($15 > 0) != ($2 > 8) || NF != 21) exit 1; n++ } END { exit n != 30 }' \
     "$dir/gan/log.tsv"
 ok "without a warm-up both at once" awk -F '\t' '$1 == "vqgan" && (($13 > 0) != ($2 > 3) || ($15 > 0) != ($2 > 3)) { exit 1 }' \
-    "$dir/official/log.tsv"
+    "$dir/in-order/log.tsv"
 ok "the discriminator is in the state" same_tensors "$dir/gan/vqgan.state.safetensors" value.loss.discriminator. "$dir/gan/vqgan.state.safetensors" value.loss.discriminator.
 ok "and not among the weights" sh -c "! grep -q loss.discriminator '$dir/gan/vqgan.safetensors'"
 ok "the generator was not told alone" sh -c "! cmp -s '$dir/gan/vqgan.safetensors' '$dir/run/vqgan.safetensors'"
@@ -242,14 +242,14 @@ mkdir "$dir/wide" && sed 's/n_embed 16/n_embed 64/; s/_tokens 16/_tokens 64/; s/
 wide() { "$build/train" --config "$dir/wide.txt" --data "$dir/data" --run "$dir/wide" "$@"; }
 ok "a first stage of 64 codes" wide --vqgan --steps 30
 cp "$dir/wide/vqgan.safetensors" "$dir/plain.safetensors"
-ok "what it makes of the pictures" codes "$dir/wide" "$dir/before"
+ok "what it makes of the pictures" codes "$dir/wide" "$dir/codes-before"
 read -r before used dtype <"$dir/out"
 ok "remap it" wide --vqgan --remap
 cp "$dir/err" "$dir/said"
 ok "which says what it did" grep -q "vqgan.safetensors: [0-9]* of 64 codes are in use, perplexity [0-9.]*; tokens number those now$" "$dir/said"
-ok "what it makes of them now" codes "$dir/wide" "$dir/after"
+ok "what it makes of them now" codes "$dir/wide" "$dir/codes-after"
 read -r K distinct dtype <"$dir/out"
-ok "the same to the bit" cmp "$dir/before" "$dir/after"
+ok "the same to the bit" cmp "$dir/codes-before" "$dir/codes-after"
 ok "of as many different tokens, listed as int64" test "$before $used $dtype" = "64 $distinct I64"
 ok "of fewer values" test "$K" -lt 64
 ok "of which mirrored pictures may need more" test "$K" -ge "$distinct"
@@ -266,7 +266,7 @@ refused_late 1 "scale1.state.safetensors: trained on the tokens as they are" wid
 ok "and leaves it alone" cmp "$dir/plain.safetensors" "$dir/wide/vqgan.safetensors"
 refused_late 1 "the network writes $K token values, the first stage has 64" wide --scale 1 --steps 5 --resume
 ok "train and remap in one command" train --run "$dir/remap2" --vqgan --steps 3 --remap
-ok "remaps at the end" sh -c "$build/codes $dir/remap2/vqgan.safetensors $dir/data $dir/before | grep -q 'I64$'"
+ok "remaps at the end" sh -c "$build/codes $dir/remap2/vqgan.safetensors $dir/data $dir/codes-before | grep -q 'I64$'"
 refused 2 "goes with --vqgan" train --scale 1 --remap
 
 # ---- the perceptual loss, with weights of the real shapes ----
