@@ -120,11 +120,11 @@ gan() { # gan FILE LINE...: a recipe
     { cat test/tiny.txt && printf '%s\n' "$loss.disc_num_layers 2" "$loss.disc_ndf 8" "$@"; } >"$file"
 }
 gan gan.txt "$loss.disc_start 8" "vqgan.train.disc_warm_up 4"
-gan official.txt "$loss.disc_start 3" "$loss.disc_loss vanilla" "vqgan.train.official_order true" "vqgan.train.disc_warm_up 0" \
+gan ordered.txt "$loss.disc_start 3" "$loss.disc_loss vanilla" "vqgan.train.official_order true" "vqgan.train.disc_warm_up 0" \
     "$loss.perceptual_weight 0.5" "vqgan.lightning.trainer.accumulate_grad_batches 2"
 same_tensors() { "$build/pictures" tensors "$@"; }
 rm -rf "$dir/killed2" && mv "$dir/killed" "$dir/killed2"
-for recipe in gan official; do
+for recipe in gan ordered; do
     rm -rf "$dir/killed"
     ok "$recipe trains" train --run "$dir/$recipe" --vqgan --config "$dir/$recipe.txt"
     cp "$dir/err" "$dir/said"
@@ -138,7 +138,7 @@ ok "the discriminator begins first, then the generator sees it" awk -F '\t' '$1 
     if (($13 > 0) != ($2 > 4) || ($14 != 0) != ($2 > 8) || ($15 > 0) != ($2 > 8) || NF != 15) exit 1; n++ } END { exit n != 30 }' \
     "$dir/gan/log.tsv"
 ok "without a warm-up both at once" awk -F '\t' '$1 == "vqgan" && (($13 > 0) != ($2 > 3) || ($15 > 0) != ($2 > 3)) { exit 1 }' \
-    "$dir/official/log.tsv"
+    "$dir/ordered/log.tsv"
 ok "the discriminator is in the state" same_tensors "$dir/gan/vqgan.state.safetensors" value.loss.discriminator. "$dir/gan/vqgan.state.safetensors" value.loss.discriminator.
 ok "and not among the weights" sh -c "! grep -q loss.discriminator '$dir/gan/vqgan.safetensors'"
 ok "the generator was not told alone" sh -c "! cmp -s '$dir/gan/vqgan.safetensors' '$dir/run/vqgan.safetensors'"
