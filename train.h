@@ -103,9 +103,10 @@ Err start_loader(Stage *s);
 Err transition_stage(Stage *s);
 
 /* train_gan.c: the first stage's discriminator, if the recipe asks for one; without one all of these do nothing.
- * gan_create reads the settings, train.freeze_encoder too, and gan_plan allocates; gan_plan_bytes adds what that is. */
+ * gan_create reads the settings, train.freeze_encoder too; gan_plan_bytes, when it is known whether there is a perceptual
+ * loss, adds what gan_plan then allocates. */
 Err gan_create(Stage *s);
-Err gan_plan_bytes(const Stage *s, size_t *bytes);
+Err gan_plan_bytes(Stage *s, size_t *bytes);
 Err gan_plan(Stage *s);
 void gan_free(Stage *s);
 /* Of a micro batch, before and after vqgan_backward: adds the discriminator's judgement to s->dxrec, which holds

@@ -78,8 +78,7 @@ static Err read_gan(Gan *g, const Config *c) {
     if (kind && strcmp(kind, "hinge") && strcmp(kind, "vanilla"))
         return err("%sdisc_loss %s: expected hinge or vanilla", LOSS, kind);
     g->kind = kind && !strcmp(kind, "vanilla") ? DISC_VANILLA : DISC_HINGE;
-    TRY(config_flag(&g->official_order, c, "train.", "official_order", 1));
-    return read_feature_weight(g, c);
+    return config_flag(&g->official_order, c, "train.", "official_order", 1);
 }
 
 static Err create_discriminator(Stage *s, Gan *g) {
@@ -100,6 +99,8 @@ Err gan_create(Stage *s) {
     if (!config_get(c, "train.", "codebook_weight"))
         TRY(config_real(&s->w_codebook, c, LOSS, "codebook_weight", 0, 1e6, 1));
     TRY(config_flag(&frozen, c, "train.", "freeze_encoder", 1));
+    if (frozen && !s->opt->init && !s->opt->resume && !s->opt->eval)
+        return err("train.freeze_encoder true: the encoder would stay at random; --init names a trained model");
     if (frozen) freeze_encoder(s);
     TRY(config_flag(&wanted, c, "train.", "discriminator", 1));
     if (!wanted) return OK;
@@ -120,9 +121,10 @@ void gan_free(Stage *s) {
     s->gan = NULL;
 }
 
-Err gan_plan_bytes(const Stage *s, size_t *bytes) {
+Err gan_plan_bytes(Stage *s, size_t *bytes) {
     size_t activations;
     if (!s->gan) return OK;
+    TRY(read_feature_weight(s->gan, &s->settings));
     TRY(disc_plan_bytes(s->gan->d, s->batch, s->size, s->size, s->gan->feature_weight > 0, &activations));
     *bytes += activations + (4 * s->gan->params->total + s->batch * 3 * s->size * s->size) * sizeof(real);
     return OK;

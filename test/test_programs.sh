@@ -168,6 +168,7 @@ ok "train from an official checkpoint" train --run "$dir/taken" --vqgan --config
 for part in loss.discriminator.main.2. decoder.; do
     ok "$part is from there" same_tensors test/golden-cases/vqgan_gan/model.safetensors $part "$dir/taken/vqgan.state.safetensors" value.$part
 done
+refused 1 "--init names" train --run "$dir/wrong" --vqgan --config "$dir/frozen.txt"
 gan wrong.txt "$loss.disc_start 0" "$loss.disc_conditional true"
 refused 1 "disc_conditional true" train --run "$dir/wrong" --vqgan --config "$dir/wrong.txt"
 gan wrong.txt "$loss.disc_start 0" "$loss.disc_loss wasserstein"
