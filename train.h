@@ -153,7 +153,8 @@ Err transition_stage(Stage *s);
 Err apply_options(Stage *s);
 
 /* train_gan.c: the first stage's discriminator, if the recipe asks for one; without one all of these do nothing.
- * gan_create reads the settings, train.freeze_encoder too, and gan_plan allocates; gan_plan_bytes adds what that is. */
+ * gan_create, when it is known whether there is a perceptual loss, reads the settings, train.freeze_encoder too;
+ * gan_plan_bytes adds what gan_plan then allocates. */
 Err gan_create(Stage *s);
 Err gan_plan_bytes(const Stage *s, size_t *bytes);
 Err gan_plan(Stage *s);

@@ -100,6 +100,8 @@ Err gan_create(Stage *s) {
     if (!config_get(c, "train.", "codebook_weight"))
         TRY(config_real(&s->w_codebook, c, LOSS, "codebook_weight", 0, 1e6, 1));
     TRY(config_flag(&frozen, c, "train.", "freeze_encoder", 1));
+    if (frozen && !s->opt->init && !s->opt->resume && !s->opt->eval)
+        return err("train.freeze_encoder true: the encoder would stay at random; --init names a trained model");
     if (frozen) freeze_encoder(s);
     TRY(config_flag(&wanted, c, "train.", "discriminator", 1));
     if (!wanted) return OK;

@@ -310,6 +310,22 @@ static void test_last_layer(void) {
     CHECK(memcmp(dw, vqgan_last_layer(v)->grad, sizeof(real) * WEIGHT) == 0 && dw[7] != 0);
     CHECK(memcmp(db, find(p, "decoder.conv_out.bias")->grad, sizeof db) == 0);
     CHECK_ERR(vqgan_last_gradient(v, dxrec, dw, db), "must follow vqgan_forward");
+    /* a frozen encoder gets no gradient, and the decoder the same one */
+    real *whole = copied(p->arena[1], p->total);
+    for (size_t i = 0; i < p->n; i++)
+        p->row[i].untrained = strncmp(p->row[i].name, "decoder.", 8) && strncmp(p->row[i].name, "post_", 5);
+    params_zero_grad(p);
+    CHECK_OK(vqgan_forward(v, image, 2, 16, 12, &xrec, &loss));
+    CHECK_OK(vqgan_backward(v, dxrec, 0, NULL));
+    size_t begun = 0;
+    for (size_t i = 0; i < p->n; i++) {
+        const Param *row = &p->row[i];
+        if (!row->untrained)
+            CHECK(memcmp(row->grad, whole + (row->grad - p->arena[1]), row->size * sizeof *whole) == 0);
+        for (size_t k = 0; row->untrained && k < row->size; k++) begun += row->grad[k] != 0;
+    }
+    CHECK(begun == 0);
+    free(whole);
     free(image);
     free(dxrec);
     free(dw);
