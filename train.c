@@ -42,7 +42,7 @@ static Err read_recipe(Stage *s) {
 static const char LR[] = "model.params.scheduler_config.params.";
 
 /* What the user gave goes over the recipe; --steps alone also fits warm-up and decay to the shorter run. */
-Err apply_options(Stage *s) {
+static Err apply_options(Stage *s) {
     const Options *o = s->opt;
     Config *c = &s->settings;
     if (o->steps != NOT_GIVEN) {

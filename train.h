@@ -149,8 +149,6 @@ Err view_close(Stage *s, void *view);
 /* train_vqgan.c, train_scale.c: build the stage of Stage.settings. */
 Err vqgan_stage(Stage *s);
 Err transition_stage(Stage *s);
-/* train.c: what the user gave goes over Stage.settings */
-Err apply_options(Stage *s);
 
 /* train_gan.c: the first stage's discriminator, if the recipe asks for one; without one all of these do nothing.
  * gan_create, when it is known whether there is a perceptual loss, reads the settings, train.freeze_encoder too;
