@@ -364,6 +364,14 @@ const char *dtype_name(Dtype d) {
     return (unsigned)d < DT_COUNT ? dtypes[d].name : "?";
 }
 
+Err dtype_of_store(Dtype *out, const char *name) {
+    static const char *const names[] = {"f32", "f16", "bf16"};
+    static const Dtype types[] = {DT_F32, DT_F16, DT_BF16};
+    for (int k = 0; k < 3; k++)
+        if (!strcmp(name, names[k])) return *out = types[k], OK;
+    return err("%.200s: expected f32, f16 or bf16", name);
+}
+
 /* x in a 16-bit format of 1 sign bit, 15 - m exponent bits and m mantissa bits (F16: m = 10, BF16: m = 7), rounded to
  * nearest, ties to even. From double in one step: two roundings in a row can differ from one. */
 static uint16_t narrow(double x, int m) {

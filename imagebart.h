@@ -246,7 +246,8 @@ void config_free(Config *c);
 /* ---- Files ---- */
 typedef enum { DT_F64, DT_F32, DT_F16, DT_BF16, DT_I64, DT_I32, DT_I16, DT_I8, DT_U8, DT_BOOL, DT_COUNT } Dtype;
 size_t dtype_size(Dtype d);
-const char *dtype_name(Dtype d); /* "F32", ... as safetensors spells it */
+const char *dtype_name(Dtype d);                  /* "F32", ... as safetensors spells it */
+Err dtype_of_store(Dtype *out, const char *name); /* f32, f16 or bf16: how weights for sampling are stored */
 
 enum { TENSOR_DIMS = 8, NAME_MAX_BYTES = 160 };
 typedef struct {
@@ -415,6 +416,8 @@ typedef enum {
     PREP_IMAGENET, /* the same; training takes a random crop */
     PREP_LSUN      /* centre square, then FILTER_BICUBIC; training flips at random */
 } Prep;
+Err prep_read(Prep *out,
+              const Config *c); /* data.prep of a recipe or a file: folder (without one), ffhq, imagenet, lsun */
 /* out (3,size,size) = the picture in [-1,1] (u8/127.5 - 1). u_crop_y, u_crop_x in [0,1): where a random crop lies
  * (PREP_IMAGENET in training; pass -1 for a centre crop); flip: mirror left-right. */
 Err image_prepare(real *out, const Image *im, Prep prep, size_t size, double u_crop_y, double u_crop_x, int flip);

@@ -827,6 +827,15 @@ static Err centre_square(Image *out, const Image *im) {
     return OK;
 }
 
+Err prep_read(Prep *out, const Config *c) {
+    static const char *const names[] = {"folder", "ffhq", "imagenet", "lsun"};
+    const char *name = config_get(c, "data.", "prep");
+    *out = PREP_FOLDER;
+    for (int k = 0; name && k < 4; k++)
+        if (!strcmp(name, names[k])) return *out = (Prep)k, OK;
+    return name ? err("data.prep %.200s: expected folder, ffhq, imagenet or lsun", name) : OK;
+}
+
 Err prep_resize(Image *out, const Image *im, Prep prep, size_t size) {
     if (prep == PREP_FFHQ || prep == PREP_IMAGENET) {
         double scale = (double)size / (double)(im->H < im->W ? im->H : im->W);

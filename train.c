@@ -69,15 +69,6 @@ static Err apply_options(Stage *s) {
     return OK;
 }
 
-static Err choose(int *out, const Config *c, const char *key, const char *const *names, int n) {
-    const char *value = config_get(c, "", key);
-    if (!value) return OK;
-    for (*out = 0; *out < n; ++*out)
-        if (!strcmp(value, names[*out])) return OK;
-    return err("%s %s: not one of %s, %s, %s%s%s", key, value, names[0], names[1], names[2], n > 3 ? ", " : "",
-               n > 3 ? names[3] : "");
-}
-
 /* `batch` of the settings is of a rank if the user or the recipe says it, of all ranks as a state file keeps it: so that
  * a run may go on with another number of ranks. given: of a rank. */
 static Err share_batch(Stage *s, int given) {
@@ -92,12 +83,11 @@ static Err share_batch(Stage *s, int given) {
 }
 
 static Err read_settings(Stage *s, int continuing) {
-    static const char *const stores[] = {"f32", "f16", "bf16"}, *const preps[] = {"folder", "ffhq", "imagenet", "lsun"};
-    static const Dtype dtypes[] = {DT_F32, DT_F16, DT_BF16};
     const Config *c = &s->settings;
+    const char *store = config_get(c, "imagebart.", "store");
     size_t seed = 23, huge = SIZE_MAX / 2; /* 23: the official default */
     double base = 0;
-    int store = 0, prep = PREP_FOLDER, is_vqgan = s->opt->vqgan;
+    const int is_vqgan = s->opt->vqgan;
     s->batch = 16, s->accumulate = 1, s->steps = 0;
     s->adam = (AdamW){0, is_vqgan ? 0.5 : 0.9, is_vqgan ? 0.9 : 0.95, 1e-8, 1};
     s->lr = (LrSchedule){2.5e-6, 1e-4, 1e-8, 0, 0};
@@ -136,10 +126,9 @@ static Err read_settings(Stage *s, int continuing) {
         s->lr_scale = base * (double)(s->of * s->accumulate);
     }
     TRY(config_flag(&s->compact, c, "imagebart.", "compact", 1));
-    TRY(choose(&store, c, "imagebart.store", stores, 3));
-    TRY(choose(&prep, c, "data.prep", preps, 4));
-    s->store = dtypes[store], s->prep = (Prep)prep, s->seed = seed;
-    return OK;
+    s->store = DT_F32, s->seed = seed;
+    if (store && dtype_of_store(&s->store, store) != OK) return err_in("imagebart.store");
+    return prep_read(&s->prep, c);
 }
 
 /* ------------------------------------------------------------------------------------------------------------
@@ -503,20 +492,18 @@ static void train(const Options *o) {
 }
 
 /* The first stage in the run, for transitions as the recipe has them: with their pictures, prepared their way. */
-static void remap(const Options *o) {
-    Stage s;
+static Err remap(const Options *o) {
     Options transition = *o;
-    memset(&s, 0, sizeof s);
+    Stage s = {.opt = &transition, .name = "scale1"};
     transition.vqgan = transition.all = 0;
     transition.scale = 1;
-    s.opt = &transition;
-    snprintf(s.name, sizeof s.name, "scale1");
-    check(read_recipe(&s));
-    check(read_settings(&s, 0));
-    check(dataset_open_lists(&s.train, o->data, o->list, o->val_list, SPLIT_TRAIN));
-    check(make_folder(o->run));
-    check(remap_first_stage(&s));
+    Err e = read_recipe(&s);
+    if (e == OK) e = read_settings(&s, 0);
+    if (e == OK) e = dataset_open_lists(&s.train, o->data, o->list, o->val_list, SPLIT_TRAIN);
+    if (e == OK) e = make_folder(o->run);
+    if (e == OK) e = remap_first_stage(&s);
     free_stage(&s);
+    return e;
 }
 
 static int any_interrupted(void) {
@@ -533,8 +520,7 @@ static void train_and_remap(const Options *o) {
     check_all(ranks_any(&there));
     if (!o->remap || o->resume || !there) train(o);
     if (!o->remap || any_interrupted()) return;
-    if (rank() == 0) remap(o);
-    check_all(OK); /* the others wait */
+    check_all(rank() == 0 ? remap(o) : OK);
 }
 
 static void make_schedule(const Options *o) {
@@ -555,6 +541,7 @@ static void train_all(Options *o) {
     o->vqgan = 1;
     train_and_remap(o);
     o->vqgan = 0;
+    if (o->init && is_file(o->init)) o->init = NULL; /* it is a first stage's */
     for (o->scale = 1; o->scale <= T && !any_interrupted(); o->scale++) train(o);
     if (any_interrupted()) return;
     ranks_end();

@@ -197,7 +197,9 @@ static inline uint64_t example_number(const Stage *s, uint64_t micro, size_t b) 
     return micro * s->of + s->first + b;
 }
 
-/* train_run.c. out = RUN/STAGEsuffix, returned */
+/* train_run.c. To stderr, by the first rank alone */
+void note(const char *fmt, ...) PRINTF_LIKE(1, 2);
+/* out = RUN/STAGEsuffix, returned */
 const char *run_path(const Stage *s, char out[1100], const char *suffix);
 int file_exists(const char *path);
 Err make_folder(const char *path);

@@ -74,7 +74,7 @@ Err fit_to_codes(Stage *s, NetConfig *c) {
     TRY(config_set(&s->settings, key, "%zu", v->re_embed));
     snprintf(key, sizeof key, "%s%s", prefix, x ? "enc_num_tokens" : "input_vocab_size");
     if ((x ? c->enc_num_tokens : c->input_vocab_size) == v->n_embed) TRY(config_set(&s->settings, key, "%zu", reads));
-    fprintf(stderr, "%s: %zu token values, the codes of %zu that are in use\n", s->name, v->re_embed, v->n_embed);
+    note("%s: %zu token values, the codes of %zu that are in use\n", s->name, v->re_embed, v->n_embed);
     return net_config_read(c, &s->settings, "model.params.");
 }
 

@@ -9,10 +9,19 @@
 
 #include <errno.h>
 #include <math.h>
+#include <stdarg.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/stat.h>
 #include <sys/statvfs.h>
+
+void note(const char *fmt, ...) {
+    va_list args;
+    if (rank() > 0) return;
+    va_start(args, fmt);
+    vfprintf(stderr, fmt, args);
+    va_end(args);
+}
 
 const char *run_path(const Stage *s, char out[1100], const char *suffix) {
     snprintf(out, 1100, "%s/%s%s", s->opt->run, s->name, suffix);

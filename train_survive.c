@@ -283,7 +283,7 @@ Err state_open(const Stage *s, Checkpoint *ck, int tidy) {
         next = next_state(s, i + 1);
         if (next == KEEP_MAX) return FAILED;
         progress_end();
-        fprintf(stderr, "%s; going on from the one before, %s\n", err_text(), state_path(s, other, next));
+        note("%s; going on from the one before, %s\n", err_text(), state_path(s, other, next));
     }
     return err("%s: no such file", state_path(s, path, 0));
 }

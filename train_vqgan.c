@@ -45,8 +45,8 @@ static Err restart_codes(Stage *s) {
     const real *z;
     real *latent;
     if (ranks() == 1) return vqgan_restart_codes(s->vqgan, s->usage, s->seed, s->step), OK;
-    TRY(params_fetch(s->params));
-    TRY(mem_alloc(&latent, c->embed_dim, sizeof *latent, "a latent"));
+    TRY(ranks_agree(params_fetch(s->params)));
+    TRY(ranks_agree(mem_alloc(&latent, c->embed_dim, sizeof *latent, "a latent")));
     vqgan_latents(s->vqgan, &z, NULL, NULL);
     Err e = OK;
     for (size_t code = 0; e == OK && code < c->n_embed; code++) {
@@ -58,7 +58,7 @@ static Err restart_codes(Stage *s) {
         if (e == OK) vqgan_restart_code(s->vqgan, code, latent);
     }
     free(latent);
-    return e == OK ? params_send(s->params) : e;
+    return e == OK ? ranks_agree(params_send(s->params)) : e;
 }
 
 /* Codes that no latent chose for a while are put where latents are, until the last fifth of the run settles them. */
