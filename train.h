@@ -163,6 +163,7 @@ Err gan_generator(Stage *s, const real *images, const real *xrec, double *loss);
 Err gan_discriminator(Stage *s, const real *xrec, double *loss);
 Err gan_after_step(Stage *s);
 /* Its part of the state file, of --init, of a line of the log and of the progress line */
+Err gan_same(const Stage *s); /* an error unless all ranks have the same */
 Err gan_collect_state(const Stage *s, TensorList *list);
 Err gan_load_state(Stage *s, const Checkpoint *ck);
 Err gan_start_from(Stage *s, const Checkpoint *ck);

@@ -258,7 +258,13 @@ Err gan_after_step(Stage *s) {
  * State and log
  * ---------------------------------------------------------------------------------------------------------- */
 
-/* Batch norm's buffers are rows of the table. */
+/* What all ranks should have the same of. Not its values: batch norm's buffers are each rank's own, of its pictures. */
+Err gan_same(const Stage *s) {
+    const Params *p = s->gan ? s->gan->params : NULL;
+    return p ? ranks_same(p->arena[2], p->total * sizeof(real), "moments of the discriminator") : OK;
+}
+
+/* Batch norm's buffers are rows of the table: the first rank's, which nothing is computed from in training. */
 Err gan_collect_state(const Stage *s, TensorList *list) {
     if (!s->gan) return OK;
     TRY(tensor_list_params(list, s->gan->params, 'v', "value.", DT_F32));

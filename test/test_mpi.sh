@@ -132,6 +132,16 @@ for what in "--vqgan --batch 3" "--scale 1 --batch 2"; do
 done
 ok "the same bits" cmp "$dir/two/scale1.state.safetensors" "$dir/killed/scale1.state.safetensors"
 
+loss=vqgan.model.params.lossconfig.params
+{ cat test/tiny.txt && printf "$loss.%s\n" "disc_num_layers 2" "disc_ndf 8" "disc_start 8" && echo "vqgan.train.disc_warm_up 4"; } >"$dir/gan.txt"
+ok "a discriminator in two processes" mpi 2 gan --vqgan --batch 3 --config "$dir/gan.txt"
+ok "is said once" test "$(grep -c '^discriminator: ' "$dir/err")" = 1
+begin gan2 --vqgan --batch 3 --config "$dir/gan.txt"
+kill -9 "$(cat "$dir/gan2.pid1")" 2>/dev/null
+ends badly
+ok "killed and resumed" mpi 2 gan2 --vqgan --config "$dir/gan.txt" --resume
+ok "the same bits" cmp "$dir/gan/vqgan.state.safetensors" "$dir/gan2/vqgan.state.safetensors"
+
 cp -r "$dir/data" "$dir/worn"
 for i in 001 003 005 007 009; do head -c 90 "$dir/data/bar/$i.png" >"$dir/worn/bar/$i.png"; done
 ok "damaged pictures, one process" one worn --vqgan --batch 4 --data "$dir/worn"

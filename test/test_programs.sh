@@ -160,6 +160,8 @@ done
 for part in decoder. post_quant_conv.; do
     ok "$part does not" sh -c "! '$build/pictures' tensors '$dir/run/vqgan.safetensors' $part '$dir/frozen/vqgan.safetensors' $part"
 done
+refused 1 "freeze_encoder true: .* --init" train --run "$dir/random" --all --config "$dir/frozen.txt"
+ok "a file to start from is a first stage's" train --run "$dir/begun" --all --config "$dir/frozen.txt" --init "$dir/run/vqgan.safetensors" --steps 1
 ok "tokens of it" train --run "$dir/frozen" --scale 1 --steps 1
 ok "are the same" cmp -i 64 "$dir/run/train.tokens" "$dir/frozen/train.tokens"
 { sed 's/^/vqgan./' test/golden-cases/vqgan_gan/config.txt && echo vqgan.train.steps 1 &&
