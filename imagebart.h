@@ -22,7 +22,8 @@
  *        decode.cu       the same, token by token
  *        optimizer.cu    its losses, AdamW, EMA
  *        device.cu       all of it on a GPU
- *     7. diffusion.c     the Markov chain: schedules, noise, posterior, sampling over scales, named models
+ *     7. diffusion.c     the Markov chain: schedules, noise, posterior, sampling over scales
+ *        model.c         named models, recipes, what a model's folder holds
  *        classes.c       what the classes of a model are called
  *     8. cli.c           what the three programs share: options, progress, pictures in a terminal
  *     9. parallel.c      ./train in more than one process
@@ -778,7 +779,7 @@ typedef struct {
 Err transformer_draw_cuda(Transformer *m, const DrawOptions *o, int32_t *tokens);
 
 /* ------------------------------------------------------------------------------------------------------------
- * 7. diffusion.c: the Markov chain over tokens (paper section 3.1; SPEC sections 3 and 5)
+ * 7. diffusion.c: the Markov chain over tokens (paper section 3.1; SPEC sections 3 and 5); model.c, classes.c
  * ---------------------------------------------------------------------------------------------------------- */
 /* redraw_prob as in the official configs: "geometric", a number, "alphacum:a0,a1,...", "ffhq_bernoulli_PSIM" (T = 2),
  * "bernoulli_PSIM" (T = 3 or 5), or "curve:FILE": equal steps of a metric curve (two columns: alphacum, metric). */
@@ -800,7 +801,7 @@ void sample_probs(real *prob, const real *logits, size_t K, int32_t guide, doubl
 /* Index of the first cumulative probability above u; skips zeros. -1 if nothing is above 0. */
 int32_t sample_pick(const real *prob, size_t K, double u);
 
-/* A model: a VQGAN, a schedule and T transitions in one folder. */
+/* ---- model.c: a model as it lies on the disk: a VQGAN, a schedule and T transitions in one folder ---- */
 typedef struct {
     const char *name, *folder, *vqgan, *zip, *schedule, *what; /* what: one line for --list */
     int T;
@@ -882,6 +883,7 @@ size_t classes_named(const Model *m, const char *name, int32_t *label);
 /* A number, a synset, a name or a part of one -> label; an ambiguous or unknown one is an error that lists what there is. */
 Err model_class(const Model *m, const char *name, int32_t *label);
 
+/* ---- diffusion.c: drawing from a model ---- */
 /* How blocks of several positions went at a scale: see SampleOptions.block. */
 typedef struct {
     size_t passes;       /* of the decoder, over a block of every sample in a batch */
