@@ -1,9 +1,10 @@
 /* train.h - what the files of ./train share: the user's options, the stage being trained, the run's folder.
  *
  * train.c reads options and recipe and drives the loop; train_vqgan.c and train_scale.c are the two kinds of stage, first
- * stage and transition, train_gan.c the first one's discriminator; train_run.c keeps the run: memory plan, checkpoints,
- * log; train_survive.c is what a run goes on after: bad batches, full disks, damaged files; train_view.c shows it;
- * train_schedule.c measures a schedule. Nobody else includes this.
+ * stage and transition; train_gan.c, train_perceptual.c and train_codes.c are the first one's discriminator, LPIPS and
+ * codebook; train_run.c keeps the run: memory plan, checkpoints, log; train_survive.c is what a run goes on after: bad
+ * batches, full disks, damaged files; train_view.c shows it; train_schedule.c measures a schedule. Nobody else includes
+ * this.
  *
  * For tests only, from the environment:
  *   IMAGEBART_TEST_NAN="stage:micro[,micro...]"    the loss of these micro batches becomes NaN
@@ -244,8 +245,8 @@ void remember_step(Stage *s, double loss, double norm);
 void forget_steps(Stage *s); /* the loss will be another one from here on */
 /* Back to the last checkpoint, from where the present step's micro batches are left out. */
 Err roll_back(Stage *s, const Metrics *m, double norm, const char *reason);
-Err list_skipped(Stage *s,
-                 void *line); /* RUN/skipped_batches.tsv: what the state leaves out, and one more line or NULL */
+/* RUN/skipped_batches.tsv: what the state leaves out, and one more line or NULL */
+Err list_skipped(Stage *s, void *line);
 /* write(s, argument), again and again while the disk is full, unless --no-wait or a signal says otherwise. bytes: what it
  * takes, at least. */
 Err until_room(Stage *s, Err (*write)(Stage *s, void *argument), void *argument, size_t bytes);
