@@ -309,6 +309,12 @@ void atomic_abandon(AtomicFile *f) {
     f->temporary[0] = 0;
 }
 
+Err atomic_close(AtomicFile *f, Err e) {
+    if (e == OK) return atomic_commit(f);
+    atomic_abandon(f);
+    return e;
+}
+
 int disk_full(void) {
     return io_errno == ENOSPC || io_errno == EDQUOT || io_errno == EFBIG;
 }
@@ -1077,9 +1083,7 @@ static Err write_file(const char *path, const Text *header, const Tensor *const 
     Err e = atomic_write(&f, header->s, header->n);
     for (size_t i = 0; i < n && e == OK; i++)
         e = write_tensor(&f, order[i], from_real ? from_real[order[i] - tensor] : 0);
-    if (e == OK) e = atomic_commit(&f);
-    atomic_abandon(&f);
-    return e;
+    return atomic_close(&f, e);
 }
 
 Err checkpoint_write(const char *path, const Tensor *tensor, const int *from_real, size_t n, const Config *meta) {

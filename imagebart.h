@@ -304,7 +304,8 @@ typedef struct {
 Err atomic_open(AtomicFile *f, const char *path);
 Err atomic_write(AtomicFile *f, const void *data, size_t bytes);
 Err atomic_commit(AtomicFile *f);
-void atomic_abandon(AtomicFile *f); /* safe after a failure or twice */
+void atomic_abandon(AtomicFile *f);     /* safe after a failure or twice */
+Err atomic_close(AtomicFile *f, Err e); /* commits if e, of writing it, is OK; else abandons it and gives e back */
 /* Writes behind a file's end: all of it, or none of it and an error. */
 Err file_append(const char *path, const void *data, size_t bytes);
 /* Did the last of this thread's AtomicFiles and file_appends fail for want of room (ENOSPC, EDQUOT, EFBIG)? */

@@ -599,13 +599,7 @@ Err image_write_png(const char *path, const Image *im, const Config *text) {
     PngOut p = {.im = im};
     Err e = png_texts(&p, text);
     if (e == OK) e = atomic_open(&p.file, path);
-    if (e == OK) {
-        e = png_encode(&p);
-        if (e == OK)
-            e = atomic_commit(&p.file);
-        else
-            atomic_abandon(&p.file);
-    }
+    if (e == OK) e = atomic_close(&p.file, png_encode(&p));
     free(p.text);
     return e;
 }

@@ -171,6 +171,11 @@ Err remap_first_stage(Stage *s) {
     TRY(copy_vqgan(s));
     TRY(open_vqgan(s, path));
     const size_t n = vqgan_config(s->vqgan)->n_embed;
+    if (vqgan_used(s->vqgan) && check_untrained(s) != OK) { /* --all goes on */
+        fprintf(stderr, "%s: tokens number %zu of %zu codes already, and transitions are trained on them\n", path, s->K,
+                n);
+        return OK;
+    }
     Err e = mem_alloc(&usage, n, sizeof *usage, "code usage");
     if (e == OK) e = mem_alloc(&used, n, sizeof *used, "codes in use");
     if (e == OK) e = count_pictures(s, usage);

@@ -291,9 +291,7 @@ static Err log_rewind(Stage *s, void *log_path) {
         e = atomic_write(&out, line, strlen(line));
     }
     if (in) fclose(in);
-    if (e == OK) return atomic_commit(&out);
-    atomic_abandon(&out);
-    return e;
+    return atomic_close(&out, e);
 }
 
 Err log_open(Stage *s, Progress *p) {

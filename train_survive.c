@@ -103,9 +103,7 @@ Err list_skipped(Stage *s, void *line) {
     }
     if (in) fclose(in);
     if (line && e == OK) e = atomic_write(&out, line, strlen(line));
-    if (e == OK) return atomic_commit(&out);
-    atomic_abandon(&out);
-    return e;
+    return atomic_close(&out, e);
 }
 
 /* ------------------------------------------------------------------------------------------------------------

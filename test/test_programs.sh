@@ -263,6 +263,9 @@ ok "and says so" grep -q "tokens number those already$" "$dir/said"
 for t in 1 2 3; do ok "scale $t on it" wide --scale $t --steps 3; done
 ok "is resumed" wide --scale 1 --steps 4 --resume
 ok "and samples" "$build/sample" "$dir/wide" -n 2 --seed 1 -o "$dir/s.png"
+ok "remap it once more" wide --vqgan --remap
+cp "$dir/err" "$dir/said"
+ok "is in no time, once there are transitions" sh -c "grep -q 'tokens number $K of 64 codes already, and transitions' '$dir/said' && ! grep -q encoding '$dir/said'"
 cp "$dir/plain.safetensors" "$dir/wide/vqgan.safetensors"
 refused_late 1 "scale1.state.safetensors: trained on the tokens as they are" wide --vqgan --remap
 ok "and leaves it alone" cmp "$dir/plain.safetensors" "$dir/wide/vqgan.safetensors"
