@@ -69,7 +69,7 @@ Err fit_to_codes(Stage *s, NetConfig *c) {
     const int x = c->kind == NET_X;
     size_t reads = max_size(v->re_embed, (size_t)s->schedule.T + 1);
     char key[128];
-    if (c->has_class) reads = max_size(reads, s->train.n_classes);
+    if (c->has_class) reads = max_size(reads, s->train.n_classes + (s->label_dropout > 0)); /* "no class" too */
     snprintf(key, sizeof key, "%s%s", prefix, x ? "dec_num_tokens" : "vocab_size");
     TRY(config_set(&s->settings, key, "%zu", v->re_embed));
     snprintf(key, sizeof key, "%s%s", prefix, x ? "enc_num_tokens" : "input_vocab_size");

@@ -263,6 +263,9 @@ ok "and says so" grep -q "tokens number those already$" "$dir/said"
 for t in 1 2 3; do ok "scale $t on it" wide --scale $t --steps 3; done
 ok "is resumed" wide --scale 1 --steps 4 --resume
 ok "and samples" "$build/sample" "$dir/wide" -n 2 --seed 1 -o "$dir/s.png"
+for i in $(seq 10 79); do mkdir -p "$dir/many/c$i" && cp "$dir/data/bar/001.png" "$dir/many/c$i"; done # more than codes
+mkdir "$dir/wide2" && cp "$dir/remapped.safetensors" "$dir/wide2/vqgan.safetensors"
+ok "70 classes, and none of them" "$build/train" --config "$dir/wide.txt" --data "$dir/many" --run "$dir/wide2" --scale 1 --steps 1 --label-dropout 0.1
 ok "remap it once more" wide --vqgan --remap
 cp "$dir/err" "$dir/said"
 ok "is in no time, once there are transitions" sh -c "grep -q 'tokens number $K of 64 codes already, and transitions' '$dir/said' && ! grep -q encoding '$dir/said'"
