@@ -3,8 +3,9 @@
  * Owns what liblmdb is used for: opening a database read-only, its keys in their order (the order in which the official
  * LSUN scripts visit them), and one value at a time, from any number of threads.
  *
- * Refuses: files that are not an LMDB, of another format version, or shorter than their header says; liblmdb maps a file
- * into memory and trusts it, so that this is looked at before. Whether the values are pictures, images.c finds out.
+ * Refuses: files that are not an LMDB, of another format version, shorter than their header says, or whose pages point
+ * anywhere but into the file; liblmdb maps a file into memory and trusts it, so that every page of keys is looked at before.
+ * Whether the values are pictures, images.c finds out.
  *
  * How it is built: a key becomes a name, in which all but printable ASCII is written %XX, and a name a key again; with
  * the path of the file in front it looks like a file in a folder, and no real file can have that path. Nobody writes to
@@ -27,6 +28,7 @@ enum {
     PAGE_BYTES_AT = META_AT + 24,
     META_END = META_AT + 136
 };
+enum { FLAGS_AT = META_AT + 76, ROOT_AT = META_AT + 112 }; /* of the database without a name */
 enum { LAST_PAGE_AT = META_AT + 120, TRANSACTION_AT = META_AT + 128, VERSION = 1 };
 static const uint32_t LMDB_MAGIC = 0xBEEFC0DE;
 
@@ -54,43 +56,121 @@ void lmdb_close(Lmdb *x) {
     free(x);
 }
 
-/* One header page at `at`: *page_bytes (0: unknown yet), *pages and *transaction of the newer one so far. */
-static Err check_header(int fd, const char *path, size_t at, uint32_t *page_bytes, uint64_t *pages,
-                        uint64_t *transaction) {
+/* What the newer header says; the pages that were looked at. */
+typedef struct {
+    const char *path;
+    int fd;
+    uint32_t page_bytes; /* 0: unknown yet */
+    uint16_t flags;
+    uint64_t pages, transaction, root, visited;
+} Tree;
+
+static Err check_header(Tree *t, size_t at) {
     uint8_t head[META_END];
     uint32_t version, size;
     uint64_t last, number;
-    if (pread(fd, head, sizeof head, (off_t)at) != (ssize_t)sizeof head || !lmdb_is(head, sizeof head))
-        return err("%s: is not an LMDB, or a damaged one: its header %zu is not there", path, at ? (size_t)1 : 0);
+    if (pread(t->fd, head, sizeof head, (off_t)at) != (ssize_t)sizeof head || !lmdb_is(head, sizeof head))
+        return err("%s: is not an LMDB, or a damaged one: its header %zu is not there", t->path, at ? (size_t)1 : 0);
     memcpy(&version, head + VERSION_AT, sizeof version);
     memcpy(&size, head + PAGE_BYTES_AT, sizeof size);
     memcpy(&last, head + LAST_PAGE_AT, sizeof last);
     memcpy(&number, head + TRANSACTION_AT, sizeof number);
-    if (version != VERSION) return err("%s: is an LMDB of format %u, %d expected", path, version, VERSION);
-    if (size < 512 || size > 65536 || (size & (size - 1)) != 0 || (*page_bytes && size != *page_bytes))
-        return err("%s: damaged LMDB: pages of %u bytes", path, size);
-    if (last >= UINT64_MAX / 65536) return err("%s: damaged LMDB: %ju pages", path, (uintmax_t)last);
-    if (!*page_bytes || number > *transaction) *pages = last + 1, *transaction = number;
-    *page_bytes = size;
+    if (version != VERSION) return err("%s: is an LMDB of format %u, %d expected", t->path, version, VERSION);
+    if (size < 512 || size > 65536 || (size & (size - 1)) != 0 || (t->page_bytes && size != t->page_bytes))
+        return err("%s: damaged LMDB: pages of %u bytes", t->path, size);
+    if (last >= UINT64_MAX / 65536) return err("%s: damaged LMDB: %ju pages", t->path, (uintmax_t)last);
+    if (!t->page_bytes || number > t->transaction) {
+        t->pages = last + 1, t->transaction = number;
+        memcpy(&t->flags, head + FLAGS_AT, sizeof t->flags);
+        memcpy(&t->root, head + ROOT_AT, sizeof t->root);
+    }
+    t->page_bytes = size;
     return OK;
+}
+
+/* A page: its number (8 bytes), 2 unused, flags, where free space begins and ends (2 each), then where each node lies (2
+ * each). A node: three 16-bit words (a value's size, or a page's number), the key's size, the key, the value; a large value
+ * lies in pages of its own, whose first one's number stands here. */
+enum { PAGE_HEAD = 16, NODE_HEAD = 8, BRANCH = 1, LEAF = 2, BIG_VALUE = 1, DEEPEST = 32 };
+
+static Err damaged(const Tree *t, uint64_t page, const char *what) {
+    return err("%s: damaged LMDB: page %ju: %s", t->path, (uintmax_t)page, what);
+}
+
+static unsigned word(const uint8_t *p) {
+    uint16_t x;
+    memcpy(&x, p, sizeof x);
+    return x;
+}
+
+/* The node at `at` of a leaf: its value lies in the page, or in the file. */
+static Err check_value(const Tree *t, uint64_t number, const uint8_t *page, size_t at) {
+    const unsigned flags = word(page + at + 4);
+    const uint64_t size = word(page + at) | (uint64_t)word(page + at + 2) << 16, file = t->pages * t->page_bytes;
+    const size_t value = at + NODE_HEAD + word(page + at + 6);
+    uint64_t first;
+    if (flags & ~(unsigned)BIG_VALUE)
+        return damaged(t, number, "a value that is no picture: a database or several values");
+    if (!flags) return value + size <= t->page_bytes ? OK : damaged(t, number, "a value is longer than the page");
+    if (value + sizeof first > t->page_bytes) return damaged(t, number, "a value lies behind the page");
+    memcpy(&first, page + value, sizeof first);
+    return first > 1 && first < t->pages && size <= file - first * t->page_bytes - PAGE_HEAD
+               ? OK
+               : damaged(t, number, "a value lies behind the file");
+}
+
+/* The pages from page `number` down; branches hold two or more. */
+static Err check_page(Tree *t, uint64_t number, int depth) {
+    uint8_t *page;
+    if (number < 2 || number >= t->pages) return damaged(t, number, "is not there");
+    if (depth == DEEPEST || t->visited++ == t->pages) return damaged(t, number, "is met in circles");
+    TRY(mem_alloc(&page, t->page_bytes, 1, "a page"));
+    uint64_t self = 0;
+    Err e = OK;
+    if (pread(t->fd, page, t->page_bytes, (off_t)(number * t->page_bytes)) != (ssize_t)t->page_bytes)
+        e = damaged(t, number, "cannot be read");
+    memcpy(&self, page, sizeof self);
+    const unsigned flags = word(page + 10), lower = word(page + 12), upper = word(page + 14);
+    const size_t n = lower < PAGE_HEAD ? 0 : (lower - PAGE_HEAD) / 2;
+    if (e == OK && (self != number || (flags != BRANCH && flags != LEAF) || lower % 2 || upper > t->page_bytes ||
+                    lower > upper || n < (flags == BRANCH ? 2 : 1)))
+        e = damaged(t, number, "its head is nonsense");
+    for (size_t i = 0; i < n && e == OK; i++) {
+        const size_t at = word(page + PAGE_HEAD + 2 * i);
+        if (at < upper || at % 2 || at + NODE_HEAD > t->page_bytes ||
+            at + NODE_HEAD + word(page + at + 6) > t->page_bytes)
+            e = damaged(t, number, "a key lies behind the page");
+        else if (flags == LEAF)
+            e = check_value(t, number, page, at);
+        else
+            e = check_page(t,
+                           word(page + at) | (uint64_t)word(page + at + 2) << 16 | (uint64_t)word(page + at + 4) << 32,
+                           depth + 1);
+    }
+    free(page);
+    return e;
+}
+
+static Err check_tree(Tree *t, size_t file_bytes) {
+    TRY(check_header(t, 0));
+    TRY(check_header(t, t->page_bytes));
+    if (t->pages * t->page_bytes > (uint64_t)file_bytes)
+        return err("%s: the LMDB is cut short: %zu bytes, its header says %ju; copy it again", t->path, file_bytes,
+                   (uintmax_t)(t->pages * t->page_bytes));
+    if (t->flags) return err("%s: an LMDB of flags %#x, which no data set of pictures has", t->path, t->flags);
+    return t->root == UINT64_MAX ? OK : check_page(t, t->root, 0); /* no root: nothing in it */
 }
 
 static Err check_file(const char *path, size_t *file_bytes) {
     struct stat st;
-    uint32_t page_bytes = 0;
-    uint64_t pages = 0, transaction = 0;
-    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
-    if (fd < 0) return err("%s: %s", path, strerror(errno));
-    Err e = fstat(fd, &st) == 0 && S_ISREG(st.st_mode) ? OK : err("%s: is not a regular file", path);
-    if (e == OK) e = check_header(fd, path, 0, &page_bytes, &pages, &transaction);
-    if (e == OK) e = check_header(fd, path, page_bytes, &page_bytes, &pages, &transaction);
-    close(fd);
-    if (e != OK) return e;
-    *file_bytes = (size_t)st.st_size;
-    if (pages * page_bytes > (uint64_t)st.st_size)
-        return err("%s: the LMDB is cut short: %jd bytes, its header says %ju; copy it again", path,
-                   (intmax_t)st.st_size, (uintmax_t)(pages * page_bytes));
-    return OK;
+    Tree t = {.path = path};
+    t.fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+    if (t.fd < 0) return err("%s: %s", path, strerror(errno));
+    Err e = fstat(t.fd, &st) == 0 && S_ISREG(st.st_mode) ? OK : err("%s: is not a regular file", path);
+    *file_bytes = e == OK ? (size_t)st.st_size : 0;
+    if (e == OK) e = check_tree(&t, *file_bytes);
+    close(t.fd);
+    return e;
 }
 
 static Err failed(const char *path, int code) {

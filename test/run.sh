@@ -73,6 +73,7 @@ check mpi test/test_mpi.sh "$build"
 check fetch test/test_fetch.sh
 if command -v "${PYTHON:-python3}" >/dev/null; then
     check torch "${PYTHON:-python3}" test/test_torch.py "$build"
+    check validation "${PYTHON:-python3}" test/test_validation.py "$build"
     check lpips "${PYTHON:-python3}" test/test_lpips.py "$build"
 else
     echo "torch: skipped: no ${PYTHON:-python3}"

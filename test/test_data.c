@@ -329,6 +329,54 @@ static void test_lmdb_damage(void) {
     write_lmdb(path, MDB_NOSUBDIR, NULL, 0);
     CHECK_ERR(dataset_open(&d, set, SPLIT_ALL), "has no pictures");
 }
+/* Pages of keys whose words are anything: an error, or pictures that are there; never a crash. Branches, leaves, values in
+ * their page and in pages of their own. */
+static void test_lmdb_pages(void) {
+    enum { N = 300, PAGE = 4096 };
+    static char key[N][8];
+    static Record r[N];
+    static uint8_t good[1 << 21], bad[1 << 21];
+    size_t n, refused = 0, read_all = 0, tried = 0;
+    put_file(in_folder("few"), "forty bytes are no picture, but a value.", 40);
+    for (size_t i = 0; i < N; i++) {
+        snprintf(key[i], sizeof key[i], "%05zu", i * 7);
+        r[i] = (Record){key[i], 5, in_folder(i % 3 ? "few" : "value0.png")};
+    }
+    make_folder("pages");
+    const char *path = in_folder("pages/data.mdb"), *set = in_folder("pages");
+    write_lmdb(path, MDB_NOSUBDIR, r, N);
+    memcpy(good, get_file(path, &n), sizeof good < (1 << 20) ? sizeof good : 1 << 20);
+    CHECK(n < 1 << 20);
+    for (size_t page = 2; page < n / PAGE; page++) {
+        uint16_t flags;
+        memcpy(&flags, good + page * PAGE + 10, sizeof flags);
+        if (flags != 1 && flags != 2) continue;
+        for (size_t k = 0; k < 160; k++, tried++) {
+            const uint64_t stream = page << 32 | k;
+            const size_t at = page * PAGE + (k < 40 ? k : 2 * rng_below(1, stream, 0, PAGE / 2));
+            const uint16_t value = k % 2 ? (uint16_t)rng_below(1, stream, 1, 65536) : (uint16_t)(0xffff << k % 16);
+            Dataset d;
+            memcpy(bad, good, n);
+            memcpy(bad + at, &value, sizeof value);
+            put_file(path, bad, n);
+            refused += dataset_open(&d, set, SPLIT_ALL) != OK;
+            for (size_t i = 0; i < d.n; i++) {
+                Image im;
+                int damaged = 0;
+                read_all += dataset_picture(&d, i, 0, &im, &damaged) == OK;
+                image_free(&im);
+            }
+            dataset_close(&d);
+        }
+    }
+    CHECK(tried > 500 && refused > tried / 8 && read_all > 0);
+    put_file(path, good, n); /* negative control */
+    Dataset d;
+    CHECK_OK(dataset_open(&d, set, SPLIT_ALL));
+    CHECK(d.n == N);
+    dataset_close(&d);
+}
+
 #else
 static void test_lmdb_keys(void) {
     Dataset d;
@@ -340,6 +388,7 @@ static void test_lmdb_keys(void) {
 }
 static void test_lmdb_split(void) {}
 static void test_lmdb_damage(void) {}
+static void test_lmdb_pages(void) {}
 #endif
 
 static void test_epoch_order(void) {
@@ -832,6 +881,7 @@ int main(int argc, char **argv) {
     test_lmdb_keys();
     test_lmdb_split();
     test_lmdb_damage();
+    test_lmdb_pages();
     test_epoch_order();
     test_label_dropped();
     test_loader();

@@ -182,7 +182,7 @@ class GPT(nn.Module):
         return self.head(self.ln_f(y))[:, -x.shape[1] :]
 
 
-# ---- the first stage: names and shapes alone ----
+# ---- the first stage ----
 
 
 def norm(channels):
@@ -200,12 +200,23 @@ class Resnet(nn.Module):
         if a != b:
             self.nin_shortcut = conv(a, b, 1)
 
+    def forward(self, x):
+        y = self.conv1(F.silu(self.norm1(x)))
+        y = self.conv2(F.silu(self.norm2(y)))
+        return y + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+
 
 class Attn(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.norm = norm(c)
         self.q, self.k, self.v, self.proj_out = (conv(c, c, 1) for _ in range(4))
+
+    def forward(self, x):
+        y = self.norm(x)
+        q, k, v = (f(y).flatten(2) for f in (self.q, self.k, self.v))
+        weight = (q.transpose(1, 2) @ k / math.sqrt(x.shape[1])).softmax(-1)
+        return x + self.proj_out((v @ weight.transpose(1, 2)).view_as(x))
 
 
 def middle(c):
@@ -262,6 +273,45 @@ class Vqgan(nn.Module):
             self.quantize.register_buffer("used", torch.zeros_like(used, dtype=torch.int64))
         self.quant_conv, self.post_quant_conv = conv(z, embed, 1), conv(embed, z, 1)
 
+    @staticmethod
+    def blocks(level, x):
+        for i, block in enumerate(level.block):
+            x = block(x)
+            if len(level.attn):
+                x = level.attn[i](x)
+        return x
+
+    @staticmethod
+    def ends(side, x):
+        return side.conv_out(F.silu(side.norm_out(x)))
+
+    def encode(self, x):
+        """pictures (B,3,H,W) -> latents (B,embed_dim,h,w), before the quantizer"""
+        enc = self.encoder
+        x = enc.conv_in(x)
+        for level in enc.down:
+            x = self.blocks(level, x)
+            if hasattr(level, "downsample"):
+                x = level.downsample.conv(F.pad(x, (0, 1, 0, 1)))
+        x = enc.mid.block_2(enc.mid.attn_1(enc.mid.block_1(x)))
+        return self.quant_conv(self.ends(enc, x))
+
+    def nearest(self, z):
+        """the codes (B,h,w) nearest to latents, and their vectors as latents"""
+        book = self.quantize.embedding.weight
+        codes = torch.cdist(z.movedim(1, -1), book).argmin(-1)
+        return codes, book[codes].movedim(-1, 1)
+
+    def decode(self, z):
+        dec = self.decoder
+        x = dec.conv_in(self.post_quant_conv(z))
+        x = dec.mid.block_2(dec.mid.attn_1(dec.mid.block_1(x)))
+        for level in reversed(dec.up):
+            x = self.blocks(level, x)
+            if hasattr(level, "upsample"):
+                x = level.upsample.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return self.ends(dec, x)
+
 
 # ---- a transition's file: the official DenoisingModel ----
 
@@ -297,6 +347,12 @@ def run(*command):
         print(f"FAIL {' '.join(command)}: exit status {done.returncode}\n     {done.stderr.strip()[-300:]}")
         print(f"{passed} passed, {failed + 1} failed")
         sys.exit(1)
+    return done.stdout
+
+
+def finish():
+    print(f"{passed} passed, {failed} failed")
+    return failed != 0
 
 
 def load_vqgan(folder):
@@ -343,7 +399,7 @@ def check_model(build, folder, dtype, T=3):
         check_scale(folder, t, vqgan, first_stage, said, dtype)
 
 
-def train(build, scratch, name, changes):
+def train(build, scratch, name, changes, steps="4"):
     """A model of three scales by a changed test/tiny.txt; the first stage is trained once."""
     recipe, folder = f"{scratch}/{name}.txt", f"{scratch}/{name}"
     with open("test/tiny.txt") as f:
@@ -353,7 +409,7 @@ def train(build, scratch, name, changes):
         text = text.replace(old, new)
     with open(recipe, "w") as f:
         f.write(text)
-    options = ["--config", recipe, "--data", f"{scratch}/data", "--run", folder, "--steps", "4"]
+    options = ["--config", recipe, "--data", f"{scratch}/data", "--run", folder, "--steps", steps]
     if os.path.isdir(f"{scratch}/plain"):
         os.mkdir(folder)
         shutil.copy(f"{scratch}/plain/vqgan.safetensors", folder)
@@ -422,8 +478,7 @@ def main():
             train(build, scratch, "five", [("n_unmasked 2", "n_unmasked 5"), (kind, "x_transformer.XTransformer")]),
             torch.float32,
         )
-    print(f"{passed} passed, {failed} failed")
-    return failed != 0
+    return finish()
 
 
 if __name__ == "__main__":
