@@ -161,8 +161,9 @@ static Err gradients(Stage *s, Metrics *mean, double *norm) {
     return OK;
 }
 
-/* The optimizer's part of the step */
-static Err update(Stage *s, const Metrics *mean, double norm, double *lr) {
+/* The optimizer's part of the step. *bad: the step is not to count, for what was seen after it; all that it changed is to be
+ * as a checkpoint has it. */
+static Err update(Stage *s, const Metrics *mean, double norm, double *lr, const char **bad) {
     remember_step(s, mean->loss, norm);
     s->adam.lr = *lr = s->lr_scale * lr_at(&s->lr, s->step);
     s->step++;
@@ -170,7 +171,9 @@ static Err update(Stage *s, const Metrics *mean, double norm, double *lr) {
         adamw_step(s->params, &s->adam, s->step);
     else /* the moving average once per micro batch, as the official code */
         adamw_ema_step(s->params, &s->adam, s->step, s->ema_decay, ++s->ema_updates);
-    return s->after_step ? s->after_step(s) : OK;
+    if (s->after_step) TRY(s->after_step(s, bad));
+    if (*bad) s->step--;
+    return OK;
 }
 
 static Err draw_picture(Stage *s, void *view) {
@@ -223,13 +226,13 @@ static Err run(Stage *s) {
         double lr = 0, norm = 0;
         e = gradients(s, &m, &norm);
         const char *bad = e == OK ? what_is_bad(s, m.loss, norm) : NULL;
+        if (e == OK && !bad) e = update(s, &m, norm, &lr, &bad);
+        if (e != OK) break;
         if (bad) {
             e = roll_back(s, &m, norm, bad);
             if (e == OK) e = ranks_agree(begin_report(s, &p, &v));
             continue;
         }
-        if (e == OK) e = update(s, &m, norm, &lr);
-        if (e != OK) break;
         if (due(s->step, s->opt->eval_every, s->steps)) e = gather_usage(s);
         if (e == OK) e = ranks_agree(first ? report_step(s, &p, &v, &m, lr, norm) : OK);
         stop = interrupted();

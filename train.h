@@ -8,6 +8,7 @@
  *
  * For tests only, from the environment:
  *   IMAGEBART_TEST_NAN="stage:micro[,micro...]"    the loss of these micro batches becomes NaN
+ *   IMAGEBART_TEST_NAN_DISCRIMINATOR=...           ... the norm of the discriminator's gradient behind them
  *   IMAGEBART_TEST_SPIKE="stage:micro[,micro...]"  ... a hundred times what it is
  *   IMAGEBART_TEST_PAUSE=SECONDS                   between tries while the disk is full, instead of 30 */
 #ifndef TRAIN_H
@@ -91,7 +92,8 @@ struct Stage {
     Err (*micro_batch)(Stage *s, uint64_t micro, Metrics *out); /* forward, loss, backward with weight 1/accumulate */
     Err (*evaluate)(Stage *s, Metrics *out);                    /* on the held-out split */
     Err (*picture)(Stage *s, const char *path);
-    Err (*after_step)(Stage *s); /* NULL: nothing to do */
+    Err (*after_step)(Stage *s,
+                      const char **bad); /* *bad: why the step must not count after all; NULL: nothing to do */
 
     Dataset train, val;
     size_t size; /* pixels a side */
@@ -162,7 +164,7 @@ void gan_free(Stage *s);
  * 1/accumulate of the gradient of nll, and to loss; the gradients of the discriminator's own loss. Then its update. */
 Err gan_generator(Stage *s, const real *images, const real *xrec, double *loss);
 Err gan_discriminator(Stage *s, const real *xrec, double *loss);
-Err gan_after_step(Stage *s);
+Err gan_after_step(Stage *s, const char **bad);
 /* Its part of the state file, of --init, of a line of the log and of the progress line */
 Err gan_same(const Stage *s); /* an error unless all ranks have the same */
 Err gan_collect_state(const Stage *s, TensorList *list);
@@ -239,6 +241,7 @@ Err survive_collect(Stage *s, TensorList *list);
 /* The number of micro batch i of the present step; the loss as tests want it */
 uint64_t micro_number(const Stage *s, size_t i);
 double test_loss(const Stage *s, uint64_t micro, double loss);
+double test_discriminator(const Stage *s, double norm);
 /* NULL, or what is wrong with a step of this loss and norm; a step that was right becomes part of the measure */
 const char *what_is_bad(const Stage *s, double loss, double norm);
 void remember_step(Stage *s, double loss, double norm);

@@ -233,7 +233,7 @@ static Err judge_anew(Stage *s) {
 }
 
 /* s->step counts the step that has just been made; the learning rate is the first stage's. */
-Err gan_after_step(Stage *s) {
+Err gan_after_step(Stage *s, const char **bad) {
     Gan *g = s->gan;
     if (g && s->step == g->start) forget_steps(s);
     if (!g || s->step <= g->first) return OK;
@@ -243,12 +243,10 @@ Err gan_after_step(Stage *s) {
     TRY(gradients_end(g->params));
     TRY(ranks_sum(sums, 3));
     g->disc = sums[0], g->g = sums[1], g->d_weight = sums[2];
-    const double norm = params_grad_norm(g->params);
-    if (!isfinite(g->disc) || !isfinite(norm))
-        return err(
-            "%s step %llu: the discriminator's loss is %g and its gradient norm %g; the last checkpoint is intact "
-            "(a smaller --lr?)",
-            s->name, (unsigned long long)s->step, g->disc, norm);
+    if (!isfinite(g->disc) || !isfinite(test_discriminator(s, params_grad_norm(g->params)))) {
+        *bad = "discriminator not finite";
+        return OK;
+    }
     g->adam.lr = s->adam.lr;
     adamw_step(g->params, &g->adam, s->step - g->first);
     return OK;

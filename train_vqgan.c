@@ -62,8 +62,9 @@ static Err restart_codes(Stage *s) {
 }
 
 /* Codes that no latent chose for a while are put where latents are, until the last fifth of the run settles them. */
-static Err vqgan_after_step(Stage *s) {
-    TRY(gan_after_step(s));
+static Err vqgan_after_step(Stage *s, const char **bad) {
+    TRY(gan_after_step(s, bad));
+    if (*bad) return OK;
     if (!s->restart_every || s->step % s->restart_every) return OK;
     if (s->step >= s->steps - s->steps / 5) return OK;
     if (ranks() > 1) TRY(ranks_sum_counts(s->usage, vqgan_config(s->vqgan)->n_embed));
