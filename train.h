@@ -8,8 +8,8 @@
  *
  * For tests only, from the environment:
  *   IMAGEBART_TEST_NAN="stage:micro[,micro...]"    the loss of these micro batches becomes NaN
- *   IMAGEBART_TEST_NAN_DISCRIMINATOR=...           ... the norm of the discriminator's gradient behind them
  *   IMAGEBART_TEST_SPIKE="stage:micro[,micro...]"  ... a hundred times what it is
+ *   IMAGEBART_TEST_NAN_DISCRIMINATOR=...           the discriminator's gradient norm becomes NaN behind them
  *   IMAGEBART_TEST_PAUSE=SECONDS                   between tries while the disk is full, instead of 30 */
 #ifndef TRAIN_H
 #define TRAIN_H
