@@ -118,9 +118,9 @@ CFLAGS_ANY := -std=c11 -D_GNU_SOURCE -g $(OPT) -ffp-contract=fast -fno-math-errn
 CFLAGS := $(CFLAGS_ANY) $(if $(HAVE_MARCH),-march=$(MARCH))
 LDLIBS := $(if $(HAVE_WEBP),-lwebp) $(if $(HAVE_LMDB),-llmdb) -lpng -ljpeg -lz -lm -lpthread
 
-COMPONENTS := base gemm stream conv checkpoint ckpt digest params images lmdb data tokens vqgan_layers vqgan discriminator perceptual layers attention transformer decode optimizer device classes diffusion
+COMPONENTS := base gemm stream conv checkpoint ckpt digest params images lmdb data tokens vqgan_layers vqgan discriminator perceptual layers attention transformer decode optimizer device classes model diffusion
 PROGRAMS := sample train inpaint
-COLD := checkpoint ckpt digest params images lmdb data tokens classes # whose speed is that of files: compiled for the first level only
+COLD := checkpoint ckpt digest params images lmdb data tokens classes model # whose speed is that of files: compiled for the first level only
 TESTS := base gemm conv checkpoint ckpt images data vqgan discriminator perceptual transformer classes diffusion
 TESTS_DOUBLE := gemm conv vqgan discriminator perceptual transformer
 

@@ -309,6 +309,12 @@ void atomic_abandon(AtomicFile *f) {
     f->temporary[0] = 0;
 }
 
+Err atomic_close(AtomicFile *f, Err e) {
+    if (e == OK) return atomic_commit(f);
+    atomic_abandon(f);
+    return e;
+}
+
 int disk_full(void) {
     return io_errno == ENOSPC || io_errno == EDQUOT || io_errno == EFBIG;
 }
@@ -362,6 +368,14 @@ size_t dtype_size(Dtype d) {
 }
 const char *dtype_name(Dtype d) {
     return (unsigned)d < DT_COUNT ? dtypes[d].name : "?";
+}
+
+Err dtype_of_store(Dtype *out, const char *name) {
+    static const char *const names[] = {"f32", "f16", "bf16"};
+    static const Dtype types[] = {DT_F32, DT_F16, DT_BF16};
+    for (int k = 0; k < 3; k++)
+        if (!strcmp(name, names[k])) return *out = types[k], OK;
+    return err("%.200s: expected f32, f16 or bf16", name);
 }
 
 /* x in a 16-bit format of 1 sign bit, 15 - m exponent bits and m mantissa bits (F16: m = 10, BF16: m = 7), rounded to
@@ -1069,9 +1083,7 @@ static Err write_file(const char *path, const Text *header, const Tensor *const 
     Err e = atomic_write(&f, header->s, header->n);
     for (size_t i = 0; i < n && e == OK; i++)
         e = write_tensor(&f, order[i], from_real ? from_real[order[i] - tensor] : 0);
-    if (e == OK) e = atomic_commit(&f);
-    atomic_abandon(&f);
-    return e;
+    return atomic_close(&f, e);
 }
 
 Err checkpoint_write(const char *path, const Tensor *tensor, const int *from_real, size_t n, const Config *meta) {

@@ -649,10 +649,7 @@ Err dataset_write_damaged(const Dataset *d, const char *path) {
             e = atomic_write(&f, all.item[i].name, strlen(all.item[i].name));
             if (e == OK) e = atomic_write(&f, "\n", 1);
         }
-        if (e == OK)
-            e = atomic_commit(&f);
-        else
-            atomic_abandon(&f);
+        e = atomic_close(&f, e);
     }
     names_free(&all);
     return e;

@@ -22,7 +22,8 @@
  *        decode.cu       the same, token by token
  *        optimizer.cu    its losses, AdamW, EMA
  *        device.cu       all of it on a GPU
- *     7. diffusion.c     the Markov chain: schedules, noise, posterior, sampling over scales, named models
+ *     7. diffusion.c     the Markov chain: schedules, noise, posterior, sampling over scales
+ *        model.c         named models, recipes, what a model's folder holds
  *        classes.c       what the classes of a model are called
  *     8. cli.c           what the three programs share: options, progress, pictures in a terminal
  *     9. parallel.c      ./train in more than one process
@@ -246,7 +247,8 @@ void config_free(Config *c);
 /* ---- Files ---- */
 typedef enum { DT_F64, DT_F32, DT_F16, DT_BF16, DT_I64, DT_I32, DT_I16, DT_I8, DT_U8, DT_BOOL, DT_COUNT } Dtype;
 size_t dtype_size(Dtype d);
-const char *dtype_name(Dtype d); /* "F32", ... as safetensors spells it */
+const char *dtype_name(Dtype d);                  /* "F32", ... as safetensors spells it */
+Err dtype_of_store(Dtype *out, const char *name); /* f32, f16 or bf16: how weights for sampling are stored */
 
 enum { TENSOR_DIMS = 8, NAME_MAX_BYTES = 160 };
 typedef struct {
@@ -302,7 +304,8 @@ typedef struct {
 Err atomic_open(AtomicFile *f, const char *path);
 Err atomic_write(AtomicFile *f, const void *data, size_t bytes);
 Err atomic_commit(AtomicFile *f);
-void atomic_abandon(AtomicFile *f); /* safe after a failure or twice */
+void atomic_abandon(AtomicFile *f);     /* safe after a failure or twice */
+Err atomic_close(AtomicFile *f, Err e); /* commits if e, of writing it, is OK; else abandons it and gives e back */
 /* Writes behind a file's end: all of it, or none of it and an error. */
 Err file_append(const char *path, const void *data, size_t bytes);
 /* Did the last of this thread's AtomicFiles and file_appends fail for want of room (ENOSPC, EDQUOT, EFBIG)? */
@@ -415,6 +418,8 @@ typedef enum {
     PREP_IMAGENET, /* the same; training takes a random crop */
     PREP_LSUN      /* centre square, then FILTER_BICUBIC; training flips at random */
 } Prep;
+Err prep_read(Prep *out,
+              const Config *c); /* data.prep of a recipe or a file: folder (without one), ffhq, imagenet, lsun */
 /* out (3,size,size) = the picture in [-1,1] (u8/127.5 - 1). u_crop_y, u_crop_x in [0,1): where a random crop lies
  * (PREP_IMAGENET in training; pass -1 for a centre crop); flip: mirror left-right. */
 Err image_prepare(real *out, const Image *im, Prep prep, size_t size, double u_crop_y, double u_crop_x, int flip);
@@ -775,7 +780,7 @@ typedef struct {
 Err transformer_draw_cuda(Transformer *m, const DrawOptions *o, int32_t *tokens);
 
 /* ------------------------------------------------------------------------------------------------------------
- * 7. diffusion.c: the Markov chain over tokens (paper section 3.1; SPEC sections 3 and 5)
+ * 7. diffusion.c: the Markov chain over tokens (paper section 3.1; SPEC sections 3 and 5); model.c, classes.c
  * ---------------------------------------------------------------------------------------------------------- */
 /* redraw_prob as in the official configs: "geometric", a number, "alphacum:a0,a1,...", "ffhq_bernoulli_PSIM" (T = 2),
  * "bernoulli_PSIM" (T = 3 or 5), or "curve:FILE": equal steps of a metric curve (two columns: alphacum, metric). */
@@ -797,7 +802,7 @@ void sample_probs(real *prob, const real *logits, size_t K, int32_t guide, doubl
 /* Index of the first cumulative probability above u; skips zeros. -1 if nothing is above 0. */
 int32_t sample_pick(const real *prob, size_t K, double u);
 
-/* A model: a VQGAN, a schedule and T transitions in one folder. */
+/* ---- model.c: a model as it lies on the disk: a VQGAN, a schedule and T transitions in one folder ---- */
 typedef struct {
     const char *name, *folder, *vqgan, *zip, *schedule, *what; /* what: one line for --list */
     int T;
@@ -879,6 +884,7 @@ size_t classes_named(const Model *m, const char *name, int32_t *label);
 /* A number, a synset, a name or a part of one -> label; an ambiguous or unknown one is an error that lists what there is. */
 Err model_class(const Model *m, const char *name, int32_t *label);
 
+/* ---- diffusion.c: drawing from a model ---- */
 /* How blocks of several positions went at a scale: see SampleOptions.block. */
 typedef struct {
     size_t passes;       /* of the decoder, over a block of every sample in a batch */

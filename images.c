@@ -599,13 +599,7 @@ Err image_write_png(const char *path, const Image *im, const Config *text) {
     PngOut p = {.im = im};
     Err e = png_texts(&p, text);
     if (e == OK) e = atomic_open(&p.file, path);
-    if (e == OK) {
-        e = png_encode(&p);
-        if (e == OK)
-            e = atomic_commit(&p.file);
-        else
-            atomic_abandon(&p.file);
-    }
+    if (e == OK) e = atomic_close(&p.file, png_encode(&p));
     free(p.text);
     return e;
 }
@@ -825,6 +819,15 @@ static Err centre_square(Image *out, const Image *im) {
     TRY(image_alloc(out, side, side));
     for (size_t y = 0; y < side; y++) memcpy(out->rgb + y * side * 3, im->rgb + ((y0 + y) * im->W + x0) * 3, side * 3);
     return OK;
+}
+
+Err prep_read(Prep *out, const Config *c) {
+    static const char *const names[] = {"folder", "ffhq", "imagenet", "lsun"};
+    const char *name = config_get(c, "data.", "prep");
+    *out = PREP_FOLDER;
+    for (int k = 0; name && k < 4; k++)
+        if (!strcmp(name, names[k])) return *out = (Prep)k, OK;
+    return name ? err("data.prep %.200s: expected folder, ffhq, imagenet or lsun", name) : OK;
 }
 
 Err prep_resize(Image *out, const Image *im, Prep prep, size_t size) {

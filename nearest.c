@@ -74,6 +74,7 @@ static Err compare_all(Search *s, Model *m, const Dataset *d, Loader *l, real *i
         TRY(loader_next(l, &read, &s->labels));
         memcpy(images, read, s->rows * s->pixels * sizeof *images);
         TRY(compare_batch(s, m, images, codes));
+        if (interrupted()) return err("interrupted; the pictures are drawn, --nearest was not done with them");
         progress_line("comparing with %zu of %zu pictures", s->first + s->rows, d->n);
     }
     progress_end();
@@ -100,15 +101,6 @@ static void report(const Search *s, const Dataset *d, const char *path) {
         d->n, path, all, s->n, most, close);
 }
 
-/* A model's own preparation of pictures, if its file says so. */
-static Prep prep_of(const Model *m) {
-    static const char *const names[] = {"folder", "ffhq", "imagenet", "lsun"};
-    const char *name = config_get(&m->meta, "data.", "prep");
-    for (int k = 0; k < 4 && name; k++)
-        if (!strcmp(name, names[k])) return (Prep)k;
-    return PREP_FOLDER;
-}
-
 Err nearest_report(Model *m, const int32_t *tokens, size_t n, const char *path) {
     const size_t N = m->h * m->w, pixels = 3 * m->side * m->side;
     Search s = {.tokens = tokens, .n = n, .N = N, .pixels = pixels};
@@ -116,8 +108,9 @@ Err nearest_report(Model *m, const int32_t *tokens, size_t n, const char *path) 
     Loader *l = NULL;
     real *drawn = NULL, *images = NULL;
     int32_t *codes = NULL;
-    LoaderConfig c = {.prep = prep_of(m), .B = AT_ONCE, .size = m->side, .mark = 1};
-    Err e = dataset_open(&d, path, SPLIT_TRAIN);
+    LoaderConfig c = {.B = AT_ONCE, .size = m->side, .mark = 1};
+    Err e = prep_read(&c.prep, &m->meta);
+    if (e == OK) e = dataset_open(&d, path, SPLIT_TRAIN);
     if (e == OK) e = mem_alloc(&drawn, n, pixels * sizeof *drawn, "drawn pictures");
     if (e == OK) e = mem_alloc(&images, AT_ONCE, pixels * sizeof *images, "pictures to compare with");
     if (e == OK) e = mem_alloc(&codes, AT_ONCE * N, sizeof *codes, "their tokens");

@@ -145,15 +145,12 @@ static void sample(SamplingArgs *a, const char *chain_path, const char *nearest)
 }
 
 static void convert(SamplingArgs *a, const char *folder, const char *store) {
-    static const char *const names[] = {"f32", "f16", "bf16"};
-    static const Dtype types[] = {DT_F32, DT_F16, DT_BF16};
     Model m;
-    size_t k = 0;
-    while (k < 3 && strcmp(store, names[k]) != 0) k++;
-    if (k == 3) usage_error("--store %s: expected f32, f16 or bf16", store);
+    Dtype type;
+    if (dtype_of_store(&type, store) != OK) usage_error("--store %s", err_text());
     check(model_open(&m, a->model, NULL));
     m.no_ema = a->no_ema;
-    check(model_convert(&m, folder, types[k]));
+    check(model_convert(&m, folder, type));
     printf("%s\n", folder);
     model_close(&m);
 }

@@ -59,9 +59,7 @@ Err tokens_write(const char *path, const Tokens *x) {
     Err e = atomic_write(&f, &head, sizeof head);
     if (e == OK) e = atomic_write(&f, x->label, x->n * sizeof *x->label);
     if (e == OK) e = atomic_write(&f, x->token, count * sizeof *x->token);
-    if (e == OK) return atomic_commit(&f);
-    atomic_abandon(&f);
-    return e;
+    return atomic_close(&f, e);
 }
 
 /* x from an open file of `size` bytes; every size is checked against the length before memory is asked for. */

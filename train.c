@@ -1,10 +1,11 @@
 /* train.c - trains every part of a model: the VQGAN, one transition, or all transitions in one network.
  *
  * Reading order: the options at the end of the file say what a user can ask for; `Stage` (train.h) is what is being
- * trained; train_vqgan.c (with train_gan.c, its discriminator) and train_scale.c are the two kinds of stage, each as four
- * functions: one micro batch, an evaluation, a picture, the weights that sampling uses; here is the one loop that drives
- * them; train_run.c keeps the run, train_survive.c what it goes on after, train_view.c shows it; train_schedule.c is
- * --schedule. No mathematics here: it is in vqgan.c, transformer.cu and diffusion.c. */
+ * trained. The two kinds of stage are train_vqgan.c (with its discriminator, LPIPS and codebook in train_gan.c,
+ * train_perceptual.c and train_codes.c) and train_scale.c, each as three functions: one micro batch, an evaluation, a
+ * picture. Here is the one loop that drives them; parallel.c adds up the gradients of several processes. train_run.c
+ * keeps the run, train_survive.c is what it goes on after, train_view.c shows it; train_schedule.c is --schedule. No
+ * mathematics here: it is in vqgan.c, transformer.cu and diffusion.c. */
 #include "train.h"
 
 #include <errno.h>
@@ -42,7 +43,7 @@ static Err read_recipe(Stage *s) {
 static const char LR[] = "model.params.scheduler_config.params.";
 
 /* What the user gave goes over the recipe; --steps alone also fits warm-up and decay to the shorter run. */
-Err apply_options(Stage *s) {
+static Err apply_options(Stage *s) {
     const Options *o = s->opt;
     Config *c = &s->settings;
     if (o->steps != NOT_GIVEN) {
@@ -69,15 +70,6 @@ Err apply_options(Stage *s) {
     return OK;
 }
 
-static Err choose(int *out, const Config *c, const char *key, const char *const *names, int n) {
-    const char *value = config_get(c, "", key);
-    if (!value) return OK;
-    for (*out = 0; *out < n; ++*out)
-        if (!strcmp(value, names[*out])) return OK;
-    return err("%s %s: not one of %s, %s, %s%s%s", key, value, names[0], names[1], names[2], n > 3 ? ", " : "",
-               n > 3 ? names[3] : "");
-}
-
 /* `batch` of the settings is of a rank if the user or the recipe says it, of all ranks as a state file keeps it: so that
  * a run may go on with another number of ranks. given: of a rank. */
 static Err share_batch(Stage *s, int given) {
@@ -92,12 +84,11 @@ static Err share_batch(Stage *s, int given) {
 }
 
 static Err read_settings(Stage *s, int continuing) {
-    static const char *const stores[] = {"f32", "f16", "bf16"}, *const preps[] = {"folder", "ffhq", "imagenet", "lsun"};
-    static const Dtype dtypes[] = {DT_F32, DT_F16, DT_BF16};
     const Config *c = &s->settings;
+    const char *store = config_get(c, "imagebart.", "store");
     size_t seed = 23, huge = SIZE_MAX / 2; /* 23: the official default */
     double base = 0;
-    int store = 0, prep = PREP_FOLDER, is_vqgan = s->opt->vqgan;
+    const int is_vqgan = s->opt->vqgan;
     s->batch = 16, s->accumulate = 1, s->steps = 0;
     s->adam = (AdamW){0, is_vqgan ? 0.5 : 0.9, is_vqgan ? 0.9 : 0.95, 1e-8, 1};
     s->lr = (LrSchedule){2.5e-6, 1e-4, 1e-8, 0, 0};
@@ -136,10 +127,9 @@ static Err read_settings(Stage *s, int continuing) {
         s->lr_scale = base * (double)(s->of * s->accumulate);
     }
     TRY(config_flag(&s->compact, c, "imagebart.", "compact", 1));
-    TRY(choose(&store, c, "imagebart.store", stores, 3));
-    TRY(choose(&prep, c, "data.prep", preps, 4));
-    s->store = dtypes[store], s->prep = (Prep)prep, s->seed = seed;
-    return OK;
+    s->store = DT_F32, s->seed = seed;
+    if (store && dtype_of_store(&s->store, store) != OK) return err_in("imagebart.store");
+    return prep_read(&s->prep, c);
 }
 
 /* ------------------------------------------------------------------------------------------------------------
@@ -171,8 +161,9 @@ static Err gradients(Stage *s, Metrics *mean, double *norm) {
     return OK;
 }
 
-/* The optimizer's part of the step */
-static Err update(Stage *s, const Metrics *mean, double norm, double *lr) {
+/* The optimizer's part of the step. *bad: the step is not to count, for what was seen after it; all that it changed is to be
+ * as a checkpoint has it. */
+static Err update(Stage *s, const Metrics *mean, double norm, double *lr, const char **bad) {
     remember_step(s, mean->loss, norm);
     s->adam.lr = *lr = s->lr_scale * lr_at(&s->lr, s->step);
     s->step++;
@@ -180,7 +171,9 @@ static Err update(Stage *s, const Metrics *mean, double norm, double *lr) {
         adamw_step(s->params, &s->adam, s->step);
     else /* the moving average once per micro batch, as the official code */
         adamw_ema_step(s->params, &s->adam, s->step, s->ema_decay, ++s->ema_updates);
-    return s->after_step ? s->after_step(s) : OK;
+    if (s->after_step) TRY(s->after_step(s, bad));
+    if (*bad) s->step--;
+    return OK;
 }
 
 static Err draw_picture(Stage *s, void *view) {
@@ -233,13 +226,13 @@ static Err run(Stage *s) {
         double lr = 0, norm = 0;
         e = gradients(s, &m, &norm);
         const char *bad = e == OK ? what_is_bad(s, m.loss, norm) : NULL;
+        if (e == OK && !bad) e = update(s, &m, norm, &lr, &bad);
+        if (e != OK) break;
         if (bad) {
             e = roll_back(s, &m, norm, bad);
             if (e == OK) e = ranks_agree(begin_report(s, &p, &v));
             continue;
         }
-        if (e == OK) e = update(s, &m, norm, &lr);
-        if (e != OK) break;
         if (due(s->step, s->opt->eval_every, s->steps)) e = gather_usage(s);
         if (e == OK) e = ranks_agree(first ? report_step(s, &p, &v, &m, lr, norm) : OK);
         stop = interrupted();
@@ -503,20 +496,18 @@ static void train(const Options *o) {
 }
 
 /* The first stage in the run, for transitions as the recipe has them: with their pictures, prepared their way. */
-static void remap(const Options *o) {
-    Stage s;
+static Err remap(const Options *o) {
     Options transition = *o;
-    memset(&s, 0, sizeof s);
+    Stage s = {.opt = &transition, .name = "scale1"};
     transition.vqgan = transition.all = 0;
     transition.scale = 1;
-    s.opt = &transition;
-    snprintf(s.name, sizeof s.name, "scale1");
-    check(read_recipe(&s));
-    check(read_settings(&s, 0));
-    check(dataset_open_lists(&s.train, o->data, o->list, o->val_list, SPLIT_TRAIN));
-    check(make_folder(o->run));
-    check(remap_first_stage(&s));
+    Err e = read_recipe(&s);
+    if (e == OK) e = read_settings(&s, 0);
+    if (e == OK) e = dataset_open_lists(&s.train, o->data, o->list, o->val_list, SPLIT_TRAIN);
+    if (e == OK) e = make_folder(o->run);
+    if (e == OK) e = remap_first_stage(&s);
     free_stage(&s);
+    return e;
 }
 
 static int any_interrupted(void) {
@@ -533,8 +524,7 @@ static void train_and_remap(const Options *o) {
     check_all(ranks_any(&there));
     if (!o->remap || o->resume || !there) train(o);
     if (!o->remap || any_interrupted()) return;
-    if (rank() == 0) remap(o);
-    check_all(OK); /* the others wait */
+    check_all(rank() == 0 ? remap(o) : OK);
 }
 
 static void make_schedule(const Options *o) {
@@ -555,6 +545,7 @@ static void train_all(Options *o) {
     o->vqgan = 1;
     train_and_remap(o);
     o->vqgan = 0;
+    if (o->init && is_file(o->init)) o->init = NULL; /* it is a first stage's */
     for (o->scale = 1; o->scale <= T && !any_interrupted(); o->scale++) train(o);
     if (any_interrupted()) return;
     ranks_end();
@@ -586,132 +577,161 @@ static const char intro[] =
     "usage: ./train [MODEL] (--vqgan | --scale N | --joint | --all) [options]\n\n"
     "Trains one part of an ImageBART model. Three steps make a model:\n"
     "  1. ./train emoji --vqgan --data data/emoji    a VQGAN learns to write a picture as a grid of tokens and back\n"
-    "  2. ./train emoji --scale N --data data/emoji  for N = 1..T: noise has replaced a part of the tokens, more at "
-    "each\n"
-    "                                                scale; a transformer learns to undo one step of it\n"
+    "  2. ./train emoji --scale N --data data/emoji  for N = 1..T: noise has replaced a part of the tokens, more at\n"
+    "                                                each scale; a transformer learns to undo one step of it\n"
     "  3. ./sample runs/emoji                        starts from pure noise and runs the steps back, T to 1\n"
-    "--all runs them one after the other. "
-    "MODEL names a recipe models/MODEL.txt (default emoji). Everything is kept in the run folder; the pictures there "
-    "show\n"
-    "held-out examples as training goes on.\n";
+    "--all does all three; killed, it goes on where it was. Everything is kept in the run's folder: weights,\n"
+    "checkpoints, log.tsv, loss.svg and, as training goes on, pictures of held-out examples.\n";
+
+static Options options = {.model = "emoji",
+                          .steps = NOT_GIVEN,
+                          .batch = NOT_GIVEN,
+                          .accumulate = NOT_GIVEN,
+                          .seed = NOT_GIVEN,
+                          .save_every = 100,
+                          .eval_every = 500,
+                          .picture_every = 500,
+                          .keep = 2,
+                          .precision = "bf16",
+                          .alpha = -1,
+                          .label_dropout = -1};
+
+static const Option table[] = {
+    {OPT_HEADING, "Arguments", NULL, NULL, 0, 0, NULL},
+    {OPT_ARGUMENT, "MODEL", NULL, &options.model, 0, 0,
+     "its recipe, models/MODEL.txt: emoji (default), photos, ffhq ...; or a folder with\nconfig.txt"},
+
+    {OPT_HEADING, "What to train (one of)", NULL, NULL, 0, 0, NULL},
+    {OPT_FLAG, "--vqgan", NULL, &options.vqgan, 0, 0, "the first stage: pictures to tokens and back"},
+    {OPT_SIZE, "--scale", "N", &options.scale, 1, MAX_SCALES, "the transition x_N -> x_(N-1)"},
+    {OPT_FLAG, "--joint", NULL, &options.joint, 0, 0, "all transitions in one network, a random scale each step"},
+    {OPT_FLAG, "--all", NULL, &options.all, 0, 0, "the first stage, then every scale, then draw samples with ./sample"},
+    {OPT_STRING, "--schedule", "psim", &options.schedule, 0, 0,
+     "nothing yet: measure, with the run's VQGAN, how far scales must be apart to look\n"
+     "equally far apart, and write RUN/psim.txt and the recipe's line"},
+
+    {OPT_HEADING, "On what", NULL, NULL, 0, 0, NULL},
+    {OPT_STRING, "--data", "PATH", &options.data, 0, 0,
+     "a folder of PNG, JPEG and WebP pictures (sub-folders are classes; train/ and val/\n"
+     "are the split if they exist, else 1 in 20 is held out), LSUN's LMDB, or a list\n"
+     "file (default data/MODEL)"},
+    {OPT_STRING, "--list", "FILE", &options.list, 0, 0,
+     "of the folder --data only what this file names, a picture a line, such as the\n"
+     "official ffhqtrain.txt"},
+    {OPT_STRING, "--val-list", "FILE", &options.val_list, 0, 0,
+     "and hold out what this one names (ffhqvalidation.txt)"},
+
+    {OPT_HEADING, "Beginning and going on", NULL, NULL, 0, 0, NULL},
+    {OPT_STRING, "--run", "DIR", &options.run, 0, 0, "the run's folder (default runs/MODEL)"},
+    {OPT_FLAG, "--resume", NULL, &options.resume, 0, 0, "continue the run, bit for bit as if it had not stopped"},
+    {OPT_STRING, "--init", "PATH", &options.init, 0, 0,
+     "start from the weights in this folder (models/emoji, another run) or file (an\n"
+     "official vqgan .ckpt; with --all it is the first stage's), not from noise"},
+    {OPT_STRING, "--config", "FILE", &options.config, 0, 0, "the recipe, instead of models/MODEL.txt"},
+
+    {OPT_HEADING, "How (over what the recipe says)", NULL, NULL, 0, 0, NULL},
+    {OPT_SIZE, "--steps", "N", &options.steps, 1, UINT32_MAX,
+     "optimizer steps in all; warm-up and cosine decay fit themselves to it"},
+    {OPT_SIZE, "--batch", "N", &options.batch, 1, 65536, "pictures per micro batch"},
+    {OPT_SIZE, "--accumulate", "N", &options.accumulate, 1, 65536, "micro batches per step"},
+    {OPT_REAL, "--lr", "X", &options.lr, 1e-12, 10, "peak learning rate"},
+    {OPT_SIZE, "--seed", "N", &options.seed, 0, 9e15, "of everything random (default 23)"},
+    {OPT_FLAG, "--bf16-states", NULL, &options.bf16_states, 0, 0,
+     "the optimizer's moments in bf16, rounded at random: half their memory"},
+
+    {OPT_HEADING, "How: the first stage (whose discriminator is the recipe's: README)", NULL, NULL, 0, 0, NULL},
+    {OPT_STRING, "--perceptual", "FILE[,FILE]", &options.perceptual, 0, 0,
+     "weights of LPIPS, a part of the loss: a VQGAN's .ckpt, or torchvision's\n"
+     "vgg16-397923af.pth and LPIPS's vgg.pth (default: what models/lpips has, where the\n"
+     "recipe wants it); none: without"},
+    {OPT_STRING, "--convert-perceptual", "OUT", &options.convert_perceptual, 0, 0,
+     "write what --perceptual names as one safetensors file, and end"},
+    {OPT_FLAG, "--remap", NULL, &options.remap, 0, 0,
+     "then let tokens number only the codes that the training pictures use; at once\n"
+     "where the run has a first stage, unless --resume trains it further"},
+
+    {OPT_HEADING, "How: transitions", NULL, NULL, 0, 0, NULL},
+    {OPT_REAL, "--alpha", "X", &options.alpha, 0, 1,
+     "loss = X soft (KL to the posterior) + (1-X) hard (cross entropy)"},
+    {OPT_REAL, "--label-dropout", "P", &options.label_dropout, 0, 1,
+     "with classes: leave the class out this often, so that ./sample can guide\n(--guidance); 0.1 is usual"},
+    {OPT_FLAG, "--balance", NULL, &options.balance, 0, 0, "draw every class equally often, however few its pictures"},
+
+    {OPT_HEADING, "Keeping", NULL, NULL, 0, 0, NULL},
+    {OPT_SIZE, "--save-every", "N", &options.save_every, 1, UINT32_MAX, "steps between checkpoints (default 100)"},
+    {OPT_SIZE, "--keep", "N", &options.keep, 1, KEEP_MAX,
+     "checkpoints that are kept, the newest and those before it (default 2)"},
+    {OPT_FLAG, "--no-wait", NULL, &options.no_wait, 0, 0,
+     "stop when the disk is full, instead of trying until it is not"},
+    {OPT_STRING, "--store", "TYPE", &options.store, 0, 0, "f32, f16 or bf16: how the weights for sampling are stored"},
+
+    {OPT_HEADING, "Seeing", NULL, NULL, 0, 0, NULL},
+    {OPT_SIZE, "--eval-every", "N", &options.eval_every, 1, UINT32_MAX,
+     "steps between evaluations on the held-out pictures (default 500)"},
+    {OPT_SIZE, "--picture-every", "N", &options.picture_every, 1, UINT32_MAX, "steps between pictures (default 500)"},
+    {OPT_FLAG, "--eval", NULL, &options.eval, 0, 0, "only evaluate what the run has"},
+
+    {OPT_HEADING, "On which machine", NULL, NULL, 0, 0, NULL},
+    {OPT_SIZE, "--threads", "N", &options.threads, 0, 4096, "0 (default): all; the result does not depend on it"},
+    {OPT_STRING, "--device", "cpu|cuda", &options.device, 0, 0, "where to train (default cpu)"},
+    {OPT_STRING, "--precision", "TYPE", &options.precision, 0, 0,
+     "with --device cuda: bf16 (default), weights and sums still in float, or f32"},
+    {OPT_HEADING,
+     "Several processes: mpirun -np 2 --bind-to none ./train ... (needs MPI; README, \"More than one machine\").\n"
+     "Each takes --batch pictures, and the gradients are added up.",
+     NULL, NULL, 0, 0, NULL},
+    {OPT_END, NULL, NULL, NULL, 0, 0, NULL}};
+
+static void check_options(const Options *o) {
+    if (o->vqgan + o->joint + o->all + (o->scale > 0) + (o->schedule != NULL) != 1)
+        usage_error("give one of --vqgan, --scale N, --joint, --all, --schedule psim; -h explains");
+    if (o->schedule && strcmp(o->schedule, "psim")) usage_error("--schedule %s: expected psim", o->schedule);
+    if (o->schedule && (o->eval || o->resume)) usage_error("--schedule goes with neither --eval nor --resume");
+    if (o->val_list && !o->list) usage_error("--val-list goes with --list, which names the training pictures");
+    if (o->remap && (!(o->vqgan || o->all) || o->eval))
+        usage_error("--remap goes with --vqgan or --all, without --eval");
+    if (o->perceptual && !(o->vqgan || o->all)) usage_error("--perceptual goes with --vqgan or --all");
+    if (o->vqgan && (o->alpha >= 0 || o->label_dropout >= 0 || o->balance))
+        usage_error("--alpha, --label-dropout and --balance are of transitions, --vqgan trains none");
+    if (o->all && o->eval) usage_error("--eval evaluates one stage: --vqgan, --scale N or --joint");
+    if (strcmp(o->precision, "bf16") && strcmp(o->precision, "f32"))
+        usage_error("--precision %s: expected bf16 or f32", o->precision);
+}
+
+/* Where nothing is said, run and data are called as the recipe is. */
+static void default_folders(Options *o) {
+    static char run_folder[1100], data[1100];
+    const char *slash = strrchr(o->model, '/'), *short_name = slash && slash[1] ? slash + 1 : o->model;
+    snprintf(run_folder, sizeof run_folder, "runs/%s", short_name);
+    snprintf(data, sizeof data, "data/%s", short_name);
+    if (!o->run) o->run = run_folder;
+    if (!o->data) o->data = data;
+}
 
 int main(int argc, char **argv) {
-    static char default_run[1100];
-    Options o = {.model = "emoji",
-                 .steps = NOT_GIVEN,
-                 .batch = NOT_GIVEN,
-                 .accumulate = NOT_GIVEN,
-                 .seed = NOT_GIVEN,
-                 .save_every = 100,
-                 .eval_every = 500,
-                 .picture_every = 500,
-                 .keep = 2,
-                 .program = argv[0],
-                 .precision = "bf16",
-                 .alpha = -1,
-                 .label_dropout = -1};
-    const Option table[] = {
-        {OPT_HEADING, "Arguments", NULL, NULL, 0, 0, NULL},
-        {OPT_ARGUMENT, "MODEL", NULL, &o.model, 0, 0,
-         "emoji, another recipe models/MODEL.txt, or a folder with config.txt"},
-        {OPT_HEADING, "What to train (one of)", NULL, NULL, 0, 0, NULL},
-        {OPT_FLAG, "--vqgan", NULL, &o.vqgan, 0, 0, "the first stage: pictures to tokens and back"},
-        {OPT_SIZE, "--scale", "N", &o.scale, 1, MAX_SCALES, "the transition x_N -> x_(N-1)"},
-        {OPT_FLAG, "--joint", NULL, &o.joint, 0, 0, "all transitions in one network, a random scale each step"},
-        {OPT_FLAG, "--all", NULL, &o.all, 0, 0,
-         "the first stage, then every scale, then draw samples with ./sample; the same\ncommand again goes on where it "
-         "was "
-         "stopped"},
-        {OPT_STRING, "--schedule", "psim", &o.schedule, 0, 0,
-         "nothing yet: measure, with the run's VQGAN, how far scales must be apart to\nlook equally far apart, and "
-         "write "
-         "RUN/psim.txt and the recipe's line"},
-        {OPT_HEADING, "On what", NULL, NULL, 0, 0, NULL},
-        {OPT_STRING, "--data", "PATH", &o.data, 0, 0,
-         "a folder of PNG, JPEG and WebP pictures (sub-folders are classes; train/ and val/\n"
-         "are the split if they exist, else 1 in 20 is held out), LSUN's LMDB, or a list\nfile (default data/MODEL)"},
-        {OPT_STRING, "--list", "FILE", &o.list, 0, 0,
-         "of the folder --data only what this file names, a picture a line, such as the\nofficial ffhqtrain.txt"},
-        {OPT_STRING, "--val-list", "FILE", &o.val_list, 0, 0, "and hold out what this one names (ffhqvalidation.txt)"},
-        {OPT_STRING, "--run", "DIR", &o.run, 0, 0, "where weights, log and pictures go (default runs/MODEL)"},
-        {OPT_STRING, "--config", "FILE", &o.config, 0, 0, "the recipe, instead of models/MODEL.txt"},
-        {OPT_STRING, "--init", "PATH", &o.init, 0, 0,
-         "start from the weights in this folder (models/emoji, another run) or file (an\nofficial vqgan .ckpt), not "
-         "from "
-         "noise"},
-        {OPT_STRING, "--perceptual", "FILE[,FILE]", &o.perceptual, 0, 0,
-         "first stage: weights of LPIPS, a part of the loss: a VQGAN's .ckpt, or torchvision's\nvgg16-397923af.pth and "
-         "LPIPS's vgg.pth (default: what models/lpips has, where the\nrecipe wants it); none: without"},
-        {OPT_STRING, "--convert-perceptual", "OUT", &o.convert_perceptual, 0, 0,
-         "write what --perceptual names as one safetensors file, and end"},
-        {OPT_HEADING, "How", NULL, NULL, 0, 0, NULL},
-        {OPT_SIZE, "--steps", "N", &o.steps, 1, UINT32_MAX,
-         "optimizer steps in all; warm-up and cosine decay fit themselves to it"},
-        {OPT_SIZE, "--batch", "N", &o.batch, 1, 65536, "pictures per micro batch"},
-        {OPT_SIZE, "--accumulate", "N", &o.accumulate, 1, 65536, "micro batches per step"},
-        {OPT_REAL, "--lr", "X", &o.lr, 1e-12, 10, "peak learning rate"},
-        {OPT_REAL, "--alpha", "X", &o.alpha, 0, 1, "loss = X soft (KL to the posterior) + (1-X) hard (cross entropy)"},
-        {OPT_REAL, "--label-dropout", "P", &o.label_dropout, 0, 1,
-         "transitions with classes: leave the class out this often, so that ./sample can\nguide (--guidance); 0.1 is "
-         "usual"},
-        {OPT_SIZE, "--seed", "N", &o.seed, 0, 9e15, "of everything random (default 23)"},
-        {OPT_FLAG, "--balance", NULL, &o.balance, 0, 0,
-         "transitions: draw every class equally often, however few its pictures"},
-        {OPT_FLAG, "--bf16-states", NULL, &o.bf16_states, 0, 0,
-         "the optimizer's moments in bf16, rounded at random: half their memory"},
-        {OPT_STRING, "--store", "TYPE", &o.store, 0, 0, "f32, f16 or bf16: how the weights for sampling are stored"},
-        {OPT_SIZE, "--save-every", "N", &o.save_every, 1, UINT32_MAX, "steps between checkpoints (default 100)"},
-        {OPT_SIZE, "--keep", "N", &o.keep, 1, KEEP_MAX,
-         "states that are kept, the newest and those before it (default 2)"},
-        {OPT_FLAG, "--no-wait", NULL, &o.no_wait, 0, 0,
-         "stop when the disk is full, instead of trying until it is not"},
-        {OPT_SIZE, "--eval-every", "N", &o.eval_every, 1, UINT32_MAX, "steps between evaluations (default 500)"},
-        {OPT_SIZE, "--picture-every", "N", &o.picture_every, 1, UINT32_MAX, "steps between pictures (default 500)"},
-        {OPT_FLAG, "--remap", NULL, &o.remap, 0, 0,
-         "with --vqgan or --all: then let tokens number only the codes that the training pictures\nuse; at once where "
-         "the run has a first stage, unless --resume trains it further"},
-        {OPT_FLAG, "--resume", NULL, &o.resume, 0, 0, "continue the run, bit for bit as if it had not stopped"},
-        {OPT_FLAG, "--eval", NULL, &o.eval, 0, 0, "only evaluate what the run has, on the held-out pictures"},
-        {OPT_STRING, "--device", "cpu|cuda", &o.device, 0, 0, "where to train (default cpu)"},
-        {OPT_STRING, "--precision", "TYPE", &o.precision, 0, 0,
-         "with --device cuda: bf16 (default), weights and sums still in float, or f32"},
-        {OPT_SIZE, "--threads", "N", &o.threads, 0, 4096, "0 (default): all; the result does not depend on it"},
-        {OPT_END, NULL, NULL, NULL, 0, 0, NULL}};
+    Options *o = &options;
     signal(SIGXFSZ, SIG_IGN), signal(SIGPIPE, SIG_IGN); /* both are errors of the write, which are dealt with there */
+    o->program = argv[0];
     options_parse(argc, argv, table, intro);
-    if (o.convert_perceptual) {
-        if (!o.perceptual) usage_error("--convert-perceptual goes with --perceptual, which names what to convert");
-        check(convert_perceptual(o.perceptual, o.convert_perceptual));
+    if (o->convert_perceptual) {
+        if (!o->perceptual) usage_error("--convert-perceptual goes with --perceptual, which names what to convert");
+        check(convert_perceptual(o->perceptual, o->convert_perceptual));
         return 0;
     }
-    if (o.vqgan + o.joint + o.all + (o.scale > 0) + (o.schedule != NULL) != 1)
-        usage_error("give one of --vqgan, --scale N, --joint, --all, --schedule psim; -h explains");
-    if (o.schedule && strcmp(o.schedule, "psim")) usage_error("--schedule %s: expected psim", o.schedule);
-    if (o.schedule && (o.eval || o.resume)) usage_error("--schedule goes with neither --eval nor --resume");
-    if (o.val_list && !o.list) usage_error("--val-list goes with --list, which names the training pictures");
-    if (o.remap && (!(o.vqgan || o.all) || o.eval)) usage_error("--remap goes with --vqgan or --all, without --eval");
-    if (o.perceptual && !(o.vqgan || o.all)) usage_error("--perceptual goes with --vqgan or --all");
-    if (o.all && o.eval) usage_error("--eval evaluates one stage: --vqgan, --scale N or --joint");
-    if (strcmp(o.precision, "bf16") && strcmp(o.precision, "f32"))
-        usage_error("--precision %s: expected bf16 or f32", o.precision);
+    check_options(o);
+    default_folders(o);
     check(ranks_start(say_waiting));
-    if (o.device && !strcmp(o.device, "cuda") && ranks() > 1) check_all(cuda_choose(rank_local()));
-    o.cuda = check_device(o.device);
-    threads_set(o.threads ? (int)o.threads : rank_threads());
-    const char *slash = strrchr(o.model, '/'), *short_name = slash && slash[1] ? slash + 1 : o.model;
-    static char default_data[1100];
-    snprintf(default_run, sizeof default_run, "runs/%s", short_name);
-    snprintf(default_data, sizeof default_data, "data/%s", short_name);
-    if (!o.run) o.run = default_run;
-    if (!o.data) o.data = default_data;
-    if (o.schedule && ranks() > 1)
+    if (o->device && !strcmp(o->device, "cuda") && ranks() > 1) check_all(cuda_choose(rank_local()));
+    o->cuda = check_device(o->device);
+    threads_set(o->threads ? (int)o->threads : rank_threads());
+    if (o->schedule && ranks() > 1)
         check_all(err("--schedule runs in one process"));
-    else if (o.schedule)
-        make_schedule(&o);
-    else if (o.all)
-        train_all(&o);
+    else if (o->schedule)
+        make_schedule(o);
+    else if (o->all)
+        train_all(o);
     else
-        train_and_remap(&o);
+        train_and_remap(o);
     ranks_end();
     return 0;
 }

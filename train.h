@@ -1,13 +1,15 @@
 /* train.h - what the files of ./train share: the user's options, the stage being trained, the run's folder.
  *
  * train.c reads options and recipe and drives the loop; train_vqgan.c and train_scale.c are the two kinds of stage, first
- * stage and transition, train_gan.c the first one's discriminator; train_run.c keeps the run: memory plan, checkpoints,
- * log; train_survive.c is what a run goes on after: bad batches, full disks, damaged files; train_view.c shows it;
- * train_schedule.c measures a schedule. Nobody else includes this.
+ * stage and transition; train_gan.c, train_perceptual.c and train_codes.c are the first one's discriminator, LPIPS and
+ * codebook; train_run.c keeps the run: memory plan, checkpoints, log; train_survive.c is what a run goes on after: bad
+ * batches, full disks, damaged files; train_view.c shows it; train_schedule.c measures a schedule. Nobody else includes
+ * this.
  *
  * For tests only, from the environment:
  *   IMAGEBART_TEST_NAN="stage:micro[,micro...]"    the loss of these micro batches becomes NaN
  *   IMAGEBART_TEST_SPIKE="stage:micro[,micro...]"  ... a hundred times what it is
+ *   IMAGEBART_TEST_NAN_DISCRIMINATOR=...           the discriminator's gradient norm becomes NaN behind them
  *   IMAGEBART_TEST_PAUSE=SECONDS                   between tries while the disk is full, instead of 30 */
 #ifndef TRAIN_H
 #define TRAIN_H
@@ -90,7 +92,8 @@ struct Stage {
     Err (*micro_batch)(Stage *s, uint64_t micro, Metrics *out); /* forward, loss, backward with weight 1/accumulate */
     Err (*evaluate)(Stage *s, Metrics *out);                    /* on the held-out split */
     Err (*picture)(Stage *s, const char *path);
-    Err (*after_step)(Stage *s); /* NULL: nothing to do */
+    Err (*after_step)(Stage *s,
+                      const char **bad); /* *bad: why the step must not count after all; NULL: nothing to do */
 
     Dataset train, val;
     size_t size; /* pixels a side */
@@ -149,8 +152,6 @@ Err view_close(Stage *s, void *view);
 /* train_vqgan.c, train_scale.c: build the stage of Stage.settings. */
 Err vqgan_stage(Stage *s);
 Err transition_stage(Stage *s);
-/* train.c: what the user gave goes over Stage.settings */
-Err apply_options(Stage *s);
 
 /* train_gan.c: the first stage's discriminator, if the recipe asks for one; without one all of these do nothing.
  * gan_create, when it is known whether there is a perceptual loss, reads the settings, train.freeze_encoder too;
@@ -163,8 +164,9 @@ void gan_free(Stage *s);
  * 1/accumulate of the gradient of nll, and to loss; the gradients of the discriminator's own loss. Then its update. */
 Err gan_generator(Stage *s, const real *images, const real *xrec, double *loss);
 Err gan_discriminator(Stage *s, const real *xrec, double *loss);
-Err gan_after_step(Stage *s);
+Err gan_after_step(Stage *s, const char **bad);
 /* Its part of the state file, of --init, of a line of the log and of the progress line */
+Err gan_same(const Stage *s); /* an error unless all ranks have the same */
 Err gan_collect_state(const Stage *s, TensorList *list);
 Err gan_load_state(Stage *s, const Checkpoint *ck);
 Err gan_start_from(Stage *s, const Checkpoint *ck);
@@ -199,7 +201,9 @@ static inline uint64_t example_number(const Stage *s, uint64_t micro, size_t b) 
     return micro * s->of + s->first + b;
 }
 
-/* train_run.c. out = RUN/STAGEsuffix, returned */
+/* train_run.c. To stderr, by the first rank alone */
+void note(const char *fmt, ...) PRINTF_LIKE(1, 2);
+/* out = RUN/STAGEsuffix, returned */
 const char *run_path(const Stage *s, char out[1100], const char *suffix);
 int file_exists(const char *path);
 Err make_folder(const char *path);
@@ -237,14 +241,15 @@ Err survive_collect(Stage *s, TensorList *list);
 /* The number of micro batch i of the present step; the loss as tests want it */
 uint64_t micro_number(const Stage *s, size_t i);
 double test_loss(const Stage *s, uint64_t micro, double loss);
+double test_discriminator(const Stage *s, double norm);
 /* NULL, or what is wrong with a step of this loss and norm; a step that was right becomes part of the measure */
 const char *what_is_bad(const Stage *s, double loss, double norm);
 void remember_step(Stage *s, double loss, double norm);
 void forget_steps(Stage *s); /* the loss will be another one from here on */
 /* Back to the last checkpoint, from where the present step's micro batches are left out. */
 Err roll_back(Stage *s, const Metrics *m, double norm, const char *reason);
-Err list_skipped(Stage *s,
-                 void *line); /* RUN/skipped_batches.tsv: what the state leaves out, and one more line or NULL */
+/* RUN/skipped_batches.tsv: what the state leaves out, and one more line or NULL */
+Err list_skipped(Stage *s, void *line);
 /* write(s, argument), again and again while the disk is full, unless --no-wait or a signal says otherwise. bytes: what it
  * takes, at least. */
 Err until_room(Stage *s, Err (*write)(Stage *s, void *argument), void *argument, size_t bytes);

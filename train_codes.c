@@ -69,12 +69,12 @@ Err fit_to_codes(Stage *s, NetConfig *c) {
     const int x = c->kind == NET_X;
     size_t reads = max_size(v->re_embed, (size_t)s->schedule.T + 1);
     char key[128];
-    if (c->has_class) reads = max_size(reads, s->train.n_classes);
+    if (c->has_class) reads = max_size(reads, s->train.n_classes + (s->label_dropout > 0)); /* "no class" too */
     snprintf(key, sizeof key, "%s%s", prefix, x ? "dec_num_tokens" : "vocab_size");
     TRY(config_set(&s->settings, key, "%zu", v->re_embed));
     snprintf(key, sizeof key, "%s%s", prefix, x ? "enc_num_tokens" : "input_vocab_size");
     if ((x ? c->enc_num_tokens : c->input_vocab_size) == v->n_embed) TRY(config_set(&s->settings, key, "%zu", reads));
-    fprintf(stderr, "%s: %zu token values, the codes of %zu that are in use\n", s->name, v->re_embed, v->n_embed);
+    note("%s: %zu token values, the codes of %zu that are in use\n", s->name, v->re_embed, v->n_embed);
     return net_config_read(c, &s->settings, "model.params.");
 }
 
@@ -171,6 +171,11 @@ Err remap_first_stage(Stage *s) {
     TRY(copy_vqgan(s));
     TRY(open_vqgan(s, path));
     const size_t n = vqgan_config(s->vqgan)->n_embed;
+    if (vqgan_used(s->vqgan) && check_untrained(s) != OK) { /* --all goes on */
+        fprintf(stderr, "%s: tokens number %zu of %zu codes already, and transitions are trained on them\n", path, s->K,
+                n);
+        return OK;
+    }
     Err e = mem_alloc(&usage, n, sizeof *usage, "code usage");
     if (e == OK) e = mem_alloc(&used, n, sizeof *used, "codes in use");
     if (e == OK) e = count_pictures(s, usage);

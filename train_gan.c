@@ -54,10 +54,9 @@ static Err read_feature_weight(Gan *g, const Config *c, int has_perceptual) {
     TRY(config_real(&perceptual, c, LOSS, "perceptual_weight", 0, 1e6, 1));
     if (perceptual > 0 && !has_perceptual && !config_get(c, "train.", "feature_weight")) {
         g->feature_weight = perceptual;
-        fprintf(stderr,
-                "perceptual_weight %g without its network: the discriminator's features are matched instead "
-                "(train.feature_weight)\n",
-                perceptual);
+        note("perceptual_weight %g without its network: the discriminator's features are matched instead "
+             "(train.feature_weight)\n",
+             perceptual);
     }
     return config_real(&g->feature_weight, c, "train.", "feature_weight", 0, 1e6, 1);
 }
@@ -100,7 +99,7 @@ Err gan_create(Stage *s) {
     if (!config_get(c, "train.", "codebook_weight"))
         TRY(config_real(&s->w_codebook, c, LOSS, "codebook_weight", 0, 1e6, 1));
     TRY(config_flag(&frozen, c, "train.", "freeze_encoder", 1));
-    if (frozen && !s->opt->init && !s->opt->resume && !s->opt->eval)
+    if (frozen && !s->opt->init && !config_get(c, "train.", "step"))
         return err("train.freeze_encoder true: the encoder would stay at random; --init names a trained model");
     if (frozen) freeze_encoder(s);
     TRY(config_flag(&wanted, c, "train.", "discriminator", 1));
@@ -134,8 +133,8 @@ Err gan_plan(Stage *s) {
     Gan *g = s->gan;
     if (!g) return OK;
     const Param *last = vqgan_last_layer(s->vqgan);
-    fprintf(stderr, "discriminator: %.2f million parameters, trained from step %zu on, seen from step %zu on\n",
-            (double)params_count(g->params) / 1e6, g->first + 1, g->start + 1);
+    note("discriminator: %.2f million parameters, trained from step %zu on, seen from step %zu on\n",
+         (double)params_count(g->params) / 1e6, g->first + 1, g->start + 1);
     TRY(disc_plan(g->d, s->batch, s->size, s->size, g->feature_weight > 0));
     TRY(params_plan(g->params, PLAN_VALUE | PLAN_GRAD | PLAN_ADAM));
     params_init(g->params, s->seed + 1); /* other numbers than the first stage's */
@@ -225,29 +224,29 @@ Err gan_discriminator(Stage *s, const real *xrec, double *loss) {
     return OK;
 }
 
-/* s->step counts the step that has just been made; the learning rate is the first stage's. */
-Err gan_after_step(Stage *s) {
-    Gan *g = s->gan;
-    const real *xrec;
+static Err judge_anew(Stage *s) {
+    const real *images = s->gan->images, *xrec;
     double codebook;
+    TRY(vqgan_forward(s->vqgan, images, s->batch, s->size, s->size, &xrec, &codebook));
+    TRY(judge(s, images, 1));
+    return judge(s, xrec, 0);
+}
+
+/* s->step counts the step that has just been made; the learning rate is the first stage's. */
+Err gan_after_step(Stage *s, const char **bad) {
+    Gan *g = s->gan;
     if (g && s->step == g->start) forget_steps(s);
     if (!g || s->step <= g->first) return OK;
-    if (g->official_order) {
-        TRY(vqgan_forward(s->vqgan, g->images, s->batch, s->size, s->size, &xrec, &codebook));
-        TRY(judge(s, g->images, 1));
-        TRY(judge(s, xrec, 0));
-    }
+    TRY(ranks_agree(g->official_order ? judge_anew(s) : OK));
     double sums[] = {g->disc, g->g, g->d_weight};
     TRY(gradients_begin(g->params));
     TRY(gradients_end(g->params));
     TRY(ranks_sum(sums, 3));
     g->disc = sums[0], g->g = sums[1], g->d_weight = sums[2];
-    const double norm = params_grad_norm(g->params);
-    if (!isfinite(g->disc) || !isfinite(norm))
-        return err(
-            "%s step %llu: the discriminator's loss is %g and its gradient norm %g; the last checkpoint is intact "
-            "(a smaller --lr?)",
-            s->name, (unsigned long long)s->step, g->disc, norm);
+    if (!isfinite(g->disc) || !isfinite(test_discriminator(s, params_grad_norm(g->params)))) {
+        *bad = "discriminator not finite";
+        return OK;
+    }
     g->adam.lr = s->adam.lr;
     adamw_step(g->params, &g->adam, s->step - g->first);
     return OK;
@@ -257,7 +256,13 @@ Err gan_after_step(Stage *s) {
  * State and log
  * ---------------------------------------------------------------------------------------------------------- */
 
-/* Batch norm's buffers are rows of the table. */
+/* What all ranks should have the same of. Not its values: batch norm's buffers are each rank's own, of its pictures. */
+Err gan_same(const Stage *s) {
+    const Params *p = s->gan ? s->gan->params : NULL;
+    return p ? ranks_same(p->arena[2], p->total * sizeof(real), "moments of the discriminator") : OK;
+}
+
+/* Batch norm's buffers are rows of the table: the first rank's, which nothing is computed from in training. */
 Err gan_collect_state(const Stage *s, TensorList *list) {
     if (!s->gan) return OK;
     TRY(tensor_list_params(list, s->gan->params, 'v', "value.", DT_F32));

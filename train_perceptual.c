@@ -29,16 +29,15 @@ static const char *choose_files(const Stage *s) {
 
 static void say_without(const Stage *s) {
     if (config_get(&s->settings, "train.", "step")) {
-        fprintf(stderr, "perceptual loss: trained without it, as the run began\n");
+        note("perceptual loss: trained without it, as the run began\n");
         return;
     }
     const int vgg16 = file_exists(VGG16), lins = file_exists(LINS);
-    fprintf(stderr,
-            "perceptual loss: trained without it: %s; torchvision's vgg16-397923af.pth and LPIPS's vgg.pth go to "
-            "models/lpips, or --perceptual FILE[,FILE]\n",
-            vgg16  ? "there is no " LINS
-            : lins ? "there is no " VGG16
-                   : "there are no weights in models/lpips");
+    note("perceptual loss: trained without it: %s; torchvision's vgg16-397923af.pth and LPIPS's vgg.pth go to "
+         "models/lpips, or --perceptual FILE[,FILE]\n",
+         vgg16  ? "there is no " LINS
+         : lins ? "there is no " VGG16
+                : "there are no weights in models/lpips");
 }
 
 /* The published files are known by their numbers; others may be right too, so they are only shown. */
@@ -48,14 +47,14 @@ static Err say_file(const Checkpoint *ck) {
     const int vgg16 = checkpoint_find(ck, "features.0.weight") != NULL;
     const int lins = checkpoint_find(ck, "lin0.model.1.weight") && !checkpoint_find(ck, "net.slice1.0.weight");
     TRY(file_digest(text, ck->path, lins ? DIGEST_MD5 : DIGEST_SHA256));
-    fprintf(stderr, "%s: %s %s", ck->path, lins ? "MD5" : "SHA-256", text);
+    note("%s: %s %s", ck->path, lins ? "MD5" : "SHA-256", text);
     if (vgg16 && strncmp(text, vgg16_sha256, 8))
-        fprintf(stderr, ", not torchvision's VGG16, which is %s...", vgg16_sha256);
+        note(", not torchvision's VGG16, which is %s...", vgg16_sha256);
     else if (lins && strcmp(text, lins_md5))
-        fprintf(stderr, ", not LPIPS's vgg.pth, which is %s", lins_md5);
+        note(", not LPIPS's vgg.pth, which is %s", lins_md5);
     else if (vgg16 || lins)
-        fprintf(stderr, vgg16 ? ", torchvision's VGG16" : ", LPIPS's vgg.pth");
-    fprintf(stderr, "\n");
+        note(vgg16 ? ", torchvision's VGG16" : ", LPIPS's vgg.pth");
+    note("\n");
     return OK;
 }
 
@@ -113,7 +112,7 @@ Err open_perceptual(Stage *s, size_t *bytes) {
                    "none to train without it",
                    files);
     TRY(load(&s->perceptual, files));
-    fprintf(stderr, "perceptual loss: LPIPS, weight %g\n", s->w_perceptual);
+    note("perceptual loss: LPIPS, weight %g\n", s->w_perceptual);
     TRY(perceptual_plan_bytes(s->perceptual, s->batch, s->size, s->size, 1, &plan));
     *bytes += plan + perceptual_params(s->perceptual)->total * sizeof(real);
     return OK;

@@ -9,10 +9,19 @@
 
 #include <errno.h>
 #include <math.h>
+#include <stdarg.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/stat.h>
 #include <sys/statvfs.h>
+
+void note(const char *fmt, ...) {
+    va_list args;
+    if (rank() > 0) return;
+    va_start(args, fmt);
+    vfprintf(stderr, fmt, args);
+    va_end(args);
+}
 
 const char *run_path(const Stage *s, char out[1100], const char *suffix) {
     snprintf(out, 1100, "%s/%s%s", s->opt->run, s->name, suffix);
@@ -182,6 +191,7 @@ static Err gather_state(Stage *s) {
     int damaged = dataset_damaged(&s->train) + dataset_damaged(&s->val) > 0;
     TRY(ranks_agree(params_fetch(s->params)));
     TRY(ranks_same(s->params->arena[0], s->params->total * sizeof(real), "weights after a step"));
+    TRY(gan_same(s));
     TRY(gather_usage(s));
     TRY(ranks_any(&damaged));
     return damaged ? list_all_damaged(s) : OK;
@@ -281,9 +291,7 @@ static Err log_rewind(Stage *s, void *log_path) {
         e = atomic_write(&out, line, strlen(line));
     }
     if (in) fclose(in);
-    if (e == OK) return atomic_commit(&out);
-    atomic_abandon(&out);
-    return e;
+    return atomic_close(&out, e);
 }
 
 Err log_open(Stage *s, Progress *p) {

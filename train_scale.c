@@ -247,8 +247,7 @@ static Err copy_file(const char *to, const char *from) {
     memset(&ck, 0, sizeof ck);
     TRY(checkpoint_open(&ck, from));
     Err e = atomic_open(&f, to);
-    if (e == OK) e = atomic_write(&f, ck.map, ck.map_bytes);
-    if (e == OK) e = atomic_commit(&f);
+    if (e == OK) e = atomic_close(&f, atomic_write(&f, ck.map, ck.map_bytes));
     checkpoint_close(&ck);
     return e;
 }

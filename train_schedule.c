@@ -132,9 +132,7 @@ static Err write_curve(const Measure *m, size_t n, const char *path) {
         if (keep[p]) at += snprintf(text + at, sizeof text - (size_t)at, "%.9g %.9g\n", alphacum_at(p), m->metric[p]);
     AtomicFile f;
     TRY(atomic_open(&f, path));
-    if (atomic_write(&f, text, (size_t)at) == OK) return atomic_commit(&f);
-    atomic_abandon(&f);
-    return FAILED;
+    return atomic_close(&f, atomic_write(&f, text, (size_t)at));
 }
 
 /* Read back as training will read it */

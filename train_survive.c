@@ -4,7 +4,7 @@
  * the run goes back to the newest state and leaves the step's micro batches out from then on. The numbers left out are part
  * of the state, as are the losses and norms that a step is measured against, and both decisions are functions of the step's
  * mean loss and norm alone. So a run that was killed takes the same decisions as one that was not, and ends with the same
- * bits; and so would several processes that have summed their gradients.
+ * bits; and so do several processes, which all have the same sums (parallel.c).
  *
  * Checkpoints. STAGE.state.safetensors is the newest, STAGE.state-1.safetensors the one before, and so on, --keep in all.
  * A new one is written whole under another name first; then the older ones move on and it takes its place. Each carries a
@@ -103,9 +103,7 @@ Err list_skipped(Stage *s, void *line) {
     }
     if (in) fclose(in);
     if (line && e == OK) e = atomic_write(&out, line, strlen(line));
-    if (e == OK) return atomic_commit(&out);
-    atomic_abandon(&out);
-    return e;
+    return atomic_close(&out, e);
 }
 
 /* ------------------------------------------------------------------------------------------------------------
@@ -127,6 +125,10 @@ static int named_in(const char *variable, const Stage *s, uint64_t micro) {
 double test_loss(const Stage *s, uint64_t micro, double loss) {
     if (named_in("IMAGEBART_TEST_NAN", s, micro)) return NAN;
     return named_in("IMAGEBART_TEST_SPIKE", s, micro) ? 100 * loss : loss;
+}
+
+double test_discriminator(const Stage *s, double norm) {
+    return named_in("IMAGEBART_TEST_NAN_DISCRIMINATOR", s, s->loader_at - 1) ? (double)NAN : norm;
 }
 
 static int by_value(const void *a, const void *b) {
@@ -283,7 +285,7 @@ Err state_open(const Stage *s, Checkpoint *ck, int tidy) {
         next = next_state(s, i + 1);
         if (next == KEEP_MAX) return FAILED;
         progress_end();
-        fprintf(stderr, "%s; going on from the one before, %s\n", err_text(), state_path(s, other, next));
+        note("%s; going on from the one before, %s\n", err_text(), state_path(s, other, next));
     }
     return err("%s: no such file", state_path(s, path, 0));
 }
@@ -324,14 +326,32 @@ Err state_open_all(const Stage *s, Checkpoint *ck, int tidy) {
     return ranks_agree(rank() > 0 ? state_open(s, ck, 0) : OK);
 }
 
+/* What a state counts, unlike what the user and the recipe said. */
+static int is_count(const char *key) {
+    static const char *const counts[] = {"train.step", "train.ema_updates", "train.skipped", "train.best_step",
+                                         "train.best_validation_loss"};
+    for (size_t i = 0; i < sizeof counts / sizeof *counts; i++)
+        if (!strcmp(key, counts[i])) return 1;
+    return 0;
+}
+
+/* This process's settings, with the counts of a state, which may be of one that had others. */
+static Err restore_counts(Config *settings, const Config *state) {
+    Config c = {0};
+    Err e = copy_settings(&c, state);
+    for (size_t i = 0; i < settings->n && e == OK; i++)
+        if (!is_count(settings->kv[i].key)) e = config_set(&c, settings->kv[i].key, "%s", settings->kv[i].value);
+    config_free(e == OK ? settings : &c);
+    if (e == OK) *settings = c;
+    return e;
+}
+
 /* As a new process would find it */
 static Err reload(Stage *s) {
     Checkpoint ck;
     memset(&ck, 0, sizeof ck);
     TRY(state_open_all(s, &ck, 1));
-    config_free(&s->settings);
-    Err e = copy_settings(&s->settings, &ck.meta);
-    if (e == OK) e = apply_options(s);
+    Err e = restore_counts(&s->settings, &ck.meta);
     if (e == OK) e = load_state(s, &ck);
     checkpoint_close(&ck);
     if (e == OK) e = params_send(s->params);

@@ -393,10 +393,7 @@ static Err draw_losses(const Stage *s) {
     if (e == OK) e = atomic_open(&out.file, path);
     if (e == OK) {
         put_picture(&out, &all, s->opt->run);
-        if ((e = out.e) == OK)
-            e = atomic_commit(&out.file);
-        else
-            atomic_abandon(&out.file);
+        e = atomic_close(&out.file, out.e);
     }
     free_curves(&all);
     return e;

@@ -45,8 +45,8 @@ static Err restart_codes(Stage *s) {
     const real *z;
     real *latent;
     if (ranks() == 1) return vqgan_restart_codes(s->vqgan, s->usage, s->seed, s->step), OK;
-    TRY(params_fetch(s->params));
-    TRY(mem_alloc(&latent, c->embed_dim, sizeof *latent, "a latent"));
+    TRY(ranks_agree(params_fetch(s->params)));
+    TRY(ranks_agree(mem_alloc(&latent, c->embed_dim, sizeof *latent, "a latent")));
     vqgan_latents(s->vqgan, &z, NULL, NULL);
     Err e = OK;
     for (size_t code = 0; e == OK && code < c->n_embed; code++) {
@@ -58,12 +58,13 @@ static Err restart_codes(Stage *s) {
         if (e == OK) vqgan_restart_code(s->vqgan, code, latent);
     }
     free(latent);
-    return e == OK ? params_send(s->params) : e;
+    return e == OK ? ranks_agree(params_send(s->params)) : e;
 }
 
 /* Codes that no latent chose for a while are put where latents are, until the last fifth of the run settles them. */
-static Err vqgan_after_step(Stage *s) {
-    TRY(gan_after_step(s));
+static Err vqgan_after_step(Stage *s, const char **bad) {
+    TRY(gan_after_step(s, bad));
+    if (*bad) return OK;
     if (!s->restart_every || s->step % s->restart_every) return OK;
     if (s->step >= s->steps - s->steps / 5) return OK;
     if (ranks() > 1) TRY(ranks_sum_counts(s->usage, vqgan_config(s->vqgan)->n_embed));

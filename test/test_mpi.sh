@@ -132,6 +132,16 @@ for what in "--vqgan --batch 3" "--scale 1 --batch 2"; do
 done
 ok "the same bits" cmp "$dir/two/scale1.state.safetensors" "$dir/killed/scale1.state.safetensors"
 
+loss=vqgan.model.params.lossconfig.params
+{ cat test/tiny.txt && printf "$loss.%s\n" "disc_num_layers 2" "disc_ndf 8" "disc_start 8" && echo "vqgan.train.disc_warm_up 4"; } >"$dir/gan.txt"
+ok "a discriminator in two processes" mpi 2 gan --vqgan --batch 3 --config "$dir/gan.txt"
+ok "is said once" test "$(grep -c '^discriminator: ' "$dir/err")" = 1
+begin gan2 --vqgan --batch 3 --config "$dir/gan.txt"
+kill -9 "$(cat "$dir/gan2.pid1")" 2>/dev/null
+ends badly
+ok "killed and resumed" mpi 2 gan2 --vqgan --config "$dir/gan.txt" --resume
+ok "the same bits" cmp "$dir/gan/vqgan.state.safetensors" "$dir/gan2/vqgan.state.safetensors"
+
 cp -r "$dir/data" "$dir/worn"
 for i in 001 003 005 007 009; do head -c 90 "$dir/data/bar/$i.png" >"$dir/worn/bar/$i.png"; done
 ok "damaged pictures, one process" one worn --vqgan --batch 4 --data "$dir/worn"
@@ -149,6 +159,17 @@ ok "which takes as many pictures" sh -c "grep -q 'batch 4 x 2' '$dir/err' && ! g
 ok "to the same losses" near single scale1 3 4 5 6 7
 ok "another batch" mpi 2 single --scale 1 --resume --steps 21 --batch 3
 ok "is said" grep -q '^scale1: a step took 8 pictures, from here on it takes 12' "$dir/err"
+
+# ---- a bad batch: all go back ----
+for run in bad1 bad2; do mkdir "$dir/$run" && cp "$dir/one/vqgan.safetensors" "$dir/$run"; done
+export IMAGEBART_TEST_NAN=scale1:15
+ok "a bad batch, one process" one bad1 --scale 1 --batch 4
+ok "a bad batch, two processes" mpi 2 bad2 --scale 1 --batch 2
+unset IMAGEBART_TEST_NAN
+ok "the same steps are left out" sh -c "cut -f 1-3 '$dir/bad1/skipped_batches.tsv' >'$dir/bad1/left' && cut -f 1-3 '$dir/bad2/skipped_batches.tsv' | cmp - '$dir/bad1/left'"
+ok "close weights" "$build/pictures" weights "$dir/bad1/scale1.safetensors" "$dir/bad2/scale1.safetensors" 1e-2
+ok "one process goes on" one bad2 --scale 1 --resume --steps 22
+ok "with as many pictures a step" sh -c "grep -q 'batch 4 x 2' '$dir/err' && ! grep 'from here on' '$dir/err'"
 
 ok "every stage in one command" mpi 2 all --all --steps 2 --batch 2
 ok "and samples" test -s "$dir/all/samples.png"

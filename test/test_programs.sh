@@ -160,6 +160,8 @@ done
 for part in decoder. post_quant_conv.; do
     ok "$part does not" sh -c "! '$build/pictures' tensors '$dir/run/vqgan.safetensors' $part '$dir/frozen/vqgan.safetensors' $part"
 done
+refused 1 "freeze_encoder true: .* --init" train --run "$dir/random" --all --config "$dir/frozen.txt"
+ok "a file to start from is a first stage's" train --run "$dir/begun" --all --config "$dir/frozen.txt" --init "$dir/run/vqgan.safetensors" --steps 1
 ok "tokens of it" train --run "$dir/frozen" --scale 1 --steps 1
 ok "are the same" cmp -i 64 "$dir/run/train.tokens" "$dir/frozen/train.tokens"
 { sed 's/^/vqgan./' test/golden-cases/vqgan_gan/config.txt && echo vqgan.train.steps 1 &&
@@ -261,6 +263,12 @@ ok "and says so" grep -q "tokens number those already$" "$dir/said"
 for t in 1 2 3; do ok "scale $t on it" wide --scale $t --steps 3; done
 ok "is resumed" wide --scale 1 --steps 4 --resume
 ok "and samples" "$build/sample" "$dir/wide" -n 2 --seed 1 -o "$dir/s.png"
+for i in $(seq 10 79); do mkdir -p "$dir/many/c$i" && cp "$dir/data/bar/001.png" "$dir/many/c$i"; done # more than codes
+mkdir "$dir/wide2" && cp "$dir/remapped.safetensors" "$dir/wide2/vqgan.safetensors"
+ok "70 classes, and none of them" "$build/train" --config "$dir/wide.txt" --data "$dir/many" --run "$dir/wide2" --scale 1 --steps 1 --label-dropout 0.1
+ok "remap it once more" wide --vqgan --remap
+cp "$dir/err" "$dir/said"
+ok "is in no time, once there are transitions" sh -c "grep -q 'tokens number $K of 64 codes already, and transitions' '$dir/said' && ! grep -q encoding '$dir/said'"
 cp "$dir/plain.safetensors" "$dir/wide/vqgan.safetensors"
 refused_late 1 "scale1.state.safetensors: trained on the tokens as they are" wide --vqgan --remap
 ok "and leaves it alone" cmp "$dir/plain.safetensors" "$dir/wide/vqgan.safetensors"

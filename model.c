@@ -1,0 +1,613 @@
+/* model.c - a model as it lies on the disk: which there are, their recipes, what their folders hold; the way back, too.
+ *
+ * A model is a VQGAN, a schedule and T transitions in one folder: safetensors of ours, each of which says what it is, or
+ * the official .ckpt files, whose configuration is a recipe (models/NAME.txt). Opening one checks that its files fit
+ * together; transitions are read one at a time, when sampling comes to their scale. Drawing with it is diffusion.c's.
+ *
+ * It refuses: folders with a missing, foreign or contradicting file, tensors that the network does not have.
+ *
+ * Read: named models; recipes; files; a model's folder; writing a model. SPEC sections 3, 11 and 12.
+ */
+#include "imagebart.h"
+
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+
+/* ---- Named models ------------------------------------------------------------------------------------------ */
+
+static const NamedModel named[] = {
+    {"emoji", "models/emoji", NULL, NULL, "geometric", "bundled: emoji in nine classes, 64x64, 3 scales", 3,
+     "1024 / 1024", NULL},
+    {"ffhq", "models/ffhq_4_scales_geometric", "vqgan/vqgan-ffhq.ckpt", "ffhq_4_scales_geometric.zip", "geometric",
+     "faces, 256x256, 4 scales, residual-scaled", 4, "548 / 1024", "smileys"},
+    {"ffhq2", "models/ffhq_2_scales_custom", "vqgan/vqgan-ffhq.ckpt", "ffhq_2_scales_custom.zip", "ffhq_bernoulli_PSIM",
+     "faces, 256x256, 2 scales", 2, "548 / 1024", "smileys"},
+    {"churches", "models/churches_3_scales", "vqgan/vqgan-churches.ckpt", "churches_3_scales.zip", "bernoulli_PSIM",
+     "LSUN churches, 256x256, 3 scales", 3, "1022 / 16384", "travel"},
+    {"bedrooms", "models/bedrooms_3_scales", "vqgan/vqgan-bedrooms.ckpt", "bedrooms_3_scales.zip", "bernoulli_PSIM",
+     "LSUN bedrooms, 256x256, 3 scales", 3, "1017 / 16384", "objects"},
+    {"cats", "models/cats_3_scales", "vqgan/vqgan-cats.ckpt", "cats_3_scales.zip", "bernoulli_PSIM",
+     "LSUN cats, 256x256, 3 scales", 3, "1014 / 16384", "animals"},
+    {"imagenet", "models/cin_5_scales_custom", "vqgan/vqgan-imagenet.ckpt", "cin_5_scales_custom.zip", "bernoulli_PSIM",
+     "ImageNet by class, 256x256, 5 scales", 5, "973 / 16384", NULL},
+    {"imagenet4", "models/cin_4_scales_geometric", "vqgan/vqgan-imagenet.ckpt", "cin_4_scales_geometric.zip",
+     "geometric", "ImageNet by class, 256x256, 4 scales, residual-scaled", 4, "973 / 16384", NULL},
+};
+
+const NamedModel *named_models(size_t *n) {
+    *n = sizeof named / sizeof *named;
+    return named;
+}
+
+static const NamedModel *find_named(const char *name) {
+    for (size_t i = 0; i < sizeof named / sizeof *named; i++)
+        if (strcmp(named[i].name, name) == 0) return &named[i];
+    return NULL;
+}
+
+const char *model_folder(const char *name_or_folder) {
+    const NamedModel *n = find_named(name_or_folder);
+    return n ? n->folder : name_or_folder;
+}
+
+/* ---- Recipes: the official configurations as models/NAME.txt ------------------------------------------------ */
+
+static Err take_part(Config *to, const Config *recipe, const char *part, const char *except) {
+    size_t n = strlen(part);
+    for (size_t i = 0; i < recipe->n; i++) {
+        const char *key = recipe->kv[i].key;
+        if (strncmp(key, part, n) != 0 || key[n] != '.' || (except && strstr(key, except))) continue;
+        TRY(config_set(to, key + n + 1, "%s", recipe->kv[i].value));
+    }
+    return OK;
+}
+
+static Err take_scale(Config *to, const Config *recipe, int scale) {
+    size_t T = 0;
+    char name[32];
+    TRY(config_size(&T, recipe, "scale.model.params.", "n_scales", 1, MAX_SCALES, 0));
+    if (scale > (int)T) return err("scale %d: this model has scales 1 to %zu", scale, T);
+    const int last = scale == (int)T; /* another network: only the settings are shared */
+    snprintf(name, sizeof name, "scale%d", scale);
+    TRY(take_part(to, recipe, "scale", last ? ".transformer_config." : NULL));
+    if (last) TRY(take_part(to, recipe, "last", NULL));
+    return take_part(to, recipe, scale ? name : "joint", NULL);
+}
+
+Err recipe_read(Config *to, const char *path, int scale) {
+    Config recipe = {0};
+    Err e = config_read(&recipe, path);
+    if (e == OK &&
+        (scale == RECIPE_VQGAN ? take_part(to, &recipe, "vqgan", NULL) : take_scale(to, &recipe, scale)) != OK)
+        e = err_in(path);
+    if (e == OK && classes_from_recipe(to, path) != OK) e = err_in(path);
+    config_free(&recipe);
+    return e;
+}
+
+/* ---- Files -------------------------------------------------------------------------------------------------- */
+
+static int is_folder(const char *path) {
+    struct stat st;
+    return stat(path, &st) == 0 && S_ISDIR(st.st_mode);
+}
+
+enum { PATH_BYTES = 1100 };
+
+static int has_file(const char *folder, const char *name) {
+    char path[PATH_BYTES];
+    struct stat st;
+    int length = snprintf(path, sizeof path, "%s/%s", folder, name);
+    return length > 0 && (size_t)length < sizeof path && stat(path, &st) == 0 && S_ISREG(st.st_mode);
+}
+
+/* The file of scale t, 0: of all scales together; official files are .ckpt. */
+static const char *scale_file(char name[32], int t, int official) {
+    const char *ending = official ? "ckpt" : "safetensors";
+    if (t)
+        snprintf(name, 32, "scale%d.%s", t, ending);
+    else
+        snprintf(name, 32, "joint.%s", ending);
+    return name;
+}
+
+static int has_scale(const char *folder, int t, int official) {
+    char name[32];
+    return has_file(folder, scale_file(name, t, official));
+}
+
+static void count_file(size_t *here, char missing[32], const char *folder, const char *name) {
+    if (has_file(folder, name))
+        ++*here;
+    else if (!*missing)
+        snprintf(missing, 32, "%s", name);
+}
+
+size_t model_files(char missing[32], const NamedModel *model) {
+    const char *folder = model->folder;
+    const int ours = !model->zip || has_file(folder, "vqgan.safetensors") || has_scale(folder, 1, 0);
+    size_t here = 0;
+    char name[32];
+    *missing = 0;
+    if (ours) count_file(&here, missing, folder, "vqgan.safetensors"); /* official files hold the first stage too */
+    if (has_scale(folder, 0, !ours)) return here + 1;
+    for (int t = 1; t <= model->T; t++) count_file(&here, missing, folder, scale_file(name, t, !ours));
+    return here;
+}
+
+/* ---- A model's folder -------------------------------------------------------------------------------------- */
+
+static const char prefix[] = "model.params."; /* of the official configuration in each file's metadata */
+
+/* What one transition's file says about itself. */
+typedef struct {
+    int T;
+    NetConfig net;
+    Schedule schedule;
+    size_t h, w;
+    int32_t null_class;
+} ScaleFacts;
+
+/* The label "no class", which a network trained with label dropout knows beside its classes; -1: there is none. */
+static Err read_null_class(int32_t *label, const Config *meta, const NetConfig *net) {
+    const size_t rows = net->kind == NET_X ? net->enc_num_tokens : net->input_vocab_size;
+    size_t value = SIZE_MAX;
+    *label = -1;
+    if (!net->has_class || !config_get(meta, "", "imagebart.null_class")) return OK;
+    TRY(config_size(&value, meta, "", "imagebart.null_class", 0, rows - 1, 0));
+    *label = (int32_t)value;
+    return OK;
+}
+
+/* scale: the number in the file's name, 0 for joint.safetensors. */
+static Err read_facts(ScaleFacts *f, const Checkpoint *ck, int scale) {
+    size_t T = 0, single = 0;
+    memset(f, 0, sizeof *f);
+    TRY(config_size(&T, &ck->meta, prefix, "n_scales", 1, MAX_SCALES, 0));
+    TRY(config_size(&single, &ck->meta, prefix, "single_scale", 1, T, 1));
+    if (scale && single && single != (size_t)scale) return err("it holds scale %zu, its name says %d", single, scale);
+    if (!scale && single) return err("it holds scale %zu alone, expected all scales", single);
+    TRY(net_config_read(&f->net, &ck->meta, prefix));
+    TRY(read_null_class(&f->null_class, &ck->meta, &f->net));
+    TRY(config_size(&f->h, &ck->meta, "", "imagebart.h", 1, IMAGE_MAX_SIDE, 1));
+    TRY(config_size(&f->w, &ck->meta, "", "imagebart.w", 1, IMAGE_MAX_SIDE, 1));
+    f->T = (int)T;
+    return schedule_read(&f->schedule, ck, f->T);
+}
+
+static Err check_same(const char *what, size_t found, size_t expected, const char *where) {
+    return found == expected ? OK : err("%s is %zu, expected %zu as %s has it", what, found, expected, where);
+}
+
+/* The transition fits the first stage: token values, grid, room for the sequence (SPEC 1.10, 2.5). */
+static Err check_fit(const Model *m, const ScaleFacts *f) {
+    const NetConfig *net = &f->net;
+    size_t N = m->h * m->w, prompt = net->has_class ? 2 : 1;
+    TRY(check_same("the number of token values", net->dec_num_tokens, m->K, "the first stage"));
+    if (f->h || f->w) {
+        TRY(check_same("imagebart.h", f->h, m->h, "the first stage"));
+        TRY(check_same("imagebart.w", f->w, m->w, "the first stage"));
+    }
+    size_t input = net->kind == NET_X ? net->enc_max_seq_len : net->dec_max_seq_len;
+    size_t need = net->kind == NET_X ? prompt + N : prompt + N - 1;
+    if (input < need)
+        return err("the network takes %zu positions, a grid of %zu x %zu needs %zu", input, m->h, m->w, need);
+    if (net->kind == NET_X && net->dec_max_seq_len < N)
+        return err("the decoder takes %zu positions, a grid of %zu x %zu needs %zu", net->dec_max_seq_len, m->h, m->w,
+                   N);
+    return OK;
+}
+
+static Err check_schedule(const Schedule *s, const Schedule *expected) {
+    for (int t = 0; t <= expected->T; t++)
+        if (fabsf(s->alpha[t] - expected->alpha[t]) > 1e-6f)
+            return err("alpha_%d of its schedule is %g, expected %g as scale 1 has it", t, s->alpha[t],
+                       expected->alpha[t]);
+    return OK;
+}
+
+/* Scale 1 (or the joint file) gives the model its meta, schedule and classes. */
+static Err adopt_facts(Model *m, const Checkpoint *ck, const ScaleFacts *f) {
+    m->schedule = f->schedule;
+    for (size_t i = 0; i < ck->meta.n; i++) TRY(config_set(&m->meta, ck->meta.kv[i].key, "%s", ck->meta.kv[i].value));
+    if (!f->net.has_class) return OK;
+    size_t rows = f->net.kind == NET_X ? f->net.enc_num_tokens : f->net.input_vocab_size;
+    return classes_open(m, config_get(&m->meta, "", "imagebart.classes"), rows);
+}
+
+static Err check_facts(Model *m, const Checkpoint *ck, int scale) {
+    ScaleFacts f;
+    TRY(read_facts(&f, ck, scale));
+    TRY(check_fit(m, &f));
+    m->config[scale] = f.net;
+    for (int t = scale ? scale : 1; t <= (scale ? scale : f.T); t++) m->null_class[t] = f.null_class;
+    if (scale <= 1) return adopt_facts(m, ck, &f);
+    TRY(check_same("n_scales", (size_t)f.T, (size_t)m->schedule.T, "scale 1"));
+    TRY(check_schedule(&f.schedule, &m->schedule));
+    if (f.net.has_class != (m->n_classes > 0))
+        return err("it is %sclass-conditional, scale 1 is%s", f.net.has_class ? "" : "not ",
+                   m->n_classes ? "" : " not");
+    return OK;
+}
+
+/* FAILED, with the file named once. */
+static Err err_file(const char *path) {
+    return strstr(err_text(), path) ? FAILED : err_in(path);
+}
+
+static Err open_file(Checkpoint *ck, char path[PATH_BYTES], const Model *m, const char *name) {
+    snprintf(path, PATH_BYTES, "%s/%s", m->folder, name);
+    if (!has_file(m->folder, name)) return err("%s is missing", path);
+    return checkpoint_open(ck, path);
+}
+
+static int begins(const char *text, const char *with) {
+    return strncmp(text, with, strlen(with)) == 0;
+}
+
+/* Buffers that the official classes keep beside their parameters, and the second name of a tied embedding */
+static int is_buffer(const char *name, const NetConfig *c) {
+    const char *end = strrchr(name, '.');
+    if (c->kind == NET_GPT) return begins(name, "blocks.") && end && strcmp(end, ".mask") == 0;
+    return c->tie_token_emb && strcmp(name, "decoder.token_emb.weight") == 0;
+}
+
+/* A tensor that nobody asks for means that this is another network than we take it for. */
+static Err check_unexpected(const Transformer *net, const Checkpoint *ck, const Params *p) {
+    static const char *const others[] = {"first_stage_model.", "transformer_ema.", "sos_token", "alphats", "alphacum"};
+    for (size_t i = 0; i < ck->n; i++) {
+        const char *name = ck->tensor[i].name, *own = name + strlen("transformer.");
+        int known = 0;
+        for (size_t k = 0; k < sizeof others / sizeof *others && !known; k++) known = begins(name, others[k]);
+        if (!known && begins(name, "transformer.")) {
+            known = is_buffer(own, transformer_config(net));
+            for (size_t k = 0; k < p->n && !known; k++) known = strcmp(p->row[k].name, own) == 0;
+        }
+        if (!known) return err("unexpected tensor '%s': another network than its configuration says", name);
+    }
+    return OK;
+}
+
+/* Is this recipe's network the one whose tensors these are? */
+static int recipe_fits(const char *path, const Checkpoint *ck, int scale) {
+    NetConfig c;
+    Schedule s;
+    Config recipe = {0};
+    Transformer *net = NULL;
+    Err e = recipe_read(&recipe, path, scale);
+    if (e == OK) e = net_config_read(&c, &recipe, prefix);
+    if (e == OK) e = schedule_read(&s, ck, c.n_scales);
+    if (e == OK) e = transformer_create(&net, &c);
+    if (e == OK) e = check_unexpected(net, ck, transformer_params(net));
+    if (e == OK) e = params_map(transformer_params(net), ck, "transformer.", 0);
+    transformer_free(net);
+    config_free(&recipe);
+    return e == OK;
+}
+
+/* The configuration that official files do not carry: config.txt in their folder; else the recipe of the model whose
+ * folder this is; else, wherever the files were put, the one recipe that has just these tensors. */
+static Err find_recipe(Model *m) {
+    char path[PATH_BYTES], name[32];
+    const int scale = m->joint ? 0 : 1;
+    Checkpoint ck = {0};
+    const size_t n = sizeof named / sizeof *named;
+    snprintf(m->recipe, sizeof m->recipe, "%s/config.txt", m->folder);
+    if (has_file(m->folder, "config.txt")) return OK;
+    for (size_t i = 0; i < n; i++) {
+        snprintf(m->recipe, sizeof m->recipe, "models/%s.txt", named[i].name);
+        if (strcmp(named[i].folder, m->folder) == 0) return OK;
+    }
+    TRY(open_file(&ck, path, m, scale_file(name, scale, 1)));
+    size_t i = 0;
+    for (; i < n; i++) {
+        snprintf(m->recipe, sizeof m->recipe, "models/%s.txt", named[i].name);
+        if (recipe_fits(m->recipe, &ck, scale)) break;
+    }
+    checkpoint_close(&ck);
+    if (i < n) return OK;
+    return err("%s: .ckpt files do not say their architecture and no recipe models/*.txt has their tensors, expected a "
+               "config.txt beside them (models/ffhq.txt is an example)",
+               m->folder);
+}
+
+/* t: the scale, 0: all of them. */
+static Err open_scale(Checkpoint *ck, char path[PATH_BYTES], const Model *m, int t) {
+    char name[32];
+    TRY(open_file(ck, path, m, scale_file(name, t, m->official)));
+    if (!m->official || recipe_read(&ck->meta, m->recipe, t) == OK) return OK;
+    checkpoint_close(ck);
+    return FAILED;
+}
+
+static Err check_file(Model *m, int scale) {
+    char path[PATH_BYTES];
+    Checkpoint ck = {0};
+    Err e = open_scale(&ck, path, m, scale);
+    if (e == OK && check_facts(m, &ck, scale) != OK) e = err_file(path);
+    checkpoint_close(&ck);
+    return e;
+}
+
+static Err build_vqgan(Model *m, const Checkpoint *ck, const Config *meta, const char *tensors) {
+    VqganConfig c;
+    char name[NAME_MAX_BYTES];
+    memset(&c, 0, sizeof c);
+    TRY(vqgan_config_read(&c, meta, prefix));
+    snprintf(name, sizeof name, "%squantize.used", tensors);
+    const Tensor *used = checkpoint_find(ck, name);
+    c.re_embed = used ? used->size : 0;
+    TRY(vqgan_create(&m->vqgan, &c, 0));
+    TRY(vqgan_map(m->vqgan, ck, tensors));
+    size_t factor = (size_t)1 << (c.levels - 1);
+    m->h = m->w = c.resolution / factor;
+    m->side = m->h * factor;
+    m->K = vqgan_K(m->vqgan);
+    if (m->h < 1) return err("a resolution of %zu is too small for %zu levels", c.resolution, c.levels);
+    return OK;
+}
+
+/* Ours is a file of its own; the official first stage is a part of every transition's file. */
+static Err open_vqgan(Model *m) {
+    char path[PATH_BYTES], name[32];
+    Checkpoint *ck = &m->vqgan_file; /* model_close closes it */
+    Config recipe = {0};
+    const char *file = m->official ? scale_file(name, m->joint ? 0 : 1, 1) : "vqgan.safetensors";
+    Err e = open_file(ck, path, m, file);
+    if (e == OK && m->official) e = recipe_read(&recipe, m->recipe, RECIPE_VQGAN);
+    if (e == OK && build_vqgan(m, ck, m->official ? &recipe : &ck->meta, m->official ? "first_stage_model." : "") != OK)
+        e = err_file(path);
+    config_free(&recipe);
+    return e;
+}
+
+static Err open_folder(Model *m) {
+    const int ours = has_scale(m->folder, 1, 0) || has_scale(m->folder, 0, 0);
+    m->official = !ours && (has_scale(m->folder, 1, 1) || has_scale(m->folder, 0, 1));
+    m->joint = !has_scale(m->folder, 1, m->official) && has_scale(m->folder, 0, m->official);
+    if (m->official) TRY(find_recipe(m));
+    TRY(open_vqgan(m));
+    if (m->joint) return check_file(m, 0);
+    TRY(check_file(m, 1));
+    for (int t = 2; t <= m->schedule.T; t++) TRY(check_file(m, t));
+    return OK;
+}
+
+/* A folder that has a part of an official model, such as one that was unpacked by hand */
+static Err check_complete(const NamedModel *found) {
+    char missing[32];
+    model_files(missing, found);
+    if (!*missing || !found->zip) return OK;
+    return err("model %s: %s/%s is missing; \"make %s\" fetches it", found->name, found->folder, missing, found->name);
+}
+
+/* *folder = where to look; *substituted as model_open. */
+static Err find_folder(const char **folder, const char *name_or_folder, const NamedModel **substituted) {
+    const NamedModel *found = find_named(name_or_folder);
+    struct stat st;
+    *folder = found ? found->folder : name_or_folder;
+    if (is_folder(*folder)) return found ? check_complete(found) : OK;
+    if (stat(*folder, &st) == 0)
+        return err("model \"%.200s\": is a file, expected a folder of weights; zip files have to be unpacked first",
+                   *folder);
+    if (!found)
+        return err("model \"%.200s\": no such folder, and not one of emoji, ffhq, ffhq2, churches, bedrooms, cats, "
+                   "imagenet, imagenet4",
+                   name_or_folder);
+    if (found == &named[0]) return err("the bundled model is missing: no folder %s here", *folder);
+    if (substituted && is_folder(named[0].folder)) {
+        *substituted = found;
+        *folder = named[0].folder;
+        return OK;
+    }
+    return err("model %s is not installed: no folder %s; \"make %s\" fetches it%s", found->name, *folder, found->name,
+               substituted ? ", and the bundled model is missing too" : "");
+}
+
+Err model_open(Model *m, const char *name_or_folder, const NamedModel **substituted) {
+    const char *folder;
+    memset(m, 0, sizeof *m);
+    if (substituted) *substituted = NULL;
+    TRY(find_folder(&folder, name_or_folder, substituted));
+    if (strlen(folder) >= sizeof m->folder) return err("model folder: a path of %zu bytes is too long", strlen(folder));
+    snprintf(m->folder, sizeof m->folder, "%s", folder);
+    if (open_folder(m) == OK) return OK;
+    model_close(m);
+    return FAILED;
+}
+
+static void unload(Model *m) {
+    transformer_free(m->net);
+    checkpoint_close(&m->file);
+    m->net = NULL;
+    m->loaded = 0;
+}
+
+void model_close(Model *m) {
+    for (size_t i = 0; m->class_name && i < m->n_classes; i++) free(m->class_name[i]);
+    free(m->class_name);
+    unload(m);
+    vqgan_free(m->vqgan);
+    checkpoint_close(&m->vqgan_file);
+    config_free(&m->meta);
+    memset(m, 0, sizeof *m);
+}
+
+static Precision cuda_precision(const Model *m) {
+    return m->weights == WEIGHTS_BF16 ? PRECISION_BF16 : PRECISION_F32;
+}
+
+Err model_use_cuda(Model *m) {
+    m->cuda = 1;
+    TRY(vqgan_use_cuda(m->vqgan, cuda_precision(m)));
+    return params_send(vqgan_params(m->vqgan));
+}
+
+/* The weights to sample with: transformer_ema.* where the file has them and they are wanted, else transformer.* */
+static Err build_net(Model *m, const Checkpoint *ck) {
+    NetConfig c;
+    memset(&c, 0, sizeof c);
+    TRY(net_config_read(&c, &ck->meta, prefix));
+    TRY(transformer_create(&m->net, &c));
+    if (m->cuda) TRY(transformer_use_cuda(m->net, cuda_precision(m)));
+    Params *p = transformer_params(m->net);
+    transformer_set_alphas(m->net, m->schedule.alpha);
+    if (checkpoint_find(ck, "sos_token")) {
+        int32_t sos = 0;
+        TRY(checkpoint_ints(ck, "sos_token", 1, &sos));
+        if (sos != 0) return err("sos_token is %d, expected 0", (int)sos);
+    }
+    TRY(check_unexpected(m->net, ck, p));
+    const int ema = !m->no_ema && checkpoint_find(ck, "transformer_ema.num_updates");
+    p->format = m->weights;
+    TRY(params_map(p, ck, ema ? "transformer_ema." : "transformer.", ema));
+    return params_send(p);
+}
+
+Err model_scale(Model *m, int t) {
+    if (t < 1 || t > m->schedule.T) return err("%s: scale %d, expected 1..%d", m->folder, t, m->schedule.T);
+    if (m->loaded && (m->joint || m->loaded == t)) {
+        m->loaded = t;
+        return OK;
+    }
+    char path[PATH_BYTES];
+    unload(m);
+    Err e = open_scale(&m->file, path, m, m->joint ? 0 : t);
+    if (e == OK && build_net(m, &m->file) != OK) e = err_file(path);
+    if (e == OK)
+        m->loaded = t;
+    else
+        unload(m);
+    return e;
+}
+
+/* Raises what the weights and the plan of scale t need: the host's, or the GPU's plan. */
+static Err scale_memory(const Model *m, int t, size_t batch, ModelMemory *need, size_t *plan) {
+    Transformer *net;
+    size_t bytes = 0;
+    TRY(transformer_create(&net, &m->config[t]));
+    transformer_params(net)->format = m->weights;
+    Err e = m->cuda ? transformer_use_cuda(net, cuda_precision(m)) : OK;
+    if (e == OK) e = transformer_plan_bytes(net, batch, m->h * m->w, 0, &bytes);
+    need->scale = max_size(need->scale, params_bytes(transformer_params(net), m->weights));
+    if (m->cuda)
+        need->gpu_activations = max_size(need->gpu_activations, bytes);
+    else
+        *plan = max_size(*plan, bytes);
+    transformer_free(net);
+    return e;
+}
+
+size_t decode_batch(const Model *m, size_t n) {
+    enum { PICTURES = 8 }; /* enough to fill a GPU */
+    return m->cuda ? max_size(min_size(n, PICTURES), 1) : 1;
+}
+
+Err model_memory(Model *m, size_t batch, size_t pictures, ModelMemory *out) {
+    size_t plan = 0, vqgan_plan_size = 0, pixels = 3 * m->side * m->side;
+    memset(out, 0, sizeof *out);
+    out->first_stage = params_count(vqgan_params(m->vqgan)) * sizeof(real);
+    for (int t = m->joint ? 0 : 1; t <= (m->joint ? 0 : m->schedule.T); t++) TRY(scale_memory(m, t, batch, out, &plan));
+    out->gpu_scale = m->cuda ? out->scale : 0;
+    TRY(vqgan_plan_bytes(m->vqgan, decode_batch(m, pictures), m->side, m->side, 0, &vqgan_plan_size));
+    if (m->cuda) {
+        out->gpu_first_stage =
+            out->first_stage / sizeof(real) * (sizeof(float) + (cuda_precision(m) == PRECISION_BF16 ? 2 : 0));
+        out->gpu_activations += vqgan_plan_size, vqgan_plan_size = 0;
+    }
+    TRY(size_mul(&out->activations, pictures, pixels * (sizeof(real) + 1))); /* numbers, then bytes of the PNG */
+    out->activations += plan + vqgan_plan_size;
+    out->total = out->first_stage + out->scale + out->activations;
+    return OK;
+}
+
+/* ---- Writing a model --------------------------------------------------------------------------------------- */
+
+/* 1 where query i sees key j: causal, and the first n_unmasked see each other (SPEC 2.3). One byte each: PyTorch
+ * converts when it loads. */
+static Err mask_tensors(TensorList *list, const NetConfig *c) {
+    size_t L = c->dec_max_seq_len, dim[4] = {1, 1, L, L};
+    uint8_t *mask;
+    TRY(mem_alloc(&mask, L * L, 1, "the attention mask"));
+    list->kept = mask;
+    for (size_t i = 0; i < L; i++) memset(mask + i * L, 1, i < c->n_unmasked ? min_size(c->n_unmasked, L) : i + 1);
+    for (size_t i = 0; i < c->dec_depth; i++) {
+        char name[64];
+        snprintf(name, sizeof name, "transformer.blocks.%zu.attn.mask", i);
+        TRY(tensor_list_add(list, name, DT_U8, 4, dim, mask, 0));
+    }
+    return OK;
+}
+
+/* What the official classes have besides parameters: a GPT's masks, the second name of a tied embedding. */
+static Err derived_tensors(TensorList *list, const NetConfig *c) {
+    if (c->kind == NET_GPT) return mask_tensors(list, c);
+    for (size_t i = 0; c->tie_token_emb && i < list->n; i++) {
+        const Tensor x = list->tensor[i];
+        if (strcmp(x.name, "transformer.encoder.token_emb.weight") == 0)
+            return tensor_list_add(list, "transformer.decoder.token_emb.weight", x.dtype, x.ndim, x.dim, x.data, 1);
+    }
+    return OK;
+}
+
+Err transition_tensors(TensorList *list, Transformer *net, char which, const Schedule *s, Dtype store, int compact) {
+    static const int64_t sos = 0;
+    size_t one = 1, rows = (size_t)s->T + 1;
+    TRY(tensor_list_params(list, transformer_params(net), which, "transformer.", store));
+    TRY(tensor_list_add(list, "sos_token", DT_I64, 1, &one, &sos, 0));
+    TRY(tensor_list_add(list, "alphats", DT_F32, 1, &rows, s->alpha, 0));
+    TRY(tensor_list_add(list, "alphacum", DT_F32, 1, &rows, s->alphacum, 0));
+    return compact ? OK : derived_tensors(list, transformer_config(net));
+}
+
+/* As int64, which the official code indexes with */
+static Err used_tensor(TensorList *list, const Vqgan *v) {
+    const size_t n = vqgan_config(v)->re_embed;
+    int64_t *used;
+    TRY(mem_alloc(&used, n, sizeof *used, "codes in use"));
+    list->kept = used;
+    for (size_t i = 0; i < n; i++) used[i] = vqgan_used(v)[i];
+    return tensor_list_add(list, "quantize.used", DT_I64, 1, &n, used, 0);
+}
+
+static Err vqgan_tensors(TensorList *list, Config *meta, Vqgan *v, Dtype store) {
+    TRY(vqgan_config_write(meta, vqgan_config(v), prefix));
+    if (vqgan_used(v)) TRY(used_tensor(list, v));
+    return tensor_list_params(list, vqgan_params(v), 'v', "", store);
+}
+
+static Err scale_tensors(TensorList *list, Config *meta, Model *m, int t, Dtype store) {
+    TRY(model_scale(m, t));
+    for (size_t i = 0; i < m->file.meta.n; i++)
+        TRY(config_set(meta, m->file.meta.kv[i].key, "%s", m->file.meta.kv[i].value));
+    TRY(config_set(meta, "imagebart.h", "%zu", m->h));
+    TRY(config_set(meta, "imagebart.w", "%zu", m->w));
+    if (!m->joint) TRY(config_set(meta, "model.params.single_scale", "%d", t));
+    return transition_tensors(list, m->net, 'v', &m->schedule, store, 0);
+}
+
+/* t: the scale, 0: the first stage. */
+static Err convert_part(Model *m, const char *folder, int t, Dtype store) {
+    char path[PATH_BYTES], name[32];
+    TensorList list = {0};
+    Config meta = {0};
+    const char *file = t ? scale_file(name, m->joint ? 0 : t, 0) : "vqgan.safetensors";
+    Err e = t ? scale_tensors(&list, &meta, m, t, store) : vqgan_tensors(&list, &meta, m->vqgan, store);
+    if (e == OK && (size_t)snprintf(path, sizeof path, "%s/%s", folder, file) >= sizeof path)
+        e = err("%.200s...: the path is too long", folder);
+    if (e == OK) e = checkpoint_write(path, list.tensor, list.from_real, list.n, &meta);
+    tensor_list_free(&list);
+    config_free(&meta);
+    return e;
+}
+
+Err model_convert(Model *m, const char *folder, Dtype store) {
+    if (!is_folder(folder)) return err("%s: no such folder to write the model into", folder);
+    if (has_scale(folder, 1, 0) || has_scale(folder, 0, 0))
+        return err("%s: has a model already, expected an empty folder", folder);
+    for (int t = 0; t <= (m->joint ? 1 : m->schedule.T); t++) TRY(convert_part(m, folder, t, store));
+    return OK;
+}
