@@ -75,14 +75,16 @@ sample() { # sample PROGRAMS RUN OUT ARGUMENTS...
 }
 ok "sample on the CPU" sample "$build" cpu cpu.png
 ok "sample in f32" sample "$cuda" cpu f32.png --device cuda
-ok "the same pictures" cmp "$dir/cpu.png" "$dir/f32.png"
+# The same tokens: another one moves colours by tens. Decoded, a float on the edge between two of the 255 steps may fall to
+# either side.
+ok "the same pictures" "$build/pictures" near "$dir/cpu.png" "$dir/f32.png" 1
 ok "sample with options" sample "$build" cpu options-cpu.png --temperature 0.8,1,1.2 --top-k 5 --class bar
 ok "the same on the GPU" sample "$cuda" cpu options.png --temperature 0.8,1,1.2 --top-k 5 --class bar --device cuda
-ok "the same pictures" cmp "$dir/options-cpu.png" "$dir/options.png"
+ok "the same pictures" "$build/pictures" near "$dir/options-cpu.png" "$dir/options.png" 1
 ok "sample in bf16" sample "$cuda" cpu bf16.png --device cuda --weights bf16
 ok "inpaint on the CPU" "$build/inpaint" "$dir/cpu" "$dir/cpu.png" --half upper -n 1 --candidates 3 --chain-length 1 --seed 1 -o "$dir/inpaint-cpu.png"
 ok "inpaint in f32" "$cuda/inpaint" "$dir/cpu" "$dir/cpu.png" --half upper -n 1 --candidates 3 --chain-length 1 --seed 1 -o "$dir/inpaint.png" --device cuda
-ok "the same pictures" cmp "$dir/inpaint-cpu.png" "$dir/inpaint.png"
+ok "the same pictures" "$build/pictures" near "$dir/inpaint-cpu.png" "$dir/inpaint.png" 1
 
 refused() { # refused STATUS WORD COMMAND...: exit status, and WORD on the last line of stderr
     status=$1 word=$2
