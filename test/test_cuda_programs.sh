@@ -6,22 +6,7 @@ build=$(cd "$1" && pwd)
 cuda=$(cd "$2" && pwd)
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
-passed=0 failed=0
-
-ok() { # ok WHAT COMMAND...: must exit 0
-    what=$1
-    shift
-    "$@" >"$dir/out" 2>"$dir/said" # the command may be a look at what the one before said
-    status=$?
-    mv "$dir/said" "$dir/err"
-    if [ $status -eq 0 ]; then
-        passed=$((passed + 1))
-    else
-        failed=$((failed + 1))
-        echo "FAIL $what: $*: exit status $status"
-        head -5 "$dir/err"
-    fi
-}
+. test/lib.sh
 
 train() { # train PROGRAMS RUN ARGUMENTS...
     program=$1/train run=$2
@@ -86,25 +71,12 @@ ok "inpaint on the CPU" "$build/inpaint" "$dir/cpu" "$dir/cpu.png" --half upper 
 ok "inpaint in f32" "$cuda/inpaint" "$dir/cpu" "$dir/cpu.png" --half upper -n 1 --candidates 3 --chain-length 1 --seed 1 -o "$dir/inpaint.png" --device cuda
 ok "the same pictures" "$build/pictures" near "$dir/inpaint-cpu.png" "$dir/inpaint.png" 1
 
-refused() { # refused STATUS WORD COMMAND...: exit status, and WORD on the last line of stderr
-    status=$1 word=$2
-    shift 2
-    "$@" >"$dir/out" 2>"$dir/err"
-    got=$?
-    if [ $got -eq "$status" ] && tail -n 1 "$dir/err" | grep -q -- "$word"; then
-        passed=$((passed + 1))
-    else
-        failed=$((failed + 1))
-        echo "FAIL $*: exit status $got, expected $status and a last line with \"$word\"; stderr ends:"
-        tail -n 3 "$dir/err"
-    fi
-}
-refused 2 "int8" sample "$cuda" cpu no.png --device cuda --weights int8
+refused_late 2 "int8" sample "$cuda" cpu no.png --device cuda --weights int8
 { cat test/tiny.txt && echo "vqgan.model.params.lossconfig.params.disc_start 0"; } >"$dir/gan.txt"
-refused 1 "discriminator, which --device cuda cannot train yet" train "$cuda" gan --vqgan --config "$dir/gan.txt" --device cuda
-refused 1 "guidance 2 at scale 1: not on a GPU" sample "$cuda" cpu no.png --device cuda --guidance 2
-refused 1 "bf16_states: on a GPU" train "$cuda" states --scale 1 --device cuda --bf16-states
-refused 2 "expected bf16 or f32" train "$cuda" f32 --scale 1 --device cuda --precision f16
+refused_late 1 "discriminator, which --device cuda cannot train yet" train "$cuda" gan --vqgan --config "$dir/gan.txt" --device cuda
+refused_late 1 "guidance 2 at scale 1: not on a GPU" sample "$cuda" cpu no.png --device cuda --guidance 2
+refused_late 1 "bf16_states: on a GPU" train "$cuda" states --scale 1 --device cuda --bf16-states
+refused_late 2 "expected bf16 or f32" train "$cuda" f32 --scale 1 --device cuda --precision f16
 
 echo "$passed passed, $failed failed"
 [ "$failed" -eq 0 ]

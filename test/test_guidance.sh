@@ -4,33 +4,7 @@
 build=$(cd "$1" && pwd)
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
-passed=0 failed=0
-
-ok() { # ok WHAT COMMAND...: must exit 0
-    what=$1
-    shift
-    if "$@" >"$dir/out" 2>"$dir/err"; then
-        passed=$((passed + 1))
-    else
-        failed=$((failed + 1))
-        echo "FAIL $what: $*: exit status $?"
-        head -5 "$dir/err"
-    fi
-}
-
-refused() { # refused STATUS WORD COMMAND...: exit status, and a last line on stderr that holds WORD
-    status=$1 word=$2
-    shift 2
-    "$@" >"$dir/out" 2>"$dir/err"
-    got=$?
-    if [ $got -eq "$status" ] && tail -n 1 "$dir/err" | grep -q -- "$word"; then
-        passed=$((passed + 1))
-    else
-        failed=$((failed + 1))
-        echo "FAIL $*: exit status $got, expected $status and a last line with \"$word\"; stderr ends:"
-        tail -n 3 "$dir/err"
-    fi
-}
+. test/lib.sh
 
 "$build/pictures" make "$dir/data" 60 20 || exit 1
 train() { "$build/train" --config test/tiny.txt --data "$dir/data" --save-every 5 "$@"; }
@@ -53,12 +27,12 @@ ok "the same on one thread" train --run "$dir/half" --scale 2 --label-dropout 0.
 ok "to the bit" cmp "$dir/half/scale2.safetensors" "$dir/run/scale2.safetensors"
 sed 's/enc_num_tokens 16/enc_num_tokens 2/' test/tiny.txt >"$dir/full.txt"
 rm "$dir"/half/scale1.state*.safetensors
-refused 1 '"no class" .*raise enc_num_tokens to 3' "$build/train" --config "$dir/full.txt" --data "$dir/data" --run "$dir/half" --scale 1 --label-dropout 0.1
+refused_late 1 '"no class" .*raise enc_num_tokens to 3' "$build/train" --config "$dir/full.txt" --data "$dir/data" --run "$dir/half" --scale 1 --label-dropout 0.1
 sed 's/input_vocab_size 16/input_vocab_size 2/' test/tiny.txt >"$dir/full.txt"
-refused 1 '"no class" .*raise input_vocab_size to 3' "$build/train" --config "$dir/full.txt" --data "$dir/data" --run "$dir/half" --scale 3 --label-dropout 0.1
+refused_late 1 '"no class" .*raise input_vocab_size to 3' "$build/train" --config "$dir/full.txt" --data "$dir/data" --run "$dir/half" --scale 3 --label-dropout 0.1
 sed '/conditioner_config/d' test/tiny.txt >"$dir/unlabelled.txt"
-refused 1 "not conditioned on classes" "$build/train" --config "$dir/unlabelled.txt" --data "$dir/data" --run "$dir/half" --scale 3 --label-dropout 0.1
-refused 2 "label-dropout" train --run "$dir/half" --scale 3 --label-dropout 2
+refused_late 1 "not conditioned on classes" "$build/train" --config "$dir/unlabelled.txt" --data "$dir/data" --run "$dir/half" --scale 3 --label-dropout 0.1
+refused_late 2 "label-dropout" train --run "$dir/half" --scale 3 --label-dropout 2
 
 # ---- guidance ----
 ok "sample" sample "$dir/run" -n 4 --seed 7
@@ -75,12 +49,12 @@ for how in "--block 1" "--block 64" "--batch 1 --threads 1" "--batch 3"; do
     ok "the same file" cmp "$dir/s.png" "$dir/guided.png"
 done
 ok "a scale at a time" sample "$dir/run" -n 4 --seed 7 --guidance 1,1,2.5
-refused 1 "guidance 2 at scale 1: .*none was trained without" sample "$dir/none" --guidance 2
+refused_late 1 "guidance 2 at scale 1: .*none was trained without" sample "$dir/none" --guidance 2
 ok "guidance 1 of a model without" sample "$dir/none" -n 1 --guidance 1
-refused 2 "guidance" sample "$dir/run" --guidance -1
-refused 2 "guidance" sample "$dir/run" --guidance 1,2
+refused_late 2 "guidance" sample "$dir/run" --guidance -1
+refused_late 2 "guidance" sample "$dir/run" --guidance 1,2
 mkdir "$dir/mixed" && cp "$dir"/run/*.safetensors "$dir/mixed" && cp "$dir/none/scale2.safetensors" "$dir/mixed"
-refused 1 "guidance 2 at scale 2: .*without" sample "$dir/mixed" --guidance 2
+refused_late 1 "guidance 2 at scale 2: .*without" sample "$dir/mixed" --guidance 2
 ok "that scale unguided" sample "$dir/mixed" -n 2 --guidance 2,1,2
 picture=$dir/data/disc/000.png
 ok "inpaint" "$build/inpaint" "$dir/run" "$picture" --half upper -n 2 --seed 3 --candidates 2 --guidance 2 -o "$dir/i.png"
@@ -145,8 +119,8 @@ cp "$dir/psim.txt" "$dir/run/psim.txt"
 { grep -v redraw_prob test/tiny.txt && echo "$line"; } >"$dir/curved.txt"
 rm "$dir"/half/scale2.state*.safetensors
 ok "which trains" "$build/train" --config "$dir/curved.txt" --data "$dir/data" --run "$dir/half" --scale 2 --steps 2
-refused 2 "expected psim" train --run "$dir/run" --schedule cosine
-refused 2 "one of" train --run "$dir/run" --schedule psim --scale 1
-refused 1 "no first stage" train nothing --run "$dir/empty" --schedule psim
+refused_late 2 "expected psim" train --run "$dir/run" --schedule cosine
+refused_late 2 "one of" train --run "$dir/run" --schedule psim --scale 1
+refused_late 1 "no first stage" train nothing --run "$dir/empty" --schedule psim
 echo "$passed passed, $failed failed"
 [ "$failed" -eq 0 ]

@@ -6,24 +6,9 @@ case $build in *-nompi*) echo "skipped: made without MPI" && exit ;; esac
 command -v mpirun >/dev/null || { echo "skipped: no mpirun (Debian: openmpi-bin)" && exit; }
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
-passed=0 failed=0
+. test/lib.sh
 export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
 export ASAN_OPTIONS=detect_leaks=0 # MPI keeps memory to the end
-
-ok() { # ok WHAT COMMAND...: must exit 0
-    what=$1
-    shift
-    "$@" >"$dir/out" 2>"$dir/err.now"
-    status=$?
-    mv "$dir/err.now" "$dir/err" # the command may be a look at what the one before said
-    if [ $status -eq 0 ]; then
-        passed=$((passed + 1))
-    else
-        failed=$((failed + 1))
-        echo "FAIL $what: $*: exit status $status"
-        head -5 "$dir/err"
-    fi
-}
 
 refused() { # refused WORD COMMAND...: exit status 1 to 123 (124: it hung), and a single line of ours, which holds WORD
     word=$1

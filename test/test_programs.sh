@@ -5,19 +5,7 @@ build=$(cd "$1" && pwd)
 here=$(pwd)
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
-passed=0 failed=0
-
-ok() { # ok WHAT COMMAND...: must exit 0
-    what=$1
-    shift
-    if "$@" >"$dir/out" 2>"$dir/err"; then
-        passed=$((passed + 1))
-    else
-        failed=$((failed + 1))
-        echo "FAIL $what: $*: exit status $?"
-        head -5 "$dir/err"
-    fi
-}
+. test/lib.sh
 
 refused() { # refused STATUS WORD COMMAND...: exit status, one clear line on stderr that holds WORD, and no crash
     status=$1 word=$2
@@ -30,20 +18,6 @@ refused() { # refused STATUS WORD COMMAND...: exit status, one clear line on std
         failed=$((failed + 1))
         echo "FAIL $*: exit status $got, expected $status and one line with \"$word\"; stderr:"
         head -5 "$dir/err"
-    fi
-}
-
-refused_late() { # the same after the programs have said other things: the last line counts
-    status=$1 word=$2
-    shift 2
-    "$@" >"$dir/out" 2>"$dir/err"
-    got=$?
-    if [ $got -eq "$status" ] && tail -n 1 "$dir/err" | grep -q -- "$word"; then
-        passed=$((passed + 1))
-    else
-        failed=$((failed + 1))
-        echo "FAIL $*: exit status $got, expected $status and a last line with \"$word\"; stderr ends:"
-        tail -n 3 "$dir/err"
     fi
 }
 

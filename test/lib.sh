@@ -1,0 +1,32 @@
+# lib.sh - what the tests of the programs share: a check is a command that must work, or one that must be refused. Sourced by
+# scripts that have $dir, a folder of their own; what the last command said is in $dir/out and $dir/err.
+passed=0 failed=0
+
+ok() { # ok WHAT COMMAND...: must exit 0; the command may look at what the one before said
+    what=$1
+    shift
+    "$@" >"$dir/out" 2>"$dir/err.now"
+    status=$?
+    mv "$dir/err.now" "$dir/err"
+    if [ $status -eq 0 ]; then
+        passed=$((passed + 1))
+    else
+        failed=$((failed + 1))
+        echo "FAIL $what: $*: exit status $status"
+        head -5 "$dir/err"
+    fi
+}
+
+refused_late() { # refused_late STATUS WORD COMMAND...: exit status, and a last line on stderr that holds WORD
+    status=$1 word=$2
+    shift 2
+    "$@" >"$dir/out" 2>"$dir/err"
+    got=$?
+    if [ $got -eq "$status" ] && tail -n 1 "$dir/err" | grep -q -- "$word"; then
+        passed=$((passed + 1))
+    else
+        failed=$((failed + 1))
+        echo "FAIL $*: exit status $got, expected $status and a last line with \"$word\"; stderr ends:"
+        tail -n 3 "$dir/err"
+    fi
+}
