@@ -31,6 +31,7 @@ typedef struct DeviceOps {
     Err (*find)(char *text, size_t *free_bytes, size_t *total_bytes); /* CUDA_TEXT_BYTES; NULL: not wanted */
     Err (*open)(Device **out);
     void (*close)(Device *d);
+    Err (*measure)(Device *d, size_t n, size_t bytes, double *product, double *copy); /* cuda_measure */
     /* parameters: optimizer.cu. update: AdamW unless o is NULL, then the moving average unless ema_step is 0 */
     Err (*send)(Device *d, const Params *p);
     Err (*fetch)(Device *d, Params *p);
@@ -135,6 +136,18 @@ static __device__ inline void store_pack(floatX *x, size_t i, size_t n, Pack p) 
             if (i + k < n) x[i + k] = p.at[k];
 }
 
+/* philox of base.c */
+static __device__ inline void philox_device(uint32_t c[4], uint64_t seed, uint64_t stream, uint64_t index) {
+    uint32_t key0 = (uint32_t)seed, key1 = (uint32_t)(seed >> 32);
+    c[0] = (uint32_t)index, c[1] = (uint32_t)(index >> 32), c[2] = (uint32_t)stream, c[3] = (uint32_t)(stream >> 32);
+    for (int round = 0; round < 10; round++) {
+        const uint64_t a = (uint64_t)0xD2511F53u * c[0], b = (uint64_t)0xCD9E8D57u * c[2];
+        const uint32_t n0 = (uint32_t)(b >> 32) ^ c[1] ^ key0, n2 = (uint32_t)(a >> 32) ^ c[3] ^ key1;
+        c[1] = (uint32_t)b, c[3] = (uint32_t)a, c[0] = n0, c[2] = n2;
+        key0 += 0x9E3779B9u, key1 += 0xBB67AE85u;
+    }
+}
+
 enum { WARP = 32 };
 
 static __device__ inline float warp_sum(float x) {
@@ -212,6 +225,7 @@ static __device__ inline void multiply_tiles(float c[4], const unsigned a[4], co
 /* A tensor of a parameter table on the GPU. */
 typedef struct {
     float *value, *grad, *m, *v, *ema; /* each NULL if it was never sent */
+    uint16_t *m16, *v16;               /* instead of m and v: in bf16 */
     floatX *weight;                    /* value as matrix products read it; the same memory when floatX is float */
 } DeviceRow;
 

@@ -1193,6 +1193,7 @@ static __global__ void restart_kernel(DeviceRow book, const floatX *z, size_t co
         book.value[at] = value, book.weight[at] = to_floatX(value);
         if (book.m) book.m[at] = 0;
         if (book.v) book.v[at] = 0;
+        if (book.m16) book.m16[at] = book.v16[at] = 0;
         if (book.ema) book.ema[at] = value;
     }
 }

@@ -23,6 +23,7 @@ near() { # near RUN STAGE TOLERANCE [OTHER]: losses, gradient norms and evaluati
 }
 
 "$build/pictures" make "$dir/data" 40 20 || exit 1
+export IMAGEBART_DEVICE=cpu
 train "$build" cpu --vqgan --steps 2 >/dev/null 2>&1 || exit 1
 "$build/lpips" make "$dir/lpips.safetensors" || exit 1
 ok "LPIPS is not on the GPU yet, which is said in one line" sh -c "! '$cuda/train' --config test/tiny.txt --data '$dir/data' --run '$dir/seen' --vqgan --steps 1 --device cuda --perceptual '$dir/lpips.safetensors' 2>'$dir/lpips.err' && test \$(wc -l <'$dir/lpips.err') = 1 && grep -q 'perceptual loss .* CPU only.*--perceptual none' '$dir/lpips.err'"
@@ -53,6 +54,7 @@ wait $pid 2>/dev/null
 ok "a killed run resumes" train "$cuda" parts --scale 2 --steps 4 --device cuda --precision f32 --resume
 ok "and ends with the same bits" cmp "$dir/f32/scale2.state.safetensors" "$dir/parts/scale2.state.safetensors"
 
+not() { ! "$@"; }
 sample() { # sample PROGRAMS RUN OUT ARGUMENTS...
     program=$1/sample run=$2 out=$3
     shift 3
@@ -71,12 +73,56 @@ ok "inpaint on the CPU" "$build/inpaint" "$dir/cpu" "$dir/cpu.png" --half upper 
 ok "inpaint in f32" "$cuda/inpaint" "$dir/cpu" "$dir/cpu.png" --half upper -n 1 --candidates 3 --chain-length 1 --seed 1 -o "$dir/inpaint.png" --device cuda
 ok "the same pictures" "$build/pictures" near "$dir/inpaint-cpu.png" "$dir/inpaint.png" 1
 
+# Moments in bf16: the same numbers round them, so that only what float sums differ by comes between the losses.
+for run in states states-cpu states-parts; do mkdir "$dir/$run" && cp "$dir/cpu/vqgan.safetensors" "$dir/$run"; done
+ok "moments in bf16 on the CPU" train "$build" states-cpu --scale 2 --steps 4 --bf16-states
+ok "moments in bf16" train "$cuda" states --scale 2 --steps 4 --bf16-states --device cuda --precision f32
+ok "the same losses" near states scale2 1e-3 states-cpu
+train "$cuda" states-parts --scale 2 --steps 2 --bf16-states --device cuda --precision f32 >/dev/null 2>&1
+ok "and on" train "$cuda" states-parts --scale 2 --steps 4 --device cuda --precision f32 --resume
+ok "a smaller state" test "$(wc -c <"$dir/states/scale2.state.safetensors")" -lt "$(wc -c <"$dir/f32/scale2.state.safetensors")"
+
+mkdir "$dir/guided" && cp "$dir/cpu/vqgan.safetensors" "$dir/guided"
+for scale in 1 2 3; do train "$build" guided --scale $scale --steps 2 --label-dropout 0.5 >/dev/null 2>&1; done
+ok "guidance on the CPU" sample "$build" guided guided-cpu.png --guidance 2.5,1,0 --class bar --top-k 9
+ok "guidance" sample "$cuda" guided guided.png --guidance 2.5,1,0 --class bar --top-k 9 --device cuda
+ok "the same pictures" "$build/pictures" near "$dir/guided-cpu.png" "$dir/guided.png" 1
+ok "unguided" sample "$cuda" guided unguided.png --class bar --top-k 9 --device cuda
+ok "others without" not "$build/pictures" near "$dir/guided.png" "$dir/unguided.png" 1
+ok "guidance in inpainting on the CPU" "$build/inpaint" "$dir/guided" "$dir/cpu.png" --half upper -n 1 --candidates 3 --chain-length 1 --seed 1 --guidance 2 --class bar -o "$dir/inpaint-guided-cpu.png"
+ok "guidance in inpainting" "$cuda/inpaint" "$dir/guided" "$dir/cpu.png" --half upper -n 1 --candidates 3 --chain-length 1 --seed 1 --guidance 2 --class bar -o "$dir/inpaint-guided.png" --device cuda
+ok "the same pictures" "$build/pictures" near "$dir/inpaint-guided-cpu.png" "$dir/inpaint-guided.png" 1
+
+# Where nothing is said: a GPU if there is one; for a run, where it has been.
+anywhere() { env -u IMAGEBART_DEVICE "$@"; }
+ok "the default is the GPU" anywhere "$cuda/sample" "$dir/cpu" -n 2 --seed 5 -o "$dir/default.png"
+ok "which says so and names the other" grep -q "^device: .*; in f32 .*--device cpu: the processor" "$dir/err"
+ok "the same picture" cmp "$dir/default.png" "$dir/f32.png"
+ok "the CPU if wanted" anywhere "$cuda/sample" "$dir/cpu" -n 2 --seed 5 -o "$dir/wanted.png" --device cpu
+ok "which says so and names the other" grep -q "^device: CPU (--device cuda: the GPU)" "$dir/err"
+ok "the CPU's picture" cmp "$dir/wanted.png" "$dir/cpu.png"
+refused_late 2 "int8 is for --device cpu" anywhere "$cuda/sample" "$dir/cpu" -n 2 --weights int8
+ok "a run on the CPU" anywhere "$cuda/train" --config test/tiny.txt --data "$dir/data" --run "$dir/states-cpu" --scale 2 --steps 5 --resume
+ok "stays there" grep -q "^device: CPU (--device cuda: the GPU)" "$dir/err"
+ok "a run on the GPU" anywhere "$cuda/train" --config test/tiny.txt --data "$dir/data" --run "$dir/states" --scale 2 --steps 5 --resume
+ok "stays there" grep -q "^device: .*; scale2, f32 (--device cpu: the processor)" "$dir/err"
+ok "it moves if told" train "$cuda" states --scale 2 --steps 6 --resume --device cpu
+ok "which is said" grep -q "scale2: trained on cuda f32 so far, from here on on cpu: another run" "$dir/err"
+
 refused_late 2 "int8" sample "$cuda" cpu no.png --device cuda --weights int8
 { cat test/tiny.txt && echo "vqgan.model.params.lossconfig.params.disc_start 0"; } >"$dir/gan.txt"
 refused_late 1 "discriminator, which --device cuda cannot train yet" train "$cuda" gan --vqgan --config "$dir/gan.txt" --device cuda
-refused_late 1 "guidance 2 at scale 1: not on a GPU" sample "$cuda" cpu no.png --device cuda --guidance 2
-refused_late 1 "bf16_states: on a GPU" train "$cuda" states --scale 1 --device cuda --bf16-states
 refused_late 2 "expected bf16 or f32" train "$cuda" f32 --scale 1 --device cuda --precision f16
+
+# The benchmark works, and its table has a number in every row when PyTorch's are there.
+awk 'BEGIN { n = split("train compiled x,train compiled gpt,train eager x,train eager gpt,draw x one,draw x many,draw gpt one,draw gpt many,decode one,decode many,decode compiled many,encode many,stage step", name, ",")
+    for (i = 1; i <= n; i++) print name[i] "\t" 0.5 }' >"$dir/beside.tsv"
+ok "bench_cuda" "$cuda/bench_cuda" tiny --beside "$dir/beside.tsv"
+cp "$dir/out" "$dir/table"
+ok "a table of 18 rows" test "$(sed '1,/^requirement/d' "$dir/table" | grep -c '[0-9]\.[0-9]')" = 18
+ok "without gaps" not grep -q "no PyTorch\|nan\|inf" "$dir/table"
+ok "10 of them required" test "$(sed '1,/^requirement/d' "$dir/table" | grep -c ' [<>] ')" = 10
+refused_late 1 "line 1 is not a name" "$cuda/bench_cuda" tiny --beside test/tiny.txt
 
 echo "$passed passed, $failed failed"
 [ "$failed" -eq 0 ]
