@@ -102,6 +102,9 @@ static __host__ __device__ inline float to_float(floatX x) {
 static __host__ __device__ inline floatX to_floatX(float x) {
     return __float2bfloat16(x);
 }
+static __host__ __device__ inline float to_float(float x) {
+    return x;
+}
 enum { IS_BF16 = 1 };
 #else
 typedef float floatX;

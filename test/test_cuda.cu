@@ -470,6 +470,51 @@ static void test_networks(void) {
     test_network("gpt, class, 2 unmasked", &c, 2, 72);
 }
 
+/* Scales of the bundled model, networks as training leaves them. */
+static void test_bundled(int t) {
+    enum { B = 2, N = 64 };
+    Model m;
+    Loss loss, twin;
+    Transformer *net[2];
+    int32_t x0[B * N], x[B * N], x_t[B * N], at[B] = {t, t}, label[B] = {3, 5};
+    const real *logits;
+    CHECK_OK(model_open(&m, "models/emoji", NULL));
+    CHECK_OK(model_scale(&m, t));
+    const size_t K = m.config[t].dec_num_tokens;
+    const Params *from = transformer_params(m.net);
+    for (int k = 0; k < 2; k++) {
+        CHECK_OK(transformer_create(&net[k], &m.config[t]));
+        if (k) CHECK_OK(transformer_use_cuda(net[k], IS_BF16 ? PRECISION_BF16 : PRECISION_F32));
+        transformer_set_alphas(net[k], m.schedule.alpha);
+        CHECK_OK(params_plan(&net[k]->params, PLAN_VALUE | PLAN_GRAD));
+        for (size_t r = 0; r < from->n; r++)
+            for (size_t i = 0; i < from->row[r].size; i++) {
+                const real w = from->row[r].value[i];
+                net[k]->params.row[r].value[i] = IS_BF16 && from->row[r].matrix ? to_float(to_floatX(w)) : w;
+            }
+        CHECK_OK(params_send(&net[k]->params));
+        CHECK_OK(transformer_plan(net[k], B, N, 1));
+        params_zero_grad(&net[k]->params);
+    }
+    for (size_t i = 0; i < B * N; i++) {
+        x0[i] = (int32_t)rng_below(1, 1, i, (uint32_t)K);
+        x[i] = i % 4 ? x0[i] : (int32_t)rng_below(1, 2, i, (uint32_t)K);
+        x_t[i] = i % 3 ? x[i] : (int32_t)rng_below(1, 3, i, (uint32_t)K);
+    }
+    real *q = reals(B * N * K), *dlogits = reals(B * N * K);
+    for (size_t b = 0; b < B; b++) posterior(q + b * N * K, x0 + b * N, x_t + b * N, N, K, &m.schedule, t);
+    CHECK_OK(transformer_forward(net[0], x, x_t, at, label, B, N, &logits));
+    CHECK_OK(denoising_loss(&loss, logits, x, q, B * N, K, 0.5, 1, dlogits));
+    CHECK_OK(transformer_backward(net[0], dlogits));
+    CHECK_OK(transformer_loss_cuda(net[1], &m.schedule, x0, x, x_t, at, label, B, N, 0.5, 1, 1, &twin));
+    CHECK(fabs(twin.loss - loss.loss) <= TOLERANCE * loss.loss);
+    CHECK_OK(params_fetch(&net[1]->params));
+    near_rows("bundled", &net[1]->params, &net[0]->params, 'g');
+    transformer_free(net[0]), transformer_free(net[1]);
+    free(q), free(dlogits);
+    model_close(&m);
+}
+
 /* A few steps of training: losses and what they leave. */
 static void test_training(const NetConfig *c) {
     enum { STEPS = 6 };
@@ -743,6 +788,7 @@ int main(void) {
     test_updates();
     test_bf16_moments();
     test_networks();
+    test_bundled(1), test_bundled(3);
     test_training(&x_small);
     test_training(&gpt_small);
     test_decodings();

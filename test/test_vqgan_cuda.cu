@@ -66,6 +66,25 @@ static ConvMemory conv_memory(const Conv *c, int small) {
     return m;
 }
 
+/* Results kept in float have its precision, whatever products read; beside them those in floatX, if wanted. Into gaps of
+ * NaN, so that what is not written shows. y: what is wanted; add NULL: nothing is added. */
+static void test_wide(const Conv *c, const floatX *x, const floatX *ordered, const real *bias, const real *add,
+                      const real *y, const ConvMemory *m) {
+    const size_t out = rows_of(c) / c->B, ny = c->B * c->M * out;
+    real *cells = as_cells(y, c->B, c->M, out), *add_cells = add ? as_cells(add, c->B, c->M, out) : NULL;
+    for (int beside = 0; beside < 2; beside++) {
+        const Wide wide = {(float *)on_device(ny * sizeof(float)), add ? send(add_cells, ny) : NULL, send(bias, c->M)};
+        floatX *low = beside ? (floatX *)on_device(ny * sizeof *low) : NULL;
+        real *got = random_reals(ny, 1, 1);
+        CHECK_OK(conv_forward_cuda(device, low, c, x, ordered, send_x(bias, c->M), NULL, m, wide));
+        CHECK_OK(to_host(device, got, wide.y, ny * sizeof *got));
+        CHECK_NEAR("conv y in float", got, cells, ny, 1e-30, c->kind == CONV_UP && IS_BF16 ? 2e-2 : 1e-4);
+        if (beside) near_x("and in floatX", low, cells, ny);
+        free(got);
+    }
+    free(cells), free(add_cells);
+}
+
 /* small: as little memory as will do, so that there are several tiles */
 static void test_conv(Conv c, int small) {
     const size_t hw = c.h * c.w, out = rows_of(&c) / c.B, k = c.kind == CONV1 ? 1 : 9, nw = c.M * c.C * k;
@@ -93,6 +112,7 @@ static void test_conv(Conv c, int small) {
         near_picture("conv dx", dev_dx, dx, c.B, c.C, hw);
         near_f("conv dw", dev_dw, dw, nw);
         near_f("conv db", dev_db, db, c.M);
+        if (order != 1) test_wide(&c, dev_x, ordered, bias, order < 2 ? add : NULL, y, &m);
         digest = 0;
         add_digest(dev_y, ny * sizeof(floatX)), add_digest(dev_dx, nx * sizeof(floatX)), add_digest(dev_dw, nw * 4);
         if (order == 1) CHECK(digest == first);
@@ -455,16 +475,17 @@ static void near_rms(const char *name, const real *got, const real *want, size_t
 /* Of row i. A bias is compared on the scale of the weight before it: in front of a norm, and in attention's keys, a bias has
  * no gradient but what rounding leaves.
  *
- * In bf16 the layers are held to 2e-2, and so is what the whole network says. Its gradients cannot be: rounding nothing but
- * what forward keeps to bf16, with all else in float, moves those of networks like this one by up to 7 % (and rounding
- * nothing but what backward keeps, by up to 3 %). */
-static const double GRADIENTS = IS_BF16 ? 7e-2 : 1e-4;
+ * In bf16 the gradient as a whole is held to 2e-2, and so is what the network says. A single tensor's cannot be: where
+ * nothing is rounded but the operands of products, which is what bf16 means, some weights of random networks like these are
+ * off by up to 2.3e-2 (the whole by 1.2e-2; at the depth of FFHQ's by 2.2e-2), and those biases by more. Everything in bf16,
+ * residual stream included, would be 2.0e-2 to 2.5e-2 for the whole of these, 3.9e-2 at that depth. */
+static const double GRADIENTS = IS_BF16 ? 7e-2 : 1e-4, WEIGHTS = IS_BF16 ? 2.5e-2 : 1e-4;
 
 static void same_gradient(const Said *got, const Said *want, const Params *p, size_t i) {
     const Param *r = &p->row[i];
     const size_t at = (size_t)(r->grad - p->arena[1]), before = i ? (size_t)(p->row[i - 1].grad - p->arena[1]) : 0;
     const double scale = r->ndim == 1 && i ? rms_of(want->grad + before, p->row[i - 1].size) : 0;
-    near_rms(r->name, got->grad + at, want->grad + at, r->size, scale, GRADIENTS);
+    near_rms(r->name, got->grad + at, want->grad + at, r->size, scale, r->ndim == 1 ? GRADIENTS : WEIGHTS);
 }
 
 static void same_said(const Said *got, const Said *want, const Asked *a, const Params *p) {
@@ -474,10 +495,11 @@ static void same_said(const Said *got, const Said *want, const Asked *a, const P
     near_rms("reconstruction", got->xrec, want->xrec, a->n_out, 0, TOLERANCE);
     near_rms("z", got->z, want->z, a->n_z, 0, TOLERANCE);
     near_rms("z_q", got->zq, want->zq, a->n_z, 0, TOLERANCE);
-    near_rms("image gradient", got->dimage, want->dimage, a->n_image, 0, GRADIENTS);
+    near_rms("image gradient", got->dimage, want->dimage, a->n_image, 0, TOLERANCE);
     CHECK(memcmp(got->tokens, want->tokens, a->B * a->cells * 4) == 0);
     CHECK(memcmp(got->raw, want->raw, a->B * a->cells * 4) == 0);
     CHECK(fabs(got->loss - want->loss) <= TOLERANCE * fabs(want->loss));
+    near_rms("gradient as a whole", got->grad, want->grad, p->total, 0, TOLERANCE);
     for (size_t i = 0; i < p->n; i++) same_gradient(got, want, p, i);
 }
 
@@ -553,12 +575,63 @@ static void test_training(void) {
     free(a.image), free(a.z), free(a.dxrec), free(a.tokens);
 }
 
+/* The bundled first stage, a network as training leaves them, on 32x32 pixels of a picture, and the gradient of a loss. */
+static void test_bundled(void) {
+    enum { SIDE = 32, PIXELS = 3 * SIDE * SIDE };
+    Model m;
+    Image im;
+    Said s[2];
+    real x[PIXELS], dxrec[PIXELS];
+    CHECK_OK(model_open(&m, "models/emoji", NULL));
+    CHECK_OK(image_read(&im, "models/emoji/example.png"));
+    CHECK(im.H >= 48 && im.W >= 48);
+    for (size_t i = 0; i < PIXELS; i++) {
+        const size_t c = i / SIDE / SIDE, row = 4 + i / SIDE % SIDE, column = 24 + i % SIDE;
+        x[i] = to_float(to_floatX((float)im.rgb[(row * im.W + column) * 3 + c] / 127.5f - 1));
+    }
+    for (int there = 0; there < 2; there++) {
+        const real *xrec, *z;
+        const int32_t *raw;
+        double l1, l2;
+        Vqgan *v;
+        memset(&s[there], 0, sizeof s[there]);
+        CHECK_OK(vqgan_create(&v, vqgan_config(m.vqgan), 0));
+        Params *p = vqgan_params(v), *from = vqgan_params(m.vqgan);
+        CHECK_OK(params_plan(p, PLAN_VALUE | PLAN_GRAD));
+        for (size_t r = 0; r < p->n; r++)
+            for (size_t k = 0; k < p->row[r].size; k++) p->row[r].value[k] = to_float(to_floatX(from->row[r].value[k]));
+        if (there) CHECK_OK(open_device(&p->device));
+        if (there) p->ops = &CUDA_TABLE;
+        CHECK_OK(vqgan_plan(v, 1, SIDE, SIDE, 1));
+        CHECK_OK(params_send(p));
+        params_zero_grad(p);
+        CHECK_OK(vqgan_forward(v, x, 1, SIDE, SIDE, &xrec, &s[there].loss));
+        vqgan_latents(v, &z, NULL, &raw);
+        s[there].xrec = copy_of(xrec, PIXELS), s[there].raw = (int32_t *)malloc(16 * sizeof(int32_t));
+        memcpy(s[there].raw, raw, 16 * sizeof(int32_t));
+        if (!there) image_loss(x, xrec, PIXELS, 1, 1, &l1, &l2, dxrec);
+        CHECK_OK(vqgan_backward(v, dxrec, 1, NULL));
+        CHECK_OK(params_fetch(p));
+        s[there].grad = copy_of(p->arena[1], p->total);
+        if (there) {
+            CHECK(memcmp(s[1].raw, s[0].raw, 16 * sizeof(int32_t)) == 0);
+            near_rms("reconstruction, bundled", s[1].xrec, s[0].xrec, PIXELS, 0, TOLERANCE);
+            near_rms("gradient as a whole, bundled", s[1].grad, s[0].grad, p->total, 0, TOLERANCE);
+            for (size_t r = 0; r < p->n; r++) same_gradient(&s[1], &s[0], p, r);
+        }
+        vqgan_free(v);
+    }
+    forget(&s[0]), forget(&s[1]);
+    image_free(&im), model_close(&m);
+}
+
 static void test_networks(void) {
     VqganConfig c = tiny();
     test_network(&c, 0, 2, 8, 12);
     c.legacy = 0, c.beta = 0.6, c.tanh_out = 1, c.re_embed = 6, c.n_attn = 0, c.levels = 1, c.ch_mult[0] = 1;
     test_network(&c, 1, 1, 3, 5);
     test_training();
+    test_bundled();
 }
 
 /* ---- main ---- */
