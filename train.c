@@ -576,7 +576,7 @@ static void train_all(Options *o) {
     snprintf(out, sizeof out, "%s/samples.png", o->run);
     fflush(stdout);
     signal(SIGXFSZ, SIG_DFL), signal(SIGPIPE, SIG_DFL);
-    execlp(sample, sample, o->run, "-o", out, (char *)NULL);
+    execlp(sample, sample, o->run, "-o", out, o->device ? "--device" : (char *)NULL, o->device, (char *)NULL);
     die("%s: %s; when it is built: ./sample %s", sample, strerror(errno), o->run);
 }
 
