@@ -183,7 +183,8 @@ def drawing(b, kind, B, compiled):
         for i, l in enumerate(d.layers):
             x = l(x) if isinstance(l, Feed) else l.step(x, cache[i], at, mask)
         p = torch.softmax(net.logits(d.norm(x))[:, 0].float(), -1)
-        ids.copy_(torch.multinomial(p, 1))
+        # the least of exponential numbers with rates p: multinomial waits for the GPU, which no graph may
+        ids.copy_(torch.argmax(p / torch.empty_like(p).exponential_(), -1, keepdim=True))
         drawn.index_copy_(1, at, ids)
         at.add_(1)
 
@@ -303,6 +304,7 @@ def main():
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("words", nargs="*")
     b = Bench(parser.parse_args())
+    torch.backends.cudnn.benchmark = True
     say_machine(b)
     for kind in b.size["nets"]:
         b.rows(f"train eager {kind}", ("eager", lambda: training(b, kind, False)))
