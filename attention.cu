@@ -239,6 +239,13 @@ typedef struct {
     const float *lse, *delta;
 } AttendBackward;
 
+/* Rows of D numbers begin at multiples of D, so that 16 bytes of them can move at a time, or only two numbers, or one: a
+ * Unit. ACROSS lanes share a row of up to W numbers and have PER_LANE units each. */
+template <int UNIT> struct alignas(UNIT * sizeof(floatX)) Unit { floatX at[UNIT]; };
+template <int UNIT, int W> struct Moves {
+    enum { ACROSS = W / UNIT < WARP ? W / UNIT : WARP, PER_LANE = W / UNIT / ACROSS };
+};
+
 #ifndef FLOATX_BF16
 /* ---- In float: plain ----
  *
@@ -478,12 +485,6 @@ static size_t attend_bytes(size_t D, int backward) {
     return D <= 64 ? tile_bytes<64>(backward) : tile_bytes<128>(backward);
 }
 
-/* Rows of D numbers begin at multiples of D, so that 16, 4 or 2 bytes can move at a time: UNIT numbers. How many lanes share
- * a row then: */
-template <int UNIT, int W> struct Moves {
-    enum { ACROSS = W / UNIT < WARP ? W / UNIT : WARP };
-};
-
 template <int UNIT, int W, int ROWS>
 static __device__ inline void copy_units(floatX *tile, const floatX *x, unsigned first, unsigned rows, unsigned stride,
                                          unsigned D) {
@@ -503,8 +504,8 @@ static __device__ inline void copy_units(floatX *tile, const floatX *x, unsigned
 template <int W, int ROWS>
 static __device__ inline void copy_tile(floatX *tile, const floatX *x, unsigned first, unsigned rows, unsigned stride,
                                         unsigned D) {
-    if (D % 8 == 0)
-        copy_units<8, W, ROWS>(tile, x, first, rows, stride, D);
+    if (D % PACK == 0)
+        copy_units<PACK, W, ROWS>(tile, x, first, rows, stride, D);
     else if (D % 2 == 0)
         copy_units<2, W, ROWS>(tile, x, first, rows, stride, D);
     else
@@ -573,7 +574,6 @@ static __device__ inline void weigh_rows(float sum[W / 8][4], const float p[STRE
     }
 }
 
-template <int UNIT> struct alignas(UNIT * sizeof(floatX)) Unit { floatX at[UNIT]; };
 template <int UNIT, int W>
 static __device__ inline void store_units(floatX *x, const floatX *own, unsigned rows, unsigned stride, unsigned D) {
     typedef Moves<UNIT, W> M;
@@ -601,8 +601,8 @@ static __device__ inline void store_rows(floatX *x, unsigned first, unsigned end
         word[n * 4 + 4 * Tiles<W>::PITCH] = bf16_pair(sum[n][2] * factor_8, sum[n][3] * factor_8);
     }
     __syncwarp();
-    if (D % 8 == 0)
-        store_units<8, W>(x, own, rows, stride, D);
+    if (D % PACK == 0)
+        store_units<PACK, W>(x, own, rows, stride, D);
     else if (D % 2 == 0)
         store_units<2, W>(x, own, rows, stride, D);
     else
@@ -862,14 +862,21 @@ static Err attend_backward_cuda(Device *d, const AttendShape *s, floatX *dq, flo
     return OK;
 }
 
-/* ---- Decoding: n new queries (one, or a prompt) against all keys so far ---- */
+/* ---- Decoding: n new queries (one, or a prompt) against all keys so far ----
+ *
+ * A block per head and batch row. The lanes that share a row are a team; the teams of a block share the keys, and each reads
+ * AHEAD keys and values at a time. A team keeps of its keys what forward keeps: the largest score, the sum of exponentials
+ * relative to it, and the output relative to it, of which a lane has the channels that it reads. In the end they are put
+ * together in shared memory, (W + 2) floats for each team. */
 
-/* A block per head and batch row: puts the new keys and values, rows (B,n,inner), in their places in the caches
- * (B,key_stride,inner) from position *pos on (NULL: all keys are there, s.Tk of them), then lets every new query see all.
- * Scores: a thread has keys of its own. Then a thread has a channel, and some of the keys: with D channels the threads are
- * `parts` groups. shared: query (D), scores (key_stride), sums (DECODE_THREADS). */
-enum { DECODE_THREADS = 128 };
+enum { DECODE_THREADS = 256, AHEAD = 4 };
 
+template <int UNIT, int W> struct Team {
+    enum { LANES = Moves<UNIT, W>::ACROSS, PER_LANE = Moves<UNIT, W>::PER_LANE, COUNT = DECODE_THREADS / LANES };
+    float query[PER_LANE][UNIT], out[PER_LANE][UNIT], largest, sum;
+};
+
+/* Puts the new keys or values, rows (B,n,inner), in their places in a cache (B,key_stride,inner), from pos on. */
 static __device__ inline void append_keys(const AttendShape *s, floatX *cache, const floatX *fresh, size_t pos) {
     const size_t b = blockIdx.x / s->heads, h = blockIdx.x % s->heads, inner = s->heads * s->D;
     for (size_t x = threadIdx.x; x < s->Tq * s->D; x += blockDim.x) {
@@ -878,71 +885,117 @@ static __device__ inline void append_keys(const AttendShape *s, floatX *cache, c
     }
 }
 
-/* Of a block's x the largest, or the sum; shared (DECODE_THREADS / 32) */
-static __device__ inline float block_max(float *shared, float x) {
-    x = warp_max(x);
-    __syncthreads();
-    if (threadIdx.x % WARP == 0) shared[threadIdx.x / WARP] = x;
-    __syncthreads();
-    x = shared[0];
-    for (unsigned k = 1; k < blockDim.x / WARP; k++) x = fmaxf(x, shared[k]);
-    return x;
-}
-static __device__ inline float block_sum(float *shared, float x) {
-    x = warp_sum(x);
-    __syncthreads();
-    if (threadIdx.x % WARP == 0) shared[threadIdx.x / WARP] = x;
-    __syncthreads();
-    x = shared[0];
-    for (unsigned k = 1; k < blockDim.x / WARP; k++) x += shared[k];
-    return x;
+/* What a lane has of a row of D numbers; zeros beyond, or if the row is not there */
+template <int UNIT, int W>
+static __device__ inline void load_share(Unit<UNIT> share[Moves<UNIT, W>::PER_LANE], const floatX *row, unsigned D,
+                                         bool there) {
+    typedef Moves<UNIT, W> M;
+#pragma unroll
+    for (unsigned u = 0; u < M::PER_LANE; u++) {
+        const unsigned c = (u * M::ACROSS + threadIdx.x % M::ACROSS) * UNIT;
+        share[u] = {};
+        if (there && c < D) share[u] = *(const Unit<UNIT> *)(row + c);
+    }
 }
 
-/* y (D) of one query: p (keys) are its scores' memory. */
-static __device__ inline void attend_one(const AttendShape *s, floatX *y, float *p, float *sums, const float *query,
-                                         const floatX *k, const floatX *v, size_t keys) {
-    const size_t inner = s->heads * s->D, D = s->D, parts = DECODE_THREADS / D ? DECODE_THREADS / D : 1;
-    const size_t part = threadIdx.x / D, c = threadIdx.x % D;
-    float peak = -HUGE_VALF, sum = 0, out = 0;
-    for (size_t j = threadIdx.x; j < keys; j += blockDim.x) {
-        float score = 0;
-        for (size_t e = 0; e < D; e++) score += query[e] * to_float(k[j * inner + e]);
-        p[j] = score, peak = fmaxf(peak, score);
+/* A team sees key j and AHEAD - 1 more, as many apart as there are teams, of rows inner apart. */
+template <int UNIT, int W>
+static __device__ inline void see_keys(Team<UNIT, W> *x, const floatX *k, const floatX *v, unsigned j, unsigned keys,
+                                       size_t inner, unsigned D) {
+    typedef Team<UNIT, W> T;
+    Unit<UNIT> key[AHEAD][T::PER_LANE], value[AHEAD][T::PER_LANE];
+    float score[AHEAD], peak = x->largest;
+#pragma unroll
+    for (unsigned a = 0; a < AHEAD; a++) {
+        const unsigned at = j + a * T::COUNT;
+        load_share<UNIT, W>(key[a], k + at * inner, D, at < keys);
+        load_share<UNIT, W>(value[a], v + at * inner, D, at < keys);
     }
-    peak = block_max(sums, peak);
-    for (size_t j = threadIdx.x; j < keys; j += blockDim.x) sum += p[j] = expf(p[j] - peak);
-    sum = block_sum(sums, sum);
-    __syncthreads();
-    for (size_t j = part; part < parts && j < keys; j += parts) out += p[j] * to_float(v[j * inner + c]);
-    sums[threadIdx.x] = out;
-    __syncthreads();
-    if (part > 0) return;
-    for (size_t other = 1; other < parts; other++) out += sums[other * D + c];
-    y[c] = to_floatX(out / sum);
+#pragma unroll
+    for (unsigned a = 0; a < AHEAD; a++) {
+        score[a] = 0;
+        for (int u = 0; u < T::PER_LANE; u++)
+            for (int e = 0; e < UNIT; e++) score[a] += x->query[u][e] * to_float(key[a][u].at[e]);
+        for (int far = T::LANES / 2; far; far /= 2) score[a] += __shfl_xor_sync(0xffffffffu, score[a], far);
+        if (j + a * T::COUNT < keys) peak = fmaxf(peak, score[a]);
+    }
+    const float fade = peak == x->largest ? 1 : expf(x->largest - peak); /* no key seen yet, nor now: both infinite */
+    x->largest = peak, x->sum *= fade;
+    for (int u = 0; u < T::PER_LANE; u++)
+        for (int e = 0; e < UNIT; e++) x->out[u][e] *= fade;
+#pragma unroll
+    for (unsigned a = 0; a < AHEAD; a++) {
+        const float weight = j + a * T::COUNT < keys ? expf(score[a] - peak) : 0;
+        x->sum += weight;
+        for (int u = 0; u < T::PER_LANE; u++)
+            for (int e = 0; e < UNIT; e++) x->out[u][e] += weight * to_float(value[a][u].at[e]);
+    }
 }
 
-static __global__ void __launch_bounds__(DECODE_THREADS)
-    attend_decode_kernel(AttendShape s, const int *pos, floatX *y, const floatX *q, floatX *k, floatX *v,
-                         const floatX *new_k, const floatX *new_v) {
-    SHARED(float, query);
-    float *p = query + s.D, *sums = p + s.key_stride;
-    const size_t b = blockIdx.x / s.heads, h = blockIdx.x % s.heads, inner = s.heads * s.D;
-    const size_t keys = pos ? (size_t)*pos + s.Tq : s.Tk, at_key = b * s.key_stride * inner + h * s.D;
-    if (pos) append_keys(&s, k, new_k, (size_t)*pos), append_keys(&s, v, new_v, (size_t)*pos);
-    for (size_t i = 0; i < s.Tq; i++) {
-        const size_t at = (b * s.Tq + i) * inner + h * s.D;
-        __syncthreads();
-        for (size_t c = threadIdx.x; c < s.D; c += blockDim.x) query[c] = to_float(q[at + c]) / sqrtf((float)s.D);
-        __syncthreads();
-        attend_one(&s, y + at, p, sums, query, k + at_key, v + at_key, keys);
+/* y (D) = what all teams of the block have seen; thread c gives channel c */
+template <int UNIT, int W>
+static __device__ inline void join_teams(floatX *y, float *shared, const Team<UNIT, W> *x, unsigned D) {
+    typedef Team<UNIT, W> T;
+    const unsigned lane = threadIdx.x % T::LANES, c = threadIdx.x;
+    float *mine = shared + threadIdx.x / T::LANES * (W + 2), peak = -HUGE_VALF, sum = 0, out = 0;
+    for (unsigned u = 0; u < T::PER_LANE; u++)
+        for (unsigned e = 0; e < UNIT; e++) mine[(u * T::LANES + lane) * UNIT + e] = x->out[u][e];
+    if (lane == 0) mine[W] = x->largest, mine[W + 1] = x->sum;
+    __syncthreads();
+    for (unsigned t = 0; t < T::COUNT; t++) peak = fmaxf(peak, shared[t * (W + 2) + W]);
+#pragma unroll 4
+    for (unsigned t = 0; t < T::COUNT && c < D; t++) {
+        const float *other = shared + t * (W + 2), weight = expf(other[W] - peak);
+        sum += weight * other[W + 1], out += weight * other[c];
     }
+    if (c < D) y[c] = to_floatX(out / sum);
+    __syncthreads();
+}
+
+/* pos: where the new keys and values go, in caches that have as many before them; NULL: all are there, s.Tk of them. */
+typedef struct {
+    AttendShape s;
+    const int *pos;
+    floatX *y, *k, *v;
+    const floatX *q, *new_k, *new_v;
+} AttendDecode;
+
+template <int UNIT, int W>
+static __global__ void __launch_bounds__(DECODE_THREADS, 2) attend_decode_kernel(AttendDecode a) {
+    SHARED(float, shared);
+    typedef Team<UNIT, W> T;
+    const AttendShape *s = &a.s;
+    const size_t b = blockIdx.x / s->heads, h = blockIdx.x % s->heads, inner = s->heads * s->D;
+    const size_t at_key = b * s->key_stride * inner + h * s->D;
+    const unsigned D = (unsigned)s->D, pos = a.pos ? (unsigned)*a.pos : 0,
+                   keys = (unsigned)(a.pos ? pos + s->Tq : s->Tk);
+    if (a.pos) append_keys(s, a.k, a.new_k, pos), append_keys(s, a.v, a.new_v, pos);
+    __syncthreads();
+    for (size_t i = 0; i < s->Tq; i++) {
+        const size_t at = (b * s->Tq + i) * inner + h * s->D;
+        Unit<UNIT> query[T::PER_LANE];
+        T x = {{}, {}, -HUGE_VALF, 0};
+        load_share<UNIT, W>(query, a.q + at, D, true);
+        for (int u = 0; u < T::PER_LANE; u++)
+            for (int e = 0; e < UNIT; e++) x.query[u][e] = to_float(query[u].at[e]) / sqrtf((float)D);
+        for (unsigned j = 0; j < keys; j += AHEAD * T::COUNT)
+            see_keys<UNIT, W>(&x, a.k + at_key, a.v + at_key, j + threadIdx.x / T::LANES, keys, inner, D);
+        join_teams<UNIT, W>(a.y + at, shared, &x, D);
+    }
+}
+
+template <int UNIT, int W> static Err launch_decode(Device *d, const AttendDecode *a) {
+    const size_t bytes = Team<UNIT, W>::COUNT * (W + 2) * sizeof(float);
+    LAUNCH(d, (attend_decode_kernel<UNIT, W>), (unsigned)(a->s.B * a->s.heads), DECODE_THREADS, bytes, *a);
+    return OK;
 }
 
 static Err attend_decode_cuda(Device *d, const AttendShape *s, const int *pos, floatX *y, const floatX *q, floatX *k,
                               floatX *v, const floatX *new_k, const floatX *new_v) {
+    const AttendDecode a = {*s, pos, y, k, v, q, new_k, new_v};
     TRY(check_head(s));
-    LAUNCH(d, attend_decode_kernel, (unsigned)(s->B * s->heads), DECODE_THREADS,
-           (s->D + s->key_stride + DECODE_THREADS) * sizeof(float), *s, pos, y, q, k, v, new_k, new_v);
-    return OK;
+    if (s->D % PACK == 0) return s->D <= 64 ? launch_decode<PACK, 64>(d, &a) : launch_decode<PACK, 128>(d, &a);
+    if (s->D % 2 == 0) return s->D <= 64 ? launch_decode<2, 64>(d, &a) : launch_decode<2, 128>(d, &a);
+    return s->D <= 64 ? launch_decode<1, 64>(d, &a) : launch_decode<1, 128>(d, &a);
 }
 #endif

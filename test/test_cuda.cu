@@ -712,6 +712,10 @@ int main(void) {
     test_attention_decoding(2, 3, 50, 4, 1, 9);
     test_attention_decoding(3, 1, 64, 0, 2, 5);
     test_attention_decoding(1, 2, 128, 200, 1, 258);
+    test_attention_decoding(1, 2, 64, 256, 1, 257);
+    test_attention_decoding(1, 1, 50, 255, 2, 257);
+    test_attention_decoding(2, 1, 15, 30, 1, 40);
+    test_attention_decoding(1, 2, 121, 0, 1, 3);
     test_updates();
     test_networks();
     test_training(&x_small);
