@@ -1,7 +1,7 @@
 /* attention.cu - softmax(q k^T / sqrt(D)) v, forward and backward, and query by query as decoding has it.
  *
- * Heads run in parallel, up to QUERY_BLOCK queries at a time, so that their scores stay in cache. Prototypes:
- * transformer.h. */
+ * On the CPU heads run in parallel, up to QUERY_BLOCK queries at a time, so that their scores stay in cache. The CUDA twins
+ * are plain in float, which is where to begin, and on tensor cores in bf16. Prototypes: transformer.h. */
 #include "transformer.h"
 
 #ifndef DEVICE_CODE
