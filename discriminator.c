@@ -12,7 +12,8 @@
  * gathered for a tile of rows at a time. Tiles are cut by sizes alone and a task is one channel or one row of the columns,
  * so results do not depend on the number of threads.
  *
- * Read in this order: types; building; planning; convolution; norm and leaky ReLU; public functions; losses. */
+ * Read in this order: types; building; planning; convolution; norm and leaky ReLU; public functions; losses; after #else the
+ * same on a GPU. */
 #include "device.h"
 
 #include <math.h>

@@ -10,7 +10,8 @@
  * The pictures of x and of xrec go through the network side by side, as one batch: x first. A few at a time, so that memory
  * does not grow with the batch; a picture has the same bits alone and in company, so it does not matter how many.
  *
- * Read in this order: the table of layers; weights; planning; what layers do; comparing taps; the walk. */
+ * Read in this order: the table of layers; weights; planning; what layers do; comparing taps; the walk; after #else the same on
+ * a GPU. */
 #include "device.h"
 
 #include <math.h>

@@ -1,7 +1,7 @@
 #!/bin/sh
 # test_cuda_programs.sh BUILD PROGRAMS: the programs with --device cuda beside the CPU: training in float gives the same
-# losses, is the same bit for bit after a pause, and in both precisions can be sampled; the same seed gives the same tokens.
-# PROGRAMS: the folder of those that have CUDA, emulated ones or such that nvcc built.
+# losses, with a discriminator and LPIPS too, is the same bit for bit after a pause, and in both precisions can be sampled;
+# the same seed gives the same tokens. PROGRAMS: the folder of those that have CUDA, emulated ones or such that nvcc built.
 build=$(cd "$1" && pwd)
 cuda=$(cd "$2" && pwd)
 dir=$(mktemp -d)
@@ -35,8 +35,8 @@ ok "again" train "$cuda" vqgan-again --vqgan --steps 1 --device cuda
 ok "and on" train "$cuda" vqgan-again --vqgan --steps 2 --device cuda --resume
 ok "the same bits" cmp "$dir/vqgan-bf16/vqgan.state.safetensors" "$dir/vqgan-again/vqgan.state.safetensors"
 
-# With a discriminator and feature matching, then with LPIPS too. Where LPIPS rounds another way, a relu may change its mind,
-# so its weights move little.
+# With a discriminator and feature matching, then with LPIPS too, then in the official order. Adam's first steps are as large
+# for a gradient that is rounding noise as for any other: where it decides about a relu or a small mean, weights move little.
 {
     cat test/tiny.txt
     echo "vqgan.model.params.lossconfig.params.disc_start 1"
