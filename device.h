@@ -2,7 +2,7 @@
  *
  * device.cu is compiled three times. As C, like every file here, it is what the rest of the program calls. As CUDA it
  * includes layers.cu, attention.cu, transformer.cu, optimizer.cu, decode.cu and, for the first stage, conv.c,
- * vqgan_layers.c and vqgan.c, whose #else halves are the CUDA twins of the C above them, once with floatX = float and
+ * vqgan_layers.c, vqgan.c, discriminator.c and perceptual.c, whose #else halves are the CUDA twins of the C above them, once with floatX = float and
  * once with floatX = bf16: each time one object file that exports one table of functions. A program linked without these
  * objects lacks the tables, and so knows that it has no CUDA.
  *
@@ -56,7 +56,19 @@ typedef struct DeviceOps {
     Err (*vqgan_draw)(Vqgan *v, const int32_t *raw, real *images);
     Err (*vqgan_forward)(Vqgan *v, const real *images, int32_t *raw, double *sum);
     Err (*vqgan_backward)(Vqgan *v, const real *dxrec, double codebook_weight, real *dimage);
+    Err (*vqgan_last)(Vqgan *v, const real *dxrec, real *dw, real *db);
     void (*vqgan_restart)(Vqgan *v, size_t code, size_t pick);
+    /* its discriminator and LPIPS: the ends of discriminator.c and perceptual.c */
+    Err (*disc_plan)(Discriminator *d, int features, int allocate, size_t *bytes);
+    void (*disc_free)(Discriminator *d);
+    Err (*disc_forward)(Discriminator *d, const real *images, int update, real *logits);
+    Err (*disc_backward)(Discriminator *d, const real *dlogits, double feature_weight, int trained, real *dimages);
+    Err (*disc_keep)(Discriminator *d);
+    double (*disc_gap)(const Discriminator *d);
+    Err (*perceptual_plan)(Perceptual *p, int allocate, size_t *bytes);
+    void (*perceptual_free)(Perceptual *p);
+    Err (*perceptual_loss)(Perceptual *p, const real *x, const real *xrec, size_t B, double weight, double *loss,
+                           real *dxrec);
     /* several GPUs, one for each rank of parallel.c: nccl.cu. choose: the GPU of the rank of this number on
      * its machine. join_id: what the ranks find each other by, drawn by one of them. grad_place: where a row lies in the
      * gradient, row n_rows: its length. grad_sum: n numbers of it become the sum over ranks, while the GPU goes on;
