@@ -224,7 +224,7 @@ endif
 # Emulated: by a C++ compiler, with test/cuda_on_cpu.h in the place of CUDA's headers.
 CXX := $(if $(findstring clang,$(notdir $(CC))),$(subst clang,clang++,$(CC)),$(subst gcc,g++,$(CC)))
 PRECISIONS := f32 bf16
-EMULATED_TESTS := $(foreach t,cuda vqgan_cuda,$(PRECISIONS:%=$B/emulated/test_$(t)_%))
+EMULATED_TESTS := $(foreach t,cuda vqgan_cuda gan_cuda,$(PRECISIONS:%=$B/emulated/test_$(t)_%))
 EMULATED_FLAGS := -x c++ -std=c++17 -D_GNU_SOURCE -DCUDA_ON_CPU -g $(if $(filter 1,$(SANITIZE)),$(OPT),-O2) \
                   -ffp-contract=off $(WARN) -Wno-unknown-pragmas
 floatX = $(if $(filter %bf16 %bf16.o,$@),-DFLOATX_BF16)
@@ -234,6 +234,7 @@ $(PRECISIONS:%=$B/emulated/device_%.o): device.cu Makefile
 	$(CXX) $(EMULATED_FLAGS) $(floatX) -MMD -MP -c -o $@ $<
 $(PRECISIONS:%=$B/emulated/test_cuda_%.o): test/test_cuda.cu Makefile
 $(PRECISIONS:%=$B/emulated/test_vqgan_cuda_%.o): test/test_vqgan_cuda.cu Makefile
+$(PRECISIONS:%=$B/emulated/test_gan_cuda_%.o): test/test_gan_cuda.cu Makefile
 $(EMULATED_TESTS:%=%.o):
 	@mkdir -p $(@D)
 	$(CXX) $(EMULATED_FLAGS) $(floatX) -MMD -MP -c -o $@ $<
@@ -253,12 +254,13 @@ test-cuda-emulated: $(EMULATED_BIN) $(PROGRAMS:%=$B/%) $B/pictures $B/lpips
 
 # On a GPU, by nvcc. SANITIZER=memcheck (or racecheck, synccheck, initcheck) runs the layers under compute-sanitizer.
 SANITIZER ?=
-NVCC_TESTS := $(foreach t,cuda vqgan_cuda,$(PRECISIONS:%=$B/test_$(t)_%))
+NVCC_TESTS := $(foreach t,cuda vqgan_cuda gan_cuda,$(PRECISIONS:%=$B/test_$(t)_%))
 $(PRECISIONS:%=$B/device_%.o): device.cu Makefile
 	@mkdir -p $(@D)
 	$(NVCC) $(NVCC_FLAGS) $(floatX) -MMD -MP -MF $(@:.o=.d) -c -o $@ $<
 $(PRECISIONS:%=$B/test/test_cuda_%.o): test/test_cuda.cu Makefile
 $(PRECISIONS:%=$B/test/test_vqgan_cuda_%.o): test/test_vqgan_cuda.cu Makefile
+$(PRECISIONS:%=$B/test/test_gan_cuda_%.o): test/test_gan_cuda.cu Makefile
 $(NVCC_TESTS:$B/%=$B/test/%.o):
 	@mkdir -p $(@D)
 	$(NVCC) $(NVCC_FLAGS) $(floatX) -MMD -MP -MF $(@:.o=.d) -c -o $@ $<

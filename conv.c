@@ -1050,10 +1050,15 @@ static int can_multiply_directly(const Window *p) {
     return IS_BF16 && p->C % STEP == 0;
 }
 
-/* Raises what m must hold so that it is enough for c. */
+/* Raises what m must hold so that it is enough for c. train: 0 no, 1 yes, 2 of dx alone, which only CONV3 has. */
 static void conv_needs_cuda(ConvMemory *m, const Conv *c, int train) {
     const Window f = forward_window(c), b = backward_window(c);
     const size_t rows = rows_of(c);
+    if (train == 2) {
+        if (!can_multiply_directly(&b)) m->column_size = max_size(m->column_size, columns_for(&b, rows));
+        m->weight_size = max_size(m->weight_size, c->C * b.pitch);
+        return;
+    }
     if (c->kind != CONV1 && (!can_multiply_directly(&f) || (c->kind == CONV_DOWN && train)))
         m->column_size = max_size(m->column_size, columns_for(&f, rows));
     if (train) m->partial_size = max_size(m->partial_size, channel_slices(1, rows, c->M));
@@ -1424,6 +1429,23 @@ static Err same_backward(Device *d, floatX *dx, float *dw, const Conv *c, const 
         TRY(matmul(d, &product));
     }
     return add_ordered(d, dw, memory->totals, c, &p, order);
+}
+
+/* dx alone of CONV3, overwritten: a convolution of dy with the weights mirrored. */
+static Err conv_input_cuda(Device *d, floatX *dx, const Conv *c, const floatX *dy, const floatX *w,
+                           const ConvMemory *memory) {
+    const Window p = backward_window(c);
+    const size_t rows = rows_of(c), tile = tile_rows(memory->column_size, p.pitch);
+    TRY(order_weights(d, memory->weights, w, c, &p, MIRRORED));
+    if (can_multiply_directly(&p)) return multiply_directly(d, dx, &p, dy, memory->weights, rows, c->C, NULL, NULL, -1);
+    for (size_t r = 0; r < rows; r += tile) {
+        const size_t n = min_size(tile, rows - r);
+        TRY(gather(d, memory->columns, dy, &p, r, n));
+        const Matmul product =
+            rows_times(dx + r * c->C, memory->columns, memory->weights, n, c->C, p.pitch, p.pitch, 1, NULL);
+        TRY(matmul(d, &product));
+    }
+    return OK;
 }
 
 static Err add_channel_sums(Device *d, float *sum, const floatX *x, size_t rows, size_t C, float *partial);

@@ -72,6 +72,14 @@ Err vqgan_use_cuda(Vqgan *v, Precision precision) {
     return use_cuda(vqgan_params(v), precision);
 }
 
+Err disc_use_cuda(Discriminator *d, Precision precision) {
+    return use_cuda(disc_params(d), precision);
+}
+
+Err perceptual_use_cuda(Perceptual *p, Precision precision) {
+    return use_cuda(perceptual_params(p), precision);
+}
+
 int vqgan_on_cuda(Vqgan *v) {
     return vqgan_params(v)->device != NULL;
 }
@@ -153,6 +161,17 @@ static void device_free(void *p) {
 #endif
 }
 
+/* Arrays one after the other in one allocation: counted first, with base NULL, then placed. */
+typedef struct {
+    char *base;
+    size_t used;
+} DeviceArena;
+static void carve(DeviceArena *a, void *out_pointer, size_t n, size_t size) {
+    void *p = a->base ? a->base + a->used : NULL;
+    memcpy(out_pointer, &p, sizeof p);
+    a->used += round_up(n * size, 4 * ALIGNMENT);
+}
+
 /* Between the host's memory and the GPU's. to_host waits until the data are there; to_device until `from` may be reused. */
 static Err to_device(Device *d, void *to, const void *from, size_t bytes) {
 #ifdef CUDA_ON_CPU
@@ -180,6 +199,16 @@ static Err device_zero(Device *d, void *p, size_t bytes) {
     return OK;
 #else
     return cuda_error(cudaMemsetAsync(p, 0, bytes, d->stream), "zeroing");
+#endif
+}
+
+static Err device_copy(Device *d, void *to, const void *from, size_t bytes) {
+#ifdef CUDA_ON_CPU
+    (void)d;
+    memcpy(to, from, bytes);
+    return OK;
+#else
+    return cuda_error(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, d->stream), "copying on the GPU");
 #endif
 }
 
@@ -601,6 +630,10 @@ static Err measure_ceilings(Device *d, size_t n, size_t bytes, double *product, 
 
 #include "vqgan.c"
 
+#include "discriminator.c"
+
+#include "perceptual.c"
+
 #ifdef FLOATX_BF16
 #define CUDA_TABLE cuda_bf16
 #else
@@ -633,7 +666,17 @@ const DeviceOps CUDA_TABLE = {find_cuda,
                               vqgan_draw_cuda,
                               vqgan_forward_cuda,
                               vqgan_backward_cuda,
+                              vqgan_last_cuda,
                               vqgan_restart_cuda,
+                              disc_plan_cuda,
+                              disc_free_cuda,
+                              disc_forward_cuda,
+                              disc_backward_cuda,
+                              disc_keep_cuda,
+                              disc_gap_cuda,
+                              perceptual_plan_cuda,
+                              perceptual_free_cuda,
+                              perceptual_cuda,
                               choose_gpu,
                               joined,
                               join_id,

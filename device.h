@@ -2,7 +2,7 @@
  *
  * device.cu is compiled three times. As C, like every file here, it is what the rest of the program calls. As CUDA it
  * includes layers.cu, attention.cu, transformer.cu, optimizer.cu, decode.cu and, for the first stage, conv.c,
- * vqgan_layers.c and vqgan.c, whose #else halves are the CUDA twins of the C above them, once with floatX = float and
+ * vqgan_layers.c, vqgan.c, discriminator.c and perceptual.c, whose #else halves are the CUDA twins of the C above them, once with floatX = float and
  * once with floatX = bf16: each time one object file that exports one table of functions. A program linked without these
  * objects lacks the tables, and so knows that it has no CUDA.
  *
@@ -57,7 +57,19 @@ typedef struct DeviceOps {
     Err (*vqgan_draw)(Vqgan *v, const int32_t *raw, real *images);
     Err (*vqgan_forward)(Vqgan *v, const real *images, int32_t *raw, double *sum);
     Err (*vqgan_backward)(Vqgan *v, const real *dxrec, double codebook_weight, real *dimage);
+    Err (*vqgan_last)(Vqgan *v, const real *dxrec, real *dw, real *db);
     void (*vqgan_restart)(Vqgan *v, size_t code, size_t pick);
+    /* its discriminator and LPIPS: the ends of discriminator.c and perceptual.c */
+    Err (*disc_plan)(Discriminator *d, int features, int allocate, size_t *bytes);
+    void (*disc_free)(Discriminator *d);
+    Err (*disc_forward)(Discriminator *d, const real *images, int update, real *logits);
+    Err (*disc_backward)(Discriminator *d, const real *dlogits, double feature_weight, int trained, real *dimages);
+    Err (*disc_keep)(Discriminator *d);
+    double (*disc_gap)(const Discriminator *d);
+    Err (*perceptual_plan)(Perceptual *p, int allocate, size_t *bytes);
+    void (*perceptual_free)(Perceptual *p);
+    Err (*perceptual_loss)(Perceptual *p, const real *x, const real *xrec, size_t B, double weight, double *loss,
+                           real *dxrec);
     /* several GPUs, one for each rank of parallel.c: nccl.cu. choose: the GPU of the rank of this number on
      * its machine. join_id: what the ranks find each other by, drawn by one of them. grad_place: where a row lies in the
      * gradient, row n_rows: its length. grad_sum: n numbers of it become the sum over ranks, while the GPU goes on;
@@ -194,15 +206,27 @@ static Err allow_shared(const void *kernel, size_t bytes, const char *what);
 #endif
 
 /* Tensor cores, in PTX; cuda_on_cpu.h has the same for the CPU.
- *   copy_async       16 bytes from global to shared memory, or zeros, while the thread goes on
+ *   copy_async<BYTES>  16, 8, 4 or 2 bytes from global to shared memory, both at a multiple of as many, or zeros, while the
+ *                    thread goes on (with 2, for which there is no such instruction, it waits)
  *   copy_commit, copy_wait<N>   close a group of copies; wait until all but the last N groups are there
  *   load_matrices    four 8x8 matrices of bf16 from shared memory: lane i names row i % 8 of matrix i / 8, and gets of each
- *                    the elements that multiply_tiles wants from it
- *   multiply_tiles   c (16,8) float += a (16,16) b (8,16)^T of bf16, spread over a warp */
+ *                    row lane / 4, columns lane % 4 * 2 and the next
+ *   load_matrices_turned   the same of the matrices' transposes: a lane gets column lane / 4, rows lane % 4 * 2 and the next
+ *   multiply_tiles   c (16,8) float += a (16,16) b (8,16)^T of bf16, spread over a warp: a in four 8x8 matrices as above
+ *                    (rows 0..7 and 8..15 of columns 0..7, then of 8..15), b in two (columns 0..7, then 8..15), and of c a
+ *                    lane has row lane / 4, columns lane % 4 * 2 and the next, then the same of row lane / 4 + 8
+ *   bf16_pair        two floats as bf16 in a word, as matrices have them
+ *   exp2_approx      2^x to 2 units in the last place, 0 below 2^-126: one instruction, where exp2f takes four */
 #if defined(FLOATX_BF16) && !defined(CUDA_ON_CPU)
-static __device__ inline void copy_async(void *shared, const void *global, int there) {
-    const unsigned to = (unsigned)__cvta_generic_to_shared(shared), bytes = there ? 16 : 0;
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(bytes) : "memory");
+template <int BYTES = 16> static __device__ inline void copy_async(void *shared, const void *global, int there) {
+    const unsigned to = (unsigned)__cvta_generic_to_shared(shared), bytes = there ? BYTES : 0;
+    if constexpr (BYTES == 16)
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(bytes) : "memory");
+    else if constexpr (BYTES > 2)
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(global), "n"(BYTES), "r"(bytes)
+                     : "memory");
+    else
+        *(unsigned short *)shared = there ? *(const unsigned short *)global : (unsigned short)0;
 }
 static __device__ inline void copy_commit() {
     asm volatile("cp.async.commit_group;" ::: "memory");
@@ -217,11 +241,28 @@ static __device__ inline void load_matrices(unsigned word[4], const void *row) {
                  : "r"(from)
                  : "memory");
 }
+static __device__ inline void load_matrices_turned(unsigned word[4], const void *row) {
+    const unsigned from = (unsigned)__cvta_generic_to_shared(row);
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(word[0]), "=r"(word[1]), "=r"(word[2]), "=r"(word[3])
+                 : "r"(from)
+                 : "memory");
+}
 static __device__ inline void multiply_tiles(float c[4], const unsigned a[4], const unsigned b[2]) {
     asm volatile(
         "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+static __device__ inline float exp2_approx(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+static __device__ inline unsigned bf16_pair(float first, float second) {
+    unsigned word;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(second), "f"(first));
+    return word;
 }
 #endif
 

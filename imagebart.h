@@ -564,7 +564,7 @@ Err vqgan_decode_tokens(Vqgan *v, const int32_t *tokens, size_t B, size_t h, siz
 Err vqgan_forward(Vqgan *v, const real *images, size_t B, size_t H, size_t W, const real **xrec, double *codebook_loss);
 Err vqgan_backward(Vqgan *v, const real *dxrec, double codebook_weight, real *dimage);
 /* Between the two, and changing nothing but dw (out_ch,C,3,3) and db (out_ch), overwritten: the gradient of the decoder's
- * last layer alone, whose weight's row vqgan_last_layer is. On the CPU only. */
+ * last layer alone, whose weight's row vqgan_last_layer is. */
 Err vqgan_last_gradient(Vqgan *v, const real *dxrec, real *dw, real *db);
 const Param *vqgan_last_layer(const Vqgan *v);
 /* What the last forward saw: latents z and straight-through z_q (B,embed_dim,h,w), raw codes (B,h*w). */
@@ -605,7 +605,7 @@ Err perceptual_loss(Perceptual *p, const real *x, const real *xrec, size_t B, si
 
 /* ------------------------------------------------------------------------------------------------------------
  * 5b. discriminator.c: tells pictures from reconstructions while a first stage is trained (SPEC section 9; the official
- *     NLayerDiscriminator). On the CPU only.
+ *     NLayerDiscriminator).
  * ---------------------------------------------------------------------------------------------------------- */
 typedef struct { /* the official disc_in_channels, disc_ndf, disc_num_layers */
     size_t in_channels, ndf, n_layers;
@@ -763,6 +763,10 @@ int transformer_on_cuda(const Transformer *m);
 /* The same for a first stage, also before vqgan_plan: afterwards everything in section 5 computes there. */
 Err vqgan_use_cuda(Vqgan *v, Precision precision);
 int vqgan_on_cuda(Vqgan *v);
+/* The same for what trains it, before disc_plan and perceptual_plan. Pictures, logits and gradients of pictures are the
+ * host's in every call. */
+Err disc_use_cuda(Discriminator *d, Precision precision);
+Err perceptual_use_cuda(Perceptual *p, Precision precision);
 /* A training pass that leaves logits where they are: transformer_forward, then denoising_loss against the posterior of x_0
  * and x_t, then, if backward, transformer_backward. x0, x (= x_{t-1}), x_t (B,N), t, label (B). On the GPU only. */
 Err transformer_loss_cuda(Transformer *m, const Schedule *s, const int32_t *x0, const int32_t *x, const int32_t *x_t,

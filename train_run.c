@@ -192,7 +192,7 @@ static Err gather_state(Stage *s) {
     int damaged = dataset_damaged(&s->train) + dataset_damaged(&s->val) > 0;
     TRY(ranks_agree(params_fetch(s->params)));
     TRY(ranks_same(s->params->arena[0], s->params->total * sizeof(real), "weights after a step"));
-    TRY(gan_same(s));
+    TRY(gan_gather(s));
     TRY(gather_usage(s));
     TRY(ranks_any(&damaged));
     return damaged ? list_all_damaged(s) : OK;

@@ -893,8 +893,8 @@ const Param *vqgan_last_layer(const Vqgan *v) {
 Err vqgan_last_gradient(Vqgan *v, const real *dxrec, real *dw, real *db) {
     const VqLayer *l = &v->layer[v->n_layers - 1];
     if (!v->ready) return err("vqgan_last_gradient: must follow vqgan_forward");
-    if (v->twin) return err("vqgan_last_gradient: not on the GPU");
     if (l->kind == VQ_TANH) return err("vqgan_last_gradient: not behind a tanh");
+    if (v->twin) return v->params.ops->vqgan_last(v, dxrec, dw, db);
     const Param *w = vqgan_last_layer(v);
     const Conv c = layer_conv(v, l);
     memset(dw, 0, w->size * sizeof *dw);
@@ -978,6 +978,7 @@ struct VqTwin {
     size_t score_size;
     float *partial, *scores, *half; /* sums of slices; scores of attention or codes; of the codebook */
     floatX *ds;                     /* gradient of attention's scores */
+    float *last;                    /* gradients of the last layer's weight and bias, alone */
 };
 
 static floatX *value_at(const Vqgan *v, size_t value) {
@@ -991,6 +992,10 @@ static DeviceRow *row_at(const Vqgan *v, size_t row) {
 }
 static float *wide_at(const Vqgan *v, size_t value) { /* NULL: it is in floatX only */
     return value == NO_VALUE || v->twin->wide_at[value] == NO_VALUE ? NULL : v->twin->wide + v->twin->wide_at[value];
+}
+static size_t last_size(const Vqgan *v) {
+    const VqLayer *l = &v->layer[v->n_layers - 1];
+    return v->train && l->kind == VQ_CONV ? v->params.row[l->weight].size + v->params.row[l->bias].size : 0;
 }
 static size_t value_elements(const Vqgan *v, size_t value) {
     return v->b * v->value[value].C * plane_size(v, value);
@@ -1201,6 +1206,20 @@ static Err vqgan_backward_cuda(Vqgan *v, const real *dxrec, double codebook_weig
     return dimage ? get_planes(v, dimage, grad_at(v, v->image), v->image) : OK;
 }
 
+/* Of the last layer alone, which is a convolution; in grad_at of the reconstruction, where backward's will be. */
+static Err vqgan_last_cuda(Vqgan *v, const real *dxrec, real *dw, real *db) {
+    VqTwin *t = v->twin;
+    const VqLayer *l = &v->layer[v->n_layers - 1];
+    const Conv c = layer_conv(v, l);
+    const size_t weights = v->params.row[l->weight].size;
+    TRY(put_planes(v, grad_at(v, v->xrec), dxrec, v->xrec));
+    TRY(device_zero(t->d, t->last, last_size(v) * sizeof *t->last));
+    TRY(conv_backward_cuda(t->d, NULL, t->last, t->last + weights, &c, grad_at(v, v->xrec), value_at(v, l->in[0]),
+                           row_at(v, l->weight)->weight, 0, &t->conv));
+    TRY(to_host(t->d, dw, t->last, weights * sizeof *dw));
+    return to_host(t->d, db, t->last + weights, c.M * sizeof *db);
+}
+
 /* An entry becomes a latent; its moments and average follow. Each of these may be NULL. */
 static __global__ void restart_kernel(DeviceRow book, const floatX *z, size_t code, size_t pick, size_t D) {
     for (size_t k = threadIdx.x; k < D; k += blockDim.x) {
@@ -1297,7 +1316,8 @@ static size_t place_wide(const Vqgan *v, size_t units, size_t *at) {
 }
 
 static size_t shared_bytes(const Vqgan *v, const VqNeeds *n) {
-    const size_t floats = n->planes + n->partial + n->scores + n->cells + v->c.n_embed + n->conv.total_size;
+    const size_t floats =
+        n->planes + n->partial + n->scores + n->cells + v->c.n_embed + n->conv.total_size + last_size(v);
     return floats * sizeof(float) + (n->order + n->ds + n->conv.column_size + n->conv.weight_size) * sizeof(floatX);
 }
 
@@ -1331,6 +1351,7 @@ static Err allocate_twin(Vqgan *v, const VqNeeds *n, size_t units) {
     TRY(device_alloc(&t->scores, n->scores * sizeof(float), what));
     TRY(device_alloc(&t->half, v->c.n_embed * sizeof(float), what));
     TRY(device_alloc(&t->ds, n->ds * sizeof(floatX), what));
+    TRY(device_alloc(&t->last, last_size(v) * sizeof(float), what));
     TRY(device_alloc(&t->conv.columns, n->conv.column_size * sizeof(floatX), what));
     TRY(device_alloc(&t->conv.weights, n->conv.weight_size * sizeof(floatX), what));
     TRY(device_alloc(&t->conv.totals, n->conv.total_size * sizeof(float), what));
@@ -1340,8 +1361,8 @@ static Err allocate_twin(Vqgan *v, const VqNeeds *n, size_t units) {
 
 static void vqgan_free_cuda(Vqgan *v) {
     VqTwin *t = v->twin;
-    void *const all[] = {t->arena, t->order_arena, t->planes,       t->raw,          t->partial,     t->scores,
-                         t->half,  t->ds,          t->conv.columns, t->conv.weights, t->conv.totals, t->wide};
+    void *const all[] = {t->arena, t->order_arena,  t->planes,       t->raw,         t->partial, t->scores, t->half,
+                         t->ds,    t->conv.columns, t->conv.weights, t->conv.totals, t->last,    t->wide};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) device_free(all[i]);
     free(t->ordered), free(t->wide_at), free(t->operand);
     free(t);

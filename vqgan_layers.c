@@ -702,28 +702,37 @@ static Err nearest_cuda(Device *d, int32_t *raw, const floatX *z, const floatX *
     return OK;
 }
 
-/* zq = z + (e - z), straight through; sums (SUM_BLOCKS) += of (e - z)^2: a block adds up its share, warp after warp. */
+/* sums[block] = the sum over a block of CELL_THREADS, warp after warp */
+enum { BLOCK_SUM_BYTES = CELL_THREADS / WARP * sizeof(double) };
+static __device__ inline void store_block_sum(double *sums, double sum) {
+    SHARED(double, warps);
+    sum = warp_sum(sum);
+    if (threadIdx.x % WARP == 0) warps[threadIdx.x / WARP] = sum;
+    __syncthreads();
+    if (threadIdx.x > 0) return;
+    for (unsigned k = 1; k < CELL_THREADS / WARP; k++) sum += warps[k];
+    sums[blockIdx.x] = sum;
+}
+/* Blocks that share n things in steps of the grid, per_block at a time */
+static unsigned sum_blocks(size_t n, size_t per_block) {
+    return (unsigned)min_size(SUM_BLOCKS, ceil_div(n, per_block));
+}
+
+/* zq = z + (e - z), straight through; sums (SUM_BLOCKS) = of (e - z)^2 */
 static __global__ void straight_kernel(floatX *zq, double *sums, const floatX *z, const floatX *book,
                                        const int32_t *raw, size_t rows, size_t D) {
-    SHARED(double, warps);
     double sum = 0;
     for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; i < rows * D; i += (size_t)SUM_BLOCKS * blockDim.x) {
         const float at = to_float(z[i]), gap = to_float(book[(size_t)raw[i / D] * D + i % D]) - at;
         zq[i] = to_floatX(at + gap);
         sum += (double)gap * (double)gap;
     }
-    sum = warp_sum(sum);
-    if (threadIdx.x % WARP == 0) warps[threadIdx.x / WARP] = sum;
-    __syncthreads();
-    if (threadIdx.x > 0) return;
-    for (unsigned k = 1; k < blockDim.x / WARP; k++) sum += warps[k];
-    sums[blockIdx.x] = sum;
+    store_block_sum(sums, sum);
 }
 
 static Err straight_through_cuda(Device *d, floatX *zq, double *sums, const floatX *z, const floatX *book,
                                  const int32_t *raw, size_t rows, size_t D) {
-    LAUNCH(d, straight_kernel, SUM_BLOCKS, CELL_THREADS, CELL_THREADS / WARP * sizeof(double), zq, sums, z, book, raw,
-           rows, D);
+    LAUNCH(d, straight_kernel, SUM_BLOCKS, CELL_THREADS, BLOCK_SUM_BYTES, zq, sums, z, book, raw, rows, D);
     return OK;
 }
 

@@ -9,9 +9,10 @@ white, padded to a square and scaled down:
 
 <group> is one of the nine groups of emoji-test.txt (smileys, people, animals,
 food, travel, activities, objects, symbols, flags); <codepoints> is the full
-sequence in hexadecimal, joined by "-", e.g. 1f44b-1f3fd.png.  The tenth group
-of that file, "Component" (five bare skin-tone swatches and four bare hair
-styles), is drawn too and put into people.
+sequence in hexadecimal, joined by "-", e.g. 1f9d1-200d-1f373.png.  The tenth
+group of that file, "Component" (four bare hair styles), is drawn too and put
+into people.  People come without skin tones, in the font's yellow; with
+--skin-tones all of them are drawn, and are half of the set.
 
 Needs, on Debian:
     apt install python3-fonttools python3-pil fonts-noto-color-emoji unicode-data
@@ -203,6 +204,7 @@ def main():
     ap.add_argument("--size", type=int, default=64, help="picture side in pixels (default %(default)s)")
     ap.add_argument("--font", default=FONT, help="default %(default)s")
     ap.add_argument("--emoji-test", default=EMOJI_TEST, help="default %(default)s")
+    ap.add_argument("--skin-tones", action="store_true", help="every skin tone of people too: twice as many pictures")
     ap.add_argument("--force", action="store_true", help="replace an existing --out folder")
     args = ap.parse_args()
 
@@ -230,7 +232,7 @@ def main():
 
     # Everything goes to a temporary folder, renamed when complete.
     work = f"{out}.tmp{os.getpid()}"
-    counts = Counter()
+    counts, toned = Counter(), 0
     missing, twins = [], []
     seen = set()
     try:
@@ -238,6 +240,9 @@ def main():
             for folder in FOLDERS:
                 os.makedirs(os.path.join(work, part, folder))
         for folder, points in sequences:
+            if not args.skin_tones and set(points) & set(SKIN_TONES):
+                toned += 1
+                continue
             png = font.png(points)
             if png is None:
                 missing.append(points)
@@ -267,7 +272,7 @@ def main():
     t = sum(counts["train", f] for f in FOLDERS)
     v = sum(counts["val", f] for f in FOLDERS)
     print(f"{'all':<12}{t:>7}{v:>6}{t + v:>7}")
-    print(f"{len(sequences)} sequences in the list, {len(missing)} not in the font, "
+    print(f"{len(sequences)} sequences in the list, {toned} with a skin tone, {len(missing)} not in the font, "
           f"{len(twins)} left out as exact copies of another picture")
     for title, some in (("not in the font", missing), ("copies", twins)):
         if some:

@@ -7,7 +7,7 @@
  *     threadIdx blockIdx blockDim gridDim
  *     __syncthreads __syncwarp __shfl_xor_sync __shfl_up_sync __shfl_sync __ballot_sync   threads meet and exchange
  *     atomicAdd, __nv_bfloat16, expf and its kin
- *     copy_async load_matrices multiply_tiles   tensor cores and what feeds them, which have no words in C++: device.h
+ *     copy_async load_matrices multiply_tiles...   tensor cores and what feeds them, which have no words in C++: device.h
  *
  * The blocks of a launch run one after the other. The threads of a block are fibers: each has a stack of its own, and
  * runs until it must wait for others; then the next one goes on. So a kernel without barriers is a plain loop, and a
@@ -17,8 +17,9 @@
  *
  * What a GPU would answer with wrong numbers or a hang ends the program with one line: threads of a block that wait at
  * different barriers, or that have left while others wait; a block that is not whole warps; writing beyond the dynamic
- * shared memory (which is full of NaN when a block begins). Not looked for: accesses out of bounds of global memory,
- * which the address sanitizer finds, and races that neither order shows.
+ * shared memory (which is full of NaN when a block begins); copy_async and load_matrices at addresses that are not
+ * multiples of what they move. copy_async copies no sooner than the thread waits for it. Not looked for: accesses out of
+ * bounds of global memory, which the address sanitizer finds, and races that neither order shows.
  *
  * Read: fibers; a block; warps; the words. */
 #ifndef CUDA_ON_CPU_H
@@ -182,7 +183,20 @@ static void release_barrier(unsigned n) {
 
 static unsigned arrived[MAX_THREADS / WARP]; /* lanes of each warp that wait for the others */
 
+/* Copies that a thread has begun: queue[done..closed-1] in whole groups, up to queued - 1 in one that is still open. */
+struct Copies {
+    enum { MOST = 512 };
+    struct {
+        void *to;
+        const void *from;
+        int bytes, there, group;
+    } queue[MOST];
+    int done, queued, groups;
+};
+static Copies copies[MAX_THREADS];
+
 static void run_block(unsigned n) {
+    for (unsigned i = 0; i < n; i++) copies[i].done = copies[i].queued = copies[i].groups = 0;
     if (shared_bytes) memset(shared_memory, 0xff, shared_bytes);
     memset(arrived, 0, sizeof arrived);
     for (unsigned i = 0; i < n; i++) fiber[i].state = READY, fiber[i].parity = 0;
@@ -241,16 +255,21 @@ static void meet_warp(int line) {
     arrived[running / WARP] = 0;
 }
 
-/* Two sets of slots take turns, so that nobody overwrites what a slower lane has still to read. */
-template <typename T> static T exchange(unsigned mask, T value, unsigned from, int line) {
-    if (mask != 0xffffffffu) fail("an exchange among a part of a warp", line);
-    const unsigned me = running, first = me / WARP * WARP;
+/* The values that all lanes of the warp bring. Two sets of slots take turns, so that nobody overwrites what a slower lane
+ * has still to read: they are there until the exchange after the next begins. */
+template <typename T> static const uint64_t *gather(T value, int line) {
+    const unsigned me = running;
     const int set = fiber[me].parity;
     fiber[me].parity = !set;
     slot[set][me] = 0;
     memcpy(&slot[set][me], &value, sizeof value);
     meet_warp(line);
-    memcpy(&value, &slot[set][first + from % WARP], sizeof value);
+    return &slot[set][me / WARP * WARP];
+}
+
+template <typename T> static T exchange(unsigned mask, T value, unsigned from, int line) {
+    if (mask != 0xffffffffu) fail("an exchange among a part of a warp", line);
+    memcpy(&value, gather(value, line) + from % WARP, sizeof value);
     return value;
 }
 
@@ -259,11 +278,10 @@ static inline unsigned lane() {
 }
 
 static inline unsigned ballot(unsigned mask, int predicate, int line) {
-    const unsigned me = running, first = me / WARP * WARP;
-    const int set = fiber[me].parity;
     unsigned bits = 0;
-    exchange(mask, predicate ? 1 : 0, 0, line);
-    for (unsigned i = 0; i < WARP; i++) bits |= (unsigned)(slot[set][first + i] & 1) << i;
+    if (mask != 0xffffffffu) fail("an exchange among a part of a warp", line);
+    const uint64_t *lanes = gather(predicate ? 1 : 0, line);
+    for (unsigned i = 0; i < WARP; i++) bits |= (unsigned)(lanes[i] & 1) << i;
     return bits;
 }
 
@@ -305,38 +323,65 @@ static inline float rsqrtf(float x) {
 }
 
 /* What tensor cores and their helpers do, by PTX's tables of which lane has what. A word has two bf16. */
-static inline void copy_async(void *shared, const void *global, int there) {
-    if (there)
-        memcpy(shared, global, 16);
-    else
-        memset(shared, 0, 16);
+static inline void check_aligned(const void *at, int bytes, const char *what) {
+    if ((uintptr_t)at % (unsigned)bytes) on_cpu::fail(what, 0);
 }
-static inline void copy_commit() {}
-template <int N> static inline void copy_wait() {}
+template <int BYTES = 16> static inline void copy_async(void *shared, const void *global, int there) {
+    on_cpu::Copies *c = &on_cpu::copies[on_cpu::running];
+    check_aligned(shared, BYTES, "copies to a place in shared memory that is no multiple of the bytes copied");
+    check_aligned(global, BYTES, "copies from a place in global memory that is no multiple of the bytes copied");
+    if (c->done == c->queued) c->done = c->queued = 0;
+    if (c->queued == c->MOST) on_cpu::fail("begins more copies than the emulation has room for", 0);
+    c->queue[c->queued++] = {shared, global, BYTES, there, c->groups};
+}
+static inline void copy_commit() {
+    on_cpu::copies[on_cpu::running].groups++;
+}
+template <int N> static inline void copy_wait() {
+    on_cpu::Copies *c = &on_cpu::copies[on_cpu::running];
+    for (; c->done < c->queued && c->queue[c->done].group < c->groups - N; c->done++) {
+        const auto *one = &c->queue[c->done];
+        if (one->there)
+            memcpy(one->to, one->from, (size_t)one->bytes);
+        else
+            memset(one->to, 0, (size_t)one->bytes);
+    }
+}
+/* The rows of matrices that the lanes of the warp name, as the lane's own registers would get them */
+static inline const uint64_t *named_rows(const void *row, int line) {
+    check_aligned(row, 16, "names a row of a matrix at no multiple of 16 bytes");
+    return on_cpu::gather((uintptr_t)row, line);
+}
 static inline void load_matrices(unsigned word[4], const void *row, int line) {
-    const unsigned lane = on_cpu::lane();
+    const uint64_t *rows = named_rows(row, line);
+    const unsigned g = on_cpu::lane() / 4, t = on_cpu::lane() % 4;
+    for (unsigned j = 0; j < 4; j++) word[j] = ((const unsigned *)rows[8 * j + g])[t];
+}
+static inline void load_matrices_turned(unsigned word[4], const void *row, int line) {
+    const uint64_t *rows = named_rows(row, line);
+    const unsigned g = on_cpu::lane() / 4, t = on_cpu::lane() % 4;
     for (unsigned j = 0; j < 4; j++)
-        word[j] = ((const unsigned *)on_cpu::exchange(0xffffffffu, row, 8 * j + lane / 4, line))[lane % 4];
+        word[j] = ((const uint16_t *)rows[8 * j + 2 * t])[g] | (unsigned)((const uint16_t *)rows[8 * j + 2 * t + 1])[g]
+                                                                   << 16;
 }
 #define load_matrices(word, row) load_matrices(word, row, __LINE__)
+#define load_matrices_turned(word, row) load_matrices_turned(word, row, __LINE__)
 static inline float bf16_of(unsigned word, unsigned half) {
     const unsigned bits = (word >> 16 * half) << 16;
     float f;
     memcpy(&f, &bits, sizeof f);
     return f;
 }
-static unsigned mma_word[1024][6];
+static float mma_a[32][16][16], mma_b[32][8][16]; /* of each warp */
 static inline void multiply_tiles(float c[4], const unsigned a[4], const unsigned b[2], int line) {
-    const unsigned me = on_cpu::running, first = me - on_cpu::lane(), g = on_cpu::lane() / 4, t = on_cpu::lane() % 4;
-    memcpy(mma_word[me], a, 4 * sizeof *a), memcpy(mma_word[me] + 4, b, 2 * sizeof *b);
-    on_cpu::exchange(0xffffffffu, 0, 0, line);
+    const unsigned g = on_cpu::lane() / 4, t = on_cpu::lane() % 4, warp = on_cpu::running / on_cpu::WARP;
+    for (unsigned i = 0; i < 8; i++)
+        mma_a[warp][g + i / 2 % 2 * 8][i / 4 * 8 + 2 * t + i % 2] = bf16_of(a[i / 2], i % 2);
+    for (unsigned i = 0; i < 4; i++) mma_b[warp][g][i / 2 * 8 + 2 * t + i % 2] = bf16_of(b[i / 2], i % 2);
+    on_cpu::gather(0, line);
     for (unsigned i = 0; i < 4; i++)
-        for (unsigned k = 0; k < 16; k++) {
-            const unsigned *row = mma_word[first + 4 * g + k % 8 / 2],
-                           *column = mma_word[first + 4 * (2 * t + i % 2) + k % 8 / 2];
-            c[i] += bf16_of(row[k / 8 * 2 + i / 2], k % 2) * bf16_of(column[4 + k / 8], k % 2);
-        }
-    on_cpu::exchange(0xffffffffu, 0, 0, line);
+        for (unsigned k = 0; k < 16; k++) c[i] += mma_a[warp][g + i / 2 * 8][k] * mma_b[warp][2 * t + i % 2][k];
+    on_cpu::gather(0, line);
 }
 #define multiply_tiles(c, a, b) multiply_tiles(c, a, b, __LINE__)
 
@@ -356,6 +401,13 @@ static inline __nv_bfloat16 __float2bfloat16(float f) {
     memcpy(&u, &f, sizeof u);
     x.bits = (uint16_t)(f != f ? 0x7fc0u : (u + 0x7fffu + (u >> 16 & 1)) >> 16);
     return x;
+}
+
+static inline float exp2_approx(float x) {
+    return exp2f(x);
+}
+static inline unsigned bf16_pair(float first, float second) {
+    return __float2bfloat16(first).bits | (unsigned)__float2bfloat16(second).bits << 16;
 }
 
 #endif

@@ -1,7 +1,8 @@
 #!/bin/sh
-# run.sh BUILD ANY TEST...: runs every test program, the golden cases, the checks of the three programs, and adds up what
-# they report; ANY holds the programs for any x86-64, "" where there are none; what cannot be run here is named. The last line is "N passed, N failed"; exit status 1 if anything failed,
-# crashed or reported nothing. PYTHON names a python that has torch.
+# run.sh BUILD ANY TEST...: runs every test program, the golden cases, the checks of the three programs, and adds up
+# what they report; ANY holds the programs for any x86-64, "" where there are none; what cannot be run here is named.
+# The last line is "N passed, N failed"; exit status 1 if anything failed, crashed or reported nothing. PYTHON names a
+# python that has torch.
 #
 # run.sh --cuda BUILD PROGRAMS TEST...: only what concerns CUDA, with the programs of that folder (built by nvcc, or the
 # emulated ones).
@@ -36,6 +37,21 @@ check() { # check NAME COMMAND...
     tally "$name" "$build/$name.log" $?
 }
 
+python_check() { # python_check NAME MODULES SCRIPT: with the python that has these modules, or if none has, any
+    python=${PYTHON:-python3}
+    for p in "$python" python3 /usr/bin/python3; do
+        if "$p" -c "import $2" 2>/dev/null; then
+            python=$p
+            break
+        fi
+    done
+    if command -v "$python" >/dev/null; then
+        check "$1" "$python" "$3" "$build"
+    else
+        echo "$1: skipped: no python3"
+    fi
+}
+
 for t in "$@"; do
     check "$(basename "$t")" "$t"
 done
@@ -53,18 +69,7 @@ check golden-selftest "$build/golden" --selftest test/golden-cases
 check programs test/test_programs.sh "$build"
 check survive test/test_survive.sh "$build"
 check guidance test/test_guidance.sh "$build"
-events=python3 # which has TensorBoard, if any has
-for p in "${PYTHON:-python3}" python3 /usr/bin/python3; do
-    if "$p" -c 'import tensorboard' 2>/dev/null; then
-        events=$p
-        break
-    fi
-done
-if command -v $events >/dev/null; then
-    check events "$events" test/test_events.py "$build"
-else
-    echo "events: skipped: no python3"
-fi
+python_check events tensorboard test/test_events.py
 if [ -n "$any" ]; then
     check levels test/test_levels.sh "$any" "$build"
 else
@@ -72,25 +77,10 @@ else
 fi
 check mpi test/test_mpi.sh "$build"
 check fetch test/test_fetch.sh
-if command -v "${PYTHON:-python3}" >/dev/null; then
-    check torch "${PYTHON:-python3}" test/test_torch.py "$build"
-    check validation "${PYTHON:-python3}" test/test_validation.py "$build"
-    check lpips "${PYTHON:-python3}" test/test_lpips.py "$build"
-else
-    echo "torch: skipped: no ${PYTHON:-python3}"
-fi
-lsun=python3 # which has them: the PYTHON that has PyTorch, or the system's
-for p in "${PYTHON:-python3}" python3 /usr/bin/python3; do
-    if "$p" -c 'import lmdb, PIL' 2>/dev/null; then
-        lsun=$p
-        break
-    fi
-done
-if command -v $lsun >/dev/null; then
-    check lsun "$lsun" test/test_lsun.py "$build"
-else
-    echo "lsun: skipped: no python3"
-fi
+python_check torch torch test/test_torch.py
+python_check validation torch test/test_validation.py
+python_check lpips torch test/test_lpips.py
+python_check lsun "lmdb, PIL" test/test_lsun.py
 check left-out test/test_left_out.sh
 check common-subset test/test_subset.sh
 echo "$passed passed, $failed failed"

@@ -184,6 +184,17 @@ static void test_embedding(size_t B, size_t n, size_t C) {
 
 /* ---- Attention ---- */
 
+/* x is 0 but for the rounding of sums of numbers around 1 */
+static void near_zero(const char *name, const floatX *got, size_t n) {
+    floatX *x = (floatX *)malloc(n * sizeof *x);
+    double worst = 0;
+    CHECK_OK(to_host(device, x, got, n * sizeof *x));
+    for (size_t i = 0; i < n && worst == worst; i++) /* NaN stays */
+        if (!(fabs((double)to_float(x[i])) <= worst)) worst = fabs((double)to_float(x[i]));
+    if (!CHECK(worst <= 1e-4)) printf("     %s: %g\n", name, worst);
+    free(x);
+}
+
 static void test_attention(size_t B, size_t heads, size_t D, size_t Tq, size_t Tk, int causal, size_t unmasked) {
     const AttendShape s = {B, heads, D, Tq, Tk, Tk, causal, NULL, unmasked, 0};
     const size_t inner = heads * D, nq = B * Tq * inner, nk = B * Tk * inner;
@@ -204,12 +215,32 @@ static void test_attention(size_t B, size_t heads, size_t D, size_t Tq, size_t T
         CHECK_OK(attend_backward_cuda(device, &s, gdq, gdk, gdv, gdy, gy, lse, delta, gq, gk, gv));
         reverse(0);
         near_x("attention", gy, y, nq);
-        near_x("attention, dq", gdq, dq, nq);
-        near_x("attention, dk", gdk, dk, nk);
+        if (Tk == 1) { /* p is 1 whatever q and k are */
+            near_zero("attention to one key, dq", gdq, nq);
+            near_zero("attention to one key, dk", gdk, nk);
+        } else {
+            near_x("attention, dq", gdq, dq, nq);
+            near_x("attention, dk", gdk, dk, nk);
+        }
         near_x("attention, dv", gdv, dv, nk);
         free_arrays();
     }
     free(q), free(k), free(v), free(dy), free(y), free(p), free(scores), free(dq), free(dk), free(dv);
+}
+
+/* Widths of a head whose rows begin at multiples of 16, of 4 and of 2 bytes, each with whole and broken tiles of queries
+ * and keys, and with every kind of sight. */
+static void test_attention_shapes(void) {
+    static const size_t width[] = {64, 50, 20, 128, 15, 121}, length[] = {1, 64, 65, 257};
+    for (size_t w = 0; w < 6; w++)
+        for (size_t i = 0; i < (w < 4 ? 4 : 3); i++) {
+            const size_t T = length[i], large = T > 100, B = large ? 1 : 2;
+            test_attention(B, 2, width[w], T, T, 0, 0);
+            test_attention(B, 1, width[w], T, length[3 - i], 0, 0);
+            if (large && w > 1) continue;
+            test_attention(B, 2, width[w], T, T, 1, 0);
+            test_attention(B, 1, width[w], T, T, 1, large ? 130 : T / 2);
+        }
 }
 
 /* n new positions from `pos` on in caches with room for more, all seeing all. */
@@ -782,9 +813,14 @@ int main(void) {
     test_attention(1, 2, 16, 70, 70, 1, 2);
     test_attention(1, 1, 72, 70, 70, 1, 66);
     test_attention(2, 1, 128, 1, 3, 0, 0);
+    test_attention_shapes();
     test_attention_decoding(2, 3, 50, 4, 1, 9);
     test_attention_decoding(3, 1, 64, 0, 2, 5);
     test_attention_decoding(1, 2, 128, 200, 1, 258);
+    test_attention_decoding(1, 2, 64, 256, 1, 257);
+    test_attention_decoding(1, 1, 50, 255, 2, 257);
+    test_attention_decoding(2, 1, 15, 30, 1, 40);
+    test_attention_decoding(1, 2, 121, 0, 1, 3);
     test_updates();
     test_bf16_moments();
     test_networks();

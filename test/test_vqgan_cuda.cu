@@ -3,38 +3,6 @@
 
 #include "device_test.h"
 
-/* ---- Pictures on both sides: here (B,C,cells), on the device (B,cells,C) ---- */
-
-static real *as_cells(const real *x, size_t B, size_t C, size_t cells) {
-    real *y = (real *)malloc((B * C * cells + 1) * sizeof *y);
-    for (size_t b = 0; b < B; b++)
-        for (size_t c = 0; c < C; c++)
-            for (size_t i = 0; i < cells; i++) y[(b * cells + i) * C + c] = x[(b * C + c) * cells + i];
-    return y;
-}
-
-static floatX *send_picture(const real *x, size_t B, size_t C, size_t cells) {
-    real *y = as_cells(x, B, C, cells);
-    floatX *p = send_x(y, B * C * cells);
-    free(y);
-    return p;
-}
-
-static void near_picture(const char *name, const floatX *got, const real *want, size_t B, size_t C, size_t cells) {
-    real *y = as_cells(want, B, C, cells);
-    near_x(name, got, y, B * C * cells);
-    free(y);
-}
-
-/* The same bits as the first time: a digest of what the device wrote, in either order of threads and blocks. */
-static uint64_t digest;
-static void add_digest(const void *p, size_t bytes) {
-    unsigned char *here = (unsigned char *)malloc(bytes + 1);
-    CHECK_OK(to_host(device, here, p, bytes));
-    for (size_t i = 0; i < bytes; i++) digest = (digest ^ here[i]) * 1099511628211u;
-    free(here);
-}
-
 /* ---- Convolutions ---- */
 
 static void conv_on_cpu(const Conv *c, real *y, real *dx, real *dw, real *db, const real *x, const real *w,
@@ -110,6 +78,13 @@ static void test_conv(Conv c, int small) {
         conv_on_cpu(&c, y, dx, dw, db, x, w, bias, order < 2 ? add : NULL, dy, order == 2);
         near_picture("conv y", dev_y, y, c.B, c.M, out);
         near_picture("conv dx", dev_dx, dx, c.B, c.C, hw);
+        if (c.kind == CONV3 && order < 2) { /* dx alone */
+            floatX *alone = (floatX *)on_device(nx * sizeof *alone);
+            reverse(order == 1);
+            CHECK_OK(conv_input_cuda(device, alone, &c, dev_dy, dev_w, &m));
+            reverse(0);
+            near_picture("conv dx alone", alone, dx, c.B, c.C, hw);
+        }
         near_f("conv dw", dev_dw, dw, nw);
         near_f("conv db", dev_db, db, c.M);
         if (order != 1) test_wide(&c, dev_x, ordered, bias, order < 2 ? add : NULL, y, &m);
@@ -391,7 +366,7 @@ static Vqgan *make_vqgan(const VqganConfig *c, int honour_tanh) {
 
 /* What a first stage says and learns, on either side. */
 typedef struct {
-    real *prequant, *decoded, *drawn, *xrec, *z, *zq, *dimage, *grad;
+    real *prequant, *decoded, *drawn, *xrec, *z, *zq, *dimage, *grad, *last; /* last: of the last layer alone */
     int32_t *tokens, *raw;
     double loss;
 } Said;
@@ -414,12 +389,6 @@ static Asked ask(const VqganConfig *c, size_t B, size_t H, size_t W) {
     return a;
 }
 
-static real *copy_of(const real *x, size_t n) {
-    real *y = (real *)malloc((n + 1) * sizeof *y);
-    memcpy(y, x, n * sizeof *y);
-    return y;
-}
-
 static Said say(Vqgan *v, const Asked *a) {
     const VqganConfig *c = vqgan_config(v);
     const size_t shift = c->levels - 1, h = a->H >> shift, w = a->W >> shift;
@@ -429,6 +398,7 @@ static Said say(Vqgan *v, const Asked *a) {
     s.prequant = random_reals(a->n_z, 1, 1), s.decoded = random_reals(a->n_out, 1, 1),
     s.drawn = random_reals(a->n_out, 1, 1);
     s.dimage = random_reals(a->n_image, 1, 1);
+    s.last = random_reals(vqgan_last_layer(v)->size + c->out_ch, 1, 1);
     s.tokens = (int32_t *)malloc(a->B * a->cells * 4), s.raw = (int32_t *)malloc(a->B * a->cells * 4);
     CHECK_OK(vqgan_plan(v, a->B, a->H, a->W, 0));
     CHECK_OK(vqgan_encode(v, a->image, a->B, a->H, a->W, 1, s.prequant, NULL, s.tokens));
@@ -443,33 +413,23 @@ static Said say(Vqgan *v, const Asked *a) {
             vqgan_latents(v, &z, &zq, &raw), s.xrec = copy_of(xrec, a->n_out), s.z = copy_of(z, a->n_z),
                                              s.zq = copy_of(zq, a->n_z);
         if (twice) memcpy(s.raw, raw, a->B * a->cells * sizeof *raw);
+        if (v->layer[v->n_layers - 1].kind == VQ_CONV)
+            CHECK_OK(vqgan_last_gradient(v, a->dxrec, s.last, s.last + vqgan_last_layer(v)->size));
+        else
+            CHECK_ERR(vqgan_last_gradient(v, a->dxrec, s.last, s.last), "not behind a tanh");
         CHECK_OK(vqgan_backward(v, a->dxrec, 1.5, twice ? s.dimage : NULL));
     }
     CHECK_ERR(vqgan_backward(v, a->dxrec, 1, NULL), "must follow");
+    CHECK_ERR(vqgan_last_gradient(v, a->dxrec, s.last, s.last), "must follow");
     CHECK_OK(params_fetch(vqgan_params(v)));
     s.grad = copy_of(vqgan_params(v)->arena[1], vqgan_params(v)->total);
     return s;
 }
 
 static void forget(Said *s) {
-    void *all[] = {s->prequant, s->decoded, s->drawn, s->xrec, s->z, s->zq, s->dimage, s->grad, s->tokens, s->raw};
+    void *all[] = {s->prequant, s->decoded, s->drawn, s->xrec,   s->z,  s->zq,
+                   s->dimage,   s->grad,    s->last,  s->tokens, s->raw};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
-}
-
-static double rms_of(const real *x, size_t n) {
-    double sum = 0;
-    for (size_t i = 0; i < n; i++) sum += (double)x[i] * (double)x[i];
-    return sqrt(sum / (double)n);
-}
-
-/* Root mean squares: of the error at most `limit` times that of what is wanted, or `least` times if that is larger. */
-static void near_rms(const char *name, const real *got, const real *want, size_t n, double least, double limit) {
-    real *gap = copy_of(got, n);
-    for (size_t i = 0; i < n; i++) gap[i] -= want[i];
-    const double error = rms_of(gap, n) / fmax(rms_of(want, n), least);
-    if (!test_note(n > 0 && error <= limit, __FILE__, __LINE__, name))
-        printf("     an error of %.3g, at most %.3g\n", error, limit);
-    free(gap);
 }
 
 /* Of row i. A bias is compared on the scale of the weight before it: in front of a norm, and in attention's keys, a bias has
@@ -488,7 +448,8 @@ static void same_gradient(const Said *got, const Said *want, const Params *p, si
     near_rms(r->name, got->grad + at, want->grad + at, r->size, scale, r->ndim == 1 ? GRADIENTS : WEIGHTS);
 }
 
-static void same_said(const Said *got, const Said *want, const Asked *a, const Params *p) {
+static void same_said(const Said *got, const Said *want, const Asked *a, Vqgan *v) {
+    const Params *p = vqgan_params(v);
     near_rms("prequant", got->prequant, want->prequant, a->n_z, 0, TOLERANCE);
     near_rms("decoded", got->decoded, want->decoded, a->n_out, 0, TOLERANCE);
     near_rms("drawn", got->drawn, want->drawn, a->n_out, 0, TOLERANCE);
@@ -496,6 +457,9 @@ static void same_said(const Said *got, const Said *want, const Asked *a, const P
     near_rms("z", got->z, want->z, a->n_z, 0, TOLERANCE);
     near_rms("z_q", got->zq, want->zq, a->n_z, 0, TOLERANCE);
     near_rms("image gradient", got->dimage, want->dimage, a->n_image, 0, TOLERANCE);
+    near_rms("last layer's gradient", got->last, want->last, vqgan_last_layer(v)->size, 0, TOLERANCE);
+    near_rms("last bias's gradient", got->last + vqgan_last_layer(v)->size, want->last + vqgan_last_layer(v)->size,
+             vqgan_config(v)->out_ch, 0, TOLERANCE);
     CHECK(memcmp(got->tokens, want->tokens, a->B * a->cells * 4) == 0);
     CHECK(memcmp(got->raw, want->raw, a->B * a->cells * 4) == 0);
     CHECK(fabs(got->loss - want->loss) <= TOLERANCE * fabs(want->loss));
@@ -519,7 +483,7 @@ static void test_network(const VqganConfig *c, int honour_tanh, size_t B, size_t
         Said got = say(there, &a);
         reverse(0);
         if (order == 0) {
-            same_said(&got, &want, &a, p);
+            same_said(&got, &want, &a, there);
             first = got;
         } else {
             CHECK(memcmp(got.grad, first.grad, p->total * sizeof *got.grad) == 0);
