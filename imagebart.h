@@ -933,12 +933,16 @@ size_t sample_rows(const SampleOptions *o, const Model *m, size_t n);
 /* One reverse step for o->n samples: tokens (n,N) x_t in, x_{t-1} out. repeat numbers the passes of a chain. Plans the
  * network for decoding. No guidance, which needs a Model. */
 Err sample_scale(Transformer *net, const SampleOptions *o, int t, size_t repeat, size_t N, int32_t *tokens);
+enum { BOUND_ROWS = 8 }; /* rows in a batch of the following two */
 /* bound (n_classes) = what tells the class of a picture of which only some tokens of x_0 (N) are kept, the least being the
  * best: the variational bound (paper section 3.1) on them under each class, in nats per token, a mean over a few draws of
  * the chain of sum_t KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t, class)). What is not kept is noise at every scale, which
  * the networks of t >= 2 have learnt to expect; scale 1, whose decoder has read nothing but clean pictures, has no say
  * unless it is the only one. n_classes forward passes per scale. */
 Err model_class_bounds(Model *m, const int32_t *tokens, const uint8_t *keep, uint64_t seed, double *bound);
+/* bound (n) = how unlikely the model finds each picture (n,N) of class label (n; NULL: a model without classes): the
+ * variational bound as above, of all tokens and over all scales. Two draws of the chain for each. */
+Err model_picture_bounds(Model *m, const int32_t *tokens, const int32_t *label, size_t n, uint64_t seed, double *bound);
 /* tokens (n,N) = x_0, by ancestral sampling t = T..1 (SPEC section 5), with the guide and chains of inpainting.
  * The guide forces known tokens without asking whether what was drawn before them agrees. Candidates ask: after every
  * pass each group is drawn anew from itself, a candidate's weight being the probability its pass gave the known tokens

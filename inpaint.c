@@ -285,7 +285,8 @@ static void inpaint(SamplingArgs *a, const InpaintArgs *in) {
     check(read_picture(&job, &H, &W));
     check(make_mask(&job, H, W));
     check(token_mask(&job));
-    sampling_memory(&job.model, sample_rows(&job.options, &job.model, job.rows), a->n + (in->compare ? 2 : 0));
+    const size_t rows = max_size(sample_rows(&job.options, &job.model, job.rows), BOUND_ROWS);
+    sampling_memory(&job.model, rows, a->n + (in->compare ? 2 : 0));
     check(encode_picture(&job));
     check(choose_class(&job));
     catch_interrupts();

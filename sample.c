@@ -8,13 +8,21 @@
 #include <stdlib.h>
 #include <string.h>
 
+enum { MAX_BEST_OF = 64 };
+static const double NEARLY = 0.5; /* nats per token: bounds of good pictures differ by less, of bad ones by more */
+
 typedef struct {
     Model model;
     const SamplingArgs *args;
-    size_t N, pixels;
-    int32_t *label;  /* (n) */
-    int32_t *tokens; /* (n,N) x_0 */
-    int32_t *chain;  /* (n,T+1,N) x_T .. x_0, when a picture of the chain is wanted */
+    size_t N, pixels, steps; /* steps: T+1 */
+    size_t M, rows;          /* as many are drawn for every picture; in a batch */
+    int32_t *label;          /* (n) */
+    int32_t *tokens;         /* (n,N) x_0 */
+    int32_t *chain;          /* (n,steps,N) x_T .. x_0, when a picture of the chain is wanted */
+    int32_t *drawn_label;    /* (rows) a batch, of which one in M is kept */
+    int32_t *drawn;          /* (rows,N) */
+    int32_t *drawn_chain;    /* (rows,steps,N) */
+    double *bound;           /* (rows) */
     SampleOptions options;
     DraftCounts counts[MAX_SCALES + 1];
 } Job;
@@ -56,31 +64,74 @@ static Err choose_classes(Job *job) {
 
 static void keep_scale(void *context, int t, const int32_t *tokens) {
     Job *job = (Job *)context;
-    size_t T = (size_t)job->model.schedule.T, column = T + 1 - (size_t)t; /* t = T+1: x_T, column 0 */
+    size_t column = job->steps - (size_t)t; /* t = T+1: x_T, column 0 */
     for (size_t b = 0; job->chain && b < job->options.n; b++)
-        memcpy(job->chain + ((job->options.first + b) * (T + 1) + column) * job->N, tokens + b * job->N,
-               job->N * sizeof *tokens);
+        memcpy(job->drawn_chain + (b * job->steps + column) * job->N, tokens + b * job->N, job->N * sizeof *tokens);
 }
 
 static int progress(void *context, int t, size_t repeat, size_t done, size_t of) {
-    return sampling_progress(&((Job *)context)->options, t, repeat, done, of);
+    const Job *job = (const Job *)context;
+    SampleOptions shown = job->options;
+    shown.candidates = job->M; /* pictures are counted, not what is drawn for them */
+    return sampling_progress(&shown, t, repeat, done, of);
+}
+
+/* How many are drawn for every picture: the user's number, else what the model recommends. */
+static void best_of(Job *job, size_t given) {
+    job->M = given ? given : 1;
+    if (!given) check(config_size(&job->M, &job->model.meta, "imagebart.", "best_of", 1, MAX_BEST_OF, 1));
+    job->rows = max_size(1, min_size(job->args->n, job->args->batch / job->M)) * job->M;
+}
+
+/* Draws M times `count` pictures, from number first on. */
+static Err draw_batch(Job *job, size_t first, size_t count) {
+    for (size_t b = 0; job->label && b < count * job->M; b++) job->drawn_label[b] = job->label[first + b / job->M];
+    job->options.first = first * job->M;
+    job->options.n = count * job->M;
+    job->options.label = job->label ? job->drawn_label : NULL;
+    return model_sample(&job->model, &job->options, job->drawn);
+}
+
+/* Of the M bounds of a picture, the first that is nearly the least: among good pictures the least would be the simplest,
+ * and the same again and again. */
+static size_t first_good(const double *bound, size_t M) {
+    size_t least = 0, first = 0;
+    for (size_t j = 1; j < M; j++)
+        if (bound[j] < bound[least]) least = j;
+    while (bound[first] > bound[least] + NEARLY) first++;
+    return first;
+}
+
+static Err keep_best(Job *job, size_t first, size_t count) {
+    const size_t M = job->M, cells = job->N, chain_cells = job->steps * job->N;
+    if (M > 1)
+        TRY(model_picture_bounds(&job->model, job->drawn, job->options.label, count * M, job->args->seed, job->bound));
+    for (size_t b = 0; b < count; b++) {
+        const size_t to = first + b, from = b * M + (M > 1 ? first_good(job->bound + b * M, M) : 0);
+        memcpy(job->tokens + to * cells, job->drawn + from * cells, cells * sizeof *job->tokens);
+        if (!job->chain) continue;
+        memcpy(job->chain + to * chain_cells, job->drawn_chain + from * chain_cells, chain_cells * sizeof *job->chain);
+    }
+    return OK;
 }
 
 static Err draw_tokens(Job *job, int with_chain) {
-    const SamplingArgs *a = job->args;
-    size_t T = (size_t)job->model.schedule.T, n;
-    TRY(size_mul(&n, a->n, job->N));
-    TRY(mem_alloc(&job->tokens, n, sizeof *job->tokens, "tokens"));
-    if (with_chain) TRY(mem_alloc(&job->chain, n * (T + 1), sizeof *job->chain, "tokens of every scale"));
+    const size_t n = job->args->n, at_once = job->rows / job->M;
+    const size_t bytes = job->N * sizeof *job->tokens;
+    TRY(mem_alloc(&job->tokens, n, bytes, "tokens"));
+    TRY(mem_alloc(&job->drawn, job->rows, bytes, "tokens of a batch"));
+    TRY(mem_alloc(&job->drawn_label, job->rows, sizeof *job->drawn_label, "classes of a batch"));
+    TRY(mem_alloc(&job->bound, job->rows, sizeof *job->bound, "bounds of a batch"));
+    if (with_chain) TRY(mem_alloc(&job->chain, n, job->steps * bytes, "tokens of every scale"));
+    if (with_chain) TRY(mem_alloc(&job->drawn_chain, job->rows, job->steps * bytes, "tokens of every scale"));
     job->options.progress = progress;
     job->options.counts = job->counts;
     job->options.scale_done = keep_scale;
     job->options.context = job;
-    for (size_t first = 0; first < a->n; first += a->batch) {
-        job->options.first = first;
-        job->options.n = a->n - first < a->batch ? a->n - first : a->batch;
-        job->options.label = job->label ? job->label + first : NULL;
-        TRY(model_sample(&job->model, &job->options, job->tokens + first * job->N));
+    for (size_t first = 0; first < n; first += at_once) {
+        const size_t count = min_size(at_once, n - first);
+        TRY(draw_batch(job, first, count));
+        TRY(keep_best(job, first, count));
     }
     progress_end();
     return OK;
@@ -94,6 +145,7 @@ static Err write_grid(Job *job, const int32_t *tokens, size_t n, size_t columns,
     Err e = decode_pictures(&job->model, tokens, n, images);
     if (e == OK) e = image_grid(&im, images, n, job->model.side, job->model.side, columns, 2);
     if (e == OK) e = sampling_text(&text, job->args, &job->options, &job->model);
+    if (e == OK && job->M > 1) e = config_set(&text, "best-of", "%zu", job->M);
     if (e == OK) e = image_write_png(path, &im, &text);
     image_free(&im);
     config_free(&text);
@@ -111,37 +163,40 @@ static void say_classes(const Job *job) {
     fprintf(stderr, "\n");
 }
 
-static void sample(SamplingArgs *a, const char *chain_path, const char *nearest) {
+static void sample(SamplingArgs *a, size_t most, const char *chain_path, const char *nearest) {
     Job job;
     const NamedModel *missing;
     double start = seconds();
-    char took[32];
+    char took[32], likeliest[48] = "";
     memset(&job, 0, sizeof job);
     job.args = a;
     sampling_start(a, &job.model, &missing);
     sampling_options(&job.options, a, &job.model, "chain_length", "1", 1);
     job.N = job.model.h * job.model.w;
     job.pixels = 3 * job.model.side * job.model.side;
-    size_t T = (size_t)job.model.schedule.T, columns = (size_t)ceil(sqrt((double)a->n));
+    job.steps = (size_t)job.model.schedule.T + 1;
+    const size_t columns = (size_t)ceil(sqrt((double)a->n));
     check(choose_classes(&job));
-    sampling_memory(&job.model, sample_rows(&job.options, &job.model, min_size(a->n, a->batch)),
-                    chain_path ? a->n * (T + 1) : a->n);
+    best_of(&job, most);
+    size_t rows = sample_rows(&job.options, &job.model, job.rows);
+    if (job.M > 1) rows = max_size(rows, BOUND_ROWS);
+    sampling_memory(&job.model, rows, chain_path ? a->n * job.steps : a->n);
     say_classes(&job);
     catch_interrupts();
     check(draw_tokens(&job, chain_path != NULL));
     check(write_grid(&job, job.tokens, a->n, columns, a->out));
-    if (chain_path) check(write_grid(&job, job.chain, a->n * (T + 1), T + 1, chain_path));
-    say_drafts(job.counts, (int)T);
-    fprintf(stderr, "%zu pictures in %s, seed %llu\n", a->n, duration(took, seconds() - start),
+    if (chain_path) check(write_grid(&job, job.chain, a->n * job.steps, job.steps, chain_path));
+    say_drafts(job.counts, job.model.schedule.T);
+    if (job.M > 1) snprintf(likeliest, sizeof likeliest, ", each a likely one of %zu,", job.M);
+    fprintf(stderr, "%zu pictures%s in %s, seed %llu\n", a->n, likeliest, duration(took, seconds() - start),
             (unsigned long long)a->seed);
     printf("%s\n", a->out);
     if (chain_path) printf("%s\n", chain_path);
     if (a->show) check(show_png(a->out));
     if (nearest) check(nearest_report(&job.model, job.tokens, a->n, nearest));
     model_close(&job.model);
-    free(job.label);
-    free(job.tokens);
-    free(job.chain);
+    void *buffers[] = {job.label, job.tokens, job.chain, job.drawn_label, job.drawn, job.drawn_chain, job.bound};
+    for (size_t i = 0; i < sizeof buffers / sizeof *buffers; i++) free(buffers[i]);
 }
 
 static void convert(SamplingArgs *a, const char *folder, const char *store) {
@@ -164,6 +219,7 @@ static const char intro[] =
 int main(int argc, char **argv) {
     SamplingArgs a = {.model = "emoji", .out = "samples.png", .n = 16, .batch = 16, .seed = SEED_NOT_GIVEN};
     const char *chain = NULL, *nearest = NULL, *folder = NULL, *store = "f32";
+    size_t most = 0;
     int list = 0;
     const Option table[] = {
         {OPT_HEADING, "Arguments", NULL, NULL, 0, 0, NULL},
@@ -173,6 +229,9 @@ int main(int argc, char **argv) {
         {OPT_SIZE, "-n", "COUNT", &a.n, 1, 4096, "how many pictures (default 16)"},
         {OPT_STRING, "-o", "OUT.png", &a.out, 0, 0, "where the grid of them goes (default samples.png)"},
         SAMPLING_OPTIONS(a),
+        {OPT_SIZE, "--best-of", "M", &most, 1, MAX_BEST_OF,
+         "draw M for each picture and keep one that the model itself finds likely,\nby the bound it was trained with "
+         "(default: what the model recommends, else 1)"},
         {OPT_STRING, "--chain", "CHAIN.png", &chain, 0, 0, "also draw every scale: a row per sample, x_T at the left"},
         {OPT_STRING, "--nearest", "DATA", &nearest, 0, 0,
          "compare each picture with the training pictures in this folder: same tokens,\ndistance of pixels"},
@@ -187,7 +246,7 @@ int main(int argc, char **argv) {
     else if (folder)
         convert(&a, folder, store);
     else
-        sample(&a, chain, nearest);
+        sample(&a, most, chain, nearest);
     if (fflush(stdout)) die("standard output could not be written");
     return 0;
 }

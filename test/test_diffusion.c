@@ -1060,6 +1060,52 @@ static void test_class_bounds(const char *one_scale, const char *three_scales) {
     model_close(&m);
 }
 
+/* The bound of one picture under one row of noise, by its formula: the sum over scales of KL(q || p), a mean over tokens */
+static double picture_bound(Model *m, const int32_t *x_0, const int32_t *label, uint64_t seed, size_t row) {
+    int32_t chain[4][N];
+    real q[N * USED];
+    double bound = 0;
+    memcpy(chain[0], x_0, sizeof chain[0]);
+    for (int32_t t = 1; t <= m->schedule.T; t++) {
+        const real *logits;
+        memcpy(chain[t], chain[t - 1], sizeof chain[t]);
+        noise_step(chain[t], N, USED, m->schedule.beta[t], seed, rng_stream(RNG_NOISE, (uint64_t)t, 0), row * N);
+        CHECK_OK(model_scale(m, t));
+        CHECK_OK(transformer_plan(m->net, 1, N, 0));
+        CHECK_OK(transformer_forward(m->net, chain[t - 1], chain[t], &t, label, 1, N, &logits));
+        posterior(q, x_0, chain[t], N, USED, &m->schedule, t);
+        for (size_t r = 0; r < N; r++) {
+            double sum = 0;
+            for (size_t k = 0; k < USED; k++) sum += exp((double)logits[r * USED + k]);
+            for (size_t k = 0; k < USED; k++)
+                if (q[r * USED + k] > 0)
+                    bound += (double)q[r * USED + k] *
+                             (log((double)q[r * USED + k]) - (double)logits[r * USED + k] + log(sum)) / N;
+        }
+    }
+    return bound;
+}
+
+static void test_picture_bounds(const char *dir, int labelled) {
+    enum { PICTURES = 5, DRAWS = 2 }; /* more than go into a batch */
+    Model m;
+    int32_t x_0[PICTURES * N], label[PICTURES];
+    double bound[PICTURES], alone;
+    CHECK_OK(model_open(&m, dir, NULL));
+    for (int32_t i = 0; i < PICTURES * N; i++) x_0[i] = (i * 5 + i / N) % USED, label[i / N] = i / N % 3;
+    CHECK_OK(model_picture_bounds(&m, x_0, labelled ? label : NULL, PICTURES, 3, bound));
+    for (size_t b = 0; b < PICTURES; b++) {
+        double expected = 0;
+        for (size_t row = 0; row < DRAWS; row++)
+            expected += picture_bound(&m, x_0 + b * N, labelled ? &label[b] : NULL, 3, row) / DRAWS;
+        CHECK(fabs(bound[b] - expected) < 1e-5 * expected);
+        CHECK(!(fabs(bound[(b + 1) % PICTURES] - expected) < 1e-5 * expected)); /* the check can fail */
+        CHECK_OK(model_picture_bounds(&m, x_0 + b * N, labelled ? label + b : NULL, 1, 3, &alone));
+        CHECK(alone == bound[b]);
+    }
+    model_close(&m);
+}
+
 /* Chains: when repeat r has written its first token, the others still hold x_t, the renoised result of the repeat
  * before. Each differs from that result with probability (1 - r/n) beta_t (1 - 1/K), known tokens too. */
 typedef struct {
@@ -1455,6 +1501,9 @@ int main(void) {
     test_guidance_errors(plain, classes);
     test_candidates(single);
     test_class_bounds(labelled, classes);
+    test_picture_bounds(labelled, 1);
+    test_picture_bounds(classes, 1);
+    test_picture_bounds(plain, 0);
     test_chain_rates(plain);
     test_sample_options(plain);
     test_ema();

@@ -315,6 +315,17 @@ ok "by class number" sample "$dir/run" -n 1 --class 1 --official-temperature
 mkdir -p "$dir/near/train" "$dir/near/val"
 for seed in 7 8 9; do ok "a picture to find" sample "$dir/run" -n 1 --seed $seed && cp "$dir/s.png" "$dir/near/train/$seed.png"; done
 cp "$dir/s.png" "$dir/near/val"
+ok "the likely ones of many" sample "$dir/run" -n 5 --seed 7 --best-of 3 --chain "$dir/chain.png"
+cp "$dir/s.png" "$dir/likely.png"
+cp "$dir/chain.png" "$dir/likely-chain.png"
+ok "are others" sh -c "! cmp -s '$dir/likely.png' '$dir/first.png'"
+ok "likely ones again" sample "$dir/run" -n 5 --seed 7 --best-of 3 --batch 3 --threads 1 --chain "$dir/chain.png"
+ok "do not depend on batch and threads" cmp "$dir/s.png" "$dir/likely.png"
+ok "nor does their chain" cmp "$dir/chain.png" "$dir/likely-chain.png"
+ok "one of one" sample "$dir/run" -n 5 --seed 7 --best-of 1
+ok "is what it was" cmp "$dir/s.png" "$dir/first.png"
+ok "more than a batch for each" sample "$dir/run" -n 1 --batch 2 --best-of 5
+refused 2 "1..64" "$build/sample" "$dir/run" --best-of 65
 ok "what is nearest" sample "$dir/run" -n 1 --seed 8 --nearest "$dir/near"
 cp "$dir/out" "$dir/nearest"
 ok "is the picture itself, but for its 8 bits" awk -F'\t' '$1 == 0 && $4 < 0.003 && $5 ~ /train.8.png$/ { found = 1 } END { exit !found }' "$dir/nearest"
