@@ -195,7 +195,8 @@ void norm_backward(const Transformer *m, const Norm *norm, real *dx, const real 
  * n positions long, the first `skip` positions of each are left out: row r is row `source` of x. */
 static __device__ inline size_t source_row(size_t r, size_t n, size_t skip) {
     const size_t kept = n - skip;
-    return r / kept * n + skip + r % kept;
+    return skip ? r / kept * n + skip + r % kept
+                : r; /* a division takes longer than all else that is done to a number */
 }
 
 /* A warp per row, so that no barrier is needed: 4 rows a block. Lanes read neighbours; a row stays in cache for the

@@ -421,8 +421,9 @@ static __global__ void norm_sums_kernel(float *partial, const floatX *x, NormSha
 }
 
 /* A block per picture, a warp per group. */
-static __global__ void norm_groups_kernel(NormKept kept, const float *partial, const floatX *x, const float *gamma,
-                                          const float *beta, NormShape n, size_t slices) {
+static __global__ void __launch_bounds__(NORM_GROUPS *WARP)
+    norm_groups_kernel(NormKept kept, const float *partial, const floatX *x, const float *gamma, const float *beta,
+                       NormShape n, size_t slices) {
     const size_t b = blockIdx.x, g = threadIdx.x / WARP, lane = threadIdx.x % WARP, per = n.C / NORM_GROUPS;
     double sum = 0, square = 0;
     for (size_t i = lane; i < slices * per; i += WARP) {
@@ -502,8 +503,9 @@ static __global__ void norm_gradient_sums_kernel(float *partial, const floatX *d
 }
 
 /* line (B,C,2) = slope, offset: dx = scale d + slope x + offset, alike in a group. A block per picture, a warp per group. */
-static __global__ void norm_lines_kernel(float *line, const float *partial, const float *gamma, NormKept kept,
-                                         NormShape n, size_t slices) {
+static __global__ void __launch_bounds__(NORM_GROUPS *WARP)
+    norm_lines_kernel(float *line, const float *partial, const float *gamma, NormKept kept, NormShape n,
+                      size_t slices) {
     const size_t b = blockIdx.x, g = threadIdx.x / WARP, lane = threadIdx.x % WARP, per = n.C / NORM_GROUPS;
     double sum = 0, sum_hat = 0;
     for (size_t i = lane; i < slices * per; i += WARP) {
