@@ -212,7 +212,8 @@ typedef struct {
     size_t R, N, K;
 } Stream;
 
-/* rows (R,K) in shared memory */
+/* rows (R,K) in shared memory. Every block does the norm for itself, and its weights wait for it: so x is read with many
+ * loads under way at a time. */
 static __device__ inline void load_rows(floatX *rows, const Stream *s) {
     const size_t lane = threadIdx.x % WARP, K = s->K;
     if (s->in) {
@@ -223,10 +224,13 @@ static __device__ inline void load_rows(floatX *rows, const Stream *s) {
     for (size_t r = threadIdx.x / WARP; r < s->R; r += STREAM_WARPS) {
         const float *x = s->x + r * K;
         float sum = 0, square = 0;
+#pragma unroll 16
         for (size_t c = lane; c < K; c += WARP) sum += x[c];
         const float mu = warp_sum(sum) / (float)K;
+#pragma unroll 8
         for (size_t c = lane; c < K; c += WARP) square += (x[c] - mu) * (x[c] - mu);
         const float scale = 1 / sqrtf(warp_sum(square) / (float)K + s->eps);
+#pragma unroll 8
         for (size_t c = lane; c < K; c += WARP)
             rows[r * K + c] = to_floatX((x[c] - mu) * scale * s->norm_weight[c] + s->norm_bias[c]);
     }
