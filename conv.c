@@ -1332,9 +1332,8 @@ static Err conv_forward_cuda(Device *d, floatX *y, const Conv *c, const floatX *
 static __global__ void fold_kernel(floatX *dx, const floatX *dcolumns, Window p, unsigned begin, unsigned first,
                                    unsigned rows, int more) {
     const unsigned C = (unsigned)p.C, gw = (unsigned)p.gw, gh = (unsigned)p.gh;
-    const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i >= (size_t)rows * 4 * C) return;
-    const unsigned c = (unsigned)(i % C), corner = (unsigned)(i / C % 4), row = first + (unsigned)(i / C / 4);
+    const unsigned i = blockIdx.x * blockDim.x + threadIdx.x, c = i % C, corner = i / C % 4, row = first + i / C / 4;
+    if (i >= rows * 4 * C) return;
     const unsigned gy = row / gw % gh, gx = row % gw, dy = corner / 2, at = corner % 2;
     float sum = 0;
     for (unsigned up = 0; up <= (dy == 0 && gy > 0); up++)

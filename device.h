@@ -118,6 +118,13 @@ enum { PACK = 16 / sizeof(floatX) };
 struct alignas(16) Pack {
     floatX at[PACK];
 };
+/* At a multiple of 16 bytes. Left to itself, nvcc may store numbers that it has in registers one by one. */
+template <typename T> static __device__ inline void store_whole(void *to, const T &from) {
+    static_assert(sizeof(T) == 16, "one store");
+    uint4 bits;
+    memcpy(&bits, &from, sizeof bits);
+    *(uint4 *)to = bits;
+}
 /* Elements i.. of x, whose n elements begin at a multiple of 16 bytes; i is a multiple of PACK. */
 static __device__ inline Pack load_pack(const floatX *x, size_t i, size_t n) {
     Pack p;
@@ -128,7 +135,7 @@ static __device__ inline Pack load_pack(const floatX *x, size_t i, size_t n) {
 }
 static __device__ inline void store_pack(floatX *x, size_t i, size_t n, Pack p) {
     if (i + PACK <= n)
-        *(Pack *)(x + i) = p;
+        store_whole(x + i, p);
     else
 #pragma unroll
         for (int k = 0; k < PACK; k++)

@@ -298,8 +298,10 @@ static __global__ void norm_columns_kernel(float *partial, const float *dy, cons
 static __global__ void add_slices_kernel(float *sum, const float *partial, size_t slices, size_t C) {
     const size_t c = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     float total = 0;
-    for (size_t k = 0; c < C && k < slices; k++) total += partial[k * C + c];
-    if (c < C) sum[c] += total;
+    if (c >= C) return;
+#pragma unroll 16 /* few threads: each has many loads under way */
+    for (size_t k = 0; k < slices; k++) total += partial[k * C + c];
+    sum[c] += total;
 }
 
 static Err add_slices(Device *d, float *sum, const float *partial, size_t slices, size_t C) {
