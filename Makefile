@@ -3,7 +3,9 @@
 # make test         every test; the last line is "N passed, N failed"
 # make test SANITIZE=1   the same under AddressSanitizer and UndefinedBehaviorSanitizer
 # make test-cuda    the CUDA kernels on this machine's GPU; SANITIZER=memcheck: under compute-sanitizer
-# make bench-cuda   a training step and decoding on a GPU at full size, beside PyTorch
+# make bench-cuda   training, drawing and decoding on a GPU at full size, beside PyTorch, and what was asked for
+# make test-cuda BUILT=DIR, make bench-cuda BUILT=DIR   with what was built elsewhere (STATIC=1 CUDA_ARCH=90 MARCH=x86-64-v3),
+#                   on a machine that has a GPU but neither nvcc nor libraries
 # make test-cuda-emulated   every CUDA kernel, run on the CPU, against its C twin (part of make test)
 # make bench        how fast, as fractions of this machine's ceilings and beside PyTorch; also in bench.tsv
 # make fuzz SECONDS=60  the readers of checkpoints under libFuzzer (needs clang; Debian: clang, libclang-rt-14-dev)
@@ -11,6 +13,7 @@
 # make fullsize     the official models at full size, with random weights, against PyTorch (PYTHON=..., MODELS=...)
 # make data/emoji   the pictures that the bundled model was trained on
 # Variables: NVCC=... (empty: no CUDA), CUDA_ARCH="80 90", HAVE_WEBP=, HAVE_LMDB= and HAVE_MPI= leave these out though they are there,
+# STATIC=1 (the libraries for images linked in, for machines that lack them),
 # CC=clang, MARCH=x86-64-v3 (one processor's instructions, for tests too), SANITIZE=1 (each combination builds in its own
 # folder), -j1 (default: as many jobs as there are processors),
 # MODELS_URL=https://... (where official models come from), PYTHON=... (which has PyTorch, for comparisons).
@@ -43,17 +46,27 @@ HAVE_NCCL = $(if $(NVCC),$(call compiles,#include <nccl.h>\nint main(void) { ret
 compiles = $(shell printf '%b\n' '$(1)' | $(CC) -x c - $(2) -o /dev/null 2>/dev/null && echo yes)
 HAVE_SIMD := $(call compiles,int main(void) { return 0; },-fopenmp-simd)
 HAVE_MARCH := $(call compiles,int main(void) { return 0; },-march=$(MARCH))
-HAVE_PNG := $(call compiles,#include <png.h>\nint main(void) { return !png_get_libpng_ver(0); },-lpng)
-HAVE_JPEG := $(call compiles,#include <stdio.h>\n#include <jpeglib.h>\nint main(void) { return !jpeg_std_error(0); },-ljpeg)
-HAVE_WEBP := $(call compiles,#include <webp/decode.h>\nint main(void) { return !WebPGetDecoderVersion(); },-lwebp)
-HAVE_LMDB := $(call compiles,#include <lmdb.h>\nint main(void) { return !mdb_version(0$(comma) 0$(comma) 0); },-llmdb)
+# STATIC=1: between $(ARCHIVES) and $(SHARED) libraries are linked in
+STATIC ?= 0
+ARCHIVES := $(if $(filter 1,$(STATIC)),-Wl$(comma)-Bstatic)
+SHARED := $(if $(filter 1,$(STATIC)),-Wl$(comma)-Bdynamic)
+HAVE_PNG := $(call compiles,#include <png.h>\nint main(void) { return !png_get_libpng_ver(0); },$(ARCHIVES) -lpng -lz $(SHARED) -lm)
+HAVE_JPEG := $(call compiles,#include <stdio.h>\n#include <jpeglib.h>\nint main(void) { return !jpeg_std_error(0); },$(ARCHIVES) -ljpeg $(SHARED))
+HAVE_WEBP := $(call compiles,#include <webp/decode.h>\nint main(void) { return !WebPGetDecoderVersion(); },$(ARCHIVES) -lwebp $(SHARED) -lm -lpthread)
+HAVE_LMDB := $(call compiles,#include <lmdb.h>\nint main(void) { return !mdb_version(0$(comma) 0$(comma) 0); },$(ARCHIVES) -llmdb $(SHARED) -lpthread)
 # MPI, for ./train alone: what its compiler wrapper would say
 MPI := $(shell mpicc -show 2>/dev/null)
 MPI_CFLAGS := $(patsubst -I%,-isystem %,$(filter -I%,$(MPI)))
 MPI_LIBS := $(filter -L% -l% -Wl$(comma)%,$(MPI))
 HAVE_MPI := $(call compiles,#include <mpi.h>\nint main(void) { return MPI_Finalize(); },$(MPI_CFLAGS) $(MPI_LIBS))
-LEFT_OUT := $(if $(HAVE_WEBP),,-nowebp)$(if $(HAVE_LMDB),,-nolmdb)$(if $(HAVE_MPI),,-nompi)
+LEFT_OUT := $(if $(filter 1,$(STATIC)),-static)$(if $(HAVE_WEBP),,-nowebp)$(if $(HAVE_LMDB),,-nolmdb)$(if $(HAVE_MPI),,-nompi)
 B := $B$(LEFT_OUT)
+
+# Made elsewhere: nothing is looked for, nothing is compiled.
+BUILT ?=
+ifneq ($(BUILT),)
+B := $(patsubst %/,%,$(BUILT))
+endif
 
 # One program for any x86-64 (start.c) where the compiler makes that kind of objects and the linker can join them.
 whole = ld -r -o $(1).tmp $(2) && objcopy --redefine-sym main=$(3) --keep-global-symbol=$(3) $(1).tmp $(1) && rm $(1).tmp
@@ -79,7 +92,7 @@ LEVELS := $(if $P,$(foreach l,x86-64 x86-64-v3 x86-64-v4 x86-64-v4-bf16,$(if $(c
 
 OFFICIAL := ffhq ffhq2 churches bedrooms cats imagenet imagenet4
 
-ifneq ($(filter-out clean format $(OFFICIAL) vqgan lsun,$(or $(MAKECMDGOALS),all)),)
+ifneq ($(if $(BUILT),,$(filter-out clean format $(OFFICIAL) vqgan lsun,$(or $(MAKECMDGOALS),all))),)
 $(info compiler  $(CC)$(if $(filter 1,$(SANITIZE)), with sanitizers))
 ifeq ($(HAVE_PNG),)
 $(error libpng is missing. Debian: apt-get install libpng-dev)
@@ -116,7 +129,7 @@ CFLAGS_ANY := -std=c11 -D_GNU_SOURCE -g $(OPT) -ffp-contract=fast -fno-math-errn
               $(if $(HAVE_SIMD),-fopenmp-simd,-Wno-unknown-pragmas) \
               $(if $(HAVE_WEBP),-DHAVE_WEBP) $(if $(HAVE_LMDB),-DHAVE_LMDB)
 CFLAGS := $(CFLAGS_ANY) $(if $(HAVE_MARCH),-march=$(MARCH))
-LDLIBS := $(if $(HAVE_WEBP),-lwebp) $(if $(HAVE_LMDB),-llmdb) -lpng -ljpeg -lz -lm -lpthread
+LDLIBS := $(ARCHIVES) $(if $(HAVE_WEBP),-lwebp) $(if $(HAVE_LMDB),-llmdb) -lpng -ljpeg -lz $(SHARED) -lm -lpthread
 
 COMPONENTS := base gemm stream conv checkpoint ckpt digest params images lmdb data tokens vqgan_layers vqgan discriminator perceptual layers attention transformer decode optimizer device classes model diffusion
 PROGRAMS := sample train inpaint
@@ -126,7 +139,7 @@ TESTS_DOUBLE := gemm conv vqgan discriminator perceptual transformer
 
 OBJ := $(COMPONENTS:%=$B/%.o)
 DEVICE_OBJ := $(if $(NVCC),$B/device_f32.o $B/device_bf16.o)
-CUDA_LIBS := $(if $(NVCC),-L$(dir $(NVCC))../lib64 -lcudart_static -ldl -lrt -lstdc++)
+CUDA_LIBS := $(if $(NVCC),-L$(dir $(NVCC))../lib64 -lcudart_static -ldl -lrt $(ARCHIVES) -lstdc++ $(SHARED))
 NVCC_FLAGS := -x cu -std=c++17 -O3 -lineinfo $(foreach a,$(CUDA_ARCH),-gencode arch=compute_$a$(comma)code=sm_$a) \
               -gencode arch=compute_$(lastword $(CUDA_ARCH))$(comma)code=compute_$(lastword $(CUDA_ARCH)) \
               $(if $(HAVE_NCCL),-DHAVE_NCCL) -Xcompiler -Wall$(comma)-Wextra$(comma)-Werror -Werror all-warnings
@@ -141,7 +154,7 @@ $(PROGRAMS): %: $(SHIPPED)/%
 test/golden test/bench: test/%: $B/%
 	@cp -f $< $@
 .PHONY: all test bench fullsize fuzz clean format FORCE $(OFFICIAL) vqgan lsun
-ifneq ($(shell cat build/last 2>/dev/null),$(SHIPPED))
+ifneq ($(or $(BUILT),$(shell cat build/last 2>/dev/null)),$(or $(BUILT),$(SHIPPED)))
 $(PROGRAMS) test/golden test/bench: FORCE
 $(shell mkdir -p build && echo $(SHIPPED) >build/last)
 endif
@@ -211,7 +224,7 @@ endif
 # Emulated: by a C++ compiler, with test/cuda_on_cpu.h in the place of CUDA's headers.
 CXX := $(if $(findstring clang,$(notdir $(CC))),$(subst clang,clang++,$(CC)),$(subst gcc,g++,$(CC)))
 PRECISIONS := f32 bf16
-EMULATED_TESTS := $(foreach t,cuda vqgan_cuda,$(PRECISIONS:%=$B/emulated/test_$(t)_%))
+EMULATED_TESTS := $(foreach t,cuda vqgan_cuda gan_cuda,$(PRECISIONS:%=$B/emulated/test_$(t)_%))
 EMULATED_FLAGS := -x c++ -std=c++17 -D_GNU_SOURCE -DCUDA_ON_CPU -g $(if $(filter 1,$(SANITIZE)),$(OPT),-O2) \
                   -ffp-contract=off $(WARN) -Wno-unknown-pragmas
 floatX = $(if $(filter %bf16 %bf16.o,$@),-DFLOATX_BF16)
@@ -221,17 +234,18 @@ $(PRECISIONS:%=$B/emulated/device_%.o): device.cu Makefile
 	$(CXX) $(EMULATED_FLAGS) $(floatX) -MMD -MP -c -o $@ $<
 $(PRECISIONS:%=$B/emulated/test_cuda_%.o): test/test_cuda.cu Makefile
 $(PRECISIONS:%=$B/emulated/test_vqgan_cuda_%.o): test/test_vqgan_cuda.cu Makefile
+$(PRECISIONS:%=$B/emulated/test_gan_cuda_%.o): test/test_gan_cuda.cu Makefile
 $(EMULATED_TESTS:%=%.o):
 	@mkdir -p $(@D)
 	$(CXX) $(EMULATED_FLAGS) $(floatX) -MMD -MP -c -o $@ $<
 $(EMULATED_TESTS): $B/emulated/%: $B/emulated/%.o $(OBJ)
 	$(CXX) $(OPT) -o $@ $^ $(LDLIBS)
 
-EMULATED_BIN := $(EMULATED_TESTS) $(PROGRAMS:%=$B/emulated/%) $B/emulated/golden
+EMULATED_BIN := $(EMULATED_TESTS) $(PROGRAMS:%=$B/emulated/%) $B/emulated/golden $B/emulated/bench_cuda
 EMULATED_OBJ := $(OBJ) $(PRECISIONS:%=$B/emulated/device_%.o)
 $(PROGRAMS:%=$B/emulated/%): $B/emulated/%: $B/%.o $B/cli.o $(EMULATED_OBJ)
 	$(CXX) $(OPT) -o $@ $^ $(LDLIBS)
-$B/emulated/golden: $B/test/golden.o $(EMULATED_OBJ)
+$B/emulated/golden $B/emulated/bench_cuda: $B/emulated/%: $B/test/%.o $(EMULATED_OBJ)
 	$(CXX) $(OPT) -o $@ $^ $(LDLIBS)
 
 .PHONY: test-cuda test-cuda-emulated bench-cuda
@@ -240,43 +254,54 @@ test-cuda-emulated: $(EMULATED_BIN) $(PROGRAMS:%=$B/%) $B/pictures $B/lpips
 
 # On a GPU, by nvcc. SANITIZER=memcheck (or racecheck, synccheck, initcheck) runs the layers under compute-sanitizer.
 SANITIZER ?=
-NVCC_TESTS := $(foreach t,cuda vqgan_cuda,$(PRECISIONS:%=$B/test_$(t)_%))
+NVCC_TESTS := $(foreach t,cuda vqgan_cuda gan_cuda,$(PRECISIONS:%=$B/test_$(t)_%))
 $(PRECISIONS:%=$B/device_%.o): device.cu Makefile
 	@mkdir -p $(@D)
 	$(NVCC) $(NVCC_FLAGS) $(floatX) -MMD -MP -MF $(@:.o=.d) -c -o $@ $<
 $(PRECISIONS:%=$B/test/test_cuda_%.o): test/test_cuda.cu Makefile
 $(PRECISIONS:%=$B/test/test_vqgan_cuda_%.o): test/test_vqgan_cuda.cu Makefile
+$(PRECISIONS:%=$B/test/test_gan_cuda_%.o): test/test_gan_cuda.cu Makefile
 $(NVCC_TESTS:$B/%=$B/test/%.o):
 	@mkdir -p $(@D)
 	$(NVCC) $(NVCC_FLAGS) $(floatX) -MMD -MP -MF $(@:.o=.d) -c -o $@ $<
 $(NVCC_TESTS): $B/%: $B/test/%.o $(OBJ)
 	$(CC) $(CFLAGS) -o $@ $^ $(LDLIBS) $(CUDA_LIBS)
-test-cuda: $(if $(NVCC),$(NVCC_TESTS) $B/golden $(PROGRAMS:%=$B/%) $B/pictures $B/lpips)
-ifeq ($(NVCC),)
-	@echo "make test-cuda needs nvcc (NVCC=... names it)"; exit 1
+NVCC_BIN := $(NVCC_TESTS) $B/golden $B/bench_cuda $(PROGRAMS:%=$B/%) $B/pictures $B/lpips
+.PHONY: cuda-programs
+cuda-programs: $(if $(NVCC),$(NVCC_BIN)) # for BUILT=
+test-cuda: $(if $(BUILT),,$(if $(NVCC),$(NVCC_BIN)))
+ifeq ($(NVCC)$(BUILT),)
+	@echo "make test-cuda needs nvcc (NVCC=... names it), or BUILT=DIR, which was built elsewhere"; exit 1
 else ifneq ($(SANITIZER),)
 	@for t in $(NVCC_TESTS); do compute-sanitizer --tool $(SANITIZER) --error-exitcode 1 $$t || exit 1; done
 else
 	@test/run.sh --cuda $B $B $(NVCC_TESTS)
 endif
 
-# A training step and decoding at full FFHQ size on a GPU, beside PyTorch where PYTHON has it.
+# At full FFHQ size on a GPU, beside PyTorch where PYTHON has it.
 $B/bench_cuda: $B/test/bench_cuda.o $(OBJ) $(DEVICE_OBJ)
 	$(CC) $(CFLAGS) -o $@ $^ $(LDLIBS) $(CUDA_LIBS)
-bench-cuda: $B/bench_cuda
-	$B/bench_cuda
-	@if $(PYTHON) -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null; then $(PYTHON) test/bench_cuda_torch.py; \
-	else echo "skipped: comparison with PyTorch on the GPU, which $(PYTHON) does not have (PYTHON=... chooses another)"; fi
+bench-cuda: $(if $(BUILT),,$(if $(NVCC),$B/bench_cuda))
+ifeq ($(NVCC)$(BUILT),)
+	@echo "make bench-cuda needs nvcc (NVCC=... names it), or BUILT=DIR, which was built elsewhere"; exit 1
+else
+	@if $(PYTHON) -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null; then \
+	    $(PYTHON) test/bench_cuda_torch.py -o bench_cuda.tsv; $B/bench_cuda --beside bench_cuda.tsv; \
+	else echo "skipped: comparison with PyTorch on the GPU, which $(PYTHON) does not have (PYTHON=... chooses another)"; \
+	    $B/bench_cuda; fi
+endif
 
 test: $(TEST_BIN) $(EMULATED_BIN) $B/golden $B/pictures $B/logits $B/lpips $B/codes $(PROGRAMS:%=$B/%) $B/train-alone $(if $P,$(PROGRAMS:%=$P/%))
 	@test/run.sh $B "$P" $(TEST_BIN) $(EMULATED_TESTS)
 
 # The official model in PyTorch beside ours, where PYTHON has PyTorch.
 PYTHON ?= python3
-bench: test/bench
+bench: test/bench $(if $(NVCC),$B/bench_cuda)
 	test/bench -o bench.tsv
 	@if $(PYTHON) -c 'import torch' 2>/dev/null; then $(PYTHON) test/bench_torch.py bench.tsv; \
 	else echo "skipped: comparison with PyTorch, which $(PYTHON) does not have (PYTHON=... chooses another)"; fi
+	@$(if $(NVCC),if $B/bench_cuda gpu; then $(MAKE) bench-cuda; else echo "skipped: bench-cuda, for there is no GPU"; fi,\
+	    echo "skipped: bench-cuda, for there is no nvcc")
 
 # Not part of `make test`: it writes 10 GiB at a time under build/fullsize and takes half an hour.
 fullsize: $B/fullsize $B/sample

@@ -45,11 +45,26 @@ void check(Err e) {
     if (e != OK) die("%s", err_text());
 }
 
+static int looked_for_gpu; /* and found none */
+
 int check_device(const char *device) {
-    if (!device || !strcmp(device, "cpu")) return 0;
+    if (!device) device = getenv("IMAGEBART_DEVICE");
+    if (!device) {
+        const int found = cuda_built() && cuda_find(NULL, NULL, NULL) == OK;
+        looked_for_gpu = !found;
+        return found;
+    }
+    if (!strcmp(device, "cpu")) return 0;
     if (strcmp(device, "cuda") != 0) usage_error("--device %s: expected cpu or cuda", device);
     check(cuda_find(NULL, NULL, NULL));
     return 1;
+}
+
+void say_cpu(void) {
+    if (cuda_built())
+        fprintf(stderr, "device: CPU%s\n",
+                looked_for_gpu ? ", for no usable GPU was found (--device cuda says why)"
+                               : " (--device cuda: the GPU)");
 }
 
 /* ---- options ---- */
@@ -362,7 +377,8 @@ static void say_gpu(const Model *m, const ModelMemory *need) {
     check(memory_fits(need->gpu_first_stage + need->gpu_scale + need->gpu_activations, available, what,
                       "a smaller --batch takes less"));
     fprintf(stderr, "device: %s; in %s\n", text,
-            m->weights == WEIGHTS_BF16 ? "bf16" : "f32 (--weights bf16 is faster)");
+            m->weights == WEIGHTS_BF16 ? "bf16 (--device cpu: the processor)"
+                                       : "f32 (--weights bf16 is faster; --device cpu: the processor)");
     fprintf(stderr, "GPU memory: first stage %s, largest scale %s, activations %s; %s free\n", first, weights, plan,
             bytes_text(there, available));
 }
@@ -379,7 +395,10 @@ void sampling_memory(Model *m, size_t batch, size_t pictures) {
     fprintf(stderr, "memory: first stage %s, largest scale %s, activations and pictures %s; ", first, scale, rest);
     fprintf(stderr, "%s available\n", available == SIZE_MAX ? "unknown how much is" : bytes_text(there, available));
     fprintf(stderr, "processor: %s, %d threads\n", vector_instructions(), threads_get());
-    if (m->cuda) say_gpu(m, &need);
+    if (m->cuda)
+        say_gpu(m, &need);
+    else
+        say_cpu();
 }
 
 /* The user's list, else what the model's file recommends, else `otherwise`. */

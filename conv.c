@@ -1050,10 +1050,15 @@ static int can_multiply_directly(const Window *p) {
     return IS_BF16 && p->C % STEP == 0;
 }
 
-/* Raises what m must hold so that it is enough for c. */
+/* Raises what m must hold so that it is enough for c. train: 0 no, 1 yes, 2 of dx alone, which only CONV3 has. */
 static void conv_needs_cuda(ConvMemory *m, const Conv *c, int train) {
     const Window f = forward_window(c), b = backward_window(c);
     const size_t rows = rows_of(c);
+    if (train == 2) {
+        if (!can_multiply_directly(&b)) m->column_size = max_size(m->column_size, columns_for(&b, rows));
+        m->weight_size = max_size(m->weight_size, c->C * b.pitch);
+        return;
+    }
     if (c->kind != CONV1 && (!can_multiply_directly(&f) || (c->kind == CONV_DOWN && train)))
         m->column_size = max_size(m->column_size, columns_for(&f, rows));
     if (train) m->partial_size = max_size(m->partial_size, channel_slices(1, rows, c->M));
@@ -1106,6 +1111,18 @@ static Matmul turned_times(float *y, const floatX *a, const floatX *b, size_t M,
     return p;
 }
 
+/* Results in float, and what is added to them, instead of or beside those in floatX: of a residual stream in bf16. */
+typedef struct {
+    float *y;
+    const float *add, *bias;
+} Wide;
+static const Wide not_wide = {NULL, NULL, NULL};
+
+/* Four floats, which a thread moves at once */
+struct alignas(16) Floats {
+    float at[4];
+};
+
 #ifdef FLOATX_BF16
 /* ---- Convolutions on tensor cores, without writing patches down ("implicit GEMM") ----
  *
@@ -1150,6 +1167,7 @@ typedef struct {
     Window p;
     size_t rows, M;
     int phase; /* of CONV_UP, or -1: results lie one after the other */
+    Wide wide; /* if it has y, y may be NULL */
 } MmaConv;
 
 /* Where result r goes: of a phase, to every second row and column of a grid twice as large. */
@@ -1209,6 +1227,23 @@ static __device__ inline void mma_multiply(float sum[MI][4][4], floatX *stage, u
     }
 }
 
+/* out (PACK, of which the first n count) = sums + bias + what is to be added, for PACK channels of a result */
+static __device__ inline void mma_finish(float *out, const MmaConv *a, const float *sums, size_t at, size_t m,
+                                         bool whole, unsigned n) {
+    Pack add = {};
+    Floats wide[2] = {};
+    if (whole && a->wide.add)
+        wide[0] = *(const Floats *)(a->wide.add + at), wide[1] = *(const Floats *)(a->wide.add + at + 4);
+    if (whole && a->add) add = *(const Pack *)(a->add + at);
+    for (unsigned k = 0; k < n; k++) {
+        out[k] = sums[k] + (a->bias ? to_float(a->bias[m + k]) : 0);
+        if (a->wide.add)
+            out[k] += whole ? wide[k / 4].at[k % 4] : a->wide.add[at + k];
+        else if (a->add)
+            out[k] += to_float(whole ? add.at[k] : a->add[at + k]);
+    }
+}
+
 /* What is in sums (TILE_M, TILE_N+4), + bias + add, to y */
 template <int TILE_N>
 static __device__ inline void mma_store(const MmaConv *a, const float *sums, size_t r0, size_t m0) {
@@ -1217,17 +1252,18 @@ static __device__ inline void mma_store(const MmaConv *a, const float *sums, siz
         const size_t at = mma_place(a, r0 + r) * a->M + m0 + m, left = m0 + m < a->M ? a->M - m0 - m : 0;
         if (r0 + r >= a->rows || left == 0) continue;
         const bool whole = left >= PACK && a->M % PACK == 0;
-        Pack out = {};
-        if (a->add && whole) out = *(const Pack *)(a->add + at);
-        for (unsigned k = 0; k < PACK && k < left; k++) {
-            const float more = !a->add ? 0 : to_float(whole ? out.at[k] : a->add[at + k]);
-            out.at[k] =
-                to_floatX(sums[r * (TILE_N + 4) + m + k] + (a->bias ? to_float(a->bias[m0 + m + k]) : 0) + more);
+        const unsigned n = left < PACK ? (unsigned)left : (unsigned)PACK;
+        float out[PACK] = {};
+        Pack low;
+        mma_finish(out, a, sums + r * (TILE_N + 4) + m, at, m0 + m, whole, n);
+        for (unsigned k = 0; k < PACK; k++) low.at[k] = to_floatX(out[k]);
+        if (a->y && whole) store_whole(a->y + at, low);
+        for (unsigned k = 0; a->y && !whole && k < n; k++) a->y[at + k] = low.at[k];
+        for (unsigned k = 0; a->wide.y && whole && k < PACK; k += 4) {
+            const Floats four = {{out[k], out[k + 1], out[k + 2], out[k + 3]}};
+            store_whole(a->wide.y + at + k, four);
         }
-        if (whole)
-            *(Pack *)(a->y + at) = out;
-        else
-            for (unsigned k = 0; k < PACK && k < left; k++) a->y[at + k] = out.at[k];
+        for (unsigned k = 0; a->wide.y && !whole && k < n; k++) a->wide.y[at + k] = out[k];
     }
 }
 
@@ -1285,44 +1321,61 @@ template <int TILE_N> static Err launch_mma(Device *d, const MmaConv *a) {
 
 /* y (rows,M) = patches of x times w (M,pitch), + bias + add unless NULL */
 static Err multiply_directly(Device *d, floatX *y, const Window *p, const floatX *x, const floatX *w, size_t rows,
-                             size_t M, const floatX *bias, const floatX *add, int phase) {
-    const MmaConv a = {y, x, w, bias, add, *p, rows, M, phase};
+                             size_t M, const floatX *bias, const floatX *add, int phase, Wide wide = not_wide) {
+    const MmaConv a = {y, x, w, bias, add, *p, rows, M, phase, wide};
     return M <= 32 ? launch_mma<32>(d, &a) : launch_mma<128>(d, &a);
 }
 #else
 static Err multiply_directly(Device *d, floatX *y, const Window *p, const floatX *x, const floatX *w, size_t rows,
-                             size_t M, const floatX *bias, const floatX *add, int phase) {
-    (void)d, (void)y, (void)p, (void)x, (void)w, (void)rows, (void)M, (void)bias, (void)add, (void)phase;
+                             size_t M, const floatX *bias, const floatX *add, int phase, Wide wide = not_wide) {
+    (void)d, (void)y, (void)p, (void)x, (void)w, (void)rows, (void)M, (void)bias, (void)add, (void)phase, (void)wide;
     return err("internal: no convolution on tensor cores in float");
 }
 #endif
 
 static Err phases_forward(Device *d, floatX *y, const Conv *c, const floatX *x, const floatX *w, const floatX *bias,
-                          const floatX *add) {
+                          const floatX *add, Wide wide) {
     for (int phase = 0; phase < 4; phase++) {
         const Window p = phase_window(c, phase);
         TRY(multiply_directly(d, y, &p, x, w + (size_t)phase * c->M * p.pitch, c->B * c->h * c->w, c->M, bias, add,
-                              phase));
+                              phase, wide));
     }
     return OK;
 }
 
-/* y = w * x + bias + add; x (B,h,w,C), y and add (B,..,M), w from conv_order_weights_cuda; add may be NULL, or y. */
+static __global__ void narrow_kernel(floatX *y, const float *wide, size_t n) {
+    const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < n) y[i] = to_floatX(wide[i]);
+}
+
+/* n results from row r on, of rows (n,K) of a matrix */
+static Err conv_rows(Device *d, floatX *y, const Conv *c, const floatX *rows, const floatX *w, size_t r, size_t n,
+                     size_t K, const floatX *bias, const floatX *add, Wide wide) {
+    const size_t at = r * c->M;
+    Matmul product = wide.y ? rows_times(wide.y + at, rows, w, n, c->M, K, K, 1, wide.add ? wide.add + at : NULL)
+                            : rows_times(y + at, rows, w, n, c->M, K, K, 1, add ? add + at : NULL);
+    product.bias = wide.y ? (const void *)wide.bias : (const void *)bias;
+    if (wide.y) product.d_is_float = 1;
+    TRY(matmul(d, &product));
+    if (wide.y && y)
+        LAUNCH(d, narrow_kernel, blocks_for(n * c->M, CELL_THREADS), CELL_THREADS, 0, y + at, wide.y + at, n * c->M);
+    return OK;
+}
+
+/* y = w * x + bias + add; x (B,h,w,C), y and add (B,..,M), w from conv_order_weights_cuda; add may be NULL, or y. wide: the
+ * same in float where it has a y; then y may be NULL, and wide.add counts instead of add. */
 static Err conv_forward_cuda(Device *d, floatX *y, const Conv *c, const floatX *x, const floatX *w, const floatX *bias,
-                             const floatX *add, const ConvMemory *memory) {
+                             const floatX *add, const ConvMemory *memory, Wide wide = not_wide) {
     const Window p = forward_window(c);
     const size_t rows = rows_of(c), K = c->kind == CONV1 ? c->C : p.pitch;
-    if (in_phases(c)) return phases_forward(d, y, c, x, w, bias, add);
+    if (in_phases(c)) return phases_forward(d, y, c, x, w, bias, add, wide);
     if (c->kind != CONV1 && can_multiply_directly(&p))
-        return multiply_directly(d, y, &p, x, w, rows, c->M, bias, add, -1);
+        return multiply_directly(d, y, &p, x, w, rows, c->M, bias, add, -1, wide);
     const size_t tile = c->kind == CONV1 ? rows : tile_rows(memory->column_size, p.pitch);
     for (size_t r = 0; r < rows; r += tile) {
         const size_t n = min_size(tile, rows - r);
         if (c->kind != CONV1) TRY(gather(d, memory->columns, x, &p, r, n));
-        Matmul product = rows_times(y + r * c->M, c->kind == CONV1 ? x : memory->columns, w, n, c->M, K, K, 1,
-                                    add ? add + r * c->M : NULL);
-        product.bias = bias;
-        TRY(matmul(d, &product));
+        TRY(conv_rows(d, y, c, c->kind == CONV1 ? x : memory->columns, w, r, n, K, bias, add, wide));
     }
     return OK;
 }
@@ -1392,6 +1445,23 @@ static Err same_backward(Device *d, floatX *dx, float *dw, const Conv *c, const 
         TRY(matmul(d, &product));
     }
     return add_ordered(d, dw, memory->totals, c, &p, order);
+}
+
+/* dx alone of CONV3, overwritten: a convolution of dy with the weights mirrored. */
+static Err conv_input_cuda(Device *d, floatX *dx, const Conv *c, const floatX *dy, const floatX *w,
+                           const ConvMemory *memory) {
+    const Window p = backward_window(c);
+    const size_t rows = rows_of(c), tile = tile_rows(memory->column_size, p.pitch);
+    TRY(order_weights(d, memory->weights, w, c, &p, MIRRORED));
+    if (can_multiply_directly(&p)) return multiply_directly(d, dx, &p, dy, memory->weights, rows, c->C, NULL, NULL, -1);
+    for (size_t r = 0; r < rows; r += tile) {
+        const size_t n = min_size(tile, rows - r);
+        TRY(gather(d, memory->columns, dy, &p, r, n));
+        const Matmul product =
+            rows_times(dx + r * c->C, memory->columns, memory->weights, n, c->C, p.pitch, p.pitch, 1, NULL);
+        TRY(matmul(d, &product));
+    }
+    return OK;
 }
 
 static Err add_channel_sums(Device *d, float *sum, const floatX *x, size_t rows, size_t C, float *partial);

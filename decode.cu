@@ -167,7 +167,8 @@ Err transformer_draw_cuda(Transformer *m, const DrawOptions *o, int32_t *tokens)
     if (m->state != DECODING || m->fed[0] != 0) return err("transformer: drawing without decoding just begun");
     if (!(o->temperature >= 0)) return err("transformer: temperature %g, expected 0 or more", o->temperature);
     if (!o->known != !o->keep) return err("transformer: known tokens and their mask go together");
-    for (size_t i = 0; o->known && i < m->now_B * m->now_N; i++)
+    if (o->guided && m->now_B % 2) return err("transformer: a batch of %zu rows, expected pairs", m->now_B);
+    for (size_t i = 0; o->known && i < (o->guided ? m->now_B / 2 : m->now_B) * m->now_N; i++)
         if (o->keep[i % m->now_N]) TRY(check_ids("known token", o->known + i, 1, 0, m->config.dec_num_tokens));
     for (size_t b = 0; b < m->now_B; b++) m->fed[b] = m->now_N;
     return m->params.ops->draw(m, o, tokens);
@@ -360,14 +361,8 @@ static Err head_stream(Transformer *m, size_t R) {
 
 /* Philox of base.c */
 static __device__ inline double uniform(uint64_t seed, uint64_t stream, uint64_t index) {
-    uint32_t c[4] = {(uint32_t)index, (uint32_t)(index >> 32), (uint32_t)stream, (uint32_t)(stream >> 32)};
-    uint32_t key0 = (uint32_t)seed, key1 = (uint32_t)(seed >> 32);
-    for (int round = 0; round < 10; round++) {
-        const uint64_t a = (uint64_t)0xD2511F53u * c[0], b = (uint64_t)0xCD9E8D57u * c[2];
-        const uint32_t n0 = (uint32_t)(b >> 32) ^ c[1] ^ key0, n2 = (uint32_t)(a >> 32) ^ c[3] ^ key1;
-        c[1] = (uint32_t)b, c[3] = (uint32_t)a, c[0] = n0, c[2] = n2;
-        key0 += 0x9E3779B9u, key1 += 0xBB67AE85u;
-    }
+    uint32_t c[4];
+    philox_device(c, seed, stream, index);
     return (double)(((uint64_t)c[0] << 32 | c[1]) >> 11) * 0x1p-53;
 }
 
@@ -512,26 +507,34 @@ static __device__ inline void add_fit(DrawShared *s, double *fit, const float *r
     if (threadIdx.x == 0) *fit += (double)row[guide] - (double)largest - log(total);
 }
 
+/* cond (K) = uncond + g (cond - uncond) */
+static __device__ inline void mix_rows(float *cond, const float *uncond, float g, int K) {
+    for (int k = threadIdx.x; k < K; k += DRAW_THREADS) cond[k] = uncond[k] + g * (cond[k] - uncond[k]);
+    __syncthreads();
+}
+
 typedef struct {
-    const float *logits; /* (B,K) */
+    float *logits; /* (B,K) */
     const DrawTwin *how;
     const uint64_t *stream;
     const int32_t *known;
     const uint8_t *keep;
     double *fit;
-    int32_t *tokens, *ids; /* (B,N) and what the next step reads (B) */
+    int32_t *tokens, *ids; /* (samples,N) and what the next step reads (B) */
     const int *pos;
     int prompt; /* positions in front of the tokens' */
     size_t N;
     int K;
 } DrawStep;
 
-/* A block per sample: draws its token i, -1 if there are no probabilities. */
+/* A block per sample: draws its token i, -1 if there are no probabilities. Guided, its other row is gridDim.x rows on. */
 static __global__ void __launch_bounds__(DRAW_THREADS) draw_kernel(DrawStep a) {
     SHARED(DrawShared, s);
     const size_t b = blockIdx.x, i = (size_t)(*a.pos - a.prompt);
-    const float *row = a.logits + b * (size_t)a.K, heat = (float)a.how->temperature;
-    const int guide = a.how->guided && a.keep[i] ? a.known[b * a.N + i] : -1;
+    float *row = a.logits + b * (size_t)a.K;
+    if (a.how->guided) mix_rows(row, row + gridDim.x * (size_t)a.K, a.how->guidance, a.K);
+    const float heat = (float)a.how->temperature;
+    const int guide = a.how->forced && a.keep[i] ? a.known[b * a.N + i] : -1;
     float largest, least = -HUGE_VALF;
     int nan, token = find_largest(s, row, a.K, &largest, &nan);
     if (a.how->fitted && guide >= 0) add_fit(s, &a.fit[b], row, a.K, largest, guide);
@@ -544,7 +547,9 @@ static __global__ void __launch_bounds__(DRAW_THREADS) draw_kernel(DrawStep a) {
             least = kth_largest(s, row, a.K, heat, (unsigned)a.how->top_k);
         token = pick(s, row, a.K, heat, largest / heat, least, uniform(a.how->seed, a.stream[b], i));
     }
-    if (threadIdx.x == 0) a.tokens[b * a.N + i] = token, a.ids[b] = token < 0 ? 0 : token;
+    if (threadIdx.x > 0) return;
+    a.tokens[b * a.N + i] = token, a.ids[b] = token < 0 ? 0 : token;
+    if (a.how->guided) a.ids[gridDim.x + b] = a.ids[b];
 }
 
 static __global__ void advance_kernel(int *pos) {
@@ -615,8 +620,8 @@ static Err decode_step_cuda(Transformer *m, size_t i) {
     return to_host(w->d, m->logits, w->logits, m->now_B * m->config.dec_num_tokens * sizeof *w->logits);
 }
 
-static Err launch_draw(Device *d, const DrawStep *a, size_t B) {
-    LAUNCH(d, draw_kernel, (unsigned)B, DRAW_THREADS, sizeof(DrawShared), *a);
+static Err launch_draw(Device *d, const DrawStep *a, size_t samples) {
+    LAUNCH(d, draw_kernel, (unsigned)samples, DRAW_THREADS, sizeof(DrawShared), *a);
     return OK;
 }
 
@@ -628,7 +633,7 @@ static Err draw_token(Transformer *m) {
                         w->tokens, w->decoder.ids,
                         w->pos,    (int)prompt_positions(m),
                         m->now_N,  (int)m->config.dec_num_tokens};
-    TRY(launch_draw(w->d, &a, m->now_B));
+    TRY(launch_draw(w->d, &a, w->samples));
     LAUNCH(w->d, advance_kernel, 1, WARP, 0, w->pos);
     return OK;
 }
@@ -683,14 +688,15 @@ static void graph_free(StepGraph *g) {
 
 static Err send_options(Transformer *m, const DrawOptions *o) {
     NetTwin *w = m->twin;
-    const size_t B = m->now_B, N = m->now_N;
-    const DrawTwin how = {o->seed, o->temperature, o->top_k, o->known != NULL, o->fit != NULL};
+    const size_t N = m->now_N, n = w->samples = o->guided ? m->now_B / 2 : m->now_B;
+    const DrawTwin how = {o->seed,        o->temperature, o->top_k,          o->known != NULL,
+                          o->fit != NULL, o->guided,      (float)o->guidance};
     TRY(to_device(w->d, w->how, &how, sizeof how));
-    TRY(to_device(w->d, w->stream, o->stream, B * sizeof *o->stream));
-    TRY(device_zero(w->d, w->fit, B * sizeof *w->fit));
-    if (o->known) TRY(to_device(w->d, w->known, o->known, B * N * sizeof *o->known));
+    TRY(to_device(w->d, w->stream, o->stream, n * sizeof *o->stream));
+    TRY(device_zero(w->d, w->fit, n * sizeof *w->fit));
+    if (o->known) TRY(to_device(w->d, w->known, o->known, n * N * sizeof *o->known));
     if (o->keep) TRY(to_device(w->d, w->keep, o->keep, N));
-    TRY(device_zero(w->d, w->decoder.ids, B * sizeof *w->decoder.ids)); /* sos */
+    TRY(device_zero(w->d, w->decoder.ids, m->now_B * sizeof *w->decoder.ids)); /* sos */
     return set_position(w, prompt_positions(m));
 }
 
@@ -724,12 +730,12 @@ static Err draw_cuda(Transformer *m, const DrawOptions *o, int32_t *tokens) {
     const Err e = draw_all(m, o, &g);
     graph_free(&g);
     TRY(e);
-    TRY(to_host(w->d, tokens, w->tokens, m->now_B * m->now_N * sizeof *tokens));
+    TRY(to_host(w->d, tokens, w->tokens, w->samples * m->now_N * sizeof *tokens));
     if (!o->fit) return OK;
     double *fit;
-    TRY(mem_alloc(&fit, m->now_B, sizeof *fit, "weights of candidates"));
-    const Err f = to_host(w->d, fit, w->fit, m->now_B * sizeof *fit);
-    for (size_t b = 0; f == OK && b < m->now_B; b++) o->fit[b] += fit[b];
+    TRY(mem_alloc(&fit, w->samples, sizeof *fit, "weights of candidates"));
+    const Err f = to_host(w->d, fit, w->fit, w->samples * sizeof *fit);
+    for (size_t b = 0; f == OK && b < w->samples; b++) o->fit[b] += fit[b];
     free(fit);
     return f;
 }

@@ -12,6 +12,7 @@
 #include "transformer.h"
 
 #include <stdio.h>
+#include <time.h>
 #if defined(DEVICE_CODE) && !defined(CUDA_ON_CPU)
 #include <dlfcn.h>
 #endif
@@ -23,6 +24,10 @@
 static const DeviceOps *cuda_ops(Precision precision) {
     const DeviceOps *f32 = &cuda_f32, *bf16 = &cuda_bf16;
     return precision == PRECISION_BF16 ? bf16 : f32;
+}
+
+int cuda_built(void) {
+    return cuda_ops(PRECISION_F32) || cuda_ops(PRECISION_BF16);
 }
 
 Err cuda_find(char *text, size_t *free_bytes, size_t *total_bytes) {
@@ -40,6 +45,16 @@ Err cuda_choose(size_t local) {
     return ops ? ops->choose(local) : cuda_find(NULL, NULL, NULL);
 }
 
+Err cuda_measure(Precision precision, size_t n, size_t bytes, double *product, double *copy) {
+    const DeviceOps *ops = cuda_ops(precision);
+    Device *d;
+    if (!ops) return cuda_find(NULL, NULL, NULL) == OK ? err("this program has no CUDA of that precision") : FAILED;
+    TRY(ops->open(&d));
+    const Err e = ops->measure(d, n, bytes, product, copy);
+    ops->close(d);
+    return e;
+}
+
 static Err use_cuda(Params *p, Precision precision) {
     const DeviceOps *ops = cuda_ops(precision);
     if (!ops) return cuda_find(NULL, NULL, NULL) == OK ? err("this program has no CUDA of that precision") : FAILED;
@@ -55,6 +70,14 @@ Err transformer_use_cuda(Transformer *m, Precision precision) {
 
 Err vqgan_use_cuda(Vqgan *v, Precision precision) {
     return use_cuda(vqgan_params(v), precision);
+}
+
+Err disc_use_cuda(Discriminator *d, Precision precision) {
+    return use_cuda(disc_params(d), precision);
+}
+
+Err perceptual_use_cuda(Perceptual *p, Precision precision) {
+    return use_cuda(perceptual_params(p), precision);
 }
 
 int vqgan_on_cuda(Vqgan *v) {
@@ -142,6 +165,17 @@ static void device_free(void *p) {
 #endif
 }
 
+/* Arrays one after the other in one allocation: counted first, with base NULL, then placed. */
+typedef struct {
+    char *base;
+    size_t used;
+} DeviceArena;
+static void carve(DeviceArena *a, void *out_pointer, size_t n, size_t size) {
+    void *p = a->base ? a->base + a->used : NULL;
+    memcpy(out_pointer, &p, sizeof p);
+    a->used += round_up(n * size, 4 * ALIGNMENT);
+}
+
 /* Between the host's memory and the GPU's. Both wait until the data are there: of pageable memory, CUDA does not promise
  * that it may be reused when an asynchronous copy returns, and where GPUs read the host's page tables it may not. */
 static Err to_device(Device *d, void *to, const void *from, size_t bytes) {
@@ -171,6 +205,16 @@ static Err device_zero(Device *d, void *p, size_t bytes) {
     return OK;
 #else
     return cuda_error(cudaMemsetAsync(p, 0, bytes, d->stream), "zeroing");
+#endif
+}
+
+static Err device_copy(Device *d, void *to, const void *from, size_t bytes) {
+#ifdef CUDA_ON_CPU
+    (void)d;
+    memcpy(to, from, bytes);
+    return OK;
+#else
+    return cuda_error(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, d->stream), "copying on the GPU");
 #endif
 }
 
@@ -496,6 +540,86 @@ static Err open_device(Device **out) {
     return OK;
 }
 
+/* ---- What this GPU can do at best, for benchmarks ---- */
+
+typedef struct {
+    Device *d;
+    size_t n, bytes;
+    floatX *A, *B, *D; /* (n,n) */
+    void *from, *to;   /* `bytes` each */
+} Ceiling;
+
+static Err multiply_once(const Ceiling *c) {
+    Matmul p;
+    memset(&p, 0, sizeof p);
+    p.M = p.N = p.K = p.lda = p.ldb = p.ldd = c->n;
+    p.trans_b = 1, p.A = c->A, p.B = c->B, p.D = c->D;
+    return matmul(c->d, &p);
+}
+static Err copy_once(const Ceiling *c) {
+#ifdef CUDA_ON_CPU
+    memcpy(c->to, c->from, c->bytes);
+    return OK;
+#else
+    return cuda_error(cudaMemcpyAsync(c->to, c->from, c->bytes, cudaMemcpyDeviceToDevice, c->d->stream), "copying");
+#endif
+}
+
+static int by_size(const void *a, const void *b) {
+    const double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
+/* Seconds of one: the median of groups of EACH without a wait in between, after one group that warms up. */
+static Err time_once(const Ceiling *c, Err (*once)(const Ceiling *), double *out) {
+    enum { GROUPS = 7, EACH = 8 };
+    double took[GROUPS];
+    for (int g = -1; g < GROUPS; g++) {
+        struct timespec begin, end;
+        TRY(wait_for(c->d));
+        clock_gettime(CLOCK_MONOTONIC, &begin);
+        for (int k = 0; k < EACH; k++) TRY(once(c));
+        TRY(wait_for(c->d));
+        clock_gettime(CLOCK_MONOTONIC, &end);
+        if (g >= 0) took[g] = (double)(end.tv_sec - begin.tv_sec) + 1e-9 * (double)(end.tv_nsec - begin.tv_nsec);
+    }
+    qsort(took, GROUPS, sizeof *took, by_size);
+    *out = took[GROUPS / 2] / EACH;
+    return OK;
+}
+
+/* Numbers of both signs in no order: zeros would be multiplied faster, for they need less power. */
+static __global__ void scatter_kernel(floatX *x, size_t n) {
+    const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    unsigned u = (unsigned)i * 2654435761u;
+    u = (u ^ u >> 15) * 2246822519u;
+    if (i < n) x[i] = to_floatX((float)(u >> 8) * 0x1p-23f - 1);
+}
+
+static Err measure_with(Ceiling *c, double *product, double *copy) {
+    enum { THREADS = 256 };
+    floatX **const matrix[3] = {&c->A, &c->B, &c->D};
+    for (int k = 0; k < 3; k++) {
+        TRY(device_alloc(matrix[k], c->n * c->n * sizeof(floatX), "a matrix"));
+        LAUNCH(c->d, scatter_kernel, blocks_for(c->n * c->n, THREADS), THREADS, 0, *matrix[k], c->n * c->n);
+    }
+    TRY(device_alloc(&c->from, c->bytes, "a copy"));
+    TRY(device_alloc(&c->to, c->bytes, "a copy"));
+    TRY(device_zero(c->d, c->from, c->bytes));
+    TRY(time_once(c, multiply_once, product));
+    return time_once(c, copy_once, copy);
+}
+
+static Err measure_ceilings(Device *d, size_t n, size_t bytes, double *product, double *copy) {
+    Ceiling c;
+    memset(&c, 0, sizeof c);
+    c.d = d, c.n = n, c.bytes = bytes;
+    const Err e = measure_with(&c, product, copy);
+    void *const all[] = {c.A, c.B, c.D, c.from, c.to};
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++) device_free(all[i]);
+    return e;
+}
+
 /* ---- The twins, from small to large, and the table ---- */
 
 #include "layers.cu"
@@ -514,6 +638,10 @@ static Err open_device(Device **out) {
 
 #include "vqgan.c"
 
+#include "discriminator.c"
+
+#include "perceptual.c"
+
 #ifdef FLOATX_BF16
 #define CUDA_TABLE cuda_bf16
 #else
@@ -524,6 +652,7 @@ extern const DeviceOps CUDA_TABLE;
 const DeviceOps CUDA_TABLE = {find_cuda,
                               open_device,
                               close_device,
+                              measure_ceilings,
                               send_params,
                               fetch_params,
                               zero_grad_cuda,
@@ -545,7 +674,17 @@ const DeviceOps CUDA_TABLE = {find_cuda,
                               vqgan_draw_cuda,
                               vqgan_forward_cuda,
                               vqgan_backward_cuda,
+                              vqgan_last_cuda,
                               vqgan_restart_cuda,
+                              disc_plan_cuda,
+                              disc_free_cuda,
+                              disc_forward_cuda,
+                              disc_backward_cuda,
+                              disc_keep_cuda,
+                              disc_gap_cuda,
+                              perceptual_plan_cuda,
+                              perceptual_free_cuda,
+                              perceptual_cuda,
                               choose_gpu,
                               joined,
                               join_id,

@@ -2,7 +2,7 @@
  *
  * device.cu is compiled three times. As C, like every file here, it is what the rest of the program calls. As CUDA it
  * includes layers.cu, attention.cu, transformer.cu, optimizer.cu, decode.cu and, for the first stage, conv.c,
- * vqgan_layers.c and vqgan.c, whose #else halves are the CUDA twins of the C above them, once with floatX = float and
+ * vqgan_layers.c, vqgan.c, discriminator.c and perceptual.c, whose #else halves are the CUDA twins of the C above them, once with floatX = float and
  * once with floatX = bf16: each time one object file that exports one table of functions. A program linked without these
  * objects lacks the tables, and so knows that it has no CUDA.
  *
@@ -31,6 +31,7 @@ typedef struct DeviceOps {
     Err (*find)(char *text, size_t *free_bytes, size_t *total_bytes); /* CUDA_TEXT_BYTES; NULL: not wanted */
     Err (*open)(Device **out);
     void (*close)(Device *d);
+    Err (*measure)(Device *d, size_t n, size_t bytes, double *product, double *copy); /* cuda_measure */
     /* parameters: optimizer.cu. update: AdamW unless o is NULL, then the moving average unless ema_step is 0 */
     Err (*send)(Device *d, const Params *p);
     Err (*fetch)(Device *d, Params *p);
@@ -56,7 +57,19 @@ typedef struct DeviceOps {
     Err (*vqgan_draw)(Vqgan *v, const int32_t *raw, real *images);
     Err (*vqgan_forward)(Vqgan *v, const real *images, int32_t *raw, double *sum);
     Err (*vqgan_backward)(Vqgan *v, const real *dxrec, double codebook_weight, real *dimage);
+    Err (*vqgan_last)(Vqgan *v, const real *dxrec, real *dw, real *db);
     void (*vqgan_restart)(Vqgan *v, size_t code, size_t pick);
+    /* its discriminator and LPIPS: the ends of discriminator.c and perceptual.c */
+    Err (*disc_plan)(Discriminator *d, int features, int allocate, size_t *bytes);
+    void (*disc_free)(Discriminator *d);
+    Err (*disc_forward)(Discriminator *d, const real *images, int update, real *logits);
+    Err (*disc_backward)(Discriminator *d, const real *dlogits, double feature_weight, int trained, real *dimages);
+    Err (*disc_keep)(Discriminator *d);
+    double (*disc_gap)(const Discriminator *d);
+    Err (*perceptual_plan)(Perceptual *p, int allocate, size_t *bytes);
+    void (*perceptual_free)(Perceptual *p);
+    Err (*perceptual_loss)(Perceptual *p, const real *x, const real *xrec, size_t B, double weight, double *loss,
+                           real *dxrec);
     /* several GPUs, one for each rank of parallel.c: nccl.cu. choose: the GPU of the rank of this number on
      * its machine. join_id: what the ranks find each other by, drawn by one of them. grad_place: where a row lies in the
      * gradient, row n_rows: its length. grad_sum: n numbers of it become the sum over ranks, while the GPU goes on;
@@ -101,6 +114,9 @@ static __host__ __device__ inline float to_float(floatX x) {
 static __host__ __device__ inline floatX to_floatX(float x) {
     return __float2bfloat16(x);
 }
+static __host__ __device__ inline float to_float(float x) {
+    return x;
+}
 enum { IS_BF16 = 1 };
 #else
 typedef float floatX;
@@ -118,12 +134,19 @@ enum { PACK = 16 / sizeof(floatX) };
 struct alignas(16) Pack {
     floatX at[PACK];
 };
-/* At a multiple of 16 bytes. Left to itself, nvcc may store numbers that it has in registers one by one. */
+/* 16 bytes, to a multiple of 16 of the GPU's memory, at once: left to itself, nvcc stores some numbers one by one. */
 template <typename T> static __device__ inline void store_whole(void *to, const T &from) {
     static_assert(sizeof(T) == 16, "one store");
-    uint4 bits;
-    memcpy(&bits, &from, sizeof bits);
-    *(uint4 *)to = bits;
+#ifdef CUDA_ON_CPU
+    check_aligned(to, 16, "stores 16 bytes at no multiple of 16");
+    memcpy(to, &from, sizeof from);
+#else
+    unsigned word[4];
+    memcpy(word, &from, sizeof word);
+    asm volatile("st.global.v4.u32 [%0], {%1,%2,%3,%4};" ::"l"(__cvta_generic_to_global(to)), "r"(word[0]),
+                 "r"(word[1]), "r"(word[2]), "r"(word[3])
+                 : "memory");
+#endif
 }
 /* Elements i.. of x, whose n elements begin at a multiple of 16 bytes; i is a multiple of PACK. */
 static __device__ inline Pack load_pack(const floatX *x, size_t i, size_t n) {
@@ -135,11 +158,23 @@ static __device__ inline Pack load_pack(const floatX *x, size_t i, size_t n) {
 }
 static __device__ inline void store_pack(floatX *x, size_t i, size_t n, Pack p) {
     if (i + PACK <= n)
-        store_whole(x + i, p);
+        *(Pack *)(x + i) = p;
     else
 #pragma unroll
         for (int k = 0; k < PACK; k++)
             if (i + k < n) x[i + k] = p.at[k];
+}
+
+/* philox of base.c */
+static __device__ inline void philox_device(uint32_t c[4], uint64_t seed, uint64_t stream, uint64_t index) {
+    uint32_t key0 = (uint32_t)seed, key1 = (uint32_t)(seed >> 32);
+    c[0] = (uint32_t)index, c[1] = (uint32_t)(index >> 32), c[2] = (uint32_t)stream, c[3] = (uint32_t)(stream >> 32);
+    for (int round = 0; round < 10; round++) {
+        const uint64_t a = (uint64_t)0xD2511F53u * c[0], b = (uint64_t)0xCD9E8D57u * c[2];
+        const uint32_t n0 = (uint32_t)(b >> 32) ^ c[1] ^ key0, n2 = (uint32_t)(a >> 32) ^ c[3] ^ key1;
+        c[1] = (uint32_t)b, c[3] = (uint32_t)a, c[0] = n0, c[2] = n2;
+        key0 += 0x9E3779B9u, key1 += 0xBB67AE85u;
+    }
 }
 
 enum { WARP = 32 };
@@ -248,6 +283,7 @@ static __device__ inline unsigned bf16_pair(float first, float second) {
 /* A tensor of a parameter table on the GPU. */
 typedef struct {
     float *value, *grad, *m, *v, *ema; /* each NULL if it was never sent */
+    uint16_t *m16, *v16;               /* instead of m and v: in bf16 */
     floatX *weight;                    /* value as matrix products read it; the same memory when floatX is float */
 } DeviceRow;
 

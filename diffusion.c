@@ -375,7 +375,6 @@ static Err check_guidance(const Model *m, const SampleOptions *o, int t) {
     const double g = o->guidance[t];
     if (g == 1) return OK;
     if (!(g >= 0) || !isfinite(g)) return err("guidance %g of scale %d, expected 0 or more", g, t);
-    if (m->cuda) return err("guidance %g at scale %d: not on a GPU yet; --device cpu does it", g, t);
     if (!m->n_classes) return err("guidance %g at scale %d: %s is not a model with classes", g, t, m->folder);
     if (m->null_class[t] < 0)
         return err(
@@ -706,6 +705,8 @@ static Err draw_on_gpu(const Run *r, int t, size_t repeat) {
     const DrawOptions d = {.seed = o->seed,
                            .stream = stream,
                            .temperature = temperature_of(r, t),
+                           .guided = r->rows > o->n,
+                           .guidance = o->guidance[t],
                            .top_k = o->top_k[t],
                            .known = o->known,
                            .keep = o->keep,

@@ -335,7 +335,7 @@ struct Params {
     size_t n, capacity;
     size_t total;          /* elements of one arena, padding included */
     real *arena[5];        /* value, grad, m, v, ema: one allocation each */
-    int bf16_moments;      /* set before the plan, on the CPU: m and v are kept in bf16, in half the memory */
+    int bf16_moments;      /* set before the plan: m and v are kept in bf16, in half the memory */
     void *packed;          /* of all matrices */
     WeightFormat format;   /* how params_map keeps matrices; set before */
     struct Device *device; /* NULL, or the table's twin on a GPU, where everything then happens (device.h) */
@@ -564,7 +564,7 @@ Err vqgan_decode_tokens(Vqgan *v, const int32_t *tokens, size_t B, size_t h, siz
 Err vqgan_forward(Vqgan *v, const real *images, size_t B, size_t H, size_t W, const real **xrec, double *codebook_loss);
 Err vqgan_backward(Vqgan *v, const real *dxrec, double codebook_weight, real *dimage);
 /* Between the two, and changing nothing but dw (out_ch,C,3,3) and db (out_ch), overwritten: the gradient of the decoder's
- * last layer alone, whose weight's row vqgan_last_layer is. On the CPU only. */
+ * last layer alone, whose weight's row vqgan_last_layer is. */
 Err vqgan_last_gradient(Vqgan *v, const real *dxrec, real *dw, real *db);
 const Param *vqgan_last_layer(const Vqgan *v);
 /* What the last forward saw: latents z and straight-through z_q (B,embed_dim,h,w), raw codes (B,h*w). */
@@ -605,7 +605,7 @@ Err perceptual_loss(Perceptual *p, const real *x, const real *xrec, size_t B, si
 
 /* ------------------------------------------------------------------------------------------------------------
  * 5b. discriminator.c: tells pictures from reconstructions while a first stage is trained (SPEC section 9; the official
- *     NLayerDiscriminator). On the CPU only.
+ *     NLayerDiscriminator).
  * ---------------------------------------------------------------------------------------------------------- */
 typedef struct { /* the official disc_in_channels, disc_ndf, disc_num_layers */
     size_t in_channels, ndf, n_layers;
@@ -748,10 +748,14 @@ double lr_at(const LrSchedule *s, uint64_t n);
  * Is there one? text (CUDA_TEXT_BYTES): its name, compute capability and memory; free, total: bytes of it. Each may be
  * NULL. FAILED says why not: a program without CUDA, no driver, no GPU, too old a GPU. */
 enum { CUDA_TEXT_BYTES = 320 };
+int cuda_built(void);                                     /* was this program made with CUDA? */
 typedef enum { PRECISION_F32, PRECISION_BF16 } Precision; /* of activations and matrix products; sums are float */
 Err cuda_find(char *text, size_t *free_bytes, size_t *total_bytes);
 /* Of several processes on a machine each takes one GPU: before anything else, the one of this number. */
 Err cuda_choose(size_t local);
+/* What the GPU can do at best, for test/bench_cuda.c: seconds (medians) that a product of two n x n matrices takes, as the
+ * networks multiply them, and a copy of `bytes` from one place in its memory to another, which reads and writes them. */
+Err cuda_measure(Precision precision, size_t n, size_t bytes, double *product, double *copy);
 /* From here on this network is planned, run and updated on the GPU. Call it before transformer_plan; when the parameters
  * have their values, params_send. */
 Err transformer_use_cuda(Transformer *m, Precision precision);
@@ -759,23 +763,30 @@ int transformer_on_cuda(const Transformer *m);
 /* The same for a first stage, also before vqgan_plan: afterwards everything in section 5 computes there. */
 Err vqgan_use_cuda(Vqgan *v, Precision precision);
 int vqgan_on_cuda(Vqgan *v);
+/* The same for what trains it, before disc_plan and perceptual_plan. Pictures, logits and gradients of pictures are the
+ * host's in every call. */
+Err disc_use_cuda(Discriminator *d, Precision precision);
+Err perceptual_use_cuda(Perceptual *p, Precision precision);
 /* A training pass that leaves logits where they are: transformer_forward, then denoising_loss against the posterior of x_0
  * and x_t, then, if backward, transformer_backward. x0, x (= x_{t-1}), x_t (B,N), t, label (B). On the GPU only. */
 Err transformer_loss_cuda(Transformer *m, const Schedule *s, const int32_t *x0, const int32_t *x, const int32_t *x_t,
                           const int32_t *t, const int32_t *label, size_t B, size_t N, double alpha, double weight,
                           int backward, Loss *out);
-/* After transformer_decode_begin: draws all N positions of the B rows, which is what N steps of transformer_decode_step,
- * sample_probs and sample_pick give, without a word to the host in between. tokens (B,N). On the GPU only. */
+/* After transformer_decode_begin: draws all N positions of the n = B rows, which is what N steps of transformer_decode_step,
+ * sample_probs and sample_pick give, without a word to the host in between. tokens (n,N). Guided: the batch is n = B/2
+ * samples with their class, then the same with none. On the GPU only. */
 typedef struct {
     uint64_t seed;
-    const uint64_t *stream; /* (B) of random numbers; index = position */
+    const uint64_t *stream; /* (n) of random numbers; index = position */
     double temperature;
     size_t top_k;
-    const int32_t *known; /* (B,N) tokens that are forced where keep (N) is 1; both or neither */
+    const int32_t *known; /* (n,N) tokens that are forced where keep (N) is 1; both or neither */
     const uint8_t *keep;
-    double *fit;                                 /* (B) += log probability of what is forced; NULL: not wanted */
+    double *fit;                                 /* (n) += log probability of what is forced; NULL: not wanted */
     int (*progress)(void *context, size_t done); /* now and then; nonzero return stops with an error; or NULL */
     void *context;
+    int guided;
+    double guidance; /* then: logits = uncond + guidance (cond - uncond) */
 } DrawOptions;
 Err transformer_draw_cuda(Transformer *m, const DrawOptions *o, int32_t *tokens);
 
@@ -957,8 +968,10 @@ void options_parse(int argc, char **argv, const Option *table, const char *intro
 void die(const char *fmt, ...) PRINTF_LIKE(1, 2);         /* "program: text" on stderr, exit 1 */
 void usage_error(const char *fmt, ...) PRINTF_LIKE(1, 2); /* the same, exit 2 */
 void check(Err e);                                        /* die(err_text()) on FAILED */
-/* "cpu", or NULL for the default: 0. "cuda": 1 where it is built in and there is a GPU, else dies. */
+/* Is it the GPU? "cpu": no. "cuda": yes where it is built in and there is one, else dies. NULL: what IMAGEBART_DEVICE in
+ * the environment says, else a GPU if there is one. say_cpu: a line on stderr, where there was a choice. */
 int check_device(const char *device);
+void say_cpu(void);
 /* "a,b,c": the first value is for scale T, which is sampled first, and so on down; one value is for all. out[t]. */
 Err parse_per_scale(double *out, int T, const char *list, double lo, double hi, const char *option);
 /* stderr: a line that overwrites itself on a terminal, plain lines elsewhere, one every 10 s at most. */
@@ -1043,7 +1056,13 @@ typedef struct {
          0,                                                                                                            \
          DECODE_BLOCK,                                                                                                 \
          "guess ahead up to N positions: 1 none, 0 (default) as many as pay off;\nthe result does not depend on it"},  \
-        {OPT_STRING, "--device", "cpu|cuda", &(a).device, 0, 0, "where the transformers run (default cpu)"},           \
+        {OPT_STRING,                                                                                                   \
+         "--device",                                                                                                   \
+         "cpu|cuda",                                                                                                   \
+         &(a).device,                                                                                                  \
+         0,                                                                                                            \
+         0,                                                                                                            \
+         "where everything runs (default: a GPU if there is one)"},                                                    \
         {OPT_SIZE, "--threads", "N", &(a).threads, 0, 4096, "0 (default): all; the result does not depend on it"}, {   \
         OPT_FLAG, "--show", NULL, &(a).show, 0, 0, "draw the result in the terminal too"                               \
     }

@@ -284,6 +284,15 @@ static inline real from_bf16(uint16_t x) {
     return (real)number;
 }
 
+/* a b + c rounded once, whatever a compiler would make of it: the GPU's twin must give the same bits. */
+static inline real multiply_add(real a, real b, real c) {
+#ifdef REAL_DOUBLE
+    return fma(a, b, c);
+#else
+    return fmaf(a, b, c);
+#endif
+}
+
 /* Four elements share a draw of four numbers, each of which has bits for both moments. */
 static void adamw_bf16_piece(void *context, size_t piece) {
     const Update *a = (const Update *)context;
@@ -294,9 +303,10 @@ static void adamw_bf16_piece(void *context, size_t piece) {
     uint32_t random[4] = {0};
     for (size_t k = 0; k < n; k++) {
         if (k % 4 == 0) philox(random, 0, a->stream, (k0 + k) / 4);
-        const real m = a->beta1 * from_bf16(m16[k]) + a->rest1 * g[k];
-        const real v = a->beta2 * from_bf16(v16[k]) + a->rest2 * g[k] * g[k];
-        w[k] = a->keep * w[k] - a->rate * m / (square_root(v) * a->inverse + a->eps);
+        const real m = multiply_add(a->rest1, g[k], a->beta1 * from_bf16(m16[k]));
+        const real v = multiply_add(a->rest2 * g[k], g[k], a->beta2 * from_bf16(v16[k]));
+        const real change = a->rate * m / multiply_add(square_root(v), a->inverse, a->eps);
+        w[k] = multiply_add(a->keep, w[k], -change);
         m16[k] = round_at_random((float)m, random[k % 4]);
         v16[k] = round_at_random((float)v, random[k % 4] >> 16);
     }
@@ -373,9 +383,9 @@ double lr_at(const LrSchedule *s, uint64_t n) {
 /* One kernel goes through all tensors: a block has a chunk, at most CHUNK elements of one tensor. */
 enum { CHUNK = 2048, UPDATE_THREADS = 256 };
 typedef struct {
-    size_t start; /* the same in every arena of a table that is trained */
-    unsigned n;
-    float decay;
+    size_t start, offset; /* in every arena of a table that is trained; in the tensor */
+    unsigned n, row;
+    double decay;
     int untrained;
 } Chunk;
 
@@ -387,6 +397,14 @@ static float *arena(const Device *d, int k) {
  * in float. */
 static int keeps_value(const Params *p, const Param *row) {
     return !IS_BF16 || p->arena[1] || !row->matrix;
+}
+
+/* Of arena k: Adam's moments may be in bf16 */
+static int in_bf16(const Params *p, int k) {
+    return p->bf16_moments && (k == 2 || k == 3);
+}
+static size_t number_bytes(const Params *p, int k) {
+    return in_bf16(p, k) ? sizeof(uint16_t) : sizeof(float);
 }
 
 static Err plan_rows(Device *d, const Params *p) {
@@ -403,15 +421,17 @@ static Err plan_rows(Device *d, const Params *p) {
     for (int k = 1; k < 5; k++) {
         if (!p->arena[k]) continue;
         d->arena_floats[k] = all;
-        TRY(device_alloc(&d->arena[k], all * sizeof(float), what[k]));
-        TRY(device_zero(d, d->arena[k], all * sizeof(float)));
+        TRY(device_alloc(&d->arena[k], all * number_bytes(p, k), what[k]));
+        TRY(device_zero(d, d->arena[k], all * number_bytes(p, k)));
     }
     if (IS_BF16) TRY(device_alloc(&d->arena[5], all * sizeof(floatX), "parameters in bf16"));
     for (size_t i = 0, v = 0, at = 0; i < p->n; at += round_up(p->row[i++].size, 64)) {
         DeviceRow *r = &d->row[i];
         if (keeps_value(p, &p->row[i])) r->value = arena(d, 0) + v, v += round_up(p->row[i].size, 64);
         float **const slot[4] = {&r->grad, &r->m, &r->v, &r->ema};
-        for (int k = 1; k < 5; k++) *slot[k - 1] = d->arena[k] ? arena(d, k) + at : NULL;
+        for (int k = 1; k < 5; k++) *slot[k - 1] = d->arena[k] && !in_bf16(p, k) ? arena(d, k) + at : NULL;
+        r->m16 = p->bf16_moments && d->arena[2] ? (uint16_t *)d->arena[2] + at : NULL;
+        r->v16 = p->bf16_moments && d->arena[3] ? (uint16_t *)d->arena[3] + at : NULL;
         r->weight = IS_BF16 ? (floatX *)d->arena[5] + at : (floatX *)(void *)r->value;
     }
     return OK;
@@ -428,7 +448,8 @@ static Err plan_chunks(Device *d, const Params *p) {
             Chunk *c = &list[d->n_chunks++];
             c->start = (size_t)(d->row[i].value - arena(d, 0)) + at;
             c->n = (unsigned)min_size(CHUNK, p->row[i].size - at);
-            c->decay = (float)p->row[i].decay, c->untrained = p->row[i].untrained;
+            c->offset = at, c->row = (unsigned)i;
+            c->decay = p->row[i].decay, c->untrained = p->row[i].untrained;
         }
     Err e = device_alloc(&d->chunks, n * sizeof *list, "chunks of parameters");
     if (e == OK) e = to_device(d, d->chunks, list, n * sizeof *list);
@@ -459,6 +480,8 @@ static Err send_row(Device *d, const Param *row, DeviceRow *to) {
     float *const there[4] = {to->m, to->v, to->ema, to->value};
     for (int k = 0; k < 4; k++)
         if (from[k] && there[k]) TRY(to_device(d, there[k], from[k], bytes));
+    if (row->m16 && to->m16) TRY(to_device(d, to->m16, row->m16, row->size * sizeof *to->m16));
+    if (row->v16 && to->v16) TRY(to_device(d, to->v16, row->v16, row->size * sizeof *to->v16));
     if (row->value) return IS_BF16 ? send_low(d, to->weight, row->value, row->size) : OK;
     if (!IS_BF16 || row->packed.format != WEIGHTS_BF16)
         return err("'%s' is packed for the CPU; on the GPU matrices are f32 or bf16", row->name);
@@ -487,6 +510,8 @@ static Err fetch_params(Device *d, Params *p) {
         const float *const from[5] = {r->value, r->grad, r->m, r->v, r->ema};
         for (int k = 0; k < 5; k++)
             if (to[k] && from[k] && p->arena[k]) TRY(to_host(d, to[k], from[k], p->row[i].size * sizeof(float)));
+        if (p->row[i].m16 && r->m16) TRY(to_host(d, p->row[i].m16, r->m16, p->row[i].size * sizeof *r->m16));
+        if (p->row[i].v16 && r->v16) TRY(to_host(d, p->row[i].v16, r->v16, p->row[i].size * sizeof *r->v16));
     }
     return OK;
 }
@@ -495,52 +520,92 @@ static Err fetch_params(Device *d, Params *p) {
 
 typedef struct {
     float *value, *grad, *m, *v, *ema;
+    uint16_t *m16, *v16; /* instead of m and v; NULL: those */
     floatX *weight;
-    int adam;                                                    /* else only the moving average */
-    float rate, inverse, eps, beta1, beta2, rest1, rest2, decay; /* decay: of the weights, times the tensor's own */
-    float step;                                                  /* of the moving average; 0: none */
+    int adam;                                             /* else only the moving average */
+    float rate, inverse, eps, beta1, beta2, rest1, rest2; /* as in Update */
+    double lr, decay_scale;                               /* of the weights' decay, beside the tensor's own */
+    float step;                                           /* of the moving average; 0: none */
+    uint64_t stream;                                      /* of row 0, for moments in bf16 */
 } UpdateTwin;
+
+static __device__ inline float bf16_value(uint16_t x) {
+    const uint32_t bits = (uint32_t)x << 16;
+    float number;
+    memcpy(&number, &bits, sizeof number);
+    return number;
+}
+
+/* round_at_random of the C above */
+static __device__ inline uint16_t rounded_at_random(float x, uint32_t random) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    if ((bits & 0x7f800000u) != 0x7f800000u)
+        bits += random & 0xffffu;
+    else if (bits & 0x7fffffu)
+        bits |= 0x400000u;
+    return (uint16_t)(bits >> 16);
+}
+
+static __device__ inline float adamw_element(const UpdateTwin *a, float keep, float w, size_t i) {
+    const float g = a->grad[i], m = a->beta1 * a->m[i] + a->rest1 * g, v = a->beta2 * a->v[i] + a->rest2 * g * g;
+    a->m[i] = m, a->v[i] = v;
+    return keep * w - a->rate * m / (sqrtf(v) * a->inverse + a->eps);
+}
+
+/* The bits of adamw_bf16_piece; random: a number of the element's. */
+static __device__ inline float adamw_bf16_element(const UpdateTwin *a, float keep, float w, size_t i, uint32_t random) {
+    const float g = a->grad[i], m = fmaf(a->rest1, g, a->beta1 * bf16_value(a->m16[i]));
+    const float v = fmaf(a->rest2 * g, g, a->beta2 * bf16_value(a->v16[i]));
+    const float change = a->rate * m / fmaf(sqrtf(v), a->inverse, a->eps);
+    a->m16[i] = rounded_at_random(m, random), a->v16[i] = rounded_at_random(v, random >> 16);
+    return fmaf(keep, w, -change);
+}
 
 /* AdamW, then the moving average of what it left, then the copy in floatX, reading and writing everything once. */
 static __global__ void update_kernel(UpdateTwin a, const Chunk *chunks) {
     const Chunk c = chunks[blockIdx.x];
     const int adam = a.adam && !c.untrained;
-    const float keep = 1 - a.decay * c.decay;
+    const float keep = (float)(1 - a.lr * c.decay * a.decay_scale);
     for (unsigned k = threadIdx.x; k < c.n; k += UPDATE_THREADS) {
         const size_t i = c.start + k;
         float w = a.value[i];
         if (adam) {
-            const float g = a.grad[i], m = a.beta1 * a.m[i] + a.rest1 * g, v = a.beta2 * a.v[i] + a.rest2 * g * g;
-            w = keep * w - a.rate * m / (sqrtf(v) * a.inverse + a.eps);
-            a.m[i] = m, a.v[i] = v, a.value[i] = w;
+            uint32_t random[4];
+            if (a.m16) philox_device(random, 0, a.stream + ((uint64_t)c.row << 32), (c.offset + k) / 4);
+            w = a.m16 ? adamw_bf16_element(&a, keep, w, i, random[(c.offset + k) % 4]) : adamw_element(&a, keep, w, i);
+            a.value[i] = w;
             if (IS_BF16) a.weight[i] = to_floatX(w);
         }
         if (a.step != 0) a.ema[i] -= a.step * (a.ema[i] - w);
     }
 }
 
-static Err update(Device *d, const AdamW *o, uint64_t step, float ema_step) {
+static Err update(Device *d, const Params *p, const AdamW *o, uint64_t step, float ema_step) {
     UpdateTwin a;
     memset(&a, 0, sizeof a);
     if (!d->row || (o && !d->arena[2]) || (ema_step != 0 && !d->arena[4]))
         return err("an update of what was never sent");
-    a.value = arena(d, 0), a.grad = arena(d, 1), a.m = arena(d, 2), a.v = arena(d, 3), a.ema = arena(d, 4);
+    a.value = arena(d, 0), a.grad = arena(d, 1), a.ema = arena(d, 4);
+    if (p->bf16_moments)
+        a.m16 = (uint16_t *)d->arena[2], a.v16 = (uint16_t *)d->arena[3];
+    else
+        a.m = arena(d, 2), a.v = arena(d, 3);
     a.weight = (floatX *)d->arena[5], a.adam = o != NULL, a.step = ema_step;
     if (o) {
         const double correction1 = 1 - pow(o->beta1, (double)step), correction2 = 1 - pow(o->beta2, (double)step);
         a.beta1 = (float)o->beta1, a.beta2 = (float)o->beta2, a.eps = (float)o->eps;
         a.rest1 = (float)(1 - o->beta1), a.rest2 = (float)(1 - o->beta2);
         a.rate = (float)(o->lr / correction1), a.inverse = (float)(1 / sqrt(correction2));
-        a.decay = (float)(o->lr * o->decay_scale);
+        a.lr = o->lr, a.decay_scale = o->decay_scale, a.stream = rng_stream(RNG_ROUND, 0, step & 0xffffffffu);
     }
     LAUNCH(d, update_kernel, (unsigned)d->n_chunks, UPDATE_THREADS, 0, a, (const Chunk *)d->chunks);
     return OK;
 }
 
 static void update_params(Device *d, const Params *p, const AdamW *o, uint64_t step, float ema_step) {
-    (void)p;
     d->changes++;
-    keep_failure(d, update(d, o, step, ema_step));
+    keep_failure(d, update(d, p, o, step, ema_step));
 }
 
 static void zero_grad_cuda(Device *d) {

@@ -10,45 +10,58 @@
  * The pictures of x and of xrec go through the network side by side, as one batch: x first. A few at a time, so that memory
  * does not grow with the batch; a picture has the same bits alone and in company, so it does not matter how many.
  *
- * Read in this order: the table of layers; weights; planning; what layers do; comparing taps; the walk. */
-#include "imagebart.h"
+ * Read in this order: the table of layers; weights; planning; what layers do; comparing taps; the walk; after #else the same on
+ * a GPU. */
+#include "device.h"
 
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
-enum {
-    STAGES = PERCEPTUAL_STAGES,
-    MAX_CONVS = STAGES * PERCEPTUAL_DEPTH,
-    ALIGN = 64,          /* reals between the starts of two areas */
-    CELLS = 256,         /* compared at a time */
-    AT_ONCE = 256 * 256, /* pixels of x that are in the network at a time, unless a picture has more */
-    SMALLEST = 1 << (STAGES - 1)
-};
+enum { MAX_CONVS = PERCEPTUAL_STAGES * PERCEPTUAL_DEPTH };
 
 /* Of the network's input, by channel: pictures in [-1,1] to what VGG16 was trained on. */
-static const double shift[3] = {-0.030, -0.088, -0.188}, scale[3] = {0.458, 0.448, 0.450};
+static const double input_shift[3] = {-0.030, -0.088, -0.188}, input_scale[3] = {0.458, 0.448, 0.450};
 
 typedef struct {
     size_t C, M, weight, bias; /* rows of the table */
     real *y;                   /* (2b,M,h,w) after the relu */
 } VggConv;
 
+typedef struct PerceptualTwin PerceptualTwin; /* the plan on a GPU */
+
 struct Perceptual {
     PerceptualConfig c;
     Params params;
     VggConv conv[MAX_CONVS];
-    size_t first[STAGES + 1]; /* convolution of each stage; their number */
-    size_t lin[STAGES];       /* rows */
+    size_t first[PERCEPTUAL_STAGES + 1]; /* convolution of each stage; their number */
+    size_t lin[PERCEPTUAL_STAGES];       /* rows */
     /* the plan */
     size_t b, H, W; /* pictures at once */
     int backward;
     ConvScratch scratch;
-    real *arena, *input;  /* input (2b,3,H,W) */
-    real *pooled[STAGES]; /* (2b,C,h,w) what the first convolution of a stage reads; [0] is the input */
-    real *dy, *dx;        /* gradients of xrec's half, taking turns */
-    double *sums;         /* of blocks of cells */
+    real *arena, *input;             /* input (2b,3,H,W) */
+    real *pooled[PERCEPTUAL_STAGES]; /* (2b,C,h,w) what the first convolution of a stage reads; [0] is the input */
+    real *dy, *dx;                   /* gradients of xrec's half, taking turns */
+    double *sums;                    /* of blocks of cells */
+    PerceptualTwin *twin;            /* NULL on the CPU; then the arena stays empty */
+};
+
+static Conv shape_of(const Perceptual *p, const VggConv *l, size_t stage, size_t pictures) {
+    const Conv c = {CONV3, pictures, l->C, l->M, p->H >> stage, p->W >> stage};
+    return c;
+}
+
+#ifndef DEVICE_CODE
+
+enum {
+    STAGES = PERCEPTUAL_STAGES,
+    ALIGN = 64,          /* reals between the starts of two areas */
+    CELLS = 256,         /* compared at a time */
+    AT_ONCE = 256 * 256, /* pixels of x that are in the network at a time, unless a picture has more */
+    AT_ONCE_GPU = 8 * AT_ONCE,
+    SMALLEST = 1 << (STAGES - 1)
 };
 
 /* ---- The table of layers ---- */
@@ -102,11 +115,17 @@ Err perceptual_create(Perceptual **out, const PerceptualConfig *c) {
     return OK;
 }
 
-void perceptual_free(Perceptual *p) {
-    if (!p) return;
-    params_free(&p->params);
+static void drop_plan(Perceptual *p) {
+    if (p->twin) p->params.ops->perceptual_free(p);
     free(p->arena);
     free(p->sums);
+    p->arena = NULL, p->sums = NULL, p->twin = NULL;
+}
+
+void perceptual_free(Perceptual *p) {
+    if (!p) return;
+    drop_plan(p);
+    params_free(&p->params);
     free(p);
 }
 
@@ -156,9 +175,9 @@ static Err check_scaling(const Checkpoint *ck) {
             if (!checkpoint_find(ck, name)) continue;
             TRY(checkpoint_reals(ck, name, 4, dim, 3, x));
             for (int i = 0; i < 3; i++)
-                if (!(fabs((double)x[i] - (k ? scale : shift)[i]) < 1e-3))
+                if (!(fabs((double)x[i] - (k ? input_scale : input_shift)[i]) < 1e-3))
                     return err("%s: tensor '%s' element %d is %g, expected LPIPS's %g", ck->path, name, i, (double)x[i],
-                               (k ? scale : shift)[i]);
+                               (k ? input_scale : input_shift)[i]);
         }
     return OK;
 }
@@ -180,10 +199,6 @@ Err perceptual_load(Perceptual *p, const Checkpoint *ck, size_t n) {
 }
 
 /* ---- Planning ---- */
-
-static Conv shape_of(const Perceptual *p, const VggConv *l, size_t stage, size_t pictures) {
-    return (Conv){CONV3, pictures, l->C, l->M, p->H >> stage, p->W >> stage};
-}
 
 /* Gives *area n reals behind the others; without an arena it only counts. */
 static Err place(Perceptual *p, real **area, size_t *at, size_t n) {
@@ -223,14 +238,13 @@ static Err lay_out(Perceptual *p, size_t *reals) {
 }
 
 Err perceptual_plan_bytes(Perceptual *p, size_t B, size_t H, size_t W, int backward, size_t *bytes) {
-    free(p->arena);
-    free(p->sums);
-    p->arena = NULL, p->sums = NULL;
+    drop_plan(p);
     if (B == 0) return err("perceptual_plan: an empty batch");
     if (H < SMALLEST || W < SMALLEST || H > 1 << 20 || W > 1 << 20)
         return err("perceptual_plan: pictures of %zux%zu, expected %d or more along each side", H, W, SMALLEST);
-    p->b = min_size(B, max_size(1, AT_ONCE / (H * W)));
+    p->b = min_size(B, max_size(1, (p->params.ops ? AT_ONCE_GPU : AT_ONCE) / (H * W)));
     p->H = H, p->W = W, p->backward = backward;
+    if (p->params.ops) return p->params.ops->perceptual_plan(p, 0, bytes);
     TRY(lay_out(p, bytes));
     return size_mul(bytes, *bytes, sizeof(real));
 }
@@ -238,6 +252,7 @@ Err perceptual_plan_bytes(Perceptual *p, size_t B, size_t H, size_t W, int backw
 Err perceptual_plan(Perceptual *p, size_t B, size_t H, size_t W, int backward) {
     size_t bytes;
     TRY(perceptual_plan_bytes(p, B, H, W, backward, &bytes));
+    if (p->params.ops) return p->params.ops->perceptual_plan(p, 1, &bytes);
     TRY(mem_alloc(&p->sums, p->b * ceil_div(H * W, CELLS), sizeof *p->sums, "perceptual loss: sums"));
     TRY(mem_alloc(&p->arena, bytes, 1, "perceptual loss: features"));
     return lay_out(p, &bytes);
@@ -368,7 +383,8 @@ static double compare(Perceptual *p, size_t s, size_t b, double weight, real *dr
 static void put_input(Perceptual *p, real *to, const real *images, size_t b) {
     const size_t hw = p->H * p->W;
     for (size_t i = 0; i < b * 3; i++)
-        for (size_t k = 0; k < hw; k++) to[i * hw + k] = (images[i * hw + k] - (real)shift[i % 3]) / (real)scale[i % 3];
+        for (size_t k = 0; k < hw; k++)
+            to[i * hw + k] = (images[i * hw + k] - (real)input_shift[i % 3]) / (real)input_scale[i % 3];
 }
 
 static void run_forward(Perceptual *p, size_t b) {
@@ -420,17 +436,18 @@ static double run_backward(Perceptual *p, size_t b, double weight, real *dxrec) 
     }
     const size_t hw = p->H * p->W;
     for (size_t i = 0; i < b * 3; i++)
-        for (size_t k = 0; k < hw; k++) dxrec[i * hw + k] += p->dy[i * hw + k] / (real)scale[i % 3];
+        for (size_t k = 0; k < hw; k++) dxrec[i * hw + k] += p->dy[i * hw + k] / (real)input_scale[i % 3];
     return sum;
 }
 
 Err perceptual_loss(Perceptual *p, const real *x, const real *xrec, size_t B, size_t H, size_t W, double weight,
                     double *loss, real *dxrec) {
-    if (!p->arena) return err("perceptual_loss: call perceptual_plan first");
+    if (!p->arena && !p->twin) return err("perceptual_loss: call perceptual_plan first");
     if (!p->params.arena[0]) return err("perceptual_loss: the weights have no values yet");
     if (B == 0 || H != p->H || W != p->W)
         return err("perceptual_loss: %zu pictures of %zux%zu; planned for %zux%zu", B, H, W, p->H, p->W);
     if (dxrec && !p->backward) return err("perceptual_loss: planned without the gradient");
+    if (p->twin) return p->params.ops->perceptual_loss(p, x, xrec, B, weight, loss, dxrec);
     double sum = 0;
     for (size_t i = 0; i < B; i += p->b) {
         const size_t b = min_size(p->b, B - i), at = i * 3 * H * W;
@@ -445,3 +462,336 @@ Err perceptual_loss(Perceptual *p, const real *x, const real *xrec, size_t B, si
     *loss = sum / (double)B;
     return OK;
 }
+
+#else
+
+/* ---- The twin ----
+ *
+ * Features are (2b,h,w,C) of floatX, those of xrec first here, so that what backward reads of them begins where packs do.
+ * Pictures and the gradient cross over in the host's order, (b,3,H,W): beside thirteen convolutions at full width that is
+ * little. Lengths of features are summed in double, as in C: those of two pictures that are nearly alike cancel out. */
+
+typedef struct {
+    floatX *y, *ordered; /* after the relu; weights in the order of patches */
+} VggConvTwin;
+
+struct PerceptualTwin {
+    Device *d;
+    DeviceArena arena; /* all of the following but `back` */
+    VggConvTwin conv[MAX_CONVS];
+    floatX *pooled[PERCEPTUAL_STAGES], *dy, *dx;
+    float *planes; /* (b,3,H,W) pictures or their gradient on their way */
+    double *sums;  /* (stages,SUM_BLOCKS) distances */
+    ConvMemory memory;
+    uint64_t changes; /* of the weights (Device.changes) when they were put in order */
+    real *back;       /* (b,3,H,W) here: the gradient, before it is added to the caller's */
+};
+
+/* ---- The twin: what layers do ---- */
+
+typedef struct {
+    float shift[3], scale[3];
+} Scaling;
+
+static Scaling input_scaling(void) {
+    Scaling s;
+    for (int c = 0; c < 3; c++) s.shift[c] = (float)input_shift[c], s.scale[c] = (float)input_scale[c];
+    return s;
+}
+
+/* to (b,cells,3) from planes (b,3,cells), and back the gradient */
+static __global__ void scale_input_kernel(floatX *to, const float *planes, Scaling s, size_t n, size_t cells) {
+    const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x, c = i % 3, cell = i / 3 % cells, b = i / 3 / cells;
+    if (i < n) to[i] = to_floatX((planes[(b * 3 + c) * cells + cell] - s.shift[c]) / s.scale[c]);
+}
+static __global__ void scale_gradient_kernel(float *planes, const floatX *from, Scaling s, size_t n, size_t cells) {
+    const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x, cell = i % cells, c = i / cells % 3,
+                 b = i / cells / 3;
+    if (i < n) planes[i] = to_float(from[(b * cells + cell) * 3 + c]) / s.scale[c];
+}
+
+static __global__ void relu_kernel(floatX *y, size_t n) {
+    const size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * PACK;
+    if (i >= n) return;
+    Pack p = load_pack(y, i, n);
+    for (int j = 0; j < PACK; j++) p.at[j] = to_float(p.at[j]) > 0 ? p.at[j] : to_floatX(0);
+    store_pack(y, i, n, p);
+}
+
+/* dy *= y > 0 */
+static __global__ void relu_backward_kernel(floatX *dy, const floatX *y, size_t n) {
+    const size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * PACK;
+    if (i >= n) return;
+    Pack p = load_pack(dy, i, n);
+    const Pack kept = load_pack(y, i, n);
+    for (int j = 0; j < PACK; j++) p.at[j] = to_float(kept.at[j]) > 0 ? p.at[j] : to_floatX(0);
+    store_pack(dy, i, n, p);
+}
+
+static Err relu_cuda(Device *d, floatX *y, size_t n) {
+    LAUNCH(d, relu_kernel, blocks_for(n, CELL_THREADS * PACK), CELL_THREADS, 0, y, n);
+    return OK;
+}
+static Err relu_backward_cuda(Device *d, floatX *dy, const floatX *y, size_t n) {
+    LAUNCH(d, relu_backward_kernel, blocks_for(n, CELL_THREADS * PACK), CELL_THREADS, 0, dy, y, n);
+    return OK;
+}
+
+/* y (..,h/2,w/2,C), n numbers, = the largest of every 2x2 cells of x (..,h,w,C); a last odd row or column is left out. */
+static __global__ void pool_kernel(floatX *y, const floatX *x, unsigned n, unsigned h, unsigned w, unsigned C) {
+    const unsigned i = blockIdx.x * blockDim.x + threadIdx.x, c = i % C, cell = i / C, column = cell % (w / 2),
+                   row = cell / (w / 2) % (h / 2), b = cell / (w / 2) / (h / 2);
+    if (i >= n) return;
+    const floatX *from = x + (((size_t)b * h + 2 * row) * w + 2 * column) * C + c;
+    float most = to_float(from[0]);
+    for (unsigned k = 1; k < 4; k++) most = fmaxf(most, to_float(from[(k / 2 * w + k % 2) * C]));
+    y[i] = to_floatX(most);
+}
+
+/* dx (..,h,w,C), n numbers: dy of each 2x2 cells goes to the first of the largest, zeros to the others. */
+static __global__ void pool_backward_kernel(floatX *dx, const floatX *dy, const floatX *x, unsigned n, unsigned h,
+                                            unsigned w, unsigned C) {
+    const unsigned i = blockIdx.x * blockDim.x + threadIdx.x, c = i % C, column = i / C % w, row = i / C / w % h,
+                   b = i / C / w / h, own = row % 2 * 2 + column % 2;
+    if (i >= n) return;
+    const bool inside = row / 2 < h / 2 && column / 2 < w / 2;
+    const floatX *from = x + (((size_t)b * h + row / 2 * 2) * w + column / 2 * 2) * C + c;
+    unsigned most = 0;
+    for (unsigned k = 1; inside && k < 4; k++)
+        if (to_float(from[(k / 2 * w + k % 2) * C]) > to_float(from[(most / 2 * w + most % 2) * C])) most = k;
+    dx[i] = inside && most == own ? dy[(((size_t)b * (h / 2) + row / 2) * (w / 2) + column / 2) * C + c] : to_floatX(0);
+}
+
+static Err pool_cuda(Device *d, floatX *y, const floatX *x, size_t B, size_t h, size_t w, size_t C) {
+    const size_t n = B * (h / 2) * (w / 2) * C;
+    LAUNCH(d, pool_kernel, blocks_for(n, CELL_THREADS), CELL_THREADS, 0, y, x, (unsigned)n, (unsigned)h, (unsigned)w,
+           (unsigned)C);
+    return OK;
+}
+static Err pool_backward_cuda(Device *d, floatX *dx, const floatX *dy, const floatX *x, size_t B, size_t h, size_t w,
+                              size_t C) {
+    const size_t n = B * h * w * C;
+    LAUNCH(d, pool_backward_kernel, blocks_for(n, CELL_THREADS), CELL_THREADS, 0, dx, dy, x, (unsigned)n, (unsigned)h,
+           (unsigned)w, (unsigned)C);
+    return OK;
+}
+
+/* a/|a| - r/|r| of a channel, as (a-r)/|a| + r gap, which is exactly 0 for equal features */
+static __device__ inline double direction_gap(floatX a, floatX r, double in_a, double gap) {
+    return ((double)to_float(a) - (double)to_float(r)) * in_a + (double)to_float(r) * gap;
+}
+
+/* sums (blocks) of the distances of a (cells,C), features of x, and r, of xrec; a warp takes a cell at a time. dr = or +=
+ * weight times the gradient, unless NULL. In double, as in C: what is alike cancels out, and where all of x's features are
+ * 0 the two parts are as large as 1e10. */
+static __global__ void compare_kernel(double *sums, floatX *dr, const floatX *a, const floatX *r, const float *lin,
+                                      size_t cells, size_t C, double weight, int more) {
+    const size_t warps = CELL_THREADS / WARP, lane = threadIdx.x % WARP;
+    double total = 0;
+    for (size_t cell = blockIdx.x * warps + threadIdx.x / WARP; cell < cells; cell += gridDim.x * warps) {
+        const size_t end = (cell + 1) * C;
+        double in_a = 0, in_r = 0, sum = 0, along = 0;
+        for (size_t c = cell * C + lane; c < end; c += WARP) {
+            in_a += (double)to_float(a[c]) * (double)to_float(a[c]);
+            in_r += (double)to_float(r[c]) * (double)to_float(r[c]);
+        }
+        const double length = sqrt(warp_sum(in_r));
+        in_a = 1 / (sqrt(warp_sum(in_a)) + 1e-10), in_r = 1 / (length + 1e-10);
+        for (size_t c = cell * C + lane; c < end; c += WARP) {
+            const double d = direction_gap(a[c], r[c], in_a, in_a - in_r), of = (double)lin[c + C - end];
+            sum += of * d * d, along += of * d * (double)to_float(r[c]);
+        }
+        sum = warp_sum(sum), along = warp_sum(along);
+        if (lane == 0) total += sum;
+        if (!dr) continue;
+        const double slope = length > 0 ? along * in_r / length : 0, step = -2 * weight * in_r;
+        for (size_t c = cell * C + lane; c < end; c += WARP) {
+            const double d = direction_gap(a[c], r[c], in_a, in_a - in_r), of = (double)lin[c + C - end];
+            const float g = (float)(step * (of * d - (double)to_float(r[c]) * slope));
+            dr[c] = to_floatX((more ? to_float(dr[c]) : 0) + g);
+        }
+    }
+    store_block_sum(sums, total);
+}
+
+static Err compare_features(Device *d, double *sums, floatX *dr, const floatX *a, const floatX *r, const float *lin,
+                            size_t cells, size_t C, double weight, int more) {
+    LAUNCH(d, compare_kernel, sum_blocks(cells, CELL_THREADS / WARP), CELL_THREADS, BLOCK_SUM_BYTES, sums, dr, a, r,
+           lin, cells, C, weight, more);
+    return OK;
+}
+
+/* ---- The twin: the walk over 2b pictures, the first b of xrec ---- */
+
+static const floatX *end_of(const Perceptual *p, size_t s) {
+    return p->twin->conv[p->first[s + 1] - 1].y;
+}
+
+static Err order_vgg(Perceptual *p) {
+    PerceptualTwin *t = p->twin;
+    TRY(earlier_failure(t->d));
+    if (!t->d->row) return err("perceptual_loss: its weights are not on the GPU yet");
+    for (size_t s = 0; s < PERCEPTUAL_STAGES && t->changes != t->d->changes; s++)
+        for (size_t k = p->first[s]; k < p->first[s + 1]; k++) {
+            const Conv c = shape_of(p, &p->conv[k], s, 1);
+            TRY(conv_order_weights_cuda(t->d, t->conv[k].ordered, t->d->row[p->conv[k].weight].weight, &c));
+        }
+    t->changes = t->d->changes;
+    return OK;
+}
+
+static Err put_pictures(Perceptual *p, floatX *to, const real *images, size_t b) {
+    PerceptualTwin *t = p->twin;
+    const size_t n = b * 3 * p->H * p->W;
+    TRY(to_device(t->d, t->planes, images, n * sizeof *images));
+    LAUNCH(t->d, scale_input_kernel, blocks_for(n, CELL_THREADS), CELL_THREADS, 0, to, t->planes, input_scaling(), n,
+           p->H * p->W);
+    return OK;
+}
+
+static Err vgg_forward_cuda(Perceptual *p, size_t b) {
+    PerceptualTwin *t = p->twin;
+    for (size_t s = 0; s < PERCEPTUAL_STAGES; s++) {
+        const floatX *x = t->pooled[s];
+        for (size_t k = p->first[s]; k < p->first[s + 1]; k++) {
+            const Conv c = shape_of(p, &p->conv[k], s, 2 * b);
+            floatX *y = t->conv[k].y;
+            TRY(conv_forward_cuda(t->d, y, &c, x, t->conv[k].ordered, t->d->row[p->conv[k].bias].weight, NULL,
+                                  &t->memory));
+            TRY(relu_cuda(t->d, y, c.B * c.M * c.h * c.w));
+            x = y;
+        }
+        if (s + 1 == PERCEPTUAL_STAGES) return OK;
+        TRY(pool_cuda(t->d, t->pooled[s + 1], x, 2 * b, p->H >> s, p->W >> s, p->c.width[s]));
+    }
+    return OK;
+}
+
+/* The distances at the end of stage s; dr (b,h,w,C) = or += weight times their gradient, unless NULL. */
+static Err compare_cuda(Perceptual *p, size_t s, size_t b, double weight, floatX *dr) {
+    PerceptualTwin *t = p->twin;
+    const size_t hw = (p->H >> s) * (p->W >> s), C = p->c.width[s];
+    return compare_features(t->d, t->sums + s * SUM_BLOCKS, dr, end_of(p, s) + b * hw * C, end_of(p, s),
+                            t->d->row[p->lin[s]].value, b * hw, C, weight / (double)hw, s + 1 < PERCEPTUAL_STAGES);
+}
+
+/* Gradient of what stage s reads: in t->dy before, of its end; in t->dy after. */
+static Err stage_backward_cuda(Perceptual *p, size_t s, size_t b) {
+    PerceptualTwin *t = p->twin;
+    for (size_t k = p->first[s + 1]; k-- > p->first[s];) {
+        const Conv c = shape_of(p, &p->conv[k], s, b);
+        TRY(relu_backward_cuda(t->d, t->dy, t->conv[k].y, c.B * c.M * c.h * c.w));
+        TRY(conv_input_cuda(t->d, t->dx, &c, t->dy, t->d->row[p->conv[k].weight].weight, &t->memory));
+        floatX *keep = t->dy;
+        t->dy = t->dx, t->dx = keep;
+    }
+    return OK;
+}
+
+/* dxrec (b,3,H,W) += weight times the gradient of the distances' sum. */
+static Err vgg_backward_cuda(Perceptual *p, size_t b, double weight, real *dxrec) {
+    PerceptualTwin *t = p->twin;
+    const size_t pixels = b * 3 * p->H * p->W;
+    for (size_t s = PERCEPTUAL_STAGES; s-- > 0;) {
+        if (s + 1 < PERCEPTUAL_STAGES) {
+            TRY(pool_backward_cuda(t->d, t->dx, t->dy, end_of(p, s), b, p->H >> s, p->W >> s, p->c.width[s]));
+            floatX *keep = t->dy;
+            t->dy = t->dx, t->dx = keep;
+        }
+        TRY(compare_cuda(p, s, b, weight, t->dy));
+        TRY(stage_backward_cuda(p, s, b));
+    }
+    LAUNCH(t->d, scale_gradient_kernel, blocks_for(pixels, CELL_THREADS), CELL_THREADS, 0, t->planes, t->dy,
+           input_scaling(), pixels, p->H * p->W);
+    TRY(to_host(t->d, t->back, t->planes, pixels * sizeof *t->back));
+    for (size_t i = 0; i < pixels; i++) dxrec[i] += t->back[i];
+    return OK;
+}
+
+static Err add_distances(Perceptual *p, size_t b, double *sum) {
+    double sums[PERCEPTUAL_STAGES * SUM_BLOCKS];
+    TRY(to_host(p->twin->d, sums, p->twin->sums, sizeof sums));
+    for (size_t s = PERCEPTUAL_STAGES; s-- > 0;) {
+        const size_t hw = (p->H >> s) * (p->W >> s), blocks = sum_blocks(b * hw, CELL_THREADS / WARP);
+        for (size_t k = 0; k < blocks; k++) *sum += sums[s * SUM_BLOCKS + k] / (double)hw;
+    }
+    return OK;
+}
+
+static Err perceptual_cuda(Perceptual *p, const real *x, const real *xrec, size_t B, double weight, double *loss,
+                           real *dxrec) {
+    const size_t pixels = 3 * p->H * p->W;
+    double sum = 0;
+    TRY(order_vgg(p));
+    for (size_t i = 0; i < B; i += p->b) {
+        const size_t b = min_size(p->b, B - i), at = i * pixels;
+        TRY(put_pictures(p, p->twin->pooled[0], xrec + at, b));
+        TRY(put_pictures(p, p->twin->pooled[0] + b * pixels, x + at, b));
+        TRY(vgg_forward_cuda(p, b));
+        if (dxrec)
+            TRY(vgg_backward_cuda(p, b, weight / (double)B, dxrec + at));
+        else
+            for (size_t s = 0; s < PERCEPTUAL_STAGES; s++) TRY(compare_cuda(p, s, b, 0, NULL));
+        TRY(add_distances(p, b, &sum));
+    }
+    *loss = sum / (double)B;
+    return OK;
+}
+
+/* ---- The twin: its memory ---- */
+
+static void place_conv_twin(const Perceptual *p, size_t s, size_t k, PerceptualTwin *t) {
+    const Conv c = shape_of(p, &p->conv[k], s, 2 * p->b), half = shape_of(p, &p->conv[k], s, p->b);
+    conv_needs_cuda(&t->memory, &c, 0);
+    if (p->backward) conv_needs_cuda(&t->memory, &half, 2);
+    carve(&t->arena, &t->conv[k].ordered, ordered_weight_size(&c), sizeof(floatX));
+    carve(&t->arena, &t->conv[k].y, c.B * c.M * c.h * c.w, sizeof(floatX));
+}
+
+static void place_perceptual_twin(const Perceptual *p, PerceptualTwin *t) {
+    const size_t pixels = 3 * p->H * p->W;
+    size_t largest = pixels;
+    t->arena.used = 0;
+    for (size_t s = 0; s < PERCEPTUAL_STAGES; s++) {
+        const size_t hw = (p->H >> s) * (p->W >> s), C = s ? p->c.width[s - 1] : 3;
+        carve(&t->arena, &t->pooled[s], 2 * p->b * C * hw, sizeof(floatX));
+        for (size_t k = p->first[s]; k < p->first[s + 1]; k++) place_conv_twin(p, s, k, t);
+        largest = max_size(largest, max_size(C, p->c.width[s]) * hw);
+    }
+    if (p->backward) carve(&t->arena, &t->dy, p->b * largest, sizeof(floatX));
+    if (p->backward) carve(&t->arena, &t->dx, p->b * largest, sizeof(floatX));
+    carve(&t->arena, &t->planes, p->b * pixels, sizeof *t->planes);
+    carve(&t->arena, &t->sums, PERCEPTUAL_STAGES * SUM_BLOCKS, sizeof *t->sums);
+    carve(&t->arena, &t->memory.columns, t->memory.column_size, sizeof(floatX));
+    carve(&t->arena, &t->memory.weights, t->memory.weight_size, sizeof(floatX));
+}
+
+static void perceptual_free_cuda(Perceptual *p) {
+    device_free(p->twin->arena.base);
+    free(p->twin->back);
+    free(p->twin);
+    p->twin = NULL;
+}
+
+/* p->b, H and W are there. *bytes: of everything. */
+static Err perceptual_plan_cuda(Perceptual *p, int allocate, size_t *bytes) {
+    static const char what[] = "perceptual loss: features";
+    PerceptualTwin counted;
+    for (size_t s = 0; s < PERCEPTUAL_STAGES; s++)
+        if (2 * p->b * p->c.width[s] * (p->H >> s) * (p->W >> s) > (1u << 31))
+            return err("perceptual_plan: pictures of %zux%zu are too large", p->H, p->W);
+    memset(&counted, 0, sizeof counted);
+    place_perceptual_twin(p, &counted);
+    *bytes = counted.arena.used;
+    if (!allocate) return OK;
+    TRY(mem_alloc(&p->twin, 1, sizeof *p->twin, what));
+    p->twin->d = p->params.device, p->twin->changes = (uint64_t)-1;
+    Err e = mem_alloc(&p->twin->back, p->b * 3 * p->H * p->W, sizeof(real), what);
+    if (e == OK) e = device_alloc(&p->twin->arena.base, *bytes, what);
+    if (e == OK)
+        place_perceptual_twin(p, p->twin);
+    else
+        perceptual_free_cuda(p);
+    return e;
+}
+#endif

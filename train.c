@@ -103,8 +103,6 @@ static Err read_settings(Stage *s, int continuing) {
     TRY(config_flag(&s->flip, c, "train.", "flip", 1));
     TRY(config_flag(&s->balance, c, "train.", "balance_classes", 1));
     TRY(config_flag(&s->bf16_states, c, "train.", "bf16_states", 1));
-    if (s->bf16_states && s->opt->cuda)
-        return err("train.bf16_states: on a GPU the optimizer's moments are floats; expected --device cpu, or false");
     TRY(config_size(&s->restart_every, c, "train.", "restart_codes", 0, huge, 1));
     TRY(config_real(&s->w_l1, c, "train.", "l1_weight", 0, 1e6, 1));
     TRY(config_real(&s->w_l2, c, "train.", "l2_weight", 0, 1e6, 1));
@@ -303,7 +301,7 @@ static Err build_stage(Stage *s, const Checkpoint *ck) {
 static void say_gpu(const Stage *s) {
     char text[CUDA_TEXT_BYTES], state[32], activations[32], available[32];
     check(cuda_find(text, NULL, NULL));
-    fprintf(stderr, "device: %s; %s, %s\n", text, s->name, s->opt->precision);
+    fprintf(stderr, "device: %s; %s, %s (--device cpu: the processor)\n", text, s->name, s->opt->precision);
     fprintf(stderr, "GPU memory: parameters, gradients and optimizer %s, activations %s; %s was free\n",
             bytes_text(state, s->gpu_state), bytes_text(activations, s->gpu_activations),
             bytes_text(available, s->gpu_available));
@@ -313,7 +311,10 @@ static void say_start(Stage *s) {
     if (ranks() > 1)
         fprintf(stderr, "%zu processes, each takes %zu of the %zu pictures of a micro batch, with %d threads\n",
                 ranks(), s->batch, s->of, threads_get());
-    if (s->opt->cuda) say_gpu(s);
+    if (s->opt->cuda)
+        say_gpu(s);
+    else
+        say_cpu();
     fprintf(stderr,
             "%s: %.2f million parameters, %zu pictures (%zu held out), batch %zu x %zu, %zu steps, seed %llu, %d "
             "threads, %s\n",
@@ -460,7 +461,27 @@ static size_t pictures_per_step(const Stage *s) {
     return batch * accumulate;
 }
 
-static void train(const Options *o) {
+/* A run goes on where it was, unless the user says otherwise: bits differ from one device to another. */
+static const char *device_name(const Options *o) {
+    return !o->cuda ? "cpu" : strcmp(o->precision, "bf16") ? "cuda f32" : "cuda bf16";
+}
+
+static Err settle_device(Stage *s, Options *o, int continuing) {
+    const char *before = continuing ? config_get(&s->settings, "train.", "device") : NULL;
+    if (before && !o->device) {
+        o->cuda = strncmp(before, "cuda", 4) == 0;
+        if (o->cuda && !o->precision) o->precision = strcmp(before, "cuda f32") ? "bf16" : "f32";
+        if (o->cuda) TRY(cuda_find(NULL, NULL, NULL));
+    }
+    if (!o->precision) o->precision = "bf16";
+    if (before && rank() == 0 && strcmp(before, device_name(o)))
+        fprintf(stderr, "%s: trained on %s so far, from here on on %s: another run than without the change\n", s->name,
+                before, device_name(o));
+    return config_set(&s->settings, "train.device", "%s", device_name(o));
+}
+
+static void train(const Options *given) {
+    Options own = *given, *o = &own;
     Stage s;
     Checkpoint ck;
     memset(&s, 0, sizeof s);
@@ -477,6 +498,7 @@ static void train(const Options *o) {
     check_all(continuing ? copy_settings(&s.settings, &ck.meta) : read_recipe(&s));
     const size_t pictures = pictures_per_step(&s);
     check_all(apply_options(&s));
+    check_all(settle_device(&s, o, continuing));
     check_all(read_settings(&s, continuing));
     check_all(build_stage(&s, continuing ? &ck : NULL));
     checkpoint_close(&ck);
@@ -554,7 +576,7 @@ static void train_all(Options *o) {
     snprintf(out, sizeof out, "%s/samples.png", o->run);
     fflush(stdout);
     signal(SIGXFSZ, SIG_DFL), signal(SIGPIPE, SIG_DFL);
-    execlp(sample, sample, o->run, "-o", out, (char *)NULL);
+    execlp(sample, sample, o->run, "-o", out, o->device ? "--device" : (char *)NULL, o->device, (char *)NULL);
     die("%s: %s; when it is built: ./sample %s", sample, strerror(errno), o->run);
 }
 
@@ -592,7 +614,6 @@ static Options options = {.model = "emoji",
                           .eval_every = 500,
                           .picture_every = 500,
                           .keep = 2,
-                          .precision = "bf16",
                           .alpha = -1,
                           .label_dropout = -1};
 
@@ -673,7 +694,8 @@ static const Option table[] = {
 
     {OPT_HEADING, "On which machine", NULL, NULL, 0, 0, NULL},
     {OPT_SIZE, "--threads", "N", &options.threads, 0, 4096, "0 (default): all; the result does not depend on it"},
-    {OPT_STRING, "--device", "cpu|cuda", &options.device, 0, 0, "where to train (default cpu)"},
+    {OPT_STRING, "--device", "cpu|cuda", &options.device, 0, 0,
+     "where to train (default: where the run began, else a GPU if there is one)"},
     {OPT_STRING, "--precision", "TYPE", &options.precision, 0, 0,
      "with --device cuda: bf16 (default), weights and sums still in float, or f32"},
     {OPT_HEADING,
@@ -694,7 +716,7 @@ static void check_options(const Options *o) {
     if (o->vqgan && (o->alpha >= 0 || o->label_dropout >= 0 || o->balance))
         usage_error("--alpha, --label-dropout and --balance are of transitions, --vqgan trains none");
     if (o->all && o->eval) usage_error("--eval evaluates one stage: --vqgan, --scale N or --joint");
-    if (strcmp(o->precision, "bf16") && strcmp(o->precision, "f32"))
+    if (o->precision && strcmp(o->precision, "bf16") && strcmp(o->precision, "f32"))
         usage_error("--precision %s: expected bf16 or f32", o->precision);
 }
 
@@ -706,6 +728,17 @@ static void default_folders(Options *o) {
     snprintf(data, sizeof data, "data/%s", short_name);
     if (!o->run) o->run = run_folder;
     if (!o->data) o->data = data;
+}
+
+/* By default all processes compute on a GPU of their own, or none does. */
+static int choose_device(const Options *o) {
+    const char *device = o->device ? o->device : getenv("IMAGEBART_DEVICE");
+    if (ranks() == 1 || (device && strcmp(device, "cuda"))) return check_device(device);
+    const Err e = cuda_built() || device ? cuda_choose(rank_local()) : FAILED;
+    if (device) check_all(e);
+    int without = e != OK;
+    check_all(ranks_any(&without));
+    return !without;
 }
 
 int main(int argc, char **argv) {
@@ -721,8 +754,7 @@ int main(int argc, char **argv) {
     check_options(o);
     default_folders(o);
     check(ranks_start(say_waiting));
-    if (o->device && !strcmp(o->device, "cuda") && ranks() > 1) check_all(cuda_choose(rank_local()));
-    o->cuda = check_device(o->device);
+    o->cuda = choose_device(o);
     threads_set(o->threads ? (int)o->threads : rank_threads());
     if (o->schedule && ranks() > 1)
         check_all(err("--schedule runs in one process"));

@@ -155,9 +155,10 @@ Err transition_stage(Stage *s);
 
 /* train_gan.c: the first stage's discriminator, if the recipe asks for one; without one all of these do nothing.
  * gan_create, when it is known whether there is a perceptual loss, reads the settings, train.freeze_encoder too;
- * gan_plan_bytes adds what gan_plan then allocates. */
+ * gan_plan_bytes adds what gan_plan then allocates: where it computes, and what the host has in any case, which are
+ * parameters and what belongs to them. */
 Err gan_create(Stage *s);
-Err gan_plan_bytes(const Stage *s, size_t *bytes);
+Err gan_plan_bytes(const Stage *s, size_t *plan, size_t *tables);
 Err gan_plan(Stage *s);
 void gan_free(Stage *s);
 /* Of a micro batch, before and after vqgan_backward: adds the discriminator's judgement to s->dxrec, which holds
@@ -166,7 +167,7 @@ Err gan_generator(Stage *s, const real *images, const real *xrec, double *loss);
 Err gan_discriminator(Stage *s, const real *xrec, double *loss);
 Err gan_after_step(Stage *s, const char **bad);
 /* Its part of the state file, of --init, of a line of the log and of the progress line */
-Err gan_same(const Stage *s); /* an error unless all ranks have the same */
+Err gan_gather(const Stage *s); /* from the GPU; an error unless all ranks have the same */
 Err gan_collect_state(const Stage *s, TensorList *list);
 Err gan_load_state(Stage *s, const Checkpoint *ck);
 Err gan_start_from(Stage *s, const Checkpoint *ck);
@@ -180,9 +181,11 @@ Err open_vqgan(Stage *s, char path[1100]);
  * line on stdout */
 Err metric_schedule(Stage *s);
 
-/* train_perceptual.c. open: decides whether s->perceptual is part of the loss and loads it; *bytes += its memory.
- * add: *mean = LPIPS of B reconstructions, 0 without; dxrec += weight times the gradient of its part of the loss. */
-Err open_perceptual(Stage *s, size_t *bytes);
+/* train_perceptual.c. open: decides whether s->perceptual is part of the loss and loads it; *plan and *tables += its memory,
+ * as gan_plan_bytes; plan: allocates it. add: *mean = LPIPS of B reconstructions, 0 without; dxrec += weight times the
+ * gradient of its part of the loss. */
+Err open_perceptual(Stage *s, size_t *plan, size_t *tables);
+Err plan_perceptual(Stage *s);
 Err add_perceptual(Stage *s, const real *images, const real *xrec, size_t B, double weight, double *mean, real *dxrec);
 Err convert_perceptual(const char *files, const char *out);
 

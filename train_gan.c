@@ -12,6 +12,9 @@
  * A discriminator that has learnt nothing sends the generator noise. So it is trained train.disc_warm_up steps longer than
  * the generator sees it, which is from disc_start on; 0: both begin there, as in the official code.
  *
+ * On a GPU the first stage, the discriminator and LPIPS all compute there, but hand each other pictures and their gradients
+ * through this file, in the host's memory: some ten copies of the batch a step.
+ *
  * The mathematics is in discriminator.c. */
 #include "train.h"
 
@@ -88,6 +91,7 @@ static Err create_discriminator(Stage *s, Gan *g) {
     if (c.in_channels != v->in_channels || c.in_channels != v->out_ch)
         return err("%sdisc_in_channels is %zu, expected the pictures' %zu", LOSS, c.in_channels, v->out_ch);
     TRY(disc_create(&g->d, &c));
+    if (s->opt->cuda) TRY(disc_use_cuda(g->d, gpu_precision(s)));
     g->params = disc_params(g->d);
     g->adam = (AdamW){0, 0.5, 0.9, 1e-8, 0};
     return OK;
@@ -104,9 +108,6 @@ Err gan_create(Stage *s) {
     if (frozen) freeze_encoder(s);
     TRY(config_flag(&wanted, c, "train.", "discriminator", 1));
     if (!wanted) return OK;
-    if (s->opt->cuda)
-        return err("the recipe asks for a discriminator, which --device cuda cannot train yet; --device cpu can, or "
-                   "train.discriminator false leaves it out");
     TRY(mem_alloc(&s->gan, 1, sizeof *s->gan, "discriminator"));
     TRY(read_gan(s->gan, c, s->perceptual != NULL));
     return create_discriminator(s, s->gan);
@@ -121,11 +122,12 @@ void gan_free(Stage *s) {
     s->gan = NULL;
 }
 
-Err gan_plan_bytes(const Stage *s, size_t *bytes) {
+Err gan_plan_bytes(const Stage *s, size_t *plan, size_t *tables) {
     size_t activations;
     if (!s->gan) return OK;
     TRY(disc_plan_bytes(s->gan->d, s->batch, s->size, s->size, s->gan->feature_weight > 0, &activations));
-    *bytes += activations + (4 * s->gan->params->total + s->batch * 3 * s->size * s->size) * sizeof(real);
+    *plan += activations;
+    *tables += (4 * s->gan->params->total + s->batch * 3 * s->size * s->size) * sizeof(real);
     return OK;
 }
 
@@ -138,6 +140,7 @@ Err gan_plan(Stage *s) {
     TRY(disc_plan(g->d, s->batch, s->size, s->size, g->feature_weight > 0));
     TRY(params_plan(g->params, PLAN_VALUE | PLAN_GRAD | PLAN_ADAM));
     params_init(g->params, s->seed + 1); /* other numbers than the first stage's */
+    TRY(params_send(g->params));
     TRY(mem_alloc(&g->dxrec, s->batch * 3 * s->size * s->size, sizeof(real), "discriminator: gradient"));
     TRY(mem_alloc(&g->dlogits, disc_logits(g->d), sizeof(real), "discriminator: gradient"));
     TRY(mem_alloc(&g->dw, last->size, sizeof(real), "gradient of the last layer"));
@@ -257,9 +260,11 @@ Err gan_after_step(Stage *s, const char **bad) {
  * ---------------------------------------------------------------------------------------------------------- */
 
 /* What all ranks should have the same of. Not its values: batch norm's buffers are each rank's own, of its pictures. */
-Err gan_same(const Stage *s) {
-    const Params *p = s->gan ? s->gan->params : NULL;
-    return p ? ranks_same(p->arena[2], p->total * sizeof(real), "moments of the discriminator") : OK;
+Err gan_gather(const Stage *s) {
+    Params *p = s->gan ? s->gan->params : NULL;
+    if (!p) return OK;
+    TRY(ranks_agree(params_fetch(p)));
+    return ranks_same(p->arena[2], p->total * sizeof(real), "moments of the discriminator");
 }
 
 /* Batch norm's buffers are rows of the table: the first rank's, which nothing is computed from in training. */
@@ -274,13 +279,15 @@ Err gan_load_state(Stage *s, const Checkpoint *ck) {
     if (!s->gan) return OK;
     TRY(params_load(s->gan->params, ck, 'v', "value."));
     TRY(params_load(s->gan->params, ck, '1', "adam.m."));
-    return params_load(s->gan->params, ck, '2', "adam.v.");
+    TRY(params_load(s->gan->params, ck, '2', "adam.v."));
+    return params_send(s->gan->params);
 }
 
 /* An official checkpoint of a first stage has its discriminator too. */
 Err gan_start_from(Stage *s, const Checkpoint *ck) {
     if (!s->gan || !checkpoint_find(ck, s->gan->params->row[0].name)) return OK;
-    return params_load(s->gan->params, ck, 'v', "");
+    TRY(params_load(s->gan->params, ck, 'v', ""));
+    return params_send(s->gan->params);
 }
 
 int gan_log(const Stage *s, char *text, size_t size) {

@@ -92,8 +92,8 @@ static Err read_weight(Stage *s) {
                        1);
 }
 
-Err open_perceptual(Stage *s, size_t *bytes) {
-    size_t plan = 0;
+Err open_perceptual(Stage *s, size_t *plan, size_t *tables) {
+    size_t features = 0;
     TRY(read_weight(s));
     if (s->w_perceptual == 0)
         return given(s->opt->perceptual) ? err("--perceptual: the recipe's perceptual_weight is 0") : OK;
@@ -107,15 +107,19 @@ Err open_perceptual(Stage *s, size_t *bytes) {
         return OK;
     }
     TRY(config_set(&s->settings, "model.params.lossconfig.params.perceptual_weight", "%.17g", s->w_perceptual));
-    if (s->opt->cuda)
-        return err("the perceptual loss (%.200s) is computed on the CPU only so far: --device cpu, or --perceptual "
-                   "none to train without it",
-                   files);
     TRY(load(&s->perceptual, files));
     note("perceptual loss: LPIPS, weight %g\n", s->w_perceptual);
-    TRY(perceptual_plan_bytes(s->perceptual, s->batch, s->size, s->size, 1, &plan));
-    *bytes += plan + perceptual_params(s->perceptual)->total * sizeof(real);
+    if (s->opt->cuda) TRY(perceptual_use_cuda(s->perceptual, gpu_precision(s)));
+    TRY(perceptual_plan_bytes(s->perceptual, s->batch, s->size, s->size, 1, &features));
+    *plan += features;
+    *tables += perceptual_params(s->perceptual)->total * sizeof(real);
     return OK;
+}
+
+Err plan_perceptual(Stage *s) {
+    if (!s->perceptual) return OK;
+    TRY(perceptual_plan(s->perceptual, s->batch, s->size, s->size, 1));
+    return params_send(perceptual_params(s->perceptual));
 }
 
 Err add_perceptual(Stage *s, const real *images, const real *xrec, size_t B, double weight, double *mean, real *dxrec) {

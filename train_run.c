@@ -95,11 +95,12 @@ Precision gpu_precision(const Stage *s) {
     return strcmp(s->opt->precision, "bf16") ? PRECISION_F32 : PRECISION_BF16;
 }
 
-/* Values, gradients, moments and moving average in float, and in bf16 the values again; the network's plan. */
+/* Values, gradients, moments (or in bf16) and moving average in float, and in bf16 the values again; the network's plan. */
 Err check_gpu_memory(Stage *s, size_t plan) {
     const int bf16 = gpu_precision(s) == PRECISION_BF16;
     char what[160], state[32], activations[32];
-    s->gpu_state = s->params->total * (5 * sizeof(float) + (bf16 ? 2 : 0)), s->gpu_activations = plan;
+    const size_t moment = s->bf16_states ? sizeof(uint16_t) : sizeof(float);
+    s->gpu_state = s->params->total * (3 * sizeof(float) + 2 * moment + (bf16 ? 2 : 0)), s->gpu_activations = plan;
     TRY(cuda_find(NULL, &s->gpu_available, NULL));
     snprintf(what, sizeof what, "%s on the GPU: parameters, gradients and optimizer %s, activations %s", s->name,
              bytes_text(state, s->gpu_state), bytes_text(activations, plan));
@@ -191,7 +192,7 @@ static Err gather_state(Stage *s) {
     int damaged = dataset_damaged(&s->train) + dataset_damaged(&s->val) > 0;
     TRY(ranks_agree(params_fetch(s->params)));
     TRY(ranks_same(s->params->arena[0], s->params->total * sizeof(real), "weights after a step"));
-    TRY(gan_same(s));
+    TRY(gan_gather(s));
     TRY(gather_usage(s));
     TRY(ranks_any(&damaged));
     return damaged ? list_all_damaged(s) : OK;

@@ -140,17 +140,17 @@ Err vqgan_stage(Stage *s) {
     s->h = s->w = s->size >> (c.levels - 1);
     s->N = s->h * s->w;
     if (s->train.n == 0) return OK;
-    size_t bytes = 0;
+    size_t plan = 0,
+           tables = 0; /* bytes where it computes; of tables beside the first stage's, which the host has too */
     if (s->opt->cuda) TRY(vqgan_use_cuda(s->vqgan, gpu_precision(s)));
-    TRY(vqgan_plan_bytes(s->vqgan, s->batch, s->size, s->size, 1, &bytes));
-    TRY(s->opt->cuda ? check_gpu_memory(s, bytes) : OK);
-    if (s->opt->cuda) bytes = 0;
-    TRY(open_perceptual(s, &bytes));
+    TRY(vqgan_plan_bytes(s->vqgan, s->batch, s->size, s->size, 1, &plan));
+    TRY(open_perceptual(s, &plan, &tables));
     TRY(gan_create(s));
-    TRY(gan_plan_bytes(s, &bytes));
-    TRY(check_memory(s, 4, bytes, s->batch, 3 * s->size * s->size));
+    TRY(gan_plan_bytes(s, &plan, &tables));
+    if (s->opt->cuda) TRY(check_gpu_memory(s, plan + tables));
+    TRY(check_memory(s, 4, s->opt->cuda ? tables : plan + tables, s->batch, 3 * s->size * s->size));
     TRY(vqgan_plan(s->vqgan, s->batch, s->size, s->size, 1));
-    if (s->perceptual) TRY(perceptual_plan(s->perceptual, s->batch, s->size, s->size, 1));
+    TRY(plan_perceptual(s));
     TRY(gan_plan(s));
     TRY(mem_alloc(&s->dxrec, s->batch * 3 * s->size, s->size * sizeof *s->dxrec, "reconstruction gradient"));
     TRY(mem_alloc(&s->usage, c.n_embed, sizeof *s->usage, "code usage"));

@@ -903,7 +903,8 @@ typedef struct {
     uint64_t seed;
     double temperature;
     size_t top_k;
-    int guided, fitted;
+    int forced, fitted, guided;
+    float guidance;
 } DrawTwin;
 
 struct NetTwin {
@@ -921,6 +922,7 @@ struct NetTwin {
     int *pos;                    /* of the next position */
     floatX *new_key, *new_value; /* (B*prompt,inner) */
     DrawTwin *how;
+    size_t samples;   /* rows of the batch, or half of them if guided */
     uint64_t *stream; /* (B) */
     double *fit;      /* (B) */
     int32_t *known, *tokens;

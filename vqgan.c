@@ -893,8 +893,8 @@ const Param *vqgan_last_layer(const Vqgan *v) {
 Err vqgan_last_gradient(Vqgan *v, const real *dxrec, real *dw, real *db) {
     const VqLayer *l = &v->layer[v->n_layers - 1];
     if (!v->ready) return err("vqgan_last_gradient: must follow vqgan_forward");
-    if (v->twin) return err("vqgan_last_gradient: not on the GPU");
     if (l->kind == VQ_TANH) return err("vqgan_last_gradient: not behind a tanh");
+    if (v->twin) return v->params.ops->vqgan_last(v, dxrec, dw, db);
     const Param *w = vqgan_last_layer(v);
     const Conv c = layer_conv(v, l);
     memset(dw, 0, w->size * sizeof *dw);
@@ -966,6 +966,9 @@ size_t vqgan_restart_codes(Vqgan *v, const uint32_t *usage, uint64_t seed, uint6
 struct VqTwin {
     Device *d;
     floatX *arena;       /* every value and gradient, and what norms and attention keep, as vqgan_plan laid them out */
+    float *wide;         /* in bf16 the values of the residual stream, in float */
+    size_t *wide_at;     /* (n_values) where in there, or NO_VALUE */
+    uint8_t *operand;    /* (n_values) read as an operand of a product: in floatX, even if it is in float too */
     float *planes;       /* a picture batch, or latents, in the host's order, on their way */
     int32_t *raw;        /* (B,N) codes */
     floatX **ordered;    /* (n_layers) weights of 3x3 convolutions in the order of patches, else NULL */
@@ -975,6 +978,7 @@ struct VqTwin {
     size_t score_size;
     float *partial, *scores, *half; /* sums of slices; scores of attention or codes; of the codebook */
     floatX *ds;                     /* gradient of attention's scores */
+    float *last;                    /* gradients of the last layer's weight and bias, alone */
 };
 
 static floatX *value_at(const Vqgan *v, size_t value) {
@@ -985,6 +989,13 @@ static floatX *grad_at(const Vqgan *v, size_t value) {
 }
 static DeviceRow *row_at(const Vqgan *v, size_t row) {
     return &v->twin->d->row[row];
+}
+static float *wide_at(const Vqgan *v, size_t value) { /* NULL: it is in floatX only */
+    return value == NO_VALUE || v->twin->wide_at[value] == NO_VALUE ? NULL : v->twin->wide + v->twin->wide_at[value];
+}
+static size_t last_size(const Vqgan *v) {
+    const VqLayer *l = &v->layer[v->n_layers - 1];
+    return v->train && l->kind == VQ_CONV ? v->params.row[l->weight].size + v->params.row[l->bias].size : 0;
 }
 static size_t value_elements(const Vqgan *v, size_t value) {
     return v->b * v->value[value].C * plane_size(v, value);
@@ -1001,8 +1012,10 @@ static Err vq_conv_forward(Vqgan *v, size_t i) {
     const VqLayer *l = &v->layer[i];
     const Conv c = layer_conv(v, l);
     const floatX *w = v->twin->ordered[i] ? v->twin->ordered[i] : row_at(v, l->weight)->weight;
-    return conv_forward_cuda(v->twin->d, value_at(v, l->out), &c, value_at(v, l->in[0]), w, row_at(v, l->bias)->weight,
-                             l->add == NO_VALUE ? NULL : value_at(v, l->add), &v->twin->conv);
+    const Wide wide = {wide_at(v, l->out), wide_at(v, l->add), row_at(v, l->bias)->value};
+    return conv_forward_cuda(v->twin->d, wide.y && !v->twin->operand[l->out] ? NULL : value_at(v, l->out), &c,
+                             value_at(v, l->in[0]), w, row_at(v, l->bias)->weight,
+                             l->add == NO_VALUE ? NULL : value_at(v, l->add), &v->twin->conv, wide);
 }
 
 static Err vq_conv_backward(Vqgan *v, const VqLayer *l, int image_wanted) {
@@ -1015,15 +1028,23 @@ static Err vq_conv_backward(Vqgan *v, const VqLayer *l, int image_wanted) {
 
 static Err vq_norm_forward(Vqgan *v, const VqLayer *l) {
     const NormShape n = norm_shape(v, l);
-    return group_norm_forward_cuda(v->twin->d, value_at(v, l->out), kept_by(v, l, &n), value_at(v, l->in[0]),
-                                   row_at(v, l->weight)->value, row_at(v, l->bias)->value, &n, v->twin->partial);
+    const float *wide = wide_at(v, l->in[0]), *gamma = row_at(v, l->weight)->value, *beta = row_at(v, l->bias)->value;
+    floatX *y = value_at(v, l->out);
+    if (wide) return group_norm_forward_cuda(v->twin->d, y, kept_by(v, l, &n), wide, gamma, beta, &n, v->twin->partial);
+    return group_norm_forward_cuda(v->twin->d, y, kept_by(v, l, &n), (const floatX *)value_at(v, l->in[0]), gamma, beta,
+                                   &n, v->twin->partial);
 }
 
 static Err vq_norm_backward(Vqgan *v, const VqLayer *l) {
     const NormShape n = norm_shape(v, l);
-    return group_norm_backward_cuda(v->twin->d, grad_at(v, l->in[0]), row_at(v, l->weight)->grad,
-                                    row_at(v, l->bias)->grad, grad_at(v, l->out), value_at(v, l->in[0]),
-                                    kept_by(v, l, &n), row_at(v, l->weight)->value, &n, l->more[0], v->twin->partial);
+    const float *wide = wide_at(v, l->in[0]);
+    const DeviceRow *weight = row_at(v, l->weight), *bias = row_at(v, l->bias);
+    floatX *dx = grad_at(v, l->in[0]), *dy = grad_at(v, l->out);
+    if (wide)
+        return group_norm_backward_cuda(v->twin->d, dx, weight->grad, bias->grad, dy, wide, kept_by(v, l, &n),
+                                        weight->value, &n, l->more[0], v->twin->partial);
+    return group_norm_backward_cuda(v->twin->d, dx, weight->grad, bias->grad, dy, (const floatX *)value_at(v, l->in[0]),
+                                    kept_by(v, l, &n), weight->value, &n, l->more[0], v->twin->partial);
 }
 
 static Err vq_attend_forward(Vqgan *v, const VqLayer *l) {
@@ -1185,6 +1206,20 @@ static Err vqgan_backward_cuda(Vqgan *v, const real *dxrec, double codebook_weig
     return dimage ? get_planes(v, dimage, grad_at(v, v->image), v->image) : OK;
 }
 
+/* Of the last layer alone, which is a convolution; in grad_at of the reconstruction, where backward's will be. */
+static Err vqgan_last_cuda(Vqgan *v, const real *dxrec, real *dw, real *db) {
+    VqTwin *t = v->twin;
+    const VqLayer *l = &v->layer[v->n_layers - 1];
+    const Conv c = layer_conv(v, l);
+    const size_t weights = v->params.row[l->weight].size;
+    TRY(put_planes(v, grad_at(v, v->xrec), dxrec, v->xrec));
+    TRY(device_zero(t->d, t->last, last_size(v) * sizeof *t->last));
+    TRY(conv_backward_cuda(t->d, NULL, t->last, t->last + weights, &c, grad_at(v, v->xrec), value_at(v, l->in[0]),
+                           row_at(v, l->weight)->weight, 0, &t->conv));
+    TRY(to_host(t->d, dw, t->last, weights * sizeof *dw));
+    return to_host(t->d, db, t->last + weights, c.M * sizeof *db);
+}
+
 /* An entry becomes a latent; its moments and average follow. Each of these may be NULL. */
 static __global__ void restart_kernel(DeviceRow book, const floatX *z, size_t code, size_t pick, size_t D) {
     for (size_t k = threadIdx.x; k < D; k += blockDim.x) {
@@ -1193,6 +1228,7 @@ static __global__ void restart_kernel(DeviceRow book, const floatX *z, size_t co
         book.value[at] = value, book.weight[at] = to_floatX(value);
         if (book.m) book.m[at] = 0;
         if (book.v) book.v[at] = 0;
+        if (book.m16) book.m16[at] = book.v16[at] = 0;
         if (book.ema) book.ema[at] = value;
     }
 }
@@ -1243,8 +1279,45 @@ static VqNeeds shared_needs(const Vqgan *v) {
     return n;
 }
 
+/* Is a value of bf16 kept in float? Those are that residuals are added to and that norms read along the way: the sum over a
+ * network's depth, whose roundings would all count. What lies within a block, and what only products read, is not. */
+static int is_wide(const Vqgan *v, size_t value) {
+    int made = 0, summed = 0, added = 0, normed = 0, other = 0;
+    for (size_t i = 0; i < v->n_layers && IS_BF16; i++) {
+        const VqLayer *l = &v->layer[i];
+        const int attends = l->kind == VQ_ATTEND && (l->in[1] == value || l->in[2] == value);
+        if (l->kind == VQ_CONV && l->out == value) made = 1, summed |= l->add != NO_VALUE;
+        added |= l->kind == VQ_CONV && l->add == value;
+        normed |= l->kind == VQ_NORM && l->in[0] == value;
+        other |= attends || (l->kind != VQ_NORM && l->in[0] == value);
+    }
+    return made && (added || summed || (normed && other));
+}
+
+static int is_operand(const Vqgan *v, size_t value) {
+    for (size_t i = 0; i < v->n_layers; i++) {
+        const VqLayer *l = &v->layer[i];
+        if (l->kind == VQ_NORM) continue;
+        if (l->in[0] == value || (l->kind == VQ_ATTEND && (l->in[1] == value || l->in[2] == value))) return 1;
+    }
+    return 0;
+}
+
+/* Floats of the wide arena. In training, values one after the other; else as in the other arena, where they make room for
+ * each other. at (n_values), or NULL. */
+static size_t place_wide(const Vqgan *v, size_t units, size_t *at) {
+    size_t total = 0;
+    for (size_t i = 0; i < v->n_values; i++) {
+        const int wide = is_wide(v, i);
+        if (at) at[i] = !wide ? NO_VALUE : v->train ? total : v->value[i].act;
+        if (wide) total = v->train ? total + round_up(value_elements(v, i), 64) : units;
+    }
+    return total;
+}
+
 static size_t shared_bytes(const Vqgan *v, const VqNeeds *n) {
-    const size_t floats = n->planes + n->partial + n->scores + n->cells + v->c.n_embed + n->conv.total_size;
+    const size_t floats =
+        n->planes + n->partial + n->scores + n->cells + v->c.n_embed + n->conv.total_size + last_size(v);
     return floats * sizeof(float) + (n->order + n->ds + n->conv.column_size + n->conv.weight_size) * sizeof(floatX);
 }
 
@@ -1267,6 +1340,10 @@ static Err allocate_twin(Vqgan *v, const VqNeeds *n, size_t units) {
     static const char *const what = "first stage: activations";
     t->conv = n->conv, t->score_size = n->scores;
     TRY(device_alloc(&t->arena, units * sizeof(floatX), what));
+    TRY(mem_alloc(&t->wide_at, v->n_values, sizeof *t->wide_at, what));
+    TRY(mem_alloc(&t->operand, v->n_values, sizeof *t->operand, what));
+    for (size_t i = 0; i < v->n_values; i++) t->operand[i] = (uint8_t)is_operand(v, i);
+    TRY(device_alloc(&t->wide, place_wide(v, units, t->wide_at) * sizeof(float), what));
     TRY(device_alloc(&t->order_arena, n->order * sizeof(floatX), "first stage: weights in the order of patches"));
     TRY(device_alloc(&t->planes, n->planes * sizeof(float), what));
     TRY(device_alloc(&t->raw, n->cells * sizeof *t->raw, what));
@@ -1274,6 +1351,7 @@ static Err allocate_twin(Vqgan *v, const VqNeeds *n, size_t units) {
     TRY(device_alloc(&t->scores, n->scores * sizeof(float), what));
     TRY(device_alloc(&t->half, v->c.n_embed * sizeof(float), what));
     TRY(device_alloc(&t->ds, n->ds * sizeof(floatX), what));
+    TRY(device_alloc(&t->last, last_size(v) * sizeof(float), what));
     TRY(device_alloc(&t->conv.columns, n->conv.column_size * sizeof(floatX), what));
     TRY(device_alloc(&t->conv.weights, n->conv.weight_size * sizeof(floatX), what));
     TRY(device_alloc(&t->conv.totals, n->conv.total_size * sizeof(float), what));
@@ -1283,10 +1361,10 @@ static Err allocate_twin(Vqgan *v, const VqNeeds *n, size_t units) {
 
 static void vqgan_free_cuda(Vqgan *v) {
     VqTwin *t = v->twin;
-    void *const all[] = {t->arena, t->order_arena, t->planes,       t->raw,          t->partial,    t->scores,
-                         t->half,  t->ds,          t->conv.columns, t->conv.weights, t->conv.totals};
+    void *const all[] = {t->arena, t->order_arena,  t->planes,       t->raw,         t->partial, t->scores, t->half,
+                         t->ds,    t->conv.columns, t->conv.weights, t->conv.totals, t->last,    t->wide};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) device_free(all[i]);
-    free(t->ordered);
+    free(t->ordered), free(t->wide_at), free(t->operand);
     free(t);
     v->twin = NULL;
 }
@@ -1298,7 +1376,7 @@ static Err vqgan_plan_cuda(Vqgan *v, size_t units, int allocate, size_t *bytes) 
         if (value_elements(v, i) > (1u << 31))
             return err("vqgan: activations of more than 2^31 numbers; a smaller batch takes less");
     const VqNeeds n = shared_needs(v);
-    *bytes = units * sizeof(floatX) + shared_bytes(v, &n);
+    *bytes = units * sizeof(floatX) + place_wide(v, units, NULL) * sizeof(float) + shared_bytes(v, &n);
     if (!allocate) return OK;
     TRY(mem_alloc(&v->twin, 1, sizeof *v->twin, "vqgan: on the GPU"));
     v->twin->d = v->params.device;

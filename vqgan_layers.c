@@ -402,18 +402,51 @@ static NormKept norm_kept(float *memory, const NormShape *s) {
     return k;
 }
 
+/* PACK numbers of x, which is in floatX or, in a residual stream, float */
+struct Numbers {
+    float at[PACK];
+};
+static __device__ inline Numbers numbers_at(const floatX *x, size_t i) {
+    const Pack p = *(const Pack *)(x + i);
+    Numbers n;
+    for (int k = 0; k < PACK; k++) n.at[k] = to_float(p.at[k]);
+    return n;
+}
+#ifdef FLOATX_BF16
+static __device__ inline Numbers numbers_at(const float *x, size_t i) {
+    const Floats a = *(const Floats *)(x + i), b = *(const Floats *)(x + i + 4);
+    Numbers n;
+    for (int k = 0; k < 4; k++) n.at[k] = a.at[k], n.at[k + 4] = b.at[k];
+    return n;
+}
+#endif
+
+/* Pairs of numbers for PACK channels, from a multiple of 16 bytes: what lanes read lies far apart, so four at a time */
+struct Pairs {
+    float at[2 * PACK];
+};
+static __device__ inline Pairs pairs_at(const float *x) {
+    Pairs p;
+#pragma unroll
+    for (int k = 0; k < PACK / 2; k++) {
+        const Floats four = *(const Floats *)(x + 4 * k);
+        for (int j = 0; j < 4; j++) p.at[4 * k + j] = four.at[j];
+    }
+    return p;
+}
+
 /* Sums of x - pivot and of its square, where the pivot is the first number of the group: close to the mean, so that little
  * is lost in their difference. */
-static __global__ void norm_sums_kernel(float *partial, const floatX *x, NormShape n) {
+template <typename X> static __global__ void norm_sums_kernel(float *partial, const X *x, NormShape n) {
     const Share s = share_of(n.C, n.cells, PACK);
     const size_t per = n.C / NORM_GROUPS;
     float sum[PACK] = {}, square[PACK] = {}, pivot[PACK] = {};
     x += blockIdx.z * n.cells * n.C;
     for (int j = 0; j < PACK && s.end; j++) pivot[j] = to_float(x[(s.c + j) / per * per]);
     for (size_t r = s.first; r < s.end; r += CELL_LANES) {
-        const Pack p = *(const Pack *)(x + r * n.C + s.c);
+        const Numbers p = numbers_at(x, r * n.C + s.c);
         for (int j = 0; j < PACK; j++) {
-            const float gap = to_float(p.at[j]) - pivot[j];
+            const float gap = p.at[j] - pivot[j];
             sum[j] += gap, square[j] += gap * gap;
         }
     }
@@ -421,8 +454,9 @@ static __global__ void norm_sums_kernel(float *partial, const floatX *x, NormSha
 }
 
 /* A block per picture, a warp per group. */
+template <typename X>
 static __global__ void __launch_bounds__(NORM_GROUPS *WARP)
-    norm_groups_kernel(NormKept kept, const float *partial, const floatX *x, const float *gamma, const float *beta,
+    norm_groups_kernel(NormKept kept, const float *partial, const X *x, const float *gamma, const float *beta,
                        NormShape n, size_t slices) {
     const size_t b = blockIdx.x, g = threadIdx.x / WARP, lane = threadIdx.x % WARP, per = n.C / NORM_GROUPS;
     double sum = 0, square = 0;
@@ -446,30 +480,33 @@ static __device__ inline float sigmoid(float t) {
 }
 
 /* y = swish(t). Grid: packs of a picture, pictures; a pack is within a cell. */
-static __global__ void norm_cells_kernel(floatX *y, const floatX *x, const float *channel, NormShape n) {
+template <typename X>
+static __global__ void norm_cells_kernel(floatX *y, const X *x, const float *channel, NormShape n) {
     const unsigned C = (unsigned)n.C, in_picture = (blockIdx.x * blockDim.x + threadIdx.x) * PACK;
     const size_t i = blockIdx.y * n.cells * n.C + in_picture;
     if (in_picture >= n.cells * n.C) return;
-    const float *scale = channel + (blockIdx.y * n.C + in_picture % C) * 2;
-    Pack p = *(const Pack *)(x + i);
+    const Pairs scale = pairs_at(channel + (blockIdx.y * n.C + in_picture % C) * 2);
+    const Numbers p = numbers_at(x, i);
+    Pack out;
     for (int j = 0; j < PACK; j++) {
-        const float t = to_float(p.at[j]) * scale[2 * j] + scale[2 * j + 1];
-        p.at[j] = to_floatX(n.swish ? t * sigmoid(t) : t);
+        const float t = p.at[j] * scale.at[2 * j] + scale.at[2 * j + 1];
+        out.at[j] = to_floatX(n.swish ? t * sigmoid(t) : t);
     }
-    *(Pack *)(y + i) = p;
+    store_whole(y + i, out);
 }
 
 static dim3 pack_grid(const NormShape *n) {
     return dim3(blocks_for(n->cells * n->C, CELL_THREADS * PACK), (unsigned)n->B);
 }
 
-static Err group_norm_forward_cuda(Device *d, floatX *y, NormKept kept, const floatX *x, const float *gamma,
+template <typename X>
+static Err group_norm_forward_cuda(Device *d, floatX *y, NormKept kept, const X *x, const float *gamma,
                                    const float *beta, const NormShape *n, float *partial) {
     const dim3 grid = slice_grid(n->C, n->cells, n->B, PACK);
-    LAUNCH(d, norm_sums_kernel, grid, CELL_THREADS, CELL_THREADS * PACK * sizeof(float), partial, x, *n);
-    LAUNCH(d, norm_groups_kernel, (unsigned)n->B, NORM_GROUPS * WARP, 0, kept, partial, x, gamma, beta, *n,
+    LAUNCH(d, norm_sums_kernel<X>, grid, CELL_THREADS, CELL_THREADS * PACK * sizeof(float), partial, x, *n);
+    LAUNCH(d, norm_groups_kernel<X>, (unsigned)n->B, NORM_GROUPS * WARP, 0, kept, partial, x, gamma, beta, *n,
            (size_t)grid.y);
-    LAUNCH(d, norm_cells_kernel, pack_grid(n), CELL_THREADS, 0, y, x, kept.channel, *n);
+    LAUNCH(d, norm_cells_kernel<X>, pack_grid(n), CELL_THREADS, 0, y, x, kept.channel, *n);
     return OK;
 }
 
@@ -480,7 +517,8 @@ static __device__ inline float through_swish(float dy, float t) {
 }
 
 /* Sums of d = dL/dt and of d xhat. */
-static __global__ void norm_gradient_sums_kernel(float *partial, const floatX *dy, const floatX *x, NormKept kept,
+template <typename X>
+static __global__ void norm_gradient_sums_kernel(float *partial, const floatX *dy, const X *x, NormKept kept,
                                                  NormShape n) {
     const Share s = share_of(n.C, n.cells, PACK);
     const size_t b = blockIdx.z, per = n.C / NORM_GROUPS;
@@ -492,9 +530,9 @@ static __global__ void norm_gradient_sums_kernel(float *partial, const floatX *d
     }
     for (size_t r = s.first; r < s.end; r += CELL_LANES) {
         const size_t at = (b * n.cells + r) * n.C + s.c;
-        const Pack p = *(const Pack *)(x + at), g = *(const Pack *)(dy + at);
+        const Numbers p = numbers_at(x, at), g = numbers_at(dy, at);
         for (int j = 0; j < PACK; j++) {
-            const float v = to_float(p.at[j]), dt = to_float(g.at[j]);
+            const float v = p.at[j], dt = g.at[j];
             const float t = n.swish ? through_swish(dt, v * scale[j] + shift[j]) : dt;
             sum[j] += t, sum_hat[j] += t * (v - mean[j]) * rstd[j];
         }
@@ -521,33 +559,35 @@ static __global__ void __launch_bounds__(NORM_GROUPS *WARP)
         line[(b * n.C + c) * 2] = (float)slope, line[(b * n.C + c) * 2 + 1] = (float)offset;
 }
 
-static __global__ void norm_gradient_kernel(floatX *dx, const floatX *dy, const floatX *x, const float *channel,
+template <typename X>
+static __global__ void norm_gradient_kernel(floatX *dx, const floatX *dy, const X *x, const float *channel,
                                             const float *line, NormShape n, int more) {
     const unsigned C = (unsigned)n.C, in_picture = (blockIdx.x * blockDim.x + threadIdx.x) * PACK;
     const size_t i = blockIdx.y * n.cells * n.C + in_picture, c = blockIdx.y * n.C + in_picture % C;
     if (in_picture >= n.cells * n.C) return;
-    const float *scale = channel + c * 2, *add = line + c * 2;
-    const Pack p = *(const Pack *)(x + i), g = *(const Pack *)(dy + i);
+    const Pairs scale = pairs_at(channel + c * 2), add = pairs_at(line + c * 2);
+    const Numbers p = numbers_at(x, i), g = numbers_at(dy, i);
     Pack out = {};
     if (more) out = *(const Pack *)(dx + i);
     for (int j = 0; j < PACK; j++) {
-        const float v = to_float(p.at[j]), dt = to_float(g.at[j]);
-        const float t = n.swish ? through_swish(dt, v * scale[2 * j] + scale[2 * j + 1]) : dt;
-        out.at[j] = to_floatX((more ? to_float(out.at[j]) : 0) + scale[2 * j] * t + add[2 * j] * v + add[2 * j + 1]);
+        const float v = p.at[j], dt = g.at[j];
+        const float t = n.swish ? through_swish(dt, v * scale.at[2 * j] + scale.at[2 * j + 1]) : dt;
+        out.at[j] =
+            to_floatX((more ? to_float(out.at[j]) : 0) + scale.at[2 * j] * t + add.at[2 * j] * v + add.at[2 * j + 1]);
     }
-    *(Pack *)(dx + i) = out;
+    store_whole(dx + i, out);
 }
 
 /* dx overwritten, or added to if `more`; dgamma, dbeta (C) +=. partial: norm_partial_size floats. */
-static Err group_norm_backward_cuda(Device *d, floatX *dx, float *dgamma, float *dbeta, const floatX *dy,
-                                    const floatX *x, NormKept kept, const float *gamma, const NormShape *n, int more,
-                                    float *partial) {
+template <typename X>
+static Err group_norm_backward_cuda(Device *d, floatX *dx, float *dgamma, float *dbeta, const floatX *dy, const X *x,
+                                    NormKept kept, const float *gamma, const NormShape *n, int more, float *partial) {
     const dim3 grid = slice_grid(n->C, n->cells, n->B, PACK);
     float *line = partial + channel_slices(n->B, n->cells, n->C);
-    LAUNCH(d, norm_gradient_sums_kernel, grid, CELL_THREADS, CELL_THREADS * PACK * sizeof(float), partial, dy, x, kept,
-           *n);
+    LAUNCH(d, norm_gradient_sums_kernel<X>, grid, CELL_THREADS, CELL_THREADS * PACK * sizeof(float), partial, dy, x,
+           kept, *n);
     LAUNCH(d, norm_lines_kernel, (unsigned)n->B, NORM_GROUPS * WARP, 0, line, partial, gamma, kept, *n, (size_t)grid.y);
-    LAUNCH(d, norm_gradient_kernel, pack_grid(n), CELL_THREADS, 0, dx, dy, x, kept.channel, line, *n, more);
+    LAUNCH(d, norm_gradient_kernel<X>, pack_grid(n), CELL_THREADS, 0, dx, dy, x, kept.channel, line, *n, more);
     return add_channels(d, dbeta, dgamma, partial, n->B * grid.y, n->C);
 }
 
@@ -679,28 +719,37 @@ static Err nearest_cuda(Device *d, int32_t *raw, const floatX *z, const floatX *
     return OK;
 }
 
-/* zq = z + (e - z), straight through; sums (SUM_BLOCKS) += of (e - z)^2: a block adds up its share, warp after warp. */
+/* sums[block] = the sum over a block of CELL_THREADS, warp after warp */
+enum { BLOCK_SUM_BYTES = CELL_THREADS / WARP * sizeof(double) };
+static __device__ inline void store_block_sum(double *sums, double sum) {
+    SHARED(double, warps);
+    sum = warp_sum(sum);
+    if (threadIdx.x % WARP == 0) warps[threadIdx.x / WARP] = sum;
+    __syncthreads();
+    if (threadIdx.x > 0) return;
+    for (unsigned k = 1; k < CELL_THREADS / WARP; k++) sum += warps[k];
+    sums[blockIdx.x] = sum;
+}
+/* Blocks that share n things in steps of the grid, per_block at a time */
+static unsigned sum_blocks(size_t n, size_t per_block) {
+    return (unsigned)min_size(SUM_BLOCKS, ceil_div(n, per_block));
+}
+
+/* zq = z + (e - z), straight through; sums (SUM_BLOCKS) = of (e - z)^2 */
 static __global__ void straight_kernel(floatX *zq, double *sums, const floatX *z, const floatX *book,
                                        const int32_t *raw, size_t rows, size_t D) {
-    SHARED(double, warps);
     double sum = 0;
     for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; i < rows * D; i += (size_t)SUM_BLOCKS * blockDim.x) {
         const float at = to_float(z[i]), gap = to_float(book[(size_t)raw[i / D] * D + i % D]) - at;
         zq[i] = to_floatX(at + gap);
         sum += (double)gap * (double)gap;
     }
-    sum = warp_sum(sum);
-    if (threadIdx.x % WARP == 0) warps[threadIdx.x / WARP] = sum;
-    __syncthreads();
-    if (threadIdx.x > 0) return;
-    for (unsigned k = 1; k < blockDim.x / WARP; k++) sum += warps[k];
-    sums[blockIdx.x] = sum;
+    store_block_sum(sums, sum);
 }
 
 static Err straight_through_cuda(Device *d, floatX *zq, double *sums, const floatX *z, const floatX *book,
                                  const int32_t *raw, size_t rows, size_t D) {
-    LAUNCH(d, straight_kernel, SUM_BLOCKS, CELL_THREADS, CELL_THREADS / WARP * sizeof(double), zq, sums, z, book, raw,
-           rows, D);
+    LAUNCH(d, straight_kernel, SUM_BLOCKS, CELL_THREADS, BLOCK_SUM_BYTES, zq, sums, z, book, raw, rows, D);
     return OK;
 }
 

@@ -48,9 +48,6 @@ struct dim3 {
     dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
 };
 static dim3 threadIdx, blockIdx, blockDim, gridDim;
-struct __attribute__((aligned(16), may_alias)) uint4 {
-    unsigned x, y, z, w;
-};
 static int cuda_on_cpu_reverse; /* 1: threads and blocks in the opposite order */
 
 /* ---- Fibers ---- */

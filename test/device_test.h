@@ -75,4 +75,61 @@ static void reverse(int on) {
 #endif
 }
 
+/* ---- Pictures on both sides: here (B,C,cells), on the device (B,cells,C) ---- */
+
+static inline real *as_cells(const real *x, size_t B, size_t C, size_t cells) {
+    real *y = (real *)malloc((B * C * cells + 1) * sizeof *y);
+    for (size_t b = 0; b < B; b++)
+        for (size_t c = 0; c < C; c++)
+            for (size_t i = 0; i < cells; i++) y[(b * cells + i) * C + c] = x[(b * C + c) * cells + i];
+    return y;
+}
+
+static inline floatX *send_picture(const real *x, size_t B, size_t C, size_t cells) {
+    real *y = as_cells(x, B, C, cells);
+    floatX *p = send_x(y, B * C * cells);
+    free(y);
+    return p;
+}
+
+static inline void near_picture(const char *name, const floatX *got, const real *want, size_t B, size_t C,
+                                size_t cells) {
+    real *y = as_cells(want, B, C, cells);
+    near_x(name, got, y, B * C * cells);
+    free(y);
+}
+
+/* The same bits as the first time: a digest of what the device wrote, in either order of threads and blocks. */
+static uint64_t digest;
+static inline void add_digest(const void *p, size_t bytes) {
+    unsigned char *here = (unsigned char *)malloc(bytes + 1);
+    CHECK_OK(to_host(device, here, p, bytes));
+    for (size_t i = 0; i < bytes; i++) digest = (digest ^ here[i]) * 1099511628211u;
+    free(here);
+}
+
+/* ---- Root mean squares ---- */
+
+static inline real *copy_of(const real *x, size_t n) {
+    real *y = (real *)malloc((n + 1) * sizeof *y);
+    memcpy(y, x, n * sizeof *y);
+    return y;
+}
+
+static inline double rms_of(const real *x, size_t n) {
+    double sum = 0;
+    for (size_t i = 0; i < n; i++) sum += (double)x[i] * (double)x[i];
+    return sqrt(sum / (double)n);
+}
+
+/* Root mean squares: of the error at most `limit` times that of what is wanted, or `least` times if that is larger. */
+static inline void near_rms(const char *name, const real *got, const real *want, size_t n, double least, double limit) {
+    real *gap = copy_of(got, n);
+    for (size_t i = 0; i < n; i++) gap[i] -= want[i];
+    const double error = rms_of(gap, n) / fmax(rms_of(want, n), least);
+    if (!test_note(n > 0 && error <= limit, __FILE__, __LINE__, name))
+        printf("     an error of %.3g, at most %.3g\n", error, limit);
+    free(gap);
+}
+
 #endif

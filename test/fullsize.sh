@@ -13,6 +13,7 @@ if ! "$python" -c 'import torch, numpy' 2>/dev/null; then
     exit 0
 fi
 here=$(pwd)
+export IMAGEBART_DEVICE=cpu
 failed=0
 mkdir -p "$dir/models" && cp models/*.txt "$dir/models/" || exit 2
 [ $# -gt 0 ] || set -- ffhq ffhq2 ffhq-joint churches bedrooms cats imagenet imagenet4

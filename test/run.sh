@@ -11,6 +11,7 @@ cuda=
 build=${cuda:+$2} any=
 [ -n "$cuda" ] && shift 3 || { build=$1 any=$2 && shift 2; }
 passed=0 failed=0
+export IMAGEBART_DEVICE=cpu # where nothing else is said, also on a machine with a GPU and in programs that pretend to have one
 export ASAN_OPTIONS=allocator_may_return_null=1 # the tests ask for more memory than there is
 
 tally() { # tally NAME LOGFILE EXIT_STATUS

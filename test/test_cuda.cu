@@ -312,6 +312,53 @@ static void test_updates(void) {
     fixture_free(&f);
 }
 
+/* Moments in bf16: bit for bit what the CPU makes of the same gradients, also after a way to the host and back. */
+static void test_bf16_moments(void) {
+    const AdamW o = {1e-2, 0.9, 0.999, 1e-8, 1.5};
+    const size_t sizes[3] = {CHUNK + 5, 7, 3 * CHUNK + 1};
+    Params p;
+    memset(&p, 0, sizeof p);
+    for (size_t r = 0; r < 3; r++) CHECK_OK(params_add(&p, NULL, INIT_NORMAL, 1, 0.01, 1, &sizes[r], "w%zu", r));
+    p.bf16_moments = 1, p.row[1].untrained = 1;
+    CHECK_OK(params_plan(&p, PLAN_VALUE | PLAN_GRAD | PLAN_ADAM));
+    params_init(&p, 5);
+    free_rows(device);
+    CHECK_OK(send_params(device, &p));
+    uint16_t *m16 = (uint16_t *)malloc(p.total * sizeof *m16);
+    real *value = (real *)malloc(p.total * sizeof *value);
+    for (uint64_t step = 1; step <= 40; step++) {
+        for (size_t r = 0; r < 3; r++) {
+            for (size_t k = 0; k < p.row[r].size; k++)
+                p.row[r].grad[k] = (real)rng_normal(3, rng_stream(RNG_TEST, r, step), k);
+            CHECK_OK(to_device(device, device->row[r].grad, p.row[r].grad, p.row[r].size * sizeof(real)));
+        }
+        update_params(device, &p, &o, step, 0);
+        CHECK_OK(wait_for(device)); /* has the gradient */
+        adamw_step(&p, &o, step);
+    }
+    memcpy(value, p.arena[0], p.total * sizeof *value), memcpy(m16, p.arena[2], p.total * sizeof *m16);
+    for (size_t r = 0; r < 3; r++) {
+        const size_t n = p.row[r].size;
+        uint16_t *const want = (uint16_t *)malloc(n * sizeof *want);
+        memcpy(want, p.row[r].v16, n * sizeof *want);
+        memset(p.row[r].v16, 1, n * sizeof *want), memset(p.row[r].m16, 1, n * sizeof *want);
+        memset(p.row[r].value, 1, n * sizeof(real));
+        CHECK_OK(fetch_params(device, &p));
+        CHECK(memcmp(p.row[r].v16, want, n * sizeof *want) == 0);
+        free(want);
+    }
+    CHECK(memcmp(value, p.arena[0], p.total * sizeof *value) == 0);
+    CHECK(memcmp(m16, p.arena[2], p.total * sizeof *m16) == 0);
+    free_rows(device);
+    CHECK_OK(send_params(device, &p));
+    memset(p.row[0].m16, 1, p.row[0].size * sizeof *m16);
+    CHECK_OK(fetch_params(device, &p));
+    CHECK(memcmp(m16, p.arena[2], p.total * sizeof *m16) == 0);
+    CHECK_OK(earlier_failure(device));
+    free(m16), free(value);
+    free_rows(device), params_free(&p);
+}
+
 /* ---- Whole networks: one on the CPU, one on the GPU, with the same parameters ---- */
 
 enum { B_MAX = 12, N_MAX = 72 };
@@ -454,6 +501,51 @@ static void test_networks(void) {
     test_network("gpt, class, 2 unmasked", &c, 2, 72);
 }
 
+/* Scales of the bundled model, networks as training leaves them. */
+static void test_bundled(int t) {
+    enum { B = 2, N = 64 };
+    Model m;
+    Loss loss, twin;
+    Transformer *net[2];
+    int32_t x0[B * N], x[B * N], x_t[B * N], at[B] = {t, t}, label[B] = {3, 5};
+    const real *logits;
+    CHECK_OK(model_open(&m, "models/emoji", NULL));
+    CHECK_OK(model_scale(&m, t));
+    const size_t K = m.config[t].dec_num_tokens;
+    const Params *from = transformer_params(m.net);
+    for (int k = 0; k < 2; k++) {
+        CHECK_OK(transformer_create(&net[k], &m.config[t]));
+        if (k) CHECK_OK(transformer_use_cuda(net[k], IS_BF16 ? PRECISION_BF16 : PRECISION_F32));
+        transformer_set_alphas(net[k], m.schedule.alpha);
+        CHECK_OK(params_plan(&net[k]->params, PLAN_VALUE | PLAN_GRAD));
+        for (size_t r = 0; r < from->n; r++)
+            for (size_t i = 0; i < from->row[r].size; i++) {
+                const real w = from->row[r].value[i];
+                net[k]->params.row[r].value[i] = IS_BF16 && from->row[r].matrix ? to_float(to_floatX(w)) : w;
+            }
+        CHECK_OK(params_send(&net[k]->params));
+        CHECK_OK(transformer_plan(net[k], B, N, 1));
+        params_zero_grad(&net[k]->params);
+    }
+    for (size_t i = 0; i < B * N; i++) {
+        x0[i] = (int32_t)rng_below(1, 1, i, (uint32_t)K);
+        x[i] = i % 4 ? x0[i] : (int32_t)rng_below(1, 2, i, (uint32_t)K);
+        x_t[i] = i % 3 ? x[i] : (int32_t)rng_below(1, 3, i, (uint32_t)K);
+    }
+    real *q = reals(B * N * K), *dlogits = reals(B * N * K);
+    for (size_t b = 0; b < B; b++) posterior(q + b * N * K, x0 + b * N, x_t + b * N, N, K, &m.schedule, t);
+    CHECK_OK(transformer_forward(net[0], x, x_t, at, label, B, N, &logits));
+    CHECK_OK(denoising_loss(&loss, logits, x, q, B * N, K, 0.5, 1, dlogits));
+    CHECK_OK(transformer_backward(net[0], dlogits));
+    CHECK_OK(transformer_loss_cuda(net[1], &m.schedule, x0, x, x_t, at, label, B, N, 0.5, 1, 1, &twin));
+    CHECK(fabs(twin.loss - loss.loss) <= TOLERANCE * loss.loss);
+    CHECK_OK(params_fetch(&net[1]->params));
+    near_rows("bundled", &net[1]->params, &net[0]->params, 'g');
+    transformer_free(net[0]), transformer_free(net[1]);
+    free(q), free(dlogits);
+    model_close(&m);
+}
+
 /* A few steps of training: losses and what they leave. */
 static void test_training(const NetConfig *c) {
     enum { STEPS = 6 };
@@ -508,19 +600,22 @@ static int count_reports(void *context, size_t done) {
 
 /* The same tokens as the CPU's steps, sample_probs and sample_pick. In bf16 logits differ, so only what must hold is asked:
  * forced tokens are in their places, others follow from the device's own logits. */
-static void test_drawing(const NetConfig *c, size_t B, size_t N, double temperature, size_t top_k, int guided) {
+static void test_drawing(const NetConfig *c, size_t B, size_t N, double temperature, size_t top_k, int guided,
+                         double guidance) {
     int32_t known[B_MAX * N_MAX], got[B_MAX * N_MAX], want[B_MAX * N_MAX];
     uint8_t keep[N_MAX];
     uint64_t stream[B_MAX];
+    const size_t n = guidance != 1 ? B / 2 : B; /* samples: guided, each is two rows */
     double fit[B_MAX] = {0}, want_fit[B_MAX] = {0};
-    real *prob = reals(64);
+    real *prob = reals(64), *mixed = reals(64);
     Pair a;
     pair_make(&a, c, B, N, 0);
-    for (size_t i = 0; i < B * N; i++) known[i] = (int32_t)rng_below(2, 2, i, (uint32_t)a.K);
+    for (size_t i = 0; i < n * N; i++) known[i] = (int32_t)rng_below(2, 2, i, (uint32_t)a.K);
     for (size_t i = 0; i < N; i++) keep[i] = i % 3 == 1;
-    for (size_t b = 0; b < B; b++) stream[b] = rng_stream(RNG_TEST, 77, b);
-    DrawOptions o = {99,   stream, temperature, top_k, guided ? known : NULL, guided ? keep : NULL, guided ? fit : NULL,
-                     NULL, NULL};
+    for (size_t b = 0; b < n; b++) stream[b] = rng_stream(RNG_TEST, 77, b);
+    DrawOptions o = {
+        99,   stream, temperature,   top_k,   guided ? known : NULL, guided ? keep : NULL, guided ? fit : NULL,
+        NULL, NULL,   guidance != 1, guidance};
     CHECK_OK(transformer_decode_begin(a.gpu, a.x_t, a.t, a.label, B, N));
     CHECK_OK(transformer_draw_cuda(a.gpu, &o, got));
     Transformer *steps = IS_BF16 ? a.gpu : a.cpu; /* whose logits are drawn from */
@@ -528,19 +623,23 @@ static void test_drawing(const NetConfig *c, size_t B, size_t N, double temperat
     for (size_t i = 0; i < N; i++) {
         int32_t prev[B_MAX] = {0};
         const real *logits;
-        for (size_t b = 0; i > 0 && b < B; b++) prev[b] = want[b * N + i - 1];
+        for (size_t b = 0; i > 0 && b < B; b++) prev[b] = want[b % n * N + i - 1];
         CHECK_OK(transformer_decode_step(steps, prev, i, &logits));
-        for (size_t b = 0; b < B; b++) {
+        for (size_t b = 0; b < n; b++) {
+            for (size_t k = 0; k < a.K; k++) {
+                const real uncond = logits[(B - n + b) * a.K + k];
+                mixed[k] = guidance != 1 ? uncond + (real)guidance * (logits[b * a.K + k] - uncond) : uncond;
+            }
             const int32_t guide = guided && keep[i] ? known[b * N + i] : -1;
-            sample_probs(prob, logits + b * a.K, a.K, -1, 1, 0);
+            sample_probs(prob, mixed, a.K, -1, 1, 0);
             if (guide >= 0) want_fit[b] += log((double)prob[guide]);
-            sample_probs(prob, logits + b * a.K, a.K, guide, temperature, top_k);
+            sample_probs(prob, mixed, a.K, guide, temperature, top_k);
             want[b * N + i] = sample_pick(prob, a.K, rng_uniform(99, stream[b], i));
         }
     }
-    CHECK(memcmp(got, want, B * N * sizeof *got) == 0);
-    for (size_t b = 0; b < B; b++) CHECK(fabs(fit[b] - want_fit[b]) <= 1e-4 * fabs(want_fit[b]));
-    free(prob);
+    CHECK(memcmp(got, want, n * N * sizeof *got) == 0);
+    for (size_t b = 0; b < n; b++) CHECK(fabs(fit[b] - want_fit[b]) <= 1e-4 * fabs(want_fit[b]));
+    free(prob), free(mixed);
     pair_free(&a);
 }
 
@@ -559,7 +658,7 @@ static void test_pick(size_t K, double temperature, size_t top_k) {
         logits[6 * K + k] = k % 7 == 3 ? 2 : 1;          /* ties, the first not in the first thread */
     }
     logits[3 * K + K / 2] = (real)NAN, logits[5 * K + K - 1] = (real)HUGE_VAL;
-    const DrawTwin how = {42, temperature, top_k, 0, 0};
+    const DrawTwin how = {42, temperature, top_k, 0, 0, 0, 0};
     int one = 1;
     DrawStep a;
     memset(&a, 0, sizeof a);
@@ -587,16 +686,19 @@ static void test_decodings(void) {
     NetConfig c = x_small;
     c.variant = X_FINE_SCALED;
     test_decoding("decoding", &c, 3, 7);
-    test_drawing(&c, 3, 7, 1, 0, 0);
+    test_drawing(&c, 3, 7, 1, 0, 0, 1);
     c.variant = X_RESIDUAL_SCALED, c.has_class = 1;
     test_decoding("decoding a large batch", &c, 12, 5);
-    test_drawing(&c, 12, 5, 0.8, 3, 1);
+    test_drawing(&c, 12, 5, 0.8, 3, 1, 1);
+    test_drawing(&c, 12, 5, 0.8, 3, 1, 2.5);
     c = gpt_small;
     test_decoding("decoding, gpt", &c, 2, 40);
-    test_drawing(&c, 2, 40, 1.2, 0, 1);
+    test_drawing(&c, 2, 40, 1.2, 0, 1, 1);
+    test_drawing(&c, 2, 40, 1.2, 0, 0, 0);
     c.has_class = 1, c.n_unmasked = 2;
     test_decoding("decoding, gpt with class", &c, 12, 6);
-    test_drawing(&c, 1, 6, 0, 0, 0);
+    test_drawing(&c, 1, 6, 0, 0, 0, 1);
+    test_drawing(&c, 6, 6, 1, 0, 0, 3);
     for (size_t K = 1; K < 3000; K = K * 3 + 1) {
         test_pick(K, 1, 0), test_pick(K, 0.7, 2), test_pick(K, 1.3, K / 2), test_pick(K, 0, 0);
     }
@@ -609,7 +711,7 @@ static void test_refusals(void) {
     int reports = 0;
     int32_t tokens[B_MAX * N_MAX];
     uint64_t stream[B_MAX] = {0};
-    DrawOptions o = {1, stream, 1, 0, NULL, NULL, NULL, count_reports, &reports};
+    DrawOptions o = {1, stream, 1, 0, NULL, NULL, NULL, count_reports, &reports, 0, 0};
     pair_make(&a, &c, 2, 70, 0);
     CHECK_ERR(transformer_loss_cuda(a.gpu, &a.schedule, a.x0, a.x, a.x_t, a.t, a.label, 2, 70, 0, 1, 1, &loss),
               "without training");
@@ -617,6 +719,9 @@ static void test_refusals(void) {
               "not on the GPU");
     CHECK_ERR(transformer_draw_cuda(a.gpu, &o, tokens), "begun");
     CHECK_OK(transformer_decode_begin(a.gpu, a.x_t, a.t, a.label, 2, 70));
+    o.guided = 1, a.gpu->now_B = 1;
+    CHECK_ERR(transformer_draw_cuda(a.gpu, &o, tokens), "expected pairs");
+    o.guided = 0, a.gpu->now_B = 2;
     CHECK_ERR(transformer_draw_cuda(a.gpu, &o, tokens), "stopped");
     CHECK(reports == 3);
     a.x0[3] = 9;
@@ -717,7 +822,9 @@ int main(void) {
     test_attention_decoding(2, 1, 15, 30, 1, 40);
     test_attention_decoding(1, 2, 121, 0, 1, 3);
     test_updates();
+    test_bf16_moments();
     test_networks();
+    test_bundled(1), test_bundled(3);
     test_training(&x_small);
     test_training(&gpt_small);
     test_decodings();

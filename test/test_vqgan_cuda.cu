@@ -3,38 +3,6 @@
 
 #include "device_test.h"
 
-/* ---- Pictures on both sides: here (B,C,cells), on the device (B,cells,C) ---- */
-
-static real *as_cells(const real *x, size_t B, size_t C, size_t cells) {
-    real *y = (real *)malloc((B * C * cells + 1) * sizeof *y);
-    for (size_t b = 0; b < B; b++)
-        for (size_t c = 0; c < C; c++)
-            for (size_t i = 0; i < cells; i++) y[(b * cells + i) * C + c] = x[(b * C + c) * cells + i];
-    return y;
-}
-
-static floatX *send_picture(const real *x, size_t B, size_t C, size_t cells) {
-    real *y = as_cells(x, B, C, cells);
-    floatX *p = send_x(y, B * C * cells);
-    free(y);
-    return p;
-}
-
-static void near_picture(const char *name, const floatX *got, const real *want, size_t B, size_t C, size_t cells) {
-    real *y = as_cells(want, B, C, cells);
-    near_x(name, got, y, B * C * cells);
-    free(y);
-}
-
-/* The same bits as the first time: a digest of what the device wrote, in either order of threads and blocks. */
-static uint64_t digest;
-static void add_digest(const void *p, size_t bytes) {
-    unsigned char *here = (unsigned char *)malloc(bytes + 1);
-    CHECK_OK(to_host(device, here, p, bytes));
-    for (size_t i = 0; i < bytes; i++) digest = (digest ^ here[i]) * 1099511628211u;
-    free(here);
-}
-
 /* ---- Convolutions ---- */
 
 static void conv_on_cpu(const Conv *c, real *y, real *dx, real *dw, real *db, const real *x, const real *w,
@@ -66,6 +34,25 @@ static ConvMemory conv_memory(const Conv *c, int small) {
     return m;
 }
 
+/* Results kept in float have its precision, whatever products read; beside them those in floatX, if wanted. Into gaps of
+ * NaN, so that what is not written shows. y: what is wanted; add NULL: nothing is added. */
+static void test_wide(const Conv *c, const floatX *x, const floatX *ordered, const real *bias, const real *add,
+                      const real *y, const ConvMemory *m) {
+    const size_t out = rows_of(c) / c->B, ny = c->B * c->M * out;
+    real *cells = as_cells(y, c->B, c->M, out), *add_cells = add ? as_cells(add, c->B, c->M, out) : NULL;
+    for (int beside = 0; beside < 2; beside++) {
+        const Wide wide = {(float *)on_device(ny * sizeof(float)), add ? send(add_cells, ny) : NULL, send(bias, c->M)};
+        floatX *low = beside ? (floatX *)on_device(ny * sizeof *low) : NULL;
+        real *got = random_reals(ny, 1, 1);
+        CHECK_OK(conv_forward_cuda(device, low, c, x, ordered, send_x(bias, c->M), NULL, m, wide));
+        CHECK_OK(to_host(device, got, wide.y, ny * sizeof *got));
+        CHECK_NEAR("conv y in float", got, cells, ny, 1e-30, c->kind == CONV_UP && IS_BF16 ? 2e-2 : 1e-4);
+        if (beside) near_x("and in floatX", low, cells, ny);
+        free(got);
+    }
+    free(cells), free(add_cells);
+}
+
 /* small: as little memory as will do, so that there are several tiles */
 static void test_conv(Conv c, int small) {
     const size_t hw = c.h * c.w, out = rows_of(&c) / c.B, k = c.kind == CONV1 ? 1 : 9, nw = c.M * c.C * k;
@@ -91,8 +78,16 @@ static void test_conv(Conv c, int small) {
         conv_on_cpu(&c, y, dx, dw, db, x, w, bias, order < 2 ? add : NULL, dy, order == 2);
         near_picture("conv y", dev_y, y, c.B, c.M, out);
         near_picture("conv dx", dev_dx, dx, c.B, c.C, hw);
+        if (c.kind == CONV3 && order < 2) { /* dx alone */
+            floatX *alone = (floatX *)on_device(nx * sizeof *alone);
+            reverse(order == 1);
+            CHECK_OK(conv_input_cuda(device, alone, &c, dev_dy, dev_w, &m));
+            reverse(0);
+            near_picture("conv dx alone", alone, dx, c.B, c.C, hw);
+        }
         near_f("conv dw", dev_dw, dw, nw);
         near_f("conv db", dev_db, db, c.M);
+        if (order != 1) test_wide(&c, dev_x, ordered, bias, order < 2 ? add : NULL, y, &m);
         digest = 0;
         add_digest(dev_y, ny * sizeof(floatX)), add_digest(dev_dx, nx * sizeof(floatX)), add_digest(dev_dw, nw * 4);
         if (order == 1) CHECK(digest == first);
@@ -371,7 +366,7 @@ static Vqgan *make_vqgan(const VqganConfig *c, int honour_tanh) {
 
 /* What a first stage says and learns, on either side. */
 typedef struct {
-    real *prequant, *decoded, *drawn, *xrec, *z, *zq, *dimage, *grad;
+    real *prequant, *decoded, *drawn, *xrec, *z, *zq, *dimage, *grad, *last; /* last: of the last layer alone */
     int32_t *tokens, *raw;
     double loss;
 } Said;
@@ -394,12 +389,6 @@ static Asked ask(const VqganConfig *c, size_t B, size_t H, size_t W) {
     return a;
 }
 
-static real *copy_of(const real *x, size_t n) {
-    real *y = (real *)malloc((n + 1) * sizeof *y);
-    memcpy(y, x, n * sizeof *y);
-    return y;
-}
-
 static Said say(Vqgan *v, const Asked *a) {
     const VqganConfig *c = vqgan_config(v);
     const size_t shift = c->levels - 1, h = a->H >> shift, w = a->W >> shift;
@@ -409,6 +398,7 @@ static Said say(Vqgan *v, const Asked *a) {
     s.prequant = random_reals(a->n_z, 1, 1), s.decoded = random_reals(a->n_out, 1, 1),
     s.drawn = random_reals(a->n_out, 1, 1);
     s.dimage = random_reals(a->n_image, 1, 1);
+    s.last = random_reals(vqgan_last_layer(v)->size + c->out_ch, 1, 1);
     s.tokens = (int32_t *)malloc(a->B * a->cells * 4), s.raw = (int32_t *)malloc(a->B * a->cells * 4);
     CHECK_OK(vqgan_plan(v, a->B, a->H, a->W, 0));
     CHECK_OK(vqgan_encode(v, a->image, a->B, a->H, a->W, 1, s.prequant, NULL, s.tokens));
@@ -423,61 +413,57 @@ static Said say(Vqgan *v, const Asked *a) {
             vqgan_latents(v, &z, &zq, &raw), s.xrec = copy_of(xrec, a->n_out), s.z = copy_of(z, a->n_z),
                                              s.zq = copy_of(zq, a->n_z);
         if (twice) memcpy(s.raw, raw, a->B * a->cells * sizeof *raw);
+        if (v->layer[v->n_layers - 1].kind == VQ_CONV)
+            CHECK_OK(vqgan_last_gradient(v, a->dxrec, s.last, s.last + vqgan_last_layer(v)->size));
+        else
+            CHECK_ERR(vqgan_last_gradient(v, a->dxrec, s.last, s.last), "not behind a tanh");
         CHECK_OK(vqgan_backward(v, a->dxrec, 1.5, twice ? s.dimage : NULL));
     }
     CHECK_ERR(vqgan_backward(v, a->dxrec, 1, NULL), "must follow");
+    CHECK_ERR(vqgan_last_gradient(v, a->dxrec, s.last, s.last), "must follow");
     CHECK_OK(params_fetch(vqgan_params(v)));
     s.grad = copy_of(vqgan_params(v)->arena[1], vqgan_params(v)->total);
     return s;
 }
 
 static void forget(Said *s) {
-    void *all[] = {s->prequant, s->decoded, s->drawn, s->xrec, s->z, s->zq, s->dimage, s->grad, s->tokens, s->raw};
+    void *all[] = {s->prequant, s->decoded, s->drawn, s->xrec,   s->z,  s->zq,
+                   s->dimage,   s->grad,    s->last,  s->tokens, s->raw};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
-}
-
-static double rms_of(const real *x, size_t n) {
-    double sum = 0;
-    for (size_t i = 0; i < n; i++) sum += (double)x[i] * (double)x[i];
-    return sqrt(sum / (double)n);
-}
-
-/* Root mean squares: of the error at most `limit` times that of what is wanted, or `least` times if that is larger. */
-static void near_rms(const char *name, const real *got, const real *want, size_t n, double least, double limit) {
-    real *gap = copy_of(got, n);
-    for (size_t i = 0; i < n; i++) gap[i] -= want[i];
-    const double error = rms_of(gap, n) / fmax(rms_of(want, n), least);
-    if (!test_note(n > 0 && error <= limit, __FILE__, __LINE__, name))
-        printf("     an error of %.3g, at most %.3g\n", error, limit);
-    free(gap);
 }
 
 /* Of row i. A bias is compared on the scale of the weight before it: in front of a norm, and in attention's keys, a bias has
  * no gradient but what rounding leaves.
  *
- * In bf16 the layers are held to 2e-2, and so is what the whole network says. Its gradients cannot be: rounding nothing but
- * what forward keeps to bf16, with all else in float, moves those of networks like this one by up to 7 % (and rounding
- * nothing but what backward keeps, by up to 3 %). */
-static const double GRADIENTS = IS_BF16 ? 7e-2 : 1e-4;
+ * In bf16 the gradient as a whole is held to 2e-2, and so is what the network says. A single tensor's cannot be: where
+ * nothing is rounded but the operands of products, which is what bf16 means, some weights of random networks like these are
+ * off by up to 2.3e-2 (the whole by 1.2e-2; at the depth of FFHQ's by 2.2e-2), and those biases by more. Everything in bf16,
+ * residual stream included, would be 2.0e-2 to 2.5e-2 for the whole of these, 3.9e-2 at that depth. */
+static const double GRADIENTS = IS_BF16 ? 7e-2 : 1e-4, WEIGHTS = IS_BF16 ? 2.5e-2 : 1e-4;
 
 static void same_gradient(const Said *got, const Said *want, const Params *p, size_t i) {
     const Param *r = &p->row[i];
     const size_t at = (size_t)(r->grad - p->arena[1]), before = i ? (size_t)(p->row[i - 1].grad - p->arena[1]) : 0;
     const double scale = r->ndim == 1 && i ? rms_of(want->grad + before, p->row[i - 1].size) : 0;
-    near_rms(r->name, got->grad + at, want->grad + at, r->size, scale, GRADIENTS);
+    near_rms(r->name, got->grad + at, want->grad + at, r->size, scale, r->ndim == 1 ? GRADIENTS : WEIGHTS);
 }
 
-static void same_said(const Said *got, const Said *want, const Asked *a, const Params *p) {
+static void same_said(const Said *got, const Said *want, const Asked *a, Vqgan *v) {
+    const Params *p = vqgan_params(v);
     near_rms("prequant", got->prequant, want->prequant, a->n_z, 0, TOLERANCE);
     near_rms("decoded", got->decoded, want->decoded, a->n_out, 0, TOLERANCE);
     near_rms("drawn", got->drawn, want->drawn, a->n_out, 0, TOLERANCE);
     near_rms("reconstruction", got->xrec, want->xrec, a->n_out, 0, TOLERANCE);
     near_rms("z", got->z, want->z, a->n_z, 0, TOLERANCE);
     near_rms("z_q", got->zq, want->zq, a->n_z, 0, TOLERANCE);
-    near_rms("image gradient", got->dimage, want->dimage, a->n_image, 0, GRADIENTS);
+    near_rms("image gradient", got->dimage, want->dimage, a->n_image, 0, TOLERANCE);
+    near_rms("last layer's gradient", got->last, want->last, vqgan_last_layer(v)->size, 0, TOLERANCE);
+    near_rms("last bias's gradient", got->last + vqgan_last_layer(v)->size, want->last + vqgan_last_layer(v)->size,
+             vqgan_config(v)->out_ch, 0, TOLERANCE);
     CHECK(memcmp(got->tokens, want->tokens, a->B * a->cells * 4) == 0);
     CHECK(memcmp(got->raw, want->raw, a->B * a->cells * 4) == 0);
     CHECK(fabs(got->loss - want->loss) <= TOLERANCE * fabs(want->loss));
+    near_rms("gradient as a whole", got->grad, want->grad, p->total, 0, TOLERANCE);
     for (size_t i = 0; i < p->n; i++) same_gradient(got, want, p, i);
 }
 
@@ -497,7 +483,7 @@ static void test_network(const VqganConfig *c, int honour_tanh, size_t B, size_t
         Said got = say(there, &a);
         reverse(0);
         if (order == 0) {
-            same_said(&got, &want, &a, p);
+            same_said(&got, &want, &a, there);
             first = got;
         } else {
             CHECK(memcmp(got.grad, first.grad, p->total * sizeof *got.grad) == 0);
@@ -553,12 +539,63 @@ static void test_training(void) {
     free(a.image), free(a.z), free(a.dxrec), free(a.tokens);
 }
 
+/* The bundled first stage, a network as training leaves them, on 32x32 pixels of a picture, and the gradient of a loss. */
+static void test_bundled(void) {
+    enum { SIDE = 32, PIXELS = 3 * SIDE * SIDE };
+    Model m;
+    Image im;
+    Said s[2];
+    real x[PIXELS], dxrec[PIXELS];
+    CHECK_OK(model_open(&m, "models/emoji", NULL));
+    CHECK_OK(image_read(&im, "models/emoji/example.png"));
+    CHECK(im.H >= 48 && im.W >= 48);
+    for (size_t i = 0; i < PIXELS; i++) {
+        const size_t c = i / SIDE / SIDE, row = 4 + i / SIDE % SIDE, column = 24 + i % SIDE;
+        x[i] = to_float(to_floatX((float)im.rgb[(row * im.W + column) * 3 + c] / 127.5f - 1));
+    }
+    for (int there = 0; there < 2; there++) {
+        const real *xrec, *z;
+        const int32_t *raw;
+        double l1, l2;
+        Vqgan *v;
+        memset(&s[there], 0, sizeof s[there]);
+        CHECK_OK(vqgan_create(&v, vqgan_config(m.vqgan), 0));
+        Params *p = vqgan_params(v), *from = vqgan_params(m.vqgan);
+        CHECK_OK(params_plan(p, PLAN_VALUE | PLAN_GRAD));
+        for (size_t r = 0; r < p->n; r++)
+            for (size_t k = 0; k < p->row[r].size; k++) p->row[r].value[k] = to_float(to_floatX(from->row[r].value[k]));
+        if (there) CHECK_OK(open_device(&p->device));
+        if (there) p->ops = &CUDA_TABLE;
+        CHECK_OK(vqgan_plan(v, 1, SIDE, SIDE, 1));
+        CHECK_OK(params_send(p));
+        params_zero_grad(p);
+        CHECK_OK(vqgan_forward(v, x, 1, SIDE, SIDE, &xrec, &s[there].loss));
+        vqgan_latents(v, &z, NULL, &raw);
+        s[there].xrec = copy_of(xrec, PIXELS), s[there].raw = (int32_t *)malloc(16 * sizeof(int32_t));
+        memcpy(s[there].raw, raw, 16 * sizeof(int32_t));
+        if (!there) image_loss(x, xrec, PIXELS, 1, 1, &l1, &l2, dxrec);
+        CHECK_OK(vqgan_backward(v, dxrec, 1, NULL));
+        CHECK_OK(params_fetch(p));
+        s[there].grad = copy_of(p->arena[1], p->total);
+        if (there) {
+            CHECK(memcmp(s[1].raw, s[0].raw, 16 * sizeof(int32_t)) == 0);
+            near_rms("reconstruction, bundled", s[1].xrec, s[0].xrec, PIXELS, 0, TOLERANCE);
+            near_rms("gradient as a whole, bundled", s[1].grad, s[0].grad, p->total, 0, TOLERANCE);
+            for (size_t r = 0; r < p->n; r++) same_gradient(&s[1], &s[0], p, r);
+        }
+        vqgan_free(v);
+    }
+    forget(&s[0]), forget(&s[1]);
+    image_free(&im), model_close(&m);
+}
+
 static void test_networks(void) {
     VqganConfig c = tiny();
     test_network(&c, 0, 2, 8, 12);
     c.legacy = 0, c.beta = 0.6, c.tanh_out = 1, c.re_embed = 6, c.n_attn = 0, c.levels = 1, c.ch_mult[0] = 1;
     test_network(&c, 1, 1, 3, 5);
     test_training();
+    test_bundled();
 }
 
 /* ---- main ---- */

@@ -1,0 +1,548 @@
+/* test_gan_cuda.cu - the CUDA twins of what trains a first stage beside itself, the discriminator and LPIPS, against the C:
+ * every layer, then whole networks, then steps of the optimizer. As test_cuda.cu. */
+#include "../device.cu"
+
+#include "device_test.h"
+
+/* ---- The discriminator's convolution, against its definition ---- */
+
+/* (B,C,H,W) pictures -> y (B,M,h,w), and the gradients of both sides from dy */
+static void conv4_reference(const DiscLayer *l, size_t B, const real *x, const real *w, const real *bias,
+                            const real *dy, double *y, double *dx, double *dw) {
+    for (size_t i = 0; i < B * l->M * l->h * l->w; i++) {
+        const size_t ox = i % l->w, oy = i / l->w % l->h, m = i / l->w / l->h % l->M, b = i / l->w / l->h / l->M;
+        y[i] = (double)bias[m];
+        for (size_t k = 0; k < l->C * TAPS; k++) {
+            const size_t iy = oy * l->stride + k / 4 % 4, ix = ox * l->stride + k % 4; /* one too large */
+            if (iy < 1 || ix < 1 || iy > l->H || ix > l->W) continue;
+            const size_t at = ((b * l->C + k / TAPS) * l->H + iy - 1) * l->W + ix - 1, weight = m * l->C * TAPS + k;
+            y[i] += (double)w[weight] * (double)x[at];
+            dx[at] += (double)w[weight] * (double)dy[i], dw[weight] += (double)dy[i] * (double)x[at];
+        }
+    }
+}
+
+static real *as_reals(const double *x, size_t n) {
+    real *y = (real *)malloc((n + 1) * sizeof *y);
+    for (size_t i = 0; i < n; i++) y[i] = (real)x[i];
+    return y;
+}
+
+/* small: as little memory as will do, so that there are several tiles */
+static void test_conv4(size_t B, size_t C, size_t M, size_t stride, size_t H, size_t W, int small) {
+    DiscLayer l;
+    memset(&l, 0, sizeof l);
+    l.C = C, l.M = M, l.stride = stride, l.H = H, l.W = W, l.h = (H - 2) / stride + 1, l.w = (W - 2) / stride + 1;
+    l.n = B * l.h * l.w;
+    const size_t nx = B * C * H * W, ny = M * l.n, nw = M * C * TAPS;
+    const Window p = disc_window(&l);
+    real *x = random_reals(nx, 1, 1), *w = random_reals(nw, 2, 0.3), *bias = random_reals(M, 3, 1),
+         *dy = random_reals(ny, 4, 1), *before = random_reals(nw, 5, 1);
+    double *y = (double *)calloc(ny, sizeof *y), *dx = (double *)calloc(nx, sizeof *dx),
+           *dw = (double *)calloc(nw, sizeof *dw);
+    uint64_t first = 0;
+    for (size_t i = 0; i < nw; i++) dw[i] = (double)before[i];
+    conv4_reference(&l, B, x, w, bias, dy, y, dx, dw);
+    real *want_y = as_reals(y, ny), *want_dx = as_reals(dx, nx), *want_dw = as_reals(dw, nw);
+    for (int order = 0; order < 2; order++) {
+        ConvMemory m;
+        memset(&m, 0, sizeof m);
+        conv4_needs_cuda(&m, &p, B, M);
+        if (small) m.column_size = (round_up(l.h * l.w, TILE_ROWS) + TILE_ROWS) * p.pitch;
+        m.columns = (floatX *)on_device(m.column_size * sizeof(floatX));
+        m.totals = (float *)on_device(m.total_size * sizeof(float));
+        floatX *ordered = (floatX *)on_device(M * p.pitch * sizeof(floatX)),
+               *dev_y = (floatX *)on_device(ny * sizeof(floatX)), *dev_dx = (floatX *)on_device(nx * sizeof(floatX));
+        floatX *dev_x = send_picture(x, B, C, H * W), *dev_dy = send_picture(dy, B, M, l.h * l.w),
+               *dev_w = send_x(w, nw);
+        float *dev_dw = send(before, nw);
+        reverse(order);
+        CHECK_OK(order_taps(device, ordered, dev_w, M, C, p.pitch));
+        CHECK_OK(conv4_forward_cuda(device, dev_y, &p, dev_x, ordered, send_x(bias, M), l.n, M, &m));
+        CHECK_OK(conv4_weights_cuda(device, dev_dw, &p, dev_dy, dev_x, l.n, M, &m));
+        CHECK_OK(conv4_input_cuda(device, dev_dx, &p, dev_dy, ordered, B, M, &m));
+        reverse(0);
+        near_picture("4x4 y", dev_y, want_y, B, M, l.h * l.w);
+        near_picture("4x4 dx", dev_dx, want_dx, B, C, H * W);
+        near_f("4x4 dw", dev_dw, want_dw, nw);
+        digest = 0;
+        add_digest(dev_y, ny * sizeof(floatX)), add_digest(dev_dx, nx * sizeof(floatX)), add_digest(dev_dw, nw * 4);
+        if (order) CHECK(digest == first);
+        first = digest;
+        free_arrays();
+    }
+    void *all[] = {x, w, bias, dy, before, y, dx, dw, want_y, want_dx, want_dw};
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
+}
+
+static void test_convs(void) {
+    for (int small = 0; small < 2; small++) {
+        test_conv4(2, 3, 8, 2, 16, 16, small);
+        test_conv4(3, 5, 10, 2, 7, 9, small); /* odd sides, channels that are not whole packs */
+        test_conv4(3, 8, 1, 1, 5, 4, small);
+        test_conv4(5, 10, 20, 1, 3, 4, small);
+        test_conv4(1, 1, 1, 2, 2, 2, small);
+        /* those that tensor cores do directly: several tiles, and parts of tiles */
+        test_conv4(1, 32, 8, 2, 12, 10, small);
+        test_conv4(3, 32, 40, 1, 8, 9, small);
+        test_conv4(2, 64, 1, 1, 4, 4, small);
+    }
+}
+
+/* ---- Batch norm and leaky ReLU, against their formulas in double ---- */
+
+typedef struct {
+    size_t n, C;
+    real *y, *gamma, *beta, *kept, *da, *running_mean, *running_var; /* (n,C) and (C) */
+    double step;
+} NormCase;
+
+/* a, then from da and what features say dy, dgamma, dbeta += */
+static void norm_reference(NormCase *k, int normal, real *a, real *dy, real *dgamma, real *dbeta) {
+    for (size_t c = 0; c < k->C; c++) {
+        double mean = 0, var = 0, sum = 0, along = 0, scale = 1, rstd = 1;
+        const double n = (double)k->n;
+        for (size_t i = c; i < k->n * k->C; i += k->C) mean += (double)k->y[i] / n;
+        for (size_t i = c; i < k->n * k->C; i += k->C) var += ((double)k->y[i] - mean) * ((double)k->y[i] - mean) / n;
+        if (normal) rstd = 1 / sqrt(var + 1e-5), scale = rstd * (double)k->gamma[c];
+        k->running_mean[c] = (real)(0.9 * (double)k->running_mean[c] + 0.1 * mean);
+        k->running_var[c] = (real)(0.9 * (double)k->running_var[c] + 0.1 * var * n / (n - 1));
+        for (int pass = 0; pass < 2; pass++)
+            for (size_t i = c; i < k->n * k->C; i += k->C) {
+                const double hat = ((double)k->y[i] - mean) * rstd;
+                const double t = normal ? hat * (double)k->gamma[c] + (double)k->beta[c] : (double)k->y[i];
+                /* which side of 0 and of what was kept is the device's to say, where it rounds */
+                const double was = to_float(to_floatX((float)(t > 0 ? t : 0.2 * t))) - (double)k->kept[i];
+                const double g = ((double)k->da[i] + k->step * (double)((was > 0) - (was < 0))) * (t > 0 ? 1 : 0.2);
+                a[i] = (real)(t > 0 ? t : 0.2 * t);
+                if (pass == 0)
+                    sum += g, along += g * hat;
+                else
+                    dy[i] = (real)(normal ? scale * (g - sum / n - hat * along / n) : g);
+            }
+        if (normal) dgamma[c] += (real)along, dbeta[c] += (real)sum;
+    }
+}
+
+static void test_norm(size_t n, size_t C, double step, int normal) {
+    const size_t size = n * C;
+    NormCase k = {n,
+                  C,
+                  random_reals(size, 11, 2),
+                  random_reals(C, 12, 1),
+                  random_reals(C, 13, 1),
+                  NULL,
+                  random_reals(size, 15, 1),
+                  NULL,
+                  NULL,
+                  step};
+    k.kept = random_reals(size, 14, 1);
+    uint64_t first = 0;
+    for (size_t i = 0; i < size; i++) k.y[i] = to_float(to_floatX(k.y[i] + 4)); /* a mean far from zero */
+    for (int order = 0; order < 2; order++) {
+        real *a = random_reals(size, 16, 1), *dy = random_reals(size, 17, 1), *dgamma = random_reals(C, 18, 1),
+             *dbeta = random_reals(C, 19, 1);
+        k.running_mean = random_reals(C, 20, 1), k.running_var = random_reals(C, 21, 1);
+        float tracked = 3, *dev_tracked = send(&tracked, 1), *dev_mean = send(k.running_mean, C),
+              *dev_var = send(k.running_var, C), *dev_dgamma = send(dgamma, C), *dev_dbeta = send(dbeta, C);
+        float *partial = (float *)on_device(channel_slices(1, n, C) * 4), *lines = (float *)on_device(2 * C * 4);
+        BatchNorm b = {n, C, NULL, NULL, send(k.gamma, C), send(k.beta, C), dev_mean, dev_var, dev_tracked};
+        if (normal) b.mean = (float *)on_device(C * 4), b.rstd = (float *)on_device(C * 4);
+        const floatX *dev_y = send_x(k.y, size), *dev_kept = send_x(k.kept, size);
+        floatX *dev_a = (floatX *)on_device(size * sizeof *dev_a), *g = send_x(k.da, size);
+        reverse(order);
+        CHECK_OK((C % PACK ? activate_cuda<1> : activate_cuda<PACK>)(device, dev_a, dev_y, &b, partial));
+        CHECK_OK((C % PACK ? activate_backward_cuda<1>
+                           : activate_backward_cuda<PACK>)(device, g, dev_a, dev_kept, (float)step, dev_y, &b,
+                                                           dev_dgamma, dev_dbeta, lines, partial));
+        reverse(0);
+        norm_reference(&k, normal, a, dy, dgamma, dbeta);
+        near_x("norm a", dev_a, a, size);
+        near_x("norm dy", g, dy, size);
+        near_f("norm dgamma", dev_dgamma, dgamma, C);
+        near_f("norm dbeta", dev_dbeta, dbeta, C);
+        CHECK_OK(to_host(device, &tracked, dev_tracked, sizeof tracked));
+        CHECK(tracked == (normal ? 4 : 3));
+        if (normal) near_f("running mean", dev_mean, k.running_mean, C);
+        if (normal) near_f("running variance", dev_var, k.running_var, C);
+        digest = 0;
+        add_digest(dev_a, size * sizeof(floatX)), add_digest(g, size * sizeof(floatX)), add_digest(dev_dgamma, C * 4);
+        if (order) CHECK(digest == first);
+        first = digest;
+        void *all[] = {a, dy, dgamma, dbeta, k.running_mean, k.running_var};
+        for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
+        free_arrays();
+    }
+    void *all[] = {k.y, k.gamma, k.beta, k.kept, k.da};
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
+}
+
+static void test_norms(void) {
+    test_norm(35, 8, 0, 1);
+    test_norm(35, 8, 0.5, 0);
+    test_norm(3, 5, 0.3, 1);
+    test_norm(9, 40, 0.7, 1);
+    test_norm(1030, 16, 0, 1); /* three slices */
+    test_norm(517, 3, 0.1, 1);
+}
+
+/* ---- Whole networks ----
+ *
+ * In float they are held to 1e-4. In bf16 the layers are, to 2e-2, but whole networks can be held only to what rounding does
+ * to them: where it moves a number across 0, a leaky ReLU or a pool changes its mind, and with it all gradients below. So
+ * the C is run again with every weight moved by up to a rounding step of bf16, MOVES times; twice what that does at most
+ * is what the device may be off. */
+enum { MOVES = IS_BF16 ? 3 : 0 };
+
+static void near_moved(const char *name, const real *got, const real *want, const real *const moved[], size_t n) {
+    double limit = TOLERANCE;
+    for (int m = 0; m < MOVES; m++) {
+        real *gap = copy_of(moved[m], n);
+        for (size_t i = 0; i < n; i++) gap[i] -= want[i];
+        limit = fmax(limit, 2 * rms_of(gap, n) / rms_of(want, n));
+        free(gap);
+    }
+    near_rms(name, got, want, n, 0, limit);
+}
+
+/* The same numbers each time, which bf16 has: as at the beginning of training, those around 1 spread out, `noise` added to
+ * the others. move: 0, or which of the moves */
+static void fill(Params *p, double noise, int move) {
+    params_init(p, 3);
+    for (size_t i = 0; i < p->n; i++)
+        for (size_t k = 0; k < p->row[i].size; k++) {
+            real *v = &p->row[i].value[k];
+            if (p->row[i].init != INIT_ONE && !p->row[i].untrained)
+                *v += (real)(noise * rng_normal(5, rng_stream(RNG_TEST, 99, i), k));
+            if (p->row[i].init == INIT_ONE && !p->row[i].untrained) *v = (real)(0.5 + rng_uniform(4, i, k));
+            if (IS_BF16) *v = to_float(to_floatX(*v));
+            if (move) *v *= (real)(1 + (2 * rng_uniform(80 + (uint64_t)move, i, k) - 1) / 256);
+        }
+}
+
+/* ---- Whole discriminators ---- */
+
+static Discriminator *make_disc(const DiscConfig *c, int there, int move) {
+    Discriminator *d = NULL;
+    CHECK_OK(disc_create(&d, c));
+    Params *p = disc_params(d);
+    CHECK_OK(params_plan(p, PLAN_VALUE | PLAN_GRAD | PLAN_ADAM));
+    fill(p, 0.2, move); /* every layer matters */
+    if (!there) return d;
+    CHECK_OK(open_device(&p->device));
+    p->ops = &CUDA_TABLE;
+    return d;
+}
+
+/* What a discriminator says and learns, on either side. */
+typedef struct {
+    real *logits, *dimage, *matched, *grad, *value;
+    double gap;
+    size_t n, pixels;
+} Said;
+
+static Said say(Discriminator *d, size_t B, size_t H, size_t W) {
+    Params *p = disc_params(d);
+    const size_t pixels = B * d->c.in_channels * H * W;
+    real *image = random_reals(pixels, 1, 0.7), *other = random_reals(pixels, 2, 0.7);
+    const real *logits;
+    Said s;
+    CHECK_OK(disc_plan(d, B, H, W, 1));
+    if (d->twin) CHECK_ERR(disc_forward(d, image, 0, &logits), "not on the GPU yet");
+    CHECK_OK(params_send(p));
+    s.n = disc_logits(d), s.pixels = pixels;
+    s.dimage = random_reals(pixels, 3, 1), s.matched = random_reals(pixels, 3, 1);
+    real *dlogits = random_reals(s.n, 4, 1);
+    params_zero_grad(p);
+    CHECK_OK(disc_forward(d, other, 1, &logits));
+    CHECK_OK(disc_backward(d, dlogits, 0, 1, NULL)); /* gradients of parameters add up */
+    CHECK_OK(disc_keep_features(d));
+    CHECK_OK(disc_forward(d, image, 1, &logits));
+    s.logits = copy_of(logits, s.n);
+    s.gap = disc_feature_loss(d);
+    CHECK_OK(disc_backward(d, NULL, 1.5, 0, s.matched));
+    CHECK_OK(disc_backward(d, dlogits, 0, 1, s.dimage));
+    CHECK_OK(disc_forward(d, other, 0, &logits)); /* no buffer follows, nothing is learnt */
+    CHECK_OK(disc_backward(d, dlogits, 0, 0, NULL));
+    CHECK_OK(params_fetch(p));
+    s.grad = copy_of(p->arena[1], p->total), s.value = copy_of(p->arena[0], p->total);
+    free(image), free(other), free(dlogits);
+    return s;
+}
+
+static void forget(Said *s) {
+    void *all[] = {s->logits, s->dimage, s->matched, s->grad, s->value};
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
+}
+
+static void same_said(const Said *got, const Said *want, const Said moved[], const Params *p) {
+    const real *run[3];
+#define SAME(name, array, at, n)                                                                                       \
+    for (int m = 0; m < MOVES; m++) run[m] = moved[m].array + (at);                                                    \
+    near_moved(name, got->array + (at), want->array + (at), run, n)
+    SAME("logits", logits, 0, want->n);
+    SAME("gradient of pictures", dimage, 0, want->pixels);
+    SAME("gradient of feature matching", matched, 0, want->pixels);
+    for (size_t i = 0; i < p->n; i++) {
+        const Param *r = &p->row[i];
+        const size_t at = (size_t)(r->value - p->arena[0]);
+        if (r->untrained) {
+            SAME(r->name, value, at, r->size);
+        } else {
+            SAME(r->name, grad, at, r->size);
+        }
+    }
+#undef SAME
+    CHECK(fabs(got->gap - want->gap) <= TOLERANCE * want->gap);
+}
+
+static Said said_here(const DiscConfig *c, int move, size_t B, size_t H, size_t W) {
+    Discriminator *d = make_disc(c, 0, move);
+    const Said s = say(d, B, H, W);
+    disc_free(d);
+    return s;
+}
+
+static void test_disc(DiscConfig c, size_t B, size_t H, size_t W) {
+    Said want = said_here(&c, 0, B, H, W), moved[MOVES + 1], first;
+    for (int m = 0; m < MOVES; m++) moved[m] = said_here(&c, m + 1, B, H, W);
+    for (int order = 0; order < 2; order++) {
+        Discriminator *there = make_disc(&c, 1, 0);
+        const Params *p = disc_params(there);
+        reverse(order);
+        Said got = say(there, B, H, W);
+        reverse(0);
+        if (order == 0) {
+            same_said(&got, &want, moved, p);
+            first = got;
+        } else {
+            CHECK(memcmp(got.grad, first.grad, p->total * sizeof *got.grad) == 0);
+            CHECK(memcmp(got.value, first.value, p->total * sizeof *got.value) == 0);
+            CHECK(memcmp(got.dimage, first.dimage, got.pixels * sizeof *got.dimage) == 0);
+            CHECK(memcmp(got.matched, first.matched, got.pixels * sizeof *got.matched) == 0 && got.gap == first.gap);
+            forget(&got);
+        }
+        disc_free(there);
+    }
+    forget(&want), forget(&first);
+    for (int m = 0; m < MOVES; m++) forget(&moved[m]);
+}
+
+/* Steps of the optimizer are seen by the convolutions; the buffers are left to batch norm. */
+static void test_steps(void) {
+    const DiscConfig c = {3, 8, 1};
+    const AdamW o = {1e-3, 0.5, 0.9, 1e-8, 0};
+    enum { PIXELS = 2 * 3 * 16 * 16 };
+    real *image = random_reals(PIXELS, 1, 0.7), dlogits[128], *value[2], out[2][128];
+    size_t n = 0;
+    for (int k = 0; k < 2; k++) {
+        Discriminator *d = make_disc(&c, k, 0);
+        Params *p = disc_params(d);
+        const real *logits;
+        CHECK_OK(disc_plan(d, 2, 16, 16, 0));
+        CHECK_OK(params_send(p));
+        for (uint64_t step = 1; step <= 3; step++) {
+            params_zero_grad(p);
+            CHECK_OK(disc_forward(d, image, 1, &logits));
+            n = disc_logits(d);
+            disc_loss(step % 2 ? DISC_HINGE : DISC_VANILLA, logits, n, step > 1, 1, dlogits);
+            CHECK_OK(disc_backward(d, dlogits, 0, 1, NULL));
+            CHECK(params_grad_norm(p) > 0);
+            adamw_step(p, &o, step);
+        }
+        CHECK_OK(disc_forward(d, image, 0, &logits));
+        memcpy(out[k], logits, n * sizeof *logits);
+        CHECK_ERR(disc_backward(d, dlogits, 1, 0, NULL), "without features");
+        CHECK_OK(params_fetch(p));
+        value[k] = copy_of(p->arena[0], p->total);
+        if (k) near_rms("values after three steps", value[1], value[0], p->total, 0, TOLERANCE);
+        disc_free(d);
+    }
+    near_rms("logits after three steps", out[1], out[0], n, 0, TOLERANCE);
+    free(image), free(value[0]), free(value[1]);
+}
+
+static void test_discs(void) {
+    test_disc((DiscConfig){3, 8, 2}, 4, 32, 32);
+    test_disc((DiscConfig){3, 5, 2}, 2, 14, 19);  /* odd and even sides: 7x9, 3x4, 2x3, 1x2 */
+    test_disc((DiscConfig){3, 32, 1}, 2, 16, 20); /* on tensor cores */
+    test_steps();
+}
+
+/* ---- What LPIPS is made of ---- */
+
+static void test_relu(size_t n) {
+    real *x = random_reals(n, 41, 1), *dy = random_reals(n, 42, 1);
+    floatX *y = send_x(x, n), *g = send_x(dy, n);
+    CHECK_OK(relu_cuda(device, y, n));
+    CHECK_OK(relu_backward_cuda(device, g, y, n));
+    for (size_t i = 0; i < n; i++) x[i] = x[i] > 0 ? x[i] : 0, dy[i] = x[i] > 0 ? dy[i] : 0;
+    near_x("relu", y, x, n);
+    near_x("relu backward", g, dy, n);
+    free(x), free(dy);
+    free_arrays();
+}
+
+/* Whole numbers few enough that the largest comes more than once: the first gets the gradient. */
+static void test_pool(size_t B, size_t C, size_t h, size_t w) {
+    const size_t nx = B * C * h * w, oh = h / 2, ow = w / 2, ny = B * C * oh * ow;
+    real *x = random_reals(nx, 43, 1), *dy = random_reals(ny, 44, 1), *y = random_reals(ny, 45, 1),
+         *dx = (real *)calloc(nx, sizeof *dx);
+    for (size_t i = 0; i < nx; i++) x[i] = (real)floor((double)x[i]);
+    for (size_t plane = 0; plane < B * C; plane++)
+        for (size_t i = 0; i < oh * ow; i++) {
+            const size_t corner = (plane * h + i / ow * 2) * w + i % ow * 2;
+            size_t most = corner;
+            for (size_t k = 1; k < 4; k++)
+                if (x[corner + k / 2 * w + k % 2] > x[most]) most = corner + k / 2 * w + k % 2;
+            y[plane * oh * ow + i] = x[most], dx[most] = dy[plane * oh * ow + i];
+        }
+    floatX *dev_y = (floatX *)on_device(ny * sizeof *dev_y), *dev_dx = (floatX *)on_device(nx * sizeof *dev_dx);
+    const floatX *dev_x = send_picture(x, B, C, h * w);
+    CHECK_OK(pool_cuda(device, dev_y, dev_x, B, h, w, C));
+    CHECK_OK(pool_backward_cuda(device, dev_dx, send_picture(dy, B, C, oh * ow), dev_x, B, h, w, C));
+    near_picture("pool", dev_y, y, B, C, oh * ow);
+    near_picture("pool backward", dev_dx, dx, B, C, h * w);
+    free(x), free(dy), free(y), free(dx);
+    free_arrays();
+}
+
+/* Cell 0 of both, and cell 1 of r alone, have no direction. */
+static void test_compare(size_t cells, size_t C, int more) {
+    const size_t n = cells * C;
+    real *a = random_reals(n, 46, 1), *r = random_reals(n, 47, 1), *lin = random_reals(C, 48, 1),
+         *dr = random_reals(n, 49, 1);
+    double want = 0, got = 0, sums[SUM_BLOCKS];
+    for (size_t i = 0; i < n; i++) {
+        a[i] = a[i] > 0 ? a[i] : 0, r[i] = r[i] > 0 ? r[i] : 0;
+        if (i < C) a[i] = 0, lin[i] = (real)fabs((double)lin[i]); /* as LPIPS has them */
+        if (i < 2 * C) r[i] = 0;
+    }
+    floatX *dev_dr = send_x(dr, n);
+    const floatX *dev_a = send_x(a, n), *dev_r = send_x(r, n);
+    const unsigned blocks = sum_blocks(cells, CELL_THREADS / WARP);
+    CHECK_OK(compare_features(device, device->sums, dev_dr, dev_a, dev_r, send(lin, C), cells, C, 0.7, more));
+    CHECK_OK(to_host(device, sums, device->sums, blocks * sizeof *sums));
+    for (unsigned k = 0; k < blocks; k++) got += sums[k];
+    for (size_t at = 0; at < n; at += C) {
+        double aa = 0, rr = 0, along = 0;
+        for (size_t c = at; c < at + C; c++) aa += (double)a[c] * (double)a[c], rr += (double)r[c] * (double)r[c];
+        aa = sqrt(aa), rr = sqrt(rr);
+        for (size_t c = 0; c < C; c++) {
+            const double d = (double)a[at + c] / (aa + 1e-10) - (double)r[at + c] / (rr + 1e-10);
+            want += (double)lin[c] * d * d, along += (double)lin[c] * d * (double)r[at + c];
+        }
+        for (size_t c = 0; c < C; c++) {
+            const double u = 1 / (rr + 1e-10), d = (double)a[at + c] / (aa + 1e-10) - (double)r[at + c] * u;
+            const double turn = rr > 0 ? (double)r[at + c] * along * u / rr : 0;
+            dr[at + c] = (real)((more ? (double)dr[at + c] : 0) - 1.4 * u * ((double)lin[c] * d - turn));
+        }
+    }
+    CHECK(fabs(got - want) <= TOLERANCE * fabs(want));
+    near_x("compared, no direction", dev_dr, dr, min_size(2, cells) * C);
+    if (cells > 2) near_x("compared", dev_dr + 2 * C, dr + 2 * C, n - 2 * C);
+    free(a), free(r), free(lin), free(dr);
+    free_arrays();
+}
+
+static void test_lpips_layers(void) {
+    test_relu(1000), test_relu(7);
+    test_pool(2, 8, 6, 4), test_pool(1, 5, 7, 9), test_pool(2, 3, 2, 3);
+    test_compare(3, 5, 0), test_compare(40, 64, 1), test_compare(2500, 3, 1); /* blocks take several cells a warp */
+}
+
+/* ---- Whole LPIPS ---- */
+
+static Perceptual *make_perceptual(const PerceptualConfig *c, int there, int move) {
+    Perceptual *p = NULL;
+    CHECK_OK(perceptual_create(&p, c));
+    Params *t = perceptual_params(p);
+    CHECK_OK(params_plan(t, PLAN_VALUE));
+    fill(t, 0, move);
+    if (!there) return p;
+    CHECK_OK(open_device(&t->device));
+    t->ops = &CUDA_TABLE;
+    return p;
+}
+
+typedef struct {
+    size_t B, H, W, n;
+    real *x, *xrec;
+} Pair;
+
+/* *loss; the gradient, from 0 on */
+static real *differ_here(const PerceptualConfig *c, int move, const Pair *a, double *loss) {
+    Perceptual *p = make_perceptual(c, 0, move);
+    real *d = (real *)calloc(a->n, sizeof *d);
+    CHECK_OK(perceptual_plan(p, a->B, a->H, a->W, 1));
+    CHECK_OK(perceptual_loss(p, a->x, a->xrec, a->B, a->H, a->W, 2.5, loss, d));
+    perceptual_free(p);
+    return d;
+}
+
+static void check_equal_pictures(Perceptual *p, const Pair *a) {
+    real *d = (real *)calloc(a->n, sizeof *d), *zero = (real *)calloc(a->n, sizeof *zero);
+    double loss = 1;
+    CHECK_OK(perceptual_loss(p, a->x, a->x, a->B, a->H, a->W, 1, &loss, d));
+    CHECK(loss == 0 && memcmp(d, zero, a->n * sizeof *d) == 0);
+    free(d), free(zero);
+}
+
+/* at_once: pictures in the network, maybe fewer than the batch */
+static void test_perceptual(const PerceptualConfig *c, size_t B, size_t H, size_t W, size_t at_once) {
+    const size_t n = B * 3 * H * W;
+    const Pair a = {B, H, W, n, random_reals(n, 61, 0.5), random_reals(n, 62, 0.5)};
+    double wanted, said, alone;
+    const real *moved[MOVES + 1];
+    real *want = differ_here(c, 0, &a, &wanted), *first = NULL;
+    for (int m = 0; m < MOVES; m++) moved[m] = differ_here(c, m + 1, &a, &said);
+    for (int order = 0; order < 2; order++) {
+        Perceptual *p = make_perceptual(c, 1, 0);
+        real *got = (real *)calloc(n, sizeof *got);
+        CHECK_OK(perceptual_plan(p, B, H, W, 1));
+        CHECK_ERR(perceptual_loss(p, a.x, a.xrec, B, H, W, 2.5, &said, got), "not on the GPU yet");
+        CHECK_OK(params_send(perceptual_params(p)));
+        p->b = at_once;
+        reverse(order);
+        CHECK_OK(perceptual_loss(p, a.x, a.xrec, B, H, W, 2.5, &said, got));
+        CHECK_OK(perceptual_loss(p, a.x, a.xrec, B, H, W, 0, &alone, NULL));
+        reverse(0);
+        CHECK(alone == said && fabs(said - wanted) <= TOLERANCE * wanted);
+        near_moved("gradient of LPIPS", got, want, moved, n);
+        if (order) CHECK(memcmp(got, first, n * sizeof *got) == 0);
+        free(first), first = copy_of(got, n);
+        CHECK_OK(perceptual_loss(p, a.x, a.xrec, B, H, W, 2.5, &said, got)); /* it adds to what is there */
+        for (size_t i = 0; i < n; i++) got[i] /= 2;
+        CHECK(memcmp(got, first, n * sizeof *got) == 0);
+        check_equal_pictures(p, &a);
+        free(got);
+        perceptual_free(p);
+    }
+    for (int m = 0; m < MOVES; m++) free((void *)moved[m]);
+    free(a.x), free(a.xrec), free(want), free(first);
+}
+
+static void test_perceptuals(void) {
+    const PerceptualConfig odd = {{4, 5, 6, 7, 8}, {2, 2, 3, 3, 3}}, wide = {{32, 40, 32, 9, 8}, {2, 1, 2, 1, 1}};
+    test_perceptual(&odd, 3, 16, 16, 2);
+    test_perceptual(&odd, 1, 23, 18, 1);
+    test_perceptual(&wide, 2, 16, 20, 2); /* on tensor cores */
+}
+
+/* ---- main ---- */
+
+int main(void) {
+    char text[CUDA_TEXT_BYTES];
+    if (find_cuda(text, NULL, NULL) != OK || open_device(&device) != OK) {
+        printf("FAIL %s\n0 passed, 1 failed\n", err_text());
+        return 1;
+    }
+    printf("%s, %s\n", text, IS_BF16 ? "bf16" : "f32");
+    test_convs();
+    test_norms();
+    test_discs();
+    test_lpips_layers();
+    test_perceptuals();
+    close_device(device);
+    return test_report();
+}
