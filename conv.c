@@ -1138,19 +1138,26 @@ static __device__ inline floatX *chunk_at(floatX *stage, unsigned r, unsigned k)
     return stage + r * STEP + (k ^ (r / 2 % 4)) * PACK;
 }
 
-/* Where a thread's two rows of the source tile are: picture, and the cell that their window begins with. */
+/* Where a thread's two rows of the source tile are: first cell of the picture, and the one that their window begins with.
+ * Whole numbers are of 32 bits here, which vqgan_plan_cuda has seen to: between products there is time for few others. */
 typedef struct {
-    size_t picture;
-    long y, x;
+    unsigned picture;
+    int y, x;
     bool there;
 } MmaRow;
+
+/* A step of the sum: channels c.. of cell (y,x) of the window; k: how far that is in a row of weights */
+typedef struct {
+    unsigned c, k;
+    int y, x;
+} MmaStep;
 
 static __device__ inline MmaRow mma_row(const Window *p, size_t row, size_t rows) {
     const unsigned r = (unsigned)row, gw = (unsigned)p->gw, gh = (unsigned)p->gh;
     MmaRow m;
     m.there = row < rows;
-    m.picture = r / (gw * gh) * ((p->h >> p->shift) * (p->w >> p->shift));
-    m.y = (long)(r / gw % gh) * p->stride - p->pad, m.x = (long)(r % gw) * p->stride - p->pad_x;
+    m.picture = r / (gw * gh) * ((unsigned)(p->h >> p->shift) * (unsigned)(p->w >> p->shift));
+    m.y = (int)(r / gw % gh) * p->stride - p->pad, m.x = (int)(r % gw) * p->stride - p->pad_x;
     return m;
 }
 
@@ -1171,22 +1178,29 @@ static __device__ inline size_t mma_place(const MmaConv *a, size_t r) {
                : (2 * row + (unsigned)a->phase / 2) * 2 * (size_t)gw + 2 * ((unsigned)r % gw) + (unsigned)a->phase % 2;
 }
 
-/* Step s of the sum: copies its part of source and weights to a stage. */
+/* Copies a step's part of source and weights to a stage, and goes on to the next step. */
 template <int TILE_N>
-static __device__ inline void mma_copy(floatX *stage, const MmaConv *a, const MmaRow row[2], size_t m0, unsigned s) {
-    const unsigned C = (unsigned)a->p.C, cell = s * STEP / C, k = threadIdx.x % 4, c = s * STEP % C + k * PACK;
-    floatX *weights = stage + TILE_M * STEP;
-    for (unsigned i = 0; i < 2; i++) {
-        const long y = row[i].y + (long)(cell / (unsigned)a->p.side), x = row[i].x + (long)(cell % (unsigned)a->p.side);
-        const bool there = row[i].there && y >= 0 && x >= 0 && y < (long)a->p.h && x < (long)a->p.w;
-        const size_t from =
-            row[i].picture + (size_t)(y >> a->p.shift) * (a->p.w >> a->p.shift) + (size_t)(x >> a->p.shift);
-        copy_async(chunk_at(stage, threadIdx.x / 4 + i * 64, k), there ? a->x + from * C + c : a->x, there);
+static __device__ inline void mma_copy(floatX *stage, const MmaConv *a, const MmaRow row[2], unsigned m0, MmaStep *s) {
+    const unsigned k = threadIdx.x % 4, r = threadIdx.x / 4, shift = (unsigned)a->p.shift, C = (unsigned)a->p.C,
+                   h = (unsigned)a->p.h, w = (unsigned)a->p.w;
+#pragma unroll
+    for (unsigned i = 0; i < TILE_M / 64; i++) {
+        const unsigned y = (unsigned)(row[i].y + s->y), x = (unsigned)(row[i].x + s->x); /* above or left: too large */
+        const bool there = row[i].there && y < h && x < w;
+        const size_t from = (row[i].picture + (y >> shift) * (w >> shift) + (x >> shift)) * C + s->c + k * PACK;
+        copy_async(chunk_at(stage, r + i * 64, k), a->x + (there ? from : 0), there);
     }
-    for (unsigned r = threadIdx.x / 4; r < TILE_N; r += 64) {
-        const bool there = m0 + r < a->M;
-        copy_async(chunk_at(weights, r, k), there ? a->w + (m0 + r) * a->p.pitch + s * STEP + k * PACK : a->w, there);
+#pragma unroll
+    for (unsigned m = 0; m < TILE_N; m += 64) {
+        const bool there = m0 + m + r < a->M;
+        const size_t from = (m0 + m + r) * (unsigned)a->p.pitch + s->k + k * PACK;
+        if (TILE_N % 64 == 0 || m + r < TILE_N)
+            copy_async(chunk_at(stage + TILE_M * STEP, m + r, k), a->w + (there ? from : 0), there);
     }
+    s->k += STEP, s->c += STEP;
+    if (s->c < C) return;
+    s->c = 0;
+    if (++s->x == a->p.side) s->x = 0, s->y++;
 }
 
 /* sum (MI,4) += the products of a stage: of rows first_row.. of the source tile with weights first_m.. */
@@ -1194,8 +1208,10 @@ template <int MI>
 static __device__ inline void mma_multiply(float sum[MI][4][4], floatX *stage, unsigned first_row, unsigned first_m) {
     const unsigned lane = threadIdx.x % WARP;
     floatX *weights = stage + TILE_M * STEP;
+#pragma unroll
     for (unsigned k = 0; k < STEP / 16; k++) {
         unsigned b[4][2];
+#pragma unroll
         for (unsigned j = 0; j < 4; j += 2) {
             unsigned word[4]; /* channels j*8..+7 with the first and second 8 of the 16, then the next 8 channels */
             load_matrices(word, chunk_at(weights, first_m + j * 8 + lane / 16 * 8 + lane % 8, 2 * k + lane / 8 % 2));
@@ -1241,11 +1257,11 @@ static __device__ inline void mma_store(const MmaConv *a, const float *sums, siz
         Pack low;
         mma_finish(out, a, sums + r * (TILE_N + 4) + m, at, m0 + m, whole, n);
         for (unsigned k = 0; k < PACK; k++) low.at[k] = to_floatX(out[k]);
-        if (a->y && whole) *(Pack *)(a->y + at) = low;
+        if (a->y && whole) store_whole(a->y + at, low);
         for (unsigned k = 0; a->y && !whole && k < n; k++) a->y[at + k] = low.at[k];
         for (unsigned k = 0; a->wide.y && whole && k < PACK; k += 4) {
             const Floats four = {{out[k], out[k + 1], out[k + 2], out[k + 3]}};
-            *(Floats *)(a->wide.y + at + k) = four;
+            store_whole(a->wide.y + at + k, four);
         }
         for (unsigned k = 0; a->wide.y && !whole && k < n; k++) a->wide.y[at + k] = out[k];
     }
@@ -1268,15 +1284,16 @@ template <int TILE_N> static __global__ void __launch_bounds__(MMA_THREADS, 2) m
     const MmaRow row[2] = {mma_row(&a.p, r0 + threadIdx.x / 4, a.rows),
                            mma_row(&a.p, r0 + threadIdx.x / 4 + 64, a.rows)};
     float sum[MI][4][4] = {};
+    MmaStep step = {0, 0, 0, 0}; /* that is copied next */
     for (unsigned s = 0; s < STAGES - 1; s++) {
-        if (s < steps) mma_copy<TILE_N>(stages + s * STAGE, &a, row, m0, s);
+        if (s < steps) mma_copy<TILE_N>(stages + s * STAGE, &a, row, (unsigned)m0, &step);
         copy_commit();
     }
     for (unsigned s = 0; s < steps; s++) {
         copy_wait<STAGES - 2>();
         __syncthreads(); /* everybody's copies of this step are there, and the stage before it is free */
         const unsigned next = s + STAGES - 1;
-        if (next < steps) mma_copy<TILE_N>(stages + next % STAGES * STAGE, &a, row, m0, next);
+        if (next < steps) mma_copy<TILE_N>(stages + next % STAGES * STAGE, &a, row, (unsigned)m0, &step);
         copy_commit();
         mma_multiply<MI>(sum, stages + s % STAGES * STAGE, first_row, first_m);
     }
@@ -1368,9 +1385,8 @@ static Err conv_forward_cuda(Device *d, floatX *y, const Conv *c, const floatX *
 static __global__ void fold_kernel(floatX *dx, const floatX *dcolumns, Window p, unsigned begin, unsigned first,
                                    unsigned rows, int more) {
     const unsigned C = (unsigned)p.C, gw = (unsigned)p.gw, gh = (unsigned)p.gh;
-    const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i >= (size_t)rows * 4 * C) return;
-    const unsigned c = (unsigned)(i % C), corner = (unsigned)(i / C % 4), row = first + (unsigned)(i / C / 4);
+    const unsigned i = blockIdx.x * blockDim.x + threadIdx.x, c = i % C, corner = i / C % 4, row = first + i / C / 4;
+    if (i >= rows * 4 * C) return;
     const unsigned gy = row / gw % gh, gx = row % gw, dy = corner / 2, at = corner % 2;
     float sum = 0;
     for (unsigned up = 0; up <= (dy == 0 && gy > 0); up++)

@@ -182,7 +182,7 @@ Err transformer_draw_cuda(Transformer *m, const DrawOptions *o, int32_t *tokens)
  * batches go through the matrix products of training. Tokens are drawn where the logits are; a step is captured in a graph
  * once per pass and started N times, without the host having a say in between. */
 
-enum { STREAM_ROWS = 8, STREAM_WARPS = 4, STREAM_BYTES = 96 << 10, DRAW_THREADS = 256 };
+enum { STREAM_ROWS = 8, STREAM_WARPS = 4, STREAM_BYTES = 96 << 10, DRAW_THREADS = 256 /* values of a byte, too */ };
 
 static void plan_decoding_twin(Arena *a, NetTwin *w, const Transformer *m, size_t inner) {
     const size_t rows = m->B * prompt_length(&m->config);
@@ -213,7 +213,8 @@ typedef struct {
     size_t R, N, K;
 } Stream;
 
-/* rows (R,K) in shared memory */
+/* rows (R,K) in shared memory. Every block does the norm for itself, and its weights wait for it: so x is read with many
+ * loads under way at a time. */
 static __device__ inline void load_rows(floatX *rows, const Stream *s) {
     const size_t lane = threadIdx.x % WARP, K = s->K;
     if (s->in) {
@@ -224,35 +225,61 @@ static __device__ inline void load_rows(floatX *rows, const Stream *s) {
     for (size_t r = threadIdx.x / WARP; r < s->R; r += STREAM_WARPS) {
         const float *x = s->x + r * K;
         float sum = 0, square = 0;
+#pragma unroll 16
         for (size_t c = lane; c < K; c += WARP) sum += x[c];
         const float mu = warp_sum(sum) / (float)K;
+#pragma unroll 8
         for (size_t c = lane; c < K; c += WARP) square += (x[c] - mu) * (x[c] - mu);
         const float scale = 1 / sqrtf(warp_sum(square) / (float)K + s->eps);
+#pragma unroll 8
         for (size_t c = lane; c < K; c += WARP)
             rows[r * K + c] = to_floatX((x[c] - mu) * scale * s->norm_weight[c] + s->norm_bias[c]);
     }
 }
 
-/* A warp per row of a matrix, that is, per column of out: it reads that row once, 16 bytes a lane, for all R rows. */
+enum { STREAM_AHEAD = 4 };
+
+/* The next packs of a lane from k on, of those that lie in a row of K numbers */
+static __device__ inline void load_ahead(Pack w[STREAM_AHEAD], const floatX *row, size_t k, size_t K) {
+#pragma unroll
+    for (int a = 0; a < STREAM_AHEAD; a++)
+        if (k + a * WARP * PACK < K) w[a] = *(const Pack *)(row + k + a * WARP * PACK);
+}
+
+/* sum[r] += w times as much of row r, which is at rows + r K */
+static __device__ inline void stream_pack(float sum[STREAM_ROWS], const Stream *s, Pack w, const floatX *rows) {
+#pragma unroll
+    for (size_t r = 0; r < STREAM_ROWS; r++) {
+        if (r >= s->R) continue;
+        const Pack x = *(const Pack *)(rows + r * s->K);
+#pragma unroll
+        for (int e = 0; e < PACK; e++) sum[r] += to_float(w.at[e]) * to_float(x.at[e]);
+    }
+}
+
+/* A warp per row of a matrix, that is, per column of out: it reads that row once, 16 bytes a lane, for all R rows. Weights
+ * are asked for STREAM_AHEAD packs ahead, the first of them before the rows that they meet are there. */
 static __global__ void __launch_bounds__(STREAM_WARPS *WARP) stream_kernel(Stream s) {
     SHARED(floatX, rows);
     const size_t column = (size_t)blockIdx.x * STREAM_WARPS + threadIdx.x / WARP, lane = threadIdx.x % WARP, K = s.K;
     const size_t n = column % s.N, which = column / s.N;
+    const bool there = which <= 2 && s.part[which].weight;
+    const floatX *weight = there ? s.part[which].weight + n * K : NULL;
+    const size_t whole = there && K % PACK == 0 ? K : 0; /* else rows do not begin at 16 bytes */
     float sum[STREAM_ROWS] = {};
+    Pack ahead[STREAM_AHEAD] = {};
+    load_ahead(ahead, weight, lane * PACK, whole);
     load_rows(rows, &s);
     __syncthreads();
-    if (which > 2 || !s.part[which].weight) return;
-    const floatX *weight = s.part[which].weight + n * K;
-    const size_t whole = K % PACK ? 0 : K; /* rows that are not whole packs do not begin at 16 bytes */
-    for (size_t k = lane * PACK; k < whole; k += WARP * PACK) {
-        const Pack w = *(const Pack *)(weight + k);
+    if (!there) return;
+    for (size_t k0 = lane * PACK; k0 < whole; k0 += STREAM_AHEAD * WARP * PACK) {
+        Pack now[STREAM_AHEAD];
 #pragma unroll
-        for (size_t r = 0; r < STREAM_ROWS; r++) {
-            if (r >= s.R) continue;
-            const Pack x = *(const Pack *)(rows + r * K + k);
+        for (int a = 0; a < STREAM_AHEAD; a++) now[a] = ahead[a];
+        load_ahead(ahead, weight, k0 + STREAM_AHEAD * WARP * PACK, whole);
 #pragma unroll
-            for (int e = 0; e < PACK; e++) sum[r] += to_float(w.at[e]) * to_float(x.at[e]);
-        }
+        for (int a = 0; a < STREAM_AHEAD; a++)
+            if (k0 + a * WARP * PACK < whole) stream_pack(sum, &s, now[a], rows + k0 + a * WARP * PACK);
     }
     for (size_t k = whole + lane; k < K; k += WARP)
 #pragma unroll
@@ -345,7 +372,7 @@ typedef struct {
     double part[DRAW_WARPS];
     float value[DRAW_WARPS];
     int index[DRAW_WARPS], bad[DRAW_WARPS];
-    int count[256];
+    int count[DRAW_THREADS];
     unsigned prefix, rank; /* of the search for the k-th largest */
     int first, last;       /* tokens: at which u is exceeded; with any probability */
 } DrawShared;
@@ -411,23 +438,23 @@ static __device__ inline float float_at(unsigned order) {
     return x;
 }
 
-/* The rank-th largest of row[k]/heat, byte by byte from the top: count who shares the bytes found so far, by the next. */
+/* The rank-th largest of row[k]/heat, byte by byte from the top: count who shares the bytes found so far, by the next, of
+ * which a thread has one value. */
 static __device__ inline float kth_largest(DrawShared *s, const float *row, int K, float heat, unsigned rank) {
     if (threadIdx.x == 0) s->prefix = 0, s->rank = rank;
     for (int shift = 24; shift >= 0; shift -= 8) {
-        for (int k = threadIdx.x; k < 256; k += DRAW_THREADS) s->count[k] = 0;
+        s->count[threadIdx.x] = 0;
         __syncthreads();
-        const unsigned prefix = s->prefix;
+        const unsigned prefix = s->prefix, left = s->rank;
         for (int k = threadIdx.x; k < K; k += DRAW_THREADS) {
             const unsigned u = order_of(row[k] / heat);
             if (shift == 24 || u >> (shift + 8) == prefix) atomicAdd(&s->count[u >> shift & 255], 1);
         }
         __syncthreads();
-        if (threadIdx.x == 0) {
-            unsigned byte = 255, left = s->rank;
-            while (byte > 0 && (unsigned)s->count[byte] < left) left -= (unsigned)s->count[byte--];
-            s->prefix = prefix << 8 | byte, s->rank = left;
-        }
+        const unsigned byte = DRAW_THREADS - 1 - threadIdx.x, here = (unsigned)s->count[byte];
+        double all;
+        const unsigned above = (unsigned)sum_before(s, (double)here, &all);
+        if (above < left && left <= above + here) s->prefix = prefix << 8 | byte, s->rank = left - above;
         __syncthreads();
     }
     return float_at(s->prefix);

@@ -94,7 +94,9 @@ int transformer_on_cuda(const Transformer *m) {
 
 #ifndef CUDA_ON_CPU
 static Err cuda_error(cudaError_t e, const char *what) {
-    return e == cudaSuccess ? OK : err("CUDA: %s: %s", what, cudaGetErrorString(e));
+    if (e == cudaSuccess) return OK;
+    cudaGetLastError(); /* else the next launch would report it as its own */
+    return err("CUDA: %s: %s", what, cudaGetErrorString(e));
 }
 
 /* A block may have more than 48 KB of dynamic shared memory only when asked for. */
@@ -142,7 +144,9 @@ static Err device_alloc(void *out_pointer, size_t bytes, const char *what) {
 #else
     size_t available = 0, total = 0;
     char need[32], there[32];
-    if (cudaMalloc(&p, bytes ? bytes : 1) != cudaSuccess) {
+    const cudaError_t e = cudaMalloc(&p, bytes ? bytes : 1);
+    if (e != cudaSuccess && e != cudaErrorMemoryAllocation) return cuda_error(e, what); /* of a kernel before, say */
+    if (e != cudaSuccess) {
         cudaGetLastError();
         cudaMemGetInfo(&available, &total);
         return err("%s: %s of GPU memory needed, %s free; a smaller --batch takes less", what, bytes_text(need, bytes),
@@ -172,14 +176,16 @@ static void carve(DeviceArena *a, void *out_pointer, size_t n, size_t size) {
     a->used += round_up(n * size, 4 * ALIGNMENT);
 }
 
-/* Between the host's memory and the GPU's. to_host waits until the data are there; to_device until `from` may be reused. */
+/* Between the host's memory and the GPU's. Both wait until the data are there: of pageable memory, CUDA does not promise
+ * that it may be reused when an asynchronous copy returns, and where GPUs read the host's page tables it may not. */
 static Err to_device(Device *d, void *to, const void *from, size_t bytes) {
 #ifdef CUDA_ON_CPU
     (void)d;
     memcpy(to, from, bytes);
     return OK;
 #else
-    return cuda_error(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, d->stream), "copying to the GPU");
+    TRY(cuda_error(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, d->stream), "copying to the GPU"));
+    return cuda_error(cudaStreamSynchronize(d->stream), "waiting for the GPU");
 #endif
 }
 static Err to_host(Device *d, void *to, const void *from, size_t bytes) {
@@ -390,6 +396,8 @@ static Err describe(Blas *blas, MatmulPlan *p) {
     SET(CUBLASLT_MATMUL_DESC_TRANSB, op_second);
     SET(CUBLASLT_MATMUL_DESC_EPILOGUE, epilogue);
     if (k->bias) SET(CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, type_d);
+    if (k->bias)
+        SET(CUBLASLT_MATMUL_DESC_BIAS_POINTER, blas->workspace); /* aligned as any; each product sets its own */
 #undef SET
     TRY(blas_error(blas->cublasLtMatrixLayoutCreate(&p->a, type, k->trans_b ? k->K : k->N, k->trans_b ? k->N : k->K,
                                                     (int64_t)k->ldb),

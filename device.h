@@ -134,6 +134,20 @@ enum { PACK = 16 / sizeof(floatX) };
 struct alignas(16) Pack {
     floatX at[PACK];
 };
+/* 16 bytes, to a multiple of 16 of the GPU's memory, at once: left to itself, nvcc stores some numbers one by one. */
+template <typename T> static __device__ inline void store_whole(void *to, const T &from) {
+    static_assert(sizeof(T) == 16, "one store");
+#ifdef CUDA_ON_CPU
+    check_aligned(to, 16, "stores 16 bytes at no multiple of 16");
+    memcpy(to, &from, sizeof from);
+#else
+    unsigned word[4];
+    memcpy(word, &from, sizeof word);
+    asm volatile("st.global.v4.u32 [%0], {%1,%2,%3,%4};" ::"l"(__cvta_generic_to_global(to)), "r"(word[0]),
+                 "r"(word[1]), "r"(word[2]), "r"(word[3])
+                 : "memory");
+#endif
+}
 /* Elements i.. of x, whose n elements begin at a multiple of 16 bytes; i is a multiple of PACK. */
 static __device__ inline Pack load_pack(const floatX *x, size_t i, size_t n) {
     Pack p;

@@ -195,7 +195,8 @@ void norm_backward(const Transformer *m, const Norm *norm, real *dx, const real 
  * n positions long, the first `skip` positions of each are left out: row r is row `source` of x. */
 static __device__ inline size_t source_row(size_t r, size_t n, size_t skip) {
     const size_t kept = n - skip;
-    return r / kept * n + skip + r % kept;
+    return skip ? r / kept * n + skip + r % kept
+                : r; /* a division takes longer than all else that is done to a number */
 }
 
 /* A warp per row, so that no barrier is needed: 4 rows a block. Lanes read neighbours; a row stays in cache for the
@@ -297,8 +298,10 @@ static __global__ void norm_columns_kernel(float *partial, const float *dy, cons
 static __global__ void add_slices_kernel(float *sum, const float *partial, size_t slices, size_t C) {
     const size_t c = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     float total = 0;
-    for (size_t k = 0; c < C && k < slices; k++) total += partial[k * C + c];
-    if (c < C) sum[c] += total;
+    if (c >= C) return;
+#pragma unroll 16 /* few threads: each has many loads under way */
+    for (size_t k = 0; k < slices; k++) total += partial[k * C + c];
+    sum[c] += total;
 }
 
 static Err add_slices(Device *d, float *sum, const float *partial, size_t slices, size_t C) {

@@ -77,11 +77,11 @@ static Err find_nccl(Nccl *nccl) {
 
 static Err choose_gpu(size_t local) {
     int n = 0;
-    TRY(find_cuda(NULL, NULL, NULL));
-    TRY(cuda_error(cudaGetDeviceCount(&n), "counting GPUs"));
+    if (cudaGetDeviceCount(&n) != cudaSuccess || n < 1) return find_cuda(NULL, NULL, NULL); /* says why */
     if (local >= (size_t)n)
         return err("--device cuda: process %zu of this machine has no GPU of its own; there are %d", local + 1, n);
-    return cuda_error(cudaSetDevice((int)local), "choosing a GPU");
+    TRY(cuda_error(cudaSetDevice((int)local), "choosing a GPU"));
+    return find_cuda(NULL, NULL, NULL); /* only now: what asks a GPU for its memory takes some of it */
 }
 
 static int joined(const Device *d) {

@@ -421,6 +421,20 @@ static __device__ inline Numbers numbers_at(const float *x, size_t i) {
 }
 #endif
 
+/* Pairs of numbers for PACK channels, from a multiple of 16 bytes: what lanes read lies far apart, so four at a time */
+struct Pairs {
+    float at[2 * PACK];
+};
+static __device__ inline Pairs pairs_at(const float *x) {
+    Pairs p;
+#pragma unroll
+    for (int k = 0; k < PACK / 2; k++) {
+        const Floats four = *(const Floats *)(x + 4 * k);
+        for (int j = 0; j < 4; j++) p.at[4 * k + j] = four.at[j];
+    }
+    return p;
+}
+
 /* Sums of x - pivot and of its square, where the pivot is the first number of the group: close to the mean, so that little
  * is lost in their difference. */
 template <typename X> static __global__ void norm_sums_kernel(float *partial, const X *x, NormShape n) {
@@ -441,8 +455,9 @@ template <typename X> static __global__ void norm_sums_kernel(float *partial, co
 
 /* A block per picture, a warp per group. */
 template <typename X>
-static __global__ void norm_groups_kernel(NormKept kept, const float *partial, const X *x, const float *gamma,
-                                          const float *beta, NormShape n, size_t slices) {
+static __global__ void __launch_bounds__(NORM_GROUPS *WARP)
+    norm_groups_kernel(NormKept kept, const float *partial, const X *x, const float *gamma, const float *beta,
+                       NormShape n, size_t slices) {
     const size_t b = blockIdx.x, g = threadIdx.x / WARP, lane = threadIdx.x % WARP, per = n.C / NORM_GROUPS;
     double sum = 0, square = 0;
     for (size_t i = lane; i < slices * per; i += WARP) {
@@ -470,14 +485,14 @@ static __global__ void norm_cells_kernel(floatX *y, const X *x, const float *cha
     const unsigned C = (unsigned)n.C, in_picture = (blockIdx.x * blockDim.x + threadIdx.x) * PACK;
     const size_t i = blockIdx.y * n.cells * n.C + in_picture;
     if (in_picture >= n.cells * n.C) return;
-    const float *scale = channel + (blockIdx.y * n.C + in_picture % C) * 2;
+    const Pairs scale = pairs_at(channel + (blockIdx.y * n.C + in_picture % C) * 2);
     const Numbers p = numbers_at(x, i);
     Pack out;
     for (int j = 0; j < PACK; j++) {
-        const float t = p.at[j] * scale[2 * j] + scale[2 * j + 1];
+        const float t = p.at[j] * scale.at[2 * j] + scale.at[2 * j + 1];
         out.at[j] = to_floatX(n.swish ? t * sigmoid(t) : t);
     }
-    *(Pack *)(y + i) = out;
+    store_whole(y + i, out);
 }
 
 static dim3 pack_grid(const NormShape *n) {
@@ -526,8 +541,9 @@ static __global__ void norm_gradient_sums_kernel(float *partial, const floatX *d
 }
 
 /* line (B,C,2) = slope, offset: dx = scale d + slope x + offset, alike in a group. A block per picture, a warp per group. */
-static __global__ void norm_lines_kernel(float *line, const float *partial, const float *gamma, NormKept kept,
-                                         NormShape n, size_t slices) {
+static __global__ void __launch_bounds__(NORM_GROUPS *WARP)
+    norm_lines_kernel(float *line, const float *partial, const float *gamma, NormKept kept, NormShape n,
+                      size_t slices) {
     const size_t b = blockIdx.x, g = threadIdx.x / WARP, lane = threadIdx.x % WARP, per = n.C / NORM_GROUPS;
     double sum = 0, sum_hat = 0;
     for (size_t i = lane; i < slices * per; i += WARP) {
@@ -549,16 +565,17 @@ static __global__ void norm_gradient_kernel(floatX *dx, const floatX *dy, const 
     const unsigned C = (unsigned)n.C, in_picture = (blockIdx.x * blockDim.x + threadIdx.x) * PACK;
     const size_t i = blockIdx.y * n.cells * n.C + in_picture, c = blockIdx.y * n.C + in_picture % C;
     if (in_picture >= n.cells * n.C) return;
-    const float *scale = channel + c * 2, *add = line + c * 2;
+    const Pairs scale = pairs_at(channel + c * 2), add = pairs_at(line + c * 2);
     const Numbers p = numbers_at(x, i), g = numbers_at(dy, i);
     Pack out = {};
     if (more) out = *(const Pack *)(dx + i);
     for (int j = 0; j < PACK; j++) {
         const float v = p.at[j], dt = g.at[j];
-        const float t = n.swish ? through_swish(dt, v * scale[2 * j] + scale[2 * j + 1]) : dt;
-        out.at[j] = to_floatX((more ? to_float(out.at[j]) : 0) + scale[2 * j] * t + add[2 * j] * v + add[2 * j + 1]);
+        const float t = n.swish ? through_swish(dt, v * scale.at[2 * j] + scale.at[2 * j + 1]) : dt;
+        out.at[j] =
+            to_floatX((more ? to_float(out.at[j]) : 0) + scale.at[2 * j] * t + add.at[2 * j] * v + add.at[2 * j + 1]);
     }
-    *(Pack *)(dx + i) = out;
+    store_whole(dx + i, out);
 }
 
 /* dx overwritten, or added to if `more`; dgamma, dbeta (C) +=. partial: norm_partial_size floats. */
