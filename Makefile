@@ -131,7 +131,7 @@ CFLAGS_ANY := -std=c11 -D_GNU_SOURCE -g $(OPT) -ffp-contract=fast -fno-math-errn
 CFLAGS := $(CFLAGS_ANY) $(if $(HAVE_MARCH),-march=$(MARCH))
 LDLIBS := $(ARCHIVES) $(if $(HAVE_WEBP),-lwebp) $(if $(HAVE_LMDB),-llmdb) -lpng -ljpeg -lz $(SHARED) -lm -lpthread
 
-COMPONENTS := base gemm stream conv checkpoint ckpt digest params images lmdb data tokens vqgan_layers vqgan discriminator perceptual layers attention transformer decode optimizer device classes model diffusion
+COMPONENTS := base gemm stream conv winograd checkpoint ckpt digest params images lmdb data tokens vqgan_layers vqgan discriminator perceptual layers attention transformer decode optimizer device classes model diffusion
 PROGRAMS := sample train inpaint
 COLD := checkpoint ckpt digest params images lmdb data tokens classes model # whose speed is that of files: compiled for the first level only
 TESTS := base gemm conv checkpoint ckpt images data vqgan discriminator perceptual transformer classes diffusion

@@ -7,6 +7,7 @@
  *
  *     1. base.c          error values, memory, random streams, threads
  *     2. gemm.c, conv.c  the one matrix product everything stands on; convolutions made of it
+ *        winograd.c      most of those with fewer multiplications
  *     3. checkpoint.c    named tensors in files: safetensors in and out, flat configurations
  *        ckpt.c          named tensors out of PyTorch's .ckpt files
  *        digest.c        SHA-256 and MD5: are weights the published ones?
@@ -147,7 +148,7 @@ int threads_free(void);    /* what a loop that starts here can use: 1 inside a p
 size_t thread_index(void); /* of the calling thread in its loop: 0..threads-1 */
 
 /* ------------------------------------------------------------------------------------------------------------
- * 2. gemm.c: the one matrix product; conv.c: convolutions made of it
+ * 2. gemm.c: the one matrix product; conv.c, winograd.c: convolutions made of it
  * ---------------------------------------------------------------------------------------------------------- */
 
 /* C = op(A) op(B) (+ C if accumulate).  Row-major; ld* are row strides in elements.

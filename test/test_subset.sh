@@ -6,7 +6,7 @@ if ! command -v "$CXX" >/dev/null; then
     echo "no C++ compiler: $CXX; the C++ half of this check needs one"
     failed=1
 else
-    for file in imagebart.h gemm.c stream.c conv.c vqgan.h vqgan_layers.c vqgan.c discriminator.c perceptual.c transformer.h device.h device.cu layers.cu attention.cu transformer.cu decode.cu optimizer.cu; do
+    for file in imagebart.h gemm.c stream.c conv.h conv.c winograd.c vqgan.h vqgan_layers.c vqgan.c discriminator.c perceptual.c transformer.h device.h device.cu layers.cu attention.cu transformer.cu decode.cu optimizer.cu; do
         if "$CXX" -std=c++17 -D_GNU_SOURCE -x c++ -fsyntax-only -Wall -Wextra -Wno-unknown-pragmas \
             -Wno-missing-field-initializers -Wno-pragma-once-outside-header "$file"; then
             passed=$((passed + 1))
