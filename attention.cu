@@ -1,7 +1,7 @@
 /* attention.cu - softmax(q k^T / sqrt(D)) v, forward and backward, and query by query as decoding has it.
  *
- * On the CPU heads run in parallel, up to QUERY_BLOCK queries at a time, so that their scores stay in cache. The CUDA twins
- * are plain in float, which is where to begin, and on tensor cores in bf16. Prototypes: transformer.h. */
+ * On the CPU heads run in parallel, up to QUERY_BLOCK queries at a time, so that their scores stay in cache. The CUDA
+ * twins are plain in float, which is where to begin, and on tensor cores in bf16. Prototypes: transformer.h. */
 #include "transformer.h"
 
 #ifndef DEVICE_CODE
@@ -64,9 +64,9 @@ void attend_forward(const AttendShape *s, real *y, real *p, real *scores, const 
 
 /* ---- Kept keys and values ----
  *
- * Decoding keeps keys and values, a head's positions one after the other, D padded with zeros to kept_width(D): with packed
- * weights rounded to bf16, and then whole sequences go the same way, one query at a time, so that decoding with kept keys
- * equals them bit for bit. A query among others gives the same bits as alone. */
+ * Decoding keeps keys and values, a head's positions one after the other, D padded with zeros to kept_width(D): with
+ * packed weights rounded to bf16, and then whole sequences go the same way, one query at a time, so that decoding with
+ * kept keys equals them bit for bit. A query among others gives the same bits as alone. */
 
 /* attend_kept      y = softmax(q k^T / sqrt(D), over the visible keys) v, for every batch row and head, or cell and head
  * keep_positions   kept (B,heads,key_stride,width) at 0..n-1, or where the cells say, = x (B,n,heads*D)
@@ -190,18 +190,18 @@ void attend_backward(const AttendShape *s, real *dq, real *dk, real *dv, const r
 
 /* ---- The twins ----
  *
- * Scores never leave the chip: a block holds TILE queries of one head and goes through the keys, keeping for each query the
- * largest score so far, the sum of exponentials relative to it, and the output relative to it (Milakov and Gimelshein 2018,
- * "Online normalizer calculation for softmax"; Dao et al. 2022, "FlashAttention"). Any number of keys will do. Forward
- * leaves lse, the logarithm of the sum, from which backward gets the probabilities again.
+ * Scores never leave the chip: a block holds TILE queries of one head and goes through the keys, keeping for each query
+ * the largest score so far, the sum of exponentials relative to it, and the output relative to it (Milakov and
+ * Gimelshein 2018, "Online normalizer calculation for softmax"; Dao et al. 2022, "FlashAttention"). Any number of keys
+ * will do. Forward leaves lse, the logarithm of the sum, from which backward gets the probabilities again.
  *
  * Backward. With p the probabilities and delta_i = sum_d dy[i,d] y[i,d], which equals sum_j p_ij dp_ij:
  *     dv = p^T dy     dp = dy v^T     ds = p (dp - delta)     dq = ds k / sqrt(D)     dk = ds^T q / sqrt(D)
- * One kernel has a tile of queries and gives dq, the other a tile of keys and gives dk and dv: both form p and ds anew, and
- * nobody adds to what another block writes.
+ * One kernel has a tile of queries and gives dq, the other a tile of keys and gives dk and dv: both form p and ds anew,
+ * and nobody adds to what another block writes.
  *
- * These three kernels are here twice, under the same names: in float, as plain as the mathematics allows, and in bf16 on
- * tensor cores. The float build of device.cu has the ones, the bf16 build the others. */
+ * These three kernels are here twice, under the same names: in float, as plain as the mathematics allows, and in bf16
+ * on tensor cores. The float build of device.cu has the ones, the bf16 build the others. */
 
 enum { TILE = 64, GPU_HEAD_MAX = 128 };
 
@@ -217,8 +217,8 @@ static __device__ inline unsigned last_query(const AttendShape *s, unsigned i0, 
     return i0 + tile < Tq ? i0 + tile - 1 : Tq - 1;
 }
 
-/* Where head h of batch row b begins in q, y (B,Tq,inner), k, v (B,key_stride,inner). A block is tile blockIdx.x of head
- * blockIdx.y. */
+/* Where head h of batch row b begins in q, y (B,Tq,inner), k, v (B,key_stride,inner). A block is tile blockIdx.x of
+ * head blockIdx.y. */
 typedef struct {
     size_t queries, keys, row; /* row: of lse (B*heads,Tq) */
     unsigned inner;
@@ -239,8 +239,8 @@ typedef struct {
     const float *lse, *delta;
 } AttendBackward;
 
-/* Rows of D numbers begin at multiples of D, so that 16 bytes of them can move at a time, or only two numbers, or one: a
- * Unit. ACROSS lanes share a row of up to W numbers and have PER_LANE units each. */
+/* Rows of D numbers begin at multiples of D, so that 16 bytes of them can move at a time, or only two numbers, or one:
+ * a Unit. ACROSS lanes share a row of up to W numbers and have PER_LANE units each. */
 template <int UNIT> struct alignas(UNIT * sizeof(floatX)) Unit { floatX at[UNIT]; };
 template <int UNIT, int W> struct Moves {
     enum { ACROSS = W / UNIT < WARP ? W / UNIT : WARP, PER_LANE = W / UNIT / ACROSS };
@@ -250,8 +250,8 @@ template <int UNIT, int W> struct Moves {
 /* ---- In float: plain ----
  *
  * Keys come TILE at a time. 256 threads stand as 16 x 16: thread (tx,ty) has queries ty + 16a and keys or channels
- * tx + 16b, so that 16 lanes that share a query can add up by exchanging. Tiles lie in shared memory as float, rows of D+1
- * or TILE+1: the odd stride puts what 16 lanes read in different banks. */
+ * tx + 16b, so that 16 lanes that share a query can add up by exchanging. Tiles lie in shared memory as float, rows of
+ * D+1 or TILE+1: the odd stride puts what 16 lanes read in different banks. */
 
 enum { SIDE = 16, PER_SIDE = TILE / SIDE, ATTEND_THREADS = SIDE * SIDE };
 
@@ -461,13 +461,13 @@ template <int W> static __global__ void __launch_bounds__(ATTEND_THREADS) attend
 #else
 /* ---- In bf16: tensor cores ----
  *
- * A block of 4 warps has tiles of TILE rows of its own, 16 for a warp, and others stream past them, a stage of copies ahead
- * of the products: queries see keys and values pass (forward and dq), keys and values see queries and dy (dk and dv). What
- * is multiplied lies in shared memory, rows of W = 64 or 128 channels, zeros from D on, W + 8 apart, so that the 8 rows
- * that a warp loads at a time lie in different banks. Products stay in registers, as multiply_tiles leaves them: of every 8
- * columns a thread has two in each of two rows, lane / 4 of its warp's 16 and the 8th after it, and 4 lanes share a row.
- * Rounded to bf16, this is how multiply_tiles takes its left operand: probabilities go straight into the next product (Dao
- * 2023, "FlashAttention-2"). */
+ * A block of 4 warps has tiles of TILE rows of its own, 16 for a warp, and others stream past them, a stage of copies
+ * ahead of the products: queries see keys and values pass (forward and dq), keys and values see queries and dy (dk and
+ * dv). What is multiplied lies in shared memory, rows of W = 64 or 128 channels, zeros from D on, W + 8 apart, so that
+ * the 8 rows that a warp loads at a time lie in different banks. Products stay in registers, as multiply_tiles leaves
+ * them: of every 8 columns a thread has two in each of two rows, lane / 4 of its warp's 16 and the 8th after it, and 4
+ * lanes share a row. Rounded to bf16, this is how multiply_tiles takes its left operand: probabilities go straight into
+ * the next product (Dao 2023, "FlashAttention-2"). */
 
 enum { ATTEND_THREADS = TILE / 16 * WARP, STREAM = 32 /* rows that pass at a time */ };
 
@@ -586,8 +586,8 @@ static __device__ inline void store_units(floatX *x, const floatX *own, unsigned
                 *(Unit<UNIT> *)(x + (size_t)r * stride + at) = *(const Unit<UNIT> *)(own + r * Tiles<W>::PITCH + at);
 }
 
-/* x, up to 16 rows = sum (16,W), row r times factor[r / 8]; by way of own, what the warp has in shared memory of a tile of
- * its own and needs no more, so that a row is written in one go */
+/* x, up to 16 rows = sum (16,W), row r times factor[r / 8]; by way of own, what the warp has in shared memory of a tile
+ * of its own and needs no more, so that a row is written in one go */
 template <int W>
 static __device__ inline void store_rows(floatX *x, unsigned first, unsigned end, unsigned stride, unsigned D,
                                          floatX *own, const float sum[W / 8][4], float factor, float factor_8) {
@@ -621,15 +621,15 @@ static __device__ inline float quad_sum(float x) {
     return x + __shfl_xor_sync(0xffffffffu, x, 2);
 }
 
-/* What forward keeps of a thread's two queries: how many keys each sees, the largest q k^T so far, and the thread's part of
- * the sum of 2^(scale (q k^T - largest)) */
+/* What forward keeps of a thread's two queries: how many keys each sees, the largest q k^T so far, and the thread's
+ * part of the sum of 2^(scale (q k^T - largest)) */
 typedef struct {
     unsigned seen[2];
     float largest[2], sum[2];
 } Softmax;
 
-/* p holds q k^T of keys j0..; becomes the numerators of probabilities, and what is in out (16,W) fades accordingly. Every
- * query sees key 0, so the first keys that come make `largest` finite. */
+/* p holds q k^T of keys j0..; becomes the numerators of probabilities, and what is in out (16,W) fades accordingly.
+ * Every query sees key 0, so the first keys that come make `largest` finite. */
 template <int W>
 static __device__ inline void softmax_step(Softmax *x, float p[STREAM / 8][4], float out[W / 8][4], unsigned j0,
                                            float scale) {
@@ -864,10 +864,10 @@ static Err attend_backward_cuda(Device *d, const AttendShape *s, floatX *dq, flo
 
 /* ---- Decoding: n new queries (one, or a prompt) against all keys so far ----
  *
- * A block per head and batch row. The lanes that share a row are a team; the teams of a block share the keys, and each reads
- * AHEAD keys and values at a time. A team keeps of its keys what forward keeps: the largest score, the sum of exponentials
- * relative to it, and the output relative to it, of which a lane has the channels that it reads. In the end they are put
- * together in shared memory, (W + 2) floats for each team. */
+ * A block per head and batch row. The lanes that share a row are a team; the teams of a block share the keys, and each
+ * reads AHEAD keys and values at a time. A team keeps of its keys what forward keeps: the largest score, the sum of
+ * exponentials relative to it, and the output relative to it, of which a lane has the channels that it reads. In the
+ * end they are put together in shared memory, (W + 2) floats for each team. */
 
 enum { DECODE_THREADS = 256, AHEAD = 4 };
 

@@ -825,7 +825,8 @@ static Err read_content(Checkpoint *ck) {
     int pickle = ck->map_bytes >= 2 && (unsigned char)file[0] == 0x80 && file[1] >= 2 && file[1] <= 5;
     if (brace && read_u64(file) >> 32 == 0) return read_safetensors(ck);
     if (!zip && !pickle) return foreign_content(ck);
-    /* An archive has a header in front of every tensor. Reading ahead behind each of them would fetch the whole file. */
+    /* An archive has a header in front of every tensor. Reading ahead behind each of them would fetch the whole
+     * file. */
     madvise(ck->map, ck->map_bytes, MADV_RANDOM);
     Err e = ckpt_read(ck);
     madvise(ck->map, ck->map_bytes, MADV_NORMAL);

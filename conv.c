@@ -360,8 +360,8 @@ static void backward_task(void *context, size_t part) {
     }
 }
 
-/* dx (as x) overwritten, or added to if `more`; NULL: not wanted. dw, db +=; NULL: not wanted. A part is a run of tiles,
- * and their number does not depend on the threads. */
+/* dx (as x) overwritten, or added to if `more`; NULL: not wanted. dw, db +=; NULL: not wanted. A part is a run of
+ * tiles, and their number does not depend on the threads. */
 void conv_backward(real *dx, real *dw, real *db, const Conv *c, const real *dy, const real *x, const real *w, int more,
                    const ConvScratch *s) {
     const Product p = make_product(c, best_block(c), 1);
@@ -394,10 +394,10 @@ enum { CELL_THREADS = 256 }; /* of a block where a thread has an element or PACK
 
 /* ---- The twins: convolutions on a GPU ----
  *
- * On the GPU pictures lie as (B,h,w,C), so that a cell is a row of C neighbours and every array is a matrix of B*h*w rows.
- * Convolutions are matrix products of rows gathered from around a cell (its patch) with weights put in the same order; 1x1
- * ones need no gathering. Activations and their gradients are floatX; sums and the gradients of parameters are float, and
- * every sum has an order that depends on sizes alone.
+ * On the GPU pictures lie as (B,h,w,C), so that a cell is a row of C neighbours and every array is a matrix of B*h*w
+ * rows. Convolutions are matrix products of rows gathered from around a cell (its patch) with weights put in the same
+ * order; 1x1 ones need no gathering. Activations and their gradients are floatX; sums and the gradients of parameters
+ * are float, and every sum has an order that depends on sizes alone.
  *
  * A patch is read through a window of side x side cells: along each axis, result i of the grid sees cells
  * (stride*i - pad + k) >> shift, k = 0..side-1, where shift = 1 is nearest doubling. */
@@ -424,14 +424,15 @@ static Window forward_window(const Conv *c) {
     }
 }
 
-/* Where the gradient of a cell of x comes from in dy. After doubling a cell has four results' worth of it: windows of 3x3
- * around each of 2x2 results make one of 4x4. Not for CONV_DOWN. */
+/* Where the gradient of a cell of x comes from in dy. After doubling a cell has four results' worth of it: windows of
+ * 3x3 around each of 2x2 results make one of 4x4. Not for CONV_DOWN. */
 static Window backward_window(const Conv *c) {
     if (c->kind == CONV_UP) return make_window(c->M, c->h, c->w, 2 * c->h, 2 * c->w, 4, 2, 1, 0);
     return make_window(c->M, c->h, c->w, c->h, c->w, 3, 1, 1, 0);
 }
 
-/* columns (rows,pitch) = patches of results first.. of the grid (B,gh,gw). A thread moves WIDTH neighbouring channels. */
+/* columns (rows,pitch) = patches of results first.. of the grid (B,gh,gw). A thread moves WIDTH neighbouring
+ * channels. */
 template <int WIDTH>
 static __global__ void gather_kernel(floatX *columns, const floatX *x, Window p, unsigned first, unsigned rows) {
     const unsigned packs = (unsigned)p.pitch / WIDTH, i = blockIdx.x * blockDim.x + threadIdx.x;
@@ -463,11 +464,12 @@ static Err gather(Device *d, floatX *columns, const floatX *x, const Window *p, 
     return OK;
 }
 
-/* The weights (M,C,3,3) in the order of patches. FORWARD: (M,pitch), cell by cell, in each C channels. MIRRORED: (C,pitch)
- * with M channels in each cell, for the gradient's patches. DOUBLED: the same for the 4x4 window of CONV_UP, along each axis
- * of which kernel row k meets window rows 2-k and 3-k. PHASES: CONV_UP from the cells that are doubled. Along each axis a
- * result of phase 0, the first of two, sees the cell before its own through kernel row 0 and its own through rows 1 and 2;
- * one of phase 1 its own through rows 0 and 1 and the next through row 2. So there are four kernels of 2x2, (4,M,pitch). */
+/* The weights (M,C,3,3) in the order of patches. FORWARD: (M,pitch), cell by cell, in each C channels. MIRRORED:
+ * (C,pitch) with M channels in each cell, for the gradient's patches. DOUBLED: the same for the 4x4 window of CONV_UP,
+ * along each axis of which kernel row k meets window rows 2-k and 3-k. PHASES: CONV_UP from the cells that are doubled.
+ * Along each axis a result of phase 0, the first of two, sees the cell before its own through kernel row 0 and its own
+ * through rows 1 and 2; one of phase 1 its own through rows 0 and 1 and the next through row 2. So there are four
+ * kernels of 2x2, (4,M,pitch). */
 typedef enum { FORWARD, MIRRORED, DOUBLED, PHASES } WeightOrder;
 
 /* Does kernel row k have a part in window row j? */
@@ -640,11 +642,12 @@ struct alignas(16) Floats {
 #ifdef FLOATX_BF16
 /* ---- Convolutions on tensor cores, without writing patches down ("implicit GEMM") ----
  *
- * A block of 8 warps makes TILE_M results of TILE_N channels. For STEP channels of one cell of the window at a time it copies
- * the source cells of its results, and as much of the weights, to shared memory, STAGES - 1 steps ahead of the products;
- * beyond the picture, zeros. A warp has 32 channels, and as many results as that leaves: MI pieces of 16 by 4 of 8. A row of
- * a stage is 64 bytes, four chunks of 16, which change places from row to row so that the 8 rows that a warp reads at a time
- * lie in different banks. In the end sums go through shared memory, so that 16 bytes of results are written at a time. */
+ * A block of 8 warps makes TILE_M results of TILE_N channels. For STEP channels of one cell of the window at a time it
+ * copies the source cells of its results, and as much of the weights, to shared memory, STAGES - 1 steps ahead of the
+ * products; beyond the picture, zeros. A warp has 32 channels, and as many results as that leaves: MI pieces of 16 by 4
+ * of 8. A row of a stage is 64 bytes, four chunks of 16, which change places from row to row so that the 8 rows that a
+ * warp reads at a time lie in different banks. In the end sums go through shared memory, so that 16 bytes of results
+ * are written at a time. */
 enum { TILE_M = 128, STAGES = 4, MMA_THREADS = 256, MMA_WARPS = MMA_THREADS / WARP };
 
 /* Chunk k (0..3) of row r of a stage */
@@ -652,8 +655,9 @@ static __device__ inline floatX *chunk_at(floatX *stage, unsigned r, unsigned k)
     return stage + r * STEP + (k ^ (r / 2 % 4)) * PACK;
 }
 
-/* Where a thread's two rows of the source tile are: first cell of the picture, and the one that their window begins with.
- * Whole numbers are of 32 bits here, which vqgan_plan_cuda has seen to: between products there is time for few others. */
+/* Where a thread's two rows of the source tile are: first cell of the picture, and the one that their window begins
+ * with. Whole numbers are of 32 bits here, which vqgan_plan_cuda has seen to: between products there is time for few
+ * others. */
 typedef struct {
     unsigned picture;
     int y, x;
@@ -876,8 +880,8 @@ static Err conv_rows(Device *d, floatX *y, const Conv *c, const floatX *rows, co
     return OK;
 }
 
-/* y = w * x + bias + add; x (B,h,w,C), y and add (B,..,M), w from conv_order_weights_cuda; add may be NULL, or y. wide: the
- * same in float where it has a y; then y may be NULL, and wide.add counts instead of add. */
+/* y = w * x + bias + add; x (B,h,w,C), y and add (B,..,M), w from conv_order_weights_cuda; add may be NULL, or y. wide:
+ * the same in float where it has a y; then y may be NULL, and wide.add counts instead of add. */
 static Err conv_forward_cuda(Device *d, floatX *y, const Conv *c, const floatX *x, const floatX *w, const floatX *bias,
                              const floatX *add, const ConvMemory *memory, Wide wide = not_wide) {
     const Window p = forward_window(c);
@@ -894,8 +898,9 @@ static Err conv_forward_cuda(Device *d, floatX *y, const Conv *c, const floatX *
     return OK;
 }
 
-/* dx (B,2gh,2gw,C) = or += the share in it of dcolumns, gradients of the patches of CONV_DOWN: four cells of dx for each
- * result first.. of the grid; the patches begin with that of result `begin`. A cell was seen by up to four results. */
+/* dx (B,2gh,2gw,C) = or += the share in it of dcolumns, gradients of the patches of CONV_DOWN: four cells of dx for
+ * each result first.. of the grid; the patches begin with that of result `begin`. A cell was seen by up to four
+ * results. */
 static __global__ void fold_kernel(floatX *dx, const floatX *dcolumns, Window p, unsigned begin, unsigned first,
                                    unsigned rows, int more) {
     const unsigned C = (unsigned)p.C, gw = (unsigned)p.gw, gh = (unsigned)p.gh;
@@ -912,8 +917,8 @@ static __global__ void fold_kernel(floatX *dx, const floatX *dcolumns, Window p,
     *to = to_floatX(sum + (more ? to_float(*to) : 0));
 }
 
-/* CONV_DOWN: the weights' gradient from the patches of x; dx from the patches' gradient, with the results above and to the
- * left of a tile computed once more. */
+/* CONV_DOWN: the weights' gradient from the patches of x; dx from the patches' gradient, with the results above and to
+ * the left of a tile computed once more. */
 static Err down_backward(Device *d, floatX *dx, float *dw, const Conv *c, const floatX *dy, const floatX *x,
                          const floatX *w, int more, const ConvMemory *memory) {
     const Window p = forward_window(c);
@@ -980,7 +985,8 @@ static Err conv_input_cuda(Device *d, floatX *dx, const Conv *c, const floatX *d
 
 static Err add_channel_sums(Device *d, float *sum, const floatX *x, size_t rows, size_t C, float *partial);
 
-/* dx overwritten, or added to if `more`; NULL: not wanted. dw (M,C,3,3), db (M) +=. w (M,C,3,3) as it is in the table. */
+/* dx overwritten, or added to if `more`; NULL: not wanted. dw (M,C,3,3), db (M) +=. w (M,C,3,3) as it is in the
+ * table. */
 static Err conv_backward_cuda(Device *d, floatX *dx, float *dw, float *db, const Conv *c, const floatX *dy,
                               const floatX *x, const floatX *w, int more, const ConvMemory *memory) {
     TRY(add_channel_sums(d, db, dy, rows_of(c), c->M, memory->partial));
@@ -995,9 +1001,9 @@ static Err conv_backward_cuda(Device *d, floatX *dx, float *dw, float *db, const
 
 /* ---- Sums of channels over cells ----
  *
- * A block of 256 threads has a slice of SLICE_CELLS rows and 8 packs of channels: a thread adds up every 32nd row of a pack,
- * then the 32 sums of a pack are added in order. Grid: packs / 8, slices, pictures. partial (B,slices,2,C) takes two sums
- * of each channel. */
+ * A block of 256 threads has a slice of SLICE_CELLS rows and 8 packs of channels: a thread adds up every 32nd row of a
+ * pack, then the 32 sums of a pack are added in order. Grid: packs / 8, slices, pictures. partial (B,slices,2,C) takes
+ * two sums of each channel. */
 enum { PACK_LANES = 8, CELL_LANES = CELL_THREADS / PACK_LANES };
 
 template <int WIDTH>

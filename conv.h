@@ -1,5 +1,5 @@
-/* conv.h - what conv.c and winograd.c share: a convolution as products of weights with patches, cut into tiles, and what
- * winograd.c does for conv.c. Nobody else includes it; what others may use is in imagebart.h. */
+/* conv.h - what conv.c and winograd.c share: a convolution as products of weights with patches, cut into tiles, and
+ * what winograd.c does for conv.c. Nobody else includes it; what others may use is in imagebart.h. */
 #ifndef CONV_H
 #define CONV_H
 
@@ -45,7 +45,8 @@ size_t winograd_line_reals(const Product *p);
 void winograd_weights(real *U, const real *w, const Product *p);
 /* dw (C*M, 3, 3) += the gradient that the sum of the parts dU (parts, n, C, M), in order, says */
 void winograd_weight_gradients(real *dw, real *dU, size_t parts, const Product *p);
-/* A tile of y = U in s->weights times patches of x, + bias (M) + add (as y) unless NULL; columns, stage: of this thread */
+/* A tile of y = U in s->weights times patches of x, + bias (M) + add (as y) unless NULL; columns, stage: of this
+ * thread */
 void winograd_forward(real *y, const Product *p, const Tile *t, const ConvScratch *s, const real *x, const real *bias,
                       const real *add, real *columns, real *stage);
 /* partial (n, C, M) = or, if begun, += dU of a tile, unless x is NULL;  dx at the tile = or, if more, += unless NULL */

@@ -218,8 +218,8 @@ static Err search_folder(Search *s, const char *below, int depth) {
 
 /* ---- list files ---- */
 
-/* What a list's folder holds, by stem; searched when the first line names no file as it stands: FFHQ comes in folders of
- * a thousand, LSUN as an LMDB or in nested folders, and the official lists name the pictures alone. */
+/* What a list's folder holds, by stem; searched when the first line names no file as it stands: FFHQ comes in folders
+ * of a thousand, LSUN as an LMDB or in nested folders, and the official lists name the pictures alone. */
 typedef struct {
     Names found;
     int searched;
@@ -673,10 +673,10 @@ int label_dropped(double p, uint64_t seed, uint64_t micro, uint64_t b) {
  * Batches ahead of time
  * ---------------------------------------------------------------------------------------------------------- */
 
-/* Batch k lives in slot k % RING, example p = k*B + b (counted from the start) is row b of it. Readers claim examples in
- * order as long as the slot is free, and fill them side by side; the consumer holds batch taken-1 until it asks for the
- * next. lock guards everything below it up to cached_bytes; a row's contents belong to the reader that claimed it, then
- * to the consumer. */
+/* Batch k lives in slot k % RING, example p = k*B + b (counted from the start) is row b of it. Readers claim examples
+ * in order as long as the slot is free, and fill them side by side; the consumer holds batch taken-1 until it asks for
+ * the next. lock guards everything below it up to cached_bytes; a row's contents belong to the reader that claimed it,
+ * then to the consumer. */
 struct Loader {
     const Dataset *set; /* the caller's; must outlive the loader */
     LoaderConfig c;

@@ -1,7 +1,7 @@
 /* decode.cu - decoding, with the keys and values of earlier positions kept.
  *
- * Owns the order of the steps; each is a pass of transformer.cu's stack over a block of cells, new positions of any batch
- * rows, whose keys and values join those that earlier passes left behind. A pass over one position a row does two
+ * Owns the order of the steps; each is a pass of transformer.cu's stack over a block of cells, new positions of any
+ * batch rows, whose keys and values join those that earlier passes left behind. A pass over one position a row does two
  * operations for every number that it reads, so its speed is that of memory: linear layers stream their weights by
  * (gemm_stream), once for the whole block. Further cells are therefore cheap, and worth feeding whenever the tokens in
  * front of them are known or likely: a guess that turns out wrong is taken back by feeding its position once more.
@@ -81,8 +81,8 @@ Err transformer_decode_begin(Transformer *m, const int32_t *x_t, const int32_t *
     return OK;
 }
 
-/* Cell r of the next pass: position i of row b, behind the token prev. Position 0 of a GPT is the end of its prompt, fed
- * a second time to the same effect. */
+/* Cell r of the next pass: position i of row b, behind the token prev. Position 0 of a GPT is the end of its prompt,
+ * fed a second time to the same effect. */
 static void set_cell(Transformer *m, size_t r, size_t b, size_t i, int32_t prev) {
     const size_t pos = m->config.kind == NET_X ? i : prompt_length(&m->config) - 1 + i;
     const Cell cell = {b, pos, pos + 1};
@@ -139,8 +139,8 @@ Err transformer_decode_step(Transformer *m, const int32_t *prev, size_t i, const
     return OK;
 }
 
-/* A cell multiplies with every weight once; in that time memory gives a third of a byte for each of them (measured on two
- * AVX-512 cores). So long do the weights take to come, and a sample's keys and values. Where all
+/* A cell multiplies with every weight once; in that time memory gives a third of a byte for each of them (measured on
+ * two AVX-512 cores). So long do the weights take to come, and a sample's keys and values. Where all
  * of it stays in the caches, a pass costs little more than its cells. */
 void transformer_pass_cost(const Transformer *m, size_t N, double *pass, double *sample) {
     const double CELLS_PER_BYTE = 3, CACHES = 16 << 20;
@@ -179,8 +179,8 @@ Err transformer_draw_cuda(Transformer *m, const DrawOptions *o, int32_t *tokens)
  *
  * For few rows (a batch of up to STREAM_ROWS) a step is bound by reading weights and by starting kernels: stream_kernel
  * does norm, product and what follows it in one go, so that a block of the network takes two or three kernels. Larger
- * batches go through the matrix products of training. Tokens are drawn where the logits are; a step is captured in a graph
- * once per pass and started N times, without the host having a say in between. */
+ * batches go through the matrix products of training. Tokens are drawn where the logits are; a step is captured in a
+ * graph once per pass and started N times, without the host having a say in between. */
 
 enum { STREAM_ROWS = 8, STREAM_WARPS = 4, STREAM_BYTES = 96 << 10, DRAW_THREADS = 256 /* values of a byte, too */ };
 
@@ -213,8 +213,8 @@ typedef struct {
     size_t R, N, K;
 } Stream;
 
-/* rows (R,K) in shared memory. Every block does the norm for itself, and its weights wait for it: so x is read with many
- * loads under way at a time. */
+/* rows (R,K) in shared memory. Every block does the norm for itself, and its weights wait for it: so x is read with
+ * many loads under way at a time. */
 static __device__ inline void load_rows(floatX *rows, const Stream *s) {
     const size_t lane = threadIdx.x % WARP, K = s->K;
     if (s->in) {
@@ -257,8 +257,8 @@ static __device__ inline void stream_pack(float sum[STREAM_ROWS], const Stream *
     }
 }
 
-/* A warp per row of a matrix, that is, per column of out: it reads that row once, 16 bytes a lane, for all R rows. Weights
- * are asked for STREAM_AHEAD packs ahead, the first of them before the rows that they meet are there. */
+/* A warp per row of a matrix, that is, per column of out: it reads that row once, 16 bytes a lane, for all R rows.
+ * Weights are asked for STREAM_AHEAD packs ahead, the first of them before the rows that they meet are there. */
 static __global__ void __launch_bounds__(STREAM_WARPS *WARP) stream_kernel(Stream s) {
     SHARED(floatX, rows);
     const size_t column = (size_t)blockIdx.x * STREAM_WARPS + threadIdx.x / WARP, lane = threadIdx.x % WARP, K = s.K;
@@ -438,8 +438,8 @@ static __device__ inline float float_at(unsigned order) {
     return x;
 }
 
-/* The rank-th largest of row[k]/heat, byte by byte from the top: count who shares the bytes found so far, by the next, of
- * which a thread has one value. */
+/* The rank-th largest of row[k]/heat, byte by byte from the top: count who shares the bytes found so far, by the next,
+ * of which a thread has one value. */
 static __device__ inline float kth_largest(DrawShared *s, const float *row, int K, float heat, unsigned rank) {
     if (threadIdx.x == 0) s->prefix = 0, s->rank = rank;
     for (int shift = 24; shift >= 0; shift -= 8) {
@@ -460,8 +460,8 @@ static __device__ inline float kth_largest(DrawShared *s, const float *row, int 
     return float_at(s->prefix);
 }
 
-/* sample_probs and sample_pick of diffusion.c: the token at which the sum of probabilities first exceeds u. A thread has
- * `each` neighbouring tokens. */
+/* sample_probs and sample_pick of diffusion.c: the token at which the sum of probabilities first exceeds u. A thread
+ * has `each` neighbouring tokens. */
 static __device__ inline int pick(DrawShared *s, const float *row, int K, float heat, float largest, float least,
                                   double u) {
     const int each = (K + DRAW_THREADS - 1) / DRAW_THREADS, begin = (int)threadIdx.x * each;
@@ -527,7 +527,8 @@ typedef struct {
     int K;
 } DrawStep;
 
-/* A block per sample: draws its token i, -1 if there are no probabilities. Guided, its other row is gridDim.x rows on. */
+/* A block per sample: draws its token i, -1 if there are no probabilities. Guided, its other row is gridDim.x rows
+ * on. */
 static __global__ void __launch_bounds__(DRAW_THREADS) draw_kernel(DrawStep a) {
     SHARED(DrawShared, s);
     const size_t b = blockIdx.x, i = (size_t)(*a.pos - a.prompt);

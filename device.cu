@@ -1,12 +1,12 @@
 /* device.cu - the GPU: finding it, its memory, matrix products on it, parameter tables there.
  *
- * device.h says how this file is compiled. The first half is C, for the rest of the program; the second half is CUDA: what
- * the twins of the layers stand on, then the twins themselves, included at the end, and the table of functions that is all
- * that C sees of them. Everything runs on one stream, in the order in which it is asked for.
+ * device.h says how this file is compiled. The first half is C, for the rest of the program; the second half is CUDA:
+ * what the twins of the layers stand on, then the twins themselves, included at the end, and the table of functions
+ * that is all that C sees of them. Everything runs on one stream, in the order in which it is asked for.
  *
- * Matrix products are cuBLASLt's, which is opened when first needed: a program built here starts where there is no CUDA.
- * Sums run in an order that depends on sizes alone, nothing is added by float atomics, and split products that add up in
- * whatever order they finish are excluded: the same seed gives the same bits on the same kind of GPU.
+ * Matrix products are cuBLASLt's, which is opened when first needed: a program built here starts where there is no
+ * CUDA. Sums run in an order that depends on sizes alone, nothing is added by float atomics, and split products that
+ * add up in whatever order they finish are excluded: the same seed gives the same bits on the same kind of GPU.
  *
  * Refuses: no driver, no GPU, GPUs before compute capability 8.0 (no bf16), too little memory. */
 #include "transformer.h"
@@ -176,8 +176,9 @@ static void carve(DeviceArena *a, void *out_pointer, size_t n, size_t size) {
     a->used += round_up(n * size, 4 * ALIGNMENT);
 }
 
-/* Between the host's memory and the GPU's. Both wait until the data are there: of pageable memory, CUDA does not promise
- * that it may be reused when an asynchronous copy returns, and where GPUs read the host's page tables it may not. */
+/* Between the host's memory and the GPU's. Both wait until the data are there: of pageable memory, CUDA does not
+ * promise that it may be reused when an asynchronous copy returns, and where GPUs read the host's page tables it may
+ * not. */
 static Err to_device(Device *d, void *to, const void *from, size_t bytes) {
 #ifdef CUDA_ON_CPU
     (void)d;
@@ -239,8 +240,8 @@ static Err earlier_failure(const Device *d) {
 
 /* ---- Matrix products ---- */
 
-/* D (M,N) = op(A) op(B) (+ add) (+ bias), row-major as gemm of imagebart.h. A and B are floatX; D, and add, which may be D
- * and has its row stride, are floatX or float; bias (N) is of D's type. add and bias may be NULL. */
+/* D (M,N) = op(A) op(B) (+ add) (+ bias), row-major as gemm of imagebart.h. A and B are floatX; D, and add, which may
+ * be D and has its row stride, are floatX or float; bias (N) is of D's type. add and bias may be NULL. */
 typedef struct {
     int trans_a, trans_b, d_is_float;
     size_t M, N, K, lda, ldb, ldd;

@@ -2,9 +2,9 @@
  *
  * device.cu is compiled three times. As C, like every file here, it is what the rest of the program calls. As CUDA it
  * includes layers.cu, attention.cu, transformer.cu, optimizer.cu, decode.cu and, for the first stage, conv.c,
- * vqgan_layers.c, vqgan.c, discriminator.c and perceptual.c, whose #else halves are the CUDA twins of the C above them, once with floatX = float and
- * once with floatX = bf16: each time one object file that exports one table of functions. A program linked without these
- * objects lacks the tables, and so knows that it has no CUDA.
+ * vqgan_layers.c, vqgan.c, discriminator.c and perceptual.c, whose #else halves are the CUDA twins of the C above them,
+ * once with floatX = float and once with floatX = bf16: each time one object file that exports one table of functions.
+ * A program linked without these objects lacks the tables, and so knows that it has no CUDA.
  *
  * The same CUDA code runs on the CPU: -DCUDA_ON_CPU puts test/cuda_on_cpu.h in the place of CUDA's headers. */
 #ifndef DEVICE_H
@@ -71,8 +71,8 @@ typedef struct DeviceOps {
     Err (*perceptual_loss)(Perceptual *p, const real *x, const real *xrec, size_t B, double weight, double *loss,
                            real *dxrec);
     /* several GPUs, one for each rank of parallel.c: nccl.cu. choose: the GPU of the rank of this number on
-     * its machine. join_id: what the ranks find each other by, drawn by one of them. grad_place: where a row lies in the
-     * gradient, row n_rows: its length. grad_sum: n numbers of it become the sum over ranks, while the GPU goes on;
+     * its machine. join_id: what the ranks find each other by, drawn by one of them. grad_place: where a row lies in
+     * the gradient, row n_rows: its length. grad_sum: n numbers of it become the sum over ranks, while the GPU goes on;
      * grad_wait: what follows waits for that. */
     Err (*choose)(size_t local);
     int (*joined)(const Device *d);
@@ -104,8 +104,8 @@ typedef int cudaStream_t;
 #include <cuda_runtime.h>
 #endif
 
-/* floatX is what activations and the operands of matrix products are kept in. Sums, statistics, the residual stream, its
- * gradient, logits and the gradients of parameters are float. */
+/* floatX is what activations and the operands of matrix products are kept in. Sums, statistics, the residual stream,
+ * its gradient, logits and the gradients of parameters are float. */
 #ifdef FLOATX_BF16
 typedef __nv_bfloat16 floatX;
 static __host__ __device__ inline float to_float(floatX x) {
@@ -220,15 +220,16 @@ static Err allow_shared(const void *kernel, size_t bytes, const char *what);
 #endif
 
 /* Tensor cores, in PTX; cuda_on_cpu.h has the same for the CPU.
- *   copy_async<BYTES>  16, 8, 4 or 2 bytes from global to shared memory, both at a multiple of as many, or zeros, while the
+ *   copy_async<BYTES>  16, 8, 4 or 2 bytes from global to shared memory, both at a multiple of as many, or zeros, while
+ *   the
  *                    thread goes on (with 2, for which there is no such instruction, it waits)
  *   copy_commit, copy_wait<N>   close a group of copies; wait until all but the last N groups are there
  *   load_matrices    four 8x8 matrices of bf16 from shared memory: lane i names row i % 8 of matrix i / 8, and gets of each
  *                    row lane / 4, columns lane % 4 * 2 and the next
  *   load_matrices_turned   the same of the matrices' transposes: a lane gets column lane / 4, rows lane % 4 * 2 and the next
  *   multiply_tiles   c (16,8) float += a (16,16) b (8,16)^T of bf16, spread over a warp: a in four 8x8 matrices as above
- *                    (rows 0..7 and 8..15 of columns 0..7, then of 8..15), b in two (columns 0..7, then 8..15), and of c a
- *                    lane has row lane / 4, columns lane % 4 * 2 and the next, then the same of row lane / 4 + 8
+ *                    (rows 0..7 and 8..15 of columns 0..7, then of 8..15), b in two (columns 0..7, then 8..15), and of
+ *                    c a lane has row lane / 4, columns lane % 4 * 2 and the next, then the same of row lane / 4 + 8
  *   bf16_pair        two floats as bf16 in a word, as matrices have them
  *   exp2_approx      2^x to 2 units in the last place, 0 below 2^-126: one instruction, where exp2f takes four */
 #if defined(FLOATX_BF16) && !defined(CUDA_ON_CPU)

@@ -316,8 +316,8 @@ int32_t sample_pick(const real *prob, size_t K, double u) {
 
 enum { MAX_CHAIN = 65535 }; /* repeats share 24 bits of the stream's name with t */
 
-/* A sample in a pass, and how well its tokens could be guessed lately, where x_t and what came of the pass before are the
- * same and where they differ. */
+/* A sample in a pass, and how well its tokens could be guessed lately, where x_t and what came of the pass before are
+ * the same and where they differ. */
 typedef struct {
     size_t at;           /* the position whose turn it is */
     size_t first, cells; /* of the block: positions at.. */
@@ -365,8 +365,8 @@ size_t sample_rows(const SampleOptions *o, const Model *m, size_t n) {
     return n;
 }
 
-/* Classifier-free guidance (Ho and Salimans 2022): at such a scale every sample is fed twice, with its class and with "no
- * class", and drawn from uncond + g (cond - uncond). */
+/* Classifier-free guidance (Ho and Salimans 2022): at such a scale every sample is fed twice, with its class and with
+ * "no class", and drawn from uncond + g (cond - uncond). */
 static int is_guided(const Run *r, int t) {
     return r->m && r->o->guidance[t] != 1;
 }
@@ -434,15 +434,16 @@ static void renoise(const Run *r, int t, size_t repeat) {
                    pass_stream(RNG_RENOISE, t, repeat, r->o->first + b), 0);
 }
 
-/* Less work, exactly. A pass of the decoder over several positions of a sample costs little more than over one, but each
- * position needs the token in front of it. Some of those are known (inpainting), and the others can be guessed: scales
- * differ by little noise, so x_t is a good draft of x_{t-1}; so is, in a chain, what the pass before made of the same
- * picture, before some noise went into it. Whichever of the two has been right more often is taken where they differ.
+/* Less work, exactly. A pass of the decoder over several positions of a sample costs little more than over one, but
+ * each position needs the token in front of it. Some of those are known (inpainting), and the others can be guessed:
+ * scales differ by little noise, so x_t is a good draft of x_{t-1}; so is, in a chain, what the pass before made of the
+ * same picture, before some noise went into it. Whichever of the two has been right more often is taken where they
+ * differ.
  *
  * Speculative decoding (Leviathan et al. 2023; Chen et al. 2023) accepts a draft d of distribution q with probability
- * min(1, p(d)/q(d)), else it draws from the rest max(0, p - q), normalised; that leaves the model's distribution p as it
- * is. Here q is all on one token, so the rule reads: keep d with probability p(d), else draw from p without d. That is
- * the same as to draw from p, and see whether it is d. So every token is drawn just as without drafts, temperature,
+ * min(1, p(d)/q(d)), else it draws from the rest max(0, p - q), normalised; that leaves the model's distribution p as
+ * it is. Here q is all on one token, so the rule reads: keep d with probability p(d), else draw from p without d. That
+ * is the same as to draw from p, and see whether it is d. So every token is drawn just as without drafts, temperature,
  * top-k, guide and random number included; if it is the guess, the next position's logits are there already, else the
  * rest of the block is thrown away and fed again. The logits have the bits of single steps (decode.cu), so not only the
  * distribution but every token is the same, whatever the blocks. Each sample goes on at its own pace. */
@@ -548,8 +549,8 @@ static size_t choose_block(const Run *r) {
     return cells;
 }
 
-/* Logits of the block's cells. Uncached, every sample's whole prefix is run again: (n,N,K). Guided, those without a class
- * follow. */
+/* Logits of the block's cells. Uncached, every sample's whole prefix is run again: (n,N,K). Guided, those without a
+ * class follow. */
 static Err block_logits(const Run *r, size_t cells, const real **logits) {
     const size_t n = r->o->n;
     const int guided = r->rows > n;

@@ -1,8 +1,8 @@
-/* digest.c - SHA-256 (FIPS 180-4) and MD5 (RFC 1321) of a file, to tell whether weights are the ones that others publish
- * under such a number. Nothing here is about secrets.
+/* digest.c - SHA-256 (FIPS 180-4) and MD5 (RFC 1321) of a file, to tell whether weights are the ones that others
+ * publish under such a number. Nothing here is about secrets.
  *
- * Both read blocks of 64 bytes, the last one ending with a 1 bit, zeros and the length; they differ in the order of bytes
- * in a word and in what a block does to the state. */
+ * Both read blocks of 64 bytes, the last one ending with a 1 bit, zeros and the length; they differ in the order of
+ * bytes in a word and in what a block does to the state. */
 #include "imagebart.h"
 
 #include <errno.h>

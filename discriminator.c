@@ -1,19 +1,19 @@
 /* discriminator.c - the first stage's adversary: tells pictures from reconstructions, patch by patch (SPEC section 9;
  * the NLayerDiscriminator of pix2pix, Isola et al. 2017, as taming-transformers trains it).
  *
- * Owns: the network, its parameter table (with batch norm's buffers, as rows that are not trained), running it forward and
- * backward in one allocation, and the adversarial losses. Refuses: pictures too small for its layers.
+ * Owns: the network, its parameter table (with batch norm's buffers, as rows that are not trained), running it forward
+ * and backward in one allocation, and the adversarial losses. Refuses: pictures too small for its layers.
  *
  *     pictures (B,C,H,W) -> conv, leaky -> [conv, batch norm, leaky] * n_layers -> conv -> logits (B,1,h,w)
  *
  * Every convolution is 4x4 with one zero around, the first n_layers of them at every second cell. Activations are
- * (C,B,h,w), other than everywhere else: so what batch norm sums over is one row, and a convolution of the whole batch one
- * matrix product, weight (M,C*16) times columns (C*16,B*h*w): column i holds the cells that result i sees. Columns are
- * gathered for a tile of rows at a time. Tiles are cut by sizes alone and a task is one channel or one row of the columns,
- * so results do not depend on the number of threads.
+ * (C,B,h,w), other than everywhere else: so what batch norm sums over is one row, and a convolution of the whole batch
+ * one matrix product, weight (M,C*16) times columns (C*16,B*h*w): column i holds the cells that result i sees. Columns
+ * are gathered for a tile of rows at a time. Tiles are cut by sizes alone and a task is one channel or one row of the
+ * columns, so results do not depend on the number of threads.
  *
- * Read in this order: types; building; planning; convolution; norm and leaky ReLU; public functions; losses; after #else the
- * same on a GPU. */
+ * Read in this order: types; building; planning; convolution; norm and leaky ReLU; public functions; losses; after
+ * #else the same on a GPU. */
 #include "device.h"
 
 #include <math.h>
@@ -518,9 +518,10 @@ double adaptive_weight(double nll_norm, double g_norm) {
 /* ---- The twin ----
  *
  * On the GPU pictures lie as (B,h,w,C), as everywhere there: a convolution is columns (B*h*w,C*16) times the weights in
- * their order (conv.c), and what batch norm sums over is a column. Activations and their gradients are floatX; sums, the
- * norms' means and deviations and everything in the table are float. Pictures, their gradients and logits cross over as the
- * host has them: a step of training copies the batch a few times each way, little beside what it computes. */
+ * their order (conv.c), and what batch norm sums over is a column. Activations and their gradients are floatX; sums,
+ * the norms' means and deviations and everything in the table are float. Pictures, their gradients and logits cross
+ * over as the host has them: a step of training copies the batch a few times each way, little beside what it
+ * computes. */
 
 typedef struct {
     floatX *y, *a, *kept; /* (n,M), as in DiscLayer; bias and leaky ReLU without a norm are done in place */
@@ -594,8 +595,8 @@ static Err conv4_weights_cuda(Device *d, float *dw, const Window *p, const float
     return OK;
 }
 
-/* dx (..,h,w,C), n elements from picture `first` on = what all results that saw a cell say of it: sums of dcolumns, gradients
- * of their patches, which begin with that of result `begin`. */
+/* dx (..,h,w,C), n elements from picture `first` on = what all results that saw a cell say of it: sums of dcolumns,
+ * gradients of their patches, which begin with that of result `begin`. */
 static __global__ void fold_taps_kernel(floatX *dx, const floatX *dcolumns, Window p, size_t begin, unsigned first,
                                         unsigned n) {
     const unsigned C = (unsigned)p.C, w = (unsigned)p.w, h = (unsigned)p.h, stride = (unsigned)p.stride;
@@ -635,7 +636,8 @@ static void conv4_needs_cuda(ConvMemory *m, const Window *p, size_t B, size_t M)
     m->partial_size = max_size(m->partial_size, channel_slices(1, B * cells, M));
 }
 
-/* ---- The twin: batch norm and leaky ReLU. Kernels take WIDTH neighbouring channels at a time: PACK where a cell has whole
+/* ---- The twin: batch norm and leaky ReLU. Kernels take WIDTH neighbouring channels at a time: PACK where a cell has
+ * whole
  *      packs, else 1. ---- */
 
 template <int WIDTH> struct alignas(WIDTH * sizeof(floatX)) Channels { floatX at[WIDTH]; };
@@ -774,7 +776,8 @@ static __global__ void batch_gradient_kernel(floatX *g, const floatX *y, BatchNo
     *(Channels<WIDTH> *)(g + i) = p;
 }
 
-/* From the gradient of a leaky ReLU's result, to which feature matching adds step sign(a - kept), to that of y, in place. */
+/* From the gradient of a leaky ReLU's result, to which feature matching adds step sign(a - kept), to that of y, in
+ * place. */
 template <int WIDTH>
 static Err activate_backward_cuda(Device *d, floatX *g, const floatX *a, const floatX *kept, float step,
                                   const floatX *y, const BatchNorm *b, float *dgamma, float *dbeta, float *lines,

@@ -29,10 +29,10 @@
  * Weights in half or a quarter of the bits, and products of few rows, which reuse nothing, are another file's business:
  * stream.c.
  *
- * Promise on bits: K is cut into as few equal pieces as are at most KC long (the last may be shorter). An element of C is
- * the sum of the pieces, in order; within a piece the products are added in order of k with one fused multiply-add each
- * (two roundings on machines without one). Nothing else - threads, M, N, position, transposes, packing - changes the
- * order, so a row computed alone equals bit for bit the same row computed in a batch.
+ * Promise on bits: K is cut into as few equal pieces as are at most KC long (the last may be shorter). An element of C
+ * is the sum of the pieces, in order; within a piece the products are added in order of k with one fused multiply-add
+ * each (two roundings on machines without one). Nothing else - threads, M, N, position, transposes, packing - changes
+ * the order, so a row computed alone equals bit for bit the same row computed in a batch.
  *
  * Buffers are thread-local, so calls may come from the pool's workers and from plain threads at the same time. They
  * take about 600 KB of each thread's memory (on glibc: of its stack). */

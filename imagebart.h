@@ -86,12 +86,14 @@ const char *err_text(void);
  * product and lack of memory are errors that name what it was for and how much was asked. count = 0 gives a valid
  * pointer. */
 Err mem_alloc(void *out_pointer, size_t count, size_t size, const char *what);
-/* Makes room for `more` elements behind the n of *array (capacity elements of size bytes); it grows by half at least. */
+/* Makes room for `more` elements behind the n of *array (capacity elements of size bytes); it grows by half at
+ * least. */
 Err mem_grow(void *array_pointer, size_t n, size_t more, size_t *capacity, size_t size, const char *what);
 /* *out = a*b or an error */
 Err size_mul(size_t *out, size_t a, size_t b);
 /* Bytes that this process can still take: the least of what the machine, its control groups (containers) and the
- * process's own limits (ulimit -v, -d) leave. File caches count as free, for the kernel gives them up. SIZE_MAX: unknown. */
+ * process's own limits (ulimit -v, -d) leave. File caches count as free, for the kernel gives them up. SIZE_MAX:
+ * unknown. */
 size_t memory_available(void);
 /* OK if `needed` bytes are available, else an error that begins with `what` and ends with `advice`. */
 Err memory_fits(size_t needed, size_t available, const char *what, const char *advice);
@@ -172,9 +174,9 @@ static inline size_t weight_bytes(WeightFormat f) { /* of one number */
     return f == WEIGHTS_BF16 ? 2 : f == WEIGHTS_INT8 ? 1 : sizeof(real);
 }
 size_t weights_bytes(WeightFormat format, size_t N, size_t K); /* of data */
-/* Row j of a matrix of row length K, x (K), goes to its place in `data`, zero before; format not WEIGHTS_REAL. bf16 rounds
- * to the nearest, ties to even: off by 2^-8 of a number at most. int8: scale[j] = largest/127, off by half of that;
- * numbers that are not finite make it NaN. */
+/* Row j of a matrix of row length K, x (K), goes to its place in `data`, zero before; format not WEIGHTS_REAL. bf16
+ * rounds to the nearest, ties to even: off by 2^-8 of a number at most. int8: scale[j] = largest/127, off by half of
+ * that; numbers that are not finite make it NaN. */
 void weights_pack(WeightFormat format, void *data, float *scale, const real *x, size_t j, size_t K);
 /* to (n) = x (n) rounded to bf16. */
 void round_bf16(uint16_t *to, const real *x, size_t n);
@@ -214,10 +216,12 @@ int conv_threads(const ConvScratch *s, size_t n);
 /* y = w * x + bias (+ add unless NULL)     w (M,C,3,3) or (M,C,1,1)   bias (M)   add (as y) */
 void conv_forward(real *y, const Conv *c, const real *x, const real *w, const real *bias, const real *add,
                   const ConvScratch *s);
-/* dx (as x) overwritten, or added to if `more`; NULL: not wanted. dw, db +=; both NULL: not wanted, and x is not read. */
+/* dx (as x) overwritten, or added to if `more`; NULL: not wanted. dw, db +=; both NULL: not wanted, and x is not
+ * read. */
 void conv_backward(real *dx, real *dw, real *db, const Conv *c, const real *dy, const real *x, const real *w, int more,
                    const ConvScratch *s);
-/* How many multiplications that takes; the direct way takes C*M*9 (1x1: C*M) for each cell of y, and twice that backward. */
+/* How many multiplications that takes; the direct way takes C*M*9 (1x1: C*M) for each cell of y, and twice that
+ * backward. */
 double conv_multiplications(const Conv *c, int backward);
 /* Sum of n numbers, in an order that depends on n alone, emptied from short chains into double. */
 double sum_reals(const real *x, size_t n);
@@ -271,12 +275,13 @@ typedef struct {
 } Checkpoint;
 
 /* Maps a file, tells by its content what it is, and checks all of it before use: a safetensors file (header length,
- * JSON, names unique, dtypes known, shape product = byte length, no overlap, no gap, no tail) or a PyTorch .ckpt (zip or
- * older; SPEC section 11), whose meta then has "epoch" and "global_step". Errors name the file. */
+ * JSON, names unique, dtypes known, shape product = byte length, no overlap, no gap, no tail) or a PyTorch .ckpt (zip
+ * or older; SPEC section 11), whose meta then has "epoch" and "global_step". Errors name the file. */
 Err checkpoint_open(Checkpoint *ck, const char *path);
 void checkpoint_close(Checkpoint *ck);                                 /* safe on a zeroed struct */
 const Tensor *checkpoint_find(const Checkpoint *ck, const char *name); /* NULL: no such tensor */
-/* *out = the tensor; an error names it if it is missing or its shape differs. ndim < 0: any shape with `size` elements. */
+/* *out = the tensor; an error names it if it is missing or its shape differs. ndim < 0: any shape with `size`
+ * elements. */
 Err checkpoint_shaped(const Checkpoint *ck, const char *name, int ndim, const size_t *dim, size_t size,
                       const Tensor **out);
 /* The same, then out[0..size-1] = its elements, converted. */
@@ -312,8 +317,8 @@ Err file_append(const char *path, const void *data, size_t bytes);
 /* Did the last of this thread's AtomicFiles and file_appends fail for want of room (ENOSPC, EDQUOT, EFBIG)? */
 int disk_full(void);
 
-/* ---- params.c: parameter tables. One row per tensor of a model; allocation, init, load, save, decay, optimizer, EMA and
- * gradient checks loop over the rows and nothing else knows names or order. ---- */
+/* ---- params.c: parameter tables. One row per tensor of a model; allocation, init, load, save, decay, optimizer, EMA
+ * and gradient checks loop over the rows and nothing else knows names or order. ---- */
 typedef enum { INIT_ZERO, INIT_ONE, INIT_NORMAL, INIT_UNIFORM } Init;
 typedef struct {
     char name[NAME_MAX_BYTES]; /* official state-dict name, without the model's prefix */
@@ -359,19 +364,19 @@ static inline void params_ready(Params *p, size_t row) {
 }
 void params_swap_ema(Params *p); /* exchanges value and ema: twice is nothing */
 /* Of a table whose network is on the GPU (transformer_use_cuda) everything planned is copied there, or back; on the CPU
- * there is nothing to do. Sent: values, moments, EMA. Fetched: gradients too. Zeroing, norms, updates and exchanges happen
- * where the table is. */
+ * there is nothing to do. Sent: values, moments, EMA. Fetched: gradients too. Zeroing, norms, updates and exchanges
+ * happen where the table is. */
 Err params_send(Params *p);
 Err params_fetch(Params *p);
 /* What one letter names below: 'v' value, 'g' grad, '1' m, '2' v, 'e' ema; it must have been planned.
- * Every row's `which` = tensor prefix+name, which must be there with its exact shape. _ema: ema_prefix + the name without
- * its dots, as the official EMA calls it (SPEC section 6). */
+ * Every row's `which` = tensor prefix+name, which must be there with its exact shape. _ema: ema_prefix + the name
+ * without its dots, as the official EMA calls it (SPEC section 6). */
 Err params_load(Params *p, const Checkpoint *ck, char which, const char *prefix);
 Err params_load_ema(Params *p, const Checkpoint *ck, char which, const char *ema_prefix);
 /* The values of a table without memory are those of the file where they lie, if they lie there as aligned reals, else
  * copies. For sampling: nothing may be written to them, and the file must stay open. strip_dots: EMA names.
- * p->format other than WEIGHTS_REAL: matrices have no value but are packed, row by row, so that a file's pages need not stay
- * in memory. */
+ * p->format other than WEIGHTS_REAL: matrices have no value but are packed, row by row, so that a file's pages need not
+ * stay in memory. */
 Err params_map(Params *p, const Checkpoint *ck, const char *prefix, int strip_dots);
 /* Packs the matrices of a table that has values, which stay, and sets p->format: for tests and benchmarks. */
 Err params_pack(Params *p, WeightFormat format);
@@ -396,8 +401,9 @@ typedef struct {
     uint8_t *rgb; /* (H,W,3) */
 } Image;
 enum { IMAGE_MAX_SIDE = 32768 };
-/* PNG, JPEG or (where libwebp was found) WebP, told by content. Grey, palette, 16-bit, CMYK/YCCK become 8-bit RGB; alpha
- * is composited on white; EXIF orientation is applied. Truncated or foreign content is an error that names the file. */
+/* PNG, JPEG or (where libwebp was found) WebP, told by content. Grey, palette, 16-bit, CMYK/YCCK become 8-bit RGB;
+ * alpha is composited on white; EXIF orientation is applied. Truncated or foreign content is an error that names the
+ * file. */
 Err image_read(Image *im, const char *path);
 /* The same from memory; errors name no file. upright = 0: EXIF orientation is ignored, as the official pipelines do. */
 Err image_decode(Image *im, const uint8_t *bytes, size_t size, int upright);
@@ -443,8 +449,8 @@ typedef struct {
 } Dataset;
 typedef enum { SPLIT_ALL, SPLIT_TRAIN, SPLIT_VAL } Split;
 /* path: a folder (searched recursively; its sub-folders are the classes; a data.mdb is an LMDB of pictures), an LMDB's
- * file, or a text file with one picture path a line (relative to the list's folder). If the folder holds train/ and val/
- * (or validation/, or ILSVRC2012_train/data/ and ILSVRC2012_validation/data/), or LSUN's NAME_train_lmdb and
+ * file, or a text file with one picture path a line (relative to the list's folder). If the folder holds train/ and
+ * val/ (or validation/, or ILSVRC2012_train/data/ and ILSVRC2012_validation/data/), or LSUN's NAME_train_lmdb and
  * NAME_val_lmdb, these are the split; else every picture whose name hashes into 1 of 20 is held out, the first if none
  * does. An empty set is an error. */
 Err dataset_open(Dataset *d, const char *path, Split split);
@@ -481,7 +487,8 @@ Err loader_start(Loader **l, const Dataset *d, const LoaderConfig *c);
 Err loader_next(Loader *l, const real **images, const int32_t **labels);
 void loader_stop(Loader *l); /* NULL is fine */
 
-/* tokens.c. A dataset encoded once. File: magic, sizes, checksum of the VQGAN, labels, then 16-bit tokens (n, flips, N). */
+/* tokens.c. A dataset encoded once. File: magic, sizes, checksum of the VQGAN, labels, then 16-bit tokens (n, flips,
+ * N). */
 typedef struct {
     size_t n, h, w, K, flips; /* flips: 1 as they are, 2 also mirrored */
     uint64_t vqgan;           /* file_checksum of the first stage */
@@ -564,8 +571,8 @@ Err vqgan_decode_tokens(Vqgan *v, const int32_t *tokens, size_t B, size_t h, siz
  * (B,in_channels,H,W; overwritten; may be NULL). */
 Err vqgan_forward(Vqgan *v, const real *images, size_t B, size_t H, size_t W, const real **xrec, double *codebook_loss);
 Err vqgan_backward(Vqgan *v, const real *dxrec, double codebook_weight, real *dimage);
-/* Between the two, and changing nothing but dw (out_ch,C,3,3) and db (out_ch), overwritten: the gradient of the decoder's
- * last layer alone, whose weight's row vqgan_last_layer is. */
+/* Between the two, and changing nothing but dw (out_ch,C,3,3) and db (out_ch), overwritten: the gradient of the
+ * decoder's last layer alone, whose weight's row vqgan_last_layer is. */
 Err vqgan_last_gradient(Vqgan *v, const real *dxrec, real *dw, real *db);
 const Param *vqgan_last_layer(const Vqgan *v);
 /* What the last forward saw: latents z and straight-through z_q (B,embed_dim,h,w), raw codes (B,h*w). */
@@ -592,15 +599,16 @@ typedef struct Perceptual Perceptual;
 Err perceptual_create(Perceptual **p, const PerceptualConfig *c);
 void perceptual_free(Perceptual *p);
 Params *perceptual_params(Perceptual *p);
-/* Every weight from the first of n open files that has it: as here, as "loss.perceptual_loss.*" of a VQGAN's checkpoint, or
- * as "features.*" of torchvision's VGG16. An error names the tensor that is missing, misshapen or not finite. */
+/* Every weight from the first of n open files that has it: as here, as "loss.perceptual_loss.*" of a VQGAN's
+ * checkpoint, or as "features.*" of torchvision's VGG16. An error names the tensor that is missing, misshapen or not
+ * finite. */
 Err perceptual_load(Perceptual *p, const Checkpoint *ck, size_t n);
 /* Memory for pictures of HxW, 16 or more along each side, in batches of about B; backward: also for the gradient. */
 Err perceptual_plan(Perceptual *p, size_t B, size_t H, size_t W, int backward);
 /* How much that allocates. Allocates nothing itself; there is no plan afterwards. */
 Err perceptual_plan_bytes(Perceptual *p, size_t B, size_t H, size_t W, int backward, size_t *bytes);
-/* *loss = mean over pictures of LPIPS(x, xrec), both (B,3,H,W) in [-1,1]. dxrec (as xrec) += weight * its gradient; NULL:
- * not wanted. */
+/* *loss = mean over pictures of LPIPS(x, xrec), both (B,3,H,W) in [-1,1]. dxrec (as xrec) += weight * its gradient;
+ * NULL: not wanted. */
 Err perceptual_loss(Perceptual *p, const real *x, const real *xrec, size_t B, size_t H, size_t W, double weight,
                     double *loss, real *dxrec);
 
@@ -625,11 +633,12 @@ Params *disc_params(Discriminator *d);
 Err disc_plan(Discriminator *d, size_t B, size_t H, size_t W, int features);
 Err disc_plan_bytes(Discriminator *d, size_t B, size_t H, size_t W, int features, size_t *bytes);
 size_t disc_logits(const Discriminator *d); /* how many logits a forward gives: B*h*w */
-/* images (B,in_channels,H,W), which must stay for backward -> *logits (B,1,h,w), in the activations. As in training: batch
- * norm takes the batch's own mean and variance; update: its buffers follow (momentum 0.1, unbiased variance). */
+/* images (B,in_channels,H,W), which must stay for backward -> *logits (B,1,h,w), in the activations. As in training:
+ * batch norm takes the batch's own mean and variance; update: its buffers follow (momentum 0.1, unbiased variance). */
 Err disc_forward(Discriminator *d, const real *images, int update, const real **logits);
-/* From dlogits (B,1,h,w; NULL: zeros) and feature_weight times the gradient of disc_feature_loss to every parameter's grad
- * (+=) if `trained`, and to dimages (B,in_channels,H,W; overwritten; may be NULL). Any number of times after a forward. */
+/* From dlogits (B,1,h,w; NULL: zeros) and feature_weight times the gradient of disc_feature_loss to every parameter's
+ * grad (+=) if `trained`, and to dimages (B,in_channels,H,W; overwritten; may be NULL). Any number of times after a
+ * forward. */
 Err disc_backward(Discriminator *d, const real *dlogits, double feature_weight, int trained, real *dimages);
 /* Feature matching: the activations of the last forward stay for comparison; how far those of a later forward are from
  * them: the mean over the layers of mean |a - kept| after each leaky ReLU. Only the later forward gets a gradient. */
@@ -639,7 +648,8 @@ double disc_feature_loss(const Discriminator *d);
  *   disc_loss       half of relu(1 - D) for genuine pictures, of relu(1 + D) for reconstructions; DISC_VANILLA: of
  *                   softplus(-D) and softplus(D). The discriminator's loss is the sum of both halves.
  *   generator_loss  -D
- *   adaptive_weight what the generator's loss is multiplied with, times disc_weight: |d nll/d W| / (|d g/d W| + 1e-4), at
+ *   adaptive_weight what the generator's loss is multiplied with, times disc_weight: |d nll/d W| / (|d g/d W| + 1e-4),
+ *   at
  *                   most 1e4, W the weight of the decoder's last layer */
 typedef enum { DISC_HINGE, DISC_VANILLA } DiscLoss;
 double disc_loss(DiscLoss kind, const real *logits, size_t n, int genuine, double weight, real *dlogits);
@@ -731,8 +741,8 @@ typedef struct {
 } AdamW;
 void adamw_step(Params *p, const AdamW *o, uint64_t step);
 /* x as one of the two bf16 beside it (itself if it is one), by 16 random bits: the mean over all of them is x. NaN and
- * infinity stay. Moments in bf16 are rounded so after every step, by random numbers of row, element and step alone; values
- * move by the moments before rounding. */
+ * infinity stay. Moments in bf16 are rounded so after every step, by random numbers of row, element and step alone;
+ * values move by the moments before rounding. */
 uint16_t round_at_random(float x, uint32_t random);
 /* EMA (SPEC section 6): d = min(decay, (1+n)/(10+n)) in float32 with n = num_updates (already incremented);
  * ema -= (1-d)(ema - value). */
@@ -754,11 +764,12 @@ typedef enum { PRECISION_F32, PRECISION_BF16 } Precision; /* of activations and 
 Err cuda_find(char *text, size_t *free_bytes, size_t *total_bytes);
 /* Of several processes on a machine each takes one GPU: before anything else, the one of this number. */
 Err cuda_choose(size_t local);
-/* What the GPU can do at best, for test/bench_cuda.c: seconds (medians) that a product of two n x n matrices takes, as the
- * networks multiply them, and a copy of `bytes` from one place in its memory to another, which reads and writes them. */
+/* What the GPU can do at best, for test/bench_cuda.c: seconds (medians) that a product of two n x n matrices takes, as
+ * the networks multiply them, and a copy of `bytes` from one place in its memory to another, which reads and writes
+ * them. */
 Err cuda_measure(Precision precision, size_t n, size_t bytes, double *product, double *copy);
-/* From here on this network is planned, run and updated on the GPU. Call it before transformer_plan; when the parameters
- * have their values, params_send. */
+/* From here on this network is planned, run and updated on the GPU. Call it before transformer_plan; when the
+ * parameters have their values, params_send. */
 Err transformer_use_cuda(Transformer *m, Precision precision);
 int transformer_on_cuda(const Transformer *m);
 /* The same for a first stage, also before vqgan_plan: afterwards everything in section 5 computes there. */
@@ -768,14 +779,14 @@ int vqgan_on_cuda(Vqgan *v);
  * host's in every call. */
 Err disc_use_cuda(Discriminator *d, Precision precision);
 Err perceptual_use_cuda(Perceptual *p, Precision precision);
-/* A training pass that leaves logits where they are: transformer_forward, then denoising_loss against the posterior of x_0
- * and x_t, then, if backward, transformer_backward. x0, x (= x_{t-1}), x_t (B,N), t, label (B). On the GPU only. */
+/* A training pass that leaves logits where they are: transformer_forward, then denoising_loss against the posterior of
+ * x_0 and x_t, then, if backward, transformer_backward. x0, x (= x_{t-1}), x_t (B,N), t, label (B). On the GPU only. */
 Err transformer_loss_cuda(Transformer *m, const Schedule *s, const int32_t *x0, const int32_t *x, const int32_t *x_t,
                           const int32_t *t, const int32_t *label, size_t B, size_t N, double alpha, double weight,
                           int backward, Loss *out);
-/* After transformer_decode_begin: draws all N positions of the n = B rows, which is what N steps of transformer_decode_step,
- * sample_probs and sample_pick give, without a word to the host in between. tokens (n,N). Guided: the batch is n = B/2
- * samples with their class, then the same with none. On the GPU only. */
+/* After transformer_decode_begin: draws all N positions of the n = B rows, which is what N steps of
+ * transformer_decode_step, sample_probs and sample_pick give, without a word to the host in between. tokens (n,N).
+ * Guided: the batch is n = B/2 samples with their class, then the same with none. On the GPU only. */
 typedef struct {
     uint64_t seed;
     const uint64_t *stream; /* (n) of random numbers; index = position */
@@ -843,9 +854,9 @@ typedef struct {
     WeightFormat weights; /* set after model_open: how the transitions' matrices are kept */
     int cuda; /* set after model_open: the transitions run on the GPU, in f32 or, with bf16 weights, in bf16 */
 } Model;
-/* A recipe (models/NAME.txt) is a list of "part.key value" lines; part is vqgan, scale (encoder-decoder scales and joint),
- * last (scale T), joint or scaleN (that alone, overrides). Keys are the official configuration's. *to gets the keys of
- * one scale, 0: joint, or of the first stage. */
+/* A recipe (models/NAME.txt) is a list of "part.key value" lines; part is vqgan, scale (encoder-decoder scales and
+ * joint), last (scale T), joint or scaleN (that alone, overrides). Keys are the official configuration's. *to gets the
+ * keys of one scale, 0: joint, or of the first stage. */
 enum { RECIPE_VQGAN = -1 };
 Err recipe_read(Config *to, const char *path, int scale);
 /* name_or_folder: a named model, or a folder with vqgan.safetensors and scale1..scaleT.safetensors, or one with the
@@ -873,8 +884,9 @@ Err model_use_cuda(Model *m);
 /* Of n pictures, how many decode_pictures decodes at a time. */
 size_t decode_batch(const Model *m, size_t n);
 /* What a transition's file holds: `which` ('v' or 'e') of every parameter as transformer.*, the schedule's buffers and,
- * unless compact, what follows from the rest and the official classes expect (masks, the second name of a tied embedding):
- * every name of the official state dict but first_stage_model.* and transformer_ema.* (SPEC sections 11 and 12). */
+ * unless compact, what follows from the rest and the official classes expect (masks, the second name of a tied
+ * embedding): every name of the official state dict but first_stage_model.* and transformer_ema.* (SPEC sections 11 and
+ * 12). */
 Err transition_tensors(TensorList *list, Transformer *net, char which, const Schedule *s, Dtype store, int compact);
 /* Writes the model as safetensors, weights as F32, F16 or BF16, into a folder that has no model. */
 Err model_convert(Model *m, const char *folder, Dtype store);
@@ -882,18 +894,19 @@ Err model_convert(Model *m, const char *folder, Dtype store);
 /* ---- classes.c: what the classes are called ---- */
 /* A recipe's imagebart.class_list FILE (relative to the recipe) becomes imagebart.classes, the file's text. */
 Err classes_from_recipe(Config *to, const char *recipe);
-/* imagebart.classes for a model trained on pictures in these folders: what a recipe listed stays if the folders are those
- * classes one by one, such as ImageNet's synsets; else it is the folders' names. */
+/* imagebart.classes for a model trained on pictures in these folders: what a recipe listed stays if the folders are
+ * those classes one by one, such as ImageNet's synsets; else it is the folders' names. */
 Err classes_from_folders(Config *to, char *const *folder, size_t n);
-/* m->class_name, n_classes from imagebart.classes: a class a line, or between commas; NULL: the numbers below rows, which
- * is how many classes the network knows. */
+/* m->class_name, n_classes from imagebart.classes: a class a line, or between commas; NULL: the numbers below rows,
+ * which is how many classes the network knows. */
 Err classes_open(Model *m, const char *list, size_t rows);
 /* A class's first name, without its synset, for messages. */
 enum { CLASS_TITLE_BYTES = 80 };
 const char *class_title(char out[CLASS_TITLE_BYTES], const Model *m, size_t label);
 /* How many classes have exactly this name or synset, whatever its case; *label = the first of them. */
 size_t classes_named(const Model *m, const char *name, int32_t *label);
-/* A number, a synset, a name or a part of one -> label; an ambiguous or unknown one is an error that lists what there is. */
+/* A number, a synset, a name or a part of one -> label; an ambiguous or unknown one is an error that lists what there
+ * is. */
 Err model_class(const Model *m, const char *name, int32_t *label);
 
 /* ---- diffusion.c: drawing from a model ---- */
@@ -935,11 +948,11 @@ size_t sample_rows(const SampleOptions *o, const Model *m, size_t n);
  * network for decoding. No guidance, which needs a Model. */
 Err sample_scale(Transformer *net, const SampleOptions *o, int t, size_t repeat, size_t N, int32_t *tokens);
 enum { BOUND_ROWS = 8 }; /* rows in a batch of the following two */
-/* bound (n_classes) = what tells the class of a picture of which only some tokens of x_0 (N) are kept, the least being the
- * best: the variational bound (paper section 3.1) on them under each class, in nats per token, a mean over a few draws of
- * the chain of sum_t KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t, class)). What is not kept is noise at every scale, which
- * the networks of t >= 2 have learnt to expect; scale 1, whose decoder has read nothing but clean pictures, has no say
- * unless it is the only one. n_classes forward passes per scale. */
+/* bound (n_classes) = what tells the class of a picture of which only some tokens of x_0 (N) are kept, the least being
+ * the best: the variational bound (paper section 3.1) on them under each class, in nats per token, a mean over a few
+ * draws of the chain of sum_t KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t, class)). What is not kept is noise at every
+ * scale, which the networks of t >= 2 have learnt to expect; scale 1, whose decoder has read nothing but clean
+ * pictures, has no say unless it is the only one. n_classes forward passes per scale. */
 Err model_class_bounds(Model *m, const int32_t *tokens, const uint8_t *keep, uint64_t seed, double *bound);
 /* bound (n) = how unlikely the model finds each picture (n,N) of class label (n; NULL: a model without classes): the
  * variational bound as above, of all tokens and over all scales. Two draws of the chain for each. */
@@ -973,8 +986,8 @@ void options_parse(int argc, char **argv, const Option *table, const char *intro
 void die(const char *fmt, ...) PRINTF_LIKE(1, 2);         /* "program: text" on stderr, exit 1 */
 void usage_error(const char *fmt, ...) PRINTF_LIKE(1, 2); /* the same, exit 2 */
 void check(Err e);                                        /* die(err_text()) on FAILED */
-/* Is it the GPU? "cpu": no. "cuda": yes where it is built in and there is one, else dies. NULL: what IMAGEBART_DEVICE in
- * the environment says, else a GPU if there is one. say_cpu: a line on stderr, where there was a choice. */
+/* Is it the GPU? "cpu": no. "cuda": yes where it is built in and there is one, else dies. NULL: what IMAGEBART_DEVICE
+ * in the environment says, else a GPU if there is one. say_cpu: a line on stderr, where there was a choice. */
 int check_device(const char *device);
 void say_cpu(void);
 /* "a,b,c": the first value is for scale T, which is sampled first, and so on down; one value is for all. out[t]. */
@@ -1073,15 +1086,15 @@ typedef struct {
     }
 void sampling_start(SamplingArgs *a, Model *m,
                     const NamedModel **stand_in_for); /* threads, seed, model; dies on error */
-/* What the user gave, else what the model's file recommends (imagebart.temperature, .top_k, .guidance, imagebart.CHAIN_KEY),
- * else 1, all, 1 and chain_default. Chains may have least_chain passes or more. */
+/* What the user gave, else what the model's file recommends (imagebart.temperature, .top_k, .guidance,
+ * imagebart.CHAIN_KEY), else 1, all, 1 and chain_default. Chains may have least_chain passes or more. */
 void sampling_options(SampleOptions *o, const SamplingArgs *a, const Model *m, const char *chain_key,
                       const char *chain_default, double least_chain);
 /* A line on stderr per scale: how many passes of the decoder it took, and how good the guesses were. */
 void say_drafts(const DraftCounts *counts, int T);
 int sampling_progress(void *context, int t, size_t repeat, size_t done, size_t of); /* SampleOptions.progress */
-/* On stderr: how much memory this takes (see model_memory) and how much there is, and which vectors and how many threads
- * compute; dies if memory does not suffice. */
+/* On stderr: how much memory this takes (see model_memory) and how much there is, and which vectors and how many
+ * threads compute; dies if memory does not suffice. */
 void sampling_memory(Model *m, size_t batch, size_t pictures);
 /* The options as PNG text, for image_write_png. */
 Err sampling_text(Config *text, const SamplingArgs *a, const SampleOptions *o, const Model *m);
@@ -1104,8 +1117,8 @@ void ranks_end(void);
 size_t rank(void), ranks(void);             /* this process is number 0..ranks-1 */
 size_t rank_local(void), ranks_local(void); /* the same among those on its machine */
 int rank_threads(void); /* the processors of its machine, shared out; 0: all of them, there is one process */
-/* Every rank calls these at the same time; they return when all have. x (n) = the sum over ranks; *flag = 1 if any has it;
- * bytes (n) are those of rank `from`. */
+/* Every rank calls these at the same time; they return when all have. x (n) = the sum over ranks; *flag = 1 if any has
+ * it; bytes (n) are those of rank `from`. */
 Err ranks_sum(double *x, size_t n);
 Err ranks_sum_counts(uint32_t *x, size_t n);
 Err ranks_any(int *flag);

@@ -1,11 +1,11 @@
 /* images.c - pictures in and out: files to pixels, pixels to batch rows, pixels to PNG files.
  *
- * Owns everything between a picture's bytes and a tensor: reading PNG, JPEG and WebP, resizing and cropping exactly as the
- * official preprocessing of each dataset does, and writing pictures.
+ * Owns everything between a picture's bytes and a tensor: reading PNG, JPEG and WebP, resizing and cropping exactly as
+ * the official preprocessing of each dataset does, and writing pictures.
  *
  * Refuses: a picture that is cut short or damaged in any way that its format lets us see (a PNG with one flipped byte
- * never loads; JPEG and WebP have no checksums, so some damage is invisible there), pictures with a side above IMAGE_MAX_SIDE or
- * more than IMAGE_MAX_PIXELS pixels, other formats (by name).
+ * never loads; JPEG and WebP have no checksums, so some damage is invisible there), pictures with a side above
+ * IMAGE_MAX_SIDE or more than IMAGE_MAX_PIXELS pixels, other formats (by name).
  *
  * How it is built: a file is read into memory whole, so that no decoder touches a file, and told by its first bytes.
  * libpng and libjpeg report errors by longjmp; each decoder keeps its state in one struct, so that nothing lives in

@@ -69,8 +69,8 @@ void gelu_backward(real *dh, real *dg, size_t R, size_t H) {
 }
 #else
 
-/* Grid and block: a thread takes PACK neighbours, which it moves 16 bytes at a time. The bias of an element is that of its
- * column, i % H; its few kilobytes stay in cache. */
+/* Grid and block: a thread takes PACK neighbours, which it moves 16 bytes at a time. The bias of an element is that of
+ * its column, i % H; its few kilobytes stay in cache. */
 static __global__ void gelu_forward_kernel(floatX *g, floatX *dg, const float *bias, size_t n, size_t H) {
     const size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * PACK;
     if (i >= n) return;
@@ -191,8 +191,8 @@ void norm_backward(const Transformer *m, const Norm *norm, real *dx, const real 
 }
 #else
 
-/* The twins read and write rows of the residual stream x and of its gradient dx, which are float. Of x, whose batch rows are
- * n positions long, the first `skip` positions of each are left out: row r is row `source` of x. */
+/* The twins read and write rows of the residual stream x and of its gradient dx, which are float. Of x, whose batch
+ * rows are n positions long, the first `skip` positions of each are left out: row r is row `source` of x. */
 static __device__ inline size_t source_row(size_t r, size_t n, size_t skip) {
     const size_t kept = n - skip;
     return skip ? r / kept * n + skip + r % kept

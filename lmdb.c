@@ -4,12 +4,13 @@
  * LSUN scripts visit them), and one value at a time, from any number of threads.
  *
  * Refuses: files that are not an LMDB, of another format version, shorter than their header says, or whose pages point
- * anywhere but into the file; liblmdb maps a file into memory and trusts it, so that every page of keys is looked at before.
- * Whether the values are pictures, images.c finds out.
+ * anywhere but into the file; liblmdb maps a file into memory and trusts it, so that every page of keys is looked at
+ * before. Whether the values are pictures, images.c finds out.
  *
  * How it is built: a key becomes a name, in which all but printable ASCII is written %XX, and a name a key again; with
  * the path of the file in front it looks like a file in a folder, and no real file can have that path. Nobody writes to
- * a data set that is trained on, so no lock file is made or needed. Without liblmdb every function says how to get it. */
+ * a data set that is trained on, so no lock file is made or needed. Without liblmdb every function says how to get
+ * it. */
 #include "data.h"
 
 #include <errno.h>
@@ -88,9 +89,9 @@ static Err check_header(Tree *t, size_t at) {
     return OK;
 }
 
-/* A page: its number (8 bytes), 2 unused, flags, where free space begins and ends (2 each), then where each node lies (2
- * each). A node: three 16-bit words (a value's size, or a page's number), the key's size, the key, the value; a large value
- * lies in pages of its own, whose first one's number stands here. */
+/* A page: its number (8 bytes), 2 unused, flags, where free space begins and ends (2 each), then where each node lies
+ * (2 each). A node: three 16-bit words (a value's size, or a page's number), the key's size, the key, the value; a
+ * large value lies in pages of its own, whose first one's number stands here. */
 enum { PAGE_HEAD = 16, NODE_HEAD = 8, BRANCH = 1, LEAF = 2, BIG_VALUE = 1, DEEPEST = 32 };
 
 static Err damaged(const Tree *t, uint64_t page, const char *what) {

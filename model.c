@@ -1,7 +1,7 @@
 /* model.c - a model as it lies on the disk: which there are, their recipes, what their folders hold; the way back, too.
  *
- * A model is a VQGAN, a schedule and T transitions in one folder: safetensors of ours, each of which says what it is, or
- * the official .ckpt files, whose configuration is a recipe (models/NAME.txt). Opening one checks that its files fit
+ * A model is a VQGAN, a schedule and T transitions in one folder: safetensors of ours, each of which says what it is,
+ * or the official .ckpt files, whose configuration is a recipe (models/NAME.txt). Opening one checks that its files fit
  * together; transitions are read one at a time, when sampling comes to their scale. Drawing with it is diffusion.c's.
  *
  * It refuses: folders with a missing, foreign or contradicting file, tensors that the network does not have.

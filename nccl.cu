@@ -1,7 +1,8 @@
 /* nccl.cu - several GPUs, one for each rank of parallel.c: their gradients are added up by NVIDIA's NCCL.
  *
- * device.cu includes it. NCCL's header is needed to compile it, its library is opened when the ranks join. Messages run on
- * a stream of their own, each behind the part of backward that made it and beside the rest. No GPU has run this yet. */
+ * device.cu includes it. NCCL's header is needed to compile it, its library is opened when the ranks join. Messages run
+ * on a stream of their own, each behind the part of backward that made it and beside the rest. No GPU has run this
+ * yet. */
 #include "device.h"
 
 #if defined(CUDA_ON_CPU) || !defined(HAVE_NCCL)

@@ -1,9 +1,9 @@
-/* nearest.c - how near drawn pictures come to those of a folder: ./sample --nearest, for whoever wants to know what a model
- * has learnt by heart.
+/* nearest.c - how near drawn pictures come to those of a folder: ./sample --nearest, for whoever wants to know what a
+ * model has learnt by heart.
  *
- * Two distances, each to the closest training picture, as it is or mirrored: how many of the N tokens are the same, and the
- * root mean square difference of the pixels, counted in 0..1. Every picture of the folder is read, prepared and encoded
- * once; the drawn ones are compared with it side by side. Nothing is drawn or learnt here. */
+ * Two distances, each to the closest training picture, as it is or mirrored: how many of the N tokens are the same, and
+ * the root mean square difference of the pixels, counted in 0..1. Every picture of the folder is read, prepared and
+ * encoded once; the drawn ones are compared with it side by side. Nothing is drawn or learnt here. */
 #include "imagebart.h"
 
 #include <math.h>

@@ -1,4 +1,5 @@
-/* optimizer.cu - what training does with logits and gradients: the losses, AdamW, the moving average, the learning rate.
+/* optimizer.cu - what training does with logits and gradients: the losses, AdamW, the moving average, the learning
+ * rate.
  *
  * Sums run in parts of fixed size and tensors in pieces of fixed size, so that threads do not change a bit. */
 #include "transformer.h"
@@ -98,8 +99,8 @@ Err transformer_loss_cuda(Transformer *m, const Schedule *s, const int32_t *x0, 
 /* ---- The twin: from raw logits to both losses and the gradient of the raw logits in one kernel ----
  *
  * The posterior of x_{t-1} given x_t and x_0 takes at most three values in a row, at x_0, at x_t and elsewhere, so that
- * neither it nor the probabilities need be written down: with L_k the logits, lse their log-sum-exp and "rest" the value
- * elsewhere, sum_k q_k log(q_k/p_k) = rest (K log rest - sum_k L_k + K lse), corrected at x_0 and x_t. */
+ * neither it nor the probabilities need be written down: with L_k the logits, lse their log-sum-exp and "rest" the
+ * value elsewhere, sum_k q_k log(q_k/p_k) = rest (K log rest - sum_k L_k + K lse), corrected at x_0 and x_t. */
 
 typedef struct {
     const float *raw;
@@ -173,7 +174,8 @@ static __global__ void loss_kernel(LossTwin a) {
 #undef LOGIT
 }
 
-/* sums[0], sums[1] = of hard and soft (R); one block, each thread in steps of the block, then in the order of threads. */
+/* sums[0], sums[1] = of hard and soft (R); one block, each thread in steps of the block, then in the order of
+ * threads. */
 enum { LOSS_THREADS = 256 };
 static __global__ void add_losses_kernel(double *sums, const float *hard, const float *soft, size_t R) {
     SHARED(double, part);
@@ -264,8 +266,8 @@ static void adamw_piece(void *context, size_t piece) {
     }
 }
 
-/* ---- Moments in bf16. Rounded to the nearest, what changes a moment by less than 2^-9 of itself would be lost every time;
- * rounded up or down at random, by chances that keep the mean, it adds up. ---- */
+/* ---- Moments in bf16. Rounded to the nearest, what changes a moment by less than 2^-9 of itself would be lost every
+ * time; rounded up or down at random, by chances that keep the mean, it adds up. ---- */
 
 uint16_t round_at_random(float x, uint32_t random) {
     uint32_t bits;
@@ -393,8 +395,8 @@ static float *arena(const Device *d, int k) {
     return (float *)d->arena[k];
 }
 
-/* Where a tensor lies: in every arena of floats, but for matrices of a table that only samples in bf16, which have no value
- * in float. */
+/* Where a tensor lies: in every arena of floats, but for matrices of a table that only samples in bf16, which have no
+ * value in float. */
 static int keeps_value(const Params *p, const Param *row) {
     return !IS_BF16 || p->arena[1] || !row->matrix;
 }

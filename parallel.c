@@ -1,9 +1,9 @@
 /* parallel.c - more than one process: `mpirun -np 4 ./train ...` trains one model together.
  *
- * Every rank (process) holds the whole model and computes the gradient of its share of every batch. The shares are added
- * up, and since each rank then holds the same bits, each takes the same optimizer step: what is trained is what one
- * process would train from the same batches, but for the order in which floats are added. On CPUs MPI adds, on GPUs (one
- * for each rank) NCCL, with MPI to start it.
+ * Every rank (process) holds the whole model and computes the gradient of its share of every batch. The shares are
+ * added up, and since each rank then holds the same bits, each takes the same optimizer step: what is trained is what
+ * one process would train from the same batches, but for the order in which floats are added. On CPUs MPI adds, on GPUs
+ * (one for each rank) NCCL, with MPI to start it.
  *
  * A gradient is complete from the last row of the parameter table down, as backward comes to it; networks say how far
  * they are (params_ready). Each message of numbers that is complete is on its way while backward goes on below it.
@@ -136,8 +136,8 @@ static Err share_machine(void) {
     return mpi_error(MPI_Comm_free(&here), "this machine");
 }
 
-/* Whoever exits without ranks_end: all do, when they have agreed on it; each waits here until the one that says why has.
- * An end that the others do not know of is theirs too. */
+/* Whoever exits without ranks_end: all do, when they have agreed on it; each waits here until the one that says why
+ * has. An end that the others do not know of is theirs too. */
 static void leave_at_exit(void) {
     if (!world.running) return;
     if (!world.failed || world.broken) MPI_Abort(MPI_COMM_WORLD, EXIT_FAILURE);

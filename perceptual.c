@@ -7,11 +7,12 @@
  *     (x - shift) / scale -> [CONV3, relu]*2 -> tap 0 -> pool -> [CONV3, relu]*2 -> tap 1 -> pool -> ... -> tap 4
  *     distance of a tap = mean over cells of  sum over channels of  lin * (a/|a| - r/|r|)^2,  a of x, r of xrec
  *
- * The pictures of x and of xrec go through the network side by side, as one batch: x first. A few at a time, so that memory
- * does not grow with the batch; a picture has the same bits alone and in company, so it does not matter how many.
+ * The pictures of x and of xrec go through the network side by side, as one batch: x first. A few at a time, so that
+ * memory does not grow with the batch; a picture has the same bits alone and in company, so it does not matter how
+ * many.
  *
- * Read in this order: the table of layers; weights; planning; what layers do; comparing taps; the walk; after #else the same on
- * a GPU. */
+ * Read in this order: the table of layers; weights; planning; what layers do; comparing taps; the walk; after #else the
+ * same on a GPU. */
 #include "device.h"
 
 #include <math.h>
@@ -467,9 +468,10 @@ Err perceptual_loss(Perceptual *p, const real *x, const real *xrec, size_t B, si
 
 /* ---- The twin ----
  *
- * Features are (2b,h,w,C) of floatX, those of xrec first here, so that what backward reads of them begins where packs do.
- * Pictures and the gradient cross over in the host's order, (b,3,H,W): beside thirteen convolutions at full width that is
- * little. Lengths of features are summed in double, as in C: those of two pictures that are nearly alike cancel out. */
+ * Features are (2b,h,w,C) of floatX, those of xrec first here, so that what backward reads of them begins where packs
+ * do. Pictures and the gradient cross over in the host's order, (b,3,H,W): beside thirteen convolutions at full width
+ * that is little. Lengths of features are summed in double, as in C: those of two pictures that are nearly alike cancel
+ * out. */
 
 typedef struct {
     floatX *y, *ordered; /* after the relu; weights in the order of patches */
@@ -537,7 +539,8 @@ static Err relu_backward_cuda(Device *d, floatX *dy, const floatX *y, size_t n) 
     return OK;
 }
 
-/* y (..,h/2,w/2,C), n numbers, = the largest of every 2x2 cells of x (..,h,w,C); a last odd row or column is left out. */
+/* y (..,h/2,w/2,C), n numbers, = the largest of every 2x2 cells of x (..,h,w,C); a last odd row or column is left
+ * out. */
 static __global__ void pool_kernel(floatX *y, const floatX *x, unsigned n, unsigned h, unsigned w, unsigned C) {
     const unsigned i = blockIdx.x * blockDim.x + threadIdx.x, c = i % C, cell = i / C, column = cell % (w / 2),
                    row = cell / (w / 2) % (h / 2), b = cell / (w / 2) / (h / 2);
@@ -581,9 +584,9 @@ static __device__ inline double direction_gap(floatX a, floatX r, double in_a, d
     return ((double)to_float(a) - (double)to_float(r)) * in_a + (double)to_float(r) * gap;
 }
 
-/* sums (blocks) of the distances of a (cells,C), features of x, and r, of xrec; a warp takes a cell at a time. dr = or +=
- * weight times the gradient, unless NULL. In double, as in C: what is alike cancels out, and where all of x's features are
- * 0 the two parts are as large as 1e10. */
+/* sums (blocks) of the distances of a (cells,C), features of x, and r, of xrec; a warp takes a cell at a time. dr = or
+ * += weight times the gradient, unless NULL. In double, as in C: what is alike cancels out, and where all of x's
+ * features are 0 the two parts are as large as 1e10. */
 static __global__ void compare_kernel(double *sums, floatX *dr, const floatX *a, const floatX *r, const float *lin,
                                       size_t cells, size_t C, double weight, int more) {
     const size_t warps = CELL_THREADS / WARP, lane = threadIdx.x % WARP;

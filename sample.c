@@ -92,8 +92,8 @@ static Err draw_batch(Job *job, size_t first, size_t count) {
     return model_sample(&job->model, &job->options, job->drawn);
 }
 
-/* Of the M bounds of a picture, the first that is nearly the least: among good pictures the least would be the simplest,
- * and the same again and again. */
+/* Of the M bounds of a picture, the first that is nearly the least: among good pictures the least would be the
+ * simplest, and the same again and again. */
 static size_t first_good(const double *bound, size_t M) {
     size_t least = 0, first = 0;
     for (size_t j = 1; j < M; j++)

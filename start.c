@@ -1,5 +1,5 @@
-/* start.c - one program for every x86-64: chooses among copies of the whole program the one with the widest vectors that
- * this processor and its system have, and goes on in that copy's main.
+/* start.c - one program for every x86-64: chooses among copies of the whole program the one with the widest vectors
+ * that this processor and its system have, and goes on in that copy's main.
  *
  * The Makefile compiles the program once per level of the x86-64 ABI, links each copy into one object whose names are
  * its own, and calls its main main_LEVEL. So no other file knows of levels, and loops that the compiler turned into

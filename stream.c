@@ -8,17 +8,18 @@
  * at a time, a piece of k after the other, and does two things in turn:
  *
  *     spread     brings the weights into `panel`, in the L1 cache, where a vector holds one k of LANES outputs: rows of
- *                numbers are transposed in registers, int8 widened. Once for all rows of A. Packed bf16 lies so already.
+ *                numbers are transposed in registers, int8 widened. Once for all rows of A. Packed bf16 lies so
+ *                already.
  *     multiply   GROUP rows of A at a time: loads a vector of the panel and adds its products with one number of each
  *                row of A, while the next weights are fetched from memory at a constant rate.
  *
  * Numerics, the same on every machine. WEIGHTS_REAL: products and sums in real. WEIGHTS_BF16 and WEIGHTS_INT8: the
- * rows of A are rounded to bf16 first, products of two bf16 are exact, sums are float (real); int8 is exact in bf16, its
- * factor multiplies the sum. Processors with avx512_bf16 have one instruction for two such products, which is twice as
- * fast as two multiply-adds (and takes numbers below 2^-126 for 0).
+ * rows of A are rounded to bf16 first, products of two bf16 are exact, sums are float (real); int8 is exact in bf16,
+ * its factor multiplies the sum. Processors with avx512_bf16 have one instruction for two such products, which is twice
+ * as fast as two multiply-adds (and takes numbers below 2^-126 for 0).
  *
- * Promise on bits: an element of C is one sum over k in a fixed order. Threads, M, N and position do not change it, so a
- * row computed alone equals bit for bit the same row in any batch. */
+ * Promise on bits: an element of C is one sum over k in a fixed order. Threads, M, N and position do not change it, so
+ * a row computed alone equals bit for bit the same row in any batch. */
 
 #include "vector.h"
 

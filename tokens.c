@@ -1,8 +1,8 @@
 /* tokens.c - the token cache: a dataset encoded once by the first stage, kept in a file.
  *
- * Owns two formats. A token file is complete and replaced atomically. While a dataset is being encoded its records go to
- * PATH.part one after the other, each under a checksum, so that a kill at any instant loses the last batch at most: the
- * next run finds how far the last one came and goes on there, provided that the first stage and the dataset are the
+ * Owns two formats. A token file is complete and replaced atomically. While a dataset is being encoded its records go
+ * to PATH.part one after the other, each under a checksum, so that a kill at any instant loses the last batch at most:
+ * the next run finds how far the last one came and goes on there, provided that the first stage and the dataset are the
  * same. One process at a time encodes into a file; others wait for it and then use what it made.
  *
  * Refuses: token files whose length or tokens do not add up.

@@ -70,8 +70,8 @@ static Err apply_options(Stage *s) {
     return OK;
 }
 
-/* `batch` of the settings is of a rank if the user or the recipe says it, of all ranks as a state file keeps it: so that
- * a run may go on with another number of ranks. given: of a rank. */
+/* `batch` of the settings is of a rank if the user or the recipe says it, of all ranks as a state file keeps it: so
+ * that a run may go on with another number of ranks. given: of a rank. */
 static Err share_batch(Stage *s, int given) {
     const size_t saved = s->batch;
     if (!given && saved % ranks())
@@ -134,8 +134,8 @@ static Err read_settings(Stage *s, int continuing) {
  * The loop
  * ---------------------------------------------------------------------------------------------------------- */
 
-/* The step's gradients, on every rank those of all; so are the mean loss and the norm: all that decides whether the step is
- * good (what_is_bad). A rank that fails still takes part in the sum. */
+/* The step's gradients, on every rank those of all; so are the mean loss and the norm: all that decides whether the
+ * step is good (what_is_bad). A rank that fails still takes part in the sum. */
 static Err gradients(Stage *s, Metrics *mean, double *norm) {
     double sums[4] = {0}; /* loss, parts, LPIPS */
     Err e = OK;
@@ -159,8 +159,8 @@ static Err gradients(Stage *s, Metrics *mean, double *norm) {
     return OK;
 }
 
-/* The optimizer's part of the step. *bad: the step is not to count, for what was seen after it; all that it changed is to be
- * as a checkpoint has it. */
+/* The optimizer's part of the step. *bad: the step is not to count, for what was seen after it; all that it changed is
+ * to be as a checkpoint has it. */
 static Err update(Stage *s, const Metrics *mean, double norm, double *lr, const char **bad) {
     remember_step(s, mean->loss, norm);
     s->adam.lr = *lr = s->lr_scale * lr_at(&s->lr, s->step);

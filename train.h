@@ -1,10 +1,10 @@
 /* train.h - what the files of ./train share: the user's options, the stage being trained, the run's folder.
  *
- * train.c reads options and recipe and drives the loop; train_vqgan.c and train_scale.c are the two kinds of stage, first
- * stage and transition; train_gan.c, train_perceptual.c and train_codes.c are the first one's discriminator, LPIPS and
- * codebook; train_run.c keeps the run: memory plan, checkpoints, log; train_survive.c is what a run goes on after: bad
- * batches, full disks, damaged files; train_view.c shows it; train_schedule.c measures a schedule. Nobody else includes
- * this.
+ * train.c reads options and recipe and drives the loop; train_vqgan.c and train_scale.c are the two kinds of stage,
+ * first stage and transition; train_gan.c, train_perceptual.c and train_codes.c are the first one's discriminator,
+ * LPIPS and codebook; train_run.c keeps the run: memory plan, checkpoints, log; train_survive.c is what a run goes on
+ * after: bad batches, full disks, damaged files; train_view.c shows it; train_schedule.c measures a schedule. Nobody
+ * else includes this.
  *
  * For tests only, from the environment:
  *   IMAGEBART_TEST_NAN="stage:micro[,micro...]"    the loss of these micro batches becomes NaN
@@ -141,9 +141,9 @@ typedef struct {
     char path[1500]; /* of the events; "": none */
     int evaluated;   /* the present step was */
 } View;
-/* RUN/events/STAGE/events.out.tfevents.TIME.HOST, for TensorBoard, begun; after a step is in log.tsv: its numbers, every
- * tenth step, and RUN/loss.svg anew when it was evaluated; a picture that was written to path; the end. What the disk has
- * no room for can be tried again. */
+/* RUN/events/STAGE/events.out.tfevents.TIME.HOST, for TensorBoard, begun; after a step is in log.tsv: its numbers,
+ * every tenth step, and RUN/loss.svg anew when it was evaluated; a picture that was written to path; the end. What the
+ * disk has no room for can be tried again. */
 Err view_open(Stage *s, void *view);
 Err view_step(Stage *s, void *view);
 Err view_picture(const Stage *s, View *v, const char *path);
@@ -177,20 +177,20 @@ const char *gan_text(const Stage *s, char text[96]);
 /* A run without a first stage gets the model's; the run's own, path: its file. */
 Err copy_vqgan(const Stage *s);
 Err open_vqgan(Stage *s, char path[1100]);
-/* train_schedule.c: RUN/psim.txt, a curve for schedule_make, from the run's first stage and held-out pictures; the recipe's
- * line on stdout */
+/* train_schedule.c: RUN/psim.txt, a curve for schedule_make, from the run's first stage and held-out pictures; the
+ * recipe's line on stdout */
 Err metric_schedule(Stage *s);
 
-/* train_perceptual.c. open: decides whether s->perceptual is part of the loss and loads it; *plan and *tables += its memory,
- * as gan_plan_bytes; plan: allocates it. add: *mean = LPIPS of B reconstructions, 0 without; dxrec += weight times the
- * gradient of its part of the loss. */
+/* train_perceptual.c. open: decides whether s->perceptual is part of the loss and loads it; *plan and *tables += its
+ * memory, as gan_plan_bytes; plan: allocates it. add: *mean = LPIPS of B reconstructions, 0 without; dxrec += weight
+ * times the gradient of its part of the loss. */
 Err open_perceptual(Stage *s, size_t *plan, size_t *tables);
 Err plan_perceptual(Stage *s);
 Err add_perceptual(Stage *s, const real *images, const real *xrec, size_t B, double weight, double *mean, real *dxrec);
 Err convert_perceptual(const char *files, const char *out);
 
-/* train_codes.c. count: the codes raw (n) of a micro batch to s->usage. fit: a new transition's token values are the codes in
- * use. remap: the run's first stage, so that it numbers only what the training pictures use. */
+/* train_codes.c. count: the codes raw (n) of a micro batch to s->usage. fit: a new transition's token values are the
+ * codes in use. remap: the run's first stage, so that it numbers only what the training pictures use. */
 void count_codes(Stage *s, const int32_t *raw, size_t n);
 CodeUse code_use(const uint32_t *usage, size_t n_embed);
 void print_codes(const Stage *s, FILE *to, const CodeUse *val);
@@ -214,7 +214,8 @@ Err make_folder(const char *path);
 Err list_damaged(const Stage *s, const Dataset *d);
 void say_damaged(const Stage *s);
 /* Before anything large is allocated: `arenas` arrays as large as all parameters, the network's plan (bytes), other
- * buffers (rows x columns). On a GPU: values, gradients, moments and moving average in float, in bf16 the values again. */
+ * buffers (rows x columns). On a GPU: values, gradients, moments and moving average in float, in bf16 the values
+ * again. */
 Err check_memory(Stage *s, size_t arenas, size_t plan, size_t rows, size_t columns);
 Precision gpu_precision(const Stage *s);
 Err check_gpu_memory(Stage *s, size_t plan);
@@ -253,8 +254,8 @@ void forget_steps(Stage *s); /* the loss will be another one from here on */
 Err roll_back(Stage *s, const Metrics *m, double norm, const char *reason);
 /* RUN/skipped_batches.tsv: what the state leaves out, and one more line or NULL */
 Err list_skipped(Stage *s, void *line);
-/* write(s, argument), again and again while the disk is full, unless --no-wait or a signal says otherwise. bytes: what it
- * takes, at least. */
+/* write(s, argument), again and again while the disk is full, unless --no-wait or a signal says otherwise. bytes: what
+ * it takes, at least. */
 Err until_room(Stage *s, Err (*write)(Stage *s, void *argument), void *argument, size_t bytes);
 /* meta gets the checksum of the tensors and of itself. */
 Err add_checksum(Config *meta, const Tensor *tensor, size_t n);

@@ -1,9 +1,10 @@
 /* train_codes.c - which entries of a first stage's codebook are in use: counted as it trains and shown beside its
  * evaluations; and --remap, after which tokens number only those that the training pictures use.
  *
- * Few codes, or many of which a handful does all the work (a low perplexity), mean that latents and codebook have drifted
- * apart: train.restart_codes is the cure. The transitions then predict one of K codes at every position; those that no
- * picture ever uses only make that harder, so the official models leave them out (quantize.used, SPEC section 8). */
+ * Few codes, or many of which a handful does all the work (a low perplexity), mean that latents and codebook have
+ * drifted apart: train.restart_codes is the cure. The transitions then predict one of K codes at every position; those
+ * that no picture ever uses only make that harder, so the official models leave them out (quantize.used, SPEC section
+ * 8). */
 #include "train.h"
 
 #include <math.h>
@@ -17,8 +18,8 @@ static uint64_t period(const Stage *s) {
     return s->restart_every ? s->restart_every : 100;
 }
 
-/* Counts start anew with the first batch of a period, not with the last of the one before: so they are there to be shown
- * and saved in between. */
+/* Counts start anew with the first batch of a period, not with the last of the one before: so they are there to be
+ * shown and saved in between. */
 void count_codes(Stage *s, const int32_t *raw, size_t n) {
     if (s->micro_index == 0 && s->step % period(s) == 0)
         memset(s->usage, 0, vqgan_config(s->vqgan)->n_embed * sizeof *s->usage);
@@ -59,8 +60,8 @@ int log_codes(const Stage *s, char *text, size_t size, const Metrics *m, const M
 
 /* ---- A transition on a remapped first stage ---- */
 
-/* A recipe's transformer has as many tokens as the codebook has entries; a new one gets as many as there are in use. What it
- * reads includes the scale and the class. */
+/* A recipe's transformer has as many tokens as the codebook has entries; a new one gets as many as there are in use.
+ * What it reads includes the scale and the class. */
 Err fit_to_codes(Stage *s, NetConfig *c) {
     static const char prefix[] = "model.params.transformer_config.params.";
     const VqganConfig *v = vqgan_config(s->vqgan);

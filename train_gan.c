@@ -1,19 +1,20 @@
-/* train_gan.c - the adversarial part of ./train --vqgan (SPEC section 9; Esser et al. 2021, section 3.1): what the recipe
- * says of a discriminator, the generator's share of a micro batch, the discriminator's own, its optimizer, its state.
+/* train_gan.c - the adversarial part of ./train --vqgan (SPEC section 9; Esser et al. 2021, section 3.1): what the
+ * recipe says of a discriminator, the generator's share of a micro batch, the discriminator's own, its optimizer, its
+ * state.
  *
  *     reconstruct -> d nll/d xrec -> gan_generator adds d_weight * d g/d xrec -> the first stage's backward
  *                 -> gan_discriminator: gradients from the pictures and their reconstructions
  *     after the first stage's update -> gan_after_step: the discriminator's update
  *
- * The official code reconstructs the batch anew, with the updated first stage, before the discriminator's pass. That costs
- * a third of a step and moves the reconstruction by one update, so it is an option, train.official_order; otherwise
- * the discriminator sees the reconstruction that the generator was judged by.
+ * The official code reconstructs the batch anew, with the updated first stage, before the discriminator's pass. That
+ * costs a third of a step and moves the reconstruction by one update, so it is an option, train.official_order;
+ * otherwise the discriminator sees the reconstruction that the generator was judged by.
  *
- * A discriminator that has learnt nothing sends the generator noise. So it is trained train.disc_warm_up steps longer than
- * the generator sees it, which is from disc_start on; 0: both begin there, as in the official code.
+ * A discriminator that has learnt nothing sends the generator noise. So it is trained train.disc_warm_up steps longer
+ * than the generator sees it, which is from disc_start on; 0: both begin there, as in the official code.
  *
- * On a GPU the first stage, the discriminator and LPIPS all compute there, but hand each other pictures and their gradients
- * through this file, in the host's memory: some ten copies of the batch a step.
+ * On a GPU the first stage, the discriminator and LPIPS all compute there, but hand each other pictures and their
+ * gradients through this file, in the host's memory: some ten copies of the batch a step.
  *
  * The mathematics is in discriminator.c. */
 #include "train.h"
@@ -166,7 +167,8 @@ static Err last_norm(Stage *s, const real *dxrec, double *norm) {
     return OK;
 }
 
-/* The discriminator's logits. Feature matching counts as part of nll, as the perceptual loss does whose place it takes. */
+/* The discriminator's logits. Feature matching counts as part of nll, as the perceptual loss does whose place it
+ * takes. */
 static Err see_reconstruction(Stage *s, double unit, const real *images, const real *xrec, const real **logits,
                               double *loss) {
     Gan *g = s->gan;

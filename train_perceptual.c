@@ -1,10 +1,11 @@
-/* train_perceptual.c - LPIPS in the training of a first stage: is it wanted, where are its weights, what is its part of the
- * loss. The mathematics is in perceptual.c.
+/* train_perceptual.c - LPIPS in the training of a first stage: is it wanted, where are its weights, what is its part of
+ * the loss. The mathematics is in perceptual.c.
  *
- * It is wanted where the recipe says so, in the official words: model.params.lossconfig.params.perceptual_weight above 0, or
- * a lossconfig.target that speaks of LPIPS (then 1), or --perceptual. The weights are files of other people's: those of
- * --perceptual, else those in models/lpips; without any, the run says so and goes on without. Whatever a run begins with
- * is kept in its settings (that weight, train.perceptual), so that --resume cannot change the loss unnoticed. */
+ * It is wanted where the recipe says so, in the official words: model.params.lossconfig.params.perceptual_weight above
+ * 0, or a lossconfig.target that speaks of LPIPS (then 1), or --perceptual. The weights are files of other people's:
+ * those of --perceptual, else those in models/lpips; without any, the run says so and goes on without. Whatever a run
+ * begins with is kept in its settings (that weight, train.perceptual), so that --resume cannot change the loss
+ * unnoticed. */
 #include "train.h"
 
 #include <stdlib.h>

@@ -1,10 +1,10 @@
 /* train_run.c - the run's folder: the memory plan, checkpoints, the log.
  *
- * STAGE.state.safetensors holds everything that continuing needs (weights, EMA, optimizer, counters, settings; all random
- * numbers are functions of the step), STAGE.safetensors what sampling needs, STAGE.best.safetensors the same as it was when
- * the validation loss was least. They are replaced atomically, so a kill at any instant loses at most the steps since the
- * last checkpoint, and resuming repeats them bit for bit. Older states, and what happens when one cannot be written or read:
- * train_survive.c. */
+ * STAGE.state.safetensors holds everything that continuing needs (weights, EMA, optimizer, counters, settings; all
+ * random numbers are functions of the step), STAGE.safetensors what sampling needs, STAGE.best.safetensors the same as
+ * it was when the validation loss was least. They are replaced atomically, so a kill at any instant loses at most the
+ * steps since the last checkpoint, and resuming repeats them bit for bit. Older states, and what happens when one
+ * cannot be written or read: train_survive.c. */
 #include "train.h"
 
 #include <errno.h>
@@ -95,7 +95,8 @@ Precision gpu_precision(const Stage *s) {
     return strcmp(s->opt->precision, "bf16") ? PRECISION_F32 : PRECISION_BF16;
 }
 
-/* Values, gradients, moments (or in bf16) and moving average in float, and in bf16 the values again; the network's plan. */
+/* Values, gradients, moments (or in bf16) and moving average in float, and in bf16 the values again; the network's
+ * plan. */
 Err check_gpu_memory(Stage *s, size_t plan) {
     const int bf16 = gpu_precision(s) == PRECISION_BF16;
     char what[160], state[32], activations[32];

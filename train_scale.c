@@ -1,6 +1,6 @@
 /* train_scale.c - ./train --scale N and --joint: tokens x_t -> x_{t-1}. One micro batch, an evaluation, a picture; the
- * dataset as tokens, encoded once; the first stage that the transition stands on. The mathematics is in transformer.cu and
- * diffusion.c. */
+ * dataset as tokens, encoded once; the first stage that the transition stands on. The mathematics is in transformer.cu
+ * and diffusion.c. */
 #include "train.h"
 
 #include <stdio.h>
@@ -154,7 +154,8 @@ static uint64_t dataset_hash(const Stage *s, const Dataset *d) {
     return hash_bytes(h, &d->identity, sizeof d->identity);
 }
 
-/* images (B,...) as they are and, with flips, mirrored: token (B, flips, N). Where a label is -1 the image is not used. */
+/* images (B,...) as they are and, with flips, mirrored: token (B, flips, N). Where a label is -1 the image is not
+ * used. */
 static Err encode_batch(Stage *s, size_t flips, const real *images, size_t B, real *mirrored, int32_t *once,
                         int32_t *token) {
     size_t pixels = 3 * s->size * s->size;

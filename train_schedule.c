@@ -1,5 +1,5 @@
-/* train_schedule.c - ./train --schedule psim: scales that are equally far apart to look at (SPEC section 3; the released
- * models' *_PSIM schedules are of this kind).
+/* train_schedule.c - ./train --schedule psim: scales that are equally far apart to look at (SPEC section 3; the
+ * released models' *_PSIM schedules are of this kind).
  *
  * The tokens of held-out pictures (training pictures, where fewer than PICTURES are held out) are noised until a share
  * alphacum of them is left, for a grid of such shares, and decoded; how far that takes a picture from its clean
@@ -71,8 +71,8 @@ static double distance(const Measure *m, size_t b) {
     return sum / (double)N;
 }
 
-/* All shares of a batch whose first `rows` pictures count, number `first` and on. The random numbers of a picture are the
- * same for every share, so that what is noise at one is noise at all smaller ones. */
+/* All shares of a batch whose first `rows` pictures count, number `first` and on. The random numbers of a picture are
+ * the same for every share, so that what is noise at one is noise at all smaller ones. */
 static Err measure_batch(Measure *m, size_t first, size_t rows, size_t n) {
     const Stage *s = m->s;
     TRY(features_of(m, m->clean, m->wanted));
@@ -106,8 +106,8 @@ static Err measure_pictures(Measure *m, const Dataset *d, size_t n) {
     return e;
 }
 
-/* The curve must rise to its end, where nothing is left of the picture. A point that chance put no higher than one before
- * it, or higher than the end, says nothing and is left out. */
+/* The curve must rise to its end, where nothing is left of the picture. A point that chance put no higher than one
+ * before it, or higher than the end, says nothing and is left out. */
 static size_t rising_points(int keep[POINTS], const double metric[POINTS]) {
     double highest = -1;
     size_t n = 0;

@@ -1,14 +1,14 @@
 /* train_survive.c - what a run goes on after: a bad batch, a damaged checkpoint, a full disk, the leavings of a kill.
  *
- * Bad batches. A step whose loss or gradient norm is not finite, or out of all proportion to the last steps', is not taken:
- * the run goes back to the newest state and leaves the step's micro batches out from then on. The numbers left out are part
- * of the state, as are the losses and norms that a step is measured against, and both decisions are functions of the step's
- * mean loss and norm alone. So a run that was killed takes the same decisions as one that was not, and ends with the same
- * bits; and so do several processes, which all have the same sums (parallel.c).
+ * Bad batches. A step whose loss or gradient norm is not finite, or out of all proportion to the last steps', is not
+ * taken: the run goes back to the newest state and leaves the step's micro batches out from then on. The numbers left
+ * out are part of the state, as are the losses and norms that a step is measured against, and both decisions are
+ * functions of the step's mean loss and norm alone. So a run that was killed takes the same decisions as one that was
+ * not, and ends with the same bits; and so do several processes, which all have the same sums (parallel.c).
  *
- * Checkpoints. STAGE.state.safetensors is the newest, STAGE.state-1.safetensors the one before, and so on, --keep in all.
- * A new one is written whole under another name first; then the older ones move on and it takes its place. Each carries a
- * checksum of its tensors and settings; one that does not match, or is cut short, is passed over.
+ * Checkpoints. STAGE.state.safetensors is the newest, STAGE.state-1.safetensors the one before, and so on, --keep in
+ * all. A new one is written whole under another name first; then the older ones move on and it takes its place. Each
+ * carries a checksum of its tensors and settings; one that does not match, or is cut short, is passed over.
  *
  * Full disks. Whatever is written is tried again until there is room.
  *
@@ -33,8 +33,8 @@ enum { ROLLBACKS = 3 }; /* to the same checkpoint */
  * Which micro batches
  * ---------------------------------------------------------------------------------------------------------- */
 
-/* The data of a run are an endless sequence of micro batches. Micro batch i of a step is number step * accumulate + i of
- * those that are not left out: a function of the step and the list, whatever happened on the way. */
+/* The data of a run are an endless sequence of micro batches. Micro batch i of a step is number step * accumulate + i
+ * of those that are not left out: a function of the step and the list, whatever happened on the way. */
 uint64_t micro_number(const Stage *s, size_t i) {
     uint64_t micro = s->step * s->accumulate + i;
     for (size_t k = 0; k < s->n_skipped && s->skipped[k] <= micro; k++) micro++;
@@ -141,9 +141,9 @@ static double median(double *x, size_t n) {
     return x[n / 2];
 }
 
-/* Is x more than `spike` deviations above the median of the last steps? The deviation is the median's own (times 1.4826,
- * that of a normal distribution), which a few outliers do not move, and at least `least` times the median, for a loss that
- * hardly moves is no reason to be strict. Half a window is the least to judge by. */
+/* Is x more than `spike` deviations above the median of the last steps? The deviation is the median's own (times
+ * 1.4826, that of a normal distribution), which a few outliers do not move, and at least `least` times the median, for
+ * a loss that hardly moves is no reason to be strict. Half a window is the least to judge by. */
 static int is_spike(const Stage *s, const real *recent, double least, double x) {
     double sorted[RECENT];
     size_t n = 0;
@@ -156,7 +156,8 @@ static int is_spike(const Stage *s, const real *recent, double least, double x) 
     return x > middle + s->spike * (deviation > floor ? deviation : floor);
 }
 
-/* A norm moves more than a loss: with 10 deviations, twice the usual loss can be a spike, eleven times the usual norm. */
+/* A norm moves more than a loss: with 10 deviations, twice the usual loss can be a spike, eleven times the usual
+ * norm. */
 const char *what_is_bad(const Stage *s, double loss, double norm) {
     if (!isfinite(loss) || !isfinite(norm)) return "not finite";
     if (is_spike(s, s->recent, 0.1, loss)) return "loss spike";

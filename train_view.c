@@ -1,8 +1,9 @@
-/* train_view.c - what a run looks like while it trains: RUN/loss.svg, which any browser shows, and TensorBoard's event files.
+/* train_view.c - what a run looks like while it trains: RUN/loss.svg, which any browser shows, and TensorBoard's event
+ * files.
  *
- * Both are drawn from log.tsv alone, by the names of its columns: what the log has, they have. TensorBoard's files lie in
- * RUN/events/STAGE, a folder for each stage, for TensorBoard takes a folder for one run with one count of steps: curves of
- * all stages then lie over each other, and starting one stage again does not purge the others.
+ * Both are drawn from log.tsv alone, by the names of its columns: what the log has, they have. TensorBoard's files lie
+ * in RUN/events/STAGE, a folder for each stage, for TensorBoard takes a folder for one run with one count of steps:
+ * curves of all stages then lie over each other, and starting one stage again does not purge the others.
  *
  * A picture of curves stays small however long the run: a line has at most a few hundred points, the smallest and the
  * largest of each stretch of steps.
@@ -608,8 +609,8 @@ static Err open_events(const Stage *s, View *v) {
  * What train.c calls
  * ---------------------------------------------------------------------------------------------------------- */
 
-/* A start of the session at a step tells TensorBoard to forget what earlier files say about that step and later ones, which
- * are about to be repeated. */
+/* A start of the session at a step tells TensorBoard to forget what earlier files say about that step and later ones,
+ * which are about to be repeated. */
 Err view_open(Stage *s, void *view) {
     enum { START = 1 };
     static const char version[] = "brain.Event:2";

@@ -5,8 +5,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* The loader counts for itself; it starts anew where the next micro batch is not the one after the last: at first, after
- * one that is left out, after going back to a checkpoint. */
+/* The loader counts for itself; it starts anew where the next micro batch is not the one after the last: at first,
+ * after one that is left out, after going back to a checkpoint. */
 static Err next_pictures(Stage *s, uint64_t micro, const real **images, const int32_t **labels) {
     LoaderConfig c = {.prep = s->prep, .B = s->batch, .size = s->size, .seed = s->seed, .train = 1, .flip = s->flip};
     if (!s->loader || s->loader_at != micro) {

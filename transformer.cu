@@ -2,7 +2,8 @@
  *
  * Owns both networks of the paper (section 3.2), forward and backward. Their layers are layers.cu and attention.cu;
  * decoding token by token with cached keys and values is decode.cu; losses on the logits, AdamW, EMA and learning rate
- * are optimizer.cu; transformer.h is what they share. It knows neither images nor files; noise and sampling are the business of diffusion.c.
+ * are optimizer.cu; transformer.h is what they share. It knows neither images nor files; noise and sampling are the
+ * business of diffusion.c.
  *
  *     NET_X     encoder reads [t, (class,) x_t], all positions see each other -> context
  *               decoder reads [sos, x_{t-1} shifted right], causal, attends to the context -> logits of x_{t-1}
@@ -20,7 +21,8 @@
  * it does not implement. Dropout is not implemented (the official configurations use none).
  *
  * Reading order: transformer.h, layers.cu, attention.cu, then here configuration, parameter table, memory plan, then
- * the mathematics from small to large: blocks, stack, head; last, forward and backward of the whole. This file is compiled as C; it is in the common subset with C++17. */
+ * the mathematics from small to large: blocks, stack, head; last, forward and backward of the whole. This file is
+ * compiled as C; it is in the common subset with C++17. */
 #include "transformer.h"
 
 #include <stdio.h>
@@ -576,8 +578,8 @@ Err transformer_plan(Transformer *m, size_t B, size_t N, int train) {
 
 /* ---- Blocks: next = x + block(normed) ---- */
 
-/* In backward's order the rows from here on are a layer's own and those of layers behind it: a feed-forward block's norm
- * may lie in front of the attention that comes before it. */
+/* In backward's order the rows from here on are a layer's own and those of layers behind it: a feed-forward block's
+ * norm may lie in front of the attention that comes before it. */
 static size_t first_row(const Layer *l) {
     return l->kind == BLOCK_FEED ? l->up.weight : l->norm.weight;
 }
@@ -939,8 +941,8 @@ static int32_t *take_ids(Arena *a, size_t n1, size_t n2) {
     return (int32_t *)take_bytes(a, n1, n2, 1, sizeof(int32_t));
 }
 
-/* As plan_layer_training: R = B*T rows of queries, keys of Tk positions. With `shared`, buffers that all layers take turns
- * in, only the caches of decoding are the layer's own. */
+/* As plan_layer_training: R = B*T rows of queries, keys of Tk positions. With `shared`, buffers that all layers take
+ * turns in, only the caches of decoding are the layer's own. */
 static void plan_layer_twin(Arena *a, LayerTwin *w, const Layer *l, const LayerTwin *shared, size_t B, size_t T,
                             size_t Tk, size_t C, int cache) {
     const size_t R = B * T, inner = l->heads * l->D;
@@ -1293,7 +1295,8 @@ static Err forward_cuda(Transformer *m) {
     return to_host(w->d, m->logits, w->logits, m->now_B * m->now_N * m->config.dec_num_tokens * sizeof *w->logits);
 }
 
-/* dlogits (B,N,K) on the host. They take the place of logits, or, when these are raw logits too, of nothing that is read. */
+/* dlogits (B,N,K) on the host. They take the place of logits, or, when these are raw logits too, of nothing that is
+ * read. */
 static Err backward_cuda(Transformer *m, const real *dlogits) {
     NetTwin *w = m->twin;
     const Variant v = variant_of(m);

@@ -143,7 +143,7 @@ void embed_backward(const Transformer *m, const Stack *s, const real *dx, const 
 
 enum {
     QUERY_BLOCK = 144, /* queries that attention treats at a time: their scores stay in cache */
-    HEAD_MAX = 1024   /* channels of a head */
+    HEAD_MAX = 1024    /* channels of a head */
 };
 
 typedef struct {
@@ -193,7 +193,8 @@ Err take_batch(Transformer *m, const int32_t *x, const int32_t *x_t, const int32
 void prompted_ids(const NetConfig *c, int32_t *ids, const int32_t *t, const int32_t *label, const int32_t *tokens,
                   size_t stride, size_t B, size_t n);
 Pass whole_pass(const Stack *s, size_t B, size_t n, const real *context, size_t T_context);
-/* Keys and values of source (B,n,C), or of cells (n,C), join those of a layer, which has room for `stride` positions. */
+/* Keys and values of source (B,n,C), or of cells (n,C), join those of a layer, which has room for `stride`
+ * positions. */
 void project_keys(const Transformer *m, const Layer *l, const AttendShape *s, const real *source, size_t n);
 void stack_forward(Transformer *m, Stack *s, const int32_t *ids, const Pass *pass, size_t skip);
 void head_forward(Transformer *m, size_t B, size_t n, const Cell *cell);

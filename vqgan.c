@@ -1,8 +1,8 @@
 /* vqgan.c - the first stage: image <-> tokens (Esser et al. 2021, "Taming Transformers"; SPEC section 8).
  *
  * Owns: the network of encoder, vector quantiser and decoder, running it forward and backward, and the memory it runs
- * in; what a layer does is vqgan_layers.c's. Refuses: configurations that the official network cannot have (channels that
- * 32 groups do not divide), pictures that the levels do not divide, tokens outside the table.
+ * in; what a layer does is vqgan_layers.c's. Refuses: configurations that the official network cannot have (channels
+ * that 32 groups do not divide), pictures that the levels do not divide, tokens outside the table.
  *
  * The network is a flat plan. vqgan_create lists every layer once, in execution order; a layer names the values
  * (activations) it reads and writes and its rows of the parameter table. Forward walks the list, backward walks it in
@@ -16,8 +16,8 @@
  * Values are (B,C,h,w). Where the sum of two branches is formed, the last convolution of the branch adds the other one
  * (Layer.add); backward, the gradient of the sum *is* the gradient of the other branch, in the same memory.
  *
- * Read in this order: types (vqgan.h); building the network; the walk; planning; public functions; after #else the same walk
- * on a GPU, in memory laid out by the same plan. */
+ * Read in this order: types (vqgan.h); building the network; the walk; planning; public functions; after #else the same
+ * walk on a GPU, in memory laid out by the same plan. */
 
 #include <math.h>
 #include <stdarg.h>
@@ -1279,8 +1279,9 @@ static VqNeeds shared_needs(const Vqgan *v) {
     return n;
 }
 
-/* Is a value of bf16 kept in float? Those are that residuals are added to and that norms read along the way: the sum over a
- * network's depth, whose roundings would all count. What lies within a block, and what only products read, is not. */
+/* Is a value of bf16 kept in float? Those are that residuals are added to and that norms read along the way: the sum
+ * over a network's depth, whose roundings would all count. What lies within a block, and what only products read, is
+ * not. */
 static int is_wide(const Vqgan *v, size_t value) {
     int made = 0, summed = 0, added = 0, normed = 0, other = 0;
     for (size_t i = 0; i < v->n_layers && IS_BF16; i++) {
@@ -1303,8 +1304,8 @@ static int is_operand(const Vqgan *v, size_t value) {
     return 0;
 }
 
-/* Floats of the wide arena. In training, values one after the other; else as in the other arena, where they make room for
- * each other. at (n_values), or NULL. */
+/* Floats of the wide arena. In training, values one after the other; else as in the other arena, where they make room
+ * for each other. at (n_values), or NULL. */
 static size_t place_wide(const Vqgan *v, size_t units, size_t *at) {
     size_t total = 0;
     for (size_t i = 0; i < v->n_values; i++) {

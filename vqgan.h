@@ -1,4 +1,5 @@
-/* vqgan.h - what vqgan_layers.c and vqgan.c share: the network as a list of layers, and what each layer does. Nobody else includes it; what others may use is in imagebart.h. */
+/* vqgan.h - what vqgan_layers.c and vqgan.c share: the network as a list of layers, and what each layer does. Nobody
+ * else includes it; what others may use is in imagebart.h. */
 #ifndef VQGAN_H
 #define VQGAN_H
 

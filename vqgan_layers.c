@@ -383,8 +383,8 @@ void tanh_backward(Vqgan *v, const VqLayer *l) {
 
 /* ---- The twins: GroupNorm, with or without swish ----
  *
- * x, y (B,cells,C); a group is C/32 neighbouring channels. Three kernels each way: sums of channels over slices; a warp per
- * group adds them up; every element. What forward keeps: */
+ * x, y (B,cells,C); a group is C/32 neighbouring channels. Three kernels each way: sums of channels over slices; a warp
+ * per group adds them up; every element. What forward keeps: */
 typedef struct {
     float *group;   /* (B,32,2) mean and 1/deviation */
     float *channel; /* (B,C,2) scale, shift: t = x scale + shift */
@@ -435,8 +435,8 @@ static __device__ inline Pairs pairs_at(const float *x) {
     return p;
 }
 
-/* Sums of x - pivot and of its square, where the pivot is the first number of the group: close to the mean, so that little
- * is lost in their difference. */
+/* Sums of x - pivot and of its square, where the pivot is the first number of the group: close to the mean, so that
+ * little is lost in their difference. */
 template <typename X> static __global__ void norm_sums_kernel(float *partial, const X *x, NormShape n) {
     const Share s = share_of(n.C, n.cells, PACK);
     const size_t per = n.C / NORM_GROUPS;
@@ -540,7 +540,8 @@ static __global__ void norm_gradient_sums_kernel(float *partial, const floatX *d
     store_channel_sums<PACK>(partial, sum, sum_hat, n.C);
 }
 
-/* line (B,C,2) = slope, offset: dx = scale d + slope x + offset, alike in a group. A block per picture, a warp per group. */
+/* line (B,C,2) = slope, offset: dx = scale d + slope x + offset, alike in a group. A block per picture, a warp per
+ * group. */
 static __global__ void __launch_bounds__(NORM_GROUPS *WARP)
     norm_lines_kernel(float *line, const float *partial, const float *gamma, NormKept kept, NormShape n,
                       size_t slices) {
@@ -597,8 +598,8 @@ static size_t norm_partial_size(const NormShape *n) {
 
 /* ---- The twin of attention over the cells of a picture, one head ----
  *
- * With N cells of C channels the scores (N,N) fit in memory and C is too wide for a block's, so scores are written down:
- * products by matmul, picture by picture, the softmax a warp per row. q, k, v, y (B,N,C); p (B,N,N) kept. */
+ * With N cells of C channels the scores (N,N) fit in memory and C is too wide for a block's, so scores are written
+ * down: products by matmul, picture by picture, the softmax a warp per row. q, k, v, y (B,N,C); p (B,N,N) kept. */
 
 /* p = softmax(scale * scores), rows of n */
 static __global__ void softmax_rows_kernel(floatX *p, const float *scores, float scale, size_t n) {
@@ -704,7 +705,8 @@ static __global__ void least_kernel(int32_t *code, const float *scores, const fl
     if (lane == 0) code[r] = id < (int)K ? id : 0; /* distances that are not numbers */
 }
 
-/* raw (rows) = nearest entries of z (rows,D) in book (K,D). half (K), scores: work space, score_size >= TILE_ROWS*K floats. */
+/* raw (rows) = nearest entries of z (rows,D) in book (K,D). half (K), scores: work space, score_size >= TILE_ROWS*K
+ * floats. */
 static Err nearest_cuda(Device *d, int32_t *raw, const floatX *z, const floatX *book, size_t rows, size_t K, size_t D,
                         float *half, float *scores, size_t score_size) {
     const size_t tile = tile_rows(score_size, K);
@@ -761,8 +763,8 @@ static __global__ void commit_kernel(floatX *dz, const floatX *z, const floatX *
     dz[i] = to_floatX(to_float(dz[i]) + to_z * (to_float(z[i]) - to_float(book[(size_t)raw[i / D] * D + i % D])));
 }
 
-/* dbook[k] += to_e (e - z) over the rows whose code is k, in their order: a block per entry looks for its rows, 256 at a
- * time, and a thread has channels of its own. Shared: the sums (D), then which of those rows are ours. */
+/* dbook[k] += to_e (e - z) over the rows whose code is k, in their order: a block per entry looks for its rows, 256 at
+ * a time, and a thread has channels of its own. Shared: the sums (D), then which of those rows are ours. */
 static __global__ void book_gradient_kernel(float *dbook, const floatX *z, const floatX *book, const int32_t *raw,
                                             float to_e, size_t rows, size_t D) {
     SHARED(float, sum);

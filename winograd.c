@@ -21,18 +21,18 @@
  *                            block is wanted (SPEC section 8)
  *     CONV_DOWN, backward    source cells stand apart, with zeros around                    i = 3
  *
- * F(4x4,3x3): 36 multiplications instead of 144 for a block of 4x4 results. Both algorithms interpolate polynomials, the
- * first at 0, 1, -1 and infinity, this one at 0, +-P, +-Q and infinity: with p(x) = x (x^2-P^2) (x^2-Q^2), the row of a
- * point t holds the coefficients of p(x)/(x-t) in B^T, (1 t t^2)/p'(t) in G, and (1 t t^2 t^3) in A; for infinity those
- * are p(x), (0 0 1) and (0 0 0 1). The textbook's points 1 and 2 lose twice as much precision as these: on the decoder at
- * full size the error is 1.4e-5 of the largest result, with these 8e-6, with F(2x2,3x3) 6e-6. */
+ * F(4x4,3x3): 36 multiplications instead of 144 for a block of 4x4 results. Both algorithms interpolate polynomials,
+ * the first at 0, 1, -1 and infinity, this one at 0, +-P, +-Q and infinity: with p(x) = x (x^2-P^2) (x^2-Q^2), the row
+ * of a point t holds the coefficients of p(x)/(x-t) in B^T, (1 t t^2)/p'(t) in G, and (1 t t^2 t^3) in A; for infinity
+ * those are p(x), (0 0 1) and (0 0 0 1). The textbook's points 1 and 2 lose twice as much precision as these: on the
+ * decoder at full size the error is 1.4e-5 of the largest result, with these 8e-6, with F(2x2,3x3) 6e-6. */
 
 #include <string.h>
 
 #include "conv.h"
 
-/* -- Transforms: V and the products are (n, channels, cols), n = side*side. The transform of a square is one along rows and
- * one along columns, each over lines of as many numbers as there are blocks in a row -- */
+/* -- Transforms: V and the products are (n, channels, cols), n = side*side. The transform of a square is one along rows
+ * and one along columns, each over lines of as many numbers as there are blocks in a row -- */
 
 /* Scratch of the transforms: a square of lines, and a row in phases or two squares of results. */
 size_t winograd_line_reals(const Product *p) {

@@ -370,8 +370,8 @@ static double matrix_numbers(Transformer *m, const char *part, const char *not_t
     return n;
 }
 
-/* What a token reads of weights: every matrix of the decoder, but in cross-attention (each third layer's second) not those
- * of keys and values, which are the context's business. */
+/* What a token reads of weights: every matrix of the decoder, but in cross-attention (each third layer's second) not
+ * those of keys and values, which are the context's business. */
 static double token_numbers(Transformer *m) {
     const NetConfig *c = transformer_config(m);
     const double inner = 64.0 * (double)c->dec_heads, depth = (double)c->dec_depth;
@@ -568,8 +568,8 @@ static double pass_time(Decoding *d, size_t n) {
     return best;
 }
 
-/* The least a for which 1 + a + ... + a^(n-1) tokens, what n positions give when each guess is right with probability a,
- * are worth more than single passes in the same time; above 1: never. */
+/* The least a for which 1 + a + ... + a^(n-1) tokens, what n positions give when each guess is right with probability
+ * a, are worth more than single passes in the same time; above 1: never. */
 static double break_even(double passes, size_t n) {
     for (double a = 0; a < 1; a += 0.01) {
         double tokens = 0, p = 1;

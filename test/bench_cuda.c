@@ -1,17 +1,17 @@
-/* bench_cuda.c - how fast the GPU trains, draws and decodes at the full size of the FFHQ models, with random weights, and
- * whether that is what was asked for.
+/* bench_cuda.c - how fast the GPU trains, draws and decodes at the full size of the FFHQ models, with random weights,
+ * and whether that is what was asked for.
  *
  *   bench_cuda [tiny] [f32] [--beside FILE]     tiny: a model of nothing, to see the program work; default: bf16
  *   bench_cuda gpu                              exit status 0 where there is a GPU
  *
- * FILE is what test/bench_cuda_torch.py wrote on the same machine just before: a line "name<TAB>seconds" for the same work.
- * The program measures two ceilings (a large matrix product; a copy within the GPU's memory, reading and writing counted),
- * then a training step, drawing a scale, a whole picture and the first stage, and ends with a table of what is required,
- * measured, and their ratio: 1 or more is enough.
+ * FILE is what test/bench_cuda_torch.py wrote on the same machine just before: a line "name<TAB>seconds" for the same
+ * work. The program measures two ceilings (a large matrix product; a copy within the GPU's memory, reading and writing
+ * counted), then a training step, drawing a scale, a whole picture and the first stage, and ends with a table of what
+ * is required, measured, and their ratio: 1 or more is enough.
  *
  * The median of some runs after one that warms up. Host clock, for every run ends with numbers on the host. Operations:
- * matrix products and attention only, those of a forward pass times 3; of causal attention the half that is needed. What a
- * token reads of weights: every matrix of the decoder but those of the context's keys and values.
+ * matrix products and attention only, those of a forward pass times 3; of causal attention the half that is needed.
+ * What a token reads of weights: every matrix of the decoder but those of the context's keys and values.
  *
  * Read: sizes and the clock; transitions; the first stage; the table. */
 #include "../imagebart.h"
@@ -308,8 +308,8 @@ static void bench_stage(Results *r) {
     close_stage(&s);
 }
 
-/* One picture: the last scale, the others, whose networks are of one shape and here one network, and the pixels. What each
- * drew is the next one's x_t. Everything is on the GPU already. */
+/* One picture: the last scale, the others, whose networks are of one shape and here one network, and the pixels. What
+ * each drew is the next one's x_t. Everything is on the GPU already. */
 typedef struct {
     Bench net[KINDS];
     Stage stage;

@@ -1,7 +1,8 @@
 /* codes.c - what a first stage makes of the training pictures, for test_programs.sh.
  *
  *   codes VQGAN.safetensors DATA OUT     their tokens, and their reconstructions from these tokens as raw floats to OUT;
- *                                        prints K, how many of the K tokens occur, and the dtype of quantize.used or "none" */
+ *                                        prints K, how many of the K tokens occur, and the dtype of quantize.used or
+ *                                        "none" */
 #include "../imagebart.h"
 
 #include <stdio.h>

@@ -18,8 +18,8 @@
  * What a GPU would answer with wrong numbers or a hang ends the program with one line: threads of a block that wait at
  * different barriers, or that have left while others wait; a block that is not whole warps; writing beyond the dynamic
  * shared memory (which is full of NaN when a block begins); copy_async and load_matrices at addresses that are not
- * multiples of what they move. copy_async copies no sooner than the thread waits for it. Not looked for: accesses out of
- * bounds of global memory, which the address sanitizer finds, and races that neither order shows.
+ * multiples of what they move. copy_async copies no sooner than the thread waits for it. Not looked for: accesses out
+ * of bounds of global memory, which the address sanitizer finds, and races that neither order shows.
  *
  * Read: fibers; a block; warps; the words. */
 #ifndef CUDA_ON_CPU_H
@@ -82,9 +82,9 @@ static void fail(const char *what, int line) {
     abort();
 }
 
-/* stack_switch(&a, b) keeps on the present stack the registers that a function must preserve, a = where it ends, and goes
- * on where stack b ends. (swapcontext of the C library would do, but asks the kernel about signals each time, and the
- * address sanitizer tidies up after longjmp for longer than most kernels run.) */
+/* stack_switch(&a, b) keeps on the present stack the registers that a function must preserve, a = where it ends, and
+ * goes on where stack b ends. (swapcontext of the C library would do, but asks the kernel about signals each time, and
+ * the address sanitizer tidies up after longjmp for longer than most kernels run.) */
 extern "C" void stack_switch(void **from, void *to) __asm__("on_cpu_stack_switch");
 #if defined(__x86_64__)
 enum {
@@ -255,8 +255,8 @@ static void meet_warp(int line) {
     arrived[running / WARP] = 0;
 }
 
-/* The values that all lanes of the warp bring. Two sets of slots take turns, so that nobody overwrites what a slower lane
- * has still to read: they are there until the exchange after the next begins. */
+/* The values that all lanes of the warp bring. Two sets of slots take turns, so that nobody overwrites what a slower
+ * lane has still to read: they are there until the exchange after the next begins. */
 template <typename T> static const uint64_t *gather(T value, int line) {
     const unsigned me = running;
     const int set = fiber[me].parity;

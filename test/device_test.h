@@ -1,5 +1,5 @@
-/* device_test.h - what the tests of CUDA code share: arrays that exist on both sides, and comparing them. It is included
- * after device.cu. */
+/* device_test.h - what the tests of CUDA code share: arrays that exist on both sides, and comparing them. It is
+ * included after device.cu. */
 #ifndef DEVICE_TEST_H
 #define DEVICE_TEST_H
 

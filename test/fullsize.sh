@@ -1,9 +1,10 @@
 #!/bin/sh
 # fullsize.sh BUILD DIR [MODEL...]: the official models at their full size, with random weights, one after the other
-# (default: ffhq ffhq2 ffhq-joint churches bedrooms cats imagenet imagenet4). For each: test/fullsize.py writes its files
-# under DIR, every scale's logits are compared with PyTorch's, ./sample draws a picture, and its peak memory must stay
-# below the largest scale's weights + 1 GiB. Needs PyTorch and numpy (PYTHON names the interpreter), 20 GiB of disk, up
-# to 13 GiB of memory for PyTorch, and some minutes a model. Files are removed again; the exit status says how it went.
+# (default: ffhq ffhq2 ffhq-joint churches bedrooms cats imagenet imagenet4). For each: test/fullsize.py writes its
+# files under DIR, every scale's logits are compared with PyTorch's, ./sample draws a picture, and its peak memory must
+# stay below the largest scale's weights + 1 GiB. Needs PyTorch and numpy (PYTHON names the interpreter), 20 GiB of
+# disk, up to 13 GiB of memory for PyTorch, and some minutes a model. Files are removed again; the exit status says how
+# it went.
 build=$(cd "$1" && pwd) || exit 2
 dir=$2
 shift 2
@@ -29,7 +30,8 @@ check() { # check WHAT COMMAND...
 
 for model in "$@"; do
     echo "== $model"
-    # The largest scale's weights in MiB, and 1 GiB. FFHQ has all its files; of the others, scales of one shape share one.
+    # The largest scale's weights in MiB, and 1 GiB. FFHQ has all its files; of the others, scales of one shape share
+    # one.
     case $model in
         ffhq) limit=$((776 + 1024)) options= ;;
         ffhq-joint) limit=$((776 + 1024)) options= ;;

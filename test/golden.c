@@ -5,8 +5,8 @@
  *     test/golden --device cuda DIR...  all of it on the GPU, in float
  *
  * A case is a folder with config.txt (the official configuration), model.ckpt (a checkpoint of the official training)
- * or else model.safetensors (its state dict), io.safetensors (inputs in.*, expectations everything else), or with schedules.json. Which kind it is tell
- * model.target and the tensors that are there:
+ * or else model.safetensors (its state dict), io.safetensors (inputs in.*, expectations everything else), or with
+ * schedules.json. Which kind it is tell model.target and the tensors that are there:
  *
  *     first stage    VQGANWrapper: latents, codes, reconstructions, losses, gradients
  *     adversarial    the same with grad_g.* and grad_d.*: a generator's and a discriminator's pass
@@ -758,7 +758,7 @@ static Err check_ema(Case *c, const Tokenized *b, const Greedy *free_run) {
     return check_greedy(c, free_run, "ema.greedy_tokens");
 }
 
-/* ---- Encodings: out.logits_NAME, ema.logits_NAME and out.dec_NAME belong to model_NAME.ckpt; "zip" to model.ckpt ---- */
+/* ---- Encodings: out.logits_NAME, ema.logits_NAME and out.dec_NAME belong to model_NAME.ckpt; "zip" to model.ckpt */
 
 static const char encoded[] = "out.logits_";
 

@@ -1,5 +1,5 @@
-/* lpips.c - LPIPS of the full-size VGG16, for test_lpips.py to compare with PyTorch, and weights for test_programs.sh and
- * test_cuda_programs.sh.
+/* lpips.c - LPIPS of the full-size VGG16, for test_lpips.py to compare with PyTorch, and weights for test_programs.sh
+ * and test_cuda_programs.sh.
  *
  *   lpips run FILE[,FILE] PAIR OUT   PAIR has x and xrec (B,3,H,W); OUT gets loss (1) and dxrec, its gradient
  *   lpips make OUT                   random weights in the shapes of the real ones

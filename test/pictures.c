@@ -7,7 +7,8 @@
  *                                    the same values in B, where Q stands for P; 1 if not
  *   pictures weights A B MOST        exit status 0 if two safetensors files have the same tensors and no number is farther
  *                                    from the other's than MOST times the largest of its tensor; but for those of one
- *                                    dimension: a bias in front of a norm has no gradient but rounding, which Adam enlarges */
+ *                                    dimension: a bias in front of a norm has no gradient but rounding, which Adam
+ *                                    enlarges */
 #include "../imagebart.h"
 
 #include <math.h>

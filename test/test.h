@@ -102,7 +102,8 @@ static inline double gradient_error(double (*f)(void *), void *context, real *x,
     return worst;
 }
 
-/* A new folder for what a test writes, under TMPDIR or, because tests write thousands of small files, in memory. 1: made. */
+/* A new folder for what a test writes, under TMPDIR or, because tests write thousands of small files, in memory. 1:
+ * made. */
 enum { FOLDER_BYTES = 128 };
 static inline int temporary_folder(char out[FOLDER_BYTES]) {
     const char *parent = getenv("TMPDIR");

@@ -544,7 +544,7 @@ static void test_damaged(const char *what) {
     printf("%s: %zu of %zu damaged files opened\n", what, opened, damaged);
 }
 
-/* ---- test_ckpt --official RUN DIR: a trained run as the official code would have left it, for test_programs.sh ---- */
+/* ---- test_ckpt --official RUN DIR: a trained run as the official code would have left it, for test_programs.sh */
 
 static const char *storage_of(Dtype d) {
     return d == DT_F32    ? "FloatStorage"

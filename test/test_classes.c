@@ -9,7 +9,8 @@ static void close_classes(Model *m) {
     memset(m, 0, sizeof *m);
 }
 
-/* 1000 lines "n01440764 tench, Tinca tinca", sorted, each once, as every ImageNet recipe of the repository gets them. */
+/* 1000 lines "n01440764 tench, Tinca tinca", sorted, each once, as every ImageNet recipe of the repository gets
+ * them. */
 static void open_imagenet(Model *m, const char *recipe) {
     Config c = {0};
     CHECK_OK(recipe_read(&c, recipe, 1));

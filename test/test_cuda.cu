@@ -3,8 +3,8 @@
  * Compiled twice, with floatX = float and = bf16: by a C++ compiler for the emulation on the CPU (make
  * test-cuda-emulated), by nvcc for a GPU (make test-cuda). It includes device.cu, so it sees every function there.
  * Tolerances are relative to the largest number of a tensor: 1e-4 in float, 2e-2 in bf16; inputs of a bf16 kernel are
- * rounded to bf16 first. Every kernel runs twice, the second time in the opposite order of threads and blocks when it is
- * emulated, and must give the same bits. */
+ * rounded to bf16 first. Every kernel runs twice, the second time in the opposite order of threads and blocks when it
+ * is emulated, and must give the same bits. */
 #include "../device.cu"
 
 #include "device_test.h"
@@ -84,7 +84,8 @@ static real *reals(size_t n) {
     return x;
 }
 
-/* rows: what the kernels see of x (B,n,C) without the first `skip` positions of each batch row; the C twin takes these */
+/* rows: what the kernels see of x (B,n,C) without the first `skip` positions of each batch row; the C twin takes
+ * these */
 static real *without_skipped(const real *x, size_t B, size_t n, size_t skip, size_t C) {
     const size_t kept = n - skip;
     real *out = reals(B * kept * C);
@@ -228,8 +229,8 @@ static void test_attention(size_t B, size_t heads, size_t D, size_t Tq, size_t T
     free(q), free(k), free(v), free(dy), free(y), free(p), free(scores), free(dq), free(dk), free(dv);
 }
 
-/* Widths of a head whose rows begin at multiples of 16, of 4 and of 2 bytes, each with whole and broken tiles of queries
- * and keys, and with every kind of sight. */
+/* Widths of a head whose rows begin at multiples of 16, of 4 and of 2 bytes, each with whole and broken tiles of
+ * queries and keys, and with every kind of sight. */
 static void test_attention_shapes(void) {
     static const size_t width[] = {64, 50, 20, 128, 15, 121}, length[] = {1, 64, 65, 257};
     for (size_t w = 0; w < 6; w++)
@@ -421,8 +422,8 @@ static void pair_free(Pair *a) {
 }
 
 /* A tensor of a whole network. In float: 1e-4 of its largest number. In bf16 the gradient of a projection to queries or
- * keys is a difference of nearly equal terms, each rounded: it may be off by 5e-2 of its norm (and that of a key's bias,
- * which is 0 but for rounding, by that of its weight's), while the gradient as a whole must agree to 2e-2. */
+ * keys is a difference of nearly equal terms, each rounded: it may be off by 5e-2 of its norm (and that of a key's
+ * bias, which is 0 but for rounding, by that of its weight's), while the gradient as a whole must agree to 2e-2. */
 static void near_rows(const char *what, const Params *got, const Params *want, int which) {
     double all_off = 0, all = 0, before = 0;
     for (size_t r = 0; r < want->n; r++) {
@@ -616,8 +617,8 @@ static int count_reports(void *context, size_t done) {
     return ++*(int *)context == 3 || done > 1000;
 }
 
-/* The same tokens as the CPU's steps, sample_probs and sample_pick. In bf16 logits differ, so only what must hold is asked:
- * forced tokens are in their places, others follow from the device's own logits. */
+/* The same tokens as the CPU's steps, sample_probs and sample_pick. In bf16 logits differ, so only what must hold is
+ * asked: forced tokens are in their places, others follow from the device's own logits. */
 static void test_drawing(const NetConfig *c, size_t B, size_t N, double temperature, size_t top_k, int guided,
                          double guidance) {
     int32_t known[B_MAX * N_MAX], got[B_MAX * N_MAX], want[B_MAX * N_MAX];

@@ -1,7 +1,8 @@
 #!/bin/sh
 # test_cuda_programs.sh BUILD PROGRAMS: the programs with --device cuda beside the CPU: training in float gives the same
-# losses, with a discriminator and LPIPS too, is the same bit for bit after a pause, and in both precisions can be sampled;
-# the same seed gives the same tokens. PROGRAMS: the folder of those that have CUDA, emulated ones or such that nvcc built.
+# losses, with a discriminator and LPIPS too, is the same bit for bit after a pause, and in both precisions can be
+# sampled; the same seed gives the same tokens. PROGRAMS: the folder of those that have CUDA, emulated ones or such that
+# nvcc built.
 build=$(cd "$1" && pwd)
 cuda=$(cd "$2" && pwd)
 dir=$(mktemp -d)
@@ -36,8 +37,9 @@ ok "again" train "$cuda" vqgan-again --vqgan --steps 1 --device cuda
 ok "and on" train "$cuda" vqgan-again --vqgan --steps 2 --device cuda --resume
 ok "the same bits" cmp "$dir/vqgan-bf16/vqgan.state.safetensors" "$dir/vqgan-again/vqgan.state.safetensors"
 
-# With a discriminator and feature matching, then with LPIPS too, then in the official order. Adam's first steps are as large
-# for a gradient that is rounding noise as for any other: where it decides about a relu or a small mean, weights move little.
+# With a discriminator and feature matching, then with LPIPS too, then in the official order. Adam's first steps are as
+# large for a gradient that is rounding noise as for any other: where it decides about a relu or a small mean, weights
+# move little.
 {
     cat test/tiny.txt
     echo "vqgan.model.params.lossconfig.params.disc_start 1"
@@ -110,8 +112,8 @@ sample() { # sample PROGRAMS RUN OUT ARGUMENTS...
 }
 ok "sample on the CPU" sample "$build" cpu cpu.png
 ok "sample in f32" sample "$cuda" cpu f32.png --device cuda
-# The same tokens: another one moves colours by tens. Decoded, a float on the edge between two of the 255 steps may fall to
-# either side.
+# The same tokens: another one moves colours by tens. Decoded, a float on the edge between two of the 255 steps may fall
+# to either side.
 ok "the same pictures" "$build/pictures" near "$dir/cpu.png" "$dir/f32.png" 1
 ok "sample with options" sample "$build" cpu options-cpu.png --temperature 0.8,1,1.2 --top-k 5 --class bar
 ok "the same on the GPU" sample "$cuda" cpu options.png --temperature 0.8,1,1.2 --top-k 5 --class bar --device cuda

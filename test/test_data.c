@@ -1,7 +1,7 @@
 /* test_data.c - datasets, LMDBs, the loader, damaged pictures, token files.
  *
- * test/test_lsun.py asks this program what it makes of pictures: --prepare PRESET SIZE PATH writes the prepared pictures
- * of a dataset as raw bytes to standard output. */
+ * test/test_lsun.py asks this program what it makes of pictures: --prepare PRESET SIZE PATH writes the prepared
+ * pictures of a dataset as raw bytes to standard output. */
 #include "files.h"
 
 #include <sys/wait.h>
@@ -329,8 +329,8 @@ static void test_lmdb_damage(void) {
     write_lmdb(path, MDB_NOSUBDIR, NULL, 0);
     CHECK_ERR(dataset_open(&d, set, SPLIT_ALL), "has no pictures");
 }
-/* Pages of keys whose words are anything: an error, or pictures that are there; never a crash. Branches, leaves, values in
- * their page and in pages of their own. */
+/* Pages of keys whose words are anything: an error, or pictures that are there; never a crash. Branches, leaves, values
+ * in their page and in pages of their own. */
 static void test_lmdb_pages(void) {
     enum { N = 300, PAGE = 4096 };
     static char key[N][8];

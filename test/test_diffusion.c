@@ -1060,7 +1060,8 @@ static void test_class_bounds(const char *one_scale, const char *three_scales) {
     model_close(&m);
 }
 
-/* The bound of one picture under one row of noise, by its formula: the sum over scales of KL(q || p), a mean over tokens */
+/* The bound of one picture under one row of noise, by its formula: the sum over scales of KL(q || p), a mean over
+ * tokens */
 static double picture_bound(Model *m, const int32_t *x_0, const int32_t *label, uint64_t seed, size_t row) {
     int32_t chain[4][N];
     real q[N * USED];

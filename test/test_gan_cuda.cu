@@ -1,5 +1,5 @@
-/* test_gan_cuda.cu - the CUDA twins of what trains a first stage beside itself, the discriminator and LPIPS, against the C:
- * every layer, then whole networks, then steps of the optimizer. As test_cuda.cu. */
+/* test_gan_cuda.cu - the CUDA twins of what trains a first stage beside itself, the discriminator and LPIPS, against
+ * the C: every layer, then whole networks, then steps of the optimizer. As test_cuda.cu. */
 #include "../device.cu"
 
 #include "device_test.h"
@@ -188,10 +188,10 @@ static void test_norms(void) {
 
 /* ---- Whole networks ----
  *
- * In float they are held to 1e-4. In bf16 the layers are, to 2e-2, but whole networks can be held only to what rounding does
- * to them: where it moves a number across 0, a leaky ReLU or a pool changes its mind, and with it all gradients below. So
- * the C is run again with every weight moved by up to a rounding step of bf16, MOVES times; twice what that does at most
- * is what the device may be off. */
+ * In float they are held to 1e-4. In bf16 the layers are, to 2e-2, but whole networks can be held only to what rounding
+ * does to them: where it moves a number across 0, a leaky ReLU or a pool changes its mind, and with it all gradients
+ * below. So the C is run again with every weight moved by up to a rounding step of bf16, MOVES times; twice what that
+ * does at most is what the device may be off. */
 enum { MOVES = IS_BF16 ? 3 : 0 };
 
 static void near_moved(const char *name, const real *got, const real *want, const real *const moved[], size_t n) {
@@ -205,8 +205,8 @@ static void near_moved(const char *name, const real *got, const real *want, cons
     near_rms(name, got, want, n, 0, limit);
 }
 
-/* The same numbers each time, which bf16 has: as at the beginning of training, those around 1 spread out, `noise` added to
- * the others. move: 0, or which of the moves */
+/* The same numbers each time, which bf16 has: as at the beginning of training, those around 1 spread out, `noise` added
+ * to the others. move: 0, or which of the moves */
 static void fill(Params *p, double noise, int move) {
     params_init(p, 3);
     for (size_t i = 0; i < p->n; i++)

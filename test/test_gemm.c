@@ -155,7 +155,8 @@ static int product_is(int trans, size_t M, size_t N, size_t K, size_t pad, int w
     return ok;
 }
 
-/* Sizes around every boundary: vectors of 2..16, micro tiles of 6 and 8 rows, panels of 4..32, pieces of at most 384. */
+/* Sizes around every boundary: vectors of 2..16, micro tiles of 6 and 8 rows, panels of 4..32, pieces of at most
+ * 384. */
 static void test_shapes(void) {
     static const size_t small[] = {1, 2, 3, 5, 6, 7, 8, 9, 13, 15, 16, 17, 31, 32, 33, 47, 64, 65};
     enum { SMALL = sizeof small / sizeof *small };
@@ -355,7 +356,8 @@ static void make_packed(Packed *p, WeightFormat format) {
     pack_plain(p, format);
 }
 
-/* |error| of a sum of n products <= 2n units in the last place of the sum of magnitudes: each is rounded at most twice. */
+/* |error| of a sum of n products <= 2n units in the last place of the sum of magnitudes: each is rounded at most
+ * twice. */
 static int stream_is_right(const Packed *p, size_t M, size_t N, size_t K, const real *C, size_t ldc, real before) {
     for (size_t i = 0; i < M; i++)
         for (size_t j = 0; j < N; j++) {
@@ -475,8 +477,8 @@ static double largest_of(const real *x, size_t n) {
     return largest;
 }
 
-/* Of one weight: 2^-8 of itself in bf16 (8 bits, half of the last), half of largest/127 in int8, and the rounding of that
- * arithmetic. */
+/* Of one weight: 2^-8 of itself in bf16 (8 bits, half of the last), half of largest/127 in int8, and the rounding of
+ * that arithmetic. */
 static double pack_bound(WeightFormat format, double x, double largest) {
     return format == WEIGHTS_BF16 ? 0x1p-8 * fabs(x) : (0.5 + 1e-4) * largest / 127;
 }

@@ -1,6 +1,6 @@
 #!/bin/sh
-# test_guidance.sh BUILD: label dropout in ./train and guidance in ./sample and ./inpaint; moments in bf16; schedules from a
-# run's own VQGAN.
+# test_guidance.sh BUILD: label dropout in ./train and guidance in ./sample and ./inpaint; moments in bf16; schedules
+# from a run's own VQGAN.
 build=$(cd "$1" && pwd)
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT

@@ -1,8 +1,8 @@
 /* test_images.c - pictures in and out, resizing against Pillow and OpenCV, the official preprocessing.
  *
- * Every picture file is made here, with libpng, libjpeg and libwebp, in a temporary folder that is removed at the end. Damage is
- * systematic: files are cut at every sixteenth (small ones at every byte) and every byte is flipped; run under
- * sanitizers this is the fuzz test of the readers. */
+ * Every picture file is made here, with libpng, libjpeg and libwebp, in a temporary folder that is removed at the end.
+ * Damage is systematic: files are cut at every sixteenth (small ones at every byte) and every byte is flipped; run
+ * under sanitizers this is the fuzz test of the readers. */
 #include "files.h"
 
 #include <setjmp.h>

@@ -1,7 +1,7 @@
 #!/bin/sh
-# test_levels.sh ANY BUILD: the programs in ANY, which hold a copy of themselves for each level of x86-64 (start.c): every
-# level that this machine has draws the same tokens and trains to the same loss. BUILD holds test programs and programs
-# for this processor only.
+# test_levels.sh ANY BUILD: the programs in ANY, which hold a copy of themselves for each level of x86-64 (start.c):
+# every level that this machine has draws the same tokens and trains to the same loss. BUILD holds test programs and
+# programs for this processor only.
 any=$1 build=$2
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT

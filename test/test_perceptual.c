@@ -1,5 +1,5 @@
-/* test_perceptual.c - LPIPS of small networks against its definition, its gradient against central differences, and what is
- * said of damaged weight files. Full-size VGG16 is compared with PyTorch by test_torch.py. */
+/* test_perceptual.c - LPIPS of small networks against its definition, its gradient against central differences, and
+ * what is said of damaged weight files. Full-size VGG16 is compared with PyTorch by test_torch.py. */
 #include "files.h"
 
 enum { IS_DOUBLE = sizeof(real) == 8 };
@@ -131,8 +131,8 @@ static double pair_loss(void *context) {
     return perceptual_loss(x->p, x->a, x->b, x->B, x->H, x->W, 0, &loss, NULL) == OK ? loss : NAN;
 }
 
-/* The difference is taken over so little that hardly a relu or a pool changes its mind in between; the pictures are such
- * that none does for the pixels that are looked at. */
+/* The difference is taken over so little that hardly a relu or a pool changes its mind in between; the pictures are
+ * such that none does for the pixels that are looked at. */
 static void check_gradient(const PerceptualConfig *c, size_t B, size_t H, size_t W) {
     Pair x = {make(c), NULL, NULL, B, H, W};
     const size_t n = B * 3 * H * W;
@@ -205,7 +205,8 @@ static void check_bits(const PerceptualConfig *c, size_t B, size_t H, size_t W) 
 
 /* ---- Weight files ---- */
 
-/* Writes the table's rows first..end-1 that are (lin) or are not lin layers, each prefix + its name, or as torchvision. */
+/* Writes the table's rows first..end-1 that are (lin) or are not lin layers, each prefix + its name, or as
+ * torchvision. */
 static void write_weights(const char *name, Perceptual *p, const char *prefix, int convs, int lins) {
     TensorList list = {0};
     const Params *t = perceptual_params(p);
@@ -294,7 +295,8 @@ static void check_files(void) {
     perceptual_free(other);
 }
 
-/* Published vectors, and lengths around those where the padding takes another block (sha256sum's and md5sum's answers). */
+/* Published vectors, and lengths around those where the padding takes another block (sha256sum's and md5sum's
+ * answers). */
 static void check_digests(void) {
     static const struct {
         size_t n;

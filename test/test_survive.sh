@@ -1,7 +1,7 @@
 #!/bin/sh
 # test_survive.sh BUILD: what a run of ./train goes on after: signals, bad batches, spikes, damaged checkpoints, full
-# disks, the leavings of kills. Whatever happened on the way, the last state must be, byte for byte, that of a run to which
-# it did not happen, or happened elsewhere.
+# disks, the leavings of kills. Whatever happened on the way, the last state must be, byte for byte, that of a run to
+# which it did not happen, or happened elsewhere.
 build=$(cd "$1" && pwd)
 dir=$(mktemp -d)
 mounted=

@@ -770,8 +770,8 @@ static void train_moments(Params *p, int bf16, int threads) {
     }
 }
 
-/* In the mean the weights go where they go with moments in float: beta2 0.999 moves v by a thousandth a step, which a bf16
- * rounded to the nearest never notices. Any number of threads gives the same bits. */
+/* In the mean the weights go where they go with moments in float: beta2 0.999 moves v by a thousandth a step, which a
+ * bf16 rounded to the nearest never notices. Any number of threads gives the same bits. */
 static void test_bf16_moments(void) {
     Params f, h, one;
     train_moments(&f, 0, 2);

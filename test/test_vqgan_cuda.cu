@@ -1,4 +1,5 @@
-/* test_vqgan_cuda.cu - the first stage's CUDA twins against the C: every layer, then whole networks. As test_cuda.cu. */
+/* test_vqgan_cuda.cu - the first stage's CUDA twins against the C: every layer, then whole networks. As
+ * test_cuda.cu. */
 #include "../device.cu"
 
 #include "device_test.h"
@@ -34,8 +35,8 @@ static ConvMemory conv_memory(const Conv *c, int small) {
     return m;
 }
 
-/* Results kept in float have its precision, whatever products read; beside them those in floatX, if wanted. Into gaps of
- * NaN, so that what is not written shows. y: what is wanted; add NULL: nothing is added. */
+/* Results kept in float have its precision, whatever products read; beside them those in floatX, if wanted. Into gaps
+ * of NaN, so that what is not written shows. y: what is wanted; add NULL: nothing is added. */
 static void test_wide(const Conv *c, const floatX *x, const floatX *ordered, const real *bias, const real *add,
                       const real *y, const ConvMemory *m) {
     const size_t out = rows_of(c) / c->B, ny = c->B * c->M * out;
@@ -432,13 +433,13 @@ static void forget(Said *s) {
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
 }
 
-/* Of row i. A bias is compared on the scale of the weight before it: in front of a norm, and in attention's keys, a bias has
- * no gradient but what rounding leaves.
+/* Of row i. A bias is compared on the scale of the weight before it: in front of a norm, and in attention's keys, a
+ * bias has no gradient but what rounding leaves.
  *
  * In bf16 the gradient as a whole is held to 2e-2, and so is what the network says. A single tensor's cannot be: where
- * nothing is rounded but the operands of products, which is what bf16 means, some weights of random networks like these are
- * off by up to 2.3e-2 (the whole by 1.2e-2; at the depth of FFHQ's by 2.2e-2), and those biases by more. Everything in bf16,
- * residual stream included, would be 2.0e-2 to 2.5e-2 for the whole of these, 3.9e-2 at that depth. */
+ * nothing is rounded but the operands of products, which is what bf16 means, some weights of random networks like these
+ * are off by up to 2.3e-2 (the whole by 1.2e-2; at the depth of FFHQ's by 2.2e-2), and those biases by more. Everything
+ * in bf16, residual stream included, would be 2.0e-2 to 2.5e-2 for the whole of these, 3.9e-2 at that depth. */
 static const double GRADIENTS = IS_BF16 ? 7e-2 : 1e-4, WEIGHTS = IS_BF16 ? 2.5e-2 : 1e-4;
 
 static void same_gradient(const Said *got, const Said *want, const Params *p, size_t i) {
@@ -539,7 +540,8 @@ static void test_training(void) {
     free(a.image), free(a.z), free(a.dxrec), free(a.tokens);
 }
 
-/* The bundled first stage, a network as training leaves them, on 32x32 pixels of a picture, and the gradient of a loss. */
+/* The bundled first stage, a network as training leaves them, on 32x32 pixels of a picture, and the gradient of a
+ * loss. */
 static void test_bundled(void) {
     enum { SIDE = 32, PIXELS = 3 * SIDE * SIDE };
     Model m;
