@@ -645,6 +645,22 @@ template <int WIDTH> static __device__ inline Channels<WIDTH> channels_at(const 
     return *(const Channels<WIDTH> *)(x + i);
 }
 
+/* A number for each of WIDTH channels, four at a time where they are a pack: x is then a multiple of 16 bytes. */
+template <int WIDTH> struct ChannelNumbers { float at[WIDTH]; };
+template <int WIDTH> static __device__ inline ChannelNumbers<WIDTH> numbers_of(const float *x) {
+    ChannelNumbers<WIDTH> n;
+    if constexpr (WIDTH == 1) {
+        n.at[0] = x[0];
+    } else {
+#pragma unroll
+        for (int k = 0; k < WIDTH; k += 4) {
+            const Floats four = *(const Floats *)(x + k);
+            for (int j = 0; j < 4; j++) n.at[k + j] = four.at[j];
+        }
+    }
+    return n;
+}
+
 typedef struct {
     size_t n, C; /* y (n,C) */
     float *mean, *rstd;
@@ -693,10 +709,14 @@ template <int WIDTH> static __global__ void activate_kernel(floatX *a, const flo
     const unsigned i = (blockIdx.x * blockDim.x + threadIdx.x) * WIDTH, first = i % (unsigned)b.C;
     if (i >= total) return;
     Channels<WIDTH> p = channels_at<WIDTH>(y, i);
+    ChannelNumbers<WIDTH> mean = {}, rstd = {}, gamma = {}, beta = {};
+    if (b.mean) {
+        mean = numbers_of<WIDTH>(b.mean + first), rstd = numbers_of<WIDTH>(b.rstd + first);
+        gamma = numbers_of<WIDTH>(b.gamma + first), beta = numbers_of<WIDTH>(b.beta + first);
+    }
     for (unsigned j = 0; j < WIDTH; j++) {
-        const unsigned c = first + j;
         float t = to_float(p.at[j]);
-        if (b.mean) t = (t - b.mean[c]) * (b.rstd[c] * b.gamma[c]) + b.beta[c];
+        if (b.mean) t = (t - mean.at[j]) * (rstd.at[j] * gamma.at[j]) + beta.at[j];
         p.at[j] = to_floatX(t > 0 ? t : SLOPE * t);
     }
     *(Channels<WIDTH> *)(a + i) = p;
@@ -768,10 +788,12 @@ static __global__ void batch_gradient_kernel(floatX *g, const floatX *y, BatchNo
     if (i >= b.n * b.C) return;
     Channels<WIDTH> p = channels_at<WIDTH>(g, i);
     const Channels<WIDTH> v = channels_at<WIDTH>(y, i);
+    const ChannelNumbers<WIDTH> mean = numbers_of<WIDTH>(b.mean + first), rstd = numbers_of<WIDTH>(b.rstd + first),
+                                gamma = numbers_of<WIDTH>(b.gamma + first), level = numbers_of<WIDTH>(lines + first),
+                                tilt = numbers_of<WIDTH>(lines + b.C + first);
     for (unsigned j = 0; j < WIDTH; j++) {
-        const unsigned c = first + j;
-        const float t = to_float(p.at[j]) - lines[c] - lines[b.C + c] * (to_float(v.at[j]) - b.mean[c]);
-        p.at[j] = to_floatX(b.rstd[c] * b.gamma[c] * t);
+        const float t = to_float(p.at[j]) - level.at[j] - tilt.at[j] * (to_float(v.at[j]) - mean.at[j]);
+        p.at[j] = to_floatX(rstd.at[j] * gamma.at[j] * t);
     }
     *(Channels<WIDTH> *)(g + i) = p;
 }
