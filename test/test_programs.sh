@@ -325,7 +325,7 @@ ok "nor does their chain" cmp "$dir/chain.png" "$dir/likely-chain.png"
 ok "one of one" sample "$dir/run" -n 5 --seed 7 --best-of 1
 ok "is what it was" cmp "$dir/s.png" "$dir/first.png"
 ok "more than a batch for each" sample "$dir/run" -n 1 --batch 2 --best-of 5
-refused 2 "1..64" "$build/sample" "$dir/run" --best-of 65
+refused 2 "expected 1 to 64" "$build/sample" "$dir/run" --best-of 65
 ok "what is nearest" sample "$dir/run" -n 1 --seed 8 --nearest "$dir/near"
 cp "$dir/out" "$dir/nearest"
 ok "is the picture itself, but for its 8 bits" awk -F'\t' '$1 == 0 && $4 < 0.003 && $5 ~ /train.8.png$/ { found = 1 } END { exit !found }' "$dir/nearest"
