@@ -125,22 +125,28 @@ ifneq ($(findstring clang,$(shell $(CC) --version 2>/dev/null)),)
 WARN += -Wno-pass-failed # "this loop was not vectorised" is a remark about speed, not about the code
 endif
 OPT := $(if $(filter 1,$(SANITIZE)),-O2 -fsanitize=address$(comma)undefined -fno-sanitize-recover=all -fno-omit-frame-pointer,-O3)
-CFLAGS_ANY := -std=c11 -D_GNU_SOURCE -g $(OPT) -ffp-contract=fast -fno-math-errno -fno-trapping-math $(WARN) \
+CFLAGS_ANY := -std=c11 -D_GNU_SOURCE -I. -g $(OPT) -ffp-contract=fast -fno-math-errno -fno-trapping-math $(WARN) \
               $(if $(HAVE_SIMD),-fopenmp-simd,-Wno-unknown-pragmas) \
               $(if $(HAVE_WEBP),-DHAVE_WEBP) $(if $(HAVE_LMDB),-DHAVE_LMDB)
 CFLAGS := $(CFLAGS_ANY) $(if $(HAVE_MARCH),-march=$(MARCH))
 LDLIBS := $(ARCHIVES) $(if $(HAVE_WEBP),-lwebp) $(if $(HAVE_LMDB),-llmdb) -lpng -ljpeg -lz $(SHARED) -lm -lpthread
 
-COMPONENTS := base gemm stream conv winograd checkpoint ckpt digest params images lmdb data tokens vqgan_layers vqgan discriminator perceptual layers attention transformer decode optimizer device classes model diffusion
+# The house from the ground up (test/house.sh checks the order). FILES: their speed is that of files, so that they are
+# compiled for the first level only.
+BASE := base params
+KERNELS := gemm stream conv winograd layers attention decode optimizer device
+FILES := checkpoint ckpt digest images lmdb tokens classes
+COMPONENTS := $(BASE:%=base/%) $(KERNELS:%=kernels/%) $(FILES:%=files/%) data vqgan_layers vqgan transformer diffusion \
+              sampling/model training/discriminator training/perceptual
 PROGRAMS := sample train inpaint
-COLD := checkpoint ckpt digest params images lmdb data tokens classes model # whose speed is that of files: compiled for the first level only
+COLD := base/params $(FILES:%=files/%) data sampling/model
 TESTS := base gemm conv checkpoint ckpt images data vqgan discriminator perceptual transformer classes diffusion
 TESTS_DOUBLE := gemm conv vqgan discriminator perceptual transformer
 
 OBJ := $(COMPONENTS:%=$B/%.o)
 DEVICE_OBJ := $(if $(NVCC),$B/device_f32.o $B/device_bf16.o)
 CUDA_LIBS := $(if $(NVCC),-L$(dir $(NVCC))../lib64 -lcudart_static -ldl -lrt $(ARCHIVES) -lstdc++ $(SHARED))
-NVCC_FLAGS := -x cu -std=c++17 -O3 -lineinfo $(foreach a,$(CUDA_ARCH),-gencode arch=compute_$a$(comma)code=sm_$a) \
+NVCC_FLAGS := -x cu -std=c++17 -I. -O3 -lineinfo $(foreach a,$(CUDA_ARCH),-gencode arch=compute_$a$(comma)code=sm_$a) \
               -gencode arch=compute_$(lastword $(CUDA_ARCH))$(comma)code=compute_$(lastword $(CUDA_ARCH)) \
               $(if $(HAVE_NCCL),-DHAVE_NCCL) -Xcompiler -Wall$(comma)-Wextra$(comma)-Werror -Werror all-warnings
 OBJ_DOUBLE := $(COMPONENTS:%=$B/double/%.o)
@@ -159,20 +165,20 @@ $(PROGRAMS) test/golden test/bench: FORCE
 $(shell mkdir -p build && echo $(SHIPPED) >build/last)
 endif
 
-# the files of ./train beside train.c
-TRAIN := train_run train_survive train_view train_vqgan train_gan train_perceptual train_codes train_scale train_schedule parallel
-$B/parallel.o: CFLAGS += $(if $(HAVE_MPI),-DHAVE_MPI $(MPI_CFLAGS))
+# the files of ./train beside train.c and the components
+TRAIN := $(addprefix training/,state bad_batches view first_stage gan add_perceptual codes second_stage schedule parallel)
+$B/training/parallel.o: CFLAGS += $(if $(HAVE_MPI),-DHAVE_MPI $(MPI_CFLAGS))
 $B/train $B/emulated/train $(if $P,$P/train): LDLIBS += $(if $(HAVE_MPI),$(MPI_LIBS))
 $B/train: $(TRAIN:%=$B/%.o)
-$B/sample $B/emulated/sample: $B/nearest.o
+$B/sample $B/emulated/sample: $B/sampling/nearest.o
 $B/emulated/train: $(TRAIN:%=$B/%.o)
 # ./train as it is where there is no MPI: for test_mpi.sh
-$B/train-alone: $B/train.o $(patsubst %,$B/%.o,$(filter-out parallel,$(TRAIN))) $B/alone/parallel.o $B/cli.o $(OBJ)
+$B/train-alone: $B/train.o $(patsubst %,$B/%.o,$(filter-out training/parallel,$(TRAIN))) $B/alone/training/parallel.o $B/base/options.o $(OBJ)
 	$(CC) $(CFLAGS) -o $@ $^ $(LDLIBS)
 $B/alone/%.o: %.c Makefile
 	@mkdir -p $(@D)
 	$(CC) $(CFLAGS) -MMD -MP -c -o $@ $<
-$(PROGRAMS:%=$B/%): $B/%: $B/%.o $B/cli.o $(OBJ) $(DEVICE_OBJ)
+$(PROGRAMS:%=$B/%): $B/%: $B/%.o $B/base/options.o $(OBJ) $(DEVICE_OBJ)
 	$(CC) $(CFLAGS) -o $@ $^ $(LDLIBS) $(CUDA_LIBS)
 $B/golden: $B/test/golden.o $(OBJ) $(DEVICE_OBJ)
 	$(CC) $(CFLAGS) -o $@ $^ $(LDLIBS) $(CUDA_LIBS)
@@ -207,16 +213,16 @@ $P/$1/%.o: %.cu Makefile
 	@mkdir -p $$(@D)
 	$$(CC) $$(CFLAGS_ANY) $$(FLAGS_$1) -MMD -MP -x c -c -o $$@ $$<
 $P/$1/whole-train.o: $(TRAIN:%=$P/x86-64/%.o)
-$P/$1/whole-sample.o: $P/x86-64/nearest.o
-$(PROGRAMS:%=$P/$1/whole-%.o): $P/$1/whole-%.o: $P/x86-64/%.o $(patsubst %,$P/x86-64/%.o,cli $(COLD)) \
+$P/$1/whole-sample.o: $P/x86-64/sampling/nearest.o
+$(PROGRAMS:%=$P/$1/whole-%.o): $P/$1/whole-%.o: $P/x86-64/%.o $(patsubst %,$P/x86-64/%.o,base/options $(COLD)) \
     $(patsubst %,$P/$1/%.o,$(filter-out $(COLD),$(COMPONENTS)))
 	$$(call whole,$$@,$$^,main_$(subst -,_,$1))
 $(PROGRAMS:%=$P/%): $P/%: $P/$1/whole-%.o
 endef
 ifneq ($P,)
-$P/x86-64/parallel.o: CFLAGS_ANY += $(if $(HAVE_MPI),-DHAVE_MPI $(MPI_CFLAGS))
+$P/x86-64/training/parallel.o: CFLAGS_ANY += $(if $(HAVE_MPI),-DHAVE_MPI $(MPI_CFLAGS))
 $(foreach l,$(LEVELS),$(eval $(call level,$l)))
-$(PROGRAMS:%=$P/%): $P/x86-64/start.o
+$(PROGRAMS:%=$P/%): $P/x86-64/base/start.o
 	$(CC) $(CFLAGS_ANY) -o $@ $^ $(LDLIBS)
 endif
 
@@ -225,11 +231,11 @@ endif
 CXX := $(if $(findstring clang,$(notdir $(CC))),$(subst clang,clang++,$(CC)),$(subst gcc,g++,$(CC)))
 PRECISIONS := f32 bf16
 EMULATED_TESTS := $(foreach t,cuda vqgan_cuda gan_cuda,$(PRECISIONS:%=$B/emulated/test_$(t)_%))
-EMULATED_FLAGS := -x c++ -std=c++17 -D_GNU_SOURCE -DCUDA_ON_CPU -g $(if $(filter 1,$(SANITIZE)),$(OPT),-O2) \
+EMULATED_FLAGS := -x c++ -std=c++17 -I. -D_GNU_SOURCE -DCUDA_ON_CPU -g $(if $(filter 1,$(SANITIZE)),$(OPT),-O2) \
                   -ffp-contract=off $(WARN) -Wno-unknown-pragmas
 floatX = $(if $(filter %bf16 %bf16.o,$@),-DFLOATX_BF16)
 
-$(PRECISIONS:%=$B/emulated/device_%.o): device.cu Makefile
+$(PRECISIONS:%=$B/emulated/device_%.o): kernels/device.cu Makefile
 	@mkdir -p $(@D)
 	$(CXX) $(EMULATED_FLAGS) $(floatX) -MMD -MP -c -o $@ $<
 $(PRECISIONS:%=$B/emulated/test_cuda_%.o): test/test_cuda.cu Makefile
@@ -243,7 +249,7 @@ $(EMULATED_TESTS): $B/emulated/%: $B/emulated/%.o $(OBJ)
 
 EMULATED_BIN := $(EMULATED_TESTS) $(PROGRAMS:%=$B/emulated/%) $B/emulated/golden $B/emulated/bench_cuda
 EMULATED_OBJ := $(OBJ) $(PRECISIONS:%=$B/emulated/device_%.o)
-$(PROGRAMS:%=$B/emulated/%): $B/emulated/%: $B/%.o $B/cli.o $(EMULATED_OBJ)
+$(PROGRAMS:%=$B/emulated/%): $B/emulated/%: $B/%.o $B/base/options.o $(EMULATED_OBJ)
 	$(CXX) $(OPT) -o $@ $^ $(LDLIBS)
 $B/emulated/golden $B/emulated/bench_cuda: $B/emulated/%: $B/test/%.o $(EMULATED_OBJ)
 	$(CXX) $(OPT) -o $@ $^ $(LDLIBS)
@@ -255,7 +261,7 @@ test-cuda-emulated: $(EMULATED_BIN) $(PROGRAMS:%=$B/%) $B/pictures $B/lpips
 # On a GPU, by nvcc. SANITIZER=memcheck (or racecheck, synccheck, initcheck) runs the layers under compute-sanitizer.
 SANITIZER ?=
 NVCC_TESTS := $(foreach t,cuda vqgan_cuda gan_cuda,$(PRECISIONS:%=$B/test_$(t)_%))
-$(PRECISIONS:%=$B/device_%.o): device.cu Makefile
+$(PRECISIONS:%=$B/device_%.o): kernels/device.cu Makefile
 	@mkdir -p $(@D)
 	$(NVCC) $(NVCC_FLAGS) $(floatX) -MMD -MP -MF $(@:.o=.d) -c -o $@ $<
 $(PRECISIONS:%=$B/test/test_cuda_%.o): test/test_cuda.cu Makefile
@@ -310,9 +316,9 @@ fullsize: $B/fullsize $B/sample
 FUZZ := zip pickle legacy safetensors
 SECONDS ?= 60
 fuzz: $B/test_ckpt
-	@for f in $(FUZZ); do mkdir -p build/fuzz/$$f && clang -std=c11 -D_GNU_SOURCE -g -O1 -Wno-unknown-pragmas \
-	    -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -o build/fuzz_$$f test/fuzz_$$f.c base.c \
-	    checkpoint.c ckpt.c -lz -lm -lpthread || exit 1; done
+	@for f in $(FUZZ); do mkdir -p build/fuzz/$$f && clang -std=c11 -D_GNU_SOURCE -I. -g -O1 -Wno-unknown-pragmas \
+	    -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -o build/fuzz_$$f test/fuzz_$$f.c base/base.c \
+	    files/checkpoint.c files/ckpt.c -lz -lm -lpthread || exit 1; done
 	@$B/test_ckpt --seeds build/fuzz
 	@cp test/golden-cases/ckpt_formats/model_half_legacy.ckpt build/fuzz/legacy
 	@cp test/golden-cases/ckpt_formats/model_half.ckpt build/fuzz/zip
@@ -329,10 +335,10 @@ data/emoji:
 	/usr/bin/python3 dev/emoji.py --out $@
 
 format:
-	clang-format -i *.c *.cu *.h test/*.c test/*.cu test/*.h
+	clang-format -i $(foreach d,. base kernels files sampling training test,$(wildcard $d/*.c $d/*.cu $d/*.h))
 
 clean:
 	rm -rf build $(PROGRAMS) test/golden test/bench
 
 FORCE:
--include $(wildcard $B/*.d $B/alone/*.d $B/test/*.d $B/emulated/*.d $B/double/*.d $B/double/test/*.d $(if $P,$(LEVELS:%=$P/%/*.d)))
+-include $(shell find $B $(if $P,$P) -name '*.d' 2>/dev/null)

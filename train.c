@@ -6,7 +6,7 @@
  * picture. Here is the one loop that drives them; parallel.c adds up the gradients of several processes. train_run.c
  * keeps the run, train_survive.c is what it goes on after, train_view.c shows it; train_schedule.c is --schedule. No
  * mathematics here: it is in vqgan.c, transformer.cu and diffusion.c. */
-#include "train.h"
+#include "training/stage.h"
 
 #include <errno.h>
 #include <signal.h>

@@ -23,7 +23,7 @@
  * Reading order: transformer.h, layers.cu, attention.cu, then here configuration, parameter table, memory plan, then
  * the mathematics from small to large: blocks, stack, head; last, forward and backward of the whole. This file is
  * compiled as C; it is in the common subset with C++17. */
-#include "transformer.h"
+#include "kernels/transformer.h"
 
 #include <stdio.h>
 

@@ -3,7 +3,7 @@
 #ifndef VQGAN_H
 #define VQGAN_H
 
-#include "device.h"
+#include "kernels/device.h"
 
 #ifdef __cplusplus
 extern "C" {

@@ -14,7 +14,7 @@
  * What a token reads of weights: every matrix of the decoder but those of the context's keys and values.
  *
  * Read: sizes and the clock; transitions; the first stage; the table. */
-#include "../imagebart.h"
+#include "imagebart.h"
 
 #include <stdio.h>
 #include <stdlib.h>

@@ -3,7 +3,7 @@
  *   codes VQGAN.safetensors DATA OUT     their tokens, and their reconstructions from these tokens as raw floats to OUT;
  *                                        prints K, how many of the K tokens occur, and the dtype of quantize.used or
  *                                        "none" */
-#include "../imagebart.h"
+#include "imagebart.h"
 
 #include <stdio.h>
 #include <stdlib.h>

@@ -5,7 +5,7 @@
  *   lpips make OUT                   random weights in the shapes of the real ones
  *
  * All but FILE are safetensors. */
-#include "../imagebart.h"
+#include "imagebart.h"
 
 #include <stdio.h>
 #include <stdlib.h>

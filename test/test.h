@@ -3,7 +3,7 @@
 #ifndef TEST_H
 #define TEST_H
 
-#include "../imagebart.h"
+#include "imagebart.h"
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>

@@ -5,7 +5,7 @@
  * Tolerances are relative to the largest number of a tensor: 1e-4 in float, 2e-2 in bf16; inputs of a bf16 kernel are
  * rounded to bf16 first. Every kernel runs twice, the second time in the opposite order of threads and blocks when it
  * is emulated, and must give the same bits. */
-#include "../device.cu"
+#include "kernels/device.cu"
 
 #include "device_test.h"
 

@@ -6,7 +6,7 @@
 
 #include <sys/wait.h>
 
-#include "../data.h"
+#include "files/data.h"
 
 #ifdef HAVE_LMDB
 #include <lmdb.h>

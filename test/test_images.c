@@ -11,7 +11,7 @@
 #include <jpeglib.h>
 #include <png.h>
 
-#include "../data.h"
+#include "files/data.h"
 #include "data_tables.h"
 
 #ifdef HAVE_WEBP

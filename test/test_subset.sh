@@ -6,8 +6,8 @@ if ! command -v "$CXX" >/dev/null; then
     echo "no C++ compiler: $CXX; the C++ half of this check needs one"
     failed=1
 else
-    for file in imagebart.h gemm.c stream.c conv.h conv.c winograd.c vqgan.h vqgan_layers.c vqgan.c discriminator.c perceptual.c transformer.h device.h device.cu layers.cu attention.cu transformer.cu decode.cu optimizer.cu; do
-        if "$CXX" -std=c++17 -D_GNU_SOURCE -x c++ -fsyntax-only -Wall -Wextra -Wno-unknown-pragmas \
+    for file in imagebart.h kernels/gemm.c kernels/stream.c kernels/conv.h kernels/conv.c kernels/winograd.c vqgan.h vqgan_layers.c vqgan.c training/discriminator.c training/perceptual.c kernels/transformer.h kernels/device.h kernels/device.cu kernels/layers.cu kernels/attention.cu transformer.cu kernels/decode.cu kernels/optimizer.cu; do
+        if "$CXX" -std=c++17 -D_GNU_SOURCE -I. -x c++ -fsyntax-only -Wall -Wextra -Wno-unknown-pragmas \
             -Wno-missing-field-initializers -Wno-pragma-once-outside-header "$file"; then
             passed=$((passed + 1))
         else

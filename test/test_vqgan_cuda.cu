@@ -1,6 +1,6 @@
 /* test_vqgan_cuda.cu - the first stage's CUDA twins against the C: every layer, then whole networks. As
  * test_cuda.cu. */
-#include "../device.cu"
+#include "kernels/device.cu"
 
 #include "device_test.h"
 

@@ -3,7 +3,7 @@
  * Activations are (R,C), R rows of B*n positions. Rows run in parallel forward; sums over rows (gradients of biases,
  * norms, embeddings) run in parallel over columns, so that the order of additions, hence every bit, is the same for any
  * number of threads. Prototypes: transformer.h. */
-#include "transformer.h"
+#include "kernels/transformer.h"
 
 enum { COLUMN_BLOCK = 32 }; /* columns that one task sums over all rows */
 static const double NORM_EPS = 1e-5;

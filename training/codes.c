@@ -5,7 +5,7 @@
  * drifted apart: train.restart_codes is the cure. The transitions then predict one of K codes at every position; those
  * that no picture ever uses only make that harder, so the official models leave them out (quantize.used, SPEC section
  * 8). */
-#include "train.h"
+#include "training/stage.h"
 
 #include <math.h>
 #include <stdlib.h>

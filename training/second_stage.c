@@ -1,7 +1,7 @@
 /* train_scale.c - ./train --scale N and --joint: tokens x_t -> x_{t-1}. One micro batch, an evaluation, a picture; the
  * dataset as tokens, encoded once; the first stage that the transition stands on. The mathematics is in transformer.cu
  * and diffusion.c. */
-#include "train.h"
+#include "training/stage.h"
 
 #include <stdio.h>
 #include <stdlib.h>

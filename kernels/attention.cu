@@ -2,7 +2,7 @@
  *
  * On the CPU heads run in parallel, up to QUERY_BLOCK queries at a time, so that their scores stay in cache. The CUDA
  * twins are plain in float, which is where to begin, and on tensor cores in bf16. Prototypes: transformer.h. */
-#include "transformer.h"
+#include "kernels/transformer.h"
 
 #ifndef DEVICE_CODE
 /* Keys 0..visible-1 are seen by query i; never falls with i. */

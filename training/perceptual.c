@@ -13,7 +13,7 @@
  *
  * Read in this order: the table of layers; weights; planning; what layers do; comparing taps; the walk; after #else the
  * same on a GPU. */
-#include "device.h"
+#include "kernels/device.h"
 
 #include <math.h>
 #include <stdio.h>

@@ -3,7 +3,7 @@
  * device.cu includes it. NCCL's header is needed to compile it, its library is opened when the ranks join. Messages run
  * on a stream of their own, each behind the part of backward that made it and beside the rest. No GPU has run this
  * yet. */
-#include "device.h"
+#include "kernels/device.h"
 
 #if defined(CUDA_ON_CPU) || !defined(HAVE_NCCL)
 

@@ -14,7 +14,7 @@
  *
  * Read in this order: types; building; planning; convolution; norm and leaky ReLU; public functions; losses; after
  * #else the same on a GPU. */
-#include "device.h"
+#include "kernels/device.h"
 
 #include <math.h>
 #include <stdlib.h>

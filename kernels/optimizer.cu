@@ -2,7 +2,7 @@
  * rate.
  *
  * Sums run in parts of fixed size and tensors in pieces of fixed size, so that threads do not change a bit. */
-#include "transformer.h"
+#include "kernels/transformer.h"
 
 #ifndef DEVICE_CODE
 enum { LOSS_CHUNKS = 64 }; /* partial sums of the loss */

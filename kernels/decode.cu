@@ -8,7 +8,7 @@
  *
  * Promise on bits: the logits of a cell are those of feeding one position at a time, whatever is fed beside it. Every
  * layer works row by row; gemm_stream and attention keep the bits of a row alone. */
-#include "transformer.h"
+#include "kernels/transformer.h"
 
 #ifndef DEVICE_CODE
 /* ---- A pass ---- */

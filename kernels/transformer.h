@@ -3,7 +3,7 @@
 #ifndef TRANSFORMER_H
 #define TRANSFORMER_H
 
-#include "device.h"
+#include "kernels/device.h"
 
 #include <math.h>
 #include <stdlib.h>

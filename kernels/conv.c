@@ -21,11 +21,11 @@
 
 #include <string.h>
 
-#include "device.h"
+#include "kernels/device.h"
 
 #ifndef DEVICE_CODE
 
-#include "conv.h"
+#include "kernels/conv.h"
 
 enum {
     PARTS = 16,        /* partial sums of a weight gradient: fixed, so that threads do not change bits */

@@ -9,7 +9,7 @@
  * add up in whatever order they finish are excluded: the same seed gives the same bits on the same kind of GPU.
  *
  * Refuses: no driver, no GPU, GPUs before compute capability 8.0 (no bf16), too little memory. */
-#include "transformer.h"
+#include "kernels/transformer.h"
 
 #include <stdio.h>
 #include <time.h>
@@ -494,7 +494,7 @@ static Err matmul(Device *d, const Matmul *p) {
 
 /* ---- Other ranks' GPUs ---- */
 
-#include "nccl.cu"
+#include "kernels/nccl.cu"
 
 /* ---- The table's twin ---- */
 
@@ -623,25 +623,25 @@ static Err measure_ceilings(Device *d, size_t n, size_t bytes, double *product, 
 
 /* ---- The twins, from small to large, and the table ---- */
 
-#include "layers.cu"
+#include "kernels/layers.cu"
 
-#include "attention.cu"
+#include "kernels/attention.cu"
 
 #include "transformer.cu"
 
-#include "optimizer.cu"
+#include "kernels/optimizer.cu"
 
-#include "decode.cu"
+#include "kernels/decode.cu"
 
-#include "conv.c"
+#include "kernels/conv.c"
 
 #include "vqgan_layers.c"
 
 #include "vqgan.c"
 
-#include "discriminator.c"
+#include "training/discriminator.c"
 
-#include "perceptual.c"
+#include "training/perceptual.c"
 
 #ifdef FLOATX_BF16
 #define CUDA_TABLE cuda_bf16

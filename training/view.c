@@ -9,7 +9,7 @@
  * largest of each stretch of steps.
  *
  * Read: the log; curves; the picture; protocol buffers; event files; what train.c calls. */
-#include "train.h"
+#include "training/stage.h"
 
 #include <errno.h>
 #include <fcntl.h>

@@ -29,7 +29,7 @@
 
 #include <string.h>
 
-#include "conv.h"
+#include "kernels/conv.h"
 
 /* -- Transforms: V and the products are (n, channels, cols), n = side*side. The transform of a square is one along rows
  * and one along columns, each over lines of as many numbers as there are blocks in a row -- */

@@ -5,7 +5,7 @@
  * it was when the validation loss was least. They are replaced atomically, so a kill at any instant loses at most the
  * steps since the last checkpoint, and resuming repeats them bit for bit. Older states, and what happens when one
  * cannot be written or read: train_survive.c. */
-#include "train.h"
+#include "training/stage.h"
 
 #include <errno.h>
 #include <math.h>

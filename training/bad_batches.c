@@ -13,7 +13,7 @@
  * Full disks. Whatever is written is tried again until there is room.
  *
  * Read in this order: which micro batches; what is bad; states; going back; full disks; leavings. */
-#include "train.h"
+#include "training/stage.h"
 
 #include <dirent.h>
 #include <errno.h>

@@ -21,7 +21,7 @@
  * Promise on bits: an element of C is one sum over k in a fixed order. Threads, M, N and position do not change it, so
  * a row computed alone equals bit for bit the same row in any batch. */
 
-#include "vector.h"
+#include "kernels/vector.h"
 
 /* ---- Weights in fewer bits ---- */
 

@@ -8,7 +8,7 @@
  *
  * The metric is a plain feature distance, not a trained perceptual one: both pictures go through the first stage's own
  * encoder; at each cell, features are scaled to length one; mean over cells of the squared distance, 0..4. */
-#include "train.h"
+#include "training/stage.h"
 
 #include <math.h>
 #include <stdlib.h>

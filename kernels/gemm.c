@@ -37,7 +37,7 @@
  * Buffers are thread-local, so calls may come from the pool's workers and from plain threads at the same time. They
  * take about 600 KB of each thread's memory (on glibc: of its stack). */
 
-#include "vector.h"
+#include "kernels/vector.h"
 
 /* ---- Sizes ---- */
 

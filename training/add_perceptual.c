@@ -6,7 +6,7 @@
  * those of --perceptual, else those in models/lpips; without any, the run says so and goes on without. Whatever a run
  * begins with is kept in its settings (that weight, train.perceptual), so that --resume cannot change the loss
  * unnoticed. */
-#include "train.h"
+#include "training/stage.h"
 
 #include <stdlib.h>
 #include <string.h>

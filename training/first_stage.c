@@ -1,6 +1,6 @@
 /* train_vqgan.c - ./train --vqgan: images -> codes -> reconstructions. One micro batch, an evaluation, a picture; the
  * mathematics is in vqgan.c. */
-#include "train.h"
+#include "training/stage.h"
 
 #include <stdlib.h>
 #include <string.h>

@@ -6,7 +6,7 @@
  * network means adding rows, and nothing else in the project knows a name or an order.
  *
  * Read in this order: building a table; planning memory; initial values; sums over a table; loading; saving. */
-#include "device.h"
+#include "kernels/device.h"
 
 #include <math.h>
 #include <stdarg.h>

@@ -17,7 +17,7 @@
  * gradients through this file, in the host's memory: some ten copies of the batch a step.
  *
  * The mathematics is in discriminator.c. */
-#include "train.h"
+#include "training/stage.h"
 
 #include <math.h>
 #include <stdlib.h>

@@ -16,7 +16,7 @@
  * first thread only.
  *
  * Read in this order: the launcher; MPI; what the ranks share; gradients. */
-#include "device.h"
+#include "kernels/device.h"
 
 #include <sched.h>
 #include <stdio.h>
