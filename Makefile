@@ -194,13 +194,13 @@ $(TESTS_DOUBLE:%=$B/test_%_double): $B/test_%_double: $B/double/test/test_%.o $(
 $B/%.o: %.c Makefile
 	@mkdir -p $(@D)
 	$(CC) $(CFLAGS) -MMD -MP -c -o $@ $<
-$B/%.o: %.cu Makefile
+$B/transformer.o: transformer.cu Makefile
 	@mkdir -p $(@D)
 	$(CC) $(CFLAGS) -MMD -MP -x c -c -o $@ $<
 $B/double/%.o: %.c Makefile
 	@mkdir -p $(@D)
 	$(CC) $(CFLAGS) -DREAL_DOUBLE -MMD -MP -c -o $@ $<
-$B/double/%.o: %.cu Makefile
+$B/double/transformer.o: transformer.cu Makefile
 	@mkdir -p $(@D)
 	$(CC) $(CFLAGS) -DREAL_DOUBLE -MMD -MP -x c -c -o $@ $<
 
@@ -209,7 +209,7 @@ define level
 $P/$1/%.o: %.c Makefile
 	@mkdir -p $$(@D)
 	$$(CC) $$(CFLAGS_ANY) $$(FLAGS_$1) -MMD -MP -c -o $$@ $$<
-$P/$1/%.o: %.cu Makefile
+$P/$1/transformer.o: transformer.cu Makefile
 	@mkdir -p $$(@D)
 	$$(CC) $$(CFLAGS_ANY) $$(FLAGS_$1) -MMD -MP -x c -c -o $$@ $$<
 $P/$1/whole-train.o: $(TRAIN:%=$P/x86-64/%.o)

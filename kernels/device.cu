@@ -17,79 +17,6 @@
 #include <dlfcn.h>
 #endif
 
-#ifndef DEVICE_CODE
-
-/* ---- C: which half computes ---- */
-
-static const DeviceOps *cuda_ops(Precision precision) {
-    const DeviceOps *f32 = &cuda_f32, *bf16 = &cuda_bf16;
-    return precision == PRECISION_BF16 ? bf16 : f32;
-}
-
-int cuda_built(void) {
-    return cuda_ops(PRECISION_F32) || cuda_ops(PRECISION_BF16);
-}
-
-Err cuda_find(char *text, size_t *free_bytes, size_t *total_bytes) {
-    const DeviceOps *ops = cuda_ops(PRECISION_F32);
-    if (!ops) ops = cuda_ops(PRECISION_BF16);
-    if (!ops)
-        return err("--device cuda: this program was built without CUDA; install the CUDA toolkit (nvcc 12 or later; "
-                   "Debian: nvidia-cuda-toolkit), then: make clean && make");
-    return ops->find(text, free_bytes, total_bytes);
-}
-
-Err cuda_choose(size_t local) {
-    const DeviceOps *ops = cuda_ops(PRECISION_F32);
-    if (!ops) ops = cuda_ops(PRECISION_BF16);
-    return ops ? ops->choose(local) : cuda_find(NULL, NULL, NULL);
-}
-
-Err cuda_measure(Precision precision, size_t n, size_t bytes, double *product, double *copy) {
-    const DeviceOps *ops = cuda_ops(precision);
-    Device *d;
-    if (!ops) return cuda_find(NULL, NULL, NULL) == OK ? err("this program has no CUDA of that precision") : FAILED;
-    TRY(ops->open(&d));
-    const Err e = ops->measure(d, n, bytes, product, copy);
-    ops->close(d);
-    return e;
-}
-
-static Err use_cuda(Params *p, Precision precision) {
-    const DeviceOps *ops = cuda_ops(precision);
-    if (!ops) return cuda_find(NULL, NULL, NULL) == OK ? err("this program has no CUDA of that precision") : FAILED;
-    if (p->device) return err("the parameters are on the GPU already");
-    TRY(ops->open(&p->device));
-    p->ops = ops;
-    return OK;
-}
-
-Err transformer_use_cuda(Transformer *m, Precision precision) {
-    return use_cuda(&m->params, precision);
-}
-
-Err vqgan_use_cuda(Vqgan *v, Precision precision) {
-    return use_cuda(vqgan_params(v), precision);
-}
-
-Err disc_use_cuda(Discriminator *d, Precision precision) {
-    return use_cuda(disc_params(d), precision);
-}
-
-Err perceptual_use_cuda(Perceptual *p, Precision precision) {
-    return use_cuda(perceptual_params(p), precision);
-}
-
-int vqgan_on_cuda(Vqgan *v) {
-    return vqgan_params(v)->device != NULL;
-}
-
-int transformer_on_cuda(const Transformer *m) {
-    return m->params.device != NULL;
-}
-
-#else
-
 /* ---- Errors and memory ---- */
 
 #ifndef CUDA_ON_CPU
@@ -627,21 +554,19 @@ static Err measure_ceilings(Device *d, size_t n, size_t bytes, double *product, 
 
 #include "kernels/attention.cu"
 
-#include "transformer.cu"
+#include "kernels/transformer.cu"
 
 #include "kernels/optimizer.cu"
 
 #include "kernels/decode.cu"
 
-#include "kernels/conv.c"
+#include "kernels/conv.cu"
 
-#include "vqgan_layers.c"
+#include "kernels/vqgan.cu"
 
-#include "vqgan.c"
+#include "kernels/discriminator.cu"
 
-#include "training/discriminator.c"
-
-#include "training/perceptual.c"
+#include "kernels/perceptual.cu"
 
 #ifdef FLOATX_BF16
 #define CUDA_TABLE cuda_bf16
@@ -694,4 +619,3 @@ const DeviceOps CUDA_TABLE = {find_cuda,
                               grad_sum,
                               grad_wait};
 }
-#endif

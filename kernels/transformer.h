@@ -122,6 +122,48 @@ static inline real *grad_of(const Transformer *m, size_t row) {
     return m->params.row[row].grad;
 }
 
+enum {
+    FEED_FACTOR = 4 /* hidden width of a feed-forward block over dim */
+};
+static inline int is_scaled(const NetConfig *c) {
+    return c->variant == X_SCALED || c->variant == X_FINE_SCALED || c->variant == X_RESIDUAL_SCALED;
+}
+static inline int is_residual(const NetConfig *c) {
+    return c->variant == X_RESIDUAL || c->variant == X_RESIDUAL_SCALED;
+}
+
+/* ---- Memory plan: one arena, laid out by running the same code twice, first to measure, then to assign ---- */
+
+typedef struct {
+    char *base; /* NULL: measuring */
+    size_t bytes;
+    int overflow;
+} Arena;
+
+static inline void *take_bytes(Arena *a, size_t n1, size_t n2, size_t n3, size_t size) {
+    size_t bytes, start = a->bytes;
+    if (size_mul(&bytes, n1, n2) || size_mul(&bytes, bytes, n3) || size_mul(&bytes, bytes, size) ||
+        bytes > (size_t)-1 / 4 || a->bytes > (size_t)-1 / 4) {
+        a->overflow = 1;
+        return NULL;
+    }
+    a->bytes += (bytes + 63) / 64 * 64;
+    return a->base ? a->base + start : NULL;
+}
+
+static inline size_t widest_inner(const Transformer *m) {
+    const Layer *e = m->encoder.n_layers ? m->encoder.layer : m->decoder.layer, *d = m->decoder.layer;
+    return max_size(e->heads * e->D, d->heads * d->D);
+}
+
+/* ---- Blocks: next = x + block(normed) ---- */
+
+/* In backward's order the rows from here on are a layer's own and those of layers behind it: a feed-forward block's
+ * norm may lie in front of the attention that comes before it. */
+static inline size_t first_row(const Layer *l) {
+    return l->kind == BLOCK_FEED ? l->up.weight : l->norm.weight;
+}
+
 /* ---- layers.cu: what each does, and shapes, stand there ---- */
 
 void gelu_forward(real *g, real *dg, const real *bias, size_t R, size_t H);
