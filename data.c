@@ -11,7 +11,7 @@
  * picture only on the files.
  *
  * Read in this order: dataset_open, dataset_picture, loader_start. */
-#include "files/data.h"
+#include "imagebart.h"
 
 #include <dirent.h>
 #include <errno.h>

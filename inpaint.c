@@ -3,7 +3,7 @@
  * The picture becomes tokens x_0. At every scale the known tokens are forced (the guide of SPEC section 5) and the
  * others sampled; each scale may run several times, re-noising in between (the paper's forward-backward chains), which
  * lets known and new parts settle on each other. Options, masks and files; the sampling is model_sample. */
-#include "imagebart.h"
+#include "sampling/sampling.h"
 
 #include <stdio.h>
 #include <stdlib.h>

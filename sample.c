@@ -1,7 +1,7 @@
 /* sample.c - draws pictures: pure noise, then the transitions of scale T down to 1, then the VQGAN's decoder.
  *
  * Options, progress and files; the sampling itself is model_sample in diffusion.c. */
-#include "imagebart.h"
+#include "sampling/sampling.h"
 
 #include <math.h>
 #include <stdio.h>

@@ -825,3 +825,48 @@ Err transformer_backward(Transformer *m, const real *dlogits) {
     m->state = IDLE; /* raw is spent: a second backward needs a new forward */
     return OK;
 }
+
+/* 1 where query i sees key j: causal, and the first n_unmasked see each other (SPEC 2.3). One byte each: PyTorch
+ * converts when it loads. */
+static Err mask_tensors(TensorList *list, const NetConfig *c) {
+    size_t L = c->dec_max_seq_len, dim[4] = {1, 1, L, L};
+    uint8_t *mask;
+    TRY(mem_alloc(&mask, L * L, 1, "the attention mask"));
+    list->kept = mask;
+    for (size_t i = 0; i < L; i++) memset(mask + i * L, 1, i < c->n_unmasked ? min_size(c->n_unmasked, L) : i + 1);
+    for (size_t i = 0; i < c->dec_depth; i++) {
+        char name[64];
+        snprintf(name, sizeof name, "transformer.blocks.%zu.attn.mask", i);
+        TRY(tensor_list_add(list, name, DT_U8, 4, dim, mask, 0));
+    }
+    return OK;
+}
+
+/* What the official classes have besides parameters: a GPT's masks, the second name of a tied embedding. */
+static Err derived_tensors(TensorList *list, const NetConfig *c) {
+    if (c->kind == NET_GPT) return mask_tensors(list, c);
+    for (size_t i = 0; c->tie_token_emb && i < list->n; i++) {
+        const Tensor x = list->tensor[i];
+        if (strcmp(x.name, "transformer.encoder.token_emb.weight") == 0)
+            return tensor_list_add(list, "transformer.decoder.token_emb.weight", x.dtype, x.ndim, x.dim, x.data, 1);
+    }
+    return OK;
+}
+
+Err transition_tensors(TensorList *list, Transformer *net, char which, const Schedule *s, Dtype store, int compact) {
+    static const int64_t sos = 0;
+    size_t one = 1, rows = (size_t)s->T + 1;
+    TRY(tensor_list_params(list, transformer_params(net), which, "transformer.", store));
+    TRY(tensor_list_add(list, "sos_token", DT_I64, 1, &one, &sos, 0));
+    TRY(tensor_list_add(list, "alphats", DT_F32, 1, &rows, s->alpha, 0));
+    TRY(tensor_list_add(list, "alphacum", DT_F32, 1, &rows, s->alphacum, 0));
+    return compact ? OK : derived_tensors(list, transformer_config(net));
+}
+
+Err transformer_use_cuda(Transformer *m, Precision precision) {
+    return use_cuda(&m->params, precision);
+}
+
+int transformer_on_cuda(const Transformer *m) {
+    return m->params.device != NULL;
+}

@@ -956,3 +956,7 @@ size_t vqgan_restart_codes(Vqgan *v, const uint32_t *usage, uint64_t seed, uint6
     }
     return restarted;
 }
+
+Err vqgan_use_cuda(Vqgan *v, Precision precision) {
+    return use_cuda(&v->params, precision);
+}

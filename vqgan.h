@@ -10,7 +10,6 @@ extern "C" {
 #endif
 
 enum {
-    NORM_GROUPS = 32, /* of every GroupNorm */
     CODES = 512,      /* codebook entries compared at a time */
     SPOTS = 256       /* latents compared at a time */
 };

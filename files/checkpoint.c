@@ -15,7 +15,7 @@
  * Read in this order: configurations; atomic files; number formats; the JSON cursor; reading safetensors; asking for
  * tensors; writing safetensors; lists of tensors. PyTorch's own containers are read in ckpt.c; checkpoint_open tells
  * files apart by content. */
-#include "imagebart.h"
+#include "files/files.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -35,425 +35,20 @@
 
 enum {
     HEADER_MAX_BYTES = 100000000, /* the limit of the safetensors library */
-    META_MAX_ENTRIES = 4096,      /* Config is searched linearly; a hostile file must not make that slow */
-    LINE_MAX_BYTES = 1 << 16      /* of a configuration file */
+    META_MAX_ENTRIES = 4096      /* Config is searched linearly; a hostile file must not make that slow */
 };
-
-static _Thread_local int io_errno; /* of the last file written; 0: it went well so far */
-
-static Err io_error(const char *path, const char *doing) {
-    io_errno = errno;
-    return err("%s: cannot %s: %s", path, doing, strerror(errno));
-}
 
 /* ------------------------------------------------------------------------------------------------------------
  * Flat configurations
  * ---------------------------------------------------------------------------------------------------------- */
 
-static KeyValue *config_find(const Config *c, const char *prefix, const char *key) {
-    size_t skip = prefix ? strlen(prefix) : 0;
-    for (size_t i = 0; i < c->n; i++) {
-        const char *k = c->kv[i].key;
-        if ((skip == 0 || strncmp(k, prefix, skip) == 0) && strcmp(k + skip, key) == 0) return &c->kv[i];
-    }
-    return NULL;
-}
-
-static Err config_append(Config *c, const char *key, char *value) {
-    size_t bytes = strlen(key) + 1;
-    char *copy;
-    TRY(mem_grow(&c->kv, c->n, 1, &c->capacity, sizeof *c->kv, "a configuration"));
-    TRY(mem_alloc(&copy, bytes, 1, "a configuration key"));
-    memcpy(copy, key, bytes);
-    c->kv[c->n++] = (KeyValue){copy, value};
-    return OK;
-}
-
-Err config_set(Config *c, const char *key, const char *fmt, ...) {
-    va_list a;
-    va_start(a, fmt);
-    int length = vsnprintf(NULL, 0, fmt, a);
-    va_end(a);
-    if (length < 0) return err("configuration key '%s': its value cannot be printed", key);
-
-    char *value;
-    TRY(mem_alloc(&value, (size_t)length + 1, 1, "a configuration value"));
-    va_start(a, fmt);
-    vsnprintf(value, (size_t)length + 1, fmt, a);
-    va_end(a);
-
-    KeyValue *old = config_find(c, "", key);
-    if (old) { /* only now: the old value may have been among the arguments */
-        free(old->value);
-        old->value = value;
-        return OK;
-    }
-    Err e = config_append(c, key, value);
-    if (e != OK) free(value);
-    return e;
-}
-
-const char *config_get(const Config *c, const char *prefix, const char *key) {
-    const KeyValue *kv = config_find(c, prefix, key);
-    return kv ? kv->value : NULL;
-}
-
-/* The value, or NULL: then *e says whether that is an error. */
-static const char *config_need(Err *e, const Config *c, const char *prefix, const char *key, int optional) {
-    const char *value = config_get(c, prefix, key);
-    *e = value || optional ? OK : err("no configuration key '%s%s'", prefix ? prefix : "", key);
-    return value;
-}
-
-static Err config_bad(const char *prefix, const char *key, const char *value, const char *expected) {
-    return err("configuration key '%s%s' is '%s', expected %s", prefix ? prefix : "", key, value, expected);
-}
-
-/* Decimal digits at *s, nothing else; *s moves behind them. 0: there are none, or too many for a size_t. */
-static int digits(size_t *out, const char **s) {
-    const char *start = *s;
-    *out = 0;
-    for (; **s >= '0' && **s <= '9'; ++*s) {
-        size_t d = (size_t)(**s - '0');
-        if (*out > (SIZE_MAX - d) / 10) return 0;
-        *out = *out * 10 + d;
-    }
-    return *s != start;
-}
-
-Err config_size(size_t *out, const Config *c, const char *prefix, const char *key, size_t lo, size_t hi, int optional) {
-    Err e;
-    const char *value = config_need(&e, c, prefix, key, optional), *s = value;
-    if (!value) return e;
-    size_t number;
-    char expected[96];
-    snprintf(expected, sizeof expected, "a whole number from %zu to %zu", lo, hi);
-    if (!digits(&number, &s) || *s || number < lo || number > hi) return config_bad(prefix, key, value, expected);
-    *out = number;
-    return OK;
-}
-
-Err config_real(double *out, const Config *c, const char *prefix, const char *key, double lo, double hi, int optional) {
-    Err e;
-    const char *value = config_need(&e, c, prefix, key, optional);
-    if (!value) return e;
-    char *end, expected[96];
-    double number = strtod(value, &end);
-    snprintf(expected, sizeof expected, "a number from %g to %g", lo, hi);
-    if (end == value || *end || !(number >= lo && number <= hi)) return config_bad(prefix, key, value, expected);
-    *out = number;
-    return OK;
-}
-
-Err config_flag(int *out, const Config *c, const char *prefix, const char *key, int optional) {
-    Err e;
-    const char *value = config_need(&e, c, prefix, key, optional);
-    if (!value) return e;
-    int yes = strcmp(value, "true") == 0;
-    if (!yes && strcmp(value, "false") != 0) return config_bad(prefix, key, value, "true or false");
-    *out = yes;
-    return OK;
-}
-
-Err config_list(size_t *out, size_t *n, size_t max, const Config *c, const char *prefix, const char *key,
-                int optional) {
-    Err e;
-    const char *value = config_need(&e, c, prefix, key, optional), *s = value;
-    if (!value) return e;
-    size_t count = 0;
-    char expected[96];
-    snprintf(expected, sizeof expected, "at most %zu whole numbers with commas between them, or -", max);
-    if (strcmp(value, "-") != 0) {
-        do {
-            s += strspn(s, " ");
-            if (count == max || !digits(&out[count++], &s)) return config_bad(prefix, key, value, expected);
-            s += strspn(s, " ");
-        } while (*s++ == ',');
-        if (s[-1]) return config_bad(prefix, key, value, expected);
-    }
-    *n = count;
-    return OK;
-}
-
-/* Takes one line apart in place. Keys from row `first` on come from this file: none may come twice. */
-static Err config_line(Config *c, size_t first, char *line) {
-    static const char blank[] = " \t\r\n";
-    char *key = line + strspn(line, blank);
-    for (size_t n = strlen(key); n && strchr(blank, key[n - 1]);) key[--n] = 0;
-    if (*key == 0 || *key == '#') return OK;
-
-    char *value = key + strcspn(key, blank);
-    if (*value == 0) return err("'%s' has no value, expected 'key value'", key);
-    *value++ = 0;
-    value += strspn(value, blank);
-    const KeyValue *old = config_find(c, "", key);
-    if (old && old >= c->kv + first) return err("second value for '%s'", key);
-    return config_set(c, key, "%s", value);
-}
-
-Err config_read(Config *c, const char *path) {
-    char line[LINE_MAX_BYTES], where[48];
-    size_t first = c->n, number = 0;
-    FILE *f = fopen(path, "rb");
-    if (!f) return io_error(path, "open");
-    Err e = OK;
-    while (e == OK && fgets(line, sizeof line, f)) {
-        int whole = strchr(line, '\n') || feof(f); /* neither cut by the buffer nor by a zero byte */
-        e = whole ? config_line(c, first, line) : err("no text, or longer than %d bytes", LINE_MAX_BYTES - 2);
-        snprintf(where, sizeof where, "line %zu", ++number);
-        if (e != OK) err_in(where), err_in(path);
-    }
-    if (e == OK && ferror(f)) e = io_error(path, "read");
-    fclose(f);
-    return e;
-}
-
-void config_free(Config *c) {
-    for (size_t i = 0; i < c->n; i++) {
-        free(c->kv[i].key);
-        free(c->kv[i].value);
-    }
-    free(c->kv);
-    *c = (Config){0};
-}
-
 /* ------------------------------------------------------------------------------------------------------------
  * Atomic files
  * ---------------------------------------------------------------------------------------------------------- */
 
-/* A new file beside f->path, on the same file system, so that rename can replace one by the other. */
-static int open_temporary(AtomicFile *f) {
-    for (int try = 0; try < 100; try++) {
-        int n = snprintf(f->temporary, sizeof f->temporary, "%s.tmp%ld-%d", f->path, (long)getpid(), try);
-        if (n < 0 || (size_t)n >= sizeof f->temporary) {
-            errno = ENAMETOOLONG;
-            return -1;
-        }
-        int fd = open(f->temporary, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
-        if (fd >= 0 || errno != EEXIST) return fd;
-    }
-    return -1;
-}
-
-/* Devices and pipes (/dev/stdout, /dev/full) are written directly: there is nothing to replace. A symbolic link stays,
- * the file behind it is replaced. */
-Err atomic_open(AtomicFile *f, const char *path) {
-    *f = (AtomicFile){0};
-    io_errno = 0;
-    struct stat st;
-    int exists = stat(path, &st) == 0, direct = exists && !S_ISREG(st.st_mode);
-    if (exists && S_ISDIR(st.st_mode)) return err("%s: is a directory, expected a file to write", path);
-
-    char *behind = exists && !direct ? realpath(path, NULL) : NULL;
-    int n = snprintf(f->path, sizeof f->path, "%s", behind ? behind : path);
-    free(behind);
-    if (n < 0 || (size_t)n >= sizeof f->path) return err("%.200s...: path of %d bytes is too long", path, n);
-
-    int fd = direct ? open(path, O_WRONLY | O_CLOEXEC) : open_temporary(f);
-    if (fd < 0) {
-        f->temporary[0] = 0; /* whatever has that name, we did not make it */
-        return io_error(path, "write");
-    }
-    if (exists && !direct) fchmod(fd, st.st_mode & 0777); /* who may read the file stays as it was */
-    f->file = fdopen(fd, "wb");
-    if (f->file) return OK;
-    io_error(path, "write");
-    close(fd);
-    atomic_abandon(f);
-    return FAILED;
-}
-
-Err atomic_write(AtomicFile *f, const void *data, size_t bytes) {
-    if (!f->file) return err("%s: is not open for writing", f->path);
-    if (bytes == 0 || fwrite(data, 1, bytes, (FILE *)f->file) == bytes) return OK;
-    io_error(f->path, "write");
-    atomic_abandon(f);
-    return FAILED;
-}
-
-/* Makes a rename last through a power cut. Not every file system can; the file is whole either way. */
-static void sync_folder(const char *path) {
-    char folder[1024];
-    const char *slash = strrchr(path, '/');
-    int length = slash ? (int)(slash - path) + 1 : 0;
-    snprintf(folder, sizeof folder, "%.*s", length ? length : 1, length ? path : ".");
-    int fd = open(folder, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-    if (fd < 0) return;
-    fsync(fd);
-    close(fd);
-}
-
-Err atomic_commit(AtomicFile *f) {
-    if (!f->file) return err("%s: is not open for writing", f->path);
-    FILE *file = (FILE *)f->file;
-    int direct = f->temporary[0] == 0;
-    Err e = OK;
-    if (fflush(file) != 0) e = io_error(f->path, "write");
-    if (e == OK && !direct && fsync(fileno(file)) != 0) e = io_error(f->path, "write to the disk");
-    f->file = NULL;
-    if (fclose(file) != 0 && e == OK) e = io_error(f->path, "close");
-    if (e == OK && !direct && rename(f->temporary, f->path) != 0) e = io_error(f->path, "replace");
-    if (e != OK) {
-        atomic_abandon(f);
-        return e;
-    }
-    if (!direct) sync_folder(f->path);
-    f->temporary[0] = 0;
-    return OK;
-}
-
-void atomic_abandon(AtomicFile *f) {
-    if (f->file) fclose((FILE *)f->file);
-    if (f->temporary[0]) unlink(f->temporary);
-    f->file = NULL;
-    f->temporary[0] = 0;
-}
-
-Err atomic_close(AtomicFile *f, Err e) {
-    if (e == OK) return atomic_commit(f);
-    atomic_abandon(f);
-    return e;
-}
-
-int disk_full(void) {
-    return io_errno == ENOSPC || io_errno == EDQUOT || io_errno == EFBIG;
-}
-
-Err file_append(const char *path, const void *data, size_t bytes) {
-    struct stat before;
-    size_t done = 0;
-    io_errno = 0;
-    int fd = open(path, O_WRONLY | O_APPEND | O_CREAT | O_CLOEXEC, 0666);
-    if (fd < 0) return io_error(path, "open");
-    Err e = fstat(fd, &before) == 0 ? OK : io_error(path, "read");
-    while (e == OK && done < bytes) {
-        ssize_t put = write(fd, (const char *)data + done, bytes - done);
-        if (put >= 0)
-            done += (size_t)put;
-        else if (errno != EINTR)
-            e = io_error(path, "write");
-    }
-    if (e != OK && done && ftruncate(fd, before.st_size) != 0)
-        err("%s; and the beginning of it stays there", err_text());
-    if (close(fd) != 0 && e == OK) e = io_error(path, "close");
-    return e;
-}
-
-Err file_checksum(uint64_t *out, const char *path) {
-    FILE *f = fopen(path, "rb");
-    if (!f) return io_error(path, "open");
-    unsigned char block[16384];
-    uint64_t h = UINT64_C(14695981039346656037);
-    for (size_t n; (n = fread(block, 1, sizeof block, f)) > 0;) {
-        for (size_t i = 0; i < n; i++) h = (h ^ block[i]) * UINT64_C(1099511628211);
-    }
-    Err e = ferror(f) ? io_error(path, "read") : OK;
-    fclose(f);
-    *out = h;
-    return e;
-}
-
 /* ------------------------------------------------------------------------------------------------------------
  * Number formats
  * ---------------------------------------------------------------------------------------------------------- */
-
-static const struct {
-    const char *name;
-    size_t size;
-} dtypes[DT_COUNT] = {{"F64", 8}, {"F32", 4}, {"F16", 2}, {"BF16", 2}, {"I64", 8},
-                      {"I32", 4}, {"I16", 2}, {"I8", 1},  {"U8", 1},   {"BOOL", 1}};
-
-size_t dtype_size(Dtype d) {
-    return (unsigned)d < DT_COUNT ? dtypes[d].size : 0;
-}
-const char *dtype_name(Dtype d) {
-    return (unsigned)d < DT_COUNT ? dtypes[d].name : "?";
-}
-
-Err dtype_of_store(Dtype *out, const char *name) {
-    static const char *const names[] = {"f32", "f16", "bf16"};
-    static const Dtype types[] = {DT_F32, DT_F16, DT_BF16};
-    for (int k = 0; k < 3; k++)
-        if (!strcmp(name, names[k])) return *out = types[k], OK;
-    return err("%.200s: expected f32, f16 or bf16", name);
-}
-
-/* x in a 16-bit format of 1 sign bit, 15 - m exponent bits and m mantissa bits (F16: m = 10, BF16: m = 7), rounded to
- * nearest, ties to even. From double in one step: two roundings in a row can differ from one. */
-static uint16_t narrow(double x, int m) {
-    uint64_t bits;
-    memcpy(&bits, &x, sizeof bits);
-    const int top = (1 << (15 - m)) - 1; /* exponent field of infinity and NaN; bias = top / 2 */
-    const uint64_t sign = bits >> 63 << 15, fraction = bits & ((UINT64_C(1) << 52) - 1), infinity = (uint64_t)top << m;
-    const int field = (int)(bits >> 52 & 0x7ff), e = field - 1023 + top / 2;
-    if (field == 0x7ff && fraction) return (uint16_t)(sign | infinity | UINT64_C(1) << (m - 1));
-    if (e >= top) return (uint16_t)(sign | infinity);
-
-    /* Below the smallest normal number (e < 1) the quantum stays the same and more bits go. The leading 1 of the
-     * significand adds one to the exponent field, and so does a carry from rounding: up to infinity. */
-    const int drop = 52 - m + (e < 1 ? 1 - e : 0);
-    if (field == 0 || drop > 53) return (uint16_t)sign;
-    const uint64_t significand = fraction | UINT64_C(1) << 52, kept = significand >> drop;
-    const uint64_t rest = significand & ((UINT64_C(1) << drop) - 1), half = UINT64_C(1) << (drop - 1);
-    const uint64_t rounded = kept + (rest > half || (rest == half && (kept & 1)));
-    return (uint16_t)(sign | (((uint64_t)(e < 1 ? 0 : e - 1) << m) + rounded));
-}
-
-static float from_half(uint16_t h) {
-    const uint32_t sign = (uint32_t)(h >> 15) << 31, e = h >> 10 & 31, fraction = h & 1023;
-    float magnitude = (float)fraction * (1.0f / 16777216); /* e = 0: multiples of 2^-24 */
-    uint32_t bits;
-    memcpy(&bits, &magnitude, sizeof bits);
-    if (e) bits = (e == 31 ? 255 : e - 15 + 127) << 23 | fraction << 13;
-    bits |= sign;
-    memcpy(&magnitude, &bits, sizeof bits);
-    return magnitude;
-}
-
-static float from_bfloat(uint16_t h) {
-    uint32_t bits = (uint32_t)h << 16;
-    float x;
-    memcpy(&x, &bits, sizeof x);
-    return x;
-}
-
-/* out[i] = expression of v, the i-th element of `type` at p; memcpy because mapped data may be unaligned */
-#define EACH(type, expression)                                                                                         \
-    for (size_t i = 0; i < x->size; i++) {                                                                             \
-        type v;                                                                                                        \
-        memcpy(&v, p + i * sizeof v, sizeof v);                                                                        \
-        out[i] = (real)(expression);                                                                                   \
-    }                                                                                                                  \
-    break
-
-void tensor_to_reals(const Tensor *x, real *out) {
-    const unsigned char *p = (const unsigned char *)x->data;
-    switch (x->dtype) {
-    case DT_F64: EACH(double, v);
-    case DT_F32: EACH(float, v);
-    case DT_F16: EACH(uint16_t, from_half(v));
-    case DT_BF16: EACH(uint16_t, from_bfloat(v));
-    case DT_I64: EACH(int64_t, v);
-    case DT_I32: EACH(int32_t, v);
-    case DT_I16: EACH(int16_t, v);
-    case DT_I8: EACH(int8_t, v);
-    case DT_U8: EACH(uint8_t, v);
-    case DT_BOOL: EACH(uint8_t, v != 0);
-    case DT_COUNT: break;
-    }
-}
-#undef EACH
-
-/* out = n reals as elements of dtype d, one of F64 F32 F16 BF16 */
-static void from_reals(unsigned char *out, Dtype d, const real *x, size_t n) {
-    const size_t width = dtype_size(d);
-    for (size_t i = 0; i < n; i++) {
-        double f64 = (double)x[i];
-        float f32 = (float)f64;
-        uint16_t u16 = width == 2 ? narrow(f64, d == DT_F16 ? 10 : 7) : 0;
-        memcpy(out + i * width, width == 8 ? (void *)&f64 : width == 4 ? (void *)&f32 : (void *)&u16, width);
-    }
-}
 
 /* ------------------------------------------------------------------------------------------------------------
  * The JSON cursor. It runs over a copy of the header that ends in a zero byte, where every function stops, and decodes
@@ -511,7 +106,7 @@ static size_t json_size(Json *j) {
     if (j->failed) return 0;
     json_peek(j);
     const char *start = j->p, *s = start;
-    int good = digits(&number, &s) && !(*start == '0' && s > start + 1) && !strchr(".eE", *s);
+    int good = text_digits(&number, &s) && !(*start == '0' && s > start + 1) && !strchr(".eE", *s);
     if (!good) json_unexpected(j, "a whole number of 64 bits");
     j->p += s - start;
     return number;
@@ -615,7 +210,7 @@ static Err read_metadata(Json *j, Config *meta) {
 static Err read_dtype(Json *j, Tensor *x) {
     const char *name = json_string(j);
     for (int d = 0; d < DT_COUNT; d++) {
-        if (strcmp(name, dtypes[d].name) == 0) return x->dtype = (Dtype)d, OK;
+        if (strcmp(name, dtype_name((Dtype)d)) == 0) return x->dtype = (Dtype)d, OK;
     }
     return json_fail(j, "tensor '%s': dtype '%.40s', expected F64 F32 F16 BF16 I64 I32 I16 I8 U8 or BOOL", x->name,
                      name);
@@ -1071,7 +666,7 @@ static Err write_tensor(AtomicFile *f, const Tensor *x, int from_real) {
     if (!from_real || as_is) return atomic_write(f, x->data, x->size * width);
     for (size_t i = 0; i < x->size; i += BLOCK) {
         size_t n = x->size - i < BLOCK ? x->size - i : BLOCK;
-        from_reals(block, x->dtype, (const real *)x->data + i, n);
+        tensor_from_reals(block, x->dtype, (const real *)x->data + i, n);
         TRY(atomic_write(f, block, n * width));
     }
     return OK;

@@ -19,7 +19,7 @@
  *
  * Read in this order: values; the pickle machine; instructions; torch's own objects; storages;
  * from values to tensors; the zip archive; the old format. */
-#include "imagebart.h"
+#include "files/files.h"
 
 #include <stddef.h>
 #include <stdio.h>

@@ -10,7 +10,7 @@
  * that lists them with their numbers.
  *
  * Read: the list; one class's names; finding a class. */
-#include "imagebart.h"
+#include "sampling/sampling.h"
 
 #include <ctype.h>
 #include <errno.h>

@@ -3,7 +3,7 @@
  *
  * Both read blocks of 64 bytes, the last one ending with a 1 bit, zeros and the length; they differ in the order of
  * bytes in a word and in what a block does to the state. */
-#include "imagebart.h"
+#include "files/files.h"
 
 #include <errno.h>
 #include <math.h>

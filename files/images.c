@@ -13,7 +13,7 @@
  * prep_resize depends on the picture alone (its result is worth keeping in memory), prep_crop on the random draw.
  *
  * Read in this order: image_read, image_resize, image_prepare, image_grid. */
-#include "files/data.h"
+#include "files/files.h"
 
 #include <ctype.h>
 #include <errno.h>

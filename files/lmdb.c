@@ -11,7 +11,7 @@
  * the path of the file in front it looks like a file in a folder, and no real file can have that path. Nobody writes to
  * a data set that is trained on, so no lock file is made or needed. Without liblmdb every function says how to get
  * it. */
-#include "files/data.h"
+#include "files/files.h"
 
 #include <errno.h>
 #include <fcntl.h>

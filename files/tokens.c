@@ -8,7 +8,7 @@
  * Refuses: token files whose length or tokens do not add up.
  *
  * Read in this order: tokens_write, tokens_read, tokens_start, tokens_append, tokens_finish. */
-#include "files/data.h"
+#include "files/files.h"
 
 #include <errno.h>
 #include <fcntl.h>

@@ -3,7 +3,7 @@
 #ifndef CONV_H
 #define CONV_H
 
-#include "imagebart.h"
+#include "kernels/kernels.h"
 
 #ifdef __cplusplus
 extern "C" {

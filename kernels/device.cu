@@ -568,6 +568,27 @@ static Err measure_ceilings(Device *d, size_t n, size_t bytes, double *product, 
 
 #include "kernels/perceptual.cu"
 
+static void put_bytes(Device *d, void *to, const void *from, size_t bytes) {
+    keep_failure(d, to_device(d, to, from, bytes));
+}
+static void zero_bytes(Device *d, void *p, size_t bytes) {
+    keep_failure(d, device_zero(d, p, bytes));
+}
+static real *row_value(const Device *d, size_t row) {
+    return d->row ? d->row[row].value : NULL;
+}
+static real *row_grad(const Device *d, size_t row) {
+    return d->row ? d->row[row].grad : NULL;
+}
+
+/* ---- The fellows of the plain layers ---- */
+
+static Layers make_layers() {
+    Layers l = {};
+    return l;
+}
+static const Layers cuda_layers = make_layers();
+
 #ifdef FLOATX_BF16
 #define CUDA_TABLE cuda_bf16
 #else
@@ -579,6 +600,16 @@ const DeviceOps CUDA_TABLE = {find_cuda,
                               open_device,
                               close_device,
                               measure_ceilings,
+                              &cuda_layers,
+                              sizeof(floatX),
+                              device_alloc,
+                              device_free,
+                              put_bytes,
+                              to_host,
+                              zero_bytes,
+                              earlier_failure,
+                              row_value,
+                              row_grad,
                               send_params,
                               fetch_params,
                               zero_grad_cuda,
@@ -592,7 +623,6 @@ const DeviceOps CUDA_TABLE = {find_cuda,
                               decode_begin_cuda,
                               decode_step_cuda,
                               draw_cuda,
-                              sizeof(floatX),
                               vqgan_plan_cuda,
                               vqgan_free_cuda,
                               vqgan_run_cuda,

@@ -10,85 +10,12 @@
 #ifndef DEVICE_H
 #define DEVICE_H
 
-#include "imagebart.h"
+#include "base/compute.h"
+#include "kernels/kernels.h"
+#include "training/training.h"
 
 #if defined(__CUDACC__) || defined(CUDA_ON_CPU)
 #define DEVICE_CODE 1
-#endif
-
-#ifdef __cplusplus
-extern "C" {
-#endif
-
-/* ---- What C sees ---- */
-
-typedef struct Device Device; /* a stream on a GPU, a parameter table's twin there */
-
-enum { DEVICE_ID_BYTES = 128 };
-
-/* Functions that return nothing keep an error for the next one that returns an Err. */
-typedef struct DeviceOps {
-    Err (*find)(char *text, size_t *free_bytes, size_t *total_bytes); /* CUDA_TEXT_BYTES; NULL: not wanted */
-    Err (*open)(Device **out);
-    void (*close)(Device *d);
-    Err (*measure)(Device *d, size_t n, size_t bytes, double *product, double *copy); /* cuda_measure */
-    /* parameters: optimizer.cu. update: AdamW unless o is NULL, then the moving average unless ema_step is 0 */
-    Err (*send)(Device *d, const Params *p);
-    Err (*fetch)(Device *d, Params *p);
-    void (*zero_grad)(Device *d);
-    double (*grad_norm)(Device *d);
-    void (*swap_ema)(Device *d);
-    void (*update)(Device *d, const Params *p, const AdamW *o, uint64_t step, float ema_step);
-    /* networks: transformer.cu, optimizer.cu, decode.cu; the ids of a batch are where the CPU's forward puts them */
-    Err (*plan)(Transformer *m, int allocate, size_t *bytes);
-    Err (*forward)(Transformer *m);
-    Err (*backward)(Transformer *m, const real *dlogits);
-    Err (*train)(Transformer *m, const Schedule *s, const int32_t *x0, const int32_t *x, const int32_t *x_t,
-                 const int32_t *t, double alpha, double weight, int backward, Loss *out);
-    Err (*decode_begin)(Transformer *m);
-    Err (*decode_step)(Transformer *m, size_t i);
-    Err (*draw)(Transformer *m, const DrawOptions *o, int32_t *tokens);
-    /* first stage: the end of vqgan.c says what each does */
-    size_t unit; /* bytes of a number in an activation */
-    Err (*vqgan_plan)(Vqgan *v, size_t units, int allocate, size_t *bytes);
-    void (*vqgan_free)(Vqgan *v);
-    Err (*vqgan_run)(Vqgan *v, size_t from, const real *in, size_t first, size_t end, size_t to, real *out);
-    Err (*vqgan_nearest)(Vqgan *v, const real *z, int32_t *raw);
-    Err (*vqgan_draw)(Vqgan *v, const int32_t *raw, real *images);
-    Err (*vqgan_forward)(Vqgan *v, const real *images, int32_t *raw, double *sum);
-    Err (*vqgan_backward)(Vqgan *v, const real *dxrec, double codebook_weight, real *dimage);
-    Err (*vqgan_last)(Vqgan *v, const real *dxrec, real *dw, real *db);
-    void (*vqgan_restart)(Vqgan *v, size_t code, size_t pick);
-    /* its discriminator and LPIPS: the ends of discriminator.c and perceptual.c */
-    Err (*disc_plan)(Discriminator *d, int features, int allocate, size_t *bytes);
-    void (*disc_free)(Discriminator *d);
-    Err (*disc_forward)(Discriminator *d, const real *images, int update, real *logits);
-    Err (*disc_backward)(Discriminator *d, const real *dlogits, double feature_weight, int trained, real *dimages);
-    Err (*disc_keep)(Discriminator *d);
-    double (*disc_gap)(const Discriminator *d);
-    Err (*perceptual_plan)(Perceptual *p, int allocate, size_t *bytes);
-    void (*perceptual_free)(Perceptual *p);
-    Err (*perceptual_loss)(Perceptual *p, const real *x, const real *xrec, size_t B, double weight, double *loss,
-                           real *dxrec);
-    /* several GPUs, one for each rank of parallel.c: nccl.cu. choose: the GPU of the rank of this number on
-     * its machine. join_id: what the ranks find each other by, drawn by one of them. grad_place: where a row lies in
-     * the gradient, row n_rows: its length. grad_sum: n numbers of it become the sum over ranks, while the GPU goes on;
-     * grad_wait: what follows waits for that. */
-    Err (*choose)(size_t local);
-    int (*joined)(const Device *d);
-    Err (*join_id)(unsigned char id[DEVICE_ID_BYTES]);
-    Err (*join)(Device *d, const unsigned char id[DEVICE_ID_BYTES], int ranks, int rank);
-    size_t (*grad_place)(const Device *d, size_t row);
-    Err (*grad_sum)(Device *d, size_t from, size_t n);
-    Err (*grad_wait)(Device *d);
-} DeviceOps;
-
-#ifndef DEVICE_CODE
-extern const DeviceOps cuda_f32 __attribute__((weak)), cuda_bf16 __attribute__((weak));
-#endif
-
-#ifdef __cplusplus
-}
 #endif
 
 /* ---- What kernels are written with ---- */

@@ -12,7 +12,7 @@
 #include <immintrin.h>
 #endif
 
-#include "imagebart.h"
+#include "kernels/kernels.h"
 
 #if defined(__AVX512F__)
 #define VECTOR_BYTES 64

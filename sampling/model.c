@@ -8,7 +8,7 @@
  *
  * Read: named models; recipes; files; a model's folder; writing a model. SPEC sections 3, 11 and 12.
  */
-#include "imagebart.h"
+#include "sampling/sampling.h"
 
 #include <math.h>
 #include <stdio.h>
@@ -18,75 +18,7 @@
 
 /* ---- Named models ------------------------------------------------------------------------------------------ */
 
-static const NamedModel named[] = {
-    {"emoji", "models/emoji", NULL, NULL, "geometric", "bundled: emoji in nine classes, 64x64, 3 scales", 3,
-     "1024 / 1024", NULL},
-    {"ffhq", "models/ffhq_4_scales_geometric", "vqgan/vqgan-ffhq.ckpt", "ffhq_4_scales_geometric.zip", "geometric",
-     "faces, 256x256, 4 scales, residual-scaled", 4, "548 / 1024", "smileys"},
-    {"ffhq2", "models/ffhq_2_scales_custom", "vqgan/vqgan-ffhq.ckpt", "ffhq_2_scales_custom.zip", "ffhq_bernoulli_PSIM",
-     "faces, 256x256, 2 scales", 2, "548 / 1024", "smileys"},
-    {"churches", "models/churches_3_scales", "vqgan/vqgan-churches.ckpt", "churches_3_scales.zip", "bernoulli_PSIM",
-     "LSUN churches, 256x256, 3 scales", 3, "1022 / 16384", "travel"},
-    {"bedrooms", "models/bedrooms_3_scales", "vqgan/vqgan-bedrooms.ckpt", "bedrooms_3_scales.zip", "bernoulli_PSIM",
-     "LSUN bedrooms, 256x256, 3 scales", 3, "1017 / 16384", "objects"},
-    {"cats", "models/cats_3_scales", "vqgan/vqgan-cats.ckpt", "cats_3_scales.zip", "bernoulli_PSIM",
-     "LSUN cats, 256x256, 3 scales", 3, "1014 / 16384", "animals"},
-    {"imagenet", "models/cin_5_scales_custom", "vqgan/vqgan-imagenet.ckpt", "cin_5_scales_custom.zip", "bernoulli_PSIM",
-     "ImageNet by class, 256x256, 5 scales", 5, "973 / 16384", NULL},
-    {"imagenet4", "models/cin_4_scales_geometric", "vqgan/vqgan-imagenet.ckpt", "cin_4_scales_geometric.zip",
-     "geometric", "ImageNet by class, 256x256, 4 scales, residual-scaled", 4, "973 / 16384", NULL},
-};
-
-const NamedModel *named_models(size_t *n) {
-    *n = sizeof named / sizeof *named;
-    return named;
-}
-
-static const NamedModel *find_named(const char *name) {
-    for (size_t i = 0; i < sizeof named / sizeof *named; i++)
-        if (strcmp(named[i].name, name) == 0) return &named[i];
-    return NULL;
-}
-
-const char *model_folder(const char *name_or_folder) {
-    const NamedModel *n = find_named(name_or_folder);
-    return n ? n->folder : name_or_folder;
-}
-
 /* ---- Recipes: the official configurations as models/NAME.txt ------------------------------------------------ */
-
-static Err take_part(Config *to, const Config *recipe, const char *part, const char *except) {
-    size_t n = strlen(part);
-    for (size_t i = 0; i < recipe->n; i++) {
-        const char *key = recipe->kv[i].key;
-        if (strncmp(key, part, n) != 0 || key[n] != '.' || (except && strstr(key, except))) continue;
-        TRY(config_set(to, key + n + 1, "%s", recipe->kv[i].value));
-    }
-    return OK;
-}
-
-static Err take_scale(Config *to, const Config *recipe, int scale) {
-    size_t T = 0;
-    char name[32];
-    TRY(config_size(&T, recipe, "scale.model.params.", "n_scales", 1, MAX_SCALES, 0));
-    if (scale > (int)T) return err("scale %d: this model has scales 1 to %zu", scale, T);
-    const int last = scale == (int)T; /* another network: only the settings are shared */
-    snprintf(name, sizeof name, "scale%d", scale);
-    TRY(take_part(to, recipe, "scale", last ? ".transformer_config." : NULL));
-    if (last) TRY(take_part(to, recipe, "last", NULL));
-    return take_part(to, recipe, scale ? name : "joint", NULL);
-}
-
-Err recipe_read(Config *to, const char *path, int scale) {
-    Config recipe = {0};
-    Err e = config_read(&recipe, path);
-    if (e == OK &&
-        (scale == RECIPE_VQGAN ? take_part(to, &recipe, "vqgan", NULL) : take_scale(to, &recipe, scale)) != OK)
-        e = err_in(path);
-    if (e == OK && classes_from_recipe(to, path) != OK) e = err_in(path);
-    config_free(&recipe);
-    return e;
-}
 
 /* ---- Files -------------------------------------------------------------------------------------------------- */
 
@@ -94,8 +26,6 @@ static int is_folder(const char *path) {
     struct stat st;
     return stat(path, &st) == 0 && S_ISDIR(st.st_mode);
 }
-
-enum { PATH_BYTES = 1100 };
 
 static int has_file(const char *folder, const char *name) {
     char path[PATH_BYTES];
@@ -294,7 +224,8 @@ static Err find_recipe(Model *m) {
     char path[PATH_BYTES], name[32];
     const int scale = m->joint ? 0 : 1;
     Checkpoint ck = {0};
-    const size_t n = sizeof named / sizeof *named;
+    size_t n;
+    const NamedModel *named = named_models(&n);
     snprintf(m->recipe, sizeof m->recipe, "%s/config.txt", m->folder);
     if (has_file(m->folder, "config.txt")) return OK;
     for (size_t i = 0; i < n; i++) {
@@ -386,7 +317,8 @@ static Err check_complete(const NamedModel *found) {
 
 /* *folder = where to look; *substituted as model_open. */
 static Err find_folder(const char **folder, const char *name_or_folder, const NamedModel **substituted) {
-    const NamedModel *found = find_named(name_or_folder);
+    size_t n;
+    const NamedModel *named = named_models(&n), *found = find_named(name_or_folder);
     struct stat st;
     *folder = found ? found->folder : name_or_folder;
     if (is_folder(*folder)) return found ? check_complete(found) : OK;
@@ -526,43 +458,6 @@ Err model_memory(Model *m, size_t batch, size_t pictures, ModelMemory *out) {
 
 /* ---- Writing a model --------------------------------------------------------------------------------------- */
 
-/* 1 where query i sees key j: causal, and the first n_unmasked see each other (SPEC 2.3). One byte each: PyTorch
- * converts when it loads. */
-static Err mask_tensors(TensorList *list, const NetConfig *c) {
-    size_t L = c->dec_max_seq_len, dim[4] = {1, 1, L, L};
-    uint8_t *mask;
-    TRY(mem_alloc(&mask, L * L, 1, "the attention mask"));
-    list->kept = mask;
-    for (size_t i = 0; i < L; i++) memset(mask + i * L, 1, i < c->n_unmasked ? min_size(c->n_unmasked, L) : i + 1);
-    for (size_t i = 0; i < c->dec_depth; i++) {
-        char name[64];
-        snprintf(name, sizeof name, "transformer.blocks.%zu.attn.mask", i);
-        TRY(tensor_list_add(list, name, DT_U8, 4, dim, mask, 0));
-    }
-    return OK;
-}
-
-/* What the official classes have besides parameters: a GPT's masks, the second name of a tied embedding. */
-static Err derived_tensors(TensorList *list, const NetConfig *c) {
-    if (c->kind == NET_GPT) return mask_tensors(list, c);
-    for (size_t i = 0; c->tie_token_emb && i < list->n; i++) {
-        const Tensor x = list->tensor[i];
-        if (strcmp(x.name, "transformer.encoder.token_emb.weight") == 0)
-            return tensor_list_add(list, "transformer.decoder.token_emb.weight", x.dtype, x.ndim, x.dim, x.data, 1);
-    }
-    return OK;
-}
-
-Err transition_tensors(TensorList *list, Transformer *net, char which, const Schedule *s, Dtype store, int compact) {
-    static const int64_t sos = 0;
-    size_t one = 1, rows = (size_t)s->T + 1;
-    TRY(tensor_list_params(list, transformer_params(net), which, "transformer.", store));
-    TRY(tensor_list_add(list, "sos_token", DT_I64, 1, &one, &sos, 0));
-    TRY(tensor_list_add(list, "alphats", DT_F32, 1, &rows, s->alpha, 0));
-    TRY(tensor_list_add(list, "alphacum", DT_F32, 1, &rows, s->alphacum, 0));
-    return compact ? OK : derived_tensors(list, transformer_config(net));
-}
-
 /* As int64, which the official code indexes with */
 static Err used_tensor(TensorList *list, const Vqgan *v) {
     const size_t n = vqgan_config(v)->re_embed;
@@ -609,5 +504,40 @@ Err model_convert(Model *m, const char *folder, Dtype store) {
     if (has_scale(folder, 1, 0) || has_scale(folder, 0, 0))
         return err("%s: has a model already, expected an empty folder", folder);
     for (int t = 0; t <= (m->joint ? 1 : m->schedule.T); t++) TRY(convert_part(m, folder, t, store));
+    return OK;
+}
+
+/* The buffers are what the network was trained with; the configuration's word is the second best. */
+Err schedule_read(Schedule *s, const Checkpoint *ck, int T) {
+    if (!checkpoint_find(ck, "alphats")) {
+        const char *redraw = config_get(&ck->meta, "model.params.", "redraw_prob");
+        if (!redraw) return err("neither a tensor alphats nor model.params.redraw_prob says the schedule");
+        return schedule_make(s, redraw, T);
+    }
+    real alpha[MAX_SCALES + 1], alphacum[MAX_SCALES + 1];
+    size_t rows = (size_t)T + 1;
+    memset(s, 0, sizeof *s);
+    TRY(checkpoint_reals(ck, "alphats", 1, &rows, rows, alpha));
+    TRY(checkpoint_reals(ck, "alphacum", 1, &rows, rows, alphacum));
+    for (int t = 1; t <= T; t++) s->beta[t] = 1 - (float)alpha[t];
+    TRY(schedule_from_betas(s, T));
+    for (int t = 0; t <= T; t++) {
+        if (!(fabs((double)alphacum[t] - s->alphacum[t]) < 1e-4))
+            return err("alphacum[%d] is %g, the product of alphats is %g", t, (double)alphacum[t], s->alphacum[t]);
+        s->alpha[t] = (float)alpha[t];
+        s->alphacum[t] = (float)alphacum[t];
+    }
+    return OK;
+}
+
+Err decode_pictures(Model *m, const int32_t *tokens, size_t n, real *images) {
+    size_t N = m->h * m->w, pixels = 3 * m->side * m->side;
+    const size_t batch = decode_batch(m, n);
+    TRY(vqgan_plan(m->vqgan, batch, m->side, m->side, 0));
+    for (size_t b = 0; b < n; b += batch) {
+        TRY(vqgan_decode_tokens(m->vqgan, tokens + b * N, min_size(batch, n - b), m->h, m->w, images + b * pixels));
+        progress_line("decoding picture %zu of %zu", b + 1, n);
+    }
+    progress_end();
     return OK;
 }

@@ -4,7 +4,7 @@
  * Two distances, each to the closest training picture, as it is or mirrored: how many of the N tokens are the same, and
  * the root mean square difference of the pixels, counted in 0..1. Every picture of the folder is read, prepared and
  * encoded once; the drawn ones are compared with it side by side. Nothing is drawn or learnt here. */
-#include "imagebart.h"
+#include "sampling/sampling.h"
 
 #include <math.h>
 #include <stdio.h>

@@ -18,7 +18,9 @@
  * multiplies, as a fraction: times that, the per cent are what the multiply-add units do.
  *
  * A new section: a function that fills Rows and calls row() for each, and a line in the table `sections`. */
-#include "imagebart.h"
+#include "kernels/kernels.h"
+#include "sampling/sampling.h"
+#include "training/training.h"
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>

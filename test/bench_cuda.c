@@ -14,7 +14,9 @@
  * What a token reads of weights: every matrix of the decoder but those of the context's keys and values.
  *
  * Read: sizes and the clock; transitions; the first stage; the table. */
-#include "imagebart.h"
+#include "kernels/kernels.h"
+#include "sampling/sampling.h"
+#include "training/training.h"
 
 #include <stdio.h>
 #include <stdlib.h>

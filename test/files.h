@@ -1,6 +1,6 @@
 /* files.h - files and pictures that test_images.c and test_data.c make, in a temporary folder. */
-#ifndef FILES_H
-#define FILES_H
+#ifndef TEST_FILES_H
+#define TEST_FILES_H
 
 #include "test.h"
 

@@ -2,7 +2,7 @@
 #ifndef FUZZ_H
 #define FUZZ_H
 
-#include "imagebart.h"
+#include "files/files.h"
 
 #include <stdio.h>
 #include <stdlib.h>

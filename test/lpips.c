@@ -5,7 +5,9 @@
  *   lpips make OUT                   random weights in the shapes of the real ones
  *
  * All but FILE are safetensors. */
-#include "imagebart.h"
+#include "kernels/kernels.h"
+#include "sampling/sampling.h"
+#include "training/training.h"
 
 #include <stdio.h>
 #include <stdlib.h>

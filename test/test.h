@@ -3,7 +3,9 @@
 #ifndef TEST_H
 #define TEST_H
 
-#include "imagebart.h"
+#include "kernels/kernels.h"
+#include "sampling/sampling.h"
+#include "training/training.h"
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>

@@ -6,7 +6,7 @@
 
 #include <sys/wait.h>
 
-#include "files/data.h"
+#include "files/files.h"
 
 #ifdef HAVE_LMDB
 #include <lmdb.h>

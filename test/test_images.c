@@ -11,7 +11,7 @@
 #include <jpeglib.h>
 #include <png.h>
 
-#include "files/data.h"
+#include "files/files.h"
 #include "data_tables.h"
 
 #ifdef HAVE_WEBP

@@ -471,3 +471,7 @@ double adaptive_weight(double nll_norm, double g_norm) {
     const double w = nll_norm / (g_norm + 1e-4);
     return w > 1e4 ? 1e4 : w; /* NaN stays */
 }
+
+Err disc_use_cuda(Discriminator *d, Precision precision) {
+    return use_cuda(&d->params, precision);
+}

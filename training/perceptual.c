@@ -422,3 +422,7 @@ Err perceptual_loss(Perceptual *p, const real *x, const real *xrec, size_t B, si
     *loss = sum / (double)B;
     return OK;
 }
+
+Err perceptual_use_cuda(Perceptual *p, Precision precision) {
+    return use_cuda(&p->params, precision);
+}

@@ -14,7 +14,7 @@
 #ifndef TRAIN_H
 #define TRAIN_H
 
-#include "imagebart.h"
+#include "training/training.h"
 
 #include <stdio.h>
 

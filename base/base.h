@@ -1,0 +1,138 @@
+/* base.h - what base/ gives: error values, memory, random streams, threads, options. Parameter tables are params.h's. */
+#ifndef BASE_H
+#define BASE_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* The arithmetic type. Component files compile with float (default) or with -DREAL_DOUBLE for gradient checks. */
+#ifdef REAL_DOUBLE
+typedef double real;
+#else
+typedef float real;
+#endif
+
+typedef int Err;
+enum { OK = 0, FAILED = 1 };
+
+#if defined(__GNUC__)
+#define PRINTF_LIKE(f, a) __attribute__((format(printf, f, a)))
+#else
+#define PRINTF_LIKE(f, a)
+#endif
+
+/* Set this thread's error text (one line, at most ERR_MAX-1 bytes, control characters are replaced); FAILED. */
+enum { ERR_MAX = 1024 };
+Err err(const char *fmt, ...) PRINTF_LIKE(1, 2);
+/* Put "where: " in front of the present text, to say in which file or option it happened; FAILED. */
+Err err_in(const char *where);
+/* The text of the last error in this thread; "" if none. */
+const char *err_text(void);
+#define TRY(call)                                                                                                      \
+    do {                                                                                                               \
+        if ((call) != OK) return FAILED;                                                                               \
+    } while (0)
+
+/* *out = zeroed memory for count elements of size bytes, 64-byte aligned; release with free(). Overflow of the
+ * product and lack of memory are errors that name what it was for and how much was asked. count = 0 gives a valid
+ * pointer. */
+Err mem_alloc(void *out_pointer, size_t count, size_t size, const char *what);
+/* Makes room for `more` elements behind the n of *array (capacity elements of size bytes); it grows by half at
+ * least. */
+Err mem_grow(void *array_pointer, size_t n, size_t more, size_t *capacity, size_t size, const char *what);
+/* *out = a*b or an error */
+Err size_mul(size_t *out, size_t a, size_t b);
+/* Bytes that this process can still take: the least of what the machine, its control groups (containers) and the
+ * process's own limits (ulimit -v, -d) leave. File caches count as free, for the kernel gives them up. SIZE_MAX:
+ * unknown. */
+size_t memory_available(void);
+/* OK if `needed` bytes are available, else an error that begins with `what` and ends with `advice`. */
+Err memory_fits(size_t needed, size_t available, const char *what, const char *advice);
+/* "2.3 GiB", "5.6 MiB" */
+const char *bytes_text(char text[32], size_t bytes);
+static inline size_t min_size(size_t a, size_t b) {
+    return a < b ? a : b;
+}
+static inline size_t max_size(size_t a, size_t b) {
+    return a > b ? a : b;
+}
+static inline size_t ceil_div(size_t a, size_t b) {
+    return (a + b - 1) / b;
+}
+static inline size_t round_up(size_t n, size_t unit) {
+    return (n + unit - 1) / unit * unit;
+}
+
+/* Philox4x32-10 (Salmon et al. 2011): out = f(key = seed, counter = (stream, index)). Stateless: any number of a
+ * stream can be asked for in any order, so results depend neither on threads nor on batch order. */
+void philox(uint32_t out[4], uint64_t seed, uint64_t stream, uint64_t index);
+
+/* Purposes of streams. rng_stream(purpose, a, b) names one: a < 2^24 and b < 2^32 (e.g. scale and sample). */
+typedef enum {
+    RNG_INIT = 1, /* a = row of the parameter table */
+    RNG_ORDER,    /* a = epoch: order of the training examples */
+    RNG_CROP,     /* a = epoch, b = example: random crop and flip */
+    RNG_NOISE,    /* training noise: a = t, b = step */
+    RNG_SCALE,    /* joint training: which t at a step */
+    RNG_START,    /* sampling: x_T, b = sample */
+    RNG_SAMPLE,   /* sampling: a = t and repeat, b = sample; index = position */
+    RNG_RENOISE,  /* chains: noise between repeats, a = t and repeat, b = sample */
+    RNG_UNKNOWN,  /* tokens of codes outside the remap table, b = image */
+    RNG_CODES,    /* which latents replace dead codes, a = 0, b = step */
+    RNG_CHOOSE,   /* inpainting: which candidates stay, a = t and repeat, b = sample */
+    RNG_TEST,     /* tests */
+    RNG_LABEL,    /* label dropout: a = 0, b = row of the micro batch, index = micro batch */
+    RNG_ROUND     /* moments in bf16: a = row of the parameter table, b = step, index = element / 4 */
+} RngPurpose;
+uint64_t rng_stream(RngPurpose purpose, uint64_t a, uint64_t b);
+double rng_uniform(uint64_t seed, uint64_t stream, uint64_t index);                 /* [0,1), 53 bits */
+double rng_normal(uint64_t seed, uint64_t stream, uint64_t index);                  /* N(0,1), Box-Muller */
+uint32_t rng_below(uint64_t seed, uint64_t stream, uint64_t index, uint32_t below); /* 0..below-1, below >= 1 */
+
+/* task(context, i) for every i < n, shared among at most `threads` threads, of which the caller is one; returns when
+ * all are done. Which thread takes which i varies, so a task must depend on i alone. Runs on the caller alone when
+ * threads <= 1, inside another parallel_for, and while another thread of the program uses the workers. Cannot fail. */
+typedef void Task(void *context, size_t i);
+void parallel_for(int threads, size_t n, Task *task, void *context);
+void threads_set(int n); /* how many a program uses; 0 (default): as many as there are processors for it */
+int threads_get(void);
+const char *vector_instructions(void); /* that this copy of the program was compiled for: "AVX2" */
+int threads_free(void);    /* what a loop that starts here can use: 1 inside a parallel_for, else threads_get() */
+size_t thread_index(void); /* of the calling thread in its loop: 0..threads-1 */
+
+/* ---- options.c: one table of options, one way to fail, progress. Only this file and the programs print or exit. ---- */
+
+/* One row per option: parsing and --help both read this table. */
+typedef enum { OPT_END, OPT_HEADING, OPT_ARGUMENT, OPT_FLAG, OPT_STRING, OPT_SIZE, OPT_REAL, OPT_U64 } OptionKind;
+typedef struct {
+    OptionKind kind;
+    const char *name;  /* "--steps", "-n"; for OPT_ARGUMENT what the help calls it; for OPT_HEADING its text */
+    const char *value; /* how the help calls the value: "N" */
+    void *out;     /* int (flag), const char * (argument, string), size_t, double, uint64_t; left alone if not given */
+    double lo, hi; /* range of numbers */
+    const char *help;
+} Option;
+/* Fills every *out. Numbers must parse whole and lie in range. -h and --help print intro and table, exit 0; wrong usage
+ * prints one line and exits 2. */
+void options_parse(int argc, char **argv, const Option *table, const char *intro);
+void die(const char *fmt, ...) PRINTF_LIKE(1, 2);         /* "program: text" on stderr, exit 1 */
+void usage_error(const char *fmt, ...) PRINTF_LIKE(1, 2); /* the same, exit 2 */
+const char *program(void);                                /* the program's name, for messages */
+void check(Err e);                                        /* die(err_text()) on FAILED */
+/* stderr: a line that overwrites itself on a terminal, plain lines elsewhere, one every 10 s at most. */
+void progress_line(const char *fmt, ...) PRINTF_LIKE(1, 2);
+void progress_end(void);                       /* leaves the last progress line standing */
+double seconds(void);                          /* monotonic clock */
+const char *duration(char text[32], double s); /* "1 h 02 min", "3 min 05 s", "4.2 s" */
+/* SIGINT, SIGTERM, SIGUSR1 and, without nohup, SIGHUP set a flag; a second one ends the program at once. */
+void catch_interrupts(void);
+int interrupted(void);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,144 @@
+/* compute.c - where a network computes. A program linked without the GPU's objects lacks their tables, and so knows that
+ * it has no CUDA. */
+#include "base/compute.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+extern const DeviceOps cuda_f32 __attribute__((weak)), cuda_bf16 __attribute__((weak));
+
+#ifndef PLAIN
+extern const Layers fast_layers; /* kernels/fast.c */
+#endif
+
+/* ---- Where a network computes ---- */
+
+static int plainly; /* compute_plainly */
+
+void compute_plainly(int yes) {
+    plainly = yes;
+}
+
+Compute compute_of(const Params *p) {
+    Compute on = {.unit = sizeof(real), .threads = threads_get()};
+    if (p->device) {
+        on.ops = p->ops, on.device = p->device;
+        on.fast = p->ops->layers, on.unit = p->ops->unit;
+        return on;
+    }
+#ifndef PLAIN
+    if (!plainly) on.fast = &fast_layers;
+#endif
+    return on;
+}
+
+Err compute_alloc(const Compute *on, void *out_pointer, size_t bytes, const char *what) {
+    return on->device ? on->ops->alloc(out_pointer, bytes, what) : mem_alloc(out_pointer, bytes, 1, what);
+}
+
+void compute_free(const Compute *on, void *p) {
+    if (on->device)
+        on->ops->free(p);
+    else
+        free(p);
+}
+
+void compute_zero(const Compute *on, void *p, size_t bytes) {
+    if (on->device)
+        on->ops->zero(on->device, p, bytes);
+    else
+        memset(p, 0, bytes);
+}
+
+void compute_put(const Compute *on, void *to, const void *from, size_t bytes) {
+    if (on->device)
+        on->ops->put(on->device, to, from, bytes);
+    else
+        memcpy(to, from, bytes);
+}
+
+Err compute_get(const Compute *on, void *to, const void *from, size_t bytes) {
+    if (on->device) return on->ops->get(on->device, to, from, bytes);
+    memcpy(to, from, bytes);
+    return OK;
+}
+
+Err compute_status(const Compute *on) {
+    return on->device ? on->ops->status(on->device) : OK;
+}
+
+const real *param_value(const Params *p, size_t row) {
+    return p->device ? p->ops->value(p->device, row) : p->row[row].value;
+}
+
+real *param_grad(const Params *p, size_t row) {
+    return p->device ? p->ops->grad(p->device, row) : p->row[row].grad;
+}
+
+/* ---- The GPU ---- */
+
+static const DeviceOps *cuda_ops(Precision precision) {
+    const DeviceOps *f32 = &cuda_f32, *bf16 = &cuda_bf16;
+    return precision == PRECISION_BF16 ? bf16 : f32;
+}
+
+int cuda_built(void) {
+    return cuda_ops(PRECISION_F32) || cuda_ops(PRECISION_BF16);
+}
+
+Err cuda_find(char *text, size_t *free_bytes, size_t *total_bytes) {
+    const DeviceOps *ops = cuda_ops(PRECISION_F32);
+    if (!ops) ops = cuda_ops(PRECISION_BF16);
+    if (!ops)
+        return err("--device cuda: this program was built without CUDA; install the CUDA toolkit (nvcc 12 or later; "
+                   "Debian: nvidia-cuda-toolkit), then: make clean && make");
+    return ops->find(text, free_bytes, total_bytes);
+}
+
+Err cuda_choose(size_t local) {
+    const DeviceOps *ops = cuda_ops(PRECISION_F32);
+    if (!ops) ops = cuda_ops(PRECISION_BF16);
+    return ops ? ops->choose(local) : cuda_find(NULL, NULL, NULL);
+}
+
+Err cuda_measure(Precision precision, size_t n, size_t bytes, double *product, double *copy) {
+    const DeviceOps *ops = cuda_ops(precision);
+    Device *d;
+    if (!ops) return cuda_find(NULL, NULL, NULL) == OK ? err("this program has no CUDA of that precision") : FAILED;
+    TRY(ops->open(&d));
+    const Err e = ops->measure(d, n, bytes, product, copy);
+    ops->close(d);
+    return e;
+}
+
+Err use_cuda(Params *p, Precision precision) {
+    const DeviceOps *ops = cuda_ops(precision);
+    if (!ops) return cuda_find(NULL, NULL, NULL) == OK ? err("this program has no CUDA of that precision") : FAILED;
+    if (p->device) return err("the parameters are on the GPU already");
+    TRY(ops->open(&p->device));
+    p->ops = ops;
+    return OK;
+}
+
+static int looked_for_gpu; /* and found none */
+
+int check_device(const char *device) {
+    if (!device) device = getenv("IMAGEBART_DEVICE");
+    if (!device) {
+        const int found = cuda_built() && cuda_find(NULL, NULL, NULL) == OK;
+        looked_for_gpu = !found;
+        return found;
+    }
+    if (!strcmp(device, "cpu")) return 0;
+    if (strcmp(device, "cuda") != 0) usage_error("--device %s: expected cpu or cuda", device);
+    check(cuda_find(NULL, NULL, NULL));
+    return 1;
+}
+
+void say_cpu(void) {
+    if (cuda_built())
+        fprintf(stderr, "device: CPU%s\n",
+                looked_for_gpu ? ", for no usable GPU was found (--device cuda says why)"
+                               : " (--device cuda: the GPU)");
+}

@@ -1,0 +1,286 @@
+/* compute.h - where a network computes: the seam between the layers and their faster fellows.
+ *
+ * Every layer of the networks is a plain loop: in vqgan.c, in transformer.cu, and for what only training needs in
+ * training/. That loop is the definition. In its first line it hands over to the fellow of the same name, if the
+ * network has one: the CPU's (kernels/fast.c), or a GPU's (kernels/layers.cu, in float or in bf16).
+ *
+ *     void tanh_forward(const Compute *on, real *y, const real *x, size_t n) {
+ *         if (on->fast) return on->fast->tanh_forward(on, y, x, n);
+ *         for (size_t i = 0; i < n; i++) y[i] = tanh(x[i]);
+ *     }
+ *
+ * So a network's walk is written once, and calls the same layers wherever it computes.
+ *
+ * Pointers are addresses where the network computes. On a CPU numbers are real. On a GPU activations are as its kernels
+ * have them (floatX: float, or bf16), and lie as (B,h,w,C) where vqgan.c says (B,C,h,w); what is marked f32 below is
+ * float on every GPU. Parameters and their gradients are f32; kernels find a parameter's bf16 copy by its place.
+ *
+ * A layer cannot fail on a CPU. On a GPU the first failure sticks to the device, and compute_status gives it. */
+#ifndef COMPUTE_H
+#define COMPUTE_H
+
+#include "base/params.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef struct Compute Compute;
+typedef struct Layers Layers;
+typedef struct DeviceOps DeviceOps;
+typedef struct Device Device; /* a stream on a GPU, a parameter table's twin there */
+
+/* ---- Where a network computes ---- */
+
+struct Compute {
+    const Layers *fast;   /* the fellows of the plain layers; NULL: the plain loops themselves */
+    const DeviceOps *ops; /* of the GPU, whose fellows they are; NULL: this processor's */
+    Device *device;
+    size_t unit;          /* bytes of a number of an activation */
+    int threads;          /* that the scratch memory is for */
+    void *scratch;        /* what layers work in, one after the other */
+    size_t scratch_bytes; /* the most that any of them needs */
+};
+
+/* Where the network of this table computes, from the next plan on. Scratch is still to be planned. */
+Compute compute_of(const Params *p);
+/* Tests: networks that are planned from now on compute with the plain loops. */
+void compute_plainly(int plainly);
+/* A layer will need so many bytes of scratch. */
+static inline void compute_needs(Compute *on, size_t bytes) {
+    on->scratch_bytes = max_size(on->scratch_bytes, bytes);
+}
+/* Memory where it computes: bytes of it, not cleared on a GPU; given back; cleared. */
+Err compute_alloc(const Compute *on, void *out_pointer, size_t bytes, const char *what);
+void compute_free(const Compute *on, void *p);
+void compute_zero(const Compute *on, void *p, size_t bytes);
+/* Bytes from the host to where it computes, and back (which waits until they are there). */
+void compute_put(const Compute *on, void *to, const void *from, size_t bytes);
+Err compute_get(const Compute *on, void *to, const void *from, size_t bytes);
+/* The first failure of a layer on a GPU; OK on a CPU. */
+Err compute_status(const Compute *on);
+/* A parameter and its gradient where the network computes. */
+const real *param_value(const Params *p, size_t row);
+real *param_grad(const Params *p, size_t row);
+
+/* ---- Shapes ---- */
+
+/* Convolutions, with bias, of (B,C,h,w) arrays. CONV1 is 1x1, the others 3x3 with zeros around: CONV3 at every pixel;
+ * CONV_DOWN at every second, padded right and below only (h and w even); CONV_UP after nearest doubling. */
+typedef enum { CONV1, CONV3, CONV_DOWN, CONV_UP } ConvKind;
+typedef struct {
+    ConvKind kind;
+    size_t B, C, M, h, w; /* x (B,C,h,w) -> y (B,M, ..): h x w, half of it, or double */
+    /* GPUs in bf16 keep residual streams in f32 too: behind the bf16 numbers (compute_f32_place). */
+    int y_f32, add_f32;   /* y, add have such a copy */
+    int y_f32_only;       /* nobody reads the bf16 numbers of y: they need not be written */
+    void *prepared;       /* a GPU: the weights in the order of patches, from conv_prepare; else NULL */
+} Conv;
+
+/* Group norm of x (B,C,hw) in 32 groups of C/32 neighbouring channels. */
+enum { NORM_GROUPS = 32 };
+typedef struct {
+    size_t B, C, hw;
+    int swish;  /* y = swish(t), else y = t */
+    int x_f32;  /* a GPU in bf16: x has an f32 copy, which is read */
+} GroupNorm;
+
+/* Entries of the codebook (K,D) for latents z (B,D,N). */
+typedef struct {
+    size_t B, D, N, K;
+} Codes;
+
+/* A row of a decoding pass: position pos of batch row b, which sees the keys 0..visible-1 of that row. */
+typedef struct {
+    size_t b, pos, visible;
+} Position;
+
+/* Attention of Tq queries to Tk keys, in `heads` heads of D channels each; inner = heads*D. */
+typedef struct {
+    size_t B, heads, D, Tq, Tk;
+    size_t key_stride; /* positions from one batch row's keys to the next's, >= Tk */
+    int causal;        /* query i sees keys 0..i; Tq = Tk */
+    size_t unmasked;   /* and the first `unmasked` positions see each other */
+    /* Decoding, from kept keys and values: (Tq) which positions the queries are; B = 1. Each sees what its position says
+     * or, when Tk > 0, keys 0..Tk-1 of its row. NULL: all positions of all rows. */
+    const Position *position;
+    int kept_bf16; /* kept keys and values are bf16, else real */
+} Attention;
+
+/* ---- The fellows. Outputs, then inputs, then sizes. What each computes stands with its plain loop: vqgan.c and
+ *      transformer.cu. x_needs: bytes of scratch for that shape, backward too if it says so. ---- */
+
+struct Layers {
+    /* ---- vqgan.c: values (B,C,h,w) ---- */
+    size_t (*conv_needs)(const Compute *on, const Conv *c, int backward);
+    size_t (*conv_prepared_bytes)(const Conv *c); /* 0: nothing is prepared */
+    void (*conv_prepare)(const Compute *on, void *prepared, const real *w, const Conv *c);
+    void (*conv_forward)(const Compute *on, real *y, const real *x, const real *w, const real *bias, const real *add,
+                         const Conv *c);
+    void (*conv_backward)(const Compute *on, real *dx, real *dw, real *db, const real *dy, const real *x, const real *w,
+                          int accumulate, const Conv *c);
+    size_t (*group_norm_needs)(const Compute *on, const GroupNorm *n, int backward);
+    size_t (*group_norm_kept)(const GroupNorm *n); /* bytes that forward leaves for backward */
+    void (*group_norm_forward)(const Compute *on, real *y, real *kept, const real *x, const real *gamma,
+                               const real *beta, const GroupNorm *n);
+    void (*group_norm_backward)(const Compute *on, real *dx, real *dgamma, real *dbeta, real *dy, const real *x,
+                                const real *gamma, const real *beta, const real *kept, int accumulate,
+                                const GroupNorm *n);
+    size_t (*picture_attention_needs)(const Compute *on, size_t B, size_t C, size_t N, int backward);
+    void (*picture_attention_forward)(const Compute *on, real *y, real *p, const real *q, const real *k, const real *v,
+                                      size_t B, size_t C, size_t N);
+    void (*picture_attention_backward)(const Compute *on, real *dq, real *dk, real *dv, const real *dy, const real *q,
+                                       const real *k, const real *v, const real *p, const int accumulate[3], size_t B,
+                                       size_t C, size_t N);
+    size_t (*nearest_needs)(const Compute *on, const Codes *s);
+    void (*nearest_codes)(const Compute *on, int32_t *code, const real *z, const real *book, const Codes *s);
+    void (*straight_through)(const Compute *on, real *zq, double *gap, const real *z, const real *book,
+                             const int32_t *code, const Codes *s);
+    void (*quantize_backward)(const Compute *on, real *dz, real *dbook, const real *z, const real *book,
+                              const int32_t *code, double to_z, double to_e, const Codes *s);
+    void (*lookup_codes)(const Compute *on, real *zq, const real *book, const int32_t *code, const Codes *s);
+    void (*tanh_forward)(const Compute *on, real *y, const real *x, size_t n);
+    void (*tanh_backward)(const Compute *on, real *dx, const real *dy, const real *y, size_t n);
+    /* between the host's (B,C,hw) reals and a value where it computes */
+    void (*put_planes)(const Compute *on, real *to, const real *planes, size_t B, size_t C, size_t hw);
+    Err (*get_planes)(const Compute *on, real *planes, const real *from, size_t B, size_t C, size_t hw);
+
+    /* ---- transformer.cu: activations (R,C). f32: x, dx, mean, rstd, dy of a norm, logits ---- */
+    void (*embed_forward)(const Compute *on, real *x, const int32_t *ids, const real *token, const real *position,
+                          const Position *at, size_t B, size_t n, size_t C);
+    void (*embed_backward)(const Compute *on, real *dtoken, real *dposition, const real *dx, const int32_t *ids,
+                           size_t B, size_t n, size_t C, size_t V);
+    size_t (*norm_needs)(const Compute *on, size_t R, size_t C);
+    void (*norm_forward)(const Compute *on, real *y, real *mean, real *rstd, const real *x, const real *weight,
+                         const real *bias, size_t R, size_t C, size_t n, size_t skip);
+    void (*norm_backward)(const Compute *on, real *dx, real *dx_operand, real *dweight, real *dbias, const real *dy,
+                          const real *x, const real *weight, const real *mean, const real *rstd, size_t R, size_t C,
+                          size_t n, size_t skip);
+    size_t (*linear_needs)(const Compute *on, size_t R, size_t C, size_t M);
+    void (*linear_forward)(const Compute *on, real *y, const real *x, const real *w, const real *bias, const real *add,
+                           int y_f32, size_t R, size_t C, size_t M);
+    void (*linear_backward)(const Compute *on, real *dx, real *dw, real *db, const real *dy, const real *x,
+                            const real *w, int accumulate, int dx_f32, size_t R, size_t C, size_t M);
+    void (*gelu_forward)(const Compute *on, real *g, real *dg, const real *bias, size_t R, size_t H);
+    void (*gelu_backward)(const Compute *on, real *dh, const real *dg, size_t R, size_t H);
+    size_t (*attention_needs)(const Compute *on, const Attention *s, int backward);
+    size_t (*attention_kept)(const Attention *s); /* bytes that forward leaves for backward: p, or its logarithms' sums */
+    void (*attention_forward)(const Compute *on, real *y, real *kept, const real *q, const real *k, const real *v,
+                              const Attention *s);
+    void (*attention_backward)(const Compute *on, real *dq, real *dk, real *dv, const real *dy, const real *y,
+                               const real *kept, const real *q, const real *k, const real *v, const Attention *s);
+
+    /* ---- Few rows, on a CPU alone: products that stream weights by, kept keys and values ---- */
+    size_t (*stream_needs)(const Compute *on, size_t R, size_t C);
+    void (*linear_stream)(const Compute *on, real *y, const real *x, const Weights *w, const real *bias, const real *add,
+                          size_t R, size_t C, size_t M);
+    void (*keep_positions)(const Compute *on, void *kept, const real *x, size_t n, const Attention *s);
+    void (*attention_kept_forward)(const Compute *on, real *y, const real *q, const void *k, const void *v,
+                                   const Attention *s);
+    size_t (*weights_bytes)(WeightFormat format, size_t N, size_t K);
+    void (*weights_pack)(WeightFormat format, void *data, float *scale, const real *x, size_t j, size_t K);
+};
+
+/* ---- The GPU, if the program was built with nvcc ---- */
+
+/* Is there one? text (CUDA_TEXT_BYTES): its name, compute capability and memory; free, total: bytes of it. Each may be
+ * NULL. FAILED says why not: a program without CUDA, no driver, no GPU, too old a GPU. */
+enum { CUDA_TEXT_BYTES = 320 };
+int cuda_built(void);                                     /* was this program made with CUDA? */
+typedef enum { PRECISION_F32, PRECISION_BF16 } Precision; /* of activations and matrix products; sums are float */
+Err cuda_find(char *text, size_t *free_bytes, size_t *total_bytes);
+/* Of several processes on a machine each takes one GPU: before anything else, the one of this number. */
+Err cuda_choose(size_t local);
+/* What the GPU can do at best, for test/bench_cuda.c: seconds (medians) that a product of two n x n matrices takes, as
+ * the networks multiply them, and a copy of `bytes` from one place in its memory to another, which reads and writes
+ * them. */
+Err cuda_measure(Precision precision, size_t n, size_t bytes, double *product, double *copy);
+Err use_cuda(Params *p, Precision precision); /* the table's twin there; params_send puts its values */
+/* Is it the GPU? "cpu": no. "cuda": yes where it is built in and there is one, else dies. NULL: what IMAGEBART_DEVICE
+ * in the environment says, else a GPU if there is one. say_cpu: a line on stderr, where there was a choice. */
+int check_device(const char *device);
+void say_cpu(void);
+
+
+typedef struct Transformer Transformer;
+typedef struct Vqgan Vqgan;
+typedef struct Discriminator Discriminator;
+typedef struct Perceptual Perceptual;
+typedef struct Schedule Schedule;
+typedef struct Loss Loss;
+typedef struct DrawOptions DrawOptions;
+typedef struct AdamW AdamW;
+
+enum { DEVICE_ID_BYTES = 128 };
+
+/* Functions that return nothing keep an error for the next one that returns an Err. */
+struct DeviceOps {
+    Err (*find)(char *text, size_t *free_bytes, size_t *total_bytes); /* CUDA_TEXT_BYTES; NULL: not wanted */
+    Err (*open)(Device **out);
+    void (*close)(Device *d);
+    Err (*measure)(Device *d, size_t n, size_t bytes, double *product, double *copy); /* cuda_measure */
+    const Layers *layers;
+    size_t unit; /* bytes of a number in an activation */
+    /* memory there; put and zero do not wait, get does */
+    Err (*alloc)(void *out_pointer, size_t bytes, const char *what);
+    void (*free)(void *p);
+    void (*put)(Device *d, void *to, const void *from, size_t bytes);
+    Err (*get)(Device *d, void *to, const void *from, size_t bytes);
+    void (*zero)(Device *d, void *p, size_t bytes);
+    Err (*status)(const Device *d);
+    real *(*value)(const Device *d, size_t row); /* where a parameter lies, and its gradient; NULL: not sent yet */
+    real *(*grad)(const Device *d, size_t row);
+    /* parameters: optimizer.cu. update: AdamW unless o is NULL, then the moving average unless ema_step is 0 */
+    Err (*send)(Device *d, const Params *p);
+    Err (*fetch)(Device *d, Params *p);
+    void (*zero_grad)(Device *d);
+    double (*grad_norm)(Device *d);
+    void (*swap_ema)(Device *d);
+    void (*update)(Device *d, const Params *p, const AdamW *o, uint64_t step, float ema_step);
+    /* networks: transformer.cu, optimizer.cu, decode.cu; the ids of a batch are where the CPU's forward puts them */
+    Err (*plan)(Transformer *m, int allocate, size_t *bytes);
+    Err (*forward)(Transformer *m);
+    Err (*backward)(Transformer *m, const real *dlogits);
+    Err (*train)(Transformer *m, const Schedule *s, const int32_t *x0, const int32_t *x, const int32_t *x_t,
+                 const int32_t *t, double alpha, double weight, int backward, Loss *out);
+    Err (*decode_begin)(Transformer *m);
+    Err (*decode_step)(Transformer *m, size_t i);
+    Err (*draw)(Transformer *m, const DrawOptions *o, int32_t *tokens);
+    /* first stage: the end of vqgan.c says what each does */
+    Err (*vqgan_plan)(Vqgan *v, size_t units, int allocate, size_t *bytes);
+    void (*vqgan_free)(Vqgan *v);
+    Err (*vqgan_run)(Vqgan *v, size_t from, const real *in, size_t first, size_t end, size_t to, real *out);
+    Err (*vqgan_nearest)(Vqgan *v, const real *z, int32_t *raw);
+    Err (*vqgan_draw)(Vqgan *v, const int32_t *raw, real *images);
+    Err (*vqgan_forward)(Vqgan *v, const real *images, int32_t *raw, double *sum);
+    Err (*vqgan_backward)(Vqgan *v, const real *dxrec, double codebook_weight, real *dimage);
+    Err (*vqgan_last)(Vqgan *v, const real *dxrec, real *dw, real *db);
+    void (*vqgan_restart)(Vqgan *v, size_t code, size_t pick);
+    /* its discriminator and LPIPS: the ends of discriminator.c and perceptual.c */
+    Err (*disc_plan)(Discriminator *d, int features, int allocate, size_t *bytes);
+    void (*disc_free)(Discriminator *d);
+    Err (*disc_forward)(Discriminator *d, const real *images, int update, real *logits);
+    Err (*disc_backward)(Discriminator *d, const real *dlogits, double feature_weight, int trained, real *dimages);
+    Err (*disc_keep)(Discriminator *d);
+    double (*disc_gap)(const Discriminator *d);
+    Err (*perceptual_plan)(Perceptual *p, int allocate, size_t *bytes);
+    void (*perceptual_free)(Perceptual *p);
+    Err (*perceptual_loss)(Perceptual *p, const real *x, const real *xrec, size_t B, double weight, double *loss,
+                           real *dxrec);
+    /* several GPUs, one for each rank of parallel.c: nccl.cu. choose: the GPU of the rank of this number on
+     * its machine. join_id: what the ranks find each other by, drawn by one of them. grad_place: where a row lies in
+     * the gradient, row n_rows: its length. grad_sum: n numbers of it become the sum over ranks, while the GPU goes on;
+     * grad_wait: what follows waits for that. */
+    Err (*choose)(size_t local);
+    int (*joined)(const Device *d);
+    Err (*join_id)(unsigned char id[DEVICE_ID_BYTES]);
+    Err (*join)(Device *d, const unsigned char id[DEVICE_ID_BYTES], int ranks, int rank);
+    size_t (*grad_place)(const Device *d, size_t row);
+    Err (*grad_sum)(Device *d, size_t from, size_t n);
+    Err (*grad_wait)(Device *d);
+};
+
+#ifdef __cplusplus
+}
+#endif
+#endif

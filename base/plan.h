@@ -1,0 +1,36 @@
+/* plan.h - one planner for all networks (plan.c). */
+#ifndef PLAN_H
+#define PLAN_H
+
+#include "base/base.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef struct {
+    size_t bytes, from, to, offset; /* needed during steps from..to */
+    void *target;                   /* the pointer to set */
+} Area;
+
+typedef struct {
+    const char *what; /* whose memory it is, for messages; set by the caller */
+    Area *area;
+    size_t n, capacity;
+    Err broken; /* the first error of plan_add, which plan_lay_out gives */
+} Plan;
+
+#define PLAN_END ((size_t)-1) /* a step after all others */
+
+/* Another area: count elements of size bytes, needed during steps from..to. target: the pointer to set. */
+void plan_add(Plan *p, void *target, size_t count, size_t size, size_t from, size_t to);
+/* Lays all areas out; *bytes: how much memory that takes. */
+Err plan_lay_out(Plan *p, size_t *bytes);
+/* After plan_lay_out: every target points into memory, which has as many bytes, where the network computes. */
+void plan_place(const Plan *p, void *memory);
+void plan_free(Plan *p);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,199 @@
+/* threads.c - loops shared among threads.
+ *
+ * One pool of workers, started when first needed and kept. A loop is a turn: the caller opens it, workers join while it
+ * is open, everybody draws tasks from one counter, the caller closes it and waits for those who joined to leave. A
+ * worker that comes too late finds the turn over and touches nothing, so a loop never waits for a thread that the
+ * machine has no room to run. Between turns workers spin a little, because the next loop of a network is microseconds
+ * away, and then sleep: on a busy machine they cost their neighbours at most that little. */
+#include "base/base.h"
+
+#include <pthread.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdatomic.h>
+#include <unistd.h>
+
+enum {
+    SPINS = 4000,         /* some 50 microseconds */
+    CHUNKS_PER_THREAD = 8 /* short tasks are drawn several at a time */
+};
+
+static struct {
+    atomic_int wanted; /* threads_set; 0: as many as there are processors */
+    atomic_int taken;  /* 1: a thread runs its loop on the workers */
+    atomic_uint turn;  /* odd: open */
+    atomic_int joined; /* workers inside */
+    atomic_size_t next;
+    Task *task; /* of the open turn, as the rest up to chunk */
+    void *context;
+    size_t n, chunk;
+    int threads;
+    int workers, spins; /* of the thread that has taken the pool */
+    pthread_mutex_t lock;
+    pthread_cond_t opened, left;
+    atomic_int sleeping, waiting; /* workers for a turn; the caller for workers */
+} pool = {.lock = PTHREAD_MUTEX_INITIALIZER, .opened = PTHREAD_COND_INITIALIZER, .left = PTHREAD_COND_INITIALIZER};
+
+static _Thread_local size_t own_index;
+static _Thread_local int in_loop;
+
+/* How many this process may run on, asked once. */
+static int processors(void) {
+    static atomic_int known;
+    long n = atomic_load(&known);
+    if (n > 0) return (int)n;
+#ifdef __linux__
+    cpu_set_t set;
+    if (sched_getaffinity(0, sizeof set, &set) == 0) n = CPU_COUNT(&set);
+#endif
+    if (n < 1) n = sysconf(_SC_NPROCESSORS_ONLN);
+    if (n < 1) n = 1;
+    atomic_store(&known, (int)n);
+    return (int)n;
+}
+
+void threads_set(int n) {
+    atomic_store(&pool.wanted, n > 0 ? n : 0);
+}
+
+int threads_get(void) {
+    const int n = atomic_load(&pool.wanted);
+    return n > 0 ? n : processors();
+}
+
+const char *vector_instructions(void) {
+#if defined(__AVX512BF16__) && defined(__AVX512VNNI__)
+    return "AVX-512 with bf16";
+#elif defined(__AVX512F__)
+    return "AVX-512";
+#elif defined(__AVX2__)
+    return "AVX2";
+#elif defined(__SSE2__)
+    return "SSE2";
+#elif defined(__ARM_NEON)
+    return "NEON";
+#else
+    return "no vector instructions";
+#endif
+}
+
+int threads_free(void) {
+    return in_loop ? 1 : threads_get();
+}
+
+size_t thread_index(void) {
+    return own_index;
+}
+
+static void pause_a_little(void) {
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
+
+/* Draws tasks until none is left. */
+static void run_tasks(void) {
+    for (;;) {
+        const size_t begin = atomic_fetch_add(&pool.next, pool.chunk);
+        if (begin >= pool.n) return;
+        for (size_t i = begin; i < min_size(begin + pool.chunk, pool.n); i++) pool.task(pool.context, i);
+    }
+}
+
+/* Returns a turn other than `seen`. */
+static unsigned next_turn(unsigned seen, int spins) {
+    unsigned turn;
+    for (int i = 0; i < spins; i++) {
+        if ((turn = atomic_load(&pool.turn)) != seen) return turn;
+        pause_a_little();
+    }
+    pthread_mutex_lock(&pool.lock);
+    atomic_fetch_add(&pool.sleeping, 1); /* before the turn is read: who opens one looks for sleepers afterwards */
+    while ((turn = atomic_load(&pool.turn)) == seen) pthread_cond_wait(&pool.opened, &pool.lock);
+    atomic_fetch_sub(&pool.sleeping, 1);
+    pthread_mutex_unlock(&pool.lock);
+    return turn;
+}
+
+static void *work(void *number) {
+    unsigned seen = 0;
+    int spins = 0;
+    own_index = (size_t)number;
+    in_loop = 1;
+    for (;;) {
+        seen = next_turn(seen, spins);
+        if (seen % 2 == 0) continue;
+        atomic_fetch_add(&pool.joined, 1);
+        if (atomic_load(&pool.turn) == seen) { /* still open, and the caller will not leave before us */
+            spins = pool.spins;
+            if (own_index < (size_t)pool.threads) run_tasks();
+        }
+        if (atomic_fetch_sub(&pool.joined, 1) == 1 && atomic_load(&pool.waiting)) {
+            pthread_mutex_lock(&pool.lock);
+            pthread_cond_signal(&pool.left);
+            pthread_mutex_unlock(&pool.lock);
+        }
+    }
+    return NULL;
+}
+
+/* Workers 1..n-1; fewer if the system has no more. Signals are left to the threads of the program. */
+static void start_workers(int n) {
+    sigset_t all, before;
+    pthread_attr_t detached;
+    pthread_t thread;
+    if (pool.workers + 1 >= n) return;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    pthread_attr_init(&detached);
+    pthread_attr_setdetachstate(&detached, PTHREAD_CREATE_DETACHED);
+    while (pool.workers + 1 < n && pthread_create(&thread, &detached, work, (void *)(size_t)(pool.workers + 1)) == 0)
+        pool.workers++;
+    pthread_attr_destroy(&detached);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+}
+
+/* After the turn is closed: until nobody is inside. */
+static void wait_for_workers(void) {
+    for (int i = 0; i < pool.spins; i++) {
+        if (atomic_load(&pool.joined) == 0) return;
+        pause_a_little();
+    }
+    pthread_mutex_lock(&pool.lock);
+    atomic_store(&pool.waiting, 1);
+    while (atomic_load(&pool.joined) != 0) pthread_cond_wait(&pool.left, &pool.lock);
+    atomic_store(&pool.waiting, 0);
+    pthread_mutex_unlock(&pool.lock);
+}
+
+static void run_turn(int threads, size_t n, Task *task, void *context) {
+    start_workers(threads);
+    pool.task = task, pool.context = context, pool.n = n, pool.threads = threads;
+    pool.chunk = max_size(1, n / ((size_t)threads * CHUNKS_PER_THREAD));
+    pool.spins = threads <= processors() ? SPINS : 0;
+    atomic_store(&pool.next, 0);
+    atomic_fetch_add(&pool.turn, 1);
+    if (atomic_load(&pool.sleeping)) {
+        pthread_mutex_lock(&pool.lock);
+        pthread_cond_broadcast(&pool.opened);
+        pthread_mutex_unlock(&pool.lock);
+    }
+    in_loop = 1;
+    run_tasks();
+    in_loop = 0;
+    atomic_fetch_add(&pool.turn, 1);
+    wait_for_workers();
+}
+
+void parallel_for(int threads, size_t n, Task *task, void *context) {
+    const int useful = threads > 1 ? (int)min_size((size_t)threads, n) : 1;
+    int nobody = 0;
+    if (useful > 1 && !in_loop && atomic_compare_exchange_strong(&pool.taken, &nobody, 1)) {
+        run_turn(useful, n, task, context);
+        atomic_store(&pool.taken, 0);
+        return;
+    }
+    for (size_t i = 0; i < n; i++) task(context, i);
+}

@@ -1,0 +1,149 @@
+/* atomic.c - files written whole or not at all. */
+#include "files/files.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+static _Thread_local int io_errno; /* of the last file written; 0: it went well so far */
+
+Err io_error(const char *path, const char *doing) {
+    io_errno = errno;
+    return err("%s: cannot %s: %s", path, doing, strerror(errno));
+}
+
+/* A new file beside f->path, on the same file system, so that rename can replace one by the other. */
+static int open_temporary(AtomicFile *f) {
+    for (int try = 0; try < 100; try++) {
+        int n = snprintf(f->temporary, sizeof f->temporary, "%s.tmp%ld-%d", f->path, (long)getpid(), try);
+        if (n < 0 || (size_t)n >= sizeof f->temporary) {
+            errno = ENAMETOOLONG;
+            return -1;
+        }
+        int fd = open(f->temporary, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
+        if (fd >= 0 || errno != EEXIST) return fd;
+    }
+    return -1;
+}
+
+/* Devices and pipes (/dev/stdout, /dev/full) are written directly: there is nothing to replace. A symbolic link stays,
+ * the file behind it is replaced. */
+Err atomic_open(AtomicFile *f, const char *path) {
+    *f = (AtomicFile){0};
+    io_errno = 0;
+    struct stat st;
+    int exists = stat(path, &st) == 0, direct = exists && !S_ISREG(st.st_mode);
+    if (exists && S_ISDIR(st.st_mode)) return err("%s: is a directory, expected a file to write", path);
+
+    char *behind = exists && !direct ? realpath(path, NULL) : NULL;
+    int n = snprintf(f->path, sizeof f->path, "%s", behind ? behind : path);
+    free(behind);
+    if (n < 0 || (size_t)n >= sizeof f->path) return err("%.200s...: path of %d bytes is too long", path, n);
+
+    int fd = direct ? open(path, O_WRONLY | O_CLOEXEC) : open_temporary(f);
+    if (fd < 0) {
+        f->temporary[0] = 0; /* whatever has that name, we did not make it */
+        return io_error(path, "write");
+    }
+    if (exists && !direct) fchmod(fd, st.st_mode & 0777); /* who may read the file stays as it was */
+    f->file = fdopen(fd, "wb");
+    if (f->file) return OK;
+    io_error(path, "write");
+    close(fd);
+    atomic_abandon(f);
+    return FAILED;
+}
+
+Err atomic_write(AtomicFile *f, const void *data, size_t bytes) {
+    if (!f->file) return err("%s: is not open for writing", f->path);
+    if (bytes == 0 || fwrite(data, 1, bytes, (FILE *)f->file) == bytes) return OK;
+    io_error(f->path, "write");
+    atomic_abandon(f);
+    return FAILED;
+}
+
+/* Makes a rename last through a power cut. Not every file system can; the file is whole either way. */
+static void sync_folder(const char *path) {
+    char folder[1024];
+    const char *slash = strrchr(path, '/');
+    int length = slash ? (int)(slash - path) + 1 : 0;
+    snprintf(folder, sizeof folder, "%.*s", length ? length : 1, length ? path : ".");
+    int fd = open(folder, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    if (fd < 0) return;
+    fsync(fd);
+    close(fd);
+}
+
+Err atomic_commit(AtomicFile *f) {
+    if (!f->file) return err("%s: is not open for writing", f->path);
+    FILE *file = (FILE *)f->file;
+    int direct = f->temporary[0] == 0;
+    Err e = OK;
+    if (fflush(file) != 0) e = io_error(f->path, "write");
+    if (e == OK && !direct && fsync(fileno(file)) != 0) e = io_error(f->path, "write to the disk");
+    f->file = NULL;
+    if (fclose(file) != 0 && e == OK) e = io_error(f->path, "close");
+    if (e == OK && !direct && rename(f->temporary, f->path) != 0) e = io_error(f->path, "replace");
+    if (e != OK) {
+        atomic_abandon(f);
+        return e;
+    }
+    if (!direct) sync_folder(f->path);
+    f->temporary[0] = 0;
+    return OK;
+}
+
+void atomic_abandon(AtomicFile *f) {
+    if (f->file) fclose((FILE *)f->file);
+    if (f->temporary[0]) unlink(f->temporary);
+    f->file = NULL;
+    f->temporary[0] = 0;
+}
+
+Err atomic_close(AtomicFile *f, Err e) {
+    if (e == OK) return atomic_commit(f);
+    atomic_abandon(f);
+    return e;
+}
+
+int disk_full(void) {
+    return io_errno == ENOSPC || io_errno == EDQUOT || io_errno == EFBIG;
+}
+
+Err file_append(const char *path, const void *data, size_t bytes) {
+    struct stat before;
+    size_t done = 0;
+    io_errno = 0;
+    int fd = open(path, O_WRONLY | O_APPEND | O_CREAT | O_CLOEXEC, 0666);
+    if (fd < 0) return io_error(path, "open");
+    Err e = fstat(fd, &before) == 0 ? OK : io_error(path, "read");
+    while (e == OK && done < bytes) {
+        ssize_t put = write(fd, (const char *)data + done, bytes - done);
+        if (put >= 0)
+            done += (size_t)put;
+        else if (errno != EINTR)
+            e = io_error(path, "write");
+    }
+    if (e != OK && done && ftruncate(fd, before.st_size) != 0)
+        err("%s; and the beginning of it stays there", err_text());
+    if (close(fd) != 0 && e == OK) e = io_error(path, "close");
+    return e;
+}
+
+Err file_checksum(uint64_t *out, const char *path) {
+    FILE *f = fopen(path, "rb");
+    if (!f) return io_error(path, "open");
+    unsigned char block[16384];
+    uint64_t h = UINT64_C(14695981039346656037);
+    for (size_t n; (n = fread(block, 1, sizeof block, f)) > 0;) {
+        for (size_t i = 0; i < n; i++) h = (h ^ block[i]) * UINT64_C(1099511628211);
+    }
+    Err e = ferror(f) ? io_error(path, "read") : OK;
+    fclose(f);
+    *out = h;
+    return e;
+}

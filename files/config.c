@@ -1,0 +1,178 @@
+/* config.c - flat configurations: "dotted.key value" strings. */
+#include "files/files.h"
+
+#include <errno.h>
+#include <math.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+static KeyValue *config_find(const Config *c, const char *prefix, const char *key) {
+    size_t skip = prefix ? strlen(prefix) : 0;
+    for (size_t i = 0; i < c->n; i++) {
+        const char *k = c->kv[i].key;
+        if ((skip == 0 || strncmp(k, prefix, skip) == 0) && strcmp(k + skip, key) == 0) return &c->kv[i];
+    }
+    return NULL;
+}
+
+static Err config_append(Config *c, const char *key, char *value) {
+    size_t bytes = strlen(key) + 1;
+    char *copy;
+    TRY(mem_grow(&c->kv, c->n, 1, &c->capacity, sizeof *c->kv, "a configuration"));
+    TRY(mem_alloc(&copy, bytes, 1, "a configuration key"));
+    memcpy(copy, key, bytes);
+    c->kv[c->n++] = (KeyValue){copy, value};
+    return OK;
+}
+
+Err config_set(Config *c, const char *key, const char *fmt, ...) {
+    va_list a;
+    va_start(a, fmt);
+    int length = vsnprintf(NULL, 0, fmt, a);
+    va_end(a);
+    if (length < 0) return err("configuration key '%s': its value cannot be printed", key);
+
+    char *value;
+    TRY(mem_alloc(&value, (size_t)length + 1, 1, "a configuration value"));
+    va_start(a, fmt);
+    vsnprintf(value, (size_t)length + 1, fmt, a);
+    va_end(a);
+
+    KeyValue *old = config_find(c, "", key);
+    if (old) { /* only now: the old value may have been among the arguments */
+        free(old->value);
+        old->value = value;
+        return OK;
+    }
+    Err e = config_append(c, key, value);
+    if (e != OK) free(value);
+    return e;
+}
+
+const char *config_get(const Config *c, const char *prefix, const char *key) {
+    const KeyValue *kv = config_find(c, prefix, key);
+    return kv ? kv->value : NULL;
+}
+
+/* The value, or NULL: then *e says whether that is an error. */
+static const char *config_need(Err *e, const Config *c, const char *prefix, const char *key, int optional) {
+    const char *value = config_get(c, prefix, key);
+    *e = value || optional ? OK : err("no configuration key '%s%s'", prefix ? prefix : "", key);
+    return value;
+}
+
+static Err config_bad(const char *prefix, const char *key, const char *value, const char *expected) {
+    return err("configuration key '%s%s' is '%s', expected %s", prefix ? prefix : "", key, value, expected);
+}
+
+/* Decimal digits at *s, nothing else; *s moves behind them. 0: there are none, or too many for a size_t. */
+int text_digits(size_t *out, const char **s) {
+    const char *start = *s;
+    *out = 0;
+    for (; **s >= '0' && **s <= '9'; ++*s) {
+        size_t d = (size_t)(**s - '0');
+        if (*out > (SIZE_MAX - d) / 10) return 0;
+        *out = *out * 10 + d;
+    }
+    return *s != start;
+}
+
+Err config_size(size_t *out, const Config *c, const char *prefix, const char *key, size_t lo, size_t hi, int optional) {
+    Err e;
+    const char *value = config_need(&e, c, prefix, key, optional), *s = value;
+    if (!value) return e;
+    size_t number;
+    char expected[96];
+    snprintf(expected, sizeof expected, "a whole number from %zu to %zu", lo, hi);
+    if (!text_digits(&number, &s) || *s || number < lo || number > hi) return config_bad(prefix, key, value, expected);
+    *out = number;
+    return OK;
+}
+
+Err config_real(double *out, const Config *c, const char *prefix, const char *key, double lo, double hi, int optional) {
+    Err e;
+    const char *value = config_need(&e, c, prefix, key, optional);
+    if (!value) return e;
+    char *end, expected[96];
+    double number = strtod(value, &end);
+    snprintf(expected, sizeof expected, "a number from %g to %g", lo, hi);
+    if (end == value || *end || !(number >= lo && number <= hi)) return config_bad(prefix, key, value, expected);
+    *out = number;
+    return OK;
+}
+
+Err config_flag(int *out, const Config *c, const char *prefix, const char *key, int optional) {
+    Err e;
+    const char *value = config_need(&e, c, prefix, key, optional);
+    if (!value) return e;
+    int yes = strcmp(value, "true") == 0;
+    if (!yes && strcmp(value, "false") != 0) return config_bad(prefix, key, value, "true or false");
+    *out = yes;
+    return OK;
+}
+
+Err config_list(size_t *out, size_t *n, size_t max, const Config *c, const char *prefix, const char *key,
+                int optional) {
+    Err e;
+    const char *value = config_need(&e, c, prefix, key, optional), *s = value;
+    if (!value) return e;
+    size_t count = 0;
+    char expected[96];
+    snprintf(expected, sizeof expected, "at most %zu whole numbers with commas between them, or -", max);
+    if (strcmp(value, "-") != 0) {
+        do {
+            s += strspn(s, " ");
+            if (count == max || !text_digits(&out[count++], &s)) return config_bad(prefix, key, value, expected);
+            s += strspn(s, " ");
+        } while (*s++ == ',');
+        if (s[-1]) return config_bad(prefix, key, value, expected);
+    }
+    *n = count;
+    return OK;
+}
+
+/* Takes one line apart in place. Keys from row `first` on come from this file: none may come twice. */
+enum { LINE_MAX_BYTES = 1 << 16 };
+
+static Err config_line(Config *c, size_t first, char *line) {
+    static const char blank[] = " \t\r\n";
+    char *key = line + strspn(line, blank);
+    for (size_t n = strlen(key); n && strchr(blank, key[n - 1]);) key[--n] = 0;
+    if (*key == 0 || *key == '#') return OK;
+
+    char *value = key + strcspn(key, blank);
+    if (*value == 0) return err("'%s' has no value, expected 'key value'", key);
+    *value++ = 0;
+    value += strspn(value, blank);
+    const KeyValue *old = config_find(c, "", key);
+    if (old && old >= c->kv + first) return err("second value for '%s'", key);
+    return config_set(c, key, "%s", value);
+}
+
+Err config_read(Config *c, const char *path) {
+    char line[LINE_MAX_BYTES], where[48];
+    size_t first = c->n, number = 0;
+    FILE *f = fopen(path, "rb");
+    if (!f) return io_error(path, "open");
+    Err e = OK;
+    while (e == OK && fgets(line, sizeof line, f)) {
+        int whole = strchr(line, '\n') || feof(f); /* neither cut by the buffer nor by a zero byte */
+        e = whole ? config_line(c, first, line) : err("no text, or longer than %d bytes", LINE_MAX_BYTES - 2);
+        snprintf(where, sizeof where, "line %zu", ++number);
+        if (e != OK) err_in(where), err_in(path);
+    }
+    if (e == OK && ferror(f)) e = io_error(path, "read");
+    fclose(f);
+    return e;
+}
+
+void config_free(Config *c) {
+    for (size_t i = 0; i < c->n; i++) {
+        free(c->kv[i].key);
+        free(c->kv[i].value);
+    }
+    free(c->kv);
+    *c = (Config){0};
+}

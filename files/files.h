@@ -1,0 +1,257 @@
+/* files.h - what files/ gives: configurations, named tensors, pictures, tokens, LMDBs and recipes as they lie on the disk. */
+#ifndef FILES_H
+#define FILES_H
+
+#include "base/params.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* ---- Flat configurations: the official YAML files as "dotted.key value" strings; a file's __metadata__ ---- */
+typedef struct {
+    char *key, *value;
+} KeyValue;
+typedef struct {
+    KeyValue *kv;
+    size_t n, capacity;
+} Config;
+Err config_set(Config *c, const char *key, const char *fmt, ...) PRINTF_LIKE(3, 4); /* replaces or appends */
+const char *config_get(const Config *c, const char *prefix, const char *key);       /* prefix+key; NULL: absent */
+/* A whole number in lo..hi. Absent: *out is left alone when optional, an error that names the key when not. */
+Err config_size(size_t *out, const Config *c, const char *prefix, const char *key, size_t lo, size_t hi, int optional);
+Err config_real(double *out, const Config *c, const char *prefix, const char *key, double lo, double hi, int optional);
+Err config_flag(int *out, const Config *c, const char *prefix, const char *key, int optional); /* true | false */
+/* "1,1,2,4" -> out[0..*n-1], at most max of them; "-" is an empty list. */
+Err config_list(size_t *out, size_t *n, size_t max, const Config *c, const char *prefix, const char *key, int optional);
+Err config_read(Config *c, const char *path); /* a text file of "key value" lines */
+void config_free(Config *c);
+/* Decimal digits at *s, nothing else; *s moves behind them. 0: there are none, or too many for a size_t. */
+int text_digits(size_t *out, const char **s);
+
+/* ---- Files ---- */
+typedef enum { DT_F64, DT_F32, DT_F16, DT_BF16, DT_I64, DT_I32, DT_I16, DT_I8, DT_U8, DT_BOOL, DT_COUNT } Dtype;
+size_t dtype_size(Dtype d);
+const char *dtype_name(Dtype d);                  /* "F32", ... as safetensors spells it */
+Err dtype_of_store(Dtype *out, const char *name); /* f32, f16 or bf16: how weights for sampling are stored */
+
+enum { TENSOR_DIMS = 8 };
+typedef struct {
+    char name[NAME_MAX_BYTES];
+    Dtype dtype;
+    int ndim;
+    size_t dim[TENSOR_DIMS], size; /* size = product of dim, elements */
+    const void *data;              /* reading: into the mapped file, maybe unaligned; writing: the caller's */
+} Tensor;
+
+typedef struct {
+    Tensor *tensor; /* sorted by name */
+    size_t n;
+    Config meta; /* __metadata__ */
+    void *map;
+    size_t map_bytes;
+    void *copies; /* of tensors whose elements do not lie in row-major order in the file */
+    char path[1024];
+} Checkpoint;
+
+/* Maps a file, tells by its content what it is, and checks all of it before use: a safetensors file (header length,
+ * JSON, names unique, dtypes known, shape product = byte length, no overlap, no gap, no tail) or a PyTorch .ckpt (zip
+ * or older; SPEC section 11), whose meta then has "epoch" and "global_step". Errors name the file. */
+Err checkpoint_open(Checkpoint *ck, const char *path);
+void checkpoint_close(Checkpoint *ck);                                 /* safe on a zeroed struct */
+const Tensor *checkpoint_find(const Checkpoint *ck, const char *name); /* NULL: no such tensor */
+/* *out = the tensor; an error names it if it is missing or its shape differs. ndim < 0: any shape with `size`
+ * elements. */
+Err checkpoint_shaped(const Checkpoint *ck, const char *name, int ndim, const size_t *dim, size_t size,
+                      const Tensor **out);
+/* The same, then out[0..size-1] = its elements, converted. */
+Err checkpoint_reals(const Checkpoint *ck, const char *name, int ndim, const size_t *dim, size_t size, real *out);
+Err checkpoint_ints(const Checkpoint *ck, const char *name, size_t size,
+                    int32_t *out);                /* from I64 I32 I16 U8; range-checked */
+/* out = n reals as elements of dtype d, one of F64 F32 F16 BF16 */
+void tensor_from_reals(unsigned char *out, Dtype d, const real *x, size_t n);
+void tensor_to_reals(const Tensor *x, real *out); /* any dtype -> real; x->size elements */
+/* Writes a safetensors file atomically: temporary name, flush, rename. Source data is `real` where from_real[i],
+ * converted to tensor[i].dtype (F32, F16 or BF16 round to nearest even); else raw bytes of that dtype. */
+Err checkpoint_write(const char *path, const Tensor *tensor, const int *from_real, size_t n, const Config *meta);
+/* ckpt.c: what checkpoint_open and checkpoint_close call for PyTorch's files. */
+Err ckpt_read(Checkpoint *ck);
+void ckpt_free_copies(void *copies);
+/* 64-bit FNV-1a over a file's bytes: tells which VQGAN made a token cache. */
+Err file_checksum(uint64_t *out, const char *path);
+/* digest.c. out = the digest of a file's bytes in small hexadecimal digits, as sha256sum and md5sum print it. */
+typedef enum { DIGEST_SHA256, DIGEST_MD5 } DigestKind;
+enum { DIGEST_TEXT_BYTES = 65 };
+Err file_digest(char out[DIGEST_TEXT_BYTES], const char *path, DigestKind kind);
+/* FAILED: "path: cannot DOING: " and what errno says */
+Err io_error(const char *path, const char *doing);
+/* Atomic writing for any file: open a temporary beside path, write, then commit (flush, fsync, rename) or abandon
+ * (remove). */
+typedef struct {
+    void *file; /* FILE* */
+    char path[1024], temporary[1040];
+} AtomicFile;
+Err atomic_open(AtomicFile *f, const char *path);
+Err atomic_write(AtomicFile *f, const void *data, size_t bytes);
+Err atomic_commit(AtomicFile *f);
+void atomic_abandon(AtomicFile *f);     /* safe after a failure or twice */
+Err atomic_close(AtomicFile *f, Err e); /* commits if e, of writing it, is OK; else abandons it and gives e back */
+/* Writes behind a file's end: all of it, or none of it and an error. */
+Err file_append(const char *path, const void *data, size_t bytes);
+/* Did the last of this thread's AtomicFiles and file_appends fail for want of room (ENOSPC, EDQUOT, EFBIG)? */
+int disk_full(void);
+
+/* ---- weights.c: parameter tables from files and into them ---- */
+/* What one letter names below: 'v' value, 'g' grad, '1' m, '2' v, 'e' ema; it must have been planned.
+ * Every row's `which` = tensor prefix+name, which must be there with its exact shape. _ema: ema_prefix + the name
+ * without its dots, as the official EMA calls it (SPEC section 6). */
+Err params_load(Params *p, const Checkpoint *ck, char which, const char *prefix);
+Err params_load_ema(Params *p, const Checkpoint *ck, char which, const char *ema_prefix);
+/* The values of a table without memory are those of the file where they lie, if they lie there as aligned reals, else
+ * copies. For sampling: nothing may be written to them, and the file must stay open. strip_dots: EMA names.
+ * p->format other than WEIGHTS_REAL: matrices have no value but are packed, row by row, so that a file's pages need not
+ * stay in memory. */
+Err params_map(Params *p, const Checkpoint *ck, const char *prefix, int strip_dots);
+/* Packs the matrices of a table that has values, which stay, and sets p->format: for tests and benchmarks. */
+Err params_pack(Params *p, WeightFormat format);
+/* Tensors for checkpoint_write: `which` of every row, named prefix+name. Appends to *list (capacity grows). */
+typedef struct {
+    Tensor *tensor;
+    int *from_real;
+    size_t n, capacity;
+    void *kept; /* data made for this list, freed with it; or NULL */
+} TensorList;
+Err tensor_list_params(TensorList *list, const Params *p, char which, const char *prefix, Dtype dtype);
+Err tensor_list_add(TensorList *list, const char *name, Dtype dtype, int ndim, const size_t *dim, const void *data,
+                    int from_real);
+void tensor_list_free(TensorList *list);
+
+/* ---- images.c: pictures in and out ---- */
+typedef struct {
+    size_t H, W;
+    uint8_t *rgb; /* (H,W,3) */
+} Image;
+enum { IMAGE_MAX_SIDE = 32768 };
+/* PNG, JPEG or (where libwebp was found) WebP, told by content. Grey, palette, 16-bit, CMYK/YCCK become 8-bit RGB;
+ * alpha is composited on white; EXIF orientation is applied. Truncated or foreign content is an error that names the
+ * file. */
+Err image_read(Image *im, const char *path);
+/* The same from memory; errors name no file. upright = 0: EXIF orientation is ignored, as the official pipelines do. */
+Err image_decode(Image *im, const uint8_t *bytes, size_t size, int upright);
+Err image_read_gray(Image *im, const char *path); /* masks: rgb holds (H,W) grey values; alpha over black */
+/* Atomic. text: tEXt/iTXt chunks (seed, model, options). */
+Err image_write_png(const char *path, const Image *im, const Config *text);
+void image_free(Image *im);
+typedef enum {
+    FILTER_NEAREST, /* source pixel floor(i*in/out) */
+    FILTER_LINEAR,  /* OpenCV INTER_LINEAR: no antialias, exact 2:1 is a 2x2 mean */
+    FILTER_BICUBIC  /* Pillow BICUBIC: antialiased, a = -0.5 */
+} Filter;
+Err image_resize(Image *out, const Image *in, size_t H, size_t W, Filter filter);
+
+/* The official preprocessing of each dataset (SPEC section 10). */
+typedef enum {
+    PREP_FOLDER,   /* ours, for any folder: centre square, antialiased bicubic */
+    PREP_FFHQ,     /* short side to size by FILTER_LINEAR, centre crop, no flip */
+    PREP_IMAGENET, /* the same; training takes a random crop */
+    PREP_LSUN      /* centre square, then FILTER_BICUBIC; training flips at random */
+} Prep;
+Err prep_read(Prep *out,
+              const Config *c); /* data.prep of a recipe or a file: folder (without one), ffhq, imagenet, lsun */
+/* out (3,size,size) = the picture in [-1,1] (u8/127.5 - 1). u_crop_y, u_crop_x in [0,1): where a random crop lies
+ * (PREP_IMAGENET in training; pass -1 for a centre crop); flip: mirror left-right. */
+Err image_prepare(real *out, const Image *im, Prep prep, size_t size, double u_crop_y, double u_crop_x, int flip);
+/* images (planes,side,side): left and right change places. */
+void image_mirror(real *images, size_t planes, size_t side);
+/* (n,3,H,W) in [-1,1] -> one picture, `columns` wide, `gap` white pixels between; official u8 truncation
+ * (255*clip((x+1)/2,0,1)). */
+Err image_grid(Image *out, const real *images, size_t n, size_t H, size_t W, size_t columns, size_t gap);
+
+/* tokens.c. A dataset encoded once. File: magic, sizes, checksum of the VQGAN, labels, then 16-bit tokens (n, flips,
+ * N). */
+typedef struct {
+    size_t n, h, w, K, flips; /* flips: 1 as they are, 2 also mirrored */
+    uint64_t vqgan;           /* file_checksum of the first stage */
+    uint64_t source;          /* hash of the dataset's identity and preprocessing */
+    int32_t *label;           /* (n) */
+    uint16_t *token;          /* (n, flips, h*w) */
+} Tokens;
+Err tokens_write(const char *path, const Tokens *x);
+Err tokens_read(Tokens *x, const char *path);
+void tokens_free(Tokens *x);
+/* Making one, so that a kill costs a batch at most. tokens_start: sizes says what `path` is to hold (n counts damaged
+ * pictures too); what an earlier run left in path.part is continued if it is of the same first stage and dataset, from
+ * picture `done`, a multiple of batch or all. Waits while another process makes the same file. */
+typedef struct {
+    Tokens sizes;
+    size_t done, bytes; /* pictures; of a record */
+    uint8_t *record;
+    int fd;
+    char path[1100], part[1110];
+} TokensPart;
+Err tokens_start(TokensPart *p, const char *path, const Tokens *sizes, size_t batch);
+Err tokens_append(TokensPart *p, int32_t label, const int32_t *token); /* (flips, h*w); label -1: a damaged picture */
+/* Writes path from what was appended, without the damaged pictures; x is it. The part file is removed. */
+Err tokens_finish(TokensPart *p, Tokens *x);
+void tokens_stop(TokensPart *p); /* releases; what was appended stays for the next start */
+
+/* ---- recipe.c: named models and recipes; classes.c: what their classes are called ---- */
+enum { MAX_SCALES = 64 }; /* of a model */
+typedef struct {
+    const char *name, *folder, *vqgan, *zip, *schedule, *what; /* what: one line for --list */
+    int T;
+    const char *codes;    /* "548 / 1024" */
+    const char *stand_in; /* the class of the bundled model that comes closest; NULL: any */
+} NamedModel;
+const NamedModel *named_models(size_t *n); /* the table */
+/* A recipe (models/NAME.txt) is a list of "part.key value" lines; part is vqgan, scale (encoder-decoder scales and
+ * joint), last (scale T), joint or scaleN (that alone, overrides). Keys are the official configuration's. *to gets the
+ * keys of one scale, 0: joint, or of the first stage. */
+enum { RECIPE_VQGAN = -1 };
+Err recipe_read(Config *to, const char *path, int scale);
+/* The folder of a named model ("models/..."); any other name is a folder already. */
+const char *model_folder(const char *name_or_folder);
+const NamedModel *find_named(const char *name); /* NULL: no model of that name */
+/* A recipe's imagebart.class_list FILE (relative to the recipe) becomes imagebart.classes, the file's text. */
+Err classes_from_recipe(Config *to, const char *recipe);
+/* imagebart.classes for a model trained on pictures in these folders: what a recipe listed stays if the folders are
+ * those classes one by one, such as ImageNet's synsets; else it is the folders' names. */
+Err classes_from_folders(Config *to, char *const *folder, size_t n);
+
+/* ---- Whole files; LMDBs ---- */
+
+/* *bytes (*size) = a whole regular file of 1 to `most` bytes; release with free(). Never blocks on a pipe or a
+ * terminal. empty, unless NULL: 1 when the file is there but has no bytes, which is an error too. */
+Err file_bytes(uint8_t **bytes, size_t *size, const char *path, size_t most, int *empty);
+/* Reads to the end of an open file into bytes (size). */
+Err read_exactly(int fd, const char *path, uint8_t *bytes, size_t size);
+
+enum { PATH_BYTES = 4096, IMAGE_FILE_BYTES = 1 << 30 };
+/* Whether the first bytes are those of a picture that image_decode knows. */
+int is_picture(const uint8_t *bytes, size_t n);
+/* Whether they are those of one that this build was made without the library for. */
+int is_left_out(const uint8_t *bytes, size_t n);
+
+/* image_prepare in its two steps. out = im with its short side resized to size, or its centre square for the presets
+ * that cut first. */
+Err prep_resize(Image *out, const Image *im, Prep prep, size_t size);
+/* out (3,size,size) = a window of im (at least size x size), [0,255] to [-1,1]. */
+void prep_crop(real *out, const Image *im, size_t size, double u_y, double u_x, int flip);
+
+/* lmdb.c */
+typedef struct Lmdb Lmdb;
+enum { LMDB_KEY_BYTES = 1024, LMDB_NAME_BYTES = 3 * LMDB_KEY_BYTES + 1 };
+int lmdb_is(const uint8_t *bytes, size_t n); /* bytes: the beginning of a file */
+Err lmdb_open(Lmdb **out, const char *path); /* path of the file, FOLDER/data.mdb as a rule */
+const char *lmdb_path(const Lmdb *x);
+void lmdb_close(Lmdb *x); /* NULL is fine */
+/* Calls take for every key in the database's order (bytes compared), with the size of its value. */
+typedef Err LmdbTake(void *context, const char *name, size_t value_bytes);
+Err lmdb_names(Lmdb *x, LmdbTake *take, void *context);
+/* *bytes (*size) = a copy of the value of that name; release with free(). Any number of threads at a time. */
+Err lmdb_value(Lmdb *x, const char *name, uint8_t **bytes, size_t *size);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

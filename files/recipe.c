@@ -1,0 +1,74 @@
+/* recipe.c - named models, and recipes: the official configuration's keys, part by part. */
+#include "files/files.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+static const NamedModel named[] = {
+    {"emoji", "models/emoji", NULL, NULL, "geometric", "bundled: emoji in nine classes, 64x64, 3 scales", 3,
+     "1024 / 1024", NULL},
+    {"ffhq", "models/ffhq_4_scales_geometric", "vqgan/vqgan-ffhq.ckpt", "ffhq_4_scales_geometric.zip", "geometric",
+     "faces, 256x256, 4 scales, residual-scaled", 4, "548 / 1024", "smileys"},
+    {"ffhq2", "models/ffhq_2_scales_custom", "vqgan/vqgan-ffhq.ckpt", "ffhq_2_scales_custom.zip", "ffhq_bernoulli_PSIM",
+     "faces, 256x256, 2 scales", 2, "548 / 1024", "smileys"},
+    {"churches", "models/churches_3_scales", "vqgan/vqgan-churches.ckpt", "churches_3_scales.zip", "bernoulli_PSIM",
+     "LSUN churches, 256x256, 3 scales", 3, "1022 / 16384", "travel"},
+    {"bedrooms", "models/bedrooms_3_scales", "vqgan/vqgan-bedrooms.ckpt", "bedrooms_3_scales.zip", "bernoulli_PSIM",
+     "LSUN bedrooms, 256x256, 3 scales", 3, "1017 / 16384", "objects"},
+    {"cats", "models/cats_3_scales", "vqgan/vqgan-cats.ckpt", "cats_3_scales.zip", "bernoulli_PSIM",
+     "LSUN cats, 256x256, 3 scales", 3, "1014 / 16384", "animals"},
+    {"imagenet", "models/cin_5_scales_custom", "vqgan/vqgan-imagenet.ckpt", "cin_5_scales_custom.zip", "bernoulli_PSIM",
+     "ImageNet by class, 256x256, 5 scales", 5, "973 / 16384", NULL},
+    {"imagenet4", "models/cin_4_scales_geometric", "vqgan/vqgan-imagenet.ckpt", "cin_4_scales_geometric.zip",
+     "geometric", "ImageNet by class, 256x256, 4 scales, residual-scaled", 4, "973 / 16384", NULL},
+};
+
+const NamedModel *named_models(size_t *n) {
+    *n = sizeof named / sizeof *named;
+    return named;
+}
+
+const NamedModel *find_named(const char *name) {
+    for (size_t i = 0; i < sizeof named / sizeof *named; i++)
+        if (strcmp(named[i].name, name) == 0) return &named[i];
+    return NULL;
+}
+
+const char *model_folder(const char *name_or_folder) {
+    const NamedModel *n = find_named(name_or_folder);
+    return n ? n->folder : name_or_folder;
+}
+
+static Err take_part(Config *to, const Config *recipe, const char *part, const char *except) {
+    size_t n = strlen(part);
+    for (size_t i = 0; i < recipe->n; i++) {
+        const char *key = recipe->kv[i].key;
+        if (strncmp(key, part, n) != 0 || key[n] != '.' || (except && strstr(key, except))) continue;
+        TRY(config_set(to, key + n + 1, "%s", recipe->kv[i].value));
+    }
+    return OK;
+}
+
+static Err take_scale(Config *to, const Config *recipe, int scale) {
+    size_t T = 0;
+    char name[32];
+    TRY(config_size(&T, recipe, "scale.model.params.", "n_scales", 1, MAX_SCALES, 0));
+    if (scale > (int)T) return err("scale %d: this model has scales 1 to %zu", scale, T);
+    const int last = scale == (int)T; /* another network: only the settings are shared */
+    snprintf(name, sizeof name, "scale%d", scale);
+    TRY(take_part(to, recipe, "scale", last ? ".transformer_config." : NULL));
+    if (last) TRY(take_part(to, recipe, "last", NULL));
+    return take_part(to, recipe, scale ? name : "joint", NULL);
+}
+
+Err recipe_read(Config *to, const char *path, int scale) {
+    Config recipe = {0};
+    Err e = config_read(&recipe, path);
+    if (e == OK &&
+        (scale == RECIPE_VQGAN ? take_part(to, &recipe, "vqgan", NULL) : take_scale(to, &recipe, scale)) != OK)
+        e = err_in(path);
+    if (e == OK && classes_from_recipe(to, path) != OK) e = err_in(path);
+    config_free(&recipe);
+    return e;
+}

@@ -1,0 +1,189 @@
+/* weights.c - parameter tables from files and into them: loaded, mapped where they lie, packed in fewer bits. */
+#include "files/files.h"
+#include "kernels/kernels.h"
+
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+/* out = prefix + name, the name without its dots if asked (so the official EMA calls its buffers, SPEC section 6) */
+static Err join_name(char out[NAME_MAX_BYTES], const char *prefix, const char *name, int strip_dots) {
+    size_t n = strlen(prefix), length = strlen(name);
+    if (n + length >= NAME_MAX_BYTES) return err("tensor name '%s%s' is too long", prefix, name);
+    memcpy(out, prefix, n);
+    for (; *name; name++) {
+        if (!strip_dots || *name != '.') out[n++] = *name;
+    }
+    out[n] = 0;
+    return OK;
+}
+
+/* A moment: as it is where the file has bf16, else rounded to the nearest. */
+static Err load_bf16(uint16_t *out, const Checkpoint *ck, const char *name, const Param *row) {
+    const Tensor *x;
+    real *numbers;
+    TRY(checkpoint_shaped(ck, name, row->ndim, row->dim, row->size, &x));
+    if (x->dtype == DT_BF16) {
+        memcpy(out, x->data, row->size * sizeof *out);
+        return OK;
+    }
+    TRY(mem_alloc(&numbers, row->size, sizeof *numbers, "a moment"));
+    tensor_to_reals(x, numbers);
+    round_bf16(out, numbers, row->size);
+    free(numbers);
+    return OK;
+}
+
+static Err load_rows(Params *p, const Checkpoint *ck, char which, const char *prefix, int strip_dots) {
+    const int arena = params_arena(p, which);
+    if (arena < 0) return err_in(ck->path);
+    for (size_t i = 0; i < p->n; i++) {
+        char name[NAME_MAX_BYTES];
+        Param *row = &p->row[i];
+        TRY(join_name(name, prefix, row->name, strip_dots));
+        if (params_in_bf16(p, arena))
+            TRY(load_bf16(*params_slot16(row, arena), ck, name, row));
+        else
+            TRY(checkpoint_reals(ck, name, row->ndim, row->dim, row->size, *params_slot(row, arena)));
+    }
+    return OK;
+}
+
+Err params_load(Params *p, const Checkpoint *ck, char which, const char *prefix) {
+    return load_rows(p, ck, which, prefix, 0);
+}
+
+Err params_load_ema(Params *p, const Checkpoint *ck, char which, const char *ema_prefix) {
+    return load_rows(p, ck, which, ema_prefix, 1);
+}
+
+/* Can the numbers be used where they lie in the file? */
+static int lies_ready(const Tensor *x) {
+    const Dtype own = sizeof(real) == sizeof(double) ? DT_F64 : DT_F32;
+    return x->dtype == own && (uintptr_t)x->data % sizeof(real) == 0;
+}
+
+static size_t packed_bytes(const Param *row, WeightFormat format) {
+    return round_up(weights_bytes(format, row->dim[0], row->dim[1]), 64);
+}
+
+/* With the factors of its rows */
+static size_t kept_bytes(const Param *row, WeightFormat format) {
+    if (!row->matrix || format == WEIGHTS_REAL) return row->size * sizeof(real);
+    return packed_bytes(row, format) + round_up(row->dim[0] * sizeof(float), 64);
+}
+
+size_t params_bytes(const Params *p, WeightFormat format) {
+    size_t bytes = 0;
+    for (size_t i = 0; i < p->n; i++) bytes += kept_bytes(&p->row[i], format);
+    return bytes;
+}
+
+/* Room for every packed matrix and the factors of its rows. */
+static Err plan_packed(Params *p, WeightFormat format) {
+    size_t bytes = 0;
+    if (p->packed) return err("matrices are packed already");
+    for (size_t i = 0; i < p->n; i++)
+        if (p->row[i].matrix) bytes += kept_bytes(&p->row[i], format);
+    TRY(mem_alloc(&p->packed, bytes, 1, "packed matrices"));
+    char *next = (char *)p->packed;
+    for (size_t i = 0; i < p->n; i++) {
+        Param *row = &p->row[i];
+        if (!row->matrix) continue;
+        row->packed = (Weights){format, next, (const float *)(const void *)(next + packed_bytes(row, format))};
+        next += kept_bytes(row, format);
+    }
+    return OK;
+}
+
+/* The pages of a file that nobody needs any more; they come back from it if somebody does. */
+static void let_go(const Checkpoint *ck, const Tensor *x) {
+    const size_t page = (size_t)sysconf(_SC_PAGESIZE), map = (size_t)ck->map;
+    const size_t begin = round_up((size_t)x->data, page), bytes = x->size * dtype_size(x->dtype);
+    const size_t end = ((size_t)x->data + bytes) / page * page;
+    if (begin >= map && end <= map + ck->map_bytes && begin < end) madvise((void *)begin, end - begin, MADV_DONTNEED);
+}
+
+/* Packs x (out,in) into the place of its row, a row of x at a time. */
+static Err pack_matrix(const Param *row, const Tensor *x) {
+    const size_t in = row->dim[1];
+    real *line;
+    TRY(mem_alloc(&line, in, sizeof *line, "a row of a matrix"));
+    Tensor part = *x;
+    part.size = in;
+    for (size_t r = 0; r < row->dim[0]; r++) {
+        part.data = (const char *)x->data + r * in * dtype_size(x->dtype);
+        tensor_to_reals(&part, line);
+        weights_pack(row->packed.format, (void *)row->packed.data, (float *)row->packed.scale, line, r, in);
+    }
+    free(line);
+    return OK;
+}
+
+Err params_pack(Params *p, WeightFormat format) {
+    TRY(plan_packed(p, format));
+    p->format = format;
+    for (size_t i = 0; i < p->n; i++) {
+        Tensor x = {.dtype = sizeof(real) == sizeof(double) ? DT_F64 : DT_F32, .data = p->row[i].value};
+        x.size = p->row[i].size;
+        if (p->row[i].matrix) TRY(pack_matrix(&p->row[i], &x));
+    }
+    return OK;
+}
+
+/* Points rows at the file, and the others into the arena, in order; arena NULL: only counts what those need. */
+static Err map_rows(Params *p, const Checkpoint *ck, const char *prefix, int strip_dots, real *arena, size_t *need) {
+    const WeightFormat format = p->format;
+    *need = 0;
+    for (size_t i = 0; i < p->n; i++) {
+        char name[NAME_MAX_BYTES];
+        Param *row = &p->row[i];
+        const Tensor *x;
+        TRY(join_name(name, prefix, row->name, strip_dots));
+        TRY(checkpoint_shaped(ck, name, row->ndim, row->dim, row->size, &x));
+        if (row->matrix && format != WEIGHTS_REAL) {
+            if (arena) {
+                TRY(pack_matrix(row, x));
+                let_go(ck, x);
+            }
+            continue;
+        }
+        if (lies_ready(x)) {
+            memcpy(&row->value, &x->data, sizeof row->value);
+            continue;
+        }
+        row->value = arena ? arena + *need : NULL;
+        if (arena) tensor_to_reals(x, row->value);
+        *need += round_up(row->size, ROW_REALS);
+    }
+    return OK;
+}
+
+Err params_map(Params *p, const Checkpoint *ck, const char *prefix, int strip_dots) {
+    size_t need;
+    for (int k = 0; k < ARENAS; k++) {
+        if (p->arena[k]) return err("%s: a parameter table that has memory cannot be mapped", ck->path);
+    }
+    TRY(map_rows(p, ck, prefix, strip_dots, NULL, &need));
+    if (p->format != WEIGHTS_REAL) TRY(plan_packed(p, p->format));
+    TRY(mem_alloc(&p->arena[0], need, sizeof(real), "parameters"));
+    return map_rows(p, ck, prefix, strip_dots, p->arena[0], &need);
+}
+
+Err tensor_list_params(TensorList *list, const Params *p, char which, const char *prefix, Dtype dtype) {
+    const int arena = params_arena(p, which);
+    if (arena < 0) return FAILED;
+    for (size_t i = 0; i < p->n; i++) {
+        Param *row = &p->row[i];
+        char name[NAME_MAX_BYTES];
+        TRY(join_name(name, prefix, row->name, 0));
+        if (row->packed.data && !row->value)
+            return err("'%s' is packed: its numbers are in the file it came from", name);
+        if (params_in_bf16(p, arena))
+            TRY(tensor_list_add(list, name, DT_BF16, row->ndim, row->dim, *params_slot16(row, arena), 0));
+        else
+            TRY(tensor_list_add(list, name, dtype, row->ndim, row->dim, *params_slot(row, arena), 1));
+    }
+    return OK;
+}

@@ -1,0 +1,72 @@
+/* kernels.h - what kernels/ gives on a CPU: matrix products, products for few rows, convolutions. */
+#ifndef KERNELS_H
+#define KERNELS_H
+
+#include "base/compute.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+extern const Layers fast_layers; /* fast.c */
+
+/* C = op(A) op(B) (+ C if accumulate).  Row-major; ld* are row strides in elements.
+ *   op(A) (M,K): A is (M,K), or (K,M) when trans_a;   op(B) (K,N): B is (K,N), or (N,K) when trans_b
+ *   C     (M,N) overwritten, or added to when accumulate != 0
+ * Empty M or N does nothing; K = 0 zeroes C (or leaves it, when accumulating). No aliasing of C with A or B.
+ * The order of additions for an element of C is fixed by K alone: any thread count gives the same bits. Called
+ * from inside a parallel region it runs on the calling thread alone, with the same bits. Cannot fail. */
+void gemm(int trans_a, int trans_b, size_t M, size_t N, size_t K, const real *A, size_t lda, const real *B, size_t ldb,
+          int accumulate, real *C, size_t ldc);
+
+size_t weights_bytes(WeightFormat format, size_t N, size_t K); /* of data */
+/* Row j of a matrix of row length K, x (K), goes to its place in `data`, zero before; format not WEIGHTS_REAL. bf16
+ * rounds to the nearest, ties to even: off by 2^-8 of a number at most. int8: scale[j] = largest/127, off by half of
+ * that; numbers that are not finite make it NaN. */
+void weights_pack(WeightFormat format, void *data, float *scale, const real *x, size_t j, size_t K);
+/* to (n) = x (n) rounded to bf16. */
+void round_bf16(uint16_t *to, const real *x, size_t n);
+/* C (M,N) = A (M,K) W^T (+ C if accumulate): any M, but made for the few rows of decoding, as fast as memory hands over
+ * the weights. Cannot fail. With packed weights the numbers of A are rounded to bf16 first; sums are real. The order
+ * of additions is fixed by K and the format alone: a row alone equals the row in a batch, for any thread count.
+ *   work: gemm_stream_work(M, K) bytes; NULL for WEIGHTS_REAL */
+void gemm_stream(size_t M, size_t N, size_t K, const real *A, size_t lda, const Weights *w, int accumulate, real *C,
+                 size_t ldc, void *work);
+size_t gemm_stream_work(size_t M, size_t K);
+/* Attention to n keys or values (n,width), in bf16 or real; width is a multiple of 16.
+ *   kept_dots       p (n) = k q, q (width)
+ *   kept_weighted   y (width) = sum over j of p[j] v[j,:] */
+void kept_dots(int bf16, real *p, const real *q, const void *k, size_t n, size_t width);
+void kept_weighted(int bf16, real *y, const real *p, const void *v, size_t n, size_t width);
+
+/* ---- conv.c ---- */
+/* Memory that convolutions share, one after the other. */
+typedef struct {
+    size_t threads, column_reals, stage_reals, line_reals, weight_reals, partial_reals;
+    real *columns, *stages, *lines; /* for each thread: patches, products, rows in transformation */
+    real *weights, *partials;       /* transformed weights, partial sums of their gradient */
+} ConvScratch;
+/* Raises what scratch (threads set, else zeroed) must hold so that it is enough for c and for the same convolution of
+ * fewer or smaller pictures; then: how much that is, and where it lies. backward: 0 no, 1 yes, 2 of dx alone. */
+void conv_needs(ConvScratch *s, const Conv *c, int backward);
+size_t conv_scratch_reals(const ConvScratch *s);
+void conv_scratch_place(ConvScratch *s, real *memory);
+/* Threads for a loop over n tasks that each use the scratch of their thread; 1 when there are fewer tasks. */
+int conv_threads(const ConvScratch *s, size_t n);
+/* y = w * x + bias (+ add unless NULL)     w (M,C,3,3) or (M,C,1,1)   bias (M)   add (as y) */
+void conv_forward(real *y, const Conv *c, const real *x, const real *w, const real *bias, const real *add,
+                  const ConvScratch *s);
+/* dx (as x) overwritten, or added to if `more`; NULL: not wanted. dw, db +=; both NULL: not wanted, and x is not
+ * read. */
+void conv_backward(real *dx, real *dw, real *db, const Conv *c, const real *dy, const real *x, const real *w, int more,
+                   const ConvScratch *s);
+/* How many multiplications that takes; the direct way takes C*M*9 (1x1: C*M) for each cell of y, and twice that
+ * backward. */
+double conv_multiplications(const Conv *c, int backward);
+/* Sum of n numbers, in an order that depends on n alone, emptied from short chains into double. */
+double sum_reals(const real *x, size_t n);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

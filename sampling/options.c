@@ -1,0 +1,176 @@
+/* options.c - what ./sample and ./inpaint ask alike. */
+#include "sampling/sampling.h"
+
+#include <errno.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+Err parse_per_scale(double *out, int T, const char *list, double lo, double hi, const char *option) {
+    double value[MAX_SCALES];
+    int n = 0;
+    for (const char *p = list;; p++) {
+        char *end;
+        if (n == MAX_SCALES) return err("%s %s: more than %d values", option, list, MAX_SCALES);
+        errno = 0;
+        value[n] = strtod(p, &end);
+        if (end == p || (*end && *end != ',') || errno || !isfinite(value[n]))
+            return err("%s %s: expected numbers with commas between", option, list);
+        if (value[n] < lo || value[n] > hi) return err("%s %s: %g is not in %g..%g", option, list, value[n], lo, hi);
+        n++;
+        p = end;
+        if (!*p) break;
+    }
+    if (n != 1 && n != T)
+        return err("%s %s: %d values; expected 1, or %d (one per scale, noisiest first)", option, list, n, T);
+    for (int t = 1; t <= T; t++) out[t] = value[n == 1 ? 0 : T - t];
+    return OK;
+}
+
+void sampling_start(SamplingArgs *a, Model *m, const NamedModel **stand_in_for) {
+    static const char *const formats[] = {"f32", "bf16", "int8"};
+    size_t format = 0;
+    while (a->weights && format < 3 && strcmp(a->weights, formats[format]) != 0) format++;
+    if (format == 3) usage_error("--weights %s: expected f32, bf16 or int8", a->weights);
+    const int cuda = check_device(a->device);
+    if (cuda && format == WEIGHTS_INT8) usage_error("--weights int8 is for --device cpu; on a GPU f32 or bf16");
+    threads_set((int)a->threads);
+    check(model_open(m, a->model, stand_in_for));
+    m->no_ema = a->no_ema;
+    m->weights = (WeightFormat)format;
+    if (cuda) check(model_use_cuda(m));
+    if (a->seed == SEED_NOT_GIVEN) a->seed = (uint64_t)time(NULL);
+    const NamedModel *missing = *stand_in_for;
+    if (!missing) return;
+    fprintf(stderr,
+            "%s: the official weights of %s (%s) are not here; \"make %s\" fetches them.\n"
+            "Going on with the bundled model, emoji%s%s.\n",
+            program(), missing->name, missing->what, missing->name,
+            missing->stand_in && !a->class_name ? ", class " : "",
+            missing->stand_in && !a->class_name ? missing->stand_in : "");
+    if (!a->class_name) a->class_name = missing->stand_in;
+}
+
+/* One line: which GPU, how exact, what goes there; dies if that does not fit. */
+static void say_gpu(const Model *m, const ModelMemory *need) {
+    char text[CUDA_TEXT_BYTES], first[32], weights[32], plan[32], there[32], what[256];
+    size_t available = 0;
+    check(cuda_find(text, &available, NULL));
+    available += need->gpu_first_stage; /* which is there already */
+    bytes_text(first, need->gpu_first_stage), bytes_text(weights, need->gpu_scale),
+        bytes_text(plan, need->gpu_activations);
+    snprintf(what, sizeof what, "GPU: first stage %s, largest scale %s, activations %s", first, weights, plan);
+    check(memory_fits(need->gpu_first_stage + need->gpu_scale + need->gpu_activations, available, what,
+                      "a smaller --batch takes less"));
+    fprintf(stderr, "device: %s; in %s\n", text,
+            m->weights == WEIGHTS_BF16 ? "bf16 (--device cpu: the processor)"
+                                       : "f32 (--weights bf16 is faster; --device cpu: the processor)");
+    fprintf(stderr, "GPU memory: first stage %s, largest scale %s, activations %s; %s free\n", first, weights, plan,
+            bytes_text(there, available));
+}
+
+void sampling_memory(Model *m, size_t batch, size_t pictures) {
+    ModelMemory need;
+    char first[32], scale[32], rest[32], there[32], what[2048];
+    size_t available = memory_available();
+    check(model_memory(m, batch, pictures, &need));
+    bytes_text(first, need.first_stage), bytes_text(scale, need.scale), bytes_text(rest, need.activations);
+    snprintf(what, sizeof what, "%s: first stage %s, largest scale %s, activations and pictures %s", m->folder, first,
+             scale, rest);
+    check(memory_fits(need.total, available, what, "a smaller --batch or -n takes less"));
+    fprintf(stderr, "memory: first stage %s, largest scale %s, activations and pictures %s; ", first, scale, rest);
+    fprintf(stderr, "%s available\n", available == SIZE_MAX ? "unknown how much is" : bytes_text(there, available));
+    fprintf(stderr, "processor: %s, %d threads\n", vector_instructions(), threads_get());
+    if (m->cuda)
+        say_gpu(m, &need);
+    else
+        say_cpu();
+}
+
+/* The user's list, else what the model's file recommends, else `otherwise`. */
+static void per_scale(double *out, const Model *m, const char *given, const char *key, const char *otherwise, double lo,
+                      double hi, const char *option) {
+    const char *recommended = config_get(&m->meta, "imagebart.", key);
+    const char *list = given ? given : recommended ? recommended : otherwise;
+    if (parse_per_scale(out, m->schedule.T, list, lo, hi, option) != OK) usage_error("%s", err_text());
+}
+
+static void per_scale_sizes(size_t *out, const Model *m, const char *given, const char *key, const char *otherwise,
+                            double lo, double hi, const char *option) {
+    double number[MAX_SCALES + 1] = {0};
+    per_scale(number, m, given, key, otherwise, lo, hi, option);
+    for (int t = 1; t <= m->schedule.T; t++) {
+        if (number[t] != floor(number[t])) usage_error("%s: %g is not a whole number", option, number[t]);
+        out[t] = (size_t)number[t];
+    }
+}
+
+void sampling_options(SampleOptions *o, const SamplingArgs *a, const Model *m, const char *chain_key,
+                      const char *chain_default, double least_chain) {
+    sample_defaults(o, m);
+    o->seed = a->seed;
+    o->block = a->block;
+    o->official_temperature = a->official_temperature;
+    per_scale(o->temperature, m, a->temperature, "temperature", "1", 0, 1000, "--temperature");
+    per_scale(o->guidance, m, a->guidance, "guidance", "1", 0, 1000, "--guidance");
+    per_scale_sizes(o->top_k, m, a->top_k, "top_k", "0", 0, 1e9, "--top-k");
+    per_scale_sizes(o->chain, m, a->chain_length, chain_key, chain_default, least_chain, 1000, "--chain-length");
+}
+
+int sampling_progress(void *context, int t, size_t repeat, size_t done, size_t of) {
+    static double started;
+    static int last_t;
+    static size_t last_repeat, first, last;
+    const SampleOptions *o = context;
+    size_t M = o->candidates;
+    if (t != last_t || repeat != last_repeat || done < last) started = seconds(), first = done;
+    last_t = t, last_repeat = repeat, last = done;
+    char left[32], pass[48] = "";
+    double rate = done > first ? (double)(done - first) / (seconds() - started) : 0;
+    if (o->chain[t] > 1) snprintf(pass, sizeof pass, ", pass %zu of %zu", repeat + 1, o->chain[t]);
+    duration(left, rate > 0 ? (double)(of - done) / rate : NAN);
+    progress_line("samples %llu to %llu: scale %d%s, token %zu of %zu, %.0f tokens/s, %s left in this scale",
+                  (unsigned long long)(o->first / M + 1), (unsigned long long)((o->first + o->n) / M), t, pass, done,
+                  of, rate * (double)o->n, left);
+    return interrupted();
+}
+
+void say_drafts(const DraftCounts *counts, int T) {
+    for (int t = T; t >= 1; t--) {
+        const DraftCounts *n = &counts[t];
+        if (n->passes == 0) continue;
+        fprintf(stderr, "scale %d: %zu tokens in %zu passes, %.1f in each, over %zu positions", t, n->tokens, n->passes,
+                (double)n->tokens / (double)n->passes, n->cells);
+        if (n->tried > 0)
+            fprintf(stderr, "; %.0f%% of the drawn ones were as guessed", 100 * (double)n->right / (double)n->tried);
+        fprintf(stderr, "\n");
+    }
+}
+
+/* "1,0.9,0.8", noisiest first. */
+static Err text_per_scale(Config *text, const char *key, const SampleOptions *o, int T, int what) {
+    char list[MAX_SCALES * 24];
+    size_t at = 0;
+    for (int t = T; t >= 1; t--) {
+        double x = what == 0   ? o->temperature[t]
+                   : what == 3 ? o->guidance[t]
+                               : (double)(what == 1 ? o->top_k[t] : o->chain[t]);
+        at += (size_t)snprintf(list + at, sizeof list - at, "%s%.9g", t < T ? "," : "", x);
+    }
+    return config_set(text, key, "%s", list);
+}
+
+Err sampling_text(Config *text, const SamplingArgs *a, const SampleOptions *o, const Model *m) {
+    TRY(config_set(text, "Software", "imagebart.c"));
+    TRY(config_set(text, "model", "%s", m->folder));
+    TRY(config_set(text, "seed", "%llu", (unsigned long long)a->seed));
+    if (a->class_name) TRY(config_set(text, "class", "%s", a->class_name));
+    TRY(text_per_scale(text, "temperature", o, m->schedule.T, 0));
+    TRY(text_per_scale(text, "top-k", o, m->schedule.T, 1));
+    TRY(text_per_scale(text, "chain-length", o, m->schedule.T, 2));
+    if (sample_rows(o, m, 1) > 1) TRY(text_per_scale(text, "guidance", o, m->schedule.T, 3));
+    if (m->weights != WEIGHTS_REAL) TRY(config_set(text, "weights", "%s", a->weights));
+    return a->official_temperature ? config_set(text, "official-temperature", "true") : OK;
+}

@@ -1,0 +1,111 @@
+/* training.h - what training/ gives beside stages (stage.h): the discriminator, LPIPS, several processes. */
+#ifndef TRAINING_H
+#define TRAINING_H
+
+#include "imagebart.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* perceptual.c: LPIPS, how different two pictures look (Zhang et al. 2018; SPEC section 9). Its network is VGG16, with
+ * frozen weights; tests take a smaller one. */
+enum { PERCEPTUAL_STAGES = 5, PERCEPTUAL_DEPTH = 4 };
+typedef struct {
+    size_t width[PERCEPTUAL_STAGES], depth[PERCEPTUAL_STAGES]; /* channels and number of convolutions of each stage */
+} PerceptualConfig;
+PerceptualConfig perceptual_vgg16(void);
+typedef struct Perceptual Perceptual;
+/* Builds the table of weights, under the names of taming-transformers' LPIPS (values are not allocated). */
+Err perceptual_use_cuda(Perceptual *p, Precision precision); /* before perceptual_plan; pictures stay the host's */
+Err perceptual_create(Perceptual **p, const PerceptualConfig *c);
+void perceptual_free(Perceptual *p);
+Params *perceptual_params(Perceptual *p);
+/* Every weight from the first of n open files that has it: as here, as "loss.perceptual_loss.*" of a VQGAN's
+ * checkpoint, or as "features.*" of torchvision's VGG16. An error names the tensor that is missing, misshapen or not
+ * finite. */
+Err perceptual_load(Perceptual *p, const Checkpoint *ck, size_t n);
+/* Memory for pictures of HxW, 16 or more along each side, in batches of about B; backward: also for the gradient. */
+Err perceptual_plan(Perceptual *p, size_t B, size_t H, size_t W, int backward);
+/* How much that allocates. Allocates nothing itself; there is no plan afterwards. */
+Err perceptual_plan_bytes(Perceptual *p, size_t B, size_t H, size_t W, int backward, size_t *bytes);
+/* *loss = mean over pictures of LPIPS(x, xrec), both (B,3,H,W) in [-1,1]. dxrec (as xrec) += weight * its gradient;
+ * NULL: not wanted. */
+Err perceptual_loss(Perceptual *p, const real *x, const real *xrec, size_t B, size_t H, size_t W, double weight,
+                    double *loss, real *dxrec);
+
+/* ------------------------------------------------------------------------------------------------------------
+ * 5b. discriminator.c: tells pictures from reconstructions while a first stage is trained (SPEC section 9; the official
+ *     NLayerDiscriminator).
+ * ---------------------------------------------------------------------------------------------------------- */
+typedef struct { /* the official disc_in_channels, disc_ndf, disc_num_layers */
+    size_t in_channels, ndf, n_layers;
+} DiscConfig;
+/* prefix e.g. "model.params.lossconfig.params."; official defaults 3, 64, 3. */
+Err disc_config_read(DiscConfig *c, const Config *from, const char *prefix);
+
+typedef struct Discriminator Discriminator;
+/* Rows have their official names, loss.discriminator.main.N.*, batch norm's buffers included, which are untrained. */
+Err disc_use_cuda(Discriminator *d, Precision precision); /* before disc_plan; pictures and logits stay the host's */
+Err disc_create(Discriminator **d, const DiscConfig *c);
+void disc_free(Discriminator *d);
+Params *disc_params(Discriminator *d);
+/* Sizes activations for B pictures of HxW, which every forward then has. features: room for disc_keep_features. One
+ * allocation; call again to change. Pictures of which the layers leave nothing are an error. bytes: how much that is;
+ * allocates nothing itself, and there is no plan afterwards. */
+Err disc_plan(Discriminator *d, size_t B, size_t H, size_t W, int features);
+Err disc_plan_bytes(Discriminator *d, size_t B, size_t H, size_t W, int features, size_t *bytes);
+size_t disc_logits(const Discriminator *d); /* how many logits a forward gives: B*h*w */
+/* images (B,in_channels,H,W), which must stay for backward -> *logits (B,1,h,w), in the activations. As in training:
+ * batch norm takes the batch's own mean and variance; update: its buffers follow (momentum 0.1, unbiased variance). */
+Err disc_forward(Discriminator *d, const real *images, int update, const real **logits);
+/* From dlogits (B,1,h,w; NULL: zeros) and feature_weight times the gradient of disc_feature_loss to every parameter's
+ * grad (+=) if `trained`, and to dimages (B,in_channels,H,W; overwritten; may be NULL). Any number of times after a
+ * forward. */
+Err disc_backward(Discriminator *d, const real *dlogits, double feature_weight, int trained, real *dimages);
+/* Feature matching: the activations of the last forward stay for comparison; how far those of a later forward are from
+ * them: the mean over the layers of mean |a - kept| after each leaky ReLU. Only the later forward gets a gradient. */
+Err disc_keep_features(Discriminator *d);
+double disc_feature_loss(const Discriminator *d);
+/* Losses, means over n logits D(x); dlogits (n) = weight * gradient, overwritten.
+ *   disc_loss       half of relu(1 - D) for genuine pictures, of relu(1 + D) for reconstructions; DISC_VANILLA: of
+ *                   softplus(-D) and softplus(D). The discriminator's loss is the sum of both halves.
+ *   generator_loss  -D
+ *   adaptive_weight what the generator's loss is multiplied with, times disc_weight: |d nll/d W| / (|d g/d W| + 1e-4),
+ *   at
+ *                   most 1e4, W the weight of the decoder's last layer */
+typedef enum { DISC_HINGE, DISC_VANILLA } DiscLoss;
+double disc_loss(DiscLoss kind, const real *logits, size_t n, int genuine, double weight, real *dlogits);
+double generator_loss(const real *logits, size_t n, double weight, real *dlogits);
+double adaptive_weight(double nll_norm, double g_norm);
+
+/* ------------------------------------------------------------------------------------------------------------
+ * 9. parallel.c: ./train in more than one process, each with the whole model and a share of every batch
+ * ---------------------------------------------------------------------------------------------------------- */
+/* Joins the processes that mpirun or srun started together; without them there is one, and MPI is not touched. waiting,
+ * unless NULL: called again and again while this process waits for others, with how long it has. Then exiting without
+ * ranks_end ends the other processes too. Refuses: several processes without MPI in this build, or with another. */
+Err ranks_start(void (*waiting)(double seconds));
+void ranks_end(void);
+size_t rank(void), ranks(void);             /* this process is number 0..ranks-1 */
+size_t rank_local(void), ranks_local(void); /* the same among those on its machine */
+int rank_threads(void); /* the processors of its machine, shared out; 0: all of them, there is one process */
+/* Every rank calls these at the same time; they return when all have. x (n) = the sum over ranks; *flag = 1 if any has
+ * it; bytes (n) are those of rank `from`. */
+Err ranks_sum(double *x, size_t n);
+Err ranks_sum_counts(uint32_t *x, size_t n);
+Err ranks_any(int *flag);
+Err ranks_broadcast(size_t from, void *bytes, size_t n);
+/* OK if e is OK on every rank; else FAILED, with the text of the first rank that failed, on all of them. */
+Err ranks_agree(Err e);
+/* An error unless all ranks have the same bytes; what: how it calls them */
+Err ranks_same(const void *bytes, size_t n, const char *what);
+/* begin, then a backward pass, then end: every row's gradient is the sum over ranks. What params_ready says is complete
+ * is on its way meanwhile. One table at a time; a rank whose backward failed calls end all the same. */
+Err gradients_begin(Params *p);
+Err gradients_end(Params *p);
+
+#ifdef __cplusplus
+}
+#endif
+#endif
