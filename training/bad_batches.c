@@ -14,18 +14,12 @@
  *
  * Read in this order: which micro batches; what is bad; states; going back; full disks; leavings. */
 #include "training/stage.h"
+#include "training/stage.h"
 
-#include <dirent.h>
-#include <errno.h>
 #include <math.h>
-#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/statvfs.h>
-#include <time.h>
-#include <unistd.h>
-#include <zlib.h>
 
 enum { ROLLBACKS = 3 }; /* to the same checkpoint */
 
@@ -200,132 +194,8 @@ Err survive_load(Stage *s, const Checkpoint *ck) {
 }
 
 /* ------------------------------------------------------------------------------------------------------------
- * States
- * ---------------------------------------------------------------------------------------------------------- */
-
-typedef struct {
-    const Tensor *tensor;
-    uint64_t *sum;
-} Hashing;
-
-static void hash_tensor(void *context, size_t i) {
-    const Hashing *a = context;
-    const Tensor *x = &a->tensor[i];
-    uLong c = crc32_z(0, (const Bytef *)x->name, strlen(x->name));
-    if (x->size) c = crc32_z(c, x->data, x->size * dtype_size(x->dtype));
-    a->sum[i] = c;
-}
-
-_Static_assert(sizeof(real) == sizeof(float), "a state in memory has the bytes that it has in its file");
-
-/* CRC-32 of every tensor and of every setting, each with its name, added up: in whatever order they come. */
-static Err state_checksum(char out[24], const Tensor *tensor, size_t n, const Config *meta) {
-    uint64_t sum = 0;
-    Hashing a = {tensor, NULL};
-    TRY(mem_alloc(&a.sum, n, sizeof *a.sum, "checksums"));
-    parallel_for(threads_free(), n, hash_tensor, &a);
-    for (size_t i = 0; i < n; i++) sum += a.sum[i];
-    free(a.sum);
-    for (size_t i = 0; i < meta->n; i++) {
-        const char *key = meta->kv[i].key, *value = meta->kv[i].value;
-        if (!strcmp(key, "train.checksum")) continue;
-        sum += crc32_z(crc32_z(0, (const Bytef *)key, strlen(key) + 1), (const Bytef *)value, strlen(value));
-    }
-    snprintf(out, 24, "%016llx", (unsigned long long)sum);
-    return OK;
-}
-
-Err add_checksum(Config *meta, const Tensor *tensor, size_t n) {
-    char sum[24];
-    TRY(state_checksum(sum, tensor, n, meta));
-    return config_set(meta, "train.checksum", "%s", sum);
-}
-
-static Err open_checked(Checkpoint *ck, const char *path) {
-    char sum[24];
-    TRY(checkpoint_open(ck, path));
-    const char *said = config_get(&ck->meta, "train.", "checksum"); /* earlier versions did not say */
-    Err e = said ? state_checksum(sum, ck->tensor, ck->n, &ck->meta) : OK;
-    if (e == OK && said && strcmp(said, sum))
-        e = err("%s: is damaged: its checksum is %s, expected %s", path, sum, said);
-    if (e != OK) checkpoint_close(ck);
-    return e;
-}
-
-/* The newest is number 0. */
-static const char *state_path(const Stage *s, char out[1100], size_t number) {
-    char suffix[40];
-    snprintf(suffix, sizeof suffix, number ? ".state-%zu.safetensors" : ".state.safetensors", number);
-    return run_path(s, out, suffix);
-}
-
-/* The first from `number` on that is there; KEEP_MAX: none. A kill between two renames may leave a gap. */
-static size_t next_state(const Stage *s, size_t number) {
-    char path[1100];
-    while (number < KEEP_MAX && !file_exists(state_path(s, path, number))) number++;
-    return number;
-}
-
-int state_exists(const Stage *s) {
-    return next_state(s, 0) < KEEP_MAX;
-}
-
-static void move_aside(const Stage *s, size_t end) {
-    char path[1100], aside[1100];
-    run_path(s, aside, ".state-damaged.safetensors");
-    for (size_t i = 0; i < end; i++) rename(state_path(s, path, i), aside);
-}
-
-Err state_open(const Stage *s, Checkpoint *ck, int tidy) {
-    char path[1100], other[1100];
-    for (size_t i = next_state(s, 0), next; i < KEEP_MAX; i = next) {
-        if (open_checked(ck, state_path(s, path, i)) == OK) {
-            if (tidy) move_aside(s, i);
-            return OK;
-        }
-        next = next_state(s, i + 1);
-        if (next == KEEP_MAX) return FAILED;
-        progress_end();
-        note("%s; going on from the one before, %s\n", err_text(), state_path(s, other, next));
-    }
-    return err("%s: no such file", state_path(s, path, 0));
-}
-
-/* The newest under a second name, so that its own is never without a file; by renaming where there are no links. */
-static void link_newest(const char *newest, const char *before) {
-    char temporary[1200];
-    snprintf(temporary, sizeof temporary, "%s.tmp%ld", before, (long)getpid());
-    unlink(temporary);
-    int linked = link(newest, temporary) == 0 && rename(temporary, before) == 0;
-    unlink(temporary); /* rename leaves two names of one file as they are */
-    if (!linked) rename(newest, before);
-}
-
-Err state_put(const Stage *s, const char *written, int beside) {
-    char newest[1100], path[1100], older[1100];
-    const size_t keep = s->opt->keep;
-    state_path(s, newest, 0);
-    if (beside) {
-        for (size_t i = keep; i-- > 2;) rename(state_path(s, path, i - 1), state_path(s, older, i));
-        if (keep > 1 && file_exists(newest)) link_newest(newest, state_path(s, path, 1));
-    }
-    if (rename(written, newest)) {
-        Err e = err("%s: cannot replace: %s", newest, strerror(errno));
-        unlink(written);
-        return e;
-    }
-    for (size_t i = keep; (i = next_state(s, i)) < KEEP_MAX; i++) unlink(state_path(s, path, i));
-    return OK;
-}
-
-/* ------------------------------------------------------------------------------------------------------------
  * Going back
  * ---------------------------------------------------------------------------------------------------------- */
-
-Err state_open_all(const Stage *s, Checkpoint *ck, int tidy) {
-    TRY(ranks_agree(rank() == 0 ? state_open(s, ck, tidy) : OK));
-    return ranks_agree(rank() > 0 ? state_open(s, ck, 0) : OK);
-}
 
 /* What a state counts, unlike what the user and the recipe said. */
 static int is_count(const char *key) {
@@ -388,85 +258,4 @@ Err roll_back(Stage *s, const Metrics *m, double norm, const char *reason) {
             "on\n",
             s->name, step, reason, m->loss, norm, (unsigned long long)s->step, micros);
     return OK;
-}
-
-/* ------------------------------------------------------------------------------------------------------------
- * Full disks
- * ---------------------------------------------------------------------------------------------------------- */
-
-static double pause_seconds(void) {
-    const char *text = getenv("IMAGEBART_TEST_PAUSE");
-    return text ? strtod(text, NULL) : 30;
-}
-
-static void wait_a_little(double wanted) {
-    const double end = seconds() + wanted;
-    while (!interrupted() && seconds() < end) {
-        struct timespec moment = {0, 50000000};
-        nanosleep(&moment, NULL);
-    }
-}
-
-/* err_text() with how much is wanted where */
-static Err no_room(const Stage *s, size_t bytes) {
-    char needed[32], left[32] = "unknown";
-    struct statvfs disk;
-    if (statvfs(s->opt->run, &disk) == 0) bytes_text(left, (size_t)disk.f_bavail * disk.f_frsize);
-    return err("%s; %s needed in %s, free: %s", err_text(), bytes_text(needed, max_size(bytes, 1 << 20)), s->opt->run,
-               left);
-}
-
-Err until_room(Stage *s, Err (*write)(Stage *s, void *argument), void *argument, size_t bytes) {
-    const double between = pause_seconds();
-    for (int tries = 0;; tries++) {
-        if (write(s, argument) == OK) {
-            if (tries) fprintf(stderr, "%s: there is room again; training goes on\n", s->opt->run);
-            return OK;
-        }
-        if (!disk_full()) return FAILED;
-        no_room(s, bytes);
-        if ((interrupted() || s->opt->no_wait) && state_exists(s))
-            return err("%s; stopped; the checkpoint of step %llu is intact, --resume goes on from it", err_text(),
-                       (unsigned long long)s->saved);
-        if (interrupted() || s->opt->no_wait) return err("%s; stopped; there is no checkpoint yet", err_text());
-        progress_end();
-        if (tries == 0)
-            fprintf(stderr, "%s; trying again every %g s, Ctrl-C ends the run (--no-wait: at once)\n", err_text(),
-                    between);
-        wait_a_little(between);
-    }
-}
-
-/* ------------------------------------------------------------------------------------------------------------
- * Leavings
- * ---------------------------------------------------------------------------------------------------------- */
-
-/* Who left this temporary file of the stage, NAME.tmpPID or NAME.tmpPID-TRY; 0: it is none. */
-static long leaver(const Stage *s, const char *name) {
-    const size_t n = strlen(s->name);
-    const char *last = NULL;
-    char *end;
-    if (strncmp(name, s->name, n) != 0 || (name[n] != '.' && name[n] != '-')) return 0;
-    for (const char *p = name; (p = strstr(p, ".tmp")) != NULL; p += 4) last = p + 4;
-    if (!last || *last < '1' || *last > '9') return 0;
-    long pid = strtol(last, &end, 10);
-    if (*end == '-') end += 1 + strspn(end + 1, "0123456789");
-    return *end ? 0 : pid;
-}
-
-/* One of our own number is of a process before us, as in a container, where numbers are few. */
-void remove_leftovers(const Stage *s) {
-    DIR *folder = opendir(s->opt->run);
-    char path[1400];
-    size_t removed = 0;
-    for (const struct dirent *f; folder && (f = readdir(folder)) != NULL;) {
-        long pid = leaver(s, f->d_name);
-        if (pid <= 0 || (pid != (long)getpid() && (kill((pid_t)pid, 0) == 0 || errno != ESRCH))) continue;
-        snprintf(path, sizeof path, "%s/%s", s->opt->run, f->d_name);
-        removed += unlink(path) == 0;
-    }
-    if (folder) closedir(folder);
-    run_path(s, path, ".state-new.safetensors"); /* one that a kill kept from its place */
-    removed += unlink(path) == 0;
-    if (removed) fprintf(stderr, "%s: temporary files of a killed run removed: %zu\n", s->opt->run, removed);
 }

@@ -2,11 +2,11 @@
  * dataset as tokens, encoded once; the first stage that the transition stands on. The mathematics is in transformer.cu
  * and diffusion.c. */
 #include "training/stage.h"
+#include "training/stage.h"
 
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <unistd.h>
 
 /* x_{t-1} and x_t from x_0 by running the forward chain (SPEC section 3). */
 static void draw_chain(Stage *s, int t, size_t B, uint64_t seed, uint64_t micro, uint64_t first) {
@@ -139,151 +139,6 @@ static Err transition_picture(Stage *s, const char *path) {
     image_free(&im);
     free(images);
     return e;
-}
-
-/* ---- tokens: encoded once, kept in the run ---- */
-
-static uint64_t hash_bytes(uint64_t h, const void *data, size_t n) { /* FNV-1a */
-    const unsigned char *p = data;
-    for (size_t i = 0; i < n; i++) h = (h ^ p[i]) * 0x100000001b3u;
-    return h;
-}
-
-static uint64_t dataset_hash(const Stage *s, const Dataset *d) {
-    uint64_t h = hash_bytes(0xcbf29ce484222325u, &s->prep, sizeof s->prep);
-    return hash_bytes(h, &d->identity, sizeof d->identity);
-}
-
-/* images (B,...) as they are and, with flips, mirrored: token (B, flips, N). Where a label is -1 the image is not
- * used. */
-static Err encode_batch(Stage *s, size_t flips, const real *images, size_t B, real *mirrored, int32_t *once,
-                        int32_t *token) {
-    size_t pixels = 3 * s->size * s->size;
-    memcpy(mirrored, images, B * pixels * sizeof *mirrored);
-    for (size_t flip = 0; flip < flips; flip++) {
-        if (flip) image_mirror(mirrored, B * 3, s->size);
-        TRY(vqgan_encode(s->vqgan, mirrored, B, s->size, s->size, s->seed, NULL, NULL, once));
-        for (size_t b = 0; b < B; b++) memcpy(token + (b * flips + flip) * s->N, once + b * s->N, s->N * sizeof *token);
-    }
-    return OK;
-}
-
-enum { ENCODED_AT_ONCE = 16 };
-
-/* Pictures are read and prepared by the loader's threads, ahead, while all threads encode. Damaged pictures are listed
- * before their place is taken, so that a kill in between forgets none. */
-static Err encode_dataset(Stage *s, TokensPart *p, const Dataset *d) {
-    enum { B = ENCODED_AT_ONCE };
-    Loader *l = NULL;
-    real *mirrored = NULL;
-    int32_t *once = NULL, *token = NULL;
-    size_t n = d->n, flips = p->sizes.flips;
-    LoaderConfig c = {.prep = s->prep, .B = B, .size = s->size, .step = p->done / B, .mark = 1};
-    Err e = p->done < n ? loader_start(&l, d, &c) : OK;
-    if (e == OK) e = mem_alloc(&mirrored, B * 3 * s->size, s->size * sizeof *mirrored, "batch");
-    if (e == OK) e = mem_alloc(&once, B * s->N, sizeof *once, "batch of tokens");
-    if (e == OK) e = mem_alloc(&token, B * s->N, flips * sizeof *token, "batch of tokens");
-    while (e == OK && p->done < n) {
-        const real *images;
-        const int32_t *labels;
-        size_t rows = min_size(n - p->done, B); /* the last batch wraps around: its tail is not used */
-        e = loader_next(l, &images, &labels);
-        if (e == OK) e = encode_batch(s, flips, images, rows, mirrored, once, token);
-        if (e == OK) e = list_damaged(s, d);
-        for (size_t b = 0; b < rows && e == OK; b++) e = tokens_append(p, labels[b], token + b * flips * s->N);
-        progress_line("encoding %zu of %zu pictures", p->done, n);
-        if (e == OK && interrupted() && p->done < n)
-            e = err("%s: stopped after %zu of %zu pictures; the same command goes on from there", p->part, p->done, n);
-    }
-    progress_end();
-    loader_stop(l);
-    free(mirrored);
-    free(once);
-    free(token);
-    return e;
-}
-
-/* x = the file, if it is there and of this first stage, dataset and preprocessing; else x->n = 0. */
-static Err cached_tokens(Tokens *x, const char *path, const Tokens *wanted) {
-    memset(x, 0, sizeof *x);
-    if (!file_exists(path)) return OK;
-    TRY(tokens_read(x, path));
-    if (x->vqgan != wanted->vqgan || x->source != wanted->source || x->flips != wanted->flips) tokens_free(x);
-    return OK;
-}
-
-/* The cache belongs to one VQGAN file and one set of pictures; any other is encoded afresh. */
-static Err load_tokens(Stage *s, Tokens *x, const Dataset *d, const char *what, const char *vqgan_path) {
-    char path[1100];
-    TokensPart p;
-    Tokens wanted = {.n = d->n, .h = s->h, .w = s->w, .K = s->K, .flips = s->flip ? 2 : 1};
-    wanted.source = dataset_hash(s, d);
-    snprintf(path, sizeof path, "%s/%s.tokens", s->opt->run, what);
-    TRY(file_checksum(&wanted.vqgan, vqgan_path));
-    TRY(cached_tokens(x, path, &wanted));
-    if (x->n) return OK;
-    TRY(tokens_start(&p, path, &wanted, ENCODED_AT_ONCE));
-    Err e = cached_tokens(x, path, &wanted); /* another process may have made it while this one waited */
-    if (e == OK && x->n) {
-        unlink(p.part);
-    } else if (e == OK) {
-        if (p.done) fprintf(stderr, "%s: continuing after %zu pictures\n", p.part, p.done);
-        e = encode_dataset(s, &p, d);
-        if (e == OK) e = tokens_finish(&p, x);
-    }
-    tokens_stop(&p);
-    return e;
-}
-
-static Err load_both(Stage *s, const char *vqgan_path) {
-    TRY(load_tokens(s, &s->train_tokens, &s->train, "train", vqgan_path));
-    return load_tokens(s, &s->val_tokens, &s->val, "val", vqgan_path);
-}
-
-/* ---- the first stage that a transition stands on ---- */
-
-static Err copy_file(const char *to, const char *from) {
-    Checkpoint ck;
-    AtomicFile f;
-    memset(&ck, 0, sizeof ck);
-    TRY(checkpoint_open(&ck, from));
-    Err e = atomic_open(&f, to);
-    if (e == OK) e = atomic_close(&f, atomic_write(&f, ck.map, ck.map_bytes));
-    checkpoint_close(&ck);
-    return e;
-}
-
-/* A run without a VQGAN gets the model's, so that it can be sampled as it stands. */
-Err copy_vqgan(const Stage *s) {
-    char ours[1100], theirs[1100];
-    snprintf(ours, sizeof ours, "%s/vqgan.safetensors", s->opt->run);
-    snprintf(theirs, sizeof theirs, "%s/vqgan.safetensors", model_folder(s->opt->model));
-    if (file_exists(ours)) return OK;
-    if (!file_exists(theirs)) return err("%s: no first stage there, nor at %s; train it first: --vqgan", ours, theirs);
-    return copy_file(ours, theirs);
-}
-
-/* The run's own VQGAN */
-Err open_vqgan(Stage *s, char path[1100]) {
-    Checkpoint ck;
-    VqganConfig c;
-    snprintf(path, 1100, "%s/vqgan.safetensors", s->opt->run);
-    memset(&ck, 0, sizeof ck);
-    TRY(checkpoint_open(&ck, path));
-    Err e = vqgan_config_read(&c, &ck.meta, "model.params.");
-    if (e == OK) e = vqgan_create(&s->vqgan, &c, 0);
-    if (e == OK) e = params_plan(vqgan_params(s->vqgan), PLAN_VALUE);
-    if (e == OK) e = vqgan_load(s->vqgan, &ck, "");
-    /* in f32: whoever continues the run elsewhere must get the same tokens */
-    if (e == OK && s->opt->cuda) e = vqgan_use_cuda(s->vqgan, PRECISION_F32);
-    if (e == OK) e = params_send(vqgan_params(s->vqgan));
-    checkpoint_close(&ck);
-    if (e != OK) return err_in(path);
-    s->size = c.resolution;
-    s->h = s->w = s->size >> (c.levels - 1);
-    s->N = s->h * s->w;
-    s->K = vqgan_K(s->vqgan);
-    return vqgan_plan(s->vqgan, 16, s->size, s->size, 0);
 }
 
 static Err check_transition(const Stage *s, const NetConfig *c) {

@@ -176,6 +176,7 @@ const char *gan_text(const Stage *s, char text[96]);
 
 /* A run without a first stage gets the model's; the run's own, path: its file. */
 Err copy_vqgan(const Stage *s);
+Err load_both(Stage *s, const char *vqgan_path);
 Err open_vqgan(Stage *s, char path[1100]);
 /* train_schedule.c: RUN/psim.txt, a curve for schedule_make, from the run's first stage and held-out pictures; the
  * recipe's line on stdout */
@@ -267,5 +268,28 @@ Err state_open(const Stage *s, Checkpoint *ck, int tidy);
 Err state_open_all(const Stage *s, Checkpoint *ck, int tidy); /* on every rank; the first tidies */
 /* Temporary files of this stage whose process is gone */
 void remove_leftovers(const Stage *s);
+
+/* settings.c */
+extern Options options;
+extern const Option option_table[];
+extern const char train_intro[];
+const char *recipe_path(const Options *o, char out[1100]);
+Err read_recipe(Stage *s);
+Err apply_options(Stage *s);
+Err read_settings(Stage *s, int continuing);
+size_t pictures_per_step(const Stage *s);
+Err settle_device(Stage *s, Options *o, int continuing);
+void check_options(const Options *o);
+void default_folders(Options *o);
+
+/* report.c */
+int due(uint64_t step, size_t every, size_t last);
+Err begin_report(Stage *s, Progress *p, View *v);
+Err report_step(Stage *s, Progress *p, View *v, const Metrics *m, double lr, double norm);
+void say_start(Stage *s);
+void say_end(const Stage *s);
+void say_waiting(double waited);
+Err count_scales(const Options *o, const Config *settings, size_t *T);
+int program_folder(const Options *o);
 
 #endif

@@ -6,106 +6,138 @@
  * steps since the last checkpoint, and resuming repeats them bit for bit. Older states, and what happens when one
  * cannot be written or read: train_survive.c. */
 #include "training/stage.h"
+#include "training/stage.h"
 
 #include <errno.h>
-#include <math.h>
-#include <stdarg.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
-#include <sys/stat.h>
 #include <sys/statvfs.h>
+#include <unistd.h>
+#include <zlib.h>
 
-void note(const char *fmt, ...) {
-    va_list args;
-    if (rank() > 0) return;
-    va_start(args, fmt);
-    vfprintf(stderr, fmt, args);
-    va_end(args);
+/* ------------------------------------------------------------------------------------------------------------
+ * States
+ * ---------------------------------------------------------------------------------------------------------- */
+
+typedef struct {
+    const Tensor *tensor;
+    uint64_t *sum;
+} Hashing;
+
+static void hash_tensor(void *context, size_t i) {
+    const Hashing *a = context;
+    const Tensor *x = &a->tensor[i];
+    uLong c = crc32_z(0, (const Bytef *)x->name, strlen(x->name));
+    if (x->size) c = crc32_z(c, x->data, x->size * dtype_size(x->dtype));
+    a->sum[i] = c;
 }
 
-const char *run_path(const Stage *s, char out[1100], const char *suffix) {
-    snprintf(out, 1100, "%s/%s%s", s->opt->run, s->name, suffix);
-    return out;
+_Static_assert(sizeof(real) == sizeof(float), "a state in memory has the bytes that it has in its file");
+
+/* CRC-32 of every tensor and of every setting, each with its name, added up: in whatever order they come. */
+static Err state_checksum(char out[24], const Tensor *tensor, size_t n, const Config *meta) {
+    uint64_t sum = 0;
+    Hashing a = {tensor, NULL};
+    TRY(mem_alloc(&a.sum, n, sizeof *a.sum, "checksums"));
+    parallel_for(threads_free(), n, hash_tensor, &a);
+    for (size_t i = 0; i < n; i++) sum += a.sum[i];
+    free(a.sum);
+    for (size_t i = 0; i < meta->n; i++) {
+        const char *key = meta->kv[i].key, *value = meta->kv[i].value;
+        if (!strcmp(key, "train.checksum")) continue;
+        sum += crc32_z(crc32_z(0, (const Bytef *)key, strlen(key) + 1), (const Bytef *)value, strlen(value));
+    }
+    snprintf(out, 24, "%016llx", (unsigned long long)sum);
+    return OK;
 }
 
-int file_exists(const char *path) {
-    struct stat st;
-    return stat(path, &st) == 0;
+Err add_checksum(Config *meta, const Tensor *tensor, size_t n) {
+    char sum[24];
+    TRY(state_checksum(sum, tensor, n, meta));
+    return config_set(meta, "train.checksum", "%s", sum);
 }
 
-/* RUN/skipped.txt names the pictures that could not be read, and why. */
-static const char *skipped_path(const Stage *s, char out[1100]) {
-    snprintf(out, 1100, "%s/skipped.txt", s->opt->run);
-    return out;
+static Err open_checked(Checkpoint *ck, const char *path) {
+    char sum[24];
+    TRY(checkpoint_open(ck, path));
+    const char *said = config_get(&ck->meta, "train.", "checksum"); /* earlier versions did not say */
+    Err e = said ? state_checksum(sum, ck->tensor, ck->n, &ck->meta) : OK;
+    if (e == OK && said && strcmp(said, sum))
+        e = err("%s: is damaged: its checksum is %s, expected %s", path, sum, said);
+    if (e != OK) checkpoint_close(ck);
+    return e;
 }
 
-Err list_damaged(const Stage *s, const Dataset *d) {
+/* The newest is number 0. */
+static const char *state_path(const Stage *s, char out[1100], size_t number) {
+    char suffix[40];
+    snprintf(suffix, sizeof suffix, number ? ".state-%zu.safetensors" : ".state.safetensors", number);
+    return run_path(s, out, suffix);
+}
+
+/* The first from `number` on that is there; KEEP_MAX: none. A kill between two renames may leave a gap. */
+static size_t next_state(const Stage *s, size_t number) {
     char path[1100];
-    return dataset_damaged(d) ? dataset_write_damaged(d, skipped_path(s, path)) : OK;
+    while (number < KEEP_MAX && !file_exists(state_path(s, path, number))) number++;
+    return number;
 }
 
-/* Where each of several processes met its own: as many as the list has */
-static size_t listed_damaged(const Stage *s) {
-    char path[1100];
-    size_t lines = 0;
-    FILE *f = fopen(skipped_path(s, path), "r");
-    for (int c; f && (c = getc(f)) != EOF;) lines += c == '\n';
-    if (f) fclose(f);
-    return lines;
+int state_exists(const Stage *s) {
+    return next_state(s, 0) < KEEP_MAX;
 }
 
-void say_damaged(const Stage *s) {
-    char path[1100];
-    size_t n = dataset_damaged(&s->train) + dataset_damaged(&s->val);
-    if (ranks() > 1) n = listed_damaged(s);
-    if (s->train_tokens.n) n = s->train.n - s->train_tokens.n + s->val.n - s->val_tokens.n;
-    if (n) fprintf(stderr, "damaged pictures skipped: %zu; %s lists them\n", n, skipped_path(s, path));
+static void move_aside(const Stage *s, size_t end) {
+    char path[1100], aside[1100];
+    run_path(s, aside, ".state-damaged.safetensors");
+    for (size_t i = 0; i < end; i++) rename(state_path(s, path, i), aside);
 }
 
-Err make_folder(const char *path) {
-    char part[1024];
-    if ((size_t)snprintf(part, sizeof part, "%s", path) >= sizeof part) return err("%s: the path is too long", path);
-    for (char *p = part + 1;; p++)
-        if (!*p || *p == '/') {
-            char keep = *p;
-            *p = 0;
-            if (mkdir(part, 0777) && errno != EEXIST) return err("%s: %s", part, strerror(errno));
-            *p = keep;
-            if (!keep) return OK;
+Err state_open(const Stage *s, Checkpoint *ck, int tidy) {
+    char path[1100], other[1100];
+    for (size_t i = next_state(s, 0), next; i < KEEP_MAX; i = next) {
+        if (open_checked(ck, state_path(s, path, i)) == OK) {
+            if (tidy) move_aside(s, i);
+            return OK;
         }
+        next = next_state(s, i + 1);
+        if (next == KEEP_MAX) return FAILED;
+        progress_end();
+        note("%s; going on from the one before, %s\n", err_text(), state_path(s, other, next));
+    }
+    return err("%s: no such file", state_path(s, path, 0));
 }
 
-/* Before anything large is allocated: `arenas` arrays as large as all parameters, the network's plan (bytes), other
- * buffers (rows x columns). */
-Err check_memory(Stage *s, size_t arenas, size_t plan, size_t rows, size_t columns) {
-    TRY(size_mul(&s->state_bytes, s->params->total, arenas * sizeof(real)));
-    if (s->bf16_states) s->state_bytes -= s->params->total * 2 * (sizeof(real) - sizeof(uint16_t));
-    TRY(size_mul(&s->activation_bytes, rows, columns));
-    TRY(size_mul(&s->activation_bytes, s->activation_bytes, sizeof(real)));
-    s->activation_bytes += plan;
-    s->available = memory_available();
-    if (s->available != SIZE_MAX) s->available /= ranks_local();
-    char what[160], state[32], activations[32];
-    snprintf(what, sizeof what, "%s: parameters, gradients and optimizer %s, activations %s", s->name,
-             bytes_text(state, s->state_bytes), bytes_text(activations, s->activation_bytes));
-    return memory_fits(s->state_bytes + s->activation_bytes, s->available, what, "a smaller --batch takes less");
+/* The newest under a second name, so that its own is never without a file; by renaming where there are no links. */
+static void link_newest(const char *newest, const char *before) {
+    char temporary[1200];
+    snprintf(temporary, sizeof temporary, "%s.tmp%ld", before, (long)getpid());
+    unlink(temporary);
+    int linked = link(newest, temporary) == 0 && rename(temporary, before) == 0;
+    unlink(temporary); /* rename leaves two names of one file as they are */
+    if (!linked) rename(newest, before);
 }
 
-Precision gpu_precision(const Stage *s) {
-    return strcmp(s->opt->precision, "bf16") ? PRECISION_F32 : PRECISION_BF16;
+Err state_put(const Stage *s, const char *written, int beside) {
+    char newest[1100], path[1100], older[1100];
+    const size_t keep = s->opt->keep;
+    state_path(s, newest, 0);
+    if (beside) {
+        for (size_t i = keep; i-- > 2;) rename(state_path(s, path, i - 1), state_path(s, older, i));
+        if (keep > 1 && file_exists(newest)) link_newest(newest, state_path(s, path, 1));
+    }
+    if (rename(written, newest)) {
+        Err e = err("%s: cannot replace: %s", newest, strerror(errno));
+        unlink(written);
+        return e;
+    }
+    for (size_t i = keep; (i = next_state(s, i)) < KEEP_MAX; i++) unlink(state_path(s, path, i));
+    return OK;
 }
 
-/* Values, gradients, moments (or in bf16) and moving average in float, and in bf16 the values again; the network's
- * plan. */
-Err check_gpu_memory(Stage *s, size_t plan) {
-    const int bf16 = gpu_precision(s) == PRECISION_BF16;
-    char what[160], state[32], activations[32];
-    const size_t moment = s->bf16_states ? sizeof(uint16_t) : sizeof(float);
-    s->gpu_state = s->params->total * (3 * sizeof(float) + 2 * moment + (bf16 ? 2 : 0)), s->gpu_activations = plan;
-    TRY(cuda_find(NULL, &s->gpu_available, NULL));
-    snprintf(what, sizeof what, "%s on the GPU: parameters, gradients and optimizer %s, activations %s", s->name,
-             bytes_text(state, s->gpu_state), bytes_text(activations, plan));
-    return memory_fits(s->gpu_state + plan, s->gpu_available, what, "a smaller --batch takes less");
+Err state_open_all(const Stage *s, Checkpoint *ck, int tidy) {
+    TRY(ranks_agree(rank() == 0 ? state_open(s, ck, tidy) : OK));
+    return ranks_agree(rank() > 0 ? state_open(s, ck, 0) : OK);
 }
 
 /* ------------------------------------------------------------------------------------------------------------
@@ -268,93 +300,4 @@ Err load_state(Stage *s, const Checkpoint *ck) {
     TRY(config_size(&updates, &ck->meta, "train.", "ema_updates", 0, SIZE_MAX / 2, 0));
     s->step = s->saved = step, s->ema_updates = updates;
     return survive_load(s, ck);
-}
-
-/* ------------------------------------------------------------------------------------------------------------
- * The log: one line per step; when a run resumes, lines that are about to be repeated are dropped
- * ---------------------------------------------------------------------------------------------------------- */
-
-static const char log_header[] =
-    "stage\tstep\tloss\thard_or_l1\tsoft_or_l2\tlr\tgrad_norm\timages_per_s\tval\tval_ema\tval_part1_ema\tval_part2_"
-    "ema\t"
-    "disc_loss\tg_loss\td_weight\tlpips\tval_lpips\tcodes\tperplexity\tval_codes\tval_perplexity\n";
-
-static Err log_rewind(Stage *s, void *log_path) {
-    const char *path = log_path;
-    char line[512], stage[16];
-    unsigned long long step;
-    AtomicFile out;
-    TRY(atomic_open(&out, path));
-    Err e = atomic_write(&out, log_header, strlen(log_header));
-    FILE *in = fopen(path, "r");
-    while (in && e == OK && fgets(line, sizeof line, in)) {
-        if (sscanf(line, "%15s\t%llu", stage, &step) != 2) continue; /* the header, or a line cut short by a kill */
-        if (!strchr(line, '\n') || (!strcmp(stage, s->name) && step > s->step)) continue;
-        e = atomic_write(&out, line, strlen(line));
-    }
-    if (in) fclose(in);
-    return atomic_close(&out, e);
-}
-
-Err log_open(Stage *s, Progress *p) {
-    snprintf(p->log_path, sizeof p->log_path, "%s/log.tsv", s->opt->run);
-    TRY(until_room(s, log_rewind, p->log_path, 0));
-    p->started = seconds();
-    p->first_step = s->step;
-    return until_room(s, list_skipped, NULL, 0);
-}
-
-static Err log_append(Stage *s, void *p) {
-    (void)s;
-    const Progress *progress = p;
-    return file_append(progress->log_path, progress->line, strlen(progress->line));
-}
-
-Err log_step(Stage *s, Progress *p, const Metrics *m, double lr, double norm, const Metrics *val, const Metrics *ema) {
-    int n = snprintf(p->line, sizeof p->line, "%s\t%llu\t%.6g\t%.6g\t%.6g\t%.6g\t%.6g\t%.1f\t", s->name,
-                     (unsigned long long)s->step, m->loss, m->part[0], m->part[1], lr, norm, p->rate);
-    if (val)
-        n += snprintf(p->line + n, sizeof p->line - (size_t)n, "%.6g\t%.6g\t%.6g\t%.6g", val->loss, ema->loss,
-                      ema->part[0], ema->part[1]);
-    else
-        n += snprintf(p->line + n, sizeof p->line - (size_t)n, "\t\t\t");
-    n += gan_log(s, p->line + n, sizeof p->line - (size_t)n);
-    n += log_codes(s, p->line + n, sizeof p->line - (size_t)n, m, val);
-    snprintf(p->line + n, sizeof p->line - (size_t)n, "\n");
-    return until_room(s, log_append, p, 0);
-}
-
-void show_step(const Stage *s, Progress *p, const Metrics *m, double lr, double norm) {
-    char left[32], gan[96];
-    double per_step = (seconds() - p->started) / (double)(s->step - p->first_step);
-    p->rate = (double)(s->of * s->accumulate) / per_step;
-    duration(left, per_step * (double)(s->steps - s->step));
-    progress_line("%s step %llu/%zu | loss %.4f | %s %.4f | %s %.4f%s | lr %.2e | norm %.3f | %.1f images/s | %s left",
-                  s->name, (unsigned long long)s->step, s->steps, m->loss, s->opt->vqgan ? "L1" : "hard", m->part[0],
-                  s->opt->vqgan ? "L2" : "soft", m->part[1], gan_text(s, gan), lr, norm, p->rate, left);
-}
-
-/* Evaluates with the weights as they are and, for transitions, with their EMA. */
-Err evaluate_both(Stage *s, Metrics *val, Metrics *ema) {
-    TRY(s->evaluate(s, val));
-    *ema = *val;
-    if (s->opt->vqgan) return OK;
-    params_swap_ema(s->params);
-    Err e = s->evaluate(s, ema);
-    params_swap_ema(s->params);
-    return e;
-}
-
-void print_evaluation(const Stage *s, FILE *to, const Metrics *val, const Metrics *ema) {
-    if (s->opt->vqgan) {
-        /* Pixels span 2, so PSNR = 10 log10(4 / mean square error). */
-        fprintf(to, "%s step %llu: validation loss %.4f, L1 %.4f, PSNR %.2f dB", s->name, (unsigned long long)s->step,
-                val->loss, val->part[0], 10 * log10(4 / val->part[1]));
-        if (s->perceptual) fprintf(to, ", LPIPS %.4f", val->perceptual);
-        print_codes(s, to, &val->codes);
-        fprintf(to, "\n");
-        return;
-    }
-    fprintf(to, "%s step %llu: validation, nats per token: hard %.4f soft %.4f; with EMA: hard %.4f soft %.4f\n",
-            s->name, (unsigned long long)s->step, val->part[0], val->part[1], ema->part[0], ema->part[1]);
 }
