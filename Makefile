@@ -8,6 +8,7 @@
 #                   on a machine that has a GPU but neither nvcc nor libraries
 # make test-cuda-emulated   every CUDA kernel, run on the CPU, against its C twin (part of make test)
 # make bench        how fast, as fractions of this machine's ceilings and beside PyTorch; also in bench.tsv
+# make walkthrough the numbers of doc/walkthrough.md: test/walkthrough 1 ... 8
 # make fuzz SECONDS=60  the readers of checkpoints under libFuzzer (needs clang; Debian: clang, libclang-rt-14-dev)
 # make ffhq         fetches an official model: also ffhq2 churches bedrooms cats imagenet imagenet4 (models/fetch.sh)
 # make fullsize     the official models at full size, with random weights, against PyTorch (PYTHON=..., MODELS=...)
@@ -158,11 +159,11 @@ all: $(PROGRAMS)
 # ./sample, ./train, ./inpaint, test/golden and test/bench are copies of the last configuration built.
 $(PROGRAMS): %: $(SHIPPED)/%
 	@cp -f $< $@
-test/golden test/bench: test/%: $B/%
+test/golden test/bench test/walkthrough: test/%: $B/%
 	@cp -f $< $@
-.PHONY: all test bench fullsize fuzz clean format FORCE $(OFFICIAL) vqgan lsun
+.PHONY: all test bench fullsize fuzz clean format walkthrough FORCE $(OFFICIAL) vqgan lsun
 ifneq ($(or $(BUILT),$(shell cat build/last 2>/dev/null)),$(or $(BUILT),$(SHIPPED)))
-$(PROGRAMS) test/golden test/bench: FORCE
+$(PROGRAMS) test/golden test/bench test/walkthrough: FORCE
 $(shell mkdir -p build && echo $(SHIPPED) >build/last)
 endif
 
@@ -186,7 +187,7 @@ $B/golden: $B/test/golden.o $(OBJ) $(DEVICE_OBJ)
 	$(CC) $(CFLAGS) -o $@ $^ $(LDLIBS) $(CUDA_LIBS)
 $B/bench: $B/test/bench.o $(OBJ)
 	$(CC) $(CFLAGS) -o $@ $^ $(LDLIBS)
-$B/pictures $B/logits $B/lpips $B/codes $B/fullsize: $B/%: $B/test/%.o $(OBJ)
+$B/pictures $B/logits $B/lpips $B/codes $B/fullsize $B/walkthrough: $B/%: $B/test/%.o $(OBJ)
 	$(CC) $(CFLAGS) -o $@ $^ $(LDLIBS)
 $(TESTS:%=$B/test_%): $B/test_%: $B/test/test_%.o $(OBJ)
 	$(CC) $(CFLAGS) -o $@ $^ $(LDLIBS)
@@ -299,7 +300,7 @@ else
 	    $B/bench_cuda; fi
 endif
 
-test: $(TEST_BIN) $(EMULATED_BIN) $B/golden $B/pictures $B/logits $B/lpips $B/codes $(PROGRAMS:%=$B/%) $B/train-alone $(if $P,$(PROGRAMS:%=$P/%))
+test: $(TEST_BIN) $(EMULATED_BIN) $B/golden $B/pictures $B/logits $B/lpips $B/codes $B/walkthrough $(PROGRAMS:%=$B/%) $B/train-alone $(if $P,$(PROGRAMS:%=$P/%))
 	@test/run.sh $B "$P" $(TEST_BIN) $(EMULATED_TESTS)
 
 # The official model in PyTorch beside ours, where PYTHON has PyTorch.
@@ -310,6 +311,8 @@ bench: test/bench $(if $(NVCC),$B/bench_cuda)
 	else echo "skipped: comparison with PyTorch, which $(PYTHON) does not have (PYTHON=... chooses another)"; fi
 	@$(if $(NVCC),if $B/bench_cuda gpu; then $(MAKE) bench-cuda; else echo "skipped: bench-cuda, for there is no GPU"; fi,\
 	    echo "skipped: bench-cuda, for there is no nvcc")
+
+walkthrough: test/walkthrough
 
 # Not part of `make test`: it writes 10 GiB at a time under build/fullsize and takes half an hour.
 fullsize: $B/fullsize $B/sample
@@ -340,7 +343,7 @@ format:
 	clang-format -i $(foreach d,. base kernels files sampling training test,$(wildcard $d/*.c $d/*.cu $d/*.h))
 
 clean:
-	rm -rf build $(PROGRAMS) test/golden test/bench
+	rm -rf build $(PROGRAMS) test/golden test/bench test/walkthrough
 
 FORCE:
 -include $(shell find $B $(if $P,$P) -name '*.d' 2>/dev/null)
