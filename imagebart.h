@@ -130,8 +130,8 @@ Err vqgan_load(Vqgan *v, const Checkpoint *ck, const char *prefix);
 /* The same, but the parameters are used where they lie in the file, which must stay open: see params_map. */
 Err vqgan_map(Vqgan *v, const Checkpoint *ck, const char *prefix);
 const int32_t *vqgan_used(const Vqgan *v); /* (re_embed) or NULL */
-/* Sizes activations for batches up to B of pictures up to HxW (multiples of 2^(levels-1)); train: keep what backward
- * needs. One allocation; call again to change. */
+/* Sizes activations for batches up to B of pictures up to HxW; train: keep what backward needs, and H and W must be
+ * multiples of 2^(levels-1). One allocation; call again to change. */
 Err vqgan_plan(Vqgan *v, size_t B, size_t H, size_t W, int train);
 /* How much that allocates. Allocates nothing itself; there is no plan afterwards. */
 Err vqgan_plan_bytes(Vqgan *v, size_t B, size_t H, size_t W, int train, size_t *bytes);

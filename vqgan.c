@@ -2,7 +2,7 @@
  *
  * Owns: the network of encoder, vector quantiser and decoder, running it forward and backward, and the memory it runs
  * in; what a layer does is vqgan_layers.c's. Refuses: configurations that the official network cannot have (channels
- * that 32 groups do not divide), pictures that the levels do not divide, tokens outside the table.
+ * that 32 groups do not divide), training on pictures that the levels do not divide, tokens outside the table.
  *
  * The network is a flat plan. vqgan_create lists every layer once, in execution order; a layer names the values
  * (activations) it reads and writes and its rows of the parameter table. Forward walks the list, backward walks it in
@@ -498,11 +498,14 @@ static Err plan_areas(Vqgan *v, AreaList *list, size_t *lives, size_t *total) {
     return OK;
 }
 
+/* Odd sides lose their last row or column at a CONV_DOWN; training needs a reconstruction as large as the picture. */
 static Err check_picture(const Vqgan *v, size_t B, size_t H, size_t W, const char *where) {
     const size_t unit = (size_t)1 << (v->c.levels - 1);
     if (B == 0) return err("%s: an empty batch", where);
-    if (H == 0 || W == 0 || H % unit || W % unit)
+    if (v->train && (H == 0 || W == 0 || H % unit || W % unit))
         return err("%s: a picture of %zux%zu; both sides must be multiples of %zu", where, H, W, unit);
+    if (H < unit || W < unit)
+        return err("%s: a picture of %zux%zu; both sides must be at least %zu", where, H, W, unit);
     return OK;
 }
 
@@ -517,13 +520,13 @@ Err vqgan_plan_bytes(Vqgan *v, size_t B, size_t H, size_t W, int train, size_t *
     AreaList list = {NULL, 0, 3 * (v->n_values + v->n_layers) + 16};
     size_t *lives = NULL, total = 0;
     drop_plan(v);
+    v->train = train != 0;
     TRY(check_picture(v, B, H, W, "vqgan_plan"));
     if (B > 1 << 20 || H > 1 << 20 || W > 1 << 20)
         return err("vqgan_plan: %zu pictures of %zux%zu is too much", B, H, W);
     v->B = B;
     v->H = H;
     v->W = W;
-    v->train = train != 0;
     Err e = mem_alloc(&list.area, list.capacity, sizeof *list.area, "vqgan: plan");
     if (e == OK) e = mem_alloc(&lives, 3 * v->n_values, sizeof *lives, "vqgan: plan");
     if (e == OK) e = plan_areas(v, &list, lives, &total);

@@ -294,9 +294,43 @@ static void forward_task(void *context, size_t tile) {
         direct_forward(j->y, &j->p, &t, j->x, j->w, j->bias, j->add, columns, stage);
 }
 
+/* -- CONV_DOWN of a picture with an odd side, forward: no block of 2x2 pixels holds its last row or column -- */
+
+static int is_odd(const Conv *c) {
+    return c->kind == CONV_DOWN && (c->h % 2 || c->w % 2);
+}
+
+typedef struct {
+    const Conv *c;
+    real *y;
+    const real *x, *w, *bias, *add;
+} OddJob;
+
+/* Channel m of picture b: y[i,j] = bias + add[i,j] + sum over c, k, l of w[c,k,l] x[c,2i+k,2j+l], which lie inside. */
+static void odd_task(void *context, size_t bm) {
+    const OddJob *o = (const OddJob *)context;
+    const Conv *c = o->c;
+    const size_t h = c->h / 2, w = c->w / 2, b = bm / c->M, m = bm % c->M;
+    real *y = o->y + bm * h * w;
+    for (size_t i = 0; i < h * w; i++) y[i] = o->bias[m] + (o->add ? o->add[bm * h * w + i] : 0);
+    for (size_t ck = 0; ck < c->C * 9; ck++) {
+        const real weight = o->w[m * c->C * 9 + ck];
+        const real *x = o->x + ((b * c->C + ck / 9) * c->h + ck % 9 / 3) * c->w + ck % 3;
+        const size_t rows = 2 * (h - 1) + ck % 9 / 3 < c->h ? h : h - 1; /* an even side's last one sees zeros */
+        const size_t columns = 2 * (w - 1) + ck % 3 < c->w ? w : w - 1;
+        for (size_t i = 0; i < rows; i++)
+            for (size_t j = 0; j < columns; j++) y[i * w + j] += weight * x[2 * i * c->w + 2 * j];
+    }
+}
+
 /* y = w * x + bias (+ add unless NULL)     w (M,C,3,3) or (M,C,1,1)   bias (M)   add (as y) */
 void conv_forward(real *y, const Conv *c, const real *x, const real *w, const real *bias, const real *add,
                   const ConvScratch *s) {
+    if (is_odd(c)) {
+        OddJob odd = {c, y, x, w, bias, add};
+        parallel_for(threads_free(), c->B * c->M, odd_task, &odd);
+        return;
+    }
     const Product p = make_product(c, best_block(c), 0);
     if (p.block) winograd_weights(s->weights, w, &p);
     Job job = {p, s, x, w, bias, add, NULL, y, NULL, 0, 0};

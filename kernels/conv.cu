@@ -149,8 +149,8 @@ static const size_t COLUMN_BYTES =
     64 << 20; /* patches of a tile; a few tiles fill a GPU, and its cache holds much of one */
 
 static size_t rows_of(const Conv *c) { /* of y */
-    const size_t cells = c->B * c->h * c->w;
-    return c->kind == CONV_UP ? 4 * cells : c->kind == CONV_DOWN ? cells / 4 : cells;
+    if (c->kind == CONV_DOWN) return c->B * (c->h / 2) * (c->w / 2);
+    return c->kind == CONV_UP ? 4 * c->B * c->h * c->w : c->B * c->h * c->w;
 }
 
 /* Rows of sums over a slice of SLICE_CELLS rows each: see below. */

@@ -8,11 +8,12 @@
  * or else model.safetensors (its state dict), io.safetensors (inputs in.*, expectations everything else), or with
  * schedules.json. Which kind it is tell model.target and the tensors that are there:
  *
- *     first stage    VQGANWrapper: latents, codes, reconstructions, losses, gradients
- *     adversarial    the same with grad_g.* and grad_d.*: a generator's and a discriminator's pass
+ *     first stage    VQGANWrapper: latents, codes, reconstructions, losses, gradients; pictures of further sizes
+ *     adversarial    the same with grad_g.* and grad_d.*: a generator's and a discriminator's pass, with the losses,
+ *                    weights and first step of the configuration, at the global_step that the case states
  *     transition     DenoisingXTransformer, DecoderOnlyDenoiser: posterior, logits, losses, gradients, decoding
  *     training       the same with final.*: losses, learning rates, parameters and EMA after some optimizer steps
- *     encodings      one transition as several model_*.ckpt: logits, EMA's logits, a decoded latent of each
+ *     encodings      one transition as several checkpoints: logits, EMA's logits, a decoded latent of each
  *     schedules      betas, alphats, alphacum
  *
  * One line per comparison, with its largest error as a fraction of the tolerance. What fails: an error beyond its
@@ -92,6 +93,13 @@ static int has_prefix(const Case *c, const char *prefix) {
     for (size_t i = 0; i < c->io.n; i++)
         if (strncmp(c->io.tensor[i].name, prefix, strlen(prefix)) == 0) return 1;
     return 0;
+}
+
+static int file_in(const char *dir, const char *name) {
+    char path[1300];
+    struct stat st;
+    snprintf(path, sizeof path, "%s/%s", dir, name);
+    return stat(path, &st) == 0 && S_ISREG(st.st_mode);
 }
 
 /* The tensor, marked as accounted for. */
@@ -258,21 +266,38 @@ static Err open_vqgan(Case *c, Vqgan **v, const char *tensors, const char *keys,
 }
 
 typedef struct {
+    const char *suffix; /* of the names: "" for in.image and what is computed from it, "_x0" for in.image_x0 ... */
     size_t B, H, W, h, w, N, pixels, latents; /* pixels, latents: elements of the whole batch */
+    size_t out_H, out_W, out;                 /* of what the decoder makes; out: elements of the whole batch */
     real *image;
 } Pictures;
 
-static Err open_pictures(Case *c, Pictures *p, const Vqgan *v) {
+typedef struct {
+    char s[NAME_MAX_BYTES + 40];
+} Name;
+
+static Name of_pictures(const char *name, const Pictures *p) {
+    Name full;
+    snprintf(full.s, sizeof full.s, "%s%s", name, p->suffix);
+    return full;
+}
+
+/* in.image<suffix>; sides that the levels do not divide lose their last row or column at each halving. */
+static Err open_pictures(Case *c, Pictures *p, const Vqgan *v, const char *suffix) {
     const VqganConfig *config = vqgan_config(v);
+    const size_t halvings = config->levels - 1;
     const Tensor *x;
-    size_t factor = (size_t)1 << (config->levels - 1);
-    TRY(io_tensor(c, "in.image", &x));
+    p->suffix = suffix;
+    const Name name = of_pictures("in.image", p);
+    TRY(io_tensor(c, name.s, &x));
     if (x->ndim != 4 || x->dim[1] != config->in_channels)
-        return err("in.image is not (B,%zu,H,W)", config->in_channels);
+        return err("%s is not (B,%zu,H,W)", name.s, config->in_channels);
     p->B = x->dim[0], p->H = x->dim[2], p->W = x->dim[3];
-    p->h = p->H / factor, p->w = p->W / factor, p->N = p->h * p->w;
+    p->h = p->H >> halvings, p->w = p->W >> halvings, p->N = p->h * p->w;
     p->latents = p->B * p->N * config->embed_dim;
-    return io_reals(c, "in.image", &p->image, &p->pixels);
+    p->out_H = p->h << halvings, p->out_W = p->w << halvings;
+    p->out = p->B * config->out_ch * p->out_H * p->out_W;
+    return io_reals(c, name.s, &p->image, &p->pixels);
 }
 
 /* The tokens against the expectation `name`. A code outside the remap table is any token there: the official code draws
@@ -292,47 +317,77 @@ static Err check_codes(Case *c, const Vqgan *v, const char *name, const char *la
     return OK;
 }
 
+/* A batch's latents, codes and the picture made from the expected codes. Of a further batch what the case names. */
 static Err vqgan_encoding(Case *c, Vqgan *v, const Pictures *p) {
+    const Name indices = of_pictures("out.indices", p), raw_indices = of_pictures("out.raw_indices", p);
+    const Name latents = of_pictures("out.prequant", p), looked_up = of_pictures("out.zq", p);
+    const Name drawn = of_pictures("out.dec_from_indices", p);
+    const int all = !*p->suffix;
     real *prequant, *zq, *image;
     int32_t *raw, *tokens, *given;
-    size_t n = p->B * p->N, out = vqgan_config(v)->out_ch * p->B * p->H * p->W;
+    size_t n = p->B * p->N;
     TRY(case_reals(c, &prequant, p->latents));
     TRY(case_reals(c, &zq, p->latents));
-    TRY(case_reals(c, &image, out));
+    TRY(case_reals(c, &image, p->out));
     TRY(case_alloc(c, &raw, n, sizeof *raw));
     TRY(case_alloc(c, &tokens, n, sizeof *tokens));
     TRY(vqgan_encode(v, p->image, p->B, p->H, p->W, 1, prequant, raw, tokens));
-    TRY(check_output(c, "out.prequant", "out.prequant", prequant, p->latents));
-    TRY(check_tokens(c, "out.raw_indices", "out.raw_indices", raw, n));
-    TRY(check_codes(c, v, "out.indices", "out.indices", raw, tokens, n));
-    TRY(io_tokens(c, "out.indices", &given, n));
+    TRY(check_output(c, latents.s, latents.s, prequant, p->latents));
+    if (all || has(c, raw_indices.s)) TRY(check_tokens(c, raw_indices.s, raw_indices.s, raw, n));
+    if (!all && !has(c, indices.s)) return OK;
+    TRY(check_codes(c, v, indices.s, indices.s, raw, tokens, n));
+    TRY(io_tokens(c, indices.s, &given, n));
     TRY(vqgan_lookup(v, given, p->B, p->h, p->w, zq));
-    TRY(check_output(c, "out.zq", "out.zq", zq, p->latents));
+    if (all || has(c, looked_up.s)) TRY(check_output(c, looked_up.s, looked_up.s, zq, p->latents));
+    if (!all && !has(c, drawn.s)) return OK;
     TRY(vqgan_decode_tokens(v, given, p->B, p->h, p->w, image));
-    return check_output(c, "out.dec_from_indices", "out.dec_from_indices", image, out);
+    return check_output(c, drawn.s, drawn.s, image, p->out);
 }
 
-/* in.z and in.rand_indices through the decoder; the codes of in.z through the quantiser's own entry. */
+/* in.image_NAME, pictures of another size: out.prequant_NAME, and out.dec_NAME, the picture made from just that. */
+static Err vqgan_other_sizes(Case *c, Vqgan *v) {
+    static const char prefix[] = "in.image_";
+    for (size_t i = 0; i < c->io.n; i++) {
+        const char *name = c->io.tensor[i].name;
+        Pictures p;
+        real *given, *image;
+        size_t n;
+        if (strncmp(name, prefix, sizeof prefix - 1) != 0) continue;
+        TRY(open_pictures(c, &p, v, name + sizeof prefix - 2));
+        TRY(vqgan_plan(v, p.B, p.H, p.W, 0));
+        TRY(vqgan_encoding(c, v, &p));
+        const Name latents = of_pictures("out.prequant", &p), drawn = of_pictures("out.dec", &p);
+        if (!has(c, drawn.s)) continue;
+        TRY(io_reals(c, latents.s, &given, &n));
+        if (n != p.latents) return err("%s has %zu elements, expected %zu", latents.s, n, p.latents);
+        TRY(case_reals(c, &image, p.out));
+        TRY(vqgan_decode(v, given, p.B, p.h, p.w, image));
+        TRY(check_output(c, drawn.s, drawn.s, image, p.out));
+    }
+    return OK;
+}
+
+/* in.z and in.rand_indices through the decoder. */
 static Err vqgan_decoding(Case *c, Vqgan *v, const Pictures *p) {
     const Tensor *x;
     int32_t *tokens;
     real *z, *image;
-    size_t n, out = vqgan_config(v)->out_ch * p->B * p->H * p->W;
-    TRY(case_reals(c, &image, out));
+    size_t n;
+    TRY(case_reals(c, &image, p->out));
     TRY(io_tokens(c, "in.rand_indices", &tokens, p->B * p->N));
     TRY(vqgan_decode_tokens(v, tokens, p->B, p->h, p->w, image));
-    TRY(check_output(c, "out.dec_rand", "out.dec_rand", image, out));
+    TRY(check_output(c, "out.dec_rand", "out.dec_rand", image, p->out));
     TRY(io_reals(c, "in.z", &z, &n));
     if (n != p->latents) return err("in.z has %zu elements, expected %zu", n, p->latents);
     TRY(vqgan_decode(v, z, p->B, p->h, p->w, image));
-    TRY(check_output(c, "out.dec_z", "out.dec_z", image, out));
+    TRY(check_output(c, "out.dec_z", "out.dec_z", image, p->out));
     x = checkpoint_find(&c->io, "out.dec_z_if_tanh");
     if (!x && !vqgan_config(v)->tanh_out) return OK;
     Vqgan *honest = NULL; /* a second one, which applies its tanh */
     Err e = open_vqgan(c, &honest, "", "model.params.", 1);
     if (e == OK) e = vqgan_plan(honest, p->B, p->H, p->W, 0);
     if (e == OK) e = vqgan_decode(honest, z, p->B, p->h, p->w, image);
-    if (e == OK) e = check_output(c, "out.dec_z_if_tanh", "out.dec_z_if_tanh", image, out);
+    if (e == OK) e = check_output(c, "out.dec_z_if_tanh", "out.dec_z_if_tanh", image, p->out);
     vqgan_free(honest);
     return e;
 }
@@ -367,13 +422,14 @@ static Err vqgan_training(Case *c, Vqgan *v, const Pictures *p) {
 static Err run_vqgan(Case *c) {
     Pictures p;
     TRY(open_vqgan(c, &c->vqgan, "", "model.params.", 0));
-    TRY(open_pictures(c, &p, c->vqgan));
-    if (vqgan_config(c->vqgan)->out_ch != vqgan_config(c->vqgan)->in_channels)
-        return err("out_ch differs from in_channels: there is no loss between the pictures");
-    TRY(vqgan_plan(c->vqgan, p.B, p.H, p.W, 1));
+    TRY(open_pictures(c, &p, c->vqgan, ""));
+    /* Between a picture and a reconstruction of another shape there is no loss: the official code has none either. */
+    const int trained = p.out == p.pixels && p.out_H == p.H;
+    TRY(vqgan_plan(c->vqgan, p.B, p.H, p.W, trained));
     TRY(vqgan_encoding(c, c->vqgan, &p));
     TRY(vqgan_decoding(c, c->vqgan, &p));
-    return vqgan_training(c, c->vqgan, &p);
+    if (trained) TRY(vqgan_training(c, c->vqgan, &p));
+    return vqgan_other_sizes(c, c->vqgan);
 }
 
 /* ---- First stage with a discriminator: a generator pass, then a discriminator pass, no update in between ---- */
@@ -401,6 +457,49 @@ static Err check_rows(Case *c, Params *p, const char *prefix, int buffers) {
 
 static const char loss_keys[] = "model.params.lossconfig.params.";
 
+typedef struct {
+    DiscLoss kind;
+    double factor; /* disc_factor, or 0 before disc_start */
+    double disc_weight, codebook_weight;
+} AdversarialLoss;
+
+/* The step whose losses the case holds: io.safetensors says it, else the checkpoint, else it must not matter. */
+static Err case_step(const Case *c, double start, double *step) {
+    const Config *from = config_get(&c->io.meta, "", "global_step") ? &c->io.meta : &c->model.meta;
+    *step = 0;
+    if (start > 0 && !config_get(from, "", "global_step"))
+        return err("disc_start is %g, but the case does not say at which global_step it is", start);
+    return config_real(step, from, "", "global_step", 0, 1e15, 1);
+}
+
+/* What this program computes without: a case that needs it must not pass for lack of it. */
+static Err refuse_loss_options(const Config *c) {
+    double perceptual = 1;
+    int conditional = 0, actnorm = 0;
+    TRY(config_real(&perceptual, c, loss_keys, "perceptual_weight", 0, 1e6, 1));
+    TRY(config_flag(&conditional, c, loss_keys, "disc_conditional", 1));
+    TRY(config_flag(&actnorm, c, loss_keys, "use_actnorm", 1));
+    if (perceptual != 0) return err("perceptual_weight is %g: cases with LPIPS are not known here", perceptual);
+    return conditional || actnorm ? err("disc_conditional and use_actnorm are not known here") : OK;
+}
+
+static Err read_loss(const Case *c, AdversarialLoss *l) {
+    const char *kind = config_get(&c->config, loss_keys, "disc_loss");
+    double start = 0, step;
+    *l = (AdversarialLoss){DISC_HINGE, 1, 1, 1};
+    TRY(refuse_loss_options(&c->config));
+    if (kind && strcmp(kind, "hinge") && strcmp(kind, "vanilla"))
+        return err("disc_loss %s: expected hinge or vanilla", kind);
+    if (kind && !strcmp(kind, "vanilla")) l->kind = DISC_VANILLA;
+    TRY(config_real(&start, &c->config, loss_keys, "disc_start", 0, 1e15, 0));
+    TRY(config_real(&l->factor, &c->config, loss_keys, "disc_factor", 0, 1e6, 1));
+    TRY(config_real(&l->disc_weight, &c->config, loss_keys, "disc_weight", 0, 1e6, 1));
+    TRY(config_real(&l->codebook_weight, &c->config, loss_keys, "codebook_weight", 0, 1e6, 1));
+    TRY(case_step(c, start, &step));
+    if (step < start) l->factor = 0;
+    return OK;
+}
+
 static Err open_discriminator(Case *c, const Pictures *p) {
     DiscConfig config;
     TRY(disc_config_read(&config, &c->config, loss_keys));
@@ -418,47 +517,50 @@ static double norm_of(const real *x, size_t n) {
     return sqrt(sum);
 }
 
-/* From d nll and d g to the weight of g and the gradient of the whole loss, in dxrec */
-static Err generator_pass(Case *c, const Pictures *p, const real *xrec, double codebook) {
-    Vqgan *v = c->vqgan;
-    const size_t n = disc_logits(c->disc), last = vqgan_last_layer(v)->size;
+/* The share of the pictures' loss and of the generator's in the gradient of the decoder's last layer -> d_weight; dxrec,
+ * dg: what each gives to the reconstruction. */
+static Err generator_weight(Case *c, const AdversarialLoss *loss, const real *dxrec, const real *dg, double *weight) {
+    const size_t last = vqgan_last_layer(c->vqgan)->size;
+    real *dw, *db;
+    TRY(case_reals(c, &dw, last));
+    TRY(case_reals(c, &db, vqgan_config(c->vqgan)->out_ch));
+    TRY(vqgan_last_gradient(c->vqgan, dxrec, dw, db));
+    TRY(check_gradient(c, "out.nll_grad_last", dw, last));
+    const double nll_norm = norm_of(dw, last);
+    TRY(vqgan_last_gradient(c->vqgan, dg, dw, db));
+    TRY(check_gradient(c, "out.g_grad_last", dw, last));
+    *weight = adaptive_weight(nll_norm, norm_of(dw, last)) * loss->disc_weight;
+    return check_scalar(c, "out.d_weight", *weight);
+}
+
+/* The autoencoder's loss on its reconstructions, and every gradient of it */
+static Err generator_pass(Case *c, const AdversarialLoss *loss, const Pictures *p, const real *xrec, double codebook) {
+    const size_t n = disc_logits(c->disc);
     const real *logits;
-    real *dxrec, *dg, *dlogits, *dw, *db;
-    double l1, l2, disc_weight = 1, factor = 1, start = 0, codebook_weight = 1;
-    TRY(config_real(&start, &c->config, loss_keys, "disc_start", 0, 1e12, 0));
-    TRY(config_real(&disc_weight, &c->config, loss_keys, "disc_weight", 0, 1e6, 1));
-    TRY(config_real(&codebook_weight, &c->config, loss_keys, "codebook_weight", 0, 1e6, 1));
-    if (start > 5) factor = 0; /* global_step of these cases */
+    real *dxrec, *dg, *dlogits;
+    double l1, l2, weight;
     TRY(case_reals(c, &dxrec, p->pixels));
     TRY(case_reals(c, &dg, p->pixels));
     TRY(case_reals(c, &dlogits, n));
-    TRY(case_reals(c, &dw, last));
-    TRY(case_reals(c, &db, vqgan_config(v)->out_ch));
     TRY(disc_forward(c->disc, xrec, 1, &logits));
     TRY(check_output(c, "out.logits_fake_g", "out.logits_fake_g", logits, n));
     const double g = generator_loss(logits, n, 1, dlogits);
     TRY(check_scalar(c, "out.g_loss", g));
     image_loss(p->image, xrec, p->pixels, 1, 0, &l1, &l2, dxrec);
     TRY(check_scalar(c, "out.nll_loss", l1));
-    TRY(vqgan_last_gradient(v, dxrec, dw, db));
-    TRY(check_gradient(c, "out.nll_grad_last", dw, last));
-    const double nll_norm = norm_of(dw, last);
     TRY(disc_backward(c->disc, dlogits, 0, 0, dg));
-    TRY(vqgan_last_gradient(v, dg, dw, db));
-    TRY(check_gradient(c, "out.g_grad_last", dw, last));
-    const double weight = adaptive_weight(nll_norm, norm_of(dw, last)) * disc_weight;
-    TRY(check_scalar(c, "out.d_weight", weight));
-    TRY(check_scalar(c, "out.disc_factor", factor));
-    TRY(check_scalar(c, "out.aeloss", l1 + weight * factor * g + codebook_weight * codebook));
-    generator_loss(logits, n, weight * factor, dlogits);
+    TRY(generator_weight(c, loss, dxrec, dg, &weight));
+    TRY(check_scalar(c, "out.disc_factor", loss->factor));
+    TRY(check_scalar(c, "out.aeloss", l1 + weight * loss->factor * g + loss->codebook_weight * codebook));
+    generator_loss(logits, n, weight * loss->factor, dlogits);
     TRY(disc_backward(c->disc, dlogits, 0, 1, dg));
     for (size_t i = 0; i < p->pixels; i++) dxrec[i] += dg[i];
-    TRY(vqgan_backward(v, dxrec, codebook_weight, NULL));
-    TRY(check_rows(c, vqgan_params(v), "grad_g.", 0));
+    TRY(vqgan_backward(c->vqgan, dxrec, loss->codebook_weight, NULL));
+    TRY(check_rows(c, vqgan_params(c->vqgan), "grad_g.", 0));
     return check_rows(c, disc_params(c->disc), "grad_g.", 0);
 }
 
-static Err discriminator_pass(Case *c, const Pictures *p, const real *xrec) {
+static Err discriminator_pass(Case *c, const AdversarialLoss *l, const Pictures *p, const real *xrec) {
     const size_t n = disc_logits(c->disc);
     const real *logits;
     real *dlogits;
@@ -466,33 +568,51 @@ static Err discriminator_pass(Case *c, const Pictures *p, const real *xrec) {
     params_zero_grad(disc_params(c->disc));
     TRY(disc_forward(c->disc, p->image, 1, &logits));
     TRY(check_output(c, "out.logits_real_d", "out.logits_real_d", logits, n));
-    double loss = disc_loss(DISC_HINGE, logits, n, 1, 1, dlogits);
+    double loss = disc_loss(l->kind, logits, n, 1, l->factor, dlogits);
     TRY(disc_backward(c->disc, dlogits, 0, 1, NULL));
     TRY(disc_forward(c->disc, xrec, 1, &logits));
     TRY(check_output(c, "out.logits_fake_d", "out.logits_fake_d", logits, n));
-    loss += disc_loss(DISC_HINGE, logits, n, 0, 1, dlogits);
+    loss += disc_loss(l->kind, logits, n, 0, l->factor, dlogits);
     TRY(disc_backward(c->disc, dlogits, 0, 1, NULL));
-    TRY(check_scalar(c, "out.disc_loss", loss));
+    TRY(check_scalar(c, "out.disc_loss", l->factor * loss));
     TRY(check_rows(c, disc_params(c->disc), "grad_d.", 0));
     return check_rows(c, disc_params(c->disc), "bn_after.", 1);
 }
 
+/* out.indices, as the model gives them: remapped where it has a table; out.raw_indices: before that. */
+static Err check_adversarial_codes(Case *c, const Pictures *p) {
+    const int32_t *raw, *used = vqgan_used(c->vqgan);
+    const size_t n = p->B * p->N, K = vqgan_K(c->vqgan);
+    int32_t *codes, *tokens;
+    vqgan_latents(c->vqgan, NULL, NULL, &raw);
+    TRY(case_alloc(c, &codes, n, sizeof *codes));
+    TRY(case_alloc(c, &tokens, n, sizeof *tokens));
+    for (size_t i = 0; i < n; i++) {
+        codes[i] = raw[i];
+        tokens[i] = used ? 0 : raw[i]; /* outside the table: any token */
+        for (size_t k = K; used && k-- > 0;)
+            if (used[k] == raw[i]) tokens[i] = (int32_t)k;
+    }
+    if (has(c, "out.raw_indices")) TRY(check_tokens(c, "out.raw_indices", "out.raw_indices", codes, n));
+    return check_codes(c, c->vqgan, "out.indices", "out.indices", codes, tokens, n);
+}
+
 static Err run_adversarial(Case *c) {
     Pictures p;
+    AdversarialLoss loss;
     const real *xrec;
-    const int32_t *raw;
     double codebook;
+    TRY(read_loss(c, &loss));
     TRY(open_vqgan(c, &c->vqgan, "", "model.params.", 0));
-    TRY(open_pictures(c, &p, c->vqgan));
+    TRY(open_pictures(c, &p, c->vqgan, ""));
     TRY(open_discriminator(c, &p));
     TRY(vqgan_plan(c->vqgan, p.B, p.H, p.W, 1));
     TRY(vqgan_forward(c->vqgan, p.image, p.B, p.H, p.W, &xrec, &codebook));
-    vqgan_latents(c->vqgan, NULL, NULL, &raw);
     TRY(check_output(c, "out.xrec", "out.xrec", xrec, p.pixels));
-    TRY(check_tokens(c, "out.indices", "out.indices", raw, p.B * p.N));
+    TRY(check_adversarial_codes(c, &p));
     TRY(check_scalar(c, "out.codebook_loss", codebook));
-    TRY(generator_pass(c, &p, xrec, codebook));
-    return discriminator_pass(c, &p, xrec);
+    TRY(generator_pass(c, &loss, &p, xrec, codebook));
+    return discriminator_pass(c, &loss, &p, xrec);
 }
 
 /* ---- Transition ---- */
@@ -581,7 +701,7 @@ static Err check_first_stage(Case *c, const Tokenized *b) {
     Pictures p;
     int32_t *raw, *tokens;
     TRY(open_vqgan(c, &c->vqgan, "first_stage_model.", "model.params.first_stage_config.params.", 0));
-    TRY(open_pictures(c, &p, c->vqgan));
+    TRY(open_pictures(c, &p, c->vqgan, ""));
     if (p.B != b->B || p.N != b->N)
         return err("in.image gives %zu x %zu tokens, in.x0 has %zu x %zu", p.B, p.N, b->B, b->N);
     TRY(vqgan_plan(c->vqgan, p.B, p.H, p.W, 0));
@@ -591,9 +711,26 @@ static Err check_first_stage(Case *c, const Tokenized *b) {
     return check_codes(c, c->vqgan, "in.x0", "in.x0 (from in.image)", raw, tokens, b->B * b->N);
 }
 
-/* Teacher forcing: the losses at alpha 0, 1/2, 1, and the gradients of the middle one. */
+/* out.loss_a0, out.loss_a05, out.loss_a1, ...: the loss at alpha 0, 0.5, 1, ... */
+static Err check_alphas(Case *c, const Tokenized *b, const real *logits, const real *q) {
+    static const char prefix[] = "out.loss_a";
+    size_t found = 0;
+    for (size_t i = 0; i < c->io.n; i++) {
+        const char *name = c->io.tensor[i].name, *digits = name + sizeof prefix - 1;
+        char text[NAME_MAX_BYTES + 1];
+        Loss loss;
+        if (strncmp(name, prefix, sizeof prefix - 1) != 0) continue;
+        if (strspn(digits, "0123456789") != strlen(digits) || !*digits) continue;
+        snprintf(text, sizeof text, "%c.%s", digits[0], digits + 1);
+        TRY(denoising_loss(&loss, logits, b->x, q, b->B * b->N, b->K, strtod(text, NULL), 1, NULL));
+        TRY(check_scalar(c, name, loss.loss));
+        found++;
+    }
+    return found ? OK : err("no loss at any alpha (out.loss_a05 ...) is expected");
+}
+
+/* Teacher forcing: the losses, and the gradients of the one at alpha 0.5. */
 static Err check_losses(Case *c, const Tokenized *b, const real *q) {
-    static const char *const names[3] = {"out.loss_a0", "out.loss_a05", "out.loss_a1"};
     const real *logits;
     real *dlogits;
     Loss loss;
@@ -601,11 +738,8 @@ static Err check_losses(Case *c, const Tokenized *b, const real *q) {
     TRY(transformer_plan(c->net, b->B, b->N, 1));
     TRY(transformer_forward(c->net, b->x, b->x_t, b->t, b->label, b->B, b->N, &logits));
     TRY(check_output(c, "out.logits", "out.logits", logits, R * b->K));
+    TRY(check_alphas(c, b, logits, q));
     TRY(case_reals(c, &dlogits, R * b->K));
-    for (int i = 2; i >= 0; i--) {
-        TRY(denoising_loss(&loss, logits, b->x, q, R, b->K, 0.5 * i, 1, NULL));
-        TRY(check_scalar(c, names[i], loss.loss));
-    }
     TRY(denoising_loss(&loss, logits, b->x, q, R, b->K, 0.5, 1, dlogits));
     TRY(check_scalar(c, "out.loss_hard", loss.hard));
     TRY(check_scalar(c, "out.loss_soft", loss.soft));
@@ -760,35 +894,71 @@ static Err check_ema(Case *c, const Tokenized *b, const Greedy *free_run) {
     return check_greedy(c, free_run, "ema.greedy_tokens");
 }
 
-/* ---- Encodings: out.logits_NAME, ema.logits_NAME and out.dec_NAME belong to model_NAME.ckpt; "zip" to model.ckpt */
+/* ---- Encodings: out.logits_NAME, ema.logits_NAME and out.dec_NAME belong to one of several files. `variants` of the
+ *      metadata says which, {"model.ckpt": "zip", ...}; without it model_NAME.ckpt, and model.ckpt for "zip" ---- */
 
 static const char encoded[] = "out.logits_";
 
+/* The text between the next two quotation marks of *at, which moves behind them; 0: there are none, or it is long. */
+static int next_quoted(const char **at, char *out, size_t bytes) {
+    const char *begin = strchr(*at, '"'), *end = begin ? strchr(begin + 1, '"') : NULL;
+    if (!end || (size_t)(end - begin) > bytes) return 0;
+    memcpy(out, begin + 1, (size_t)(end - begin - 1));
+    out[end - begin - 1] = 0;
+    *at = end + 1;
+    return 1;
+}
+
+/* file = the one of encoding `name`. */
+static Err encoding_file(const Case *c, const char *name, char file[NAME_MAX_BYTES]) {
+    const char *at = config_get(&c->io.meta, "", "variants");
+    char of[NAME_MAX_BYTES];
+    if (!at) {
+        const int first = strcmp(name, "zip") == 0;
+        snprintf(file, NAME_MAX_BYTES, "model%s%.100s.ckpt", first ? "" : "_", first ? "" : name);
+        return OK;
+    }
+    while (next_quoted(&at, file, NAME_MAX_BYTES) && next_quoted(&at, of, sizeof of))
+        if (strcmp(of, name) == 0 && !strchr(file, '/')) return OK;
+    return err("the metadata's variants have no file for \"%.100s\"", name);
+}
+
+/* A file that the case lists and has must have its expectations. */
+static void check_variants(const Case *c) {
+    const char *at = config_get(&c->io.meta, "", "variants");
+    char file[NAME_MAX_BYTES], of[NAME_MAX_BYTES], name[NAME_MAX_BYTES + 40];
+    while (at && next_quoted(&at, file, sizeof file) && next_quoted(&at, of, sizeof of)) {
+        snprintf(name, sizeof name, "%s%s", encoded, of);
+        if (file_in(c->dir, file) && !has(c, name))
+            report(c, name, 0, "its file is here, io.safetensors has no such tensor");
+    }
+}
+
 static Err open_encoding(Case *c, const char *name) {
-    char path[1300];
-    const int first = strcmp(name, "zip") == 0;
+    char path[1300], file[NAME_MAX_BYTES];
     checkpoint_close(&c->model);
     transformer_free(c->net);
     vqgan_free(c->vqgan);
     c->net = NULL, c->vqgan = NULL;
-    snprintf(path, sizeof path, "%s/model%s%s.ckpt", c->dir, first ? "" : "_", first ? "" : name);
+    TRY(encoding_file(c, name, file));
+    snprintf(path, sizeof path, "%s/%s", c->dir, file);
     return checkpoint_open(&c->model, path);
 }
 
 static Err encoding_logits(Case *c, const char *expectation) {
     const NetConfig *config = transformer_config(c->net);
     const Tensor *x;
-    int32_t *tokens, *scale;
+    int32_t *tokens, *scale, *x_t = NULL, *label = NULL;
     const real *logits;
     TRY(io_tensor(c, "in.x", &x));
     if (x->ndim != 2) return err("in.x is not (B,N) tokens");
     const size_t B = x->dim[0], N = x->dim[1];
-    if (config->kind != NET_GPT || config->has_class)
-        return err("encodings of this kind of network are not known here");
     TRY(io_tokens(c, "in.x", &tokens, B * N));
     TRY(io_tokens(c, "in.scale", &scale, B));
+    if (config->kind == NET_X) TRY(io_tokens(c, "in.c", &x_t, B * N));
+    if (config->has_class) TRY(io_tokens(c, "in.class", &label, B));
     TRY(transformer_plan(c->net, B, N, 0));
-    TRY(transformer_forward(c->net, tokens, NULL, scale, NULL, B, N, &logits));
+    TRY(transformer_forward(c->net, tokens, x_t, scale, label, B, N, &logits));
     return check_output(c, expectation, expectation, logits, B * N * config->dec_num_tokens);
 }
 
@@ -808,6 +978,7 @@ static Err encoding_picture(Case *c, const char *expectation) {
     return check_output(c, expectation, expectation, image, B * v->out_ch * H * W);
 }
 
+/* A file without EMA has no EMA's logits, and must not be expected to. */
 static Err run_encoding(Case *c, const char *name) {
     Schedule s;
     char logits[NAME_MAX_BYTES], ema[NAME_MAX_BYTES], picture[NAME_MAX_BYTES];
@@ -817,13 +988,16 @@ static Err run_encoding(Case *c, const char *name) {
     TRY(open_encoding(c, name));
     TRY(open_net(c, &s));
     TRY(encoding_logits(c, logits));
-    TRY(params_load_ema(transformer_params(c->net), &c->model, 'v', "transformer_ema."));
-    TRY(params_send(transformer_params(c->net)));
-    TRY(encoding_logits(c, ema));
+    if (checkpoint_find(&c->model, "transformer_ema.num_updates") || has(c, ema)) {
+        TRY(params_load_ema(transformer_params(c->net), &c->model, 'v', "transformer_ema."));
+        TRY(params_send(transformer_params(c->net)));
+        TRY(encoding_logits(c, ema));
+    }
     return encoding_picture(c, picture);
 }
 
 static Err run_encodings(Case *c) {
+    check_variants(c);
     for (size_t i = 0; i < c->io.n; i++) {
         const char *name = c->io.tensor[i].name;
         if (strncmp(name, encoded, sizeof encoded - 1) != 0) continue;
@@ -1094,13 +1268,6 @@ static Err run_schedules(Case *c) {
 
 /* ---- Cases ---- */
 
-static int file_in(const char *dir, const char *name) {
-    char path[1300];
-    struct stat st;
-    snprintf(path, sizeof path, "%s/%s", dir, name);
-    return stat(path, &st) == 0 && S_ISREG(st.st_mode);
-}
-
 /* --selftest: an expectation under another name is one missing and one unknown. */
 static void rename_one(Case *c) {
     for (size_t i = 0; i < c->io.n; i++) {
@@ -1118,7 +1285,8 @@ static Err open_case(Case *c) {
     snprintf(path, sizeof path, "%s/io.safetensors", c->dir);
     TRY(checkpoint_open(&c->io, path));
     snprintf(path, sizeof path, "%s/model.%s", c->dir, file_in(c->dir, "model.ckpt") ? "ckpt" : "safetensors");
-    if (!has_prefix(c, "ema.logits_")) TRY(checkpoint_open(&c->model, path)); /* encodings have files of their own */
+    if (!has(c, "in.scale") || !has_prefix(c, encoded))
+        TRY(checkpoint_open(&c->model, path)); /* encodings have files of their own */
     if (falsify == RENAMED) rename_one(c);
     return case_alloc(c, &c->seen, c->io.n, 1);
 }

@@ -709,7 +709,8 @@ static void test_refusals(void) {
     v = make(&c, 0);
     s = start(v, 2, 12, 20);
     CHECK_ERR(vqgan_encode(v, s.image, 2, 12, 20, 0, NULL, NULL, NULL), "vqgan_plan");
-    CHECK_ERR(vqgan_plan(v, 2, 12, 18, 0), "12x18; both sides must be multiples of 4");
+    CHECK_ERR(vqgan_plan(v, 2, 12, 18, 1), "12x18; both sides must be multiples of 4");
+    CHECK_ERR(vqgan_plan(v, 2, 12, 3, 0), "12x3; both sides must be at least 4");
     CHECK_ERR(vqgan_plan(v, 0, 12, 20, 0), "empty batch");
     CHECK_ERR(vqgan_plan(v, (size_t)-1, 12, 20, 0), "too much");
     CHECK_OK(vqgan_plan(v, 2, 12, 20, 0));
