@@ -135,7 +135,7 @@ LDLIBS := $(ARCHIVES) $(if $(HAVE_WEBP),-lwebp) $(if $(HAVE_LMDB),-llmdb) -lpng 
 # The house from the ground up (test/house.sh checks the order). FILES: their speed is that of files, so that they are
 # compiled for the first level only.
 BASE := base threads params plan compute options
-KERNELS := fast gemm stream conv winograd layers attention decode optimizer
+KERNELS := fast gemm stream conv norm layers attention decode optimizer
 FILES := config atomic tensor checkpoint ckpt weights digest images lmdb tokens recipe classes
 SAMPLING := model bounds options terminal
 COMPONENTS := $(BASE:%=base/%) $(KERNELS:%=kernels/%) $(FILES:%=files/%) data vqgan_layers vqgan transformer diffusion \

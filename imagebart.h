@@ -117,6 +117,16 @@ typedef struct { /* the official ddconfig and quantiser settings, under their of
 Err vqgan_config_read(VqganConfig *c, const Config *from, const char *prefix); /* prefix e.g. "model.params." */
 Err vqgan_config_write(Config *to, const VqganConfig *c, const char *prefix);
 
+/* Its layers (vqgan.c: what each computes), for whoever else is made of them. needs: before on->scratch is planned;
+ * backward: 0 no, 1 yes, 2 of dx alone. */
+size_t conv_height(const Conv *c); /* of y */
+size_t conv_width(const Conv *c);
+void conv_needs(Compute *on, const Conv *c, int backward);
+void conv_forward(const Compute *on, real *y, const real *x, const real *w, const real *bias, const real *add,
+                  const Conv *c);
+void conv_backward(const Compute *on, real *dx, real *dw, real *db, const real *dy, const real *x, const real *w,
+                   int accumulate, const Conv *c);
+
 typedef struct Vqgan Vqgan;
 /* Builds the network and its parameter table (values are not allocated: params_plan). honour_tanh: apply tanh_out,
  * which the official decoder swallows silently. */

@@ -33,6 +33,76 @@ enum {
     ALIGN = 64         /* units between the starts of two areas: a cache line or more */
 };
 
+/* ---- Layers: convolution, with bias
+ *
+ *     y[b,m,i,j] = bias[m] + add[b,m,i,j] + sum over c,k,l of w[m,c,k,l] x[b,c,seen(i,k),seen(j,l)]
+ *
+ *     x    (B,C,h,w)   w (M,C,3,3), CONV1 (M,C,1,1)   bias (M)
+ *     y    (B,M,h,w), CONV_DOWN (B,M,h/2,w/2), CONV_UP (B,M,2h,2w)
+ *     add  as y, or NULL
+ *
+ * Where a pixel lies outside the picture, x counts as 0. ---- */
+
+size_t conv_height(const Conv *c) {
+    return c->kind == CONV_UP ? 2 * c->h : c->kind == CONV_DOWN ? c->h / 2 : c->h;
+}
+
+size_t conv_width(const Conv *c) {
+    return c->kind == CONV_UP ? 2 * c->w : c->kind == CONV_DOWN ? c->w / 2 : c->w;
+}
+
+/* The row of x, of n rows, that row i of y sees through row k of the kernel; -1: there is none. Columns do the same. */
+static long seen(ConvKind kind, size_t i, size_t k, size_t n) {
+    const long at = (long)k - (kind == CONV3 || kind == CONV_UP) + (long)(kind == CONV_DOWN ? 2 * i : i);
+    const long rows = (long)(kind == CONV_UP ? 2 * n : n);
+    return at < 0 || at >= rows ? -1 : kind == CONV_UP ? at / 2 : at;
+}
+
+/* One walk for both directions: y[b,m,i,j] and x[b,c,u,v] meet through w[m,c,k,l]. Forward, dy is NULL. */
+static void meet(const Conv *c, real *y, const real *x, const real *w, const real *dy, real *dx, real *dw) {
+    const size_t side = c->kind == CONV1 ? 1 : 3, H = conv_height(c), W = conv_width(c);
+    for (size_t bm = 0; bm < c->B * c->M; bm++)
+        for (size_t ci = 0; ci < c->C; ci++)
+            for (size_t kl = 0; kl < side * side; kl++) {
+                const size_t wi = (bm % c->M * c->C + ci) * side * side + kl;
+                for (size_t i = 0; i < H; i++)
+                    for (size_t j = 0; j < W; j++) {
+                        const long u = seen(c->kind, i, kl / side, c->h), v = seen(c->kind, j, kl % side, c->w);
+                        if (u < 0 || v < 0) continue;
+                        const size_t yi = (bm * H + i) * W + j;
+                        const size_t xi = ((bm / c->M * c->C + ci) * c->h + (size_t)u) * c->w + (size_t)v;
+                        if (!dy) y[yi] += w[wi] * x[xi];
+                        if (dw) dw[wi] += dy[yi] * x[xi];
+                        if (dx) dx[xi] += dy[yi] * w[wi];
+                    }
+            }
+}
+
+void conv_needs(Compute *on, const Conv *c, int backward) {
+    if (on->fast) compute_needs(on, on->fast->conv_needs(on, c, backward));
+}
+
+void conv_forward(const Compute *on, real *y, const real *x, const real *w, const real *bias, const real *add,
+                  const Conv *c) {
+    if (on->fast) return on->fast->conv_forward(on, y, x, w, bias, add, c);
+    const size_t HW = conv_height(c) * conv_width(c);
+    for (size_t i = 0; i < c->B * c->M * HW; i++) y[i] = bias[i / HW % c->M] + (add ? add[i] : 0);
+    meet(c, y, x, w, NULL, NULL, NULL);
+}
+
+/* dx = or += dL/dx, as `accumulate` says; NULL: not wanted. dw, db += ; both NULL: not wanted, and x is not read.
+ *
+ *     dx[b,c,u,v] = sum of w[m,c,k,l] dy[b,m,i,j]      over all m,i,j,k,l with seen(i,k) = u and seen(j,l) = v
+ *     dw[m,c,k,l] += sum over b,i,j of dy[b,m,i,j] x[b,c,seen(i,k),seen(j,l)]      db[m] += sum over b,i,j of dy */
+void conv_backward(const Compute *on, real *dx, real *dw, real *db, const real *dy, const real *x, const real *w,
+                   int accumulate, const Conv *c) {
+    if (on->fast) return on->fast->conv_backward(on, dx, dw, db, dy, x, w, accumulate, c);
+    const size_t HW = conv_height(c) * conv_width(c);
+    if (dx && !accumulate) memset(dx, 0, c->B * c->C * c->h * c->w * sizeof *dx);
+    for (size_t i = 0; db && i < c->B * c->M * HW; i++) db[i / HW % c->M] += dy[i];
+    meet(c, NULL, x, w, dy, dx, dw);
+}
+
 /* ---- Building the network: layers in execution order, each with its rows of the parameter table. Every function
  *      appends to the lists and returns the value it writes. The first error sticks in v->broken. ---- */
 
@@ -436,20 +506,18 @@ static Err layer_areas(Vqgan *v, AreaList *list) {
 /* What every step may use. */
 static Err scratch_areas(Vqgan *v, AreaList *list) {
     const size_t end = 2 * v->n_layers;
-    ConvScratch *s = &v->scratch;
-    memset(s, 0, sizeof *s);
-    s->threads = (size_t)threads_get();
-    s->column_reals = CODES * SPOTS;
+    v->on = compute_of(&v->params);
+    compute_needs(&v->on, (size_t)v->on.threads * CODES * SPOTS * sizeof(real));
     v->b = v->B;
     v->h = v->H;
     v->w = v->W;
     for (size_t j = 0; j < v->n_layers; j++) {
         const VqLayer *l = &v->layer[j];
         const Conv c = layer_conv(v, l);
-        if (l->kind == VQ_NORM) s->partial_reals = max_size(s->partial_reals, round_up(v->B * c.M * 2, ALIGN));
-        for (int backward = 0; l->kind == VQ_CONV && backward <= v->train; backward++) conv_needs(s, &c, backward);
+        if (l->kind == VQ_NORM) compute_needs(&v->on, v->B * c.M * 2 * sizeof(real));
+        for (int backward = 0; l->kind == VQ_CONV && backward <= v->train; backward++) conv_needs(&v->on, &c, backward);
     }
-    TRY(add_area(list, &v->scratch_at, conv_scratch_reals(s), 0, end));
+    TRY(add_area(list, &v->scratch_at, ceil_div(v->on.scratch_bytes, sizeof(real)), 0, end));
     TRY(add_area(list, &v->raw, v->B * plane_size(v, v->z), 0, end)); /* int32_t is no larger than real */
     TRY(add_area(list, &v->code_norm, v->c.n_embed, 0, end));
     return add_area(list, &v->image_loss, v->B * (sizeof(double) / sizeof(real)), 0, end);
@@ -558,7 +626,7 @@ Err vqgan_plan(Vqgan *v, size_t B, size_t H, size_t W, int train) {
     TRY(vqgan_plan_bytes(v, B, H, W, train, &bytes));
     if (v->params.ops) return plan_on_gpu(v, &bytes);
     TRY(mem_alloc(&v->arena, bytes, 1, "vqgan: activations"));
-    conv_scratch_place(&v->scratch, v->arena + v->scratch_at);
+    v->on.scratch = v->arena + v->scratch_at;
     return OK;
 }
 
@@ -900,7 +968,7 @@ Err vqgan_last_gradient(Vqgan *v, const real *dxrec, real *dw, real *db) {
     const Conv c = layer_conv(v, l);
     memset(dw, 0, w->size * sizeof *dw);
     memset(db, 0, w->dim[0] * sizeof *db);
-    conv_backward(NULL, dw, db, &c, dxrec, v->x[l->in[0]], w->value, 0, &v->scratch);
+    conv_backward(&v->on, NULL, dw, db, dxrec, v->x[l->in[0]], w->value, 0, &c);
     return OK;
 }
 

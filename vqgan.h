@@ -51,7 +51,7 @@ struct Vqgan {
      * arena here has only what callers see */
     size_t B, H, W;
     int train;
-    ConvScratch scratch;
+    Compute on;
     size_t scratch_at, raw, code_norm, image_loss; /* offsets */
     size_t shown[3];                               /* on a GPU: where z, z_q and the reconstruction are shown */
     real *arena;

@@ -77,15 +77,15 @@ Conv layer_conv(const Vqgan *v, const VqLayer *l) {
 
 void conv_layer_forward(Vqgan *v, const VqLayer *l) {
     const Conv c = layer_conv(v, l);
-    conv_forward(v->x[l->out], &c, v->x[l->in[0]], v->params.row[l->weight].value, v->params.row[l->bias].value,
-                 l->add == NO_VALUE ? NULL : v->x[l->add], &v->scratch);
+    conv_forward(&v->on, v->x[l->out], v->x[l->in[0]], v->params.row[l->weight].value, v->params.row[l->bias].value,
+                 l->add == NO_VALUE ? NULL : v->x[l->add], &c);
 }
 
 void conv_layer_backward(Vqgan *v, const VqLayer *l) {
     const Conv c = layer_conv(v, l);
     const Param *w = &v->params.row[l->weight];
-    conv_backward(v->dx[l->in[0]], w->grad, v->params.row[l->bias].grad, &c, v->dx[l->out], v->x[l->in[0]], w->value,
-                  l->more[0], &v->scratch);
+    conv_backward(&v->on, v->dx[l->in[0]], w->grad, v->params.row[l->bias].grad, v->dx[l->out], v->x[l->in[0]],
+                  w->value, l->more[0], &c);
 }
 
 /* ---- GroupNorm, with or without swish ---- */
@@ -148,7 +148,7 @@ static void norm_backward_task(void *context, size_t bg) {
     const real *gamma = v->params.row[l->weight].value, *beta = v->params.row[l->bias].value;
     const size_t C = v->value[l->out].C, hw = plane_size(v, l->out), per = C / NORM_GROUPS, n = per * hw;
     const real *saved = v->arena + l->saved;
-    real *channel = v->scratch.partials;
+    real *channel = (real *)v->on.scratch;
     const real mean = saved[2 * bg], rstd = saved[2 * bg + 1];
     double d_mean = 0, dx_mean = 0;
     for (size_t i = 0; i < per; i++) {
@@ -177,7 +177,7 @@ static void norm_backward_task(void *context, size_t bg) {
 
 void group_norm_backward(Vqgan *v, const VqLayer *l) {
     const size_t C = v->value[l->out].C;
-    const real *channel = v->scratch.partials;
+    const real *channel = (real *)v->on.scratch;
     layer_tasks(v, l, v->b * NORM_GROUPS, norm_backward_task);
     real *dgamma = v->params.row[l->weight].grad, *dbeta = v->params.row[l->bias].grad;
     for (size_t b = 0; b < v->b; b++)
@@ -285,9 +285,8 @@ static void code_norm_task(void *context, size_t k) {
 
 static void nearest_task(void *context, size_t task) {
     const NearestJob *j = (const NearestJob *)context;
-    const ConvScratch *s = &j->v->scratch;
     const size_t N = j->N, b = task / j->per, at = task % j->per * SPOTS;
-    real *score = s->columns + thread_index() * s->column_reals;
+    real *score = (real *)j->v->on.scratch + thread_index() * CODES * SPOTS;
     nearest_of_few(j->v, j->z + b * j->v->c.embed_dim * N + at, N, min_size(SPOTS, N - at), score, j->raw + b * N + at);
 }
 
@@ -295,7 +294,7 @@ static void nearest_task(void *context, size_t task) {
 void nearest_codes(Vqgan *v, const real *z, size_t B, size_t N, int32_t *raw) {
     NearestJob job = {v, z, N, (N + SPOTS - 1) / SPOTS, raw};
     parallel_for(threads_free(), v->c.n_embed, code_norm_task, &job);
-    parallel_for(conv_threads(&v->scratch, B * job.per), B * job.per, nearest_task, &job);
+    parallel_for((int)min_size((size_t)v->on.threads, (size_t)threads_free()), B * job.per, nearest_task, &job);
 }
 
 /* tokens (B,N) = raw remapped; a code that the table lacks becomes a random token (SPEC section 8: unknown_index) */

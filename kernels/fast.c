@@ -2,6 +2,9 @@
 #include "kernels/kernels.h"
 
 const Layers fast_layers = {
+    .conv_needs = conv_needs_fast,
+    .conv_forward = conv_forward_fast,
+    .conv_backward = conv_backward_fast,
     .weights_bytes = weights_bytes,
     .weights_pack = weights_pack,
 };

@@ -39,30 +39,16 @@ size_t gemm_stream_work(size_t M, size_t K);
 void kept_dots(int bf16, real *p, const real *q, const void *k, size_t n, size_t width);
 void kept_weighted(int bf16, real *y, const real *p, const void *v, size_t n, size_t width);
 
-/* ---- conv.c ---- */
-/* Memory that convolutions share, one after the other. */
-typedef struct {
-    size_t threads, column_reals, stage_reals, line_reals, weight_reals, partial_reals;
-    real *columns, *stages, *lines; /* for each thread: patches, products, rows in transformation */
-    real *weights, *partials;       /* transformed weights, partial sums of their gradient */
-} ConvScratch;
-/* Raises what scratch (threads set, else zeroed) must hold so that it is enough for c and for the same convolution of
- * fewer or smaller pictures; then: how much that is, and where it lies. backward: 0 no, 1 yes, 2 of dx alone. */
-void conv_needs(ConvScratch *s, const Conv *c, int backward);
-size_t conv_scratch_reals(const ConvScratch *s);
-void conv_scratch_place(ConvScratch *s, real *memory);
-/* Threads for a loop over n tasks that each use the scratch of their thread; 1 when there are fewer tasks. */
-int conv_threads(const ConvScratch *s, size_t n);
-/* y = w * x + bias (+ add unless NULL)     w (M,C,3,3) or (M,C,1,1)   bias (M)   add (as y) */
-void conv_forward(real *y, const Conv *c, const real *x, const real *w, const real *bias, const real *add,
-                  const ConvScratch *s);
-/* dx (as x) overwritten, or added to if `more`; NULL: not wanted. dw, db +=; both NULL: not wanted, and x is not
- * read. */
-void conv_backward(real *dx, real *dw, real *db, const Conv *c, const real *dy, const real *x, const real *w, int more,
-                   const ConvScratch *s);
-/* How many multiplications that takes; the direct way takes C*M*9 (1x1: C*M) for each cell of y, and twice that
+/* ---- conv.c: the fellows of vqgan.c's convolutions. backward: 0 no, 1 yes, 2 of dx alone. ---- */
+size_t conv_needs_fast(const Compute *on, const Conv *c, int backward);
+void conv_forward_fast(const Compute *on, real *y, const real *x, const real *w, const real *bias, const real *add,
+                       const Conv *c);
+void conv_backward_fast(const Compute *on, real *dx, real *dw, real *db, const real *dy, const real *x, const real *w,
+                        int accumulate, const Conv *c);
+/* How many multiplications that takes; the direct way takes C*M*9 (1x1: C*M) for each pixel of y, and twice that
  * backward. */
 double conv_multiplications(const Conv *c, int backward);
+/* ---- norm.c ---- */
 /* Sum of n numbers, in an order that depends on n alone, emptied from short chains into double. */
 double sum_reals(const real *x, size_t n);
 

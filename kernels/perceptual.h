@@ -30,7 +30,7 @@ struct Perceptual {
     /* the plan */
     size_t b, H, W; /* pictures at once */
     int backward;
-    ConvScratch scratch;
+    Compute on;
     real *arena, *input;             /* input (2b,3,H,W) */
     real *pooled[PERCEPTUAL_STAGES]; /* (2b,C,h,w) what the first convolution of a stage reads; [0] is the input */
     real *dy, *dx;                   /* gradients of xrec's half, taking turns */

@@ -671,18 +671,18 @@ static void bench_draft(void) {
 
 typedef struct {
     Conv c;
-    real *x, *w, *bias, *y, *dx, *dw, *db, *memory;
-    ConvScratch s;
+    real *x, *w, *bias, *y, *dx, *dw, *db;
+    Compute on;
 } ConvJob;
 
 static void run_conv_forward(void *context) {
     const ConvJob *j = (const ConvJob *)context;
-    conv_forward(j->y, &j->c, j->x, j->w, j->bias, NULL, &j->s);
+    conv_forward(&j->on, j->y, j->x, j->w, j->bias, NULL, &j->c);
 }
 
 static void run_conv_backward(void *context) {
     const ConvJob *j = (const ConvJob *)context;
-    conv_backward(j->dx, j->dw, j->db, &j->c, j->y, j->x, j->w, 0, &j->s);
+    conv_backward(&j->on, j->dx, j->dw, j->db, j->y, j->x, j->w, 0, &j->c);
 }
 
 static void bench_conv(Conv c) {
@@ -698,12 +698,9 @@ static void bench_conv(Conv c) {
                  reals(nx, "dx"),
                  reals(nw, "dw"),
                  reals(c.M, "db"),
-                 NULL,
-                 {0}};
-    j.s.threads = (size_t)threads_get();
-    for (int backward = 0; backward < 2; backward++) conv_needs(&j.s, &c, backward);
-    j.memory = (real *)reals(conv_scratch_reals(&j.s), "scratch");
-    conv_scratch_place(&j.s, j.memory);
+                 compute_of(&(Params){0})};
+    for (int backward = 0; backward < 2; backward++) conv_needs(&j.on, &c, backward);
+    j.on.scratch = reals(ceil_div(j.on.scratch_bytes, sizeof(real)), "scratch");
     for (int backward = 0; backward < 2; backward++) {
         const double times = backward ? 2 : 1, flops = 2 * (double)(nw * results * c.B);
         char name[96];
@@ -712,7 +709,7 @@ static void bench_conv(Conv c) {
         row((Row){name, times * flops, times * (double)(nx + ny + nw) * sizeof(real)},
             backward ? run_conv_backward : run_conv_forward, &j);
     }
-    real *all[] = {j.x, j.w, j.bias, j.y, j.dx, j.dw, j.db, j.memory};
+    real *all[] = {j.x, j.w, j.bias, j.y, j.dx, j.dw, j.db, j.on.scratch};
     for (size_t i = 0; i < COUNT(all); i++) free(all[i]);
 }
 

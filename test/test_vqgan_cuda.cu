@@ -6,18 +6,16 @@
 
 /* ---- Convolutions ---- */
 
+static const Params no_params = {};
+
 static void conv_on_cpu(const Conv *c, real *y, real *dx, real *dw, real *db, const real *x, const real *w,
                         const real *bias, const real *add, const real *dy, int more) {
-    ConvScratch s;
-    real *memory;
-    memset(&s, 0, sizeof s);
-    s.threads = (size_t)threads_get();
-    conv_needs(&s, c, 1), conv_needs(&s, c, 0);
-    CHECK_OK(mem_alloc(&memory, conv_scratch_reals(&s), sizeof *memory, "a test"));
-    conv_scratch_place(&s, memory);
-    conv_forward(y, c, x, w, bias, add, &s);
-    conv_backward(dx, dw, db, c, dy, x, w, more, &s);
-    free(memory);
+    Compute on = compute_of(&no_params);
+    conv_needs(&on, c, 1), conv_needs(&on, c, 0);
+    CHECK_OK(mem_alloc(&on.scratch, on.scratch_bytes, 1, "a test"));
+    conv_forward(&on, y, x, w, bias, add, c);
+    conv_backward(&on, dx, dw, db, dy, x, w, more, c);
+    free(on.scratch);
 }
 
 static ConvMemory conv_memory(const Conv *c, int small) {

@@ -174,8 +174,7 @@ static Err lay_out(Perceptual *p, size_t *reals) {
     size_t largest = 3 * p->H * p->W;
     real *shared = NULL;
     *reals = 0;
-    memset(&p->scratch, 0, sizeof p->scratch);
-    p->scratch.threads = (size_t)threads_get();
+    p->on = compute_of(&p->params);
     TRY(place(p, &p->input, reals, n * largest));
     p->pooled[0] = p->input;
     for (size_t s = 0; s < STAGES; s++) {
@@ -184,16 +183,16 @@ static Err lay_out(Perceptual *p, size_t *reals) {
         for (size_t k = p->first[s]; k < p->first[s + 1]; k++) {
             const Conv c = shape_of(p, &p->conv[k], s, n), half = shape_of(p, &p->conv[k], s, p->b);
             TRY(place(p, &p->conv[k].y, reals, n * c.M * hw));
-            conv_needs(&p->scratch, &c, 0);
-            if (p->backward) conv_needs(&p->scratch, &half, 2);
+            conv_needs(&p->on, &c, 0);
+            if (p->backward) conv_needs(&p->on, &half, 2);
             largest = max_size(largest, c.M * hw);
         }
         if (s) largest = max_size(largest, p->c.width[s - 1] * hw);
     }
     if (p->backward) TRY(place(p, &p->dy, reals, p->b * largest));
     if (p->backward) TRY(place(p, &p->dx, reals, p->b * largest));
-    TRY(place(p, &shared, reals, conv_scratch_reals(&p->scratch)));
-    if (shared) conv_scratch_place(&p->scratch, shared);
+    TRY(place(p, &shared, reals, ceil_div(p->on.scratch_bytes, sizeof(real))));
+    p->on.scratch = shared;
     return OK;
 }
 
@@ -354,7 +353,7 @@ static void run_forward(Perceptual *p, size_t b) {
             const VggConv *l = &p->conv[k];
             const Conv c = shape_of(p, l, s, 2 * b);
             Planes relu = {l->y, NULL, NULL, c.h, c.w};
-            conv_forward(l->y, &c, x, p->params.row[l->weight].value, p->params.row[l->bias].value, NULL, &p->scratch);
+            conv_forward(&p->on, l->y, x, p->params.row[l->weight].value, p->params.row[l->bias].value, NULL, &c);
             parallel_for(threads_free(), c.B * c.M, relu_task, &relu);
             x = l->y;
         }
@@ -371,7 +370,7 @@ static void stage_backward(Perceptual *p, size_t s, size_t b) {
         const Conv c = shape_of(p, l, s, b);
         Planes relu = {p->dy, l->y + b * c.M * c.h * c.w, NULL, c.h, c.w};
         parallel_for(threads_free(), b * c.M, relu_backward_task, &relu);
-        conv_backward(p->dx, NULL, NULL, &c, p->dy, NULL, p->params.row[l->weight].value, 0, &p->scratch);
+        conv_backward(&p->on, p->dx, NULL, NULL, p->dy, NULL, p->params.row[l->weight].value, 0, &c);
         real *keep = p->dy;
         p->dy = p->dx, p->dx = keep;
     }
