@@ -481,28 +481,10 @@ static Err draw_step(Transformer *m) {
 
 /* A step as a graph, which starts all its kernels at once */
 typedef struct {
-#ifdef CUDA_ON_CPU
-    int none;
-#else
     cudaGraph_t graph;
     cudaGraphExec_t ready;
-#endif
 } StepGraph;
 
-#ifdef CUDA_ON_CPU
-static Err graph_make(StepGraph *g, Transformer *m) {
-    (void)m;
-    g->none = 0;
-    return OK;
-}
-static Err graph_run(StepGraph *g, Transformer *m) {
-    (void)g;
-    return draw_step(m);
-}
-static void graph_free(StepGraph *g) {
-    (void)g;
-}
-#else
 static Err graph_make(StepGraph *g, Transformer *m) {
     cudaStream_t stream = m->twin->d->stream;
     g->graph = NULL, g->ready = NULL;
@@ -520,7 +502,6 @@ static void graph_free(StepGraph *g) {
     if (g->ready) cudaGraphExecDestroy(g->ready);
     if (g->graph) cudaGraphDestroy(g->graph);
 }
-#endif
 
 static Err send_options(Transformer *m, const DrawOptions *o) {
     NetTwin *w = m->twin;

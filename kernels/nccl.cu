@@ -5,15 +5,11 @@
  * yet. */
 #include "kernels/device.h"
 
-#if defined(CUDA_ON_CPU) || !defined(HAVE_NCCL)
+#ifndef HAVE_NCCL
 
 static Err no_nccl(void) {
-#ifdef CUDA_ON_CPU
-    return err("several processes cannot share the emulated GPU");
-#else
     return err("--device cuda in several processes needs NCCL, which this program was built without; libnccl-dev "
                "(NVIDIA's package) brings it, then: make clean && make");
-#endif
 }
 static Err choose_gpu(size_t local) {
     return local ? no_nccl() : OK;
@@ -44,6 +40,7 @@ static void leave(Device *d) {
 
 #else
 
+#include <dlfcn.h>
 #include <nccl.h>
 
 #define NCCL_FUNCTIONS(F)                                                                                              \

@@ -7,7 +7,8 @@
  *     threadIdx blockIdx blockDim gridDim
  *     __syncthreads __syncwarp __shfl_xor_sync __shfl_up_sync __shfl_sync __ballot_sync   threads meet and exchange
  *     atomicAdd, __nv_bfloat16, expf and its kin
- *     copy_async load_matrices multiply_tiles...   tensor cores and what feeds them, which have no words in C++: device.h
+ *     copy_async load_matrices multiply_tiles...   what kernels/ptx.h has of tensor cores and what feeds them
+ *     cudaMalloc cudaMemcpyAsync cudaGraphLaunch...   the calls of CUDA's runtime that device.cu and decode.cu make
  *
  * The blocks of a launch run one after the other. The threads of a block are fibers: each has a stack of its own, and
  * runs until it must wait for others; then the next one goes on. So a kernel without barriers is a plain loop, and a
@@ -21,9 +22,11 @@
  * multiples of what they move. copy_async copies no sooner than the thread waits for it. Not looked for: accesses out
  * of bounds of global memory, which the address sanitizer finds, and races that neither order shows.
  *
- * Read: fibers; a block; warps; the words. */
+ * Read: fibers; a block; the stream; warps; the words; the runtime's calls. */
 #ifndef CUDA_ON_CPU_H
 #define CUDA_ON_CPU_H
+
+#include "base/base.h"
 
 #include <math.h>
 #include <stdint.h>
@@ -31,6 +34,8 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <tuple>
+#include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
 #define FIBERS_UNDER_ASAN 1
@@ -214,16 +219,24 @@ static void run_block(unsigned n) {
         if (shared_memory[shared_bytes + i] != 0x55) fail("the block wrote beyond its shared memory", 0);
 }
 
-template <typename F> struct Call : Kernel {
-    const F &f;
-    explicit Call(const F &f_) : f(f_) {}
-    void run() const override { f(); }
+/* A kernel's launch, or anything else that the stream does, with its arguments as they were when it was asked for */
+template <typename... P> struct Call : Kernel {
+    void (*function)(P...);
+    std::tuple<P...> arguments;
+    Call(void (*f)(P...), P... p) : function(f), arguments(p...) {}
+    void run() const override { std::apply(function, arguments); }
 };
+template <typename... P> struct CallOf {
+    void (*function)(P...);
+    Call<P...> operator()(P... p) const { return Call<P...>(function, p...); }
+};
+template <typename... P> static CallOf<P...> call_of(void (*f)(P...)) {
+    return CallOf<P...>{f};
+}
 
-template <typename F> static void launch(const char *name, dim3 grid, dim3 block, size_t shared, const F &f) {
+static void run_grid(const char *name, dim3 grid, dim3 block, size_t shared, const Kernel &call) {
     const unsigned n = block.x * block.y * block.z;
     const size_t blocks = (size_t)grid.x * grid.y * grid.z;
-    const Call<F> call(f);
     kernel = &call, kernel_name = name;
     blockDim = block, gridDim = grid, running = 0;
     if (n == 0 || n % WARP || n > MAX_THREADS || blocks == 0)
@@ -239,6 +252,50 @@ template <typename F> static void launch(const char *name, dim3 grid, dim3 block
         run_block(n);
     }
     free(shared_memory);
+}
+
+/* ---- The stream: what is asked for happens at once, or while a graph is captured, when that is launched ---- */
+
+struct Work {
+    const char *name; /* of a kernel; NULL: an ordinary call */
+    dim3 grid, block;
+    size_t shared;
+    Kernel *call;
+};
+struct Graph {
+    std::vector<Work> work;
+};
+static Graph *capturing;
+
+template <typename C> static void launch(const char *name, dim3 grid, dim3 block, size_t shared, const C &call) {
+    if (capturing)
+        capturing->work.push_back(Work{name, grid, block, shared, new C(call)});
+    else
+        run_grid(name, grid, block, shared, call);
+}
+template <typename C> static void submit(const C &call) {
+    if (capturing)
+        capturing->work.push_back(Work{NULL, 1, 1, 0, new C(call)});
+    else
+        call.run();
+}
+static void run_graph(const Graph *g) {
+    for (const Work &w : g->work)
+        if (w.name)
+            run_grid(w.name, w.grid, w.block, w.shared, *w.call);
+        else
+            w.call->run();
+}
+static void free_graph(Graph *g) {
+    for (const Work &w : g->work) delete w.call;
+    delete g;
+}
+
+static void copy(void *to, const void *from, size_t bytes) {
+    if (bytes) memcpy(to, from, bytes);
+}
+static void fill(void *to, int byte, size_t bytes) {
+    if (bytes) memset(to, byte, bytes);
 }
 
 /* ---- Warps: 32 threads that exchange values through slots ---- */
@@ -403,11 +460,114 @@ static inline __nv_bfloat16 __float2bfloat16(float f) {
     return x;
 }
 
+template <typename T> static inline void store_whole(void *to, const T &from) {
+    static_assert(sizeof(T) == 16, "one store");
+    check_aligned(to, 16, "stores 16 bytes at no multiple of 16");
+    memcpy(to, &from, sizeof from);
+}
+
 static inline float exp2_approx(float x) {
     return exp2f(x);
 }
 static inline unsigned bf16_pair(float first, float second) {
     return __float2bfloat16(first).bits | (unsigned)__float2bfloat16(second).bits << 16;
+}
+
+#define SHARED(type, name) type *name = (type *)(void *)on_cpu::shared_memory
+#define START_KERNEL(kernel, grid, block, bytes, stream, ...)                                                          \
+    do {                                                                                                               \
+        (void)(stream);                                                                                                \
+        on_cpu::launch(#kernel, grid, block, bytes, on_cpu::call_of(kernel)(__VA_ARGS__));                             \
+    } while (0)
+
+/* ---- The runtime's calls ---- */
+
+typedef enum { cudaSuccess, cudaErrorMemoryAllocation = 2, cudaErrorStreamCaptureUnsupported = 900 } cudaError_t;
+typedef enum { cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice } cudaMemcpyKind;
+enum { cudaFuncAttributeMaxDynamicSharedMemorySize = 8, cudaStreamCaptureModeThreadLocal = 1 };
+typedef int cudaStream_t;
+typedef on_cpu::Graph *cudaGraph_t, *cudaGraphExec_t;
+struct cudaDeviceProp {
+    char name[256];
+    int major, minor;
+};
+
+static inline const char *cudaGetErrorString(cudaError_t e) {
+    return e == cudaSuccess                 ? "no error"
+           : e == cudaErrorMemoryAllocation ? "out of memory"
+                                            : "operation not permitted when stream is capturing";
+}
+static inline cudaError_t cudaGetLastError() {
+    return cudaSuccess;
+}
+static inline cudaError_t cudaDriverGetVersion(int *version) {
+    return *version = 12000, cudaSuccess;
+}
+static inline cudaError_t cudaGetDeviceCount(int *n) {
+    return *n = 1, cudaSuccess;
+}
+static inline cudaError_t cudaGetDevice(int *chosen) {
+    return *chosen = 0, cudaSuccess;
+}
+static inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp *p, int) {
+    *p = {"no GPU: CUDA kernels run on the CPU, for tests", 8, 0};
+    return cudaSuccess;
+}
+static inline cudaError_t cudaMemGetInfo(size_t *available, size_t *total) {
+    return *available = *total = memory_available(), cudaSuccess;
+}
+static inline cudaError_t cudaFuncSetAttribute(const void *, int, int) {
+    return cudaSuccess;
+}
+
+/* What waits for the stream, or takes memory, must not happen while a graph is captured. Memory is full of NaN: whoever
+ * reads what nobody wrote shall notice. */
+static inline cudaError_t not_captured() {
+    return on_cpu::capturing ? cudaErrorStreamCaptureUnsupported : cudaSuccess;
+}
+static inline cudaError_t cudaMalloc(void **out, size_t bytes) {
+    if (not_captured() != cudaSuccess) return not_captured();
+    if (mem_alloc(out, bytes, 1, "the GPU's memory") != OK) return cudaErrorMemoryAllocation;
+    memset(*out, 0xff, bytes);
+    return cudaSuccess;
+}
+static inline cudaError_t cudaFree(void *p) {
+    return free(p), cudaSuccess;
+}
+static inline cudaError_t cudaStreamCreate(cudaStream_t *stream) {
+    return *stream = 1, cudaSuccess;
+}
+static inline cudaError_t cudaStreamDestroy(cudaStream_t) {
+    return cudaSuccess;
+}
+static inline cudaError_t cudaStreamSynchronize(cudaStream_t) {
+    return not_captured();
+}
+static inline cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpyKind, cudaStream_t) {
+    return on_cpu::submit(on_cpu::call_of(on_cpu::copy)(to, from, bytes)), cudaSuccess;
+}
+static inline cudaError_t cudaMemsetAsync(void *to, int byte, size_t bytes, cudaStream_t) {
+    return on_cpu::submit(on_cpu::call_of(on_cpu::fill)(to, byte, bytes)), cudaSuccess;
+}
+
+static inline cudaError_t cudaStreamBeginCapture(cudaStream_t, int) {
+    if (not_captured() != cudaSuccess) return not_captured();
+    return on_cpu::capturing = new on_cpu::Graph, cudaSuccess;
+}
+static inline cudaError_t cudaStreamEndCapture(cudaStream_t, cudaGraph_t *out) {
+    return *out = on_cpu::capturing, on_cpu::capturing = NULL, cudaSuccess;
+}
+static inline cudaError_t cudaGraphInstantiate(cudaGraphExec_t *out, cudaGraph_t graph, unsigned) {
+    return *out = graph, cudaSuccess;
+}
+static inline cudaError_t cudaGraphLaunch(cudaGraphExec_t graph, cudaStream_t) {
+    return on_cpu::run_graph(graph), cudaSuccess;
+}
+static inline cudaError_t cudaGraphExecDestroy(cudaGraphExec_t) {
+    return cudaSuccess; /* it is the graph itself */
+}
+static inline cudaError_t cudaGraphDestroy(cudaGraph_t graph) {
+    return on_cpu::free_graph(graph), cudaSuccess;
 }
 
 #endif

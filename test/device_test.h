@@ -38,9 +38,7 @@ static floatX *send_x(const real *x, size_t n) {
     floatX *low = (floatX *)malloc((n + 1) * sizeof *low), *p = (floatX *)on_device(n * sizeof *p);
     for (size_t i = 0; i < n; i++) low[i] = to_floatX(x[i]);
     CHECK_OK(to_device(device, p, low, n * sizeof *p));
-#ifndef CUDA_ON_CPU
     cudaStreamSynchronize(device->stream);
-#endif
     free(low);
     return p;
 }

@@ -1,0 +1,88 @@
+/* ptx.h - the words of our kernels that CUDA C++ has no words for, in PTX, the GPU's assembler.
+ *
+ * device.h includes it with CUDA's headers; where CUDA kernels run on the CPU, test/cuda_on_cpu.h stands in for all of
+ * them. */
+#ifndef PTX_H
+#define PTX_H
+
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+#include <string.h>
+
+/* Shared memory of a block, whose size is the launch's: SHARED(float, tile); */
+extern __shared__ __align__(16) unsigned char dynamic_shared[];
+#define SHARED(type, name) type *name = (type *)(void *)dynamic_shared
+
+/* START_KERNEL(kernel, grid, block, shared bytes, stream, arguments...); LAUNCH of device.h is what is used. */
+#define START_KERNEL(kernel, grid, block, bytes, stream, ...) kernel<<<grid, block, bytes, stream>>>(__VA_ARGS__)
+
+/* 16 bytes, to a multiple of 16 of the GPU's memory, at once: left to itself, nvcc stores some numbers one by one. */
+template <typename T> static __device__ inline void store_whole(void *to, const T &from) {
+    static_assert(sizeof(T) == 16, "one store");
+    unsigned word[4];
+    memcpy(word, &from, sizeof word);
+    asm volatile("st.global.v4.u32 [%0], {%1,%2,%3,%4};" ::"l"(__cvta_generic_to_global(to)), "r"(word[0]),
+                 "r"(word[1]), "r"(word[2]), "r"(word[3])
+                 : "memory");
+}
+
+/* Tensor cores and what feeds them:
+ *   copy_async<BYTES>  16, 8, 4 or 2 bytes from global to shared memory, both at a multiple of as many, or zeros, while
+ *                    the thread goes on (with 2, for which there is no such instruction, it waits)
+ *   copy_commit, copy_wait<N>   close a group of copies; wait until all but the last N groups are there
+ *   load_matrices    four 8x8 matrices of bf16 from shared memory: lane i names row i % 8 of matrix i / 8, and gets of each
+ *                    row lane / 4, columns lane % 4 * 2 and the next
+ *   load_matrices_turned   the same of the matrices' transposes: a lane gets column lane / 4, rows lane % 4 * 2 and the next
+ *   multiply_tiles   c (16,8) float += a (16,16) b (8,16)^T of bf16, spread over a warp: a in four 8x8 matrices as above
+ *                    (rows 0..7 and 8..15 of columns 0..7, then of 8..15), b in two (columns 0..7, then 8..15), and of
+ *                    c a lane has row lane / 4, columns lane % 4 * 2 and the next, then the same of row lane / 4 + 8
+ *   bf16_pair        two floats as bf16 in a word, as matrices have them
+ *   exp2_approx      2^x to 2 units in the last place, 0 below 2^-126: one instruction, where exp2f takes four */
+template <int BYTES = 16> static __device__ inline void copy_async(void *shared, const void *global, int there) {
+    const unsigned to = (unsigned)__cvta_generic_to_shared(shared), bytes = there ? BYTES : 0;
+    if constexpr (BYTES == 16)
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(bytes) : "memory");
+    else if constexpr (BYTES > 2)
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(global), "n"(BYTES), "r"(bytes)
+                     : "memory");
+    else
+        *(unsigned short *)shared = there ? *(const unsigned short *)global : (unsigned short)0;
+}
+static __device__ inline void copy_commit() {
+    asm volatile("cp.async.commit_group;" ::: "memory");
+}
+template <int N> static __device__ inline void copy_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+static __device__ inline void load_matrices(unsigned word[4], const void *row) {
+    const unsigned from = (unsigned)__cvta_generic_to_shared(row);
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(word[0]), "=r"(word[1]), "=r"(word[2]), "=r"(word[3])
+                 : "r"(from)
+                 : "memory");
+}
+static __device__ inline void load_matrices_turned(unsigned word[4], const void *row) {
+    const unsigned from = (unsigned)__cvta_generic_to_shared(row);
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(word[0]), "=r"(word[1]), "=r"(word[2]), "=r"(word[3])
+                 : "r"(from)
+                 : "memory");
+}
+static __device__ inline void multiply_tiles(float c[4], const unsigned a[4], const unsigned b[2]) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+static __device__ inline float exp2_approx(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+static __device__ inline unsigned bf16_pair(float first, float second) {
+    unsigned word;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(second), "f"(first));
+    return word;
+}
+
+#endif
