@@ -68,6 +68,10 @@ Err compute_status(const Compute *on) {
     return on->device ? on->ops->status(on->device) : OK;
 }
 
+uint64_t compute_changes(const Compute *on) {
+    return on->device ? on->ops->changes(on->device) : 0;
+}
+
 const real *param_value(const Params *p, size_t row) {
     return p->device ? p->ops->value(p->device, row) : p->row[row].value;
 }

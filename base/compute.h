@@ -57,6 +57,16 @@ void compute_zero(const Compute *on, void *p, size_t bytes);
 /* Bytes from the host to where it computes, and back (which waits until they are there). */
 void compute_put(const Compute *on, void *to, const void *from, size_t bytes);
 Err compute_get(const Compute *on, void *to, const void *from, size_t bytes);
+/* Counts whatever changes the parameters' values on a GPU: what a network has prepared from them is then too old. */
+uint64_t compute_changes(const Compute *on);
+/* The f32 copy of x, which has n numbers: it lies behind them. And how many bytes such a value takes. */
+enum { F32_COPY_ALIGNMENT = 256 };
+static inline float *compute_f32_copy(const Compute *on, const void *x, size_t n) {
+    return (float *)(void *)((char *)x + round_up(n * on->unit, F32_COPY_ALIGNMENT));
+}
+static inline size_t compute_bytes(const Compute *on, size_t n, int f32_copy) {
+    return f32_copy ? round_up(n * on->unit, F32_COPY_ALIGNMENT) + n * sizeof(float) : n * on->unit;
+}
 /* The first failure of a layer on a GPU; OK on a CPU. */
 Err compute_status(const Compute *on);
 /* A parameter and its gradient where the network computes. */
@@ -71,18 +81,18 @@ typedef enum { CONV1, CONV3, CONV_DOWN, CONV_UP } ConvKind;
 typedef struct {
     ConvKind kind;
     size_t B, C, M, h, w; /* x (B,C,h,w) -> y (B,M, ..): h x w, half of it, or double */
-    /* GPUs in bf16 keep residual streams in f32 too: behind the bf16 numbers (compute_f32_place). */
-    int y_f32, add_f32;   /* y, add have such a copy */
-    int y_f32_only;       /* nobody reads the bf16 numbers of y: they need not be written */
-    void *prepared;       /* a GPU: the weights in the order of patches, from conv_prepare; else NULL */
+    /* GPUs in bf16 keep residual streams in f32 too: behind the bf16 numbers (compute_f32_copy). */
+    int y_f32, add_f32; /* y, add have such a copy */
+    int y_f32_only;     /* nobody reads the bf16 numbers of y: they need not be written */
+    void *prepared;     /* a GPU: the weights in the order of patches, from conv_prepare; else NULL */
 } Conv;
 
 /* Group norm of x (B,C,hw) in 32 groups of C/32 neighbouring channels. */
 enum { NORM_GROUPS = 32 };
 typedef struct {
     size_t B, C, hw;
-    int swish;  /* y = swish(t), else y = t */
-    int x_f32;  /* a GPU in bf16: x has an f32 copy, which is read */
+    int swish; /* y = swish(t), else y = t */
+    int x_f32; /* a GPU in bf16: x has an f32 copy, which is read */
 } GroupNorm;
 
 /* Entries of the codebook (K,D) for latents z (B,D,N). */
@@ -164,7 +174,8 @@ struct Layers {
     void (*gelu_forward)(const Compute *on, real *g, real *dg, const real *bias, size_t R, size_t H);
     void (*gelu_backward)(const Compute *on, real *dh, const real *dg, size_t R, size_t H);
     size_t (*attention_needs)(const Compute *on, const Attention *s, int backward);
-    size_t (*attention_kept)(const Attention *s); /* bytes that forward leaves for backward: p, or its logarithms' sums */
+    size_t (*attention_kept)(
+        const Attention *s); /* bytes that forward leaves for backward: p, or its logarithms' sums */
     void (*attention_forward)(const Compute *on, real *y, real *kept, const real *q, const real *k, const real *v,
                               const Attention *s);
     void (*attention_backward)(const Compute *on, real *dq, real *dk, real *dv, const real *dy, const real *y,
@@ -172,8 +183,8 @@ struct Layers {
 
     /* ---- Few rows, on a CPU alone: products that stream weights by, kept keys and values ---- */
     size_t (*stream_needs)(const Compute *on, size_t R, size_t C);
-    void (*linear_stream)(const Compute *on, real *y, const real *x, const Weights *w, const real *bias, const real *add,
-                          size_t R, size_t C, size_t M);
+    void (*linear_stream)(const Compute *on, real *y, const real *x, const Weights *w, const real *bias,
+                          const real *add, size_t R, size_t C, size_t M);
     void (*keep_positions)(const Compute *on, void *kept, const real *x, size_t n, const Attention *s);
     void (*attention_kept_forward)(const Compute *on, real *y, const real *q, const void *k, const void *v,
                                    const Attention *s);
@@ -201,7 +212,6 @@ Err use_cuda(Params *p, Precision precision); /* the table's twin there; params_
 int check_device(const char *device);
 void say_cpu(void);
 
-
 typedef struct Transformer Transformer;
 typedef struct Vqgan Vqgan;
 typedef struct Discriminator Discriminator;
@@ -228,6 +238,7 @@ struct DeviceOps {
     Err (*get)(Device *d, void *to, const void *from, size_t bytes);
     void (*zero)(Device *d, void *p, size_t bytes);
     Err (*status)(const Device *d);
+    uint64_t (*changes)(const Device *d);
     real *(*value)(const Device *d, size_t row); /* where a parameter lies, and its gradient; NULL: not sent yet */
     real *(*grad)(const Device *d, size_t row);
     /* parameters: optimizer.cu. update: AdamW unless o is NULL, then the moving average unless ema_step is 0 */

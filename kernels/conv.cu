@@ -577,18 +577,20 @@ static Err same_backward(Device *d, floatX *dx, float *dw, const Conv *c, const 
     return add_ordered(d, dw, memory->totals, c, &p, order);
 }
 
-/* dx alone of CONV3, overwritten: a convolution of dy with the weights mirrored. */
+/* dx alone of CONV3, overwritten or added to: a convolution of dy with the weights mirrored. */
 static Err conv_input_cuda(Device *d, floatX *dx, const Conv *c, const floatX *dy, const floatX *w,
-                           const ConvMemory *memory) {
+                           const ConvMemory *memory, int more = 0) {
     const Window p = backward_window(c);
     const size_t rows = rows_of(c), tile = tile_rows(memory->column_size, p.pitch);
     TRY(order_weights(d, memory->weights, w, c, &p, MIRRORED));
-    if (can_multiply_directly(&p)) return multiply_directly(d, dx, &p, dy, memory->weights, rows, c->C, NULL, NULL, -1);
+    if (can_multiply_directly(&p))
+        return multiply_directly(d, dx, &p, dy, memory->weights, rows, c->C, NULL, more ? dx : NULL, -1);
     for (size_t r = 0; r < rows; r += tile) {
         const size_t n = min_size(tile, rows - r);
         TRY(gather(d, memory->columns, dy, &p, r, n));
+        floatX *part = dx + r * c->C;
         const Matmul product =
-            rows_times(dx + r * c->C, memory->columns, memory->weights, n, c->C, p.pitch, p.pitch, 1, NULL);
+            rows_times(part, memory->columns, memory->weights, n, c->C, p.pitch, p.pitch, 1, more ? part : NULL);
         TRY(matmul(d, &product));
     }
     return OK;
@@ -688,4 +690,68 @@ static Err add_channel_sums(Device *d, float *sum, const floatX *x, size_t rows,
         LAUNCH(d, channel_sums_kernel<1>, slice_grid(C, rows, 1, 1), CELL_THREADS, CELL_THREADS * sizeof(float),
                partial, x, rows, C);
     return add_channels(d, sum, NULL, partial, ceil_div(rows, SLICE_CELLS), C);
+}
+
+/* ---- The fellows of vqgan.c's convolutions ---- */
+
+/* A parameter as products read it: at the same place among the bf16 copies. */
+static const floatX *operand_of(const Device *d, const float *value) {
+    return IS_BF16 ? (const floatX *)d->arena[5] + (value - (const float *)d->arena[0]) : (const floatX *)(void *)value;
+}
+
+/* Bytes of what does not shrink: all but the patches. */
+static size_t fixed_bytes(const ConvMemory *m) {
+    return round_up(m->weight_size * sizeof(floatX), ALIGNMENT) + round_up(m->total_size * sizeof(float), ALIGNMENT) +
+           round_up(m->partial_size * sizeof(float), ALIGNMENT);
+}
+
+static size_t conv_needs_gpu(const Compute *on, const Conv *c, int backward) {
+    ConvMemory m = {};
+    (void)on;
+    conv_needs_cuda(&m, c, backward);
+    return fixed_bytes(&m) + m.column_size * sizeof(floatX);
+}
+
+/* Where in the scratch everything lies; patches have what is left. */
+static ConvMemory conv_memory(const Compute *on, const Conv *c, int backward) {
+    ConvMemory m = {};
+    conv_needs_cuda(&m, c, backward);
+    char *at = (char *)on->scratch;
+    m.weights = (floatX *)(void *)at, at += round_up(m.weight_size * sizeof(floatX), ALIGNMENT);
+    m.totals = (float *)(void *)at, at += round_up(m.total_size * sizeof(float), ALIGNMENT);
+    m.partial = (float *)(void *)at, at += round_up(m.partial_size * sizeof(float), ALIGNMENT);
+    m.columns = (floatX *)(void *)at;
+    m.column_size = min_size(m.column_size, (on->scratch_bytes - fixed_bytes(&m)) / sizeof(floatX));
+    return m;
+}
+
+static size_t conv_prepared_bytes(const Conv *c) {
+    return ordered_weight_size(c) * sizeof(floatX);
+}
+
+static void conv_prepare_gpu(const Compute *on, void *prepared, const real *w, const Conv *c) {
+    if (c->kind == CONV1) return;
+    keep_failure(on->device, conv_order_weights_cuda(on->device, (floatX *)prepared, operand_of(on->device, w), c));
+}
+
+static void conv_forward_gpu(const Compute *on, real *y, const real *x, const real *w, const real *bias,
+                             const real *add, const Conv *c) {
+    const ConvMemory m = conv_memory(on, c, 0);
+    const size_t n = rows_of(c) * c->M;
+    const Wide wide = {c->y_f32 ? compute_f32_copy(on, y, n) : NULL,
+                       add && c->add_f32 ? compute_f32_copy(on, add, n) : NULL, bias};
+    const floatX *weight = c->prepared ? (const floatX *)c->prepared : operand_of(on->device, w);
+    keep_failure(on->device,
+                 conv_forward_cuda(on->device, c->y_f32_only ? NULL : (floatX *)(void *)y, c, (const floatX *)(void *)x,
+                                   weight, operand_of(on->device, bias), (const floatX *)(void *)add, &m, wide));
+}
+
+static void conv_backward_gpu(const Compute *on, real *dx, real *dw, real *db, const real *dy, const real *x,
+                              const real *w, int accumulate, const Conv *c) {
+    const ConvMemory m = conv_memory(on, c, dw ? 1 : 2);
+    const floatX *weight = operand_of(on->device, w);
+    floatX *to = (floatX *)(void *)dx;
+    const floatX *from = (const floatX *)(void *)dy, *seen = (const floatX *)(void *)x;
+    keep_failure(on->device, dw ? conv_backward_cuda(on->device, to, dw, db, c, from, seen, weight, accumulate, &m)
+                                : conv_input_cuda(on->device, to, c, from, weight, &m, accumulate));
 }

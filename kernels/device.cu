@@ -277,6 +277,9 @@ static void put_bytes(Device *d, void *to, const void *from, size_t bytes) {
 static void zero_bytes(Device *d, void *p, size_t bytes) {
     keep_failure(d, device_zero(d, p, bytes));
 }
+static uint64_t count_changes(const Device *d) {
+    return d->changes;
+}
 static real *row_value(const Device *d, size_t row) {
     return d->row ? d->row[row].value : NULL;
 }
@@ -288,6 +291,8 @@ static real *row_grad(const Device *d, size_t row) {
 
 static Layers make_layers() {
     Layers l = {};
+    l.conv_needs = conv_needs_gpu, l.conv_prepared_bytes = conv_prepared_bytes, l.conv_prepare = conv_prepare_gpu;
+    l.conv_forward = conv_forward_gpu, l.conv_backward = conv_backward_gpu;
     return l;
 }
 static const Layers cuda_layers = make_layers();
@@ -311,6 +316,7 @@ const DeviceOps CUDA_TABLE = {find_cuda,
                               to_host,
                               zero_bytes,
                               earlier_failure,
+                              count_changes,
                               row_value,
                               row_grad,
                               send_params,
