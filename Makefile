@@ -187,7 +187,7 @@ $B/golden: $B/test/golden.o $(OBJ) $(DEVICE_OBJ)
 	$(CC) $(CFLAGS) -o $@ $^ $(LDLIBS) $(CUDA_LIBS)
 $B/bench: $B/test/bench.o $(OBJ)
 	$(CC) $(CFLAGS) -o $@ $^ $(LDLIBS)
-$B/pictures $B/logits $B/lpips $B/codes $B/fullsize $B/walkthrough: $B/%: $B/test/%.o $(OBJ)
+$B/pictures $B/logits $B/lpips $B/codes $B/fullsize $B/walkthrough $B/sizes: $B/%: $B/test/%.o $(OBJ)
 	$(CC) $(CFLAGS) -o $@ $^ $(LDLIBS)
 $(TESTS:%=$B/test_%): $B/test_%: $B/test/test_%.o $(OBJ)
 	$(CC) $(CFLAGS) -o $@ $^ $(LDLIBS)
@@ -300,7 +300,7 @@ else
 	    $B/bench_cuda; fi
 endif
 
-test: $(TEST_BIN) $(EMULATED_BIN) $B/golden $B/pictures $B/logits $B/lpips $B/codes $B/walkthrough $(PROGRAMS:%=$B/%) $B/train-alone $(if $P,$(PROGRAMS:%=$P/%))
+test: $(TEST_BIN) $(EMULATED_BIN) $B/golden $B/pictures $B/logits $B/lpips $B/codes $B/walkthrough $B/sizes $(PROGRAMS:%=$B/%) $B/train-alone $(if $P,$(PROGRAMS:%=$P/%))
 	@test/run.sh $B "$P" $(TEST_BIN) $(EMULATED_TESTS)
 
 # The official model in PyTorch beside ours, where PYTHON has PyTorch.

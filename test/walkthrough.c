@@ -324,6 +324,7 @@ static Err page_5(void) {
     row("context", y.context, K);
     print_rows("self", y.self[0]);
     print_rows("sum", y.sum[0]);
+    row("deviation", y.deviation, N);
     for (int i = 0; i < N; i++) {
         double p[K], all = 0;
         char name[32];
@@ -344,17 +345,18 @@ static Err page_5(void) {
     return OK;
 }
 
-/* dlogits = (softmax - q) / N, then back through to_logits (the identity) and the norm. */
-static void backward_by_hand(double dlogits[N][K], double dsum[N][K], const ByHand *y, const real *q) {
+/* dlogits = (softmax - q) / N, then back through to_logits (the identity) and the norm; along[i] = mean(dlogits h). */
+static void backward_by_hand(double dlogits[N][K], double along[N], double dsum[N][K], const ByHand *y, const real *q) {
     for (int i = 0; i < N; i++) {
-        double all = 0, mean = 0, along = 0;
+        double all = 0, mean = 0;
+        along[i] = 0;
         for (int k = 0; k < K; k++) all += exp(y->h[i][k]);
         for (int k = 0; k < K; k++) {
             dlogits[i][k] = (exp(y->h[i][k]) / all - (double)q[i * K + k]) / N;
             mean += dlogits[i][k] / K;
-            along += dlogits[i][k] * y->h[i][k] / K;
+            along[i] += dlogits[i][k] * y->h[i][k] / K;
         }
-        for (int k = 0; k < K; k++) dsum[i][k] = (dlogits[i][k] - mean - y->h[i][k] * along) / y->deviation[i];
+        for (int k = 0; k < K; k++) dsum[i][k] = (dlogits[i][k] - mean - y->h[i][k] * along[i]) / y->deviation[i];
     }
 }
 
@@ -382,16 +384,17 @@ static Err page_6(void) {
     ByHand y;
     Loss loss, after;
     real dlogits[N * K];
-    double d[N][K], dsum[N][K], of_weight = 0, of_bias = 0;
+    double d[N][K], along[N], dsum[N][K], of_weight = 0, of_bias = 0;
     TRY(transition_open(&a));
     TRY(run(&a, &loss, dlogits));
     forward_by_hand(&y, a.x[1], a.x[2]);
-    backward_by_hand(d, dsum, &y, a.q);
+    backward_by_hand(d, along, dsum, &y, a.q);
     printf("hard %.4f, soft %.4f nats per token\n", loss.hard, loss.soft);
     double gap = 0;
     for (int i = 0; i < N * K; i++) gap = fmax(gap, fabs((double)dlogits[i] - d[i / K][i % K]));
     print_rows("dlogits", d[0]);
     printf("denoising_loss() against the hand: %s\n", gap < 1e-6 ? "equal" : "DIFFERENT");
+    row("mean(dh h)", along, N);
     print_rows("dsum", dsum[0]);
     TRY(transformer_backward(a.net, dlogits));
     for (int i = 0; i < N; i++) of_weight += d[i][2] * y.h[i][0], of_bias += dsum[i][3];
