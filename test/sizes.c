@@ -3,14 +3,18 @@
  *   sizes      a line for each named model:
  *
  * name, picture side, scales, parameters of the first stage and of all scales (millions), the files' weights and their
- * moving average (GB), memory that drawing one picture takes with the scales' matrices as f32, bf16 and int8 (GiB). */
+ * moving average (GB), memory that drawing one picture takes with the scales' matrices as f32, bf16 and int8 (GiB), and
+ * the weights that are read for one picture in f32, all of the decoders' for every token (GB). */
 #include "sampling/sampling.h"
 
 #include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
 
 typedef struct {
     double vqgan, scales; /* parameters */
     double memory[3];     /* bytes, of the largest scale: weights and plan */
+    double read;          /* numbers that are read for a picture */
     size_t side, T;
 } Sizes;
 
@@ -31,6 +35,18 @@ static Err measure_vqgan(Sizes *s, const char *recipe, size_t *grid) {
     return OK;
 }
 
+/* Numbers that a pass for one token reads: the decoder's matrices, but for the keys and values of the encoder's output,
+ * which are made once. */
+static double read_for_a_token(const Params *p) {
+    double n = 0;
+    for (size_t i = 0; i < p->n; i++) {
+        const char *name = p->row[i].name, *layer = strstr(name, "layers.layers.");
+        const int cross = layer && atoi(layer + 14) % 3 == 1 && (strstr(name, "to_k") || strstr(name, "to_v"));
+        if (p->row[i].matrix && !cross && strncmp(name, "encoder.", 8) != 0) n += (double)p->row[i].size;
+    }
+    return n;
+}
+
 /* *T: how many scales there are. most[f]: bytes of the largest scale in format f. */
 static Err measure_scale(Sizes *s, const char *recipe, int t, size_t tokens, double most[3]) {
     static const WeightFormat formats[3] = {WEIGHTS_REAL, WEIGHTS_BF16, WEIGHTS_INT8};
@@ -41,6 +57,7 @@ static Err measure_scale(Sizes *s, const char *recipe, int t, size_t tokens, dou
     TRY(net_config_read(&c, &config, "model.params."));
     TRY(transformer_create(&net, &c));
     s->T = (size_t)c.n_scales, s->scales += (double)params_count(transformer_params(net));
+    s->read += (double)tokens * read_for_a_token(transformer_params(net));
     for (int f = 0; f < 3; f++) {
         size_t plan;
         transformer_params(net)->format = formats[f];
@@ -65,7 +82,7 @@ static Err measure(const char *name) {
     const double disk = 4 * ((double)s.T * s.vqgan + 2 * s.scales);
     printf("%s %zu %zu %.1f %.1f %.1f", name, s.side, s.T, s.vqgan / 1e6, s.scales / 1e6, disk / 1e9);
     for (int f = 0; f < 3; f++) printf(" %.2f", (s.memory[f] + most[f]) / (1 << 30));
-    printf("\n");
+    printf(" %.0f\n", 4 * s.read / 1e9);
     return OK;
 }
 
