@@ -382,16 +382,9 @@ static int32_t class_of(const Dataset *d, const char *name, const Layout *layout
     return at ? (int32_t)(at - d->class_name) : 0;
 }
 
-static uint64_t hash_bytes(uint64_t h, const void *data, size_t n) { /* FNV-1a */
-    const unsigned char *p = data;
-    for (size_t i = 0; i < n; i++) h = (h ^ p[i]) * 0x100000001b3u;
-    return h;
-}
-static const uint64_t HASH_START = 0xcbf29ce484222325u;
-
 /* 1 of HELD_OUT names, chosen by the name alone: adding pictures moves no other picture to the other side. */
 static int name_is_held_out(const char *name) {
-    return (hash_bytes(HASH_START, name, strlen(name)) >> 32) % HELD_OUT == 0;
+    return (fnv1a(FNV_START, name, strlen(name)) >> 32) % HELD_OUT == 0;
 }
 
 /* Says of every picture which side it is on. Where a small set's names hash to none, the first is held out. */
@@ -430,12 +423,12 @@ static Err dataset_select(Dataset *d, const Names *all, const char *folder, Spli
     static const char *const what[] = {"", "training ", "validation "};
     Names chosen = {0};
     Err e = OK;
-    d->identity = HASH_START;
+    d->identity = FNV_START;
     for (size_t i = 0; i < all->n && e == OK; i++) {
         const Name *item = &all->item[i];
         if (split != SPLIT_ALL && item->held != (split == SPLIT_VAL)) continue;
-        d->identity = hash_bytes(d->identity, item->name, strlen(item->name) + 1);
-        d->identity = hash_bytes(d->identity, &item->bytes, sizeof item->bytes);
+        d->identity = fnv1a(d->identity, item->name, strlen(item->name) + 1);
+        d->identity = fnv1a(d->identity, &item->bytes, sizeof item->bytes);
         e = names_add(&chosen, item->name, strlen(item->name), item->bytes, item->held);
     }
     if (e == OK && !chosen.n) e = err("has no %spictures (" EXTENSIONS ") among %zu", what[split], all->n);

@@ -182,7 +182,7 @@ void noise_step(int32_t *x, size_t n, size_t K, double beta, uint64_t seed, uint
     for (size_t i = 0; i < n; i++) {
         uint32_t r[4];
         philox(r, seed, stream, first + i);
-        double u = (double)(((uint64_t)r[0] << 32 | r[1]) >> 11) * 0x1p-53;
+        double u = unit_of_bits(r[0], r[1]);
         if (u < beta) x[i] = (int32_t)((unsigned __int128)((uint64_t)r[2] << 32 | r[3]) * K >> 64);
     }
 }

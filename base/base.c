@@ -1,12 +1,11 @@
-/* base.c - the ground floor: error values, memory, random streams, threads.
+/* base.c - the ground floor: error values, memory, paths, random streams.
  *
  * Owns the four things that every component needs and none of them is about. It refuses to print, to exit, and to
  * keep state other than one error text per thread.
  *
- * Random numbers are counter-based: Philox4x32-10 (Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as
- * 1, 2, 3", SC 2011) is a keyed bijection of a 128-bit counter. There is no generator to seed, advance, save or
- * share: number `index` of stream `stream` under `seed` is a pure function, so nothing depends on the number of
- * threads or on batch order, and a resumed run needs to remember only its step. */
+ * Random numbers are counter-based (philox of bits.h). There is no generator to seed, advance, save or share: number
+ * `index` of stream `stream` under `seed` is a pure function, so nothing depends on the number of threads or on batch
+ * order, and a resumed run needs to remember only its step. */
 #include "base/base.h"
 
 #include <errno.h>
@@ -18,10 +17,6 @@
 #include <sys/mman.h>
 #include <sys/resource.h>
 #include <unistd.h>
-#include <pthread.h>
-#include <sched.h>
-#include <signal.h>
-#include <stdatomic.h>
 
 /* ---- errors ---- */
 
@@ -96,6 +91,15 @@ Err mem_grow(void *array, size_t n, size_t more, size_t *capacity, size_t size, 
     *capacity = wanted;
     free(old);
     return OK;
+}
+
+Err path_make(char path[PATH_BYTES], const char *fmt, ...) {
+    va_list args;
+    va_start(args, fmt);
+    const int length = vsnprintf(path, PATH_BYTES, fmt, args);
+    va_end(args);
+    if (length >= 0 && length < PATH_BYTES) return OK;
+    return err("%.200s...: a path of %d bytes is too long, at most %d", path, length, PATH_BYTES - 1);
 }
 
 const char *bytes_text(char text[32], size_t bytes) {
@@ -197,37 +201,21 @@ Err memory_fits(size_t needed, size_t available, const char *what, const char *a
 
 /* ---- random streams ---- */
 
-void philox(uint32_t out[4], uint64_t seed, uint64_t stream, uint64_t index) {
-    uint32_t c[4] = {(uint32_t)index, (uint32_t)(index >> 32), (uint32_t)stream, (uint32_t)(stream >> 32)};
-    uint32_t key0 = (uint32_t)seed, key1 = (uint32_t)(seed >> 32);
-    for (int round = 0; round < 10; round++) {
-        uint64_t a = (uint64_t)0xD2511F53u * c[0], b = (uint64_t)0xCD9E8D57u * c[2];
-        uint32_t n0 = (uint32_t)(b >> 32) ^ c[1] ^ key0, n2 = (uint32_t)(a >> 32) ^ c[3] ^ key1;
-        c[1] = (uint32_t)b, c[3] = (uint32_t)a, c[0] = n0, c[2] = n2;
-        key0 += 0x9E3779B9u, key1 += 0xBB67AE85u; /* golden ratio and sqrt(3)-1: the published Weyl constants */
-    }
-    memcpy(out, c, sizeof c);
-}
-
 uint64_t rng_stream(RngPurpose purpose, uint64_t a, uint64_t b) {
     return (uint64_t)purpose << 56 | (a & 0xFFFFFFu) << 32 | (b & 0xFFFFFFFFu);
-}
-
-static double to_unit(uint32_t hi, uint32_t lo) { /* 53 bits in [0,1) */
-    return (double)(((uint64_t)hi << 32 | lo) >> 11) * 0x1p-53;
 }
 
 double rng_uniform(uint64_t seed, uint64_t stream, uint64_t index) {
     uint32_t r[4];
     philox(r, seed, stream, index);
-    return to_unit(r[0], r[1]);
+    return unit_of_bits(r[0], r[1]);
 }
 
 double rng_normal(uint64_t seed, uint64_t stream, uint64_t index) {
     uint32_t r[4];
     philox(r, seed, stream, index);
-    double u = 1.0 - to_unit(r[0], r[1]); /* (0,1]: the logarithm stays finite */
-    return sqrt(-2.0 * log(u)) * cos(6.283185307179586 * to_unit(r[2], r[3]));
+    double u = 1.0 - unit_of_bits(r[0], r[1]); /* (0,1]: the logarithm stays finite */
+    return sqrt(-2.0 * log(u)) * cos(6.283185307179586 * unit_of_bits(r[2], r[3]));
 }
 
 uint32_t rng_below(uint64_t seed, uint64_t stream, uint64_t index, uint32_t below) {

@@ -2,8 +2,7 @@
 #ifndef BASE_H
 #define BASE_H
 
-#include <stddef.h>
-#include <stdint.h>
+#include "base/bits.h"
 
 #ifdef __cplusplus
 extern "C" {
@@ -52,6 +51,10 @@ Err size_mul(size_t *out, size_t a, size_t b);
 size_t memory_available(void);
 /* OK if `needed` bytes are available, else an error that begins with `what` and ends with `advice`. */
 Err memory_fits(size_t needed, size_t available, const char *what, const char *advice);
+/* The longest path that is worked with, its zero byte included. */
+enum { PATH_BYTES = 4096 };
+/* path = the words; an error that shows their beginning if they are longer than that. */
+Err path_make(char path[PATH_BYTES], const char *fmt, ...) PRINTF_LIKE(2, 3);
 /* "2.3 GiB", "5.6 MiB" */
 const char *bytes_text(char text[32], size_t bytes);
 static inline size_t min_size(size_t a, size_t b) {
@@ -67,11 +70,7 @@ static inline size_t round_up(size_t n, size_t unit) {
     return (n + unit - 1) / unit * unit;
 }
 
-/* Philox4x32-10 (Salmon et al. 2011): out = f(key = seed, counter = (stream, index)). Stateless: any number of a
- * stream can be asked for in any order, so results depend neither on threads nor on batch order. */
-void philox(uint32_t out[4], uint64_t seed, uint64_t stream, uint64_t index);
-
-/* Purposes of streams. rng_stream(purpose, a, b) names one: a < 2^24 and b < 2^32 (e.g. scale and sample). */
+/* Purposes of random streams; philox of bits.h makes their numbers. rng_stream(purpose, a, b) names one: a < 2^24 and b < 2^32 (e.g. scale and sample). */
 typedef enum {
     RNG_INIT = 1, /* a = row of the parameter table */
     RNG_ORDER,    /* a = epoch: order of the training examples */

@@ -1,4 +1,4 @@
-/* atomic.c - files written whole or not at all. */
+/* atomic.c - files written whole or not at all, and read whole. */
 #include "files/files.h"
 
 #include <errno.h>
@@ -138,12 +138,62 @@ Err file_checksum(uint64_t *out, const char *path) {
     FILE *f = fopen(path, "rb");
     if (!f) return io_error(path, "open");
     unsigned char block[16384];
-    uint64_t h = UINT64_C(14695981039346656037);
-    for (size_t n; (n = fread(block, 1, sizeof block, f)) > 0;) {
-        for (size_t i = 0; i < n; i++) h = (h ^ block[i]) * UINT64_C(1099511628211);
-    }
+    uint64_t h = FNV_START;
+    for (size_t n; (n = fread(block, 1, sizeof block, f)) > 0;) h = fnv1a(h, block, n);
     Err e = ferror(f) ? io_error(path, "read") : OK;
     fclose(f);
     *out = h;
     return e;
+}
+
+/* ---- Reading ---- */
+
+Err read_exactly(int fd, const char *path, uint8_t *bytes, size_t size) {
+    for (size_t at = 0; at < size;) {
+        ssize_t got = read(fd, bytes + at, size - at);
+        if (got < 0 && errno == EINTR) continue;
+        if (got < 0) return err("%s: %s", path, strerror(errno));
+        if (got == 0) return err("%s: ends after %zu bytes, expected %zu", path, at, size);
+        at += (size_t)got;
+    }
+    return OK;
+}
+
+Err file_bytes(uint8_t **bytes, size_t *size, const char *path, size_t most, int *empty) {
+    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+    if (fd < 0) return err("%s: %s", path, strerror(errno));
+    struct stat st;
+    Err e = OK;
+    *bytes = NULL;
+    if (empty) *empty = 0;
+    if (fstat(fd, &st) != 0)
+        e = err("%s: %s", path, strerror(errno));
+    else if (S_ISDIR(st.st_mode))
+        e = err("%s: is a folder; a file expected", path);
+    else if (!S_ISREG(st.st_mode))
+        e = err("%s: is not a regular file", path);
+    else if (st.st_size == 0) {
+        e = err("%s: is empty", path);
+        if (empty) *empty = 1;
+    } else if ((uintmax_t)st.st_size > most)
+        e = err("%s: has %jd bytes; at most %zu are read", path, (intmax_t)st.st_size, most);
+    if (e == OK) e = mem_alloc(bytes, (*size = (size_t)st.st_size) + 1, 1, path);
+    if (e == OK) e = read_exactly(fd, path, *bytes, *size);
+    close(fd);
+    if (e != OK) {
+        free(*bytes);
+        *bytes = NULL;
+    }
+    return e;
+}
+
+Err file_text(char **text, const char *path, size_t most) {
+    uint8_t *bytes;
+    size_t size;
+    TRY(file_bytes(&bytes, &size, path, most, NULL));
+    *text = (char *)bytes;
+    if (strlen(*text) == size) return OK;
+    free(*text);
+    *text = NULL;
+    return err("%s: holds zero bytes, a text expected", path);
 }

@@ -35,7 +35,7 @@
 
 enum {
     HEADER_MAX_BYTES = 100000000, /* the limit of the safetensors library */
-    META_MAX_ENTRIES = 4096      /* Config is searched linearly; a hostile file must not make that slow */
+    META_MAX_ENTRIES = 4096       /* Config is searched linearly; a hostile file must not make that slow */
 };
 
 /* ------------------------------------------------------------------------------------------------------------
@@ -110,20 +110,6 @@ static size_t json_size(Json *j) {
     if (!good) json_unexpected(j, "a whole number of 64 bits");
     j->p += s - start;
     return number;
-}
-
-/* Bytes of the UTF-8 character at text, which ends in a zero byte; 0: it is none. */
-static size_t utf8_length(const char *text) {
-    const unsigned char *s = (const unsigned char *)text;
-    if (s[0] < 0x80) return 1;
-    if (s[0] < 0xC2 || s[0] > 0xF4) return 0;
-    size_t length = s[0] >= 0xF0 ? 4 : s[0] >= 0xE0 ? 3 : 2;
-    for (size_t i = 1; i < length; i++) {
-        if ((s[i] & 0xC0) != 0x80) return 0;
-    }
-    int overlong = (s[0] == 0xE0 && s[1] < 0xA0) || (s[0] == 0xF0 && s[1] < 0x90);
-    int outside = (s[0] == 0xED && s[1] > 0x9F) || (s[0] == 0xF4 && s[1] > 0x8F);
-    return overlong || outside ? 0 : length;
 }
 
 static char *put_utf8(char *out, uint32_t u) {

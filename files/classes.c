@@ -13,31 +13,13 @@
 #include "sampling/sampling.h"
 
 #include <ctype.h>
-#include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 /* ---- The list ---------------------------------------------------------------------------------------------- */
 
-static Err read_text(char **text, const char *path) {
-    FILE *f = fopen(path, "rb");
-    size_t n = 0, capacity = 0, more;
-    if (!f) return err("%s: %s", path, strerror(errno));
-    Err e = OK;
-    *text = NULL;
-    do {
-        e = mem_grow(text, n, 4097, &capacity, 1, path);
-        more = e == OK ? fread(*text + n, 1, 4096, f) : 0;
-        n += more;
-    } while (more);
-    if (e == OK && ferror(f)) e = err("%s: %s", path, strerror(errno));
-    fclose(f);
-    if (e == OK) (*text)[n] = 0;
-    if (e == OK && strlen(*text) != n) e = err("%s: holds zero bytes, expected a class a line", path);
-    if (e != OK) free(*text);
-    return e;
-}
+enum { LIST_BYTES = 1 << 24 };
 
 Err classes_from_recipe(Config *to, const char *recipe) {
     char path[1100], *text;
@@ -46,7 +28,7 @@ Err classes_from_recipe(Config *to, const char *recipe) {
     int folder = *file == '/' || !slash ? 0 : (int)(slash - recipe) + 1;
     if ((size_t)snprintf(path, sizeof path, "%.*s%s", folder, recipe, file) >= sizeof path)
         return err("imagebart.class_list %.200s: the path is too long", file);
-    TRY(read_text(&text, path));
+    TRY(file_text(&text, path, LIST_BYTES));
     Err e = config_set(to, "imagebart.classes", "%s", text);
     free(text);
     return e;

@@ -79,6 +79,19 @@ int text_digits(size_t *out, const char **s) {
     return *s != start;
 }
 
+size_t utf8_length(const char *text) {
+    const unsigned char *s = (const unsigned char *)text;
+    if (s[0] < 0x80) return 1;
+    if (s[0] < 0xC2 || s[0] > 0xF4) return 0;
+    size_t length = s[0] >= 0xF0 ? 4 : s[0] >= 0xE0 ? 3 : 2;
+    for (size_t i = 1; i < length; i++) {
+        if ((s[i] & 0xC0) != 0x80) return 0;
+    }
+    int overlong = (s[0] == 0xE0 && s[1] < 0xA0) || (s[0] == 0xF0 && s[1] < 0x90);
+    int outside = (s[0] == 0xED && s[1] > 0x9F) || (s[0] == 0xF4 && s[1] > 0x8F);
+    return overlong || outside ? 0 : length;
+}
+
 Err config_size(size_t *out, const Config *c, const char *prefix, const char *key, size_t lo, size_t hi, int optional) {
     Err e;
     const char *value = config_need(&e, c, prefix, key, optional), *s = value;

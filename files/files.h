@@ -28,6 +28,8 @@ Err config_read(Config *c, const char *path); /* a text file of "key value" line
 void config_free(Config *c);
 /* Decimal digits at *s, nothing else; *s moves behind them. 0: there are none, or too many for a size_t. */
 int text_digits(size_t *out, const char **s);
+/* Bytes of the UTF-8 character at text, which ends in a zero byte; 0: it is none. */
+size_t utf8_length(const char *text);
 
 /* ---- Files ---- */
 typedef enum { DT_F64, DT_F32, DT_F16, DT_BF16, DT_I64, DT_I32, DT_I16, DT_I8, DT_U8, DT_BOOL, DT_COUNT } Dtype;
@@ -67,7 +69,7 @@ Err checkpoint_shaped(const Checkpoint *ck, const char *name, int ndim, const si
 /* The same, then out[0..size-1] = its elements, converted. */
 Err checkpoint_reals(const Checkpoint *ck, const char *name, int ndim, const size_t *dim, size_t size, real *out);
 Err checkpoint_ints(const Checkpoint *ck, const char *name, size_t size,
-                    int32_t *out);                /* from I64 I32 I16 U8; range-checked */
+                    int32_t *out); /* from I64 I32 I16 U8; range-checked */
 /* out = n reals as elements of dtype d, one of F64 F32 F16 BF16 */
 void tensor_from_reals(unsigned char *out, Dtype d, const real *x, size_t n);
 void tensor_to_reals(const Tensor *x, real *out); /* any dtype -> real; x->size elements */
@@ -77,6 +79,13 @@ Err checkpoint_write(const char *path, const Tensor *tensor, const int *from_rea
 /* ckpt.c: what checkpoint_open and checkpoint_close call for PyTorch's files. */
 Err ckpt_read(Checkpoint *ck);
 void ckpt_free_copies(void *copies);
+/* *bytes (*size) = a whole regular file of 1 to `most` bytes, a zero byte behind it; release with free(). Never blocks on
+ * a pipe or a terminal. empty, unless NULL: 1 when the file is there but has no bytes, which is an error too. */
+Err file_bytes(uint8_t **bytes, size_t *size, const char *path, size_t most, int *empty);
+/* The same as a text; zero bytes in it are an error. */
+Err file_text(char **text, const char *path, size_t most);
+/* Reads to the end of an open file into bytes (size). */
+Err read_exactly(int fd, const char *path, uint8_t *bytes, size_t size);
 /* 64-bit FNV-1a over a file's bytes: tells which VQGAN made a token cache. */
 Err file_checksum(uint64_t *out, const char *path);
 /* digest.c. out = the digest of a file's bytes in small hexadecimal digits, as sha256sum and md5sum print it. */
@@ -218,15 +227,9 @@ Err classes_from_recipe(Config *to, const char *recipe);
  * those classes one by one, such as ImageNet's synsets; else it is the folders' names. */
 Err classes_from_folders(Config *to, char *const *folder, size_t n);
 
-/* ---- Whole files; LMDBs ---- */
+/* ---- Pictures in files; LMDBs ---- */
 
-/* *bytes (*size) = a whole regular file of 1 to `most` bytes; release with free(). Never blocks on a pipe or a
- * terminal. empty, unless NULL: 1 when the file is there but has no bytes, which is an error too. */
-Err file_bytes(uint8_t **bytes, size_t *size, const char *path, size_t most, int *empty);
-/* Reads to the end of an open file into bytes (size). */
-Err read_exactly(int fd, const char *path, uint8_t *bytes, size_t size);
-
-enum { PATH_BYTES = 4096, IMAGE_FILE_BYTES = 1 << 30 };
+enum { IMAGE_FILE_BYTES = 1 << 30 };
 /* Whether the first bytes are those of a picture that image_decode knows. */
 int is_picture(const uint8_t *bytes, size_t n);
 /* Whether they are those of one that this build was made without the library for. */

@@ -16,16 +16,12 @@
 #include "files/files.h"
 
 #include <ctype.h>
-#include <errno.h>
-#include <fcntl.h>
 #include <math.h>
 #include <setjmp.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <strings.h>
-#include <sys/stat.h>
-#include <unistd.h>
 
 #include <jerror.h>
 #include <jpeglib.h>
@@ -37,47 +33,8 @@ enum {
 };
 
 /* ------------------------------------------------------------------------------------------------------------
- * Files and images in memory
+ * Images in memory
  * ---------------------------------------------------------------------------------------------------------- */
-
-Err read_exactly(int fd, const char *path, uint8_t *bytes, size_t size) {
-    for (size_t at = 0; at < size;) {
-        ssize_t got = read(fd, bytes + at, size - at);
-        if (got < 0 && errno == EINTR) continue;
-        if (got < 0) return err("%s: %s", path, strerror(errno));
-        if (got == 0) return err("%s: ends after %zu bytes, expected %zu", path, at, size);
-        at += (size_t)got;
-    }
-    return OK;
-}
-
-Err file_bytes(uint8_t **bytes, size_t *size, const char *path, size_t most, int *empty) {
-    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
-    if (fd < 0) return err("%s: %s", path, strerror(errno));
-    struct stat st;
-    Err e = OK;
-    *bytes = NULL;
-    if (empty) *empty = 0;
-    if (fstat(fd, &st) != 0)
-        e = err("%s: %s", path, strerror(errno));
-    else if (S_ISDIR(st.st_mode))
-        e = err("%s: is a folder; a file expected", path);
-    else if (!S_ISREG(st.st_mode))
-        e = err("%s: is not a regular file", path);
-    else if (st.st_size == 0) {
-        e = err("%s: is empty", path);
-        if (empty) *empty = 1;
-    } else if ((uintmax_t)st.st_size > most)
-        e = err("%s: has %jd bytes; at most %zu are read", path, (intmax_t)st.st_size, most);
-    if (e == OK) e = mem_alloc(bytes, *size = (size_t)st.st_size, 1, path);
-    if (e == OK) e = read_exactly(fd, path, *bytes, *size);
-    close(fd);
-    if (e != OK) {
-        free(*bytes);
-        *bytes = NULL;
-    }
-    return e;
-}
 
 static Err image_alloc(Image *im, size_t H, size_t W) {
     *im = (Image){0};
@@ -532,16 +489,11 @@ static void png_out_flush(png_structp png) {
 
 /* Whether s is well-formed UTF-8 with something beyond ASCII in it. */
 static int is_wide_utf8(const char *s) {
-    const unsigned char *p = (const unsigned char *)s;
     int wide = 0;
-    while (*p) {
-        int more = *p < 0x80 ? 0 : *p >= 0xc2 && *p < 0xe0 ? 1 : *p >= 0xe0 && *p < 0xf0 ? 2 : 3;
-        if (*p >= 0xf5 || (*p >= 0x80 && *p < 0xc2)) return 0;
-        if ((*p == 0xe0 && p[1] < 0xa0) || (*p == 0xed && p[1] >= 0xa0)) return 0; /* overlong; surrogates */
-        if ((*p == 0xf0 && p[1] < 0x90) || (*p == 0xf4 && p[1] >= 0x90)) return 0;
-        wide |= more > 0;
-        for (p++; more > 0; more--, p++)
-            if ((*p & 0xc0) != 0x80) return 0;
+    for (size_t n; *s; s += n) {
+        n = utf8_length(s);
+        if (n == 0) return 0;
+        wide |= n > 1;
     }
     return wide;
 }

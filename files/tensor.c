@@ -57,13 +57,6 @@ static float from_half(uint16_t h) {
     return magnitude;
 }
 
-static float from_bfloat(uint16_t h) {
-    uint32_t bits = (uint32_t)h << 16;
-    float x;
-    memcpy(&x, &bits, sizeof x);
-    return x;
-}
-
 /* out[i] = expression of v, the i-th element of `type` at p; memcpy because mapped data may be unaligned */
 #define EACH(type, expression)                                                                                         \
     for (size_t i = 0; i < x->size; i++) {                                                                             \
@@ -79,7 +72,7 @@ void tensor_to_reals(const Tensor *x, real *out) {
     case DT_F64: EACH(double, v);
     case DT_F32: EACH(float, v);
     case DT_F16: EACH(uint16_t, from_half(v));
-    case DT_BF16: EACH(uint16_t, from_bfloat(v));
+    case DT_BF16: EACH(uint16_t, bf16_to_float(v));
     case DT_I64: EACH(int64_t, v);
     case DT_I32: EACH(int32_t, v);
     case DT_I16: EACH(int16_t, v);

@@ -114,10 +114,8 @@ void tokens_free(Tokens *x) {
 static const char part_magic[8] = "ibtokprt";
 enum { RECORD_LABEL = sizeof(uint64_t), RECORD_TOKENS = RECORD_LABEL + sizeof(int32_t) };
 
-static uint64_t record_checksum(const uint8_t *record, size_t bytes, uint64_t number) { /* FNV-1a */
-    uint64_t h = 0xcbf29ce484222325u ^ number;
-    for (size_t i = RECORD_LABEL; i < bytes; i++) h = (h ^ record[i]) * 0x100000001b3u;
-    return h;
+static uint64_t record_checksum(const uint8_t *record, size_t bytes, uint64_t number) {
+    return fnv1a(FNV_START ^ number, record + RECORD_LABEL, bytes - RECORD_LABEL);
 }
 
 static Err write_all(int fd, const char *path, const void *bytes, size_t size) {

@@ -194,11 +194,10 @@ static Err head_stream(Transformer *m, size_t R) {
 
 /* ---- One token ---- */
 
-/* Philox of base.c */
 static __device__ inline double uniform(uint64_t seed, uint64_t stream, uint64_t index) {
     uint32_t c[4];
-    philox_device(c, seed, stream, index);
-    return (double)(((uint64_t)c[0] << 32 | c[1]) >> 11) * 0x1p-53;
+    philox(c, seed, stream, index);
+    return unit_of_bits(c[0], c[1]);
 }
 
 /* What the warps of a block tell each other */

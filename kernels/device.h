@@ -73,18 +73,6 @@ static __device__ inline void store_pack(floatX *x, size_t i, size_t n, Pack p) 
             if (i + k < n) x[i + k] = p.at[k];
 }
 
-/* philox of base.c */
-static __device__ inline void philox_device(uint32_t c[4], uint64_t seed, uint64_t stream, uint64_t index) {
-    uint32_t key0 = (uint32_t)seed, key1 = (uint32_t)(seed >> 32);
-    c[0] = (uint32_t)index, c[1] = (uint32_t)(index >> 32), c[2] = (uint32_t)stream, c[3] = (uint32_t)(stream >> 32);
-    for (int round = 0; round < 10; round++) {
-        const uint64_t a = (uint64_t)0xD2511F53u * c[0], b = (uint64_t)0xCD9E8D57u * c[2];
-        const uint32_t n0 = (uint32_t)(b >> 32) ^ c[1] ^ key0, n2 = (uint32_t)(a >> 32) ^ c[3] ^ key1;
-        c[1] = (uint32_t)b, c[3] = (uint32_t)a, c[0] = n0, c[2] = n2;
-        key0 += 0x9E3779B9u, key1 += 0xBB67AE85u;
-    }
-}
-
 enum { WARP = 32 };
 
 static __device__ inline float warp_sum(float x) {

@@ -145,13 +145,6 @@ uint16_t round_at_random(float x, uint32_t random) {
     return (uint16_t)(bits >> 16);
 }
 
-static inline real from_bf16(uint16_t x) {
-    const uint32_t bits = (uint32_t)x << 16;
-    float number;
-    memcpy(&number, &bits, sizeof number);
-    return (real)number;
-}
-
 /* a b + c rounded once, whatever a compiler would make of it: the GPU's twin must give the same bits. */
 static inline real multiply_add(real a, real b, real c) {
 #ifdef REAL_DOUBLE
@@ -171,8 +164,8 @@ static void adamw_bf16_piece(void *context, size_t piece) {
     uint32_t random[4] = {0};
     for (size_t k = 0; k < n; k++) {
         if (k % 4 == 0) philox(random, 0, a->stream, (k0 + k) / 4);
-        const real m = multiply_add(a->rest1, g[k], a->beta1 * from_bf16(m16[k]));
-        const real v = multiply_add(a->rest2 * g[k], g[k], a->beta2 * from_bf16(v16[k]));
+        const real m = multiply_add(a->rest1, g[k], a->beta1 * (real)bf16_to_float(m16[k]));
+        const real v = multiply_add(a->rest2 * g[k], g[k], a->beta2 * (real)bf16_to_float(v16[k]));
         const real change = a->rate * m / multiply_add(square_root(v), a->inverse, a->eps);
         w[k] = multiply_add(a->keep, w[k], -change);
         m16[k] = round_at_random((float)m, random[k % 4]);

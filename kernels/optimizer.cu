@@ -327,7 +327,7 @@ static __global__ void update_kernel(UpdateTwin a, const Chunk *chunks) {
         float w = a.value[i];
         if (adam) {
             uint32_t random[4];
-            if (a.m16) philox_device(random, 0, a.stream + ((uint64_t)c.row << 32), (c.offset + k) / 4);
+            if (a.m16) philox(random, 0, a.stream + ((uint64_t)c.row << 32), (c.offset + k) / 4);
             w = a.m16 ? adamw_bf16_element(&a, keep, w, i, random[(c.offset + k) % 4]) : adamw_element(&a, keep, w, i);
             a.value[i] = w;
             if (IS_BF16) a.weight[i] = to_floatX(w);

@@ -25,15 +25,8 @@
 
 /* ---- Weights in fewer bits ---- */
 
-static inline uint16_t to_bf16(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, sizeof bits);
-    const uint32_t rounded = bits + 0x7fffu + (bits >> 16 & 1);
-    return (uint16_t)((x == x ? rounded : bits | 0x400000u) >> 16);
-}
-
 void round_bf16(uint16_t *to, const real *x, size_t n) {
-    for (size_t i = 0; i < n; i++) to[i] = to_bf16((float)x[i]);
+    for (size_t i = 0; i < n; i++) to[i] = bf16_from_float((float)x[i]);
 }
 
 /* What the numbers of a row are counted in; NaN if one of them is not finite. */
@@ -71,7 +64,7 @@ void weights_pack(WeightFormat format, void *out, float *scale, const real *x, s
     const float factor = format == WEIGHTS_INT8 ? int8_factor(x, K) : 0;
     const float inverse = factor > 0 ? 1 / factor : 0; /* NaN: all 0, and the factor says it */
     for (size_t k = 0; k < K; k++) {
-        const uint16_t half = to_bf16((float)x[k]);
+        const uint16_t half = bf16_from_float((float)x[k]);
         const int8_t byte = to_int8((float)x[k] * inverse);
         if (format == WEIGHTS_BF16)
             memcpy(to + k / 2 * WORD * PANEL_ROWS + k % 2 * 2, &half, 2);
@@ -533,10 +526,10 @@ static void round_row(void *context, size_t r) {
         const __m512i swapped = _mm512_shufflehi_epi16(_mm512_shufflelo_epi16(x, 0xd8), 0xd8); /* 0 2 1 3 */
         _mm512_storeu_si512(half + k, a->format == WEIGHTS_INT8 ? swapped : x);
     }
-    for (; k < a->steps * 2; k++) half[place_of(a->format, k)] = k < a->K ? to_bf16(from[k]) : 0;
+    for (; k < a->steps * 2; k++) half[place_of(a->format, k)] = k < a->K ? bf16_from_float(from[k]) : 0;
 #else
     for (size_t k = 0; k < a->steps; k++) {
-        const uint32_t bits = k < a->K ? (uint32_t)to_bf16((float)from[k]) << 16 : 0;
+        const uint32_t bits = k < a->K ? (uint32_t)bf16_from_float((float)from[k]) << 16 : 0;
         float x;
         memcpy(&x, &bits, sizeof x);
         to[k].number = (real)x;

@@ -13,20 +13,6 @@ static int env_has(const char *name, const char *part) {
     return value && strstr(value, part);
 }
 
-static Err read_file(const char *path, unsigned char **bytes, size_t *n) {
-    FILE *f = fopen(path, "rb");
-    if (!f) return err("%s: %s", path, strerror(errno));
-    long size = fseek(f, 0, SEEK_END) ? -1 : ftell(f);
-    Err e = size < 0 ? err("%s: not a plain file", path) : mem_alloc(bytes, (size_t)size, 1, path);
-    if (e == OK && (fseek(f, 0, SEEK_SET) || fread(*bytes, 1, (size_t)size, f) != (size_t)size)) {
-        free(*bytes);
-        e = err("%s: could not be read", path);
-    }
-    fclose(f);
-    *n = (size_t)size;
-    return e;
-}
-
 static void put_base64(const unsigned char *p, size_t n) {
     static const char digit[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
     for (size_t i = 0; i < n; i += 3) {
@@ -82,9 +68,9 @@ Err show_png(const char *path) {
     int iterm =
         env_has("TERM_PROGRAM", "iTerm") || env_has("LC_TERMINAL", "iTerm2") || env_has("TERM_PROGRAM", "WezTerm");
     if (!kitty && !iterm) return show_blocks(path);
-    unsigned char *png = NULL;
+    uint8_t *png = NULL;
     size_t n = 0;
-    TRY(read_file(path, &png, &n));
+    TRY(file_bytes(&png, &n, path, IMAGE_FILE_BYTES, NULL));
     if (kitty)
         show_kitty(png, n);
     else

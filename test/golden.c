@@ -1186,16 +1186,6 @@ static Err run_training(Case *c) {
 
 /* ---- Schedules ---- */
 
-static Err read_text(Case *c, const char *path, char **text) {
-    FILE *f = fopen(path, "rb");
-    if (!f) return err("%s cannot be read", path);
-    size_t most = 1 << 20, n;
-    Err e = case_alloc(c, text, most + 1, 1);
-    n = e == OK ? fread(*text, 1, most, f) : 0;
-    fclose(f);
-    return e == OK && n == most ? err("%s: longer than %zu bytes", path, most) : e;
-}
-
 /* The text after "key": in the object that starts at `object`; NULL if it ends before. */
 static const char *json_value(const char *object, const char *key) {
     char quoted[40];
@@ -1258,12 +1248,13 @@ static Err run_schedule(Case *c, const char *object) {
 static Err run_schedules(Case *c) {
     char path[1100], *text;
     snprintf(path, sizeof path, "%s/schedules.json", c->dir);
-    TRY(read_text(c, path, &text));
+    TRY(file_text(&text, path, 1 << 20));
     const char *object = strchr(text, '{');
-    if (!object) return err("schedules.json has no entries");
+    Err e = object ? OK : err("schedules.json has no entries");
     for (; object; object = strchr(object + 1, '{'))
         if (run_schedule(c, object) != OK) report(c, "schedule", 0, err_text());
-    return OK;
+    free(text);
+    return e;
 }
 
 /* ---- Cases ---- */

@@ -8,15 +8,9 @@
 
 /* ---- tokens: encoded once, kept in the run ---- */
 
-static uint64_t hash_bytes(uint64_t h, const void *data, size_t n) { /* FNV-1a */
-    const unsigned char *p = data;
-    for (size_t i = 0; i < n; i++) h = (h ^ p[i]) * 0x100000001b3u;
-    return h;
-}
-
 static uint64_t dataset_hash(const Stage *s, const Dataset *d) {
-    uint64_t h = hash_bytes(0xcbf29ce484222325u, &s->prep, sizeof s->prep);
-    return hash_bytes(h, &d->identity, sizeof d->identity);
+    uint64_t h = fnv1a(FNV_START, &s->prep, sizeof s->prep);
+    return fnv1a(h, &d->identity, sizeof d->identity);
 }
 
 /* images (B,...) as they are and, with flips, mirrored: token (B, flips, N). Where a label is -1 the image is not

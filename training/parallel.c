@@ -271,12 +271,12 @@ Err ranks_agree(Err e) {
 }
 
 Err ranks_same(const void *bytes, size_t n, const char *what) {
-    uint64_t hash = 0xcbf29ce484222325u, word = 0; /* FNV-1a, eight bytes at a time */
+    uint64_t hash = FNV_START, word = 0; /* FNV-1a, eight bytes at a time */
     if (world.ranks == 1) return OK;
     for (size_t at = 0; at < n; at += sizeof word) {
         word = 0;
         memcpy(&word, (const char *)bytes + at, min_size(sizeof word, n - at));
-        hash = (hash ^ word) * 0x100000001b3u;
+        hash = (hash ^ word) * FNV_PRIME;
     }
     uint64_t ends[2] = {hash, ~hash}; /* the largest, and the least */
     TRY(combine(ends, 2, MAX_WORDS));

@@ -559,17 +559,6 @@ static uint32_t big_endian(const uint8_t *p) {
     return (uint32_t)p[0] << 24 | (uint32_t)p[1] << 16 | (uint32_t)p[2] << 8 | p[3];
 }
 
-static Err read_whole(Message *m, const char *path) {
-    uint8_t part[4096];
-    FILE *f = fopen(path, "rb");
-    if (!f) return err("%s: %s", path, strerror(errno));
-    Err e = OK;
-    for (size_t n; e == OK && (n = fread(part, 1, sizeof part, f)) > 0;) e = append(m, part, n);
-    if (e == OK && ferror(f)) e = err("%s: %s", path, strerror(errno));
-    fclose(f);
-    return e;
-}
-
 /* PNG files go in as they are; height and width stand in their first chunk. */
 static Err write_image(const View *v, uint64_t step, const Message *png) {
     Message image = {0}, value = {0}, summary = {0};
@@ -635,7 +624,7 @@ Err view_step(Stage *s, void *view) {
 
 Err view_picture(const Stage *s, View *v, const char *path) {
     Message png = {0};
-    Err e = read_whole(&png, path);
+    Err e = file_bytes(&png.data, &png.n, path, IMAGE_FILE_BYTES, NULL);
     if (e == OK && write_image(v, s->step, &png) != OK) e = err_in(path);
     free(png.data);
     return e;
