@@ -309,8 +309,11 @@ bench: test/bench $(if $(NVCC),$B/bench_cuda)
 	test/bench -o bench.tsv
 	@if $(PYTHON) -c 'import torch' 2>/dev/null; then $(PYTHON) test/bench_torch.py bench.tsv; \
 	else echo "skipped: comparison with PyTorch, which $(PYTHON) does not have (PYTHON=... chooses another)"; fi
-	@$(if $(NVCC),if $B/bench_cuda gpu; then $(MAKE) bench-cuda; else echo "skipped: bench-cuda, for there is no GPU"; fi,\
-	    echo "skipped: bench-cuda, for there is no nvcc")
+ifneq ($(NVCC),)
+	@if $B/bench_cuda gpu; then $(MAKE) bench-cuda; else echo "skipped: bench-cuda, for there is no GPU"; fi
+else
+	@echo "skipped: bench-cuda, for there is no nvcc"
+endif
 
 walkthrough: test/walkthrough
 
