@@ -11,6 +11,7 @@
 # make walkthrough the numbers of doc/walkthrough.md: test/walkthrough 1 ... 8
 # make fuzz SECONDS=60  the readers of checkpoints under libFuzzer (needs clang; Debian: clang, libclang-rt-14-dev)
 # make ffhq         fetches an official model: also ffhq2 churches bedrooms cats imagenet imagenet4 (models/fetch.sh)
+# make lpips       what ./train --vqgan measures likeness with (models/fetch.sh), checksums compared
 # make fullsize     the official models at full size, with random weights, against PyTorch (PYTHON=..., MODELS=...)
 # make data/emoji   the pictures that the bundled model was trained on
 # Variables: NVCC=... (empty: no CUDA), CUDA_ARCH="80 90", HAVE_WEBP=, HAVE_LMDB= and HAVE_MPI= leave these out though they are there,
@@ -93,7 +94,7 @@ LEVELS := $(if $P,$(foreach l,x86-64 x86-64-v3 x86-64-v4 x86-64-v4-bf16,$(if $(c
 
 OFFICIAL := ffhq ffhq2 churches bedrooms cats imagenet imagenet4
 
-ifneq ($(if $(BUILT),,$(filter-out clean format $(OFFICIAL) vqgan lsun,$(or $(MAKECMDGOALS),all))),)
+ifneq ($(if $(BUILT),,$(filter-out clean format $(OFFICIAL) vqgan lsun lpips,$(or $(MAKECMDGOALS),all))),)
 $(info compiler  $(CC)$(if $(filter 1,$(SANITIZE)), with sanitizers))
 ifeq ($(HAVE_PNG),)
 $(error libpng is missing. Debian: apt-get install libpng-dev)
@@ -136,7 +137,7 @@ LDLIBS := $(ARCHIVES) $(if $(HAVE_WEBP),-lwebp) $(if $(HAVE_LMDB),-llmdb) -lpng 
 # compiled for the first level only.
 BASE := base threads params plan compute options
 KERNELS := fast gemm stream conv norm layers attention decode optimizer
-FILES := config atomic tensor checkpoint ckpt weights digest images lmdb tokens recipe classes
+FILES := config atomic tensor checkpoint ckpt weights images lmdb tokens recipe classes
 SAMPLING := model bounds options terminal
 COMPONENTS := $(BASE:%=base/%) $(KERNELS:%=kernels/%) $(FILES:%=files/%) data vqgan_layers vqgan transformer diffusion \
               $(SAMPLING:%=sampling/%) training/discriminator training/perceptual
@@ -161,7 +162,7 @@ $(PROGRAMS): %: $(SHIPPED)/%
 	@cp -f $< $@
 test/golden test/bench test/walkthrough: test/%: $B/%
 	@cp -f $< $@
-.PHONY: all test bench fullsize fuzz clean format walkthrough FORCE $(OFFICIAL) vqgan lsun
+.PHONY: all test bench fullsize fuzz clean format walkthrough FORCE $(OFFICIAL) vqgan lsun lpips
 ifneq ($(or $(BUILT),$(shell cat build/last 2>/dev/null)),$(or $(BUILT),$(SHIPPED)))
 $(PROGRAMS) test/golden test/bench test/walkthrough: FORCE
 $(shell mkdir -p build && echo $(SHIPPED) >build/last)
@@ -336,7 +337,7 @@ fuzz: $B/test_ckpt
 
 $(OFFICIAL):
 	@models/fetch.sh $@ vqgan
-vqgan lsun:
+vqgan lsun lpips:
 	@models/fetch.sh $@
 
 data/emoji:

@@ -10,7 +10,6 @@
  *        winograd.c      most of those with fewer multiplications
  *     3. checkpoint.c    named tensors in files: safetensors in and out, flat configurations
  *        ckpt.c          named tensors out of PyTorch's .ckpt files
- *        digest.c        SHA-256 and MD5: are weights the published ones?
  *        params.c        named tensors in memory: the parameter table of a model
  *     4. images.c        pictures in and out, the official preprocessing
  *        data.c          datasets, batches read ahead; lmdb.c: those in LMDBs

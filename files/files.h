@@ -88,10 +88,6 @@ Err file_text(char **text, const char *path, size_t most);
 Err read_exactly(int fd, const char *path, uint8_t *bytes, size_t size);
 /* 64-bit FNV-1a over a file's bytes: tells which VQGAN made a token cache. */
 Err file_checksum(uint64_t *out, const char *path);
-/* digest.c. out = the digest of a file's bytes in small hexadecimal digits, as sha256sum and md5sum print it. */
-typedef enum { DIGEST_SHA256, DIGEST_MD5 } DigestKind;
-enum { DIGEST_TEXT_BYTES = 65 };
-Err file_digest(char out[DIGEST_TEXT_BYTES], const char *path, DigestKind kind);
 /* FAILED: "path: cannot DOING: " and what errno says */
 Err io_error(const char *path, const char *doing);
 /* Atomic writing for any file: open a temporary beside path, write, then commit (flush, fsync, rename) or abandon

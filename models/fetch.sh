@@ -4,8 +4,9 @@
 #     ffhq ffhq2 churches bedrooms cats imagenet imagenet4   -> models/FOLDER/scale1.ckpt ...
 #     vqgan                                                  -> models/vqgan/vqgan-ffhq.ckpt ..., the first stages
 #     lsun                                                   -> models/lsun, lists of training and validation pictures
+#     lpips                                                  -> models/lpips, what ./train --vqgan measures likeness with
 #
-# Each is one zip file: downloaded as NAME.zip.part (run it again to go on after an interruption), unpacked into a
+# lpips is two files with published checksums. Each other one is a zip file: downloaded as NAME.zip.part (run it again to go on after an interruption), unpacked into a
 # folder of its own, where unzip compares every checksum, and only then moved to its place. What is there already is
 # left alone. MODELS_URL is where the files come from; curl or wget fetches them.
 url=${MODELS_URL:-https://ommer-lab.com/files}
@@ -24,8 +25,8 @@ folder_of() { # folder_of MODEL: the name of its zip and of its folder
         churches | bedrooms | cats) echo "$1_3_scales" ;;
         imagenet) echo cin_5_scales_custom ;;
         imagenet4) echo cin_4_scales_geometric ;;
-        vqgan | lsun) echo "$1" ;;
-        *) die "$1: expected ffhq, ffhq2, churches, bedrooms, cats, imagenet, imagenet4, vqgan or lsun" ;;
+        vqgan | lsun | lpips) echo "$1" ;;
+        *) die "$1: expected ffhq, ffhq2, churches, bedrooms, cats, imagenet, imagenet4, vqgan, lsun or lpips" ;;
     esac
 }
 
@@ -86,15 +87,18 @@ receive() {
     [ "$code" != 416 ] || got=whole # nothing is left to send
 }
 
-check_content() { # check_content PART NAME: is it a zip at all? What is not is removed, so that nothing is added to it.
+check_content() { # check_content PART URL: is it a file of its kind at all? What is not is removed, so that nothing is added to it.
     case $(head -c 200 "$1" | tr -d '\000' | tr '\n' ' ') in
         PK*) return ;;
-        *'<'[hH!?]*) what="an HTML page instead of the file: open $url/$2 in a browser to see what it says" ;;
-        'version https://git-lfs'*) what="a git-lfs pointer instead of the file: whoever runs $url has to put the file there" ;;
-        *) what="something that is not a zip file" ;;
+        *'<'[hH!?]*) what="an HTML page instead of the file: open $2 in a browser to see what it says" ;;
+        'version https://git-lfs'*) what="a git-lfs pointer instead of the file: whoever runs ${2%/*} has to put the file there" ;;
+        *)
+            [ "${1%.zip.part}" != "$1" ] || return 0
+            what="something that is not a zip file"
+            ;;
     esac
     rm -f "$1"
-    die "$url/$2 sent $what"
+    die "$2 sent $what"
 }
 
 free_kib() {
@@ -105,31 +109,31 @@ no_room() { # no_room WHY
     die "the disk of $here is full ($(free_kib) KiB left): $1; make room and run this again"
 }
 
-download() { # download NAME.zip
+download() { # download FILE URL
     part=$1.part
-    have=$(size_of "$part") want=$(size_there "$url/$1")
+    have=$(size_of "$part") want=$(size_there "$2")
     [ "$have" -eq 0 ] && from= || from=", going on at $have"
-    echo "fetch: $url/$1${want:+, $want bytes}$from" >&2
+    echo "fetch: $2${want:+, $want bytes}$from" >&2
     [ "$have" -le "${want:-$have}" ] ||
         die "$part has $have bytes, the server's file only $want: not the same file? Remove $here/$part to start again"
     [ $(((${want:-0} - have) / 1024)) -le "$(free_kib)" ] || no_room "$1 needs $((want - have)) bytes"
     got=whole
-    [ "$have" -eq "${want:--1}" ] || receive "$part" "$url/$1"
+    [ "$have" -eq "${want:--1}" ] || receive "$part" "$2"
     if [ "$got" = norange ]; then
         echo "fetch: the server cannot go on in the middle of a file; starting again" >&2
         rm -f "$part"
-        receive "$part" "$url/$1"
+        receive "$part" "$2"
     fi
-    [ ! -s "$part" ] || check_content "$part" "$1"
+    [ ! -s "$part" ] || check_content "$part" "$2"
     have=$(size_of "$part")
     [ "$got" != whole ] || [ "$have" -eq "${want:-$have}" ] || got='cut'
     [ "$got" != 'cut' ] || [ "$have" -gt 0 ] || got=$status
     case $got in
         whole) mv "$part" "$1" ;;
         full) no_room "$1 has come to $have of ${want:-?} bytes" ;;
-        refused) die "$url/$1: the server answers ${code:-with an error}; is the address right?" ;;
+        refused) die "$2: the server answers ${code:-with an error}; is the address right?" ;;
         cut) die "$1 ends after $have of ${want:-?} bytes: the connection broke; run this again to go on" ;;
-        *) die "$url/$1 cannot be reached ($tool: exit status $got)" ;;
+        *) die "$2 cannot be reached ($tool: exit status $got)" ;;
     esac
 }
 
@@ -169,12 +173,34 @@ fetch() { # fetch MODEL
         echo "fetch: models/$name is here already" >&2
         return
     fi
-    [ -f "$name.zip" ] || download "$name.zip"
+    [ -f "$name.zip" ] || download "$name.zip" "$url/$name.zip"
     unpack "$name" "$1"
     echo "fetch: models/$name is here" >&2
 }
 
-[ $# -gt 0 ] || die "which model? ffhq, ffhq2, churches, bedrooms, cats, imagenet, imagenet4, vqgan or lsun"
+fetch_checked() { # fetch_checked FILE URL sha256|md5 SUM: what is there already is checked too
+    fetched=
+    [ -z "${MODELS_URL:-}" ] || set -- "$1" "$url/${1##*/}" "$3" "$4"
+    [ -f "$1" ] || { download "$1" "$2" && fetched=1; }
+    if echo "$4  $1" | "$3sum" -c - >/dev/null 2>&1; then
+        echo "fetch: models/$1 is the published file ($3 $4)" >&2
+    elif [ -n "$fetched" ]; then
+        rm "$1"
+        die "$2 sent another file than the published one ($3 differs from $4); it is removed"
+    else
+        die "$here/$1 is not the published file ($3 differs from $4); remove it to fetch that"
+    fi
+}
+
+fetch_lpips() { # torchvision's VGG16 and the weights that LPIPS puts on its channels
+    mkdir -p lpips
+    fetch_checked lpips/vgg16-397923af.pth https://download.pytorch.org/models/vgg16-397923af.pth \
+        sha256 397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0
+    fetch_checked lpips/vgg.pth 'https://heibox.uni-heidelberg.de/f/607503859c864bc1b30b/?dl=1' \
+        md5 d507d7349b931f0638a25a48a722f98a
+}
+
+[ $# -gt 0 ] || die "which model? ffhq, ffhq2, churches, bedrooms, cats, imagenet, imagenet4, vqgan, lsun or lpips"
 for model in "$@"; do folder_of "$model" >/dev/null || exit 1; done
 tool=
 for try in wget curl; do command -v $try >/dev/null && tool=$try; done
@@ -185,7 +211,9 @@ if command -v flock >/dev/null; then # two at a time would write into the same f
     exec 9>.fetch.lock
     flock -n 9 || { echo "fetch: waiting for another fetch" >&2 && flock 9; }
 fi
-for model in "$@"; do fetch "$model"; done
 for model in "$@"; do
-    case $model in vqgan | lsun) ;; *) echo "next: ./sample $model" ;; esac
+    case $model in lpips) fetch_lpips ;; *) fetch "$model" ;; esac
+done
+for model in "$@"; do
+    case $model in vqgan | lsun | lpips) ;; *) echo "next: ./sample $model" ;; esac
 done

@@ -51,12 +51,17 @@ from() { # from KIND MODEL...: models/fetch.sh from the server's folder KIND
 
 fresh() { rm -rf "$dir/work" && mkdir -p "$dir/work/models" && cp "$here/models/fetch.sh" "$dir/work/models" && cd "$dir/work" || exit 1; }
 whole() { cmp "$dir/files/ffhq_4_scales_geometric/scale4.ckpt" models/ffhq_4_scales_geometric/scale4.ckpt && ! ls models/*.zip* 2>/dev/null; }
+# The published checksums of LPIPS's weights make way for those of the small files that stand for them.
+small_sums() { sed -i "s/397923af[0-9a-f]\{56\}/$sha256/; s/d507d734[0-9a-f]\{24\}/$md5/" models/fetch.sh && grep -q "$sha256" models/fetch.sh && grep -q "$md5" models/fetch.sh; }
 asked() { tail -n 1 "$dir/files/log" | grep -q "$1"; } # asked "FIRST BYTES": the last transfer
 
 # ---- what the server has: a model with a folder in its zip, one without, first stages, a damaged zip ----
 mkdir -p "$dir/files/ffhq_4_scales_geometric" "$dir/files/vqgan" && cd "$dir/files" || exit 1
 for i in 1 2 3 4; do head -c 30000 /dev/urandom >ffhq_4_scales_geometric/scale$i.ckpt; done
 cp ffhq_4_scales_geometric/scale1.ckpt vqgan/vqgan-ffhq.ckpt
+cp ffhq_4_scales_geometric/scale2.ckpt vgg16-397923af.pth
+cp ffhq_4_scales_geometric/scale3.ckpt vgg.pth
+sha256=$(sha256sum vgg16-397923af.pth | cut -d ' ' -f 1) md5=$(md5sum vgg.pth | cut -d ' ' -f 1)
 python3 - <<'PY'
 import os, zipfile
 def pack(name, files):
@@ -168,6 +173,27 @@ for tool in curl wget; do
 done
 
 # ---- what does not depend on either ----
+tool=lpips path=$PATH
+fresh
+refused "sent another file than the published one (sha256 differs" from good lpips
+ok "which is not kept" sh -c '! ls models/lpips/*'
+ok "the small files' checksums" small_sums
+ok "LPIPS's weights" from good lpips
+holds "as published" "^fetch: models/lpips/vgg.pth is the published file (md5 $md5)$"
+ok "VGG16" cmp "$dir/files/vgg16-397923af.pth" models/lpips/vgg16-397923af.pth
+ok "LPIPS's own" cmp "$dir/files/vgg.pth" models/lpips/vgg.pth
+ok "again, without a server" from nowhere lpips
+holds "checked again" "vgg16-397923af.pth is the published file"
+echo >>models/lpips/vgg.pth
+refused "vgg.pth is not the published file (md5 differs" from good lpips
+ok "somebody's file stays" test -s models/lpips/vgg.pth
+rm models/lpips/vgg.pth
+refused "connection broke" from cut lpips
+ok "and goes on where it broke" from good lpips
+ok "to the whole file" cmp "$dir/files/vgg.pth" models/lpips/vgg.pth
+rm models/lpips/vgg.pth
+refused "HTML page instead of the file" from html lpips
+refused "answers 404" from nowhere lpips
 tool=none path=$PATH
 fresh
 refused "expected ffhq, ffhq2" from good dragons

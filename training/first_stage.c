@@ -1,6 +1,5 @@
-/* train_vqgan.c - ./train --vqgan: images -> codes -> reconstructions. One micro batch, an evaluation, a picture; the
+/* first_stage.c - ./train --vqgan: images -> codes -> reconstructions. One micro batch, an evaluation, a picture; the
  * mathematics is in vqgan.c. */
-#include "training/stage.h"
 #include "training/stage.h"
 
 #include <stdlib.h>
@@ -29,29 +28,11 @@ static void say_without(const Stage *s) {
         return;
     }
     const int vgg16 = file_exists(VGG16), lins = file_exists(LINS);
-    note("perceptual loss: trained without it: %s; torchvision's vgg16-397923af.pth and LPIPS's vgg.pth go to "
-         "models/lpips, or --perceptual FILE[,FILE]\n",
+    note("perceptual loss: trained without it: %s; make lpips fetches them (torchvision's vgg16-397923af.pth, LPIPS's "
+         "vgg.pth), or --perceptual FILE[,FILE]\n",
          vgg16  ? "there is no " LINS
          : lins ? "there is no " VGG16
                 : "there are no weights in models/lpips");
-}
-
-/* The published files are known by their numbers; others may be right too, so they are only shown. */
-static Err say_file(const Checkpoint *ck) {
-    static const char vgg16_sha256[] = "397923af", lins_md5[] = "d507d7349b931f0638a25a48a722f98a";
-    char text[DIGEST_TEXT_BYTES];
-    const int vgg16 = checkpoint_find(ck, "features.0.weight") != NULL;
-    const int lins = checkpoint_find(ck, "lin0.model.1.weight") && !checkpoint_find(ck, "net.slice1.0.weight");
-    TRY(file_digest(text, ck->path, lins ? DIGEST_MD5 : DIGEST_SHA256));
-    note("%s: %s %s", ck->path, lins ? "MD5" : "SHA-256", text);
-    if (vgg16 && strncmp(text, vgg16_sha256, 8))
-        note(", not torchvision's VGG16, which is %s...", vgg16_sha256);
-    else if (lins && strcmp(text, lins_md5))
-        note(", not LPIPS's vgg.pth, which is %s", lins_md5);
-    else if (vgg16 || lins)
-        note(vgg16 ? ", torchvision's VGG16" : ", LPIPS's vgg.pth");
-    note("\n");
-    return OK;
 }
 
 /* files: one path, or two between which is a comma */
@@ -76,7 +57,7 @@ static Err load(Perceptual **p, const char *files) {
     TRY(perceptual_create(p, &c));
     Err e = open_files(ck, &n, files);
     if (e == OK) e = perceptual_load(*p, ck, n);
-    for (size_t i = 0; i < n && e == OK; i++) e = say_file(&ck[i]);
+    for (size_t i = 0; i < n && e == OK; i++) note("%s: weights of LPIPS\n", ck[i].path);
     for (size_t i = 0; i < n; i++) checkpoint_close(&ck[i]);
     return e;
 }
