@@ -1,131 +1,17 @@
-/* device.cu - the GPU: finding it, its memory, matrix products on it, parameter tables there.
+/* device.cu - the GPU: what its layers stand on, parameter tables there, what it can do at best, and all that C sees of it.
  *
- * device.h says how this file is compiled: what the GPU's layers stand on, then the layers themselves, included at the
- * end, and the table of functions that is all that C sees of them. Everything runs on one stream, in the order in which
+ * device.h says how this file is compiled. It includes what the GPU's layers stand on, then the layers themselves, and ends
+ * with the table of functions that is all that C sees of them. Everything runs on one stream, in the order in which
  * it is asked for. Sums run in an order that depends on sizes alone, nothing is added by float atomics: the same seed gives
- * the same bits on the same kind of GPU.
- *
- * Refuses: no driver, no GPU, GPUs before compute capability 8.0 (no bf16), too little memory. */
+ * the same bits on the same kind of GPU. */
 #include "kernels/transformer.h"
 
 #include <stdio.h>
 #include <time.h>
 
-/* ---- Errors and memory ---- */
+/* ---- What the layers stand on ---- */
 
-static Err cuda_error(cudaError_t e, const char *what) {
-    if (e == cudaSuccess) return OK;
-    cudaGetLastError(); /* else the next launch would report it as its own */
-    return err("CUDA: %s: %s", what, cudaGetErrorString(e));
-}
-
-/* A block may have more than 48 KB of dynamic shared memory only when asked for. */
-static Err allow_shared(const void *kernel, size_t bytes, const char *what) {
-    return cuda_error(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes), what);
-}
-
-static Err find_cuda(char *text, size_t *free_bytes, size_t *total_bytes) {
-    int n = 0, driver = 0, chosen = 0;
-    size_t unused, total;
-    char memory[32];
-    cudaDeviceProp p;
-    if (cudaDriverGetVersion(&driver) != cudaSuccess || driver == 0)
-        return err("--device cuda: no NVIDIA driver on this machine; use --device cpu");
-    const cudaError_t e = cudaGetDeviceCount(&n);
-    if (e != cudaSuccess) return err("--device cuda: no usable GPU: %s; use --device cpu", cudaGetErrorString(e));
-    if (n < 1) return err("--device cuda: no GPU on this machine; use --device cpu");
-    TRY(cuda_error(cudaGetDevice(&chosen), "the GPU in use"));
-    TRY(cuda_error(cudaGetDeviceProperties(&p, chosen), "properties of the GPU"));
-    if (p.major < 8)
-        return err("--device cuda: %s has compute capability %d.%d, expected 8.0 or more", p.name, p.major, p.minor);
-    TRY(cuda_error(cudaMemGetInfo(free_bytes ? free_bytes : &unused, &total), "memory of the GPU"));
-    if (total_bytes) *total_bytes = total;
-    if (text)
-        snprintf(text, CUDA_TEXT_BYTES, "%s, compute capability %d.%d, %s", p.name, p.major, p.minor,
-                 bytes_text(memory, total));
-    return OK;
-}
-
-static Err device_alloc(void *out_pointer, size_t bytes, const char *what) {
-    void *p = NULL;
-    size_t available = 0, total = 0;
-    char need[32], there[32];
-    const cudaError_t e = cudaMalloc(&p, bytes ? bytes : 1);
-    if (e != cudaSuccess && e != cudaErrorMemoryAllocation) return cuda_error(e, what); /* of a kernel before, say */
-    if (e != cudaSuccess) {
-        cudaGetLastError();
-        cudaMemGetInfo(&available, &total);
-        return err("%s: %s of GPU memory needed, %s free; a smaller --batch takes less", what, bytes_text(need, bytes),
-                   bytes_text(there, available));
-    }
-    memcpy(out_pointer, &p, sizeof p);
-    return OK;
-}
-
-static void device_free(void *p) {
-    cudaFree(p);
-}
-
-/* Arrays one after the other in one allocation: counted first, with base NULL, then placed. */
-typedef struct {
-    char *base;
-    size_t used;
-} DeviceArena;
-static void carve(DeviceArena *a, void *out_pointer, size_t n, size_t size) {
-    void *p = a->base ? a->base + a->used : NULL;
-    memcpy(out_pointer, &p, sizeof p);
-    a->used += round_up(n * size, 4 * ALIGNMENT);
-}
-
-/* Between the host's memory and the GPU's. Both wait until the data are there: of pageable memory, CUDA does not
- * promise that it may be reused when an asynchronous copy returns, and where GPUs read the host's page tables it may
- * not. */
-static Err to_device(Device *d, void *to, const void *from, size_t bytes) {
-    TRY(cuda_error(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, d->stream), "copying to the GPU"));
-    return cuda_error(cudaStreamSynchronize(d->stream), "waiting for the GPU");
-}
-static Err to_host(Device *d, void *to, const void *from, size_t bytes) {
-    TRY(cuda_error(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, d->stream), "copying from the GPU"));
-    return cuda_error(cudaStreamSynchronize(d->stream), "waiting for the GPU");
-}
-static Err device_zero(Device *d, void *p, size_t bytes) {
-    return cuda_error(cudaMemsetAsync(p, 0, bytes, d->stream), "zeroing");
-}
-
-static Err device_copy(Device *d, void *to, const void *from, size_t bytes) {
-    return cuda_error(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, d->stream), "copying on the GPU");
-}
-
-static Err wait_for(Device *d) {
-    return cuda_error(cudaStreamSynchronize(d->stream), "waiting for the GPU");
-}
-
-/* What a function that returns nothing could not say. */
-static void keep_failure(Device *d, Err e) {
-    if (e == OK || d->failed != OK) return;
-    d->failed = e;
-    snprintf(d->failure, sizeof d->failure, "%s", err_text());
-}
-static Err earlier_failure(const Device *d) {
-    return d->failed == OK ? OK : err("%s", d->failure);
-}
-
-/* ---- Matrix products ---- */
-
-/* D (M,N) = op(A) op(B) (+ add) (+ bias), row-major as gemm of imagebart.h. A and B are floatX; D, and add, which may
- * be D and has its row stride, are floatX or float; bias (N) is of D's type. add and bias may be NULL. */
-typedef struct {
-    int trans_a, trans_b, d_is_float;
-    size_t M, N, K, lda, ldb, ldd;
-    const floatX *A, *B;
-    void *D;
-    const void *add, *bias;
-} Matmul;
-
-static Err check_aligned(const Matmul *p) {
-    const uintptr_t addresses = (uintptr_t)p->A | (uintptr_t)p->B | (uintptr_t)p->D | (uintptr_t)p->add;
-    return addresses % ALIGNMENT ? err("a matrix on the GPU is not aligned to %d bytes", (int)ALIGNMENT) : OK;
-}
+#include "kernels/runtime.cu"
 
 #ifdef CUDA_ON_CPU
 #include "test/matmul_on_cpu.h"
@@ -133,18 +19,9 @@ static Err check_aligned(const Matmul *p) {
 #include "kernels/blas.cu"
 #endif
 
-/* ---- Other ranks' GPUs ---- */
-
 #include "kernels/nccl.cu"
 
-/* ---- The table's twin ---- */
-
-static void free_rows(Device *d) {
-    for (int k = 0; k < 6; k++) device_free(d->arena[k]), d->arena[k] = NULL;
-    device_free(d->chunks), d->chunks = NULL;
-    free(d->row);
-    d->row = NULL, d->n_rows = 0;
-}
+/* ---- Opening and closing ---- */
 
 static void close_device(Device *d) {
     if (!d) return;

@@ -125,6 +125,23 @@ struct Device {
 };
 enum { SUM_BLOCKS = 256, WORKSPACE_BYTES = 32 << 20, ALIGNMENT = 64 /* bytes, of everything in an arena */ };
 
+/* ---- Matrix products ---- */
+
+/* D (M,N) = op(A) op(B) (+ add) (+ bias), row-major as gemm of kernels.h. A and B are floatX; D, and add, which may
+ * be D and has its row stride, are floatX or float; bias (N) is of D's type. add and bias may be NULL. */
+typedef struct {
+    int trans_a, trans_b, d_is_float;
+    size_t M, N, K, lda, ldb, ldd;
+    const floatX *A, *B;
+    void *D;
+    const void *add, *bias;
+} Matmul;
+
+static inline Err check_aligned(const Matmul *p) {
+    const uintptr_t addresses = (uintptr_t)p->A | (uintptr_t)p->B | (uintptr_t)p->D | (uintptr_t)p->add;
+    return addresses % ALIGNMENT ? err("a matrix on the GPU is not aligned to %d bytes", (int)ALIGNMENT) : OK;
+}
+
 static inline unsigned blocks_for(size_t n, size_t per_block) {
     return (unsigned)ceil_div(n, per_block);
 }
