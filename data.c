@@ -746,7 +746,7 @@ static Err loader_example(Loader *l, const Claim *claim) {
 static int loader_claim(Loader *l, Claim *claim) {
     uint64_t released = l->taken ? l->taken - 1 : 0, row = l->claimed;
     if (row / l->c.B - released >= RING) return 0;
-    uint64_t position = (l->c.step + row / l->c.B) * l->c.of + l->c.first + row % l->c.B, n = l->set->n;
+    uint64_t position = (l->c.step + row / l->c.B) * l->c.global_batch + l->c.rank_first + row % l->c.B, n = l->set->n;
     *claim = (Claim){row, position / n, position % n};
     if (l->c.train && claim->epoch != l->order_epoch) {
         epoch_order(l->order, l->set->n, l->c.seed, claim->epoch);
@@ -809,13 +809,13 @@ Err loader_start(Loader **out, const Dataset *d, const LoaderConfig *c) {
     if (d->n < 1 || d->n > INT32_MAX) return err("a loader over %zu pictures", d->n);
     if (c->B < 1 || c->B > 1 << 20) return err("batch %zu: 1..%d expected", c->B, 1 << 20);
     if (c->size < 1 || c->size > IMAGE_MAX_SIDE) return err("size %zu: 1..%d expected", c->size, IMAGE_MAX_SIDE);
-    if (c->of > 1 << 30 || c->first > 1 << 30) return err("rows %zu.. of a batch of %zu", c->first, c->of);
-    if (c->step > UINT64_MAX / 4 / max_size(c->B, c->of)) return err("step %ju is out of range", (uintmax_t)c->step);
+    if (c->global_batch > 1 << 30 || c->rank_first > 1 << 30) return err("rows %zu.. of a batch of %zu", c->rank_first, c->global_batch);
+    if (c->step > UINT64_MAX / 4 / max_size(c->B, c->global_batch)) return err("step %ju is out of range", (uintmax_t)c->step);
     Loader *l;
     TRY(mem_alloc(&l, 1, sizeof *l, "a loader"));
     l->set = d;
     l->c = *c;
-    if (!c->of) l->c.of = c->B;
+    if (!c->global_batch) l->c.global_batch = c->B;
     pthread_mutex_init(&l->lock, NULL);
     pthread_cond_init(&l->changed, NULL);
     Err e = loader_alloc(l);

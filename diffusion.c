@@ -187,6 +187,15 @@ void noise_step(int32_t *x, size_t n, size_t K, double beta, uint64_t seed, uint
     }
 }
 
+void noise_chain(int32_t *x_prev, int32_t *x_t, const int32_t *x0, size_t n, size_t K, const Schedule *s, int t,
+                 uint64_t seed, uint64_t micro, uint64_t first) {
+    memcpy(x_t, x0, n * sizeof *x_t);
+    for (int i = 1; i <= t; i++) {
+        memcpy(x_prev, x_t, n * sizeof *x_t);
+        noise_step(x_t, n, K, s->beta[i], seed, rng_stream(RNG_NOISE, (uint64_t)i, micro), first);
+    }
+}
+
 /* One row takes at most three values: at x_0, at x_t, elsewhere. */
 static void posterior_row(real *q, size_t x0, size_t xt, size_t K, double A, double a) {
     double far0 = (1 - A) / (double)K, fart = (1 - a) / (double)K;

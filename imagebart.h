@@ -89,7 +89,8 @@ typedef struct Loader Loader;
 typedef struct {
     Prep prep;           /* all but PREP_FOLDER ignore EXIF orientation, as the official code does */
     size_t B, size;      /* batch, pixels a side */
-    size_t of, first;    /* of batches of `of` (0: B) the rows first..first+B-1: what other ranks take is left out */
+    size_t global_batch; /* of batches of this many (0: B) ... */
+    size_t rank_first;   /* ... the rows rank_first..rank_first+B-1: what other ranks take is left out */
     uint64_t seed, step; /* first step to deliver: resuming needs no other state */
     int train;           /* shuffle, random crop of the preset */
     int flip;            /* mirror half of the training pictures */
@@ -328,6 +329,10 @@ Err schedule_from_curve(Schedule *s, const double *alphacum, const double *metri
 /* x (n) = one forward step: each token, with probability beta, becomes a uniform draw from 0..K-1. Token i uses index
  * first+i of the stream. */
 void noise_step(int32_t *x, size_t n, size_t K, double beta, uint64_t seed, uint64_t stream, uint64_t first);
+/* x_prev, x_t (n) = x_{t-1} and x_t from x0: x_i = noise_step(x_{i-1}), i = 1..t, the numbers of element k of step i
+ * those of stream (RNG_NOISE, i, micro) at first + k. */
+void noise_chain(int32_t *x_prev, int32_t *x_t, const int32_t *x0, size_t n, size_t K, const Schedule *s, int t,
+                 uint64_t seed, uint64_t micro, uint64_t first);
 /* q (R,K) = q(x_{t-1} | x_t, x_0), rows sum to 1 (SPEC section 3, paper eq. 7). */
 void posterior(real *q, const int32_t *x0, const int32_t *xt, size_t R, size_t K, const Schedule *s, int t);
 /* Official order: (logits + guide)/temperature, top_k (ties with the k-th are all kept; 0 or >= K: no cut), softmax.

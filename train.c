@@ -1,12 +1,18 @@
-/* train.c - trains every part of a model: the VQGAN, one transition, or all transitions in one network.
+/* train.c - trains every part of a model, one stage at a time (SPEC sections 4, 7 and 9).
  *
- * Reading order: the options at the end of the file say what a user can ask for; `Stage` (train.h) is what is being
- * trained. The two kinds of stage are train_vqgan.c (with its discriminator, LPIPS and codebook in train_gan.c,
- * train_perceptual.c and train_codes.c) and train_scale.c, each as three functions: one micro batch, an evaluation, a
- * picture. Here is the one loop that drives them; parallel.c adds up the gradients of several processes. train_run.c
- * keeps the run, train_survive.c is what it goes on after, train_view.c shows it; train_schedule.c is --schedule. No
- * mathematics here: it is in vqgan.c, transformer.cu and diffusion.c. */
-#include "training/stage.h"
+ * The first stage (--vqgan) learns to write pictures as tokens and back. A micro batch of pictures x:
+ *     z = encoder(x); k = nearest codes of z; x' = decoder(codes k)
+ *     loss = |x - x'| + (x - x')^2 + LPIPS(x, x') + d_weight * discriminator(x') + |z - codes|^2
+ * A transition (--scale t) learns to undo one step of noise. A micro batch of tokens x_0, which are a picture's k:
+ *     x_i = noise(x_{i-1}), i = 1 .. t
+ *     p = softmax(transformer(x_t)), for every token of x_{t-1}
+ *     loss = -(1-alpha) log p(x_{t-1}) + alpha KL(q(x_{t-1} | x_t, x_0) || p)
+ * Both: backward; gradients added up over micro batches and processes; AdamW. Of a transition, a moving average of the
+ * weights (EMA) is kept, from which samples are drawn.
+ *
+ * Here is the loop, then what it needs: build a stage, continue a run, all stages in order, main. What a run survives,
+ * logs, shows and stores is in training/ (stage.h lists it), and no mathematics is here: read next diffusion.c for
+ * noise and posterior, transformer.cu and vqgan.c for forward and backward, then sample.c, which draws. */
 #include "training/stage.h"
 
 #include <errno.h>
@@ -18,95 +24,201 @@
 #include <unistd.h>
 
 /* ------------------------------------------------------------------------------------------------------------
+ * One micro batch: forward, loss, backward. Gradients are weighted with 1/shares, so that a step's sum is its mean.
+ * ---------------------------------------------------------------------------------------------------------- */
+
+/* The first stage: x, xrec and dxrec, the gradient of the loss by xrec, are (B,3,size,size). */
+static Err first_micro_batch(Stage *s, uint64_t micro, Metrics *m) {
+    const Settings *set = &s->set;
+    const size_t B = s->batch, n = B * 3 * s->size * s->size;
+    const double weight = 1 / s->shares;
+    real *dxrec = s->first.dxrec;
+    const real *x, *xrec;
+    double codebook;
+    TRY(next_pictures(s, micro, &x));
+    TRY(vqgan_forward(s->vqgan, x, B, s->size, s->size, &xrec, &codebook)); /* xrec = decoder(nearest(encoder(x))) */
+    image_loss(x, xrec, n, set->l1_weight * weight, set->l2_weight * weight, &m->part[0], &m->part[1], dxrec);
+    TRY(add_perceptual(s, x, xrec, B, weight, &m->perceptual, dxrec)); /* dxrec += */
+    m->loss = set->l1_weight * m->part[0] + set->l2_weight * m->part[1] + s->first.perceptual_weight * m->perceptual;
+    TRY(gan_generator(s, x, xrec, &m->loss)); /* dxrec +=, loss += what the discriminator makes of xrec */
+    m->loss += set->codebook_weight * codebook;
+    count_codes(s);
+    TRY(vqgan_backward(s->vqgan, dxrec, set->codebook_weight * weight, NULL));
+    return gan_discriminator(s, xrec, &m->loss); /* which learns to tell x and xrec apart */
+}
+
+/* A transition at scale t: the loss of B examples whose x_0 are in the stage, and, with a weight, its gradients. */
+static Err transition_loss(Stage *s, int t, size_t B, uint64_t seed, uint64_t micro, uint64_t token, double weight,
+                           Loss *loss) {
+    SecondStage *x = &s->second;
+    const size_t N = s->N, K = s->K;
+    const int32_t *label = transformer_config(x->net)->has_class ? x->label : NULL;
+    real *dlogits = weight > 0 ? x->dlogits : NULL; /* (B,N,K), as logits and q */
+    const real *logits;
+    noise_chain(x->x_prev, x->x_t, x->x0, B * N, K, &x->schedule, t, seed, micro, token); /* x_i = noise(x_{i-1}) */
+    for (size_t b = 0; b < B; b++) x->ts[b] = t;
+    if (transformer_on_cuda(x->net)) /* the same in one call, so that logits need not be written down */
+        return transformer_loss_cuda(x->net, &x->schedule, x->x0, x->x_prev, x->x_t, x->ts, label, B, N, s->set.alpha,
+                                     weight, weight > 0, loss);
+    TRY(transformer_forward(x->net, x->x_prev, x->x_t, x->ts, label, B, N, &logits)); /* p(x_{t-1} | x_t) */
+    posterior(x->q, x->x0, x->x_t, B * N, K, &x->schedule, t);                        /* q(x_{t-1} | x_t, x_0) */
+    TRY(denoising_loss(loss, logits, x->x_prev, x->q, B * N, K, s->set.alpha, weight, dlogits));
+    return dlogits ? transformer_backward(x->net, dlogits) : OK;
+}
+
+static Err second_micro_batch(Stage *s, uint64_t micro, Metrics *m) {
+    const SecondStage *x = &s->second;
+    const uint64_t stream = rng_stream(RNG_SCALE, 0, 0);
+    const int t = x->t ? x->t : 1 + (int)rng_below(s->set.seed, stream, micro, (uint32_t)x->schedule.T);
+    Loss loss;
+    next_tokens(s, micro); /* x_0 (B,N), label (B) */
+    TRY(transition_loss(s, t, s->batch, s->set.seed, micro, s->rank_first * s->N, 1 / s->shares, &loss));
+    m->loss = loss.loss, m->part[0] = loss.hard, m->part[1] = loss.soft;
+    return OK;
+}
+
+static Err evaluate_transition(Stage *s, Metrics *m) {
+    return second_evaluate(s, transition_loss, m);
+}
+
+static const StageKind first_stage = {
+    .part_name = {"L1", "L2"},
+    .build = first_build,
+    .micro_batch = first_micro_batch,
+    .after_step = first_after_step,
+    .evaluate = first_evaluate,
+    .picture = first_picture,
+    .start_from = first_start_from,
+    .gather = first_gather,
+    .collect = first_collect,
+    .load = first_load,
+    .collect_weights = first_collect_weights,
+    .log = first_log,
+    .progress = gan_progress,
+    .print_evaluation = first_print_evaluation,
+};
+
+static const StageKind second_stage = {
+    .ema = 1,
+    .part_name = {"hard", "soft"},
+    .build = second_build,
+    .micro_batch = second_micro_batch,
+    .evaluate = evaluate_transition,
+    .picture = second_picture,
+    .start_from = second_start_from,
+    .collect_weights = second_collect_weights,
+    .print_evaluation = second_print_evaluation,
+};
+
+/* ------------------------------------------------------------------------------------------------------------
  * The loop
  * ---------------------------------------------------------------------------------------------------------- */
 
-/* The step's gradients, on every rank those of all; so are the mean loss and the norm: all that decides whether the
- * step is good (what_is_bad). A rank that fails still takes part in the sum. */
-static Err gradients(Stage *s, Metrics *mean, double *norm) {
+/* The step's gradients and mean loss: on every rank the sums over all ranks. A rank that fails still takes part in the
+ * sum, for the others wait for it. */
+static Err gradients(Stage *s, Step *step) {
     double sums[4] = {0}; /* loss, parts, LPIPS */
     Err e = OK;
     params_zero_grad(s->params);
-    for (size_t i = 0; i < s->accumulate; i++) {
+    for (size_t i = 0; i < s->set.accumulate; i++) {
         const uint64_t micro = micro_number(s, i);
+        const int last = i + 1 == s->set.accumulate;
         Metrics m = {0};
-        const int last = i + 1 == s->accumulate;
         s->micro_index = i;
         if (last) TRY(gradients_begin(s->params));
-        if (e == OK) e = s->micro_batch(s, micro, &m);
+        if (e == OK) e = s->kind->micro_batch(s, micro, &m);
         sums[0] += test_loss(s, micro, m.loss) / s->shares, sums[1] += m.part[0] / s->shares;
         sums[2] += m.part[1] / s->shares, sums[3] += m.perceptual / s->shares;
-        if (!last && !s->opt->vqgan) ema_update(s->params, s->ema_decay, ++s->ema_updates);
+        if (!last && s->kind->ema) ema_update(s->params, s->set.ema_decay, ++s->ema_updates);
     }
     TRY(gradients_end(s->params));
     TRY(ranks_agree(e));
     TRY(ranks_sum(sums, 4));
-    *mean = (Metrics){.loss = sums[0], .part = {sums[1], sums[2]}, .perceptual = sums[3]};
-    *norm = params_grad_norm(s->params);
+    step->mean = (Metrics){.loss = sums[0], .part = {sums[1], sums[2]}, .perceptual = sums[3]};
+    step->norm = params_grad_norm(s->params);
+    step->bad = why_bad(s, step->mean.loss, step->norm);
     return OK;
 }
 
-/* The optimizer's part of the step. *bad: the step is not to count, for what was seen after it; all that it changed is
- * to be as a checkpoint has it. */
-static Err update(Stage *s, const Metrics *mean, double norm, double *lr, const char **bad) {
-    remember_step(s, mean->loss, norm);
-    s->adam.lr = *lr = s->lr_scale * lr_at(&s->lr, s->step);
+/* AdamW; for a transition EMA with it, once per micro batch as in the official code. If step->bad is set afterwards,
+ * the step is not to count, and all that it changed must become again what a checkpoint has. */
+static Err update(Stage *s, Step *step) {
+    remember_step(s, step->mean.loss, step->norm);
+    s->adam.lr = step->lr = s->lr_scale * lr_at(&s->set.lr, s->step);
     s->step++;
-    if (s->opt->vqgan)
+    if (s->kind->ema)
+        adamw_ema_step(s->params, &s->adam, s->step, s->set.ema_decay, ++s->ema_updates);
+    else
         adamw_step(s->params, &s->adam, s->step);
-    else /* the moving average once per micro batch, as the official code */
-        adamw_ema_step(s->params, &s->adam, s->step, s->ema_decay, ++s->ema_updates);
-    if (s->after_step) TRY(s->after_step(s, bad));
-    if (*bad) s->step--;
+    if (s->kind->after_step) TRY(s->kind->after_step(s, &step->bad));
+    if (step->bad) s->step--;
     return OK;
+}
+
+/* After a step that counts: the report, a checkpoint. *stop: the user wants an end. */
+static Err report_and_save(Stage *s, Report *r, const Step *step, int *stop) {
+    TRY(report_step(s, r, step));
+    *stop = interrupted();
+    TRY(ranks_any(stop));
+    return *stop || due(s->step, s->set.save_every, s->set.steps) ? save(s) : OK;
 }
 
 static Err run(Stage *s) {
-    Progress p = {0};
-    View v;
-    const int first = rank() == 0;
-    int stop = 0, there = state_exists(s);
-    TRY(ranks_any(&there));
+    Report r;
+    int stop = 0;
     catch_interrupts();
-    Err e = ranks_agree(begin_report(s, &p, &v));
-    if (e == OK && !there) e = save_state(s, 1); /* something to go back to, and the disk shows what it has */
-    while (e == OK && s->step < s->steps && !stop) {
-        Metrics m;
-        double lr = 0, norm = 0;
-        e = gradients(s, &m, &norm);
-        const char *bad = e == OK ? what_is_bad(s, m.loss, norm) : NULL;
-        if (e == OK && !bad) e = update(s, &m, norm, &lr, &bad);
-        if (e != OK) break;
-        if (bad) {
-            e = roll_back(s, &m, norm, bad);
-            if (e == OK) e = ranks_agree(begin_report(s, &p, &v));
-            continue;
-        }
-        if (due(s->step, s->opt->eval_every, s->steps)) e = gather_usage(s);
-        if (e == OK) e = ranks_agree(first ? report_step(s, &p, &v, &m, lr, norm) : OK);
-        stop = interrupted();
-        if (e == OK) e = ranks_any(&stop);
-        if (e == OK && (stop || due(s->step, s->opt->save_every, s->steps))) e = save(s);
+    Err e = report_begin(s, &r);
+    if (e == OK && !s->has_state) e = save_state(s, 1); /* something to go back to, and the disk shows what it has */
+    while (e == OK && s->step < s->set.steps && !stop) {
+        Step step = {0};
+        e = gradients(s, &step);
+        if (e == OK && !step.bad) e = update(s, &step);
+        if (e == OK && step.bad) {
+            e = roll_back(s, &step);
+            if (e == OK) e = report_begin(s, &r);
+        } else if (e == OK)
+            e = report_and_save(s, &r, &step, &stop);
     }
-    if (e == OK) e = ranks_agree(first ? until_room(s, view_close, &v, 0) : OK);
+    if (e == OK) e = report_end(s, &r);
     progress_end();
     return e;
 }
 
+/* ------------------------------------------------------------------------------------------------------------
+ * A stage: built, started from somewhere, trained
+ * ---------------------------------------------------------------------------------------------------------- */
+
+/* The first rank says what failed, on whichever rank it did, and all of them exit. */
+static void check_all(Err e) {
+    if (ranks_agree(e) == OK) return;
+    progress_end();
+    if (rank() == 0) die("%s", err_text());
+    exit(EXIT_FAILURE);
+}
+
+static int any_interrupted(void) {
+    int flag = interrupted();
+    check_all(ranks_any(&flag));
+    return flag;
+}
+
+static Stage new_stage(const Settings *given) {
+    Stage s = {.set = *given};
+    s.kind = given->vqgan ? &first_stage : &second_stage;
+    if (given->vqgan || given->joint)
+        snprintf(s.name, sizeof s.name, "%s", given->vqgan ? "vqgan" : "joint");
+    else
+        snprintf(s.name, sizeof s.name, "scale%zu", given->scale);
+    return s;
+}
+
 static void free_stage(Stage *s) {
-    loader_stop(s->loader);
+    first_free(s);
+    second_free(s);
+    vqgan_free(s->vqgan);
     dataset_close(&s->train);
     dataset_close(&s->val);
-    tokens_free(&s->train_tokens);
-    tokens_free(&s->val_tokens);
-    transformer_free(s->net);
-    vqgan_free(s->vqgan);
-    gan_free(s);
-    perceptual_free(s->perceptual);
-    config_free(&s->settings);
-    void *buffers[] = {s->dxrec, s->usage, s->val_usage, s->order, s->x0,      s->x_prev,
-                       s->x_t,   s->ts,    s->label,     s->q,     s->dlogits, s->class_at};
-    for (size_t i = 0; i < sizeof buffers / sizeof *buffers; i++) free(buffers[i]);
+    config_free(&s->recipe);
 }
 
 static int is_file(const char *path) {
@@ -119,96 +231,72 @@ static Err start_from(Stage *s, const char *folder) {
     char path[1100];
     Checkpoint ck;
     memset(&ck, 0, sizeof ck);
-    const char *prefix = s->opt->vqgan ? "" : "transformer.";
     const size_t length = is_file(folder) ? (size_t)snprintf(path, sizeof path, "%s", folder)
                                           : (size_t)snprintf(path, sizeof path, "%s/%s.safetensors", folder, s->name);
     if (length >= sizeof path) return err("--init %.200s...: the path is too long", folder);
     TRY(checkpoint_open(&ck, path));
-    Err e = params_load(s->params, &ck, 'v', prefix);
-    if (e == OK && !s->opt->vqgan) e = params_load(s->params, &ck, 'e', prefix);
-    if (e == OK && s->opt->vqgan) e = gan_start_from(s, &ck);
+    Err e = s->kind->start_from(s, &ck);
     if (e != OK) err_in(path);
     checkpoint_close(&ck);
     return e;
 }
 
+static Err open_pictures(Stage *s) {
+    const Settings *o = &s->set;
+    TRY(dataset_open_lists(&s->train, o->data, o->list, o->val_list, SPLIT_TRAIN));
+    return dataset_open_lists(&s->val, o->data, o->list, o->val_list, SPLIT_VAL);
+}
+
 /* Builds the stage from its settings: data, network, parameters and optimizer; fresh, or as `ck` left it. */
 static Err build_stage(Stage *s, const Checkpoint *ck) {
-    const Options *o = s->opt;
-    TRY(dataset_open_lists(&s->train, o->data, o->list, o->val_list, SPLIT_TRAIN));
-    TRY(dataset_open_lists(&s->val, o->data, o->list, o->val_list, SPLIT_VAL));
-    TRY(ranks_agree(rank() == 0 ? make_folder(s->opt->run) : OK));
-    TRY(s->opt->vqgan ? vqgan_stage(s) : transition_stage(s));
-    s->params->bf16_moments = s->bf16_states;
-    TRY(params_plan(s->params, PLAN_VALUE | PLAN_GRAD | PLAN_ADAM | (s->opt->vqgan ? 0 : PLAN_EMA)));
+    TRY(open_pictures(s));
+    TRY(ranks_agree(rank() == 0 ? make_folder(s->set.run) : OK));
+    TRY(s->kind->build(s));
+    s->params->bf16_moments = s->set.bf16_states;
+    TRY(params_plan(s->params, PLAN_VALUE | PLAN_GRAD | PLAN_ADAM | (s->kind->ema ? PLAN_EMA : 0)));
     if (ck)
         TRY(load_state(s, ck));
     else
-        params_init(s->params, s->seed);
-    if (!ck && s->opt->init) TRY(start_from(s, s->opt->init));
+        params_init(s->params, s->set.seed);
+    if (!ck && s->set.init) TRY(start_from(s, s->set.init));
     return params_send(s->params);
-}
-
-/* The first rank says what failed, on whichever rank it did, and all of them exit. */
-static void check_all(Err e) {
-    if (ranks_agree(e) == OK) return;
-    progress_end();
-    if (rank() == 0) die("%s", err_text());
-    exit(EXIT_FAILURE);
 }
 
 /* The state file of an earlier run of this stage, if any; 1 when there is one to continue. */
 static int open_state(Stage *s, Checkpoint *ck) {
     char path[1100];
-    int there = state_exists(s);
-    check_all(ranks_any(&there));
+    s->has_state = state_exists(s);
+    check_all(ranks_any(&s->has_state));
     run_path(s, path, ".state.safetensors");
-    if (!there) {
-        if (s->opt->resume && !s->opt->all && rank() == 0)
-            fprintf(stderr, "%s: nothing to resume; starting at step 0\n", path);
+    if (!s->has_state) {
+        if (s->set.eval)
+            check_all(err("%s: no %s.state.safetensors there to evaluate; train it first", s->set.run, s->name));
+        if (s->set.resume && !s->set.all) say_once("%s: nothing to resume; starting at step 0\n", path);
         return 0;
     }
-    if (!s->opt->resume && !s->opt->eval)
+    if (!s->set.resume && !s->set.eval)
         check_all(err("%s exists: --resume continues it, --run DIR starts another run, or remove it", path));
-    check_all(state_open_all(s, ck, !s->opt->eval));
+    check_all(state_open(s, ck, !s->set.eval));
     return 1;
 }
 
 static Err evaluate_only(Stage *s) {
     Metrics val, ema;
     TRY(evaluate_both(s, &val, &ema));
-    print_evaluation(s, stdout, &val, &ema);
+    s->kind->print_evaluation(s, stdout, &val, &ema);
     return OK;
 }
 
-static void train(const Options *given) {
-    Options own = *given, *o = &own;
-    Stage s;
+static void train(const Settings *given) {
+    Stage s = new_stage(given);
     Checkpoint ck;
-    memset(&s, 0, sizeof s);
     memset(&ck, 0, sizeof ck);
-    s.opt = o;
-    s.t = (int)o->scale;
-    if (o->vqgan || o->joint)
-        snprintf(s.name, sizeof s.name, "%s", o->vqgan ? "vqgan" : "joint");
-    else
-        snprintf(s.name, sizeof s.name, "scale%zu", o->scale);
-    int continuing = open_state(&s, &ck);
-    if (o->eval && !continuing)
-        check_all(err("%s: no %s.state.safetensors there to evaluate; train it first", o->run, s.name));
-    check_all(continuing ? copy_settings(&s.settings, &ck.meta) : read_recipe(&s));
-    const size_t pictures = pictures_per_step(&s);
-    check_all(apply_options(&s));
-    check_all(settle_device(&s, o, continuing));
-    check_all(read_settings(&s, continuing));
+    const int continuing = open_state(&s, &ck);
+    check_all(settings_read(&s, continuing ? &ck : NULL));
     check_all(build_stage(&s, continuing ? &ck : NULL));
     checkpoint_close(&ck);
     check_all(ranks_same(s.params->arena[0], s.params->total * sizeof(real), "weights to start from"));
-    if (continuing && rank() == 0 && pictures != pictures_per_step(&s))
-        fprintf(stderr,
-                "%s: a step took %zu pictures, from here on it takes %zu: another run than without the change\n",
-                s.name, pictures, pictures_per_step(&s));
-    if (o->eval)
+    if (given->eval)
         check_all(rank() == 0 ? evaluate_only(&s) : OK);
     else {
         if (rank() == 0) remove_leftovers(&s), say_start(&s);
@@ -218,61 +306,38 @@ static void train(const Options *given) {
     free_stage(&s);
 }
 
+/* ------------------------------------------------------------------------------------------------------------
+ * All stages in order
+ * ---------------------------------------------------------------------------------------------------------- */
+
 /* The first stage in the run, for transitions as the recipe has them: with their pictures, prepared their way. */
-static Err remap(const Options *o) {
-    Options transition = *o;
-    Stage s = {.opt = &transition, .name = "scale1"};
+static Err remap(const Settings *given) {
+    Settings transition = *given;
     transition.vqgan = transition.all = 0;
     transition.scale = 1;
-    Err e = read_recipe(&s);
-    if (e == OK) e = read_settings(&s, 0);
-    if (e == OK) e = dataset_open_lists(&s.train, o->data, o->list, o->val_list, SPLIT_TRAIN);
-    if (e == OK) e = make_folder(o->run);
+    Stage s = new_stage(&transition);
+    Err e = settings_read(&s, NULL);
+    if (e == OK) e = open_pictures(&s);
+    if (e == OK) e = make_folder(given->run);
     if (e == OK) e = remap_first_stage(&s);
     free_stage(&s);
     return e;
 }
 
-static int any_interrupted(void) {
-    int flag = interrupted();
-    check_all(ranks_any(&flag));
-    return flag;
-}
-
 /* A run that has a first stage is remapped as it stands, unless it is to be trained further. */
-static void train_and_remap(const Options *o) {
+static void train_and_remap(const Settings *given) {
     char path[1100];
-    snprintf(path, sizeof path, "%s/vqgan.safetensors", o->run);
+    snprintf(path, sizeof path, "%s/vqgan.safetensors", given->run);
     int there = file_exists(path);
     check_all(ranks_any(&there));
-    if (!o->remap || o->resume || !there) train(o);
-    if (!o->remap || any_interrupted()) return;
-    check_all(rank() == 0 ? remap(o) : OK);
+    if (!given->remap || given->resume || !there) train(given);
+    if (!given->remap || any_interrupted()) return;
+    check_all(rank() == 0 ? remap(given) : OK);
 }
 
-static void make_schedule(const Options *o) {
-    Stage s = {.opt = o, .name = "schedule"};
-    check(read_recipe(&s));
-    check(apply_options(&s));
-    check(read_settings(&s, 0));
-    check(metric_schedule(&s));
-    free_stage(&s);
-}
-
-/* Every stage in turn, finished ones in no time, then ./sample, which lies beside this program. */
-static void train_all(Options *o) {
+/* ./sample, which lies beside this program, in its place */
+static void draw_samples(const Settings *o) {
     char sample[1100], out[1100];
-    size_t T = 1;
-    o->resume = 1;
-    check_all(count_scales(o, NULL, &T));
-    o->vqgan = 1;
-    train_and_remap(o);
-    o->vqgan = 0;
-    if (o->init && is_file(o->init)) o->init = NULL; /* it is a first stage's */
-    for (o->scale = 1; o->scale <= T && !any_interrupted(); o->scale++) train(o);
-    if (any_interrupted()) return;
-    ranks_end();
-    if (rank() > 0) return;
     snprintf(sample, sizeof sample, "%.*ssample", program_folder(o), o->program);
     snprintf(out, sizeof out, "%s/samples.png", o->run);
     fflush(stdout);
@@ -281,8 +346,32 @@ static void train_all(Options *o) {
     die("%s: %s; when it is built: ./sample %s", sample, strerror(errno), o->run);
 }
 
+/* Every stage in turn, finished ones in no time, then samples. */
+static void train_all(const Settings *given) {
+    Settings o = *given;
+    size_t T = 1;
+    o.resume = 1;
+    check_all(count_scales(&o, NULL, &T));
+    o.vqgan = 1;
+    train_and_remap(&o);
+    o.vqgan = 0;
+    if (o.init && is_file(o.init)) o.init = NULL; /* it is a first stage's */
+    for (o.scale = 1; o.scale <= T && !any_interrupted(); o.scale++) train(&o);
+    if (any_interrupted()) return;
+    ranks_end();
+    if (rank() == 0) draw_samples(&o);
+}
+
+static void make_schedule(const Settings *given) {
+    Stage s = {.set = *given, .name = "schedule"};
+    if (ranks() > 1) check_all(err("--schedule runs in one process"));
+    check(settings_read(&s, NULL));
+    check(metric_schedule(&s));
+    free_stage(&s);
+}
+
 /* By default all processes compute on a GPU of their own, or none does. */
-static int choose_device(const Options *o) {
+static int choose_device(const Settings *o) {
     const char *device = o->device ? o->device : getenv("IMAGEBART_DEVICE");
     if (ranks() == 1 || (device && strcmp(device, "cuda"))) return check_device(device);
     const Err e = cuda_built() || device ? cuda_choose(rank_local()) : FAILED;
@@ -293,28 +382,22 @@ static int choose_device(const Options *o) {
 }
 
 int main(int argc, char **argv) {
-    Options *o = &options;
+    Settings given;
     signal(SIGXFSZ, SIG_IGN), signal(SIGPIPE, SIG_IGN); /* both are errors of the write, which are dealt with there */
-    o->program = argv[0];
-    options_parse(argc, argv, option_table, train_intro);
-    if (o->convert_perceptual) {
-        if (!o->perceptual) usage_error("--convert-perceptual goes with --perceptual, which names what to convert");
-        check(convert_perceptual(o->perceptual, o->convert_perceptual));
+    settings_parse(&given, argc, argv);
+    if (given.convert_perceptual) {
+        check(convert_perceptual(given.perceptual, given.convert_perceptual));
         return 0;
     }
-    check_options(o);
-    default_folders(o);
     check(ranks_start(say_waiting));
-    o->cuda = choose_device(o);
-    threads_set(o->threads ? (int)o->threads : rank_threads());
-    if (o->schedule && ranks() > 1)
-        check_all(err("--schedule runs in one process"));
-    else if (o->schedule)
-        make_schedule(o);
-    else if (o->all)
-        train_all(o);
+    given.cuda = choose_device(&given);
+    threads_set(given.threads ? (int)given.threads : rank_threads());
+    if (given.schedule)
+        make_schedule(&given);
+    else if (given.all)
+        train_all(&given);
     else
-        train_and_remap(o);
+        train_and_remap(&given);
     ranks_end();
     return 0;
 }

@@ -150,7 +150,7 @@ def check_vqgan(vqgan, images, row, line):
 # ---- noise: Philox4x32-10, counter and key (Salmon et al. 2011) ----
 
 WORD = 0xFFFFFFFF
-VALIDATION_SEED, RNG_NOISE = 0x76616C6964, 4  # train_scale.c, imagebart.h
+VALIDATION_SEED, RNG_NOISE = 0x76616C6964, 4  # training/second_stage.c, base/base.h
 
 
 def philox(seed, stream, index):

@@ -1,18 +1,12 @@
-/* train_survive.c - what a run goes on after: a bad batch, a damaged checkpoint, a full disk, the leavings of a kill.
+/* bad_batches.c - what a run does after a step that does not count: goes back, and leaves its pictures out.
  *
- * Bad batches. A step whose loss or gradient norm is not finite, or out of all proportion to the last steps', is not
- * taken: the run goes back to the newest state and leaves the step's micro batches out from then on. The numbers left
- * out are part of the state, as are the losses and norms that a step is measured against, and both decisions are
- * functions of the step's mean loss and norm alone. So a run that was killed takes the same decisions as one that was
- * not, and ends with the same bits; and so do several processes, which all have the same sums (parallel.c).
+ * A step whose loss or gradient norm is not finite, or out of all proportion to the last steps', is not taken: the run
+ * goes back to the newest state and leaves the step's micro batches out from then on. The numbers left out are part of
+ * the state, as are the losses and norms that a step is measured against, and both decisions are functions of the
+ * step's mean loss and norm alone. So a run that was killed takes the same decisions as one that was not, and ends with
+ * the same bits; and so do several processes, which all have the same sums (parallel.c).
  *
- * Checkpoints. STAGE.state.safetensors is the newest, STAGE.state-1.safetensors the one before, and so on, --keep in
- * all. A new one is written whole under another name first; then the older ones move on and it takes its place. Each
- * carries a checksum of its tensors and settings; one that does not match, or is cut short, is passed over.
- *
- * Full disks. Whatever is written is tried again until there is room.
- *
- * Read in this order: which micro batches; what is bad; states; going back; full disks; leavings. */
+ * Read in this order: which micro batches; what is bad; going back. */
 #include "training/stage.h"
 #include "training/stage.h"
 
@@ -30,32 +24,34 @@ enum { ROLLBACKS = 3 }; /* to the same checkpoint */
 /* The data of a run are an endless sequence of micro batches. Micro batch i of a step is number step * accumulate + i
  * of those that are not left out: a function of the step and the list, whatever happened on the way. */
 uint64_t micro_number(const Stage *s, size_t i) {
-    uint64_t micro = s->step * s->accumulate + i;
-    for (size_t k = 0; k < s->n_skipped && s->skipped[k] <= micro; k++) micro++;
+    uint64_t micro = s->step * s->set.accumulate + i;
+    for (size_t k = 0; k < s->history.n_skipped && s->history.skipped[k] <= micro; k++) micro++;
     return micro;
 }
 
 /* Keeps the list ascending. */
 static Err skip(Stage *s, size_t micro) {
-    size_t k = s->n_skipped;
-    while (k && s->skipped[k - 1] > micro) k--;
-    if (k && s->skipped[k - 1] == micro) return OK;
-    if (s->n_skipped == SKIPPED_MAX)
+    size_t k = s->history.n_skipped;
+    while (k && s->history.skipped[k - 1] > micro) k--;
+    if (k && s->history.skipped[k - 1] == micro) return OK;
+    if (s->history.n_skipped == SKIPPED_MAX)
         return err("%s: %d micro batches were left out already; data or settings need a look", s->name, SKIPPED_MAX);
-    memmove(s->skipped + k + 1, s->skipped + k, (s->n_skipped - k) * sizeof *s->skipped);
-    s->skipped[k] = micro;
-    s->n_skipped++;
+    memmove(s->history.skipped + k + 1, s->history.skipped + k,
+            (s->history.n_skipped - k) * sizeof *s->history.skipped);
+    s->history.skipped[k] = micro;
+    s->history.n_skipped++;
     return OK;
 }
 
-/* The list into the settings, which are saved with the state */
-static Err skipped_to_settings(Stage *s) {
+/* Writes the list into the recipe, which is saved with the state. */
+static Err skipped_to_recipe(Stage *s) {
     enum { DIGITS = 21 };
     char *text;
     size_t n = 0;
-    TRY(mem_alloc(&text, s->n_skipped + 1, DIGITS, "skipped micro batches"));
-    for (size_t k = 0; k < s->n_skipped; k++) n += (size_t)sprintf(text + n, "%s%zu", k ? "," : "", s->skipped[k]);
-    Err e = config_set(&s->settings, "train.skipped", "%s", text);
+    TRY(mem_alloc(&text, s->history.n_skipped + 1, DIGITS, "skipped micro batches"));
+    for (size_t k = 0; k < s->history.n_skipped; k++)
+        n += (size_t)sprintf(text + n, "%s%zu", k ? "," : "", s->history.skipped[k]);
+    Err e = config_set(&s->recipe, "train.skipped", "%s", text);
     free(text);
     return e;
 }
@@ -73,8 +69,8 @@ static const char *numbers_text(char *out, size_t bytes, const size_t *list, siz
 }
 
 static int is_skipped(const Stage *s, uint64_t micro) {
-    for (size_t k = 0; k < s->n_skipped; k++)
-        if (s->skipped[k] == micro) return 1;
+    for (size_t k = 0; k < s->history.n_skipped; k++)
+        if (s->history.skipped[k] == micro) return 1;
     return 0;
 }
 
@@ -85,7 +81,7 @@ Err list_skipped(Stage *s, void *line) {
     char path[1100], old[512], stage[16];
     unsigned long long step, first;
     AtomicFile out;
-    snprintf(path, sizeof path, "%s/skipped_batches.tsv", s->opt->run);
+    snprintf(path, sizeof path, "%s/skipped_batches.tsv", s->set.run);
     if (!line && !file_exists(path)) return OK;
     TRY(atomic_open(&out, path));
     Err e = atomic_write(&out, skipped_header, strlen(skipped_header));
@@ -122,7 +118,7 @@ double test_loss(const Stage *s, uint64_t micro, double loss) {
 }
 
 double test_discriminator(const Stage *s, double norm) {
-    return named_in("IMAGEBART_TEST_NAN_DISCRIMINATOR", s, s->loader_at - 1) ? (double)NAN : norm;
+    return named_in("IMAGEBART_TEST_NAN_DISCRIMINATOR", s, s->first.loader_at - 1) ? (double)NAN : norm;
 }
 
 static int by_value(const void *a, const void *b) {
@@ -143,61 +139,31 @@ static int is_spike(const Stage *s, const real *recent, double least, double x) 
     size_t n = 0;
     for (size_t i = 0; i < RECENT; i++)
         if (!isnan(recent[i])) sorted[n++] = (double)recent[i];
-    if (s->spike <= 0 || n < RECENT / 2) return 0;
+    if (s->set.spike <= 0 || n < RECENT / 2) return 0;
     const double middle = median(sorted, n);
     for (size_t i = 0; i < n; i++) sorted[i] = fabs(sorted[i] - middle);
     const double deviation = 1.4826 * median(sorted, n), floor = least * fabs(middle);
-    return x > middle + s->spike * (deviation > floor ? deviation : floor);
+    return x > middle + s->set.spike * (deviation > floor ? deviation : floor);
 }
 
 /* A norm moves more than a loss: with 10 deviations, twice the usual loss can be a spike, eleven times the usual
  * norm. */
-const char *what_is_bad(const Stage *s, double loss, double norm) {
+const char *why_bad(const Stage *s, double loss, double norm) {
     if (!isfinite(loss) || !isfinite(norm)) return "not finite";
-    if (is_spike(s, s->recent, 0.1, loss)) return "loss spike";
-    return is_spike(s, s->recent + RECENT, 1, norm) ? "gradient spike" : NULL;
+    if (is_spike(s, s->history.recent, 0.1, loss)) return "loss spike";
+    return is_spike(s, s->history.recent + RECENT, 1, norm) ? "gradient spike" : NULL;
 }
 
 void remember_step(Stage *s, double loss, double norm) {
-    s->recent[s->step % RECENT] = (real)loss;
-    s->recent[RECENT + s->step % RECENT] = (real)norm;
-}
-
-void forget_steps(Stage *s) {
-    for (size_t i = 0; i < 2 * RECENT; i++) s->recent[i] = NAN;
-}
-
-void survive_defaults(Stage *s) {
-    s->spike = 10;
-    s->best = INFINITY;
-    s->n_skipped = 0;
-    forget_steps(s);
-}
-
-Err survive_collect(Stage *s, TensorList *list) {
-    const size_t dim[2] = {2, RECENT};
-    return tensor_list_add(list, "recent_loss_and_norm", DT_F32, 2, dim, s->recent, 1);
-}
-
-Err survive_load(Stage *s, const Checkpoint *ck) {
-    const size_t dim[2] = {2, RECENT};
-    const double spike = s->spike;
-    survive_defaults(s);
-    s->spike = spike;
-    if (checkpoint_find(ck, "recent_loss_and_norm")) /* states of earlier versions have none of this */
-        TRY(checkpoint_reals(ck, "recent_loss_and_norm", 2, dim, 2 * RECENT, s->recent));
-    TRY(config_real(&s->best, &ck->meta, "train.", "best_validation_loss", -1e300, 1e300, 1));
-    TRY(config_list(s->skipped, &s->n_skipped, SKIPPED_MAX, &ck->meta, "train.", "skipped", 1));
-    for (size_t k = 1; k < s->n_skipped; k++)
-        if (s->skipped[k] <= s->skipped[k - 1]) return err("%s: train.skipped is not ascending", ck->path);
-    return OK;
+    s->history.recent[s->step % RECENT] = (real)loss;
+    s->history.recent[RECENT + s->step % RECENT] = (real)norm;
 }
 
 /* ------------------------------------------------------------------------------------------------------------
  * Going back
  * ---------------------------------------------------------------------------------------------------------- */
 
-/* What a state counts, unlike what the user and the recipe said. */
+/* Is this key a count of progress, which belongs to a state, rather than a setting? */
 static int is_count(const char *key) {
     static const char *const counts[] = {"train.step", "train.ema_updates", "train.skipped", "train.best_step",
                                          "train.best_validation_loss"};
@@ -221,41 +187,50 @@ static Err restore_counts(Config *settings, const Config *state) {
 static Err reload(Stage *s) {
     Checkpoint ck;
     memset(&ck, 0, sizeof ck);
-    TRY(state_open_all(s, &ck, 1));
-    Err e = restore_counts(&s->settings, &ck.meta);
+    TRY(state_open(s, &ck, 1));
+    Err e = restore_counts(&s->recipe, &ck.meta);
     if (e == OK) e = load_state(s, &ck);
     checkpoint_close(&ck);
     if (e == OK) e = params_send(s->params);
     return ranks_agree(e);
 }
 
-Err roll_back(Stage *s, const Metrics *m, double norm, const char *reason) {
-    size_t out[SKIPPED_MAX], n = s->n_skipped, n_bad = s->accumulate;
-    const unsigned long long step = s->step + 1;
+/* The numbers of all micro batches to leave out: those that are, and the present step's. *n of them. */
+static Err left_out(const Stage *s, size_t out[SKIPPED_MAX], size_t *n) {
+    const History *h = &s->history;
+    if (h->n_skipped + s->set.accumulate > SKIPPED_MAX) return FAILED;
+    memcpy(out, h->skipped, h->n_skipped * sizeof *out);
+    for (size_t i = 0; i < s->set.accumulate; i++) out[h->n_skipped + i] = micro_number(s, i);
+    *n = h->n_skipped + s->set.accumulate;
+    return OK;
+}
+
+Err roll_back(Stage *s, const Step *step) {
+    size_t out[SKIPPED_MAX], n = 0;
+    const unsigned long long number = s->step + 1;
+    const double loss = step->mean.loss, norm = step->norm;
     char micros[256], line[400];
-    if (n + n_bad > SKIPPED_MAX)
+    if (left_out(s, out, &n) != OK)
         return err("%s step %llu: %s: loss %g, gradient norm %g, and %zu micro batches were left out already", s->name,
-                   step, reason, m->loss, norm, n);
-    memcpy(out, s->skipped, n * sizeof *out); /* the state may be older than the last rollback */
-    for (size_t i = 0; i < n_bad; i++) out[n + i] = micro_number(s, i);
-    numbers_text(micros, sizeof micros, out + n, n_bad);
-    snprintf(line, sizeof line, "%s\t%llu\t%s\t%.6g\t%.6g\t%s\n", s->name, step, micros, m->loss, norm, reason);
+                   number, step->bad, loss, norm, s->history.n_skipped);
+    numbers_text(micros, sizeof micros, out + s->history.n_skipped, s->set.accumulate);
+    snprintf(line, sizeof line, "%s\t%llu\t%s\t%.6g\t%.6g\t%s\n", s->name, number, micros, loss, norm, step->bad);
     if (s->rollbacks++ == ROLLBACKS)
         return err(
             "%s step %llu: %s: loss %g, gradient norm %g, after going back to step %llu %d times; a smaller --lr "
             "than %g may help, and in the recipe train.spike is what counts as a spike (%g, 0: nothing)",
-            s->name, step, reason, m->loss, norm, (unsigned long long)s->saved, ROLLBACKS, s->lr_scale * s->lr.lr_max,
-            s->spike);
-    TRY(reload(s));
-    for (size_t i = 0; i < n + n_bad; i++) TRY(skip(s, out[i]));
-    TRY(skipped_to_settings(s));
-    TRY(ranks_agree(rank() ? OK : until_room(s, list_skipped, line, 0)));
+            s->name, number, step->bad, loss, norm, (unsigned long long)s->saved, ROLLBACKS,
+            s->lr_scale * s->set.lr.lr_max, s->set.spike);
+    TRY(reload(s)); /* the state may be older than the last time that we went back, and know fewer */
+    for (size_t i = 0; i < n; i++) TRY(skip(s, out[i]));
+    TRY(skipped_to_recipe(s));
+    TRY(ranks_agree(rank() ? OK : retry_when_full(s, list_skipped, line, 0)));
     TRY(save_state(s, 0)); /* in the place of the one without the list */
     if (rank() > 0) return OK;
     progress_end();
     fprintf(stderr,
             "%s step %llu: %s: loss %g, gradient norm %g; back to step %llu, micro batches %s are left out from now "
             "on\n",
-            s->name, step, reason, m->loss, norm, (unsigned long long)s->step, micros);
+            s->name, number, step->bad, loss, norm, (unsigned long long)s->step, micros);
     return OK;
 }

@@ -1,4 +1,4 @@
-/* train_codes.c - which entries of a first stage's codebook are in use: counted as it trains and shown beside its
+/* codes.c - which entries of a first stage's codebook are in use: counted as it trains and shown beside its
  * evaluations; and --remap, after which tokens number only those that the training pictures use.
  *
  * Few codes, or many of which a handful does all the work (a low perplexity), mean that latents and codebook have
@@ -15,15 +15,18 @@
 
 /* Steps over which usage is counted: those between two restarts of dead codes. */
 static uint64_t period(const Stage *s) {
-    return s->restart_every ? s->restart_every : 100;
+    return s->set.restart_codes ? s->set.restart_codes : 100;
 }
 
 /* Counts start anew with the first batch of a period, not with the last of the one before: so they are there to be
  * shown and saved in between. */
-void count_codes(Stage *s, const int32_t *raw, size_t n) {
+void count_codes(Stage *s) {
+    const int32_t *raw;
+    uint32_t *usage = s->first.usage;
+    vqgan_latents(s->vqgan, NULL, NULL, &raw);
     if (s->micro_index == 0 && s->step % period(s) == 0)
-        memset(s->usage, 0, vqgan_config(s->vqgan)->n_embed * sizeof *s->usage);
-    for (size_t i = 0; i < n; i++) s->usage[raw[i]]++;
+        memset(usage, 0, vqgan_config(s->vqgan)->n_embed * sizeof *usage);
+    for (size_t i = 0; i < s->batch * s->N; i++) usage[raw[i]]++;
 }
 
 CodeUse code_use(const uint32_t *usage, size_t n_embed) {
@@ -41,21 +44,18 @@ CodeUse code_use(const uint32_t *usage, size_t n_embed) {
 
 void print_codes(const Stage *s, FILE *to, const CodeUse *val) {
     const size_t n = vqgan_config(s->vqgan)->n_embed;
-    const CodeUse train = code_use(s->usage, n);
+    const CodeUse train = code_use(s->first.usage, n);
     if (train.used) fprintf(to, ", %zu of %zu codes in use, perplexity %.1f", train.used, n, train.perplexity);
     fprintf(to, "%s on validation %zu, perplexity %.1f", train.used ? ";" : ", codes in use", val->used,
             val->perplexity);
 }
 
-/* lpips, val_lpips, codes, perplexity, val_codes, val_perplexity; a transition's are empty */
-int log_codes(const Stage *s, char *text, size_t size, const Metrics *m, const Metrics *val) {
-    char lpips[32] = "", val_lpips[32] = "";
-    if (s->perceptual) snprintf(lpips, sizeof lpips, "%.6g", m->perceptual);
-    if (s->perceptual && val) snprintf(val_lpips, sizeof val_lpips, "%.6g", val->perceptual);
-    if (!s->usage || !val) return snprintf(text, size, "\t%s\t%s\t\t\t\t", lpips, val_lpips);
-    const CodeUse train = code_use(s->usage, vqgan_config(s->vqgan)->n_embed);
-    return snprintf(text, size, "\t%s\t%s\t%zu\t%.6g\t%zu\t%.6g", lpips, val_lpips, train.used, train.perplexity,
-                    val->codes.used, val->codes.perplexity);
+/* codes, perplexity, val_codes, val_perplexity */
+int log_codes(const Stage *s, char *text, size_t size, const Metrics *val) {
+    if (!val) return snprintf(text, size, "\t\t\t\t");
+    const CodeUse train = code_use(s->first.usage, vqgan_config(s->vqgan)->n_embed);
+    return snprintf(text, size, "\t%zu\t%.6g\t%zu\t%.6g", train.used, train.perplexity, val->codes.used,
+                    val->codes.perplexity);
 }
 
 /* ---- A transition on a remapped first stage ---- */
@@ -66,17 +66,17 @@ Err fit_to_codes(Stage *s, NetConfig *c) {
     static const char prefix[] = "model.params.transformer_config.params.";
     const VqganConfig *v = vqgan_config(s->vqgan);
     if (!v->re_embed || v->re_embed == v->n_embed || c->dec_num_tokens != v->n_embed) return OK;
-    if (config_get(&s->settings, "train.", "step")) return OK; /* it is trained already: left as it is, to be refused */
+    if (config_get(&s->recipe, "train.", "step")) return OK; /* it is trained already: left as it is, to be refused */
     const int x = c->kind == NET_X;
-    size_t reads = max_size(v->re_embed, (size_t)s->schedule.T + 1);
+    size_t reads = max_size(v->re_embed, (size_t)s->second.schedule.T + 1);
     char key[128];
-    if (c->has_class) reads = max_size(reads, s->train.n_classes + (s->label_dropout > 0)); /* "no class" too */
+    if (c->has_class) reads = max_size(reads, s->train.n_classes + (s->set.label_dropout > 0)); /* "no class" too */
     snprintf(key, sizeof key, "%s%s", prefix, x ? "dec_num_tokens" : "vocab_size");
-    TRY(config_set(&s->settings, key, "%zu", v->re_embed));
+    TRY(config_set(&s->recipe, key, "%zu", v->re_embed));
     snprintf(key, sizeof key, "%s%s", prefix, x ? "enc_num_tokens" : "input_vocab_size");
-    if ((x ? c->enc_num_tokens : c->input_vocab_size) == v->n_embed) TRY(config_set(&s->settings, key, "%zu", reads));
-    note("%s: %zu token values, the codes of %zu that are in use\n", s->name, v->re_embed, v->n_embed);
-    return net_config_read(c, &s->settings, "model.params.");
+    if ((x ? c->enc_num_tokens : c->input_vocab_size) == v->n_embed) TRY(config_set(&s->recipe, key, "%zu", reads));
+    say_once("%s: %zu token values, the codes of %zu that are in use\n", s->name, v->re_embed, v->n_embed);
+    return net_config_read(c, &s->recipe, "model.params.");
 }
 
 /* ---- --remap ---- */
@@ -100,9 +100,9 @@ static Err count_pictures(Stage *s, uint32_t *usage) {
         const size_t rows = min_size(n - done, B);
         e = loader_next(l, &images, &labels);
         if (e == OK) memcpy(batch, images, rows * pixels * sizeof *batch);
-        for (int flip = 0; flip <= s->flip && e == OK; flip++) {
+        for (int flip = 0; flip <= s->set.flip && e == OK; flip++) {
             if (flip) image_mirror(batch, rows * 3, s->size);
-            e = vqgan_encode(s->vqgan, batch, rows, s->size, s->size, s->seed, NULL, raw, NULL);
+            e = vqgan_encode(s->vqgan, batch, rows, s->size, s->size, s->set.seed, NULL, raw, NULL);
             for (size_t i = 0; i < rows * s->N && e == OK; i++) usage[raw[i]] += labels[i / s->N] >= 0;
         }
         progress_line("encoding %zu of %zu pictures", min_size(done + B, n), n);
@@ -120,9 +120,9 @@ static Err check_untrained(const Stage *s) {
     for (size_t t = 0; t <= MAX_SCALES; t++) {
         char path[1100];
         if (t)
-            snprintf(path, sizeof path, "%s/scale%zu.state.safetensors", s->opt->run, t);
+            snprintf(path, sizeof path, "%s/scale%zu.state.safetensors", s->set.run, t);
         else
-            snprintf(path, sizeof path, "%s/joint.state.safetensors", s->opt->run);
+            snprintf(path, sizeof path, "%s/joint.state.safetensors", s->set.run);
         if (file_exists(path))
             return err("%s: trained on the tokens as they are; --remap comes before the transitions", path);
     }
@@ -169,8 +169,8 @@ Err remap_first_stage(Stage *s) {
     int64_t *used = NULL;
     size_t K = 0;
     int same = 0;
-    TRY(copy_vqgan(s));
-    TRY(open_vqgan(s, path));
+    TRY(copy_first_stage(s));
+    TRY(open_first_stage(s, path));
     const size_t n = vqgan_config(s->vqgan)->n_embed;
     if (vqgan_used(s->vqgan) && check_untrained(s) != OK) { /* --all goes on */
         fprintf(stderr, "%s: tokens number %zu of %zu codes already, and transitions are trained on them\n", path, s->K,

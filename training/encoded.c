@@ -1,4 +1,7 @@
-/* encoded.c - a dataset as tokens, encoded once and kept in the run; the first stage that makes them. */
+/* encoded.c - the data set as tokens: encoded once by the run's first stage, kept in the run.
+ *
+ * RUN/train.tokens and RUN/val.tokens belong to one VQGAN file, one set of pictures and one preprocessing; for any
+ * other, they are made afresh. A kill while they are made loses a batch. */
 #include "training/stage.h"
 
 #include <stdio.h>
@@ -6,7 +9,53 @@
 #include <string.h>
 #include <unistd.h>
 
-/* ---- tokens: encoded once, kept in the run ---- */
+/* ---- the first stage ---- */
+
+static Err copy_file(const char *to, const char *from) {
+    Checkpoint ck;
+    AtomicFile f;
+    memset(&ck, 0, sizeof ck);
+    TRY(checkpoint_open(&ck, from));
+    Err e = atomic_open(&f, to);
+    if (e == OK) e = atomic_close(&f, atomic_write(&f, ck.map, ck.map_bytes));
+    checkpoint_close(&ck);
+    return e;
+}
+
+/* A run without a VQGAN gets the model's, so that it can be sampled as it stands. */
+Err copy_first_stage(const Stage *s) {
+    char ours[1100], theirs[1100];
+    snprintf(ours, sizeof ours, "%s/vqgan.safetensors", s->set.run);
+    snprintf(theirs, sizeof theirs, "%s/vqgan.safetensors", model_folder(s->set.model));
+    if (file_exists(ours)) return OK;
+    if (!file_exists(theirs)) return err("%s: no first stage there, nor at %s; train it first: --vqgan", ours, theirs);
+    return copy_file(ours, theirs);
+}
+
+/* The run's own VQGAN */
+Err open_first_stage(Stage *s, char path[1100]) {
+    Checkpoint ck;
+    VqganConfig c;
+    snprintf(path, 1100, "%s/vqgan.safetensors", s->set.run);
+    memset(&ck, 0, sizeof ck);
+    TRY(checkpoint_open(&ck, path));
+    Err e = vqgan_config_read(&c, &ck.meta, "model.params.");
+    if (e == OK) e = vqgan_create(&s->vqgan, &c, 0);
+    if (e == OK) e = params_plan(vqgan_params(s->vqgan), PLAN_VALUE);
+    if (e == OK) e = vqgan_load(s->vqgan, &ck, "");
+    /* in f32: whoever continues the run elsewhere must get the same tokens */
+    if (e == OK && s->set.cuda) e = vqgan_use_cuda(s->vqgan, PRECISION_F32);
+    if (e == OK) e = params_send(vqgan_params(s->vqgan));
+    checkpoint_close(&ck);
+    if (e != OK) return err_in(path);
+    s->size = c.resolution;
+    s->h = s->w = s->size >> (c.levels - 1);
+    s->N = s->h * s->w;
+    s->K = vqgan_K(s->vqgan);
+    return vqgan_plan(s->vqgan, 16, s->size, s->size, 0);
+}
+
+/* ---- the data set as its tokens ---- */
 
 static uint64_t dataset_hash(const Stage *s, const Dataset *d) {
     uint64_t h = fnv1a(FNV_START, &s->prep, sizeof s->prep);
@@ -21,7 +70,7 @@ static Err encode_batch(Stage *s, size_t flips, const real *images, size_t B, re
     memcpy(mirrored, images, B * pixels * sizeof *mirrored);
     for (size_t flip = 0; flip < flips; flip++) {
         if (flip) image_mirror(mirrored, B * 3, s->size);
-        TRY(vqgan_encode(s->vqgan, mirrored, B, s->size, s->size, s->seed, NULL, NULL, once));
+        TRY(vqgan_encode(s->vqgan, mirrored, B, s->size, s->size, s->set.seed, NULL, NULL, once));
         for (size_t b = 0; b < B; b++) memcpy(token + (b * flips + flip) * s->N, once + b * s->N, s->N * sizeof *token);
     }
     return OK;
@@ -72,12 +121,12 @@ static Err cached_tokens(Tokens *x, const char *path, const Tokens *wanted) {
 }
 
 /* The cache belongs to one VQGAN file and one set of pictures; any other is encoded afresh. */
-static Err load_tokens(Stage *s, Tokens *x, const Dataset *d, const char *what, const char *vqgan_path) {
+static Err load_split(Stage *s, Tokens *x, const Dataset *d, const char *what, const char *vqgan_path) {
     char path[1100];
     TokensPart p;
-    Tokens wanted = {.n = d->n, .h = s->h, .w = s->w, .K = s->K, .flips = s->flip ? 2 : 1};
+    Tokens wanted = {.n = d->n, .h = s->h, .w = s->w, .K = s->K, .flips = s->set.flip ? 2 : 1};
     wanted.source = dataset_hash(s, d);
-    snprintf(path, sizeof path, "%s/%s.tokens", s->opt->run, what);
+    snprintf(path, sizeof path, "%s/%s.tokens", s->set.run, what);
     TRY(file_checksum(&wanted.vqgan, vqgan_path));
     TRY(cached_tokens(x, path, &wanted));
     if (x->n) return OK;
@@ -94,53 +143,17 @@ static Err load_tokens(Stage *s, Tokens *x, const Dataset *d, const char *what, 
     return e;
 }
 
-Err load_both(Stage *s, const char *vqgan_path) {
-    TRY(load_tokens(s, &s->train_tokens, &s->train, "train", vqgan_path));
-    return load_tokens(s, &s->val_tokens, &s->val, "val", vqgan_path);
+static Err load_both(Stage *s, const char *vqgan_path) {
+    TRY(load_split(s, &s->second.train, &s->train, "train", vqgan_path));
+    return load_split(s, &s->second.val, &s->val, "val", vqgan_path);
 }
 
-/* ---- the first stage that a transition stands on ---- */
-
-static Err copy_file(const char *to, const char *from) {
-    Checkpoint ck;
-    AtomicFile f;
-    memset(&ck, 0, sizeof ck);
-    TRY(checkpoint_open(&ck, from));
-    Err e = atomic_open(&f, to);
-    if (e == OK) e = atomic_close(&f, atomic_write(&f, ck.map, ck.map_bytes));
-    checkpoint_close(&ck);
-    return e;
-}
-
-/* A run without a VQGAN gets the model's, so that it can be sampled as it stands. */
-Err copy_vqgan(const Stage *s) {
-    char ours[1100], theirs[1100];
-    snprintf(ours, sizeof ours, "%s/vqgan.safetensors", s->opt->run);
-    snprintf(theirs, sizeof theirs, "%s/vqgan.safetensors", model_folder(s->opt->model));
-    if (file_exists(ours)) return OK;
-    if (!file_exists(theirs)) return err("%s: no first stage there, nor at %s; train it first: --vqgan", ours, theirs);
-    return copy_file(ours, theirs);
-}
-
-/* The run's own VQGAN */
-Err open_vqgan(Stage *s, char path[1100]) {
-    Checkpoint ck;
-    VqganConfig c;
-    snprintf(path, 1100, "%s/vqgan.safetensors", s->opt->run);
-    memset(&ck, 0, sizeof ck);
-    TRY(checkpoint_open(&ck, path));
-    Err e = vqgan_config_read(&c, &ck.meta, "model.params.");
-    if (e == OK) e = vqgan_create(&s->vqgan, &c, 0);
-    if (e == OK) e = params_plan(vqgan_params(s->vqgan), PLAN_VALUE);
-    if (e == OK) e = vqgan_load(s->vqgan, &ck, "");
-    /* in f32: whoever continues the run elsewhere must get the same tokens */
-    if (e == OK && s->opt->cuda) e = vqgan_use_cuda(s->vqgan, PRECISION_F32);
-    if (e == OK) e = params_send(vqgan_params(s->vqgan));
-    checkpoint_close(&ck);
-    if (e != OK) return err_in(path);
-    s->size = c.resolution;
-    s->h = s->w = s->size >> (c.levels - 1);
-    s->N = s->h * s->w;
-    s->K = vqgan_K(s->vqgan);
-    return vqgan_plan(s->vqgan, 16, s->size, s->size, 0);
+/* The first rank makes them, for the others to read. */
+Err load_tokens(Stage *s, const char *vqgan_path) {
+    const SecondStage *x = &s->second;
+    TRY(ranks_agree(rank() == 0 ? load_both(s, vqgan_path) : OK));
+    if (rank() > 0) TRY(load_both(s, vqgan_path));
+    s->all_read = 1;
+    s->n_damaged = s->train.n - x->train.n + s->val.n - x->val.n;
+    return OK;
 }

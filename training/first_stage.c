@@ -1,38 +1,54 @@
-/* first_stage.c - ./train --vqgan: images -> codes -> reconstructions. One micro batch, an evaluation, a picture; the
- * mathematics is in vqgan.c. */
+/* first_stage.c - ./train --vqgan: pictures -> tokens -> pictures. All but the micro batch, which train.c shows; the
+ * mathematics is in vqgan.c, perceptual.c and discriminator.c.
+ *
+ * LPIPS is part of the loss where the recipe says so, in the official words: model.params.lossconfig.params.
+ * perceptual_weight above 0, or a lossconfig.target that speaks of LPIPS (then 1), or --perceptual. The weights are
+ * files of other people's: those of --perceptual, else those in models/lpips; without any, the run says so and goes on
+ * without. Whatever a run begins with is kept in its settings (that weight, train.perceptual), so that --resume cannot
+ * change the loss unnoticed.
+ *
+ * Read in this order: LPIPS; pictures and codes of a step; evaluation and picture; building; state and log. */
 #include "training/stage.h"
 
+#include <math.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+
+/* ------------------------------------------------------------------------------------------------------------
+ * LPIPS
+ * ---------------------------------------------------------------------------------------------------------- */
 
 #define BOTH "models/lpips/lpips.safetensors"
 #define VGG16 "models/lpips/vgg16-397923af.pth"
 #define LINS "models/lpips/vgg.pth"
 
-static int given(const char *files) { /* "none" says that none are wanted */
+/* "none" says that none are wanted. */
+static int given(const char *files) {
     return files && strcmp(files, "none") != 0;
 }
 
 /* What the user named; else what the run or the recipe did; else what is there. */
 static const char *choose_files(const Stage *s) {
-    const char *recorded = config_get(&s->settings, "train.", "perceptual");
-    if (s->opt->perceptual) return s->opt->perceptual;
+    const char *recorded = config_get(&s->recipe, "train.", "perceptual");
+    if (s->set.perceptual) return s->set.perceptual;
     if (recorded) return recorded;
     if (file_exists(BOTH)) return BOTH;
     return file_exists(VGG16) && file_exists(LINS) ? VGG16 "," LINS : "none";
 }
 
 static void say_without(const Stage *s) {
-    if (config_get(&s->settings, "train.", "step")) {
-        note("perceptual loss: trained without it, as the run began\n");
+    if (config_get(&s->recipe, "train.", "step")) {
+        say_once("perceptual loss: trained without it, as the run began\n");
         return;
     }
     const int vgg16 = file_exists(VGG16), lins = file_exists(LINS);
-    note("perceptual loss: trained without it: %s; make lpips fetches them (torchvision's vgg16-397923af.pth, LPIPS's "
-         "vgg.pth), or --perceptual FILE[,FILE]\n",
-         vgg16  ? "there is no " LINS
-         : lins ? "there is no " VGG16
-                : "there are no weights in models/lpips");
+    say_once(
+        "perceptual loss: trained without it: %s; make lpips fetches them (torchvision's vgg16-397923af.pth, LPIPS's "
+        "vgg.pth), or --perceptual FILE[,FILE]\n",
+        vgg16  ? "there is no " LINS
+        : lins ? "there is no " VGG16
+               : "there are no weights in models/lpips");
 }
 
 /* files: one path, or two between which is a comma */
@@ -49,7 +65,7 @@ static Err open_files(Checkpoint ck[2], size_t *n, const char *files) {
     return OK;
 }
 
-static Err load(Perceptual **p, const char *files) {
+static Err load_perceptual(Perceptual **p, const char *files) {
     const PerceptualConfig c = perceptual_vgg16();
     Checkpoint ck[2];
     size_t n = 0;
@@ -57,58 +73,60 @@ static Err load(Perceptual **p, const char *files) {
     TRY(perceptual_create(p, &c));
     Err e = open_files(ck, &n, files);
     if (e == OK) e = perceptual_load(*p, ck, n);
-    for (size_t i = 0; i < n && e == OK; i++) note("%s: weights of LPIPS\n", ck[i].path);
+    for (size_t i = 0; i < n && e == OK; i++) say_once("%s: weights of LPIPS\n", ck[i].path);
     for (size_t i = 0; i < n; i++) checkpoint_close(&ck[i]);
     return e;
 }
 
 static Err read_weight(Stage *s) {
-    const char *target = config_get(&s->settings, "model.params.lossconfig.", "target");
-    s->w_perceptual = given(s->opt->perceptual) || (target && strstr(target, "LPIPS"));
-    return config_real(&s->w_perceptual, &s->settings, "model.params.lossconfig.params.", "perceptual_weight", 0, 1e6,
-                       1);
+    const char *target = config_get(&s->recipe, "model.params.lossconfig.", "target");
+    s->first.perceptual_weight = given(s->set.perceptual) || (target && strstr(target, "LPIPS"));
+    return config_real(&s->first.perceptual_weight, &s->recipe, "model.params.lossconfig.params.", "perceptual_weight",
+                       0, 1e6, 1);
 }
 
-Err open_perceptual(Stage *s, size_t *plan, size_t *tables) {
+static Err open_perceptual(Stage *s, size_t *plan, size_t *tables) {
     size_t features = 0;
     TRY(read_weight(s));
-    if (s->w_perceptual == 0)
-        return given(s->opt->perceptual) ? err("--perceptual: the recipe's perceptual_weight is 0") : OK;
+    if (s->first.perceptual_weight == 0)
+        return given(s->set.perceptual) ? err("--perceptual: the recipe's perceptual_weight is 0") : OK;
     char files[2 * 1024 + 2];
     if ((size_t)snprintf(files, sizeof files, "%s", choose_files(s)) >= sizeof files)
         return err("--perceptual: a path is too long");
-    TRY(config_set(&s->settings, "train.perceptual", "%s", files));
+    TRY(config_set(&s->recipe, "train.perceptual", "%s", files));
     if (!given(files)) {
-        s->w_perceptual = 0;
-        if (!s->opt->perceptual) say_without(s);
+        s->first.perceptual_weight = 0;
+        if (!s->set.perceptual) say_without(s);
         return OK;
     }
-    TRY(config_set(&s->settings, "model.params.lossconfig.params.perceptual_weight", "%.17g", s->w_perceptual));
-    TRY(load(&s->perceptual, files));
-    note("perceptual loss: LPIPS, weight %g\n", s->w_perceptual);
-    if (s->opt->cuda) TRY(perceptual_use_cuda(s->perceptual, gpu_precision(s)));
-    TRY(perceptual_plan_bytes(s->perceptual, s->batch, s->size, s->size, 1, &features));
+    TRY(config_set(&s->recipe, "model.params.lossconfig.params.perceptual_weight", "%.17g",
+                   s->first.perceptual_weight));
+    TRY(load_perceptual(&s->first.perceptual, files));
+    say_once("perceptual loss: LPIPS, weight %g\n", s->first.perceptual_weight);
+    if (s->set.cuda) TRY(perceptual_use_cuda(s->first.perceptual, gpu_precision(s)));
+    TRY(perceptual_plan_bytes(s->first.perceptual, s->batch, s->size, s->size, 1, &features));
     *plan += features;
-    *tables += perceptual_params(s->perceptual)->total * sizeof(real);
+    *tables += perceptual_params(s->first.perceptual)->total * sizeof(real);
     return OK;
 }
 
-Err plan_perceptual(Stage *s) {
-    if (!s->perceptual) return OK;
-    TRY(perceptual_plan(s->perceptual, s->batch, s->size, s->size, 1));
-    return params_send(perceptual_params(s->perceptual));
+static Err plan_perceptual(Stage *s) {
+    if (!s->first.perceptual) return OK;
+    TRY(perceptual_plan(s->first.perceptual, s->batch, s->size, s->size, 1));
+    return params_send(perceptual_params(s->first.perceptual));
 }
 
 Err add_perceptual(Stage *s, const real *images, const real *xrec, size_t B, double weight, double *mean, real *dxrec) {
     *mean = 0;
-    if (!s->perceptual) return OK;
-    return perceptual_loss(s->perceptual, images, xrec, B, s->size, s->size, weight * s->w_perceptual, mean, dxrec);
+    if (!s->first.perceptual) return OK;
+    return perceptual_loss(s->first.perceptual, images, xrec, B, s->size, s->size, weight * s->first.perceptual_weight,
+                           mean, dxrec);
 }
 
 Err convert_perceptual(const char *files, const char *out) {
     Perceptual *p = NULL;
     TensorList list = {0};
-    Err e = load(&p, files);
+    Err e = load_perceptual(&p, files);
     if (e == OK) e = tensor_list_params(&list, perceptual_params(p), 'v', "", DT_F32);
     if (e == OK) e = checkpoint_write(out, list.tensor, list.from_real, list.n, NULL);
     tensor_list_free(&list);
@@ -116,36 +134,25 @@ Err convert_perceptual(const char *files, const char *out) {
     return e;
 }
 
+/* ------------------------------------------------------------------------------------------------------------
+ * The pictures of a step; its codes
+ * ---------------------------------------------------------------------------------------------------------- */
+
 /* The loader counts for itself; it starts anew where the next micro batch is not the one after the last: at first,
  * after one that is left out, after going back to a checkpoint. */
-static Err next_pictures(Stage *s, uint64_t micro, const real **images, const int32_t **labels) {
-    LoaderConfig c = {.prep = s->prep, .B = s->batch, .size = s->size, .seed = s->seed, .train = 1, .flip = s->flip};
-    if (!s->loader || s->loader_at != micro) {
-        loader_stop(s->loader);
-        s->loader = NULL;
-        c.step = micro, c.of = s->of, c.first = s->first;
-        TRY(loader_start(&s->loader, &s->train, &c));
+Err next_pictures(Stage *s, uint64_t micro, const real **images) {
+    FirstStage *f = &s->first;
+    const int32_t *labels;
+    LoaderConfig c = {
+        .prep = s->prep, .B = s->batch, .size = s->size, .seed = s->set.seed, .train = 1, .flip = s->set.flip};
+    if (!f->loader || f->loader_at != micro) {
+        loader_stop(f->loader);
+        f->loader = NULL;
+        c.step = micro, c.global_batch = s->global_batch, c.rank_first = s->rank_first;
+        TRY(loader_start(&f->loader, &s->train, &c));
     }
-    s->loader_at = micro + 1;
-    return loader_next(s->loader, images, labels);
-}
-
-static Err vqgan_micro_batch(Stage *s, uint64_t micro, Metrics *out) {
-    const real *images, *xrec;
-    const int32_t *labels, *raw;
-    double codebook;
-    size_t n = s->batch * 3 * s->size * s->size, codes = s->batch * s->N;
-    TRY(next_pictures(s, micro, &images, &labels));
-    TRY(vqgan_forward(s->vqgan, images, s->batch, s->size, s->size, &xrec, &codebook));
-    image_loss(images, xrec, n, s->w_l1 / s->shares, s->w_l2 / s->shares, &out->part[0], &out->part[1], s->dxrec);
-    TRY(add_perceptual(s, images, xrec, s->batch, 1 / s->shares, &out->perceptual, s->dxrec));
-    out->loss = s->w_l1 * out->part[0] + s->w_l2 * out->part[1] + s->w_perceptual * out->perceptual;
-    TRY(gan_generator(s, images, xrec, &out->loss));
-    out->loss += s->w_codebook * codebook;
-    vqgan_latents(s->vqgan, NULL, NULL, &raw);
-    count_codes(s, raw, codes);
-    TRY(vqgan_backward(s->vqgan, s->dxrec, s->w_codebook / s->shares, NULL));
-    return gan_discriminator(s, xrec, &out->loss);
+    f->loader_at = micro + 1;
+    return loader_next(f->loader, images, &labels);
 }
 
 /* vqgan_restart_codes where the latents of the last forward are spread over ranks: the one that has the latent which is
@@ -155,14 +162,15 @@ static Err restart_codes(Stage *s) {
     const size_t latents = s->batch * s->N;
     const real *z;
     real *latent;
-    if (ranks() == 1) return vqgan_restart_codes(s->vqgan, s->usage, s->seed, s->step), OK;
+    if (ranks() == 1) return vqgan_restart_codes(s->vqgan, s->first.usage, s->set.seed, s->step), OK;
     TRY(ranks_agree(params_fetch(s->params)));
     TRY(ranks_agree(mem_alloc(&latent, c->embed_dim, sizeof *latent, "a latent")));
     vqgan_latents(s->vqgan, &z, NULL, NULL);
     Err e = OK;
     for (size_t code = 0; e == OK && code < c->n_embed; code++) {
-        if (s->usage[code]) continue;
-        const size_t pick = vqgan_restart_pick(s->seed, s->step, code, s->of * s->N), owner = pick / latents;
+        if (s->first.usage[code]) continue;
+        const size_t pick = vqgan_restart_pick(s->set.seed, s->step, code, s->global_batch * s->N),
+                     owner = pick / latents;
         const size_t b = pick % latents / s->N, i = pick % s->N;
         for (size_t d = 0; d < c->embed_dim && owner == rank(); d++) latent[d] = z[(b * c->embed_dim + d) * s->N + i];
         e = ranks_broadcast(owner, latent, c->embed_dim * sizeof *latent);
@@ -173,25 +181,29 @@ static Err restart_codes(Stage *s) {
 }
 
 /* Codes that no latent chose for a while are put where latents are, until the last fifth of the run settles them. */
-static Err vqgan_after_step(Stage *s, const char **bad) {
+Err first_after_step(Stage *s, const char **bad) {
     TRY(gan_after_step(s, bad));
     if (*bad) return OK;
-    if (!s->restart_every || s->step % s->restart_every) return OK;
-    if (s->step >= s->steps - s->steps / 5) return OK;
-    if (ranks() > 1) TRY(ranks_sum_counts(s->usage, vqgan_config(s->vqgan)->n_embed));
+    if (!s->set.restart_codes || s->step % s->set.restart_codes) return OK;
+    if (s->step >= s->set.steps - s->set.steps / 5) return OK;
+    if (ranks() > 1) TRY(ranks_sum_counts(s->first.usage, vqgan_config(s->vqgan)->n_embed));
     TRY(restart_codes(s));
-    if (rank() > 0) memset(s->usage, 0, vqgan_config(s->vqgan)->n_embed * sizeof *s->usage);
+    if (rank() > 0) memset(s->first.usage, 0, vqgan_config(s->vqgan)->n_embed * sizeof *s->first.usage);
     return OK;
 }
 
-static Err vqgan_evaluate(Stage *s, Metrics *out) {
+/* ------------------------------------------------------------------------------------------------------------
+ * Evaluation and picture
+ * ---------------------------------------------------------------------------------------------------------- */
+
+Err first_evaluate(Stage *s, Metrics *out) {
     LoaderConfig c = {.prep = s->prep, .B = s->batch < s->val.n ? s->batch : s->val.n, .size = s->size};
     Loader *l = NULL;
     Err e = loader_start(&l, &s->val, &c);
     size_t batches = s->val.n / c.B < 32 ? s->val.n / c.B : 32;
     const size_t n_embed = vqgan_config(s->vqgan)->n_embed;
     memset(out, 0, sizeof *out);
-    memset(s->val_usage, 0, n_embed * sizeof *s->val_usage);
+    memset(s->first.val_usage, 0, n_embed * sizeof *s->first.val_usage);
     for (size_t i = 0; e == OK && i < batches; i++) {
         const real *images, *xrec;
         const int32_t *labels, *raw;
@@ -202,20 +214,21 @@ static Err vqgan_evaluate(Stage *s, Metrics *out) {
         if (e != OK) break;
         image_loss(images, xrec, c.B * 3 * s->size * s->size, 0, 0, &l1, &l2, NULL);
         vqgan_latents(s->vqgan, NULL, NULL, &raw);
-        for (size_t k = 0; k < c.B * s->N; k++) s->val_usage[raw[k]]++;
+        for (size_t k = 0; k < c.B * s->N; k++) s->first.val_usage[raw[k]]++;
         out->part[0] += l1 / (double)batches;
         out->part[1] += l2 / (double)batches;
         out->perceptual += perceptual / (double)batches;
-        out->loss +=
-            (s->w_l1 * l1 + s->w_l2 * l2 + s->w_codebook * codebook + s->w_perceptual * perceptual) / (double)batches;
+        out->loss += (s->set.l1_weight * l1 + s->set.l2_weight * l2 + s->set.codebook_weight * codebook +
+                      s->first.perceptual_weight * perceptual) /
+                     (double)batches;
     }
-    out->codes = code_use(s->val_usage, n_embed);
+    out->codes = code_use(s->first.val_usage, n_embed);
     loader_stop(l);
     return e;
 }
 
 /* Held-out pictures above their reconstructions. */
-static Err vqgan_picture(Stage *s, const char *path) {
+Err first_picture(Stage *s, const char *path) {
     enum { COLUMNS = 8 };
     size_t n = s->val.n < COLUMNS ? s->val.n : COLUMNS, pixels = 3 * s->size * s->size;
     if (n > s->batch) n = s->batch;
@@ -235,40 +248,112 @@ static Err vqgan_picture(Stage *s, const char *path) {
         memcpy(rows + n * pixels, xrec, n * pixels * sizeof *rows);
         e = image_grid(&im, rows, 2 * n, s->size, s->size, n, 2);
     }
-    if (e == OK) e = image_write_png(path, &im, &s->settings);
+    if (e == OK) e = image_write_png(path, &im, &s->recipe);
     loader_stop(l);
     image_free(&im);
     free(rows);
     return e;
 }
 
-Err vqgan_stage(Stage *s) {
+/* ------------------------------------------------------------------------------------------------------------
+ * Building
+ * ---------------------------------------------------------------------------------------------------------- */
+
+static Err first_plan(Stage *s) {
+    const size_t pixels = 3 * s->size * s->size, n_embed = vqgan_config(s->vqgan)->n_embed;
+    FirstStage *f = &s->first;
+    TRY(vqgan_plan(s->vqgan, s->batch, s->size, s->size, 1));
+    TRY(plan_perceptual(s));
+    TRY(gan_plan(s));
+    TRY(mem_alloc(&f->dxrec, s->batch, pixels * sizeof *f->dxrec, "reconstruction gradient"));
+    TRY(mem_alloc(&f->usage, n_embed, sizeof *f->usage, "code usage"));
+    return mem_alloc(&f->val_usage, n_embed, sizeof *f->val_usage, "code usage");
+}
+
+Err first_build(Stage *s) {
     VqganConfig c;
-    TRY(vqgan_config_read(&c, &s->settings, "model.params."));
+    size_t plan = 0, tables = 0; /* bytes where it computes; of other networks' parameters, which the host has too */
+    TRY(vqgan_config_read(&c, &s->recipe, "model.params."));
     TRY(vqgan_create(&s->vqgan, &c, 0));
     s->params = vqgan_params(s->vqgan);
     s->size = c.resolution;
     s->h = s->w = s->size >> (c.levels - 1);
     s->N = s->h * s->w;
-    if (s->train.n == 0) return OK;
-    size_t plan = 0,
-           tables = 0; /* bytes where it computes; of tables beside the first stage's, which the host has too */
-    if (s->opt->cuda) TRY(vqgan_use_cuda(s->vqgan, gpu_precision(s)));
+    if (s->set.cuda) TRY(vqgan_use_cuda(s->vqgan, gpu_precision(s)));
     TRY(vqgan_plan_bytes(s->vqgan, s->batch, s->size, s->size, 1, &plan));
     TRY(open_perceptual(s, &plan, &tables));
     TRY(gan_create(s));
     TRY(gan_plan_bytes(s, &plan, &tables));
-    if (s->opt->cuda) TRY(check_gpu_memory(s, plan + tables));
-    TRY(check_memory(s, 4, s->opt->cuda ? tables : plan + tables, s->batch, 3 * s->size * s->size));
-    TRY(vqgan_plan(s->vqgan, s->batch, s->size, s->size, 1));
-    TRY(plan_perceptual(s));
-    TRY(gan_plan(s));
-    TRY(mem_alloc(&s->dxrec, s->batch * 3 * s->size, s->size * sizeof *s->dxrec, "reconstruction gradient"));
-    TRY(mem_alloc(&s->usage, c.n_embed, sizeof *s->usage, "code usage"));
-    TRY(mem_alloc(&s->val_usage, c.n_embed, sizeof *s->val_usage, "code usage"));
-    s->micro_batch = vqgan_micro_batch;
-    s->evaluate = vqgan_evaluate;
-    s->picture = vqgan_picture;
-    s->after_step = vqgan_after_step;
+    if (s->set.cuda) TRY(check_gpu_memory(s, plan + tables));
+    TRY(check_memory(s, 4, s->set.cuda ? tables : plan + tables, s->batch, 3 * s->size * s->size));
+    return first_plan(s);
+}
+
+void first_free(Stage *s) {
+    FirstStage *f = &s->first;
+    loader_stop(f->loader);
+    gan_free(s);
+    perceptual_free(f->perceptual);
+    void *buffers[] = {f->dxrec, f->usage, f->val_usage};
+    for (size_t i = 0; i < sizeof buffers / sizeof *buffers; i++) free(buffers[i]);
+}
+
+/* ------------------------------------------------------------------------------------------------------------
+ * State and log
+ * ---------------------------------------------------------------------------------------------------------- */
+
+/* An official checkpoint has the discriminator too. */
+Err first_start_from(Stage *s, const Checkpoint *ck) {
+    TRY(params_load(s->params, ck, 'v', ""));
+    return gan_start_from(s, ck);
+}
+
+static void clear_usage(Stage *s) {
+    memset(s->first.usage, 0, vqgan_config(s->vqgan)->n_embed * sizeof *s->first.usage);
+}
+
+/* The counts of all ranks become the first's. */
+Err first_gather(Stage *s, int counts_alone) {
+    if (!counts_alone) TRY(gan_gather(s));
+    if (ranks() == 1) return OK;
+    TRY(ranks_sum_counts(s->first.usage, vqgan_config(s->vqgan)->n_embed));
+    if (rank() > 0) clear_usage(s);
     return OK;
+}
+
+Err first_collect(Stage *s, TensorList *list) {
+    const size_t n = vqgan_config(s->vqgan)->n_embed;
+    TRY(gan_collect_state(s, list));
+    return tensor_list_add(list, "usage", DT_I32, 1, &n, s->first.usage, 0);
+}
+
+Err first_load(Stage *s, const Checkpoint *ck) {
+    TRY(gan_load_state(s, ck));
+    TRY(checkpoint_ints(ck, "usage", vqgan_config(s->vqgan)->n_embed, (int32_t *)s->first.usage));
+    if (rank() > 0) clear_usage(s);
+    return OK;
+}
+
+Err first_collect_weights(Stage *s, TensorList *list) {
+    return tensor_list_params(list, s->params, 'v', "", s->store);
+}
+
+/* disc_loss, g_loss, d_weight, lpips, val_lpips, codes, perplexity, val_codes, val_perplexity */
+int first_log(const Stage *s, char *text, size_t size, const Metrics *m, const Metrics *val) {
+    char gan[128], lpips[32] = "", val_lpips[32] = "", codes[128];
+    gan_log(s, gan, sizeof gan);
+    if (s->first.perceptual) snprintf(lpips, sizeof lpips, "%.6g", m->perceptual);
+    if (s->first.perceptual && val) snprintf(val_lpips, sizeof val_lpips, "%.6g", val->perceptual);
+    log_codes(s, codes, sizeof codes, val);
+    return snprintf(text, size, "%s\t%s\t%s%s", gan, lpips, val_lpips, codes);
+}
+
+/* Pixels span 2, so PSNR = 10 log10(4 / mean square error). */
+void first_print_evaluation(const Stage *s, FILE *to, const Metrics *val, const Metrics *ema) {
+    (void)ema;
+    fprintf(to, "%s step %llu: validation loss %.4f, L1 %.4f, PSNR %.2f dB", s->name, (unsigned long long)s->step,
+            val->loss, val->part[0], 10 * log10(4 / val->part[1]));
+    if (s->first.perceptual) fprintf(to, ", LPIPS %.4f", val->perceptual);
+    print_codes(s, to, &val->codes);
+    fprintf(to, "\n");
 }

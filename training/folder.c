@@ -1,4 +1,8 @@
-/* folder.c - the run's folder: paths in it, notes about it, writing when its disk is full, what a killed run left. */
+/* folder.c - the run's folder: paths in it, its list of damaged pictures, writing when its disk is full, what a killed
+ * run left in it.
+ *
+ * Full disks. Whatever is written is tried again until there is room (retry_when_full): a run of days should not end
+ * because somebody else filled the disk for an hour. */
 #include "training/stage.h"
 
 #include <dirent.h>
@@ -13,7 +17,7 @@
 #include <time.h>
 #include <unistd.h>
 
-void note(const char *fmt, ...) {
+void say_once(const char *fmt, ...) {
     va_list args;
     if (rank() > 0) return;
     va_start(args, fmt);
@@ -22,7 +26,7 @@ void note(const char *fmt, ...) {
 }
 
 const char *run_path(const Stage *s, char out[1100], const char *suffix) {
-    snprintf(out, 1100, "%s/%s%s", s->opt->run, s->name, suffix);
+    snprintf(out, 1100, "%s/%s%s", s->set.run, s->name, suffix);
     return out;
 }
 
@@ -33,7 +37,7 @@ int file_exists(const char *path) {
 
 /* RUN/skipped.txt names the pictures that could not be read, and why. */
 static const char *skipped_path(const Stage *s, char out[1100]) {
-    snprintf(out, 1100, "%s/skipped.txt", s->opt->run);
+    snprintf(out, 1100, "%s/skipped.txt", s->set.run);
     return out;
 }
 
@@ -42,7 +46,7 @@ Err list_damaged(const Stage *s, const Dataset *d) {
     return dataset_damaged(d) ? dataset_write_damaged(d, skipped_path(s, path)) : OK;
 }
 
-/* Where each of several processes met its own: as many as the list has */
+/* How many damaged pictures the list has. Each of several processes knows only those that it met itself. */
 static size_t listed_damaged(const Stage *s) {
     char path[1100];
     size_t lines = 0;
@@ -56,7 +60,7 @@ void say_damaged(const Stage *s) {
     char path[1100];
     size_t n = dataset_damaged(&s->train) + dataset_damaged(&s->val);
     if (ranks() > 1) n = listed_damaged(s);
-    if (s->train_tokens.n) n = s->train.n - s->train_tokens.n + s->val.n - s->val_tokens.n;
+    if (s->all_read) n = s->n_damaged;
     if (n) fprintf(stderr, "damaged pictures skipped: %zu; %s lists them\n", n, skipped_path(s, path));
 }
 
@@ -90,28 +94,28 @@ static void wait_a_little(double wanted) {
     }
 }
 
-/* err_text() with how much is wanted where */
+/* err_text(), how much room is needed, and how much there is */
 static Err no_room(const Stage *s, size_t bytes) {
     char needed[32], left[32] = "unknown";
     struct statvfs disk;
-    if (statvfs(s->opt->run, &disk) == 0) bytes_text(left, (size_t)disk.f_bavail * disk.f_frsize);
-    return err("%s; %s needed in %s, free: %s", err_text(), bytes_text(needed, max_size(bytes, 1 << 20)), s->opt->run,
+    if (statvfs(s->set.run, &disk) == 0) bytes_text(left, (size_t)disk.f_bavail * disk.f_frsize);
+    return err("%s; %s needed in %s, free: %s", err_text(), bytes_text(needed, max_size(bytes, 1 << 20)), s->set.run,
                left);
 }
 
-Err until_room(Stage *s, Err (*write)(Stage *s, void *argument), void *argument, size_t bytes) {
+Err retry_when_full(Stage *s, Err (*write)(Stage *s, void *argument), void *argument, size_t bytes) {
     const double between = pause_seconds();
     for (int tries = 0;; tries++) {
         if (write(s, argument) == OK) {
-            if (tries) fprintf(stderr, "%s: there is room again; training goes on\n", s->opt->run);
+            if (tries) fprintf(stderr, "%s: there is room again; training goes on\n", s->set.run);
             return OK;
         }
         if (!disk_full()) return FAILED;
         no_room(s, bytes);
-        if ((interrupted() || s->opt->no_wait) && state_exists(s))
+        if ((interrupted() || s->set.no_wait) && s->has_state)
             return err("%s; stopped; the checkpoint of step %llu is intact, --resume goes on from it", err_text(),
                        (unsigned long long)s->saved);
-        if (interrupted() || s->opt->no_wait) return err("%s; stopped; there is no checkpoint yet", err_text());
+        if (interrupted() || s->set.no_wait) return err("%s; stopped; there is no checkpoint yet", err_text());
         progress_end();
         if (tries == 0)
             fprintf(stderr, "%s; trying again every %g s, Ctrl-C ends the run (--no-wait: at once)\n", err_text(),
@@ -121,10 +125,10 @@ Err until_room(Stage *s, Err (*write)(Stage *s, void *argument), void *argument,
 }
 
 /* ------------------------------------------------------------------------------------------------------------
- * Leavings
+ * What a killed run left
  * ---------------------------------------------------------------------------------------------------------- */
 
-/* Who left this temporary file of the stage, NAME.tmpPID or NAME.tmpPID-TRY; 0: it is none. */
+/* The process that left this temporary file of the stage, NAME.tmpPID or NAME.tmpPID-TRY; 0: it is no such file. */
 static long leaver(const Stage *s, const char *name) {
     const size_t n = strlen(s->name);
     const char *last = NULL;
@@ -137,19 +141,19 @@ static long leaver(const Stage *s, const char *name) {
     return *end ? 0 : pid;
 }
 
-/* One of our own number is of a process before us, as in a container, where numbers are few. */
+/* A file of our own number was left by a process before us: in a container numbers are few. */
 void remove_leftovers(const Stage *s) {
-    DIR *folder = opendir(s->opt->run);
+    DIR *folder = opendir(s->set.run);
     char path[1400];
     size_t removed = 0;
     for (const struct dirent *f; folder && (f = readdir(folder)) != NULL;) {
         long pid = leaver(s, f->d_name);
         if (pid <= 0 || (pid != (long)getpid() && (kill((pid_t)pid, 0) == 0 || errno != ESRCH))) continue;
-        snprintf(path, sizeof path, "%s/%s", s->opt->run, f->d_name);
+        snprintf(path, sizeof path, "%s/%s", s->set.run, f->d_name);
         removed += unlink(path) == 0;
     }
     if (folder) closedir(folder);
     run_path(s, path, ".state-new.safetensors"); /* one that a kill kept from its place */
     removed += unlink(path) == 0;
-    if (removed) fprintf(stderr, "%s: temporary files of a killed run removed: %zu\n", s->opt->run, removed);
+    if (removed) fprintf(stderr, "%s: temporary files of a killed run removed: %zu\n", s->set.run, removed);
 }

@@ -1,4 +1,4 @@
-/* train_gan.c - the adversarial part of ./train --vqgan (SPEC section 9; Esser et al. 2021, section 3.1): what the
+/* gan.c - the adversarial part of ./train --vqgan (SPEC section 9; Esser et al. 2021, section 3.1): what the
  * recipe says of a discriminator, the generator's share of a micro batch, the discriminator's own, its optimizer, its
  * state.
  *
@@ -48,8 +48,8 @@ static void freeze_encoder(Stage *s) {
     for (size_t i = 0; i < s->params->n; i++)
         for (int k = 0; k < 3; k++)
             if (!strncmp(s->params->row[i].name, frozen[k], strlen(frozen[k]))) s->params->row[i].untrained = 1;
-    s->w_codebook = 0;
-    s->restart_every = 0;
+    s->set.codebook_weight = 0;
+    s->set.restart_codes = 0;
 }
 
 /* Where the perceptual network (LPIPS) is missing: in its place, the distance of the discriminator's features. */
@@ -58,9 +58,9 @@ static Err read_feature_weight(Gan *g, const Config *c, int has_perceptual) {
     TRY(config_real(&perceptual, c, LOSS, "perceptual_weight", 0, 1e6, 1));
     if (perceptual > 0 && !has_perceptual && !config_get(c, "train.", "feature_weight")) {
         g->feature_weight = perceptual;
-        note("perceptual_weight %g without its network: the discriminator's features are matched instead "
-             "(train.feature_weight)\n",
-             perceptual);
+        say_once("perceptual_weight %g without its network: the discriminator's features are matched instead "
+                 "(train.feature_weight)\n",
+                 perceptual);
     }
     return config_real(&g->feature_weight, c, "train.", "feature_weight", 0, 1e6, 1);
 }
@@ -88,59 +88,59 @@ static Err read_gan(Gan *g, const Config *c, int has_perceptual) {
 static Err create_discriminator(Stage *s, Gan *g) {
     DiscConfig c;
     const VqganConfig *v = vqgan_config(s->vqgan);
-    TRY(disc_config_read(&c, &s->settings, LOSS));
+    TRY(disc_config_read(&c, &s->recipe, LOSS));
     if (c.in_channels != v->in_channels || c.in_channels != v->out_ch)
         return err("%sdisc_in_channels is %zu, expected the pictures' %zu", LOSS, c.in_channels, v->out_ch);
     TRY(disc_create(&g->d, &c));
-    if (s->opt->cuda) TRY(disc_use_cuda(g->d, gpu_precision(s)));
+    if (s->set.cuda) TRY(disc_use_cuda(g->d, gpu_precision(s)));
     g->params = disc_params(g->d);
     g->adam = (AdamW){0, 0.5, 0.9, 1e-8, 0};
     return OK;
 }
 
 Err gan_create(Stage *s) {
-    const Config *c = &s->settings;
+    const Config *c = &s->recipe;
     int wanted = config_get(c, LOSS, "disc_start") != NULL, frozen = 0;
     if (!config_get(c, "train.", "codebook_weight"))
-        TRY(config_real(&s->w_codebook, c, LOSS, "codebook_weight", 0, 1e6, 1));
+        TRY(config_real(&s->set.codebook_weight, c, LOSS, "codebook_weight", 0, 1e6, 1));
     TRY(config_flag(&frozen, c, "train.", "freeze_encoder", 1));
-    if (frozen && !s->opt->init && !config_get(c, "train.", "step"))
+    if (frozen && !s->set.init && !config_get(c, "train.", "step"))
         return err("train.freeze_encoder true: the encoder would stay at random; --init names a trained model");
     if (frozen) freeze_encoder(s);
     TRY(config_flag(&wanted, c, "train.", "discriminator", 1));
     if (!wanted) return OK;
-    TRY(mem_alloc(&s->gan, 1, sizeof *s->gan, "discriminator"));
-    TRY(read_gan(s->gan, c, s->perceptual != NULL));
-    return create_discriminator(s, s->gan);
+    TRY(mem_alloc(&s->first.gan, 1, sizeof *s->first.gan, "discriminator"));
+    TRY(read_gan(s->first.gan, c, s->first.perceptual != NULL));
+    return create_discriminator(s, s->first.gan);
 }
 
 void gan_free(Stage *s) {
-    Gan *g = s->gan;
+    Gan *g = s->first.gan;
     if (!g) return;
     disc_free(g->d);
     void *buffers[] = {g->dxrec, g->dlogits, g->dw, g->db, g};
     for (size_t i = 0; i < sizeof buffers / sizeof *buffers; i++) free(buffers[i]);
-    s->gan = NULL;
+    s->first.gan = NULL;
 }
 
 Err gan_plan_bytes(const Stage *s, size_t *plan, size_t *tables) {
     size_t activations;
-    if (!s->gan) return OK;
-    TRY(disc_plan_bytes(s->gan->d, s->batch, s->size, s->size, s->gan->feature_weight > 0, &activations));
+    if (!s->first.gan) return OK;
+    TRY(disc_plan_bytes(s->first.gan->d, s->batch, s->size, s->size, s->first.gan->feature_weight > 0, &activations));
     *plan += activations;
-    *tables += (4 * s->gan->params->total + s->batch * 3 * s->size * s->size) * sizeof(real);
+    *tables += (4 * s->first.gan->params->total + s->batch * 3 * s->size * s->size) * sizeof(real);
     return OK;
 }
 
 Err gan_plan(Stage *s) {
-    Gan *g = s->gan;
+    Gan *g = s->first.gan;
     if (!g) return OK;
     const Param *last = vqgan_last_layer(s->vqgan);
-    note("discriminator: %.2f million parameters, trained from step %zu on, seen from step %zu on\n",
-         (double)params_count(g->params) / 1e6, g->first + 1, g->start + 1);
+    say_once("discriminator: %.2f million parameters, trained from step %zu on, seen from step %zu on\n",
+             (double)params_count(g->params) / 1e6, g->first + 1, g->start + 1);
     TRY(disc_plan(g->d, s->batch, s->size, s->size, g->feature_weight > 0));
     TRY(params_plan(g->params, PLAN_VALUE | PLAN_GRAD | PLAN_ADAM));
-    params_init(g->params, s->seed + 1); /* other numbers than the first stage's */
+    params_init(g->params, s->set.seed + 1); /* other numbers than the first stage's */
     TRY(params_send(g->params));
     TRY(mem_alloc(&g->dxrec, s->batch * 3 * s->size * s->size, sizeof(real), "discriminator: gradient"));
     TRY(mem_alloc(&g->dlogits, disc_logits(g->d), sizeof(real), "discriminator: gradient"));
@@ -158,7 +158,7 @@ static void add_scaled(real *to, const real *x, double scale, size_t n) {
 
 /* |gradient of the weight of the decoder's last layer| */
 static Err last_norm(Stage *s, const real *dxrec, double *norm) {
-    Gan *g = s->gan;
+    Gan *g = s->first.gan;
     const size_t n = vqgan_last_layer(s->vqgan)->size;
     double sum = 0;
     TRY(vqgan_last_gradient(s->vqgan, dxrec, g->dw, g->db));
@@ -171,7 +171,7 @@ static Err last_norm(Stage *s, const real *dxrec, double *norm) {
  * takes. */
 static Err see_reconstruction(Stage *s, double unit, const real *images, const real *xrec, const real **logits,
                               double *loss) {
-    Gan *g = s->gan;
+    Gan *g = s->first.gan;
     if (g->feature_weight > 0) {
         TRY(disc_forward(g->d, images, 0, logits));
         TRY(disc_keep_features(g->d));
@@ -180,13 +180,13 @@ static Err see_reconstruction(Stage *s, double unit, const real *images, const r
     if (g->feature_weight <= 0) return OK;
     *loss += g->feature_weight * disc_feature_loss(g->d);
     TRY(disc_backward(g->d, NULL, g->feature_weight * unit, 0, g->dxrec));
-    add_scaled(s->dxrec, g->dxrec, 1, s->batch * 3 * s->size * s->size);
+    add_scaled(s->first.dxrec, g->dxrec, 1, s->batch * 3 * s->size * s->size);
     return OK;
 }
 
-/* s->dxrec holds the gradient of nll with weight 1/shares. To it and to loss is added what the discriminator says. */
+/* dxrec holds the gradient of nll with weight 1/shares. To it and to loss is added what the discriminator says. */
 Err gan_generator(Stage *s, const real *images, const real *xrec, double *loss) {
-    Gan *g = s->gan;
+    Gan *g = s->first.gan;
     const double unit = 1 / s->shares;
     const real *logits;
     double nll_norm, g_norm;
@@ -200,17 +200,17 @@ Err gan_generator(Stage *s, const real *images, const real *xrec, double *loss) 
     TRY(see_reconstruction(s, unit, images, xrec, &logits, loss));
     const double g_loss = generator_loss(logits, disc_logits(g->d), unit, g->dlogits);
     TRY(disc_backward(g->d, g->dlogits, 0, 0, g->dxrec));
-    TRY(last_norm(s, s->dxrec, &nll_norm));
+    TRY(last_norm(s, s->first.dxrec, &nll_norm));
     TRY(last_norm(s, g->dxrec, &g_norm));
     const double d_weight = g->weight * adaptive_weight(nll_norm / unit, g_norm / unit);
-    add_scaled(s->dxrec, g->dxrec, d_weight * g->factor, s->batch * 3 * s->size * s->size);
+    add_scaled(s->first.dxrec, g->dxrec, d_weight * g->factor, s->batch * 3 * s->size * s->size);
     *loss += d_weight * g->factor * g_loss;
     g->g += unit * g_loss, g->d_weight += unit * d_weight;
     return OK;
 }
 
 static Err judge(Stage *s, const real *pictures, int genuine) {
-    Gan *g = s->gan;
+    Gan *g = s->first.gan;
     const double unit = 1 / s->shares;
     const real *logits;
     TRY(disc_forward(g->d, pictures, 1, &logits));
@@ -220,17 +220,17 @@ static Err judge(Stage *s, const real *pictures, int genuine) {
 
 /* After the first stage's backward; in the official order, the last micro batch's waits for gan_after_step. */
 Err gan_discriminator(Stage *s, const real *xrec, double *loss) {
-    Gan *g = s->gan;
+    Gan *g = s->first.gan;
     if (!g || s->step < g->first) return OK;
-    if (g->official_order && s->micro_index + 1 == s->accumulate) return OK;
+    if (g->official_order && s->micro_index + 1 == s->set.accumulate) return OK;
     TRY(judge(s, g->images, 1));
     TRY(judge(s, xrec, 0));
-    if (!isfinite(g->disc)) *loss = g->disc; /* a bad batch (train_survive.c) */
+    if (!isfinite(g->disc)) *loss = g->disc; /* a bad batch (bad_batches.c) */
     return OK;
 }
 
 static Err judge_anew(Stage *s) {
-    const real *images = s->gan->images, *xrec;
+    const real *images = s->first.gan->images, *xrec;
     double codebook;
     TRY(vqgan_forward(s->vqgan, images, s->batch, s->size, s->size, &xrec, &codebook));
     TRY(judge(s, images, 1));
@@ -239,8 +239,8 @@ static Err judge_anew(Stage *s) {
 
 /* s->step counts the step that has just been made; the learning rate is the first stage's. */
 Err gan_after_step(Stage *s, const char **bad) {
-    Gan *g = s->gan;
-    if (g && s->step == g->start) forget_steps(s);
+    Gan *g = s->first.gan;
+    if (g && s->step == g->start) forget_steps(&s->history);
     if (!g || s->step <= g->first) return OK;
     TRY(ranks_agree(g->official_order ? judge_anew(s) : OK));
     double sums[] = {g->disc, g->g, g->d_weight};
@@ -263,7 +263,7 @@ Err gan_after_step(Stage *s, const char **bad) {
 
 /* What all ranks should have the same of. Not its values: batch norm's buffers are each rank's own, of its pictures. */
 Err gan_gather(const Stage *s) {
-    Params *p = s->gan ? s->gan->params : NULL;
+    Params *p = s->first.gan ? s->first.gan->params : NULL;
     if (!p) return OK;
     TRY(ranks_agree(params_fetch(p)));
     return ranks_same(p->arena[2], p->total * sizeof(real), "moments of the discriminator");
@@ -271,34 +271,35 @@ Err gan_gather(const Stage *s) {
 
 /* Batch norm's buffers are rows of the table: the first rank's, which nothing is computed from in training. */
 Err gan_collect_state(const Stage *s, TensorList *list) {
-    if (!s->gan) return OK;
-    TRY(tensor_list_params(list, s->gan->params, 'v', "value.", DT_F32));
-    TRY(tensor_list_params(list, s->gan->params, '1', "adam.m.", DT_F32));
-    return tensor_list_params(list, s->gan->params, '2', "adam.v.", DT_F32);
+    if (!s->first.gan) return OK;
+    TRY(tensor_list_params(list, s->first.gan->params, 'v', "value.", DT_F32));
+    TRY(tensor_list_params(list, s->first.gan->params, '1', "adam.m.", DT_F32));
+    return tensor_list_params(list, s->first.gan->params, '2', "adam.v.", DT_F32);
 }
 
 Err gan_load_state(Stage *s, const Checkpoint *ck) {
-    if (!s->gan) return OK;
-    TRY(params_load(s->gan->params, ck, 'v', "value."));
-    TRY(params_load(s->gan->params, ck, '1', "adam.m."));
-    TRY(params_load(s->gan->params, ck, '2', "adam.v."));
-    return params_send(s->gan->params);
+    if (!s->first.gan) return OK;
+    TRY(params_load(s->first.gan->params, ck, 'v', "value."));
+    TRY(params_load(s->first.gan->params, ck, '1', "adam.m."));
+    TRY(params_load(s->first.gan->params, ck, '2', "adam.v."));
+    return params_send(s->first.gan->params);
 }
 
 /* An official checkpoint of a first stage has its discriminator too. */
 Err gan_start_from(Stage *s, const Checkpoint *ck) {
-    if (!s->gan || !checkpoint_find(ck, s->gan->params->row[0].name)) return OK;
-    TRY(params_load(s->gan->params, ck, 'v', ""));
-    return params_send(s->gan->params);
+    if (!s->first.gan || !checkpoint_find(ck, s->first.gan->params->row[0].name)) return OK;
+    TRY(params_load(s->first.gan->params, ck, 'v', ""));
+    return params_send(s->first.gan->params);
 }
 
 int gan_log(const Stage *s, char *text, size_t size) {
-    if (!s->gan) return snprintf(text, size, "\t\t\t");
-    return snprintf(text, size, "\t%.6g\t%.6g\t%.6g", s->gan->disc, s->gan->g, s->gan->d_weight);
+    if (!s->first.gan) return snprintf(text, size, "\t\t\t");
+    return snprintf(text, size, "\t%.6g\t%.6g\t%.6g", s->first.gan->disc, s->first.gan->g, s->first.gan->d_weight);
 }
 
-const char *gan_text(const Stage *s, char text[96]) {
+const char *gan_progress(const Stage *s, char text[96]) {
     text[0] = 0;
-    if (s->gan) snprintf(text, 96, " | D %.4f | G %.4f x %.3f", s->gan->disc, s->gan->g, s->gan->d_weight);
+    if (s->first.gan)
+        snprintf(text, 96, " | D %.4f | G %.4f x %.3f", s->first.gan->disc, s->first.gan->g, s->first.gan->d_weight);
     return text;
 }

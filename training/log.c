@@ -1,18 +1,19 @@
-/* log.c - log.tsv, the progress line, what an evaluation says. */
+/* log.c - log.tsv, a line per step; the progress line; evaluations.
+ *
+ * log.tsv is one table for all stages of a run; a column that a stage has nothing for is empty. When a run resumes,
+ * lines that are about to be repeated are dropped. */
 #include "training/stage.h"
 
-#include <math.h>
 #include <stdio.h>
 #include <string.h>
-
-/* ------------------------------------------------------------------------------------------------------------
- * The log: one line per step; when a run resumes, lines that are about to be repeated are dropped
- * ---------------------------------------------------------------------------------------------------------- */
 
 static const char log_header[] =
     "stage\tstep\tloss\thard_or_l1\tsoft_or_l2\tlr\tgrad_norm\timages_per_s\tval\tval_ema\tval_part1_ema\tval_part2_"
     "ema\t"
     "disc_loss\tg_loss\td_weight\tlpips\tval_lpips\tcodes\tperplexity\tval_codes\tval_perplexity\n";
+
+/* The columns from disc_loss on, of a kind of stage that has none of them */
+static const char no_more[] = "\t\t\t\t\t\t\t\t\t";
 
 static Err log_rewind(Stage *s, void *log_path) {
     const char *path = log_path;
@@ -31,65 +32,56 @@ static Err log_rewind(Stage *s, void *log_path) {
     return atomic_close(&out, e);
 }
 
-Err log_open(Stage *s, Progress *p) {
-    snprintf(p->log_path, sizeof p->log_path, "%s/log.tsv", s->opt->run);
-    TRY(until_room(s, log_rewind, p->log_path, 0));
-    p->started = seconds();
-    p->first_step = s->step;
-    return until_room(s, list_skipped, NULL, 0);
+Err log_open(Stage *s, Log *log) {
+    snprintf(log->path, sizeof log->path, "%s/log.tsv", s->set.run);
+    TRY(retry_when_full(s, log_rewind, log->path, 0));
+    log->started = seconds();
+    log->first_step = s->step;
+    return retry_when_full(s, list_skipped, NULL, 0);
 }
 
-static Err log_append(Stage *s, void *p) {
+static Err log_append(Stage *s, void *log) {
     (void)s;
-    const Progress *progress = p;
-    return file_append(progress->log_path, progress->line, strlen(progress->line));
+    const Log *l = log;
+    return file_append(l->path, l->line, strlen(l->line));
 }
 
-Err log_step(Stage *s, Progress *p, const Metrics *m, double lr, double norm, const Metrics *val, const Metrics *ema) {
-    int n = snprintf(p->line, sizeof p->line, "%s\t%llu\t%.6g\t%.6g\t%.6g\t%.6g\t%.6g\t%.1f\t", s->name,
-                     (unsigned long long)s->step, m->loss, m->part[0], m->part[1], lr, norm, p->rate);
+Err log_step(Stage *s, Log *log, const Step *step, const Metrics *val, const Metrics *ema) {
+    const Metrics *m = &step->mean;
+    char *line = log->line;
+    const size_t size = sizeof log->line;
+    size_t n =
+        (size_t)snprintf(line, size, "%s\t%llu\t%.6g\t%.6g\t%.6g\t%.6g\t%.6g\t%.1f\t", s->name,
+                         (unsigned long long)s->step, m->loss, m->part[0], m->part[1], step->lr, step->norm, log->rate);
     if (val)
-        n += snprintf(p->line + n, sizeof p->line - (size_t)n, "%.6g\t%.6g\t%.6g\t%.6g", val->loss, ema->loss,
-                      ema->part[0], ema->part[1]);
+        n += (size_t)snprintf(line + n, size - n, "%.6g\t%.6g\t%.6g\t%.6g", val->loss, ema->loss, ema->part[0],
+                              ema->part[1]);
     else
-        n += snprintf(p->line + n, sizeof p->line - (size_t)n, "\t\t\t");
-    n += gan_log(s, p->line + n, sizeof p->line - (size_t)n);
-    n += log_codes(s, p->line + n, sizeof p->line - (size_t)n, m, val);
-    snprintf(p->line + n, sizeof p->line - (size_t)n, "\n");
-    return until_room(s, log_append, p, 0);
+        n += (size_t)snprintf(line + n, size - n, "\t\t\t");
+    n += (size_t)(s->kind->log ? s->kind->log(s, line + n, size - n, m, val)
+                               : snprintf(line + n, size - n, "%s", no_more));
+    snprintf(line + n, size - n, "\n");
+    return retry_when_full(s, log_append, log, 0);
 }
 
-void show_step(const Stage *s, Progress *p, const Metrics *m, double lr, double norm) {
-    char left[32], gan[96];
-    double per_step = (seconds() - p->started) / (double)(s->step - p->first_step);
-    p->rate = (double)(s->of * s->accumulate) / per_step;
-    duration(left, per_step * (double)(s->steps - s->step));
+void show_step(const Stage *s, Log *log, const Step *step) {
+    char left[32], more[96] = "";
+    const Metrics *m = &step->mean;
+    const double per_step = (seconds() - log->started) / (double)(s->step - log->first_step);
+    log->rate = (double)(s->global_batch * s->set.accumulate) / per_step;
+    duration(left, per_step * (double)(s->set.steps - s->step));
+    if (s->kind->progress) s->kind->progress(s, more);
     progress_line("%s step %llu/%zu | loss %.4f | %s %.4f | %s %.4f%s | lr %.2e | norm %.3f | %.1f images/s | %s left",
-                  s->name, (unsigned long long)s->step, s->steps, m->loss, s->opt->vqgan ? "L1" : "hard", m->part[0],
-                  s->opt->vqgan ? "L2" : "soft", m->part[1], gan_text(s, gan), lr, norm, p->rate, left);
+                  s->name, (unsigned long long)s->step, s->set.steps, m->loss, s->kind->part_name[0], m->part[0],
+                  s->kind->part_name[1], m->part[1], more, step->lr, step->norm, log->rate, left);
 }
 
-/* Evaluates with the weights as they are and, for transitions, with their EMA. */
 Err evaluate_both(Stage *s, Metrics *val, Metrics *ema) {
-    TRY(s->evaluate(s, val));
+    TRY(s->kind->evaluate(s, val));
     *ema = *val;
-    if (s->opt->vqgan) return OK;
+    if (!s->kind->ema) return OK;
     params_swap_ema(s->params);
-    Err e = s->evaluate(s, ema);
+    Err e = s->kind->evaluate(s, ema);
     params_swap_ema(s->params);
     return e;
-}
-
-void print_evaluation(const Stage *s, FILE *to, const Metrics *val, const Metrics *ema) {
-    if (s->opt->vqgan) {
-        /* Pixels span 2, so PSNR = 10 log10(4 / mean square error). */
-        fprintf(to, "%s step %llu: validation loss %.4f, L1 %.4f, PSNR %.2f dB", s->name, (unsigned long long)s->step,
-                val->loss, val->part[0], 10 * log10(4 / val->part[1]));
-        if (s->perceptual) fprintf(to, ", LPIPS %.4f", val->perceptual);
-        print_codes(s, to, &val->codes);
-        fprintf(to, "\n");
-        return;
-    }
-    fprintf(to, "%s step %llu: validation, nats per token: hard %.4f soft %.4f; with EMA: hard %.4f soft %.4f\n",
-            s->name, (unsigned long long)s->step, val->part[0], val->part[1], ema->part[0], ema->part[1]);
 }

@@ -7,21 +7,22 @@
 /* Before anything large is allocated: `arenas` arrays as large as all parameters, the network's plan (bytes), other
  * buffers (rows x columns). */
 Err check_memory(Stage *s, size_t arenas, size_t plan, size_t rows, size_t columns) {
-    TRY(size_mul(&s->state_bytes, s->params->total, arenas * sizeof(real)));
-    if (s->bf16_states) s->state_bytes -= s->params->total * 2 * (sizeof(real) - sizeof(uint16_t));
-    TRY(size_mul(&s->activation_bytes, rows, columns));
-    TRY(size_mul(&s->activation_bytes, s->activation_bytes, sizeof(real)));
-    s->activation_bytes += plan;
-    s->available = memory_available();
-    if (s->available != SIZE_MAX) s->available /= ranks_local();
+    TRY(size_mul(&s->memory.state, s->params->total, arenas * sizeof(real)));
+    if (s->set.bf16_states) s->memory.state -= s->params->total * 2 * (sizeof(real) - sizeof(uint16_t));
+    TRY(size_mul(&s->memory.activations, rows, columns));
+    TRY(size_mul(&s->memory.activations, s->memory.activations, sizeof(real)));
+    s->memory.activations += plan;
+    s->memory.available = memory_available();
+    if (s->memory.available != SIZE_MAX) s->memory.available /= ranks_local();
     char what[160], state[32], activations[32];
     snprintf(what, sizeof what, "%s: parameters, gradients and optimizer %s, activations %s", s->name,
-             bytes_text(state, s->state_bytes), bytes_text(activations, s->activation_bytes));
-    return memory_fits(s->state_bytes + s->activation_bytes, s->available, what, "a smaller --batch takes less");
+             bytes_text(state, s->memory.state), bytes_text(activations, s->memory.activations));
+    return memory_fits(s->memory.state + s->memory.activations, s->memory.available, what,
+                       "a smaller --batch takes less");
 }
 
 Precision gpu_precision(const Stage *s) {
-    return strcmp(s->opt->precision, "bf16") ? PRECISION_F32 : PRECISION_BF16;
+    return strcmp(s->set.precision, "bf16") ? PRECISION_F32 : PRECISION_BF16;
 }
 
 /* Values, gradients, moments (or in bf16) and moving average in float, and in bf16 the values again; the network's
@@ -29,10 +30,11 @@ Precision gpu_precision(const Stage *s) {
 Err check_gpu_memory(Stage *s, size_t plan) {
     const int bf16 = gpu_precision(s) == PRECISION_BF16;
     char what[160], state[32], activations[32];
-    const size_t moment = s->bf16_states ? sizeof(uint16_t) : sizeof(float);
-    s->gpu_state = s->params->total * (3 * sizeof(float) + 2 * moment + (bf16 ? 2 : 0)), s->gpu_activations = plan;
-    TRY(cuda_find(NULL, &s->gpu_available, NULL));
+    const size_t moment = s->set.bf16_states ? sizeof(uint16_t) : sizeof(float);
+    s->gpu_memory.state = s->params->total * (3 * sizeof(float) + 2 * moment + (bf16 ? 2 : 0)),
+    s->gpu_memory.activations = plan;
+    TRY(cuda_find(NULL, &s->gpu_memory.available, NULL));
     snprintf(what, sizeof what, "%s on the GPU: parameters, gradients and optimizer %s, activations %s", s->name,
-             bytes_text(state, s->gpu_state), bytes_text(activations, plan));
-    return memory_fits(s->gpu_state + plan, s->gpu_available, what, "a smaller --batch takes less");
+             bytes_text(state, s->gpu_memory.state), bytes_text(activations, plan));
+    return memory_fits(s->gpu_memory.state + plan, s->gpu_memory.available, what, "a smaller --batch takes less");
 }

@@ -5,70 +5,83 @@
 #include <stdlib.h>
 #include <string.h>
 
-static Err draw_picture(Stage *s, void *view) {
-    char suffix[40], path[1100];
-    snprintf(suffix, sizeof suffix, "-%06llu.png", (unsigned long long)s->step);
-    run_path(s, path, suffix);
-    if (!s->opt->vqgan) params_swap_ema(s->params);
-    Err e = s->picture(s, path);
-    if (!s->opt->vqgan) params_swap_ema(s->params);
-    return e == OK ? view_picture(s, view, path) : e;
-}
-
 int due(uint64_t step, size_t every, size_t last) {
     return every && (step % every == 0 || step == last);
 }
 
-/* What is seen of a run is the first rank's work: at its beginning and after it went back; of a step. */
-Err begin_report(Stage *s, Progress *p, View *v) {
-    if (rank() > 0) return OK;
-    TRY(log_open(s, p));
-    return until_room(s, view_open, v, 0);
+static Err begin(Stage *s, Report *r) {
+    TRY(log_open(s, &r->log));
+    return retry_when_full(s, view_open, &r->view, 0);
 }
 
-Err report_step(Stage *s, Progress *p, View *v, const Metrics *m, double lr, double norm) {
+Err report_begin(Stage *s, Report *r) {
+    return ranks_agree(rank() == 0 ? begin(s, r) : OK);
+}
+
+/* A transition's is drawn with the weights that it will be sampled with. */
+static Err draw_picture(Stage *s, void *view) {
+    char suffix[40], path[1100];
+    snprintf(suffix, sizeof suffix, "-%06llu.png", (unsigned long long)s->step);
+    run_path(s, path, suffix);
+    if (s->kind->ema) params_swap_ema(s->params);
+    Err e = s->kind->picture(s, path);
+    if (s->kind->ema) params_swap_ema(s->params);
+    return e == OK ? view_picture(s, view, path) : e;
+}
+
+/* The first rank evaluates, writes the line of the log, shows it, keeps the best weights, draws. */
+static Err show_and_log(Stage *s, Report *r, const Step *step) {
     Metrics val, ema;
-    v->evaluated = due(s->step, s->opt->eval_every, s->steps);
-    show_step(s, p, m, lr, norm);
-    if (v->evaluated) {
+    r->view.evaluated = due(s->step, s->set.eval_every, s->set.steps);
+    show_step(s, &r->log, step);
+    if (r->view.evaluated) {
         TRY(evaluate_both(s, &val, &ema));
         progress_end();
-        print_evaluation(s, stderr, &val, &ema);
+        s->kind->print_evaluation(s, stderr, &val, &ema);
     }
-    TRY(log_step(s, p, m, lr, norm, v->evaluated ? &val : NULL, &ema));
-    TRY(until_room(s, view_step, v, 0));
-    if (v->evaluated) TRY(save_best(s, &ema));
-    return due(s->step, s->opt->picture_every, s->steps) ? until_room(s, draw_picture, v, 0) : OK;
+    TRY(log_step(s, &r->log, step, r->view.evaluated ? &val : NULL, &ema));
+    TRY(retry_when_full(s, view_step, &r->view, 0));
+    if (r->view.evaluated) TRY(save_best(s, &ema));
+    return due(s->step, s->set.picture_every, s->set.steps) ? retry_when_full(s, draw_picture, &r->view, 0) : OK;
+}
+
+Err report_step(Stage *s, Report *r, const Step *step) {
+    if (s->kind->gather && due(s->step, s->set.eval_every, s->set.steps)) TRY(s->kind->gather(s, 1));
+    return ranks_agree(rank() == 0 ? show_and_log(s, r, step) : OK);
+}
+
+Err report_end(Stage *s, Report *r) {
+    return ranks_agree(rank() == 0 ? retry_when_full(s, view_close, &r->view, 0) : OK);
 }
 
 static void say_gpu(const Stage *s) {
     char text[CUDA_TEXT_BYTES], state[32], activations[32], available[32];
     check(cuda_find(text, NULL, NULL));
-    fprintf(stderr, "device: %s; %s, %s (--device cpu: the processor)\n", text, s->name, s->opt->precision);
+    fprintf(stderr, "device: %s; %s, %s (--device cpu: the processor)\n", text, s->name, s->set.precision);
     fprintf(stderr, "GPU memory: parameters, gradients and optimizer %s, activations %s; %s was free\n",
-            bytes_text(state, s->gpu_state), bytes_text(activations, s->gpu_activations),
-            bytes_text(available, s->gpu_available));
+            bytes_text(state, s->gpu_memory.state), bytes_text(activations, s->gpu_memory.activations),
+            bytes_text(available, s->gpu_memory.available));
 }
 
 void say_start(Stage *s) {
     if (ranks() > 1)
         fprintf(stderr, "%zu processes, each takes %zu of the %zu pictures of a micro batch, with %d threads\n",
-                ranks(), s->batch, s->of, threads_get());
-    if (s->opt->cuda)
+                ranks(), s->batch, s->global_batch, threads_get());
+    if (s->set.cuda)
         say_gpu(s);
     else
         say_cpu();
     fprintf(stderr,
             "%s: %.2f million parameters, %zu pictures (%zu held out), batch %zu x %zu, %zu steps, seed %llu, %d "
             "threads, %s\n",
-            s->name, (double)params_count(s->params) / 1e6, s->train.n, s->val.n, s->of, s->accumulate, s->steps,
-            (unsigned long long)s->seed, threads_get(), vector_instructions());
+            s->name, (double)params_count(s->params) / 1e6, s->train.n, s->val.n, s->global_batch, s->set.accumulate,
+            s->set.steps, (unsigned long long)s->set.seed, threads_get(), vector_instructions());
     char state[32], activations[32], available[32];
     fprintf(stderr, "memory: parameters, gradients and optimizer%s %s, activations %s; %s available\n",
-            s->bf16_states ? " (in bf16)" : "", bytes_text(state, s->state_bytes),
-            bytes_text(activations, s->activation_bytes),
-            s->available == SIZE_MAX ? "unknown how much is" : bytes_text(available, s->available));
-    if (s->train_tokens.n) say_damaged(s);
+            s->set.bf16_states ? " (in bf16)" : "", bytes_text(state, s->memory.state),
+            bytes_text(activations, s->memory.activations),
+            s->memory.available == SIZE_MAX ? "unknown how much is" : bytes_text(available, s->memory.available));
+    if (s->all_read) say_damaged(s);
     say_disk(s);
     if (s->step) fprintf(stderr, "%s: continuing after step %llu\n", s->name, (unsigned long long)s->step);
 }
@@ -91,20 +104,8 @@ static void say_option(const char *option, const char *value) {
     say_word(value);
 }
 
-/* How many scales the model has. Of the settings of a transition, for those of a first stage do not say. */
-Err count_scales(const Options *o, const Config *settings, size_t *T) {
-    Config recipe = {0};
-    char path[1100];
-    if (settings && config_get(settings, "model.params.", "n_scales"))
-        return config_size(T, settings, "model.params.", "n_scales", 1, MAX_SCALES, 0);
-    Err e = recipe_read(&recipe, recipe_path(o, path), 1);
-    if (e == OK) e = config_size(T, &recipe, "model.params.", "n_scales", 1, MAX_SCALES, 0);
-    config_free(&recipe);
-    return e;
-}
-
 /* Has the run weights of this scale, trained to the end? Those of unknown history are. */
-static int is_finished(const Options *o, size_t scale) {
+static int is_finished(const Settings *o, size_t scale) {
     char path[1100];
     Checkpoint ck;
     size_t step = 0, steps = 0;
@@ -118,17 +119,17 @@ static int is_finished(const Options *o, size_t scale) {
 }
 
 /* The folder of ./train, where ./sample is too; "" when the shell looks for both */
-int program_folder(const Options *o) {
+int program_folder(const Settings *o) {
     const char *slash = strrchr(o->program, '/');
     return slash ? (int)(slash - o->program) + 1 : 0;
 }
 
 /* The next command, as it can be typed: the first scale that is not trained, then ./sample. */
 static void say_next(const Stage *s) {
-    const Options *o = s->opt;
+    const Settings *o = &s->set;
     size_t T = 1, next = 1;
     char word[1100];
-    if (count_scales(o, o->vqgan ? NULL : &s->settings, &T) != OK) T = 1;
+    if (count_scales(o, o->vqgan ? NULL : &s->recipe, &T) != OK) T = 1;
     while (!o->joint && next <= T && is_finished(o, next)) next++;
     fprintf(stderr, "next:");
     if (o->joint || next > T) {
@@ -152,15 +153,15 @@ static void say_next(const Stage *s) {
 }
 
 void say_end(const Stage *s) {
-    if (!s->train_tokens.n) say_damaged(s);
-    if (s->step < s->steps) {
+    if (!s->all_read) say_damaged(s);
+    if (s->step < s->set.steps) {
         fprintf(stderr, "stopped after step %llu, everything is saved; --resume continues\n",
                 (unsigned long long)s->step);
         return;
     }
     char path[1100];
     printf("%s\n", run_path(s, path, ".safetensors"));
-    if (!s->opt->all) say_next(s);
+    if (!s->set.all) say_next(s);
 }
 
 /* While this process waits for others: what to make of it if one was lost and the launcher is about to end the rest. */

@@ -1,4 +1,4 @@
-/* train_schedule.c - ./train --schedule psim: scales that are equally far apart to look at (SPEC section 3; the
+/* schedule.c - ./train --schedule psim: scales that are equally far apart to look at (SPEC section 3; the
  * released models' *_PSIM schedules are of this kind).
  *
  * The tokens of held-out pictures (training pictures, where fewer than PICTURES are held out) are noised until a share
@@ -7,7 +7,7 @@
  * (schedule_from_curve in diffusion.c).
  *
  * The metric is a plain feature distance, not a trained perceptual one: both pictures go through the first stage's own
- * encoder; at each cell, features are scaled to length one; mean over cells of the squared distance, 0..4. */
+ * encoder; at each position, features are scaled to length one; mean over positions of the squared distance, 0..4. */
 #include "training/stage.h"
 
 #include <math.h>
@@ -49,10 +49,10 @@ static void free_measure(Measure *m) {
 static Err features_of(Measure *m, const int32_t *tokens, real *features) {
     Stage *s = m->s;
     TRY(vqgan_decode_tokens(s->vqgan, tokens, m->B, s->h, s->w, m->images));
-    return vqgan_encode(s->vqgan, m->images, m->B, s->size, s->size, s->seed, features, NULL, NULL);
+    return vqgan_encode(s->vqgan, m->images, m->B, s->size, s->size, s->set.seed, features, NULL, NULL);
 }
 
-/* Of picture b: mean over cells of |f/|f| - g/|g||^2 */
+/* Of picture b: mean over positions of |f/|f| - g/|g||^2 */
 static double distance(const Measure *m, size_t b) {
     const size_t N = m->s->N;
     const real *f = m->wanted + b * m->C * N, *g = m->got + b * m->C * N;
@@ -79,7 +79,7 @@ static Err measure_batch(Measure *m, size_t first, size_t rows, size_t n) {
     for (int p = 1; p < POINTS && !interrupted(); p++) { /* at 0 nothing is noise */
         memcpy(m->noisy, m->clean, m->B * s->N * sizeof *m->noisy);
         for (size_t b = 0; b < m->B; b++)
-            noise_step(m->noisy + b * s->N, s->N, s->K, 1 - alphacum_at(p), s->seed,
+            noise_step(m->noisy + b * s->N, s->N, s->K, 1 - alphacum_at(p), s->set.seed,
                        rng_stream(RNG_NOISE, 0, first + b), 0);
         TRY(features_of(m, m->noisy, m->got));
         for (size_t b = 0; b < rows; b++) m->metric[p] += distance(m, b) / (double)n;
@@ -98,7 +98,7 @@ static Err measure_pictures(Measure *m, const Dataset *d, size_t n) {
         const real *images;
         const int32_t *labels;
         e = loader_next(l, &images, &labels);
-        if (e == OK) e = vqgan_encode(s->vqgan, images, m->B, s->size, s->size, s->seed, NULL, NULL, m->clean);
+        if (e == OK) e = vqgan_encode(s->vqgan, images, m->B, s->size, s->size, s->set.seed, NULL, NULL, m->clean);
         if (e == OK) e = measure_batch(m, first, min_size(m->B, n - first), n);
     }
     progress_end();
@@ -127,7 +127,7 @@ static Err write_curve(const Measure *m, size_t n, const char *path) {
     int at = snprintf(text, sizeof text,
                       "# alphacum, metric: feature distance (the first stage's encoder, unit features) of noised and "
                       "clean\n# reconstructions, mean over %zu %s pictures of %.1000s, seed %llu; %zu of %d points\n",
-                      n, m->what, m->s->opt->data, (unsigned long long)m->s->seed, kept, POINTS);
+                      n, m->what, m->s->set.data, (unsigned long long)m->s->set.seed, kept, POINTS);
     for (int p = 0; p < POINTS; p++)
         if (keep[p]) at += snprintf(text + at, sizeof text - (size_t)at, "%.9g %.9g\n", alphacum_at(p), m->metric[p]);
     AtomicFile f;
@@ -140,7 +140,7 @@ static Err say_schedule(const Stage *s, const char *path) {
     char redraw[1200];
     Schedule made;
     size_t T = 0;
-    TRY(config_size(&T, &s->settings, "model.params.", "n_scales", 1, MAX_SCALES, 0));
+    TRY(config_size(&T, &s->recipe, "model.params.", "n_scales", 1, MAX_SCALES, 0));
     snprintf(redraw, sizeof redraw, "curve:%s", path);
     TRY(schedule_make(&made, redraw, (int)T));
     printf("scale\tbeta\talphacum\n");
@@ -152,16 +152,16 @@ static Err say_schedule(const Stage *s, const char *path) {
 
 Err metric_schedule(Stage *s) {
     char vqgan_path[1100], path[1100];
-    TRY(dataset_open_lists(&s->val, s->opt->data, s->opt->list, s->opt->val_list, SPLIT_VAL));
-    TRY(dataset_open_lists(&s->train, s->opt->data, s->opt->list, s->opt->val_list, SPLIT_TRAIN));
+    TRY(dataset_open_lists(&s->val, s->set.data, s->set.list, s->set.val_list, SPLIT_VAL));
+    TRY(dataset_open_lists(&s->train, s->set.data, s->set.list, s->set.val_list, SPLIT_TRAIN));
     const int enough = s->val.n >= PICTURES;
-    TRY(make_folder(s->opt->run));
-    TRY(copy_vqgan(s));
-    TRY(open_vqgan(s, vqgan_path));
+    TRY(make_folder(s->set.run));
+    TRY(copy_first_stage(s));
+    TRY(open_first_stage(s, vqgan_path));
     const size_t n = min_size(enough ? s->val.n : s->train.n, PICTURES);
     Measure m = {.s = s, .B = min_size(n, AT_ONCE), .C = vqgan_config(s->vqgan)->embed_dim};
     m.what = enough ? "held-out" : "training";
-    snprintf(path, sizeof path, "%s/psim.txt", s->opt->run);
+    snprintf(path, sizeof path, "%s/psim.txt", s->set.run);
     catch_interrupts();
     Err e = measure_buffers(&m);
     if (e == OK) e = measure_pictures(&m, enough ? &s->val : &s->train, n);

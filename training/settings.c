@@ -1,149 +1,46 @@
-/* settings.c - the options of ./train, and a stage's settings: the recipe's lines, then what the user said. */
+/* settings.c - what a stage is trained with: one table of all options and recipe keys.
+ *
+ * A row of `table` is all there is to know of a setting: its option, its key in the recipe, its place in Settings, its
+ * kind, what holds where nobody says anything, its range, its help. From the rows come the command line (settings_parse),
+ * what the user gave written over the recipe (apply_given), and both read into Settings (settings_read): so that the
+ * recipe, as a state file keeps it, is what the run is trained with. What is more than one number stands behind the
+ * table: which options exclude each other, batch and processes, the learning-rate rule, the device. */
 #include "training/stage.h"
 
+#include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
-const char *recipe_path(const Options *o, char out[1100]) {
-    if (o->config)
-        snprintf(out, 1100, "%s", o->config);
-    else if (strchr(o->model, '/'))
-        snprintf(out, 1100, "%s/config.txt", o->model);
-    else
-        snprintf(out, 1100, "models/%s.txt", o->model);
-    return out;
-}
+typedef struct {
+    OptionKind kind;
+    const char *option, *value; /* as Option; NULL: the recipe alone says it */
+    const char *prefix, *key;   /* in the recipe; NULL: the user alone says it */
+    size_t place;               /* in Settings */
+    double usual;               /* where nobody says anything; NEEDED: somebody must */
+    double least, most;
+    const char *help;
+} Setting;
 
-/* The part of the recipe that this stage is trained by */
-Err read_recipe(Stage *s) {
-    const Options *o = s->opt;
-    char path[1100];
-    recipe_path(o, path);
-    if (!file_exists(path))
-        return err("%s: no such recipe; --config FILE names one (models/emoji.txt is an example)", path);
-    return recipe_read(&s->settings, path, o->vqgan ? RECIPE_VQGAN : o->joint ? 0 : (int)o->scale);
-}
+#define NEEDED (-1.0)
+#define AT(field) offsetof(Settings, field)
+#define HEADING(text)                                                                                                  \
+    { OPT_HEADING, text }
+/* The user alone says it: a flag, a text, a number */
+#define FLAG(option, field, help)                                                                                      \
+    { OPT_FLAG, option, NULL, NULL, NULL, AT(field), 0, 0, 1, help }
+#define TEXT(option, value, field, help)                                                                               \
+    { OPT_STRING, option, value, NULL, NULL, AT(field), 0, 0, 0, help }
+#define COUNT(option, field, usual, least, most, help)                                                                 \
+    { OPT_SIZE, option, "N", NULL, NULL, AT(field), usual, least, most, help }
+/* The recipe alone says it */
+#define RECIPE(kind, prefix, key, field, usual, least, most)                                                           \
+    { kind, NULL, NULL, prefix, key, AT(field), usual, least, most, NULL }
 
-static const char LR[] = "model.params.scheduler_config.params.";
+#define LR "model.params.scheduler_config.params."
+#define HUGE_NUMBER 9e15 /* whole numbers up to here are exact */
 
-/* What the user gave goes over the recipe; --steps alone also fits warm-up and decay to the shorter run. */
-Err apply_options(Stage *s) {
-    const Options *o = s->opt;
-    Config *c = &s->settings;
-    if (o->steps != NOT_GIVEN) {
-        size_t warm = o->steps;
-        TRY(config_size(&warm, c, LR, "warm_up_steps", 0, SIZE_MAX / 2, 1));
-        TRY(config_set(c, "train.steps", "%zu", o->steps));
-        TRY(config_set(c, "model.params.scheduler_config.params.max_decay_steps", "%zu", o->steps));
-        TRY(config_set(c, "model.params.scheduler_config.params.warm_up_steps", "%zu",
-                       warm < o->steps / 10 ? warm : o->steps / 10));
-    }
-    if (o->lr > 0) {
-        TRY(config_set(c, "model.params.scheduler_config.params.lr_max", "%.17g", o->lr));
-        TRY(config_set(c, "model.base_learning_rate", "none"));
-    }
-    if (o->batch != NOT_GIVEN) TRY(config_set(c, "data.params.batch_size", "%zu", o->batch));
-    if (o->accumulate != NOT_GIVEN)
-        TRY(config_set(c, "lightning.trainer.accumulate_grad_batches", "%zu", o->accumulate));
-    if (o->alpha >= 0) TRY(config_set(c, "model.params.alpha", "%.17g", o->alpha));
-    if (o->label_dropout >= 0) TRY(config_set(c, "train.label_dropout", "%.17g", o->label_dropout));
-    if (o->seed != NOT_GIVEN) TRY(config_set(c, "train.seed", "%zu", o->seed));
-    if (o->bf16_states) TRY(config_set(c, "train.bf16_states", "true"));
-    if (o->balance) TRY(config_set(c, "train.balance_classes", "true"));
-    if (o->store) TRY(config_set(c, "imagebart.store", "%s", o->store));
-    return OK;
-}
-
-/* `batch` of the settings is of a rank if the user or the recipe says it, of all ranks as a state file keeps it: so
- * that a run may go on with another number of ranks. given: of a rank. */
-static Err share_batch(Stage *s, int given) {
-    const size_t saved = s->batch;
-    if (!given && saved % ranks())
-        return err("%s: a micro batch of %zu pictures, as the run was trained, cannot be shared evenly by %zu "
-                   "processes; --batch says how many each is to take",
-                   s->name, saved, ranks());
-    s->batch = given ? saved : saved / ranks();
-    s->of = s->batch * ranks(), s->first = s->batch * rank(), s->shares = (double)(s->accumulate * ranks());
-    return config_set(&s->settings, "data.params.batch_size", "%zu", s->of);
-}
-
-Err read_settings(Stage *s, int continuing) {
-    const Config *c = &s->settings;
-    const char *store = config_get(c, "imagebart.", "store");
-    size_t seed = 23, huge = SIZE_MAX / 2; /* 23: the official default */
-    double base = 0;
-    const int is_vqgan = s->opt->vqgan;
-    s->batch = 16, s->accumulate = 1, s->steps = 0;
-    s->adam = (AdamW){0, is_vqgan ? 0.5 : 0.9, is_vqgan ? 0.9 : 0.95, 1e-8, 1};
-    s->lr = (LrSchedule){2.5e-6, 1e-4, 1e-8, 0, 0};
-    s->ema_decay = 0.9999;
-    s->w_l1 = s->w_l2 = s->w_codebook = 1;
-    survive_defaults(s);
-    TRY(config_size(&s->batch, c, "data.params.", "batch_size", 1, 1 << 20, 1));
-    TRY(config_size(&s->accumulate, c, "lightning.trainer.", "accumulate_grad_batches", 1, 65536, 1));
-    TRY(share_batch(s, !continuing || s->opt->batch != NOT_GIVEN));
-    TRY(config_size(&s->steps, c, "train.", "steps", 1, UINT32_MAX, 0));
-    TRY(config_size(&seed, c, "train.", "seed", 0, huge, 1));
-    TRY(config_flag(&s->flip, c, "train.", "flip", 1));
-    TRY(config_flag(&s->balance, c, "train.", "balance_classes", 1));
-    TRY(config_flag(&s->bf16_states, c, "train.", "bf16_states", 1));
-    TRY(config_size(&s->restart_every, c, "train.", "restart_codes", 0, huge, 1));
-    TRY(config_real(&s->w_l1, c, "train.", "l1_weight", 0, 1e6, 1));
-    TRY(config_real(&s->w_l2, c, "train.", "l2_weight", 0, 1e6, 1));
-    TRY(config_real(&s->w_codebook, c, "train.", "codebook_weight", 0, 1e6, 1));
-    TRY(config_real(&s->ema_decay, c, "train.", "ema_decay", 0, 1, 1));
-    TRY(config_real(&s->spike, c, "train.", "spike", 0, 1e6, 1));
-    TRY(config_real(&s->adam.decay_scale, c, "train.", "weight_decay_scale", 0, 1e6, 1));
-    TRY(config_real(&s->alpha, c, "model.params.", "alpha", 0, 1, 1));
-    TRY(config_real(&s->label_dropout, c, "train.", "label_dropout", 0, 1, 1));
-    TRY(config_real(&s->lr.lr_start, c, LR, "lr_start", 0, 10, 1));
-    TRY(config_real(&s->lr.lr_max, c, LR, "lr_max", 0, 10, 1));
-    TRY(config_real(&s->lr.lr_min, c, LR, "lr_min", 0, 10, 1));
-    TRY(config_real(&s->lr.warm_up_steps, c, LR, "warm_up_steps", 0, 1e12, 1));
-    s->lr.max_decay_steps = (double)s->steps;
-    TRY(config_real(&s->lr.max_decay_steps, c, LR, "max_decay_steps", 1, 1e12, 1));
-    const char *base_text = config_get(c, "model.", "base_learning_rate");
-    s->lr_scale = 1;
-    if (base_text && strcmp(base_text, "none")) {
-        TRY(config_real(&base, c, "model.", "base_learning_rate", 0, 10, 0));
-        s->lr_scale = base * (double)(s->of * s->accumulate);
-    }
-    TRY(config_flag(&s->compact, c, "imagebart.", "compact", 1));
-    s->store = DT_F32, s->seed = seed;
-    if (store && dtype_of_store(&s->store, store) != OK) return err_in("imagebart.store");
-    return prep_read(&s->prep, c);
-}
-
-/* Pictures in a step as the settings have it */
-size_t pictures_per_step(const Stage *s) {
-    size_t batch = 16, accumulate = 1;
-    if (config_size(&batch, &s->settings, "data.params.", "batch_size", 1, SIZE_MAX / 2, 1) != OK ||
-        config_size(&accumulate, &s->settings, "lightning.trainer.", "accumulate_grad_batches", 1, 65536, 1) != OK)
-        return 0;
-    return batch * accumulate;
-}
-
-/* A run goes on where it was, unless the user says otherwise: bits differ from one device to another. */
-static const char *device_name(const Options *o) {
-    return !o->cuda ? "cpu" : strcmp(o->precision, "bf16") ? "cuda f32" : "cuda bf16";
-}
-
-Err settle_device(Stage *s, Options *o, int continuing) {
-    const char *before = continuing ? config_get(&s->settings, "train.", "device") : NULL;
-    if (before && !o->device) {
-        o->cuda = strncmp(before, "cuda", 4) == 0;
-        if (o->cuda && !o->precision) o->precision = strcmp(before, "cuda f32") ? "bf16" : "f32";
-        if (o->cuda) TRY(cuda_find(NULL, NULL, NULL));
-    }
-    if (!o->precision) o->precision = "bf16";
-    if (before && rank() == 0 && strcmp(before, device_name(o)))
-        fprintf(stderr, "%s: trained on %s so far, from here on on %s: another run than without the change\n", s->name,
-                before, device_name(o));
-    return config_set(&s->settings, "train.device", "%s", device_name(o));
-}
-
-const char train_intro[] =
+static const char intro[] =
     "usage: ./train [MODEL] (--vqgan | --scale N | --joint | --all) [options]\n\n"
     "Trains one part of an ImageBART model. Three steps make a model:\n"
     "  1. ./train emoji --vqgan --data data/emoji    a VQGAN learns to write a picture as a grid of tokens and back\n"
@@ -153,106 +50,120 @@ const char train_intro[] =
     "--all does all three; killed, it goes on where it was. Everything is kept in the run's folder: weights,\n"
     "checkpoints, log.tsv, loss.svg and, as training goes on, pictures of held-out examples.\n";
 
-Options options = {.model = "emoji",
-                   .steps = NOT_GIVEN,
-                   .batch = NOT_GIVEN,
-                   .accumulate = NOT_GIVEN,
-                   .seed = NOT_GIVEN,
-                   .save_every = 100,
-                   .eval_every = 500,
-                   .picture_every = 500,
-                   .keep = 2,
-                   .alpha = -1,
-                   .label_dropout = -1};
-
-const Option option_table[] = {
-    {OPT_HEADING, "Arguments", NULL, NULL, 0, 0, NULL},
-    {OPT_ARGUMENT, "MODEL", NULL, &options.model, 0, 0,
+static const Setting table[] = {
+    HEADING("Arguments"),
+    {OPT_ARGUMENT, "MODEL", NULL, NULL, NULL, AT(model), 0, 0, 0,
      "its recipe, models/MODEL.txt: emoji (default), photos, ffhq ...; or a folder with\nconfig.txt"},
 
-    {OPT_HEADING, "What to train (one of)", NULL, NULL, 0, 0, NULL},
-    {OPT_FLAG, "--vqgan", NULL, &options.vqgan, 0, 0, "the first stage: pictures to tokens and back"},
-    {OPT_SIZE, "--scale", "N", &options.scale, 1, MAX_SCALES, "the transition x_N -> x_(N-1)"},
-    {OPT_FLAG, "--joint", NULL, &options.joint, 0, 0, "all transitions in one network, a random scale each step"},
-    {OPT_FLAG, "--all", NULL, &options.all, 0, 0, "the first stage, then every scale, then draw samples with ./sample"},
-    {OPT_STRING, "--schedule", "psim", &options.schedule, 0, 0,
-     "nothing yet: measure, with the run's VQGAN, how far scales must be apart to look\n"
-     "equally far apart, and write RUN/psim.txt and the recipe's line"},
+    HEADING("What to train (one of)"),
+    FLAG("--vqgan", vqgan, "the first stage: pictures to tokens and back"),
+    COUNT("--scale", scale, 0, 1, MAX_SCALES, "the transition x_N -> x_(N-1)"),
+    FLAG("--joint", joint, "all transitions in one network, a random scale each step"),
+    FLAG("--all", all, "the first stage, then every scale, then draw samples with ./sample"),
+    TEXT("--schedule", "psim", schedule,
+         "nothing yet: measure, with the run's VQGAN, how far scales must be apart to look\n"
+         "equally far apart, and write RUN/psim.txt and the recipe's line"),
 
-    {OPT_HEADING, "On what", NULL, NULL, 0, 0, NULL},
-    {OPT_STRING, "--data", "PATH", &options.data, 0, 0,
-     "a folder of PNG, JPEG and WebP pictures (sub-folders are classes; train/ and val/\n"
-     "are the split if they exist, else 1 in 20 is held out), LSUN's LMDB, or a list\n"
-     "file (default data/MODEL)"},
-    {OPT_STRING, "--list", "FILE", &options.list, 0, 0,
-     "of the folder --data only what this file names, a picture a line, such as the\n"
-     "official ffhqtrain.txt"},
-    {OPT_STRING, "--val-list", "FILE", &options.val_list, 0, 0,
-     "and hold out what this one names (ffhqvalidation.txt)"},
+    HEADING("On what"),
+    TEXT("--data", "PATH", data,
+         "a folder of PNG, JPEG and WebP pictures (sub-folders are classes; train/ and val/\n"
+         "are the split if they exist, else 1 in 20 is held out), LSUN's LMDB, or a list\n"
+         "file (default data/MODEL)"),
+    TEXT("--list", "FILE", list,
+         "of the folder --data only what this file names, a picture a line, such as the\n"
+         "official ffhqtrain.txt"),
+    TEXT("--val-list", "FILE", val_list, "and hold out what this one names (ffhqvalidation.txt)"),
 
-    {OPT_HEADING, "Beginning and going on", NULL, NULL, 0, 0, NULL},
-    {OPT_STRING, "--run", "DIR", &options.run, 0, 0, "the run's folder (default runs/MODEL)"},
-    {OPT_FLAG, "--resume", NULL, &options.resume, 0, 0, "continue the run, bit for bit as if it had not stopped"},
-    {OPT_STRING, "--init", "PATH", &options.init, 0, 0,
-     "start from the weights in this folder (models/emoji, another run) or file (an\n"
-     "official vqgan .ckpt; with --all it is the first stage's), not from noise"},
-    {OPT_STRING, "--config", "FILE", &options.config, 0, 0, "the recipe, instead of models/MODEL.txt"},
+    HEADING("Beginning and going on"),
+    TEXT("--run", "DIR", run, "the run's folder (default runs/MODEL)"),
+    FLAG("--resume", resume, "continue the run, bit for bit as if it had not stopped"),
+    TEXT("--init", "PATH", init,
+         "start from the weights in this folder (models/emoji, another run) or file (an\n"
+         "official vqgan .ckpt; with --all it is the first stage's), not from noise"),
+    TEXT("--config", "FILE", config, "the recipe, instead of models/MODEL.txt"),
 
-    {OPT_HEADING, "How (over what the recipe says)", NULL, NULL, 0, 0, NULL},
-    {OPT_SIZE, "--steps", "N", &options.steps, 1, UINT32_MAX,
+    HEADING("How (over what the recipe says)"),
+    {OPT_SIZE, "--steps", "N", "train.", "steps", AT(steps), NEEDED, 1, UINT32_MAX,
      "optimizer steps in all; warm-up and cosine decay fit themselves to it"},
-    {OPT_SIZE, "--batch", "N", &options.batch, 1, 65536, "pictures per micro batch"},
-    {OPT_SIZE, "--accumulate", "N", &options.accumulate, 1, 65536, "micro batches per step"},
-    {OPT_REAL, "--lr", "X", &options.lr, 1e-12, 10, "peak learning rate"},
-    {OPT_SIZE, "--seed", "N", &options.seed, 0, 9e15, "of everything random (default 23)"},
-    {OPT_FLAG, "--bf16-states", NULL, &options.bf16_states, 0, 0,
+    {OPT_SIZE, "--batch", "N", "data.params.", "batch_size", AT(batch), 16, 1, 1 << 20, "pictures per micro batch"},
+    {OPT_SIZE, "--accumulate", "N", "lightning.trainer.", "accumulate_grad_batches", AT(accumulate), 1, 1, 65536,
+     "micro batches per step"},
+    {OPT_REAL, "--lr", "X", LR, "lr_max", AT(lr.lr_max), 1e-4, 1e-12, 10, "peak learning rate"},
+    RECIPE(OPT_REAL, LR, "lr_start", lr.lr_start, 2.5e-6, 0, 10),
+    RECIPE(OPT_REAL, LR, "lr_min", lr.lr_min, 1e-8, 0, 10),
+    RECIPE(OPT_REAL, LR, "warm_up_steps", lr.warm_up_steps, 0, 0, 1e12),
+    RECIPE(OPT_REAL, LR, "max_decay_steps", lr.max_decay_steps, 0, 1, 1e12), /* usual: train.steps */
+    RECIPE(OPT_REAL, "train.", "weight_decay_scale", weight_decay_scale, 1, 0, 1e6),
+    RECIPE(OPT_REAL, "train.", "ema_decay", ema_decay, 0.9999, 0, 1),
+    RECIPE(OPT_REAL, "train.", "spike", spike, 10, 0, 1e6),
+    RECIPE(OPT_FLAG, "train.", "flip", flip, 0, 0, 1),
+
+    HEADING("How: the first stage (whose discriminator is the recipe's: README)"),
+    TEXT("--perceptual", "FILE[,FILE]", perceptual,
+         "weights of LPIPS, a part of the loss: a VQGAN's .ckpt, or torchvision's\n"
+         "vgg16-397923af.pth and LPIPS's vgg.pth (default: what models/lpips has, where the\n"
+         "recipe wants it); none: without"),
+    TEXT("--convert-perceptual", "OUT", convert_perceptual,
+         "write what --perceptual names as one safetensors file, and end"),
+    FLAG("--remap", remap,
+         "then let tokens number only the codes that the training pictures use; at once\n"
+         "where the run has a first stage, unless --resume trains it further"),
+    RECIPE(OPT_SIZE, "train.", "restart_codes", restart_codes, 0, 0, HUGE_NUMBER),
+    RECIPE(OPT_REAL, "train.", "l1_weight", l1_weight, 1, 0, 1e6),
+    RECIPE(OPT_REAL, "train.", "l2_weight", l2_weight, 1, 0, 1e6),
+    RECIPE(OPT_REAL, "train.", "codebook_weight", codebook_weight, 1, 0, 1e6),
+
+    HEADING("How: transitions"),
+    {OPT_REAL, "--alpha", "X", "model.params.", "alpha", AT(alpha), 0, 0, 1,
+     "loss = X soft (KL to the posterior) + (1-X) hard (cross entropy)"},
+    {OPT_REAL, "--label-dropout", "P", "train.", "label_dropout", AT(label_dropout), 0, 0, 1,
+     "with classes: leave the class out this often, so that ./sample can guide\n(--guidance); 0.1 is usual"},
+    {OPT_FLAG, "--balance", NULL, "train.", "balance_classes", AT(balance), 0, 0, 1,
+     "draw every class equally often, however few its pictures"},
+
+    HEADING("How: numbers"),
+    {OPT_SIZE, "--seed", "N", "train.", "seed", AT(seed), 23, 0, HUGE_NUMBER, /* 23: the official default */
+     "of everything random (default 23)"},
+    {OPT_FLAG, "--bf16-states", NULL, "train.", "bf16_states", AT(bf16_states), 0, 0, 1,
      "the optimizer's moments in bf16, rounded at random: half their memory"},
 
-    {OPT_HEADING, "How: the first stage (whose discriminator is the recipe's: README)", NULL, NULL, 0, 0, NULL},
-    {OPT_STRING, "--perceptual", "FILE[,FILE]", &options.perceptual, 0, 0,
-     "weights of LPIPS, a part of the loss: a VQGAN's .ckpt, or torchvision's\n"
-     "vgg16-397923af.pth and LPIPS's vgg.pth (default: what models/lpips has, where the\n"
-     "recipe wants it); none: without"},
-    {OPT_STRING, "--convert-perceptual", "OUT", &options.convert_perceptual, 0, 0,
-     "write what --perceptual names as one safetensors file, and end"},
-    {OPT_FLAG, "--remap", NULL, &options.remap, 0, 0,
-     "then let tokens number only the codes that the training pictures use; at once\n"
-     "where the run has a first stage, unless --resume trains it further"},
+    HEADING("Keeping"),
+    COUNT("--save-every", save_every, 100, 1, UINT32_MAX, "steps between checkpoints (default 100)"),
+    COUNT("--keep", keep, 2, 1, KEEP_MAX, "checkpoints that are kept, the newest and those before it (default 2)"),
+    FLAG("--no-wait", no_wait, "stop when the disk is full, instead of trying until it is not"),
+    {OPT_STRING, "--store", "TYPE", "imagebart.", "store", AT(store), 0, 0, 0,
+     "f32, f16 or bf16: how the weights for sampling are stored"},
+    RECIPE(OPT_FLAG, "imagebart.", "compact", compact, 0, 0, 1),
 
-    {OPT_HEADING, "How: transitions", NULL, NULL, 0, 0, NULL},
-    {OPT_REAL, "--alpha", "X", &options.alpha, 0, 1,
-     "loss = X soft (KL to the posterior) + (1-X) hard (cross entropy)"},
-    {OPT_REAL, "--label-dropout", "P", &options.label_dropout, 0, 1,
-     "with classes: leave the class out this often, so that ./sample can guide\n(--guidance); 0.1 is usual"},
-    {OPT_FLAG, "--balance", NULL, &options.balance, 0, 0, "draw every class equally often, however few its pictures"},
+    HEADING("Seeing"),
+    COUNT("--eval-every", eval_every, 500, 1, UINT32_MAX,
+          "steps between evaluations on the held-out pictures (default 500)"),
+    COUNT("--picture-every", picture_every, 500, 1, UINT32_MAX, "steps between pictures (default 500)"),
+    FLAG("--eval", eval, "only evaluate what the run has"),
 
-    {OPT_HEADING, "Keeping", NULL, NULL, 0, 0, NULL},
-    {OPT_SIZE, "--save-every", "N", &options.save_every, 1, UINT32_MAX, "steps between checkpoints (default 100)"},
-    {OPT_SIZE, "--keep", "N", &options.keep, 1, KEEP_MAX,
-     "checkpoints that are kept, the newest and those before it (default 2)"},
-    {OPT_FLAG, "--no-wait", NULL, &options.no_wait, 0, 0,
-     "stop when the disk is full, instead of trying until it is not"},
-    {OPT_STRING, "--store", "TYPE", &options.store, 0, 0, "f32, f16 or bf16: how the weights for sampling are stored"},
+    HEADING("On which machine"),
+    COUNT("--threads", threads, 0, 0, 4096, "0 (default): all; the result does not depend on it"),
+    TEXT("--device", "cpu|cuda", device, "where to train (default: where the run began, else a GPU if there is one)"),
+    TEXT("--precision", "TYPE", precision,
+         "with --device cuda: bf16 (default), weights and sums still in float, or f32"),
+    HEADING(
+        "Several processes: mpirun -np 2 --bind-to none ./train ... (needs MPI; README, \"More than one machine\").\n"
+        "Each takes --batch pictures, and the gradients are added up."),
+};
+enum { ROWS = sizeof table / sizeof *table };
 
-    {OPT_HEADING, "Seeing", NULL, NULL, 0, 0, NULL},
-    {OPT_SIZE, "--eval-every", "N", &options.eval_every, 1, UINT32_MAX,
-     "steps between evaluations on the held-out pictures (default 500)"},
-    {OPT_SIZE, "--picture-every", "N", &options.picture_every, 1, UINT32_MAX, "steps between pictures (default 500)"},
-    {OPT_FLAG, "--eval", NULL, &options.eval, 0, 0, "only evaluate what the run has"},
+/* ------------------------------------------------------------------------------------------------------------
+ * The command line
+ * ---------------------------------------------------------------------------------------------------------- */
 
-    {OPT_HEADING, "On which machine", NULL, NULL, 0, 0, NULL},
-    {OPT_SIZE, "--threads", "N", &options.threads, 0, 4096, "0 (default): all; the result does not depend on it"},
-    {OPT_STRING, "--device", "cpu|cuda", &options.device, 0, 0,
-     "where to train (default: where the run began, else a GPU if there is one)"},
-    {OPT_STRING, "--precision", "TYPE", &options.precision, 0, 0,
-     "with --device cuda: bf16 (default), weights and sums still in float, or f32"},
-    {OPT_HEADING,
-     "Several processes: mpirun -np 2 --bind-to none ./train ... (needs MPI; README, \"More than one machine\").\n"
-     "Each takes --batch pictures, and the gradients are added up.",
-     NULL, NULL, 0, 0, NULL},
-    {OPT_END, NULL, NULL, NULL, 0, 0, NULL}};
+/* Where the user says nothing: the usual, or, where the recipe may say something, a mark for that. */
+static void put_unsaid(Settings *to, const Setting *r) {
+    void *at = (char *)to + r->place;
+    if (r->kind == OPT_SIZE) *(size_t *)at = r->key ? NOT_GIVEN : (size_t)r->usual;
+    if (r->kind == OPT_REAL) *(double *)at = r->key ? -1 : r->usual;
+}
 
-void check_options(const Options *o) {
+static void check_given(const Settings *o) {
     if (o->vqgan + o->joint + o->all + (o->scale > 0) + (o->schedule != NULL) != 1)
         usage_error("give one of --vqgan, --scale N, --joint, --all, --schedule psim; -h explains");
     if (o->schedule && strcmp(o->schedule, "psim")) usage_error("--schedule %s: expected psim", o->schedule);
@@ -269,11 +180,190 @@ void check_options(const Options *o) {
 }
 
 /* Where nothing is said, run and data are called as the recipe is. */
-void default_folders(Options *o) {
+static void default_folders(Settings *o) {
     static char run_folder[1100], data[1100];
     const char *slash = strrchr(o->model, '/'), *short_name = slash && slash[1] ? slash + 1 : o->model;
     snprintf(run_folder, sizeof run_folder, "runs/%s", short_name);
     snprintf(data, sizeof data, "data/%s", short_name);
     if (!o->run) o->run = run_folder;
     if (!o->data) o->data = data;
+}
+
+void settings_parse(Settings *given, int argc, char **argv) {
+    Option rows[ROWS + 1];
+    size_t n = 0;
+    *given = (Settings){.program = argv[0], .model = "emoji"};
+    for (const Setting *r = table; r < table + ROWS; r++) {
+        put_unsaid(given, r);
+        if (r->option)
+            rows[n++] = (Option){r->kind, r->option, r->value, (char *)given + r->place, r->least, r->most, r->help};
+    }
+    rows[n] = (Option){OPT_END};
+    options_parse(argc, argv, rows, intro);
+    if (given->convert_perceptual && !given->perceptual)
+        usage_error("--convert-perceptual goes with --perceptual, which names what to convert");
+    if (!given->convert_perceptual) check_given(given);
+    default_folders(given);
+}
+
+/* ------------------------------------------------------------------------------------------------------------
+ * The recipe, and what the user gave over it
+ * ---------------------------------------------------------------------------------------------------------- */
+
+static const char *recipe_path(const Settings *o, char out[1100]) {
+    if (o->config)
+        snprintf(out, 1100, "%s", o->config);
+    else if (strchr(o->model, '/'))
+        snprintf(out, 1100, "%s/config.txt", o->model);
+    else
+        snprintf(out, 1100, "models/%s.txt", o->model);
+    return out;
+}
+
+/* The part of the recipe that this stage is trained by */
+static Err read_recipe(Stage *s) {
+    char path[1100];
+    recipe_path(&s->set, path);
+    if (!file_exists(path))
+        return err("%s: no such recipe; --config FILE names one (models/emoji.txt is an example)", path);
+    return recipe_read(&s->recipe, path, s->set.vqgan ? RECIPE_VQGAN : s->set.joint ? 0 : (int)s->set.scale);
+}
+
+/* How many scales the model has: as a transition's own recipe says, else (NULL, or a first stage's) the file's. */
+Err count_scales(const Settings *given, const Config *own, size_t *T) {
+    Config recipe = {0};
+    char path[1100];
+    if (own && config_get(own, "model.params.", "n_scales"))
+        return config_size(T, own, "model.params.", "n_scales", 1, MAX_SCALES, 0);
+    Err e = recipe_read(&recipe, recipe_path(given, path), 1);
+    if (e == OK) e = config_size(T, &recipe, "model.params.", "n_scales", 1, MAX_SCALES, 0);
+    config_free(&recipe);
+    return e;
+}
+
+/* One row: what the user gave, into the recipe. */
+static Err put_given(Config *recipe, const Setting *r, const Settings *given) {
+    char key[128];
+    const void *at = (const char *)given + r->place;
+    if (!r->key || !r->option) return OK;
+    snprintf(key, sizeof key, "%s%s", r->prefix, r->key);
+    if (r->kind == OPT_FLAG && *(const int *)at) return config_set(recipe, key, "true");
+    if (r->kind == OPT_SIZE && *(const size_t *)at != NOT_GIVEN)
+        return config_set(recipe, key, "%zu", *(const size_t *)at);
+    if (r->kind == OPT_REAL && *(const double *)at >= 0) return config_set(recipe, key, "%.17g", *(const double *)at);
+    if (r->kind == OPT_STRING && *(const char *const *)at)
+        return config_set(recipe, key, "%s", *(const char *const *)at);
+    return OK;
+}
+
+/* --steps alone also fits warm-up and decay to the shorter run. */
+static Err fit_to_steps(Config *recipe, size_t steps) {
+    size_t warm = steps;
+    TRY(config_size(&warm, recipe, LR, "warm_up_steps", 0, SIZE_MAX / 2, 1));
+    TRY(config_set(recipe, LR "max_decay_steps", "%zu", steps));
+    return config_set(recipe, LR "warm_up_steps", "%zu", min_size(warm, steps / 10));
+}
+
+static Err apply_given(Config *recipe, const Settings *given) {
+    if (given->steps != NOT_GIVEN) TRY(fit_to_steps(recipe, given->steps));
+    if (given->lr.lr_max >= 0) TRY(config_set(recipe, "model.base_learning_rate", "none"));
+    for (const Setting *r = table; r < table + ROWS; r++) TRY(put_given(recipe, r, given));
+    return OK;
+}
+
+/* ------------------------------------------------------------------------------------------------------------
+ * What holds
+ * ---------------------------------------------------------------------------------------------------------- */
+
+/* One row, out of the recipe. Texts stay there. */
+static Err take_setting(Settings *to, const Setting *r, const Config *recipe) {
+    void *at = (char *)to + r->place;
+    const int optional = r->usual != NEEDED;
+    if (!r->key) return OK;
+    switch (r->kind) {
+    case OPT_FLAG: *(int *)at = r->usual != 0; return config_flag(at, recipe, r->prefix, r->key, optional);
+    case OPT_SIZE:
+        *(size_t *)at = optional ? (size_t)r->usual : 0;
+        return config_size(at, recipe, r->prefix, r->key, (size_t)r->least, (size_t)r->most, optional);
+    case OPT_REAL:
+        *(double *)at = r->usual;
+        return config_real(at, recipe, r->prefix, r->key, r->least, r->most, optional);
+    default: return OK;
+    }
+}
+
+/* Pictures in a step as the recipe has them, of all ranks if it is a state's */
+static size_t pictures_per_step(const Config *recipe) {
+    size_t batch = 16, accumulate = 1;
+    if (config_size(&batch, recipe, "data.params.", "batch_size", 1, SIZE_MAX / 2, 1) != OK ||
+        config_size(&accumulate, recipe, "lightning.trainer.", "accumulate_grad_batches", 1, 65536, 1) != OK)
+        return 0;
+    return batch * accumulate;
+}
+
+/* The batch of the recipe is of a rank if the user or the recipe says it, of all ranks as a state file keeps it: so
+ * that a run may go on with another number of ranks. */
+static Err share_batch(Stage *s, int of_a_rank) {
+    const size_t said = s->set.batch;
+    if (!of_a_rank && said % ranks())
+        return err("%s: a micro batch of %zu pictures, as the run was trained, cannot be shared evenly by %zu "
+                   "processes; --batch says how many each is to take",
+                   s->name, said, ranks());
+    s->batch = of_a_rank ? said : said / ranks();
+    s->global_batch = s->batch * ranks(), s->rank_first = s->batch * rank();
+    s->shares = (double)(s->set.accumulate * ranks());
+    return config_set(&s->recipe, "data.params.batch_size", "%zu", s->global_batch);
+}
+
+/* The official rule: lr = base_learning_rate * pictures of a step * what the schedule says; "none": without it */
+static Err scale_learning_rate(Stage *s) {
+    const char *text = config_get(&s->recipe, "model.", "base_learning_rate");
+    double base = 0;
+    s->lr_scale = 1;
+    if (!text || !strcmp(text, "none")) return OK;
+    TRY(config_real(&base, &s->recipe, "model.", "base_learning_rate", 0, 10, 0));
+    s->lr_scale = base * (double)(s->global_batch * s->set.accumulate);
+    return OK;
+}
+
+/* A run goes on where it was, unless the user says otherwise: bits differ from one device to another. */
+static const char *device_name(const Settings *o) {
+    return !o->cuda ? "cpu" : strcmp(o->precision, "bf16") ? "cuda f32" : "cuda bf16";
+}
+
+static Err settle_device(Stage *s, int continuing) {
+    Settings *o = &s->set;
+    const char *before = continuing ? config_get(&s->recipe, "train.", "device") : NULL;
+    if (before && !o->device) {
+        o->cuda = strncmp(before, "cuda", 4) == 0;
+        if (o->cuda && !o->precision) o->precision = strcmp(before, "cuda f32") ? "bf16" : "f32";
+        if (o->cuda) TRY(cuda_find(NULL, NULL, NULL));
+    }
+    if (!o->precision) o->precision = "bf16";
+    if (before && strcmp(before, device_name(o)))
+        say_once("%s: trained on %s so far, from here on on %s: another run than without the change\n", s->name, before,
+                 device_name(o));
+    return config_set(&s->recipe, "train.device", "%s", device_name(o));
+}
+
+Err settings_read(Stage *s, const Checkpoint *ck) {
+    const int batch_given = s->set.batch != NOT_GIVEN;
+    TRY(ck ? copy_settings(&s->recipe, &ck->meta) : read_recipe(s));
+    const size_t pictures = pictures_per_step(&s->recipe);
+    TRY(apply_given(&s->recipe, &s->set));
+    TRY(settle_device(s, ck != NULL));
+    for (const Setting *r = table; r < table + ROWS; r++) TRY(take_setting(&s->set, r, &s->recipe));
+    TRY(share_batch(s, !ck || batch_given));
+    TRY(scale_learning_rate(s));
+    if (!config_get(&s->recipe, LR, "max_decay_steps")) s->set.lr.max_decay_steps = (double)s->set.steps;
+    const double beta1 = s->set.vqgan ? 0.5 : 0.9, beta2 = s->set.vqgan ? 0.9 : 0.95;
+    s->adam = (AdamW){0, beta1, beta2, 1e-8, s->set.weight_decay_scale};
+    const char *store = config_get(&s->recipe, "imagebart.", "store");
+    s->store = DT_F32;
+    if (store && dtype_of_store(&s->store, store) != OK) return err_in("imagebart.store");
+    if (ck && pictures != pictures_per_step(&s->recipe))
+        say_once("%s: a step took %zu pictures, from here on it takes %zu: another run than without the change\n",
+                 s->name, pictures, pictures_per_step(&s->recipe));
+    history_start(&s->history);
+    return prep_read(&s->prep, &s->recipe);
 }

@@ -1,14 +1,20 @@
-/* train_run.c - the run's folder: the memory plan, checkpoints, the log.
+/* state.c - checkpoints: written, checked, found again.
  *
  * STAGE.state.safetensors holds everything that continuing needs (weights, EMA, optimizer, counters, settings; all
  * random numbers are functions of the step), STAGE.safetensors what sampling needs, STAGE.best.safetensors the same as
  * it was when the validation loss was least. They are replaced atomically, so a kill at any instant loses at most the
- * steps since the last checkpoint, and resuming repeats them bit for bit. Older states, and what happens when one
- * cannot be written or read: train_survive.c. */
+ * steps since the last checkpoint, and resuming repeats them bit for bit.
+ *
+ * STAGE.state.safetensors is the newest state, STAGE.state-1.safetensors the one before, and so on, --keep in all. A
+ * new one is written whole under another name first; then the older ones move on and it takes its place. Each carries a
+ * checksum of its tensors and settings; one that does not match, or is cut short, is passed over.
+ *
+ * Read in this order: the checksum; the files of a run; what a state holds; saving; loading. */
 #include "training/stage.h"
 #include "training/stage.h"
 
 #include <errno.h>
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -17,7 +23,7 @@
 #include <zlib.h>
 
 /* ------------------------------------------------------------------------------------------------------------
- * States
+ * The checksum
  * ---------------------------------------------------------------------------------------------------------- */
 
 typedef struct {
@@ -52,7 +58,7 @@ static Err state_checksum(char out[24], const Tensor *tensor, size_t n, const Co
     return OK;
 }
 
-Err add_checksum(Config *meta, const Tensor *tensor, size_t n) {
+static Err add_checksum(Config *meta, const Tensor *tensor, size_t n) {
     char sum[24];
     TRY(state_checksum(sum, tensor, n, meta));
     return config_set(meta, "train.checksum", "%s", sum);
@@ -68,6 +74,10 @@ static Err open_checked(Checkpoint *ck, const char *path) {
     if (e != OK) checkpoint_close(ck);
     return e;
 }
+
+/* ------------------------------------------------------------------------------------------------------------
+ * The files of a run
+ * ---------------------------------------------------------------------------------------------------------- */
 
 /* The newest is number 0. */
 static const char *state_path(const Stage *s, char out[1100], size_t number) {
@@ -93,7 +103,7 @@ static void move_aside(const Stage *s, size_t end) {
     for (size_t i = 0; i < end; i++) rename(state_path(s, path, i), aside);
 }
 
-Err state_open(const Stage *s, Checkpoint *ck, int tidy) {
+static Err open_newest(const Stage *s, Checkpoint *ck, int tidy) {
     char path[1100], other[1100];
     for (size_t i = next_state(s, 0), next; i < KEEP_MAX; i = next) {
         if (open_checked(ck, state_path(s, path, i)) == OK) {
@@ -103,12 +113,12 @@ Err state_open(const Stage *s, Checkpoint *ck, int tidy) {
         next = next_state(s, i + 1);
         if (next == KEEP_MAX) return FAILED;
         progress_end();
-        note("%s; going on from the one before, %s\n", err_text(), state_path(s, other, next));
+        say_once("%s; going on from the one before, %s\n", err_text(), state_path(s, other, next));
     }
     return err("%s: no such file", state_path(s, path, 0));
 }
 
-/* The newest under a second name, so that its own is never without a file; by renaming where there are no links. */
+/* Gives the newest a second name, so that its own name is never without a file; where there are no links, renames it. */
 static void link_newest(const char *newest, const char *before) {
     char temporary[1200];
     snprintf(temporary, sizeof temporary, "%s.tmp%ld", before, (long)getpid());
@@ -118,9 +128,10 @@ static void link_newest(const char *newest, const char *before) {
     if (!linked) rename(newest, before);
 }
 
-Err state_put(const Stage *s, const char *written, int beside) {
+/* The state that was written as `written` becomes the newest; with `beside`, the newest becomes the one before. */
+static Err state_put(const Stage *s, const char *written, int beside) {
     char newest[1100], path[1100], older[1100];
-    const size_t keep = s->opt->keep;
+    const size_t keep = s->set.keep;
     state_path(s, newest, 0);
     if (beside) {
         for (size_t i = keep; i-- > 2;) rename(state_path(s, path, i - 1), state_path(s, older, i));
@@ -135,40 +146,28 @@ Err state_put(const Stage *s, const char *written, int beside) {
     return OK;
 }
 
-Err state_open_all(const Stage *s, Checkpoint *ck, int tidy) {
-    TRY(ranks_agree(rank() == 0 ? state_open(s, ck, tidy) : OK));
-    return ranks_agree(rank() > 0 ? state_open(s, ck, 0) : OK);
+Err state_open(const Stage *s, Checkpoint *ck, int tidy) {
+    TRY(ranks_agree(rank() == 0 ? open_newest(s, ck, tidy) : OK));
+    return ranks_agree(rank() > 0 ? open_newest(s, ck, 0) : OK);
 }
 
 /* ------------------------------------------------------------------------------------------------------------
- * Checkpoints
+ * What a state holds, and saving it
  * ---------------------------------------------------------------------------------------------------------- */
 
 static Err collect_state(Stage *s, TensorList *list) {
+    const size_t dim[2] = {2, RECENT};
     TRY(tensor_list_params(list, s->params, 'v', "value.", DT_F32));
     TRY(tensor_list_params(list, s->params, '1', "adam.m.", DT_F32));
     TRY(tensor_list_params(list, s->params, '2', "adam.v.", DT_F32));
-    if (!s->opt->vqgan) TRY(tensor_list_params(list, s->params, 'e', "ema.", DT_F32));
-    TRY(gan_collect_state(s, list));
-    if (s->usage) {
-        size_t n = vqgan_config(s->vqgan)->n_embed;
-        TRY(tensor_list_add(list, "usage", DT_I32, 1, &n, s->usage, 0));
-    }
-    return survive_collect(s, list);
+    if (s->kind->ema) TRY(tensor_list_params(list, s->params, 'e', "ema.", DT_F32));
+    if (s->kind->collect) TRY(s->kind->collect(s, list));
+    return tensor_list_add(list, "recent_loss_and_norm", DT_F32, 2, dim, s->history.recent, 1);
 }
-
-/* What sampling reads: the EMA weights of a transition under their plain names (as the official "-ema_weights" files),
- * the schedule's buffers; the VQGAN as it is. */
-static Err collect_weights(Stage *s, TensorList *list) {
-    if (s->opt->vqgan) return tensor_list_params(list, s->params, 'v', "", s->store);
-    return transition_tensors(list, s->net, 'e', &s->schedule, s->store, s->compact);
-}
-
-static const char CHECKSUM[] = "train.checksum";
 
 Err copy_settings(Config *to, const Config *from) {
     for (size_t i = 0; i < from->n; i++)
-        if (strcmp(from->kv[i].key, CHECKSUM)) TRY(config_set(to, from->kv[i].key, "%s", from->kv[i].value));
+        if (strcmp(from->kv[i].key, "train.checksum")) TRY(config_set(to, from->kv[i].key, "%s", from->kv[i].value));
     return OK;
 }
 
@@ -178,7 +177,7 @@ static Err write_list(Stage *s, Collect *collect, const char *path) {
     TensorList list = {0};
     Config meta = {0};
     Err e = collect(s, &list);
-    if (e == OK) e = copy_settings(&meta, &s->settings);
+    if (e == OK) e = copy_settings(&meta, &s->recipe);
     if (e == OK && collect == collect_state) e = add_checksum(&meta, list.tensor, list.n);
     if (e == OK) e = checkpoint_write(path, list.tensor, list.from_real, list.n, &meta);
     tensor_list_free(&list);
@@ -205,18 +204,9 @@ static Err write_damaged(Stage *s, void *unused) {
 static Err list_all_damaged(Stage *s) {
     for (size_t r = 0; r < ranks(); r++) {
         Err e = OK;
-        if (r == rank()) e = until_room(s, write_damaged, NULL, 0);
+        if (r == rank()) e = retry_when_full(s, write_damaged, NULL, 0);
         TRY(ranks_agree(e));
     }
-    return OK;
-}
-
-/* The first rank's counts are everybody's afterwards. */
-Err gather_usage(Stage *s) {
-    if (!s->usage || ranks() == 1) return OK;
-    const size_t n = vqgan_config(s->vqgan)->n_embed;
-    TRY(ranks_sum_counts(s->usage, n));
-    if (rank() > 0) memset(s->usage, 0, n * sizeof *s->usage);
     return OK;
 }
 
@@ -225,8 +215,7 @@ static Err gather_state(Stage *s) {
     int damaged = dataset_damaged(&s->train) + dataset_damaged(&s->val) > 0;
     TRY(ranks_agree(params_fetch(s->params)));
     TRY(ranks_same(s->params->arena[0], s->params->total * sizeof(real), "weights after a step"));
-    TRY(gan_gather(s));
-    TRY(gather_usage(s));
+    if (s->kind->gather) TRY(s->kind->gather(s, 0));
     TRY(ranks_any(&damaged));
     return damaged ? list_all_damaged(s) : OK;
 }
@@ -239,19 +228,19 @@ static Err write_state(Stage *s, void *beside) {
 
 static Err write_weights(Stage *s, void *suffix) {
     char path[1100];
-    return write_list(s, collect_weights, run_path(s, path, suffix));
+    return write_list(s, s->kind->collect_weights, run_path(s, path, suffix));
 }
 
 static Err set_counters(Stage *s) {
-    TRY(config_set(&s->settings, "train.step", "%llu", (unsigned long long)s->step));
-    return config_set(&s->settings, "train.ema_updates", "%llu", (unsigned long long)s->ema_updates);
+    TRY(config_set(&s->recipe, "train.step", "%llu", (unsigned long long)s->step));
+    return config_set(&s->recipe, "train.ema_updates", "%llu", (unsigned long long)s->ema_updates);
 }
 
 Err save_state(Stage *s, int beside) {
     TRY(gather_state(s));
     TRY(set_counters(s));
-    TRY(ranks_agree(rank() ? OK : until_room(s, write_state, beside ? s : NULL, list_bytes(s, collect_state))));
-    s->saved = s->step;
+    TRY(ranks_agree(rank() ? OK : retry_when_full(s, write_state, beside ? s : NULL, list_bytes(s, collect_state))));
+    s->saved = s->step, s->has_state = 1;
     return OK;
 }
 
@@ -259,32 +248,58 @@ Err save(Stage *s) {
     static char suffix[] = ".safetensors";
     TRY(save_state(s, 1));
     s->rollbacks = 0;
-    return ranks_agree(rank() ? OK : until_room(s, write_weights, suffix, list_bytes(s, collect_weights)));
+    return ranks_agree(rank() ? OK
+                              : retry_when_full(s, write_weights, suffix, list_bytes(s, s->kind->collect_weights)));
 }
 
 /* The first rank's work, which evaluates */
 Err save_best(Stage *s, const Metrics *val) {
     static char suffix[] = ".best.safetensors";
-    if (!(val->loss < s->best)) return OK;
-    s->best = val->loss;
+    if (!(val->loss < s->history.best)) return OK;
+    s->history.best = val->loss;
     TRY(params_fetch(s->params));
     TRY(set_counters(s));
-    TRY(config_set(&s->settings, "train.best_step", "%llu", (unsigned long long)s->step));
-    TRY(config_set(&s->settings, "train.best_validation_loss", "%.17g", s->best));
-    return until_room(s, write_weights, suffix, list_bytes(s, collect_weights));
+    TRY(config_set(&s->recipe, "train.best_step", "%llu", (unsigned long long)s->step));
+    TRY(config_set(&s->recipe, "train.best_validation_loss", "%.17g", s->history.best));
+    return retry_when_full(s, write_weights, suffix, list_bytes(s, s->kind->collect_weights));
 }
 
 /* While a state is written, it, the N that are kept and the weights are on the disk. */
 void say_disk(Stage *s) {
-    size_t state = list_bytes(s, collect_state), weights = list_bytes(s, collect_weights);
+    size_t state = list_bytes(s, collect_state), weights = list_bytes(s, s->kind->collect_weights);
     char one[32], two[32], all[32], left[32];
     struct statvfs disk;
     fprintf(stderr, "disk: a state %s, weights %s twice: with --keep %zu at most %s in %s", bytes_text(one, state),
-            bytes_text(two, weights), s->opt->keep, bytes_text(all, (s->opt->keep + 1) * state + 2 * weights),
-            s->opt->run);
-    if (statvfs(s->opt->run, &disk) == 0)
+            bytes_text(two, weights), s->set.keep, bytes_text(all, (s->set.keep + 1) * state + 2 * weights),
+            s->set.run);
+    if (statvfs(s->set.run, &disk) == 0)
         fprintf(stderr, ", %s free", bytes_text(left, (size_t)disk.f_bavail * disk.f_frsize));
     fprintf(stderr, "\n");
+}
+
+/* ------------------------------------------------------------------------------------------------------------
+ * Loading
+ * ---------------------------------------------------------------------------------------------------------- */
+
+void forget_steps(History *h) {
+    for (size_t i = 0; i < 2 * RECENT; i++) h->recent[i] = NAN;
+}
+
+void history_start(History *h) {
+    h->best = INFINITY, h->n_skipped = 0;
+    forget_steps(h);
+}
+
+static Err load_history(History *h, const Checkpoint *ck) {
+    const size_t dim[2] = {2, RECENT};
+    history_start(h);
+    if (checkpoint_find(ck, "recent_loss_and_norm")) /* states of earlier versions have none of this */
+        TRY(checkpoint_reals(ck, "recent_loss_and_norm", 2, dim, 2 * RECENT, h->recent));
+    TRY(config_real(&h->best, &ck->meta, "train.", "best_validation_loss", -1e300, 1e300, 1));
+    TRY(config_list(h->skipped, &h->n_skipped, SKIPPED_MAX, &ck->meta, "train.", "skipped", 1));
+    for (size_t k = 1; k < h->n_skipped; k++)
+        if (h->skipped[k] <= h->skipped[k - 1]) return err("%s: train.skipped is not ascending", ck->path);
+    return OK;
 }
 
 Err load_state(Stage *s, const Checkpoint *ck) {
@@ -292,12 +307,10 @@ Err load_state(Stage *s, const Checkpoint *ck) {
     TRY(params_load(s->params, ck, 'v', "value."));
     TRY(params_load(s->params, ck, '1', "adam.m."));
     TRY(params_load(s->params, ck, '2', "adam.v."));
-    if (!s->opt->vqgan) TRY(params_load(s->params, ck, 'e', "ema."));
-    TRY(gan_load_state(s, ck));
-    if (s->usage) TRY(checkpoint_ints(ck, "usage", vqgan_config(s->vqgan)->n_embed, (int32_t *)s->usage));
-    if (s->usage && rank() > 0) memset(s->usage, 0, vqgan_config(s->vqgan)->n_embed * sizeof *s->usage);
+    if (s->kind->ema) TRY(params_load(s->params, ck, 'e', "ema."));
+    if (s->kind->load) TRY(s->kind->load(s, ck));
     TRY(config_size(&step, &ck->meta, "train.", "step", 0, UINT32_MAX, 0));
     TRY(config_size(&updates, &ck->meta, "train.", "ema_updates", 0, SIZE_MAX / 2, 0));
     s->step = s->saved = step, s->ema_updates = updates;
-    return survive_load(s, ck);
+    return load_history(&s->history, ck);
 }

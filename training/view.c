@@ -1,4 +1,4 @@
-/* train_view.c - what a run looks like while it trains: RUN/loss.svg, which any browser shows, and TensorBoard's event
+/* view.c - what a run looks like while it trains: RUN/loss.svg, which any browser shows, and TensorBoard's event
  * files.
  *
  * Both are drawn from log.tsv alone, by the names of its columns: what the log has, they have. TensorBoard's files lie
@@ -8,7 +8,7 @@
  * A picture of curves stays small however long the run: a line has at most a few hundred points, the smallest and the
  * largest of each stretch of steps.
  *
- * Read: the log; curves; the picture; protocol buffers; event files; what train.c calls. */
+ * Read: the log; curves; the picture; protocol buffers; event files; what report.c calls. */
 #include "training/stage.h"
 
 #include <errno.h>
@@ -57,7 +57,7 @@ static double number(const Line *l, int field) {
 
 /* *f, open at the line behind the header */
 static Err open_log(FILE **f, Line *header, char path[1100], const Stage *s) {
-    snprintf(path, 1100, "%s/log.tsv", s->opt->run);
+    snprintf(path, 1100, "%s/log.tsv", s->set.run);
     *f = fopen(path, "r");
     if (!*f) return err("%s: %s", path, strerror(errno));
     if (read_line(header, *f) && find_field(header, "stage") == 0 && find_field(header, "step") == 1) return OK;
@@ -389,11 +389,11 @@ static Err draw_losses(const Stage *s) {
     char path[1100];
     Curves all;
     Svg out = {.e = OK};
-    snprintf(path, sizeof path, "%s/loss.svg", s->opt->run);
+    snprintf(path, sizeof path, "%s/loss.svg", s->set.run);
     Err e = read_curves(&all, s);
     if (e == OK) e = atomic_open(&out.file, path);
     if (e == OK) {
-        put_picture(&out, &all, s->opt->run);
+        put_picture(&out, &all, s->set.run);
         e = atomic_close(&out.file, out.e);
     }
     free_curves(&all);
@@ -523,7 +523,7 @@ static Err write_scalars(const View *v, const Stage *s, const Line *header, cons
     Err e = OK;
     for (int i = 2; e == OK && i < l->n && i < header->n; i++) {
         if (!*l->field[i]) continue;
-        tag_of(tag, header->field[i], s->opt->vqgan);
+        tag_of(tag, header->field[i], s->set.vqgan);
         e = put_bytes(&value, 1, tag, strlen(tag));
         if (e == OK) e = put_float(&value, 2, (float)number(l, i));
         if (e == OK) e = add_value(&summary, &value);
@@ -581,7 +581,7 @@ static Err write_image(const View *v, uint64_t step, const Message *png) {
 static Err open_events(const Stage *s, View *v) {
     char folder[1100], host[256] = "host";
     int fd = -1;
-    snprintf(folder, sizeof folder, "%s/events/%s", s->opt->run, s->name);
+    snprintf(folder, sizeof folder, "%s/events/%s", s->set.run, s->name);
     TRY(make_folder(folder));
     gethostname(host, sizeof host - 1);
     time_t now = time(NULL);
@@ -595,7 +595,7 @@ static Err open_events(const Stage *s, View *v) {
 }
 
 /* ------------------------------------------------------------------------------------------------------------
- * What train.c calls
+ * What report.c calls
  * ---------------------------------------------------------------------------------------------------------- */
 
 /* A start of the session at a step tells TensorBoard to forget what earlier files say about that step and later ones,
@@ -606,7 +606,7 @@ Err view_open(Stage *s, void *view) {
     View *v = view;
     Message session = {0};
     memset(v, 0, sizeof *v);
-    if (s->step >= s->steps) return OK; /* nothing will be repeated, nor anything new */
+    if (s->step >= s->set.steps) return OK; /* nothing will be repeated, nor anything new */
     TRY(open_events(s, v));
     Err e = write_event(v, 0, FILE_VERSION, version, strlen(version));
     if (e == OK) e = put_integer(&session, 1, START);
@@ -618,8 +618,8 @@ Err view_open(Stage *s, void *view) {
 Err view_step(Stage *s, void *view) {
     enum { EVERY = 10 };
     const View *v = view;
-    if (v->evaluated || s->step % EVERY == 0 || s->step == s->steps) TRY(log_to_events(s, v));
-    return v->evaluated && s->step < s->steps ? draw_losses(s) : OK;
+    if (v->evaluated || s->step % EVERY == 0 || s->step == s->set.steps) TRY(log_to_events(s, v));
+    return v->evaluated && s->step < s->set.steps ? draw_losses(s) : OK;
 }
 
 Err view_picture(const Stage *s, View *v, const char *path) {
