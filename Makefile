@@ -1,6 +1,7 @@
 # make              the three programs: ./sample ./train ./inpaint, for any x86-64 processor
 # make MARCH=native the three programs for this processor only: a third of the time to compile
 # make test         every test; the last line is "N passed, N failed"
+# make PLAIN=1      the programs from their plain loops alone, without kernels/, which may be missing; make test PLAIN=1
 # make test SANITIZE=1   the same under AddressSanitizer and UndefinedBehaviorSanitizer
 # make test-cuda    the CUDA kernels on this machine's GPU; SANITIZER=memcheck: under compute-sanitizer
 # make bench-cuda   training, drawing and decoding on a GPU at full size, beside PyTorch, and what was asked for
@@ -29,7 +30,11 @@ MARCH ?= native
 SANITIZE ?= 0
 MAKEFLAGS += -j$(or $(shell getconf _NPROCESSORS_ONLN 2>/dev/null),1)
 
-B := build/$(notdir $(CC))-$(MARCH)$(if $(filter 1,$(SANITIZE)),-sanitize)
+# PLAIN=1: what the root defines, computed as it says there; nothing of kernels/ is read.
+PLAIN ?= 0
+PLAINLY := $(filter 1,$(PLAIN))
+
+B := build/$(notdir $(CC))-$(MARCH)$(if $(filter 1,$(SANITIZE)),-sanitize)$(if $(PLAINLY),-plain)
 
 comma := ,
 space := $(subst ,, )
@@ -38,7 +43,7 @@ space := $(subst ,, )
 # "80 90 100"; the last one's intermediate code, too, which the driver compiles for any later GPU when first run: 80 alone
 # serves all, and each more takes nvcc several seconds. Under the sanitizers of the host there is only the emulation.
 NVCC ?= $(firstword $(shell command -v nvcc 2>/dev/null) $(wildcard /usr/local/cuda/bin/nvcc))
-ifeq ($(SANITIZE),1)
+ifneq ($(filter 1,$(SANITIZE))$(PLAINLY),)
 override NVCC :=
 endif
 CUDA_ARCH ?= 80
@@ -74,6 +79,8 @@ endif
 whole = ld -r -o $(1).tmp $(2) && objcopy --redefine-sym main=$(3) --keep-global-symbol=$(3) $(1).tmp $(1) && rm $(1).tmp
 ifneq ($(filter 1,$(SANITIZE)),)
 WHY_ONE := sanitizers
+else ifneq ($(PLAINLY),)
+WHY_ONE := PLAIN=1
 else ifeq ($(ONE_MARCH),)
 ifeq ($(findstring x86_64,$(shell $(CC) -dumpmachine 2>/dev/null)),)
 WHY_ONE := one program for several kinds of processors is made on x86-64 only
@@ -110,7 +117,9 @@ $(info images    PNG, JPEG)
 $(info WebP      $(if $(HAVE_WEBP),yes,left out; libwebp brings it (Debian: apt-get install libwebp-dev)))
 $(info LMDB      $(if $(HAVE_LMDB),yes,left out; liblmdb brings it (Debian: apt-get install liblmdb-dev)))
 $(info MPI       $(if $(HAVE_MPI),yes: mpirun ./train,left out; libopenmpi brings it (Debian: apt-get install libopenmpi-dev openmpi-bin)))
-ifeq ($(NVCC),)
+ifneq ($(PLAINLY),)
+$(info device    CPU, by plain loops alone: PLAIN=1)
+else ifeq ($(NVCC),)
 $(info device    CPU (no nvcc was found, NVCC=... names it; the CUDA kernels run on the CPU in make test))
 else
 $(info device    CPU and CUDA ($(NVCC), for sm_$(subst $(space),$(comma) sm_,$(CUDA_ARCH)) and later; NVCC= leaves it out))
@@ -129,22 +138,22 @@ endif
 OPT := $(if $(filter 1,$(SANITIZE)),-O2 -fsanitize=address$(comma)undefined -fno-sanitize-recover=all -fno-omit-frame-pointer,-O3)
 CFLAGS_ANY := -std=c11 -D_GNU_SOURCE -I. -g $(OPT) -ffp-contract=fast -fno-math-errno -fno-trapping-math $(WARN) \
               $(if $(HAVE_SIMD),-fopenmp-simd,-Wno-unknown-pragmas) \
-              $(if $(HAVE_WEBP),-DHAVE_WEBP) $(if $(HAVE_LMDB),-DHAVE_LMDB)
+              $(if $(HAVE_WEBP),-DHAVE_WEBP) $(if $(HAVE_LMDB),-DHAVE_LMDB) $(if $(PLAINLY),-DPLAIN)
 CFLAGS := $(CFLAGS_ANY) $(if $(HAVE_MARCH),-march=$(MARCH))
 LDLIBS := $(ARCHIVES) $(if $(HAVE_WEBP),-lwebp) $(if $(HAVE_LMDB),-llmdb) -lpng -ljpeg -lz $(SHARED) -lm -lpthread
 
 # The house from the ground up (test/house.sh checks the order). FILES: their speed is that of files, so that they are
 # compiled for the first level only.
 BASE := base threads params plan compute options
-KERNELS := fast gemm stream conv norm layers attention decode optimizer
+KERNELS := $(if $(PLAINLY),,fast gemm stream conv norm layers attention decode optimizer)
 FILES := config atomic tensor checkpoint ckpt weights images lmdb tokens recipe classes
 SAMPLING := model bounds options terminal
 COMPONENTS := $(BASE:%=base/%) $(KERNELS:%=kernels/%) $(FILES:%=files/%) data vqgan_layers vqgan transformer diffusion \
               $(SAMPLING:%=sampling/%) training/discriminator training/perceptual
 PROGRAMS := sample train inpaint
 COLD := base/params base/options $(FILES:%=files/%) data sampling/model sampling/options sampling/terminal
-TESTS := base gemm conv checkpoint ckpt images data vqgan discriminator perceptual transformer classes diffusion
-TESTS_DOUBLE := gemm conv vqgan discriminator perceptual transformer
+TESTS := base $(if $(PLAINLY),,gemm conv) checkpoint ckpt images data vqgan discriminator perceptual transformer classes diffusion
+TESTS_DOUBLE := $(if $(PLAINLY),,gemm conv) vqgan discriminator perceptual transformer
 
 OBJ := $(COMPONENTS:%=$B/%.o)
 DEVICE_OBJ := $(if $(NVCC),$B/device_f32.o $B/device_bf16.o)
@@ -301,8 +310,13 @@ else
 	    $B/bench_cuda; fi
 endif
 
+ifneq ($(PLAINLY),)
+test: $(TEST_BIN) $B/golden $B/pictures $B/lpips $B/codes $(PROGRAMS:%=$B/%)
+	@test/run.sh --plain $B $(TEST_BIN)
+else
 test: $(TEST_BIN) $(EMULATED_BIN) $B/golden $B/pictures $B/logits $B/lpips $B/codes $B/walkthrough $B/sizes $(PROGRAMS:%=$B/%) $B/train-alone $(if $P,$(PROGRAMS:%=$P/%))
 	@test/run.sh $B "$P" $(TEST_BIN) $(EMULATED_TESTS)
+endif
 
 # The official model in PyTorch beside ours, where PYTHON has PyTorch.
 PYTHON ?= python3

@@ -3,7 +3,6 @@
  *   codes VQGAN.safetensors DATA OUT     their tokens, and their reconstructions from these tokens as raw floats to OUT;
  *                                        prints K, how many of the K tokens occur, and the dtype of quantize.used or
  *                                        "none" */
-#include "kernels/kernels.h"
 #include "sampling/sampling.h"
 #include "training/training.h"
 

@@ -21,7 +21,6 @@
  * having compared nothing. The last line counts comparisons: "N passed, N failed"; exit status 1 if any failed.
  *
  * Read from the bottom: main, run_folder, run_case, then the kind you are interested in. */
-#include "kernels/kernels.h"
 #include "sampling/sampling.h"
 #include "training/training.h"
 

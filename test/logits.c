@@ -3,7 +3,6 @@
  *   logits MODEL OUT.safetensors     for every scale t, from random tokens:
  *
  * x1, xt1, label1, logits1, x2 ..., each of two samples: x (2,N) is x_{t-1}, xt (2,N) is x_t, logits (2,N,K). */
-#include "kernels/kernels.h"
 #include "sampling/sampling.h"
 #include "training/training.h"
 

@@ -5,7 +5,6 @@
  *   lpips make OUT                   random weights in the shapes of the real ones
  *
  * All but FILE are safetensors. */
-#include "kernels/kernels.h"
 #include "sampling/sampling.h"
 #include "training/training.h"
 

@@ -9,7 +9,6 @@
  *                                    from the other's than MOST times the largest of its tensor; but for those of one
  *                                    dimension: a bias in front of a norm has no gradient but rounding, which Adam
  *                                    enlarges */
-#include "kernels/kernels.h"
 #include "sampling/sampling.h"
 #include "training/training.h"
 

@@ -4,12 +4,16 @@
 # The last line is "N passed, N failed"; exit status 1 if anything failed, crashed or reported nothing. PYTHON names a
 # python that has torch.
 #
+# run.sh --plain BUILD TEST...: of programs without kernels/ (make PLAIN=1): what does not need them.
+#
 # run.sh --cuda BUILD PROGRAMS TEST...: only what concerns CUDA, with the programs of that folder (built by nvcc, or the
 # emulated ones).
-cuda=
-[ "$1" = --cuda ] && cuda=$3
-build=${cuda:+$2} any=
-[ -n "$cuda" ] && shift 3 || { build=$1 any=$2 && shift 2; }
+cuda='' plain='' any=''
+case $1 in
+--cuda) build=$2 cuda=$3 && shift 3 ;;
+--plain) build=$2 plain=yes && shift 2 ;;
+*) build=$1 any=$2 && shift 2 ;;
+esac
 passed=0 failed=0
 HOUSE=uncounted # check: the house is in order
 export IMAGEBART_DEVICE=cpu # where nothing else is said, also on a machine with a GPU and in programs that pretend to have one
@@ -63,6 +67,15 @@ python_check() { # python_check NAME MODULES SCRIPT: with the python that has th
 for t in "$@"; do
     check "$(basename "$t")" "$t"
 done
+if [ -n "$plain" ]; then
+    check golden "$build/golden" test/golden-cases
+    check golden-selftest "$build/golden" --selftest test/golden-cases
+    check plain-programs test/test_plain.sh "$build"
+    echo "skipped: what needs kernels/: products and convolutions made fast, weights in bf16 and int8, CUDA and its emulation"
+    echo "$passed passed, $failed failed"
+    [ "$failed" -eq 0 ]
+    exit
+fi
 if [ -n "$cuda" ]; then
     check golden-cuda "$cuda/golden" --device cuda test/golden-cases
     check cuda-programs test/test_cuda_programs.sh "$build" "$cuda"

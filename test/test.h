@@ -3,7 +3,9 @@
 #ifndef TEST_H
 #define TEST_H
 
+#ifndef PLAIN
 #include "kernels/kernels.h"
+#endif
 #include "sampling/sampling.h"
 #include "training/training.h"
 #include <math.h>
