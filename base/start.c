@@ -5,7 +5,6 @@
  * its own, and calls its main main_LEVEL. So no other file knows of levels, and loops that the compiler turned into
  * vectors gain as much as those written with them. A level that the compiler did not know is missing here: a null
  * pointer. IMAGEBART_LEVEL=x86-64-v3 chooses that level; one that the machine lacks is refused. */
-#include <cpuid.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -18,65 +17,45 @@ extern Main main_x86_64_v4_bf16 __attribute__((weak));
 
 /* ---- what there is ---- */
 
-enum { EAX, EBX, ECX, EDX };
-#define BIT(n) (1u << (n))
+/* The builtin also asks whether the system keeps the wide registers when it changes tasks. gcc 12 knows whole levels;
+ * older compilers and clang know features, but for three of x86-64-v3's. */
+#define HAS(feature) (__builtin_cpu_supports(feature) != 0)
+#if !defined(__clang__) && __GNUC__ >= 12
+#define HAS_V3 HAS("x86-64-v3")
+#define HAS_V4 HAS("x86-64-v4")
+#else
+#include <cpuid.h>
+static int has_cpuid(unsigned leaf, unsigned bits) {
+    unsigned a, b, c, d;
+    return __get_cpuid(leaf, &a, &b, &c, &d) && (c & bits) == bits;
+}
+#define HAS_V3                                                                                                         \
+    (HAS("popcnt") && HAS("avx2") && HAS("fma") && HAS("bmi") && HAS("bmi2") && has_cpuid(1, bit_MOVBE | bit_F16C) &&  \
+     has_cpuid(0x80000001, bit_LZCNT))
+#define HAS_V4 (HAS("avx512f") && HAS("avx512dq") && HAS("avx512cd") && HAS("avx512bw") && HAS("avx512vl"))
+#endif
+#if defined(__clang__) || __GNUC__ >= 11
+#define HAS_BF16 (HAS("avx512bf16") && HAS("avx512vnni"))
+#else
+#define HAS_BF16 0
+#endif
 
-/* A level has every bit of the levels before it. Bits: Intel's Software Developer's Manual, CPUID; levels: the x86-64
- * ABI's "micro-architecture levels". */
+/* A level needs all that the levels before it need. */
 static const struct {
     const char *name;
     Main *main;
-    unsigned saved; /* parts of the registers that the system must keep: XCR0 */
-    struct {
-        unsigned leaf, part, reg, bits;
-    } needs[5];
-} levels[] = {
-    {"x86-64", main_x86_64, 0, {{0, 0, 0, 0}}},
-    {"x86-64-v3",
-     main_x86_64_v3,
-     0x6,
-     {{1, 0, ECX,
-       BIT(0) | BIT(9) | BIT(13) | BIT(19) | BIT(20) | BIT(23)},    /* v2: SSE3 SSSE3 CX16 SSE4.1 SSE4.2 POPCNT */
-      {1, 0, ECX, BIT(12) | BIT(22) | BIT(27) | BIT(28) | BIT(29)}, /* FMA MOVBE OSXSAVE AVX F16C */
-      {7, 0, EBX, BIT(3) | BIT(5) | BIT(8)},                        /* BMI1 AVX2 BMI2 */
-      {0x80000001, 0, ECX, BIT(0) | BIT(5)}}},                      /* LAHF LZCNT */
-    {"x86-64-v4",
-     main_x86_64_v4,
-     0xe6,
-     {{7, 0, EBX, BIT(16) | BIT(17) | BIT(28) | BIT(30) | BIT(31)}}}, /* AVX512F DQ CD BW VL */
-    {"x86-64-v4-bf16",
-     main_x86_64_v4_bf16,
-     0xe6,
-     {{7, 0, ECX, BIT(11)}, {7, 1, EAX, BIT(5)}}}, /* AVX512-VNNI AVX512-BF16 */
-};
+} levels[] = {{"x86-64", main_x86_64},
+              {"x86-64-v3", main_x86_64_v3},
+              {"x86-64-v4", main_x86_64_v4},
+              {"x86-64-v4-bf16", main_x86_64_v4_bf16}};
 enum { LEVELS = sizeof levels / sizeof *levels };
-
-static int has_bits(unsigned leaf, unsigned part, unsigned reg, unsigned bits) {
-    unsigned r[4] = {0, 0, 0, 0}, parts = part, rest[3];
-    if (part > 0 && !__get_cpuid_count(leaf, 0, &parts, &rest[0], &rest[1], &rest[2])) return 0;
-    if (part > parts || !__get_cpuid_count(leaf, part, &r[EAX], &r[EBX], &r[ECX], &r[EDX])) return 0;
-    return (r[reg] & bits) == bits;
-}
-
-/* Whether the system keeps these registers when it changes tasks; asked only where OSXSAVE says that it can be. */
-static int system_saves(unsigned parts) {
-    unsigned low, high;
-    if (!has_bits(1, 0, ECX, BIT(27))) return 0;
-    __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
-    return (low & parts) == parts;
-}
 
 /* How many of the levels, from the first, this machine has. */
 static int machine_has(void) {
-    int n = 1;
-    for (; n < LEVELS; n++) {
-        if (!system_saves(levels[n].saved)) return n;
-        for (int i = 0; i < 5 && levels[n].needs[i].bits; i++)
-            if (!has_bits(levels[n].needs[i].leaf, levels[n].needs[i].part, levels[n].needs[i].reg,
-                          levels[n].needs[i].bits))
-                return n;
-    }
-    return n;
+    __builtin_cpu_init();
+    if (!HAS_V3) return 1;
+    if (!HAS_V4) return 2;
+    return HAS_BF16 ? 4 : 3;
 }
 
 /* ---- which to take ---- */
