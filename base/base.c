@@ -132,9 +132,8 @@ static size_t minus(size_t a, size_t b) { /* SIZE_MAX: no limit; nothing is less
 }
 
 static size_t number_at(const char *folder, const char *name, const char *key) {
-    char path[1100];
-    snprintf(path, sizeof path, "%s/%s", folder, name);
-    return number_in(path, key);
+    char path[PATH_BYTES];
+    return path_make(path, "%s/%s", folder, name) == OK ? number_in(path, key) : SIZE_MAX;
 }
 
 typedef struct {
@@ -149,10 +148,9 @@ static const Cgroup cgroups[2] = {
 
 /* What the control groups from `group` up to the mount point leave. */
 static size_t cgroup_room(const Cgroup *c, const char *group) {
-    char path[1024];
+    char path[PATH_BYTES];
     size_t room = SIZE_MAX;
-    int length = snprintf(path, sizeof path, "%s%s", c->mount, group);
-    if (length < 0 || (size_t)length >= sizeof path) return SIZE_MAX;
+    if (path_make(path, "%s%s", c->mount, group) != OK) return SIZE_MAX;
     for (char *slash = path; slash; slash = strrchr(path + strlen(c->mount), '/')) {
         if (slash != path) *slash = 0; /* the group above */
         size_t used = number_at(path, c->usage, "");

@@ -24,8 +24,9 @@ enum { OK = 0, FAILED = 1 };
 #define PRINTF_LIKE(f, a)
 #endif
 
+/* The longest path that is worked with, its zero byte included, and the longest error text, which may begin with it. */
+enum { PATH_BYTES = 4096, ERR_MAX = PATH_BYTES + 1024 };
 /* Set this thread's error text (one line, at most ERR_MAX-1 bytes, control characters are replaced); FAILED. */
-enum { ERR_MAX = 1024 };
 Err err(const char *fmt, ...) PRINTF_LIKE(1, 2);
 /* Put "where: " in front of the present text, to say in which file or option it happened; FAILED. */
 Err err_in(const char *where);
@@ -51,8 +52,6 @@ Err size_mul(size_t *out, size_t a, size_t b);
 size_t memory_available(void);
 /* OK if `needed` bytes are available, else an error that begins with `what` and ends with `advice`. */
 Err memory_fits(size_t needed, size_t available, const char *what, const char *advice);
-/* The longest path that is worked with, its zero byte included. */
-enum { PATH_BYTES = 4096 };
 /* path = the words; an error that shows their beginning if they are longer than that. */
 Err path_make(char path[PATH_BYTES], const char *fmt, ...) PRINTF_LIKE(2, 3);
 /* "2.3 GiB", "5.6 MiB" */

@@ -40,9 +40,9 @@ Err atomic_open(AtomicFile *f, const char *path) {
     if (exists && S_ISDIR(st.st_mode)) return err("%s: is a directory, expected a file to write", path);
 
     char *behind = exists && !direct ? realpath(path, NULL) : NULL;
-    int n = snprintf(f->path, sizeof f->path, "%s", behind ? behind : path);
+    const Err fits = path_make(f->path, "%s", behind ? behind : path);
     free(behind);
-    if (n < 0 || (size_t)n >= sizeof f->path) return err("%.200s...: path of %d bytes is too long", path, n);
+    TRY(fits);
 
     int fd = direct ? open(path, O_WRONLY | O_CLOEXEC) : open_temporary(f);
     if (fd < 0) {
@@ -68,7 +68,7 @@ Err atomic_write(AtomicFile *f, const void *data, size_t bytes) {
 
 /* Makes a rename last through a power cut. Not every file system can; the file is whole either way. */
 static void sync_folder(const char *path) {
-    char folder[1024];
+    char folder[PATH_BYTES];
     const char *slash = strrchr(path, '/');
     int length = slash ? (int)(slash - path) + 1 : 0;
     snprintf(folder, sizeof folder, "%.*s", length ? length : 1, length ? path : ".");
@@ -159,31 +159,39 @@ Err read_exactly(int fd, const char *path, uint8_t *bytes, size_t size) {
     return OK;
 }
 
-Err file_bytes(uint8_t **bytes, size_t *size, const char *path, size_t most, int *empty) {
-    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
-    if (fd < 0) return err("%s: %s", path, strerror(errno));
+Err file_open(int *fd, size_t *size, const char *path) {
     struct stat st;
+    *size = 0;
+    *fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK); /* a pipe that nobody writes would hold us for ever */
+    if (*fd < 0) return err("%s: %s", path, strerror(errno));
     Err e = OK;
+    if (fstat(*fd, &st) != 0)
+        e = err("%s: cannot read: %s", path, strerror(errno));
+    else if (S_ISDIR(st.st_mode))
+        e = err("%s: is a folder, not a regular file", path);
+    else if (!S_ISREG(st.st_mode))
+        e = err("%s: is a device or a pipe, not a regular file", path);
+    else if ((uintmax_t)st.st_size > SIZE_MAX - 1)
+        e = err("%s: is too large for this machine", path);
+    if (e != OK) close(*fd);
+    *size = e == OK ? (size_t)st.st_size : 0;
+    return e;
+}
+
+Err file_bytes(uint8_t **bytes, size_t *size, const char *path, size_t most, int *empty) {
+    int fd;
     *bytes = NULL;
     if (empty) *empty = 0;
-    if (fstat(fd, &st) != 0)
-        e = err("%s: %s", path, strerror(errno));
-    else if (S_ISDIR(st.st_mode))
-        e = err("%s: is a folder; a file expected", path);
-    else if (!S_ISREG(st.st_mode))
-        e = err("%s: is not a regular file", path);
-    else if (st.st_size == 0) {
-        e = err("%s: is empty", path);
-        if (empty) *empty = 1;
-    } else if ((uintmax_t)st.st_size > most)
-        e = err("%s: has %jd bytes; at most %zu are read", path, (intmax_t)st.st_size, most);
-    if (e == OK) e = mem_alloc(bytes, (*size = (size_t)st.st_size) + 1, 1, path);
+    TRY(file_open(&fd, size, path));
+    if (empty) *empty = *size == 0;
+    Err e = *size == 0     ? err("%s: is empty", path)
+            : *size > most ? err("%s: has %zu bytes; at most %zu are read", path, *size, most)
+                           : mem_alloc(bytes, *size + 1, 1, path);
     if (e == OK) e = read_exactly(fd, path, *bytes, *size);
     close(fd);
-    if (e != OK) {
-        free(*bytes);
-        *bytes = NULL;
-    }
+    if (e == OK) return OK;
+    free(*bytes);
+    *bytes = NULL;
     return e;
 }
 

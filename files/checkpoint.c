@@ -376,26 +376,21 @@ static Err foreign_content(const Checkpoint *ck) {
                HEADER_MAX_BYTES, (unsigned long long)read_u64(file), (unsigned)(unsigned char)file[8]);
 }
 
-static Err map_open_file(Checkpoint *ck, int fd) {
-    struct stat st;
-    if (fstat(fd, &st) != 0) return err("cannot read: %s", strerror(errno));
-    if (S_ISDIR(st.st_mode)) return err("is a directory, expected a safetensors or .ckpt file");
-    if (!S_ISREG(st.st_mode)) return err("is a device or a pipe, expected a safetensors or .ckpt file");
-    if (st.st_size == 0) return err("is empty, expected a safetensors or .ckpt file");
-    if ((uint64_t)st.st_size > SIZE_MAX) return err("is too large for this machine");
-    void *map = mmap(NULL, (size_t)st.st_size, PROT_READ, MAP_PRIVATE, fd, 0);
-    if (map == MAP_FAILED) return err("cannot map %lld bytes: %s", (long long)st.st_size, strerror(errno));
-    ck->map = map;
-    ck->map_bytes = (size_t)st.st_size;
-    return OK;
-}
-
 static Err map_file(Checkpoint *ck) {
-    int fd = open(ck->path, O_RDONLY | O_CLOEXEC | O_NONBLOCK); /* or a pipe that nobody writes holds us for ever */
-    if (fd < 0) return err("cannot open: %s", strerror(errno));
-    Err e = map_open_file(ck, fd);
+    int fd;
+    size_t bytes;
+    TRY(file_open(&fd, &bytes, ck->path));
+    void *map = bytes ? mmap(NULL, bytes, PROT_READ, MAP_PRIVATE, fd, 0) : NULL;
+    Err e = OK;
+    if (bytes == 0)
+        e = err("%s: is empty, expected a safetensors or .ckpt file", ck->path);
+    else if (map == MAP_FAILED)
+        e = err("%s: cannot map %zu bytes: %s", ck->path, bytes, strerror(errno));
     close(fd);
-    return e;
+    if (e != OK) return e;
+    ck->map = map;
+    ck->map_bytes = bytes;
+    return OK;
 }
 
 /* The container is told by content, never by the file's name. */
@@ -416,12 +411,9 @@ static Err read_content(Checkpoint *ck) {
 
 Err checkpoint_open(Checkpoint *ck, const char *path) {
     memset(ck, 0, sizeof *ck);
-    size_t length = strlen(path);
-    if (length >= sizeof ck->path) return err("%.200s...: path of %zu bytes is too long", path, length);
-    memcpy(ck->path, path, length + 1);
-    Err e = map_file(ck);
-    if (e == OK) e = read_content(ck);
-    if (e == OK) return OK;
+    TRY(path_make(ck->path, "%s", path));
+    TRY(map_file(ck));
+    if (read_content(ck) == OK) return OK;
     checkpoint_close(ck);
     return err_in(path);
 }

@@ -22,12 +22,11 @@
 enum { LIST_BYTES = 1 << 24 };
 
 Err classes_from_recipe(Config *to, const char *recipe) {
-    char path[1100], *text;
+    char path[PATH_BYTES], *text;
     const char *file = config_get(to, "imagebart.", "class_list"), *slash = strrchr(recipe, '/');
     if (!file) return OK;
     int folder = *file == '/' || !slash ? 0 : (int)(slash - recipe) + 1;
-    if ((size_t)snprintf(path, sizeof path, "%.*s%s", folder, recipe, file) >= sizeof path)
-        return err("imagebart.class_list %.200s: the path is too long", file);
+    if (path_make(path, "%.*s%s", folder, recipe, file) != OK) return err_in("imagebart.class_list");
     TRY(file_text(&text, path, LIST_BYTES));
     Err e = config_set(to, "imagebart.classes", "%s", text);
     free(text);

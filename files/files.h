@@ -53,7 +53,7 @@ typedef struct {
     void *map;
     size_t map_bytes;
     void *copies; /* of tensors whose elements do not lie in row-major order in the file */
-    char path[1024];
+    char path[PATH_BYTES];
 } Checkpoint;
 
 /* Maps a file, tells by its content what it is, and checks all of it before use: a safetensors file (header length,
@@ -79,8 +79,9 @@ Err checkpoint_write(const char *path, const Tensor *tensor, const int *from_rea
 /* ckpt.c: what checkpoint_open and checkpoint_close call for PyTorch's files. */
 Err ckpt_read(Checkpoint *ck);
 void ckpt_free_copies(void *copies);
-/* *bytes (*size) = a whole regular file of 1 to `most` bytes, a zero byte behind it; release with free(). Never blocks on
- * a pipe or a terminal. empty, unless NULL: 1 when the file is there but has no bytes, which is an error too. */
+/* *fd = a regular file, open for reading, of *size bytes. Never blocks on a pipe or a terminal. */
+Err file_open(int *fd, size_t *size, const char *path);
+/* *bytes (*size) = a whole regular file of 1 to `most` bytes, a zero byte behind it; release with free(). empty, unless NULL: 1 when the file is there but has no bytes, which is an error too. */
 Err file_bytes(uint8_t **bytes, size_t *size, const char *path, size_t most, int *empty);
 /* The same as a text; zero bytes in it are an error. */
 Err file_text(char **text, const char *path, size_t most);
@@ -94,7 +95,7 @@ Err io_error(const char *path, const char *doing);
  * (remove). */
 typedef struct {
     void *file; /* FILE* */
-    char path[1024], temporary[1040];
+    char path[PATH_BYTES], temporary[PATH_BYTES];
 } AtomicFile;
 Err atomic_open(AtomicFile *f, const char *path);
 Err atomic_write(AtomicFile *f, const void *data, size_t bytes);
@@ -192,7 +193,7 @@ typedef struct {
     size_t done, bytes; /* pictures; of a record */
     uint8_t *record;
     int fd;
-    char path[1100], part[1110];
+    char path[PATH_BYTES], part[PATH_BYTES];
 } TokensPart;
 Err tokens_start(TokensPart *p, const char *path, const Tokens *sizes, size_t batch);
 Err tokens_append(TokensPart *p, int32_t label, const int32_t *token); /* (flips, h*w); label -1: a damaged picture */

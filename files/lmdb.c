@@ -163,13 +163,9 @@ static Err check_tree(Tree *t, size_t file_bytes) {
 }
 
 static Err check_file(const char *path, size_t *file_bytes) {
-    struct stat st;
     Tree t = {.path = path};
-    t.fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
-    if (t.fd < 0) return err("%s: %s", path, strerror(errno));
-    Err e = fstat(t.fd, &st) == 0 && S_ISREG(st.st_mode) ? OK : err("%s: is not a regular file", path);
-    *file_bytes = e == OK ? (size_t)st.st_size : 0;
-    if (e == OK) e = check_tree(&t, *file_bytes);
+    TRY(file_open(&t.fd, file_bytes, path));
+    Err e = check_tree(&t, *file_bytes);
     close(t.fd);
     return e;
 }

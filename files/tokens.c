@@ -83,17 +83,11 @@ static Err tokens_read_fd(Tokens *x, int fd, const char *path, uint64_t size) {
 }
 
 Err tokens_read(Tokens *x, const char *path) {
+    int fd;
+    size_t size;
     *x = (Tokens){0};
-    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
-    if (fd < 0) return err("%s: %s", path, strerror(errno));
-    struct stat st;
-    Err e;
-    if (fstat(fd, &st) != 0)
-        e = err("%s: %s", path, strerror(errno));
-    else if (!S_ISREG(st.st_mode))
-        e = err("%s: is not a regular file", path);
-    else
-        e = tokens_read_fd(x, fd, path, (uint64_t)st.st_size);
+    TRY(file_open(&fd, &size, path));
+    Err e = tokens_read_fd(x, fd, path, size);
     close(fd);
     if (e != OK) tokens_free(x);
     return e;
@@ -177,9 +171,8 @@ Err tokens_start(TokensPart *p, const char *path, const Tokens *sizes, size_t ba
     if (tokens_sizes(&count, sizes->n, sizes->h, sizes->w, sizes->K, sizes->flips) != OK) return err_in(path);
     TokensHeader head = {{0}, sizes->n, sizes->h, sizes->w, sizes->K, sizes->flips, sizes->vqgan, sizes->source};
     memcpy(head.magic, part_magic, sizeof head.magic);
-    if ((size_t)snprintf(p->path, sizeof p->path, "%s", path) >= sizeof p->path ||
-        (size_t)snprintf(p->part, sizeof p->part, "%s.part", path) >= sizeof p->part)
-        return err("%.100s...: the path is too long", path);
+    TRY(path_make(p->path, "%s", path));
+    TRY(path_make(p->part, "%s.part", path));
     p->bytes = RECORD_TOKENS + count / sizes->n * sizeof *sizes->token;
     Err e = mem_alloc(&p->record, p->bytes, 1, "a picture's tokens");
     if (e == OK) e = part_open(p);

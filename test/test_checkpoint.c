@@ -590,15 +590,17 @@ static void test_foreign_files(void) {
         CHECK_ERR(checkpoint_open(&ck, in_folder("foreign")), foreign[i].error);
         CHECK(strstr(err_text(), "safetensors"));
     }
-    CHECK_ERR(checkpoint_open(&ck, folder), "is a directory");
+    CHECK_ERR(checkpoint_open(&ck, folder), "is a folder");
     CHECK_ERR(checkpoint_open(&ck, "/dev/zero"), "is a device");
     CHECK_ERR(checkpoint_open(&ck, in_folder("nothing")), "No such file");
     CHECK(mkfifo(in_folder("fifo"), 0600) == 0);
     CHECK_ERR(checkpoint_open(&ck, in_folder("fifo")), "a pipe"); /* and does not wait for a writer */
-    char path[1100];
+    char path[PATH_BYTES + 1];
     memset(path, 'p', sizeof path);
-    path[1099] = 0;
-    CHECK_ERR(checkpoint_open(&ck, path), "1099 bytes is too long");
+    path[PATH_BYTES] = 0;
+    CHECK_ERR(checkpoint_open(&ck, path), "4096 bytes is too long");
+    path[PATH_BYTES - 1] = 0; /* this one is not; nor is there such a file */
+    CHECK_ERR(checkpoint_open(&ck, path), "ile name too long");
 }
 
 /* Every truncation, and thousands of damaged copies, of a file with all that the format has. */
