@@ -146,7 +146,7 @@ LDLIBS := $(ARCHIVES) $(if $(HAVE_WEBP),-lwebp) $(if $(HAVE_LMDB),-llmdb) -lpng 
 # compiled for the first level only.
 BASE := base threads params plan compute options
 KERNELS := $(if $(PLAINLY),,fast gemm stream conv norm layers attention decode optimizer)
-FILES := config atomic tensor checkpoint ckpt weights images lmdb tokens recipe classes
+FILES := config atomic tensor checkpoint ckpt weights names images lmdb tokens recipe classes
 SAMPLING := model bounds options terminal
 COMPONENTS := $(BASE:%=base/%) $(KERNELS:%=kernels/%) $(FILES:%=files/%) data vqgan_layers vqgan transformer diffusion \
               $(SAMPLING:%=sampling/%) training/discriminator training/perceptual

@@ -5,12 +5,12 @@
  * ahead. What a picture is, images.c knows; what an LMDB is, lmdb.c.
  *
  * How it is built: a picture is a name below the dataset's folder ("cat/1.png"); one in an LMDB is the LMDB's name and
- * the key ("church_outdoor_train_lmdb/data.mdb/f7c8..."). Finding fills Names, a growing list; layout tells from the
- * names which side of the split and which class each belongs to; Dataset keeps what is chosen. Batches are functions of
- * their number: which picture, crop and flip an example is depends on no thread, and what stands in for a damaged
- * picture only on the files.
+ * the key ("church_outdoor_train_lmdb/data.mdb/f7c8..."). Finding fills Names, a growing list whose marks are sides of
+ * the split; a Layout tells from a name on which side and in which class its picture is; Dataset keeps what is chosen.
+ * Batches are functions of their number: which picture, crop and flip an example is depends on no thread, and what
+ * stands in for a damaged picture only on the files.
  *
- * Read in this order: dataset_open, dataset_picture, loader_start. */
+ * Read in this order: dataset_open, dataset_picture, loader_start; next vqgan.c, which makes tokens of the batches. */
 #include "imagebart.h"
 
 #include <dirent.h>
@@ -40,81 +40,17 @@ enum {
 #define EXTENSIONS ".png, .jpg or .jpeg"
 #endif
 
-/* ------------------------------------------------------------------------------------------------------------
- * Names
- * ---------------------------------------------------------------------------------------------------------- */
+/* The side of the split that a name is on, its mark */
+enum { TRAINING = 0, VALIDATION = 1, NOT_SAID = -1 };
 
-/* A growing list of strings, each with what is known of its picture. start are offsets because text moves. */
-typedef struct {
-    size_t start;
-    const char *name; /* once sorted */
-    uint64_t bytes;   /* of the file, or the value */
-    int held;         /* 1 validation, 0 training, -1 not said */
-} Name;
-typedef struct {
-    char *text;
-    size_t used, room;
-    Name *item;
-    size_t n, capacity;
-} Names;
-
-static Err names_add(Names *s, const char *name, size_t length, uint64_t bytes, int held) {
-    TRY(mem_grow(&s->text, s->used, length + 1, &s->room, 1, "file names"));
-    TRY(mem_grow(&s->item, s->n, 1, &s->capacity, sizeof *s->item, "file names"));
-    memcpy(s->text + s->used, name, length);
-    s->text[s->used + length] = 0;
-    s->item[s->n++] = (Name){s->used, NULL, bytes, held};
-    s->used += length + 1;
-    return OK;
-}
-
-static void names_free(Names *s) {
-    free(s->text);
-    free(s->item);
-    *s = (Names){0};
-}
-
-static int compare_names(const void *a, const void *b) {
-    return strcmp(((const Name *)a)->name, ((const Name *)b)->name);
-}
-
-static int compare_strings(const void *a, const void *b) {
-    return strcmp(*(char *const *)a, *(char *const *)b);
-}
-
-/* The last part of a name without its extension: what lists and files agree in. */
-static const char *stem_of(size_t *length, const char *name) {
-    const char *slash = strrchr(name, '/'), *stem = slash ? slash + 1 : name, *dot = strrchr(stem, '.');
-    *length = dot && dot != stem ? (size_t)(dot - stem) : strlen(stem);
-    return stem;
-}
-
-static int compare_stems(const void *a, const void *b) {
-    size_t n, m;
-    const char *p = stem_of(&n, ((const Name *)a)->name), *q = stem_of(&m, ((const Name *)b)->name);
-    int order = memcmp(p, q, n < m ? n : m);
-    return order ? order : (n > m) - (n < m);
-}
-
-/* Into byte order, or another one. No name may be added afterwards. */
-static void names_sort(Names *s, int (*compare)(const void *, const void *)) {
-    for (size_t i = 0; i < s->n; i++) s->item[i].name = s->text + s->item[i].start;
-    if (s->n) qsort(s->item, s->n, sizeof *s->item, compare);
-}
-
-/* *out (n) = the names in their order, pointers and text in one allocation. Those that do not start with '/' get
- * `folder` + "/" in front; NULL: nothing in front. */
-static Err names_pack(char ***out, const Names *s, const char *folder) {
-    size_t prefix = folder ? strlen(folder) + 1 : 0, bytes;
-    TRY(size_mul(&bytes, s->n, sizeof(char *) + prefix));
-    TRY(mem_alloc(out, bytes + s->used, 1, "file names"));
-    char *to = (char *)(*out + s->n);
-    for (size_t i = 0; i < s->n; i++) {
-        (*out)[i] = to;
-        if (folder && s->item[i].name[0] != '/') to += sprintf(to, "%s/", folder);
-        to = stpcpy(to, s->item[i].name) + 1;
-    }
-    return OK;
+/* The next line of a text from *at to end, without its end; 0: there is none. */
+static int next_line(const char **line, size_t *length, const char **at, const char *end) {
+    if (*at >= end) return 0;
+    const char *stop = memchr(*at, '\n', (size_t)(end - *at));
+    *line = *at;
+    *length = (size_t)((stop ? stop : end) - *at);
+    *at += *length + 1;
+    return 1;
 }
 
 /* ------------------------------------------------------------------------------------------------------------
@@ -126,8 +62,7 @@ static const char IMAGENET_LEFT_OUT[] = "n06596364_9591.JPEG"; /* the official c
 
 /* out = a/b, or b alone when a is empty */
 static Err join(char out[PATH_BYTES], const char *a, const char *b) {
-    int n = snprintf(out, PATH_BYTES, "%s%s%s", a, *a ? "/" : "", b);
-    return n < PATH_BYTES ? OK : err("%.100s...: a path longer than %d bytes", a, PATH_BYTES - 1);
+    return path_make(out, "%s%s%s", a, *a ? "/" : "", b);
 }
 
 static int is_folder(const char *path) {
@@ -165,7 +100,7 @@ static Err take_key(void *context, const char *key, size_t value_bytes) {
     Search *s = context;
     char name[PATH_BYTES];
     TRY(join(name, s->below, key));
-    return names_add(s->names, name, strlen(name), value_bytes, -1);
+    return names_add(s->names, name, strlen(name), value_bytes, NOT_SAID);
 }
 
 /* Adds the keys of the LMDB at root/below, which stays open. */
@@ -199,7 +134,7 @@ static Err search_entry(Search *s, const char *below, const char *name, int dept
     if (S_ISDIR(st.st_mode)) return search_folder(s, relative, depth + 1);
     if (S_ISREG(st.st_mode) && !strcmp(name, DATA_MDB)) return search_lmdb(s, relative);
     if (!S_ISREG(st.st_mode) || !is_picture_file(name, path) || !strcmp(name, IMAGENET_LEFT_OUT)) return OK;
-    return names_add(s->names, relative, strlen(relative), (uint64_t)st.st_size, -1);
+    return names_add(s->names, relative, strlen(relative), (uint64_t)st.st_size, NOT_SAID);
 }
 
 /* Adds the pictures in root/below, named relative to root. Hidden files and folders are skipped. */
@@ -228,37 +163,37 @@ typedef struct {
 } Index;
 
 /* *out = the one picture whose stem is that of `name`; NULL: none. Two are an error. */
-static Err index_find(Index *x, Search *s, const char *name, const Name **out) {
+static Err index_find(Index *x, Search *s, const char *name, const Listed **out) {
     if (!x->searched) {
         Names *theirs = s->names;
         s->names = &x->found;
         Err e = search_folder(s, "", 0);
         s->names = theirs;
         if (e != OK) return e;
-        names_sort(&x->found, compare_stems);
+        names_sort(&x->found, names_by_stem);
         x->searched = 1;
     }
-    Name key = {0, name, 0, 0};
-    const Name *all = x->found.item,
-               *at = x->found.n ? bsearch(&key, all, x->found.n, sizeof *all, compare_stems) : NULL;
+    Listed key = {0, name, 0, 0};
+    const Listed *all = x->found.item,
+               *at = x->found.n ? bsearch(&key, all, x->found.n, sizeof *all, names_by_stem) : NULL;
     *out = at;
     if (!at) return OK;
-    const Name *other = at > all && !compare_stems(at - 1, at)                    ? at - 1
-                        : at + 1 < all + x->found.n && !compare_stems(at, at + 1) ? at + 1
+    const Listed *other = at > all && !names_by_stem(at - 1, at)                    ? at - 1
+                        : at + 1 < all + x->found.n && !names_by_stem(at, at + 1) ? at + 1
                                                                                   : NULL;
     return other ? err("'%s' could be %s or %s", name, at->name, other->name) : OK;
 }
 
 /* One line of a list: the file of that path, else the picture of that stem. Missing ones are counted. */
-static Err list_line(Search *s, Index *x, const char *list, size_t line, const char *name, int held) {
+static Err list_line(Search *s, Index *x, const char *list, size_t line, const char *name, int side) {
     char path[PATH_BYTES];
     struct stat st;
-    const Name *found;
+    const Listed *found;
     TRY(join(path, name[0] == '/' ? "" : s->root, name));
     if (stat(path, &st) == 0 && S_ISREG(st.st_mode))
-        return names_add(s->names, name, strlen(name), (uint64_t)st.st_size, held);
+        return names_add(s->names, name, strlen(name), (uint64_t)st.st_size, side);
     if (index_find(x, s, name, &found) != OK) return err("%s: line %zu: %s", list, line, err_text());
-    if (found) return names_add(s->names, found->name, strlen(found->name), found->bytes, held);
+    if (found) return names_add(s->names, found->name, strlen(found->name), found->bytes, side);
     if (x->missing++ == 0) {
         err("%s: line %zu: no picture at %s", list, line, path);
         snprintf(x->first, sizeof x->first, "%s", err_text());
@@ -267,20 +202,19 @@ static Err list_line(Search *s, Index *x, const char *list, size_t line, const c
 }
 
 /* Adds the pictures that a list file names, a path a line; each must be there. */
-static Err search_list(Search *s, Index *x, const char *list, int held) {
+static Err search_list(Search *s, Index *x, const char *list, int side) {
     uint8_t *bytes;
-    size_t size;
+    size_t size, length;
     TRY(file_bytes(&bytes, &size, list, LIST_FILE_BYTES, NULL));
+    const char *at = (const char *)bytes, *end = at + size, *line;
     Err e = memchr(bytes, 0, size) ? err("%s: is neither a folder nor a text file with one path a line", list) : OK;
-    for (size_t at = 0, line = 1, end; at < size && e == OK; at = end + 1, line++) {
+    for (size_t number = 1; e == OK && next_line(&line, &length, &at, end); number++) {
         char name[PATH_BYTES];
-        for (end = at; end < size && bytes[end] != '\n';) end++;
-        size_t length = end - at;
-        if (length && bytes[end - 1] == '\r') length--;
-        if (length >= PATH_BYTES) e = err("%s: line %zu: longer than %d bytes", list, line, PATH_BYTES - 1);
+        if (length && line[length - 1] == '\r') length--;
+        if (length >= PATH_BYTES) e = err("%s: line %zu: longer than %d bytes", list, number, PATH_BYTES - 1);
         if (!length || e != OK) continue;
-        snprintf(name, sizeof name, "%.*s", (int)length, (const char *)bytes + at);
-        e = list_line(s, x, list, line, name, held);
+        snprintf(name, sizeof name, "%.*s", (int)length, line);
+        e = list_line(s, x, list, number, name, side);
     }
     free(bytes);
     if (e == OK && x->missing > 1) return err("%s, and %zu more are missing", x->first, x->missing - 1);
@@ -311,18 +245,18 @@ static const char *below_folder(const char *name, const char *folder) {
     return n && strncmp(name, folder, n) == 0 && name[n] == '/' ? name + n + 1 : NULL;
 }
 
-/* The class part of "[train/|val/]class/rest" and its length; length 0: the picture lies in no sub-folder. *held: the
- * side of the split that the name says, or -1. */
-static const char *class_part(size_t *length, int *held, const char *name, const Layout *layout) {
+/* The class part of "[train/|val/]class/rest" and its length; length 0: the picture lies in no sub-folder. *side: what the
+ * name says of the split. */
+static const char *class_part(size_t *length, int *side, const char *name, const Layout *layout) {
     const char *rest = below_folder(name, layout->train);
-    *held = rest ? 0 : -1;
-    if (!rest && (rest = below_folder(name, layout->val))) *held = 1;
+    *side = rest ? TRAINING : NOT_SAID;
+    if (!rest && (rest = below_folder(name, layout->val))) *side = VALIDATION;
     if (!rest) rest = name;
     const char *slash = strchr(rest, '/');
     *length = slash ? (size_t)(slash - rest) : 0;
     if (!strncmp(rest, DATA_MDB, *length)) *length = 0; /* the keys of an LMDB are no classes */
     int of_train = ends_with(rest, *length, "_train_lmdb"), of_val = ends_with(rest, *length, "_val_lmdb");
-    if (layout->lmdbs && (of_train || of_val)) *held = of_val;
+    if (layout->lmdbs && (of_train || of_val)) *side = of_val ? VALIDATION : TRAINING;
     if (of_train || of_val) *length -= strlen(of_val ? "_val_lmdb" : "_train_lmdb");
     return rest;
 }
@@ -336,11 +270,11 @@ static void find_folders(Layout *layout, const char *folder) {
 }
 
 static void find_lmdbs(Layout *layout, const Names *all) {
-    int sides = 0, held;
+    int sides = 0, side;
     Layout lmdbs = {NULL, NULL, 1};
     for (size_t i = 0, length; i < all->n && sides != 3; i++) {
-        class_part(&length, &held, all->item[i].name, &lmdbs);
-        if (held >= 0) sides |= 1 << held;
+        class_part(&length, &side, all->item[i].name, &lmdbs);
+        if (side != NOT_SAID) sides |= 1 << side;
     }
     layout->lmdbs = sides == 3;
 }
@@ -352,18 +286,18 @@ static Err find_classes(Dataset *d, const Names *all, const Layout *layout) {
     Err e = OK;
     const char *last = NULL;
     size_t last_length = 0;
-    int held;
+    int side;
     for (size_t i = 0, length; i < all->n && e == OK; i++) {
-        const char *part = class_part(&length, &held, all->item[i].name, layout);
+        const char *part = class_part(&length, &side, all->item[i].name, layout);
         if (!length) {
             names_free(&found);
             return OK;
         }
         if (!last || length != last_length || memcmp(last, part, length) != 0)
-            e = names_add(&found, part, length, 0, -1);
+            e = names_add(&found, part, length, 0, 0);
         last = part, last_length = length;
     }
-    names_sort(&found, compare_names);
+    names_sort(&found, names_in_byte_order);
     if (e == OK) e = names_pack(&d->class_name, &found, NULL);
     for (size_t i = 0; i < found.n && e == OK; i++) /* a class occurs once per split folder */
         if (i == 0 || strcmp(d->class_name[i], d->class_name[d->n_classes - 1]) != 0)
@@ -372,11 +306,15 @@ static Err find_classes(Dataset *d, const Names *all, const Layout *layout) {
     return e;
 }
 
+static int compare_strings(const void *a, const void *b) {
+    return strcmp(*(char *const *)a, *(char *const *)b);
+}
+
 static int32_t class_of(const Dataset *d, const char *name, const Layout *layout) {
     char class_name[PATH_BYTES], *key = class_name;
     size_t length;
-    int held;
-    const char *part = class_part(&length, &held, name, layout);
+    int side;
+    const char *part = class_part(&length, &side, name, layout);
     snprintf(class_name, sizeof class_name, "%.*s", (int)length, part);
     char **at = bsearch(&key, d->class_name, d->n_classes, sizeof *d->class_name, compare_strings);
     return at ? (int32_t)(at - d->class_name) : 0;
@@ -391,14 +329,14 @@ static int name_is_held_out(const char *name) {
 static void choose_sides(Names *all, const Layout *layout) {
     size_t said = 0, held_out = 0;
     for (size_t i = 0; i < all->n; i++) {
-        Name *item = &all->item[i];
+        Listed *item = &all->item[i];
         size_t length;
-        if (item->held < 0) class_part(&length, &item->held, item->name, layout);
-        said += item->held >= 0;
-        if (item->held < 0) item->held = name_is_held_out(item->name);
-        held_out += item->held == 1;
+        if (item->mark == NOT_SAID) class_part(&length, &item->mark, item->name, layout);
+        said += item->mark != NOT_SAID;
+        if (item->mark == NOT_SAID) item->mark = name_is_held_out(item->name) ? VALIDATION : TRAINING;
+        held_out += item->mark == VALIDATION;
     }
-    if (!said && !held_out && all->n) all->item[0].held = 1;
+    if (!said && !held_out && all->n) all->item[0].mark = VALIDATION;
 }
 
 /* ------------------------------------------------------------------------------------------------------------
@@ -425,14 +363,14 @@ static Err dataset_select(Dataset *d, const Names *all, const char *folder, Spli
     Err e = OK;
     d->identity = FNV_START;
     for (size_t i = 0; i < all->n && e == OK; i++) {
-        const Name *item = &all->item[i];
-        if (split != SPLIT_ALL && item->held != (split == SPLIT_VAL)) continue;
+        const Listed *item = &all->item[i];
+        if (split != SPLIT_ALL && item->mark != (split == SPLIT_VAL)) continue;
         d->identity = fnv1a(d->identity, item->name, strlen(item->name) + 1);
         d->identity = fnv1a(d->identity, &item->bytes, sizeof item->bytes);
-        e = names_add(&chosen, item->name, strlen(item->name), item->bytes, item->held);
+        e = names_add(&chosen, item->name, strlen(item->name), item->bytes, item->mark);
     }
     if (e == OK && !chosen.n) e = err("has no %spictures (" EXTENSIONS ") among %zu", what[split], all->n);
-    names_sort(&chosen, compare_names);
+    names_sort(&chosen, names_in_byte_order);
     if (e == OK) e = names_pack(&d->path, &chosen, folder);
     if (e == OK) e = mem_alloc(&d->label, chosen.n, sizeof *d->label, "labels");
     if (e == OK) d->n = chosen.n;
@@ -449,8 +387,8 @@ static Err dataset_find(Dataset *d, Names *all, Layout *layout, const char *fold
     Err e;
     if (!list) find_folders(layout, folder);
     if (list) {
-        e = search_list(&s, &index, list, val_list ? 0 : -1);
-        if (e == OK && val_list) e = search_list(&s, &index, val_list, 1);
+        e = search_list(&s, &index, list, val_list ? TRAINING : NOT_SAID);
+        if (e == OK && val_list) e = search_list(&s, &index, val_list, VALIDATION);
     } else if (layout->train) { /* nothing beside the two */
         e = search_folder(&s, layout->train, 0);
         if (e == OK) e = search_folder(&s, layout->val, 0);
@@ -458,7 +396,7 @@ static Err dataset_find(Dataset *d, Names *all, Layout *layout, const char *fold
         e = search_folder(&s, "", 0);
     names_free(&index.found);
     if (e != OK) return e;
-    names_sort(all, compare_names);
+    names_sort(all, names_in_byte_order);
     if (!list && !layout->train) find_lmdbs(layout, all);
     return OK;
 }
@@ -484,7 +422,7 @@ static Err dataset_scan_lmdb(Dataset *d, const char *path, const char *folder, c
     Layout none = {0};
     Err e = search_lmdb(&s, name);
     if (e == OK && !all.n) e = err("%s: has no pictures", path);
-    if (e == OK) names_sort(&all, compare_names);
+    if (e == OK) names_sort(&all, names_in_byte_order);
     if (e == OK) choose_sides(&all, &none);
     if (e == OK && dataset_select(d, &all, folder, split, &none) != OK) e = err_in(path);
     names_free(&all);
@@ -573,7 +511,7 @@ static Err damage_note(const Dataset *d, size_t i) {
     for (int k = 0; k < n; k++)
         if (line[k] == '\n') line[k] = '?';
     pthread_mutex_lock(&x->lock);
-    Err e = x->met[i] ? OK : names_add(&x->lines, line, (size_t)n, 0, -1);
+    Err e = x->met[i] ? OK : names_add(&x->lines, line, (size_t)n, 0, 0);
     x->met[i] = 1;
     pthread_mutex_unlock(&x->lock);
     return e;
@@ -611,15 +549,14 @@ size_t dataset_damaged(const Dataset *d) {
 /* s += the lines of a file, if it is there */
 static Err add_lines(Names *s, const char *path) {
     uint8_t *bytes;
-    size_t size;
+    size_t size, length;
     int empty = 0;
     if (access(path, F_OK) != 0) return OK;
     if (file_bytes(&bytes, &size, path, LIST_FILE_BYTES, &empty) != OK) return empty ? OK : FAILED;
+    const char *at = (const char *)bytes, *end = at + size, *line;
     Err e = OK;
-    for (size_t at = 0, end; at < size && e == OK; at = end + 1) {
-        for (end = at; end < size && bytes[end] != '\n';) end++;
-        if (end > at) e = names_add(s, (const char *)bytes + at, end - at, 0, -1);
-    }
+    while (e == OK && next_line(&line, &length, &at, end))
+        if (length) e = names_add(s, line, length, 0, 0);
     free(bytes);
     return e;
 }
@@ -632,11 +569,11 @@ Err dataset_write_damaged(const Dataset *d, const char *path) {
     pthread_mutex_lock(&d->damage->lock);
     for (size_t i = 0; i < d->damage->lines.n && e == OK; i++) {
         const char *line = d->damage->lines.text + d->damage->lines.item[i].start;
-        e = names_add(&all, line, strlen(line), 0, -1);
+        e = names_add(&all, line, strlen(line), 0, 0);
     }
     pthread_mutex_unlock(&d->damage->lock);
     if (e == OK && all.n > before && (e = atomic_open(&f, path)) == OK) {
-        names_sort(&all, compare_names);
+        names_sort(&all, names_in_byte_order);
         for (size_t i = 0; i < all.n && e == OK; i++) {
             if (i > 0 && !strcmp(all.item[i].name, all.item[i - 1].name)) continue;
             e = atomic_write(&f, all.item[i].name, strlen(all.item[i].name));
@@ -809,8 +746,10 @@ Err loader_start(Loader **out, const Dataset *d, const LoaderConfig *c) {
     if (d->n < 1 || d->n > INT32_MAX) return err("a loader over %zu pictures", d->n);
     if (c->B < 1 || c->B > 1 << 20) return err("batch %zu: 1..%d expected", c->B, 1 << 20);
     if (c->size < 1 || c->size > IMAGE_MAX_SIDE) return err("size %zu: 1..%d expected", c->size, IMAGE_MAX_SIDE);
-    if (c->global_batch > 1 << 30 || c->rank_first > 1 << 30) return err("rows %zu.. of a batch of %zu", c->rank_first, c->global_batch);
-    if (c->step > UINT64_MAX / 4 / max_size(c->B, c->global_batch)) return err("step %ju is out of range", (uintmax_t)c->step);
+    if (c->global_batch > 1 << 30 || c->rank_first > 1 << 30)
+        return err("rows %zu.. of a batch of %zu", c->rank_first, c->global_batch);
+    if (c->step > UINT64_MAX / 4 / max_size(c->B, c->global_batch))
+        return err("step %ju is out of range", (uintmax_t)c->step);
     Loader *l;
     TRY(mem_alloc(&l, 1, sizeof *l, "a loader"));
     l->set = d;

@@ -107,6 +107,30 @@ Err file_append(const char *path, const void *data, size_t bytes);
 /* Did the last of this thread's AtomicFiles and file_appends fail for want of room (ENOSPC, EDQUOT, EFBIG)? */
 int disk_full(void);
 
+/* ---- names.c: a growing list of names, such as those of files, each with two numbers that are the caller's ---- */
+typedef struct {
+    size_t start;     /* in the text, which moves */
+    const char *name; /* once sorted */
+    uint64_t bytes;   /* such as the file's size */
+    int mark;
+} Listed;
+typedef struct {
+    char *text;
+    size_t used, room;
+    Listed *item;
+    size_t n, capacity;
+} Names;
+Err names_add(Names *s, const char *name, size_t length, uint64_t bytes, int mark);
+void names_free(Names *s);
+/* Sorts by one of the orders below; no name may be added afterwards. A stem is the last part of a name without its
+ * extension. */
+void names_sort(Names *s, int (*order)(const void *, const void *));
+int names_in_byte_order(const void *a, const void *b);
+int names_by_stem(const void *a, const void *b);
+/* *out (n) = the names in their order, pointers and text in one allocation. Those that do not start with '/' get
+ * `folder` + "/" in front; NULL: nothing in front. */
+Err names_pack(char ***out, const Names *s, const char *folder);
+
 /* ---- weights.c: parameter tables from files and into them ---- */
 /* What one letter names below: 'v' value, 'g' grad, '1' m, '2' v, 'e' ema; it must have been planned.
  * Every row's `which` = tensor prefix+name, which must be there with its exact shape. _ema: ema_prefix + the name
