@@ -1,6 +1,7 @@
 /* compute.c - where a network computes. A program linked without the GPU's objects lacks their tables, and so knows that
  * it has no CUDA. */
 #include "base/compute.h"
+#include "base/plan.h"
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -58,6 +59,13 @@ void compute_put(const Compute *on, void *to, const void *from, size_t bytes) {
         memcpy(to, from, bytes);
 }
 
+void compute_copy(const Compute *on, void *to, const void *from, size_t bytes) {
+    if (on->device)
+        on->ops->copy(on->device, to, from, bytes);
+    else
+        memcpy(to, from, bytes);
+}
+
 Err compute_get(const Compute *on, void *to, const void *from, size_t bytes) {
     if (on->device) return on->ops->get(on->device, to, from, bytes);
     memcpy(to, from, bytes);
@@ -72,12 +80,28 @@ uint64_t compute_changes(const Compute *on) {
     return on->device ? on->ops->changes(on->device) : 0;
 }
 
+Err compute_memory(Compute *on, struct Plan *plan, void **memory, size_t *bytes) {
+    plan_add(plan, &on->scratch, on->scratch_bytes, 1, 0, PLAN_END);
+    Err e = plan_lay_out(plan, bytes);
+    if (e == OK && memory) e = compute_alloc(on, memory, *bytes, plan->what);
+    if (e == OK && memory) plan_place(plan, *memory);
+    plan_free(plan);
+    return e;
+}
+
 const real *param_value(const Params *p, size_t row) {
     return p->device ? p->ops->value(p->device, row) : p->row[row].value;
 }
 
 real *param_grad(const Params *p, size_t row) {
     return p->device ? p->ops->grad(p->device, row) : p->row[row].grad;
+}
+
+Err params_there(const Params *p, const char *what) {
+    if (p->device) TRY(p->ops->status(p->device));
+    if (param_value(p, 0)) return OK;
+    return err("%s: %s", what,
+               p->device ? "its parameters are not on the GPU yet" : "the parameters have no values yet");
 }
 
 /* ---- The GPU ---- */

@@ -28,6 +28,7 @@ extern "C" {
 typedef struct Compute Compute;
 typedef struct Layers Layers;
 typedef struct DeviceOps DeviceOps;
+struct Plan;
 typedef struct Device Device; /* a stream on a GPU, a parameter table's twin there */
 
 /* ---- Where a network computes ---- */
@@ -54,6 +55,7 @@ static inline void compute_needs(Compute *on, size_t bytes) {
 Err compute_alloc(const Compute *on, void *out_pointer, size_t bytes, const char *what);
 void compute_free(const Compute *on, void *p);
 void compute_zero(const Compute *on, void *p, size_t bytes);
+void compute_copy(const Compute *on, void *to, const void *from, size_t bytes); /* within that memory */
 /* Bytes from the host to where it computes, and back (which waits until they are there). */
 void compute_put(const Compute *on, void *to, const void *from, size_t bytes);
 Err compute_get(const Compute *on, void *to, const void *from, size_t bytes);
@@ -69,9 +71,14 @@ static inline size_t compute_bytes(const Compute *on, size_t n, int f32_copy) {
 }
 /* The first failure of a layer on a GPU; OK on a CPU. */
 Err compute_status(const Compute *on);
+/* The memory of a network: the areas of its plan, and the scratch of its layers. *bytes: all of it. memory: where it then
+ * lies, and the plan's targets point into it; NULL: it is only counted. Frees the plan. */
+Err compute_memory(Compute *on, struct Plan *plan, void **memory, size_t *bytes);
 /* A parameter and its gradient where the network computes. */
 const real *param_value(const Params *p, size_t row);
 real *param_grad(const Params *p, size_t row);
+/* An error unless the parameters have values where the network computes. what: whose they are. */
+Err params_there(const Params *p, const char *what);
 
 /* ---- Shapes ---- */
 
@@ -116,6 +123,26 @@ typedef struct {
     const Position *position;
     int kept_bf16; /* kept keys and values are bf16, else real */
 } Attention;
+
+/* A convolution of 4x4 windows, one pixel of zeros around: x (C,B,H,W) -> y (M,B,h,w), h = (H-2)/stride + 1. */
+enum { CONV4_SIDE = 4, CONV4_TAPS = CONV4_SIDE * CONV4_SIDE };
+typedef struct {
+    size_t B, C, M, H, W, stride;
+    void *prepared; /* a GPU: the weights in the order of patches, from conv4_prepare; else NULL */
+} Conv4;
+static inline size_t conv4_side(size_t H, size_t stride) { /* h of H, w of W */
+    return (H - CONV4_SIDE + 2) / stride + 1;
+}
+
+/* Of y (M,n), channel by channel: batch norm, or a bias alone, then leaky ReLU. */
+typedef struct {
+    size_t M, n;                                /* channels; numbers of each, B*h*w */
+    real slope;                                 /* of leaky ReLU below 0; 1: there is none */
+    double eps, momentum;                       /* of the norm */
+    const real *gamma, *beta;                   /* (M) scale and shift; gamma NULL: no norm, beta is the bias */
+    real *mean, *rstd;                          /* (M) of the norm: what forward leaves for backward. f32 */
+    real *running_mean, *running_var, *tracked; /* (M), (M), (1) buffers that follow the batch; NULL: they stay */
+} Activation;
 
 /* ---- The fellows. Outputs, then inputs, then sizes. What each computes stands with its plain loop: vqgan.c and
  *      transformer.cu. x_needs: bytes of scratch for that shape, backward too if it says so. ---- */
@@ -190,6 +217,20 @@ struct Layers {
                                    const Attention *s);
     size_t (*weights_bytes)(WeightFormat format, size_t N, size_t K);
     void (*weights_pack)(WeightFormat format, void *data, float *scale, const real *x, size_t j, size_t K);
+
+    /* ---- training/discriminator.c: values (C,B,h,w) ---- */
+    size_t (*conv4_needs)(const Compute *on, const Conv4 *c);
+    void (*conv4_forward)(const Compute *on, real *y, const real *x, const real *w, const Conv4 *c);
+    void (*conv4_backward)(const Compute *on, real *dx, real *dw, const real *dy, const real *x, const real *w,
+                           const Conv4 *c);
+    size_t (*activate_needs)(const Compute *on, const Activation *s);
+    void (*activate_forward)(const Compute *on, real *a, const real *y, const Activation *s);
+    void (*activate_backward)(const Compute *on, real *g, real *dgamma, real *dbeta, const real *a, const real *y,
+                              const real *other, double step, const Activation *s);
+    /* a GPU alone */
+    size_t (*conv4_prepared_bytes)(const Conv4 *c);
+    void (*conv4_prepare)(const Compute *on, void *prepared, const real *w, const Conv4 *c);
+    double (*feature_gap)(const Compute *on, const real *a, const real *other, size_t n);
 };
 
 /* ---- The GPU, if the program was built with nvcc ---- */
@@ -214,7 +255,6 @@ void say_cpu(void);
 
 typedef struct Transformer Transformer;
 typedef struct Vqgan Vqgan;
-typedef struct Discriminator Discriminator;
 typedef struct Perceptual Perceptual;
 typedef struct Schedule Schedule;
 typedef struct Loss Loss;
@@ -237,6 +277,7 @@ struct DeviceOps {
     void (*put)(Device *d, void *to, const void *from, size_t bytes);
     Err (*get)(Device *d, void *to, const void *from, size_t bytes);
     void (*zero)(Device *d, void *p, size_t bytes);
+    void (*copy)(Device *d, void *to, const void *from, size_t bytes); /* within that memory */
     Err (*status)(const Device *d);
     uint64_t (*changes)(const Device *d);
     real *(*value)(const Device *d, size_t row); /* where a parameter lies, and its gradient; NULL: not sent yet */
@@ -267,13 +308,7 @@ struct DeviceOps {
     Err (*vqgan_backward)(Vqgan *v, const real *dxrec, double codebook_weight, real *dimage);
     Err (*vqgan_last)(Vqgan *v, const real *dxrec, real *dw, real *db);
     void (*vqgan_restart)(Vqgan *v, size_t code, size_t pick);
-    /* its discriminator and LPIPS: the ends of discriminator.c and perceptual.c */
-    Err (*disc_plan)(Discriminator *d, int features, int allocate, size_t *bytes);
-    void (*disc_free)(Discriminator *d);
-    Err (*disc_forward)(Discriminator *d, const real *images, int update, real *logits);
-    Err (*disc_backward)(Discriminator *d, const real *dlogits, double feature_weight, int trained, real *dimages);
-    Err (*disc_keep)(Discriminator *d);
-    double (*disc_gap)(const Discriminator *d);
+    /* LPIPS: the end of perceptual.c */
     Err (*perceptual_plan)(Perceptual *p, int allocate, size_t *bytes);
     void (*perceptual_free)(Perceptual *p);
     Err (*perceptual_loss)(Perceptual *p, const real *x, const real *xrec, size_t B, double weight, double *loss,

@@ -13,7 +13,7 @@ typedef struct {
     void *target;                   /* the pointer to set */
 } Area;
 
-typedef struct {
+typedef struct Plan {
     const char *what; /* whose memory it is, for messages; set by the caller */
     Area *area;
     size_t n, capacity;

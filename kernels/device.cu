@@ -154,6 +154,9 @@ static void put_bytes(Device *d, void *to, const void *from, size_t bytes) {
 static void zero_bytes(Device *d, void *p, size_t bytes) {
     keep_failure(d, device_zero(d, p, bytes));
 }
+static void copy_bytes(Device *d, void *to, const void *from, size_t bytes) {
+    keep_failure(d, device_copy(d, to, from, bytes));
+}
 static uint64_t count_changes(const Device *d) {
     return d->changes;
 }
@@ -170,6 +173,9 @@ static Layers make_layers() {
     Layers l = {};
     l.conv_needs = conv_needs_gpu, l.conv_prepared_bytes = conv_prepared_bytes, l.conv_prepare = conv_prepare_gpu;
     l.conv_forward = conv_forward_gpu, l.conv_backward = conv_backward_gpu;
+    l.put_planes = put_planes_gpu;
+    l.get_planes = get_planes_gpu;
+    add_discriminator_layers(&l);
     return l;
 }
 static const Layers cuda_layers = make_layers();
@@ -192,6 +198,7 @@ const DeviceOps CUDA_TABLE = {find_cuda,
                               put_bytes,
                               to_host,
                               zero_bytes,
+                              copy_bytes,
                               earlier_failure,
                               count_changes,
                               row_value,
@@ -218,12 +225,6 @@ const DeviceOps CUDA_TABLE = {find_cuda,
                               vqgan_backward_cuda,
                               vqgan_last_cuda,
                               vqgan_restart_cuda,
-                              disc_plan_cuda,
-                              disc_free_cuda,
-                              disc_forward_cuda,
-                              disc_backward_cuda,
-                              disc_keep_cuda,
-                              disc_gap_cuda,
                               perceptual_plan_cuda,
                               perceptual_free_cuda,
                               perceptual_cuda,

@@ -7,4 +7,10 @@ const Layers fast_layers = {
     .conv_backward = conv_backward_fast,
     .weights_bytes = weights_bytes,
     .weights_pack = weights_pack,
+    .conv4_needs = conv4_needs_fast,
+    .conv4_forward = conv4_forward_fast,
+    .conv4_backward = conv4_backward_fast,
+    .activate_needs = activate_needs_fast,
+    .activate_forward = activate_forward_fast,
+    .activate_backward = activate_backward_fast,
 };

@@ -52,6 +52,16 @@ double conv_multiplications(const Conv *c, int backward);
 /* Sum of n numbers, in an order that depends on n alone, emptied from short chains into double. */
 double sum_reals(const real *x, size_t n);
 
+/* ---- discriminator.c: fellows of the layers in training/discriminator.c ---- */
+size_t conv4_needs_fast(const Compute *on, const Conv4 *c);
+void conv4_forward_fast(const Compute *on, real *y, const real *x, const real *w, const Conv4 *c);
+void conv4_backward_fast(const Compute *on, real *dx, real *dw, const real *dy, const real *x, const real *w,
+                         const Conv4 *c);
+size_t activate_needs_fast(const Compute *on, const Activation *s);
+void activate_forward_fast(const Compute *on, real *a, const real *y, const Activation *s);
+void activate_backward_fast(const Compute *on, real *g, real *dgamma, real *dbeta, const real *a, const real *y,
+                            const real *other, double step, const Activation *s);
+
 #ifdef __cplusplus
 }
 #endif

@@ -440,6 +440,25 @@ static __global__ void to_planes_kernel(float *to, const floatX *from, size_t B,
     if (b < B) to[i] = to_float(from[(b * cells + cell) * C + c]);
 }
 
+/* By way of on->scratch */
+static Err put_values(const Compute *on, floatX *to, const real *planes, size_t B, size_t C, size_t hw) {
+    const size_t n = B * C * hw;
+    TRY(to_device(on->device, on->scratch, planes, n * sizeof *planes));
+    LAUNCH(on->device, from_planes_kernel, blocks_for(n, CELL_THREADS), CELL_THREADS, 0, to, (const float *)on->scratch,
+           B, C, hw);
+    return OK;
+}
+static void put_planes_gpu(const Compute *on, real *to, const real *planes, size_t B, size_t C, size_t hw) {
+    keep_failure(on->device, put_values(on, (floatX *)to, planes, B, C, hw));
+}
+static Err get_planes_gpu(const Compute *on, real *planes, const real *from, size_t B, size_t C, size_t hw) {
+    const size_t n = B * C * hw;
+    TRY(earlier_failure(on->device));
+    LAUNCH(on->device, to_planes_kernel, blocks_for(n, CELL_THREADS), CELL_THREADS, 0, (float *)on->scratch,
+           (const floatX *)from, B, C, hw);
+    return to_host(on->device, planes, on->scratch, n * sizeof *planes);
+}
+
 /* ---- The twins: the walk on a GPU ---- */
 
 struct VqTwin {

@@ -1,5 +1,6 @@
-/* test_discriminator.c - the discriminator against a direct computation, against finite differences (in double), and
- * against itself at other thread counts; the gradient of the first stage's last layer. Agreement with the official
+/* test_discriminator.c - the discriminator's fast layers against its plain ones, the network against plain layers called
+ * one by one, against finite differences (in double; the plain layers too), and against itself at other thread counts;
+ * the gradient of the first stage's last layer. Agreement with the official
  * implementation is test/golden's business (case vqgan_gan). */
 #include "test.h"
 
@@ -72,68 +73,128 @@ static void test_table(void) {
     disc_free(d);
 }
 
-/* ---- Forward, the direct way ---- */
+/* ---- The fast layers against the plain ones ---- */
 
-/* y (B,M,h,w) from x (B,C,H,W), everything in double */
-static void conv_direct(double *y, const double *x, const Param *w, const Param *bias, size_t h0, size_t w0, size_t h,
-                        size_t wide, size_t stride) {
-    const size_t M = w->dim[0], C = w->dim[1];
-    for (size_t at = 0; at < B * M * h * wide; at++) {
-        const size_t ox = at % wide, oy = at / wide % h, m = at / wide / h % M, b = at / wide / h / M;
-        y[at] = bias ? (double)bias->value[m] : 0;
-        for (size_t k = 0; k < C * 16; k++) {
-            const size_t iy = oy * stride + k / 4 % 4, ix = ox * stride + k % 4, c = k / 16; /* one too large */
-            if (iy < 1 || ix < 1 || iy > h0 || ix > w0) continue;
-            y[at] += (double)w->value[m * C * 16 + k] * x[((b * C + c) * h0 + iy - 1) * w0 + ix - 1];
-        }
+static const double NEAR = IS_DOUBLE ? 1e-12 : 1e-5;
+static const Compute plain = {.unit = sizeof(real)};
+
+/* Where the fast layers compute, with as much scratch as they say they need */
+static Compute fast_with(size_t scratch) {
+    Compute on = {.fast = &fast_layers, .unit = sizeof(real), .threads = threads_get(), .scratch_bytes = scratch};
+    CHECK_OK(mem_alloc(&on.scratch, scratch, 1, "test"));
+    return on;
+}
+
+static void test_conv4(Conv4 c) {
+    const size_t nx = c.C * c.B * c.H * c.W, nw = c.M * c.C * CONV4_TAPS;
+    const size_t ny = c.M * c.B * conv4_side(c.H, c.stride) * conv4_side(c.W, c.stride);
+    real *x = random_reals(nx, 1, 1), *w = random_reals(nw, 0.3, 2), *dy = random_reals(ny, 1, 3);
+    real *y[2], *dx[2], *dw[2];
+    Compute on = fast_with(fast_layers.conv4_needs(&plain, &c));
+    for (int k = 0; k < 2; k++) {
+        const Compute *where = k ? &on : &plain;
+        y[k] = random_reals(ny, 1, 4), dx[k] = random_reals(nx, 1, 5), dw[k] = random_reals(nw, 1, 6);
+        conv4_forward(where, y[k], x, w, &c);
+        conv4_backward(where, dx[k], dw[k], dy, x, w, &c);
+        conv4_backward(where, NULL, dw[k], dy, x, w, &c); /* it is added */
+        conv4_backward(where, dx[k], NULL, dy, x, w, &c); /* it is overwritten */
     }
+    CHECK_NEAR("4x4 y", y[1], y[0], ny, 0, NEAR);
+    CHECK_NEAR("4x4 dx", dx[1], dx[0], nx, 0, NEAR);
+    CHECK_NEAR("4x4 dw", dw[1], dw[0], nw, 0, NEAR);
+    void *all[] = {x, w, dy, y[0], y[1], dx[0], dx[1], dw[0], dw[1], on.scratch};
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
 }
 
-static void norm_direct(double *y, Params *p, size_t module, size_t M, size_t n, double *mean_of_0, double *var_of_0) {
-    char name[80];
-    snprintf(name, sizeof name, "loss.discriminator.main.%zu.weight", module);
-    const Param *gamma = find(p, name), *beta = gamma + 1;
-    for (size_t m = 0; m < M; m++) {
-        double mean = 0, variance = 0;
-        for (size_t i = 0; i < B * n; i++) mean += y[(i / n * M + m) * n + i % n] / (double)(B * n);
-        for (size_t i = 0; i < B * n; i++) variance += pow(y[(i / n * M + m) * n + i % n] - mean, 2);
-        if (m == 0) *mean_of_0 = mean, *var_of_0 = variance / (double)(B * n - 1);
-        for (size_t i = 0; i < B * n; i++) {
-            double *v = &y[(i / n * M + m) * n + i % n];
-            *v = (*v - mean) / sqrt(variance / (double)(B * n) + 1e-5) * (double)gamma->value[m] +
-                 (double)beta->value[m];
-        }
+/* normal: with a norm, else a bias; step: of feature matching */
+static void test_activation(size_t M, size_t n, int normal, real slope, double step) {
+    const size_t size = M * n;
+    real *y = random_reals(size, 2, 1), *da = random_reals(size, 1, 2), *other = random_reals(size, 1, 3),
+         *gamma = random_reals(M, 1, 4), *beta = random_reals(M, 1, 5);
+    real *a[2], *g[2], *dgamma[2], *dbeta[2], *stats[2], tracked[2] = {3, 3};
+    for (size_t i = 0; i < size; i++) y[i] += 4; /* a mean far from zero */
+    for (int k = 0; k < 2; k++) {
+        const Compute on = {.fast = k ? &fast_layers : NULL, .unit = sizeof(real)};
+        a[k] = random_reals(size, 0, 6), g[k] = copied(da, size), stats[k] = random_reals(4 * M, 1, 7);
+        dgamma[k] = random_reals(M, 1, 8), dbeta[k] = random_reals(M, 1, 9);
+        Activation s = {M,
+                        n,
+                        slope,
+                        1e-5,
+                        0.1,
+                        normal ? gamma : NULL,
+                        beta,
+                        stats[k],
+                        stats[k] + M,
+                        stats[k] + 2 * M,
+                        stats[k] + 3 * M,
+                        &tracked[k]};
+        activate_forward(&on, a[k], y, &s);
+        activate_backward(&on, g[k], dgamma[k], dbeta[k], a[k], y, other, step, &s);
+        s.running_mean = s.running_var = s.tracked = NULL; /* once more, and nothing follows */
+        activate_forward(&on, a[k], y, &s);
+        activate_backward(&on, g[k], NULL, NULL, a[k], y, other, 0, &s);
+        CHECK(tracked[k] == (normal ? 4 : 3));
     }
+    CHECK_NEAR("activation a", a[1], a[0], size, 0, NEAR);
+    CHECK_NEAR("activation dy", g[1], g[0], size, 0, NEAR);
+    CHECK_NEAR("activation dgamma", dgamma[1], dgamma[0], M, 0, NEAR);
+    CHECK_NEAR("activation dbeta", dbeta[1], dbeta[0], M, 0, NEAR);
+    CHECK_NEAR("activation statistics", stats[1], stats[0], 4 * M, 0, NEAR);
+    CHECK(fabs(feature_gap(&plain, a[0], other, size) - feature_gap(&plain, other, a[0], size)) == 0);
+    CHECK(feature_gap(&plain, a[0], other, size) > 0 && feature_gap(&plain, other, other, size) == 0);
+    void *all[] = {y,    da,        other,     gamma,    beta,     a[0],     a[1],    g[0],
+                   g[1], dgamma[0], dgamma[1], dbeta[0], dbeta[1], stats[0], stats[1]};
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
 }
 
-static void leaky_direct(double *y, size_t n) {
-    for (size_t i = 0; i < n; i++) y[i] *= y[i] > 0 ? 1 : 0.2;
+static void test_layers(void) {
+    static const Conv4 conv[] = {{2, 3, 8, 16, 16, 2, NULL},  {3, 5, 10, 7, 9, 2, NULL}, {3, 8, 1, 5, 4, 1, NULL},
+                                 {5, 10, 20, 3, 4, 1, NULL},  {1, 1, 1, 2, 2, 2, NULL},  {1, 32, 8, 12, 10, 2, NULL},
+                                 {1, 200, 3, 24, 26, 1, NULL} /* several strips */};
+    for (size_t i = 0; i < sizeof conv / sizeof *conv; i++) test_conv4(conv[i]);
+    test_activation(8, 35, 1, (real)0.2, 0), test_activation(8, 35, 0, (real)0.2, 0.5);
+    test_activation(5, 3, 1, (real)0.2, 0.3), test_activation(1, 9, 0, 1, 0);
+    test_activation(40, 2100, 1, (real)0.2, 0.7);
 }
 
-static void test_forward(void) {
-    static double x[PIXELS], y0[B * 5 * 7 * 9], y1[B * 10 * 3 * 4], y2[B * 20 * 2 * 3], y3[B * 1 * 2];
+/* ---- The network against plain layers, called one by one ---- */
+
+/* The next value (M,B,h,w) of x (C,B,H,W): the 4x4 convolution called weight, then the norm or bias that begins with row
+ * `first`, then leaky ReLU; stats (2,M): mean, rstd of the norm. */
+static void next_value(real *y, const real *x, Params *p, const char *weight, size_t h0, size_t w0, size_t stride,
+                       int normal, real slope, real *stats) {
+    const Param *w = find(p, weight), *first = w + 1;
+    const Conv4 c = {B, w->dim[1], w->dim[0], h0, w0, stride, NULL};
+    Activation s = {c.M,          B * conv4_side(h0, stride) * conv4_side(w0, stride),
+                    slope,        1e-5,
+                    0.1,          NULL,
+                    first->value, stats,
+                    stats + c.M,  NULL,
+                    NULL,         NULL};
+    if (normal) s.gamma = first->value, s.beta = first[1].value;
+    conv4_forward(&plain, y, x, w->value, &c);
+    activate_forward(&plain, y, y, &s);
+}
+
+static void test_forward(int plainly) {
+    static real x[PIXELS], y0[5 * B * 7 * 9], y1[10 * B * 3 * 4], y2[20 * B * 2 * 3], want[B * 2], stats[40];
+    const real slope = (real)0.2, *logits;
+    compute_plainly(plainly);
     Discriminator *d = make(&tiny);
     Params *p = disc_params(d);
-    real *image = random_reals(PIXELS, 0.7, 1), want[B * 2];
-    const real *logits;
-    double mean, variance;
-    for (size_t i = 0; i < PIXELS; i++) x[i] = (double)image[i];
-    const Param *first = find(p, "loss.discriminator.main.0.weight"),
-                *last = find(p, "loss.discriminator.main.8.weight");
-    conv_direct(y0, x, first, first + 1, H, W, 7, 9, 2);
-    leaky_direct(y0, sizeof y0 / sizeof *y0);
-    conv_direct(y1, y0, find(p, "loss.discriminator.main.2.weight"), NULL, 7, 9, 3, 4, 2);
-    norm_direct(y1, p, 3, 10, 12, &mean, &variance);
-    leaky_direct(y1, sizeof y1 / sizeof *y1);
-    conv_direct(y2, y1, find(p, "loss.discriminator.main.5.weight"), NULL, 3, 4, 2, 3, 1);
-    norm_direct(y2, p, 6, 20, 6, &mean, &variance);
-    leaky_direct(y2, sizeof y2 / sizeof *y2);
-    conv_direct(y3, y2, last, last + 1, 2, 3, 1, 2, 1);
-    for (size_t i = 0; i < B * 2; i++) want[i] = (real)y3[i];
+    real *image = random_reals(PIXELS, 0.7, 1);
+    for (size_t i = 0; i < PIXELS; i++) x[(i / (H * W) % 3 * B + i / (3 * H * W)) * H * W + i % (H * W)] = image[i];
+    next_value(y0, x, p, "loss.discriminator.main.0.weight", H, W, 2, 0, slope, stats);
+    next_value(y1, y0, p, "loss.discriminator.main.2.weight", 7, 9, 2, 1, slope, stats);
+    next_value(y2, y1, p, "loss.discriminator.main.5.weight", 3, 4, 1, 1, slope, stats);
+    const double mean = (double)stats[0], n = B * 6,
+                 variance = (1 / ((double)stats[20] * (double)stats[20]) - 1e-5) * n / (n - 1);
+    next_value(want, y2, p, "loss.discriminator.main.8.weight", 2, 3, 1, 0, 1, stats);
     CHECK_OK(disc_plan(d, B, H, W, 0));
     CHECK(disc_logits(d) == B * 2);
     CHECK_OK(disc_forward(d, image, 0, &logits));
-    CHECK_NEAR("logits", logits, want, B * 2, 0, IS_DOUBLE ? 1e-12 : 1e-5);
+    CHECK_NEAR("logits", logits, want, B * 2, 0, NEAR);
     CHECK(find(p, "loss.discriminator.main.6.running_mean")->value[0] == 0); /* not asked to follow */
     CHECK_OK(disc_forward(d, image, 1, &logits));
     CHECK_OK(disc_forward(d, image, 1, &logits));
@@ -143,6 +204,7 @@ static void test_forward(void) {
     CHECK(find(p, "loss.discriminator.main.3.num_batches_tracked")->value[0] == 2);
     free(image);
     disc_free(d);
+    compute_plainly(0);
 }
 
 /* ---- Gradients ---- */
@@ -359,9 +421,13 @@ static void test_refusals(void) {
 
 int main(void) {
     test_table();
-    test_forward();
+    test_layers();
+    test_forward(1), test_forward(0);
     test_losses();
-    for (Which w = OF_LOGITS; w < KINDS; w++) check_gradients(w);
+    for (Which w = OF_LOGITS; w < KINDS; w++) {
+        compute_plainly(1), check_gradients(w);
+        compute_plainly(0), check_gradients(w);
+    }
     test_threads();
     test_last_layer();
     test_refusals();

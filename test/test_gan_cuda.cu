@@ -4,74 +4,84 @@
 
 #include "device_test.h"
 
-/* ---- The discriminator's convolution, against its definition ---- */
+/* ---- A layer's two sides: plain ones on the host, the GPU's ---- */
 
-/* (B,C,H,W) pictures -> y (B,M,h,w), and the gradients of both sides from dy */
-static void conv4_reference(const DiscLayer *l, size_t B, const real *x, const real *w, const real *bias,
-                            const real *dy, double *y, double *dx, double *dw) {
-    for (size_t i = 0; i < B * l->M * l->h * l->w; i++) {
-        const size_t ox = i % l->w, oy = i / l->w % l->h, m = i / l->w / l->h % l->M, b = i / l->w / l->h / l->M;
-        y[i] = (double)bias[m];
-        for (size_t k = 0; k < l->C * TAPS; k++) {
-            const size_t iy = oy * l->stride + k / 4 % 4, ix = ox * l->stride + k % 4; /* one too large */
-            if (iy < 1 || ix < 1 || iy > l->H || ix > l->W) continue;
-            const size_t at = ((b * l->C + k / TAPS) * l->H + iy - 1) * l->W + ix - 1, weight = m * l->C * TAPS + k;
-            y[i] += (double)w[weight] * (double)x[at];
-            dx[at] += (double)w[weight] * (double)dy[i], dw[weight] += (double)dy[i] * (double)x[at];
-        }
-    }
+static Compute plain_side(void) {
+    Compute on;
+    memset(&on, 0, sizeof on);
+    on.unit = sizeof(real);
+    return on;
 }
 
-static real *as_reals(const double *x, size_t n) {
-    real *y = (real *)malloc((n + 1) * sizeof *y);
-    for (size_t i = 0; i < n; i++) y[i] = (real)x[i];
+static Compute gpu_side(size_t scratch_bytes) {
+    Compute on;
+    memset(&on, 0, sizeof on);
+    on.fast = &cuda_layers, on.ops = &CUDA_TABLE, on.device = device, on.unit = sizeof(floatX);
+    on.scratch = on_device(scratch_bytes), on.scratch_bytes = scratch_bytes;
+    return on;
+}
+
+static real *as_real(const floatX *x) { /* as layers are called */
+    return (real *)(void *)x;
+}
+
+/* (C,B,hw) as the plain layers of the discriminator have it, to (B,C,hw) */
+static real *by_picture(const real *x, size_t B, size_t C, size_t hw) {
+    real *y = (real *)malloc((B * C * hw + 1) * sizeof *y);
+    for (size_t i = 0; i < B * C; i++) memcpy(y + (i % B * C + i / B) * hw, x + i * hw, hw * sizeof *y);
     return y;
 }
+static floatX *send_value(const real *x, size_t B, size_t C, size_t hw) {
+    real *y = by_picture(x, B, C, hw);
+    floatX *p = send_picture(y, B, C, hw);
+    free(y);
+    return p;
+}
+static void near_value(const char *name, const floatX *got, const real *want, size_t B, size_t C, size_t hw) {
+    real *y = by_picture(want, B, C, hw);
+    near_picture(name, got, y, B, C, hw);
+    free(y);
+}
+
+/* ---- The discriminator's convolution ---- */
 
 /* small: as little memory as will do, so that there are several tiles */
 static void test_conv4(size_t B, size_t C, size_t M, size_t stride, size_t H, size_t W, int small) {
-    DiscLayer l;
-    memset(&l, 0, sizeof l);
-    l.C = C, l.M = M, l.stride = stride, l.H = H, l.W = W, l.h = (H - 2) / stride + 1, l.w = (W - 2) / stride + 1;
-    l.n = B * l.h * l.w;
-    const size_t nx = B * C * H * W, ny = M * l.n, nw = M * C * TAPS;
-    const Window p = disc_window(&l);
-    real *x = random_reals(nx, 1, 1), *w = random_reals(nw, 2, 0.3), *bias = random_reals(M, 3, 1),
-         *dy = random_reals(ny, 4, 1), *before = random_reals(nw, 5, 1);
-    double *y = (double *)calloc(ny, sizeof *y), *dx = (double *)calloc(nx, sizeof *dx),
-           *dw = (double *)calloc(nw, sizeof *dw);
+    Conv4 c = {B, C, M, H, W, stride, NULL};
+    const size_t hw = conv4_side(H, stride) * conv4_side(W, stride), nx = B * C * H * W, ny = M * B * hw,
+                 nw = M * C * CONV4_TAPS, pitch = conv4_window(&c).pitch;
+    real *x = random_reals(nx, 1, 1), *w = random_reals(nw, 2, 0.3), *dy = random_reals(ny, 4, 1),
+         *dw = random_reals(nw, 5, 1), *before = random_reals(nw, 5, 1), *y = random_reals(ny, 6, 1),
+         *dx = random_reals(nx, 7, 1);
+    const Compute plain = plain_side();
     uint64_t first = 0;
-    for (size_t i = 0; i < nw; i++) dw[i] = (double)before[i];
-    conv4_reference(&l, B, x, w, bias, dy, y, dx, dw);
-    real *want_y = as_reals(y, ny), *want_dx = as_reals(dx, nx), *want_dw = as_reals(dw, nw);
+    conv4_forward(&plain, y, x, w, &c);
+    conv4_backward(&plain, dx, dw, dy, x, w, &c);
     for (int order = 0; order < 2; order++) {
-        ConvMemory m;
-        memset(&m, 0, sizeof m);
-        conv4_needs_cuda(&m, &p, B, M);
-        if (small) m.column_size = (round_up(l.h * l.w, TILE_ROWS) + TILE_ROWS) * p.pitch;
-        m.columns = (floatX *)on_device(m.column_size * sizeof(floatX));
-        m.totals = (float *)on_device(m.total_size * sizeof(float));
-        floatX *ordered = (floatX *)on_device(M * p.pitch * sizeof(floatX)),
-               *dev_y = (floatX *)on_device(ny * sizeof(floatX)), *dev_dx = (floatX *)on_device(nx * sizeof(floatX));
-        floatX *dev_x = send_picture(x, B, C, H * W), *dev_dy = send_picture(dy, B, M, l.h * l.w),
-               *dev_w = send_x(w, nw);
-        float *dev_dw = send(before, nw);
+        const size_t least = round_up(M * pitch * sizeof(float), 4 * ALIGNMENT) +
+                             (round_up(hw, TILE_ROWS) + TILE_ROWS) * pitch * sizeof(floatX);
+        const Compute gpu = gpu_side(small ? least : cuda_layers.conv4_needs(&plain, &c));
+        real *dev_y = as_real((floatX *)on_device(ny * sizeof(floatX))),
+             *dev_dx = as_real((floatX *)on_device(nx * sizeof(floatX)));
+        const real *dev_x = as_real(send_value(x, B, C, H * W)), *dev_dy = as_real(send_value(dy, B, M, hw));
+        float *dev_w = send(w, nw), *dev_dw = send(before, nw);
+        c.prepared = on_device(cuda_layers.conv4_prepared_bytes(&c));
         reverse(order);
-        CHECK_OK(order_taps(device, ordered, dev_w, M, C, p.pitch));
-        CHECK_OK(conv4_forward_cuda(device, dev_y, &p, dev_x, ordered, send_x(bias, M), l.n, M, &m));
-        CHECK_OK(conv4_weights_cuda(device, dev_dw, &p, dev_dy, dev_x, l.n, M, &m));
-        CHECK_OK(conv4_input_cuda(device, dev_dx, &p, dev_dy, ordered, B, M, &m));
+        cuda_layers.conv4_prepare(&gpu, c.prepared, dev_w, &c);
+        conv4_forward(&gpu, dev_y, dev_x, dev_w, &c);
+        conv4_backward(&gpu, dev_dx, dev_dw, dev_dy, dev_x, dev_w, &c);
         reverse(0);
-        near_picture("4x4 y", dev_y, want_y, B, M, l.h * l.w);
-        near_picture("4x4 dx", dev_dx, want_dx, B, C, H * W);
-        near_f("4x4 dw", dev_dw, want_dw, nw);
+        CHECK_OK(compute_status(&gpu));
+        near_value("4x4 y", (floatX *)(void *)dev_y, y, B, M, hw);
+        near_value("4x4 dx", (floatX *)(void *)dev_dx, dx, B, C, H * W);
+        near_f("4x4 dw", dev_dw, dw, nw);
         digest = 0;
         add_digest(dev_y, ny * sizeof(floatX)), add_digest(dev_dx, nx * sizeof(floatX)), add_digest(dev_dw, nw * 4);
         if (order) CHECK(digest == first);
         first = digest;
         free_arrays();
     }
-    void *all[] = {x, w, bias, dy, before, y, dx, dw, want_y, want_dx, want_dw};
+    void *all[] = {x, w, dy, dw, before, y, dx};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
 }
 
@@ -89,91 +99,113 @@ static void test_convs(void) {
     }
 }
 
-/* ---- Batch norm and leaky ReLU, against their formulas in double ---- */
+/* ---- Batch norm or a bias, and leaky ReLU ---- */
 
-typedef struct {
-    size_t n, C;
-    real *y, *gamma, *beta, *kept, *da, *running_mean, *running_var; /* (n,C) and (C) */
-    double step;
-} NormCase;
-
-/* a, then from da and what features say dy, dgamma, dbeta += */
-static void norm_reference(NormCase *k, int normal, real *a, real *dy, real *dgamma, real *dbeta) {
-    for (size_t c = 0; c < k->C; c++) {
-        double mean = 0, var = 0, sum = 0, along = 0, scale = 1, rstd = 1;
-        const double n = (double)k->n;
-        for (size_t i = c; i < k->n * k->C; i += k->C) mean += (double)k->y[i] / n;
-        for (size_t i = c; i < k->n * k->C; i += k->C) var += ((double)k->y[i] - mean) * ((double)k->y[i] - mean) / n;
-        if (normal) rstd = 1 / sqrt(var + 1e-5), scale = rstd * (double)k->gamma[c];
-        k->running_mean[c] = (real)(0.9 * (double)k->running_mean[c] + 0.1 * mean);
-        k->running_var[c] = (real)(0.9 * (double)k->running_var[c] + 0.1 * var * n / (n - 1));
-        for (int pass = 0; pass < 2; pass++)
-            for (size_t i = c; i < k->n * k->C; i += k->C) {
-                const double hat = ((double)k->y[i] - mean) * rstd;
-                const double t = normal ? hat * (double)k->gamma[c] + (double)k->beta[c] : (double)k->y[i];
-                /* which side of 0 and of what was kept is the device's to say, where it rounds */
-                const double was = to_float(to_floatX((float)(t > 0 ? t : 0.2 * t))) - (double)k->kept[i];
-                const double g = ((double)k->da[i] + k->step * (double)((was > 0) - (was < 0))) * (t > 0 ? 1 : 0.2);
-                a[i] = (real)(t > 0 ? t : 0.2 * t);
-                if (pass == 0)
-                    sum += g, along += g * hat;
-                else
-                    dy[i] = (real)(normal ? scale * (g - sum / n - hat * along / n) : g);
-            }
-        if (normal) dgamma[c] += (real)along, dbeta[c] += (real)sum;
-    }
+/* (n,M), as a GPU has it, from (M,n), or back with n and M exchanged */
+static real *turned(const real *x, size_t M, size_t n) {
+    real *y = (real *)malloc((M * n + 1) * sizeof *y);
+    for (size_t i = 0; i < M * n; i++) y[i % n * M + i / n] = x[i];
+    return y;
+}
+static floatX *send_turned(const real *x, size_t M, size_t n) {
+    real *y = turned(x, M, n);
+    floatX *p = send_x(y, M * n);
+    free(y);
+    return p;
+}
+static void near_turned(const char *name, const floatX *got, const real *want, size_t M, size_t n) {
+    real *y = turned(want, M, n);
+    near_x(name, got, y, M * n);
+    free(y);
 }
 
-static void test_norm(size_t n, size_t C, double step, int normal) {
-    const size_t size = n * C;
-    NormCase k = {n,
-                  C,
-                  random_reals(size, 11, 2),
-                  random_reals(C, 12, 1),
-                  random_reals(C, 13, 1),
-                  NULL,
-                  random_reals(size, 15, 1),
-                  NULL,
-                  NULL,
-                  step};
-    k.kept = random_reals(size, 14, 1);
+/* What a side of the test has: values (M,n), numbers of channels */
+typedef struct {
+    real *a, *y, *other, *g;
+    float *dgamma, *dbeta, *stats, *tracked; /* stats (4,M): mean, rstd, and their buffers */
+    const float *gamma, *beta;
+} ActivationSide;
+
+static Activation activation_on(const ActivationSide *side, size_t M, size_t n, int normal) {
+    const Activation s = {M,
+                          n,
+                          (real)0.2,
+                          1e-5,
+                          0.1,
+                          normal ? side->gamma : NULL,
+                          side->beta,
+                          side->stats,
+                          side->stats + M,
+                          side->stats + 2 * M,
+                          side->stats + 3 * M,
+                          side->tracked};
+    return s;
+}
+
+/* normal: with a norm, else a bias */
+static void test_norm(size_t n, size_t M, double step, int normal) {
+    const size_t size = n * M;
+    real *y = random_reals(size, 11, 2), *gamma = random_reals(M, 12, 1), *beta = random_reals(M, 13, 1),
+         *other = random_reals(size, 14, 1), *da = random_reals(size, 15, 1);
+    const Compute plain = plain_side();
     uint64_t first = 0;
-    for (size_t i = 0; i < size; i++) k.y[i] = to_float(to_floatX(k.y[i] + 4)); /* a mean far from zero */
+    for (size_t i = 0; i < size; i++) y[i] = to_float(to_floatX(y[i] + 4)); /* a mean far from zero */
     for (int order = 0; order < 2; order++) {
-        real *a = random_reals(size, 16, 1), *dy = random_reals(size, 17, 1), *dgamma = random_reals(C, 18, 1),
-             *dbeta = random_reals(C, 19, 1);
-        k.running_mean = random_reals(C, 20, 1), k.running_var = random_reals(C, 21, 1);
-        float tracked = 3, *dev_tracked = send(&tracked, 1), *dev_mean = send(k.running_mean, C),
-              *dev_var = send(k.running_var, C), *dev_dgamma = send(dgamma, C), *dev_dbeta = send(dbeta, C);
-        float *partial = (float *)on_device(channel_slices(1, n, C) * 4), *lines = (float *)on_device(2 * C * 4);
-        BatchNorm b = {n, C, NULL, NULL, send(k.gamma, C), send(k.beta, C), dev_mean, dev_var, dev_tracked};
-        if (normal) b.mean = (float *)on_device(C * 4), b.rstd = (float *)on_device(C * 4);
-        const floatX *dev_y = send_x(k.y, size), *dev_kept = send_x(k.kept, size);
-        floatX *dev_a = (floatX *)on_device(size * sizeof *dev_a), *g = send_x(k.da, size);
+        float tracked = 3, dev_tracked = 0;
+        real *stats = random_reals(4 * M, 20, 1);
+        ActivationSide here = {random_reals(size, 16, 1),
+                               y,
+                               other,
+                               copy_of(da, size),
+                               random_reals(M, 18, 1),
+                               random_reals(M, 19, 1),
+                               stats,
+                               &tracked,
+                               gamma,
+                               beta};
+        for (size_t i = 2 * M; i < 4 * M; i++) stats[i] = (real)fabs((double)stats[i]);
+        ActivationSide there = {as_real((floatX *)on_device(size * sizeof(floatX))),
+                                as_real(send_turned(y, M, n)),
+                                as_real(send_turned(other, M, n)),
+                                as_real(send_turned(da, M, n)),
+                                send(here.dgamma, M),
+                                send(here.dbeta, M),
+                                NULL,
+                                send(&tracked, 1),
+                                send(gamma, M),
+                                send(beta, M)};
+        Activation s = activation_on(&here, M, n, normal), gpu_s = activation_on(&there, M, n, normal);
+        gpu_s.mean = send(stats, M), gpu_s.rstd = send(stats + M, M);
+        gpu_s.running_mean = send(stats + 2 * M, M), gpu_s.running_var = send(stats + 3 * M, M);
+        const Compute gpu = gpu_side(cuda_layers.activate_needs(&plain, &s));
         reverse(order);
-        CHECK_OK((C % PACK ? activate_cuda<1> : activate_cuda<PACK>)(device, dev_a, dev_y, &b, partial));
-        CHECK_OK((C % PACK ? activate_backward_cuda<1>
-                           : activate_backward_cuda<PACK>)(device, g, dev_a, dev_kept, (float)step, dev_y, &b,
-                                                           dev_dgamma, dev_dbeta, lines, partial));
+        activate_forward(&gpu, there.a, there.y, &gpu_s);
+        activate_backward(&gpu, there.g, there.dgamma, there.dbeta, there.a, there.y, there.other, step, &gpu_s);
         reverse(0);
-        norm_reference(&k, normal, a, dy, dgamma, dbeta);
-        near_x("norm a", dev_a, a, size);
-        near_x("norm dy", g, dy, size);
-        near_f("norm dgamma", dev_dgamma, dgamma, C);
-        near_f("norm dbeta", dev_dbeta, dbeta, C);
-        CHECK_OK(to_host(device, &tracked, dev_tracked, sizeof tracked));
-        CHECK(tracked == (normal ? 4 : 3));
-        if (normal) near_f("running mean", dev_mean, k.running_mean, C);
-        if (normal) near_f("running variance", dev_var, k.running_var, C);
+        CHECK_OK(compute_status(&gpu));
+        activate_forward(&plain, here.a, y, &s);
+        near_turned("norm a", (floatX *)(void *)there.a, here.a, M, n);
+        /* which side of 0 and of the other feature a number is on is the device's to say, where it rounds */
+        for (size_t i = 0; i < size; i++) here.a[i] = to_float(to_floatX(here.a[i]));
+        activate_backward(&plain, here.g, here.dgamma, here.dbeta, here.a, y, other, step, &s);
+        near_turned("norm dy", (floatX *)(void *)there.g, here.g, M, n);
+        near_f("norm dgamma", there.dgamma, here.dgamma, M);
+        near_f("norm dbeta", there.dbeta, here.dbeta, M);
+        CHECK_OK(to_host(device, &dev_tracked, there.tracked, sizeof dev_tracked));
+        CHECK(dev_tracked == (normal ? 4 : 3) && tracked == dev_tracked);
+        if (normal) near_f("mean", gpu_s.mean, s.mean, M), near_f("1/deviation", gpu_s.rstd, s.rstd, M);
+        if (normal) near_f("running mean", gpu_s.running_mean, s.running_mean, M);
+        if (normal) near_f("running variance", gpu_s.running_var, s.running_var, M);
         digest = 0;
-        add_digest(dev_a, size * sizeof(floatX)), add_digest(g, size * sizeof(floatX)), add_digest(dev_dgamma, C * 4);
+        add_digest(there.a, size * sizeof(floatX)), add_digest(there.g, size * sizeof(floatX)),
+            add_digest(there.dgamma, M * 4);
         if (order) CHECK(digest == first);
         first = digest;
-        void *all[] = {a, dy, dgamma, dbeta, k.running_mean, k.running_var};
+        void *all[] = {here.a, here.g, here.dgamma, here.dbeta, stats};
         for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
         free_arrays();
     }
-    void *all[] = {k.y, k.gamma, k.beta, k.kept, k.da};
+    void *all[] = {y, gamma, beta, other, da};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
 }
 
@@ -243,12 +275,12 @@ typedef struct {
 
 static Said say(Discriminator *d, size_t B, size_t H, size_t W) {
     Params *p = disc_params(d);
-    const size_t pixels = B * d->c.in_channels * H * W;
+    const size_t pixels = B * p->row[0].dim[1] * H * W;
     real *image = random_reals(pixels, 1, 0.7), *other = random_reals(pixels, 2, 0.7);
     const real *logits;
     Said s;
     CHECK_OK(disc_plan(d, B, H, W, 1));
-    if (d->twin) CHECK_ERR(disc_forward(d, image, 0, &logits), "not on the GPU yet");
+    if (p->device) CHECK_ERR(disc_forward(d, image, 0, &logits), "not on the GPU yet");
     CHECK_OK(params_send(p));
     s.n = disc_logits(d), s.pixels = pixels;
     s.dimage = random_reals(pixels, 3, 1), s.matched = random_reals(pixels, 3, 1);

@@ -1,27 +1,324 @@
 /* discriminator.c - the first stage's adversary: tells pictures from reconstructions, patch by patch (SPEC section 9;
  * the NLayerDiscriminator of pix2pix, Isola et al. 2017, as taming-transformers trains it).
  *
- * Owns: the network, its parameter table (with batch norm's buffers, as rows that are not trained), running it forward
- * and backward in one allocation, and the adversarial losses. Refuses: pictures too small for its layers.
+ *     pictures (B,C,H,W) -> conv4, leaky -> [conv4, batch norm, leaky] * n_layers -> conv4 -> logits (B,1,h,w)
  *
- *     pictures (B,C,H,W) -> conv, leaky -> [conv, batch norm, leaky] * n_layers -> conv -> logits (B,1,h,w)
+ * The first n_layers convolutions halve the picture (stride 2), the last two do not. Each logit sees one patch of the
+ * picture, and says how genuine that patch looks. Training alternates: the discriminator learns to give pictures
+ * positive logits and reconstructions negative ones, the first stage learns to raise the logits of its reconstructions.
  *
- * Every convolution is 4x4 with one zero around, the first n_layers of them at every second cell. Activations are
- * (C,B,h,w), other than everywhere else: so what batch norm sums over is one row, and a convolution of the whole batch
- * one matrix product, weight (M,C*16) times columns (C*16,B*h*w): column i holds the cells that result i sees. Columns
- * are gathered for a tile of rows at a time. Tiles are cut by sizes alone and a task is one channel or one row of the
- * columns, so results do not depend on the number of threads.
+ * Owns: the network, its parameter table (batch norm's buffers are rows that are not trained), its walk forward and
+ * backward, and the adversarial losses. Refuses: pictures too small for its layers.
  *
- * Read in this order: types; building; planning; convolution; norm and leaky ReLU; public functions; losses; after
- * #else the same on a GPU. */
-#include "kernels/discriminator.h"
+ * Values are (C,B,h,w), unlike everywhere else: all that batch norm takes the mean of lies together. On a GPU they are
+ * (B,h,w,C), as there always. Pictures are put into that order at the beginning, their gradients back at the end.
+ *
+ * Read in this order: the layers; the walk; the losses; building; planning. Then gan.c, which trains it. */
+#include "base/plan.h"
+#include "training/training.h"
 
-enum {
-    TILE_REALS = 1 << 20, /* columns of a tile, unless that is less than MIN_COLUMNS */
-    MIN_COLUMNS = 256,    /* fewer make poor matrix products */
-    FEW = 1 << 16,        /* numbers that are not worth a second thread */
-    ALIGN = 64 / sizeof(real)
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { MAX_LAYERS = 16 }; /* of the configuration's n_layers */
+#define NONE ((size_t)-1)
+static const double BATCH_EPS = 1e-5, MOMENTUM = 0.1;
+static const real SLOPE = (real)0.2; /* of leaky ReLU below 0 */
+
+/* ---- The layers ---- */
+
+/* Place in x (C,B,H,W) that result i of y's B*h*w sees through tap k of C*16: channel k/16, row k/4 % 4 and column k % 4
+ * of its window. NONE: outside, where x is 0. */
+static size_t seen_through(const Conv4 *c, size_t i, size_t k) {
+    const size_t h = conv4_side(c->H, c->stride), w = conv4_side(c->W, c->stride);
+    const size_t y = i / w % h * c->stride + k / CONV4_SIDE % CONV4_SIDE; /* one too large, for the zeros in front */
+    const size_t x = i % w * c->stride + k % CONV4_SIDE;
+    if (y < 1 || x < 1 || y > c->H || x > c->W) return NONE;
+    return ((k / CONV4_TAPS * c->B + i / w / h) * c->H + y - 1) * c->W + x - 1;
+}
+
+static size_t results_of(const Conv4 *c) {
+    return c->B * conv4_side(c->H, c->stride) * conv4_side(c->W, c->stride);
+}
+
+/* conv4_forward   y[m,i] = sum over k of w[m,k] x[seen(i,k)]
+ *   y (M,n)   n = B*h*w results a channel
+ *   x (C,B,H,W)   w (M,C,4,4), whose taps are k = 0..C*16-1 */
+void conv4_forward(const Compute *on, real *y, const real *x, const real *w, const Conv4 *c) {
+    if (on->fast) return on->fast->conv4_forward(on, y, x, w, c);
+    const size_t n = results_of(c), taps = c->C * CONV4_TAPS;
+    for (size_t m = 0; m < c->M; m++)
+        for (size_t i = 0; i < n; i++) {
+            double sum = 0;
+            for (size_t k = 0; k < taps; k++) {
+                const size_t at = seen_through(c, i, k);
+                if (at != NONE) sum += (double)w[m * taps + k] * (double)x[at];
+            }
+            y[m * n + i] = (real)sum;
+        }
+}
+
+/* conv4_backward   dx[j] = sum over m and all i,k with seen(i,k) = j of w[m,k] dy[m,i]     (overwritten; NULL: not wanted)
+ *                  dw[m,k] += sum over i of dy[m,i] x[seen(i,k)]                           (NULL: not wanted) */
+void conv4_backward(const Compute *on, real *dx, real *dw, const real *dy, const real *x, const real *w,
+                    const Conv4 *c) {
+    if (on->fast) return on->fast->conv4_backward(on, dx, dw, dy, x, w, c);
+    const size_t n = results_of(c), taps = c->C * CONV4_TAPS;
+    if (dx) memset(dx, 0, c->C * c->B * c->H * c->W * sizeof *dx);
+    for (size_t k = 0; k < taps; k++)
+        for (size_t m = 0; m < c->M; m++) {
+            double sum = 0;
+            for (size_t i = 0; i < n; i++) {
+                const size_t at = seen_through(c, i, k);
+                if (at == NONE) continue;
+                if (dx) dx[at] += w[m * taps + k] * dy[m * n + i];
+                sum += (double)dy[m * n + i] * (double)x[at];
+            }
+            if (dw) dw[m * taps + k] += (real)sum;
+        }
+}
+
+/* Mean of the channel over the batch, and one over its deviation: the root of mean (y - mean)^2 + eps. The buffers go a
+ * tenth (momentum) of the way to this batch's mean and unbiased variance. */
+static void measure_channel(const Activation *s, const real *y, size_t m) {
+    double mean = 0, variance = 0;
+    for (size_t i = 0; i < s->n; i++) mean += (double)y[i] / (double)s->n;
+    for (size_t i = 0; i < s->n; i++) variance += ((double)y[i] - mean) * ((double)y[i] - mean) / (double)s->n;
+    s->mean[m] = (real)mean, s->rstd[m] = (real)(1 / sqrt(variance + s->eps));
+    if (!s->running_mean) return;
+    const double unbiased = variance * (double)s->n / (double)(s->n - 1);
+    s->running_mean[m] = (real)((1 - s->momentum) * (double)s->running_mean[m] + s->momentum * mean);
+    s->running_var[m] = (real)((1 - s->momentum) * (double)s->running_var[m] + s->momentum * unbiased);
+    if (m == 0) *s->tracked += 1;
+}
+
+/* activate_forward   a = leaky(t),   t = gamma (y - mean) rstd + beta;   t = y + beta without a norm
+ *                    leaky(t) = t where t > 0, else slope*t
+ *   a, y (M,n), may be the same where there is no norm;  gamma, beta, mean, rstd (M) */
+void activate_forward(const Compute *on, real *a, const real *y, const Activation *s) {
+    if (on->fast) return on->fast->activate_forward(on, a, y, s);
+    for (size_t m = 0; m < s->M; m++, a += s->n, y += s->n) {
+        if (s->gamma) measure_channel(s, y, m);
+        for (size_t i = 0; i < s->n; i++) {
+            const real hat = s->gamma ? (y[i] - s->mean[m]) * s->rstd[m] : y[i];
+            const real t = (s->gamma ? s->gamma[m] : 1) * hat + s->beta[m];
+            a[i] = t > 0 ? t : s->slope * t;
+        }
+    }
+}
+
+/* activate_backward   in place, from the gradient g of a to that of y, which the convolution takes.
+ *   dt = (g + step sign(a - other)) leaky'(t);   t has the sign of a;   step: of feature matching, 0 without it
+ *   With a norm, hat = (y - mean) rstd, and mean and rstd depend on every y of the channel:
+ *       g = gamma rstd (dt - mean(dt) - hat mean(dt hat))     dgamma += sum dt hat     dbeta += sum dt
+ *   without: g = dt, dbeta += sum dt.     dgamma, dbeta NULL: not wanted */
+void activate_backward(const Compute *on, real *g, real *dgamma, real *dbeta, const real *a, const real *y,
+                       const real *other, double step, const Activation *s) {
+    if (on->fast) return on->fast->activate_backward(on, g, dgamma, dbeta, a, y, other, step, s);
+    const double n = (double)s->n;
+    for (size_t m = 0; m < s->M; m++)
+        for (size_t i = m * s->n; i < (m + 1) * s->n; i++) {
+            if (step != 0) g[i] += (real)(step * ((a[i] > other[i]) - (a[i] < other[i])));
+            if (!(a[i] > 0)) g[i] *= s->slope;
+        }
+    for (size_t m = 0; m < s->M; m++, g += s->n, y += s->n) {
+        double sum = 0, along = 0;
+        for (size_t i = 0; i < s->n; i++) {
+            sum += (double)g[i];
+            if (s->gamma) along += (double)g[i] * ((double)y[i] - (double)s->mean[m]) * (double)s->rstd[m];
+        }
+        if (dbeta) dbeta[m] += (real)sum;
+        if (!s->gamma) continue;
+        if (dgamma) dgamma[m] += (real)along;
+        for (size_t i = 0; i < s->n; i++) {
+            const double hat = ((double)y[i] - (double)s->mean[m]) * (double)s->rstd[m];
+            g[i] = (real)((double)s->gamma[m] * (double)s->rstd[m] * ((double)g[i] - sum / n - hat * along / n));
+        }
+    }
+}
+
+/* Sum of |a - other| over n numbers. */
+double feature_gap(const Compute *on, const real *a, const real *other, size_t n) {
+    if (on->device) return on->fast->feature_gap(on, a, other, n);
+    double sum = 0;
+    for (size_t i = 0; i < n; i++) sum += fabs((double)a[i] - (double)other[i]);
+    return sum;
+}
+
+/* Between the caller's pictures (B,C,hw) and a value, (C,B,hw) here */
+static void put_pictures(const Compute *on, real *to, const real *pictures, size_t B, size_t C, size_t hw) {
+    if (on->device) return on->fast->put_planes(on, to, pictures, B, C, hw);
+    for (size_t i = 0; i < B * C; i++) memcpy(to + (i % C * B + i / C) * hw, pictures + i * hw, hw * sizeof *to);
+}
+static Err get_pictures(const Compute *on, real *pictures, const real *from, size_t B, size_t C, size_t hw) {
+    if (on->device) return on->fast->get_planes(on, pictures, from, B, C, hw);
+    for (size_t i = 0; i < B * C; i++) memcpy(pictures + i * hw, from + (i % C * B + i / C) * hw, hw * sizeof *from);
+    return OK;
+}
+
+/* ---- The walk ---- */
+
+typedef struct {
+    size_t C, M, stride; /* channels read and written */
+    size_t weight, bias; /* rows of the table; bias NONE where a norm follows */
+    size_t norm;         /* first of its five rows, or NONE */
+    int leaky;
+    size_t H, W, h, w, n; /* planned: reads (C,B,H,W), writes (M,B,h,w); n = B*h*w */
+    real *y, *a;       /* (M,n) results of the convolution; what leaves the layer. One array where there is no norm */
+    real *other;       /* (M,n) another batch's a, for feature matching */
+    real *mean, *rstd; /* (M) of a norm */
+    void *prepared;    /* a GPU: the weights as its convolution reads them */
+} DiscLayer;
+
+struct Discriminator {
+    DiscConfig c;
+    Params params;
+    DiscLayer layer[MAX_LAYERS + 2];
+    size_t n_layers;
+    /* the plan */
+    Compute on;
+    void *memory; /* of all values */
+    size_t B;
+    int features;     /* there is room for feature matching */
+    real *pictures;   /* (C,B,H,W) of the last forward */
+    real *g[2];       /* gradients of what a layer writes, of what it reads: they take turns */
+    real *logits;     /* (B,1,h,w), the host's */
+    uint64_t changes; /* compute_changes when the weights were prepared */
+    int has_features; /* a forward ran: backward may */
 };
+
+static Conv4 conv_of(const Discriminator *d, const DiscLayer *l) {
+    return (Conv4){d->B, l->C, l->M, l->H, l->W, l->stride, l->prepared};
+}
+
+/* update: the buffers of the norm follow the batch. */
+static Activation activation_of(const Discriminator *d, const DiscLayer *l, int update) {
+    Activation s = {.M = l->M, .n = l->n, .slope = l->leaky ? SLOPE : 1, .eps = BATCH_EPS, .momentum = MOMENTUM};
+    const Params *p = &d->params;
+    if (l->norm == NONE) {
+        s.beta = param_value(p, l->bias);
+        return s;
+    }
+    s.gamma = param_value(p, l->norm), s.beta = param_value(p, l->norm + 1);
+    s.mean = l->mean, s.rstd = l->rstd;
+    if (!update) return s;
+    real **const buffer[3] = {&s.running_mean, &s.running_var, &s.tracked};
+    for (size_t k = 0; k < 3; k++) *buffer[k] = (real *)param_value(p, l->norm + 2 + k);
+    return s;
+}
+
+/* On a GPU: the weights in the order that convolutions read, once after each update. */
+static void prepare_weights(Discriminator *d) {
+    if (!d->on.device || d->changes == compute_changes(&d->on)) return;
+    for (size_t i = 0; i < d->n_layers; i++) {
+        const Conv4 c = conv_of(d, &d->layer[i]);
+        d->on.fast->conv4_prepare(&d->on, d->layer[i].prepared, param_value(&d->params, d->layer[i].weight), &c);
+    }
+    d->changes = compute_changes(&d->on);
+}
+
+Err disc_forward(Discriminator *d, const real *images, int update, const real **logits) {
+    const DiscLayer *first = &d->layer[0], *last = &d->layer[d->n_layers - 1];
+    const real *x = d->pictures;
+    if (!d->memory) return err("discriminator: call disc_plan first");
+    TRY(params_there(&d->params, "discriminator"));
+    prepare_weights(d);
+    put_pictures(&d->on, d->pictures, images, d->B, first->C, first->H * first->W);
+    for (const DiscLayer *l = first; l <= last; x = l++->a) {
+        const Conv4 c = conv_of(d, l);
+        const Activation s = activation_of(d, l, update);
+        conv4_forward(&d->on, l->y, x, param_value(&d->params, l->weight), &c);
+        activate_forward(&d->on, l->a, l->y, &s);
+    }
+    d->has_features = 1;
+    *logits = d->logits;
+    TRY(get_pictures(&d->on, d->logits, last->a, 1, 1, last->n));
+    return compute_status(&d->on);
+}
+
+/* Layer i: from the gradient dy of what it writes, which is overwritten, to dx of what it reads, unless NULL. */
+static void layer_backward(Discriminator *d, size_t i, real *dx, real *dy, double feature_weight, int trained) {
+    const DiscLayer *l = &d->layer[i];
+    const Params *p = &d->params;
+    const Conv4 c = conv_of(d, l);
+    const Activation s = activation_of(d, l, 0);
+    const double step = l->leaky ? feature_weight / (double)(l->M * l->n) : 0;
+    real *dw = trained ? param_grad(p, l->weight) : NULL;
+    real *dgamma = trained && l->norm != NONE ? param_grad(p, l->norm) : NULL;
+    real *dbeta = trained ? param_grad(p, l->norm != NONE ? l->norm + 1 : l->bias) : NULL;
+    activate_backward(&d->on, dy, dgamma, dbeta, l->a, l->y, l->other, step, &s);
+    if (dx || dw) conv4_backward(&d->on, dx, dw, dy, i ? l[-1].a : d->pictures, param_value(p, l->weight), &c);
+}
+
+Err disc_backward(Discriminator *d, const real *dlogits, double feature_weight, int trained, real *dimages) {
+    const size_t last = d->n_layers - 1, n = disc_logits(d);
+    const DiscLayer *first = &d->layer[0];
+    real *dy = d->g[0], *dx = d->g[1];
+    if (!d->has_features) return err("discriminator: disc_backward must follow disc_forward");
+    if (trained && !d->params.row[0].grad) return err("discriminator: the parameters have no gradients planned");
+    if (feature_weight != 0 && !d->features) return err("discriminator: planned without features");
+    if (dlogits)
+        put_pictures(&d->on, dy, dlogits, 1, 1, n);
+    else
+        compute_zero(&d->on, dy, n * d->on.unit);
+    for (size_t i = last + 1; i-- > 0;) {
+        real *const written = dy;
+        layer_backward(d, i, i || dimages ? dx : NULL, dy, feature_weight / (double)last, trained);
+        dy = dx, dx = written;
+    }
+    if (dimages) TRY(get_pictures(&d->on, dimages, dy, d->B, first->C, first->H * first->W));
+    return compute_status(&d->on);
+}
+
+Err disc_keep_features(Discriminator *d) {
+    if (!d->has_features || !d->features) return err("discriminator: no features to keep");
+    for (size_t i = 0; i + 1 < d->n_layers; i++)
+        compute_copy(&d->on, d->layer[i].other, d->layer[i].a, d->layer[i].M * d->layer[i].n * d->on.unit);
+    return compute_status(&d->on);
+}
+
+double disc_feature_loss(const Discriminator *d) {
+    double mean = 0;
+    for (size_t i = 0; i + 1 < d->n_layers; i++) {
+        const DiscLayer *l = &d->layer[i];
+        mean += feature_gap(&d->on, l->a, l->other, l->M * l->n) / (double)(l->M * l->n) / (double)(d->n_layers - 1);
+    }
+    return mean;
+}
+
+/* ---- The losses ---- */
+
+double disc_loss(DiscLoss kind, const real *logits, size_t n, int genuine, double weight, real *dlogits) {
+    const double sign = genuine ? -1 : 1;
+    double sum = 0;
+    for (size_t i = 0; i < n; i++) {
+        const double u = sign * (double)logits[i];
+        double value, slope;
+        if (kind == DISC_HINGE) {
+            value = u <= -1 ? 0 : 1 + u, slope = u > -1;
+        } else {
+            value = fmax(u, 0) + log1p(exp(-fabs(u))), slope = 1 / (1 + exp(-u));
+        }
+        sum += 0.5 * value;
+        dlogits[i] = (real)(weight * 0.5 * sign * slope / (double)n);
+    }
+    return sum / (double)n;
+}
+
+double generator_loss(const real *logits, size_t n, double weight, real *dlogits) {
+    double sum = 0;
+    for (size_t i = 0; i < n; i++) {
+        sum -= (double)logits[i];
+        dlogits[i] = (real)(-weight / (double)n);
+    }
+    return sum / (double)n;
+}
+
+double adaptive_weight(double nll_norm, double g_norm) {
+    const double w = nll_norm / (g_norm + 1e-4);
+    return w > 1e4 ? 1e4 : w; /* NaN stays */
+}
 
 /* ---- Building ---- */
 
@@ -48,10 +345,10 @@ static Err add_layer(Discriminator *d, size_t i) {
     l->stride = i < d->c.n_layers ? 2 : 1;
     l->leaky = i < last;
     l->bias = l->norm = NONE;
-    const size_t dim[4] = {l->M, l->C, KERNEL, KERNEL};
+    const size_t dim[4] = {l->M, l->C, CONV4_SIDE, CONV4_SIDE};
     TRY(params_add(&d->params, &l->weight, INIT_NORMAL, 0.02, 0, 4, dim, "loss.discriminator.main.%zu.weight", module));
     if (i && i < last) return add_norm(d, l, module + 1);
-    return params_add(&d->params, &l->bias, INIT_UNIFORM, 1 / sqrt((double)(l->C * TAPS)), 0, 1, dim,
+    return params_add(&d->params, &l->bias, INIT_UNIFORM, 1 / sqrt((double)(l->C * CONV4_TAPS)), 0, 1, dim,
                       "loss.discriminator.main.%zu.bias", module);
 }
 
@@ -85,9 +382,9 @@ Err disc_create(Discriminator **out, const DiscConfig *c) {
 }
 
 static void drop_plan(Discriminator *d) {
-    if (d->twin) d->params.ops->disc_free(d);
-    free(d->arena);
-    d->arena = NULL, d->images = NULL, d->twin = NULL;
+    compute_free(&d->on, d->memory);
+    free(d->logits);
+    d->memory = NULL, d->logits = NULL, d->has_features = 0;
 }
 
 void disc_free(Discriminator *d) {
@@ -101,377 +398,93 @@ Params *disc_params(Discriminator *d) {
     return &d->params;
 }
 
+Err disc_use_cuda(Discriminator *d, Precision precision) {
+    return use_cuda(&d->params, precision);
+}
+
 size_t disc_logits(const Discriminator *d) {
     return d->layer[d->n_layers - 1].n;
 }
 
-/* ---- Planning: arrays one after the other, counted first and then placed ---- */
+/* ---- Planning: everything is needed all the time, for a backward may come any number of times ---- */
 
-static Err take(Discriminator *d, real **out, size_t rows, size_t n) {
-    TRY(size_mul(&n, rows, n));
-    if (n > SIZE_MAX / sizeof(real) / 4 || d->used > SIZE_MAX / sizeof(real) / 4)
-        return err("discriminator: the batch is too large");
-    *out = d->arena ? d->arena + d->used : NULL;
-    d->used += round_up(n, ALIGN);
+/* *n = B*C*h*w, in bounds */
+static Err count(const Discriminator *d, size_t *n, size_t C, size_t h, size_t w) {
+    TRY(size_mul(n, d->B, C));
+    TRY(size_mul(n, *n, h));
+    TRY(size_mul(n, *n, w));
+    if (d->on.device && *n > (size_t)1 << 31)
+        return err("discriminator: activations of more than 2^31 numbers; a smaller batch takes less");
     return OK;
 }
 
-static Err cut_layer(DiscLayer *l, size_t B, size_t H, size_t W) {
+static Err cut_layer(const Discriminator *d, DiscLayer *l, size_t H, size_t W) {
     l->H = H, l->W = W;
     if (H < 2 || W < 2)
         return err("discriminator: nothing is left of the pictures after so many layers; smaller disc_num_layers or "
                    "larger pictures");
-    l->h = (H - 2) / l->stride + 1, l->w = (W - 2) / l->stride + 1;
-    TRY(size_mul(&l->n, B, l->h));
-    TRY(size_mul(&l->n, l->n, l->w));
-    if (l->norm != NONE && l->n < 2) return err("discriminator: batch norm has one cell a channel, expected more");
+    l->h = conv4_side(H, l->stride), l->w = conv4_side(W, l->stride);
+    TRY(count(d, &l->n, 1, l->h, l->w));
+    if (l->norm != NONE && l->n < 2) return err("discriminator: batch norm has one number a channel, expected more");
     return OK;
 }
 
-/* Rows of results of a tile */
-static size_t tile_rows(const DiscLayer *l) {
-    return max_size(max_size(TILE_REALS / (l->C * TAPS), MIN_COLUMNS) / l->w, 1);
+/* The values of layer l and the scratch that it needs; *widest: the largest value. */
+static Err plan_layer(Discriminator *d, DiscLayer *l, Plan *plan, size_t *widest) {
+    const Layers *fast = d->on.fast;
+    const Conv4 c = conv_of(d, l);
+    const Activation s = {.M = l->M, .n = l->n};
+    size_t n;
+    TRY(count(d, &n, l->M, l->h, l->w));
+    *widest = max_size(*widest, n);
+    if (fast) compute_needs(&d->on, fast->conv4_needs(&d->on, &c));
+    if (fast) compute_needs(&d->on, fast->activate_needs(&d->on, &s));
+    if (d->on.device) plan_add(plan, &l->prepared, fast->conv4_prepared_bytes(&c), 1, 0, PLAN_END);
+    plan_add(plan, &l->y, n, d->on.unit, 0, PLAN_END);
+    if (d->features && l->leaky) plan_add(plan, &l->other, n, d->on.unit, 0, PLAN_END);
+    if (l->norm == NONE) return OK;
+    plan_add(plan, &l->a, n, d->on.unit, 0, PLAN_END);
+    plan_add(plan, &l->mean, l->M, sizeof(real), 0, PLAN_END);
+    plan_add(plan, &l->rstd, l->M, sizeof(real), 0, PLAN_END);
+    return OK;
 }
 
-static Err place(Discriminator *d, size_t B, size_t H, size_t W, int features) {
-    size_t columns = 0, widest = 0, tile;
-    d->used = 0, d->features = features;
+static Err plan_layers(Discriminator *d, Plan *plan, size_t H, size_t W) {
+    size_t pixels, widest = 0;
     for (size_t i = 0; i < d->n_layers; i++) {
         DiscLayer *l = &d->layer[i];
-        TRY(i ? cut_layer(l, B, l[-1].h, l[-1].w) : cut_layer(l, B, H, W));
-        TRY(take(d, &l->a, l->M, l->n));
-        widest = max_size(widest, l->M * l->n);
-        TRY(size_mul(&tile, l->C * TAPS, min_size(tile_rows(l) * l->w, l->n)));
-        columns = max_size(columns, tile);
-        l->y = l->a, l->kept = NULL;
-        if (features && l->leaky) TRY(take(d, &l->kept, l->M, l->n));
-        if (l->norm == NONE) continue;
-        TRY(take(d, &l->y, l->M, l->n));
-        TRY(take(d, &l->mean, l->M, 1));
-        TRY(take(d, &l->rstd, l->M, 1));
+        TRY(i ? cut_layer(d, l, l[-1].h, l[-1].w) : cut_layer(d, l, H, W));
+        TRY(plan_layer(d, l, plan, &widest));
     }
-    TRY(take(d, &d->g[0], widest, 1));
-    TRY(take(d, &d->g[1], widest, 1));
-    return take(d, &d->columns, columns, 1);
+    TRY(count(d, &pixels, d->layer[0].C, H, W));
+    plan_add(plan, &d->pictures, pixels, d->on.unit, 0, PLAN_END);
+    for (int k = 0; k < 2; k++) plan_add(plan, &d->g[k], max_size(widest, pixels), d->on.unit, 0, PLAN_END);
+    if (d->on.device) compute_needs(&d->on, pixels * sizeof(real)); /* of put_planes */
+    return OK;
+}
+
+/* memory NULL: only counted */
+static Err plan_memory(Discriminator *d, size_t B, size_t H, size_t W, int features, void **memory, size_t *bytes) {
+    Plan plan = {.what = "discriminator: activations"};
+    drop_plan(d);
+    d->on = compute_of(&d->params);
+    d->B = B, d->features = features, d->changes = (uint64_t)-1;
+    if (B < 1) return err("discriminator: an empty batch");
+    if (plan_layers(d, &plan, H, W) != OK) {
+        plan_free(&plan);
+        return FAILED;
+    }
+    return compute_memory(&d->on, &plan, memory, bytes);
 }
 
 Err disc_plan_bytes(Discriminator *d, size_t B, size_t H, size_t W, int features, size_t *bytes) {
-    drop_plan(d);
-    d->B = B;
-    if (B < 1) return err("discriminator: an empty batch");
-    TRY(place(d, B, H, W, features));
-    return d->params.ops ? d->params.ops->disc_plan(d, features, 0, bytes) : size_mul(bytes, d->used, sizeof(real));
-}
-
-/* Activations there; here what callers see. */
-static Err plan_on_gpu(Discriminator *d, int features) {
-    size_t bytes;
-    TRY(mem_alloc(&d->arena, disc_logits(d), sizeof(real), "discriminator: logits"));
-    return d->params.ops->disc_plan(d, features, 1, &bytes);
+    return plan_memory(d, B, H, W, features, NULL, bytes);
 }
 
 Err disc_plan(Discriminator *d, size_t B, size_t H, size_t W, int features) {
     size_t bytes;
-    TRY(disc_plan_bytes(d, B, H, W, features, &bytes));
-    if (d->params.ops) return plan_on_gpu(d, features);
-    TRY(mem_alloc(&d->arena, d->used, sizeof(real), "discriminator: activations"));
-    return place(d, B, H, W, features);
-}
-
-/* ---- Convolution ---- */
-
-/* What a layer reads, or the gradient of that: (C,B,H,W), or the caller's pictures (B,C,H,W). */
-typedef struct {
-    const real *x;
-    real *dx;
-    size_t channel, picture; /* reals from one to the next */
-} Planes;
-
-static Planes planes_of(const Discriminator *d, size_t i, const real *x, real *dx) {
-    const DiscLayer *l = &d->layer[i];
-    const size_t plane = l->H * l->W;
-    const Planes p = {x, dx, i ? d->B * plane : plane, i ? plane : l->C * plane};
-    return p;
-}
-
-/* Rows row0.. of the B*h rows of results, and their columns (C*16, rows*w) */
-typedef struct {
-    const DiscLayer *l;
-    Planes p;
-    real *columns;
-    size_t row0, rows;
-} Tile;
-
-static int threads_for(size_t numbers) {
-    return numbers < FEW ? 1 : threads_free();
-}
-
-/* The results of a row whose tap (ky,kx) lies in the plane at row *iy: first..end-1; none when first = end. */
-static void taps_inside(const DiscLayer *l, size_t row, size_t tap, size_t *iy, size_t *first, size_t *end) {
-    const size_t ky = tap / KERNEL, kx = tap % KERNEL;
-    *iy = l->stride * (row % l->h) + ky - 1; /* above the plane: wraps round, and is too large as well */
-    *first = kx == 0;
-    *end = *iy < l->H && kx <= l->W ? min_size((l->W - kx) / l->stride + 1, l->w) : *first;
-    if (*end < *first) *end = *first;
-}
-
-/* Row k = 16 c + tap of the columns: cell (stride*y - 1 + ky, stride*x - 1 + kx) of channel c, 0 outside. */
-static void gather_task(void *context, size_t k) {
-    const Tile *t = (const Tile *)context;
-    const DiscLayer *l = t->l;
-    const size_t w = l->w, stride = l->stride;
-    real *to = t->columns + k * t->rows * w;
-    for (size_t r = t->row0; r < t->row0 + t->rows; r++, to += w) {
-        size_t iy, first, end;
-        taps_inside(l, r, k % TAPS, &iy, &first, &end);
-        const real *from = t->p.x + k / TAPS * t->p.channel + r / l->h * t->p.picture;
-        if (end > first) from += iy * l->W + stride * first + k % KERNEL - 1;
-        memset(to, 0, first * sizeof *to);
-        if (stride == 1)
-            memcpy(to + first, from, (end - first) * sizeof *to);
-        else
-            for (size_t x = first; x < end; x++) to[x] = from[2 * (x - first)];
-        memset(to + end, 0, (w - end) * sizeof *to);
-    }
-}
-
-/* The other way, for the gradient: what all taps of channel c hold is added to dx. */
-static void scatter_task(void *context, size_t c) {
-    const Tile *t = (const Tile *)context;
-    const DiscLayer *l = t->l;
-    const size_t w = l->w, stride = l->stride;
-    for (size_t tap = 0; tap < TAPS; tap++) {
-        const real *from = t->columns + (c * TAPS + tap) * t->rows * w;
-        for (size_t r = t->row0; r < t->row0 + t->rows; r++, from += w) {
-            size_t iy, first, end;
-            taps_inside(l, r, tap, &iy, &first, &end);
-            if (end == first) continue;
-            real *to =
-                t->p.dx + c * t->p.channel + r / l->h * t->p.picture + iy * l->W + stride * first + tap % KERNEL - 1;
-            if (stride == 1)
-                for (size_t x = first; x < end; x++) to[x - first] += from[x];
-            else
-                for (size_t x = first; x < end; x++) to[2 * (x - first)] += from[x];
-        }
-    }
-}
-
-static Tile tile_at(const Discriminator *d, const DiscLayer *l, const Planes *p, size_t row0) {
-    const Tile t = {l, *p, d->columns, row0, min_size(tile_rows(l), d->B * l->h - row0)};
-    return t;
-}
-
-/* y (M,n) = weight (M,C*16) columns */
-static void conv4_forward(const Discriminator *d, const DiscLayer *l, Planes p) {
-    const size_t K = l->C * TAPS;
-    const real *weight = d->params.row[l->weight].value;
-    for (size_t row = 0; row < d->B * l->h; row += tile_rows(l)) {
-        Tile t = tile_at(d, l, &p, row);
-        const size_t cols = t.rows * l->w;
-        parallel_for(threads_for(K * cols), K, gather_task, &t);
-        gemm(0, 0, l->M, cols, K, weight, K, t.columns, cols, 0, l->y + row * l->w, l->n);
-    }
-}
-
-/* From dy (M,n): the gradient of the weight += if `trained`; p.dx, which is zero, unless NULL. */
-static void conv4_backward(const Discriminator *d, const DiscLayer *l, Planes p, const real *dy, int trained) {
-    const size_t K = l->C * TAPS;
-    const Param *weight = &d->params.row[l->weight];
-    for (size_t row = 0; row < d->B * l->h; row += tile_rows(l)) {
-        Tile t = tile_at(d, l, &p, row);
-        const size_t cols = t.rows * l->w;
-        const real *g = dy + row * l->w;
-        if (trained) {
-            parallel_for(threads_for(K * cols), K, gather_task, &t);
-            gemm(0, 1, l->M, K, cols, g, l->n, t.columns, cols, 1, weight->grad, K);
-        }
-        if (!p.dx) continue;
-        gemm(1, 0, K, cols, l->M, weight->value, K, g, l->n, 0, t.columns, cols);
-        parallel_for(threads_for(K * cols), l->C, scatter_task, &t);
-    }
-}
-
-/* ---- Bias or batch norm, then leaky ReLU: a task is a channel ---- */
-
-/* sum of (x-a)(y-b), emptied into double every 1024 numbers */
-static double sum_products(const real *x, real a, const real *y, real b, size_t n) {
-    double sum = 0;
-    for (size_t i = 0; i < n; i += 1024) {
-        const size_t end = min_size(n, i + 1024);
-        real part = 0;
-#pragma omp simd reduction(+ : part)
-        for (size_t j = i; j < end; j++) part += (x[j] - a) * (y[j] - b);
-        sum += (double)part;
-    }
-    return sum;
-}
-
-typedef struct {
-    Discriminator *d;
-    DiscLayer *l;
-    real *g; /* (M,n) */
-    double feature_weight;
-    int flag; /* forward: the buffers follow; backward: parameters get gradients */
-} LayerJob;
-
-static real *row_of(const LayerJob *j, size_t row, size_t m) {
-    return j->d->params.row[row].value + m;
-}
-
-static void measure_channel(const LayerJob *j, size_t m) {
-    DiscLayer *l = j->l;
-    const real *y = l->y + m * l->n;
-    const double mean = sum_reals(y, l->n) / (double)l->n;
-    l->mean[m] = (real)mean;
-    const double variance = sum_products(y, l->mean[m], y, l->mean[m], l->n) / (double)l->n;
-    l->rstd[m] = (real)(1 / sqrt(variance + BATCH_EPS));
-    if (!j->flag) return;
-    real *running_mean = row_of(j, l->norm + 2, m), *running_var = row_of(j, l->norm + 3, m);
-    const double unbiased = variance * (double)l->n / (double)(l->n - 1);
-    *running_mean = (real)((1 - MOMENTUM) * (double)*running_mean + MOMENTUM * mean);
-    *running_var = (real)((1 - MOMENTUM) * (double)*running_var + MOMENTUM * unbiased);
-}
-
-/* a = leaky(scale y + shift) */
-static void activate_task(void *context, size_t m) {
-    const LayerJob *j = (const LayerJob *)context;
-    DiscLayer *l = j->l;
-    const real *y = l->y + m * l->n, below = l->leaky ? SLOPE : 1;
-    real *a = l->a + m * l->n, mean = 0, scale = 1, shift;
-    if (l->norm == NONE) {
-        shift = *row_of(j, l->bias, m);
-    } else {
-        measure_channel(j, m);
-        mean = l->mean[m], scale = l->rstd[m] * *row_of(j, l->norm, m), shift = *row_of(j, l->norm + 1, m);
-    }
-    for (size_t i = 0; i < l->n; i++) {
-        const real t = (y[i] - mean) * scale + shift;
-        a[i] = t > 0 ? t : below * t;
-    }
-}
-
-/* In place: from the gradient of a, to which feature matching adds, to that of y */
-static void activate_backward_task(void *context, size_t m) {
-    const LayerJob *j = (const LayerJob *)context;
-    DiscLayer *l = j->l;
-    const size_t n = l->n;
-    const real *a = l->a + m * n, *y = l->y + m * n, below = l->leaky ? SLOPE : 1;
-    real *g = j->g + m * n;
-    Param *row = j->d->params.row;
-    if (j->feature_weight != 0 && l->leaky) {
-        const real *kept = l->kept + m * n, step = (real)(j->feature_weight / (double)(l->M * n));
-        for (size_t i = 0; i < n; i++) g[i] += step * (real)((a[i] > kept[i]) - (a[i] < kept[i]));
-    }
-    for (size_t i = 0; i < n; i++) g[i] *= a[i] > 0 ? 1 : below;
-    const double sum = sum_reals(g, n);
-    if (l->norm == NONE) {
-        if (j->flag) row[l->bias].grad[m] += (real)sum;
-        return;
-    }
-    const real mean = l->mean[m], rstd = l->rstd[m], scale = rstd * *row_of(j, l->norm, m);
-    const double along = (double)rstd * sum_products(g, 0, y, mean, n); /* sum of g times the normalised y */
-    if (j->flag) row[l->norm].grad[m] += (real)along, row[l->norm + 1].grad[m] += (real)sum;
-    const real level = (real)(sum / (double)n), tilt = (real)((double)rstd * along / (double)n);
-    for (size_t i = 0; i < n; i++) g[i] = scale * (g[i] - level - tilt * (y[i] - mean));
-}
-
-/* ---- Public functions: running it ---- */
-
-Err disc_forward(Discriminator *d, const real *images, int update, const real **logits) {
-    if (!d->arena) return err("discriminator: call disc_plan first");
-    if (!d->params.row[0].value) return err("discriminator: the parameters have no values yet");
-    d->images = images;
-    if (d->twin) {
-        *logits = d->arena;
-        return d->params.ops->disc_forward(d, images, update, d->arena);
-    }
-    for (size_t i = 0; i < d->n_layers; i++) {
-        DiscLayer *l = &d->layer[i];
-        LayerJob j = {d, l, NULL, 0, update};
-        conv4_forward(d, l, planes_of(d, i, i ? l[-1].a : images, NULL));
-        parallel_for(threads_for(l->M * l->n), l->M, activate_task, &j);
-        if (update && l->norm != NONE) *d->params.row[l->norm + 4].value += 1;
-    }
-    *logits = d->layer[d->n_layers - 1].a;
-    return OK;
-}
-
-Err disc_backward(Discriminator *d, const real *dlogits, double feature_weight, int trained, real *dimages) {
-    const size_t last = d->n_layers - 1;
-    if (!d->images) return err("discriminator: disc_backward must follow disc_forward");
-    if (trained && !d->params.row[0].grad) return err("discriminator: the parameters have no gradients planned");
-    if (feature_weight != 0 && !d->features) return err("discriminator: planned without features");
-    if (d->twin) return d->params.ops->disc_backward(d, dlogits, feature_weight, trained, dimages);
-    real *dy = d->g[0], *dx = d->g[1];
-    if (dlogits)
-        memcpy(dy, dlogits, disc_logits(d) * sizeof *dy);
-    else
-        memset(dy, 0, disc_logits(d) * sizeof *dy);
-    for (size_t i = last + 1; i-- > 0;) {
-        DiscLayer *l = &d->layer[i];
-        LayerJob j = {d, l, dy, feature_weight / (double)last, trained};
-        real *to = i ? dx : dimages;
-        parallel_for(threads_for(l->M * l->n), l->M, activate_backward_task, &j);
-        if (to) memset(to, 0, d->B * l->C * l->H * l->W * sizeof *to);
-        if (to || trained) conv4_backward(d, l, planes_of(d, i, i ? l[-1].a : d->images, to), dy, trained);
-        dx = dy, dy = to;
-    }
-    return OK;
-}
-
-Err disc_keep_features(Discriminator *d) {
-    if (!d->images || !d->features) return err("discriminator: no features to keep");
-    if (d->twin) return d->params.ops->disc_keep(d);
-    for (size_t i = 0; i + 1 < d->n_layers; i++)
-        memcpy(d->layer[i].kept, d->layer[i].a, d->layer[i].M * d->layer[i].n * sizeof(real));
-    return OK;
-}
-
-double disc_feature_loss(const Discriminator *d) {
-    double mean = 0;
-    if (d->twin) return d->params.ops->disc_gap(d);
-    for (size_t i = 0; i + 1 < d->n_layers; i++) {
-        const DiscLayer *l = &d->layer[i];
-        double sum = 0;
-        for (size_t k = 0; k < l->M * l->n; k++) sum += fabs((double)l->a[k] - (double)l->kept[k]);
-        mean += sum / (double)(l->M * l->n) / (double)(d->n_layers - 1);
-    }
-    return mean;
-}
-
-/* ---- Public functions: losses ---- */
-
-double disc_loss(DiscLoss kind, const real *logits, size_t n, int genuine, double weight, real *dlogits) {
-    const double sign = genuine ? -1 : 1;
-    double sum = 0;
-    for (size_t i = 0; i < n; i++) {
-        const double u = sign * (double)logits[i];
-        double value, slope;
-        if (kind == DISC_HINGE) {
-            value = u <= -1 ? 0 : 1 + u, slope = u > -1;
-        } else {
-            value = fmax(u, 0) + log1p(exp(-fabs(u))), slope = 1 / (1 + exp(-u));
-        }
-        sum += 0.5 * value;
-        dlogits[i] = (real)(weight * 0.5 * sign * slope / (double)n);
-    }
-    return sum / (double)n;
-}
-
-double generator_loss(const real *logits, size_t n, double weight, real *dlogits) {
-    double sum = 0;
-    for (size_t i = 0; i < n; i++) {
-        sum -= (double)logits[i];
-        dlogits[i] = (real)(-weight / (double)n);
-    }
-    return sum / (double)n;
-}
-
-double adaptive_weight(double nll_norm, double g_norm) {
-    const double w = nll_norm / (g_norm + 1e-4);
-    return w > 1e4 ? 1e4 : w; /* NaN stays */
-}
-
-Err disc_use_cuda(Discriminator *d, Precision precision) {
-    return use_cuda(&d->params, precision);
+    TRY(plan_memory(d, B, H, W, features, &d->memory, &bytes));
+    for (size_t i = 0; i < d->n_layers; i++)
+        if (d->layer[i].norm == NONE) d->layer[i].a = d->layer[i].y;
+    return mem_alloc(&d->logits, disc_logits(d), sizeof *d->logits, "discriminator: logits");
 }

@@ -56,8 +56,8 @@ Params *disc_params(Discriminator *d);
 Err disc_plan(Discriminator *d, size_t B, size_t H, size_t W, int features);
 Err disc_plan_bytes(Discriminator *d, size_t B, size_t H, size_t W, int features, size_t *bytes);
 size_t disc_logits(const Discriminator *d); /* how many logits a forward gives: B*h*w */
-/* images (B,in_channels,H,W), which must stay for backward -> *logits (B,1,h,w), in the activations. As in training:
- * batch norm takes the batch's own mean and variance; update: its buffers follow (momentum 0.1, unbiased variance). */
+/* images (B,in_channels,H,W) -> *logits (B,1,h,w), which stay until the next forward. As in training: batch norm takes the
+ * batch's own mean and variance; update: its buffers follow (momentum 0.1, unbiased variance). */
 Err disc_forward(Discriminator *d, const real *images, int update, const real **logits);
 /* From dlogits (B,1,h,w; NULL: zeros) and feature_weight times the gradient of disc_feature_loss to every parameter's
  * grad (+=) if `trained`, and to dimages (B,in_channels,H,W; overwritten; may be NULL). Any number of times after a
@@ -71,13 +71,21 @@ double disc_feature_loss(const Discriminator *d);
  *   disc_loss       half of relu(1 - D) for genuine pictures, of relu(1 + D) for reconstructions; DISC_VANILLA: of
  *                   softplus(-D) and softplus(D). The discriminator's loss is the sum of both halves.
  *   generator_loss  -D
- *   adaptive_weight what the generator's loss is multiplied with, times disc_weight: |d nll/d W| / (|d g/d W| + 1e-4),
- *   at
- *                   most 1e4, W the weight of the decoder's last layer */
+ *   adaptive_weight |d nll/d W| / (|d g/d W| + 1e-4), at most 1e4; W is the weight of the decoder's last layer. The
+ *                   generator's loss is multiplied with it, times disc_weight. */
 typedef enum { DISC_HINGE, DISC_VANILLA } DiscLoss;
 double disc_loss(DiscLoss kind, const real *logits, size_t n, int genuine, double weight, real *dlogits);
 double generator_loss(const real *logits, size_t n, double weight, real *dlogits);
 double adaptive_weight(double nll_norm, double g_norm);
+
+/* Its layers, for tests: discriminator.c says what each computes. */
+void conv4_forward(const Compute *on, real *y, const real *x, const real *w, const Conv4 *c);
+void conv4_backward(const Compute *on, real *dx, real *dw, const real *dy, const real *x, const real *w,
+                    const Conv4 *c);
+void activate_forward(const Compute *on, real *a, const real *y, const Activation *s);
+void activate_backward(const Compute *on, real *g, real *dgamma, real *dbeta, const real *a, const real *y,
+                       const real *other, double step, const Activation *s);
+double feature_gap(const Compute *on, const real *a, const real *other, size_t n);
 
 /* ------------------------------------------------------------------------------------------------------------
  * 9. parallel.c: ./train in more than one process, each with the whole model and a share of every batch
