@@ -261,9 +261,12 @@ Err transformer_decode_begin(Transformer *m, const int32_t *x_t, const int32_t *
                              size_t N);
 Err transformer_decode_block(Transformer *m, const DecodeCell *cell, size_t n, const real **logits);
 Err transformer_decode_step(Transformer *m, const int32_t *prev, size_t i, const real **logits);
-/* What a block of decoding costs beside its cells, in cells: *pass for the block, *sample for every batch row in it. A
- * model, not a measurement (which would make programs depend on the clock); test/bench block shows what is true. */
-void transformer_pass_cost(const Transformer *m, size_t N, double *pass, double *sample);
+/* What a pass over a block multiplies and reads: `numbers` weights for each position; weight_bytes of them from memory,
+ * once for the whole block; kept_bytes of keys and values for each batch row in it, on average over N positions. */
+typedef struct {
+    double numbers, weight_bytes, kept_bytes;
+} DecodeReads;
+DecodeReads transformer_decode_reads(const Transformer *m, size_t N);
 
 /* AdamW as PyTorch: p *= 1-lr*decay; m,v moments; bias correction with step = 1,2,...; rows marked untrained are left
  * alone. grad is read, not cleared. decay comes from each row times `decay_scale`. */
@@ -316,16 +319,8 @@ typedef struct DrawOptions {
 Err transformer_draw_cuda(Transformer *m, const DrawOptions *o, int32_t *tokens);
 
 /* ------------------------------------------------------------------------------------------------------------
- * 7. diffusion.c: the Markov chain over tokens (paper section 3.1; SPEC sections 3 and 5); model.c, classes.c
+ * 7. diffusion.c: the Markov chain over tokens (paper section 3.1; SPEC sections 3 and 5)
  * ---------------------------------------------------------------------------------------------------------- */
-/* redraw_prob as in the official configs: "geometric", a number, "alphacum:a0,a1,...", "ffhq_bernoulli_PSIM" (T = 2),
- * "bernoulli_PSIM" (T = 3 or 5), or "curve:FILE": equal steps of a metric curve (two columns: alphacum, metric). */
-Err schedule_make(Schedule *s, const char *redraw_prob, int T);
-/* From s->beta[1..T] to alpha and alphacum. */
-Err schedule_from_betas(Schedule *s, int T);
-/* The metric-spaced rule on n points (alphacum[i], metric[i]), in file order. */
-Err schedule_from_curve(Schedule *s, const double *alphacum, const double *metric, size_t n, int T);
-
 /* x (n) = one forward step: each token, with probability beta, becomes a uniform draw from 0..K-1. Token i uses index
  * first+i of the stream. */
 void noise_step(int32_t *x, size_t n, size_t K, double beta, uint64_t seed, uint64_t stream, uint64_t first);
@@ -335,20 +330,19 @@ void noise_chain(int32_t *x_prev, int32_t *x_t, const int32_t *x0, size_t n, siz
                  uint64_t seed, uint64_t micro, uint64_t first);
 /* q (R,K) = q(x_{t-1} | x_t, x_0), rows sum to 1 (SPEC section 3, paper eq. 7). */
 void posterior(real *q, const int32_t *x0, const int32_t *xt, size_t R, size_t K, const Schedule *s, int t);
-/* Official order: (logits + guide)/temperature, top_k (ties with the k-th are all kept; 0 or >= K: no cut), softmax.
- * guide: -1 free, else the one token that is allowed. prob (K) is overwritten; temperature 0 puts all of it on the
- * first of the largest logits; logits with NaN (or nothing but -inf) make it all NaN. */
+/* prob (K) = softmax of (logits + guide)/temperature, after all but the top_k largest are cut (0 or >= K: no cut; ties
+ * with the last of them are all kept). guide: -1 free, else the one token that is allowed. Temperature 0 puts all of
+ * prob on the first of the largest logits. Logits with NaN, or nothing but -inf, make it all NaN. */
 void sample_probs(real *prob, const real *logits, size_t K, int32_t guide, double temperature, size_t top_k);
 /* Index of the first cumulative probability above u; skips zeros. -1 if nothing is above 0. */
 int32_t sample_pick(const real *prob, size_t K, double u);
 
-/* ---- diffusion.c: drawing from a model ---- */
-/* How blocks of several positions went at a scale: see SampleOptions.block. */
+/* How a scale's passes of the decoder went: see SampleOptions.block. */
 typedef struct {
-    size_t passes;       /* of the decoder, over a block of every sample in a batch */
-    size_t cells;        /* positions fed */
-    size_t tokens;       /* positions done, known ones too */
-    size_t tried, right; /* tokens drawn; of those, as guessed */
+    size_t passes;       /* of the decoder, over a block of positions of every sample in a batch */
+    size_t positions;    /* fed */
+    size_t tokens;       /* drawn, known ones too */
+    size_t tried, right; /* tokens guessed; guessed right */
 } DraftCounts;
 
 typedef struct {
@@ -359,24 +353,47 @@ typedef struct {
     size_t chain[MAX_SCALES + 1];       /* [t] forward-backward repeats, >= 1; 0 with known tokens: x_{t-1} = x_t */
     double guidance[MAX_SCALES + 1];    /* [t] classifier-free: logits = uncond + g (cond - uncond); 1: none */
     int official_temperature;           /* encoder-decoder scales ignore it, as the official code does */
-    int uncached;                       /* tests: the whole prefix again for every token, no KV cache */
     const int32_t *label;               /* (n) or NULL */
     const int32_t *known;               /* (n,N) tokens to keep, or NULL */
     const uint8_t *keep;                /* (N) 1 = keep */
-    size_t candidates;                  /* > 1: samples are candidates in groups of so many (n a multiple), see below */
-    size_t block;        /* positions of a sample in a pass of the decoder: 0: as many as pay off; 1: one by one. All
-                            give the same tokens: guesses only decide how much work that takes (diffusion.c) */
+    size_t candidates; /* > 1: samples are candidates in groups of so many (n a multiple): see sample_chain */
+    size_t block;      /* positions of a sample in a pass of the decoder: 0: as many as pay off; 1: one by one. All give
+                          the same tokens: guesses only decide how much work that takes (kernels/guess.c) */
     DraftCounts *counts; /* [MAX_SCALES + 1], [t] is added to; or NULL */
-    /* called after every pass of the decoder, with the positions that all samples have, and every scale; nonzero return
-     * stops with an error */
+    /* Called after every pass of the decoder, with the number of positions that all samples have. A nonzero return
+     * stops with an error. */
     int (*progress)(void *context, int t, size_t repeat, size_t done, size_t of);
-    void (*scale_done)(void *context, int t,
-                       const int32_t *tokens); /* tokens (n,N) = x_{t-1}; t = T+1: the start x_T */
+    /* Called after every scale: tokens (n,N) = x_{t-1}; first with t = T+1: the start x_T. */
+    void (*scale_done)(void *context, int t, const int32_t *tokens);
     void *context;
 } SampleOptions;
+void sample_defaults(SampleOptions *o); /* one sample, temperature 1, one pass a scale */
+
+/* A model as the chain needs it: tokens and networks, no files. */
+typedef struct {
+    const Schedule *schedule;
+    size_t h, w, K;            /* token grid, token values */
+    size_t n_classes;          /* 0: none */
+    const int32_t *null_class; /* [t] the label "no class" that scale t was trained with too; -1: none */
+    const char *name;          /* for messages */
+    Err (*network)(void *context, int t, Transformer **net); /* *net = scale t's, until the next call */
+    void *context;
+} Chain;
+/* tokens (n,N) = x_0, by ancestral sampling t = T..1 (SPEC section 5), with the guide and chains of inpainting.
+ * The guide forces known tokens without asking whether what was drawn before them agrees. Candidates ask: after every
+ * pass each group is drawn anew from itself, a candidate's weight being the probability its pass gave the known tokens
+ * (importance resampling); the first of each group is the result. */
+Err sample_chain(const Chain *c, const SampleOptions *o, int32_t *tokens);
 /* One reverse step for o->n samples: tokens (n,N) x_t in, x_{t-1} out. repeat numbers the passes of a chain. Plans the
- * network for decoding. No guidance, which needs a Model. */
+ * network for decoding. No guidance, which needs a Chain. */
 Err sample_scale(Transformer *net, const SampleOptions *o, int t, size_t repeat, size_t N, int32_t *tokens);
+/* Rows of the decoder's batch for n samples: with guidance at any scale two for each, with its class and with none. */
+size_t sample_rows(const SampleOptions *o, int T, size_t n);
+
+/* redraw_prob as in the official configs: "geometric", or what betas_read knows. */
+Err schedule_make(Schedule *s, const char *redraw_prob, int T);
+/* From s->beta[1..T] to alpha and alphacum. */
+Err schedule_from_betas(Schedule *s, int T);
 
 #ifdef __cplusplus
 }

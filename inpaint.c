@@ -1,8 +1,13 @@
 /* inpaint.c - completes a picture: keeps what a mask keeps and lets the model draw the rest.
  *
- * The picture becomes tokens x_0. At every scale the known tokens are forced (the guide of SPEC section 5) and the
- * others sampled; each scale may run several times, re-noising in between (the paper's forward-backward chains), which
- * lets known and new parts settle on each other. Options, masks and files; the sampling is model_sample. */
+ *     read     picture, mask       read_picture, make_mask: at the model's resolution
+ *     encode   pixels -> x_0       encode_picture: the known tokens; token_mask: which of them stay
+ *     draw     x_T -> ... -> x_0   draw_tokens: sample_chain (diffusion.c)
+ *     write    x_0 -> pixels       write_result: decode_pictures; the kept pixels are put back exactly
+ *
+ * At every scale the known tokens are forced (the guide of SPEC section 5) and the others are drawn. Each scale may run
+ * several times, with some noise in between (the paper's forward-backward chains), which lets known and new parts settle
+ * on each other. inpaint() is all of it in order. Read next: diffusion.c. */
 #include "sampling/sampling.h"
 
 #include <stdio.h>
@@ -32,16 +37,16 @@ typedef struct {
     int32_t *tokens;     /* (n,N) */
     SampleOptions options;
     DraftCounts counts[MAX_SCALES + 1];
-} Job;
+} Completion;
 
-/* ---- the picture and its mask, at the model's resolution ---- */
+/* ---- Read: the picture and its mask, at the model's resolution ---- */
 
 /* The centre square, scaled to side x side. */
-static Err fit(Image *im, size_t side, Filter filter, size_t channels) {
+static Err fit(Image *im, size_t side, Filter filter) {
     size_t square = im->H < im->W ? im->H : im->W, y0 = (im->H - square) / 2, x0 = (im->W - square) / 2;
     Image out = {0};
     for (size_t y = 0; y < square; y++)
-        memmove(im->rgb + y * square * channels, im->rgb + ((y + y0) * im->W + x0) * channels, square * channels);
+        memmove(im->rgb + 3 * y * square, im->rgb + 3 * ((y + y0) * im->W + x0), 3 * square);
     im->H = im->W = square;
     if (square == side) return OK;
     TRY(image_resize(&out, im, side, side, filter));
@@ -50,141 +55,207 @@ static Err fit(Image *im, size_t side, Filter filter, size_t channels) {
     return OK;
 }
 
-static Err read_picture(Job *job, size_t *height, size_t *width) {
-    TRY(image_read(&job->picture, job->in->image));
-    size_t H = *height = job->picture.H, W = *width = job->picture.W;
-    if (H != job->side || W != job->side)
-        fprintf(stderr, "%s is %zux%zu: its centre square is used at %zux%zu\n", job->in->image, W, H, job->side,
-                job->side);
-    return fit(&job->picture, job->side, FILTER_BICUBIC, 3);
+static Err read_picture(Completion *c, size_t *height, size_t *width) {
+    TRY(image_read(&c->picture, c->in->image));
+    size_t H = *height = c->picture.H, W = *width = c->picture.W;
+    if (H != c->side || W != c->side)
+        fprintf(stderr, "%s is %zux%zu: its centre square is used at %zux%zu\n", c->in->image, W, H, c->side, c->side);
+    return fit(&c->picture, c->side, FILTER_BICUBIC);
 }
 
-/* Grey values as an RGB picture, so that the same resizing serves; 128 and above keeps. */
-static Err read_mask(Job *job, size_t H, size_t W) {
+/* A pixel stays where the mean of red, green and blue is 128 or more. */
+static Err read_mask(Completion *c, size_t H, size_t W) {
     Image mask = {0};
-    size_t side = job->side;
-    TRY(image_read(&mask, job->in->mask));
+    size_t side = c->side;
+    TRY(image_read(&mask, c->in->mask));
     if (!((mask.H == H && mask.W == W) || (mask.H == side && mask.W == side))) {
-        Err e = err("%s: the mask is %zux%zu; expected the picture's size %zux%zu or %zux%zu", job->in->mask, mask.W,
+        Err e = err("%s: the mask is %zux%zu; expected the picture's size %zux%zu or %zux%zu", c->in->mask, mask.W,
                     mask.H, W, H, side, side);
         image_free(&mask);
         return e;
     }
-    Err e = fit(&mask, side, FILTER_NEAREST, 3);
+    Err e = fit(&mask, side, FILTER_NEAREST);
     for (size_t i = 0; e == OK && i < side * side; i++)
-        job->keep[i] = (mask.rgb[3 * i] + mask.rgb[3 * i + 1] + mask.rgb[3 * i + 2]) / 3 >= 128;
+        c->keep[i] = (mask.rgb[3 * i] + mask.rgb[3 * i + 1] + mask.rgb[3 * i + 2]) / 3 >= 128;
     image_free(&mask);
     return e;
 }
 
 /* Keeps everything outside (or, with inside = 1, only what is inside) a centred window. */
-static void window_mask(Job *job, size_t size, uint8_t inside) {
-    size_t from = (job->side - size) / 2, to = (job->side + size) / 2;
-    for (size_t y = 0; y < job->side; y++)
-        for (size_t x = 0; x < job->side; x++)
-            job->keep[y * job->side + x] = (y >= from && y < to && x >= from && x < to) == (inside != 0);
+static void window_mask(Completion *c, size_t size, uint8_t inside) {
+    size_t from = (c->side - size) / 2, to = (c->side + size) / 2;
+    for (size_t y = 0; y < c->side; y++)
+        for (size_t x = 0; x < c->side; x++)
+            c->keep[y * c->side + x] = (y >= from && y < to && x >= from && x < to) == (inside != 0);
 }
 
-static void half_mask(Job *job, const char *half) {
+static void half_mask(Completion *c, const char *half) {
     int upper = !strcmp(half, "upper"), lower = !strcmp(half, "lower"), left = !strcmp(half, "left");
-    size_t middle = job->side / 2;
-    for (size_t y = 0; y < job->side; y++)
-        for (size_t x = 0; x < job->side; x++)
-            job->keep[y * job->side + x] = upper ? y >= middle : lower ? y < middle : left ? x >= middle : x < middle;
+    size_t middle = c->side / 2;
+    for (size_t y = 0; y < c->side; y++)
+        for (size_t x = 0; x < c->side; x++)
+            c->keep[y * c->side + x] = upper ? y >= middle : lower ? y < middle : left ? x >= middle : x < middle;
 }
 
-static Err make_mask(Job *job, size_t H, size_t W) {
-    const InpaintArgs *in = job->in;
+static Err make_mask(Completion *c, size_t H, size_t W) {
+    const InpaintArgs *in = c->in;
     size_t kept = 0;
-    TRY(mem_alloc(&job->keep, job->side * job->side, 1, "mask"));
-    if (in->window >= job->side || in->outside >= job->side)
-        return err("a window of %zu pixels: the picture has %zu", in->window ? in->window : in->outside, job->side);
+    TRY(mem_alloc(&c->keep, c->side * c->side, 1, "mask"));
+    if (in->window >= c->side || in->outside >= c->side)
+        return err("a window of %zu pixels: the picture has %zu", in->window ? in->window : in->outside, c->side);
     if (in->mask)
-        TRY(read_mask(job, H, W));
+        TRY(read_mask(c, H, W));
     else if (in->half)
-        half_mask(job, in->half);
+        half_mask(c, in->half);
     else
-        window_mask(job, in->window ? in->window : in->outside, in->outside != 0);
-    for (size_t i = 0; i < job->side * job->side; i++) kept += job->keep[i];
-    if (kept == job->side * job->side)
-        return err("the mask keeps everything: nothing to draw (black parts are redrawn)");
+        window_mask(c, in->window ? in->window : in->outside, in->outside != 0);
+    for (size_t i = 0; i < c->side * c->side; i++) kept += c->keep[i];
+    if (kept == c->side * c->side) return err("the mask keeps everything: nothing to draw (black parts are redrawn)");
     return OK;
 }
 
 /* A token stays if all its pixels do. The official code asks only its first pixel (nearest neighbour, SPEC section 5).
  */
-static Err token_mask(Job *job) {
-    size_t cell = job->side / job->model.h, redrawn = 0;
-    TRY(mem_alloc(&job->keep_token, job->N, 1, "token mask"));
-    for (size_t i = 0; i < job->N; i++) {
-        const uint8_t *corner = job->keep + (i / job->model.w) * cell * job->side + (i % job->model.w) * cell;
-        job->keep_token[i] = corner[0];
-        for (size_t p = 0; !job->in->official_mask && p < cell * cell; p++)
-            job->keep_token[i] &= corner[p / cell * job->side + p % cell];
-        redrawn += !job->keep_token[i];
+static Err token_mask(Completion *c) {
+    size_t patch = c->side / c->model.h, redrawn = 0;
+    TRY(mem_alloc(&c->keep_token, c->N, 1, "token mask"));
+    for (size_t i = 0; i < c->N; i++) {
+        const uint8_t *corner = c->keep + (i / c->model.w) * patch * c->side + (i % c->model.w) * patch;
+        c->keep_token[i] = corner[0];
+        for (size_t p = 0; !c->in->official_mask && p < patch * patch; p++)
+            c->keep_token[i] &= corner[p / patch * c->side + p % patch];
+        redrawn += !c->keep_token[i];
     }
     if (redrawn == 0)
-        return err("the mask redraws no token (each is %zux%zu pixels); without --official-mask it would", cell, cell);
-    fprintf(stderr, "%zu of %zu tokens are drawn anew\n", redrawn, job->N);
+        return err("the mask redraws no token (each is %zux%zu pixels); without --official-mask it would", patch,
+                   patch);
+    fprintf(stderr, "%zu of %zu tokens are drawn anew\n", redrawn, c->N);
     return OK;
 }
 
-/* ---- tokens in, tokens out ---- */
+/* ---- Encode ---- */
 
-static Err encode_picture(Job *job) {
+static Err encode_picture(Completion *c) {
     real *image = NULL;
-    size_t side = job->side;
+    size_t side = c->side;
     TRY(mem_alloc(&image, 3 * side, side * sizeof *image, "picture"));
-    TRY(mem_alloc(&job->known, job->rows * job->N, sizeof *job->known, "known tokens"));
-    TRY(mem_alloc(&job->drawn, job->rows * job->N, sizeof *job->drawn, "tokens of a batch"));
-    TRY(mem_alloc(&job->tokens, job->args->n * job->N, sizeof *job->tokens, "tokens"));
-    Err e = image_prepare(image, &job->picture, PREP_FOLDER, side, -1, -1, 0);
-    if (e == OK) e = vqgan_plan(job->model.vqgan, 1, side, side, 0);
-    if (e == OK) e = vqgan_encode(job->model.vqgan, image, 1, side, side, job->args->seed, NULL, NULL, job->known);
-    for (size_t b = 1; e == OK && b < job->rows; b++)
-        memcpy(job->known + b * job->N, job->known, job->N * sizeof *job->known);
+    TRY(mem_alloc(&c->known, c->rows * c->N, sizeof *c->known, "known tokens"));
+    TRY(mem_alloc(&c->drawn, c->rows * c->N, sizeof *c->drawn, "tokens of a batch"));
+    TRY(mem_alloc(&c->tokens, c->args->n * c->N, sizeof *c->tokens, "tokens"));
+    Err e = image_prepare(image, &c->picture, PREP_FOLDER, side, -1, -1, 0);
+    if (e == OK) e = vqgan_plan(c->model.vqgan, 1, side, side, 0);
+    if (e == OK) e = vqgan_encode(c->model.vqgan, image, 1, side, side, c->args->seed, NULL, NULL, c->known);
+    for (size_t b = 1; e == OK && b < c->rows; b++) memcpy(c->known + b * c->N, c->known, c->N * sizeof *c->known);
     free(image);
     return e;
 }
 
+/* ---- Draw ---- */
+
+static int progress(void *context, int t, size_t repeat, size_t done, size_t of) {
+    return sampling_progress(&((Completion *)context)->options, t, repeat, done, of);
+}
+
+static Err draw_tokens(Completion *c) {
+    const SamplingArgs *a = c->args;
+    const Chain chain = model_chain(&c->model);
+    c->options.keep = c->keep_token;
+    c->options.progress = progress;
+    c->options.counts = c->counts;
+    c->options.context = c;
+    size_t M = c->options.candidates = c->M, most = c->rows / M;
+    c->options.known = c->known;
+    c->options.label = c->label;
+    for (size_t first = 0; first < a->n; first += most) {
+        size_t n = min_size(most, a->n - first);
+        c->options.first = first * M;
+        c->options.n = n * M;
+        TRY(sample_chain(&chain, &c->options, c->drawn));
+        for (size_t b = 0; b < n; b++)
+            memcpy(c->tokens + (first + b) * c->N, c->drawn + b * M * c->N, c->N * sizeof *c->tokens);
+    }
+    progress_end();
+    return OK;
+}
+
+/* ---- Write: each sample beside the others, the kept pixels put back exactly ---- */
+
+static void paste(const Completion *c, Image *im, size_t first, size_t tiles, size_t columns, size_t gap) {
+    size_t side = c->side, step = side + gap;
+    for (size_t b = first; b < tiles; b++)
+        for (size_t i = 0; i < side * side; i++) {
+            if (!c->keep[i]) continue;
+            size_t y = b / columns * step + i / side, x = b % columns * step + i % side;
+            memcpy(im->rgb + 3 * (y * im->W + x), c->picture.rgb + 3 * i, 3);
+        }
+}
+
+/* Two tiles (3,side,side): the picture, and the picture with grey where it is drawn anew. */
+static Err comparison_tiles(const Completion *c, real *tiles) {
+    size_t pixels = c->side * c->side;
+    TRY(image_prepare(tiles, &c->picture, PREP_FOLDER, c->side, -1, -1, 0));
+    for (size_t i = 0; i < 3 * pixels; i++) tiles[3 * pixels + i] = c->keep[i % pixels] ? tiles[i] : 0;
+    return OK;
+}
+
+static Err write_result(Completion *c) {
+    size_t first = c->in->compare ? 2 : 0, tiles = c->args->n + first;
+    size_t columns = tiles < 8 ? tiles : 8, gap = tiles > 1 ? 2 : 0, pixels = 3 * c->side * c->side;
+    real *images = NULL;
+    Image im = {0};
+    Config text = {0};
+    TRY(mem_alloc(&images, tiles, pixels * sizeof *images, "pictures"));
+    Err e = first ? comparison_tiles(c, images) : OK;
+    if (e == OK) e = decode_pictures(&c->model, c->tokens, c->args->n, images + first * pixels);
+    if (e == OK) e = image_grid(&im, images, tiles, c->side, c->side, columns, gap);
+    if (e == OK && !c->in->no_paste) paste(c, &im, first, tiles, columns, gap);
+    if (e == OK) e = sampling_text(&text, c->args, &c->options, &c->model);
+    if (e == OK) e = config_set(&text, "inpainted", "%s", c->in->image);
+    if (e == OK) e = config_set(&text, "candidates", "%zu", c->M);
+    if (e == OK) e = image_write_png(c->args->out, &im, &text);
+    image_free(&im);
+    config_free(&text);
+    free(images);
+    return e;
+}
+
+/* ---- The whole ---- */
+
 /* The class that explains the kept part best. */
-static Err guess_class(Job *job, int32_t *label) {
+static Err guess_class(Completion *c, int32_t *label) {
     enum { MOST = 100 };
     double bound[MOST];
-    size_t n = job->model.n_classes;
-    if (n > MOST) return err("%s has %zu classes, too many to try them all; name one: --class", job->model.folder, n);
-    if (model_class_bounds(&job->model, job->known, job->keep_token, job->args->seed, bound) != OK)
+    size_t n = c->model.classes.n;
+    if (n > MOST) return err("%s has %zu classes, too many to try them all; name one: --class", c->model.folder, n);
+    const Chain chain = model_chain(&c->model);
+    if (class_bounds(&chain, c->known, c->keep_token, c->args->seed, bound) != OK)
         return err_in("--class was not given");
     *label = 0;
-    for (size_t c = 1; c < n; c++)
-        if (bound[c] < bound[*label]) *label = (int32_t)c;
+    for (size_t k = 1; k < n; k++)
+        if (bound[k] < bound[*label]) *label = (int32_t)k;
     return OK;
 }
 
 /* --class, else the name of the picture's folder if that is a class, else what the known part looks like. */
-static Err choose_class(Job *job) {
-    const SamplingArgs *a = job->args;
+static Err choose_class(Completion *c) {
+    const SamplingArgs *a = c->args;
     int32_t label = -1;
     char folder[256] = "";
-    if (job->model.n_classes == 0) return a->class_name ? model_class(&job->model, a->class_name, &label) : OK;
-    TRY(mem_alloc(&job->label, job->rows, sizeof *job->label, "classes"));
-    const char *end = strrchr(job->in->image, '/'), *start = end;
-    while (start && start > job->in->image && start[-1] != '/') start--;
+    if (c->model.classes.n == 0) return a->class_name ? model_class(&c->model, a->class_name, &label) : OK;
+    TRY(mem_alloc(&c->label, c->rows, sizeof *c->label, "classes"));
+    const char *end = strrchr(c->in->image, '/'), *start = end;
+    while (start && start > c->in->image && start[-1] != '/') start--;
     if (end && (size_t)(end - start) < sizeof folder) memcpy(folder, start, (size_t)(end - start));
-    if (classes_named(&job->model, folder, &label) != 1) label = -1;
+    if (classes_named(&c->model.classes, folder, &label) != 1) label = -1;
     if (a->class_name)
-        TRY(model_class(&job->model, a->class_name, &label));
+        TRY(model_class(&c->model, a->class_name, &label));
     else if (label < 0)
-        TRY(guess_class(job, &label));
+        TRY(guess_class(c, &label));
     char title[CLASS_TITLE_BYTES];
-    fprintf(stderr, "class %s%s\n", class_title(title, &job->model, (size_t)label),
+    fprintf(stderr, "class %s%s\n", class_title(title, &c->model.classes, (size_t)label),
             a->class_name ? "" : " (--class chooses another)");
-    for (size_t b = 0; b < job->rows; b++) job->label[b] = label;
+    for (size_t b = 0; b < c->rows; b++) c->label[b] = label;
     return OK;
-}
-
-static int progress(void *context, int t, size_t repeat, size_t done, size_t of) {
-    return sampling_progress(&((Job *)context)->options, t, repeat, done, of);
 }
 
 /* What the user gave, else what the model's file recommends, else one. */
@@ -203,101 +274,39 @@ static const char *chain_lengths(const Model *m, char list[MAX_SCALES * 2]) {
     return list;
 }
 
-static Err draw_tokens(Job *job) {
-    const SamplingArgs *a = job->args;
-    job->options.keep = job->keep_token;
-    job->options.progress = progress;
-    job->options.counts = job->counts;
-    job->options.context = job;
-    size_t M = job->options.candidates = job->M, most = job->rows / M;
-    job->options.known = job->known;
-    job->options.label = job->label;
-    for (size_t first = 0; first < a->n; first += most) {
-        size_t n = min_size(most, a->n - first);
-        job->options.first = first * M;
-        job->options.n = n * M;
-        TRY(model_sample(&job->model, &job->options, job->drawn));
-        for (size_t b = 0; b < n; b++)
-            memcpy(job->tokens + (first + b) * job->N, job->drawn + b * M * job->N, job->N * sizeof *job->tokens);
-    }
-    progress_end();
-    return OK;
-}
-
-/* ---- the result: each sample beside the others, the kept pixels put back exactly ---- */
-
-static void paste(const Job *job, Image *im, size_t first, size_t tiles, size_t columns, size_t gap) {
-    size_t side = job->side, step = side + gap;
-    for (size_t b = first; b < tiles; b++)
-        for (size_t i = 0; i < side * side; i++) {
-            if (!job->keep[i]) continue;
-            size_t y = b / columns * step + i / side, x = b % columns * step + i % side;
-            memcpy(im->rgb + 3 * (y * im->W + x), job->picture.rgb + 3 * i, 3);
-        }
-}
-
-/* Two tiles (3,side,side): the picture, and the picture with grey where it is drawn anew. */
-static Err comparison_tiles(const Job *job, real *tiles) {
-    size_t pixels = job->side * job->side;
-    TRY(image_prepare(tiles, &job->picture, PREP_FOLDER, job->side, -1, -1, 0));
-    for (size_t i = 0; i < 3 * pixels; i++) tiles[3 * pixels + i] = job->keep[i % pixels] ? tiles[i] : 0;
-    return OK;
-}
-
-static Err write_result(Job *job) {
-    size_t first = job->in->compare ? 2 : 0, tiles = job->args->n + first;
-    size_t columns = tiles < 8 ? tiles : 8, gap = tiles > 1 ? 2 : 0, pixels = 3 * job->side * job->side;
-    real *images = NULL;
-    Image im = {0};
-    Config text = {0};
-    TRY(mem_alloc(&images, tiles, pixels * sizeof *images, "pictures"));
-    Err e = first ? comparison_tiles(job, images) : OK;
-    if (e == OK) e = decode_pictures(&job->model, job->tokens, job->args->n, images + first * pixels);
-    if (e == OK) e = image_grid(&im, images, tiles, job->side, job->side, columns, gap);
-    if (e == OK && !job->in->no_paste) paste(job, &im, first, tiles, columns, gap);
-    if (e == OK) e = sampling_text(&text, job->args, &job->options, &job->model);
-    if (e == OK) e = config_set(&text, "inpainted", "%s", job->in->image);
-    if (e == OK) e = config_set(&text, "candidates", "%zu", job->M);
-    if (e == OK) e = image_write_png(job->args->out, &im, &text);
-    image_free(&im);
-    config_free(&text);
-    free(images);
-    return e;
-}
-
 static void inpaint(SamplingArgs *a, const InpaintArgs *in) {
-    Job job;
+    Completion c;
     const NamedModel *missing;
     char chains[MAX_SCALES * 2];
-    memset(&job, 0, sizeof job);
-    job.args = a;
-    job.in = in;
-    sampling_start(a, &job.model, &missing);
+    memset(&c, 0, sizeof c);
+    c.args = a;
+    c.in = in;
+    sampling_start(a, &c.model, &missing);
     a->class_name =
         missing && a->class_name == missing->stand_in ? NULL : a->class_name; /* the picture tells its class */
-    sampling_options(&job.options, a, &job.model, "inpaint_chain_length", chain_lengths(&job.model, chains), 0);
-    job.side = job.model.side;
-    job.N = job.model.h * job.model.w;
+    sampling_options(&c.options, a, &c.model, "inpaint_chain_length", chain_lengths(&c.model, chains), 0);
+    c.side = c.model.side;
+    c.N = c.model.h * c.model.w;
     fprintf(stderr, "seed %llu\n", (unsigned long long)a->seed);
-    job.M = candidates(&job.model, in->candidates);
-    job.rows = min_size(a->n, max_size(1, a->batch / job.M)) * job.M;
+    c.M = candidates(&c.model, in->candidates);
+    c.rows = min_size(a->n, max_size(1, a->batch / c.M)) * c.M;
     size_t H = 0, W = 0;
-    check(read_picture(&job, &H, &W));
-    check(make_mask(&job, H, W));
-    check(token_mask(&job));
-    const size_t rows = max_size(sample_rows(&job.options, &job.model, job.rows), BOUND_ROWS);
-    sampling_memory(&job.model, rows, a->n + (in->compare ? 2 : 0));
-    check(encode_picture(&job));
-    check(choose_class(&job));
+    check(read_picture(&c, &H, &W));
+    check(make_mask(&c, H, W));
+    check(token_mask(&c));
+    const size_t rows = max_size(sample_rows(&c.options, c.model.schedule.T, c.rows), BOUND_ROWS);
+    sampling_memory(&c.model, rows, a->n + (in->compare ? 2 : 0));
+    check(encode_picture(&c));
+    check(choose_class(&c));
     catch_interrupts();
-    check(draw_tokens(&job));
-    say_drafts(job.counts, job.model.schedule.T);
-    check(write_result(&job));
+    check(draw_tokens(&c));
+    say_drafts(c.counts, c.model.schedule.T);
+    check(write_result(&c));
     printf("%s\n", a->out);
     if (a->show) check(show_png(a->out));
-    image_free(&job.picture);
-    model_close(&job.model);
-    void *buffers[] = {job.keep, job.keep_token, job.known, job.label, job.drawn, job.tokens};
+    image_free(&c.picture);
+    model_close(&c.model);
+    void *buffers[] = {c.keep, c.keep_token, c.known, c.label, c.drawn, c.tokens};
     for (size_t i = 0; i < sizeof buffers / sizeof *buffers; i++) free(buffers[i]);
 }
 
@@ -338,9 +347,8 @@ int main(int argc, char **argv) {
         {OPT_SIZE, "--candidates", "M", &in.candidates, 1, MAX_CANDIDATES,
          "draw M of each, and after every pass go on from those that the kept part\nfits best (default: what the model "
          "recommends, or 1)"},
-        SAMPLING_OPTIONS(a),
         {OPT_END, NULL, NULL, NULL, 0, 0, NULL}};
-    options_parse(argc, argv, table, intro);
+    sampling_parse(argc, argv, table, &a, intro);
     if (a.model && !in.image) in.image = a.model, a.model = NULL; /* one argument is the picture */
     if (!a.model) a.model = "emoji";
     if (!in.image) usage_error("which picture? ./inpaint [MODEL] IMAGE; -h explains");

@@ -1,6 +1,11 @@
 /* sample.c - draws pictures: pure noise, then the transitions of scale T down to 1, then the VQGAN's decoder.
  *
- * Options, progress and files; the sampling itself is model_sample in diffusion.c. */
+ *     draw     x_T -> ... -> x_0      draw_tokens: sample_chain (diffusion.c), a batch at a time; of the M that are
+ *                                     drawn for each picture, keep_best keeps one that the model finds likely
+ *     decode   x_0 -> pixels          write_grid: decode_pictures, which is vqgan_decode_tokens
+ *     write    pixels -> PNG          write_grid: image_grid, image_write_png, with the options as text
+ *
+ * sample() is all of it in order. Read next: diffusion.c, the chain; vqgan.c, the decoder. */
 #include "sampling/sampling.h"
 
 #include <math.h>
@@ -25,7 +30,166 @@ typedef struct {
     double *bound;           /* (rows) */
     SampleOptions options;
     DraftCounts counts[MAX_SCALES + 1];
-} Job;
+} Pictures;
+
+/* ---- Draw ---- */
+
+static void keep_scale(void *context, int t, const int32_t *tokens) {
+    Pictures *p = (Pictures *)context;
+    size_t column = p->steps - (size_t)t; /* t = T+1: x_T, column 0 */
+    for (size_t b = 0; p->chain && b < p->options.n; b++)
+        memcpy(p->drawn_chain + (b * p->steps + column) * p->N, tokens + b * p->N, p->N * sizeof *tokens);
+}
+
+static int progress(void *context, int t, size_t repeat, size_t done, size_t of) {
+    const Pictures *p = (const Pictures *)context;
+    SampleOptions shown = p->options;
+    shown.candidates = p->M; /* pictures are counted, not what is drawn for them */
+    return sampling_progress(&shown, t, repeat, done, of);
+}
+
+/* Draws M times `count` pictures, from number first on. */
+static Err draw_batch(Pictures *p, size_t first, size_t count) {
+    for (size_t b = 0; p->label && b < count * p->M; b++) p->drawn_label[b] = p->label[first + b / p->M];
+    p->options.first = first * p->M;
+    p->options.n = count * p->M;
+    p->options.label = p->label ? p->drawn_label : NULL;
+    const Chain chain = model_chain(&p->model);
+    return sample_chain(&chain, &p->options, p->drawn);
+}
+
+/* Of the M bounds of a picture, the first that is nearly the least: among good pictures the least would be the
+ * simplest, and the same again and again. */
+static size_t first_good(const double *bound, size_t M) {
+    size_t least = 0, first = 0;
+    for (size_t j = 1; j < M; j++)
+        if (bound[j] < bound[least]) least = j;
+    while (bound[first] > bound[least] + NEARLY) first++;
+    return first;
+}
+
+static Err keep_best(Pictures *p, size_t first, size_t count) {
+    const size_t M = p->M, N = p->N, chain_N = p->steps * p->N;
+    const Chain chain = model_chain(&p->model);
+    if (M > 1) TRY(picture_bounds(&chain, p->drawn, p->options.label, count * M, p->args->seed, p->bound));
+    for (size_t b = 0; b < count; b++) {
+        const size_t to = first + b, from = b * M + (M > 1 ? first_good(p->bound + b * M, M) : 0);
+        memcpy(p->tokens + to * N, p->drawn + from * N, N * sizeof *p->tokens);
+        if (!p->chain) continue;
+        memcpy(p->chain + to * chain_N, p->drawn_chain + from * chain_N, chain_N * sizeof *p->chain);
+    }
+    return OK;
+}
+
+static Err draw_tokens(Pictures *p, int with_chain) {
+    const size_t n = p->args->n, at_once = p->rows / p->M;
+    const size_t bytes = p->N * sizeof *p->tokens;
+    TRY(mem_alloc(&p->tokens, n, bytes, "tokens"));
+    TRY(mem_alloc(&p->drawn, p->rows, bytes, "tokens of a batch"));
+    TRY(mem_alloc(&p->drawn_label, p->rows, sizeof *p->drawn_label, "classes of a batch"));
+    TRY(mem_alloc(&p->bound, p->rows, sizeof *p->bound, "bounds of a batch"));
+    if (with_chain) TRY(mem_alloc(&p->chain, n, p->steps * bytes, "tokens of every scale"));
+    if (with_chain) TRY(mem_alloc(&p->drawn_chain, p->rows, p->steps * bytes, "tokens of every scale"));
+    p->options.progress = progress;
+    p->options.counts = p->counts;
+    p->options.scale_done = keep_scale;
+    p->options.context = p;
+    for (size_t first = 0; first < n; first += at_once) {
+        const size_t count = min_size(at_once, n - first);
+        TRY(draw_batch(p, first, count));
+        TRY(keep_best(p, first, count));
+    }
+    progress_end();
+    return OK;
+}
+
+/* ---- Decode and write ---- */
+
+static Err write_grid(Pictures *p, const int32_t *tokens, size_t n, size_t columns, const char *path) {
+    real *images = NULL;
+    Image im = {0};
+    Config text = {0};
+    TRY(mem_alloc(&images, n, p->pixels * sizeof *images, "pictures"));
+    Err e = decode_pictures(&p->model, tokens, n, images);
+    if (e == OK) e = image_grid(&im, images, n, p->model.side, p->model.side, columns, 2);
+    if (e == OK) e = sampling_text(&text, p->args, &p->options, &p->model);
+    if (e == OK && p->M > 1) e = config_set(&text, "best-of", "%zu", p->M);
+    if (e == OK) e = image_write_png(path, &im, &text);
+    image_free(&im);
+    config_free(&text);
+    free(images);
+    return e;
+}
+
+/* ---- The whole ---- */
+
+/* One class for all, or every sample its own drawn at random. */
+static Err choose_classes(Pictures *p) {
+    int32_t one = -1;
+    const SamplingArgs *a = p->args;
+    if (a->class_name) TRY(model_class(&p->model, a->class_name, &one));
+    if (p->model.classes.n == 0) return OK;
+    TRY(mem_alloc(&p->label, a->n, sizeof *p->label, "classes"));
+    for (size_t b = 0; b < a->n; b++)
+        p->label[b] =
+            one >= 0 ? one : (int32_t)rng_below(a->seed, rng_stream(RNG_START, 1, b), 0, (uint32_t)p->model.classes.n);
+    return OK;
+}
+
+/* How many are drawn for every picture: the user's number, else what the model recommends. */
+static void best_of(Pictures *p, size_t given) {
+    p->M = given ? given : 1;
+    if (!given) check(config_size(&p->M, &p->model.meta, "imagebart.", "best_of", 1, MAX_BEST_OF, 1));
+    p->rows = max_size(1, min_size(p->args->n, p->args->batch / p->M)) * p->M;
+}
+
+static void say_classes(const Pictures *p) {
+    char title[CLASS_TITLE_BYTES];
+    fprintf(stderr, "seed %llu", (unsigned long long)p->args->seed);
+    for (size_t b = 0; p->label && !p->args->class_name && b < p->args->n && b < 64; b++)
+        fprintf(stderr, "%s%s", b ? ", " : ", classes: ", class_title(title, &p->model.classes, (size_t)p->label[b]));
+    if (p->label && p->args->class_name)
+        fprintf(stderr, ", class %d: %s", (int)p->label[0], class_title(title, &p->model.classes, (size_t)p->label[0]));
+    fprintf(stderr, "\n");
+}
+
+static void sample(SamplingArgs *a, size_t most, const char *chain_path, const char *nearest) {
+    Pictures p;
+    const NamedModel *missing;
+    double start = seconds();
+    char took[32], likeliest[48] = "";
+    memset(&p, 0, sizeof p);
+    p.args = a;
+    sampling_start(a, &p.model, &missing);
+    sampling_options(&p.options, a, &p.model, "chain_length", "1", 1);
+    p.N = p.model.h * p.model.w;
+    p.pixels = 3 * p.model.side * p.model.side;
+    p.steps = (size_t)p.model.schedule.T + 1;
+    const size_t columns = (size_t)ceil(sqrt((double)a->n));
+    check(choose_classes(&p));
+    best_of(&p, most);
+    size_t rows = sample_rows(&p.options, p.model.schedule.T, p.rows);
+    if (p.M > 1) rows = max_size(rows, BOUND_ROWS);
+    sampling_memory(&p.model, rows, chain_path ? a->n * p.steps : a->n);
+    say_classes(&p);
+    catch_interrupts();
+    check(draw_tokens(&p, chain_path != NULL));
+    check(write_grid(&p, p.tokens, a->n, columns, a->out));
+    if (chain_path) check(write_grid(&p, p.chain, a->n * p.steps, p.steps, chain_path));
+    say_drafts(p.counts, p.model.schedule.T);
+    if (p.M > 1) snprintf(likeliest, sizeof likeliest, ", each a likely one of %zu,", p.M);
+    fprintf(stderr, "%zu pictures%s in %s, seed %llu\n", a->n, likeliest, duration(took, seconds() - start),
+            (unsigned long long)a->seed);
+    printf("%s\n", a->out);
+    if (chain_path) printf("%s\n", chain_path);
+    if (a->show) check(show_png(a->out));
+    if (nearest) check(nearest_report(&p.model, p.tokens, a->n, nearest));
+    model_close(&p.model);
+    void *buffers[] = {p.label, p.tokens, p.chain, p.drawn_label, p.drawn, p.drawn_chain, p.bound};
+    for (size_t i = 0; i < sizeof buffers / sizeof *buffers; i++) free(buffers[i]);
+}
+
+/* ---- Models: which there are, and as safetensors ---- */
 
 static void list_models(void) {
     size_t n;
@@ -46,157 +210,6 @@ static void list_models(void) {
         "\n\"make ffhq\" and so on fetch the official files into models/; their .ckpt files are read as they are.\n"
         "Any folder with vqgan.safetensors and scale1.safetensors ... is a model too, such as a run of ./train; so is\n"
         "one with scale1.ckpt ... of the official code and a recipe config.txt (models/ffhq.txt is an example).\n");
-}
-
-/* One class for all, or every sample its own drawn at random. */
-static Err choose_classes(Job *job) {
-    int32_t one = -1;
-    const SamplingArgs *a = job->args;
-    if (a->class_name) TRY(model_class(&job->model, a->class_name, &one));
-    if (job->model.n_classes == 0) return OK;
-    TRY(mem_alloc(&job->label, a->n, sizeof *job->label, "classes"));
-    for (size_t b = 0; b < a->n; b++)
-        job->label[b] =
-            one >= 0 ? one
-                     : (int32_t)rng_below(a->seed, rng_stream(RNG_START, 1, b), 0, (uint32_t)job->model.n_classes);
-    return OK;
-}
-
-static void keep_scale(void *context, int t, const int32_t *tokens) {
-    Job *job = (Job *)context;
-    size_t column = job->steps - (size_t)t; /* t = T+1: x_T, column 0 */
-    for (size_t b = 0; job->chain && b < job->options.n; b++)
-        memcpy(job->drawn_chain + (b * job->steps + column) * job->N, tokens + b * job->N, job->N * sizeof *tokens);
-}
-
-static int progress(void *context, int t, size_t repeat, size_t done, size_t of) {
-    const Job *job = (const Job *)context;
-    SampleOptions shown = job->options;
-    shown.candidates = job->M; /* pictures are counted, not what is drawn for them */
-    return sampling_progress(&shown, t, repeat, done, of);
-}
-
-/* How many are drawn for every picture: the user's number, else what the model recommends. */
-static void best_of(Job *job, size_t given) {
-    job->M = given ? given : 1;
-    if (!given) check(config_size(&job->M, &job->model.meta, "imagebart.", "best_of", 1, MAX_BEST_OF, 1));
-    job->rows = max_size(1, min_size(job->args->n, job->args->batch / job->M)) * job->M;
-}
-
-/* Draws M times `count` pictures, from number first on. */
-static Err draw_batch(Job *job, size_t first, size_t count) {
-    for (size_t b = 0; job->label && b < count * job->M; b++) job->drawn_label[b] = job->label[first + b / job->M];
-    job->options.first = first * job->M;
-    job->options.n = count * job->M;
-    job->options.label = job->label ? job->drawn_label : NULL;
-    return model_sample(&job->model, &job->options, job->drawn);
-}
-
-/* Of the M bounds of a picture, the first that is nearly the least: among good pictures the least would be the
- * simplest, and the same again and again. */
-static size_t first_good(const double *bound, size_t M) {
-    size_t least = 0, first = 0;
-    for (size_t j = 1; j < M; j++)
-        if (bound[j] < bound[least]) least = j;
-    while (bound[first] > bound[least] + NEARLY) first++;
-    return first;
-}
-
-static Err keep_best(Job *job, size_t first, size_t count) {
-    const size_t M = job->M, cells = job->N, chain_cells = job->steps * job->N;
-    if (M > 1)
-        TRY(model_picture_bounds(&job->model, job->drawn, job->options.label, count * M, job->args->seed, job->bound));
-    for (size_t b = 0; b < count; b++) {
-        const size_t to = first + b, from = b * M + (M > 1 ? first_good(job->bound + b * M, M) : 0);
-        memcpy(job->tokens + to * cells, job->drawn + from * cells, cells * sizeof *job->tokens);
-        if (!job->chain) continue;
-        memcpy(job->chain + to * chain_cells, job->drawn_chain + from * chain_cells, chain_cells * sizeof *job->chain);
-    }
-    return OK;
-}
-
-static Err draw_tokens(Job *job, int with_chain) {
-    const size_t n = job->args->n, at_once = job->rows / job->M;
-    const size_t bytes = job->N * sizeof *job->tokens;
-    TRY(mem_alloc(&job->tokens, n, bytes, "tokens"));
-    TRY(mem_alloc(&job->drawn, job->rows, bytes, "tokens of a batch"));
-    TRY(mem_alloc(&job->drawn_label, job->rows, sizeof *job->drawn_label, "classes of a batch"));
-    TRY(mem_alloc(&job->bound, job->rows, sizeof *job->bound, "bounds of a batch"));
-    if (with_chain) TRY(mem_alloc(&job->chain, n, job->steps * bytes, "tokens of every scale"));
-    if (with_chain) TRY(mem_alloc(&job->drawn_chain, job->rows, job->steps * bytes, "tokens of every scale"));
-    job->options.progress = progress;
-    job->options.counts = job->counts;
-    job->options.scale_done = keep_scale;
-    job->options.context = job;
-    for (size_t first = 0; first < n; first += at_once) {
-        const size_t count = min_size(at_once, n - first);
-        TRY(draw_batch(job, first, count));
-        TRY(keep_best(job, first, count));
-    }
-    progress_end();
-    return OK;
-}
-
-static Err write_grid(Job *job, const int32_t *tokens, size_t n, size_t columns, const char *path) {
-    real *images = NULL;
-    Image im = {0};
-    Config text = {0};
-    TRY(mem_alloc(&images, n, job->pixels * sizeof *images, "pictures"));
-    Err e = decode_pictures(&job->model, tokens, n, images);
-    if (e == OK) e = image_grid(&im, images, n, job->model.side, job->model.side, columns, 2);
-    if (e == OK) e = sampling_text(&text, job->args, &job->options, &job->model);
-    if (e == OK && job->M > 1) e = config_set(&text, "best-of", "%zu", job->M);
-    if (e == OK) e = image_write_png(path, &im, &text);
-    image_free(&im);
-    config_free(&text);
-    free(images);
-    return e;
-}
-
-static void say_classes(const Job *job) {
-    char title[CLASS_TITLE_BYTES];
-    fprintf(stderr, "seed %llu", (unsigned long long)job->args->seed);
-    for (size_t b = 0; job->label && !job->args->class_name && b < job->args->n && b < 64; b++)
-        fprintf(stderr, "%s%s", b ? ", " : ", classes: ", class_title(title, &job->model, (size_t)job->label[b]));
-    if (job->label && job->args->class_name)
-        fprintf(stderr, ", class %d: %s", (int)job->label[0], class_title(title, &job->model, (size_t)job->label[0]));
-    fprintf(stderr, "\n");
-}
-
-static void sample(SamplingArgs *a, size_t most, const char *chain_path, const char *nearest) {
-    Job job;
-    const NamedModel *missing;
-    double start = seconds();
-    char took[32], likeliest[48] = "";
-    memset(&job, 0, sizeof job);
-    job.args = a;
-    sampling_start(a, &job.model, &missing);
-    sampling_options(&job.options, a, &job.model, "chain_length", "1", 1);
-    job.N = job.model.h * job.model.w;
-    job.pixels = 3 * job.model.side * job.model.side;
-    job.steps = (size_t)job.model.schedule.T + 1;
-    const size_t columns = (size_t)ceil(sqrt((double)a->n));
-    check(choose_classes(&job));
-    best_of(&job, most);
-    size_t rows = sample_rows(&job.options, &job.model, job.rows);
-    if (job.M > 1) rows = max_size(rows, BOUND_ROWS);
-    sampling_memory(&job.model, rows, chain_path ? a->n * job.steps : a->n);
-    say_classes(&job);
-    catch_interrupts();
-    check(draw_tokens(&job, chain_path != NULL));
-    check(write_grid(&job, job.tokens, a->n, columns, a->out));
-    if (chain_path) check(write_grid(&job, job.chain, a->n * job.steps, job.steps, chain_path));
-    say_drafts(job.counts, job.model.schedule.T);
-    if (job.M > 1) snprintf(likeliest, sizeof likeliest, ", each a likely one of %zu,", job.M);
-    fprintf(stderr, "%zu pictures%s in %s, seed %llu\n", a->n, likeliest, duration(took, seconds() - start),
-            (unsigned long long)a->seed);
-    printf("%s\n", a->out);
-    if (chain_path) printf("%s\n", chain_path);
-    if (a->show) check(show_png(a->out));
-    if (nearest) check(nearest_report(&job.model, job.tokens, a->n, nearest));
-    model_close(&job.model);
-    void *buffers[] = {job.label, job.tokens, job.chain, job.drawn_label, job.drawn, job.drawn_chain, job.bound};
-    for (size_t i = 0; i < sizeof buffers / sizeof *buffers; i++) free(buffers[i]);
 }
 
 static void convert(SamplingArgs *a, const char *folder, const char *store) {
@@ -228,7 +241,6 @@ int main(int argc, char **argv) {
         {OPT_HEADING, "Options", NULL, NULL, 0, 0, NULL},
         {OPT_SIZE, "-n", "COUNT", &a.n, 1, 4096, "how many pictures (default 16)"},
         {OPT_STRING, "-o", "OUT.png", &a.out, 0, 0, "where the grid of them goes (default samples.png)"},
-        SAMPLING_OPTIONS(a),
         {OPT_SIZE, "--best-of", "M", &most, 1, MAX_BEST_OF,
          "draw M for each picture and keep one that the model itself finds likely,\nby the bound it was trained with "
          "(default: what the model recommends, else 1)"},
@@ -240,7 +252,7 @@ int main(int argc, char **argv) {
         {OPT_STRING, "--convert", "DIR", &folder, 0, 0, "write the model as safetensors into DIR instead of sampling"},
         {OPT_STRING, "--store", "TYPE", &store, 0, 0, "with --convert: weights as f32 (default), f16 or bf16"},
         {OPT_END, NULL, NULL, NULL, 0, 0, NULL}};
-    options_parse(argc, argv, table, intro);
+    sampling_parse(argc, argv, table, &a, intro);
     if (list)
         list_models();
     else if (folder)

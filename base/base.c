@@ -219,7 +219,27 @@ double rng_normal(uint64_t seed, uint64_t stream, uint64_t index) {
 uint32_t rng_below(uint64_t seed, uint64_t stream, uint64_t index, uint32_t below) {
     uint32_t r[4];
     philox(r, seed, stream, index);
-    /* The high word of a 64-bit draw times `below` (Lemire): biased by less than below/2^64. */
-    uint64_t wide = (uint64_t)r[0] << 32 | r[1];
-    return (uint32_t)((unsigned __int128)wide * below >> 64);
+    return (uint32_t)below_of_bits(r[0], r[1], below);
+}
+
+/* Quickselect (Hoare 1961). */
+real select_largest(real *z, size_t n, size_t rank) {
+    size_t lo = 0, hi = n - 1, want = rank - 1;
+    while (lo < hi) {
+        real pivot = z[lo + (hi - lo) / 2];
+        size_t i = lo, j = hi;
+        for (;;) { /* Hoare: z[lo..j] >= pivot >= z[j+1..hi] */
+            while (z[i] > pivot) i++;
+            while (z[j] < pivot) j--;
+            if (i >= j) break;
+            real swap = z[i];
+            z[i++] = z[j];
+            z[j--] = swap;
+        }
+        if (want <= j)
+            hi = j;
+        else
+            lo = j + 1;
+    }
+    return z[want];
 }

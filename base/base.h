@@ -91,6 +91,9 @@ double rng_uniform(uint64_t seed, uint64_t stream, uint64_t index);             
 double rng_normal(uint64_t seed, uint64_t stream, uint64_t index);                  /* N(0,1), Box-Muller */
 uint32_t rng_below(uint64_t seed, uint64_t stream, uint64_t index, uint32_t below); /* 0..below-1, below >= 1 */
 
+/* The rank-th largest (rank >= 1) of z (n), which is reordered. No NaN in z. */
+real select_largest(real *z, size_t n, size_t rank);
+
 /* task(context, i) for every i < n, shared among at most `threads` threads, of which the caller is one; returns when
  * all are done. Which thread takes which i varies, so a task must depend on i alone. Runs on the caller alone when
  * threads <= 1, inside another parallel_for, and while another thread of the program uses the workers. Cannot fail. */

@@ -34,6 +34,12 @@ BITS_FUNCTION double unit_of_bits(uint32_t high, uint32_t low) {
     return (double)(((uint64_t)high << 32 | low) >> 11) * 0x1p-53;
 }
 
+/* 64 random bits as a whole number in 0..below-1: the high word of their product with `below` (Lemire). Biased by less
+ * than below/2^64. */
+static inline uint64_t below_of_bits(uint32_t high, uint32_t low, uint64_t below) {
+    return (uint64_t)((unsigned __int128)((uint64_t)high << 32 | low) * below >> 64);
+}
+
 /* FNV-1a: h = (h ^ byte) * prime for every byte, from FNV_START on. Bytes can come in pieces. */
 #define FNV_START UINT64_C(0xcbf29ce484222325)
 #define FNV_PRIME UINT64_C(0x100000001b3)

@@ -144,6 +144,39 @@ typedef struct {
     real *running_mean, *running_var, *tracked; /* (M), (M), (1) buffers that follow the batch; NULL: they stay */
 } Activation;
 
+/* ---- Guessing tokens ahead: kernels/guess.c for diffusion.c ---- */
+
+/* One of the n samples that are drawn side by side. All zero when a scale begins. */
+typedef struct {
+    size_t at;            /* the position that is drawn next */
+    size_t first, length; /* its part of the block: positions at .. at+length-1, entries first .. of the block */
+    /* guess_block's own */
+    size_t judged;                                /* positions before this one have been compared with their guesses */
+    size_t tried, right;                          /* tokens of this pass that were guessed, and guessed right */
+    double same_tried, same_right;                /* counts where both drafts agree */
+    double differ_tried, x_t_right, before_right; /* counts where they differ */
+    double chance, gain;                          /* of the block: see kernels/guess.c */
+    size_t best;
+} Sample;
+
+/* What guess_block reads and writes. */
+typedef struct {
+    size_t n, N;      /* samples; positions of each */
+    size_t end;       /* positions from here on are known: they need not be fed */
+    size_t most;      /* positions of one sample in a block, at most */
+    int always;       /* 1: blocks as long as that; 0: as long as pays off */
+    int has_drafts;   /* 0: only known tokens can be told ahead */
+    int begun;        /* 0 at the first block of a pass */
+    int32_t *tokens;  /* (n,N) what is drawn before each sample's `at`; guesses are written from there on */
+    const int32_t *x_t, *before; /* (n,N) two drafts of it: the scale's input; the result of the pass before */
+    const int32_t *known;        /* (n,N) tokens that are forced where keep (N) is 1; both NULL: none */
+    const uint8_t *keep;
+    /* A pass multiplies every position with `numbers` weights. It reads weight_bytes for them, and kept_bytes of keys
+     * and values for every sample. rows: the network's batch rows of a sample, 2 under guidance. */
+    double numbers, weight_bytes, kept_bytes;
+    size_t rows;
+} Guesses;
+
 /* ---- The fellows. Outputs, then inputs, then sizes. What each computes stands with its plain loop: vqgan.c and
  *      transformer.cu. x_needs: bytes of scratch for that shape, backward too if it says so. ---- */
 
@@ -231,6 +264,8 @@ struct Layers {
     size_t (*conv4_prepared_bytes)(const Conv4 *c);
     void (*conv4_prepare)(const Compute *on, void *prepared, const real *w, const Conv4 *c);
     double (*feature_gap)(const Compute *on, const real *a, const real *other, size_t n);
+    /* ---- diffusion.c, on a CPU alone ---- */
+    void (*guess_block)(Sample *sample, Guesses *g);
 };
 
 /* ---- The GPU, if the program was built with nvcc ---- */

@@ -10,7 +10,7 @@
  * that lists them with their numbers.
  *
  * Read: the list; one class's names; finding a class. */
-#include "sampling/sampling.h"
+#include "files/files.h"
 
 #include <ctype.h>
 #include <stdio.h>
@@ -48,31 +48,36 @@ static const char *next_class(const char **list, size_t *length, int lines) {
     return start;
 }
 
-static Err add_class(Model *m, const char *text, size_t length) {
-    char **name = &m->class_name[m->n_classes];
-    TRY(mem_alloc(name, length + 1, 1, "a class name"));
-    memcpy(*name, text, length);
-    m->n_classes++;
+static Err add_class(Classes *c, const char *text, size_t length) {
+    TRY(mem_alloc(&c->name[c->n], length + 1, 1, "a class name"));
+    memcpy(c->name[c->n++], text, length);
     return OK;
 }
 
-Err classes_open(Model *m, const char *list, size_t rows) {
-    TRY(mem_alloc(&m->class_name, rows, sizeof *m->class_name, "class names"));
+Err classes_open(Classes *c, const char *list, size_t most) {
+    *c = (Classes){0};
+    TRY(mem_alloc(&c->name, most, sizeof *c->name, "class names"));
     if (!list || !*list) {
         char number[24];
-        for (size_t i = 0; i < rows; i++) {
+        for (size_t i = 0; i < most; i++) {
             snprintf(number, sizeof number, "%zu", i);
-            TRY(add_class(m, number, strlen(number)));
+            TRY(add_class(c, number, strlen(number)));
         }
         return OK;
     }
     const int lines = strchr(list, '\n') != NULL;
     const char *text;
     for (size_t length, n = 0; (text = next_class(&list, &length, lines)); n++) {
-        if (n == rows) return err("imagebart.classes names more than the %zu classes that the network knows", rows);
-        TRY(add_class(m, text, length));
+        if (n == most) return err("imagebart.classes names more than the %zu classes that the network knows", most);
+        TRY(add_class(c, text, length));
     }
-    return m->n_classes ? OK : err("imagebart.classes names no class");
+    return c->n ? OK : err("imagebart.classes names no class");
+}
+
+void classes_free(Classes *c) {
+    for (size_t i = 0; i < c->n; i++) free(c->name[i]);
+    free(c->name);
+    *c = (Classes){0};
 }
 
 /* ---- One class's names ------------------------------------------------------------------------------------- */
@@ -117,8 +122,8 @@ static int holds(const char *text, const char *part) {
     return 0;
 }
 
-const char *class_title(char out[CLASS_TITLE_BYTES], const Model *m, size_t label) {
-    const char *text = m->class_name[label] + synset_length(m->class_name[label]);
+const char *class_title(char out[CLASS_TITLE_BYTES], const Classes *c, size_t label) {
+    const char *text = c->name[label] + synset_length(c->name[label]);
     size_t length = 0;
     const char *first = next_name(&text, &length);
     snprintf(out, CLASS_TITLE_BYTES, "%.*s", (int)min_size(length, CLASS_TITLE_BYTES), first ? first : "");
@@ -126,20 +131,19 @@ const char *class_title(char out[CLASS_TITLE_BYTES], const Model *m, size_t labe
 }
 
 /* Are the folders the classes of the list, one by one? */
-static int folders_fit(const Model *m, char *const *folder, size_t n) {
+static int folders_fit(const Classes *c, char *const *folder, size_t n) {
     size_t i = 0;
-    while (i < n && n == m->n_classes && is_named(m->class_name[i], folder[i])) i++;
+    while (i < n && n == c->n && is_named(c->name[i], folder[i])) i++;
     return i == n;
 }
 
 Err classes_from_folders(Config *to, char *const *folder, size_t n) {
     const char *list = config_get(to, "imagebart.", "classes");
-    Model m = {0};
+    Classes known = {0};
     int fits = 0;
     Err e = OK;
-    if (list && classes_open(&m, list, 65536) == OK) fits = folders_fit(&m, folder, n);
-    for (size_t i = 0; i < m.n_classes; i++) free(m.class_name[i]);
-    free(m.class_name);
+    if (list && classes_open(&known, list, 65536) == OK) fits = folders_fit(&known, folder, n);
+    classes_free(&known);
     if (fits) return OK;
     for (size_t i = 0; i < n && e == OK; i++)
         e = config_set(to, "imagebart.classes", "%s%s%s", i ? config_get(to, "imagebart.", "classes") : "",
@@ -149,25 +153,25 @@ Err classes_from_folders(Config *to, char *const *folder, size_t n) {
 
 /* ---- Finding a class --------------------------------------------------------------------------------------- */
 
-size_t classes_named(const Model *m, const char *name, int32_t *label) {
+size_t classes_named(const Classes *c, const char *name, int32_t *label) {
     size_t matches = 0;
-    for (size_t i = m->n_classes; i-- > 0;) {
-        if (!is_named(m->class_name[i], name)) continue;
+    for (size_t i = c->n; i-- > 0;) {
+        if (!is_named(c->name[i], name)) continue;
         matches++;
         *label = (int32_t)i;
     }
-    for (size_t i = 0; matches > 1 && i < m->n_classes; i++)
-        if (strcmp(m->class_name[i], name) == 0) { /* names that differ by case alone, such as folders a and A */
+    for (size_t i = 0; matches > 1 && i < c->n; i++)
+        if (strcmp(c->name[i], name) == 0) { /* names that differ by case alone, such as folders a and A */
             *label = (int32_t)i;
             return 1;
         }
     return matches;
 }
 
-static size_t classes_holding(const Model *m, const char *part, int32_t *label) {
+static size_t classes_holding(const Classes *c, const char *part, int32_t *label) {
     size_t matches = 0;
-    for (size_t i = 0; i < m->n_classes; i++) {
-        if (!holds(m->class_name[i], part)) continue;
+    for (size_t i = 0; i < c->n; i++) {
+        if (!holds(c->name[i], part)) continue;
         matches++;
         *label = (int32_t)i;
     }
@@ -175,14 +179,14 @@ static size_t classes_holding(const Model *m, const char *part, int32_t *label) 
 }
 
 /* The classes that pass, as far as the line has room: "food", or with its number "207 n02099601 golden retriever" */
-static Err class_error(const Model *m, const char *name, const char *why, int (*passes)(const char *, const char *)) {
+static Err class_error(const Classes *c, const char *name, const char *why, int (*passes)(const char *, const char *)) {
     char list[640] = "", one[CLASS_TITLE_BYTES + 48], title[CLASS_TITLE_BYTES];
     size_t length = 0;
-    for (size_t i = 0; i < m->n_classes; i++) {
-        if (passes && !passes(m->class_name[i], name)) continue;
-        class_title(title, m, i);
-        if (synset_length(m->class_name[i]))
-            snprintf(one, sizeof one, "%zu %.9s %s", i, m->class_name[i], title);
+    for (size_t i = 0; i < c->n; i++) {
+        if (passes && !passes(c->name[i], name)) continue;
+        class_title(title, c, i);
+        if (synset_length(c->name[i]))
+            snprintf(one, sizeof one, "%zu %.9s %s", i, c->name[i], title);
         else
             snprintf(one, sizeof one, "%s", title);
         if (length + strlen(one) + 8 >= sizeof list) {
@@ -194,19 +198,18 @@ static Err class_error(const Model *m, const char *name, const char *why, int (*
     return err("class \"%.100s\": %s %s", name, why, list);
 }
 
-Err model_class(const Model *m, const char *name, int32_t *label) {
-    if (m->n_classes == 0) return err("class \"%.100s\": %s is not a model with classes", name, m->folder);
-    if (*name == 0) return class_error(m, name, "expected one of", NULL);
-    size_t matches = classes_named(m, name, label);
+Err classes_find(const Classes *c, const char *name, int32_t *label) {
+    if (*name == 0) return class_error(c, name, "expected one of", NULL);
+    size_t matches = classes_named(c, name, label);
     if (matches == 1) return OK;
-    if (matches > 1) return class_error(m, name, "is the name of several; give a number or a synset:", is_named);
+    if (matches > 1) return class_error(c, name, "is the name of several; give a number or a synset:", is_named);
     if (name[strspn(name, "0123456789")] == 0) {
         unsigned long long number = strtoull(name, NULL, 10);
-        if (number >= m->n_classes) return err("class %.100s: expected 0..%zu or a name", name, m->n_classes - 1);
+        if (number >= c->n) return err("class %.100s: expected 0..%zu or a name", name, c->n - 1);
         *label = (int32_t)number;
         return OK;
     }
-    matches = classes_holding(m, name, label);
+    matches = classes_holding(c, name, label);
     if (matches == 1) return OK;
-    return matches ? class_error(m, name, "could be any of", holds) : class_error(m, name, "expected one of", NULL);
+    return matches ? class_error(c, name, "could be any of", holds) : class_error(c, name, "expected one of", NULL);
 }

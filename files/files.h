@@ -168,7 +168,6 @@ enum { IMAGE_MAX_SIDE = 32768 };
 Err image_read(Image *im, const char *path);
 /* The same from memory; errors name no file. upright = 0: EXIF orientation is ignored, as the official pipelines do. */
 Err image_decode(Image *im, const uint8_t *bytes, size_t size, int upright);
-Err image_read_gray(Image *im, const char *path); /* masks: rgb holds (H,W) grey values; alpha over black */
 /* Atomic. text: tEXt/iTXt chunks (seed, model, options). */
 Err image_write_png(const char *path, const Image *im, const Config *text);
 void image_free(Image *im);
@@ -225,7 +224,7 @@ Err tokens_append(TokensPart *p, int32_t label, const int32_t *token); /* (flips
 Err tokens_finish(TokensPart *p, Tokens *x);
 void tokens_stop(TokensPart *p); /* releases; what was appended stays for the next start */
 
-/* ---- recipe.c: named models and recipes; classes.c: what their classes are called ---- */
+/* ---- recipe.c: named models and recipes ---- */
 enum { MAX_SCALES = 64 }; /* of a model */
 typedef struct {
     const char *name, *folder, *vqgan, *zip, *schedule, *what; /* what: one line for --list */
@@ -242,6 +241,28 @@ Err recipe_read(Config *to, const char *path, int scale);
 /* The folder of a named model ("models/..."); any other name is a folder already. */
 const char *model_folder(const char *name_or_folder);
 const NamedModel *find_named(const char *name); /* NULL: no model of that name */
+/* betas.c. beta[1..T] as redraw_prob of a recipe names them: a number, "alphacum:a0,a1,...", "ffhq_bernoulli_PSIM"
+ * (T = 2), "bernoulli_PSIM" (T = 3 or 5), or "curve:FILE": equal steps of a metric curve (two columns: alphacum,
+ * metric). */
+Err betas_read(float *beta, const char *redraw_prob, int T);
+
+/* ---- classes.c: what a model's classes are called ---- */
+typedef struct {
+    char **name; /* (n) all names of a class, after its synset if it has one: "n01440764 tench, Tinca tinca" */
+    size_t n;
+} Classes;
+/* From imagebart.classes: a class a line, or between commas; NULL: the numbers below `most`, which is how many classes
+ * the network knows. */
+Err classes_open(Classes *c, const char *list, size_t most);
+void classes_free(Classes *c);
+/* A class's first name, without its synset, for messages. */
+enum { CLASS_TITLE_BYTES = 80 };
+const char *class_title(char out[CLASS_TITLE_BYTES], const Classes *c, size_t label);
+/* How many classes have exactly this name or synset, whatever its case; *label = the first of them. */
+size_t classes_named(const Classes *c, const char *name, int32_t *label);
+/* A number, a synset, a name or a part of one -> label; an ambiguous or unknown one is an error that lists what there
+ * is. */
+Err classes_find(const Classes *c, const char *name, int32_t *label);
 /* A recipe's imagebart.class_list FILE (relative to the recipe) becomes imagebart.classes, the file's text. */
 Err classes_from_recipe(Config *to, const char *recipe);
 /* imagebart.classes for a model trained on pictures in these folders: what a recipe listed stays if the folders are

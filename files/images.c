@@ -432,29 +432,16 @@ Err image_decode(Image *im, const uint8_t *bytes, size_t size, int upright) {
     return e;
 }
 
-static Err image_load(Image *im, const char *path, unsigned background) {
+Err image_read(Image *im, const char *path) {
     uint8_t *bytes;
     size_t size;
     *im = (Image){0};
     TRY(file_bytes(&bytes, &size, path, IMAGE_FILE_BYTES, NULL));
-    Err e = decode_any(im, bytes, size, background, 1);
+    Err e = decode_any(im, bytes, size, 255, 1);
     free(bytes);
     if (e == OK) return OK;
     image_free(im);
     return err_in(path);
-}
-
-Err image_read(Image *im, const char *path) {
-    return image_load(im, path, 255);
-}
-
-Err image_read_gray(Image *im, const char *path) {
-    TRY(image_load(im, path, 0));
-    for (size_t i = 0; i < im->H * im->W; i++) { /* ITU-R 601 luma in 16-bit fixed point; grey stays as it is */
-        const uint8_t *p = im->rgb + i * 3;
-        im->rgb[i] = (uint8_t)((19595u * p[0] + 38470u * p[1] + 7471u * p[2] + 32768u) >> 16);
-    }
-    return OK;
 }
 
 /* ------------------------------------------------------------------------------------------------------------

@@ -138,13 +138,9 @@ Err transformer_decode_step(Transformer *m, const int32_t *prev, size_t i, const
     return OK;
 }
 
-/* A cell multiplies with every weight once; in that time memory gives a third of a byte for each of them (measured on
- * two AVX-512 cores). So long do the weights take to come, and a sample's keys and values. Where all
- * of it stays in the caches, a pass costs little more than its cells. */
-void transformer_pass_cost(const Transformer *m, size_t N, double *pass, double *sample) {
-    const double CELLS_PER_BYTE = 3, CACHES = 16 << 20;
+DecodeReads transformer_decode_reads(const Transformer *m, size_t N) {
     const double number = m->format == WEIGHTS_REAL ? sizeof(real) : sizeof(uint16_t); /* of keys and values */
-    double weights = 0, bytes = 0, kept = 0;
+    DecodeReads r = {0, 0, 0};
     for (size_t i = 0; i < m->decoder.n_layers; i++) {
         const Layer *l = &m->decoder.layer[i];
         const Linear *const linear[] = {&l->q, &l->out, &l->up, &l->down, &l->k, &l->v};
@@ -152,13 +148,12 @@ void transformer_pass_cost(const Transformer *m, size_t N, double *pass, double 
         for (size_t k = 0; k < used; k++) {
             const double numbers = (double)linear[k]->in * (double)linear[k]->out;
             const Param *p = numbers > 0 ? &m->params.row[linear[k]->weight] : NULL;
-            weights += numbers;
-            bytes += p ? numbers * (double)weight_bytes(p->packed.data ? p->packed.format : WEIGHTS_REAL) : 0;
+            r.numbers += numbers;
+            r.weight_bytes += p ? numbers * (double)weight_bytes(p->packed.data ? p->packed.format : WEIGHTS_REAL) : 0;
         }
-        kept += 2 * (double)l->heads * (double)l->D * (double)N * (l->kind == BLOCK_CROSS ? 1 : 0.5);
+        r.kept_bytes += 2 * (double)l->heads * (double)l->D * (double)N * number * (l->kind == BLOCK_CROSS ? 1 : 0.5);
     }
-    *pass = bytes > CACHES ? CELLS_PER_BYTE * bytes / weights : 1;
-    *sample = bytes > CACHES ? CELLS_PER_BYTE * kept * number / weights : 0;
+    return r;
 }
 
 Err transformer_draw_cuda(Transformer *m, const DrawOptions *o, int32_t *tokens) {

@@ -5,6 +5,7 @@ const Layers fast_layers = {
     .conv_needs = conv_needs_fast,
     .conv_forward = conv_forward_fast,
     .conv_backward = conv_backward_fast,
+    .guess_block = guess_block,
     .weights_bytes = weights_bytes,
     .weights_pack = weights_pack,
     .conv4_needs = conv4_needs_fast,

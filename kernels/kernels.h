@@ -48,6 +48,14 @@ void conv_backward_fast(const Compute *on, real *dx, real *dw, real *db, const r
 /* How many multiplications that takes; the direct way takes C*M*9 (1x1: C*M) for each pixel of y, and twice that
  * backward. */
 double conv_multiplications(const Conv *c, int backward);
+
+/* ---- guess.c ---- */
+/* The next block: sample[b].length positions of each sample from sample[b].at on, 0 for one that is done. tokens gets
+ * the guesses that all but the last of them are fed to the next one as. */
+void guess_block(Sample *sample, Guesses *g);
+/* What a pass costs beside its positions, in positions: *pass for the block, *each for every sample in it. */
+void guess_costs(const Guesses *g, double *pass, double *each);
+
 /* ---- norm.c ---- */
 /* Sum of n numbers, in an order that depends on n alone, emptied from short chains into double. */
 double sum_reals(const real *x, size_t n);

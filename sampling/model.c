@@ -1,13 +1,13 @@
-/* model.c - a model as it lies on the disk: which there are, their recipes, what their folders hold; the way back, too.
+/* model.c - a model as it lies on the disk: what its folder holds, opened for drawing; the way back, too.
  *
  * A model is a VQGAN, a schedule and T transitions in one folder: safetensors of ours, each of which says what it is,
  * or the official .ckpt files, whose configuration is a recipe (models/NAME.txt). Opening one checks that its files fit
- * together; transitions are read one at a time, when sampling comes to their scale. Drawing with it is diffusion.c's.
+ * together. Transitions are read one at a time, when the chain comes to their scale (model_chain). Drawing with it is
+ * diffusion.c's.
  *
  * It refuses: folders with a missing, foreign or contradicting file, tensors that the network does not have.
  *
- * Read: named models; recipes; files; a model's folder; writing a model. SPEC sections 3, 11 and 12.
- */
+ * Read: files; a model's folder; drawing with it; writing a model. SPEC sections 3, 11 and 12. */
 #include "sampling/sampling.h"
 
 #include <math.h>
@@ -15,10 +15,6 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
-
-/* ---- Named models ------------------------------------------------------------------------------------------ */
-
-/* ---- Recipes: the official configurations as models/NAME.txt ------------------------------------------------ */
 
 /* ---- Files -------------------------------------------------------------------------------------------------- */
 
@@ -71,6 +67,29 @@ size_t model_files(char missing[32], const NamedModel *model) {
 /* ---- A model's folder -------------------------------------------------------------------------------------- */
 
 static const char prefix[] = "model.params."; /* of the official configuration in each file's metadata */
+
+/* The file's buffers are what the network was trained with, so they come first. */
+Err schedule_read(Schedule *s, const Checkpoint *ck, int T) {
+    if (!checkpoint_find(ck, "alphats")) {
+        const char *redraw = config_get(&ck->meta, "model.params.", "redraw_prob");
+        if (!redraw) return err("neither a tensor alphats nor model.params.redraw_prob says the schedule");
+        return schedule_make(s, redraw, T);
+    }
+    real alpha[MAX_SCALES + 1], alphacum[MAX_SCALES + 1];
+    size_t rows = (size_t)T + 1;
+    memset(s, 0, sizeof *s);
+    TRY(checkpoint_reals(ck, "alphats", 1, &rows, rows, alpha));
+    TRY(checkpoint_reals(ck, "alphacum", 1, &rows, rows, alphacum));
+    for (int t = 1; t <= T; t++) s->beta[t] = 1 - (float)alpha[t];
+    TRY(schedule_from_betas(s, T));
+    for (int t = 0; t <= T; t++) {
+        if (!(fabs((double)alphacum[t] - s->alphacum[t]) < 1e-4))
+            return err("alphacum[%d] is %g, the product of alphats is %g", t, (double)alphacum[t], s->alphacum[t]);
+        s->alpha[t] = (float)alpha[t];
+        s->alphacum[t] = (float)alphacum[t];
+    }
+    return OK;
+}
 
 /* What one transition's file says about itself. */
 typedef struct {
@@ -145,7 +164,7 @@ static Err adopt_facts(Model *m, const Checkpoint *ck, const ScaleFacts *f) {
     for (size_t i = 0; i < ck->meta.n; i++) TRY(config_set(&m->meta, ck->meta.kv[i].key, "%s", ck->meta.kv[i].value));
     if (!f->net.has_class) return OK;
     size_t rows = f->net.kind == NET_X ? f->net.enc_num_tokens : f->net.input_vocab_size;
-    return classes_open(m, config_get(&m->meta, "", "imagebart.classes"), rows);
+    return classes_open(&m->classes, config_get(&m->meta, "", "imagebart.classes"), rows);
 }
 
 static Err check_facts(Model *m, const Checkpoint *ck, int scale) {
@@ -157,9 +176,9 @@ static Err check_facts(Model *m, const Checkpoint *ck, int scale) {
     if (scale <= 1) return adopt_facts(m, ck, &f);
     TRY(check_same("n_scales", (size_t)f.T, (size_t)m->schedule.T, "scale 1"));
     TRY(check_schedule(&f.schedule, &m->schedule));
-    if (f.net.has_class != (m->n_classes > 0))
+    if (f.net.has_class != (m->classes.n > 0))
         return err("it is %sclass-conditional, scale 1 is%s", f.net.has_class ? "" : "not ",
-                   m->n_classes ? "" : " not");
+                   m->classes.n ? "" : " not");
     return OK;
 }
 
@@ -359,8 +378,7 @@ static void unload(Model *m) {
 }
 
 void model_close(Model *m) {
-    for (size_t i = 0; m->class_name && i < m->n_classes; i++) free(m->class_name[i]);
-    free(m->class_name);
+    classes_free(&m->classes);
     unload(m);
     vqgan_free(m->vqgan);
     checkpoint_close(&m->vqgan_file);
@@ -416,6 +434,41 @@ Err model_scale(Model *m, int t) {
     return e;
 }
 
+/* ---- Drawing with it ---------------------------------------------------------------------------------------- */
+
+static Err chain_network(void *context, int t, Transformer **net) {
+    Model *m = (Model *)context;
+    TRY(model_scale(m, t));
+    *net = m->net;
+    return OK;
+}
+
+Chain model_chain(Model *m) {
+    return (Chain){&m->schedule, m->h, m->w, m->K, m->classes.n, m->null_class, m->folder, chain_network, m};
+}
+
+size_t decode_batch(const Model *m, size_t n) {
+    enum { PICTURES = 8 }; /* enough to fill a GPU */
+    return m->cuda ? max_size(min_size(n, PICTURES), 1) : 1;
+}
+
+Err decode_pictures(Model *m, const int32_t *tokens, size_t n, real *images) {
+    size_t N = m->h * m->w, pixels = 3 * m->side * m->side;
+    const size_t batch = decode_batch(m, n);
+    TRY(vqgan_plan(m->vqgan, batch, m->side, m->side, 0));
+    for (size_t b = 0; b < n; b += batch) {
+        TRY(vqgan_decode_tokens(m->vqgan, tokens + b * N, min_size(batch, n - b), m->h, m->w, images + b * pixels));
+        progress_line("decoding picture %zu of %zu", b + 1, n);
+    }
+    progress_end();
+    return OK;
+}
+
+Err model_class(const Model *m, const char *name, int32_t *label) {
+    if (m->classes.n == 0) return err("class \"%.100s\": %s is not a model with classes", name, m->folder);
+    return classes_find(&m->classes, name, label);
+}
+
 /* Raises what the weights and the plan of scale t need: the host's, or the GPU's plan. */
 static Err scale_memory(const Model *m, int t, size_t batch, ModelMemory *need, size_t *plan) {
     Transformer *net;
@@ -431,11 +484,6 @@ static Err scale_memory(const Model *m, int t, size_t batch, ModelMemory *need, 
         *plan = max_size(*plan, bytes);
     transformer_free(net);
     return e;
-}
-
-size_t decode_batch(const Model *m, size_t n) {
-    enum { PICTURES = 8 }; /* enough to fill a GPU */
-    return m->cuda ? max_size(min_size(n, PICTURES), 1) : 1;
 }
 
 Err model_memory(Model *m, size_t batch, size_t pictures, ModelMemory *out) {
@@ -504,40 +552,5 @@ Err model_convert(Model *m, const char *folder, Dtype store) {
     if (has_scale(folder, 1, 0) || has_scale(folder, 0, 0))
         return err("%s: has a model already, expected an empty folder", folder);
     for (int t = 0; t <= (m->joint ? 1 : m->schedule.T); t++) TRY(convert_part(m, folder, t, store));
-    return OK;
-}
-
-/* The buffers are what the network was trained with; the configuration's word is the second best. */
-Err schedule_read(Schedule *s, const Checkpoint *ck, int T) {
-    if (!checkpoint_find(ck, "alphats")) {
-        const char *redraw = config_get(&ck->meta, "model.params.", "redraw_prob");
-        if (!redraw) return err("neither a tensor alphats nor model.params.redraw_prob says the schedule");
-        return schedule_make(s, redraw, T);
-    }
-    real alpha[MAX_SCALES + 1], alphacum[MAX_SCALES + 1];
-    size_t rows = (size_t)T + 1;
-    memset(s, 0, sizeof *s);
-    TRY(checkpoint_reals(ck, "alphats", 1, &rows, rows, alpha));
-    TRY(checkpoint_reals(ck, "alphacum", 1, &rows, rows, alphacum));
-    for (int t = 1; t <= T; t++) s->beta[t] = 1 - (float)alpha[t];
-    TRY(schedule_from_betas(s, T));
-    for (int t = 0; t <= T; t++) {
-        if (!(fabs((double)alphacum[t] - s->alphacum[t]) < 1e-4))
-            return err("alphacum[%d] is %g, the product of alphats is %g", t, (double)alphacum[t], s->alphacum[t]);
-        s->alpha[t] = (float)alpha[t];
-        s->alphacum[t] = (float)alphacum[t];
-    }
-    return OK;
-}
-
-Err decode_pictures(Model *m, const int32_t *tokens, size_t n, real *images) {
-    size_t N = m->h * m->w, pixels = 3 * m->side * m->side;
-    const size_t batch = decode_batch(m, n);
-    TRY(vqgan_plan(m->vqgan, batch, m->side, m->side, 0));
-    for (size_t b = 0; b < n; b += batch) {
-        TRY(vqgan_decode_tokens(m->vqgan, tokens + b * N, min_size(batch, n - b), m->h, m->w, images + b * pixels));
-        progress_line("decoding picture %zu of %zu", b + 1, n);
-    }
-    progress_end();
     return OK;
 }

@@ -14,21 +14,21 @@
 enum { AT_ONCE = 16 }; /* pictures of the folder that are encoded together */
 
 typedef struct {
-    size_t shared, token_twin; /* tokens that agree at most, with which picture */
-    double square;             /* sum of squared differences at least, in pixels of -1..1 */
-    size_t pixel_twin;
-} Near;
+    size_t shared, by_tokens; /* most tokens that agree; with which picture */
+    double square;            /* least sum of squared differences, of pixels in -1..1 */
+    size_t by_pixels;         /* with which picture */
+} Nearest;
 
 typedef struct {
     const int32_t *tokens; /* (n,N) drawn */
     const real *drawn;     /* (n,pixels) in -1..1 */
-    Near *near;            /* (n) */
+    Nearest *near;         /* (n) */
     size_t n, N, pixels;
     /* the present pictures of the folder, the first of them number `first` */
     const real *images;
     const int32_t *codes, *labels; /* label -1: a damaged one */
     size_t rows, first;
-} Search;
+} Comparison;
 
 static size_t same_tokens(const int32_t *a, const int32_t *b, size_t n) {
     size_t same = 0;
@@ -43,21 +43,21 @@ static real square_distance(const real *a, const real *b, size_t n) {
     return sum;
 }
 
-/* Drawn picture i with the present ones. The first of equals stays. */
+/* Compares drawn picture i with the present ones. The first of equals stays. */
 static void compare_one(void *context, size_t i) {
-    const Search *s = (const Search *)context;
-    Near *near = s->near + i;
+    const Comparison *s = (const Comparison *)context;
+    Nearest *near = s->near + i;
     for (size_t r = 0; r < s->rows; r++) {
         if (s->labels[r] < 0) continue;
         const size_t shared = same_tokens(s->tokens + i * s->N, s->codes + r * s->N, s->N);
         const double square = square_distance(s->drawn + i * s->pixels, s->images + r * s->pixels, s->pixels);
-        if (shared > near->shared) near->shared = shared, near->token_twin = s->first + r;
-        if (square < near->square) near->square = square, near->pixel_twin = s->first + r;
+        if (shared > near->shared) near->shared = shared, near->by_tokens = s->first + r;
+        if (square < near->square) near->square = square, near->by_pixels = s->first + r;
     }
 }
 
 /* The folder's pictures from number `first` on, as they are and mirrored. */
-static Err compare_batch(Search *s, Model *m, real *images, int32_t *codes) {
+static Err compare_batch(Comparison *s, Model *m, real *images, int32_t *codes) {
     for (int mirrored = 0; mirrored < 2; mirrored++) {
         if (mirrored) image_mirror(images, s->rows * 3, m->side);
         TRY(vqgan_encode(m->vqgan, images, s->rows, m->side, m->side, 0, NULL, NULL, codes));
@@ -67,7 +67,7 @@ static Err compare_batch(Search *s, Model *m, real *images, int32_t *codes) {
     return OK;
 }
 
-static Err compare_all(Search *s, Model *m, const Dataset *d, Loader *l, real *images, int32_t *codes) {
+static Err compare_all(Comparison *s, Model *m, const Dataset *d, Loader *l, real *images, int32_t *codes) {
     for (s->first = 0; s->first < d->n; s->first += AT_ONCE) {
         const real *read;
         s->rows = min_size(AT_ONCE, d->n - s->first);
@@ -81,17 +81,17 @@ static Err compare_all(Search *s, Model *m, const Dataset *d, Loader *l, real *i
     return OK;
 }
 
-static double rms(const Search *s, const Near *near) {
+static double rms(const Comparison *s, const Nearest *near) {
     return sqrt(near->square / (double)s->pixels) / 2; /* pixels span 2 */
 }
 
-static void report(const Search *s, const Dataset *d, const char *path) {
+static void report(const Comparison *s, const Dataset *d, const char *path) {
     size_t all = 0, most = 0, close = 0;
     printf("picture\tsame tokens of %zu\tas in\trms of pixels\tnearest in pixels\n", s->N);
     for (size_t i = 0; i < s->n; i++) {
-        const Near *near = s->near + i;
-        printf("%zu\t%zu\t%s\t%.4f\t%s\n", i, near->shared, near->shared ? d->path[near->token_twin] : "-",
-               rms(s, near), d->path[near->pixel_twin]);
+        const Nearest *near = s->near + i;
+        printf("%zu\t%zu\t%s\t%.4f\t%s\n", i, near->shared, near->shared ? d->path[near->by_tokens] : "-", rms(s, near),
+               d->path[near->by_pixels]);
         all += near->shared == s->N, most += near->shared * 10 >= s->N * 9, close += rms(s, near) < 0.05;
     }
     fprintf(
@@ -103,7 +103,7 @@ static void report(const Search *s, const Dataset *d, const char *path) {
 
 Err nearest_report(Model *m, const int32_t *tokens, size_t n, const char *path) {
     const size_t N = m->h * m->w, pixels = 3 * m->side * m->side;
-    Search s = {.tokens = tokens, .n = n, .N = N, .pixels = pixels};
+    Comparison s = {.tokens = tokens, .n = n, .N = N, .pixels = pixels};
     Dataset d = {0};
     Loader *l = NULL;
     real *drawn = NULL, *images = NULL;

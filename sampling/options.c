@@ -1,4 +1,7 @@
-/* options.c - what ./sample and ./inpaint ask alike. */
+/* options.c - what ./sample and ./inpaint ask and say alike.
+ *
+ * A value per scale is given as "a,b,c", for scale T first, which is drawn first; one value is for all. What the user
+ * does not say, the model's file may recommend. */
 #include "sampling/sampling.h"
 
 #include <errno.h>
@@ -8,7 +11,49 @@
 #include <string.h>
 #include <time.h>
 
-Err parse_per_scale(double *out, int T, const char *list, double lo, double hi, const char *option) {
+/* ---- Options ---- */
+
+void sampling_parse(int argc, char **argv, const Option *own, SamplingArgs *a, const char *intro) {
+    enum { MOST = 64 };
+    const Option shared[] = {
+        {OPT_U64, "--seed", "N", &a->seed, 0, 0, "same seed, same pictures (default: from the clock; always printed)"},
+        {OPT_STRING, "--class", "NAME|ID", &a->class_name, 0, 0,
+         "which class, for models that have classes; ImageNet's also by synset\n(n02099601) or any WordNet name "
+         "(\"golden retriever\")"},
+        {OPT_STRING, "--temperature", "T,..", &a->temperature, 0, 0,
+         "per scale, noisiest first, or one for all (default 1; lower is safer)"},
+        {OPT_STRING, "--top-k", "K,..", &a->top_k, 0, 0,
+         "draw among the K likeliest tokens only; per scale or one for all\n(default 0: all)"},
+        {OPT_STRING, "--guidance", "G,..", &a->guidance, 0, 0,
+         "more of the class: logits = uncond + G (cond - uncond); per scale or one\nfor all (default 1: none; needs "
+         "./train --label-dropout)"},
+        {OPT_FLAG, "--official-temperature", NULL, &a->official_temperature, 0, 0,
+         "as the official code: --temperature acts on the noisiest scale only"},
+        {OPT_STRING, "--chain-length", "L,..", &a->chain_length, 0, 0,
+         "passes of every scale, with some noise in between; per scale or one\nfor all"},
+        {OPT_FLAG, "--no-ema", NULL, &a->no_ema, 0, 0,
+         "the trained weights, not their moving average, where a file has both"},
+        {OPT_STRING, "--weights", "TYPE", &a->weights, 0, 0,
+         "the transformers' matrices as f32 (default), bf16 or int8: faster,\nless exact"},
+        {OPT_SIZE, "--batch", "N", &a->batch, 1, 4096, "samples computed side by side (default 16)"},
+        {OPT_SIZE, "--block", "N", &a->block, 0, DECODE_BLOCK,
+         "guess ahead up to N positions: 1 none, 0 (default) as many as pay off;\nthe result does not depend on it"},
+        {OPT_STRING, "--device", "cpu|cuda", &a->device, 0, 0,
+         "where everything runs (default: a GPU if there is one)"},
+        {OPT_SIZE, "--threads", "N", &a->threads, 0, 4096, "0 (default): all; the result does not depend on it"},
+        {OPT_FLAG, "--show", NULL, &a->show, 0, 0, "draw the result in the terminal too"},
+        {OPT_END, NULL, NULL, NULL, 0, 0, NULL}};
+    Option table[MOST];
+    size_t n = 0;
+    while (own[n].kind != OPT_END) n++;
+    if (n + sizeof shared / sizeof *shared > MOST) die("%zu options, but room for %d", n, MOST);
+    memcpy(table, own, n * sizeof *own);
+    memcpy(table + n, shared, sizeof shared);
+    options_parse(argc, argv, table, intro);
+}
+
+/* out[t] for t = 1..T */
+static Err parse_per_scale(double *out, int T, const char *list, double lo, double hi, const char *option) {
     double value[MAX_SCALES];
     int n = 0;
     for (const char *p = list;; p++) {
@@ -28,6 +73,38 @@ Err parse_per_scale(double *out, int T, const char *list, double lo, double hi, 
     for (int t = 1; t <= T; t++) out[t] = value[n == 1 ? 0 : T - t];
     return OK;
 }
+
+/* The user's list, else what the model's file recommends, else `otherwise`. */
+static void per_scale(double *out, const Model *m, const char *given, const char *key, const char *otherwise, double lo,
+                      double hi, const char *option) {
+    const char *recommended = config_get(&m->meta, "imagebart.", key);
+    const char *list = given ? given : recommended ? recommended : otherwise;
+    if (parse_per_scale(out, m->schedule.T, list, lo, hi, option) != OK) usage_error("%s", err_text());
+}
+
+static void per_scale_sizes(size_t *out, const Model *m, const char *given, const char *key, const char *otherwise,
+                            double lo, double hi, const char *option) {
+    double number[MAX_SCALES + 1] = {0};
+    per_scale(number, m, given, key, otherwise, lo, hi, option);
+    for (int t = 1; t <= m->schedule.T; t++) {
+        if (number[t] != floor(number[t])) usage_error("%s: %g is not a whole number", option, number[t]);
+        out[t] = (size_t)number[t];
+    }
+}
+
+void sampling_options(SampleOptions *o, const SamplingArgs *a, const Model *m, const char *chain_key,
+                      const char *chain_default, double least_chain) {
+    sample_defaults(o);
+    o->seed = a->seed;
+    o->block = a->block;
+    o->official_temperature = a->official_temperature;
+    per_scale(o->temperature, m, a->temperature, "temperature", "1", 0, 1000, "--temperature");
+    per_scale(o->guidance, m, a->guidance, "guidance", "1", 0, 1000, "--guidance");
+    per_scale_sizes(o->top_k, m, a->top_k, "top_k", "0", 0, 1e9, "--top-k");
+    per_scale_sizes(o->chain, m, a->chain_length, chain_key, chain_default, least_chain, 1000, "--chain-length");
+}
+
+/* ---- The beginning ---- */
 
 void sampling_start(SamplingArgs *a, Model *m, const NamedModel **stand_in_for) {
     static const char *const formats[] = {"f32", "bf16", "int8"};
@@ -89,35 +166,7 @@ void sampling_memory(Model *m, size_t batch, size_t pictures) {
         say_cpu();
 }
 
-/* The user's list, else what the model's file recommends, else `otherwise`. */
-static void per_scale(double *out, const Model *m, const char *given, const char *key, const char *otherwise, double lo,
-                      double hi, const char *option) {
-    const char *recommended = config_get(&m->meta, "imagebart.", key);
-    const char *list = given ? given : recommended ? recommended : otherwise;
-    if (parse_per_scale(out, m->schedule.T, list, lo, hi, option) != OK) usage_error("%s", err_text());
-}
-
-static void per_scale_sizes(size_t *out, const Model *m, const char *given, const char *key, const char *otherwise,
-                            double lo, double hi, const char *option) {
-    double number[MAX_SCALES + 1] = {0};
-    per_scale(number, m, given, key, otherwise, lo, hi, option);
-    for (int t = 1; t <= m->schedule.T; t++) {
-        if (number[t] != floor(number[t])) usage_error("%s: %g is not a whole number", option, number[t]);
-        out[t] = (size_t)number[t];
-    }
-}
-
-void sampling_options(SampleOptions *o, const SamplingArgs *a, const Model *m, const char *chain_key,
-                      const char *chain_default, double least_chain) {
-    sample_defaults(o, m);
-    o->seed = a->seed;
-    o->block = a->block;
-    o->official_temperature = a->official_temperature;
-    per_scale(o->temperature, m, a->temperature, "temperature", "1", 0, 1000, "--temperature");
-    per_scale(o->guidance, m, a->guidance, "guidance", "1", 0, 1000, "--guidance");
-    per_scale_sizes(o->top_k, m, a->top_k, "top_k", "0", 0, 1e9, "--top-k");
-    per_scale_sizes(o->chain, m, a->chain_length, chain_key, chain_default, least_chain, 1000, "--chain-length");
-}
+/* ---- On the way, and in the end ---- */
 
 int sampling_progress(void *context, int t, size_t repeat, size_t done, size_t of) {
     static double started;
@@ -142,7 +191,7 @@ void say_drafts(const DraftCounts *counts, int T) {
         const DraftCounts *n = &counts[t];
         if (n->passes == 0) continue;
         fprintf(stderr, "scale %d: %zu tokens in %zu passes, %.1f in each, over %zu positions", t, n->tokens, n->passes,
-                (double)n->tokens / (double)n->passes, n->cells);
+                (double)n->tokens / (double)n->passes, n->positions);
         if (n->tried > 0)
             fprintf(stderr, "; %.0f%% of the drawn ones were as guessed", 100 * (double)n->right / (double)n->tried);
         fprintf(stderr, "\n");
@@ -150,27 +199,29 @@ void say_drafts(const DraftCounts *counts, int T) {
 }
 
 /* "1,0.9,0.8", noisiest first. */
-static Err text_per_scale(Config *text, const char *key, const SampleOptions *o, int T, int what) {
+static Err text_per_scale(Config *text, const char *key, const double *x, int T) {
     char list[MAX_SCALES * 24];
     size_t at = 0;
-    for (int t = T; t >= 1; t--) {
-        double x = what == 0   ? o->temperature[t]
-                   : what == 3 ? o->guidance[t]
-                               : (double)(what == 1 ? o->top_k[t] : o->chain[t]);
-        at += (size_t)snprintf(list + at, sizeof list - at, "%s%.9g", t < T ? "," : "", x);
-    }
+    for (int t = T; t >= 1; t--) at += (size_t)snprintf(list + at, sizeof list - at, "%s%.9g", t < T ? "," : "", x[t]);
     return config_set(text, key, "%s", list);
 }
 
+static Err text_per_scale_sizes(Config *text, const char *key, const size_t *x, int T) {
+    double number[MAX_SCALES + 1];
+    for (int t = 1; t <= T; t++) number[t] = (double)x[t];
+    return text_per_scale(text, key, number, T);
+}
+
 Err sampling_text(Config *text, const SamplingArgs *a, const SampleOptions *o, const Model *m) {
+    const int T = m->schedule.T;
     TRY(config_set(text, "Software", "imagebart.c"));
     TRY(config_set(text, "model", "%s", m->folder));
     TRY(config_set(text, "seed", "%llu", (unsigned long long)a->seed));
     if (a->class_name) TRY(config_set(text, "class", "%s", a->class_name));
-    TRY(text_per_scale(text, "temperature", o, m->schedule.T, 0));
-    TRY(text_per_scale(text, "top-k", o, m->schedule.T, 1));
-    TRY(text_per_scale(text, "chain-length", o, m->schedule.T, 2));
-    if (sample_rows(o, m, 1) > 1) TRY(text_per_scale(text, "guidance", o, m->schedule.T, 3));
+    TRY(text_per_scale(text, "temperature", o->temperature, T));
+    TRY(text_per_scale_sizes(text, "top-k", o->top_k, T));
+    TRY(text_per_scale_sizes(text, "chain-length", o->chain, T));
+    if (sample_rows(o, T, 1) > 1) TRY(text_per_scale(text, "guidance", o->guidance, T));
     if (m->weights != WEIGHTS_REAL) TRY(config_set(text, "weights", "%s", a->weights));
     return a->official_temperature ? config_set(text, "official-temperature", "true") : OK;
 }

@@ -1,7 +1,6 @@
-/* terminal.c - pictures in a terminal. */
+/* terminal.c - pictures in a terminal: Kitty's and iTerm2's graphics, or coloured half blocks in any other. */
 #include "sampling/sampling.h"
 
-#include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -25,7 +24,7 @@ static void put_base64(const unsigned char *p, size_t n) {
 }
 
 /* Kitty graphics protocol: PNG data (f=100) in chunks of at most 4096 base64 digits. */
-static void show_kitty(const unsigned char *png, size_t n) {
+static void show_kitty(const uint8_t *png, size_t n) {
     enum { CHUNK = 3072 };
     for (size_t at = 0; at < n; at += CHUNK) {
         size_t size = n - at < CHUNK ? n - at : CHUNK;
@@ -36,13 +35,13 @@ static void show_kitty(const unsigned char *png, size_t n) {
     printf("\n");
 }
 
-static void show_iterm(const unsigned char *png, size_t n) {
+static void show_iterm(const uint8_t *png, size_t n) {
     printf("\033]1337;File=inline=1;size=%zu:", n);
     put_base64(png, n);
     printf("\a\n");
 }
 
-/* Two pixels a character cell: the upper one in the foreground colour of a half block, the lower behind it. */
+/* A character shows two pixels: the upper one in the foreground colour of a half block, the lower one behind it. */
 static Err show_blocks(const char *path) {
     Image full = {0}, small = {0};
     struct winsize window;

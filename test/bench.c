@@ -660,7 +660,7 @@ static void bench_draft(void) {
                          (double)alphas[a]);
                 printf("%-30s %6.0f%% %8.2f s %6.2f s %8.2f %7zu %7zu %8zu\n", name,
                        100 * (double)guessed.right / (double)guessed.tried, t1, t, t1 / t, guessed.passes,
-                       single.passes, guessed.cells);
+                       single.passes, guessed.positions);
                 fflush(stdout);
                 if (tsv) fprintf(tsv, "%s\t%s\t%.6g\t\t\t\t\n", section_name, name, t);
             }

@@ -3,38 +3,32 @@
 
 #include <unistd.h>
 
-static void close_classes(Model *m) {
-    for (size_t i = 0; i < m->n_classes; i++) free(m->class_name[i]);
-    free(m->class_name);
-    memset(m, 0, sizeof *m);
-}
-
 /* 1000 lines "n01440764 tench, Tinca tinca", sorted, each once, as every ImageNet recipe of the repository gets
  * them. */
-static void open_imagenet(Model *m, const char *recipe) {
+static void open_imagenet(Classes *m, const char *recipe) {
     Config c = {0};
     CHECK_OK(recipe_read(&c, recipe, 1));
     CHECK_OK(classes_open(m, config_get(&c, "", "imagebart.classes"), 1000));
-    CHECK(m->n_classes == 1000);
+    CHECK(m->n == 1000);
     int sorted = 1, whole = 1;
-    for (size_t i = 0; i < m->n_classes; i++) {
-        const char *text = m->class_name[i];
+    for (size_t i = 0; i < m->n; i++) {
+        const char *text = m->name[i];
         whole &= text[0] == 'n' && strspn(text + 1, "0123456789") == 8 && text[9] == ' ' && strlen(text) > 11;
-        sorted &= i == 0 || strncmp(m->class_name[i - 1], text, 9) < 0;
+        sorted &= i == 0 || strncmp(m->name[i - 1], text, 9) < 0;
     }
     CHECK(whole);
     CHECK(sorted);
     config_free(&c);
 }
 
-static int label_of(const Model *m, const char *name) {
+static int label_of(const Classes *m, const char *name) {
     int32_t label = -1;
-    CHECK_OK(model_class(m, name, &label));
+    CHECK_OK(classes_find(m, name, &label));
     return (int)label;
 }
 
 static void test_imagenet(void) {
-    Model m = {0};
+    Classes m = {0};
     int32_t label;
     char title[CLASS_TITLE_BYTES];
     open_imagenet(&m, "models/imagenet.txt");
@@ -49,34 +43,34 @@ static void test_imagenet(void) {
     CHECK(label_of(&m, "projectile") == 744);     /* the first missile of two */
     CHECK(label_of(&m, "Cardigan Welsh") == 264); /* a part of one name */
     CHECK(!strcmp(class_title(title, &m, 207), "golden retriever") && !strcmp(class_title(title, &m, 0), "tench"));
-    CHECK_ERR(model_class(&m, "crane", &label),
+    CHECK_ERR(classes_find(&m, "crane", &label),
               "several; give a number or a synset: 134 n02012849 crane, 517 n03126707");
-    CHECK_ERR(model_class(&m, "maillot", &label), "638 n03710637 maillot, 639 n03710721 maillot");
-    CHECK_ERR(model_class(&m, "cardigan", &label), "264 n02113186 Cardigan, 474 n02963159 cardigan");
-    CHECK_ERR(model_class(&m, "Missile", &label), "657 n03773504 missile, 744 n04008634 projectile");
-    CHECK_ERR(model_class(&m, "retriever", &label), "could be any of 205 n02099267 flat-coated retriever, 206 ");
-    CHECK_ERR(model_class(&m, "tench, Tinca", &label), "expected one of 0 n01440764 tench, 1 "); /* no one name */
-    CHECK_ERR(model_class(&m, "dragon slayer", &label), "expected one of");
-    CHECK_ERR(model_class(&m, "n99999999", &label), "expected one of");
-    CHECK_ERR(model_class(&m, "1000", &label), "0..999");
-    CHECK_ERR(model_class(&m, "", &label), "expected one of");
+    CHECK_ERR(classes_find(&m, "maillot", &label), "638 n03710637 maillot, 639 n03710721 maillot");
+    CHECK_ERR(classes_find(&m, "cardigan", &label), "264 n02113186 Cardigan, 474 n02963159 cardigan");
+    CHECK_ERR(classes_find(&m, "Missile", &label), "657 n03773504 missile, 744 n04008634 projectile");
+    CHECK_ERR(classes_find(&m, "retriever", &label), "could be any of 205 n02099267 flat-coated retriever, 206 ");
+    CHECK_ERR(classes_find(&m, "tench, Tinca", &label), "expected one of 0 n01440764 tench, 1 "); /* no one name */
+    CHECK_ERR(classes_find(&m, "dragon slayer", &label), "expected one of");
+    CHECK_ERR(classes_find(&m, "n99999999", &label), "expected one of");
+    CHECK_ERR(classes_find(&m, "1000", &label), "0..999");
+    CHECK_ERR(classes_find(&m, "", &label), "expected one of");
     CHECK(classes_named(&m, "crane", &label) == 2 && label == 134);
     CHECK(classes_named(&m, "retriever", &label) == 0);
-    close_classes(&m);
+    classes_free(&m);
     open_imagenet(&m, "models/imagenet4.txt");
     CHECK_ERR(classes_open(&m, NULL, SIZE_MAX), "class names");
-    close_classes(&m);
+    classes_free(&m);
 }
 
 /* Training keeps the names if the folders are the synsets; else the folders name the classes. */
 static void test_folders(void) {
-    Model m = {0};
+    Classes m = {0};
     Config c = {0};
     char *folder[1000], *few[] = {(char[]){"cat"}, (char[]){"dog"}};
     open_imagenet(&m, "models/imagenet.txt");
     for (size_t i = 0; i < 1000; i++) {
         CHECK_OK(mem_alloc(&folder[i], 10, 1, "a folder"));
-        memcpy(folder[i], m.class_name[i], 9);
+        memcpy(folder[i], m.name[i], 9);
     }
     CHECK_OK(recipe_read(&c, "models/imagenet.txt", 1));
     CHECK_OK(classes_from_folders(&c, folder, 1000));
@@ -88,28 +82,28 @@ static void test_folders(void) {
     CHECK(!strcmp(config_get(&c, "", "imagebart.classes"), "cat,dog"));
     for (size_t i = 0; i < 1000; i++) free(folder[i]);
     config_free(&c);
-    close_classes(&m);
+    classes_free(&m);
 }
 
 static void test_lists(const char *dir) {
-    Model m = {0};
+    Classes m = {0};
     Config c = {0};
     int32_t label;
     char recipe[256], path[256];
     CHECK_OK(classes_open(&m, "a,A,b", 3)); /* folders that differ by case alone */
     CHECK(label_of(&m, "a") == 0 && label_of(&m, "A") == 1 && label_of(&m, "B") == 2);
-    close_classes(&m);
+    classes_free(&m);
     CHECK_ERR(classes_open(&m, "a,b,c", 2), "more than the 2 classes");
-    close_classes(&m);
+    classes_free(&m);
     CHECK_ERR(classes_open(&m, "# nothing\n", 2), "no class");
-    close_classes(&m);
+    classes_free(&m);
     CHECK_OK(classes_open(&m, "# three\r\nred, crimson\r\n\ngreen", 9));
-    CHECK(m.n_classes == 2 && label_of(&m, "crimson") == 0 && label_of(&m, "green") == 1);
-    close_classes(&m);
+    CHECK(m.n == 2 && label_of(&m, "crimson") == 0 && label_of(&m, "green") == 1);
+    classes_free(&m);
     CHECK_OK(classes_open(&m, NULL, 12));
-    CHECK(m.n_classes == 12 && label_of(&m, "11") == 11);
-    CHECK_ERR(model_class(&m, "12", &label), "0..11");
-    close_classes(&m);
+    CHECK(m.n == 12 && label_of(&m, "11") == 11);
+    CHECK_ERR(classes_find(&m, "12", &label), "0..11");
+    classes_free(&m);
 
     snprintf(recipe, sizeof recipe, "%s/recipe.txt", dir);
     snprintf(path, sizeof path, "%s/names.txt", dir);

@@ -1,5 +1,8 @@
 /* test_diffusion.c - schedules against the official numbers, the chain against brute force, the draw of one token, and
  * whole models: tiny random ones written into a temporary folder. */
+#ifndef PLAIN
+#include "kernels/kernels.h"
+#endif
 #include "test.h"
 
 #include <float.h>
@@ -93,33 +96,44 @@ static int betas_are(const Schedule *s, const double *beta) {
     return 1;
 }
 
-/* Three points worked out by hand: equal steps of the metric 0,1,2,3,4 cross the curve at alphacum 1, 5/6, 4/6, 1/2, 0,
- * so beta = 1/6, 1/5, 1/4, 1. Reversed, each change of sign is found from the other side. */
-static void test_curve(void) {
-    Schedule s;
-    double a[] = {1, 0.5, 0}, m[] = {0, 3, 4}, ra[] = {0, 0.5, 1}, rm[] = {4, 3, 0};
-    double beta[] = {1.0 / 6, 0.2, 0.25, 1}, wrong[] = {1.0 / 6, 0.2, 0.26, 1};
-    CHECK_OK(schedule_from_curve(&s, a, m, 3, 4));
-    CHECK(betas_are(&s, beta));
-    CHECK(!betas_are(&s, wrong));
-    CHECK_OK(schedule_from_curve(&s, ra, rm, 3, 4));
-    CHECK(betas_are(&s, beta));
-    double bent[] = {1, 0.8, 0.6, 0.4, 0}, bm[] = {0, 2, 1, 2, 4}; /* 2 is first reached at 0.8 */
-    double bent_beta[] = {0.2, 1};
-    CHECK_OK(schedule_from_curve(&s, bent, bm, 5, 2));
-    CHECK(betas_are(&s, bent_beta));
-    double flat[] = {1, 1, 1}, hole[] = {0, NAN, 1}, up[] = {0.2, 0.5, 1};
-    CHECK_ERR(schedule_from_curve(&s, a, flat, 3, 2), "never crosses");
-    CHECK_ERR(schedule_from_curve(&s, a, hole, 3, 2), "point 2");
-    CHECK_ERR(schedule_from_curve(&s, up, m, 3, 2), "falling");
-    CHECK_ERR(schedule_from_curve(&s, a, m, 1, 2), "1 points");
-}
-
 static void write_text(const char *path, const char *text) {
     FILE *f = fopen(path, "w");
     if (!CHECK(f != NULL)) return;
     fputs(text, f);
     fclose(f);
+}
+
+/* The schedule of n points (alphacum, metric), which go through a file. */
+static Err curve(Schedule *s, const char *dir, const double *alphacum, const double *metric, size_t n, int T) {
+    char path[512], redraw[600], text[1024] = "";
+    snprintf(path, sizeof path, "%s/points.txt", dir);
+    snprintf(redraw, sizeof redraw, "curve:%s", path);
+    for (size_t i = 0, at = 0; i < n; i++)
+        at += (size_t)snprintf(text + at, sizeof text - at, "%.17g %.17g\n", alphacum[i], metric[i]);
+    write_text(path, text);
+    return schedule_make(s, redraw, T);
+}
+
+/* Three points worked out by hand: equal steps of the metric 0,1,2,3,4 cross the curve at alphacum 1, 5/6, 4/6, 1/2, 0,
+ * so beta = 1/6, 1/5, 1/4, 1. Reversed, each change of sign is found from the other side. */
+static void test_curve(const char *dir) {
+    Schedule s;
+    double a[] = {1, 0.5, 0}, m[] = {0, 3, 4}, ra[] = {0, 0.5, 1}, rm[] = {4, 3, 0};
+    double beta[] = {1.0 / 6, 0.2, 0.25, 1}, wrong[] = {1.0 / 6, 0.2, 0.26, 1};
+    CHECK_OK(curve(&s, dir, a, m, 3, 4));
+    CHECK(betas_are(&s, beta));
+    CHECK(!betas_are(&s, wrong));
+    CHECK_OK(curve(&s, dir, ra, rm, 3, 4));
+    CHECK(betas_are(&s, beta));
+    double bent[] = {1, 0.8, 0.6, 0.4, 0}, bm[] = {0, 2, 1, 2, 4}; /* 2 is first reached at 0.8 */
+    double bent_beta[] = {0.2, 1};
+    CHECK_OK(curve(&s, dir, bent, bm, 5, 2));
+    CHECK(betas_are(&s, bent_beta));
+    double flat[] = {1, 1, 1}, hole[] = {0, NAN, 1}, up[] = {0.2, 0.5, 1};
+    CHECK_ERR(curve(&s, dir, a, flat, 3, 2), "never crosses");
+    CHECK_ERR(curve(&s, dir, a, hole, 3, 2), "point 2");
+    CHECK_ERR(curve(&s, dir, up, m, 3, 2), "falling");
+    CHECK_ERR(curve(&s, dir, a, m, 1, 2), "1 points");
 }
 
 static void test_curve_file(const char *dir) {
@@ -480,95 +494,24 @@ static const char *tiny_folder(char dir[512], const char *name, const Tiny *x) {
 
 enum { BATCH = 4 };
 
+static Err model_sample(Model *m, const SampleOptions *o, int32_t *tokens) {
+    const Chain c = model_chain(m);
+    return sample_chain(&c, o, tokens);
+}
+
+static const int32_t batch_label[BATCH] = {2, 0, 1, 2};
+
+static void batch_options(SampleOptions *o, const Model *m, size_t n, uint64_t first, void (*change)(SampleOptions *)) {
+    sample_defaults(o);
+    o->n = n, o->first = first, o->seed = 42;
+    o->label = m->classes.n ? batch_label + first : NULL;
+    if (change) change(o);
+}
+
 static void sample_into(Model *m, int32_t *tokens, size_t n, uint64_t first, void (*change)(SampleOptions *)) {
-    static const int32_t label[BATCH] = {2, 0, 1, 2};
     SampleOptions o;
-    sample_defaults(&o, m);
-    o.n = n, o.first = first, o.seed = 42;
-    o.label = m->n_classes ? label + first : NULL;
-    if (change) change(&o);
+    batch_options(&o, m, n, first, change);
     CHECK_OK(model_sample(m, &o, tokens));
-}
-
-static void set_uncached(SampleOptions *o) {
-    o->uncached = 1;
-}
-static void set_seed(SampleOptions *o) {
-    o->seed = 43;
-}
-static void set_heat(SampleOptions *o) {
-    for (int t = 1; t < MAX_SCALES; t++) o->temperature[t] = 0.6, o->top_k[t] = 4, o->chain[t] = (size_t)(1 + t % 3);
-}
-static void set_heat_uncached(SampleOptions *o) {
-    set_heat(o);
-    o->uncached = 1;
-}
-
-static size_t block; /* of the next samples */
-
-static void set_greedy(SampleOptions *o) {
-    for (int t = 1; t < MAX_SCALES; t++) o->temperature[t] = 0, o->chain[t] = 2;
-    o->block = block;
-}
-static void set_greedy_uncached(SampleOptions *o) {
-    set_greedy(o);
-    o->uncached = 1;
-}
-static void set_heat_block(SampleOptions *o) {
-    set_heat(o);
-    o->block = block;
-}
-static void set_block(SampleOptions *o) {
-    o->block = block;
-}
-
-/* However positions are cut into blocks, the tokens are those of one by one: at temperature 1, at others with top-k and
- * chains, and greedily. */
-static void test_same_blocks(Model *m) {
-    static void (*const change[3])(SampleOptions *) = {set_block, set_heat_block, set_greedy};
-    int32_t single[BATCH * N], again[BATCH * N];
-    for (int k = 0; k < 3; k++) {
-        block = 1;
-        sample_into(m, single, BATCH, 0, change[k]);
-        for (block = 0; block <= N + 1; block++) {
-            sample_into(m, again, BATCH, 0, change[k]);
-            CHECK(!memcmp(single, again, sizeof single));
-        }
-    }
-    block = 3;
-    sample_into(m, again, BATCH, 0, set_greedy_uncached);
-    CHECK(!memcmp(single, again, sizeof single));
-}
-
-/* The same tokens from one batch of four, four batches of one, two threads, and without a KV cache. */
-static void test_same_tokens(const Tiny *x, const char *name) {
-    char dir[512];
-    Model m;
-    int32_t all[BATCH * N], again[BATCH * N];
-    CHECK_OK(model_open(&m, tiny_folder(dir, name, x), NULL));
-    if (!CHECK(m.net == NULL && m.h == SIDE && m.w == SIDE && m.K == USED && m.side == 2 * SIDE)) return;
-    threads_set(1);
-    sample_into(&m, all, BATCH, 0, NULL);
-    for (int i = 0; i < BATCH * N; i++)
-        if (all[i] < 0 || all[i] >= USED) CHECK(0);
-    for (uint64_t b = 0; b < BATCH; b++) sample_into(&m, again + b * N, 1, b, NULL);
-    CHECK(!memcmp(all, again, sizeof all));
-    threads_set(2);
-    sample_into(&m, again, BATCH, 0, NULL);
-    CHECK(!memcmp(all, again, sizeof all));
-    sample_into(&m, again, BATCH, 0, set_uncached);
-    CHECK(!memcmp(all, again, sizeof all));
-    sample_into(&m, again, BATCH, 0, set_seed);
-    CHECK(memcmp(all, again, sizeof all)); /* the comparison can fail */
-    sample_into(&m, all, BATCH, 0, set_heat);
-    CHECK(memcmp(all, again, sizeof all));
-    sample_into(&m, again, BATCH, 0, set_heat_uncached);
-    CHECK(!memcmp(all, again, sizeof all));
-    for (uint64_t b = 0; b < BATCH; b++) sample_into(&m, again + b * N, 1, b, set_heat);
-    CHECK(!memcmp(all, again, sizeof all));
-    CHECK(memcmp(all, all + N, N * sizeof *all)); /* two samples differ */
-    test_same_blocks(&m);
-    model_close(&m);
 }
 
 /* The chain once more, spelled out for one sample: each scale's file opened by hand, the whole prefix run for every
@@ -621,6 +564,85 @@ static void oracle(int32_t *x, const char *dir, const Tiny *model, const SampleO
     }
 }
 
+/* The same as sample_into for a whole batch, by the oracle. */
+static void oracle_into(const Tiny *x, const char *dir, const Model *m, int32_t *tokens,
+                        void (*change)(SampleOptions *)) {
+    for (uint64_t b = 0; b < BATCH; b++) {
+        SampleOptions o;
+        batch_options(&o, m, 1, b, change);
+        oracle(tokens + b * N, dir, x, &o, batch_label[b]);
+    }
+}
+
+static void set_seed(SampleOptions *o) {
+    o->seed = 43;
+}
+static void set_heat(SampleOptions *o) {
+    for (int t = 1; t < MAX_SCALES; t++) o->temperature[t] = 0.6, o->top_k[t] = 4, o->chain[t] = (size_t)(1 + t % 3);
+}
+
+static size_t block; /* of the next samples */
+
+static void set_greedy(SampleOptions *o) {
+    for (int t = 1; t < MAX_SCALES; t++) o->temperature[t] = 0, o->chain[t] = 2;
+    o->block = block;
+}
+static void set_heat_block(SampleOptions *o) {
+    set_heat(o);
+    o->block = block;
+}
+static void set_block(SampleOptions *o) {
+    o->block = block;
+}
+
+/* However positions are cut into blocks, the tokens are those of one by one: at temperature 1, at others with top-k and
+ * chains, and greedily. */
+static void test_same_blocks(const Tiny *x, const char *dir, Model *m) {
+    static void (*const change[3])(SampleOptions *) = {set_block, set_heat_block, set_greedy};
+    int32_t single[BATCH * N], again[BATCH * N];
+    for (int k = 0; k < 3; k++) {
+        block = 1;
+        sample_into(m, single, BATCH, 0, change[k]);
+        for (block = 0; block <= N + 1; block++) {
+            sample_into(m, again, BATCH, 0, change[k]);
+            CHECK(!memcmp(single, again, sizeof single));
+        }
+    }
+    oracle_into(x, dir, m, again, set_greedy);
+    CHECK(!memcmp(single, again, sizeof single));
+}
+
+/* The same tokens from one batch of four, four batches of one, two threads, and the oracle without a KV cache. */
+static void test_same_tokens(const Tiny *x, const char *name) {
+    char dir[512];
+    Model m;
+    int32_t all[BATCH * N], again[BATCH * N];
+    CHECK_OK(model_open(&m, tiny_folder(dir, name, x), NULL));
+    if (!CHECK(m.net == NULL && m.h == SIDE && m.w == SIDE && m.K == USED && m.side == 2 * SIDE)) return;
+    threads_set(1);
+    sample_into(&m, all, BATCH, 0, NULL);
+    for (int i = 0; i < BATCH * N; i++)
+        if (all[i] < 0 || all[i] >= USED) CHECK(0);
+    for (uint64_t b = 0; b < BATCH; b++) sample_into(&m, again + b * N, 1, b, NULL);
+    CHECK(!memcmp(all, again, sizeof all));
+    threads_set(2);
+    sample_into(&m, again, BATCH, 0, NULL);
+    CHECK(!memcmp(all, again, sizeof all));
+    oracle_into(x, dir, &m, again, NULL);
+    CHECK(!memcmp(all, again, sizeof all));
+    sample_into(&m, again, BATCH, 0, set_seed);
+    CHECK(memcmp(all, again, sizeof all)); /* the comparison can fail */
+    sample_into(&m, all, BATCH, 0, set_heat);
+    CHECK(memcmp(all, again, sizeof all));
+    oracle_into(x, dir, &m, again, set_heat);
+    CHECK(!memcmp(all, again, sizeof all));
+    for (uint64_t b = 0; b < BATCH; b++) sample_into(&m, again + b * N, 1, b, set_heat);
+    CHECK(!memcmp(all, again, sizeof all));
+    CHECK(memcmp(all, all + N, N * sizeof *all)); /* two samples differ */
+    test_same_blocks(x, dir, &m);
+    model_close(&m);
+}
+
 static void test_oracle(const Tiny *x, const char *name) {
     char dir[600];
     Model m;
@@ -629,8 +651,8 @@ static void test_oracle(const Tiny *x, const char *name) {
     tiny_path(dir, scratch, name);
     CHECK_OK(model_open(&m, dir, NULL));
     for (uint64_t sample = 5; sample < 15; sample++) {
-        sample_defaults(&o, &m);
-        o.seed = 3, o.first = sample, o.label = m.n_classes ? &label : NULL;
+        sample_defaults(&o);
+        o.seed = 3, o.first = sample, o.label = m.classes.n ? &label : NULL;
         for (int t = 1; t <= x->T; t++)
             o.temperature[t] = 1 + 0.3 * t, o.top_k[t] = (size_t)(7 - t), o.chain[t] = 1 + t % 2;
         for (int t = 1; t <= x->T && x->null_class; t++) o.guidance[t] = t == 2 ? 1 : 0.5 * t + 1;
@@ -667,7 +689,7 @@ static void test_guide(const char *dir) {
     for (int i = 0; i < BATCH * N; i++) known[i] = (i * 5) % USED;
     for (int i = 0; i < N; i++) keep[i] = i % 2 == 0;
     Watch w = {known, keep, BATCH, 0, 0};
-    sample_defaults(&o, &m);
+    sample_defaults(&o);
     o.n = BATCH, o.known = known, o.keep = keep, o.scale_done = watch_scale, o.context = &w;
     o.chain[1] = 3, o.top_k[2] = 1;
     CHECK_OK(model_sample(&m, &o, tokens));
@@ -689,7 +711,7 @@ static void test_guide(const char *dir) {
     }
     o.known = NULL, o.keep = NULL;
     CHECK_ERR(model_sample(&m, &o, tokens), "a chain of 0 at scale 1, expected 1..");
-    sample_defaults(&o, &m);
+    sample_defaults(&o);
     o.n = BATCH, o.known = known, o.keep = keep;
     known[0] = USED;
     CHECK_ERR(model_sample(&m, &o, tokens), "known token 7");
@@ -716,7 +738,7 @@ static void test_known_blocks(const char *dir) {
             for (size_t length = 0; length <= N; length++) {
                 DraftCounts counts[MAX_SCALES + 1] = {{0}};
                 SampleOptions o;
-                sample_defaults(&o, &m);
+                sample_defaults(&o);
                 o.n = BATCH, o.candidates = M, o.known = known, o.keep = keep[mask], o.counts = counts;
                 o.chain[1] = 2, o.temperature[2] = 0.7, o.top_k[1] = 5, o.block = 1;
                 size_t feeds = N; /* positions that have to be looked at */
@@ -732,10 +754,27 @@ static void test_known_blocks(const char *dir) {
                     (length == 0 || length == N)) /* one unknown token: one pass, or it and what is behind */
                     for (int t = 1; t <= 3; t++)
                         CHECK(counts[t].passes <= o.chain[t] * (1 + (mask == 4 && M == 2)) && counts[t].passes > 0);
-                if (mask == 0 && length == 0) CHECK(counts[3].passes == 5 && counts[3].cells == BATCH * N);
+                if (mask == 0 && length == 0) CHECK(counts[3].passes == 5 && counts[3].positions == BATCH * N);
             }
     model_close(&m);
 }
+
+#ifndef PLAIN
+/* 3 bytes a position (12, 6, 3 positions for weights of 4, 2, 1 bytes) to read weights from memory; next to nothing
+ * from the caches. */
+static void test_costs(void) {
+    double pass, each;
+    Guesses g = {.numbers = 1e6, .weight_bytes = 4e6, .kept_bytes = 1e5, .rows = 1};
+    guess_costs(&g, &pass, &each);
+    CHECK(pass == 1 && each == 0);
+    g.numbers = 1e7, g.weight_bytes = 4e7;
+    guess_costs(&g, &pass, &each);
+    CHECK(fabs(pass - 12) < 1e-9 && fabs(each - 0.03) < 1e-9);
+    g.weight_bytes = 2e7, g.rows = 2, g.kept_bytes = 2e5;
+    guess_costs(&g, &pass, &each);
+    CHECK(fabs(pass - 3) < 1e-9 && fabs(each - 0.06) < 1e-9);
+}
+#endif
 
 /* A network that says what its residual says, p(x_t) = 0.8 + 0.2/K: what is drawn greedily is always x_t. */
 static Transformer *echo(void) {
@@ -770,9 +809,9 @@ static void test_passes(void) {
             for (int i = 0; i < BATCH * N; i++) same += tokens[i] == start[i];
             CHECK(counts[1].right == same);
             if (greedy && length > 0)
-                CHECK(counts[1].passes == (N + length - 1) / length && counts[1].cells == BATCH * N);
+                CHECK(counts[1].passes == (N + length - 1) / length && counts[1].positions == BATCH * N);
             if (greedy && length == 0) CHECK(counts[1].passes < N);
-            if (!greedy && length > 1) CHECK(counts[1].passes < N && counts[1].cells > BATCH * N);
+            if (!greedy && length > 1) CHECK(counts[1].passes < N && counts[1].positions > BATCH * N);
         }
     transformer_free(net);
 }
@@ -851,7 +890,7 @@ static void test_joint(void) {
         CHECK(joint_chi(count, p, &cells) < 62 && cells == 27);
         CHECK(!(joint_chi(count, other, &cells) < 62)); /* the check sees a temperature of 1.2 */
         tried = counts[1].tried, right = counts[1].right;
-        if (length == 3) CHECK(counts[1].cells > counts[1].tokens + JOINT_BATCH); /* guesses were thrown away */
+        if (length == 3) CHECK(counts[1].positions > counts[1].tokens + JOINT_BATCH); /* guesses were thrown away */
     }
     CHECK(tried == (size_t)JOINT_BATCH * JOINT_ROUNDS * JOINT_N && right > tried / 5 && right < tried * 4 / 5);
     transformer_free(net);
@@ -862,10 +901,6 @@ static void test_joint(void) {
 static void set_guided(SampleOptions *o) {
     for (int t = 1; t < MAX_SCALES; t++) o->guidance[t] = t == 2 ? 1 : 0.5 * t + 1; /* scale 2 is not guided */
     o->chain[1] = 2, o->temperature[3] = 0.8, o->block = block;
-}
-static void set_guided_uncached(SampleOptions *o) {
-    set_guided(o);
-    o->uncached = 1;
 }
 static void set_no_guidance(SampleOptions *o) {
     for (int t = 1; t < MAX_SCALES; t++) o->guidance[t] = 1;
@@ -884,7 +919,7 @@ static void test_guided(const Tiny *x, const char *name, const char *unguided) {
     char dir[512];
     Model m, plain;
     int32_t one[BATCH * N], all[BATCH * N], again[BATCH * N];
-    static void (*const change[3])(SampleOptions *) = {set_guided, set_guided_uncached, set_guided_known};
+    static void (*const change[2])(SampleOptions *) = {set_guided, set_guided_known};
     CHECK_OK(model_open(&m, tiny_folder(dir, name, x), NULL));
     CHECK_OK(model_open(&plain, unguided, NULL));
     block = 0;
@@ -893,16 +928,18 @@ static void test_guided(const Tiny *x, const char *name, const char *unguided) {
     CHECK(!memcmp(one, all, sizeof all));
     for (int i = 0; i < N; i++) guided_keep[i] = i % 3 != 0;
     for (int i = 0; i < BATCH * N; i++) guided_known[i] = (i * 5) % USED;
-    for (int k = 0; k < 3; k++) {
+    for (int k = 0; k < 2; k++) {
         block = 1;
-        if (k != 1) sample_into(&m, all, BATCH, 0, change[k]); /* uncached: the same as before */
+        sample_into(&m, all, BATCH, 0, change[k]);
         CHECK(memcmp(one, all, sizeof all));
         for (block = 0; block <= N + 1; block++) {
             threads_set(1 + block % 2);
             sample_into(&m, again, BATCH, 0, change[k]);
             CHECK(!memcmp(all, again, sizeof all));
         }
-        for (uint64_t b = 0; b < BATCH && k < 2; b++) sample_into(&m, again + b * N, 1, b, change[k]);
+        for (uint64_t b = 0; b < BATCH && k < 1; b++) sample_into(&m, again + b * N, 1, b, change[k]);
+        CHECK(!memcmp(all, again, sizeof all));
+        if (k == 0) oracle_into(x, dir, &m, again, change[k]);
         CHECK(!memcmp(all, again, sizeof all));
     }
     model_close(&m);
@@ -925,7 +962,7 @@ static double guided_chi(Model *m, double g, double drawn_with) {
     CHECK_OK(transformer_forward(m->net, x, x_t, &scale, &none, 1, N, &logits));
     for (int k = 0; k < USED; k++) mixed[k] = logits[k] + (real)g * (cond[k] - logits[k]);
     sample_probs(p, mixed, USED, -1, 1, 0);
-    sample_defaults(&o, m);
+    sample_defaults(&o);
     for (int b = 0; b < SAMPLES; b++) label[b] = with;
     o.n = SAMPLES, o.label = label, o.seed = 9, o.guidance[1] = drawn_with;
     CHECK_OK(model_sample(m, &o, tokens));
@@ -950,10 +987,10 @@ static void test_guidance_errors(const char *plain, const char *classes) {
     SampleOptions o;
     int32_t tokens[N], label = 0;
     CHECK_OK(model_open(&m, classes, NULL));
-    sample_defaults(&o, &m);
-    CHECK(sample_rows(&o, &m, 5) == 5);
+    sample_defaults(&o);
+    CHECK(sample_rows(&o, m.schedule.T, 5) == 5);
     o.label = &label, o.guidance[2] = 3;
-    CHECK(sample_rows(&o, &m, 5) == 10);
+    CHECK(sample_rows(&o, m.schedule.T, 5) == 10);
     CHECK_ERR(model_sample(&m, &o, tokens), "guidance 3 at scale 2: ");
     CHECK_ERR(model_sample(&m, &o, tokens), "--label-dropout");
     o.guidance[2] = -1;
@@ -962,7 +999,7 @@ static void test_guidance_errors(const char *plain, const char *classes) {
     CHECK_ERR(model_sample(&m, &o, tokens), "of scale 2");
     model_close(&m);
     CHECK_OK(model_open(&m, plain, NULL));
-    sample_defaults(&o, &m);
+    sample_defaults(&o);
     o.guidance[1] = 2;
     CHECK_ERR(model_sample(&m, &o, tokens), "not a model with classes");
     model_close(&m);
@@ -998,7 +1035,7 @@ static double first_token_chi(Model *m, const double p[USED], int32_t value, siz
     CHECK_OK(mem_alloc(&tokens, groups * M * N, sizeof *tokens, "test"));
     CHECK_OK(mem_alloc(&known, groups * M * N, sizeof *known, "test"));
     for (size_t b = 0; b < groups * M; b++) known[b * N + 1] = value;
-    sample_defaults(&o, m);
+    sample_defaults(&o);
     o.n = groups * M, o.candidates = M, o.known = known, o.keep = keep;
     CHECK_OK(model_sample(m, &o, tokens));
     for (size_t g = 0; g < groups; g++) {
@@ -1021,7 +1058,7 @@ static void test_candidates(const char *dir) {
     CHECK(first_token_chi(&m, p, value, 1000, 100) < 28);
     CHECK(first_token_chi(&m, guided, value, 1000, 1) < 28);
     CHECK(!(first_token_chi(&m, p, value, 1000, 1) < 28)); /* the check can fail */
-    sample_defaults(&o, &m);
+    sample_defaults(&o);
     o.n = BATCH, o.candidates = 3;
     CHECK_ERR(model_sample(&m, &o, tokens), "groups of 3");
     o.candidates = 0;
@@ -1037,7 +1074,8 @@ static void test_class_bounds(const char *one_scale, const char *three_scales) {
     double bound[3], again[3];
     for (int i = 0; i < N; i++) x_0[i] = (i * 5) % USED, keep[i] = 1;
     CHECK_OK(model_open(&m, one_scale, NULL));
-    CHECK_OK(model_class_bounds(&m, x_0, keep, 3, bound));
+    Chain chain = model_chain(&m);
+    CHECK_OK(class_bounds(&chain, x_0, keep, 3, bound));
     for (int32_t c = 0; c < 3; c++) {
         const real *logits;
         Loss loss = {NAN, NAN, NAN};
@@ -1048,15 +1086,16 @@ static void test_class_bounds(const char *one_scale, const char *three_scales) {
     }
     model_close(&m);
     CHECK_OK(model_open(&m, three_scales, NULL));
+    chain = model_chain(&m);
     for (int i = 0; i < N; i++) other[i] = i == 2 ? x_0[i] : (x_0[i] + 1) % USED;
-    CHECK_OK(model_class_bounds(&m, x_0, few, 3, bound));
-    CHECK_OK(model_class_bounds(&m, other, few, 3, again));
+    CHECK_OK(class_bounds(&chain, x_0, few, 3, bound));
+    CHECK_OK(class_bounds(&chain, other, few, 3, again));
     CHECK(memcmp(bound, again, sizeof bound) == 0); /* what is not kept has no say */
     other[2] = (x_0[2] + 1) % USED;
-    CHECK_OK(model_class_bounds(&m, other, few, 3, again));
+    CHECK_OK(class_bounds(&chain, other, few, 3, again));
     for (int c = 0; c < 3; c++) CHECK(bound[c] != again[c]);
     few[2] = 0;
-    CHECK_ERR(model_class_bounds(&m, x_0, few, 3, bound), "no token is kept");
+    CHECK_ERR(class_bounds(&chain, x_0, few, 3, bound), "no token is kept");
     model_close(&m);
 }
 
@@ -1094,14 +1133,15 @@ static void test_picture_bounds(const char *dir, int labelled) {
     double bound[PICTURES], alone;
     CHECK_OK(model_open(&m, dir, NULL));
     for (int32_t i = 0; i < PICTURES * N; i++) x_0[i] = (i * 5 + i / N) % USED, label[i / N] = i / N % 3;
-    CHECK_OK(model_picture_bounds(&m, x_0, labelled ? label : NULL, PICTURES, 3, bound));
+    const Chain chain = model_chain(&m);
+    CHECK_OK(picture_bounds(&chain, x_0, labelled ? label : NULL, PICTURES, 3, bound));
     for (size_t b = 0; b < PICTURES; b++) {
         double expected = 0;
         for (size_t row = 0; row < DRAWS; row++)
             expected += picture_bound(&m, x_0 + b * N, labelled ? &label[b] : NULL, 3, row) / DRAWS;
         CHECK(fabs(bound[b] - expected) < 1e-5 * expected);
         CHECK(!(fabs(bound[(b + 1) % PICTURES] - expected) < 1e-5 * expected)); /* the check can fail */
-        CHECK_OK(model_picture_bounds(&m, x_0 + b * N, labelled ? label + b : NULL, 1, 3, &alone));
+        CHECK_OK(picture_bounds(&chain, x_0 + b * N, labelled ? label + b : NULL, 1, 3, &alone));
         CHECK(alone == bound[b]);
     }
     model_close(&m);
@@ -1143,7 +1183,7 @@ static void test_chain_rates(const char *dir) {
     CHECK_OK(mem_alloc(&w.before, SAMPLES * N, sizeof *w.before, "test"));
     CHECK_OK(mem_alloc(&known, SAMPLES * N, sizeof *known, "test"));
     w.tokens = tokens, w.n = SAMPLES;
-    sample_defaults(&o, &m);
+    sample_defaults(&o);
     o.n = SAMPLES, o.known = known, o.keep = keep, o.progress = watch_rates, o.context = &w;
     o.chain[1] = 4, o.chain[2] = 3, o.chain[3] = 2, o.block = 1;
     CHECK_OK(model_sample(&m, &o, tokens));
@@ -1167,10 +1207,10 @@ static void test_sample_options(const char *dir) {
     SampleOptions o;
     int32_t tokens[N], hot[BATCH * N], cold[BATCH * N], label = 0;
     CHECK_OK(model_open(&m, dir, NULL));
-    sample_defaults(&o, &m);
+    sample_defaults(&o);
     o.progress = stop_at_four;
     CHECK_ERR(model_sample(&m, &o, tokens), "stopped");
-    sample_defaults(&o, &m);
+    sample_defaults(&o);
     o.temperature[1] = -1;
     CHECK_ERR(model_sample(&m, &o, tokens), "temperature");
     o.temperature[1] = 1, o.chain[2] = 0;
@@ -1180,7 +1220,7 @@ static void test_sample_options(const char *dir) {
     o.n = 1, o.label = &label;
     CHECK_ERR(model_sample(&m, &o, tokens), "not a model with classes");
     /* official_temperature: the encoder-decoder scales 1, 2 run at 1, the decoder-only scale 3 as asked */
-    sample_defaults(&o, &m);
+    sample_defaults(&o);
     o.n = BATCH, o.temperature[3] = 0.5;
     CHECK_OK(model_sample(&m, &o, cold));
     o.temperature[1] = o.temperature[2] = 0.1;
@@ -1287,7 +1327,7 @@ static void test_classes(const char *dir) {
     SampleOptions o;
     int32_t tokens[N];
     CHECK_OK(model_open(&m, dir, NULL));
-    CHECK(m.n_classes == 3);
+    CHECK(m.classes.n == 3);
     CHECK_OK(model_class(&m, "bee", &label));
     CHECK(label == 1);
     CHECK_OK(model_class(&m, "2", &label));
@@ -1301,7 +1341,7 @@ static void test_classes(const char *dir) {
     CHECK_ERR(model_class(&m, "3", &label), "0..2");
     CHECK_ERR(model_class(&m, "99999999999999999999999", &label), "0..2");
     CHECK_ERR(model_class(&m, "", &label), "expected one of");
-    sample_defaults(&o, &m);
+    sample_defaults(&o);
     CHECK_ERR(model_sample(&m, &o, tokens), "needs a class");
     label = 3;
     o.label = &label;
@@ -1332,7 +1372,7 @@ static void test_broken(void) {
     SampleOptions o;
     int32_t tokens[N];
     CHECK_OK(model_open(&m, tiny_folder(dir, "nan", &nan), NULL));
-    sample_defaults(&o, &m);
+    sample_defaults(&o);
     CHECK_ERR(model_sample(&m, &o, tokens), "scale 2 gives no usable");
     model_close(&m);
 }
@@ -1466,7 +1506,7 @@ int main(void) {
     scratch = dir;
     test_official_schedules();
     test_schedule_errors();
-    test_curve();
+    test_curve(dir);
     test_curve_file(dir);
     test_posterior();
     test_posterior_exact();
@@ -1493,6 +1533,9 @@ int main(void) {
     test_guide(plain);
     test_known_blocks(plain);
     test_passes();
+#ifndef PLAIN
+    test_costs();
+#endif
     test_joint();
     test_guided(&(Tiny){3, 0, 1, 0, 0, X_FINE_SCALED, NO_CLASS}, "guided", classes);
     test_oracle(&(Tiny){3, 0, 1, 0, 0, X_FINE_SCALED, NO_CLASS}, "guided");

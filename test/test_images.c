@@ -140,13 +140,6 @@ static void test_png_alpha(void) {
     CHECK(wrong == 0 && wrong16 == 0);
     image_free(&im);
     image_free(&im16);
-    CHECK_OK(image_read_gray(&im, in_folder("alpha.png"))); /* over black, luma */
-    for (size_t i = 0; i < 65536; i++) {
-        double a = rows[i * 4 + 3] / 255.0, want = 0.299 * rint(rows[i * 4] * a) + 0.587 * rint(rows[i * 4 + 1] * a);
-        wrong += fabs(im.rgb[i] - want) > 0.51;
-    }
-    CHECK(wrong == 0);
-    image_free(&im);
 }
 
 static void test_png_interlaced(void) {

@@ -371,24 +371,19 @@ static void test_blocks(void) {
     for (int format = WEIGHTS_REAL; format <= WEIGHTS_INT8; format++) check_blocks(&c, 3, 6, (WeightFormat)format);
 }
 
-/* 8, 4, 2 cells of time to read weights of 4, 2, 1 bytes from memory; next to nothing from the caches. */
-static void test_pass_cost(void) {
+/* What a pass reads: 4, 2, 1 bytes for a number, twice the keys and values for twice the positions. */
+static void test_reads(void) {
     NetConfig c = x_small;
     Transformer *net;
-    double pass = 0, sample = 0, more = 0;
-    CHECK_OK(transformer_create(&net, &c));
-    transformer_pass_cost(net, 5, &pass, &sample);
-    CHECK(pass == 1 && sample == 0);
-    transformer_free(net);
     c.dim = 512, c.dec_depth = 4;
     CHECK_OK(transformer_create(&net, &c));
-    transformer_pass_cost(net, 5, &pass, &sample);
-    transformer_pass_cost(net, 10, &pass, &more);
-    CHECK(fabs(pass - 3 * sizeof(real)) < 1e-9 && sample > 0 && fabs(more - 2 * sample) < 1e-9);
+    DecodeReads r = transformer_decode_reads(net, 5), more = transformer_decode_reads(net, 10);
+    CHECK(r.numbers > 0 && r.weight_bytes == sizeof(real) * r.numbers);
+    CHECK(r.kept_bytes > 0 && more.kept_bytes == 2 * r.kept_bytes && more.weight_bytes == r.weight_bytes);
     CHECK_OK(params_plan(transformer_params(net), PLAN_VALUE));
     CHECK_OK(params_pack(transformer_params(net), WEIGHTS_BF16));
-    transformer_pass_cost(net, 5, &pass, &more);
-    CHECK(pass == 6);
+    more = transformer_decode_reads(net, 5);
+    CHECK(more.numbers == r.numbers && more.weight_bytes == 2 * r.numbers);
     transformer_free(net);
 }
 
@@ -1039,7 +1034,7 @@ int main(void) {
     test_packed();
     test_decoding();
     test_blocks();
-    test_pass_cost();
+    test_reads();
     test_dependence();
     test_residual();
     test_fine_scaling();

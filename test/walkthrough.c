@@ -438,27 +438,28 @@ static Err denoise_example(Bundled *b) {
 
 typedef struct {
     int32_t x[SCALES + 2][64];
-} Chain;
+} Grids;
 
 static void keep(void *context, int t, const int32_t *tokens) { /* tokens are x_{t-1} */
-    Chain *c = (Chain *)context;
-    memcpy(c->x[t - 1], tokens, sizeof c->x[0]);
+    Grids *g = (Grids *)context;
+    memcpy(g->x[t - 1], tokens, sizeof g->x[0]);
 }
 
-static Err draw_chain(Model *m, Chain *chain) {
+static Err draw_chain(Model *m, Grids *grids) {
     SampleOptions o;
     int32_t label, tokens[64];
     const double temperature[SCALES + 1] = {0, 0.4, 0.5, 0.75};
-    sample_defaults(&o, m);
+    sample_defaults(&o);
     TRY(model_class(m, "food", &label));
-    o.n = 1, o.seed = 3, o.label = &label, o.scale_done = keep, o.context = chain;
+    o.n = 1, o.seed = 3, o.label = &label, o.scale_done = keep, o.context = grids;
     for (int t = 1; t <= SCALES; t++) o.temperature[t] = temperature[t], o.chain[t] = t < SCALES ? 8 : 1;
-    return model_sample(m, &o, tokens);
+    const Chain chain = model_chain(m);
+    return sample_chain(&chain, &o, tokens);
 }
 
 static Err page_7(void) {
     Bundled b = {0};
-    Chain chain;
+    Grids grids;
     real prob[K], logits[K] = {1, 0, 2, -1};
     TRY(read_example(&b, 0));
     TRY(vqgan_plan(b.m.vqgan, 1, b.m.side, b.m.side, 0));
@@ -469,11 +470,11 @@ static Err page_7(void) {
     for (int k = 0; k < K; k++) shown[k] = (double)prob[k];
     row("prob", shown, K);
     printf("u = 0.05 draws %d, u = 0.90 draws %d\n", (int)sample_pick(prob, K, 0.05), (int)sample_pick(prob, K, 0.9));
-    TRY(draw_chain(&b.m, &chain));
+    TRY(draw_chain(&b.m, &grids));
     for (int t = SCALES; t >= 0; t--) {
         char name[8];
         snprintf(name, sizeof name, "x_%d", t);
-        grid(name, chain.x[t], 2, b.m.w); /* the two upper rows */
+        grid(name, grids.x[t], 2, b.m.w); /* the two upper rows */
     }
     bundled_free(&b);
     return OK;

@@ -4,7 +4,7 @@
  * The tokens of held-out pictures (training pictures, where fewer than PICTURES are held out) are noised until a share
  * alphacum of them is left, for a grid of such shares, and decoded; how far that takes a picture from its clean
  * reconstruction is the metric. RUN/psim.txt holds the curve; the schedule curve:RUN/psim.txt takes equal steps of it
- * (schedule_from_curve in diffusion.c).
+ * (files/betas.c).
  *
  * The metric is a plain feature distance, not a trained perceptual one: both pictures go through the first stage's own
  * encoder; at each position, features are scaled to length one; mean over positions of the squared distance, 0..4. */
