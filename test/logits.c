@@ -33,7 +33,7 @@ static Err scale(TensorList *list, Model *m, int t) {
     TRY(transformer_plan(m->net, SAMPLES, N, 0));
     TRY(random_ints(&x, SAMPLES * N, m->K, 3 * (uint64_t)t));
     TRY(random_ints(&xt, SAMPLES * N, m->K, 3 * (uint64_t)t + 1));
-    if (m->n_classes) TRY(random_ints(&label, SAMPLES, m->n_classes, 3 * (uint64_t)t + 2));
+    if (m->classes.n) TRY(random_ints(&label, SAMPLES, m->classes.n, 3 * (uint64_t)t + 2));
     for (int b = 0; b < SAMPLES; b++) ts[b] = t;
     TRY(transformer_forward(m->net, x, xt, ts, label, SAMPLES, N, &logits));
     TRY(mem_alloc(&copy, n, sizeof *copy, "logits"));
