@@ -57,14 +57,13 @@ Err size_mul(size_t *out, size_t a, size_t b) {
 }
 
 Err mem_alloc(void *out_pointer, size_t count, size_t size, const char *what) {
-    enum { ALIGN = 64 }; /* a cache line, and the widest vector */
     enum { HUGE_PAGE = 2 << 20 };
     size_t bytes, rounded;
     void *p = NULL;
-    if (__builtin_mul_overflow(count, size, &bytes) || __builtin_add_overflow(bytes, (size_t)ALIGN, &rounded))
+    if (__builtin_mul_overflow(count, size, &bytes) || __builtin_add_overflow(bytes, (size_t)LINE_BYTES, &rounded))
         return err("%s: %zu x %zu bytes is more than memory can address", what, count, size);
-    rounded = rounded / ALIGN * ALIGN; /* at least one line: count = 0 is a valid pointer too */
-    if (rounded == 0) rounded = ALIGN;
+    rounded = rounded / LINE_BYTES * LINE_BYTES; /* at least one line: count = 0 is a valid pointer too */
+    if (rounded == 0) rounded = LINE_BYTES;
 #ifdef MADV_HUGEPAGE /* matrices walked row by row would else need a page's address for every row */
     if (rounded >= 2 * HUGE_PAGE && rounded < SIZE_MAX - HUGE_PAGE) {
         rounded = (rounded + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
@@ -72,7 +71,7 @@ Err mem_alloc(void *out_pointer, size_t count, size_t size, const char *what) {
         if (p) madvise(p, rounded, MADV_HUGEPAGE); /* advice: without it everything is the same, but slower */
     } else
 #endif
-        p = aligned_alloc(ALIGN, rounded);
+        p = aligned_alloc(LINE_BYTES, rounded);
     if (!p) return err("%s: no memory for %.1f MiB", what, (double)bytes / 1048576.0);
     memset(p, 0, rounded);
     memcpy(out_pointer, &p, sizeof p);

@@ -1,4 +1,5 @@
-/* base.h - what base/ gives: error values, memory, random streams, threads, options. Parameter tables are params.h's. */
+/* base.h - what base/ gives: error values, memory, paths, random streams, threads, options. Parameter tables are
+ * params.h's, places where networks compute compute.h's, memory that areas share plan.h's. */
 #ifndef BASE_H
 #define BASE_H
 
@@ -26,9 +27,9 @@ enum { OK = 0, FAILED = 1 };
 
 /* The longest path that is worked with, its zero byte included, and the longest error text, which may begin with it. */
 enum { PATH_BYTES = 4096, ERR_MAX = PATH_BYTES + 1024 };
-/* Set this thread's error text (one line, at most ERR_MAX-1 bytes, control characters are replaced); FAILED. */
+/* Sets this thread's error text: one line of at most ERR_MAX-1 bytes, control characters replaced. Returns FAILED. */
 Err err(const char *fmt, ...) PRINTF_LIKE(1, 2);
-/* Put "where: " in front of the present text, to say in which file or option it happened; FAILED. */
+/* Puts "where: " in front of the present text, to say in which file or option it happened. Returns FAILED. */
 Err err_in(const char *where);
 /* The text of the last error in this thread; "" if none. */
 const char *err_text(void);
@@ -37,14 +38,16 @@ const char *err_text(void);
         if ((call) != OK) return FAILED;                                                                               \
     } while (0)
 
-/* *out = zeroed memory for count elements of size bytes, 64-byte aligned; release with free(). Overflow of the
- * product and lack of memory are errors that name what it was for and how much was asked. count = 0 gives a valid
+enum { LINE_BYTES = 64 }; /* a cache line, and the widest vector */
+#define NONE ((size_t)-1) /* an index or a number of something that is not there */
+/* *out = zeroed memory for count elements of size bytes, at a multiple of LINE_BYTES; release with free(). Overflow of
+ * the product and lack of memory are errors that name what it was for and how much was asked. count = 0 gives a valid
  * pointer. */
 Err mem_alloc(void *out_pointer, size_t count, size_t size, const char *what);
 /* Makes room for `more` elements behind the n of *array (capacity elements of size bytes); it grows by half at
  * least. */
 Err mem_grow(void *array_pointer, size_t n, size_t more, size_t *capacity, size_t size, const char *what);
-/* *out = a*b or an error */
+/* *out = a*b; an error if that overflows. */
 Err size_mul(size_t *out, size_t a, size_t b);
 /* Bytes that this process can still take: the least of what the machine, its control groups (containers) and the
  * process's own limits (ulimit -v, -d) leave. File caches count as free, for the kernel gives them up. SIZE_MAX:

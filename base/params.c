@@ -5,7 +5,10 @@
  * Whoever allocates, initialises, loads, saves, updates or checks a model loops over its rows, so adding a layer to a
  * network means adding rows, and nothing else in the project knows a name or an order.
  *
- * Read in this order: building a table; planning memory; initial values; sums over a table; loading; saving. */
+ * Files of tables are files/weights.c's, the optimizer is kernels/optimizer.c's. Where a table has a copy on a GPU, what
+ * happens to all its rows at once happens there.
+ *
+ * Read in this order: building a table; planning memory; initial values; what happens to all rows at once. */
 #include "base/params.h"
 #include "base/compute.h"
 
@@ -14,16 +17,12 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
-#include <unistd.h>
 
-/* One of a row's pointers; they stand in the order of Params.arena. */
 real **params_slot(Param *row, int arena) {
     real **slots[ARENAS] = {&row->value, &row->grad, &row->m, &row->v, &row->ema};
     return slots[arena];
 }
 
-/* Adam's moments may be in bf16 */
 int params_in_bf16(const Params *p, int arena) {
     return p->bf16_moments && (arena == 2 || arena == 3);
 }
@@ -32,7 +31,6 @@ uint16_t **params_slot16(Param *row, int arena) {
     return arena == 2 ? &row->m16 : &row->v16;
 }
 
-/* The arena of a letter: v value, g gradient, 1 and 2 Adam moments, e EMA. -1: an error, already set. */
 int params_arena(const Params *p, char which) {
     static const char letters[] = "vg12e";
     const char *letter = which ? strchr(letters, which) : NULL;
@@ -43,6 +41,8 @@ int params_arena(const Params *p, char which) {
         err("parameters of kind '%c', expected one of %s", which, letters);
     return -1;
 }
+
+/* ---- Building a table ---- */
 
 static Err check_row(const Params *p, const Param *row) {
     for (int k = 0; k < ARENAS; k++) {
@@ -77,6 +77,8 @@ Err params_add(Params *p, size_t *index, Init init, double scale, double decay, 
     return OK;
 }
 
+/* ---- Planning memory ---- */
+
 static Err plan_arena(Params *p, int arena, const char *what) {
     if (p->arena[arena]) return OK;
     const int bf16 = params_in_bf16(p, arena);
@@ -100,6 +102,8 @@ Err params_plan(Params *p, int what) {
     if (what & PLAN_EMA) TRY(plan_arena(p, 4, "the moving average"));
     return OK;
 }
+
+/* ---- Initial values ---- */
 
 /* Element i of a row draws number i of the row's stream, so neither threads nor other rows matter. */
 enum { INIT_RUN = 4096 }; /* elements of a task */
@@ -129,6 +133,8 @@ void params_init(Params *p, uint64_t seed) {
     for (size_t i = 0; i < p->n && p->arena[0]; i++) init_row(&p->row[i], seed, rng_stream(RNG_INIT, i, 0));
     if (p->arena[0] && p->arena[4]) memcpy(p->arena[4], p->arena[0], p->total * sizeof(real));
 }
+
+/* ---- All rows at once ---- */
 
 void params_zero_grad(Params *p) {
     if (p->device)
@@ -182,8 +188,6 @@ Err params_send(Params *p) {
 Err params_fetch(Params *p) {
     return p->device ? p->ops->fetch(p->device, p) : OK;
 }
-
-/* ---- Matrices in fewer bits ---- */
 
 void params_free(Params *p) {
     if (p->device) p->ops->close(p->device);

@@ -8,8 +8,8 @@
 extern "C" {
 #endif
 
-/* stream.c. A weight matrix (N,K) as it is stored: row-major without gaps; or packed in stream.c's panels, as the upper
- * halves of floats, or as whole numbers -127..127 and a factor for each row. */
+/* How the numbers of a weight matrix (N,K) are kept: as reals, row-major without gaps; as bf16, the upper halves of
+ * floats; as whole numbers -127..127 and a factor for each row. The last two lie in panels (kernels/stream.c). */
 typedef enum { WEIGHTS_REAL, WEIGHTS_BF16, WEIGHTS_INT8 } WeightFormat;
 typedef struct {
     WeightFormat format;
@@ -21,8 +21,8 @@ static inline size_t weight_bytes(WeightFormat f) { /* of one number */
 }
 
 enum { NAME_MAX_BYTES = 160 };
-/* ---- params.c: parameter tables. One row per tensor of a model; allocation, init, load, save, decay, optimizer, EMA
- * and gradient checks loop over the rows and nothing else knows names or order. ---- */
+/* A table has one row per tensor of a model. Allocation, init, load, save, decay, optimizer, EMA and gradient checks
+ * loop over the rows, and nothing else knows names or order. */
 typedef enum { INIT_ZERO, INIT_ONE, INIT_NORMAL, INIT_UNIFORM } Init;
 typedef struct {
     char name[NAME_MAX_BYTES]; /* official state-dict name, without the model's prefix */
@@ -43,13 +43,13 @@ typedef struct Params Params;
 struct Params {
     Param *row;
     size_t n, capacity;
-    size_t total;          /* elements of one arena, padding included */
-    real *arena[5];        /* value, grad, m, v, ema: one allocation each */
-    int bf16_moments;      /* set before the plan: m and v are kept in bf16, in half the memory */
-    void *packed;          /* of all matrices */
-    WeightFormat format;   /* how params_map keeps matrices; set before */
-    struct Device *device; /* NULL, or the table's twin on a GPU, where everything then happens (device.h) */
-    const struct DeviceOps *ops;
+    size_t total;                /* elements of one arena, padding included */
+    real *arena[5];              /* value, grad, m, v, ema: one allocation each */
+    int bf16_moments;            /* set before the plan: m and v are kept in bf16, in half the memory */
+    void *packed;                /* of all matrices */
+    WeightFormat format;         /* how params_map keeps matrices; set before */
+    struct Device *device;       /* the table's copy on a GPU, where everything then happens; NULL: here (compute.h) */
+    const struct DeviceOps *ops; /* of that GPU */
     void (*ready)(Params *p, size_t row); /* whom params_ready tells; NULL: nobody */
 };
 enum { PLAN_VALUE = 1, PLAN_GRAD = 2, PLAN_ADAM = 4, PLAN_EMA = 8 };
@@ -78,7 +78,7 @@ void params_free(Params *p);
  * letter (v value, g gradient, 1 and 2 Adam moments, e EMA), or -1: an error, already set. */
 enum {
     ARENAS = 5,
-    ROW_REALS = 64 / sizeof(real) /* rows begin at a cache line, which is also the widest vector */
+    ROW_REALS = LINE_BYTES / sizeof(real) /* rows begin at a cache line */
 };
 real **params_slot(Param *row, int arena);
 int params_in_bf16(const Params *p, int arena);

@@ -54,12 +54,10 @@ enum {
     NC = 1024,                                                       /* columns of a tile */
     PACK_A_COLS = 2 * NR, /* a tile as narrow as this reads A where it stands */
     TILES_PER_THREAD = 2, /* at least */
-    CACHE_LINE = 64
 };
-static const size_t SMALL_WORK = (size_t)1 << 20; /* multiply-adds below which waking a thread does not pay */
 
-static __thread real block_a[MC * KC] __attribute__((aligned(64)));
-static __thread real panel_b[KC * NR] __attribute__((aligned(64)));
+static __thread real block_a[MC * KC] __attribute__((aligned(LINE_BYTES)));
+static __thread real panel_b[KC * NR] __attribute__((aligned(LINE_BYTES)));
 
 /* A matrix seen through two strides: element (i,j) is p[i * row + j * col]. Either row or col is 1. */
 typedef struct {
@@ -199,7 +197,7 @@ static void fetch(View v, size_t rows, size_t cols, size_t part, size_t parts) {
     const size_t n = v.col == 1 ? rows : cols, length = v.col == 1 ? cols : rows, step = v.col == 1 ? v.row : v.col;
     const size_t share = ceil_div(n, parts), end = min_size(n, (part + 1) * share);
     for (size_t i = part * share; i < end; i++)
-        for (size_t k = 0; k < length; k += CACHE_LINE / sizeof(real)) __builtin_prefetch(v.p + i * step + k, 0, 2);
+        for (size_t k = 0; k < length; k += LINE_BYTES / sizeof(real)) __builtin_prefetch(v.p + i * step + k, 0, 2);
 }
 
 /* ---- Blocks and tiles ---- */
@@ -297,7 +295,7 @@ static void choose_tiles(Product *p, size_t threads) {
         p->cols = min_size(p->cols, round_up(ceil_div(p->N, across), NR));
         const size_t idle = round_up(p->tiles, threads) - p->tiles; /* threads without a tile in the last round */
         if (threads == 1 || (p->tiles >= TILES_PER_THREAD * threads && idle <= p->tiles / 16)) return;
-        if (work(p->rows, p->cols, p->K) < (double)SMALL_WORK) return;
+        if (work(p->rows, p->cols, p->K) < SMALL_PRODUCT) return;
         if (p->rows > p->cols && p->rows > MR)
             p->rows = round_up(p->rows / 2, MR);
         else if (p->cols > NR)
@@ -323,7 +321,7 @@ static void clear(real *C, size_t M, size_t N, size_t ldc) {
 
 /* How many threads a product is worth: 1 when it is small or when all threads are busy already. */
 static int threads_for(size_t M, size_t N, size_t K) {
-    return work(M, N, K) < (double)SMALL_WORK ? 1 : threads_free();
+    return work(M, N, K) < SMALL_PRODUCT ? 1 : threads_free();
 }
 
 static void tile_task(void *context, size_t tile) {

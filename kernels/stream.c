@@ -90,10 +90,8 @@ enum {
     AHEAD = 8192,                       /* bytes fetched ahead then */
     BURST = 16,                         /* steps between two rounds of fetching */
     ROWS = 512,                         /* rows of A, at most, that share one reading of the weights */
-    LINE = 64,                          /* bytes that memory hands over at a time */
     TASKS_PER_THREAD = 4                /* so that a delayed thread costs little */
 };
-static const double SMALL_WORK = 1 << 20; /* multiply-adds below which waking a thread does not pay */
 
 /* What a row of A counts in: a number, or with PAIRS two bf16, the even k low. */
 typedef union {
@@ -317,7 +315,7 @@ typedef struct {
 
 INLINE void fetch(WeightFormat format, Ahead *a, size_t lines) {
     const size_t end = min_size(a->end, a->next + lines), n = streams(format);
-    for (size_t i = a->next; i < end; i++) __builtin_prefetch(a->at + i % n * a->stride + i / n * LINE, 0, 2);
+    for (size_t i = a->next; i < end; i++) __builtin_prefetch(a->at + i % n * a->stride + i / n * LINE_BYTES, 0, 2);
     a->next = end;
 }
 
@@ -336,7 +334,7 @@ INLINE Ahead ahead_of(WeightFormat format, const Stream *s, size_t j, size_t ste
     if (j >= end) return a;
     a.at = weights_at(format, s, j, step);
     a.end = streams(format) *
-            ceil_div(ceil_div(min_size(STEPS, all - step), unit_steps(format)) * unit_bytes(format), LINE);
+            ceil_div(ceil_div(min_size(STEPS, all - step), unit_steps(format)) * unit_bytes(format), LINE_BYTES);
     return a;
 }
 
@@ -550,7 +548,7 @@ void gemm_stream(size_t M, size_t N, size_t K, const real *A, size_t lda, const 
         const size_t rows = min_size(ROWS, M - x);
         const Step *a = (const Step *)(const void *)(A + x * lda);
         Stream s = {rows, N, K, a, lda, w, accumulate, C + x * ldc, ldc, 0};
-        const int threads = (double)(rows + 8) * (double)N * (double)K < SMALL_WORK ? 1 : threads_free();
+        const int threads = (double)(rows + 8) * (double)N * (double)K < SMALL_PRODUCT ? 1 : threads_free();
         if (packed) {
             Round round = {A + x * lda, (Step *)work, lda, K, all_steps(w->format, K), w->format};
             parallel_for(rows * K < 65536 ? 1 : threads, rows, round_row, &round);

@@ -31,6 +31,8 @@
 typedef real Vec __attribute__((vector_size(VECTOR_BYTES)));
 #define INLINE static inline __attribute__((always_inline))
 
+enum { SMALL_PRODUCT = 1 << 20 }; /* multiply-adds below which waking a thread does not pay */
+
 INLINE Vec load(const real *p) {
     Vec v;
     memcpy(&v, p, sizeof v);

@@ -22,7 +22,6 @@
 #include <string.h>
 
 enum { MAX_LAYERS = 16 }; /* of the configuration's n_layers */
-#define NONE ((size_t)-1)
 static const double BATCH_EPS = 1e-5, MOMENTUM = 0.1;
 static const real SLOPE = (real)0.2; /* of leaky ReLU below 0 */
 
