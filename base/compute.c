@@ -21,6 +21,14 @@ void compute_plainly(int yes) {
     plainly = yes;
 }
 
+const Layers *layers_here(void) {
+#ifdef PLAIN
+    return NULL;
+#else
+    return &fast_layers;
+#endif
+}
+
 Compute compute_of(const Params *p) {
     Compute on = {.unit = sizeof(real), .threads = threads_get()};
     if (p->device) {
@@ -28,9 +36,7 @@ Compute compute_of(const Params *p) {
         on.fast = p->ops->layers, on.unit = p->ops->unit;
         return on;
     }
-#ifndef PLAIN
-    if (!plainly) on.fast = &fast_layers;
-#endif
+    if (!plainly) on.fast = layers_here();
     return on;
 }
 

@@ -45,6 +45,8 @@ struct Compute {
 
 /* Where the network of this table computes, from the next plan on. Scratch is still to be planned. */
 Compute compute_of(const Params *p);
+/* This processor's fellows, whoever else computes; NULL in a program without kernels/ (PLAIN=1). */
+const Layers *layers_here(void);
 /* Tests: networks that are planned from now on compute with the plain loops. */
 void compute_plainly(int plainly);
 /* A layer will need so many bytes of scratch. */

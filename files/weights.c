@@ -1,13 +1,13 @@
 /* weights.c - parameter tables from files and into them: loaded, mapped where they lie, packed in fewer bits. */
+#include "base/compute.h"
 #include "files/files.h"
-#include "kernels/kernels.h"
 
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
-/* out = prefix + name, the name without its dots if asked (so the official EMA calls its buffers, SPEC section 6) */
+/* out = prefix + name, without the name's dots if strip_dots: so the official EMA calls its buffers (SPEC section 6). */
 static Err join_name(char out[NAME_MAX_BYTES], const char *prefix, const char *name, int strip_dots) {
     size_t n = strlen(prefix), length = strlen(name);
     if (n + length >= NAME_MAX_BYTES) return err("tensor name '%s%s' is too long", prefix, name);
@@ -30,7 +30,7 @@ static Err load_bf16(uint16_t *out, const Checkpoint *ck, const char *name, cons
     }
     TRY(mem_alloc(&numbers, row->size, sizeof *numbers, "a moment"));
     tensor_to_reals(x, numbers);
-    round_bf16(out, numbers, row->size);
+    for (size_t i = 0; i < row->size; i++) out[i] = bf16_from_float((float)numbers[i]);
     free(numbers);
     return OK;
 }
@@ -59,24 +59,25 @@ Err params_load_ema(Params *p, const Checkpoint *ck, char which, const char *ema
 }
 
 /* Can the numbers be used where they lie in the file? */
-static int lies_ready(const Tensor *x) {
+static int usable_in_place(const Tensor *x) {
     const Dtype own = sizeof(real) == sizeof(double) ? DT_F64 : DT_F32;
     return x->dtype == own && (uintptr_t)x->data % sizeof(real) == 0;
 }
 
+/* Bytes of a packed matrix without the factors of its rows. */
 static size_t packed_bytes(const Param *row, WeightFormat format) {
-    return round_up(weights_bytes(format, row->dim[0], row->dim[1]), 64);
+    return round_up(layers_here()->weights_bytes(format, row->dim[0], row->dim[1]), LINE_BYTES);
 }
 
-/* With the factors of its rows */
-static size_t kept_bytes(const Param *row, WeightFormat format) {
-    if (!row->matrix || format == WEIGHTS_REAL) return row->size * sizeof(real);
-    return packed_bytes(row, format) + round_up(row->dim[0] * sizeof(float), 64);
+/* Bytes of a row's value, the factors of a packed matrix's rows included. */
+static size_t value_bytes(const Param *row, WeightFormat format) {
+    if (!row->matrix || format == WEIGHTS_REAL || !layers_here()) return row->size * sizeof(real);
+    return packed_bytes(row, format) + round_up(row->dim[0] * sizeof(float), LINE_BYTES);
 }
 
 size_t params_bytes(const Params *p, WeightFormat format) {
     size_t bytes = 0;
-    for (size_t i = 0; i < p->n; i++) bytes += kept_bytes(&p->row[i], format);
+    for (size_t i = 0; i < p->n; i++) bytes += value_bytes(&p->row[i], format);
     return bytes;
 }
 
@@ -84,28 +85,30 @@ size_t params_bytes(const Params *p, WeightFormat format) {
 static Err plan_packed(Params *p, WeightFormat format) {
     size_t bytes = 0;
     if (p->packed) return err("matrices are packed already");
+    if (!layers_here())
+        return err("weights in fewer bits need kernels/, which this program was built without (PLAIN=1)");
     for (size_t i = 0; i < p->n; i++)
-        if (p->row[i].matrix) bytes += kept_bytes(&p->row[i], format);
+        if (p->row[i].matrix) bytes += value_bytes(&p->row[i], format);
     TRY(mem_alloc(&p->packed, bytes, 1, "packed matrices"));
     char *next = (char *)p->packed;
     for (size_t i = 0; i < p->n; i++) {
         Param *row = &p->row[i];
         if (!row->matrix) continue;
         row->packed = (Weights){format, next, (const float *)(const void *)(next + packed_bytes(row, format))};
-        next += kept_bytes(row, format);
+        next += value_bytes(row, format);
     }
     return OK;
 }
 
-/* The pages of a file that nobody needs any more; they come back from it if somebody does. */
-static void let_go(const Checkpoint *ck, const Tensor *x) {
+/* Gives back the pages of a tensor that nobody needs any more; reading it again fetches them from the file. */
+static void unmap_pages(const Checkpoint *ck, const Tensor *x) {
     const size_t page = (size_t)sysconf(_SC_PAGESIZE), map = (size_t)ck->map;
     const size_t begin = round_up((size_t)x->data, page), bytes = x->size * dtype_size(x->dtype);
     const size_t end = ((size_t)x->data + bytes) / page * page;
     if (begin >= map && end <= map + ck->map_bytes && begin < end) madvise((void *)begin, end - begin, MADV_DONTNEED);
 }
 
-/* Packs x (out,in) into the place of its row, a row of x at a time. */
+/* Packs x (out,in) into its place in the table, a row of x at a time. */
 static Err pack_matrix(const Param *row, const Tensor *x) {
     const size_t in = row->dim[1];
     real *line;
@@ -115,7 +118,8 @@ static Err pack_matrix(const Param *row, const Tensor *x) {
     for (size_t r = 0; r < row->dim[0]; r++) {
         part.data = (const char *)x->data + r * in * dtype_size(x->dtype);
         tensor_to_reals(&part, line);
-        weights_pack(row->packed.format, (void *)row->packed.data, (float *)row->packed.scale, line, r, in);
+        layers_here()->weights_pack(row->packed.format, (void *)row->packed.data, (float *)row->packed.scale, line, r,
+                                    in);
     }
     free(line);
     return OK;
@@ -145,11 +149,11 @@ static Err map_rows(Params *p, const Checkpoint *ck, const char *prefix, int str
         if (row->matrix && format != WEIGHTS_REAL) {
             if (arena) {
                 TRY(pack_matrix(row, x));
-                let_go(ck, x);
+                unmap_pages(ck, x);
             }
             continue;
         }
-        if (lies_ready(x)) {
+        if (usable_in_place(x)) {
             memcpy(&row->value, &x->data, sizeof row->value);
             continue;
         }
