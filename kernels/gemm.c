@@ -210,14 +210,14 @@ static void add_tile(int rows, size_t cols, const real *tile, int add, real *c, 
     }
 }
 
-/* What to do between two micro tiles. */
+/* What is prepared between two micro tiles, while the multiply-add units are busy. */
 typedef struct {
-    View a;                /* pack these rows of A into block_a on the way; p NULL: nothing to pack */
-    View b;                /* fetch this, the next panel of B */
+    View a;                /* rows of A to pack into block_a on the way; p NULL: nothing to pack */
+    View b;                /* the next panel of B, to fetch */
     size_t b_rows, b_cols; /* 0: there is none */
-} Between;
+} Next;
 
-static void between(const Between *to_do, size_t i, size_t rows, size_t kc) {
+static void prepare_next(const Next *to_do, size_t i, size_t rows, size_t kc) {
     if (to_do->a.p) {
         pack_a(block_a + i * KC, view_at(to_do->a, i, 0), min_size(MR, rows - i), kc);
         if (i + MR < rows) fetch(view_at(to_do->a, i + MR, 0), min_size(MR, rows - i - MR), kc, 0, 1);
@@ -228,13 +228,13 @@ static void between(const Between *to_do, size_t i, size_t rows, size_t kc) {
 /* One panel: C (rows, cols <= NR) = or += A (rows,kc) b (kc, row stride ldb). a_step: from one MR rows of A to the
  * next. Where C is narrower than the vectors the sums take a way over the stack. */
 static void panel_product(size_t rows, size_t cols, size_t kc, View a, size_t a_step, const real *b, size_t ldb,
-                          int add, real *c, size_t ldc, const Between *to_do) {
+                          int add, real *c, size_t ldc, const Next *to_do) {
     const int vecs = cols <= LANES ? 1 : NV;
     for (size_t i = 0; i < rows; i += MR) {
         const int high = (int)min_size(MR, rows - i);
         const View ai = {a.p + i / MR * a_step, a.row, a.col};
         real *ci = c + i * ldc;
-        between(to_do, i, rows, kc);
+        prepare_next(to_do, i, rows, kc);
         if (cols == (size_t)vecs * LANES) {
             micro_tile(high, vecs, kc, ai, b, ldb, add, ci, ldc);
         } else {
@@ -263,8 +263,8 @@ static void block_product(const Product *p, size_t rows, size_t cols, size_t kc,
     const size_t a_step = packs ? MR * KC : MR * a.row; /* both kinds of packed panel are MR*KC long */
     for (size_t j = 0; j < cols; j += NR) {
         const size_t width = min_size(NR, cols - j), next = j + NR < cols && rows > MR ? j + NR : 0;
-        const Between to_do = {packs && j == 0 ? a : none, next ? view_at(p->b, k0, j0 + next) : none, next ? kc : 0,
-                               min_size(NR, cols - next)};
+        const Next to_do = {packs && j == 0 ? a : none, next ? view_at(p->b, k0, j0 + next) : none, next ? kc : 0,
+                            min_size(NR, cols - next)};
         const View bj = view_at(p->b, k0, j0 + j);
         if (bj.col == 1 && rows <= MR && (width == NR || width == LANES)) { /* read once: no use in packing */
             panel_product(rows, width, kc, packed, a_step, bj.p, bj.row, add, c + j, p->ldc, &to_do);
@@ -278,7 +278,7 @@ static void block_product(const Product *p, size_t rows, size_t cols, size_t kc,
 /* ---- The product ---- */
 
 /* The cost of a product in multiply-adds; + MR stands for reading and packing B. */
-static double work(size_t M, size_t N, size_t K) {
+static double cost(size_t M, size_t N, size_t K) {
     return (double)(M + MR) * (double)N * (double)K;
 }
 
@@ -295,7 +295,7 @@ static void choose_tiles(Product *p, size_t threads) {
         p->cols = min_size(p->cols, round_up(ceil_div(p->N, across), NR));
         const size_t idle = round_up(p->tiles, threads) - p->tiles; /* threads without a tile in the last round */
         if (threads == 1 || (p->tiles >= TILES_PER_THREAD * threads && idle <= p->tiles / 16)) return;
-        if (work(p->rows, p->cols, p->K) < SMALL_PRODUCT) return;
+        if (cost(p->rows, p->cols, p->K) < SMALL_PRODUCT) return;
         if (p->rows > p->cols && p->rows > MR)
             p->rows = round_up(p->rows / 2, MR);
         else if (p->cols > NR)
@@ -321,7 +321,7 @@ static void clear(real *C, size_t M, size_t N, size_t ldc) {
 
 /* How many threads a product is worth: 1 when it is small or when all threads are busy already. */
 static int threads_for(size_t M, size_t N, size_t K) {
-    return work(M, N, K) < SMALL_PRODUCT ? 1 : threads_free();
+    return cost(M, N, K) < SMALL_PRODUCT ? 1 : threads_free();
 }
 
 static void tile_task(void *context, size_t tile) {

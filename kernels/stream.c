@@ -29,7 +29,7 @@ void round_bf16(uint16_t *to, const real *x, size_t n) {
     for (size_t i = 0; i < n; i++) to[i] = bf16_from_float((float)x[i]);
 }
 
-/* What the numbers of a row are counted in; NaN if one of them is not finite. */
+/* The factor of a row in int8: its largest magnitude becomes 127. NaN if a number is not finite. */
 static float int8_factor(const real *x, size_t n) {
     float largest = 0;
     int finite = 1;
@@ -93,7 +93,7 @@ enum {
     TASKS_PER_THREAD = 4                /* so that a delayed thread costs little */
 };
 
-/* What a row of A counts in: a number, or with PAIRS two bf16, the even k low. */
+/* A step of a row of A: one number, or with PAIRS two bf16, the even k in the lower half. */
 typedef union {
     real number;
     uint32_t pair;
@@ -111,7 +111,7 @@ typedef struct {
 } Stream;
 
 static __thread Vec panel[VECS][STEPS] __attribute__((aligned(64)));
-static __thread Vec sums[ROWS * VECS] __attribute__((aligned(64))); /* between two pieces of the same outputs */
+static __thread Vec sums[ROWS * VECS] __attribute__((aligned(LINE_BYTES))); /* between two pieces of the same outputs */
 
 /* The steps that a word holds. */
 INLINE size_t word_steps(WeightFormat format) {
@@ -249,7 +249,8 @@ INLINE size_t unit_steps(WeightFormat format) {
     return format == WEIGHTS_REAL ? LANES : word_steps(format);
 }
 
-/* to = n <= unit_steps steps, from `step` on, of LANES outputs from j on. Rows of weights behind the last are it. */
+/* to = n <= unit_steps steps, from `step` on, of LANES outputs from j on. Past the last row of weights the last row is
+ * read again; what comes of it is not stored. */
 INLINE void spread_unit(WeightFormat format, const Stream *s, size_t j, size_t step, size_t n, Vec *to) {
     if (format != WEIGHTS_REAL) {
         Vec packed;
@@ -270,12 +271,10 @@ INLINE void spread_unit(WeightFormat format, const Stream *s, size_t j, size_t s
 
 static real one_weight(const Stream *s, size_t j, size_t k) {
     const char *w = words_at(s->w->format, s, j, k);
-    uint32_t bits = 0;
-    float f;
+    uint16_t half;
     if (s->w->format == WEIGHTS_INT8) return ((const int8_t *)w)[k % 4];
-    memcpy((char *)&bits + 2, w + k % 2 * 2, 2);
-    memcpy(&f, &bits, sizeof f);
-    return f;
+    memcpy(&half, w + k % 2 * 2, sizeof half);
+    return (real)bf16_to_float(half);
 }
 
 INLINE size_t unit_steps(WeightFormat format) {
@@ -294,12 +293,12 @@ INLINE void spread_unit(WeightFormat format, const Stream *s, size_t j, size_t s
 
 /* ---- Fetching ahead ---- */
 
-/* Rows of weights, or panels, that VECS*LANES outputs come from. */
+/* Number of places in memory that VECS*LANES outputs are read from at once: rows of weights, or panels. */
 INLINE size_t streams(WeightFormat format) {
     return format == WEIGHTS_REAL ? VECS * LANES : ceil_div(VECS * LANES, PANEL_ROWS);
 }
 
-/* Bytes from one to the next, and of the steps of one unit. */
+/* Bytes from one of these places to the next, and of the steps of one unit. */
 INLINE size_t stream_bytes(WeightFormat format, size_t K) {
     return format == WEIGHTS_REAL ? K * sizeof(real) : panel_bytes(format, K);
 }
@@ -325,7 +324,8 @@ INLINE const char *weights_at(WeightFormat format, const Stream *s, size_t j, si
                                   : words_at(format, s, j, step);
 }
 
-/* What follows the piece at (j,step) in the task that ends before output `end`; nothing behind its last. */
+/* The weights that are read after the piece at (j,step), in the task that ends before output `end`. None after the
+ * task's last piece. */
 INLINE Ahead ahead_of(WeightFormat format, const Stream *s, size_t j, size_t step, size_t end) {
     const size_t all = all_steps(format, s->K);
     Ahead a = {NULL, stream_bytes(format, s->K), 0, 0};
@@ -368,9 +368,9 @@ INLINE void multiply_group(WeightFormat format, int rows, const Stream *s, const
                            size_t j, size_t step, size_t steps, Ahead *ahead, size_t lines) {
     const Step *a = s->A + x * s->lda + step;
     const size_t lda = s->lda;
-    Vec sum[GROUP][VECS], *kept = sums + x * VECS;
+    Vec sum[GROUP][VECS], *so_far = sums + x * VECS;
     for (int i = 0; i < rows; i++)
-        for (int v = 0; v < VECS; v++) sum[i][v] = step ? kept[i * VECS + v] : (Vec){0};
+        for (int v = 0; v < VECS; v++) sum[i][v] = step ? so_far[i * VECS + v] : (Vec){0};
     for (size_t begin = 0; begin < steps; begin += BURST) {
         fetch(format, ahead, lines);
         for (size_t k = begin; k < min_size(steps, begin + BURST); k++) {
@@ -385,7 +385,7 @@ INLINE void multiply_group(WeightFormat format, int rows, const Stream *s, const
     for (int i = 0; i < rows; i++)
         for (int v = 0; v < VECS; v++)
             if (!last)
-                kept[i * VECS + v] = sum[i][v];
+                so_far[i * VECS + v] = sum[i][v];
             else if (j + (size_t)v * LANES < s->N)
                 put_sum(format, s, x + (size_t)i, j + (size_t)v * LANES, sum[i][v]);
 }
@@ -410,7 +410,7 @@ INLINE void multiply_rows(WeightFormat format, size_t rows, const Stream *s, con
 #undef EXPAND
 }
 
-/* Outputs behind the last are any that are there. */
+/* First output of vector v. Past the end: clamped to the last vector of outputs; what comes of it is not stored. */
 INLINE size_t output_of(const Stream *s, size_t j, int v) {
     return min_size(j + (size_t)v * LANES, (s->N - 1) / LANES * LANES);
 }
@@ -418,18 +418,18 @@ INLINE size_t output_of(const Stream *s, size_t j, int v) {
 /* All rows of A with VECS*LANES outputs from j on, of a task that ends before output `end`. */
 INLINE void stream_outputs(WeightFormat format, const Stream *s, size_t j, size_t end) {
     const size_t all = all_steps(format, s->K), groups = ceil_div(s->M, GROUP);
-    const int lies_ready = PAIRS && format == WEIGHTS_BF16;
+    const int in_place = PAIRS && format == WEIGHTS_BF16;
     for (size_t step = 0; step < all; step += STEPS) {
         const size_t steps = min_size(STEPS, all - step);
         const Vec *weights[VECS];
         Ahead ahead = ahead_of(format, s, j, step, end);
-        const size_t units = VECS * ceil_div(steps, unit_steps(format)), parts = groups + !lies_ready;
+        const size_t units = VECS * ceil_div(steps, unit_steps(format)), parts = groups + !in_place;
         const size_t in_spread = ceil_div(ahead.end, parts * units);
         const size_t in_multiply = ceil_div(ahead.end, parts * ceil_div(steps, BURST));
         for (int v = 0; v < VECS; v++) {
             weights[v] =
-                lies_ready ? (const Vec *)(const void *)weights_at(format, s, output_of(s, j, v), step) : panel[v];
-            for (size_t k = 0; k < steps && !lies_ready; k += unit_steps(format)) {
+                in_place ? (const Vec *)(const void *)weights_at(format, s, output_of(s, j, v), step) : panel[v];
+            for (size_t k = 0; k < steps && !in_place; k += unit_steps(format)) {
                 spread_unit(format, s, output_of(s, j, v), step + k, min_size(unit_steps(format), steps - k),
                             panel[v] + k);
                 fetch(format, &ahead, in_spread);
@@ -526,12 +526,8 @@ static void round_row(void *context, size_t r) {
     }
     for (; k < a->steps * 2; k++) half[place_of(a->format, k)] = k < a->K ? bf16_from_float(from[k]) : 0;
 #else
-    for (size_t k = 0; k < a->steps; k++) {
-        const uint32_t bits = k < a->K ? (uint32_t)bf16_from_float((float)from[k]) << 16 : 0;
-        float x;
-        memcpy(&x, &bits, sizeof x);
-        to[k].number = (real)x;
-    }
+    for (size_t k = 0; k < a->steps; k++)
+        to[k].number = k < a->K ? (real)bf16_to_float(bf16_from_float((float)from[k])) : 0;
 #endif
 }
 
@@ -559,7 +555,7 @@ void gemm_stream(size_t M, size_t N, size_t K, const real *A, size_t lda, const 
     }
 }
 
-/* ---- Kept keys and values stream by too: rows of real, or of bf16 ---- */
+/* ---- Attention while decoding: the kept keys and values stream by too, as rows of real or of bf16 ---- */
 
 /* Lane i of the result is the sum of all lanes of v[i], added as a tree, the same for every i. Each round adds the
  * halves of two vectors into one. */
