@@ -26,8 +26,7 @@ static int is_folder(const char *path) {
 static int has_file(const char *folder, const char *name) {
     char path[PATH_BYTES];
     struct stat st;
-    int length = snprintf(path, sizeof path, "%s/%s", folder, name);
-    return length > 0 && (size_t)length < sizeof path && stat(path, &st) == 0 && S_ISREG(st.st_mode);
+    return path_make(path, "%s/%s", folder, name) == OK && stat(path, &st) == 0 && S_ISREG(st.st_mode);
 }
 
 /* The file of scale t, 0: of all scales together; official files are .ckpt. */
@@ -188,7 +187,7 @@ static Err err_file(const char *path) {
 }
 
 static Err open_file(Checkpoint *ck, char path[PATH_BYTES], const Model *m, const char *name) {
-    snprintf(path, PATH_BYTES, "%s/%s", m->folder, name);
+    TRY(path_make(path, "%s/%s", m->folder, name));
     if (!has_file(m->folder, name)) return err("%s is missing", path);
     return checkpoint_open(ck, path);
 }
@@ -245,16 +244,16 @@ static Err find_recipe(Model *m) {
     Checkpoint ck = {0};
     size_t n;
     const NamedModel *named = named_models(&n);
-    snprintf(m->recipe, sizeof m->recipe, "%s/config.txt", m->folder);
+    TRY(path_make(m->recipe, "%s/config.txt", m->folder));
     if (has_file(m->folder, "config.txt")) return OK;
     for (size_t i = 0; i < n; i++) {
-        snprintf(m->recipe, sizeof m->recipe, "models/%s.txt", named[i].name);
+        TRY(path_make(m->recipe, "models/%s.txt", named[i].name));
         if (strcmp(named[i].folder, m->folder) == 0) return OK;
     }
     TRY(open_file(&ck, path, m, scale_file(name, scale, 1)));
     size_t i = 0;
     for (; i < n; i++) {
-        snprintf(m->recipe, sizeof m->recipe, "models/%s.txt", named[i].name);
+        if (path_make(m->recipe, "models/%s.txt", named[i].name) != OK) continue;
         if (recipe_fits(m->recipe, &ck, scale)) break;
     }
     checkpoint_close(&ck);
@@ -363,8 +362,7 @@ Err model_open(Model *m, const char *name_or_folder, const NamedModel **substitu
     memset(m, 0, sizeof *m);
     if (substituted) *substituted = NULL;
     TRY(find_folder(&folder, name_or_folder, substituted));
-    if (strlen(folder) >= sizeof m->folder) return err("model folder: a path of %zu bytes is too long", strlen(folder));
-    snprintf(m->folder, sizeof m->folder, "%s", folder);
+    TRY(path_make(m->folder, "%s", folder));
     if (open_folder(m) == OK) return OK;
     model_close(m);
     return FAILED;
@@ -539,8 +537,7 @@ static Err convert_part(Model *m, const char *folder, int t, Dtype store) {
     Config meta = {0};
     const char *file = t ? scale_file(name, m->joint ? 0 : t, 0) : "vqgan.safetensors";
     Err e = t ? scale_tensors(&list, &meta, m, t, store) : vqgan_tensors(&list, &meta, m->vqgan, store);
-    if (e == OK && (size_t)snprintf(path, sizeof path, "%s/%s", folder, file) >= sizeof path)
-        e = err("%.200s...: the path is too long", folder);
+    if (e == OK) e = path_make(path, "%s/%s", folder, file);
     if (e == OK) e = checkpoint_write(path, list.tensor, list.from_real, list.n, &meta);
     tensor_list_free(&list);
     config_free(&meta);

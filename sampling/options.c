@@ -150,7 +150,7 @@ static void say_gpu(const Model *m, const ModelMemory *need) {
 
 void sampling_memory(Model *m, size_t batch, size_t pictures) {
     ModelMemory need;
-    char first[32], scale[32], rest[32], there[32], what[2048];
+    char first[32], scale[32], rest[32], there[32], what[PATH_BYTES + 256];
     size_t available = memory_available();
     check(model_memory(m, batch, pictures, &need));
     bytes_text(first, need.first_stage), bytes_text(scale, need.scale), bytes_text(rest, need.activations);

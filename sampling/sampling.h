@@ -12,8 +12,8 @@ extern "C" {
 /* ---- model.c: a model as it lies on the disk: a VQGAN, a schedule and T transitions in one folder ---- */
 
 typedef struct {
-    char folder[1024], recipe[1100]; /* recipe: official files' configuration */
-    Config meta;                     /* of scale 1 */
+    char folder[PATH_BYTES], recipe[PATH_BYTES]; /* recipe: official files' configuration */
+    Config meta;                                 /* of scale 1 */
     Schedule schedule;
     Vqgan *vqgan;
     Checkpoint vqgan_file; /* its weights stay there */
