@@ -148,7 +148,7 @@ BASE := base threads params plan compute options
 KERNELS := $(if $(PLAINLY),,fast gemm stream conv norm layers attention decode guess optimizer discriminator)
 FILES := config atomic tensor checkpoint ckpt weights names images lmdb tokens recipe betas classes
 SAMPLING := model bounds options terminal
-COMPONENTS := $(BASE:%=base/%) $(KERNELS:%=kernels/%) $(FILES:%=files/%) data vqgan_layers vqgan transformer diffusion \
+COMPONENTS := $(BASE:%=base/%) $(KERNELS:%=kernels/%) $(FILES:%=files/%) data vqgan transformer diffusion \
               $(SAMPLING:%=sampling/%) training/discriminator training/perceptual
 PROGRAMS := sample train inpaint
 COLD := base/params base/options $(FILES:%=files/%) data sampling/model sampling/options sampling/terminal

@@ -102,7 +102,7 @@ Err loader_next(Loader *l, const real **images, const int32_t **labels);
 void loader_stop(Loader *l); /* NULL is fine */
 
 /* ------------------------------------------------------------------------------------------------------------
- * 5. vqgan.c, vqgan_layers.c: first stage, image <-> tokens (SPEC section 8; Esser et al. 2021, "Taming Transformers")
+ * 5. vqgan.c: first stage, image <-> tokens (SPEC section 8; Esser et al. 2021, "Taming Transformers")
  * ---------------------------------------------------------------------------------------------------------- */
 enum { VQ_LEVELS = 8 };
 typedef struct { /* the official ddconfig and quantiser settings, under their official names */
@@ -116,16 +116,6 @@ typedef struct { /* the official ddconfig and quantiser settings, under their of
 } VqganConfig;
 Err vqgan_config_read(VqganConfig *c, const Config *from, const char *prefix); /* prefix e.g. "model.params." */
 Err vqgan_config_write(Config *to, const VqganConfig *c, const char *prefix);
-
-/* Its layers (vqgan.c: what each computes), for whoever else is made of them. needs: before on->scratch is planned;
- * backward: 0 no, 1 yes, 2 of dx alone. */
-size_t conv_height(const Conv *c); /* of y */
-size_t conv_width(const Conv *c);
-void conv_needs(Compute *on, const Conv *c, int backward);
-void conv_forward(const Compute *on, real *y, const real *x, const real *w, const real *bias, const real *add,
-                  const Conv *c);
-void conv_backward(const Compute *on, real *dx, real *dw, real *db, const real *dy, const real *x, const real *w,
-                   int accumulate, const Conv *c);
 
 typedef struct Vqgan Vqgan;
 /* Builds the network and its parameter table (values are not allocated: params_plan). honour_tanh: apply tanh_out,
@@ -146,19 +136,11 @@ Err vqgan_plan(Vqgan *v, size_t B, size_t H, size_t W, int train);
 /* How much that allocates. Allocates nothing itself; there is no plan afterwards. */
 Err vqgan_plan_bytes(Vqgan *v, size_t B, size_t H, size_t W, int train, size_t *bytes);
 
-/* Additions and multiplications of a pass over encoder, decoder or both, convolutions done the direct way. */
-double vqgan_flops(const Vqgan *v, size_t B, size_t H, size_t W, int encode, int decode);
-
 /* images (B,in_channels,H,W) -> prequant (B,embed_dim,h,w) or NULL, raw (B,h*w) codebook entries or NULL, tokens
  * (B,h*w) remapped or NULL. A code outside `used` becomes a random token drawn from RNG_UNKNOWN under seed. */
 Err vqgan_encode(Vqgan *v, const real *images, size_t B, size_t H, size_t W, uint64_t seed, real *prequant,
                  int32_t *raw, int32_t *tokens);
-/* z (B,embed_dim,h,w): nearest codebook entries of given latents, then as above. */
-Err vqgan_quantize(Vqgan *v, const real *z, size_t B, size_t h, size_t w, uint64_t seed, int32_t *raw, int32_t *tokens);
-/* tokens (B,h*w) -> z (B,embed_dim,h,w), the codebook entries; a token outside 0..K-1 is an error. */
-Err vqgan_lookup(Vqgan *v, const int32_t *tokens, size_t B, size_t h, size_t w, real *z);
-/* z (B,embed_dim,h,w) -> images (B,out_ch,H,W), not clamped. */
-Err vqgan_decode(Vqgan *v, const real *z, size_t B, size_t h, size_t w, real *images);
+/* tokens (B,h*w) -> images (B,out_ch,H,W), not clamped; a token outside 0..K-1 is an error. */
 Err vqgan_decode_tokens(Vqgan *v, const int32_t *tokens, size_t B, size_t h, size_t w, real *images);
 
 /* Training. forward: image -> quantise straight through -> reconstruction. *xrec (B,out_ch,H,W) points into the
@@ -182,6 +164,33 @@ size_t vqgan_restart_codes(Vqgan *v, const uint32_t *usage, uint64_t seed, uint6
  * latent (embed_dim), in the table here (params_send: on a GPU too). */
 size_t vqgan_restart_pick(uint64_t seed, uint64_t step, size_t code, size_t latents);
 void vqgan_restart_code(Vqgan *v, size_t code, const real *latent);
+
+/* Its layers. What each computes stands with it in vqgan.c; what they need of scratch, and GPUs of Conv.prepared, must
+ * be planned before: base/compute.h. conv_needs: backward 0 no, 1 yes, 2 of dx alone. */
+size_t conv_height(const Conv *c); /* of y */
+size_t conv_width(const Conv *c);
+void conv_needs(Compute *on, const Conv *c, int backward);
+void conv_forward(const Compute *on, real *y, const real *x, const real *w, const real *bias, const real *add,
+                  const Conv *c);
+void conv_backward(const Compute *on, real *dx, real *dw, real *db, const real *dy, const real *x, const real *w,
+                   int accumulate, const Conv *c);
+void group_norm_forward(const Compute *on, real *y, real *kept, const real *x, const real *gamma, const real *beta,
+                        const GroupNorm *n);
+void group_norm_backward(const Compute *on, real *dx, real *dgamma, real *dbeta, real *dy, const real *x,
+                         const real *gamma, const real *beta, const real *kept, int accumulate, const GroupNorm *n);
+void picture_attention_forward(const Compute *on, real *y, real *p, const real *q, const real *k, const real *v,
+                               size_t B, size_t C, size_t N);
+void picture_attention_backward(const Compute *on, real *dq, real *dk, real *dv, const real *dy, const real *q,
+                                const real *k, const real *v, const real *p, const int accumulate[3], size_t B,
+                                size_t C, size_t N);
+void nearest_codes(const Compute *on, int32_t *code, const real *z, const real *book, const Codes *s);
+void straight_through(const Compute *on, real *zq, double *gap, const real *z, const real *book, const int32_t *code,
+                      const Codes *s);
+void quantize_backward(const Compute *on, real *dz, real *dbook, const real *z, const real *book, const int32_t *code,
+                       double to_z, double to_e, const Codes *s);
+void lookup_codes(const Compute *on, real *zq, const real *book, const int32_t *code, const Codes *s);
+void tanh_forward(const Compute *on, real *y, const real *x, size_t n);
+void tanh_backward(const Compute *on, real *dx, const real *dy, const real *y, size_t n);
 
 /* ------------------------------------------------------------------------------------------------------------
  * 6. transformer.cu, decode.cu, optimizer.cu: one reverse transition p(x_{t-1} | x_t) (paper section 3.2; SPEC

@@ -1,39 +1,41 @@
-/* vqgan.c - the first stage: image <-> tokens (Esser et al. 2021, "Taming Transformers"; SPEC section 8).
+/* vqgan.c - the first stage: pictures <-> tokens (Esser et al. 2021, "Taming Transformers"; SPEC section 8).
  *
- * Owns: the network of encoder, vector quantiser and decoder, running it forward and backward, and the memory it runs
- * in; what a layer does is vqgan_layers.c's. Refuses: configurations that the official network cannot have (channels
- * that 32 groups do not divide), training on pictures that the levels do not divide, tokens outside the table.
+ * An encoder E turns a picture x (3,H,W) into latents z = E(x) (D,h,w), 16 times smaller along each side, say. Each
+ * latent z_i is replaced by the nearest entry e_k of a codebook of K entries, and k is its token:
  *
- * The network is a flat plan. vqgan_create lists every layer once, in execution order; a layer names the values
- * (activations) it reads and writes and its rows of the parameter table. Forward walks the list, backward walks it in
- * reverse, vqgan_plan walks it to find out how long every value is needed. From those lifetimes one allocation is laid
- * out: training keeps what backward needs, inference lets values take turns in the same memory.
+ *     k_i = argmin_k |z_i - e_k|^2        xrec = D(e_{k_1}, e_{k_2}, ...)
  *
- *     image -> CONV3 -> [blocks, CONV_DOWN]* -> mid -> NORM, CONV3 -> CONV1 -> z          encode
- *     z -> QUANTIZE -> z_q -> CONV1 -> CONV3 -> mid -> [blocks, CONV_UP]* -> NORM, CONV3 -> image   decode
- *     block:     x + CONV3(NORM(CONV3(NORM(x))))      attention: x + CONV1(ATTEND(q, k, v))
+ * ImageBART's Markov chain lives on these tokens. The decoder D turns them back into a picture. All three are trained
+ * together. argmin has no derivative, so backward pretends that the decoder had read z (straight through), and two
+ * terms pull latents and entries together, sg meaning "no gradient through here":
  *
- * Values are (B,C,h,w). Where the sum of two branches is formed, the last convolution of the branch adds the other one
- * (Layer.add); backward, the gradient of the sum *is* the gradient of the other branch, in the same memory.
+ *     loss = |x - xrec| + |sg(z) - e|^2 + beta |z - sg(e)|^2        (+ LPIPS + GAN loss: training/)
  *
- * Read in this order: types (vqgan.h); building the network; the walk; planning; public functions; after #else the same
- * walk on a GPU, in memory laid out by the same plan. */
+ * In the order of this file: every layer as its plain loop, forward, and backward beneath it; the network as a list of
+ * layers; the walk along that list, forward and backward; what the rest of the program calls, in the order of use;
+ * settings and files; memory.
+ *
+ * A layer's loop is its definition. Its first line hands over to a faster way of computing the same, if there is one
+ * (base/compute.h): on a CPU kernels/conv.c and norm.c, on a GPU kernels/conv.cu and vqgan.cu. Values are (B,C,h,w).
+ *
+ * Read next: transformer.cu, which learns to denoise the tokens; then diffusion.c, the chain. */
 
 #include <math.h>
 #include <stdarg.h>
+#include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
-#include "vqgan.h"
+#include "base/plan.h"
+#include "imagebart.h"
 
 enum {
-    MAX_BLOCKS = 64,   /* num_res_blocks */
-    MAX_WIDTH = 16384, /* channels */
-    ALIGN = 64         /* units between the starts of two areas: a cache line or more */
+    MAX_BLOCKS = 64,  /* num_res_blocks */
+    MAX_WIDTH = 16384 /* channels */
 };
 
-/* ---- Layers: convolution, with bias
+/* ---- Convolution, with bias ----
  *
  *     y[b,m,i,j] = bias[m] + add[b,m,i,j] + sum over c,k,l of w[m,c,k,l] x[b,c,seen(i,k),seen(j,l)]
  *
@@ -41,7 +43,8 @@ enum {
  *     y    (B,M,h,w), CONV_DOWN (B,M,h/2,w/2), CONV_UP (B,M,2h,2w)
  *     add  as y, or NULL
  *
- * Where a pixel lies outside the picture, x counts as 0. ---- */
+ * seen(i,k) is the row of x that row i of y reads through row k of the kernel, and the same for columns. Outside the
+ * picture x counts as 0. */
 
 size_t conv_height(const Conv *c) {
     return c->kind == CONV_UP ? 2 * c->h : c->kind == CONV_DOWN ? c->h / 2 : c->h;
@@ -51,29 +54,35 @@ size_t conv_width(const Conv *c) {
     return c->kind == CONV_UP ? 2 * c->w : c->kind == CONV_DOWN ? c->w / 2 : c->w;
 }
 
-/* The row of x, of n rows, that row i of y sees through row k of the kernel; -1: there is none. Columns do the same. */
+/* n: rows of x. -1: outside. */
 static long seen(ConvKind kind, size_t i, size_t k, size_t n) {
-    const long at = (long)k - (kind == CONV3 || kind == CONV_UP) + (long)(kind == CONV_DOWN ? 2 * i : i);
-    const long rows = (long)(kind == CONV_UP ? 2 * n : n);
-    return at < 0 || at >= rows ? -1 : kind == CONV_UP ? at / 2 : at;
+    switch (kind) {
+    case CONV1: return (long)i;
+    case CONV_DOWN: return 2 * i + k < n ? (long)(2 * i + k) : -1;
+    case CONV_UP: return i + k < 1 || i + k > 2 * n ? -1 : (long)(i + k - 1) / 2; /* of the doubled picture */
+    default: return i + k < 1 || i + k > n ? -1 : (long)(i + k - 1);
+    }
 }
 
-/* One walk for both directions: y[b,m,i,j] and x[b,c,u,v] meet through w[m,c,k,l]. Forward, dy is NULL. */
-static void meet(const Conv *c, real *y, const real *x, const real *w, const real *dy, real *dx, real *dw) {
+/* Every pair of a result y[b,m,i,j] and a pixel x[b,c,u,v] that meet through a weight w[m,c,k,l], forward (dy NULL):
+ *     y += w x
+ * and backward, each unless NULL:
+ *     dw += dy x        dx += dy w */
+static void conv_pairs(const Conv *c, real *y, const real *x, const real *w, const real *dy, real *dx, real *dw) {
     const size_t side = c->kind == CONV1 ? 1 : 3, H = conv_height(c), W = conv_width(c);
     for (size_t bm = 0; bm < c->B * c->M; bm++)
         for (size_t ci = 0; ci < c->C; ci++)
             for (size_t kl = 0; kl < side * side; kl++) {
-                const size_t wi = (bm % c->M * c->C + ci) * side * side + kl;
+                const size_t at_w = (bm % c->M * c->C + ci) * side * side + kl;
                 for (size_t i = 0; i < H; i++)
                     for (size_t j = 0; j < W; j++) {
                         const long u = seen(c->kind, i, kl / side, c->h), v = seen(c->kind, j, kl % side, c->w);
                         if (u < 0 || v < 0) continue;
-                        const size_t yi = (bm * H + i) * W + j;
-                        const size_t xi = ((bm / c->M * c->C + ci) * c->h + (size_t)u) * c->w + (size_t)v;
-                        if (!dy) y[yi] += w[wi] * x[xi];
-                        if (dw) dw[wi] += dy[yi] * x[xi];
-                        if (dx) dx[xi] += dy[yi] * w[wi];
+                        const size_t at_y = (bm * H + i) * W + j;
+                        const size_t at_x = ((bm / c->M * c->C + ci) * c->h + (size_t)u) * c->w + (size_t)v;
+                        if (!dy) y[at_y] += w[at_w] * x[at_x];
+                        if (dw) dw[at_w] += dy[at_y] * x[at_x];
+                        if (dx) dx[at_x] += dy[at_y] * w[at_w];
                     }
             }
 }
@@ -87,24 +96,289 @@ void conv_forward(const Compute *on, real *y, const real *x, const real *w, cons
     if (on->fast) return on->fast->conv_forward(on, y, x, w, bias, add, c);
     const size_t HW = conv_height(c) * conv_width(c);
     for (size_t i = 0; i < c->B * c->M * HW; i++) y[i] = bias[i / HW % c->M] + (add ? add[i] : 0);
-    meet(c, y, x, w, NULL, NULL, NULL);
+    conv_pairs(c, y, x, w, NULL, NULL, NULL);
 }
 
-/* dx = or += dL/dx, as `accumulate` says; NULL: not wanted. dw, db += ; both NULL: not wanted, and x is not read.
- *
- *     dx[b,c,u,v] = sum of w[m,c,k,l] dy[b,m,i,j]      over all m,i,j,k,l with seen(i,k) = u and seen(j,l) = v
- *     dw[m,c,k,l] += sum over b,i,j of dy[b,m,i,j] x[b,c,seen(i,k),seen(j,l)]      db[m] += sum over b,i,j of dy */
+/* dx = or, if accumulate, += ; NULL: not wanted.   dw, db += ; both NULL: not wanted, and x is not read. */
 void conv_backward(const Compute *on, real *dx, real *dw, real *db, const real *dy, const real *x, const real *w,
                    int accumulate, const Conv *c) {
     if (on->fast) return on->fast->conv_backward(on, dx, dw, db, dy, x, w, accumulate, c);
     const size_t HW = conv_height(c) * conv_width(c);
     if (dx && !accumulate) memset(dx, 0, c->B * c->C * c->h * c->w * sizeof *dx);
     for (size_t i = 0; db && i < c->B * c->M * HW; i++) db[i / HW % c->M] += dy[i];
-    meet(c, NULL, x, w, dy, dx, dw);
+    conv_pairs(c, NULL, x, w, dy, dx, dw);
 }
 
-/* ---- Building the network: layers in execution order, each with its rows of the parameter table. Every function
- *      appends to the lists and returns the value it writes. The first error sticks in v->broken. ---- */
+/* ---- Group norm, with or without swish ----
+ *
+ * The C channels form 32 groups of neighbours. With the mean and the variance of a group's numbers in a picture:
+ *
+ *     xhat = (x - mean) rstd      rstd = 1 / sqrt(variance + 1e-6)      t = gamma xhat + beta
+ *     y = swish(t) = t sigmoid(t), or y = t
+ *
+ *     x, y  (B,C,hw)   gamma, beta (C)   kept (B,32,2): mean and rstd, for backward */
+
+static double sigmoid(double t) {
+    return 1 / (1 + exp(-t));
+}
+
+void group_norm_forward(const Compute *on, real *y, real *kept, const real *x, const real *gamma, const real *beta,
+                        const GroupNorm *n) {
+    if (on->fast) return on->fast->group_norm_forward(on, y, kept, x, gamma, beta, n);
+    const size_t size = n->C / NORM_GROUPS * n->hw; /* numbers in a group */
+    for (size_t g = 0; g < n->B * NORM_GROUPS; g++, x += size, y += size, kept += 2) {
+        double mean = 0, variance = 0;
+        for (size_t i = 0; i < size; i++) mean += (double)x[i] / (double)size;
+        for (size_t i = 0; i < size; i++) variance += ((double)x[i] - mean) * ((double)x[i] - mean) / (double)size;
+        const double rstd = 1 / sqrt(variance + 1e-6);
+        kept[0] = (real)mean, kept[1] = (real)rstd;
+        for (size_t i = 0; i < size; i++) {
+            const size_t c = (g * size + i) / n->hw % n->C;
+            const double t = (double)gamma[c] * ((double)x[i] - mean) * rstd + (double)beta[c];
+            y[i] = (real)(n->swish ? t * sigmoid(t) : t);
+        }
+    }
+}
+
+/* swish'(t) = s (1 + t (1 - s)), s = sigmoid(t). With d = dL/dt = dy swish'(t), sums and means over a group:
+ *
+ *     dgamma[c] += sum d xhat      dbeta[c] += sum d
+ *     dx = or += rstd (gamma d - mean(gamma d) - xhat mean(gamma d xhat))
+ *
+ * for all x of a group move its mean and its variance. dy is overwritten with d. */
+void group_norm_backward(const Compute *on, real *dx, real *dgamma, real *dbeta, real *dy, const real *x,
+                         const real *gamma, const real *beta, const real *kept, int accumulate, const GroupNorm *n) {
+    if (on->fast) return on->fast->group_norm_backward(on, dx, dgamma, dbeta, dy, x, gamma, beta, kept, accumulate, n);
+    const size_t size = n->C / NORM_GROUPS * n->hw;
+    for (size_t g = 0; g < n->B * NORM_GROUPS; g++, x += size, dy += size, dx += size, kept += 2) {
+        const double mean = (double)kept[0], rstd = (double)kept[1];
+        double mean_d = 0, mean_dx = 0; /* of gamma d, of gamma d xhat */
+        for (size_t i = 0; i < size; i++) {
+            const size_t c = (g * size + i) / n->hw % n->C;
+            const double xhat = ((double)x[i] - mean) * rstd, t = (double)gamma[c] * xhat + (double)beta[c];
+            const double d = (double)dy[i] * (n->swish ? sigmoid(t) * (1 + t * (1 - sigmoid(t))) : 1);
+            dgamma[c] += (real)(d * xhat), dbeta[c] += (real)d;
+            mean_d += (double)gamma[c] * d / (double)size, mean_dx += (double)gamma[c] * d * xhat / (double)size;
+            dy[i] = (real)d;
+        }
+        for (size_t i = 0; i < size; i++) {
+            const double xhat = ((double)x[i] - mean) * rstd;
+            const double scaled = (double)gamma[(g * size + i) / n->hw % n->C] * (double)dy[i];
+            dx[i] = (real)((accumulate ? (double)dx[i] : 0) + rstd * (scaled - mean_d - xhat * mean_dx));
+        }
+    }
+}
+
+/* ---- Attention of the N pixels of a picture to each other, one head ----
+ *
+ *     p[i,:] = softmax over j of q[:,i] . k[:,j] / sqrt(C)        y[:,i] = sum_j p[i,j] v[:,j]
+ *
+ *     q, k, v, y  (B,C,N)   p (B,N,N), for backward */
+void picture_attention_forward(const Compute *on, real *y, real *p, const real *q, const real *k, const real *v,
+                               size_t B, size_t C, size_t N) {
+    if (on->fast) return on->fast->picture_attention_forward(on, y, p, q, k, v, B, C, N);
+    for (size_t b = 0; b < B; b++, q += C * N, k += C * N, v += C * N, y += C * N)
+        for (size_t i = 0; i < N; i++, p += N) {
+            double largest = -HUGE_VAL, sum = 0;
+            for (size_t j = 0; j < N; j++) {
+                double score = 0;
+                for (size_t c = 0; c < C; c++) score += (double)q[c * N + i] * (double)k[c * N + j] / sqrt((double)C);
+                p[j] = (real)score;
+                largest = fmax(largest, score);
+            }
+            for (size_t j = 0; j < N; j++) sum += exp((double)p[j] - largest);
+            for (size_t j = 0; j < N; j++) p[j] = (real)(exp((double)p[j] - largest) / sum);
+            for (size_t c = 0; c < C; c++) {
+                double s = 0;
+                for (size_t j = 0; j < N; j++) s += (double)p[j] * (double)v[c * N + j];
+                y[c * N + i] = (real)s;
+            }
+        }
+}
+
+/* dp[i,j] = dy[:,i] . v[:,j]      ds[i,j] = p[i,j] (dp[i,j] - sum_j' p[i,j'] dp[i,j']) / sqrt(C)      (softmax)
+ * dv[:,j] += p[i,j] dy[:,i]       dq[:,i] += ds[i,j] k[:,j]       dk[:,j] += ds[i,j] q[:,i]
+ * dq, dk, dv begin with what they are where accumulate[0], [1], [2] say so, else with 0. */
+void picture_attention_backward(const Compute *on, real *dq, real *dk, real *dv, const real *dy, const real *q,
+                                const real *k, const real *v, const real *p, const int accumulate[3], size_t B,
+                                size_t C, size_t N) {
+    if (on->fast) return on->fast->picture_attention_backward(on, dq, dk, dv, dy, q, k, v, p, accumulate, B, C, N);
+    real *const d[3] = {dq, dk, dv};
+    for (int i = 0; i < 3; i++)
+        if (!accumulate[i]) memset(d[i], 0, B * C * N * sizeof(real));
+    for (size_t b = 0; b < B; b++)
+        for (size_t i = 0; i < N; i++) {
+            const real *const row = p + (b * N + i) * N;
+            double mean = 0;
+            for (size_t j = 0; j < N; j++)
+                for (size_t c = b * C; c < (b + 1) * C; c++)
+                    mean += (double)row[j] * (double)dy[c * N + i] * (double)v[c * N + j];
+            for (size_t j = 0; j < N; j++) {
+                double dp = 0;
+                for (size_t c = b * C; c < (b + 1) * C; c++) dp += (double)dy[c * N + i] * (double)v[c * N + j];
+                const real ds = (real)((double)row[j] * (dp - mean) / sqrt((double)C));
+                for (size_t c = b * C; c < (b + 1) * C; c++) {
+                    dv[c * N + j] += row[j] * dy[c * N + i];
+                    dq[c * N + i] += ds * k[c * N + j];
+                    dk[c * N + j] += ds * q[c * N + i];
+                }
+            }
+        }
+}
+
+/* ---- Vector quantiser ----
+ *
+ *     code[b,i] = argmin_k |z[b,:,i] - book[k,:]|^2, the first of equals
+ *
+ *     z (B,D,N)   book (K,D)   code (B,N) */
+void nearest_codes(const Compute *on, int32_t *code, const real *z, const real *book, const Codes *s) {
+    if (on->fast) return on->fast->nearest_codes(on, code, z, book, s);
+    for (size_t b = 0; b < s->B; b++)
+        for (size_t i = 0; i < s->N; i++) {
+            double best = HUGE_VAL;
+            code[b * s->N + i] = 0;
+            for (size_t k = 0; k < s->K; k++) {
+                double distance = 0;
+                for (size_t d = 0; d < s->D; d++) {
+                    const double gap = (double)z[(b * s->D + d) * s->N + i] - (double)book[k * s->D + d];
+                    distance += gap * gap;
+                }
+                if (distance < best) best = distance, code[b * s->N + i] = (int32_t)k;
+            }
+        }
+}
+
+/* zq = z + (e - z), e = book[code]: the entry, rounded as the official code does.
+ * *gap = sum of (e - z)^2, which both terms of the codebook loss are made of: loss = (1 + beta) gap / (B D N). */
+void straight_through(const Compute *on, real *zq, double *gap, const real *z, const real *book, const int32_t *code,
+                      const Codes *s) {
+    if (on->device) return on->fast->straight_through(on, zq, gap, z, book, code, s);
+    *gap = 0;
+    for (size_t b = 0; b < s->B; b++) {
+        double sum = 0;
+        for (size_t d = 0; d < s->D; d++)
+            for (size_t i = 0; i < s->N; i++) {
+                const size_t at = (b * s->D + d) * s->N + i;
+                const real e = book[(size_t)code[b * s->N + i] * s->D + d], distance = e - z[at];
+                zq[at] = z[at] + distance;
+                sum += (double)distance * (double)distance;
+            }
+        *gap += sum;
+    }
+}
+
+/* Straight through, dz begins as dzq, in the same memory. Then the codebook loss:
+ *     dz += to_z (z - e)        dbook[code] += to_e (e - z) */
+void quantize_backward(const Compute *on, real *dz, real *dbook, const real *z, const real *book, const int32_t *code,
+                       double to_z, double to_e, const Codes *s) {
+    if (on->device) return on->fast->quantize_backward(on, dz, dbook, z, book, code, to_z, to_e, s);
+    for (size_t b = 0; b < s->B; b++)
+        for (size_t d = 0; d < s->D; d++)
+            for (size_t i = 0; i < s->N; i++) {
+                const size_t at = (b * s->D + d) * s->N + i, entry = (size_t)code[b * s->N + i] * s->D + d;
+                const real distance = z[at] - book[entry];
+                dz[at] += (real)to_z * distance;
+                dbook[entry] -= (real)to_e * distance;
+            }
+}
+
+/* zq[b,:,i] = book[code[b,i],:] */
+void lookup_codes(const Compute *on, real *zq, const real *book, const int32_t *code, const Codes *s) {
+    if (on->device) return on->fast->lookup_codes(on, zq, book, code, s);
+    for (size_t b = 0; b < s->B; b++)
+        for (size_t i = 0; i < s->N; i++)
+            for (size_t d = 0; d < s->D; d++)
+                zq[(b * s->D + d) * s->N + i] = book[(size_t)code[b * s->N + i] * s->D + d];
+}
+
+/* ---- tanh on the picture: y = tanh(x), dx = dy (1 - y^2) ---- */
+
+void tanh_forward(const Compute *on, real *y, const real *x, size_t n) {
+    if (on->device) return on->fast->tanh_forward(on, y, x, n);
+    for (size_t i = 0; i < n; i++) y[i] = (real)tanh((double)x[i]);
+}
+
+void tanh_backward(const Compute *on, real *dx, const real *dy, const real *y, size_t n) {
+    if (on->device) return on->fast->tanh_backward(on, dx, dy, y, n);
+    for (size_t i = 0; i < n; i++) dx[i] = dy[i] * (1 - y[i] * y[i]);
+}
+
+/* ---- The loss of a reconstruction ----
+ *
+ *     l1 = mean |xrec - x|      l2 = mean (xrec - x)^2      dxrec (n) = w1 dl1/dxrec + w2 dl2/dxrec, or NULL */
+void image_loss(const real *x, const real *xrec, size_t n, double w1, double w2, double *l1, double *l2, real *dxrec) {
+    const real g1 = (real)(w1 / (double)n), g2 = (real)(2 * w2 / (double)n);
+    double s1 = 0, s2 = 0;
+    for (size_t i = 0; i < n; i++) {
+        const real d = xrec[i] - x[i];
+        s1 += fabs((double)d);
+        s2 += (double)d * (double)d;
+        if (dxrec) dxrec[i] = g1 * (real)((d > 0) - (d < 0)) + g2 * d;
+    }
+    *l1 = s1 / (double)n;
+    *l2 = s2 / (double)n;
+}
+
+/* ---- The network, as a list of layers in the order in which they run ----
+ *
+ *     image -> CONV3 -> [blocks, CONV_DOWN]* -> mid -> NORM, CONV3 -> CONV1 -> z                          encoder
+ *     z -> QUANTIZE -> zq -> CONV1 -> CONV3 -> mid -> [blocks, CONV_UP]* -> NORM, CONV3 -> xrec           decoder
+ *     block:     x + CONV3(NORM(CONV3(NORM(x))))      attention: x + CONV1(ATTEND(q, k, v))
+ *
+ * A layer names the values (activations) that it reads and writes and its rows of the parameter table. Where two
+ * branches are summed, the last convolution of one adds the other (Layer.add). Backward, the gradient of the sum is
+ * the gradient of the other branch: it stays where it is. */
+
+typedef enum { CONV, NORM, ATTEND, QUANTIZE, TANH } LayerKind;
+
+typedef struct {
+    LayerKind kind;
+    ConvKind conv;         /* CONV */
+    int swish;             /* NORM */
+    size_t in[3], out;     /* values; in[1], in[2] only for ATTEND: q, k, v */
+    size_t add;            /* CONV: a value that is added to the result, or NONE */
+    size_t weight, bias;   /* rows of the parameter table, or NONE */
+    int accumulate[3];     /* backward: in[i] already holds a gradient, which is added to */
+    size_t gradients_from; /* after its backward, rows from here on get no more of their gradient */
+    real *kept;            /* what forward keeps for backward: NORM (B,32,2), ATTEND (B,N,N) */
+    void *prepared;        /* CONV on a GPU: Conv.prepared */
+} Layer;
+
+typedef struct {
+    size_t C, level;        /* (B, C, H >> level, W >> level) */
+    size_t home;            /* the value in whose memory the gradient lies: itself, or the sum that it is added to */
+    int f32_copy, f32_only; /* on a GPU in bf16: see plan_precision */
+    real *memory, *grad_memory; /* planned; NULL: the caller's is used */
+    real *x, *dx;               /* of this run */
+} Value;
+
+struct Vqgan {
+    VqganConfig c;
+    Params params;
+    Layer *layer;
+    Value *value;
+    size_t n_layers, n_values;
+    size_t image, z, zq, xrec; /* values */
+    size_t quantize;           /* layer */
+    int32_t *used, *inverse;   /* (re_embed) entry of a token; (n_embed) token of an entry, -1: none. NULL: the same */
+    Err broken;                /* the first error of the functions that build */
+    /* the plan */
+    Compute on;
+    size_t B, H, W; /* the most pictures, the largest sides */
+    int train;
+    void *memory;
+    int32_t *code;     /* (B,N) entries of the codebook */
+    double *gap;       /* of straight_through */
+    real *last;        /* on a GPU: gradients of the last layer's weight and bias, alone */
+    void *seen_memory; /* on a GPU: what callers see, copied here */
+    real *seen_z, *seen_zq, *seen_xrec;
+    int32_t *seen_code;
+    uint64_t prepared_at; /* compute_changes when weights were prepared */
+    /* the present run */
+    size_t b, h, w;   /* pictures; their sides */
+    int can_backward; /* vqgan_forward ran: backward may, once, for it reuses the memory of values */
+    int has_latents;  /* z, zq and the codes of vqgan_forward are there */
+};
 
 typedef struct {
     char s[NAME_MAX_BYTES];
@@ -119,20 +393,17 @@ PRINTF_LIKE(1, 2) static Name named(const char *fmt, ...) {
     return name;
 }
 
+/* Each of the following appends to the lists and returns the value that it writes. */
+
 static size_t add_value(Vqgan *v, size_t C, size_t level) {
-    VqValue *x = &v->value[v->n_values];
-    x->C = C;
-    x->level = level;
-    x->act = x->grad = NO_VALUE;
+    const Value x = {.C = C, .level = level, .home = v->n_values};
+    v->value[v->n_values] = x;
     return v->n_values++;
 }
 
-static VqLayer *add_layer(Vqgan *v, VqKind kind, size_t in, size_t C, size_t level) {
-    VqLayer *l = &v->layer[v->n_layers++];
-    memset(l, 0, sizeof *l);
-    l->kind = kind;
-    l->in[0] = in;
-    l->in[1] = l->in[2] = l->add = l->weight = l->bias = NO_VALUE;
+static Layer *add_layer(Vqgan *v, LayerKind kind, size_t in, size_t C, size_t level) {
+    Layer *l = &v->layer[v->n_layers++];
+    *l = (Layer){.kind = kind, .in = {in, NONE, NONE}, .add = NONE, .weight = NONE, .bias = NONE};
     l->out = add_value(v, C, level);
     return l;
 }
@@ -141,12 +412,12 @@ static void add_row(Vqgan *v, size_t *index, Init init, double scale, int ndim, 
     if (v->broken == OK) v->broken = params_add(&v->params, index, init, scale, 0, ndim, dim, "%s", name);
 }
 
-/* A convolution of C results, plus the value `add` unless NO_VALUE; rows `name`.weight and .bias */
+/* C: channels of the result; add: a value, or NONE */
 static size_t conv(Vqgan *v, ConvKind kind, size_t in, size_t C, size_t add, Name name) {
     const size_t level = v->value[in].level, kernel = kind == CONV1 ? 1 : 3;
     const size_t dim[4] = {C, v->value[in].C, kernel, kernel};
     const double bound = 1 / sqrt((double)(dim[1] * kernel * kernel));
-    VqLayer *l = add_layer(v, VQ_CONV, in, C, kind == CONV_DOWN ? level + 1 : kind == CONV_UP ? level - 1 : level);
+    Layer *l = add_layer(v, CONV, in, C, kind == CONV_DOWN ? level + 1 : kind == CONV_UP ? level - 1 : level);
     add_row(v, &l->weight, INIT_UNIFORM, bound, 4, dim, named("%s.weight", name.s).s);
     add_row(v, &l->bias, INIT_UNIFORM, bound, 1, dim, named("%s.bias", name.s).s);
     l->conv = kind;
@@ -155,7 +426,7 @@ static size_t conv(Vqgan *v, ConvKind kind, size_t in, size_t C, size_t add, Nam
 }
 
 static size_t norm(Vqgan *v, size_t in, int swish, Name name) {
-    VqLayer *l = add_layer(v, VQ_NORM, in, v->value[in].C, v->value[in].level);
+    Layer *l = add_layer(v, NORM, in, v->value[in].C, v->value[in].level);
     add_row(v, &l->weight, INIT_ONE, 0, 1, &v->value[in].C, named("%s.weight", name.s).s);
     add_row(v, &l->bias, INIT_ZERO, 0, 1, &v->value[in].C, named("%s.bias", name.s).s);
     l->swish = swish;
@@ -164,18 +435,18 @@ static size_t norm(Vqgan *v, size_t in, int swish, Name name) {
 
 static size_t block(Vqgan *v, size_t x, size_t C, Name name) {
     size_t y = norm(v, x, 1, named("%s.norm1", name.s));
-    y = conv(v, CONV3, y, C, NO_VALUE, named("%s.conv1", name.s));
+    y = conv(v, CONV3, y, C, NONE, named("%s.conv1", name.s));
     y = norm(v, y, 1, named("%s.norm2", name.s));
-    if (v->value[x].C != C) x = conv(v, CONV1, x, C, NO_VALUE, named("%s.nin_shortcut", name.s));
+    if (v->value[x].C != C) x = conv(v, CONV1, x, C, NONE, named("%s.nin_shortcut", name.s));
     return conv(v, CONV3, y, C, x, named("%s.conv2", name.s));
 }
 
 static size_t attention(Vqgan *v, size_t x, Name name) {
     const size_t C = v->value[x].C, y = norm(v, x, 0, named("%s.norm", name.s));
-    const size_t q = conv(v, CONV1, y, C, NO_VALUE, named("%s.q", name.s));
-    const size_t k = conv(v, CONV1, y, C, NO_VALUE, named("%s.k", name.s));
-    const size_t values = conv(v, CONV1, y, C, NO_VALUE, named("%s.v", name.s));
-    VqLayer *l = add_layer(v, VQ_ATTEND, q, C, v->value[x].level);
+    const size_t q = conv(v, CONV1, y, C, NONE, named("%s.q", name.s));
+    const size_t k = conv(v, CONV1, y, C, NONE, named("%s.k", name.s));
+    const size_t values = conv(v, CONV1, y, C, NONE, named("%s.v", name.s));
+    Layer *l = add_layer(v, ATTEND, q, C, v->value[x].level);
     l->in[1] = k;
     l->in[2] = values;
     return conv(v, CONV1, l->out, C, x, named("%s.proj_out", name.s));
@@ -187,7 +458,7 @@ static size_t mid(Vqgan *v, size_t x, const char *side) {
     return block(v, x, v->value[x].C, named("%s.mid.block_2", side));
 }
 
-/* The blocks of a level, each followed by attention where the configuration lists `resolution`. */
+/* The n blocks of a level, each followed by attention where the settings list `resolution`. */
 static size_t level_blocks(Vqgan *v, size_t x, size_t n, size_t C, size_t resolution, Name level) {
     int attends = 0;
     for (size_t i = 0; i < v->c.n_attn; i++) attends |= v->c.attn_resolutions[i] == resolution;
@@ -200,106 +471,179 @@ static size_t level_blocks(Vqgan *v, size_t x, size_t n, size_t C, size_t resolu
 
 static size_t encoder(Vqgan *v, size_t x) {
     const VqganConfig *c = &v->c;
-    x = conv(v, CONV3, x, c->ch, NO_VALUE, named("encoder.conv_in"));
+    x = conv(v, CONV3, x, c->ch, NONE, named("encoder.conv_in"));
     for (size_t i = 0; i < c->levels; i++) {
         const size_t C = c->ch * c->ch_mult[i];
         x = level_blocks(v, x, c->num_res_blocks, C, c->resolution >> i, named("encoder.down.%zu", i));
-        if (i + 1 < c->levels) x = conv(v, CONV_DOWN, x, C, NO_VALUE, named("encoder.down.%zu.downsample.conv", i));
+        if (i + 1 < c->levels) x = conv(v, CONV_DOWN, x, C, NONE, named("encoder.down.%zu.downsample.conv", i));
     }
     x = norm(v, mid(v, x, "encoder"), 1, named("encoder.norm_out"));
-    return conv(v, CONV3, x, c->z_channels, NO_VALUE, named("encoder.conv_out"));
+    return conv(v, CONV3, x, c->z_channels, NONE, named("encoder.conv_out"));
 }
 
 /* The official decoder starts from the resolution that halving left and doubles it, which matters for odd ones. */
 static size_t decoder(Vqgan *v, size_t x) {
     const VqganConfig *c = &v->c;
     const size_t top = c->levels - 1;
-    x = conv(v, CONV3, x, c->ch * c->ch_mult[top], NO_VALUE, named("decoder.conv_in"));
+    x = conv(v, CONV3, x, c->ch * c->ch_mult[top], NONE, named("decoder.conv_in"));
     x = mid(v, x, "decoder");
     for (size_t i = c->levels; i-- > 0;) {
         const size_t C = c->ch * c->ch_mult[i], resolution = c->resolution >> top << (top - i);
         x = level_blocks(v, x, c->num_res_blocks + 1, C, resolution, named("decoder.up.%zu", i));
-        if (i > 0) x = conv(v, CONV_UP, x, C, NO_VALUE, named("decoder.up.%zu.upsample.conv", i));
+        if (i > 0) x = conv(v, CONV_UP, x, C, NONE, named("decoder.up.%zu.upsample.conv", i));
     }
     x = norm(v, x, 1, named("decoder.norm_out"));
-    return conv(v, CONV3, x, c->out_ch, NO_VALUE, named("decoder.conv_out"));
+    return conv(v, CONV3, x, c->out_ch, NONE, named("decoder.conv_out"));
 }
 
 static size_t quantizer(Vqgan *v, size_t z) {
     const size_t dim[2] = {v->c.n_embed, v->c.embed_dim};
-    VqLayer *l = add_layer(v, VQ_QUANTIZE, z, v->c.embed_dim, v->value[z].level);
+    Layer *l = add_layer(v, QUANTIZE, z, v->c.embed_dim, v->value[z].level);
     add_row(v, &l->weight, INIT_UNIFORM, 1.0 / (double)v->c.n_embed, 2, dim, "quantize.embedding.weight");
+    v->quantize = v->n_layers - 1;
     return l->out;
 }
 
-/* The words of official names in the order in which PyTorch lists them. */
-static size_t word_rank(const char *name, size_t length) {
-    static const char *const word[] = {"encoder",  "decoder", "quantize",     "quant_conv", "post_quant_conv",
-                                       "conv_in",  "down",    "mid",          "up",         "norm_out",
-                                       "conv_out", "block",   "attn",         "downsample", "upsample",
-                                       "block_1",  "attn_1",  "block_2",      "norm1",      "conv1",
-                                       "norm2",    "conv2",   "nin_shortcut", "norm",       "q",
-                                       "k",        "v",       "proj_out",     "conv",       "embedding",
-                                       "weight",   "bias"};
-    enum { WORDS = sizeof word / sizeof *word };
-    size_t i = 0;
-    while (i < WORDS && (strlen(word[i]) != length || strncmp(word[i], name, length) != 0)) i++;
-    return i < WORDS ? i : WORDS + strtoul(name, NULL, 10);
+static void whole_network(Vqgan *v, int with_tanh) {
+    const VqganConfig *c = &v->c;
+    v->image = add_value(v, c->in_channels, 0);
+    v->z = conv(v, CONV1, encoder(v, v->image), c->embed_dim, NONE, named("quant_conv"));
+    v->zq = quantizer(v, v->z);
+    v->xrec = decoder(v, conv(v, CONV1, v->zq, c->z_channels, NONE, named("post_quant_conv")));
+    if (with_tanh) v->xrec = add_layer(v, TANH, v->xrec, c->out_ch, 0)->out;
 }
 
-typedef struct {
-    Param row;
-    size_t number; /* as it was added */
-} NumberedRow;
+/* ---- The walk: the same wherever the network computes ---- */
 
-static int official_order(const void *a, const void *b) {
-    const char *x = ((const NumberedRow *)a)->row.name, *y = ((const NumberedRow *)b)->row.name;
-    for (;;) {
-        const size_t nx = strcspn(x, "."), ny = strcspn(y, "."), rx = word_rank(x, nx), ry = word_rank(y, ny);
-        if (rx != ry) return rx < ry ? -1 : 1;
-        if (!x[nx] || !y[ny]) return 0;
-        x += nx + 1;
-        y += ny + 1;
+static size_t plane_size(const Vqgan *v, size_t value) { /* h*w, in this run */
+    return (v->h >> v->value[value].level) * (v->w >> v->value[value].level);
+}
+
+static Conv conv_of(const Vqgan *v, const Layer *l) {
+    const Value *x = &v->value[l->in[0]], *y = &v->value[l->out];
+    return (Conv){.kind = l->conv,
+                  .B = v->b,
+                  .C = x->C,
+                  .M = y->C,
+                  .h = v->h >> x->level,
+                  .w = v->w >> x->level,
+                  .y_f32 = y->f32_copy,
+                  .y_f32_only = y->f32_only,
+                  .add_f32 = l->add != NONE && v->value[l->add].f32_copy,
+                  .prepared = l->prepared};
+}
+
+static GroupNorm norm_of(const Vqgan *v, const Layer *l) {
+    const Value *x = &v->value[l->in[0]];
+    return (GroupNorm){.B = v->b, .C = x->C, .hw = plane_size(v, l->out), .swish = l->swish, .x_f32 = x->f32_copy};
+}
+
+static Codes codes_of(const Vqgan *v) {
+    return (Codes){.B = v->b, .D = v->c.embed_dim, .N = plane_size(v, v->z), .K = v->c.n_embed};
+}
+
+static const real *codebook(const Vqgan *v) {
+    return param_value(&v->params, v->layer[v->quantize].weight);
+}
+
+static void layer_forward(Vqgan *v, const Layer *l) {
+    const Compute *on = &v->on;
+    const size_t N = plane_size(v, l->out), C = v->value[l->out].C;
+    const real *w = l->weight == NONE ? NULL : param_value(&v->params, l->weight);
+    const real *bias = l->bias == NONE ? NULL : param_value(&v->params, l->bias);
+    const real *x = v->value[l->in[0]].x, *add = l->add == NONE ? NULL : v->value[l->add].x;
+    real *y = v->value[l->out].x;
+    const Conv c = conv_of(v, l);
+    const GroupNorm n = norm_of(v, l);
+    const Codes s = codes_of(v);
+    switch (l->kind) {
+    case CONV: conv_forward(on, y, x, w, bias, add, &c); break;
+    case NORM: group_norm_forward(on, y, l->kept, x, w, bias, &n); break;
+    case ATTEND:
+        picture_attention_forward(on, y, l->kept, x, v->value[l->in[1]].x, v->value[l->in[2]].x, v->b, C, N);
+        break;
+    case QUANTIZE:
+        nearest_codes(on, v->code, x, w, &s);
+        straight_through(on, y, v->gap, x, w, v->code, &s);
+        break;
+    case TANH: tanh_forward(on, y, x, v->b * C * N); break;
     }
 }
 
-/* Rows were added in execution order. */
-static Err sort_rows(Vqgan *v) {
-    Params *p = &v->params;
-    NumberedRow *sorted;
-    size_t *moved;
-    TRY(mem_alloc(&sorted, p->n, sizeof *sorted + sizeof *moved, "vqgan: rows"));
-    moved = (size_t *)(sorted + p->n);
-    for (size_t i = 0; i < p->n; i++) {
-        sorted[i].row = p->row[i];
-        sorted[i].number = i;
-    }
-    qsort(sorted, p->n, sizeof *sorted, official_order);
-    for (size_t i = 0; i < p->n; i++) {
-        p->row[i] = sorted[i].row;
-        moved[sorted[i].number] = i;
-    }
-    for (size_t i = 0; i < v->n_layers; i++) {
-        VqLayer *l = &v->layer[i];
-        if (l->weight != NO_VALUE) l->weight = moved[l->weight];
-        if (l->bias != NO_VALUE) l->bias = moved[l->bias];
-        l->complete = i ? v->layer[i - 1].complete : 0; /* behind the rows of all layers before it */
-        if (i && v->layer[i - 1].weight != NO_VALUE) l->complete = max_size(l->complete, v->layer[i - 1].weight + 1);
-        if (i && v->layer[i - 1].bias != NO_VALUE) l->complete = max_size(l->complete, v->layer[i - 1].bias + 1);
-    }
-    free(sorted);
-    return OK;
+/* Both terms of the codebook loss have the value mean (e-z)^2, over B*D*N numbers. One pulls the latents, one the
+ * codebook, and beta weighs one of them: legacy, the official default, has it on the wrong one. */
+static void quantize_layer_backward(Vqgan *v, const Layer *l, double codebook_weight) {
+    const Codes s = codes_of(v);
+    const double unit = 2 * codebook_weight / (double)(s.B * s.D * s.N);
+    const double to_z = unit * (v->c.legacy ? 1 : v->c.beta), to_e = unit * (v->c.legacy ? v->c.beta : 1);
+    quantize_backward(&v->on, v->value[l->in[0]].dx, param_grad(&v->params, l->weight), v->value[l->in[0]].x,
+                      codebook(v), v->code, to_z, to_e, &s);
 }
+
+static void layer_backward(Vqgan *v, const Layer *l, double codebook_weight) {
+    const Compute *on = &v->on;
+    const size_t N = plane_size(v, l->out), C = v->value[l->out].C;
+    const real *w = l->weight == NONE ? NULL : param_value(&v->params, l->weight);
+    const real *bias = l->bias == NONE ? NULL : param_value(&v->params, l->bias);
+    real *dw = l->weight == NONE ? NULL : param_grad(&v->params, l->weight);
+    real *db = l->bias == NONE ? NULL : param_grad(&v->params, l->bias);
+    const Value *in = &v->value[l->in[0]], *out = &v->value[l->out];
+    const Conv c = conv_of(v, l);
+    const GroupNorm n = norm_of(v, l);
+    switch (l->kind) {
+    case CONV: conv_backward(on, in->dx, dw, db, out->dx, in->x, w, l->accumulate[0], &c); break;
+    case NORM: group_norm_backward(on, in->dx, dw, db, out->dx, in->x, w, bias, l->kept, l->accumulate[0], &n); break;
+    case ATTEND: {
+        const Value *k = &v->value[l->in[1]], *values = &v->value[l->in[2]];
+        picture_attention_backward(on, in->dx, k->dx, values->dx, out->dx, in->x, k->x, values->x, l->kept,
+                                   l->accumulate, v->b, C, N);
+        break;
+    }
+    case QUANTIZE: quantize_layer_backward(v, l, codebook_weight); break;
+    case TANH: tanh_backward(on, in->dx, out->dx, out->x, v->b * C * N); break;
+    }
+}
+
+/* Weights that changed since they were last put in the order in which a GPU's convolutions read them. */
+static void prepare_weights(Vqgan *v) {
+    const uint64_t now = compute_changes(&v->on);
+    for (size_t i = 0; i < v->n_layers && now != v->prepared_at; i++) {
+        const Layer *l = &v->layer[i];
+        const Conv c = conv_of(v, l);
+        if (l->prepared) v->on.fast->conv_prepare(&v->on, l->prepared, param_value(&v->params, l->weight), &c);
+    }
+    v->prepared_at = now;
+}
+
+static void walk_forward(Vqgan *v, size_t first, size_t end) {
+    prepare_weights(v);
+    for (size_t i = first; i < end; i++) layer_forward(v, &v->layer[i]);
+}
+
+/* Nothing in front of the quantiser needs a gradient when encoder and codebook are not trained. */
+static void walk_backward(Vqgan *v, double codebook_weight, int image_wanted) {
+    const Param *row = v->params.row;
+    const int frozen = row[v->layer[0].weight].untrained && row[v->layer[v->quantize].weight].untrained;
+    for (size_t i = v->n_layers; i-- > (frozen && !image_wanted ? v->quantize + 1 : 0);) {
+        layer_backward(v, &v->layer[i], codebook_weight);
+        params_ready(&v->params, v->layer[i].gradients_from);
+    }
+}
+
+/* ---- Created and loaded ---- */
+
+static Err check_settings(const VqganConfig *c);
+static Err sort_rows(Vqgan *v);
 
 /* Which gradients a layer finds already begun when backward reaches it. */
 static Err mark_begun_gradients(Vqgan *v) {
     char *begun;
     TRY(mem_alloc(&begun, v->n_values, 1, "vqgan: gradients"));
     for (size_t i = v->n_layers; i-- > 0;) {
-        VqLayer *l = &v->layer[i];
-        if (l->add != NO_VALUE) begun[l->add] = 1; /* in the memory of the gradient of l->out */
-        for (int k = 0; k < 3 && l->in[k] != NO_VALUE; k++) {
-            l->more[k] = begun[l->in[k]];
+        Layer *l = &v->layer[i];
+        if (l->add != NONE) begun[l->add] = 1; /* in the memory of the gradient of l->out */
+        for (int k = 0; k < 3 && l->in[k] != NONE; k++) {
+            l->accumulate[k] = begun[l->in[k]];
             begun[l->in[k]] = 1;
         }
     }
@@ -312,426 +656,13 @@ static Err build(Vqgan *v, int with_tanh) {
     const size_t most = 11 * ((2 * c->num_res_blocks + 1) * c->levels + 6) + 2 * c->levels + 16;
     TRY(mem_alloc(&v->layer, most, sizeof *v->layer, "vqgan: layers"));
     TRY(mem_alloc(&v->value, most + 1, sizeof *v->value, "vqgan: values"));
-    v->image = add_value(v, c->in_channels, 0);
-    v->z = conv(v, CONV1, encoder(v, v->image), c->embed_dim, NO_VALUE, named("quant_conv"));
-    v->quantize = v->n_layers;
-    v->zq = quantizer(v, v->z);
-    v->xrec = decoder(v, conv(v, CONV1, v->zq, c->z_channels, NO_VALUE, named("post_quant_conv")));
-    if (with_tanh) v->xrec = add_layer(v, VQ_TANH, v->xrec, c->out_ch, 0)->out;
+    whole_network(v, with_tanh);
     TRY(v->broken);
     TRY(sort_rows(v));
-    v->codebook = v->layer[v->quantize].weight;
-    TRY(mem_alloc(&v->x, 2 * v->n_values, sizeof *v->x, "vqgan: values"));
-    v->dx = v->x + v->n_values;
     return mark_begun_gradients(v);
 }
 
-/* ---- The walk ---- */
-
-/* Points every value at its planned memory; the picture's size is that of this run, not of the plan. */
-static void place_values(Vqgan *v, size_t B, size_t H, size_t W) {
-    v->b = B;
-    v->h = H;
-    v->w = W;
-    v->ready = v->latents = 0;
-    for (size_t i = 0; i < v->n_values; i++) {
-        const int here = !v->twin;
-        v->x[i] = here && v->value[i].act != NO_VALUE ? v->arena + v->value[i].act : NULL;
-        v->dx[i] = here && v->value[i].grad != NO_VALUE ? v->arena + v->value[i].grad : NULL;
-    }
-    if (!v->twin) return;
-    v->x[v->z] = v->arena + v->shown[0];
-    v->x[v->zq] = v->arena + v->shown[1];
-    v->x[v->xrec] = v->arena + v->shown[2];
-}
-
-static void run_forward(Vqgan *v, size_t first, size_t end) {
-    for (size_t i = first; i < end; i++) {
-        const VqLayer *l = &v->layer[i];
-        switch (l->kind) {
-        case VQ_NORM: group_norm_forward(v, l); break;
-        case VQ_ATTEND: spatial_attention_forward(v, l); break;
-        case VQ_QUANTIZE: quantize_forward(v, l); break;
-        case VQ_TANH: tanh_forward(v, l); break;
-        default: conv_layer_forward(v, l);
-        }
-    }
-}
-
-static void run_backward(Vqgan *v, double codebook_weight, int image_wanted) {
-    for (size_t i = v->n_layers; i-- > backward_end(v, image_wanted);) {
-        const VqLayer *l = &v->layer[i];
-        switch (l->kind) {
-        case VQ_NORM: group_norm_backward(v, l); break;
-        case VQ_ATTEND: spatial_attention_backward(v, l); break;
-        case VQ_QUANTIZE: quantize_backward(v, l, codebook_weight); break;
-        case VQ_TANH: tanh_backward(v, l); break;
-        default: conv_layer_backward(v, l);
-        }
-        params_ready(&v->params, l->complete);
-    }
-}
-
-double vqgan_flops(const Vqgan *v, size_t B, size_t H, size_t W, int encode, int decode) {
-    double sum = 0;
-    for (size_t i = encode ? 0 : v->quantize + 1; i < (decode ? v->n_layers : v->quantize); i++) {
-        const VqLayer *l = &v->layer[i];
-        const VqValue *y = &v->value[l->out];
-        const double cells = (double)(H >> y->level) * (double)(W >> y->level), C = (double)y->C;
-        if (l->kind == VQ_CONV) sum += cells * (double)v->params.row[l->weight].size;
-        if (l->kind == VQ_ATTEND) sum += 2 * cells * cells * C;
-    }
-    return 2 * (double)B * sum;
-}
-
-/* ---- Planning ----
- *
- * Time is the number of the step that runs: forward of layer i is step i, its backward step 2n-1-i. An area is a piece
- * of memory needed during [from, to]; areas whose times overlap must not overlap in memory. */
-
-typedef struct {
-    size_t size, from, to, offset;
-    size_t *target; /* where the offset is wanted */
-} Area;
-
-typedef struct {
-    Area *area;
-    size_t n, capacity;
-} AreaList;
-
-static Err add_area(AreaList *list, size_t *target, size_t size, size_t from, size_t to) {
-    if (list->n == list->capacity) return err("vqgan: internal: %zu areas are not enough", list->capacity);
-    Area *a = &list->area[list->n++];
-    if (size > (size_t)-1 / sizeof(real) - ALIGN) return err("vqgan: an activation of %zu numbers is too large", size);
-    a->size = round_up(size, ALIGN);
-    a->from = from;
-    a->to = to;
-    a->target = target;
-    return OK;
-}
-
-/* B * C * h * w reals of a value at the planned size. */
-static Err value_size(const Vqgan *v, size_t i, size_t *size) {
-    const VqValue *x = &v->value[i];
-    TRY(size_mul(size, v->B, x->C));
-    TRY(size_mul(size, *size, v->H >> x->level));
-    return size_mul(size, *size, v->W >> x->level);
-}
-
-static int needs_input(VqKind kind) { /* backward reads what forward read */
-    return kind != VQ_TANH;
-}
-
-/* Activations: from their making to their last use, which in training may be a backward. */
-static Err value_areas(Vqgan *v, AreaList *list) {
-    const size_t n = v->n_layers, last = 2 * n - 1;
-    for (size_t i = 0; i < v->n_values; i++) {
-        size_t from = 0, to = 0, size;
-        if (!v->train && !v->params.ops && (i == v->image || i == v->xrec)) continue; /* the caller's */
-        for (size_t j = 0; j < n; j++) {
-            const VqLayer *l = &v->layer[j];
-            if (l->out == i) from = to = j;
-            const int reads = l->in[0] == i || l->in[1] == i || l->in[2] == i;
-            if (reads || l->add == i) to = max_size(to, j);
-            if (v->train && ((reads && needs_input(l->kind)) || (l->out == i && l->kind == VQ_TANH)))
-                to = max_size(to, last - j);
-        }
-        if (v->train && (i == v->z || i == v->zq || i == v->xrec)) to = last + 1; /* shown to the caller */
-        TRY(value_size(v, i, &size));
-        TRY(add_area(list, &v->value[i].act, size, from, to));
-    }
-    return OK;
-}
-
-/* A value whose gradient lies in the memory of another one's: the addend of a sum, what the quantiser read. */
-static size_t gradient_home(const Vqgan *v, size_t i) {
-    for (size_t j = 0; j < v->n_layers; j++) {
-        const VqLayer *l = &v->layer[j];
-        if (l->add == i || (l->kind == VQ_QUANTIZE && l->in[0] == i)) return gradient_home(v, l->out);
-    }
-    return i;
-}
-
-/* Gradients: from the backward of the last layer that reads the value to the backward of the one that made it; a home
- * lives as long as all that share it. */
-static Err gradient_areas(Vqgan *v, AreaList *list, size_t *home, size_t *from, size_t *to) {
-    const size_t last = 2 * v->n_layers - 1;
-    for (size_t i = 0; i < v->n_values; i++) {
-        home[i] = gradient_home(v, i);
-        from[i] = NO_VALUE;
-        to[i] = 0;
-    }
-    for (size_t j = 0; j < v->n_layers; j++) {
-        const VqLayer *l = &v->layer[j];
-        const size_t out = home[l->out];
-        to[out] = max_size(to[out], last - j);
-        for (int k = 0; k < 3 && l->in[k] != NO_VALUE; k++)
-            from[home[l->in[k]]] = min_size(from[home[l->in[k]]], last - j);
-    }
-    for (size_t i = 0; i < v->n_values; i++) {
-        size_t size;
-        const int callers = i == v->image || i == v->xrec;
-        if (home[i] != i || (callers && !v->params.ops)) continue;
-        if (i == v->xrec) from[i] = v->n_layers; /* the caller's gradient comes first */
-        if (i == v->image) to[i] = last;
-        TRY(value_size(v, i, &size));
-        TRY(add_area(list, &v->value[i].grad, size, from[i], to[i]));
-    }
-    return OK;
-}
-
-static size_t norm_kept_units(const Vqgan *v, size_t C) {
-    if (!v->params.ops) return v->B * NORM_GROUPS * 2;
-    return norm_kept_floats(v->B, C) * sizeof(float) / v->params.ops->unit;
-}
-
-static Err layer_areas(Vqgan *v, AreaList *list) {
-    const size_t last = 2 * v->n_layers - 1;
-    for (size_t j = 0; j < v->n_layers; j++) {
-        VqLayer *l = &v->layer[j];
-        const VqValue *x = &v->value[l->out];
-        const size_t until = v->train ? last - j : j;
-        size_t size, N;
-        if (l->kind == VQ_NORM) TRY(add_area(list, &l->saved, norm_kept_units(v, x->C), j, until));
-        if (l->kind != VQ_ATTEND) continue;
-        TRY(size_mul(&N, v->H >> x->level, v->W >> x->level));
-        TRY(size_mul(&size, N, N));
-        TRY(size_mul(&size, round_up(size, ALIGN), v->B)); /* ATTEND saved: pictures begin at whole areas on a GPU */
-        TRY(add_area(list, &l->saved, size, j, until));
-        if (v->train && !v->params.ops) TRY(add_area(list, &l->scratch, size, last - j, last - j));
-    }
-    return OK;
-}
-
-/* What every step may use. */
-static Err scratch_areas(Vqgan *v, AreaList *list) {
-    const size_t end = 2 * v->n_layers;
-    v->on = compute_of(&v->params);
-    compute_needs(&v->on, (size_t)v->on.threads * CODES * SPOTS * sizeof(real));
-    v->b = v->B;
-    v->h = v->H;
-    v->w = v->W;
-    for (size_t j = 0; j < v->n_layers; j++) {
-        const VqLayer *l = &v->layer[j];
-        const Conv c = layer_conv(v, l);
-        if (l->kind == VQ_NORM) compute_needs(&v->on, v->B * c.M * 2 * sizeof(real));
-        for (int backward = 0; l->kind == VQ_CONV && backward <= v->train; backward++) conv_needs(&v->on, &c, backward);
-    }
-    TRY(add_area(list, &v->scratch_at, ceil_div(v->on.scratch_bytes, sizeof(real)), 0, end));
-    TRY(add_area(list, &v->raw, v->B * plane_size(v, v->z), 0, end)); /* int32_t is no larger than real */
-    TRY(add_area(list, &v->code_norm, v->c.n_embed, 0, end));
-    return add_area(list, &v->image_loss, v->B * (sizeof(double) / sizeof(real)), 0, end);
-}
-
-static int larger_first(const void *a, const void *b) {
-    const Area *x = (const Area *)a, *y = (const Area *)b;
-    if (x->size != y->size) return x->size > y->size ? -1 : 1;
-    return x->from < y->from ? -1 : x->from > y->from;
-}
-
-/* Largest first, each to the lowest place that is free during its whole life. placed[] is kept sorted by offset. */
-static Err lay_out(AreaList *list, size_t *total) {
-    Area *placed;
-    TRY(mem_alloc(&placed, list->n, sizeof *placed, "vqgan: plan"));
-    qsort(list->area, list->n, sizeof *list->area, larger_first);
-    *total = 0;
-    for (size_t i = 0; i < list->n; i++) {
-        Area a = list->area[i];
-        size_t at = 0, k = i;
-        for (size_t j = 0; j < i; j++) {
-            const Area *o = &placed[j];
-            if (o->from > a.to || a.from > o->to) continue;
-            if (o->offset >= at + a.size) break;
-            at = max_size(at, o->offset + o->size);
-        }
-        a.offset = *a.target = at;
-        for (; k > 0 && placed[k - 1].offset > at; k--) placed[k] = placed[k - 1];
-        placed[k] = a;
-        *total = max_size(*total, at + a.size);
-        if (*total > (size_t)-1 / sizeof(real) / 2) break;
-    }
-    free(placed);
-    return OK;
-}
-
-/* *total: units of the arena */
-static Err plan_areas(Vqgan *v, AreaList *list, size_t *lives, size_t *total) {
-    for (size_t i = 0; i < v->n_values; i++) v->value[i].act = v->value[i].grad = NO_VALUE;
-    TRY(value_areas(v, list));
-    if (v->train) TRY(gradient_areas(v, list, lives, lives + v->n_values, lives + 2 * v->n_values));
-    TRY(layer_areas(v, list));
-    if (!v->params.ops) TRY(scratch_areas(v, list));
-    TRY(lay_out(list, total));
-    for (size_t i = 0; v->train && i < v->n_values; i++) v->value[i].grad = v->value[lives[i]].grad;
-    return OK;
-}
-
-/* Odd sides lose their last row or column at a CONV_DOWN; training needs a reconstruction as large as the picture. */
-static Err check_picture(const Vqgan *v, size_t B, size_t H, size_t W, const char *where) {
-    const size_t unit = (size_t)1 << (v->c.levels - 1);
-    if (B == 0) return err("%s: an empty batch", where);
-    if (v->train && (H == 0 || W == 0 || H % unit || W % unit))
-        return err("%s: a picture of %zux%zu; both sides must be multiples of %zu", where, H, W, unit);
-    if (H < unit || W < unit)
-        return err("%s: a picture of %zux%zu; both sides must be at least %zu", where, H, W, unit);
-    return OK;
-}
-
-static void drop_plan(Vqgan *v) {
-    if (v->twin) v->params.ops->vqgan_free(v);
-    free(v->arena);
-    v->arena = NULL, v->twin = NULL;
-    v->ready = v->latents = 0;
-}
-
-Err vqgan_plan_bytes(Vqgan *v, size_t B, size_t H, size_t W, int train, size_t *bytes) {
-    AreaList list = {NULL, 0, 3 * (v->n_values + v->n_layers) + 16};
-    size_t *lives = NULL, total = 0;
-    drop_plan(v);
-    v->train = train != 0;
-    TRY(check_picture(v, B, H, W, "vqgan_plan"));
-    if (B > 1 << 20 || H > 1 << 20 || W > 1 << 20)
-        return err("vqgan_plan: %zu pictures of %zux%zu is too much", B, H, W);
-    v->B = B;
-    v->H = H;
-    v->W = W;
-    Err e = mem_alloc(&list.area, list.capacity, sizeof *list.area, "vqgan: plan");
-    if (e == OK) e = mem_alloc(&lives, 3 * v->n_values, sizeof *lives, "vqgan: plan");
-    if (e == OK) e = plan_areas(v, &list, lives, &total);
-    if (e == OK)
-        e = v->params.ops ? v->params.ops->vqgan_plan(v, total, 0, bytes) : size_mul(bytes, total, sizeof(real));
-    v->units = total;
-    free(list.area);
-    free(lives);
-    return e;
-}
-
-/* Activations there; here what callers see: z, z_q, the reconstruction, codes. */
-static Err plan_on_gpu(Vqgan *v, size_t *bytes) {
-    const size_t shown[3] = {v->z, v->zq, v->xrec};
-    size_t total = v->B * (v->H >> v->value[v->z].level) * (v->W >> v->value[v->z].level);
-    v->raw = 0;
-    for (int k = 0; k < 3; k++) {
-        size_t size;
-        v->shown[k] = round_up(total, ALIGN);
-        TRY(value_size(v, shown[k], &size));
-        total = v->shown[k] + size;
-    }
-    TRY(mem_alloc(&v->arena, total, sizeof(real), "vqgan: what the GPU gives back"));
-    return v->params.ops->vqgan_plan(v, v->units, 1, bytes);
-}
-
-Err vqgan_plan(Vqgan *v, size_t B, size_t H, size_t W, int train) {
-    size_t bytes = 0;
-    TRY(vqgan_plan_bytes(v, B, H, W, train, &bytes));
-    if (v->params.ops) return plan_on_gpu(v, &bytes);
-    TRY(mem_alloc(&v->arena, bytes, 1, "vqgan: activations"));
-    v->on.scratch = v->arena + v->scratch_at;
-    return OK;
-}
-
-static Err check_fits(const Vqgan *v, size_t B, size_t H, size_t W, const char *where) {
-    if (!v->arena) return err("%s: call vqgan_plan first", where);
-    TRY(check_picture(v, B, H, W, where));
-    if (B > v->B || H > v->H || W > v->W)
-        return err("%s: %zu pictures of %zux%zu; planned for %zu of %zux%zu", where, B, H, W, v->B, v->H, v->W);
-    return OK;
-}
-
-/* The same for a grid of latents. */
-static Err check_grid(const Vqgan *v, size_t B, size_t h, size_t w, const char *where) {
-    const size_t shift = v->c.levels - 1, most = (size_t)1 << 20;
-    return check_fits(v, B, min_size(h, most) << shift, min_size(w, most) << shift, where);
-}
-
-/* ---- Configuration ---- */
-
-static Err refuse_flag(const Config *from, const char *prefix, const char *key, int wanted) {
-    int flag = wanted;
-    TRY(config_flag(&flag, from, prefix, key, 1));
-    return flag == wanted ? OK : err("%s%s is not supported: must be %s", prefix, key, wanted ? "true" : "false");
-}
-
-Err vqgan_config_read(VqganConfig *c, const Config *from, const char *prefix) {
-    enum { WIDE = MAX_WIDTH };
-    const Name dd_name = named("%sddconfig.", prefix);
-    const char *dd = dd_name.s;
-    size_t *mult = c->ch_mult, *attn = c->attn_resolutions;
-    memset(c, 0, sizeof *c);
-    c->legacy = 1;
-    c->beta = 0.25;
-    TRY(config_size(&c->embed_dim, from, prefix, "embed_dim", 1, WIDE, 0));
-    TRY(config_size(&c->n_embed, from, prefix, "n_embed", 1, 1 << 24, 0));
-    TRY(config_size(&c->re_embed, from, prefix, "re_embed", 0, c->n_embed, 1));
-    TRY(config_flag(&c->legacy, from, prefix, "legacy", 1));
-    TRY(config_real(&c->beta, from, prefix, "beta", 0, 1e6, 1));
-    TRY(config_size(&c->z_channels, from, dd, "z_channels", 1, WIDE, 0));
-    TRY(config_size(&c->resolution, from, dd, "resolution", 1, 1 << 20, 0));
-    TRY(config_size(&c->in_channels, from, dd, "in_channels", 1, WIDE, 0));
-    TRY(config_size(&c->out_ch, from, dd, "out_ch", 1, WIDE, 0));
-    TRY(config_size(&c->ch, from, dd, "ch", 1, WIDE, 0));
-    TRY(config_list(mult, &c->levels, VQ_LEVELS, from, dd, "ch_mult", 0));
-    TRY(config_size(&c->num_res_blocks, from, dd, "num_res_blocks", 1, MAX_BLOCKS, 0));
-    TRY(config_list(attn, &c->n_attn, VQ_LEVELS, from, dd, "attn_resolutions", 0));
-    TRY(config_flag(&c->tanh_out, from, dd, "tanh_out", 1));
-    TRY(refuse_flag(from, dd, "double_z", 0));
-    return refuse_flag(from, dd, "resamp_with_conv", 1);
-}
-
-static Err write_list(Config *to, const char *key, const size_t *x, size_t n) {
-    char text[VQ_LEVELS * 24] = "-";
-    for (size_t i = 0, at = 0; i < n; i++)
-        at += (size_t)snprintf(text + at, sizeof text - at, "%s%zu", i ? "," : "", x[i]);
-    return config_set(to, key, "%s", text);
-}
-
-Err vqgan_config_write(Config *to, const VqganConfig *c, const char *prefix) {
-    const struct {
-        const char *key;
-        size_t value;
-    } sizes[] = {{"embed_dim", c->embed_dim},
-                 {"n_embed", c->n_embed},
-                 {"re_embed", c->re_embed},
-                 {"ddconfig.z_channels", c->z_channels},
-                 {"ddconfig.resolution", c->resolution},
-                 {"ddconfig.in_channels", c->in_channels},
-                 {"ddconfig.out_ch", c->out_ch},
-                 {"ddconfig.ch", c->ch},
-                 {"ddconfig.num_res_blocks", c->num_res_blocks}};
-    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++)
-        TRY(config_set(to, named("%s%s", prefix, sizes[i].key).s, "%zu", sizes[i].value));
-    TRY(write_list(to, named("%sddconfig.ch_mult", prefix).s, c->ch_mult, c->levels));
-    TRY(write_list(to, named("%sddconfig.attn_resolutions", prefix).s, c->attn_resolutions, c->n_attn));
-    TRY(config_set(to, named("%sddconfig.double_z", prefix).s, "false"));
-    TRY(config_set(to, named("%sddconfig.tanh_out", prefix).s, "%s", c->tanh_out ? "true" : "false"));
-    TRY(config_set(to, named("%slegacy", prefix).s, "%s", c->legacy ? "true" : "false"));
-    return config_set(to, named("%sbeta", prefix).s, "%.17g", c->beta);
-}
-
-static Err check_range(const char *key, size_t x, size_t lo, size_t hi) {
-    return x >= lo && x <= hi ? OK : err("vqgan: %s is %zu, expected %zu..%zu", key, x, lo, hi);
-}
-
-static Err check_config(const VqganConfig *c) {
-    TRY(check_range("ch", c->ch, 1, MAX_WIDTH));
-    TRY(check_range("number of levels (ch_mult)", c->levels, 1, VQ_LEVELS));
-    TRY(check_range("number of attn_resolutions", c->n_attn, 0, VQ_LEVELS));
-    TRY(check_range("num_res_blocks", c->num_res_blocks, 1, MAX_BLOCKS));
-    TRY(check_range("resolution", c->resolution, 1, 1 << 20));
-    TRY(check_range("in_channels", c->in_channels, 1, MAX_WIDTH));
-    TRY(check_range("out_ch", c->out_ch, 1, MAX_WIDTH));
-    TRY(check_range("z_channels", c->z_channels, 1, MAX_WIDTH));
-    TRY(check_range("embed_dim", c->embed_dim, 1, MAX_WIDTH));
-    TRY(check_range("n_embed", c->n_embed, 1, 1 << 24));
-    TRY(check_range("re_embed", c->re_embed, 0, c->n_embed));
-    if (c->ch % NORM_GROUPS) return err("vqgan: ch is %zu, expected a multiple of %d", c->ch, NORM_GROUPS);
-    for (size_t i = 0; i < c->levels; i++) TRY(check_range("ch_mult", c->ch_mult[i], 1, MAX_WIDTH / c->ch));
-    if (!(c->beta >= 0 && c->beta < 1e6)) return err("vqgan: beta is %g, expected 0..1e6", c->beta);
-    return OK;
-}
-
-/* ---- Public functions: life of a first stage ---- */
-
+/* At first the first re_embed entries are the tokens. */
 static Err make_remap(Vqgan *v) {
     const size_t n = v->c.re_embed;
     if (n == 0) return OK;
@@ -745,7 +676,7 @@ static Err make_remap(Vqgan *v) {
 Err vqgan_create(Vqgan **out, const VqganConfig *c, int honour_tanh) {
     Vqgan *v;
     *out = NULL;
-    TRY(check_config(c));
+    TRY(check_settings(c));
     TRY(mem_alloc(&v, 1, sizeof *v, "vqgan"));
     v->c = *c;
     if (build(v, c->tanh_out && honour_tanh) != OK || make_remap(v) != OK) {
@@ -756,13 +687,14 @@ Err vqgan_create(Vqgan **out, const VqganConfig *c, int honour_tanh) {
     return OK;
 }
 
+static void drop_plan(Vqgan *v);
+
 void vqgan_free(Vqgan *v) {
     if (!v) return;
     drop_plan(v);
     params_free(&v->params);
     free(v->layer);
     free(v->value);
-    free(v->x);
     free(v->used);
     free(v->inverse);
     free(v);
@@ -782,6 +714,10 @@ size_t vqgan_K(const Vqgan *v) {
 
 const int32_t *vqgan_used(const Vqgan *v) {
     return v->used;
+}
+
+Err vqgan_use_cuda(Vqgan *v, Precision precision) {
+    return use_cuda(&v->params, precision);
 }
 
 /* The first position wins where a code is listed twice, as in the official search. */
@@ -809,187 +745,187 @@ Err vqgan_load(Vqgan *v, const Checkpoint *ck, const char *prefix) {
     return v->c.re_embed ? load_used(v, ck, prefix) : OK;
 }
 
-/* ---- Public functions: inference ---- */
+/* ---- A run begins, and ends ---- */
 
-static Err check_values(const Vqgan *v, const char *where) {
-    return v->params.n && v->params.row[0].value ? OK : err("%s: the parameters have no values yet", where);
+static Err check_run(const Vqgan *v, size_t B, size_t H, size_t W, const char *where);
+
+/* Before a run: the values lie in their planned memory; the pictures' size is that of this run, not of the plan. */
+static void begin(Vqgan *v, size_t B, size_t H, size_t W) {
+    v->b = B;
+    v->h = H;
+    v->w = W;
+    v->can_backward = v->has_latents = 0;
+    for (size_t i = 0; i < v->n_values; i++) {
+        v->value[i].x = v->value[i].memory;
+        v->value[i].dx = v->value[i].grad_memory;
+    }
 }
 
-static void copy_codes(Vqgan *v, size_t B, size_t N, uint64_t seed, int32_t *raw, int32_t *tokens) {
-    const int32_t *found = (const int32_t *)(v->arena + v->raw);
-    if (raw) memcpy(raw, found, B * N * sizeof *raw);
-    if (tokens) remap_codes(v, found, B, N, seed, tokens);
+/* The caller's numbers of a value, or of its gradient, where layers read them: on a CPU where they are. */
+static void lend(Vqgan *v, size_t value, real **to, const real *from) {
+    if (v->on.device)
+        v->on.fast->put_planes(&v->on, *to, from, v->b, v->value[value].C, plane_size(v, value));
+    else
+        *to = (real *)from; /* only read */
 }
 
-/* The codes of z (B,D,N), or, on a GPU, of the latents that are there if z is NULL. */
-static Err find_nearest(Vqgan *v, const real *z, size_t B, size_t N) {
-    int32_t *raw = (int32_t *)(v->arena + v->raw);
-    if (v->twin) return v->params.ops->vqgan_nearest(v, z, raw);
-    nearest_codes(v, z, B, N, raw);
+/* What layers wrote, to the caller. */
+static Err hand_back(const Vqgan *v, size_t value, real *to, const real *from) {
+    const size_t C = v->value[value].C, hw = plane_size(v, value);
+    if (v->on.device) return v->on.fast->get_planes(&v->on, to, from, v->b, C, hw);
+    if (to != from) memcpy(to, from, v->b * C * hw * sizeof *to);
     return OK;
+}
+
+static Err hand_back_codes(Vqgan *v) {
+    const size_t bytes = v->b * plane_size(v, v->z) * sizeof *v->code;
+    return v->on.device ? compute_get(&v->on, v->seen_code, v->code, bytes) : OK;
+}
+
+/* ---- Pictures to tokens ---- */
+
+/* tokens (B,N) of codebook entries; one that the table lacks becomes a random token (SPEC section 8: unknown_index). */
+static void tokens_of(const Vqgan *v, int32_t *tokens, const int32_t *code, uint64_t seed) {
+    const size_t K = vqgan_K(v), N = plane_size(v, v->z);
+    for (size_t b = 0; b < v->b; b++)
+        for (size_t i = 0; i < N; i++) {
+            int32_t token = v->inverse ? v->inverse[code[b * N + i]] : code[b * N + i];
+            if (token < 0) token = (int32_t)rng_below(seed, rng_stream(RNG_UNKNOWN, 0, b), i, (uint32_t)K);
+            tokens[b * N + i] = token;
+        }
 }
 
 Err vqgan_encode(Vqgan *v, const real *images, size_t B, size_t H, size_t W, uint64_t seed, real *prequant,
                  int32_t *raw, int32_t *tokens) {
-    TRY(check_values(v, "vqgan_encode"));
-    TRY(check_fits(v, B, H, W, "vqgan_encode"));
-    place_values(v, B, H, W);
-    if (v->twin)
-        TRY(v->params.ops->vqgan_run(v, v->image, images, 0, v->quantize, v->z, prequant ? v->x[v->z] : NULL));
-    else {
-        v->x[v->image] = (real *)images; /* only read */
-        run_forward(v, 0, v->quantize);
-    }
-    const size_t N = plane_size(v, v->z);
-    if (prequant) memcpy(prequant, v->x[v->z], B * v->c.embed_dim * N * sizeof(real));
-    if (raw || tokens) {
-        TRY(find_nearest(v, v->twin ? NULL : v->x[v->z], B, N));
-        copy_codes(v, B, N, seed, raw, tokens);
-    }
-    return OK;
+    TRY(check_run(v, B, H, W, "vqgan_encode"));
+    begin(v, B, H, W);
+    lend(v, v->image, &v->value[v->image].x, images);
+    walk_forward(v, 0, v->quantize);
+    const Codes s = codes_of(v);
+    if (prequant) TRY(hand_back(v, v->z, prequant, v->value[v->z].x));
+    if (!raw && !tokens) return compute_status(&v->on);
+    nearest_codes(&v->on, v->code, v->value[v->z].x, codebook(v), &s);
+    TRY(hand_back_codes(v));
+    if (raw) memcpy(raw, v->seen_code, s.B * s.N * sizeof *raw);
+    if (tokens) tokens_of(v, tokens, v->seen_code, seed);
+    return compute_status(&v->on);
 }
 
-Err vqgan_quantize(Vqgan *v, const real *z, size_t B, size_t h, size_t w, uint64_t seed, int32_t *raw,
-                   int32_t *tokens) {
-    const size_t shift = v->c.levels - 1;
-    TRY(check_values(v, "vqgan_quantize"));
-    TRY(check_grid(v, B, h, w, "vqgan_quantize"));
-    place_values(v, B, h << shift, w << shift);
-    TRY(find_nearest(v, z, B, h * w));
-    copy_codes(v, B, h * w, seed, raw, tokens);
-    return OK;
+/* ---- Tokens to pictures ---- */
+
+/* From zq to the reconstruction, which on a CPU is written where the caller wants it. */
+static Err decode(Vqgan *v, real *images) {
+    Value *xrec = &v->value[v->xrec];
+    if (!v->on.device) xrec->x = images;
+    walk_forward(v, v->quantize + 1, v->n_layers);
+    TRY(hand_back(v, v->xrec, images, xrec->x));
+    return compute_status(&v->on);
 }
 
-static Err check_tokens(const Vqgan *v, const int32_t *tokens, size_t B, size_t N, const char *where) {
+/* Codebook entries of tokens (B,N), to v->seen_code */
+static Err entries_of(Vqgan *v, const int32_t *tokens, size_t B, size_t N) {
     const size_t K = vqgan_K(v);
-    for (size_t i = 0; i < B * N; i++)
+    for (size_t i = 0; i < B * N; i++) {
         if (tokens[i] < 0 || (size_t)tokens[i] >= K)
-            return err("%s: token %d of picture %zu is %d, expected 0..%zu", where, (int)(i % N), i / N, tokens[i],
+            return err("vqgan_decode_tokens: token %zu of picture %zu is %d, expected 0..%zu", i % N, i / N, tokens[i],
                        K - 1);
+        v->seen_code[i] = v->used ? v->used[tokens[i]] : tokens[i];
+    }
     return OK;
 }
 
-static int32_t entry_of(const Vqgan *v, int32_t token) {
-    return v->used ? v->used[token] : token;
-}
-
-static void look_up(const Vqgan *v, const int32_t *tokens, size_t B, size_t N, real *z) {
-    const size_t D = v->c.embed_dim;
-    for (size_t b = 0; b < B; b++)
-        for (size_t i = 0; i < N; i++) {
-            const real *e = v->params.row[v->codebook].value + (size_t)entry_of(v, tokens[b * N + i]) * D;
-            for (size_t d = 0; d < D; d++) z[(b * D + d) * N + i] = e[d];
-        }
-}
-
-Err vqgan_lookup(Vqgan *v, const int32_t *tokens, size_t B, size_t h, size_t w, real *z) {
-    TRY(check_values(v, "vqgan_lookup"));
-    TRY(check_tokens(v, tokens, B, h * w, "vqgan_lookup"));
-    look_up(v, tokens, B, h * w, z);
-    return OK;
-}
-
-static Err decode_placed(Vqgan *v, const real *z, real *images) {
-    if (v->twin) return v->params.ops->vqgan_run(v, v->zq, z, v->quantize + 1, v->n_layers, v->xrec, images);
-    v->x[v->xrec] = images;
-    run_forward(v, v->quantize + 1, v->n_layers);
-    return OK;
-}
-
-Err vqgan_decode(Vqgan *v, const real *z, size_t B, size_t h, size_t w, real *images) {
-    const size_t shift = v->c.levels - 1;
-    TRY(check_values(v, "vqgan_decode"));
-    TRY(check_grid(v, B, h, w, "vqgan_decode"));
-    place_values(v, B, h << shift, w << shift);
-    v->x[v->zq] = (real *)z; /* only read */
-    return decode_placed(v, z, images);
+/* Sides of the picture of a grid; what is too large stays too large. */
+static size_t picture_side(const Vqgan *v, size_t grid_side) {
+    return min_size(grid_side, (size_t)1 << 20) << (v->c.levels - 1);
 }
 
 Err vqgan_decode_tokens(Vqgan *v, const int32_t *tokens, size_t B, size_t h, size_t w, real *images) {
-    const size_t shift = v->c.levels - 1;
-    TRY(check_values(v, "vqgan_decode_tokens"));
-    TRY(check_grid(v, B, h, w, "vqgan_decode_tokens"));
-    place_values(v, B, h << shift, w << shift);
-    TRY(check_tokens(v, tokens, B, h * w, "vqgan_decode_tokens"));
-    if (v->twin) {
-        int32_t *raw = (int32_t *)(v->arena + v->raw);
-        for (size_t i = 0; i < B * h * w; i++) raw[i] = entry_of(v, tokens[i]);
-        return v->params.ops->vqgan_draw(v, raw, images);
-    }
-    look_up(v, tokens, B, h * w, v->x[v->zq]);
-    return decode_placed(v, NULL, images);
+    TRY(check_run(v, B, picture_side(v, h), picture_side(v, w), "vqgan_decode_tokens"));
+    begin(v, B, picture_side(v, h), picture_side(v, w));
+    const Codes s = codes_of(v);
+    TRY(entries_of(v, tokens, B, h * w));
+    if (v->on.device) compute_put(&v->on, v->code, v->seen_code, B * h * w * sizeof *v->code);
+    lookup_codes(&v->on, v->value[v->zq].x, codebook(v), v->code, &s);
+    return decode(v, images);
 }
 
-/* ---- Public functions: training ---- */
+/* z (B,D,h,w) -> images, not clamped. For tests: test/first_stage.h */
+Err vqgan_decode(Vqgan *v, const real *z, size_t B, size_t h, size_t w, real *images);
+Err vqgan_decode(Vqgan *v, const real *z, size_t B, size_t h, size_t w, real *images) {
+    TRY(check_run(v, B, picture_side(v, h), picture_side(v, w), "vqgan_decode"));
+    begin(v, B, picture_side(v, h), picture_side(v, w));
+    lend(v, v->zq, &v->value[v->zq].x, z);
+    return decode(v, images);
+}
+
+/* ---- Training ---- */
 
 Err vqgan_forward(Vqgan *v, const real *images, size_t B, size_t H, size_t W, const real **xrec,
                   double *codebook_loss) {
-    TRY(check_values(v, "vqgan_forward"));
-    TRY(check_fits(v, B, H, W, "vqgan_forward"));
+    TRY(check_run(v, B, H, W, "vqgan_forward"));
     if (!v->train) return err("vqgan_forward: planned for inference");
-    place_values(v, B, H, W);
-    const size_t elements = B * v->c.embed_dim * plane_size(v, v->z);
-    if (v->twin) {
-        double sum = 0;
-        TRY(v->params.ops->vqgan_forward(v, images, (int32_t *)(v->arena + v->raw), &sum));
-        *codebook_loss = codebook_loss_of(&v->c, sum, elements);
-    } else {
-        memcpy(v->x[v->image], images, B * v->c.in_channels * H * W * sizeof(real)); /* backward reads it again */
-        run_forward(v, 0, v->n_layers);
-        *codebook_loss = codebook_loss_value(v, elements);
-    }
-    v->ready = v->latents = 1;
-    *xrec = v->x[v->xrec];
-    return OK;
+    begin(v, B, H, W);
+    Value *image = &v->value[v->image];
+    if (v->on.device)
+        lend(v, v->image, &image->x, images);
+    else
+        memcpy(image->x, images, B * image->C * H * W * sizeof *images); /* backward reads it again */
+    walk_forward(v, 0, v->n_layers);
+    const Codes s = codes_of(v);
+    double gap = 0;
+    TRY(compute_get(&v->on, &gap, v->gap, sizeof gap));
+    TRY(hand_back(v, v->z, v->seen_z, v->value[v->z].x));
+    TRY(hand_back(v, v->zq, v->seen_zq, v->value[v->zq].x));
+    TRY(hand_back(v, v->xrec, v->seen_xrec, v->value[v->xrec].x));
+    TRY(hand_back_codes(v));
+    *codebook_loss = (1 + v->c.beta) * gap / (double)(s.B * s.D * s.N);
+    *xrec = v->seen_xrec;
+    v->can_backward = v->has_latents = 1;
+    return compute_status(&v->on);
 }
 
 Err vqgan_backward(Vqgan *v, const real *dxrec, double codebook_weight, real *dimage) {
-    if (!v->ready) return err("vqgan_backward: must follow vqgan_forward");
+    Value *image = &v->value[v->image];
+    if (!v->can_backward) return err("vqgan_backward: must follow vqgan_forward");
     if (!v->params.row[0].grad) return err("vqgan_backward: the parameters have no gradients planned");
-    v->ready = 0;
-    if (v->twin) return v->params.ops->vqgan_backward(v, dxrec, codebook_weight, dimage);
-    v->dx[v->xrec] = (real *)dxrec; /* only read */
-    v->dx[v->image] = dimage;
-    run_backward(v, codebook_weight, dimage != NULL);
-    return OK;
+    v->can_backward = 0;
+    lend(v, v->xrec, &v->value[v->xrec].dx, dxrec);
+    if (!v->on.device || !dimage) image->dx = dimage; /* NULL: the first layer leaves it out */
+    walk_backward(v, codebook_weight, dimage != NULL);
+    if (dimage) TRY(hand_back(v, v->image, dimage, image->dx));
+    return compute_status(&v->on);
 }
 
 const Param *vqgan_last_layer(const Vqgan *v) {
-    const VqLayer *l = &v->layer[v->n_layers - 1];
-    return &v->params.row[(l->kind == VQ_TANH ? l - 1 : l)->weight];
+    const Layer *l = &v->layer[v->n_layers - 1];
+    return &v->params.row[(l->kind == TANH ? l - 1 : l)->weight];
 }
 
 Err vqgan_last_gradient(Vqgan *v, const real *dxrec, real *dw, real *db) {
-    const VqLayer *l = &v->layer[v->n_layers - 1];
-    if (!v->ready) return err("vqgan_last_gradient: must follow vqgan_forward");
-    if (l->kind == VQ_TANH) return err("vqgan_last_gradient: not behind a tanh");
-    if (v->twin) return v->params.ops->vqgan_last(v, dxrec, dw, db);
+    const Layer *l = &v->layer[v->n_layers - 1];
     const Param *w = vqgan_last_layer(v);
-    const Conv c = layer_conv(v, l);
-    memset(dw, 0, w->size * sizeof *dw);
-    memset(db, 0, w->dim[0] * sizeof *db);
-    conv_backward(&v->on, NULL, dw, db, dxrec, v->x[l->in[0]], w->value, 0, &c);
-    return OK;
+    if (!v->can_backward) return err("vqgan_last_gradient: must follow vqgan_forward");
+    if (l->kind == TANH) return err("vqgan_last_gradient: not behind a tanh");
+    const size_t weights = w->size * sizeof *dw, biases = w->dim[0] * sizeof *db;
+    real *to_w = v->last ? v->last : dw, *to_b = v->last ? v->last + w->size : db;
+    real *dy = v->value[v->xrec].dx;
+    const Conv c = conv_of(v, l);
+    lend(v, v->xrec, &dy, dxrec);
+    compute_zero(&v->on, to_w, weights);
+    compute_zero(&v->on, to_b, biases);
+    conv_backward(&v->on, NULL, to_w, to_b, dy, v->value[l->in[0]].x, param_value(&v->params, l->weight), 0, &c);
+    if (v->last) TRY(compute_get(&v->on, dw, to_w, weights));
+    if (v->last) TRY(compute_get(&v->on, db, to_b, biases));
+    return compute_status(&v->on);
 }
 
 void vqgan_latents(const Vqgan *v, const real **z, const real **zq_st, const int32_t **raw) {
-    if (z) *z = v->x[v->z];
-    if (zq_st) *zq_st = v->x[v->zq];
-    if (raw) *raw = (const int32_t *)(v->arena + v->raw);
+    if (z) *z = v->seen_z;
+    if (zq_st) *zq_st = v->seen_zq;
+    if (raw) *raw = v->seen_code;
 }
 
-void image_loss(const real *x, const real *xrec, size_t n, double w1, double w2, double *l1, double *l2, real *dxrec) {
-    const real g1 = (real)(w1 / (double)n), g2 = (real)(2 * w2 / (double)n);
-    double s1 = 0, s2 = 0;
-    for (size_t i = 0; i < n; i++) {
-        const real d = xrec[i] - x[i];
-        s1 += fabs((double)d);
-        s2 += (double)d * (double)d;
-        if (dxrec) dxrec[i] = g1 * (real)((d > 0) - (d < 0)) + g2 * d;
-    }
-    *l1 = s1 / (double)n;
-    *l2 = s2 / (double)n;
-}
+/* ---- Entries of the codebook that no latent chooses become latents ---- */
 
 size_t vqgan_restart_pick(uint64_t seed, uint64_t step, size_t code, size_t latents) {
     return rng_below(seed, rng_stream(RNG_CODES, 0, step), code, (uint32_t)latents);
@@ -998,7 +934,7 @@ size_t vqgan_restart_pick(uint64_t seed, uint64_t step, size_t code, size_t late
 /* Latent d of the one that is picked is latent[d * stride]. */
 static void restart_code(const Vqgan *v, size_t code, const real *latent, size_t stride) {
     const size_t D = v->c.embed_dim;
-    const Param *book = &v->params.row[v->codebook];
+    const Param *book = &v->params.row[v->layer[v->quantize].weight];
     for (size_t d = 0; d < D; d++) {
         const size_t at = code * D + d;
         book->value[at] = latent[d * stride];
@@ -1014,20 +950,349 @@ void vqgan_restart_code(Vqgan *v, size_t code, const real *latent) {
 }
 
 size_t vqgan_restart_codes(Vqgan *v, const uint32_t *usage, uint64_t seed, uint64_t step) {
-    const size_t N = plane_size(v, v->z);
+    const size_t D = v->c.embed_dim, N = plane_size(v, v->z);
     size_t restarted = 0;
     for (size_t code = 0; code < v->c.n_embed; code++) {
-        if (usage[code] || !v->latents) continue;
+        if (usage[code] || !v->has_latents) continue;
         const size_t pick = vqgan_restart_pick(seed, step, code, v->b * N);
-        if (v->twin)
-            v->params.ops->vqgan_restart(v, code, pick);
-        else
-            restart_code(v, code, v->x[v->z] + pick / N * v->c.embed_dim * N + pick % N, N);
+        restart_code(v, code, v->seen_z + pick / N * D * N + pick % N, N);
+        params_send_part(&v->params, v->layer[v->quantize].weight, code * D, D);
         restarted++;
     }
     return restarted;
 }
 
-Err vqgan_use_cuda(Vqgan *v, Precision precision) {
-    return use_cuda(&v->params, precision);
+/* ---- Settings, under their official names ---- */
+
+static const struct {
+    const char *key;
+    size_t at; /* in VqganConfig */
+    size_t lo, hi;
+    int optional;
+} sizes[] = {{"embed_dim", offsetof(VqganConfig, embed_dim), 1, MAX_WIDTH, 0},
+             {"n_embed", offsetof(VqganConfig, n_embed), 1, 1 << 24, 0},
+             {"re_embed", offsetof(VqganConfig, re_embed), 0, 1 << 24, 1},
+             {"ddconfig.z_channels", offsetof(VqganConfig, z_channels), 1, MAX_WIDTH, 0},
+             {"ddconfig.resolution", offsetof(VqganConfig, resolution), 1, 1 << 20, 0},
+             {"ddconfig.in_channels", offsetof(VqganConfig, in_channels), 1, MAX_WIDTH, 0},
+             {"ddconfig.out_ch", offsetof(VqganConfig, out_ch), 1, MAX_WIDTH, 0},
+             {"ddconfig.ch", offsetof(VqganConfig, ch), 1, MAX_WIDTH, 0},
+             {"ddconfig.num_res_blocks", offsetof(VqganConfig, num_res_blocks), 1, MAX_BLOCKS, 0}};
+enum { SIZES = sizeof sizes / sizeof *sizes };
+
+static size_t *size_of(const VqganConfig *c, size_t i) {
+    return (size_t *)(void *)((char *)(uintptr_t)c + sizes[i].at);
+}
+
+static Err check_range(const char *key, size_t x, size_t lo, size_t hi) {
+    return x >= lo && x <= hi ? OK : err("vqgan: %s is %zu, expected %zu..%zu", key, x, lo, hi);
+}
+
+static Err check_settings(const VqganConfig *c) {
+    for (size_t i = 0; i < SIZES; i++) TRY(check_range(sizes[i].key, *size_of(c, i), sizes[i].lo, sizes[i].hi));
+    TRY(check_range("re_embed", c->re_embed, 0, c->n_embed));
+    TRY(check_range("number of levels (ch_mult)", c->levels, 1, VQ_LEVELS));
+    TRY(check_range("number of attn_resolutions", c->n_attn, 0, VQ_LEVELS));
+    if (c->ch % NORM_GROUPS) return err("vqgan: ch is %zu, expected a multiple of %d", c->ch, NORM_GROUPS);
+    for (size_t i = 0; i < c->levels; i++) TRY(check_range("ch_mult", c->ch_mult[i], 1, MAX_WIDTH / c->ch));
+    if (!(c->beta >= 0 && c->beta < 1e6)) return err("vqgan: beta is %g, expected 0..1e6", c->beta);
+    return OK;
+}
+
+static Err refuse_flag(const Config *from, const char *prefix, const char *key, int wanted) {
+    int flag = wanted;
+    TRY(config_flag(&flag, from, prefix, key, 1));
+    return flag == wanted ? OK : err("%s%s is not supported: must be %s", prefix, key, wanted ? "true" : "false");
+}
+
+Err vqgan_config_read(VqganConfig *c, const Config *from, const char *prefix) {
+    *c = (VqganConfig){.legacy = 1, .beta = 0.25};
+    for (size_t i = 0; i < SIZES; i++)
+        TRY(config_size(size_of(c, i), from, prefix, sizes[i].key, sizes[i].lo, sizes[i].hi, sizes[i].optional));
+    TRY(config_list(c->ch_mult, &c->levels, VQ_LEVELS, from, prefix, "ddconfig.ch_mult", 0));
+    TRY(config_list(c->attn_resolutions, &c->n_attn, VQ_LEVELS, from, prefix, "ddconfig.attn_resolutions", 0));
+    TRY(config_flag(&c->tanh_out, from, prefix, "ddconfig.tanh_out", 1));
+    TRY(config_flag(&c->legacy, from, prefix, "legacy", 1));
+    TRY(config_real(&c->beta, from, prefix, "beta", 0, 1e6, 1));
+    TRY(refuse_flag(from, prefix, "ddconfig.double_z", 0));
+    return refuse_flag(from, prefix, "ddconfig.resamp_with_conv", 1);
+}
+
+static Err write_list(Config *to, const char *key, const size_t *x, size_t n) {
+    char text[VQ_LEVELS * 24] = "-";
+    for (size_t i = 0, at = 0; i < n; i++)
+        at += (size_t)snprintf(text + at, sizeof text - at, "%s%zu", i ? "," : "", x[i]);
+    return config_set(to, key, "%s", text);
+}
+
+Err vqgan_config_write(Config *to, const VqganConfig *c, const char *prefix) {
+    for (size_t i = 0; i < SIZES; i++)
+        TRY(config_set(to, named("%s%s", prefix, sizes[i].key).s, "%zu", *size_of(c, i)));
+    TRY(write_list(to, named("%sddconfig.ch_mult", prefix).s, c->ch_mult, c->levels));
+    TRY(write_list(to, named("%sddconfig.attn_resolutions", prefix).s, c->attn_resolutions, c->n_attn));
+    TRY(config_set(to, named("%sddconfig.double_z", prefix).s, "false"));
+    TRY(config_set(to, named("%sddconfig.tanh_out", prefix).s, "%s", c->tanh_out ? "true" : "false"));
+    TRY(config_set(to, named("%slegacy", prefix).s, "%s", c->legacy ? "true" : "false"));
+    return config_set(to, named("%sbeta", prefix).s, "%.17g", c->beta);
+}
+
+/* ---- The order of the parameter table is that of PyTorch's state dict: nearly that in which layers run, in which rows
+ *      were added. A level's attention comes behind all its blocks, a block's shortcut last, up.0 before up.1, and what
+ *      stands between encoder and decoder behind both. ---- */
+
+/* How late a part of a name comes among its neighbours; equal: in the order of running. */
+static size_t lateness(const char *part, size_t length) {
+    static const char *const late[] = {"attn",     "downsample", "upsample",       "nin_shortcut",
+                                       "quantize", "quant_conv", "post_quant_conv"};
+    enum { LATE = sizeof late / sizeof *late };
+    if (part[0] >= '0' && part[0] <= '9') return strtoul(part, NULL, 10);
+    for (size_t i = 0; i < LATE; i++)
+        if (strlen(late[i]) == length && memcmp(late[i], part, length) == 0) return i + 1;
+    return 0;
+}
+
+typedef struct {
+    Param row;
+    size_t added; /* as number */
+} AddedRow;
+
+static int official_order(const void *a, const void *b) {
+    const AddedRow *p = (const AddedRow *)a, *q = (const AddedRow *)b;
+    const char *x = p->row.name, *y = q->row.name;
+    for (;;) {
+        const size_t nx = strcspn(x, "."), ny = strcspn(y, "."), lx = lateness(x, nx), ly = lateness(y, ny);
+        if (lx != ly) return lx < ly ? -1 : 1;
+        if (nx != ny || memcmp(x, y, nx) != 0 || !x[nx]) return p->added < q->added ? -1 : 1;
+        x += nx + 1;
+        y += ny + 1;
+    }
+}
+
+static Err sort_rows(Vqgan *v) {
+    Params *p = &v->params;
+    AddedRow *sorted;
+    size_t *moved, complete = 0;
+    TRY(mem_alloc(&sorted, p->n, sizeof *sorted + sizeof *moved, "vqgan: rows"));
+    moved = (size_t *)(void *)(sorted + p->n);
+    for (size_t i = 0; i < p->n; i++) sorted[i] = (AddedRow){p->row[i], i};
+    qsort(sorted, p->n, sizeof *sorted, official_order);
+    for (size_t i = 0; i < p->n; i++) p->row[i] = sorted[i].row, moved[sorted[i].added] = i;
+    for (size_t i = 0; i < v->n_layers; i++) {
+        Layer *l = &v->layer[i];
+        l->gradients_from = complete; /* behind the rows of all layers before it */
+        if (l->weight != NONE) l->weight = moved[l->weight], complete = max_size(complete, l->weight + 1);
+        if (l->bias != NONE) l->bias = moved[l->bias], complete = max_size(complete, l->bias + 1);
+    }
+    free(sorted);
+    return OK;
+}
+
+/* ---- Memory. Step i of a run is forward of layer i, step 2n-1-i its backward; base/plan.c shares memory among what is
+ *      not needed in the same steps. ---- */
+
+static void plan_value(Vqgan *v, Plan *plan, size_t i, real **memory, int f32_copy, size_t from, size_t to) {
+    const Value *x = &v->value[i];
+    const size_t n = v->B * x->C * plane_size(v, i);
+    if (v->on.device && n > (size_t)1 << 31 && plan->broken == OK)
+        plan->broken = err("vqgan: activations of more than 2^31 numbers; a smaller batch takes less");
+    plan_add(plan, memory, compute_bytes(&v->on, n, f32_copy), 1, from, to);
+}
+
+static int reads(const Layer *l, size_t value) {
+    return l->in[0] == value || l->in[1] == value || l->in[2] == value;
+}
+
+/* A GPU in bf16 keeps in f32 too what residuals are added to and norms read along the way: the sum over the network's
+ * depth, whose roundings would all count. Where no product reads the bf16 numbers, they are not even written. */
+static void plan_precision(Vqgan *v) {
+    for (size_t i = 0; i < v->n_values; i++) {
+        int made = 0, summed = 0, normed = 0, multiplied = 0;
+        for (size_t j = 0; j < v->n_layers; j++) {
+            const Layer *l = &v->layer[j];
+            if (l->kind == CONV && l->out == i) made = 1, summed |= l->add != NONE;
+            summed |= l->add == i;
+            if (l->kind == NORM)
+                normed |= l->in[0] == i;
+            else
+                multiplied |= reads(l, i);
+        }
+        const int bf16 = v->on.device && v->on.unit < sizeof(float);
+        v->value[i].f32_copy = bf16 && made && (summed || (normed && multiplied));
+        v->value[i].f32_only = v->value[i].f32_copy && !multiplied;
+    }
+}
+
+/* Values: from their making to their last use, which in training may be a backward. */
+static void plan_values(Vqgan *v, Plan *plan) {
+    const size_t last = 2 * v->n_layers - 1;
+    for (size_t i = 0; i < v->n_values; i++) {
+        size_t from = 0, to = 0;
+        v->value[i].memory = v->value[i].grad_memory = NULL;
+        if (!v->train && !v->on.device && (i == v->image || i == v->xrec)) continue; /* the caller's */
+        for (size_t j = 0; j < v->n_layers; j++) {
+            const Layer *l = &v->layer[j];
+            if (l->out == i) from = to = j;
+            if (reads(l, i) || l->add == i) to = max_size(to, j);
+            if (v->train && ((reads(l, i) && l->kind != TANH) || (l->out == i && l->kind == TANH)))
+                to = max_size(to, last - j);
+        }
+        if (v->train && (i == v->z || i == v->zq || i == v->xrec)) to = PLAN_END; /* seen by the caller */
+        plan_value(v, plan, i, &v->value[i].memory, v->value[i].f32_copy, from, to);
+    }
+}
+
+/* A value whose gradient lies in the memory of another one's: the addend of a sum, what the quantiser read. */
+static size_t gradient_home(const Vqgan *v, size_t i) {
+    for (size_t j = 0; j < v->n_layers; j++) {
+        const Layer *l = &v->layer[j];
+        if (l->add == i || (l->kind == QUANTIZE && l->in[0] == i)) return gradient_home(v, l->out);
+    }
+    return i;
+}
+
+/* Gradients: from the backward of the last layer that reads the value to the backward of the one that made it; a home
+ * lives as long as all that share it. */
+static void plan_gradients(Vqgan *v, Plan *plan) {
+    const size_t n = v->n_layers, last = 2 * n - 1;
+    for (size_t i = 0; i < v->n_values; i++) v->value[i].home = gradient_home(v, i);
+    for (size_t i = 0; i < v->n_values; i++) {
+        size_t from = NONE, to = 0;
+        if (v->value[i].home != i || (!v->on.device && (i == v->image || i == v->xrec))) continue; /* the caller's */
+        for (size_t j = 0; j < n; j++) {
+            const Layer *l = &v->layer[j];
+            if (v->value[l->out].home == i) to = max_size(to, last - j);
+            for (int k = 0; k < 3 && l->in[k] != NONE; k++)
+                if (v->value[l->in[k]].home == i) from = min_size(from, last - j);
+        }
+        if (i == v->xrec) from = n; /* the caller's gradient comes first */
+        if (i == v->image) to = last;
+        plan_value(v, plan, i, &v->value[i].grad_memory, 0, from, to);
+    }
+}
+
+/* What layers keep for their backward, and prepare; the scratch that the most demanding one needs. */
+static void plan_layers(Vqgan *v, Plan *plan) {
+    const Layers *fast = v->on.fast;
+    for (size_t j = 0; j < v->n_layers; j++) {
+        Layer *l = &v->layer[j];
+        const size_t C = v->value[l->out].C, N = plane_size(v, l->out);
+        const size_t until = v->train ? 2 * v->n_layers - 1 - j : j;
+        const Conv c = conv_of(v, l);
+        const GroupNorm n = norm_of(v, l);
+        for (int backward = 0; l->kind == CONV && backward <= v->train; backward++) conv_needs(&v->on, &c, backward);
+        l->prepared = NULL;
+        if (l->kind == CONV && v->on.device && fast->conv_prepared_bytes(&c))
+            plan_add(plan, &l->prepared, fast->conv_prepared_bytes(&c), 1, 0, PLAN_END);
+        if (l->kind == NORM) {
+            const size_t kept = fast ? fast->group_norm_kept(&n) : v->B * NORM_GROUPS * 2 * sizeof(real);
+            plan_add(plan, &l->kept, kept, 1, j, until);
+            if (fast) compute_needs(&v->on, fast->group_norm_needs(&v->on, &n, v->train));
+        }
+        if (l->kind == ATTEND) { /* on a GPU each picture's part begins at a multiple of 64 numbers */
+            plan_add(plan, &l->kept, v->B * N, round_up(N, 64) * v->on.unit, j, until);
+            if (fast) compute_needs(&v->on, fast->picture_attention_needs(&v->on, v->B, C, N, v->train));
+        }
+    }
+}
+
+static void plan_rest(Vqgan *v, Plan *plan) {
+    const Codes s = codes_of(v);
+    const Layer *l = &v->layer[v->n_layers - 1];
+    const size_t through[3] = {v->image, v->z, v->xrec}; /* on a GPU: from and to the host, by way of the scratch */
+    for (int i = 0; i < 3 && v->on.device; i++)
+        compute_needs(&v->on, v->B * v->value[through[i]].C * plane_size(v, through[i]) * sizeof(real));
+    if (v->on.fast) compute_needs(&v->on, v->on.fast->nearest_needs(&v->on, &s));
+    plan_add(plan, &v->on.scratch, v->on.scratch_bytes, 1, 0, PLAN_END);
+    plan_add(plan, &v->code, s.B * s.N, sizeof *v->code, 0, PLAN_END);
+    plan_add(plan, &v->gap, 1, sizeof *v->gap, 0, PLAN_END);
+    v->last = NULL;
+    if (v->on.device && v->train && l->kind == CONV)
+        plan_add(plan, &v->last, v->params.row[l->weight].size + v->params.row[l->bias].size, sizeof(float), 0,
+                 PLAN_END);
+}
+
+static void drop_plan(Vqgan *v) {
+    if (v->memory) compute_free(&v->on, v->memory);
+    free(v->seen_memory);
+    v->memory = v->seen_memory = NULL;
+    v->can_backward = v->has_latents = 0;
+}
+
+/* Odd sides lose their last row or column at a CONV_DOWN; training needs a reconstruction as large as the picture. */
+static Err check_picture(const Vqgan *v, size_t B, size_t H, size_t W, const char *where) {
+    const size_t unit = (size_t)1 << (v->c.levels - 1);
+    if (B == 0) return err("%s: an empty batch", where);
+    if (v->train && (H == 0 || W == 0 || H % unit || W % unit))
+        return err("%s: a picture of %zux%zu; both sides must be multiples of %zu", where, H, W, unit);
+    if (H < unit || W < unit)
+        return err("%s: a picture of %zux%zu; both sides must be at least %zu", where, H, W, unit);
+    if (B > 1 << 20 || H > 1 << 20 || W > 1 << 20 || B * H > ((size_t)1 << 40) / W)
+        return err("%s: %zu pictures of %zux%zu is too much", where, B, H, W);
+    return OK;
+}
+
+static Err check_run(const Vqgan *v, size_t B, size_t H, size_t W, const char *where) {
+    if (!v->params.n || !v->params.row[0].value) return err("%s: the parameters have no values yet", where);
+    if (!v->memory) return err("%s: call vqgan_plan first", where);
+    if (!codebook(v)) return err("%s: the parameters are not on the GPU yet", where);
+    if (B > v->B || H > v->H || W > v->W)
+        return err("%s: %zu pictures of %zux%zu; planned for %zu of %zux%zu", where, B, H, W, v->B, v->H, v->W);
+    TRY(check_picture(v, B, H, W, where));
+    return compute_status(&v->on);
+}
+
+static Err lay_out(Vqgan *v, Plan *plan, size_t B, size_t H, size_t W, int train, size_t *bytes) {
+    plan->what = "vqgan: activations";
+    drop_plan(v);
+    v->train = train != 0;
+    TRY(check_picture(v, B, H, W, "vqgan_plan"));
+    v->on = compute_of(&v->params);
+    v->b = v->B = B;
+    v->h = v->H = H;
+    v->w = v->W = W;
+    plan_precision(v);
+    plan_values(v, plan);
+    if (v->train) plan_gradients(v, plan);
+    plan_layers(v, plan);
+    plan_rest(v, plan);
+    return plan_lay_out(plan, bytes);
+}
+
+/* What callers see: on a CPU the values themselves, on a GPU copies in the host's memory. */
+static Err place_seen(Vqgan *v) {
+    const size_t value[3] = {v->z, v->zq, v->xrec};
+    real **const seen[3] = {&v->seen_z, &v->seen_zq, &v->seen_xrec};
+    size_t bytes = 0;
+    v->seen_code = v->code;
+    for (int i = 0; i < 3; i++) *seen[i] = v->value[value[i]].memory;
+    if (!v->on.device) return OK;
+    Plan plan = {.what = "vqgan: what the GPU gives back"};
+    plan_add(&plan, &v->seen_code, v->B * plane_size(v, v->z), sizeof *v->seen_code, 0, 0);
+    for (int i = 0; i < 3; i++)
+        plan_add(&plan, seen[i], v->B * v->value[value[i]].C * plane_size(v, value[i]), sizeof(real), 0, 0);
+    Err e = plan_lay_out(&plan, &bytes);
+    if (e == OK) e = mem_alloc(&v->seen_memory, bytes, 1, plan.what);
+    if (e == OK) plan_place(&plan, v->seen_memory);
+    plan_free(&plan);
+    return e;
+}
+
+Err vqgan_plan_bytes(Vqgan *v, size_t B, size_t H, size_t W, int train, size_t *bytes) {
+    Plan plan = {0};
+    const Err e = lay_out(v, &plan, B, H, W, train, bytes);
+    plan_free(&plan);
+    return e;
+}
+
+Err vqgan_plan(Vqgan *v, size_t B, size_t H, size_t W, int train) {
+    Plan plan = {0};
+    size_t bytes = 0;
+    Err e = lay_out(v, &plan, B, H, W, train, &bytes);
+    if (e == OK) e = compute_alloc(&v->on, &v->memory, bytes, plan.what);
+    if (e == OK) plan_place(&plan, v->memory);
+    plan_free(&plan);
+    TRY(e);
+    v->prepared_at = (uint64_t)-1;
+    for (size_t i = 0; i < v->n_values; i++) v->value[i].grad_memory = v->value[v->value[i].home].grad_memory;
+    return place_seen(v);
 }

@@ -183,7 +183,7 @@ typedef struct {
  *      transformer.cu. x_needs: bytes of scratch for that shape, backward too if it says so. ---- */
 
 struct Layers {
-    /* ---- vqgan.c: values (B,C,h,w) ---- */
+    /* ---- vqgan.c: values (B,C,h,w). A CPU has none for straight_through and what follows ---- */
     size_t (*conv_needs)(const Compute *on, const Conv *c, int backward);
     size_t (*conv_prepared_bytes)(const Conv *c); /* 0: nothing is prepared */
     void (*conv_prepare)(const Compute *on, void *prepared, const real *w, const Conv *c);
@@ -291,7 +291,6 @@ int check_device(const char *device);
 void say_cpu(void);
 
 typedef struct Transformer Transformer;
-typedef struct Vqgan Vqgan;
 typedef struct Perceptual Perceptual;
 typedef struct Schedule Schedule;
 typedef struct Loss Loss;
@@ -322,6 +321,7 @@ struct DeviceOps {
     /* parameters: optimizer.cu. update: AdamW unless o is NULL, then the moving average unless ema_step is 0 */
     Err (*send)(Device *d, const Params *p);
     Err (*fetch)(Device *d, Params *p);
+    void (*send_part)(Device *d, const Params *p, size_t row, size_t at, size_t n);
     void (*zero_grad)(Device *d);
     double (*grad_norm)(Device *d);
     void (*swap_ema)(Device *d);
@@ -335,16 +335,6 @@ struct DeviceOps {
     Err (*decode_begin)(Transformer *m);
     Err (*decode_step)(Transformer *m, size_t i);
     Err (*draw)(Transformer *m, const DrawOptions *o, int32_t *tokens);
-    /* first stage: the end of vqgan.c says what each does */
-    Err (*vqgan_plan)(Vqgan *v, size_t units, int allocate, size_t *bytes);
-    void (*vqgan_free)(Vqgan *v);
-    Err (*vqgan_run)(Vqgan *v, size_t from, const real *in, size_t first, size_t end, size_t to, real *out);
-    Err (*vqgan_nearest)(Vqgan *v, const real *z, int32_t *raw);
-    Err (*vqgan_draw)(Vqgan *v, const int32_t *raw, real *images);
-    Err (*vqgan_forward)(Vqgan *v, const real *images, int32_t *raw, double *sum);
-    Err (*vqgan_backward)(Vqgan *v, const real *dxrec, double codebook_weight, real *dimage);
-    Err (*vqgan_last)(Vqgan *v, const real *dxrec, real *dw, real *db);
-    void (*vqgan_restart)(Vqgan *v, size_t code, size_t pick);
     /* LPIPS: the end of perceptual.c */
     Err (*perceptual_plan)(Perceptual *p, int allocate, size_t *bytes);
     void (*perceptual_free)(Perceptual *p);

@@ -185,6 +185,10 @@ Err params_send(Params *p) {
     return p->device ? p->ops->send(p->device, p) : OK;
 }
 
+void params_send_part(Params *p, size_t row, size_t at, size_t n) {
+    if (p->device) p->ops->send_part(p->device, p, row, at, n);
+}
+
 Err params_fetch(Params *p) {
     return p->device ? p->ops->fetch(p->device, p) : OK;
 }

@@ -72,6 +72,8 @@ void params_swap_ema(Params *p); /* exchanges value and ema: twice is nothing */
  * happen where the table is. */
 Err params_send(Params *p);
 Err params_fetch(Params *p);
+/* n numbers of a row, from `at` on, and all of their moments and average, to a GPU. */
+void params_send_part(Params *p, size_t row, size_t at, size_t n);
 void params_free(Params *p);
 
 /* For files/weights.c: one of a row's pointers, in the order of Params.arena; those to moments in bf16; the arena of a

@@ -173,8 +173,16 @@ static Layers make_layers() {
     Layers l = {};
     l.conv_needs = conv_needs_gpu, l.conv_prepared_bytes = conv_prepared_bytes, l.conv_prepare = conv_prepare_gpu;
     l.conv_forward = conv_forward_gpu, l.conv_backward = conv_backward_gpu;
-    l.put_planes = put_planes_gpu;
-    l.get_planes = get_planes_gpu;
+    l.group_norm_needs = group_norm_needs_gpu, l.group_norm_kept = group_norm_kept_gpu;
+    l.group_norm_forward = group_norm_forward_gpu, l.group_norm_backward = group_norm_backward_gpu;
+    l.picture_attention_needs = picture_attention_needs_gpu;
+    l.picture_attention_forward = picture_attention_forward_gpu;
+    l.picture_attention_backward = picture_attention_backward_gpu;
+    l.nearest_needs = nearest_needs_gpu, l.nearest_codes = nearest_codes_gpu;
+    l.straight_through = straight_through_gpu, l.quantize_backward = quantize_backward_gpu;
+    l.lookup_codes = lookup_codes_gpu;
+    l.tanh_forward = tanh_forward_gpu, l.tanh_backward = tanh_backward_gpu;
+    l.put_planes = put_planes_gpu, l.get_planes = get_planes_gpu;
     add_discriminator_layers(&l);
     return l;
 }
@@ -205,6 +213,7 @@ const DeviceOps CUDA_TABLE = {find_cuda,
                               row_grad,
                               send_params,
                               fetch_params,
+                              send_part,
                               zero_grad_cuda,
                               grad_norm_cuda,
                               swap_ema_cuda,
@@ -216,15 +225,6 @@ const DeviceOps CUDA_TABLE = {find_cuda,
                               decode_begin_cuda,
                               decode_step_cuda,
                               draw_cuda,
-                              vqgan_plan_cuda,
-                              vqgan_free_cuda,
-                              vqgan_run_cuda,
-                              vqgan_nearest_cuda,
-                              vqgan_draw_cuda,
-                              vqgan_forward_cuda,
-                              vqgan_backward_cuda,
-                              vqgan_last_cuda,
-                              vqgan_restart_cuda,
                               perceptual_plan_cuda,
                               perceptual_free_cuda,
                               perceptual_cuda,

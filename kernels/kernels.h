@@ -56,7 +56,22 @@ void guess_block(Sample *sample, Guesses *g);
 /* What a pass costs beside its positions, in positions: *pass for the block, *each for every sample in it. */
 void guess_costs(const Guesses *g, double *pass, double *each);
 
-/* ---- norm.c ---- */
+/* ---- norm.c: the fellows of vqgan.c's other layers ---- */
+size_t group_norm_needs_fast(const Compute *on, const GroupNorm *n, int backward);
+size_t group_norm_kept_fast(const GroupNorm *n);
+void group_norm_forward_fast(const Compute *on, real *y, real *kept, const real *x, const real *gamma,
+                             const real *beta, const GroupNorm *n);
+void group_norm_backward_fast(const Compute *on, real *dx, real *dgamma, real *dbeta, real *dy, const real *x,
+                              const real *gamma, const real *beta, const real *kept, int accumulate,
+                              const GroupNorm *n);
+size_t picture_attention_needs_fast(const Compute *on, size_t B, size_t C, size_t N, int backward);
+void picture_attention_forward_fast(const Compute *on, real *y, real *p, const real *q, const real *k, const real *v,
+                                    size_t B, size_t C, size_t N);
+void picture_attention_backward_fast(const Compute *on, real *dq, real *dk, real *dv, const real *dy, const real *q,
+                                     const real *k, const real *v, const real *p, const int accumulate[3], size_t B,
+                                     size_t C, size_t N);
+size_t nearest_needs_fast(const Compute *on, const Codes *s);
+void nearest_codes_fast(const Compute *on, int32_t *code, const real *z, const real *book, const Codes *s);
 /* Sum of n numbers, in an order that depends on n alone, emptied from short chains into double. */
 double sum_reals(const real *x, size_t n);
 

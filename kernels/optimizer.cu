@@ -256,6 +256,19 @@ static Err send_params(Device *d, const Params *p) {
     return wait_for(d);
 }
 
+static void send_part(Device *d, const Params *p, size_t row, size_t at, size_t n) {
+    const DeviceRow *r = &d->row[row];
+    const Param *from = &p->row[row];
+    float *const to[] = {r->value, r->m, r->v, r->ema};
+    const real *const part[] = {from->value, from->m, from->v, from->ema};
+    for (int k = 0; k < 4; k++)
+        if (to[k] && part[k]) keep_failure(d, to_device(d, to[k] + at, part[k] + at, n * sizeof(float)));
+    if (r->m16 && from->m16) keep_failure(d, to_device(d, r->m16 + at, from->m16 + at, n * sizeof *r->m16));
+    if (r->v16 && from->v16) keep_failure(d, to_device(d, r->v16 + at, from->v16 + at, n * sizeof *r->v16));
+    if (IS_BF16) keep_failure(d, send_low(d, r->weight + at, from->value + at, n));
+    d->changes++;
+}
+
 static Err fetch_params(Device *d, Params *p) {
     TRY(earlier_failure(d));
     if (!d->row) return err("parameters were never sent to the GPU");

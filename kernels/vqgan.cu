@@ -1,5 +1,5 @@
-/* vqgan.cu - the first stage on a GPU: its layers, what it keeps there, its walk. */
-#include "vqgan.h"
+/* vqgan.cu - the first stage's layers on a GPU, but for convolutions: conv.cu. */
+#include "kernels/device.h"
 
 /* ---- The twins: GroupNorm, with or without swish ----
  *
@@ -369,9 +369,19 @@ static __global__ void straight_kernel(floatX *zq, double *sums, const floatX *z
     store_block_sum(sums, sum);
 }
 
-static Err straight_through_cuda(Device *d, floatX *zq, double *sums, const floatX *z, const floatX *book,
+/* *total = the sum of SUM_BLOCKS sums, in order. One warp, of which one thread works. */
+static __global__ void add_sums_kernel(double *total, const double *sums) {
+    double sum = 0;
+    if (threadIdx.x > 0) return;
+    for (int k = 0; k < SUM_BLOCKS; k++) sum += sums[k];
+    *total = sum;
+}
+
+/* *gap = the sum of (e - z)^2 */
+static Err straight_through_cuda(Device *d, floatX *zq, double *gap, const floatX *z, const floatX *book,
                                  const int32_t *raw, size_t rows, size_t D) {
-    LAUNCH(d, straight_kernel, SUM_BLOCKS, CELL_THREADS, BLOCK_SUM_BYTES, zq, sums, z, book, raw, rows, D);
+    LAUNCH(d, straight_kernel, SUM_BLOCKS, CELL_THREADS, BLOCK_SUM_BYTES, zq, d->sums, z, book, raw, rows, D);
+    LAUNCH(d, add_sums_kernel, 1, WARP, 0, gap, (const double *)d->sums);
     return OK;
 }
 
@@ -440,447 +450,149 @@ static __global__ void to_planes_kernel(float *to, const floatX *from, size_t B,
     if (b < B) to[i] = to_float(from[(b * cells + cell) * C + c]);
 }
 
-/* By way of on->scratch */
-static Err put_values(const Compute *on, floatX *to, const real *planes, size_t B, size_t C, size_t hw) {
-    const size_t n = B * C * hw;
-    TRY(to_device(on->device, on->scratch, planes, n * sizeof *planes));
-    LAUNCH(on->device, from_planes_kernel, blocks_for(n, CELL_THREADS), CELL_THREADS, 0, to, (const float *)on->scratch,
-           B, C, hw);
+/* ---- The fellows of vqgan.c's layers ---- */
+
+static floatX *low(const real *x) {
+    return (floatX *)(void *)(real *)x;
+}
+/* Of a layer's scratch: floats. */
+static float *scratch_floats(const Compute *on) {
+    return (float *)on->scratch;
+}
+static NormShape norm_shape(const GroupNorm *n) {
+    const NormShape s = {n->B, n->hw, n->C, n->swish};
+    return s;
+}
+
+static size_t group_norm_needs_gpu(const Compute *on, const GroupNorm *n, int backward) {
+    const NormShape s = norm_shape(n);
+    (void)on, (void)backward;
+    return norm_partial_size(&s) * sizeof(float);
+}
+
+/* Mean and 1/deviation of every group, scale and shift of every channel */
+static size_t group_norm_kept_gpu(const GroupNorm *n) {
+    return n->B * (2 * NORM_GROUPS + 2 * n->C) * sizeof(float);
+}
+
+static void group_norm_forward_gpu(const Compute *on, real *y, real *kept, const real *x, const real *gamma,
+                                   const real *beta, const GroupNorm *n) {
+    const NormShape s = norm_shape(n);
+    const NormKept k = norm_kept(kept, &s);
+    Device *d = on->device;
+    float *partial = scratch_floats(on);
+    if (n->x_f32) {
+        const float *f32 = compute_f32_copy(on, x, n->B * n->C * n->hw);
+        keep_failure(d, group_norm_forward_cuda(d, low(y), k, f32, gamma, beta, &s, partial));
+    } else
+        keep_failure(d, group_norm_forward_cuda(d, low(y), k, (const floatX *)low(x), gamma, beta, &s, partial));
+}
+
+static void group_norm_backward_gpu(const Compute *on, real *dx, real *dgamma, real *dbeta, real *dy, const real *x,
+                                    const real *gamma, const real *beta, const real *kept, int accumulate,
+                                    const GroupNorm *n) {
+    const NormShape s = norm_shape(n);
+    const NormKept k = norm_kept((float *)kept, &s);
+    Device *d = on->device;
+    float *partial = scratch_floats(on);
+    (void)beta;
+    if (n->x_f32) {
+        const float *f32 = compute_f32_copy(on, x, n->B * n->C * n->hw);
+        keep_failure(
+            d, group_norm_backward_cuda(d, low(dx), dgamma, dbeta, low(dy), f32, k, gamma, &s, accumulate, partial));
+    } else
+        keep_failure(d, group_norm_backward_cuda(d, low(dx), dgamma, dbeta, low(dy), (const floatX *)low(x), k, gamma,
+                                                 &s, accumulate, partial));
+}
+
+/* Scratch: scores (N,N) float, then ds (N,N) floatX */
+static size_t picture_attention_needs_gpu(const Compute *on, size_t B, size_t C, size_t N, int backward) {
+    (void)on, (void)B, (void)C;
+    return round_up(N * N * sizeof(float), ALIGNMENT) + (backward ? N * N * sizeof(floatX) : 0);
+}
+
+static void picture_attention_forward_gpu(const Compute *on, real *y, real *p, const real *q, const real *k,
+                                          const real *v, size_t B, size_t C, size_t N) {
+    keep_failure(on->device, picture_attend_forward_cuda(on->device, low(y), low(p), low(q), low(k), low(v), B, N, C,
+                                                         scratch_floats(on)));
+}
+
+static void picture_attention_backward_gpu(const Compute *on, real *dq, real *dk, real *dv, const real *dy,
+                                           const real *q, const real *k, const real *v, const real *p,
+                                           const int accumulate[3], size_t B, size_t C, size_t N) {
+    floatX *const dx[3] = {low(dq), low(dk), low(dv)};
+    floatX *ds = (floatX *)(void *)((char *)on->scratch + round_up(N * N * sizeof(float), ALIGNMENT));
+    keep_failure(on->device, picture_attend_backward_cuda(on->device, dx, accumulate, low(dy), low(q), low(k), low(v),
+                                                          low(p), B, N, C, scratch_floats(on), ds));
+}
+
+/* Scratch: |e|^2/2 of the codebook, then scores of as many latents as fit, or as COLUMN_BYTES allow. */
+static size_t nearest_needs_gpu(const Compute *on, const Codes *s) {
+    const size_t all = round_up(s->B * s->N, TILE_ROWS) * s->K;
+    (void)on;
+    return round_up(s->K * sizeof(float), ALIGNMENT) +
+           max_size(TILE_ROWS * s->K, min_size(all, COLUMN_BYTES / sizeof(float))) * sizeof(float);
+}
+
+static void nearest_codes_gpu(const Compute *on, int32_t *code, const real *z, const real *book, const Codes *s) {
+    const size_t half = round_up(s->K * sizeof(float), ALIGNMENT);
+    keep_failure(on->device, nearest_cuda(on->device, code, low(z), operand_of(on->device, book), s->B * s->N, s->K,
+                                          s->D, scratch_floats(on), (float *)(void *)((char *)on->scratch + half),
+                                          (on->scratch_bytes - half) / sizeof(float)));
+}
+
+static void straight_through_gpu(const Compute *on, real *zq, double *gap, const real *z, const real *book,
+                                 const int32_t *code, const Codes *s) {
+    keep_failure(on->device, straight_through_cuda(on->device, low(zq), gap, low(z), operand_of(on->device, book), code,
+                                                   s->B * s->N, s->D));
+}
+
+static void quantize_backward_gpu(const Compute *on, real *dz, real *dbook, const real *z, const real *book,
+                                  const int32_t *code, double to_z, double to_e, const Codes *s) {
+    keep_failure(on->device, quantize_backward_cuda(on->device, low(dz), dbook, low(z), operand_of(on->device, book),
+                                                    code, (float)to_z, (float)to_e, s->B * s->N, s->K, s->D));
+}
+
+static Err lookup_cuda(Device *d, floatX *zq, const floatX *book, const int32_t *code, size_t rows, size_t D) {
+    LAUNCH(d, lookup_kernel, blocks_for(rows * D, CELL_THREADS), CELL_THREADS, 0, zq, book, code, rows, D);
+    return OK;
+}
+static void lookup_codes_gpu(const Compute *on, real *zq, const real *book, const int32_t *code, const Codes *s) {
+    keep_failure(on->device, lookup_cuda(on->device, low(zq), operand_of(on->device, book), code, s->B * s->N, s->D));
+}
+
+static Err tanh_cuda(Device *d, floatX *y, const floatX *x, size_t n) {
+    LAUNCH(d, tanh_forward_kernel, blocks_for(n, CELL_THREADS), CELL_THREADS, 0, y, x, n);
+    return OK;
+}
+static void tanh_forward_gpu(const Compute *on, real *y, const real *x, size_t n) {
+    keep_failure(on->device, tanh_cuda(on->device, low(y), low(x), n));
+}
+
+static Err tanh_gradient_cuda(Device *d, floatX *dx, const floatX *dy, const floatX *y, size_t n) {
+    LAUNCH(d, tanh_backward_kernel, blocks_for(n, CELL_THREADS), CELL_THREADS, 0, dx, dy, y, n);
+    return OK;
+}
+static void tanh_backward_gpu(const Compute *on, real *dx, const real *dy, const real *y, size_t n) {
+    keep_failure(on->device, tanh_gradient_cuda(on->device, low(dx), low(dy), low(y), n));
+}
+
+/* ---- Between the host's planes and the GPU's pixels, by way of the scratch ---- */
+
+static Err put_planes(const Compute *on, floatX *to, const real *planes, size_t B, size_t C, size_t hw) {
+    float *staged = scratch_floats(on);
+    TRY(to_device(on->device, staged, planes, B * C * hw * sizeof *staged));
+    LAUNCH(on->device, from_planes_kernel, blocks_for(B * C * hw, CELL_THREADS), CELL_THREADS, 0, to, staged, B, C, hw);
     return OK;
 }
 static void put_planes_gpu(const Compute *on, real *to, const real *planes, size_t B, size_t C, size_t hw) {
-    keep_failure(on->device, put_values(on, (floatX *)to, planes, B, C, hw));
+    keep_failure(on->device, put_planes(on, low(to), planes, B, C, hw));
 }
+
 static Err get_planes_gpu(const Compute *on, real *planes, const real *from, size_t B, size_t C, size_t hw) {
-    const size_t n = B * C * hw;
+    float *staged = scratch_floats(on);
     TRY(earlier_failure(on->device));
-    LAUNCH(on->device, to_planes_kernel, blocks_for(n, CELL_THREADS), CELL_THREADS, 0, (float *)on->scratch,
-           (const floatX *)from, B, C, hw);
-    return to_host(on->device, planes, on->scratch, n * sizeof *planes);
-}
-
-/* ---- The twins: the walk on a GPU ---- */
-
-struct VqTwin {
-    Device *d;
-    floatX *arena;       /* every value and gradient, and what norms and attention keep, as vqgan_plan laid them out */
-    float *wide;         /* in bf16 the values of the residual stream, in float */
-    size_t *wide_at;     /* (n_values) where in there, or NO_VALUE */
-    uint8_t *operand;    /* (n_values) read as an operand of a product: in floatX, even if it is in float too */
-    float *planes;       /* a picture batch, or latents, in the host's order, on their way */
-    int32_t *raw;        /* (B,N) codes */
-    floatX **ordered;    /* (n_layers) weights of 3x3 convolutions in the order of patches, else NULL */
-    floatX *order_arena; /* they lie here */
-    uint64_t changes;    /* of the parameters (Device.changes) when they were put in order */
-    ConvMemory conv;
-    size_t score_size;
-    float *partial, *scores, *half; /* sums of slices; scores of attention or codes; of the codebook */
-    floatX *ds;                     /* gradient of attention's scores */
-    float *last;                    /* gradients of the last layer's weight and bias, alone */
-};
-
-static floatX *value_at(const Vqgan *v, size_t value) {
-    return v->twin->arena + v->value[value].act;
-}
-static floatX *grad_at(const Vqgan *v, size_t value) {
-    return v->twin->arena + v->value[value].grad;
-}
-static DeviceRow *row_at(const Vqgan *v, size_t row) {
-    return &v->twin->d->row[row];
-}
-static float *wide_at(const Vqgan *v, size_t value) { /* NULL: it is in floatX only */
-    return value == NO_VALUE || v->twin->wide_at[value] == NO_VALUE ? NULL : v->twin->wide + v->twin->wide_at[value];
-}
-static size_t last_size(const Vqgan *v) {
-    const VqLayer *l = &v->layer[v->n_layers - 1];
-    return v->train && l->kind == VQ_CONV ? v->params.row[l->weight].size + v->params.row[l->bias].size : 0;
-}
-static size_t value_elements(const Vqgan *v, size_t value) {
-    return v->b * v->value[value].C * plane_size(v, value);
-}
-static NormShape norm_shape(const Vqgan *v, const VqLayer *l) {
-    const NormShape n = {v->b, plane_size(v, l->out), v->value[l->out].C, l->swish};
-    return n;
-}
-static NormKept kept_by(const Vqgan *v, const VqLayer *l, const NormShape *n) {
-    return norm_kept((float *)(void *)(v->twin->arena + l->saved), n);
-}
-
-static Err vq_conv_forward(Vqgan *v, size_t i) {
-    const VqLayer *l = &v->layer[i];
-    const Conv c = layer_conv(v, l);
-    const floatX *w = v->twin->ordered[i] ? v->twin->ordered[i] : row_at(v, l->weight)->weight;
-    const Wide wide = {wide_at(v, l->out), wide_at(v, l->add), row_at(v, l->bias)->value};
-    return conv_forward_cuda(v->twin->d, wide.y && !v->twin->operand[l->out] ? NULL : value_at(v, l->out), &c,
-                             value_at(v, l->in[0]), w, row_at(v, l->bias)->weight,
-                             l->add == NO_VALUE ? NULL : value_at(v, l->add), &v->twin->conv, wide);
-}
-
-static Err vq_conv_backward(Vqgan *v, const VqLayer *l, int image_wanted) {
-    const Conv c = layer_conv(v, l);
-    floatX *dx = l->in[0] == v->image && !image_wanted ? NULL : grad_at(v, l->in[0]);
-    return conv_backward_cuda(v->twin->d, dx, row_at(v, l->weight)->grad, row_at(v, l->bias)->grad, &c,
-                              grad_at(v, l->out), value_at(v, l->in[0]), row_at(v, l->weight)->weight, l->more[0],
-                              &v->twin->conv);
-}
-
-static Err vq_norm_forward(Vqgan *v, const VqLayer *l) {
-    const NormShape n = norm_shape(v, l);
-    const float *wide = wide_at(v, l->in[0]), *gamma = row_at(v, l->weight)->value, *beta = row_at(v, l->bias)->value;
-    floatX *y = value_at(v, l->out);
-    if (wide) return group_norm_forward_cuda(v->twin->d, y, kept_by(v, l, &n), wide, gamma, beta, &n, v->twin->partial);
-    return group_norm_forward_cuda(v->twin->d, y, kept_by(v, l, &n), (const floatX *)value_at(v, l->in[0]), gamma, beta,
-                                   &n, v->twin->partial);
-}
-
-static Err vq_norm_backward(Vqgan *v, const VqLayer *l) {
-    const NormShape n = norm_shape(v, l);
-    const float *wide = wide_at(v, l->in[0]);
-    const DeviceRow *weight = row_at(v, l->weight), *bias = row_at(v, l->bias);
-    floatX *dx = grad_at(v, l->in[0]), *dy = grad_at(v, l->out);
-    if (wide)
-        return group_norm_backward_cuda(v->twin->d, dx, weight->grad, bias->grad, dy, wide, kept_by(v, l, &n),
-                                        weight->value, &n, l->more[0], v->twin->partial);
-    return group_norm_backward_cuda(v->twin->d, dx, weight->grad, bias->grad, dy, (const floatX *)value_at(v, l->in[0]),
-                                    kept_by(v, l, &n), weight->value, &n, l->more[0], v->twin->partial);
-}
-
-static Err vq_attend_forward(Vqgan *v, const VqLayer *l) {
-    return picture_attend_forward_cuda(v->twin->d, value_at(v, l->out), v->twin->arena + l->saved,
-                                       value_at(v, l->in[0]), value_at(v, l->in[1]), value_at(v, l->in[2]), v->b,
-                                       plane_size(v, l->out), v->value[l->out].C, v->twin->scores);
-}
-
-static Err vq_attend_backward(Vqgan *v, const VqLayer *l) {
-    floatX *const dx[3] = {grad_at(v, l->in[0]), grad_at(v, l->in[1]), grad_at(v, l->in[2])};
-    return picture_attend_backward_cuda(v->twin->d, dx, l->more, grad_at(v, l->out), value_at(v, l->in[0]),
-                                        value_at(v, l->in[1]), value_at(v, l->in[2]), v->twin->arena + l->saved, v->b,
-                                        plane_size(v, l->out), v->value[l->out].C, v->twin->scores, v->twin->ds);
-}
-
-static Err vq_nearest(Vqgan *v) {
-    return nearest_cuda(v->twin->d, v->twin->raw, value_at(v, v->z), row_at(v, v->codebook)->weight,
-                        v->b * plane_size(v, v->z), v->c.n_embed, v->c.embed_dim, v->twin->half, v->twin->scores,
-                        v->twin->score_size);
-}
-
-static Err vq_quantize_forward(Vqgan *v, const VqLayer *l) {
-    TRY(vq_nearest(v));
-    return straight_through_cuda(v->twin->d, value_at(v, l->out), v->twin->d->sums, value_at(v, l->in[0]),
-                                 row_at(v, l->weight)->weight, v->twin->raw, v->b * plane_size(v, l->out),
-                                 v->c.embed_dim);
-}
-
-static Err vq_quantize_backward(Vqgan *v, const VqLayer *l, double loss_weight) {
-    const size_t rows = v->b * plane_size(v, l->out), D = v->c.embed_dim;
-    real to_z, to_e;
-    codebook_weights(&v->c, loss_weight, rows * D, &to_z, &to_e);
-    return quantize_backward_cuda(v->twin->d, grad_at(v, l->in[0]), row_at(v, l->weight)->grad, value_at(v, l->in[0]),
-                                  row_at(v, l->weight)->weight, v->twin->raw, to_z, to_e, rows, v->c.n_embed, D);
-}
-
-static Err vq_tanh(Vqgan *v, const VqLayer *l, int backward) {
-    const size_t n = value_elements(v, l->out);
-    if (backward)
-        LAUNCH(v->twin->d, tanh_backward_kernel, blocks_for(n, CELL_THREADS), CELL_THREADS, 0, grad_at(v, l->in[0]),
-               grad_at(v, l->out), value_at(v, l->out), n);
-    else
-        LAUNCH(v->twin->d, tanh_forward_kernel, blocks_for(n, CELL_THREADS), CELL_THREADS, 0, value_at(v, l->out),
-               value_at(v, l->in[0]), n);
-    return OK;
-}
-
-/* Weights that changed since they were last put in order. */
-static Err order_changed_weights(Vqgan *v) {
-    VqTwin *t = v->twin;
-    if (!t->d->row) return err("vqgan: its parameters are not on the GPU yet");
-    if (t->changes == t->d->changes) return OK;
-    for (size_t i = 0; i < v->n_layers; i++) {
-        const VqLayer *l = &v->layer[i];
-        if (!t->ordered[i]) continue;
-        const Conv c = layer_conv(v, l);
-        TRY(conv_order_weights_cuda(t->d, t->ordered[i], row_at(v, l->weight)->weight, &c));
-    }
-    t->changes = t->d->changes;
-    return OK;
-}
-
-static Err walk_forward(Vqgan *v, size_t first, size_t end) {
-    TRY(earlier_failure(v->twin->d));
-    TRY(order_changed_weights(v));
-    for (size_t i = first; i < end; i++) {
-        const VqLayer *l = &v->layer[i];
-        switch (l->kind) {
-        case VQ_NORM: TRY(vq_norm_forward(v, l)); break;
-        case VQ_ATTEND: TRY(vq_attend_forward(v, l)); break;
-        case VQ_QUANTIZE: TRY(vq_quantize_forward(v, l)); break;
-        case VQ_TANH: TRY(vq_tanh(v, l, 0)); break;
-        default: TRY(vq_conv_forward(v, i));
-        }
-    }
-    return OK;
-}
-
-static Err walk_backward(Vqgan *v, double codebook_weight, int image_wanted) {
-    for (size_t i = v->n_layers; i-- > backward_end(v, image_wanted);) {
-        const VqLayer *l = &v->layer[i];
-        switch (l->kind) {
-        case VQ_NORM: TRY(vq_norm_backward(v, l)); break;
-        case VQ_ATTEND: TRY(vq_attend_backward(v, l)); break;
-        case VQ_QUANTIZE: TRY(vq_quantize_backward(v, l, codebook_weight)); break;
-        case VQ_TANH: TRY(vq_tanh(v, l, 1)); break;
-        default: TRY(vq_conv_backward(v, l, image_wanted));
-        }
-        params_ready(&v->params, l->complete);
-    }
-    return OK;
-}
-
-/* ---- Between the host's planes and the GPU's cells ---- */
-
-static Err put_planes(Vqgan *v, floatX *to, const real *planes, size_t value) {
-    VqTwin *t = v->twin;
-    const size_t n = value_elements(v, value);
-    TRY(to_device(t->d, t->planes, planes, n * sizeof *planes));
-    LAUNCH(t->d, from_planes_kernel, blocks_for(n, CELL_THREADS), CELL_THREADS, 0, to, t->planes, v->b,
-           v->value[value].C, plane_size(v, value));
-    return OK;
-}
-
-static Err get_planes(Vqgan *v, real *planes, const floatX *from, size_t value) {
-    VqTwin *t = v->twin;
-    const size_t n = value_elements(v, value);
-    LAUNCH(t->d, to_planes_kernel, blocks_for(n, CELL_THREADS), CELL_THREADS, 0, t->planes, from, v->b,
-           v->value[value].C, plane_size(v, value));
-    return to_host(t->d, planes, t->planes, n * sizeof *planes);
-}
-
-/* ---- What C calls: device.h ---- */
-
-/* `in` planes to value from, layers first..end-1, value to to `out` planes unless NULL. */
-static Err vqgan_run_cuda(Vqgan *v, size_t from, const real *in, size_t first, size_t end, size_t to, real *out) {
-    TRY(put_planes(v, value_at(v, from), in, from));
-    TRY(walk_forward(v, first, end));
-    return out ? get_planes(v, out, value_at(v, to), to) : OK;
-}
-
-/* raw (B,N): codes of z (B,D,N), or of the latents that are there if it is NULL */
-static Err vqgan_nearest_cuda(Vqgan *v, const real *z, int32_t *raw) {
-    if (!v->twin->d->row) return err("vqgan: its parameters are not on the GPU yet");
-    if (z) TRY(put_planes(v, value_at(v, v->z), z, v->z));
-    TRY(vq_nearest(v));
-    return to_host(v->twin->d, raw, v->twin->raw, v->b * plane_size(v, v->z) * sizeof *raw);
-}
-
-/* images from entries of the codebook (B,N) */
-static Err vqgan_draw_cuda(Vqgan *v, const int32_t *raw, real *images) {
-    VqTwin *t = v->twin;
-    const size_t n = value_elements(v, v->zq);
-    if (!t->d->row) return err("vqgan: its parameters are not on the GPU yet");
-    TRY(to_device(t->d, t->raw, raw, v->b * plane_size(v, v->zq) * sizeof *raw));
-    LAUNCH(t->d, lookup_kernel, blocks_for(n, CELL_THREADS), CELL_THREADS, 0, value_at(v, v->zq),
-           row_at(v, v->codebook)->weight, t->raw, n / v->c.embed_dim, v->c.embed_dim);
-    TRY(walk_forward(v, v->quantize + 1, v->n_layers));
-    return get_planes(v, images, value_at(v, v->xrec), v->xrec);
-}
-
-/* z, z_q and the reconstruction go where v->x has them, codes to raw; *sum of (e-z)^2 */
-static Err vqgan_forward_cuda(Vqgan *v, const real *images, int32_t *raw, double *sum) {
-    VqTwin *t = v->twin;
-    double sums[SUM_BLOCKS];
-    TRY(vqgan_run_cuda(v, v->image, images, 0, v->n_layers, v->xrec, v->x[v->xrec]));
-    TRY(get_planes(v, v->x[v->z], value_at(v, v->z), v->z));
-    TRY(get_planes(v, v->x[v->zq], value_at(v, v->zq), v->zq));
-    TRY(to_host(t->d, raw, t->raw, v->b * plane_size(v, v->z) * sizeof *raw));
-    TRY(to_host(t->d, sums, t->d->sums, sizeof sums));
-    *sum = 0;
-    for (int k = 0; k < SUM_BLOCKS; k++) *sum += sums[k];
-    return OK;
-}
-
-static Err vqgan_backward_cuda(Vqgan *v, const real *dxrec, double codebook_weight, real *dimage) {
-    TRY(put_planes(v, grad_at(v, v->xrec), dxrec, v->xrec));
-    TRY(walk_backward(v, codebook_weight, dimage != NULL));
-    return dimage ? get_planes(v, dimage, grad_at(v, v->image), v->image) : OK;
-}
-
-/* Of the last layer alone, which is a convolution; in grad_at of the reconstruction, where backward's will be. */
-static Err vqgan_last_cuda(Vqgan *v, const real *dxrec, real *dw, real *db) {
-    VqTwin *t = v->twin;
-    const VqLayer *l = &v->layer[v->n_layers - 1];
-    const Conv c = layer_conv(v, l);
-    const size_t weights = v->params.row[l->weight].size;
-    TRY(put_planes(v, grad_at(v, v->xrec), dxrec, v->xrec));
-    TRY(device_zero(t->d, t->last, last_size(v) * sizeof *t->last));
-    TRY(conv_backward_cuda(t->d, NULL, t->last, t->last + weights, &c, grad_at(v, v->xrec), value_at(v, l->in[0]),
-                           row_at(v, l->weight)->weight, 0, &t->conv));
-    TRY(to_host(t->d, dw, t->last, weights * sizeof *dw));
-    return to_host(t->d, db, t->last + weights, c.M * sizeof *db);
-}
-
-/* An entry becomes a latent; its moments and average follow. Each of these may be NULL. */
-static __global__ void restart_kernel(DeviceRow book, const floatX *z, size_t code, size_t pick, size_t D) {
-    for (size_t k = threadIdx.x; k < D; k += blockDim.x) {
-        const float value = to_float(z[pick * D + k]);
-        const size_t at = code * D + k;
-        book.value[at] = value, book.weight[at] = to_floatX(value);
-        if (book.m) book.m[at] = 0;
-        if (book.v) book.v[at] = 0;
-        if (book.m16) book.m16[at] = book.v16[at] = 0;
-        if (book.ema) book.ema[at] = value;
-    }
-}
-
-static Err restart_cuda(Vqgan *v, size_t code, size_t pick) {
-    LAUNCH(v->twin->d, restart_kernel, 1, CELL_THREADS, 0, *row_at(v, v->codebook), value_at(v, v->z), code, pick,
-           v->c.embed_dim);
-    return OK;
-}
-
-static void vqgan_restart_cuda(Vqgan *v, size_t code, size_t pick) {
-    keep_failure(v->twin->d, restart_cuda(v, code, pick));
-}
-
-/* ---- Its memory ---- */
-
-/* What the layers share, one after the other. Sizes follow from the planned sizes, which are in b, h, w. */
-typedef struct {
-    ConvMemory conv;
-    size_t order, planes, partial, scores, ds, cells; /* elements */
-} VqNeeds;
-
-static VqNeeds shared_needs(const Vqgan *v) {
-    VqNeeds n;
-    memset(&n, 0, sizeof n);
-    n.cells = v->b * plane_size(v, v->z);
-    for (size_t i = 0; i < v->n_layers; i++) {
-        const VqLayer *l = &v->layer[i];
-        const size_t N = plane_size(v, l->out);
-        if (l->kind == VQ_CONV) {
-            const Conv c = layer_conv(v, l);
-            conv_needs_cuda(&n.conv, &c, v->train);
-            n.order += round_up(ordered_weight_size(&c), 64);
-        } else if (l->kind == VQ_NORM) {
-            const NormShape s = norm_shape(v, l);
-            n.partial = max_size(n.partial, norm_partial_size(&s));
-        } else if (l->kind == VQ_ATTEND) {
-            n.scores = max_size(n.scores, N * N);
-            if (v->train) n.ds = max_size(n.ds, N * N);
-        }
-    }
-    n.partial = max_size(n.partial, n.conv.partial_size);
-    n.scores = max_size(n.scores,
-                        max_size(TILE_ROWS * v->c.n_embed,
-                                 min_size(round_up(n.cells, TILE_ROWS) * v->c.n_embed, COLUMN_BYTES / sizeof(float))));
-    const size_t shown[3] = {v->image, v->z, v->xrec};
-    for (int k = 0; k < 3; k++) n.planes = max_size(n.planes, value_elements(v, shown[k]));
-    return n;
-}
-
-/* Is a value of bf16 kept in float? Those are that residuals are added to and that norms read along the way: the sum
- * over a network's depth, whose roundings would all count. What lies within a block, and what only products read, is
- * not. */
-static int is_wide(const Vqgan *v, size_t value) {
-    int made = 0, summed = 0, added = 0, normed = 0, other = 0;
-    for (size_t i = 0; i < v->n_layers && IS_BF16; i++) {
-        const VqLayer *l = &v->layer[i];
-        const int attends = l->kind == VQ_ATTEND && (l->in[1] == value || l->in[2] == value);
-        if (l->kind == VQ_CONV && l->out == value) made = 1, summed |= l->add != NO_VALUE;
-        added |= l->kind == VQ_CONV && l->add == value;
-        normed |= l->kind == VQ_NORM && l->in[0] == value;
-        other |= attends || (l->kind != VQ_NORM && l->in[0] == value);
-    }
-    return made && (added || summed || (normed && other));
-}
-
-static int is_operand(const Vqgan *v, size_t value) {
-    for (size_t i = 0; i < v->n_layers; i++) {
-        const VqLayer *l = &v->layer[i];
-        if (l->kind == VQ_NORM) continue;
-        if (l->in[0] == value || (l->kind == VQ_ATTEND && (l->in[1] == value || l->in[2] == value))) return 1;
-    }
-    return 0;
-}
-
-/* Floats of the wide arena. In training, values one after the other; else as in the other arena, where they make room
- * for each other. at (n_values), or NULL. */
-static size_t place_wide(const Vqgan *v, size_t units, size_t *at) {
-    size_t total = 0;
-    for (size_t i = 0; i < v->n_values; i++) {
-        const int wide = is_wide(v, i);
-        if (at) at[i] = !wide ? NO_VALUE : v->train ? total : v->value[i].act;
-        if (wide) total = v->train ? total + round_up(value_elements(v, i), 64) : units;
-    }
-    return total;
-}
-
-static size_t shared_bytes(const Vqgan *v, const VqNeeds *n) {
-    const size_t floats =
-        n->planes + n->partial + n->scores + n->cells + v->c.n_embed + n->conv.total_size + last_size(v);
-    return floats * sizeof(float) + (n->order + n->ds + n->conv.column_size + n->conv.weight_size) * sizeof(floatX);
-}
-
-static Err place_ordered(Vqgan *v) {
-    VqTwin *t = v->twin;
-    size_t at = 0;
-    TRY(mem_alloc(&t->ordered, v->n_layers, sizeof *t->ordered, "vqgan: weights on the GPU"));
-    for (size_t i = 0; i < v->n_layers; i++) {
-        const VqLayer *l = &v->layer[i];
-        if (l->kind != VQ_CONV || l->conv == CONV1) continue;
-        const Conv c = layer_conv(v, l);
-        t->ordered[i] = t->order_arena + at;
-        at += round_up(ordered_weight_size(&c), 64);
-    }
-    return OK;
-}
-
-static Err allocate_twin(Vqgan *v, const VqNeeds *n, size_t units) {
-    VqTwin *t = v->twin;
-    static const char *const what = "first stage: activations";
-    t->conv = n->conv, t->score_size = n->scores;
-    TRY(device_alloc(&t->arena, units * sizeof(floatX), what));
-    TRY(mem_alloc(&t->wide_at, v->n_values, sizeof *t->wide_at, what));
-    TRY(mem_alloc(&t->operand, v->n_values, sizeof *t->operand, what));
-    for (size_t i = 0; i < v->n_values; i++) t->operand[i] = (uint8_t)is_operand(v, i);
-    TRY(device_alloc(&t->wide, place_wide(v, units, t->wide_at) * sizeof(float), what));
-    TRY(device_alloc(&t->order_arena, n->order * sizeof(floatX), "first stage: weights in the order of patches"));
-    TRY(device_alloc(&t->planes, n->planes * sizeof(float), what));
-    TRY(device_alloc(&t->raw, n->cells * sizeof *t->raw, what));
-    TRY(device_alloc(&t->partial, n->partial * sizeof(float), what));
-    TRY(device_alloc(&t->scores, n->scores * sizeof(float), what));
-    TRY(device_alloc(&t->half, v->c.n_embed * sizeof(float), what));
-    TRY(device_alloc(&t->ds, n->ds * sizeof(floatX), what));
-    TRY(device_alloc(&t->last, last_size(v) * sizeof(float), what));
-    TRY(device_alloc(&t->conv.columns, n->conv.column_size * sizeof(floatX), what));
-    TRY(device_alloc(&t->conv.weights, n->conv.weight_size * sizeof(floatX), what));
-    TRY(device_alloc(&t->conv.totals, n->conv.total_size * sizeof(float), what));
-    t->conv.partial = t->partial;
-    return place_ordered(v);
-}
-
-static void vqgan_free_cuda(Vqgan *v) {
-    VqTwin *t = v->twin;
-    void *const all[] = {t->arena, t->order_arena,  t->planes,       t->raw,         t->partial, t->scores, t->half,
-                         t->ds,    t->conv.columns, t->conv.weights, t->conv.totals, t->last,    t->wide};
-    for (size_t i = 0; i < sizeof all / sizeof *all; i++) device_free(all[i]);
-    free(t->ordered), free(t->wide_at), free(t->operand);
-    free(t);
-    v->twin = NULL;
-}
-
-/* units: of the arena. *bytes: of everything. */
-static Err vqgan_plan_cuda(Vqgan *v, size_t units, int allocate, size_t *bytes) {
-    v->b = v->B, v->h = v->H, v->w = v->W;
-    for (size_t i = 0; i < v->n_values; i++)
-        if (value_elements(v, i) > (1u << 31))
-            return err("vqgan: activations of more than 2^31 numbers; a smaller batch takes less");
-    const VqNeeds n = shared_needs(v);
-    *bytes = units * sizeof(floatX) + place_wide(v, units, NULL) * sizeof(float) + shared_bytes(v, &n);
-    if (!allocate) return OK;
-    TRY(mem_alloc(&v->twin, 1, sizeof *v->twin, "vqgan: on the GPU"));
-    v->twin->d = v->params.device;
-    v->twin->changes = (uint64_t)-1;
-    if (allocate_twin(v, &n, units) == OK) return OK;
-    vqgan_free_cuda(v);
-    return FAILED;
+    LAUNCH(on->device, to_planes_kernel, blocks_for(B * C * hw, CELL_THREADS), CELL_THREADS, 0, staged,
+           (const floatX *)low(from), B, C, hw);
+    return to_host(on->device, planes, staged, B * C * hw * sizeof *staged);
 }

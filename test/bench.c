@@ -18,6 +18,7 @@
  * multiplies, as a fraction: times that, the per cent are what the multiply-add units do.
  *
  * A new section: a function that fills Rows and calls row() for each, and a line in the table `sections`. */
+#include "test/first_stage.h"
 #include "kernels/kernels.h"
 #include "sampling/sampling.h"
 #include "training/training.h"

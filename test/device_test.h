@@ -43,7 +43,7 @@ static floatX *send_x(const real *x, size_t n) {
     return p;
 }
 
-static float *send(const real *x, size_t n) {
+static inline float *send(const real *x, size_t n) {
     float *p = (float *)on_device(n * sizeof *p);
     CHECK_OK(to_device(device, p, x, n * sizeof *p));
     return p;

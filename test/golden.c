@@ -23,6 +23,7 @@
  * Read from the bottom: main, run_folder, run_case, then the kind you are interested in. */
 #include "sampling/sampling.h"
 #include "training/training.h"
+#include "test/first_stage.h"
 
 #include <dirent.h>
 #include <float.h>
@@ -336,7 +337,7 @@ static Err vqgan_encoding(Case *c, Vqgan *v, const Pictures *p) {
     if (!all && !has(c, indices.s)) return OK;
     TRY(check_codes(c, v, indices.s, indices.s, raw, tokens, n));
     TRY(io_tokens(c, indices.s, &given, n));
-    TRY(vqgan_lookup(v, given, p->B, p->h, p->w, zq));
+    TRY(first_stage_lookup(v, given, p->B, p->h * p->w, zq));
     if (all || has(c, looked_up.s)) TRY(check_output(c, looked_up.s, looked_up.s, zq, p->latents));
     if (!all && !has(c, drawn.s)) return OK;
     TRY(vqgan_decode_tokens(v, given, p->B, p->h, p->w, image));

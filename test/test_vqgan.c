@@ -6,6 +6,7 @@
  * they are: the codes and the step e - z are frozen, and S = <R, decode(z + frozen)> + the term of the codebook loss
  * that moves z. The other term, which moves the codebook, is checked by its closed form. */
 
+#include "first_stage.h"
 #include "test.h"
 
 enum { IS_DOUBLE = sizeof(real) == 8 };
@@ -208,11 +209,12 @@ static void check_gradients(const VqganConfig *c, int honour_tanh, size_t B, siz
     vqgan_free(v);
 }
 
-static void test_gradients(void) {
+static void test_gradients(int plainly) {
     VqganConfig c = tiny();
     const int before = threads_get();
-    threads_set(1);                    /* the pictures are too small for threads to help */
-    check_gradients(&c, 0, 2, 12, 20); /* not square; 3x5 latents */
+    threads_set(1); /* the pictures are too small for threads to help */
+    compute_plainly(plainly);
+    check_gradients(&c, 0, plainly ? 1 : 2, plainly ? 8 : 12, plainly ? 16 : 20); /* not square; 3x5 latents, or 2x4 */
     c.legacy = 0;
     c.beta = 0.6;
     c.tanh_out = 1;
@@ -222,7 +224,41 @@ static void test_gradients(void) {
     c.ch_mult[0] = 2;
     c.ch_mult[1] = 1;
     check_gradients(&c, 1, 1, 6, 10);
+    compute_plainly(0);
     threads_set(before);
+}
+
+/* The whole network with fast layers and with plain ones: values, gradients of parameters and of the image. */
+static void test_fast(void) {
+    const VqganConfig c = tiny();
+    const double limit = IS_DOUBLE ? 1e-12 : 1e-5;
+    real *xrec[2], *dimage[2], *grad[2];
+    double loss[2];
+    size_t n_out = 0, n_image = 0, n_grad = 0;
+    for (int plainly = 0; plainly < 2; plainly++) {
+        Vqgan *v = make(&c, 0);
+        Surrogate s = start(v, 2, 8, 12);
+        const real *out;
+        compute_plainly(plainly);
+        CHECK_OK(vqgan_plan(v, 2, 8, 12, 1));
+        compute_plainly(0);
+        CHECK_OK(vqgan_forward(v, s.image, 2, 8, 12, &out, &loss[plainly]));
+        n_out = s.n_out, n_image = s.n_image, n_grad = vqgan_params(v)->total;
+        xrec[plainly] = copied(out, n_out), dimage[plainly] = random_reals(n_image, 1, 8);
+        params_zero_grad(vqgan_params(v));
+        CHECK_OK(vqgan_backward(v, s.R, 1.5, dimage[plainly]));
+        grad[plainly] = copied(vqgan_params(v)->arena[1], n_grad);
+        finish(&s);
+        vqgan_free(v);
+    }
+    double largest = 0;
+    for (size_t i = 0; i < n_grad; i++) largest = fmax(largest, fabs((double)grad[1][i]));
+    CHECK_NEAR("fast xrec", xrec[0], xrec[1], n_out, 10 * limit, 10 * limit);
+    CHECK_NEAR("fast dimage", dimage[0], dimage[1], n_image, 10 * limit, 10 * limit);
+    CHECK_NEAR("fast gradients", grad[0], grad[1], n_grad, 10 * limit * largest, 10 * limit);
+    CHECK(fabs(loss[0] - loss[1]) <= limit * loss[1]);
+    CHECK(!same_bits(grad[0], grad[1], n_grad)); /* they were computed in two ways */
+    for (int k = 0; k < 2; k++) free(xrec[k]), free(dimage[k]), free(grad[k]);
 }
 
 /* backward adds to parameter gradients; dimage = NULL changes none of them; tanh_out is ignored unless honoured */
@@ -398,6 +434,14 @@ static void search(const real *book, size_t K, size_t D, const real *z, size_t B
     }
 }
 
+/* With all scratch that the layer needs; its processor's fellow, or the plain loop. */
+static void quantize(const real *z, const real *book, const Codes *s, int32_t *code) {
+    Compute on = compute_of(&(Params){0});
+    if (on.fast) CHECK_OK(mem_alloc(&on.scratch, on.fast->nearest_needs(&on, s), 1, "test"));
+    nearest_codes(&on, code, z, book, s);
+    free(on.scratch);
+}
+
 static void test_quantizer(void) {
     VqganConfig c = tiny();
     c.levels = 1;
@@ -407,25 +451,30 @@ static void test_quantizer(void) {
     Vqgan *v = make(&c, 0);
     real *book = find(v, "quantize.embedding.weight")->value, *z = random_reals(B * N * D, 1, 50);
     real *back = random_reals(B * N * D, 1, 51);
-    static int32_t raw[B * N], tokens[B * N], expected[B * N];
+    static int32_t tokens[B * N], expected[B * N];
+    const Codes s = {B, D, N, c.n_embed};
     double margin;
     memcpy(book + 700 * D, book + 3 * D, D * sizeof *book); /* a tie: 3 wins over 700 */
     for (size_t i = 0; i < 40; i++)
         for (size_t d = 0; d < D; d++) z[d * N + i] = book[3 * D + d];
-    CHECK_OK(vqgan_plan(v, B, H, W, 0));
-    CHECK_OK(vqgan_quantize(v, z, B, H, W, 0, raw, tokens));
     search(book, c.n_embed, D, z, B, N, expected, &margin);
     printf("quantizer: clearest doubt %.2g\n", margin);
     CHECK(margin > 1e-6);
-    CHECK(memcmp(raw, expected, sizeof raw) == 0);
-    CHECK(memcmp(raw, tokens, sizeof raw) == 0); /* no remap */
-    CHECK(raw[0] == 3 && raw[39] == 3);
-    CHECK_OK(vqgan_lookup(v, tokens, B, H, W, back));
+    for (int plainly = 0; plainly < 2; plainly++) {
+        compute_plainly(plainly);
+        memset(tokens, -1, sizeof tokens);
+        quantize(z, book, &s, tokens);
+        compute_plainly(0);
+        CHECK(memcmp(tokens, expected, sizeof tokens) == 0);
+        CHECK(tokens[0] == 3 && tokens[39] == 3);
+    }
+    CHECK_OK(first_stage_lookup(v, tokens, B, N, back));
     for (size_t i = 0; i < B * N; i++)
         for (size_t d = 0; d < D; d++)
             if (back[(i / N * D + d) * N + i % N] != book[(size_t)expected[i] * D + d]) CHECK(!"lookup");
+    CHECK_OK(vqgan_plan(v, B, H, W, 0));
     tokens[5] = (int32_t)c.n_embed;
-    CHECK_ERR(vqgan_lookup(v, tokens, B, H, W, back), "token 5 of picture 0 is 1031, expected 0..1030");
+    CHECK_ERR(vqgan_decode_tokens(v, tokens, B, H, W, back), "token 5 of picture 0 is 1031, expected 0..1030");
     tokens[5] = -1;
     CHECK_ERR(vqgan_decode_tokens(v, tokens, B, H, W, back), "is -1");
     free(z);
@@ -462,14 +511,17 @@ static void test_remap(void) {
     CHECK_NEAR("loaded", b, a, 32 * 32, 0, 1e-7);
 
     enum { B = 3, N = 15 * 12 };
-    real *z = random_reals(B * N * 5, 2, 60), *back = random_reals(B * N * 5, 1, 61);
-    const real *book = find(w, "quantize.embedding.weight")->value;
+    real *image = random_reals(B * 3 * 60 * 48, 2, 60), *back = random_reals(B * N * 5, 1, 61);
+    real *book = find(w, "quantize.embedding.weight")->value, *z = random_reals(B * N * 5, 1, 62);
     static int32_t raw[B * N], tokens[B * N], again[B * N], other[B * N];
     size_t known = 0, unknown = 0, moved = 0, count[4] = {0};
     CHECK_OK(vqgan_plan(w, B, 60, 48, 0));
-    CHECK_OK(vqgan_quantize(w, z, B, 15, 12, 1, raw, tokens));
-    CHECK_OK(vqgan_quantize(w, z, B, 15, 12, 1, NULL, again));
-    CHECK_OK(vqgan_quantize(w, z, B, 15, 12, 2, NULL, other));
+    CHECK_OK(vqgan_encode(w, image, B, 60, 48, 1, z, NULL, NULL));
+    for (size_t k = 0; k < 11; k++) /* entries that are latents, so that each is the nearest of some */
+        for (size_t d = 0; d < 5; d++) book[k * 5 + d] = z[d * N + k * N / 11];
+    CHECK_OK(vqgan_encode(w, image, B, 60, 48, 1, NULL, raw, tokens));
+    CHECK_OK(vqgan_encode(w, image, B, 60, 48, 1, NULL, NULL, again));
+    CHECK_OK(vqgan_encode(w, image, B, 60, 48, 2, NULL, NULL, other));
     for (size_t i = 0; i < B * N; i++) {
         CHECK(tokens[i] >= 0 && tokens[i] < 4);
         count[tokens[i]]++;
@@ -486,8 +538,9 @@ static void test_remap(void) {
     CHECK(known > 20 && unknown > 20 && moved > unknown / 2);
     CHECK(count[0] > 20 && count[1] > 20 && count[2] > 20 && count[3] > 20);
     CHECK(memcmp(tokens, again, sizeof tokens) == 0);
-    CHECK_OK(vqgan_lookup(w, tokens, B, 15, 12, back));
+    CHECK_OK(first_stage_lookup(w, tokens, B, N, back));
     CHECK(back[0] == book[used[tokens[0]] * 5]);
+    free(image);
 
     used[2] = 11;
     write_model(v, path, used, 4);
@@ -744,7 +797,9 @@ int main(void) {
     test_smaller_run(20, 20, 19, 3);
     test_smaller_run(6, 4, 1, 1);
     test_accumulation();
-    test_gradients();
+    test_gradients(0);
+    test_gradients(1);
+    test_fast();
     test_threads(3, 8, 12);
     test_threads(1, 64, 80);
     return test_report();

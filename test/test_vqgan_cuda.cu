@@ -1,105 +1,162 @@
-/* test_vqgan_cuda.cu - the first stage's CUDA twins against the C: every layer, then whole networks. As
- * test_cuda.cu. */
+/* test_vqgan_cuda.cu - the first stage on a GPU against the plain loops of vqgan.c, layer by layer through the
+ * seam, then whole networks. As test_cuda.cu. */
 #include "kernels/device.cu"
 
 #include "device_test.h"
+#include "first_stage.h"
+
+/* ---- A layer on both sides: the plain loop here, its fellow there ---- */
+
+static const Compute plain = {NULL, NULL, NULL, sizeof(real), 1, NULL, 0};
+
+/* Two parameters of a layer: n and m numbers, in a table on both sides. `there` computes with `bytes` of scratch. */
+typedef struct {
+    Params table;
+    Compute there;
+    real *w, *b, *dw, *db; /* here */
+} Side;
+
+static Side make_side(size_t n, size_t m, uint64_t stream, double size) {
+    Side s = {};
+    const size_t dim[2] = {n, m};
+    CHECK_OK(params_add(&s.table, NULL, INIT_ZERO, 0, 0, 1, dim, "w"));
+    CHECK_OK(params_add(&s.table, NULL, INIT_ZERO, 0, 0, 1, dim + 1, "b"));
+    CHECK_OK(params_plan(&s.table, PLAN_VALUE | PLAN_GRAD));
+    for (int i = 0; i < 2; i++) {
+        real *x = random_reals(dim[i], stream + i, i ? 1 : size);
+        memcpy(s.table.row[i].value, x, dim[i] * sizeof *x);
+        free(x);
+        x = random_reals(dim[i], stream + 7 + i, 1);
+        memcpy(s.table.row[i].grad, x, dim[i] * sizeof *x);
+        free(x);
+    }
+    s.table.device = device, s.table.ops = &CUDA_TABLE;
+    free_rows(device);
+    CHECK_OK(params_send(&s.table)); /* gradients there begin with 0 */
+    for (int i = 0; i < 2; i++)
+        CHECK_OK(to_device(device, device->row[i].grad, s.table.row[i].grad, dim[i] * sizeof(float)));
+    s.there = compute_of(&s.table);
+    s.w = s.table.row[0].value, s.b = s.table.row[1].value, s.dw = s.table.row[0].grad, s.db = s.table.row[1].grad;
+    return s;
+}
+
+static void free_side(Side *s) {
+    s->table.device = NULL; /* it goes on */
+    params_free(&s->table);
+    free_arrays();
+}
+
+static void give_scratch(Compute *on, size_t bytes) {
+    on->scratch_bytes = bytes;
+    on->scratch = on_device(bytes);
+}
+
+static real *as_real(const void *p) {
+    return (real *)(void *)(uintptr_t)p;
+}
+
+/* Room for n numbers there, and for their f32 copy. */
+static real *room(const Compute *on, size_t n) {
+    return as_real(on_device(compute_bytes(on, n, 1)));
+}
+
+/* x (B,C,hw) there, and its f32 copy behind it. */
+static real *send_both(const Compute *on, const real *x, size_t B, size_t C, size_t hw) {
+    const size_t n = B * C * hw;
+    real *to = room(on, n), *pixels = as_cells(x, B, C, hw);
+    floatX *half = (floatX *)malloc((n + 1) * sizeof *half);
+    for (size_t i = 0; i < n; i++) half[i] = to_floatX(pixels[i]);
+    CHECK_OK(to_device(device, to, half, n * sizeof *half));
+    CHECK_OK(to_device(device, compute_f32_copy(on, to, n), pixels, n * sizeof *pixels));
+    free(pixels), free(half);
+    return to;
+}
+
+static void near_low(const char *name, const real *got, const real *want, size_t B, size_t C, size_t hw) {
+    near_picture(name, (const floatX *)(const void *)got, want, B, C, hw);
+}
 
 /* ---- Convolutions ---- */
 
-static const Params no_params = {};
-
-static void conv_on_cpu(const Conv *c, real *y, real *dx, real *dw, real *db, const real *x, const real *w,
-                        const real *bias, const real *add, const real *dy, int more) {
-    Compute on = compute_of(&no_params);
-    conv_needs(&on, c, 1), conv_needs(&on, c, 0);
-    CHECK_OK(mem_alloc(&on.scratch, on.scratch_bytes, 1, "a test"));
-    conv_forward(&on, y, x, w, bias, add, c);
-    conv_backward(&on, dx, dw, db, dy, x, w, more, c);
-    free(on.scratch);
-}
-
-static ConvMemory conv_memory(const Conv *c, int small) {
-    ConvMemory m;
-    memset(&m, 0, sizeof m);
-    conv_needs_cuda(&m, c, 1);
-    if (small)
-        m.column_size =
-            min_size(m.column_size, (round_up(c->w + 1, TILE_ROWS) + TILE_ROWS) * (c->kind == CONV_UP ? 16 : 9) *
-                                        round_up(max_size(c->C, c->M), PACK));
-    m.columns = (floatX *)on_device(m.column_size * sizeof(floatX)),
-    m.weights = (floatX *)on_device(m.weight_size * sizeof(floatX));
-    m.totals = (float *)on_device(m.total_size * sizeof(float)),
-    m.partial = (float *)on_device(m.partial_size * sizeof(float));
-    return m;
-}
-
 /* Results kept in float have its precision, whatever products read; beside them those in floatX, if wanted. Into gaps
  * of NaN, so that what is not written shows. y: what is wanted; add NULL: nothing is added. */
-static void test_wide(const Conv *c, const floatX *x, const floatX *ordered, const real *bias, const real *add,
-                      const real *y, const ConvMemory *m) {
-    const size_t out = rows_of(c) / c->B, ny = c->B * c->M * out;
-    real *cells = as_cells(y, c->B, c->M, out), *add_cells = add ? as_cells(add, c->B, c->M, out) : NULL;
+static void test_f32(Conv c, const Side *s, const real *x, const real *add, const real *y) {
+    const size_t out = rows_of(&c) / c.B, ny = c.B * c.M * out;
+    real *pixels = as_cells(y, c.B, c.M, out), *dev_add = add ? send_both(&s->there, add, c.B, c.M, out) : NULL;
+    c.y_f32 = 1, c.add_f32 = add != NULL;
     for (int beside = 0; beside < 2; beside++) {
-        const Wide wide = {(float *)on_device(ny * sizeof(float)), add ? send(add_cells, ny) : NULL, send(bias, c->M)};
-        floatX *low = beside ? (floatX *)on_device(ny * sizeof *low) : NULL;
-        real *got = random_reals(ny, 1, 1);
-        CHECK_OK(conv_forward_cuda(device, low, c, x, ordered, send_x(bias, c->M), NULL, m, wide));
-        CHECK_OK(to_host(device, got, wide.y, ny * sizeof *got));
-        CHECK_NEAR("conv y in float", got, cells, ny, 1e-30, c->kind == CONV_UP && IS_BF16 ? 2e-2 : 1e-4);
-        if (beside) near_x("and in floatX", low, cells, ny);
+        real *dev_y = room(&s->there, ny), *got = random_reals(ny, 1, 1);
+        c.y_f32_only = !beside;
+        conv_forward(&s->there, dev_y, x, param_value(&s->table, 0), param_value(&s->table, 1), dev_add, &c);
+        CHECK_OK(compute_get(&s->there, got, compute_f32_copy(&s->there, dev_y, ny), ny * sizeof *got));
+        CHECK_NEAR("conv y in float", got, pixels, ny, 1e-30, c.kind == CONV_UP && IS_BF16 ? 2e-2 : 1e-4);
+        if (beside) near_low("and in floatX", dev_y, y, c.B, c.M, out);
         free(got);
     }
-    free(cells), free(add_cells);
+    free(pixels);
 }
 
-/* small: as little memory as will do, so that there are several tiles */
-static void test_conv(Conv c, int small) {
+/* With `small` as little memory as will do, so that there are several tiles. */
+static void conv_scratch(Compute *on, const Conv *c, int small) {
+    for (int backward = 0; backward < 2; backward++) conv_needs(on, c, backward);
+    ConvMemory m = {};
+    conv_needs_cuda(&m, c, 1);
+    const size_t least = (round_up(c->w + 1, TILE_ROWS) + TILE_ROWS) * (c->kind == CONV_UP ? 16 : 9) *
+                         round_up(max_size(c->C, c->M), PACK);
+    give_scratch(on, small ? min_size(on->scratch_bytes, fixed_bytes(&m) + least * sizeof(floatX)) : on->scratch_bytes);
+    if (c->kind != CONV1) CHECK(conv_prepared_bytes(c) > 0);
+}
+
+/* order 1: threads and blocks in reverse, the same bits. order 2: once more, without the addend, and dx is added to. */
+static void test_conv_order(Conv c, int small, int order, uint64_t *first) {
     const size_t hw = c.h * c.w, out = rows_of(&c) / c.B, k = c.kind == CONV1 ? 1 : 9, nw = c.M * c.C * k;
     const size_t nx = c.B * c.C * hw, ny = c.B * c.M * out;
-    real *x = random_reals(nx, 1, 1), *w = random_reals(nw, 2, 0.3), *bias = random_reals(c.M, 3, 1),
-         *add = random_reals(ny, 4, 1);
-    real *dy = random_reals(ny, 5, 1), *y = random_reals(ny, 6, 1);
-    uint64_t first = 0;
-    for (int order = 0; order < 3; order++) { /* order 2: once more, without the addend, and dx is added to */
-        real *dx = random_reals(nx, 7, 1), *dw = random_reals(nw, 8, 1), *db = random_reals(c.M, 9, 1);
-        const ConvMemory m = conv_memory(&c, small);
-        floatX *dev_w = send_x(w, nw), *ordered = dev_w, *dev_y = (floatX *)on_device(ny * sizeof(floatX)),
-               *dev_dx = send_picture(dx, c.B, c.C, hw);
-        float *dev_dw = send(dw, nw), *dev_db = send(db, c.M);
-        floatX *dev_x = send_picture(x, c.B, c.C, hw), *dev_dy = send_picture(dy, c.B, c.M, out);
-        const floatX *dev_add = order < 2 ? send_picture(add, c.B, c.M, out) : NULL, *dev_bias = send_x(bias, c.M);
-        if (c.kind != CONV1) ordered = (floatX *)on_device(ordered_weight_size(&c) * sizeof(floatX));
+    Side s = make_side(nw, c.M, 2, 0.3);
+    real *x = random_reals(nx, 1, 1), *add = order < 2 ? random_reals(ny, 4, 1) : NULL, *dy = random_reals(ny, 5, 1);
+    real *y = random_reals(ny, 6, 1), *dx = random_reals(nx, 7, 1);
+    real *dev_x = as_real(send_picture(x, c.B, c.C, hw)), *dev_dy = as_real(send_picture(dy, c.B, c.M, out));
+    real *dev_add = add ? as_real(send_picture(add, c.B, c.M, out)) : NULL, *dev_y = room(&s.there, ny);
+    real *dev_dx = as_real(send_picture(dx, c.B, c.C, hw));
+    const real *w = param_value(&s.table, 0), *bias = param_value(&s.table, 1);
+    real *dw = param_grad(&s.table, 0), *db = param_grad(&s.table, 1);
+    conv_scratch(&s.there, &c, small);
+    if (conv_prepared_bytes(&c)) c.prepared = on_device(conv_prepared_bytes(&c));
+    reverse(order == 1);
+    s.there.fast->conv_prepare(&s.there, c.prepared, w, &c);
+    conv_forward(&s.there, dev_y, dev_x, w, bias, dev_add, &c);
+    conv_backward(&s.there, dev_dx, dw, db, dev_dy, dev_x, w, order == 2, &c);
+    reverse(0);
+    conv_forward(&plain, y, x, s.w, s.b, add, &c);
+    conv_backward(&plain, dx, s.dw, s.db, dy, x, s.w, order == 2, &c);
+    near_low("conv y", dev_y, y, c.B, c.M, out);
+    near_low("conv dx", dev_dx, dx, c.B, c.C, hw);
+    near_f("conv dw", dw, s.dw, nw);
+    near_f("conv db", db, s.db, c.M);
+    digest = 0;
+    add_digest(dev_y, ny * sizeof(floatX)), add_digest(dev_dx, nx * sizeof(floatX)), add_digest(dw, nw * 4);
+    if (order == 1) CHECK(digest == *first);
+    *first = digest;
+    if (c.kind == CONV3) { /* dx alone; once more, added to */
         reverse(order == 1);
-        if (c.kind != CONV1) CHECK_OK(conv_order_weights_cuda(device, ordered, dev_w, &c));
-        CHECK_OK(conv_forward_cuda(device, dev_y, &c, dev_x, ordered, dev_bias, dev_add, &m));
-        CHECK_OK(conv_backward_cuda(device, dev_dx, dev_dw, dev_db, &c, dev_dy, dev_x, dev_w, order == 2, &m));
+        conv_backward(&s.there, dev_dx, NULL, NULL, dev_dy, NULL, w, order == 2, &c);
         reverse(0);
-        conv_on_cpu(&c, y, dx, dw, db, x, w, bias, order < 2 ? add : NULL, dy, order == 2);
-        near_picture("conv y", dev_y, y, c.B, c.M, out);
-        near_picture("conv dx", dev_dx, dx, c.B, c.C, hw);
-        if (c.kind == CONV3 && order < 2) { /* dx alone */
-            floatX *alone = (floatX *)on_device(nx * sizeof *alone);
-            reverse(order == 1);
-            CHECK_OK(conv_input_cuda(device, alone, &c, dev_dy, dev_w, &m));
-            reverse(0);
-            near_picture("conv dx alone", alone, dx, c.B, c.C, hw);
-        }
-        near_f("conv dw", dev_dw, dw, nw);
-        near_f("conv db", dev_db, db, c.M);
-        if (order != 1) test_wide(&c, dev_x, ordered, bias, order < 2 ? add : NULL, y, &m);
-        digest = 0;
-        add_digest(dev_y, ny * sizeof(floatX)), add_digest(dev_dx, nx * sizeof(floatX)), add_digest(dev_dw, nw * 4);
-        if (order == 1) CHECK(digest == first);
-        first = digest;
-        if (order == 2) { /* dx is not always wanted */
-            CHECK_OK(conv_backward_cuda(device, NULL, dev_dw, dev_db, &c, dev_dy, dev_x, dev_w, 0, &m));
-            conv_on_cpu(&c, y, dx, dw, db, x, w, bias, NULL, dy, 0);
-            near_f("conv dw alone", dev_dw, dw, nw);
-        }
-        free(dx), free(dw), free(db);
-        free_arrays();
+        conv_backward(&plain, dx, NULL, NULL, dy, NULL, s.w, order == 2, &c);
+        near_low("conv dx alone", dev_dx, dx, c.B, c.C, hw);
     }
-    free(x), free(w), free(bias), free(add), free(dy), free(y);
+    if (order != 1) test_f32(c, &s, dev_x, add, y);
+    if (order == 2) { /* dx is not always wanted */
+        conv_backward(&s.there, NULL, dw, db, dev_dy, dev_x, w, 0, &c);
+        conv_backward(&plain, NULL, s.dw, s.db, dy, x, s.w, 0, &c);
+        near_f("conv dw alone", dw, s.dw, nw);
+    }
+    CHECK_OK(compute_status(&s.there));
+    free(x), free(add), free(dy), free(y), free(dx);
+    free_side(&s);
+}
+
+static void test_conv(Conv c, int small) {
+    uint64_t first = 0;
+    for (int order = 0; order < 3; order++) test_conv_order(c, small, order, &first);
 }
 
 static void test_convs(void) {
@@ -132,191 +189,139 @@ static void test_convs(void) {
     }
 }
 
-/* ---- Norm, attention, quantiser: against their formulas in double ---- */
+/* ---- Norm, attention, quantiser, tanh ---- */
 
-static void norm_reference(const NormShape *n, real *y, real *dx, real *dgamma, real *dbeta, const real *x,
-                           const real *gamma, const real *beta, const real *dy, int more) {
-    const size_t per = n->C / NORM_GROUPS;
-    for (size_t b = 0; b < n->B; b++)
-        for (size_t g = 0; g < NORM_GROUPS; g++) {
-            const double count = (double)(per * n->cells);
-            double mean = 0, var = 0, d_mean = 0, hat_mean = 0;
-#define CELLS                                                                                                          \
-    for (size_t i = 0, at = b * n->cells * n->C; i < n->cells; i++, at += n->C)                                        \
-        for (size_t c = g * per; c < (g + 1) * per; c++)
-            CELLS mean += (double)x[at + c] / count;
-            CELLS var += ((double)x[at + c] - mean) * ((double)x[at + c] - mean) / count;
-            const double rstd = 1 / sqrt(var + 1e-6);
-            for (int pass = 0; pass < 2; pass++) CELLS {
-                    const double hat = ((double)x[at + c] - mean) * rstd, t = hat * (double)gamma[c] + (double)beta[c];
-                    const double sig = 1 / (1 + exp(-t));
-                    const double d = (double)dy[at + c] * (n->swish ? sig * (1 + t * (1 - sig)) : 1),
-                                 scaled = d * (double)gamma[c];
-                    if (pass == 0) {
-                        y[at + c] = (real)(n->swish ? t * sig : t);
-                        d_mean += scaled / count, hat_mean += scaled * hat / count;
-                        dgamma[c] += (real)(d * hat), dbeta[c] += (real)d;
-                    } else
-                        dx[at + c] =
-                            (real)((more ? (double)dx[at + c] : 0) + rstd * (scaled - d_mean - hat * hat_mean));
-                }
-#undef CELLS
-        }
-}
-
-static void test_norm(size_t B, size_t cells, size_t C, int swish, int more) {
-    const NormShape n = {B, cells, C, swish};
-    const size_t size = B * cells * C;
-    real *x = random_reals(size, 11, 2), *gamma = random_reals(C, 12, 1), *beta = random_reals(C, 13, 1),
-         *dy = random_reals(size, 14, 1);
+static void test_norm(size_t B, size_t hw, size_t C, int swish, int accumulate) {
+    const size_t size = B * hw * C;
+    GroupNorm n = {B, C, hw, swish, 0};
     uint64_t first = 0;
-    for (size_t i = 0; i < size; i++) x[i] += 8; /* a mean far from zero, which bf16 holds exactly enough */
-    if (IS_BF16)
-        for (size_t i = 0; i < size; i++) x[i] = to_float(to_floatX(x[i]));
-    for (int order = 0; order < 2; order++) {
-        real *y = random_reals(size, 15, 1), *dx = random_reals(size, 16, 1), *dgamma = random_reals(C, 17, 1),
-             *dbeta = random_reals(C, 18, 1);
-        const NormKept kept = norm_kept((float *)on_device(norm_kept_floats(B, C) * sizeof(float)), &n);
-        float *partial = (float *)on_device(norm_partial_size(&n) * sizeof(float)), *dev_gamma = send(gamma, C);
-        float *dev_dgamma = send(dgamma, C), *dev_dbeta = send(dbeta, C);
-        floatX *dev_x = send_x(x, size), *dev_y = (floatX *)on_device(size * sizeof(floatX)),
-               *dev_dx = send_x(dx, size);
-        reverse(order);
-        CHECK_OK(group_norm_forward_cuda(device, dev_y, kept, dev_x, dev_gamma, send(beta, C), &n, partial));
-        CHECK_OK(group_norm_backward_cuda(device, dev_dx, dev_dgamma, dev_dbeta, send_x(dy, size), dev_x, kept,
-                                          dev_gamma, &n, more, partial));
+    for (int order = 0; order < 3; order++) { /* order 2: x is read in f32 */
+        Side s = make_side(C, C, 12, 1);
+        real *x = random_reals(size, 11, 2), *dy = random_reals(size, 14, 1), *y = random_reals(size, 15, 1),
+             *dx = random_reals(size, 16, 1), *kept = random_reals(B * NORM_GROUPS * 2, 17, 1);
+        for (size_t i = 0; i < size; i++) x[i] += 8; /* a mean far from zero, which bf16 holds exactly enough */
+        for (size_t i = 0; IS_BF16 && i < size; i++) x[i] = to_float(to_floatX(x[i]));
+        n.x_f32 = order == 2;
+        compute_needs(&s.there, s.there.fast->group_norm_needs(&s.there, &n, 1));
+        give_scratch(&s.there, s.there.scratch_bytes);
+        real *dev_kept = as_real(on_device(s.there.fast->group_norm_kept(&n))), *dev_y = room(&s.there, size);
+        real *dev_x = send_both(&s.there, x, B, C, hw), *dev_dx = as_real(send_picture(dx, B, C, hw));
+        real *dev_dy = as_real(send_picture(dy, B, C, hw)), *dgamma = param_grad(&s.table, 0),
+             *dbeta = param_grad(&s.table, 1);
+        const real *gamma = param_value(&s.table, 0), *beta = param_value(&s.table, 1);
+        reverse(order == 1);
+        group_norm_forward(&s.there, dev_y, dev_kept, dev_x, gamma, beta, &n);
+        group_norm_backward(&s.there, dev_dx, dgamma, dbeta, dev_dy, dev_x, gamma, beta, dev_kept, accumulate, &n);
         reverse(0);
-        norm_reference(&n, y, dx, dgamma, dbeta, x, gamma, beta, dy, more);
-        near_x("norm y", dev_y, y, size);
-        near_x("norm dx", dev_dx, dx, size);
-        near_f("norm dgamma", dev_dgamma, dgamma, C);
-        near_f("norm dbeta", dev_dbeta, dbeta, C);
+        group_norm_forward(&plain, y, kept, x, s.w, s.b, &n);
+        group_norm_backward(&plain, dx, s.dw, s.db, dy, x, s.w, s.b, kept, accumulate, &n);
+        near_low("norm y", dev_y, y, B, C, hw);
+        near_low("norm dx", dev_dx, dx, B, C, hw);
+        near_f("norm dgamma", dgamma, s.dw, C);
+        near_f("norm dbeta", dbeta, s.db, C);
         digest = 0;
-        add_digest(dev_y, size * sizeof(floatX)), add_digest(dev_dx, size * sizeof(floatX)),
-            add_digest(dev_dgamma, C * 4);
-        if (order) CHECK(digest == first);
+        add_digest(dev_y, size * sizeof(floatX)), add_digest(dev_dx, size * sizeof(floatX)), add_digest(dgamma, C * 4);
+        if (order == 1) CHECK(digest == first);
         first = digest;
-        free(y), free(dx), free(dgamma), free(dbeta);
-        free_arrays();
+        CHECK_OK(compute_status(&s.there));
+        free(x), free(dy), free(y), free(dx), free(kept);
+        free_side(&s);
     }
-    free(x), free(gamma), free(beta), free(dy);
-}
-
-/* p (N,N), y (N,C) and the three gradients of one picture */
-static void attend_reference(size_t N, size_t C, real *y, real *dq, real *dk, real *dv, const real *q, const real *k,
-                             const real *v, const real *dy) {
-    const double scale = 1 / sqrt((double)C);
-    double *p = (double *)malloc(N * sizeof *p), *dp = (double *)malloc(N * sizeof *dp);
-    for (size_t i = 0; i < N; i++) {
-        double sum = 0, mean = 0;
-        for (size_t j = 0; j < N; j++) {
-            double score = 0;
-            for (size_t c = 0; c < C; c++) score += (double)q[i * C + c] * (double)k[j * C + c];
-            sum += p[j] = exp(scale * score);
-        }
-        for (size_t j = 0; j < N; j++) {
-            p[j] /= sum, dp[j] = 0;
-            for (size_t c = 0; c < C; c++) {
-                y[i * C + c] = (j ? y[i * C + c] : 0) + (real)(p[j] * (double)v[j * C + c]);
-                dp[j] += (double)dy[i * C + c] * (double)v[j * C + c];
-                dv[j * C + c] += (real)(p[j] * (double)dy[i * C + c]);
-            }
-            mean += p[j] * dp[j];
-        }
-        for (size_t j = 0; j < N; j++)
-            for (size_t c = 0; c < C; c++) {
-                const double ds = scale * p[j] * (dp[j] - mean);
-                dq[i * C + c] += (real)(ds * (double)k[j * C + c]);
-                dk[j * C + c] += (real)(ds * (double)q[i * C + c]);
-            }
-    }
-    free(p), free(dp);
 }
 
 static void test_picture_attention(size_t B, size_t N, size_t C) {
-    const size_t size = B * N * C, bytes = size * sizeof(floatX);
-    const int more[3] = {0, 1, 0};
-    real *q = random_reals(size, 21, 1), *k = random_reals(size, 22, 1), *v = random_reals(size, 23, 1),
-         *dy = random_reals(size, 24, 1);
+    const size_t size = B * N * C;
+    const int accumulate[3] = {0, 1, 0};
     uint64_t first = 0;
     for (int order = 0; order < 2; order++) {
-        real *y = random_reals(size, 25, 1), *dq = random_reals(size, 26, 0), *dk = random_reals(size, 27, 1),
-             *dv = random_reals(size, 28, 0);
-        floatX *dev_q = send_x(q, size), *dev_k = send_x(k, size), *dev_v = send_x(v, size),
-               *dev_y = (floatX *)on_device(bytes);
-        floatX *p = (floatX *)on_device(B * picture_scores(N) * sizeof *p),
-               *ds = (floatX *)on_device(N * N * sizeof *ds);
-        floatX *const dx[3] = {(floatX *)on_device(bytes), send_x(dk, size), (floatX *)on_device(bytes)};
-        float *scores = (float *)on_device(N * N * sizeof *scores);
+        Side s = make_side(1, 1, 20, 1);
+        real *q = random_reals(size, 21, 1), *k = random_reals(size, 22, 1), *v = random_reals(size, 23, 1),
+             *dy = random_reals(size, 24, 1), *y = random_reals(size, 25, 1), *p = random_reals(B * N * N, 29, 1);
+        real *d[3] = {random_reals(size, 26, 1), random_reals(size, 27, 1), random_reals(size, 28, 1)}, *dev_d[3];
+        real *dev_q = as_real(send_picture(q, B, C, N)), *dev_k = as_real(send_picture(k, B, C, N)),
+             *dev_v = as_real(send_picture(v, B, C, N)), *dev_dy = as_real(send_picture(dy, B, C, N));
+        real *dev_y = room(&s.there, size), *dev_p = room(&s.there, B * N * round_up(N, 64));
+        for (int i = 0; i < 3; i++) dev_d[i] = as_real(send_picture(d[i], B, C, N));
+        give_scratch(&s.there, s.there.fast->picture_attention_needs(&s.there, B, C, N, 1));
         reverse(order);
-        CHECK_OK(picture_attend_forward_cuda(device, dev_y, p, dev_q, dev_k, dev_v, B, N, C, scores));
-        CHECK_OK(picture_attend_backward_cuda(device, dx, more, send_x(dy, size), dev_q, dev_k, dev_v, p, B, N, C,
-                                              scores, ds));
+        picture_attention_forward(&s.there, dev_y, dev_p, dev_q, dev_k, dev_v, B, C, N);
+        picture_attention_backward(&s.there, dev_d[0], dev_d[1], dev_d[2], dev_dy, dev_q, dev_k, dev_v, dev_p,
+                                   accumulate, B, C, N);
         reverse(0);
-        for (size_t b = 0, at = 0; b < B; b++, at += N * C)
-            attend_reference(N, C, y + at, dq + at, dk + at, dv + at, q + at, k + at, v + at, dy + at);
-        near_x("attention y", dev_y, y, size);
-        near_x("attention dq", dx[0], dq, size);
-        near_x("attention dk", dx[1], dk, size);
-        near_x("attention dv", dx[2], dv, size);
+        picture_attention_forward(&plain, y, p, q, k, v, B, C, N);
+        picture_attention_backward(&plain, d[0], d[1], d[2], dy, q, k, v, p, accumulate, B, C, N);
+        near_low("attention y", dev_y, y, B, C, N);
+        near_low("attention dq", dev_d[0], d[0], B, C, N);
+        near_low("attention dk", dev_d[1], d[1], B, C, N);
+        near_low("attention dv", dev_d[2], d[2], B, C, N);
         digest = 0;
-        for (int i = 0; i < 3; i++) add_digest(dx[i], bytes);
+        for (int i = 0; i < 3; i++) add_digest(dev_d[i], size * sizeof(floatX));
         if (order) CHECK(digest == first);
         first = digest;
-        free(y), free(dq), free(dk), free(dv);
-        free_arrays();
+        CHECK_OK(compute_status(&s.there));
+        free(q), free(k), free(v), free(dy), free(y), free(p), free(d[0]), free(d[1]), free(d[2]);
+        free_side(&s);
     }
-    free(q), free(k), free(v), free(dy);
 }
 
-/* Every entry comes twice: the first of equals must win. */
+/* Every entry comes twice: the first of equals must win. tile: latents compared at a time. */
 static void test_quantiser(size_t rows, size_t K, size_t D, size_t tile) {
-    real *z = random_reals(rows * D, 31, 1), *book = random_reals(K * D, 32, 1), *dz = random_reals(rows * D, 33, 1),
-         *dbook = random_reals(K * D, 34, 1);
-    real *zq = random_reals(rows * D, 35, 1);
+    const Codes c = {1, D, rows, K};
     int32_t *want = (int32_t *)malloc(rows * sizeof *want), *got = (int32_t *)malloc(rows * sizeof *got);
-    double sums[SUM_BLOCKS], sum = 0, want_sum = 0;
-    memcpy(book + K / 2 * D, book, K / 2 * D * sizeof *book);
     for (int order = 0; order < 2; order++) {
-        int32_t *raw = (int32_t *)on_device(rows * sizeof *raw);
-        floatX *dev_z = send_x(z, rows * D), *dev_book = send_x(book, K * D),
-               *dev_zq = (floatX *)on_device(rows * D * sizeof *dev_zq);
-        floatX *dev_dz = send_x(dz, rows * D);
-        float *dev_dbook = send(dbook, K * D), *half = (float *)on_device(K * 4),
-              *scores = (float *)on_device(tile * K * 4);
+        Side s = make_side(K * D, 1, 32, 1);
+        real *z = random_reals(rows * D, 31, 1), *dz = random_reals(rows * D, 33, 1),
+             *zq = random_reals(rows * D, 35, 1);
+        double gap = 0, want_gap = 0;
+        memcpy(s.w + K / 2 * D, s.w, K / 2 * D * sizeof *s.w);
+        params_send_part(&s.table, 0, 0, K * D);
+        int32_t *code = (int32_t *)on_device(rows * sizeof *code);
+        double *dev_gap = (double *)on_device(sizeof *dev_gap);
+        real *dev_z = as_real(send_picture(z, 1, D, rows)), *dev_dz = as_real(send_picture(dz, 1, D, rows)),
+             *dev_zq = room(&s.there, rows * D), *dev_e = room(&s.there, rows * D), *dbook = param_grad(&s.table, 0);
+        const real *book = param_value(&s.table, 0);
+        CHECK(s.there.fast->nearest_needs(&s.there, &c) >= K * sizeof(float) + TILE_ROWS * K * sizeof(float));
+        give_scratch(&s.there, round_up(K * sizeof(float), ALIGNMENT) + tile * K * sizeof(float));
         reverse(order);
-        CHECK_OK(nearest_cuda(device, raw, dev_z, dev_book, rows, K, D, half, scores, tile * K));
-        CHECK_OK(straight_through_cuda(device, dev_zq, device->sums, dev_z, dev_book, raw, rows, D));
-        CHECK_OK(quantize_backward_cuda(device, dev_dz, dev_dbook, dev_z, dev_book, raw, 0.3f, 0.7f, rows, K, D));
+        nearest_codes(&s.there, code, dev_z, book, &c);
+        straight_through(&s.there, dev_zq, dev_gap, dev_z, book, code, &c);
+        lookup_codes(&s.there, dev_e, book, code, &c);
+        quantize_backward(&s.there, dev_dz, dbook, dev_z, book, code, 0.3, 0.7, &c);
         reverse(0);
-        CHECK_OK(to_host(device, got, raw, rows * sizeof *got));
-        CHECK_OK(to_host(device, sums, device->sums, sizeof sums));
-        real *want_dz = random_reals(rows * D, 33, 1), *want_dbook = random_reals(K * D, 34, 1);
-        sum = want_sum = 0;
-        for (int k = 0; k < SUM_BLOCKS; k++) sum += sums[k];
-        for (size_t r = 0; r < rows; r++) {
-            double best = HUGE_VAL;
-            for (size_t k = 0; k < K; k++) {
-                double distance = 0;
-                for (size_t c = 0; c < D; c++) distance += pow((double)z[r * D + c] - (double)book[k * D + c], 2);
-                if (distance < best) best = distance, want[r] = (int32_t)k;
-            }
-            want_sum += best;
-            for (size_t c = 0; c < D; c++) {
-                const real e = book[(size_t)want[r] * D + c], gap = e - z[r * D + c];
-                zq[r * D + c] = z[r * D + c] + gap;
-                want_dz[r * D + c] -= (real)0.3 * gap, want_dbook[(size_t)want[r] * D + c] += (real)0.7 * gap;
-            }
-        }
+        nearest_codes(&plain, want, z, s.w, &c);
+        straight_through(&plain, zq, &want_gap, z, s.w, want, &c);
+        quantize_backward(&plain, dz, s.dw, z, s.w, want, 0.3, 0.7, &c);
+        CHECK_OK(compute_get(&s.there, got, code, rows * sizeof *got));
+        CHECK_OK(compute_get(&s.there, &gap, dev_gap, sizeof gap));
         CHECK(memcmp(got, want, rows * sizeof *got) == 0);
-        CHECK(fabs(sum - want_sum) <= 1e-4 * want_sum);
-        near_x("z_q", dev_zq, zq, rows * D);
-        near_x("quantiser dz", dev_dz, want_dz, rows * D);
-        near_f("codebook gradient", dev_dbook, want_dbook, K * D);
-        free(want_dz), free(want_dbook);
-        free_arrays();
+        CHECK(fabs(gap - want_gap) <= 1e-4 * want_gap);
+        near_low("z_q", dev_zq, zq, 1, D, rows);
+        near_low("quantiser dz", dev_dz, dz, 1, D, rows);
+        near_f("codebook gradient", dbook, s.dw, K * D);
+        lookup_codes(&plain, zq, s.w, want, &c);
+        near_low("entries", dev_e, zq, 1, D, rows);
+        CHECK_OK(compute_status(&s.there));
+        free(z), free(dz), free(zq);
+        free_side(&s);
     }
-    free(z), free(book), free(dz), free(dbook), free(zq), free(want), free(got);
+    free(want), free(got);
+}
+
+static void test_tanh(size_t n) {
+    Side s = make_side(1, 1, 40, 1);
+    real *x = random_reals(n, 41, 1), *dy = random_reals(n, 42, 1), *y = random_reals(n, 43, 1),
+         *dx = random_reals(n, 44, 1);
+    real *dev_x = as_real(send_x(x, n)), *dev_dy = as_real(send_x(dy, n)), *dev_y = room(&s.there, n);
+    real *dev_dx = room(&s.there, n);
+    tanh_forward(&s.there, dev_y, dev_x, n);
+    tanh_backward(&s.there, dev_dx, dev_dy, dev_y, n);
+    tanh_forward(&plain, y, x, n);
+    near_low("tanh y", dev_y, y, 1, n, 1);
+    for (size_t i = 0; IS_BF16 && i < n; i++) y[i] = to_float(to_floatX(y[i]));
+    tanh_backward(&plain, dx, dy, y, n);
+    near_low("tanh dx", dev_dx, dx, 1, n, 1);
+    free(x), free(dy), free(y), free(dx);
+    free_side(&s);
 }
 
 static void test_layers(void) {
@@ -330,6 +335,7 @@ static void test_layers(void) {
     test_quantiser(37, 22, 5, 37);
     test_quantiser(80, 70, 8, 33);
     test_quantiser(300, 4, 16, 299);
+    test_tanh(77);
 }
 
 /* ---- Whole networks ---- */
@@ -356,7 +362,7 @@ static Vqgan *make_vqgan(const VqganConfig *c, int honour_tanh) {
         for (size_t j = 0; j < r->size; j++) {
             const double normal = rng_normal(5, rng_stream(RNG_TEST, 99, i), j);
             if (r->ndim == 1) r->value[j] += (real)(0.2 * normal);
-            if (i == v->codebook) r->value[j] = (real)(6 * normal);
+            if (strcmp(r->name, "quantize.embedding.weight") == 0) r->value[j] = (real)(6 * normal);
             if (IS_BF16) r->value[j] = to_float(to_floatX(r->value[j]));
         }
     }
@@ -412,7 +418,7 @@ static Said say(Vqgan *v, const Asked *a) {
             vqgan_latents(v, &z, &zq, &raw), s.xrec = copy_of(xrec, a->n_out), s.z = copy_of(z, a->n_z),
                                              s.zq = copy_of(zq, a->n_z);
         if (twice) memcpy(s.raw, raw, a->B * a->cells * sizeof *raw);
-        if (v->layer[v->n_layers - 1].kind == VQ_CONV)
+        if (!c->tanh_out)
             CHECK_OK(vqgan_last_gradient(v, a->dxrec, s.last, s.last + vqgan_last_layer(v)->size));
         else
             CHECK_ERR(vqgan_last_gradient(v, a->dxrec, s.last, s.last), "not behind a tanh");
@@ -526,7 +532,8 @@ static void test_training(void) {
         out[k] = copy_of(xrec, a.n_out);
         CHECK_OK(params_fetch(p));
     }
-    const Param *here = &vqgan_params(v[0])->row[v[0]->codebook], *there = &vqgan_params(v[1])->row[v[1]->codebook];
+    const Param *here = first_stage_row(v[0], "quantize.embedding.weight"),
+                *there = first_stage_row(v[1], "quantize.embedding.weight");
     near_rms("codebook after two steps", there->value, here->value, here->size, 0, TOLERANCE);
     CHECK(rms_of(there->ema, there->size) > 0);
     if (!IS_BF16) { /* in bf16 latents, and so the new codes, are others, and may choose others */
