@@ -1,4 +1,4 @@
-/* cli.c - what the three programs share: one table of options, one way to fail, progress, pictures in a terminal.
+/* options.c - what the programs share: one table of options, one way to fail, progress.
  *
  * This is the only file besides the programs that prints or exits. Results go to stdout, everything else to stderr. */
 #include "base/base.h"
@@ -211,7 +211,3 @@ void catch_interrupts(void) {
 int interrupted(void) {
     return interrupt_flag;
 }
-
-/* ---- pictures in a terminal ---- */
-
-/* ---- sampling from the command line ---- */

@@ -30,6 +30,14 @@ static int open_temporary(AtomicFile *f) {
     return -1;
 }
 
+/* Removes the temporary; safe after a failure or twice. */
+static void atomic_abandon(AtomicFile *f) {
+    if (f->file) fclose((FILE *)f->file);
+    if (f->temporary[0]) unlink(f->temporary);
+    f->file = NULL;
+    f->temporary[0] = 0;
+}
+
 /* Devices and pipes (/dev/stdout, /dev/full) are written directly: there is nothing to replace. A symbolic link stays,
  * the file behind it is replaced. */
 Err atomic_open(AtomicFile *f, const char *path) {
@@ -78,7 +86,8 @@ static void sync_folder(const char *path) {
     close(fd);
 }
 
-Err atomic_commit(AtomicFile *f) {
+/* The temporary takes the file's place. */
+static Err atomic_commit(AtomicFile *f) {
     if (!f->file) return err("%s: is not open for writing", f->path);
     FILE *file = (FILE *)f->file;
     int direct = f->temporary[0] == 0;
@@ -95,13 +104,6 @@ Err atomic_commit(AtomicFile *f) {
     if (!direct) sync_folder(f->path);
     f->temporary[0] = 0;
     return OK;
-}
-
-void atomic_abandon(AtomicFile *f) {
-    if (f->file) fclose((FILE *)f->file);
-    if (f->temporary[0]) unlink(f->temporary);
-    f->file = NULL;
-    f->temporary[0] = 0;
 }
 
 Err atomic_close(AtomicFile *f, Err e) {

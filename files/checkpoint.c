@@ -1,7 +1,7 @@
-/* checkpoint.c - named tensors: flat configurations, safetensors files, atomic files.
+/* checkpoint.c - named tensors in files: safetensors in and out.
  *
- * Owns everything that is read from or written to a disk as weights or settings. A checkpoint is a read-only mapping
- * of a file plus a sorted table of tensors that point into it; nothing is copied until someone asks for numbers.
+ * A checkpoint is a read-only mapping of a file plus a sorted table of tensors that point into it. Nothing is copied
+ * until someone asks for numbers.
  *
  * A safetensors file is:   u64 length, little-endian | JSON header of that length | data
  *   header: {"__metadata__": {"key": "text"}, "name": {"dtype": "F32", "shape": [2,3], "data_offsets": [0,24]}, ...}
@@ -12,21 +12,16 @@
  * while it is mapped is beyond our reach: the kernel answers with SIGBUS. We replace files by rename for that reason.)
  * Does not know any model: which names and shapes there must be is said by the rows of a parameter table (params.c).
  *
- * Read in this order: configurations; atomic files; number formats; the JSON cursor; reading safetensors; asking for
- * tensors; writing safetensors; lists of tensors. PyTorch's own containers are read in ckpt.c; checkpoint_open tells
- * files apart by content. */
+ * Read in this order: the JSON cursor; reading safetensors; asking for tensors; writing safetensors; lists of tensors.
+ * PyTorch's own containers are read in ckpt.c; checkpoint_open tells files apart by content. */
 #include "files/files.h"
 
 #include <errno.h>
-#include <fcntl.h>
-#include <limits.h>
-#include <math.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
-#include <sys/stat.h>
 #include <unistd.h>
 
 #if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
@@ -37,18 +32,6 @@ enum {
     HEADER_MAX_BYTES = 100000000, /* the limit of the safetensors library */
     META_MAX_ENTRIES = 4096       /* Config is searched linearly; a hostile file must not make that slow */
 };
-
-/* ------------------------------------------------------------------------------------------------------------
- * Flat configurations
- * ---------------------------------------------------------------------------------------------------------- */
-
-/* ------------------------------------------------------------------------------------------------------------
- * Atomic files
- * ---------------------------------------------------------------------------------------------------------- */
-
-/* ------------------------------------------------------------------------------------------------------------
- * Number formats
- * ---------------------------------------------------------------------------------------------------------- */
 
 /* ------------------------------------------------------------------------------------------------------------
  * The JSON cursor. It runs over a copy of the header that ends in a zero byte, where every function stops, and decodes

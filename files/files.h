@@ -1,4 +1,5 @@
-/* files.h - what files/ gives: configurations, named tensors, pictures, tokens, LMDBs and recipes as they lie on the disk. */
+/* files.h - what files/ gives: configurations, named tensors, pictures, tokens, LMDBs and recipes, as they lie on the
+ * disk. */
 #ifndef FILES_H
 #define FILES_H
 
@@ -31,7 +32,7 @@ int text_digits(size_t *out, const char **s);
 /* Bytes of the UTF-8 character at text, which ends in a zero byte; 0: it is none. */
 size_t utf8_length(const char *text);
 
-/* ---- Files ---- */
+/* ---- tensor.c, checkpoint.c, ckpt.c: named tensors ---- */
 typedef enum { DT_F64, DT_F32, DT_F16, DT_BF16, DT_I64, DT_I32, DT_I16, DT_I8, DT_U8, DT_BOOL, DT_COUNT } Dtype;
 size_t dtype_size(Dtype d);
 const char *dtype_name(Dtype d);                  /* "F32", ... as safetensors spells it */
@@ -79,9 +80,12 @@ Err checkpoint_write(const char *path, const Tensor *tensor, const int *from_rea
 /* ckpt.c: what checkpoint_open and checkpoint_close call for PyTorch's files. */
 Err ckpt_read(Checkpoint *ck);
 void ckpt_free_copies(void *copies);
+
+/* ---- atomic.c: files read whole, files written whole or not at all ---- */
 /* *fd = a regular file, open for reading, of *size bytes. Never blocks on a pipe or a terminal. */
 Err file_open(int *fd, size_t *size, const char *path);
-/* *bytes (*size) = a whole regular file of 1 to `most` bytes, a zero byte behind it; release with free(). empty, unless NULL: 1 when the file is there but has no bytes, which is an error too. */
+/* *bytes (*size) = a whole regular file of 1 to `most` bytes, a zero byte behind it; release with free(). empty,
+ * unless NULL: 1 when the file is there but has no bytes, which is an error too. */
 Err file_bytes(uint8_t **bytes, size_t *size, const char *path, size_t most, int *empty);
 /* The same as a text; zero bytes in it are an error. */
 Err file_text(char **text, const char *path, size_t most);
@@ -89,19 +93,18 @@ Err file_text(char **text, const char *path, size_t most);
 Err read_exactly(int fd, const char *path, uint8_t *bytes, size_t size);
 /* 64-bit FNV-1a over a file's bytes: tells which VQGAN made a token cache. */
 Err file_checksum(uint64_t *out, const char *path);
-/* FAILED: "path: cannot DOING: " and what errno says */
+/* Sets the error "path: cannot DOING: " and what errno says. Returns FAILED. */
 Err io_error(const char *path, const char *doing);
-/* Atomic writing for any file: open a temporary beside path, write, then commit (flush, fsync, rename) or abandon
- * (remove). */
+/* A file that is replaced whole or not at all: a temporary beside it is opened and written. */
 typedef struct {
     void *file; /* FILE* */
     char path[PATH_BYTES], temporary[PATH_BYTES];
 } AtomicFile;
 Err atomic_open(AtomicFile *f, const char *path);
 Err atomic_write(AtomicFile *f, const void *data, size_t bytes);
-Err atomic_commit(AtomicFile *f);
-void atomic_abandon(AtomicFile *f);     /* safe after a failure or twice */
-Err atomic_close(AtomicFile *f, Err e); /* commits if e, of writing it, is OK; else abandons it and gives e back */
+/* e: how writing it went. OK: the temporary is flushed and takes the file's place. Else it is removed, and e given
+ * back; safe after any failure, and twice. */
+Err atomic_close(AtomicFile *f, Err e);
 /* Writes behind a file's end: all of it, or none of it and an error. */
 Err file_append(const char *path, const void *data, size_t bytes);
 /* Did the last of this thread's AtomicFiles and file_appends fail for want of room (ENOSPC, EDQUOT, EFBIG)? */

@@ -2,7 +2,6 @@
 #include "files/files.h"
 
 #include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 
 static const NamedModel named[] = {

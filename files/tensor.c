@@ -1,7 +1,6 @@
 /* tensor.c - the formats of numbers in files. */
 #include "files/files.h"
 
-#include <math.h>
 #include <string.h>
 
 static const struct {

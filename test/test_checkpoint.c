@@ -647,8 +647,8 @@ static void test_atomic(void) {
     CHECK_OK(atomic_open(&f, path));
     CHECK_OK(atomic_write(&f, "new", 3));
     CHECK(access(path, F_OK) != 0 && count_files(in_folder("atomic")) == 1); /* not there before the commit */
-    CHECK_OK(atomic_commit(&f));
-    atomic_abandon(&f);
+    CHECK_OK(atomic_close(&f, OK));
+    CHECK(atomic_close(&f, FAILED) == FAILED);
     char *text = get_file(path, &n);
     CHECK(n == 3 && !memcmp(text, "new", 3) && count_files(in_folder("atomic")) == 1);
     free(text);
@@ -656,17 +656,17 @@ static void test_atomic(void) {
     CHECK(chmod(path, 0640) == 0 && symlink("file", link) == 0);
     CHECK_OK(atomic_open(&f, link));
     CHECK_OK(atomic_write(&f, "newer", 5));
-    CHECK_OK(atomic_commit(&f));
+    CHECK_OK(atomic_close(&f, OK));
     CHECK(lstat(link, &st) == 0 && S_ISLNK(st.st_mode));
     CHECK(stat(path, &st) == 0 && st.st_size == 5 && (st.st_mode & 0777) == 0640);
 
     CHECK_OK(atomic_open(&f, path));
     CHECK_OK(atomic_write(&f, "lost", 4));
     CHECK(!disk_full());
-    atomic_abandon(&f);
-    atomic_abandon(&f);
+    CHECK(atomic_close(&f, FAILED) == FAILED);
+    CHECK(atomic_close(&f, FAILED) == FAILED);
     CHECK_ERR(atomic_write(&f, "x", 1), "not open");
-    CHECK_ERR(atomic_commit(&f), "not open");
+    CHECK_ERR(atomic_close(&f, OK), "not open");
     CHECK(stat(path, &st) == 0 && st.st_size == 5 && count_files(in_folder("atomic")) == 2);
 
     CHECK_ERR(atomic_open(&f, in_folder("atomic/no/file")), "No such file");
@@ -704,7 +704,7 @@ static void test_not_permitted(void) {
     CHECK_ERR(atomic_open(&f, in_folder("closed/file")), "Permission denied");
     CHECK_OK(atomic_open(&f, "/dev/null"));
     CHECK_OK(atomic_write(&f, "x", 1));
-    CHECK_OK(atomic_commit(&f));
+    CHECK_OK(atomic_close(&f, OK));
     CHECK(stat("/dev/null", &st) == 0 && S_ISCHR(st.st_mode));
     check_full("/dev/full", "No space left on device");
     CHECK(stat("/dev/full", &st) == 0 && S_ISCHR(st.st_mode));
