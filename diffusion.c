@@ -13,12 +13,14 @@
  *     p(x_{t-1} | x_t)  =  prod over i of p(x_{t-1}[i] | x_{t-1}[0..i-1], x_t)                      sample_pass
  *     p(x_0)            =  sum over x_1 .. x_T of p(x_T) p(x_{T-1} | x_T) ... p(x_0 | x_1)          sample_chain
  *
- * Training lowers the bound on -log p(x_0) for each t on its own (the first of the T+1 terms is 0, for beta_T = 1):
+ * Training lowers a bound on -log p(x_0), whose terms can be lowered one by one. (It has another term, KL(q(x_T | x_0)
+ * || p(x_T)), which is 0 because beta_T = 1.)
  *
  *     -log p(x_0)  <=  sum over t = 1..T of E KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t))         denoising_loss
  *
- * All this is the paper's section 3.1, the posterior its equation 7; SPEC sections 3 and 5. The paper counts from x_1:
- * its x_0 is the picture and its x_1 the picture's tokens, which are x_0 here. So its x_t is our x_{t-1}.
+ * This is the paper's section 3.1, the posterior its equation 7, the networks its section 3.2; SPEC sections 3 and 5.
+ * The paper counts from x_1: its x_0 is the picture and its x_1 the picture's tokens, which are x_0 here. So its x_t is
+ * our x_{t-1}.
  *
  * This file owns noise, posterior, the draw of one token (temperature, top-k, guide), the chain with its guidance,
  * candidates and forward-backward repeats, and the schedules beta_t. It knows tokens and networks, but no files. Every
@@ -94,11 +96,6 @@ void posterior(real *q, const int32_t *x0, const int32_t *xt, size_t R, size_t K
 
 /* ---- p: one token ------------------------------------------------------------------------------------------- */
 
-static void one_hot(real *prob, size_t K, size_t k) {
-    memset(prob, 0, K * sizeof *prob);
-    prob[k] = 1;
-}
-
 /* prob = softmax(logits / temperature) of the top_k largest, or all on the guide's token (SPEC 5: logits + guide, then
  * temperature, top-k, softmax). */
 void sample_probs(real *prob, const real *logits, size_t K, int32_t guide, double temperature, size_t top_k) {
@@ -112,7 +109,8 @@ void sample_probs(real *prob, const real *logits, size_t K, int32_t guide, doubl
         if (logits[k] > largest) largest = logits[argmax = k];
     }
     if (guide >= 0 || temperature == 0) {
-        one_hot(prob, K, guide >= 0 ? (size_t)guide : argmax);
+        memset(prob, 0, K * sizeof *prob);
+        prob[guide >= 0 ? (size_t)guide : argmax] = 1;
         return;
     }
     real least = -(real)HUGE_VAL;
@@ -179,8 +177,8 @@ typedef struct {
     size_t length;          /* of the block, without its second half under guidance */
     const real *logits;     /* of the block: (length,K) with a class; guided, (length,K) with none follow */
     size_t end;             /* positions from here on are known, and nobody asks for their probability */
-    DrawOptions how;        /* tokens are drawn */
-    Guesses guesses;
+    DrawOptions how;        /* the tokens of this pass are drawn */
+    Guesses guesses;        /* what kernels/guess.c makes longer blocks from */
 } Drawing;
 
 static int is_known(const Drawing *d, size_t i) {
@@ -215,13 +213,12 @@ static int report_pass(void *context, size_t done) {
     return d->o->progress ? d->o->progress(d->o->context, d->t, d->repeat, done, d->N) : 0;
 }
 
-/* How this pass draws, and what its guesses are made of. */
+/* How this pass draws, and what its guesses are made from. */
 static void set_pass(Drawing *d) {
     const SampleOptions *o = d->o;
     const int has_drafts = transformer_config(d->net)->kind == NET_X; /* the last scale does not look at x_t */
     const int is_one = o->official_temperature && has_drafts;         /* SPEC 1.11 */
     const size_t most = o->block ? min_size(o->block, DECODE_BLOCK) : DECODE_BLOCK;
-    const DecodeReads reads = transformer_decode_reads(d->net, d->N);
     d->how = (DrawOptions){o->seed, d->stream, is_one ? 1 : o->temperature[d->t], o->top_k[d->t], o->known, o->keep};
     d->how.guided = d->rows > d->n, d->how.guidance = o->guidance[d->t];
     d->how.fit = o->known && o->candidates > 1 ? d->fit : NULL;
@@ -229,8 +226,7 @@ static void set_pass(Drawing *d) {
     d->guesses = (Guesses){d->n, d->N, d->end, most, o->block > 0, has_drafts};
     d->guesses.tokens = d->tokens, d->guesses.x_t = d->x_t, d->guesses.before = d->before;
     d->guesses.known = o->known, d->guesses.keep = o->keep, d->guesses.rows = d->rows / d->n;
-    d->guesses.numbers = reads.numbers, d->guesses.weight_bytes = reads.weight_bytes;
-    d->guesses.kept_bytes = reads.kept_bytes;
+    d->guesses.reads = transformer_decode_reads(d->net, d->N);
 }
 
 /* x_t = tokens. All positions must be fed, unless only known tokens are left and candidates do not ask how likely they
@@ -379,7 +375,8 @@ static Err sample_scales(Drawing *d, const Chain *c) {
     return OK;
 }
 
-static Err drawing_buffers(Drawing *d, size_t rows) {
+static Err drawing_buffers(Drawing *d) {
+    const size_t rows = 2 * d->n; /* at most */
     TRY(mem_alloc(&d->x_t, 2 * rows, (d->N + 1) * sizeof *d->x_t, "tokens of a batch"));
     d->before = d->x_t + rows * d->N, d->scale = d->before + rows * d->N, d->label = d->scale + rows;
     TRY(mem_alloc(&d->prob, d->n, 2 * d->K * sizeof *d->prob, "token probabilities"));
@@ -399,7 +396,7 @@ static Err check_options(const Chain *c, const SampleOptions *o);
 Err sample_chain(const Chain *c, const SampleOptions *o, int32_t *tokens) {
     TRY(check_options(c, o));
     Drawing d = {.o = o, .n = o->n, .N = c->h * c->w, .K = c->K, .tokens = tokens};
-    Err e = drawing_buffers(&d, sample_rows(o, c->schedule->T, o->n));
+    Err e = drawing_buffers(&d);
     if (e == OK) e = sample_scales(&d, c);
     drawing_free(&d);
     return e == OK ? OK : err_in(c->name);
@@ -408,7 +405,7 @@ Err sample_chain(const Chain *c, const SampleOptions *o, int32_t *tokens) {
 Err sample_scale(Transformer *net, const SampleOptions *o, int t, size_t repeat, size_t N, int32_t *tokens) {
     const size_t K = transformer_config(net)->dec_num_tokens;
     Drawing d = {o, net, t, repeat, o->n, N, K, .rows = o->n, .tokens = tokens};
-    Err e = drawing_buffers(&d, o->n);
+    Err e = drawing_buffers(&d);
     if (e == OK) e = transformer_plan(net, o->n, N, 0);
     if (e == OK) memcpy(d.before, tokens, o->n * N * sizeof *tokens);
     if (e == OK) e = sample_pass(&d);
@@ -451,12 +448,6 @@ void sample_defaults(SampleOptions *o) {
     memset(o, 0, sizeof *o);
     o->n = o->candidates = 1;
     for (int t = 0; t <= MAX_SCALES; t++) o->temperature[t] = o->guidance[t] = 1, o->chain[t] = 1;
-}
-
-size_t sample_rows(const SampleOptions *o, int T, size_t n) {
-    for (int t = 1; t <= T; t++)
-        if (o->guidance[t] != 1) return 2 * n;
-    return n;
 }
 
 static Err check_guidance(const Chain *c, double g, int t) {

@@ -270,11 +270,7 @@ Err transformer_decode_begin(Transformer *m, const int32_t *x_t, const int32_t *
                              size_t N);
 Err transformer_decode_block(Transformer *m, const DecodeCell *cell, size_t n, const real **logits);
 Err transformer_decode_step(Transformer *m, const int32_t *prev, size_t i, const real **logits);
-/* What a pass over a block multiplies and reads: `numbers` weights for each position; weight_bytes of them from memory,
- * once for the whole block; kept_bytes of keys and values for each batch row in it, on average over N positions. */
-typedef struct {
-    double numbers, weight_bytes, kept_bytes;
-} DecodeReads;
+/* For kernels/guess.c, which weighs passes against positions: what a pass reads when rows have N positions. */
 DecodeReads transformer_decode_reads(const Transformer *m, size_t N);
 
 /* AdamW as PyTorch: p *= 1-lr*decay; m,v moments; bias correction with step = 1,2,...; rows marked untrained are left
@@ -396,8 +392,6 @@ Err sample_chain(const Chain *c, const SampleOptions *o, int32_t *tokens);
 /* One reverse step for o->n samples: tokens (n,N) x_t in, x_{t-1} out. repeat numbers the passes of a chain. Plans the
  * network for decoding. No guidance, which needs a Chain. */
 Err sample_scale(Transformer *net, const SampleOptions *o, int t, size_t repeat, size_t N, int32_t *tokens);
-/* Rows of the decoder's batch for n samples: with guidance at any scale two for each, with its class and with none. */
-size_t sample_rows(const SampleOptions *o, int T, size_t n);
 
 /* redraw_prob as in the official configs: "geometric", or what betas_read knows. */
 Err schedule_make(Schedule *s, const char *redraw_prob, int T);

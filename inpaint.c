@@ -294,7 +294,7 @@ static void inpaint(SamplingArgs *a, const InpaintArgs *in) {
     check(read_picture(&c, &H, &W));
     check(make_mask(&c, H, W));
     check(token_mask(&c));
-    const size_t rows = max_size(sample_rows(&c.options, c.model.schedule.T, c.rows), BOUND_ROWS);
+    const size_t rows = max_size(sampling_rows(&c.options, c.model.schedule.T, c.rows), BOUND_ROWS);
     sampling_memory(&c.model, rows, a->n + (in->compare ? 2 : 0));
     check(encode_picture(&c));
     check(choose_class(&c));

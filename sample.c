@@ -168,7 +168,7 @@ static void sample(SamplingArgs *a, size_t most, const char *chain_path, const c
     const size_t columns = (size_t)ceil(sqrt((double)a->n));
     check(choose_classes(&p));
     best_of(&p, most);
-    size_t rows = sample_rows(&p.options, p.model.schedule.T, p.rows);
+    size_t rows = sampling_rows(&p.options, p.model.schedule.T, p.rows);
     if (p.M > 1) rows = max_size(rows, BOUND_ROWS);
     sampling_memory(&p.model, rows, chain_path ? a->n * p.steps : a->n);
     say_classes(&p);

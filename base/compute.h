@@ -161,6 +161,12 @@ typedef struct {
     size_t best;
 } Sample;
 
+/* What a pass of the decoder multiplies and reads: `numbers` weights for each position; weight_bytes of them from
+ * memory, once for the whole block; kept_bytes of keys and values for each batch row, on average over all positions. */
+typedef struct {
+    double numbers, weight_bytes, kept_bytes;
+} DecodeReads;
+
 /* What guess_block reads and writes. */
 typedef struct {
     size_t n, N;      /* samples; positions of each */
@@ -173,10 +179,8 @@ typedef struct {
     const int32_t *x_t, *before; /* (n,N) two drafts of it: the scale's input; the result of the pass before */
     const int32_t *known;        /* (n,N) tokens that are forced where keep (N) is 1; both NULL: none */
     const uint8_t *keep;
-    /* A pass multiplies every position with `numbers` weights. It reads weight_bytes for them, and kept_bytes of keys
-     * and values for every sample. rows: the network's batch rows of a sample, 2 under guidance. */
-    double numbers, weight_bytes, kept_bytes;
-    size_t rows;
+    DecodeReads reads;
+    size_t rows; /* the network's batch rows of a sample: 2 under guidance, else 1 */
 } Guesses;
 
 /* ---- The fellows. Outputs, then inputs, then sizes. What each computes stands with its plain loop: vqgan.c and

@@ -22,14 +22,14 @@
 
 /* ---- Costs: a model, not a measurement, which would make results depend on the clock ---- */
 
-/* A pass must read all weights, and each sample's keys and values, from memory. While a byte arrives, a third of a
- * position could be multiplied with one weight (measured on two AVX-512 cores): so a byte for each weight costs as much
- * as CELLS_PER_BYTE positions. If all weights fit the caches, only the positions count. */
+/* A pass must read all weights, and each sample's keys and values, from memory. While one byte arrives, 3 positions could
+ * be multiplied with one weight (measured on two AVX-512 cores). So reading costs as much as POSITIONS_PER_BYTE positions
+ * for every byte of a weight. If all weights fit the caches, only the positions count. */
 void guess_costs(const Guesses *g, double *pass, double *each) {
-    const double CELLS_PER_BYTE = 3, CACHES = 16 << 20;
-    const int from_memory = g->weight_bytes > CACHES;
-    *pass = from_memory ? CELLS_PER_BYTE * g->weight_bytes / g->numbers : 1;
-    *each = from_memory ? CELLS_PER_BYTE * g->kept_bytes / g->numbers : 0;
+    const double POSITIONS_PER_BYTE = 3, CACHES = 16 << 20;
+    const int from_memory = g->reads.weight_bytes > CACHES;
+    *pass = from_memory ? POSITIONS_PER_BYTE * g->reads.weight_bytes / g->reads.numbers : 1;
+    *each = from_memory ? POSITIONS_PER_BYTE * g->reads.kept_bytes / g->reads.numbers : 0;
     *pass *= 1.0 / (double)g->rows; /* under guidance a position is fed twice, which is the unit then */
 }
 

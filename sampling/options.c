@@ -104,6 +104,12 @@ void sampling_options(SampleOptions *o, const SamplingArgs *a, const Model *m, c
     per_scale_sizes(o->chain, m, a->chain_length, chain_key, chain_default, least_chain, 1000, "--chain-length");
 }
 
+size_t sampling_rows(const SampleOptions *o, int T, size_t n) {
+    for (int t = 1; t <= T; t++)
+        if (o->guidance[t] != 1) return 2 * n;
+    return n;
+}
+
 /* ---- The beginning ---- */
 
 void sampling_start(SamplingArgs *a, Model *m, const NamedModel **stand_in_for) {
@@ -221,7 +227,7 @@ Err sampling_text(Config *text, const SamplingArgs *a, const SampleOptions *o, c
     TRY(text_per_scale(text, "temperature", o->temperature, T));
     TRY(text_per_scale_sizes(text, "top-k", o->top_k, T));
     TRY(text_per_scale_sizes(text, "chain-length", o->chain, T));
-    if (sample_rows(o, T, 1) > 1) TRY(text_per_scale(text, "guidance", o->guidance, T));
+    if (sampling_rows(o, T, 1) > 1) TRY(text_per_scale(text, "guidance", o->guidance, T));
     if (m->weights != WEIGHTS_REAL) TRY(config_set(text, "weights", "%s", a->weights));
     return a->official_temperature ? config_set(text, "official-temperature", "true") : OK;
 }

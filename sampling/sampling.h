@@ -103,6 +103,8 @@ void sampling_start(SamplingArgs *a, Model *m, const NamedModel **stand_in_for);
  * imagebart.CHAIN_KEY), else 1, all, 1 and chain_default. Chains may have least_chain passes or more. */
 void sampling_options(SampleOptions *o, const SamplingArgs *a, const Model *m, const char *chain_key,
                       const char *chain_default, double least_chain);
+/* Rows of the decoder's batch for n samples: with guidance at any scale two for each, with its class and with none. */
+size_t sampling_rows(const SampleOptions *o, int T, size_t n);
 /* On stderr: how much memory this takes (see model_memory) and how much there is, and which vectors and how many
  * threads compute; dies if memory does not suffice. */
 void sampling_memory(Model *m, size_t batch, size_t pictures);

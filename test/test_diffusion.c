@@ -764,13 +764,13 @@ static void test_known_blocks(const char *dir) {
  * from the caches. */
 static void test_costs(void) {
     double pass, each;
-    Guesses g = {.numbers = 1e6, .weight_bytes = 4e6, .kept_bytes = 1e5, .rows = 1};
+    Guesses g = {.reads = {1e6, 4e6, 1e5}, .rows = 1};
     guess_costs(&g, &pass, &each);
     CHECK(pass == 1 && each == 0);
-    g.numbers = 1e7, g.weight_bytes = 4e7;
+    g.reads = (DecodeReads){1e7, 4e7, 1e5};
     guess_costs(&g, &pass, &each);
     CHECK(fabs(pass - 12) < 1e-9 && fabs(each - 0.03) < 1e-9);
-    g.weight_bytes = 2e7, g.rows = 2, g.kept_bytes = 2e5;
+    g.reads = (DecodeReads){1e7, 2e7, 2e5}, g.rows = 2;
     guess_costs(&g, &pass, &each);
     CHECK(fabs(pass - 3) < 1e-9 && fabs(each - 0.06) < 1e-9);
 }
@@ -988,9 +988,9 @@ static void test_guidance_errors(const char *plain, const char *classes) {
     int32_t tokens[N], label = 0;
     CHECK_OK(model_open(&m, classes, NULL));
     sample_defaults(&o);
-    CHECK(sample_rows(&o, m.schedule.T, 5) == 5);
+    CHECK(sampling_rows(&o, m.schedule.T, 5) == 5);
     o.label = &label, o.guidance[2] = 3;
-    CHECK(sample_rows(&o, m.schedule.T, 5) == 10);
+    CHECK(sampling_rows(&o, m.schedule.T, 5) == 10);
     CHECK_ERR(model_sample(&m, &o, tokens), "guidance 3 at scale 2: ");
     CHECK_ERR(model_sample(&m, &o, tokens), "--label-dropout");
     o.guidance[2] = -1;
