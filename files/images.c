@@ -101,7 +101,6 @@ static Err image_orient(Image *im, int orientation) {
 typedef struct {
     const uint8_t *bytes;
     size_t size, at;
-    unsigned background; /* alpha is composited on this grey: 255 white, 0 black */
     Image *im;
     uint8_t *raw;      /* one row, or all of them when interlaced: 8 or 16 bits, 3 or 4 channels */
     char message[200]; /* what libpng said before it jumped */
@@ -128,15 +127,14 @@ static void png_in_read(png_structp png, png_bytep to, size_t n) {
     p->at += n;
 }
 
-/* round(255 * over) where over = c*a + background*(1-a) with c and a in units of 1/most. most^2 is odd: no ties. */
-static uint8_t composite(uint64_t c, uint64_t a, uint64_t most, unsigned background) {
-    uint64_t v = c * a + (background ? most * (most - a) : 0);
+/* A colour on white: round(255 * (c*a + 1-a)) with c and a in units of 1/most. most^2 is odd: no ties. */
+static uint8_t on_white(uint64_t c, uint64_t a, uint64_t most) {
+    const uint64_t v = c * a + most * (most - a);
     return (uint8_t)((255 * v + most * most / 2) / (most * most));
 }
 
 /* rgb (W,3) = one expanded PNG row of `channels` (3: opaque, 4: alpha last) of `depth` bits. */
-static void png_row_to_rgb(uint8_t *rgb, const uint8_t *row, size_t W, size_t channels, int depth,
-                           unsigned background) {
+static void png_row_to_rgb(uint8_t *rgb, const uint8_t *row, size_t W, size_t channels, int depth) {
     uint64_t most = depth == 16 ? 65535 : 255;
     if (depth == 8 && channels == 3) {
         memcpy(rgb, row, W * 3);
@@ -146,7 +144,7 @@ static void png_row_to_rgb(uint8_t *rgb, const uint8_t *row, size_t W, size_t ch
         uint64_t v[4] = {0, 0, 0, most};
         for (size_t c = 0; c < channels; c++, row += depth / 8)
             v[c] = depth == 16 ? (uint64_t)row[0] << 8 | row[1] : row[0]; /* PNG is big-endian */
-        for (size_t c = 0; c < 3; c++) rgb[c] = composite(v[c], v[3], most, background);
+        for (size_t c = 0; c < 3; c++) rgb[c] = on_white(v[c], v[3], most);
     }
 }
 
@@ -173,7 +171,7 @@ static Err png_in_body(PngIn *p) {
         for (size_t y = 0; y < H; y++) {
             uint8_t *row = p->raw + (passes > 1 ? y * stride : 0);
             png_read_row(png, row, NULL);
-            if (pass == passes - 1) png_row_to_rgb(p->im->rgb + y * W * 3, row, W, channels, depth, p->background);
+            if (pass == passes - 1) png_row_to_rgb(p->im->rgb + y * W * 3, row, W, channels, depth);
         }
     png_read_end(png, p->info);
     return OK;
@@ -189,8 +187,8 @@ static int png_orientation(PngIn *p) {
     return 1;
 }
 
-static Err png_decode(Image *im, const uint8_t *bytes, size_t size, unsigned background, int upright) {
-    PngIn p = {.bytes = bytes, .size = size, .background = background, .im = im};
+static Err png_decode(Image *im, const uint8_t *bytes, size_t size, int upright) {
+    PngIn p = {.bytes = bytes, .size = size, .im = im};
     p.png = png_create_read_struct(PNG_LIBPNG_VER_STRING, &p, png_in_error, png_ignore_warning);
     p.info = p.png ? png_create_info_struct(p.png) : NULL;
     Err e;
@@ -335,7 +333,7 @@ static VP8StatusCode webp_pixels(WebPDecoderConfig *c, uint8_t *to, const uint8_
 }
 
 /* EXIF orientation is ignored in WebP: no camera writes it. */
-static Err webp_decode(Image *im, const uint8_t *bytes, size_t size, unsigned background) {
+static Err webp_decode(Image *im, const uint8_t *bytes, size_t size) {
     WebPDecoderConfig c;
     if (!WebPInitDecoderConfig(&c)) return err("libwebp is another version than the one compiled for");
     VP8StatusCode s = WebPGetFeatures(bytes, size, &c.input);
@@ -348,7 +346,7 @@ static Err webp_decode(Image *im, const uint8_t *bytes, size_t size, unsigned ba
     uint8_t *raw = NULL;
     if (c.input.has_alpha) TRY(mem_alloc(&raw, H * W, 4, "the pixels of a WebP"));
     s = webp_pixels(&c, raw ? raw : im->rgb, bytes, size);
-    if (s == VP8_STATUS_OK && raw) png_row_to_rgb(im->rgb, raw, H * W, 4, 8, background);
+    if (s == VP8_STATUS_OK && raw) png_row_to_rgb(im->rgb, raw, H * W, 4, 8);
     free(raw);
     return s == VP8_STATUS_OK ? OK : err("damaged WebP: %s", webp_message(s));
 }
@@ -356,8 +354,8 @@ static Err webp_decode(Image *im, const uint8_t *bytes, size_t size, unsigned ba
 #define READABLE "PNG or JPEG"
 enum { WEBP_LEFT_OUT = 1 };
 
-static Err webp_decode(Image *im, const uint8_t *bytes, size_t size, unsigned background) {
-    (void)im, (void)bytes, (void)size, (void)background;
+static Err webp_decode(Image *im, const uint8_t *bytes, size_t size) {
+    (void)im, (void)bytes, (void)size;
     return err(
         "is a WebP file, and this build reads none: install libwebp (Debian: apt-get install libwebp-dev) and run "
         "make again");
@@ -414,12 +412,12 @@ int is_left_out(const uint8_t *bytes, size_t n) {
     return WEBP_LEFT_OUT && file_kind(&name, bytes, n) == KIND_WEBP;
 }
 
-static Err decode_any(Image *im, const uint8_t *bytes, size_t size, unsigned background, int upright) {
+static Err decode_any(Image *im, const uint8_t *bytes, size_t size, int upright) {
     const char *name;
     switch (file_kind(&name, bytes, size)) {
-    case KIND_PNG: return png_decode(im, bytes, size, background, upright);
+    case KIND_PNG: return png_decode(im, bytes, size, upright);
     case KIND_JPEG: return jpeg_decode(im, bytes, size, upright);
-    case KIND_WEBP: return webp_decode(im, bytes, size, background);
+    case KIND_WEBP: return webp_decode(im, bytes, size);
     case KIND_OTHER: return err("is %s %s file; " READABLE " expected", strchr("AEIOHX", name[0]) ? "an" : "a", name);
     default: return err("is neither PNG nor JPEG nor WebP");
     }
@@ -427,7 +425,7 @@ static Err decode_any(Image *im, const uint8_t *bytes, size_t size, unsigned bac
 
 Err image_decode(Image *im, const uint8_t *bytes, size_t size, int upright) {
     *im = (Image){0};
-    Err e = decode_any(im, bytes, size, 255, upright);
+    Err e = decode_any(im, bytes, size, upright);
     if (e != OK) image_free(im);
     return e;
 }
@@ -437,11 +435,9 @@ Err image_read(Image *im, const char *path) {
     size_t size;
     *im = (Image){0};
     TRY(file_bytes(&bytes, &size, path, IMAGE_FILE_BYTES, NULL));
-    Err e = decode_any(im, bytes, size, 255, 1);
+    Err e = image_decode(im, bytes, size, 1);
     free(bytes);
-    if (e == OK) return OK;
-    image_free(im);
-    return err_in(path);
+    return e == OK ? OK : err_in(path);
 }
 
 /* ------------------------------------------------------------------------------------------------------------
