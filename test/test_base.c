@@ -1,4 +1,4 @@
-/* test_base.c - errors, memory, random streams, threads. */
+/* test_base.c - errors, memory, paths, hashes, bf16, random streams, threads. */
 #include "test.h"
 #include <pthread.h>
 #include <time.h>
@@ -30,6 +30,39 @@ static void test_memory(void) {
     free(p);
     CHECK_ERR(mem_alloc(&p, SIZE_MAX, 8, "too much"), "too much");
     CHECK_ERR(mem_alloc(&p, SIZE_MAX / 64, 8, "activations"), "activations");
+}
+
+static void test_paths(void) {
+    static char path[PATH_BYTES], name[PATH_BYTES + 1];
+    CHECK_OK(path_make(path, "%s/%s.%d", "runs", "scale", 3));
+    CHECK(!strcmp(path, "runs/scale.3"));
+    memset(name, 'n', PATH_BYTES);
+    CHECK_ERR(path_make(path, "%s", name), "a path of 4096 bytes is too long, at most 4095");
+    CHECK(strstr(err_text(), "nnn..."));
+    name[PATH_BYTES - 1] = 0;
+    CHECK_OK(path_make(path, "%s", name));
+    CHECK(!strcmp(path, name));
+}
+
+/* The vectors that FNV's authors publish; a text in pieces. */
+static void test_fnv(void) {
+    CHECK(fnv1a(FNV_START, "", 0) == UINT64_C(0xcbf29ce484222325));
+    CHECK(fnv1a(FNV_START, "a", 1) == UINT64_C(0xaf63dc4c8601ec8c));
+    CHECK(fnv1a(FNV_START, "foobar", 6) == UINT64_C(0x85944171f73967e8));
+    CHECK(fnv1a(fnv1a(FNV_START, "foo", 3), "bar", 3) == UINT64_C(0x85944171f73967e8));
+}
+
+/* bf16 keeps 8 bits of the significand: 1 + 2^-8 lies between two of them, and goes to the even one. */
+static void test_bf16(void) {
+    for (uint32_t x = 0; x < 0x10000; x++) {
+        const float number = bf16_to_float((uint16_t)x);
+        const uint16_t again = bf16_from_float(number);
+        if (number == number ? again != x : !(bf16_to_float(again) != bf16_to_float(again))) CHECK(0);
+    }
+    CHECK(bf16_from_float(1.0f) == 0x3f80 && bf16_to_float(0xc000) == -2);
+    CHECK(bf16_from_float(1 + 0x1p-8f) == 0x3f80 && bf16_from_float(1 + 3 * 0x1p-8f) == 0x3f82);
+    CHECK(bf16_from_float(1 + 0x1.01p-8f) == 0x3f81);
+    CHECK(bf16_from_float(3.4e38f) == 0x7f80 && bf16_from_float(-INFINITY) == 0xff80);
 }
 
 /* The known-answer vectors published with the algorithm (Random123, kat_vectors, philox4x32 10). */
@@ -219,6 +252,9 @@ int main(void) {
     test_errors();
     test_memory();
     test_available();
+    test_paths();
+    test_fnv();
+    test_bf16();
     test_philox();
     test_streams();
     CHECK(threads_get() >= 1);
