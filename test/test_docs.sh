@@ -171,7 +171,7 @@ red() { # red FILE CHANGE CHECK: in the copy; the file is then put back
             tail -n "$(wc -l <"$dir/said${3##* }")" "$dir/log" >"$dir/got"
             ! same "$dir/said${3##* }" "$dir/got" >/dev/null
             ;;
-        *) grep -q '^FAIL' "$dir/log" ;;
+        *) grep -qE '(^|\| )FAIL' "$dir/log" ;;
     esac
 }
 case $build in
