@@ -55,6 +55,7 @@ static Err fit(Image *im, size_t side, Filter filter) {
     return OK;
 }
 
+/* The picture at the model's size; height x width: the size of the file. */
 static Err read_picture(Completion *c, size_t *height, size_t *width) {
     TRY(image_read(&c->picture, c->in->image));
     size_t H = *height = c->picture.H, W = *width = c->picture.W;
@@ -89,6 +90,7 @@ static void window_mask(Completion *c, size_t size, uint8_t inside) {
             c->keep[y * c->side + x] = (y >= from && y < to && x >= from && x < to) == (inside != 0);
 }
 
+/* Redraws the named half, keeps the other. */
 static void half_mask(Completion *c, const char *half) {
     int upper = !strcmp(half, "upper"), lower = !strcmp(half, "lower"), left = !strcmp(half, "left");
     size_t middle = c->side / 2;
@@ -97,6 +99,7 @@ static void half_mask(Completion *c, const char *half) {
             c->keep[y * c->side + x] = upper ? y >= middle : lower ? y < middle : left ? x >= middle : x < middle;
 }
 
+/* keep (side,side), for a picture whose file is H x W. */
 static Err make_mask(Completion *c, size_t H, size_t W) {
     const InpaintArgs *in = c->in;
     size_t kept = 0;
@@ -114,8 +117,8 @@ static Err make_mask(Completion *c, size_t H, size_t W) {
     return OK;
 }
 
-/* A token stays if all its pixels do. The official code asks only its first pixel (nearest neighbour, SPEC section 5).
- */
+/* keep_token (N): a token stays if all its pixels do. The official code asks only its first pixel (nearest neighbour,
+ * SPEC section 5). */
 static Err token_mask(Completion *c) {
     size_t patch = c->side / c->model.h, redrawn = 0;
     TRY(mem_alloc(&c->keep_token, c->N, 1, "token mask"));
@@ -135,6 +138,7 @@ static Err token_mask(Completion *c) {
 
 /* ---- Encode ---- */
 
+/* x_0 = the picture's tokens, once for every row of a batch; room for what will be drawn. */
 static Err encode_picture(Completion *c) {
     real *image = NULL;
     size_t side = c->side;
@@ -156,6 +160,7 @@ static int progress(void *context, int t, size_t repeat, size_t done, size_t of)
     return sampling_progress(&((Completion *)context)->options, t, repeat, done, of);
 }
 
+/* tokens (n,N): of the M candidates for a sample, the first that sample_chain chose. */
 static Err draw_tokens(Completion *c) {
     const SamplingArgs *a = c->args;
     const Chain chain = model_chain(&c->model);
@@ -180,6 +185,7 @@ static Err draw_tokens(Completion *c) {
 
 /* ---- Write: each sample beside the others, the kept pixels put back exactly ---- */
 
+/* The kept pixels of the picture into tiles first .. tiles-1. */
 static void paste(const Completion *c, Image *im, size_t first, size_t tiles, size_t columns, size_t gap) {
     size_t side = c->side, step = side + gap;
     for (size_t b = first; b < tiles; b++)
@@ -274,28 +280,31 @@ static const char *chain_lengths(const Model *m, char list[MAX_SCALES * 2]) {
     return list;
 }
 
-static void inpaint(SamplingArgs *a, const InpaintArgs *in) {
-    Completion c;
+/* The model and its options; how many are drawn. */
+static void prepare(Completion *c, SamplingArgs *a, const InpaintArgs *in) {
     const NamedModel *missing;
     char chains[MAX_SCALES * 2];
-    memset(&c, 0, sizeof c);
-    c.args = a;
-    c.in = in;
-    sampling_start(a, &c.model, &missing);
-    a->class_name =
-        missing && a->class_name == missing->stand_in ? NULL : a->class_name; /* the picture tells its class */
-    sampling_options(&c.options, a, &c.model, "inpaint_chain_length", chain_lengths(&c.model, chains), 0);
-    c.side = c.model.side;
-    c.N = c.model.h * c.model.w;
+    memset(c, 0, sizeof *c);
+    c->args = a, c->in = in;
+    sampling_start(a, &c->model, &missing);
+    if (missing && a->class_name == missing->stand_in) a->class_name = NULL; /* the picture tells its class */
+    sampling_options(&c->options, a, &c->model, "inpaint_chain_length", chain_lengths(&c->model, chains), 0);
+    c->side = c->model.side;
+    c->N = c->model.h * c->model.w;
+    c->M = candidates(&c->model, in->candidates);
+    c->rows = min_size(a->n, max_size(1, a->batch / c->M)) * c->M;
     fprintf(stderr, "seed %llu\n", (unsigned long long)a->seed);
-    c.M = candidates(&c.model, in->candidates);
-    c.rows = min_size(a->n, max_size(1, a->batch / c.M)) * c.M;
+}
+
+static void inpaint(SamplingArgs *a, const InpaintArgs *in) {
+    Completion c;
     size_t H = 0, W = 0;
+    prepare(&c, a, in);
     check(read_picture(&c, &H, &W));
     check(make_mask(&c, H, W));
     check(token_mask(&c));
-    const size_t rows = max_size(sampling_rows(&c.options, c.model.schedule.T, c.rows), BOUND_ROWS);
-    sampling_memory(&c.model, rows, a->n + (in->compare ? 2 : 0));
+    const size_t rows = sampling_rows(&c.options, c.model.schedule.T, c.rows);
+    sampling_memory(&c.model, max_size(rows, BOUND_ROWS), a->n + (in->compare ? 2 : 0));
     check(encode_picture(&c));
     check(choose_class(&c));
     catch_interrupts();
@@ -312,16 +321,12 @@ static void inpaint(SamplingArgs *a, const InpaintArgs *in) {
 
 static const char intro[] =
     "usage: ./inpaint [MODEL] IMAGE (--mask MASK.png | --half upper | --window SIZE | --outside SIZE) [options]\n\n"
-    "Completes a picture with an ImageBART model: the tokens of the kept part are forced at every scale, the others "
-    "are\n"
-    "sampled with the whole picture in view. Each scale runs several times with some noise in between, so that old "
-    "and\n"
-    "new parts settle on each other (--chain-length; default: what the model recommends, else 3, or 5 and 1 for the\n"
-    "noisiest where the schedule is not geometric; 0 leaves a scale out: the start is as noisy as the next one's "
-    "input).\n"
-    "Forcing the kept tokens does not ask whether they fit what was drawn before them; --candidates does. The kept "
-    "pixels\n"
-    "are put back exactly as they were.\n";
+    "Completes a picture with an ImageBART model: the tokens of the kept part are forced at every scale, the others\n"
+    "are sampled with the whole picture in view. Each scale runs several times with some noise in between, so that\n"
+    "old and new parts settle on each other (--chain-length; default: what the model recommends, else 3, or 5 and 1\n"
+    "for the noisiest where the schedule is not geometric; 0 leaves a scale out: the start is as noisy as the next\n"
+    "one's input). Forcing the kept tokens does not ask whether they fit what was drawn before them; --candidates\n"
+    "does. The kept pixels are put back exactly as they were.\n";
 
 int main(int argc, char **argv) {
     SamplingArgs a = {.out = "inpainted.png", .n = 1, .batch = 16, .seed = SEED_NOT_GIVEN};

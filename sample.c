@@ -20,7 +20,7 @@ typedef struct {
     Model model;
     const SamplingArgs *args;
     size_t N, pixels, steps; /* steps: T+1 */
-    size_t M, rows;          /* as many are drawn for every picture; in a batch */
+    size_t M, rows;          /* M are drawn for every picture, of which one is kept; rows are drawn in a batch */
     int32_t *label;          /* (n) */
     int32_t *tokens;         /* (n,N) x_0 */
     int32_t *chain;          /* (n,steps,N) x_T .. x_0, when a picture of the chain is wanted */
@@ -34,6 +34,7 @@ typedef struct {
 
 /* ---- Draw ---- */
 
+/* tokens = x_{t-1} of a batch, when scale t is done: a column of the picture of the chain. */
 static void keep_scale(void *context, int t, const int32_t *tokens) {
     Pictures *p = (Pictures *)context;
     size_t column = p->steps - (size_t)t; /* t = T+1: x_T, column 0 */
@@ -68,6 +69,7 @@ static size_t first_good(const double *bound, size_t M) {
     return first;
 }
 
+/* Of the M that are drawn for each of `count` pictures, one becomes picture first, first+1, ... */
 static Err keep_best(Pictures *p, size_t first, size_t count) {
     const size_t M = p->M, N = p->N, chain_N = p->steps * p->N;
     const Chain chain = model_chain(&p->model);
@@ -81,6 +83,7 @@ static Err keep_best(Pictures *p, size_t first, size_t count) {
     return OK;
 }
 
+/* x_0 of all n pictures, and with_chain x_T .. x_0. */
 static Err draw_tokens(Pictures *p, int with_chain) {
     const size_t n = p->args->n, at_once = p->rows / p->M;
     const size_t bytes = p->N * sizeof *p->tokens;
@@ -105,6 +108,7 @@ static Err draw_tokens(Pictures *p, int with_chain) {
 
 /* ---- Decode and write ---- */
 
+/* tokens (n,N) -> pictures (n,3,side,side) -> one PNG, `columns` wide, that says how it was made. */
 static Err write_grid(Pictures *p, const int32_t *tokens, size_t n, size_t columns, const char *path) {
     real *images = NULL;
     Image im = {0};
@@ -143,6 +147,7 @@ static void best_of(Pictures *p, size_t given) {
     p->rows = max_size(1, min_size(p->args->n, p->args->batch / p->M)) * p->M;
 }
 
+/* The seed, and the classes: the first 64 where each sample has its own. */
 static void say_classes(const Pictures *p) {
     char title[CLASS_TITLE_BYTES];
     fprintf(stderr, "seed %llu", (unsigned long long)p->args->seed);
@@ -153,33 +158,43 @@ static void say_classes(const Pictures *p) {
     fprintf(stderr, "\n");
 }
 
-static void sample(SamplingArgs *a, size_t most, const char *chain_path, const char *nearest) {
-    Pictures p;
+/* The model, its options, and room for what will be drawn; what is said before the work begins. */
+static void prepare(Pictures *p, SamplingArgs *a, size_t most, int with_chain) {
     const NamedModel *missing;
-    double start = seconds();
-    char took[32], likeliest[48] = "";
-    memset(&p, 0, sizeof p);
-    p.args = a;
-    sampling_start(a, &p.model, &missing);
-    sampling_options(&p.options, a, &p.model, "chain_length", "1", 1);
-    p.N = p.model.h * p.model.w;
-    p.pixels = 3 * p.model.side * p.model.side;
-    p.steps = (size_t)p.model.schedule.T + 1;
-    const size_t columns = (size_t)ceil(sqrt((double)a->n));
-    check(choose_classes(&p));
-    best_of(&p, most);
-    size_t rows = sampling_rows(&p.options, p.model.schedule.T, p.rows);
-    if (p.M > 1) rows = max_size(rows, BOUND_ROWS);
-    sampling_memory(&p.model, rows, chain_path ? a->n * p.steps : a->n);
-    say_classes(&p);
+    memset(p, 0, sizeof *p);
+    p->args = a;
+    sampling_start(a, &p->model, &missing);
+    sampling_options(&p->options, a, &p->model, "chain_length", "1", 1);
+    p->N = p->model.h * p->model.w;
+    p->pixels = 3 * p->model.side * p->model.side;
+    p->steps = (size_t)p->model.schedule.T + 1;
+    check(choose_classes(p));
+    best_of(p, most);
+    const size_t rows = sampling_rows(&p->options, p->model.schedule.T, p->rows),
+                 bound_rows = p->M > 1 ? BOUND_ROWS : 0;
+    sampling_memory(&p->model, max_size(rows, bound_rows), with_chain ? a->n * p->steps : a->n);
+    say_classes(p);
     catch_interrupts();
+}
+
+static void say_end(const Pictures *p, double took) {
+    char text[32], likeliest[48] = "";
+    say_drafts(p->counts, p->model.schedule.T);
+    if (p->M > 1) snprintf(likeliest, sizeof likeliest, ", each a likely one of %zu,", p->M);
+    fprintf(stderr, "%zu pictures%s in %s, seed %llu\n", p->args->n, likeliest, duration(text, took),
+            (unsigned long long)p->args->seed);
+}
+
+static void sample(SamplingArgs *a, size_t most, const char *chain_path, const char *nearest) {
+    const double start = seconds();
+    const size_t columns = (size_t)ceil(sqrt((double)a->n));
+    Pictures p;
+    prepare(&p, a, most, chain_path != NULL);
     check(draw_tokens(&p, chain_path != NULL));
     check(write_grid(&p, p.tokens, a->n, columns, a->out));
-    if (chain_path) check(write_grid(&p, p.chain, a->n * p.steps, p.steps, chain_path));
-    say_drafts(p.counts, p.model.schedule.T);
-    if (p.M > 1) snprintf(likeliest, sizeof likeliest, ", each a likely one of %zu,", p.M);
-    fprintf(stderr, "%zu pictures%s in %s, seed %llu\n", a->n, likeliest, duration(took, seconds() - start),
-            (unsigned long long)a->seed);
+    if (chain_path)
+        check(write_grid(&p, p.chain, a->n * p.steps, p.steps, chain_path)); /* x_T .. x_0 of a sample: a row */
+    say_end(&p, seconds() - start);
     printf("%s\n", a->out);
     if (chain_path) printf("%s\n", chain_path);
     if (a->show) check(show_png(a->out));
@@ -189,7 +204,7 @@ static void sample(SamplingArgs *a, size_t most, const char *chain_path, const c
     for (size_t i = 0; i < sizeof buffers / sizeof *buffers; i++) free(buffers[i]);
 }
 
-/* ---- Models: which there are, and as safetensors ---- */
+/* ---- --list, --convert ---- */
 
 static void list_models(void) {
     size_t n;
