@@ -173,7 +173,7 @@ typedef struct {
     double *fit;            /* (n) log probability that this pass gave to the known tokens */
     uint64_t *stream;       /* (n) random numbers of this pass; index = position */
     Sample *sample;         /* (n) where each sample stands */
-    DecodeCell *block;      /* (rows * min(N,DECODE_BLOCK)) positions that the decoder is fed at once */
+    DecodePosition *block;      /* (rows * min(N,DECODE_BLOCK)) positions that the decoder is fed at once */
     size_t length;          /* of the block, without its second half under guidance */
     const real *logits;     /* of the block: (length,K) with a class; guided, (length,K) with none follow */
     size_t end;             /* positions from here on are known, and nobody asks for their probability */
@@ -257,10 +257,10 @@ static void next_block(Drawing *d) {
         Sample *s = &d->sample[b];
         s->first = d->length;
         for (size_t i = s->at; i < s->at + s->length; i++)
-            d->block[d->length++] = (DecodeCell){b, i, i > 0 ? d->tokens[b * d->N + i - 1] : 0};
+            d->block[d->length++] = (DecodePosition){b, i, i > 0 ? d->tokens[b * d->N + i - 1] : 0};
     }
     for (size_t c = 0; c < d->length && d->how.guided; c++)
-        d->block[d->length + c] = (DecodeCell){d->n + d->block[c].b, d->block[c].i, d->block[c].prev};
+        d->block[d->length + c] = (DecodePosition){d->n + d->block[c].b, d->block[c].i, d->block[c].prev};
 }
 
 /* The token of sample b at position i, which is number c of the block. */

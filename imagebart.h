@@ -265,24 +265,17 @@ enum { DECODE_BLOCK = 64 };
 typedef struct {
     size_t b, i;
     int32_t prev;
-} DecodeCell;
+} DecodePosition;
 Err transformer_decode_begin(Transformer *m, const int32_t *x_t, const int32_t *t, const int32_t *label, size_t B,
                              size_t N);
-Err transformer_decode_block(Transformer *m, const DecodeCell *cell, size_t n, const real **logits);
+Err transformer_decode_block(Transformer *m, const DecodePosition *cell, size_t n, const real **logits);
 Err transformer_decode_step(Transformer *m, const int32_t *prev, size_t i, const real **logits);
 /* For kernels/guess.c, which weighs passes against positions: what a pass reads when rows have N positions. */
 DecodeReads transformer_decode_reads(const Transformer *m, size_t N);
 
 /* AdamW as PyTorch: p *= 1-lr*decay; m,v moments; bias correction with step = 1,2,...; rows marked untrained are left
  * alone. grad is read, not cleared. decay comes from each row times `decay_scale`. */
-typedef struct AdamW {
-    double lr, beta1, beta2, eps, decay_scale;
-} AdamW;
 void adamw_step(Params *p, const AdamW *o, uint64_t step);
-/* x as one of the two bf16 beside it (itself if it is one), by 16 random bits: the mean over all of them is x. NaN and
- * infinity stay. Moments in bf16 are rounded so after every step, by random numbers of row, element and step alone;
- * values move by the moments before rounding. */
-uint16_t round_at_random(float x, uint32_t random);
 /* EMA (SPEC section 6): d = min(decay, (1+n)/(10+n)) in float32 with n = num_updates (already incremented);
  * ema -= (1-d)(ema - value). */
 void ema_update(Params *p, double decay, uint64_t num_updates);
@@ -308,19 +301,6 @@ Err transformer_loss_cuda(Transformer *m, const Schedule *s, const int32_t *x0, 
 /* After transformer_decode_begin: draws all N positions of the n = B rows, which is what N steps of
  * transformer_decode_step, sample_probs and sample_pick give, without a word to the host in between. tokens (n,N).
  * Guided: the batch is n = B/2 samples with their class, then the same with none. On the GPU only. */
-typedef struct DrawOptions {
-    uint64_t seed;
-    const uint64_t *stream; /* (n) of random numbers; index = position */
-    double temperature;
-    size_t top_k;
-    const int32_t *known; /* (n,N) tokens that are forced where keep (N) is 1; both or neither */
-    const uint8_t *keep;
-    double *fit;                                 /* (n) += log probability of what is forced; NULL: not wanted */
-    int (*progress)(void *context, size_t done); /* now and then; nonzero return stops with an error; or NULL */
-    void *context;
-    int guided;
-    double guidance; /* then: logits = uncond + guidance (cond - uncond) */
-} DrawOptions;
 Err transformer_draw_cuda(Transformer *m, const DrawOptions *o, int32_t *tokens);
 
 /* ------------------------------------------------------------------------------------------------------------

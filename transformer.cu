@@ -1,31 +1,1299 @@
-/* transformer.cu - one reverse transition p(x_{t-1} | x_t) of the Markov chain over tokens.
+/* transformer.cu - one reverse transition p(x_{t-1} | x_t) of the Markov chain over tokens (paper, section 3.2).
  *
- * Owns both networks of the paper (section 3.2), forward and backward. Their layers are layers.cu and attention.cu;
- * decoding token by token with cached keys and values is decode.cu; losses on the logits, AdamW, EMA and learning rate
- * are optimizer.cu; transformer.h is what they share. It knows neither images nor files; noise and sampling are the
- * business of diffusion.c.
+ * x_t are N tokens, noised t times; the network gives the distribution of the less noisy x_{t-1}, token by token:
  *
- *     NET_X     encoder reads [t, (class,) x_t], all positions see each other -> context
- *               decoder reads [sos, x_{t-1} shifted right], causal, attends to the context -> logits of x_{t-1}
- *     NET_GPT   one causal stack reads [t, (class,) x_{t-1} shifted right] -> logits; for the last scale, whose x_t is
- *               pure noise and tells nothing
+ *     p(x_{t-1} | x_t) = prod_i p(x_{t-1}[i] | x_{t-1}[0..i-1], x_t) = prod_i softmax(logits[i])[x_{t-1}[i]]
  *
- * Everything is built from one idea: a stack is a list of layers, each doing x = x + block(norm(x)), where a block is
- * self-attention, cross-attention or feed-forward. Encoder, decoder and GPT are three lists run by the same
- * stack_forward / stack_backward. Decoding runs it too: a pass over a list of cells, new positions of any batch
- * rows, whose keys and values join those that earlier passes left behind; training is the pass over all positions.
+ * There are two networks. sos is token 0, t and the class are read as tokens too, and "shifted" means that position i
+ * reads token i-1, so that no position sees what it has to predict:
  *
- * Activations are (B,n,C), row-major: a linear layer is one gemm over all B*n rows.
+ *     NET_X     encoder  reads [t, (class,) x_t]; every position sees every other                -> context
+ *               decoder  reads [sos, x_{t-1} shifted]; position i sees 0..i, and the context     -> logits
+ *     NET_GPT   decoder  reads [t, (class,) x_{t-1} shifted]; position i sees 0..i               -> logits
+ *               for the last scale, whose x_t is pure noise and tells nothing
  *
- * Refuses: tokens, t and labels outside their tables, sequences longer than the position tables, official options that
- * it does not implement. Dropout is not implemented (the official configurations use none).
+ * Encoder and decoder are stacks of layers around a residual stream x (B,n,C), which begins as an embedding:
  *
- * Reading order: transformer.h, layers.cu, attention.cu, then here configuration, parameter table, memory plan, then
- * the mathematics from small to large: blocks, stack, head; last, forward and backward of the whole. This file is
- * compiled as C; it is in the common subset with C++17. */
-#include "kernels/transformer.h"
+ *     x = token[ids] + position                     embed
+ *     x = x + block(norm(x))   for every layer      self-attention, cross-attention to the context, or feed-forward
+ *     out = norm(x)
+ *     logits = out head^T                           then what the variant does to them
+ *
+ * Variants of NET_X (SPEC section 1): X_SCALED multiplies the logits by exp(s[t]), X_FINE_SCALED by exp(s[t,i]);
+ * X_RESIDUAL adds log(alpha_t [k = x_t[i]] + (1 - alpha_t)/K), what is known of x_{t-1} before any learning;
+ * X_RESIDUAL_SCALED does both.
+ *
+ * Every layer is a plain loop with its backward pass beneath; its first line hands over to a faster one of the same
+ * name where there is one (base/compute.h). So everything from section 2 on is written once for the plain loops, the
+ * CPU's kernels and a GPU. Activations are row-major (R,C), R = B*n rows. `real` is float, or double in tests.
+ * A backward pass adds to gradients of parameters, and overwrites gradients of activations unless it says so.
+ *
+ * Refused: tokens, t and labels outside their tables, sequences longer than the position tables, official options that
+ * are not implemented. There is no dropout, for the official configurations use none.
+ *
+ * Read next: diffusion.c, which says where x_t comes from and what is done with the logits. */
+#include "imagebart.h"
+#include "base/plan.h"
 
+#include <math.h>
 #include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* ================================ 1. Layers ================================ */
+
+/* ---- Embedding ---- */
+
+/* x[b,i,:] = token[ids[b,i],:] + position[i,:]
+ *   x (B,n,C)   ids (B,n)   token (V,C)   position (length,C)
+ *   at (B*n): which positions those are, while decoding; NULL: 0..n-1 of every row */
+static void embed_forward(const Compute *on, real *x, const int32_t *ids, const real *token, const real *position,
+                          const Position *at, size_t B, size_t n, size_t C) {
+    if (on->fast) return on->fast->embed_forward(on, x, ids, token, position, at, B, n, C);
+    for (size_t r = 0; r < B * n; r++) {
+        const size_t i = at ? at[r].pos : r % n;
+        for (size_t c = 0; c < C; c++) x[r * C + c] = token[(size_t)ids[r] * C + c] + position[i * C + c];
+    }
+}
+
+/* dtoken[ids[b,i],:] += dx[b,i,:]   dposition[i,:] += dx[b,i,:] */
+static void embed_backward(const Compute *on, real *dtoken, real *dposition, const real *dx, const int32_t *ids,
+                           size_t B, size_t n, size_t C, size_t V) {
+    if (on->fast) return on->fast->embed_backward(on, dtoken, dposition, dx, ids, B, n, C, V);
+    for (size_t r = 0; r < B * n; r++)
+        for (size_t c = 0; c < C; c++) {
+            dtoken[(size_t)ids[r] * C + c] += dx[r * C + c];
+            dposition[r % n * C + c] += dx[r * C + c];
+        }
+}
+
+/* ---- Layer norm ---- */
+
+/* Row r of what is normalised is this row of x: the first `skip` of every n rows are left out. */
+static size_t source_row(size_t r, size_t n, size_t skip) {
+    return r / (n - skip) * n + skip + r % (n - skip);
+}
+
+/* y = xhat weight + bias,   xhat = (x - mean) rstd,   rstd = 1/sqrt(variance + 1e-5), of each row
+ *   y (R,C)   x (.,C)   mean, rstd (R), which backward reads   weight, bias (C) */
+static void norm_forward(const Compute *on, real *y, real *mean, real *rstd, const real *x, const real *weight,
+                         const real *bias, size_t R, size_t C, size_t n, size_t skip) {
+    if (on->fast) return on->fast->norm_forward(on, y, mean, rstd, x, weight, bias, R, C, n, skip);
+    for (size_t r = 0; r < R; r++) {
+        const real *row = x + source_row(r, n, skip) * C;
+        real sum = 0, square = 0;
+        for (size_t c = 0; c < C; c++) sum += row[c];
+        mean[r] = sum / (real)C;
+        for (size_t c = 0; c < C; c++) square += (row[c] - mean[r]) * (row[c] - mean[r]);
+        rstd[r] = (real)(1 / sqrt((double)square / (double)C + LAYER_NORM_EPS));
+        for (size_t c = 0; c < C; c++) y[r * C + c] = (row[c] - mean[r]) * rstd[r] * weight[c] + bias[c];
+    }
+}
+
+/* With g = dy weight, and means over a row:
+ *     dx += rstd (g - mean(g) - xhat mean(g xhat))     dweight += sum_r dy xhat     dbias += sum_r dy
+ * dx_operand: a GPU's copy of dx for matrix products; elsewhere it is dx. */
+static void norm_backward(const Compute *on, real *dx, real *dx_operand, real *dweight, real *dbias, const real *dy,
+                          const real *x, const real *weight, const real *mean, const real *rstd, size_t R, size_t C,
+                          size_t n, size_t skip) {
+    if (on->fast)
+        return on->fast->norm_backward(on, dx, dx_operand, dweight, dbias, dy, x, weight, mean, rstd, R, C, n, skip);
+    for (size_t r = 0; r < R; r++) {
+        const size_t at = source_row(r, n, skip) * C;
+        const real *row = x + at, *d = dy + r * C;
+        real sum = 0, sum_hat = 0;
+        for (size_t c = 0; c < C; c++) {
+            const real hat = (row[c] - mean[r]) * rstd[r];
+            sum += d[c] * weight[c], sum_hat += d[c] * weight[c] * hat;
+            dweight[c] += d[c] * hat, dbias[c] += d[c];
+        }
+        for (size_t c = 0; c < C; c++)
+            dx[at + c] +=
+                rstd[r] * (d[c] * weight[c] - sum / (real)C - (row[c] - mean[r]) * rstd[r] * sum_hat / (real)C);
+    }
+}
+
+/* ---- Linear ---- */
+
+/* y = add + bias + x w^T
+ *   y, add (R,M)   x (R,C)   w (M,C)   bias (M);   bias and add may be NULL, add may be y
+ *   y_f32: a GPU writes y as float, for the residual stream and for logits; add is float then */
+static void linear_forward(const Compute *on, real *y, const real *x, const real *w, const real *bias, const real *add,
+                           int y_f32, size_t R, size_t C, size_t M) {
+    if (on->fast) return on->fast->linear_forward(on, y, x, w, bias, add, y_f32, R, C, M);
+    for (size_t r = 0; r < R; r++)
+        for (size_t k = 0; k < M; k++) {
+            real sum = (add ? add[r * M + k] : 0) + (bias ? bias[k] : 0);
+            for (size_t c = 0; c < C; c++) sum += x[r * C + c] * w[k * C + c];
+            y[r * M + k] = sum;
+        }
+}
+
+/* dx = dy w, or += if accumulate     dw += dy^T x     db += sum_r dy, unless NULL */
+static void linear_backward(const Compute *on, real *dx, real *dw, real *db, const real *dy, const real *x,
+                            const real *w, int accumulate, int dx_f32, size_t R, size_t C, size_t M) {
+    if (on->fast) return on->fast->linear_backward(on, dx, dw, db, dy, x, w, accumulate, dx_f32, R, C, M);
+    for (size_t r = 0; r < R; r++) {
+        for (size_t c = 0; c < C && !accumulate; c++) dx[r * C + c] = 0;
+        for (size_t k = 0; k < M; k++) {
+            const real d = dy[r * M + k];
+            for (size_t c = 0; c < C; c++) dx[r * C + c] += d * w[k * C + c], dw[k * C + c] += d * x[r * C + c];
+            if (db) db[k] += d;
+        }
+    }
+}
+
+/* ---- GELU ---- */
+
+/* g = gelu(g + bias) in place, gelu(x) = x F(x) with F(x) = P(z < x) for z ~ N(0,1): the exact one (SPEC 1.8)
+ * dg = gelu'(g + bias) = F(x) + x F'(x), for backward; NULL: not wanted
+ *   g, dg (R,H)   bias (H) */
+static void gelu_forward(const Compute *on, real *g, real *dg, const real *bias, size_t R, size_t H) {
+    if (on->fast) return on->fast->gelu_forward(on, g, dg, bias, R, H);
+    for (size_t i = 0; i < R * H; i++) {
+        const double x = (double)(g[i] + bias[i % H]), cdf = 0.5 * erfc(-x * 0.70710678118654752440);
+        if (dg) dg[i] = (real)(cdf + x * 0.39894228040143267794 * exp(-0.5 * x * x));
+        g[i] = (real)(x * cdf);
+    }
+}
+
+/* dh *= dg: the gradient of gelu(h) becomes that of h */
+static void gelu_backward(const Compute *on, real *dh, const real *dg, size_t R, size_t H) {
+    if (on->fast) return on->fast->gelu_backward(on, dh, dg, R, H);
+    for (size_t i = 0; i < R * H; i++) dh[i] *= dg[i];
+}
+
+/* ---- Attention ---- */
+
+/* Keys 0..visible-1 are seen by query i of batch row b. */
+static size_t visible_keys(const Attention *s, size_t i) {
+    if (s->position) return s->Tk ? s->Tk : s->position[i].visible;
+    if (!s->causal) return s->Tk;
+    return i < s->unmasked ? s->unmasked < s->Tk ? s->unmasked : s->Tk : i + 1;
+}
+
+static size_t attention_needs(const Compute *on, const Attention *s, int backward) {
+    return on->fast ? on->fast->attention_needs(on, s, backward) : s->key_stride * sizeof(real);
+}
+
+static size_t attention_saved(const Compute *on, const Attention *s) {
+    return on->fast ? on->fast->attention_saved(s) : s->B * s->heads * s->Tq * s->Tk * sizeof(real);
+}
+
+/* In each head, over the keys j that query i sees:
+ *     p[i,:] = softmax(q[i,:] k[j,:]^T / sqrt(D))     y[i,:] = sum_j p[i,j] v[j,:]
+ *   q, y (B,Tq,heads*D)   k, v (B,key_stride,heads*D)
+ *   saved: what backward wants to know, p (B,heads,Tq,Tk); NULL: nothing */
+static void attention_forward(const Compute *on, real *y, real *saved, const real *q, const real *k, const real *v,
+                              const Attention *s) {
+    if (on->fast) return on->fast->attention_forward(on, y, saved, q, k, v, s);
+    const size_t D = s->D, inner = s->heads * D;
+    for (size_t task = 0; task < s->B * s->heads * s->Tq; task++) {
+        const size_t i = task % s->Tq, h = task / s->Tq % s->heads, b = task / s->Tq / s->heads;
+        const size_t keys = visible_keys(s, i), at = (b * s->Tq + i) * inner + h * D;
+        const size_t at_key = (s->position ? s->position[i].b : b) * s->key_stride * inner + h * D;
+        real *p = saved ? saved + task * s->Tk : (real *)on->scratch, largest = -(real)HUGE_VAL, sum = 0;
+        for (size_t j = 0; j < keys; j++) {
+            p[j] = 0;
+            for (size_t d = 0; d < D; d++) p[j] += q[at + d] * k[at_key + j * inner + d];
+            p[j] *= (real)(1 / sqrt((double)D));
+            if (p[j] > largest) largest = p[j];
+        }
+        for (size_t j = 0; j < keys; j++) sum += p[j] = (real)exp((double)(p[j] - largest));
+        for (size_t d = 0; d < D; d++) y[at + d] = 0;
+        for (size_t j = 0; j < keys; j++) {
+            p[j] /= sum;
+            for (size_t d = 0; d < D; d++) y[at + d] += p[j] * v[at_key + j * inner + d];
+        }
+    }
+}
+
+/* With dp[i,j] = dy[i,:] v[j,:]^T and ds[i,j] = p[i,j] (dp[i,j] - sum_k p[i,k] dp[i,k]) / sqrt(D):
+ *     dq[i,:] = sum_j ds[i,j] k[j,:]     dk[j,:] = sum_i ds[i,j] q[i,:]     dv[j,:] = sum_i p[i,j] dy[i,:]
+ *   all overwritten; key_stride = Tk */
+static void attention_backward(const Compute *on, real *dq, real *dk, real *dv, const real *dy, const real *y,
+                               const real *saved, const real *q, const real *k, const real *v, const Attention *s) {
+    if (on->fast) return on->fast->attention_backward(on, dq, dk, dv, dy, y, saved, q, k, v, s);
+    const size_t D = s->D, inner = s->heads * D;
+    real *dp = (real *)on->scratch;
+    memset(dq, 0, s->B * s->Tq * inner * sizeof *dq);
+    memset(dk, 0, s->B * s->Tk * inner * sizeof *dk);
+    memset(dv, 0, s->B * s->Tk * inner * sizeof *dv);
+    for (size_t task = 0; task < s->B * s->heads * s->Tq; task++) {
+        const size_t i = task % s->Tq, h = task / s->Tq % s->heads, b = task / s->Tq / s->heads;
+        const size_t keys = visible_keys(s, i), at = (b * s->Tq + i) * inner + h * D;
+        const real *p = saved + task * s->Tk;
+        real mean = 0;
+        for (size_t j = 0; j < keys; j++) {
+            const size_t to = (b * s->Tk + j) * inner + h * D;
+            dp[j] = 0;
+            for (size_t d = 0; d < D; d++) dp[j] += dy[at + d] * v[to + d], dv[to + d] += p[j] * dy[at + d];
+            mean += p[j] * dp[j];
+        }
+        for (size_t j = 0; j < keys; j++) {
+            const size_t to = (b * s->Tk + j) * inner + h * D;
+            const real ds = p[j] * (dp[j] - mean) * (real)(1 / sqrt((double)D));
+            for (size_t d = 0; d < D; d++) dq[at + d] += ds * k[to + d], dk[to + d] += ds * q[at + d];
+        }
+    }
+}
+
+/* Decoding keeps the keys and values of earlier positions; the new queries see those and their own.
+ *   kept (B,key_stride,heads*D), or as a faster fellow likes them: rounded to bf16, say */
+static size_t kept_bytes(const Compute *on, const Attention *s) {
+    return on->fast ? on->fast->kept_bytes(on, s) : s->B * s->key_stride * s->heads * s->D * sizeof(real);
+}
+
+/* kept[b,pos,:] = x (B,n,heads*D): positions 0..n-1 of every batch row, or those that s says */
+static void keep_positions(const Compute *on, void *kept, const real *x, size_t n, const Attention *s) {
+    if (on->fast) return on->fast->keep_positions(on, kept, x, n, s);
+    const size_t inner = s->heads * s->D;
+    for (size_t r = 0; r < s->B * n; r++) {
+        const size_t b = s->position ? s->position[r].b : r / n, i = s->position ? s->position[r].pos : r % n;
+        memcpy((real *)kept + (b * s->key_stride + i) * inner, x + r * inner, inner * sizeof *x);
+    }
+}
+
+/* attention_forward, from kept keys and values */
+static void attention_from_kept(const Compute *on, real *y, const real *q, const void *k, const void *v,
+                                const Attention *s) {
+    if (on->fast) return on->fast->attention_from_kept(on, y, q, k, v, s);
+    attention_forward(on, y, NULL, q, (const real *)k, (const real *)v, s);
+}
+
+/* ---- The head's variants ---- */
+
+/* The scale t of batch row b, and the noisier token at position i, as the encoder read them */
+static size_t scale_of(const Variant *v, size_t b) {
+    return (size_t)v->ids[b * (v->prompt + v->N)];
+}
+static size_t noisier_token(const Variant *v, size_t b, size_t i) {
+    return (size_t)v->ids[b * (v->prompt + v->N) + v->prompt + i];
+}
+
+/* The element of log_scalors that scales position i of batch row b */
+static size_t scalor_of(const Variant *v, size_t b, size_t i) {
+    return v->fine ? (scale_of(v, b) - 1) * v->length + i : scale_of(v, b) - 1;
+}
+
+static size_t variant_needs(const Compute *on, size_t R) {
+    return on->fast ? on->fast->variant_needs(on, R) : 0;
+}
+
+/* logits[b,i,k] = exp(s) raw[b,i,k] + log(alpha_t [k = x_t[b,i]] + (1 - alpha_t)/K), either part if the variant has it
+ *   logits, raw (B,n,K), may be one array   at: as embed_forward's; B = 1 then */
+static void variant_forward(const Compute *on, real *logits, const real *raw, const Variant *v, const Position *at,
+                            size_t B, size_t n, size_t K) {
+    if (on->fast) return on->fast->variant_forward(on, logits, raw, v, at, B, n, K);
+    for (size_t r = 0; r < B * n; r++) {
+        const size_t b = at ? at[r].b : r / n, i = at ? at[r].pos : r % n;
+        const double scale = v->log_scalors ? exp((double)v->log_scalors[scalor_of(v, b, i)]) : 1;
+        const double alpha = v->residual ? (double)v->alpha[scale_of(v, b)] : 0;
+        for (size_t k = 0; k < K; k++) {
+            logits[r * K + k] = raw[r * K + k] * (real)scale;
+            if (v->residual)
+                logits[r * K + k] += (real)log((k == noisier_token(v, b, i) ? alpha : 0) + (1 - alpha) / (double)K);
+        }
+    }
+}
+
+/* draw = dlogits exp(s)     ds += exp(s) sum_k dlogits raw, s being log_scalors[t-1] or [t-1,i]
+ *   draw, dlogits, raw (B,n,K); draw may be raw */
+static void variant_backward(const Compute *on, real *draw, real *dlog_scalors, const real *dlogits, const real *raw,
+                             const Variant *v, size_t B, size_t n, size_t K) {
+    if (on->fast) return on->fast->variant_backward(on, draw, dlog_scalors, dlogits, raw, v, B, n, K);
+    for (size_t r = 0; r < B * n; r++) {
+        const size_t at = scalor_of(v, r / n, r % n);
+        const real scale = (real)exp((double)v->log_scalors[at]);
+        for (size_t k = r * K; k < (r + 1) * K; k++) {
+            dlog_scalors[at] += scale * dlogits[k] * raw[k];
+            draw[k] = dlogits[k] * scale;
+        }
+    }
+}
+
+/* ---- Denoising loss (SPEC section 4) ---- */
+
+/* Of each row, with p = softmax(logits) and q the posterior of x_{t-1} given x_t and x_0:
+ *     hard = -log p[target]                           d hard/d logits[k] = p[k] - [k = target]
+ *     soft = KL(q || p) = sum_k q[k] log(q[k]/p[k])   d soft/d logits[k] = p[k] - q[k],  for sum_k q[k] = 1
+ * since log p[k] = logits[k] - log sum_j exp(logits[j]), whose derivative by logits[j] is [j = k] - p[j].
+ *     sums = sum_r hard, sum_r soft     dlogits = hard_weight (p - [k = target]) + soft_weight (p - q)
+ *   logits, posterior, dlogits (R,K)   target (R);   posterior and dlogits may be NULL, dlogits may be logits */
+static void loss_rows(const Compute *on, double sums[2], real *dlogits, const real *logits, const int32_t *target,
+                      const real *posterior, real soft_weight, real hard_weight, size_t R, size_t K) {
+    if (on->fast)
+        return on->fast->denoising_loss(on, sums, dlogits, logits, target, posterior, soft_weight, hard_weight, R, K);
+    sums[0] = sums[1] = 0;
+    for (size_t r = 0; r < R; r++) {
+        const real *l = logits + r * K, *q = posterior ? posterior + r * K : NULL;
+        double largest = -HUGE_VAL, sum = 0;
+        for (size_t k = 0; k < K; k++) largest = fmax(largest, (double)l[k]);
+        for (size_t k = 0; k < K; k++) sum += exp((double)l[k] - largest);
+        sum = log(sum);
+        sums[0] += sum - ((double)l[target[r]] - largest);
+        for (size_t k = 0; q && k < K; k++)
+            if (q[k] > 0) sums[1] += (double)q[k] * (log((double)q[k]) - ((double)l[k] - largest - sum));
+        for (size_t k = 0; dlogits && k < K; k++) {
+            const real p = (real)exp((double)l[k] - largest - sum);
+            dlogits[r * K + k] = hard_weight * (p - (k == (size_t)target[r])) + soft_weight * (p - (q ? q[k] : 0));
+        }
+    }
+}
+
+/* ---- AdamW and the moving average (SPEC sections 6 and 7) ---- */
+
+/* With decayed weights and bias corrections of step n:
+ *     m = beta1 m + (1 - beta1) g     v = beta2 v + (1 - beta2) g^2
+ *     w = (1 - lr decay) w - lr (m / (1 - beta1^n)) / (sqrt(v / (1 - beta2^n)) + eps)
+ * a: keep = 1 - lr decay, rate = lr / (1 - beta1^n), inverse = 1/sqrt(1 - beta2^n), rest = 1 - beta */
+static void adamw(const Compute *on, real *w, real *m, real *v, const real *g, const AdamStep *a, size_t n) {
+    if (on->fast) return on->fast->adamw(on, w, m, v, g, a, n);
+    for (size_t i = 0; i < n; i++) {
+        m[i] = a->beta1 * m[i] + a->rest1 * g[i];
+        v[i] = a->beta2 * v[i] + a->rest2 * g[i] * g[i];
+        w[i] = a->keep * w[i] - a->rate * m[i] / ((real)sqrt((double)v[i]) * a->inverse + a->eps);
+    }
+}
+
+/* ema = ema - step (ema - w) */
+static void moving_average(const Compute *on, real *ema, const real *w, real step, size_t n) {
+    if (on->fast) return on->fast->ema(on, ema, w, step, n);
+    for (size_t i = 0; i < n; i++) ema[i] -= step * (ema[i] - w[i]);
+}
+
+/* ================================ 2. The network ================================ */
+
+typedef struct {
+    size_t weight, bias, C; /* rows of the parameter table */
+} Norm;
+
+typedef struct {
+    size_t weight, bias, in, out; /* weight (out,in); bias (out) or NONE */
+} Linear;
+
+/* What a layer computes on the way forward, R = B*n rows */
+typedef struct {
+    real *x, *mean, *rstd; /* (R,C) input, which a GPU has in float; (R) of its norm */
+    real *normed;          /* (R,C) */
+    real *query, *y;       /* (R,inner) queries; what the heads say */
+    real *key, *value;     /* (B,keys,inner) */
+    real *saved;           /* of attention, for backward; NULL: nothing */
+    real *g, *dg;          /* (R,4C) gelu(h) and its derivative; dg NULL: not wanted */
+} Activations;
+
+/* x = x + block(norm(x)) */
+typedef struct {
+    BlockKind kind;
+    Norm norm;
+    Linear q, k, v, out; /* attention, in heads of D channels; inner = heads*D */
+    size_t heads, D;
+    Linear up, down;             /* feed-forward */
+    Activations act;             /* training: its own; else all layers share one set */
+    void *kept_key, *kept_value; /* a decoder that is not trained: of earlier positions, or of the context */
+} Layer;
+
+typedef struct {
+    Layer *layer;
+    size_t n_layers;
+    size_t token_emb, pos_emb; /* rows of the table */
+    Norm norm;                 /* the final one */
+    size_t C, max_T;
+    int causal;
+    size_t unmasked; /* the first positions, that see each other even if causal */
+
+    size_t T;          /* planned positions */
+    int32_t *ids;      /* (B,T) where the network computes */
+    int32_t *host_ids; /* (B,T) here; the same memory on a CPU */
+    real *x_end, *out; /* (R,C) input and output of the final norm */
+    real *end_mean, *end_rstd;
+} Stack;
+
+typedef enum { IDLE, FORWARD_DONE, DECODING } State;
+
+struct Transformer {
+    NetConfig config;
+    Params params;
+    Stack encoder, decoder; /* NET_GPT: decoder only */
+    Linear head;
+    size_t log_scalors; /* row, or NONE */
+    float alpha[MAX_SCALES + 1];
+
+    /* the plan */
+    Compute on;
+    size_t B, N;
+    WeightFormat format;
+    int train;
+    void *memory, *host_memory;
+    Activations shared;                         /* of all layers, unless trained */
+    real *raw, *logits, *draw;                  /* (B,N,K) before and after the variant; gradient of raw */
+    real *dx, *dx_operand, *dcontext, *dnormed; /* gradients, reused by every layer; f32 but for dx_operand */
+    real *dquery, *dkey, *dvalue, *dy, *dh;
+    real *host_logits;        /* a GPU's, when asked for; else logits */
+    size_t *fed;              /* (B) decoding: positions of a batch row whose keys and values are there */
+    int32_t *first;           /* (B) what stands in front of position 0: sos, or the end of a GPT's prompt */
+    Position *position;       /* (B*DECODE_BLOCK) the positions of a pass of decoding */
+    Decoder gpu;              /* the decoder as a GPU's loop sees it */
+    DecoderLayer *gpu_layer;  /* (decoder.n_layers) */
+    int32_t *loss_ids[3], *t; /* (B,N) and (B) there: x_0, x_{t-1}, x_t and t, which a GPU's loss reads */
+    double *loss_sums;        /* (2) there */
+
+    State state;
+    size_t now_B, now_N; /* of the last forward or decode_begin */
+};
+
+enum {
+    FEED_FACTOR = 4 /* hidden width of a feed-forward block over dim */
+};
+
+/* Of the prompt in front of x_t or of a GPT's tokens: t, and the class if there is one. */
+static size_t prompt_length(const NetConfig *c) {
+    return c->has_class ? 2 : 1;
+}
+static int is_scaled(const NetConfig *c) {
+    return c->variant == X_SCALED || c->variant == X_FINE_SCALED || c->variant == X_RESIDUAL_SCALED;
+}
+static int is_residual(const NetConfig *c) {
+    return c->variant == X_RESIDUAL || c->variant == X_RESIDUAL_SCALED;
+}
+
+static const real *value_of(const Transformer *m, size_t row) {
+    return row == NONE ? NULL : param_value(&m->params, row);
+}
+static real *grad_of(const Transformer *m, size_t row) {
+    return row == NONE ? NULL : param_grad(&m->params, row);
+}
+
+/* A pass over positions 0..n-1 of B batch rows; or, while decoding, over n positions of any rows, with B = 1. */
+typedef struct {
+    size_t B, n;
+    const Position *position; /* (n), or NULL */
+    size_t stride;            /* positions that a batch row's kept keys and values have room for */
+    int causal;               /* mask among the positions; while decoding, each says what it sees */
+    const real *context;      /* (B,T_context,C); NULL: keys and values of the context are in place */
+    size_t T_context;
+} Pass;
+
+static Pass whole_pass(const Stack *s, size_t B, size_t n, const real *context, size_t T_context) {
+    return (Pass){.B = B, .n = n, .stride = n, .causal = s->causal, .context = context, .T_context = T_context};
+}
+
+/* What the attention of layer l of stack s is in a pass */
+static Attention attention_of(const Transformer *m, const Stack *s, const Layer *l, const Pass *pass) {
+    const int cross = l->kind == BLOCK_CROSS;
+    return (Attention){.B = pass->B,
+                       .heads = l->heads,
+                       .D = l->D,
+                       .Tq = pass->n,
+                       .Tk = cross            ? pass->T_context
+                             : pass->position ? 0
+                                              : pass->n,
+                       .key_stride = cross ? pass->T_context : pass->stride,
+                       .causal = pass->causal && !cross,
+                       .unmasked = s->unmasked,
+                       .position = pass->position,
+                       .kept_bf16 = m->format != WEIGHTS_REAL};
+}
+
+/* ---- Products with weights of the table ---- */
+
+/* y (R,out) = add + bias + x (R,in) weight^T. On a CPU packed weights, and those of decoding, whose rows are few,
+ * stream by. */
+static void project(const Transformer *m, const Linear *l, real *y, const real *x, size_t bias, const real *add,
+                    int y_f32, size_t R) {
+    const Param *p = &m->params.row[l->weight];
+    const Weights plain = {WEIGHTS_REAL, p->value, NULL}, *w = p->packed.data ? &p->packed : &plain;
+    if (m->on.fast && !m->on.device && (m->state == DECODING || p->packed.data))
+        m->on.fast->linear_stream(&m->on, y, x, w, value_of(m, bias), add, R, l->in, l->out);
+    else
+        linear_forward(&m->on, y, x, value_of(m, l->weight), value_of(m, bias), add, y_f32, R, l->in, l->out);
+}
+
+static void project_backward(const Transformer *m, const Linear *l, real *dx, const real *dy, const real *x,
+                             int accumulate, int dx_f32, size_t R) {
+    linear_backward(&m->on, dx, grad_of(m, l->weight), grad_of(m, l->bias), dy, x, value_of(m, l->weight), accumulate,
+                    dx_f32, R, l->in, l->out);
+}
+
+/* Keys and values of source (B,n,C); keep: they join those that the layer keeps. */
+static void project_keys(const Transformer *m, const Layer *l, const Attention *s, const real *source, size_t n,
+                         int keep) {
+    project(m, &l->k, l->act.key, source, l->k.bias, NULL, 0, s->B * n);
+    project(m, &l->v, l->act.value, source, l->v.bias, NULL, 0, s->B * n);
+    if (!keep) return;
+    keep_positions(&m->on, l->kept_key, l->act.key, n, s);
+    keep_positions(&m->on, l->kept_value, l->act.value, n, s);
+}
+
+/* ---- Blocks ---- */
+
+/* next (R,C) = x + out(attention(q normed, k source, v source)); source is normed itself, or the context
+ * With packed weights whole passes go from kept keys, too, so that decoding equals them bit for bit. */
+static void attention_block_forward(Transformer *m, const Stack *s, Layer *l, real *next, const Pass *pass) {
+    const size_t R = pass->B * pass->n;
+    const Attention a = attention_of(m, s, l, pass);
+    const int keep = l->kept_key && (pass->position || (a.kept_bf16 && !m->on.device));
+    Activations *act = &l->act;
+    project(m, &l->q, act->query, act->normed, l->q.bias, NULL, 0, R);
+    if (l->kind == BLOCK_SELF)
+        project_keys(m, l, &a, act->normed, pass->n, keep);
+    else if (pass->context)
+        project_keys(m, l, &a, pass->context, pass->T_context, keep);
+    if (keep)
+        attention_from_kept(&m->on, act->y, act->query, l->kept_key, l->kept_value, &a);
+    else
+        attention_forward(&m->on, act->y, act->saved, act->query, act->key, act->value, &a);
+    project(m, &l->out, next, act->y, l->out.bias, act->x, 1, R);
+}
+
+/* From m->dx (R,C), the gradient of next: m->dnormed overwritten, dcontext += (cross-attention), parameters +=.
+ * That of x through the sum, m->dx, stays as it is; the caller adds what comes through the norm. */
+static void attention_block_backward(Transformer *m, const Stack *s, const Layer *l, real *dcontext, const Pass *pass) {
+    const size_t R = pass->B * pass->n;
+    const Attention a = attention_of(m, s, l, pass);
+    const Activations *act = &l->act;
+    const int cross = l->kind == BLOCK_CROSS;
+    real *dsource = cross ? dcontext : m->dnormed;
+    const real *source = cross ? pass->context : act->normed;
+    project_backward(m, &l->out, m->dy, m->dx_operand, act->y, 0, 0, R);
+    attention_backward(&m->on, m->dquery, m->dkey, m->dvalue, m->dy, act->y, act->saved, act->query, act->key,
+                       act->value, &a);
+    project_backward(m, &l->q, m->dnormed, m->dquery, act->normed, 0, 1, R);
+    project_backward(m, &l->k, dsource, m->dkey, source, 1, 1, a.B * a.Tk);
+    project_backward(m, &l->v, dsource, m->dvalue, source, 1, 1, a.B * a.Tk);
+}
+
+/* next (R,C) = x + down(gelu(up normed)) */
+static void feed_block_forward(Transformer *m, Layer *l, real *next, size_t R) {
+    Activations *act = &l->act;
+    project(m, &l->up, act->g, act->normed, NONE, NULL, 0, R);
+    gelu_forward(&m->on, act->g, act->dg, value_of(m, l->up.bias), R, l->up.out);
+    project(m, &l->down, next, act->g, l->down.bias, act->x, 1, R);
+}
+
+static void feed_block_backward(Transformer *m, const Layer *l, size_t R) {
+    const Activations *act = &l->act;
+    project_backward(m, &l->down, m->dh, m->dx_operand, act->g, 0, 0, R);
+    gelu_backward(&m->on, m->dh, act->dg, R, l->up.out);
+    project_backward(m, &l->up, m->dnormed, m->dh, act->normed, 0, 1, R);
+}
+
+/* ---- Stacks ---- */
+
+/* s->out (B,n-skip,C) = final norm of the last layer's output, without the first `skip` positions of each batch row */
+static void stack_forward(Transformer *m, Stack *s, const Pass *pass, size_t skip) {
+    const Compute *on = &m->on;
+    const size_t R = pass->B * pass->n, C = s->C;
+    embed_forward(on, s->layer[0].act.x, s->ids, value_of(m, s->token_emb), value_of(m, s->pos_emb), pass->position,
+                  pass->B, pass->n, C);
+    for (size_t i = 0; i < s->n_layers; i++) {
+        Layer *l = &s->layer[i];
+        real *next = i + 1 < s->n_layers ? s->layer[i + 1].act.x : s->x_end;
+        norm_forward(on, l->act.normed, l->act.mean, l->act.rstd, l->act.x, value_of(m, l->norm.weight),
+                     value_of(m, l->norm.bias), R, C, pass->n, 0);
+        if (l->kind == BLOCK_FEED)
+            feed_block_forward(m, l, next, R);
+        else
+            attention_block_forward(m, s, l, next, pass);
+    }
+    norm_forward(on, s->out, s->end_mean, s->end_rstd, s->x_end, value_of(m, s->norm.weight), value_of(m, s->norm.bias),
+                 pass->B * (pass->n - skip), C, pass->n, skip);
+}
+
+/* First parameter row of a layer. Backward visits layers last to first; when it leaves this one, the gradients of all
+ * rows from here on are final. A feed-forward block's norm may lie in front of the attention before it. */
+static size_t first_row(const Layer *l) {
+    return l->kind == BLOCK_FEED ? l->up.weight : l->norm.weight;
+}
+
+/* From dout (B,n-skip,C): parameters +=, dcontext +=. Overwrites m->dx. */
+static void stack_backward(Transformer *m, Stack *s, const real *dout, real *dcontext, const Pass *pass, size_t skip) {
+    const Compute *on = &m->on;
+    const size_t R = pass->B * pass->n, C = s->C;
+    compute_zero(on, m->dx, R * C * (on->device ? sizeof(float) : sizeof *m->dx));
+    if (m->dx_operand != m->dx) compute_zero(on, m->dx_operand, R * C * on->unit);
+    norm_backward(on, m->dx, m->dx_operand, grad_of(m, s->norm.weight), grad_of(m, s->norm.bias), dout, s->x_end,
+                  value_of(m, s->norm.weight), s->end_mean, s->end_rstd, pass->B * (pass->n - skip), C, pass->n, skip);
+    for (size_t i = s->n_layers; i-- > 0;) {
+        const Layer *l = &s->layer[i];
+        if (l->kind == BLOCK_FEED)
+            feed_block_backward(m, l, R);
+        else
+            attention_block_backward(m, s, l, dcontext, pass);
+        norm_backward(on, m->dx, m->dx_operand, grad_of(m, l->norm.weight), grad_of(m, l->norm.bias), m->dnormed,
+                      l->act.x, value_of(m, l->norm.weight), l->act.mean, l->act.rstd, R, C, pass->n, 0);
+        params_ready(&m->params, first_row(l));
+    }
+    embed_backward(on, grad_of(m, s->token_emb), grad_of(m, s->pos_emb), m->dx, s->ids, pass->B, pass->n, C,
+                   m->params.row[s->token_emb].dim[0]);
+}
+
+/* ---- Head ---- */
+
+static Variant variant_of(const Transformer *m) {
+    const NetConfig *c = &m->config;
+    Variant v = {.log_scalors = is_scaled(c) ? value_of(m, m->log_scalors) : NULL,
+                 .fine = c->variant == X_FINE_SCALED,
+                 .residual = is_residual(c),
+                 .scales = (size_t)c->n_scales,
+                 .length = c->dec_max_seq_len,
+                 .ids = m->encoder.ids,
+                 .prompt = prompt_length(c),
+                 .N = m->now_N};
+    memcpy(v.alpha, m->alpha, sizeof v.alpha);
+    return v;
+}
+
+/* The decoder's output (B,n,C) to m->logits (B,n,K); while decoding, B = 1 */
+static void head_forward(Transformer *m, size_t B, size_t n, const Position *position) {
+    const Variant v = variant_of(m);
+    project(m, &m->head, m->raw, m->decoder.out, m->head.bias, NULL, 1, B * n);
+    if (v.log_scalors || v.residual)
+        variant_forward(&m->on, m->logits, m->raw, &v, position, B, n, m->config.dec_num_tokens);
+}
+
+/* ---- Both networks ---- */
+
+/* Up to the decoder's output */
+static void network_forward(Transformer *m) {
+    Stack *e = &m->encoder, *d = &m->decoder;
+    const size_t B = m->now_B, N = m->now_N, P = prompt_length(&m->config);
+    if (m->config.kind == NET_X) {
+        const Pass encode = whole_pass(e, B, P + N, NULL, 0), decode = whole_pass(d, B, N, e->out, P + N);
+        stack_forward(m, e, &encode, 0);
+        stack_forward(m, d, &decode, 0);
+    } else {
+        const Pass pass = whole_pass(d, B, P + N - 1, NULL, 0);
+        stack_forward(m, d, &pass, P - 1);
+    }
+}
+
+/* From the gradient of the raw logits to all parameters */
+static void network_backward(Transformer *m, const real *draw) {
+    Stack *e = &m->encoder, *d = &m->decoder;
+    const size_t B = m->now_B, N = m->now_N, P = prompt_length(&m->config);
+    real *dout = m->dnormed; /* (B*N,C): the final norm reads it before the last block writes there */
+    project_backward(m, &m->head, dout, draw, d->out, 0, 1, B * N);
+    if (m->config.kind == NET_X) {
+        const Pass encode = whole_pass(e, B, P + N, NULL, 0), decode = whole_pass(d, B, N, e->out, P + N);
+        compute_zero(&m->on, m->dcontext, B * (P + N) * e->C * (m->on.device ? sizeof(float) : sizeof *dout));
+        stack_backward(m, d, dout, m->dcontext, &decode, 0);
+        stack_backward(m, e, m->dcontext, NULL, &encode, 0);
+    } else {
+        const Pass pass = whole_pass(d, B, P + N - 1, NULL, 0);
+        stack_backward(m, d, dout, NULL, &pass, P - 1);
+    }
+}
+
+/* ---- What the networks read ---- */
+
+/* Rows of the table that embeds t and the class label */
+static size_t prompt_tokens(const NetConfig *c) {
+    return c->kind == NET_X ? c->enc_num_tokens : c->input_vocab_size;
+}
+
+/* Every ids[i] must be in lo..end-1; an error names `what`. */
+static Err check_ids(const char *what, const int32_t *ids, size_t n, int32_t lo, size_t end) {
+    if (!ids) return err("transformer: no %s given", what);
+    for (size_t i = 0; i < n; i++)
+        if (ids[i] < lo || (size_t)ids[i] >= end)
+            return err("transformer: %s[%zu] is %d, expected %d..%zu", what, i, (int)ids[i], (int)lo, end - 1);
+    return OK;
+}
+
+static Err check_batch(const Transformer *m, const int32_t *x_t, const int32_t *t, const int32_t *label, size_t B,
+                       size_t N) {
+    const NetConfig *c = &m->config;
+    if (!m->B) return err("transformer: nothing is planned");
+    if (m->format != m->params.format) return err("transformer: planned for matrices in another format");
+    if (m->params.n == 0 || !m->params.row[0].value) return err("transformer: the parameters have no values yet");
+    if (B < 1 || B > m->B || N < 1 || N > m->N)
+        return err("transformer: a batch of %zu x %zu tokens, planned for up to %zu x %zu", B, N, m->B, m->N);
+    TRY(check_ids("t", t, B, 1, (size_t)c->n_scales + 1));
+    if (c->has_class) TRY(check_ids("label", label, B, 0, prompt_tokens(c)));
+    if (c->kind == NET_X) TRY(check_ids("x_t", x_t, B * N, 0, c->dec_num_tokens));
+    return compute_status(&m->on);
+}
+
+/* s reads [t, (label,) tokens[b,0..n-1]] of B batch rows; rows of tokens are `stride` apart. */
+static void read_prompted(Transformer *m, Stack *s, const int32_t *t, const int32_t *label, const int32_t *tokens,
+                          size_t stride, size_t B, size_t n) {
+    const size_t P = prompt_length(&m->config);
+    for (size_t b = 0; b < B; b++) {
+        int32_t *row = s->host_ids + b * (P + n);
+        row[0] = t[b];
+        if (m->config.has_class) row[1] = label[b];
+        if (n) memcpy(row + P, tokens + b * stride, n * sizeof *row);
+    }
+    if (s->ids != s->host_ids) compute_put(&m->on, s->ids, s->host_ids, B * (P + n) * sizeof *s->ids);
+}
+
+/* s reads [sos, x[b,0..N-2]]; sos is token 0 (SPEC 1.10). */
+static void read_shifted(Transformer *m, Stack *s, const int32_t *x, size_t B, size_t N) {
+    for (size_t b = 0; b < B; b++) {
+        s->host_ids[b * N] = 0;
+        memcpy(s->host_ids + b * N + 1, x + b * N, (N - 1) * sizeof *x);
+    }
+    if (s->ids != s->host_ids) compute_put(&m->on, s->ids, s->host_ids, B * N * sizeof *s->ids);
+}
+
+/* Checks the batch and lays out what the networks read. */
+static Err take_batch(Transformer *m, const int32_t *x, const int32_t *x_t, const int32_t *t, const int32_t *label,
+                      size_t B, size_t N) {
+    m->state = IDLE;
+    TRY(check_batch(m, x_t, t, label, B, N));
+    TRY(check_ids("x", x, B * N, 0, m->config.dec_num_tokens));
+    m->now_B = B, m->now_N = N;
+    if (m->config.kind == NET_X) {
+        read_prompted(m, &m->encoder, t, label, x_t, N, B, N);
+        read_shifted(m, &m->decoder, x, B, N);
+    } else
+        read_prompted(m, &m->decoder, t, label, x, N, B, N - 1);
+    return OK;
+}
+
+/* ================================ 3. Token by token ================================
+ *
+ * Decoding keeps the keys and values of earlier positions. A pass feeds new positions of any batch rows through the
+ * stack of training; their keys and values join the kept ones before a layer's attention reads them, so that a position
+ * sees those in front of it in the same pass. For every number that a pass over one position a row reads it does two
+ * operations, so its speed is that of memory. Further positions are cheap, and worth feeding whenever the tokens in
+ * front of them are known or likely: a guess that turns out wrong is taken back by feeding its position once more.
+ *
+ * Promise on bits: the logits of a position are those of feeding one position at a time, whatever is fed beside it. */
+
+/* The n positions of m->position, whose tokens are in decoder.ids, through the decoder */
+static void feed_positions(Transformer *m, size_t n) {
+    Stack *d = &m->decoder;
+    const size_t T_context = m->config.kind == NET_X ? prompt_length(&m->config) + m->now_N : 0;
+    const Pass pass = {.B = 1, .n = n, .position = m->position, .stride = d->T, .T_context = T_context};
+    stack_forward(m, d, &pass, 0);
+}
+
+/* Keys and values of the context, for every cross-attention layer */
+static void keep_context(Transformer *m, size_t B, size_t positions) {
+    const Pass pass = {.B = B, .T_context = positions};
+    for (size_t i = 0; i < m->decoder.n_layers; i++) {
+        Layer *l = &m->decoder.layer[i];
+        if (l->kind != BLOCK_CROSS) continue;
+        const Attention a = attention_of(m, &m->decoder, l, &pass);
+        project_keys(m, l, &a, m->encoder.out, positions, 1);
+    }
+}
+
+/* Entry r of the next pass: position i of row b, behind the token prev. Position 0 of a GPT is the end of its prompt,
+ * fed a second time to the same effect. */
+static void set_position(Transformer *m, size_t r, size_t b, size_t i, int32_t prev) {
+    const size_t pos = m->config.kind == NET_X ? i : prompt_length(&m->config) - 1 + i;
+    m->position[r] = (Position){b, pos, pos + 1};
+    m->decoder.ids[r] = i > 0 ? prev : m->first[b];
+    m->fed[b] = i + 1;
+}
+
+/* ---- The loop that draws tokens on a GPU (kernels/decode.cu) sees arrays, not a network ---- */
+
+static Projection projection_of(const Transformer *m, const Linear *l) {
+    return l->in ? (Projection){value_of(m, l->weight), value_of(m, l->bias), l->in, l->out} : (Projection){0};
+}
+
+static void describe_decoder(Transformer *m) {
+    const Stack *d = &m->decoder;
+    const NetConfig *c = &m->config;
+    Decoder *g = &m->gpu;
+    for (size_t i = 0; i < d->n_layers; i++) {
+        const Layer *l = &d->layer[i];
+        m->gpu_layer[i] = (DecoderLayer){l->kind,
+                                         value_of(m, l->norm.weight),
+                                         value_of(m, l->norm.bias),
+                                         projection_of(m, &l->q),
+                                         projection_of(m, &l->k),
+                                         projection_of(m, &l->v),
+                                         projection_of(m, &l->out),
+                                         projection_of(m, &l->up),
+                                         projection_of(m, &l->down),
+                                         (real *)l->kept_key,
+                                         (real *)l->kept_value};
+    }
+    g->layer = m->gpu_layer, g->n_layers = d->n_layers, g->B = m->now_B, g->N = m->now_N;
+    g->C = d->C, g->K = c->dec_num_tokens, g->heads = d->layer[0].heads, g->D = d->layer[0].D, g->T = d->T;
+    g->T_context = c->kind == NET_X ? prompt_length(c) + m->now_N : 0;
+    g->prompt = c->kind == NET_X ? 0 : prompt_length(c) - 1, g->prompted = c->kind == NET_GPT;
+    g->token = value_of(m, d->token_emb), g->position = value_of(m, d->pos_emb);
+    g->norm_weight = value_of(m, d->norm.weight), g->norm_bias = value_of(m, d->norm.bias);
+    g->head = projection_of(m, &m->head), g->variant = variant_of(m), g->ids = d->ids;
+    g->x = m->shared.x, g->mean = m->shared.mean, g->rstd = m->shared.rstd, g->normed = m->shared.normed;
+    g->query = m->shared.query, g->y = m->shared.y, g->g = m->shared.g, g->last = d->out;
+    g->raw = m->raw, g->logits = m->logits;
+}
+
+/* On a GPU positions come in order, and nothing is taken back. */
+static Err step_on_gpu(Transformer *m, const int32_t *prev, size_t i) {
+    Stack *d = &m->decoder;
+    if (i != m->fed[0]) return err("transformer: decoding step %zu on the GPU, expected %zu", i, m->fed[0]);
+    for (size_t b = 0; b < m->now_B; b++) d->host_ids[b] = i > 0 ? prev[b] : 0, m->fed[b] = i + 1;
+    if (m->config.kind == NET_X || i > 0) { /* else the prompt's end has given the logits */
+        compute_put(&m->on, d->ids, d->host_ids, m->now_B * sizeof *d->ids);
+        TRY(m->on.ops->decode_step(m->on.device, &m->gpu, m->gpu.prompt + i));
+    }
+    TRY(compute_get(&m->on, m->host_logits, m->logits, m->now_B * m->config.dec_num_tokens * sizeof *m->logits));
+    return compute_status(&m->on);
+}
+
+/* ================================ 4. Public ================================ */
+
+const NetConfig *transformer_config(const Transformer *m) {
+    return &m->config;
+}
+Params *transformer_params(Transformer *m) {
+    return &m->params;
+}
+
+void transformer_set_alphas(Transformer *m, const float *alpha) {
+    memcpy(m->alpha, alpha, ((size_t)m->config.n_scales + 1) * sizeof *alpha);
+}
+
+Err transformer_use_cuda(Transformer *m, Precision precision) {
+    return use_cuda(&m->params, precision);
+}
+
+int transformer_on_cuda(const Transformer *m) {
+    return m->params.device != NULL;
+}
+
+/* ---- Plan: which arrays there are. Where they lie is base/plan.c's business. ---- */
+
+static size_t f32(const Compute *on) { /* bytes of a number that a GPU has as float */
+    return on->device ? sizeof(float) : sizeof(real);
+}
+
+/* An array for the whole of a run */
+static void want(Plan *p, void *target, size_t n1, size_t n2, size_t size) {
+    plan_add(p, target, n1 > 0 && n2 > SIZE_MAX / n1 ? SIZE_MAX : n1 * n2, size, 0, PLAN_END);
+}
+
+/* R = B*n rows; keys: rows of keys. A layer has either attention or a feed-forward block, what all share has both. */
+static void want_activations(Plan *p, const Compute *on, Activations *a, size_t R, size_t keys, size_t C, size_t inner,
+                             size_t hidden) {
+    want(p, &a->x, R, C, f32(on)), want(p, &a->mean, R, 1, f32(on)), want(p, &a->rstd, R, 1, f32(on));
+    want(p, &a->normed, R, C, on->unit);
+    if (inner) want(p, &a->query, R, inner, on->unit), want(p, &a->y, R, inner, on->unit);
+    if (inner) want(p, &a->key, keys, inner, on->unit), want(p, &a->value, keys, inner, on->unit);
+    if (hidden) want(p, &a->g, R, hidden, on->unit);
+}
+
+static void want_layer(Transformer *m, Plan *p, const Stack *s, Layer *l, size_t T_context) {
+    Compute *on = &m->on;
+    const Pass pass = whole_pass(s, m->B, s->T, NULL, T_context);
+    const Pass step = {.B = 1, .n = m->B * DECODE_BLOCK, .stride = s->T, .T_context = T_context};
+    const Attention a = attention_of(m, s, l, &pass), one = attention_of(m, s, l, &step);
+    const size_t R = m->B * s->T, inner = l->heads * l->D, hidden = l->up.out;
+    const int attends = l->kind != BLOCK_FEED;
+    memset(&l->act, 0, sizeof l->act);
+    l->kept_key = l->kept_value = NULL;
+    if (attends) compute_needs(on, attention_needs(on, &a, m->train));
+    if (m->train) {
+        want_activations(p, on, &l->act, R, m->B * a.Tk, s->C, inner, hidden);
+        if (attends) want(p, &l->act.saved, attention_saved(on, &a), 1, 1);
+        if (!attends) want(p, &l->act.dg, R, hidden, on->unit);
+    } else if (attends && s->causal) {
+        if (!on->device) compute_needs(on, attention_needs(on, &one, 0));
+        want(p, &l->kept_key, kept_bytes(on, &a), 1, 1), want(p, &l->kept_value, kept_bytes(on, &a), 1, 1);
+    }
+}
+
+/* T_context: positions of the context of cross-attention */
+static void want_stack(Transformer *m, Plan *p, Plan *host, Stack *s, size_t T_context) {
+    const size_t R = m->B * s->T;
+    const Compute *on = &m->on;
+    want(host, &s->host_ids, R, 1, sizeof *s->ids);
+    if (on->device) want(p, &s->ids, R, 1, sizeof *s->ids);
+    for (size_t i = 0; i < s->n_layers; i++) want_layer(m, p, s, &s->layer[i], T_context);
+    if (m->train)
+        want(p, &s->x_end, R, s->C, f32(on)), want(p, &s->end_mean, R, 1, f32(on)),
+            want(p, &s->end_rstd, R, 1, f32(on));
+    want(p, &s->out, R, s->C, on->unit);
+}
+
+/* What gradients need; rows: B*N positions that have logits */
+static void want_gradients(Transformer *m, Plan *p, size_t R, size_t inner, size_t rows) {
+    const NetConfig *c = &m->config;
+    Compute *on = &m->on;
+    const size_t C = c->dim, K = c->dec_num_tokens, hidden = FEED_FACTOR * C;
+    want(p, &m->dx, R, C, f32(on)), want(p, &m->dnormed, R, C, f32(on)), want(p, &m->dcontext, R, C, f32(on));
+    if (on->unit != f32(on)) want(p, &m->dx_operand, R, C, on->unit);
+    if (on->device) want(p, &m->draw, rows, K, on->unit);
+    want(p, &m->dquery, R, inner, on->unit), want(p, &m->dkey, R, inner, on->unit);
+    want(p, &m->dvalue, R, inner, on->unit), want(p, &m->dy, R, inner, on->unit);
+    want(p, &m->dh, R, hidden, on->unit);
+    if (is_scaled(c)) compute_needs(on, variant_needs(on, rows));
+    if (!on->fast || !on->fast->linear_needs) return;
+    compute_needs(on, on->fast->norm_needs(on, R, C));
+    compute_needs(on, on->fast->linear_needs(on, R, C, max_size(hidden, max_size(K, inner))));
+}
+
+/* What a GPU has besides: the arrays of its loss, or of its decoding */
+static void want_on_gpu(Transformer *m, Plan *p, Plan *host, size_t rows) {
+    want(host, &m->host_logits, rows, m->config.dec_num_tokens, sizeof(real));
+    want(host, &m->gpu_layer, m->decoder.n_layers, sizeof *m->gpu_layer, 1);
+    for (int k = 0; k < 3; k++) want(p, &m->loss_ids[k], rows, 1, sizeof(int32_t));
+    want(p, &m->t, m->B, 1, sizeof *m->t), want(p, &m->loss_sums, 2, 1, sizeof *m->loss_sums);
+    compute_needs(&m->on, m->on.ops->fused_loss_needs(rows));
+    m->gpu.B = m->B, m->gpu.N = m->N, m->gpu.heads = m->decoder.layer[0].heads, m->gpu.D = m->decoder.layer[0].D;
+    m->gpu.prompt = prompt_length(&m->config);
+    if (!m->train) want(p, &m->gpu.work, m->on.ops->decode_needs(&m->gpu), 1, 1);
+}
+
+/* All arrays of the present plan: `there` where the network computes, `host` here */
+static void want_all(Transformer *m, Plan *there, Plan *host) {
+    const NetConfig *c = &m->config;
+    Stack *e = &m->encoder, *d = &m->decoder;
+    Compute *on = &m->on;
+    const size_t B = m->B, C = c->dim, T = max_size(e->T, d->T), R = B * T, rows = B * m->N;
+    const Layer *first = e->n_layers ? e->layer : d->layer;
+    const size_t inner = max_size(first->heads * first->D, d->layer->heads * d->layer->D), hidden = FEED_FACTOR * C;
+    if (!m->train) want_activations(there, on, &m->shared, R, R, C, inner, hidden);
+    if (c->kind == NET_X) want_stack(m, there, host, e, 0);
+    want_stack(m, there, host, d, e->T);
+    want(there, &m->logits, rows, c->dec_num_tokens, f32(on));
+    if (m->train && is_scaled(c)) want(there, &m->raw, rows, c->dec_num_tokens, f32(on));
+    want(host, &m->fed, B, 1, sizeof *m->fed), want(host, &m->first, B, 1, sizeof *m->first);
+    if (!m->train) want(host, &m->position, B, DECODE_BLOCK, sizeof *m->position);
+    if (m->train) want_gradients(m, there, R, inner, rows);
+    if (on->device) want_on_gpu(m, there, host, rows);
+    if (m->format != WEIGHTS_REAL && on->fast->stream_needs)
+        compute_needs(on, on->fast->stream_needs(on, R, max_size(hidden, inner)));
+    want(there, &on->scratch, on->scratch_bytes, 1, 1);
+}
+
+/* Arrays that are others under another name */
+static void share_arrays(Transformer *m) {
+    Stack *const stack[2] = {&m->encoder, &m->decoder};
+    for (int k = 0; k < 2; k++) {
+        Stack *s = stack[k];
+        if (!m->on.device) s->ids = s->host_ids;
+        for (size_t i = 0; i < s->n_layers && !m->train; i++) s->layer[i].act = m->shared;
+        if (!m->train) s->x_end = m->shared.x, s->end_mean = m->shared.mean, s->end_rstd = m->shared.rstd;
+    }
+    if (!(m->train && is_scaled(&m->config))) m->raw = m->logits;
+    if (!m->on.device) m->draw = m->raw, m->host_logits = m->logits;
+    if (m->on.unit == f32(&m->on)) m->dx_operand = m->dx;
+}
+
+/* N tokens fit the position tables: the encoder reads the prompt and N, a decoder N, a GPT all but the last. */
+static Err set_lengths(Transformer *m, size_t N) {
+    enum { LENGTH_MAX = 1 << 20 };
+    Stack *e = &m->encoder, *d = &m->decoder;
+    const size_t P = prompt_length(&m->config);
+    if (N < 1 || N > LENGTH_MAX) return err("transformer: %zu tokens, expected 1..%d", N, (int)LENGTH_MAX);
+    e->T = m->config.kind == NET_X ? P + N : 0;
+    d->T = m->config.kind == NET_X ? N : P + N - 1;
+    if (e->T > e->max_T && e->T > 0)
+        return err("transformer: %zu tokens need %zu encoder positions, the table has %zu", N, e->T, e->max_T);
+    if (d->T > d->max_T)
+        return err("transformer: %zu tokens need %zu decoder positions, the table has %zu", N, d->T, d->max_T);
+    return OK;
+}
+
+static void drop_plan(Transformer *m) {
+    if (m->memory) compute_free(&m->on, m->memory);
+    free(m->host_memory);
+    m->memory = m->host_memory = NULL;
+    m->state = IDLE, m->B = 0;
+}
+
+/* Lays the arrays out; *bytes: how much they take where the network computes, *host_bytes: here. */
+static Err lay_out(Transformer *m, size_t B, size_t N, int train, Plan *there, Plan *host, size_t *bytes,
+                   size_t *host_bytes) {
+    enum { BATCH_MAX = 1 << 20 };
+    drop_plan(m);
+    there->what = host->what = "transformer activations";
+    if (B < 1 || B > BATCH_MAX) return err("transformer: batch of %zu, expected 1..%d", B, (int)BATCH_MAX);
+    TRY(set_lengths(m, N));
+    m->on = compute_of(&m->params), m->format = m->params.format, m->train = train;
+    if (m->format != WEIGHTS_REAL && !m->on.fast)
+        return err("transformer: packed weights, which the plain loops do not have");
+    m->B = B, m->N = N;
+    want_all(m, there, host);
+    m->B = 0; /* until the memory is there */
+    if (plan_lay_out(there, bytes) == OK && plan_lay_out(host, host_bytes) == OK) return OK;
+    return err("transformer: a batch of %zu x %zu tokens is too large", B, N);
+}
+
+Err transformer_plan_bytes(Transformer *m, size_t B, size_t N, int train, size_t *bytes) {
+    Plan there = {0}, host = {0};
+    size_t host_bytes;
+    const Err e = lay_out(m, B, N, train, &there, &host, bytes, &host_bytes);
+    plan_free(&there), plan_free(&host);
+    if (e == OK && !m->on.device) *bytes += host_bytes;
+    return e;
+}
+
+Err transformer_plan(Transformer *m, size_t B, size_t N, int train) {
+    Plan there = {0}, host = {0};
+    size_t bytes, host_bytes;
+    Err e = lay_out(m, B, N, train, &there, &host, &bytes, &host_bytes);
+    if (e == OK) e = compute_alloc(&m->on, &m->memory, bytes, "transformer activations");
+    if (e == OK) e = mem_alloc(&m->host_memory, host_bytes, 1, "transformer activations");
+    if (e == OK) {
+        plan_place(&there, m->memory), plan_place(&host, m->host_memory);
+        share_arrays(m);
+        m->B = B;
+    }
+    plan_free(&there), plan_free(&host);
+    return e;
+}
+
+/* ---- Forward and backward ---- */
+
+Err transformer_forward(Transformer *m, const int32_t *x, const int32_t *x_t, const int32_t *t, const int32_t *label,
+                        size_t B, size_t N, const real **logits) {
+    TRY(take_batch(m, x, x_t, t, label, B, N));
+    network_forward(m);
+    head_forward(m, B, N, NULL);
+    if (m->on.device)
+        TRY(compute_get(&m->on, m->host_logits, m->logits, B * N * m->config.dec_num_tokens * sizeof *m->logits));
+    m->state = FORWARD_DONE;
+    *logits = m->host_logits;
+    return compute_status(&m->on);
+}
+
+/* On a GPU dlogits take the place of logits: whatever backward reads, it does not read these. */
+Err transformer_backward(Transformer *m, const real *dlogits) {
+    const size_t B = m->now_B, N = m->now_N, K = m->config.dec_num_tokens;
+    if (!m->train) return err("transformer: backward under a plan without training");
+    if (m->state != FORWARD_DONE) return err("transformer: backward without a forward before it");
+    if (!m->params.row[0].grad) return err("transformer: the parameters have no gradients planned");
+    m->state = IDLE; /* raw is spent: a second backward needs a new forward */
+    if (m->on.device) compute_put(&m->on, m->logits, dlogits, B * N * K * sizeof *dlogits), dlogits = m->logits;
+    if (m->on.device || is_scaled(&m->config)) {
+        const Variant v = variant_of(m);
+        variant_backward(&m->on, m->draw, grad_of(m, m->log_scalors), dlogits, m->raw, &v, B, N, K);
+        dlogits = m->draw;
+    }
+    network_backward(m, dlogits);
+    return compute_status(&m->on);
+}
+
+/* ---- Losses and updates ---- */
+
+Err denoising_loss(Loss *out, const real *logits, const int32_t *target, const real *posterior, size_t R, size_t K,
+                   double alpha, double weight, real *dlogits) {
+    const Compute on = compute_of(NULL);
+    double sums[2];
+    if (R < 1 || K < 1) return err("loss: %zu rows of %zu classes, expected at least one", R, K);
+    if (!(alpha >= 0 && alpha <= 1)) return err("loss: alpha is %g, expected 0..1", alpha);
+    if (!posterior && alpha > 0) return err("loss: alpha is %g, but there is no posterior", alpha);
+    TRY(check_ids("target", target, R, 0, K));
+    loss_rows(&on, sums, dlogits, logits, target, posterior, (real)(weight * alpha / (double)R),
+              (real)(weight * (1 - alpha) / (double)R), R, K);
+    out->hard = sums[0] / (double)R;
+    out->soft = posterior ? sums[1] / (double)R : (double)NAN;
+    out->loss = alpha == 0 ? out->hard : alpha * out->soft + (1 - alpha) * out->hard;
+    return OK;
+}
+
+Err transformer_loss_cuda(Transformer *m, const Schedule *s, const int32_t *x0, const int32_t *x, const int32_t *x_t,
+                          const int32_t *t, const int32_t *label, size_t B, size_t N, double alpha, double weight,
+                          int backward, Loss *out) {
+    const size_t K = m->config.dec_num_tokens, R = B * N;
+    const int32_t *const ids[3] = {x0, x, x_t};
+    double sums[2];
+    if (!m->params.device) return err("transformer: it is not on the GPU");
+    if (backward && !m->train) return err("transformer: backward under a plan without training");
+    if (backward && !m->params.row[0].grad) return err("transformer: the parameters have no gradients planned");
+    if (!(alpha >= 0 && alpha <= 1)) return err("loss: alpha is %g, expected 0..1", alpha);
+    TRY(take_batch(m, x, x_t, t, label, B, N));
+    TRY(check_ids("x_0", x0, R, 0, K));
+    TRY(check_ids("x_t", x_t, R, 0, K));
+    if (s->T != m->config.n_scales) return err("loss: a schedule of %d scales, expected %d", s->T, m->config.n_scales);
+    for (int k = 0; k < 3; k++) compute_put(&m->on, m->loss_ids[k], ids[k], R * sizeof *x);
+    compute_put(&m->on, m->t, t, B * sizeof *t);
+    network_forward(m);
+    project(m, &m->head, m->raw, m->decoder.out, m->head.bias, NULL, 1, R);
+    const FusedLoss loss = {.raw = m->raw,
+                            .draw = backward ? m->draw : NULL,
+                            .dlog_scalors = backward ? grad_of(m, m->log_scalors) : NULL,
+                            .sums = m->loss_sums,
+                            .x0 = m->loss_ids[0],
+                            .target = m->loss_ids[1],
+                            .x_t = m->loss_ids[2],
+                            .t = m->t,
+                            .alpha = s->alpha,
+                            .alphacum = s->alphacum,
+                            .T = s->T,
+                            .variant = variant_of(m),
+                            .B = B,
+                            .N = N,
+                            .K = K,
+                            .soft_weight = (real)(weight * alpha / (double)R),
+                            .hard_weight = (real)(weight * (1 - alpha) / (double)R)};
+    TRY(m->on.ops->fused_loss(&m->on, &loss));
+    if (backward) network_backward(m, m->draw);
+    TRY(compute_get(&m->on, sums, m->loss_sums, sizeof sums)); /* waits: everything has been asked for by now */
+    out->hard = sums[0] / (double)R, out->soft = sums[1] / (double)R;
+    out->loss = alpha == 0 ? out->hard : alpha * out->soft + (1 - alpha) * out->hard;
+    return compute_status(&m->on);
+}
+
+void adamw_step(Params *p, const AdamW *o, uint64_t step) {
+    const Compute on = compute_of(p);
+    const double correction1 = 1 - pow(o->beta1, (double)step), correction2 = 1 - pow(o->beta2, (double)step);
+    AdamStep a = {.rate = (real)(o->lr / correction1), .inverse = (real)(1 / sqrt(correction2))};
+    if (p->device) {
+        p->ops->update(p->device, p, o, step, 0);
+        return;
+    }
+    a.beta1 = (real)o->beta1, a.beta2 = (real)o->beta2, a.eps = (real)o->eps;
+    a.rest1 = (real)(1 - o->beta1), a.rest2 = (real)(1 - o->beta2);
+    for (size_t i = 0; i < p->n; i++) {
+        const Param *row = &p->row[i];
+        if (row->untrained) continue;
+        a.keep = (real)(1 - o->lr * row->decay * o->decay_scale);
+        a.stream = rng_stream(RNG_ROUND, i, step & 0xffffffffu);
+        if (p->bf16_moments)
+            on.fast->adamw_bf16(&on, row->value, row->m16, row->v16, row->grad, &a, row->size);
+        else
+            adamw(&on, row->value, row->m, row->v, row->grad, &a, row->size);
+    }
+}
+
+/* 1 - d */
+static float ema_step(double decay, uint64_t num_updates) {
+    const float n = (float)num_updates, warm = (1 + n) / (10 + n), limit = (float)decay;
+    return 1 - (warm < limit ? warm : limit);
+}
+
+void ema_update(Params *p, double decay, uint64_t num_updates) {
+    const Compute on = compute_of(p);
+    const float step = ema_step(decay, num_updates);
+    if (p->device) {
+        p->ops->update(p->device, p, NULL, 0, step);
+        return;
+    }
+    for (size_t i = 0; i < p->n; i++) moving_average(&on, p->row[i].ema, p->row[i].value, (real)step, p->row[i].size);
+}
+
+void adamw_ema_step(Params *p, const AdamW *o, uint64_t step, double decay, uint64_t num_updates) {
+    if (p->device) {
+        p->ops->update(p->device, p, o, step, ema_step(decay, num_updates));
+        return;
+    }
+    adamw_step(p, o, step);
+    ema_update(p, decay, num_updates);
+}
+
+double lr_at(const LrSchedule *s, uint64_t n) {
+    const double pi = 3.14159265358979323846, x = (double)n;
+    if (x < s->warm_up_steps) return (s->lr_max - s->lr_start) / s->warm_up_steps * x + s->lr_start;
+    double done = (x - s->warm_up_steps) / (s->max_decay_steps - s->warm_up_steps);
+    return s->lr_min + 0.5 * (s->lr_max - s->lr_min) * (1 + cos(pi * (done < 1 ? done : 1)));
+}
+
+/* ---- Decoding ---- */
+
+/* NET_X: the encoder runs, and keys and values of its output are kept for every layer that looks at it. NET_GPT: the
+ * prompt is fed without any mask, as the official sampler does; for a prompt (t, class) training must have used
+ * n_unmasked = 2 to see the same (SPEC 2.6). */
+Err transformer_decode_begin(Transformer *m, const int32_t *x_t, const int32_t *t, const int32_t *label, size_t B,
+                             size_t N) {
+    const NetConfig *c = &m->config;
+    const size_t P = prompt_length(c);
+    m->state = IDLE;
+    if (m->B && m->train) return err("transformer: decoding under a training plan, which has no caches");
+    TRY(check_batch(m, x_t, t, label, B, N));
+    m->now_B = B, m->now_N = N;
+    memset(m->fed, 0, B * sizeof *m->fed);
+    memset(m->first, 0, B * sizeof *m->first); /* sos (SPEC 1.10) */
+    if (m->on.device) describe_decoder(m);
+    if (c->kind == NET_X) {
+        const Pass encode = whole_pass(&m->encoder, B, P + N, NULL, 0);
+        read_prompted(m, &m->encoder, t, label, x_t, N, B, N);
+        stack_forward(m, &m->encoder, &encode, 0);
+        keep_context(m, B, P + N);
+        m->state = DECODING;
+    } else {
+        read_prompted(m, &m->decoder, t, label, NULL, 0, B, 0);
+        memcpy(m->first, c->has_class ? label : t, B * sizeof *m->first);
+        m->state = DECODING; /* what streams does so in the prompt, too */
+        if (m->on.device) return m->on.ops->decode_prompt(m->on.device, &m->gpu, P);
+        for (size_t r = 0; r < B * P; r++) m->position[r] = (Position){r / P, r % P, P};
+        feed_positions(m, B * P);
+    }
+    return compute_status(&m->on);
+}
+
+static Err check_positions(const Transformer *m, const DecodePosition *at, size_t n) {
+    if (m->state != DECODING) return err("transformer: a block of positions before decoding began");
+    if (n < 1 || n > m->now_B * DECODE_BLOCK)
+        return err("transformer: a block of %zu positions, expected 1..%zu", n, m->now_B * DECODE_BLOCK);
+    for (size_t r = 0; r < n; r++) {
+        const size_t b = at[r].b, i = at[r].i;
+        const int same_row = r > 0 && at[r - 1].b == b;
+        if (b >= m->now_B || (r > 0 && b < at[r - 1].b))
+            return err("transformer: row %zu of a batch of %zu, expected rows that rise", b, m->now_B);
+        if (i >= m->now_N || (same_row ? i != at[r - 1].i + 1 : i > m->fed[b]))
+            return err("transformer: decoding position %zu of row %zu, expected %s%zu of %zu", i, b,
+                       same_row ? "" : "0..", same_row ? at[r - 1].i + 1 : m->fed[b], m->now_N);
+        if (i > 0) TRY(check_ids("previous token", &at[r].prev, 1, 0, m->config.dec_num_tokens));
+    }
+    return OK;
+}
+
+Err transformer_decode_block(Transformer *m, const DecodePosition *at, size_t n, const real **logits) {
+    TRY(check_positions(m, at, n));
+    if (m->params.device) return err("transformer: a block of positions, which the GPU's decoding does not have");
+    for (size_t r = 0; r < n; r++) set_position(m, r, at[r].b, at[r].i, at[r].prev);
+    feed_positions(m, n);
+    head_forward(m, 1, n, m->position);
+    *logits = m->logits;
+    return OK;
+}
+
+Err transformer_decode_step(Transformer *m, const int32_t *prev, size_t i, const real **logits) {
+    if (m->state != DECODING) return err("transformer: a decoding step before decoding began");
+    for (size_t b = 0; b < m->now_B; b++)
+        if (i > m->fed[b] || i >= m->now_N)
+            return err("transformer: decoding step %zu, expected 0..%zu of %zu", i, m->fed[b], m->now_N);
+    if (i > 0) TRY(check_ids("previous token", prev, m->now_B, 0, m->config.dec_num_tokens));
+    *logits = m->host_logits;
+    if (m->on.device) return step_on_gpu(m, prev, i);
+    for (size_t b = 0; b < m->now_B; b++) set_position(m, b, b, i, i > 0 ? prev[b] : 0);
+    feed_positions(m, m->now_B);
+    head_forward(m, 1, m->now_B, m->position);
+    return OK;
+}
+
+Err transformer_draw_cuda(Transformer *m, const DrawOptions *o, int32_t *tokens) {
+    if (!m->params.device) return err("transformer: it is not on the GPU");
+    if (m->state != DECODING || m->fed[0] != 0) return err("transformer: drawing without decoding just begun");
+    if (!(o->temperature >= 0)) return err("transformer: temperature %g, expected 0 or more", o->temperature);
+    if (!o->known != !o->keep) return err("transformer: known tokens and their mask go together");
+    if (o->guided && m->now_B % 2) return err("transformer: a batch of %zu rows, expected pairs", m->now_B);
+    for (size_t i = 0; o->known && i < (o->guided ? m->now_B / 2 : m->now_B) * m->now_N; i++)
+        if (o->keep[i % m->now_N]) TRY(check_ids("known token", o->known + i, 1, 0, m->config.dec_num_tokens));
+    for (size_t b = 0; b < m->now_B; b++) m->fed[b] = m->now_N;
+    return m->on.ops->draw(m->on.device, &m->gpu, o, tokens);
+}
+
+DecodeReads transformer_decode_reads(const Transformer *m, size_t N) {
+    const double number = m->format == WEIGHTS_REAL ? sizeof(real) : sizeof(uint16_t); /* of keys and values */
+    DecodeReads r = {0, 0, 0};
+    for (size_t i = 0; i < m->decoder.n_layers; i++) {
+        const Layer *l = &m->decoder.layer[i];
+        const Linear *const linear[] = {&l->q, &l->out, &l->up, &l->down, &l->k, &l->v};
+        const size_t used = l->kind == BLOCK_CROSS ? 4 : 6; /* the context's keys and values are there already */
+        for (size_t k = 0; k < used; k++) {
+            const double numbers = (double)linear[k]->in * (double)linear[k]->out;
+            const Param *p = numbers > 0 ? &m->params.row[linear[k]->weight] : NULL;
+            r.numbers += numbers;
+            r.weight_bytes += p ? numbers * (double)weight_bytes(p->packed.data ? p->packed.format : WEIGHTS_REAL) : 0;
+        }
+        r.kept_bytes += 2 * (double)l->heads * (double)l->D * (double)N * number * (l->kind == BLOCK_CROSS ? 1 : 0.5);
+    }
+    return r;
+}
+
+/* ================================ 5. Settings and the table of parameters ================================ */
 
 enum {
     X_HEAD = 64 /* size of a head in NET_X, whatever dim and heads are (SPEC 1.6) */
@@ -88,11 +1356,6 @@ static const SizeOption *sizes_of(NetKind kind) {
 }
 static size_t *size_field(NetConfig *c, const SizeOption *o) {
     return (size_t *)((char *)c + o->field);
-}
-
-/* Rows of the table that embeds t and the class label. */
-static size_t prompt_tokens(const NetConfig *c) {
-    return c->kind == NET_X ? c->enc_num_tokens : c->input_vocab_size;
 }
 
 /* Every option under `params` must be one that is read here, or be switched off. */
@@ -215,7 +1478,7 @@ static Err add_linear(Transformer *m, Linear *l, size_t in, size_t out, int bias
     int x = m->config.kind == NET_X;
     size_t dim[2] = {out, in};
     double half_width = 1 / sqrt((double)in);
-    l->in = in, l->out = out, l->bias = NO_ROW;
+    l->in = in, l->out = out, l->bias = NONE;
     TRY(params_add(&m->params, &l->weight, x ? INIT_UNIFORM : INIT_NORMAL, x ? half_width : EMBEDDING_STD, WEIGHT_DECAY,
                    2, dim, "%s.weight", name));
     m->params.row[l->weight].matrix = 1;
@@ -249,13 +1512,13 @@ static Err add_x_layer(Transformer *m, Layer *l, size_t C, size_t heads, const c
     return add_linear(m, &l->out, inner, C, 1, name[3]);
 }
 
-/* shared_emb: a row to embed tokens with, or NO_ROW for an own table. logits: the Linear behind the final norm. */
+/* shared_emb: a row to embed tokens with, or NONE for an own table. logits: the Linear behind the final norm. */
 static Err add_x_stack(Transformer *m, Stack *s, const char *side, size_t tokens, size_t length, size_t heads,
                        size_t shared_emb, Linear *logits) {
     char name[NAME_MAX_BYTES];
     size_t C = m->config.dim, dim[2] = {tokens, C}, pos_dim[2] = {length, C};
     s->C = C, s->max_T = length, s->token_emb = shared_emb;
-    if (shared_emb == NO_ROW)
+    if (shared_emb == NONE)
         TRY(params_add(&m->params, &s->token_emb, INIT_NORMAL, EMBEDDING_STD, WEIGHT_DECAY, 2, dim,
                        "%s.token_emb.weight", side));
     TRY(params_add(&m->params, &s->pos_emb, INIT_NORMAL, EMBEDDING_STD, WEIGHT_DECAY, 2, pos_dim,
@@ -276,11 +1539,11 @@ static Err build_x(Transformer *m) {
         m->params.row[m->log_scalors].untrained = !is_scaled(c);
     }
     Linear unused; /* encoder.to_logits is in every official file and takes part in nothing */
-    TRY(add_x_stack(m, &m->encoder, "encoder", c->enc_num_tokens, c->enc_max_seq_len, c->enc_heads, NO_ROW, &unused));
+    TRY(add_x_stack(m, &m->encoder, "encoder", c->enc_num_tokens, c->enc_max_seq_len, c->enc_heads, NONE, &unused));
     m->params.row[unused.weight].untrained = m->params.row[unused.bias].untrained = 1;
     m->decoder.causal = 1;
     return add_x_stack(m, &m->decoder, "decoder", c->dec_num_tokens, c->dec_max_seq_len, c->dec_heads,
-                       c->tie_token_emb ? m->encoder.token_emb : NO_ROW, &m->head);
+                       c->tie_token_emb ? m->encoder.token_emb : NONE, &m->head);
 }
 
 static Err add_gpt_block(Transformer *m, Layer *attention, Layer *feed, size_t i) {
@@ -321,7 +1584,7 @@ static Err stack_create(Stack *s, size_t depth, const BlockKind *order, size_t p
 
 static Err build(Transformer *m) {
     static const BlockKind two[2] = {BLOCK_SELF, BLOCK_FEED}, three[3] = {BLOCK_SELF, BLOCK_CROSS, BLOCK_FEED};
-    m->log_scalors = NO_ROW;
+    m->log_scalors = NONE;
     if (m->config.kind == NET_GPT) {
         m->config.variant = X_PLAIN;
         TRY(stack_create(&m->decoder, m->config.dec_depth, two, 2));
@@ -348,483 +1611,14 @@ Err transformer_create(Transformer **out, const NetConfig *c) {
 
 void transformer_free(Transformer *m) {
     if (!m) return;
-    if (m->params.device) m->params.ops->plan(m, 0, NULL);
+    drop_plan(m);
     params_free(&m->params);
     free(m->encoder.layer);
     free(m->decoder.layer);
-    free(m->arena);
     free(m);
 }
 
-const NetConfig *transformer_config(const Transformer *m) {
-    return &m->config;
-}
-Params *transformer_params(Transformer *m) {
-    return &m->params;
-}
-
-void transformer_set_alphas(Transformer *m, const float *alpha) {
-    memcpy(m->alpha, alpha, ((size_t)m->config.n_scales + 1) * sizeof *alpha);
-}
-
-static real *take(Arena *a, size_t n1, size_t n2, size_t n3) {
-    return (real *)take_bytes(a, n1, n2, n3, sizeof(real));
-}
-
-/* The buffers of a layer: R = B*n rows of queries, B*Tk rows of keys. */
-static void plan_input(Arena *a, Layer *l, size_t R, size_t C) {
-    l->x = take(a, R, C, 1);
-    l->mean = take(a, R, 1, 1);
-    l->rstd = take(a, R, 1, 1);
-    l->normed = take(a, R, C, 1);
-}
-static void plan_queries(Arena *a, Layer *l, size_t R, size_t inner) {
-    l->query = take(a, R, inner, 1);
-    l->y = take(a, R, inner, 1);
-}
-static void plan_keys(Arena *a, Layer *l, size_t B, size_t Tk, size_t inner) {
-    l->key = take(a, B, Tk, inner);
-    l->value = take(a, B, Tk, inner);
-}
-
-/* Training: each layer keeps what its backward needs. */
-static void plan_layer_training(Arena *a, Layer *l, size_t B, size_t T, size_t Tk, size_t C) {
-    l->kept_key = l->kept_value = NULL;
-    plan_input(a, l, B * T, C);
-    if (l->kind == BLOCK_FEED) {
-        l->g = take(a, B * T, FEED_FACTOR * C, 1);
-        l->dg = take(a, B * T, FEED_FACTOR * C, 1);
-        return;
-    }
-    plan_queries(a, l, B * T, l->heads * l->D);
-    plan_keys(a, l, B, Tk, l->heads * l->D);
-    l->p = take(a, B * l->heads, T, Tk);
-}
-
-/* Else all layers share one set of buffers, but a decoder keeps the keys and values of each. */
-static void plan_layer_inference(Arena *a, Layer *l, const Layer *shared, size_t B, size_t Tk, int cache, int packed) {
-    l->x = shared->x, l->mean = shared->mean, l->rstd = shared->rstd, l->normed = shared->normed;
-    l->query = shared->query, l->y = shared->y, l->key = shared->key, l->value = shared->value;
-    l->g = shared->g;
-    l->p = l->dg = NULL;
-    l->kept_key = l->kept_value = NULL;
-    if (!cache || l->kind == BLOCK_FEED) return;
-    const size_t bytes = packed ? sizeof(uint16_t) : sizeof(real);
-    l->kept_key = take_bytes(a, B * l->heads, Tk, kept_width(l->D), bytes);
-    l->kept_value = take_bytes(a, B * l->heads, Tk, kept_width(l->D), bytes);
-}
-
-/* T_context: positions of the context of cross-attention. shared NULL: training. */
-static void plan_stack(Arena *a, Stack *s, const Layer *shared, size_t B, size_t T_context, int packed) {
-    size_t R = B * s->T;
-    s->ids = (int32_t *)take_bytes(a, R, 1, 1, sizeof(int32_t));
-    for (size_t i = 0; i < s->n_layers; i++) {
-        Layer *l = &s->layer[i];
-        size_t Tk = l->kind == BLOCK_CROSS ? T_context : s->T;
-        if (shared)
-            plan_layer_inference(a, l, shared, B, Tk, s->causal, packed);
-        else
-            plan_layer_training(a, l, B, s->T, Tk, s->C);
-    }
-    s->x_end = shared ? shared->x : take(a, R, s->C, 1);
-    s->end_mean = shared ? shared->mean : take(a, R, 1, 1);
-    s->end_rstd = shared ? shared->rstd : take(a, R, 1, 1);
-    s->out = take(a, R, s->C, 1);
-}
-
-/* When the GPU computes: what goes there, and logits if somebody wants them back. */
-static void plan_host_side(Transformer *m, Arena *a) {
-    Stack *e = &m->encoder, *d = &m->decoder;
-    e->ids = (int32_t *)take_bytes(a, m->B, e->T, 1, sizeof(int32_t));
-    d->ids = (int32_t *)take_bytes(a, m->B, d->T, 1, sizeof(int32_t));
-    m->logits = m->raw = take(a, m->B * m->N, m->config.dec_num_tokens, 1);
-    m->fed = (size_t *)take_bytes(a, m->B, 1, 1, sizeof *m->fed);
-}
-
-static void plan_arena(Transformer *m, Arena *a) {
-    const NetConfig *c = &m->config;
-    Stack *e = &m->encoder, *d = &m->decoder;
-    size_t B = m->B, C = c->dim, K = c->dec_num_tokens, T = max_size(e->T, d->T), R = B * T, inner = widest_inner(m);
-    Layer shared;
-    if (m->params.device) {
-        plan_host_side(m, a);
-        return;
-    }
-    memset(&shared, 0, sizeof shared);
-    if (!m->train) {
-        plan_input(a, &shared, R, C);
-        plan_queries(a, &shared, R, inner);
-        plan_keys(a, &shared, B, T, inner);
-        shared.g = take(a, R, FEED_FACTOR * C, 1);
-        m->fed = (size_t *)take_bytes(a, B, 1, 1, sizeof *m->fed);
-        m->first = (int32_t *)take_bytes(a, B, 1, 1, sizeof *m->first);
-        m->cell = (Cell *)take_bytes(a, B, DECODE_BLOCK, 1, sizeof *m->cell);
-    }
-    const int packed = m->format != WEIGHTS_REAL;
-    if (c->kind == NET_X) plan_stack(a, e, m->train ? NULL : &shared, B, 0, packed);
-    plan_stack(a, d, m->train ? NULL : &shared, B, e->T, packed);
-    m->work = packed ? take_bytes(a, gemm_stream_work(R, max_size(FEED_FACTOR * C, inner)), 1, 1, 1) : NULL;
-    m->scores = take(a, B * max_size(c->enc_heads, c->dec_heads), QUERY_BLOCK, T);
-    m->logits = take(a, B * m->N, K, 1);
-    m->raw = m->train && is_scaled(c) ? take(a, B * m->N, K, 1) : m->logits;
-    if (!m->train) return;
-    m->row_sum = take(a, B * m->N, 1, 1);
-    m->dx = take(a, R, C, 1);
-    m->dcontext = take(a, R, C, 1);
-    m->dnormed = take(a, R, C, 1);
-    m->dquery = take(a, R, inner, 1);
-    m->dkey = take(a, R, inner, 1);
-    m->dvalue = take(a, R, inner, 1);
-    m->dy = take(a, R, inner, 1);
-    m->dh = take(a, R, FEED_FACTOR * C, 1);
-}
-
-/* N tokens fit the position tables: the encoder reads the prompt and N, a decoder N, a GPT all but the last. */
-static Err set_lengths(Transformer *m, size_t N) {
-    Stack *e = &m->encoder, *d = &m->decoder;
-    size_t P = prompt_length(&m->config);
-    if (N < 1 || N > LENGTH_MAX) return err("transformer: %zu tokens, expected 1..%d", N, (int)LENGTH_MAX);
-    e->T = m->config.kind == NET_X ? P + N : 0;
-    d->T = m->config.kind == NET_X ? N : P + N - 1;
-    if (e->T > e->max_T && e->T > 0)
-        return err("transformer: %zu tokens need %zu encoder positions, the table has %zu", N, e->T, e->max_T);
-    if (d->T > d->max_T)
-        return err("transformer: %zu tokens need %zu decoder positions, the table has %zu", N, d->T, d->max_T);
-    return OK;
-}
-
-Err transformer_plan_bytes(Transformer *m, size_t B, size_t N, int train, size_t *bytes) {
-    enum { BATCH_MAX = 1 << 20 };
-    Arena measure = {NULL, 0, 0};
-    m->state = IDLE;
-    m->B = 0;
-    free(m->arena);
-    m->arena = NULL;
-    if (B < 1 || B > BATCH_MAX) return err("transformer: batch of %zu, expected 1..%d", B, (int)BATCH_MAX);
-    TRY(set_lengths(m, N));
-    m->B = B, m->N = N, m->train = train, m->format = m->params.format;
-    plan_arena(m, &measure);
-    const Err e = m->params.device ? m->params.ops->plan(m, 0, &measure.bytes) : OK;
-    m->B = 0; /* until the memory is there */
-    TRY(e);
-    if (measure.overflow) return err("transformer: a batch of %zu x %zu tokens is too large", B, N);
-    *bytes = measure.bytes;
-    return OK;
-}
-
-Err transformer_plan(Transformer *m, size_t B, size_t N, int train) {
-    Arena assign = {NULL, 0, 0};
-    size_t bytes = 0;
-    Err e = OK;
-    TRY(transformer_plan_bytes(m, B, N, train, &bytes));
-    if (m->params.device) { /* those bytes there; here what plan_host_side says */
-        Arena host = {NULL, 0, 0};
-        m->B = B;
-        plan_arena(m, &host);
-        e = m->params.ops->plan(m, 1, NULL);
-        bytes = host.bytes, m->B = 0;
-    }
-    TRY(e);
-    TRY(mem_alloc(&m->arena, bytes, 1, "transformer activations"));
-    assign.base = (char *)m->arena;
-    m->B = B;
-    plan_arena(m, &assign);
-    return OK;
-}
-
-/* The projections of source (B*n,C), positions of B batch rows or of cells; a decoder keeps them at their places. */
-void project_keys(const Transformer *m, const Layer *l, const AttendShape *s, const real *source, size_t n) {
-    linear_forward(m, &l->k, l->key, l->k.out, NULL, source, l->k.in, s->B * n);
-    linear_forward(m, &l->v, l->value, l->v.out, NULL, source, l->v.in, s->B * n);
-    if (!l->kept_key) return;
-    keep_positions(s, l->kept_key, l->key, n);
-    keep_positions(s, l->kept_value, l->value, n);
-}
-
-/* attention_forward    next (R,C) = x + to_out(attend(to_q normed, to_k source, to_v source))
- * attention_backward   m->dnormed overwritten, dcontext += (cross-attention), parameters +=, from dout (R,C)
- *   source: normed itself, or the context in cross-attention */
-static void attention_forward(Transformer *m, const Stack *s, Layer *l, real *next, const Pass *pass) {
-    const size_t R = pass->B * pass->n, C = s->C, inner = l->heads * l->D;
-    const AttendShape shape = attend_shape(m, s, l, pass);
-    linear_forward(m, &l->q, l->query, inner, NULL, l->normed, C, R);
-    if (l->kind == BLOCK_SELF)
-        project_keys(m, l, &shape, l->normed, pass->n);
-    else if (pass->context)
-        project_keys(m, l, &shape, pass->context, pass->T_context);
-    if (l->kept_key && (pass->cell || shape.kept_bf16))
-        attend_kept(&shape, l->y, m->scores, l->query, l->kept_key, l->kept_value);
-    else
-        attend_forward(&shape, l->y, l->p, m->scores, l->query, l->key, l->value);
-    linear_forward(m, &l->out, next, C, l->x, l->y, inner, R);
-}
-
-static void attention_backward(Transformer *m, const Stack *s, const Layer *l, const real *dout, real *dcontext,
-                               const Pass *pass) {
-    const size_t R = pass->B * pass->n;
-    const AttendShape shape = attend_shape(m, s, l, pass);
-    linear_backward(m, &l->out, m->dy, 0, dout, l->y, R);
-    attend_backward(&shape, m->dquery, m->dkey, m->dvalue, m->dy, l->p, m->scores, l->query, l->key, l->value);
-    linear_backward(m, &l->q, m->dnormed, 0, m->dquery, l->normed, R);
-    int cross = l->kind == BLOCK_CROSS;
-    real *dsource = cross ? dcontext : m->dnormed;
-    const real *source = cross ? pass->context : l->normed;
-    linear_backward(m, &l->k, dsource, 1, m->dkey, source, shape.B * shape.Tk);
-    linear_backward(m, &l->v, dsource, 1, m->dvalue, source, shape.B * shape.Tk);
-}
-
-/* feed_forward            next (R,C) = x + down(gelu(up normed))
- * feed_forward_backward   m->dnormed overwritten, parameters +=, from dout (R,C) */
-static void feed_forward(Transformer *m, Layer *l, real *next, size_t R) {
-    const size_t C = l->up.in, H = l->up.out;
-    multiply(m, &l->up, l->g, H, 0, l->normed, C, R);
-    gelu_forward(l->g, l->dg, value_of(m, l->up.bias), R, H);
-    linear_forward(m, &l->down, next, C, l->x, l->g, H, R);
-}
-
-static void feed_forward_backward(Transformer *m, const Layer *l, const real *dout, size_t R) {
-    linear_backward(m, &l->down, m->dh, 0, dout, l->g, R);
-    gelu_backward(m->dh, l->dg, R, l->up.out);
-    linear_backward(m, &l->up, m->dnormed, 0, m->dh, l->normed, R);
-}
-
-/* ---- Stack ---- */
-
-/* stack_forward    s->out (B,n-skip,C) = final norm of the last layer's output, without the first `skip` positions
- * stack_backward   from dout (B,n-skip,C): parameters +=, dcontext +=, both embeddings +=. Overwrites m->dx. */
-void stack_forward(Transformer *m, Stack *s, const int32_t *ids, const Pass *pass, size_t skip) {
-    const size_t R = pass->B * pass->n, kept = pass->n - skip;
-    embed_forward(m, s, s->layer[0].x, ids, pass->B, pass->n, pass->cell);
-    for (size_t i = 0; i < s->n_layers; i++) {
-        Layer *l = &s->layer[i];
-        real *next = i + 1 < s->n_layers ? s->layer[i + 1].x : s->x_end;
-        norm_forward(m, &l->norm, l->normed, l->mean, l->rstd, l->x, R);
-        if (l->kind == BLOCK_FEED)
-            feed_forward(m, l, next, R);
-        else
-            attention_forward(m, s, l, next, pass);
-    }
-    for (size_t b = 0; b < (skip ? pass->B : 1); b++)
-        norm_forward(m, &s->norm, s->out + b * kept * s->C, s->end_mean + b * kept, s->end_rstd + b * kept,
-                     s->x_end + (b * pass->n + skip) * s->C, skip ? kept : R);
-}
-
-static void stack_backward(Transformer *m, Stack *s, const real *dout, real *dcontext, const Pass *pass, size_t skip) {
-    const size_t R = pass->B * pass->n, kept = pass->n - skip;
-    memset(m->dx, 0, R * s->C * sizeof *m->dx);
-    for (size_t b = 0; b < (skip ? pass->B : 1); b++) {
-        const size_t at = (b * pass->n + skip) * s->C;
-        norm_backward(m, &s->norm, m->dx + at, dout + b * kept * s->C, s->x_end + at, s->end_mean + b * kept,
-                      s->end_rstd + b * kept, skip ? kept : R);
-    }
-    for (size_t i = s->n_layers; i-- > 0;) {
-        Layer *l = &s->layer[i];
-        if (l->kind == BLOCK_FEED)
-            feed_forward_backward(m, l, m->dx, R);
-        else
-            attention_backward(m, s, l, m->dx, dcontext, pass);
-        norm_backward(m, &l->norm, m->dx, m->dnormed, l->x, l->mean, l->rstd, R);
-        params_ready(&m->params, first_row(l));
-    }
-    embed_backward(m, s, m->dx, s->ids, pass->B, pass->n);
-}
-
-/* ---- Head: what the variants do between the decoder and the logits (SPEC section 1, "Variants") ---- */
-
-/* Scale t and noisy token x_t[i] of batch row b, as the encoder read them. */
-static size_t scale_of_row(const Transformer *m, size_t b) {
-    return (size_t)m->encoder.ids[b * (prompt_length(&m->config) + m->now_N)];
-}
-static int32_t noisy_token(const Transformer *m, size_t b, size_t i) {
-    size_t P = prompt_length(&m->config);
-    return m->encoder.ids[b * (P + m->now_N) + P + i];
-}
-
-/* Element of log_scalors that scales position i of batch row b. */
-static size_t scalor_index(const Transformer *m, size_t b, size_t i) {
-    size_t t = scale_of_row(m, b) - 1;
-    return m->config.variant == X_FINE_SCALED ? t * m->config.dec_max_seq_len + i : t;
-}
-
-/* row[k] += log(alpha [k = x_t] + (1 - alpha)/K): the log probability of x_{t-1} = k given x_t before any learning */
-static void add_residual(real *row, size_t K, double alpha, int32_t x_t) {
-    const double other = (1 - alpha) / (double)K;
-    const real same = (real)log(alpha + other), different = (real)log(other), kept = row[x_t] + same;
-#pragma omp simd
-    for (size_t k = 0; k < K; k++) row[k] += different;
-    row[x_t] = kept;
-}
-
-/* variant_forward    logits = raw * exp(log_scalors) + residual, as the variant has them
- * variant_backward   raw becomes draw = dlogits * exp(log_scalors); dlog_scalors +=
- *   raw, logits, dlogits (B,n,K), or (n,K) of cells; raw may be logits */
-typedef struct {
-    Transformer *m;
-    real *logits, *raw;
-    const real *dlogits;
-    size_t n;
-    const Cell *cell; /* or NULL */
-} VariantRows;
-
-static void variant_forward_row(void *context, size_t r) {
-    const VariantRows *a = (const VariantRows *)context;
-    const NetConfig *c = &a->m->config;
-    const size_t K = c->dec_num_tokens, b = a->cell ? a->cell[r].b : r / a->n, i = a->cell ? a->cell[r].pos : r % a->n;
-    real *logits = a->logits + r * K, *raw = a->raw + r * K;
-    if (is_scaled(c)) {
-        const real scale = (real)exp((double)value_of(a->m, a->m->log_scalors)[scalor_index(a->m, b, i)]);
-#pragma omp simd
-        for (size_t k = 0; k < K; k++) logits[k] = raw[k] * scale;
-    }
-    if (is_residual(c)) add_residual(logits, K, (double)a->m->alpha[scale_of_row(a->m, b)], noisy_token(a->m, b, i));
-}
-
-static void variant_forward(Transformer *m, real *logits, real *raw, size_t B, size_t n, const Cell *cell) {
-    VariantRows a = {m, logits, raw, NULL, n, cell};
-    if (!is_scaled(&m->config) && !is_residual(&m->config)) return;
-    parallel_for(threads_for(B * n * m->config.dec_num_tokens), B * n, variant_forward_row, &a);
-}
-
-static void variant_backward_row(void *context, size_t r) {
-    const VariantRows *a = (const VariantRows *)context;
-    const size_t K = a->m->config.dec_num_tokens, row = scalor_index(a->m, r / a->n, r % a->n);
-    const real scale = (real)exp((double)value_of(a->m, a->m->log_scalors)[row]);
-    const real *d = a->dlogits + r * K;
-    real *raw = a->raw + r * K;
-    a->m->row_sum[r] = scale * dot(d, raw, K);
-#pragma omp simd
-    for (size_t k = 0; k < K; k++) raw[k] = d[k] * scale;
-}
-
-static void variant_backward(Transformer *m, real *raw, const real *dlogits, size_t B, size_t n) {
-    VariantRows a = {m, NULL, raw, dlogits, n, NULL};
-    real *dlog_scalors = grad_of(m, m->log_scalors);
-    parallel_for(threads_for(B * n * m->config.dec_num_tokens), B * n, variant_backward_row, &a);
-    for (size_t r = 0; r < B * n; r++) dlog_scalors[scalor_index(m, r / n, r % n)] += m->row_sum[r];
-}
-
-/* The decoder's output (B,n,C) to m->logits (B,n,K); of cells, B = 1. */
-void head_forward(Transformer *m, size_t B, size_t n, const Cell *cell) {
-    linear_forward(m, &m->head, m->raw, m->head.out, NULL, m->decoder.out, m->head.in, B * n);
-    variant_forward(m, m->logits, m->raw, B, n, cell);
-}
-
-/* ---- Forward and backward of the whole network; the twins of all of it from the blocks on ---- */
-
-Err check_ids(const char *what, const int32_t *ids, size_t n, int32_t lo, size_t end) {
-    if (!ids) return err("transformer: no %s given", what);
-    for (size_t i = 0; i < n; i++)
-        if (ids[i] < lo || (size_t)ids[i] >= end)
-            return err("transformer: %s[%zu] is %d, expected %d..%zu", what, i, (int)ids[i], (int)lo, end - 1);
-    return OK;
-}
-
-Err check_batch(const Transformer *m, const int32_t *x_t, const int32_t *t, const int32_t *label, size_t B, size_t N) {
-    const NetConfig *c = &m->config;
-    if (!m->B) return err("transformer: nothing is planned");
-    if (m->format != m->params.format) return err("transformer: planned for matrices in another format");
-    if (m->params.n == 0 || !m->params.row[0].value) return err("transformer: the parameters have no values yet");
-    if (B < 1 || B > m->B || N < 1 || N > m->N)
-        return err("transformer: a batch of %zu x %zu tokens, planned for up to %zu x %zu", B, N, m->B, m->N);
-    TRY(check_ids("t", t, B, 1, (size_t)c->n_scales + 1));
-    if (c->has_class) TRY(check_ids("label", label, B, 0, prompt_tokens(c)));
-    if (c->kind == NET_X) TRY(check_ids("x_t", x_t, B * N, 0, c->dec_num_tokens));
-    return OK;
-}
-
-/* ids (B,P+n) = [t, (label,) tokens[b,0..n-1]]; rows of tokens are `stride` apart. */
-void prompted_ids(const NetConfig *c, int32_t *ids, const int32_t *t, const int32_t *label, const int32_t *tokens,
-                  size_t stride, size_t B, size_t n) {
-    size_t P = prompt_length(c);
-    for (size_t b = 0; b < B; b++) {
-        int32_t *row = ids + b * (P + n);
-        row[0] = t[b];
-        if (c->has_class) row[1] = label[b];
-        if (n) memcpy(row + P, tokens + b * stride, n * sizeof *row);
-    }
-}
-
-/* ids (B,N) = [sos, x[b,0..N-2]]; sos is token 0 (SPEC 1.10). */
-static void shifted_ids(int32_t *ids, const int32_t *x, size_t B, size_t N) {
-    for (size_t b = 0; b < B; b++) {
-        ids[b * N] = 0;
-        memcpy(ids + b * N + 1, x + b * N, (N - 1) * sizeof *ids);
-    }
-}
-
-Pass whole_pass(const Stack *s, size_t B, size_t n, const real *context, size_t T_context) {
-    Pass pass;
-    pass.B = B, pass.n = pass.stride = n, pass.cell = NULL, pass.causal = s->causal;
-    pass.context = context, pass.T_context = T_context;
-    return pass;
-}
-
-/* Checks the batch and lays out what the networks read. */
-Err take_batch(Transformer *m, const int32_t *x, const int32_t *x_t, const int32_t *t, const int32_t *label, size_t B,
-               size_t N) {
-    const NetConfig *c = &m->config;
-    m->state = IDLE;
-    TRY(check_batch(m, x_t, t, label, B, N));
-    TRY(check_ids("x", x, B * N, 0, c->dec_num_tokens));
-    m->now_B = B, m->now_N = N;
-    if (c->kind == NET_X) {
-        prompted_ids(c, m->encoder.ids, t, label, x_t, N, B, N);
-        shifted_ids(m->decoder.ids, x, B, N);
-    } else
-        prompted_ids(c, m->decoder.ids, t, label, x, N, B, N - 1);
-    return OK;
-}
-
-Err transformer_forward(Transformer *m, const int32_t *x, const int32_t *x_t, const int32_t *t, const int32_t *label,
-                        size_t B, size_t N, const real **logits) {
-    Stack *e = &m->encoder, *d = &m->decoder;
-    const size_t P = prompt_length(&m->config);
-    TRY(take_batch(m, x, x_t, t, label, B, N));
-    if (m->params.device)
-        TRY(m->params.ops->forward(m));
-    else if (m->config.kind == NET_X) {
-        const Pass encode = whole_pass(e, B, P + N, NULL, 0), decode = whole_pass(d, B, N, e->out, P + N);
-        stack_forward(m, e, e->ids, &encode, 0);
-        stack_forward(m, d, d->ids, &decode, 0);
-    } else {
-        const Pass pass = whole_pass(d, B, P + N - 1, NULL, 0);
-        stack_forward(m, d, d->ids, &pass, P - 1);
-    }
-    if (!m->params.device) head_forward(m, B, N, NULL);
-    m->state = FORWARD_DONE;
-    *logits = m->logits;
-    return OK;
-}
-
-Err transformer_backward(Transformer *m, const real *dlogits) {
-    Stack *e = &m->encoder, *d = &m->decoder;
-    const size_t B = m->now_B, N = m->now_N, P = prompt_length(&m->config);
-    if (!m->train) return err("transformer: backward under a plan without training");
-    if (m->state != FORWARD_DONE) return err("transformer: backward without a forward before it");
-    if (!m->params.row[0].grad) return err("transformer: the parameters have no gradients planned");
-    if (m->params.device) {
-        m->state = IDLE;
-        return m->params.ops->backward(m, dlogits);
-    }
-    const real *draw = dlogits;
-    if (is_scaled(&m->config)) {
-        variant_backward(m, m->raw, dlogits, B, N);
-        draw = m->raw;
-    }
-    real *dout = m->dnormed; /* (B*N,C): the final norm reads it before the last block writes there */
-    linear_backward(m, &m->head, dout, 0, draw, d->out, B * N);
-    if (m->config.kind == NET_X) {
-        const Pass encode = whole_pass(e, B, P + N, NULL, 0), decode = whole_pass(d, B, N, e->out, P + N);
-        memset(m->dcontext, 0, B * (P + N) * e->C * sizeof *m->dcontext);
-        stack_backward(m, d, dout, m->dcontext, &decode, 0);
-        stack_backward(m, e, m->dcontext, NULL, &encode, 0);
-    } else {
-        const Pass pass = whole_pass(d, B, P + N - 1, NULL, 0);
-        stack_backward(m, d, dout, NULL, &pass, P - 1);
-    }
-    m->state = IDLE; /* raw is spent: a second backward needs a new forward */
-    return OK;
-}
+/* ---- What a transition's file holds ---- */
 
 /* 1 where query i sees key j: causal, and the first n_unmasked see each other (SPEC 2.3). One byte each: PyTorch
  * converts when it loads. */
@@ -863,10 +1657,26 @@ Err transition_tensors(TensorList *list, Transformer *net, char which, const Sch
     return compact ? OK : derived_tensors(list, transformer_config(net));
 }
 
-Err transformer_use_cuda(Transformer *m, Precision precision) {
-    return use_cuda(&m->params, precision);
-}
+/* ---- The plain loops, for tests, which compare each with its fellows ---- */
 
-int transformer_on_cuda(const Transformer *m) {
-    return m->params.device != NULL;
-}
+extern const Layers transformer_layers;
+const Layers transformer_layers = {
+    .embed_forward = embed_forward,
+    .embed_backward = embed_backward,
+    .norm_forward = norm_forward,
+    .norm_backward = norm_backward,
+    .linear_forward = linear_forward,
+    .linear_backward = linear_backward,
+    .gelu_forward = gelu_forward,
+    .gelu_backward = gelu_backward,
+    .attention_forward = attention_forward,
+    .attention_backward = attention_backward,
+    .variant_forward = variant_forward,
+    .variant_backward = variant_backward,
+    .denoising_loss = loss_rows,
+    .adamw = adamw,
+    .ema = moving_average,
+    .kept_bytes = kept_bytes,
+    .keep_positions = keep_positions,
+    .attention_from_kept = attention_from_kept,
+};

@@ -31,7 +31,7 @@ const Layers *layers_here(void) {
 
 Compute compute_of(const Params *p) {
     Compute on = {.unit = sizeof(real), .threads = threads_get()};
-    if (p->device) {
+    if (p && p->device) {
         on.ops = p->ops, on.device = p->device;
         on.fast = p->ops->layers, on.unit = p->ops->unit;
         return on;

@@ -43,7 +43,8 @@ struct Compute {
     size_t scratch_bytes; /* the most that any of them needs */
 };
 
-/* Where the network of this table computes, from the next plan on. Scratch is still to be planned. */
+/* Where the network of this table computes, from the next plan on; of none (NULL): this processor. Scratch is still to be
+ * planned. */
 Compute compute_of(const Params *p);
 /* This processor's fellows, whoever else computes; NULL in a program without kernels/ (PLAIN=1). */
 const Layers *layers_here(void);
@@ -115,6 +116,7 @@ typedef struct {
 } Position;
 
 /* Attention of Tq queries to Tk keys, in `heads` heads of D channels each; inner = heads*D. */
+enum { HEAD_MAX = 1024 }; /* channels of a head */
 typedef struct {
     size_t B, heads, D, Tq, Tk;
     size_t key_stride; /* positions from one batch row's keys to the next's, >= Tk */
@@ -183,6 +185,29 @@ typedef struct {
     size_t rows; /* the network's batch rows of a sample: 2 under guidance, else 1 */
 } Guesses;
 
+#define LAYER_NORM_EPS 1e-5
+
+/* What the head's variants make of the raw logits r of position i, whose scale is t and whose noisier token is x:
+ *     logits[k] = exp(s) r[k] + log(alpha_t [k = x] + (1 - alpha_t)/K),   s = log_scalors[t-1], or [t-1,i] if fine */
+typedef struct {
+    const real *log_scalors; /* (scales), or (scales,length) if fine; NULL: s = 0 */
+    int fine, residual;      /* not residual: without the logarithm */
+    size_t scales, length;
+    const int32_t *ids; /* (B,prompt+N) what the encoder read: t, (label,) x_t[0..N-1] */
+    size_t prompt, N;
+    float alpha[MAX_SCALES + 1];
+} Variant;
+
+/* AdamW as PyTorch has it; what it does stands in transformer.cu. */
+typedef struct AdamW {
+    double lr, beta1, beta2, eps, decay_scale; /* decay_scale times a tensor's own decay */
+} AdamW;
+/* The numbers of one step for one tensor */
+typedef struct {
+    real keep, rate, inverse, eps, beta1, beta2, rest1, rest2;
+    uint64_t stream; /* of random numbers, for moments in bf16 */
+} AdamStep;
+
 /* ---- The fellows. Outputs, then inputs, then sizes. What each computes stands with its plain loop: vqgan.c and
  *      transformer.cu. x_needs: bytes of scratch for that shape, backward too if it says so. ---- */
 
@@ -240,20 +265,33 @@ struct Layers {
     void (*gelu_forward)(const Compute *on, real *g, real *dg, const real *bias, size_t R, size_t H);
     void (*gelu_backward)(const Compute *on, real *dh, const real *dg, size_t R, size_t H);
     size_t (*attention_needs)(const Compute *on, const Attention *s, int backward);
-    size_t (*attention_kept)(
-        const Attention *s); /* bytes that forward leaves for backward: p, or its logarithms' sums */
-    void (*attention_forward)(const Compute *on, real *y, real *kept, const real *q, const real *k, const real *v,
+    size_t (*attention_saved)(const Attention *s); /* bytes that forward leaves for backward */
+    void (*attention_forward)(const Compute *on, real *y, real *saved, const real *q, const real *k, const real *v,
                               const Attention *s);
     void (*attention_backward)(const Compute *on, real *dq, real *dk, real *dv, const real *dy, const real *y,
-                               const real *kept, const real *q, const real *k, const real *v, const Attention *s);
+                               const real *saved, const real *q, const real *k, const real *v, const Attention *s);
+    size_t (*variant_needs)(const Compute *on, size_t R);
+    void (*variant_forward)(const Compute *on, real *logits, const real *raw, const Variant *v, const Position *at,
+                            size_t B, size_t n, size_t K);
+    void (*variant_backward)(const Compute *on, real *draw, real *dlog_scalors, const real *dlogits, const real *raw,
+                             const Variant *v, size_t B, size_t n, size_t K);
+    /* ---- transformer.cu, what a GPU does in another way: fused_loss and update of DeviceOps ---- */
+    void (*denoising_loss)(const Compute *on, double sums[2], real *dlogits, const real *logits, const int32_t *target,
+                           const real *posterior, real soft_weight, real hard_weight, size_t R, size_t K);
+    void (*adamw)(const Compute *on, real *w, real *m, real *v, const real *g, const AdamStep *a, size_t n);
+    void (*adamw_bf16)(const Compute *on, real *w, uint16_t *m, uint16_t *v, const real *g, const AdamStep *a,
+                       size_t n);
+    void (*ema)(const Compute *on, real *ema, const real *w, real step, size_t n);
 
-    /* ---- Few rows, on a CPU alone: products that stream weights by, kept keys and values ---- */
+    /* ---- Keys and values kept while decoding. The GPU only takes whole contexts; its loop is DeviceOps' ---- */
+    size_t (*kept_bytes)(const Compute *on, const Attention *s); /* of the keys of a layer, as many of its values */
+    void (*keep_positions)(const Compute *on, void *kept, const real *x, size_t n, const Attention *s);
+    void (*attention_from_kept)(const Compute *on, real *y, const real *q, const void *k, const void *v,
+                                const Attention *s);
+    /* ---- Few rows, on a CPU alone: products that stream weights by ---- */
     size_t (*stream_needs)(const Compute *on, size_t R, size_t C);
     void (*linear_stream)(const Compute *on, real *y, const real *x, const Weights *w, const real *bias,
                           const real *add, size_t R, size_t C, size_t M);
-    void (*keep_positions)(const Compute *on, void *kept, const real *x, size_t n, const Attention *s);
-    void (*attention_kept_forward)(const Compute *on, real *y, const real *q, const void *k, const void *v,
-                                   const Attention *s);
     size_t (*weights_bytes)(WeightFormat format, size_t N, size_t K);
     void (*weights_pack)(WeightFormat format, void *data, float *scale, const real *x, size_t j, size_t K);
 
@@ -294,12 +332,66 @@ Err use_cuda(Params *p, Precision precision); /* the table's twin there; params_
 int check_device(const char *device);
 void say_cpu(void);
 
-typedef struct Transformer Transformer;
 typedef struct Perceptual Perceptual;
-typedef struct Schedule Schedule;
-typedef struct Loss Loss;
-typedef struct DrawOptions DrawOptions;
-typedef struct AdamW AdamW;
+
+/* ---- What a GPU does whole ---- */
+
+/* Losses of training and the gradient of raw logits, in one kernel. All addresses are on the GPU. */
+typedef struct {
+    const real *raw; /* (B,N,K) f32 */
+    real *draw;      /* (B,N,K) overwritten; NULL: no gradient */
+    real *dlog_scalors;
+    double *sums;                         /* (2) of the hard and the soft loss over all positions */
+    const int32_t *x0, *target, *x_t, *t; /* (B,N) and t (B): x_0, x_{t-1}, x_t */
+    const float *alpha, *alphacum;        /* (T+1) of the schedule, on the host */
+    int T;
+    Variant variant;
+    size_t B, N, K;
+    real soft_weight, hard_weight; /* of the gradient of one position */
+} FusedLoss;
+
+/* A decoder for the loop that draws tokens there. All addresses are on the GPU but `layer` itself. */
+typedef enum { BLOCK_SELF, BLOCK_CROSS, BLOCK_FEED } BlockKind;
+typedef struct {
+    const real *weight, *bias; /* weight (out,in); bias (out) or NULL */
+    size_t in, out;
+} Projection;
+typedef struct {
+    BlockKind kind;
+    const real *norm_weight, *norm_bias;
+    Projection q, k, v, out, up, down;
+    real *key, *value; /* (B,T,inner) of earlier positions, or (B,T_context,inner) of the context */
+} DecoderLayer;
+typedef struct {
+    const DecoderLayer *layer;
+    size_t n_layers, B, N, C, K, heads, D;
+    size_t T, T_context; /* positions that keys have room for; of the context */
+    size_t prompt;       /* positions in front of token 0's */
+    int prompted;        /* the prompt has been fed, and its end gave the logits of token 0 */
+    const real *token, *position, *norm_weight, *norm_bias;
+    Projection head;
+    Variant variant;
+    int32_t *ids;                        /* (B,n) what the next pass reads */
+    real *x, *mean, *rstd;               /* (B*n,C), (B*n) x2, f32 */
+    real *normed, *query, *y, *g, *last; /* (B*n,C), (B*n,inner) x2, (B*n,4C), (B*n,C) */
+    real *raw, *logits;                  /* (B,K) f32 */
+    void *work;
+} Decoder;
+
+/* How tokens are drawn: transformer_draw_cuda of imagebart.h. */
+typedef struct DrawOptions {
+    uint64_t seed;
+    const uint64_t *stream; /* (n) of random numbers; index = position */
+    double temperature;
+    size_t top_k;
+    const int32_t *known; /* (n,N) tokens that are forced where keep (N) is 1; both or neither */
+    const uint8_t *keep;
+    double *fit;                                 /* (n) += log probability of what is forced; NULL: not wanted */
+    int (*progress)(void *context, size_t done); /* now and then; nonzero return stops with an error; or NULL */
+    void *context;
+    int guided;
+    double guidance; /* then: logits = uncond + guidance (cond - uncond) */
+} DrawOptions;
 
 enum { DEVICE_ID_BYTES = 128 };
 
@@ -330,15 +422,13 @@ struct DeviceOps {
     double (*grad_norm)(Device *d);
     void (*swap_ema)(Device *d);
     void (*update)(Device *d, const Params *p, const AdamW *o, uint64_t step, float ema_step);
-    /* networks: transformer.cu, optimizer.cu, decode.cu; the ids of a batch are where the CPU's forward puts them */
-    Err (*plan)(Transformer *m, int allocate, size_t *bytes);
-    Err (*forward)(Transformer *m);
-    Err (*backward)(Transformer *m, const real *dlogits);
-    Err (*train)(Transformer *m, const Schedule *s, const int32_t *x0, const int32_t *x, const int32_t *x_t,
-                 const int32_t *t, double alpha, double weight, int backward, Loss *out);
-    Err (*decode_begin)(Transformer *m);
-    Err (*decode_step)(Transformer *m, size_t i);
-    Err (*draw)(Transformer *m, const DrawOptions *o, int32_t *tokens);
+    /* transformers: what is not made of layers */
+    size_t (*fused_loss_needs)(size_t R);
+    Err (*fused_loss)(const Compute *on, const FusedLoss *l);
+    size_t (*decode_needs)(const Decoder *s); /* bytes of Decoder.work */
+    Err (*decode_prompt)(Device *d, const Decoder *s, size_t n);
+    Err (*decode_step)(Device *d, const Decoder *s, size_t pos);
+    Err (*draw)(Device *d, const Decoder *s, const DrawOptions *o, int32_t *tokens);
     /* LPIPS: the end of perceptual.c */
     Err (*perceptual_plan)(Perceptual *p, int allocate, size_t *bytes);
     void (*perceptual_free)(Perceptual *p);

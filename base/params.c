@@ -95,6 +95,8 @@ static Err plan_arena(Params *p, int arena, const char *what) {
 }
 
 Err params_plan(Params *p, int what) {
+    if ((what & PLAN_ADAM) && p->bf16_moments && !compute_of(p).fast)
+        return err("moments in bf16 take kernels/, which this program was built without: make without PLAIN=1");
     if (what & PLAN_VALUE) TRY(plan_arena(p, 0, "parameters"));
     if (what & PLAN_GRAD) TRY(plan_arena(p, 1, "gradients"));
     if (what & PLAN_ADAM) TRY(plan_arena(p, 2, "first moments"));

@@ -21,6 +21,7 @@ static inline size_t weight_bytes(WeightFormat f) { /* of one number */
 }
 
 enum { NAME_MAX_BYTES = 160 };
+enum { MAX_SCALES = 64 }; /* of a model */
 /* A table has one row per tensor of a model. Allocation, init, load, save, decay, optimizer, EMA and gradient checks
  * loop over the rows, and nothing else knows names or order. */
 typedef enum { INIT_ZERO, INIT_ONE, INIT_NORMAL, INIT_UNIFORM } Init;

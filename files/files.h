@@ -228,7 +228,6 @@ Err tokens_finish(TokensPart *p, Tokens *x);
 void tokens_stop(TokensPart *p); /* releases; what was appended stays for the next start */
 
 /* ---- recipe.c: named models and recipes ---- */
-enum { MAX_SCALES = 64 }; /* of a model */
 typedef struct {
     const char *name, *folder, *vqgan, *zip, *schedule, *what; /* what: one line for --list */
     int T;

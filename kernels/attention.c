@@ -1,17 +1,31 @@
 /* attention.c - softmax(q k^T / sqrt(D)) v, forward and backward, and query by query as decoding has it.
  *
- * On the CPU heads run in parallel, up to QUERY_BLOCK queries at a time, so that their scores stay in cache. The CUDA
- * twins are plain in float, which is where to begin, and on tensor cores in bf16. Prototypes: transformer.h. */
-#include "kernels/transformer.h"
+ * The fellows of the plain loops in transformer.cu, where formula and shapes stand. Heads run in parallel, up to
+ * QUERY_BLOCK queries at a time, so that their scores stay in cache. */
+#include "kernels/math.h"
+
+enum { QUERY_BLOCK = 144 }; /* queries that attention treats at a time */
+
+/* Scratch: the scores of a block of queries for every batch row and head, (B*heads, QUERY_BLOCK, key_stride); while
+ * decoding, those of every query and head, (Tq*heads, key_stride). */
+size_t attention_needs_fast(const Compute *on, const Attention *s, int backward) {
+    (void)on, (void)backward;
+    return s->B * s->heads * max_size(QUERY_BLOCK, s->B == 1 ? s->Tq : 0) * s->key_stride * sizeof(real);
+}
+
+/* Forward leaves the probabilities p (B,heads,Tq,Tk); beyond the visible keys they are unspecified. */
+size_t attention_saved_fast(const Attention *s) {
+    return s->B * s->heads * s->Tq * s->Tk * sizeof(real);
+}
 
 /* Keys 0..visible-1 are seen by query i; never falls with i. */
-static size_t visible(const AttendShape *s, size_t i) {
+static size_t visible(const Attention *s, size_t i) {
     if (!s->causal) return s->Tk;
     return i < s->unmasked ? min_size(s->unmasked, s->Tk) : i + 1;
 }
 
 /* Queries at a time, equal shares: large blocks read keys and values less often, but causal ones see more in vain. */
-static size_t query_rows(const AttendShape *s) {
+static size_t query_rows(const Attention *s) {
     const size_t most = s->causal ? QUERY_BLOCK / 2 : QUERY_BLOCK;
     return ceil_div(s->Tq, ceil_div(s->Tq, most));
 }
@@ -30,19 +44,16 @@ static void softmax_row(real *s, size_t n, size_t end, real scale) {
     for (size_t j = n; j < end; j++) s[j] = 0;
 }
 
-/* attend_forward    y = softmax(q k^T / sqrt(D), over the visible keys) v, for every batch row and head
- * attend_backward   dq, dk, dv overwritten, from dy and the probabilities p of forward
- *   q, y (B,Tq,heads*D)   k, v (B,key_stride,heads*D)   p (B,heads,Tq,Tk), beyond the visible keys unspecified
- *   scores (B*heads, QUERY_BLOCK, Tk): work space; forward uses it when p is NULL. backward needs key_stride = Tk. */
 typedef struct {
-    const AttendShape *s;
+    const Attention *s;
     const real *q, *k, *v, *dy;
-    real *y, *p, *scores, *dq, *dk, *dv;
+    real *y, *scores, *dq, *dk, *dv;
+    real *p; /* NULL: the probabilities are not kept */
 } Attend;
 
 static void attend_forward_head(void *context, size_t task) {
     const Attend *a = (const Attend *)context;
-    const AttendShape *s = a->s;
+    const Attention *s = a->s;
     const size_t inner = s->heads * s->D, b = task / s->heads, h = task % s->heads, block = query_rows(s);
     const size_t at_key = b * s->key_stride * inner + h * s->D;
     const real scale = (real)(1 / sqrt((double)s->D));
@@ -56,8 +67,9 @@ static void attend_forward_head(void *context, size_t task) {
     }
 }
 
-void attend_forward(const AttendShape *s, real *y, real *p, real *scores, const real *q, const real *k, const real *v) {
-    Attend a = {s, q, k, v, NULL, y, p, scores, NULL, NULL, NULL};
+void attention_forward_fast(const Compute *on, real *y, real *saved, const real *q, const real *k, const real *v,
+                            const Attention *s) {
+    Attend a = {.s = s, .q = q, .k = k, .v = v, .y = y, .p = saved, .scores = (real *)on->scratch};
     parallel_for(threads_free(), s->B * s->heads, attend_forward_head, &a);
 }
 
@@ -67,11 +79,21 @@ void attend_forward(const AttendShape *s, real *y, real *p, real *scores, const 
  * packed weights rounded to bf16, and then whole sequences go the same way, one query at a time, so that decoding with
  * kept keys equals them bit for bit. A query among others gives the same bits as alone. */
 
-/* attend_kept      y = softmax(q k^T / sqrt(D), over the visible keys) v, for every batch row and head, or cell and head
- * keep_positions   kept (B,heads,key_stride,width) at 0..n-1, or where the cells say, = x (B,n,heads*D)
- *   q, y (B,Tq,heads*D)   k, v as kept   scores (B*heads, QUERY_BLOCK, Tk): work space */
+static inline size_t kept_width(size_t D) {
+    return round_up(D, 16);
+}
+static inline size_t kept_number(const Attention *s) { /* its bytes */
+    return s->kept_bf16 ? sizeof(uint16_t) : sizeof(real);
+}
+
+/* kept (B,heads,key_stride,width) */
+size_t kept_bytes_fast(const Compute *on, const Attention *s) {
+    (void)on;
+    return s->B * s->heads * s->key_stride * kept_width(s->D) * kept_number(s);
+}
+
 typedef struct {
-    const AttendShape *s;
+    const Attention *s;
     const real *q;
     const char *k, *v;
     real *y, *scores;
@@ -79,9 +101,9 @@ typedef struct {
 
 /* Row r of q, head h, with the first `keys` of batch row b. */
 static void attend_kept_query(const AttendKept *a, size_t b, size_t h, size_t r, size_t keys, real *p) {
-    const AttendShape *s = a->s;
+    const Attention *s = a->s;
     const size_t D = s->D, width = kept_width(D);
-    const size_t at = (b * s->heads + h) * s->key_stride * width * kept_bytes(s);
+    const size_t at = (b * s->heads + h) * s->key_stride * width * kept_number(s);
     const size_t row = (r * s->heads + h) * D;
     real padded[HEAD_MAX];
     memcpy(padded, a->q + row, D * sizeof *padded);
@@ -94,30 +116,31 @@ static void attend_kept_query(const AttendKept *a, size_t b, size_t h, size_t r,
 
 static void attend_kept_head(void *context, size_t task) {
     const AttendKept *a = (const AttendKept *)context;
-    const AttendShape *s = a->s;
+    const Attention *s = a->s;
     const size_t b = task / s->heads, h = task % s->heads;
     for (size_t i = 0; i < s->Tq; i++)
         attend_kept_query(a, b, h, b * s->Tq + i, visible(s, i), a->scores + task * QUERY_BLOCK * s->Tk);
 }
 
-static void attend_kept_cell(void *context, size_t task) {
+static void attend_kept_position(void *context, size_t task) {
     const AttendKept *a = (const AttendKept *)context;
-    const AttendShape *s = a->s;
-    const size_t h = task / s->Tq, r = task % s->Tq, keys = s->Tk ? s->Tk : s->cell[r].visible;
-    attend_kept_query(a, s->cell[r].b, h, r, keys, a->scores + task * s->key_stride);
+    const Attention *s = a->s;
+    const size_t h = task / s->Tq, r = task % s->Tq, keys = s->Tk ? s->Tk : s->position[r].visible;
+    attend_kept_query(a, s->position[r].b, h, r, keys, a->scores + task * s->key_stride);
 }
 
-void attend_kept(const AttendShape *s, real *y, real *scores, const real *q, const void *k, const void *v) {
-    AttendKept a = {s, q, (const char *)k, (const char *)v, y, scores};
+void attention_from_kept_fast(const Compute *on, real *y, const real *q, const void *k, const void *v,
+                              const Attention *s) {
+    AttendKept a = {s, q, (const char *)k, (const char *)v, y, (real *)on->scratch};
     const int threads = threads_for(s->B * s->Tq * s->key_stride * s->heads * s->D);
-    if (s->cell)
-        parallel_for(threads, s->Tq * s->heads, attend_kept_cell, &a);
+    if (s->position)
+        parallel_for(threads, s->Tq * s->heads, attend_kept_position, &a);
     else
         parallel_for(threads, s->B * s->heads, attend_kept_head, &a);
 }
 
 typedef struct {
-    const AttendShape *s;
+    const Attention *s;
     char *kept;
     const real *x;
     size_t n;
@@ -125,11 +148,11 @@ typedef struct {
 
 static void keep_row(void *context, size_t r) {
     const Keep *a = (const Keep *)context;
-    const AttendShape *s = a->s;
-    const size_t width = kept_width(s->D), b = s->cell ? s->cell[r].b : r / a->n,
-                 at = s->cell ? s->cell[r].pos : r % a->n;
+    const Attention *s = a->s;
+    const size_t width = kept_width(s->D), b = s->position ? s->position[r].b : r / a->n,
+                 at = s->position ? s->position[r].pos : r % a->n;
     for (size_t h = 0; h < s->heads; h++) {
-        const size_t bytes = kept_bytes(s);
+        const size_t bytes = kept_number(s);
         char *to = a->kept + ((b * s->heads + h) * s->key_stride + at) * width * bytes;
         const real *x = a->x + (r * s->heads + h) * s->D;
         if (s->kept_bf16)
@@ -140,8 +163,9 @@ static void keep_row(void *context, size_t r) {
     }
 }
 
-void keep_positions(const AttendShape *s, void *kept, const real *x, size_t n) {
+void keep_positions_fast(const Compute *on, void *kept, const real *x, size_t n, const Attention *s) {
     Keep a = {s, (char *)kept, x, n};
+    (void)on;
     parallel_for(threads_for(s->B * n * s->heads * s->D), s->B * n, keep_row, &a);
 }
 
@@ -159,7 +183,7 @@ static void softmax_backward(real *ds, const real *p, size_t rows, size_t keys, 
 
 static void attend_backward_head(void *context, size_t task) {
     const Attend *a = (const Attend *)context;
-    const AttendShape *s = a->s;
+    const Attention *s = a->s;
     const size_t inner = s->heads * s->D, b = task / s->heads, h = task % s->heads, block = query_rows(s);
     const size_t at_key = b * s->Tk * inner + h * s->D;
     const real scale = (real)(1 / sqrt((double)s->D));
@@ -180,8 +204,10 @@ static void attend_backward_head(void *context, size_t task) {
     }
 }
 
-void attend_backward(const AttendShape *s, real *dq, real *dk, real *dv, const real *dy, real *p, real *scores,
-                     const real *q, const real *k, const real *v) {
-    Attend a = {s, q, k, v, dy, NULL, p, scores, dq, dk, dv};
+void attention_backward_fast(const Compute *on, real *dq, real *dk, real *dv, const real *dy, const real *y,
+                             const real *saved, const real *q, const real *k, const real *v, const Attention *s) {
+    Attend a = {.s = s, .q = q, .k = k, .v = v, .dy = dy, .p = (real *)saved, .scores = (real *)on->scratch};
+    (void)y;
+    a.dq = dq, a.dk = dk, a.dv = dv;
     parallel_for(threads_free(), s->B * s->heads, attend_backward_head, &a);
 }

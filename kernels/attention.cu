@@ -1,10 +1,10 @@
-/* attention.cu - softmax(q k^T / sqrt(D)) v, forward and backward, and query by query as decoding has it.
+/* attention.cu - softmax(q k^T / sqrt(D)) v on a GPU, forward and backward, and query by query as decoding has it.
  *
- * On the CPU heads run in parallel, up to QUERY_BLOCK queries at a time, so that their scores stay in cache. The CUDA
- * twins are plain in float, which is where to begin, and on tensor cores in bf16. Prototypes: transformer.h. */
-#include "kernels/transformer.h"
+ * The fellows of the plain loops in transformer.cu. In float the kernels are plain, which is where to begin; in bf16 they
+ * are made for tensor cores. device.cu includes this file. */
+#include "kernels/device.h"
 
-/* ---- The twins ----
+/* ---- How ----
  *
  * Scores never leave the chip: a block holds TILE queries of one head and goes through the keys, keeping for each query
  * the largest score so far, the sum of exponentials relative to it, and the output relative to it (Milakov and
@@ -21,14 +21,14 @@
 
 enum { TILE = 64, GPU_HEAD_MAX = 128 };
 
-static __device__ inline unsigned visible_keys(const AttendShape *s, unsigned i) {
+static __device__ inline unsigned visible_keys(const Attention *s, unsigned i) {
     const unsigned Tk = (unsigned)s->Tk, unmasked = (unsigned)s->unmasked;
     if (!s->causal) return Tk;
     return i >= unmasked ? i + 1 : unmasked < Tk ? unmasked : Tk;
 }
 
 /* Of query i0 and those that share its tile, the last. It sees the most keys. */
-static __device__ inline unsigned last_query(const AttendShape *s, unsigned i0, unsigned tile) {
+static __device__ inline unsigned last_query(const Attention *s, unsigned i0, unsigned tile) {
     const unsigned Tq = (unsigned)s->Tq;
     return i0 + tile < Tq ? i0 + tile - 1 : Tq - 1;
 }
@@ -39,7 +39,7 @@ typedef struct {
     size_t queries, keys, row; /* row: of lse (B*heads,Tq) */
     unsigned inner;
 } HeadAt;
-static __device__ inline HeadAt head_at(const AttendShape *s) {
+static __device__ inline HeadAt head_at(const Attention *s) {
     const size_t b = blockIdx.y / s->heads, h = blockIdx.y % s->heads;
     HeadAt at;
     at.inner = (unsigned)(s->heads * s->D);
@@ -49,7 +49,7 @@ static __device__ inline HeadAt head_at(const AttendShape *s) {
 }
 
 typedef struct {
-    AttendShape s;
+    Attention s;
     floatX *dq, *dk, *dv;
     const floatX *dy, *q, *k, *v;
     const float *lse, *delta;
@@ -130,7 +130,7 @@ static __device__ inline float side_sum(float x) {
 
 template <int W>
 static __global__ void __launch_bounds__(ATTEND_THREADS)
-    attend_forward_kernel(AttendShape s, floatX *y, float *lse, const floatX *q, const floatX *k, const floatX *v) {
+    attend_forward_kernel(Attention s, floatX *y, float *lse, const floatX *q, const floatX *k, const floatX *v) {
     SHARED(float, queries);
     const int D = (int)s.D, tx = threadIdx.x % SIDE, ty = threadIdx.x / SIDE;
     float *keys = queries + TILE * (D + 1), *p = keys + TILE * (D + 1); /* keys, then values; probabilities */
@@ -185,7 +185,7 @@ static __global__ void __launch_bounds__(ATTEND_THREADS)
 
 /* p and dp of queries i0.. and keys j0.., whose tiles are in shared memory, become p and ds. */
 static __device__ inline void softmax_gradient(float p[PER_SIDE][PER_SIDE], float dp[PER_SIDE][PER_SIDE],
-                                               const AttendShape *s, const float *lse, const float *delta, unsigned i0,
+                                               const Attention *s, const float *lse, const float *delta, unsigned i0,
                                                unsigned j0) {
     const int tx = threadIdx.x % SIDE, ty = threadIdx.x / SIDE;
     for (int a = 0; a < PER_SIDE; a++) {
@@ -218,7 +218,7 @@ static __device__ inline void put_rows(floatX *x, size_t first, size_t rows, siz
 
 template <int W> static __global__ void __launch_bounds__(ATTEND_THREADS) attend_queries_kernel(AttendBackward x) {
     SHARED(float, queries);
-    const AttendShape *s = &x.s;
+    const Attention *s = &x.s;
     const int D = (int)s->D, tile = TILE * (D + 1);
     float *outs = queries + tile, *keys = outs + tile, *values = keys + tile, *ds = values + tile;
     const HeadAt at = head_at(s);
@@ -244,7 +244,7 @@ template <int W> static __global__ void __launch_bounds__(ATTEND_THREADS) attend
 
 template <int W> static __global__ void __launch_bounds__(ATTEND_THREADS) attend_keys_kernel(AttendBackward x) {
     SHARED(float, queries);
-    const AttendShape *s = &x.s;
+    const Attention *s = &x.s;
     const int D = (int)s->D, tile = TILE * (D + 1);
     float *outs = queries + tile, *keys = outs + tile, *values = keys + tile, *weights = values + tile;
     const HeadAt at = head_at(s);
@@ -475,7 +475,7 @@ static __device__ inline void softmax_step(Softmax *x, float p[STREAM / 8][4], f
 
 template <int W>
 static __global__ void __launch_bounds__(ATTEND_THREADS)
-    attend_forward_kernel(AttendShape s, floatX *y, float *lse, const floatX *q, const floatX *k, const floatX *v) {
+    attend_forward_kernel(Attention s, floatX *y, float *lse, const floatX *q, const floatX *k, const floatX *v) {
     typedef Tiles<W> T;
     SHARED(floatX, own);
     const HeadAt at = head_at(&s);
@@ -521,7 +521,7 @@ static __device__ inline void softmax_gradient(float *p, float *dp, bool seen, f
 template <int W> static __global__ void __launch_bounds__(ATTEND_THREADS) attend_queries_kernel(AttendBackward x) {
     typedef Tiles<W> T;
     SHARED(floatX, own);
-    const AttendShape *s = &x.s;
+    const Attention *s = &x.s;
     const HeadAt at = head_at(s);
     const unsigned D = (unsigned)s->D, Tq = (unsigned)s->Tq, Tk = (unsigned)s->Tk, i0 = blockIdx.x * TILE,
                    first = threadIdx.x / WARP * 16, i = i0 + first + threadIdx.x % WARP / 4;
@@ -569,7 +569,7 @@ static __device__ inline void copy_sums(float *sums, const float *lse, const flo
 
 /* Rows are keys and columns are queries here: a thread has two keys, and of every 8 queries two. */
 static __device__ inline void softmax_gradient_turned(float p[STREAM / 8][4], float dp[STREAM / 8][4],
-                                                      const AttendShape *s, const float *sums, unsigned i0, unsigned j,
+                                                      const Attention *s, const float *sums, unsigned i0, unsigned j,
                                                       float scale) {
     const bool all = visible_keys(s, i0) > j + 8; /* the first of these queries sees both, and so does the last */
 #pragma unroll
@@ -587,7 +587,7 @@ static __device__ inline void softmax_gradient_turned(float p[STREAM / 8][4], fl
 template <int W> static __global__ void __launch_bounds__(ATTEND_THREADS) attend_keys_kernel(AttendBackward x) {
     typedef Tiles<W> T;
     SHARED(floatX, own);
-    const AttendShape *s = &x.s;
+    const Attention *s = &x.s;
     const HeadAt at = head_at(s);
     const unsigned D = (unsigned)s->D, Tq = (unsigned)s->Tq, Tk = (unsigned)s->Tk, j0 = blockIdx.x * TILE,
                    first = threadIdx.x / WARP * 16;
@@ -629,25 +629,31 @@ template <int W> static __global__ void __launch_bounds__(ATTEND_THREADS) attend
 
 /* ---- Launching either ---- */
 
-static Err check_head(const AttendShape *s) {
+static Err check_head(const Attention *s) {
     if (s->D <= GPU_HEAD_MAX) return OK;
     return err("transformer: heads of %zu channels; on the GPU they may have %d", s->D, (int)GPU_HEAD_MAX);
 }
 
-static Err attend_forward_cuda(Device *d, const AttendShape *s, floatX *y, float *lse, const floatX *q, const floatX *k,
-                               const floatX *v) {
+/* Forward leaves lse (B*heads,Tq). */
+static size_t attention_saved_gpu(const Attention *s) {
+    return s->B * s->heads * s->Tq * sizeof(float);
+}
+
+static Err attention_forward_gpu(const Compute *on, real *y, real *saved, const real *q, const real *k, const real *v,
+                                  const Attention *s) {
     const dim3 grid(blocks_for(s->Tq, TILE), (unsigned)(s->B * s->heads));
     const size_t bytes = attend_bytes(s->D, 0);
+    const floatX *qx = (const floatX *)q, *kx = (const floatX *)k, *vx = (const floatX *)v;
     TRY(check_head(s));
     if (s->D <= 64)
-        LAUNCH(d, attend_forward_kernel<64>, grid, ATTEND_THREADS, bytes, *s, y, lse, q, k, v);
+        LAUNCH(on->device, attend_forward_kernel<64>, grid, ATTEND_THREADS, bytes, *s, (floatX *)y, saved, qx, kx, vx);
     else
-        LAUNCH(d, attend_forward_kernel<128>, grid, ATTEND_THREADS, bytes, *s, y, lse, q, k, v);
+        LAUNCH(on->device, attend_forward_kernel<128>, grid, ATTEND_THREADS, bytes, *s, (floatX *)y, saved, qx, kx, vx);
     return OK;
 }
 
 /* delta (B*heads,Tq): a warp per row. */
-static __global__ void attend_delta_kernel(AttendShape s, float *delta, const floatX *dy, const floatX *y) {
+static __global__ void attend_delta_kernel(Attention s, float *delta, const floatX *dy, const floatX *y) {
     const size_t r = (size_t)blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP, lane = threadIdx.x % WARP;
     if (r >= s.B * s.heads * s.Tq) return;
     const size_t i = r % s.Tq, b = r / s.Tq / s.heads, h = r / s.Tq % s.heads;
@@ -658,16 +664,30 @@ static __global__ void attend_delta_kernel(AttendShape s, float *delta, const fl
     if (lane == 0) delta[r] = sum;
 }
 
-/* delta (B*heads,Tq) is work space. */
-static Err attend_backward_cuda(Device *d, const AttendShape *s, floatX *dq, floatX *dk, floatX *dv, const floatX *dy,
-                                const floatX *y, const float *lse, float *delta, const floatX *q, const floatX *k,
-                                const floatX *v) {
-    const AttendBackward x = {*s, dq, dk, dv, dy, q, k, v, lse, delta};
+/* Scratch: delta (B*heads,Tq) */
+static size_t attention_needs_gpu(const Compute *, const Attention *s, int backward) {
+    return backward ? s->B * s->heads * s->Tq * sizeof(float) : 0;
+}
+
+static Err attention_backward_gpu(const Compute *on, real *dq, real *dk, real *dv, const real *dy, const real *y,
+                                   const real *saved, const real *q, const real *k, const real *v, const Attention *s) {
+    Device *d = on->device;
+    float *delta = (float *)on->scratch;
+    const AttendBackward x = {*s,
+                              (floatX *)dq,
+                              (floatX *)dk,
+                              (floatX *)dv,
+                              (const floatX *)dy,
+                              (const floatX *)q,
+                              (const floatX *)k,
+                              (const floatX *)v,
+                              saved,
+                              delta};
     const dim3 queries(blocks_for(s->Tq, TILE), (unsigned)(s->B * s->heads)), keys(blocks_for(s->Tk, TILE), queries.y);
     const size_t bytes = attend_bytes(s->D, 1);
     TRY(check_head(s));
-    LAUNCH(d, attend_delta_kernel, blocks_for(s->B * s->heads * s->Tq, ROW_WARPS), ROW_WARPS * WARP, 0, *s, delta, dy,
-           y);
+    LAUNCH(d, attend_delta_kernel, blocks_for(s->B * s->heads * s->Tq, ROW_WARPS), ROW_WARPS * WARP, 0, *s, delta, x.dy,
+           (const floatX *)y);
     if (s->D <= 64) {
         LAUNCH(d, attend_queries_kernel<64>, queries, ATTEND_THREADS, bytes, x);
         LAUNCH(d, attend_keys_kernel<64>, keys, ATTEND_THREADS, bytes, x);
@@ -693,7 +713,7 @@ template <int UNIT, int W> struct Team {
 };
 
 /* Puts the new keys or values, rows (B,n,inner), in their places in a cache (B,key_stride,inner), from pos on. */
-static __device__ inline void append_keys(const AttendShape *s, floatX *cache, const floatX *fresh, size_t pos) {
+static __device__ inline void append_keys(const Attention *s, floatX *cache, const floatX *fresh, size_t pos) {
     const size_t b = blockIdx.x / s->heads, h = blockIdx.x % s->heads, inner = s->heads * s->D;
     for (size_t x = threadIdx.x; x < s->Tq * s->D; x += blockDim.x) {
         const size_t i = x / s->D, c = h * s->D + x % s->D;
@@ -770,7 +790,7 @@ static __device__ inline void join_teams(floatX *y, float *shared, const Team<UN
 
 /* pos: where the new keys and values go, in caches that have as many before them; NULL: all are there, s.Tk of them. */
 typedef struct {
-    AttendShape s;
+    Attention s;
     const int *pos;
     floatX *y, *k, *v;
     const floatX *q, *new_k, *new_v;
@@ -780,7 +800,7 @@ template <int UNIT, int W>
 static __global__ void __launch_bounds__(DECODE_THREADS, 2) attend_decode_kernel(AttendDecode a) {
     SHARED(float, shared);
     typedef Team<UNIT, W> T;
-    const AttendShape *s = &a.s;
+    const Attention *s = &a.s;
     const size_t b = blockIdx.x / s->heads, h = blockIdx.x % s->heads, inner = s->heads * s->D;
     const size_t at_key = b * s->key_stride * inner + h * s->D;
     const unsigned D = (unsigned)s->D, pos = a.pos ? (unsigned)*a.pos : 0,
@@ -806,7 +826,17 @@ template <int UNIT, int W> static Err launch_decode(Device *d, const AttendDecod
     return OK;
 }
 
-static Err attend_decode_cuda(Device *d, const AttendShape *s, const int *pos, floatX *y, const floatX *q, floatX *k,
+/* Decoding keeps keys and values as they are, (B,key_stride,heads*D). */
+static size_t kept_bytes_gpu(const Compute *, const Attention *s) {
+    return s->B * s->key_stride * s->heads * s->D * sizeof(floatX);
+}
+
+/* Of a whole context, n = key_stride positions of every row */
+static Err keep_positions_gpu(const Compute *on, void *kept, const real *x, size_t n, const Attention *s) {
+    return device_copy(on->device, kept, x, s->B * n * s->heads * s->D * sizeof(floatX));
+}
+
+static Err attend_decode_gpu(Device *d, const Attention *s, const int *pos, floatX *y, const floatX *q, floatX *k,
                               floatX *v, const floatX *new_k, const floatX *new_v) {
     const AttendDecode a = {*s, pos, y, k, v, q, new_k, new_v};
     TRY(check_head(s));

@@ -694,11 +694,6 @@ static Err add_channel_sums(Device *d, float *sum, const floatX *x, size_t rows,
 
 /* ---- The fellows of vqgan.c's convolutions ---- */
 
-/* A parameter as products read it: at the same place among the bf16 copies. */
-static const floatX *operand_of(const Device *d, const float *value) {
-    return IS_BF16 ? (const floatX *)d->arena[5] + (value - (const float *)d->arena[0]) : (const floatX *)(void *)value;
-}
-
 /* Bytes of what does not shrink: all but the patches. */
 static size_t fixed_bytes(const ConvMemory *m) {
     return round_up(m->weight_size * sizeof(floatX), ALIGNMENT) + round_up(m->total_size * sizeof(float), ALIGNMENT) +

@@ -1,33 +1,70 @@
-/* decode.cu - decoding, with the keys and values of earlier positions kept.
+/* decode.cu - the loop that draws tokens on a GPU, with the keys and values of earlier positions kept.
  *
- * Owns the order of the steps; each is a pass of transformer.cu's stack over a block of cells, new positions of any
- * batch rows, whose keys and values join those that earlier passes left behind. A pass over one position a row does two
- * operations for every number that it reads, so its speed is that of memory: linear layers stream their weights by
- * (gemm_stream), once for the whole block. Further cells are therefore cheap, and worth feeding whenever the tokens in
- * front of them are known or likely: a guess that turns out wrong is taken back by feeding its position once more.
- *
- * Promise on bits: the logits of a cell are those of feeding one position at a time, whatever is fed beside it. Every
- * layer works row by row; gemm_stream and attention keep the bits of a row alone. */
-#include "kernels/transformer.h"
-
-/* ---- The twins ----
+ * It knows a decoder as a list of layers with the addresses of their parameters and kept keys and values (Decoder in
+ * base/compute.h), and feeds it one position of all batch rows after the other: the stack of transformer.cu, without
+ * its backward pass.
  *
  * For few rows (a batch of up to STREAM_ROWS) a step is bound by reading weights and by starting kernels: stream_kernel
  * does norm, product and what follows it in one go, so that a block of the network takes two or three kernels. Larger
  * batches go through the matrix products of training. Tokens are drawn where the logits are; a step is captured in a
- * graph once per pass and started N times, without the host having a say in between. */
+ * graph once per pass and started N times, without the host having a say in between. device.cu includes this file. */
+#include "kernels/device.h"
 
 enum { STREAM_ROWS = 8, STREAM_WARPS = 4, STREAM_BYTES = 96 << 10, DRAW_THREADS = 256 /* values of a byte, too */ };
 
-static void plan_decoding_twin(Arena *a, NetTwin *w, const Transformer *m, size_t inner) {
-    const size_t rows = m->B * prompt_length(&m->config);
-    w->pos = (int *)take_bytes(a, 1, 1, 1, sizeof *w->pos);
-    w->new_key = take_x(a, rows, inner), w->new_value = take_x(a, rows, inner);
-    w->how = (DrawTwin *)take_bytes(a, 1, 1, 1, sizeof *w->how);
-    w->stream = (uint64_t *)take_bytes(a, m->B, 1, 1, sizeof *w->stream);
-    w->fit = (double *)take_bytes(a, m->B, 1, 1, sizeof *w->fit);
-    w->known = take_ids(a, m->B, m->N), w->tokens = take_ids(a, m->B, m->N);
-    w->keep = (uint8_t *)take_bytes(a, m->N, 1, 1, 1);
+/* What a pass draws by, in memory of the GPU, where the steps that a graph repeats find it */
+typedef struct {
+    uint64_t seed;
+    double temperature;
+    size_t top_k;
+    int forced, fitted, guided;
+    float guidance;
+} DrawHow;
+
+/* A pass through the decoder: what Decoder.work holds, and where it runs */
+typedef struct {
+    const Decoder *s;
+    Device *d;
+    Compute on;
+    size_t samples; /* rows of the batch, or half of them if guided */
+    /* in s->work */
+    int *pos;                    /* of the next position */
+    floatX *new_key, *new_value; /* (B*(prompt+1),inner) */
+    DrawHow *how;
+    uint64_t *stream;        /* (B) */
+    double *fit;             /* (B) */
+    int32_t *known, *tokens; /* (B,N) */
+    uint8_t *keep;           /* (N) */
+} Decoding;
+
+/* The arrays in work one after the other; returns how many bytes they take. */
+static size_t place_work(Decoding *x, const Decoder *s) {
+    char *const base = (char *)s->work;
+    size_t used = 0;
+    const auto place = [&](auto **array, size_t n) {
+        *array = base ? (decltype(*array + 0))(void *)(base + used) : NULL;
+        used += round_up(n * sizeof **array, 4 * ALIGNMENT);
+    };
+    const size_t rows = s->B * (s->prompt + 1), inner = s->heads * s->D;
+    place(&x->pos, 1), place(&x->new_key, rows * inner), place(&x->new_value, rows * inner);
+    place(&x->how, 1), place(&x->stream, s->B), place(&x->fit, s->B);
+    place(&x->known, s->B * s->N), place(&x->tokens, s->B * s->N), place(&x->keep, s->N);
+    return used;
+}
+
+static size_t decode_needs_gpu(const Decoder *s) {
+    Decoding x;
+    Decoder without = *s;
+    without.work = NULL;
+    return place_work(&x, &without);
+}
+
+static Decoding decoding_of(Device *d, const Decoder *s) {
+    Decoding x;
+    memset(&x, 0, sizeof x);
+    x.s = s, x.d = d, x.on.device = d;
+    place_work(&x, s);
+    return x;
 }
 
 /* ---- Products for few rows ---- */
@@ -134,62 +171,125 @@ static __global__ void __launch_bounds__(STREAM_WARPS *WARP) stream_kernel(Strea
     }
 }
 
-static Stream stream_of(const Device *d, const Norm *norm, const float *x, const floatX *in, size_t R) {
-    Stream s;
-    memset(&s, 0, sizeof s);
-    s.in = in, s.R = R, s.eps = (float)NORM_EPS;
-    if (norm) s.x = x, s.norm_weight = d->row[norm->weight].value, s.norm_bias = d->row[norm->bias].value;
-    return s;
+static Stream stream_of(const Decoder *s, const real *norm_weight, const real *norm_bias, const real *in) {
+    Stream a;
+    memset(&a, 0, sizeof a);
+    a.R = s->B, a.eps = (float)LAYER_NORM_EPS, a.in = (const floatX *)in;
+    if (!in) a.x = s->x, a.norm_weight = norm_weight, a.norm_bias = norm_bias;
+    return a;
 }
 
-static void add_part(const Device *d, Stream *s, int which, const Linear *l, void *out) {
-    s->part[which].weight = d->row[l->weight].weight, s->part[which].out = out;
-    s->part[which].bias = l->bias == NO_ROW ? NULL : d->row[l->bias].value;
-    s->N = l->out, s->K = l->in;
+static void add_part(const Decoding *x, Stream *a, int which, const Projection *p, void *out) {
+    a->part[which].weight = operand_of(x->d, p->weight), a->part[which].out = out, a->part[which].bias = p->bias;
+    a->N = p->out, a->K = p->in;
 }
 
-static Err stream_cuda(Device *d, const Stream *s) {
+static Err stream_gpu(Device *d, const Stream *s) {
     const size_t parts = s->part[2].weight ? 3 : 1;
     LAUNCH(d, stream_kernel, blocks_for(parts * s->N, STREAM_WARPS), STREAM_WARPS * WARP, s->R * s->K * sizeof(floatX),
            *s);
     return OK;
 }
 
-/* next = x + projection of in */
-static Err stream_back(Device *d, const Linear *l, float *next, const float *x, const floatX *in, size_t R) {
-    Stream s = stream_of(d, NULL, NULL, in, R);
-    add_part(d, &s, 0, l, next);
-    s.residual = x, s.is_float = 1;
-    return stream_cuda(d, &s);
+/* x = x + projection of in */
+static Err stream_back(const Decoding *x, const Projection *p, const real *in) {
+    Stream a = stream_of(x->s, NULL, NULL, in);
+    add_part(x, &a, 0, p, x->s->x);
+    a.residual = x->s->x, a.is_float = 1;
+    return stream_gpu(x->d, &a);
 }
 
-static Err attention_stream(Transformer *m, const Layer *l, LayerTwin *w, float *next, const AttendShape *shape) {
-    NetTwin *n = m->twin;
+/* ---- Blocks: x = x + block(norm(x)), n positions of every row ---- */
+
+static Err project_gpu(const Decoding *x, const Projection *p, void *y, const real *in, const real *add, int y_f32,
+                        size_t R) {
+    return linear_forward_gpu(&x->on, (real *)y, in, p->weight, p->bias, add, y_f32, R, p->in, p->out);
+}
+
+static Err attend_gpu(const Decoding *x, const DecoderLayer *l, size_t n) {
+    const Decoder *s = x->s;
     const int self = l->kind == BLOCK_SELF;
-    Stream s = stream_of(n->d, &l->norm, w->x, NULL, shape->B);
-    add_part(n->d, &s, 0, &l->q, w->query);
-    if (self) add_part(n->d, &s, 1, &l->k, n->new_key), add_part(n->d, &s, 2, &l->v, n->new_value);
-    TRY(stream_cuda(n->d, &s));
-    TRY(attend_decode_cuda(n->d, shape, self ? n->pos : NULL, w->y, w->query, w->key, w->value, n->new_key,
-                           n->new_value));
-    return stream_back(n->d, &l->out, next, w->x, w->y, shape->B);
+    Attention a;
+    memset(&a, 0, sizeof a);
+    a.B = s->B, a.heads = s->heads, a.D = s->D, a.Tq = n;
+    a.Tk = self ? n : s->T_context, a.key_stride = self ? s->T : s->T_context;
+    return attend_decode_gpu(x->d, &a, self ? x->pos : NULL, (floatX *)s->y, (const floatX *)s->query,
+                              (floatX *)l->key, (floatX *)l->value, x->new_key, x->new_value);
 }
 
-static Err feed_stream(Transformer *m, const Layer *l, LayerTwin *w, float *next, size_t R) {
-    Device *d = m->twin->d;
-    Stream s = stream_of(d, &l->norm, w->x, NULL, R);
-    add_part(d, &s, 0, &l->up, w->g);
-    s.gelu = 1;
-    TRY(stream_cuda(d, &s));
-    return stream_back(d, &l->down, next, w->x, w->g, R);
+static Err attention_stream(const Decoding *x, const DecoderLayer *l) {
+    Stream a = stream_of(x->s, l->norm_weight, l->norm_bias, NULL);
+    add_part(x, &a, 0, &l->q, x->s->query);
+    if (l->kind == BLOCK_SELF) add_part(x, &a, 1, &l->k, x->new_key), add_part(x, &a, 2, &l->v, x->new_value);
+    TRY(stream_gpu(x->d, &a));
+    TRY(attend_gpu(x, l, 1));
+    return stream_back(x, &l->out, x->s->y);
 }
 
-static Err head_stream(Transformer *m, size_t R) {
-    NetTwin *n = m->twin;
-    Stream s = stream_of(n->d, &m->decoder.norm, n->decoder.x_end, NULL, R);
-    add_part(n->d, &s, 0, &m->head, n->raw);
-    s.is_float = 1;
-    return stream_cuda(n->d, &s);
+static Err feed_stream(const Decoding *x, const DecoderLayer *l) {
+    Stream a = stream_of(x->s, l->norm_weight, l->norm_bias, NULL);
+    add_part(x, &a, 0, &l->up, x->s->g);
+    a.gelu = 1;
+    TRY(stream_gpu(x->d, &a));
+    return stream_back(x, &l->down, x->s->g);
+}
+
+static Err norm_block(const Decoding *x, const DecoderLayer *l, size_t n) {
+    const Decoder *s = x->s;
+    return norm_forward_gpu(&x->on, s->normed, s->mean, s->rstd, s->x, l->norm_weight, l->norm_bias, s->B * n, s->C, n,
+                             0);
+}
+
+static Err attention_block(const Decoding *x, const DecoderLayer *l, size_t n) {
+    const Decoder *s = x->s;
+    const size_t R = s->B * n;
+    TRY(norm_block(x, l, n));
+    TRY(project_gpu(x, &l->q, s->query, s->normed, NULL, 0, R));
+    if (l->kind == BLOCK_SELF) {
+        TRY(project_gpu(x, &l->k, x->new_key, s->normed, NULL, 0, R));
+        TRY(project_gpu(x, &l->v, x->new_value, s->normed, NULL, 0, R));
+    }
+    TRY(attend_gpu(x, l, n));
+    return project_gpu(x, &l->out, s->x, s->y, s->x, 1, R);
+}
+
+static Err feed_block(const Decoding *x, const DecoderLayer *l, size_t n) {
+    const Decoder *s = x->s;
+    const size_t R = s->B * n;
+    Projection up = l->up;
+    up.bias = NULL; /* GELU adds it */
+    TRY(norm_block(x, l, n));
+    TRY(project_gpu(x, &up, s->g, s->normed, NULL, 0, R));
+    TRY(gelu_forward_gpu(&x->on, s->g, NULL, l->up.bias, R, l->up.out));
+    return project_gpu(x, &l->down, s->x, s->g, s->x, 1, R);
+}
+
+/* n positions of every row from *pos on, whose ids are in place; the last gives logits (B,K). */
+static Err feed_decoder(const Decoding *x, size_t n) {
+    const Decoder *s = x->s;
+    const DecoderLayer *feed = &s->layer[s->n_layers - 1];
+    const size_t widest = max_size(feed->up.out, s->heads * s->D);
+    const int streams = n == 1 && s->B <= STREAM_ROWS && s->B * widest * sizeof(floatX) <= STREAM_BYTES;
+    TRY(embed_from(x->d, s->x, s->ids, s->token, s->position, x->pos, s->B, n, s->C));
+    for (size_t i = 0; i < s->n_layers; i++) {
+        const DecoderLayer *l = &s->layer[i];
+        if (streams)
+            TRY(l->kind == BLOCK_FEED ? feed_stream(x, l) : attention_stream(x, l));
+        else
+            TRY(l->kind == BLOCK_FEED ? feed_block(x, l, n) : attention_block(x, l, n));
+    }
+    if (streams) { /* the head's kernel begins with the norm */
+        Stream a = stream_of(s, s->norm_weight, s->norm_bias, NULL);
+        add_part(x, &a, 0, &s->head, s->raw);
+        a.is_float = 1;
+        TRY(stream_gpu(x->d, &a));
+    } else {
+        TRY(norm_forward_gpu(&x->on, s->last, s->mean, s->rstd, s->x, s->norm_weight, s->norm_bias, s->B, s->C, n,
+                              n - 1));
+        TRY(project_gpu(x, &s->head, s->raw, s->last, NULL, 1, s->B));
+    }
+    if (!s->variant.log_scalors && !s->variant.residual) return OK;
+    return variant_from(x->d, s->logits, s->raw, &s->variant, x->pos, s->B, 1, s->K);
 }
 
 /* ---- One token ---- */
@@ -349,7 +449,7 @@ static __device__ inline void mix_rows(float *cond, const float *uncond, float g
 
 typedef struct {
     float *logits; /* (B,K) */
-    const DrawTwin *how;
+    const DrawHow *how;
     const uint64_t *stream;
     const int32_t *known;
     const uint8_t *keep;
@@ -393,66 +493,23 @@ static __global__ void advance_kernel(int *pos) {
 
 /* ---- A pass ---- */
 
-static Err set_position(NetTwin *w, size_t pos) {
+static Err set_position(const Decoding *x, size_t pos) {
     const int value = (int)pos;
-    TRY(to_device(w->d, w->pos, &value, sizeof value));
-    return wait_for(w->d);
+    TRY(to_device(x->d, x->pos, &value, sizeof value));
+    return wait_for(x->d);
 }
 
-/* One position of the decoder, whose ids and place are on the GPU, to logits (B,K). */
-static Err step_cuda(Transformer *m) {
-    NetTwin *w = m->twin;
-    const Stack *d = &m->decoder;
-    const size_t widest = max_size(FEED_FACTOR * d->C, d->layer[0].heads * d->layer[0].D);
-    Pass pass = whole_pass(d, m->now_B, 1, NULL, 0);
-    pass.stride = d->T, pass.causal = 0;
-    if (m->config.kind == NET_X) pass.T_context = prompt_length(&m->config) + m->now_N;
-    w->streaming = m->now_B <= STREAM_ROWS && m->now_B * widest * sizeof(floatX) <= STREAM_BYTES;
-    Err e = stack_forward_cuda(m, d, &w->decoder, &pass, NULL, 0, w->pos);
-    if (e == OK) e = head_forward_cuda(m, m->now_B, 1, w->pos);
-    w->streaming = 0;
-    return e;
+static Err decode_prompt_gpu(Device *d, const Decoder *s, size_t n) {
+    const Decoding x = decoding_of(d, s);
+    TRY(earlier_failure(d));
+    TRY(set_position(&x, 0));
+    return feed_decoder(&x, n);
 }
 
-/* As the CPU's: the context's keys and values, or the prompt of a GPT, whose last position gives the first logits. */
-static Err decode_begin_cuda(Transformer *m) {
-    NetTwin *w = m->twin;
-    const Stack *e = &m->encoder, *d = &m->decoder;
-    const size_t B = m->now_B, P = prompt_length(&m->config), n = P + m->now_N;
-    TRY(earlier_failure(w->d));
-    TRY(set_position(w, 0));
-    if (m->config.kind == NET_X) {
-        const Pass encode = whole_pass(e, B, n, NULL, 0);
-        TRY(to_device(w->d, w->encoder.ids, e->ids, B * n * sizeof *e->ids));
-        TRY(stack_forward_cuda(m, e, &w->encoder, &encode, NULL, 0, NULL));
-        for (size_t i = 0; i < d->n_layers; i++) {
-            const Layer *l = &d->layer[i];
-            if (l->kind != BLOCK_CROSS) continue;
-            TRY(linear_forward_cuda(w->d, &l->k, w->decoder.layer[i].key, 0, NULL, w->encoder.out, B * n));
-            TRY(linear_forward_cuda(w->d, &l->v, w->decoder.layer[i].value, 0, NULL, w->encoder.out, B * n));
-        }
-        return OK;
-    }
-    Pass pass = whole_pass(d, B, P, NULL, 0);
-    pass.stride = d->T, pass.causal = 0;
-    TRY(to_device(w->d, w->decoder.ids, d->ids, B * P * sizeof *d->ids));
-    m->state = DECODING; /* new keys go into the caches */
-    TRY(stack_forward_cuda(m, d, &w->decoder, &pass, NULL, P - 1, w->pos));
-    return head_forward_cuda(m, B, 1, w->pos);
-}
-
-static size_t prompt_positions(const Transformer *m) {
-    return m->config.kind == NET_X ? 0 : prompt_length(&m->config) - 1;
-}
-
-static Err decode_step_cuda(Transformer *m, size_t i) {
-    NetTwin *w = m->twin;
-    if (m->config.kind == NET_X || i > 0) { /* else begin has done it */
-        TRY(to_device(w->d, w->decoder.ids, m->decoder.ids, m->now_B * sizeof *m->decoder.ids));
-        TRY(set_position(w, prompt_positions(m) + i));
-        TRY(step_cuda(m));
-    }
-    return to_host(w->d, m->logits, w->logits, m->now_B * m->config.dec_num_tokens * sizeof *w->logits);
+static Err decode_step_gpu(Device *d, const Decoder *s, size_t pos) {
+    const Decoding x = decoding_of(d, s);
+    TRY(set_position(&x, pos));
+    return feed_decoder(&x, 1);
 }
 
 static Err launch_draw(Device *d, const DrawStep *a, size_t samples) {
@@ -460,22 +517,18 @@ static Err launch_draw(Device *d, const DrawStep *a, size_t samples) {
     return OK;
 }
 
-static Err draw_token(Transformer *m) {
-    NetTwin *w = m->twin;
-    const DrawStep a = {w->logits, w->how,
-                        w->stream, w->known,
-                        w->keep,   w->fit,
-                        w->tokens, w->decoder.ids,
-                        w->pos,    (int)prompt_positions(m),
-                        m->now_N,  (int)m->config.dec_num_tokens};
-    TRY(launch_draw(w->d, &a, w->samples));
-    LAUNCH(w->d, advance_kernel, 1, WARP, 0, w->pos);
+static Err draw_token(const Decoding *x) {
+    const Decoder *s = x->s;
+    const DrawStep a = {s->logits, x->how, x->stream, x->known,       x->keep, x->fit,
+                        x->tokens, s->ids, x->pos,    (int)s->prompt, s->N,    (int)s->K};
+    TRY(launch_draw(x->d, &a, x->samples));
+    LAUNCH(x->d, advance_kernel, 1, WARP, 0, x->pos);
     return OK;
 }
 
-static Err draw_step(Transformer *m) {
-    TRY(step_cuda(m));
-    return draw_token(m);
+static Err draw_step(const Decoding *x) {
+    TRY(feed_decoder(x, 1));
+    return draw_token(x);
 }
 
 /* A step as a graph, which starts all its kernels at once */
@@ -484,74 +537,74 @@ typedef struct {
     cudaGraphExec_t ready;
 } StepGraph;
 
-static Err graph_make(StepGraph *g, Transformer *m) {
-    cudaStream_t stream = m->twin->d->stream;
+static Err graph_make(StepGraph *g, const Decoding *x) {
+    cudaStream_t stream = x->d->stream;
     g->graph = NULL, g->ready = NULL;
     TRY(cuda_error(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "capturing a step"));
-    const Err e = draw_step(m);
+    const Err e = draw_step(x);
     const cudaError_t end = cudaStreamEndCapture(stream, &g->graph);
     TRY(e);
     TRY(cuda_error(end, "capturing a step"));
     return cuda_error(cudaGraphInstantiate(&g->ready, g->graph, 0), "preparing a step");
 }
-static Err graph_run(StepGraph *g, Transformer *m) {
-    return cuda_error(cudaGraphLaunch(g->ready, m->twin->d->stream), "a step");
+static Err graph_run(StepGraph *g, const Decoding *x) {
+    return cuda_error(cudaGraphLaunch(g->ready, x->d->stream), "a step");
 }
 static void graph_free(StepGraph *g) {
     if (g->ready) cudaGraphExecDestroy(g->ready);
     if (g->graph) cudaGraphDestroy(g->graph);
 }
 
-static Err send_options(Transformer *m, const DrawOptions *o) {
-    NetTwin *w = m->twin;
-    const size_t N = m->now_N, n = w->samples = o->guided ? m->now_B / 2 : m->now_B;
-    const DrawTwin how = {o->seed,        o->temperature, o->top_k,          o->known != NULL,
-                          o->fit != NULL, o->guided,      (float)o->guidance};
-    TRY(to_device(w->d, w->how, &how, sizeof how));
-    TRY(to_device(w->d, w->stream, o->stream, n * sizeof *o->stream));
-    TRY(device_zero(w->d, w->fit, n * sizeof *w->fit));
-    if (o->known) TRY(to_device(w->d, w->known, o->known, n * N * sizeof *o->known));
-    if (o->keep) TRY(to_device(w->d, w->keep, o->keep, N));
-    TRY(device_zero(w->d, w->decoder.ids, m->now_B * sizeof *w->decoder.ids)); /* sos */
-    return set_position(w, prompt_positions(m));
+static Err send_options(Decoding *x, const DrawOptions *o) {
+    const Decoder *s = x->s;
+    const size_t n = x->samples = o->guided ? s->B / 2 : s->B;
+    const DrawHow how = {o->seed,        o->temperature, o->top_k,          o->known != NULL,
+                         o->fit != NULL, o->guided,      (float)o->guidance};
+    TRY(to_device(x->d, x->how, &how, sizeof how));
+    TRY(to_device(x->d, x->stream, o->stream, n * sizeof *o->stream));
+    TRY(device_zero(x->d, x->fit, n * sizeof *x->fit));
+    if (o->known) TRY(to_device(x->d, x->known, o->known, n * s->N * sizeof *o->known));
+    if (o->keep) TRY(to_device(x->d, x->keep, o->keep, s->N));
+    TRY(device_zero(x->d, s->ids, s->B * sizeof *s->ids)); /* sos */
+    return set_position(x, s->prompt);
 }
 
-static Err draw_all(Transformer *m, const DrawOptions *o, StepGraph *g) {
+static Err draw_all(const Decoding *x, const DrawOptions *o, StepGraph *g) {
     enum { BETWEEN_REPORTS = 32 };
-    NetTwin *w = m->twin;
+    const size_t N = x->s->N;
     size_t done = 0;
-    if (m->config.kind == NET_GPT) {
-        TRY(draw_token(m)); /* from the prompt's logits */
+    if (x->s->prompted) {
+        TRY(draw_token(x)); /* from the prompt's logits */
         done++;
     }
     /* The first step runs as it is: it loads what it needs, which must not happen while a graph is captured. */
-    if (done < m->now_N) {
-        TRY(draw_step(m));
+    if (done < N) {
+        TRY(draw_step(x));
         done++;
     }
-    if (done < m->now_N) TRY(graph_make(g, m));
-    while (done < m->now_N) {
-        for (size_t k = 0; k < BETWEEN_REPORTS && done < m->now_N; k++, done++) TRY(graph_run(g, m));
-        TRY(wait_for(w->d));
+    if (done < N) TRY(graph_make(g, x));
+    while (done < N) {
+        for (size_t k = 0; k < BETWEEN_REPORTS && done < N; k++, done++) TRY(graph_run(g, x));
+        TRY(wait_for(x->d));
         if (o->progress && o->progress(o->context, done)) return err("sampling was stopped");
     }
-    return wait_for(w->d);
+    return wait_for(x->d);
 }
 
-static Err draw_cuda(Transformer *m, const DrawOptions *o, int32_t *tokens) {
-    NetTwin *w = m->twin;
+static Err draw_gpu(Device *d, const Decoder *s, const DrawOptions *o, int32_t *tokens) {
+    Decoding x = decoding_of(d, s);
     StepGraph g;
     memset(&g, 0, sizeof g);
-    TRY(send_options(m, o));
-    const Err e = draw_all(m, o, &g);
+    TRY(send_options(&x, o));
+    const Err e = draw_all(&x, o, &g);
     graph_free(&g);
     TRY(e);
-    TRY(to_host(w->d, tokens, w->tokens, w->samples * m->now_N * sizeof *tokens));
+    TRY(to_host(d, tokens, x.tokens, x.samples * s->N * sizeof *tokens));
     if (!o->fit) return OK;
     double *fit;
-    TRY(mem_alloc(&fit, w->samples, sizeof *fit, "weights of candidates"));
-    const Err f = to_host(w->d, fit, w->fit, w->samples * sizeof *fit);
-    for (size_t b = 0; f == OK && b < w->samples; b++) o->fit[b] += fit[b];
+    TRY(mem_alloc(&fit, x.samples, sizeof *fit, "weights of candidates"));
+    const Err f = to_host(d, fit, x.fit, x.samples * sizeof *fit);
+    for (size_t b = 0; f == OK && b < x.samples; b++) o->fit[b] += fit[b];
     free(fit);
     return f;
 }

@@ -4,9 +4,12 @@
  * with the table of functions that is all that C sees of them. Everything runs on one stream, in the order in which
  * it is asked for. Sums run in an order that depends on sizes alone, nothing is added by float atomics: the same seed gives
  * the same bits on the same kind of GPU. */
-#include "kernels/transformer.h"
+#include "kernels/device.h"
 
+#include <math.h>
 #include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
 #include <time.h>
 
 /* ---- What the layers stand on ---- */
@@ -134,8 +137,6 @@ static Err measure_ceilings(Device *d, size_t n, size_t bytes, double *product, 
 
 #include "kernels/attention.cu"
 
-#include "kernels/transformer.cu"
-
 #include "kernels/optimizer.cu"
 
 #include "kernels/decode.cu"
@@ -161,7 +162,8 @@ static uint64_t count_changes(const Device *d) {
     return d->changes;
 }
 static real *row_value(const Device *d, size_t row) {
-    return d->row ? d->row[row].value : NULL;
+    if (!d->row) return NULL;
+    return d->row[row].value ? d->row[row].value : (real *)(void *)d->row[row].weight;
 }
 static real *row_grad(const Device *d, size_t row) {
     return d->row ? d->row[row].grad : NULL;
@@ -169,8 +171,26 @@ static real *row_grad(const Device *d, size_t row) {
 
 /* ---- The fellows of the plain layers ---- */
 
+/* F as Layers wants it: what F says went wrong sticks to the device. */
+template <auto F> struct Sticky;
+template <typename... A, Err (*F)(const Compute *, A...)> struct Sticky<F> {
+    static void call(const Compute *on, A... a) { keep_failure(on->device, F(on, a...)); }
+};
+
 static Layers make_layers() {
     Layers l = {};
+    l.embed_forward = Sticky<embed_forward_gpu>::call, l.embed_backward = Sticky<embed_backward_gpu>::call;
+    l.norm_needs = norm_needs_gpu;
+    l.norm_forward = Sticky<norm_forward_gpu>::call, l.norm_backward = Sticky<norm_backward_gpu>::call;
+    l.linear_needs = linear_needs_gpu;
+    l.linear_forward = Sticky<linear_forward_gpu>::call, l.linear_backward = Sticky<linear_backward_gpu>::call;
+    l.gelu_forward = Sticky<gelu_forward_gpu>::call, l.gelu_backward = Sticky<gelu_backward_gpu>::call;
+    l.attention_needs = attention_needs_gpu, l.attention_saved = attention_saved_gpu;
+    l.attention_forward = Sticky<attention_forward_gpu>::call;
+    l.attention_backward = Sticky<attention_backward_gpu>::call;
+    l.variant_needs = variant_needs_gpu;
+    l.variant_forward = Sticky<variant_forward_gpu>::call, l.variant_backward = Sticky<variant_backward_gpu>::call;
+    l.kept_bytes = kept_bytes_gpu, l.keep_positions = Sticky<keep_positions_gpu>::call;
     l.conv_needs = conv_needs_gpu, l.conv_prepared_bytes = conv_prepared_bytes, l.conv_prepare = conv_prepare_gpu;
     l.conv_forward = conv_forward_gpu, l.conv_backward = conv_backward_gpu;
     l.group_norm_needs = group_norm_needs_gpu, l.group_norm_kept = group_norm_kept_gpu;
@@ -218,13 +238,12 @@ const DeviceOps CUDA_TABLE = {find_cuda,
                               grad_norm_cuda,
                               swap_ema_cuda,
                               update_params,
-                              plan_cuda,
-                              forward_cuda,
-                              backward_cuda,
-                              train_cuda,
-                              decode_begin_cuda,
-                              decode_step_cuda,
-                              draw_cuda,
+                              fused_loss_needs_gpu,
+                              fused_loss_gpu,
+                              decode_needs_gpu,
+                              decode_prompt_gpu,
+                              decode_step_gpu,
+                              draw_gpu,
                               perceptual_plan_cuda,
                               perceptual_free_cuda,
                               perceptual_cuda,

@@ -9,6 +9,41 @@ extern "C" {
 #endif
 
 extern const Layers fast_layers; /* fast.c */
+#ifndef __cplusplus
+/* The fellows of plain layers that fast.c has: each as Layers declares it, under its name and _fast. */
+#define FAST(layer) extern __typeof__(*((const Layers *)0)->layer) layer##_fast
+/* layers.c */
+FAST(embed_forward);
+FAST(embed_backward);
+FAST(norm_forward);
+FAST(norm_backward);
+FAST(linear_forward);
+FAST(linear_backward);
+FAST(gelu_forward);
+FAST(gelu_backward);
+FAST(variant_needs);
+FAST(variant_forward);
+FAST(variant_backward);
+FAST(stream_needs);
+FAST(linear_stream);
+/* attention.c */
+FAST(attention_needs);
+FAST(attention_saved);
+FAST(attention_forward);
+FAST(attention_backward);
+FAST(kept_bytes);
+FAST(keep_positions);
+FAST(attention_from_kept);
+/* optimizer.c */
+FAST(denoising_loss);
+FAST(adamw);
+FAST(adamw_bf16);
+FAST(ema);
+#endif
+/* optimizer.c. x as one of the two bf16 beside it (itself if it is one), by 16 random bits: the mean over all of them
+ * is x. NaN and infinity stay. Moments in bf16 are rounded so after every step, by random numbers of row, element and
+ * step alone; values move by the moments before rounding. */
+uint16_t round_at_random(float x, uint32_t random);
 
 /* C = op(A) op(B) (+ C if accumulate).  Row-major; ld* are row strides in elements.
  *   op(A) (M,K): A is (M,K), or (K,M) when trans_a;   op(B) (K,N): B is (K,N), or (N,K) when trans_b

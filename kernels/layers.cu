@@ -1,18 +1,10 @@
-/* layers.cu - the layers of the transformer but attention: GELU, layer norm, linear, embedding; forward and backward.
+/* layers.cu - the layers of the transformer but attention on a GPU: GELU, layer norm, linear, embedding, head variants.
  *
- * Activations are (R,C), R rows of B*n positions. Rows run in parallel forward; sums over rows (gradients of biases,
- * norms, embeddings) run in parallel over columns, so that the order of additions, hence every bit, is the same for any
- * number of threads. Prototypes: transformer.h. */
-#include "kernels/transformer.h"
+ * Each is the fellow of the plain loop of the same name in transformer.cu, where formula and shapes stand. device.cu
+ * includes this file. */
+#include "kernels/device.h"
 
-enum { COLUMN_BLOCK = 32 }; /* columns that one task sums over all rows */
-static const double NORM_EPS = 1e-5;
-
-/* ---- Elementwise: GELU (its mathematics: transformer.h) ---- */
-
-/* gelu_forward    g = gelu(g + bias), in place; dg = gelu'(g + bias), or not wanted when NULL
- * gelu_backward   dh *= dg
- *   g, dg, dh (R,H); bias (H). gelu(x) = x P(z < x), the exact one (SPEC 1.8). */
+/* ---- GELU ---- */
 
 /* Grid and block: a thread takes PACK neighbours, which it moves 16 bytes at a time. The bias of an element is that of
  * its column, i % H; its few kilobytes stay in cache. */
@@ -33,9 +25,10 @@ static __global__ void gelu_forward_kernel(floatX *g, floatX *dg, const float *b
     if (dg) store_pack(dg, i, n, slope);
 }
 
-static Err gelu_forward_cuda(Device *d, floatX *g, floatX *dg, const float *bias, size_t R, size_t H) {
+static Err gelu_forward_gpu(const Compute *on, real *g, real *dg, const real *bias, size_t R, size_t H) {
     enum { THREADS = 128 };
-    LAUNCH(d, gelu_forward_kernel, blocks_for(R * H, THREADS * PACK), THREADS, 0, g, dg, bias, R * H, H);
+    LAUNCH(on->device, gelu_forward_kernel, blocks_for(R * H, THREADS * PACK), THREADS, 0, (floatX *)g, (floatX *)dg,
+           bias, R * H, H);
     return OK;
 }
 
@@ -49,19 +42,17 @@ static __global__ void gelu_backward_kernel(floatX *dh, const floatX *dg, size_t
     store_pack(dh, i, n, x);
 }
 
-static Err gelu_backward_cuda(Device *d, floatX *dh, const floatX *dg, size_t R, size_t H) {
+static Err gelu_backward_gpu(const Compute *on, real *dh, const real *dg, size_t R, size_t H) {
     enum { THREADS = 128 };
-    LAUNCH(d, gelu_backward_kernel, blocks_for(R * H, THREADS * PACK), THREADS, 0, dh, dg, R * H);
+    LAUNCH(on->device, gelu_backward_kernel, blocks_for(R * H, THREADS * PACK), THREADS, 0, (floatX *)dh,
+           (const floatX *)dg, R * H);
     return OK;
 }
 
-/* ---- Norm: y = (x - mean) / sqrt(var + eps) * weight + bias, over each row of C channels ---- */
+/* ---- Layer norm ---- */
 
-/* norm_forward    y (R,C), mean (R), rstd (R) from x (R,C)
- * norm_backward   dx (R,C) +=, dweight (C) +=, dbias (C) += from dy (R,C) and what forward saw and left */
-
-/* The twins read and write rows of the residual stream x and of its gradient dx, which are float. Of x, whose batch
- * rows are n positions long, the first `skip` positions of each are left out: row r is row `source` of x. */
+/* The residual stream x and its gradient dx are float. Row r of what is normalised is this row of x: the first `skip` of
+ * every n rows are left out. */
 static __device__ inline size_t source_row(size_t r, size_t n, size_t skip) {
     const size_t kept = n - skip;
     return skip ? r / kept * n + skip + r % kept
@@ -86,10 +77,10 @@ static __global__ void norm_forward_kernel(floatX *y, float *mean, float *rstd, 
 
 enum { ROW_WARPS = 4 }; /* rows of a block, where a warp has one */
 
-static Err norm_forward_cuda(Device *d, const Norm *norm, floatX *y, float *mean, float *rstd, const float *x, size_t R,
-                             size_t n, size_t skip) {
-    LAUNCH(d, norm_forward_kernel, blocks_for(R, ROW_WARPS), ROW_WARPS * WARP, 0, y, mean, rstd, x,
-           d->row[norm->weight].value, d->row[norm->bias].value, R, norm->C, n, skip, (float)NORM_EPS);
+static Err norm_forward_gpu(const Compute *on, real *y, real *mean, real *rstd, const real *x, const real *weight,
+                             const real *bias, size_t R, size_t C, size_t n, size_t skip) {
+    LAUNCH(on->device, norm_forward_kernel, blocks_for(R, ROW_WARPS), ROW_WARPS * WARP, 0, (floatX *)y, mean, rstd, x,
+           weight, bias, R, C, n, skip, (float)LAYER_NORM_EPS);
     return OK;
 }
 
@@ -179,58 +170,65 @@ static Err add_slices(Device *d, float *sum, const float *partial, size_t slices
     return OK;
 }
 
-static Err norm_backward_cuda(Device *d, const Norm *norm, float *dx, floatX *dx_copy, const float *dy, const float *x,
-                              const float *mean, const float *rstd, float *partial, size_t R, size_t n, size_t skip) {
-    const size_t C = norm->C, slices = ceil_div(R, SLICE_ROWS);
+/* Scratch of both: the slices */
+static size_t norm_needs_gpu(const Compute *, size_t R, size_t C) {
+    return partial_floats(R, C, 2) * sizeof(float);
+}
+static size_t linear_needs_gpu(const Compute *, size_t R, size_t, size_t M) {
+    return partial_floats(R, M, 1) * sizeof(float);
+}
+
+static Err norm_backward_gpu(const Compute *on, real *dx, real *dx_operand, real *dweight, real *dbias, const real *dy,
+                              const real *x, const real *weight, const real *mean, const real *rstd, size_t R, size_t C,
+                              size_t n, size_t skip) {
+    Device *d = on->device;
+    const size_t slices = ceil_div(R, SLICE_ROWS);
     const dim3 grid(blocks_for(C, WARP), (unsigned)slices);
-    const DeviceRow *weight = &d->row[norm->weight], *bias = &d->row[norm->bias];
-    LAUNCH(d, norm_backward_kernel, blocks_for(R, ROW_WARPS), ROW_WARPS * WARP, 0, dx, dx_copy, dy, x, weight->value,
-           mean, rstd, R, C, n, skip);
+    float *partial = (float *)on->scratch;
+    LAUNCH(d, norm_backward_kernel, blocks_for(R, ROW_WARPS), ROW_WARPS * WARP, 0, dx, (floatX *)dx_operand, dy, x,
+           weight, mean, rstd, R, C, n, skip);
     LAUNCH(d, norm_columns_kernel, grid, COLUMN_THREADS, COLUMN_THREADS * sizeof(float), partial, dy, x, mean, rstd, R,
            C, n, skip);
-    TRY(add_slices(d, weight->grad, partial, slices, C));
-    return add_slices(d, bias->grad, partial + slices * C, slices, C);
+    TRY(add_slices(d, dweight, partial, slices, C));
+    return add_slices(d, dbias, partial + slices * C, slices, C);
 }
 
-/* ---- Linear: out = residual + bias + in weight^T ---- */
+/* ---- Linear ---- */
 
-/* out (R,l->out) is floatX, or, where the residual stream or logits go on, float: then residual may be given too. */
-static Err linear_forward_cuda(Device *d, const Linear *l, void *out, int out_is_float, const float *residual,
-                               const floatX *in, size_t R) {
+/* y is floatX; or float, for the residual stream and for logits: then add may be given too. */
+static Err linear_forward_gpu(const Compute *on, real *y, const real *x, const real *w, const real *bias,
+                               const real *add, int y_f32, size_t R, size_t C, size_t M) {
     Matmul p;
     memset(&p, 0, sizeof p);
-    p.trans_b = 1, p.d_is_float = out_is_float, p.M = R, p.N = l->out, p.K = l->in;
-    p.A = in, p.lda = l->in, p.B = d->row[l->weight].weight, p.ldb = l->in, p.D = out, p.ldd = l->out, p.add = residual;
-    if (l->bias != NO_ROW && out_is_float) p.bias = d->row[l->bias].value;
-    if (l->bias != NO_ROW && !out_is_float) p.bias = d->row[l->bias].weight;
-    return matmul(d, &p);
+    p.trans_b = 1, p.d_is_float = y_f32, p.M = R, p.N = M, p.K = C;
+    p.A = (const floatX *)x, p.lda = C, p.B = operand_of(on->device, w), p.ldb = C, p.D = y, p.ldd = M, p.add = add;
+    if (bias) p.bias = y_f32 ? (const void *)bias : (const void *)operand_of(on->device, bias);
+    return matmul(on->device, &p);
 }
 
-/* din (R,l->in) is floatX, or float where gradients of several readers add up. */
-static Err linear_backward_cuda(Device *d, const Linear *l, void *din, int din_is_float, int accumulate,
-                                const floatX *dout, const floatX *in, float *partial, size_t R) {
+/* dx is floatX; or float, where gradients of several readers add up. */
+static Err linear_backward_gpu(const Compute *on, real *dx, real *dw, real *db, const real *dy, const real *x,
+                                const real *w, int accumulate, int dx_f32, size_t R, size_t C, size_t M) {
+    Device *d = on->device;
+    float *partial = (float *)on->scratch;
     Matmul p;
     memset(&p, 0, sizeof p);
-    p.d_is_float = din_is_float, p.M = R, p.N = l->in, p.K = l->out;
-    p.A = dout, p.lda = l->out, p.B = d->row[l->weight].weight, p.ldb = l->in, p.D = din, p.ldd = l->in;
-    p.add = accumulate ? din : NULL;
+    p.d_is_float = dx_f32, p.M = R, p.N = C, p.K = M;
+    p.A = (const floatX *)dy, p.lda = M, p.B = operand_of(d, w), p.ldb = C, p.D = dx, p.ldd = C;
+    p.add = accumulate ? dx : NULL;
     TRY(matmul(d, &p));
     memset(&p, 0, sizeof p);
-    p.trans_a = 1, p.d_is_float = 1, p.M = l->out, p.N = l->in, p.K = R;
-    p.A = dout, p.lda = l->out, p.B = in, p.ldb = l->in, p.ldd = l->in;
-    p.D = d->row[l->weight].grad, p.add = p.D;
+    p.trans_a = 1, p.d_is_float = 1, p.M = M, p.N = C, p.K = R;
+    p.A = (const floatX *)dy, p.lda = M, p.B = (const floatX *)x, p.ldb = C, p.D = dw, p.ldd = C, p.add = dw;
     TRY(matmul(d, &p));
-    if (l->bias == NO_ROW) return OK;
-    const dim3 grid(blocks_for(l->out, WARP), blocks_for(R, SLICE_ROWS));
-    LAUNCH(d, sum_columns_kernel, grid, COLUMN_THREADS, COLUMN_THREADS * sizeof(float), partial, dout, R, l->out);
-    return add_slices(d, d->row[l->bias].grad, partial, grid.y, l->out);
+    if (!db) return OK;
+    const dim3 grid(blocks_for(M, WARP), blocks_for(R, SLICE_ROWS));
+    LAUNCH(d, sum_columns_kernel, grid, COLUMN_THREADS, COLUMN_THREADS * sizeof(float), partial, (const floatX *)dy, R,
+           M);
+    return add_slices(d, db, partial, grid.y, M);
 }
 
 /* ---- Embedding ---- */
-
-/* embed_forward    x[b,i,:] = token_emb[ids[b,i],:] + pos_emb[i,:], or the position that the cell says
- * embed_backward   dtoken_emb[ids[b,i],:] += dx[b,i,:], dpos_emb[i,:] += dx[b,i,:]
- *   x, dx (B,n,C); ids (B,n) */
 
 /* A block per position; *at (NULL: 0) is where the n positions begin. */
 static __global__ void embed_forward_kernel(float *x, const int32_t *ids, const float *token, const float *position,
@@ -240,12 +238,17 @@ static __global__ void embed_forward_kernel(float *x, const int32_t *ids, const 
     for (size_t c = threadIdx.x; c < C; c += blockDim.x) x[r * C + c] = t[c] + p[c];
 }
 
-static Err embed_forward_cuda(Device *d, const Stack *s, float *x, const int32_t *ids, size_t B, size_t n,
-                              const int *at) {
+/* at: while decoding, see decode.cu; NULL elsewhere */
+static Err embed_from(Device *d, float *x, const int32_t *ids, const float *token, const float *position, const int *at,
+                      size_t B, size_t n, size_t C) {
     enum { THREADS = 128 };
-    LAUNCH(d, embed_forward_kernel, (unsigned)(B * n), THREADS, 0, x, ids, d->row[s->token_emb].value,
-           d->row[s->pos_emb].value, n, at, s->C);
+    LAUNCH(d, embed_forward_kernel, (unsigned)(B * n), THREADS, 0, x, ids, token, position, n, at, C);
     return OK;
+}
+
+static Err embed_forward_gpu(const Compute *on, real *x, const int32_t *ids, const real *token, const real *position,
+                              const Position *, size_t B, size_t n, size_t C) {
+    return embed_from(on->device, x, ids, token, position, NULL, B, n, C);
 }
 
 /* A block per value of a token: it goes through all ids, and where it finds its own adds up that row of dx, in order; a
@@ -282,12 +285,105 @@ static __global__ void position_backward_kernel(float *dposition, const float *d
     }
 }
 
-/* `values`: rows of the table of tokens */
-static Err embed_backward_cuda(Device *d, const Stack *s, const float *dx, const int32_t *ids, size_t B, size_t n,
-                               size_t values) {
+static Err embed_backward_gpu(const Compute *on, real *dtoken, real *dposition, const real *dx, const int32_t *ids,
+                               size_t B, size_t n, size_t C, size_t V) {
     enum { THREADS = 128 };
-    LAUNCH(d, embed_backward_kernel, (unsigned)values, THREADS, (s->C + THREADS / WARP) * sizeof(float),
-           d->row[s->token_emb].grad, dx, ids, B * n, s->C);
-    LAUNCH(d, position_backward_kernel, (unsigned)n, THREADS, 0, d->row[s->pos_emb].grad, dx, B, n, s->C);
+    LAUNCH(on->device, embed_backward_kernel, (unsigned)V, THREADS, (C + THREADS / WARP) * sizeof(float), dtoken, dx,
+           ids, B * n, C);
+    LAUNCH(on->device, position_backward_kernel, (unsigned)n, THREADS, 0, dposition, dx, B, n, C);
     return OK;
+}
+
+/* ---- Variants of the head ---- */
+
+/* A row of logits = raw * scale + different, and `same` where the token is x_t's. */
+typedef struct {
+    float scale, same, different;
+} RowVariant;
+
+/* For position i under scale t */
+static __device__ inline RowVariant row_variant(const Variant *v, int t, size_t i) {
+    RowVariant r = {1, 0, 0};
+    if (v->log_scalors)
+        r.scale = (float)exp((double)v->log_scalors[v->fine ? (t - 1) * v->length + i : (size_t)(t - 1)]);
+    return r;
+}
+static __device__ inline RowVariant with_residual(RowVariant r, const Variant *v, int t, size_t K) {
+    if (!v->residual) return r;
+    const double alpha = (double)v->alpha[t], other = (1 - alpha) / (double)K;
+    r.same = (float)log(alpha + other), r.different = (float)log(other);
+    return r;
+}
+
+/* logits (B,n,K) from raw; a warp per row. ids (B,P+N): what the encoder read; positions begin at *at (NULL: 0). */
+static __global__ void variant_forward_kernel(float *logits, const float *raw, Variant v, const int32_t *ids, size_t P,
+                                              size_t N, const int *at, size_t R, size_t n, size_t K) {
+    const size_t r = (size_t)blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    if (r >= R) return;
+    const size_t i = (at ? (size_t)*at : 0) + r % n;
+    const int32_t *row = ids + r / n * (P + N);
+    const RowVariant x = with_residual(row_variant(&v, row[0], i), &v, row[0], K);
+    const size_t kept = (size_t)row[P + i];
+    for (size_t k = lane; k < K; k += WARP)
+        logits[r * K + k] = raw[r * K + k] * x.scale + (k == kept ? x.same : x.different);
+}
+
+/* draw (B,N,K) = dlogits * scale; row_sum[r] = scale * sum_k dlogits raw, the gradient of the row's log_scalor */
+static __global__ void variant_backward_kernel(floatX *draw, float *row_sum, const float *dlogits, const float *raw,
+                                               Variant v, const int32_t *ids, size_t P, size_t R, size_t N, size_t K) {
+    const size_t r = (size_t)blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    if (r >= R) return;
+    const float scale = row_variant(&v, v.log_scalors ? ids[r / N * (P + N)] : 0, r % N).scale;
+    float sum = 0;
+    for (size_t k = lane; k < K; k += WARP) {
+        const float g = dlogits[r * K + k];
+        sum += g * raw[r * K + k];
+        draw[r * K + k] = to_floatX(g * scale);
+    }
+    sum = warp_sum(sum);
+    if (lane == 0) row_sum[r] = sum * scale;
+}
+
+/* A warp per element of log_scalors looks for its rows, lane by lane in the same order always. */
+static __global__ void scalors_backward_kernel(float *dlog_scalors, const float *row_sum, const int32_t *ids,
+                                               size_t stride, size_t R, size_t N, size_t length, int fine) {
+    const size_t t = fine ? blockIdx.x / length : blockIdx.x, i = blockIdx.x % length;
+    float sum = 0;
+    for (size_t r = threadIdx.x; r < R; r += WARP)
+        if ((size_t)ids[r / N * stride] == t + 1 && (!fine || r % N == i)) sum += row_sum[r];
+    sum = warp_sum(sum);
+    if (threadIdx.x == 0) dlog_scalors[blockIdx.x] += sum;
+}
+
+static Err scalors_backward(Device *d, float *dlog_scalors, const float *row_sum, const Variant *v, size_t R) {
+    LAUNCH(d, scalors_backward_kernel, (unsigned)(v->fine ? v->scales * v->length : v->scales), WARP, 0, dlog_scalors,
+           row_sum, v->ids, v->prompt + v->N, R, v->N, v->length, v->fine);
+    return OK;
+}
+
+/* Scratch: (R) sums of the rows' logits times their gradients */
+static size_t variant_needs_gpu(const Compute *, size_t R) {
+    return R * sizeof(float);
+}
+
+/* The first position is *at (NULL: 0). */
+static Err variant_from(Device *d, float *logits, const float *raw, const Variant *v, const int *at, size_t B, size_t n,
+                        size_t K) {
+    LAUNCH(d, variant_forward_kernel, blocks_for(B * n, ROW_WARPS), ROW_WARPS * WARP, 0, logits, raw, *v, v->ids,
+           v->prompt, v->N, at, B * n, n, K);
+    return OK;
+}
+
+static Err variant_forward_gpu(const Compute *on, real *logits, const real *raw, const Variant *v, const Position *,
+                                size_t B, size_t n, size_t K) {
+    return variant_from(on->device, logits, raw, v, NULL, B, n, K);
+}
+
+/* Also for networks without a variant, whose dlogits only become floatX */
+static Err variant_backward_gpu(const Compute *on, real *draw, real *dlog_scalors, const real *dlogits,
+                                 const real *raw, const Variant *v, size_t B, size_t n, size_t K) {
+    float *row_sum = (float *)on->scratch;
+    LAUNCH(on->device, variant_backward_kernel, blocks_for(B * n, ROW_WARPS), ROW_WARPS * WARP, 0, (floatX *)draw,
+           row_sum, dlogits, raw, *v, v->ids, v->prompt, B * n, n, K);
+    return v->log_scalors ? scalors_backward(on->device, dlog_scalors, row_sum, v, B * n) : OK;
 }

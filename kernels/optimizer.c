@@ -1,12 +1,12 @@
-/* optimizer.c - what training does with logits and gradients: the losses, AdamW, the moving average, the learning
- * rate.
+/* optimizer.c - what training does with logits and gradients, faster: the losses, AdamW, the moving average.
  *
- * Sums run in parts of fixed size and tensors in pieces of fixed size, so that threads do not change a bit. */
-#include "kernels/transformer.h"
+ * The fellows of the plain loops in transformer.cu. Sums run in parts of fixed size and tensors in pieces of fixed size,
+ * so that threads do not change a bit. */
+#include "kernels/math.h"
 
 enum { LOSS_CHUNKS = 64 }; /* partial sums of the loss */
 
-/* ---- Losses (SPEC section 4) ---- */
+/* ---- Losses ---- */
 
 typedef struct {
     const real *logits, *posterior;
@@ -59,41 +59,17 @@ static void loss_chunk(void *context, size_t c) {
     }
 }
 
-Err denoising_loss(Loss *out, const real *logits, const int32_t *target, const real *posterior, size_t R, size_t K,
-                   double alpha, double weight, real *dlogits) {
-    double hard_sum = 0, soft_sum = 0;
-    if (R < 1 || K < 1) return err("loss: %zu rows of %zu classes, expected at least one", R, K);
-    if (!(alpha >= 0 && alpha <= 1)) return err("loss: alpha is %g, expected 0..1", alpha);
-    if (!posterior && alpha > 0) return err("loss: alpha is %g, but there is no posterior", alpha);
-    TRY(check_ids("target", target, R, 0, K));
-    LossRows rows;
-    memset(&rows, 0, sizeof rows);
-    rows.logits = logits, rows.posterior = posterior, rows.target = target, rows.dlogits = dlogits, rows.K = K;
-    rows.soft_weight = (real)(weight * alpha / (double)R), rows.hard_weight = (real)(weight * (1 - alpha) / (double)R);
-    rows.R = R, rows.chunk = (R + LOSS_CHUNKS - 1) / LOSS_CHUNKS;
-    parallel_for(threads_free(), LOSS_CHUNKS, loss_chunk, &rows);
-    for (size_t c = 0; c < LOSS_CHUNKS; c++) hard_sum += rows.hard[c], soft_sum += rows.soft[c];
-    out->hard = hard_sum / (double)R;
-    out->soft = posterior ? soft_sum / (double)R : (double)NAN;
-    out->loss = alpha == 0 ? out->hard : alpha * out->soft + (1 - alpha) * out->hard;
-    return OK;
+void denoising_loss_fast(const Compute *on, double sums[2], real *dlogits, const real *logits, const int32_t *target,
+                         const real *posterior, real soft_weight, real hard_weight, size_t R, size_t K) {
+    LossRows a = {.logits = logits, .posterior = posterior, .target = target, .dlogits = dlogits, .K = K, .R = R};
+    (void)on;
+    a.soft_weight = soft_weight, a.hard_weight = hard_weight, a.chunk = ceil_div(R, LOSS_CHUNKS);
+    parallel_for(threads_free(), LOSS_CHUNKS, loss_chunk, &a);
+    sums[0] = sums[1] = 0;
+    for (size_t c = 0; c < LOSS_CHUNKS; c++) sums[0] += a.hard[c], sums[1] += a.soft[c];
 }
 
-Err transformer_loss_cuda(Transformer *m, const Schedule *s, const int32_t *x0, const int32_t *x, const int32_t *x_t,
-                          const int32_t *t, const int32_t *label, size_t B, size_t N, double alpha, double weight,
-                          int backward, Loss *out) {
-    if (!m->params.device) return err("transformer: it is not on the GPU");
-    if (backward && !m->train) return err("transformer: backward under a plan without training");
-    if (backward && !m->params.row[0].grad) return err("transformer: the parameters have no gradients planned");
-    if (!(alpha >= 0 && alpha <= 1)) return err("loss: alpha is %g, expected 0..1", alpha);
-    TRY(take_batch(m, x, x_t, t, label, B, N));
-    TRY(check_ids("x_0", x0, B * N, 0, m->config.dec_num_tokens));
-    TRY(check_ids("x_t", x_t, B * N, 0, m->config.dec_num_tokens));
-    if (s->T != m->config.n_scales) return err("loss: a schedule of %d scales, expected %d", s->T, m->config.n_scales);
-    return m->params.ops->train(m, s, x0, x, x_t, t, alpha, weight, backward, out);
-}
-
-/* ---- Optimizer (SPEC sections 6 and 7) ---- */
+/* ---- AdamW and the moving average ---- */
 
 #ifdef REAL_DOUBLE
 static inline real square_root(real x) {
@@ -107,10 +83,12 @@ static inline real square_root(real x) {
 
 /* Tensors are cut into pieces of fixed size, so that threads do not decide which elements run as vectors. */
 typedef struct {
-    const Param *row;
-    real keep, rate, inverse, eps, beta1, beta2, rest1, rest2; /* AdamW */
-    real step;                                                 /* EMA */
-    uint64_t stream;                                           /* of random numbers, for moments in bf16 */
+    const AdamStep *step;
+    real *w, *m, *v, *ema;
+    const real *g, *value;
+    uint16_t *m16, *v16;
+    real rate; /* of the moving average */
+    size_t n;
 } Update;
 
 static size_t pieces(size_t n) {
@@ -119,11 +97,12 @@ static size_t pieces(size_t n) {
 
 static void adamw_piece(void *context, size_t piece) {
     const Update *a = (const Update *)context;
-    const size_t k0 = piece * SMALL_WORK, n = min_size(SMALL_WORK, a->row->size - k0);
-    const real keep = a->keep, rate = a->rate, inverse = a->inverse, eps = a->eps;
-    const real beta1 = a->beta1, beta2 = a->beta2, rest1 = a->rest1, rest2 = a->rest2;
-    real *w = a->row->value + k0, *m = a->row->m + k0, *v = a->row->v + k0;
-    const real *g = a->row->grad + k0;
+    const AdamStep *o = a->step;
+    const size_t k0 = piece * SMALL_WORK, n = min_size(SMALL_WORK, a->n - k0);
+    const real keep = o->keep, rate = o->rate, inverse = o->inverse, eps = o->eps;
+    const real beta1 = o->beta1, beta2 = o->beta2, rest1 = o->rest1, rest2 = o->rest2;
+    real *w = a->w + k0, *m = a->m + k0, *v = a->v + k0;
+    const real *g = a->g + k0;
 #pragma omp simd
     for (size_t k = 0; k < n; k++) {
         m[k] = beta1 * m[k] + rest1 * g[k];
@@ -132,8 +111,8 @@ static void adamw_piece(void *context, size_t piece) {
     }
 }
 
-/* ---- Moments in bf16. Rounded to the nearest, what changes a moment by less than 2^-9 of itself would be lost every
- * time; rounded up or down at random, by chances that keep the mean, it adds up. ---- */
+/* Moments in bf16. Rounded to the nearest, what changes a moment by less than 2^-9 of itself would be lost every time;
+ * rounded up or down at random, by chances that keep the mean, it adds up. */
 
 uint16_t round_at_random(float x, uint32_t random) {
     uint32_t bits;
@@ -145,7 +124,7 @@ uint16_t round_at_random(float x, uint32_t random) {
     return (uint16_t)(bits >> 16);
 }
 
-/* a b + c rounded once, whatever a compiler would make of it: the GPU's twin must give the same bits. */
+/* a b + c rounded once, whatever a compiler would make of it: the GPU's must give the same bits. */
 static inline real multiply_add(real a, real b, real c) {
 #ifdef REAL_DOUBLE
     return fma(a, b, c);
@@ -157,83 +136,46 @@ static inline real multiply_add(real a, real b, real c) {
 /* Four elements share a draw of four numbers, each of which has bits for both moments. */
 static void adamw_bf16_piece(void *context, size_t piece) {
     const Update *a = (const Update *)context;
-    const size_t k0 = piece * SMALL_WORK, n = min_size(SMALL_WORK, a->row->size - k0);
-    real *w = a->row->value + k0;
-    const real *g = a->row->grad + k0;
-    uint16_t *m16 = a->row->m16 + k0, *v16 = a->row->v16 + k0;
+    const AdamStep *o = a->step;
+    const size_t k0 = piece * SMALL_WORK, n = min_size(SMALL_WORK, a->n - k0);
+    real *w = a->w + k0;
+    const real *g = a->g + k0;
+    uint16_t *m16 = a->m16 + k0, *v16 = a->v16 + k0;
     uint32_t random[4] = {0};
     for (size_t k = 0; k < n; k++) {
-        if (k % 4 == 0) philox(random, 0, a->stream, (k0 + k) / 4);
-        const real m = multiply_add(a->rest1, g[k], a->beta1 * (real)bf16_to_float(m16[k]));
-        const real v = multiply_add(a->rest2 * g[k], g[k], a->beta2 * (real)bf16_to_float(v16[k]));
-        const real change = a->rate * m / multiply_add(square_root(v), a->inverse, a->eps);
-        w[k] = multiply_add(a->keep, w[k], -change);
+        if (k % 4 == 0) philox(random, 0, o->stream, (k0 + k) / 4);
+        const real m = multiply_add(o->rest1, g[k], o->beta1 * (real)bf16_to_float(m16[k]));
+        const real v = multiply_add(o->rest2 * g[k], g[k], o->beta2 * (real)bf16_to_float(v16[k]));
+        const real change = o->rate * m / multiply_add(square_root(v), o->inverse, o->eps);
+        w[k] = multiply_add(o->keep, w[k], -change);
         m16[k] = round_at_random((float)m, random[k % 4]);
         v16[k] = round_at_random((float)v, random[k % 4] >> 16);
     }
 }
 
-void adamw_step(Params *p, const AdamW *o, uint64_t step) {
-    if (p->device) {
-        p->ops->update(p->device, p, o, step, 0);
-        return;
-    }
-    const double correction1 = 1 - pow(o->beta1, (double)step), correction2 = 1 - pow(o->beta2, (double)step);
-    Update a;
-    memset(&a, 0, sizeof a);
-    a.beta1 = (real)o->beta1, a.beta2 = (real)o->beta2, a.eps = (real)o->eps;
-    a.rest1 = (real)(1 - o->beta1), a.rest2 = (real)(1 - o->beta2);
-    a.rate = (real)(o->lr / correction1), a.inverse = (real)(1 / sqrt(correction2));
-    for (size_t i = 0; i < p->n; i++) {
-        a.row = &p->row[i];
-        if (a.row->untrained) continue;
-        a.keep = (real)(1 - o->lr * a.row->decay * o->decay_scale);
-        a.stream = rng_stream(RNG_ROUND, i, step & 0xffffffffu);
-        parallel_for(threads_free(), pieces(a.row->size), p->bf16_moments ? adamw_bf16_piece : adamw_piece, &a);
-    }
+void adamw_fast(const Compute *on, real *w, real *m, real *v, const real *g, const AdamStep *a, size_t n) {
+    Update u = {.step = a, .w = w, .m = m, .v = v, .g = g, .n = n};
+    (void)on;
+    parallel_for(threads_free(), pieces(n), adamw_piece, &u);
+}
+
+void adamw_bf16_fast(const Compute *on, real *w, uint16_t *m, uint16_t *v, const real *g, const AdamStep *a, size_t n) {
+    Update u = {.step = a, .w = w, .m16 = m, .v16 = v, .g = g, .n = n};
+    (void)on;
+    parallel_for(threads_free(), pieces(n), adamw_bf16_piece, &u);
 }
 
 static void ema_piece(void *context, size_t piece) {
     const Update *a = (const Update *)context;
-    const size_t k0 = piece * SMALL_WORK, n = min_size(SMALL_WORK, a->row->size - k0);
-    const real step = a->step, *w = a->row->value + k0;
-    real *e = a->row->ema + k0;
+    const size_t k0 = piece * SMALL_WORK, n = min_size(SMALL_WORK, a->n - k0);
+    const real step = a->rate, *w = a->value + k0;
+    real *e = a->ema + k0;
 #pragma omp simd
     for (size_t k = 0; k < n; k++) e[k] -= step * (e[k] - w[k]);
 }
 
-/* 1 - d */
-static float ema_step(double decay, uint64_t num_updates) {
-    const float n = (float)num_updates, warm = (1 + n) / (10 + n), limit = (float)decay;
-    return 1 - (warm < limit ? warm : limit);
-}
-
-void ema_update(Params *p, double decay, uint64_t num_updates) {
-    Update a;
-    memset(&a, 0, sizeof a);
-    a.step = (real)ema_step(decay, num_updates);
-    if (p->device) {
-        p->ops->update(p->device, p, NULL, 0, (float)a.step);
-        return;
-    }
-    for (size_t i = 0; i < p->n; i++) {
-        a.row = &p->row[i];
-        parallel_for(threads_free(), pieces(a.row->size), ema_piece, &a);
-    }
-}
-
-void adamw_ema_step(Params *p, const AdamW *o, uint64_t step, double decay, uint64_t num_updates) {
-    if (p->device) {
-        p->ops->update(p->device, p, o, step, ema_step(decay, num_updates));
-        return;
-    }
-    adamw_step(p, o, step);
-    ema_update(p, decay, num_updates);
-}
-
-double lr_at(const LrSchedule *s, uint64_t n) {
-    const double pi = 3.14159265358979323846, x = (double)n;
-    if (x < s->warm_up_steps) return (s->lr_max - s->lr_start) / s->warm_up_steps * x + s->lr_start;
-    double done = (x - s->warm_up_steps) / (s->max_decay_steps - s->warm_up_steps);
-    return s->lr_min + 0.5 * (s->lr_max - s->lr_min) * (1 + cos(pi * (done < 1 ? done : 1)));
+void ema_fast(const Compute *on, real *ema, const real *w, real step, size_t n) {
+    Update u = {.ema = ema, .value = w, .rate = step, .n = n};
+    (void)on;
+    parallel_for(threads_free(), pieces(n), ema_piece, &u);
 }

@@ -1,10 +1,8 @@
-/* optimizer.cu - what training does with logits and gradients: the losses, AdamW, the moving average, the learning
- * rate.
- *
- * Sums run in parts of fixed size and tensors in pieces of fixed size, so that threads do not change a bit. */
-#include "kernels/transformer.h"
+/* optimizer.cu - what training does on a GPU with logits and gradients: the fused loss, AdamW, the moving average; and
+ * parameter tables there. device.cu includes this file. */
+#include "kernels/device.h"
 
-/* ---- The twin: from raw logits to both losses and the gradient of the raw logits in one kernel ----
+/* ---- From raw logits to both losses and the gradient of the raw logits, in one kernel ----
  *
  * The posterior of x_{t-1} given x_t and x_0 takes at most three values in a row, at x_0, at x_t and elsewhere, so that
  * neither it nor the probabilities need be written down: with L_k the logits, lse their log-sum-exp and "rest" the
@@ -12,20 +10,20 @@
 
 typedef struct {
     const float *raw;
-    floatX *draw; /* NULL: no gradient */
-    float *row_sum, *hard, *soft;
+    floatX *draw;                 /* NULL: no gradient */
+    float *row_sum, *hard, *soft; /* (R) */
     const int32_t *x0, *target, *x_t, *t;
     Variant variant;
-    Schedule schedule;
+    float alpha[MAX_SCALES + 1], alphacum[MAX_SCALES + 1]; /* of the schedule */
     size_t R, N, K;
     float soft_weight, hard_weight; /* of a row's gradient */
-} LossTwin;
+} LossRows;
 
-/* The three values of posterior_row in diffusion.c */
+/* The three values of the posterior: those of posterior_row in diffusion.c */
 typedef struct {
     float at_x0, at_xt, rest;
 } RowPosterior;
-static __device__ inline RowPosterior row_posterior(const Schedule *s, int t, int same, size_t K) {
+static __device__ inline RowPosterior row_posterior(const LossRows *s, int t, int same, size_t K) {
     const double A = (double)s->alphacum[t - 1], a = (double)s->alpha[t], far0 = (1 - A) / (double)K,
                  fart = (1 - a) / (double)K;
     double rest = far0 * fart, at0 = (A + far0) * fart, att = far0 * (a + fart);
@@ -43,13 +41,13 @@ static __device__ inline double divergence(float q, double log_p) {
 }
 
 /* A warp per row: its logits are read three times, from cache after the first. */
-static __global__ void loss_kernel(LossTwin a) {
+static __global__ void loss_kernel(LossRows a) {
     const size_t r = (size_t)blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP, lane = threadIdx.x % WARP, K = a.K;
     if (r >= a.R) return;
     const int t = a.t[r / a.N];
     const size_t x0 = (size_t)a.x0[r], xt = (size_t)a.x_t[r], target = (size_t)a.target[r];
     const RowVariant v = with_residual(row_variant(&a.variant, t, r % a.N), &a.variant, t, K);
-    const RowPosterior q = row_posterior(&a.schedule, t, x0 == xt, K);
+    const RowPosterior q = row_posterior(&a, t, x0 == xt, K);
     const float *raw = a.raw + r * K;
     float largest = -HUGE_VALF, sum = 0, all = 0;
 #define LOGIT(k) (raw[k] * v.scale + (a.variant.residual && (k) == xt ? v.same : v.different))
@@ -97,43 +95,28 @@ static __global__ void add_losses_kernel(double *sums, const float *hard, const 
     sums[threadIdx.x] = sum;
 }
 
-static Err loss_cuda(Transformer *m, const Schedule *s, double alpha, double weight, int backward, Loss *out) {
-    NetTwin *n = m->twin;
-    const size_t R = m->now_B * m->now_N;
-    double sums[2];
-    LossTwin a;
+static size_t fused_loss_needs_gpu(size_t R) {
+    return 3 * R * sizeof(float);
+}
+
+static Err fused_loss_gpu(const Compute *on, const FusedLoss *l) {
+    Device *d = on->device;
+    const size_t R = l->B * l->N;
+    float *const scratch = (float *)on->scratch;
+    LossRows a;
     memset(&a, 0, sizeof a);
-    a.raw = n->raw, a.draw = backward ? n->draw : NULL, a.row_sum = n->row_sum, a.hard = n->hard, a.soft = n->soft;
-    a.x0 = n->x0, a.target = n->x, a.x_t = n->x_t, a.t = n->t, a.variant = variant_of(m), a.schedule = *s;
-    a.R = R, a.N = m->now_N, a.K = m->config.dec_num_tokens;
-    a.soft_weight = (float)(weight * alpha / (double)R), a.hard_weight = (float)(weight * (1 - alpha) / (double)R);
-    LAUNCH(n->d, loss_kernel, blocks_for(R, ROW_WARPS), ROW_WARPS * WARP, 0, a);
-    LAUNCH(n->d, add_losses_kernel, 1, LOSS_THREADS, 2 * LOSS_THREADS * sizeof(double), n->d->sums, n->hard, n->soft,
-           R);
-    if (backward) TRY(scalors_backward_cuda(m, &a.variant));
-    if (backward) TRY(network_backward_cuda(m));
-    TRY(to_host(n->d, sums, n->d->sums, sizeof sums)); /* waits: everything has been asked for by now */
-    out->hard = sums[0] / (double)R, out->soft = sums[1] / (double)R;
-    out->loss = alpha == 0 ? out->hard : alpha * out->soft + (1 - alpha) * out->hard;
-    return OK;
+    a.raw = l->raw, a.draw = (floatX *)l->draw, a.row_sum = scratch, a.hard = scratch + R, a.soft = scratch + 2 * R;
+    a.x0 = l->x0, a.target = l->target, a.x_t = l->x_t, a.t = l->t, a.variant = l->variant;
+    memcpy(a.alpha, l->alpha, ((size_t)l->T + 1) * sizeof *a.alpha);
+    memcpy(a.alphacum, l->alphacum, ((size_t)l->T + 1) * sizeof *a.alphacum);
+    a.R = R, a.N = l->N, a.K = l->K, a.soft_weight = l->soft_weight, a.hard_weight = l->hard_weight;
+    TRY(earlier_failure(d));
+    LAUNCH(d, loss_kernel, blocks_for(R, ROW_WARPS), ROW_WARPS * WARP, 0, a);
+    LAUNCH(d, add_losses_kernel, 1, LOSS_THREADS, 2 * LOSS_THREADS * sizeof(double), l->sums, a.hard, a.soft, R);
+    return l->draw && a.variant.log_scalors ? scalors_backward(d, l->dlog_scalors, a.row_sum, &a.variant, R) : OK;
 }
 
-/* m's ids are in place (take_batch); x0, x, x_t and t are what the loss compares with. */
-static Err train_cuda(Transformer *m, const Schedule *s, const int32_t *x0, const int32_t *x, const int32_t *x_t,
-                      const int32_t *t, double alpha, double weight, int backward, Loss *out) {
-    NetTwin *n = m->twin;
-    const size_t bytes = m->now_B * m->now_N * sizeof *x;
-    TRY(earlier_failure(n->d));
-    TRY(to_device(n->d, n->x0, x0, bytes));
-    TRY(to_device(n->d, n->x, x, bytes));
-    TRY(to_device(n->d, n->x_t, x_t, bytes));
-    TRY(to_device(n->d, n->t, t, m->now_B * sizeof *t));
-    TRY(network_forward_cuda(m));
-    TRY(linear_forward_cuda(n->d, &m->head, n->raw, 1, NULL, n->decoder.out, m->now_B * m->now_N));
-    return loss_cuda(m, s, alpha, weight, backward, out);
-}
-
-/* ---- The twin: a parameter table on the GPU, and its updates ---- */
+/* ---- A parameter table on the GPU, and its updates ---- */
 
 /* One kernel goes through all tensors: a block has a chunk, at most CHUNK elements of one tensor. */
 enum { CHUNK = 2048, UPDATE_THREADS = 256 };
@@ -148,8 +131,8 @@ static float *arena(const Device *d, int k) {
     return (float *)d->arena[k];
 }
 
-/* Where a tensor lies: in every arena of floats, but for matrices of a table that only samples in bf16, which have no
- * value in float. */
+/* Where a tensor lies: at the same place of every arena, but for matrices of a table that only samples in bf16. They
+ * have no value in float, and lie behind the others in the arena of bf16. So operand_of finds a tensor's bf16. */
 static int keeps_value(const Params *p, const Param *row) {
     return !IS_BF16 || p->arena[1] || !row->matrix;
 }
@@ -180,9 +163,12 @@ static Err plan_rows(Device *d, const Params *p) {
         TRY(device_zero(d, d->arena[k], all * number_bytes(p, k)));
     }
     if (IS_BF16) TRY(device_alloc(&d->arena[5], all * sizeof(floatX), "parameters in bf16"));
-    for (size_t i = 0, v = 0, at = 0; i < p->n; at += round_up(p->row[i++].size, 64)) {
+    for (size_t i = 0, v = 0, low = values; i < p->n; i++) {
         DeviceRow *r = &d->row[i];
-        if (keeps_value(p, &p->row[i])) r->value = arena(d, 0) + v, v += round_up(p->row[i].size, 64);
+        const int keeps = keeps_value(p, &p->row[i]);
+        const size_t at = keeps ? v : low;
+        *(keeps ? &v : &low) += round_up(p->row[i].size, 64);
+        if (keeps) r->value = arena(d, 0) + at;
         float **const slot[4] = {&r->grad, &r->m, &r->v, &r->ema};
         for (int k = 1; k < 5; k++) *slot[k - 1] = d->arena[k] && !in_bf16(p, k) ? arena(d, k) + at : NULL;
         r->m16 = p->bf16_moments && d->arena[2] ? (uint16_t *)d->arena[2] + at : NULL;
@@ -295,7 +281,7 @@ typedef struct {
     double lr, decay_scale;                               /* of the weights' decay, beside the tensor's own */
     float step;                                           /* of the moving average; 0: none */
     uint64_t stream;                                      /* of row 0, for moments in bf16 */
-} UpdateTwin;
+} TableUpdate;
 
 static __device__ inline float bf16_value(uint16_t x) {
     const uint32_t bits = (uint32_t)x << 16;
@@ -304,7 +290,7 @@ static __device__ inline float bf16_value(uint16_t x) {
     return number;
 }
 
-/* round_at_random of the C above */
+/* round_at_random of optimizer.c */
 static __device__ inline uint16_t rounded_at_random(float x, uint32_t random) {
     uint32_t bits;
     memcpy(&bits, &x, sizeof bits);
@@ -315,14 +301,15 @@ static __device__ inline uint16_t rounded_at_random(float x, uint32_t random) {
     return (uint16_t)(bits >> 16);
 }
 
-static __device__ inline float adamw_element(const UpdateTwin *a, float keep, float w, size_t i) {
+static __device__ inline float adamw_element(const TableUpdate *a, float keep, float w, size_t i) {
     const float g = a->grad[i], m = a->beta1 * a->m[i] + a->rest1 * g, v = a->beta2 * a->v[i] + a->rest2 * g * g;
     a->m[i] = m, a->v[i] = v;
     return keep * w - a->rate * m / (sqrtf(v) * a->inverse + a->eps);
 }
 
 /* The bits of adamw_bf16_piece; random: a number of the element's. */
-static __device__ inline float adamw_bf16_element(const UpdateTwin *a, float keep, float w, size_t i, uint32_t random) {
+static __device__ inline float adamw_bf16_element(const TableUpdate *a, float keep, float w, size_t i,
+                                                  uint32_t random) {
     const float g = a->grad[i], m = fmaf(a->rest1, g, a->beta1 * bf16_value(a->m16[i]));
     const float v = fmaf(a->rest2 * g, g, a->beta2 * bf16_value(a->v16[i]));
     const float change = a->rate * m / fmaf(sqrtf(v), a->inverse, a->eps);
@@ -331,7 +318,7 @@ static __device__ inline float adamw_bf16_element(const UpdateTwin *a, float kee
 }
 
 /* AdamW, then the moving average of what it left, then the copy in floatX, reading and writing everything once. */
-static __global__ void update_kernel(UpdateTwin a, const Chunk *chunks) {
+static __global__ void update_kernel(TableUpdate a, const Chunk *chunks) {
     const Chunk c = chunks[blockIdx.x];
     const int adam = a.adam && !c.untrained;
     const float keep = (float)(1 - a.lr * c.decay * a.decay_scale);
@@ -350,7 +337,7 @@ static __global__ void update_kernel(UpdateTwin a, const Chunk *chunks) {
 }
 
 static Err update(Device *d, const Params *p, const AdamW *o, uint64_t step, float ema_step) {
-    UpdateTwin a;
+    TableUpdate a;
     memset(&a, 0, sizeof a);
     if (!d->row || (o && !d->arena[2]) || (ema_step != 0 && !d->arena[4]))
         return err("an update of what was never sent");

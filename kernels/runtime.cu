@@ -102,6 +102,14 @@ static Err earlier_failure(const Device *d) {
     return d->failed == OK ? OK : err("%s", d->failure);
 }
 
+/* Where products find a parameter: its copy in bf16 stands at the same place of another arena (optimizer.cu). A matrix
+ * that has no value in float is known by its copy. */
+static const floatX *operand_of(const Device *d, const real *value) {
+    const float *const values = (const float *)d->arena[0];
+    if (!IS_BF16 || value < values || value >= values + d->arena_floats[0]) return (const floatX *)value;
+    return (const floatX *)d->arena[5] + (value - values);
+}
+
 /* The parameter table's tensors */
 static void free_rows(Device *d) {
     for (int k = 0; k < 6; k++) device_free(d->arena[k]), d->arena[k] = NULL;

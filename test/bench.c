@@ -558,7 +558,7 @@ static void bench_train(void) {
 /* ---- Blocks: n positions of every row in one pass, as guessed tokens are checked ---- */
 
 static double pass_time(Decoding *d, size_t n) {
-    DecodeCell cell[16 * DECODE_BLOCK];
+    DecodePosition cell[16 * DECODE_BLOCK];
     const real *logits;
     double best = 1e30;
     for (size_t r = 0; r < d->B * n; r++) cell[r].b = r / n, cell[r].i = TOKENS / 2 + r % n, cell[r].prev = d->x_t[r];

@@ -1,4 +1,4 @@
-/* test_cuda.cu - every kernel against its C twin, then whole networks, decoding and training.
+/* test_cuda.cu - every kernel against the plain loop of its name, then whole networks, decoding and training.
  *
  * Compiled twice, with floatX = float and = bf16: by a C++ compiler for the emulation on the CPU (make
  * test-cuda-emulated), by nvcc for a GPU (make test-cuda). It includes device.cu, so it sees every function there.
@@ -9,51 +9,75 @@
 
 #include "device_test.h"
 
-/* ---- Layers ---- */
+/* ---- Layers: through the seam, beside the plain loops of transformer.cu ---- */
+
+extern "C" {
+extern const Layers transformer_layers;
+}
+static const Layers *const plain = &transformer_layers;
+
+/* Where the kernels compute, and where the plain loops do; each with that much scratch. */
+static Compute gpu, cpu;
+
+static void seam(size_t gpu_scratch, size_t cpu_scratch) {
+    gpu = Compute(), cpu = Compute();
+    gpu.fast = &cuda_layers, gpu.device = device, gpu.ops = &CUDA_TABLE, gpu.unit = sizeof(floatX);
+    gpu.scratch = on_device(gpu_scratch);
+    cpu.unit = sizeof(real), cpu.scratch = malloc(cpu_scratch + 1);
+}
+
+/* Ends what seam began. */
+static void seam_end(void) {
+    CHECK_OK(earlier_failure(device));
+    free(cpu.scratch);
+    free_arrays();
+}
+
+static real *as_real(void *p) {
+    return (real *)p;
+}
 
 static void test_gelu(size_t R, size_t H, int backward) {
     const size_t n = R * H;
     real *h = random_reals(n, 1, 2), *bias = random_reals(H, 2, 1), *slope = random_reals(n, 3, 1),
          *dh = random_reals(n, 4, 1);
     for (int order = 0; order < 2; order++) {
+        seam(0, 0);
         floatX *g = send_x(h, n), *dg = send_x(slope, n), *d = send_x(dh, n);
         reverse(order);
-        CHECK_OK(gelu_forward_cuda(device, g, backward ? dg : NULL, send(bias, H), R, H));
-        if (backward) CHECK_OK(gelu_backward_cuda(device, d, dg, R, H));
+        gpu.fast->gelu_forward(&gpu, as_real(g), backward ? as_real(dg) : NULL, send(bias, H), R, H);
+        if (backward) gpu.fast->gelu_backward(&gpu, as_real(d), as_real(dg), R, H);
         reverse(0);
         real *want_g = random_reals(n, 1, 2), *want_dg = random_reals(n, 3, 1), *want_d = random_reals(n, 4, 1);
-        gelu_forward(want_g, backward ? want_dg : NULL, bias, R, H);
-        if (backward) gelu_backward(want_d, want_dg, R, H);
+        plain->gelu_forward(&cpu, want_g, backward ? want_dg : NULL, bias, R, H);
+        if (backward) plain->gelu_backward(&cpu, want_d, want_dg, R, H);
         near_x("gelu", g, want_g, n);
         near_x("slope of gelu", dg, want_dg, n);
         near_x("gradient of gelu", d, want_d, n);
         free(want_g), free(want_dg), free(want_d);
-        free_arrays();
+        seam_end();
     }
     free(h), free(bias), free(slope), free(dh);
 }
 
-/* A network of nothing but the tensors that single layers need. */
+/* A table of nothing but the tensors that single layers need, on both sides */
 typedef struct {
-    Transformer net;
-    Norm norm;
-    Linear linear;
-    Stack stack;
+    Params params;
+    size_t norm_weight, norm_bias, weight, bias, token, position; /* rows */
 } Fixture;
 
 enum { TOKENS = 13, POSITIONS = 9 };
 
 static void fixture_make(Fixture *f, size_t C, size_t out) {
     memset(f, 0, sizeof *f);
-    Params *p = &f->net.params;
+    Params *p = &f->params;
     size_t matrix[2] = {out, C}, tokens[2] = {TOKENS, C}, positions[2] = {POSITIONS, C};
-    CHECK_OK(params_add(p, &f->norm.weight, INIT_NORMAL, 1, 0.01, 1, &C, "norm.weight"));
-    CHECK_OK(params_add(p, &f->norm.bias, INIT_NORMAL, 1, 0, 1, &C, "norm.bias"));
-    CHECK_OK(params_add(p, &f->linear.weight, INIT_NORMAL, 0.3, 0.02, 2, matrix, "linear.weight"));
-    CHECK_OK(params_add(p, &f->linear.bias, INIT_NORMAL, 1, 0, 1, &out, "linear.bias"));
-    CHECK_OK(params_add(p, &f->stack.token_emb, INIT_NORMAL, 1, 0, 2, tokens, "tokens"));
-    CHECK_OK(params_add(p, &f->stack.pos_emb, INIT_NORMAL, 1, 0, 2, positions, "positions"));
-    f->norm.C = f->stack.C = C, f->linear.in = C, f->linear.out = out;
+    CHECK_OK(params_add(p, &f->norm_weight, INIT_NORMAL, 1, 0.01, 1, &C, "norm.weight"));
+    CHECK_OK(params_add(p, &f->norm_bias, INIT_NORMAL, 1, 0, 1, &C, "norm.bias"));
+    CHECK_OK(params_add(p, &f->weight, INIT_NORMAL, 0.3, 0.02, 2, matrix, "linear.weight"));
+    CHECK_OK(params_add(p, &f->bias, INIT_NORMAL, 1, 0, 1, &out, "linear.bias"));
+    CHECK_OK(params_add(p, &f->token, INIT_NORMAL, 1, 0, 2, tokens, "tokens"));
+    CHECK_OK(params_add(p, &f->position, INIT_NORMAL, 1, 0, 2, positions, "positions"));
     CHECK_OK(params_plan(p, PLAN_VALUE | PLAN_GRAD | PLAN_ADAM | PLAN_EMA));
     params_init(p, 3);
     for (size_t r = 0; r < p->n; r++)
@@ -69,13 +93,27 @@ static void fixture_make(Fixture *f, size_t C, size_t out) {
 }
 
 static void fixture_free(Fixture *f) {
-    params_free(&f->net.params);
+    params_free(&f->params);
     free_arrays();
 }
 
 static void near_grad(const Fixture *f, size_t row) {
-    const Param *p = &f->net.params.row[row];
+    const Param *p = &f->params.row[row];
     near_f(p->name, device->row[row].grad, p->grad, p->size);
+}
+
+/* A parameter and its gradient: there, and here */
+static const real *there(size_t row) {
+    return row_value(device, row);
+}
+static real *grad_there(size_t row) {
+    return row_grad(device, row);
+}
+static const real *here(const Fixture *f, size_t row) {
+    return f->params.row[row].value;
+}
+static real *grad_here(const Fixture *f, size_t row) {
+    return f->params.row[row].grad;
 }
 
 static real *reals(size_t n) {
@@ -84,42 +122,34 @@ static real *reals(size_t n) {
     return x;
 }
 
-/* rows: what the kernels see of x (B,n,C) without the first `skip` positions of each batch row; the C twin takes
- * these */
-static real *without_skipped(const real *x, size_t B, size_t n, size_t skip, size_t C) {
-    const size_t kept = n - skip;
-    real *out = reals(B * kept * C);
-    for (size_t b = 0; b < B; b++) memcpy(out + b * kept * C, x + (b * n + skip) * C, kept * C * sizeof *x);
-    return out;
-}
-
 static void test_norm(size_t B, size_t n, size_t skip, size_t C) {
     const size_t R = B * (n - skip), all = B * n * C;
     Fixture f;
     for (int order = 0; order < 2; order++) {
         fixture_make(&f, C, 3);
+        seam(gpu.fast->norm_needs(&gpu, R, C), 0);
+        const size_t w = f.norm_weight, b = f.norm_bias;
         real *x = random_reals(all, 1, 2), *dy = random_reals(R * C, 2, 1), *dx = random_reals(all, 3, 1);
-        real *kept_x = without_skipped(x, B, n, skip, C), *kept_dx = without_skipped(dx, B, n, skip, C);
         real *y = reals(R * C), *mean = reals(R), *rstd = reals(R);
         float *gx = send(x, all), *gdx = send(dx, all), *gm = send(mean, R), *gr = send(rstd, R);
-        float *partial = (float *)on_device(partial_floats(R, C, 2) * sizeof(float));
         floatX *gy = send_x(y, R * C), *copy = IS_BF16 ? send_x(dx, all) : (floatX *)(void *)gdx;
         reverse(order);
-        CHECK_OK(norm_forward_cuda(device, &f.norm, gy, gm, gr, gx, R, n, skip));
-        CHECK_OK(norm_backward_cuda(device, &f.norm, gdx, copy, send(dy, R * C), gx, gm, gr, partial, R, n, skip));
+        gpu.fast->norm_forward(&gpu, as_real(gy), gm, gr, gx, there(w), there(b), R, C, n, skip);
+        gpu.fast->norm_backward(&gpu, gdx, as_real(copy), grad_there(w), grad_there(b), send(dy, R * C), gx, there(w),
+                                gm, gr, R, C, n, skip);
         reverse(0);
-        norm_forward(&f.net, &f.norm, y, mean, rstd, kept_x, R);
-        norm_backward(&f.net, &f.norm, kept_dx, dy, kept_x, mean, rstd, R);
-        for (size_t b = 0; b < B; b++)
-            memcpy(dx + (b * n + skip) * C, kept_dx + b * (n - skip) * C, (n - skip) * C * sizeof *dx);
+        plain->norm_forward(&cpu, y, mean, rstd, x, here(&f, w), here(&f, b), R, C, n, skip);
+        plain->norm_backward(&cpu, dx, dx, grad_here(&f, w), grad_here(&f, b), dy, x, here(&f, w), mean, rstd, R, C, n,
+                             skip);
         near_x("norm", gy, y, R * C);
         near_f("norm, mean", gm, mean, R);
         near_f("norm, rstd", gr, rstd, R);
         near_f("norm, dx", gdx, dx, all);
         near_x("norm, dx in floatX", copy, dx, all);
-        near_grad(&f, f.norm.weight);
-        near_grad(&f, f.norm.bias);
-        free(x), free(dy), free(dx), free(kept_x), free(kept_dx), free(y), free(mean), free(rstd);
+        near_grad(&f, w);
+        near_grad(&f, b);
+        free(x), free(dy), free(dx), free(y), free(mean), free(rstd);
+        seam_end();
         fixture_free(&f);
     }
 }
@@ -127,28 +157,31 @@ static void test_norm(size_t B, size_t n, size_t skip, size_t C) {
 static void test_linear(size_t R, size_t in, size_t out, int bias) {
     Fixture f;
     fixture_make(&f, in, out);
-    const size_t row = f.linear.bias;
-    if (!bias) f.linear.bias = NO_ROW;
+    seam(gpu.fast->linear_needs(&gpu, R, in, out), 0);
+    const real *w = there(f.weight), *b = bias ? there(f.bias) : NULL, *hw = here(&f, f.weight),
+               *hb = bias ? here(&f, f.bias) : NULL;
+    real *dw = grad_there(f.weight), *db = bias ? grad_there(f.bias) : NULL, *hdw = grad_here(&f, f.weight),
+         *hdb = bias ? grad_here(&f, f.bias) : NULL;
     real *x = random_reals(R * in, 1, 1), *residual = random_reals(R * out, 2, 1), *dy = random_reals(R * out, 3, 1);
     real *y = reals(R * out), *sum = reals(R * out), *dx = reals(R * in), *more = random_reals(R * in, 4, 1);
     floatX *gx = send_x(x, R * in), *gy = send_x(y, R * out), *gdy = send_x(dy, R * out), *gdx = send_x(dx, R * in);
     float *gsum = send(sum, R * out), *gmore = send(more, R * in);
-    float *partial = (float *)on_device(partial_floats(R, out, 1) * sizeof(float));
-    CHECK_OK(linear_forward_cuda(device, &f.linear, gy, 0, NULL, gx, R));
-    CHECK_OK(linear_forward_cuda(device, &f.linear, gsum, 1, send(residual, R * out), gx, R));
-    CHECK_OK(linear_backward_cuda(device, &f.linear, gdx, 0, 0, gdy, gx, partial, R));
-    CHECK_OK(linear_backward_cuda(device, &f.linear, gmore, 1, 1, gdy, gx, partial, R));
-    linear_forward(&f.net, &f.linear, y, out, NULL, x, in, R);
-    linear_forward(&f.net, &f.linear, sum, out, residual, x, in, R);
-    linear_backward(&f.net, &f.linear, dx, 0, dy, x, R);
-    linear_backward(&f.net, &f.linear, more, 1, dy, x, R);
+    gpu.fast->linear_forward(&gpu, as_real(gy), as_real(gx), w, b, NULL, 0, R, in, out);
+    gpu.fast->linear_forward(&gpu, gsum, as_real(gx), w, b, send(residual, R * out), 1, R, in, out);
+    gpu.fast->linear_backward(&gpu, as_real(gdx), dw, db, as_real(gdy), as_real(gx), w, 0, 0, R, in, out);
+    gpu.fast->linear_backward(&gpu, gmore, dw, db, as_real(gdy), as_real(gx), w, 1, 1, R, in, out);
+    plain->linear_forward(&cpu, y, x, hw, hb, NULL, 0, R, in, out);
+    plain->linear_forward(&cpu, sum, x, hw, hb, residual, 1, R, in, out);
+    plain->linear_backward(&cpu, dx, hdw, hdb, dy, x, hw, 0, 0, R, in, out);
+    plain->linear_backward(&cpu, more, hdw, hdb, dy, x, hw, 1, 1, R, in, out);
     near_x("linear", gy, y, R * out);
     near_f("linear + residual", gsum, sum, R * out);
     near_x("linear, din", gdx, dx, R * in);
     near_f("linear, din +=", gmore, more, R * in);
-    near_grad(&f, f.linear.weight);
-    near_grad(&f, row); /* untouched without bias */
+    near_grad(&f, f.weight);
+    near_grad(&f, f.bias); /* untouched without bias */
     free(x), free(residual), free(dy), free(y), free(sum), free(dx), free(more);
+    seam_end();
     fixture_free(&f);
 }
 
@@ -157,29 +190,69 @@ static void test_embedding(size_t B, size_t n, size_t C) {
     Fixture f;
     for (int order = 0; order < 2; order++) {
         fixture_make(&f, C, 3);
+        seam(0, 0);
         for (size_t i = 0; i < B * n; i++) ids[i] = (int32_t)rng_below(5, 6, i, TOKENS - 3);
         real *x = reals(B * n * C), *dx = random_reals(B * n * C, 1, 1);
+        const real *token = here(&f, f.token), *position = here(&f, f.position);
         float *gx = send(x, B * n * C), *gdx = send(dx, B * n * C);
         int32_t *gids = (int32_t *)on_device(sizeof ids);
         int two = 2, *at = (int *)on_device(sizeof two);
         CHECK_OK(to_device(device, gids, ids, sizeof ids));
         CHECK_OK(to_device(device, at, &two, sizeof two));
         reverse(order);
-        CHECK_OK(embed_forward_cuda(device, &f.stack, gx, gids, B, n, NULL));
-        embed_forward(&f.net, &f.stack, x, ids, B, n, NULL);
+        gpu.fast->embed_forward(&gpu, gx, gids, there(f.token), there(f.position), NULL, B, n, C);
+        plain->embed_forward(&cpu, x, ids, token, position, NULL, B, n, C);
         near_f("embedding", gx, x, B * n * C);
-        CHECK_OK(embed_forward_cuda(device, &f.stack, gx, gids, B, n, at));
-        Cell cell[64];
-        for (size_t r = 0; r < B * n; r++) cell[r].b = r / n, cell[r].pos = 2 + r % n, cell[r].visible = 0;
-        embed_forward(&f.net, &f.stack, x, ids, B, n, cell);
+        CHECK_OK(embed_from(device, gx, gids, there(f.token), there(f.position), at, B, n, C));
+        Position from[64];
+        for (size_t r = 0; r < B * n; r++) from[r].b = r / n, from[r].pos = 2 + r % n, from[r].visible = 0;
+        plain->embed_forward(&cpu, x, ids, token, position, from, B, n, C);
         near_f("embedding from position 2 on", gx, x, B * n * C);
-        CHECK_OK(embed_backward_cuda(device, &f.stack, gdx, gids, B, n, TOKENS));
+        gpu.fast->embed_backward(&gpu, grad_there(f.token), grad_there(f.position), gdx, gids, B, n, C, TOKENS);
         reverse(0);
-        embed_backward(&f.net, &f.stack, dx, ids, B, n);
-        near_grad(&f, f.stack.token_emb);
-        near_grad(&f, f.stack.pos_emb);
+        plain->embed_backward(&cpu, grad_here(&f, f.token), grad_here(&f, f.position), dx, ids, B, n, C, TOKENS);
+        near_grad(&f, f.token);
+        near_grad(&f, f.position);
         free(x), free(dx);
+        seam_end();
         fixture_free(&f);
+    }
+}
+
+/* scaled: 0, 1, or 2 for fine */
+static void test_variant(size_t B, size_t N, size_t K, int scaled, int residual) {
+    enum { SCALES = 3, LENGTH = 9, PROMPT = 2 };
+    const size_t n = B * N * K, scalors = scaled == 2 ? SCALES * LENGTH : SCALES;
+    int32_t ids[64];
+    for (size_t b = 0; b < B; b++)
+        for (size_t i = 0; i < PROMPT + N; i++)
+            ids[b * (PROMPT + N) + i] = (int32_t)(i ? rng_below(3, 4, b * N + i, (uint32_t)K) : 1 + b % SCALES);
+    for (int order = 0; order < 2; order++) {
+        seam(gpu.fast->variant_needs(&gpu, B * N), 0);
+        real *raw = random_reals(n, 1, 2), *s = random_reals(scalors, 2, 0.3), *dlogits = random_reals(n, 3, 1);
+        real *logits = reals(n), *draw = reals(n), *ds = random_reals(scalors, 4, 1);
+        float *graw = send(raw, n), *glogits = send(logits, n), *gds = send(ds, scalors);
+        floatX *gdraw = send_x(draw, n);
+        Variant v, w;
+        memset(&v, 0, sizeof v);
+        v.fine = scaled == 2, v.residual = residual, v.scales = SCALES, v.length = LENGTH, v.prompt = PROMPT, v.N = N;
+        for (int t = 1; t <= SCALES; t++) v.alpha[t] = 1 - 0.2f * (float)t;
+        w = v;
+        int32_t *gids = (int32_t *)on_device(sizeof ids);
+        CHECK_OK(to_device(device, gids, ids, sizeof ids));
+        v.log_scalors = scaled ? send(s, scalors) : NULL, w.log_scalors = scaled ? s : NULL;
+        v.ids = gids, w.ids = ids;
+        reverse(order);
+        gpu.fast->variant_forward(&gpu, glogits, graw, &v, NULL, B, N, K);
+        gpu.fast->variant_backward(&gpu, as_real(gdraw), gds, send(dlogits, n), graw, &v, B, N, K);
+        reverse(0);
+        plain->variant_forward(&cpu, logits, raw, &w, NULL, B, N, K);
+        if (scaled) plain->variant_backward(&cpu, draw, ds, dlogits, raw, &w, B, N, K);
+        near_f("logits of a variant", glogits, logits, n);
+        near_x("gradient of raw logits", gdraw, scaled ? draw : dlogits, n);
+        near_f("gradient of log_scalors", gds, ds, scalors);
+        free(raw), free(s), free(dlogits), free(logits), free(draw), free(ds);
+        seam_end();
     }
 }
 
@@ -197,23 +270,26 @@ static void near_zero(const char *name, const floatX *got, size_t n) {
 }
 
 static void test_attention(size_t B, size_t heads, size_t D, size_t Tq, size_t Tk, int causal, size_t unmasked) {
-    const AttendShape s = {B, heads, D, Tq, Tk, Tk, causal, NULL, unmasked, 0};
+    const Attention s = {B, heads, D, Tq, Tk, Tk, causal, unmasked, NULL, 0};
     const size_t inner = heads * D, nq = B * Tq * inner, nk = B * Tk * inner;
     real *q = random_reals(nq, 1, 1.5), *k = random_reals(nk, 2, 1.5), *v = random_reals(nk, 3, 1),
          *dy = random_reals(nq, 4, 1);
-    real *y = reals(nq), *p = reals(B * heads * Tq * Tk), *scores = reals(B * heads * QUERY_BLOCK * Tk);
+    real *y = reals(nq), *p = reals(B * heads * Tq * Tk);
     real *dq = reals(nq), *dk = reals(nk), *dv = reals(nk);
-    attend_forward(&s, y, p, scores, q, k, v);
-    attend_backward(&s, dq, dk, dv, dy, p, scores, q, k, v);
+    seam(0, Tk * sizeof(real));
+    plain->attention_forward(&cpu, y, p, q, k, v, &s);
+    plain->attention_backward(&cpu, dq, dk, dv, dy, y, p, q, k, v, &s);
+    seam_end();
     for (int order = 0; order < 2; order++) {
+        seam(gpu.fast->attention_needs(&gpu, &s, 1), 0);
         floatX *gq = send_x(q, nq), *gk = send_x(k, nk), *gv = send_x(v, nk), *gdy = send_x(dy, nq);
         floatX *gy = (floatX *)on_device(nq * sizeof(floatX)), *gdq = (floatX *)on_device(nq * sizeof(floatX));
         floatX *gdk = (floatX *)on_device(nk * sizeof(floatX)), *gdv = (floatX *)on_device(nk * sizeof(floatX));
-        float *lse = (float *)on_device(B * heads * Tq * sizeof(float)),
-              *delta = (float *)on_device(B * heads * Tq * sizeof(float));
+        float *lse = (float *)on_device(gpu.fast->attention_saved(&s));
         reverse(order);
-        CHECK_OK(attend_forward_cuda(device, &s, gy, lse, gq, gk, gv));
-        CHECK_OK(attend_backward_cuda(device, &s, gdq, gdk, gdv, gdy, gy, lse, delta, gq, gk, gv));
+        gpu.fast->attention_forward(&gpu, as_real(gy), lse, as_real(gq), as_real(gk), as_real(gv), &s);
+        gpu.fast->attention_backward(&gpu, as_real(gdq), as_real(gdk), as_real(gdv), as_real(gdy), as_real(gy), lse,
+                                     as_real(gq), as_real(gk), as_real(gv), &s);
         reverse(0);
         near_x("attention", gy, y, nq);
         if (Tk == 1) { /* p is 1 whatever q and k are */
@@ -224,9 +300,9 @@ static void test_attention(size_t B, size_t heads, size_t D, size_t Tq, size_t T
             near_x("attention, dk", gdk, dk, nk);
         }
         near_x("attention, dv", gdv, dv, nk);
-        free_arrays();
+        seam_end();
     }
-    free(q), free(k), free(v), free(dy), free(y), free(p), free(scores), free(dq), free(dk), free(dv);
+    free(q), free(k), free(v), free(dy), free(y), free(p), free(dq), free(dk), free(dv);
 }
 
 /* Widths of a head whose rows begin at multiples of 16, of 4 and of 2 bytes, each with whole and broken tiles of
@@ -247,26 +323,26 @@ static void test_attention_shapes(void) {
 /* n new positions from `pos` on in caches with room for more, all seeing all. */
 static void test_attention_decoding(size_t B, size_t heads, size_t D, size_t pos, size_t n, size_t room) {
     const size_t inner = heads * D, keys = pos + n, all = B * room * inner, rows = B * n * inner;
-    AttendShape s = {B, heads, D, n, keys, room, 0, NULL, 0, 0};
+    const Attention s = {B, heads, D, n, keys, room, 0, 0, NULL, 0};
     real *q = random_reals(rows, 1, 1.5), *k = random_reals(all, 2, 1.5), *v = random_reals(all, 3, 1);
     real *new_k = random_reals(rows, 4, 1.5), *new_v = random_reals(rows, 5, 1), *y = reals(rows);
-    real *scores = reals(B * heads * QUERY_BLOCK * keys);
+    seam(0, room * sizeof(real));
     int at = (int)pos, *gat = (int *)on_device(sizeof at);
     CHECK_OK(to_device(device, gat, &at, sizeof at));
     floatX *gq = send_x(q, rows), *gk = send_x(k, all), *gv = send_x(v, all), *gy = send_x(y, rows);
-    CHECK_OK(attend_decode_cuda(device, &s, gat, gy, gq, gk, gv, send_x(new_k, rows), send_x(new_v, rows)));
+    CHECK_OK(attend_decode_gpu(device, &s, gat, gy, gq, gk, gv, send_x(new_k, rows), send_x(new_v, rows)));
     for (size_t b = 0; b < B; b++) {
         memcpy(k + (b * room + pos) * inner, new_k + b * n * inner, n * inner * sizeof *k);
         memcpy(v + (b * room + pos) * inner, new_v + b * n * inner, n * inner * sizeof *v);
     }
-    attend_forward(&s, y, NULL, scores, q, k, v);
+    plain->attention_forward(&cpu, y, NULL, q, k, v, &s);
     near_x("attention while decoding", gy, y, rows);
     near_x("keys after it", gk, k, all);
     near_x("values after it", gv, v, all);
-    CHECK_OK(attend_decode_cuda(device, &s, NULL, gy, gq, gk, gv, NULL, NULL));
+    CHECK_OK(attend_decode_gpu(device, &s, NULL, gy, gq, gk, gv, NULL, NULL));
     near_x("attention to keys in place", gy, y, rows);
-    free(q), free(k), free(v), free(new_k), free(new_v), free(y), free(scores);
-    free_arrays();
+    free(q), free(k), free(v), free(new_k), free(new_v), free(y);
+    seam_end();
 }
 
 /* ---- Updates ---- */
@@ -274,9 +350,9 @@ static void test_attention_decoding(size_t B, size_t heads, size_t D, size_t pos
 static void test_updates(void) {
     const AdamW o = {1e-2, 0.9, 0.95, 1e-8, 1.5};
     Fixture f;
-    Params *p = &f.net.params;
+    Params *p = &f.params;
     fixture_make(&f, 50, 90);
-    p->row[f.norm.bias].untrained = 1;
+    p->row[f.norm_bias].untrained = 1;
     free_rows(device);
     CHECK_OK(send_params(device, p));
     for (uint64_t step = 1; step <= 3; step++) {
@@ -454,12 +530,12 @@ static void near_rows(const char *what, const Params *got, const Params *want, i
 }
 
 static real *gradients(Pair *a, const char *what, const real *dlogits) {
-    params_zero_grad(&a->gpu->params);
+    params_zero_grad(transformer_params(a->gpu));
     CHECK_OK(transformer_backward(a->gpu, dlogits));
-    CHECK_OK(params_fetch(&a->gpu->params));
-    near_rows(what, &a->gpu->params, &a->cpu->params, 'g');
-    real *copy = reals(a->gpu->params.total);
-    memcpy(copy, a->gpu->params.arena[1], a->gpu->params.total * sizeof *copy);
+    CHECK_OK(params_fetch(transformer_params(a->gpu)));
+    near_rows(what, transformer_params(a->gpu), transformer_params(a->cpu), 'g');
+    real *copy = reals(transformer_params(a->gpu)->total);
+    memcpy(copy, transformer_params(a->gpu)->arena[1], transformer_params(a->gpu)->total * sizeof *copy);
     return copy;
 }
 
@@ -474,20 +550,20 @@ static void test_network(const char *what, const NetConfig *c, size_t B, size_t 
     CHECK_OK(transformer_forward(a.gpu, a.x, a.x_t, a.t, a.label, B, N, &got));
     CHECK_NEAR(what, got, want, n, 0, TOLERANCE);
     CHECK_OK(denoising_loss(&loss, want, a.x, a.q, B * N, a.K, 0.3, 1.7, a.dlogits));
-    params_zero_grad(&a.cpu->params);
+    params_zero_grad(transformer_params(a.cpu));
     CHECK_OK(transformer_backward(a.cpu, a.dlogits));
     real *first = gradients(&a, what, a.dlogits);
     reverse(1);
     CHECK_OK(transformer_forward(a.gpu, a.x, a.x_t, a.t, a.label, B, N, &got));
     real *second = gradients(&a, what, a.dlogits);
-    CHECK(memcmp(first, second, a.gpu->params.total * sizeof *first) == 0);
+    CHECK(memcmp(first, second, transformer_params(a.gpu)->total * sizeof *first) == 0);
     reverse(0);
-    params_zero_grad(&a.gpu->params);
+    params_zero_grad(transformer_params(a.gpu));
     CHECK_OK(transformer_loss_cuda(a.gpu, &a.schedule, a.x0, a.x, a.x_t, a.t, a.label, B, N, 0.3, 1.7, 1, &twin));
     CHECK(fabs(twin.hard - loss.hard) <= TOLERANCE * loss.hard && fabs(twin.soft - loss.soft) <= TOLERANCE * loss.soft);
     CHECK(fabs(twin.loss - loss.loss) <= TOLERANCE * loss.loss);
-    CHECK_OK(params_fetch(&a.gpu->params));
-    near_rows(what, &a.gpu->params, &a.cpu->params, 'g');
+    CHECK_OK(params_fetch(transformer_params(a.gpu)));
+    near_rows(what, transformer_params(a.gpu), transformer_params(a.cpu), 'g');
     free(first), free(second);
     pair_free(&a);
 }
@@ -543,15 +619,16 @@ static void test_bundled(int t) {
         CHECK_OK(transformer_create(&net[k], &m.config[t]));
         if (k) CHECK_OK(transformer_use_cuda(net[k], IS_BF16 ? PRECISION_BF16 : PRECISION_F32));
         transformer_set_alphas(net[k], m.schedule.alpha);
-        CHECK_OK(params_plan(&net[k]->params, PLAN_VALUE | PLAN_GRAD));
+        CHECK_OK(params_plan(transformer_params(net[k]), PLAN_VALUE | PLAN_GRAD));
         for (size_t r = 0; r < from->n; r++)
             for (size_t i = 0; i < from->row[r].size; i++) {
                 const real w = from->row[r].value[i];
-                net[k]->params.row[r].value[i] = IS_BF16 && from->row[r].matrix ? to_float(to_floatX(w)) : w;
+                transformer_params(net[k])->row[r].value[i] =
+                    IS_BF16 && from->row[r].matrix ? to_float(to_floatX(w)) : w;
             }
-        CHECK_OK(params_send(&net[k]->params));
+        CHECK_OK(params_send(transformer_params(net[k])));
         CHECK_OK(transformer_plan(net[k], B, N, 1));
-        params_zero_grad(&net[k]->params);
+        params_zero_grad(transformer_params(net[k]));
     }
     example_tokens(&m, x0, B);
     memcpy(x_t, x0, sizeof x0);
@@ -566,8 +643,8 @@ static void test_bundled(int t) {
     CHECK_OK(transformer_backward(net[0], dlogits));
     CHECK_OK(transformer_loss_cuda(net[1], &m.schedule, x0, x, x_t, at, label, B, N, 0.5, 1, 1, &twin));
     CHECK(fabs(twin.loss - loss.loss) <= TOLERANCE * loss.loss);
-    CHECK_OK(params_fetch(&net[1]->params));
-    near_rows("bundled", &net[1]->params, &net[0]->params, 'G');
+    CHECK_OK(params_fetch(transformer_params(net[1])));
+    near_rows("bundled", transformer_params(net[1]), transformer_params(net[0]), 'G');
     transformer_free(net[0]), transformer_free(net[1]);
     free(q), free(dlogits);
     model_close(&m);
@@ -582,19 +659,20 @@ static void test_training(const NetConfig *c) {
     for (uint64_t step = 1; step <= STEPS; step++) {
         const real *logits;
         Loss want, got;
-        params_zero_grad(&a.cpu->params), params_zero_grad(&a.gpu->params);
+        params_zero_grad(transformer_params(a.cpu)), params_zero_grad(transformer_params(a.gpu));
         CHECK_OK(transformer_forward(a.cpu, a.x, a.x_t, a.t, a.label, a.B, a.N, &logits));
         CHECK_OK(denoising_loss(&want, logits, a.x, a.q, a.B * a.N, a.K, 0.5, 1, a.dlogits));
         CHECK_OK(transformer_backward(a.cpu, a.dlogits));
         CHECK_OK(transformer_loss_cuda(a.gpu, &a.schedule, a.x0, a.x, a.x_t, a.t, a.label, a.B, a.N, 0.5, 1, 1, &got));
         CHECK(fabs(got.loss - want.loss) <= TOLERANCE * want.loss);
-        const double norm = params_grad_norm(&a.cpu->params);
-        CHECK(fabs(params_grad_norm(&a.gpu->params) - norm) <= (IS_BF16 ? 5e-2 : TOLERANCE) * norm);
-        adamw_ema_step(&a.cpu->params, &o, step, 0.9, step), adamw_ema_step(&a.gpu->params, &o, step, 0.9, step);
+        const double norm = params_grad_norm(transformer_params(a.cpu));
+        CHECK(fabs(params_grad_norm(transformer_params(a.gpu)) - norm) <= (IS_BF16 ? 5e-2 : TOLERANCE) * norm);
+        adamw_ema_step(transformer_params(a.cpu), &o, step, 0.9, step),
+            adamw_ema_step(transformer_params(a.gpu), &o, step, 0.9, step);
     }
-    CHECK_OK(params_fetch(&a.gpu->params));
-    near_rows("trained", &a.gpu->params, &a.cpu->params, 'v');
-    near_rows("trained", &a.gpu->params, &a.cpu->params, 'e');
+    CHECK_OK(params_fetch(transformer_params(a.gpu)));
+    near_rows("trained", transformer_params(a.gpu), transformer_params(a.cpu), 'v');
+    near_rows("trained", transformer_params(a.gpu), transformer_params(a.cpu), 'e');
     pair_free(&a);
 }
 
@@ -685,12 +763,12 @@ static void test_pick(size_t K, double temperature, size_t top_k) {
         logits[6 * K + k] = k % 7 == 3 ? 2 : 1;          /* ties, the first not in the first thread */
     }
     logits[3 * K + K / 2] = (real)NAN, logits[5 * K + K - 1] = (real)HUGE_VAL;
-    const DrawTwin how = {42, temperature, top_k, 0, 0, 0, 0};
+    const DrawHow how = {42, temperature, top_k, 0, 0, 0, 0};
     int one = 1;
     DrawStep a;
     memset(&a, 0, sizeof a);
     int *pos = (int *)on_device(sizeof *pos);
-    DrawTwin *ghow = (DrawTwin *)on_device(sizeof how);
+    DrawHow *ghow = (DrawHow *)on_device(sizeof how);
     uint64_t *gstream = (uint64_t *)on_device(sizeof stream);
     a.logits = send(logits, ROWS * K), a.K = (int)K, a.N = N, a.how = ghow, a.stream = gstream, a.pos = pos;
     a.tokens = (int32_t *)on_device(sizeof got), a.ids = (int32_t *)on_device(ROWS * sizeof *a.ids);
@@ -745,10 +823,11 @@ static void test_refusals(void) {
     CHECK_ERR(transformer_loss_cuda(a.cpu, &a.schedule, a.x0, a.x, a.x_t, a.t, a.label, 2, 70, 0, 1, 0, &loss),
               "not on the GPU");
     CHECK_ERR(transformer_draw_cuda(a.gpu, &o, tokens), "begun");
-    CHECK_OK(transformer_decode_begin(a.gpu, a.x_t, a.t, a.label, 2, 70));
-    o.guided = 1, a.gpu->now_B = 1;
+    CHECK_OK(transformer_decode_begin(a.gpu, a.x_t, a.t, a.label, 1, 70));
+    o.guided = 1;
     CHECK_ERR(transformer_draw_cuda(a.gpu, &o, tokens), "expected pairs");
-    o.guided = 0, a.gpu->now_B = 2;
+    o.guided = 0;
+    CHECK_OK(transformer_decode_begin(a.gpu, a.x_t, a.t, a.label, 2, 70));
     CHECK_ERR(transformer_draw_cuda(a.gpu, &o, tokens), "stopped");
     CHECK(reports == 3);
     a.x0[3] = 9;
@@ -818,6 +897,7 @@ int main(void) {
         return 1;
     }
     printf("%s, %s\n", text, IS_BF16 ? "bf16" : "f32");
+    seam(0, 0); /* so that needs can be asked for */
 #ifdef CUDA_ON_CPU
     test_emulation();
 #endif
@@ -834,6 +914,7 @@ int main(void) {
     test_linear(140, 40, 33, 1);
     test_embedding(3, 7, 40);
     test_embedding(1, 1, 5);
+    for (int scaled = 0; scaled < 3; scaled++) test_variant(3, 7, 11, scaled, 0), test_variant(4, 5, 40, scaled, 1);
     test_attention(2, 2, 5, 7, 7, 0, 0);
     test_attention(1, 3, 50, 69, 69, 1, 0);
     test_attention(2, 1, 64, 65, 130, 0, 0);

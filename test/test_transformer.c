@@ -285,12 +285,12 @@ static void test_decoding(void) {
 static Err decode_in_blocks(Case *c, size_t n, real *out) {
     TRY(transformer_decode_begin(c->net, c->x_t, c->t, c->label, c->B, c->N));
     for (size_t i = 0; i < c->N; i += n) {
-        DecodeCell cell[B_MAX * N_MAX];
+        DecodePosition cell[B_MAX * N_MAX];
         const real *logits;
         size_t cells = 0;
         for (size_t b = 0; b < c->B; b++)
             for (size_t k = i; k < c->N && k < i + n; k++)
-                cell[cells++] = (DecodeCell){b, k, k > 0 ? c->x[b * c->N + k - 1] : 0};
+                cell[cells++] = (DecodePosition){b, k, k > 0 ? c->x[b * c->N + k - 1] : 0};
         TRY(transformer_decode_block(c->net, cell, cells, &logits));
         for (size_t r = 0; r < cells; r++)
             memcpy(out + (cell[r].b * c->N + cell[r].i) * c->K, logits + r * c->K, c->K * sizeof(real));
@@ -304,7 +304,7 @@ static Err decode_with_mistakes(Case *c, uint64_t seed, real *out) {
     size_t at[B_MAX] = {0}, cells = 1;
     TRY(transformer_decode_begin(c->net, c->x_t, c->t, c->label, c->B, c->N));
     for (size_t pass = 0; cells > 0; pass++) {
-        DecodeCell cell[B_MAX * N_MAX];
+        DecodePosition cell[B_MAX * N_MAX];
         const real *logits;
         size_t good[B_MAX * N_MAX];
         cells = 0;
@@ -318,7 +318,7 @@ static Err decode_with_mistakes(Case *c, uint64_t seed, real *out) {
                 if (k > 0 && k >= wrong) prev = (prev + 1 + (int32_t)(pass % (c->K - 1))) % (int32_t)c->K;
                 good[cells] = k == 0 || k < wrong;
                 at[b] += good[cells];
-                cell[cells++] = (DecodeCell){b, i, prev};
+                cell[cells++] = (DecodePosition){b, i, prev};
             }
         }
         if (cells > 0) TRY(transformer_decode_block(c->net, cell, cells, &logits));
@@ -608,6 +608,7 @@ static void test_loss_closed_forms(void) {
     static int32_t target[R];
     const double e = 1e-6 * (sizeof(real) == 8 ? 1e-6 : 1);
     Loss loss, same;
+    memset(logits, 0, sizeof logits), memset(q, 0, sizeof q);
     for (size_t r = 0; r < R; r++) target[r] = draw(4, r, 0, K), q[r * K + (size_t)target[r]] = 1;
     CHECK_OK(denoising_loss(&loss, logits, target, q, R, K, 0.25, 1, d)); /* uniform model, one-hot posterior */
     CHECK(fabs(loss.hard - log(K)) < 6 * e && fabs(loss.soft - log(K)) < 6 * e && fabs(loss.loss - log(K)) < 6 * e);
@@ -995,8 +996,8 @@ static void test_errors(void) {
     CHECK_ERR(transformer_decode_step(c.net, prev, 2, &logits), "decoding step 2, expected 0..1 of 5");
     prev[1] = 6;
     CHECK_OK(transformer_decode_step(c.net, prev, 1, &logits));
-    DecodeCell ahead[] = {{0, 3, 1}}, gap[] = {{1, 0, 0}, {1, 2, 1}}, twice[] = {{1, 0, 0}, {1, 0, 0}};
-    DecodeCell falls[] = {{1, 0, 0}, {0, 0, 0}}, beyond[] = {{2, 0, 0}}, bad[] = {{0, 1, -1}}, back[] = {{0, 1, 3}};
+    DecodePosition ahead[] = {{0, 3, 1}}, gap[] = {{1, 0, 0}, {1, 2, 1}}, twice[] = {{1, 0, 0}, {1, 0, 0}};
+    DecodePosition falls[] = {{1, 0, 0}, {0, 0, 0}}, beyond[] = {{2, 0, 0}}, bad[] = {{0, 1, -1}}, back[] = {{0, 1, 3}};
     CHECK_ERR(transformer_decode_block(c.net, ahead, 1, &logits), "decoding position 3 of row 0, expected 0..2 of 5");
     CHECK_ERR(transformer_decode_block(c.net, gap, 2, &logits), "decoding position 2 of row 1, expected 1 of 5");
     CHECK_ERR(transformer_decode_block(c.net, twice, 2, &logits), "decoding position 0 of row 1, expected 1 of 5");
@@ -1024,15 +1025,278 @@ static void test_errors(void) {
     transformer_free(net);
 }
 
-int main(void) {
+static void test_plain_refusals(void) {
+    Case c;
+    case_make(&c, &x_small, 2, 5);
+    CHECK_OK(params_pack(c.params, WEIGHTS_BF16));
+    CHECK_ERR(transformer_plan(c.net, 2, 5, 0), "packed");
+    case_free(&c);
+    Params p = {.bf16_moments = 1};
+    const size_t n = 3;
+    CHECK_OK(params_add(&p, NULL, INIT_ZERO, 0, 0, 1, &n, "w"));
+    CHECK_ERR(params_plan(&p, PLAN_VALUE | PLAN_ADAM), "kernels/");
+    params_free(&p);
+}
+
+/* ---- Each fast layer beside the plain loop of its name: 1e-12 in double, 1e-5 in float ---- */
+
+extern const Layers transformer_layers;
+
+static const double FELLOWS = sizeof(real) == 8 ? 1e-12 : 1e-5;
+
+static real *numbers(size_t n, uint64_t stream, double size) {
+    real *x;
+    CHECK_OK(mem_alloc(&x, n + 1, sizeof *x, "a test"));
+    for (size_t i = 0; i < n; i++) x[i] = (real)(size * rng_normal(7, rng_stream(RNG_TEST, 9, stream), i));
+    return x;
+}
+
+/* Two places to compute, and how they are called */
+typedef struct {
+    Compute on;
+    const Layers *layers;
+} Place;
+
+static void places(Place place[2], size_t scratch) {
+    compute_plainly(0);
+    place[0].on = place[1].on = compute_of(NULL);
+    place[0].layers = &transformer_layers, place[0].on.fast = NULL;
+    place[1].layers = place[1].on.fast;
+    for (int k = 0; k < 2; k++) CHECK_OK(mem_alloc(&place[k].on.scratch, scratch + 1, 1, "scratch"));
+}
+static void places_end(Place place[2]) {
+    free(place[0].on.scratch);
+    free(place[1].on.scratch);
+}
+
+static void near_fellows(const char *layer, const char *tensor, real *x[2], size_t n) {
+    char name[80];
+    snprintf(name, sizeof name, "%s, %s", layer, tensor);
+    CHECK_NEAR(name, x[1], x[0], n, 1e-30, FELLOWS);
+    free(x[0]), free(x[1]);
+}
+
+static void test_embed_fellows(size_t B, size_t n, size_t C, size_t V) {
+    Place place[2];
+    real *x[2], *dtoken[2], *dposition[2], *token = numbers(V * C, 1, 1), *position = numbers(n * C, 2, 1);
+    int32_t ids[64];
+    for (size_t i = 0; i < B * n; i++) ids[i] = draw(21, i, 0, V);
+    places(place, 0);
+    for (int k = 0; k < 2; k++) {
+        const Layers *l = place[k].layers;
+        x[k] = numbers(B * n * C, 3, 1), dtoken[k] = numbers(V * C, 4, 1), dposition[k] = numbers(n * C, 5, 1);
+        l->embed_backward(&place[k].on, dtoken[k], dposition[k], x[k], ids, B, n, C, V);
+        l->embed_forward(&place[k].on, x[k], ids, token, position, NULL, B, n, C);
+    }
+    near_fellows("embed", "x", x, B * n * C);
+    near_fellows("embed", "dtoken", dtoken, V * C);
+    near_fellows("embed", "dposition", dposition, n * C);
+    free(token), free(position);
+    places_end(place);
+}
+
+static void test_norm_fellows(size_t B, size_t n, size_t skip, size_t C) {
+    const size_t R = B * (n - skip);
+    Place place[2];
+    real *y[2], *mean[2], *rstd[2], *dx[2], *dw[2], *db[2];
+    real *x = numbers(B * n * C, 1, 2), *dy = numbers(R * C, 2, 1), *w = numbers(C, 3, 1), *b = numbers(C, 4, 1);
+    places(place, 0);
+    for (int k = 0; k < 2; k++) {
+        const Layers *l = place[k].layers;
+        y[k] = numbers(R * C, 5, 1), mean[k] = numbers(R, 6, 1), rstd[k] = numbers(R, 7, 1);
+        dx[k] = numbers(B * n * C, 8, 1), dw[k] = numbers(C, 9, 1), db[k] = numbers(C, 10, 1);
+        l->norm_forward(&place[k].on, y[k], mean[k], rstd[k], x, w, b, R, C, n, skip);
+        l->norm_backward(&place[k].on, dx[k], dx[k], dw[k], db[k], dy, x, w, mean[k], rstd[k], R, C, n, skip);
+    }
+    near_fellows("norm", "y", y, R * C);
+    near_fellows("norm", "mean", mean, R);
+    near_fellows("norm", "rstd", rstd, R);
+    near_fellows("norm", "dx", dx, B * n * C);
+    near_fellows("norm", "dweight", dw, C);
+    near_fellows("norm", "dbias", db, C);
+    free(x), free(dy), free(w), free(b);
+    places_end(place);
+}
+
+static void test_linear_fellows(size_t R, size_t C, size_t M, int bias, int accumulate) {
+    Place place[2];
+    real *y[2], *dx[2], *dw[2], *db[2];
+    real *x = numbers(R * C, 1, 1), *w = numbers(M * C, 2, 1), *b = numbers(M, 3, 1), *dy = numbers(R * M, 4, 1);
+    places(place, 0);
+    for (int k = 0; k < 2; k++) {
+        const Layers *l = place[k].layers;
+        y[k] = numbers(R * M, 5, 1), dx[k] = numbers(R * C, 6, 1), dw[k] = numbers(M * C, 7, 1);
+        db[k] = numbers(M, 8, 1);
+        l->linear_forward(&place[k].on, y[k], x, w, bias ? b : NULL, accumulate ? y[k] : NULL, 0, R, C, M);
+        l->linear_backward(&place[k].on, dx[k], dw[k], bias ? db[k] : NULL, dy, x, w, accumulate, 0, R, C, M);
+    }
+    near_fellows("linear", "y", y, R * M);
+    near_fellows("linear", "dx", dx, R * C);
+    near_fellows("linear", "dw", dw, M * C);
+    near_fellows("linear", "db", db, M);
+    free(x), free(w), free(b), free(dy);
+    places_end(place);
+}
+
+static void test_gelu_fellows(size_t R, size_t H) {
+    Place place[2];
+    real *g[2], *dg[2], *dh[2], *bias = numbers(H, 1, 1);
+    places(place, 0);
+    for (int k = 0; k < 2; k++) {
+        const Layers *l = place[k].layers;
+        g[k] = numbers(R * H, 2, 3), dg[k] = numbers(R * H, 3, 1), dh[k] = numbers(R * H, 4, 1);
+        l->gelu_forward(&place[k].on, g[k], dg[k], bias, R, H);
+        l->gelu_backward(&place[k].on, dh[k], dg[k], R, H);
+    }
+    near_fellows("gelu", "g", g, R * H);
+    near_fellows("gelu", "dg", dg, R * H);
+    near_fellows("gelu", "dh", dh, R * H);
+    free(bias);
+    places_end(place);
+}
+
+static void test_attention_fellows(size_t B, size_t heads, size_t D, size_t Tq, size_t Tk, int causal,
+                                   size_t unmasked) {
+    const Attention s = {
+        .B = B, .heads = heads, .D = D, .Tq = Tq, .Tk = Tk, .key_stride = Tk, .causal = causal, .unmasked = unmasked};
+    const size_t nq = B * Tq * heads * D, nk = B * Tk * heads * D;
+    Place place[2];
+    real *y[2], *p[2], *dq[2], *dk[2], *dv[2];
+    real *q = numbers(nq, 1, 1), *key = numbers(nk, 2, 1), *v = numbers(nk, 3, 1), *dy = numbers(nq, 4, 1);
+    places(place, 0);
+    for (int k = 0; k < 2; k++) {
+        const Layers *l = place[k].layers;
+        free(place[k].on.scratch);
+        CHECK_OK(mem_alloc(&place[k].on.scratch, place[1].layers->attention_needs(&place[1].on, &s, 1), 1, "scratch"));
+        y[k] = numbers(nq, 5, 1), p[k] = numbers(B * heads * Tq * Tk, 6, 1);
+        dq[k] = numbers(nq, 7, 1), dk[k] = numbers(nk, 8, 1), dv[k] = numbers(nk, 9, 1);
+        l->attention_forward(&place[k].on, y[k], p[k], q, key, v, &s);
+        l->attention_backward(&place[k].on, dq[k], dk[k], dv[k], dy, y[k], p[k], q, key, v, &s);
+        free(p[k]);
+    }
+    near_fellows("attention", "y", y, nq);
+    near_fellows("attention", "dq", dq, nq);
+    near_fellows("attention", "dk", dk, nk);
+    near_fellows("attention", "dv", dv, nk);
+    free(q), free(key), free(v), free(dy);
+    places_end(place);
+}
+
+/* scaled: 0, 1, or 2 for fine */
+static void test_variant_fellows(int scaled, int residual) {
+    enum { B = 4, N = 5, K = 37, SCALES = 3, LENGTH = 9, PROMPT = 2 };
+    const size_t scalors = scaled == 2 ? SCALES * LENGTH : SCALES;
+    Place place[2];
+    real *logits[2], *draw_raw[2], *ds[2], *s = numbers(SCALES * LENGTH, 1, 0.3), *dlogits = numbers(B * N * K, 2, 1);
+    int32_t ids[B * (PROMPT + N)];
+    for (size_t i = 0; i < B * (PROMPT + N); i++)
+        ids[i] = i % (PROMPT + N) ? draw(23, i, 0, K) : 1 + (int32_t)(i / (PROMPT + N) % SCALES);
+    const Variant v = {.log_scalors = scaled ? s : NULL,
+                       .fine = scaled == 2,
+                       .residual = residual,
+                       .scales = SCALES,
+                       .length = LENGTH,
+                       .ids = ids,
+                       .prompt = PROMPT,
+                       .N = N,
+                       .alpha = {1, 0.8f, 0.6f, 0.4f}};
+    places(place, B * N * sizeof(real));
+    for (int k = 0; k < 2; k++) {
+        const Layers *l = place[k].layers;
+        logits[k] = numbers(B * N * K, 3, 1), draw_raw[k] = numbers(B * N * K, 4, 1), ds[k] = numbers(scalors, 5, 1);
+        l->variant_forward(&place[k].on, logits[k], draw_raw[k], &v, NULL, B, N, K);
+        if (scaled) l->variant_backward(&place[k].on, draw_raw[k], ds[k], dlogits, draw_raw[k], &v, B, N, K);
+    }
+    near_fellows("variant", "logits", logits, B * N * K);
+    near_fellows("variant", "draw", draw_raw, B * N * K);
+    near_fellows("variant", "dlog_scalors", ds, scalors);
+    free(s), free(dlogits);
+    places_end(place);
+}
+
+static void test_loss_fellows(size_t R, size_t K, int soft) {
+    Place place[2];
+    real *dlogits[2], *sums[2], *logits = numbers(R * K, 1, 2), *q = numbers(R * K, 2, 1);
+    int32_t target[64];
+    for (size_t r = 0; r < R; r++) {
+        real sum = 0;
+        target[r] = draw(24, r, 0, K);
+        for (size_t k = 0; k < K; k++) sum += q[r * K + k] = k > 0 && k % 3 == 0 ? 0 : q[r * K + k] * q[r * K + k];
+        for (size_t k = 0; k < K; k++) q[r * K + k] /= sum;
+    }
+    places(place, 0);
+    for (int k = 0; k < 2; k++) {
+        double both[2];
+        dlogits[k] = numbers(R * K, 3, 1), sums[k] = numbers(2, 4, 1);
+        place[k].layers->denoising_loss(&place[k].on, both, dlogits[k], logits, target, soft ? q : NULL,
+                                        soft ? (real)0.3 : 0, (real)0.7, R, K);
+        sums[k][0] = (real)both[0], sums[k][1] = (real)both[1];
+    }
+    near_fellows("loss", "dlogits", dlogits, R * K);
+    near_fellows("loss", "sums", sums, 2);
+    free(logits), free(q);
+    places_end(place);
+}
+
+static void test_update_fellows(size_t n) {
+    const AdamStep a = {.keep = (real)0.99,
+                        .rate = (real)0.01,
+                        .inverse = (real)1.5,
+                        .eps = (real)1e-8,
+                        .beta1 = (real)0.9,
+                        .beta2 = (real)0.95,
+                        .rest1 = (real)0.1,
+                        .rest2 = (real)0.05};
+    Place place[2];
+    real *w[2], *m[2], *v[2], *ema[2], *g = numbers(n, 1, 1);
+    places(place, 0);
+    for (int k = 0; k < 2; k++) {
+        w[k] = numbers(n, 2, 1), m[k] = numbers(n, 3, 1), v[k] = numbers(n, 4, 1), ema[k] = numbers(n, 5, 1);
+        for (size_t i = 0; i < n; i++) v[k][i] *= v[k][i];
+        place[k].layers->adamw(&place[k].on, w[k], m[k], v[k], g, &a, n);
+        place[k].layers->ema(&place[k].on, ema[k], w[k], (real)0.2, n);
+    }
+    near_fellows("adamw", "w", w, n);
+    near_fellows("adamw", "m", m, n);
+    near_fellows("adamw", "v", v, n);
+    near_fellows("ema", "ema", ema, n);
+    free(g);
+    places_end(place);
+}
+
+static void test_fellows(void) {
+    test_embed_fellows(3, 7, 40, 13);
+    test_norm_fellows(3, 5, 0, 70), test_norm_fellows(2, 9, 2, 33);
+    test_linear_fellows(1, 1, 1, 1, 0), test_linear_fellows(70, 33, 40, 1, 1), test_linear_fellows(5, 7, 3, 0, 0);
+    test_gelu_fellows(7, 300);
+    test_attention_fellows(2, 2, 20, 7, 7, 0, 0), test_attention_fellows(1, 3, 50, 150, 150, 1, 0);
+    test_attention_fellows(2, 1, 64, 65, 130, 0, 0), test_attention_fellows(1, 2, 15, 80, 80, 1, 76);
+    for (int scaled = 0; scaled < 3; scaled++) test_variant_fellows(scaled, 0), test_variant_fellows(scaled, 1);
+    test_loss_fellows(9, 50, 0), test_loss_fellows(9, 50, 1);
+    test_update_fellows(40000);
+}
+
+/* What must hold of the plain loops as of their faster fellows */
+static void test_layers(void) {
 #ifdef REAL_DOUBLE
     test_gradients();
     test_gradient_check_fails();
     test_loss_gradient();
 #endif
     test_accumulation();
-    test_packed();
     test_decoding();
+    test_loss_closed_forms();
+    test_adamw_and_ema();
+}
+
+int main(void) {
+    test_layers();
+    compute_plainly(1);
+    test_layers();
+    test_plain_refusals();
+    compute_plainly(0);
+    test_fellows();
+    test_packed();
     test_blocks();
     test_reads();
     test_dependence();
@@ -1040,9 +1304,7 @@ int main(void) {
     test_fine_scaling();
     test_unmasked();
     test_threads();
-    test_loss_closed_forms();
     test_decay_rules();
-    test_adamw_and_ema();
     test_round_at_random();
     test_bf16_moments();
     test_learning_rate();
