@@ -136,17 +136,14 @@ Err names_pack(char ***out, const Names *s, const char *folder);
 
 /* ---- weights.c: parameter tables from files and into them ---- */
 /* What one letter names below: 'v' value, 'g' grad, '1' m, '2' v, 'e' ema; it must have been planned.
- * Every row's `which` = tensor prefix+name, which must be there with its exact shape. _ema: ema_prefix + the name
- * without its dots, as the official EMA calls it (SPEC section 6). */
+ * Every row's `which` = tensor prefix+name, which must be there with its exact shape. */
 Err params_load(Params *p, const Checkpoint *ck, char which, const char *prefix);
-Err params_load_ema(Params *p, const Checkpoint *ck, char which, const char *ema_prefix);
 /* The values of a table without memory are those of the file where they lie, if they lie there as aligned reals, else
- * copies. For sampling: nothing may be written to them, and the file must stay open. strip_dots: EMA names.
+ * copies. For sampling: nothing may be written to them, and the file must stay open. strip_dots: names without
+ * their dots, as the official EMA calls its tensors (SPEC section 6).
  * p->format other than WEIGHTS_REAL: matrices have no value but are packed, row by row, so that a file's pages need not
  * stay in memory. */
 Err params_map(Params *p, const Checkpoint *ck, const char *prefix, int strip_dots);
-/* Packs the matrices of a table that has values, which stay, and sets p->format: for tests and benchmarks. */
-Err params_pack(Params *p, WeightFormat format);
 /* Tensors for checkpoint_write: `which` of every row, named prefix+name. Appends to *list (capacity grows). */
 typedef struct {
     Tensor *tensor;
@@ -208,7 +205,6 @@ typedef struct {
     int32_t *label;           /* (n) */
     uint16_t *token;          /* (n, flips, h*w) */
 } Tokens;
-Err tokens_write(const char *path, const Tokens *x);
 Err tokens_read(Tokens *x, const char *path);
 void tokens_free(Tokens *x);
 /* Making one, so that a kill costs a batch at most. tokens_start: sizes says what `path` is to hold (n counts damaged

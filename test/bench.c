@@ -22,6 +22,7 @@
 #include "kernels/kernels.h"
 #include "sampling/sampling.h"
 #include "training/training.h"
+#include "test/inside.h"
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>

@@ -24,6 +24,7 @@
 #include "sampling/sampling.h"
 #include "training/training.h"
 #include "test/first_stage.h"
+#include "test/inside.h"
 
 #include <dirent.h>
 #include <float.h>

@@ -4,6 +4,7 @@
  *
  * Allocations can be made to fail: aligned_alloc, which mem_alloc stands on, is replaced below. */
 #include "test.h"
+#include "test/inside.h"
 
 #include <dirent.h>
 #include <errno.h>

@@ -3,6 +3,7 @@
  * test/test_lsun.py asks this program what it makes of pictures: --prepare PRESET SIZE PATH writes the prepared
  * pictures of a dataset as raw bytes to standard output. */
 #include "files.h"
+#include "test/inside.h"
 
 #include <sys/wait.h>
 

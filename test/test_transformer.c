@@ -5,6 +5,7 @@
  * what must not depend on threads, batch or future tokens, and that wrong use is an error. Each kind of check is also
  * shown to fail on a planted fault. */
 #include "test.h"
+#include "test/inside.h"
 
 enum { B_MAX = 8, N_MAX = 80 };
 
