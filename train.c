@@ -228,7 +228,7 @@ static int is_file(const char *path) {
 
 /* Starts from the weights that a model's folder, or a file, has for this stage, with a fresh optimizer. */
 static Err start_from(Stage *s, const char *folder) {
-    char path[1100];
+    char path[PATH_BYTES];
     Checkpoint ck;
     memset(&ck, 0, sizeof ck);
     const size_t length = is_file(folder) ? (size_t)snprintf(path, sizeof path, "%s", folder)
@@ -264,7 +264,7 @@ static Err build_stage(Stage *s, const Checkpoint *ck) {
 
 /* The state file of an earlier run of this stage, if any; 1 when there is one to continue. */
 static int open_state(Stage *s, Checkpoint *ck) {
-    char path[1100];
+    char path[PATH_BYTES];
     s->has_state = state_exists(s);
     check_all(ranks_any(&s->has_state));
     run_path(s, path, ".state.safetensors");
@@ -326,7 +326,7 @@ static Err remap(const Settings *given) {
 
 /* A run that has a first stage is remapped as it stands, unless it is to be trained further. */
 static void train_and_remap(const Settings *given) {
-    char path[1100];
+    char path[PATH_BYTES];
     snprintf(path, sizeof path, "%s/vqgan.safetensors", given->run);
     int there = file_exists(path);
     check_all(ranks_any(&there));
@@ -337,7 +337,7 @@ static void train_and_remap(const Settings *given) {
 
 /* ./sample, which lies beside this program, in its place */
 static void draw_samples(const Settings *o) {
-    char sample[1100], out[1100];
+    char sample[PATH_BYTES], out[PATH_BYTES];
     snprintf(sample, sizeof sample, "%.*ssample", program_folder(o), o->program);
     snprintf(out, sizeof out, "%s/samples.png", o->run);
     fflush(stdout);

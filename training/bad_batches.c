@@ -78,7 +78,7 @@ static const char skipped_header[] = "stage\tstep\tmicro_batches\tloss\tgrad_nor
 
 /* Of this stage, the lines that the state knows of stay. */
 Err list_skipped(Stage *s, void *line) {
-    char path[1100], old[512], stage[16];
+    char path[PATH_BYTES], old[512], stage[16];
     unsigned long long step, first;
     AtomicFile out;
     snprintf(path, sizeof path, "%s/skipped_batches.tsv", s->set.run);

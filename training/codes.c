@@ -118,7 +118,7 @@ static Err count_pictures(Stage *s, uint32_t *usage) {
 /* Transitions that were trained on other numbers would say nonsense afterwards. */
 static Err check_untrained(const Stage *s) {
     for (size_t t = 0; t <= MAX_SCALES; t++) {
-        char path[1100];
+        char path[PATH_BYTES];
         if (t)
             snprintf(path, sizeof path, "%s/scale%zu.state.safetensors", s->set.run, t);
         else
@@ -164,7 +164,7 @@ static void list_used(const Stage *s, const uint32_t *usage, int64_t *used, size
 }
 
 Err remap_first_stage(Stage *s) {
-    char path[1100];
+    char path[PATH_BYTES];
     uint32_t *usage = NULL;
     int64_t *used = NULL;
     size_t K = 0;

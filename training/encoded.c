@@ -24,7 +24,7 @@ static Err copy_file(const char *to, const char *from) {
 
 /* A run without a VQGAN gets the model's, so that it can be sampled as it stands. */
 Err copy_first_stage(const Stage *s) {
-    char ours[1100], theirs[1100];
+    char ours[PATH_BYTES], theirs[PATH_BYTES];
     snprintf(ours, sizeof ours, "%s/vqgan.safetensors", s->set.run);
     snprintf(theirs, sizeof theirs, "%s/vqgan.safetensors", model_folder(s->set.model));
     if (file_exists(ours)) return OK;
@@ -33,10 +33,10 @@ Err copy_first_stage(const Stage *s) {
 }
 
 /* The run's own VQGAN */
-Err open_first_stage(Stage *s, char path[1100]) {
+Err open_first_stage(Stage *s, char path[PATH_BYTES]) {
     Checkpoint ck;
     VqganConfig c;
-    snprintf(path, 1100, "%s/vqgan.safetensors", s->set.run);
+    snprintf(path, PATH_BYTES, "%s/vqgan.safetensors", s->set.run);
     memset(&ck, 0, sizeof ck);
     TRY(checkpoint_open(&ck, path));
     Err e = vqgan_config_read(&c, &ck.meta, "model.params.");
@@ -122,7 +122,7 @@ static Err cached_tokens(Tokens *x, const char *path, const Tokens *wanted) {
 
 /* The cache belongs to one VQGAN file and one set of pictures; any other is encoded afresh. */
 static Err load_split(Stage *s, Tokens *x, const Dataset *d, const char *what, const char *vqgan_path) {
-    char path[1100];
+    char path[PATH_BYTES];
     TokensPart p;
     Tokens wanted = {.n = d->n, .h = s->h, .w = s->w, .K = s->K, .flips = s->set.flip ? 2 : 1};
     wanted.source = dataset_hash(s, d);

@@ -53,7 +53,7 @@ static void say_without(const Stage *s) {
 
 /* files: one path, or two between which is a comma */
 static Err open_files(Checkpoint ck[2], size_t *n, const char *files) {
-    char path[2][1024];
+    char path[2][PATH_BYTES];
     const char *comma = strchr(files, ',');
     const size_t length = comma ? (size_t)(comma - files) : strlen(files);
     if (length >= sizeof path[0] || (comma && strlen(comma + 1) >= sizeof path[1]))
@@ -90,7 +90,7 @@ static Err open_perceptual(Stage *s, size_t *plan, size_t *tables) {
     TRY(read_weight(s));
     if (s->first.perceptual_weight == 0)
         return given(s->set.perceptual) ? err("--perceptual: the recipe's perceptual_weight is 0") : OK;
-    char files[2 * 1024 + 2];
+    char files[2 * PATH_BYTES];
     if ((size_t)snprintf(files, sizeof files, "%s", choose_files(s)) >= sizeof files)
         return err("--perceptual: a path is too long");
     TRY(config_set(&s->recipe, "train.perceptual", "%s", files));

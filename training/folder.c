@@ -25,8 +25,8 @@ void say_once(const char *fmt, ...) {
     va_end(args);
 }
 
-const char *run_path(const Stage *s, char out[1100], const char *suffix) {
-    snprintf(out, 1100, "%s/%s%s", s->set.run, s->name, suffix);
+const char *run_path(const Stage *s, char out[PATH_BYTES], const char *suffix) {
+    snprintf(out, PATH_BYTES, "%s/%s%s", s->set.run, s->name, suffix);
     return out;
 }
 
@@ -36,19 +36,19 @@ int file_exists(const char *path) {
 }
 
 /* RUN/skipped.txt names the pictures that could not be read, and why. */
-static const char *skipped_path(const Stage *s, char out[1100]) {
-    snprintf(out, 1100, "%s/skipped.txt", s->set.run);
+static const char *skipped_path(const Stage *s, char out[PATH_BYTES]) {
+    snprintf(out, PATH_BYTES, "%s/skipped.txt", s->set.run);
     return out;
 }
 
 Err list_damaged(const Stage *s, const Dataset *d) {
-    char path[1100];
+    char path[PATH_BYTES];
     return dataset_damaged(d) ? dataset_write_damaged(d, skipped_path(s, path)) : OK;
 }
 
 /* How many damaged pictures the list has. Each of several processes knows only those that it met itself. */
 static size_t listed_damaged(const Stage *s) {
-    char path[1100];
+    char path[PATH_BYTES];
     size_t lines = 0;
     FILE *f = fopen(skipped_path(s, path), "r");
     for (int c; f && (c = getc(f)) != EOF;) lines += c == '\n';
@@ -57,16 +57,18 @@ static size_t listed_damaged(const Stage *s) {
 }
 
 void say_damaged(const Stage *s) {
-    char path[1100];
+    char path[PATH_BYTES];
     size_t n = dataset_damaged(&s->train) + dataset_damaged(&s->val);
     if (ranks() > 1) n = listed_damaged(s);
     if (s->all_read) n = s->n_damaged;
     if (n) fprintf(stderr, "damaged pictures skipped: %zu; %s lists them\n", n, skipped_path(s, path));
 }
 
+/* With room in a path for what will lie in the folder */
 Err make_folder(const char *path) {
-    char part[1024];
-    if ((size_t)snprintf(part, sizeof part, "%s", path) >= sizeof part) return err("%s: the path is too long", path);
+    char part[PATH_BYTES - 128];
+    if ((size_t)snprintf(part, sizeof part, "%s", path) >= sizeof part)
+        return err("%.200s...: the path is too long", path);
     for (char *p = part + 1;; p++)
         if (!*p || *p == '/') {
             char keep = *p;
@@ -144,7 +146,7 @@ static long leaver(const Stage *s, const char *name) {
 /* A file of our own number was left by a process before us: in a container numbers are few. */
 void remove_leftovers(const Stage *s) {
     DIR *folder = opendir(s->set.run);
-    char path[1400];
+    char path[PATH_BYTES + 256];
     size_t removed = 0;
     for (const struct dirent *f; folder && (f = readdir(folder)) != NULL;) {
         long pid = leaver(s, f->d_name);

@@ -38,7 +38,7 @@ static struct {
 
 /* ---- The launcher ---- */
 
-/* How many processes were started together, by what the launcher tells each of them; *by: where it says so. */
+/* How many processes were started together, as the launcher tells each of them. *by: the variable that says so. */
 static size_t launched(const char **by) {
     static const char *const variable[] = {"OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE",
                                            "SLURM_STEP_NUM_TASKS"};
@@ -69,7 +69,7 @@ static Err mpi_error(int code, const char *what) {
                what, length, text);
 }
 
-/* Between tests the processor is offered to other processes, which may be the ones waited for. */
+/* Between two tests other processes get the processor: they may be the ones that this one waits for. */
 static Err wait_for_all(MPI_Request *request, size_t n, const char *what) {
     double begun = MPI_Wtime();
     for (int done = 0;;) {
@@ -88,7 +88,7 @@ static Err start_combining(void *x, size_t n, Combining kind, MPI_Comm among, MP
                      "adding up over processes");
 }
 
-/* x (n), the same on every rank afterwards */
+/* x (n) = what all ranks' x come to, on every rank */
 static Err combine(void *x, size_t n, Combining kind) {
     MPI_Request request;
     TRY(start_combining(x, n, kind, MPI_COMM_WORLD, &request));
@@ -118,7 +118,7 @@ static Err wait_for_messages(void) {
     return e;
 }
 
-/* The ranks of a machine share the processors that all of them together may run on. */
+/* Shares out the processors of this machine: its ranks take equal parts of all that any of them may run on. */
 static Err share_machine(void) {
     MPI_Comm here;
     MPI_Request request;
@@ -136,8 +136,8 @@ static Err share_machine(void) {
     return mpi_error(MPI_Comm_free(&here), "this machine");
 }
 
-/* Whoever exits without ranks_end: all do, when they have agreed on it; each waits here until the one that says why
- * has. An end that the others do not know of is theirs too. */
+/* Called by exit without ranks_end. If all ranks have agreed that one failed, all of them come here, and MPI_Finalize
+ * waits until the rank that prints the reason has printed it. If this rank fails alone, it aborts the others. */
 static void leave_at_exit(void) {
     if (!world.running) return;
     if (!world.failed || world.broken) MPI_Abort(MPI_COMM_WORLD, EXIT_FAILURE);
@@ -289,11 +289,11 @@ Err ranks_same(const void *bytes, size_t n, const char *what) {
 
 /* ---- Gradients ---- */
 
-/* The one that is being added up: numbers `sent`.. of the arena are on their way. */
+/* The gradient that is being added up. Numbers `sent` and on of its arena are on their way. */
 static struct {
     Params *params;
     size_t sent, size; /* of a message */
-    Err failed;        /* in the midst of backward, which cannot be told; the text is kept */
+    Err failed;        /* in the midst of backward, which has nobody to tell; the text waits for gradients_end */
     char failure[ERR_MAX];
 } sum;
 
@@ -313,7 +313,7 @@ static Err send_down_to(size_t place) {
     return p->device ? OK : move_messages();
 }
 
-static void keep_failure(Err e) {
+static void note_failure(Err e) {
     if (e == OK || sum.failed != OK) return;
     sum.failed = e;
     snprintf(sum.failure, sizeof sum.failure, "%s", err_text());
@@ -321,10 +321,10 @@ static void keep_failure(Err e) {
 
 static void rows_ready(Params *p, size_t row) {
     const size_t place = max_size(gradient_place(p, row), 1); /* the last message is gradients_end's */
-    if (sum.failed == OK) keep_failure(send_down_to(place));
+    if (sum.failed == OK) note_failure(send_down_to(place));
 }
 
-/* Once for each table on a GPU: NCCL, whose first rank draws what the others find it by. */
+/* Joins the ranks' GPUs, once for each table: the first rank draws an id, by which NCCL lets the others find it. */
 static Err join_gpus(Params *p) {
     unsigned char id[DEVICE_ID_BYTES] = {0};
     if (p->ops->joined(p->device)) return OK;
@@ -345,7 +345,7 @@ Err gradients_begin(Params *p) {
 Err gradients_end(Params *p) {
     if (world.ranks == 1 || !p->ready) return OK;
     p->ready = NULL;
-    if (sum.failed == OK) keep_failure(send_down_to(0));
-    if (sum.failed == OK) keep_failure(p->device ? p->ops->grad_wait(p->device) : wait_for_messages());
+    if (sum.failed == OK) note_failure(send_down_to(0));
+    if (sum.failed == OK) note_failure(p->device ? p->ops->grad_wait(p->device) : wait_for_messages());
     return sum.failed == OK ? OK : err("%s", sum.failure);
 }

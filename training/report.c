@@ -20,7 +20,7 @@ Err report_begin(Stage *s, Report *r) {
 
 /* A transition's is drawn with the weights that it will be sampled with. */
 static Err draw_picture(Stage *s, void *view) {
-    char suffix[40], path[1100];
+    char suffix[40], path[PATH_BYTES];
     snprintf(suffix, sizeof suffix, "-%06llu.png", (unsigned long long)s->step);
     run_path(s, path, suffix);
     if (s->kind->ema) params_swap_ema(s->params);
@@ -106,7 +106,7 @@ static void say_option(const char *option, const char *value) {
 
 /* Has the run weights of this scale, trained to the end? Those of unknown history are. */
 static int is_finished(const Settings *o, size_t scale) {
-    char path[1100];
+    char path[PATH_BYTES];
     Checkpoint ck;
     size_t step = 0, steps = 0;
     snprintf(path, sizeof path, "%s/scale%zu.safetensors", o->run, scale);
@@ -128,7 +128,7 @@ int program_folder(const Settings *o) {
 static void say_next(const Stage *s) {
     const Settings *o = &s->set;
     size_t T = 1, next = 1;
-    char word[1100];
+    char word[PATH_BYTES];
     if (count_scales(o, o->vqgan ? NULL : &s->recipe, &T) != OK) T = 1;
     while (!o->joint && next <= T && is_finished(o, next)) next++;
     fprintf(stderr, "next:");
@@ -159,7 +159,7 @@ void say_end(const Stage *s) {
                 (unsigned long long)s->step);
         return;
     }
-    char path[1100];
+    char path[PATH_BYTES];
     printf("%s\n", run_path(s, path, ".safetensors"));
     if (!s->set.all) say_next(s);
 }

@@ -137,7 +137,7 @@ static Err write_curve(const Measure *m, size_t n, const char *path) {
 
 /* Read back as training will read it */
 static Err say_schedule(const Stage *s, const char *path) {
-    char redraw[1200];
+    char redraw[PATH_BYTES + 16];
     Schedule made;
     size_t T = 0;
     TRY(config_size(&T, &s->recipe, "model.params.", "n_scales", 1, MAX_SCALES, 0));
@@ -151,7 +151,7 @@ static Err say_schedule(const Stage *s, const char *path) {
 }
 
 Err metric_schedule(Stage *s) {
-    char vqgan_path[1100], path[1100];
+    char vqgan_path[PATH_BYTES], path[PATH_BYTES];
     TRY(dataset_open_lists(&s->val, s->set.data, s->set.list, s->set.val_list, SPLIT_VAL));
     TRY(dataset_open_lists(&s->train, s->set.data, s->set.list, s->set.val_list, SPLIT_TRAIN));
     const int enough = s->val.n >= PICTURES;

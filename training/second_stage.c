@@ -194,7 +194,7 @@ static Err second_plan(Stage *s) {
 
 Err second_build(Stage *s) {
     SecondStage *x = &s->second;
-    char vqgan_path[1100];
+    char vqgan_path[PATH_BYTES];
     NetConfig c;
     x->t = (int)s->set.scale;
     TRY(read_schedule(s));

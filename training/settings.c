@@ -181,7 +181,7 @@ static void check_given(const Settings *o) {
 
 /* Where nothing is said, run and data are called as the recipe is. */
 static void default_folders(Settings *o) {
-    static char run_folder[1100], data[1100];
+    static char run_folder[PATH_BYTES], data[PATH_BYTES];
     const char *slash = strrchr(o->model, '/'), *short_name = slash && slash[1] ? slash + 1 : o->model;
     snprintf(run_folder, sizeof run_folder, "runs/%s", short_name);
     snprintf(data, sizeof data, "data/%s", short_name);
@@ -210,19 +210,19 @@ void settings_parse(Settings *given, int argc, char **argv) {
  * The recipe, and what the user gave over it
  * ---------------------------------------------------------------------------------------------------------- */
 
-static const char *recipe_path(const Settings *o, char out[1100]) {
+static const char *recipe_path(const Settings *o, char out[PATH_BYTES]) {
     if (o->config)
-        snprintf(out, 1100, "%s", o->config);
+        snprintf(out, PATH_BYTES, "%s", o->config);
     else if (strchr(o->model, '/'))
-        snprintf(out, 1100, "%s/config.txt", o->model);
+        snprintf(out, PATH_BYTES, "%s/config.txt", o->model);
     else
-        snprintf(out, 1100, "models/%s.txt", o->model);
+        snprintf(out, PATH_BYTES, "models/%s.txt", o->model);
     return out;
 }
 
 /* The part of the recipe that this stage is trained by */
 static Err read_recipe(Stage *s) {
-    char path[1100];
+    char path[PATH_BYTES];
     recipe_path(&s->set, path);
     if (!file_exists(path))
         return err("%s: no such recipe; --config FILE names one (models/emoji.txt is an example)", path);
@@ -232,7 +232,7 @@ static Err read_recipe(Stage *s) {
 /* How many scales the model has: as a transition's own recipe says, else (NULL, or a first stage's) the file's. */
 Err count_scales(const Settings *given, const Config *own, size_t *T) {
     Config recipe = {0};
-    char path[1100];
+    char path[PATH_BYTES];
     if (own && config_get(own, "model.params.", "n_scales"))
         return config_size(T, own, "model.params.", "n_scales", 1, MAX_SCALES, 0);
     Err e = recipe_read(&recipe, recipe_path(given, path), 1);

@@ -199,7 +199,7 @@ static inline uint64_t example_number(const Stage *s, uint64_t micro, size_t b) 
 
 /* folder.c. To stderr, by the first rank alone */
 void say_once(const char *fmt, ...) PRINTF_LIKE(1, 2);
-const char *run_path(const Stage *s, char out[1100], const char *suffix); /* out = RUN/STAGEsuffix, returned */
+const char *run_path(const Stage *s, char out[PATH_BYTES], const char *suffix); /* out = RUN/STAGEsuffix, returned */
 int file_exists(const char *path);
 Err make_folder(const char *path);
 /* RUN/skipped.txt gets the damaged pictures of d; how many there are is said */
@@ -254,8 +254,8 @@ Err count_scales(const Settings *given, const Config *recipe, size_t *T);
  * numbers, every tenth step, and RUN/loss.svg anew when it was evaluated; a picture that was written to path; the end.
  * What the disk has no room for can be tried again. */
 typedef struct {
-    char path[1500]; /* of the events; "": none */
-    int evaluated;   /* the present step was */
+    char path[PATH_BYTES + 320]; /* of the events; "": none */
+    int evaluated;               /* the present step was */
 } View;
 Err view_open(Stage *s, void *view);
 Err view_step(Stage *s, void *view);
@@ -264,7 +264,7 @@ Err view_close(Stage *s, void *view);
 
 /* log.c: log.tsv, a line per step; lines behind the present step, about to be repeated, are dropped */
 typedef struct {
-    char path[1100], line[512];
+    char path[PATH_BYTES], line[512];
     double started, rate; /* when; pictures a second */
     uint64_t first_step;
 } Log;
@@ -292,7 +292,7 @@ int program_folder(const Settings *set); /* how much of Settings.program is its 
 /* encoded.c. A run without a first stage gets the model's; opens the run's own, path: its file; the data set as its
  * tokens, to Stage.second. */
 Err copy_first_stage(const Stage *s);
-Err open_first_stage(Stage *s, char path[1100]);
+Err open_first_stage(Stage *s, char path[PATH_BYTES]);
 Err load_tokens(Stage *s, const char *vqgan_path);
 
 /* gan.c: the first stage's discriminator, if the recipe asks for one; without one all of these do nothing. gan_create,

@@ -80,7 +80,7 @@ static Err open_checked(Checkpoint *ck, const char *path) {
  * ---------------------------------------------------------------------------------------------------------- */
 
 /* The newest is number 0. */
-static const char *state_path(const Stage *s, char out[1100], size_t number) {
+static const char *state_path(const Stage *s, char out[PATH_BYTES], size_t number) {
     char suffix[40];
     snprintf(suffix, sizeof suffix, number ? ".state-%zu.safetensors" : ".state.safetensors", number);
     return run_path(s, out, suffix);
@@ -88,7 +88,7 @@ static const char *state_path(const Stage *s, char out[1100], size_t number) {
 
 /* The first from `number` on that is there; KEEP_MAX: none. A kill between two renames may leave a gap. */
 static size_t next_state(const Stage *s, size_t number) {
-    char path[1100];
+    char path[PATH_BYTES];
     while (number < KEEP_MAX && !file_exists(state_path(s, path, number))) number++;
     return number;
 }
@@ -98,13 +98,13 @@ int state_exists(const Stage *s) {
 }
 
 static void move_aside(const Stage *s, size_t end) {
-    char path[1100], aside[1100];
+    char path[PATH_BYTES], aside[PATH_BYTES];
     run_path(s, aside, ".state-damaged.safetensors");
     for (size_t i = 0; i < end; i++) rename(state_path(s, path, i), aside);
 }
 
 static Err open_newest(const Stage *s, Checkpoint *ck, int tidy) {
-    char path[1100], other[1100];
+    char path[PATH_BYTES], other[PATH_BYTES];
     for (size_t i = next_state(s, 0), next; i < KEEP_MAX; i = next) {
         if (open_checked(ck, state_path(s, path, i)) == OK) {
             if (tidy) move_aside(s, i);
@@ -120,7 +120,7 @@ static Err open_newest(const Stage *s, Checkpoint *ck, int tidy) {
 
 /* Gives the newest a second name, so that its own name is never without a file; where there are no links, renames it. */
 static void link_newest(const char *newest, const char *before) {
-    char temporary[1200];
+    char temporary[PATH_BYTES + 32];
     snprintf(temporary, sizeof temporary, "%s.tmp%ld", before, (long)getpid());
     unlink(temporary);
     int linked = link(newest, temporary) == 0 && rename(temporary, before) == 0;
@@ -130,7 +130,7 @@ static void link_newest(const char *newest, const char *before) {
 
 /* The state that was written as `written` becomes the newest; with `beside`, the newest becomes the one before. */
 static Err state_put(const Stage *s, const char *written, int beside) {
-    char newest[1100], path[1100], older[1100];
+    char newest[PATH_BYTES], path[PATH_BYTES], older[PATH_BYTES];
     const size_t keep = s->set.keep;
     state_path(s, newest, 0);
     if (beside) {
@@ -221,13 +221,13 @@ static Err gather_state(Stage *s) {
 }
 
 static Err write_state(Stage *s, void *beside) {
-    char path[1100];
+    char path[PATH_BYTES];
     TRY(write_list(s, collect_state, run_path(s, path, ".state-new.safetensors")));
     return state_put(s, path, beside != NULL);
 }
 
 static Err write_weights(Stage *s, void *suffix) {
-    char path[1100];
+    char path[PATH_BYTES];
     return write_list(s, s->kind->collect_weights, run_path(s, path, suffix));
 }
 

@@ -104,12 +104,13 @@ Err ranks_sum(double *x, size_t n);
 Err ranks_sum_counts(uint32_t *x, size_t n);
 Err ranks_any(int *flag);
 Err ranks_broadcast(size_t from, void *bytes, size_t n);
-/* OK if e is OK on every rank; else FAILED, with the text of the first rank that failed, on all of them. */
+/* OK if e is OK on every rank; else FAILED on all of them, with the text of the first rank that failed. */
 Err ranks_agree(Err e);
-/* An error unless all ranks have the same bytes; what: how it calls them */
+/* An error, which calls the bytes `what`, unless all ranks have the same. */
 Err ranks_same(const void *bytes, size_t n, const char *what);
-/* begin, then a backward pass, then end: every row's gradient is the sum over ranks. What params_ready says is complete
- * is on its way meanwhile. One table at a time; a rank whose backward failed calls end all the same. */
+/* begin, then a backward pass, then end: every row's gradient is the sum over ranks. While backward goes on, the rows
+ * that params_ready says are complete are sent already. One table at a time. A rank whose backward failed calls end all
+ * the same. */
 Err gradients_begin(Params *p);
 Err gradients_end(Params *p);
 

@@ -56,8 +56,8 @@ static double number(const Line *l, int field) {
 }
 
 /* *f, open at the line behind the header */
-static Err open_log(FILE **f, Line *header, char path[1100], const Stage *s) {
-    snprintf(path, 1100, "%s/log.tsv", s->set.run);
+static Err open_log(FILE **f, Line *header, char path[PATH_BYTES], const Stage *s) {
+    snprintf(path, PATH_BYTES, "%s/log.tsv", s->set.run);
     *f = fopen(path, "r");
     if (!*f) return err("%s: %s", path, strerror(errno));
     if (read_line(header, *f) && find_field(header, "stage") == 0 && find_field(header, "step") == 1) return OK;
@@ -126,7 +126,7 @@ static int worth_drawing(const Curve *c, int k) {
 }
 
 static Err read_curves(Curves *all, const Stage *s) {
-    char path[1100];
+    char path[PATH_BYTES];
     FILE *f;
     Line header, l;
     int field[SERIES];
@@ -386,7 +386,7 @@ static void put_picture(Svg *out, const Curves *all, const char *run) {
 }
 
 static Err draw_losses(const Stage *s) {
-    char path[1100];
+    char path[PATH_BYTES];
     Curves all;
     Svg out = {.e = OK};
     snprintf(path, sizeof path, "%s/loss.svg", s->set.run);
@@ -537,7 +537,7 @@ static Err write_scalars(const View *v, const Stage *s, const Line *header, cons
 /* The line of the present step, which is among the last of the log */
 static Err log_to_events(const Stage *s, const View *v) {
     enum { TAIL = 16384 };
-    char path[1100], step[24];
+    char path[PATH_BYTES], step[24];
     FILE *f;
     Line header, l;
     Err e = OK;
@@ -579,7 +579,7 @@ static Err write_image(const View *v, uint64_t step, const Message *png) {
 
 /* Files are read in the order of their names: a later start has a later time in its name, and a name of its own. */
 static Err open_events(const Stage *s, View *v) {
-    char folder[1100], host[256] = "host";
+    char folder[PATH_BYTES], host[256] = "host";
     int fd = -1;
     snprintf(folder, sizeof folder, "%s/events/%s", s->set.run, s->name);
     TRY(make_folder(folder));
