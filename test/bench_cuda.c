@@ -315,10 +315,10 @@ static void bench_stage(Results *r) {
 typedef struct {
     Bench net[KINDS];
     Stage stage;
-} Chain;
+} Drawing;
 
 static void picture(void *context) {
-    Chain *c = (Chain *)context;
+    Drawing *c = (Drawing *)context;
     draw(&c->net[1]);
     memcpy(c->net[0].x_t, c->net[1].tokens, c->net[0].N * sizeof(int32_t));
     for (int32_t t = c->net[1].t[0] - 1; t >= 1; t--) {
@@ -331,7 +331,7 @@ static void picture(void *context) {
 }
 
 static void bench_picture(Results *r) {
-    static Chain c;
+    static Drawing c;
     for (int k = 0; k < KINDS; k++) {
         open_net(&c.net[k], &r->size, k == 0 ? 1 : 0, r->precision, 0);
         c.net[k].B = 1;
