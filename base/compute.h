@@ -29,7 +29,7 @@ typedef struct Compute Compute;
 typedef struct Layers Layers;
 typedef struct DeviceOps DeviceOps;
 struct Plan;
-typedef struct Device Device; /* a stream on a GPU, a parameter table's twin there */
+typedef struct Device Device; /* a GPU's stream, and a parameter table's copy there */
 
 /* ---- Where a network computes ---- */
 
@@ -326,7 +326,7 @@ Err cuda_choose(size_t local);
  * the networks multiply them, and a copy of `bytes` from one place in its memory to another, which reads and writes
  * them. */
 Err cuda_measure(Precision precision, size_t n, size_t bytes, double *product, double *copy);
-Err use_cuda(Params *p, Precision precision); /* the table's twin there; params_send puts its values */
+Err use_cuda(Params *p, Precision precision); /* makes the table's copy there, for params_send to fill */
 /* Is it the GPU? "cpu": no. "cuda": yes where it is built in and there is one, else dies. NULL: what IMAGEBART_DEVICE
  * in the environment says, else a GPU if there is one. say_cpu: a line on stderr, where there was a choice. */
 int check_device(const char *device);
