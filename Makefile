@@ -1,5 +1,6 @@
 # make              the three programs: ./sample ./train ./inpaint, for any x86-64 processor
 # make MARCH=native the three programs for this processor only: a third of the time to compile
+# make check LAYER=group_norm  one layer: plain, fast and as a CUDA kernel, in seconds; without LAYER: their names
 # make test         every test; the last line is "N passed, N failed"
 # make PLAIN=1      the programs from their plain loops alone, without kernels/, which may be missing; make test PLAIN=1
 # make test SANITIZE=1   the same under AddressSanitizer and UndefinedBehaviorSanitizer
@@ -8,6 +9,7 @@
 # make test-cuda BUILT=DIR, make bench-cuda BUILT=DIR   with what was built elsewhere (STATIC=1 CUDA_ARCH=90 MARCH=x86-64-v3),
 #                   on a machine that has a GPU but neither nvcc nor libraries
 # make test-cuda-emulated   every CUDA kernel, run on the CPU, against its C twin (part of make test)
+# make emulated-debug   the same kernels for a debugger, in build/*/emulated-debug
 # make bench        how fast, as fractions of this machine's ceilings and beside PyTorch; also in bench.tsv
 # make walkthrough the numbers of doc/walkthrough.md: test/walkthrough 1 ... 8
 # make fuzz SECONDS=60  the readers of checkpoints under libFuzzer (needs clang; Debian: clang, libclang-rt-14-dev)
@@ -152,8 +154,8 @@ COMPONENTS := $(BASE:%=base/%) $(KERNELS:%=kernels/%) $(FILES:%=files/%) data vq
               $(SAMPLING:%=sampling/%) training/discriminator training/perceptual
 PROGRAMS := sample train inpaint
 COLD := base/params base/options $(FILES:%=files/%) data sampling/model sampling/options sampling/terminal
-TESTS := base $(if $(PLAINLY),,gemm conv) checkpoint ckpt images data vqgan discriminator perceptual transformer classes diffusion
-TESTS_DOUBLE := $(if $(PLAINLY),,gemm conv) vqgan discriminator perceptual transformer
+TESTS := base $(if $(PLAINLY),,gemm conv) checkpoint ckpt images data vqgan discriminator perceptual transformer classes diffusion layers
+TESTS_DOUBLE := $(if $(PLAINLY),,gemm conv) vqgan discriminator perceptual transformer layers
 
 OBJ := $(COMPONENTS:%=$B/%.o)
 DEVICE_OBJ := $(if $(NVCC),$B/device_f32.o $B/device_bf16.o)
@@ -181,10 +183,9 @@ endif
 TRAIN := $(addprefix training/,folder memory state bad_batches settings log view report encoded gan \
          codes schedule first_stage second_stage parallel)
 $B/training/parallel.o: CFLAGS += $(if $(HAVE_MPI),-DHAVE_MPI $(MPI_CFLAGS))
-$B/train $B/emulated/train $(if $P,$P/train): LDLIBS += $(if $(HAVE_MPI),$(MPI_LIBS))
+$B/train $(if $P,$P/train): LDLIBS += $(if $(HAVE_MPI),$(MPI_LIBS))
 $B/train: $(TRAIN:%=$B/%.o)
-$B/sample $B/emulated/sample: $B/sampling/nearest.o
-$B/emulated/train: $(TRAIN:%=$B/%.o)
+$B/sample: $B/sampling/nearest.o
 # ./train as it is where there is no MPI: for test_mpi.sh
 $B/train-alone: $B/train.o $(patsubst %,$B/%.o,$(filter-out training/parallel,$(TRAIN))) $B/alone/training/parallel.o $(OBJ)
 	$(CC) $(CFLAGS) -o $@ $^ $(LDLIBS)
@@ -244,28 +245,47 @@ endif
 CXX := $(if $(findstring clang,$(notdir $(CC))),$(subst clang,clang++,$(CC)),$(subst gcc,g++,$(CC)))
 PRECISIONS := f32 bf16
 EMULATED_TESTS := $(foreach t,cuda vqgan_cuda gan_cuda,$(PRECISIONS:%=$B/emulated/test_$(t)_%))
-EMULATED_FLAGS := -x c++ -std=c++17 -I. -D_GNU_SOURCE -DCUDA_ON_CPU -g $(if $(filter 1,$(SANITIZE)),$(OPT),-O2) \
-                  -ffp-contract=off $(WARN) -Wno-unknown-pragmas
+EMULATED_FLAGS := -x c++ -std=c++17 -I. -D_GNU_SOURCE -DCUDA_ON_CPU -g -ffp-contract=off $(WARN) -Wno-unknown-pragmas
 floatX = $(if $(filter %bf16 %bf16.o,$@),-DFLOATX_BF16)
 
-$(PRECISIONS:%=$B/emulated/device_%.o): kernels/device.cu Makefile
-	@mkdir -p $(@D)
-	$(CXX) $(EMULATED_FLAGS) $(floatX) -MMD -MP -c -o $@ $<
-$(PRECISIONS:%=$B/emulated/test_cuda_%.o): test/test_cuda.cu Makefile
-$(PRECISIONS:%=$B/emulated/test_vqgan_cuda_%.o): test/test_vqgan_cuda.cu Makefile
-$(PRECISIONS:%=$B/emulated/test_gan_cuda_%.o): test/test_gan_cuda.cu Makefile
-$(EMULATED_TESTS:%=%.o):
-	@mkdir -p $(@D)
-	$(CXX) $(EMULATED_FLAGS) $(floatX) -MMD -MP -c -o $@ $<
-$(EMULATED_TESTS): $B/emulated/%: $B/emulated/%.o $(OBJ)
-	$(CXX) $(OPT) -o $@ $^ $(LDLIBS)
-
+define emulation # folder, how much the compiler optimises
+$(PRECISIONS:%=$1/device_%.o): kernels/device.cu Makefile
+	@mkdir -p $$(@D)
+	$$(CXX) $$(EMULATED_FLAGS) $2 $$(floatX) -MMD -MP -c -o $$@ $$<
+$(PRECISIONS:%=$1/test_cuda_%.o): test/test_cuda.cu Makefile
+$(PRECISIONS:%=$1/test_vqgan_cuda_%.o): test/test_vqgan_cuda.cu Makefile
+$(PRECISIONS:%=$1/test_gan_cuda_%.o): test/test_gan_cuda.cu Makefile
+$(EMULATED_TESTS:$B/emulated/%=$1/%.o):
+	@mkdir -p $$(@D)
+	$$(CXX) $$(EMULATED_FLAGS) $2 $$(floatX) -MMD -MP -c -o $$@ $$<
+$(EMULATED_TESTS:$B/emulated/%=$1/%): $1/%: $1/%.o $(OBJ)
+	$$(CXX) $(OPT) -o $$@ $$^ $$(LDLIBS)
+$(PROGRAMS:%=$1/%): $1/%: $B/%.o $(OBJ) $(PRECISIONS:%=$1/device_%.o)
+	$$(CXX) $(OPT) -o $$@ $$^ $$(LDLIBS)
+$1/golden $1/bench_cuda $1/test_layers: $1/%: $B/test/%.o $(OBJ) $(PRECISIONS:%=$1/device_%.o)
+	$$(CXX) $(OPT) -o $$@ $$^ $$(LDLIBS)
+$1/sample: $B/sampling/nearest.o
+$1/train: $(TRAIN:%=$B/%.o)
+$1/train: LDLIBS += $(if $(HAVE_MPI),$(MPI_LIBS))
+endef
+EMULATION_OPT ?= $(if $(filter 1,$(SANITIZE)),$(OPT),-O2)
+$(eval $(call emulation,$B/emulated,$(EMULATION_OPT)))
+$(eval $(call emulation,$B/emulated-debug,-O0 $(if $(filter 1,$(SANITIZE)),$(OPT))))
+EMULATED_TESTS += $B/emulated/test_layers
 EMULATED_BIN := $(EMULATED_TESTS) $(PROGRAMS:%=$B/emulated/%) $B/emulated/golden $B/emulated/bench_cuda
-EMULATED_OBJ := $(OBJ) $(PRECISIONS:%=$B/emulated/device_%.o)
-$(PROGRAMS:%=$B/emulated/%): $B/emulated/%: $B/%.o $(EMULATED_OBJ)
-	$(CXX) $(OPT) -o $@ $^ $(LDLIBS)
-$B/emulated/golden $B/emulated/bench_cuda: $B/emulated/%: $B/test/%.o $(EMULATED_OBJ)
-	$(CXX) $(OPT) -o $@ $^ $(LDLIBS)
+
+# The same for a debugger, which steps through kernels: $B/emulated-debug/test_cuda_f32, ./sample ...
+.PHONY: emulated-debug check
+emulated-debug: $(EMULATED_BIN:$B/emulated/%=$B/emulated-debug/%)
+
+# One layer, plain, fast and as a CUDA kernel: what a changed sign breaks, in seconds
+LAYER ?=
+check: $B/test_layers $B/test_layers_double $(if $(PLAINLY),,$B/emulated-debug/test_layers)
+ifeq ($(LAYER),)
+	@echo "make check LAYER=..., one of:"; $B/test_layers --list
+else
+	@for t in $^; do $$t $(LAYER) >$$t.log || failed=yes; sed "s|^|$$(basename $$t) |" $$t.log; done; [ -z "$$failed" ]
+endif
 
 .PHONY: test-cuda test-cuda-emulated bench-cuda
 test-cuda-emulated: $(EMULATED_BIN) $(PROGRAMS:%=$B/%) $B/pictures $B/lpips
