@@ -96,11 +96,11 @@ static Err compare_picture(Model *m, const Checkpoint *ck, const Input *in) {
 }
 
 static Err compare_scale(Model *m, int t) {
-    char path[1200], name[32] = "joint";
+    char path[PATH_BYTES], name[32] = "joint";
     Checkpoint ck = {0};
     Input in;
     if (t) snprintf(name, sizeof name, "scale%d", t);
-    snprintf(path, sizeof path, "%s/%s.logits.safetensors", m->folder, name);
+    TRY(path_make(path, "%s/%s.logits.safetensors", m->folder, name));
     TRY(checkpoint_open(&ck, path));
     Err e = input_read(&in, &ck, m->h * m->w);
     if (e == OK) e = compare_logits(m, &ck, &in, t);

@@ -1439,6 +1439,7 @@ static void test_model_memory(const char *dir) {
     CHECK_OK(model_memory(&m, 4, 0, &four));
     CHECK_OK(model_memory(&m, 4, 3, &pictures));
     CHECK(!m.net && !m.loaded); /* it loads nothing */
+#ifndef PLAIN
     ModelMemory bf16, int8;
     m.weights = WEIGHTS_BF16;
     CHECK_OK(model_memory(&m, 1, 0, &bf16));
@@ -1446,6 +1447,12 @@ static void test_model_memory(const char *dir) {
     CHECK_OK(model_memory(&m, 1, 0, &int8));
     m.weights = WEIGHTS_REAL;
     CHECK(2 * bf16.scale >= one.scale && bf16.scale < one.scale && int8.scale < bf16.scale);
+#else
+    m.weights = WEIGHTS_BF16;
+    CHECK_ERR(model_memory(&m, 1, 0, &one), "packed weights");
+    m.weights = WEIGHTS_REAL;
+    CHECK_OK(model_memory(&m, 1, 0, &one));
+#endif
     for (int t = 1; t <= m.schedule.T; t++) {
         size_t bytes = 0;
         CHECK_OK(model_scale(&m, t));
