@@ -15,7 +15,6 @@
 #include <string.h>
 
 enum { K = 4, N = 4, SCALES = 3, SEED = 185 };
-static const double LAYER_NORM_EPS = 1e-5;
 
 static const int32_t x0[N] = {2, 0, 1, 3};
 static const char *const example = "models/emoji/example.png";
