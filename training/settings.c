@@ -98,7 +98,7 @@ static const Setting table[] = {
     RECIPE(OPT_REAL, "train.", "spike", spike, 10, 0, 1e6),
     RECIPE(OPT_FLAG, "train.", "flip", flip, 0, 0, 1),
 
-    HEADING("How: the first stage (whose discriminator is the recipe's: README)"),
+    HEADING("How: the first stage (whose discriminator is the recipe's: doc/training.md)"),
     TEXT("--perceptual", "FILE[,FILE]", perceptual,
          "weights of LPIPS, a part of the loss: a VQGAN's .ckpt, or torchvision's\n"
          "vgg16-397923af.pth and LPIPS's vgg.pth (default: what models/lpips has, where the\n"
@@ -147,7 +147,7 @@ static const Setting table[] = {
     TEXT("--precision", "TYPE", precision,
          "with --device cuda: bf16 (default), weights and sums still in float, or f32"),
     HEADING(
-        "Several processes: mpirun -np 2 --bind-to none ./train ... (needs MPI; README, \"More than one machine\").\n"
+        "Several processes: mpirun -np 2 --bind-to none ./train ... (needs MPI; doc/training.md).\n"
         "Each takes --batch pictures, and the gradients are added up."),
 };
 enum { ROWS = sizeof table / sizeof *table };
