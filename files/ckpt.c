@@ -378,15 +378,9 @@ static Err protocol(Pickle *k) {
     return version <= 5 ? OK : err("is of pickle protocol %d, expected 0 to 5", (int)version);
 }
 
-/* One instruction of protocols 0 to 5, under its name in Python's pickle.py. *done: STOP */
-static Err step(Pickle *k, int *done) {
-    const unsigned char *op;
-    TRY(take(k, 1, &op));
-    switch (*op) {
-    case 0x80: /* PROTO */ return protocol(k);
-    case 0x95: /* FRAME */ return skip(k, 8);
-    case '.': /* STOP */ return *done = 1, OK;
-
+/* The instructions of protocols 0 to 5, under their names in Python's pickle.py. First those that push one value. */
+static Err push_step(Pickle *k, unsigned char op) {
+    switch (op) {
     case 'N': /* NONE */ return push(k, V_NONE);
     case 0x88: /* NEWTRUE */ return push_int(k, 1);
     case 0x89: /* NEWFALSE */ return push_int(k, 0);
@@ -411,6 +405,18 @@ static Err step(Pickle *k, int *done) {
     case 0x8d: /* BINUNICODE8 */ return text_of(k, 8);
     case 0x8e: /* BINBYTES8 */ return text_of(k, 8);
     case 0x96: /* BYTEARRAY8 */ return text_of(k, 8);
+    }
+    return err("has instruction 0x%02x, which no file of weights needs", op);
+}
+
+/* One instruction. *done: STOP */
+static Err step(Pickle *k, int *done) {
+    const unsigned char *op;
+    TRY(take(k, 1, &op));
+    switch (*op) {
+    case 0x80: /* PROTO */ return protocol(k);
+    case 0x95: /* FRAME */ return skip(k, 8);
+    case '.': /* STOP */ return *done = 1, OK;
 
     case '(': /* MARK */ return push(k, V_MARK);
     case ')': /* EMPTY_TUPLE */ return push(k, V_TUPLE);
@@ -451,7 +457,7 @@ static Err step(Pickle *k, int *done) {
     case 'i': /* INST */ return instance_lines(k);
     case 'b': /* BUILD: attributes, of no interest */ return drop(k);
     }
-    return err("has instruction 0x%02x, which no file of weights needs", *op);
+    return push_step(k, *op);
 }
 
 /* Runs from k->p to STOP. *result: the value it leaves */
