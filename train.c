@@ -27,7 +27,11 @@
  * One micro batch: forward, loss, backward. Gradients are weighted with 1/shares, so that a step's sum is its mean.
  * ---------------------------------------------------------------------------------------------------------- */
 
-/* The first stage: x, xrec and dxrec, the gradient of the loss by xrec, are (B,3,size,size). */
+/* The first stage, of B pictures x (B,3,size,size); xrec, the reconstructions, and dxrec, the loss's gradient by them,
+ * have the same shape.
+ *     loss = l1 |x - xrec| + l2 (x - xrec)^2 + p LPIPS(x, xrec) - d D(xrec) + c codebook
+ * The four terms of xrec each add their part to dxrec; from there backward goes through decoder, codes (straight
+ * through: as if the quantizer were not there) and encoder. The codebook's term has its gradient in vqgan_backward. */
 static Err first_micro_batch(Stage *s, uint64_t micro, Metrics *m) {
     const Settings *set = &s->set;
     const size_t B = s->batch, n = B * 3 * s->size * s->size;
@@ -35,80 +39,62 @@ static Err first_micro_batch(Stage *s, uint64_t micro, Metrics *m) {
     real *dxrec = s->first.dxrec;
     const real *x, *xrec;
     double codebook;
+
+    /* batch, forward: xrec = decoder(nearest codes of encoder(x)) */
     TRY(next_pictures(s, micro, &x));
-    TRY(vqgan_forward(s->vqgan, x, B, s->size, s->size, &xrec, &codebook)); /* xrec = decoder(nearest(encoder(x))) */
+    TRY(vqgan_forward(s->vqgan, x, B, s->size, s->size, &xrec, &codebook));
+
+    /* loss; dxrec = its gradient, then += LPIPS's, then += the discriminator's D */
     image_loss(x, xrec, n, set->l1_weight * weight, set->l2_weight * weight, &m->part[0], &m->part[1], dxrec);
-    TRY(add_perceptual(s, x, xrec, B, weight, &m->perceptual, dxrec)); /* dxrec += */
+    TRY(add_perceptual(s, x, xrec, B, weight, &m->perceptual, dxrec));
     m->loss = set->l1_weight * m->part[0] + set->l2_weight * m->part[1] + s->first.perceptual_weight * m->perceptual;
-    TRY(gan_generator(s, x, xrec, &m->loss)); /* dxrec +=, loss += what the discriminator makes of xrec */
+    TRY(gan_generator(s, x, xrec, &m->loss));
     m->loss += set->codebook_weight * codebook;
     count_codes(s);
+
+    /* backward; then the discriminator learns to tell x and xrec apart */
     TRY(vqgan_backward(s->vqgan, dxrec, set->codebook_weight * weight, NULL));
-    return gan_discriminator(s, xrec, &m->loss); /* which learns to tell x and xrec apart */
+    return gan_discriminator(s, xrec, &m->loss);
 }
 
-/* A transition at scale t: the loss of B examples whose x_0 are in the stage, and, with a weight, its gradients. */
+/* A transition at scale t, of B grids of N tokens, of which there are K: x_0, x_{t-1}, x_t (B,N); p, q and dlogits, the
+ * loss's gradient, (B,N,K).
+ *     x_i = noise(x_{i-1}), i = 1 .. t       with probability beta_i a token becomes any of the K
+ *     p = softmax(logits)                    what the network thinks that x_{t-1} was
+ *     q = q(x_{t-1} | x_t, x_0)              what it was, as far as that can be known: Bayes' rule
+ *     loss = -(1-alpha) log p(x_{t-1}) + alpha KL(q || p), mean over tokens
+ * seed, micro and token, the number of the first token, name the random numbers. Without a weight: no gradients. */
 static Err transition_loss(Stage *s, int t, size_t B, uint64_t seed, uint64_t micro, uint64_t token, double weight,
                            Loss *loss) {
     SecondStage *x = &s->second;
     const size_t N = s->N, K = s->K;
     const int32_t *label = transformer_config(x->net)->has_class ? x->label : NULL;
-    real *dlogits = weight > 0 ? x->dlogits : NULL; /* (B,N,K), as logits and q */
+    real *dlogits = weight > 0 ? x->dlogits : NULL;
     const real *logits;
-    noise_chain(x->x_prev, x->x_t, x->x0, B * N, K, &x->schedule, t, seed, micro, token); /* x_i = noise(x_{i-1}) */
+
+    noise_chain(x->x_prev, x->x_t, x->x0, B * N, K, &x->schedule, t, seed, micro, token);
     for (size_t b = 0; b < B; b++) x->ts[b] = t;
-    if (transformer_on_cuda(x->net)) /* the same in one call, so that logits need not be written down */
+    if (transformer_on_cuda(x->net)) /* the rest in one call, in which logits are never written down */
         return transformer_loss_cuda(x->net, &x->schedule, x->x0, x->x_prev, x->x_t, x->ts, label, B, N, s->set.alpha,
                                      weight, weight > 0, loss);
-    TRY(transformer_forward(x->net, x->x_prev, x->x_t, x->ts, label, B, N, &logits)); /* p(x_{t-1} | x_t) */
-    posterior(x->q, x->x0, x->x_t, B * N, K, &x->schedule, t);                        /* q(x_{t-1} | x_t, x_0) */
+
+    TRY(transformer_forward(x->net, x->x_prev, x->x_t, x->ts, label, B, N, &logits));
+    posterior(x->q, x->x0, x->x_t, B * N, K, &x->schedule, t);
     TRY(denoising_loss(loss, logits, x->x_prev, x->q, B * N, K, s->set.alpha, weight, dlogits));
     return dlogits ? transformer_backward(x->net, dlogits) : OK;
 }
 
+/* The next x_0 (B,N) and labels (B); the stage's scale, or, where one network has all, a random one */
 static Err second_micro_batch(Stage *s, uint64_t micro, Metrics *m) {
     const SecondStage *x = &s->second;
     const uint64_t stream = rng_stream(RNG_SCALE, 0, 0);
     const int t = x->t ? x->t : 1 + (int)rng_below(s->set.seed, stream, micro, (uint32_t)x->schedule.T);
     Loss loss;
-    next_tokens(s, micro); /* x_0 (B,N), label (B) */
+    next_tokens(s, micro);
     TRY(transition_loss(s, t, s->batch, s->set.seed, micro, s->rank_first * s->N, 1 / s->shares, &loss));
     m->loss = loss.loss, m->part[0] = loss.hard, m->part[1] = loss.soft;
     return OK;
 }
-
-static Err evaluate_transition(Stage *s, Metrics *m) {
-    return second_evaluate(s, transition_loss, m);
-}
-
-static const StageKind first_stage = {
-    .part_name = {"L1", "L2"},
-    .build = first_build,
-    .micro_batch = first_micro_batch,
-    .after_step = first_after_step,
-    .evaluate = first_evaluate,
-    .picture = first_picture,
-    .start_from = first_start_from,
-    .gather = first_gather,
-    .collect = first_collect,
-    .load = first_load,
-    .collect_weights = first_collect_weights,
-    .log = first_log,
-    .progress = gan_progress,
-    .print_evaluation = first_print_evaluation,
-};
-
-static const StageKind second_stage = {
-    .ema = 1,
-    .part_name = {"hard", "soft"},
-    .build = second_build,
-    .micro_batch = second_micro_batch,
-    .evaluate = evaluate_transition,
-    .picture = second_picture,
-    .start_from = second_start_from,
-    .collect_weights = second_collect_weights,
-    .print_evaluation = second_print_evaluation,
-};
 
 /* ------------------------------------------------------------------------------------------------------------
  * The loop
@@ -201,6 +187,40 @@ static int any_interrupted(void) {
     check_all(ranks_any(&flag));
     return flag;
 }
+
+static Err evaluate_transition(Stage *s, Metrics *m) {
+    return second_evaluate(s, transition_loss, m);
+}
+
+/* What the files of training/ must know of either kind (stage.h) */
+static const StageKind first_stage = {
+    .part_name = {"L1", "L2"},
+    .build = first_build,
+    .micro_batch = first_micro_batch,
+    .after_step = first_after_step,
+    .evaluate = first_evaluate,
+    .picture = first_picture,
+    .start_from = first_start_from,
+    .gather = first_gather,
+    .collect = first_collect,
+    .load = first_load,
+    .collect_weights = first_collect_weights,
+    .log = first_log,
+    .progress = gan_progress,
+    .print_evaluation = first_print_evaluation,
+};
+
+static const StageKind second_stage = {
+    .ema = 1,
+    .part_name = {"hard", "soft"},
+    .build = second_build,
+    .micro_batch = second_micro_batch,
+    .evaluate = evaluate_transition,
+    .picture = second_picture,
+    .start_from = second_start_from,
+    .collect_weights = second_collect_weights,
+    .print_evaluation = second_print_evaluation,
+};
 
 static Stage new_stage(const Settings *given) {
     Stage s = {.set = *given};

@@ -13,7 +13,7 @@ static const char log_header[] =
     "disc_loss\tg_loss\td_weight\tlpips\tval_lpips\tcodes\tperplexity\tval_codes\tval_perplexity\n";
 
 /* The columns from disc_loss on, of a kind of stage that has none of them */
-static const char no_more[] = "\t\t\t\t\t\t\t\t\t";
+static const char no_columns[] = "\t\t\t\t\t\t\t\t\t";
 
 static Err log_rewind(Stage *s, void *log_path) {
     const char *path = log_path;
@@ -59,21 +59,21 @@ Err log_step(Stage *s, Log *log, const Step *step, const Metrics *val, const Met
     else
         n += (size_t)snprintf(line + n, size - n, "\t\t\t");
     n += (size_t)(s->kind->log ? s->kind->log(s, line + n, size - n, m, val)
-                               : snprintf(line + n, size - n, "%s", no_more));
+                               : snprintf(line + n, size - n, "%s", no_columns));
     snprintf(line + n, size - n, "\n");
     return retry_when_full(s, log_append, log, 0);
 }
 
 void show_step(const Stage *s, Log *log, const Step *step) {
-    char left[32], more[96] = "";
+    char left[32], own[96] = "";
     const Metrics *m = &step->mean;
     const double per_step = (seconds() - log->started) / (double)(s->step - log->first_step);
     log->rate = (double)(s->global_batch * s->set.accumulate) / per_step;
     duration(left, per_step * (double)(s->set.steps - s->step));
-    if (s->kind->progress) s->kind->progress(s, more);
+    if (s->kind->progress) s->kind->progress(s, own);
     progress_line("%s step %llu/%zu | loss %.4f | %s %.4f | %s %.4f%s | lr %.2e | norm %.3f | %.1f images/s | %s left",
                   s->name, (unsigned long long)s->step, s->set.steps, m->loss, s->kind->part_name[0], m->part[0],
-                  s->kind->part_name[1], m->part[1], more, step->lr, step->norm, log->rate, left);
+                  s->kind->part_name[1], m->part[1], own, step->lr, step->norm, log->rate, left);
 }
 
 Err evaluate_both(Stage *s, Metrics *val, Metrics *ema) {

@@ -16,7 +16,8 @@
  * first thread only.
  *
  * Read in this order: the launcher; MPI; what the ranks share; gradients. */
-#include "kernels/device.h"
+#include "base/bits.h"
+#include "training/training.h"
 
 #include <sched.h>
 #include <stdio.h>

@@ -121,13 +121,13 @@ static size_t rising_points(int keep[POINTS], const double metric[POINTS]) {
 static Err write_curve(const Measure *m, size_t n, const char *path) {
     char text[4096];
     int keep[POINTS];
-    const size_t kept = rising_points(keep, m->metric);
-    if (kept < 2 || !(m->metric[POINTS - 1] > 0))
+    const size_t rising = rising_points(keep, m->metric);
+    if (rising < 2 || !(m->metric[POINTS - 1] > 0))
         return err("noise in the tokens does not change the pictures: is the first stage trained?");
     int at = snprintf(text, sizeof text,
                       "# alphacum, metric: feature distance (the first stage's encoder, unit features) of noised and "
                       "clean\n# reconstructions, mean over %zu %s pictures of %.1000s, seed %llu; %zu of %d points\n",
-                      n, m->what, m->s->set.data, (unsigned long long)m->s->set.seed, kept, POINTS);
+                      n, m->what, m->s->set.data, (unsigned long long)m->s->set.seed, rising, POINTS);
     for (int p = 0; p < POINTS; p++)
         if (keep[p]) at += snprintf(text + at, sizeof text - (size_t)at, "%.9g %.9g\n", alphacum_at(p), m->metric[p]);
     AtomicFile f;

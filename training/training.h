@@ -35,7 +35,7 @@ Err perceptual_loss(Perceptual *p, const real *x, const real *xrec, size_t B, si
                     double *loss, real *dxrec);
 
 /* ------------------------------------------------------------------------------------------------------------
- * 5b. discriminator.c: tells pictures from reconstructions while a first stage is trained (SPEC section 9; the official
+ * discriminator.c: tells pictures from reconstructions while a first stage is trained (SPEC section 9; the official
  *     NLayerDiscriminator).
  * ---------------------------------------------------------------------------------------------------------- */
 typedef struct { /* the official disc_in_channels, disc_ndf, disc_num_layers */
@@ -88,7 +88,7 @@ void activate_backward(const Compute *on, real *g, real *dgamma, real *dbeta, co
 double feature_gap(const Compute *on, const real *a, const real *other, size_t n);
 
 /* ------------------------------------------------------------------------------------------------------------
- * 9. parallel.c: ./train in more than one process, each with the whole model and a share of every batch
+ * parallel.c: ./train in more than one process, each with the whole model and a share of every batch
  * ---------------------------------------------------------------------------------------------------------- */
 /* Joins the processes that mpirun or srun started together; without them there is one, and MPI is not touched. waiting,
  * unless NULL: called again and again while this process waits for others, with how long it has. Then exiting without
