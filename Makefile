@@ -147,7 +147,7 @@ LDLIBS := $(ARCHIVES) $(if $(HAVE_WEBP),-lwebp) $(if $(HAVE_LMDB),-llmdb) -lpng 
 # The house from the ground up (test/house.sh checks the order). FILES: their speed is that of files, so that they are
 # compiled for the first level only.
 BASE := base threads params plan compute options
-KERNELS := $(if $(PLAINLY),,fast gemm stream conv norm layers attention guess optimizer discriminator)
+KERNELS := $(if $(PLAINLY),,fast gemm stream conv norm layers attention guess optimizer discriminator perceptual)
 FILES := config atomic tensor checkpoint ckpt weights names images lmdb tokens recipe betas classes
 SAMPLING := model bounds options terminal
 COMPONENTS := $(BASE:%=base/%) $(KERNELS:%=kernels/%) $(FILES:%=files/%) data vqgan transformer diffusion \

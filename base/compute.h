@@ -148,6 +148,13 @@ typedef struct {
     real *running_mean, *running_var, *tracked; /* (M), (M), (1) buffers that follow the batch; NULL: they stay */
 } Activation;
 
+/* Features of two pictures that are compared, (B,C,hw). */
+typedef struct {
+    size_t B, C, hw;
+    double weight;  /* of the gradient */
+    int accumulate; /* which is added */
+} Comparison;
+
 /* ---- Guessing tokens ahead: kernels/guess.c for diffusion.c ---- */
 
 /* One of the n samples that are drawn side by side. All zero when a scale begins. */
@@ -171,13 +178,13 @@ typedef struct {
 
 /* What guess_block reads and writes. */
 typedef struct {
-    size_t n, N;      /* samples; positions of each */
-    size_t end;       /* positions from here on are known: they need not be fed */
-    size_t most;      /* positions of one sample in a block, at most */
-    int always;       /* 1: blocks as long as that; 0: as long as pays off */
-    int has_drafts;   /* 0: only known tokens can be told ahead */
-    int begun;        /* 0 at the first block of a pass */
-    int32_t *tokens;  /* (n,N) what is drawn before each sample's `at`; guesses are written from there on */
+    size_t n, N;                 /* samples; positions of each */
+    size_t end;                  /* positions from here on are known: they need not be fed */
+    size_t most;                 /* positions of one sample in a block, at most */
+    int always;                  /* 1: blocks as long as that; 0: as long as pays off */
+    int has_drafts;              /* 0: only known tokens can be told ahead */
+    int begun;                   /* 0 at the first block of a pass */
+    int32_t *tokens;             /* (n,N) what is drawn before each sample's `at`; guesses are written from there on */
     const int32_t *x_t, *before; /* (n,N) two drafts of it: the scale's input; the result of the pass before */
     const int32_t *known;        /* (n,N) tokens that are forced where keep (N) is 1; both NULL: none */
     const uint8_t *keep;
@@ -308,6 +315,20 @@ struct Layers {
     size_t (*conv4_prepared_bytes)(const Conv4 *c);
     void (*conv4_prepare)(const Compute *on, void *prepared, const real *w, const Conv4 *c);
     double (*feature_gap)(const Compute *on, const real *a, const real *other, size_t n);
+    /* ---- training/perceptual.c: values (B,C,h,w) ---- */
+    void (*relu_forward)(const Compute *on, real *y, size_t n);
+    void (*relu_backward)(const Compute *on, real *dy, const real *y, size_t n);
+    void (*pool_forward)(const Compute *on, real *y, const real *x, size_t B, size_t C, size_t h, size_t w);
+    void (*pool_backward)(const Compute *on, real *dx, const real *dy, const real *x, size_t B, size_t C, size_t h,
+                          size_t w);
+    size_t (*comparison_sums)(size_t B, size_t hw); /* how many */
+    void (*compare_features)(const Compute *on, double *sums, real *dr, const real *a, const real *r, const real *lin,
+                             const Comparison *c);
+    /* a GPU alone, by way of on->scratch: B*3*hw reals */
+    void (*put_scaled)(const Compute *on, real *x, const real *pictures, const double *shift, const double *scale,
+                       size_t B, size_t hw);
+    Err (*get_scaled)(const Compute *on, real *dpictures, const real *dx, const double *scale, size_t B, size_t hw);
+
     /* ---- diffusion.c, on a CPU alone ---- */
     void (*guess_block)(Sample *sample, Guesses *g);
 };
@@ -331,8 +352,6 @@ Err use_cuda(Params *p, Precision precision); /* makes the table's copy there, f
  * in the environment says, else a GPU if there is one. say_cpu: a line on stderr, where there was a choice. */
 int check_device(const char *device);
 void say_cpu(void);
-
-typedef struct Perceptual Perceptual;
 
 /* ---- What a GPU does whole ---- */
 
@@ -429,11 +448,6 @@ struct DeviceOps {
     Err (*decode_prompt)(Device *d, const Decoder *s, size_t n);
     Err (*decode_step)(Device *d, const Decoder *s, size_t pos);
     Err (*draw)(Device *d, const Decoder *s, const DrawOptions *o, int32_t *tokens);
-    /* LPIPS: the end of perceptual.c */
-    Err (*perceptual_plan)(Perceptual *p, int allocate, size_t *bytes);
-    void (*perceptual_free)(Perceptual *p);
-    Err (*perceptual_loss)(Perceptual *p, const real *x, const real *xrec, size_t B, double weight, double *loss,
-                           real *dxrec);
     /* several GPUs, one for each rank of parallel.c: nccl.cu. choose: the GPU of the rank of this number on
      * its machine. join_id: what the ranks find each other by, drawn by one of them. grad_place: where a row lies in
      * the gradient, row n_rows: its length. grad_sum: n numbers of it become the sum over ranks, while the GPU goes on;

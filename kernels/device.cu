@@ -204,6 +204,7 @@ static Layers make_layers() {
     l.tanh_forward = tanh_forward_gpu, l.tanh_backward = tanh_backward_gpu;
     l.put_planes = put_planes_gpu, l.get_planes = get_planes_gpu;
     add_discriminator_layers(&l);
+    add_perceptual_layers(&l);
     return l;
 }
 static const Layers cuda_layers = make_layers();
@@ -215,43 +216,16 @@ static const Layers cuda_layers = make_layers();
 #endif
 extern "C" {
 extern const DeviceOps CUDA_TABLE;
-const DeviceOps CUDA_TABLE = {find_cuda,
-                              open_device,
-                              close_device,
-                              measure_ceilings,
-                              &cuda_layers,
-                              sizeof(floatX),
-                              device_alloc,
-                              device_free,
-                              put_bytes,
-                              to_host,
-                              zero_bytes,
-                              copy_bytes,
-                              earlier_failure,
-                              count_changes,
-                              row_value,
-                              row_grad,
-                              send_params,
-                              fetch_params,
-                              send_part,
-                              zero_grad_cuda,
-                              grad_norm_cuda,
-                              swap_ema_cuda,
-                              update_params,
-                              fused_loss_needs_gpu,
-                              fused_loss_gpu,
-                              decode_needs_gpu,
-                              decode_prompt_gpu,
-                              decode_step_gpu,
-                              draw_gpu,
-                              perceptual_plan_cuda,
-                              perceptual_free_cuda,
-                              perceptual_cuda,
-                              choose_gpu,
-                              joined,
-                              join_id,
-                              join,
-                              grad_place,
-                              grad_sum,
-                              grad_wait};
+const DeviceOps CUDA_TABLE = {find_cuda,        open_device,      close_device,
+                              measure_ceilings, &cuda_layers,     sizeof(floatX),
+                              device_alloc,     device_free,      put_bytes,
+                              to_host,          zero_bytes,       copy_bytes,
+                              earlier_failure,  count_changes,    row_value,
+                              row_grad,         send_params,      fetch_params,
+                              send_part,        zero_grad_cuda,   grad_norm_cuda,
+                              swap_ema_cuda,    update_params,    fused_loss_needs_gpu,
+                              fused_loss_gpu,   decode_needs_gpu, decode_prompt_gpu,
+                              decode_step_gpu,  draw_gpu,         choose_gpu,
+                              joined,           join_id,          join,
+                              grad_place,       grad_sum,         grad_wait};
 }

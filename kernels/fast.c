@@ -47,4 +47,10 @@ const Layers fast_layers = {
     .activate_needs = activate_needs_fast,
     .activate_forward = activate_forward_fast,
     .activate_backward = activate_backward_fast,
+    .relu_forward = relu_forward_fast,
+    .relu_backward = relu_backward_fast,
+    .pool_forward = pool_forward_fast,
+    .pool_backward = pool_backward_fast,
+    .comparison_sums = comparison_sums_fast,
+    .compare_features = compare_features_fast,
 };

@@ -94,8 +94,8 @@ void guess_costs(const Guesses *g, double *pass, double *each);
 /* ---- norm.c: the fellows of vqgan.c's other layers ---- */
 size_t group_norm_needs_fast(const Compute *on, const GroupNorm *n, int backward);
 size_t group_norm_kept_fast(const GroupNorm *n);
-void group_norm_forward_fast(const Compute *on, real *y, real *kept, const real *x, const real *gamma,
-                             const real *beta, const GroupNorm *n);
+void group_norm_forward_fast(const Compute *on, real *y, real *kept, const real *x, const real *gamma, const real *beta,
+                             const GroupNorm *n);
 void group_norm_backward_fast(const Compute *on, real *dx, real *dgamma, real *dbeta, real *dy, const real *x,
                               const real *gamma, const real *beta, const real *kept, int accumulate,
                               const GroupNorm *n);
@@ -119,6 +119,16 @@ size_t activate_needs_fast(const Compute *on, const Activation *s);
 void activate_forward_fast(const Compute *on, real *a, const real *y, const Activation *s);
 void activate_backward_fast(const Compute *on, real *g, real *dgamma, real *dbeta, const real *a, const real *y,
                             const real *other, double step, const Activation *s);
+
+/* ---- perceptual.c: fellows of the layers in training/perceptual.c ---- */
+void relu_forward_fast(const Compute *on, real *y, size_t n);
+void relu_backward_fast(const Compute *on, real *dy, const real *y, size_t n);
+void pool_forward_fast(const Compute *on, real *y, const real *x, size_t B, size_t C, size_t h, size_t w);
+void pool_backward_fast(const Compute *on, real *dx, const real *dy, const real *x, size_t B, size_t C, size_t h,
+                        size_t w);
+size_t comparison_sums_fast(size_t B, size_t hw);
+void compare_features_fast(const Compute *on, double *sums, real *dr, const real *a, const real *r, const real *lin,
+                           const Comparison *c);
 
 #ifdef __cplusplus
 }

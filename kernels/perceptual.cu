@@ -1,50 +1,31 @@
-/* perceptual.cu - the same as perceptual.c on a GPU. */
-#include "kernels/perceptual.h"
-
-/* ---- The twin ----
+/* perceptual.cu - the layers of LPIPS on a GPU: scaling pictures, ReLU, pooling, the comparison of features. The plain
+ * loops are in training/perceptual.c.
  *
- * Features are (2b,h,w,C) of floatX, those of xrec first here, so that what backward reads of them begins where packs
- * do. Pictures and the gradient cross over in the host's order, (b,3,H,W): beside thirteen convolutions at full width
- * that is little. Lengths of features are summed in double, as in C: those of two pictures that are nearly alike cancel
- * out. */
-
-typedef struct {
-    floatX *y, *ordered; /* after the relu; weights in the order of patches */
-} VggConvTwin;
-
-struct PerceptualTwin {
-    Device *d;
-    DeviceArena arena; /* all of the following but `back` */
-    VggConvTwin conv[MAX_CONVS];
-    floatX *pooled[PERCEPTUAL_STAGES], *dy, *dx;
-    float *planes; /* (b,3,H,W) pictures or their gradient on their way */
-    double *sums;  /* (stages,SUM_BLOCKS) distances */
-    ConvMemory memory;
-    uint64_t changes; /* of the weights (Device.changes) when they were put in order */
-    real *back;       /* (b,3,H,W) here: the gradient, before it is added to the caller's */
-};
-
-/* ---- The twin: what layers do ---- */
+ * Values are (B,h,w,C) of floatX. Pictures and the gradient cross over in the host's order, (B,3,H,W), by way of the
+ * scratch: beside thirteen convolutions at full width that is little. Lengths of features are summed in double, as in C:
+ * those of two pictures that are nearly alike cancel out. */
+#include "kernels/device.h"
 
 typedef struct {
     float shift[3], scale[3];
 } Scaling;
 
-static Scaling input_scaling(void) {
+static Scaling make_scaling(const double *shift, const double *scale) {
     Scaling s;
-    for (int c = 0; c < 3; c++) s.shift[c] = (float)input_shift[c], s.scale[c] = (float)input_scale[c];
+    for (int c = 0; c < 3; c++) s.shift[c] = shift ? (float)shift[c] : 0, s.scale[c] = (float)scale[c];
     return s;
 }
 
-/* to (b,cells,3) from planes (b,3,cells), and back the gradient */
-static __global__ void scale_input_kernel(floatX *to, const float *planes, Scaling s, size_t n, size_t cells) {
-    const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x, c = i % 3, cell = i / 3 % cells, b = i / 3 / cells;
-    if (i < n) to[i] = to_floatX((planes[(b * 3 + c) * cells + cell] - s.shift[c]) / s.scale[c]);
+/* to (B,hw,3) from planes (B,3,hw), and back the gradient */
+static __global__ void scale_input_kernel(floatX *to, const float *planes, Scaling s, size_t n, size_t positions) {
+    const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x, c = i % 3, pixel = i / 3 % positions,
+                 b = i / 3 / positions;
+    if (i < n) to[i] = to_floatX((planes[(b * 3 + c) * positions + pixel] - s.shift[c]) / s.scale[c]);
 }
-static __global__ void scale_gradient_kernel(float *planes, const floatX *from, Scaling s, size_t n, size_t cells) {
-    const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x, cell = i % cells, c = i / cells % 3,
-                 b = i / cells / 3;
-    if (i < n) planes[i] = to_float(from[(b * cells + cell) * 3 + c]) / s.scale[c];
+static __global__ void scale_gradient_kernel(float *planes, const floatX *from, Scaling s, size_t n, size_t positions) {
+    const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x, pixel = i % positions, c = i / positions % 3,
+                 b = i / positions / 3;
+    if (i < n) planes[i] = to_float(from[(b * positions + pixel) * 3 + c]) / s.scale[c];
 }
 
 static __global__ void relu_kernel(floatX *y, size_t n) {
@@ -74,11 +55,11 @@ static Err relu_backward_cuda(Device *d, floatX *dy, const floatX *y, size_t n) 
     return OK;
 }
 
-/* y (..,h/2,w/2,C), n numbers, = the largest of every 2x2 cells of x (..,h,w,C); a last odd row or column is left
+/* y (..,h/2,w/2,C), n numbers, = the largest of every 2x2 pixels of x (..,h,w,C); a last odd row or column is left
  * out. */
 static __global__ void pool_kernel(floatX *y, const floatX *x, unsigned n, unsigned h, unsigned w, unsigned C) {
-    const unsigned i = blockIdx.x * blockDim.x + threadIdx.x, c = i % C, cell = i / C, column = cell % (w / 2),
-                   row = cell / (w / 2) % (h / 2), b = cell / (w / 2) / (h / 2);
+    const unsigned i = blockIdx.x * blockDim.x + threadIdx.x, c = i % C, pixel = i / C, column = pixel % (w / 2),
+                   row = pixel / (w / 2) % (h / 2), b = pixel / (w / 2) / (h / 2);
     if (i >= n) return;
     const floatX *from = x + (((size_t)b * h + 2 * row) * w + 2 * column) * C + c;
     float most = to_float(from[0]);
@@ -86,7 +67,7 @@ static __global__ void pool_kernel(floatX *y, const floatX *x, unsigned n, unsig
     y[i] = to_floatX(most);
 }
 
-/* dx (..,h,w,C), n numbers: dy of each 2x2 cells goes to the first of the largest, zeros to the others. */
+/* dx (..,h,w,C), n numbers: dy of each 2x2 pixels goes to the first of the largest, zeros to the others. */
 static __global__ void pool_backward_kernel(floatX *dx, const floatX *dy, const floatX *x, unsigned n, unsigned h,
                                             unsigned w, unsigned C) {
     const unsigned i = blockIdx.x * blockDim.x + threadIdx.x, c = i % C, column = i / C % w, row = i / C / w % h,
@@ -119,23 +100,23 @@ static __device__ inline double direction_gap(floatX a, floatX r, double in_a, d
     return ((double)to_float(a) - (double)to_float(r)) * in_a + (double)to_float(r) * gap;
 }
 
-/* sums (blocks) of the distances of a (cells,C), features of x, and r, of xrec; a warp takes a cell at a time. dr = or
+/* sums (blocks) of the distances of a (positions,C), features of x, and r, of xrec; a warp takes a position at a time. dr = or
  * += weight times the gradient, unless NULL. In double, as in C: what is alike cancels out, and where all of x's
  * features are 0 the two parts are as large as 1e10. */
 static __global__ void compare_kernel(double *sums, floatX *dr, const floatX *a, const floatX *r, const float *lin,
-                                      size_t cells, size_t C, double weight, int more) {
+                                      size_t positions, size_t C, double weight, int accumulate) {
     const size_t warps = CELL_THREADS / WARP, lane = threadIdx.x % WARP;
     double total = 0;
-    for (size_t cell = blockIdx.x * warps + threadIdx.x / WARP; cell < cells; cell += gridDim.x * warps) {
-        const size_t end = (cell + 1) * C;
+    for (size_t at = blockIdx.x * warps + threadIdx.x / WARP; at < positions; at += gridDim.x * warps) {
+        const size_t end = (at + 1) * C;
         double in_a = 0, in_r = 0, sum = 0, along = 0;
-        for (size_t c = cell * C + lane; c < end; c += WARP) {
+        for (size_t c = at * C + lane; c < end; c += WARP) {
             in_a += (double)to_float(a[c]) * (double)to_float(a[c]);
             in_r += (double)to_float(r[c]) * (double)to_float(r[c]);
         }
         const double length = sqrt(warp_sum(in_r));
         in_a = 1 / (sqrt(warp_sum(in_a)) + 1e-10), in_r = 1 / (length + 1e-10);
-        for (size_t c = cell * C + lane; c < end; c += WARP) {
+        for (size_t c = at * C + lane; c < end; c += WARP) {
             const double d = direction_gap(a[c], r[c], in_a, in_a - in_r), of = (double)lin[c + C - end];
             sum += of * d * d, along += of * d * (double)to_float(r[c]);
         }
@@ -143,192 +124,69 @@ static __global__ void compare_kernel(double *sums, floatX *dr, const floatX *a,
         if (lane == 0) total += sum;
         if (!dr) continue;
         const double slope = length > 0 ? along * in_r / length : 0, step = -2 * weight * in_r;
-        for (size_t c = cell * C + lane; c < end; c += WARP) {
+        for (size_t c = at * C + lane; c < end; c += WARP) {
             const double d = direction_gap(a[c], r[c], in_a, in_a - in_r), of = (double)lin[c + C - end];
             const float g = (float)(step * (of * d - (double)to_float(r[c]) * slope));
-            dr[c] = to_floatX((more ? to_float(dr[c]) : 0) + g);
+            dr[c] = to_floatX((accumulate ? to_float(dr[c]) : 0) + g);
         }
     }
     store_block_sum(sums, total);
 }
 
-static Err compare_features(Device *d, double *sums, floatX *dr, const floatX *a, const floatX *r, const float *lin,
-                            size_t cells, size_t C, double weight, int more) {
-    LAUNCH(d, compare_kernel, sum_blocks(cells, CELL_THREADS / WARP), CELL_THREADS, BLOCK_SUM_BYTES, sums, dr, a, r,
-           lin, cells, C, weight, more);
+static Err compare_cuda(Device *d, double *sums, floatX *dr, const floatX *a, const floatX *r, const float *lin,
+                        size_t positions, size_t C, double weight, int accumulate) {
+    LAUNCH(d, compare_kernel, sum_blocks(positions, CELL_THREADS / WARP), CELL_THREADS, BLOCK_SUM_BYTES, sums, dr, a, r,
+           lin, positions, C, weight, accumulate);
     return OK;
 }
 
-/* ---- The twin: the walk over 2b pictures, the first b of xrec ---- */
+/* ---- The fellows ---- */
 
-static const floatX *end_of(const Perceptual *p, size_t s) {
-    return p->twin->conv[p->first[s + 1] - 1].y;
-}
-
-static Err order_vgg(Perceptual *p) {
-    PerceptualTwin *t = p->twin;
-    TRY(earlier_failure(t->d));
-    if (!t->d->row) return err("perceptual_loss: its weights are not on the GPU yet");
-    for (size_t s = 0; s < PERCEPTUAL_STAGES && t->changes != t->d->changes; s++)
-        for (size_t k = p->first[s]; k < p->first[s + 1]; k++) {
-            const Conv c = shape_of(p, &p->conv[k], s, 1);
-            TRY(conv_order_weights_cuda(t->d, t->conv[k].ordered, t->d->row[p->conv[k].weight].weight, &c));
-        }
-    t->changes = t->d->changes;
+static Err put_scaled_pictures(const Compute *on, floatX *x, const real *pictures, Scaling s, size_t B, size_t hw) {
+    const size_t n = B * 3 * hw;
+    TRY(to_device(on->device, on->scratch, pictures, n * sizeof *pictures));
+    LAUNCH(on->device, scale_input_kernel, blocks_for(n, CELL_THREADS), CELL_THREADS, 0, x, (const float *)on->scratch,
+           s, n, hw);
     return OK;
 }
-
-static Err put_pictures(Perceptual *p, floatX *to, const real *images, size_t b) {
-    PerceptualTwin *t = p->twin;
-    const size_t n = b * 3 * p->H * p->W;
-    TRY(to_device(t->d, t->planes, images, n * sizeof *images));
-    LAUNCH(t->d, scale_input_kernel, blocks_for(n, CELL_THREADS), CELL_THREADS, 0, to, t->planes, input_scaling(), n,
-           p->H * p->W);
-    return OK;
+static void put_scaled_gpu(const Compute *on, real *x, const real *pictures, const double *shift, const double *scale,
+                           size_t B, size_t hw) {
+    keep_failure(on->device, put_scaled_pictures(on, (floatX *)x, pictures, make_scaling(shift, scale), B, hw));
+}
+static Err get_scaled_gpu(const Compute *on, real *dpictures, const real *dx, const double *scale, size_t B,
+                          size_t hw) {
+    const size_t n = B * 3 * hw;
+    TRY(earlier_failure(on->device));
+    LAUNCH(on->device, scale_gradient_kernel, blocks_for(n, CELL_THREADS), CELL_THREADS, 0, (float *)on->scratch,
+           (const floatX *)dx, make_scaling(NULL, scale), n, hw);
+    return to_host(on->device, dpictures, on->scratch, n * sizeof *dpictures);
+}
+static void relu_forward_gpu(const Compute *on, real *y, size_t n) {
+    keep_failure(on->device, relu_cuda(on->device, (floatX *)y, n));
+}
+static void relu_backward_gpu(const Compute *on, real *dy, const real *y, size_t n) {
+    keep_failure(on->device, relu_backward_cuda(on->device, (floatX *)dy, (const floatX *)y, n));
+}
+static void pool_forward_gpu(const Compute *on, real *y, const real *x, size_t B, size_t C, size_t h, size_t w) {
+    keep_failure(on->device, pool_cuda(on->device, (floatX *)y, (const floatX *)x, B, h, w, C));
+}
+static void pool_backward_gpu(const Compute *on, real *dx, const real *dy, const real *x, size_t B, size_t C, size_t h,
+                              size_t w) {
+    keep_failure(on->device,
+                 pool_backward_cuda(on->device, (floatX *)dx, (const floatX *)dy, (const floatX *)x, B, h, w, C));
+}
+static size_t comparison_sums_gpu(size_t B, size_t hw) {
+    return sum_blocks(B * hw, CELL_THREADS / WARP);
+}
+static void compare_features_gpu(const Compute *on, double *sums, real *dr, const real *a, const real *r,
+                                 const real *lin, const Comparison *c) {
+    keep_failure(on->device, compare_cuda(on->device, sums, (floatX *)dr, (const floatX *)a, (const floatX *)r, lin,
+                                          c->B * c->hw, c->C, c->weight, c->accumulate));
 }
 
-static Err vgg_forward_cuda(Perceptual *p, size_t b) {
-    PerceptualTwin *t = p->twin;
-    for (size_t s = 0; s < PERCEPTUAL_STAGES; s++) {
-        const floatX *x = t->pooled[s];
-        for (size_t k = p->first[s]; k < p->first[s + 1]; k++) {
-            const Conv c = shape_of(p, &p->conv[k], s, 2 * b);
-            floatX *y = t->conv[k].y;
-            TRY(conv_forward_cuda(t->d, y, &c, x, t->conv[k].ordered, t->d->row[p->conv[k].bias].weight, NULL,
-                                  &t->memory));
-            TRY(relu_cuda(t->d, y, c.B * c.M * c.h * c.w));
-            x = y;
-        }
-        if (s + 1 == PERCEPTUAL_STAGES) return OK;
-        TRY(pool_cuda(t->d, t->pooled[s + 1], x, 2 * b, p->H >> s, p->W >> s, p->c.width[s]));
-    }
-    return OK;
-}
-
-/* The distances at the end of stage s; dr (b,h,w,C) = or += weight times their gradient, unless NULL. */
-static Err compare_cuda(Perceptual *p, size_t s, size_t b, double weight, floatX *dr) {
-    PerceptualTwin *t = p->twin;
-    const size_t hw = (p->H >> s) * (p->W >> s), C = p->c.width[s];
-    return compare_features(t->d, t->sums + s * SUM_BLOCKS, dr, end_of(p, s) + b * hw * C, end_of(p, s),
-                            t->d->row[p->lin[s]].value, b * hw, C, weight / (double)hw, s + 1 < PERCEPTUAL_STAGES);
-}
-
-/* Gradient of what stage s reads: in t->dy before, of its end; in t->dy after. */
-static Err stage_backward_cuda(Perceptual *p, size_t s, size_t b) {
-    PerceptualTwin *t = p->twin;
-    for (size_t k = p->first[s + 1]; k-- > p->first[s];) {
-        const Conv c = shape_of(p, &p->conv[k], s, b);
-        TRY(relu_backward_cuda(t->d, t->dy, t->conv[k].y, c.B * c.M * c.h * c.w));
-        TRY(conv_input_cuda(t->d, t->dx, &c, t->dy, t->d->row[p->conv[k].weight].weight, &t->memory));
-        floatX *keep = t->dy;
-        t->dy = t->dx, t->dx = keep;
-    }
-    return OK;
-}
-
-/* dxrec (b,3,H,W) += weight times the gradient of the distances' sum. */
-static Err vgg_backward_cuda(Perceptual *p, size_t b, double weight, real *dxrec) {
-    PerceptualTwin *t = p->twin;
-    const size_t pixels = b * 3 * p->H * p->W;
-    for (size_t s = PERCEPTUAL_STAGES; s-- > 0;) {
-        if (s + 1 < PERCEPTUAL_STAGES) {
-            TRY(pool_backward_cuda(t->d, t->dx, t->dy, end_of(p, s), b, p->H >> s, p->W >> s, p->c.width[s]));
-            floatX *keep = t->dy;
-            t->dy = t->dx, t->dx = keep;
-        }
-        TRY(compare_cuda(p, s, b, weight, t->dy));
-        TRY(stage_backward_cuda(p, s, b));
-    }
-    LAUNCH(t->d, scale_gradient_kernel, blocks_for(pixels, CELL_THREADS), CELL_THREADS, 0, t->planes, t->dy,
-           input_scaling(), pixels, p->H * p->W);
-    TRY(to_host(t->d, t->back, t->planes, pixels * sizeof *t->back));
-    for (size_t i = 0; i < pixels; i++) dxrec[i] += t->back[i];
-    return OK;
-}
-
-static Err add_distances(Perceptual *p, size_t b, double *sum) {
-    double sums[PERCEPTUAL_STAGES * SUM_BLOCKS];
-    TRY(to_host(p->twin->d, sums, p->twin->sums, sizeof sums));
-    for (size_t s = PERCEPTUAL_STAGES; s-- > 0;) {
-        const size_t hw = (p->H >> s) * (p->W >> s), blocks = sum_blocks(b * hw, CELL_THREADS / WARP);
-        for (size_t k = 0; k < blocks; k++) *sum += sums[s * SUM_BLOCKS + k] / (double)hw;
-    }
-    return OK;
-}
-
-static Err perceptual_cuda(Perceptual *p, const real *x, const real *xrec, size_t B, double weight, double *loss,
-                           real *dxrec) {
-    const size_t pixels = 3 * p->H * p->W;
-    double sum = 0;
-    TRY(order_vgg(p));
-    for (size_t i = 0; i < B; i += p->b) {
-        const size_t b = min_size(p->b, B - i), at = i * pixels;
-        TRY(put_pictures(p, p->twin->pooled[0], xrec + at, b));
-        TRY(put_pictures(p, p->twin->pooled[0] + b * pixels, x + at, b));
-        TRY(vgg_forward_cuda(p, b));
-        if (dxrec)
-            TRY(vgg_backward_cuda(p, b, weight / (double)B, dxrec + at));
-        else
-            for (size_t s = 0; s < PERCEPTUAL_STAGES; s++) TRY(compare_cuda(p, s, b, 0, NULL));
-        TRY(add_distances(p, b, &sum));
-    }
-    *loss = sum / (double)B;
-    return OK;
-}
-
-/* ---- The twin: its memory ---- */
-
-static void place_conv_twin(const Perceptual *p, size_t s, size_t k, PerceptualTwin *t) {
-    const Conv c = shape_of(p, &p->conv[k], s, 2 * p->b), half = shape_of(p, &p->conv[k], s, p->b);
-    conv_needs_cuda(&t->memory, &c, 0);
-    if (p->backward) conv_needs_cuda(&t->memory, &half, 2);
-    carve(&t->arena, &t->conv[k].ordered, ordered_weight_size(&c), sizeof(floatX));
-    carve(&t->arena, &t->conv[k].y, c.B * c.M * c.h * c.w, sizeof(floatX));
-}
-
-static void place_perceptual_twin(const Perceptual *p, PerceptualTwin *t) {
-    const size_t pixels = 3 * p->H * p->W;
-    size_t largest = pixels;
-    t->arena.used = 0;
-    for (size_t s = 0; s < PERCEPTUAL_STAGES; s++) {
-        const size_t hw = (p->H >> s) * (p->W >> s), C = s ? p->c.width[s - 1] : 3;
-        carve(&t->arena, &t->pooled[s], 2 * p->b * C * hw, sizeof(floatX));
-        for (size_t k = p->first[s]; k < p->first[s + 1]; k++) place_conv_twin(p, s, k, t);
-        largest = max_size(largest, max_size(C, p->c.width[s]) * hw);
-    }
-    if (p->backward) carve(&t->arena, &t->dy, p->b * largest, sizeof(floatX));
-    if (p->backward) carve(&t->arena, &t->dx, p->b * largest, sizeof(floatX));
-    carve(&t->arena, &t->planes, p->b * pixels, sizeof *t->planes);
-    carve(&t->arena, &t->sums, PERCEPTUAL_STAGES * SUM_BLOCKS, sizeof *t->sums);
-    carve(&t->arena, &t->memory.columns, t->memory.column_size, sizeof(floatX));
-    carve(&t->arena, &t->memory.weights, t->memory.weight_size, sizeof(floatX));
-}
-
-static void perceptual_free_cuda(Perceptual *p) {
-    device_free(p->twin->arena.base);
-    free(p->twin->back);
-    free(p->twin);
-    p->twin = NULL;
-}
-
-/* p->b, H and W are there. *bytes: of everything. */
-static Err perceptual_plan_cuda(Perceptual *p, int allocate, size_t *bytes) {
-    static const char what[] = "perceptual loss: features";
-    PerceptualTwin counted;
-    for (size_t s = 0; s < PERCEPTUAL_STAGES; s++)
-        if (2 * p->b * p->c.width[s] * (p->H >> s) * (p->W >> s) > (1u << 31))
-            return err("perceptual_plan: pictures of %zux%zu are too large", p->H, p->W);
-    memset(&counted, 0, sizeof counted);
-    place_perceptual_twin(p, &counted);
-    *bytes = counted.arena.used;
-    if (!allocate) return OK;
-    TRY(mem_alloc(&p->twin, 1, sizeof *p->twin, what));
-    p->twin->d = p->params.device, p->twin->changes = (uint64_t)-1;
-    Err e = mem_alloc(&p->twin->back, p->b * 3 * p->H * p->W, sizeof(real), what);
-    if (e == OK) e = device_alloc(&p->twin->arena.base, *bytes, what);
-    if (e == OK)
-        place_perceptual_twin(p, p->twin);
-    else
-        perceptual_free_cuda(p);
-    return e;
+static void add_perceptual_layers(Layers *l) {
+    l->put_scaled = put_scaled_gpu, l->get_scaled = get_scaled_gpu;
+    l->relu_forward = relu_forward_gpu, l->relu_backward = relu_backward_gpu;
+    l->pool_forward = pool_forward_gpu, l->pool_backward = pool_backward_gpu;
+    l->comparison_sums = comparison_sums_gpu, l->compare_features = compare_features_gpu;
 }

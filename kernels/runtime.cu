@@ -58,17 +58,6 @@ static void device_free(void *p) {
     cudaFree(p);
 }
 
-/* Arrays one after the other in one allocation: counted first, with base NULL, then placed. */
-typedef struct {
-    char *base;
-    size_t used;
-} DeviceArena;
-static void carve(DeviceArena *a, void *out_pointer, size_t n, size_t size) {
-    void *p = a->base ? a->base + a->used : NULL;
-    memcpy(out_pointer, &p, sizeof p);
-    a->used += round_up(n * size, 4 * ALIGNMENT);
-}
-
 /* Between the host's memory and the GPU's. Both wait until the data are there: of pageable memory, CUDA does not
  * promise that it may be reused when an asynchronous copy returns, and where GPUs read the host's page tables it may
  * not. */

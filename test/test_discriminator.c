@@ -1,7 +1,7 @@
 /* test_discriminator.c - the discriminator's fast layers against its plain ones, the network against plain layers called
  * one by one, against finite differences (in double; the plain layers too), and against itself at other thread counts;
- * the gradient of the first stage's last layer. Agreement with the official
- * implementation is test/golden's business (case vqgan_gan). */
+ * the gradient of the first stage's last layer. Agreement with the official implementation is test/golden's business
+ * (case vqgan_gan). */
 #include "test.h"
 
 enum { IS_DOUBLE = sizeof(real) == 8 };
@@ -80,7 +80,7 @@ static const Compute plain = {.unit = sizeof(real)};
 
 /* Where the fast layers compute, with as much scratch as they say they need */
 static Compute fast_with(size_t scratch) {
-    Compute on = {.fast = &fast_layers, .unit = sizeof(real), .threads = threads_get(), .scratch_bytes = scratch};
+    Compute on = {.fast = layers_here(), .unit = sizeof(real), .threads = threads_get(), .scratch_bytes = scratch};
     CHECK_OK(mem_alloc(&on.scratch, scratch, 1, "test"));
     return on;
 }
@@ -90,7 +90,7 @@ static void test_conv4(Conv4 c) {
     const size_t ny = c.M * c.B * conv4_side(c.H, c.stride) * conv4_side(c.W, c.stride);
     real *x = random_reals(nx, 1, 1), *w = random_reals(nw, 0.3, 2), *dy = random_reals(ny, 1, 3);
     real *y[2], *dx[2], *dw[2];
-    Compute on = fast_with(fast_layers.conv4_needs(&plain, &c));
+    Compute on = fast_with(layers_here() ? layers_here()->conv4_needs(&plain, &c) : 0);
     for (int k = 0; k < 2; k++) {
         const Compute *where = k ? &on : &plain;
         y[k] = random_reals(ny, 1, 4), dx[k] = random_reals(nx, 1, 5), dw[k] = random_reals(nw, 1, 6);
@@ -114,7 +114,7 @@ static void test_activation(size_t M, size_t n, int normal, real slope, double s
     real *a[2], *g[2], *dgamma[2], *dbeta[2], *stats[2], tracked[2] = {3, 3};
     for (size_t i = 0; i < size; i++) y[i] += 4; /* a mean far from zero */
     for (int k = 0; k < 2; k++) {
-        const Compute on = {.fast = k ? &fast_layers : NULL, .unit = sizeof(real)};
+        const Compute on = {.fast = k ? layers_here() : NULL, .unit = sizeof(real)};
         a[k] = random_reals(size, 0, 6), g[k] = copied(da, size), stats[k] = random_reals(4 * M, 1, 7);
         dgamma[k] = random_reals(M, 1, 8), dbeta[k] = random_reals(M, 1, 9);
         Activation s = {M,

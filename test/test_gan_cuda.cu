@@ -404,76 +404,71 @@ static void test_discs(void) {
 /* ---- What LPIPS is made of ---- */
 
 static void test_relu(size_t n) {
-    real *x = random_reals(n, 41, 1), *dy = random_reals(n, 42, 1);
-    floatX *y = send_x(x, n), *g = send_x(dy, n);
-    CHECK_OK(relu_cuda(device, y, n));
-    CHECK_OK(relu_backward_cuda(device, g, y, n));
-    for (size_t i = 0; i < n; i++) x[i] = x[i] > 0 ? x[i] : 0, dy[i] = x[i] > 0 ? dy[i] : 0;
-    near_x("relu", y, x, n);
-    near_x("relu backward", g, dy, n);
-    free(x), free(dy);
+    const Compute plain = plain_side(), gpu = gpu_side(1);
+    real *y = random_reals(n, 41, 1), *dy = random_reals(n, 42, 1);
+    floatX *dev_y = send_x(y, n), *dev_dy = send_x(dy, n);
+    relu_forward(&gpu, as_real(dev_y), n);
+    relu_backward(&gpu, as_real(dev_dy), as_real(dev_y), n);
+    CHECK_OK(compute_status(&gpu));
+    relu_forward(&plain, y, n);
+    relu_backward(&plain, dy, y, n);
+    near_x("relu", dev_y, y, n);
+    near_x("relu backward", dev_dy, dy, n);
+    free(y), free(dy);
     free_arrays();
 }
 
 /* Whole numbers few enough that the largest comes more than once: the first gets the gradient. */
 static void test_pool(size_t B, size_t C, size_t h, size_t w) {
-    const size_t nx = B * C * h * w, oh = h / 2, ow = w / 2, ny = B * C * oh * ow;
+    const Compute plain = plain_side(), gpu = gpu_side(1);
+    const size_t nx = B * C * h * w, hw = (h / 2) * (w / 2), ny = B * C * hw;
     real *x = random_reals(nx, 43, 1), *dy = random_reals(ny, 44, 1), *y = random_reals(ny, 45, 1),
-         *dx = (real *)calloc(nx, sizeof *dx);
+         *dx = random_reals(nx, 46, 1);
     for (size_t i = 0; i < nx; i++) x[i] = (real)floor((double)x[i]);
-    for (size_t plane = 0; plane < B * C; plane++)
-        for (size_t i = 0; i < oh * ow; i++) {
-            const size_t corner = (plane * h + i / ow * 2) * w + i % ow * 2;
-            size_t most = corner;
-            for (size_t k = 1; k < 4; k++)
-                if (x[corner + k / 2 * w + k % 2] > x[most]) most = corner + k / 2 * w + k % 2;
-            y[plane * oh * ow + i] = x[most], dx[most] = dy[plane * oh * ow + i];
-        }
+    pool_forward(&plain, y, x, B, C, h, w);
+    pool_backward(&plain, dx, dy, x, B, C, h, w);
     floatX *dev_y = (floatX *)on_device(ny * sizeof *dev_y), *dev_dx = (floatX *)on_device(nx * sizeof *dev_dx);
     const floatX *dev_x = send_picture(x, B, C, h * w);
-    CHECK_OK(pool_cuda(device, dev_y, dev_x, B, h, w, C));
-    CHECK_OK(pool_backward_cuda(device, dev_dx, send_picture(dy, B, C, oh * ow), dev_x, B, h, w, C));
-    near_picture("pool", dev_y, y, B, C, oh * ow);
+    pool_forward(&gpu, as_real(dev_y), as_real(dev_x), B, C, h, w);
+    pool_backward(&gpu, as_real(dev_dx), as_real(send_picture(dy, B, C, hw)), as_real(dev_x), B, C, h, w);
+    CHECK_OK(compute_status(&gpu));
+    near_picture("pool", dev_y, y, B, C, hw);
     near_picture("pool backward", dev_dx, dx, B, C, h * w);
     free(x), free(dy), free(y), free(dx);
     free_arrays();
 }
 
-/* Cell 0 of both, and cell 1 of r alone, have no direction. */
-static void test_compare(size_t cells, size_t C, int more) {
-    const size_t n = cells * C;
+static double sum_of(const double *x, size_t n) {
+    double sum = 0;
+    for (size_t i = 0; i < n; i++) sum += x[i];
+    return sum;
+}
+
+/* Position 0 of both pictures, and position 1 of r alone, have no direction. B = 1 */
+static void test_compare(size_t hw, size_t C, int accumulate) {
+    const Compute plain = plain_side(), gpu = gpu_side(1);
+    const Comparison c = {1, C, hw, 0.7, accumulate};
+    const size_t n = hw * C, n_sums = comparison_sums(&gpu, 1, hw);
     real *a = random_reals(n, 46, 1), *r = random_reals(n, 47, 1), *lin = random_reals(C, 48, 1),
          *dr = random_reals(n, 49, 1);
-    double want = 0, got = 0, sums[SUM_BLOCKS];
+    double want[1], sums[SUM_BLOCKS];
+    CHECK(comparison_sums(&plain, 1, hw) == 1 && n_sums <= SUM_BLOCKS);
+    for (size_t k = 0; k < C; k++) lin[k] = (real)fabs((double)lin[k]); /* as LPIPS has them */
     for (size_t i = 0; i < n; i++) {
-        a[i] = a[i] > 0 ? a[i] : 0, r[i] = r[i] > 0 ? r[i] : 0;
-        if (i < C) a[i] = 0, lin[i] = (real)fabs((double)lin[i]); /* as LPIPS has them */
-        if (i < 2 * C) r[i] = 0;
+        a[i] = a[i] > 0 && i % hw > 0 ? a[i] : 0;
+        r[i] = r[i] > 0 && i % hw > 1 ? r[i] : 0;
     }
-    floatX *dev_dr = send_x(dr, n);
-    const floatX *dev_a = send_x(a, n), *dev_r = send_x(r, n);
-    const unsigned blocks = sum_blocks(cells, CELL_THREADS / WARP);
-    CHECK_OK(compare_features(device, device->sums, dev_dr, dev_a, dev_r, send(lin, C), cells, C, 0.7, more));
-    CHECK_OK(to_host(device, sums, device->sums, blocks * sizeof *sums));
-    for (unsigned k = 0; k < blocks; k++) got += sums[k];
-    for (size_t at = 0; at < n; at += C) {
-        double aa = 0, rr = 0, along = 0;
-        for (size_t c = at; c < at + C; c++) aa += (double)a[c] * (double)a[c], rr += (double)r[c] * (double)r[c];
-        aa = sqrt(aa), rr = sqrt(rr);
-        for (size_t c = 0; c < C; c++) {
-            const double d = (double)a[at + c] / (aa + 1e-10) - (double)r[at + c] / (rr + 1e-10);
-            want += (double)lin[c] * d * d, along += (double)lin[c] * d * (double)r[at + c];
-        }
-        for (size_t c = 0; c < C; c++) {
-            const double u = 1 / (rr + 1e-10), d = (double)a[at + c] / (aa + 1e-10) - (double)r[at + c] * u;
-            const double turn = rr > 0 ? (double)r[at + c] * along * u / rr : 0;
-            dr[at + c] = (real)((more ? (double)dr[at + c] : 0) - 1.4 * u * ((double)lin[c] * d - turn));
-        }
-    }
-    CHECK(fabs(got - want) <= TOLERANCE * fabs(want));
-    near_x("compared, no direction", dev_dr, dr, min_size(2, cells) * C);
-    if (cells > 2) near_x("compared", dev_dr + 2 * C, dr + 2 * C, n - 2 * C);
-    free(a), free(r), free(lin), free(dr);
+    floatX *dev_dr = send_picture(dr, 1, C, hw);
+    const floatX *dev_a = send_picture(a, 1, C, hw), *dev_r = send_picture(r, 1, C, hw);
+    compare_features(&gpu, device->sums, as_real(dev_dr), as_real(dev_a), as_real(dev_r), send(lin, C), &c);
+    CHECK_OK(compute_get(&gpu, sums, device->sums, n_sums * sizeof *sums));
+    compare_features(&plain, want, dr, a, r, lin, &c);
+    const double got = sum_of(sums, n_sums);
+    CHECK(fabs(got - want[0]) <= TOLERANCE * fabs(want[0]));
+    real *by_position = as_cells(dr, 1, C, hw);
+    near_x("compared, no direction", dev_dr, by_position, min_size(2, hw) * C);
+    if (hw > 2) near_x("compared", dev_dr + 2 * C, by_position + 2 * C, n - 2 * C);
+    free(a), free(r), free(lin), free(dr), free(by_position);
     free_arrays();
 }
 
@@ -520,7 +515,7 @@ static void check_equal_pictures(Perceptual *p, const Pair *a) {
     free(d), free(zero);
 }
 
-/* at_once: pictures in the network, maybe fewer than the batch */
+/* at_once: pictures in the network, planned for, maybe fewer than the batch */
 static void test_perceptual(const PerceptualConfig *c, size_t B, size_t H, size_t W, size_t at_once) {
     const size_t n = B * 3 * H * W;
     const Pair a = {B, H, W, n, random_reals(n, 61, 0.5), random_reals(n, 62, 0.5)};
@@ -531,10 +526,9 @@ static void test_perceptual(const PerceptualConfig *c, size_t B, size_t H, size_
     for (int order = 0; order < 2; order++) {
         Perceptual *p = make_perceptual(c, 1, 0);
         real *got = (real *)calloc(n, sizeof *got);
-        CHECK_OK(perceptual_plan(p, B, H, W, 1));
+        CHECK_OK(perceptual_plan(p, at_once, H, W, 1));
         CHECK_ERR(perceptual_loss(p, a.x, a.xrec, B, H, W, 2.5, &said, got), "not on the GPU yet");
         CHECK_OK(params_send(perceptual_params(p)));
-        p->b = at_once;
         reverse(order);
         CHECK_OK(perceptual_loss(p, a.x, a.xrec, B, H, W, 2.5, &said, got));
         CHECK_OK(perceptual_loss(p, a.x, a.xrec, B, H, W, 0, &alone, NULL));

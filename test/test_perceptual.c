@@ -1,5 +1,6 @@
-/* test_perceptual.c - LPIPS of small networks against its definition, its gradient against central differences, and
- * what is said of damaged weight files. Full-size VGG16 is compared with PyTorch by test_torch.py. */
+/* test_perceptual.c - the layers of LPIPS, fast against plain; small networks against plain layers called one by one,
+ * their gradient against central differences (of plain layers too); what is said of damaged weight files. Full-size
+ * VGG16 is compared with PyTorch by test_torch.py. */
 #include "files.h"
 
 enum { IS_DOUBLE = sizeof(real) == 8 };
@@ -27,91 +28,124 @@ static Perceptual *make(const PerceptualConfig *c) {
     return p;
 }
 
-/* ---- By definition, in double ---- */
+/* ---- The fast layers against the plain ones ---- */
 
-static double *conv_relu(const double *x, size_t C, size_t h, size_t w, const Param *weight, const Param *bias) {
-    const size_t M = weight->dim[0];
-    double *y = calloc(M * h * w, sizeof *y);
-    for (size_t m = 0; m < M; m++)
-        for (size_t i = 0; i < h * w; i++) {
-            double s = (double)bias->value[m];
-            for (size_t c = 0; c < C; c++)
-                for (long k = 0; k < 9; k++) {
-                    const long cy = (long)(i / w) + k / 3 - 1, cx = (long)(i % w) + k % 3 - 1;
-                    if (cy < 0 || cx < 0 || cy >= (long)h || cx >= (long)w) continue;
-                    s += x[(c * h + (size_t)cy) * w + (size_t)cx] * (double)weight->value[(m * C + c) * 9 + (size_t)k];
-                }
-            y[m * h * w + i] = s > 0 ? s : 0;
-        }
-    return y;
+static const Compute plain = {.unit = sizeof(real)};
+static const double NEAR = IS_DOUBLE ? 1e-12 : 1e-5;
+
+static int same_reals(const real *a, const real *b, size_t n) {
+    return memcmp(a, b, n * sizeof *a) == 0;
 }
 
-static double *pool(const double *x, size_t C, size_t h, size_t w) {
-    double *y = calloc(C * (h / 2) * (w / 2), sizeof *y);
-    for (size_t c = 0; c < C; c++)
-        for (size_t i = 0; i < h / 2 * 2; i++)
-            for (size_t j = 0; j < w / 2 * 2; j++) {
-                double *to = &y[(c * (h / 2) + i / 2) * (w / 2) + j / 2]; /* after a relu nothing is below 0 */
-                *to = fmax(*to, x[(c * h + i) * w + j]);
-            }
-    return y;
+/* Whole numbers few enough that the largest of 2x2 comes more than once: the first gets the gradient. */
+static void check_layers(size_t B, size_t C, size_t h, size_t w) {
+    const Compute fast = {.fast = layers_here(), .unit = sizeof(real), .threads = threads_get()};
+    const size_t n = B * C * h * w, small = B * C * (h / 2) * (w / 2);
+    real *x = random_reals(n, 1, 1), *dy = random_reals(small, 1, 2), *y[2], *dx[2], *relu[2], *drelu[2];
+    for (size_t i = 0; i < n; i++) x[i] = (real)floor((double)x[i]);
+    for (int k = 0; k < 2; k++) {
+        const Compute *on = k ? &fast : &plain;
+        y[k] = random_reals(small, 1, 3), dx[k] = random_reals(n, 1, 4);
+        relu[k] = random_reals(n, 1, 5), drelu[k] = random_reals(n, 1, 6);
+        pool_forward(on, y[k], x, B, C, h, w);
+        pool_backward(on, dx[k], dy, x, B, C, h, w);
+        relu_forward(on, relu[k], n);
+        relu_backward(on, drelu[k], relu[k], n);
+    }
+    CHECK(same_reals(y[0], y[1], small) && same_reals(dx[0], dx[1], n));
+    CHECK(same_reals(relu[0], relu[1], n) && same_reals(drelu[0], drelu[1], n));
+    size_t passed = 0, zeros = 0;
+    for (size_t i = 0; i < n; i++) passed += dx[0][i] != 0, zeros += relu[0][i] == 0 && drelu[0][i] == 0;
+    CHECK(passed == small && zeros > 0 && zeros < n);
+    real *all[] = {x, dy, y[0], y[1], dx[0], dx[1], relu[0], relu[1], drelu[0], drelu[1]};
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
 }
+
+static double sum_of(const double *x, size_t n) {
+    double sum = 0;
+    for (size_t i = 0; i < n; i++) sum += x[i];
+    return sum;
+}
+
+/* Position 0 of both pictures, and position 1 of r alone, have no direction. */
+static void check_comparison(size_t B, size_t C, size_t hw, int accumulate) {
+    const Compute fast = {.fast = layers_here(), .unit = sizeof(real), .threads = threads_get()};
+    const Comparison c = {B, C, hw, 0.7, accumulate};
+    const size_t n = B * C * hw;
+    real *a = random_reals(n, 1, 1), *r = random_reals(n, 1, 2), *lin = random_reals(C, 1, 3), *dr[2];
+    double *sums[2], total[2];
+    for (size_t i = 0; i < n; i++) {
+        a[i] = a[i] > 0 && i % hw > 0 ? a[i] : 0;
+        r[i] = r[i] > 0 && i % hw > 1 ? r[i] : 0;
+    }
+    for (size_t k = 0; k < C; k++) lin[k] = (real)fabs((double)lin[k]);
+    for (int k = 0; k < 2; k++) {
+        const Compute *on = k ? &fast : &plain;
+        const size_t parts = comparison_sums(on, B, hw);
+        CHECK_OK(mem_alloc(&sums[k], parts, sizeof *sums[k], "test"));
+        dr[k] = random_reals(n, 1, 4);
+        compare_features(on, sums[k], dr[k], a, r, lin, &c);
+        total[k] = sum_of(sums[k], parts);
+    }
+    CHECK(total[0] > 0 && fabs(total[1] - total[0]) <= 1e-12 * total[0]);
+    CHECK_NEAR("compared", dr[1], dr[0], n, 0, NEAR);
+    free(a), free(r), free(lin), free(dr[0]), free(dr[1]), free(sums[0]), free(sums[1]);
+}
+
+/* ---- The network against plain layers, called one by one ---- */
 
 /* The features at the end of every stage, of one picture */
-static void features(double *tap[PERCEPTUAL_STAGES], Perceptual *p, const PerceptualConfig *c, const real *image,
+static void features(real *tap[PERCEPTUAL_STAGES], Perceptual *p, const PerceptualConfig *c, const real *image,
                      size_t H, size_t W) {
     static const double shift[3] = {-.030, -.088, -.188}, scale[3] = {.458, .448, .450};
     const Param *row = perceptual_params(p)->row;
     size_t h = H, w = W, C = 3;
-    double *x = calloc(3 * H * W, sizeof *x);
-    for (size_t i = 0; i < 3 * H * W; i++) x[i] = ((double)image[i] - shift[i / (H * W)]) / scale[i / (H * W)];
+    real *x = random_reals(3 * H * W, 0, 0);
+    for (size_t i = 0; i < 3 * H * W; i++) x[i] = (real)(((double)image[i] - shift[i / (H * W)]) / scale[i / (H * W)]);
     for (int s = 0; s < PERCEPTUAL_STAGES; s++, row++ /* lin */) {
-        for (size_t k = 0; k < c->depth[s]; k++, row += 2) {
-            double *y = conv_relu(x, C, h, w, row, row + 1);
+        for (size_t k = 0; k < c->depth[s]; k++, row += 2, C = c->width[s]) {
+            const Conv conv = {.kind = CONV3, .B = 1, .C = C, .M = c->width[s], .h = h, .w = w};
+            real *y = random_reals(conv.M * h * w, 0, 0);
+            conv_forward(&plain, y, x, row->value, row[1].value, NULL, &conv);
+            relu_forward(&plain, y, conv.M * h * w);
             free(x);
             x = y;
-            C = c->width[s];
         }
         tap[s] = x;
-        x = pool(x, C, h, w);
+        x = random_reals(C * (h / 2) * (w / 2), 0, 0);
+        pool_forward(&plain, x, tap[s], 1, C, h, w);
         h /= 2, w /= 2;
     }
     free(x);
 }
 
-static double naive(Perceptual *p, const PerceptualConfig *c, const real *a, const real *b, size_t H, size_t W) {
-    double *fa[PERCEPTUAL_STAGES], *fb[PERCEPTUAL_STAGES], loss = 0;
+static double by_layers(Perceptual *p, const PerceptualConfig *c, const real *a, const real *b, size_t H, size_t W) {
+    real *fa[PERCEPTUAL_STAGES], *fb[PERCEPTUAL_STAGES];
+    double loss = 0, sum;
     const Param *lin = perceptual_params(p)->row;
     features(fa, p, c, a, H, W);
     features(fb, p, c, b, H, W);
     for (int s = 0; s < PERCEPTUAL_STAGES; s++, lin++) {
-        const size_t hw = (H >> s) * (W >> s);
+        const Comparison of = {1, c->width[s], (H >> s) * (W >> s), 0, 0};
         lin += 2 * c->depth[s];
-        for (size_t i = 0; i < hw; i++) {
-            double na = 0, nb = 0;
-            for (size_t k = 0; k < c->width[s]; k++)
-                na += fa[s][k * hw + i] * fa[s][k * hw + i], nb += fb[s][k * hw + i] * fb[s][k * hw + i];
-            for (size_t k = 0; k < c->width[s]; k++) {
-                const double d = fa[s][k * hw + i] / (sqrt(na) + 1e-10) - fb[s][k * hw + i] / (sqrt(nb) + 1e-10);
-                loss += (double)lin->value[k] * d * d / (double)hw;
-            }
-        }
+        compare_features(&plain, &sum, NULL, fa[s], fb[s], lin->value, &of);
+        loss += sum / (double)of.hw;
         free(fa[s]);
         free(fb[s]);
     }
     return loss;
 }
 
-static void check_definition(const PerceptualConfig *c, size_t B, size_t H, size_t W) {
+static void check_network(const PerceptualConfig *c, size_t B, size_t H, size_t W) {
     Perceptual *p = make(c);
     const size_t n = 3 * H * W;
     real *a = random_reals(B * n, 0.5, 1), *b = random_reals(B * n, 0.5, 2);
     double loss = NAN, ref = 0;
-    for (size_t i = 0; i < B; i++) ref += naive(p, c, a + i * n, b + i * n, H, W) / (double)B;
+    for (size_t i = 0; i < B; i++) ref += by_layers(p, c, a + i * n, b + i * n, H, W) / (double)B;
     CHECK_OK(perceptual_plan(p, B, H, W, 0));
     CHECK_OK(perceptual_loss(p, a, b, B, H, W, 0, &loss, NULL));
     if (!CHECK(ref > 0.01 && fabs(loss - ref) <= (IS_DOUBLE ? 1e-12 : 1e-5) * ref))
-        printf("     %zu of %zux%zu: %.17g, by definition %.17g\n", B, H, W, loss, ref);
+        printf("     %zu of %zux%zu: %.17g, layer by layer %.17g\n", B, H, W, loss, ref);
     perceptual_free(p);
     free(a);
     free(b);
@@ -329,14 +363,23 @@ static void check_refusals(void) {
 
 int main(void) {
     if (!temporary_folder(folder)) return 1;
-    check_definition(&odd, 2, 16, 16);
-    check_definition(&odd, 1, 37, 50);
-    check_definition(&wide, 2, 32, 40);
+    check_layers(2, 8, 6, 4), check_layers(1, 5, 7, 9), check_layers(2, 3, 2, 3), check_layers(3, 7, 40, 50);
+    check_comparison(2, 5, 3, 0), check_comparison(1, 64, 300, 1), check_comparison(2, 3, 2500, 1);
+    check_network(&odd, 2, 16, 16);
+    check_network(&odd, 1, 37, 50);
+    check_network(&wide, 2, 32, 40);
     if (IS_DOUBLE) {
         check_gradient(&odd, 2, 16, 16);
         check_gradient(&odd, 1, 37, 22);
         check_gradient(&wide, 1, 32, 40);
+        compute_plainly(1);
+        check_gradient(&odd, 2, 16, 16);
+        check_gradient(&odd, 1, 37, 22);
     }
+    compute_plainly(1);
+    check_network(&odd, 1, 37, 50);
+    check_zeros();
+    compute_plainly(0);
     check_zeros();
     check_bits(&odd, 3, 23, 18);
     check_bits(&wide, 4, 32, 40);

@@ -17,8 +17,8 @@ typedef struct {
 PerceptualConfig perceptual_vgg16(void);
 typedef struct Perceptual Perceptual;
 /* Builds the table of weights, under the names of taming-transformers' LPIPS (values are not allocated). */
-Err perceptual_use_cuda(Perceptual *p, Precision precision); /* before perceptual_plan; pictures stay the host's */
 Err perceptual_create(Perceptual **p, const PerceptualConfig *c);
+Err perceptual_use_cuda(Perceptual *p, Precision precision); /* before perceptual_plan; pictures stay the host's */
 void perceptual_free(Perceptual *p);
 Params *perceptual_params(Perceptual *p);
 /* Every weight from the first of n open files that has it: as here, as "loss.perceptual_loss.*" of a VQGAN's
@@ -33,6 +33,15 @@ Err perceptual_plan_bytes(Perceptual *p, size_t B, size_t H, size_t W, int backw
  * NULL: not wanted. */
 Err perceptual_loss(Perceptual *p, const real *x, const real *xrec, size_t B, size_t H, size_t W, double weight,
                     double *loss, real *dxrec);
+
+/* Its layers, for tests: perceptual.c says what each computes. */
+void relu_forward(const Compute *on, real *y, size_t n);
+void relu_backward(const Compute *on, real *dy, const real *y, size_t n);
+void pool_forward(const Compute *on, real *y, const real *x, size_t B, size_t C, size_t h, size_t w);
+void pool_backward(const Compute *on, real *dx, const real *dy, const real *x, size_t B, size_t C, size_t h, size_t w);
+size_t comparison_sums(const Compute *on, size_t B, size_t hw);
+void compare_features(const Compute *on, double *sums, real *dr, const real *a, const real *r, const real *lin,
+                      const Comparison *c);
 
 /* ------------------------------------------------------------------------------------------------------------
  * discriminator.c: tells pictures from reconstructions while a first stage is trained (SPEC section 9; the official
