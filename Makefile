@@ -200,10 +200,12 @@ $B/bench: $B/test/bench.o $(OBJ)
 	$(CC) $(CFLAGS) -o $@ $^ $(LDLIBS)
 $B/pictures $B/logits $B/lpips $B/codes $B/fullsize $B/walkthrough $B/sizes: $B/%: $B/test/%.o $(OBJ)
 	$(CC) $(CFLAGS) -o $@ $^ $(LDLIBS)
+# test_layers includes transformer.cu, whose layers are its own
+once = $(if $(filter %/test_layers %/test_layers_double,$@),$(filter-out %/transformer.o,$^),$^)
 $(TESTS:%=$B/test_%): $B/test_%: $B/test/test_%.o $(OBJ)
-	$(CC) $(CFLAGS) -o $@ $^ $(LDLIBS)
+	$(CC) $(CFLAGS) -o $@ $(once) $(LDLIBS)
 $(TESTS_DOUBLE:%=$B/test_%_double): $B/test_%_double: $B/double/test/test_%.o $(OBJ_DOUBLE)
-	$(CC) $(CFLAGS) -DREAL_DOUBLE -o $@ $^ $(LDLIBS)
+	$(CC) $(CFLAGS) -DREAL_DOUBLE -o $@ $(once) $(LDLIBS)
 
 $B/%.o: %.c Makefile
 	@mkdir -p $(@D)
@@ -263,7 +265,7 @@ $(EMULATED_TESTS:$B/emulated/%=$1/%): $1/%: $1/%.o $(OBJ)
 $(PROGRAMS:%=$1/%): $1/%: $B/%.o $(OBJ) $(PRECISIONS:%=$1/device_%.o)
 	$$(CXX) $(OPT) -o $$@ $$^ $$(LDLIBS)
 $1/golden $1/bench_cuda $1/test_layers: $1/%: $B/test/%.o $(OBJ) $(PRECISIONS:%=$1/device_%.o)
-	$$(CXX) $(OPT) -o $$@ $$^ $$(LDLIBS)
+	$$(CXX) $(OPT) -o $$@ $$(once) $$(LDLIBS)
 $1/sample: $B/sampling/nearest.o
 $1/train: $(TRAIN:%=$B/%.o)
 $1/train: LDLIBS += $(if $(HAVE_MPI),$(MPI_LIBS))

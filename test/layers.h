@@ -15,15 +15,16 @@
 
 /* What an array is */
 enum {
-    GIVEN = 1,    /* filled with random numbers before */
-    MADE = 2,     /* compared afterwards; GIVEN | MADE: added to, or changed in place */
-    PICTURE = 4,  /* (B,C,hw), on a GPU (B,hw,C) */
-    F32 = 8,      /* float on every GPU */
-    PARAM = 16,   /* a row of the parameter table */
-    GRAD = 32,    /* the gradient of the PARAM that it is `of` */
-    WHOLE = 64,   /* int32_t below `below` */
-    SAVED = 128,  /* n bytes that forward leaves for backward as it likes */
-    ON_HOST = 256 /* of the caller, wherever the layer computes */
+    GIVEN = 1,     /* filled with random numbers before */
+    MADE = 2,      /* compared afterwards; GIVEN | MADE: added to, or changed in place */
+    PICTURE = 4,   /* (B,C,hw), on a GPU (B,hw,C) */
+    F32 = 8,       /* float on every GPU */
+    PARAM = 16,    /* a row of the parameter table */
+    GRAD = 32,     /* the gradient of the PARAM that it is `of` */
+    WHOLE = 64,    /* int32_t below `below` */
+    SAVED = 128,   /* n bytes that forward leaves for backward as it likes */
+    ON_HOST = 256, /* of the caller, wherever the layer computes */
+    DOUBLE = 512   /* of doubles */
 };
 typedef struct {
     const char *name;
@@ -88,6 +89,7 @@ static inline real to_bf16(real x) {
 static inline size_t bytes_of(const Compute *on, const Array *t) {
     if (t->kind & SAVED) return t->n;
     if (t->kind & WHOLE) return t->n * sizeof(int32_t);
+    if (t->kind & DOUBLE) return t->n * sizeof(double);
     return t->n * (t->kind & (F32 | PARAM | GRAD | ON_HOST) ? sizeof(real) : on->unit);
 }
 /* Element i of the tensor as the host has it lies here where the layer computes. */
@@ -101,8 +103,11 @@ static inline void put_tensor(const Compute *on, const Array *t, void *to, const
     for (size_t i = 0; i < t->n; i++) {
         const size_t at = place_of(on, t, i);
         const int32_t whole_number = (int32_t)x[i];
+        const double number = (double)x[i];
         if (t->kind & WHOLE)
             memcpy(bytes + at * sizeof whole_number, &whole_number, sizeof whole_number);
+        else if (t->kind & DOUBLE)
+            memcpy(bytes + at * sizeof number, &number, sizeof number);
         else if (bytes_of(on, t) == t->n * 2) {
             const float f = (float)x[i];
             memcpy(bytes + at * 2, (const char *)&f + 2, 2);
@@ -125,9 +130,12 @@ static inline void get_tensor(const Compute *on, const Array *t, real *x, const 
     for (size_t i = 0; i < t->n; i++) {
         const size_t at = place_of(on, t, i);
         int32_t whole_number;
+        double number;
         float f = 0;
         if (t->kind & WHOLE)
             memcpy(&whole_number, bytes + at * sizeof whole_number, sizeof whole_number), x[i] = (real)whole_number;
+        else if (t->kind & DOUBLE)
+            memcpy(&number, bytes + at * sizeof number, sizeof number), x[i] = (real)number;
         else if (bytes_of(on, t) == t->n * 2)
             memcpy((char *)&f + 2, bytes + at * 2, 2), x[i] = (real)f;
         else
@@ -199,6 +207,14 @@ static inline void compute_case(const Layer *l, const size_t sizes[SIZES], Place
     }
     compute_free(&on, on.scratch);
     params_free(&c.params);
+}
+
+/* What a layer does in place begins as a copy of n numbers of an activation. */
+static inline void copy_numbers(const Compute *on, void *to, const void *from, size_t n) {
+    void *bytes = malloc(n * on->unit + 1);
+    MUST(compute_get(on, bytes, from, n * on->unit));
+    compute_put(on, to, bytes, n * on->unit);
+    free(bytes);
 }
 
 /* ---- Checks: each says in one line layer, sizes, tensor, element and both numbers ---- */
