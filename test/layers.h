@@ -53,7 +53,7 @@ typedef struct {
     const size_t (*cases)[SIZES];
     size_t n_cases;
     int (*there)(const Layers *l); /* has this table the fellows? */
-} Layer;
+} Checked;
 
 static inline int array(Case *c, const char *name, int kind, size_t n, int of) {
     c->t[c->n] = (Array){name, kind, n, 0, 0, 0, 0, of, 0};
@@ -146,7 +146,7 @@ static inline void get_tensor(const Compute *on, const Array *t, real *x, const 
 
 /* ---- One case, computed in one place ---- */
 
-static inline void describe(const Layer *l, const size_t sizes[SIZES], const Compute *on, Case *c) {
+static inline void describe(const Checked *l, const size_t sizes[SIZES], const Compute *on, Case *c) {
     memset(c, 0, sizeof *c);
     memcpy(c->s, sizes, sizeof c->s);
     l->describe(c, on);
@@ -176,7 +176,7 @@ static inline void lay_tensors(const Compute *on, Case *c, real *const x[TENSORS
 }
 
 /* x: the numbers before; y: those afterwards of what is MADE, unless NULL. */
-static inline void compute_case(const Layer *l, const size_t sizes[SIZES], Place where, real *const x[TENSORS],
+static inline void compute_case(const Checked *l, const size_t sizes[SIZES], Place where, real *const x[TENSORS],
                                 real *const y[TENSORS]) {
     Case c;
     Compute on = plain_loops();
@@ -219,7 +219,7 @@ static inline void copy_numbers(const Compute *on, void *to, const void *from, s
 
 /* ---- Checks: each says in one line layer, sizes, tensor, element and both numbers ---- */
 
-static inline void say(const Layer *l, const size_t sizes[SIZES], const Array *t, size_t element, const char *whose,
+static inline void say(const Checked *l, const size_t sizes[SIZES], const Array *t, size_t element, const char *whose,
                        double got, const char *other, double want) {
     char text[160] = "";
     size_t k = 0, used = 0;
@@ -238,7 +238,7 @@ static inline void new_numbers(const Case *c, real *x[TENSORS]) {
 static inline void free_numbers(real *x[TENSORS]) {
     for (int i = 0; i < TENSORS; i++) free(x[i]);
 }
-static inline void random_numbers(const Layer *l, const Case *c, int in_bf16, real *x[TENSORS]) {
+static inline void random_numbers(const Checked *l, const Case *c, int in_bf16, real *x[TENSORS]) {
     for (int i = 0; i < c->n; i++)
         for (size_t k = 0; (c->t[i].kind & GIVEN) && k < c->t[i].n; k++) {
             const uint64_t stream = rng_stream(RNG_TEST, 3, (uint64_t)i);
@@ -252,7 +252,7 @@ static inline void random_numbers(const Layer *l, const Case *c, int in_bf16, re
 }
 
 /* What is made there and by the plain loop, tensor by tensor; the worst element of each that is off is said. */
-static inline void compare_case(const Layer *l, const size_t sizes[SIZES], Place where) {
+static inline void compare_case(const Checked *l, const size_t sizes[SIZES], Place where) {
     real *x[TENSORS], *want[TENSORS], *got[TENSORS];
     Case c;
     const Compute on = plain_loops();
@@ -282,7 +282,7 @@ static inline void compare_case(const Layer *l, const size_t sizes[SIZES], Place
 }
 
 /* The loss whose gradient by every y is its dy: sum of dy y */
-static inline double loss_of(const Layer *l, const Case *c, Place where, real *x[TENSORS], real *y[TENSORS]) {
+static inline double loss_of(const Checked *l, const Case *c, Place where, real *x[TENSORS], real *y[TENSORS]) {
     double loss = 0;
     compute_case(l, c->s, where, x, y);
     for (int i = 0; i < c->n; i++)
@@ -292,7 +292,7 @@ static inline double loss_of(const Layer *l, const Case *c, Place where, real *x
 }
 
 /* In double: every gradient against central differences, at some elements. */
-static inline void check_gradients(const Layer *l, const size_t sizes[SIZES], Place where) {
+static inline void check_gradients(const Checked *l, const size_t sizes[SIZES], Place where) {
     enum { ELEMENTS = 7 };
     const double step = 1e-5;
     real *x[TENSORS], *y[TENSORS], *unused[TENSORS];
@@ -318,7 +318,7 @@ static inline void check_gradients(const Layer *l, const size_t sizes[SIZES], Pl
             const double gap = fabs((double)y[i][k] - (double)x[i][k] - want);
             if (!(gap <= worst)) worst = gap, at = k, wanted = want;
         }
-        if (t->n > 0 && largest > 0 && worst <= 1e-6 * largest)
+        if (t->n > 0 && worst <= 1e-6 * largest)
             test_passed++;
         else
             test_failed++, say(l, sizes, t, at, place_name[where], (double)y[i][at] - (double)x[i][at],

@@ -94,7 +94,7 @@ static void picture_attention_describe(Case *c, const Compute *on) {
     for (int i = 0; i < 3; i++) picture(c, input[i], GIVEN, B, C, N, NOTHING);
     picture(c, "y", MADE, B, C, N, NOTHING), picture(c, "dy", GIVEN, B, C, N, PA_Y);
     for (int i = 0; i < 3; i++) picture(c, gradient[i], c->s[3 + i] ? GIVEN | MADE : MADE, B, C, N, PA_Q + i);
-    array(c, "p", SAVED, B * N * N * on->unit, NOTHING);
+    array(c, "p", SAVED, B * N * round_up(N, 64) * on->unit, NOTHING);
 }
 static void picture_attention_scratch(Compute *on, const Case *c) {
     for (int backward = 0; on->fast && backward < 2; backward++)
@@ -185,6 +185,9 @@ static void planes_describe(Case *c, const Compute *on) {
     picture(c, "value", MADE, c->s[0], c->s[1], c->s[2], NOTHING);
     array(c, "back", MADE | ON_HOST, c->s[0] * c->s[1] * c->s[2], NOTHING);
 }
+static void planes_scratch(Compute *on, const Case *c) {
+    compute_needs(on, c->s[0] * c->s[1] * c->s[2] * sizeof(real));
+}
 static void planes_run(const Compute *on, const Case *c) {
     const size_t B = c->s[0], C = c->s[1], hw = c->s[2];
     if (on->device) {
@@ -274,7 +277,7 @@ static void gelu_run(const Compute *on, const Case *c) {
 }
 THERE(gelu_forward)
 
-static Attention attention_of(const Case *c) {
+static Attention attention_case(const Case *c) {
     return (Attention){.B = c->s[0],
                        .heads = c->s[1],
                        .D = c->s[2],
@@ -286,7 +289,7 @@ static Attention attention_of(const Case *c) {
 }
 enum { AT_Q, AT_K, AT_V, AT_Y, AT_DY, AT_DQ, AT_DK, AT_DV, AT_SAVED };
 static void attention_describe(Case *c, const Compute *on) {
-    const Attention s = attention_of(c);
+    const Attention s = attention_case(c);
     const size_t queries = s.B * s.Tq * s.heads * s.D, keys = s.B * s.Tk * s.heads * s.D;
     array(c, "q", GIVEN, queries, NOTHING), array(c, "k", GIVEN, keys, NOTHING), array(c, "v", GIVEN, keys, NOTHING);
     array(c, "y", MADE, queries, NOTHING), array(c, "dy", GIVEN, queries, AT_Y);
@@ -294,11 +297,11 @@ static void attention_describe(Case *c, const Compute *on) {
     array(c, "saved", SAVED, attention_saved(on, &s), NOTHING);
 }
 static void attention_scratch(Compute *on, const Case *c) {
-    const Attention s = attention_of(c);
+    const Attention s = attention_case(c);
     compute_needs(on, attention_needs(on, &s, 0)), compute_needs(on, attention_needs(on, &s, 1));
 }
 static void attention_run(const Compute *on, const Case *c) {
-    const Attention s = attention_of(c);
+    const Attention s = attention_case(c);
     attention_forward(on, P(AT_Y), P(AT_SAVED), P(AT_Q), P(AT_K), P(AT_V), &s);
     attention_backward(on, P(AT_DQ), P(AT_DK), P(AT_DV), P(AT_DY), P(AT_Y), P(AT_SAVED), P(AT_Q), P(AT_K), P(AT_V), &s);
 }
@@ -307,7 +310,7 @@ THERE(attention_forward)
 /* All positions are kept, then the last of every batch row looks back at them. */
 enum { KEPT_Q, KEPT_K, KEPT_V, KEPT_Y, KEPT_KEYS, KEPT_VALUES };
 static void kept_describe(Case *c, const Compute *on) {
-    const Attention s = attention_of(c);
+    const Attention s = attention_case(c);
     const size_t inner = s.heads * s.D;
     array(c, "q", GIVEN, s.B * inner, NOTHING);
     array(c, "k", GIVEN, s.B * s.Tk * inner, NOTHING), array(c, "v", GIVEN, s.B * s.Tk * inner, NOTHING);
@@ -315,7 +318,7 @@ static void kept_describe(Case *c, const Compute *on) {
     array(c, "keys", SAVED, kept_bytes(on, &s), NOTHING), array(c, "values", SAVED, kept_bytes(on, &s), NOTHING);
 }
 static void kept_run(const Compute *on, const Case *c) {
-    Attention s = attention_of(c);
+    Attention s = attention_case(c);
     Position last[16];
     keep_positions(on, P(KEPT_KEYS), P(KEPT_K), s.Tk, &s), keep_positions(on, P(KEPT_VALUES), P(KEPT_V), s.Tk, &s);
     for (size_t b = 0; b < s.B; b++) last[b] = (Position){b, s.Tk - 1, s.Tk};
@@ -323,7 +326,7 @@ static void kept_run(const Compute *on, const Case *c) {
     attention_from_kept(on, P(KEPT_Y), P(KEPT_Q), P(KEPT_KEYS), P(KEPT_VALUES), &s);
 }
 static void kept_scratch(Compute *on, const Case *c) {
-    Attention s = attention_of(c);
+    Attention s = attention_case(c);
     static const Position any;
     s.position = &any, s.Tq = s.B, s.B = 1;
     compute_needs(on, attention_needs(on, &s, 0));
@@ -538,7 +541,7 @@ static void activate_run(const Compute *on, const Case *c) {
 }
 THERE(activate_forward)
 
-static const Layer layers[] = {
+static const Checked layers[] = {
     {"conv", "kind B C M h w accumulate add", conv_describe, conv_scratch, conv_run, NULL,
      CASES({CONV1, 2, 5, 3, 7, 9, 0, 1}, {CONV3, 2, 3, 5, 7, 9, 1, 0}, {CONV3, 1, 1, 1, 1, 1, 0, 1},
            {CONV3, 1, 17, 19, 4, 6, 1, 1}, {CONV_DOWN, 2, 3, 5, 6, 4, 0, 0}, {CONV_UP, 2, 5, 3, 3, 4, 1, 0}),
@@ -546,7 +549,7 @@ static const Layer layers[] = {
     {"group_norm", "B C hw swish accumulate", group_norm_describe, group_norm_scratch, group_norm_run, NULL,
      CASES({2, 64, 15, 1, 0}, {1, 32, 3, 0, 1}, {3, 96, 7, 1, 1}, {1, 64, 257, 0, 0}), BY(group_norm_forward)},
     {"picture_attention", "B C N accumulate_q _k _v", picture_attention_describe, picture_attention_scratch,
-     picture_attention_run, NULL, CASES({2, 5, 9, 0, 0, 0}, {1, 32, 1, 1, 0, 1}, {3, 7, 33, 0, 1, 1}),
+     picture_attention_run, NULL, CASES({2, 32, 9, 0, 0, 0}, {1, 64, 3, 1, 0, 1}, {3, 32, 33, 0, 1, 1}),
      BY(picture_attention_forward)},
     {"nearest", "B D N K", nearest_describe, nearest_scratch, nearest_run, nearest_choose,
      CASES({2, 8, 5, 11}, {1, 16, 257, 33}, {3, 32, 1, 257}), BY(nearest_codes)},
@@ -555,7 +558,8 @@ static const Layer layers[] = {
     {"lookup", "B D N K", lookup_describe, NULL, lookup_run, NULL, CASES({2, 3, 5, 7}, {1, 17, 1, 3}),
      BY(lookup_codes)},
     {"tanh", "n", tanh_describe, NULL, tanh_run, NULL, CASES({1}, {257}), BY(tanh_forward)},
-    {"planes", "B C hw", planes_describe, NULL, planes_run, NULL, CASES({2, 3, 5}, {1, 33, 70}), BY(put_planes)},
+    {"planes", "B C hw", planes_describe, planes_scratch, planes_run, NULL, CASES({2, 3, 5}, {1, 33, 70}),
+     BY(put_planes)},
     {"embed", "B n C V", embed_describe, NULL, embed_run, NULL, CASES({2, 5, 3, 7}, {3, 1, 257, 2}, {1, 33, 50, 40}),
      BY(embed_forward)},
     {"norm", "B n skip C", norm_describe, rows_scratch, norm_run, NULL,
@@ -584,7 +588,7 @@ static const Layer layers[] = {
 
 /* ---- All of them ---- */
 
-static void check_layer(const Layer *l) {
+static void check_layer(const Checked *l) {
     for (size_t i = 0; i < l->n_cases; i++) {
         if (sizeof(real) == 8) check_gradients(l, l->cases[i], PLAIN_LOOPS);
         const Layers *fast = compute_of(&(Params){0}).fast;
