@@ -28,7 +28,7 @@ typedef struct {
     const real *images;
     const int32_t *codes, *labels; /* label -1: a damaged one */
     size_t rows, first;
-} Comparison;
+} Search;
 
 static size_t same_tokens(const int32_t *a, const int32_t *b, size_t n) {
     size_t same = 0;
@@ -45,7 +45,7 @@ static real square_distance(const real *a, const real *b, size_t n) {
 
 /* Compares drawn picture i with the present ones. The first of equals stays. */
 static void compare_one(void *context, size_t i) {
-    const Comparison *s = (const Comparison *)context;
+    const Search *s = (const Search *)context;
     Nearest *near = s->near + i;
     for (size_t r = 0; r < s->rows; r++) {
         if (s->labels[r] < 0) continue;
@@ -57,7 +57,7 @@ static void compare_one(void *context, size_t i) {
 }
 
 /* The folder's pictures from number `first` on, as they are and mirrored. */
-static Err compare_batch(Comparison *s, Model *m, real *images, int32_t *codes) {
+static Err compare_batch(Search *s, Model *m, real *images, int32_t *codes) {
     for (int mirrored = 0; mirrored < 2; mirrored++) {
         if (mirrored) image_mirror(images, s->rows * 3, m->side);
         TRY(vqgan_encode(m->vqgan, images, s->rows, m->side, m->side, 0, NULL, NULL, codes));
@@ -67,7 +67,7 @@ static Err compare_batch(Comparison *s, Model *m, real *images, int32_t *codes) 
     return OK;
 }
 
-static Err compare_all(Comparison *s, Model *m, const Dataset *d, Loader *l, real *images, int32_t *codes) {
+static Err compare_all(Search *s, Model *m, const Dataset *d, Loader *l, real *images, int32_t *codes) {
     for (s->first = 0; s->first < d->n; s->first += AT_ONCE) {
         const real *read;
         s->rows = min_size(AT_ONCE, d->n - s->first);
@@ -81,11 +81,11 @@ static Err compare_all(Comparison *s, Model *m, const Dataset *d, Loader *l, rea
     return OK;
 }
 
-static double rms(const Comparison *s, const Nearest *near) {
+static double rms(const Search *s, const Nearest *near) {
     return sqrt(near->square / (double)s->pixels) / 2; /* pixels span 2 */
 }
 
-static void report(const Comparison *s, const Dataset *d, const char *path) {
+static void report(const Search *s, const Dataset *d, const char *path) {
     size_t all = 0, most = 0, close = 0;
     printf("picture\tsame tokens of %zu\tas in\trms of pixels\tnearest in pixels\n", s->N);
     for (size_t i = 0; i < s->n; i++) {
@@ -103,7 +103,7 @@ static void report(const Comparison *s, const Dataset *d, const char *path) {
 
 Err nearest_report(Model *m, const int32_t *tokens, size_t n, const char *path) {
     const size_t N = m->h * m->w, pixels = 3 * m->side * m->side;
-    Comparison s = {.tokens = tokens, .n = n, .N = N, .pixels = pixels};
+    Search s = {.tokens = tokens, .n = n, .N = N, .pixels = pixels};
     Dataset d = {0};
     Loader *l = NULL;
     real *drawn = NULL, *images = NULL;
