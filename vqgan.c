@@ -345,12 +345,20 @@ typedef struct {
 } Layer;
 
 typedef struct {
-    size_t C, level;        /* (B, C, H >> level, W >> level) */
-    size_t home;            /* the value in whose memory the gradient lies: itself, or the sum that it is added to */
-    int f32_copy, f32_only; /* on a GPU in bf16: see plan_precision */
+    size_t from, to; /* steps of a run: see Memory */
+} Life;
+
+typedef struct {
+    size_t C, level;            /* (B, C, H >> level, W >> level) */
+    int begun;                  /* while building: backward has begun its gradient */
+    int f32_copy, f32_only;     /* on a GPU in bf16: see plan_precision */
+    Life life, grad_life;       /* when it is needed, and its gradient */
     real *memory, *grad_memory; /* planned; NULL: the caller's is used */
     real *x, *dx;               /* of this run */
+    real *seen;                 /* z, zq, xrec: what callers see */
 } Value;
+
+enum { SHOWN = 3 };
 
 struct Vqgan {
     VqganConfig c;
@@ -359,6 +367,7 @@ struct Vqgan {
     Value *value;
     size_t n_layers, n_values;
     size_t image, z, zq, xrec; /* values */
+    size_t shown[SHOWN];       /* z, zq, xrec */
     size_t quantize;           /* layer */
     int32_t *used, *inverse;   /* (re_embed) entry of a token; (n_embed) token of an entry, -1: none. NULL: the same */
     Err broken;                /* the first error of the functions that build */
@@ -366,14 +375,11 @@ struct Vqgan {
     Compute on;
     size_t B, H, W; /* the most pictures, the largest sides */
     int train;
-    void *memory;
-    int32_t *code;     /* (B,N) entries of the codebook */
-    double *gap;       /* of straight_through */
-    real *last;        /* on a GPU: gradients of the last layer's weight and bias, alone */
-    void *seen_memory; /* on a GPU: what callers see, copied here */
-    real *seen_z, *seen_zq, *seen_xrec;
-    int32_t *seen_code;
-    uint64_t prepared_at; /* compute_changes when weights were prepared */
+    void *memory, *seen_memory;
+    int32_t *code, *seen_code; /* (B,N) entries of the codebook; the same where callers see them */
+    double *gap;               /* of straight_through */
+    real *last;                /* on a GPU: gradients of the last layer's weight and bias, alone */
+    uint64_t prepared_at;      /* compute_changes when weights were prepared */
     /* the present run */
     size_t b, h, w;   /* pictures; their sides */
     int can_backward; /* vqgan_forward ran: backward may, once, for it reuses the memory of values */
@@ -396,8 +402,7 @@ PRINTF_LIKE(1, 2) static Name named(const char *fmt, ...) {
 /* Each of the following appends to the lists and returns the value that it writes. */
 
 static size_t add_value(Vqgan *v, size_t C, size_t level) {
-    const Value x = {.C = C, .level = level, .home = v->n_values};
-    v->value[v->n_values] = x;
+    v->value[v->n_values] = (Value){.C = C, .level = level};
     return v->n_values++;
 }
 
@@ -511,6 +516,7 @@ static void whole_network(Vqgan *v, int with_tanh) {
     v->zq = quantizer(v, v->z);
     v->xrec = decoder(v, conv(v, CONV1, v->zq, c->z_channels, NONE, named("post_quant_conv")));
     if (with_tanh) v->xrec = add_layer(v, TANH, v->xrec, c->out_ch, 0)->out;
+    v->shown[0] = v->z, v->shown[1] = v->zq, v->shown[2] = v->xrec;
 }
 
 /* ---- The walk: the same wherever the network computes ---- */
@@ -633,21 +639,29 @@ static void walk_backward(Vqgan *v, double codebook_weight, int image_wanted) {
 /* ---- Created and loaded ---- */
 
 static Err check_settings(const VqganConfig *c);
-static Err sort_rows(Vqgan *v);
+static int official_order(const char *a, const char *b);
+static void drop_plan(Vqgan *v);
 
-/* Which gradients a layer finds already begun when backward reaches it. */
-static Err mark_begun_gradients(Vqgan *v) {
-    char *begun;
-    TRY(mem_alloc(&begun, v->n_values, 1, "vqgan: gradients"));
+/* The table's rows go into PyTorch's order; which gradients are complete, and which begun, when backward is where. */
+static Err finish_network(Vqgan *v) {
+    size_t *moved, complete = 0;
+    TRY(v->broken);
+    TRY(mem_alloc(&moved, v->params.n, sizeof *moved, "vqgan: rows"));
+    params_sort(&v->params, official_order, moved);
+    for (Layer *l = v->layer; l < v->layer + v->n_layers; l++) {
+        l->gradients_from = complete; /* behind the rows of all layers before it */
+        if (l->weight != NONE) l->weight = moved[l->weight], complete = max_size(complete, l->weight + 1);
+        if (l->bias != NONE) l->bias = moved[l->bias], complete = max_size(complete, l->bias + 1);
+    }
+    free(moved);
     for (size_t i = v->n_layers; i-- > 0;) {
         Layer *l = &v->layer[i];
-        if (l->add != NONE) begun[l->add] = 1; /* in the memory of the gradient of l->out */
+        if (l->add != NONE) v->value[l->add].begun = 1; /* in the memory of the gradient of l->out */
         for (int k = 0; k < 3 && l->in[k] != NONE; k++) {
-            l->accumulate[k] = begun[l->in[k]];
-            begun[l->in[k]] = 1;
+            l->accumulate[k] = v->value[l->in[k]].begun;
+            v->value[l->in[k]].begun = 1;
         }
     }
-    free(begun);
     return OK;
 }
 
@@ -657,9 +671,7 @@ static Err build(Vqgan *v, int with_tanh) {
     TRY(mem_alloc(&v->layer, most, sizeof *v->layer, "vqgan: layers"));
     TRY(mem_alloc(&v->value, most + 1, sizeof *v->value, "vqgan: values"));
     whole_network(v, with_tanh);
-    TRY(v->broken);
-    TRY(sort_rows(v));
-    return mark_begun_gradients(v);
+    return finish_network(v);
 }
 
 /* At first the first re_embed entries are the tokens. */
@@ -686,8 +698,6 @@ Err vqgan_create(Vqgan **out, const VqganConfig *c, int honour_tanh) {
     *out = v;
     return OK;
 }
-
-static void drop_plan(Vqgan *v);
 
 void vqgan_free(Vqgan *v) {
     if (!v) return;
@@ -874,12 +884,10 @@ Err vqgan_forward(Vqgan *v, const real *images, size_t B, size_t H, size_t W, co
     const Codes s = codes_of(v);
     double gap = 0;
     TRY(compute_get(&v->on, &gap, v->gap, sizeof gap));
-    TRY(hand_back(v, v->z, v->seen_z, v->value[v->z].x));
-    TRY(hand_back(v, v->zq, v->seen_zq, v->value[v->zq].x));
-    TRY(hand_back(v, v->xrec, v->seen_xrec, v->value[v->xrec].x));
+    for (int i = 0; i < SHOWN; i++) TRY(hand_back(v, v->shown[i], v->value[v->shown[i]].seen, v->value[v->shown[i]].x));
     TRY(hand_back_codes(v));
     *codebook_loss = (1 + v->c.beta) * gap / (double)(s.B * s.D * s.N);
-    *xrec = v->seen_xrec;
+    *xrec = v->value[v->xrec].seen;
     v->can_backward = v->has_latents = 1;
     return compute_status(&v->on);
 }
@@ -920,8 +928,8 @@ Err vqgan_last_gradient(Vqgan *v, const real *dxrec, real *dw, real *db) {
 }
 
 void vqgan_latents(const Vqgan *v, const real **z, const real **zq_st, const int32_t **raw) {
-    if (z) *z = v->seen_z;
-    if (zq_st) *zq_st = v->seen_zq;
+    if (z) *z = v->value[v->z].seen;
+    if (zq_st) *zq_st = v->value[v->zq].seen;
     if (raw) *raw = v->seen_code;
 }
 
@@ -955,7 +963,7 @@ size_t vqgan_restart_codes(Vqgan *v, const uint32_t *usage, uint64_t seed, uint6
     for (size_t code = 0; code < v->c.n_embed; code++) {
         if (usage[code] || !v->has_latents) continue;
         const size_t pick = vqgan_restart_pick(seed, step, code, v->b * N);
-        restart_code(v, code, v->seen_z + pick / N * D * N + pick % N, N);
+        restart_code(v, code, v->value[v->z].seen + pick / N * D * N + pick % N, N);
         params_send_part(&v->params, v->layer[v->quantize].weight, code * D, D);
         restarted++;
     }
@@ -1036,67 +1044,31 @@ Err vqgan_config_write(Config *to, const VqganConfig *c, const char *prefix) {
     return config_set(to, named("%sbeta", prefix).s, "%.17g", c->beta);
 }
 
-/* ---- The order of the parameter table is that of PyTorch's state dict: nearly that in which layers run, in which rows
- *      were added. A level's attention comes behind all its blocks, a block's shortcut last, up.0 before up.1, and what
- *      stands between encoder and decoder behind both. ---- */
+/* ---- The order of the parameter table is that of PyTorch's state dict: nearly that in which layers run. But a level's
+ *      attention comes behind all its blocks, a block's shortcut last, up.0 before up.1, and what stands between
+ *      encoder and decoder behind both. ---- */
 
-/* How late a part of a name comes among its neighbours; equal: in the order of running. */
-static size_t lateness(const char *part, size_t length) {
-    static const char *const late[] = {"attn",     "downsample", "upsample",       "nin_shortcut",
-                                       "quantize", "quant_conv", "post_quant_conv"};
-    enum { LATE = sizeof late / sizeof *late };
+/* How late a part of a name, which ends at a point, comes among its neighbours; equal: in the order of running. */
+static size_t lateness(const char *part) {
+    static const char *const late[] = {"attn.",     "downsample.", "upsample.",       "nin_shortcut.",
+                                       "quantize.", "quant_conv.", "post_quant_conv."};
     if (part[0] >= '0' && part[0] <= '9') return strtoul(part, NULL, 10);
-    for (size_t i = 0; i < LATE; i++)
-        if (strlen(late[i]) == length && memcmp(late[i], part, length) == 0) return i + 1;
+    for (size_t i = 0; i < sizeof late / sizeof *late; i++)
+        if (!strncmp(late[i], part, strlen(late[i]))) return i + 1;
     return 0;
 }
 
-typedef struct {
-    Param row;
-    size_t added; /* as number */
-} AddedRow;
-
-static int official_order(const void *a, const void *b) {
-    const AddedRow *p = (const AddedRow *)a, *q = (const AddedRow *)b;
-    const char *x = p->row.name, *y = q->row.name;
+static int official_order(const char *a, const char *b) {
     for (;;) {
-        const size_t nx = strcspn(x, "."), ny = strcspn(y, "."), lx = lateness(x, nx), ly = lateness(y, ny);
-        if (lx != ly) return lx < ly ? -1 : 1;
-        if (nx != ny || memcmp(x, y, nx) != 0 || !x[nx]) return p->added < q->added ? -1 : 1;
-        x += nx + 1;
-        y += ny + 1;
+        const size_t n = strcspn(a, "."), la = lateness(a), lb = lateness(b);
+        if (la != lb) return la < lb ? -1 : 1;
+        if (!a[n] || strncmp(a, b, n + 1) != 0) return 0;
+        a += n + 1, b += n + 1;
     }
-}
-
-static Err sort_rows(Vqgan *v) {
-    Params *p = &v->params;
-    AddedRow *sorted;
-    size_t *moved, complete = 0;
-    TRY(mem_alloc(&sorted, p->n, sizeof *sorted + sizeof *moved, "vqgan: rows"));
-    moved = (size_t *)(void *)(sorted + p->n);
-    for (size_t i = 0; i < p->n; i++) sorted[i] = (AddedRow){p->row[i], i};
-    qsort(sorted, p->n, sizeof *sorted, official_order);
-    for (size_t i = 0; i < p->n; i++) p->row[i] = sorted[i].row, moved[sorted[i].added] = i;
-    for (size_t i = 0; i < v->n_layers; i++) {
-        Layer *l = &v->layer[i];
-        l->gradients_from = complete; /* behind the rows of all layers before it */
-        if (l->weight != NONE) l->weight = moved[l->weight], complete = max_size(complete, l->weight + 1);
-        if (l->bias != NONE) l->bias = moved[l->bias], complete = max_size(complete, l->bias + 1);
-    }
-    free(sorted);
-    return OK;
 }
 
 /* ---- Memory. Step i of a run is forward of layer i, step 2n-1-i its backward; base/plan.c shares memory among what is
  *      not needed in the same steps. ---- */
-
-static void plan_value(Vqgan *v, Plan *plan, size_t i, real **memory, int f32_copy, size_t from, size_t to) {
-    const Value *x = &v->value[i];
-    const size_t n = v->B * x->C * plane_size(v, i);
-    if (v->on.device && n > (size_t)1 << 31 && plan->broken == OK)
-        plan->broken = err("vqgan: activations of more than 2^31 numbers; a smaller batch takes less");
-    plan_add(plan, memory, compute_bytes(&v->on, n, f32_copy), 1, from, to);
-}
 
 static int reads(const Layer *l, size_t value) {
     return l->in[0] == value || l->in[1] == value || l->in[2] == value;
@@ -1104,111 +1076,103 @@ static int reads(const Layer *l, size_t value) {
 
 /* A GPU in bf16 keeps in f32 too what residuals are added to and norms read along the way: the sum over the network's
  * depth, whose roundings would all count. Where no product reads the bf16 numbers, they are not even written. */
-static void plan_precision(Vqgan *v) {
-    for (size_t i = 0; i < v->n_values; i++) {
-        int made = 0, summed = 0, normed = 0, multiplied = 0;
-        for (size_t j = 0; j < v->n_layers; j++) {
-            const Layer *l = &v->layer[j];
-            if (l->kind == CONV && l->out == i) made = 1, summed |= l->add != NONE;
-            summed |= l->add == i;
-            if (l->kind == NORM)
-                normed |= l->in[0] == i;
-            else
-                multiplied |= reads(l, i);
-        }
-        const int bf16 = v->on.device && v->on.unit < sizeof(float);
-        v->value[i].f32_copy = bf16 && made && (summed || (normed && multiplied));
-        v->value[i].f32_only = v->value[i].f32_copy && !multiplied;
+static void plan_precision(Vqgan *v, size_t i) {
+    int made = 0, summed = 0, normed = 0, multiplied = 0;
+    for (const Layer *l = v->layer; l < v->layer + v->n_layers; l++) {
+        made |= l->kind == CONV && l->out == i;
+        summed |= l->add == i || (l->out == i && l->add != NONE);
+        normed |= l->kind == NORM && l->in[0] == i;
+        multiplied |= l->kind != NORM && reads(l, i);
     }
+    const int bf16 = v->on.device && v->on.unit < sizeof(float);
+    v->value[i].f32_copy = bf16 && made && (summed || (normed && multiplied));
+    v->value[i].f32_only = v->value[i].f32_copy && !multiplied;
 }
 
-/* Values: from their making to their last use, which in training may be a backward. */
-static void plan_values(Vqgan *v, Plan *plan) {
-    const size_t last = 2 * v->n_layers - 1;
+/* The value in whose gradient's memory that of value i lies: a sum, for its addend; zq, for z. */
+static Value *gradient_home(Vqgan *v, size_t i) {
+    for (const Layer *l = v->layer; l < v->layer + v->n_layers; l++)
+        if (l->add == i || (l->kind == QUANTIZE && l->in[0] == i)) return gradient_home(v, l->out);
+    return &v->value[i];
+}
+
+static void needed(Life *life, size_t step) {
+    life->from = min_size(life->from, step);
+    life->to = max_size(life->to, step);
+}
+
+/* In which steps every value and every gradient is needed. */
+static void plan_lives(Vqgan *v) {
     for (size_t i = 0; i < v->n_values; i++) {
-        size_t from = 0, to = 0;
+        v->value[i].life = v->value[i].grad_life = (Life){NONE, 0};
         v->value[i].memory = v->value[i].grad_memory = NULL;
-        if (!v->train && !v->on.device && (i == v->image || i == v->xrec)) continue; /* the caller's */
-        for (size_t j = 0; j < v->n_layers; j++) {
-            const Layer *l = &v->layer[j];
-            if (l->out == i) from = to = j;
-            if (reads(l, i) || l->add == i) to = max_size(to, j);
-            if (v->train && ((reads(l, i) && l->kind != TANH) || (l->out == i && l->kind == TANH)))
-                to = max_size(to, last - j);
-        }
-        if (v->train && (i == v->z || i == v->zq || i == v->xrec)) to = PLAN_END; /* seen by the caller */
-        plan_value(v, plan, i, &v->value[i].memory, v->value[i].f32_copy, from, to);
+        plan_precision(v, i);
     }
-}
-
-/* A value whose gradient lies in the memory of another one's: the addend of a sum, what the quantiser read. */
-static size_t gradient_home(const Vqgan *v, size_t i) {
     for (size_t j = 0; j < v->n_layers; j++) {
         const Layer *l = &v->layer[j];
-        if (l->add == i || (l->kind == QUANTIZE && l->in[0] == i)) return gradient_home(v, l->out);
+        const size_t back = 2 * v->n_layers - 1 - j;
+        Value *out = &v->value[l->out];
+        needed(&out->life, j);
+        needed(&gradient_home(v, l->out)->grad_life, back);
+        if (l->add != NONE) needed(&v->value[l->add].life, j);
+        for (int k = 0; k < 3 && l->in[k] != NONE; k++) {
+            needed(&v->value[l->in[k]].life, j);
+            needed(&gradient_home(v, l->in[k])->grad_life, back);
+            if (v->train && l->kind != TANH) needed(&v->value[l->in[k]].life, back); /* backward reads it again */
+        }
+        if (v->train && l->kind == TANH) needed(&out->life, back);
     }
-    return i;
+    for (int i = 0; v->train && i < SHOWN; i++) needed(&v->value[v->shown[i]].life, PLAN_END);
 }
 
-/* Gradients: from the backward of the last layer that reads the value to the backward of the one that made it; a home
- * lives as long as all that share it. */
-static void plan_gradients(Vqgan *v, Plan *plan) {
-    const size_t n = v->n_layers, last = 2 * n - 1;
-    for (size_t i = 0; i < v->n_values; i++) v->value[i].home = gradient_home(v, i);
+/* On a CPU the picture and its reconstruction are the caller's; in training only their gradients. */
+static void plan_values(Vqgan *v, Plan *plan) {
     for (size_t i = 0; i < v->n_values; i++) {
-        size_t from = NONE, to = 0;
-        if (v->value[i].home != i || (!v->on.device && (i == v->image || i == v->xrec))) continue; /* the caller's */
-        for (size_t j = 0; j < n; j++) {
-            const Layer *l = &v->layer[j];
-            if (v->value[l->out].home == i) to = max_size(to, last - j);
-            for (int k = 0; k < 3 && l->in[k] != NONE; k++)
-                if (v->value[l->in[k]].home == i) from = min_size(from, last - j);
-        }
-        if (i == v->xrec) from = n; /* the caller's gradient comes first */
-        if (i == v->image) to = last;
-        plan_value(v, plan, i, &v->value[i].grad_memory, 0, from, to);
+        Value *x = &v->value[i];
+        const size_t n = v->B * x->C * plane_size(v, i);
+        const int callers = !v->on.device && (i == v->image || i == v->xrec);
+        if (v->on.device && n > (size_t)1 << 31 && plan->broken == OK)
+            plan->broken = err("vqgan: activations of more than 2^31 numbers; a smaller batch takes less");
+        if (!callers || v->train)
+            plan_add(plan, &x->memory, compute_bytes(&v->on, n, x->f32_copy), 1, x->life.from, x->life.to);
+        if (!callers && v->train && gradient_home(v, i) == x)
+            plan_add(plan, &x->grad_memory, n, v->on.unit, x->grad_life.from, x->grad_life.to);
     }
 }
 
-/* What layers keep for their backward, and prepare; the scratch that the most demanding one needs. */
-static void plan_layers(Vqgan *v, Plan *plan) {
+/* What a layer keeps for its backward, and prepares, and its scratch. */
+static void plan_layer(Vqgan *v, Plan *plan, size_t j) {
+    Layer *l = &v->layer[j];
     const Layers *fast = v->on.fast;
-    for (size_t j = 0; j < v->n_layers; j++) {
-        Layer *l = &v->layer[j];
-        const size_t C = v->value[l->out].C, N = plane_size(v, l->out);
-        const size_t until = v->train ? 2 * v->n_layers - 1 - j : j;
-        const Conv c = conv_of(v, l);
-        const GroupNorm n = norm_of(v, l);
-        for (int backward = 0; l->kind == CONV && backward <= v->train; backward++) conv_needs(&v->on, &c, backward);
-        l->prepared = NULL;
-        if (l->kind == CONV && v->on.device && fast->conv_prepared_bytes(&c))
-            plan_add(plan, &l->prepared, fast->conv_prepared_bytes(&c), 1, 0, PLAN_END);
-        if (l->kind == NORM) {
-            const size_t kept = fast ? fast->group_norm_kept(&n) : v->B * NORM_GROUPS * 2 * sizeof(real);
-            plan_add(plan, &l->kept, kept, 1, j, until);
-            if (fast) compute_needs(&v->on, fast->group_norm_needs(&v->on, &n, v->train));
-        }
-        if (l->kind == ATTEND) { /* on a GPU each picture's part begins at a multiple of 64 numbers */
-            plan_add(plan, &l->kept, v->B * N, round_up(N, 64) * v->on.unit, j, until);
-            if (fast) compute_needs(&v->on, fast->picture_attention_needs(&v->on, v->B, C, N, v->train));
-        }
-    }
+    const size_t C = v->value[l->out].C, N = plane_size(v, l->out), last = v->train ? 2 * v->n_layers - 1 - j : j;
+    const Conv c = conv_of(v, l);
+    const GroupNorm n = norm_of(v, l);
+    size_t kept = 0, needs = 0;
+    l->prepared = NULL;
+    for (int backward = 0; l->kind == CONV && backward <= v->train; backward++) conv_needs(&v->on, &c, backward);
+    if (l->kind == CONV && v->on.device && fast->conv_prepared_bytes(&c))
+        plan_add(plan, &l->prepared, fast->conv_prepared_bytes(&c), 1, 0, PLAN_END);
+    if (l->kind == NORM) kept = v->on.device ? fast->group_norm_kept(&n) : v->B * NORM_GROUPS * 2 * sizeof(real);
+    if (l->kind == NORM && fast) needs = fast->group_norm_needs(&v->on, &n, v->train);
+    if (l->kind == ATTEND) kept = round_up(N, 64) * v->on.unit; /* a GPU's pictures begin at a multiple of 64 */
+    if (l->kind == ATTEND && fast) needs = fast->picture_attention_needs(&v->on, v->B, C, N, v->train);
+    if (kept) plan_add(plan, &l->kept, l->kind == ATTEND ? v->B * N : 1, kept, j, last);
+    compute_needs(&v->on, needs);
 }
 
 static void plan_rest(Vqgan *v, Plan *plan) {
     const Codes s = codes_of(v);
     const Layer *l = &v->layer[v->n_layers - 1];
-    const size_t through[3] = {v->image, v->z, v->xrec}; /* on a GPU: from and to the host, by way of the scratch */
+    const size_t moved[] = {v->image, v->z, v->xrec}; /* on a GPU: from and to the host, by way of the scratch */
     for (int i = 0; i < 3 && v->on.device; i++)
-        compute_needs(&v->on, v->B * v->value[through[i]].C * plane_size(v, through[i]) * sizeof(real));
+        compute_needs(&v->on, v->B * v->value[moved[i]].C * plane_size(v, moved[i]) * sizeof(real));
     if (v->on.fast) compute_needs(&v->on, v->on.fast->nearest_needs(&v->on, &s));
     plan_add(plan, &v->on.scratch, v->on.scratch_bytes, 1, 0, PLAN_END);
     plan_add(plan, &v->code, s.B * s.N, sizeof *v->code, 0, PLAN_END);
     plan_add(plan, &v->gap, 1, sizeof *v->gap, 0, PLAN_END);
     v->last = NULL;
-    if (v->on.device && v->train && l->kind == CONV)
-        plan_add(plan, &v->last, v->params.row[l->weight].size + v->params.row[l->bias].size, sizeof(float), 0,
-                 PLAN_END);
+    if (!v->on.device || !v->train || l->kind != CONV) return;
+    plan_add(plan, &v->last, v->params.row[l->weight].size + v->params.row[l->bias].size, sizeof(float), 0, PLAN_END);
 }
 
 static void drop_plan(Vqgan *v) {
@@ -1250,29 +1214,27 @@ static Err lay_out(Vqgan *v, Plan *plan, size_t B, size_t H, size_t W, int train
     v->b = v->B = B;
     v->h = v->H = H;
     v->w = v->W = W;
-    plan_precision(v);
+    plan_lives(v);
     plan_values(v, plan);
-    if (v->train) plan_gradients(v, plan);
-    plan_layers(v, plan);
+    for (size_t j = 0; j < v->n_layers; j++) plan_layer(v, plan, j);
     plan_rest(v, plan);
     return plan_lay_out(plan, bytes);
 }
 
 /* What callers see: on a CPU the values themselves, on a GPU copies in the host's memory. */
 static Err place_seen(Vqgan *v) {
-    const size_t value[3] = {v->z, v->zq, v->xrec};
-    real **const seen[3] = {&v->seen_z, &v->seen_zq, &v->seen_xrec};
+    Plan plan = {.what = "vqgan: what the GPU gives back"};
     size_t bytes = 0;
     v->seen_code = v->code;
-    for (int i = 0; i < 3; i++) *seen[i] = v->value[value[i]].memory;
-    if (!v->on.device) return OK;
-    Plan plan = {.what = "vqgan: what the GPU gives back"};
     plan_add(&plan, &v->seen_code, v->B * plane_size(v, v->z), sizeof *v->seen_code, 0, 0);
-    for (int i = 0; i < 3; i++)
-        plan_add(&plan, seen[i], v->B * v->value[value[i]].C * plane_size(v, value[i]), sizeof(real), 0, 0);
-    Err e = plan_lay_out(&plan, &bytes);
-    if (e == OK) e = mem_alloc(&v->seen_memory, bytes, 1, plan.what);
-    if (e == OK) plan_place(&plan, v->seen_memory);
+    for (int i = 0; i < SHOWN; i++) {
+        Value *x = &v->value[v->shown[i]];
+        x->seen = x->memory;
+        plan_add(&plan, &x->seen, v->B * x->C * plane_size(v, v->shown[i]), sizeof(real), 0, 0);
+    }
+    Err e = v->on.device ? plan_lay_out(&plan, &bytes) : OK;
+    if (e == OK && v->on.device) e = mem_alloc(&v->seen_memory, bytes, 1, plan.what);
+    if (e == OK && v->on.device) plan_place(&plan, v->seen_memory);
     plan_free(&plan);
     return e;
 }
@@ -1293,6 +1255,6 @@ Err vqgan_plan(Vqgan *v, size_t B, size_t H, size_t W, int train) {
     plan_free(&plan);
     TRY(e);
     v->prepared_at = (uint64_t)-1;
-    for (size_t i = 0; i < v->n_values; i++) v->value[i].grad_memory = v->value[v->value[i].home].grad_memory;
+    for (size_t i = 0; i < v->n_values; i++) v->value[i].grad_memory = gradient_home(v, i)->grad_memory;
     return place_seen(v);
 }

@@ -79,6 +79,17 @@ Err params_add(Params *p, size_t *index, Init init, double scale, double decay, 
 
 /* ---- Planning memory ---- */
 
+void params_sort(Params *p, int (*order)(const char *, const char *), size_t *moved) {
+    for (size_t i = 0; i < p->n; i++) {
+        const Param row = p->row[i];
+        size_t k = i;
+        for (; k > 0 && order(p->row[k - 1].name, row.name) > 0; k--) p->row[k] = p->row[k - 1];
+        p->row[k] = row;
+        for (size_t j = 0; j < i; j++) moved[j] += moved[j] >= k;
+        moved[i] = k;
+    }
+}
+
 static Err plan_arena(Params *p, int arena, const char *what) {
     if (p->arena[arena]) return OK;
     const int bf16 = params_in_bf16(p, arena);

@@ -57,6 +57,9 @@ enum { PLAN_VALUE = 1, PLAN_GRAD = 2, PLAN_ADAM = 4, PLAN_EMA = 8 };
 /* Appends a row; *index = its number (rows may move while the table grows: keep numbers, not pointers). */
 Err params_add(Params *p, size_t *index, Init init, double scale, double decay, int ndim, const size_t *dim,
                const char *fmt, ...) PRINTF_LIKE(8, 9);
+/* Puts the rows in an order of names, before the plan; what order calls equal (0) stays as it was added. moved (n): where
+ * each row went. */
+void params_sort(Params *p, int (*order)(const char *, const char *), size_t *moved);
 Err params_plan(Params *p, int what);       /* allocates what is asked for and not yet there */
 void params_init(Params *p, uint64_t seed); /* values from their Init rule, stream RNG_INIT; EMA = values */
 void params_zero_grad(Params *p);

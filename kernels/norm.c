@@ -93,10 +93,6 @@ size_t group_norm_needs_fast(const Compute *on, const GroupNorm *n, int backward
     return backward ? n->B * n->C * 2 * sizeof(real) : 0;
 }
 
-size_t group_norm_kept_fast(const GroupNorm *n) {
-    return n->B * NORM_GROUPS * 2 * sizeof(real);
-}
-
 static void norm_forward_task(void *context, size_t bg) {
     const NormJob *job = (const NormJob *)context;
     const size_t hw = job->n->hw, per = job->n->C / NORM_GROUPS, n = per * hw;
