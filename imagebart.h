@@ -161,14 +161,12 @@ void image_loss(const real *x, const real *xrec, size_t n, double w1, double w2,
  * and EMA follow. Returns how many. Without it most of a codebook trained from scratch stays unused. */
 size_t vqgan_restart_codes(Vqgan *v, const uint32_t *usage, uint64_t seed, uint64_t step);
 /* The same in parts, where several processes share the latents: which of so many is picked for a code; the code becomes
- * latent (embed_dim), in the table here (params_send: on a GPU too). */
+ * a latent, whose number d is latent[d * stride], in the table here (params_send: on a GPU too). */
 size_t vqgan_restart_pick(uint64_t seed, uint64_t step, size_t code, size_t latents);
-void vqgan_restart_code(Vqgan *v, size_t code, const real *latent);
+void vqgan_restart_code(Vqgan *v, size_t code, const real *latent, size_t stride);
 
 /* Its layers. What each computes stands with it in vqgan.c; what they need of scratch, and GPUs of Conv.prepared, must
  * be planned before: base/compute.h. conv_needs: backward 0 no, 1 yes, 2 of dx alone. */
-size_t conv_height(const Conv *c); /* of y */
-size_t conv_width(const Conv *c);
 void conv_needs(Compute *on, const Conv *c, int backward);
 void conv_forward(const Compute *on, real *y, const real *x, const real *w, const real *bias, const real *add,
                   const Conv *c);

@@ -46,14 +46,6 @@ enum {
  * seen(i,k) is the row of x that row i of y reads through row k of the kernel, and the same for columns. Outside the
  * picture x counts as 0. */
 
-size_t conv_height(const Conv *c) {
-    return c->kind == CONV_UP ? 2 * c->h : c->kind == CONV_DOWN ? c->h / 2 : c->h;
-}
-
-size_t conv_width(const Conv *c) {
-    return c->kind == CONV_UP ? 2 * c->w : c->kind == CONV_DOWN ? c->w / 2 : c->w;
-}
-
 /* n: rows of x. -1: outside. */
 static long seen(ConvKind kind, size_t i, size_t k, size_t n) {
     switch (kind) {
@@ -527,16 +519,9 @@ static size_t plane_size(const Vqgan *v, size_t value) { /* h*w, in this run */
 
 static Conv conv_of(const Vqgan *v, const Layer *l) {
     const Value *x = &v->value[l->in[0]], *y = &v->value[l->out];
-    return (Conv){.kind = l->conv,
-                  .B = v->b,
-                  .C = x->C,
-                  .M = y->C,
-                  .h = v->h >> x->level,
-                  .w = v->w >> x->level,
-                  .y_f32 = y->f32_copy,
-                  .y_f32_only = y->f32_only,
-                  .add_f32 = l->add != NONE && v->value[l->add].f32_copy,
-                  .prepared = l->prepared};
+    const int add_f32 = l->add != NONE && v->value[l->add].f32_copy;
+    return (Conv){l->conv,          v->b,        x->C,    y->C,        v->h >> x->level,
+                  v->w >> x->level, y->f32_copy, add_f32, y->f32_only, l->prepared};
 }
 
 static GroupNorm norm_of(const Vqgan *v, const Layer *l) {
@@ -771,20 +756,13 @@ static void begin(Vqgan *v, size_t B, size_t H, size_t W) {
     }
 }
 
-/* The caller's numbers of a value, or of its gradient, where layers read them: on a CPU where they are. */
+/* The caller's numbers of a value, or of its gradient, where layers read them; what layers wrote, to the caller. */
 static void lend(Vqgan *v, size_t value, real **to, const real *from) {
-    if (v->on.device)
-        v->on.fast->put_planes(&v->on, *to, from, v->b, v->value[value].C, plane_size(v, value));
-    else
-        *to = (real *)from; /* only read */
+    compute_lend(&v->on, to, from, v->b, v->value[value].C, plane_size(v, value));
 }
 
-/* What layers wrote, to the caller. */
 static Err hand_back(const Vqgan *v, size_t value, real *to, const real *from) {
-    const size_t C = v->value[value].C, hw = plane_size(v, value);
-    if (v->on.device) return v->on.fast->get_planes(&v->on, to, from, v->b, C, hw);
-    if (to != from) memcpy(to, from, v->b * C * hw * sizeof *to);
-    return OK;
+    return compute_hand_back(&v->on, to, from, v->b, v->value[value].C, plane_size(v, value));
 }
 
 static Err hand_back_codes(Vqgan *v) {
@@ -939,12 +917,9 @@ size_t vqgan_restart_pick(uint64_t seed, uint64_t step, size_t code, size_t late
     return rng_below(seed, rng_stream(RNG_CODES, 0, step), code, (uint32_t)latents);
 }
 
-/* Latent d of the one that is picked is latent[d * stride]. */
-static void restart_code(const Vqgan *v, size_t code, const real *latent, size_t stride) {
-    const size_t D = v->c.embed_dim;
+void vqgan_restart_code(Vqgan *v, size_t code, const real *latent, size_t stride) {
     const Param *book = &v->params.row[v->layer[v->quantize].weight];
-    for (size_t d = 0; d < D; d++) {
-        const size_t at = code * D + d;
+    for (size_t d = 0, at = code * v->c.embed_dim; d < v->c.embed_dim; d++, at++) {
         book->value[at] = latent[d * stride];
         if (book->m) book->m[at] = 0;
         if (book->v) book->v[at] = 0;
@@ -953,17 +928,13 @@ static void restart_code(const Vqgan *v, size_t code, const real *latent, size_t
     }
 }
 
-void vqgan_restart_code(Vqgan *v, size_t code, const real *latent) {
-    restart_code(v, code, latent, 1);
-}
-
 size_t vqgan_restart_codes(Vqgan *v, const uint32_t *usage, uint64_t seed, uint64_t step) {
     const size_t D = v->c.embed_dim, N = plane_size(v, v->z);
     size_t restarted = 0;
     for (size_t code = 0; code < v->c.n_embed; code++) {
         if (usage[code] || !v->has_latents) continue;
         const size_t pick = vqgan_restart_pick(seed, step, code, v->b * N);
-        restart_code(v, code, v->value[v->z].seen + pick / N * D * N + pick % N, N);
+        vqgan_restart_code(v, code, v->value[v->z].seen + pick / N * D * N + pick % N, N);
         params_send_part(&v->params, v->layer[v->quantize].weight, code * D, D);
         restarted++;
     }
@@ -972,76 +943,43 @@ size_t vqgan_restart_codes(Vqgan *v, const uint32_t *usage, uint64_t seed, uint6
 
 /* ---- Settings, under their official names ---- */
 
-static const struct {
-    const char *key;
-    size_t at; /* in VqganConfig */
-    size_t lo, hi;
-    int optional;
-} sizes[] = {{"embed_dim", offsetof(VqganConfig, embed_dim), 1, MAX_WIDTH, 0},
-             {"n_embed", offsetof(VqganConfig, n_embed), 1, 1 << 24, 0},
-             {"re_embed", offsetof(VqganConfig, re_embed), 0, 1 << 24, 1},
-             {"ddconfig.z_channels", offsetof(VqganConfig, z_channels), 1, MAX_WIDTH, 0},
-             {"ddconfig.resolution", offsetof(VqganConfig, resolution), 1, 1 << 20, 0},
-             {"ddconfig.in_channels", offsetof(VqganConfig, in_channels), 1, MAX_WIDTH, 0},
-             {"ddconfig.out_ch", offsetof(VqganConfig, out_ch), 1, MAX_WIDTH, 0},
-             {"ddconfig.ch", offsetof(VqganConfig, ch), 1, MAX_WIDTH, 0},
-             {"ddconfig.num_res_blocks", offsetof(VqganConfig, num_res_blocks), 1, MAX_BLOCKS, 0}};
-enum { SIZES = sizeof sizes / sizeof *sizes };
-
-static size_t *size_of(const VqganConfig *c, size_t i) {
-    return (size_t *)(void *)((char *)(uintptr_t)c + sizes[i].at);
-}
-
-static Err check_range(const char *key, size_t x, size_t lo, size_t hi) {
-    return x >= lo && x <= hi ? OK : err("vqgan: %s is %zu, expected %zu..%zu", key, x, lo, hi);
-}
+static const Setting settings[] = {
+    {"embed_dim", SETTING_SIZE, offsetof(VqganConfig, embed_dim), 1, MAX_WIDTH, 0},
+    {"n_embed", SETTING_SIZE, offsetof(VqganConfig, n_embed), 1, 1 << 24, 0},
+    {"re_embed", SETTING_SIZE, offsetof(VqganConfig, re_embed), 0, 1 << 24, 1},
+    {"ddconfig.z_channels", SETTING_SIZE, offsetof(VqganConfig, z_channels), 1, MAX_WIDTH, 0},
+    {"ddconfig.resolution", SETTING_SIZE, offsetof(VqganConfig, resolution), 1, 1 << 20, 0},
+    {"ddconfig.in_channels", SETTING_SIZE, offsetof(VqganConfig, in_channels), 1, MAX_WIDTH, 0},
+    {"ddconfig.out_ch", SETTING_SIZE, offsetof(VqganConfig, out_ch), 1, MAX_WIDTH, 0},
+    {"ddconfig.ch", SETTING_SIZE, offsetof(VqganConfig, ch), 1, MAX_WIDTH, 0},
+    {"ddconfig.num_res_blocks", SETTING_SIZE, offsetof(VqganConfig, num_res_blocks), 1, MAX_BLOCKS, 0},
+    {"ddconfig.ch_mult", SETTING_LIST, offsetof(VqganConfig, ch_mult), 1, VQ_LEVELS, 0, offsetof(VqganConfig, levels)},
+    {"ddconfig.attn_resolutions", SETTING_LIST, offsetof(VqganConfig, attn_resolutions), 0, VQ_LEVELS, 0,
+     offsetof(VqganConfig, n_attn)},
+    {"ddconfig.double_z", SETTING_FIXED, 0, 0, 0, 0},
+    {"ddconfig.tanh_out", SETTING_FLAG, offsetof(VqganConfig, tanh_out), 0, 1, 1},
+    {"legacy", SETTING_FLAG, offsetof(VqganConfig, legacy), 0, 1, 1},
+    {"beta", SETTING_REAL, offsetof(VqganConfig, beta), 0, 1e6, 1},
+    {"ddconfig.resamp_with_conv", SETTING_FIXED, 0, 1, 0, 1}};
+enum { SETTINGS = sizeof settings / sizeof *settings };
 
 static Err check_settings(const VqganConfig *c) {
-    for (size_t i = 0; i < SIZES; i++) TRY(check_range(sizes[i].key, *size_of(c, i), sizes[i].lo, sizes[i].hi));
-    TRY(check_range("re_embed", c->re_embed, 0, c->n_embed));
-    TRY(check_range("number of levels (ch_mult)", c->levels, 1, VQ_LEVELS));
-    TRY(check_range("number of attn_resolutions", c->n_attn, 0, VQ_LEVELS));
+    TRY(config_table_check(c, settings, SETTINGS, "vqgan"));
+    if (c->re_embed > c->n_embed) return err("vqgan: re_embed is %zu, expected 0..%zu", c->re_embed, c->n_embed);
     if (c->ch % NORM_GROUPS) return err("vqgan: ch is %zu, expected a multiple of %d", c->ch, NORM_GROUPS);
-    for (size_t i = 0; i < c->levels; i++) TRY(check_range("ch_mult", c->ch_mult[i], 1, MAX_WIDTH / c->ch));
-    if (!(c->beta >= 0 && c->beta < 1e6)) return err("vqgan: beta is %g, expected 0..1e6", c->beta);
+    for (size_t i = 0; i < c->levels; i++)
+        if (c->ch_mult[i] < 1 || c->ch_mult[i] > MAX_WIDTH / c->ch)
+            return err("vqgan: ch_mult is %zu, expected 1..%zu", c->ch_mult[i], MAX_WIDTH / c->ch);
     return OK;
-}
-
-static Err refuse_flag(const Config *from, const char *prefix, const char *key, int wanted) {
-    int flag = wanted;
-    TRY(config_flag(&flag, from, prefix, key, 1));
-    return flag == wanted ? OK : err("%s%s is not supported: must be %s", prefix, key, wanted ? "true" : "false");
 }
 
 Err vqgan_config_read(VqganConfig *c, const Config *from, const char *prefix) {
     *c = (VqganConfig){.legacy = 1, .beta = 0.25};
-    for (size_t i = 0; i < SIZES; i++)
-        TRY(config_size(size_of(c, i), from, prefix, sizes[i].key, sizes[i].lo, sizes[i].hi, sizes[i].optional));
-    TRY(config_list(c->ch_mult, &c->levels, VQ_LEVELS, from, prefix, "ddconfig.ch_mult", 0));
-    TRY(config_list(c->attn_resolutions, &c->n_attn, VQ_LEVELS, from, prefix, "ddconfig.attn_resolutions", 0));
-    TRY(config_flag(&c->tanh_out, from, prefix, "ddconfig.tanh_out", 1));
-    TRY(config_flag(&c->legacy, from, prefix, "legacy", 1));
-    TRY(config_real(&c->beta, from, prefix, "beta", 0, 1e6, 1));
-    TRY(refuse_flag(from, prefix, "ddconfig.double_z", 0));
-    return refuse_flag(from, prefix, "ddconfig.resamp_with_conv", 1);
-}
-
-static Err write_list(Config *to, const char *key, const size_t *x, size_t n) {
-    char text[VQ_LEVELS * 24] = "-";
-    for (size_t i = 0, at = 0; i < n; i++)
-        at += (size_t)snprintf(text + at, sizeof text - at, "%s%zu", i ? "," : "", x[i]);
-    return config_set(to, key, "%s", text);
+    return config_table_read(c, settings, SETTINGS, from, prefix);
 }
 
 Err vqgan_config_write(Config *to, const VqganConfig *c, const char *prefix) {
-    for (size_t i = 0; i < SIZES; i++)
-        TRY(config_set(to, named("%s%s", prefix, sizes[i].key).s, "%zu", *size_of(c, i)));
-    TRY(write_list(to, named("%sddconfig.ch_mult", prefix).s, c->ch_mult, c->levels));
-    TRY(write_list(to, named("%sddconfig.attn_resolutions", prefix).s, c->attn_resolutions, c->n_attn));
-    TRY(config_set(to, named("%sddconfig.double_z", prefix).s, "false"));
-    TRY(config_set(to, named("%sddconfig.tanh_out", prefix).s, "%s", c->tanh_out ? "true" : "false"));
-    TRY(config_set(to, named("%slegacy", prefix).s, "%s", c->legacy ? "true" : "false"));
-    return config_set(to, named("%sbeta", prefix).s, "%.17g", c->beta);
+    return config_table_write(to, c, settings, SETTINGS, prefix);
 }
 
 /* ---- The order of the parameter table is that of PyTorch's state dict: nearly that in which layers run. But a level's
@@ -1223,20 +1161,19 @@ static Err lay_out(Vqgan *v, Plan *plan, size_t B, size_t H, size_t W, int train
 
 /* What callers see: on a CPU the values themselves, on a GPU copies in the host's memory. */
 static Err place_seen(Vqgan *v) {
-    Plan plan = {.what = "vqgan: what the GPU gives back"};
-    size_t bytes = 0;
+    size_t reals = v->B * plane_size(v, v->z); /* the codes */
     v->seen_code = v->code;
-    plan_add(&plan, &v->seen_code, v->B * plane_size(v, v->z), sizeof *v->seen_code, 0, 0);
     for (int i = 0; i < SHOWN; i++) {
-        Value *x = &v->value[v->shown[i]];
-        x->seen = x->memory;
-        plan_add(&plan, &x->seen, v->B * x->C * plane_size(v, v->shown[i]), sizeof(real), 0, 0);
+        v->value[v->shown[i]].seen = v->value[v->shown[i]].memory;
+        reals += v->B * v->value[v->shown[i]].C * plane_size(v, v->shown[i]);
     }
-    Err e = v->on.device ? plan_lay_out(&plan, &bytes) : OK;
-    if (e == OK && v->on.device) e = mem_alloc(&v->seen_memory, bytes, 1, plan.what);
-    if (e == OK && v->on.device) plan_place(&plan, v->seen_memory);
-    plan_free(&plan);
-    return e;
+    if (!v->on.device) return OK;
+    TRY(mem_alloc(&v->seen_memory, reals, sizeof(real), "vqgan: what the GPU gives back"));
+    real *at = (real *)v->seen_memory;
+    for (int i = 0; i < SHOWN; at += v->B * v->value[v->shown[i]].C * plane_size(v, v->shown[i]), i++)
+        v->value[v->shown[i]].seen = at;
+    v->seen_code = (int32_t *)(void *)at;
+    return OK;
 }
 
 Err vqgan_plan_bytes(Vqgan *v, size_t B, size_t H, size_t W, int train, size_t *bytes) {

@@ -82,6 +82,19 @@ Err compute_status(const Compute *on) {
     return on->device ? on->ops->status(on->device) : OK;
 }
 
+void compute_lend(const Compute *on, real **value, const real *planes, size_t B, size_t C, size_t hw) {
+    if (on->device)
+        on->fast->put_planes(on, *value, planes, B, C, hw);
+    else
+        *value = (real *)(uintptr_t)planes;
+}
+
+Err compute_hand_back(const Compute *on, real *planes, const real *value, size_t B, size_t C, size_t hw) {
+    if (on->device) return on->fast->get_planes(on, planes, value, B, C, hw);
+    if (planes != value) memcpy(planes, value, B * C * hw * sizeof *planes);
+    return OK;
+}
+
 uint64_t compute_changes(const Compute *on) {
     return on->device ? on->ops->changes(on->device) : 0;
 }

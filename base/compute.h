@@ -62,6 +62,10 @@ void compute_copy(const Compute *on, void *to, const void *from, size_t bytes); 
 /* Bytes from the host to where it computes, and back (which waits until they are there). */
 void compute_put(const Compute *on, void *to, const void *from, size_t bytes);
 Err compute_get(const Compute *on, void *to, const void *from, size_t bytes);
+/* The caller's (B,C,hw) numbers as a value where it computes: on a CPU *value points at them, which are only read; on a
+ * GPU they are copied to where it points, by way of the scratch. Then a value to the caller. */
+void compute_lend(const Compute *on, real **value, const real *planes, size_t B, size_t C, size_t hw);
+Err compute_hand_back(const Compute *on, real *planes, const real *value, size_t B, size_t C, size_t hw);
 /* Counts whatever changes the parameters' values on a GPU: what a network has prepared from them is then too old. */
 uint64_t compute_changes(const Compute *on);
 /* The f32 copy of x, which has n numbers: it lies behind them. And how many bytes such a value takes. */
@@ -96,6 +100,13 @@ typedef struct {
     int y_f32_only;     /* nobody reads the bf16 numbers of y: they need not be written */
     void *prepared;     /* a GPU: the weights in the order of patches, from conv_prepare; else NULL */
 } Conv;
+
+static inline size_t conv_height(const Conv *c) { /* of y */
+    return c->kind == CONV_UP ? 2 * c->h : c->kind == CONV_DOWN ? c->h / 2 : c->h;
+}
+static inline size_t conv_width(const Conv *c) {
+    return c->kind == CONV_UP ? 2 * c->w : c->kind == CONV_DOWN ? c->w / 2 : c->w;
+}
 
 /* Group norm of x (B,C,hw) in 32 groups of C/32 neighbouring channels. */
 enum { NORM_GROUPS = 32 };

@@ -739,8 +739,8 @@ static void test_refusals(void) {
     } while (0)
     REFUSE(c.ch = 48, "ch is 48, expected a multiple of 32");
     REFUSE(c.ch = 0, "ch is 0");
-    REFUSE(c.levels = 0, "levels");
-    REFUSE(c.levels = 9, "levels");
+    REFUSE(c.levels = 0, "the length of ddconfig.ch_mult is 0, expected 1..8");
+    REFUSE(c.levels = 9, "the length of ddconfig.ch_mult is 9");
     REFUSE(c.ch_mult[1] = 0, "ch_mult");
     REFUSE(c.ch_mult[2] = (size_t)-1, "ch_mult");
     REFUSE(c.num_res_blocks = 0, "num_res_blocks");

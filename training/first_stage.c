@@ -174,7 +174,7 @@ static Err restart_codes(Stage *s) {
         const size_t b = pick % latents / s->N, i = pick % s->N;
         for (size_t d = 0; d < c->embed_dim && owner == rank(); d++) latent[d] = z[(b * c->embed_dim + d) * s->N + i];
         e = ranks_broadcast(owner, latent, c->embed_dim * sizeof *latent);
-        if (e == OK) vqgan_restart_code(s->vqgan, code, latent);
+        if (e == OK) vqgan_restart_code(s->vqgan, code, latent, 1);
     }
     free(latent);
     return e == OK ? ranks_agree(params_send(s->params)) : e;
