@@ -943,24 +943,24 @@ size_t vqgan_restart_codes(Vqgan *v, const uint32_t *usage, uint64_t seed, uint6
 
 /* ---- Settings, under their official names ---- */
 
-static const Setting settings[] = {
-    {"embed_dim", SETTING_SIZE, offsetof(VqganConfig, embed_dim), 1, MAX_WIDTH, 0},
-    {"n_embed", SETTING_SIZE, offsetof(VqganConfig, n_embed), 1, 1 << 24, 0},
-    {"re_embed", SETTING_SIZE, offsetof(VqganConfig, re_embed), 0, 1 << 24, 1},
-    {"ddconfig.z_channels", SETTING_SIZE, offsetof(VqganConfig, z_channels), 1, MAX_WIDTH, 0},
-    {"ddconfig.resolution", SETTING_SIZE, offsetof(VqganConfig, resolution), 1, 1 << 20, 0},
-    {"ddconfig.in_channels", SETTING_SIZE, offsetof(VqganConfig, in_channels), 1, MAX_WIDTH, 0},
-    {"ddconfig.out_ch", SETTING_SIZE, offsetof(VqganConfig, out_ch), 1, MAX_WIDTH, 0},
-    {"ddconfig.ch", SETTING_SIZE, offsetof(VqganConfig, ch), 1, MAX_WIDTH, 0},
-    {"ddconfig.num_res_blocks", SETTING_SIZE, offsetof(VqganConfig, num_res_blocks), 1, MAX_BLOCKS, 0},
-    {"ddconfig.ch_mult", SETTING_LIST, offsetof(VqganConfig, ch_mult), 1, VQ_LEVELS, 0, offsetof(VqganConfig, levels)},
-    {"ddconfig.attn_resolutions", SETTING_LIST, offsetof(VqganConfig, attn_resolutions), 0, VQ_LEVELS, 0,
+static const ConfigField settings[] = {
+    {"embed_dim", FIELD_SIZE, offsetof(VqganConfig, embed_dim), 1, MAX_WIDTH, 0},
+    {"n_embed", FIELD_SIZE, offsetof(VqganConfig, n_embed), 1, 1 << 24, 0},
+    {"re_embed", FIELD_SIZE, offsetof(VqganConfig, re_embed), 0, 1 << 24, 1},
+    {"ddconfig.z_channels", FIELD_SIZE, offsetof(VqganConfig, z_channels), 1, MAX_WIDTH, 0},
+    {"ddconfig.resolution", FIELD_SIZE, offsetof(VqganConfig, resolution), 1, 1 << 20, 0},
+    {"ddconfig.in_channels", FIELD_SIZE, offsetof(VqganConfig, in_channels), 1, MAX_WIDTH, 0},
+    {"ddconfig.out_ch", FIELD_SIZE, offsetof(VqganConfig, out_ch), 1, MAX_WIDTH, 0},
+    {"ddconfig.ch", FIELD_SIZE, offsetof(VqganConfig, ch), 1, MAX_WIDTH, 0},
+    {"ddconfig.num_res_blocks", FIELD_SIZE, offsetof(VqganConfig, num_res_blocks), 1, MAX_BLOCKS, 0},
+    {"ddconfig.ch_mult", FIELD_LIST, offsetof(VqganConfig, ch_mult), 1, VQ_LEVELS, 0, offsetof(VqganConfig, levels)},
+    {"ddconfig.attn_resolutions", FIELD_LIST, offsetof(VqganConfig, attn_resolutions), 0, VQ_LEVELS, 0,
      offsetof(VqganConfig, n_attn)},
-    {"ddconfig.double_z", SETTING_FIXED, 0, 0, 0, 0},
-    {"ddconfig.tanh_out", SETTING_FLAG, offsetof(VqganConfig, tanh_out), 0, 1, 1},
-    {"legacy", SETTING_FLAG, offsetof(VqganConfig, legacy), 0, 1, 1},
-    {"beta", SETTING_REAL, offsetof(VqganConfig, beta), 0, 1e6, 1},
-    {"ddconfig.resamp_with_conv", SETTING_FIXED, 0, 1, 0, 1}};
+    {"ddconfig.double_z", FIELD_FIXED, 0, 0, 0, 0},
+    {"ddconfig.tanh_out", FIELD_FLAG, offsetof(VqganConfig, tanh_out), 0, 1, 1},
+    {"legacy", FIELD_FLAG, offsetof(VqganConfig, legacy), 0, 1, 1},
+    {"beta", FIELD_REAL, offsetof(VqganConfig, beta), 0, 1e6, 1},
+    {"ddconfig.resamp_with_conv", FIELD_FIXED, 0, 1, 0, 1}};
 enum { SETTINGS = sizeof settings / sizeof *settings };
 
 static Err check_settings(const VqganConfig *c) {

@@ -195,14 +195,14 @@ static void *field(const void *x, size_t at) {
     return (char *)(uintptr_t)x + at;
 }
 
-static Err read_setting(void *to, const Setting *s, const Config *from, const char *prefix) {
+static Err read_setting(void *to, const ConfigField *s, const Config *from, const char *prefix) {
     const size_t lo = (size_t)s->lo, hi = (size_t)s->hi;
     int flag = s->lo != 0;
     switch (s->kind) {
-    case SETTING_SIZE: return config_size((size_t *)field(to, s->at), from, prefix, s->key, lo, hi, s->optional);
-    case SETTING_FLAG: return config_flag((int *)field(to, s->at), from, prefix, s->key, s->optional);
-    case SETTING_REAL: return config_real((double *)field(to, s->at), from, prefix, s->key, s->lo, s->hi, s->optional);
-    case SETTING_LIST:
+    case FIELD_SIZE: return config_size((size_t *)field(to, s->at), from, prefix, s->key, lo, hi, s->optional);
+    case FIELD_FLAG: return config_flag((int *)field(to, s->at), from, prefix, s->key, s->optional);
+    case FIELD_REAL: return config_real((double *)field(to, s->at), from, prefix, s->key, s->lo, s->hi, s->optional);
+    case FIELD_LIST:
         return config_list((size_t *)field(to, s->at), (size_t *)field(to, s->length_at), hi, from, prefix, s->key,
                            s->optional);
     default:
@@ -212,7 +212,7 @@ static Err read_setting(void *to, const Setting *s, const Config *from, const ch
     }
 }
 
-Err config_table_read(void *to, const Setting *s, size_t n, const Config *from, const char *prefix) {
+Err config_table_read(void *to, const ConfigField *s, size_t n, const Config *from, const char *prefix) {
     for (size_t i = 0; i < n; i++) TRY(read_setting(to, &s[i], from, prefix));
     return OK;
 }
@@ -224,35 +224,35 @@ static Err write_numbers(Config *to, const char *key, const size_t *x, size_t n)
     return config_set(to, key, "%s", text);
 }
 
-static Err write_setting(Config *to, const void *from, const Setting *s, const char *prefix) {
+static Err write_setting(Config *to, const void *from, const ConfigField *s, const char *prefix) {
     char key[512];
     snprintf(key, sizeof key, "%s%s", prefix, s->key);
     const void *x = field(from, s->at);
     switch (s->kind) {
-    case SETTING_SIZE: return config_set(to, key, "%zu", *(const size_t *)x);
-    case SETTING_FLAG: return config_set(to, key, "%s", *(const int *)x ? "true" : "false");
-    case SETTING_REAL: return config_set(to, key, "%.17g", *(const double *)x);
-    case SETTING_LIST: return write_numbers(to, key, (const size_t *)x, *(const size_t *)field(from, s->length_at));
+    case FIELD_SIZE: return config_set(to, key, "%zu", *(const size_t *)x);
+    case FIELD_FLAG: return config_set(to, key, "%s", *(const int *)x ? "true" : "false");
+    case FIELD_REAL: return config_set(to, key, "%.17g", *(const double *)x);
+    case FIELD_LIST: return write_numbers(to, key, (const size_t *)x, *(const size_t *)field(from, s->length_at));
     default: return s->optional ? OK : config_set(to, key, "%s", s->lo != 0 ? "true" : "false");
     }
 }
 
-Err config_table_write(Config *to, const void *from, const Setting *s, size_t n, const char *prefix) {
+Err config_table_write(Config *to, const void *from, const ConfigField *s, size_t n, const char *prefix) {
     for (size_t i = 0; i < n; i++) TRY(write_setting(to, from, &s[i], prefix));
     return OK;
 }
 
-static Err check_setting(const void *x, const Setting *s, const char *whose) {
-    const size_t size = s->kind == SETTING_SIZE   ? *(const size_t *)field(x, s->at)
-                        : s->kind == SETTING_LIST ? *(const size_t *)field(x, s->length_at)
-                                                  : 0;
-    const double number = s->kind == SETTING_REAL ? *(const double *)field(x, s->at) : (double)size;
-    if (s->kind == SETTING_FLAG || s->kind == SETTING_FIXED || (number >= s->lo && number <= s->hi)) return OK;
-    return err("%s: %s%s is %.15g, expected %.15g..%.15g", whose, s->kind == SETTING_LIST ? "the length of " : "",
-               s->key, number, s->lo, s->hi);
+static Err check_setting(const void *x, const ConfigField *s, const char *whose) {
+    const size_t size = s->kind == FIELD_SIZE   ? *(const size_t *)field(x, s->at)
+                        : s->kind == FIELD_LIST ? *(const size_t *)field(x, s->length_at)
+                                                : 0;
+    const double number = s->kind == FIELD_REAL ? *(const double *)field(x, s->at) : (double)size;
+    if (s->kind == FIELD_FLAG || s->kind == FIELD_FIXED || (number >= s->lo && number <= s->hi)) return OK;
+    return err("%s: %s%s is %.15g, expected %.15g..%.15g", whose, s->kind == FIELD_LIST ? "the length of " : "", s->key,
+               number, s->lo, s->hi);
 }
 
-Err config_table_check(const void *x, const Setting *s, size_t n, const char *whose) {
+Err config_table_check(const void *x, const ConfigField *s, size_t n, const char *whose) {
     for (size_t i = 0; i < n; i++) TRY(check_setting(x, &s[i], whose));
     return OK;
 }

@@ -27,23 +27,23 @@ Err config_flag(int *out, const Config *c, const char *prefix, const char *key, 
 Err config_list(size_t *out, size_t *n, size_t max, const Config *c, const char *prefix, const char *key, int optional);
 /* A struct's fields by their keys, for reading, writing and checking. */
 typedef enum {
-    SETTING_SIZE, /* size_t, lo..hi */
-    SETTING_FLAG, /* int: true or false */
-    SETTING_REAL, /* double, lo..hi */
-    SETTING_LIST, /* size_t[hi], whose length, lo..hi, is the size_t at length_at */
-    SETTING_FIXED /* no field: another flag than lo is refused. Unless optional, it is written. */
-} SettingKind;
+    FIELD_SIZE, /* size_t, lo..hi */
+    FIELD_FLAG, /* int: true or false */
+    FIELD_REAL, /* double, lo..hi */
+    FIELD_LIST, /* size_t[hi], whose length, lo..hi, is the size_t at length_at */
+    FIELD_FIXED /* no field: another flag than lo is refused. Unless optional, it is written. */
+} FieldKind;
 typedef struct {
     const char *key;
-    SettingKind kind;
+    FieldKind kind;
     size_t at; /* of the field in the struct */
     double lo, hi;
     int optional; /* absent: the field is left alone; else that is an error */
     size_t length_at;
-} Setting;
-Err config_table_read(void *to, const Setting *s, size_t n, const Config *from, const char *prefix);
-Err config_table_write(Config *to, const void *from, const Setting *s, size_t n, const char *prefix);
-Err config_table_check(const void *x, const Setting *s, size_t n, const char *whose);
+} ConfigField;
+Err config_table_read(void *to, const ConfigField *s, size_t n, const Config *from, const char *prefix);
+Err config_table_write(Config *to, const void *from, const ConfigField *s, size_t n, const char *prefix);
+Err config_table_check(const void *x, const ConfigField *s, size_t n, const char *whose);
 Err config_read(Config *c, const char *path); /* a text file of "key value" lines */
 void config_free(Config *c);
 /* Decimal digits at *s, nothing else; *s moves behind them. 0: there are none, or too many for a size_t. */
