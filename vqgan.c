@@ -1090,7 +1090,7 @@ static void plan_layer(Vqgan *v, Plan *plan, size_t j) {
     for (int backward = 0; l->kind == CONV && backward <= v->train; backward++) conv_needs(&v->on, &c, backward);
     if (l->kind == CONV && v->on.device && fast->conv_prepared_bytes(&c))
         plan_add(plan, &l->prepared, fast->conv_prepared_bytes(&c), 1, 0, PLAN_END);
-    if (l->kind == NORM) kept = v->on.device ? fast->group_norm_kept(&n) : v->B * NORM_GROUPS * 2 * sizeof(real);
+    if (l->kind == NORM) kept = fast ? fast->group_norm_kept(&n) : v->B * NORM_GROUPS * 2 * sizeof(real);
     if (l->kind == NORM && fast) needs = fast->group_norm_needs(&v->on, &n, v->train);
     if (l->kind == ATTEND) kept = round_up(N, 64) * v->on.unit; /* a GPU's pictures begin at a multiple of 64 */
     if (l->kind == ATTEND && fast) needs = fast->picture_attention_needs(&v->on, v->B, C, N, v->train);

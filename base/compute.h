@@ -239,7 +239,7 @@ struct Layers {
     void (*conv_backward)(const Compute *on, real *dx, real *dw, real *db, const real *dy, const real *x, const real *w,
                           int accumulate, const Conv *c);
     size_t (*group_norm_needs)(const Compute *on, const GroupNorm *n, int backward);
-    size_t (*group_norm_kept)(const GroupNorm *n); /* a GPU: bytes that forward leaves for backward */
+    size_t (*group_norm_kept)(const GroupNorm *n); /* bytes that forward leaves for backward */
     void (*group_norm_forward)(const Compute *on, real *y, real *kept, const real *x, const real *gamma,
                                const real *beta, const GroupNorm *n);
     void (*group_norm_backward)(const Compute *on, real *dx, real *dgamma, real *dbeta, real *dy, const real *x,

@@ -6,6 +6,7 @@ const Layers fast_layers = {
     .conv_forward = conv_forward_fast,
     .conv_backward = conv_backward_fast,
     .group_norm_needs = group_norm_needs_fast,
+    .group_norm_kept = group_norm_kept_fast,
     .group_norm_forward = group_norm_forward_fast,
     .group_norm_backward = group_norm_backward_fast,
     .picture_attention_needs = picture_attention_needs_fast,

@@ -93,6 +93,7 @@ void guess_costs(const Guesses *g, double *pass, double *each);
 
 /* ---- norm.c: the fellows of vqgan.c's other layers ---- */
 size_t group_norm_needs_fast(const Compute *on, const GroupNorm *n, int backward);
+size_t group_norm_kept_fast(const GroupNorm *n);
 void group_norm_forward_fast(const Compute *on, real *y, real *kept, const real *x, const real *gamma, const real *beta,
                              const GroupNorm *n);
 void group_norm_backward_fast(const Compute *on, real *dx, real *dgamma, real *dbeta, real *dy, const real *x,

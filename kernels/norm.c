@@ -93,6 +93,10 @@ size_t group_norm_needs_fast(const Compute *on, const GroupNorm *n, int backward
     return backward ? n->B * n->C * 2 * sizeof(real) : 0;
 }
 
+size_t group_norm_kept_fast(const GroupNorm *n) {
+    return n->B * NORM_GROUPS * 2 * sizeof(real);
+}
+
 static void norm_forward_task(void *context, size_t bg) {
     const NormJob *job = (const NormJob *)context;
     const size_t hw = job->n->hw, per = job->n->C / NORM_GROUPS, n = per * hw;
@@ -115,8 +119,8 @@ static void norm_forward_task(void *context, size_t bg) {
     }
 }
 
-void group_norm_forward_fast(const Compute *on, real *y, real *kept, const real *x, const real *gamma,
-                             const real *beta, const GroupNorm *n) {
+void group_norm_forward_fast(const Compute *on, real *y, real *kept, const real *x, const real *gamma, const real *beta,
+                             const GroupNorm *n) {
     NormJob job = {.n = n, .y = y, .kept = kept, .x = x, .gamma = gamma, .beta = beta};
     (void)on;
     parallel_for(threads_free(), n->B * NORM_GROUPS, norm_forward_task, &job);
