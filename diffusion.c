@@ -25,9 +25,8 @@
  * This file owns noise, posterior, the draw of one token (temperature, top-k, guide), the chain with its guidance,
  * candidates and forward-backward repeats, and the schedules beta_t. It knows tokens and networks, but no files. Every
  * random number is a Philox draw named by (seed, purpose, scale and repeat, sample, position): tokens depend on neither
- * the batch that a sample is in nor the number of threads.
- *
- * It refuses: schedules whose betas leave [0,1], options that a model cannot follow, networks that answer with NaN.
+ * the batch that a sample is in nor the number of threads. It refuses schedules whose betas leave [0,1], options that a
+ * model cannot follow, networks that answer with NaN.
  *
  * Read next: transformer.cu, the network p(x_{t-1} | x_t) and its loss; train.c, which teaches it; sampling/bounds.c,
  * the bound of a given picture; kernels/guess.c, how a pass draws several tokens of a sample at once. */
@@ -141,7 +140,7 @@ int32_t sample_pick(const real *prob, size_t K, double u) {
     return last;
 }
 
-/* uncond + g (cond - uncond): classifier-free guidance (Ho and Salimans 2022), logits (K) with a class and with none. */
+/* Classifier-free guidance (Ho and Salimans 2022): uncond + g (cond - uncond), logits with a class and with none. */
 static void mix_logits(real *mixed, const real *cond, const real *uncond, size_t K, double g) {
     for (size_t k = 0; k < K; k++) mixed[k] = uncond[k] + (real)g * (cond[k] - uncond[k]);
 }
@@ -173,7 +172,7 @@ typedef struct {
     double *fit;            /* (n) log probability that this pass gave to the known tokens */
     uint64_t *stream;       /* (n) random numbers of this pass; index = position */
     Sample *sample;         /* (n) where each sample stands */
-    DecodePosition *block;      /* (rows * min(N,DECODE_BLOCK)) positions that the decoder is fed at once */
+    DecodePosition *block;  /* (rows * min(N,DECODE_BLOCK)) positions that the decoder is fed at once */
     size_t length;          /* of the block, without its second half under guidance */
     const real *logits;     /* of the block: (length,K) with a class; guided, (length,K) with none follow */
     size_t end;             /* positions from here on are known, and nobody asks for their probability */
@@ -219,7 +218,8 @@ static void set_pass(Drawing *d) {
     const int has_drafts = transformer_config(d->net)->kind == NET_X; /* the last scale does not look at x_t */
     const int is_one = o->official_temperature && has_drafts;         /* SPEC 1.11 */
     const size_t most = o->block ? min_size(o->block, DECODE_BLOCK) : DECODE_BLOCK;
-    d->how = (DrawOptions){o->seed, d->stream, is_one ? 1 : o->temperature[d->t], o->top_k[d->t], o->known, o->keep};
+    d->how = (DrawOptions){.seed = o->seed, .stream = d->stream, .known = o->known, .keep = o->keep};
+    d->how.temperature = is_one ? 1 : o->temperature[d->t], d->how.top_k = o->top_k[d->t];
     d->how.guided = d->rows > d->n, d->how.guidance = o->guidance[d->t];
     d->how.fit = o->known && o->candidates > 1 ? d->fit : NULL;
     d->how.progress = report_pass, d->how.context = d;

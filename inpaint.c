@@ -6,8 +6,8 @@
  *     write    x_0 -> pixels       write_result: decode_pictures; the kept pixels are put back exactly
  *
  * At every scale the known tokens are forced (the guide of SPEC section 5) and the others are drawn. Each scale may run
- * several times, with some noise in between (the paper's forward-backward chains), which lets known and new parts settle
- * on each other. inpaint() is all of it in order. Read next: diffusion.c. */
+ * several times, with some noise in between (the paper's forward-backward chains), which lets known and new parts
+ * settle on each other. inpaint() is all of it in order. Read next: diffusion.c. */
 #include "sampling/sampling.h"
 
 #include <stdio.h>

@@ -1,4 +1,8 @@
-/* recipe.c - named models, and recipes: the official configuration's keys, part by part. */
+/* recipe.c - named models, and recipes: the official configuration's keys, part by part.
+ *
+ * A recipe is a text file, models/NAME.txt, of lines "part.key value". Parts: vqgan, the first stage; scale, what the
+ * encoder-decoder scales and the joint model share; last, scale T, which is another network; joint; scaleN, what scale
+ * N alone has, which wins. recipe_read gives the keys of one network under their official names. */
 #include "files/files.h"
 
 #include <stdio.h>

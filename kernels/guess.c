@@ -22,9 +22,9 @@
 
 /* ---- Costs: a model, not a measurement, which would make results depend on the clock ---- */
 
-/* A pass must read all weights, and each sample's keys and values, from memory. While one byte arrives, 3 positions could
- * be multiplied with one weight (measured on two AVX-512 cores). So reading costs as much as POSITIONS_PER_BYTE positions
- * for every byte of a weight. If all weights fit the caches, only the positions count. */
+/* A pass must read all weights, and each sample's keys and values, from memory. While one byte arrives, 3 positions
+ * could be multiplied with one weight (measured on two AVX-512 cores). So reading costs as much as POSITIONS_PER_BYTE
+ * positions for every byte of a weight. If all weights fit the caches, only the positions count. */
 void guess_costs(const Guesses *g, double *pass, double *each) {
     const double POSITIONS_PER_BYTE = 3, CACHES = 16 << 20;
     const int from_memory = g->reads.weight_bytes > CACHES;

@@ -11,8 +11,8 @@
 
 enum { CLASS_DRAWS = 8, PICTURE_DRAWS = 2 }; /* draws of the chain for a case; they divide BOUND_ROWS */
 
-/* Cases whose bound is wanted: classes for one picture, or pictures. A batch has BOUND_ROWS / draws of them, n tokens in
- * all, of which the kept ones come first in the arrays of size (n) and (n,K). */
+/* Cases whose bound is wanted: classes for one picture, or pictures. A batch has BOUND_ROWS / draws of them, n tokens
+ * in all, of which the kept ones come first in the arrays of size (n) and (n,K). */
 typedef struct {
     size_t cases, draws;
     int last; /* scales T..last have a say */

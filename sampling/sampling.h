@@ -1,5 +1,5 @@
-/* sampling.h - what sampling/ gives: a model's folder opened, bounds, nearest pictures, pictures in a terminal, and what
- * ./sample and ./inpaint ask and say alike. */
+/* sampling.h - what sampling/ gives: a model's folder opened, bounds, nearest pictures, pictures in a terminal, and
+ * what ./sample and ./inpaint ask and say alike. */
 #ifndef SAMPLING_H
 #define SAMPLING_H
 
