@@ -1,6 +1,7 @@
 /* test_layers.c [LAYER...]: every layer by name. Its plain loop is the definition: the gradients of that are compared with
  * central differences (in double), its faster fellows with it: the CPU's to 1e-5 (1e-12 in double), a GPU's to 1e-4, in
- * bf16 to 2e-2 of the largest number. Sizes differ from one another, so that one taken for another shows.
+ * bf16 to 2e-2 of the largest number. Sizes differ from one another, so that one taken for another shows. Elsewhere are
+ * adamw_bf16, which rounds by chance (test_transformer.c), and guess_block (test_diffusion.c).
  *
  *     make check                    lists the layers
  *     make check LAYER=group_norm   checks those whose name begins so */
@@ -541,6 +542,61 @@ static void activate_run(const Compute *on, const Case *c) {
 }
 THERE(activate_forward)
 
+/* ---- training/perceptual.c ---- */
+
+enum { RELU_X, RELU_Y, RELU_DY, RELU_DX };
+static void relu_describe(Case *c, const Compute *on) {
+    (void)on;
+    array(c, "x", GIVEN, c->s[0], NOTHING), array(c, "y", MADE, c->s[0], NOTHING);
+    array(c, "dy", GIVEN, c->s[0], RELU_Y), array(c, "dx", MADE, c->s[0], RELU_X);
+}
+static void relu_run(const Compute *on, const Case *c) {
+    copy_numbers(on, P(RELU_Y), P(RELU_X), c->s[0]);
+    relu_forward(on, P(RELU_Y), c->s[0]);
+    copy_numbers(on, P(RELU_DX), P(RELU_DY), c->s[0]);
+    relu_backward(on, P(RELU_DX), P(RELU_Y), c->s[0]);
+}
+THERE(relu_forward)
+
+enum { POOL_X, POOL_Y, POOL_DY, POOL_DX };
+static void pool_describe(Case *c, const Compute *on) {
+    const size_t B = c->s[0], C = c->s[1], h = c->s[2], w = c->s[3];
+    (void)on;
+    picture(c, "x", GIVEN, B, C, h * w, NOTHING), picture(c, "y", MADE, B, C, (h / 2) * (w / 2), NOTHING);
+    picture(c, "dy", GIVEN, B, C, (h / 2) * (w / 2), POOL_Y), picture(c, "dx", MADE, B, C, h * w, POOL_X);
+}
+static void pool_run(const Compute *on, const Case *c) {
+    pool_forward(on, P(POOL_Y), P(POOL_X), c->s[0], c->s[1], c->s[2], c->s[3]);
+    pool_backward(on, P(POOL_DX), P(POOL_DY), P(POOL_X), c->s[0], c->s[1], c->s[2], c->s[3]);
+}
+THERE(pool_forward)
+
+enum { CMP_A, CMP_R, CMP_LIN, CMP_DISTANCE, CMP_WEIGHT, CMP_DR, CMP_SUMS };
+static void compare_describe(Case *c, const Compute *on) {
+    const size_t B = c->s[0], C = c->s[1], hw = c->s[2];
+    picture(c, "a", GIVEN, B, C, hw, NOTHING), picture(c, "r", GIVEN, B, C, hw, NOTHING);
+    array(c, "lin", GIVEN | PARAM, C, NOTHING);
+    array(c, "distance", MADE | ON_HOST | DOUBLE, 1, NOTHING);
+    array(c, "weight", GIVEN | ON_HOST | DOUBLE, 1, CMP_DISTANCE);
+    picture(c, "dr", c->s[3] ? GIVEN | MADE : MADE, B, C, hw, CMP_R);
+    array(c, "sums", SAVED, comparison_sums(on, B, hw) * sizeof(double), NOTHING);
+}
+static void compare_run(const Compute *on, const Case *c) {
+    const size_t n = comparison_sums(on, c->s[0], c->s[2]);
+    const Comparison s = {.B = c->s[0],
+                          .C = c->s[1],
+                          .hw = c->s[2],
+                          .weight = *(const double *)c->p[CMP_WEIGHT],
+                          .accumulate = (int)c->s[3]};
+    double *sums = (double *)malloc(n * sizeof *sums), *distance = (double *)c->p[CMP_DISTANCE];
+    compare_features(on, (double *)c->p[CMP_SUMS], P(CMP_DR), P(CMP_A), P(CMP_R), P(CMP_LIN), &s);
+    MUST(compute_get(on, sums, c->p[CMP_SUMS], n * sizeof *sums));
+    *distance = 0;
+    for (size_t i = 0; i < n; i++) *distance += sums[i];
+    free(sums);
+}
+THERE(compare_features)
+
 static const Checked layers[] = {
     {"conv", "kind B C M h w accumulate add", conv_describe, conv_scratch, conv_run, NULL,
      CASES({CONV1, 2, 5, 3, 7, 9, 0, 1}, {CONV3, 2, 3, 5, 7, 9, 1, 0}, {CONV3, 1, 1, 1, 1, 1, 0, 1},
@@ -584,6 +640,10 @@ static const Checked layers[] = {
      CASES({2, 3, 5, 8, 6, 2}, {1, 5, 1, 7, 4, 1}, {3, 1, 17, 9, 11, 2}), BY(conv4_forward)},
     {"activate", "M n norm", activate_describe, activate_scratch, activate_run, NULL,
      CASES({3, 70, 1}, {5, 9, 0}, {17, 33, 1}), BY(activate_forward)},
+    {"relu", "n", relu_describe, NULL, relu_run, NULL, CASES({1}, {257}), BY(relu_forward)},
+    {"pool", "B C h w", pool_describe, NULL, pool_run, NULL, CASES({2, 3, 5, 8}, {1, 33, 2, 7}), BY(pool_forward)},
+    {"compare_features", "B C hw accumulate", compare_describe, NULL, compare_run, NULL,
+     CASES({2, 3, 5, 0}, {1, 64, 33, 1}, {3, 257, 1, 0}), BY(compare_features)},
 };
 
 /* ---- All of them ---- */
