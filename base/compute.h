@@ -164,7 +164,7 @@ typedef struct {
     size_t B, C, hw;
     double weight;  /* of the gradient */
     int accumulate; /* which is added */
-} Comparison;
+} TapShape;
 
 /* ---- Guessing tokens ahead: kernels/guess.c for diffusion.c ---- */
 
@@ -334,7 +334,7 @@ struct Layers {
                           size_t w);
     size_t (*comparison_sums)(size_t B, size_t hw); /* how many */
     void (*compare_features)(const Compute *on, double *sums, real *dr, const real *a, const real *r, const real *lin,
-                             const Comparison *c);
+                             const TapShape *c);
     /* a GPU alone, by way of on->scratch: B*3*hw reals */
     void (*put_scaled)(const Compute *on, real *x, const real *pictures, const double *shift, const double *scale,
                        size_t B, size_t hw);

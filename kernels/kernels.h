@@ -128,7 +128,7 @@ void pool_backward_fast(const Compute *on, real *dx, const real *dy, const real 
                         size_t w);
 size_t comparison_sums_fast(size_t B, size_t hw);
 void compare_features_fast(const Compute *on, double *sums, real *dr, const real *a, const real *r, const real *lin,
-                           const Comparison *c);
+                           const TapShape *c);
 
 #ifdef __cplusplus
 }

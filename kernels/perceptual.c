@@ -99,7 +99,7 @@ void pool_backward_fast(const Compute *on, real *dx, const real *dy, const real 
 /* ---- Comparing features ---- */
 
 typedef struct {
-    const Comparison *c;
+    const TapShape *c;
     const real *a, *r, *lin;
     real *dr;
     double *sums;  /* (B,blocks) */
@@ -153,7 +153,7 @@ size_t comparison_sums_fast(size_t B, size_t hw) {
 }
 
 void compare_features_fast(const Compute *on, double *sums, real *dr, const real *a, const real *r, const real *lin,
-                           const Comparison *c) {
+                           const TapShape *c) {
     Tap t = {c, a, r, lin, dr, sums, ceil_div(c->hw, POSITIONS)};
     (void)on;
     parallel_for(threads_free(), c->B * t.blocks, tap_task, &t);

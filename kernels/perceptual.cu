@@ -179,7 +179,7 @@ static size_t comparison_sums_gpu(size_t B, size_t hw) {
     return sum_blocks(B * hw, CELL_THREADS / WARP);
 }
 static void compare_features_gpu(const Compute *on, double *sums, real *dr, const real *a, const real *r,
-                                 const real *lin, const Comparison *c) {
+                                 const real *lin, const TapShape *c) {
     keep_failure(on->device, compare_cuda(on->device, sums, (floatX *)dr, (const floatX *)a, (const floatX *)r, lin,
                                           c->B * c->hw, c->C, c->weight, c->accumulate));
 }

@@ -447,7 +447,7 @@ static double sum_of(const double *x, size_t n) {
 /* Position 0 of both pictures, and position 1 of r alone, have no direction. B = 1 */
 static void test_compare(size_t hw, size_t C, int accumulate) {
     const Compute plain = plain_side(), gpu = gpu_side(1);
-    const Comparison c = {1, C, hw, 0.7, accumulate};
+    const TapShape c = {1, C, hw, 0.7, accumulate};
     const size_t n = hw * C, n_sums = comparison_sums(&gpu, 1, hw);
     real *a = random_reals(n, 46, 1), *r = random_reals(n, 47, 1), *lin = random_reals(C, 48, 1),
          *dr = random_reals(n, 49, 1);

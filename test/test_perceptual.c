@@ -70,7 +70,7 @@ static double sum_of(const double *x, size_t n) {
 /* Position 0 of both pictures, and position 1 of r alone, have no direction. */
 static void check_comparison(size_t B, size_t C, size_t hw, int accumulate) {
     const Compute fast = {.fast = layers_here(), .unit = sizeof(real), .threads = threads_get()};
-    const Comparison c = {B, C, hw, 0.7, accumulate};
+    const TapShape c = {B, C, hw, 0.7, accumulate};
     const size_t n = B * C * hw;
     real *a = random_reals(n, 1, 1), *r = random_reals(n, 1, 2), *lin = random_reals(C, 1, 3), *dr[2];
     double *sums[2], total[2];
@@ -126,7 +126,7 @@ static double by_layers(Perceptual *p, const PerceptualConfig *c, const real *a,
     features(fa, p, c, a, H, W);
     features(fb, p, c, b, H, W);
     for (int s = 0; s < PERCEPTUAL_STAGES; s++, lin++) {
-        const Comparison of = {1, c->width[s], (H >> s) * (W >> s), 0, 0};
+        const TapShape of = {1, c->width[s], (H >> s) * (W >> s), 0, 0};
         lin += 2 * c->depth[s];
         compare_features(&plain, &sum, NULL, fa[s], fb[s], lin->value, &of);
         loss += sum / (double)of.hw;

@@ -87,7 +87,7 @@ void pool_backward(const Compute *on, real *dx, const real *dy, const real *x, s
  * |a| and |r| get 1e-10 where they divide. Where r is 0 in all channels its direction has no gradient. d is computed as
  * (a-r)/|a| + r (1/|a| - 1/|r|), which is exactly 0 for equal features. All in double, for what is alike cancels out. */
 void compare_features(const Compute *on, double *sums, real *dr, const real *a, const real *r, const real *lin,
-                      const Comparison *c) {
+                      const TapShape *c) {
     if (on->fast) return on->fast->compare_features(on, sums, dr, a, r, lin, c);
     for (size_t i = 0; i < c->B * c->hw; i++) {
         const size_t b = i / c->hw, at = b * c->C * c->hw + i % c->hw, end = at + c->C * c->hw;
@@ -166,7 +166,7 @@ static real *tap_of(const Perceptual *p, size_t stage) {
 /* What b pictures' features at the end of a stage say: `weight` times the gradient goes to dr, unless NULL. */
 static void compare_stage(Perceptual *p, size_t stage, size_t b, double weight, real *dr) {
     const size_t C = p->c.width[stage], hw = positions(p, stage);
-    const Comparison c = {b, C, hw, weight / (double)hw, stage + 1 < STAGES};
+    const TapShape c = {b, C, hw, weight / (double)hw, stage + 1 < STAGES};
     const real *r = tap_of(p, stage), *a = (const real *)(const void *)((const char *)r + b * C * hw * p->on.unit);
     compare_features(&p->on, p->sums + p->sums_at[stage], dr, a, r, param_value(&p->params, p->lin[stage]), &c);
 }

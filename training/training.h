@@ -41,7 +41,7 @@ void pool_forward(const Compute *on, real *y, const real *x, size_t B, size_t C,
 void pool_backward(const Compute *on, real *dx, const real *dy, const real *x, size_t B, size_t C, size_t h, size_t w);
 size_t comparison_sums(const Compute *on, size_t B, size_t hw);
 void compare_features(const Compute *on, double *sums, real *dr, const real *a, const real *r, const real *lin,
-                      const Comparison *c);
+                      const TapShape *c);
 
 /* ------------------------------------------------------------------------------------------------------------
  * discriminator.c: tells pictures from reconstructions while a first stage is trained (SPEC section 9; the official
