@@ -583,7 +583,7 @@ static void compare_describe(Case *c, const Compute *on) {
 }
 static void compare_run(const Compute *on, const Case *c) {
     const size_t n = comparison_sums(on, c->s[0], c->s[2]);
-    const Comparison s = {.B = c->s[0],
+    const TapShape s = {.B = c->s[0],
                           .C = c->s[1],
                           .hw = c->s[2],
                           .weight = *(const double *)c->p[CMP_WEIGHT],
