@@ -63,7 +63,7 @@ Err mem_alloc(void *out_pointer, size_t count, size_t size, const char *what) {
         return err("%s: %zu x %zu bytes is more than memory can address", what, count, size);
     rounded = rounded / LINE_BYTES * LINE_BYTES; /* at least one line: count = 0 is a valid pointer too */
     if (rounded == 0) rounded = LINE_BYTES;
-#ifdef MADV_HUGEPAGE /* matrices walked row by row would else need a page's address for every row */
+#ifdef MADV_HUGEPAGE /* else a walk down a large matrix would look up a page's address for every row */
     if (rounded >= 2 * HUGE_PAGE && rounded < SIZE_MAX - HUGE_PAGE) {
         rounded = (rounded + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
         p = aligned_alloc(HUGE_PAGE, rounded);
@@ -109,7 +109,8 @@ const char *bytes_text(char text[32], size_t bytes) {
     return text;
 }
 
-/* The number behind `key` at the beginning of a line, "" being the first line's; kB become bytes. SIZE_MAX: none. */
+/* The number that follows `key` at the beginning of a line of a file, in bytes if it is in kB. key "": the number at the
+ * beginning of the first line. SIZE_MAX: there is none. */
 static size_t number_in(const char *path, const char *key) {
     char line[256];
     size_t found = SIZE_MAX, length = strlen(key);
@@ -125,7 +126,8 @@ static size_t number_in(const char *path, const char *key) {
     return found;
 }
 
-static size_t minus(size_t a, size_t b) { /* SIZE_MAX: no limit; nothing is less than 0 */
+/* a - b, at least 0. SIZE_MAX stands for no limit, and stays. */
+static size_t minus(size_t a, size_t b) {
     return a == SIZE_MAX || b == SIZE_MAX ? SIZE_MAX : a > b ? a - b : 0;
 }
 
@@ -144,7 +146,7 @@ static const Cgroup cgroups[2] = {
     {"0::", "/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file ", "active_file "},
 };
 
-/* What the control groups from `group` up to the mount point leave. */
+/* Bytes that the control groups from `group` up to the mount point leave. */
 static size_t cgroup_room(const Cgroup *c, const char *group) {
     char path[PATH_BYTES];
     size_t room = SIZE_MAX;

@@ -72,7 +72,8 @@ static inline size_t round_up(size_t n, size_t unit) {
     return (n + unit - 1) / unit * unit;
 }
 
-/* Purposes of random streams; philox of bits.h makes their numbers. rng_stream(purpose, a, b) names one: a < 2^24 and b < 2^32 (e.g. scale and sample). */
+/* Purposes of random streams; philox of bits.h makes their numbers. rng_stream(purpose, a, b) names one: a < 2^24 and
+ * b < 2^32 (e.g. scale and sample). */
 typedef enum {
     RNG_INIT = 1, /* a = row of the parameter table */
     RNG_ORDER,    /* a = epoch: order of the training examples */

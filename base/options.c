@@ -17,7 +17,7 @@
 /* ---- failing ---- */
 
 static const char *program_name = "imagebart";
-static int line_open; /* a progress line stands on the terminal and wants a newline first */
+static int line_open; /* 1: a progress line stands on the terminal; a newline must come before anything else */
 
 static void fail(int status, const char *fmt, va_list args) {
     progress_end();
@@ -121,7 +121,7 @@ static void set_option(const Option *table, int argc, char **argv, int *i) {
 void options_parse(int argc, char **argv, const Option *table, const char *intro) {
     const char *slash = strrchr(argv[0], '/');
     program_name = slash ? slash + 1 : argv[0];
-    if (getenv("IMAGEBART_LEVEL")) /* start.c takes it away */
+    if (getenv("IMAGEBART_LEVEL")) /* start.c, where there is one, has obeyed it and removed it */
         usage_error("IMAGEBART_LEVEL: this program was compiled for one kind of processor, %s; \"make\" without MARCH "
                     "makes one that chooses, on x86-64",
                     vector_instructions());
@@ -185,13 +185,13 @@ void progress_end(void) {
 
 static volatile sig_atomic_t interrupt_flag;
 
-static const int interrupts[] = {SIGINT, SIGTERM, SIGHUP, SIGUSR1}; /* mpirun hands on SIGUSR1 to what it started */
+static const int interrupts[] = {SIGINT, SIGTERM, SIGHUP, SIGUSR1}; /* mpirun passes SIGUSR1 on to its processes */
 enum { INTERRUPTS = sizeof interrupts / sizeof *interrupts };
 
 static void on_interrupt(int number) {
     (void)number;
     interrupt_flag = 1;
-    for (int i = 0; i < INTERRUPTS; i++) /* a second one, whichever, acts as usual: it ends the program */
+    for (int i = 0; i < INTERRUPTS; i++) /* a second one, of any kind, ends the program as usual */
         signal(interrupts[i], SIG_DFL);
 }
 
@@ -200,7 +200,7 @@ void catch_interrupts(void) {
     memset(&action, 0, sizeof action);
     action.sa_handler = on_interrupt;
     action.sa_flags = SA_RESTART;
-    sigfillset(&action.sa_mask); /* the second comes after the handler of the first, never into it */
+    sigfillset(&action.sa_mask); /* the second waits until the handler of the first has returned */
     for (int i = 0; i < INTERRUPTS && !interrupt_flag; i++) {
         sigaction(interrupts[i], NULL, &before);
         if (interrupts[i] == SIGHUP && before.sa_handler == SIG_IGN) continue; /* nohup */

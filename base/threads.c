@@ -19,25 +19,26 @@ enum {
 };
 
 static struct {
-    atomic_int wanted; /* threads_set; 0: as many as there are processors */
-    atomic_int taken;  /* 1: a thread runs its loop on the workers */
-    atomic_uint turn;  /* odd: open */
-    atomic_int joined; /* workers inside */
-    atomic_size_t next;
-    Task *task; /* of the open turn, as the rest up to chunk */
+    atomic_int wanted;  /* number of threads, from threads_set; 0: as many as there are processors */
+    atomic_int taken;   /* 1: some thread runs its loop on the workers */
+    atomic_uint turn;   /* number of the turn; odd: it is open */
+    atomic_int joined;  /* number of workers inside the turn */
+    atomic_size_t next; /* first task that nobody has drawn */
+    Task *task;         /* of the open turn, as are context, n, chunk and threads */
     void *context;
     size_t n, chunk;
     int threads;
-    int workers, spins; /* of the thread that has taken the pool */
+    int workers, spins; /* belong to the thread that has taken the pool */
     pthread_mutex_t lock;
     pthread_cond_t opened, left;
-    atomic_int sleeping, waiting; /* workers for a turn; the caller for workers */
+    atomic_int sleeping; /* number of workers that sleep until a turn opens */
+    atomic_int waiting;  /* 1: the caller sleeps until the workers have left */
 } pool = {.lock = PTHREAD_MUTEX_INITIALIZER, .opened = PTHREAD_COND_INITIALIZER, .left = PTHREAD_COND_INITIALIZER};
 
 static _Thread_local size_t own_index;
 static _Thread_local int in_loop;
 
-/* How many this process may run on, asked once. */
+/* Number of processors that this process may run on, asked once. */
 static int processors(void) {
     static atomic_int known;
     long n = atomic_load(&known);
@@ -102,7 +103,7 @@ static void run_tasks(void) {
     }
 }
 
-/* Returns a turn other than `seen`. */
+/* Waits for a turn other than `seen`, and returns it. */
 static unsigned next_turn(unsigned seen, int spins) {
     unsigned turn;
     for (int i = 0; i < spins; i++) {
@@ -110,7 +111,7 @@ static unsigned next_turn(unsigned seen, int spins) {
         pause_a_little();
     }
     pthread_mutex_lock(&pool.lock);
-    atomic_fetch_add(&pool.sleeping, 1); /* before the turn is read: who opens one looks for sleepers afterwards */
+    atomic_fetch_add(&pool.sleeping, 1); /* before reading the turn: run_turn looks for sleepers after opening it */
     while ((turn = atomic_load(&pool.turn)) == seen) pthread_cond_wait(&pool.opened, &pool.lock);
     atomic_fetch_sub(&pool.sleeping, 1);
     pthread_mutex_unlock(&pool.lock);
@@ -139,7 +140,7 @@ static void *work(void *number) {
     return NULL;
 }
 
-/* Workers 1..n-1; fewer if the system has no more. Signals are left to the threads of the program. */
+/* Starts workers 1..n-1, or fewer if the system gives no more threads. Workers take no signals. */
 static void start_workers(int n) {
     sigset_t all, before;
     pthread_attr_t detached;
@@ -155,7 +156,7 @@ static void start_workers(int n) {
     pthread_sigmask(SIG_SETMASK, &before, NULL);
 }
 
-/* After the turn is closed: until nobody is inside. */
+/* Waits, after the turn is closed, until no worker is inside. */
 static void wait_for_workers(void) {
     for (int i = 0; i < pool.spins; i++) {
         if (atomic_load(&pool.joined) == 0) return;

@@ -295,7 +295,7 @@ static Err check_layout(Checkpoint *ck, const unsigned char *data, size_t data_b
     return OK;
 }
 
-/* As checkpoint_find wants it. Every name comes once. */
+/* Sorts the table by name, for checkpoint_find. A name that comes twice is an error. */
 static Err sort_by_name(Checkpoint *ck) {
     if (ck->n) qsort(ck->tensor, ck->n, sizeof *ck->tensor, by_name);
     for (size_t i = 1; i < ck->n; i++) {
@@ -330,7 +330,7 @@ static Err read_safetensors(Checkpoint *ck) {
     return e == OK ? sort_by_name(ck) : e;
 }
 
-/* What files are that are not safetensors, by their first bytes. */
+/* Kinds of files that are no checkpoints, told by their first bytes, for messages. */
 static const struct {
     const char *magic, *what;
 } foreign[] = {
@@ -427,7 +427,7 @@ const Tensor *checkpoint_find(const Checkpoint *ck, const char *name) {
     return NULL;
 }
 
-/* Does one name end in the other, at a dot? Then they differ by a prefix only, the usual mistake. */
+/* Whether one name ends in the other, at a dot: a prefix too many or too few is the usual mistake. */
 static int same_ending(const char *a, const char *b) {
     size_t la = strlen(a), lb = strlen(b);
     if (la < lb) return same_ending(b, a);
@@ -584,7 +584,7 @@ static Err order_tensors(const Tensor **order, const Tensor *tensor, size_t n) {
     return OK;
 }
 
-/* A slip of our own code must not become a file that nobody can open. */
+/* Refuses a list that would make a file that nobody can open: a slip of our own code. */
 static Err check_tensor(const Tensor *x, int from_real) {
     size_t size = 1;
     if (x->ndim < 0 || x->ndim > TENSOR_DIMS) return err("tensor '%s' has %d dimensions", x->name, x->ndim);

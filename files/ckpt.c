@@ -44,7 +44,7 @@ typedef enum {
     V_MARK
 } ValueKind;
 
-typedef uint32_t Index; /* of a value: values live in one array, and never move in relation to each other */
+typedef uint32_t Index; /* of a value in the one array of all values; the array moves when it grows, indices stay */
 
 typedef struct {
     ValueKind kind;
@@ -153,7 +153,7 @@ static Err peek(const Pickle *k, Index *out) {
     return OK;
 }
 
-/* Where the values above the topmost mark begin */
+/* Stack position of the first value above the topmost mark */
 static Err find_mark(const Pickle *k, size_t *above) {
     *above = 0;
     for (size_t i = k->depth; i-- > 0;) {
@@ -198,7 +198,8 @@ static Err gather_to_mark(Pickle *k, ValueKind kind) {
  * Instructions
  * ---------------------------------------------------------------------------------------------------------- */
 
-/* The values above `above` join the container below them. What is not a container of that kind is inert. */
+/* Appends the values above stack position `above` to the container below them. Another kind of container becomes
+ * inert. */
 static Err append(Pickle *k, ValueKind kind, size_t above, size_t marks) {
     size_t n = k->depth - above;
     if (above < marks + 1 || k->value[k->stack[above - marks - 1]].kind == V_MARK)
@@ -224,7 +225,8 @@ static Err append_to_mark(Pickle *k, ValueKind kind) {
     return append(k, kind, above, 1);
 }
 
-/* Writers number what they remember without holes, so a number larger than the program is long is an attack. */
+/* Writers number the values that they remember without gaps, so a number larger than the program's length is an
+ * attack. */
 static Err memo_put(Pickle *k, uint64_t at) {
     Index v;
     TRY(peek(k, &v));
@@ -332,7 +334,7 @@ static Err global_lines(Pickle *k) {
 static Err call(Pickle *k);
 static Err persistent(Pickle *k);
 
-/* Takes away n values and pushes an inert one. */
+/* Replaces the n topmost values by an inert one. */
 static Err inert_instead(Pickle *k, size_t n) {
     Index dropped;
     while (n--) TRY(pop(k, &dropped));
@@ -716,7 +718,7 @@ static Err add_tensor(Checkpoint *ck, size_t *capacity, const Pickle *k, const V
                       const Blobs *blobs) {
     char name[NAME_MAX_BYTES];
     const Value *storage = item(k, v, 0);
-    if (storage->kind != V_STORAGE) return OK; /* complex or quantised numbers: nobody here asks for them */
+    if (storage->kind != V_STORAGE) return OK; /* complex or quantised numbers: this project has none */
     if (key->length >= NAME_MAX_BYTES || memchr(key->text, 0, key->length))
         return err("a tensor's name of %zu bytes, expected at most %d", key->length, NAME_MAX_BYTES - 1);
     memcpy(name, key->text, key->length);

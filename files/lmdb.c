@@ -56,7 +56,7 @@ void lmdb_close(Lmdb *x) {
     free(x);
 }
 
-/* What the newer header says; the pages that were looked at. */
+/* The newer header's numbers, and how many pages were looked at. */
 typedef struct {
     const char *path;
     int fd;

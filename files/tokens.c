@@ -20,14 +20,14 @@
 
 _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "token files are little-endian");
 
-/* The file: this header, then labels int32 (n), then tokens uint16 (n, flips, h*w). Nothing else. */
+/* A token file is this header, then labels int32 (n), then tokens uint16 (n, flips, h*w), and nothing else. */
 typedef struct {
     char magic[8];
     uint64_t n, h, w, K, flips, vqgan, source;
 } TokensHeader;
 static const char tokens_magic[8] = "ibtokens";
 
-/* Sizes in range, and how many tokens they mean. */
+/* Checks that sizes are in range; *count = the number of tokens that they mean. */
 static Err tokens_sizes(size_t *count, uint64_t n, uint64_t h, uint64_t w, uint64_t K, uint64_t flips) {
     enum { MAX_GRID = 4096, MAX_K = 65536 };
     if (n < 1 || n > INT32_MAX) return err("%ju pictures, 1..2^31-1 expected", (uintmax_t)n);
@@ -121,7 +121,8 @@ static Err write_all(int fd, const char *path, const void *bytes, size_t size) {
     return OK;
 }
 
-/* Opens the part file and waits until nobody else has it; one that was finished meanwhile is gone, so try again. */
+/* Opens the part file and waits until no other process has it. If that process finished it meanwhile, it is gone:
+ * another try makes a new one. */
 static Err part_open(TokensPart *p) {
     for (;;) {
         struct stat ours, theirs;
@@ -136,7 +137,7 @@ static Err part_open(TokensPart *p) {
     }
 }
 
-/* The next record into p->record; 0: there is no whole one. */
+/* Reads the next record into p->record. 0: no whole record is left. */
 static int part_next(TokensPart *p, uint64_t number) {
     uint64_t checksum;
     size_t at = 0;
@@ -150,7 +151,7 @@ static int part_next(TokensPart *p, uint64_t number) {
     return checksum == record_checksum(p->record, p->bytes, number);
 }
 
-/* How far an earlier run came, whole batches only; the file ends there afterwards, and so does its position. */
+/* Counts the whole batches that an earlier run left, and cuts the file behind them; its position is that end. */
 static Err part_continue(TokensPart *p, const TokensHeader *head, size_t batch) {
     TokensHeader theirs;
     ssize_t got = read(p->fd, &theirs, sizeof theirs);
