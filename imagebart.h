@@ -167,7 +167,6 @@ void vqgan_restart_code(Vqgan *v, size_t code, const real *latent, size_t stride
 
 /* Its layers. What each computes stands with it in vqgan.c; what they need of scratch, and GPUs of Conv.prepared, must
  * be planned before: base/compute.h. conv_needs: backward 0 no, 1 yes, 2 of dx alone. */
-void conv_needs(Compute *on, const Conv *c, int backward);
 void conv_forward(const Compute *on, real *y, const real *x, const real *w, const real *bias, const real *add,
                   const Conv *c);
 void conv_backward(const Compute *on, real *dx, real *dw, real *db, const real *dy, const real *x, const real *w,

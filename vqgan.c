@@ -79,10 +79,6 @@ static void conv_pairs(const Conv *c, real *y, const real *x, const real *w, con
             }
 }
 
-void conv_needs(Compute *on, const Conv *c, int backward) {
-    if (on->fast) compute_needs(on, on->fast->conv_needs(on, c, backward));
-}
-
 void conv_forward(const Compute *on, real *y, const real *x, const real *w, const real *bias, const real *add,
                   const Conv *c) {
     if (on->fast) return on->fast->conv_forward(on, y, x, w, bias, add, c);
@@ -330,21 +326,14 @@ typedef struct {
     size_t in[3], out;     /* values; in[1], in[2] only for ATTEND: q, k, v */
     size_t add;            /* CONV: a value that is added to the result, or NONE */
     size_t weight, bias;   /* rows of the parameter table, or NONE */
-    int accumulate[3];     /* backward: in[i] already holds a gradient, which is added to */
     size_t gradients_from; /* after its backward, rows from here on get no more of their gradient */
     real *kept;            /* what forward keeps for backward: NORM (B,32,2), ATTEND (B,N,N) */
     void *prepared;        /* CONV on a GPU: Conv.prepared */
 } Layer;
 
 typedef struct {
-    size_t from, to; /* steps of a run: see Memory */
-} Life;
-
-typedef struct {
     size_t C, level;            /* (B, C, H >> level, W >> level) */
-    int begun;                  /* while building: backward has begun its gradient */
     int f32_copy, f32_only;     /* on a GPU in bf16: see plan_precision */
-    Life life, grad_life;       /* when it is needed, and its gradient */
     real *memory, *grad_memory; /* planned; NULL: the caller's is used */
     real *x, *dx;               /* of this run */
     real *seen;                 /* z, zq, xrec: what callers see */
@@ -358,10 +347,12 @@ struct Vqgan {
     Layer *layer;
     Value *value;
     size_t n_layers, n_values;
+    PlanStep *step;            /* (n_layers) what base/plan.c knows of a layer, and says of it */
+    Life *life;                /* (2,n_values) of values, of their gradients */
     size_t image, z, zq, xrec; /* values */
     size_t shown[SHOWN];       /* z, zq, xrec */
     size_t quantize;           /* layer */
-    int32_t *used, *inverse;   /* (re_embed) entry of a token; (n_embed) token of an entry, -1: none. NULL: the same */
+    Remap remap;               /* which entries are tokens; empty: all, under their numbers */
     Err broken;                /* the first error of the functions that build */
     /* the plan */
     Compute on;
@@ -579,15 +570,16 @@ static void layer_backward(Vqgan *v, const Layer *l, double codebook_weight) {
     real *dw = l->weight == NONE ? NULL : param_grad(&v->params, l->weight);
     real *db = l->bias == NONE ? NULL : param_grad(&v->params, l->bias);
     const Value *in = &v->value[l->in[0]], *out = &v->value[l->out];
+    const int *accumulate = v->step[l - v->layer].accumulate;
     const Conv c = conv_of(v, l);
     const GroupNorm n = norm_of(v, l);
     switch (l->kind) {
-    case CONV: conv_backward(on, in->dx, dw, db, out->dx, in->x, w, l->accumulate[0], &c); break;
-    case NORM: group_norm_backward(on, in->dx, dw, db, out->dx, in->x, w, bias, l->kept, l->accumulate[0], &n); break;
+    case CONV: conv_backward(on, in->dx, dw, db, out->dx, in->x, w, accumulate[0], &c); break;
+    case NORM: group_norm_backward(on, in->dx, dw, db, out->dx, in->x, w, bias, l->kept, accumulate[0], &n); break;
     case ATTEND: {
         const Value *k = &v->value[l->in[1]], *values = &v->value[l->in[2]];
-        picture_attention_backward(on, in->dx, k->dx, values->dx, out->dx, in->x, k->x, values->x, l->kept,
-                                   l->accumulate, v->b, C, N);
+        picture_attention_backward(on, in->dx, k->dx, values->dx, out->dx, in->x, k->x, values->x, l->kept, accumulate,
+                                   v->b, C, N);
         break;
     }
     case QUANTIZE: quantize_layer_backward(v, l, codebook_weight); break;
@@ -627,7 +619,7 @@ static Err check_settings(const VqganConfig *c);
 static int official_order(const char *a, const char *b);
 static void drop_plan(Vqgan *v);
 
-/* The table's rows go into PyTorch's order; which gradients are complete, and which begun, when backward is where. */
+/* The table's rows go into PyTorch's order. Which gradients are complete when backward leaves a layer. */
 static Err finish_network(Vqgan *v) {
     size_t *moved, complete = 0;
     TRY(v->broken);
@@ -637,16 +629,13 @@ static Err finish_network(Vqgan *v) {
         l->gradients_from = complete; /* behind the rows of all layers before it */
         if (l->weight != NONE) l->weight = moved[l->weight], complete = max_size(complete, l->weight + 1);
         if (l->bias != NONE) l->bias = moved[l->bias], complete = max_size(complete, l->bias + 1);
+        v->step[l - v->layer] = (PlanStep){.in = {l->in[0], l->in[1], l->in[2]},
+                                           .add = l->add,
+                                           .out = l->out,
+                                           .rereads_out = l->kind == TANH,
+                                           .in_place = l->kind == QUANTIZE};
     }
     free(moved);
-    for (size_t i = v->n_layers; i-- > 0;) {
-        Layer *l = &v->layer[i];
-        if (l->add != NONE) v->value[l->add].begun = 1; /* in the memory of the gradient of l->out */
-        for (int k = 0; k < 3 && l->in[k] != NONE; k++) {
-            l->accumulate[k] = v->value[l->in[k]].begun;
-            v->value[l->in[k]].begun = 1;
-        }
-    }
     return OK;
 }
 
@@ -655,19 +644,10 @@ static Err build(Vqgan *v, int with_tanh) {
     const size_t most = 11 * ((2 * c->num_res_blocks + 1) * c->levels + 6) + 2 * c->levels + 16;
     TRY(mem_alloc(&v->layer, most, sizeof *v->layer, "vqgan: layers"));
     TRY(mem_alloc(&v->value, most + 1, sizeof *v->value, "vqgan: values"));
+    TRY(mem_alloc(&v->step, most, sizeof *v->step, "vqgan: layers"));
+    TRY(mem_alloc(&v->life, 2 * (most + 1), sizeof *v->life, "vqgan: values"));
     whole_network(v, with_tanh);
     return finish_network(v);
-}
-
-/* At first the first re_embed entries are the tokens. */
-static Err make_remap(Vqgan *v) {
-    const size_t n = v->c.re_embed;
-    if (n == 0) return OK;
-    TRY(mem_alloc(&v->used, n, sizeof *v->used, "vqgan: used codes"));
-    TRY(mem_alloc(&v->inverse, v->c.n_embed, sizeof *v->inverse, "vqgan: used codes"));
-    for (size_t i = 0; i < v->c.n_embed; i++) v->inverse[i] = i < n ? (int32_t)i : -1;
-    for (size_t i = 0; i < n; i++) v->used[i] = (int32_t)i;
-    return OK;
 }
 
 Err vqgan_create(Vqgan **out, const VqganConfig *c, int honour_tanh) {
@@ -676,7 +656,7 @@ Err vqgan_create(Vqgan **out, const VqganConfig *c, int honour_tanh) {
     TRY(check_settings(c));
     TRY(mem_alloc(&v, 1, sizeof *v, "vqgan"));
     v->c = *c;
-    if (build(v, c->tanh_out && honour_tanh) != OK || make_remap(v) != OK) {
+    if (build(v, c->tanh_out && honour_tanh) != OK || remap_make(&v->remap, c->re_embed, c->n_embed) != OK) {
         vqgan_free(v);
         return FAILED;
     }
@@ -690,8 +670,9 @@ void vqgan_free(Vqgan *v) {
     params_free(&v->params);
     free(v->layer);
     free(v->value);
-    free(v->used);
-    free(v->inverse);
+    free(v->step);
+    free(v->life);
+    remap_free(&v->remap);
     free(v);
 }
 
@@ -708,36 +689,22 @@ size_t vqgan_K(const Vqgan *v) {
 }
 
 const int32_t *vqgan_used(const Vqgan *v) {
-    return v->used;
+    return v->remap.used;
 }
 
 Err vqgan_use_cuda(Vqgan *v, Precision precision) {
     return use_cuda(&v->params, precision);
 }
 
-/* The first position wins where a code is listed twice, as in the official search. */
-static Err load_used(Vqgan *v, const Checkpoint *ck, const char *prefix) {
-    const Name full = named("%squantize.used", prefix);
-    const char *name = full.s;
-    TRY(checkpoint_ints(ck, name, v->c.re_embed, v->used));
-    for (size_t i = 0; i < v->c.n_embed; i++) v->inverse[i] = -1;
-    for (size_t i = v->c.re_embed; i-- > 0;) {
-        if (v->used[i] < 0 || (size_t)v->used[i] >= v->c.n_embed)
-            return err("%s: %s[%zu] is %d, expected 0..%zu", ck->path, name, i, v->used[i], v->c.n_embed - 1);
-        v->inverse[v->used[i]] = (int32_t)i;
-    }
-    return OK;
-}
-
 Err vqgan_map(Vqgan *v, const Checkpoint *ck, const char *prefix) {
     TRY(params_map(&v->params, ck, prefix, 0));
-    return v->c.re_embed ? load_used(v, ck, prefix) : OK;
+    return remap_load(&v->remap, ck, prefix);
 }
 
 Err vqgan_load(Vqgan *v, const Checkpoint *ck, const char *prefix) {
     TRY(params_plan(&v->params, PLAN_VALUE));
     TRY(params_load(&v->params, ck, 'v', prefix));
-    return v->c.re_embed ? load_used(v, ck, prefix) : OK;
+    return remap_load(&v->remap, ck, prefix);
 }
 
 /* ---- A run begins, and ends ---- */
@@ -777,7 +744,7 @@ static void tokens_of(const Vqgan *v, int32_t *tokens, const int32_t *code, uint
     const size_t K = vqgan_K(v), N = plane_size(v, v->z);
     for (size_t b = 0; b < v->b; b++)
         for (size_t i = 0; i < N; i++) {
-            int32_t token = v->inverse ? v->inverse[code[b * N + i]] : code[b * N + i];
+            int32_t token = v->remap.used ? v->remap.inverse[code[b * N + i]] : code[b * N + i];
             if (token < 0) token = (int32_t)rng_below(seed, rng_stream(RNG_UNKNOWN, 0, b), i, (uint32_t)K);
             tokens[b * N + i] = token;
         }
@@ -817,7 +784,7 @@ static Err entries_of(Vqgan *v, const int32_t *tokens, size_t B, size_t N) {
         if (tokens[i] < 0 || (size_t)tokens[i] >= K)
             return err("vqgan_decode_tokens: token %zu of picture %zu is %d, expected 0..%zu", i % N, i / N, tokens[i],
                        K - 1);
-        v->seen_code[i] = v->used ? v->used[tokens[i]] : tokens[i];
+        v->seen_code[i] = v->remap.used ? v->remap.used[tokens[i]] : tokens[i];
     }
     return OK;
 }
@@ -1027,54 +994,21 @@ static void plan_precision(Vqgan *v, size_t i) {
     v->value[i].f32_only = v->value[i].f32_copy && !multiplied;
 }
 
-/* The value in whose gradient's memory that of value i lies: a sum, for its addend; zq, for z. */
-static Value *gradient_home(Vqgan *v, size_t i) {
-    for (const Layer *l = v->layer; l < v->layer + v->n_layers; l++)
-        if (l->add == i || (l->kind == QUANTIZE && l->in[0] == i)) return gradient_home(v, l->out);
-    return &v->value[i];
-}
-
-static void needed(Life *life, size_t step) {
-    life->from = min_size(life->from, step);
-    life->to = max_size(life->to, step);
-}
-
-/* In which steps every value and every gradient is needed. */
-static void plan_lives(Vqgan *v) {
-    for (size_t i = 0; i < v->n_values; i++) {
-        v->value[i].life = v->value[i].grad_life = (Life){NONE, 0};
-        v->value[i].memory = v->value[i].grad_memory = NULL;
-        plan_precision(v, i);
-    }
-    for (size_t j = 0; j < v->n_layers; j++) {
-        const Layer *l = &v->layer[j];
-        const size_t back = 2 * v->n_layers - 1 - j;
-        Value *out = &v->value[l->out];
-        needed(&out->life, j);
-        needed(&gradient_home(v, l->out)->grad_life, back);
-        if (l->add != NONE) needed(&v->value[l->add].life, j);
-        for (int k = 0; k < 3 && l->in[k] != NONE; k++) {
-            needed(&v->value[l->in[k]].life, j);
-            needed(&gradient_home(v, l->in[k])->grad_life, back);
-            if (v->train && l->kind != TANH) needed(&v->value[l->in[k]].life, back); /* backward reads it again */
-        }
-        if (v->train && l->kind == TANH) needed(&out->life, back);
-    }
-    for (int i = 0; v->train && i < SHOWN; i++) needed(&v->value[v->shown[i]].life, PLAN_END);
-}
-
 /* On a CPU the picture and its reconstruction are the caller's; in training only their gradients. */
 static void plan_values(Vqgan *v, Plan *plan) {
     for (size_t i = 0; i < v->n_values; i++) {
         Value *x = &v->value[i];
+        const Life *grad = &v->life[v->n_values + i];
         const size_t n = v->B * x->C * plane_size(v, i);
+        x->memory = x->grad_memory = NULL;
+        plan_precision(v, i);
         const int callers = !v->on.device && (i == v->image || i == v->xrec);
         if (v->on.device && n > (size_t)1 << 31 && plan->broken == OK)
             plan->broken = err("vqgan: activations of more than 2^31 numbers; a smaller batch takes less");
         if (!callers || v->train)
-            plan_add(plan, &x->memory, compute_bytes(&v->on, n, x->f32_copy), 1, x->life.from, x->life.to);
-        if (!callers && v->train && gradient_home(v, i) == x)
-            plan_add(plan, &x->grad_memory, n, v->on.unit, x->grad_life.from, x->grad_life.to);
+            plan_add(plan, &x->memory, compute_bytes(&v->on, n, x->f32_copy), 1, v->life[i].from, v->life[i].to);
+        if (!callers && v->train && grad->home == i)
+            plan_add(plan, &x->grad_memory, n, v->on.unit, grad->from, grad->to);
     }
 }
 
@@ -1152,7 +1086,8 @@ static Err lay_out(Vqgan *v, Plan *plan, size_t B, size_t H, size_t W, int train
     v->b = v->B = B;
     v->h = v->H = H;
     v->w = v->W = W;
-    plan_lives(v);
+    plan_lives(v->step, v->n_layers, v->train, v->life, v->life + v->n_values, v->n_values);
+    for (int i = 0; v->train && i < SHOWN; i++) v->life[v->shown[i]].to = PLAN_END;
     plan_values(v, plan);
     for (size_t j = 0; j < v->n_layers; j++) plan_layer(v, plan, j);
     plan_rest(v, plan);
@@ -1192,6 +1127,7 @@ Err vqgan_plan(Vqgan *v, size_t B, size_t H, size_t W, int train) {
     plan_free(&plan);
     TRY(e);
     v->prepared_at = (uint64_t)-1;
-    for (size_t i = 0; i < v->n_values; i++) v->value[i].grad_memory = gradient_home(v, i)->grad_memory;
+    for (size_t i = 0; i < v->n_values; i++)
+        v->value[i].grad_memory = v->value[v->life[v->n_values + i].home].grad_memory;
     return place_seen(v);
 }

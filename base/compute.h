@@ -344,6 +344,11 @@ struct Layers {
     void (*guess_block)(Sample *sample, Guesses *g);
 };
 
+/* Before on->scratch is planned: a convolution will need scratch. backward: 0 no, 1 yes, 2 of dx alone. */
+static inline void conv_needs(Compute *on, const Conv *c, int backward) {
+    if (on->fast) compute_needs(on, on->fast->conv_needs(on, c, backward));
+}
+
 /* ---- The GPU, if the program was built with nvcc ---- */
 
 /* Is there one? text (CUDA_TEXT_BYTES): its name, compute capability and memory; free, total: bytes of it. Each may be

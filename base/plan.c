@@ -66,3 +66,45 @@ void plan_free(Plan *p) {
     free(p->area);
     *p = (Plan){0};
 }
+
+/* ---- Lives of a network's values ---- */
+
+static void needed(Life *life, size_t step) {
+    life->from = min_size(life->from, step);
+    life->to = max_size(life->to, step);
+}
+
+/* Backward's order: homes, and what a layer finds begun. begun (n_values) is kept in grad[].to until lives are known. */
+static void plan_gradients(PlanStep *step, size_t n_layers, Life *grad) {
+    for (size_t j = n_layers; j-- > 0;) {
+        PlanStep *s = &step[j];
+        if (s->add != NONE) grad[s->add].home = grad[s->out].home, grad[s->add].to = 1;
+        if (s->in_place) grad[s->in[0]].home = grad[s->out].home;
+        for (int k = 0; k < 3 && s->in[k] != NONE; k++) {
+            s->accumulate[k] = grad[s->in[k]].to != 0;
+            grad[s->in[k]].to = 1;
+        }
+    }
+}
+
+/* Values live from their making to their last use, which in training may be a backward; gradients from the backward of
+ * the last layer that reads the value to the backward of the one that made it. A home lives as long as all that share
+ * it. */
+void plan_lives(PlanStep *step, size_t n_layers, int train, Life *value, Life *grad, size_t n_values) {
+    for (size_t i = 0; i < n_values; i++) value[i] = grad[i] = (Life){NONE, 0, i};
+    plan_gradients(step, n_layers, grad);
+    for (size_t i = 0; i < n_values; i++) grad[i].to = 0;
+    for (size_t j = 0; j < n_layers; j++) {
+        const PlanStep *s = &step[j];
+        const size_t back = 2 * n_layers - 1 - j;
+        needed(&value[s->out], j);
+        needed(&grad[grad[s->out].home], back);
+        if (s->add != NONE) needed(&value[s->add], j);
+        for (int k = 0; k < 3 && s->in[k] != NONE; k++) {
+            needed(&value[s->in[k]], j);
+            needed(&grad[grad[s->in[k]].home], back);
+            if (train && !s->rereads_out) needed(&value[s->in[k]], back);
+        }
+        if (train && s->rereads_out) needed(&value[s->out], back);
+    }
+}

@@ -30,6 +30,20 @@ Err plan_lay_out(Plan *p, size_t *bytes);
 void plan_place(const Plan *p, void *memory);
 void plan_free(Plan *p);
 
+/* A network as a list of layers over numbered values. Layer i runs forward in step i, backward in step 2n-1-i. */
+typedef struct {
+    size_t in[3], add, out; /* it reads `in`, adds `add` to its result, and writes `out`; NONE: there is none */
+    int rereads_out;        /* backward reads `out` again, else `in` */
+    int in_place;      /* backward, the gradient of in[0] lies where that of `out` does, as that of `add` always does */
+    int accumulate[3]; /* plan_lives says: backward finds the gradient of in[i] already begun */
+} PlanStep;
+typedef struct {
+    size_t from, to; /* needed during these steps */
+    size_t home;     /* a gradient's: the value in whose gradient's memory it lies */
+} Life;
+/* When each of the values (n_values), and in training its gradient, is needed. */
+void plan_lives(PlanStep *step, size_t n_layers, int train, Life *value, Life *grad, size_t n_values);
+
 #ifdef __cplusplus
 }
 #endif

@@ -313,6 +313,16 @@ Err lmdb_names(Lmdb *x, LmdbTake *take, void *context);
 /* *bytes (*size) = a copy of the value of that name; release with free(). Any number of threads at a time. */
 Err lmdb_value(Lmdb *x, const char *name, uint8_t **bytes, size_t *size);
 
+/* ---- remap.c: which n of n_codes codebook entries are tokens (the official quantize.used). n = 0: all, and used and
+ *      inverse are NULL. ---- */
+typedef struct {
+    size_t n, n_codes;
+    int32_t *used, *inverse; /* (n) entry of a token; (n_codes) token of an entry, -1: none */
+} Remap;
+Err remap_make(Remap *r, size_t n, size_t n_codes); /* at first the first n */
+Err remap_load(Remap *r, const Checkpoint *ck, const char *prefix);
+void remap_free(Remap *r);
+
 #ifdef __cplusplus
 }
 #endif
