@@ -270,20 +270,6 @@ Err transformer_decode_step(Transformer *m, const int32_t *prev, size_t i, const
 /* For kernels/guess.c, which weighs passes against positions: what a pass reads when rows have N positions. */
 DecodeReads transformer_decode_reads(const Transformer *m, size_t N);
 
-/* AdamW as PyTorch: p *= 1-lr*decay; m,v moments; bias correction with step = 1,2,...; rows marked untrained are left
- * alone. grad is read, not cleared. decay comes from each row times `decay_scale`. */
-void adamw_step(Params *p, const AdamW *o, uint64_t step);
-/* EMA (SPEC section 6): d = min(decay, (1+n)/(10+n)) in float32 with n = num_updates (already incremented);
- * ema -= (1-d)(ema - value). */
-void ema_update(Params *p, double decay, uint64_t num_updates);
-/* Both, one after the other, in one pass over memory where that is faster. */
-void adamw_ema_step(Params *p, const AdamW *o, uint64_t step, double decay, uint64_t num_updates);
-/* Learning-rate factor at optimizer step n = 0,1,... : linear warm-up, then cosine (SPEC section 7). */
-typedef struct {
-    double lr_start, lr_max, lr_min, warm_up_steps, max_decay_steps;
-} LrSchedule;
-double lr_at(const LrSchedule *s, uint64_t n);
-
 /* From here on this network is planned, run and updated on the GPU. Call it before transformer_plan; when the
  * parameters have their values, params_send. */
 Err transformer_use_cuda(Transformer *m, Precision precision);

@@ -341,27 +341,6 @@ static void loss_rows(const Compute *on, double sums[2], real *dlogits, const re
     }
 }
 
-/* ---- AdamW and the moving average (SPEC sections 6 and 7) ---- */
-
-/* With decayed weights and bias corrections of step n:
- *     m = beta1 m + (1 - beta1) g     v = beta2 v + (1 - beta2) g^2
- *     w = (1 - lr decay) w - lr (m / (1 - beta1^n)) / (sqrt(v / (1 - beta2^n)) + eps)
- * a: keep = 1 - lr decay, rate = lr / (1 - beta1^n), inverse = 1/sqrt(1 - beta2^n), rest = 1 - beta */
-static void adamw(const Compute *on, real *w, real *m, real *v, const real *g, const AdamStep *a, size_t n) {
-    if (on->fast) return on->fast->adamw(on, w, m, v, g, a, n);
-    for (size_t i = 0; i < n; i++) {
-        m[i] = a->beta1 * m[i] + a->rest1 * g[i];
-        v[i] = a->beta2 * v[i] + a->rest2 * g[i] * g[i];
-        w[i] = a->keep * w[i] - a->rate * m[i] / ((real)sqrt((double)v[i]) * a->inverse + a->eps);
-    }
-}
-
-/* ema = ema - step (ema - w) */
-static void moving_average(const Compute *on, real *ema, const real *w, real step, size_t n) {
-    if (on->fast) return on->fast->ema(on, ema, w, step, n);
-    for (size_t i = 0; i < n; i++) ema[i] -= step * (ema[i] - w[i]);
-}
-
 /* ================================ 2. The network ================================ */
 
 typedef struct {
@@ -442,9 +421,7 @@ struct Transformer {
     size_t now_B, now_N; /* of the last forward or decode_begin */
 };
 
-enum {
-    FEED_FACTOR = 4 /* hidden width of a feed-forward block over dim */
-};
+enum { FEED_FACTOR = 4 /* hidden width of a feed-forward block over dim */, LENGTH_MAX = 1 << 20 /* tokens */ };
 
 /* Of the prompt in front of x_t or of a GPT's tokens: t, and the class if there is one. */
 static size_t prompt_length(const NetConfig *c) {
@@ -455,6 +432,11 @@ static int is_scaled(const NetConfig *c) {
 }
 static int is_residual(const NetConfig *c) {
     return c->variant == X_RESIDUAL || c->variant == X_RESIDUAL_SCALED;
+}
+
+/* Bytes of a number that a GPU has as float */
+static size_t f32_bytes(const Compute *on) {
+    return on->device ? sizeof(float) : sizeof(real);
 }
 
 static const real *value_of(const Transformer *m, size_t row) {
@@ -481,18 +463,13 @@ static Pass whole_pass(const Stack *s, size_t B, size_t n, const real *context, 
 /* What the attention of layer l of stack s is in a pass */
 static Attention attention_of(const Transformer *m, const Stack *s, const Layer *l, const Pass *pass) {
     const int cross = l->kind == BLOCK_CROSS;
-    return (Attention){.B = pass->B,
-                       .heads = l->heads,
-                       .D = l->D,
-                       .Tq = pass->n,
-                       .Tk = cross            ? pass->T_context
-                             : pass->position ? 0
-                                              : pass->n,
-                       .key_stride = cross ? pass->T_context : pass->stride,
-                       .causal = pass->causal && !cross,
-                       .unmasked = s->unmasked,
-                       .position = pass->position,
-                       .kept_bf16 = m->format != WEIGHTS_REAL};
+    Attention a = {pass->B, l->heads, l->D, pass->n, pass->position ? 0 : pass->n, pass->stride};
+    if (cross)
+        a.Tk = a.key_stride = pass->T_context;
+    else
+        a.causal = pass->causal;
+    a.unmasked = s->unmasked, a.position = pass->position, a.kept_bf16 = m->format != WEIGHTS_REAL;
+    return a;
 }
 
 /* ---- Products with weights of the table ---- */
@@ -610,7 +587,7 @@ static size_t first_row(const Layer *l) {
 static void stack_backward(Transformer *m, Stack *s, const real *dout, real *dcontext, const Pass *pass, size_t skip) {
     const Compute *on = &m->on;
     const size_t R = pass->B * pass->n, C = s->C;
-    compute_zero(on, m->dx, R * C * (on->device ? sizeof(float) : sizeof *m->dx));
+    compute_zero(on, m->dx, R * C * f32_bytes(on));
     if (m->dx_operand != m->dx) compute_zero(on, m->dx_operand, R * C * on->unit);
     norm_backward(on, m->dx, m->dx_operand, grad_of(m, s->norm.weight), grad_of(m, s->norm.bias), dout, s->x_end,
                   value_of(m, s->norm.weight), s->end_mean, s->end_rstd, pass->B * (pass->n - skip), C, pass->n, skip);
@@ -632,14 +609,9 @@ static void stack_backward(Transformer *m, Stack *s, const real *dout, real *dco
 
 static Variant variant_of(const Transformer *m) {
     const NetConfig *c = &m->config;
-    Variant v = {.log_scalors = is_scaled(c) ? value_of(m, m->log_scalors) : NULL,
-                 .fine = c->variant == X_FINE_SCALED,
-                 .residual = is_residual(c),
-                 .scales = (size_t)c->n_scales,
-                 .length = c->dec_max_seq_len,
-                 .ids = m->encoder.ids,
-                 .prompt = prompt_length(c),
-                 .N = m->now_N};
+    Variant v = {is_scaled(c) ? value_of(m, m->log_scalors) : NULL, c->variant == X_FINE_SCALED, is_residual(c)};
+    v.scales = (size_t)c->n_scales, v.length = c->dec_max_seq_len;
+    v.ids = m->encoder.ids, v.prompt = prompt_length(c), v.N = m->now_N;
     memcpy(v.alpha, m->alpha, sizeof v.alpha);
     return v;
 }
@@ -676,7 +648,7 @@ static void network_backward(Transformer *m, const real *draw) {
     project_backward(m, &m->head, dout, draw, d->out, 0, 1, B * N);
     if (m->config.kind == NET_X) {
         const Pass encode = whole_pass(e, B, P + N, NULL, 0), decode = whole_pass(d, B, N, e->out, P + N);
-        compute_zero(&m->on, m->dcontext, B * (P + N) * e->C * (m->on.device ? sizeof(float) : sizeof *dout));
+        compute_zero(&m->on, m->dcontext, B * (P + N) * e->C * f32_bytes(&m->on));
         stack_backward(m, d, dout, m->dcontext, &decode, 0);
         stack_backward(m, e, m->dcontext, NULL, &encode, 0);
     } else {
@@ -802,17 +774,11 @@ static void describe_decoder(Transformer *m) {
     Decoder *g = &m->gpu;
     for (size_t i = 0; i < d->n_layers; i++) {
         const Layer *l = &d->layer[i];
-        m->gpu_layer[i] = (DecoderLayer){l->kind,
-                                         value_of(m, l->norm.weight),
-                                         value_of(m, l->norm.bias),
-                                         projection_of(m, &l->q),
-                                         projection_of(m, &l->k),
-                                         projection_of(m, &l->v),
-                                         projection_of(m, &l->out),
-                                         projection_of(m, &l->up),
-                                         projection_of(m, &l->down),
-                                         (real *)l->kept_key,
-                                         (real *)l->kept_value};
+        DecoderLayer *to = &m->gpu_layer[i];
+        to->kind = l->kind, to->key = (real *)l->kept_key, to->value = (real *)l->kept_value;
+        to->norm_weight = value_of(m, l->norm.weight), to->norm_bias = value_of(m, l->norm.bias);
+        to->q = projection_of(m, &l->q), to->k = projection_of(m, &l->k), to->v = projection_of(m, &l->v);
+        to->out = projection_of(m, &l->out), to->up = projection_of(m, &l->up), to->down = projection_of(m, &l->down);
     }
     g->layer = m->gpu_layer, g->n_layers = d->n_layers, g->B = m->now_B, g->N = m->now_N;
     g->C = d->C, g->K = c->dec_num_tokens, g->heads = d->layer[0].heads, g->D = d->layer[0].D, g->T = d->T;
@@ -862,107 +828,115 @@ int transformer_on_cuda(const Transformer *m) {
 
 /* ---- Plan: which arrays there are. Where they lie is base/plan.c's business. ---- */
 
-static size_t f32(const Compute *on) { /* bytes of a number that a GPU has as float */
-    return on->device ? sizeof(float) : sizeof(real);
-}
+/* Both sides of a plan: where the network computes, and here */
+typedef struct {
+    Transformer *m;
+    Plan there, host;
+    size_t bytes, host_bytes;
+} Arrays;
 
-/* An array for the whole of a run */
+/* An array (n1,n2) for the whole of a run; f32: of what a GPU has as float */
 static void want(Plan *p, void *target, size_t n1, size_t n2, size_t size) {
     plan_add(p, target, n1 > 0 && n2 > SIZE_MAX / n1 ? SIZE_MAX : n1 * n2, size, 0, PLAN_END);
 }
-
-/* R = B*n rows; keys: rows of keys. A layer has either attention or a feed-forward block, what all share has both. */
-static void want_activations(Plan *p, const Compute *on, Activations *a, size_t R, size_t keys, size_t C, size_t inner,
-                             size_t hidden) {
-    want(p, &a->x, R, C, f32(on)), want(p, &a->mean, R, 1, f32(on)), want(p, &a->rstd, R, 1, f32(on));
-    want(p, &a->normed, R, C, on->unit);
-    if (inner) want(p, &a->query, R, inner, on->unit), want(p, &a->y, R, inner, on->unit);
-    if (inner) want(p, &a->key, keys, inner, on->unit), want(p, &a->value, keys, inner, on->unit);
-    if (hidden) want(p, &a->g, R, hidden, on->unit);
+static void want_reals(Arrays *a, real **target, size_t n1, size_t n2) {
+    want(&a->there, target, n1, n2, a->m->on.unit);
+}
+static void want_f32(Arrays *a, real **target, size_t n1, size_t n2) {
+    want(&a->there, target, n1, n2, f32_bytes(&a->m->on));
 }
 
-static void want_layer(Transformer *m, Plan *p, const Stack *s, Layer *l, size_t T_context) {
+/* R = B*n rows, and rows of keys. A layer has either attention or a feed-forward block, what all share has both. */
+static void want_activations(Arrays *a, Activations *x, size_t R, size_t keys, size_t C, size_t inner, size_t hidden) {
+    want_f32(a, &x->x, R, C), want_f32(a, &x->mean, R, 1), want_f32(a, &x->rstd, R, 1);
+    want_reals(a, &x->normed, R, C);
+    if (inner) want_reals(a, &x->query, R, inner), want_reals(a, &x->y, R, inner);
+    if (inner) want_reals(a, &x->key, keys, inner), want_reals(a, &x->value, keys, inner);
+    if (hidden) want_reals(a, &x->g, R, hidden);
+}
+
+static void want_layer(Arrays *a, const Stack *s, Layer *l, size_t T_context) {
+    Transformer *m = a->m;
     Compute *on = &m->on;
     const Pass pass = whole_pass(s, m->B, s->T, NULL, T_context);
     const Pass step = {.B = 1, .n = m->B * DECODE_BLOCK, .stride = s->T, .T_context = T_context};
-    const Attention a = attention_of(m, s, l, &pass), one = attention_of(m, s, l, &step);
-    const size_t R = m->B * s->T, inner = l->heads * l->D, hidden = l->up.out;
+    const Attention whole = attention_of(m, s, l, &pass), decoding = attention_of(m, s, l, &step);
+    const size_t R = m->B * s->T;
     const int attends = l->kind != BLOCK_FEED;
     memset(&l->act, 0, sizeof l->act);
     l->kept_key = l->kept_value = NULL;
-    if (attends) compute_needs(on, attention_needs(on, &a, m->train));
+    if (attends) compute_needs(on, attention_needs(on, &whole, m->train));
     if (m->train) {
-        want_activations(p, on, &l->act, R, m->B * a.Tk, s->C, inner, hidden);
-        if (attends) want(p, &l->act.saved, attention_saved(on, &a), 1, 1);
-        if (!attends) want(p, &l->act.dg, R, hidden, on->unit);
+        want_activations(a, &l->act, R, m->B * whole.Tk, s->C, l->heads * l->D, l->up.out);
+        if (attends) want(&a->there, &l->act.saved, attention_saved(on, &whole), 1, 1);
+        if (!attends) want_reals(a, &l->act.dg, R, l->up.out);
     } else if (attends && s->causal) {
-        if (!on->device) compute_needs(on, attention_needs(on, &one, 0));
-        want(p, &l->kept_key, kept_bytes(on, &a), 1, 1), want(p, &l->kept_value, kept_bytes(on, &a), 1, 1);
+        if (!on->device) compute_needs(on, attention_needs(on, &decoding, 0));
+        want(&a->there, &l->kept_key, kept_bytes(on, &whole), 1, 1);
+        want(&a->there, &l->kept_value, kept_bytes(on, &whole), 1, 1);
     }
 }
 
 /* T_context: positions of the context of cross-attention */
-static void want_stack(Transformer *m, Plan *p, Plan *host, Stack *s, size_t T_context) {
-    const size_t R = m->B * s->T;
-    const Compute *on = &m->on;
-    want(host, &s->host_ids, R, 1, sizeof *s->ids);
-    if (on->device) want(p, &s->ids, R, 1, sizeof *s->ids);
-    for (size_t i = 0; i < s->n_layers; i++) want_layer(m, p, s, &s->layer[i], T_context);
-    if (m->train)
-        want(p, &s->x_end, R, s->C, f32(on)), want(p, &s->end_mean, R, 1, f32(on)),
-            want(p, &s->end_rstd, R, 1, f32(on));
-    want(p, &s->out, R, s->C, on->unit);
+static void want_stack(Arrays *a, Stack *s, size_t T_context) {
+    const size_t R = a->m->B * s->T;
+    want(&a->host, &s->host_ids, R, 1, sizeof *s->ids);
+    if (a->m->on.device) want(&a->there, &s->ids, R, 1, sizeof *s->ids);
+    for (size_t i = 0; i < s->n_layers; i++) want_layer(a, s, &s->layer[i], T_context);
+    want_reals(a, &s->out, R, s->C);
+    if (!a->m->train) return;
+    want_f32(a, &s->x_end, R, s->C), want_f32(a, &s->end_mean, R, 1), want_f32(a, &s->end_rstd, R, 1);
 }
 
 /* What gradients need; rows: B*N positions that have logits */
-static void want_gradients(Transformer *m, Plan *p, size_t R, size_t inner, size_t rows) {
-    const NetConfig *c = &m->config;
+static void want_gradients(Arrays *a, size_t R, size_t inner, size_t hidden, size_t rows) {
+    Transformer *m = a->m;
     Compute *on = &m->on;
-    const size_t C = c->dim, K = c->dec_num_tokens, hidden = FEED_FACTOR * C;
-    want(p, &m->dx, R, C, f32(on)), want(p, &m->dnormed, R, C, f32(on)), want(p, &m->dcontext, R, C, f32(on));
-    if (on->unit != f32(on)) want(p, &m->dx_operand, R, C, on->unit);
-    if (on->device) want(p, &m->draw, rows, K, on->unit);
-    want(p, &m->dquery, R, inner, on->unit), want(p, &m->dkey, R, inner, on->unit);
-    want(p, &m->dvalue, R, inner, on->unit), want(p, &m->dy, R, inner, on->unit);
-    want(p, &m->dh, R, hidden, on->unit);
-    if (is_scaled(c)) compute_needs(on, variant_needs(on, rows));
+    const size_t C = m->config.dim, K = m->config.dec_num_tokens;
+    want_f32(a, &m->dx, R, C), want_f32(a, &m->dnormed, R, C), want_f32(a, &m->dcontext, R, C);
+    if (on->unit != f32_bytes(on)) want_reals(a, &m->dx_operand, R, C);
+    if (on->device) want_reals(a, &m->draw, rows, K);
+    want_reals(a, &m->dquery, R, inner), want_reals(a, &m->dkey, R, inner), want_reals(a, &m->dvalue, R, inner);
+    want_reals(a, &m->dy, R, inner), want_reals(a, &m->dh, R, hidden);
+    if (is_scaled(&m->config)) compute_needs(on, variant_needs(on, rows));
     if (!on->fast || !on->fast->linear_needs) return;
     compute_needs(on, on->fast->norm_needs(on, R, C));
     compute_needs(on, on->fast->linear_needs(on, R, C, max_size(hidden, max_size(K, inner))));
 }
 
 /* What a GPU has besides: the arrays of its loss, or of its decoding */
-static void want_on_gpu(Transformer *m, Plan *p, Plan *host, size_t rows) {
-    want(host, &m->host_logits, rows, m->config.dec_num_tokens, sizeof(real));
-    want(host, &m->gpu_layer, m->decoder.n_layers, sizeof *m->gpu_layer, 1);
-    for (int k = 0; k < 3; k++) want(p, &m->loss_ids[k], rows, 1, sizeof(int32_t));
-    want(p, &m->t, m->B, 1, sizeof *m->t), want(p, &m->loss_sums, 2, 1, sizeof *m->loss_sums);
+static void want_on_gpu(Arrays *a, size_t rows) {
+    Transformer *m = a->m;
+    Decoder *g = &m->gpu;
+    want(&a->host, &m->host_logits, rows, m->config.dec_num_tokens, sizeof(real));
+    want(&a->host, &m->gpu_layer, m->decoder.n_layers, sizeof *m->gpu_layer, 1);
+    for (int k = 0; k < 3; k++) want(&a->there, &m->loss_ids[k], rows, 1, sizeof(int32_t));
+    want(&a->there, &m->t, m->B, 1, sizeof *m->t), want(&a->there, &m->loss_sums, 2, 1, sizeof *m->loss_sums);
     compute_needs(&m->on, m->on.ops->fused_loss_needs(rows));
-    m->gpu.B = m->B, m->gpu.N = m->N, m->gpu.heads = m->decoder.layer[0].heads, m->gpu.D = m->decoder.layer[0].D;
-    m->gpu.prompt = prompt_length(&m->config);
-    if (!m->train) want(p, &m->gpu.work, m->on.ops->decode_needs(&m->gpu), 1, 1);
+    g->B = m->B, g->N = m->N, g->heads = m->decoder.layer->heads, g->D = m->decoder.layer->D;
+    g->prompt = prompt_length(&m->config);
+    if (!m->train) want(&a->there, &g->work, m->on.ops->decode_needs(g), 1, 1);
 }
 
-/* All arrays of the present plan: `there` where the network computes, `host` here */
-static void want_all(Transformer *m, Plan *there, Plan *host) {
-    const NetConfig *c = &m->config;
+static void want_all(Arrays *a) {
+    Transformer *m = a->m;
     Stack *e = &m->encoder, *d = &m->decoder;
     Compute *on = &m->on;
-    const size_t B = m->B, C = c->dim, T = max_size(e->T, d->T), R = B * T, rows = B * m->N;
     const Layer *first = e->n_layers ? e->layer : d->layer;
+    const size_t B = m->B, C = d->C, K = m->config.dec_num_tokens, R = B * max_size(e->T, d->T), rows = B * m->N;
     const size_t inner = max_size(first->heads * first->D, d->layer->heads * d->layer->D), hidden = FEED_FACTOR * C;
-    if (!m->train) want_activations(there, on, &m->shared, R, R, C, inner, hidden);
-    if (c->kind == NET_X) want_stack(m, there, host, e, 0);
-    want_stack(m, there, host, d, e->T);
-    want(there, &m->logits, rows, c->dec_num_tokens, f32(on));
-    if (m->train && is_scaled(c)) want(there, &m->raw, rows, c->dec_num_tokens, f32(on));
-    want(host, &m->fed, B, 1, sizeof *m->fed), want(host, &m->first, B, 1, sizeof *m->first);
-    if (!m->train) want(host, &m->position, B, DECODE_BLOCK, sizeof *m->position);
-    if (m->train) want_gradients(m, there, R, inner, rows);
-    if (on->device) want_on_gpu(m, there, host, rows);
-    if (m->format != WEIGHTS_REAL && on->fast->stream_needs)
+    if (!m->train) want_activations(a, &m->shared, R, R, C, inner, hidden);
+    if (e->n_layers) want_stack(a, e, 0);
+    want_stack(a, d, e->T);
+    want_f32(a, &m->logits, rows, K);
+    if (m->train && is_scaled(&m->config)) want_f32(a, &m->raw, rows, K);
+    want(&a->host, &m->fed, B, 1, sizeof *m->fed), want(&a->host, &m->first, B, 1, sizeof *m->first);
+    if (!m->train) want(&a->host, &m->position, B, DECODE_BLOCK, sizeof *m->position);
+    if (m->train) want_gradients(a, R, inner, hidden, rows);
+    if (on->device) want_on_gpu(a, rows);
+    if (m->format != WEIGHTS_REAL && !on->device)
         compute_needs(on, on->fast->stream_needs(on, R, max_size(hidden, inner)));
-    want(there, &on->scratch, on->scratch_bytes, 1, 1);
+    want(&a->there, &on->scratch, on->scratch_bytes, 1, 1);
 }
 
 /* Arrays that are others under another name */
@@ -976,22 +950,20 @@ static void share_arrays(Transformer *m) {
     }
     if (!(m->train && is_scaled(&m->config))) m->raw = m->logits;
     if (!m->on.device) m->draw = m->raw, m->host_logits = m->logits;
-    if (m->on.unit == f32(&m->on)) m->dx_operand = m->dx;
+    if (m->on.unit == f32_bytes(&m->on)) m->dx_operand = m->dx;
 }
 
 /* N tokens fit the position tables: the encoder reads the prompt and N, a decoder N, a GPT all but the last. */
 static Err set_lengths(Transformer *m, size_t N) {
-    enum { LENGTH_MAX = 1 << 20 };
     Stack *e = &m->encoder, *d = &m->decoder;
     const size_t P = prompt_length(&m->config);
     if (N < 1 || N > LENGTH_MAX) return err("transformer: %zu tokens, expected 1..%d", N, (int)LENGTH_MAX);
     e->T = m->config.kind == NET_X ? P + N : 0;
     d->T = m->config.kind == NET_X ? N : P + N - 1;
-    if (e->T > e->max_T && e->T > 0)
+    if (e->T > e->max_T)
         return err("transformer: %zu tokens need %zu encoder positions, the table has %zu", N, e->T, e->max_T);
-    if (d->T > d->max_T)
-        return err("transformer: %zu tokens need %zu decoder positions, the table has %zu", N, d->T, d->max_T);
-    return OK;
+    if (d->T <= d->max_T) return OK;
+    return err("transformer: %zu tokens need %zu decoder positions, the table has %zu", N, d->T, d->max_T);
 }
 
 static void drop_plan(Transformer *m) {
@@ -1001,45 +973,42 @@ static void drop_plan(Transformer *m) {
     m->state = IDLE, m->B = 0;
 }
 
-/* Lays the arrays out; *bytes: how much they take where the network computes, *host_bytes: here. */
-static Err lay_out(Transformer *m, size_t B, size_t N, int train, Plan *there, Plan *host, size_t *bytes,
-                   size_t *host_bytes) {
+static Err lay_out(Arrays *a, size_t B, size_t N, int train) {
     enum { BATCH_MAX = 1 << 20 };
+    Transformer *m = a->m;
     drop_plan(m);
-    there->what = host->what = "transformer activations";
+    a->there.what = a->host.what = "transformer activations";
     if (B < 1 || B > BATCH_MAX) return err("transformer: batch of %zu, expected 1..%d", B, (int)BATCH_MAX);
     TRY(set_lengths(m, N));
     m->on = compute_of(&m->params), m->format = m->params.format, m->train = train;
     if (m->format != WEIGHTS_REAL && !m->on.fast)
         return err("transformer: packed weights, which the plain loops do not have");
     m->B = B, m->N = N;
-    want_all(m, there, host);
+    want_all(a);
     m->B = 0; /* until the memory is there */
-    if (plan_lay_out(there, bytes) == OK && plan_lay_out(host, host_bytes) == OK) return OK;
+    if (plan_lay_out(&a->there, &a->bytes) == OK && plan_lay_out(&a->host, &a->host_bytes) == OK) return OK;
     return err("transformer: a batch of %zu x %zu tokens is too large", B, N);
 }
 
 Err transformer_plan_bytes(Transformer *m, size_t B, size_t N, int train, size_t *bytes) {
-    Plan there = {0}, host = {0};
-    size_t host_bytes;
-    const Err e = lay_out(m, B, N, train, &there, &host, bytes, &host_bytes);
-    plan_free(&there), plan_free(&host);
-    if (e == OK && !m->on.device) *bytes += host_bytes;
+    Arrays a = {.m = m};
+    const Err e = lay_out(&a, B, N, train);
+    plan_free(&a.there), plan_free(&a.host);
+    *bytes = a.bytes + (m->on.device ? 0 : a.host_bytes);
     return e;
 }
 
 Err transformer_plan(Transformer *m, size_t B, size_t N, int train) {
-    Plan there = {0}, host = {0};
-    size_t bytes, host_bytes;
-    Err e = lay_out(m, B, N, train, &there, &host, &bytes, &host_bytes);
-    if (e == OK) e = compute_alloc(&m->on, &m->memory, bytes, "transformer activations");
-    if (e == OK) e = mem_alloc(&m->host_memory, host_bytes, 1, "transformer activations");
+    Arrays a = {.m = m};
+    Err e = lay_out(&a, B, N, train);
+    if (e == OK) e = compute_alloc(&m->on, &m->memory, a.bytes, a.there.what);
+    if (e == OK) e = mem_alloc(&m->host_memory, a.host_bytes, 1, a.host.what);
     if (e == OK) {
-        plan_place(&there, m->memory), plan_place(&host, m->host_memory);
+        plan_place(&a.there, m->memory), plan_place(&a.host, m->host_memory);
         share_arrays(m);
         m->B = B;
     }
-    plan_free(&there), plan_free(&host);
+    plan_free(&a.there), plan_free(&a.host);
     return e;
 }
 
@@ -1074,7 +1043,7 @@ Err transformer_backward(Transformer *m, const real *dlogits) {
     return compute_status(&m->on);
 }
 
-/* ---- Losses and updates ---- */
+/* ---- Losses ---- */
 
 Err denoising_loss(Loss *out, const real *logits, const int32_t *target, const real *posterior, size_t R, size_t K,
                    double alpha, double weight, real *dlogits) {
@@ -1110,83 +1079,17 @@ Err transformer_loss_cuda(Transformer *m, const Schedule *s, const int32_t *x0, 
     compute_put(&m->on, m->t, t, B * sizeof *t);
     network_forward(m);
     project(m, &m->head, m->raw, m->decoder.out, m->head.bias, NULL, 1, R);
-    const FusedLoss loss = {.raw = m->raw,
-                            .draw = backward ? m->draw : NULL,
-                            .dlog_scalors = backward ? grad_of(m, m->log_scalors) : NULL,
-                            .sums = m->loss_sums,
-                            .x0 = m->loss_ids[0],
-                            .target = m->loss_ids[1],
-                            .x_t = m->loss_ids[2],
-                            .t = m->t,
-                            .alpha = s->alpha,
-                            .alphacum = s->alphacum,
-                            .T = s->T,
-                            .variant = variant_of(m),
-                            .B = B,
-                            .N = N,
-                            .K = K,
-                            .soft_weight = (real)(weight * alpha / (double)R),
-                            .hard_weight = (real)(weight * (1 - alpha) / (double)R)};
+    FusedLoss loss = {m->raw, NULL, NULL, m->loss_sums, m->loss_ids[0], m->loss_ids[1], m->loss_ids[2], m->t};
+    loss.alpha = s->alpha, loss.alphacum = s->alphacum, loss.T = s->T, loss.variant = variant_of(m);
+    loss.B = B, loss.N = N, loss.K = K;
+    loss.soft_weight = (real)(weight * alpha / (double)R), loss.hard_weight = (real)(weight * (1 - alpha) / (double)R);
+    if (backward) loss.draw = m->draw, loss.dlog_scalors = grad_of(m, m->log_scalors);
     TRY(m->on.ops->fused_loss(&m->on, &loss));
     if (backward) network_backward(m, m->draw);
     TRY(compute_get(&m->on, sums, m->loss_sums, sizeof sums)); /* waits: everything has been asked for by now */
     out->hard = sums[0] / (double)R, out->soft = sums[1] / (double)R;
     out->loss = alpha == 0 ? out->hard : alpha * out->soft + (1 - alpha) * out->hard;
     return compute_status(&m->on);
-}
-
-void adamw_step(Params *p, const AdamW *o, uint64_t step) {
-    const Compute on = compute_of(p);
-    const double correction1 = 1 - pow(o->beta1, (double)step), correction2 = 1 - pow(o->beta2, (double)step);
-    AdamStep a = {.rate = (real)(o->lr / correction1), .inverse = (real)(1 / sqrt(correction2))};
-    if (p->device) {
-        p->ops->update(p->device, p, o, step, 0);
-        return;
-    }
-    a.beta1 = (real)o->beta1, a.beta2 = (real)o->beta2, a.eps = (real)o->eps;
-    a.rest1 = (real)(1 - o->beta1), a.rest2 = (real)(1 - o->beta2);
-    for (size_t i = 0; i < p->n; i++) {
-        const Param *row = &p->row[i];
-        if (row->untrained) continue;
-        a.keep = (real)(1 - o->lr * row->decay * o->decay_scale);
-        a.stream = rng_stream(RNG_ROUND, i, step & 0xffffffffu);
-        if (p->bf16_moments)
-            on.fast->adamw_bf16(&on, row->value, row->m16, row->v16, row->grad, &a, row->size);
-        else
-            adamw(&on, row->value, row->m, row->v, row->grad, &a, row->size);
-    }
-}
-
-/* 1 - d */
-static float ema_step(double decay, uint64_t num_updates) {
-    const float n = (float)num_updates, warm = (1 + n) / (10 + n), limit = (float)decay;
-    return 1 - (warm < limit ? warm : limit);
-}
-
-void ema_update(Params *p, double decay, uint64_t num_updates) {
-    const Compute on = compute_of(p);
-    const float step = ema_step(decay, num_updates);
-    if (p->device) {
-        p->ops->update(p->device, p, NULL, 0, step);
-        return;
-    }
-    for (size_t i = 0; i < p->n; i++) moving_average(&on, p->row[i].ema, p->row[i].value, (real)step, p->row[i].size);
-}
-
-void adamw_ema_step(Params *p, const AdamW *o, uint64_t step, double decay, uint64_t num_updates) {
-    if (p->device) {
-        p->ops->update(p->device, p, o, step, ema_step(decay, num_updates));
-        return;
-    }
-    adamw_step(p, o, step);
-    ema_update(p, decay, num_updates);
-}
-
-double lr_at(const LrSchedule *s, uint64_t n) {
-    const double pi = 3.14159265358979323846, x = (double)n;
-    if (x < s->warm_up_steps) return (s->lr_max - s->lr_start) / s->warm_up_steps * x + s->lr_start;
-    double done = (x - s->warm_up_steps) / (s->max_decay_steps - s->warm_up_steps);
-    return s->lr_min + 0.5 * (s->lr_max - s->lr_min) * (1 + cos(pi * (done < 1 ? done : 1)));
 }
 
 /* ---- Decoding ---- */
@@ -1281,14 +1184,14 @@ DecodeReads transformer_decode_reads(const Transformer *m, size_t N) {
     for (size_t i = 0; i < m->decoder.n_layers; i++) {
         const Layer *l = &m->decoder.layer[i];
         const Linear *const linear[] = {&l->q, &l->out, &l->up, &l->down, &l->k, &l->v};
-        const size_t used = l->kind == BLOCK_CROSS ? 4 : 6; /* the context's keys and values are there already */
-        for (size_t k = 0; k < used; k++) {
-            const double numbers = (double)linear[k]->in * (double)linear[k]->out;
-            const Param *p = numbers > 0 ? &m->params.row[linear[k]->weight] : NULL;
-            r.numbers += numbers;
-            r.weight_bytes += p ? numbers * (double)weight_bytes(p->packed.data ? p->packed.format : WEIGHTS_REAL) : 0;
+        const int cross = l->kind == BLOCK_CROSS; /* the context's keys and values are there already */
+        for (size_t k = 0; k < (cross ? 4 : 6); k++) {
+            if (!linear[k]->in) continue;
+            const Param *p = &m->params.row[linear[k]->weight];
+            r.numbers += (double)p->size;
+            r.weight_bytes += (double)p->size * (double)weight_bytes(p->packed.data ? p->packed.format : WEIGHTS_REAL);
         }
-        r.kept_bytes += 2 * (double)l->heads * (double)l->D * (double)N * number * (l->kind == BLOCK_CROSS ? 1 : 0.5);
+        r.kept_bytes += 2 * (double)(l->heads * l->D) * (double)N * number * (cross ? 1 : 0.5);
     }
     return r;
 }
@@ -1327,7 +1230,7 @@ typedef struct {
     size_t lo, hi;
     int optional;
 } SizeOption;
-enum { DIM_MAX = 1 << 16, DEPTH_MAX = 1024, HEADS_MAX = 1024, TOKENS_MAX = 1 << 24, LENGTH_MAX = 1 << 20 };
+enum { DIM_MAX = 1 << 16, DEPTH_MAX = 1024, HEADS_MAX = 1024, TOKENS_MAX = 1 << 24 };
 static const SizeOption x_sizes[] = {
     {"dim", offsetof(NetConfig, dim), 1, DIM_MAX, 0},
     {"enc_num_tokens", offsetof(NetConfig, enc_num_tokens), 2, TOKENS_MAX, 0},
@@ -1659,24 +1562,14 @@ Err transition_tensors(TensorList *list, Transformer *net, char which, const Sch
 
 /* ---- The plain loops, for tests, which compare each with its fellows ---- */
 
+/* clang-format off */
 extern const Layers transformer_layers;
 const Layers transformer_layers = {
-    .embed_forward = embed_forward,
-    .embed_backward = embed_backward,
-    .norm_forward = norm_forward,
-    .norm_backward = norm_backward,
-    .linear_forward = linear_forward,
-    .linear_backward = linear_backward,
-    .gelu_forward = gelu_forward,
-    .gelu_backward = gelu_backward,
-    .attention_forward = attention_forward,
-    .attention_backward = attention_backward,
-    .variant_forward = variant_forward,
-    .variant_backward = variant_backward,
-    .denoising_loss = loss_rows,
-    .adamw = adamw,
-    .ema = moving_average,
-    .kept_bytes = kept_bytes,
-    .keep_positions = keep_positions,
+    .embed_forward = embed_forward, .embed_backward = embed_backward, .norm_forward = norm_forward,
+    .norm_backward = norm_backward, .linear_forward = linear_forward, .linear_backward = linear_backward,
+    .gelu_forward = gelu_forward, .gelu_backward = gelu_backward, .attention_forward = attention_forward,
+    .attention_backward = attention_backward, .variant_forward = variant_forward, .variant_backward = variant_backward,
+    .denoising_loss = loss_rows, .kept_bytes = kept_bytes, .keep_positions = keep_positions,
     .attention_from_kept = attention_from_kept,
 };
+/* clang-format on */

@@ -216,10 +216,6 @@ typedef struct {
     float alpha[MAX_SCALES + 1];
 } Variant;
 
-/* AdamW as PyTorch has it; what it does stands in transformer.cu. */
-typedef struct AdamW {
-    double lr, beta1, beta2, eps, decay_scale; /* decay_scale times a tensor's own decay */
-} AdamW;
 /* The numbers of one step for one tensor */
 typedef struct {
     real keep, rate, inverse, eps, beta1, beta2, rest1, rest2;
@@ -293,7 +289,7 @@ struct Layers {
                             size_t B, size_t n, size_t K);
     void (*variant_backward)(const Compute *on, real *draw, real *dlog_scalors, const real *dlogits, const real *raw,
                              const Variant *v, size_t B, size_t n, size_t K);
-    /* ---- transformer.cu, what a GPU does in another way: fused_loss and update of DeviceOps ---- */
+    /* ---- what a GPU does in another way: fused_loss and update of DeviceOps. Updates: base/params.c ---- */
     void (*denoising_loss)(const Compute *on, double sums[2], real *dlogits, const real *logits, const int32_t *target,
                            const real *posterior, real soft_weight, real hard_weight, size_t R, size_t K);
     void (*adamw)(const Compute *on, real *w, real *m, real *v, const real *g, const AdamStep *a, size_t n);

@@ -5,10 +5,10 @@
  * Whoever allocates, initialises, loads, saves, updates or checks a model loops over its rows, so adding a layer to a
  * network means adding rows, and nothing else in the project knows a name or an order.
  *
- * Files of tables are files/weights.c's, the optimizer is kernels/optimizer.c's. Where a table has a copy on a GPU, what
+ * Files of tables are files/weights.c's. Where a table has a copy on a GPU, what
  * happens to all its rows at once happens there.
  *
- * Read in this order: building a table; planning memory; initial values; what happens to all rows at once. */
+ * Read in this order: building a table; planning memory; initial values; what happens to all rows at once; updates. */
 #include "base/params.h"
 #include "base/compute.h"
 
@@ -212,4 +212,70 @@ void params_free(Params *p) {
     free(p->packed);
     free(p->row);
     *p = (Params){0};
+}
+
+/* ---- AdamW and the moving average (SPEC sections 6 and 7) ---- */
+
+/* With decayed weights and bias corrections of step n:
+ *     m = beta1 m + (1 - beta1) g     v = beta2 v + (1 - beta2) g^2
+ *     w = (1 - lr decay) w - lr (m / (1 - beta1^n)) / (sqrt(v / (1 - beta2^n)) + eps)
+ * a: keep = 1 - lr decay, rate = lr / (1 - beta1^n), inverse = 1/sqrt(1 - beta2^n), rest = 1 - beta */
+static void adamw(const Compute *on, real *w, real *m, real *v, const real *g, const AdamStep *a, size_t n) {
+    if (on->fast) return on->fast->adamw(on, w, m, v, g, a, n);
+    for (size_t i = 0; i < n; i++) {
+        m[i] = a->beta1 * m[i] + a->rest1 * g[i];
+        v[i] = a->beta2 * v[i] + a->rest2 * g[i] * g[i];
+        w[i] = a->keep * w[i] - a->rate * m[i] / ((real)sqrt((double)v[i]) * a->inverse + a->eps);
+    }
+}
+
+/* ema = ema - step (ema - w) */
+static void moving_average(const Compute *on, real *ema, const real *w, real step, size_t n) {
+    if (on->fast) return on->fast->ema(on, ema, w, step, n);
+    for (size_t i = 0; i < n; i++) ema[i] -= step * (ema[i] - w[i]);
+}
+
+void adamw_step(Params *p, const AdamW *o, uint64_t step) {
+    const Compute on = compute_of(p);
+    const double correction1 = 1 - pow(o->beta1, (double)step), correction2 = 1 - pow(o->beta2, (double)step);
+    AdamStep a = {.rate = (real)(o->lr / correction1), .inverse = (real)(1 / sqrt(correction2))};
+    if (p->device) return p->ops->update(p->device, p, o, step, 0);
+    a.beta1 = (real)o->beta1, a.beta2 = (real)o->beta2, a.eps = (real)o->eps;
+    a.rest1 = (real)(1 - o->beta1), a.rest2 = (real)(1 - o->beta2);
+    for (size_t i = 0; i < p->n; i++) {
+        const Param *row = &p->row[i];
+        if (row->untrained) continue;
+        a.keep = (real)(1 - o->lr * row->decay * o->decay_scale);
+        a.stream = rng_stream(RNG_ROUND, i, step & 0xffffffffu);
+        if (p->bf16_moments)
+            on.fast->adamw_bf16(&on, row->value, row->m16, row->v16, row->grad, &a, row->size);
+        else
+            adamw(&on, row->value, row->m, row->v, row->grad, &a, row->size);
+    }
+}
+
+/* 1 - d */
+static float ema_step(double decay, uint64_t num_updates) {
+    const float n = (float)num_updates, warm = (1 + n) / (10 + n), limit = (float)decay;
+    return 1 - (warm < limit ? warm : limit);
+}
+
+void ema_update(Params *p, double decay, uint64_t num_updates) {
+    const Compute on = compute_of(p);
+    const float step = ema_step(decay, num_updates);
+    if (p->device) return p->ops->update(p->device, p, NULL, 0, step);
+    for (size_t i = 0; i < p->n; i++) moving_average(&on, p->row[i].ema, p->row[i].value, (real)step, p->row[i].size);
+}
+
+void adamw_ema_step(Params *p, const AdamW *o, uint64_t step, double decay, uint64_t num_updates) {
+    if (p->device) return p->ops->update(p->device, p, o, step, ema_step(decay, num_updates));
+    adamw_step(p, o, step);
+    ema_update(p, decay, num_updates);
+}
+
+double lr_at(const LrSchedule *s, uint64_t n) {
+    const double pi = 3.14159265358979323846, x = (double)n;
+    if (x < s->warm_up_steps) return (s->lr_max - s->lr_start) / s->warm_up_steps * x + s->lr_start;
+    double done = (x - s->warm_up_steps) / (s->max_decay_steps - s->warm_up_steps);
+    return s->lr_min + 0.5 * (s->lr_max - s->lr_min) * (1 + cos(pi * (done < 1 ? done : 1)));
 }

@@ -80,6 +80,24 @@ Err params_fetch(Params *p);
 void params_send_part(Params *p, size_t row, size_t at, size_t n);
 void params_free(Params *p);
 
+/* ---- Updates: what training does with gradients (SPEC sections 6 and 7) ---- */
+/* AdamW as PyTorch: p *= 1-lr*decay; m,v moments; bias correction with step = 1,2,...; rows marked untrained are left
+ * alone. grad is read, not cleared. decay comes from each row times `decay_scale`. */
+typedef struct AdamW {
+    double lr, beta1, beta2, eps, decay_scale;
+} AdamW;
+void adamw_step(Params *p, const AdamW *o, uint64_t step);
+/* EMA (SPEC section 6): d = min(decay, (1+n)/(10+n)) in float32 with n = num_updates (already incremented);
+ * ema -= (1-d)(ema - value). */
+void ema_update(Params *p, double decay, uint64_t num_updates);
+/* Both, one after the other, in one pass over memory where that is faster. */
+void adamw_ema_step(Params *p, const AdamW *o, uint64_t step, double decay, uint64_t num_updates);
+/* Learning-rate factor at optimizer step n = 0,1,... : linear warm-up, then cosine (SPEC section 7). */
+typedef struct {
+    double lr_start, lr_max, lr_min, warm_up_steps, max_decay_steps;
+} LrSchedule;
+double lr_at(const LrSchedule *s, uint64_t n);
+
 /* For files/weights.c: one of a row's pointers, in the order of Params.arena; those to moments in bf16; the arena of a
  * letter (v value, g gradient, 1 and 2 Adam moments, e EMA), or -1: an error, already set. */
 enum {

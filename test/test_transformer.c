@@ -1240,29 +1240,27 @@ static void test_loss_fellows(size_t R, size_t K, int soft) {
 }
 
 static void test_update_fellows(size_t n) {
-    const AdamStep a = {.keep = (real)0.99,
-                        .rate = (real)0.01,
-                        .inverse = (real)1.5,
-                        .eps = (real)1e-8,
-                        .beta1 = (real)0.9,
-                        .beta2 = (real)0.95,
-                        .rest1 = (real)0.1,
-                        .rest2 = (real)0.05};
-    Place place[2];
-    real *w[2], *m[2], *v[2], *ema[2], *g = numbers(n, 1, 1);
-    places(place, 0);
+    const AdamW o = {.lr = 0.01, .beta1 = 0.9, .beta2 = 0.95, .eps = 1e-8, .decay_scale = 1.5};
+    real *w[2], *m[2], *v[2], *ema[2];
     for (int k = 0; k < 2; k++) {
+        Params p = {0};
+        compute_plainly(k == 0);
+        CHECK_OK(params_add(&p, NULL, INIT_NORMAL, 1, 0.1, 1, &n, "w"));
+        CHECK_OK(params_plan(&p, PLAN_VALUE | PLAN_GRAD | PLAN_ADAM | PLAN_EMA));
+        params_init(&p, 3);
+        for (uint64_t step = 1; step <= 3; step++) {
+            for (size_t i = 0; i < n; i++) p.row->grad[i] = (real)rng_normal(8, rng_stream(RNG_TEST, 1, step), i);
+            adamw_ema_step(&p, &o, step, 0.9, step);
+        }
         w[k] = numbers(n, 2, 1), m[k] = numbers(n, 3, 1), v[k] = numbers(n, 4, 1), ema[k] = numbers(n, 5, 1);
-        for (size_t i = 0; i < n; i++) v[k][i] *= v[k][i];
-        place[k].layers->adamw(&place[k].on, w[k], m[k], v[k], g, &a, n);
-        place[k].layers->ema(&place[k].on, ema[k], w[k], (real)0.2, n);
+        memcpy(w[k], p.row->value, n * sizeof(real)), memcpy(m[k], p.row->m, n * sizeof(real));
+        memcpy(v[k], p.row->v, n * sizeof(real)), memcpy(ema[k], p.row->ema, n * sizeof(real));
+        params_free(&p);
     }
     near_fellows("adamw", "w", w, n);
     near_fellows("adamw", "m", m, n);
     near_fellows("adamw", "v", v, n);
     near_fellows("ema", "ema", ema, n);
-    free(g);
-    places_end(place);
 }
 
 static void test_fellows(void) {
