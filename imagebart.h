@@ -197,24 +197,6 @@ typedef struct Schedule { /* of the Markov chain: section 7 */
     int T;
     float beta[MAX_SCALES + 1], alpha[MAX_SCALES + 1], alphacum[MAX_SCALES + 1]; /* index t; beta[0] = 0 */
 } Schedule;
-typedef enum { NET_X, NET_GPT } NetKind; /* encoder-decoder; decoder-only */
-typedef enum { X_PLAIN, X_SCALED, X_FINE_SCALED, X_RESIDUAL, X_RESIDUAL_SCALED } XVariant;
-typedef struct {
-    NetKind kind;
-    XVariant variant;                                             /* NET_X only */
-    int n_scales;                                                 /* T: rows of log_scalors */
-    int has_class;                                                /* prompt is (t, class) rather than (t) */
-    size_t dim;                                                   /* n_embd */
-    size_t enc_num_tokens, enc_depth, enc_heads, enc_max_seq_len; /* NET_X */
-    size_t dec_num_tokens, dec_depth, dec_heads,
-        dec_max_seq_len;                 /* NET_GPT: vocab_size = K, n_layer, n_head, block_size */
-    size_t input_vocab_size, n_unmasked; /* NET_GPT */
-    int tie_token_emb;                   /* NET_X */
-} NetConfig;
-/* From the official keys under prefix + "transformer_config."; has_class from "conditioner_config.target". */
-Err net_config_read(NetConfig *c, const Config *from, const char *prefix);
-Err net_config_write(Config *to, const NetConfig *c, const char *prefix);
-
 typedef struct Transformer Transformer;
 Err transformer_create(Transformer **m, const NetConfig *c);
 void transformer_free(Transformer *m);

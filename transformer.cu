@@ -421,18 +421,7 @@ struct Transformer {
     size_t now_B, now_N; /* of the last forward or decode_begin */
 };
 
-enum { FEED_FACTOR = 4 /* hidden width of a feed-forward block over dim */, LENGTH_MAX = 1 << 20 /* tokens */ };
-
-/* Of the prompt in front of x_t or of a GPT's tokens: t, and the class if there is one. */
-static size_t prompt_length(const NetConfig *c) {
-    return c->has_class ? 2 : 1;
-}
-static int is_scaled(const NetConfig *c) {
-    return c->variant == X_SCALED || c->variant == X_FINE_SCALED || c->variant == X_RESIDUAL_SCALED;
-}
-static int is_residual(const NetConfig *c) {
-    return c->variant == X_RESIDUAL || c->variant == X_RESIDUAL_SCALED;
-}
+enum { FEED_FACTOR = 4 }; /* hidden width of a feed-forward block over dim */
 
 /* Bytes of a number that a GPU has as float */
 static size_t f32_bytes(const Compute *on) {
@@ -658,11 +647,6 @@ static void network_backward(Transformer *m, const real *draw) {
 }
 
 /* ---- What the networks read ---- */
-
-/* Rows of the table that embeds t and the class label */
-static size_t prompt_tokens(const NetConfig *c) {
-    return c->kind == NET_X ? c->enc_num_tokens : c->input_vocab_size;
-}
 
 /* Every ids[i] must be in lo..end-1; an error names `what`. */
 static Err check_ids(const char *what, const int32_t *ids, size_t n, int32_t lo, size_t end) {
@@ -957,7 +941,7 @@ static void share_arrays(Transformer *m) {
 static Err set_lengths(Transformer *m, size_t N) {
     Stack *e = &m->encoder, *d = &m->decoder;
     const size_t P = prompt_length(&m->config);
-    if (N < 1 || N > LENGTH_MAX) return err("transformer: %zu tokens, expected 1..%d", N, (int)LENGTH_MAX);
+    if (N < 1 || N > NET_LENGTH_MAX) return err("transformer: %zu tokens, expected 1..%d", N, (int)NET_LENGTH_MAX);
     e->T = m->config.kind == NET_X ? P + N : 0;
     d->T = m->config.kind == NET_X ? N : P + N - 1;
     if (e->T > e->max_T)
@@ -1196,7 +1180,7 @@ DecodeReads transformer_decode_reads(const Transformer *m, size_t N) {
     return r;
 }
 
-/* ================================ 5. Settings and the table of parameters ================================ */
+/* ================================ 5. The table of parameters ================================ */
 
 enum {
     X_HEAD = 64 /* size of a head in NET_X, whatever dim and heads are (SPEC 1.6) */
@@ -1204,169 +1188,6 @@ enum {
 
 static const double WEIGHT_DECAY = 0.01; /* PyTorch's default (SPEC section 7) */
 static const double EMBEDDING_STD = 0.02;
-
-/* ---- Configuration: the official keys (SPEC sections 1 and 2) ---- */
-
-typedef struct {
-    const char *target;
-    NetKind kind;
-    XVariant variant;
-} NetTarget;
-static const NetTarget net_targets[] = {
-    {"imagebart.modules.xtransformers.x_transformer.XTransformer", NET_X, X_PLAIN},
-    {"imagebart.modules.xtransformers.x_transformer.ScaledXTransformer", NET_X, X_SCALED},
-    {"imagebart.modules.xtransformers.x_transformer.FineScaledXTransformer", NET_X, X_FINE_SCALED},
-    {"imagebart.modules.xtransformers.x_transformer.ResidualXTransformer", NET_X, X_RESIDUAL},
-    {"imagebart.modules.xtransformers.x_transformer.ResidualScaledXTransformer", NET_X, X_RESIDUAL_SCALED},
-    {"imagebart.modules.transformer.mingpt.GPT", NET_GPT, X_PLAIN},
-    {NULL, NET_X, X_PLAIN},
-};
-static const char *const class_provider = "imagebart.util.ClassProvider";
-
-/* A size under "transformer_config.params." and the field it fills: reading, writing and checking loop over these. */
-typedef struct {
-    const char *key;
-    size_t field; /* offset of a size_t in NetConfig */
-    size_t lo, hi;
-    int optional;
-} SizeOption;
-enum { DIM_MAX = 1 << 16, DEPTH_MAX = 1024, HEADS_MAX = 1024, TOKENS_MAX = 1 << 24 };
-static const SizeOption x_sizes[] = {
-    {"dim", offsetof(NetConfig, dim), 1, DIM_MAX, 0},
-    {"enc_num_tokens", offsetof(NetConfig, enc_num_tokens), 2, TOKENS_MAX, 0},
-    {"enc_depth", offsetof(NetConfig, enc_depth), 1, DEPTH_MAX, 0},
-    {"enc_heads", offsetof(NetConfig, enc_heads), 1, HEADS_MAX, 0},
-    {"enc_max_seq_len", offsetof(NetConfig, enc_max_seq_len), 2, LENGTH_MAX, 0},
-    {"dec_num_tokens", offsetof(NetConfig, dec_num_tokens), 2, TOKENS_MAX, 0},
-    {"dec_depth", offsetof(NetConfig, dec_depth), 1, DEPTH_MAX, 0},
-    {"dec_heads", offsetof(NetConfig, dec_heads), 1, HEADS_MAX, 0},
-    {"dec_max_seq_len", offsetof(NetConfig, dec_max_seq_len), 1, LENGTH_MAX, 0},
-    {NULL, 0, 0, 0, 0},
-};
-static const SizeOption gpt_sizes[] = {
-    {"n_embd", offsetof(NetConfig, dim), 1, DIM_MAX, 0},
-    {"vocab_size", offsetof(NetConfig, dec_num_tokens), 2, TOKENS_MAX, 0},
-    {"input_vocab_size", offsetof(NetConfig, input_vocab_size), 2, TOKENS_MAX, 1},
-    {"n_layer", offsetof(NetConfig, dec_depth), 1, DEPTH_MAX, 0},
-    {"n_head", offsetof(NetConfig, dec_heads), 1, HEADS_MAX, 0},
-    {"block_size", offsetof(NetConfig, dec_max_seq_len), 1, LENGTH_MAX, 0},
-    {"n_unmasked", offsetof(NetConfig, n_unmasked), 0, LENGTH_MAX, 1},
-    {NULL, 0, 0, 0, 0},
-};
-
-static const SizeOption *sizes_of(NetKind kind) {
-    return kind == NET_X ? x_sizes : gpt_sizes;
-}
-static size_t *size_field(NetConfig *c, const SizeOption *o) {
-    return (size_t *)((char *)c + o->field);
-}
-
-/* Every option under `params` must be one that is read here, or be switched off. */
-static Err refuse_unknown_options(const Config *from, const char *params, NetKind kind) {
-    static const char *const others[] = {"tie_token_emb", "wrap_decoder", "scale_pos",
-                                         "n_scales",      "xt_start",     "xt_size"};
-    const size_t skip = strlen(params), n_others = kind == NET_X ? sizeof others / sizeof *others : 0;
-    for (size_t i = 0; i < from->n; i++) {
-        const char *key = from->kv[i].key, *value = from->kv[i].value;
-        if (strncmp(key, params, skip) != 0) continue;
-        int ok = !strcmp(value, "false") || !strcmp(value, "0") || !strcmp(value, "0.0");
-        for (const SizeOption *o = sizes_of(kind); o->key && !ok; o++) ok = !strcmp(key + skip, o->key);
-        for (size_t k = 0; k < n_others && !ok; k++) ok = !strcmp(key + skip, others[k]);
-        if (!ok) return err("%s: \"%s\" is an option that this program does not implement", key, value);
-    }
-    return OK;
-}
-
-/* What NET_X has besides sizes. The positions of t and x_t in the encoder's input have one possible value. */
-static Err read_x_options(NetConfig *c, const Config *from, const char *params) {
-    size_t scale_pos = 0, xt_start = prompt_length(c), n_scales = (size_t)c->n_scales;
-    int wrap = 0;
-    TRY(config_flag(&c->tie_token_emb, from, params, "tie_token_emb", 1));
-    TRY(config_flag(&wrap, from, params, "wrap_decoder", 1));
-    if (wrap) return err("%swrap_decoder: true is broken in the official code and not implemented", params);
-    TRY(config_size(&scale_pos, from, params, "scale_pos", 0, 0, 1));
-    TRY(config_size(&n_scales, from, params, "n_scales", n_scales, n_scales, 1));
-    return config_size(&xt_start, from, params, "xt_start", xt_start, xt_start, 1);
-}
-
-Err net_config_read(NetConfig *c, const Config *from, const char *prefix) {
-    char params[256];
-    size_t n_scales = 0;
-    const NetTarget *found = net_targets;
-    memset(c, 0, sizeof *c);
-    if (snprintf(params, sizeof params, "%stransformer_config.params.", prefix) >= (int)sizeof params)
-        return err("transformer: configuration prefix of %zu bytes is too long", strlen(prefix));
-    const char *target = config_get(from, prefix, "transformer_config.target");
-    if (!target) return err("%stransformer_config.target is missing", prefix);
-    while (found->target && strcmp(target, found->target) != 0) found++;
-    if (!found->target)
-        return err("%stransformer_config.target is \"%s\", expected an XTransformer or mingpt.GPT", prefix, target);
-    c->kind = found->kind, c->variant = found->variant;
-    const char *conditioner = config_get(from, prefix, "conditioner_config.target");
-    if (conditioner && strcmp(conditioner, class_provider) != 0)
-        return err("%sconditioner_config.target is \"%s\", expected %s", prefix, conditioner, class_provider);
-    c->has_class = conditioner != NULL;
-    TRY(config_size(&n_scales, from, prefix, "n_scales", 1, MAX_SCALES, 0));
-    c->n_scales = (int)n_scales;
-    TRY(refuse_unknown_options(from, params, c->kind));
-    for (const SizeOption *o = sizes_of(c->kind); o->key; o++)
-        TRY(config_size(size_field(c, o), from, params, o->key, o->lo, o->hi, o->optional));
-    if (c->kind == NET_X) return read_x_options(c, from, params);
-    if (c->input_vocab_size == 0) c->input_vocab_size = c->dec_num_tokens;
-    return OK;
-}
-
-static Err put(Config *to, const char *prefix, const char *key, const char *text, size_t number) {
-    char full[512];
-    if (snprintf(full, sizeof full, "%s%s", prefix, key) >= (int)sizeof full)
-        return err("transformer: configuration key %s is too long", key);
-    return text ? config_set(to, full, "%s", text) : config_set(to, full, "%zu", number);
-}
-
-Err net_config_write(Config *to, const NetConfig *c, const char *prefix) {
-    char params[256];
-    const NetTarget *found = net_targets;
-    snprintf(params, sizeof params, "%stransformer_config.params.", prefix);
-    while (found->target && (found->kind != c->kind || (c->kind == NET_X && found->variant != c->variant))) found++;
-    if (!found->target) return err("transformer: kind %d, variant %d is unknown", (int)c->kind, (int)c->variant);
-    TRY(put(to, prefix, "transformer_config.target", found->target, 0));
-    TRY(put(to, prefix, "n_scales", NULL, (size_t)c->n_scales));
-    if (c->has_class) TRY(put(to, prefix, "conditioner_config.target", class_provider, 0));
-    NetConfig copy = *c;
-    for (const SizeOption *o = sizes_of(c->kind); o->key; o++)
-        TRY(put(to, params, o->key, NULL, *size_field(&copy, o)));
-    if (c->kind == NET_GPT) return OK;
-    TRY(put(to, params, "wrap_decoder", "false", 0));
-    TRY(put(to, params, "tie_token_emb", c->tie_token_emb ? "true" : "false", 0));
-    if (c->variant == X_PLAIN) return OK;
-    TRY(put(to, params, "scale_pos", NULL, 0));
-    TRY(put(to, params, "n_scales", NULL, (size_t)c->n_scales));
-    if (!is_residual(c)) return OK;
-    TRY(put(to, params, "xt_start", NULL, prompt_length(c)));
-    return put(to, params, "xt_size", NULL, c->dec_max_seq_len);
-}
-
-static Err config_check(const NetConfig *c) {
-    NetConfig copy = *c;
-    if (c->kind != NET_X && c->kind != NET_GPT) return err("transformer: kind %d is unknown", (int)c->kind);
-    if ((int)c->variant < X_PLAIN || (int)c->variant > X_RESIDUAL_SCALED)
-        return err("transformer: variant %d is unknown", (int)c->variant);
-    if (c->n_scales < 1 || c->n_scales > MAX_SCALES)
-        return err("transformer: n_scales is %d, expected 1..%d", c->n_scales, (int)MAX_SCALES);
-    for (const SizeOption *o = sizes_of(c->kind); o->key; o++) {
-        size_t value = *size_field(&copy, o);
-        if (value < o->lo || value > o->hi)
-            return err("transformer: %s is %zu, expected %zu..%zu", o->key, value, o->lo, o->hi);
-    }
-    if (c->kind == NET_GPT && c->dim % c->dec_heads != 0)
-        return err("transformer: n_embd %zu is not a multiple of n_head %zu", c->dim, c->dec_heads);
-    if (c->kind == NET_GPT && c->dim / c->dec_heads > HEAD_MAX)
-        return err("transformer: heads of %zu channels, expected at most %d", c->dim / c->dec_heads, (int)HEAD_MAX);
-    if (prompt_tokens(c) < c->dec_num_tokens || prompt_tokens(c) <= (size_t)c->n_scales)
-        return err("transformer: an input table of %zu tokens is too small for %zu token values and %d scales",
-                   prompt_tokens(c), c->dec_num_tokens, c->n_scales);
-    return OK;
-}
 
 /* ---- Parameter table, in the order of the official state dict; initial values: SPEC section 14 ---- */
 
@@ -1500,7 +1321,7 @@ static Err build(Transformer *m) {
 
 Err transformer_create(Transformer **out, const NetConfig *c) {
     *out = NULL;
-    TRY(config_check(c));
+    TRY(net_config_check(c));
     Transformer *m;
     TRY(mem_alloc(&m, 1, sizeof *m, "transformer"));
     m->config = *c;

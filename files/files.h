@@ -323,6 +323,43 @@ Err remap_make(Remap *r, size_t n, size_t n_codes); /* at first the first n */
 Err remap_load(Remap *r, const Checkpoint *ck, const char *prefix);
 void remap_free(Remap *r);
 
+/* ---- net_config.c: the settings of a transition network (transformer.cu), as the official files have them ---- */
+enum { NET_LENGTH_MAX = 1 << 20 }; /* tokens of a sequence */
+typedef enum { NET_X, NET_GPT } NetKind; /* encoder-decoder; decoder-only */
+typedef enum { X_PLAIN, X_SCALED, X_FINE_SCALED, X_RESIDUAL, X_RESIDUAL_SCALED } XVariant;
+typedef struct {
+    NetKind kind;
+    XVariant variant;                                             /* NET_X only */
+    int n_scales;                                                 /* T: rows of log_scalors */
+    int has_class;                                                /* prompt is (t, class) rather than (t) */
+    size_t dim;                                                   /* n_embd */
+    size_t enc_num_tokens, enc_depth, enc_heads, enc_max_seq_len; /* NET_X */
+    size_t dec_num_tokens, dec_depth, dec_heads,
+        dec_max_seq_len;                 /* NET_GPT: vocab_size = K, n_layer, n_head, block_size */
+    size_t input_vocab_size, n_unmasked; /* NET_GPT */
+    int tie_token_emb;                   /* NET_X */
+} NetConfig;
+/* From the official keys under prefix + "transformer_config."; has_class from "conditioner_config.target". */
+Err net_config_read(NetConfig *c, const Config *from, const char *prefix);
+Err net_config_write(Config *to, const NetConfig *c, const char *prefix);
+/* An error if transformer.cu could not build that. */
+Err net_config_check(const NetConfig *c);
+/* Of the prompt in front of x_t or of a GPT's tokens: t, and the class if there is one. */
+static inline size_t prompt_length(const NetConfig *c) {
+    return c->has_class ? 2 : 1;
+}
+static inline int is_scaled(const NetConfig *c) {
+    return c->variant == X_SCALED || c->variant == X_FINE_SCALED || c->variant == X_RESIDUAL_SCALED;
+}
+static inline int is_residual(const NetConfig *c) {
+    return c->variant == X_RESIDUAL || c->variant == X_RESIDUAL_SCALED;
+}
+
+/* Rows of the table that embeds t and the class label */
+static inline size_t prompt_tokens(const NetConfig *c) {
+    return c->kind == NET_X ? c->enc_num_tokens : c->input_vocab_size;
+}
+
 #ifdef __cplusplus
 }
 #endif

@@ -1,0 +1,170 @@
+/* net_config.c - the settings of a transition network: the official keys under "transformer_config." (SPEC sections 1 and
+ * 2), read, written and checked by one table of sizes.
+ *
+ * Refuses: options that transformer.cu does not implement, sizes out of range, sizes that do not fit each other. */
+#include "base/compute.h"
+#include "files/files.h"
+
+#include <stdio.h>
+#include <string.h>
+
+typedef struct {
+    const char *target;
+    NetKind kind;
+    XVariant variant;
+} NetTarget;
+static const NetTarget net_targets[] = {
+    {"imagebart.modules.xtransformers.x_transformer.XTransformer", NET_X, X_PLAIN},
+    {"imagebart.modules.xtransformers.x_transformer.ScaledXTransformer", NET_X, X_SCALED},
+    {"imagebart.modules.xtransformers.x_transformer.FineScaledXTransformer", NET_X, X_FINE_SCALED},
+    {"imagebart.modules.xtransformers.x_transformer.ResidualXTransformer", NET_X, X_RESIDUAL},
+    {"imagebart.modules.xtransformers.x_transformer.ResidualScaledXTransformer", NET_X, X_RESIDUAL_SCALED},
+    {"imagebart.modules.transformer.mingpt.GPT", NET_GPT, X_PLAIN},
+    {NULL, NET_X, X_PLAIN},
+};
+static const char *const class_provider = "imagebart.util.ClassProvider";
+
+/* A size under "transformer_config.params." and the field it fills: reading, writing and checking loop over these. */
+typedef struct {
+    const char *key;
+    size_t field; /* offset of a size_t in NetConfig */
+    size_t lo, hi;
+    int optional;
+} SizeOption;
+enum { DIM_MAX = 1 << 16, DEPTH_MAX = 1024, HEADS_MAX = 1024, TOKENS_MAX = 1 << 24 };
+static const SizeOption x_sizes[] = {
+    {"dim", offsetof(NetConfig, dim), 1, DIM_MAX, 0},
+    {"enc_num_tokens", offsetof(NetConfig, enc_num_tokens), 2, TOKENS_MAX, 0},
+    {"enc_depth", offsetof(NetConfig, enc_depth), 1, DEPTH_MAX, 0},
+    {"enc_heads", offsetof(NetConfig, enc_heads), 1, HEADS_MAX, 0},
+    {"enc_max_seq_len", offsetof(NetConfig, enc_max_seq_len), 2, NET_LENGTH_MAX, 0},
+    {"dec_num_tokens", offsetof(NetConfig, dec_num_tokens), 2, TOKENS_MAX, 0},
+    {"dec_depth", offsetof(NetConfig, dec_depth), 1, DEPTH_MAX, 0},
+    {"dec_heads", offsetof(NetConfig, dec_heads), 1, HEADS_MAX, 0},
+    {"dec_max_seq_len", offsetof(NetConfig, dec_max_seq_len), 1, NET_LENGTH_MAX, 0},
+    {NULL, 0, 0, 0, 0},
+};
+static const SizeOption gpt_sizes[] = {
+    {"n_embd", offsetof(NetConfig, dim), 1, DIM_MAX, 0},
+    {"vocab_size", offsetof(NetConfig, dec_num_tokens), 2, TOKENS_MAX, 0},
+    {"input_vocab_size", offsetof(NetConfig, input_vocab_size), 2, TOKENS_MAX, 1},
+    {"n_layer", offsetof(NetConfig, dec_depth), 1, DEPTH_MAX, 0},
+    {"n_head", offsetof(NetConfig, dec_heads), 1, HEADS_MAX, 0},
+    {"block_size", offsetof(NetConfig, dec_max_seq_len), 1, NET_LENGTH_MAX, 0},
+    {"n_unmasked", offsetof(NetConfig, n_unmasked), 0, NET_LENGTH_MAX, 1},
+    {NULL, 0, 0, 0, 0},
+};
+
+static const SizeOption *sizes_of(NetKind kind) {
+    return kind == NET_X ? x_sizes : gpt_sizes;
+}
+static size_t *size_field(NetConfig *c, const SizeOption *o) {
+    return (size_t *)((char *)c + o->field);
+}
+
+/* Every option under `params` must be one that is read here, or be switched off. */
+static Err refuse_unknown_options(const Config *from, const char *params, NetKind kind) {
+    static const char *const others[] = {"tie_token_emb", "wrap_decoder", "scale_pos",
+                                         "n_scales",      "xt_start",     "xt_size"};
+    const size_t skip = strlen(params), n_others = kind == NET_X ? sizeof others / sizeof *others : 0;
+    for (size_t i = 0; i < from->n; i++) {
+        const char *key = from->kv[i].key, *value = from->kv[i].value;
+        if (strncmp(key, params, skip) != 0) continue;
+        int ok = !strcmp(value, "false") || !strcmp(value, "0") || !strcmp(value, "0.0");
+        for (const SizeOption *o = sizes_of(kind); o->key && !ok; o++) ok = !strcmp(key + skip, o->key);
+        for (size_t k = 0; k < n_others && !ok; k++) ok = !strcmp(key + skip, others[k]);
+        if (!ok) return err("%s: \"%s\" is an option that this program does not implement", key, value);
+    }
+    return OK;
+}
+
+/* What NET_X has besides sizes. The positions of t and x_t in the encoder's input have one possible value. */
+static Err read_x_options(NetConfig *c, const Config *from, const char *params) {
+    size_t scale_pos = 0, xt_start = prompt_length(c), n_scales = (size_t)c->n_scales;
+    int wrap = 0;
+    TRY(config_flag(&c->tie_token_emb, from, params, "tie_token_emb", 1));
+    TRY(config_flag(&wrap, from, params, "wrap_decoder", 1));
+    if (wrap) return err("%swrap_decoder: true is broken in the official code and not implemented", params);
+    TRY(config_size(&scale_pos, from, params, "scale_pos", 0, 0, 1));
+    TRY(config_size(&n_scales, from, params, "n_scales", n_scales, n_scales, 1));
+    return config_size(&xt_start, from, params, "xt_start", xt_start, xt_start, 1);
+}
+
+Err net_config_read(NetConfig *c, const Config *from, const char *prefix) {
+    char params[256];
+    size_t n_scales = 0;
+    const NetTarget *found = net_targets;
+    memset(c, 0, sizeof *c);
+    if (snprintf(params, sizeof params, "%stransformer_config.params.", prefix) >= (int)sizeof params)
+        return err("transformer: configuration prefix of %zu bytes is too long", strlen(prefix));
+    const char *target = config_get(from, prefix, "transformer_config.target");
+    if (!target) return err("%stransformer_config.target is missing", prefix);
+    while (found->target && strcmp(target, found->target) != 0) found++;
+    if (!found->target)
+        return err("%stransformer_config.target is \"%s\", expected an XTransformer or mingpt.GPT", prefix, target);
+    c->kind = found->kind, c->variant = found->variant;
+    const char *conditioner = config_get(from, prefix, "conditioner_config.target");
+    if (conditioner && strcmp(conditioner, class_provider) != 0)
+        return err("%sconditioner_config.target is \"%s\", expected %s", prefix, conditioner, class_provider);
+    c->has_class = conditioner != NULL;
+    TRY(config_size(&n_scales, from, prefix, "n_scales", 1, MAX_SCALES, 0));
+    c->n_scales = (int)n_scales;
+    TRY(refuse_unknown_options(from, params, c->kind));
+    for (const SizeOption *o = sizes_of(c->kind); o->key; o++)
+        TRY(config_size(size_field(c, o), from, params, o->key, o->lo, o->hi, o->optional));
+    if (c->kind == NET_X) return read_x_options(c, from, params);
+    if (c->input_vocab_size == 0) c->input_vocab_size = c->dec_num_tokens;
+    return OK;
+}
+
+static Err put(Config *to, const char *prefix, const char *key, const char *text, size_t number) {
+    char full[512];
+    if (snprintf(full, sizeof full, "%s%s", prefix, key) >= (int)sizeof full)
+        return err("transformer: configuration key %s is too long", key);
+    return text ? config_set(to, full, "%s", text) : config_set(to, full, "%zu", number);
+}
+
+Err net_config_write(Config *to, const NetConfig *c, const char *prefix) {
+    char params[256];
+    const NetTarget *found = net_targets;
+    snprintf(params, sizeof params, "%stransformer_config.params.", prefix);
+    while (found->target && (found->kind != c->kind || (c->kind == NET_X && found->variant != c->variant))) found++;
+    if (!found->target) return err("transformer: kind %d, variant %d is unknown", (int)c->kind, (int)c->variant);
+    TRY(put(to, prefix, "transformer_config.target", found->target, 0));
+    TRY(put(to, prefix, "n_scales", NULL, (size_t)c->n_scales));
+    if (c->has_class) TRY(put(to, prefix, "conditioner_config.target", class_provider, 0));
+    NetConfig copy = *c;
+    for (const SizeOption *o = sizes_of(c->kind); o->key; o++)
+        TRY(put(to, params, o->key, NULL, *size_field(&copy, o)));
+    if (c->kind == NET_GPT) return OK;
+    TRY(put(to, params, "wrap_decoder", "false", 0));
+    TRY(put(to, params, "tie_token_emb", c->tie_token_emb ? "true" : "false", 0));
+    if (c->variant == X_PLAIN) return OK;
+    TRY(put(to, params, "scale_pos", NULL, 0));
+    TRY(put(to, params, "n_scales", NULL, (size_t)c->n_scales));
+    if (!is_residual(c)) return OK;
+    TRY(put(to, params, "xt_start", NULL, prompt_length(c)));
+    return put(to, params, "xt_size", NULL, c->dec_max_seq_len);
+}
+
+Err net_config_check(const NetConfig *c) {
+    NetConfig copy = *c;
+    if (c->kind != NET_X && c->kind != NET_GPT) return err("transformer: kind %d is unknown", (int)c->kind);
+    if ((int)c->variant < X_PLAIN || (int)c->variant > X_RESIDUAL_SCALED)
+        return err("transformer: variant %d is unknown", (int)c->variant);
+    if (c->n_scales < 1 || c->n_scales > MAX_SCALES)
+        return err("transformer: n_scales is %d, expected 1..%d", c->n_scales, (int)MAX_SCALES);
+    for (const SizeOption *o = sizes_of(c->kind); o->key; o++) {
+        size_t value = *size_field(&copy, o);
+        if (value < o->lo || value > o->hi)
+            return err("transformer: %s is %zu, expected %zu..%zu", o->key, value, o->lo, o->hi);
+    }
+    if (c->kind == NET_GPT && c->dim % c->dec_heads != 0)
+        return err("transformer: n_embd %zu is not a multiple of n_head %zu", c->dim, c->dec_heads);
+    if (c->kind == NET_GPT && c->dim / c->dec_heads > HEAD_MAX)
+        return err("transformer: heads of %zu channels, expected at most %d", c->dim / c->dec_heads, (int)HEAD_MAX);
+    if (prompt_tokens(c) < c->dec_num_tokens || prompt_tokens(c) <= (size_t)c->n_scales)
+        return err("transformer: an input table of %zu tokens is too small for %zu token values and %d scales",
+                   prompt_tokens(c), c->dec_num_tokens, c->n_scales);
+    return OK;
+}
