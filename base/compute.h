@@ -222,6 +222,10 @@ typedef struct {
     uint64_t stream; /* of random numbers, for moments in bf16 */
 } AdamStep;
 
+/* base/params.c: one step for n numbers of a tensor, and of its moving average. */
+void adamw(const Compute *on, real *w, real *m, real *v, const real *g, const AdamStep *a, size_t n);
+void moving_average(const Compute *on, real *ema, const real *w, real step, size_t n);
+
 /* ---- The fellows. Outputs, then inputs, then sizes. What each computes stands with its plain loop: vqgan.c and
  *      transformer.cu. x_needs: bytes of scratch for that shape, backward too if it says so. ---- */
 

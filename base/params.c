@@ -220,7 +220,7 @@ void params_free(Params *p) {
  *     m = beta1 m + (1 - beta1) g     v = beta2 v + (1 - beta2) g^2
  *     w = (1 - lr decay) w - lr (m / (1 - beta1^n)) / (sqrt(v / (1 - beta2^n)) + eps)
  * a: keep = 1 - lr decay, rate = lr / (1 - beta1^n), inverse = 1/sqrt(1 - beta2^n), rest = 1 - beta */
-static void adamw(const Compute *on, real *w, real *m, real *v, const real *g, const AdamStep *a, size_t n) {
+void adamw(const Compute *on, real *w, real *m, real *v, const real *g, const AdamStep *a, size_t n) {
     if (on->fast) return on->fast->adamw(on, w, m, v, g, a, n);
     for (size_t i = 0; i < n; i++) {
         m[i] = a->beta1 * m[i] + a->rest1 * g[i];
@@ -230,7 +230,7 @@ static void adamw(const Compute *on, real *w, real *m, real *v, const real *g, c
 }
 
 /* ema = ema - step (ema - w) */
-static void moving_average(const Compute *on, real *ema, const real *w, real step, size_t n) {
+void moving_average(const Compute *on, real *ema, const real *w, real step, size_t n) {
     if (on->fast) return on->fast->ema(on, ema, w, step, n);
     for (size_t i = 0; i < n; i++) ema[i] -= step * (ema[i] - w[i]);
 }
