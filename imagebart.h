@@ -7,7 +7,6 @@
  *
  *     1. base.c          error values, memory, random streams, threads
  *     2. gemm.c, conv.c  the one matrix product everything stands on; convolutions made of it
- *        winograd.c      most of those with fewer multiplications
  *     3. checkpoint.c    named tensors in files: safetensors in and out, flat configurations
  *        ckpt.c          named tensors out of PyTorch's .ckpt files
  *        params.c        named tensors in memory: the parameter table of a model
@@ -15,7 +14,6 @@
  *        data.c          datasets, batches read ahead; lmdb.c: those in LMDBs
  *        tokens.c        the token cache
  *     5. vqgan.c         first stage: image <-> tokens
- *        vqgan_layers.c  what its layers do
  *        discriminator.c its adversary in training
  *        perceptual.c    how different its reconstructions look
  *     6. transformer.cu  one reverse transition p(x_{t-1} | x_t)

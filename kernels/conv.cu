@@ -3,18 +3,18 @@
 
 enum { CELL_THREADS = 256 }; /* of a block where a thread has an element or PACK of them */
 
-/* ---- The twins: convolutions on a GPU ----
+/* ---- Convolutions ----
  *
- * On the GPU pictures lie as (B,h,w,C), so that a cell is a row of C neighbours and every array is a matrix of B*h*w
- * rows. Convolutions are matrix products of rows gathered from around a cell (its patch) with weights put in the same
+ * On the GPU pictures lie as (B,h,w,C), so that a pixel is a row of C neighbours and every array is a matrix of B*h*w
+ * rows. Convolutions are matrix products of rows gathered from around a pixel (its patch) with weights put in the same
  * order; 1x1 ones need no gathering. Activations and their gradients are floatX; sums and the gradients of parameters
  * are float, and every sum has an order that depends on sizes alone.
  *
- * A patch is read through a window of side x side cells: along each axis, result i of the grid sees cells
+ * A patch is read through a window of side x side pixels: along each axis, result i of the grid sees pixels
  * (stride*i - pad + k) >> shift, k = 0..side-1, where shift = 1 is nearest doubling. */
 typedef struct {
     size_t C, gh, gw;                    /* channels of the source; grid of results */
-    size_t h, w;                         /* source before the shift; cells beyond are 0 */
+    size_t h, w;                         /* source before the shift; pixels beyond are 0 */
     int side, stride, pad, pad_x, shift; /* pad_x: the same as pad, but for phase_window */
     size_t pitch;                        /* of a patch: side*side*C, rounded up to whole packs */
 } Window;
@@ -35,7 +35,7 @@ static Window forward_window(const Conv *c) {
     }
 }
 
-/* Where the gradient of a cell of x comes from in dy. After doubling a cell has four results' worth of it: windows of
+/* Where the gradient of a pixel of x comes from in dy. After doubling a pixel has four results' worth of it: windows of
  * 3x3 around each of 2x2 results make one of 4x4. Not for CONV_DOWN. */
 static Window backward_window(const Conv *c) {
     if (c->kind == CONV_UP) return make_window(c->M, c->h, c->w, 2 * c->h, 2 * c->w, 4, 2, 1, 0);
@@ -49,10 +49,10 @@ static __global__ void gather_kernel(floatX *columns, const floatX *x, Window p,
     const unsigned packs = (unsigned)p.pitch / WIDTH, i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= rows * packs) return;
     const unsigned row = first + i / packs, k = i % packs * WIDTH, gw = (unsigned)p.gw, gh = (unsigned)p.gh;
-    const unsigned cell = k / (unsigned)p.C, c = k % (unsigned)p.C, side = (unsigned)p.side;
-    const long y = (long)(row / gw % gh) * p.stride - p.pad + (long)(cell / side);
-    const long at = (long)(row % gw) * p.stride - p.pad_x + (long)(cell % side);
-    const bool inside = cell < side * side && y >= 0 && at >= 0 && y < (long)p.h && at < (long)p.w;
+    const unsigned pixel = k / (unsigned)p.C, c = k % (unsigned)p.C, side = (unsigned)p.side;
+    const long y = (long)(row / gw % gh) * p.stride - p.pad + (long)(pixel / side);
+    const long at = (long)(row % gw) * p.stride - p.pad_x + (long)(pixel % side);
+    const bool inside = pixel < side * side && y >= 0 && at >= 0 && y < (long)p.h && at < (long)p.w;
     const size_t picture = row / (gw * gh) * ((p.h >> p.shift) * (p.w >> p.shift));
     const size_t from =
         inside ? (picture + (size_t)(y >> p.shift) * (p.w >> p.shift) + (size_t)(at >> p.shift)) * p.C + c : 0;
@@ -75,10 +75,10 @@ static Err gather(Device *d, floatX *columns, const floatX *x, const Window *p, 
     return OK;
 }
 
-/* The weights (M,C,3,3) in the order of patches. FORWARD: (M,pitch), cell by cell, in each C channels. MIRRORED:
- * (C,pitch) with M channels in each cell, for the gradient's patches. DOUBLED: the same for the 4x4 window of CONV_UP,
- * along each axis of which kernel row k meets window rows 2-k and 3-k. PHASES: CONV_UP from the cells that are doubled.
- * Along each axis a result of phase 0, the first of two, sees the cell before its own through kernel row 0 and its own
+/* The weights (M,C,3,3) in the order of patches. FORWARD: (M,pitch), pixel by pixel, in each C channels. MIRRORED:
+ * (C,pitch) with M channels in each pixel, for the gradient's patches. DOUBLED: the same for the 4x4 window of CONV_UP,
+ * along each axis of which kernel row k meets window rows 2-k and 3-k. PHASES: CONV_UP from the pixels that are doubled.
+ * Along each axis a result of phase 0, the first of two, sees the pixel before its own through kernel row 0 and its own
  * through rows 1 and 2; one of phase 1 its own through rows 0 and 1 and the next through row 2. So there are four
  * kernels of 2x2, (4,M,pitch). */
 typedef enum { FORWARD, MIRRORED, DOUBLED, PHASES } WeightOrder;
@@ -155,8 +155,8 @@ static size_t rows_of(const Conv *c) { /* of y */
 
 /* Rows of sums over a slice of SLICE_CELLS rows each: see below. */
 enum { SLICE_CELLS = 512 };
-static size_t channel_slices(size_t B, size_t cells, size_t C) {
-    return B * ceil_div(cells, SLICE_CELLS) * 2 * C;
+static size_t channel_slices(size_t B, size_t pixels, size_t C) {
+    return B * ceil_div(pixels, SLICE_CELLS) * 2 * C;
 }
 
 /* Matrix products begin at multiples of ALIGNMENT bytes: tiles are whole numbers of this many rows. */
@@ -200,7 +200,7 @@ static int in_phases(const Conv *c) {
     return c->kind == CONV_UP && can_multiply_directly(&p);
 }
 
-/* What the results of a phase see: the cells that will be doubled. */
+/* What the results of a phase see: the pixels that will be doubled. */
 static Window phase_window(const Conv *c, int phase) {
     Window p = make_window(c->C, c->h, c->w, c->h, c->w, 2, 1, 1, 0);
     p.pad -= phase / 2, p.pad_x -= phase % 2;
@@ -229,12 +229,13 @@ static Matmul rows_times(void *y, const floatX *a, const floatX *b, size_t rows,
 }
 
 /* d (M,N) float = or += a (rows,M)^T b (rows,N) */
-static Matmul turned_times(float *y, const floatX *a, const floatX *b, size_t M, size_t N, size_t rows, int more) {
+static Matmul turned_times(float *y, const floatX *a, const floatX *b, size_t M, size_t N, size_t rows,
+                           int accumulate) {
     Matmul p;
     memset(&p, 0, sizeof p);
     p.trans_a = 1, p.d_is_float = 1, p.M = M, p.N = N, p.K = rows, p.A = a, p.lda = M, p.B = b, p.ldb = N, p.D = y,
     p.ldd = N;
-    if (more) p.add = y;
+    if (accumulate) p.add = y;
     return p;
 }
 
@@ -253,8 +254,8 @@ struct alignas(16) Floats {
 #ifdef FLOATX_BF16
 /* ---- Convolutions on tensor cores, without writing patches down ("implicit GEMM") ----
  *
- * A block of 8 warps makes TILE_M results of TILE_N channels. For STEP channels of one cell of the window at a time it
- * copies the source cells of its results, and as much of the weights, to shared memory, STAGES - 1 steps ahead of the
+ * A block of 8 warps makes TILE_M results of TILE_N channels. For STEP channels of one pixel of the window at a time it
+ * copies the source pixels of its results, and as much of the weights, to shared memory, STAGES - 1 steps ahead of the
  * products; beyond the picture, zeros. A warp has 32 channels, and as many results as that leaves: MI pieces of 16 by 4
  * of 8. A row of a stage is 64 bytes, four chunks of 16, which change places from row to row so that the 8 rows that a
  * warp reads at a time lie in different banks. In the end sums go through shared memory, so that 16 bytes of results
@@ -266,7 +267,7 @@ static __device__ inline floatX *chunk_at(floatX *stage, unsigned r, unsigned k)
     return stage + r * STEP + (k ^ (r / 2 % 4)) * PACK;
 }
 
-/* Where a thread's two rows of the source tile are: first cell of the picture, and the one that their window begins
+/* Where a thread's two rows of the source tile are: first pixel of the picture, and the one that their window begins
  * with. Whole numbers are of 32 bits here, which vqgan_plan_cuda has seen to: between products there is time for few
  * others. */
 typedef struct {
@@ -275,7 +276,7 @@ typedef struct {
     bool there;
 } MmaRow;
 
-/* A step of the sum: channels c.. of cell (y,x) of the window; k: how far that is in a row of weights */
+/* A step of the sum: channels c.. of pixel (y,x) of the window; k: how far that is in a row of weights */
 typedef struct {
     unsigned c, k;
     int y, x;
@@ -509,11 +510,11 @@ static Err conv_forward_cuda(Device *d, floatX *y, const Conv *c, const floatX *
     return OK;
 }
 
-/* dx (B,2gh,2gw,C) = or += the share in it of dcolumns, gradients of the patches of CONV_DOWN: four cells of dx for
- * each result first.. of the grid; the patches begin with that of result `begin`. A cell was seen by up to four
+/* dx (B,2gh,2gw,C) = or += the share in it of dcolumns, gradients of the patches of CONV_DOWN: four pixels of dx for
+ * each result first.. of the grid; the patches begin with that of result `begin`. A pixel was seen by up to four
  * results. */
 static __global__ void fold_kernel(floatX *dx, const floatX *dcolumns, Window p, unsigned begin, unsigned first,
-                                   unsigned rows, int more) {
+                                   unsigned rows, int accumulate) {
     const unsigned C = (unsigned)p.C, gw = (unsigned)p.gw, gh = (unsigned)p.gh;
     const unsigned i = blockIdx.x * blockDim.x + threadIdx.x, c = i % C, corner = i / C % 4, row = first + i / C / 4;
     if (i >= rows * 4 * C) return;
@@ -521,17 +522,17 @@ static __global__ void fold_kernel(floatX *dx, const floatX *dcolumns, Window p,
     float sum = 0;
     for (unsigned up = 0; up <= (dy == 0 && gy > 0); up++)
         for (unsigned left = 0; left <= (at == 0 && gx > 0); left++) {
-            const unsigned cell = (dy + 2 * up) * 3 + at + 2 * left;
-            sum += to_float(dcolumns[(row - up * gw - left - begin) * p.pitch + cell * C + c]);
+            const unsigned pixel = (dy + 2 * up) * 3 + at + 2 * left;
+            sum += to_float(dcolumns[(row - up * gw - left - begin) * p.pitch + pixel * C + c]);
         }
     floatX *to = dx + (((size_t)(row / (gw * gh)) * 2 * gh + 2 * gy + dy) * 2 * gw + 2 * gx + at) * C + c;
-    *to = to_floatX(sum + (more ? to_float(*to) : 0));
+    *to = to_floatX(sum + (accumulate ? to_float(*to) : 0));
 }
 
 /* CONV_DOWN: the weights' gradient from the patches of x; dx from the patches' gradient, with the results above and to
  * the left of a tile computed once more. */
 static Err down_backward(Device *d, floatX *dx, float *dw, const Conv *c, const floatX *dy, const floatX *x,
-                         const floatX *w, int more, const ConvMemory *memory) {
+                         const floatX *w, int accumulate, const ConvMemory *memory) {
     const Window p = forward_window(c);
     const size_t rows = rows_of(c), room = tile_rows(memory->column_size, p.pitch);
     const size_t above = round_up(p.gw + 1, TILE_ROWS);
@@ -551,14 +552,14 @@ static Err down_backward(Device *d, floatX *dx, float *dw, const Conv *c, const 
                                           c->M, p.pitch, 0, NULL);
         TRY(matmul(d, &product));
         LAUNCH(d, fold_kernel, blocks_for(n * 4 * c->C, CELL_THREADS), CELL_THREADS, 0, dx, memory->columns, p,
-               (unsigned)begin, (unsigned)r, (unsigned)n, more);
+               (unsigned)begin, (unsigned)r, (unsigned)n, accumulate);
     }
     return OK;
 }
 
 /* One gather of the gradient's patches serves both results, as in C: dx = patches(dy) w, dw = x^T patches(dy). */
 static Err same_backward(Device *d, floatX *dx, float *dw, const Conv *c, const floatX *dy, const floatX *x,
-                         const floatX *w, int more, const ConvMemory *memory) {
+                         const floatX *w, int accumulate, const ConvMemory *memory) {
     const Window p = backward_window(c);
     const WeightOrder order = c->kind == CONV_UP ? DOUBLED : MIRRORED;
     const size_t rows = c->B * c->h * c->w, tile = tile_rows(memory->column_size, p.pitch);
@@ -571,7 +572,7 @@ static Err same_backward(Device *d, floatX *dx, float *dw, const Conv *c, const 
         if (!dx) continue;
         floatX *part = dx + r * c->C;
         const Matmul product =
-            rows_times(part, memory->columns, memory->weights, n, c->C, p.pitch, p.pitch, 1, more ? part : NULL);
+            rows_times(part, memory->columns, memory->weights, n, c->C, p.pitch, p.pitch, 1, accumulate ? part : NULL);
         TRY(matmul(d, &product));
     }
     return add_ordered(d, dw, memory->totals, c, &p, order);
@@ -579,18 +580,18 @@ static Err same_backward(Device *d, floatX *dx, float *dw, const Conv *c, const 
 
 /* dx alone of CONV3, overwritten or added to: a convolution of dy with the weights mirrored. */
 static Err conv_input_cuda(Device *d, floatX *dx, const Conv *c, const floatX *dy, const floatX *w,
-                           const ConvMemory *memory, int more = 0) {
+                           const ConvMemory *memory, int accumulate = 0) {
     const Window p = backward_window(c);
     const size_t rows = rows_of(c), tile = tile_rows(memory->column_size, p.pitch);
     TRY(order_weights(d, memory->weights, w, c, &p, MIRRORED));
     if (can_multiply_directly(&p))
-        return multiply_directly(d, dx, &p, dy, memory->weights, rows, c->C, NULL, more ? dx : NULL, -1);
+        return multiply_directly(d, dx, &p, dy, memory->weights, rows, c->C, NULL, accumulate ? dx : NULL, -1);
     for (size_t r = 0; r < rows; r += tile) {
         const size_t n = min_size(tile, rows - r);
         TRY(gather(d, memory->columns, dy, &p, r, n));
         floatX *part = dx + r * c->C;
         const Matmul product =
-            rows_times(part, memory->columns, memory->weights, n, c->C, p.pitch, p.pitch, 1, more ? part : NULL);
+            rows_times(part, memory->columns, memory->weights, n, c->C, p.pitch, p.pitch, 1, accumulate ? part : NULL);
         TRY(matmul(d, &product));
     }
     return OK;
@@ -598,21 +599,21 @@ static Err conv_input_cuda(Device *d, floatX *dx, const Conv *c, const floatX *d
 
 static Err add_channel_sums(Device *d, float *sum, const floatX *x, size_t rows, size_t C, float *partial);
 
-/* dx overwritten, or added to if `more`; NULL: not wanted. dw (M,C,3,3), db (M) +=. w (M,C,3,3) as it is in the
+/* dx overwritten, or added to if `accumulate`; NULL: not wanted. dw (M,C,3,3), db (M) +=. w (M,C,3,3) as it is in the
  * table. */
 static Err conv_backward_cuda(Device *d, floatX *dx, float *dw, float *db, const Conv *c, const floatX *dy,
-                              const floatX *x, const floatX *w, int more, const ConvMemory *memory) {
+                              const floatX *x, const floatX *w, int accumulate, const ConvMemory *memory) {
     TRY(add_channel_sums(d, db, dy, rows_of(c), c->M, memory->partial));
-    if (c->kind == CONV_DOWN) return down_backward(d, dx, dw, c, dy, x, w, more, memory);
-    if (c->kind != CONV1) return same_backward(d, dx, dw, c, dy, x, w, more, memory);
+    if (c->kind == CONV_DOWN) return down_backward(d, dx, dw, c, dy, x, w, accumulate, memory);
+    if (c->kind != CONV1) return same_backward(d, dx, dw, c, dy, x, w, accumulate, memory);
     Matmul product = turned_times(dw, dy, x, c->M, c->C, rows_of(c), 1);
     TRY(matmul(d, &product));
     if (!dx) return OK;
-    product = rows_times(dx, dy, w, rows_of(c), c->C, c->M, c->C, 0, more ? dx : NULL);
+    product = rows_times(dx, dy, w, rows_of(c), c->C, c->M, c->C, 0, accumulate ? dx : NULL);
     return matmul(d, &product);
 }
 
-/* ---- Sums of channels over cells ----
+/* ---- Sums of channels over pixels ----
  *
  * A block of 256 threads has a slice of SLICE_CELLS rows and 8 packs of channels: a thread adds up every 32nd row of a
  * pack, then the 32 sums of a pack are added in order. Grid: packs / 8, slices, pictures. partial (B,slices,2,C) takes
@@ -634,27 +635,27 @@ static __device__ inline void store_channel_sums(float *partial, const float *a,
     }
 }
 
-static dim3 slice_grid(size_t C, size_t cells, size_t B, int width) {
-    return dim3(blocks_for(C, (size_t)(PACK_LANES * width)), blocks_for(cells, SLICE_CELLS), (unsigned)B);
+static dim3 slice_grid(size_t C, size_t pixels, size_t B, int width) {
+    return dim3(blocks_for(C, (size_t)(PACK_LANES * width)), blocks_for(pixels, SLICE_CELLS), (unsigned)B);
 }
 
 /* Where a thread's share of a slice begins and ends, in rows of its picture, and which channel its pack begins with. */
 typedef struct {
     size_t c, first, end;
 } Share;
-static __device__ inline Share share_of(size_t C, size_t cells, int width) {
+static __device__ inline Share share_of(size_t C, size_t pixels, int width) {
     Share s;
     s.c = ((size_t)blockIdx.x * PACK_LANES + threadIdx.x % PACK_LANES) * width;
     s.first = (size_t)blockIdx.y * SLICE_CELLS + threadIdx.x / PACK_LANES;
     s.end = (size_t)(blockIdx.y + 1) * SLICE_CELLS;
-    if (s.end > cells) s.end = cells;
+    if (s.end > pixels) s.end = pixels;
     if (s.c >= C) s.end = 0;
     return s;
 }
 
 template <int WIDTH>
-static __global__ void channel_sums_kernel(float *partial, const floatX *x, size_t cells, size_t C) {
-    const Share s = share_of(C, cells, WIDTH);
+static __global__ void channel_sums_kernel(float *partial, const floatX *x, size_t pixels, size_t C) {
+    const Share s = share_of(C, pixels, WIDTH);
     float sum[WIDTH] = {}, none[WIDTH] = {};
     for (size_t r = s.first; r < s.end; r += CELL_LANES)
         for (int j = 0; j < WIDTH; j++) sum[j] += to_float(x[r * C + s.c + j]);

@@ -1,9 +1,9 @@
 /* vqgan.cu - the first stage's layers on a GPU, but for convolutions: conv.cu. */
 #include "kernels/device.h"
 
-/* ---- The twins: GroupNorm, with or without swish ----
+/* ---- Group norm, with or without swish ----
  *
- * x, y (B,cells,C); a group is C/32 neighbouring channels. Three kernels each way: sums of channels over slices; a warp
+ * x, y (B,pixels,C); a group is C/32 neighbouring channels. Three kernels each way: sums of channels over slices; a warp
  * per group adds them up; every element. What forward keeps: */
 typedef struct {
     float *group;   /* (B,32,2) mean and 1/deviation */
@@ -13,7 +13,7 @@ typedef struct {
 static const float GROUP_EPS = 1e-6f;
 
 typedef struct {
-    size_t B, cells, C;
+    size_t B, pixels, C;
     int swish;
 } NormShape;
 
@@ -58,10 +58,10 @@ static __device__ inline Pairs pairs_at(const float *x) {
 /* Sums of x - pivot and of its square, where the pivot is the first number of the group: close to the mean, so that
  * little is lost in their difference. */
 template <typename X> static __global__ void norm_sums_kernel(float *partial, const X *x, NormShape n) {
-    const Share s = share_of(n.C, n.cells, PACK);
+    const Share s = share_of(n.C, n.pixels, PACK);
     const size_t per = n.C / NORM_GROUPS;
     float sum[PACK] = {}, square[PACK] = {}, pivot[PACK] = {};
-    x += blockIdx.z * n.cells * n.C;
+    x += blockIdx.z * n.pixels * n.C;
     for (int j = 0; j < PACK && s.end; j++) pivot[j] = to_float(x[(s.c + j) / per * per]);
     for (size_t r = s.first; r < s.end; r += CELL_LANES) {
         const Numbers p = numbers_at(x, r * n.C + s.c);
@@ -84,9 +84,9 @@ static __global__ void __launch_bounds__(NORM_GROUPS *WARP)
         const float *p = partial + (b * slices + i / per) * 2 * n.C + g * per + i % per;
         sum += (double)p[0], square += (double)p[n.C];
     }
-    const double count = (double)(n.cells * per), gap = warp_sum(sum) / count,
+    const double count = (double)(n.pixels * per), gap = warp_sum(sum) / count,
                  var = warp_sum(square) / count - gap * gap;
-    const float mean = (float)((double)to_float(x[b * n.cells * n.C + g * per]) + gap);
+    const float mean = (float)((double)to_float(x[b * n.pixels * n.C + g * per]) + gap);
     const float rstd = (float)(1 / sqrt((var > 0 ? var : 0) + (double)GROUP_EPS));
     if (lane == 0) kept.group[(b * NORM_GROUPS + g) * 2] = mean, kept.group[(b * NORM_GROUPS + g) * 2 + 1] = rstd;
     for (size_t c = g * per + lane; c < (g + 1) * per; c += WARP) {
@@ -99,12 +99,12 @@ static __device__ inline float sigmoid(float t) {
     return 1 / (1 + expf(-t));
 }
 
-/* y = swish(t). Grid: packs of a picture, pictures; a pack is within a cell. */
+/* y = swish(t). Grid: packs of a picture, pictures; a pack is within a pixel. */
 template <typename X>
 static __global__ void norm_cells_kernel(floatX *y, const X *x, const float *channel, NormShape n) {
     const unsigned C = (unsigned)n.C, in_picture = (blockIdx.x * blockDim.x + threadIdx.x) * PACK;
-    const size_t i = blockIdx.y * n.cells * n.C + in_picture;
-    if (in_picture >= n.cells * n.C) return;
+    const size_t i = blockIdx.y * n.pixels * n.C + in_picture;
+    if (in_picture >= n.pixels * n.C) return;
     const Pairs scale = pairs_at(channel + (blockIdx.y * n.C + in_picture % C) * 2);
     const Numbers p = numbers_at(x, i);
     Pack out;
@@ -116,13 +116,13 @@ static __global__ void norm_cells_kernel(floatX *y, const X *x, const float *cha
 }
 
 static dim3 pack_grid(const NormShape *n) {
-    return dim3(blocks_for(n->cells * n->C, CELL_THREADS * PACK), (unsigned)n->B);
+    return dim3(blocks_for(n->pixels * n->C, CELL_THREADS * PACK), (unsigned)n->B);
 }
 
 template <typename X>
 static Err group_norm_forward_cuda(Device *d, floatX *y, NormKept kept, const X *x, const float *gamma,
                                    const float *beta, const NormShape *n, float *partial) {
-    const dim3 grid = slice_grid(n->C, n->cells, n->B, PACK);
+    const dim3 grid = slice_grid(n->C, n->pixels, n->B, PACK);
     LAUNCH(d, norm_sums_kernel<X>, grid, CELL_THREADS, CELL_THREADS * PACK * sizeof(float), partial, x, *n);
     LAUNCH(d, norm_groups_kernel<X>, (unsigned)n->B, NORM_GROUPS * WARP, 0, kept, partial, x, gamma, beta, *n,
            (size_t)grid.y);
@@ -140,7 +140,7 @@ static __device__ inline float through_swish(float dy, float t) {
 template <typename X>
 static __global__ void norm_gradient_sums_kernel(float *partial, const floatX *dy, const X *x, NormKept kept,
                                                  NormShape n) {
-    const Share s = share_of(n.C, n.cells, PACK);
+    const Share s = share_of(n.C, n.pixels, PACK);
     const size_t b = blockIdx.z, per = n.C / NORM_GROUPS;
     float sum[PACK] = {}, sum_hat[PACK] = {}, mean[PACK] = {}, rstd[PACK] = {}, scale[PACK] = {}, shift[PACK] = {};
     for (int j = 0; j < PACK && s.end; j++) {
@@ -149,7 +149,7 @@ static __global__ void norm_gradient_sums_kernel(float *partial, const floatX *d
         mean[j] = group[0], rstd[j] = group[1], scale[j] = channel[0], shift[j] = channel[1];
     }
     for (size_t r = s.first; r < s.end; r += CELL_LANES) {
-        const size_t at = (b * n.cells + r) * n.C + s.c;
+        const size_t at = (b * n.pixels + r) * n.C + s.c;
         const Numbers p = numbers_at(x, at), g = numbers_at(dy, at);
         for (int j = 0; j < PACK; j++) {
             const float v = p.at[j], dt = g.at[j];
@@ -172,7 +172,7 @@ static __global__ void __launch_bounds__(NORM_GROUPS *WARP)
         sum += (double)gamma[g * per + i % per] * (double)p[0],
             sum_hat += (double)gamma[g * per + i % per] * (double)p[n.C];
     }
-    const double count = (double)(n.cells * per), mean_d = warp_sum(sum) / count, mean_hat = warp_sum(sum_hat) / count;
+    const double count = (double)(n.pixels * per), mean_d = warp_sum(sum) / count, mean_hat = warp_sum(sum_hat) / count;
     const double mean = (double)kept.group[(b * NORM_GROUPS + g) * 2],
                  rstd = (double)kept.group[(b * NORM_GROUPS + g) * 2 + 1];
     const double slope = -mean_hat * rstd * rstd, offset = -mean_d * rstd - slope * mean;
@@ -182,43 +182,44 @@ static __global__ void __launch_bounds__(NORM_GROUPS *WARP)
 
 template <typename X>
 static __global__ void norm_gradient_kernel(floatX *dx, const floatX *dy, const X *x, const float *channel,
-                                            const float *line, NormShape n, int more) {
+                                            const float *line, NormShape n, int accumulate) {
     const unsigned C = (unsigned)n.C, in_picture = (blockIdx.x * blockDim.x + threadIdx.x) * PACK;
-    const size_t i = blockIdx.y * n.cells * n.C + in_picture, c = blockIdx.y * n.C + in_picture % C;
-    if (in_picture >= n.cells * n.C) return;
+    const size_t i = blockIdx.y * n.pixels * n.C + in_picture, c = blockIdx.y * n.C + in_picture % C;
+    if (in_picture >= n.pixels * n.C) return;
     const Pairs scale = pairs_at(channel + c * 2), add = pairs_at(line + c * 2);
     const Numbers p = numbers_at(x, i), g = numbers_at(dy, i);
     Pack out = {};
-    if (more) out = *(const Pack *)(dx + i);
+    if (accumulate) out = *(const Pack *)(dx + i);
     for (int j = 0; j < PACK; j++) {
         const float v = p.at[j], dt = g.at[j];
         const float t = n.swish ? through_swish(dt, v * scale.at[2 * j] + scale.at[2 * j + 1]) : dt;
-        out.at[j] =
-            to_floatX((more ? to_float(out.at[j]) : 0) + scale.at[2 * j] * t + add.at[2 * j] * v + add.at[2 * j + 1]);
+        out.at[j] = to_floatX((accumulate ? to_float(out.at[j]) : 0) + scale.at[2 * j] * t + add.at[2 * j] * v +
+                              add.at[2 * j + 1]);
     }
     store_whole(dx + i, out);
 }
 
-/* dx overwritten, or added to if `more`; dgamma, dbeta (C) +=. partial: norm_partial_size floats. */
+/* dx overwritten, or added to if `accumulate`; dgamma, dbeta (C) +=. partial: norm_partial_size floats. */
 template <typename X>
 static Err group_norm_backward_cuda(Device *d, floatX *dx, float *dgamma, float *dbeta, const floatX *dy, const X *x,
-                                    NormKept kept, const float *gamma, const NormShape *n, int more, float *partial) {
-    const dim3 grid = slice_grid(n->C, n->cells, n->B, PACK);
-    float *line = partial + channel_slices(n->B, n->cells, n->C);
+                                    NormKept kept, const float *gamma, const NormShape *n, int accumulate,
+                                    float *partial) {
+    const dim3 grid = slice_grid(n->C, n->pixels, n->B, PACK);
+    float *line = partial + channel_slices(n->B, n->pixels, n->C);
     LAUNCH(d, norm_gradient_sums_kernel<X>, grid, CELL_THREADS, CELL_THREADS * PACK * sizeof(float), partial, dy, x,
            kept, *n);
     LAUNCH(d, norm_lines_kernel, (unsigned)n->B, NORM_GROUPS * WARP, 0, line, partial, gamma, kept, *n, (size_t)grid.y);
-    LAUNCH(d, norm_gradient_kernel<X>, pack_grid(n), CELL_THREADS, 0, dx, dy, x, kept.channel, line, *n, more);
+    LAUNCH(d, norm_gradient_kernel<X>, pack_grid(n), CELL_THREADS, 0, dx, dy, x, kept.channel, line, *n, accumulate);
     return add_channels(d, dbeta, dgamma, partial, n->B * grid.y, n->C);
 }
 
 static size_t norm_partial_size(const NormShape *n) {
-    return channel_slices(n->B, n->cells, n->C) + n->B * n->C * 2;
+    return channel_slices(n->B, n->pixels, n->C) + n->B * n->C * 2;
 }
 
-/* ---- The twin of attention over the cells of a picture, one head ----
+/* ---- Attention over the pixels of a picture, one head ----
  *
- * With N cells of C channels the scores (N,N) fit in memory and C is too wide for a block's, so scores are written
+ * With N pixels of C channels the scores (N,N) fit in memory and C is too wide for a block's, so scores are written
  * down: products by matmul, picture by picture, the softmax a warp per row. q, k, v, y (B,N,C); p (B,N,N) kept. */
 
 /* p = softmax(scale * scores), rows of n */
@@ -267,35 +268,35 @@ static Err picture_attend_forward_cuda(Device *d, floatX *y, floatX *p, const fl
 }
 
 /* y (M,N) = or += a (K,M)^T b (K,N) */
-static Matmul turned_rows(floatX *y, const floatX *a, const floatX *b, size_t M, size_t N, size_t K, int more) {
+static Matmul turned_rows(floatX *y, const floatX *a, const floatX *b, size_t M, size_t N, size_t K, int accumulate) {
     Matmul p = turned_times(NULL, a, b, M, N, K, 0);
-    p.d_is_float = 0, p.D = y, p.add = more ? y : NULL;
+    p.d_is_float = 0, p.D = y, p.add = accumulate ? y : NULL;
     return p;
 }
 
-/* dx[3]: dq, dk, dv, each overwritten or, where more, added to. */
-static Err picture_attend_backward_cuda(Device *d, floatX *const dx[3], const int more[3], const floatX *dy,
+/* dx[3]: dq, dk, dv, each overwritten or, where accumulate, added to. */
+static Err picture_attend_backward_cuda(Device *d, floatX *const dx[3], const int accumulate[3], const floatX *dy,
                                         const floatX *q, const floatX *k, const floatX *v, const floatX *p, size_t B,
                                         size_t N, size_t C, float *scores, floatX *ds) {
     for (size_t b = 0; b < B; b++) {
         const size_t at = b * N * C;
         floatX *dq = dx[0] + at, *dk = dx[1] + at, *dv = dx[2] + at;
-        Matmul product = turned_rows(dv, p + b * picture_scores(N), dy + at, N, C, N, more[2]);
+        Matmul product = turned_rows(dv, p + b * picture_scores(N), dy + at, N, C, N, accumulate[2]);
         TRY(matmul(d, &product));
         product = rows_times(scores, dy + at, v + at, N, N, C, C, 1, NULL);
         product.d_is_float = 1;
         TRY(matmul(d, &product));
         LAUNCH(d, softmax_gradient_kernel, blocks_for(N, CELL_THREADS / WARP), CELL_THREADS, 0, ds, scores,
                p + b * picture_scores(N), 1 / sqrtf((float)C), N);
-        product = rows_times(dq, ds, k + at, N, C, N, C, 0, more[0] ? dq : NULL);
+        product = rows_times(dq, ds, k + at, N, C, N, C, 0, accumulate[0] ? dq : NULL);
         TRY(matmul(d, &product));
-        product = turned_rows(dk, ds, q + at, N, C, N, more[1]);
+        product = turned_rows(dk, ds, q + at, N, C, N, accumulate[1]);
         TRY(matmul(d, &product));
     }
     return OK;
 }
 
-/* ---- The twin of the vector quantiser ---- */
+/* ---- The vector quantiser ---- */
 
 /* half (K) = |e|^2/2 of each entry as the product reads it: a warp per entry */
 static __global__ void half_norms_kernel(float *half, const floatX *book, size_t K, size_t D) {
@@ -439,15 +440,16 @@ static __global__ void tanh_backward_kernel(floatX *dx, const floatX *dy, const 
     if (i < n) dx[i] = to_floatX(to_float(dy[i]) * (1 - to_float(y[i]) * to_float(y[i])));
 }
 
-/* (B,C,cells) of floats as (B,cells,C), and back */
-static __global__ void from_planes_kernel(floatX *to, const float *from, size_t B, size_t C, size_t cells) {
-    const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x, c = i % C, cell = i / C % cells, b = i / C / cells;
-    if (b < B) to[i] = to_floatX(from[(b * C + c) * cells + cell]);
+/* (B,C,pixels) of floats as (B,pixels,C), and back */
+static __global__ void from_planes_kernel(floatX *to, const float *from, size_t B, size_t C, size_t pixels) {
+    const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x, c = i % C, pixel = i / C % pixels,
+                 b = i / C / pixels;
+    if (b < B) to[i] = to_floatX(from[(b * C + c) * pixels + pixel]);
 }
-static __global__ void to_planes_kernel(float *to, const floatX *from, size_t B, size_t C, size_t cells) {
-    const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x, cell = i % cells, c = i / cells % C,
-                 b = i / C / cells;
-    if (b < B) to[i] = to_float(from[(b * cells + cell) * C + c]);
+static __global__ void to_planes_kernel(float *to, const floatX *from, size_t B, size_t C, size_t pixels) {
+    const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x, pixel = i % pixels, c = i / pixels % C,
+                 b = i / C / pixels;
+    if (b < B) to[i] = to_float(from[(b * pixels + pixel) * C + c]);
 }
 
 /* ---- The fellows of vqgan.c's layers ---- */
