@@ -16,10 +16,7 @@
  *     5. vqgan.c         first stage: image <-> tokens
  *        discriminator.c its adversary in training
  *        perceptual.c    how different its reconstructions look
- *     6. transformer.cu  one reverse transition p(x_{t-1} | x_t)
- *        decode.cu       the same, token by token
- *        optimizer.cu    its losses, AdamW, EMA
- *        device.cu       all of it on a GPU
+ *     6. transformer.cu  one reverse transition p(x_{t-1} | x_t), also token by token; its loss
  *     7. diffusion.c     the Markov chain: schedules, noise, posterior, sampling over scales
  *        model.c         named models, recipes, what a model's folder holds
  *        classes.c       what the classes of a model are called
@@ -188,8 +185,7 @@ void tanh_forward(const Compute *on, real *y, const real *x, size_t n);
 void tanh_backward(const Compute *on, real *dx, const real *dy, const real *y, size_t n);
 
 /* ------------------------------------------------------------------------------------------------------------
- * 6. transformer.cu, decode.cu, optimizer.cu: one reverse transition p(x_{t-1} | x_t) (paper section 3.2; SPEC
- *    sections 1, 2, 4, 6, 7, 14)
+ * 6. transformer.cu: one reverse transition p(x_{t-1} | x_t) (paper section 3.2; SPEC sections 1, 2, 4, 14)
  * ---------------------------------------------------------------------------------------------------------- */
 typedef struct Schedule { /* of the Markov chain: section 7 */
     int T;
@@ -221,23 +217,28 @@ Err transformer_forward(Transformer *m, const int32_t *x, const int32_t *x_t, co
 /* dlogits (B,N,K) -> grad of every parameter (+=); after transformer_forward under a training plan. */
 Err transformer_backward(Transformer *m, const real *dlogits);
 
-/* optimizer.cu. The losses (SPEC section 4), each a mean over B*N rows, in nats per token:
- *   hard = cross entropy of target (R); soft = KL(posterior (R,K) || softmax(logits)); loss = alpha soft + (1-alpha)
- * hard dlogits (R,K) = weight * dloss/dlogits, overwritten; may be NULL, may be the logits' own memory posterior may be
- * NULL when alpha = 0; then soft is reported as NAN.   R = B*N rows */
+/* The losses (SPEC section 4), each a mean over the R = B*N rows, in nats per token:
+ *     hard = -log softmax(logits)[target]     soft = KL(posterior || softmax(logits))
+ *     loss = alpha soft + (1 - alpha) hard    dlogits = weight * its gradient, overwritten
+ *   logits, posterior, dlogits (R,K)   target (R)
+ * dlogits may be NULL, or the memory of logits. posterior may be NULL when alpha = 0; then soft is NAN. */
 typedef struct Loss {
     double loss, hard, soft;
 } Loss;
 Err denoising_loss(Loss *out, const real *logits, const int32_t *target, const real *posterior, size_t R, size_t K,
                    double alpha, double weight, real *dlogits);
 
-/* decode.cu: KV-cached decoding. begin: runs the encoder and the cross-attention keys and values once (NET_X), or feeds
- * the prompt (NET_GPT: prompt tokens see each other). block: n <= B*DECODE_BLOCK cells in one pass: position i of batch
- * row b, fed the token in front of it, prev = x_{t-1}[b,i-1] (ignored at i = 0). Rows rise; a row's positions follow
- * each other and begin anywhere up to what it was fed before, what lay behind is forgotten: so guessed tokens are taken
- * back. *logits (n,K) points into the activations; each cell sees its row's earlier positions, those of this block
- * included. step: the block of position i of all rows, logits (B,K). Equal to transformer_forward up to rounding, and
- * to each other to the bit however positions are cut into blocks. */
+/* Decoding with kept keys and values.
+ *   begin   runs the encoder, and keeps the context's keys and values (NET_X); or feeds the prompt (NET_GPT), whose
+ *           tokens see each other.
+ *   block   feeds n <= B*DECODE_BLOCK positions in one pass: position i of batch row b with the token in front of it,
+ *           prev = x_{t-1}[b,i-1] (ignored at i = 0). Rows rise. A row's positions follow each other and begin anywhere
+ *           up to where it was fed before; what lay behind is forgotten, so that guessed tokens are taken back. Each
+ *           position sees the earlier ones of its row, those of this block included. *logits (n,K) points into the
+ *           activations.
+ *   step    feeds position i of all rows; logits (B,K).
+ * Logits equal those of transformer_forward up to rounding, and each other's bits however positions are cut into
+ * blocks. */
 enum { DECODE_BLOCK = 64 };
 typedef struct {
     size_t b, i;

@@ -131,7 +131,7 @@ static Err measure_ceilings(Device *d, size_t n, size_t bytes, double *product, 
     return e;
 }
 
-/* ---- The twins, from small to large, and the table ---- */
+/* ---- The layers, from small to large, and the table ---- */
 
 #include "kernels/layers.cu"
 

@@ -543,7 +543,7 @@ static real *gradients(Pair *a, const char *what, const real *dlogits) {
 static void test_network(const char *what, const NetConfig *c, size_t B, size_t N) {
     Pair a;
     const real *want, *got;
-    Loss loss, twin;
+    Loss loss, fused;
     pair_make(&a, c, B, N, 1);
     const size_t n = B * N * a.K;
     CHECK_OK(transformer_forward(a.cpu, a.x, a.x_t, a.t, a.label, B, N, &want));
@@ -559,9 +559,9 @@ static void test_network(const char *what, const NetConfig *c, size_t B, size_t 
     CHECK(memcmp(first, second, transformer_params(a.gpu)->total * sizeof *first) == 0);
     reverse(0);
     params_zero_grad(transformer_params(a.gpu));
-    CHECK_OK(transformer_loss_cuda(a.gpu, &a.schedule, a.x0, a.x, a.x_t, a.t, a.label, B, N, 0.3, 1.7, 1, &twin));
-    CHECK(fabs(twin.hard - loss.hard) <= TOLERANCE * loss.hard && fabs(twin.soft - loss.soft) <= TOLERANCE * loss.soft);
-    CHECK(fabs(twin.loss - loss.loss) <= TOLERANCE * loss.loss);
+    CHECK_OK(transformer_loss_cuda(a.gpu, &a.schedule, a.x0, a.x, a.x_t, a.t, a.label, B, N, 0.3, 1.7, 1, &fused));
+    CHECK(fabs(fused.hard - loss.hard) <= TOLERANCE * loss.hard && fabs(fused.soft - loss.soft) <= TOLERANCE * loss.soft);
+    CHECK(fabs(fused.loss - loss.loss) <= TOLERANCE * loss.loss);
     CHECK_OK(params_fetch(transformer_params(a.gpu)));
     near_rows(what, transformer_params(a.gpu), transformer_params(a.cpu), 'g');
     free(first), free(second);
@@ -607,7 +607,7 @@ static void example_tokens(Model *m, int32_t *tokens, size_t B) {
 static void test_bundled(int t) {
     enum { B = 2, N = 64 };
     Model m;
-    Loss loss, twin;
+    Loss loss, fused;
     Transformer *net[2];
     int32_t x0[B * N], x[B * N], x_t[B * N], at[B] = {t, t}, label[B] = {6, 6}; /* a smiley */
     const real *logits;
@@ -641,8 +641,8 @@ static void test_bundled(int t) {
     CHECK_OK(transformer_forward(net[0], x, x_t, at, label, B, N, &logits));
     CHECK_OK(denoising_loss(&loss, logits, x, q, B * N, K, 0.5, 1, dlogits));
     CHECK_OK(transformer_backward(net[0], dlogits));
-    CHECK_OK(transformer_loss_cuda(net[1], &m.schedule, x0, x, x_t, at, label, B, N, 0.5, 1, 1, &twin));
-    CHECK(fabs(twin.loss - loss.loss) <= TOLERANCE * loss.loss);
+    CHECK_OK(transformer_loss_cuda(net[1], &m.schedule, x0, x, x_t, at, label, B, N, 0.5, 1, 1, &fused));
+    CHECK(fabs(fused.loss - loss.loss) <= TOLERANCE * loss.loss);
     CHECK_OK(params_fetch(transformer_params(net[1])));
     near_rows("bundled", transformer_params(net[1]), transformer_params(net[0]), 'G');
     transformer_free(net[0]), transformer_free(net[1]);
