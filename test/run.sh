@@ -105,5 +105,6 @@ python_check validation torch test/test_validation.py
 python_check lpips torch test/test_lpips.py
 python_check lsun "lmdb, PIL" test/test_lsun.py
 check left-out test/test_left_out.sh
+check docs test/test_docs.sh "$build"
 echo "$passed passed, $failed failed"
 [ "$failed" -eq 0 ]

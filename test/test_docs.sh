@@ -2,7 +2,7 @@
 # test_docs.sh BUILD: are README.md and doc/*.md true? The walkthrough's commands are run and its numbers compared; the
 # changes of its exercises are made in a copy, where the checks that it names must go red; every file, function, option,
 # target and link that is named exists; the table of models says what the recipes give.
-# EXERCISES=all makes the changes of all exercises, not only the first of each page; EXERCISES=none makes none.
+# EXERCISES=all makes the changes of all exercises, not only the first of every second page; EXERCISES=none makes none.
 build=$1
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
@@ -48,6 +48,10 @@ for page in 1 2 3 4 5 6 7 8; do
     cat "$dir/got" >>"$dir/printed"
 done
 
+# ... and a wrong number is found
+sed 's/0\.5625/0.5645/' "$dir/said4" >"$dir/wrong"
+if same "$dir/wrong" "$dir/said4" >/dev/null; then fail "0.5645 passed for 0.5625"; else pass; fi
+
 # Numbers in the text, three decimals or more, are printed by some page (signs aside).
 awk '
     NR == FNR { gsub(/[^0-9.]/, " "); for (i = 1; i <= NF; i++) printed[++n] = $i; next }
@@ -63,6 +67,16 @@ awk '
         }
     }
     END { exit wrong }' "$dir/printed" doc/walkthrough.md && pass || fail "doc/walkthrough.md: numbers in the text"
+
+end() {
+    echo "$passed passed, $failed failed"
+    [ "$failed" -eq 0 ]
+    exit
+}
+if [ ! -d kernels ]; then
+    echo "skipped: names and exercises, for kernels/ is not here"
+    end
+fi
 
 # ---- Names ----
 # Words in backquotes. Files are named with their folder.
@@ -171,11 +185,11 @@ red() { # red FILE CHANGE CHECK: in the copy; the file is then put back
             tail -n "$(wc -l <"$dir/said${3##* }")" "$dir/log" >"$dir/got"
             ! same "$dir/said${3##* }" "$dir/got" >/dev/null
             ;;
-        *) grep -qE '(^|\| )FAIL' "$dir/log" ;;
+        *) grep -qE '(^| )FAIL ' "$dir/log" ;;
     esac
 }
 case $build in
-    *sanit*) EXERCISES=none && echo "skipped: the exercises, which are made without sanitizers" ;;
+    *sanit* | *plain*) EXERCISES=none && echo "skipped: the exercises, which need fast layers and no sanitizers" ;;
 esac
 [ "${EXERCISES:-}" != none ] || : >"$dir/exercises"
 tab=$(printf '\t')
@@ -183,7 +197,7 @@ mkdir "$dir/copy" && cp -rp Makefile ./*.h ./*.c ./*.cu base $([ -d kernels ] &&
 mkdir -p "$dir/copy/$build" && cp -rp "$build"/* "$dir/copy/$build" && rm -rf "$dir/copy/$build/emulated"
 before=0
 while IFS=$tab read -r page change check; do
-    [ "$page" != "$before" ] || [ "${EXERCISES:-}" = all ] || continue
+    { [ "$page" != "$before" ] && [ $((page % 2)) -eq 0 ]; } || [ "${EXERCISES:-}" = all ] || continue
     before=$page
     if red "${change##* }" "$change" "$check"; then
         pass
@@ -193,5 +207,4 @@ while IFS=$tab read -r page change check; do
     fi
 done <"$dir/exercises"
 
-echo "$passed passed, $failed failed"
-[ "$failed" -eq 0 ]
+end
