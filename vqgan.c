@@ -616,7 +616,6 @@ static void walk_backward(Vqgan *v, double codebook_weight, int image_wanted) {
 /* ---- Created and loaded ---- */
 
 static Err check_settings(const VqganConfig *c);
-static int official_order(const char *a, const char *b);
 static void drop_plan(Vqgan *v);
 
 /* The table's rows go into PyTorch's order. Which gradients are complete when backward leaves a layer. */
@@ -624,7 +623,7 @@ static Err finish_network(Vqgan *v) {
     size_t *moved, complete = 0;
     TRY(v->broken);
     TRY(mem_alloc(&moved, v->params.n, sizeof *moved, "vqgan: rows"));
-    params_sort(&v->params, official_order, moved);
+    params_sort(&v->params, vqgan_row_order, moved);
     for (Layer *l = v->layer; l < v->layer + v->n_layers; l++) {
         l->gradients_from = complete; /* behind the rows of all layers before it */
         if (l->weight != NONE) l->weight = moved[l->weight], complete = max_size(complete, l->weight + 1);
@@ -685,7 +684,7 @@ Params *vqgan_params(Vqgan *v) {
 }
 
 size_t vqgan_K(const Vqgan *v) {
-    return v->c.re_embed ? v->c.re_embed : v->c.n_embed;
+    return remap_K(&v->remap);
 }
 
 const int32_t *vqgan_used(const Vqgan *v) {
@@ -739,17 +738,6 @@ static Err hand_back_codes(Vqgan *v) {
 
 /* ---- Pictures to tokens ---- */
 
-/* tokens (B,N) of codebook entries; one that the table lacks becomes a random token (SPEC section 8: unknown_index). */
-static void tokens_of(const Vqgan *v, int32_t *tokens, const int32_t *code, uint64_t seed) {
-    const size_t K = vqgan_K(v), N = plane_size(v, v->z);
-    for (size_t b = 0; b < v->b; b++)
-        for (size_t i = 0; i < N; i++) {
-            int32_t token = v->remap.used ? v->remap.inverse[code[b * N + i]] : code[b * N + i];
-            if (token < 0) token = (int32_t)rng_below(seed, rng_stream(RNG_UNKNOWN, 0, b), i, (uint32_t)K);
-            tokens[b * N + i] = token;
-        }
-}
-
 Err vqgan_encode(Vqgan *v, const real *images, size_t B, size_t H, size_t W, uint64_t seed, real *prequant,
                  int32_t *raw, int32_t *tokens) {
     TRY(check_run(v, B, H, W, "vqgan_encode"));
@@ -762,7 +750,7 @@ Err vqgan_encode(Vqgan *v, const real *images, size_t B, size_t H, size_t W, uin
     nearest_codes(&v->on, v->code, v->value[v->z].x, codebook(v), &s);
     TRY(hand_back_codes(v));
     if (raw) memcpy(raw, v->seen_code, s.B * s.N * sizeof *raw);
-    if (tokens) tokens_of(v, tokens, v->seen_code, seed);
+    if (tokens) remap_tokens(&v->remap, tokens, v->seen_code, s.B, s.N, seed);
     return compute_status(&v->on);
 }
 
@@ -777,18 +765,6 @@ static Err decode(Vqgan *v, real *images) {
     return compute_status(&v->on);
 }
 
-/* Codebook entries of tokens (B,N), to v->seen_code */
-static Err entries_of(Vqgan *v, const int32_t *tokens, size_t B, size_t N) {
-    const size_t K = vqgan_K(v);
-    for (size_t i = 0; i < B * N; i++) {
-        if (tokens[i] < 0 || (size_t)tokens[i] >= K)
-            return err("vqgan_decode_tokens: token %zu of picture %zu is %d, expected 0..%zu", i % N, i / N, tokens[i],
-                       K - 1);
-        v->seen_code[i] = v->remap.used ? v->remap.used[tokens[i]] : tokens[i];
-    }
-    return OK;
-}
-
 /* Sides of the picture of a grid; what is too large stays too large. */
 static size_t picture_side(const Vqgan *v, size_t grid_side) {
     return min_size(grid_side, (size_t)1 << 20) << (v->c.levels - 1);
@@ -798,7 +774,7 @@ Err vqgan_decode_tokens(Vqgan *v, const int32_t *tokens, size_t B, size_t h, siz
     TRY(check_run(v, B, picture_side(v, h), picture_side(v, w), "vqgan_decode_tokens"));
     begin(v, B, picture_side(v, h), picture_side(v, w));
     const Codes s = codes_of(v);
-    TRY(entries_of(v, tokens, B, h * w));
+    TRY(remap_entries(&v->remap, v->seen_code, tokens, B, h * w));
     if (v->on.device) compute_put(&v->on, v->code, v->seen_code, B * h * w * sizeof *v->code);
     lookup_codes(&v->on, v->value[v->zq].x, codebook(v), v->code, &s);
     return decode(v, images);
@@ -947,29 +923,6 @@ Err vqgan_config_read(VqganConfig *c, const Config *from, const char *prefix) {
 
 Err vqgan_config_write(Config *to, const VqganConfig *c, const char *prefix) {
     return config_table_write(to, c, settings, SETTINGS, prefix);
-}
-
-/* ---- The order of the parameter table is that of PyTorch's state dict: nearly that in which layers run. But a level's
- *      attention comes behind all its blocks, a block's shortcut last, up.0 before up.1, and what stands between
- *      encoder and decoder behind both. ---- */
-
-/* How late a part of a name, which ends at a point, comes among its neighbours; equal: in the order of running. */
-static size_t lateness(const char *part) {
-    static const char *const late[] = {"attn.",     "downsample.", "upsample.",       "nin_shortcut.",
-                                       "quantize.", "quant_conv.", "post_quant_conv."};
-    if (part[0] >= '0' && part[0] <= '9') return strtoul(part, NULL, 10);
-    for (size_t i = 0; i < sizeof late / sizeof *late; i++)
-        if (!strncmp(late[i], part, strlen(late[i]))) return i + 1;
-    return 0;
-}
-
-static int official_order(const char *a, const char *b) {
-    for (;;) {
-        const size_t n = strcspn(a, "."), la = lateness(a), lb = lateness(b);
-        if (la != lb) return la < lb ? -1 : 1;
-        if (!a[n] || strncmp(a, b, n + 1) != 0) return 0;
-        a += n + 1, b += n + 1;
-    }
 }
 
 /* ---- Memory. Step i of a run is forward of layer i, step 2n-1-i its backward; base/plan.c shares memory among what is

@@ -322,9 +322,18 @@ typedef struct {
 Err remap_make(Remap *r, size_t n, size_t n_codes); /* at first the first n */
 Err remap_load(Remap *r, const Checkpoint *ck, const char *prefix);
 void remap_free(Remap *r);
+static inline size_t remap_K(const Remap *r) { /* how many tokens there are */
+    return r->n ? r->n : r->n_codes;
+}
+/* tokens (B,N) of entries; an entry that is none becomes a random token, drawn from RNG_UNKNOWN under seed (SPEC section
+ * 8: unknown_index). Entries of tokens; a token outside 0..K-1 is an error. */
+void remap_tokens(const Remap *r, int32_t *tokens, const int32_t *code, size_t B, size_t N, uint64_t seed);
+Err remap_entries(const Remap *r, int32_t *code, const int32_t *tokens, size_t B, size_t N);
+/* For params_sort: the order of a first stage's tensors in PyTorch's state dict, from that in which its layers run. */
+int vqgan_row_order(const char *a, const char *b);
 
 /* ---- net_config.c: the settings of a transition network (transformer.cu), as the official files have them ---- */
-enum { NET_LENGTH_MAX = 1 << 20 }; /* tokens of a sequence */
+enum { NET_LENGTH_MAX = 1 << 20 };       /* tokens of a sequence */
 typedef enum { NET_X, NET_GPT } NetKind; /* encoder-decoder; decoder-only */
 typedef enum { X_PLAIN, X_SCALED, X_FINE_SCALED, X_RESIDUAL, X_RESIDUAL_SCALED } XVariant;
 typedef struct {

@@ -1,8 +1,10 @@
-/* remap.c - which entries of a codebook are tokens: the official quantize.used. */
+/* remap.c - what an official first stage's file says beside its tensors: which entries of the codebook are tokens
+ * (quantize.used), and the order of the tensors. */
 #include "files/files.h"
 
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 
 Err remap_make(Remap *r, size_t n, size_t n_codes) {
     *r = (Remap){.n = n, .n_codes = n_codes};
@@ -33,4 +35,46 @@ void remap_free(Remap *r) {
     free(r->used);
     free(r->inverse);
     *r = (Remap){0};
+}
+
+void remap_tokens(const Remap *r, int32_t *tokens, const int32_t *code, size_t B, size_t N, uint64_t seed) {
+    for (size_t b = 0; b < B; b++)
+        for (size_t i = 0; i < N; i++) {
+            int32_t token = r->n ? r->inverse[code[b * N + i]] : code[b * N + i];
+            if (token < 0) token = (int32_t)rng_below(seed, rng_stream(RNG_UNKNOWN, 0, b), i, (uint32_t)r->n);
+            tokens[b * N + i] = token;
+        }
+}
+
+Err remap_entries(const Remap *r, int32_t *code, const int32_t *tokens, size_t B, size_t N) {
+    const size_t K = remap_K(r);
+    for (size_t i = 0; i < B * N; i++) {
+        if (tokens[i] < 0 || (size_t)tokens[i] >= K)
+            return err("token %zu of picture %zu is %d, expected 0..%zu", i % N, i / N, tokens[i], K - 1);
+        code[i] = r->n ? r->used[tokens[i]] : tokens[i];
+    }
+    return OK;
+}
+
+/* ---- The order of the parameter table is that of PyTorch's state dict: nearly that in which layers run. But a level's
+ *      attention comes behind all its blocks, a block's shortcut last, up.0 before up.1, and what stands between
+ *      encoder and decoder behind both. ---- */
+
+/* How late a part of a name, which ends at a point, comes among its neighbours; equal: in the order of running. */
+static size_t lateness(const char *part) {
+    static const char *const late[] = {"attn.",     "downsample.", "upsample.",       "nin_shortcut.",
+                                       "quantize.", "quant_conv.", "post_quant_conv."};
+    if (part[0] >= '0' && part[0] <= '9') return strtoul(part, NULL, 10);
+    for (size_t i = 0; i < sizeof late / sizeof *late; i++)
+        if (!strncmp(late[i], part, strlen(late[i]))) return i + 1;
+    return 0;
+}
+
+int vqgan_row_order(const char *a, const char *b) {
+    for (;;) {
+        const size_t n = strcspn(a, "."), la = lateness(a), lb = lateness(b);
+        if (la != lb) return la < lb ? -1 : 1;
+        if (!a[n] || strncmp(a, b, n + 1) != 0) return 0;
+        a += n + 1, b += n + 1;
+    }
 }
