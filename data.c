@@ -175,12 +175,12 @@ static Err index_find(Index *x, Search *s, const char *name, const Listed **out)
     }
     Listed key = {0, name, 0, 0};
     const Listed *all = x->found.item,
-               *at = x->found.n ? bsearch(&key, all, x->found.n, sizeof *all, names_by_stem) : NULL;
+                 *at = x->found.n ? bsearch(&key, all, x->found.n, sizeof *all, names_by_stem) : NULL;
     *out = at;
     if (!at) return OK;
     const Listed *other = at > all && !names_by_stem(at - 1, at)                    ? at - 1
-                        : at + 1 < all + x->found.n && !names_by_stem(at, at + 1) ? at + 1
-                                                                                  : NULL;
+                          : at + 1 < all + x->found.n && !names_by_stem(at, at + 1) ? at + 1
+                                                                                    : NULL;
     return other ? err("'%s' could be %s or %s", name, at->name, other->name) : OK;
 }
 
@@ -245,8 +245,8 @@ static const char *below_folder(const char *name, const char *folder) {
     return n && strncmp(name, folder, n) == 0 && name[n] == '/' ? name + n + 1 : NULL;
 }
 
-/* The class part of "[train/|val/]class/rest" and its length; length 0: the picture lies in no sub-folder. *side: what the
- * name says of the split. */
+/* The class part of "[train/|val/]class/rest" and its length; length 0: the picture lies in no sub-folder. *side: what
+ * the name says of the split. */
 static const char *class_part(size_t *length, int *side, const char *name, const Layout *layout) {
     const char *rest = below_folder(name, layout->train);
     *side = rest ? TRAINING : NOT_SAID;

@@ -1,8 +1,8 @@
 /* settings.c - what a stage is trained with: one table of all options and recipe keys.
  *
  * A row of `table` is all there is to know of a setting: its option, its key in the recipe, its place in Settings, its
- * kind, what holds where nobody says anything, its range, its help. From the rows come the command line (settings_parse),
- * what the user gave written over the recipe (apply_given), and both read into Settings (settings_read): so that the
+ * kind, what holds where nobody says anything, its range, its help. From the rows come the command line
+ * (settings_parse), what the user gave written over the recipe (apply_given), and both read into Settings (settings_read): so that the
  * recipe, as a state file keeps it, is what the run is trained with. What is more than one number stands behind the
  * table: which options exclude each other, batch and processes, the learning-rate rule, the device. */
 #include "training/stage.h"
@@ -146,9 +146,8 @@ static const Setting table[] = {
     TEXT("--device", "cpu|cuda", device, "where to train (default: where the run began, else a GPU if there is one)"),
     TEXT("--precision", "TYPE", precision,
          "with --device cuda: bf16 (default), weights and sums still in float, or f32"),
-    HEADING(
-        "Several processes: mpirun -np 2 --bind-to none ./train ... (needs MPI; doc/training.md).\n"
-        "Each takes --batch pictures, and the gradients are added up."),
+    HEADING("Several processes: mpirun -np 2 --bind-to none ./train ... (needs MPI; doc/training.md).\n"
+            "Each takes --batch pictures, and the gradients are added up."),
 };
 enum { ROWS = sizeof table / sizeof *table };
 

@@ -118,7 +118,7 @@ static Err open_newest(const Stage *s, Checkpoint *ck, int tidy) {
     return err("%s: no such file", state_path(s, path, 0));
 }
 
-/* Gives the newest a second name, so that its own name is never without a file; where there are no links, renames it. */
+/* Gives the newest a second name, so that its own is never without a file; where there are no links, renames it. */
 static void link_newest(const char *newest, const char *before) {
     char temporary[PATH_BYTES + 32];
     snprintf(temporary, sizeof temporary, "%s.tmp%ld", before, (long)getpid());
