@@ -194,7 +194,10 @@ esac
 [ "${EXERCISES:-}" != none ] || : >"$dir/exercises"
 tab=$(printf '\t')
 mkdir "$dir/copy" && cp -rp Makefile ./*.h ./*.c ./*.cu base $([ -d kernels ] && echo kernels) files sampling training test models doc "$dir/copy"
-mkdir -p "$dir/copy/$build" && cp -rp "$build"/* "$dir/copy/$build" && rm -rf "$dir/copy/$build/emulated"
+mkdir -p "$dir/copy/$build"
+for part in "$build"/*; do # what is built already need not be again
+    [ "${part##*/}" = emulated ] || cp -rp "$part" "$dir/copy/$build"
+done
 before=0
 while IFS=$tab read -r page change check; do
     { [ "$page" != "$before" ] && [ $((page % 2)) -eq 0 ]; } || [ "${EXERCISES:-}" = all ] || continue
