@@ -4,7 +4,7 @@
  *
  * name, picture side, scales, parameters of the first stage and of all scales (millions), the files' weights and their
  * moving average (GB), memory that drawing one picture takes with the scales' matrices as f32, bf16 and int8 (GiB), and
- * the weights that are read for one picture in f32, all of the decoders' for every token (GB). */
+ * how long that takes (seconds), at the rates that doc/speed.md has for ffhq. */
 #include "sampling/sampling.h"
 
 #include <stdio.h>
@@ -14,7 +14,8 @@
 typedef struct {
     double vqgan, scales; /* parameters */
     double memory[3];     /* bytes, of the largest scale: weights and plan */
-    double read;          /* numbers that are read for a picture */
+    double read;          /* numbers that are read for a picture: the decoders' matrices for every token */
+    double once;          /* multiply-adds of what is done once: the encoders, their output's keys and values */
     size_t side, T;
 } Sizes;
 
@@ -35,16 +36,18 @@ static Err measure_vqgan(Sizes *s, const char *recipe, size_t *grid) {
     return OK;
 }
 
-/* Numbers that a pass for one token reads: the decoder's matrices, but for the keys and values of the encoder's output,
- * which are made once. */
-static double read_for_a_token(const Params *p) {
-    double n = 0;
+/* A matrix is read for every token, or used once: the encoder's, and those for the keys and values of its output. */
+static void count_work(Sizes *s, const Params *p, size_t tokens) {
     for (size_t i = 0; i < p->n; i++) {
         const char *name = p->row[i].name, *layer = strstr(name, "layers.layers.");
         const int cross = layer && atoi(layer + 14) % 3 == 1 && (strstr(name, "to_k") || strstr(name, "to_v"));
-        if (p->row[i].matrix && !cross && strncmp(name, "encoder.", 8) != 0) n += (double)p->row[i].size;
+        const double n = (double)(p->row[i].matrix ? p->row[i].size : 0) * (double)tokens;
+        if (strstr(name, "encoder.to_logits")) continue;
+        if (cross || strncmp(name, "encoder.", 8) == 0)
+            s->once += n;
+        else
+            s->read += n;
     }
-    return n;
 }
 
 /* *T: how many scales there are. most[f]: bytes of the largest scale in format f. */
@@ -57,7 +60,7 @@ static Err measure_scale(Sizes *s, const char *recipe, int t, size_t tokens, dou
     TRY(net_config_read(&c, &config, "model.params."));
     TRY(transformer_create(&net, &c));
     s->T = (size_t)c.n_scales, s->scales += (double)params_count(transformer_params(net));
-    s->read += (double)tokens * read_for_a_token(transformer_params(net));
+    count_work(s, transformer_params(net), tokens);
     for (int f = 0; f < 3; f++) {
         size_t plan;
         transformer_params(net)->format = formats[f];
@@ -71,6 +74,9 @@ static Err measure_scale(Sizes *s, const char *recipe, int t, size_t tokens, dou
 }
 
 static Err measure(const char *name) {
+    static const double bytes[3] = {4, 2, 1}, read_rate[3] = {23e9, 26e9, 22e9}; /* bytes a second */
+    static const double arithmetic[3] = {178e9, 132e9, 128e9};                   /* operations a second */
+    static const double decoding = 0.75;                                         /* seconds of the first stage */
     Sizes s = {0};
     double most[3] = {0};
     char recipe[256];
@@ -82,7 +88,9 @@ static Err measure(const char *name) {
     const double disk = 4 * ((double)s.T * s.vqgan + 2 * s.scales);
     printf("%s %zu %zu %.1f %.1f %.1f", name, s.side, s.T, s.vqgan / 1e6, s.scales / 1e6, disk / 1e9);
     for (int f = 0; f < 3; f++) printf(" %.2f", (s.memory[f] + most[f]) / (1 << 30));
-    printf(" %.0f\n", 4 * s.read / 1e9);
+    for (int f = 0; f < 3; f++)
+        printf(" %.1f", bytes[f] * s.read / read_rate[f] + 2 * s.once / arithmetic[f] + decoding);
+    printf("\n");
     return OK;
 }
 
