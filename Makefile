@@ -151,7 +151,7 @@ KERNELS := $(if $(PLAINLY),,fast gemm stream conv norm layers attention guess op
 FILES := config atomic tensor checkpoint ckpt weights names images lmdb tokens recipe betas net_config classes remap
 SAMPLING := model bounds options terminal
 COMPONENTS := $(BASE:%=base/%) $(KERNELS:%=kernels/%) $(FILES:%=files/%) data vqgan transformer diffusion \
-              $(SAMPLING:%=sampling/%) training/discriminator training/perceptual
+              $(SAMPLING:%=sampling/%) training/discriminator training/perceptual training/restart
 PROGRAMS := sample train inpaint
 COLD := base/params base/options $(FILES:%=files/%) data sampling/model sampling/options sampling/terminal
 TESTS := base $(if $(PLAINLY),,gemm conv) checkpoint ckpt images data vqgan discriminator perceptual transformer classes diffusion layers

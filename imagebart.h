@@ -124,6 +124,7 @@ size_t vqgan_K(const Vqgan *v); /* token values: re_embed or n_embed */
 Err vqgan_load(Vqgan *v, const Checkpoint *ck, const char *prefix);
 /* The same, but the parameters are used where they lie in the file, which must stay open: see params_map. */
 Err vqgan_map(Vqgan *v, const Checkpoint *ck, const char *prefix);
+size_t vqgan_codebook(const Vqgan *v);     /* the codebook's row of the parameter table */
 const int32_t *vqgan_used(const Vqgan *v); /* (re_embed) or NULL */
 /* Sizes activations for batches up to B of pictures up to HxW; train: keep what backward needs, and H and W must be
  * multiples of 2^(levels-1). One allocation; call again to change. */
@@ -148,17 +149,11 @@ Err vqgan_backward(Vqgan *v, const real *dxrec, double codebook_weight, real *di
  * decoder's last layer alone, whose weight's row vqgan_last_layer is. */
 Err vqgan_last_gradient(Vqgan *v, const real *dxrec, real *dw, real *db);
 const Param *vqgan_last_layer(const Vqgan *v);
-/* What the last forward saw: latents z and straight-through z_q (B,embed_dim,h,w), raw codes (B,h*w). */
+/* What the last forward saw: latents z and straight-through z_q (B,embed_dim,h,w), raw codes (B,h*w). z is NULL if
+ * there was none under this plan. */
 void vqgan_latents(const Vqgan *v, const real **z, const real **zq_st, const int32_t **raw);
 /* l1 = mean|x-xrec|, l2 = mean (x-xrec)^2; dxrec (n) = w1 dl1 + w2 dl2 (overwritten; may be NULL). */
 void image_loss(const real *x, const real *xrec, size_t n, double w1, double w2, double *l1, double *l2, real *dxrec);
-/* Every codebook entry with usage[code] = 0 becomes a latent of the last forward, picked by RNG_CODES; its Adam moments
- * and EMA follow. Returns how many. Without it most of a codebook trained from scratch stays unused. */
-size_t vqgan_restart_codes(Vqgan *v, const uint32_t *usage, uint64_t seed, uint64_t step);
-/* The same in parts, where several processes share the latents: which of so many is picked for a code; the code becomes
- * a latent, whose number d is latent[d * stride], in the table here (params_send: on a GPU too). */
-size_t vqgan_restart_pick(uint64_t seed, uint64_t step, size_t code, size_t latents);
-void vqgan_restart_code(Vqgan *v, size_t code, const real *latent, size_t stride);
 
 /* Its layers. What each computes stands with it in vqgan.c; what they need of scratch, and GPUs of Conv.prepared, must
  * be planned before: base/compute.h. conv_needs: backward 0 no, 1 yes, 2 of dx alone. */

@@ -21,7 +21,6 @@
  * Read next: transformer.cu, which learns to denoise the tokens; then diffusion.c, the chain. */
 
 #include <math.h>
-#include <stdarg.h>
 #include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -56,45 +55,47 @@ static long seen(ConvKind kind, size_t i, size_t k, size_t n) {
     }
 }
 
-/* Every pair of a result y[b,m,i,j] and a pixel x[b,c,u,v] that meet through a weight w[m,c,k,l], forward (dy NULL):
- *     y += w x
- * and backward, each unless NULL:
- *     dw += dy x        dx += dy w */
-static void conv_pairs(const Conv *c, real *y, const real *x, const real *w, const real *dy, real *dx, real *dw) {
-    const size_t side = c->kind == CONV1 ? 1 : 3, H = conv_height(c), W = conv_width(c);
-    for (size_t bm = 0; bm < c->B * c->M; bm++)
-        for (size_t ci = 0; ci < c->C; ci++)
-            for (size_t kl = 0; kl < side * side; kl++) {
-                const size_t at_w = (bm % c->M * c->C + ci) * side * side + kl;
-                for (size_t i = 0; i < H; i++)
-                    for (size_t j = 0; j < W; j++) {
-                        const long u = seen(c->kind, i, kl / side, c->h), v = seen(c->kind, j, kl % side, c->w);
-                        if (u < 0 || v < 0) continue;
-                        const size_t at_y = (bm * H + i) * W + j;
-                        const size_t at_x = ((bm / c->M * c->C + ci) * c->h + (size_t)u) * c->w + (size_t)v;
-                        if (!dy) y[at_y] += w[at_w] * x[at_x];
-                        if (dw) dw[at_w] += dy[at_y] * x[at_x];
-                        if (dx) dx[at_x] += dy[at_y] * w[at_w];
-                    }
-            }
-}
-
 void conv_forward(const Compute *on, real *y, const real *x, const real *w, const real *bias, const real *add,
                   const Conv *c) {
     if (on->fast) return on->fast->conv_forward(on, y, x, w, bias, add, c);
-    const size_t HW = conv_height(c) * conv_width(c);
-    for (size_t i = 0; i < c->B * c->M * HW; i++) y[i] = bias[i / HW % c->M] + (add ? add[i] : 0);
-    conv_pairs(c, y, x, w, NULL, NULL, NULL);
+    const size_t side = c->kind == CONV1 ? 1 : 3, W = conv_width(c), HW = conv_height(c) * W;
+    for (size_t bm = 0; bm < c->B * c->M; bm++, y += HW) {
+        for (size_t ij = 0; ij < HW; ij++) y[ij] = bias[bm % c->M] + (add ? add[bm * HW + ij] : 0);
+        for (size_t ci = 0; ci < c->C; ci++)
+            for (size_t kl = 0; kl < side * side; kl++) {
+                const real weight = w[(bm % c->M * c->C + ci) * side * side + kl];
+                const real *plane = x + (bm / c->M * c->C + ci) * c->h * c->w;
+                for (size_t ij = 0; ij < HW; ij++) {
+                    const long u = seen(c->kind, ij / W, kl / side, c->h), v = seen(c->kind, ij % W, kl % side, c->w);
+                    if (u >= 0 && v >= 0) y[ij] += weight * plane[(size_t)u * c->w + (size_t)v];
+                }
+            }
+    }
 }
 
-/* dx = or, if accumulate, += ; NULL: not wanted.   dw, db += ; both NULL: not wanted, and x is not read. */
+/* Every y[b,m,i,j] that reads x[b,c,u,v] through w[m,c,k,l] hands its gradient on to both:
+ *     dx[b,c,u,v] += w[m,c,k,l] dy[b,m,i,j]     dw[m,c,k,l] += x[b,c,u,v] dy[b,m,i,j]     db[m] += dy[b,m,i,j]
+ * dx begins as it is if accumulate, else as 0; NULL: not wanted. dw and db both NULL: not wanted, and x is not read. */
 void conv_backward(const Compute *on, real *dx, real *dw, real *db, const real *dy, const real *x, const real *w,
                    int accumulate, const Conv *c) {
     if (on->fast) return on->fast->conv_backward(on, dx, dw, db, dy, x, w, accumulate, c);
-    const size_t HW = conv_height(c) * conv_width(c);
+    const size_t side = c->kind == CONV1 ? 1 : 3, W = conv_width(c), HW = conv_height(c) * W;
     if (dx && !accumulate) memset(dx, 0, c->B * c->C * c->h * c->w * sizeof *dx);
-    for (size_t i = 0; db && i < c->B * c->M * HW; i++) db[i / HW % c->M] += dy[i];
-    conv_pairs(c, NULL, x, w, dy, dx, dw);
+    for (size_t bm = 0; bm < c->B * c->M; bm++, dy += HW) {
+        for (size_t ij = 0; db && ij < HW; ij++) db[bm % c->M] += dy[ij];
+        for (size_t ci = 0; ci < c->C; ci++)
+            for (size_t kl = 0; kl < side * side; kl++) {
+                const size_t at_w = (bm % c->M * c->C + ci) * side * side + kl;
+                const size_t plane = (bm / c->M * c->C + ci) * c->h * c->w;
+                for (size_t ij = 0; ij < HW; ij++) {
+                    const long u = seen(c->kind, ij / W, kl / side, c->h), v = seen(c->kind, ij % W, kl % side, c->w);
+                    if (u < 0 || v < 0) continue;
+                    const size_t at_x = plane + (size_t)u * c->w + (size_t)v;
+                    if (dx) dx[at_x] += w[at_w] * dy[ij];
+                    if (dw) dw[at_w] += x[at_x] * dy[ij];
+                }
+            }
+    }
 }
 
 /* ---- Group norm, with or without swish ----
@@ -369,19 +370,6 @@ struct Vqgan {
     int has_latents;  /* z, zq and the codes of vqgan_forward are there */
 };
 
-typedef struct {
-    char s[NAME_MAX_BYTES];
-} Name;
-
-PRINTF_LIKE(1, 2) static Name named(const char *fmt, ...) {
-    Name name;
-    va_list args;
-    va_start(args, fmt);
-    vsnprintf(name.s, sizeof name.s, fmt, args);
-    va_end(args);
-    return name;
-}
-
 /* Each of the following appends to the lists and returns the value that it writes. */
 
 static size_t add_value(Vqgan *v, size_t C, size_t level) {
@@ -406,44 +394,42 @@ static size_t conv(Vqgan *v, ConvKind kind, size_t in, size_t C, size_t add, Nam
     const size_t dim[4] = {C, v->value[in].C, kernel, kernel};
     const double bound = 1 / sqrt((double)(dim[1] * kernel * kernel));
     Layer *l = add_layer(v, CONV, in, C, kind == CONV_DOWN ? level + 1 : kind == CONV_UP ? level - 1 : level);
-    add_row(v, &l->weight, INIT_UNIFORM, bound, 4, dim, named("%s.weight", name.s).s);
-    add_row(v, &l->bias, INIT_UNIFORM, bound, 1, dim, named("%s.bias", name.s).s);
-    l->conv = kind;
-    l->add = add;
+    add_row(v, &l->weight, INIT_UNIFORM, bound, 4, dim, name_of("%s.weight", name.s).s);
+    add_row(v, &l->bias, INIT_UNIFORM, bound, 1, dim, name_of("%s.bias", name.s).s);
+    l->conv = kind, l->add = add;
     return l->out;
 }
 
 static size_t norm(Vqgan *v, size_t in, int swish, Name name) {
     Layer *l = add_layer(v, NORM, in, v->value[in].C, v->value[in].level);
-    add_row(v, &l->weight, INIT_ONE, 0, 1, &v->value[in].C, named("%s.weight", name.s).s);
-    add_row(v, &l->bias, INIT_ZERO, 0, 1, &v->value[in].C, named("%s.bias", name.s).s);
+    add_row(v, &l->weight, INIT_ONE, 0, 1, &v->value[in].C, name_of("%s.weight", name.s).s);
+    add_row(v, &l->bias, INIT_ZERO, 0, 1, &v->value[in].C, name_of("%s.bias", name.s).s);
     l->swish = swish;
     return l->out;
 }
 
 static size_t block(Vqgan *v, size_t x, size_t C, Name name) {
-    size_t y = norm(v, x, 1, named("%s.norm1", name.s));
-    y = conv(v, CONV3, y, C, NONE, named("%s.conv1", name.s));
-    y = norm(v, y, 1, named("%s.norm2", name.s));
-    if (v->value[x].C != C) x = conv(v, CONV1, x, C, NONE, named("%s.nin_shortcut", name.s));
-    return conv(v, CONV3, y, C, x, named("%s.conv2", name.s));
+    size_t y = norm(v, x, 1, name_of("%s.norm1", name.s));
+    y = conv(v, CONV3, y, C, NONE, name_of("%s.conv1", name.s));
+    y = norm(v, y, 1, name_of("%s.norm2", name.s));
+    if (v->value[x].C != C) x = conv(v, CONV1, x, C, NONE, name_of("%s.nin_shortcut", name.s));
+    return conv(v, CONV3, y, C, x, name_of("%s.conv2", name.s));
 }
 
 static size_t attention(Vqgan *v, size_t x, Name name) {
-    const size_t C = v->value[x].C, y = norm(v, x, 0, named("%s.norm", name.s));
-    const size_t q = conv(v, CONV1, y, C, NONE, named("%s.q", name.s));
-    const size_t k = conv(v, CONV1, y, C, NONE, named("%s.k", name.s));
-    const size_t values = conv(v, CONV1, y, C, NONE, named("%s.v", name.s));
+    const size_t C = v->value[x].C, y = norm(v, x, 0, name_of("%s.norm", name.s));
+    const size_t q = conv(v, CONV1, y, C, NONE, name_of("%s.q", name.s));
+    const size_t k = conv(v, CONV1, y, C, NONE, name_of("%s.k", name.s));
+    const size_t values = conv(v, CONV1, y, C, NONE, name_of("%s.v", name.s));
     Layer *l = add_layer(v, ATTEND, q, C, v->value[x].level);
-    l->in[1] = k;
-    l->in[2] = values;
-    return conv(v, CONV1, l->out, C, x, named("%s.proj_out", name.s));
+    l->in[1] = k, l->in[2] = values;
+    return conv(v, CONV1, l->out, C, x, name_of("%s.proj_out", name.s));
 }
 
 static size_t mid(Vqgan *v, size_t x, const char *side) {
-    x = block(v, x, v->value[x].C, named("%s.mid.block_1", side));
-    x = attention(v, x, named("%s.mid.attn_1", side));
-    return block(v, x, v->value[x].C, named("%s.mid.block_2", side));
+    x = block(v, x, v->value[x].C, name_of("%s.mid.block_1", side));
+    x = attention(v, x, name_of("%s.mid.attn_1", side));
+    return block(v, x, v->value[x].C, name_of("%s.mid.block_2", side));
 }
 
 /* The n blocks of a level, each followed by attention where the settings list `resolution`. */
@@ -451,37 +437,37 @@ static size_t level_blocks(Vqgan *v, size_t x, size_t n, size_t C, size_t resolu
     int attends = 0;
     for (size_t i = 0; i < v->c.n_attn; i++) attends |= v->c.attn_resolutions[i] == resolution;
     for (size_t i = 0; i < n; i++) {
-        x = block(v, x, C, named("%s.block.%zu", level.s, i));
-        if (attends) x = attention(v, x, named("%s.attn.%zu", level.s, i));
+        x = block(v, x, C, name_of("%s.block.%zu", level.s, i));
+        if (attends) x = attention(v, x, name_of("%s.attn.%zu", level.s, i));
     }
     return x;
 }
 
 static size_t encoder(Vqgan *v, size_t x) {
     const VqganConfig *c = &v->c;
-    x = conv(v, CONV3, x, c->ch, NONE, named("encoder.conv_in"));
+    x = conv(v, CONV3, x, c->ch, NONE, name_of("encoder.conv_in"));
     for (size_t i = 0; i < c->levels; i++) {
         const size_t C = c->ch * c->ch_mult[i];
-        x = level_blocks(v, x, c->num_res_blocks, C, c->resolution >> i, named("encoder.down.%zu", i));
-        if (i + 1 < c->levels) x = conv(v, CONV_DOWN, x, C, NONE, named("encoder.down.%zu.downsample.conv", i));
+        x = level_blocks(v, x, c->num_res_blocks, C, c->resolution >> i, name_of("encoder.down.%zu", i));
+        if (i + 1 < c->levels) x = conv(v, CONV_DOWN, x, C, NONE, name_of("encoder.down.%zu.downsample.conv", i));
     }
-    x = norm(v, mid(v, x, "encoder"), 1, named("encoder.norm_out"));
-    return conv(v, CONV3, x, c->z_channels, NONE, named("encoder.conv_out"));
+    x = norm(v, mid(v, x, "encoder"), 1, name_of("encoder.norm_out"));
+    return conv(v, CONV3, x, c->z_channels, NONE, name_of("encoder.conv_out"));
 }
 
 /* The official decoder starts from the resolution that halving left and doubles it, which matters for odd ones. */
 static size_t decoder(Vqgan *v, size_t x) {
     const VqganConfig *c = &v->c;
     const size_t top = c->levels - 1;
-    x = conv(v, CONV3, x, c->ch * c->ch_mult[top], NONE, named("decoder.conv_in"));
+    x = conv(v, CONV3, x, c->ch * c->ch_mult[top], NONE, name_of("decoder.conv_in"));
     x = mid(v, x, "decoder");
     for (size_t i = c->levels; i-- > 0;) {
         const size_t C = c->ch * c->ch_mult[i], resolution = c->resolution >> top << (top - i);
-        x = level_blocks(v, x, c->num_res_blocks + 1, C, resolution, named("decoder.up.%zu", i));
-        if (i > 0) x = conv(v, CONV_UP, x, C, NONE, named("decoder.up.%zu.upsample.conv", i));
+        x = level_blocks(v, x, c->num_res_blocks + 1, C, resolution, name_of("decoder.up.%zu", i));
+        if (i > 0) x = conv(v, CONV_UP, x, C, NONE, name_of("decoder.up.%zu.upsample.conv", i));
     }
-    x = norm(v, x, 1, named("decoder.norm_out"));
-    return conv(v, CONV3, x, c->out_ch, NONE, named("decoder.conv_out"));
+    x = norm(v, x, 1, name_of("decoder.norm_out"));
+    return conv(v, CONV3, x, c->out_ch, NONE, name_of("decoder.conv_out"));
 }
 
 static size_t quantizer(Vqgan *v, size_t z) {
@@ -495,9 +481,9 @@ static size_t quantizer(Vqgan *v, size_t z) {
 static void whole_network(Vqgan *v, int with_tanh) {
     const VqganConfig *c = &v->c;
     v->image = add_value(v, c->in_channels, 0);
-    v->z = conv(v, CONV1, encoder(v, v->image), c->embed_dim, NONE, named("quant_conv"));
+    v->z = conv(v, CONV1, encoder(v, v->image), c->embed_dim, NONE, name_of("quant_conv"));
     v->zq = quantizer(v, v->z);
-    v->xrec = decoder(v, conv(v, CONV1, v->zq, c->z_channels, NONE, named("post_quant_conv")));
+    v->xrec = decoder(v, conv(v, CONV1, v->zq, c->z_channels, NONE, name_of("post_quant_conv")));
     if (with_tanh) v->xrec = add_layer(v, TANH, v->xrec, c->out_ch, 0)->out;
     v->shown[0] = v->z, v->shown[1] = v->zq, v->shown[2] = v->xrec;
 }
@@ -687,6 +673,10 @@ size_t vqgan_K(const Vqgan *v) {
     return remap_K(&v->remap);
 }
 
+size_t vqgan_codebook(const Vqgan *v) {
+    return v->layer[v->quantize].weight;
+}
+
 const int32_t *vqgan_used(const Vqgan *v) {
     return v->remap.used;
 }
@@ -712,9 +702,7 @@ static Err check_run(const Vqgan *v, size_t B, size_t H, size_t W, const char *w
 
 /* Before a run: the values lie in their planned memory; the pictures' size is that of this run, not of the plan. */
 static void begin(Vqgan *v, size_t B, size_t H, size_t W) {
-    v->b = B;
-    v->h = H;
-    v->w = W;
+    v->b = B, v->h = H, v->w = W;
     v->can_backward = v->has_latents = 0;
     for (size_t i = 0; i < v->n_values; i++) {
         v->value[i].x = v->value[i].memory;
@@ -781,7 +769,6 @@ Err vqgan_decode_tokens(Vqgan *v, const int32_t *tokens, size_t B, size_t h, siz
 }
 
 /* z (B,D,h,w) -> images, not clamped. For tests: test/first_stage.h */
-Err vqgan_decode(Vqgan *v, const real *z, size_t B, size_t h, size_t w, real *images);
 Err vqgan_decode(Vqgan *v, const real *z, size_t B, size_t h, size_t w, real *images) {
     TRY(check_run(v, B, picture_side(v, h), picture_side(v, w), "vqgan_decode"));
     begin(v, B, picture_side(v, h), picture_side(v, w));
@@ -849,39 +836,9 @@ Err vqgan_last_gradient(Vqgan *v, const real *dxrec, real *dw, real *db) {
 }
 
 void vqgan_latents(const Vqgan *v, const real **z, const real **zq_st, const int32_t **raw) {
-    if (z) *z = v->value[v->z].seen;
+    if (z) *z = v->has_latents ? v->value[v->z].seen : NULL;
     if (zq_st) *zq_st = v->value[v->zq].seen;
     if (raw) *raw = v->seen_code;
-}
-
-/* ---- Entries of the codebook that no latent chooses become latents ---- */
-
-size_t vqgan_restart_pick(uint64_t seed, uint64_t step, size_t code, size_t latents) {
-    return rng_below(seed, rng_stream(RNG_CODES, 0, step), code, (uint32_t)latents);
-}
-
-void vqgan_restart_code(Vqgan *v, size_t code, const real *latent, size_t stride) {
-    const Param *book = &v->params.row[v->layer[v->quantize].weight];
-    for (size_t d = 0, at = code * v->c.embed_dim; d < v->c.embed_dim; d++, at++) {
-        book->value[at] = latent[d * stride];
-        if (book->m) book->m[at] = 0;
-        if (book->v) book->v[at] = 0;
-        if (book->m16) book->m16[at] = book->v16[at] = 0;
-        if (book->ema) book->ema[at] = book->value[at];
-    }
-}
-
-size_t vqgan_restart_codes(Vqgan *v, const uint32_t *usage, uint64_t seed, uint64_t step) {
-    const size_t D = v->c.embed_dim, N = plane_size(v, v->z);
-    size_t restarted = 0;
-    for (size_t code = 0; code < v->c.n_embed; code++) {
-        if (usage[code] || !v->has_latents) continue;
-        const size_t pick = vqgan_restart_pick(seed, step, code, v->b * N);
-        vqgan_restart_code(v, code, v->value[v->z].seen + pick / N * D * N + pick % N, N);
-        params_send_part(&v->params, v->layer[v->quantize].weight, code * D, D);
-        restarted++;
-    }
-    return restarted;
 }
 
 /* ---- Settings, under their official names ---- */
@@ -992,7 +949,6 @@ static void plan_rest(Vqgan *v, Plan *plan) {
     for (int i = 0; i < 3 && v->on.device; i++)
         compute_needs(&v->on, v->B * v->value[moved[i]].C * plane_size(v, moved[i]) * sizeof(real));
     if (v->on.fast) compute_needs(&v->on, v->on.fast->nearest_needs(&v->on, &s));
-    plan_add(plan, &v->on.scratch, v->on.scratch_bytes, 1, 0, PLAN_END);
     plan_add(plan, &v->code, s.B * s.N, sizeof *v->code, 0, PLAN_END);
     plan_add(plan, &v->gap, 1, sizeof *v->gap, 0, PLAN_END);
     v->last = NULL;
@@ -1030,21 +986,20 @@ static Err check_run(const Vqgan *v, size_t B, size_t H, size_t W, const char *w
     return compute_status(&v->on);
 }
 
-static Err lay_out(Vqgan *v, Plan *plan, size_t B, size_t H, size_t W, int train, size_t *bytes) {
-    plan->what = "vqgan: activations";
+/* memory NULL: only counts the bytes. */
+static Err lay_out(Vqgan *v, size_t B, size_t H, size_t W, int train, void **memory, size_t *bytes) {
+    Plan plan = {.what = "vqgan: activations"};
     drop_plan(v);
     v->train = train != 0;
     TRY(check_picture(v, B, H, W, "vqgan_plan"));
     v->on = compute_of(&v->params);
-    v->b = v->B = B;
-    v->h = v->H = H;
-    v->w = v->W = W;
+    v->b = v->B = B, v->h = v->H = H, v->w = v->W = W;
     plan_lives(v->step, v->n_layers, v->train, v->life, v->life + v->n_values, v->n_values);
     for (int i = 0; v->train && i < SHOWN; i++) v->life[v->shown[i]].to = PLAN_END;
-    plan_values(v, plan);
-    for (size_t j = 0; j < v->n_layers; j++) plan_layer(v, plan, j);
-    plan_rest(v, plan);
-    return plan_lay_out(plan, bytes);
+    plan_values(v, &plan);
+    for (size_t j = 0; j < v->n_layers; j++) plan_layer(v, &plan, j);
+    plan_rest(v, &plan);
+    return compute_memory(&v->on, &plan, memory, bytes);
 }
 
 /* What callers see: on a CPU the values themselves, on a GPU copies in the host's memory. */
@@ -1065,20 +1020,12 @@ static Err place_seen(Vqgan *v) {
 }
 
 Err vqgan_plan_bytes(Vqgan *v, size_t B, size_t H, size_t W, int train, size_t *bytes) {
-    Plan plan = {0};
-    const Err e = lay_out(v, &plan, B, H, W, train, bytes);
-    plan_free(&plan);
-    return e;
+    return lay_out(v, B, H, W, train, NULL, bytes);
 }
 
 Err vqgan_plan(Vqgan *v, size_t B, size_t H, size_t W, int train) {
-    Plan plan = {0};
     size_t bytes = 0;
-    Err e = lay_out(v, &plan, B, H, W, train, &bytes);
-    if (e == OK) e = compute_alloc(&v->on, &v->memory, bytes, plan.what);
-    if (e == OK) plan_place(&plan, v->memory);
-    plan_free(&plan);
-    TRY(e);
+    TRY(lay_out(v, B, H, W, train, &v->memory, &bytes));
     v->prepared_at = (uint64_t)-1;
     for (size_t i = 0; i < v->n_values; i++)
         v->value[i].grad_memory = v->value[v->life[v->n_values + i].home].grad_memory;

@@ -56,6 +56,15 @@ static Err check_row(const Params *p, const Param *row) {
     return OK;
 }
 
+Name name_of(const char *fmt, ...) {
+    Name name;
+    va_list args;
+    va_start(args, fmt);
+    vsnprintf(name.s, sizeof name.s, fmt, args);
+    va_end(args);
+    return name;
+}
+
 Err params_add(Params *p, size_t *index, Init init, double scale, double decay, int ndim, const size_t *dim,
                const char *fmt, ...) {
     Param row = {.ndim = ndim, .size = 1, .init = init, .scale = scale, .decay = decay};

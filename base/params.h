@@ -54,6 +54,11 @@ struct Params {
     void (*ready)(Params *p, size_t row); /* whom params_ready tells; NULL: nobody */
 };
 enum { PLAN_VALUE = 1, PLAN_GRAD = 2, PLAN_ADAM = 4, PLAN_EMA = 8 };
+/* A name made as printf does: name_of("%s.weight", layer).s */
+typedef struct {
+    char s[NAME_MAX_BYTES];
+} Name;
+Name name_of(const char *fmt, ...) PRINTF_LIKE(1, 2);
 /* Appends a row; *index = its number (rows may move while the table grows: keep numbers, not pointers). */
 Err params_add(Params *p, size_t *index, Init init, double scale, double decay, int ndim, const size_t *dim,
                const char *fmt, ...) PRINTF_LIKE(8, 9);

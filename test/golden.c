@@ -275,10 +275,10 @@ typedef struct {
 
 typedef struct {
     char s[NAME_MAX_BYTES + 40];
-} Name;
+} FullName;
 
-static Name of_pictures(const char *name, const Pictures *p) {
-    Name full;
+static FullName of_pictures(const char *name, const Pictures *p) {
+    FullName full;
     snprintf(full.s, sizeof full.s, "%s%s", name, p->suffix);
     return full;
 }
@@ -289,7 +289,7 @@ static Err open_pictures(Case *c, Pictures *p, const Vqgan *v, const char *suffi
     const size_t halvings = config->levels - 1;
     const Tensor *x;
     p->suffix = suffix;
-    const Name name = of_pictures("in.image", p);
+    const FullName name = of_pictures("in.image", p);
     TRY(io_tensor(c, name.s, &x));
     if (x->ndim != 4 || x->dim[1] != config->in_channels)
         return err("%s is not (B,%zu,H,W)", name.s, config->in_channels);
@@ -320,9 +320,9 @@ static Err check_codes(Case *c, const Vqgan *v, const char *name, const char *la
 
 /* A batch's latents, codes and the picture made from the expected codes. Of a further batch what the case names. */
 static Err vqgan_encoding(Case *c, Vqgan *v, const Pictures *p) {
-    const Name indices = of_pictures("out.indices", p), raw_indices = of_pictures("out.raw_indices", p);
-    const Name latents = of_pictures("out.prequant", p), looked_up = of_pictures("out.zq", p);
-    const Name drawn = of_pictures("out.dec_from_indices", p);
+    const FullName indices = of_pictures("out.indices", p), raw_indices = of_pictures("out.raw_indices", p);
+    const FullName latents = of_pictures("out.prequant", p), looked_up = of_pictures("out.zq", p);
+    const FullName drawn = of_pictures("out.dec_from_indices", p);
     const int all = !*p->suffix;
     real *prequant, *zq, *image;
     int32_t *raw, *tokens, *given;
@@ -357,7 +357,7 @@ static Err vqgan_other_sizes(Case *c, Vqgan *v) {
         TRY(open_pictures(c, &p, v, name + sizeof prefix - 2));
         TRY(vqgan_plan(v, p.B, p.H, p.W, 0));
         TRY(vqgan_encoding(c, v, &p));
-        const Name latents = of_pictures("out.prequant", &p), drawn = of_pictures("out.dec", &p);
+        const FullName latents = of_pictures("out.prequant", &p), drawn = of_pictures("out.dec", &p);
         TRY(io_reals(c, latents.s, &given, &n));
         if (n != p.latents) return err("%s has %zu elements, expected %zu", latents.s, n, p.latents);
         TRY(case_reals(c, &image, p.out));

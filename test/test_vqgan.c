@@ -569,13 +569,13 @@ static void test_restart(void) {
     const real *xrec, *z;
     double loss;
     uint32_t usage[11] = {1, 0, 3, 1, 1, 1, 1, 1, 0, 1, 1};
-    CHECK(vqgan_restart_codes(v, usage, 1, 1) == 0); /* nothing to restart from yet */
+    CHECK(restart_codes(v, usage, 2, 15, 1, 1) == 0); /* nothing to restart from yet */
     CHECK_OK(vqgan_forward(v, s.image, 2, 12, 20, &xrec, &loss));
     vqgan_latents(v, &z, NULL, NULL);
     fill(book->m, book->size, 1, 70);
     fill(book->v, book->size, 1, 71);
     real *before = copied(book->value, book->size);
-    CHECK(vqgan_restart_codes(v, usage, 1, 1) == 2);
+    CHECK(restart_codes(v, usage, 2, 15, 1, 1) == 2);
     for (size_t code = 0; code < 11; code++) {
         int found = 0;
         for (size_t i = 0; i < 30; i++) {
@@ -589,8 +589,8 @@ static void test_restart(void) {
         if (!usage[code]) CHECK(same_bits(book->ema + code * 5, book->value + code * 5, 5));
     }
     real *first = copied(book->value, book->size);
-    CHECK(vqgan_restart_codes(v, usage, 1, 1) == 2 && same_bits(first, book->value, book->size));
-    CHECK(vqgan_restart_codes(v, usage, 1, 2) == 2 && !same_bits(first, book->value, book->size));
+    CHECK(restart_codes(v, usage, 2, 15, 1, 1) == 2 && same_bits(first, book->value, book->size));
+    CHECK(restart_codes(v, usage, 2, 15, 1, 2) == 2 && !same_bits(first, book->value, book->size));
     free(first);
     free(before);
     finish(&s);

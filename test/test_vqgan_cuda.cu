@@ -526,7 +526,7 @@ static void test_training(void) {
             CHECK_OK(vqgan_forward(v[k], a.image, 2, 8, 12, &xrec, &loss));
             CHECK_OK(vqgan_backward(v[k], a.dxrec, 1, NULL));
             adamw_step(p, &o, (uint64_t)step);
-            CHECK(vqgan_restart_codes(v[k], usage, 5, (uint64_t)step) == 3);
+            CHECK(restart_codes(v[k], usage, 2, 24, 5, (uint64_t)step) == 3);
         }
         CHECK_OK(vqgan_forward(v[k], a.image, 2, 8, 12, &xrec, &loss));
         out[k] = copy_of(xrec, a.n_out);

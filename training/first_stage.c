@@ -155,29 +155,27 @@ Err next_pictures(Stage *s, uint64_t micro, const real **images) {
     return loader_next(f->loader, images, &labels);
 }
 
-/* vqgan_restart_codes where the latents of the last forward are spread over ranks: the one that has the latent which is
- * picked hands it to the others. */
-static Err restart_codes(Stage *s) {
+/* restart_codes where the latents of the last forward are spread over ranks: the one that has the latent which is picked
+ * hands it to the others. */
+static Err restart_everywhere(Stage *s) {
     const VqganConfig *c = vqgan_config(s->vqgan);
     const size_t latents = s->batch * s->N;
     const real *z;
     real *latent;
-    if (ranks() == 1) return vqgan_restart_codes(s->vqgan, s->first.usage, s->set.seed, s->step), OK;
-    TRY(ranks_agree(params_fetch(s->params)));
+    if (ranks() == 1) return restart_codes(s->vqgan, s->first.usage, s->batch, s->N, s->set.seed, s->step), OK;
     TRY(ranks_agree(mem_alloc(&latent, c->embed_dim, sizeof *latent, "a latent")));
     vqgan_latents(s->vqgan, &z, NULL, NULL);
     Err e = OK;
     for (size_t code = 0; e == OK && code < c->n_embed; code++) {
         if (s->first.usage[code]) continue;
-        const size_t pick = vqgan_restart_pick(s->set.seed, s->step, code, s->global_batch * s->N),
-                     owner = pick / latents;
+        const size_t pick = restart_pick(s->set.seed, s->step, code, s->global_batch * s->N), owner = pick / latents;
         const size_t b = pick % latents / s->N, i = pick % s->N;
         for (size_t d = 0; d < c->embed_dim && owner == rank(); d++) latent[d] = z[(b * c->embed_dim + d) * s->N + i];
         e = ranks_broadcast(owner, latent, c->embed_dim * sizeof *latent);
-        if (e == OK) vqgan_restart_code(s->vqgan, code, latent, 1);
+        if (e == OK) restart_code(s->vqgan, code, latent, 1);
     }
     free(latent);
-    return e == OK ? ranks_agree(params_send(s->params)) : e;
+    return e;
 }
 
 /* Codes that no latent chose for a while are put where latents are, until the last fifth of the run settles them. */
@@ -187,7 +185,7 @@ Err first_after_step(Stage *s, const char **bad) {
     if (!s->set.restart_codes || s->step % s->set.restart_codes) return OK;
     if (s->step >= s->set.steps - s->set.steps / 5) return OK;
     if (ranks() > 1) TRY(ranks_sum_counts(s->first.usage, vqgan_config(s->vqgan)->n_embed));
-    TRY(restart_codes(s));
+    TRY(restart_everywhere(s));
     if (rank() > 0) memset(s->first.usage, 0, vqgan_config(s->vqgan)->n_embed * sizeof *s->first.usage);
     return OK;
 }

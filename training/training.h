@@ -8,6 +8,16 @@
 extern "C" {
 #endif
 
+/* ---- restart.c ---- */
+
+/* Every entry of the codebook with usage[code] = 0 becomes a latent of the last vqgan_forward, which had B pictures of N
+ * latents; RNG_CODES picks it. The entry's Adam moments become 0, its EMA the latent. Returns how many there were. */
+size_t restart_codes(Vqgan *v, const uint32_t *usage, size_t B, size_t N, uint64_t seed, uint64_t step);
+/* The same in parts, where several processes share the latents: which of so many is picked for an entry; the entry
+ * becomes a latent, whose number d is latent[d * stride]. */
+size_t restart_pick(uint64_t seed, uint64_t step, size_t code, size_t latents);
+void restart_code(Vqgan *v, size_t code, const real *latent, size_t stride);
+
 /* perceptual.c: LPIPS, how different two pictures look (Zhang et al. 2018; SPEC section 9). Its network is VGG16, with
  * frozen weights; tests take a smaller one. */
 enum { PERCEPTUAL_STAGES = 5, PERCEPTUAL_DEPTH = 4 };
