@@ -242,7 +242,7 @@ $(PROGRAMS:%=$P/%): $P/x86-64/base/start.o
 	$(CC) $(CFLAGS_ANY) -o $@ $^ $(LDLIBS)
 endif
 
-# ---- CUDA: device.cu includes every kernel, and is compiled once with floatX = float, once with bf16 ----
+# ---- CUDA: transformer.cu includes every kernel, and is compiled once with floatX = float, once with bf16 ----
 # Emulated: by a C++ compiler, with test/cuda_on_cpu.h in the place of CUDA's headers.
 CXX := $(if $(findstring clang,$(notdir $(CC))),$(subst clang,clang++,$(CC)),$(subst gcc,g++,$(CC)))
 PRECISIONS := f32 bf16
@@ -251,7 +251,7 @@ EMULATED_FLAGS := -x c++ -std=c++17 -I. -D_GNU_SOURCE -DCUDA_ON_CPU -g -ffp-cont
 floatX = $(if $(filter %bf16 %bf16.o,$@),-DFLOATX_BF16)
 
 define emulation # folder, how much the compiler optimises
-$(PRECISIONS:%=$1/device_%.o): kernels/device.cu Makefile
+$(PRECISIONS:%=$1/device_%.o): transformer.cu Makefile
 	@mkdir -p $$(@D)
 	$$(CXX) $$(EMULATED_FLAGS) $2 $$(floatX) -MMD -MP -c -o $$@ $$<
 $(PRECISIONS:%=$1/test_cuda_%.o): test/test_cuda.cu Makefile
@@ -296,7 +296,7 @@ test-cuda-emulated: $(EMULATED_BIN) $(PROGRAMS:%=$B/%) $B/pictures $B/lpips
 # On a GPU, by nvcc. SANITIZER=memcheck (or racecheck, synccheck, initcheck) runs the layers under compute-sanitizer.
 SANITIZER ?=
 NVCC_TESTS := $(foreach t,cuda vqgan_cuda gan_cuda,$(PRECISIONS:%=$B/test_$(t)_%))
-$(PRECISIONS:%=$B/device_%.o): kernels/device.cu Makefile
+$(PRECISIONS:%=$B/device_%.o): transformer.cu Makefile
 	@mkdir -p $(@D)
 	$(NVCC) $(NVCC_FLAGS) $(floatX) -MMD -MP -MF $(@:.o=.d) -c -o $@ $<
 $(PRECISIONS:%=$B/test/test_cuda_%.o): test/test_cuda.cu Makefile

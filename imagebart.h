@@ -1,27 +1,16 @@
-/* imagebart.h - the map of the code, in the order in which data flows through it.
+/* imagebart.h - the components: their types and calls, in the order in which data flows through them.
  *
- *     image -> images.c, data.c -> vqgan.c -> tokens -> diffusion.c (noise)
- *           -> transformer.cu (denoise) -> tokens -> vqgan.c -> image
+ *     pictures -> data.c -> vqgan.c -> tokens -> diffusion.c (noise) -> transformer.cu (denoise) -> tokens
+ *                                      tokens -> vqgan.c -> pictures
  *
- * One section per file. Read them in this order; each file's top comment says what it owns:
+ *     1. data.c           pictures and their labels, batches read ahead
+ *     2. vqgan.c          the first stage: picture <-> tokens; its layers
+ *     3. transformer.cu   one reverse transition p(x_{t-1} | x_t), also token by token; its loss
+ *     4. diffusion.c      the Markov chain: noise, posterior, the draw of a token, sampling over scales
  *
- *     1. base.c          error values, memory, random streams, threads
- *     2. gemm.c, conv.c  the one matrix product everything stands on; convolutions made of it
- *     3. checkpoint.c    named tensors in files: safetensors in and out, flat configurations
- *        ckpt.c          named tensors out of PyTorch's .ckpt files
- *        params.c        named tensors in memory: the parameter table of a model
- *     4. images.c        pictures in and out, the official preprocessing
- *        data.c          datasets, batches read ahead; lmdb.c: those in LMDBs
- *        tokens.c        the token cache
- *     5. vqgan.c         first stage: image <-> tokens
- *        discriminator.c its adversary in training
- *        perceptual.c    how different its reconstructions look
- *     6. transformer.cu  one reverse transition p(x_{t-1} | x_t), also token by token; its loss
- *     7. diffusion.c     the Markov chain: schedules, noise, posterior, sampling over scales
- *        model.c         named models, recipes, what a model's folder holds
- *        classes.c       what the classes of a model are called
- *     8. cli.c           what the three programs share: options, progress, pictures in a terminal
- *     9. parallel.c      ./train in more than one process
+ * What they stand on is beneath, a header a folder: base/ (errors, memory, random numbers, threads, parameter tables,
+ * and compute.h, where a network computes), files/ (checkpoints, pictures, tokens, recipes). Above them are sampling/
+ * and training/, and the programs: sample.c, inpaint.c, train.c. Explanations stand with the code.
  *
  * Names: B batch, N = h*w tokens of a grid (row-major), T number of scales, t in 1..T a scale, K token values,
  * C channels, H W image height and width in pixels, h w grid height and width in tokens. x_0 are the data tokens,
@@ -44,7 +33,10 @@
 extern "C" {
 #endif
 
-/* data.c. A set of labelled pictures: files, or values in LMDBs (whose path is the LMDB's, a slash and the key). */
+/* ------------------------------------------------------------------------------------------------------------
+ * 1. data.c: pictures and their labels
+ * ---------------------------------------------------------------------------------------------------------- */
+/* A set of labelled pictures: files, or values in LMDBs (whose path is the LMDB's, a slash and the key). */
 typedef struct {
     size_t n, n_classes;
     char **path;        /* sorted by name */
@@ -97,7 +89,7 @@ Err loader_next(Loader *l, const real **images, const int32_t **labels);
 void loader_stop(Loader *l); /* NULL is fine */
 
 /* ------------------------------------------------------------------------------------------------------------
- * 5. vqgan.c: first stage, image <-> tokens (SPEC section 8; Esser et al. 2021, "Taming Transformers")
+ * 2. vqgan.c: first stage, image <-> tokens (SPEC section 8; Esser et al. 2021, "Taming Transformers")
  * ---------------------------------------------------------------------------------------------------------- */
 enum { VQ_LEVELS = 8 };
 typedef struct { /* the official ddconfig and quantiser settings, under their official names */
@@ -180,7 +172,7 @@ void tanh_forward(const Compute *on, real *y, const real *x, size_t n);
 void tanh_backward(const Compute *on, real *dx, const real *dy, const real *y, size_t n);
 
 /* ------------------------------------------------------------------------------------------------------------
- * 6. transformer.cu: one reverse transition p(x_{t-1} | x_t) (paper section 3.2; SPEC sections 1, 2, 4, 14)
+ * 3. transformer.cu: one reverse transition p(x_{t-1} | x_t) (paper section 3.2; SPEC sections 1, 2, 4, 14)
  * ---------------------------------------------------------------------------------------------------------- */
 typedef struct Schedule { /* of the Markov chain: section 7 */
     int T;
@@ -263,7 +255,7 @@ Err transformer_loss_cuda(Transformer *m, const Schedule *s, const int32_t *x0, 
 Err transformer_draw_cuda(Transformer *m, const DrawOptions *o, int32_t *tokens);
 
 /* ------------------------------------------------------------------------------------------------------------
- * 7. diffusion.c: the Markov chain over tokens (paper section 3.1; SPEC sections 3 and 5)
+ * 4. diffusion.c: the Markov chain over tokens (paper section 3.1; SPEC sections 3 and 5)
  * ---------------------------------------------------------------------------------------------------------- */
 /* x (n) = one forward step: each token, with probability beta, becomes a uniform draw from 0..K-1. Token i uses index
  * first+i of the stream. */

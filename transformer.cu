@@ -32,6 +32,7 @@
  * are not implemented. There is no dropout, for the official configurations use none.
  *
  * Read next: diffusion.c, which says where x_t comes from and what is done with the logits. */
+#ifndef __cplusplus /* C: all but the last section, which is CUDA C++ */
 #include "imagebart.h"
 #include "base/plan.h"
 
@@ -1344,33 +1345,6 @@ void transformer_free(Transformer *m) {
 
 /* ---- What a transition's file holds ---- */
 
-/* 1 where query i sees key j: causal, and the first n_unmasked see each other (SPEC 2.3). One byte each: PyTorch
- * converts when it loads. */
-static Err mask_tensors(TensorList *list, const NetConfig *c) {
-    size_t L = c->dec_max_seq_len, dim[4] = {1, 1, L, L};
-    uint8_t *mask;
-    TRY(mem_alloc(&mask, L * L, 1, "the attention mask"));
-    list->kept = mask;
-    for (size_t i = 0; i < L; i++) memset(mask + i * L, 1, i < c->n_unmasked ? min_size(c->n_unmasked, L) : i + 1);
-    for (size_t i = 0; i < c->dec_depth; i++) {
-        char name[64];
-        snprintf(name, sizeof name, "transformer.blocks.%zu.attn.mask", i);
-        TRY(tensor_list_add(list, name, DT_U8, 4, dim, mask, 0));
-    }
-    return OK;
-}
-
-/* What the official classes have besides parameters: a GPT's masks, the second name of a tied embedding. */
-static Err derived_tensors(TensorList *list, const NetConfig *c) {
-    if (c->kind == NET_GPT) return mask_tensors(list, c);
-    for (size_t i = 0; c->tie_token_emb && i < list->n; i++) {
-        const Tensor x = list->tensor[i];
-        if (strcmp(x.name, "transformer.encoder.token_emb.weight") == 0)
-            return tensor_list_add(list, "transformer.decoder.token_emb.weight", x.dtype, x.ndim, x.dim, x.data, 1);
-    }
-    return OK;
-}
-
 Err transition_tensors(TensorList *list, Transformer *net, char which, const Schedule *s, Dtype store, int compact) {
     static const int64_t sos = 0;
     size_t one = 1, rows = (size_t)s->T + 1;
@@ -1378,7 +1352,7 @@ Err transition_tensors(TensorList *list, Transformer *net, char which, const Sch
     TRY(tensor_list_add(list, "sos_token", DT_I64, 1, &one, &sos, 0));
     TRY(tensor_list_add(list, "alphats", DT_F32, 1, &rows, s->alpha, 0));
     TRY(tensor_list_add(list, "alphacum", DT_F32, 1, &rows, s->alphacum, 0));
-    return compact ? OK : derived_tensors(list, transformer_config(net));
+    return compact ? OK : net_derived_tensors(list, transformer_config(net));
 }
 
 /* ---- The plain loops, for tests, which compare each with its fellows ---- */
@@ -1394,3 +1368,63 @@ const Layers transformer_layers = {
     .attention_from_kept = attention_from_kept,
 };
 /* clang-format on */
+
+#else /* ================================ 6. On a GPU ================================ */
+
+/* nvcc compiles what follows, with floatX = float and with floatX = bf16. A kernel is what one thread does; LAUNCH
+ * starts as many as there are numbers. These are the shortest; kernels/layers.cu and attention.cu have the others. */
+#include "kernels/runtime.cu"
+
+/* A block per position; *at (NULL: 0) is where the n positions begin. */
+static __global__ void embed_forward_kernel(float *x, const int32_t *ids, const float *token, const float *position,
+                                            size_t n, const int *at, size_t C) {
+    const size_t r = blockIdx.x, i = (at ? (size_t)*at : 0) + r % n;
+    const float *t = token + (size_t)ids[r] * C, *p = position + i * C;
+    for (size_t c = threadIdx.x; c < C; c += blockDim.x) x[r * C + c] = t[c] + p[c];
+}
+
+/* Grid and block: a thread takes PACK neighbours, which it moves 16 bytes at a time. The bias of an element is that of
+ * its column, i % H; its few kilobytes stay in cache. */
+static __global__ void gelu_forward_kernel(floatX *g, floatX *dg, const float *bias, size_t n, size_t H) {
+    const size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * PACK;
+    if (i >= n) return;
+    Pack x = load_pack(g, i, n), slope;
+    size_t column = i % H;
+#pragma unroll
+    for (int k = 0; k < PACK; k++) {
+        const float h = to_float(x.at[k]) + bias[column];
+        const float cdf = 0.5f * erfcf(-h * 0.70710678f), pdf = 0.39894228f * expf(-0.5f * h * h);
+        x.at[k] = to_floatX(h * cdf);
+        slope.at[k] = to_floatX(cdf + h * pdf);
+        if (++column == H) column = 0;
+    }
+    store_pack(g, i, n, x);
+    if (dg) store_pack(dg, i, n, slope);
+}
+
+static Err gelu_forward_gpu(const Compute *on, real *g, real *dg, const real *bias, size_t R, size_t H) {
+    enum { THREADS = 128 };
+    LAUNCH(on->device, gelu_forward_kernel, blocks_for(R * H, THREADS * PACK), THREADS, 0, (floatX *)g, (floatX *)dg,
+           bias, R * H, H);
+    return OK;
+}
+
+static __global__ void gelu_backward_kernel(floatX *dh, const floatX *dg, size_t n) {
+    const size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * PACK;
+    if (i >= n) return;
+    Pack x = load_pack(dh, i, n);
+    const Pack slope = load_pack(dg, i, n);
+#pragma unroll
+    for (int k = 0; k < PACK; k++) x.at[k] = to_floatX(to_float(x.at[k]) * to_float(slope.at[k]));
+    store_pack(dh, i, n, x);
+}
+
+static Err gelu_backward_gpu(const Compute *on, real *dh, const real *dg, size_t R, size_t H) {
+    enum { THREADS = 128 };
+    LAUNCH(on->device, gelu_backward_kernel, blocks_for(R * H, THREADS * PACK), THREADS, 0, (floatX *)dh,
+           (const floatX *)dg, R * H);
+    return OK;
+}
+
+#include "kernels/device.cu"
+#endif

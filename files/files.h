@@ -351,6 +351,8 @@ typedef struct {
 /* From the official keys under prefix + "transformer_config."; has_class from "conditioner_config.target". */
 Err net_config_read(NetConfig *c, const Config *from, const char *prefix);
 Err net_config_write(Config *to, const NetConfig *c, const char *prefix);
+/* What the official classes have besides parameters: a GPT's masks, the second name of a tied embedding. */
+Err net_derived_tensors(TensorList *list, const NetConfig *c);
 /* An error if transformer.cu could not build that. */
 Err net_config_check(const NetConfig *c);
 /* Of the prompt in front of x_t or of a GPT's tokens: t, and the class if there is one. */

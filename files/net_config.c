@@ -168,3 +168,29 @@ Err net_config_check(const NetConfig *c) {
                    prompt_tokens(c), c->dec_num_tokens, c->n_scales);
     return OK;
 }
+
+/* 1 where query i sees key j: causal, and the first n_unmasked see each other (SPEC 2.3). One byte each: PyTorch
+ * converts when it loads. */
+static Err mask_tensors(TensorList *list, const NetConfig *c) {
+    size_t L = c->dec_max_seq_len, dim[4] = {1, 1, L, L};
+    uint8_t *mask;
+    TRY(mem_alloc(&mask, L * L, 1, "the attention mask"));
+    list->kept = mask;
+    for (size_t i = 0; i < L; i++) memset(mask + i * L, 1, i < c->n_unmasked ? min_size(c->n_unmasked, L) : i + 1);
+    for (size_t i = 0; i < c->dec_depth; i++) {
+        char name[64];
+        snprintf(name, sizeof name, "transformer.blocks.%zu.attn.mask", i);
+        TRY(tensor_list_add(list, name, DT_U8, 4, dim, mask, 0));
+    }
+    return OK;
+}
+
+Err net_derived_tensors(TensorList *list, const NetConfig *c) {
+    if (c->kind == NET_GPT) return mask_tensors(list, c);
+    for (size_t i = 0; c->tie_token_emb && i < list->n; i++) {
+        const Tensor x = list->tensor[i];
+        if (strcmp(x.name, "transformer.encoder.token_emb.weight") == 0)
+            return tensor_list_add(list, "transformer.decoder.token_emb.weight", x.dtype, x.ndim, x.dim, x.data, 1);
+    }
+    return OK;
+}

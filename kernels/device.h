@@ -1,8 +1,8 @@
 /* device.h - what CUDA kernels are written with, and what a GPU holds for a parameter table.
  *
- * device.cu includes all other .cu files of kernels/ and is compiled twice, once with floatX = float, once with floatX = bf16: each
- * time one object file that exports one table of functions (DeviceOps). A program linked without these objects lacks the
- * tables, and so knows that it has no CUDA.
+ * The CUDA half of transformer.cu includes runtime.cu and device.cu, which includes all other .cu files of kernels/. It is
+ * compiled twice, once with floatX = float, once with floatX = bf16: each time one object file that exports one table of
+ * functions (DeviceOps). A program linked without these objects lacks the tables, and so knows that it has no CUDA.
  *
  * The same code runs on the CPU: with -DCUDA_ON_CPU test/cuda_on_cpu.h stands in for CUDA's headers and ptx.h. */
 #ifndef DEVICE_H

@@ -1,53 +1,9 @@
-/* layers.cu - the layers of the transformer but attention on a GPU: GELU, layer norm, linear, embedding, head variants.
+/* layers.cu - the layers of the transformer but attention on a GPU: layer norm, linear, embedding, head variants. (GELU, and the
+ * embedding's kernel, stand at the end of transformer.cu.)
  *
  * Each is the fellow of the plain loop of the same name in transformer.cu, where formula and shapes stand. device.cu
  * includes this file. */
 #include "kernels/device.h"
-
-/* ---- GELU ---- */
-
-/* Grid and block: a thread takes PACK neighbours, which it moves 16 bytes at a time. The bias of an element is that of
- * its column, i % H; its few kilobytes stay in cache. */
-static __global__ void gelu_forward_kernel(floatX *g, floatX *dg, const float *bias, size_t n, size_t H) {
-    const size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * PACK;
-    if (i >= n) return;
-    Pack x = load_pack(g, i, n), slope;
-    size_t column = i % H;
-#pragma unroll
-    for (int k = 0; k < PACK; k++) {
-        const float h = to_float(x.at[k]) + bias[column];
-        const float cdf = 0.5f * erfcf(-h * 0.70710678f), pdf = 0.39894228f * expf(-0.5f * h * h);
-        x.at[k] = to_floatX(h * cdf);
-        slope.at[k] = to_floatX(cdf + h * pdf);
-        if (++column == H) column = 0;
-    }
-    store_pack(g, i, n, x);
-    if (dg) store_pack(dg, i, n, slope);
-}
-
-static Err gelu_forward_gpu(const Compute *on, real *g, real *dg, const real *bias, size_t R, size_t H) {
-    enum { THREADS = 128 };
-    LAUNCH(on->device, gelu_forward_kernel, blocks_for(R * H, THREADS * PACK), THREADS, 0, (floatX *)g, (floatX *)dg,
-           bias, R * H, H);
-    return OK;
-}
-
-static __global__ void gelu_backward_kernel(floatX *dh, const floatX *dg, size_t n) {
-    const size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * PACK;
-    if (i >= n) return;
-    Pack x = load_pack(dh, i, n);
-    const Pack slope = load_pack(dg, i, n);
-#pragma unroll
-    for (int k = 0; k < PACK; k++) x.at[k] = to_floatX(to_float(x.at[k]) * to_float(slope.at[k]));
-    store_pack(dh, i, n, x);
-}
-
-static Err gelu_backward_gpu(const Compute *on, real *dh, const real *dg, size_t R, size_t H) {
-    enum { THREADS = 128 };
-    LAUNCH(on->device, gelu_backward_kernel, blocks_for(R * H, THREADS * PACK), THREADS, 0, (floatX *)dh,
-           (const floatX *)dg, R * H);
-    return OK;
-}
 
 /* ---- Layer norm ---- */
 
@@ -78,7 +34,7 @@ static __global__ void norm_forward_kernel(floatX *y, float *mean, float *rstd, 
 enum { ROW_WARPS = 4 }; /* rows of a block, where a warp has one */
 
 static Err norm_forward_gpu(const Compute *on, real *y, real *mean, real *rstd, const real *x, const real *weight,
-                             const real *bias, size_t R, size_t C, size_t n, size_t skip) {
+                            const real *bias, size_t R, size_t C, size_t n, size_t skip) {
     LAUNCH(on->device, norm_forward_kernel, blocks_for(R, ROW_WARPS), ROW_WARPS * WARP, 0, (floatX *)y, mean, rstd, x,
            weight, bias, R, C, n, skip, (float)LAYER_NORM_EPS);
     return OK;
@@ -179,8 +135,8 @@ static size_t linear_needs_gpu(const Compute *, size_t R, size_t, size_t M) {
 }
 
 static Err norm_backward_gpu(const Compute *on, real *dx, real *dx_operand, real *dweight, real *dbias, const real *dy,
-                              const real *x, const real *weight, const real *mean, const real *rstd, size_t R, size_t C,
-                              size_t n, size_t skip) {
+                             const real *x, const real *weight, const real *mean, const real *rstd, size_t R, size_t C,
+                             size_t n, size_t skip) {
     Device *d = on->device;
     const size_t slices = ceil_div(R, SLICE_ROWS);
     const dim3 grid(blocks_for(C, WARP), (unsigned)slices);
@@ -197,7 +153,7 @@ static Err norm_backward_gpu(const Compute *on, real *dx, real *dx_operand, real
 
 /* y is floatX; or float, for the residual stream and for logits: then add may be given too. */
 static Err linear_forward_gpu(const Compute *on, real *y, const real *x, const real *w, const real *bias,
-                               const real *add, int y_f32, size_t R, size_t C, size_t M) {
+                              const real *add, int y_f32, size_t R, size_t C, size_t M) {
     Matmul p;
     memset(&p, 0, sizeof p);
     p.trans_b = 1, p.d_is_float = y_f32, p.M = R, p.N = M, p.K = C;
@@ -208,7 +164,7 @@ static Err linear_forward_gpu(const Compute *on, real *y, const real *x, const r
 
 /* dx is floatX; or float, where gradients of several readers add up. */
 static Err linear_backward_gpu(const Compute *on, real *dx, real *dw, real *db, const real *dy, const real *x,
-                                const real *w, int accumulate, int dx_f32, size_t R, size_t C, size_t M) {
+                               const real *w, int accumulate, int dx_f32, size_t R, size_t C, size_t M) {
     Device *d = on->device;
     float *partial = (float *)on->scratch;
     Matmul p;
@@ -230,14 +186,6 @@ static Err linear_backward_gpu(const Compute *on, real *dx, real *dw, real *db, 
 
 /* ---- Embedding ---- */
 
-/* A block per position; *at (NULL: 0) is where the n positions begin. */
-static __global__ void embed_forward_kernel(float *x, const int32_t *ids, const float *token, const float *position,
-                                            size_t n, const int *at, size_t C) {
-    const size_t r = blockIdx.x, i = (at ? (size_t)*at : 0) + r % n;
-    const float *t = token + (size_t)ids[r] * C, *p = position + i * C;
-    for (size_t c = threadIdx.x; c < C; c += blockDim.x) x[r * C + c] = t[c] + p[c];
-}
-
 /* at: while decoding, see decode.cu; NULL elsewhere */
 static Err embed_from(Device *d, float *x, const int32_t *ids, const float *token, const float *position, const int *at,
                       size_t B, size_t n, size_t C) {
@@ -247,7 +195,7 @@ static Err embed_from(Device *d, float *x, const int32_t *ids, const float *toke
 }
 
 static Err embed_forward_gpu(const Compute *on, real *x, const int32_t *ids, const real *token, const real *position,
-                              const Position *, size_t B, size_t n, size_t C) {
+                             const Position *, size_t B, size_t n, size_t C) {
     return embed_from(on->device, x, ids, token, position, NULL, B, n, C);
 }
 
@@ -286,7 +234,7 @@ static __global__ void position_backward_kernel(float *dposition, const float *d
 }
 
 static Err embed_backward_gpu(const Compute *on, real *dtoken, real *dposition, const real *dx, const int32_t *ids,
-                               size_t B, size_t n, size_t C, size_t V) {
+                              size_t B, size_t n, size_t C, size_t V) {
     enum { THREADS = 128 };
     LAUNCH(on->device, embed_backward_kernel, (unsigned)V, THREADS, (C + THREADS / WARP) * sizeof(float), dtoken, dx,
            ids, B * n, C);
@@ -375,13 +323,13 @@ static Err variant_from(Device *d, float *logits, const float *raw, const Varian
 }
 
 static Err variant_forward_gpu(const Compute *on, real *logits, const real *raw, const Variant *v, const Position *,
-                                size_t B, size_t n, size_t K) {
+                               size_t B, size_t n, size_t K) {
     return variant_from(on->device, logits, raw, v, NULL, B, n, K);
 }
 
 /* Also for networks without a variant, whose dlogits only become floatX */
-static Err variant_backward_gpu(const Compute *on, real *draw, real *dlog_scalors, const real *dlogits,
-                                 const real *raw, const Variant *v, size_t B, size_t n, size_t K) {
+static Err variant_backward_gpu(const Compute *on, real *draw, real *dlog_scalors, const real *dlogits, const real *raw,
+                                const Variant *v, size_t B, size_t n, size_t K) {
     float *row_sum = (float *)on->scratch;
     LAUNCH(on->device, variant_backward_kernel, blocks_for(B * n, ROW_WARPS), ROW_WARPS * WARP, 0, (floatX *)draw,
            row_sum, dlogits, raw, *v, v->ids, v->prompt, B * n, n, K);

@@ -1,11 +1,11 @@
 /* test_cuda.cu - every kernel against the plain loop of its name, then whole networks, decoding and training.
  *
  * Compiled twice, with floatX = float and = bf16: by a C++ compiler for the emulation on the CPU (make
- * test-cuda-emulated), by nvcc for a GPU (make test-cuda). It includes device.cu, so it sees every function there.
+ * test-cuda-emulated), by nvcc for a GPU (make test-cuda). It includes transformer.cu, so it sees every function there.
  * Tolerances are relative to the largest number of a tensor: 1e-4 in float, 2e-2 in bf16; inputs of a bf16 kernel are
  * rounded to bf16 first. Every kernel runs twice, the second time in the opposite order of threads and blocks when it
  * is emulated, and must give the same bits. */
-#include "kernels/device.cu"
+#include "transformer.cu"
 
 #include "device_test.h"
 

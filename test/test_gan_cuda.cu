@@ -1,6 +1,6 @@
 /* test_gan_cuda.cu - the CUDA twins of what trains a first stage beside itself, the discriminator and LPIPS, against
  * the C: every layer, then whole networks, then steps of the optimizer. As test_cuda.cu. */
-#include "kernels/device.cu"
+#include "transformer.cu"
 
 #include "device_test.h"
 

@@ -1,6 +1,6 @@
 /* test_vqgan_cuda.cu - the first stage on a GPU against the plain loops of vqgan.c, layer by layer through the
  * seam, then whole networks. As test_cuda.cu. */
-#include "kernels/device.cu"
+#include "transformer.cu"
 
 #include "device_test.h"
 #include "first_stage.h"
