@@ -3,6 +3,7 @@
 # make check LAYER=group_norm  one layer: plain, fast and as a CUDA kernel, in seconds; without LAYER: their names
 # make test         every test; the last line is "N passed, N failed"
 # make PLAIN=1      the programs from their plain loops alone, without kernels/, which may be missing; make test PLAIN=1
+# make units        the test programs and golden cases alone (CC=clang, MARCH=..., SANITIZE=1); make threads: for races
 # make test SANITIZE=1   the same under AddressSanitizer and UndefinedBehaviorSanitizer
 # make test-cuda    the CUDA kernels on this machine's GPU; SANITIZER=memcheck: under compute-sanitizer
 # make bench-cuda   training, drawing and decoding on a GPU at full size, beside PyTorch, and what was asked for
@@ -154,7 +155,7 @@ COMPONENTS := $(BASE:%=base/%) $(KERNELS:%=kernels/%) $(FILES:%=files/%) data vq
               $(SAMPLING:%=sampling/%) training/discriminator training/perceptual training/restart
 PROGRAMS := sample train inpaint
 COLD := base/params base/options $(FILES:%=files/%) data sampling/model sampling/options sampling/terminal
-TESTS := base $(if $(PLAINLY),,gemm conv) checkpoint ckpt images data vqgan discriminator perceptual transformer classes diffusion layers
+TESTS := base $(if $(PLAINLY),,gemm conv) checkpoint ckpt images data vqgan discriminator perceptual transformer classes diffusion $(if $(PLAINLY),,layers)
 TESTS_DOUBLE := $(if $(PLAINLY),,gemm conv) vqgan discriminator perceptual transformer layers
 
 OBJ := $(COMPONENTS:%=$B/%.o)
@@ -282,9 +283,9 @@ emulated-debug: $(EMULATED_BIN:$B/emulated/%=$B/emulated-debug/%)
 
 # One layer, plain, fast and as a CUDA kernel: what a changed sign breaks, in seconds
 LAYER ?=
-check: $B/test_layers $B/test_layers_double $(if $(PLAINLY),,$B/emulated-debug/test_layers)
+check: $B/test_layers_double $(if $(PLAINLY),,$B/test_layers $B/emulated-debug/test_layers)
 ifeq ($(LAYER),)
-	@echo "make check LAYER=..., one of:"; $B/test_layers --list
+	@echo "make check LAYER=..., one of:"; $B/test_layers_double --list
 else
 	@for t in $^; do $$t $(LAYER) >$$t.log || failed=yes; sed "s|^|$$(basename $$t) |" $$t.log; done; [ -z "$$failed" ]
 endif
@@ -339,6 +340,27 @@ else
 test: $(TEST_BIN) $(EMULATED_BIN) $B/golden $B/pictures $B/logits $B/lpips $B/codes $B/walkthrough $B/sizes $(PROGRAMS:%=$B/%) $B/train-alone $(if $P,$(PROGRAMS:%=$P/%))
 	@test/run.sh $B "$P" $(TEST_BIN) $(EMULATED_TESTS)
 endif
+
+# Test programs and golden cases alone, without the programs' checks: for other compilers, instructions, sanitizers
+.PHONY: units threads objects list-objects list-libraries
+units: $(TEST_BIN) $B/golden
+	@test/run.sh --units $B $(TEST_BIN)
+
+# What threads share, under the thread sanitizer
+THREADS_TESTS := base vqgan transformer
+threads:
+	@mkdir -p build/threads
+	@for t in $(THREADS_TESTS); do $(CC) -std=c11 -D_GNU_SOURCE -I. -g -O1 -fsanitize=thread -Wno-unknown-pragmas -Wno-tsan \
+	    -o build/threads/test_$$t test/test_$$t.c $(patsubst %,%.c,$(filter-out transformer,$(COMPONENTS))) -x c transformer.cu \
+	    -x none -lpng -ljpeg -lz -lm -lpthread || exit 1; done
+	@TSAN_OPTIONS=allocator_may_return_null=1 test/run.sh --threads build/threads $(THREADS_TESTS:%=build/threads/test_%)
+
+# For test/ptx.sh
+objects: $(OBJ)
+list-objects:
+	@echo $(OBJ)
+list-libraries:
+	@echo $(LDLIBS)
 
 # The official model in PyTorch beside ours, where PYTHON has PyTorch.
 PYTHON ?= python3

@@ -8,6 +8,11 @@
 #include "test/inside.h"
 
 enum { B_MAX = 8, N_MAX = 80 };
+#ifdef PLAIN
+enum { FORMATS = WEIGHTS_REAL + 1 }; /* of matrices */
+#else
+enum { FORMATS = WEIGHTS_INT8 + 1 };
+#endif
 
 /* A network with every parameter moved off its initial value, so that no term is hidden by a 0 or a 1. */
 typedef struct {
@@ -360,7 +365,7 @@ static void test_blocks(void) {
     NetConfig c = x_small;
     for (int v = X_PLAIN; v <= X_RESIDUAL_SCALED; v++) {
         c.variant = (XVariant)v, c.has_class = v % 2, c.tie_token_emb = v == X_SCALED;
-        check_blocks(&c, 3, 6, (WeightFormat)(v % 3));
+        check_blocks(&c, 3, 6, (WeightFormat)(v % FORMATS));
         check_blocks(&c, 1, 5, WEIGHTS_REAL);
     }
     c.enc_max_seq_len = 75, c.dec_max_seq_len = 72, c.dim = 70, c.dec_heads = 2;
@@ -369,12 +374,7 @@ static void test_blocks(void) {
     check_blocks(&c, 4, 7, WEIGHTS_REAL);
     check_blocks(&c, 2, 1, WEIGHTS_REAL);
     c.has_class = 1, c.n_unmasked = 2;
-#ifdef PLAIN
-    const int most = WEIGHTS_REAL;
-#else
-    const int most = WEIGHTS_INT8;
-#endif
-    for (int format = WEIGHTS_REAL; format <= most; format++) check_blocks(&c, 3, 6, (WeightFormat)format);
+    for (int format = 0; format < FORMATS; format++) check_blocks(&c, 3, 6, (WeightFormat)format);
 }
 
 /* What a pass reads: 4, 2, 1 bytes for a number, twice the keys and values for twice the positions. */
