@@ -799,7 +799,9 @@ int main(void) {
     test_smaller_run(20, 20, 19, 3);
     test_smaller_run(6, 4, 1, 1);
     test_accumulation();
+#ifndef PLAIN
     test_gradients(0);
+#endif
     test_gradients(1);
 #ifndef PLAIN
     test_fast();
