@@ -3,6 +3,7 @@
 # make check LAYER=group_norm  one layer: plain, fast and as a CUDA kernel, in seconds; without LAYER: their names
 # make test         every test; the last line is "N passed, N failed"
 # make PLAIN=1      the programs from their plain loops alone, without kernels/, which may be missing; make test PLAIN=1
+# make units        the test programs and golden cases alone (CC=clang, MARCH=..., SANITIZE=1); make threads: for races
 # make test SANITIZE=1   the same under AddressSanitizer and UndefinedBehaviorSanitizer
 # make test-cuda    the CUDA kernels on this machine's GPU; SANITIZER=memcheck: under compute-sanitizer
 # make bench-cuda   training, drawing and decoding on a GPU at full size, beside PyTorch, and what was asked for
@@ -154,7 +155,7 @@ COMPONENTS := $(BASE:%=base/%) $(KERNELS:%=kernels/%) $(FILES:%=files/%) data vq
               $(SAMPLING:%=sampling/%) training/discriminator training/perceptual training/restart
 PROGRAMS := sample train inpaint
 COLD := base/params base/options $(FILES:%=files/%) data sampling/model sampling/options sampling/terminal
-TESTS := base $(if $(PLAINLY),,gemm conv) checkpoint ckpt images data vqgan discriminator perceptual transformer classes diffusion layers
+TESTS := base $(if $(PLAINLY),,gemm conv) checkpoint ckpt images data vqgan discriminator perceptual transformer classes diffusion $(if $(PLAINLY),,layers)
 TESTS_DOUBLE := $(if $(PLAINLY),,gemm conv) vqgan discriminator perceptual transformer layers
 
 OBJ := $(COMPONENTS:%=$B/%.o)
@@ -200,12 +201,16 @@ $B/bench: $B/test/bench.o $(OBJ)
 	$(CC) $(CFLAGS) -o $@ $^ $(LDLIBS)
 $B/pictures $B/logits $B/lpips $B/codes $B/fullsize $B/walkthrough $B/sizes: $B/%: $B/test/%.o $(OBJ)
 	$(CC) $(CFLAGS) -o $@ $^ $(LDLIBS)
-# test_layers includes transformer.cu, whose layers are its own
-once = $(if $(filter %/test_layers %/test_layers_double,$@),$(filter-out %/transformer.o,$^),$^)
-$(TESTS:%=$B/test_%): $B/test_%: $B/test/test_%.o $(OBJ)
-	$(CC) $(CFLAGS) -o $@ $(once) $(LDLIBS)
-$(TESTS_DOUBLE:%=$B/test_%_double): $B/test_%_double: $B/double/test/test_%.o $(OBJ_DOUBLE)
-	$(CC) $(CFLAGS) -DREAL_DOUBLE -o $@ $(once) $(LDLIBS)
+$(filter-out %/test_layers,$(TESTS:%=$B/test_%)): $B/test_%: $B/test/test_%.o $(OBJ)
+	$(CC) $(CFLAGS) -o $@ $^ $(LDLIBS)
+$(filter-out %/test_layers_double,$(TESTS_DOUBLE:%=$B/test_%_double)): $B/test_%_double: $B/double/test/test_%.o $(OBJ_DOUBLE)
+	$(CC) $(CFLAGS) -DREAL_DOUBLE -o $@ $^ $(LDLIBS)
+# test_layers includes transformer.cu, whose layers are its own; it must be compiled quickly.
+$B/test_layers: $B/test/test_layers.o $(filter-out %/transformer.o,$(OBJ))
+	$(CC) $(CFLAGS) -o $@ $^ $(LDLIBS)
+$B/test_layers_double: $B/double/test/test_layers.o $(filter-out %/transformer.o,$(OBJ_DOUBLE))
+	$(CC) $(CFLAGS) -DREAL_DOUBLE -o $@ $^ $(LDLIBS)
+$B/test/test_layers.o $B/double/test/test_layers.o: CFLAGS += -O1
 
 $B/%.o: %.c Makefile
 	@mkdir -p $(@D)
@@ -264,8 +269,10 @@ $(EMULATED_TESTS:$B/emulated/%=$1/%): $1/%: $1/%.o $(OBJ)
 	$$(CXX) $(OPT) -o $$@ $$^ $$(LDLIBS)
 $(PROGRAMS:%=$1/%): $1/%: $B/%.o $(OBJ) $(PRECISIONS:%=$1/device_%.o)
 	$$(CXX) $(OPT) -o $$@ $$^ $$(LDLIBS)
-$1/golden $1/bench_cuda $1/test_layers: $1/%: $B/test/%.o $(OBJ) $(PRECISIONS:%=$1/device_%.o)
-	$$(CXX) $(OPT) -o $$@ $$(once) $$(LDLIBS)
+$1/golden $1/bench_cuda: $1/%: $B/test/%.o $(OBJ) $(PRECISIONS:%=$1/device_%.o)
+	$$(CXX) $(OPT) -o $$@ $$^ $$(LDLIBS)
+$1/test_layers: $B/test/test_layers.o $(filter-out %/transformer.o,$(OBJ)) $(PRECISIONS:%=$1/device_%.o)
+	$$(CXX) $(OPT) -o $$@ $$^ $$(LDLIBS)
 $1/sample: $B/sampling/nearest.o
 $1/train: $(TRAIN:%=$B/%.o)
 $1/train: LDLIBS += $(if $(HAVE_MPI),$(MPI_LIBS))
@@ -282,9 +289,9 @@ emulated-debug: $(EMULATED_BIN:$B/emulated/%=$B/emulated-debug/%)
 
 # One layer, plain, fast and as a CUDA kernel: what a changed sign breaks, in seconds
 LAYER ?=
-check: $B/test_layers $B/test_layers_double $(if $(PLAINLY),,$B/emulated-debug/test_layers)
+check: $B/test_layers_double $(if $(PLAINLY),,$B/test_layers $B/emulated-debug/test_layers)
 ifeq ($(LAYER),)
-	@echo "make check LAYER=..., one of:"; $B/test_layers --list
+	@echo "make check LAYER=..., one of:"; $B/test_layers_double --list
 else
 	@for t in $^; do $$t $(LAYER) >$$t.log || failed=yes; sed "s|^|$$(basename $$t) |" $$t.log; done; [ -z "$$failed" ]
 endif
@@ -339,6 +346,27 @@ else
 test: $(TEST_BIN) $(EMULATED_BIN) $B/golden $B/pictures $B/logits $B/lpips $B/codes $B/walkthrough $B/sizes $(PROGRAMS:%=$B/%) $B/train-alone $(if $P,$(PROGRAMS:%=$P/%))
 	@test/run.sh $B "$P" $(TEST_BIN) $(EMULATED_TESTS)
 endif
+
+# Test programs and golden cases alone, without the programs' checks: for other compilers, instructions, sanitizers
+.PHONY: units threads objects list-objects list-libraries
+units: $(TEST_BIN) $B/golden
+	@test/run.sh --units $B $(TEST_BIN)
+
+# What threads share, under the thread sanitizer
+THREADS_TESTS := base vqgan transformer
+threads:
+	@mkdir -p build/threads
+	@for t in $(THREADS_TESTS); do $(CC) -std=c11 -D_GNU_SOURCE -I. -g -O1 -fsanitize=thread -Wno-unknown-pragmas -Wno-tsan \
+	    -o build/threads/test_$$t test/test_$$t.c $(patsubst %,%.c,$(filter-out transformer,$(COMPONENTS))) -x c transformer.cu \
+	    -x none -lpng -ljpeg -lz -lm -lpthread || exit 1; done
+	@TSAN_OPTIONS=allocator_may_return_null=1 test/run.sh --threads build/threads $(THREADS_TESTS:%=build/threads/test_%)
+
+# For test/ptx.sh
+objects: $(OBJ)
+list-objects:
+	@echo $(OBJ)
+list-libraries:
+	@echo $(LDLIBS)
 
 # The official model in PyTorch beside ours, where PYTHON has PyTorch.
 PYTHON ?= python3

@@ -6,12 +6,15 @@
 #
 # run.sh --plain BUILD TEST...: of programs without kernels/ (make PLAIN=1): what does not need them.
 #
+# run.sh --units BUILD TEST..., --threads BUILD TEST...: these programs, and with --units the golden cases.
+#
 # run.sh --cuda BUILD PROGRAMS TEST...: only what concerns CUDA, with the programs of that folder (built by nvcc, or the
 # emulated ones).
-cuda='' plain='' any=''
+cuda='' plain='' units='' any=''
 case $1 in
 --cuda) build=$2 cuda=$3 && shift 3 ;;
 --plain) build=$2 plain=yes && shift 2 ;;
+--units | --threads) units=$1 build=$2 && shift 2 ;;
 *) build=$1 any=$2 && shift 2 ;;
 esac
 passed=0 failed=0
@@ -67,6 +70,12 @@ python_check() { # python_check NAME MODULES SCRIPT: with the python that has th
 for t in "$@"; do
     check "$(basename "$t")" "$t"
 done
+if [ -n "$units" ]; then
+    [ "$units" = --threads ] || check golden "$build/golden" test/golden-cases
+    echo "$passed passed, $failed failed"
+    [ "$failed" -eq 0 ]
+    exit
+fi
 if [ -n "$plain" ]; then
     check golden "$build/golden" test/golden-cases
     check golden-selftest "$build/golden" --selftest test/golden-cases

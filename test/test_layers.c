@@ -584,10 +584,10 @@ static void compare_describe(Case *c, const Compute *on) {
 static void compare_run(const Compute *on, const Case *c) {
     const size_t n = comparison_sums(on, c->s[0], c->s[2]);
     const TapShape s = {.B = c->s[0],
-                          .C = c->s[1],
-                          .hw = c->s[2],
-                          .weight = *(const double *)c->p[CMP_WEIGHT],
-                          .accumulate = (int)c->s[3]};
+                        .C = c->s[1],
+                        .hw = c->s[2],
+                        .weight = *(const double *)c->p[CMP_WEIGHT],
+                        .accumulate = (int)c->s[3]};
     double *sums = (double *)malloc(n * sizeof *sums), *distance = (double *)c->p[CMP_DISTANCE];
     compare_features(on, (double *)c->p[CMP_SUMS], P(CMP_DR), P(CMP_A), P(CMP_R), P(CMP_LIN), &s);
     MUST(compute_get(on, sums, c->p[CMP_SUMS], n * sizeof *sums));
@@ -668,10 +668,14 @@ int main(int argc, char **argv) {
         for (size_t i = 0; i < n; i++) printf("%s\n", layers[i].name);
         return 0;
     }
+    int found = 0;
     for (size_t i = 0; i < n; i++) {
         int wanted = argc == 1;
         for (int k = 1; k < argc; k++) wanted |= !strncmp(layers[i].name, argv[k], strlen(argv[k]));
         if (wanted) check_layer(&layers[i]);
+        found |= wanted;
     }
+    if (found && argc > 1 && test_passed + test_failed == 0)
+        return printf("has no fellow here: nothing to compare\n"), 0;
     return test_report();
 }
