@@ -88,7 +88,7 @@ static const Setting table[] = {
     {OPT_SIZE, "--batch", "N", "data.params.", "batch_size", AT(batch), 16, 1, 1 << 20, "pictures per micro batch"},
     {OPT_SIZE, "--accumulate", "N", "lightning.trainer.", "accumulate_grad_batches", AT(accumulate), 1, 1, 65536,
      "micro batches per step"},
-    {OPT_REAL, "--lr", "X", LR, "lr_max", AT(lr.lr_max), 1e-4, 1e-12, 10, "peak learning rate"},
+    {OPT_REAL, "--lr", "X", LR, "lr_max", AT(lr.lr_max), 1e-4, 0, 10, "peak learning rate"},
     RECIPE(OPT_REAL, LR, "lr_start", lr.lr_start, 2.5e-6, 0, 10),
     RECIPE(OPT_REAL, LR, "lr_min", lr.lr_min, 1e-8, 0, 10),
     RECIPE(OPT_REAL, LR, "warm_up_steps", lr.warm_up_steps, 0, 0, 1e12),
