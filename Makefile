@@ -293,7 +293,7 @@ check: $B/test_layers_double $(if $(PLAINLY),,$B/test_layers $B/emulated-debug/t
 ifeq ($(LAYER),)
 	@echo "make check LAYER=..., one of:"; $B/test_layers_double --list
 else
-	@for t in $^; do $$t $(LAYER) >$$t.log || failed=yes; sed "s|^|$$(basename $$t) |" $$t.log; done; [ -z "$$failed" ]
+	@for t in $^; do $$t $(LAYER) >$$t.log || failed=yes; sed "s|^|$${t#$B/} |" $$t.log; done; [ -z "$$failed" ]
 endif
 
 .PHONY: test-cuda test-cuda-emulated bench-cuda

@@ -2,11 +2,11 @@
  *
  * A grid x_0 of N tokens, each one of K values, is destroyed in T steps. At step t each token becomes, with probability
  * beta_t, a uniform one. alpha_t = 1 - beta_t; A_t = alpha_1 ... alpha_t (alphacum) is the probability that a token is
- * left alone t times. beta_T = 1, so x_T is pure noise. [a = b] is 1 if a equals b, else 0. For one token:
+ * left alone t times. beta_T = 1, so x_T is pure noise. [a = b] is 1 if a equals b, else 0. c makes a sum of 1. For one token:
  *
  *     a step      q(x_t = k | x_{t-1})       =  alpha_t [k = x_{t-1}] + (1 - alpha_t)/K             noise_step
  *     t steps     q(x_t = k | x_0)           =  A_t [k = x_0] + (1 - A_t)/K
- *     posterior   q(x_{t-1} = k | x_t, x_0)  ~  q(x_{t-1} = k | x_0) q(x_t | x_{t-1} = k)           posterior
+ *     posterior   q(x_{t-1} = k | x_t, x_0)  =  c q(x_{t-1} = k | x_0) q(x_t | x_{t-1} = k)           posterior
  *
  * Backward, one network for each scale t draws x_{t-1} from x_t token by token:
  *
@@ -61,18 +61,19 @@ void noise_chain(int32_t *x_prev, int32_t *x_t, const int32_t *x0, size_t n, siz
 /* q (K) = q(x_{t-1} = k | x_t, x_0) = f(k) g(k) / sum over j of f(j) g(j)                               (paper eq. 7)
  *     f(k) = A [k = x_0] + (1 - A)/K       x_{t-1} from x_0; A = A_{t-1}
  *     g(k) = a [k = x_t] + (1 - a)/K       x_t from x_{t-1}; a = alpha_t
- * f and g take two values each, so q takes at most three: at x_0, at x_t, and at the rest. */
+ * f and g take two values each, so q takes at most three: at x_0, at x_t, and at the rest. In the code f and g are their
+ * values at the rest, so f(x_0) = A + f and g(x_t) = a + g. */
 static void posterior_row(real *q, size_t x0, size_t xt, size_t K, double A, double a) {
     double f = (1 - A) / (double)K, g = (1 - a) / (double)K;
-    double rest = f * g, at0 = (A + f) * g, att = f * (a + g);
-    if (x0 == xt) at0 = att = (A + f) * (a + g);
-    double sum = x0 == xt ? (double)(K - 1) * rest + at0 : (double)(K - 2) * rest + at0 + att;
+    double rest = f * g, at0 = (A + f) * g, at_t = f * (a + g);
+    if (x0 == xt) at0 = at_t = (A + f) * (a + g);
+    double sum = x0 == xt ? (double)(K - 1) * rest + at0 : (double)(K - 2) * rest + at0 + at_t;
     if (!(sum > 0)) { /* x_t cannot come from x_0 (beta_t = 0): only x_0 is left to aim at */
-        rest = att = 0;
+        rest = at_t = 0;
         at0 = sum = 1;
     }
     for (size_t k = 0; k < K; k++) q[k] = (real)(rest / sum);
-    q[xt] = (real)(att / sum);
+    q[xt] = (real)(at_t / sum);
     q[x0] = (real)(at0 / sum);
 }
 

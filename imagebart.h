@@ -174,7 +174,7 @@ void tanh_backward(const Compute *on, real *dx, const real *dy, const real *y, s
 /* ------------------------------------------------------------------------------------------------------------
  * 3. transformer.cu: one reverse transition p(x_{t-1} | x_t) (paper section 3.2; SPEC sections 1, 2, 4, 14)
  * ---------------------------------------------------------------------------------------------------------- */
-typedef struct Schedule { /* of the Markov chain: section 7 */
+typedef struct Schedule { /* of the Markov chain: section 4 */
     int T;
     float beta[MAX_SCALES + 1], alpha[MAX_SCALES + 1], alphacum[MAX_SCALES + 1]; /* index t; beta[0] = 0 */
 } Schedule;
@@ -242,7 +242,7 @@ DecodeReads transformer_decode_reads(const Transformer *m, size_t N);
  * parameters have their values, params_send. */
 Err transformer_use_cuda(Transformer *m, Precision precision);
 int transformer_on_cuda(const Transformer *m);
-/* The same for a first stage, also before vqgan_plan: afterwards everything in section 5 computes there. */
+/* The same for a first stage, also before vqgan_plan: afterwards everything in section 2 computes there. */
 Err vqgan_use_cuda(Vqgan *v, Precision precision);
 /* A training pass that leaves logits where they are: transformer_forward, then denoising_loss against the posterior of
  * x_0 and x_t, then, if backward, transformer_backward. x0, x (= x_{t-1}), x_t (B,N), t, label (B). On the GPU only. */

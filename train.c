@@ -2,7 +2,7 @@
  *
  * The first stage (--vqgan) learns to write pictures as tokens and back. A micro batch of pictures x:
  *     z = encoder(x); k = nearest codes of z; x' = decoder(codes k)
- *     loss = |x - x'| + (x - x')^2 + LPIPS(x, x') + d_weight * discriminator(x') + |z - codes|^2
+ *     loss = |x - x'| + (x - x')^2 + LPIPS(x, x') - d_weight * discriminator(x') + |z - codes|^2
  * A transition (--scale t) learns to undo one step of noise. A micro batch of tokens x_0, which are a picture's k:
  *     x_i = noise(x_{i-1}), i = 1 .. t
  *     p = softmax(transformer(x_t)), for every token of x_{t-1}
@@ -24,7 +24,8 @@
 #include <unistd.h>
 
 /* ------------------------------------------------------------------------------------------------------------
- * One micro batch: forward, loss, backward. Gradients are weighted with 1/shares, so that a step's sum is its mean.
+ * One micro batch: forward, loss, backward. Gradients are weighted with 1/shares (shares: all micro
+ * batches of a step, over all processes), so that a step's sum is its mean.
  * ---------------------------------------------------------------------------------------------------------- */
 
 /* The first stage, of B pictures x (B,3,size,size); xrec, the reconstructions, and dxrec, the loss's gradient by them,
@@ -66,29 +67,29 @@ static Err first_micro_batch(Stage *s, uint64_t micro, Metrics *m) {
  * seed, micro and token, the number of the first token, name the random numbers. Without a weight: no gradients. */
 static Err transition_loss(Stage *s, int t, size_t B, uint64_t seed, uint64_t micro, uint64_t token, double weight,
                            Loss *loss) {
-    SecondStage *x = &s->second;
+    SecondStage *second = &s->second;
     const size_t N = s->N, K = s->K;
-    const int32_t *label = transformer_config(x->net)->has_class ? x->label : NULL;
-    real *dlogits = weight > 0 ? x->dlogits : NULL;
+    const int32_t *label = transformer_config(second->net)->has_class ? second->label : NULL;
+    real *dlogits = weight > 0 ? second->dlogits : NULL;
     const real *logits;
 
-    noise_chain(x->x_prev, x->x_t, x->x0, B * N, K, &x->schedule, t, seed, micro, token);
-    for (size_t b = 0; b < B; b++) x->ts[b] = t;
-    if (transformer_on_cuda(x->net)) /* the rest in one call, in which logits are never written down */
-        return transformer_loss_cuda(x->net, &x->schedule, x->x0, x->x_prev, x->x_t, x->ts, label, B, N, s->set.alpha,
-                                     weight, weight > 0, loss);
+    noise_chain(second->x_prev, second->x_t, second->x0, B * N, K, &second->schedule, t, seed, micro, token);
+    for (size_t b = 0; b < B; b++) second->ts[b] = t;
+    if (transformer_on_cuda(second->net)) /* the rest in one call, in which logits are never written down */
+        return transformer_loss_cuda(second->net, &second->schedule, second->x0, second->x_prev, second->x_t,
+                                     second->ts, label, B, N, s->set.alpha, weight, weight > 0, loss);
 
-    TRY(transformer_forward(x->net, x->x_prev, x->x_t, x->ts, label, B, N, &logits));
-    posterior(x->q, x->x0, x->x_t, B * N, K, &x->schedule, t);
-    TRY(denoising_loss(loss, logits, x->x_prev, x->q, B * N, K, s->set.alpha, weight, dlogits));
-    return dlogits ? transformer_backward(x->net, dlogits) : OK;
+    TRY(transformer_forward(second->net, second->x_prev, second->x_t, second->ts, label, B, N, &logits));
+    posterior(second->q, second->x0, second->x_t, B * N, K, &second->schedule, t);
+    TRY(denoising_loss(loss, logits, second->x_prev, second->q, B * N, K, s->set.alpha, weight, dlogits));
+    return dlogits ? transformer_backward(second->net, dlogits) : OK;
 }
 
 /* The next x_0 (B,N) and labels (B); the stage's scale, or, where one network has all, a random one */
 static Err second_micro_batch(Stage *s, uint64_t micro, Metrics *m) {
-    const SecondStage *x = &s->second;
+    const SecondStage *second = &s->second;
     const uint64_t stream = rng_stream(RNG_SCALE, 0, 0);
-    const int t = x->t ? x->t : 1 + (int)rng_below(s->set.seed, stream, micro, (uint32_t)x->schedule.T);
+    const int t = second->t ? second->t : 1 + (int)rng_below(s->set.seed, stream, micro, (uint32_t)second->schedule.T);
     Loss loss;
     next_tokens(s, micro);
     TRY(transition_loss(s, t, s->batch, s->set.seed, micro, s->rank_first * s->N, 1 / s->shares, &loss));

@@ -31,7 +31,7 @@
  * Refused: tokens, t and labels outside their tables, sequences longer than the position tables, official options that
  * are not implemented. There is no dropout, for the official configurations use none.
  *
- * Read next: diffusion.c, which says where x_t comes from and what is done with the logits. */
+ * Read next: vqgan.c, which makes the tokens. (diffusion.c says where x_t comes from and what becomes of the logits.) */
 #ifndef __cplusplus /* C: all but the last section, which is CUDA C++ */
 #include "imagebart.h"
 #include "base/plan.h"
@@ -70,7 +70,8 @@ static void embed_backward(const Compute *on, real *dtoken, real *dposition, con
 
 /* ---- Layer norm ---- */
 
-/* Row r of what is normalised is this row of x: the first `skip` of every n rows are left out. */
+/* Row r of what is normalised is this row of x: the first `skip` of every n rows are left out. (The prompt of NET_GPT has
+ * no logits.) */
 static size_t source_row(size_t r, size_t n, size_t skip) {
     return r / (n - skip) * n + skip + r % (n - skip);
 }
@@ -166,7 +167,7 @@ static void gelu_backward(const Compute *on, real *dh, const real *dg, size_t R,
 
 /* ---- Attention ---- */
 
-/* Keys 0..visible-1 are seen by query i of batch row b. */
+/* Query i sees keys 0..visible_keys-1 of its batch row. */
 static size_t visible_keys(const Attention *s, size_t i) {
     if (s->position) return s->Tk ? s->Tk : s->position[i].visible;
     if (!s->causal) return s->Tk;
@@ -184,7 +185,7 @@ static size_t attention_saved(const Compute *on, const Attention *s) {
 /* In each head, over the keys j that query i sees:
  *     p[i,:] = softmax(q[i,:] k[j,:]^T / sqrt(D))     y[i,:] = sum_j p[i,j] v[j,:]
  *   q, y (B,Tq,heads*D)   k, v (B,key_stride,heads*D)
- *   saved: what backward wants to know, p (B,heads,Tq,Tk); NULL: nothing */
+ *   saved: kept for backward, p (B,heads,Tq,Tk); NULL: nothing */
 static void attention_forward(const Compute *on, real *y, real *saved, const real *q, const real *k, const real *v,
                               const Attention *s) {
     if (on->fast) return on->fast->attention_forward(on, y, saved, q, k, v, s);
@@ -224,7 +225,7 @@ static void attention_backward(const Compute *on, real *dq, real *dk, real *dv, 
         const size_t i = task % s->Tq, h = task / s->Tq % s->heads, b = task / s->Tq / s->heads;
         const size_t keys = visible_keys(s, i), at = (b * s->Tq + i) * inner + h * D;
         const real *p = saved + task * s->Tk;
-        real mean = 0;
+        real mean = 0; /* of dp under p: sum_j p[i,j] dp[i,j] */
         for (size_t j = 0; j < keys; j++) {
             const size_t to = (b * s->Tk + j) * inner + h * D;
             dp[j] = 0;
@@ -240,7 +241,7 @@ static void attention_backward(const Compute *on, real *dq, real *dk, real *dv, 
 }
 
 /* Decoding keeps the keys and values of earlier positions; the new queries see those and their own.
- *   kept (B,key_stride,heads*D), or as a faster fellow likes them: rounded to bf16, say */
+ *   kept (B,key_stride,heads*D), or in a fast version's own format, such as bf16 */
 static size_t kept_bytes(const Compute *on, const Attention *s) {
     return on->fast ? on->fast->kept_bytes(on, s) : s->B * s->key_stride * s->heads * s->D * sizeof(real);
 }
@@ -272,7 +273,7 @@ static size_t noisier_token(const Variant *v, size_t b, size_t i) {
     return (size_t)v->ids[b * (v->prompt + v->N) + v->prompt + i];
 }
 
-/* The element of log_scalors that scales position i of batch row b */
+/* The element of log_scalors (the official spelling) that scales position i of batch row b */
 static size_t scalor_of(const Variant *v, size_t b, size_t i) {
     return v->fine ? (scale_of(v, b) - 1) * v->length + i : scale_of(v, b) - 1;
 }
@@ -356,7 +357,7 @@ typedef struct {
 typedef struct {
     real *x, *mean, *rstd; /* (R,C) input, which a GPU has in float; (R) of its norm */
     real *normed;          /* (R,C) */
-    real *query, *y;       /* (R,inner) queries; what the heads say */
+    real *query, *y;       /* (R,inner) queries; output of the heads, before out */
     real *key, *value;     /* (B,keys,inner) */
     real *saved;           /* of attention, for backward; NULL: nothing */
     real *g, *dg;          /* (R,4C) gelu(h) and its derivative; dg NULL: not wanted */
@@ -494,8 +495,8 @@ static void project_keys(const Transformer *m, const Layer *l, const Attention *
 
 /* ---- Blocks ---- */
 
-/* next (R,C) = x + out(attention(q normed, k source, v source)); source is normed itself, or the context
- * With packed weights whole passes go from kept keys, too, so that decoding equals them bit for bit. */
+/* next (R,C) = x + out(attention(q normed, k source, v source)); source is normed itself, or the context.
+ * With packed weights a whole pass reads the kept keys too, so that decoding gives the same bits. */
 static void attention_block_forward(Transformer *m, const Stack *s, Layer *l, real *next, const Pass *pass) {
     const size_t R = pass->B * pass->n;
     const Attention a = attention_of(m, s, l, pass);
@@ -711,10 +712,10 @@ static Err take_batch(Transformer *m, const int32_t *x, const int32_t *x_t, cons
 
 /* ================================ 3. Token by token ================================
  *
- * Decoding keeps the keys and values of earlier positions. A pass feeds new positions of any batch rows through the
- * stack of training; their keys and values join the kept ones before a layer's attention reads them, so that a position
- * sees those in front of it in the same pass. For every number that a pass over one position a row reads it does two
- * operations, so its speed is that of memory. Further positions are cheap, and worth feeding whenever the tokens in
+ * Decoding keeps the keys and values of earlier positions (a KV cache). A pass feeds new positions of any batch rows
+ * through the same stack as training. Their keys and values join the kept ones before a layer's attention reads them, so
+ * that a position sees those in front of it in the same pass. With one position a row, a pass does only two operations
+ * for each number it reads, so that memory limits its speed. Further positions are cheap, and worth feeding whenever the tokens in
  * front of them are known or likely: a guess that turns out wrong is taken back by feeding its position once more.
  *
  * Promise on bits: the logits of a position are those of feeding one position at a time, whatever is fed beside it. */
@@ -924,7 +925,7 @@ static void want_all(Arrays *a) {
     want(&a->there, &on->scratch, on->scratch_bytes, 1, 1);
 }
 
-/* Arrays that are others under another name */
+/* Aliases: arrays that share another one's memory */
 static void share_arrays(Transformer *m) {
     Stack *const stack[2] = {&m->encoder, &m->decoder};
     for (int k = 0; k < 2; k++) {
@@ -999,6 +1000,8 @@ Err transformer_plan(Transformer *m, size_t B, size_t N, int train) {
 
 /* ---- Forward and backward ---- */
 
+/* Row i of the logits of batch row b gives p(x_{t-1}[i] | x_{t-1}[0..i-1], x_t) = softmax(logits[b,i,:]). The product
+ * over i is never formed: loss_rows takes its -log as a sum, and diffusion.c draws one factor after the other. */
 Err transformer_forward(Transformer *m, const int32_t *x, const int32_t *x_t, const int32_t *t, const int32_t *label,
                         size_t B, size_t N, const real **logits) {
     TRY(take_batch(m, x, x_t, t, label, B, N));
@@ -1102,7 +1105,8 @@ Err transformer_decode_begin(Transformer *m, const int32_t *x_t, const int32_t *
     } else {
         read_prompted(m, &m->decoder, t, label, NULL, 0, B, 0);
         memcpy(m->first, c->has_class ? label : t, B * sizeof *m->first);
-        m->state = DECODING; /* what streams does so in the prompt, too */
+        m->state =
+            DECODING; /* already here: project() then streams weights for the prompt as well, as for every later position */
         if (m->on.device) return m->on.ops->decode_prompt(m->on.device, &m->gpu, P);
         for (size_t r = 0; r < B * P; r++) m->position[r] = (Position){r / P, r % P, P};
         feed_positions(m, B * P);

@@ -1,15 +1,17 @@
 /* vqgan.c - the first stage: pictures <-> tokens (Esser et al. 2021, "Taming Transformers"; SPEC section 8).
  *
- * An encoder E turns a picture x (3,H,W) into latents z = E(x) (D,h,w), 16 times smaller along each side, say. Each
+ * An encoder E turns a picture x (3,H,W) into latents z = E(x) (D,h,w), 8 or 16 times smaller along each side. Each
  * latent z_i is replaced by the nearest entry e_k of a codebook of K entries, and k is its token:
  *
- *     k_i = argmin_k |z_i - e_k|^2        xrec = D(e_{k_1}, e_{k_2}, ...)
+ *     k_i = argmin_k |z_i - e_k|^2        xrec = decoder(e_{k_1}, e_{k_2}, ...)
  *
- * ImageBART's Markov chain lives on these tokens. The decoder D turns them back into a picture. All three are trained
+ * ImageBART's Markov chain lives on these tokens. The decoder turns them back into a picture. All three are trained
  * together. argmin has no derivative, so backward pretends that the decoder had read z (straight through), and two
  * terms pull latents and entries together, sg meaning "no gradient through here":
  *
- *     loss = |x - xrec| + |sg(z) - e|^2 + beta |z - sg(e)|^2        (+ LPIPS + GAN loss: training/)
+ *     loss = |x - xrec| + |z - sg(e)|^2 + beta |sg(z) - e|^2        (+ LPIPS + GAN loss: training/)
+ *
+ * (The paper has beta with the other term; the official code has it here by default: `legacy`.)
  *
  * In the order of this file: every layer as its plain loop, forward, and backward beneath it; the network as a list of
  * layers; the walk along that list, forward and backward; what the rest of the program calls, in the order of use;
@@ -18,7 +20,7 @@
  * A layer's loop is its definition. Its first line hands over to a faster way of computing the same, if there is one
  * (base/compute.h): on a CPU kernels/conv.c and norm.c, on a GPU kernels/conv.cu and vqgan.cu. Values are (B,C,h,w).
  *
- * Read next: transformer.cu, which learns to denoise the tokens; then diffusion.c, the chain. */
+ * Read next: data.c, then train.c, the loop that trains both stages. */
 
 #include <math.h>
 #include <stddef.h>
@@ -43,7 +45,7 @@ enum {
  *     add  as y, or NULL
  *
  * seen(i,k) is the row of x that row i of y reads through row k of the kernel, and the same for columns. Outside the
- * picture x counts as 0. */
+ * picture x counts as 0. Below, two indices are often one: bm = b*M + m, ij = i*W + j, kl = k*side + l. */
 
 /* n: rows of x. -1: outside. */
 static long seen(ConvKind kind, size_t i, size_t k, size_t n) {
@@ -134,7 +136,7 @@ void group_norm_forward(const Compute *on, real *y, real *kept, const real *x, c
  *     dgamma[c] += sum d xhat      dbeta[c] += sum d
  *     dx = or += rstd (gamma d - mean(gamma d) - xhat mean(gamma d xhat))
  *
- * for all x of a group move its mean and its variance. dy is overwritten with d. */
+ * because every x of a group moves its mean and its variance. dy is overwritten with d. */
 void group_norm_backward(const Compute *on, real *dx, real *dgamma, real *dbeta, real *dy, const real *x,
                          const real *gamma, const real *beta, const real *kept, int accumulate, const GroupNorm *n) {
     if (on->fast) return on->fast->group_norm_backward(on, dx, dgamma, dbeta, dy, x, gamma, beta, kept, accumulate, n);
@@ -538,8 +540,8 @@ static void layer_forward(Vqgan *v, const Layer *l) {
     }
 }
 
-/* Both terms of the codebook loss have the value mean (e-z)^2, over B*D*N numbers. One pulls the latents, one the
- * codebook, and beta weighs one of them: legacy, the official default, has it on the wrong one. */
+/* Both terms of the codebook loss have the value mean (e-z)^2, over B*D*N numbers; one pulls the latents, the other the
+ * codebook. The paper multiplies the latents' term by beta, the official code by default (legacy) the codebook's. */
 static void quantize_layer_backward(Vqgan *v, const Layer *l, double codebook_weight) {
     const Codes s = codes_of(v);
     const double unit = 2 * codebook_weight / (double)(s.B * s.D * s.N);
@@ -604,7 +606,7 @@ static void walk_backward(Vqgan *v, double codebook_weight, int image_wanted) {
 static Err check_settings(const VqganConfig *c);
 static void drop_plan(Vqgan *v);
 
-/* The table's rows go into PyTorch's order. Which gradients are complete when backward leaves a layer. */
+/* The table's rows go into PyTorch's order. Each layer notes which gradients are complete when backward leaves it. */
 static Err finish_network(Vqgan *v) {
     size_t *moved, complete = 0;
     TRY(v->broken);

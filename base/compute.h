@@ -1,13 +1,15 @@
-/* compute.h - where a network computes: the seam between the layers and their faster fellows.
+/* compute.h - where a network computes: the seam between the plain layers and their fast versions.
  *
  * Every layer of the networks is a plain loop: in vqgan.c, in transformer.cu, and for what only training needs in
- * training/. That loop is the definition. In its first line it hands over to the fellow of the same name, if the
+ * training/. That loop is the definition. In its first line it hands over to its fast version, its fellow of the same name, if the
  * network has one: the CPU's (kernels/fast.c), or a GPU's (kernels/layers.cu, in float or in bf16).
  *
- *     void tanh_forward(const Compute *on, real *y, const real *x, size_t n) {
- *         if (on->fast) return on->fast->tanh_forward(on, y, x, n);
- *         for (size_t i = 0; i < n; i++) y[i] = tanh(x[i]);
+ *     void gelu_backward(const Compute *on, real *dh, const real *dg, size_t R, size_t H) {
+ *         if (on->fast) return on->fast->gelu_backward(on, dh, dg, R, H);
+ *         for (size_t i = 0; i < R * H; i++) dh[i] *= dg[i];
  *     }
+ *
+ * A few cheap layers (tanh, codes) are fast enough on a CPU as they stand: they ask on->device instead.
  *
  * So a network's walk is written once, and calls the same layers wherever it computes.
  *

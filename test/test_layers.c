@@ -675,6 +675,7 @@ int main(int argc, char **argv) {
         if (wanted) check_layer(&layers[i]);
         found |= wanted;
     }
+    if (!found) return printf("FAIL no such layer; make check alone lists them\n"), 1;
     if (found && argc > 1 && test_passed + test_failed == 0)
         return printf("has no fellow here: nothing to compare\n"), 0;
     return test_report();

@@ -314,6 +314,7 @@ double generator_loss(const real *logits, size_t n, double weight, real *dlogits
     return sum / (double)n;
 }
 
+/* lambda = |dL_rec/dW| / (|dL_adv/dW| + 1e-4), at most 1e4: nll_norm and g_norm are the two lengths, which gan.c takes. */
 double adaptive_weight(double nll_norm, double g_norm) {
     const double w = nll_norm / (g_norm + 1e-4);
     return w > 1e4 ? 1e4 : w; /* NaN stays */
