@@ -336,10 +336,10 @@ static void loss_rows(const Compute *on, double sums[2], real *dlogits, const re
         sums[0] += sum - ((double)l[target[r]] - largest);
         for (size_t k = 0; q && k < K; k++)
             if (q[k] > 0) sums[1] += (double)q[k] * (log((double)q[k]) - ((double)l[k] - largest - sum));
-        for (size_t k = 0; dlogits && k < K; k++) {
-            const real p = (real)exp((double)l[k] - largest - sum);
-            dlogits[r * K + k] = hard_weight * (p - (k == (size_t)target[r])) + soft_weight * (p - (q ? q[k] : 0));
-        }
+        real *d = dlogits ? dlogits + r * K : NULL; /* p, then the gradient */
+        for (size_t k = 0; d && k < K; k++) d[k] = (real)exp((double)l[k] - largest - sum);
+        for (size_t k = 0; d && k < K; k++)
+            d[k] = hard_weight * (d[k] - (k == (size_t)target[r])) + soft_weight * (d[k] - (q ? q[k] : 0));
     }
 }
 

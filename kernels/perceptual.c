@@ -116,7 +116,7 @@ static void tap_task(void *context, size_t task) {
         const real *a = t->a + at + c * hw, *r = t->r + at + c * hw;
         for (size_t i = 0; i < n; i++) in_a[i] += (double)a[i] * (double)a[i], in_r[i] += (double)r[i] * (double)r[i];
     }
-    for (size_t i = 0; i < n; i++) in_a[i] = 1 / (sqrt(in_a[i]) + 1e-10);
+    for (size_t i = 0; i < n; i++) in_a[i] = in_a[i] > 0 ? 1 / (sqrt(in_a[i]) + 1e-10) : 0;
     double length[POSITIONS], gap[POSITIONS];
     for (size_t i = 0; i < n; i++) {
         length[i] = sqrt(in_r[i]);

@@ -115,7 +115,7 @@ static __global__ void compare_kernel(double *sums, floatX *dr, const floatX *a,
             in_r += (double)to_float(r[c]) * (double)to_float(r[c]);
         }
         const double length = sqrt(warp_sum(in_r));
-        in_a = 1 / (sqrt(warp_sum(in_a)) + 1e-10), in_r = 1 / (length + 1e-10);
+        in_a = warp_sum(in_a), in_a = in_a > 0 ? 1 / (sqrt(in_a) + 1e-10) : 0, in_r = 1 / (length + 1e-10);
         for (size_t c = at * C + lane; c < end; c += WARP) {
             const double d = direction_gap(a[c], r[c], in_a, in_a - in_r), of = (double)lin[c + C - end];
             sum += of * d * d, along += of * d * (double)to_float(r[c]);
