@@ -38,7 +38,7 @@ typedef struct {
     { kind, NULL, NULL, prefix, key, AT(field), usual, least, most, NULL }
 
 #define LR "model.params.scheduler_config.params."
-#define HUGE_NUMBER 9e15 /* whole numbers up to here are exact */
+#define HUGE_NUMBER 9e15 /* whole numbers up to here are exact; in a recipe it stands for SIZE_MAX / 2 */
 
 static const char intro[] =
     "usage: ./train [MODEL] (--vqgan | --scale N | --joint | --all) [options]\n\n"
@@ -283,7 +283,8 @@ static Err take_setting(Settings *to, const Setting *r, const Config *recipe) {
     case OPT_FLAG: *(int *)at = r->usual != 0; return config_flag(at, recipe, r->prefix, r->key, optional);
     case OPT_SIZE:
         *(size_t *)at = optional ? (size_t)r->usual : 0;
-        return config_size(at, recipe, r->prefix, r->key, (size_t)r->least, (size_t)r->most, optional);
+        return config_size(at, recipe, r->prefix, r->key, (size_t)r->least,
+                           r->most < HUGE_NUMBER ? (size_t)r->most : SIZE_MAX / 2, optional);
     case OPT_REAL:
         *(double *)at = r->usual;
         return config_real(at, recipe, r->prefix, r->key, r->least, r->most, optional);
