@@ -58,6 +58,7 @@ static void test_imagenet(void) {
     CHECK(classes_named(&m, "retriever", &label) == 0);
     classes_free(&m);
     open_imagenet(&m, "models/imagenet4.txt");
+    classes_free(&m);
     CHECK_ERR(classes_open(&m, NULL, SIZE_MAX), "class names");
     classes_free(&m);
 }
