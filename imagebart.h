@@ -17,7 +17,8 @@
  * x_t the t times noised ones. Arrays are row-major, shapes are written (outer,...,inner).
  *
  * Rules that hold for every function here:
- *   - Err is OK or FAILED; after FAILED err_text() says what, where, what was found and what was expected.
+ *   - Err is OK, FAILED or DAMAGED (base.h); unless OK, err_text() says what, where, what was found and what was
+ *     expected.
  *   - Nothing below the programs prints or exits. Nothing allocates between a plan call and the next.
  *   - x_backward accumulates (+=) into parameter gradients and overwrites gradients of activations.
  *   - Results do not depend on the number of threads.

@@ -20,6 +20,7 @@
 /* ---- errors ---- */
 
 static _Thread_local char error_text[ERR_MAX];
+static _Thread_local Err error_kind; /* FAILED or DAMAGED */
 
 /* File contents end up in messages: one line, no terminal escapes. */
 static void make_printable(char *s) {
@@ -27,21 +28,32 @@ static void make_printable(char *s) {
         if ((unsigned char)*s < 0x20 || *s == 0x7f) *s = '?';
 }
 
-Err err(const char *fmt, ...) {
+static Err set_error(Err kind, const char *fmt, va_list args) {
     char text[ERR_MAX]; /* an argument may be err_text() itself */
-    va_list args;
-    va_start(args, fmt);
     vsnprintf(text, sizeof text, fmt, args);
-    va_end(args);
     make_printable(text);
     memcpy(error_text, text, sizeof text);
-    return FAILED;
+    return error_kind = kind;
+}
+
+Err err(const char *fmt, ...) {
+    va_list args;
+    va_start(args, fmt);
+    const Err e = set_error(FAILED, fmt, args);
+    va_end(args);
+    return e;
+}
+
+Err err_damaged(const char *fmt, ...) {
+    va_list args;
+    va_start(args, fmt);
+    const Err e = set_error(DAMAGED, fmt, args);
+    va_end(args);
+    return e;
 }
 
 Err err_in(const char *where) {
-    char text[ERR_MAX];
-    memcpy(text, error_text, sizeof text);
-    return err("%s: %s", where, text);
+    return error_kind == DAMAGED ? err_damaged("%s: %s", where, error_text) : err("%s: %s", where, error_text);
 }
 
 const char *err_text(void) {

@@ -16,8 +16,10 @@ typedef double real;
 typedef float real;
 #endif
 
+/* How a call went. DAMAGED: the bytes of a file are not what they have to be, which reading them again would not change;
+ * what can do without the file may go on. FAILED: everything else, such as no memory, a failing disk, a wrong option. */
 typedef int Err;
-enum { OK = 0, FAILED = 1 };
+enum { OK = 0, FAILED = 1, DAMAGED = 2 };
 
 #if defined(__GNUC__)
 #define PRINTF_LIKE(f, a) __attribute__((format(printf, f, a)))
@@ -29,13 +31,17 @@ enum { OK = 0, FAILED = 1 };
 enum { PATH_BYTES = 4096, ERR_MAX = PATH_BYTES + 1024 };
 /* Sets this thread's error text: one line of at most ERR_MAX-1 bytes, control characters replaced. Returns FAILED. */
 Err err(const char *fmt, ...) PRINTF_LIKE(1, 2);
-/* Puts "where: " in front of the present text, to say in which file or option it happened. Returns FAILED. */
+/* The same; returns DAMAGED. */
+Err err_damaged(const char *fmt, ...) PRINTF_LIKE(1, 2);
+/* Puts "where: " in front of the present text, to say in which file or option it happened. Returns what the text's own
+ * err or err_damaged returned. */
 Err err_in(const char *where);
 /* The text of the last error in this thread; "" if none. */
 const char *err_text(void);
 #define TRY(call)                                                                                                      \
     do {                                                                                                               \
-        if ((call) != OK) return FAILED;                                                                               \
+        const Err try_err = (call);                                                                                    \
+        if (try_err != OK) return try_err;                                                                             \
     } while (0)
 
 enum { LINE_BYTES = 64 }; /* a cache line, and the widest vector */
@@ -127,7 +133,7 @@ void options_parse(int argc, char **argv, const Option *table, const char *intro
 void die(const char *fmt, ...) PRINTF_LIKE(1, 2);         /* "program: text" on stderr, exit 1 */
 void usage_error(const char *fmt, ...) PRINTF_LIKE(1, 2); /* the same, exit 2 */
 const char *program(void);                                /* the program's name, for messages */
-void check(Err e);                                        /* die(err_text()) on FAILED */
+void check(Err e);                                        /* die(err_text()) unless OK */
 /* stderr: a line that overwrites itself on a terminal, plain lines elsewhere, one every 10 s at most. */
 void progress_line(const char *fmt, ...) PRINTF_LIKE(1, 2);
 void progress_end(void);                       /* leaves the last progress line standing */

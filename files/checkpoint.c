@@ -389,7 +389,7 @@ static Err read_content(Checkpoint *ck) {
     madvise(ck->map, ck->map_bytes, MADV_RANDOM);
     Err e = ckpt_read(ck);
     madvise(ck->map, ck->map_bytes, MADV_NORMAL);
-    return e == OK ? sort_by_name(ck) : FAILED;
+    return e == OK ? sort_by_name(ck) : e;
 }
 
 Err checkpoint_open(Checkpoint *ck, const char *path) {

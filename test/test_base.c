@@ -5,10 +5,18 @@
 
 #include <sys/resource.h>
 
+static Err passed_on(void) {
+    TRY(err_in("b"));
+    return OK;
+}
+
 static void test_errors(void) {
     CHECK(err("%s is %d, expected %d", "side", 3, 4) == FAILED);
     CHECK(!strcmp(err_text(), "side is 3, expected 4"));
     CHECK(err_in("a.png") == FAILED && !strcmp(err_text(), "a.png: side is 3, expected 4"));
+    CHECK(err_damaged("%s is cut short", "it") == DAMAGED && !strcmp(err_text(), "it is cut short"));
+    CHECK(err_in("a.png") == DAMAGED && !strcmp(err_text(), "a.png: it is cut short"));
+    CHECK(passed_on() == DAMAGED);
     err("two\nlines\033[2J");
     CHECK(!strpbrk(err_text(), "\n\033"));
     err("%s again", err_text());
