@@ -175,7 +175,7 @@ Err tensor_list_add(TensorList *list, const char *name, Dtype dtype, int ndim, c
                     int from_real);
 void tensor_list_free(TensorList *list);
 
-/* ---- images.c: pictures in and out ---- */
+/* ---- images.c, pixels.c, png.c, resize.c: pictures in and out ---- */
 typedef struct {
     size_t H, W;
     uint8_t *rgb; /* (H,W,3) */
