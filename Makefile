@@ -181,7 +181,7 @@ $(shell mkdir -p build && echo $(SHIPPED) >build/last)
 endif
 
 # the files of ./train beside train.c and the components
-TRAIN := $(addprefix training/,folder memory state bad_batches settings log view report encoded gan \
+TRAIN := $(addprefix training/,folder memory state bad_batches edited settings log view report encoded gan \
          codes schedule first_stage second_stage parallel)
 $B/training/parallel.o: CFLAGS += $(if $(HAVE_MPI),-DHAVE_MPI $(MPI_CFLAGS))
 $B/train $(if $P,$P/train): LDLIBS += $(if $(HAVE_MPI),$(MPI_LIBS))

@@ -329,7 +329,7 @@ static const char intro[] =
     "does. The kept pixels are put back exactly as they were.\n";
 
 int main(int argc, char **argv) {
-    SamplingArgs a = {.out = "inpainted.png", .n = 1, .batch = 16, .seed = SEED_NOT_GIVEN};
+    SamplingArgs a = {.out = "inpainted.png", .n = 1, .batch = 16};
     InpaintArgs in = {0};
     const Option table[] = {
         {OPT_HEADING, "Arguments", NULL, NULL, 0, 0, NULL},

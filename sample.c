@@ -245,7 +245,7 @@ static const char intro[] =
     "turns the tokens x_0 into pixels. --chain shows every step of it.\n";
 
 int main(int argc, char **argv) {
-    SamplingArgs a = {.model = "emoji", .out = "samples.png", .n = 16, .batch = 16, .seed = SEED_NOT_GIVEN};
+    SamplingArgs a = {.model = "emoji", .out = "samples.png", .n = 16, .batch = 16};
     const char *chain = NULL, *nearest = NULL, *folder = NULL, *store = "f32";
     size_t most = 0;
     int list = 0;

@@ -122,7 +122,7 @@ static Err gradients(Stage *s, Step *step) {
     TRY(ranks_agree(e));
     TRY(ranks_sum(sums, 4));
     step->mean = (Metrics){.loss = sums[0], .part = {sums[1], sums[2]}, .perceptual = sums[3]};
-    step->norm = params_grad_norm(s->params);
+    step->norm = test_norm(s, params_grad_norm(s->params));
     step->bad = why_bad(s, step->mean.loss, step->norm);
     return OK;
 }
@@ -159,7 +159,10 @@ static Err run(Stage *s) {
     while (e == OK && s->step < s->set.steps && !stop) {
         Step step = {0};
         e = gradients(s, &step);
-        if (e == OK && !step.bad) e = update(s, &step);
+        if (e == OK && step.bad && can_pass_over(s, &step))
+            e = pass_over(s, &step);
+        else if (e == OK && !step.bad)
+            e = update(s, &step);
         if (e == OK && step.bad) {
             e = roll_back(s, &step);
             if (e == OK) e = report_begin(s, &r);

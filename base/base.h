@@ -111,6 +111,10 @@ typedef void Task(void *context, size_t i);
 void parallel_for(int threads, size_t n, Task *task, void *context);
 void threads_set(int n); /* how many a program uses; 0 (default): as many as there are processors for it */
 int threads_get(void);
+/* Threads that the quotas of this process's control groups allow (docker --cpus), rounded up; 0: no quota. root: "", or
+ * where a test keeps its /proc and /sys. */
+int cpu_quota(const char *root);
+const char *threads_text(char text[96]); /* "2 threads", and why so few if a quota says so */
 const char *vector_instructions(void); /* that this copy of the program was compiled for: "AVX2" */
 int threads_free(void);    /* what a loop that starts here can use: 1 inside a parallel_for, else threads_get() */
 size_t thread_index(void); /* of the calling thread in its loop: 0..threads-1 */

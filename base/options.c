@@ -95,6 +95,39 @@ static void set_argument(const Option *table, int nth, const char *text) {
     usage_error("unexpected argument \"%s\"; -h explains", text);
 }
 
+/* How many letters must be put in, taken out or replaced to make one word of the other */
+static size_t word_distance(const char *a, size_t n, const char *b) {
+    enum { LONGEST = 64 };
+    size_t row[LONGEST + 1];
+    const size_t m = strlen(b);
+    if (n > LONGEST || m > LONGEST) return LONGEST;
+    for (size_t j = 0; j <= m; j++) row[j] = j;
+    for (size_t i = 1; i <= n; i++) {
+        size_t diagonal = row[0];
+        row[0] = i;
+        for (size_t j = 1; j <= m; j++) {
+            const size_t replaced = diagonal + (a[i - 1] != b[j - 1]);
+            diagonal = row[j];
+            row[j] = min_size(replaced, 1 + min_size(row[j], row[j - 1]));
+        }
+    }
+    return row[m];
+}
+
+/* A third of the letters may be wrong; or the option goes on where the user stopped. */
+static void unknown_option(const Option *table, const char *text, size_t length) {
+    const char *best = NULL;
+    size_t least = max_size(length / 3, 1) + 1;
+    for (const Option *o = table; o->kind != OPT_END; o++) {
+        if (o->kind == OPT_HEADING || o->kind == OPT_ARGUMENT || o->name[1] != '-') continue;
+        size_t d = word_distance(text, length, o->name);
+        if (length > 3 && !strncmp(o->name, text, length)) d = 0;
+        if (d < least) least = d, best = o->name;
+    }
+    if (best) usage_error("unknown option %.*s; did you mean %s? -h lists them", (int)length, text, best);
+    usage_error("unknown option %.*s; -h lists them", (int)length, text);
+}
+
 /* The row named by argv[*i], either "--name value" or "--name=value"; sets it and moves on. */
 static void set_option(const Option *table, int argc, char **argv, int *i) {
     const char *text = argv[*i], *equals = strchr(text, '=');
@@ -103,7 +136,10 @@ static void set_option(const Option *table, int argc, char **argv, int *i) {
     while (o->kind != OPT_END && (o->kind == OPT_HEADING || o->kind == OPT_ARGUMENT || strlen(o->name) != length ||
                                   strncmp(o->name, text, length)))
         o++;
-    if (o->kind == OPT_END) usage_error("unknown option %.*s; -h lists them", (int)length, text);
+    if (o->kind == OPT_END) {
+        unknown_option(table, text, length);
+        return;
+    }
     if (o->kind == OPT_FLAG) {
         if (equals) usage_error("%s takes no value", o->name);
         *(int *)o->out = 1;

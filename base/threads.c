@@ -11,6 +11,8 @@
 #include <sched.h>
 #include <signal.h>
 #include <stdatomic.h>
+#include <stdio.h>
+#include <string.h>
 #include <unistd.h>
 
 enum {
@@ -38,19 +40,96 @@ static struct {
 static _Thread_local size_t own_index;
 static _Thread_local int in_loop;
 
-/* Number of processors that this process may run on, asked once. */
-static int processors(void) {
-    static atomic_int known;
-    long n = atomic_load(&known);
-    if (n > 0) return (int)n;
+/* ---- how many ---- */
+
+/* Numbers in FOLDER/NAME, at most two; returns how many. A word ("max") is none. */
+static int read_numbers(const char *folder, const char *name, double out[2]) {
+    char path[PATH_BYTES];
+    if (path_make(path, "%s/%s", folder, name) != OK) return 0;
+    FILE *f = fopen(path, "r");
+    const int n = f ? fscanf(f, "%lf %lf", &out[0], &out[1]) : 0;
+    if (f) fclose(f);
+    return n > 0 ? n : 0;
+}
+
+/* Processors that the control group of this folder grants, 0: no limit. Version 2 has quota and period (microseconds)
+ * in one file, version 1 in two. */
+static double group_quota(const char *folder) {
+    double quota[2] = {0}, period[2] = {0};
+    if (read_numbers(folder, "cpu.max", quota) == 2)
+        period[0] = quota[1];
+    else if (read_numbers(folder, "cpu.cfs_quota_us", quota) != 1 ||
+             read_numbers(folder, "cpu.cfs_period_us", period) != 1)
+        return 0;
+    return quota[0] > 0 && period[0] > 0 ? quota[0] / period[0] : 0;
+}
+
+/* The least of the limits of `group` and of all groups above it, up to the mount point. A container may see its own
+ * group as the mount point, under a name that only its host knows: what is not there limits nothing. */
+static double least_quota(const char *mount, const char *group, double least) {
+    char path[PATH_BYTES];
+    const size_t top = strlen(mount);
+    if (path_make(path, "%s%s", mount, group) != OK) return least;
+    for (char *end = path + strlen(path); end; end = strrchr(path + top, '/')) {
+        *end = 0;
+        const double here = group_quota(path);
+        if (here > 0 && (least == 0 || here < least)) least = here;
+    }
+    return least;
+}
+
+int cpu_quota(const char *root) {
+    static const char *const mounts[] = {"", "/cpu", "/cpu,cpuacct", "/cpuacct,cpu", "/unified"};
+    char line[PATH_BYTES], mount[PATH_BYTES];
+    double least = 0;
+    for (size_t i = 0; i < sizeof mounts / sizeof *mounts; i++) {
+        if (path_make(mount, "%s/sys/fs/cgroup%s", root, mounts[i]) != OK) return 0;
+        least = least_quota(mount, "", least);
+        if (path_make(line, "%s/proc/self/cgroup", root) != OK) return 0;
+        FILE *f = fopen(line, "r");
+        while (f && fgets(line, sizeof line, f)) { /* "0::/group", "4:cpu,cpuacct:/group" */
+            const char *controllers = strchr(line, ':'), *group = strchr(line, '/');
+            line[strcspn(line, "\n")] = 0;
+            if (controllers && group && (controllers[1] == ':' || strstr(controllers, "cpu")))
+                least = least_quota(mount, group, least);
+        }
+        if (f) fclose(f);
+    }
+    if (!(least > 0 && least < 1e6)) return 0;
+    const int whole = (int)least;
+    return whole < least || whole < 1 ? whole + 1 : whole;
+}
+
+static int visible_processors(void) {
+    long n = 0;
 #ifdef __linux__
     cpu_set_t set;
     if (sched_getaffinity(0, sizeof set, &set) == 0) n = CPU_COUNT(&set);
 #endif
     if (n < 1) n = sysconf(_SC_NPROCESSORS_ONLN);
-    if (n < 1) n = 1;
-    atomic_store(&known, (int)n);
-    return (int)n;
+    return n < 1 ? 1 : (int)n;
+}
+
+/* Number of processors that this process may run on, and has time on, asked once. */
+static int processors(void) {
+    static atomic_int known;
+    int n = atomic_load(&known);
+    if (n > 0) return n;
+    const int quota = cpu_quota("");
+    n = visible_processors();
+    if (quota > 0 && quota < n) n = quota;
+    atomic_store(&known, n);
+    return n;
+}
+
+const char *threads_text(char text[96]) {
+    const int n = threads_get(), visible = visible_processors();
+    if (processors() < visible && n == processors())
+        snprintf(text, 96, "%d thread%s (of %d processors, the CPU quota of this container or group)", n,
+                 n == 1 ? "" : "s", visible);
+    else
+        snprintf(text, 96, "%d threads", n);
+    return text;
 }
 
 void threads_set(int n) {

@@ -10,13 +10,27 @@
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
+#include <unistd.h>
 
 /* ---- Options ---- */
+
+/* A seed that no other run has, even of the same second: from the system, else from clock and process. Short enough to
+ * be typed again. */
+static uint64_t fresh_seed(void) {
+    uint32_t seed = 0;
+    FILE *f = fopen("/dev/urandom", "rb");
+    const int random = f && fread(&seed, sizeof seed, 1, f) == 1;
+    if (f) fclose(f);
+    if (random) return seed;
+    struct timespec t;
+    clock_gettime(CLOCK_REALTIME, &t);
+    return rng_below((uint64_t)t.tv_sec, (uint64_t)t.tv_nsec, (uint64_t)getpid(), UINT32_MAX);
+}
 
 void sampling_parse(int argc, char **argv, const Option *own, SamplingArgs *a, const char *intro) {
     enum { MOST = 64 };
     const Option shared[] = {
-        {OPT_U64, "--seed", "N", &a->seed, 0, 0, "same seed, same pictures (default: from the clock; always printed)"},
+        {OPT_U64, "--seed", "N", &a->seed, 0, 0, "same seed, same pictures (default: a new one; always printed)"},
         {OPT_STRING, "--class", "NAME|ID", &a->class_name, 0, 0,
          "which class, for models that have classes; ImageNet's also by synset\n(n02099601) or any WordNet name "
          "(\"golden retriever\")"},
@@ -47,6 +61,7 @@ void sampling_parse(int argc, char **argv, const Option *own, SamplingArgs *a, c
     size_t n = 0;
     while (own[n].kind != OPT_END) n++;
     if (n + sizeof shared / sizeof *shared > MOST) die("%zu options, but room for %d", n, MOST);
+    a->seed = fresh_seed();
     memcpy(table, own, n * sizeof *own);
     memcpy(table + n, shared, sizeof shared);
     options_parse(argc, argv, table, intro);
@@ -124,7 +139,6 @@ void sampling_start(SamplingArgs *a, Model *m, const NamedModel **stand_in_for) 
     m->no_ema = a->no_ema;
     m->weights = (WeightFormat)format;
     if (cuda) check(model_use_cuda(m));
-    if (a->seed == SEED_NOT_GIVEN) a->seed = (uint64_t)time(NULL);
     const NamedModel *missing = *stand_in_for;
     if (!missing) return;
     fprintf(stderr,
@@ -156,7 +170,7 @@ static void say_gpu(const Model *m, const ModelMemory *need) {
 
 void sampling_memory(Model *m, size_t batch, size_t pictures) {
     ModelMemory need;
-    char first[32], scale[32], rest[32], there[32], what[PATH_BYTES + 256];
+    char first[32], scale[32], rest[32], there[32], threads[96], what[PATH_BYTES + 256];
     size_t available = memory_available();
     check(model_memory(m, batch, pictures, &need));
     bytes_text(first, need.first_stage), bytes_text(scale, need.scale), bytes_text(rest, need.activations);
@@ -165,7 +179,7 @@ void sampling_memory(Model *m, size_t batch, size_t pictures) {
     check(memory_fits(need.total, available, what, "a smaller --batch or -n takes less"));
     fprintf(stderr, "memory: first stage %s, largest scale %s, activations and pictures %s; ", first, scale, rest);
     fprintf(stderr, "%s available\n", available == SIZE_MAX ? "unknown how much is" : bytes_text(there, available));
-    fprintf(stderr, "processor: %s, %d threads\n", vector_instructions(), threads_get());
+    fprintf(stderr, "processor: %s, %s\n", vector_instructions(), threads_text(threads));
     if (m->cuda)
         say_gpu(m, &need);
     else

@@ -91,10 +91,9 @@ Err show_png(const char *path);
 typedef struct {
     const char *model, *out, *class_name, *temperature, *top_k, *guidance, *chain_length, *device, *weights;
     size_t n, batch, block, threads;
-    uint64_t seed; /* SEED_NOT_GIVEN: take one from the clock; it is printed and kept in the PNG */
+    uint64_t seed; /* the user's or a new one; it is printed and kept in the PNG */
     int official_temperature, no_ema, show;
 } SamplingArgs;
-#define SEED_NOT_GIVEN UINT64_MAX
 /* options_parse with the program's own rows, then those that both have, which fill *a. */
 void sampling_parse(int argc, char **argv, const Option *own, SamplingArgs *a, const char *intro);
 /* Threads, seed, device, model; dies on error. */

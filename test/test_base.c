@@ -4,6 +4,7 @@
 #include <time.h>
 
 #include <sys/resource.h>
+#include <sys/stat.h>
 
 static Err passed_on(void) {
     TRY(err_in("b"));
@@ -256,6 +257,69 @@ static void test_idle(void) {
     if (!CHECK(used < 0.03)) printf("     idle workers used %.3f s of 0.3 s\n", used);
 }
 
+/* ---- the quota of control groups, in a /proc and /sys of our own ---- */
+
+static void put(const char *root, const char *name, const char *text) {
+    char path[PATH_BYTES];
+    CHECK_OK(path_make(path, "%s/%s", root, name));
+    for (char *p = path + strlen(root) + 1; (p = strchr(p, '/')); *p++ = '/') *p = 0, mkdir(path, 0777);
+    FILE *f = fopen(path, "w");
+    CHECK(f && fputs(text, f) >= 0 && fclose(f) == 0);
+}
+
+#define GROUP "proc/self/cgroup"
+#define MOUNT "sys/fs/cgroup"
+
+static void test_quota(void) {
+    static const struct {
+        const char *what, *name[4], *text[4];
+        int threads;
+    } cases[] = {
+        {"no groups", {NULL}, {NULL}, 0},
+        {"no limit", {GROUP, MOUNT "/a/cpu.max"}, {"0::/a\n", "max 100000\n"}, 0},
+        {"whole", {GROUP, MOUNT "/a/cpu.max"}, {"0::/a\n", "200000 100000\n"}, 2},
+        {"rounded up", {GROUP, MOUNT "/a/cpu.max"}, {"0::/a\n", "150000 100000\n"}, 2},
+        {"at least one", {GROUP, MOUNT "/a/cpu.max"}, {"0::/a\n", "1000 100000\n"}, 1},
+        {"the group above",
+         {GROUP, MOUNT "/a/cpu.max", MOUNT "/a/b/c/cpu.max"},
+         {"0::/a/b/c\n", "300000 100000\n", "500000 100000\n"},
+         3},
+        {"a group in between",
+         {GROUP, MOUNT "/a/cpu.max", MOUNT "/a/b/cpu.max", MOUNT "/a/b/c/cpu.max"},
+         {"0::/a/b/c\n", "900000 100000\n", "50000 25000\n", "max 100000\n"},
+         2},
+        {"a container: its host's name, its own mount",
+         {GROUP, MOUNT "/cpu.max"},
+         {"0::/docker/0123\n", "400000 100000\n"},
+         4},
+        {"a name that leads out", {GROUP, MOUNT "/cpu.max"}, {"0::/../other\n", "400000 100000\n"}, 4},
+        {"no /proc", {MOUNT "/cpu.max"}, {"400000 100000\n"}, 4},
+        {"version 1",
+         {GROUP, MOUNT "/cpu,cpuacct/a/cpu.cfs_quota_us", MOUNT "/cpu,cpuacct/a/cpu.cfs_period_us"},
+         {"7:memory:/m\n4:cpu,cpuacct:/a\n0::/\n", "250000\n", "100000\n"},
+         3},
+        {"version 1 without a limit",
+         {GROUP, MOUNT "/cpu/a/cpu.cfs_quota_us", MOUNT "/cpu/a/cpu.cfs_period_us"},
+         {"4:cpu:/a\n", "-1\n", "100000\n"},
+         0},
+        {"both",
+         {GROUP, MOUNT "/cpu/cpu.cfs_quota_us", MOUNT "/cpu/cpu.cfs_period_us", MOUNT "/cpu.max"},
+         {"4:cpu:/a\n0::/\n", "100000\n", "50000\n", "600000 100000\n"},
+         2},
+        {"nonsense", {GROUP, MOUNT "/cpu.max"}, {"0::/\n", "many 0\n"}, 0},
+        {"a period of nothing", {GROUP, MOUNT "/cpu.max"}, {"0::/\n", "100000 0\n"}, 0},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        char root[] = "/tmp/test_base-XXXXXX", command[64];
+        CHECK(mkdtemp(root) != NULL);
+        for (int k = 0; k < 4 && cases[i].name[k]; k++) put(root, cases[i].name[k], cases[i].text[k]);
+        const int got = cpu_quota(root);
+        if (!CHECK(got == cases[i].threads)) printf("     %s: %d, expected %d\n", cases[i].what, got, cases[i].threads);
+        snprintf(command, sizeof command, "rm -r %s", root);
+        CHECK(system(command) == 0);
+    }
+}
+
 int main(void) {
     test_errors();
     test_memory();
@@ -265,6 +329,7 @@ int main(void) {
     test_bf16();
     test_philox();
     test_streams();
+    test_quota();
     CHECK(threads_get() >= 1);
     threads_set(1);
     CHECK(threads_get() == 1 && threads_free() == 1);

@@ -1,13 +1,19 @@
-/* bad_batches.c - what a run does after a step that does not count: goes back, and leaves its pictures out.
+/* bad_batches.c - what a run does after a step that is not to be taken: passes it over, or goes back and leaves its
+ * pictures out.
  *
- * A step whose loss or gradient norm is not finite, or out of all proportion to the last steps', is not taken: the run
- * goes back to the newest state and leaves the step's micro batches out from then on. The numbers left out are part of
- * the state, as are the losses and norms that a step is measured against, and both decisions are functions of the
- * step's mean loss and norm alone. So a run that was killed takes the same decisions as one that was not, and ends with
- * the same bits; and so do several processes, which all have the same sums (parallel.c).
+ * A step is bad if its loss or gradient norm is not finite, or out of all proportion to the last steps'. If only its
+ * gradient is, the weights are fine: a network that learns few pictures by heart has such gradients now and then. The
+ * step is passed over: it counts, and moves nothing. If its loss is, the weights may have been led astray before: the
+ * run goes back to the newest state and leaves the step's micro batches out from then on. Where nothing was learnt that
+ * could be returned to, before the first checkpoint, such a step is passed over too; and with --all, which nobody
+ * watches, once the run went back ROLLBACKS times. Otherwise that ends the run.
  *
- * Read in this order: which micro batches; what is bad; going back. */
-#include "training/stage.h"
+ * The numbers left out are part of the state, as are the losses and norms that a step is measured against, and all
+ * decisions are functions of these and of the step's mean loss and norm. So a run that was killed takes the same
+ * decisions as one that was not, and ends with the same bits; and so do several processes, which all have the same sums
+ * (parallel.c).
+ *
+ * Read in this order: which micro batches; what is bad; passing over; going back. */
 #include "training/stage.h"
 
 #include <math.h>
@@ -75,6 +81,14 @@ static int is_skipped(const Stage *s, uint64_t micro) {
 }
 
 static const char skipped_header[] = "stage\tstep\tmicro_batches\tloss\tgrad_norm\treason\n";
+#define PASSED_OVER ", passed over" /* ends a reason */
+
+static const char gradient_spike[] = "gradient spike";
+
+/* Does the state know of this line: are its micro batches left out, or was its step passed over before? */
+static int is_known(const Stage *s, const char *line, uint64_t step, uint64_t first) {
+    return is_skipped(s, first) || (step <= s->step && strstr(line, PASSED_OVER));
+}
 
 /* Of this stage, the lines that the state knows of stay. */
 Err list_skipped(Stage *s, void *line) {
@@ -89,7 +103,7 @@ Err list_skipped(Stage *s, void *line) {
     while (in && e == OK && fgets(old, sizeof old, in)) {
         if (sscanf(old, "%15s\t%llu\t%llu", stage, &step, &first) != 3 || (line && !strcmp(old, line))) continue;
         if (strcmp(stage, s->name) && strchr(old, '\n')) e = atomic_write(&out, old, strlen(old));
-        if (!strcmp(stage, s->name) && is_skipped(s, first)) e = atomic_write(&out, old, strlen(old));
+        if (!strcmp(stage, s->name) && is_known(s, old, step, first)) e = atomic_write(&out, old, strlen(old));
     }
     if (in) fclose(in);
     if (line && e == OK) e = atomic_write(&out, line, strlen(line));
@@ -115,6 +129,12 @@ static int named_in(const char *variable, const Stage *s, uint64_t micro) {
 double test_loss(const Stage *s, uint64_t micro, double loss) {
     if (named_in("IMAGEBART_TEST_NAN", s, micro)) return NAN;
     return named_in("IMAGEBART_TEST_SPIKE", s, micro) ? 100 * loss : loss;
+}
+
+double test_norm(const Stage *s, double norm) {
+    for (size_t i = 0; i < s->set.accumulate; i++)
+        if (named_in("IMAGEBART_TEST_GRADIENT", s, micro_number(s, i))) return 1e5 * norm;
+    return norm;
 }
 
 double test_discriminator(const Stage *s, double norm) {
@@ -151,12 +171,64 @@ static int is_spike(const Stage *s, const real *recent, double least, double x) 
 const char *why_bad(const Stage *s, double loss, double norm) {
     if (!isfinite(loss) || !isfinite(norm)) return "not finite";
     if (is_spike(s, s->history.recent, 0.1, loss)) return "loss spike";
-    return is_spike(s, s->history.recent + RECENT, 1, norm) ? "gradient spike" : NULL;
+    return is_spike(s, s->history.recent + RECENT, 1, norm) ? gradient_spike : NULL;
 }
 
 void remember_step(Stage *s, double loss, double norm) {
+    s->not_finite = 0;
     s->history.recent[s->step % RECENT] = (real)loss;
     s->history.recent[RECENT + s->step % RECENT] = (real)norm;
+}
+
+/* ------------------------------------------------------------------------------------------------------------
+ * Passing over
+ * ---------------------------------------------------------------------------------------------------------- */
+
+/* How often the run went back to its newest state: what it leaves out behind that, in steps. Not from a counter, so
+ * that a new process knows it too. */
+static size_t times_back(const Stage *s) {
+    const History *h = &s->history;
+    size_t n = 0;
+    for (size_t k = 0; k < h->n_skipped; k++) n += h->skipped[k] - k >= s->saved * s->set.accumulate;
+    return n / s->set.accumulate;
+}
+
+int can_pass_over(const Stage *s, const Step *step) {
+    return step->bad == gradient_spike || s->saved == 0 || (s->set.all && times_back(s) >= ROLLBACKS);
+}
+
+/* A step's line for RUN/skipped_batches.tsv; micros: "14-15" */
+static void describe(const Stage *s, const Step *step, const char *micros, const char *how, char line[400]) {
+    snprintf(line, 400, "%s\t%llu\t%s\t%.6g\t%.6g\t%s%s\n", s->name, (unsigned long long)s->step + 1, micros,
+             step->mean.loss, step->norm, step->bad, how);
+}
+
+/* The step counts from here on. What is remembered is what steps are measured against: if all are so large from here on, that is usual soon. */
+Err pass_over(Stage *s, Step *step) {
+    char micros[256], line[400];
+    size_t list[64];
+    const int finite = isfinite(step->mean.loss) && isfinite(step->norm);
+    if (!finite && ++s->not_finite > RECENT)
+        return err(
+            "%s step %llu: loss %g, gradient norm %g: the last %d steps were none to be taken; a smaller --lr than %g "
+            "may help",
+            s->name, (unsigned long long)s->step + 1, step->mean.loss, step->norm, s->not_finite,
+            s->lr_scale * s->set.lr.lr_max);
+    const size_t n = min_size(s->set.accumulate, 64);
+    for (size_t i = 0; i < n; i++) list[i] = micro_number(s, i);
+    numbers_text(micros, sizeof micros, list, n);
+    describe(s, step, micros, PASSED_OVER, line);
+    if (finite) remember_step(s, step->mean.loss, step->norm);
+    s->step++;
+    TRY(ranks_agree(rank() ? OK : retry_when_full(s, list_skipped, line, 0)));
+    if (rank() == 0 && s->said_passed_over++ < 3) {
+        progress_end();
+        fprintf(stderr, "%s step %llu: %s: loss %g, gradient norm %g; the step is passed over%s\n", s->name,
+                (unsigned long long)s->step, step->bad, step->mean.loss, step->norm,
+                s->said_passed_over == 3 ? ", as others will be without a word: skipped_batches.tsv lists them" : "");
+    }
+    step->bad = NULL;
+    return OK;
 }
 
 /* ------------------------------------------------------------------------------------------------------------
@@ -214,13 +286,12 @@ Err roll_back(Stage *s, const Step *step) {
         return err("%s step %llu: %s: loss %g, gradient norm %g, and %zu micro batches were left out already", s->name,
                    number, step->bad, loss, norm, s->history.n_skipped);
     numbers_text(micros, sizeof micros, out + s->history.n_skipped, s->set.accumulate);
-    snprintf(line, sizeof line, "%s\t%llu\t%s\t%.6g\t%.6g\t%s\n", s->name, number, micros, loss, norm, step->bad);
+    describe(s, step, micros, "", line);
     if (s->rollbacks++ == ROLLBACKS)
-        return err(
-            "%s step %llu: %s: loss %g, gradient norm %g, after going back to step %llu %d times; a smaller --lr "
-            "than %g may help, and in the recipe train.spike is what counts as a spike (%g, 0: nothing)",
-            s->name, number, step->bad, loss, norm, (unsigned long long)s->saved, ROLLBACKS,
-            s->lr_scale * s->set.lr.lr_max, s->set.spike);
+        return err("%s step %llu: %s: loss %g, gradient norm %g, after going back to step %llu %d times; a smaller "
+                   "--lr than %g may help, or --spike 0, after which no step is one (now %g)",
+                   s->name, number, step->bad, loss, norm, (unsigned long long)s->saved, ROLLBACKS,
+                   s->lr_scale * s->set.lr.lr_max, s->set.spike);
     TRY(reload(s)); /* the state may be older than the last time that we went back, and know fewer */
     for (size_t i = 0; i < n; i++) TRY(skip(s, out[i]));
     TRY(skipped_to_recipe(s));

@@ -63,7 +63,16 @@ static void say_gpu(const Stage *s) {
             bytes_text(available, s->gpu_memory.available));
 }
 
+/* Is there nothing to train? */
+int is_done(const Stage *s) {
+    return s->step >= s->set.steps;
+}
+
 void say_start(Stage *s) {
+    if (s->has_state && is_done(s)) {
+        fprintf(stderr, "%s: finished, %llu steps\n", s->name, (unsigned long long)s->step);
+        return;
+    }
     if (ranks() > 1)
         fprintf(stderr, "%zu processes, each takes %zu of the %zu pictures of a micro batch, with %d threads\n",
                 ranks(), s->batch, s->global_batch, threads_get());
@@ -71,11 +80,11 @@ void say_start(Stage *s) {
         say_gpu(s);
     else
         say_cpu();
+    char threads[96];
     fprintf(stderr,
-            "%s: %.2f million parameters, %zu pictures (%zu held out), batch %zu x %zu, %zu steps, seed %llu, %d "
-            "threads, %s\n",
+            "%s: %.2f million parameters, %zu pictures (%zu held out), batch %zu x %zu, %zu steps, seed %llu, %s, %s\n",
             s->name, (double)params_count(s->params) / 1e6, s->train.n, s->val.n, s->global_batch, s->set.accumulate,
-            s->set.steps, (unsigned long long)s->set.seed, threads_get(), vector_instructions());
+            s->set.steps, (unsigned long long)s->set.seed, threads_text(threads), vector_instructions());
     char state[32], activations[32], available[32];
     fprintf(stderr, "memory: parameters, gradients and optimizer%s %s, activations %s; %s available\n",
             s->set.bf16_states ? " (in bf16)" : "", bytes_text(state, s->memory.state),

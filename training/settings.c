@@ -7,6 +7,7 @@
  * table: which options exclude each other, batch and processes, the learning-rate rule, the device. */
 #include "training/stage.h"
 
+#include <dirent.h>
 #include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -95,7 +96,8 @@ static const Setting table[] = {
     RECIPE(OPT_REAL, LR, "max_decay_steps", lr.max_decay_steps, 0, 1, 1e12), /* usual: train.steps */
     RECIPE(OPT_REAL, "train.", "weight_decay_scale", weight_decay_scale, 1, 0, 1e6),
     RECIPE(OPT_REAL, "train.", "ema_decay", ema_decay, 0.9999, 0, 1),
-    RECIPE(OPT_REAL, "train.", "spike", spike, 10, 0, 1e6),
+    {OPT_REAL, "--spike", "X", "train.", "spike", AT(spike), 10, 0, 1e6,
+     "a step whose loss or gradient is X deviations above the last ones' is not taken\n(default 10; 0: all are)"},
     RECIPE(OPT_FLAG, "train.", "flip", flip, 0, 0, 1),
 
     HEADING("How: the first stage (whose discriminator is the recipe's: doc/training.md)"),
@@ -219,13 +221,36 @@ static const char *recipe_path(const Settings *o, char out[PATH_BYTES]) {
     return out;
 }
 
+/* " (recipes: cats, emoji, ...)": those in models/ */
+static const char *recipes_text(char *text, size_t bytes) {
+    struct dirent **found = NULL;
+    const int n = scandir("models", &found, NULL, alphasort);
+    size_t at = 0;
+    *text = 0;
+    for (int i = 0; i < n; i++) {
+        const char *name = found[i]->d_name;
+        const size_t length = strlen(name);
+        if (length > 4 && !strcmp(name + length - 4, ".txt") && !strstr(name, "-classes") && at < bytes)
+            at += (size_t)snprintf(text + at, bytes - at, "%s%.*s", at ? ", " : "", (int)length - 4, name);
+        free(found[i]);
+    }
+    free(found);
+    return at ? text : "none in models/ here";
+}
+
+static Err no_recipe(const Settings *o, const char *path) {
+    char text[1024];
+    if (o->config || strchr(o->model, '/')) return err("%s: no such recipe (models/emoji.txt is an example)", path);
+    return err("%s: no such recipe; recipes: %s; or --config FILE names another", path,
+               recipes_text(text, sizeof text));
+}
+
 /* The part of the recipe that this stage is trained by */
-static Err read_recipe(Stage *s) {
+static Err read_recipe(const Settings *o, Config *recipe) {
     char path[PATH_BYTES];
-    recipe_path(&s->set, path);
-    if (!file_exists(path))
-        return err("%s: no such recipe; --config FILE names one (models/emoji.txt is an example)", path);
-    return recipe_read(&s->recipe, path, s->set.vqgan ? RECIPE_VQGAN : s->set.joint ? 0 : (int)s->set.scale);
+    recipe_path(o, path);
+    if (!file_exists(path)) return no_recipe(o, path);
+    return recipe_read(recipe, path, o->vqgan ? RECIPE_VQGAN : o->joint ? 0 : (int)o->scale);
 }
 
 /* How many scales the model has: as a transition's own recipe says, else (NULL, or a first stage's) the file's. */
@@ -234,7 +259,8 @@ Err count_scales(const Settings *given, const Config *own, size_t *T) {
     char path[PATH_BYTES];
     if (own && config_get(own, "model.params.", "n_scales"))
         return config_size(T, own, "model.params.", "n_scales", 1, MAX_SCALES, 0);
-    Err e = recipe_read(&recipe, recipe_path(given, path), 1);
+    if (!file_exists(recipe_path(given, path))) return no_recipe(given, path);
+    Err e = recipe_read(&recipe, path, 1);
     if (e == OK) e = config_size(T, &recipe, "model.params.", "n_scales", 1, MAX_SCALES, 0);
     config_free(&recipe);
     return e;
@@ -346,9 +372,28 @@ static Err settle_device(Stage *s, int continuing) {
     return config_set(&s->recipe, "train.device", "%s", device_name(o));
 }
 
+/* A run that goes on, whose recipe may have been edited. One that is gone, and that nobody named, says nothing. */
+static Err compare_with_recipe(Stage *s) {
+    Config recipe = {0}, now = {0};
+    char path[PATH_BYTES], key[128];
+    if (!s->set.config && !file_exists(recipe_path(&s->set, path))) return OK;
+    Err e = read_recipe(&s->set, &recipe);
+    if (e == OK) e = apply_given(&now, &s->set);
+    if (e == OK) e = compare_recipe(s, &recipe, &now);
+    for (const Setting *r = table; r < table + ROWS && e == OK; r++) {
+        if (!r->key || r->option || !strcmp(r->prefix, LR)) continue;
+        snprintf(key, sizeof key, "%s%s", r->prefix, r->key);
+        e = compare_removed(s, &recipe, &now, key);
+    }
+    config_free(&recipe);
+    config_free(&now);
+    return e;
+}
+
 Err settings_read(Stage *s, const Checkpoint *ck) {
     const int batch_given = s->set.batch != NOT_GIVEN;
-    TRY(ck ? copy_settings(&s->recipe, &ck->meta) : read_recipe(s));
+    TRY(ck ? copy_settings(&s->recipe, &ck->meta) : read_recipe(&s->set, &s->recipe));
+    if (ck && !s->set.eval) TRY(compare_with_recipe(s));
     const size_t pictures = pictures_per_step(&s->recipe);
     TRY(apply_given(&s->recipe, &s->set));
     TRY(settle_device(s, ck != NULL));

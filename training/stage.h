@@ -7,6 +7,7 @@
  *     memory.c          what a stage takes
  *     state.c           checkpoints
  *     bad_batches.c     which steps do not count; going back
+ *     edited.c          what an edited recipe says to a run that goes on
  *     settings.c        the table of all options and recipe keys
  *     log.c view.c      log.tsv; loss.svg and TensorBoard
  *     report.c          what the user is told
@@ -21,6 +22,7 @@
  * For tests only, from the environment:
  *   IMAGEBART_TEST_NAN="stage:micro[,micro...]"    the loss of these micro batches becomes NaN
  *   IMAGEBART_TEST_SPIKE="stage:micro[,micro...]"  ... a hundred times what it is
+ *   IMAGEBART_TEST_GRADIENT=...                    the gradient norm of their steps becomes 100,000 times what it is
  *   IMAGEBART_TEST_NAN_DISCRIMINATOR=...           the discriminator's gradient norm becomes NaN behind them
  *   IMAGEBART_TEST_PAUSE=SECONDS                   between tries while the disk is full, instead of 30 */
 #ifndef STAGE_H
@@ -183,6 +185,7 @@ struct Stage {
     History history;
     uint64_t saved;           /* the step of the last checkpoint */
     int has_state, rollbacks; /* there is one; how often this process went back to it */
+    int not_finite, said_passed_over; /* how many steps passed over were not finite, in a row; of how many it was said */
     Memory memory, gpu_memory;
     int all_read;     /* every picture was read before training began, */
     size_t n_damaged; /* of which these could not be */
@@ -235,10 +238,14 @@ void forget_steps(History *h); /* the loss will be another one from here on */
 /* bad_batches.c. The number of micro batch i of the present step; the loss as tests want it */
 uint64_t micro_number(const Stage *s, size_t i);
 double test_loss(const Stage *s, uint64_t micro, double loss);
+double test_norm(const Stage *s, double norm);
 double test_discriminator(const Stage *s, double norm);
 /* NULL, or what is wrong with a step of this loss and norm; a step that was right becomes part of the measure */
 const char *why_bad(const Stage *s, double loss, double norm);
 void remember_step(Stage *s, double loss, double norm);
+/* Need the run not go back after this bad step, whose gradients were not taken? Then the step is passed over. */
+int can_pass_over(const Stage *s, const Step *step);
+Err pass_over(Stage *s, Step *step);
 /* Back to the last checkpoint, from where the present step's micro batches are left out. */
 Err roll_back(Stage *s, const Step *step);
 /* RUN/skipped_batches.tsv: what the state leaves out, and one more line or NULL */
@@ -246,6 +253,11 @@ Err list_skipped(Stage *s, void *line);
 
 /* settings.c. parse: exits where the command line is wrong. read: of the stage whose Settings.vqgan, .scale say which,
  * over what the recipe says, or ck, the state that the run continues. */
+/* edited.c. A run goes on, and the recipe may have been edited: what it says otherwise than Stage.recipe, which is the
+ * run's, is said or taken over, but for the keys that the user gives now; a key that the recipe says no more */
+Err compare_recipe(Stage *s, const Config *recipe, const Config *given);
+Err compare_removed(Stage *s, const Config *recipe, const Config *given, const char *key);
+
 void settings_parse(Settings *given, int argc, char **argv);
 Err settings_read(Stage *s, const Checkpoint *ck);
 Err count_scales(const Settings *given, const Config *recipe, size_t *T);
