@@ -5,6 +5,9 @@
  * imagebart.class_list; from then on the file's text travels with the model as imagebart.classes, so that a converted
  * or trained model needs no second file. The label of a class is its place in the list (SPEC section 10).
  *
+ * A model trained on folders has their names as they are, a line each behind the line FOLDERS; older ones have them
+ * between commas, in one line.
+ *
  * A class is found by its number, its synset, any of its names, or a part of one that no other class has; case does
  * not matter. Words are not names: ImageNet has two cranes, a bird and a machine. What fits several classes is an error
  * that lists them with their numbers.
@@ -21,6 +24,10 @@
 
 enum { LIST_BYTES = 1 << 24 };
 
+/* The first line of a list of folders. What follows is neither comment nor cut at commas. */
+static const char FOLDERS[] = "# folders, one a line\n";
+typedef enum { COMMAS, LINES, VERBATIM } ListKind;
+
 Err classes_from_recipe(Config *to, const char *recipe) {
     char path[PATH_BYTES], *text;
     const char *file = config_get(to, "imagebart.", "class_list"), *slash = strrchr(recipe, '/');
@@ -33,18 +40,18 @@ Err classes_from_recipe(Config *to, const char *recipe) {
     return e;
 }
 
-/* The next class of a list, *length bytes; *list moves on. NULL: no more. Lines (those after # are comments) or, in a
- * list without line ends, what stands between commas. */
-static const char *next_class(const char **list, size_t *length, int lines) {
+/* The next class of a list, *length bytes; *list moves on. NULL: no more. Lines (those after # are comments), lines as
+ * they are or, in a list without line ends, what stands between commas. */
+static const char *next_class(const char **list, size_t *length, ListKind kind) {
     const char *start = *list;
-    while (lines && (*start == '#' || *start == '\n')) {
+    while (kind == LINES && (*start == '#' || *start == '\n')) {
         start += *start == '#' ? strcspn(start, "\n") : 0;
         start += *start == '\n';
     }
     if (*start == 0) return NULL;
-    *length = strcspn(start, lines ? "\n" : ",");
+    *length = strcspn(start, kind == COMMAS ? "," : "\n");
     *list = start + *length + (start[*length] != 0);
-    while (lines && *length && isspace((unsigned char)start[*length - 1])) --*length;
+    while (kind == LINES && *length && isspace((unsigned char)start[*length - 1])) --*length;
     return start;
 }
 
@@ -65,9 +72,11 @@ Err classes_open(Classes *c, const char *list, size_t most) {
         }
         return OK;
     }
-    const int lines = strchr(list, '\n') != NULL;
+    c->verbatim = strncmp(list, FOLDERS, sizeof FOLDERS - 1) == 0;
+    if (c->verbatim) list += sizeof FOLDERS - 1;
+    const ListKind kind = c->verbatim ? VERBATIM : strchr(list, '\n') ? LINES : COMMAS;
     const char *text;
-    for (size_t length, n = 0; (text = next_class(&list, &length, lines)); n++) {
+    for (size_t length, n = 0; (text = next_class(&list, &length, kind)); n++) {
         if (n == most) return err("imagebart.classes names more than the %zu classes that the network knows", most);
         TRY(add_class(c, text, length));
     }
@@ -102,10 +111,10 @@ static int same(const char *text, size_t length, const char *name) {
     return i == length && name[i] == 0;
 }
 
-/* Is it exactly the class's synset or one of its names? */
+/* Is it exactly the class's line, its synset or one of its names? */
 static int is_named(const char *text, const char *name) {
     size_t length = synset_length(text);
-    if (length && same(text, length, name)) return 1;
+    if ((length && same(text, length, name)) || same(text, strlen(text), name)) return 1;
     text += length;
     for (const char *word; (word = next_name(&text, &length));)
         if (same(word, length, name)) return 1;
@@ -123,9 +132,9 @@ static int holds(const char *text, const char *part) {
 }
 
 const char *class_title(char out[CLASS_TITLE_BYTES], const Classes *c, size_t label) {
-    const char *text = c->name[label] + synset_length(c->name[label]);
-    size_t length = 0;
-    const char *first = next_name(&text, &length);
+    const char *text = c->name[label] + (c->verbatim ? 0 : synset_length(c->name[label]));
+    size_t length = strlen(text);
+    const char *first = c->verbatim ? text : next_name(&text, &length);
     snprintf(out, CLASS_TITLE_BYTES, "%.*s", (int)min_size(length, CLASS_TITLE_BYTES), first ? first : "");
     return out;
 }
@@ -137,17 +146,39 @@ static int folders_fit(const Classes *c, char *const *folder, size_t n) {
     return i == n;
 }
 
+/* The name travels in metadata, which is UTF-8, as a line. */
+static Err check_folder(const char *folder) {
+    if (strchr(folder, '\n')) return err("the class folder '%s' has a line break in its name: rename it", folder);
+    for (const char *at = folder; *at;) {
+        const size_t n = utf8_length(at);
+        if (!n) return err("the name of the class folder '%s' is not UTF-8: rename it", folder);
+        at += n;
+    }
+    return OK;
+}
+
 Err classes_from_folders(Config *to, char *const *folder, size_t n) {
     const char *list = config_get(to, "imagebart.", "classes");
     Classes known = {0};
     int fits = 0;
-    Err e = OK;
+    Err e;
     if (list && classes_open(&known, list, 65536) == OK) fits = folders_fit(&known, folder, n);
     classes_free(&known);
     if (fits) return OK;
-    for (size_t i = 0; i < n && e == OK; i++)
-        e = config_set(to, "imagebart.classes", "%s%s%s", i ? config_get(to, "imagebart.", "classes") : "",
-                       i ? "," : "", folder[i]);
+    char *text, *at;
+    size_t bytes = sizeof FOLDERS;
+    for (size_t i = 0; i < n; i++) {
+        TRY(check_folder(folder[i]));
+        bytes += strlen(folder[i]) + 1;
+    }
+    TRY(mem_alloc(&text, bytes, 1, "class names"));
+    at = stpcpy(text, FOLDERS);
+    for (size_t i = 0; i < n; i++) {
+        at = stpcpy(at, folder[i]);
+        *at++ = '\n';
+    }
+    e = config_set(to, "imagebart.classes", "%s", text);
+    free(text);
     return e;
 }
 
@@ -185,7 +216,7 @@ static Err class_error(const Classes *c, const char *name, const char *why, int 
     for (size_t i = 0; i < c->n; i++) {
         if (passes && !passes(c->name[i], name)) continue;
         class_title(title, c, i);
-        if (synset_length(c->name[i]))
+        if (!c->verbatim && synset_length(c->name[i]))
             snprintf(one, sizeof one, "%zu %.9s %s", i, c->name[i], title);
         else
             snprintf(one, sizeof one, "%s", title);

@@ -267,8 +267,9 @@ Err betas_read(float *beta, const char *redraw_prob, int T);
 typedef struct {
     char **name; /* (n) all names of a class, after its synset if it has one: "n01440764 tench, Tinca tinca" */
     size_t n;
+    int verbatim; /* the names are those of folders, as they are: a comma in one is a comma */
 } Classes;
-/* From imagebart.classes: a class a line, or between commas; NULL: the numbers below `most`, which is how many classes
+/* From imagebart.classes: a class a line, or (older models) between commas; NULL: the numbers below `most`, which is how many classes
  * the network knows. */
 Err classes_open(Classes *c, const char *list, size_t most);
 void classes_free(Classes *c);
@@ -283,7 +284,7 @@ Err classes_find(const Classes *c, const char *name, int32_t *label);
 /* A recipe's imagebart.class_list FILE (relative to the recipe) becomes imagebart.classes, the file's text. */
 Err classes_from_recipe(Config *to, const char *recipe);
 /* imagebart.classes for a model trained on pictures in these folders: what a recipe listed stays if the folders are
- * those classes one by one, such as ImageNet's synsets; else it is the folders' names. */
+ * those classes one by one, such as ImageNet's synsets; else it is the folders' names, which must be UTF-8 of one line. */
 Err classes_from_folders(Config *to, char *const *folder, size_t n);
 
 /* ---- Pictures in files; LMDBs ---- */

@@ -78,12 +78,50 @@ static void test_folders(void) {
     CHECK(strstr(config_get(&c, "", "imagebart.classes"), "n02099601 golden retriever\n") != NULL);
     CHECK_OK(classes_from_folders(&c, folder, 999)); /* another set of pictures */
     CHECK(strstr(config_get(&c, "", "imagebart.classes"), "golden") == NULL);
-    CHECK(strlen(config_get(&c, "", "imagebart.classes")) == 999 * 10 - 1);
+    CHECK(strlen(config_get(&c, "", "imagebart.classes")) == 22 + 999 * 10);
     CHECK_OK(classes_from_folders(&c, few, 2));
-    CHECK(!strcmp(config_get(&c, "", "imagebart.classes"), "cat,dog"));
+    CHECK(!strcmp(config_get(&c, "", "imagebart.classes"), "# folders, one a line\ncat\ndog\n"));
     for (size_t i = 0; i < 1000; i++) free(folder[i]);
     config_free(&c);
     classes_free(&m);
+}
+
+/* Whatever a folder is called is one class, found by that name under its own label. Old models: between commas. */
+static void test_folder_names(void) {
+    char *folder[] = {(char[]){" blank"},
+                      (char[]){"#1"},
+                      (char[]){"'q' \"d\""},
+                      (char[]){"a,b"},
+                      (char[]){"b"},
+                      (char[]){"back\\"},
+                      (char[]){"blank "},
+                      (char[]){"c=d, e"},
+                      (char[]){"caf\303\251"},
+                      (char[]){"hot dog, mustard"},
+                      (char[]){"n01440764 tench, Tinca"}};
+    enum { N = sizeof folder / sizeof *folder };
+    static const char *const bad[] = {"a\nb", "caf\351", "\355\240\200", "\300\257"};
+    char title[CLASS_TITLE_BYTES], *one[1];
+    Classes m = {0};
+    Config c = {0};
+    CHECK_OK(classes_from_folders(&c, folder, N));
+    CHECK_OK(classes_open(&m, config_get(&c, "", "imagebart.classes"), N));
+    CHECK(m.n == N);
+    for (size_t i = 0; i < m.n; i++) {
+        CHECK(label_of(&m, folder[i]) == (int)i);
+        CHECK(!strcmp(class_title(title, &m, i), folder[i]));
+    }
+    CHECK(label_of(&m, "mustard") == 9); /* a part that no other has */
+    classes_free(&m);
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
+        one[0] = strdup(bad[i]);
+        CHECK_ERR(classes_from_folders(&c, one, 1), "rename it");
+        free(one[0]);
+    }
+    CHECK_OK(classes_open(&m, "animals and plants,faces,x", 3));
+    CHECK(m.n == 3 && label_of(&m, "faces") == 1 && label_of(&m, "x") == 2);
+    classes_free(&m);
+    config_free(&c);
 }
 
 static void test_lists(const char *dir) {
@@ -128,6 +166,7 @@ int main(void) {
     if (!temporary_folder(dir)) return 1;
     test_imagenet();
     test_folders();
+    test_folder_names();
     test_lists(dir);
     rmdir(dir);
     return test_report();
