@@ -56,13 +56,17 @@ void lmdb_close(Lmdb *x) {
     free(x);
 }
 
-/* The newer header's numbers, and how many pages were looked at. */
+/* The newer header's numbers, how many pages were looked at, and what the pages still to come are held to. */
 typedef struct {
     const char *path;
     int fd;
     uint32_t page_bytes; /* 0: unknown yet */
     uint16_t flags;
     uint64_t pages, transaction, root, visited;
+    int leaf_depth;               /* of the first leaf, which all others share; -1: none was met */
+    uint8_t last[LMDB_KEY_BYTES]; /* the last key, of a leaf or of a branch */
+    size_t last_bytes;
+    int last_of_branch; /* then the next leaf's first key may be the same */
 } Tree;
 
 static Err check_header(Tree *t, size_t at) {
@@ -119,6 +123,20 @@ static Err check_value(const Tree *t, uint64_t number, const uint8_t *page, size
                : damaged(t, number, "a value lies behind the file");
 }
 
+/* Keys are in ascending order over the whole tree: a branch's key stands between the keys on its two sides. */
+static Err check_key(Tree *t, uint64_t number, const uint8_t *node, unsigned page_kind) {
+    const size_t n = word(node + 6), common = min_size(n, t->last_bytes);
+    if (n == 0 || n > LMDB_KEY_BYTES) return damaged(t, number, "a key's length is nonsense");
+    int order = memcmp(node + NODE_HEAD, t->last, common);
+    if (order == 0) order = (n > t->last_bytes) - (n < t->last_bytes);
+    if (order < 0 || (order == 0 && !(t->last_of_branch && page_kind == LEAF)))
+        return damaged(t, number, "its keys are out of order");
+    memcpy(t->last, node + NODE_HEAD, n);
+    t->last_bytes = n;
+    t->last_of_branch = page_kind == BRANCH;
+    return OK;
+}
+
 /* The pages from page `number` down; branches hold two or more. */
 static Err check_page(Tree *t, uint64_t number, int depth) {
     uint8_t *page;
@@ -135,12 +153,18 @@ static Err check_page(Tree *t, uint64_t number, int depth) {
     if (e == OK && (self != number || (flags != BRANCH && flags != LEAF) || lower % 2 || upper > t->page_bytes ||
                     lower > upper || n < (flags == BRANCH ? 2 : 1)))
         e = damaged(t, number, "its head is nonsense");
+    if (e == OK && flags == LEAF && t->leaf_depth < 0) t->leaf_depth = depth;
+    if (e == OK && (flags == LEAF ? depth != t->leaf_depth : t->leaf_depth >= 0 && depth >= t->leaf_depth))
+        e = damaged(t, number, "lies deeper or less deep than others of its kind");
     for (size_t i = 0; i < n && e == OK; i++) {
         const size_t at = word(page + PAGE_HEAD + 2 * i);
         if (at < upper || at % 2 || at + NODE_HEAD > t->page_bytes ||
             at + NODE_HEAD + word(page + at + 6) > t->page_bytes)
             e = damaged(t, number, "a key lies behind the page");
-        else if (flags == LEAF)
+        else if (flags == LEAF || i > 0) /* the first key of a branch is none */
+            e = check_key(t, number, page + at, flags);
+        if (e != OK) break;
+        if (flags == LEAF)
             e = check_value(t, number, page, at);
         else
             e = check_page(t,
@@ -162,7 +186,7 @@ static Err check_tree(Tree *t, size_t file_bytes) {
 }
 
 static Err check_file(const char *path, size_t *file_bytes) {
-    Tree t = {.path = path};
+    Tree t = {.path = path, .leaf_depth = -1};
     TRY(file_open(&t.fd, file_bytes, path));
     Err e = check_tree(&t, *file_bytes);
     close(t.fd);

@@ -330,6 +330,51 @@ static void test_lmdb_damage(void) {
     write_lmdb(path, MDB_NOSUBDIR, NULL, 0);
     CHECK_ERR(dataset_open(&d, set, SPLIT_ALL), "has no pictures");
 }
+
+static unsigned page_word(const uint8_t *file, size_t page, size_t at) {
+    return file[page * 4096 + at] | (unsigned)file[page * 4096 + at + 1] << 8;
+}
+
+/* A tree of branches and leaves: every key found at its place, or refused; what liblmdb would stop the program at. */
+static void test_lmdb_tree(void) {
+    enum { KEYS = 300 };
+    static uint8_t good[1 << 20];
+    static char key[KEYS][200];
+    Record record[KEYS];
+    Dataset d;
+    size_t n, root = 0, leaf = 0;
+    for (size_t i = 0; i < KEYS; i++) {
+        snprintf(key[i], sizeof key[i], "%0190zu", i);
+        record[i] = (Record){key[i], strlen(key[i]), in_folder("value0.png")};
+    }
+    make_folder("tree");
+    const char *path = in_folder("tree/data.mdb"), *set = in_folder("tree");
+    write_lmdb(path, MDB_NOSUBDIR, record, KEYS);
+    memcpy(good, get_file(path, &n), sizeof good);
+    CHECK(n < sizeof good);
+    CHECK_OK(dataset_open(&d, set, SPLIT_ALL));
+    CHECK(d.n == KEYS);
+    dataset_close(&d);
+    for (size_t page = 2; page < n / 4096; page++) {
+        if (page_word(good, page, 10) == 1 && page_word(good, page, 12) > 16 + 2 * 3) root = page;
+        if (page_word(good, page, 10) == 2) leaf = page;
+    }
+    if (!CHECK(root && leaf)) return;
+    uint8_t *offsets = good + leaf * 4096 + 16, keep[2];
+    memcpy(keep, offsets, 2), memcpy(offsets, offsets + 2, 2); /* a key twice */
+    put_file(path, good, n);
+    CHECK_ERR(dataset_open(&d, set, SPLIT_ALL), "out of order");
+    memcpy(offsets, keep, 2);
+    uint8_t *child = good + root * 4096 + page_word(good, root, 16 + 2 * 2), page[6];
+    memcpy(page, child, 6); /* the third page below the root is the first leaf of all once more, or a page of values */
+    memcpy(child, good + root * 4096 + page_word(good, root, 16), 6);
+    put_file(path, good, n);
+    CHECK_ERR(dataset_open(&d, set, SPLIT_ALL), "damaged LMDB: page ");
+    memcpy(child, page, 6);
+    put_file(path, good, n);
+    CHECK_OK(dataset_open(&d, set, SPLIT_ALL));
+    dataset_close(&d);
+}
 /* Pages of keys whose words are anything: an error, or pictures that are there; never a crash. Branches, leaves, values
  * in their page and in pages of their own. */
 static void test_lmdb_pages(void) {
@@ -882,6 +927,7 @@ int main(int argc, char **argv) {
     test_lmdb_keys();
     test_lmdb_split();
     test_lmdb_damage();
+    test_lmdb_tree();
     test_lmdb_pages();
     test_epoch_order();
     test_label_dropped();
