@@ -247,6 +247,20 @@ ok "after a word for each stage" test "$(grep -c '^[a-z0-9]*: finished, [0-9]* s
 ok "and no more" sh -c "! grep -q 'continuing\|disk:' '$dir/said'"
 unset IMAGEBART_TEST_SPIKE
 
+# ---- --all: what a later stage would refuse is refused before the first step ----
+mkdir "$dir/flat" && cp "$dir"/data/*/000.png "$dir"/data/*/001.png "$dir/flat" 2>/dev/null
+early() { # early WORD ARGUMENTS...
+    rm -rf "$dir/early-all"
+    fails "$@" --run "$dir/early-all" --all && ! grep -q 'step' "$dir/said" && [ ! -e "$dir/early-all/vqgan.state.safetensors" ]
+}
+ok "no classes for a model with classes" early "one sub-folder per class" --data "$dir/flat"
+sed 's/^scale.*dec_num_tokens 16/scale.model.params.transformer_config.params.dec_num_tokens 17/' test/tiny.txt >"$dir/tokens.txt"
+ok "another number of tokens than codes" early "scale1: the network writes 17 token values, the first stage has 16" --config "$dir/tokens.txt"
+sed 's/^last.*block_size 65/last.model.params.transformer_config.params.block_size 40/' test/tiny.txt >"$dir/short.txt"
+ok "a last scale too short for the grid" early "4[0-9]" --config "$dir/short.txt"
+sed 's/input_vocab_size 16/input_vocab_size 2/; s/enc_num_tokens 16/enc_num_tokens 16/' test/tiny.txt >"$dir/few.txt"
+ok "label dropout without a token for it" early "label_dropout" --label-dropout 0.1 --config "$dir/few.txt"
+
 # ---- an edited recipe, when the run goes on ----
 sed 's/^scale.model.params.scheduler_config.params.lr_max .*/scale.model.params.scheduler_config.params.lr_max 3.0e-3/
      s/^scale.train.flip .*/scale.train.flip false/

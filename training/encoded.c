@@ -145,7 +145,7 @@ static Err load_split(Stage *s, Tokens *x, const Dataset *d, const char *what, c
 
 static Err load_both(Stage *s, const char *vqgan_path) {
     TRY(load_split(s, &s->second.train, &s->train, "train", vqgan_path));
-    return load_split(s, &s->second.val, &s->val, "val", vqgan_path);
+    return s->val.n == 0 ? OK : load_split(s, &s->second.val, &s->val, "val", vqgan_path);
 }
 
 /* The first rank makes them, for the others to read. */

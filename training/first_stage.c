@@ -228,7 +228,8 @@ Err first_evaluate(Stage *s, Metrics *out) {
 /* Held-out pictures above their reconstructions. */
 Err first_picture(Stage *s, const char *path) {
     enum { COLUMNS = 8 };
-    size_t n = s->val.n < COLUMNS ? s->val.n : COLUMNS, pixels = 3 * s->size * s->size;
+    const Dataset *from = s->val.n ? &s->val : &s->train; /* a small set holds nothing out */
+    size_t n = min_size(from->n, COLUMNS), pixels = 3 * s->size * s->size;
     if (n > s->batch) n = s->batch;
     real *rows = NULL;
     Loader *l = NULL;
@@ -238,7 +239,7 @@ Err first_picture(Stage *s, const char *path) {
     const int32_t *labels;
     double codebook;
     TRY(mem_alloc(&rows, 2 * n * pixels, sizeof *rows, "picture"));
-    Err e = loader_start(&l, &s->val, &c);
+    Err e = loader_start(&l, from, &c);
     if (e == OK) e = loader_next(l, &images, &labels);
     if (e == OK) e = vqgan_forward(s->vqgan, images, n, s->size, s->size, &xrec, &codebook);
     if (e == OK) {

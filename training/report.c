@@ -32,7 +32,7 @@ static Err draw_picture(Stage *s, void *view) {
 /* The first rank evaluates, writes the line of the log, shows it, keeps the best weights, draws. */
 static Err show_and_log(Stage *s, Report *r, const Step *step) {
     Metrics val, ema;
-    r->view.evaluated = due(s->step, s->set.eval_every, s->set.steps);
+    r->view.evaluated = s->val.n > 0 && due(s->step, s->set.eval_every, s->set.steps);
     show_step(s, &r->log, step);
     if (r->view.evaluated) {
         TRY(evaluate_both(s, &val, &ema));
@@ -162,6 +162,7 @@ static void say_next(const Stage *s) {
 }
 
 void say_end(const Stage *s) {
+    if (s->set.all && !s->trained && is_done(s)) return;
     if (!s->all_read) say_damaged(s);
     if (s->step < s->set.steps) {
         fprintf(stderr, "stopped after step %llu, everything is saved; --resume continues\n",

@@ -94,12 +94,13 @@ Err second_picture(Stage *s, const char *path) {
     SecondStage *x = &s->second;
     enum { COLUMNS = 8 };
     int t = x->t ? x->t : 1 + (int)(s->step / s->set.picture_every) % x->schedule.T;
-    size_t n = x->val.n < COLUMNS ? x->val.n : COLUMNS, pixels = 3 * s->size * s->size, rows = 0;
+    const Tokens *from = x->val.n ? &x->val : &x->train; /* a small set holds nothing out */
+    size_t n = min_size(from->n, COLUMNS), pixels = 3 * s->size * s->size, rows = 0;
     if (n > s->batch) n = s->batch;
     real *images = NULL;
     Image im = {0};
     SampleOptions o;
-    for (size_t b = 0; b < n; b++) take_example(s, &x->val, b * (x->val.n / n), 0, b);
+    for (size_t b = 0; b < n; b++) take_example(s, from, b * (from->n / n), 0, b);
     noise_chain(x->x_prev, x->x_t, x->x0, n * s->N, s->K, &x->schedule, t, VALIDATION_SEED, 1, 0);
     TRY(mem_alloc(&images, 3 * n * pixels, sizeof *images, "picture"));
     memset(&o, 0, sizeof o);
@@ -180,16 +181,36 @@ static Err read_schedule(Stage *s) {
     return schedule_make(&s->second.schedule, redraw ? redraw : "geometric", (int)T);
 }
 
-static Err second_plan(Stage *s) {
-    Transformer *net = s->second.net;
+static Err create_network(Stage *s, const NetConfig *c) {
+    Transformer *net;
     size_t bytes = 0;
+    TRY(transformer_create(&s->second.net, c));
+    net = s->second.net;
+    s->params = transformer_params(net);
+    transformer_set_alphas(net, s->second.schedule.alpha);
     if (s->set.cuda) TRY(transformer_use_cuda(net, gpu_precision(s)));
     TRY(transformer_plan_bytes(net, s->batch, s->N, 1, &bytes));
     if (s->set.cuda) TRY(check_gpu_memory(s, bytes));
     /* 2: the posterior, the gradient of the logits */
-    TRY(check_memory(s, 5, s->set.cuda ? 0 : bytes, 2 * s->batch * s->N, s->K));
-    TRY(transformer_plan(net, s->batch, s->N, 1));
-    return transition_buffers(s);
+    return check_memory(s, 5, s->set.cuda ? 0 : bytes, 2 * s->batch * s->N, s->K);
+}
+
+/* What second_build will find when the first stage, of this configuration, is trained */
+Err second_check(Stage *s, const VqganConfig *first, Err (*open_pictures)(Stage *s)) {
+    NetConfig c;
+    s->second.t = (int)s->set.scale;
+    TRY(read_schedule(s));
+    TRY(net_config_read(&c, &s->recipe, "model.params."));
+    if (c.has_class && s->train.n == 0) TRY(open_pictures(s));
+    s->size = first->resolution;
+    s->h = s->w = s->size >> (first->levels - 1);
+    s->N = s->h * s->w;
+    s->K = first->re_embed && c.dec_num_tokens != first->n_embed ? first->re_embed : first->n_embed;
+    TRY(check_transition(s, &c));
+    if (s->K > TOKEN_VALUES)
+        return err("%s: a codebook of %zu entries; tokens are kept in 16 bits, so that %d are the most", s->name, s->K,
+                   TOKEN_VALUES);
+    return create_network(s, &c);
 }
 
 Err second_build(Stage *s) {
@@ -205,10 +226,9 @@ Err second_build(Stage *s) {
     TRY(check_transition(s, &c));
     TRY(add_model_keys(s, &c));
     TRY(load_tokens(s, vqgan_path));
-    TRY(transformer_create(&x->net, &c));
-    s->params = transformer_params(x->net);
-    transformer_set_alphas(x->net, x->schedule.alpha);
-    TRY(second_plan(s));
+    TRY(create_network(s, &c));
+    TRY(transformer_plan(x->net, s->batch, s->N, 1));
+    TRY(transition_buffers(s));
     x->epoch = UINT64_MAX;
     return s->set.balance ? group_by_class(s) : OK;
 }

@@ -185,6 +185,7 @@ struct Stage {
     History history;
     uint64_t saved;           /* the step of the last checkpoint */
     int has_state, rollbacks; /* there is one; how often this process went back to it */
+    int trained;                      /* this process took steps */
     int not_finite, said_passed_over; /* how many steps passed over were not finite, in a row; of how many it was said */
     Memory memory, gpu_memory;
     int all_read;     /* every picture was read before training began, */
@@ -365,6 +366,9 @@ Err convert_perceptual(const char *files, const char *out);
 typedef Err TransitionLoss(Stage *s, int t, size_t B, uint64_t seed, uint64_t micro, uint64_t token, double weight,
                            Loss *loss);
 Err second_build(Stage *s);
+/* --all, before the first step: what second_build would refuse on a first stage of this configuration */
+enum { TOKEN_VALUES = 65536 };
+Err second_check(Stage *s, const VqganConfig *first, Err (*open_pictures)(Stage *s));
 void next_tokens(Stage *s, uint64_t micro);
 Err second_evaluate(Stage *s, TransitionLoss *loss_of, Metrics *out);
 Err second_picture(Stage *s, const char *path);
