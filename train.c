@@ -145,14 +145,14 @@ static Err update(Stage *s, Step *step) {
 /* After a step that counts: the report, a checkpoint. *stop: the user wants an end. */
 static Err report_and_save(Stage *s, Report *r, const Step *step, int *stop) {
     TRY(report_step(s, r, step));
-    *stop = interrupted();
+    *stop = interrupted() || (rank() == 0 && ended_early(s)); /* the first rank evaluates */
     TRY(ranks_any(stop));
     return *stop || due(s->step, s->set.save_every, s->set.steps) ? save(s) : OK;
 }
 
 static Err run(Stage *s) {
     Report r;
-    int stop = 0;
+    int stop = s->has_state && ended_early(s);
     catch_interrupts();
     Err e = report_begin(s, &r);
     if (e == OK && !s->has_state) e = save_state(s, 1); /* something to go back to, and the disk shows what it has */
@@ -327,6 +327,7 @@ static void train(const Settings *given) {
     else {
         if (rank() == 0) remove_leftovers(&s), say_start(&s);
         check_all(run(&s));
+        check_all(rank() == 0 ? use_best(&s) : OK);
         if (rank() == 0) say_end(&s);
     }
     free_stage(&s);

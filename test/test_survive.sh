@@ -81,6 +81,42 @@ ok "which with --keep 1" train --run "$dir/worse" --vqgan --lr 0.5 --steps 14 --
 ok "are one" test "$(cd "$dir/worse" && echo vqgan.state*)" = vqgan.state.safetensors
 ok "how much of the disk that takes is said" said '^disk: a state 2.6 MiB, weights 0.9 MiB twice: with --keep 1 at most 7.0 MiB in .*, .* free$'
 
+# ---- --early-stop: the end, and the best weights ----
+stop="--vqgan --lr 0.5 --eval-every 1 --steps 60 --spike 0"
+# shellcheck disable=SC2086
+ok "training that gets worse" train --run "$dir/risen" $stop
+ok "says so" said '^vqgan: the validation loss has risen since step .*by heart; --early-stop 3'
+ok "once" test "$(grep -c 'has risen' "$dir/said")" -eq 1
+ok "and keeps its last weights" test "$(step_of "$dir/risen/vqgan.safetensors")" = 60
+# shellcheck disable=SC2086
+ok "with --early-stop" train --run "$dir/stopped" $stop --early-stop 4
+best=$(best_of stopped vqgan)
+ok "it ends after four evaluations that were no better" test "$(step_of "$(state stopped vqgan)")" = $((best + 4))
+ok "which is said" said "^vqgan: ended after step $((best + 4)), for validation was best at step $best: .*stopped/vqgan.safetensors"
+ok "with the weights of the best" test "$(step_of "$dir/stopped/vqgan.safetensors")" = "$best"
+weights() { # of a file: tensors in order of their names
+    python3 -c 'import sys, struct, json, hashlib
+b = open(sys.argv[1], "rb").read(); n = 8 + struct.unpack("<Q", b[:8])[0]; t = json.loads(b[8:n]); t.pop("__metadata__")
+print(hashlib.sha256(b"".join(k.encode() + b[n + t[k]["data_offsets"][0] : n + t[k]["data_offsets"][1]] for k in sorted(t))).hexdigest())' "$1"
+}
+ok "to the bit" test -n "$(weights "$dir/stopped/vqgan.safetensors")" -a "$(weights "$dir/stopped/vqgan.safetensors")" = "$(weights "$dir/stopped/vqgan.best.safetensors")"
+cp "$(state stopped vqgan)" "$dir/before"
+# shellcheck disable=SC2086
+ok "it has ended for good" train --run "$dir/stopped" $stop --resume
+ok "as it says" said '^vqgan: finished'
+ok "to the same state" cmp "$dir/before" "$(state stopped vqgan)"
+ok "and the next is a scale" said '^next: .*--scale 1'
+begin stopped-killed $stop --early-stop 4 --save-every 1 --steps 60
+until_there test -f "$dir/stopped-killed/vqgan.state-1.safetensors"
+kill -9 $pid 2>/dev/null
+wait $pid 2>/dev/null
+# shellcheck disable=SC2086
+ok "killed, it goes on" train --run "$dir/stopped-killed" $stop --resume
+ok "to the same end" same stopped stopped-killed vqgan
+ok "and the same weights" cmp "$dir/stopped/vqgan.safetensors" "$dir/stopped-killed/vqgan.safetensors"
+ok "a finished run takes its best" train --run "$dir/risen" --vqgan --resume --eval-every 1 --early-stop 4
+ok "too" test "$(step_of "$dir/risen/vqgan.safetensors")" = "$(best_of risen vqgan)"
+
 # ---- signals: saved first; with a second one nothing is lost but the steps since the last checkpoint ----
 steps=250
 case $build in *sanitize*) steps=60 ;; esac # which take as long

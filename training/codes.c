@@ -117,15 +117,9 @@ static Err count_pictures(Stage *s, uint32_t *usage) {
 
 /* Transitions that were trained on other numbers would say nonsense afterwards. */
 static Err check_untrained(const Stage *s) {
-    for (size_t t = 0; t <= MAX_SCALES; t++) {
-        char path[PATH_BYTES];
-        if (t)
-            snprintf(path, sizeof path, "%s/scale%zu.state.safetensors", s->set.run, t);
-        else
-            snprintf(path, sizeof path, "%s/joint.state.safetensors", s->set.run);
-        if (file_exists(path))
-            return err("%s: trained on the tokens as they are; --remap comes before the transitions", path);
-    }
+    char path[PATH_BYTES];
+    if (transitions_path(s, path))
+        return err("%s: trained on the tokens as they are; --remap comes before the transitions", path);
     return OK;
 }
 

@@ -29,6 +29,25 @@ static Err draw_picture(Stage *s, void *view) {
     return e == OK ? view_picture(s, view, path) : e;
 }
 
+enum { RISEN = 3 };  /* evaluations after the best */
+#define CLEARLY 1.02 /* times the best loss */
+
+static int is_clearly_worse(const Stage *s, double loss) {
+    return s->history.best_step > 0 && loss > CLEARLY * s->history.best;
+}
+
+/* Once, when validation has risen for long */
+static void say_risen(Stage *s, double loss) {
+    if (s->said_risen || s->set.early_stop || !is_clearly_worse(s, loss)) return;
+    if (s->step < s->history.best_step + RISEN * s->set.eval_every) return;
+    s->said_risen = 1;
+    fprintf(
+        stderr,
+        "%s: the validation loss has risen since step %zu (%.4g, now %.4g): from there on it learns its pictures by "
+        "heart; --early-stop %d ends a stage then, with the weights of its best step\n",
+        s->name, s->history.best_step, s->history.best, loss, RISEN);
+}
+
 /* The first rank evaluates, writes the line of the log, shows it, keeps the best weights, draws. */
 static Err show_and_log(Stage *s, Report *r, const Step *step) {
     Metrics val, ema;
@@ -38,6 +57,7 @@ static Err show_and_log(Stage *s, Report *r, const Step *step) {
         TRY(evaluate_both(s, &val, &ema));
         progress_end();
         s->kind->print_evaluation(s, stderr, &val, &ema);
+        say_risen(s, ema.loss);
     }
     TRY(log_step(s, &r->log, step, r->view.evaluated ? &val : NULL, &ema));
     TRY(retry_when_full(s, view_step, &r->view, 0));
@@ -65,7 +85,7 @@ static void say_gpu(const Stage *s) {
 
 /* Is there nothing to train? */
 int is_done(const Stage *s) {
-    return s->step >= s->set.steps;
+    return s->step >= s->set.steps || ended_early(s);
 }
 
 void say_start(Stage *s) {
@@ -122,7 +142,7 @@ static int is_finished(const Settings *o, size_t scale) {
     if (!file_exists(path) || checkpoint_open(&ck, path) != OK) return 0;
     Err e = config_size(&step, &ck.meta, "train.", "step", 0, UINT32_MAX, 1);
     if (e == OK) e = config_size(&steps, &ck.meta, "train.", "steps", 0, UINT32_MAX, 1);
-    int known = config_get(&ck.meta, "train.", "step") != NULL;
+    int known = config_get(&ck.meta, "train.", "step") && !config_get(&ck.meta, "train.", "stopped_early");
     checkpoint_close(&ck);
     return e == OK && (!known || step >= steps);
 }
@@ -164,7 +184,7 @@ static void say_next(const Stage *s) {
 void say_end(const Stage *s) {
     if (s->set.all && !s->trained && is_done(s)) return;
     if (!s->all_read) say_damaged(s);
-    if (s->step < s->set.steps) {
+    if (!is_done(s)) {
         fprintf(stderr, "stopped after step %llu, everything is saved; --resume continues\n",
                 (unsigned long long)s->step);
         return;

@@ -141,6 +141,8 @@ static const Setting table[] = {
     COUNT("--eval-every", eval_every, 500, 1, UINT32_MAX,
           "steps between evaluations on the held-out pictures (default 500)"),
     COUNT("--picture-every", picture_every, 500, 1, UINT32_MAX, "steps between pictures (default 500)"),
+    {OPT_SIZE, "--early-stop", "N", "train.", "early_stop", AT(early_stop), 0, 0, 1000000,
+     "end a stage after N evaluations that were no better than the best, and use the best\nweights (default 0: never)"},
     FLAG("--eval", eval, "only evaluate what the run has"),
 
     HEADING("On which machine"),

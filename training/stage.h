@@ -54,6 +54,7 @@ typedef struct {
     size_t steps, batch, accumulate, seed;
     double alpha;         /* loss = alpha soft + (1-alpha) hard */
     double label_dropout; /* how often a label gives way to "no class" (classifier-free guidance) */
+    size_t early_stop;    /* evaluations without a better one that end a stage; 0: none do */
     int balance;          /* draw every class equally often */
     int bf16_states;      /* Adam's moments in bf16 */
     const char *store;    /* the user's; Stage.store is what holds */
@@ -103,7 +104,8 @@ enum {
 typedef struct {
     real recent[2 * RECENT];                /* (2,RECENT) loss and gradient norm of step i at i % RECENT; NaN: none */
     size_t skipped[SKIPPED_MAX], n_skipped; /* numbers of micro batches that are left out, ascending */
-    double best;                            /* the least validation loss */
+    double best;                            /* the least validation loss, */
+    size_t best_step;                       /* and its step; known to the first rank alone until the state is read */
 } History;
 
 typedef struct Gan Gan; /* gan.c */
@@ -185,6 +187,7 @@ struct Stage {
     History history;
     uint64_t saved;           /* the step of the last checkpoint */
     int has_state, rollbacks; /* there is one; how often this process went back to it */
+    int said_risen;                   /* that the validation loss rises */
     int trained;                      /* this process took steps */
     int not_finite, said_passed_over; /* how many steps passed over were not finite, in a row; of how many it was said */
     Memory memory, gpu_memory;
@@ -224,6 +227,7 @@ Precision gpu_precision(const Stage *s);
 /* state.c */
 Err copy_settings(Config *to, const Config *from); /* but for the checksum of the file that they came from */
 int state_exists(const Stage *s);
+int transitions_path(const Stage *s, char path[PATH_BYTES]); /* of a transition's state, if the run has one */
 /* The newest that can be read, on every rank; damaged newer ones are said, and put aside if `tidy`. */
 Err state_open(const Stage *s, Checkpoint *ck, int tidy);
 Err load_state(Stage *s, const Checkpoint *ck);
@@ -232,6 +236,10 @@ Err load_state(Stage *s, const Checkpoint *ck);
 Err save(Stage *s);
 Err save_state(Stage *s, int beside);
 Err save_best(Stage *s, const Metrics *val);
+/* Have evaluations been no better for as long as --early-stop says? Nothing but the state tells. use_best: then the
+ * best weights become STAGE.safetensors; a first stage's do not if transitions know its tokens. */
+int ended_early(const Stage *s);
+Err use_best(Stage *s);
 void say_disk(Stage *s); /* how much of it checkpoints take */
 void history_start(History *h);
 void forget_steps(History *h); /* the loss will be another one from here on */
@@ -297,6 +305,7 @@ int due(uint64_t step, size_t every, size_t last);
 Err report_begin(Stage *s, Report *r);
 Err report_step(Stage *s, Report *r, const Step *step);
 Err report_end(Stage *s, Report *r);
+int is_done(const Stage *s); /* nothing is left to train */
 void say_start(Stage *s);
 void say_end(const Stage *s);
 void say_waiting(double waited);         /* while this process waits for others */

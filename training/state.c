@@ -79,6 +79,17 @@ static Err open_checked(Checkpoint *ck, const char *path) {
  * The files of a run
  * ---------------------------------------------------------------------------------------------------------- */
 
+int transitions_path(const Stage *s, char path[PATH_BYTES]) {
+    for (size_t t = 0; t <= MAX_SCALES; t++) {
+        if (t)
+            snprintf(path, PATH_BYTES, "%s/scale%zu.state.safetensors", s->set.run, t);
+        else
+            snprintf(path, PATH_BYTES, "%s/joint.state.safetensors", s->set.run);
+        if (file_exists(path)) return 1;
+    }
+    return 0;
+}
+
 /* The newest is number 0. */
 static const char *state_path(const Stage *s, char out[PATH_BYTES], size_t number) {
     char suffix[40];
@@ -256,12 +267,64 @@ Err save(Stage *s) {
 Err save_best(Stage *s, const Metrics *val) {
     static char suffix[] = ".best.safetensors";
     if (!(val->loss < s->history.best)) return OK;
-    s->history.best = val->loss;
+    s->history.best = val->loss, s->history.best_step = s->step;
     TRY(params_fetch(s->params));
     TRY(set_counters(s));
     TRY(config_set(&s->recipe, "train.best_step", "%llu", (unsigned long long)s->step));
     TRY(config_set(&s->recipe, "train.best_validation_loss", "%.17g", s->history.best));
     return retry_when_full(s, write_weights, suffix, list_bytes(s, s->kind->collect_weights));
+}
+
+int ended_early(const Stage *s) {
+    const History *h = &s->history;
+    return s->set.early_stop && isfinite(h->best) && s->step >= h->best_step + s->set.early_stop * s->set.eval_every;
+}
+
+/* Which step is a file of weights of? */
+static Err step_of(size_t *step, const char *path) {
+    Checkpoint ck;
+    memset(&ck, 0, sizeof ck);
+    TRY(checkpoint_open(&ck, path));
+    Err e = config_size(step, &ck.meta, "train.", "step", 0, UINT32_MAX, 1);
+    checkpoint_close(&ck);
+    return e;
+}
+
+static Err copy_best(Stage *s, void *unused) {
+    char best[PATH_BYTES], path[PATH_BYTES];
+    Checkpoint ck;
+    TensorList list = {0};
+    Config meta = {0};
+    (void)unused;
+    memset(&ck, 0, sizeof ck);
+    TRY(checkpoint_open(&ck, run_path(s, best, ".best.safetensors")));
+    Err e = copy_settings(&meta, &ck.meta);
+    for (size_t i = 0; i < ck.n && e == OK; i++) {
+        const Tensor *x = &ck.tensor[i];
+        e = tensor_list_add(&list, x->name, x->dtype, x->ndim, x->dim, x->data, 0);
+    }
+    if (e == OK) e = config_set(&meta, "train.stopped_early", "%llu", (unsigned long long)s->step);
+    if (e == OK) e = checkpoint_write(run_path(s, path, ".safetensors"), list.tensor, list.from_real, list.n, &meta);
+    tensor_list_free(&list);
+    config_free(&meta);
+    checkpoint_close(&ck);
+    return e;
+}
+
+Err use_best(Stage *s) {
+    char path[PATH_BYTES];
+    size_t step = 0;
+    if (!ended_early(s) || !file_exists(run_path(s, path, ".best.safetensors"))) return OK;
+    TRY(step_of(&step, run_path(s, path, ".safetensors")));
+    if (step == s->history.best_step) return OK; /* done; it may have been remapped since */
+    if (s->set.vqgan && transitions_path(s, path)) {
+        fprintf(stderr, "%s: its last weights stay, not the best: %s is trained on their tokens\n", s->name, path);
+        return OK;
+    }
+    TRY(retry_when_full(s, copy_best, NULL, list_bytes(s, s->kind->collect_weights)));
+    fprintf(stderr, "%s: ended after step %llu, for validation was best at step %zu: %s has the weights of that step\n",
+            s->name, (unsigned long long)s->step, s->history.best_step, run_path(s, path, ".safetensors"));
+    return OK;
 }
 
 /* While a state is written, it, the N that are kept and the weights are on the disk. */
@@ -286,7 +349,7 @@ void forget_steps(History *h) {
 }
 
 void history_start(History *h) {
-    h->best = INFINITY, h->n_skipped = 0;
+    h->best = INFINITY, h->best_step = 0, h->n_skipped = 0;
     forget_steps(h);
 }
 
@@ -296,6 +359,7 @@ static Err load_history(History *h, const Checkpoint *ck) {
     if (checkpoint_find(ck, "recent_loss_and_norm")) /* states of earlier versions have none of this */
         TRY(checkpoint_reals(ck, "recent_loss_and_norm", 2, dim, 2 * RECENT, h->recent));
     TRY(config_real(&h->best, &ck->meta, "train.", "best_validation_loss", -1e300, 1e300, 1));
+    TRY(config_size(&h->best_step, &ck->meta, "train.", "best_step", 0, UINT32_MAX, 1));
     TRY(config_list(h->skipped, &h->n_skipped, SKIPPED_MAX, &ck->meta, "train.", "skipped", 1));
     for (size_t k = 1; k < h->n_skipped; k++)
         if (h->skipped[k] <= h->skipped[k - 1]) return err("%s: train.skipped is not ascending", ck->path);
