@@ -13,21 +13,16 @@
  * Read in this order: dataset_open, dataset_picture, loader_start; next vqgan.c, which makes tokens of the batches. */
 #include "imagebart.h"
 
-#include <dirent.h>
 #include <errno.h>
-#include <fcntl.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <strings.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
 enum {
     LIST_FILE_BYTES = 1 << 30,
-    FOLDER_DEPTH = 16,       /* also ends loops of symbolic links */
-    HELD_OUT = 20,           /* 1 of 20 pictures is for validation */
     RING = 4,                /* batches read ahead, the one in use included */
     READERS = 16,            /* threads of a loader at most */
     CACHE_BYTES = 512 << 20, /* resized pictures kept in memory by a loader */
@@ -39,9 +34,6 @@ enum {
 #else
 #define EXTENSIONS ".png, .jpg or .jpeg"
 #endif
-
-/* The side of the split that a name is on, its mark */
-enum { TRAINING = 0, VALIDATION = 1, NOT_SAID = -1 };
 
 /* The next line of a text from *at to end, without its end; 0: there is none. */
 static int next_line(const char **line, size_t *length, const char **at, const char *end) {
@@ -57,35 +49,9 @@ static int next_line(const char **line, size_t *length, const char **at, const c
  * Finding pictures
  * ---------------------------------------------------------------------------------------------------------- */
 
-static const char DATA_MDB[] = "data.mdb";                     /* what the file in every LMDB's folder is called */
-static const char IMAGENET_LEFT_OUT[] = "n06596364_9591.JPEG"; /* the official code leaves it out (SPEC section 10) */
-
 /* out = a/b, or b alone when a is empty */
 static Err join(char out[PATH_BYTES], const char *a, const char *b) {
     return path_make(out, "%s%s%s", a, *a ? "/" : "", b);
-}
-
-static int is_folder(const char *path) {
-    struct stat st;
-    return stat(path, &st) == 0 && S_ISDIR(st.st_mode);
-}
-
-/* The beginning of a file; how much of it there is. */
-static size_t file_start(uint8_t bytes[SNIFF_BYTES], const char *path) {
-    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
-    ssize_t n = fd < 0 ? 0 : read(fd, bytes, SNIFF_BYTES);
-    if (fd >= 0) close(fd);
-    return n > 0 ? (size_t)n : 0;
-}
-
-/* By the name where it says something, else by the content. */
-static int is_picture_file(const char *name, const char *path) {
-    static const char *const extension[] = {".png", ".jpg", ".jpeg", ".webp"};
-    uint8_t bytes[SNIFF_BYTES];
-    const char *dot = strrchr(name, '.');
-    for (size_t i = 0; dot && i < sizeof extension / sizeof *extension; i++)
-        if (!strcasecmp(dot, extension[i])) return 1;
-    return !dot && is_picture(bytes, file_start(bytes, path));
 }
 
 /* Where names go while a set is being searched. */
@@ -122,33 +88,14 @@ static Err search_lmdb(Search *s, const char *below) {
     return lmdb_names(x, take_key, s);
 }
 
-static Err search_folder(Search *s, const char *below, int depth);
-
-/* One folder entry: a sub-folder, a picture, an LMDB, or nothing to us. Symbolic links are followed. */
-static Err search_entry(Search *s, const char *below, const char *name, int depth) {
-    char relative[PATH_BYTES], path[PATH_BYTES];
-    struct stat st;
-    TRY(join(relative, below, name));
-    TRY(join(path, s->root, relative));
-    if (stat(path, &st) != 0) return is_picture_file(name, path) ? err("%s: %s", path, strerror(errno)) : OK;
-    if (S_ISDIR(st.st_mode)) return search_folder(s, relative, depth + 1);
-    if (S_ISREG(st.st_mode) && !strcmp(name, DATA_MDB)) return search_lmdb(s, relative);
-    if (!S_ISREG(st.st_mode) || !is_picture_file(name, path) || !strcmp(name, IMAGENET_LEFT_OUT)) return OK;
-    return names_add(s->names, relative, strlen(relative), (uint64_t)st.st_size, NOT_SAID);
+static Err take_file(void *context, const char *name, uint64_t bytes, int is_lmdb) {
+    Search *s = context;
+    return is_lmdb ? search_lmdb(s, name) : names_add(s->names, name, strlen(name), bytes, NOT_SAID);
 }
 
-/* Adds the pictures in root/below, named relative to root. Hidden files and folders are skipped. */
-static Err search_folder(Search *s, const char *below, int depth) {
-    char path[PATH_BYTES];
-    TRY(join(path, s->root, below));
-    if (depth > FOLDER_DEPTH) return err("%s: folders nested deeper than %d", path, FOLDER_DEPTH);
-    DIR *dir = opendir(*below ? path : s->root);
-    if (!dir) return err("%s: %s", *below ? path : s->root, strerror(errno));
-    Err e = OK;
-    for (struct dirent *entry; e == OK && (entry = readdir(dir));)
-        if (entry->d_name[0] != '.') e = search_entry(s, below, entry->d_name, depth);
-    closedir(dir);
-    return e;
+/* Adds the pictures in root, named relative to it. */
+static Err search_root(Search *s) {
+    return folder_search(s->root, s->set->left_out, take_file, s);
 }
 
 /* ---- list files ---- */
@@ -167,7 +114,7 @@ static Err index_find(Index *x, Search *s, const char *name, const Listed **out)
     if (!x->searched) {
         Names *theirs = s->names;
         s->names = &x->found;
-        Err e = search_folder(s, "", 0);
+        Err e = search_root(s);
         s->names = theirs;
         if (e != OK) return e;
         names_sort(&x->found, names_by_stem);
@@ -184,18 +131,39 @@ static Err index_find(Index *x, Search *s, const char *name, const Listed **out)
     return other ? err("'%s' could be %s or %s", name, at->name, other->name) : OK;
 }
 
-/* One line of a list: the file of that path, else the picture of that stem. Missing ones are counted. */
-static Err list_line(Search *s, Index *x, const char *list, size_t line, const char *name, int side) {
+static int is_file_of_set(const Search *s, const char *name, struct stat *st) {
     char path[PATH_BYTES];
+    return join(path, name[0] == '/' ? "" : s->root, name) == OK && stat(path, st) == 0 && S_ISREG(st->st_mode);
+}
+
+/* One line of a list: the file of that path, else the picture of that stem. Missing ones are counted. Lists of other
+ * programs: blanks behind a name, backslashes in it. */
+static Err list_line(Search *s, Index *x, const char *list, size_t line, char *name, int side) {
     struct stat st;
     const Listed *found;
-    TRY(join(path, name[0] == '/' ? "" : s->root, name));
-    if (stat(path, &st) == 0 && S_ISREG(st.st_mode))
-        return names_add(s->names, name, strlen(name), (uint64_t)st.st_size, side);
+    size_t n = strlen(name);
+    int there = is_file_of_set(s, name, &st);
+    if (!there) {
+        while (n && strchr(" \t", name[n - 1])) name[--n] = 0;
+        if (!n) return OK;
+        there = is_file_of_set(s, name, &st);
+    }
+    if (!there) {
+        if (list_label(name))
+            return err("%s: line %zu: a label stands behind the picture, '%s'; folders are the classes, a path alone "
+                       "expected",
+                       list, line, list_label(name));
+        for (char *p = name; *p; p++)
+            if (*p == '\\') *p = '/';
+        there = is_file_of_set(s, name, &st);
+    }
+    list_name(name, s->root);
+    if (there) return names_add(s->names, name, strlen(name), (uint64_t)st.st_size, side);
     if (index_find(x, s, name, &found) != OK) return err("%s: line %zu: %s", list, line, err_text());
     if (found) return names_add(s->names, found->name, strlen(found->name), found->bytes, side);
     if (x->missing++ == 0) {
-        err("%s: line %zu: no picture at %s", list, line, path);
+        err("%s: line %zu: no picture at %s%s%s", list, line, name[0] == '/' ? "" : s->root, name[0] == '/' ? "" : "/",
+            name);
         snprintf(x->first, sizeof x->first, "%s", err_text());
     }
     return OK;
@@ -207,6 +175,7 @@ static Err search_list(Search *s, Index *x, const char *list, int side) {
     size_t size, length;
     TRY(file_bytes(&bytes, &size, list, LIST_FILE_BYTES, NULL));
     const char *at = (const char *)bytes, *end = at + size, *line;
+    if (size >= 3 && !memcmp(at, "\357\273\277", 3)) at += 3; /* a byte order mark */
     Err e = memchr(bytes, 0, size) ? err("%s: is neither a folder nor a text file with one path a line", list) : OK;
     for (size_t number = 1; e == OK && next_line(&line, &length, &at, end); number++) {
         char name[PATH_BYTES];
@@ -222,62 +191,8 @@ static Err search_list(Search *s, Index *x, const char *list, int side) {
 }
 
 /* ------------------------------------------------------------------------------------------------------------
- * What names say: the split and the class
+ * Classes
  * ---------------------------------------------------------------------------------------------------------- */
-
-typedef struct {
-    const char *train, *val; /* folders that are the split; NULL: there are none */
-    int lmdbs;               /* LMDBs of both sides of LSUN's split are there: NAME_train_lmdb, NAME_val_lmdb */
-} Layout;
-
-/* Folders that are known to be the split; the last are those of the official ImageNet code. */
-static const Layout layouts[] = {
-    {"train", "val", 0}, {"train", "validation", 0}, {"ILSVRC2012_train/data", "ILSVRC2012_validation/data", 0}};
-
-static int ends_with(const char *text, size_t length, const char *end) {
-    size_t n = strlen(end);
-    return length > n && memcmp(text + length - n, end, n) == 0;
-}
-
-/* What follows folder/ in a name, or NULL. */
-static const char *below_folder(const char *name, const char *folder) {
-    size_t n = folder ? strlen(folder) : 0;
-    return n && strncmp(name, folder, n) == 0 && name[n] == '/' ? name + n + 1 : NULL;
-}
-
-/* The class part of "[train/|val/]class/rest" and its length; length 0: the picture lies in no sub-folder. *side: what
- * the name says of the split. */
-static const char *class_part(size_t *length, int *side, const char *name, const Layout *layout) {
-    const char *rest = below_folder(name, layout->train);
-    *side = rest ? TRAINING : NOT_SAID;
-    if (!rest && (rest = below_folder(name, layout->val))) *side = VALIDATION;
-    if (!rest) rest = name;
-    const char *slash = strchr(rest, '/');
-    *length = slash ? (size_t)(slash - rest) : 0;
-    if (!strncmp(rest, DATA_MDB, *length)) *length = 0; /* the keys of an LMDB are no classes */
-    int of_train = ends_with(rest, *length, "_train_lmdb"), of_val = ends_with(rest, *length, "_val_lmdb");
-    if (layout->lmdbs && (of_train || of_val)) *side = of_val ? VALIDATION : TRAINING;
-    if (of_train || of_val) *length -= strlen(of_val ? "_val_lmdb" : "_train_lmdb");
-    return rest;
-}
-
-static void find_folders(Layout *layout, const char *folder) {
-    char train[PATH_BYTES], val[PATH_BYTES];
-    for (size_t i = 0; i < sizeof layouts / sizeof *layouts && !layout->train; i++)
-        if (join(train, folder, layouts[i].train) == OK && join(val, folder, layouts[i].val) == OK &&
-            is_folder(train) && is_folder(val))
-            *layout = layouts[i];
-}
-
-static void find_lmdbs(Layout *layout, const Names *all) {
-    int sides = 0, side;
-    Layout lmdbs = {NULL, NULL, 1};
-    for (size_t i = 0, length; i < all->n && sides != 3; i++) {
-        class_part(&length, &side, all->item[i].name, &lmdbs);
-        if (side != NOT_SAID) sides |= 1 << side;
-    }
-    layout->lmdbs = sides == 3;
-}
 
 /* Class names of the whole set, both splits, so that ids agree between them. Pictures outside sub-folders make the
  * set unlabelled. all is sorted. */
@@ -320,25 +235,6 @@ static int32_t class_of(const Dataset *d, const char *name, const Layout *layout
     return at ? (int32_t)(at - d->class_name) : 0;
 }
 
-/* 1 of HELD_OUT names, chosen by the name alone: adding pictures moves no other picture to the other side. */
-static int name_is_held_out(const char *name) {
-    return (fnv1a(FNV_START, name, strlen(name)) >> 32) % HELD_OUT == 0;
-}
-
-/* Says of every picture which side it is on. Where a small set's names hash to none, the first is held out. */
-static void choose_sides(Names *all, const Layout *layout) {
-    size_t said = 0, held_out = 0;
-    for (size_t i = 0; i < all->n; i++) {
-        Listed *item = &all->item[i];
-        size_t length;
-        if (item->mark == NOT_SAID) class_part(&length, &item->mark, item->name, layout);
-        said += item->mark != NOT_SAID;
-        if (item->mark == NOT_SAID) item->mark = name_is_held_out(item->name) ? VALIDATION : TRAINING;
-        held_out += item->mark == VALIDATION;
-    }
-    if (!said && !held_out && all->n) all->item[0].mark = VALIDATION;
-}
-
 /* ------------------------------------------------------------------------------------------------------------
  * Datasets
  * ---------------------------------------------------------------------------------------------------------- */
@@ -369,7 +265,8 @@ static Err dataset_select(Dataset *d, const Names *all, const char *folder, Spli
         d->identity = fnv1a(d->identity, &item->bytes, sizeof item->bytes);
         e = names_add(&chosen, item->name, strlen(item->name), item->bytes, item->mark);
     }
-    if (e == OK && !chosen.n) e = err("has no %spictures (" EXTENSIONS ") among %zu", what[split], all->n);
+    const int alone = split == SPLIT_VAL && all->n == 1 && all->item[0].mark == TRAINING; /* none is held out */
+    if (e == OK && !chosen.n && !alone) e = err("has no %spictures (" EXTENSIONS ") among %zu", what[split], all->n);
     names_sort(&chosen, names_in_byte_order);
     if (e == OK) e = names_pack(&d->path, &chosen, folder);
     if (e == OK) e = mem_alloc(&d->label, chosen.n, sizeof *d->label, "labels");
@@ -385,20 +282,16 @@ static Err dataset_find(Dataset *d, Names *all, Layout *layout, const char *fold
     Search s = {.set = d, .names = all, .root = folder};
     Index index = {0};
     Err e;
-    if (!list) find_folders(layout, folder);
     if (list) {
         e = search_list(&s, &index, list, val_list ? TRAINING : NOT_SAID);
         if (e == OK && val_list) e = search_list(&s, &index, val_list, VALIDATION);
-    } else if (layout->train) { /* nothing beside the two */
-        e = search_folder(&s, layout->train, 0);
-        if (e == OK) e = search_folder(&s, layout->val, 0);
     } else
-        e = search_folder(&s, "", 0);
+        e = search_root(&s);
     names_free(&index.found);
     if (e != OK) return e;
     names_sort(all, names_in_byte_order);
-    if (!list && !layout->train) find_lmdbs(layout, all);
-    return OK;
+    layout_find(layout, all, folder);
+    return layout_filter(all, layout, d->left_out, d->stray);
 }
 
 static Err dataset_scan(Dataset *d, const char *path, const char *folder, const char *list, const char *val_list,
@@ -408,7 +301,7 @@ static Err dataset_scan(Dataset *d, const char *path, const char *folder, const 
     Err e = dataset_find(d, &all, &layout, folder, list, val_list);
     if (e == OK && all.n > INT32_MAX) e = err("%s: has %zu pictures; fewer than 2^31 expected", path, all.n);
     if (e == OK && !all.n) e = err("%s: has no pictures (" EXTENSIONS ")", path);
-    if (e == OK) choose_sides(&all, &layout);
+    if (e == OK) layout_sides(&all, &layout);
     if (e == OK) e = find_classes(d, &all, &layout);
     if (e == OK && dataset_select(d, &all, folder, split, &layout) != OK) e = err_in(path);
     names_free(&all);
@@ -423,7 +316,7 @@ static Err dataset_scan_lmdb(Dataset *d, const char *path, const char *folder, c
     Err e = search_lmdb(&s, name);
     if (e == OK && !all.n) e = err("%s: has no pictures", path);
     if (e == OK) names_sort(&all, names_in_byte_order);
-    if (e == OK) choose_sides(&all, &none);
+    if (e == OK) layout_sides(&all, &none);
     if (e == OK && dataset_select(d, &all, folder, split, &none) != OK) e = err_in(path);
     names_free(&all);
     return e;
@@ -449,21 +342,27 @@ Err dataset_open_lists(Dataset *d, const char *path, const char *list, const cha
     *d = (Dataset){0};
     struct stat st;
     if (stat(path, &st) != 0) return err("%s: %s", path, strerror(errno));
+    TRY(mem_alloc(&d->left_out, 1, sizeof *d->left_out, "what is left out"));
     char folder[PATH_BYTES];
     uint8_t start[SNIFF_BYTES];
-    Err e;
-    TRY(join(folder, "", path));
+    size_t read;
+    Err e = join(folder, "", path);
+    if (e != OK) {
+        dataset_close(d);
+        return e;
+    }
     if (S_ISDIR(st.st_mode)) {
         for (size_t n = strlen(folder); n > 1 && folder[n - 1] == '/'; n--) folder[n - 1] = 0;
         e = dataset_scan(d, path, folder, list, val_list, split);
     } else if (list)
-        return err("%s: is a file; with lists, the folder expected that their names are in", path);
+        e = err("%s: is a file; with lists, the folder expected that their names are in", path);
     else {
         const char *name;
-        TRY(split_path(folder, &name, path));
-        if (lmdb_is(start, file_start(start, path)))
+        e = split_path(folder, &name, path);
+        if (e == OK) e = file_start(start, sizeof start, &read, path);
+        if (e == OK && lmdb_is(start, read))
             e = dataset_scan_lmdb(d, path, folder, name, split);
-        else
+        else if (e == OK)
             e = dataset_scan(d, path, folder, path, NULL, split);
     }
     if (e != OK) dataset_close(d);
@@ -478,6 +377,7 @@ void dataset_close(Dataset *d) {
         names_free(&d->damage->lines);
     }
     free(d->damage);
+    free(d->left_out);
     free(d->lmdb);
     free(d->path);
     free(d->label);

@@ -47,13 +47,15 @@ typedef struct {
     struct Lmdb **lmdb; /* (n_lmdb) open ones */
     size_t n_lmdb;
     struct Damage *damage; /* pictures that could not be decoded, as they are met */
+    LeftOut *left_out;     /* what the folder holds besides */
+    char stray[256];       /* a picture in no sub-folder, for which the set has no classes; or "" */
 } Dataset;
 typedef enum { SPLIT_ALL, SPLIT_TRAIN, SPLIT_VAL } Split;
 /* path: a folder (searched recursively; its sub-folders are the classes; a data.mdb is an LMDB of pictures), an LMDB's
  * file, or a text file with one picture path a line (relative to the list's folder). If the folder holds train/ and
- * val/ (or validation/, or ILSVRC2012_train/data/ and ILSVRC2012_validation/data/), or LSUN's NAME_train_lmdb and
- * NAME_val_lmdb, these are the split; else every picture whose name hashes into 1 of 20 is held out, the first if none
- * does. An empty set is an error. */
+ * val/ (or valid/, validation/, a lone test/, or ILSVRC2012_train/data/ and ILSVRC2012_validation/data/), or LSUN's
+ * NAME_train_lmdb and NAME_val_lmdb, these are the split; else every picture whose name hashes into 1 of 20 is held
+ * out, the first if none does. Of one picture none is held out. An empty set is an error. */
 Err dataset_open(Dataset *d, const char *path, Split split);
 /* The same, but of the folder `path` only what list files name (the official lists of FFHQ and LSUN; list NULL: all of
  * it). A name is a file below the folder, or the one picture or key anywhere in it that is called so but for the

@@ -269,7 +269,9 @@ static Err start_from(Stage *s, const char *folder) {
 static Err open_pictures(Stage *s) {
     const Settings *o = &s->set;
     TRY(dataset_open_lists(&s->train, o->data, o->list, o->val_list, SPLIT_TRAIN));
-    return dataset_open_lists(&s->val, o->data, o->list, o->val_list, SPLIT_VAL);
+    TRY(dataset_open_lists(&s->val, o->data, o->list, o->val_list, SPLIT_VAL));
+    say_pictures(s);
+    return OK;
 }
 
 /* Builds the stage from its settings: data, network, parameters and optimizer; fresh, or as `ck` left it. */

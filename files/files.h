@@ -153,6 +153,61 @@ int names_by_stem(const void *a, const void *b);
  * `folder` + "/" in front; NULL: nothing in front. */
 Err names_pack(char ***out, const Names *s, const char *folder);
 
+/* ---- folder.c: the pictures in a folder, and what is left out ---- */
+typedef enum {
+    OUT_FOREIGN,
+    OUT_OTHER,
+    OUT_SYSTEM,
+    OUT_TEMPORARY,
+    OUT_LINK,
+    OUT_CIRCLE,
+    OUT_CLOSED,
+    OUT_STRAY,
+    OUT_BESIDE,
+    OUT_OFFICIAL,
+    OUT_REASONS
+} OutReason;
+typedef struct {
+    size_t n[OUT_REASONS];
+    char first[OUT_REASONS][256]; /* an example */
+} LeftOut;
+void left_out_note(LeftOut *x, OutReason why, const char *name);
+/* "2 temporary (such as a/x.png~), ..."; "" if nothing was */
+void left_out_text(char text[ERR_MAX], const LeftOut *x);
+static const char DATA_MDB[] = "data.mdb"; /* what the file in every LMDB's folder is called */
+/* Calls take for every picture and LMDB below root, whose names are relative to it, in no order. */
+typedef Err FolderTake(void *context, const char *name, uint64_t bytes, int is_lmdb);
+Err folder_search(const char *root, LeftOut *out, FolderTake *take, void *context);
+/* The first bytes of a file, n of at most `most` */
+Err file_start(uint8_t *bytes, size_t most, size_t *n, const char *path);
+
+/* ---- layout.c: what the names of a set's pictures say ---- */
+/* The side of the split that a name is on, its mark */
+enum { TRAINING = 0, VALIDATION = 1, NOT_SAID = -1 };
+enum { FOLDER_NAME_BYTES = 64 };
+typedef struct {
+    char train[FOLDER_NAME_BYTES], val[FOLDER_NAME_BYTES]; /* folders that are the split; "": there are none */
+    char only[FOLDER_NAME_BYTES];                          /* the one folder, such as train, in which all is */
+    int lmdbs;      /* LMDBs of both sides of LSUN's split are there: NAME_train_lmdb, NAME_val_lmdb */
+    size_t outside; /* what names outside of the set's folder begin with */
+} Layout;
+void layout_find(Layout *layout, const Names *all, const char *root);
+/* Takes out what lies beside the split's folders, and a few pictures beside class folders. stray: a picture for which
+ * the set has no classes, or "". */
+Err layout_filter(Names *all, const Layout *layout, LeftOut *out, char stray[256]);
+/* Says of every picture which side it is on. Where a small set's names hash to none, the first is held out; one picture
+ * is for training. */
+void layout_sides(Names *all, const Layout *layout);
+/* The class part of "[train/|val/]class/rest" and its length; length 0: the picture lies in no sub-folder. *side: what
+ * the name says of the split. */
+const char *class_part(size_t *length, int *side, const char *name, const Layout *layout);
+/* What follows folder/ in a name, or NULL. */
+const char *below_folder(const char *name, const char *folder);
+/* A list's name as folder_search gives it: without root, "./" and double slashes. */
+void list_name(char *name, const char *root);
+/* The label behind a name, "x.png 3", or NULL */
+const char *list_label(const char *name);
+
 /* ---- weights.c: parameter tables from files and into them ---- */
 /* What one letter names below: 'v' value, 'g' grad, '1' m, '2' v, 'e' ema; it must have been planned.
  * Every row's `which` = tensor prefix+name, which must be there with its exact shape. */

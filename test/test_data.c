@@ -38,7 +38,9 @@ static void test_dataset_folder(void) {
     CHECK(d.n == 5 && d.n_classes == 0 && d.label[0] == 0 && d.label[4] == 0);
     dataset_close(&d);
     CHECK(symlink(".", in_folder("set/loop")) == 0);
-    CHECK_ERR(dataset_open(&d, in_folder("set"), SPLIT_ALL), "nested deeper");
+    CHECK_OK(dataset_open(&d, in_folder("set"), SPLIT_ALL)); /* a circle is left out */
+    CHECK(d.n == 5 && d.left_out->n[OUT_CIRCLE] == 1);
+    dataset_close(&d);
     CHECK(unlink(in_folder("set/loop")) == 0);
     CHECK_ERR(dataset_open(&d, in_folder("nowhere"), SPLIT_ALL), "nowhere: No such file");
 
@@ -189,13 +191,112 @@ static void test_dataset_identity(void) {
     dataset_close(&d);
 }
 
-/* No extension: the content tells. */
+/* An extension that is no picture's: the content tells. */
 static void test_dataset_sniffed(void) {
     Dataset d;
     make_folder("bare"), make_picture("bare/f00ba4", 2, 1);
     put_file(in_folder("bare/README"), "hello\n", 6), put_file(in_folder("bare/x.txt"), "\xff\xd8\xff", 3);
+    put_file(in_folder("bare/a.gif"), "GIF89a..........", 16), put_file(in_folder("bare/b.png~"), "x", 1);
+    make_picture("bare/sunset 21.07.2019", 2, 2), make_picture("bare/1.jfif", 2, 3), make_folder("bare/@eaDir");
+    make_picture("bare/@eaDir/1.png", 2, 2);
+    CHECK(symlink("nowhere", in_folder("bare/link.png")) == 0);
     CHECK_OK(dataset_open(&d, in_folder("bare"), SPLIT_ALL));
-    CHECK(d.n == 1 && strstr(d.path[0], "/bare/f00ba4"));
+    CHECK(d.n == 4 && strstr(d.path[0], "/bare/1.jfif") && strstr(d.path[1], "/bare/f00ba4"));
+    CHECK(d.left_out->n[OUT_FOREIGN] == 1 && d.left_out->n[OUT_TEMPORARY] == 1 && d.left_out->n[OUT_OTHER] == 1);
+    CHECK(d.left_out->n[OUT_SYSTEM] == 1 && d.left_out->n[OUT_LINK] == 1 && d.n_classes == 0);
+    dataset_close(&d);
+}
+
+/* Which folders are the split: two pictures in each of the names; the classes and how many pictures each side has. */
+static void test_dataset_layouts(void) {
+    static const struct {
+        const char *folder[5];
+        size_t classes, train, val;
+    } sets[] = {{{"train/a", "train/b", "valid/a"}, 2, 4, 2},
+                {{"Train/a", "Val/b"}, 2, 2, 2},
+                {{"train/a", "test/a", "test/b"}, 2, 2, 4},
+                {{"train/a", "validation/a", "test/c"}, 1, 2, 2},
+                {{"train/a", "train/b"}, 2, 3, 1},
+                {{"TRAIN"}, 0, 1, 1},
+                {{"bus/x", "car", "train"}, 3, 5, 1},
+                {{"d", "da", "data", "data.", "e"}, 5, 0, 0},
+                {{"letters", "test", "train"}, 3, 0, 0},
+                {{"train", "val"}, 0, 2, 2}};
+    for (size_t i = 0; i < sizeof sets / sizeof *sets; i++) {
+        char root[32], name[96];
+        Dataset train, val;
+        snprintf(root, sizeof root, "layout%zu", i);
+        make_folder(root);
+        for (size_t k = 0; k < 5 && sets[i].folder[k]; k++) {
+            const char *slash = strchr(sets[i].folder[k], '/');
+            if (slash)
+                snprintf(name, sizeof name, "%s/%.*s", root, (int)(slash - sets[i].folder[k]), sets[i].folder[k]);
+            if (slash && access(in_folder(name), F_OK)) make_folder(name);
+            snprintf(name, sizeof name, "%s/%s", root, sets[i].folder[k]);
+            make_folder(name);
+            for (int picture = 0; picture < 2; picture++) {
+                snprintf(name, sizeof name, "%s/%s/%d.png", root, sets[i].folder[k], picture);
+                make_picture(name, 2, picture);
+            }
+        }
+        CHECK_OK(dataset_open(&train, in_folder(root), SPLIT_TRAIN));
+        CHECK_OK(dataset_open(&val, in_folder(root), SPLIT_VAL));
+        if (!CHECK(train.n_classes == sets[i].classes) ||
+            (sets[i].train && !CHECK(train.n == sets[i].train && val.n == sets[i].val)))
+            printf("     %s: %zu classes, %zu + %zu\n", root, train.n_classes, train.n, val.n);
+        dataset_close(&train), dataset_close(&val);
+    }
+}
+
+/* However a list names the pictures, the classes are theirs. */
+static void test_list_forms(void) {
+    static const char *const form[] = {"./%s/%d.png\n",           "%s/%d.png\r\n", "%s/%d.png  \n", "train/%s/%d.png\n",
+                                       "\357\273\277%s/%d.png\n", "%s\\%d.png\n",  "%s//%d.png\n"};
+    char text[4096], line[512];
+    Dataset d;
+    make_folder("form"), make_folder("form/cat"), make_folder("form/dog"), make_folder("form/train");
+    make_folder("form/train/cat"), make_folder("form/train/dog");
+    for (int k = 0; k < 2; k++)
+        for (int i = 0; i < 3; i++) {
+            snprintf(line, sizeof line, "form/%s/%d.png", k ? "dog" : "cat", i), make_picture(line, 2, i);
+            snprintf(line, sizeof line, "form/train/%s/%d.png", k ? "dog" : "cat", i), make_picture(line, 2, i);
+        }
+    for (size_t f = 0; f < sizeof form / sizeof *form + 2; f++) {
+        const size_t forms = sizeof form / sizeof *form;
+        text[0] = 0;
+        for (int k = 0; k < 2; k++)
+            for (int i = 0; i < 3; i++) {
+                const char *class_name = k ? "dog" : "cat";
+                const char *pattern = f < forms ? form[f] : "/%s/%d.png\n";
+                if (f < forms && !strncmp(pattern, "\357", 1) && strlen(text)) pattern += 3;
+                if (f >= forms) strcat(text, in_folder("form"));
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wformat-nonliteral"
+                snprintf(line, sizeof line, pattern, class_name, i);
+#pragma GCC diagnostic pop
+                strcat(text, line);
+            }
+        put_file(in_folder("form.txt"), text, strlen(text));
+        CHECK_OK(dataset_open_lists(&d, in_folder(f == forms + 1 ? "bare" : "form"), in_folder("form.txt"), NULL,
+                                    SPLIT_ALL));
+        if (!CHECK(d.n == 6 && d.n_classes == 2 && !strcmp(d.class_name[0], "cat") && d.label[0] == 0 &&
+                   d.label[5] == 1))
+            printf("     form %zu: %zu pictures, %zu classes\n", f, d.n, d.n_classes);
+        dataset_close(&d);
+    }
+    put_file(in_folder("form.txt"), "cat/0.png 3\n", 12);
+    CHECK_ERR(dataset_open_lists(&d, in_folder("form"), in_folder("form.txt"), NULL, SPLIT_ALL),
+              "a label stands behind");
+}
+
+static void test_one_picture(void) {
+    Dataset d;
+    make_folder("single"), make_picture("single/a.png", 2, 1);
+    CHECK_OK(dataset_open(&d, in_folder("single"), SPLIT_TRAIN));
+    CHECK(d.n == 1);
+    dataset_close(&d);
+    CHECK_OK(dataset_open(&d, in_folder("single"), SPLIT_VAL));
+    CHECK(d.n == 0);
     dataset_close(&d);
 }
 
@@ -924,6 +1025,9 @@ int main(int argc, char **argv) {
     test_dataset_imagenet();
     test_dataset_identity();
     test_dataset_sniffed();
+    test_dataset_layouts();
+    test_list_forms();
+    test_one_picture();
     test_lmdb_keys();
     test_lmdb_split();
     test_lmdb_damage();

@@ -124,6 +124,7 @@ static Err cached_tokens(Tokens *x, const char *path, const Tokens *wanted) {
 static Err load_split(Stage *s, Tokens *x, const Dataset *d, const char *what, const char *vqgan_path) {
     char path[PATH_BYTES];
     TokensPart p;
+    if (d->n == 0) return *x = (Tokens){0}, OK; /* none is held out */
     Tokens wanted = {.n = d->n, .h = s->h, .w = s->w, .K = s->K, .flips = s->set.flip ? 2 : 1};
     wanted.source = dataset_hash(s, d);
     snprintf(path, sizeof path, "%s/%s.tokens", s->set.run, what);

@@ -130,6 +130,11 @@ static Err check_transition(const Stage *s, const NetConfig *c) {
     if (c->dec_num_tokens != s->K)
         return err("%s: the network writes %zu token values, the first stage has %zu", s->name, c->dec_num_tokens,
                    s->K);
+    if (c->has_class && s->train.n_classes == 0 && s->train.stray[0])
+        return err(
+            "%s: the model is conditioned on classes; the pictures need one sub-folder per class, and some lie in "
+            "none, such as %s",
+            s->set.data, s->train.stray);
     if (c->has_class && s->train.n_classes == 0)
         return err("%s: the model is conditioned on classes; the pictures need one sub-folder per class "
                    "(the recipe photos has no classes)",
