@@ -252,6 +252,89 @@ static Err damage_create(Dataset *d) {
     return mem_alloc(&d->damage->met, d->n, 1, "the list of damaged pictures");
 }
 
+/* folder, *name = the two parts of a path. */
+static Err split_path(char folder[PATH_BYTES], const char **name, const char *path) {
+    TRY(join(folder, "", path));
+    char *slash = strrchr(folder, '/');
+    *name = slash ? path + (slash - folder) + 1 : path;
+    if (slash)
+        slash[slash == folder] = 0;
+    else
+        strcpy(folder, ".");
+    return OK;
+}
+
+/* May the file not be read, or is it gone, though its folder is there? A disk that went away takes the folder too. */
+static int is_closed_or_gone(const char *path) {
+    char folder[PATH_BYTES];
+    const char *name;
+    struct stat st;
+    if (access(path, R_OK) == 0 || (errno != EACCES && errno != ENOENT)) return 0;
+    return split_path(folder, &name, path) == OK && stat(folder, &st) == 0;
+}
+
+/* The bytes of the picture at path. *lost: there are none, or none for us, which counts as damage; everything else that
+ * fails here does not. */
+static Err picture_bytes(const Dataset *d, const char *path, uint8_t **bytes, size_t *size, int *lost) {
+    for (size_t k = 0; k < d->n_lmdb; k++) {
+        const char *key = below_folder(path, lmdb_path(d->lmdb[k]));
+        if (!key) continue;
+        TRY(lmdb_value(d->lmdb[k], key, bytes, size));
+        *lost = *size == 0;
+        return *lost ? err("%s: is empty", path) : OK;
+    }
+    const Err e = file_bytes(bytes, size, path, IMAGE_FILE_BYTES, lost);
+    if (e != OK && is_closed_or_gone(path)) *lost = 1;
+    return e;
+}
+
+/* Damage is what the bytes say; no memory is the machine's. */
+static int is_damage(Err e) {
+    return e == DAMAGED || (e == FAILED && !strstr(err_text(), "no memory"));
+}
+
+/* *whole: the picture at path can be decoded. */
+static Err picture_whole(const Dataset *d, const char *path, int *whole) {
+    uint8_t *bytes = NULL;
+    size_t size = 0;
+    int lost = 0;
+    Image im = {0};
+    *whole = 0;
+    Err e = picture_bytes(d, path, &bytes, &size, &lost);
+    if (e == OK) {
+        e = image_decode(&im, bytes, size, 0);
+        *whole = e == OK;
+        lost = is_damage(e);
+    }
+    image_free(&im);
+    free(bytes);
+    return lost ? OK : e;
+}
+
+/* If no picture that is held out can be read, the first of the others that can be is held out too, unless it is the last
+ * one to train on. all: marked and sorted. */
+static Err hold_out_whole(const Dataset *d, Names *all, const char *folder) {
+    char path[PATH_BYTES];
+    size_t first = NONE, training = 0, held_out = 0;
+    int whole;
+    for (size_t i = 0; i < all->n; i++) held_out += all->item[i].mark == VALIDATION;
+    if (!held_out) return OK;
+    for (int side = VALIDATION; side >= TRAINING; side--)
+        for (size_t i = 0; i < all->n; i++) {
+            if (all->item[i].mark != side) continue;
+            TRY(join(path, all->item[i].name[0] == '/' ? "" : folder, all->item[i].name));
+            TRY(picture_whole(d, path, &whole));
+            if (!whole) continue;
+            if (side == VALIDATION) return OK;
+            if (first == NONE) first = i;
+            if (++training == 2) {
+                all->item[first].mark = VALIDATION;
+                return OK;
+            }
+        }
+    return OK;
+}
+
 /* d = those of `all` that belong to the split; paths and labels. */
 static Err dataset_select(Dataset *d, const Names *all, const char *folder, Split split, const Layout *layout) {
     static const char *const what[] = {"", "training ", "validation "};
@@ -302,6 +385,7 @@ static Err dataset_scan(Dataset *d, const char *path, const char *folder, const 
     if (e == OK && all.n > INT32_MAX) e = err("%s: has %zu pictures; fewer than 2^31 expected", path, all.n);
     if (e == OK && !all.n) e = err("%s: has no pictures (" EXTENSIONS ")", path);
     if (e == OK) layout_sides(&all, &layout);
+    if (e == OK) e = hold_out_whole(d, &all, folder);
     if (e == OK) e = find_classes(d, &all, &layout);
     if (e == OK && dataset_select(d, &all, folder, split, &layout) != OK) e = err_in(path);
     names_free(&all);
@@ -317,21 +401,10 @@ static Err dataset_scan_lmdb(Dataset *d, const char *path, const char *folder, c
     if (e == OK && !all.n) e = err("%s: has no pictures", path);
     if (e == OK) names_sort(&all, names_in_byte_order);
     if (e == OK) layout_sides(&all, &none);
+    if (e == OK) e = hold_out_whole(d, &all, folder);
     if (e == OK && dataset_select(d, &all, folder, split, &none) != OK) e = err_in(path);
     names_free(&all);
     return e;
-}
-
-/* folder, *name = the two parts of a path. */
-static Err split_path(char folder[PATH_BYTES], const char **name, const char *path) {
-    TRY(join(folder, "", path));
-    char *slash = strrchr(folder, '/');
-    *name = slash ? path + (slash - folder) + 1 : path;
-    if (slash)
-        slash[slash == folder] = 0;
-    else
-        strcpy(folder, ".");
-    return OK;
 }
 
 Err dataset_open(Dataset *d, const char *path, Split split) {
@@ -389,19 +462,6 @@ void dataset_close(Dataset *d) {
  * One picture, whole or damaged
  * ---------------------------------------------------------------------------------------------------------- */
 
-/* The bytes of picture i. *empty: there are none, which is damage; everything else that fails here is not. */
-static Err picture_bytes(const Dataset *d, size_t i, uint8_t **bytes, size_t *size, int *empty) {
-    const char *path = d->path[i];
-    for (size_t k = 0; k < d->n_lmdb; k++) {
-        const char *key = below_folder(path, lmdb_path(d->lmdb[k]));
-        if (!key) continue;
-        TRY(lmdb_value(d->lmdb[k], key, bytes, size));
-        *empty = *size == 0;
-        return *empty ? err("%s: is empty", path) : OK;
-    }
-    return file_bytes(bytes, size, path, IMAGE_FILE_BYTES, empty);
-}
-
 static Err damage_note(const Dataset *d, size_t i) {
     struct Damage *x = d->damage;
     char line[PATH_BYTES + ERR_MAX];
@@ -429,9 +489,9 @@ Err dataset_picture(const Dataset *d, size_t i, int upright, Image *im, int *dam
     size_t size = 0;
     *im = (Image){0};
     if ((*damaged = damage_known(d, i))) return OK;
-    Err e = picture_bytes(d, i, &bytes, &size, damaged);
-    if (e == OK && image_decode(im, bytes, size, upright) != OK) {
-        *damaged = !is_left_out(bytes, size);
+    Err e = picture_bytes(d, d->path[i], &bytes, &size, damaged);
+    if (e == OK && (e = image_decode(im, bytes, size, upright)) != OK) {
+        *damaged = is_damage(e) && !is_left_out(bytes, size);
         if (!*damaged) e = err_in(d->path[i]);
     }
     free(bytes);
@@ -545,6 +605,7 @@ static Err loader_picture(Loader *l, size_t i, Image *im, int *fresh) {
     if (damaged) return OK;
     Err e = prep_resize(im, &whole, l->c.prep, l->c.size);
     image_free(&whole);
+    if (e != OK && !is_damage(e)) return err_in(l->set->path[i]);
     if (e != OK) return damage_note(l->set, i); /* its shape is the damage: a long side that would be too long */
     size_t bytes = im->H * im->W * 3;
     pthread_mutex_lock(&l->lock);

@@ -289,6 +289,23 @@ static void test_list_forms(void) {
               "a label stands behind");
 }
 
+/* Whole ones stand in for those held out that are all damaged; never the last to train on. */
+static void test_held_out_damaged(void) {
+    Dataset train, val;
+    make_folder("held"), make_folder("held/train"), make_folder("held/val");
+    make_picture("held/train/a.png", 2, 1), make_picture("held/train/b.png", 2, 2);
+    put_file(in_folder("held/val/x.png"), "x", 1), put_file(in_folder("held/val/y.png"), "", 0);
+    CHECK_OK(dataset_open(&train, in_folder("held"), SPLIT_TRAIN));
+    CHECK_OK(dataset_open(&val, in_folder("held"), SPLIT_VAL));
+    CHECK(train.n == 1 && strstr(train.path[0], "train/b.png"));
+    CHECK(val.n == 3 && strstr(val.path[0], "train/a.png"));
+    dataset_close(&train), dataset_close(&val);
+    make_picture("held/val/z.png", 2, 1);
+    CHECK_OK(dataset_open(&train, in_folder("held"), SPLIT_TRAIN));
+    CHECK(train.n == 2);
+    dataset_close(&train);
+}
+
 static void test_one_picture(void) {
     Dataset d;
     make_folder("single"), make_picture("single/a.png", 2, 1);
@@ -665,13 +682,18 @@ static void test_loader_errors(const Dataset *good) {
     make_picture("gone/1.png", 5, 1), make_picture("gone/2.png", 5, 2), make_picture("gone/3.png", 5, 3);
     make_picture("gone/4.png", 5, 4);
     CHECK_OK(dataset_open(&d, in_folder("gone"), SPLIT_ALL));
-    CHECK(unlink(in_folder("gone/4.png")) == 0); /* a disk that goes away is no damaged picture */
+    CHECK(unlink(in_folder("gone/4.png")) == 0); /* a picture that goes away is skipped and counted */
     CHECK_OK(loader_start(&l, &d, &c));
-    CHECK_OK(loader_next(l, &images, &labels)); /* the batch in front of the missing picture still comes */
-    CHECK_ERR(loader_next(l, &images, &labels), "gone/4.png: No such file");
-    CHECK_ERR(loader_next(l, &images, &labels), "gone/4.png");
+    CHECK_OK(loader_next(l, &images, &labels));
+    CHECK_OK(loader_next(l, &images, &labels));
     loader_stop(l);
-    CHECK(dataset_damaged(&d) == 0);
+    CHECK(dataset_damaged(&d) == 1);
+    CHECK(rename(in_folder("gone"), in_folder("went")) == 0); /* a disk that goes away is no damaged picture */
+    CHECK_OK(loader_start(&l, &d, &c));
+    CHECK_ERR(loader_next(l, &images, &labels), "gone/1.png: No such file");
+    CHECK_ERR(loader_next(l, &images, &labels), "gone/1.png");
+    loader_stop(l);
+    CHECK(dataset_damaged(&d) == 1);
     dataset_close(&d);
     CHECK_ERR(loader_start(&l, &none, &c), "0 pictures");
     CHECK(l == NULL);
@@ -1028,6 +1050,7 @@ int main(int argc, char **argv) {
     test_dataset_layouts();
     test_list_forms();
     test_one_picture();
+    test_held_out_damaged();
     test_lmdb_keys();
     test_lmdb_split();
     test_lmdb_damage();
