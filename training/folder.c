@@ -70,11 +70,9 @@ void say_pictures(const Stage *s) {
     size_t length = 0;
     for (size_t i = 0; i < d->n_classes && i < 5; i++)
         length += (size_t)snprintf(text + length, 128, "%s%.100s", i ? ", " : "", d->class_name[i]);
-    say_once("%s: %zu pictures, %zu held out", s->set.data, d->n, s->val.n);
     if (d->n_classes)
-        say_once("; %zu class%s: %s%s", d->n_classes, d->n_classes == 1 ? "" : "es", text,
+        say_once("%s: %zu class%s: %s%s\n", s->set.data, d->n_classes, d->n_classes == 1 ? "" : "es", text,
                  d->n_classes > 5 ? ", ..." : "");
-    say_once("\n");
     left_out_text(text, d->left_out);
     if (text[0]) say_once("%s: left out: %s\n", s->set.data, text);
 }

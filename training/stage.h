@@ -211,7 +211,7 @@ int file_exists(const char *path);
 Err make_folder(const char *path);
 /* RUN/skipped.txt gets the damaged pictures of d; how many there are is said */
 Err list_damaged(const Stage *s, const Dataset *d);
-/* The pictures that the run trains on, and what is left out. */
+/* The classes of the pictures, and what of the folder is left out. say_start says how many there are. */
 void say_pictures(const Stage *s);
 void say_damaged(const Stage *s);
 /* write(s, argument), again and again while the disk is full, unless --no-wait or a signal says otherwise. bytes: what
