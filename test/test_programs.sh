@@ -440,6 +440,9 @@ cd "$dir" && mkdir empty && echo '<!DOCTYPE html><html>' >page.png && head -c 60
 mkdir broken && cp killed/vqgan.safetensors broken/ && head -c 2000 killed/scale1.safetensors >broken/scale1.safetensors
 for program in sample train inpaint; do
     refused 2 "unknown option" "$build/$program" --nonsense
+    refused 2 "unknown option --sede; did you mean --seed?" "$build/$program" --sede 1
+    refused 2 "unknown option --devcie; did you mean --device?" "$build/$program" --devcie=cpu
+    refused 2 "unknown option --thread; did you mean --threads?" "$build/$program" --thread 1
     refused 2 "needs a value" "$build/$program" --threads
     refused 2 "whole number" "$build/$program" --threads two
     refused 2 "expected 0 to" "$build/$program" --threads 99999999
