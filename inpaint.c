@@ -286,11 +286,14 @@ static void prepare(Completion *c, SamplingArgs *a, const InpaintArgs *in) {
     char chains[MAX_SCALES * 2];
     memset(c, 0, sizeof *c);
     c->args = a, c->in = in;
+    check(outputs_check(a->out, NULL));
     sampling_start(a, &c->model, &missing);
     if (missing && a->class_name == missing->stand_in) a->class_name = NULL; /* the picture tells its class */
     sampling_options(&c->options, a, &c->model, "inpaint_chain_length", chain_lengths(&c->model, chains), 0);
     c->side = c->model.side;
     c->N = c->model.h * c->model.w;
+    const size_t tiles = a->n + (in->compare ? 2 : 0);
+    check(output_grid_check("-o", tiles, c->side, min_size(tiles, 8), 2));
     c->M = candidates(&c->model, in->candidates);
     c->rows = min_size(a->n, max_size(1, a->batch / c->M)) * c->M;
     fprintf(stderr, "seed %llu\n", (unsigned long long)a->seed);

@@ -108,6 +108,10 @@ static Err draw_tokens(Pictures *p, int with_chain) {
 
 /* ---- Decode and write ---- */
 
+static size_t grid_columns(size_t n) {
+    return (size_t)ceil(sqrt((double)n));
+}
+
 /* tokens (n,N) -> pictures (n,3,side,side) -> one PNG, `columns` wide, that says how it was made. */
 static Err write_grid(Pictures *p, const int32_t *tokens, size_t n, size_t columns, const char *path) {
     real *images = NULL;
@@ -159,8 +163,11 @@ static void say_classes(const Pictures *p) {
 }
 
 /* The model, its options, and room for what will be drawn; what is said before the work begins. */
-static void prepare(Pictures *p, SamplingArgs *a, size_t most, int with_chain) {
+static void prepare(Pictures *p, SamplingArgs *a, size_t most, const char *chain_path, const char *nearest) {
     const NamedModel *missing;
+    const int with_chain = chain_path != NULL;
+    check(outputs_check(a->out, chain_path));
+    if (nearest) check(nearest_check(nearest));
     memset(p, 0, sizeof *p);
     p->args = a;
     sampling_start(a, &p->model, &missing);
@@ -168,6 +175,8 @@ static void prepare(Pictures *p, SamplingArgs *a, size_t most, int with_chain) {
     p->N = p->model.h * p->model.w;
     p->pixels = 3 * p->model.side * p->model.side;
     p->steps = (size_t)p->model.schedule.T + 1;
+    check(output_grid_check("-o", a->n, p->model.side, grid_columns(a->n), 2));
+    if (with_chain) check(output_grid_check("--chain", a->n * p->steps, p->model.side, p->steps, 2));
     check(choose_classes(p));
     best_of(p, most);
     const size_t rows = sampling_rows(&p->options, p->model.schedule.T, p->rows),
@@ -181,17 +190,16 @@ static void say_end(const Pictures *p, double took) {
     char text[32], likeliest[48] = "";
     say_drafts(p->counts, p->model.schedule.T);
     if (p->M > 1) snprintf(likeliest, sizeof likeliest, ", each a likely one of %zu,", p->M);
-    fprintf(stderr, "%zu pictures%s in %s, seed %llu\n", p->args->n, likeliest, duration(text, took),
+    fprintf(stderr, "%zu picture%s%s in %s, seed %llu\n", p->args->n, p->args->n == 1 ? "" : "s", likeliest, duration(text, took),
             (unsigned long long)p->args->seed);
 }
 
 static void sample(SamplingArgs *a, size_t most, const char *chain_path, const char *nearest) {
     const double start = seconds();
-    const size_t columns = (size_t)ceil(sqrt((double)a->n));
     Pictures p;
-    prepare(&p, a, most, chain_path != NULL);
+    prepare(&p, a, most, chain_path, nearest);
     check(draw_tokens(&p, chain_path != NULL));
-    check(write_grid(&p, p.tokens, a->n, columns, a->out));
+    check(write_grid(&p, p.tokens, a->n, grid_columns(a->n), a->out));
     if (chain_path)
         check(write_grid(&p, p.chain, a->n * p.steps, p.steps, chain_path)); /* x_T .. x_0 of a sample: a row */
     say_end(&p, seconds() - start);

@@ -269,6 +269,8 @@ void image_mirror(real *images, size_t planes, size_t side);
 /* (n,3,H,W) in [-1,1] -> one picture, `columns` wide, `gap` white pixels between; official u8 truncation
  * (255*clip((x+1)/2,0,1)). */
 Err image_grid(Image *out, const real *images, size_t n, size_t H, size_t W, size_t columns, size_t gap);
+/* The sides of that picture; an error if it would be too large. */
+Err image_grid_size(size_t *out_H, size_t *out_W, size_t n, size_t H, size_t W, size_t columns, size_t gap);
 
 /* tokens.c. A dataset encoded once. File: magic, sizes, checksum of the VQGAN, labels, then 16-bit tokens (n, flips,
  * N). */

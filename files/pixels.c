@@ -4,12 +4,18 @@
 #include <stdlib.h>
 #include <string.h>
 
-Err image_alloc(Image *im, size_t H, size_t W) {
-    *im = (Image){0};
+/* A picture that may be held. */
+static Err size_fits(size_t H, size_t W) {
     if (H < 1 || W < 1 || H > IMAGE_MAX_SIDE || W > IMAGE_MAX_SIDE)
         return err("a picture of %zu x %zu pixels; sides of 1..%d expected", W, H, IMAGE_MAX_SIDE);
     if (H * W > IMAGE_MAX_PIXELS)
         return err("a picture of %zu x %zu pixels; at most %d pixels expected", W, H, IMAGE_MAX_PIXELS);
+    return OK;
+}
+
+Err image_alloc(Image *im, size_t H, size_t W) {
+    *im = (Image){0};
+    TRY(size_fits(H, W));
     TRY(mem_alloc(&im->rgb, H * W, 3, "a picture"));
     im->H = H;
     im->W = W;
@@ -76,14 +82,22 @@ static uint8_t real_to_u8(real x) {
     return (uint8_t)(255 * x);
 }
 
-Err image_grid(Image *out, const real *images, size_t n, size_t H, size_t W, size_t columns, size_t gap) {
+Err image_grid_size(size_t *out_H, size_t *out_W, size_t n, size_t H, size_t W, size_t columns, size_t gap) {
     if (n < 1 || columns < 1 || H < 1 || W < 1) return err("a grid of no pictures");
     if (columns > n) columns = n;
     size_t rows = (n + columns - 1) / columns;
     if (H > IMAGE_MAX_SIDE || W > IMAGE_MAX_SIDE || gap > IMAGE_MAX_SIDE || rows > IMAGE_MAX_SIDE ||
         columns > IMAGE_MAX_SIDE)
         return err("a grid of %zu x %zu pictures of %zu x %zu is too large", columns, rows, W, H);
-    TRY(image_alloc(out, rows * (H + gap) - gap, columns * (W + gap) - gap));
+    *out_H = rows * (H + gap) - gap, *out_W = columns * (W + gap) - gap;
+    return size_fits(*out_H, *out_W);
+}
+
+Err image_grid(Image *out, const real *images, size_t n, size_t H, size_t W, size_t columns, size_t gap) {
+    size_t out_H, out_W;
+    TRY(image_grid_size(&out_H, &out_W, n, H, W, columns, gap));
+    TRY(image_alloc(out, out_H, out_W));
+    columns = columns < n ? columns : n;
     memset(out->rgb, 255, out->H * out->W * 3);
     for (size_t i = 0; i < n; i++)
         for (size_t y = 0; y < H; y++) {

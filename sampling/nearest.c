@@ -101,6 +101,13 @@ static void report(const Search *s, const Dataset *d, const char *path) {
         d->n, path, all, s->n, most, close);
 }
 
+Err nearest_check(const char *path) {
+    Dataset d;
+    if (dataset_open(&d, path, SPLIT_TRAIN) != OK) return err_in("--nearest");
+    dataset_close(&d);
+    return OK;
+}
+
 Err nearest_report(Model *m, const int32_t *tokens, size_t n, const char *path) {
     const size_t N = m->h * m->w, pixels = 3 * m->side * m->side;
     Search s = {.tokens = tokens, .n = n, .N = N, .pixels = pixels};

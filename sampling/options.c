@@ -107,6 +107,19 @@ static void per_scale_sizes(size_t *out, const Model *m, const char *given, cons
     }
 }
 
+/* One number is for the scales that can: those that have learnt "no class" too. If none has, the chain refuses it. */
+static void one_guidance(SampleOptions *o, const SamplingArgs *a, const Model *m) {
+    const int T = m->schedule.T;
+    int can = 0;
+    for (int t = 1; t <= T; t++) can += m->null_class[t] >= 0;
+    if (!a->guidance || strchr(a->guidance, ',') || can == 0) return;
+    for (int t = T; t >= 1; t--) {
+        if (m->null_class[t] >= 0 || o->guidance[t] == 1) continue;
+        o->guidance[t] = 1;
+        fprintf(stderr, "scale %d: --guidance 1, not %s: it was trained without --label-dropout\n", t, a->guidance);
+    }
+}
+
 void sampling_options(SampleOptions *o, const SamplingArgs *a, const Model *m, const char *chain_key,
                       const char *chain_default, double least_chain) {
     sample_defaults(o);
@@ -115,6 +128,7 @@ void sampling_options(SampleOptions *o, const SamplingArgs *a, const Model *m, c
     o->official_temperature = a->official_temperature;
     per_scale(o->temperature, m, a->temperature, "temperature", "1", 0, 1000, "--temperature");
     per_scale(o->guidance, m, a->guidance, "guidance", "1", 0, 1000, "--guidance");
+    one_guidance(o, a, m);
     per_scale_sizes(o->top_k, m, a->top_k, "top_k", "0", 0, 1e9, "--top-k");
     per_scale_sizes(o->chain, m, a->chain_length, chain_key, chain_default, least_chain, 1000, "--chain-length");
 }
@@ -126,6 +140,25 @@ size_t sampling_rows(const SampleOptions *o, int T, size_t n) {
 }
 
 /* ---- The beginning ---- */
+
+/* The bundled model may stand in for a missing one, unless it lacks what was asked for. */
+static Err bundled_honours(const SamplingArgs *a, const Model *m, const NamedModel *missing) {
+    const struct {
+        const char *option, *list;
+    } given[] = {{"--temperature", a->temperature},
+                 {"--top-k", a->top_k},
+                 {"--guidance", a->guidance},
+                 {"--chain-length", a->chain_length}};
+    double value[MAX_SCALES + 1];
+    int32_t label;
+    Err e = a->class_name ? model_class(m, a->class_name, &label) : OK;
+    for (size_t i = 0; e == OK && i < sizeof given / sizeof *given; i++)
+        if (given[i].list) e = parse_per_scale(value, m->schedule.T, given[i].list, 0, 1e9, given[i].option);
+    if (e == OK) return OK;
+    return err("the official weights of %s (%s) are not here; \"make %s\" fetches them. The bundled model cannot stand "
+               "in for them: %s",
+               missing->name, missing->what, missing->name, err_text());
+}
 
 void sampling_start(SamplingArgs *a, Model *m, const NamedModel **stand_in_for) {
     static const char *const formats[] = {"f32", "bf16", "int8"};
@@ -141,6 +174,7 @@ void sampling_start(SamplingArgs *a, Model *m, const NamedModel **stand_in_for) 
     if (cuda) check(model_use_cuda(m));
     const NamedModel *missing = *stand_in_for;
     if (!missing) return;
+    check(bundled_honours(a, m, missing));
     fprintf(stderr,
             "%s: the official weights of %s (%s) are not here; \"make %s\" fetches them.\n"
             "Going on with the bundled model, emoji%s%s.\n",

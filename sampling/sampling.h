@@ -80,6 +80,16 @@ Err picture_bounds(const Chain *c, const int32_t *tokens, const int32_t *label, 
 /* How near drawn pictures, tokens (n,N), come to the training pictures of the dataset at path, mirrored ones included:
  * a line on stdout for each, a sum on stderr. Ends the first stage's plan. */
 Err nearest_report(Model *m, const int32_t *tokens, size_t n, const char *path);
+/* Whether there are such pictures, before the work. */
+Err nearest_check(const char *path);
+
+/* ---- output.c: where a picture will go, looked at before the work; errors name the option ---- */
+
+/* PNGs can be written there: the folders are there and writable, the names are not other formats', and two files.
+ * Nothing is left there. chain: NULL when none is wanted. */
+Err outputs_check(const char *out, const char *chain);
+/* A grid of n pictures (side,side) is not too large for image_grid. */
+Err output_grid_check(const char *option, size_t n, size_t side, size_t columns, size_t gap);
 
 /* ---- terminal.c ---- */
 
