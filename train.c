@@ -269,9 +269,7 @@ static Err start_from(Stage *s, const char *folder) {
 static Err open_pictures(Stage *s) {
     const Settings *o = &s->set;
     TRY(dataset_open_lists(&s->train, o->data, o->list, o->val_list, SPLIT_TRAIN));
-    TRY(dataset_open_lists(&s->val, o->data, o->list, o->val_list, SPLIT_VAL));
-    say_pictures(s);
-    return OK;
+    return dataset_open_lists(&s->val, o->data, o->list, o->val_list, SPLIT_VAL);
 }
 
 /* Builds the stage from its settings: data, network, parameters and optimizer; fresh, or as `ck` left it. */
@@ -327,7 +325,7 @@ static void train(const Settings *given) {
     if (given->eval)
         check_all(rank() == 0 ? evaluate_only(&s) : OK);
     else {
-        if (rank() == 0) remove_leftovers(&s), say_start(&s);
+        if (rank() == 0) remove_leftovers(&s), say_pictures(&s), say_start(&s);
         check_all(run(&s));
         check_all(rank() == 0 ? use_best(&s) : OK);
         if (rank() == 0) say_end(&s);
