@@ -216,7 +216,7 @@ static Err write_result(Completion *c) {
     if (e == OK) e = image_grid(&im, images, tiles, c->side, c->side, columns, gap);
     if (e == OK && !c->in->no_paste) paste(c, &im, first, tiles, columns, gap);
     if (e == OK) e = sampling_text(&text, c->args, &c->options, &c->model);
-    if (e == OK) e = config_set(&text, "inpainted", "%s", c->in->image);
+    if (e == OK) e = config_set(&text, "inpainted", "%s", last_part(c->in->image));
     if (e == OK) e = config_set(&text, "candidates", "%zu", c->M);
     if (e == OK) e = image_write_png(c->args->out, &im, &text);
     image_free(&im);

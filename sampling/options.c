@@ -266,10 +266,17 @@ static Err text_per_scale_sizes(Config *text, const char *key, const size_t *x, 
     return text_per_scale(text, key, number, T);
 }
 
+const char *last_part(const char *path) {
+    const char *part = path;
+    for (const char *p = path; *p; p++)
+        if (*p == '/' && p[1] && p[1] != '/') part = p + 1;
+    return part;
+}
+
 Err sampling_text(Config *text, const SamplingArgs *a, const SampleOptions *o, const Model *m) {
     const int T = m->schedule.T;
     TRY(config_set(text, "Software", "imagebart.c"));
-    TRY(config_set(text, "model", "%s", m->folder));
+    TRY(config_set(text, "model", "%s", last_part(m->folder)));
     TRY(config_set(text, "seed", "%llu", (unsigned long long)a->seed));
     if (a->class_name) TRY(config_set(text, "class", "%s", a->class_name));
     TRY(text_per_scale(text, "temperature", o->temperature, T));

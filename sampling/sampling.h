@@ -120,6 +120,8 @@ void sampling_memory(Model *m, size_t batch, size_t pictures);
 int sampling_progress(void *context, int t, size_t repeat, size_t done, size_t of); /* SampleOptions.progress */
 /* A line on stderr per scale: how many passes of the decoder it took, and how good the guesses were. */
 void say_drafts(const DraftCounts *counts, int T);
+/* The name of a file or folder without those above it: a picture is passed on, and tells nobody's folders. */
+const char *last_part(const char *path);
 /* The options as PNG text, for image_write_png. */
 Err sampling_text(Config *text, const SamplingArgs *a, const SampleOptions *o, const Model *m);
 

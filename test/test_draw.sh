@@ -44,5 +44,14 @@ ok "that is said" grep -q "Going on with the bundled model" "$dir/err"
 ok "one number of guidance" sample --class food --guidance 2 -o "$dir/g.png"
 ok "what cannot is said" grep -q "^scale .: --guidance 1, not 2" "$dir/err"
 ok "the same by hand" sample --class food --guidance 1,2,1 -o "$dir/h.png"
+# ---- what a picture tells ----
+cp -r models/emoji "$dir/own" && cp models/emoji/example.png "$dir/mine.png"
+ok "a model elsewhere" "$build/sample" "$dir/own//" -n 1 --best-of 1 -o "$dir/p.png"
+ok "a picture elsewhere" "$build/inpaint" "$dir/own" "$dir/mine.png" --half upper --candidates 1 -o "$dir/q.png"
+for picture in p q; do
+    ok "the model's name is in $picture" grep -aq "own" "$dir/$picture.png"
+    ok "no folder is in $picture" test "$(grep -ac "$dir" "$dir/$picture.png")" -eq 0
+done
+
 echo "$passed passed, $failed failed"
 [ "$failed" -eq 0 ]
