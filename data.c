@@ -288,11 +288,6 @@ static Err picture_bytes(const Dataset *d, const char *path, uint8_t **bytes, si
     return e;
 }
 
-/* Damage is what the bytes say; no memory is the machine's. */
-static int is_damage(Err e) {
-    return e == DAMAGED || (e == FAILED && !strstr(err_text(), "no memory"));
-}
-
 /* *whole: the picture at path can be decoded. */
 static Err picture_whole(const Dataset *d, const char *path, int *whole) {
     uint8_t *bytes = NULL;
@@ -302,9 +297,9 @@ static Err picture_whole(const Dataset *d, const char *path, int *whole) {
     *whole = 0;
     Err e = picture_bytes(d, path, &bytes, &size, &lost);
     if (e == OK) {
-        e = image_decode(&im, bytes, size, 0);
+        e = image_decode_prepared(&im, bytes, size, PREP_LSUN, 1); /* takes least memory */
         *whole = e == OK;
-        lost = is_damage(e);
+        lost = e == DAMAGED;
     }
     image_free(&im);
     free(bytes);
@@ -484,14 +479,14 @@ static int damage_known(const Dataset *d, size_t i) {
     return met;
 }
 
-Err dataset_picture(const Dataset *d, size_t i, int upright, Image *im, int *damaged) {
+Err dataset_picture(const Dataset *d, size_t i, Prep prep, size_t side, Image *im, int *damaged) {
     uint8_t *bytes = NULL;
     size_t size = 0;
     *im = (Image){0};
     if ((*damaged = damage_known(d, i))) return OK;
     Err e = picture_bytes(d, d->path[i], &bytes, &size, damaged);
-    if (e == OK && (e = image_decode(im, bytes, size, upright)) != OK) {
-        *damaged = is_damage(e) && !is_left_out(bytes, size);
+    if (e == OK && (e = image_decode_prepared(im, bytes, size, prep, side)) != OK) {
+        *damaged = e == DAMAGED;
         if (!*damaged) e = err_in(d->path[i]);
     }
     free(bytes);
@@ -599,14 +594,9 @@ static Err loader_picture(Loader *l, size_t i, Image *im, int *fresh) {
     *im = l->cache[i];
     pthread_mutex_unlock(&l->lock);
     if (im->rgb) return OK;
-    Image whole;
     int damaged;
-    TRY(dataset_picture(l->set, i, l->c.prep == PREP_FOLDER, &whole, &damaged));
+    TRY(dataset_picture(l->set, i, l->c.prep, l->c.size, im, &damaged));
     if (damaged) return OK;
-    Err e = prep_resize(im, &whole, l->c.prep, l->c.size);
-    image_free(&whole);
-    if (e != OK && !is_damage(e)) return err_in(l->set->path[i]);
-    if (e != OK) return damage_note(l->set, i); /* its shape is the damage: a long side that would be too long */
     size_t bytes = im->H * im->W * 3;
     pthread_mutex_lock(&l->lock);
     *fresh = bytes > CACHE_BYTES - l->cached_bytes || l->cache[i].rgb;

@@ -62,9 +62,9 @@ Err dataset_open(Dataset *d, const char *path, Split split);
  * extension; a missing one is an error. val_list, unless NULL: the validation pictures; then `list` is for training. */
 Err dataset_open_lists(Dataset *d, const char *path, const char *list, const char *val_list, Split split);
 void dataset_close(Dataset *d);
-/* *im = picture i, decoded; *damaged: it cannot be, which is noted and no error; *im is empty then. An error is what
- * lies not in the picture, such as a disk that fails. Any number of threads at a time. */
-Err dataset_picture(const Dataset *d, size_t i, int upright, Image *im, int *damaged);
+/* *im = picture i, decoded and resized as prep_resize does; *damaged: it cannot be, which is noted and no error; *im is
+ * empty then. An error is what lies not in the picture, such as a disk that fails. Any number of threads at a time. */
+Err dataset_picture(const Dataset *d, size_t i, Prep prep, size_t size, Image *im, int *damaged);
 size_t dataset_damaged(const Dataset *d); /* how many have been met so far */
 /* Adds those to the list in the file at path: path, tab, why, a line each, sorted, each once. */
 Err dataset_write_damaged(const Dataset *d, const char *path);

@@ -233,15 +233,26 @@ void tensor_list_free(TensorList *list);
 /* ---- images.c, pixels.c, png.c, resize.c: pictures in and out ---- */
 typedef struct {
     size_t H, W;
-    uint8_t *rgb; /* (H,W,3) */
+    uint8_t *rgb;     /* (H,W,3) */
+    const char *note; /* what of the file is left out, such as the other pictures of an animation; NULL: nothing */
 } Image;
 enum { IMAGE_MAX_SIDE = 32768 };
-/* PNG, JPEG or (where libwebp was found) WebP, told by content. Grey, palette, 16-bit, CMYK/YCCK become 8-bit RGB;
- * alpha is composited on white; EXIF orientation is applied. Truncated or foreign content is an error that names the
- * file. */
+/* How a file becomes RGB: flags. */
+enum {
+    IMAGE_UPRIGHT = 1, /* as it was held (EXIF, XMP); else as it lies in the file */
+    IMAGE_OFFICIAL =
+        2,             /* as Pillow's convert("RGB") does: alpha is dropped, of 16 bits the upper 8 stay, CMYK is always
+                           inverted; else alpha is composited on white, 16 bits are rounded, and CMYK is inverted after an
+                           Adobe marker */
+    IMAGE_ON_BLACK = 4 /* alpha is composited on black: masks, whose black parts and whose transparent ones are holes */
+};
+enum { DECODE_BYTES = 128 << 20 }; /* that all threads together take to decode pictures, but for a huge one */
+/* PNG, JPEG or (where libwebp was found) WebP, told by content, as 8-bit RGB. Truncated or foreign content is DAMAGED;
+ * no memory is FAILED. Errors name no file. */
+Err image_decode(Image *im, const uint8_t *bytes, size_t size, int how);
+/* A file; errors name it. image_read: IMAGE_UPRIGHT. */
+Err image_read_as(Image *im, const char *path, int how);
 Err image_read(Image *im, const char *path);
-/* The same from memory; errors name no file. upright = 0: EXIF orientation is ignored, as the official pipelines do. */
-Err image_decode(Image *im, const uint8_t *bytes, size_t size, int upright);
 /* Atomic. text: tEXt/iTXt chunks (seed, model, options). */
 Err image_write_png(const char *path, const Image *im, const Config *text);
 void image_free(Image *im);
@@ -264,6 +275,10 @@ Err prep_read(Prep *out,
 /* out (3,size,size) = the picture in [-1,1] (u8/127.5 - 1). u_crop_y, u_crop_x in [0,1): where a random crop lies
  * (PREP_IMAGENET in training; pass -1 for a centre crop); flip: mirror left-right. */
 Err image_prepare(real *out, const Image *im, Prep prep, size_t size, double u_crop_y, double u_crop_x, int flip);
+/* prep_how: the flags with which pictures of a preset are decoded. */
+int prep_how(Prep prep);
+/* im = the same (size,size) as pixels, from a centre crop. mask: by FILTER_NEAREST. */
+Err image_square(Image *im, Prep prep, size_t size, int mask);
 /* images (planes,side,side): left and right change places. */
 void image_mirror(real *images, size_t planes, size_t side);
 /* (n,3,H,W) in [-1,1] -> one picture, `columns` wide, `gap` white pixels between; official u8 truncation
@@ -349,12 +364,12 @@ Err classes_from_folders(Config *to, char *const *folder, size_t n);
 enum { IMAGE_FILE_BYTES = 1 << 30 };
 /* Whether the first bytes are those of a picture that image_decode knows. */
 int is_picture(const uint8_t *bytes, size_t n);
-/* Whether they are those of one that this build was made without the library for. */
-int is_left_out(const uint8_t *bytes, size_t n);
 
 /* image_prepare in its two steps. out = im with its short side resized to size, or its centre square for the presets
- * that cut first. */
+ * that cut first. A shape that gives too long a side is DAMAGED. */
 Err prep_resize(Image *out, const Image *im, Prep prep, size_t size);
+/* The same from a file's bytes, row by row as they are decoded, with the preset's flags. */
+Err image_decode_prepared(Image *im, const uint8_t *bytes, size_t size, Prep prep, size_t side);
 /* out (3,size,size) = a window of im (at least size x size), [0,255] to [-1,1]. */
 void prep_crop(real *out, const Image *im, size_t size, double u_y, double u_x, int flip);
 

@@ -13,15 +13,30 @@
 #include <string.h>
 #include <strings.h>
 
-#ifdef HAVE_WEBP
-#define READABLE "PNG, JPEG or WebP"
-enum { WEBP_LEFT_OUT = 0 };
-#else
-#define READABLE "PNG or JPEG"
-enum { WEBP_LEFT_OUT = 1 };
-#endif
-
 typedef enum { KIND_UNKNOWN, KIND_PNG, KIND_JPEG, KIND_WEBP, KIND_OTHER } Kind;
+
+/* It begins in ASCII, and every byte is one of a text, in ASCII or beyond. */
+static int is_text(const uint8_t *p, size_t n) {
+    if (n && p[0] >= 0x80) return 0;
+    for (size_t i = 0; i < n; i++)
+        if ((p[i] < ' ' && !isspace(p[i])) || p[i] == 0x7f) return 0;
+    return n > 0;
+}
+
+/* Texts: by what stands first in them. */
+static Kind text_kind(const char **name, const uint8_t *p, size_t n) {
+    enum { LOOKED_AT = 4096 };
+    const char *text = (const char *)p;
+    n = min_size(n, LOOKED_AT);
+    if (n >= 3 && !memcmp(text, "\xef\xbb\xbf", 3)) text += 3, n -= 3; /* a byte order mark */
+    while (n && isspace((uint8_t)*text)) text++, n--;
+    *name = "HTML";
+    if (n >= 5 && (strncasecmp(text, "<html", 5) == 0 || strncasecmp(text, "<!doc", 5) == 0)) return KIND_OTHER;
+    *name = "XML or SVG";
+    if (n && *text == '<') return KIND_OTHER;
+    *name = "text";
+    return is_text((const uint8_t *)text, n) ? KIND_OTHER : KIND_UNKNOWN;
+}
 
 /* What the first bytes say. *name is for messages. */
 static Kind file_kind(const char **name, const uint8_t *p, size_t n) {
@@ -37,9 +52,31 @@ static Kind file_kind(const char **name, const uint8_t *p, size_t n) {
         {KIND_OTHER, 0, 2, "BM", "BMP"},
         {KIND_OTHER, 0, 4, "II*\0", "TIFF"},
         {KIND_OTHER, 0, 4, "MM\0*", "TIFF"},
+        {KIND_OTHER, 0, 4, "II+\0", "TIFF"},
+        {KIND_OTHER, 0, 4, "MM\0+", "TIFF"},
         {KIND_OTHER, 4, 8, "ftypavif", "AVIF"},
+        {KIND_OTHER, 4, 8, "ftypavis", "AVIF"},
         {KIND_OTHER, 4, 7, "ftyphei", "HEIC"},
+        {KIND_OTHER, 4, 7, "ftyphev", "HEIC"},
+        {KIND_OTHER, 4, 8, "ftypmif1", "HEIC"},
+        {KIND_OTHER, 4, 8, "ftypmsf1", "HEIC"},
+        {KIND_OTHER, 4, 8, "ftypcrx ", "Canon raw"},
+        {KIND_OTHER, 4, 4, "ftyp", "video"},
+        {KIND_OTHER, 0, 4, "\x1a\x45\xdf\xa3", "video"},
+        {KIND_OTHER, 8, 4, "AVI ", "video"},
+        {KIND_OTHER, 0, 2, "\xff\x0a", "JPEG XL"},
+        {KIND_OTHER, 4, 8, "JXL \r\n\x87\n", "JPEG XL"},
+        {KIND_OTHER, 4, 4, "jP  ", "JPEG 2000"},
+        {KIND_OTHER, 0, 4, "\xff\x4f\xff\x51", "JPEG 2000"},
+        {KIND_OTHER, 0, 4, "8BPS", "Photoshop"},
+        {KIND_OTHER, 0, 8, "gimp xcf", "GIMP"},
+        {KIND_OTHER, 0, 4, "\0\0\1\0", "icon"},
+        {KIND_OTHER, 0, 4, "\x76\x2f\x31\x01", "OpenEXR"},
+        {KIND_OTHER, 0, 4, "qoif", "QOI"},
+        {KIND_OTHER, 0, 4, "DDS ", "DDS"},
         {KIND_OTHER, 0, 5, "%PDF-", "PDF"},
+        {KIND_OTHER, 0, 4, "%!PS", "PostScript"},
+        {KIND_OTHER, 0, 6, "\x93NUMPY", "NumPy"},
         {KIND_OTHER, 0, 4, "PK\3\4", "zip"},
         {KIND_OTHER, 0, 2, "\x1f\x8b", "gzip"},
     };
@@ -48,12 +85,9 @@ static Kind file_kind(const char **name, const uint8_t *p, size_t n) {
             *name = known[i].name;
             return known[i].kind;
         }
-    while (n && isspace(*p)) p++, n--;
-    *name = "HTML";
-    if (n >= 5 && (strncasecmp((const char *)p, "<html", 5) == 0 || strncasecmp((const char *)p, "<!doc", 5) == 0))
-        return KIND_OTHER;
-    *name = "XML or SVG";
-    return n && *p == '<' ? KIND_OTHER : KIND_UNKNOWN;
+    *name = "portable pixmap (PBM, PGM, PPM)";
+    if (n >= 3 && p[0] == 'P' && p[1] >= '1' && p[1] <= '7' && isspace(p[2])) return KIND_OTHER;
+    return text_kind(name, p, n);
 }
 
 int is_picture(const uint8_t *bytes, size_t n) {
@@ -62,35 +96,40 @@ int is_picture(const uint8_t *bytes, size_t n) {
     return kind == KIND_PNG || kind == KIND_JPEG || kind == KIND_WEBP;
 }
 
-int is_left_out(const uint8_t *bytes, size_t n) {
-    const char *name;
-    return WEBP_LEFT_OUT && file_kind(&name, bytes, n) == KIND_WEBP;
-}
-
-static Err decode_any(Image *im, const uint8_t *bytes, size_t size, int upright) {
+/* KIND_UNKNOWN and KIND_OTHER are no pictures of ours, which is damage to a set of pictures. */
+static Err decode_rows(Rows *r, const uint8_t *bytes, size_t size) {
     const char *name;
     switch (file_kind(&name, bytes, size)) {
-    case KIND_PNG: return png_decode(im, bytes, size, upright);
-    case KIND_JPEG: return jpeg_decode(im, bytes, size, upright);
-    case KIND_WEBP: return webp_decode(im, bytes, size);
-    case KIND_OTHER: return err("is %s %s file; " READABLE " expected", strchr("AEIOHX", name[0]) ? "an" : "a", name);
-    default: return err("is neither PNG nor JPEG nor WebP");
+    case KIND_PNG: return png_decode(r, bytes, size);
+    case KIND_JPEG: return jpeg_decode(r, bytes, size);
+    case KIND_WEBP: return webp_decode(r, bytes, size);
+    case KIND_OTHER:
+        return err_damaged("is %s %s file; " READABLE " expected", strchr("AEIOHX", name[0]) ? "an" : "a", name);
+    default: return err_damaged("is neither PNG nor JPEG nor WebP");
     }
 }
 
-Err image_decode(Image *im, const uint8_t *bytes, size_t size, int upright) {
-    *im = (Image){0};
-    Err e = decode_any(im, bytes, size, upright);
-    if (e != OK) image_free(im);
-    return e;
+Err image_decode(Image *im, const uint8_t *bytes, size_t size, int how) {
+    Rows r = {.how = how, .out = im};
+    return rows_end(&r, decode_rows(&r, bytes, size));
 }
 
-Err image_read(Image *im, const char *path) {
+Err image_decode_prepared(Image *im, const uint8_t *bytes, size_t size, Prep prep, size_t side) {
+    Rows r = {.how = prep_how(prep), .prep = prep, .size = side, .out = im};
+    if (side < 1 || side > IMAGE_MAX_SIDE) return err("size %zu: 1..%d expected", side, IMAGE_MAX_SIDE);
+    return rows_end(&r, decode_rows(&r, bytes, size));
+}
+
+Err image_read_as(Image *im, const char *path, int how) {
     uint8_t *bytes;
     size_t size;
     *im = (Image){0};
     TRY(file_bytes(&bytes, &size, path, IMAGE_FILE_BYTES, NULL));
-    Err e = image_decode(im, bytes, size, 1);
+    Err e = image_decode(im, bytes, size, how);
     free(bytes);
     return e == OK ? OK : err_in(path);
+}
+
+Err image_read(Image *im, const char *path) {
+    return image_read_as(im, path, IMAGE_UPRIGHT);
 }

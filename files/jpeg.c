@@ -20,9 +20,8 @@ typedef struct {
     char message[JMSG_LENGTH_MAX];
     const uint8_t *bytes;
     size_t size;
-    Image *im;
-    uint8_t *raw; /* one CMYK row */
-    int orientation;
+    Rows *rows;
+    uint8_t *raw, *rgb; /* a row: CMYK; RGB */
 } JpegIn;
 
 static void jpeg_in_error(j_common_ptr cinfo) {
@@ -31,12 +30,21 @@ static void jpeg_in_error(j_common_ptr cinfo) {
     longjmp(j->jump, 1);
 }
 
-/* Warnings (level < 0) mean damage that libjpeg papers over, such as a file cut short: here they are errors. Two are
- * harmless and common in real datasets: padding in front of the end marker, and a JFIF version from the future. */
+/* Warnings (level < 0) mean damage that libjpeg papers over, such as a file cut short: here they are errors. Those that
+ * tell nothing of pixels are not: an unknown Adobe transform or JFIF version, a baseline scan that names another range of
+ * coefficients (Samsung's cameras), bytes that belong to nothing, where no picture data have begun or behind the last. */
 static void jpeg_in_warning(j_common_ptr cinfo, int level) {
+    const JpegIn *j = cinfo->client_data;
     const struct jpeg_error_mgr *m = cinfo->err;
-    int padding = m->msg_code == JWRN_EXTRANEOUS_DATA && m->msg_parm.i[1] == 0xd9;
-    if (level < 0 && !padding && m->msg_code != JWRN_JFIF_MAJOR) jpeg_in_error(cinfo);
+    if (level >= 0) return;
+    switch (m->msg_code) {
+    case JWRN_JFIF_MAJOR:
+    case JWRN_ADOBE_XFORM:
+    case JWRN_NOT_SEQUENTIAL: return;
+    case JWRN_EXTRANEOUS_DATA:
+        if (j->cinfo.input_scan_number == 0 || m->msg_parm.i[1] == 0xd9) return;
+    }
+    jpeg_in_error(cinfo);
 }
 
 static void jpeg_in_progress(j_common_ptr cinfo) {
@@ -47,19 +55,32 @@ static void jpeg_in_progress(j_common_ptr cinfo) {
     }
 }
 
-/* rgb (W,3) from a row of CMYK (W,4). Files with an Adobe marker store inks inverted: 255 is no ink. */
+/* rgb (W,3) from a row of CMYK (W,4). inverted: 255 is no ink, as in files with an Adobe marker; for Pillow always. */
 static void cmyk_to_rgb(uint8_t *rgb, const uint8_t *cmyk, size_t W, int inverted) {
     unsigned flip = inverted ? 0 : 255;
     for (size_t x = 0; x < W; x++, cmyk += 4, rgb += 3)
         for (size_t c = 0; c < 3; c++) rgb[c] = (uint8_t)(((cmyk[c] ^ flip) * (cmyk[3] ^ flip) + 127) / 255);
 }
 
+/* Of the first APP1 marker with EXIF that says it, else of one with XMP. */
 static int jpeg_orientation(const struct jpeg_decompress_struct *cinfo) {
-    enum { PREFIX = 6 };
-    for (jpeg_saved_marker_ptr m = cinfo->marker_list; m; m = m->next)
-        if (m->data_length > PREFIX && memcmp(m->data, "Exif\0\0", PREFIX) == 0)
-            return exif_orientation(m->data + PREFIX, m->data_length - PREFIX);
-    return 1;
+    static const char exif[] = "Exif\0", xmp[] = "http://ns.adobe.com/xap/1.0/"; /* and a zero byte */
+    int found = 0;
+    for (jpeg_saved_marker_ptr m = cinfo->marker_list; m && !found; m = m->next)
+        if (m->data_length > sizeof exif && memcmp(m->data, exif, sizeof exif) == 0)
+            found = exif_orientation(m->data + sizeof exif, m->data_length - sizeof exif);
+    for (jpeg_saved_marker_ptr m = cinfo->marker_list; m && !found; m = m->next)
+        if (m->data_length > sizeof xmp && memcmp(m->data, xmp, sizeof xmp) == 0)
+            found = xmp_orientation(m->data + sizeof xmp, m->data_length - sizeof xmp);
+    return found;
+}
+
+/* What libjpeg keeps: a few rows; all coefficients where a row comes in several scans. */
+static size_t jpeg_bytes(j_decompress_ptr cinfo) {
+    size_t bytes = (size_t)cinfo->image_width * 64 * (size_t)cinfo->num_components;
+    for (int c = 0; jpeg_has_multiple_scans(cinfo) && c < cinfo->num_components; c++)
+        bytes += (size_t)cinfo->comp_info[c].width_in_blocks * cinfo->comp_info[c].height_in_blocks * sizeof(JBLOCK);
+    return bytes;
 }
 
 /* Everything that may jump. */
@@ -71,35 +92,40 @@ static Err jpeg_in_body(JpegIn *j) {
     jpeg_mem_src(cinfo, j->bytes, (unsigned long)j->size);
     jpeg_save_markers(cinfo, JPEG_APP0 + 1, 0xffff);
     jpeg_read_header(cinfo, TRUE);
-    size_t W = cinfo->image_width;
-    TRY(image_alloc(j->im, cinfo->image_height, W)); /* before libjpeg allocates anything of that size */
-    int cmyk = cinfo->num_components == 4;
-    j->orientation = jpeg_orientation(cinfo);
-    cinfo->out_color_space = cmyk ? JCS_CMYK : JCS_RGB;
+    const size_t W = cinfo->image_width;
+    const int cmyk = cinfo->num_components == 4, inverted = cinfo->saw_Adobe_marker || j->rows->how & IMAGE_OFFICIAL;
+    /* before libjpeg allocates anything of that size */
+    TRY(rows_begin(j->rows, cinfo->image_height, W, jpeg_orientation(cinfo), 0, jpeg_bytes(cinfo)));
+    TRY(mem_alloc(&j->rgb, W, 3, "a row of a picture"));
     if (cmyk) TRY(mem_alloc(&j->raw, W, 4, "a CMYK row"));
+    cinfo->out_color_space = cmyk ? JCS_CMYK : JCS_RGB;
     jpeg_start_decompress(cinfo);
     while (cinfo->output_scanline < cinfo->output_height) {
-        uint8_t *rgb = j->im->rgb + (size_t)cinfo->output_scanline * W * 3;
-        JSAMPROW row = cmyk ? j->raw : rgb;
+        const size_t y = cinfo->output_scanline;
+        JSAMPROW row = cmyk ? j->raw : j->rgb;
         jpeg_read_scanlines(cinfo, &row, 1);
-        if (cmyk) cmyk_to_rgb(rgb, row, W, cinfo->saw_Adobe_marker);
+        if (cmyk) cmyk_to_rgb(j->rgb, row, W, inverted);
+        rows_put(j->rows, y, j->rgb);
     }
     jpeg_finish_decompress(cinfo); /* reads up to the end marker: finds files cut right before it */
     return OK;
 }
 
-Err jpeg_decode(Image *im, const uint8_t *bytes, size_t size, int upright) {
-    JpegIn j = {.bytes = bytes, .size = size, .im = im};
+Err jpeg_decode(Rows *r, const uint8_t *bytes, size_t size) {
+    JpegIn j = {.bytes = bytes, .size = size, .rows = r};
     j.cinfo.err = jpeg_std_error(&j.manager);
     j.manager.error_exit = jpeg_in_error;
     j.manager.emit_message = jpeg_in_warning;
     j.cinfo.client_data = &j;
     Err e;
-    if (setjmp(j.jump))
-        e = err("damaged JPEG: %s", j.message);
-    else
+    if (!setjmp(j.jump))
         e = jpeg_in_body(&j);
+    else if (j.manager.msg_code == JERR_OUT_OF_MEMORY)
+        e = err("no memory to read a JPEG");
+    else
+        e = err_damaged("damaged JPEG: %s", j.message);
     jpeg_destroy_decompress(&j.cinfo);
     free(j.raw);
-    return e == OK ? image_orient(im, upright ? j.orientation : 1) : FAILED;
+    free(j.rgb);
+    return e;
 }

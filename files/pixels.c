@@ -1,11 +1,12 @@
-/* pixels.c - pictures in memory: room for them, turned upright, composited, put together in a grid. */
+/* pixels.c - pictures in memory: room for them, held upright, samples to RGB, put together in a grid. */
 #include "files/decode.h"
 
 #include <stdlib.h>
 #include <string.h>
 
-/* A picture that may be held. */
-static Err size_fits(size_t H, size_t W) {
+enum { IMAGE_MAX_PIXELS = 1 << 27 }; /* 400 MB of RGB: above any dataset, below what a hostile header could ask for */
+
+Err image_size_check(size_t H, size_t W) {
     if (H < 1 || W < 1 || H > IMAGE_MAX_SIDE || W > IMAGE_MAX_SIDE)
         return err("a picture of %zu x %zu pixels; sides of 1..%d expected", W, H, IMAGE_MAX_SIDE);
     if (H * W > IMAGE_MAX_PIXELS)
@@ -15,7 +16,7 @@ static Err size_fits(size_t H, size_t W) {
 
 Err image_alloc(Image *im, size_t H, size_t W) {
     *im = (Image){0};
-    TRY(size_fits(H, W));
+    TRY(image_size_check(H, W));
     TRY(mem_alloc(&im->rgb, H * W, 3, "a picture"));
     im->H = H;
     im->W = W;
@@ -27,42 +28,34 @@ void image_free(Image *im) {
     *im = (Image){0};
 }
 
-Err image_orient(Image *im, int orientation) {
-    if (orientation <= 1) return OK;
-    int transposed = orientation >= 5;
-    int from_bottom = orientation == 3 || orientation == 4 || orientation == 6 || orientation == 7;
-    int from_right = orientation == 2 || orientation == 3 || orientation == 7 || orientation == 8;
-    Image out;
-    TRY(image_alloc(&out, transposed ? im->W : im->H, transposed ? im->H : im->W));
-    for (size_t y = 0; y < out.H; y++)
-        for (size_t x = 0; x < out.W; x++) {
-            size_t sy = transposed ? x : y, sx = transposed ? y : x;
-            if (from_bottom) sy = im->H - 1 - sy;
-            if (from_right) sx = im->W - 1 - sx;
-            memcpy(out.rgb + (y * out.W + x) * 3, im->rgb + (sy * im->W + sx) * 3, 3);
-        }
-    image_free(im);
-    *im = out;
-    return OK;
+/* Orientations 5..8 exchange rows and columns. */
+uint8_t *image_place(const Image *im, int orientation, size_t y, size_t x) {
+    const int o = orientation, sideways = o >= 5;
+    size_t to_y = sideways ? x : y, to_x = sideways ? y : x;
+    if (o == 3 || o == 4 || o == 7 || o == 8) to_y = im->H - 1 - to_y;
+    if (o == 2 || o == 3 || o == 6 || o == 7) to_x = im->W - 1 - to_x;
+    return im->rgb + 3 * (to_y * im->W + to_x);
 }
 
-/* A colour on white: round(255 * (c*a + 1-a)) with c and a in units of 1/most. most^2 is odd: no ties. */
-static uint8_t on_white(uint64_t c, uint64_t a, uint64_t most) {
-    const uint64_t v = c * a + most * (most - a);
+/* A colour on white or black: round(255 * (c*a + background * (1-a))) with c and a in units of 1/most. most^2 is odd: no
+ * ties. */
+static uint8_t composite(uint64_t c, uint64_t a, uint64_t most, int black) {
+    const uint64_t v = c * a + (black ? 0 : most * (most - a));
     return (uint8_t)((255 * v + most * most / 2) / (most * most));
 }
 
-void png_row_to_rgb(uint8_t *rgb, const uint8_t *row, size_t W, size_t channels, int depth) {
-    uint64_t most = depth == 16 ? 65535 : 255;
-    if (depth == 8 && channels == 3) {
+void samples_to_rgb(uint8_t *rgb, const uint8_t *row, size_t W, size_t channels, int depth, int how) {
+    const uint64_t most = depth == 16 ? 65535 : 255;
+    const size_t bytes = (size_t)depth / 8;
+    if (channels == 3 && depth == 8) {
         memcpy(rgb, row, W * 3);
         return;
     }
-    for (size_t x = 0; x < W; x++, rgb += 3) {
+    for (size_t x = 0; x < W; x++, rgb += 3, row += channels * bytes) {
         uint64_t v[4] = {0, 0, 0, most};
-        for (size_t c = 0; c < channels; c++, row += depth / 8)
-            v[c] = depth == 16 ? (uint64_t)row[0] << 8 | row[1] : row[0]; /* PNG is big-endian */
-        for (size_t c = 0; c < 3; c++) rgb[c] = on_white(v[c], v[3], most);
+        for (size_t c = 0; c < channels; c++) v[c] = depth == 16 ? (uint64_t)row[2 * c] << 8 | row[2 * c + 1] : row[c];
+        for (size_t c = 0; c < 3; c++)
+            rgb[c] = how & IMAGE_OFFICIAL ? row[c * bytes] : composite(v[c], v[3], most, how & IMAGE_ON_BLACK);
     }
 }
 
@@ -90,7 +83,7 @@ Err image_grid_size(size_t *out_H, size_t *out_W, size_t n, size_t H, size_t W, 
         columns > IMAGE_MAX_SIDE)
         return err("a grid of %zu x %zu pictures of %zu x %zu is too large", columns, rows, W, H);
     *out_H = rows * (H + gap) - gap, *out_W = columns * (W + gap) - gap;
-    return size_fits(*out_H, *out_W);
+    return image_size_check(*out_H, *out_W);
 }
 
 Err image_grid(Image *out, const real *images, size_t n, size_t H, size_t W, size_t columns, size_t gap) {

@@ -16,9 +16,11 @@
 typedef struct {
     const uint8_t *bytes;
     size_t size, at;
-    Image *im;
-    uint8_t *raw;      /* one row, or all of them when interlaced: 8 or 16 bits, 3 or 4 channels */
-    char message[200]; /* what libpng said before it jumped */
+    Rows *rows;
+    uint8_t *raw, *rgb; /* a row: 8 or 16 bits, 3 or 4 channels; 8 bits, 3 channels */
+    int orientation;    /* 0: unknown */
+    int no_memory;      /* libpng asked for some and got none: then nothing that it says or gives is to be believed */
+    char message[200];  /* what libpng said before it jumped */
     png_structp png;
     png_infop info;
 } PngIn;
@@ -35,6 +37,18 @@ static void png_ignore_warning(png_structp png, png_const_charp text) {
     (void)text;
 }
 
+static png_voidp png_in_malloc(png_structp png, png_alloc_size_t bytes) {
+    PngIn *p = png_get_mem_ptr(png);
+    void *memory = malloc(bytes);
+    if (!memory) p->no_memory = 1;
+    return memory;
+}
+
+static void png_in_free(png_structp png, png_voidp memory) {
+    (void)png;
+    free(memory);
+}
+
 static void png_in_read(png_structp png, png_bytep to, size_t n) {
     PngIn *p = png_get_io_ptr(png);
     if (n > p->size - p->at) png_error(png, "the file is cut short");
@@ -42,60 +56,114 @@ static void png_in_read(png_structp png, png_bytep to, size_t n) {
     p->at += n;
 }
 
+/* From EXIF in its chunk or in ImageMagick's text, else from XMP. 0: nothing says it so far. */
+static int png_orientation(PngIn *p) {
+    static const struct {
+        const char *key;
+        int xmp, raw;
+    } keys[] = {{"Raw profile type exif", 0, 1},
+                {"Raw profile type APP1", 0, 1},
+                {"XML:com.adobe.xmp", 1, 0},
+                {"Raw profile type xmp", 1, 1}};
+    png_textp text = NULL;
+    int found = 0, n = 0;
+#ifdef PNG_eXIf_SUPPORTED
+    png_bytep exif = NULL;
+    png_uint_32 length = 0;
+    if (png_get_eXIf_1(p->png, p->info, &length, &exif)) found = exif_orientation_prefixed(exif, length);
+#endif
+    png_get_text(p->png, p->info, &text, &n);
+    for (size_t k = 0; k < sizeof keys / sizeof *keys; k++)
+        for (int i = 0; i < n && !found; i++) {
+            const size_t bytes = text[i].text_length ? text[i].text_length : text[i].itxt_length;
+            if (!text[i].text || strcmp(text[i].key, keys[k].key) != 0) continue;
+            found = keys[k].raw ? profile_orientation(text[i].text, bytes, keys[k].xmp)
+                                : xmp_orientation((const uint8_t *)text[i].text, bytes);
+        }
+    return found;
+}
+
+/* Whether there are other pictures behind the first: an APNG's chunk acTL begins with their number. */
+static int png_is_animated(PngIn *p) {
+    png_unknown_chunkp chunk = NULL;
+    const int n = png_get_unknown_chunks(p->png, p->info, &chunk);
+    for (int i = 0; i < n; i++)
+        if (!memcmp(chunk[i].name, "acTL", 4) && chunk[i].size >= 4) return png_get_uint_32(chunk[i].data) > 1;
+    return 0;
+}
+
+/* The rows of one pass of an interlaced PNG: pixels from, from + step, ... of every so many rows. */
+static void png_in_pass(PngIn *p, int pass, size_t H, size_t W, size_t channels, int depth) {
+    const size_t from = (size_t)PNG_PASS_START_COL(pass), step = (size_t)PNG_PASS_COL_OFFSET(pass);
+    const size_t columns = PNG_PASS_COLS((png_uint_32)W, pass);
+    if (!columns) return; /* libpng leaves such a pass out */
+    for (size_t y = (size_t)PNG_PASS_START_ROW(pass); y < H; y += (size_t)PNG_PASS_ROW_OFFSET(pass)) {
+        png_read_row(p->png, p->raw, NULL);
+        samples_to_rgb(p->rgb, p->raw, columns, channels, depth, p->rows->how);
+        rows_put_part(p->rows, y, p->rgb, columns, from, step);
+    }
+}
+
 /* Everything that may jump. Every kind of PNG is expanded to RGB or RGBA of 8 or 16 bits. */
 static Err png_in_body(PngIn *p) {
     png_structp png = p->png;
     png_set_read_fn(png, p, png_in_read);
-    png_set_user_limits(png, IMAGE_MAX_SIDE, IMAGE_MAX_SIDE);
+    png_set_user_limits(png, PNG_UINT_31_MAX, PNG_UINT_31_MAX); /* rows_begin has ours */
     png_set_crc_action(png, PNG_CRC_ERROR_QUIT, PNG_CRC_ERROR_QUIT);
+    png_set_keep_unknown_chunks(png, PNG_HANDLE_CHUNK_ALWAYS, (png_const_bytep) "acTL", 1);
     png_read_info(png, p->info);
+    if (png_is_animated(p)) p->rows->note = "is an animated PNG, of which the first picture is used";
+    if (!p->orientation) p->orientation = png_orientation(p);
+    const int held = p->orientation, interlaced = png_get_interlace_type(png, p->info) != PNG_INTERLACE_NONE;
     png_set_expand(png);
     png_set_gray_to_rgb(png);
-    int passes = png_set_interlace_handling(png);
     png_read_update_info(png, p->info);
 
-    size_t H = png_get_image_height(png, p->info), W = png_get_image_width(png, p->info);
-    size_t channels = png_get_channels(png, p->info), stride = png_get_rowbytes(png, p->info);
-    int depth = png_get_bit_depth(png, p->info);
+    const size_t H = png_get_image_height(png, p->info), W = png_get_image_width(png, p->info);
+    const size_t channels = png_get_channels(png, p->info), stride = png_get_rowbytes(png, p->info);
+    const int depth = png_get_bit_depth(png, p->info);
     if ((channels != 3 && channels != 4) || (depth != 8 && depth != 16) || stride != W * channels * (size_t)depth / 8)
         return err("%zu channels of %d bits after expansion; 3 or 4 of 8 or 16 expected", channels, depth);
-    TRY(image_alloc(p->im, H, W));
-    TRY(mem_alloc(&p->raw, passes > 1 ? H : 1, stride, "the rows of a PNG"));
-    for (int pass = 0; pass < passes; pass++)
-        for (size_t y = 0; y < H; y++) {
-            uint8_t *row = p->raw + (passes > 1 ? y * stride : 0);
-            png_read_row(png, row, NULL);
-            if (pass == passes - 1) png_row_to_rgb(p->im->rgb + y * W * 3, row, W, channels, depth);
-        }
+    TRY(rows_begin(p->rows, H, W, held, interlaced, 4 * stride));
+    TRY(mem_alloc(&p->raw, stride, 1, "a row of a PNG"));
+    TRY(mem_alloc(&p->rgb, W, 3, "a row of a picture"));
+    for (int pass = 0; interlaced && pass < PNG_INTERLACE_ADAM7_PASSES; pass++)
+        png_in_pass(p, pass, H, W, channels, depth);
+    for (size_t y = 0; !interlaced && y < H; y++) {
+        png_read_row(png, p->raw, NULL);
+        samples_to_rgb(p->rgb, p->raw, W, channels, depth, p->rows->how);
+        rows_put(p->rows, y, p->rgb);
+    }
     png_read_end(png, p->info);
+    if (!held) p->orientation = png_orientation(p); /* it may come behind the pixels */
     return OK;
 }
 
-static int png_orientation(PngIn *p) {
-#ifdef PNG_eXIf_SUPPORTED
-    png_bytep exif = NULL;
-    png_uint_32 n = 0;
-    if (png_get_eXIf_1(p->png, p->info, &n, &exif)) return exif_orientation(exif, n);
-#endif
-    (void)p;
-    return 1;
+static Err png_in(PngIn *p) {
+    Err e;
+    p->at = 0;
+    p->png = png_create_read_struct_2(PNG_LIBPNG_VER_STRING, p, png_in_error, png_ignore_warning, p, png_in_malloc,
+                                      png_in_free);
+    p->info = p->png ? png_create_info_struct(p->png) : NULL;
+    if (!p->info)
+        e = err("no memory to read a PNG");
+    else if (setjmp(png_jmpbuf(p->png)))
+        e = err_damaged("damaged PNG: %s", p->message);
+    else
+        e = png_in_body(p);
+    if (p->no_memory) e = err("no memory to read a PNG");
+    png_destroy_read_struct(&p->png, &p->info, NULL);
+    free(p->raw);
+    free(p->rgb);
+    p->raw = p->rgb = NULL;
+    return e;
 }
 
-Err png_decode(Image *im, const uint8_t *bytes, size_t size, int upright) {
-    PngIn p = {.bytes = bytes, .size = size, .im = im};
-    p.png = png_create_read_struct(PNG_LIBPNG_VER_STRING, &p, png_in_error, png_ignore_warning);
-    p.info = p.png ? png_create_info_struct(p.png) : NULL;
-    Err e;
-    if (!p.info)
-        e = err("no memory to read a PNG");
-    else if (setjmp(png_jmpbuf(p.png)))
-        e = err("damaged PNG: %s", p.message);
-    else
-        e = png_in_body(&p);
-    int orientation = e == OK && upright ? png_orientation(&p) : 1;
-    png_destroy_read_struct(&p.png, &p.info, NULL);
-    free(p.raw);
-    return e == OK ? image_orient(im, orientation) : FAILED;
+Err png_decode(Rows *r, const uint8_t *bytes, size_t size) {
+    PngIn p = {.bytes = bytes, .size = size, .rows = r};
+    TRY(png_in(&p));
+    const int late = p.orientation > 1 && r->how & IMAGE_UPRIGHT && r->orientation != p.orientation;
+    return late ? png_in(&p) : OK;
 }
 
 /* ------------------------------------------------------------------------------------------------------------

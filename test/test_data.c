@@ -364,7 +364,7 @@ static void test_lmdb_keys(void) {
         for (size_t i = 0; i < 3; i++) {
             Image im;
             int damaged;
-            CHECK_OK(dataset_picture(&d, i, 0, &im, &damaged));
+            CHECK_OK(dataset_picture(&d, i, PREP_LSUN, 40, &im, &damaged));
             CHECK(!damaged && im.H == 40 && im.rgb[1] == 12 - i);
             image_free(&im);
         }
@@ -527,7 +527,7 @@ static void test_lmdb_pages(void) {
             for (size_t i = 0; i < d.n; i++) {
                 Image im;
                 int damaged = 0;
-                read_all += dataset_picture(&d, i, 0, &im, &damaged) == OK;
+                read_all += dataset_picture(&d, i, PREP_LSUN, 8, &im, &damaged) == OK;
                 image_free(&im);
             }
             dataset_close(&d);

@@ -481,7 +481,9 @@ static void test_foreign(void) {
         {"<?xml version='1.0'?><svg/>", 27, "is an XML or SVG file"},
         {"", 0, "is empty"},
         {"\x89PN", 3, "neither PNG nor JPEG nor WebP"},
-        {"hello", 5, "neither PNG nor JPEG nor WebP"},
+        {"hello", 5, "is a text file; PNG"},
+        {"\xef\xbb\xbf<svg/>", 9, "is an XML or SVG file"},
+        {"\0\1\2\3\4", 5, "neither PNG nor JPEG nor WebP"},
         {"\xff\xd8\xff", 3, "damaged JPEG"},
         {"\x89PNG\r\n\x1a\n", 8, "damaged PNG: the file is cut short"},
     };
@@ -567,7 +569,7 @@ static void test_webp(void) {
     CHECK_ERR(image_read(&got, in_folder("huge.webp")), "16384 x 16384 pixels; at most");
     static const uint8_t moving[] = "RIFF\x22\0\0\0WEBPVP8X\x0a\0\0\0\2\0\0\0\7\0\0\7\0\0ANIM\6\0\0\0\0\0\0\0\0";
     put_file(in_folder("moving.webp"), moving, sizeof moving);
-    CHECK_ERR(image_read(&got, in_folder("moving.webp")), "animated");
+    CHECK_ERR(image_read(&got, in_folder("moving.webp")), "an animation without pictures");
     image_free(&im), image_free(&smooth);
 }
 #else
