@@ -83,7 +83,7 @@ fi
 cat $docs | awk '/^    /{ next } { n = split($0, part, "`"); for (i = 2; i <= n; i += 2) print part[i] }' |
     sort -u >"$dir/quoted"
 grep -E '^[A-Za-z0-9_./-]+(\.(c|cu|h|md|sh|py|txt|slurm|png)|/)$' "$dir/quoted" |
-    grep -vE '^(config\.txt|samples\.png|chain\.png|psim\.txt|ffhq[a-z]*\.txt|skipped\.txt|models/NAME\.txt|(runs|data|events|train|val)/.*|models/lpips)$' >"$dir/files"
+    grep -vE '^(config\.txt|samples\.png|chain\.png|psim\.txt|ffhq[a-z]*\.txt|skipped\.txt|models/NAME\.txt|(runs|data|events|train|val|valid|validation)/.*|models/lpips)$' >"$dir/files"
 while read -r file; do
     if [ -e "$file" ]; then pass; else fail "a file is named that is not there: $file"; fi
 done <"$dir/files"

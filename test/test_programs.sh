@@ -484,7 +484,7 @@ case $build in
     *)
         limited() { (ulimit -v 900000 && "$@"); }
         refused 1 "smaller --batch" limited "$build/sample" "$here/models/emoji" -n 4096 --batch 4096 --threads 1
-        refused_late 1 "smaller --batch" limited "$build/inpaint" "$here/models/emoji" "$here/models/emoji/example.png" --half upper -n 4096 --batch 4096 --threads 1
+        refused_late 1 "smaller --batch" limited "$build/inpaint" "$here/models/emoji" "$here/models/emoji/example.png" --half upper -n 3900 --batch 3900 --threads 1
         refused_late 1 "smaller --batch" limited "$build/train" --config "$here/test/tiny.txt" --vqgan --data data --run r5 --batch 65536 --threads 1
         ;;
 esac
