@@ -103,7 +103,7 @@ static void set_folder(char to[FOLDER_NAME_BYTES], const char *name, size_t leng
 void layout_find(Layout *layout, const Names *all, const char *root) {
     static const char official_train[] = "ILSVRC2012_train/data", official_val[] = "ILSVRC2012_validation/data";
     const char *first[ROLE_NONE] = {NULL};
-    size_t others = 0, roles = 0, lmdbs = 0;
+    size_t others = 0, roles = 0;
     int official = 0;
     *layout = (Layout){.outside = common_folder(all)};
     for (size_t i = 0; i < all->n; i++) {
@@ -117,7 +117,6 @@ void layout_find(Layout *layout, const Names *all, const char *root) {
             others++;
         else if (!first[role])
             first[role] = name, roles++;
-        lmdbs += length == strlen(DATA_MDB) && !memcmp(name, DATA_MDB, length);
     }
     const char *train = first[ROLE_TRAIN], *val = first[ROLE_VAL], *test = first[ROLE_TEST];
     if (official == 3) {
