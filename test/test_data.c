@@ -552,6 +552,7 @@ static void test_lmdb_keys(void) {
 }
 static void test_lmdb_split(void) {}
 static void test_lmdb_damage(void) {}
+static void test_lmdb_tree(void) {}
 static void test_lmdb_pages(void) {}
 #endif
 
