@@ -41,19 +41,18 @@ enum {
 
 typedef struct {
     char *start, *p, *end;
-    int failed;
+    Err failed;
 } Json;
 
 static Err json_fail(Json *j, const char *fmt, ...) PRINTF_LIKE(2, 3);
 static Err json_fail(Json *j, const char *fmt, ...) {
-    if (j->failed) return FAILED;
+    if (j->failed) return j->failed;
     char text[640];
     va_list a;
     va_start(a, fmt);
     vsnprintf(text, sizeof text, fmt, a);
     va_end(a);
-    j->failed = 1;
-    return err("header byte %zu: %s", (size_t)(j->p - j->start), text);
+    return j->failed = err_damaged("header byte %zu: %s", (size_t)(j->p - j->start), text);
 }
 
 static Err json_unexpected(Json *j, const char *expected) {
@@ -168,7 +167,7 @@ static Err read_metadata(Json *j, Config *meta) {
     json_expect(j, '{');
     for (int first = 1; json_more(j, '}', &first);) {
         const char *key = json_key(j), *value = json_string(j);
-        if (j->failed) return FAILED;
+        if (j->failed) return j->failed;
         if (config_get(meta, "", key)) return json_fail(j, "second '%s' in __metadata__", key);
         if (meta->n == META_MAX_ENTRIES) return json_fail(j, "over %d entries in __metadata__", META_MAX_ENTRIES);
         TRY(config_set(meta, key, "%s", value));
@@ -214,7 +213,7 @@ static Err read_entry(Json *j, Tensor *x, size_t range[2]) {
     for (int first = 1; json_more(j, '}', &first);) {
         const char *key = json_key(j);
         unsigned field = 0;
-        if (j->failed) return FAILED;
+        if (j->failed) return j->failed;
         while (field < 3 && strcmp(key, fields[field]) != 0) field++;
         if (field == 3) return json_fail(j, "tensor '%s': unknown field '%.40s'", x->name, key);
         if (seen >> field & 1) return json_fail(j, "tensor '%s': second '%s'", x->name, key);
@@ -230,13 +229,13 @@ static Err read_entry(Json *j, Tensor *x, size_t range[2]) {
 /* x->data, once its range lies in the data and holds just as many bytes as dtype and shape ask for */
 static Err place_tensor(Tensor *x, const size_t range[2], const unsigned char *data, size_t data_bytes) {
     size_t width = dtype_size(x->dtype);
-    if (range[0] > range[1]) return err("tensor '%s' goes from byte %zu to %zu", x->name, range[0], range[1]);
+    if (range[0] > range[1]) return err_damaged("tensor '%s' goes from byte %zu to %zu", x->name, range[0], range[1]);
     if (range[1] > data_bytes)
-        return err("tensor '%s' ends at byte %zu of the data, the file at %zu: it is truncated", x->name, range[1],
-                   data_bytes);
+        return err_damaged("tensor '%s' ends at byte %zu of the data, the file at %zu: it is truncated", x->name,
+                           range[1], data_bytes);
     if (x->size > SIZE_MAX / width || range[1] - range[0] != x->size * width)
-        return err("tensor '%s' has %zu bytes of data, expected %zu of %s with %zu each", x->name, range[1] - range[0],
-                   x->size, dtype_name(x->dtype), width);
+        return err_damaged("tensor '%s' has %zu bytes of data, expected %zu of %s with %zu each", x->name,
+                           range[1] - range[0], x->size, dtype_name(x->dtype), width);
     x->data = data + range[0];
     return OK;
 }
@@ -248,7 +247,7 @@ static Err read_header(Json *j, Checkpoint *ck, const unsigned char *data, size_
     for (int first = 1; json_more(j, '}', &first);) {
         const char *name = json_key(j);
         size_t length = strlen(name);
-        if (j->failed) return FAILED;
+        if (j->failed) return j->failed;
         if (strcmp(name, "__metadata__") == 0) {
             if (has_meta++) return json_fail(j, "second __metadata__");
             TRY(read_metadata(j, &ck->meta));
@@ -265,7 +264,7 @@ static Err read_header(Json *j, Checkpoint *ck, const unsigned char *data, size_
         TRY(place_tensor(x, range, data, data_bytes));
     }
     json_peek(j);
-    return j->p == j->end ? (Err)j->failed : json_unexpected(j, "nothing behind the closing brace");
+    return j->p == j->end ? j->failed : json_unexpected(j, "nothing behind the closing brace");
 }
 
 static int by_place(const void *pa, const void *pb) {
@@ -286,12 +285,12 @@ static Err check_layout(Checkpoint *ck, const unsigned char *data, size_t data_b
         const Tensor *x = &ck->tensor[i];
         const unsigned char *begin = (const unsigned char *)x->data;
         if (begin != end)
-            return err("tensor '%s' begins at byte %zu of the data, the one before it ends at %zu: %s", x->name,
-                       (size_t)(begin - data), (size_t)(end - data), begin < end ? "an overlap" : "a gap");
+            return err_damaged("tensor '%s' begins at byte %zu of the data, the one before it ends at %zu: %s", x->name,
+                               (size_t)(begin - data), (size_t)(end - data), begin < end ? "an overlap" : "a gap");
         end = begin + x->size * dtype_size(x->dtype);
     }
     if (end != data + data_bytes)
-        return err("%zu bytes of data, the tensors cover %zu", data_bytes, (size_t)(end - data));
+        return err_damaged("%zu bytes of data, the tensors cover %zu", data_bytes, (size_t)(end - data));
     return OK;
 }
 
@@ -299,7 +298,8 @@ static Err check_layout(Checkpoint *ck, const unsigned char *data, size_t data_b
 static Err sort_by_name(Checkpoint *ck) {
     if (ck->n) qsort(ck->tensor, ck->n, sizeof *ck->tensor, by_name);
     for (size_t i = 1; i < ck->n; i++) {
-        if (by_name(&ck->tensor[i - 1], &ck->tensor[i]) == 0) return err("two tensors '%s'", ck->tensor[i].name);
+        if (by_name(&ck->tensor[i - 1], &ck->tensor[i]) == 0)
+            return err_damaged("two tensors '%s'", ck->tensor[i].name);
     }
     return OK;
 }
@@ -314,9 +314,10 @@ static Err read_safetensors(Checkpoint *ck) {
     const char *file = (const char *)ck->map;
     uint64_t length = read_u64(file);
     if (length > HEADER_MAX_BYTES)
-        return err("header of %llu bytes, expected at most %d", (unsigned long long)length, HEADER_MAX_BYTES);
+        return err_damaged("header of %llu bytes, expected at most %d", (unsigned long long)length, HEADER_MAX_BYTES);
     if (length > ck->map_bytes - 8)
-        return err("header of %llu bytes in a file of %zu: it is truncated", (unsigned long long)length, ck->map_bytes);
+        return err_damaged("header of %llu bytes in a file of %zu: it is truncated", (unsigned long long)length,
+                           ck->map_bytes);
 
     char *text;
     TRY(mem_alloc(&text, (size_t)length + 1, 1, "the header"));
@@ -351,12 +352,13 @@ static Err foreign_content(const Checkpoint *ck) {
     for (size_t i = 0; i < sizeof foreign / sizeof *foreign; i++) {
         size_t length = strlen(foreign[i].magic);
         if (n - skip >= length && memcmp(file + skip, foreign[i].magic, length) == 0)
-            return err("looks like %s; expected a safetensors or .ckpt file", foreign[i].what);
+            return err_damaged("looks like %s; expected a safetensors or .ckpt file", foreign[i].what);
     }
-    if (n < 10) return err("has only %zu bytes: it is truncated, or neither a safetensors nor a .ckpt file", n);
-    return err("is neither a .ckpt nor a safetensors file: expected a header length below %d and then '{', found %llu "
-               "and byte 0x%02x",
-               HEADER_MAX_BYTES, (unsigned long long)read_u64(file), (unsigned)(unsigned char)file[8]);
+    if (n < 10) return err_damaged("has only %zu bytes: it is truncated, or neither a safetensors nor a .ckpt file", n);
+    return err_damaged(
+        "is neither a .ckpt nor a safetensors file: expected a header length below %d and then '{', found %llu "
+        "and byte 0x%02x",
+        HEADER_MAX_BYTES, (unsigned long long)read_u64(file), (unsigned)(unsigned char)file[8]);
 }
 
 static Err map_file(Checkpoint *ck) {
@@ -366,7 +368,7 @@ static Err map_file(Checkpoint *ck) {
     void *map = bytes ? mmap(NULL, bytes, PROT_READ, MAP_PRIVATE, fd, 0) : NULL;
     Err e = OK;
     if (bytes == 0)
-        e = err("%s: is empty, expected a safetensors or .ckpt file", ck->path);
+        e = err_damaged("%s: is empty, expected a safetensors or .ckpt file", ck->path);
     else if (map == MAP_FAILED)
         e = err("%s: cannot map %zu bytes: %s", ck->path, bytes, strerror(errno));
     close(fd);

@@ -550,6 +550,7 @@ static void test_hostile_headers(void) {
         CHECK_ERR(checkpoint_open(&ck, path), hostile[i].error);
         if (!CHECK(strstr(err_text(), path) == err_text() && !strchr(err_text(), '\n')))
             printf("     hostile[%zu]: %s\n", i, err_text());
+        CHECK(err_in("kind") == DAMAGED);
         CHECK(!ck.map && !ck.tensor && !ck.meta.kv);
     }
     static char header[100000];
@@ -589,11 +590,12 @@ static void test_foreign_files(void) {
     for (size_t i = 0; i < sizeof foreign / sizeof *foreign; i++) {
         put_file(in_folder("foreign"), foreign[i].bytes, foreign[i].n);
         CHECK_ERR(checkpoint_open(&ck, in_folder("foreign")), foreign[i].error);
-        CHECK(strstr(err_text(), "safetensors"));
+        CHECK(strstr(err_text(), "safetensors") && err_in("kind") == DAMAGED);
     }
     CHECK_ERR(checkpoint_open(&ck, folder), "is a folder");
     CHECK_ERR(checkpoint_open(&ck, "/dev/zero"), "is a device");
     CHECK_ERR(checkpoint_open(&ck, in_folder("nothing")), "No such file");
+    CHECK(err_in("kind") == FAILED); /* nothing was read, so nothing is damaged */
     CHECK(mkfifo(in_folder("fifo"), 0600) == 0);
     CHECK_ERR(checkpoint_open(&ck, in_folder("fifo")), "a pipe"); /* and does not wait for a writer */
     char path[PATH_BYTES + 1];
@@ -617,6 +619,7 @@ static void test_damaged_files(void) {
     for (size_t i = 0; i < n; i++) {
         put_file(in_folder("cut"), file, i);
         opened += (size_t)open_and_read(in_folder("cut"));
+        opened += err_in("kind") != DAMAGED;
     }
     CHECK(opened == 0);
     static const char spice[] = "\"{}[],:\\ 0918-.eu\n\0\377\303";
