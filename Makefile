@@ -152,10 +152,10 @@ KERNELS := $(if $(PLAINLY),,fast gemm stream conv norm layers attention guess op
 FILES := folder layout config atomic tensor checkpoint ckpt weights names pixels orientation resize rows png jpeg webp images lmdb tokens recipe betas net_config classes remap
 SAMPLING := model bounds options output terminal
 COMPONENTS := $(BASE:%=base/%) $(KERNELS:%=kernels/%) $(FILES:%=files/%) data vqgan transformer diffusion \
-              $(SAMPLING:%=sampling/%) training/discriminator training/perceptual training/restart
+              $(SAMPLING:%=sampling/%) training/discriminator training/perceptual training/restart training/rate
 PROGRAMS := sample train inpaint
 COLD := base/params base/options $(FILES:%=files/%) data sampling/model sampling/options sampling/terminal
-TESTS := base $(if $(PLAINLY),,gemm conv) checkpoint ckpt images data vqgan discriminator perceptual transformer classes diffusion $(if $(PLAINLY),,layers)
+TESTS := base $(if $(PLAINLY),,gemm conv) checkpoint ckpt images data vqgan discriminator perceptual transformer classes keys diffusion $(if $(PLAINLY),,layers)
 TESTS_DOUBLE := $(if $(PLAINLY),,gemm conv) vqgan discriminator perceptual transformer layers
 
 OBJ := $(COMPONENTS:%=$B/%.o)

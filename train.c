@@ -131,7 +131,7 @@ static Err gradients(Stage *s, Step *step) {
  * the step is not to count, and all that it changed must become again what a checkpoint has. */
 static Err update(Stage *s, Step *step) {
     remember_step(s, step->mean.loss, step->norm);
-    s->adam.lr = step->lr = s->lr_scale * lr_at(&s->set.lr, s->step);
+    s->adam.lr = step->lr = s->lr_scale * rate_at(&s->rate, s->step);
     s->step++;
     if (s->kind->ema)
         adamw_ema_step(s->params, &s->adam, s->step, s->set.ema_decay, ++s->ema_updates);

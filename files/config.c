@@ -119,28 +119,62 @@ Err config_flag(int *out, const Config *c, const char *prefix, const char *key, 
     Err e;
     const char *value = config_need(&e, c, prefix, key, optional);
     if (!value) return e;
-    int yes = strcmp(value, "true") == 0;
-    if (!yes && strcmp(value, "false") != 0) return config_bad(prefix, key, value, "true or false");
+    const int yes = !strcmp(value, "true") || !strcmp(value, "True");
+    if (!yes && strcmp(value, "false") && strcmp(value, "False"))
+        return config_bad(prefix, key, value, "true or false");
     *out = yes;
     return OK;
+}
+
+/* The items of a list lie between *s and *end: all of the value, or what is in brackets. 0: it is no list. */
+static int list_bounds(const char **s, const char **end, const char *value) {
+    const size_t n = strlen(value);
+    const int brackets = value[0] == '[', none = strcmp(value, "-") == 0;
+    *s = value + brackets + none, *end = value + n - brackets;
+    while (*s < *end && brackets && **s == ' ') ++*s;
+    return n > 0 && (!brackets || (n > 1 && value[n - 1] == ']'));
+}
+
+/* Behind an item: a comma and another item, or the list's end. */
+static int list_goes_on(const char **s, const char *end) {
+    *s += strspn(*s, " ");
+    return *s == end || (*(*s)++ == ',' && *s < end);
 }
 
 Err config_list(size_t *out, size_t *n, size_t max, const Config *c, const char *prefix, const char *key,
                 int optional) {
     Err e;
-    const char *value = config_need(&e, c, prefix, key, optional), *s = value;
+    const char *value = config_need(&e, c, prefix, key, optional), *s, *end;
     if (!value) return e;
     size_t count = 0;
     char expected[96];
     snprintf(expected, sizeof expected, "at most %zu whole numbers with commas between them, or -", max);
-    if (strcmp(value, "-") != 0) {
-        do {
-            s += strspn(s, " ");
-            if (count == max || !text_digits(&out[count++], &s)) return config_bad(prefix, key, value, expected);
-            s += strspn(s, " ");
-        } while (*s++ == ',');
-        if (s[-1]) return config_bad(prefix, key, value, expected);
+    for (int ok = list_bounds(&s, &end, value); !ok || s < end;) {
+        if (ok) s += strspn(s, " ");
+        ok = ok && count < max && text_digits(&out[count++], &s) && list_goes_on(&s, end);
+        if (!ok) return config_bad(prefix, key, value, expected);
     }
+    *n = count;
+    return OK;
+}
+
+Err config_reals(double *out, size_t *n, size_t max, const Config *c, const char *prefix, const char *key, double lo,
+                 double hi) {
+    Err e;
+    const char *value = config_need(&e, c, prefix, key, 0), *s, *end;
+    if (!value) return e;
+    size_t count = 0;
+    char expected[96], *after;
+    snprintf(expected, sizeof expected, "1 to %zu numbers from %g to %g with commas between them", max, lo, hi);
+    int ok = list_bounds(&s, &end, value) && s < end;
+    while (ok && s < end) {
+        const double number = strtod(s, &after);
+        ok = after > s && number >= lo && number <= hi && count < max;
+        if (ok) out[count++] = number;
+        s = after;
+        ok = ok && list_goes_on(&s, end);
+    }
+    if (!ok) return config_bad(prefix, key, value, expected);
     *n = count;
     return OK;
 }

@@ -22,9 +22,12 @@ const char *config_get(const Config *c, const char *prefix, const char *key);   
 /* A whole number in lo..hi. Absent: *out is left alone when optional, an error that names the key when not. */
 Err config_size(size_t *out, const Config *c, const char *prefix, const char *key, size_t lo, size_t hi, int optional);
 Err config_real(double *out, const Config *c, const char *prefix, const char *key, double lo, double hi, int optional);
-Err config_flag(int *out, const Config *c, const char *prefix, const char *key, int optional); /* true | false */
-/* "1,1,2,4" -> out[0..*n-1], at most max of them; "-" is an empty list. */
+Err config_flag(int *out, const Config *c, const char *prefix, const char *key, int optional); /* true | false, or Python's */
+/* "1,1,2,4" or "[1, 1, 2, 4]" -> out[0..*n-1], at most max of them; "-" and "[]" are empty lists. */
 Err config_list(size_t *out, size_t *n, size_t max, const Config *c, const char *prefix, const char *key, int optional);
+/* "0.5, 1e-3" or "[0.5, 1e-3]": 1..max numbers in lo..hi; absent is an error. */
+Err config_reals(double *out, size_t *n, size_t max, const Config *c, const char *prefix, const char *key, double lo,
+                 double hi);
 /* A struct's fields by their keys, for reading, writing and checking. */
 typedef enum {
     FIELD_SIZE, /* size_t, lo..hi */

@@ -138,7 +138,17 @@ static void test_config_values(void) {
     CHECK_ERR(config_list(list, &n, 3, &c, "model.", "mult", 0), "at most 3");
     CHECK_OK(config_list(list, &n, 4, &c, "model.", "none", 0));
     CHECK(n == 0);
-    static const char *const bad[] = {"", "1,", ",1", "1,,2", "1 2", "-1", "0x1", "1.5", "18446744073709551616"};
+    CHECK_OK(config_set(&c, "model.mult", "[ 1, 2,3 ]"));
+    CHECK_OK(config_list(list, &n, 4, &c, "model.", "mult", 0));
+    CHECK(n == 3 && list[0] == 1 && list[2] == 3);
+    CHECK_OK(config_set(&c, "model.none", "[]"));
+    CHECK_OK(config_list(list, &n, 4, &c, "model.", "none", 0));
+    CHECK(n == 0);
+    CHECK_OK(config_set(&c, "model.on", "False"));
+    CHECK_OK(config_flag(&flag, &c, "model.", "on", 0));
+    CHECK(flag == 0);
+    static const char *const bad[] = {"",   "1,", ",1", "1,,2", "1 2",  "-1",   "0x1", "1.5", "18446744073709551616",
+                                      "[1", "1]", "[",  "]",    "[1,]", "[1]2", "--",  "[-]"};
     for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
         CHECK_OK(config_set(&c, "bad", "%s", bad[i]));
         CHECK_ERR(config_list(list, &n, 4, &c, "", "bad", 0), "expected at most 4 whole numbers");

@@ -213,7 +213,7 @@ Err pass_over(Stage *s, Step *step) {
             "%s step %llu: loss %g, gradient norm %g: the last %d steps were none to be taken; a smaller --lr than %g "
             "may help",
             s->name, (unsigned long long)s->step + 1, step->mean.loss, step->norm, s->not_finite,
-            s->lr_scale * s->set.lr.lr_max);
+            s->lr_scale * rate_peak(&s->rate));
     const size_t n = min_size(s->set.accumulate, 64);
     for (size_t i = 0; i < n; i++) list[i] = micro_number(s, i);
     numbers_text(micros, sizeof micros, list, n);
@@ -291,7 +291,7 @@ Err roll_back(Stage *s, const Step *step) {
         return err("%s step %llu: %s: loss %g, gradient norm %g, after going back to step %llu %d times; a smaller "
                    "--lr than %g may help, or --spike 0, after which no step is one (now %g)",
                    s->name, number, step->bad, loss, norm, (unsigned long long)s->saved, ROLLBACKS,
-                   s->lr_scale * s->set.lr.lr_max, s->set.spike);
+                   s->lr_scale * rate_peak(&s->rate), s->set.spike);
     TRY(reload(s)); /* the state may be older than the last time that we went back, and know fewer */
     for (size_t i = 0; i < n; i++) TRY(skip(s, out[i]));
     TRY(skipped_to_recipe(s));

@@ -89,11 +89,7 @@ static const Setting table[] = {
     {OPT_SIZE, "--batch", "N", "data.params.", "batch_size", AT(batch), 16, 1, 1 << 20, "pictures per micro batch"},
     {OPT_SIZE, "--accumulate", "N", "lightning.trainer.", "accumulate_grad_batches", AT(accumulate), 1, 1, 65536,
      "micro batches per step"},
-    {OPT_REAL, "--lr", "X", LR, "lr_max", AT(lr.lr_max), 1e-4, 0, 10, "peak learning rate"},
-    RECIPE(OPT_REAL, LR, "lr_start", lr.lr_start, 2.5e-6, 0, 10),
-    RECIPE(OPT_REAL, LR, "lr_min", lr.lr_min, 1e-8, 0, 10),
-    RECIPE(OPT_REAL, LR, "warm_up_steps", lr.warm_up_steps, 0, 0, 1e12),
-    RECIPE(OPT_REAL, LR, "max_decay_steps", lr.max_decay_steps, 0, 1, 1e12), /* usual: train.steps */
+    {OPT_REAL, "--lr", "X", LR, "lr_max", AT(lr), 1e-4, 0, 10, "peak learning rate"},
     RECIPE(OPT_REAL, "train.", "weight_decay_scale", weight_decay_scale, 1, 0, 1e6),
     RECIPE(OPT_REAL, "train.", "ema_decay", ema_decay, 0.9999, 0, 1),
     {OPT_REAL, "--spike", "X", "train.", "spike", AT(spike), 10, 0, 1e6,
@@ -284,16 +280,36 @@ static Err put_given(Config *recipe, const Setting *r, const Settings *given) {
 }
 
 /* --steps alone also fits warm-up and decay to the shorter run. */
-static Err fit_to_steps(Config *recipe, size_t steps) {
+static Err fit_to_steps(Config *recipe, RateKind kind, size_t steps) {
     size_t warm = steps;
+    if (kind != RATE_COSINE) return OK;
     TRY(config_size(&warm, recipe, LR, "warm_up_steps", 0, SIZE_MAX / 2, 1));
     TRY(config_set(recipe, LR "max_decay_steps", "%zu", steps));
     return config_set(recipe, LR "warm_up_steps", "%zu", min_size(warm, steps / 10));
 }
 
+/* Does the recipe say one rate for all steps, as a schedule without a slope? */
+static int is_flat(const Config *recipe) {
+    const char *start = config_get(recipe, LR, "lr_start"), *top = config_get(recipe, LR, "lr_max"),
+               *end = config_get(recipe, LR, "lr_min");
+    return start && top && end && !strcmp(start, top) && !strcmp(top, end);
+}
+
+/* --lr: a constant rate stays one. */
+static Err give_rate(Config *recipe, RateKind kind, double lr) {
+    static const char *const ends[] = {LR "lr_start", LR "lr_min"};
+    const int constant = kind == RATE_CONSTANT || is_flat(recipe);
+    if (kind == RATE_COSINE_CYCLES || kind == RATE_LINEAR_CYCLES)
+        return err("--lr: the recipe's schedule has cycles; its f_max say how high each goes");
+    for (int i = 0; i < 2 && constant; i++) TRY(config_set(recipe, ends[i], "%.17g", lr));
+    return config_set(recipe, "model.base_learning_rate", "none");
+}
+
 static Err apply_given(Config *recipe, const Settings *given) {
-    if (given->steps != NOT_GIVEN) TRY(fit_to_steps(recipe, given->steps));
-    if (given->lr.lr_max >= 0) TRY(config_set(recipe, "model.base_learning_rate", "none"));
+    RateKind kind;
+    TRY(rate_kind(&kind, recipe));
+    if (given->steps != NOT_GIVEN) TRY(fit_to_steps(recipe, kind, given->steps));
+    if (given->lr >= 0) TRY(give_rate(recipe, kind, given->lr));
     for (const Setting *r = table; r < table + ROWS; r++) TRY(put_given(recipe, r, given));
     return OK;
 }
@@ -343,7 +359,7 @@ static Err share_batch(Stage *s, int of_a_rank) {
     return config_set(&s->recipe, "data.params.batch_size", "%zu", s->global_batch);
 }
 
-/* The official rule: lr = base_learning_rate * pictures of a step * what the schedule says; "none": without it */
+/* What rate.c's factor is multiplied with; "none": with 1 */
 static Err scale_learning_rate(Stage *s) {
     const char *text = config_get(&s->recipe, "model.", "base_learning_rate");
     double base = 0;
@@ -402,7 +418,7 @@ Err settings_read(Stage *s, const Checkpoint *ck) {
     for (const Setting *r = table; r < table + ROWS; r++) TRY(take_setting(&s->set, r, &s->recipe));
     TRY(share_batch(s, !ck || batch_given));
     TRY(scale_learning_rate(s));
-    if (!config_get(&s->recipe, LR, "max_decay_steps")) s->set.lr.max_decay_steps = (double)s->set.steps;
+    TRY(rate_read(&s->rate, &s->recipe, s->set.steps));
     const double beta1 = s->set.vqgan ? 0.5 : 0.9, beta2 = s->set.vqgan ? 0.9 : 0.95;
     s->adam = (AdamW){0, beta1, beta2, 1e-8, s->set.weight_decay_scale};
     const char *store = config_get(&s->recipe, "imagebart.", "store");

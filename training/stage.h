@@ -3,6 +3,7 @@
  * training/ by height; a file calls only those before it:
  *
  *     parallel.c        several processes                    discriminator.c, perceptual.c   networks beside a VQGAN
+ *     rate.c            the learning rate of a step
  *     folder.c          the run's folder: paths, notes, writing when the disk is full
  *     memory.c          what a stage takes
  *     state.c           checkpoints
@@ -52,6 +53,7 @@ typedef struct {
 
     /* the recipe's, or the user's over it */
     size_t steps, batch, accumulate, seed;
+    double lr;            /* the learning rate's peak, as the user gave it */
     double alpha;         /* loss = alpha soft + (1-alpha) hard */
     double label_dropout; /* how often a label gives way to "no class" (classifier-free guidance) */
     size_t early_stop;    /* evaluations without a better one that end a stage; 0: none do */
@@ -66,7 +68,6 @@ typedef struct {
     double l1_weight, l2_weight, codebook_weight;
     double ema_decay, weight_decay_scale;
     double spike; /* how many deviations are one; 0: no such thing */
-    LrSchedule lr;
 } Settings;
 
 /* ------------------------------------------------------------------------------------------------------------
@@ -168,7 +169,8 @@ struct Stage {
     Config recipe; /* the recipe's part for this stage, under the official keys, with the user's changes */
     Params *params;
     AdamW adam;
-    double lr_scale; /* the official learning-rate rule (SPEC section 7), or 1 */
+    double lr_scale; /* base_learning_rate times the pictures of a step, or 1 */
+    Rate rate;       /* the factor of that, step by step */
     Dtype store;     /* of the weights for sampling */
 
     size_t batch, global_batch, rank_first; /* pictures of a micro batch: this rank's, all ranks', where its begin */

@@ -18,6 +18,23 @@ size_t restart_codes(Vqgan *v, const uint32_t *usage, size_t B, size_t N, uint64
 size_t restart_pick(uint64_t seed, uint64_t step, size_t code, size_t latents);
 void restart_code(Vqgan *v, size_t code, const real *latent, size_t stride);
 
+/* ---- rate.c: the learning rate, as base_learning_rate and scheduler_config of the official configuration say it ---- */
+enum { CYCLES_MAX = 64 };
+typedef enum { RATE_CONSTANT, RATE_COSINE, RATE_COSINE_CYCLES, RATE_LINEAR_CYCLES } RateKind;
+typedef struct {
+    RateKind kind;
+    LrSchedule cosine; /* RATE_COSINE */
+    size_t n_cycles;   /* the others: what each cycle has, and its steps */
+    double warm_up_steps[CYCLES_MAX], f_start[CYCLES_MAX], f_max[CYCLES_MAX], f_min[CYCLES_MAX], length[CYCLES_MAX];
+} Rate;
+/* An unknown scheduler_config.target is an error, so is a key of another one. */
+Err rate_kind(RateKind *kind, const Config *recipe);
+/* For a stage of so many steps */
+Err rate_read(Rate *r, const Config *recipe, size_t steps);
+/* The factor of base_learning_rate, or without one the rate, after so many steps; the largest */
+double rate_at(const Rate *r, uint64_t step);
+double rate_peak(const Rate *r);
+
 /* perceptual.c: LPIPS, how different two pictures look (Zhang et al. 2018; SPEC section 9). Its network is VGG16, with
  * frozen weights; tests take a smaller one. */
 enum { PERCEPTUAL_STAGES = 5, PERCEPTUAL_DEPTH = 4 };
