@@ -94,19 +94,6 @@ void loader_stop(Loader *l); /* NULL is fine */
 /* ------------------------------------------------------------------------------------------------------------
  * 2. vqgan.c: first stage, image <-> tokens (SPEC section 8; Esser et al. 2021, "Taming Transformers")
  * ---------------------------------------------------------------------------------------------------------- */
-enum { VQ_LEVELS = 8 };
-typedef struct { /* the official ddconfig and quantiser settings, under their official names */
-    size_t ch, levels, ch_mult[VQ_LEVELS], num_res_blocks;
-    size_t n_attn, attn_resolutions[VQ_LEVELS], resolution; /* attention where resolution/2^level is listed */
-    size_t in_channels, out_ch, z_channels, embed_dim, n_embed;
-    size_t re_embed; /* entries of the remap table `used`; 0: no remapping */
-    int tanh_out;    /* the official code ignores it: see vqgan_create */
-    int legacy;      /* 1 (official default): beta multiplies the codebook term; 0: the commitment term */
-    double beta;     /* 0.25 */
-} VqganConfig;
-Err vqgan_config_read(VqganConfig *c, const Config *from, const char *prefix); /* prefix e.g. "model.params." */
-Err vqgan_config_write(Config *to, const VqganConfig *c, const char *prefix);
-
 typedef struct Vqgan Vqgan;
 /* Builds the network and its parameter table (values are not allocated: params_plan). honour_tanh: apply tanh_out,
  * which the official decoder swallows silently. */

@@ -382,7 +382,7 @@ static Err check_ahead(const Settings *given, size_t T) {
     o.vqgan = 1;
     Stage first = new_stage(&o);
     Err e = settings_read(&first, NULL);
-    if (e == OK) e = vqgan_config_read(&c, &first.recipe, "model.params.");
+    if (e == OK) e = first_stage_config(&c, &first.recipe, NULL, NULL);
     free_stage(&first);
     o.vqgan = 0;
     for (o.scale = 1; e == OK && o.scale <= T; o.scale++) {

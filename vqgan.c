@@ -15,7 +15,7 @@
  *
  * In the order of this file: every layer as its plain loop, forward, and backward beneath it; the network as a list of
  * layers; the walk along that list, forward and backward; what the rest of the program calls, in the order of use;
- * settings and files; memory.
+ * memory.
  *
  * A layer's loop is its definition. Its first line hands over to a faster way of computing the same, if there is one
  * (base/compute.h): on a CPU kernels/conv.c and norm.c, on a GPU kernels/conv.cu and vqgan.cu. Values are (B,C,h,w).
@@ -30,11 +30,6 @@
 
 #include "base/plan.h"
 #include "imagebart.h"
-
-enum {
-    MAX_BLOCKS = 64,  /* num_res_blocks */
-    MAX_WIDTH = 16384 /* channels */
-};
 
 /* ---- Convolution, with bias ----
  *
@@ -603,7 +598,6 @@ static void walk_backward(Vqgan *v, double codebook_weight, int image_wanted) {
 
 /* ---- Created and loaded ---- */
 
-static Err check_settings(const VqganConfig *c);
 static void drop_plan(Vqgan *v);
 
 /* The table's rows go into PyTorch's order. Each layer notes which gradients are complete when backward leaves it. */
@@ -640,7 +634,7 @@ static Err build(Vqgan *v, int with_tanh) {
 Err vqgan_create(Vqgan **out, const VqganConfig *c, int honour_tanh) {
     Vqgan *v;
     *out = NULL;
-    TRY(check_settings(c));
+    TRY(vqgan_config_check(c));
     TRY(mem_alloc(&v, 1, sizeof *v, "vqgan"));
     v->c = *c;
     if (build(v, c->tanh_out && honour_tanh) != OK || remap_make(&v->remap, c->re_embed, c->n_embed) != OK) {
@@ -841,47 +835,6 @@ void vqgan_latents(const Vqgan *v, const real **z, const real **zq_st, const int
     if (z) *z = v->has_latents ? v->value[v->z].seen : NULL;
     if (zq_st) *zq_st = v->value[v->zq].seen;
     if (raw) *raw = v->seen_code;
-}
-
-/* ---- Settings, under their official names ---- */
-
-static const ConfigField settings[] = {
-    {"embed_dim", FIELD_SIZE, offsetof(VqganConfig, embed_dim), 1, MAX_WIDTH, 0},
-    {"n_embed", FIELD_SIZE, offsetof(VqganConfig, n_embed), 1, 1 << 24, 0},
-    {"re_embed", FIELD_SIZE, offsetof(VqganConfig, re_embed), 0, 1 << 24, 1},
-    {"ddconfig.z_channels", FIELD_SIZE, offsetof(VqganConfig, z_channels), 1, MAX_WIDTH, 0},
-    {"ddconfig.resolution", FIELD_SIZE, offsetof(VqganConfig, resolution), 1, 1 << 20, 0},
-    {"ddconfig.in_channels", FIELD_SIZE, offsetof(VqganConfig, in_channels), 1, MAX_WIDTH, 0},
-    {"ddconfig.out_ch", FIELD_SIZE, offsetof(VqganConfig, out_ch), 1, MAX_WIDTH, 0},
-    {"ddconfig.ch", FIELD_SIZE, offsetof(VqganConfig, ch), 1, MAX_WIDTH, 0},
-    {"ddconfig.num_res_blocks", FIELD_SIZE, offsetof(VqganConfig, num_res_blocks), 1, MAX_BLOCKS, 0},
-    {"ddconfig.ch_mult", FIELD_LIST, offsetof(VqganConfig, ch_mult), 1, VQ_LEVELS, 0, offsetof(VqganConfig, levels)},
-    {"ddconfig.attn_resolutions", FIELD_LIST, offsetof(VqganConfig, attn_resolutions), 0, VQ_LEVELS, 0,
-     offsetof(VqganConfig, n_attn)},
-    {"ddconfig.double_z", FIELD_FIXED, 0, 0, 0, 0},
-    {"ddconfig.tanh_out", FIELD_FLAG, offsetof(VqganConfig, tanh_out), 0, 1, 1},
-    {"legacy", FIELD_FLAG, offsetof(VqganConfig, legacy), 0, 1, 1},
-    {"beta", FIELD_REAL, offsetof(VqganConfig, beta), 0, 1e6, 1},
-    {"ddconfig.resamp_with_conv", FIELD_FIXED, 0, 1, 0, 1}};
-enum { SETTINGS = sizeof settings / sizeof *settings };
-
-static Err check_settings(const VqganConfig *c) {
-    TRY(config_table_check(c, settings, SETTINGS, "vqgan"));
-    if (c->re_embed > c->n_embed) return err("vqgan: re_embed is %zu, expected 0..%zu", c->re_embed, c->n_embed);
-    if (c->ch % NORM_GROUPS) return err("vqgan: ch is %zu, expected a multiple of %d", c->ch, NORM_GROUPS);
-    for (size_t i = 0; i < c->levels; i++)
-        if (c->ch_mult[i] < 1 || c->ch_mult[i] > MAX_WIDTH / c->ch)
-            return err("vqgan: ch_mult is %zu, expected 1..%zu", c->ch_mult[i], MAX_WIDTH / c->ch);
-    return OK;
-}
-
-Err vqgan_config_read(VqganConfig *c, const Config *from, const char *prefix) {
-    *c = (VqganConfig){.legacy = 1, .beta = 0.25};
-    return config_table_read(c, settings, SETTINGS, from, prefix);
-}
-
-Err vqgan_config_write(Config *to, const VqganConfig *c, const char *prefix) {
-    return config_table_write(to, c, settings, SETTINGS, prefix);
 }
 
 /* ---- Memory. Step i of a run is forward of layer i, step 2n-1-i its backward; base/plan.c shares memory among what is

@@ -408,6 +408,26 @@ Err remap_entries(const Remap *r, int32_t *code, const int32_t *tokens, size_t B
 /* For params_sort: the order of a first stage's tensors in PyTorch's state dict, from that in which its layers run. */
 int vqgan_row_order(const char *a, const char *b);
 
+/* ---- vqgan_config.c: the settings of a first stage (vqgan.c), as the official files have them ---- */
+enum { VQ_LEVELS = 8 };
+typedef struct { /* the official ddconfig and quantiser settings, under their official names */
+    size_t ch, levels, ch_mult[VQ_LEVELS], num_res_blocks;
+    size_t n_attn, attn_resolutions[VQ_LEVELS], resolution; /* attention where resolution/2^level is listed */
+    size_t in_channels, out_ch, z_channels, embed_dim, n_embed;
+    size_t re_embed; /* entries of the remap table `used`; 0: no remapping */
+    int tanh_out;    /* the official code ignores it: see vqgan_create */
+    int legacy;      /* 1 (official default): beta multiplies the codebook term; 0: the commitment term */
+    double beta;     /* 0.25 */
+} VqganConfig;
+Err vqgan_config_read(VqganConfig *c, const Config *from, const char *prefix); /* prefix e.g. "model.params." */
+Err vqgan_config_write(Config *to, const VqganConfig *c, const char *prefix);
+/* An error if vqgan.c could not build that. */
+Err vqgan_config_check(const VqganConfig *c);
+/* Those of a first stage that a program opens or trains, from the keys "model.params.*": one for pictures of three
+ * channels, whose grid has a token at least. ck: the file of its weights, whose names begin with `tensors`, and whose
+ * quantize.used is what re_embed counts; NULL: there is none yet. */
+Err first_stage_config(VqganConfig *c, const Config *from, const Checkpoint *ck, const char *tensors);
+
 /* ---- net_config.c: the settings of a transition network (transformer.cu), as the official files have them ---- */
 enum { NET_LENGTH_MAX = 1 << 20 };       /* tokens of a sequence */
 typedef enum { NET_X, NET_GPT } NetKind; /* encoder-decoder; decoder-only */

@@ -281,21 +281,17 @@ static Err check_file(Model *m, int scale) {
     return e;
 }
 
-static Err build_vqgan(Model *m, const Checkpoint *ck, const Config *meta, const char *tensors) {
+static Err build_vqgan(Model *m, const Checkpoint *ck, const Config *recipe) {
     VqganConfig c;
-    char name[NAME_MAX_BYTES];
-    memset(&c, 0, sizeof c);
-    TRY(vqgan_config_read(&c, meta, prefix));
-    snprintf(name, sizeof name, "%squantize.used", tensors);
-    const Tensor *used = checkpoint_find(ck, name);
-    c.re_embed = used ? used->size : 0;
+    const char *tensors = recipe ? "first_stage_model." : "";
+    const Err e = first_stage_config(&c, recipe ? recipe : &ck->meta, ck, tensors);
+    if (e != OK) return recipe ? err_in(m->recipe) : e;
     TRY(vqgan_create(&m->vqgan, &c, 0));
     TRY(vqgan_map(m->vqgan, ck, tensors));
     size_t factor = (size_t)1 << (c.levels - 1);
     m->h = m->w = c.resolution / factor;
     m->side = m->h * factor;
     m->K = vqgan_K(m->vqgan);
-    if (m->h < 1) return err("a resolution of %zu is too small for %zu levels", c.resolution, c.levels);
     return OK;
 }
 
@@ -307,8 +303,7 @@ static Err open_vqgan(Model *m) {
     const char *file = m->official ? scale_file(name, m->joint ? 0 : 1, 1) : "vqgan.safetensors";
     Err e = open_file(ck, path, m, file);
     if (e == OK && m->official) e = recipe_read(&recipe, m->recipe, RECIPE_VQGAN);
-    if (e == OK && build_vqgan(m, ck, m->official ? &recipe : &ck->meta, m->official ? "first_stage_model." : "") != OK)
-        e = err_file(path);
+    if (e == OK && build_vqgan(m, ck, m->official ? &recipe : NULL) != OK) e = err_file(path);
     config_free(&recipe);
     return e;
 }

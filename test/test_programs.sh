@@ -73,6 +73,18 @@ first_loss() { awk '$1 == "scale1" && $2 == 1 { print $3 }' "$1/log.tsv"; }
 ok "train from a model's weights" train --run "$dir/tuned" --scale 1 --steps 1 --init "$dir/run"
 ok "which start where that model ended" awk "BEGIN { exit !($(first_loss "$dir/tuned") < 0.9 * $(first_loss "$dir/run")) }"
 refused 1 "scale2.safetensors" train --run "$dir/tuned" --scale 2 --init "$dir/tuned"
+# Tokens whose sizes or labels are not this first stage's and these pictures': the header's h at byte 16, w, K; labels from 64 on
+patched() { # patched OFFSET BYTES...: the run's tokens with other bytes there
+    rm -rf "$dir/tuned"/*.state* && cp "$dir/run/train.tokens" "$dir/tuned"
+    printf "$2" | dd of="$dir/tuned/train.tokens" bs=1 seek="$1" conv=notrunc 2>/dev/null
+}
+for bytes in '16 \020\0\0\0\0\0\0\0\004' '32 \100'; do # 16x4 for 8x8; 64 values for 16
+    patched ${bytes% *} "${bytes#* }"
+    ok "tokens of another grid or codebook" train --run "$dir/tuned" --scale 1 --steps 1
+    ok "are made anew" cmp "$dir/run/train.tokens" "$dir/tuned/train.tokens"
+done
+patched 64 '\002'
+refused_late 1 "train.tokens: label 0 is 2, the pictures have 2 classes" train --run "$dir/tuned" --scale 1 --steps 1
 
 # shellcheck disable=SC2086
 "$build/train" $options --run "$dir/int" --vqgan --steps 100000 >/dev/null 2>"$dir/int.err" &
@@ -374,6 +386,21 @@ ok "and says so" grep -q '^class disc$' "$dir/said"
 rm "$dir/official/names.txt"
 refused 1 "official/names.txt: No such file" sample "$dir/official" -n 1 --class 1
 sed -i '/class_list/d' "$dir/official/config.txt"
+# A first stage of other than three channels, as metadata and as a recipe say it: no program opens or trains one.
+for channels in "4 3" "3 4" "4 4" "6 6" "1 1" "1 3"; do
+    rm -rf "$dir/channels" && cp -r "$dir/named" "$dir/channels"
+    changed="s/\(ddconfig.in_channels[ \":]*\)3/\1${channels% *}/; s/\(ddconfig.out_ch[ \":]*\)3/\1${channels#* }/"
+    LC_ALL=C sed -i "$changed" "$dir/channels/vqgan.safetensors"
+    sed "$changed" test/tiny.txt >"$dir/channels.txt"
+    refused 1 "vqgan.safetensors: .*in_channels is ${channels% *} and out_ch ${channels#* }, expected 3 and 3" sample "$dir/channels" -n 4
+    refused 1 "expected 3 and 3" "$build/inpaint" "$dir/channels" "$dir/data/disc/000.png" --half upper -o "$dir/i.png"
+    refused 1 "expected 3 and 3" train --run "$dir/channels" --scale 1
+    refused 1 "expected 3 and 3" train --run "$dir/none" --vqgan --config "$dir/channels.txt"
+    refused 1 "expected 3 and 3" train --run "$dir/none" --all --config "$dir/channels.txt"
+    cp "$dir/channels.txt" "$dir/official/config.txt"
+    refused 1 "official/config.txt: .*expected 3 and 3" sample "$dir/official" -n 4
+done
+cp test/tiny.txt "$dir/official/config.txt"
 sed -i 's/enc_depth 1/enc_depth 2/' "$dir/official/config.txt"
 refused_late 1 "no tensor" sample "$dir/official" -n 2 --class 1
 sed -i 's/enc_depth 2/enc_depth 1/; s/ResidualScaledXTransformer/XTransformer/' "$dir/official/config.txt"

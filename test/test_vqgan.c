@@ -725,6 +725,40 @@ static void test_config(void) {
     config_free(&text);
 }
 
+/* What programs open: three channels, a grid of a token at least, a remap table as long as the settings say. */
+static void test_first_stage_config(void) {
+    static const struct {
+        const char *key, *value;
+        size_t used; /* entries of the file's quantize.used; NONE: it has none */
+        const char *says;
+    } cases[] = {{"ddconfig.out_ch", "4", 548, "out_ch 4, expected 3"},
+                 {"ddconfig.out_ch", "1", 548, "out_ch 1, expected 3"},
+                 {"ddconfig.in_channels", "6", 548, "in_channels is 6"},
+                 {"ddconfig.resolution", "15", 548, "expected 16..32768 for 5 levels"},
+                 {"ddconfig.resolution", "32769", 548, "expected 16..32768"},
+                 {"re_embed", "548", 547, "re_embed is 548, v.quantize.used has 547"},
+                 {"re_embed", "548", NONE, "v.quantize.used has 0"},
+                 {"re_embed", "0", 548, "re_embed is 0"},
+                 {"re_embed", "1025", 1025, "re_embed is 1025, expected 0..1024"},
+                 {"re_embed", "0", 0, "v.quantize.used is empty"}};
+    const VqganConfig good = official();
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        VqganConfig c;
+        Config text = {0};
+        Tensor used = {.name = "v.quantize.used", .dtype = DT_I64, .ndim = 1, .size = 548};
+        Checkpoint ck = {.tensor = &used, .n = 1};
+        char key[96];
+        CHECK_OK(vqgan_config_write(&text, &good, "model.params."));
+        CHECK_OK(first_stage_config(&c, &text, &ck, "v."));
+        CHECK(c.re_embed == 548);
+        used.size = cases[i].used, ck.n = cases[i].used != NONE;
+        snprintf(key, sizeof key, "model.params.%s", cases[i].key);
+        CHECK_OK(config_set(&text, key, "%s", cases[i].value));
+        CHECK_ERR(first_stage_config(&c, &text, &ck, "v."), cases[i].says);
+        config_free(&text);
+    }
+}
+
 static void refuse(VqganConfig c, const char *part) {
     Vqgan *v;
     CHECK_ERR(vqgan_create(&v, &c, 0), part);
@@ -788,6 +822,7 @@ int main(void) {
     test_memory();
     test_flops();
     test_config();
+    test_first_stage_config();
     test_refusals();
     test_image_loss();
     test_quantizer();

@@ -39,7 +39,7 @@ Err open_first_stage(Stage *s, char path[PATH_BYTES]) {
     snprintf(path, PATH_BYTES, "%s/vqgan.safetensors", s->set.run);
     memset(&ck, 0, sizeof ck);
     TRY(checkpoint_open(&ck, path));
-    Err e = vqgan_config_read(&c, &ck.meta, "model.params.");
+    Err e = first_stage_config(&c, &ck.meta, &ck, "");
     if (e == OK) e = vqgan_create(&s->vqgan, &c, 0);
     if (e == OK) e = params_plan(vqgan_params(s->vqgan), PLAN_VALUE);
     if (e == OK) e = vqgan_load(s->vqgan, &ck, "");
@@ -112,11 +112,19 @@ static Err encode_dataset(Stage *s, TokensPart *p, const Dataset *d) {
 }
 
 /* x = the file, if it is there and of this first stage, dataset and preprocessing; else x->n = 0. */
-static Err cached_tokens(Tokens *x, const char *path, const Tokens *wanted) {
+static Err cached_tokens(Tokens *x, const char *path, const Tokens *wanted, size_t n_classes) {
     memset(x, 0, sizeof *x);
     if (!file_exists(path)) return OK;
     TRY(tokens_read(x, path));
-    if (x->vqgan != wanted->vqgan || x->source != wanted->source || x->flips != wanted->flips) tokens_free(x);
+    const int ours = x->vqgan == wanted->vqgan && x->source == wanted->source && x->flips == wanted->flips;
+    if (!ours || x->h != wanted->h || x->w != wanted->w || x->K != wanted->K || x->n > wanted->n) tokens_free(x);
+    for (size_t i = 0; i < x->n; i++)
+        if ((size_t)x->label[i] >= max_size(n_classes, 1)) {
+            const int32_t label = x->label[i];
+            tokens_free(x);
+            return err("%s: label %zu is %d, the pictures have %zu classes; without this file it is made anew", path, i,
+                       (int)label, n_classes);
+        }
     return OK;
 }
 
@@ -129,10 +137,10 @@ static Err load_split(Stage *s, Tokens *x, const Dataset *d, const char *what, c
     wanted.source = dataset_hash(s, d);
     snprintf(path, sizeof path, "%s/%s.tokens", s->set.run, what);
     TRY(file_checksum(&wanted.vqgan, vqgan_path));
-    TRY(cached_tokens(x, path, &wanted));
+    TRY(cached_tokens(x, path, &wanted, d->n_classes));
     if (x->n) return OK;
     TRY(tokens_start(&p, path, &wanted, ENCODED_AT_ONCE));
-    Err e = cached_tokens(x, path, &wanted); /* another process may have made it while this one waited */
+    Err e = cached_tokens(x, path, &wanted, d->n_classes); /* another process may have made it while this one waited */
     if (e == OK && x->n) {
         unlink(p.part);
     } else if (e == OK) {

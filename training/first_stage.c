@@ -272,7 +272,7 @@ static Err first_plan(Stage *s) {
 Err first_build(Stage *s) {
     VqganConfig c;
     size_t plan = 0, tables = 0; /* bytes where it computes; of other networks' parameters, which the host has too */
-    TRY(vqgan_config_read(&c, &s->recipe, "model.params."));
+    TRY(first_stage_config(&c, &s->recipe, NULL, NULL));
     TRY(vqgan_create(&s->vqgan, &c, 0));
     s->params = vqgan_params(s->vqgan);
     s->size = c.resolution;

@@ -48,8 +48,9 @@ static void free_measure(Measure *m) {
 /* Features (B,C,h,w) of the pictures that tokens (B,N) stand for */
 static Err features_of(Measure *m, const int32_t *tokens, real *features) {
     Stage *s = m->s;
+    const size_t side = drawn_size(s);
     TRY(vqgan_decode_tokens(s->vqgan, tokens, m->B, s->h, s->w, m->images));
-    return vqgan_encode(s->vqgan, m->images, m->B, s->size, s->size, s->set.seed, features, NULL, NULL);
+    return vqgan_encode(s->vqgan, m->images, m->B, side, side, s->set.seed, features, NULL, NULL);
 }
 
 /* Of picture b: mean over positions of |f/|f| - g/|g||^2 */

@@ -95,7 +95,7 @@ Err second_picture(Stage *s, const char *path) {
     enum { COLUMNS = 8 };
     int t = x->t ? x->t : 1 + (int)(s->step / s->set.picture_every) % x->schedule.T;
     const Tokens *from = x->val.n ? &x->val : &x->train; /* a small set holds nothing out */
-    size_t n = min_size(from->n, COLUMNS), pixels = 3 * s->size * s->size, rows = 0;
+    size_t n = min_size(from->n, COLUMNS), side = drawn_size(s), pixels = 3 * side * side, rows = 0;
     if (n > s->batch) n = s->batch;
     real *images = NULL;
     Image im = {0};
@@ -113,7 +113,7 @@ Err second_picture(Stage *s, const char *path) {
     if (e == OK) e = decode_rows(s, x->x_t, n, images + n * pixels * rows++);
     if (e == OK && x_t_shown) e = decode_rows(s, x->x_prev, n, images + n * pixels * rows++);
     if (e == OK) e = transformer_plan(x->net, s->batch, s->N, 1);
-    if (e == OK) e = image_grid(&im, images, rows * n, s->size, s->size, n, 2);
+    if (e == OK) e = image_grid(&im, images, rows * n, side, side, n, 2);
     if (e == OK) e = image_write_png(path, &im, &s->recipe);
     image_free(&im);
     free(images);

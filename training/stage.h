@@ -197,6 +197,11 @@ struct Stage {
     size_t n_damaged; /* of which these could not be */
 };
 
+/* Pixels a side of what the first stage draws: where its levels do not divide s->size, fewer. */
+static inline size_t drawn_size(const Stage *s) {
+    return s->h << (vqgan_config(s->vqgan)->levels - 1);
+}
+
 /* Which number of the endless sequence of training examples row b of a micro batch is, whichever rank computes it. */
 static inline uint64_t example_number(const Stage *s, uint64_t micro, size_t b) {
     return micro * s->global_batch + s->rank_first + b;

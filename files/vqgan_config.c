@@ -1,0 +1,80 @@
+/* vqgan_config.c - the settings of a first stage (vqgan.c), under their official names (SPEC section 8): read, written and
+ * checked by one table.
+ *
+ * Refuses: sizes out of range; of what programs open, pictures other than of three channels. */
+#include "base/compute.h"
+#include "files/files.h"
+
+#include <stddef.h>
+#include <stdio.h>
+
+enum {
+    MAX_BLOCKS = 64,  /* num_res_blocks */
+    MAX_WIDTH = 16384 /* channels */
+};
+
+static const ConfigField settings[] = {
+    {"embed_dim", FIELD_SIZE, offsetof(VqganConfig, embed_dim), 1, MAX_WIDTH, 0},
+    {"n_embed", FIELD_SIZE, offsetof(VqganConfig, n_embed), 1, 1 << 24, 0},
+    {"re_embed", FIELD_SIZE, offsetof(VqganConfig, re_embed), 0, 1 << 24, 1},
+    {"ddconfig.z_channels", FIELD_SIZE, offsetof(VqganConfig, z_channels), 1, MAX_WIDTH, 0},
+    {"ddconfig.resolution", FIELD_SIZE, offsetof(VqganConfig, resolution), 1, 1 << 20, 0},
+    {"ddconfig.in_channels", FIELD_SIZE, offsetof(VqganConfig, in_channels), 1, MAX_WIDTH, 0},
+    {"ddconfig.out_ch", FIELD_SIZE, offsetof(VqganConfig, out_ch), 1, MAX_WIDTH, 0},
+    {"ddconfig.ch", FIELD_SIZE, offsetof(VqganConfig, ch), 1, MAX_WIDTH, 0},
+    {"ddconfig.num_res_blocks", FIELD_SIZE, offsetof(VqganConfig, num_res_blocks), 1, MAX_BLOCKS, 0},
+    {"ddconfig.ch_mult", FIELD_LIST, offsetof(VqganConfig, ch_mult), 1, VQ_LEVELS, 0, offsetof(VqganConfig, levels)},
+    {"ddconfig.attn_resolutions", FIELD_LIST, offsetof(VqganConfig, attn_resolutions), 0, VQ_LEVELS, 0,
+     offsetof(VqganConfig, n_attn)},
+    {"ddconfig.double_z", FIELD_FIXED, 0, 0, 0, 0},
+    {"ddconfig.tanh_out", FIELD_FLAG, offsetof(VqganConfig, tanh_out), 0, 1, 1},
+    {"legacy", FIELD_FLAG, offsetof(VqganConfig, legacy), 0, 1, 1},
+    {"beta", FIELD_REAL, offsetof(VqganConfig, beta), 0, 1e6, 1},
+    {"ddconfig.resamp_with_conv", FIELD_FIXED, 0, 1, 0, 1}};
+enum { SETTINGS = sizeof settings / sizeof *settings };
+
+Err vqgan_config_check(const VqganConfig *c) {
+    TRY(config_table_check(c, settings, SETTINGS, "vqgan"));
+    if (c->re_embed > c->n_embed) return err("vqgan: re_embed is %zu, expected 0..%zu", c->re_embed, c->n_embed);
+    if (c->ch % NORM_GROUPS) return err("vqgan: ch is %zu, expected a multiple of %d", c->ch, NORM_GROUPS);
+    for (size_t i = 0; i < c->levels; i++)
+        if (c->ch_mult[i] < 1 || c->ch_mult[i] > MAX_WIDTH / c->ch)
+            return err("vqgan: ch_mult is %zu, expected 1..%zu", c->ch_mult[i], MAX_WIDTH / c->ch);
+    return OK;
+}
+
+Err vqgan_config_read(VqganConfig *c, const Config *from, const char *prefix) {
+    *c = (VqganConfig){.legacy = 1, .beta = 0.25};
+    return config_table_read(c, settings, SETTINGS, from, prefix);
+}
+
+Err vqgan_config_write(Config *to, const VqganConfig *c, const char *prefix) {
+    return config_table_write(to, c, settings, SETTINGS, prefix);
+}
+
+static const char prefix[] = "model.params.";
+
+/* Which codes are tokens, the file's quantize.used says; re_embed, if it is given, must be its length. */
+static Err read_remap(VqganConfig *c, const Config *from, const Checkpoint *ck, const char *tensors) {
+    char name[NAME_MAX_BYTES];
+    snprintf(name, sizeof name, "%squantize.used", tensors);
+    const Tensor *used = checkpoint_find(ck, name);
+    if (used && used->size == 0) return err("%s is empty", name);
+    if (config_get(from, prefix, "re_embed") && c->re_embed != (used ? used->size : 0))
+        return err("%sre_embed is %zu, %s has %zu", prefix, c->re_embed, name, used ? used->size : 0);
+    c->re_embed = used ? used->size : 0;
+    return OK;
+}
+
+Err first_stage_config(VqganConfig *c, const Config *from, const Checkpoint *ck, const char *tensors) {
+    TRY(vqgan_config_read(c, from, prefix));
+    if (ck) TRY(read_remap(c, from, ck, tensors));
+    TRY(vqgan_config_check(c));
+    if (c->in_channels != 3 || c->out_ch != 3)
+        return err("%sddconfig: in_channels is %zu and out_ch %zu, expected 3 and 3: pictures are red, green and blue",
+                   prefix, c->in_channels, c->out_ch);
+    if (c->resolution > IMAGE_MAX_SIDE || c->resolution >> (c->levels - 1) == 0)
+        return err("%sddconfig.resolution is %zu, expected %zu..%d for %zu levels", prefix, c->resolution,
+                   (size_t)1 << (c->levels - 1), IMAGE_MAX_SIDE, c->levels);
+    return OK;
+}
