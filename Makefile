@@ -149,7 +149,7 @@ LDLIBS := $(ARCHIVES) $(if $(HAVE_WEBP),-lwebp) $(if $(HAVE_LMDB),-llmdb) -lpng 
 # compiled for the first level only.
 BASE := base threads params plan compute options
 KERNELS := $(if $(PLAINLY),,fast gemm stream conv norm layers attention guess optimizer discriminator perceptual)
-FILES := folder layout config atomic tensor checkpoint ckpt weights names pixels orientation resize rows png jpeg webp images lmdb tokens recipe betas net_config vqgan_config classes remap
+FILES := folder layout config atomic tensor checkpoint ckpt weights names pixels orientation resize rows png jpeg webp images lmdb tokens places recipe betas net_config vqgan_config classes remap
 SAMPLING := model bounds options output terminal
 COMPONENTS := $(BASE:%=base/%) $(KERNELS:%=kernels/%) $(FILES:%=files/%) data vqgan transformer diffusion \
               $(SAMPLING:%=sampling/%) training/discriminator training/perceptual training/restart training/rate
@@ -183,10 +183,12 @@ endif
 # the files of ./train beside train.c and the components
 TRAIN := $(addprefix training/,folder memory state bad_batches edited settings log view report encoded gan \
          codes schedule first_stage second_stage parallel)
+# the files of ./sample alone
+DRAWING := $(addprefix sampling/,nearest list)
 $B/training/parallel.o: CFLAGS += $(if $(HAVE_MPI),-DHAVE_MPI $(MPI_CFLAGS))
 $B/train $(if $P,$P/train): LDLIBS += $(if $(HAVE_MPI),$(MPI_LIBS))
 $B/train: $(TRAIN:%=$B/%.o)
-$B/sample: $B/sampling/nearest.o
+$B/sample: $(DRAWING:%=$B/%.o)
 # ./train as it is where there is no MPI: for test_mpi.sh
 $B/train-alone: $B/train.o $(patsubst %,$B/%.o,$(filter-out training/parallel,$(TRAIN))) $B/alone/training/parallel.o $(OBJ)
 	$(CC) $(CFLAGS) -o $@ $^ $(LDLIBS)
@@ -234,7 +236,7 @@ $P/$1/transformer.o: transformer.cu Makefile
 	@mkdir -p $$(@D)
 	$$(CC) $$(CFLAGS_ANY) $$(FLAGS_$1) -MMD -MP -x c -c -o $$@ $$<
 $P/$1/whole-train.o: $(TRAIN:%=$P/x86-64/%.o)
-$P/$1/whole-sample.o: $P/x86-64/sampling/nearest.o
+$P/$1/whole-sample.o: $(DRAWING:%=$P/x86-64/%.o)
 $(PROGRAMS:%=$P/$1/whole-%.o): $P/$1/whole-%.o: $P/x86-64/%.o $(patsubst %,$P/x86-64/%.o,$(COLD)) \
     $(patsubst %,$P/$1/%.o,$(filter-out $(COLD),$(COMPONENTS)))
 	$$(call whole,$$@,$$^,main_$(subst -,_,$1))
@@ -273,7 +275,7 @@ $1/golden $1/bench_cuda: $1/%: $B/test/%.o $(OBJ) $(PRECISIONS:%=$1/device_%.o)
 	$$(CXX) $(OPT) -o $$@ $$^ $$(LDLIBS)
 $1/test_layers: $B/test/test_layers.o $(filter-out %/transformer.o,$(OBJ)) $(PRECISIONS:%=$1/device_%.o)
 	$$(CXX) $(OPT) -o $$@ $$^ $$(LDLIBS)
-$1/sample: $B/sampling/nearest.o
+$1/sample: $(DRAWING:%=$B/%.o)
 $1/train: $(TRAIN:%=$B/%.o)
 $1/train: LDLIBS += $(if $(HAVE_MPI),$(MPI_LIBS))
 endef

@@ -190,8 +190,8 @@ static void say_end(const Pictures *p, double took) {
     char text[32], likeliest[48] = "";
     say_drafts(p->counts, p->model.schedule.T);
     if (p->M > 1) snprintf(likeliest, sizeof likeliest, ", each a likely one of %zu,", p->M);
-    fprintf(stderr, "%zu picture%s%s in %s, seed %llu\n", p->args->n, p->args->n == 1 ? "" : "s", likeliest, duration(text, took),
-            (unsigned long long)p->args->seed);
+    fprintf(stderr, "%zu picture%s%s in %s, seed %llu\n", p->args->n, p->args->n == 1 ? "" : "s", likeliest,
+            duration(text, took), (unsigned long long)p->args->seed);
 }
 
 static void sample(SamplingArgs *a, size_t most, const char *chain_path, const char *nearest) {
@@ -212,28 +212,7 @@ static void sample(SamplingArgs *a, size_t most, const char *chain_path, const c
     for (size_t i = 0; i < sizeof buffers / sizeof *buffers; i++) free(buffers[i]);
 }
 
-/* ---- --list, --convert ---- */
-
-static void list_models(void) {
-    size_t n;
-    const NamedModel *m = named_models(&n);
-    printf("%-10s %-36s %s\n", "model", "weights", "what");
-    for (size_t i = 0; i < n; i++) {
-        char missing[32], state[64] = "here";
-        size_t here = model_files(missing, &m[i]);
-        if (*missing && !m[i].zip)
-            snprintf(state, sizeof state, "damaged: no %s", missing);
-        else if (*missing && here)
-            snprintf(state, sizeof state, "partly here, no %s: make %s", missing, m[i].name);
-        else if (*missing)
-            snprintf(state, sizeof state, "not here: make %s", m[i].name);
-        printf("%-10s %-36s %s\n", m[i].name, state, m[i].what);
-    }
-    printf(
-        "\n\"make ffhq\" and so on fetch the official files into models/; their .ckpt files are read as they are.\n"
-        "Any folder with vqgan.safetensors and scale1.safetensors ... is a model too, such as a run of ./train; so is\n"
-        "one with scale1.ckpt ... of the official code and a recipe config.txt (models/ffhq.txt is an example).\n");
-}
+/* ---- --convert ---- */
 
 static void convert(SamplingArgs *a, const char *folder, const char *store) {
     Model m;
@@ -277,7 +256,7 @@ int main(int argc, char **argv) {
         {OPT_END, NULL, NULL, NULL, 0, 0, NULL}};
     sampling_parse(argc, argv, table, &a, intro);
     if (list)
-        list_models();
+        check(list_models());
     else if (folder)
         convert(&a, folder, store);
     else

@@ -330,9 +330,22 @@ const NamedModel *named_models(size_t *n); /* the table */
  * keys of one scale, 0: joint, or of the first stage. */
 enum { RECIPE_VQGAN = -1 };
 Err recipe_read(Config *to, const char *path, int scale);
-/* The folder of a named model ("models/..."); any other name is a folder already. */
-const char *model_folder(const char *name_or_folder);
+/* The folder of a named model, where models_find finds it; any other name is a folder already. */
+const char *model_folder(char path[PATH_BYTES], const char *name_or_folder);
 const NamedModel *find_named(const char *name); /* NULL: no model of that name */
+/* ---- places.c: where models/ is: $IMAGEBART_MODELS, here, beside the program ---- */
+/* path = the first of the three places' that is there; usual: its name as here, "models/emoji". 0: none is, and path =
+ * usual. */
+int models_find(char path[PATH_BYTES], const char *usual);
+/* An error if IMAGEBART_MODELS names no folder. */
+Err models_check(void);
+/* folder = the i-th of the places that are there; 0: there are no more. */
+int models_place(char folder[PATH_BYTES], int i);
+enum { PLACES_BYTES = 1024, FETCH_BYTES = PATH_BYTES + 64 };
+const char *models_places(char text[PLACES_BYTES]); /* where was looked, for messages */
+/* The command that fetches an official model, from here: "make ffhq". */
+const char *models_fetch(char text[FETCH_BYTES], const char *name);
+
 /* betas.c. beta[1..T] as redraw_prob of a recipe names them: a number, "alphacum:a0,a1,...", "ffhq_bernoulli_PSIM"
  * (T = 2), "bernoulli_PSIM" (T = 3 or 5), or "curve:FILE": equal steps of a metric curve (two columns: alphacum,
  * metric). */

@@ -38,9 +38,13 @@ const NamedModel *find_named(const char *name) {
     return NULL;
 }
 
-const char *model_folder(const char *name_or_folder) {
+const char *model_folder(char path[PATH_BYTES], const char *name_or_folder) {
     const NamedModel *n = find_named(name_or_folder);
-    return n ? n->folder : name_or_folder;
+    if (!n)
+        snprintf(path, PATH_BYTES, "%s", name_or_folder);
+    else
+        models_find(path, n->folder);
+    return path;
 }
 
 static Err take_part(Config *to, const Config *recipe, const char *part, const char *except) {

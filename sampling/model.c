@@ -52,7 +52,8 @@ static void count_file(size_t *here, char missing[32], const char *folder, const
 }
 
 size_t model_files(char missing[32], const NamedModel *model) {
-    const char *folder = model->folder;
+    char folder[PATH_BYTES];
+    models_find(folder, model->folder);
     const int ours = !model->zip || has_file(folder, "vqgan.safetensors") || has_scale(folder, 1, 0);
     size_t here = 0;
     char name[32];
@@ -236,6 +237,13 @@ static int recipe_fits(const char *path, const Checkpoint *ck, int scale) {
     return e == OK;
 }
 
+static Err named_recipe(Model *m, const char *name) {
+    char usual[PATH_BYTES];
+    TRY(path_make(usual, "models/%s.txt", name));
+    models_find(m->recipe, usual); /* without one, reading it says so */
+    return OK;
+}
+
 /* The configuration that official files do not carry: config.txt in their folder; else the recipe of the model whose
  * folder this is; else, wherever the files were put, the one recipe that has just these tensors. */
 static Err find_recipe(Model *m) {
@@ -246,14 +254,12 @@ static Err find_recipe(Model *m) {
     const NamedModel *named = named_models(&n);
     TRY(path_make(m->recipe, "%s/config.txt", m->folder));
     if (has_file(m->folder, "config.txt")) return OK;
-    for (size_t i = 0; i < n; i++) {
-        TRY(path_make(m->recipe, "models/%s.txt", named[i].name));
-        if (strcmp(named[i].folder, m->folder) == 0) return OK;
-    }
+    for (size_t i = 0; i < n; i++)
+        if (models_find(path, named[i].folder) && !strcmp(path, m->folder)) return named_recipe(m, named[i].name);
     TRY(open_file(&ck, path, m, scale_file(name, scale, 1)));
     size_t i = 0;
     for (; i < n; i++) {
-        if (path_make(m->recipe, "models/%s.txt", named[i].name) != OK) continue;
+        if (named_recipe(m, named[i].name) != OK) continue;
         if (recipe_fits(m->recipe, &ck, scale)) break;
     }
     checkpoint_close(&ck);
@@ -321,43 +327,52 @@ static Err open_folder(Model *m) {
 }
 
 /* A folder that has a part of an official model, such as one that was unpacked by hand */
-static Err check_complete(const NamedModel *found) {
-    char missing[32];
+static Err check_complete(const NamedModel *found, const char *folder) {
+    char missing[32], fetch[FETCH_BYTES];
     model_files(missing, found);
     if (!*missing || !found->zip) return OK;
-    return err("model %s: %s/%s is missing; \"make %s\" fetches it", found->name, found->folder, missing, found->name);
+    return err("model %s: %s/%s is missing; \"%s\" fetches it", found->name, folder, missing,
+               models_fetch(fetch, found->name));
 }
 
-/* *folder = where to look; *substituted as model_open. */
-static Err find_folder(const char **folder, const char *name_or_folder, const NamedModel **substituted) {
+/* No folder has these weights. With *substituted wanted, folder = the bundled model's. */
+static Err no_weights(char folder[PATH_BYTES], const NamedModel *found, const NamedModel **substituted) {
+    char places[PLACES_BYTES], fetch[FETCH_BYTES];
     size_t n;
-    const NamedModel *named = named_models(&n), *found = find_named(name_or_folder);
-    struct stat st;
-    *folder = found ? found->folder : name_or_folder;
-    if (is_folder(*folder)) return found ? check_complete(found) : OK;
-    if (stat(*folder, &st) == 0)
-        return err("model \"%.200s\": is a file, expected a folder of weights; zip files have to be unpacked first",
-                   *folder);
-    if (!found)
-        return err("model \"%.200s\": no such folder, and not one of emoji, ffhq, ffhq2, churches, bedrooms, cats, "
-                   "imagenet, imagenet4",
-                   name_or_folder);
-    if (found == &named[0]) return err("the bundled model is missing: no folder %s here", *folder);
-    if (substituted && is_folder(named[0].folder)) {
+    const NamedModel *bundled = named_models(&n);
+    models_places(places);
+    if (found == bundled) return err("the bundled model is missing: no folder %s (looked in %s)", folder, places);
+    if (substituted && models_find(folder, bundled->folder)) {
         *substituted = found;
-        *folder = named[0].folder;
         return OK;
     }
-    return err("model %s is not installed: no folder %s; \"make %s\" fetches it%s", found->name, *folder, found->name,
-               substituted ? ", and the bundled model is missing too" : "");
+    return err("model %s is not installed: no folder %s; \"%s\" fetches it%s (looked in %s)", found->name,
+               found->folder, models_fetch(fetch, found->name),
+               substituted ? ", and the bundled model is missing too" : "", places);
+}
+
+/* folder = where to look; *substituted as model_open. */
+static Err find_folder(char folder[PATH_BYTES], const char *name_or_folder, const NamedModel **substituted) {
+    const NamedModel *found = find_named(name_or_folder);
+    struct stat st;
+    TRY(models_check());
+    if (!found) TRY(path_make(folder, "%s", name_or_folder));
+    if (found && !models_find(folder, found->folder)) return no_weights(folder, found, substituted);
+    if (is_folder(folder)) return found ? check_complete(found, folder) : OK;
+    if (stat(folder, &st) == 0)
+        return err("model \"%.200s\": is a file, expected a folder of weights; zip files have to be unpacked first",
+                   folder);
+    return err("model \"%.200s\": no such folder, and not one of emoji, ffhq, ffhq2, churches, bedrooms, cats, "
+               "imagenet, imagenet4",
+               name_or_folder);
 }
 
 Err model_open(Model *m, const char *name_or_folder, const NamedModel **substituted) {
-    const char *folder;
+    char folder[PATH_BYTES];
     memset(m, 0, sizeof *m);
     if (substituted) *substituted = NULL;
-    TRY(find_folder(&folder, name_or_folder, substituted));
-    TRY(path_make(m->folder, "%s", folder));
+    TRY(find_folder(folder, name_or_folder, substituted));
+    memcpy(m->folder, folder, sizeof m->folder);
     if (open_folder(m) == OK) return OK;
     model_close(m);
     return FAILED;

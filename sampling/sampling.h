@@ -83,6 +83,11 @@ Err nearest_report(Model *m, const int32_t *tokens, size_t n, const char *path);
 /* Whether there are such pictures, before the work. */
 Err nearest_check(const char *path);
 
+/* ---- list.c ---- */
+
+/* On stdout: the named models, which of them are here, how to get the others. */
+Err list_models(void);
+
 /* ---- output.c: where a picture will go, looked at before the work; errors name the option ---- */
 
 /* PNGs can be written there: the folders are there and writable, the names are not other formats', and two files.

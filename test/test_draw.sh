@@ -33,6 +33,43 @@ ok "a pipe" sample -o "$dir/pipe"
 wait
 ok "a pipe holds the picture" cmp "$dir/x.png" "$dir/piped.png"
 
+# ---- models/ is found from anywhere: $IMAGEBART_MODELS, here, beside the program, however it is called ----
+here=$(pwd)
+mkdir "$dir/house" "$dir/else" "$dir/house/models" "$dir/none"
+ln -s "$here/models/emoji" "$here/models/photos.txt" "$here/models/fetch.sh" "$dir/house/models"
+for p in sample inpaint train; do cp "$build/$p" "$dir/house" && cp "$build/$p" "$dir/none" && ln -s "../house/$p" "$dir/else/my$p"; done
+from() { (cd "$dir/$1" && shift && "$@"); } # from FOLDER COMMAND...
+quick="-n 1 --seed 1 --best-of 1 --chain-length 1 -o $dir/f.png"
+for program in ../house/sample "$dir/house/sample" ./mysample; do
+    # shellcheck disable=SC2086
+    ok "from elsewhere, as $program" from else $program emoji $quick
+    ok "--list there, as $program" from else $program --list
+    cp "$dir/out" "$dir/list"
+    ok "finds the model" grep -q "^emoji  *here " "$dir/list"
+    ok "says where it looked" grep -qx "Looked for in models/ here, $dir/house/models." "$dir/list"
+done
+ok "inpaint there" from else ./myinpaint "$here/models/emoji/example.png" --half upper --candidates 1 --chain-length 0,0,1 -o "$dir/f.png"
+refused_late 1 "nope.txt.*recipes: photos (in models/ here, $dir/house/models)" from else ./mytrain nope --vqgan
+refused_late 1 "looked in models/ here, $dir/none/models" from else ../none/sample
+# shellcheck disable=SC2086
+ok "by the environment" from else env IMAGEBART_MODELS="$here/models" ../none/sample emoji $quick
+mkdir "$dir/else/models" # somebody else's hides nothing
+# shellcheck disable=SC2086
+ok "models/ of another kind here" from else ./mysample emoji $quick
+refused_late 1 "IMAGEBART_MODELS=/no/such: no such folder" from else env IMAGEBART_MODELS=/no/such ./mysample
+refused_late 1 "IMAGEBART_MODELS=/no/such: no such folder" from else env IMAGEBART_MODELS=/no/such ./mysample --list
+mkdir "$dir/else/models/emoji" # the nearer one is taken
+refused_late 1 "models/emoji/vqgan.safetensors is missing" from else ./mysample emoji
+ok "--list there" from else ./mysample --list
+cp "$dir/out" "$dir/list"
+ok "what lacks a file is damaged" grep -q "^emoji  *damaged: no vqgan.safetensors" "$dir/list"
+rm -r "$dir/else/models"
+ok "--list without any" from none ./sample --list
+cp "$dir/out" "$dir/list"
+ok "an absent model is not here" grep -q "^emoji  *not here " "$dir/list"
+ok "not damaged" test "$(grep -c damaged "$dir/list")" -eq 0
+refused_late 1 "make -C $dir/house ffhq" from else ./mysample ffhq --convert "$dir"
+
 # ---- a missing model: the bundled one stands in, or cannot ----
 for options in "--class goldfish" "--class n02099601" "--temperature 1,1,1,1" "--top-k 9,9,9,9"; do
     # shellcheck disable=SC2086

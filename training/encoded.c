@@ -24,9 +24,9 @@ static Err copy_file(const char *to, const char *from) {
 
 /* A run without a VQGAN gets the model's, so that it can be sampled as it stands. */
 Err copy_first_stage(const Stage *s) {
-    char ours[PATH_BYTES], theirs[PATH_BYTES];
+    char ours[PATH_BYTES], theirs[PATH_BYTES], folder[PATH_BYTES];
     snprintf(ours, sizeof ours, "%s/vqgan.safetensors", s->set.run);
-    snprintf(theirs, sizeof theirs, "%s/vqgan.safetensors", model_folder(s->set.model));
+    TRY(path_make(theirs, "%s/vqgan.safetensors", model_folder(folder, s->set.model)));
     if (file_exists(ours)) return OK;
     if (!file_exists(theirs)) return err("%s: no first stage there, nor at %s; train it first: --vqgan", ours, theirs);
     return copy_file(ours, theirs);

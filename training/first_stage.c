@@ -28,13 +28,20 @@ static int given(const char *files) {
     return files && strcmp(files, "none") != 0;
 }
 
-/* What the user named; else what the run or the recipe did; else what is there. */
-static const char *choose_files(const Stage *s) {
+/* files = what the user named; else what the run or the recipe did; else what is there. */
+static Err choose_files(char files[2 * PATH_BYTES], const Stage *s) {
+    char a[PATH_BYTES], b[PATH_BYTES];
     const char *recorded = config_get(&s->recipe, "train.", "perceptual");
-    if (s->set.perceptual) return s->set.perceptual;
-    if (recorded) return recorded;
-    if (file_exists(BOTH)) return BOTH;
-    return file_exists(VGG16) && file_exists(LINS) ? VGG16 "," LINS : "none";
+    int n;
+    if (s->set.perceptual || recorded)
+        n = snprintf(files, 2 * PATH_BYTES, "%s", s->set.perceptual ? s->set.perceptual : recorded);
+    else if (models_find(a, BOTH))
+        n = snprintf(files, 2 * PATH_BYTES, "%s", a);
+    else if (models_find(a, VGG16) && models_find(b, LINS))
+        n = snprintf(files, 2 * PATH_BYTES, "%s,%s", a, b);
+    else
+        n = snprintf(files, 2 * PATH_BYTES, "none");
+    return n >= 0 && n < 2 * PATH_BYTES ? OK : err("--perceptual: a path is too long");
 }
 
 static void say_without(const Stage *s) {
@@ -42,7 +49,8 @@ static void say_without(const Stage *s) {
         say_once("perceptual loss: trained without it, as the run began\n");
         return;
     }
-    const int vgg16 = file_exists(VGG16), lins = file_exists(LINS);
+    char path[PATH_BYTES];
+    const int vgg16 = models_find(path, VGG16), lins = models_find(path, LINS);
     say_once(
         "perceptual loss: trained without it: %s; make lpips fetches them (torchvision's vgg16-397923af.pth, LPIPS's "
         "vgg.pth), or --perceptual FILE[,FILE]\n",
@@ -91,8 +99,7 @@ static Err open_perceptual(Stage *s, size_t *plan, size_t *tables) {
     if (s->first.perceptual_weight == 0)
         return given(s->set.perceptual) ? err("--perceptual: the recipe's perceptual_weight is 0") : OK;
     char files[2 * PATH_BYTES];
-    if ((size_t)snprintf(files, sizeof files, "%s", choose_files(s)) >= sizeof files)
-        return err("--perceptual: a path is too long");
+    TRY(choose_files(files, s));
     TRY(config_set(&s->recipe, "train.perceptual", "%s", files));
     if (!given(files)) {
         s->first.perceptual_weight = 0;

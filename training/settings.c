@@ -214,33 +214,49 @@ static const char *recipe_path(const Settings *o, char out[PATH_BYTES]) {
         snprintf(out, PATH_BYTES, "%s", o->config);
     else if (strchr(o->model, '/'))
         snprintf(out, PATH_BYTES, "%s/config.txt", o->model);
-    else
-        snprintf(out, PATH_BYTES, "models/%s.txt", o->model);
+    else {
+        char usual[PATH_BYTES];
+        snprintf(usual, sizeof usual, "models/%.200s.txt", o->model);
+        models_find(out, usual);
+    }
     return out;
 }
 
-/* " (recipes: cats, emoji, ...)": those in models/ */
+/* The recipes in a folder such as models/ */
+static Err list_recipes(Names *found, const char *folder) {
+    DIR *d = opendir(folder);
+    Err e = OK;
+    for (struct dirent *one = d ? readdir(d) : NULL; one && e == OK; one = readdir(d)) {
+        const size_t length = strlen(one->d_name);
+        if (length > 4 && !strcmp(one->d_name + length - 4, ".txt") && !strstr(one->d_name, "-classes"))
+            e = names_add(found, one->d_name, length - 4, 0, 0);
+    }
+    if (d) closedir(d);
+    return e;
+}
+
+/* "cats, emoji, ...": those that there are, in all places of models/ */
 static const char *recipes_text(char *text, size_t bytes) {
-    struct dirent **found = NULL;
-    const int n = scandir("models", &found, NULL, alphasort);
+    char folder[PATH_BYTES];
+    Names found = {0};
     size_t at = 0;
     *text = 0;
-    for (int i = 0; i < n; i++) {
-        const char *name = found[i]->d_name;
-        const size_t length = strlen(name);
-        if (length > 4 && !strcmp(name + length - 4, ".txt") && !strstr(name, "-classes") && at < bytes)
-            at += (size_t)snprintf(text + at, bytes - at, "%s%.*s", at ? ", " : "", (int)length - 4, name);
-        free(found[i]);
-    }
-    free(found);
-    return at ? text : "none in models/ here";
+    for (int i = 0; models_place(folder, i); i++)
+        if (list_recipes(&found, folder) != OK) break;
+    names_sort(&found, names_in_byte_order);
+    for (size_t i = 0; i < found.n && at < bytes; i++)
+        if (i == 0 || strcmp(found.item[i].name, found.item[i - 1].name) != 0)
+            at += (size_t)snprintf(text + at, bytes - at, "%s%s", at ? ", " : "", found.item[i].name);
+    names_free(&found);
+    return at ? text : "none";
 }
 
 static Err no_recipe(const Settings *o, const char *path) {
-    char text[1024];
+    char text[1024], places[PLACES_BYTES];
     if (o->config || strchr(o->model, '/')) return err("%s: no such recipe (models/emoji.txt is an example)", path);
-    return err("%s: no such recipe; recipes: %s; or --config FILE names another", path,
-               recipes_text(text, sizeof text));
+    TRY(models_check());
+    return err("%s: no such recipe; recipes: %s (in %s); or --config FILE names another", path,
+               recipes_text(text, sizeof text), models_places(places));
 }
 
 /* The part of the recipe that this stage is trained by */
