@@ -5,6 +5,7 @@
  *   pictures near A B MOST           exit status 0 if no two colours are farther apart than MOST (of 255), 1 if some are
  *   pictures tensors A P B Q         exit status 0 if every tensor of file A whose name begins with P, and there are some, has
  *                                    the same values in B, where Q stands for P; 1 if not
+ *   pictures moved A B P             prints how far apart the numbers of tensors whose names begin with P are at most
  *   pictures weights A B MOST        exit status 0 if two safetensors files have the same tensors and no number is farther
  *                                    from the other's than MOST times the largest of its tensor; but for those of one
  *                                    dimension: a bias in front of a norm has no gradient but rounding, which Adam
@@ -116,8 +117,8 @@ static int tensors(char **argv) {
     return !same_ones || others;
 }
 
-/* How far apart, in units of the largest of a; NAN is far. */
-static double apart(const Tensor *a, const Tensor *b) {
+/* How far apart, if `relative` in units of the largest of a; NAN is far. */
+static double apart(const Tensor *a, const Tensor *b, int relative) {
     real *x, *y;
     double largest = 0, farthest = 0;
     if (mem_alloc(&x, a->size, sizeof *x, "a") != OK || mem_alloc(&y, a->size, sizeof *y, "b") != OK) return INFINITY;
@@ -128,7 +129,22 @@ static double apart(const Tensor *a, const Tensor *b) {
         farthest = d <= farthest ? farthest : isnan(d) ? INFINITY : d;
     }
     free(x), free(y);
-    return farthest == 0 ? 0 : farthest / largest;
+    return farthest == 0 || !relative ? farthest : farthest / largest;
+}
+
+static int moved(char **argv) {
+    Checkpoint a = {0}, b = {0};
+    double farthest = 0;
+    if (checkpoint_open(&a, argv[2]) != OK || checkpoint_open(&b, argv[3]) != OK) return complain();
+    for (size_t i = 0; i < a.n; i++) {
+        const Tensor *other = checkpoint_find(&b, a.tensor[i].name);
+        if (strncmp(a.tensor[i].name, argv[4], strlen(argv[4]))) continue;
+        farthest = fmax(farthest, other && other->size == a.tensor[i].size ? apart(&a.tensor[i], other, 0) : INFINITY);
+    }
+    printf("%.9g\n", farthest);
+    checkpoint_close(&a);
+    checkpoint_close(&b);
+    return 0;
 }
 
 static int weights(char **argv) {
@@ -138,7 +154,7 @@ static int weights(char **argv) {
     for (size_t i = 0; i < a.n; i++) {
         const Tensor *other = checkpoint_find(&b, a.tensor[i].name);
         if (a.tensor[i].ndim < 2) continue;
-        const double d = other && other->size == a.tensor[i].size ? apart(&a.tensor[i], other) : INFINITY;
+        const double d = other && other->size == a.tensor[i].size ? apart(&a.tensor[i], other, 1) : INFINITY;
         if (d > atof(argv[4])) fprintf(stderr, "pictures: %s: %g apart\n", a.tensor[i].name, d);
         farthest = fmax(farthest, d);
     }
@@ -153,8 +169,9 @@ int main(int argc, char **argv) {
     if (argc == 8 && !strcmp(argv[1], "same")) return same(argv);
     if (argc == 5 && !strcmp(argv[1], "near")) return near(argv);
     if (argc == 6 && !strcmp(argv[1], "tensors")) return tensors(argv);
+    if (argc == 5 && !strcmp(argv[1], "moved")) return moved(argv);
     if (argc == 5 && !strcmp(argv[1], "weights")) return weights(argv);
     fprintf(stderr, "usage: pictures make DIR COUNT SIDE | same A B X0 Y0 X1 Y1 | near A B MOST | tensors A P B Q | "
-                    "weights A B MOST\n");
+                    "moved A B P | weights A B MOST\n");
     return 2;
 }

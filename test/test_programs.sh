@@ -128,6 +128,17 @@ ok "without a warm-up both at once" awk -F '\t' '$1 == "vqgan" && (($13 > 0) != 
 ok "the discriminator is in the state" same_tensors "$dir/gan/vqgan.state.safetensors" value.loss.discriminator. "$dir/gan/vqgan.state.safetensors" value.loss.discriminator.
 ok "and not among the weights" sh -c "! grep -q loss.discriminator '$dir/gan/vqgan.safetensors'"
 ok "the generator was not told alone" sh -c "! cmp -s '$dir/gan/vqgan.safetensors' '$dir/run/vqgan.safetensors'"
+# Adam's first update is lr, its 31st, without a gradient before it, 1.55 lr: (1-b1)/(1-b1^k) / sqrt((1-b2)/(1-b2^k))
+for warm_up in 0 1; do
+    gan late.txt "$loss.disc_start 30" "vqgan.train.disc_warm_up $warm_up"
+    ok "until disc_start" train --run "$dir/late$warm_up" --vqgan --config "$dir/late.txt"
+    cp "$dir/late$warm_up/vqgan.state.safetensors" "$dir/before.safetensors"
+    ok "a step more" train --run "$dir/late$warm_up" --vqgan --config "$dir/late.txt" --steps 31 --resume
+    awk -v moved="$("$build/pictures" moved "$dir/before.safetensors" "$dir/late$warm_up/vqgan.state.safetensors" value.loss.discriminator.main.0.)" \
+        '$2 == 31 { print moved / $6 }' "$dir/late$warm_up/log.tsv" >"$dir/step$warm_up"
+done
+ok "the official Adam counts from step 0" awk '{ exit !($1 > 1.5 && $1 < 1.6) }' "$dir/step0"
+ok "ours from where the discriminator begins" awk '{ exit !($1 > 0.1 && $1 < 1.45) }' "$dir/step1"
 gan usual.txt "$loss.disc_start 0"
 gan after.txt "$loss.disc_start 0" "vqgan.train.official_order true"
 gan still.txt "$loss.disc_start 0" && sed 's/lr_start .*/lr_start 0/' "$dir/still.txt" >"$dir/still2.txt"

@@ -86,8 +86,19 @@ static Err load_perceptual(Perceptual **p, const char *files) {
     return e;
 }
 
+/* Does the recipe have the official loss, which is L1 and LPIPS? The official transitions name a dummy. */
+static int has_official_loss(const Config *c) {
+    static const char loss[] = "model.params.lossconfig.";
+    const char *target = config_get(c, loss, "target");
+    if (target) return !strstr(target, "DummyLoss");
+    for (size_t i = 0; i < c->n; i++)
+        if (!strncmp(c->kv[i].key, loss, sizeof loss - 1)) return 1;
+    return 0;
+}
+
 static Err read_weight(Stage *s) {
     const char *target = config_get(&s->recipe, "model.params.lossconfig.", "target");
+    if (has_official_loss(&s->recipe) && !config_get(&s->recipe, "train.", "l2_weight")) s->set.l2_weight = 0;
     s->first.perceptual_weight = given(s->set.perceptual) || (target && strstr(target, "LPIPS"));
     return config_real(&s->first.perceptual_weight, &s->recipe, "model.params.lossconfig.params.", "perceptual_weight",
                        0, 1e6, 1);

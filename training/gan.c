@@ -11,7 +11,8 @@
  * otherwise the discriminator sees the reconstruction that the generator was judged by.
  *
  * A discriminator that has learnt nothing sends the generator noise. So it is trained train.disc_warm_up steps longer
- * than the generator sees it, which is from disc_start on; 0: both begin there, as in the official code.
+ * than the generator sees it, which is from disc_start on; 0: both begin there, as in the official code, whose Adam takes
+ * steps without a gradient until then: they count in its bias correction.
  *
  * On a GPU the first stage, the discriminator and LPIPS all compute there, but hand each other pictures and their
  * gradients through this file, in the host's memory: some ten copies of the batch a step.
@@ -31,6 +32,7 @@ struct Gan {
     AdamW adam;
     DiscLoss kind;
     size_t start, first; /* steps from which on the generator sees it, from which on it is trained */
+    size_t adam_from;    /* the step that its Adam counts from */
     double weight, factor, feature_weight;
     int official_order;
     real *dxrec, *dlogits, *dw, *db; /* of the generator's loss; of the first stage's last layer */
@@ -73,6 +75,7 @@ static Err read_gan(Gan *g, const Config *c, int has_perceptual) {
     TRY(config_size(&g->start, c, LOSS, "disc_start", 0, SIZE_MAX / 2, 1));
     TRY(config_size(&warm_up, c, "train.", "disc_warm_up", 0, SIZE_MAX / 2, 1));
     g->first = g->start - min_size(warm_up, g->start);
+    g->adam_from = warm_up ? g->first : 0;
     TRY(config_real(&g->weight, c, LOSS, "disc_weight", 0, 1e6, 1));
     TRY(config_real(&g->factor, c, LOSS, "disc_factor", 0, 1e6, 1));
     TRY(config_flag(&conditional, c, LOSS, "disc_conditional", 1));
@@ -253,7 +256,7 @@ Err gan_after_step(Stage *s, const char **bad) {
         return OK;
     }
     g->adam.lr = s->adam.lr;
-    adamw_step(g->params, &g->adam, s->step - g->first);
+    adamw_step(g->params, &g->adam, s->step - g->adam_from);
     return OK;
 }
 
