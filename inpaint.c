@@ -14,8 +14,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { MAX_CANDIDATES = 4096 };
-
 typedef struct {
     const char *image, *mask, *half;
     size_t window, outside, candidates;
@@ -264,37 +262,20 @@ static Err choose_class(Completion *c) {
     return OK;
 }
 
-/* What the user gave, else what the model's file recommends, else one. */
-static size_t candidates(const Model *m, size_t given) {
-    size_t M = given ? given : 1;
-    if (!given) check(config_size(&M, &m->meta, "imagebart.", "candidates", 1, MAX_CANDIDATES, 1));
-    return M;
-}
-
-/* Official defaults: three passes per scale for geometric schedules, else five, and one for the noisiest. */
-static const char *chain_lengths(const Model *m, char list[MAX_SCALES * 2]) {
-    const char *redraw = config_get(&m->meta, "model.params.", "redraw_prob");
-    if (redraw && !strcmp(redraw, "geometric")) return "3";
-    strcpy(list, "1");
-    for (int t = 1; t < m->schedule.T; t++) strcat(list, ",5");
-    return list;
-}
-
 /* The model and its options; how many are drawn. */
 static void prepare(Completion *c, SamplingArgs *a, const InpaintArgs *in) {
     const NamedModel *missing;
-    char chains[MAX_SCALES * 2];
     memset(c, 0, sizeof *c);
     c->args = a, c->in = in;
     check(outputs_check(a->out, NULL));
     sampling_start(a, &c->model, &missing);
     if (missing && a->class_name == missing->stand_in) a->class_name = NULL; /* the picture tells its class */
-    sampling_options(&c->options, a, &c->model, "inpaint_chain_length", chain_lengths(&c->model, chains), 0);
+    sampling_options(&c->options, a, &c->model, DRAW_EDIT);
     c->side = c->model.side;
     c->N = c->model.h * c->model.w;
     const size_t tiles = a->n + (in->compare ? 2 : 0);
     check(output_grid_check("-o", tiles, c->side, min_size(tiles, 8), 2));
-    c->M = candidates(&c->model, in->candidates);
+    check(sampling_many(&c->M, &c->model, in->candidates, DRAW_EDIT));
     c->rows = min_size(a->n, max_size(1, a->batch / c->M)) * c->M;
     fprintf(stderr, "seed %llu\n", (unsigned long long)a->seed);
 }

@@ -13,7 +13,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { MAX_BEST_OF = 64 };
 static const double NEARLY = 0.5; /* nats per token: bounds of good pictures differ by less, of bad ones by more */
 
 typedef struct {
@@ -146,8 +145,7 @@ static Err choose_classes(Pictures *p) {
 
 /* How many are drawn for every picture: the user's number, else what the model recommends. */
 static void best_of(Pictures *p, size_t given) {
-    p->M = given ? given : 1;
-    if (!given) check(config_size(&p->M, &p->model.meta, "imagebart.", "best_of", 1, MAX_BEST_OF, 1));
+    check(sampling_many(&p->M, &p->model, given, DRAW_NEW));
     p->rows = max_size(1, min_size(p->args->n, p->args->batch / p->M)) * p->M;
 }
 
@@ -171,7 +169,7 @@ static void prepare(Pictures *p, SamplingArgs *a, size_t most, const char *chain
     memset(p, 0, sizeof *p);
     p->args = a;
     sampling_start(a, &p->model, &missing);
-    sampling_options(&p->options, a, &p->model, "chain_length", "1", 1);
+    sampling_options(&p->options, a, &p->model, DRAW_NEW);
     p->N = p->model.h * p->model.w;
     p->pixels = 3 * p->model.side * p->model.side;
     p->steps = (size_t)p->model.schedule.T + 1;

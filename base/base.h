@@ -115,19 +115,35 @@ int threads_get(void);
  * where a test keeps its /proc and /sys. */
 int cpu_quota(const char *root);
 const char *threads_text(char text[96]); /* "2 threads", and why so few if a quota says so */
-const char *vector_instructions(void); /* that this copy of the program was compiled for: "AVX2" */
+const char *vector_instructions(void);   /* that this copy of the program was compiled for: "AVX2" */
 int threads_free(void);    /* what a loop that starts here can use: 1 inside a parallel_for, else threads_get() */
 size_t thread_index(void); /* of the calling thread in its loop: 0..threads-1 */
 
 /* ---- options.c: one table of options, one way to fail, progress. Only this file and the programs print or exit. ---- */
 
 /* One row per option: parsing and --help both read this table. */
-typedef enum { OPT_END, OPT_HEADING, OPT_ARGUMENT, OPT_FLAG, OPT_STRING, OPT_SIZE, OPT_REAL, OPT_U64 } OptionKind;
+typedef enum {
+    OPT_END,
+    OPT_HEADING,
+    OPT_ARGUMENT,
+    OPT_ARGUMENTS, /* all that are left: a list */
+    OPT_FLAG,
+    OPT_STRING,
+    OPT_STRINGS, /* may be given several times: a list */
+    OPT_SIZE,
+    OPT_REAL,
+    OPT_U64
+} OptionKind;
+typedef struct {
+    const char **item;
+    size_t n, most; /* item has room for `most` */
+} OptionList;
 typedef struct {
     OptionKind kind;
     const char *name;  /* "--steps", "-n"; for OPT_ARGUMENT what the help calls it; for OPT_HEADING its text */
     const char *value; /* how the help calls the value: "N" */
-    void *out;     /* int (flag), const char * (argument, string), size_t, double, uint64_t; left alone if not given */
+    void *out; /* int (flag), const char * (argument, string), OptionList (of either), size_t, double, uint64_t; left
+                      alone if not given */
     double lo, hi; /* range of numbers */
     const char *help;
 } Option;

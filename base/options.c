@@ -86,13 +86,28 @@ static void set_number(const Option *o, const char *text) {
         *(uint64_t *)o->out = n;
 }
 
+static void add_to_list(const Option *o, const char *text) {
+    OptionList *list = o->out;
+    if (list->n == list->most) usage_error("%s: more than %zu", o->name, list->most);
+    list->item[list->n++] = text;
+}
+
 static void set_argument(const Option *table, int nth, const char *text) {
-    for (const Option *o = table; o->kind != OPT_END; o++)
+    for (const Option *o = table; o->kind != OPT_END; o++) {
+        if (o->kind == OPT_ARGUMENTS) {
+            add_to_list(o, text);
+            return;
+        }
         if (o->kind == OPT_ARGUMENT && nth-- == 0) {
             *(const char **)o->out = text;
             return;
         }
+    }
     usage_error("unexpected argument \"%s\"; -h explains", text);
+}
+
+static int is_option(const Option *o) {
+    return o->kind != OPT_HEADING && o->kind != OPT_ARGUMENT && o->kind != OPT_ARGUMENTS;
 }
 
 /* How many letters must be put in, taken out or replaced to make one word of the other */
@@ -119,7 +134,7 @@ static void unknown_option(const Option *table, const char *text, size_t length)
     const char *best = NULL;
     size_t least = max_size(length / 3, 1) + 1;
     for (const Option *o = table; o->kind != OPT_END; o++) {
-        if (o->kind == OPT_HEADING || o->kind == OPT_ARGUMENT || o->name[1] != '-') continue;
+        if (!is_option(o) || o->name[1] != '-') continue;
         size_t d = word_distance(text, length, o->name);
         if (length > 3 && !strncmp(o->name, text, length)) d = 0;
         if (d < least) least = d, best = o->name;
@@ -133,9 +148,7 @@ static void set_option(const Option *table, int argc, char **argv, int *i) {
     const char *text = argv[*i], *equals = strchr(text, '=');
     size_t length = equals ? (size_t)(equals - text) : strlen(text);
     const Option *o = table;
-    while (o->kind != OPT_END && (o->kind == OPT_HEADING || o->kind == OPT_ARGUMENT || strlen(o->name) != length ||
-                                  strncmp(o->name, text, length)))
-        o++;
+    while (o->kind != OPT_END && (!is_option(o) || strlen(o->name) != length || strncmp(o->name, text, length))) o++;
     if (o->kind == OPT_END) {
         unknown_option(table, text, length);
         return;
@@ -147,9 +160,12 @@ static void set_option(const Option *table, int argc, char **argv, int *i) {
     }
     if (!equals && *i + 1 >= argc) usage_error("%s needs a value: %s %s", o->name, o->name, o->value);
     const char *value = equals ? equals + 1 : argv[++*i];
-    if (o->kind == OPT_STRING) {
+    if (o->kind == OPT_STRING || o->kind == OPT_STRINGS) {
         if (!*value) usage_error("%s: the value is empty", o->name);
-        *(const char **)o->out = value;
+        if (o->kind == OPT_STRINGS)
+            add_to_list(o, value);
+        else
+            *(const char **)o->out = value;
     } else
         set_number(o, value);
 }

@@ -120,8 +120,18 @@ static void one_guidance(SampleOptions *o, const SamplingArgs *a, const Model *m
     }
 }
 
-void sampling_options(SampleOptions *o, const SamplingArgs *a, const Model *m, const char *chain_key,
-                      const char *chain_default, double least_chain) {
+/* Official: three passes per scale for geometric schedules, else five, and one for the noisiest. */
+static const char *edit_chain_lengths(const Model *m, char list[MAX_SCALES * 2]) {
+    const char *redraw = config_get(&m->meta, "model.params.", "redraw_prob");
+    if (redraw && !strcmp(redraw, "geometric")) return "3";
+    strcpy(list, "1");
+    for (int t = 1; t < m->schedule.T; t++) strcat(list, ",5");
+    return list;
+}
+
+void sampling_options(SampleOptions *o, const SamplingArgs *a, const Model *m, DrawKind kind) {
+    char chains[MAX_SCALES * 2];
+    const int edit = kind == DRAW_EDIT;
     sample_defaults(o);
     o->seed = a->seed;
     o->block = a->block;
@@ -130,7 +140,16 @@ void sampling_options(SampleOptions *o, const SamplingArgs *a, const Model *m, c
     per_scale(o->guidance, m, a->guidance, "guidance", "1", 0, 1000, "--guidance");
     one_guidance(o, a, m);
     per_scale_sizes(o->top_k, m, a->top_k, "top_k", "0", 0, 1e9, "--top-k");
-    per_scale_sizes(o->chain, m, a->chain_length, chain_key, chain_default, least_chain, 1000, "--chain-length");
+    per_scale_sizes(o->chain, m, a->chain_length, edit ? "inpaint_chain_length" : "chain_length",
+                    edit ? edit_chain_lengths(m, chains) : "1", edit ? 0 : 1, 1000, "--chain-length");
+}
+
+Err sampling_many(size_t *M, const Model *m, size_t given, DrawKind kind) {
+    const int edit = kind == DRAW_EDIT;
+    *M = given ? given : 1;
+    if (given) return OK;
+    return config_size(M, &m->meta, "imagebart.", edit ? "candidates" : "best_of", 1,
+                       edit ? MAX_CANDIDATES : MAX_BEST_OF, 1);
 }
 
 size_t sampling_rows(const SampleOptions *o, int T, size_t n) {

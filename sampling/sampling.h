@@ -113,10 +113,15 @@ typedef struct {
 void sampling_parse(int argc, char **argv, const Option *own, SamplingArgs *a, const char *intro);
 /* Threads, seed, device, model; dies on error. */
 void sampling_start(SamplingArgs *a, Model *m, const NamedModel **stand_in_for);
-/* What the user gave, else what the model's file recommends (imagebart.temperature, .top_k, .guidance,
- * imagebart.CHAIN_KEY), else 1, all, 1 and chain_default. Chains may have least_chain passes or more. */
-void sampling_options(SampleOptions *o, const SamplingArgs *a, const Model *m, const char *chain_key,
-                      const char *chain_default, double least_chain);
+/* New pictures, or edited ones, for which a model recommends other numbers. */
+typedef enum { DRAW_NEW, DRAW_EDIT } DrawKind;
+enum { MAX_BEST_OF = 64, MAX_CANDIDATES = 4096 };
+/* What the user gave, else what the model's file recommends (imagebart.temperature, .top_k, .guidance, and
+ * .chain_length or for edits .inpaint_chain_length), else 1, all, 1 and the official chain lengths. */
+void sampling_options(SampleOptions *o, const SamplingArgs *a, const Model *m, DrawKind kind);
+/* *M = how many are drawn for each picture, of which one is kept, or for an edit how many candidates: the user's number,
+ * else (0) what the model recommends, else 1. */
+Err sampling_many(size_t *M, const Model *m, size_t given, DrawKind kind);
 /* Rows of the decoder's batch for n samples: with guidance at any scale two for each, with its class and with none. */
 size_t sampling_rows(const SampleOptions *o, int T, size_t n);
 /* On stderr: how much memory this takes (see model_memory) and how much there is, and which vectors and how many
