@@ -17,7 +17,7 @@
 typedef struct {
     const char *image, *mask, *half;
     size_t window, outside, candidates;
-    int no_paste, official_mask, compare;
+    int invert, no_paste, official_mask, compare;
 } InpaintArgs;
 
 typedef struct {
@@ -26,6 +26,7 @@ typedef struct {
     const InpaintArgs *in;
     size_t side, N;
     size_t M, rows;      /* candidates for a sample; samples times candidates in a batch */
+    Prep prep;           /* how the model's pictures are prepared */
     Image picture;       /* (side,side), what is completed */
     uint8_t *keep;       /* (side,side) 1 = the pixel stays */
     uint8_t *keep_token; /* (N) */
@@ -39,45 +40,17 @@ typedef struct {
 
 /* ---- Read: the picture and its mask, at the model's resolution ---- */
 
-/* The centre square, scaled to side x side. */
-static Err fit(Image *im, size_t side, Filter filter) {
-    size_t square = im->H < im->W ? im->H : im->W, y0 = (im->H - square) / 2, x0 = (im->W - square) / 2;
-    Image out = {0};
-    for (size_t y = 0; y < square; y++)
-        memmove(im->rgb + 3 * y * square, im->rgb + 3 * ((y + y0) * im->W + x0), 3 * square);
-    im->H = im->W = square;
-    if (square == side) return OK;
-    TRY(image_resize(&out, im, side, side, filter));
-    image_free(im);
-    *im = out;
-    return OK;
-}
-
-/* The picture at the model's size; height x width: the size of the file. */
+/* The picture, prepared as those that the model was trained on, but upright; height x width: the size of the file. */
 static Err read_picture(Completion *c, size_t *height, size_t *width) {
-    TRY(image_read(&c->picture, c->in->image));
+    const char *path = c->in->image, *said = config_get(&c->model.meta, "data.", "prep");
+    TRY(prep_read(&c->prep, &c->model.meta));
+    TRY(image_read_as(&c->picture, path, prep_how(c->prep) | IMAGE_UPRIGHT));
     size_t H = *height = c->picture.H, W = *width = c->picture.W;
+    if (c->picture.note) fprintf(stderr, "%s: %s\n", path, c->picture.note);
     if (H != c->side || W != c->side)
-        fprintf(stderr, "%s is %zux%zu: its centre square is used at %zux%zu\n", c->in->image, W, H, c->side, c->side);
-    return fit(&c->picture, c->side, FILTER_BICUBIC);
-}
-
-/* A pixel stays where the mean of red, green and blue is 128 or more. */
-static Err read_mask(Completion *c, size_t H, size_t W) {
-    Image mask = {0};
-    size_t side = c->side;
-    TRY(image_read(&mask, c->in->mask));
-    if (!((mask.H == H && mask.W == W) || (mask.H == side && mask.W == side))) {
-        Err e = err("%s: the mask is %zux%zu; expected the picture's size %zux%zu or %zux%zu", c->in->mask, mask.W,
-                    mask.H, W, H, side, side);
-        image_free(&mask);
-        return e;
-    }
-    Err e = fit(&mask, side, FILTER_NEAREST);
-    for (size_t i = 0; e == OK && i < side * side; i++)
-        c->keep[i] = (mask.rgb[3 * i] + mask.rgb[3 * i + 1] + mask.rgb[3 * i + 2]) / 3 >= 128;
-    image_free(&mask);
-    return e;
+        fprintf(stderr, "%s is %zux%zu: its centre square is used at %zux%zu%s%s\n", path, W, H, c->side, c->side,
+                said ? "" : ", scaled as data.prep ", said ? "" : prep_name(c->prep));
+    return image_square(&c->picture, c->prep, c->side) == OK ? OK : err_in(path);
 }
 
 /* Keeps everything outside (or, with inside = 1, only what is inside) a centred window. */
@@ -100,18 +73,23 @@ static void half_mask(Completion *c, const char *half) {
 /* keep (side,side), for a picture whose file is H x W. */
 static Err make_mask(Completion *c, size_t H, size_t W) {
     const InpaintArgs *in = c->in;
+    const char *note = NULL;
     size_t kept = 0;
     TRY(mem_alloc(&c->keep, c->side * c->side, 1, "mask"));
     if (in->window >= c->side || in->outside >= c->side)
         return err("a window of %zu pixels: the picture has %zu", in->window ? in->window : in->outside, c->side);
-    if (in->mask)
-        TRY(read_mask(c, H, W));
-    else if (in->half)
+    if (in->mask) {
+        TRY(mask_read(c->keep, &note, in->mask, c->prep, c->side, H, W, in->invert));
+        if (note) fprintf(stderr, "%s: %s\n", in->mask, note);
+    } else if (in->half)
         half_mask(c, in->half);
     else
         window_mask(c, in->window ? in->window : in->outside, in->outside != 0);
     for (size_t i = 0; i < c->side * c->side; i++) kept += c->keep[i];
-    if (kept == c->side * c->side) return err("the mask keeps everything: nothing to draw (black parts are redrawn)");
+    if (kept == c->side * c->side)
+        return err("the mask keeps everything: nothing to draw (%s are redrawn)",
+                   in->invert ? "with --invert light parts" : "black and transparent parts; with --invert light ones");
+    if (!kept) fprintf(stderr, "the mask keeps nothing: the whole picture is drawn anew\n");
     return OK;
 }
 
@@ -320,9 +298,12 @@ int main(int argc, char **argv) {
         {OPT_ARGUMENT, "MODEL", NULL, &a.model, 0, 0,
          "emoji (default), a name that ./sample --list shows, or a folder"},
         {OPT_ARGUMENT, "IMAGE", NULL, &in.image, 0, 0,
-         "PNG or JPEG; other sizes than the model's: the centre square, scaled"},
+         "PNG, JPEG or WebP; other sizes than the model's: the centre square, scaled"},
         {OPT_HEADING, "What to draw anew (one of)", NULL, NULL, 0, 0, NULL},
-        {OPT_STRING, "--mask", "MASK.png", &in.mask, 0, 0, "the black parts of this picture; white is kept"},
+        {OPT_STRING, "--mask", "MASK.png", &in.mask, 0, 0,
+         "the dark and the transparent parts of this picture; light ones are kept"},
+        {OPT_FLAG, "--invert", NULL, &in.invert, 0, 0,
+         "... the light parts of it; black and transparent ones are kept"},
         {OPT_STRING, "--half", "WHICH", &in.half, 0, 0, "the upper, lower, left or right half"},
         {OPT_SIZE, "--window", "SIZE", &in.window, 1, 65536, "a centred square of SIZE pixels"},
         {OPT_SIZE, "--outside", "SIZE", &in.outside, 1, 65536, "everything but a centred square of SIZE pixels"},
@@ -343,6 +324,7 @@ int main(int argc, char **argv) {
     if (!in.image) usage_error("which picture? ./inpaint [MODEL] IMAGE; -h explains");
     if ((in.mask != NULL) + (in.half != NULL) + (in.window > 0) + (in.outside > 0) != 1)
         usage_error("give one of --mask, --half, --window, --outside; -h explains");
+    if (in.invert && !in.mask) usage_error("--invert is for --mask");
     if (in.half && strcmp(in.half, "upper") && strcmp(in.half, "lower") && strcmp(in.half, "left") &&
         strcmp(in.half, "right"))
         usage_error("--half %s: expected upper, lower, left or right", in.half);

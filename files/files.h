@@ -233,7 +233,7 @@ Err tensor_list_add(TensorList *list, const char *name, Dtype dtype, int ndim, c
                     int from_real);
 void tensor_list_free(TensorList *list);
 
-/* ---- images.c, pixels.c, png.c, resize.c: pictures in and out ---- */
+/* ---- images.c, pixels.c, png.c, resize.c, mask.c: pictures in and out ---- */
 typedef struct {
     size_t H, W;
     uint8_t *rgb;     /* (H,W,3) */
@@ -280,8 +280,16 @@ Err prep_read(Prep *out,
 Err image_prepare(real *out, const Image *im, Prep prep, size_t size, double u_crop_y, double u_crop_x, int flip);
 /* prep_how: the flags with which pictures of a preset are decoded. */
 int prep_how(Prep prep);
-/* im = the same (size,size) as pixels, from a centre crop. mask: by FILTER_NEAREST. */
-Err image_square(Image *im, Prep prep, size_t size, int mask);
+const char *prep_name(Prep prep); /* as data.prep has it */
+/* im = the same (size,size) as pixels, from a centre crop. */
+Err image_square(Image *im, Prep prep, size_t size);
+/* keep (size,size) = 1 where the same square of a mask is light: the mean of red, green and blue is 128 or more in all
+ * pixels that lie there, so that no thin stroke is lost. invert: where it is dark. */
+Err mask_square(uint8_t *keep, const Image *mask, Prep prep, size_t size, int invert);
+/* mask.c. keep (size,size) = 1 where the mask in a file keeps the picture of H x W pixels that it belongs to; its own
+ * size is that or (size,size). Errors name the file. *note: how its transparent parts were taken; NULL: it has none. */
+Err mask_read(uint8_t *keep, const char **note, const char *path, Prep prep, size_t size, size_t H, size_t W,
+              int invert);
 /* images (planes,side,side): left and right change places. */
 void image_mirror(real *images, size_t planes, size_t side);
 /* (n,3,H,W) in [-1,1] -> one picture, `columns` wide, `gap` white pixels between; official u8 truncation

@@ -361,12 +361,17 @@ Err image_resize(Image *out, const Image *in, size_t H, size_t W, Filter filter)
  * Preprocessing (SPEC section 10)
  * ---------------------------------------------------------------------------------------------------------- */
 
+static const char *const prep_names[] = {"folder", "ffhq", "imagenet", "lsun"}; /* by Prep */
+
+const char *prep_name(Prep prep) {
+    return prep_names[prep];
+}
+
 Err prep_read(Prep *out, const Config *c) {
-    static const char *const names[] = {"folder", "ffhq", "imagenet", "lsun"};
     const char *name = config_get(c, "data.", "prep");
     *out = PREP_FOLDER;
     for (int k = 0; name && k < 4; k++)
-        if (!strcmp(name, names[k])) return *out = (Prep)k, OK;
+        if (!strcmp(name, prep_names[k])) return *out = (Prep)k, OK;
     return name ? err("data.prep %.200s: expected folder, ffhq, imagenet or lsun", name) : OK;
 }
 
@@ -418,12 +423,9 @@ Err image_prepare(real *out, const Image *im, Prep prep, size_t size, double u_c
     return OK;
 }
 
-Err image_square(Image *im, Prep prep, size_t size, int mask) {
+Err image_square(Image *im, Prep prep, size_t size) {
     Image resized = {0}, square = {0};
-    Fit f;
-    TRY(prep_fit(&f, prep, size, im->H, im->W));
-    if (mask) f.filter = FILTER_NEAREST;
-    TRY(image_fit(&resized, im, &f));
+    TRY(prep_resize(&resized, im, prep, size));
     Err e = image_fit(&square, &resized,
                       &(Fit){crop_offset(resized.H - size, -1), crop_offset(resized.W - size, -1), size, size, size,
                              size, FILTER_NEAREST});
@@ -431,5 +433,31 @@ Err image_square(Image *im, Prep prep, size_t size, int mask) {
     if (e != OK) return e;
     image_free(im);
     *im = square;
+    return OK;
+}
+
+/* *from, *to: the pixels of `in`, from `first` on, that lie, if only in part, in pixel i of the middle `size` of out. */
+static void covered(size_t *from, size_t *to, size_t i, size_t first, size_t in, size_t out, size_t size) {
+    const size_t at = i + crop_offset(out - size, -1);
+    *from = first + at * in / out;
+    *to = first + ((at + 1) * in + out - 1) / out;
+}
+
+Err mask_square(uint8_t *keep, const Image *mask, Prep prep, size_t size, int invert) {
+    Fit f;
+    TRY(prep_fit(&f, prep, size, mask->H, mask->W));
+    for (size_t y = 0; y < size; y++)
+        for (size_t x = 0; x < size; x++) {
+            size_t y0, y1, x0, x1;
+            covered(&y0, &y1, y, f.y0, f.h, f.H, size);
+            covered(&x0, &x1, x, f.x0, f.w, f.W, size);
+            int all = 1;
+            for (size_t v = y0; v < y1 && all; v++)
+                for (size_t u = x0; u < x1 && all; u++) {
+                    const uint8_t *p = mask->rgb + 3 * (v * mask->W + u);
+                    all = (p[0] + p[1] + p[2] >= 3 * 128) == !invert;
+                }
+            *keep++ = (uint8_t)all;
+        }
     return OK;
 }

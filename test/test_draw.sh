@@ -90,5 +90,30 @@ for picture in p q; do
     ok "no folder is in $picture" test "$(grep -ac "$dir" "$dir/$picture.png")" -eq 0
 done
 
+# ---- masks, and pictures prepared as the model's are ----
+printf '\211PNG\015\012\032\012\000\000\000\015IHDR\000\000\000@\000\000\000@\001\003\000\000\000\220\247\343\235\000\000\000\006PLTE\377\377\377\377\377\377U|\365l\000\000\000\002tRNS\377\000\345\2670J\000\000\000\025IDATx\332c\140\030d\340?\020\2142p3\006\031\000\000y\260\177\201\206F\375\023\000\000\000\000IEND\256B\140\202' >"$dir/hole.png" # white, with a transparent 32x32
+edit() { "$build/inpaint" "$@" --class food --candidates 1 --chain-length 0,0,1 --seed 1 -o "$dir/e.png"; }
+ok "a transparent hole" edit emoji models/emoji/example.png --mask "$dir/hole.png"
+ok "is said and drawn" test "$(grep -cE 'hole.png: its transparent parts are drawn anew|^16 of 64 tokens' "$dir/err")" -eq 2
+ok "the rest stays" "$build/pictures" same "$dir/e.png" models/emoji/example.png 32 0 64 64
+ok "the opposite" edit emoji models/emoji/example.png --mask "$dir/hole.png" --invert
+ok "of it" "$build/pictures" same "$dir/e.png" models/emoji/example.png 0 16 32 48
+refused_late 2 "--invert is for --mask" edit emoji models/emoji/example.png --half upper --invert
+"$build/pictures" make "$dir/large" 1 100
+for prep in folder lsun ffhq pr-p; do
+    mkdir "$dir/as-$prep" && cp models/emoji/*.safetensors "$dir/as-$prep"
+    case $prep in
+    pr-p) change='s/"data\.prep":"folder"/"data.pr-p":"folder"/' ;;
+    *) change="s/\"data\.prep\":\"folder\"/$(printf '"data.prep":%-8s' "\"$prep\"")/" ;;
+    esac
+    LC_ALL=C sed -i "$change" "$dir/as-$prep/scale1.safetensors"
+    ok "data.prep $prep" edit "$dir/as-$prep" "$dir/large/disc/000.png" --half upper
+    cp "$dir/e.png" "$dir/$prep.png"
+done
+ok "what is not recorded is said" grep -q "at 64x64, scaled as data.prep folder" "$dir/err"
+ok "it is so" "$build/pictures" same "$dir/pr-p.png" "$dir/folder.png" 0 32 64 64
+ok "lsun scales so too" "$build/pictures" same "$dir/lsun.png" "$dir/folder.png" 0 32 64 64
+ok "ffhq does not" sh -c "! '$build/pictures' same '$dir/ffhq.png' '$dir/folder.png' 0 32 64 64"
+
 echo "$passed passed, $failed failed"
 [ "$failed" -eq 0 ]

@@ -719,6 +719,128 @@ static void test_prepare(void) {
     image_free(&im);
 }
 
+/* ---- masks ---- */
+
+enum { MASK_SIDE = 16, MASK_FILE = 3 * MASK_SIDE };
+
+/* A mask as an editor writes it, of pixels that colour(y, x) says. */
+static void write_mask(const char *path, size_t side, void (*colour)(uint8_t *rgba, size_t y, size_t x)) {
+    static uint8_t rows[MASK_FILE * MASK_FILE * 4];
+    for (size_t i = 0; i < side * side; i++)
+        colour(rows + 4 * i, i / side * MASK_FILE / side, i % side * MASK_FILE / side);
+    write_png(path, &(PngSpec){.H = side, .W = side, .type = PNG_COLOR_TYPE_RGBA, .depth = 8, .rows = rows});
+}
+
+static int in_hole(size_t y, size_t x) {
+    return y < MASK_FILE / 2 && x < MASK_FILE / 4;
+}
+static void set_rgba(uint8_t *p, int v, int a) {
+    p[0] = p[1] = p[2] = (uint8_t)v, p[3] = (uint8_t)a;
+}
+static void black_hole(uint8_t *p, size_t y, size_t x) {
+    set_rgba(p, in_hole(y, x) ? 0 : 255, 255);
+}
+static void clear_black_hole(uint8_t *p, size_t y, size_t x) {
+    set_rgba(p, in_hole(y, x) ? 0 : 255, in_hole(y, x) ? 0 : 255);
+}
+static void clear_white_hole(uint8_t *p, size_t y, size_t x) {
+    set_rgba(p, 255, in_hole(y, x) ? 0 : 255);
+}
+static void half_erased(uint8_t *p, size_t y, size_t x) { /* a part is black, a part transparent, a part nearly */
+    set_rgba(p, in_hole(y, x) && x < 5 ? 0 : 255, !in_hole(y, x) || x < 5 ? 255 : y < 9 ? 0 : 100);
+}
+static void soft_eraser(uint8_t *p, size_t y, size_t x) { /* what is more there than not stays */
+    set_rgba(p, 255, in_hole(y, x) ? 120 : 140);
+}
+static void black_paint(uint8_t *p, size_t y, size_t x) {
+    set_rgba(p, 0, in_hole(y, x) ? 255 : 0);
+}
+static void red_paint(uint8_t *p, size_t y, size_t x) {
+    set_rgba(p, 0, in_hole(y, x) ? 255 : 0);
+    p[0] = 230;
+}
+static void soft_black_paint(uint8_t *p, size_t y, size_t x) {
+    set_rgba(p, 0, in_hole(y, x) ? 200 : x < 30 ? 60 : 0);
+}
+static void white_paint(uint8_t *p, size_t y, size_t x) { /* outside of the hole */
+    set_rgba(p, in_hole(y, x) ? 0 : 255, in_hole(y, x) ? 0 : 255);
+}
+static void erased_picture(uint8_t *p, size_t y, size_t x) { /* dark parts of a picture are no holes */
+    for (int c = 0; c < 3; c++) p[c] = (uint8_t)((y * (size_t)(5 + c) + x * 7) % 256);
+    p[3] = in_hole(y, x) ? 0 : 255;
+}
+static void all_white(uint8_t *p, size_t y, size_t x) {
+    (void)y, (void)x, set_rgba(p, 255, 255);
+}
+static void all_clear(uint8_t *p, size_t y, size_t x) {
+    (void)y, (void)x, set_rgba(p, 255, 0);
+}
+static void thin_stroke(uint8_t *p, size_t y, size_t x) { /* between the pixels that the nearest would be */
+    set_rgba(p, y == 1 || x == 46 ? 0 : 255, 255);
+}
+
+/* How many pixels of the mask are other than wanted: 'h' only the hole is drawn anew, '1' nothing, '0' all, 't' the
+ * stroke; the opposite with invert. */
+static size_t mask_faults(const char *path, char wanted, int invert, const char **note) {
+    uint8_t keep[MASK_SIDE * MASK_SIDE];
+    size_t faults = 0;
+    if (mask_read(keep, note, path, PREP_FOLDER, MASK_SIDE, MASK_FILE, MASK_FILE, invert) != OK) return 999;
+    for (size_t i = 0; i < sizeof keep; i++) {
+        const size_t y = i / MASK_SIDE, x = i % MASK_SIDE;
+        const int want = wanted == 'h' ? !in_hole(3 * y, 3 * x) : wanted == 't' ? y != 0 && x != 15 : wanted == '1';
+        faults += keep[i] != (want != invert);
+    }
+    return faults;
+}
+
+static void test_masks(void) {
+    static const struct {
+        void (*colour)(uint8_t *rgba, size_t y, size_t x);
+        char keeps;
+        const char *note;
+    } m[] = {
+        {black_hole, 'h', NULL},
+        {clear_black_hole, 'h', "transparent parts are drawn anew, as dark"},
+        {clear_white_hole, 'h', "transparent parts are drawn anew, as dark"},
+        {half_erased, 'h', "transparent parts are drawn anew, as dark"},
+        {soft_eraser, 'h', "transparent parts are drawn anew, as dark"},
+        {white_paint, 'h', "transparent parts are drawn anew, as dark"},
+        {black_paint, 'h', "the paint is drawn anew"},
+        {red_paint, 'h', "the paint is drawn anew"},
+        {soft_black_paint, 'h', "the paint is drawn anew"},
+        {erased_picture, 'h', "is a picture with transparent parts: they are drawn anew"},
+        {all_white, '1', NULL},
+        {all_clear, '0', "transparent parts"},
+        {thin_stroke, 't', NULL},
+    };
+    const char *path = in_folder("mask.png"), *note;
+    for (size_t i = 0; i < sizeof m / sizeof *m; i++)
+        for (size_t side = MASK_SIDE; side <= MASK_FILE; side += MASK_FILE - MASK_SIDE) {
+            if (m[i].keeps == 't' && side == MASK_SIDE) continue;
+            write_mask(path, side, m[i].colour);
+            if (!CHECK(mask_faults(path, m[i].keeps, 0, &note) == 0)) printf("     mask %zu of side %zu\n", i, side);
+            CHECK(m[i].note ? note && strstr(note, m[i].note) : !note);
+            if (m[i].keeps != 't') CHECK(mask_faults(path, m[i].keeps, 1, &note) == 0);
+            CHECK(mask_faults(path, 'x', 0, &note) > 0 || m[i].keeps == '0'); /* negative control */
+        }
+    static uint8_t la[MASK_FILE * MASK_FILE * 2], index[MASK_FILE * MASK_FILE];
+    for (size_t i = 0; i < sizeof index; i++) {
+        const int hole = in_hole(i / MASK_FILE, i % MASK_FILE);
+        la[2 * i] = 255, la[2 * i + 1] = hole ? 0 : 255, index[i] = (uint8_t)hole;
+    }
+    PngSpec s = {.H = MASK_FILE, .W = MASK_FILE, .type = PNG_COLOR_TYPE_GRAY_ALPHA, .depth = 8, .rows = la};
+    write_png(path, &s);
+    CHECK(mask_faults(path, 'h', 0, &note) == 0 && note);
+    s.type = PNG_COLOR_TYPE_PALETTE, s.rows = index, s.n_palette = s.n_trans = 2;
+    s.palette[0] = s.palette[1] = (png_color){255, 255, 255}, s.trans[0] = 255;
+    write_png(path, &s);
+    CHECK(mask_faults(path, 'h', 0, &note) == 0 && note);
+    uint8_t keep[MASK_SIDE * MASK_SIDE];
+    CHECK_ERR(mask_read(keep, &note, path, PREP_FOLDER, MASK_SIDE, 20, 30, 0),
+              "mask.png: the mask is 48x48; expected the picture's size 30x20 or 16x16");
+    CHECK_ERR(mask_read(keep, &note, in_folder("none.png"), PREP_FOLDER, MASK_SIDE, 20, 30, 0), "none.png");
+}
+
 static void test_grid(void) {
     enum { N = 3, H = 2, W = 1 };
     real x[N * 3 * H * W];
@@ -759,6 +881,7 @@ int main(void) {
     test_resize_tables();
     test_resize_properties();
     test_prepare();
+    test_masks();
     test_grid();
     nftw(folder, remove_entry, 16, FTW_DEPTH | FTW_PHYS);
     return test_report();
