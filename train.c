@@ -156,6 +156,7 @@ static Err run(Stage *s) {
     catch_interrupts();
     Err e = report_begin(s, &r);
     if (e == OK && !s->has_state) e = save_state(s, 1); /* something to go back to, and the disk shows what it has */
+    if (e == OK) e = ranks_agree(rank() == 0 ? save_missing_weights(s) : OK);
     while (e == OK && s->step < s->set.steps && !stop) {
         Step step = {0};
         s->trained = 1;
@@ -272,10 +273,17 @@ static Err open_pictures(Stage *s) {
     return dataset_open_lists(&s->val, o->data, o->list, o->val_list, SPLIT_VAL);
 }
 
+/* A run that was not there when its states were looked for may be another's by now. */
+static Err enter_run(const Stage *s) {
+    if (s->set.eval) return OK;
+    TRY(make_run(s->set.run));
+    return s->has_state || !state_exists(s) ? OK : err("%s: another ./train began this run meanwhile", s->set.run);
+}
+
 /* Builds the stage from its settings: data, network, parameters and optimizer; fresh, or as `ck` left it. */
 static Err build_stage(Stage *s, const Checkpoint *ck) {
     TRY(open_pictures(s));
-    TRY(ranks_agree(rank() == 0 ? make_folder(s->set.run) : OK));
+    TRY(ranks_agree(rank() == 0 ? enter_run(s) : OK));
     TRY(s->kind->build(s));
     s->params->bf16_moments = s->set.bf16_states;
     TRY(params_plan(s->params, PLAN_VALUE | PLAN_GRAD | PLAN_ADAM | (s->kind->ema ? PLAN_EMA : 0)));
@@ -345,7 +353,7 @@ static Err remap(const Settings *given) {
     Stage s = new_stage(&transition);
     Err e = settings_read(&s, NULL);
     if (e == OK) e = open_pictures(&s);
-    if (e == OK) e = make_folder(given->run);
+    if (e == OK) e = make_run(given->run);
     if (e == OK) e = remap_first_stage(&s);
     free_stage(&s);
     return e;
@@ -446,6 +454,7 @@ int main(int argc, char **argv) {
     }
     check(ranks_start(say_waiting));
     given.cuda = choose_device(&given);
+    check_all(rank() == 0 && !given.eval ? lock_run(given.run) : OK);
     threads_set(given.threads ? (int)given.threads : rank_threads());
     if (given.schedule)
         make_schedule(&given);

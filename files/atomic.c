@@ -1,11 +1,14 @@
 /* atomic.c - files written whole or not at all, and read whole. */
 #include "files/files.h"
 
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/file.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -16,8 +19,66 @@ Err io_error(const char *path, const char *doing) {
     return err("%s: cannot %s: %s", path, doing, strerror(errno));
 }
 
-/* A new file beside f->path, on the same file system, so that rename can replace one by the other. */
+/* ---- Temporary files: NAME.tmpPID-TRY beside NAME, locked by the process that writes ---- */
+
+int file_lock(int fd) {
+    int code;
+    while ((code = flock(fd, LOCK_EX | LOCK_NB)) != 0 && errno == EINTR) continue;
+    return code == 0 ? 1 : errno == EWOULDBLOCK ? 0 : -1;
+}
+
+/* The process whose temporary file this is, and *length of NAME; 0: it is no such file. */
+static long temporary_of(size_t *length, const char *name) {
+    const char *last = NULL;
+    char *end;
+    for (const char *p = name; (p = strstr(p, ".tmp")) != NULL; p += 4) last = p;
+    if (!last || last[4] < '1' || last[4] > '9') return 0;
+    *length = (size_t)(last - name);
+    const long pid = strtol(last + 4, &end, 10);
+    if (*end == '-') end += 1 + strspn(end + 1, "0123456789");
+    return *end ? 0 : pid;
+}
+
+/* A file of our own number that nobody has locked was left by a process before us: in a container numbers are few. */
+size_t temporary_left(const char *folder, const char *name) {
+    char path[PATH_BYTES];
+    size_t length = 0;
+    struct stat st;
+    const long pid = temporary_of(&length, name);
+    if (pid <= 0 || (pid != (long)getpid() && (kill((pid_t)pid, 0) == 0 || errno != ESRCH))) return 0;
+    if (path_make(path, "%s/%s", folder, name) != OK) return 0;
+    const int fd = open(path, O_RDONLY | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK);
+    if (fd < 0) return 0;
+    const int held = fstat(fd, &st) != 0 || !S_ISREG(st.st_mode) || file_lock(fd) == 0;
+    close(fd);
+    return held ? 0 : length;
+}
+
+/* The folder that a path lies in */
+static void folder_of(char folder[PATH_BYTES], const char *path) {
+    const char *slash = strrchr(path, '/');
+    const int length = slash ? (int)(slash - path) + 1 : 0;
+    snprintf(folder, PATH_BYTES, "%.*s", length ? length : 1, length ? path : ".");
+}
+
+/* Removes the temporary files of this path that killed processes left. */
+static void remove_left(const char *path) {
+    char folder[PATH_BYTES], whole[PATH_BYTES];
+    const char *slash = strrchr(path, '/'), *name = slash ? slash + 1 : path;
+    const size_t length = strlen(name);
+    folder_of(folder, path);
+    DIR *list = opendir(folder);
+    for (const struct dirent *f; list && (f = readdir(list)) != NULL;)
+        if (!strncmp(f->d_name, name, length) && temporary_left(folder, f->d_name) == length &&
+            path_make(whole, "%s/%s", folder, f->d_name) == OK)
+            unlink(whole);
+    if (list) closedir(list);
+}
+
+/* A new file beside f->path, on the same file system, so that rename can replace one by the other. One that was taken
+ * for a leaving before it was locked is gone: another try. */
 static int open_temporary(AtomicFile *f) {
+    struct stat st;
     for (int try = 0; try < 100; try++) {
         int n = snprintf(f->temporary, sizeof f->temporary, "%s.tmp%ld-%d", f->path, (long)getpid(), try);
         if (n < 0 || (size_t)n >= sizeof f->temporary) {
@@ -25,8 +86,11 @@ static int open_temporary(AtomicFile *f) {
             return -1;
         }
         int fd = open(f->temporary, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
-        if (fd >= 0 || errno != EEXIST) return fd;
+        if (fd < 0 && errno == EEXIST) continue;
+        if (fd < 0 || (file_lock(fd) != 0 && fstat(fd, &st) == 0 && st.st_nlink > 0)) return fd;
+        close(fd);
     }
+    errno = EEXIST;
     return -1;
 }
 
@@ -52,6 +116,7 @@ Err atomic_open(AtomicFile *f, const char *path) {
     free(behind);
     TRY(fits);
 
+    if (!direct) remove_left(f->path);
     int fd = direct ? open(path, O_WRONLY | O_CLOEXEC) : open_temporary(f);
     if (fd < 0) {
         f->temporary[0] = 0; /* whatever has that name, we did not make it */
@@ -77,9 +142,7 @@ Err atomic_write(AtomicFile *f, const void *data, size_t bytes) {
 /* Makes a rename last through a power cut. Not every file system can; the file is whole either way. */
 static void sync_folder(const char *path) {
     char folder[PATH_BYTES];
-    const char *slash = strrchr(path, '/');
-    int length = slash ? (int)(slash - path) + 1 : 0;
-    snprintf(folder, sizeof folder, "%.*s", length ? length : 1, length ? path : ".");
+    folder_of(folder, path);
     int fd = open(folder, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     if (fd < 0) return;
     fsync(fd);

@@ -127,6 +127,12 @@ Err atomic_write(AtomicFile *f, const void *data, size_t bytes);
 /* e: how writing it went. OK: the temporary is flushed and takes the file's place. Else it is removed, and e given
  * back; safe after any failure, and twice. */
 Err atomic_close(AtomicFile *f, Err e);
+/* Is `name`, in this folder, the temporary file of a process that is no more? Then how long the name is of the file
+ * that it was to become, else 0. */
+size_t temporary_left(const char *folder, const char *name);
+/* Locks an open file for this process, until it is closed. 0: another process has it; -1: files cannot be locked there,
+ * errno says why. */
+int file_lock(int fd);
 /* Writes behind a file's end: all of it, or none of it and an error. */
 Err file_append(const char *path, const void *data, size_t bytes);
 /* Did the last of this thread's AtomicFiles and file_appends fail for want of room (ENOSPC, EDQUOT, EFBIG)? */
@@ -323,6 +329,8 @@ Err tokens_start(TokensPart *p, const char *path, const Tokens *sizes, size_t ba
 Err tokens_append(TokensPart *p, int32_t label, const int32_t *token); /* (flips, h*w); label -1: a damaged picture */
 /* Writes path from what was appended, without the damaged pictures; x is it. The part file is removed. */
 Err tokens_finish(TokensPart *p, Tokens *x);
+/* What a kill left between the two: path.part beside a whole path, unless another process has it. */
+void tokens_drop_part(const char *path);
 void tokens_stop(TokensPart *p); /* releases; what was appended stays for the next start */
 
 /* ---- recipe.c: named models and recipes ---- */

@@ -224,6 +224,15 @@ Err tokens_finish(TokensPart *p, Tokens *x) {
     return e;
 }
 
+void tokens_drop_part(const char *path) {
+    char part[PATH_BYTES];
+    if (path_make(part, "%s.part", path) != OK) return;
+    const int fd = open(part, O_RDWR | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK);
+    if (fd < 0) return;
+    if (file_lock(fd) != 0) unlink(part);
+    close(fd);
+}
+
 void tokens_stop(TokensPart *p) {
     if (p->fd >= 0) close(p->fd);
     free(p->record);

@@ -96,8 +96,9 @@ for stage in scale2 scale3; do
     ok "train $stage in bf16" train "$cuda" bf16 --scale "${stage#scale}" --steps 4 --device cuda
     ok "$stage: losses of bf16" near bf16 $stage 2e-2
 done
-train "$cuda" parts --scale 2 --steps 4 --device cuda --precision f32 >/dev/null 2>&1 &
-pid=$!
+"$cuda/train" --config test/tiny.txt --data "$dir/data" --save-every 2 --eval-every 4 --picture-every 100 --run "$dir/parts" \
+    --scale 2 --steps 4 --device cuda --precision f32 >/dev/null 2>&1 &
+pid=$! # the program itself, not a shell around it
 while [ ! -f "$dir/parts/scale2.state.safetensors" ] && kill -0 $pid 2>/dev/null; do sleep 0.02; done
 kill -9 $pid 2>/dev/null
 wait $pid 2>/dev/null

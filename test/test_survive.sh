@@ -340,12 +340,87 @@ sh -c : &
 dead=$!
 wait $dead
 new_run left
-for name in scale1.state.safetensors.tmp$dead-0 scale1-000020.png.tmp$dead-0 scale1.state-1.safetensors.tmp$dead scale1.state.safetensors.tmp$$-0 scale10.safetensors.tmp$dead-0 scale1.tmp.txt; do
-    : >"$dir/left/$name"
+for name in scale1.state.safetensors scale1-000020.png scale10.safetensors vqgan.safetensors joint.best.safetensors \
+    loss.svg log.tsv train.tokens val.tokens skipped.txt skipped_batches.tsv psim.txt; do
+    : >"$dir/left/$name.tmp$dead-0"
+    : >"$dir/left/$name.tmp$$-0"
 done
+for name in scale1.state-1.safetensors.tmp$dead scale1.state-new.safetensors scale2.state-new.safetensors vqgan.state-new.safetensors; do : >"$dir/left/$name"; done
+for name in scale1.tmp.txt notes.txt.tmp$dead-0 scale1.safetensors.tmp${dead}x vqgano.x.tmp$dead-0 train.tokens.part; do : >"$dir/left/$name"; done
+: >"$dir/left/vqgan.tmp$dead-0" # no file of ours, though it begins so
+cp -r "$dir/left" "$dir/left-before"
 ok "a run in a folder of a killed one" train --run "$dir/left" --scale 1 --steps 1
-ok "says what it removes" said "temporary files of a killed run removed: 3$"
-ok "its own, of the dead" test "$(cd "$dir/left" && echo ./*tmp*)" = "./scale1.state.safetensors.tmp$$-0 ./scale1.tmp.txt ./scale10.safetensors.tmp$dead-0"
+ok "says what it removes" said "temporary files of a killed run removed: 16$"
+ok "nothing of the dead" test -z "$(cd "$dir/left" && ls | grep -v 'notes\|tmp[0-9]*x$\|vqgano\|vqgan.tmp' | grep "tmp$dead\|state-new\|part")"
+ok "all of the living, and what is not ours" test "$(ls "$dir/left" | grep -c 'tmp')" -eq 17
+ok "an output" "$build/sample" emoji -n 1 -o "$dir/left/o.png"
+: >"$dir/left/o.png.tmp$dead-3" && : >"$dir/left/o.png.tmp$$-3" && : >"$dir/left/oo.png.tmp$dead-3"
+ok "written again" "$build/sample" emoji -n 1 -o "$dir/left/o.png"
+ok "removes what a kill left of it" test "$(cd "$dir/left" && ls | grep '^o')" = "o.png
+o.png.tmp$$-3
+oo.png.tmp$dead-3"
+new_run cached
+head -c 100 "$dir/first/train.tokens" >"$dir/cached/val.tokens.part" && rm "$dir/cached/train.tokens"
+ok "tokens that are whole" train --run "$dir/cached" --scale 1 --steps 1
+ok "need no part" test -z "$(ls "$dir/cached" | grep part)"
+
+# ---- one ./train at a time ----
+begin alone --vqgan --steps 100000
+until_there test -s "$dir/alone/log.tsv"
+mv "$dir/said" "$dir/said.first"
+holder=$(cut -d ' ' -f 1 "$dir/alone/lock") first=$pid
+ok "the lock names the process" test "$holder" = "$pid"
+before=$(ls "$dir/alone" | grep -v tmp)
+for what in "--vqgan --resume" "--scale 1" "--all" "--vqgan --remap" "--joint" "--schedule psim"; do
+    # shellcheck disable=SC2086
+    ok "another: $what" fails "alone: another ./train, process $first, trains in this run; --run DIR starts another$" --run "$dir/alone" $what
+done
+ok "in one line" test "$(wc -l <"$dir/said")" -eq 1
+ok "an evaluation is none" train --run "$dir/alone" --vqgan --eval
+pid=$first
+ok "the first goes on" kill -0 $pid
+kill -9 $pid
+wait $pid 2>/dev/null
+ok "one that was killed keeps nobody out" train --run "$dir/alone" --vqgan --resume --steps 20
+ok "and an end leaves no lock" test ! -e "$dir/alone/lock"
+ok "a refusal" fails "scale1 exists\|exists: --resume" --run "$dir/first" --scale 1
+ok "neither" test ! -e "$dir/first/lock"
+together() { # two in a run that is not there yet; one of them ends well
+    for k in 1 2; do "$build/train" --config test/tiny.txt --data "$dir/data" --threads 1 --save-every 1 --run "$dir/both" "$@" >/dev/null 2>"$dir/said$k" & done
+    wait %1 && one=0 || one=$?
+    wait %2 && two=0 || two=$?
+    [ $((one + two)) -eq 1 ]
+}
+ok "two at once" together --vqgan --steps 40
+ok "are one" every_step_once both vqgan 40
+ok "which is said" grep -q 'both: another ./train\|both exists\|both.*exists: --resume' "$dir/said1" "$dir/said2"
+
+# ---- a state without its weights ----
+weights_again() { # weights_again RUN STAGE WORD ARGUMENTS...: --resume of a finished run whose weights are not those of the state
+    again=$1 stage=$2 word=$3
+    shift 3
+    ok "$stage: weights that are $word" train --run "$dir/$again" --resume "$@"
+    ok "are said" said "$again/$stage.safetensors: was $word; now it has the weights of step [0-9]*$"
+    ok "and written" cmp "$dir/$again/$stage.safetensors" "$dir/first/$stage.safetensors"
+}
+cp -r "$dir/first" "$dir/no" && rm "$dir/no/vqgan.safetensors" "$dir/no/scale1.safetensors"
+ok "a scale without the first stage that the run trained" fails "no/vqgan.safetensors: is missing; --vqgan --resume writes it from .*no/vqgan.state.safetensors$" --run "$dir/no" --scale 2
+ok "which is not taken from elsewhere" test ! -e "$dir/no/vqgan.safetensors"
+ok "to schedule neither" fails "is missing; --vqgan --resume" --run "$dir/no" --schedule psim
+weights_again no vqgan missing --vqgan
+weights_again no scale1 missing --scale 1
+head -c 30000 "$dir/first/scale1.safetensors" >"$dir/no/scale1.safetensors"
+weights_again no scale1 damaged --scale 1
+: >"$dir/no/vqgan.safetensors"
+weights_again no vqgan damaged --vqgan
+train --run "$dir/old" --vqgan --steps 5 >/dev/null
+cp "$dir/old/vqgan.safetensors" "$dir/no"
+ok "a first stage that is older than its state" fails "no/vqgan.safetensors: is of step 5, .*no/vqgan.state.safetensors of step 30; --vqgan --resume brings it up to date$" --run "$dir/no" --scale 2
+weights_again no vqgan "older than the state" --vqgan
+rm "$dir/no/vqgan.safetensors" "$dir"/no/scale1.*
+ok "--all" train --run "$dir/no" --all
+ok "too" said "no/vqgan.safetensors: was missing; now it has"
+ok "before the scales" cmp "$dir/no/scale1.safetensors" "$dir/first/scale1.safetensors"
 
 # ---- full disks: a limit on the size of files, then a small disk ----
 quiet_folder() { ! ls "$dir/$1/"*.tmp* "$dir/$1/"*-new* 2>/dev/null; }

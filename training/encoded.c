@@ -22,11 +22,12 @@ static Err copy_file(const char *to, const char *from) {
     return e;
 }
 
-/* A run without a VQGAN gets the model's, so that it can be sampled as it stands. */
+/* A run without a VQGAN, and that trained none, gets the model's, so that it can be sampled as it stands. */
 Err copy_first_stage(const Stage *s) {
     char ours[PATH_BYTES], theirs[PATH_BYTES], folder[PATH_BYTES];
     snprintf(ours, sizeof ours, "%s/vqgan.safetensors", s->set.run);
     TRY(path_make(theirs, "%s/vqgan.safetensors", model_folder(folder, s->set.model)));
+    TRY(check_first_stage(s, ours));
     if (file_exists(ours)) return OK;
     if (!file_exists(theirs)) return err("%s: no first stage there, nor at %s; train it first: --vqgan", ours, theirs);
     return copy_file(ours, theirs);
@@ -138,7 +139,7 @@ static Err load_split(Stage *s, Tokens *x, const Dataset *d, const char *what, c
     snprintf(path, sizeof path, "%s/%s.tokens", s->set.run, what);
     TRY(file_checksum(&wanted.vqgan, vqgan_path));
     TRY(cached_tokens(x, path, &wanted, d->n_classes));
-    if (x->n) return OK;
+    if (x->n) return tokens_drop_part(path), OK;
     TRY(tokens_start(&p, path, &wanted, ENCODED_AT_ONCE));
     Err e = cached_tokens(x, path, &wanted, d->n_classes); /* another process may have made it while this one waited */
     if (e == OK && x->n) {

@@ -1,12 +1,15 @@
 /* folder.c - the run's folder: paths in it, its list of damaged pictures, writing when its disk is full, what a killed
  * run left in it.
  *
+ * One at a time. A run has a lock, so that no two ./train write into it.
+ *
  * Full disks. Whatever is written is tried again until there is room (retry_when_full): a run of days should not end
  * because somebody else filled the disk for an hour. */
 #include "training/stage.h"
 
 #include <dirent.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -93,6 +96,84 @@ Err make_folder(const char *path) {
 }
 
 /* ------------------------------------------------------------------------------------------------------------
+ * One ./train at a time
+ * ---------------------------------------------------------------------------------------------------------- */
+
+/* RUN/lock, "process host", is there as long as it is held; one that a kill left is not held. */
+static int lock_fd = -1, lock_refused;
+static char lock_path[PATH_BYTES];
+
+/* Is that the file which has the lock's name? */
+static int is_lock(int fd) {
+    struct stat ours, theirs;
+    return fstat(fd, &ours) == 0 && stat(lock_path, &theirs) == 0 && ours.st_ino == theirs.st_ino &&
+           ours.st_dev == theirs.st_dev;
+}
+
+static void unlock_run(void) {
+    if (is_lock(lock_fd)) unlink(lock_path);
+    close(lock_fd);
+    lock_fd = -1;
+}
+
+static Err in_use(const char *run, int fd) {
+    char text[300] = "", host[256] = "", ours[256] = "", who[300] = "";
+    long pid = 0;
+    const ssize_t n = pread(fd, text, sizeof text - 1, 0);
+    if (n > 0) text[n] = 0;
+    gethostname(ours, sizeof ours - 1);
+    if (sscanf(text, "%ld %255s", &pid, host) == 2) /* nobody, where its disk was full */
+        snprintf(who, sizeof who, ", process %ld%s%s,", pid, strcmp(host, ours) ? " on " : "",
+                 strcmp(host, ours) ? host : "");
+    return err("%s: another ./train%s trains in this run; --run DIR starts another", run, who);
+}
+
+static Err cannot_lock(void) {
+    lock_refused = 1;
+    fprintf(stderr, "%s: cannot be locked: %s; nothing keeps another ./train out of this run\n", lock_path,
+            strerror(errno));
+    return OK;
+}
+
+static int open_lock(void) {
+    int fd = open(lock_path, O_RDWR | O_CREAT | O_CLOEXEC | O_NONBLOCK, 0666);
+    if (fd >= 0 || errno != EACCES) return fd;
+    fd = open(lock_path, O_RDONLY | O_CLOEXEC | O_NONBLOCK); /* another user's */
+    if (fd < 0) errno = EACCES;
+    return fd;
+}
+
+static void keep_lock(int fd) {
+    char text[300], host[256] = "?";
+    gethostname(host, sizeof host - 1);
+    const int n = snprintf(text, sizeof text, "%ld %s\n", (long)getpid(), host);
+    const int told = ftruncate(fd, 0) == 0 && pwrite(fd, text, (size_t)n, 0) == n;
+    (void)told; /* on a full disk others learn only that somebody has it */
+    lock_fd = fd;
+    atexit(unlock_run);
+}
+
+/* A file that has lost its name when it is locked was that of a process that ended meanwhile. */
+Err lock_run(const char *run) {
+    if (lock_fd >= 0 || lock_refused || !file_exists(run)) return OK;
+    TRY(path_make(lock_path, "%s/lock", run));
+    for (;;) {
+        const int fd = open_lock();
+        if (fd < 0) return errno == ENOSPC || errno == EDQUOT ? cannot_lock() : io_error(lock_path, "open");
+        const int got = file_lock(fd);
+        if (got > 0 && is_lock(fd)) return keep_lock(fd), OK;
+        const Err e = got == 0 ? in_use(run, fd) : got < 0 ? cannot_lock() : OK;
+        close(fd);
+        if (got <= 0) return e;
+    }
+}
+
+Err make_run(const char *run) {
+    TRY(make_folder(run));
+    return lock_run(run);
+}
+
+/* ------------------------------------------------------------------------------------------------------------
  * Full disks
  * ---------------------------------------------------------------------------------------------------------- */
 
@@ -143,32 +224,43 @@ Err retry_when_full(Stage *s, Err (*write)(Stage *s, void *argument), void *argu
  * What a killed run left
  * ---------------------------------------------------------------------------------------------------------- */
 
-/* The process that left this temporary file of the stage, NAME.tmpPID or NAME.tmpPID-TRY; 0: it is no such file. */
-static long leaver(const Stage *s, const char *name) {
-    const size_t n = strlen(s->name);
-    const char *last = NULL;
-    char *end;
-    if (strncmp(name, s->name, n) != 0 || (name[n] != '.' && name[n] != '-')) return 0;
-    for (const char *p = name; (p = strstr(p, ".tmp")) != NULL; p += 4) last = p + 4;
-    if (!last || *last < '1' || *last > '9') return 0;
-    long pid = strtol(last, &end, 10);
-    if (*end == '-') end += 1 + strspn(end + 1, "0123456789");
-    return *end ? 0 : pid;
+static int begins(const char *name, const char *with) {
+    return !strncmp(name, with, strlen(with));
 }
 
-/* A file of our own number was left by a process before us: in a container numbers are few. */
+/* Is this the name of a file that ./train writes whole into a run, of whichever stage? */
+static int is_ours(const char *name, size_t length) {
+    static const char *const names[] = {"log.tsv",  "loss.svg",     "skipped.txt", "skipped_batches.tsv",
+                                        "psim.txt", "train.tokens", "val.tokens"};
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++)
+        if (length == strlen(names[i]) && begins(name, names[i])) return 1;
+    size_t n = strspn(name, "abcdefghijklmnopqrstuvwxyz");
+    if (n == 5 && begins(name, "scale"))
+        n += strspn(name + n, "0123456789");
+    else if (!(n == 5 && begins(name, "vqgan")) && !(n == 5 && begins(name, "joint")))
+        return 0;
+    return n < length && (name[n] == '.' || name[n] == '-');
+}
+
+/* A state on its way to its place, which a kill kept from there. Those of other stages are none if nothing keeps other
+ * processes out of the run. */
+static int is_state_on_its_way(const Stage *s, const char *name) {
+    static const char suffix[] = ".state-new.safetensors";
+    const size_t n = strlen(name), m = strlen(suffix);
+    if (n <= m || strcmp(name + n - m, suffix) || !is_ours(name, n)) return 0;
+    return lock_fd >= 0 || (n - m == strlen(s->name) && begins(name, s->name));
+}
+
 void remove_leftovers(const Stage *s) {
     DIR *folder = opendir(s->set.run);
     char path[PATH_BYTES + 256];
     size_t removed = 0;
     for (const struct dirent *f; folder && (f = readdir(folder)) != NULL;) {
-        long pid = leaver(s, f->d_name);
-        if (pid <= 0 || (pid != (long)getpid() && (kill((pid_t)pid, 0) == 0 || errno != ESRCH))) continue;
+        const size_t length = temporary_left(s->set.run, f->d_name);
+        if (!(length && is_ours(f->d_name, length)) && !is_state_on_its_way(s, f->d_name)) continue;
         snprintf(path, sizeof path, "%s/%s", s->set.run, f->d_name);
         removed += unlink(path) == 0;
     }
     if (folder) closedir(folder);
-    run_path(s, path, ".state-new.safetensors"); /* one that a kill kept from its place */
-    removed += unlink(path) == 0;
     if (removed) fprintf(stderr, "%s: temporary files of a killed run removed: %zu\n", s->set.run, removed);
 }

@@ -156,7 +156,7 @@ Err metric_schedule(Stage *s) {
     TRY(dataset_open_lists(&s->val, s->set.data, s->set.list, s->set.val_list, SPLIT_VAL));
     TRY(dataset_open_lists(&s->train, s->set.data, s->set.list, s->set.val_list, SPLIT_TRAIN));
     const int enough = s->val.n >= PICTURES;
-    TRY(make_folder(s->set.run));
+    TRY(make_run(s->set.run));
     TRY(copy_first_stage(s));
     TRY(open_first_stage(s, vqgan_path));
     const size_t n = min_size(enough ? s->val.n : s->train.n, PICTURES);

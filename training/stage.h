@@ -216,6 +216,10 @@ void say_once(const char *fmt, ...) PRINTF_LIKE(1, 2);
 const char *run_path(const Stage *s, char out[PATH_BYTES], const char *suffix); /* out = RUN/STAGEsuffix, returned */
 int file_exists(const char *path);
 Err make_folder(const char *path);
+/* Keeps other ./train out of the run, to the end of this one; an error if one is there. Nothing yet if the run has no
+ * folder: make_run makes it, too. Where files cannot be locked, that is said. The first rank's work. */
+Err lock_run(const char *run);
+Err make_run(const char *run);
 /* RUN/skipped.txt gets the damaged pictures of d; how many there are is said */
 Err list_damaged(const Stage *s, const Dataset *d);
 /* The classes of the pictures, and what of the folder is left out. say_start says how many there are. */
@@ -224,7 +228,7 @@ void say_damaged(const Stage *s);
 /* write(s, argument), again and again while the disk is full, unless --no-wait or a signal says otherwise. bytes: what
  * it takes, at least. */
 Err retry_when_full(Stage *s, Err (*write)(Stage *s, void *argument), void *argument, size_t bytes);
-void remove_leftovers(const Stage *s); /* temporary files of this stage whose process is gone */
+void remove_leftovers(const Stage *s); /* temporary files whose process is gone */
 
 /* memory.c. Before anything large is allocated: `arenas` arrays as large as all parameters, the network's plan (bytes),
  * other buffers (rows x columns). On a GPU: values, gradients, moments and moving average in float, in bf16 the values
@@ -236,6 +240,7 @@ Precision gpu_precision(const Stage *s);
 /* state.c */
 Err copy_settings(Config *to, const Config *from); /* but for the checksum of the file that they came from */
 int state_exists(const Stage *s);
+int first_stage_trained(const Stage *s, char path[PATH_BYTES]); /* path: of a first stage's state, if the run has one */
 int transitions_path(const Stage *s, char path[PATH_BYTES]); /* of a transition's state, if the run has one */
 /* The newest that can be read, on every rank; damaged newer ones are said, and put aside if `tidy`. */
 Err state_open(const Stage *s, Checkpoint *ck, int tidy);
@@ -245,6 +250,11 @@ Err load_state(Stage *s, const Checkpoint *ck);
 Err save(Stage *s);
 Err save_state(Stage *s, int beside);
 Err save_best(Stage *s, const Metrics *val);
+/* A run that ended between a state and its weights: those of the present step, unless the run has them, or the best
+ * ones of a stage that ended early. A transition's first stage: an error if its file, path, is missing or older in such
+ * a way. Both are the first rank's work. */
+Err save_missing_weights(Stage *s);
+Err check_first_stage(const Stage *s, const char *path);
 /* Have evaluations been no better for as long as --early-stop says? Nothing but the state tells. use_best: then the
  * best weights become STAGE.safetensors; a first stage's do not if transitions know its tokens. */
 int ended_early(const Stage *s);

@@ -11,7 +11,6 @@
  *
  * Read in this order: the checksum; the files of a run; what a state holds; saving; loading. */
 #include "training/stage.h"
-#include "training/stage.h"
 
 #include <errno.h>
 #include <math.h>
@@ -70,7 +69,7 @@ static Err open_checked(Checkpoint *ck, const char *path) {
     const char *said = config_get(&ck->meta, "train.", "checksum"); /* earlier versions did not say */
     Err e = said ? state_checksum(sum, ck->tensor, ck->n, &ck->meta) : OK;
     if (e == OK && said && strcmp(said, sum))
-        e = err("%s: is damaged: its checksum is %s, expected %s", path, sum, said);
+        e = err_damaged("%s: is damaged: its checksum is %s, expected %s", path, sum, said);
     if (e != OK) checkpoint_close(ck);
     return e;
 }
@@ -91,9 +90,13 @@ int transitions_path(const Stage *s, char path[PATH_BYTES]) {
 }
 
 /* The newest is number 0. */
+static void state_suffix(char suffix[40], size_t number) {
+    snprintf(suffix, 40, number ? ".state-%zu.safetensors" : ".state.safetensors", number);
+}
+
 static const char *state_path(const Stage *s, char out[PATH_BYTES], size_t number) {
     char suffix[40];
-    snprintf(suffix, sizeof suffix, number ? ".state-%zu.safetensors" : ".state.safetensors", number);
+    state_suffix(suffix, number);
     return run_path(s, out, suffix);
 }
 
@@ -108,19 +111,29 @@ int state_exists(const Stage *s) {
     return next_state(s, 0) < KEEP_MAX;
 }
 
+int first_stage_trained(const Stage *s, char path[PATH_BYTES]) {
+    char suffix[40];
+    for (size_t i = 0; i < KEEP_MAX; i++) {
+        state_suffix(suffix, i);
+        snprintf(path, PATH_BYTES, "%s/vqgan%s", s->set.run, suffix);
+        if (file_exists(path)) return 1;
+    }
+    return 0;
+}
+
 static void move_aside(const Stage *s, size_t end) {
     char path[PATH_BYTES], aside[PATH_BYTES];
     run_path(s, aside, ".state-damaged.safetensors");
     for (size_t i = 0; i < end; i++) rename(state_path(s, path, i), aside);
 }
 
+/* Only what was read and is wrong gives way to the one before. What cannot be read just now may be whole. */
 static Err open_newest(const Stage *s, Checkpoint *ck, int tidy) {
     char path[PATH_BYTES], other[PATH_BYTES];
     for (size_t i = next_state(s, 0), next; i < KEEP_MAX; i = next) {
-        if (open_checked(ck, state_path(s, path, i)) == OK) {
-            if (tidy) move_aside(s, i);
-            return OK;
-        }
+        const Err e = open_checked(ck, state_path(s, path, i));
+        if (e == OK && tidy) move_aside(s, i);
+        if (e != DAMAGED) return e;
         next = next_state(s, i + 1);
         if (next == KEEP_MAX) return FAILED;
         progress_end();
@@ -263,6 +276,48 @@ Err save(Stage *s) {
                               : retry_when_full(s, write_weights, suffix, list_bytes(s, s->kind->collect_weights)));
 }
 
+/* Of which step is a file of weights, and are they the best of a stage that ended early? NONE: it does not say. */
+static Err step_of(size_t *step, int *early, const char *path) {
+    Checkpoint ck;
+    *step = NONE;
+    TRY(checkpoint_open(&ck, path));
+    Err e = config_size(step, &ck.meta, "train.", "step", 0, UINT32_MAX, 1);
+    *early = config_get(&ck.meta, "train.", "stopped_early") != NULL;
+    checkpoint_close(&ck);
+    return e;
+}
+
+Err save_missing_weights(Stage *s) {
+    static char suffix[] = ".safetensors";
+    char path[PATH_BYTES];
+    size_t step = 0;
+    int early = 0;
+    if (s->step == 0) return OK; /* a network that was not trained yet */
+    run_path(s, path, suffix);
+    const Err e = file_exists(path) ? step_of(&step, &early, path) : OK;
+    if (e == FAILED) return e;
+    if (e == OK && (early || step >= s->step)) return OK;
+    TRY(set_counters(s));
+    TRY(retry_when_full(s, write_weights, suffix, list_bytes(s, s->kind->collect_weights)));
+    const char *was = e == DAMAGED ? "damaged" : step ? "older than the state" : "missing";
+    fprintf(stderr, "%s: was %s; now it has the weights of step %llu\n", path, was, (unsigned long long)s->step);
+    return OK;
+}
+
+Err check_first_stage(const Stage *s, const char *path) {
+    char state[PATH_BYTES];
+    size_t trained, written;
+    int early;
+    if (s->has_state || !first_stage_trained(s, state)) return OK;
+    if (!file_exists(path)) return err("%s: is missing; --vqgan --resume writes it from %s", path, state);
+    const Err e = step_of(&trained, &early, state);
+    if (e != OK) return e == DAMAGED ? OK : e; /* its own --resume will say so */
+    TRY(step_of(&written, &early, path));
+    if (early || trained == NONE || written == NONE || written >= trained) return OK;
+    return err("%s: is of step %zu, %s of step %zu; --vqgan --resume brings it up to date", path, written, state,
+               trained);
+}
+
 /* The first rank's work, which evaluates */
 Err save_best(Stage *s, const Metrics *val) {
     static char suffix[] = ".best.safetensors";
@@ -278,16 +333,6 @@ Err save_best(Stage *s, const Metrics *val) {
 int ended_early(const Stage *s) {
     const History *h = &s->history;
     return s->set.early_stop && isfinite(h->best) && s->step >= h->best_step + s->set.early_stop * s->set.eval_every;
-}
-
-/* Which step is a file of weights of? */
-static Err step_of(size_t *step, const char *path) {
-    Checkpoint ck;
-    memset(&ck, 0, sizeof ck);
-    TRY(checkpoint_open(&ck, path));
-    Err e = config_size(step, &ck.meta, "train.", "step", 0, UINT32_MAX, 1);
-    checkpoint_close(&ck);
-    return e;
 }
 
 static Err copy_best(Stage *s, void *unused) {
@@ -314,8 +359,9 @@ static Err copy_best(Stage *s, void *unused) {
 Err use_best(Stage *s) {
     char path[PATH_BYTES];
     size_t step = 0;
+    int early;
     if (!ended_early(s) || !file_exists(run_path(s, path, ".best.safetensors"))) return OK;
-    TRY(step_of(&step, run_path(s, path, ".safetensors")));
+    TRY(step_of(&step, &early, run_path(s, path, ".safetensors")));
     if (step == s->history.best_step) return OK; /* done; it may have been remapped since */
     if (s->set.vqgan && transitions_path(s, path)) {
         fprintf(stderr, "%s: its last weights stay, not the best: %s is trained on their tokens\n", s->name, path);
