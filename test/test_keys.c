@@ -34,10 +34,16 @@ static void test_constant(void) {
     CHECK(r.kind == RATE_COSINE && rate_at(&r, 10) == 1e-8);
     CHECK_OK(rate_of(&r, RECIPE(LR "params.lr_max", "1e-3", LR "params.warm_up_steps", "4"), 10));
     CHECK(rate_at(&r, 0) == 2.5e-6 && rate_at(&r, 4) == 1e-3);
+    CHECK_OK(rate_of(
+        &r, RECIPE("model.base_learning_rate", "1", LR "params.lr_start", "0", LR "params.warm_up_steps", "4"), 10));
+    CHECK(rate_at(&r, 0) == 0 && rate_at(&r, 1) == 0.25 && rate_at(&r, 4) == 1 && rate_at(&r, 10) == 1);
+    CHECK_OK(rate_of(&r, RECIPE("model.base_learning_rate", "1", LR "params.lr_max", "0.5"), 10));
+    CHECK(rate_at(&r, 0) == 0.5 && rate_at(&r, 10) == 0.5);
     static const char *const factors[] = {"lr_start", "lr_max", "lr_min"};
-    for (int i = 0; i < 3; i++) { /* factors have no usual values */
-        Config c = RECIPE("model.base_learning_rate", "0.0625", LR "params.lr_start", "0", LR "params.lr_max", "1e-4",
-                          LR "params.lr_min", "1e-8", LR "params.max_decay_steps", "7");
+    for (int i = 0; i < 3; i++) { /* the official class has no usual values */
+        Config c = RECIPE(LR "target", "imagebart.lr_scheduler.LambdaWarmUpCosineScheduler", "model.base_learning_rate",
+                          "0.0625", LR "params.lr_start", "0", LR "params.lr_max", "1e-4", LR "params.lr_min", "1e-8",
+                          LR "params.max_decay_steps", "7");
         for (size_t k = 0; k < c.n; k++)
             if (strstr(c.kv[k].key, factors[i])) c.kv[k].key[0] = 'x';
         CHECK_ERR(rate_of(&r, c, 10), factors[i]);

@@ -59,16 +59,18 @@ static Err refuse_keys(const Config *c, const char *const *keys, const char *kin
     return OK;
 }
 
-/* Beside a base_learning_rate the keys are factors, for which there is no usual value. */
+/* A factor that is not said beside a base_learning_rate is 1, or as the largest; the official class wants all of them. */
 static Err read_cosine(Rate *r, const Config *c, size_t steps) {
-    const int optional = !has_base(c);
+    const int optional = !has_base(c) || !config_get(c, SCHEDULER, "target");
+    LrSchedule *s = &r->cosine;
     TRY(refuse_keys(c, cycle_keys, "LambdaWarmUpCosineScheduler, which scheduler_config.target says or leaves out"));
-    r->cosine = (LrSchedule){2.5e-6, 1e-4, 1e-8, 0, (double)steps};
-    TRY(config_real(&r->cosine.lr_start, c, PARAMS, "lr_start", 0, 10, optional));
-    TRY(config_real(&r->cosine.lr_max, c, PARAMS, "lr_max", 0, 10, optional));
-    TRY(config_real(&r->cosine.lr_min, c, PARAMS, "lr_min", 0, 10, optional));
-    TRY(config_real(&r->cosine.warm_up_steps, c, PARAMS, "warm_up_steps", 0, MOST_STEPS, 1));
-    return config_real(&r->cosine.max_decay_steps, c, PARAMS, "max_decay_steps", 1, MOST_STEPS, 1);
+    *s = (LrSchedule){2.5e-6, has_base(c) ? 1 : 1e-4, 1e-8, 0, (double)steps};
+    TRY(config_real(&s->lr_max, c, PARAMS, "lr_max", 0, 10, optional));
+    if (has_base(c)) s->lr_start = s->lr_min = s->lr_max;
+    TRY(config_real(&s->lr_start, c, PARAMS, "lr_start", 0, 10, optional));
+    TRY(config_real(&s->lr_min, c, PARAMS, "lr_min", 0, 10, optional));
+    TRY(config_real(&s->warm_up_steps, c, PARAMS, "warm_up_steps", 0, MOST_STEPS, 1));
+    return config_real(&s->max_decay_steps, c, PARAMS, "max_decay_steps", 1, MOST_STEPS, 1);
 }
 
 static Err read_cycles(Rate *r, const Config *c, size_t steps) {
