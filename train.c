@@ -333,7 +333,7 @@ static void train(const Settings *given) {
     if (given->eval)
         check_all(rank() == 0 ? evaluate_only(&s) : OK);
     else {
-        if (rank() == 0) remove_leftovers(&s), say_pictures(&s), say_start(&s);
+        if (rank() == 0) remove_leftovers(&s), say_start(&s);
         check_all(run(&s));
         check_all(rank() == 0 ? use_best(&s) : OK);
         if (rank() == 0) say_end(&s);

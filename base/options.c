@@ -203,8 +203,10 @@ double seconds(void) {
 }
 
 const char *duration(char text[32], double s) {
-    if (!(s >= 0 && s < 1e8))
-        snprintf(text, 32, "?");
+    if (!(s >= 0 && s < 1e12))
+        snprintf(text, 32, "unknown");
+    else if (s >= 100 * 3600)
+        snprintf(text, 32, "%.0f days", s / 86400);
     else if (s >= 3600)
         snprintf(text, 32, "%d h %02d min", (int)(s / 3600), (int)(s / 60) % 60);
     else if (s >= 60)

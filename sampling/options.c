@@ -249,11 +249,11 @@ int sampling_progress(void *context, int t, size_t repeat, size_t done, size_t o
     size_t M = o->candidates;
     if (t != last_t || repeat != last_repeat || done < last) started = seconds(), first = done;
     last_t = t, last_repeat = repeat, last = done;
-    char left[32], pass[48] = "";
+    char time[32], left[64] = "", pass[48] = "";
     double rate = done > first ? (double)(done - first) / (seconds() - started) : 0;
     if (o->chain[t] > 1) snprintf(pass, sizeof pass, ", pass %zu of %zu", repeat + 1, o->chain[t]);
-    duration(left, rate > 0 ? (double)(of - done) / rate : NAN);
-    progress_line("samples %llu to %llu: scale %d%s, token %zu of %zu, %.0f tokens/s, %s left in this scale",
+    if (rate > 0) snprintf(left, sizeof left, ", %s left in this scale", duration(time, (double)(of - done) / rate));
+    progress_line("samples %llu to %llu: scale %d%s, token %zu of %zu, %.0f tokens/s%s",
                   (unsigned long long)(o->first / M + 1), (unsigned long long)((o->first + o->n) / M), t, pass, done,
                   of, rate * (double)o->n, left);
     return interrupted();

@@ -98,6 +98,32 @@ ok "and says how to go on" grep -q -- --resume "$dir/int.err"
 "$build/pictures" make "$dir/two" 2 20
 ok "a folder of two pictures: one trains, one is held out" train --data "$dir/two" --run "$dir/pair" --vqgan --steps 2
 
+# ---- what a run says of its pictures, its first stage and its numbers ----
+told() { grep -q -- "$1" "$dir/told"; }
+tell() { train "$@" 2>"$dir/told"; }
+sed '/conditioner_config/d; /balance/d; s/xt_start 2/xt_start 1/; s/n_unmasked 2/n_unmasked 1/' test/tiny.txt >"$dir/plain.txt"
+ok "classes" tell --run "$dir/tell" --vqgan --steps 1
+ok "are said" told "^$dir/data: 2 classes: bar, disc$"
+ok "and what a good number is" told "PSNR [0-9.]* dB (20: blurred, 25: fair, 30: good)"
+ok "which the log has" awk -F '\t' '$1 == "vqgan" { if ($NF < 1 || $NF > 60) exit 1; n++ } END { exit n != 1 }' "$dir/tell/log.tsv"
+ok "a first stage for scales without classes" tell --run "$dir/tell2" --vqgan --steps 1 --config "$dir/plain.txt"
+ok "has none, which is said" told "^$dir/data: pictures of 2 sub-folders (bar, disc), which are no classes to this recipe: it has none$"
+ok "such a scale" tell --run "$dir/tell2" --scale 1 --steps 1 --config "$dir/plain.txt"
+ok "says it too" told "which are no classes to this recipe"
+ok "and what guessing is worth" told "hard [0-9.]* soft [0-9.]*; with EMA: .* (uniform guess: ln K = 2.77)$"
+tell --run "$dir/typo" --scale 1
+ok "the first stage of a run of a mistyped name" test $? -eq 1
+ok "is not its own" told "the network writes 16 token values, the first stage has 1024"
+ok "but another" told "^first stage: the bundled model's, .*models/emoji/vqgan.safetensors; $dir/typo had none$"
+rm "$dir/tell2/scale1.safetensors"
+ok "scale 3" tell --run "$dir/tell2" --scale 3 --steps 1 --config "$dir/plain.txt"
+ok "is followed by the one that was begun" told "^next: .*--scale 1 --resume --config"
+for seed in 18446744073709551615 9000000000000001 -1; do
+    refused 2 "--seed $seed: expected" "$build/train" --vqgan --data "$dir/data" --seed $seed
+done
+ok "the largest seed" tell --run "$dir/seeded" --vqgan --steps 1 --seed 9000000000000000
+ok "is taken as it is" told "seed 9000000000000000,"
+
 # ---- a first stage and its discriminator: warm-up, kill and resume, threads, the official order, features ----
 loss=vqgan.model.params.lossconfig.params
 gan() { # gan FILE LINE...: a recipe
@@ -121,7 +147,7 @@ for recipe in gan in-order; do
 done
 ok "no perceptual network, which is said" grep -q "features are matched instead" "$dir/said"
 ok "the discriminator begins first, then the generator sees it" awk -F '\t' '$1 == "vqgan" {
-    if (($13 > 0) != ($2 > 4) || ($14 != 0) != ($2 > 8) || ($15 > 0) != ($2 > 8) || NF != 21) exit 1; n++ } END { exit n != 30 }' \
+    if (($13 > 0) != ($2 > 4) || ($14 != 0) != ($2 > 8) || ($15 > 0) != ($2 > 8) || NF != 22) exit 1; n++ } END { exit n != 30 }' \
     "$dir/gan/log.tsv"
 ok "without a warm-up both at once" awk -F '\t' '$1 == "vqgan" && (($13 > 0) != ($2 > 3) || ($15 > 0) != ($2 > 3)) { exit 1 }' \
     "$dir/in-order/log.tsv"
@@ -331,6 +357,11 @@ for block in 1 2 64; do
 done
 ok "sample says what a scale took" grep -q '^scale 1: [0-9]* tokens in [0-9]* passes, [0-9.]* in each, over [0-9]* positions; [0-9]*% of the drawn ones were as guessed$' "$dir/said"
 ok "another seed" sample "$dir/run" -n 5 --seed 8
+ok "the largest seed" sample "$dir/run" -n 1 --seed 18446744073709551615
+ok "is said" grep -q "seed 18446744073709551615$" "$dir/err"
+cp "$dir/s.png" "$dir/last.png"
+ok "again" sample "$dir/run" -n 1 --seed 18446744073709551615
+ok "is no new one" cmp "$dir/s.png" "$dir/last.png"
 ok "another picture" sh -c "! cmp -s $dir/s.png $dir/first.png"
 ok "the seed is kept in the PNG" grep -q seed "$dir/first.png"
 ok "by class name" sample "$dir/run" -n 1 --class disc --temperature 1,0.9,0.8 --top-k 3

@@ -103,7 +103,7 @@ ok "to the bit" test -n "$(weights "$dir/stopped/vqgan.safetensors")" -a "$(weig
 cp "$(state stopped vqgan)" "$dir/before"
 # shellcheck disable=SC2086
 ok "it has ended for good" train --run "$dir/stopped" $stop --resume
-ok "as it says" said '^vqgan: finished'
+ok "as it says" said '^vqgan: the first stage, finished after'
 ok "to the same state" cmp "$dir/before" "$(state stopped vqgan)"
 ok "and the next is a scale" said '^next: .*--scale 1'
 begin stopped-killed $stop --early-stop 4 --save-every 1 --steps 60
@@ -279,7 +279,8 @@ ok "are gone back from" test "$(grep -c 'loss spike.*back to step' "$dir/said")"
 ok "then passed over" said 'loss spike.*the step is passed over'
 ok "to the samples" test -s "$dir/all/samples.png"
 ok "which are drawn again" train --run "$dir/all" --all --steps 60
-ok "after a word for each stage" test "$(grep -c '^[a-z0-9]*: finished, [0-9]* steps$' "$dir/said")" -eq 4
+ok "after a word for each stage" test "$(grep -c '^[a-z0-9]*: .*, finished after 60 steps: ' "$dir/said")" -eq 4
+ok "that says what it is" said "^scale2: x_2 -> x_1, finished after 60 steps: $dir/all/scale2.safetensors$"
 ok "and no more" sh -c "! grep -q 'continuing\|disk:' '$dir/said'"
 unset IMAGEBART_TEST_SPIKE
 

@@ -22,7 +22,8 @@ static Err copy_file(const char *to, const char *from) {
     return e;
 }
 
-/* A run without a VQGAN, and that trained none, gets the model's, so that it can be sampled as it stands. */
+/* A run without a VQGAN, and that trained none, gets the model's, so that it can be sampled as it stands. It is said, for
+ * the run's name may have been mistyped. */
 Err copy_first_stage(const Stage *s) {
     char ours[PATH_BYTES], theirs[PATH_BYTES], folder[PATH_BYTES];
     snprintf(ours, sizeof ours, "%s/vqgan.safetensors", s->set.run);
@@ -30,6 +31,8 @@ Err copy_first_stage(const Stage *s) {
     TRY(check_first_stage(s, ours));
     if (file_exists(ours)) return OK;
     if (!file_exists(theirs)) return err("%s: no first stage there, nor at %s; train it first: --vqgan", ours, theirs);
+    say_once("first stage: %s, %s; %s had none\n",
+             strcmp(s->set.model, "emoji") ? "the model's" : "the bundled model's", theirs, s->set.run);
     return copy_file(ours, theirs);
 }
 

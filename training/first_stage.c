@@ -355,21 +355,26 @@ Err first_collect_weights(Stage *s, TensorList *list) {
     return tensor_list_params(list, s->params, 'v', "", s->store);
 }
 
-/* disc_loss, g_loss, d_weight, lpips, val_lpips, codes, perplexity, val_codes, val_perplexity */
+/* Pixels span 2, so PSNR = 10 log10(4 / mean square error). */
+static double psnr(const Metrics *m) {
+    return 10 * log10(4 / m->part[1]);
+}
+
+/* disc_loss, g_loss, d_weight, lpips, val_lpips, codes, perplexity, val_codes, val_perplexity, val_psnr */
 int first_log(const Stage *s, char *text, size_t size, const Metrics *m, const Metrics *val) {
-    char gan[128], lpips[32] = "", val_lpips[32] = "", codes[128];
+    char gan[128], lpips[32] = "", val_lpips[32] = "", codes[128], quality[32] = "";
     gan_log(s, gan, sizeof gan);
     if (s->first.perceptual) snprintf(lpips, sizeof lpips, "%.6g", m->perceptual);
     if (s->first.perceptual && val) snprintf(val_lpips, sizeof val_lpips, "%.6g", val->perceptual);
     log_codes(s, codes, sizeof codes, val);
-    return snprintf(text, size, "%s\t%s\t%s%s", gan, lpips, val_lpips, codes);
+    if (val) snprintf(quality, sizeof quality, "%.4f", psnr(val));
+    return snprintf(text, size, "%s\t%s\t%s%s\t%s", gan, lpips, val_lpips, codes, quality);
 }
 
-/* Pixels span 2, so PSNR = 10 log10(4 / mean square error). */
 void first_print_evaluation(const Stage *s, FILE *to, const Metrics *val, const Metrics *ema) {
     (void)ema;
-    fprintf(to, "%s step %llu: validation loss %.4f, L1 %.4f, PSNR %.2f dB", s->name, (unsigned long long)s->step,
-            val->loss, val->part[0], 10 * log10(4 / val->part[1]));
+    fprintf(to, "%s step %llu: validation loss %.4f, L1 %.4f, PSNR %.2f dB (20: blurred, 25: fair, 30: good)", s->name,
+            (unsigned long long)s->step, val->loss, val->part[0], psnr(val));
     if (s->first.perceptual) fprintf(to, ", LPIPS %.4f", val->perceptual);
     print_codes(s, to, &val->codes);
     fprintf(to, "\n");

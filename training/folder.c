@@ -67,15 +67,20 @@ void say_damaged(const Stage *s) {
     if (n) fprintf(stderr, "damaged pictures skipped: %zu; %s lists them\n", n, skipped_path(s, path));
 }
 
-void say_pictures(const Stage *s) {
+void say_pictures(const Stage *s, int has_class) {
     const Dataset *d = &s->train;
+    const size_t n = d->n_classes;
+    static int said; /* for a stage before */
     char text[ERR_MAX];
     size_t length = 0;
-    for (size_t i = 0; i < d->n_classes && i < 5; i++)
+    if (said++) return;
+    for (size_t i = 0; i < n && i < 5; i++)
         length += (size_t)snprintf(text + length, 128, "%s%.100s", i ? ", " : "", d->class_name[i]);
-    if (d->n_classes)
-        say_once("%s: %zu class%s: %s%s\n", s->set.data, d->n_classes, d->n_classes == 1 ? "" : "es", text,
-                 d->n_classes > 5 ? ", ..." : "");
+    if (n && has_class)
+        say_once("%s: %zu class%s: %s%s\n", s->set.data, n, n == 1 ? "" : "es", text, n > 5 ? ", ..." : "");
+    else if (n)
+        say_once("%s: pictures of %zu sub-folder%s (%s%s), which are no classes to this recipe: it has none\n",
+                 s->set.data, n, n == 1 ? "" : "s", text, n > 5 ? ", ..." : "");
     left_out_text(text, d->left_out);
     if (text[0]) say_once("%s: left out: %s\n", s->set.data, text);
 }

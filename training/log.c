@@ -10,10 +10,10 @@
 static const char log_header[] =
     "stage\tstep\tloss\thard_or_l1\tsoft_or_l2\tlr\tgrad_norm\timages_per_s\tval\tval_ema\tval_part1_ema\tval_part2_"
     "ema\t"
-    "disc_loss\tg_loss\td_weight\tlpips\tval_lpips\tcodes\tperplexity\tval_codes\tval_perplexity\n";
+    "disc_loss\tg_loss\td_weight\tlpips\tval_lpips\tcodes\tperplexity\tval_codes\tval_perplexity\tval_psnr\n";
 
 /* The columns from disc_loss on, of a kind of stage that has none of them */
-static const char no_columns[] = "\t\t\t\t\t\t\t\t\t";
+static const char no_columns[] = "\t\t\t\t\t\t\t\t\t\t";
 
 static Err log_rewind(Stage *s, void *log_path) {
     const char *path = log_path;

@@ -88,11 +88,21 @@ int is_done(const Stage *s) {
     return s->step >= s->set.steps || ended_early(s);
 }
 
+/* What the stage is, and that there is nothing to do */
+static void say_finished(const Stage *s) {
+    char path[PATH_BYTES], what[64] = "the first stage";
+    if (s->set.joint) snprintf(what, sizeof what, "all scales in one");
+    if (s->second.t) snprintf(what, sizeof what, "x_%d -> x_%d", s->second.t, s->second.t - 1);
+    fprintf(stderr, "%s: %s, finished after %llu steps%s: %s\n", s->name, what, (unsigned long long)s->step,
+            s->step < s->set.steps ? " (--early-stop)" : "", run_path(s, path, ".safetensors"));
+}
+
 void say_start(Stage *s) {
     if (s->has_state && is_done(s)) {
-        fprintf(stderr, "%s: finished, %llu steps\n", s->name, (unsigned long long)s->step);
+        say_finished(s);
         return;
     }
+    say_pictures(s, has_classes(s));
     if (ranks() > 1)
         fprintf(stderr, "%zu processes, each takes %zu of the %zu pictures of a micro batch, with %d threads\n",
                 ranks(), s->batch, s->global_batch, threads_get());
@@ -147,6 +157,12 @@ static int is_finished(const Settings *o, size_t scale) {
     return e == OK && (!known || step >= steps);
 }
 
+static int is_begun(const Settings *o, size_t scale) {
+    char path[PATH_BYTES];
+    snprintf(path, sizeof path, "%s/scale%zu.state.safetensors", o->run, scale);
+    return file_exists(path);
+}
+
 /* The folder of ./train, where ./sample is too; "" when the shell looks for both */
 int program_folder(const Settings *o) {
     const char *slash = strrchr(o->program, '/');
@@ -170,6 +186,7 @@ static void say_next(const Stage *s) {
         say_word(o->program);
         say_word(o->model);
         say_option("--scale", word);
+        if (is_begun(o, next)) fprintf(stderr, " --resume");
         say_option("--config", o->config);
         say_option("--data", o->data);
         say_option("--list", o->list);
@@ -185,8 +202,8 @@ void say_end(const Stage *s) {
     if (s->set.all && !s->trained && is_done(s)) return;
     if (!s->all_read) say_damaged(s);
     if (!is_done(s)) {
-        fprintf(stderr, "stopped after step %llu, everything is saved; --resume continues\n",
-                (unsigned long long)s->step);
+        fprintf(stderr, "stopped after step %llu, everything is saved; %s\n", (unsigned long long)s->step,
+                s->set.all ? "the same command continues" : "--resume continues");
         return;
     }
     char path[PATH_BYTES];

@@ -4,6 +4,7 @@
  * Read in this order: the tokens of a step; evaluation and picture; building; state and log. */
 #include "training/stage.h"
 
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -264,6 +265,10 @@ Err second_collect_weights(Stage *s, TensorList *list) {
 }
 
 void second_print_evaluation(const Stage *s, FILE *to, const Metrics *val, const Metrics *ema) {
-    fprintf(to, "%s step %llu: validation, nats per token: hard %.4f soft %.4f; with EMA: hard %.4f soft %.4f\n",
-            s->name, (unsigned long long)s->step, val->part[0], val->part[1], ema->part[0], ema->part[1]);
+    fprintf(
+        to,
+        "%s step %llu: validation, nats per token: hard %.4f soft %.4f; with EMA: hard %.4f soft %.4f (uniform guess: "
+        "ln K = %.2f)\n",
+        s->name, (unsigned long long)s->step, val->part[0], val->part[1], ema->part[0], ema->part[1],
+        log((double)s->K));
 }

@@ -280,6 +280,16 @@ Err count_scales(const Settings *given, const Config *own, size_t *T) {
     return e;
 }
 
+int has_classes(const Stage *s) {
+    static const char prefix[] = "model.params.conditioner_config.", key[] = "target";
+    Config recipe = {0};
+    char path[PATH_BYTES];
+    if (!s->set.vqgan) return config_get(&s->recipe, prefix, key) != NULL;
+    const int there = recipe_read(&recipe, recipe_path(&s->set, path), 1) == OK && config_get(&recipe, prefix, key);
+    config_free(&recipe);
+    return there;
+}
+
 /* One row: what the user gave, into the recipe. */
 static Err put_given(Config *recipe, const Setting *r, const Settings *given) {
     char key[128];

@@ -189,9 +189,10 @@ struct Stage {
     History history;
     uint64_t saved;           /* the step of the last checkpoint */
     int has_state, rollbacks; /* there is one; how often this process went back to it */
-    int said_risen;                   /* that the validation loss rises */
-    int trained;                      /* this process took steps */
-    int not_finite, said_passed_over; /* how many steps passed over were not finite, in a row; of how many it was said */
+    int said_risen;           /* that the validation loss rises */
+    int trained;              /* this process took steps */
+    int not_finite,
+        said_passed_over; /* how many steps passed over were not finite, in a row; of how many it was said */
     Memory memory, gpu_memory;
     int all_read;     /* every picture was read before training began, */
     size_t n_damaged; /* of which these could not be */
@@ -222,8 +223,9 @@ Err lock_run(const char *run);
 Err make_run(const char *run);
 /* RUN/skipped.txt gets the damaged pictures of d; how many there are is said */
 Err list_damaged(const Stage *s, const Dataset *d);
-/* The classes of the pictures, and what of the folder is left out. say_start says how many there are. */
-void say_pictures(const Stage *s);
+/* The classes of the pictures, if the recipe has such, and what of the folder is left out. say_start says how many there
+ * are. Once in a process. */
+void say_pictures(const Stage *s, int has_class);
 void say_damaged(const Stage *s);
 /* write(s, argument), again and again while the disk is full, unless --no-wait or a signal says otherwise. bytes: what
  * it takes, at least. */
@@ -289,6 +291,9 @@ Err compare_removed(Stage *s, const Config *recipe, const Config *given, const c
 void settings_parse(Settings *given, int argc, char **argv);
 Err settings_read(Stage *s, const Checkpoint *ck);
 Err count_scales(const Settings *given, const Config *recipe, size_t *T);
+int has_classes(
+    const Stage
+        *s); /* is the model conditioned on classes? As the stage's own recipe says; a first stage's is the file's */
 
 /* view.c: RUN/events/STAGE/events.out.tfevents.TIME.HOST, for TensorBoard, begun; after a step is in log.tsv: its
  * numbers, every tenth step, and RUN/loss.svg anew when it was evaluated; a picture that was written to path; the end.
