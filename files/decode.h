@@ -16,7 +16,9 @@ Err image_size_check(size_t H, size_t W);
 Err image_alloc(Image *im, size_t H, size_t W);
 /* Where pixel (y,x) of a file that was held so lies in the upright picture. */
 uint8_t *image_place(const Image *im, int orientation, size_t y, size_t x);
-/* rgb (W,3) = a row of `channels` (3: opaque, 4: alpha last) of `depth` bits (8 or 16, big-endian). how: IMAGE_* flags. */
+/* rgb (W,3) = a row of `channels` (3: opaque, 4: alpha last) of `depth` bits (8 or 16, big-endian). how: IMAGE_* flags,
+ * and with IMAGE_OFFICIAL SAMPLES_CLIP: 16 bits are clipped to 255, as Pillow does with grey ones. */
+enum { SAMPLES_CLIP = 1 << 8 };
 void samples_to_rgb(uint8_t *rgb, const uint8_t *row, size_t W, size_t channels, int depth, int how);
 
 /* ---- orientation.c. Metadata is often sloppy: 0 means that nothing in it says how the picture was held ---- */

@@ -55,7 +55,9 @@ void samples_to_rgb(uint8_t *rgb, const uint8_t *row, size_t W, size_t channels,
         uint64_t v[4] = {0, 0, 0, most};
         for (size_t c = 0; c < channels; c++) v[c] = depth == 16 ? (uint64_t)row[2 * c] << 8 | row[2 * c + 1] : row[c];
         for (size_t c = 0; c < 3; c++)
-            rgb[c] = how & IMAGE_OFFICIAL ? row[c * bytes] : composite(v[c], v[3], most, how & IMAGE_ON_BLACK);
+            rgb[c] = how & SAMPLES_CLIP     ? (uint8_t)min_size(v[c], 255)
+                     : how & IMAGE_OFFICIAL ? row[c * bytes]
+                                            : composite(v[c], v[3], most, how & IMAGE_ON_BLACK);
     }
 }
 

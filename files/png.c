@@ -93,13 +93,13 @@ static int png_is_animated(PngIn *p) {
 }
 
 /* The rows of one pass of an interlaced PNG: pixels from, from + step, ... of every so many rows. */
-static void png_in_pass(PngIn *p, int pass, size_t H, size_t W, size_t channels, int depth) {
+static void png_in_pass(PngIn *p, int pass, size_t H, size_t W, size_t channels, int depth, int how) {
     const size_t from = (size_t)PNG_PASS_START_COL(pass), step = (size_t)PNG_PASS_COL_OFFSET(pass);
     const size_t columns = PNG_PASS_COLS((png_uint_32)W, pass);
     if (!columns) return; /* libpng leaves such a pass out */
     for (size_t y = (size_t)PNG_PASS_START_ROW(pass); y < H; y += (size_t)PNG_PASS_ROW_OFFSET(pass)) {
         png_read_row(p->png, p->raw, NULL);
-        samples_to_rgb(p->rgb, p->raw, columns, channels, depth, p->rows->how);
+        samples_to_rgb(p->rgb, p->raw, columns, channels, depth, how);
         rows_put_part(p->rows, y, p->rgb, columns, from, step);
     }
 }
@@ -115,23 +115,26 @@ static Err png_in_body(PngIn *p) {
     if (png_is_animated(p)) p->rows->note = "is an animated PNG, of which the first picture is used";
     if (!p->orientation) p->orientation = png_orientation(p);
     const int held = p->orientation, interlaced = png_get_interlace_type(png, p->info) != PNG_INTERLACE_NONE;
+    const int clip = png_get_color_type(png, p->info) == PNG_COLOR_TYPE_GRAY && p->rows->how & IMAGE_OFFICIAL;
     png_set_expand(png);
     png_set_gray_to_rgb(png);
     png_read_update_info(png, p->info);
 
     const size_t H = png_get_image_height(png, p->info), W = png_get_image_width(png, p->info);
     const size_t channels = png_get_channels(png, p->info), stride = png_get_rowbytes(png, p->info);
-    const int depth = png_get_bit_depth(png, p->info);
+    const int depth = png_get_bit_depth(png, p->info), how = p->rows->how | (clip && depth == 16 ? SAMPLES_CLIP : 0);
     if ((channels != 3 && channels != 4) || (depth != 8 && depth != 16) || stride != W * channels * (size_t)depth / 8)
         return err("%zu channels of %d bits after expansion; 3 or 4 of 8 or 16 expected", channels, depth);
+    if (how & SAMPLES_CLIP)
+        p->rows->note = "is 16-bit grey, of which the official preprocessing makes white all above 255";
     TRY(rows_begin(p->rows, H, W, held, interlaced, 4 * stride));
     TRY(mem_alloc(&p->raw, stride, 1, "a row of a PNG"));
     TRY(mem_alloc(&p->rgb, W, 3, "a row of a picture"));
     for (int pass = 0; interlaced && pass < PNG_INTERLACE_ADAM7_PASSES; pass++)
-        png_in_pass(p, pass, H, W, channels, depth);
+        png_in_pass(p, pass, H, W, channels, depth, how);
     for (size_t y = 0; !interlaced && y < H; y++) {
         png_read_row(png, p->raw, NULL);
-        samples_to_rgb(p->rgb, p->raw, W, channels, depth, p->rows->how);
+        samples_to_rgb(p->rgb, p->raw, W, channels, depth, how);
         rows_put(p->rows, y, p->rgb);
     }
     png_read_end(png, p->info);

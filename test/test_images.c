@@ -238,6 +238,67 @@ static void test_jpeg_colours(void) {
     image_free(&gray);
 }
 
+/* ---- The official presets: Pillow's convert("RGB"), whose values stand here ---- */
+
+/* Whether path reads as these pixels under the official presets, and otherwise under ours. */
+static int official_reads_as(const char *path, size_t n, const uint8_t *rgb) {
+    Image got, ours;
+    if (image_read_as(&got, path, IMAGE_OFFICIAL) != OK || image_read_as(&ours, path, IMAGE_UPRIGHT) != OK) return 0;
+    int same = got.H * got.W == n && !memcmp(got.rgb, rgb, 3 * n) && memcmp(got.rgb, ours.rgb, 3 * n) != 0;
+    image_free(&got), image_free(&ours);
+    return same;
+}
+
+static void test_official_png(void) {
+    static const struct {
+        int type, depth;
+        uint8_t row[16], rgb[6]; /* of two pixels */
+    } k[] = {
+        {PNG_COLOR_TYPE_RGBA, 8, {9, 8, 7, 0, 200, 100, 50, 128}, {9, 8, 7, 200, 100, 50}},
+        {PNG_COLOR_TYPE_GRAY_ALPHA, 8, {9, 0, 200, 128}, {9, 9, 9, 200, 200, 200}},
+        {PNG_COLOR_TYPE_RGB, 16, {1, 0xff, 2, 0x80, 3, 0x81, 4, 200, 5, 0, 0, 255}, {1, 2, 3, 4, 5, 0}},
+        {PNG_COLOR_TYPE_RGBA, 16, {1, 0xff, 2, 0x80, 3, 1, 0, 0, 9, 9, 8, 8, 7, 255, 128, 0}, {1, 2, 3, 9, 8, 7}},
+        {PNG_COLOR_TYPE_GRAY_ALPHA, 16, {7, 255, 0, 0, 9, 9, 128, 0}, {7, 7, 7, 9, 9, 9}},
+        {PNG_COLOR_TYPE_GRAY, 16, {0, 200, 1, 0}, {200, 200, 200, 255, 255, 255}}, /* clipped: Pillow's issue 3011 */
+    };
+    const char *path = in_folder("official.png");
+    for (size_t i = 0; i < sizeof k / sizeof *k; i++)
+        for (int interlaced = 0; interlaced < 2; interlaced++) {
+            PngSpec s = {.H = 1, .W = 2, .type = k[i].type, .depth = k[i].depth, .rows = k[i].row};
+            s.interlaced = interlaced;
+            write_png(path, &s);
+            if (!CHECK(official_reads_as(path, 2, k[i].rgb))) printf("     kind %zu\n", i);
+        }
+    PngSpec s = {.H = 1, .W = 2, .type = PNG_COLOR_TYPE_RGB, .depth = 8, .rows = (uint8_t[]){1, 2, 3, 4, 5, 6}};
+    s.key = &(png_color_16){.red = 1, .green = 2, .blue = 3}; /* tRNS is not asked */
+    write_png(path, &s);
+    CHECK(official_reads_as(path, 2, s.rows));
+    s.type = PNG_COLOR_TYPE_GRAY, s.depth = 16, s.rows = (uint8_t[]){0, 3, 3, 0}, s.key->gray = 3;
+    write_png(path, &s);
+    CHECK(official_reads_as(path, 2, (uint8_t[]){3, 3, 3, 255, 255, 255}));
+    s.type = PNG_COLOR_TYPE_PALETTE, s.depth = 8, s.rows = (uint8_t[]){0, 1}, s.n_palette = s.n_trans = 2, s.key = NULL;
+    s.palette[0] = (png_color){1, 2, 3}, s.palette[1] = (png_color){4, 5, 6}, s.trans[1] = 90;
+    write_png(path, &s);
+    CHECK(official_reads_as(path, 2, (uint8_t[]){1, 2, 3, 4, 5, 6}));
+}
+
+static void test_official_jpeg(void) {
+    enum { H = 8, W = 16 };
+    const char *path = in_folder("official.jpg");
+    Image im = gradient(H, W), got;
+    uint8_t ink[H * W * 4];
+    for (size_t i = 0; i < H * W; i++) memcpy(ink + 4 * i, im.rgb + 3 * i, 3), ink[4 * i + 3] = 255;
+    write_jpeg(path, H, W, ink, &(JpegSpec){JCS_CMYK, JCS_CMYK, .no_adobe = 1, .quality = 100});
+    CHECK_OK(image_read_as(&got, path, IMAGE_OFFICIAL));
+    CHECK(difference(&got, &im) <= 2); /* 255 is no ink with or without a marker */
+    image_free(&got);
+    CHECK(jpeg_error(path, &im) > 50);
+    write_jpeg(path, H, W, ink, &(JpegSpec){JCS_CMYK, JCS_CMYK, .quality = 100});
+    CHECK_OK(image_read_as(&got, path, IMAGE_OFFICIAL));
+    CHECK(difference(&got, &im) <= 2 && jpeg_error(path, &im) <= 2);
+    image_free(&got), image_free(&im);
+}
+
 /* ---- EXIF ---- */
 
 /* "Exif\0\0" and a TIFF directory with one unrelated entry and the orientation. Returns the length. */
@@ -562,6 +623,8 @@ static void test_webp(void) {
     }
     write_webp(in_folder("alpha.webp"), H, W, 4, rgba, 0);
     CHECK(reads_as(in_folder("alpha.webp"), H, W, over));
+    for (size_t i = 0; i < H * W; i++) memcpy(over + 3 * i, rgba + 4 * i, 3);
+    CHECK(official_reads_as(in_folder("alpha.webp"), H * W, over));
     size_t n;
     uint8_t *p = get_file(in_folder("a.webp"), &n); /* VP8L: 14 bits of width-1 and of height-1 behind the signature */
     memset(p + 21, 0xff, 3), p[24] |= 0x0f;
@@ -868,6 +931,8 @@ int main(void) {
     test_png_alpha();
     test_png_interlaced();
     test_jpeg_colours();
+    test_official_png();
+    test_official_jpeg();
     test_exif();
     test_exif_ignored();
     test_exif_damage();
