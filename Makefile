@@ -1,5 +1,5 @@
-# make              the three programs: ./sample ./train ./inpaint, for any x86-64 processor
-# make MARCH=native the three programs for this processor only: a third of the time to compile
+# make              the programs: ./sample ./train ./inpaint ./serve, for any x86-64 processor
+# make MARCH=native the programs for this processor only: a third of the time to compile
 # make check LAYER=group_norm  one layer: plain, fast and as a CUDA kernel, in seconds; without LAYER: their names
 # make test         every test; the last line is "N passed, N failed"
 # make PLAIN=1      the programs from their plain loops alone, without kernels/, which may be missing; make test PLAIN=1
@@ -18,7 +18,7 @@
 # make lpips       what ./train --vqgan measures likeness with (models/fetch.sh), checksums compared
 # make fullsize     the official models at full size, with random weights, against PyTorch (PYTHON=..., MODELS=...)
 # make data/emoji   the pictures that the bundled model was trained on
-# Variables: NVCC=... (empty: no CUDA), CUDA_ARCH="80 90", HAVE_WEBP=, HAVE_LMDB= and HAVE_MPI= leave these out though they are there,
+# Variables: NVCC=... (empty: no CUDA), CUDA_ARCH="80 90", HAVE_WEBP=, HAVE_LMDB=, HAVE_MPI= and HAVE_SERVE= leave these out though they are there,
 # STATIC=1 (the libraries for images linked in, for machines that lack them),
 # CC=clang, MARCH=x86-64-v3 (one processor's instructions, for tests too), SANITIZE=1 (each combination builds in its own
 # folder), -j1 (default: as many jobs as there are processors),
@@ -69,6 +69,10 @@ MPI := $(shell mpicc -show 2>/dev/null)
 MPI_CFLAGS := $(patsubst -I%,-isystem %,$(filter -I%,$(MPI)))
 MPI_LIBS := $(filter -L% -l% -Wl$(comma)%,$(MPI))
 HAVE_MPI := $(call compiles,#include <mpi.h>\nint main(void) { return MPI_Finalize(); },$(MPI_CFLAGS) $(MPI_LIBS))
+# HTTP and JSON, for ./serve alone
+HAVE_MICROHTTPD := $(call compiles,#include <microhttpd.h>\nint main(void) { return !MHD_get_version(); },-lmicrohttpd)
+HAVE_CJSON := $(call compiles,#include <cjson/cJSON.h>\nint main(void) { return !cJSON_Version(); },-lcjson)
+HAVE_SERVE := $(and $(HAVE_MICROHTTPD),$(HAVE_CJSON))
 LEFT_OUT := $(if $(filter 1,$(STATIC)),-static)$(if $(HAVE_WEBP),,-nowebp)$(if $(HAVE_LMDB),,-nolmdb)$(if $(HAVE_MPI),,-nompi)
 B := $B$(LEFT_OUT)
 
@@ -98,7 +102,7 @@ FLAGS_x86-64 := -march=x86-64
 FLAGS_x86-64-v3 := -march=x86-64-v3
 FLAGS_x86-64-v4 := -march=x86-64-v4
 FLAGS_x86-64-v4-bf16 := -march=x86-64-v4 -mavx512bf16 -mavx512vnni
-# The folder of ./sample, ./train, ./inpaint. With CUDA they are for this processor; the others are tested all the same.
+# The folder of ./sample, ./train, ./inpaint, ./serve. With CUDA they are for this processor; the others are tested all the same.
 SHIPPED := $(if $(NVCC),$B,$(or $P,$B))
 LEVELS := $(if $P,$(foreach l,x86-64 x86-64-v3 x86-64-v4 x86-64-v4-bf16,$(if $(call compiles,int main(void) { return 0; },$(FLAGS_$l)),$l)))
 
@@ -119,6 +123,7 @@ $(info processor $(if $(filter $P,$(SHIPPED)),any x86-64; of $(LEVELS) the best 
 $(info images    PNG, JPEG)
 $(info WebP      $(if $(HAVE_WEBP),yes,left out; libwebp brings it (Debian: apt-get install libwebp-dev)))
 $(info LMDB      $(if $(HAVE_LMDB),yes,left out; liblmdb brings it (Debian: apt-get install liblmdb-dev)))
+$(info HTTP      $(if $(HAVE_SERVE),yes: ./serve,./serve is left out; libmicrohttpd and libcjson bring it (Debian: apt-get install$(if $(HAVE_MICROHTTPD),, libmicrohttpd-dev)$(if $(HAVE_CJSON),, libcjson-dev))))
 $(info MPI       $(if $(HAVE_MPI),yes: mpirun ./train,left out; libopenmpi brings it (Debian: apt-get install libopenmpi-dev openmpi-bin)))
 ifneq ($(PLAINLY),)
 $(info device    CPU, by plain loops alone: PLAIN=1)
@@ -153,7 +158,7 @@ FILES := folder layout config atomic tensor checkpoint ckpt weights names pixels
 SAMPLING := model bounds options output terminal
 COMPONENTS := $(BASE:%=base/%) $(KERNELS:%=kernels/%) $(FILES:%=files/%) data vqgan transformer diffusion \
               $(SAMPLING:%=sampling/%) training/discriminator training/perceptual training/restart training/rate
-PROGRAMS := sample train inpaint
+PROGRAMS := sample train inpaint $(if $(HAVE_SERVE),serve)
 COLD := base/params base/options $(FILES:%=files/%) data sampling/model sampling/options sampling/terminal
 TESTS := base $(if $(PLAINLY),,gemm conv) checkpoint ckpt images data vqgan discriminator perceptual transformer classes keys diffusion $(if $(PLAINLY),,layers)
 TESTS_DOUBLE := $(if $(PLAINLY),,gemm conv) vqgan discriminator perceptual transformer layers
@@ -169,7 +174,7 @@ TEST_BIN := $(TESTS:%=$B/test_%) $(TESTS_DOUBLE:%=$B/test_%_double)
 
 all: $(PROGRAMS)
 
-# ./sample, ./train, ./inpaint, test/golden and test/bench are copies of the last configuration built.
+# ./sample, ./train, ./inpaint, ./serve, test/golden and test/bench are copies of the last configuration built.
 $(PROGRAMS): %: $(SHIPPED)/%
 	@cp -f $< $@
 test/golden test/bench test/walkthrough: test/%: $B/%
@@ -190,6 +195,15 @@ $B/train $(if $P,$P/train): LDLIBS += $(if $(HAVE_MPI),$(MPI_LIBS))
 $B/train: $(TRAIN:%=$B/%.o)
 $B/sample: $(DRAWING:%=$B/%.o)
 # ./train as it is where there is no MPI: for test_mpi.sh
+# the files of ./serve
+SERVING := $(addprefix serving/,bytes reply gate http page json models)
+SERVE_LIBS := -lmicrohttpd -lcjson
+$B/serve: $(SERVING:%=$B/%.o)
+$B/serve $(if $P,$P/serve): LDLIBS += $(SERVE_LIBS)
+$B/serving/page.o $(if $P,$P/x86-64/serving/page.o): $(addprefix web/,index.html page.css page.js)
+$B/serve_client: LDLIBS += $(SERVE_LIBS)
+$B/serve_client: $B/test/serve_client.o $(OBJ)
+	$(CC) $(CFLAGS) -o $@ $^ $(LDLIBS)
 $B/train-alone: $B/train.o $(patsubst %,$B/%.o,$(filter-out training/parallel,$(TRAIN))) $B/alone/training/parallel.o $(OBJ)
 	$(CC) $(CFLAGS) -o $@ $^ $(LDLIBS)
 $B/alone/%.o: %.c Makefile
@@ -237,6 +251,7 @@ $P/$1/transformer.o: transformer.cu Makefile
 	$$(CC) $$(CFLAGS_ANY) $$(FLAGS_$1) -MMD -MP -x c -c -o $$@ $$<
 $P/$1/whole-train.o: $(TRAIN:%=$P/x86-64/%.o)
 $P/$1/whole-sample.o: $(DRAWING:%=$P/x86-64/%.o)
+$P/$1/whole-serve.o: $(SERVING:%=$P/x86-64/%.o)
 $(PROGRAMS:%=$P/$1/whole-%.o): $P/$1/whole-%.o: $P/x86-64/%.o $(patsubst %,$P/x86-64/%.o,$(COLD)) \
     $(patsubst %,$P/$1/%.o,$(filter-out $(COLD),$(COMPONENTS)))
 	$$(call whole,$$@,$$^,main_$(subst -,_,$1))
@@ -269,7 +284,7 @@ $(EMULATED_TESTS:$B/emulated/%=$1/%.o):
 	$$(CXX) $$(EMULATED_FLAGS) $2 $$(floatX) -MMD -MP -c -o $$@ $$<
 $(EMULATED_TESTS:$B/emulated/%=$1/%): $1/%: $1/%.o $(OBJ)
 	$$(CXX) $(OPT) -o $$@ $$^ $$(LDLIBS)
-$(PROGRAMS:%=$1/%): $1/%: $B/%.o $(OBJ) $(PRECISIONS:%=$1/device_%.o)
+$(patsubst %,$1/%,$(filter-out serve,$(PROGRAMS))): $1/%: $B/%.o $(OBJ) $(PRECISIONS:%=$1/device_%.o)
 	$$(CXX) $(OPT) -o $$@ $$^ $$(LDLIBS)
 $1/golden $1/bench_cuda: $1/%: $B/test/%.o $(OBJ) $(PRECISIONS:%=$1/device_%.o)
 	$$(CXX) $(OPT) -o $$@ $$^ $$(LDLIBS)
@@ -283,7 +298,7 @@ EMULATION_OPT ?= $(if $(filter 1,$(SANITIZE)),$(OPT),-O2)
 $(eval $(call emulation,$B/emulated,$(EMULATION_OPT)))
 $(eval $(call emulation,$B/emulated-debug,-O0 $(if $(filter 1,$(SANITIZE)),$(OPT))))
 EMULATED_TESTS += $B/emulated/test_layers
-EMULATED_BIN := $(EMULATED_TESTS) $(PROGRAMS:%=$B/emulated/%) $B/emulated/golden $B/emulated/bench_cuda
+EMULATED_BIN := $(EMULATED_TESTS) $(patsubst %,$B/emulated/%,$(filter-out serve,$(PROGRAMS))) $B/emulated/golden $B/emulated/bench_cuda
 
 # The same for a debugger, which steps through kernels: $B/emulated-debug/test_cuda_f32, ./sample ...
 .PHONY: emulated-debug check
@@ -345,7 +360,7 @@ ifneq ($(PLAINLY),)
 test: $(TEST_BIN) $B/golden $B/pictures $B/lpips $B/codes $(PROGRAMS:%=$B/%)
 	@test/run.sh --plain $B $(TEST_BIN)
 else
-test: $(TEST_BIN) $(EMULATED_BIN) $B/golden $B/pictures $B/logits $B/lpips $B/codes $B/walkthrough $B/sizes $(PROGRAMS:%=$B/%) $B/train-alone $(if $P,$(PROGRAMS:%=$P/%))
+test: $(TEST_BIN) $(EMULATED_BIN) $B/golden $B/pictures $B/logits $B/lpips $B/codes $B/walkthrough $B/sizes $(PROGRAMS:%=$B/%) $B/train-alone $(if $(HAVE_SERVE),$B/serve_client) $(if $P,$(PROGRAMS:%=$P/%))
 	@test/run.sh $B "$P" $(TEST_BIN) $(EMULATED_TESTS)
 endif
 
@@ -410,10 +425,10 @@ data/emoji:
 	/usr/bin/python3 dev/emoji.py --out $@
 
 format:
-	clang-format -i $(foreach d,. base kernels files sampling training test,$(wildcard $d/*.c $d/*.cu $d/*.h))
+	clang-format -i $(foreach d,. base kernels files sampling serving training test,$(wildcard $d/*.c $d/*.cu $d/*.h))
 
 clean:
-	rm -rf build $(PROGRAMS) test/golden test/bench test/walkthrough
+	rm -rf build $(PROGRAMS) serve test/golden test/bench test/walkthrough
 
 FORCE:
 -include $(shell find $B $(if $P,$P) -name '*.d' 2>/dev/null)

@@ -8,7 +8,7 @@
 here=$(cd "$(dirname "$0")" && pwd)/$(basename "$0")
 passed=0 failed=0
 
-FOLDERS="base kernels files sampling training test dev models doc web"
+FOLDERS="base kernels files sampling serving training test dev models doc web"
 # root files with the lines that they may have, of which 15% more are forgiven
 BUDGET="imagebart.h 550 vqgan.c 900 transformer.cu 1250 diffusion.c 430 data.c 720 train.c 450 sample.c 250 inpaint.c 330 serve.c 400"
 FUNCTION_LINES=60 README_LINES=200
@@ -25,7 +25,7 @@ rule() { # rule WHAT WRONG: passes if WRONG, a list of what is wrong, is empty
 }
 
 sources() { # of the product
-    ls ./*.c ./*.cu ./*.h base/*.[ch] kernels/*.[ch] kernels/*.cu files/*.[ch] sampling/*.[ch] training/*.[ch] training/*.cu \
+    ls ./*.c ./*.cu ./*.h base/*.[ch] kernels/*.[ch] kernels/*.cu files/*.[ch] sampling/*.[ch] serving/*.[ch] training/*.[ch] training/*.cu \
         2>/dev/null | sed 's|^\./||'
 }
 
@@ -95,12 +95,14 @@ function level(f) {
     if (f == "imagebart.h") return 3
     if (f ~ /^(vqgan|transformer|data)\./) return 4
     if (f ~ /^diffusion\./) return 5
+    if (f ~ /^serving\//) return 7
     if (f ~ /^(train|sample|inpaint|serve)\./) return 8
     return 9
 }'
 arrows_up() {
     awk "$LEVELS"'
-        level($2) > level($1) || ($1 ~ /^kernels\// && $2 !~ /^(base|kernels)\//) || ($1 ~ /^training\// && $2 ~ /^sampling\//) ||
+        level($2) > level($1) || ($1 ~ /^kernels\// && $2 !~ /^(base|kernels)\//) || ($1 ~ /^training\// && $2 ~ /^s(ampling|erving)\//) ||
+        ($1 ~ /^serving\// && $2 ~ /^training\//) ||
         (level($1) == 8 && level($2) == 8) { print $1 " knows " $2 " (" $3 ")" }' | sort -u
 }
 # Arrows between files each of which, from arrow to arrow, knows the other

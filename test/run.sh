@@ -102,6 +102,7 @@ check programs test/test_programs.sh "$build"
 check survive test/test_survive.sh "$build"
 check guidance test/test_guidance.sh "$build"
 check draw test/test_draw.sh "$build"
+check serve test/test_serve.sh "$build"
 python_check events tensorboard test/test_events.py
 if [ -n "$any" ]; then
     check levels test/test_levels.sh "$any" "$build"

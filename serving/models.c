@@ -1,0 +1,104 @@
+/* models.c - the models that are served, and what a client is told of them. */
+#include "serving/serving.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* Its most, with previews: a batch with guidance, and a picture at a time decoded. */
+static Err memory_of(Served *s) {
+    ModelMemory need;
+    TRY(model_memory(&s->model, 2 * SERVED_BATCH, SERVED_BATCH, &need));
+    s->memory = need.total;
+    return OK;
+}
+
+Err served_open(Served *s, const char *given, WeightFormat weights, int cuda) {
+    const NamedModel *named = find_named(given);
+    const SamplingArgs nothing = {0};
+    memset(s, 0, sizeof *s);
+    s->given = given;
+    s->name = last_part(given);
+    s->title = named ? named->what : s->name;
+    TRY(model_open(&s->model, given, NULL));
+    s->model.weights = weights;
+    s->here = 1;
+    if (cuda) TRY(model_use_cuda(&s->model));
+    for (int kind = DRAW_NEW; kind <= DRAW_EDIT; kind++) {
+        sampling_options(&s->recommended[kind], &nothing, &s->model, (DrawKind)kind);
+        TRY(sampling_many(&s->many[kind], &s->model, 0, (DrawKind)kind));
+    }
+    return memory_of(s);
+}
+
+void served_absent(Served *s, const NamedModel *named) {
+    memset(s, 0, sizeof *s);
+    s->given = s->name = named->name;
+    s->title = named->what;
+}
+
+/* A list with the noisiest scale first */
+cJSON *scales_json(const double *x, int T) {
+    cJSON *list = cJSON_CreateArray();
+    for (int t = T; t >= 1; t--) cJSON_AddItemToArray(list, cJSON_CreateNumber(x[t]));
+    return list;
+}
+
+cJSON *scales_json_sizes(const size_t *x, int T) {
+    double number[MAX_SCALES + 1];
+    for (int t = 1; t <= T; t++) number[t] = (double)x[t];
+    return scales_json(number, T);
+}
+
+static cJSON *recommended_json(const Served *s, DrawKind kind) {
+    const SampleOptions *o = &s->recommended[kind];
+    const int T = s->model.schedule.T;
+    cJSON *x = cJSON_CreateObject();
+    cJSON_AddItemToObject(x, "temperature", scales_json(o->temperature, T));
+    cJSON_AddItemToObject(x, "top_k", scales_json_sizes(o->top_k, T));
+    cJSON_AddItemToObject(x, "guidance", scales_json(o->guidance, T));
+    cJSON_AddItemToObject(x, "chain_length", scales_json_sizes(o->chain, T));
+    cJSON_AddNumberToObject(x, "best_of", (double)s->many[kind]);
+    return x;
+}
+
+static cJSON *absent_json(const Served *s) {
+    static const char *const unknown[] = {"width",   "height",          "grid",     "codebook", "scales",
+                                          "classes", "guidance_scales", "defaults", "editing",  "memory"};
+    char how[64];
+    cJSON *x = cJSON_CreateObject();
+    cJSON_AddStringToObject(x, "name", s->name);
+    cJSON_AddStringToObject(x, "title", s->title);
+    cJSON_AddBoolToObject(x, "here", 0);
+    snprintf(how, sizeof how, "make %.50s", s->name);
+    cJSON_AddStringToObject(x, "how", how);
+    for (size_t i = 0; i < sizeof unknown / sizeof *unknown; i++) cJSON_AddNullToObject(x, unknown[i]);
+    cJSON_AddBoolToObject(x, "text", 0);
+    return x;
+}
+
+cJSON *served_json(const Served *s) {
+    const Model *m = &s->model;
+    if (!s->here) return absent_json(s);
+    cJSON *x = cJSON_CreateObject(), *list;
+    cJSON_AddStringToObject(x, "name", s->name);
+    cJSON_AddStringToObject(x, "title", s->title);
+    cJSON_AddBoolToObject(x, "here", 1);
+    cJSON_AddNullToObject(x, "how");
+    cJSON_AddNumberToObject(x, "width", (double)m->side);
+    cJSON_AddNumberToObject(x, "height", (double)m->side);
+    list = cJSON_AddArrayToObject(x, "grid");
+    cJSON_AddItemToArray(list, cJSON_CreateNumber((double)m->h));
+    cJSON_AddItemToArray(list, cJSON_CreateNumber((double)m->w));
+    cJSON_AddNumberToObject(x, "codebook", (double)m->K);
+    cJSON_AddNumberToObject(x, "scales", m->schedule.T);
+    list = cJSON_AddArrayToObject(x, "classes");
+    for (size_t i = 0; i < m->classes.n; i++) cJSON_AddItemToArray(list, cJSON_CreateString(m->classes.name[i]));
+    list = cJSON_AddArrayToObject(x, "guidance_scales");
+    for (int t = m->schedule.T; t >= 1; t--) cJSON_AddItemToArray(list, cJSON_CreateBool(m->null_class[t] >= 0));
+    cJSON_AddItemToObject(x, "defaults", recommended_json(s, DRAW_NEW));
+    cJSON_AddItemToObject(x, "editing", recommended_json(s, DRAW_EDIT));
+    cJSON_AddNumberToObject(x, "memory", (double)s->memory);
+    cJSON_AddBoolToObject(x, "text", 0);
+    return x;
+}

@@ -1,0 +1,135 @@
+/* serving.h - what serving/ gives to ./serve: HTTP over libmicrohttpd and who may call it, the page, JSON over cJSON,
+ * forms, streams of events, and what a job asks for. The calls themselves, their queue and their worker are serve.c's;
+ * doc/api.md is the contract.
+ *
+ * A thread serves each connection, so that every call here may be made from any thread unless it says otherwise. */
+#ifndef SERVING_H
+#define SERVING_H
+
+#include "sampling/sampling.h"
+
+#include <cjson/cJSON.h>
+#include <pthread.h>
+
+/* ---- bytes.c: bytes that several hold ---- */
+typedef struct {
+    uint8_t *bytes;
+    size_t size;
+    _Atomic size_t holders;
+} Blob;
+/* *out = a blob that the caller holds, with these bytes, which it frees one day; NULL: new ones, zero. */
+Err blob_new(Blob **out, uint8_t *bytes, size_t size);
+Blob *blob_hold(Blob *b);   /* one more holder */
+void blob_release(Blob *b); /* the last one frees it; NULL is fine */
+
+/* ---- reply.c: requests and replies ---- */
+typedef struct {
+    char path[256];    /* relative to GET /, decoded */
+    char part[2][128]; /* what stands for the stars of the route */
+    const uint8_t *body;
+    size_t size;      /* of the body, behind which is a zero byte */
+    const char *type; /* Content-Type, "" without one */
+    void *connection;
+    int fd; /* the client's socket */
+} Request;
+const char *request_header(const Request *r, const char *name); /* NULL: there is none */
+const char *request_query(const Request *r, const char *name);  /* the value behind ?name=, NULL: there is none */
+
+typedef struct {
+    unsigned status;
+    struct MHD_Response *response; /* NULL: no memory */
+} Reply;
+Reply reply_json(unsigned status, cJSON *json); /* takes json, NULL: no memory */
+Reply reply_empty(unsigned status);
+Reply reply_blob(const char *type, Blob *b);                                     /* 200; holds b until it is sent */
+Reply reply_static(unsigned status, const char *type, const void *at, size_t n); /* what stays for ever */
+/* The next bytes of a stream into to (most), waiting for them if need be; -1: it is over. fd: the request's. */
+typedef long StreamNext(void *context, int fd, char *to, size_t most);
+Reply reply_stream(const Request *r, const char *type, StreamNext *next, void (*end)(void *context), void *context);
+/* {"error": text, "field": field}; field NULL: none */
+Reply reply_error(unsigned status, const char *field, const char *fmt, ...) PRINTF_LIKE(3, 4);
+void reply_header(Reply *r, const char *name, const char *value);
+
+/* ---- gate.c: who may call ---- */
+typedef struct {
+    const char *token;         /* NULL: none is asked for */
+    const char *const *origin; /* foreign pages that may call */
+    size_t origins;
+    unsigned port;
+} Gate;
+/* 0: the request may go on, else the status and *why. secret: whether the call needs the token, if there is one. */
+unsigned gate_check(const Gate *g, const Request *r, int secret, const char **why);
+/* origin is scheme://host, scheme://host:port, nothing else. */
+int origin_is_whole(const char *origin);
+Reply gate_sign_in(const Gate *g, const Request *r);
+/* The form that GET / answers with when the token is missing. */
+Reply gate_form(void);
+/* text = n random bytes in base64url. */
+Err random_text(char *text, size_t n);
+
+/* ---- http.c: connections, and which call a request is for ---- */
+typedef struct {
+    const char *method, *path; /* "api/jobs/?/events", where ? is any part */
+    Reply (*call)(void *context, const Request *r);
+    int open; /* needs no token */
+} Route;
+
+typedef struct Http Http;
+typedef struct {
+    Gate gate;
+    const Route *route;
+    size_t routes;
+    void *context; /* of the calls */
+} HttpConfig;
+enum { BODY_BYTES = 32 << 20 }; /* the longest that is taken */
+/* *fd = a socket that listens there; *port, which 0 leaves to the system, is the one that it got. *loopback: whether
+ * only this machine can reach it. */
+Err http_listen(int *fd, unsigned *port, int *loopback, const char *host);
+Err http_start(Http **h, int fd, const HttpConfig *c);
+void http_stop(Http *h); /* waits until every connection is closed */
+
+/* ---- json.c ---- */
+/* What is wrong with a request: the status, the field or "", and a sentence. */
+typedef struct {
+    unsigned status;
+    char field[128], text[1024];
+} Fault;
+/* Sets it; 0, as all below that fail. */
+int fault(Fault *f, unsigned status, const char *field, const char *fmt, ...) PRINTF_LIKE(4, 5);
+Reply fault_reply(const Fault *f);
+enum { SHOWN_BYTES = 300 };
+/* A stranger's text as a message shows it: escaped, 60 letters at most */
+const char *shown_text(char out[SHOWN_BYTES], const char *text);
+int wrong_value(Fault *f, unsigned status, const char *field, const cJSON *found, const char *expected);
+/* A body as JSON, to be released with cJSON_Delete; NULL: it is none. */
+cJSON *json_read(Fault *f, const uint8_t *text, size_t size);
+/* *out = a number of lo to hi, a whole one if it has to be; true or false. */
+int json_number(Fault *f, double *out, const cJSON *x, const char *field, double lo, double hi, int whole);
+int json_flag(Fault *f, int *out, const cJSON *x, const char *field);
+
+/* ---- models.c: the models that are served ---- */
+typedef struct {
+    const char *given; /* what ./sample calls it: emoji, runs/mine */
+    const char *name;  /* its last part */
+    const char *title;
+    int here;
+    Model model;
+    SampleOptions recommended[2]; /* [DrawKind] */
+    size_t many[2];               /* [DrawKind] pictures drawn for one, candidates of an edit */
+    size_t memory;                /* bytes, while it draws */
+} Served;
+enum { SERVED_BATCH = 16 }; /* rows computed side by side, as ./sample has it */
+Err served_open(Served *s, const char *given, WeightFormat weights, int cuda);
+/* A named model that is not here: it is listed. */
+void served_absent(Served *s, const NamedModel *named);
+cJSON *served_json(const Served *s); /* MODEL */
+/* A number for each scale as a list, the noisiest first */
+cJSON *scales_json(const double *x, int T);
+cJSON *scales_json_sizes(const size_t *x, int T);
+
+/* ---- page.c: web/, embedded ---- */
+Reply page_index(void *context, const Request *r);
+Reply page_css(void *context, const Request *r);
+Reply page_js(void *context, const Request *r);
+
+#endif

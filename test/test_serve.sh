@@ -1,0 +1,65 @@
+#!/bin/sh
+# test_serve.sh BUILD: ./serve: its options; then what it answers, byte by byte on a socket (serve_client.c).
+build=$(cd "$1" && pwd)
+dir=$(mktemp -d)
+pid=
+trap '[ -z "$pid" ] || kill -9 "$pid"; rm -rf "$dir"' EXIT
+. test/lib.sh
+if [ ! -x "$build/serve" ]; then
+    echo "skipped: ./serve, which needs libmicrohttpd and libcjson"
+    exit
+fi
+start() { # start OPTIONS: sets $port
+    : >"$dir/address"
+    "$build/serve" --port 0 "$@" >"$dir/address" 2>"$dir/log" &
+    pid=$!
+    for _ in $(seq 100); do
+        [ -s "$dir/address" ] && break
+        sleep 0.1
+    done
+    port=$(sed 's/.*:\([0-9]*\)\/$/\1/' "$dir/address")
+}
+stop() { # ends by SIGTERM, with exit status 0
+    kill "$pid"
+    ok "the end" wait "$pid"
+    pid=
+}
+ask() { # ask WHAT: the client's checks count
+    "$build/serve_client" "$1" "$port" >"$dir/client"
+    grep -v ' passed, ' "$dir/client"
+    line=$(tail -n 1 "$dir/client")
+    p=$(expr "$line" : '\([0-9]*\) passed') f=$(expr "$line" : '.*, \([0-9]*\) failed')
+    passed=$((passed + ${p:-0})) failed=$((failed + ${f:-1}))
+}
+
+# ---- Options ----
+serve="$build/serve"
+refused_late 2 "emoji" "$serve" emoji emoji
+refused_late 2 "emoji" "$serve" emoji models/emoji
+refused_late 1 "ffhq" "$serve" ffhq
+refused_late 1 "no such folder" "$serve" "$dir"/nowhere
+refused_late 1 "token" "$serve" emoji --host 0.0.0.0 --port 0
+refused_late 1 "token" "$serve" emoji --host :: --port 0
+refused_late 2 "token" "$serve" emoji --token ""
+printf '\n' >"$dir/empty" && printf 'sesame\n' >"$dir/token"
+refused_late 1 "empty" "$serve" emoji --token-file "$dir/empty"
+refused_late 1 "token-file" "$serve" emoji --token-file "$dir/nothing"
+refused_late 1 "token-file" "$serve" emoji --token a --token-file "$dir/token"
+for origin in example.org http:// https://a/ https://a/b ftp://a http://a:x "http://a b" null; do
+    refused_late 2 "origin" "$serve" emoji --origin "$origin"
+done
+refused_late 2 "unknown option" "$serve" --prot 80
+
+# ---- A server for this machine ----
+start
+refused_late 1 "cannot listen" "$serve" emoji --port "$port"
+ask http
+stop
+
+# ---- One with a token ----
+start emoji --host 0.0.0.0 --token-file "$dir/token" --origin https://page.example --origin http://other.example:81
+ask token
+stop
+
+echo "$passed passed, $failed failed"
+[ "$failed" -eq 0 ]
