@@ -154,7 +154,7 @@ LDLIBS := $(ARCHIVES) $(if $(HAVE_WEBP),-lwebp) $(if $(HAVE_LMDB),-llmdb) -lpng 
 # compiled for the first level only.
 BASE := base threads params plan compute options
 KERNELS := $(if $(PLAINLY),,fast gemm stream conv norm layers attention guess optimizer discriminator perceptual)
-FILES := folder layout config atomic tensor checkpoint ckpt weights names pixels orientation resize rows png jpeg webp images mask lmdb tokens places recipe betas net_config vqgan_config classes remap
+FILES := folder layout config atomic tensor checkpoint pickle zip ckpt weights names pixels orientation resize rows png jpeg webp images mask lmdb tokens places recipe betas net_config vqgan_config classes remap
 SAMPLING := model bounds options output terminal
 COMPONENTS := $(BASE:%=base/%) $(KERNELS:%=kernels/%) $(FILES:%=files/%) data vqgan transformer diffusion \
               $(SAMPLING:%=sampling/%) training/discriminator training/perceptual training/restart training/rate
@@ -408,7 +408,7 @@ SECONDS ?= 60
 fuzz: $B/test_ckpt
 	@for f in $(FUZZ); do mkdir -p build/fuzz/$$f && clang -std=c11 -D_GNU_SOURCE -I. -g -O1 -Wno-unknown-pragmas \
 	    -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -o build/fuzz_$$f test/fuzz_$$f.c base/base.c \
-	    files/config.c files/atomic.c files/tensor.c files/checkpoint.c files/ckpt.c -lz -lm -lpthread || exit 1; done
+	    files/config.c files/atomic.c files/tensor.c files/checkpoint.c files/pickle.c files/zip.c files/ckpt.c -lz -lm -lpthread || exit 1; done
 	@$B/test_ckpt --seeds build/fuzz
 	@cp test/golden-cases/ckpt_formats/model_half_legacy.ckpt build/fuzz/legacy
 	@cp test/golden-cases/ckpt_formats/model_half.ckpt build/fuzz/zip

@@ -262,7 +262,7 @@ static Err start_from(Stage *s, const char *folder) {
     if (length >= sizeof path) return err("--init %.200s...: the path is too long", folder);
     TRY(checkpoint_open(&ck, path));
     Err e = s->kind->start_from(s, &ck);
-    if (e != OK) err_in(path);
+    if (e != OK && !strstr(err_text(), path)) err_in(path);
     checkpoint_close(&ck);
     return e;
 }

@@ -177,7 +177,7 @@ static Err read_metadata(Json *j, Config *meta) {
 
 static Err read_dtype(Json *j, Tensor *x) {
     const char *name = json_string(j);
-    for (int d = 0; d < DT_COUNT; d++) {
+    for (int d = 0; d < DT_SAFETENSORS; d++) {
         if (strcmp(name, dtype_name((Dtype)d)) == 0) return x->dtype = (Dtype)d, OK;
     }
     return json_fail(j, "tensor '%s': dtype '%.40s', expected F64 F32 F16 BF16 I64 I32 I16 I8 U8 or BOOL", x->name,
@@ -228,14 +228,14 @@ static Err read_entry(Json *j, Tensor *x, size_t range[2]) {
 
 /* x->data, once its range lies in the data and holds just as many bytes as dtype and shape ask for */
 static Err place_tensor(Tensor *x, const size_t range[2], const unsigned char *data, size_t data_bytes) {
-    size_t width = dtype_size(x->dtype);
+    const size_t bits = dtype_bits(x->dtype);
     if (range[0] > range[1]) return err_damaged("tensor '%s' goes from byte %zu to %zu", x->name, range[0], range[1]);
     if (range[1] > data_bytes)
         return err_damaged("tensor '%s' ends at byte %zu of the data, the file at %zu: it is truncated", x->name,
                            range[1], data_bytes);
-    if (x->size > SIZE_MAX / width || range[1] - range[0] != x->size * width)
-        return err_damaged("tensor '%s' has %zu bytes of data, expected %zu of %s with %zu each", x->name,
-                           range[1] - range[0], x->size, dtype_name(x->dtype), width);
+    if (x->size > SIZE_MAX / 8 || x->size % 8 * bits % 8 || range[1] - range[0] != tensor_bytes(x))
+        return err_damaged("tensor '%s' has %zu bytes of data, expected %zu of %s with %zu bits each", x->name,
+                           range[1] - range[0], x->size, dtype_name(x->dtype), bits);
     x->data = data + range[0];
     return OK;
 }
@@ -255,6 +255,7 @@ static Err read_header(Json *j, Checkpoint *ck, const unsigned char *data, size_
         }
         if (length >= NAME_MAX_BYTES)
             return json_fail(j, "name of %zu bytes, expected at most %d: '%.40s...'", length, NAME_MAX_BYTES - 1, name);
+        if (ck->n == CHECKPOINT_TENSORS) return json_fail(j, "over %d tensors", CHECKPOINT_TENSORS);
         TRY(mem_grow(&ck->tensor, ck->n, 1, &capacity, sizeof *ck->tensor, "the table of tensors"));
         Tensor *x = &ck->tensor[ck->n++];
         memset(x, 0, sizeof *x);
@@ -287,15 +288,43 @@ static Err check_layout(Checkpoint *ck, const unsigned char *data, size_t data_b
         if (begin != end)
             return err_damaged("tensor '%s' begins at byte %zu of the data, the one before it ends at %zu: %s", x->name,
                                (size_t)(begin - data), (size_t)(end - data), begin < end ? "an overlap" : "a gap");
-        end = begin + x->size * dtype_size(x->dtype);
+        end = begin + tensor_bytes(x);
     }
     if (end != data + data_bytes)
         return err_damaged("%zu bytes of data, the tensors cover %zu", data_bytes, (size_t)(end - data));
     return OK;
 }
 
+/* name = own without the parts that a wrapper of the network added. The official moving average has names without dots
+ * behind its prefix. */
+static void unwrap_name(char name[NAME_MAX_BYTES], const char *own) {
+    static const char ema[] = "transformer_ema.", compiled[] = "_orig_mod";
+    size_t n = 0;
+    for (size_t whole; *own; own += whole) {
+        const size_t length = strcspn(own, ".");
+        const int wraps =
+            (length == 6 && !strncmp(own, "module.", 7)) || (length == 9 && !strncmp(own, "_orig_mod.", 10));
+        whole = length + (own[length] == '.');
+        if (!wraps) memcpy(name + n, own, whole), n += whole;
+        if (n == sizeof ema - 1 && !memcmp(name, ema, n) && !strncmp(own + whole, compiled, sizeof compiled - 1))
+            whole += sizeof compiled - 1;
+    }
+    name[n] = 0;
+}
+
+static void unwrap_names(Checkpoint *ck) {
+    for (size_t i = 0; i < ck->n; i++) {
+        char name[NAME_MAX_BYTES], *const own = ck->tensor[i].name;
+        unwrap_name(name, own);
+        if (!*name || strcmp(name, own) == 0) continue;
+        if (!*ck->wrapped) memcpy(ck->wrapped, own, sizeof ck->wrapped);
+        memcpy(own, name, strlen(name) + 1);
+    }
+}
+
 /* Sorts the table by name, for checkpoint_find. A name that comes twice is an error. */
 static Err sort_by_name(Checkpoint *ck) {
+    unwrap_names(ck);
     if (ck->n) qsort(ck->tensor, ck->n, sizeof *ck->tensor, by_name);
     for (size_t i = 1; i < ck->n; i++) {
         if (by_name(&ck->tensor[i - 1], &ck->tensor[i]) == 0)
@@ -469,6 +498,9 @@ Err checkpoint_shaped(const Checkpoint *ck, const char *name, int ndim, const si
     if (!x) return missing_tensor(ck, name);
     int same = x->size == size && (ndim < 0 || x->ndim == ndim);
     for (int i = 0; same && i < ndim; i++) same = x->dim[i] == dim[i];
+    if (x->dtype >= DT_NUMBERS)
+        return err("%s: tensor '%s' is %s, expected numbers such as F32, F16 or BF16", ck->path, name,
+                   dtype_name(x->dtype));
     return same ? OK : wrong_shape(ck, x, ndim, dim, size);
 }
 
@@ -580,7 +612,7 @@ static Err order_tensors(const Tensor **order, const Tensor *tensor, size_t n) {
     size_t k = 0;
     for (size_t width = 8; width; width /= 2) {
         for (size_t i = 0; i < n; i++) {
-            if (dtype_size(tensor[i].dtype) == width) order[k++] = &tensor[i];
+            if (max_size(dtype_size(tensor[i].dtype), 1) == width) order[k++] = &tensor[i];
         }
     }
     return OK;
@@ -592,8 +624,9 @@ static Err check_tensor(const Tensor *x, int from_real) {
     if (x->ndim < 0 || x->ndim > TENSOR_DIMS) return err("tensor '%s' has %d dimensions", x->name, x->ndim);
     for (int i = 0; i < x->ndim; i++) TRY(size_mul(&size, size, x->dim[i]));
     if (size != x->size) return err("tensor '%s' has %zu elements, its shape %zu", x->name, x->size, size);
-    if (dtype_size(x->dtype) == 0) return err("tensor '%s' has unknown dtype %d", x->name, (int)x->dtype);
-    TRY(size_mul(&size, size, dtype_size(x->dtype)));
+    if ((unsigned)x->dtype >= DT_SAFETENSORS)
+        return err("tensor '%s' is %s, which a safetensors file cannot have", x->name, dtype_name(x->dtype));
+    TRY(size_mul(&size, size, 8));
     if (from_real && x->dtype > DT_BF16) return err("tensor '%s': reals as %s", x->name, dtype_name(x->dtype));
     if (strcmp(x->name, "__metadata__") == 0) return err("a tensor cannot be called __metadata__");
     if (size && !x->data) return err("tensor '%s' has no data", x->name);
@@ -606,7 +639,7 @@ static Err make_header(Text *t, const Tensor *const *order, size_t n, const Conf
     text_add(t, "%8s{", ""); /* the length, when it is known */
     if (meta && meta->n) write_metadata(t, meta);
     for (size_t i = 0; i < n; i++) {
-        size_t bytes = order[i]->size * dtype_size(order[i]->dtype);
+        size_t bytes = tensor_bytes(order[i]);
         if (begin > SIZE_MAX - bytes) return err("the tensors are too large for a file");
         text_add(t, t->n > 9 ? "," : "");
         write_entry(t, order[i], begin, bytes);
@@ -626,7 +659,7 @@ static Err write_tensor(AtomicFile *f, const Tensor *x, int from_real) {
     unsigned char block[BLOCK * 8];
     size_t width = dtype_size(x->dtype);
     int as_is = x->dtype == (sizeof(real) == 8 ? DT_F64 : DT_F32);
-    if (!from_real || as_is) return atomic_write(f, x->data, x->size * width);
+    if (!from_real || as_is) return atomic_write(f, x->data, tensor_bytes(x));
     for (size_t i = 0; i < x->size; i += BLOCK) {
         size_t n = x->size - i < BLOCK ? x->size - i : BLOCK;
         tensor_from_reals(block, x->dtype, (const real *)x->data + i, n);

@@ -22,7 +22,8 @@ const char *config_get(const Config *c, const char *prefix, const char *key);   
 /* A whole number in lo..hi. Absent: *out is left alone when optional, an error that names the key when not. */
 Err config_size(size_t *out, const Config *c, const char *prefix, const char *key, size_t lo, size_t hi, int optional);
 Err config_real(double *out, const Config *c, const char *prefix, const char *key, double lo, double hi, int optional);
-Err config_flag(int *out, const Config *c, const char *prefix, const char *key, int optional); /* true | false, or Python's */
+/* true | false, or Python's */
+Err config_flag(int *out, const Config *c, const char *prefix, const char *key, int optional);
 /* "1,1,2,4" or "[1, 1, 2, 4]" -> out[0..*n-1], at most max of them; "-" and "[]" are empty lists. */
 Err config_list(size_t *out, size_t *n, size_t max, const Config *c, const char *prefix, const char *key, int optional);
 /* "0.5, 1e-3" or "[0.5, 1e-3]": 1..max numbers in lo..hi; absent is an error. */
@@ -55,12 +56,45 @@ int text_digits(size_t *out, const char **s);
 size_t utf8_length(const char *text);
 
 /* ---- tensor.c, checkpoint.c, ckpt.c: named tensors ---- */
-typedef enum { DT_F64, DT_F32, DT_F16, DT_BF16, DT_I64, DT_I32, DT_I16, DT_I8, DT_U8, DT_BOOL, DT_COUNT } Dtype;
-size_t dtype_size(Dtype d);
+typedef enum {
+    DT_F64,
+    DT_F32,
+    DT_F16,
+    DT_BF16,
+    DT_I64,
+    DT_I32,
+    DT_I16,
+    DT_I8,
+    DT_U8,
+    DT_BOOL,
+    DT_U64,
+    DT_U32,
+    DT_U16,
+    DT_NUMBERS, /* all of these can be read; the following have a name and a size, and are passed over */
+    DT_C64 = DT_NUMBERS,
+    DT_F8_E5M2,
+    DT_F8_E4M3,
+    DT_F8_E5M2FNUZ,
+    DT_F8_E4M3FNUZ,
+    DT_F8_E8M0,
+    DT_F6_E2M3,
+    DT_F6_E3M2,
+    DT_F4,
+    DT_SAFETENSORS, /* what a safetensors file may have; PyTorch's alone: */
+    DT_C32 = DT_SAFETENSORS,
+    DT_C128,
+    DT_OTHER, /* no tensor as we know them: without elements */
+    DT_COUNT
+} Dtype;
+size_t dtype_bits(Dtype d);                       /* of an element */
+size_t dtype_size(Dtype d);                       /* bytes; 0: less than one */
 const char *dtype_name(Dtype d);                  /* "F32", ... as safetensors spells it */
 Err dtype_of_store(Dtype *out, const char *name); /* f32, f16 or bf16: how weights for sampling are stored */
 
-enum { TENSOR_DIMS = 8 };
+enum {
+    TENSOR_DIMS = 8,
+    CHECKPOINT_TENSORS = 1 << 16 /* the most of a file; the largest official one has some 3,000 */
+};
 typedef struct {
     char name[NAME_MAX_BYTES];
     Dtype dtype;
@@ -69,19 +103,25 @@ typedef struct {
     const void *data;              /* reading: into the mapped file, maybe unaligned; writing: the caller's */
 } Tensor;
 
+size_t tensor_bytes(const Tensor *x);
+
 typedef struct {
     Tensor *tensor; /* sorted by name */
     size_t n;
     Config meta; /* __metadata__ */
     void *map;
     size_t map_bytes;
-    void *copies; /* of tensors whose elements do not lie in row-major order in the file */
+    void *copies; /* of tensors whose elements do not lie in row-major order in the file, or are compressed there */
+    /* a name as the file has it, where parts of names were left out: "module." and "_orig_mod.", which wrappers of a
+     * network (torch.compile, data-parallel training) put in front or inside; "": none was */
+    char wrapped[NAME_MAX_BYTES];
     char path[PATH_BYTES];
 } Checkpoint;
 
 /* Maps a file, tells by its content what it is, and checks all of it before use: a safetensors file (header length,
  * JSON, names unique, dtypes known, shape product = byte length, no overlap, no gap, no tail) or a PyTorch .ckpt (zip
- * or older; SPEC section 11), whose meta then has "epoch" and "global_step". Errors name the file. */
+ * or older; SPEC section 11), whose meta then has "epoch" and "global_step". Errors name the file. What is there but is
+ * of a kind that cannot be read is passed over until it is asked for. */
 Err checkpoint_open(Checkpoint *ck, const char *path);
 void checkpoint_close(Checkpoint *ck);                                 /* safe on a zeroed struct */
 const Tensor *checkpoint_find(const Checkpoint *ck, const char *name); /* NULL: no such tensor */

@@ -103,7 +103,7 @@ static Err plan_packed(Params *p, WeightFormat format) {
 /* Gives back the pages of a tensor that nobody needs any more; reading it again fetches them from the file. */
 static void unmap_pages(const Checkpoint *ck, const Tensor *x) {
     const size_t page = (size_t)sysconf(_SC_PAGESIZE), map = (size_t)ck->map;
-    const size_t begin = round_up((size_t)x->data, page), bytes = x->size * dtype_size(x->dtype);
+    const size_t begin = round_up((size_t)x->data, page), bytes = tensor_bytes(x);
     const size_t end = ((size_t)x->data + bytes) / page * page;
     if (begin >= map && end <= map + ck->map_bytes && begin < end) madvise((void *)begin, end - begin, MADV_DONTNEED);
 }

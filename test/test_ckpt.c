@@ -2,6 +2,7 @@
  * and the files that an attacker would make. The golden cases have files that PyTorch itself wrote. */
 #include "test.h"
 
+#include <sys/resource.h>
 #include <unistd.h>
 #include <zlib.h>
 
@@ -98,18 +99,33 @@ static void lightning(Bytes *to, const Made *m, size_t n, const char *evil, size
 enum { FILES = 1024 };
 typedef struct {
     Bytes *out;
-    int wide; /* zip64 */
-    size_t n, place[FILES], bytes[FILES];
+    int wide;              /* zip64 */
+    int deflated, without; /* entries are compressed; have no checksum */
+    size_t n, place[FILES], bytes[FILES], stored[FILES];
     char name[FILES][32];
     uint32_t crc[FILES];
 } Archive;
+
+/* Adds data as deflate writes them, without zlib's own header. Returns how many bytes they became. */
+static size_t add_deflated(Bytes *to, const void *data, size_t bytes) {
+    z_stream s = {.next_in = (Bytef *)data, .avail_in = (uInt)bytes};
+    unsigned char *out = (unsigned char *)malloc(bytes + bytes / 100 + 64);
+    if (!out || deflateInit2(&s, 9, Z_DEFLATED, -MAX_WBITS, 8, Z_DEFAULT_STRATEGY) != Z_OK) exit(1);
+    s.next_out = out, s.avail_out = (uInt)(bytes + bytes / 100 + 64);
+    CHECK(deflate(&s, Z_FINISH) == Z_STREAM_END);
+    const size_t n = (size_t)(s.next_out - out);
+    deflateEnd(&s);
+    add(to, out, n);
+    free(out);
+    return n;
+}
 
 static void local_file(Archive *z, const char *name, const void *data, size_t bytes) {
     Bytes *to = z->out;
     if (z->n == FILES) exit(1);
     snprintf(z->name[z->n], sizeof z->name[0], "%s", name);
-    z->place[z->n] = to->n, z->bytes[z->n] = bytes;
-    z->crc[z->n++] = (uint32_t)crc32_z(0, data, bytes);
+    z->place[z->n] = to->n, z->bytes[z->n] = z->stored[z->n] = bytes;
+    z->crc[z->n++] = z->without ? 0 : (uint32_t)crc32_z(0, data, bytes);
     op(to, "PK\3\4");
     number(to, 45, 2);
     number(to, 0, 20); /* sizes come in the directory, as PyTorch writes it */
@@ -117,7 +133,10 @@ static void local_file(Archive *z, const char *name, const void *data, size_t by
     number(to, 5, 2);
     op(to, name);
     add(to, "FB\1\0Z", 5); /* padding for alignment */
-    add(to, data, bytes);
+    if (z->deflated)
+        z->stored[z->n - 1] = add_deflated(to, data, bytes);
+    else
+        add(to, data, bytes);
 }
 
 static void directory(Archive *z) {
@@ -125,9 +144,10 @@ static void directory(Archive *z) {
     const size_t place = to->n;
     for (size_t i = 0; i < z->n; i++) {
         op(to, "PK\1\2");
-        number(to, 0, 12);
+        number(to, 0, 6);
+        number(to, z->deflated ? 8 : 0, 6); /* method, time */
         number(to, z->crc[i], 4);
-        number(to, z->wide ? UINT32_MAX : z->bytes[i], 4);
+        number(to, z->wide ? UINT32_MAX : z->stored[i], 4);
         number(to, z->wide ? UINT32_MAX : z->bytes[i], 4);
         number(to, strlen(z->name[i]), 2);
         number(to, z->wide ? 28 : 0, 2);
@@ -138,7 +158,7 @@ static void directory(Archive *z) {
         number(to, 1, 2);
         number(to, 24, 2);
         number(to, z->bytes[i], 8);
-        number(to, z->bytes[i], 8);
+        number(to, z->stored[i], 8);
         number(to, z->place[i], 8);
     }
     const size_t bytes = to->n - place, end = to->n;
@@ -170,6 +190,7 @@ static const float floats[6] = {0, 1, 2, 3, 4, 5};
 static const int64_t longs[3] = {-1, 1 << 20, 7};
 static const uint16_t halves[2] = {0x3c00, 0xc000};
 static const unsigned char bools[2] = {0, 1};
+static const float complexes[2] = {1, 2};
 
 static const Made model[] = {
     {"net.weight", "FloatStorage", "0", 6, 0, 2, {2, 3}, {3, 1}},
@@ -202,8 +223,11 @@ static Archive *new_archive(int wide) {
     return &archive;
 }
 
-static void make_archive(int wide) {
-    Archive *z = new_archive(wide);
+enum { PLAIN_ZIP, ZIP64, DEFLATED, WITHOUT_CRC, BOTH };
+
+static void make_archive(int kind) {
+    Archive *z = new_archive(kind == ZIP64);
+    z->deflated = kind == DEFLATED || kind == BOTH, z->without = kind == WITHOUT_CRC || kind == BOTH;
     file.n = pickle.n = 0;
     lightning(&pickle, model, MODEL, evil, sizeof evil - 1);
     local_file(z, "scale 1/data.pkl", pickle.b, pickle.n);
@@ -212,6 +236,7 @@ static void make_archive(int wide) {
     local_file(z, "scale 1/data/1", longs, sizeof longs);
     local_file(z, "scale 1/data/2", halves, sizeof halves);
     local_file(z, "scale 1/data/3", bools, sizeof bools);
+    local_file(z, "scale 1/data/4", complexes, sizeof complexes);
     local_file(z, "scale 1/version", "3\n", 2);
     local_file(z, "scale 1/.data/serialization_id", "1", 1);
     directory(z);
@@ -226,8 +251,10 @@ static void make_old(void) {
     op(&file, "\x88u.");
     lightning(&file, model, MODEL, evil, sizeof evil - 1);
     op(&file, "\x80\2](");
-    for (int i = 3; i >= 0; i--) text(&file, (const char[2]){(char)('0' + i), 0});
+    for (int i = 4; i >= 0; i--) text(&file, (const char[2]){(char)('0' + i), 0});
     op(&file, "e.");
+    number(&file, 1, 8);
+    add(&file, complexes, sizeof complexes);
     number(&file, 2, 8);
     add(&file, bools, sizeof bools);
     number(&file, 2, 8);
@@ -257,11 +284,13 @@ static void check_numbers(const Checkpoint *ck, const char *name, const double *
     for (size_t i = 0; i < n; i++) CHECK((double)got[i] == want[i]);
 }
 
-static void check_model(const char *what) {
+static void check_model(const char *what, int mapped) {
     Checkpoint ck;
     printf("%s\n", what);
     CHECK_OK(open_file(&ck));
-    CHECK(ck.n == MODEL - 1 && !checkpoint_find(&ck, "complex"));
+    CHECK(ck.n == MODEL);
+    real number;
+    CHECK_ERR(checkpoint_reals(&ck, "complex", -1, NULL, 1, &number), "'complex' is C64, expected numbers");
     check_numbers(&ck, "net.weight", (const double[]){0, 1, 2, 3, 4, 5}, 6);
     check_numbers(&ck, "net.turned", (const double[]){0, 3, 1, 4, 2, 5}, 6);
     check_numbers(&ck, "net.column", (const double[]){1, 4}, 2);
@@ -276,7 +305,7 @@ static void check_model(const char *what) {
     CHECK(turned && turned->ndim == 2 && turned->dim[0] == 3 && turned->dim[1] == 2);
     const unsigned char *map = (const unsigned char *)ck.map,
                         *data = weight ? (const unsigned char *)weight->data : NULL;
-    CHECK(data >= map && data < map + ck.map_bytes); /* in the mapped file, not copied */
+    CHECK((data >= map && data < map + ck.map_bytes) == mapped); /* in the file, not copied */
     CHECK(config_get(&ck.meta, "", "epoch") && strcmp(config_get(&ck.meta, "", "epoch"), "7") == 0);
     CHECK(access("/tmp/pwned", F_OK) != 0);
     checkpoint_close(&ck);
@@ -361,6 +390,202 @@ static void test_protocols(void) {
     CHECK_ERR(open_file(&ck), "holds no dictionary of tensors");
 }
 
+/* Five pickles of protocol 4, each of which numbers what it remembers from 0 on */
+static void test_old_memo(void) {
+    Checkpoint ck;
+    file.n = 0;
+    op(&file, "\x80\4\x8a\nl\xfc\x9c\x46\xf9 j\xa8P\x19\x94.\x80\4M\xe9\3\x94.");
+    op(&file, "\x80\4}\x94(\x8c\rlittle_endian\x94\x88u.");
+    op(&file, "\x80\4}\x94(\x8c\1w\x94\x8c\x0ctorch._utils\x94\x8c\x12_rebuild_tensor_v2\x94\x93\x94((\x8c\7storage\x94"
+              "\x8c\5torch\x94\x8c\x0c"
+              "FloatStorage\x94\x93\x94\x8c\1");
+    op(&file, "0\x94\x8c\3cpu\x94K\6Nt\x94QK");
+    number(&file, 0, 1);
+    op(&file, "K\6\x85K\1\x85\x89NtR\x8c\1vh\4(h");
+    number(&file, 11, 1); /* the storage's name once more */
+    op(&file, "QK\1K\2\x85K\2\x85\x89NtRu.\x80\4]\x94\x8c\1");
+    op(&file, "0\x94");
+    op(&file, "a.");
+    number(&file, 6, 8);
+    add(&file, floats, sizeof floats);
+    CHECK_OK(open_file(&ck));
+    check_numbers(&ck, "w", (const double[]){0, 1, 2, 3, 4, 5}, 6);
+    check_numbers(&ck, "v", (const double[]){1, 3}, 2);
+    checkpoint_close(&ck);
+}
+
+/* The function that rebuilds a tensor with attributes `depth` times over, and its arguments: the tensor's own, or
+ * (function, class, arguments, attributes) */
+static void rebuilder(Bytes *p, int depth) {
+    if (depth)
+        global(p, "torch._tensor", depth == 2 ? "_rebuild_from_type" : "_rebuild_from_type_v2");
+    else
+        global(p, "torch._utils", "_rebuild_tensor_v2");
+}
+static void arguments(Bytes *p, int depth) {
+    op(p, "(");
+    if (depth) {
+        rebuilder(p, depth - 1);
+        global(p, "my.own", "Tensor");
+        arguments(p, depth - 1);
+        op(p, "}t");
+        return;
+    }
+    op(p, "(");
+    text(p, "storage");
+    global(p, "torch", "FloatStorage");
+    text(p, "0");
+    text(p, "cpu");
+    integer(p, 6);
+    op(p, "tQ");
+    integer(p, 0);
+    tuple(p, model[0].dim, 2);
+    tuple(p, model[0].stride, 2);
+    op(p, "\x89Nt");
+}
+
+static void check_weight(const char *parameter, int depth, int opens) {
+    Checkpoint ck;
+    Bytes *p = &pickle;
+    p->n = 0;
+    op(p, "\x80\2}");
+    text(p, "w");
+    if (parameter) global(p, "torch._utils", parameter), op(p, "(");
+    rebuilder(p, depth);
+    arguments(p, depth);
+    op(p, "R");
+    if (parameter) op(p, "\x88N}tR");
+    op(p, "s.");
+    put_archive(p);
+    if (!opens) {
+        CHECK_ERR(open_file(&ck), "holds no tensors");
+        return;
+    }
+    CHECK_OK(open_file(&ck));
+    check_numbers(&ck, "w", (const double[]){0, 1, 2, 3, 4, 5}, 6);
+    checkpoint_close(&ck);
+}
+
+/* Parameters; tensors with attributes or of a class of their own */
+static void test_wraps(void) {
+    check_weight("_rebuild_parameter", 0, 1);
+    check_weight("_rebuild_parameter_with_state", 0, 1);
+    check_weight("_rebuild_parameter_with_state", 1, 1);
+    for (int depth = 0; depth <= 3; depth++) check_weight(NULL, depth, 1);
+    check_weight(NULL, 20, 0); /* nobody does that */
+}
+
+/* Numbers in a storage without a type: _rebuild_tensor_v3(storage, offset, size, stride, grad, hooks, type, metadata) */
+static void test_untyped(void) {
+    static const struct {
+        const char *type;
+        double first;
+        const char *says;
+    } types[] = {{"float32", 1, NULL},
+                 {"uint16", 0, NULL},
+                 {"float8_e4m3fn", 0, "'w' is F8_E4M3"},
+                 {"complex64", 0, "'w' is C64"},
+                 {"bits1x8", 0, "'w' is an object other than a plain tensor"}};
+    for (size_t i = 0; i < sizeof types / sizeof *types; i++) {
+        Checkpoint ck;
+        Bytes *p = &pickle;
+        real out[2];
+        p->n = 0;
+        op(p, "\x80\2}(");
+        text(p, "x");
+        tensor(p, &model[0]);
+        text(p, "w");
+        global(p, "torch._utils", "_rebuild_tensor_v3");
+        op(p, "((");
+        text(p, "storage");
+        global(p, "torch.storage", "UntypedStorage");
+        text(p, "0");
+        text(p, "cpu");
+        integer(p, sizeof floats);
+        op(p, "tQ");
+        integer(p, 1);
+        op(p, "K\1\x85K\1\x85\x89N");
+        global(p, "torch", types[i].type);
+        op(p, "NtRu.");
+        put_archive(p);
+        CHECK_OK(open_file(&ck));
+        if (types[i].says)
+            CHECK_ERR(checkpoint_reals(&ck, "w", -1, NULL, 1, out), types[i].says);
+        else
+            check_numbers(&ck, "w", &types[i].first, 1);
+        checkpoint_close(&ck);
+    }
+}
+
+/* An object in a tensor's place is not lost: who asks for it is told. */
+static void test_objects(void) {
+    Checkpoint ck;
+    Bytes *p = &pickle;
+    real out;
+    p->n = 0;
+    op(p, "\x80\2}");
+    text(p, "state_dict");
+    op(p, "}(");
+    text(p, "x");
+    tensor(p, &model[0]);
+    text(p, "layer.scale");
+    global(p, "torch._utils", "_rebuild_qtensor");
+    op(p, "NN\x86R");
+    text(p, "sos_token");
+    global(p, "numpy.core.multiarray", "_reconstruct");
+    op(p, "NN\x86R");
+    text(p, "number");
+    add(p, "G\0\0\0\0\0\0\0", 8);
+    add(p, "\0us.", 4);
+    put_archive(p);
+    CHECK_OK(open_file(&ck));
+    CHECK(ck.n == 3 && checkpoint_find(&ck, "layer.scale") && !checkpoint_find(&ck, "number"));
+    CHECK_ERR(checkpoint_reals(&ck, "layer.scale", -1, NULL, 1, &out), "an object other than a plain tensor");
+    CHECK_ERR(checkpoint_ints(&ck, "sos_token", 0, NULL), "an object other than a plain tensor");
+    checkpoint_close(&ck);
+}
+
+static size_t peak(void) { /* bytes of this process's largest size so far */
+    struct rusage u;
+    getrusage(RUSAGE_SELF, &u);
+    return (size_t)u.ru_maxrss << 10;
+}
+
+/* A file is answered in memory that its honest content could need, whatever it repeats. */
+static void test_bounds(void) {
+    enum { TIMES = 3000000 };
+    Checkpoint ck;
+    Bytes *p = &pickle;
+    const size_t before = peak();
+    p->n = 0; /* three million times the same name and tensor */
+    op(p, "\x80\2}");
+    text(p, "w");
+    op(p, "q\1");
+    tensor(p, &model[0]);
+    op(p, "q\2s");
+    for (int i = 0; i < TIMES; i++) {
+        op(p, i % 1000 ? "" : i ? "u(" : "(");
+        op(p, "h\1h\2");
+    }
+    op(p, "u.");
+    put_archive(p);
+    CHECK_ERR(open_file(&ck), "over 65536 tensors: not a file of weights");
+    p->n = 0; /* values of a byte each */
+    op(p, "\x80\2](");
+    for (int i = 0; i < 2 * TIMES; i++) op(p, ")");
+    op(p, "e.");
+    put_archive(p);
+    CHECK_ERR(open_file(&ck), "over 2097152 values: not a file of weights");
+    p->n = 0; /* and lists of them */
+    op(p, "\x80\2]");
+    for (int i = 0; i < 2 * TIMES; i++) op(p, "\x85");
+    op(p, ".");
+    put_archive(p);
+    CHECK_ERR(open_file(&ck), "over 2097152 values: not a file of weights");
+    printf("bounds: %zu MiB more at the most\n", (peak() - before) >> 20);
+    CHECK(peak() - before < (size_t)400 << 20);
+}
+
 /* ---- Tensors that reach where they must not ---- */
 
 static void test_hostile_tensors(void) {
@@ -439,8 +664,24 @@ static void lie_at_end(int wide, size_t from_end, uint64_t v, size_t bytes, cons
 static void test_hostile_archives(void) {
     Checkpoint ck;
     lie(8, 1, 2, "encrypted");
-    lie(10, 8, 2, "compressed zip entry 'scale 1/data/0'");
-    lie(20, 23, 4, "compressed zip entry");
+    lie(10, 8, 2, "tensor 'net.weight': has a damaged 'scale 1/data/0': it cannot be inflated");
+    lie(10, 9, 2, "zip entry 'scale 1/data/0' compressed by method 9, expected stored or deflated");
+    lie(20, 23, 4, "compressed by method 0");
+    for (int i = 0; i < 4; i++) {
+        static const uint64_t sizes[] = {23, 25, 1 << 20,
+                                         1 << 30}; /* inflated: too few, too many, a bomb by its sizes */
+        make_archive(DEFLATED);
+        set(entry(2) + 24, sizes[i], 4);
+        CHECK_ERR(open_file(&ck), i == 0   ? "lies in a storage of 23 bytes"
+                                  : i == 1 ? "cannot be inflated"
+                                           : "which deflate cannot do");
+    }
+    make_archive(DEFLATED);
+    set(entry(2) + 16, 1, 4);
+    CHECK_ERR(open_file(&ck), "damaged 'scale 1/data/0': its checksum differs");
+    make_archive(DEFLATED);
+    set(entry(0) + 16, 1, 4);
+    CHECK_ERR(open_file(&ck), "damaged 'scale 1/data.pkl': its checksum differs");
     make_archive(0);
     set(entry(2) + 20, 1 << 30, 4), set(entry(2) + 24, 1 << 30, 4); /* a bomb by its size fields */
     CHECK_ERR(open_file(&ck), "zip entry of 1073741824 bytes that does not fit");
@@ -462,7 +703,7 @@ static void test_hostile_archives(void) {
     lie_at_end(1, 22 + 20 + 24, UINT64_MAX / 8, 8, "does not fit in it");
     make_archive(0);
     set(file.b + 60, 0, 1); /* inside data.pkl */
-    CHECK_ERR(open_file(&ck), "damaged data.pkl");
+    CHECK_ERR(open_file(&ck), "damaged 'scale 1/data.pkl': its checksum differs");
 
     Archive *z = new_archive(0);
     file.n = 0;
@@ -617,15 +858,27 @@ static int make_seeds(const char *dir) {
 
 static int test_all(void) {
     snprintf(path, sizeof path, "/tmp/test_ckpt.%ld", (long)getpid());
-    make_archive(0);
-    check_model("zip");
+    make_archive(PLAIN_ZIP);
+    check_model("zip", 1);
     test_damaged("zip");
-    make_archive(1);
-    check_model("zip64");
+    make_archive(ZIP64);
+    check_model("zip64", 1);
     test_damaged("zip64");
+    make_archive(DEFLATED);
+    check_model("deflated", 0);
+    test_damaged("deflated");
+    make_archive(WITHOUT_CRC);
+    check_model("without checksums", 1);
+    make_archive(BOTH);
+    check_model("deflated, without checksums", 0);
     make_old();
-    check_model("old format");
+    check_model("old format", 1);
     test_damaged("old format");
+    test_old_memo();
+    test_wraps();
+    test_untyped();
+    test_objects();
+    test_bounds();
     test_protocols();
     test_hostile_tensors();
     test_hostile_archives();

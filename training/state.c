@@ -34,7 +34,7 @@ static void hash_tensor(void *context, size_t i) {
     const Hashing *a = context;
     const Tensor *x = &a->tensor[i];
     uLong c = crc32_z(0, (const Bytef *)x->name, strlen(x->name));
-    if (x->size) c = crc32_z(c, x->data, x->size * dtype_size(x->dtype));
+    if (x->size) c = crc32_z(c, x->data, tensor_bytes(x));
     a->sum[i] = c;
 }
 
@@ -213,7 +213,7 @@ static size_t list_bytes(Stage *s, Collect *collect) {
     TensorList list = {0};
     size_t bytes = 65536; /* names and settings */
     if (collect(s, &list) == OK)
-        for (size_t i = 0; i < list.n; i++) bytes += list.tensor[i].size * dtype_size(list.tensor[i].dtype);
+        for (size_t i = 0; i < list.n; i++) bytes += tensor_bytes(&list.tensor[i]);
     tensor_list_free(&list);
     return bytes;
 }
