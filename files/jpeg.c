@@ -31,20 +31,20 @@ static void jpeg_in_error(j_common_ptr cinfo) {
 }
 
 /* Warnings (level < 0) mean damage that libjpeg papers over, such as a file cut short: here they are errors. Those that
- * tell nothing of pixels are not: an unknown Adobe transform or JFIF version, a baseline scan that names another range of
- * coefficients (Samsung's cameras), bytes that belong to nothing, where no picture data have begun or behind the last. */
+ * tell nothing of pixels are not: an unknown Adobe transform or JFIF version, a bad colour profile, a baseline scan that
+ * names another range of coefficients (Samsung's cameras), scans in an unusual order, and bytes in front of a marker that
+ * belong to nothing: what is in front of them was decoded whole, and a marker other than the expected is another warning. */
 static void jpeg_in_warning(j_common_ptr cinfo, int level) {
-    const JpegIn *j = cinfo->client_data;
-    const struct jpeg_error_mgr *m = cinfo->err;
     if (level >= 0) return;
-    switch (m->msg_code) {
+    switch (cinfo->err->msg_code) {
     case JWRN_JFIF_MAJOR:
     case JWRN_ADOBE_XFORM:
-    case JWRN_NOT_SEQUENTIAL: return;
-    case JWRN_EXTRANEOUS_DATA:
-        if (j->cinfo.input_scan_number == 0 || m->msg_parm.i[1] == 0xd9) return;
+    case JWRN_BOGUS_ICC:
+    case JWRN_NOT_SEQUENTIAL:
+    case JWRN_BOGUS_PROGRESSION:
+    case JWRN_EXTRANEOUS_DATA: return;
+    default: jpeg_in_error(cinfo);
     }
-    jpeg_in_error(cinfo);
 }
 
 static void jpeg_in_progress(j_common_ptr cinfo) {

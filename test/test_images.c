@@ -159,7 +159,7 @@ static void test_png_interlaced(void) {
 
 typedef struct {
     J_COLOR_SPACE in, stored; /* in: JCS_RGB, JCS_GRAYSCALE or JCS_CMYK */
-    int progressive, no_adobe, quality;
+    int progressive, no_adobe, restarts, quality;
     const uint8_t *exif;
     size_t exif_bytes;
 } JpegSpec;
@@ -181,6 +181,7 @@ static void write_jpeg(const char *path, size_t H, size_t W, const uint8_t *rows
     jpeg_set_quality(&c, s->quality, TRUE);
     if (s->progressive) jpeg_simple_progression(&c);
     if (s->no_adobe) c.write_Adobe_marker = FALSE;
+    c.restart_interval = s->restarts ? 2 : 0;
     jpeg_start_compress(&c, TRUE);
     if (s->exif) jpeg_write_marker(&c, JPEG_APP0 + 1, s->exif, (unsigned)s->exif_bytes);
     while (c.next_scanline < H) {
@@ -236,6 +237,54 @@ static void test_jpeg_colours(void) {
     CHECK(jpeg_error(path, &im) > 50);
     image_free(&im);
     image_free(&gray);
+}
+
+/* ---- JPEGs that are whole, but odd ---- */
+
+/* bytes with `n` more at `at`, or some replaced by them, in odd.jpg. */
+static const char *odd_jpeg(const uint8_t *bytes, size_t size, size_t at, const char *more, size_t n, size_t replaced) {
+    static uint8_t out[1 << 16];
+    memcpy(out, bytes, at);
+    memcpy(out + at, more, n);
+    memcpy(out + at + n, bytes + at + replaced, size - at - replaced);
+    put_file(in_folder("odd.jpg"), out, size + n - replaced);
+    return in_folder("odd.jpg");
+}
+
+/* What libjpeg warns of and harms no pixel: the same picture as without. Stray bytes in front of every marker of a
+ * baseline, a progressive and a file with restarts; a baseline scan of other coefficients; a marker of Adobe's with an
+ * unknown transform; JFIF 9. Damage stays damage. */
+static void test_jpeg_warnings(void) {
+    static const char sos[][4] = {"\0\0\0", "\1\77\0", "\0\77\1", "\0\77\20"},
+                      adobe[] = "\xff\xee\0\16Adobe\0d\0\0\0\0\11";
+    static uint8_t bytes[1 << 14];
+    Image im = gradient(37, 53), plain;
+    for (int kind = 0; kind < 3; kind++) {
+        size_t size, markers = 0, at;
+        write_jpeg(in_folder("odd.jpg"), 37, 53, im.rgb,
+                   &(JpegSpec){JCS_RGB, JCS_YCbCr, .progressive = kind == 1, .restarts = kind == 2, .quality = 90});
+        CHECK_OK(image_read(&plain, in_folder("odd.jpg")));
+        memcpy(bytes, get_file(in_folder("odd.jpg"), &size), sizeof bytes);
+        for (at = 3; at + 1 < size; at++) { /* behind the first three, by which a JPEG is told */
+            if (bytes[at] != 0xff || bytes[at + 1] < 0xc0 || bytes[at + 1] == 0xff) continue;
+            markers++;
+            CHECK(jpeg_error(odd_jpeg(bytes, size, at, "\0", 1, 0), &plain) == 0);
+            CHECK(jpeg_error(odd_jpeg(bytes, size, at, "\xff\0\x12\x34", 4, 0), &plain) == 0);
+        }
+        CHECK(markers > (kind ? 12 : 7));
+        CHECK(jpeg_error(odd_jpeg(bytes, size, size, "more\xff\xd8\xff", 7, 0), &plain) == 0);
+        CHECK(jpeg_error(odd_jpeg(bytes, size, 20, adobe, 16, 0), &plain) == 0); /* behind JFIF, which says YCbCr */
+        CHECK(jpeg_error(odd_jpeg(bytes, size, 11, "\11", 1, 1), &plain) == 0);
+        CHECK(jpeg_error(odd_jpeg(bytes, size, size - 2, "", 0, 2), &plain) == 999);
+        CHECK(strstr(err_text(), "damaged JPEG: Premature end") != NULL);
+        CHECK(jpeg_error(odd_jpeg(bytes, size, size - 40, "", 0, 40), &plain) == 999);
+        for (at = 2; kind != 1 && !(bytes[at] == 0xff && bytes[at + 1] == 0xda);)
+            at += 2 + (size_t)(bytes[at + 2] << 8 | bytes[at + 3]);
+        for (size_t k = 0; kind != 1 && k < sizeof sos / sizeof *sos; k++)
+            CHECK(jpeg_error(odd_jpeg(bytes, size, at + 11, sos[k], 3, 3), &plain) == 0);
+        image_free(&plain);
+    }
+    image_free(&im);
 }
 
 /* ---- The official presets: Pillow's convert("RGB"), whose values stand here ---- */
@@ -396,6 +445,86 @@ static void test_exif_damage(void) {
         }
     }
     CHECK(failed == 0);
+    image_free(&im);
+}
+
+/* ---- Orientation wherever files say it ---- */
+
+/* EXIF whose orientation is a LONG. */
+static size_t make_exif_long(uint8_t *p, int little, int orientation) {
+    const size_t n = make_exif(p, little, 0);
+    p[little ? 30 : 31] = 4;
+    p[little ? 36 : 39] = (uint8_t)orientation;
+    return n;
+}
+
+static const char *const xmp_texts[] = {
+    "<x:xmpmeta><rdf:Description tiff:Orientation=\"6\" x='1'/></x:xmpmeta>",
+    "<x:xmpmeta><rdf:Description\n tiff:Orientation = '6'></x:xmpmeta>",
+    "<x:xmpmeta><rdf:Description><tiff:Orientation>6</tiff:Orientation></x:xmpmeta>",
+    "<x:xmpmeta><rdf:Description><tiff:Orientation>\n 6 </tiff:Orientation></x:xmpmeta>",
+};
+
+/* Is the picture in the file at path, 24 wide and 8 high, turned to the right, and by the official presets not? */
+static int is_turned(const char *path) {
+    Image got, as_it_is;
+    if (image_read(&got, path) != OK || image_read_as(&as_it_is, path, IMAGE_OFFICIAL) != OK) return 0;
+    int turned = got.H == 24 && got.W == 8 && as_it_is.H == 8 && as_it_is.W == 24;
+    for (size_t y = 0; y < 24 && turned; y++)
+        for (size_t x = 0; x < 8; x++)
+            turned &= !memcmp(got.rgb + 3 * (y * 8 + x), as_it_is.rgb + 3 * ((7 - x) * 24 + y), 3);
+    image_free(&got), image_free(&as_it_is);
+    return turned;
+}
+
+/* The PNG at path with one more chunk, in front of its pixels or behind. */
+static void add_chunk(const char *path, const char *name, const void *content, size_t n, int behind) {
+    static uint8_t out[1 << 14];
+    size_t size, at = 33; /* behind IHDR */
+    const uint8_t *bytes = get_file(path, &size);
+    if (behind) at = size - 12; /* in front of IEND */
+    memcpy(out, bytes, size);
+    memcpy(out + at + 12 + n, bytes + at, size - at);
+    for (size_t k = 0; k < 4; k++) out[at + k] = (uint8_t)(n >> (24 - 8 * k));
+    memcpy(out + at + 4, name, 4), memcpy(out + at + 8, content, n);
+    const uint32_t crc = (uint32_t)crc32(0, out + at + 4, (uInt)n + 4);
+    for (size_t k = 0; k < 4; k++) out[at + 8 + n + k] = (uint8_t)(crc >> (24 - 8 * k));
+    put_file(path, out, size + 12 + n);
+}
+
+static void test_orientation_places(void) {
+    enum { H = 8, W = 24 };
+    static const char xmp[] = "http://ns.adobe.com/xap/1.0/";
+    Image im = gradient(H, W);
+    PngSpec p = {.H = H, .W = W, .type = PNG_COLOR_TYPE_RGB, .depth = 8, .rows = im.rgb};
+    uint8_t bytes[512];
+    for (int little = 0; little < 2; little++)
+        for (int is_long = 0; is_long < 2; is_long++) {
+            const size_t n = is_long ? make_exif_long(bytes, little, 6) : make_exif(bytes, little, 6);
+            JpegSpec s = {JCS_RGB, JCS_YCbCr, .quality = 100, .exif = bytes, .exif_bytes = n};
+            write_jpeg(in_folder("held.jpg"), H, W, im.rgb, &s);
+            CHECK(is_turned(in_folder("held.jpg")));
+            for (int behind = 0; behind < 2; behind++) {
+                p.interlaced = behind;
+                write_png(in_folder("held.png"), &p);
+                CHECK(!is_turned(in_folder("held.png"))); /* negative control */
+                add_chunk(in_folder("held.png"), "eXIf", bytes + 6, n - 6, behind);
+                CHECK(is_turned(in_folder("held.png")));
+            }
+        }
+    for (size_t k = 0; k < sizeof xmp_texts / sizeof *xmp_texts; k++) {
+        const size_t n = strlen(xmp_texts[k]);
+        memcpy(bytes, xmp, sizeof xmp), memcpy(bytes + sizeof xmp, xmp_texts[k], n);
+        JpegSpec s = {JCS_RGB, JCS_YCbCr, .quality = 100, .exif = bytes, .exif_bytes = sizeof xmp + n};
+        write_jpeg(in_folder("held.jpg"), H, W, im.rgb, &s);
+        CHECK(is_turned(in_folder("held.jpg")));
+        memcpy(bytes, "XML:com.adobe.xmp\0\0\0\0", 22), memcpy(bytes + 22, xmp_texts[k], n);
+        for (int behind = 0; behind < 2; behind++) {
+            write_png(in_folder("held.png"), &p);
+            add_chunk(in_folder("held.png"), "iTXt", bytes, 22 + n, behind);
+            CHECK(is_turned(in_folder("held.png")));
+        }
+    }
     image_free(&im);
 }
 
@@ -600,6 +729,83 @@ static void write_webp(const char *path, size_t H, size_t W, size_t channels, co
     WebPFree(out);
 }
 
+static size_t put_u32(uint8_t *p, size_t v) {
+    for (size_t k = 0; k < 4; k++) p[k] = (uint8_t)(v >> 8 * k);
+    return 4;
+}
+
+static size_t put_chunk(uint8_t *p, const char *name, const void *content, size_t n) {
+    memcpy(p, name, 4), put_u32(p + 4, n), memcpy(p + 8, content, n), p[8 + n] = 0;
+    return 8 + n + (n & 1);
+}
+
+/* An extended WebP of (H,W): its header with these flags, then the chunks of `rest`. */
+static void put_webp(const char *path, size_t H, size_t W, int flags, const uint8_t *rest, size_t n) {
+    static uint8_t out[1 << 14];
+    uint8_t header[10] = {(uint8_t)flags, 0, 0, 0, (uint8_t)(W - 1), 0, 0, (uint8_t)(H - 1), 0, 0};
+    size_t at = 12;
+    at += put_chunk(out + at, "VP8X", header, sizeof header);
+    memcpy(out + at, rest, n), at += n;
+    memcpy(out, "RIFF", 4), put_u32(out + 4, at - 8), memcpy(out + 8, "WEBP", 4);
+    put_file(path, out, at);
+}
+
+/* The chunk with the pixels of a picture, lossless. */
+static size_t pixel_chunk(uint8_t *p, const Image *im) {
+    size_t n;
+    write_webp(in_folder("plain.webp"), im->H, im->W, 3, im->rgb, 0);
+    const uint8_t *bytes = get_file(in_folder("plain.webp"), &n);
+    memcpy(p, bytes + 12, n - 12);
+    return n - 12;
+}
+
+static void test_webp_orientation(void) {
+    enum { XMP = 4, EXIF = 8 };
+    const char *path = in_folder("held.webp");
+    uint8_t rest[4096], exif[64];
+    Image im = gradient(8, 24);
+    const size_t pixels = pixel_chunk(rest, &im);
+    for (int little = 0; little < 2; little++)
+        for (int is_long = 0; is_long < 2; is_long++)
+            for (size_t skipped = 0; skipped <= 6; skipped += 6) { /* with "Exif\0\0" and without */
+                const size_t n = is_long ? make_exif_long(exif, little, 6) : make_exif(exif, little, 6);
+                const size_t more = put_chunk(rest + pixels, "EXIF", exif + skipped, n - skipped);
+                put_webp(path, 8, 24, EXIF, rest, pixels + more);
+                CHECK(is_turned(path));
+            }
+    for (size_t k = 0; k < sizeof xmp_texts / sizeof *xmp_texts; k++) {
+        const size_t more = put_chunk(rest + pixels, "XMP ", xmp_texts[k], strlen(xmp_texts[k]));
+        put_webp(path, 8, 24, XMP, rest, pixels + more);
+        CHECK(is_turned(path));
+    }
+    put_webp(path, 8, 24, 0, rest, pixels);
+    CHECK(!is_turned(path)); /* negative control */
+    image_free(&im);
+}
+
+/* Of an animation the first picture, where it lies in its canvas; which is said. */
+static void test_webp_animated(void) {
+    enum { H = 9, W = 12, h = 5, w = 7, Y = 2, X = 4, ANIMATED = 2 };
+    const char *path = in_folder("moving.webp");
+    uint8_t rest[4096], frame[2048] = {X / 2, 0, 0, Y / 2, 0, 0, w - 1, 0, 0, h - 1, 0, 0, 100}, want[H * W * 3];
+    Image first = picture(h, w), second = gradient(h, w), got;
+    for (int official = 0; official < 2; official++) {
+        size_t at = put_chunk(rest, "ANIM", "\0\0\0\0\0\0", 6);
+        at += put_chunk(rest + at, "ANMF", frame, 16 + pixel_chunk(frame + 16, &first));
+        at += put_chunk(rest + at, "ANMF", frame, 16 + pixel_chunk(frame + 16, &second));
+        put_webp(path, H, W, ANIMATED, rest, at);
+        memset(want, official ? 0 : 255, sizeof want);
+        for (size_t y = 0; y < h; y++) memcpy(want + 3 * ((y + Y) * W + X), first.rgb + 3 * y * w, 3 * w);
+        CHECK_OK(image_read_as(&got, path, official ? IMAGE_OFFICIAL : IMAGE_UPRIGHT));
+        CHECK(difference(&got, &(Image){H, W, want, NULL}) == 0);
+        CHECK(got.note && strstr(got.note, "an animated WebP, of which the first picture is used"));
+        image_free(&got);
+    }
+    put_webp(path, 6, 8, ANIMATED, rest, 4000); /* a canvas that is too small */
+    CHECK_ERR(image_read(&got, path), "damaged WebP");
+    image_free(&first), image_free(&second);
+}
+
 static void test_webp(void) {
     enum { H = 33, W = 50 };
     Image im = picture(H, W), smooth = gradient(H, W), got;
@@ -636,6 +842,8 @@ static void test_webp(void) {
     image_free(&im), image_free(&smooth);
 }
 #else
+static void test_webp_orientation(void) {}
+static void test_webp_animated(void) {}
 static void test_webp(void) {
     Image im;
     put_file(in_folder("a.webp"), "RIFF\x10\0\0\0WEBPVP8 ", 16);
@@ -931,15 +1139,19 @@ int main(void) {
     test_png_alpha();
     test_png_interlaced();
     test_jpeg_colours();
+    test_jpeg_warnings();
     test_official_png();
     test_official_jpeg();
     test_exif();
     test_exif_ignored();
+    test_orientation_places();
     test_exif_damage();
     test_damage();
     test_jpeg_end();
     test_foreign();
     test_sniffing();
+    test_webp_orientation();
+    test_webp_animated();
     test_webp();
     test_limits();
     test_write();
