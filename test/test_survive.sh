@@ -396,6 +396,32 @@ ok "two at once" together --vqgan --steps 40
 ok "are one" every_step_once both vqgan 40
 ok "which is said" grep -q 'both: another ./train\|both exists\|both.*exists: --resume' "$dir/said1" "$dir/said2"
 
+# ---- curves of any log: drawn, small ----
+cp -r "$dir/first" "$dir/curves"
+head -n 1 "$dir/first/log.tsv" >"$dir/curves/log.tsv"
+awk 'function line(stage, step, loss) { print stage "\t" step "\t" loss "\t" loss "\t" loss "\t0\t1\t9\t\t\t\t" }
+    BEGIN {
+        n = split("0.1 0.3333333 0 -5 1e-30 1e30 -1e-40 123456.7 inf nan -inf 1e308 1e-320 0.7", value, " ")
+        for (k = 1; k <= n; k++) for (i = 1; i <= 300; i++) line("scale" k, i, value[k])
+        for (i = 1; i <= 300; i++) line("scale15", i, 0.5 + (i % 2) * 1e-16)
+        for (i = 1; i <= 60; i++) line("joint", i, i % 7 == 0 ? "nan" : i % 5 == 0 ? "1e38" : "1e-38")
+        m = split("1e30 1e300 4294967295 99999999999999999999 0 -1 7e9x inf nan 5", odd, " ")
+        for (k = 1; k <= m; k++) line("scale2", odd[k], 1)
+        print "scale3\t5"; print "scale3\t6\t\t\t\t"; print "vqgan\t30"; print "vqgan\t30\t\t\t\t\t\t\t\t"
+    }' >>"$dir/curves/log.tsv"
+ok "a log of constants, and of what is no number" timeout -s KILL 60 "$build/train" --config test/tiny.txt --data "$dir/data" --threads 1 --run "$dir/curves" --vqgan --resume
+ok "is drawn" test "$(grep -c '<clipPath' "$dir/curves/loss.svg")" -eq 17
+ok "in little" test "$(wc -c <"$dir/curves/loss.svg")" -lt 200000
+ok "where numbers are numbers" sh -c "! sed 's/>[^<]*</></g' '$dir/curves/loss.svg' | grep -q 'nan\|inf'"
+ok "and few of them on an axis" awk '/class="mid"/ { x++ } /<clipPath/ { if (x < 2 || x > 24) bad = 1; x = 0 } END { exit bad }' "$dir/curves/loss.svg"
+ok "a run goes on behind such lines" timeout -s KILL 60 "$build/train" --config test/tiny.txt --data "$dir/data" --threads 1 --run "$dir/curves" --vqgan --resume --steps 32
+{ grep -v '^vqgan.model.params.scheduler\|^vqgan.train' test/tiny.txt && printf 'vqgan.model.params.scheduler_config.params.%s\n' 'lr_start 0' 'lr_max 0' 'lr_min 0' 'warm_up_steps 0' &&
+    printf 'vqgan.train.%s\n' 'steps 30' 'l2_weight 0' 'codebook_weight 0' 'flip false'; } >"$dir/still.txt"
+mkdir "$dir/same" && for i in 1 2 3 4 5 6 7 8 9; do cp "$dir/data/bar/001.png" "$dir/same/$i.png"; done
+ok "a loss that is one constant" timeout -s KILL 60 "$build/train" --config "$dir/still.txt" --data "$dir/same" --threads 1 --run "$dir/still" --vqgan --steps 20
+ok "is" test "$(awk '$1 == "vqgan" { print $3 }' "$dir/still/log.tsv" | sort -u | wc -l)" -eq 1
+ok "drawn in little" test "$(wc -c <"$dir/still/loss.svg")" -lt 20000
+
 # ---- a state without its weights ----
 weights_again() { # weights_again RUN STAGE WORD ARGUMENTS...: --resume of a finished run whose weights are not those of the state
     again=$1 stage=$2 word=$3

@@ -102,7 +102,7 @@ static Err add_line(Curves *all, const Line *l, const int field[SERIES]) {
     Curve *c = find_curve(all, l->field[0]);
     if (!c || l->n < 2) return OK;
     const float step = (float)number(l, 1);
-    if (!(step >= 0)) return OK;                                /* not a number */
+    if (!(step >= 0 && step <= (float)UINT32_MAX)) return OK;   /* no step of ours */
     while (c->n > 0 && c->point[c->n - 1].step >= step) c->n--; /* these are repeated */
     TRY(mem_grow(&c->point, c->n, 1, &c->capacity, sizeof *c->point, "a curve"));
     Point *p = &c->point[c->n++];
@@ -223,7 +223,8 @@ static Axes axes_of(const Curve *c, double top) {
     if (!(a.y0 <= a.y1)) a.y0 = 0, a.y1 = 1; /* nothing finite */
     a.log = a.y0 > 0 && a.y1 > 5 * a.y0;
     if (a.log) a.y0 = log(a.y0), a.y1 = log(a.y1);
-    const double room = a.y1 > a.y0 ? 0.05 * (a.y1 - a.y0) : 0.05 * fabs(a.y1) + 1e-6;
+    const double range = a.y1 - a.y0, size = fmax(fabs(a.y0), fabs(a.y1));
+    const double room = 0.05 * (range > 1e-5 * size ? range : size + 2e-5); /* what hardly moves is a line */
     a.y0 -= room, a.y1 += room;
     return a;
 }
@@ -241,17 +242,22 @@ static void put_y_tick(Svg *out, const Axes *a, double value) {
         WIDTH - RIGHT, LEFT - 6, y + 4, value);
 }
 
+static void put_x_tick(Svg *out, const Axes *a, double x) {
+    if (x > a->x1 + 1e-9) return;
+    put(out, "<path class=\"grid\" d=\"M%.1f %.1fv%d\"/><text x=\"%.1f\" y=\"%.1f\" class=\"mid\">%.10g</text>\n",
+        x_of(a, x), a->top, PLOT, x_of(a, x), a->top + PLOT + 16, x);
+}
+
+/* Ticks are counted in whole numbers, and there are few, whatever the values are. */
 static void put_axes(Svg *out, const Axes *a) {
+    enum { TICKS = 24, DECADES = 100 };
     const double step = fmax(nice_step(a->x1 - a->x0, 8), 1), lo = a->log ? exp(a->y0) : a->y0,
                  hi = a->log ? exp(a->y1) : a->y1, each = nice_step(hi - lo, 5);
-    for (double x = ceil(a->x0 / step) * step; x <= a->x1 + 1e-9; x += step)
-        put(out, "<path class=\"grid\" d=\"M%.1f %.1fv%d\"/><text x=\"%.1f\" y=\"%.1f\" class=\"mid\">%.10g</text>\n",
-            x_of(a, x), a->top, PLOT, x_of(a, x), a->top + PLOT + 16, x);
-    if (a->log)
-        for (double power = pow(10, floor(log10(lo))); power <= hi; power *= 10)
-            put_y_tick(out, a, power), put_y_tick(out, a, 2 * power), put_y_tick(out, a, 5 * power);
-    else
-        for (double i = ceil(lo / each); i * each <= hi; i++) put_y_tick(out, a, i * each);
+    const double x = ceil(a->x0 / step), y = ceil(lo / each), power = a->log ? floor(log10(lo)) : 0;
+    for (int i = 0; i < TICKS; i++) put_x_tick(out, a, (x + i) * step);
+    for (int i = 0; i < TICKS && !a->log; i++) put_y_tick(out, a, (y + i) * each);
+    for (int i = 0; i < DECADES && a->log; i++)
+        for (int k = 1; k <= 5; k += k == 1 ? 1 : 3) put_y_tick(out, a, k * pow(10, power + i));
     put(out, "<rect class=\"frame\" x=\"%d\" y=\"%.1f\" width=\"%d\" height=\"%d\"/>\n", LEFT, a->top,
         WIDTH - LEFT - RIGHT, PLOT);
     put(out, "<text x=\"%d\" y=\"%.1f\" class=\"end\">step</text>\n", WIDTH - RIGHT, a->top + PLOT + 30);
@@ -412,7 +418,7 @@ enum { VARINT = 0, FIXED64 = 1, BYTES = 2, FIXED32 = 5 };
 
 static Err append(Message *m, const void *data, size_t n) {
     TRY(mem_grow(&m->data, m->n, n, &m->capacity, 1, "an event"));
-    memcpy(m->data + m->n, data, n);
+    if (n) memcpy(m->data + m->n, data, n);
     m->n += n;
     return OK;
 }
