@@ -473,9 +473,7 @@ static Err check_labels(const Chain *c, const SampleOptions *o) {
 static Err check_options(const Chain *c, const SampleOptions *o) {
     enum { MAX_CHAIN = 65535 }; /* repeats share 24 bits of the stream's name with t */
     const size_t N = c->h * c->w, least = o->known ? 0 : 1;
-    if (o->n < 1 || o->n > UINT32_MAX || o->first > UINT32_MAX - o->n)
-        return err("sampling: %zu samples from number %llu on, expected at least 1 and numbers below 2^32", o->n,
-                   (unsigned long long)o->first);
+    if (o->n < 1 || o->n > UINT32_MAX) return err("sampling: %zu samples, expected 1 to 2^32 - 1", o->n);
     for (int t = 1; t <= c->schedule->T; t++) {
         if (!(o->temperature[t] >= 0) || !isfinite(o->temperature[t]))
             return err("sampling: temperature %g of scale %d, expected 0 or more", o->temperature[t], t);

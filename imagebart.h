@@ -273,7 +273,7 @@ typedef struct {
 
 typedef struct {
     size_t n;                           /* samples */
-    uint64_t seed, first;               /* sample b uses the streams of number first+b */
+    uint64_t seed, first;               /* sample b uses the streams of number first+b, modulo 2^32 */
     double temperature[MAX_SCALES + 1]; /* [t] */
     size_t top_k[MAX_SCALES + 1];       /* [t]; 0: all */
     size_t chain[MAX_SCALES + 1];       /* [t] forward-backward repeats, >= 1; 0 with known tokens: x_{t-1} = x_t */

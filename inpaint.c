@@ -149,7 +149,7 @@ static Err draw_tokens(Completion *c) {
     c->options.label = c->label;
     for (size_t first = 0; first < a->n; first += most) {
         size_t n = min_size(most, a->n - first);
-        c->options.first = first * M;
+        c->options.first = (a->first + first) * M;
         c->options.n = n * M;
         TRY(sample_chain(&chain, &c->options, c->drawn));
         for (size_t b = 0; b < n; b++)
@@ -194,6 +194,7 @@ static Err write_result(Completion *c) {
     if (e == OK) e = sampling_text(&text, c->args, &c->options, &c->model);
     if (e == OK) e = config_set(&text, "inpainted", "%s", last_part(c->in->image));
     if (e == OK) e = config_set(&text, "candidates", "%zu", c->M);
+    if (e == OK) e = sampling_text_place(&text, c->args->n, c->args->first, 0);
     if (e == OK) e = image_write_png(c->args->out, &im, &text);
     image_free(&im);
     config_free(&text);

@@ -6,6 +6,7 @@
  * tokens of some pictures, or for the kept tokens of one picture under every class. */
 #include "sampling/sampling.h"
 
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -25,6 +26,7 @@ typedef struct {
     int32_t *x_0, *x_prev, *x_t;    /* (n) */
     int32_t *row_scale, *row_label; /* (BOUND_ROWS) */
     real *q, *logits;               /* (n,K) */
+    float *entropy;                 /* (cases,N) or NULL */
 } Bound;
 
 static Err bound_buffers(Bound *a, const Chain *chain) {
@@ -64,6 +66,37 @@ static void bound_row(Bound *a, const Chain *chain, size_t first_case, size_t ro
     a->row_label[row] = a->label ? a->label[c] : 0;
 }
 
+/* In bits, of softmax(logits) */
+static double entropy_of(const real *logits, size_t K) {
+    double largest = -HUGE_VAL, sum = 0, mean = 0;
+    for (size_t k = 0; k < K; k++)
+        if ((double)logits[k] > largest) largest = (double)logits[k];
+    for (size_t k = 0; k < K; k++) {
+        const double z = (double)logits[k] - largest, e = exp(z);
+        sum += e;
+        mean += e > 0 ? e * z : 0;
+    }
+    return (log(sum) - mean / sum) / log(2);
+}
+
+typedef struct {
+    Bound *a;
+    const real *logits;
+    size_t first_case, K;
+} Entropies;
+
+/* entropy (N) of a case: a mean over its rows */
+static void entropy_task(void *context, size_t c) {
+    const Entropies *e = (const Entropies *)context;
+    const Bound *a = e->a;
+    for (size_t i = 0; i < a->N; i++) {
+        double sum = 0;
+        for (size_t r = c * a->draws; r < (c + 1) * a->draws; r++)
+            sum += entropy_of(e->logits + (r * a->N + i) * e->K, e->K);
+        a->entropy[(e->first_case + c) * a->N + i] = (float)(sum / (double)a->draws);
+    }
+}
+
 /* bound[c] += KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)), a mean over the kept tokens, for the cases of a batch */
 static Err bound_batch(Bound *a, const Chain *chain, Transformer *net, size_t first_case, int t, double *bound) {
     const size_t n = a->rows * a->N, K = chain->K;
@@ -71,6 +104,10 @@ static Err bound_batch(Bound *a, const Chain *chain, Transformer *net, size_t fi
     const real *logits;
     for (size_t b = 0; b < a->rows; b++) a->row_scale[b] = t;
     TRY(transformer_forward(net, x_prev, x_t, a->row_scale, a->label ? a->row_label : NULL, a->rows, a->N, &logits));
+    if (a->entropy && t == 1) {
+        Entropies e = {a, logits, first_case, K};
+        parallel_for(threads_free(), a->rows / a->draws, entropy_task, &e);
+    }
     a->kept = 0;
     for (size_t i = 0; i < n; i++) {
         if (!bound_keeps(a, i)) continue;
@@ -125,11 +162,17 @@ Err class_bounds(const Chain *chain, const int32_t *tokens, const uint8_t *keep,
     return e;
 }
 
-Err picture_bounds(const Chain *chain, const int32_t *tokens, const int32_t *label, size_t n, uint64_t seed,
-                   double *bound) {
+Err picture_guesses(const Chain *chain, const int32_t *tokens, const int32_t *label, size_t n, uint64_t seed,
+                    double *bound, float *entropy) {
     Bound a = {
         .cases = n, .draws = PICTURE_DRAWS, .last = 1, .tokens = tokens, .label = label, .N = chain->h * chain->w};
+    a.entropy = entropy;
     const Err e = bound_cases(&a, chain, seed, bound);
     bound_free(&a);
     return e;
+}
+
+Err picture_bounds(const Chain *chain, const int32_t *tokens, const int32_t *label, size_t n, uint64_t seed,
+                   double *bound) {
+    return picture_guesses(chain, tokens, label, n, seed, bound, NULL);
 }

@@ -31,6 +31,8 @@ void sampling_parse(int argc, char **argv, const Option *own, SamplingArgs *a, c
     enum { MOST = 64 };
     const Option shared[] = {
         {OPT_U64, "--seed", "N", &a->seed, 0, 0, "same seed, same pictures (default: a new one; always printed)"},
+        {OPT_SIZE, "--first", "N", &a->first, 0, INT32_MAX,
+         "number of the first picture (default 0): --first 5 -n 1 is the sixth that\n-n 6 gives"},
         {OPT_STRING, "--class", "NAME|ID", &a->class_name, 0, 0,
          "which class, for models that have classes; ImageNet's also by synset\n(n02099601) or any WordNet name "
          "(\"golden retriever\")"},
@@ -304,4 +306,10 @@ Err sampling_text(Config *text, const SamplingArgs *a, const SampleOptions *o, c
     if (sampling_rows(o, T, 1) > 1) TRY(text_per_scale(text, "guidance", o->guidance, T));
     if (m->weights != WEIGHTS_REAL) TRY(config_set(text, "weights", "%s", a->weights));
     return a->official_temperature ? config_set(text, "official-temperature", "true") : OK;
+}
+
+Err sampling_text_place(Config *text, size_t n, uint64_t first, int of_several) {
+    if (n == 1) return first || of_several ? config_set(text, "picture", "%llu", (unsigned long long)first) : OK;
+    TRY(config_set(text, "count", "%zu", n));
+    return first ? config_set(text, "first", "%llu", (unsigned long long)first) : OK;
 }

@@ -75,6 +75,53 @@ Err class_bounds(const Chain *c, const int32_t *tokens, const uint8_t *keep, uin
  * variational bound as above, of all tokens and over all scales. Two draws of the chain for each. */
 Err picture_bounds(const Chain *c, const int32_t *tokens, const int32_t *label, size_t n, uint64_t seed, double *bound);
 
+/* The same, and entropy (n,N) = how unsure the model is of each token: that of p(x_0[i] | x_0[0..i-1], x_1) in bits, a
+ * mean over the draws; NULL: not wanted. */
+Err picture_guesses(const Chain *c, const int32_t *tokens, const int32_t *label, size_t n, uint64_t seed, double *bound,
+                    float *entropy);
+
+/* ---- draw.c: new pictures, a batch at a time ---- */
+
+/* The pictures that are being drawn: number at .. at + count - 1 of a job, `each` rows for each of them. */
+typedef struct {
+    size_t at, count, each;
+    const SampleOptions *options;
+} Batch;
+/* Who watches a job: each may be NULL, none changes what is drawn. */
+typedef struct {
+    int (*progress)(void *context, const Batch *b, int t, size_t repeat, size_t done, size_t of); /* nonzero: stop */
+    void (*scale_done)(void *context, const Batch *b, int t, const int32_t *tokens); /* (count * each, N) = x_{t-1} */
+    Err (*drawn)(void *context, const Batch *b); /* the batch's pictures are there */
+    void *context;
+} Watch;
+
+typedef struct {
+    Model *model;
+    SampleOptions options; /* seed, temperature, ..., counts */
+    size_t n, M, rows;     /* M are drawn for each picture, of which one is kept; rows of a batch: draw_rows */
+    uint64_t first;        /* number of the first picture */
+    int32_t *label;        /* (n) or NULL */
+    int with_chain, with_bounds;
+    Watch watch;
+    /* results, to be released with draw_free, as label is */
+    int32_t *tokens; /* (n,N) x_0 */
+    int32_t *chain;  /* (n,T+1,N) x_T .. x_0, with_chain */
+    double *bound;   /* (n) with_bounds: see picture_guesses */
+    float *entropy;  /* (n,N) */
+    /* a batch, (rows), of which one in M is kept */
+    Batch batch;
+    size_t N;
+    int32_t *drawn_label, *drawn, *drawn_chain;
+    double *drawn_bound;
+    float *drawn_entropy;
+} Draw;
+size_t draw_rows(size_t n, size_t batch, size_t M);
+/* *label (n) = the class of that name, or a random one for each picture, which the seed and its number tell; NULL: the
+ * model has no classes. */
+Err draw_classes(int32_t **label, const Model *m, const char *name, uint64_t seed, uint64_t first, size_t n);
+Err draw_pictures(Draw *d);
+void draw_free(Draw *d);
+
 /* ---- nearest.c ---- */
 
 /* How near drawn pictures, tokens (n,N), come to the training pictures of the dataset at path, mirrored ones included:
@@ -105,8 +152,8 @@ Err show_png(const char *path);
 
 typedef struct {
     const char *model, *out, *class_name, *temperature, *top_k, *guidance, *chain_length, *device, *weights;
-    size_t n, batch, block, threads;
-    uint64_t seed; /* the user's or a new one; it is printed and kept in the PNG */
+    size_t n, first, batch, block, threads; /* first: number of the first picture */
+    uint64_t seed;                          /* the user's or a new one; it is printed and kept in the PNG */
     int official_temperature, no_ema, show;
 } SamplingArgs;
 /* options_parse with the program's own rows, then those that both have, which fill *a. */
@@ -132,8 +179,10 @@ int sampling_progress(void *context, int t, size_t repeat, size_t done, size_t o
 void say_drafts(const DraftCounts *counts, int T);
 /* The name of a file or folder without those above it: a picture is passed on, and tells nobody's folders. */
 const char *last_part(const char *path);
-/* The options as PNG text, for image_write_png. */
+/* The options as PNG text, for image_write_png: n pictures from number `first` on. Of one picture its number is told, if
+ * it is of several. */
 Err sampling_text(Config *text, const SamplingArgs *a, const SampleOptions *o, const Model *m);
+Err sampling_text_place(Config *text, size_t n, uint64_t first, int of_several);
 
 #ifdef __cplusplus
 }
