@@ -364,19 +364,25 @@ test: $(TEST_BIN) $(EMULATED_BIN) $B/golden $B/pictures $B/logits $B/lpips $B/co
 	@test/run.sh $B "$P" $(TEST_BIN) $(EMULATED_TESTS)
 endif
 
-# Test programs and golden cases alone, without the programs' checks: for other compilers, instructions, sanitizers
+# Test programs and golden cases alone, without the programs' checks: for other compilers, instructions, sanitizers. What
+# is compiled in double, for gradients, is no part of a program and the same loops: it is tested by make test.
 .PHONY: units threads objects list-objects list-libraries
-units: $(TEST_BIN) $B/golden
-	@test/run.sh --units $B $(TEST_BIN)
+units: $(TESTS:%=$B/test_%) $B/golden
+	@test/run.sh --units $B $(TESTS:%=$B/test_%)
 
 # What threads share, under the thread sanitizer
-THREADS_TESTS := base vqgan transformer
-threads:
-	@mkdir -p build/threads
-	@for t in $(THREADS_TESTS); do $(CC) -std=c11 -D_GNU_SOURCE -I. -g -O1 -fsanitize=thread -Wno-unknown-pragmas -Wno-tsan \
-	    -o build/threads/test_$$t test/test_$$t.c $(patsubst %,%.c,$(filter-out transformer,$(COMPONENTS))) -x c transformer.cu \
-	    -x none -lpng -ljpeg -lz -lm -lpthread || exit 1; done
-	@TSAN_OPTIONS=allocator_may_return_null=1 test/run.sh --threads build/threads $(THREADS_TESTS:%=build/threads/test_%)
+THREADS_TESTS := base data vqgan transformer
+THREADS_FLAGS := -std=c11 -D_GNU_SOURCE -I. -g -O1 -fsanitize=thread -Wno-unknown-pragmas -Wno-tsan -MMD -MP
+build/threads/%.o: %.c Makefile
+	@mkdir -p $(@D)
+	$(CC) $(THREADS_FLAGS) -c -o $@ $<
+build/threads/transformer.o: transformer.cu Makefile
+	@mkdir -p $(@D)
+	$(CC) $(THREADS_FLAGS) -x c -c -o $@ $<
+$(THREADS_TESTS:%=build/threads/test_%): build/threads/%: build/threads/test/%.o $(COMPONENTS:%=build/threads/%.o)
+	$(CC) $(THREADS_FLAGS) -o $@ $^ -lpng -ljpeg -lz -lm -lpthread
+threads: $(THREADS_TESTS:%=build/threads/test_%)
+	@TSAN_OPTIONS=allocator_may_return_null=1 test/run.sh --threads build/threads $^
 
 # For test/ptx.sh
 objects: $(OBJ)
@@ -431,4 +437,4 @@ clean:
 	rm -rf build $(PROGRAMS) serve test/golden test/bench test/walkthrough
 
 FORCE:
--include $(shell find $B $(if $P,$P) -name '*.d' 2>/dev/null)
+-include $(shell find $B $(if $P,$P) build/threads -name '*.d' 2>/dev/null)
