@@ -23,7 +23,7 @@ typedef struct {
 
 /* ---- Draw ---- */
 
-static int progress(void *context, const Batch *b, int t, size_t repeat, size_t done, size_t of) {
+static int progress(void *context, const DrawBatch *b, int t, size_t repeat, size_t done, size_t of) {
     SampleOptions shown = *b->options;
     shown.candidates = b->each; /* pictures are counted, not what is drawn for them */
     (void)context;

@@ -106,7 +106,7 @@ Err draw_pictures(Draw *d) {
     d->options.scale_done = on_scale;
     d->options.context = d;
     for (size_t at = 0; at < d->n; at += at_once) {
-        d->batch = (Batch){at, min_size(at_once, d->n - at), d->M, &d->options};
+        d->batch = (DrawBatch){at, min_size(at_once, d->n - at), d->M, &d->options};
         TRY(draw_batch(d));
         TRY(keep_best(d));
         if (d->watch.drawn) TRY(d->watch.drawn(d->watch.context, &d->batch));

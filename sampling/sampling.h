@@ -86,14 +86,16 @@ Err picture_guesses(const Chain *c, const int32_t *tokens, const int32_t *label,
 typedef struct {
     size_t at, count, each;
     const SampleOptions *options;
-} Batch;
+} DrawBatch;
 /* Who watches a job: each may be NULL, none changes what is drawn. */
 typedef struct {
-    int (*progress)(void *context, const Batch *b, int t, size_t repeat, size_t done, size_t of); /* nonzero: stop */
-    void (*scale_done)(void *context, const Batch *b, int t, const int32_t *tokens); /* (count * each, N) = x_{t-1} */
-    Err (*drawn)(void *context, const Batch *b); /* the batch's pictures are there */
+    int (*progress)(void *context, const DrawBatch *b, int t, size_t repeat, size_t done,
+                    size_t of); /* nonzero: stop */
+    void (*scale_done)(void *context, const DrawBatch *b, int t,
+                       const int32_t *tokens);       /* (count * each, N) = x_{t-1} */
+    Err (*drawn)(void *context, const DrawBatch *b); /* the batch's pictures are there */
     void *context;
-} Watch;
+} DrawWatch;
 
 typedef struct {
     Model *model;
@@ -102,14 +104,14 @@ typedef struct {
     uint64_t first;        /* number of the first picture */
     int32_t *label;        /* (n) or NULL */
     int with_chain, with_bounds;
-    Watch watch;
+    DrawWatch watch;
     /* results, to be released with draw_free, as label is */
     int32_t *tokens; /* (n,N) x_0 */
     int32_t *chain;  /* (n,T+1,N) x_T .. x_0, with_chain */
     double *bound;   /* (n) with_bounds: see picture_guesses */
     float *entropy;  /* (n,N) */
     /* a batch, (rows), of which one in M is kept */
-    Batch batch;
+    DrawBatch batch;
     size_t N;
     int32_t *drawn_label, *drawn, *drawn_chain;
     double *drawn_bound;
