@@ -554,6 +554,14 @@ int label_dropped(double p, uint64_t seed, uint64_t micro, uint64_t b) {
     return p > 0 && rng_uniform(seed, rng_stream(RNG_LABEL, 0, b), micro) < p;
 }
 
+void choose_crop(size_t *crop, size_t *flip, const Tokens *x, uint64_t seed, uint64_t at, uint64_t epoch,
+                 size_t picture, int balanced) {
+    const uint64_t stream = rng_stream(RNG_CROP, epoch, picture);
+    *flip = rng_below(seed, stream, 0, (uint32_t)x->flips);
+    *crop = balanced ? rng_below(seed, rng_stream(RNG_ORDER, 0, at), 2, (uint32_t)x->crops)
+                     : rng_below(seed, stream, 1, (uint32_t)x->crops);
+}
+
 /* ------------------------------------------------------------------------------------------------------------
  * Batches ahead of time
  * ---------------------------------------------------------------------------------------------------------- */
@@ -567,7 +575,7 @@ struct Loader {
     LoaderConfig c;
     pthread_t thread[READERS];
     size_t readers;
-    real *images;    /* (RING, B, 3, size, size) */
+    real *images;    /* (RING, B, crops, 3, size, size) */
     int32_t *labels; /* (RING, B) */
     pthread_mutex_t lock;
     pthread_cond_t changed;
@@ -608,12 +616,23 @@ static Err loader_picture(Loader *l, size_t i, Image *im, int *fresh) {
     return OK;
 }
 
+/* Of a picture, into row: a crop for the epoch, or (c.crops) all that there are, the same in every epoch. */
+static void put_crops(Loader *l, const Claim *claim, uint64_t row, const Image *im) {
+    const LoaderConfig *c = &l->c;
+    const size_t pixels = 3 * c->size * c->size, n = max_size(c->crops, 1);
+    const int crop = (c->train || c->crops) && c->prep == PREP_IMAGENET;
+    const int may_flip = c->train && (c->flip || c->prep == PREP_LSUN);
+    for (size_t k = 0; k < n; k++) {
+        const uint64_t stream =
+            c->crops ? rng_stream(RNG_CROPS, k, claim->i) : rng_stream(RNG_CROP, claim->epoch & 0xffffff, claim->i);
+        prep_crop(l->images + (row * n + k) * pixels, im, c->size, crop ? rng_uniform(c->seed, stream, 0) : -1,
+                  crop ? rng_uniform(c->seed, stream, 1) : -1, may_flip && rng_uniform(c->seed, stream, 2) < 0.5);
+    }
+}
+
 /* Into the claimed row. For a damaged picture stands the next whole one of the set (c.mark: a label of -1). */
 static Err loader_example(Loader *l, const Claim *claim) {
     size_t n = l->set->n, i = claim->i, row = claim->row % (l->c.B * RING);
-    uint64_t stream = rng_stream(RNG_CROP, claim->epoch & 0xffffff, claim->i);
-    int crop = l->c.train && l->c.prep == PREP_IMAGENET;
-    int may_flip = l->c.train && (l->c.flip || l->c.prep == PREP_LSUN);
     Image im;
     int fresh;
     TRY(loader_picture(l, i, &im, &fresh));
@@ -623,9 +642,7 @@ static Err loader_example(Loader *l, const Claim *claim) {
     }
     l->labels[row] = im.rgb ? l->set->label[i] : -1;
     if (!im.rgb) return l->c.mark ? OK : err("none of the %zu pictures can be read, such as %s", n, l->set->path[0]);
-    prep_crop(l->images + row * 3 * l->c.size * l->c.size, &im, l->c.size,
-              crop ? rng_uniform(l->c.seed, stream, 0) : -1, crop ? rng_uniform(l->c.seed, stream, 1) : -1,
-              may_flip && rng_uniform(l->c.seed, stream, 2) < 0.5);
+    put_crops(l, claim, row, &im);
     if (fresh) image_free(&im);
     return OK;
 }
@@ -673,7 +690,7 @@ static void *loader_thread(void *argument) {
 
 static Err loader_alloc(Loader *l) {
     size_t n = l->set->n, reals;
-    TRY(size_mul(&reals, 3 * l->c.size * l->c.size, RING));
+    TRY(size_mul(&reals, 3 * l->c.size * l->c.size, RING * max_size(l->c.crops, 1)));
     TRY(size_mul(&reals, reals, l->c.B));
     TRY(mem_alloc(&l->images, reals, sizeof *l->images, "prefetched batches"));
     TRY(mem_alloc(&l->labels, l->c.B * RING, sizeof *l->labels, "prefetched labels"));
@@ -697,6 +714,7 @@ Err loader_start(Loader **out, const Dataset *d, const LoaderConfig *c) {
     if (d->n < 1 || d->n > INT32_MAX) return err("a loader over %zu pictures", d->n);
     if (c->B < 1 || c->B > 1 << 20) return err("batch %zu: 1..%d expected", c->B, 1 << 20);
     if (c->size < 1 || c->size > IMAGE_MAX_SIDE) return err("size %zu: 1..%d expected", c->size, IMAGE_MAX_SIDE);
+    if (c->crops > CROPS_MAX) return err("%zu crops: 0..%d expected", c->crops, CROPS_MAX);
     if (c->global_batch > 1 << 30 || c->rank_first > 1 << 30)
         return err("rows %zu.. of a batch of %zu", c->rank_first, c->global_batch);
     if (c->step > UINT64_MAX / 4 / max_size(c->B, c->global_batch))
@@ -731,7 +749,7 @@ Err loader_next(Loader *l, const real **images, const int32_t **labels) {
     if (!there) l->taken = k;
     pthread_mutex_unlock(&l->lock);
     if (!there) return err("%s", l->message);
-    *images = l->images + slot * B * 3 * l->c.size * l->c.size;
+    *images = l->images + slot * B * max_size(l->c.crops, 1) * 3 * l->c.size * l->c.size;
     *labels = l->labels + slot * B;
     return OK;
 }

@@ -73,6 +73,11 @@ void epoch_order(uint32_t *order, size_t n, uint64_t seed, uint64_t epoch);
 /* Label dropout: does row b of this micro batch lose its label, as it does with probability p? */
 int label_dropped(double p, uint64_t seed, uint64_t micro, uint64_t b);
 
+/* Which of a picture's encoded crops, and which mirroring, is number `at` of the training sequence, in this epoch. balanced:
+ * classes are drawn equally often, so that a picture may come often in an epoch. */
+void choose_crop(size_t *crop, size_t *flip, const Tokens *x, uint64_t seed, uint64_t at, uint64_t epoch,
+                 size_t picture, int balanced);
+
 /* Batches read ahead by threads. Step s takes examples s*B .. s*B+B-1 of the endless sequence of epochs, whatever the
  * number of threads. For a damaged picture stands the next whole one in the order of the set. */
 typedef struct Loader Loader;
@@ -85,6 +90,7 @@ typedef struct {
     int train;           /* shuffle, random crop of the preset */
     int flip;            /* mirror half of the training pictures */
     int mark;            /* damaged pictures keep their place, with label -1 */
+    size_t crops;        /* to be encoded once: this many random crops of every picture, images (B,crops,3,size,size) */
 } LoaderConfig;
 Err loader_start(Loader **l, const Dataset *d, const LoaderConfig *c);
 /* The next batch: images (B,3,size,size), labels (B); valid until the next call. */

@@ -94,7 +94,8 @@ typedef enum {
     RNG_CHOOSE,   /* inpainting: which candidates stay, a = t and repeat, b = sample */
     RNG_TEST,     /* tests */
     RNG_LABEL,    /* label dropout: a = 0, b = row of the micro batch, index = micro batch */
-    RNG_ROUND     /* moments in bf16: a = row of the parameter table, b = step, index = element / 4 */
+    RNG_ROUND,    /* moments in bf16: a = row of the parameter table, b = step, index = element / 4 */
+    RNG_CROPS     /* the crops of a picture that are encoded once: a = which, b = picture */
 } RngPurpose;
 uint64_t rng_stream(RngPurpose purpose, uint64_t a, uint64_t b);
 double rng_uniform(uint64_t seed, uint64_t stream, uint64_t index);                 /* [0,1), 53 bits */

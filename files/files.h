@@ -344,14 +344,16 @@ Err image_grid(Image *out, const real *images, size_t n, size_t H, size_t W, siz
 /* The sides of that picture; an error if it would be too large. */
 Err image_grid_size(size_t *out_H, size_t *out_W, size_t n, size_t H, size_t W, size_t columns, size_t gap);
 
-/* tokens.c. A dataset encoded once. File: magic, sizes, checksum of the VQGAN, labels, then 16-bit tokens (n, flips,
- * N). */
+/* tokens.c. A dataset encoded once. File: magic, sizes, checksum of the VQGAN, labels, then 16-bit tokens (n, crops,
+ * flips, N). */
+enum { CROPS_MAX = 64 };
 typedef struct {
     size_t n, h, w, K, flips; /* flips: 1 as they are, 2 also mirrored */
+    size_t crops;             /* of each picture, 1..CROPS_MAX */
     uint64_t vqgan;           /* file_checksum of the first stage */
     uint64_t source;          /* hash of the dataset's identity and preprocessing */
     int32_t *label;           /* (n) */
-    uint16_t *token;          /* (n, flips, h*w) */
+    uint16_t *token;          /* (n, crops, flips, h*w) */
 } Tokens;
 Err tokens_read(Tokens *x, const char *path);
 void tokens_free(Tokens *x);
@@ -366,7 +368,8 @@ typedef struct {
     char path[PATH_BYTES], part[PATH_BYTES];
 } TokensPart;
 Err tokens_start(TokensPart *p, const char *path, const Tokens *sizes, size_t batch);
-Err tokens_append(TokensPart *p, int32_t label, const int32_t *token); /* (flips, h*w); label -1: a damaged picture */
+/* token (crops, flips, h*w); label -1: a damaged picture */
+Err tokens_append(TokensPart *p, int32_t label, const int32_t *token);
 /* Writes path from what was appended, without the damaged pictures; x is it. The part file is removed. */
 Err tokens_finish(TokensPart *p, Tokens *x);
 /* What a kill left between the two: path.part beside a whole path, unless another process has it. */

@@ -12,6 +12,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <stddef.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/file.h>
@@ -20,22 +21,36 @@
 
 _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "token files are little-endian");
 
-/* A token file is this header, then labels int32 (n), then tokens uint16 (n, flips, h*w), and nothing else. */
+/* A token file is this header, then labels int32 (n), then tokens uint16 (n, crops, flips, h*w), and nothing else. The
+ * header of one crop a picture ends before `crops`: the first version of the format, which knew no others. Several have
+ * the second version. */
 typedef struct {
     char magic[8];
-    uint64_t n, h, w, K, flips, vqgan, source;
+    uint64_t n, h, w, K, flips, vqgan, source, crops;
 } TokensHeader;
-static const char tokens_magic[8] = "ibtokens";
+enum { FIRST_HEADER = offsetof(TokensHeader, crops) };
+static const char tokens_magic[2][9] = {"ibtokens", "ibtokns2"};
+
+static size_t header_bytes(uint64_t crops) {
+    return crops > 1 ? sizeof(TokensHeader) : FIRST_HEADER;
+}
+
+static TokensHeader header_of(const Tokens *x, const char magic[2][9]) {
+    TokensHeader head = {{0}, x->n, x->h, x->w, x->K, x->flips, x->vqgan, x->source, x->crops};
+    memcpy(head.magic, magic[x->crops > 1], sizeof head.magic);
+    return head;
+}
 
 /* Checks that sizes are in range; *count = the number of tokens that they mean. */
-static Err tokens_sizes(size_t *count, uint64_t n, uint64_t h, uint64_t w, uint64_t K, uint64_t flips) {
+static Err tokens_sizes(size_t *count, uint64_t n, uint64_t h, uint64_t w, uint64_t K, uint64_t flips, uint64_t crops) {
     enum { MAX_GRID = 4096, MAX_K = 65536 };
     if (n < 1 || n > INT32_MAX) return err("%ju pictures, 1..2^31-1 expected", (uintmax_t)n);
     if (h < 1 || w < 1 || h > MAX_GRID || w > MAX_GRID)
         return err("a grid of %ju x %ju tokens, sides of 1..%d expected", (uintmax_t)h, (uintmax_t)w, MAX_GRID);
     if (K < 1 || K > MAX_K) return err("%ju token values, 1..%d expected", (uintmax_t)K, MAX_K);
     if (flips < 1 || flips > 2) return err("%ju flips, 1 or 2 expected", (uintmax_t)flips);
-    *count = (size_t)(n * flips * h * w); /* at most 2^31 * 2 * 2^24 */
+    if (crops < 1 || crops > CROPS_MAX) return err("%ju crops, 1..%d expected", (uintmax_t)crops, CROPS_MAX);
+    *count = (size_t)(n * crops * flips * h * w); /* at most 2^31 * 2^6 * 2 * 2^24 */
     return OK;
 }
 
@@ -49,31 +64,42 @@ static Err tokens_check(const Tokens *x, size_t count) {
 
 Err tokens_write(const char *path, const Tokens *x) {
     size_t count;
-    if (tokens_sizes(&count, x->n, x->h, x->w, x->K, x->flips) != OK || tokens_check(x, count) != OK)
+    if (tokens_sizes(&count, x->n, x->h, x->w, x->K, x->flips, x->crops) != OK || tokens_check(x, count) != OK)
         return err_in(path);
-    TokensHeader head = {{0}, x->n, x->h, x->w, x->K, x->flips, x->vqgan, x->source};
-    memcpy(head.magic, tokens_magic, sizeof head.magic);
+    const TokensHeader head = header_of(x, tokens_magic);
     AtomicFile f;
     TRY(atomic_open(&f, path));
-    Err e = atomic_write(&f, &head, sizeof head);
+    Err e = atomic_write(&f, &head, header_bytes(x->crops));
     if (e == OK) e = atomic_write(&f, x->label, x->n * sizeof *x->label);
     if (e == OK) e = atomic_write(&f, x->token, count * sizeof *x->token);
     return atomic_close(&f, e);
+}
+
+/* The header of either version */
+static Err read_header(TokensHeader *head, int fd, const char *path, uint64_t size) {
+    if (size < FIRST_HEADER)
+        return err("%s: has %ju bytes; a token file has at least %d", path, (uintmax_t)size, FIRST_HEADER);
+    TRY(read_exactly(fd, path, (uint8_t *)head, FIRST_HEADER));
+    head->crops = 1;
+    if (!memcmp(head->magic, tokens_magic[0], sizeof head->magic)) return OK;
+    if (memcmp(head->magic, tokens_magic[1], sizeof head->magic)) return err("%s: is not a token file", path);
+    if (size < sizeof *head)
+        return err("%s: has %ju bytes; a token file of several crops has at least %zu", path, (uintmax_t)size,
+                   sizeof *head);
+    TRY(read_exactly(fd, path, (uint8_t *)&head->crops, sizeof head->crops));
+    return head->crops > 1 ? OK : err("%s: %ju crops, 2..%d expected", path, (uintmax_t)head->crops, CROPS_MAX);
 }
 
 /* x from an open file of `size` bytes; every size is checked against the length before memory is asked for. */
 static Err tokens_read_fd(Tokens *x, int fd, const char *path, uint64_t size) {
     TokensHeader head;
     size_t count;
-    if (size < sizeof head)
-        return err("%s: has %ju bytes; a token file has at least %zu", path, (uintmax_t)size, sizeof head);
-    TRY(read_exactly(fd, path, (uint8_t *)&head, sizeof head));
-    if (memcmp(head.magic, tokens_magic, sizeof head.magic) != 0) return err("%s: is not a token file", path);
-    if (tokens_sizes(&count, head.n, head.h, head.w, head.K, head.flips) != OK) return err_in(path);
-    uint64_t expected = sizeof head + head.n * sizeof *x->label + (uint64_t)count * sizeof *x->token;
+    TRY(read_header(&head, fd, path, size));
+    if (tokens_sizes(&count, head.n, head.h, head.w, head.K, head.flips, head.crops) != OK) return err_in(path);
+    uint64_t expected = header_bytes(head.crops) + head.n * sizeof *x->label + (uint64_t)count * sizeof *x->token;
     if (size != expected)
         return err("%s: has %ju bytes, its header says %ju", path, (uintmax_t)size, (uintmax_t)expected);
-    *x = (Tokens){head.n, head.h, head.w, head.K, head.flips, head.vqgan, head.source, NULL, NULL};
+    *x = (Tokens){head.n, head.h, head.w, head.K, head.flips, head.crops, head.vqgan, head.source, NULL, NULL};
     TRY(mem_alloc(&x->label, x->n, sizeof *x->label, "labels"));
     TRY(mem_alloc(&x->token, count, sizeof *x->token, "tokens"));
     TRY(read_exactly(fd, path, (uint8_t *)x->label, x->n * sizeof *x->label));
@@ -103,8 +129,8 @@ void tokens_free(Tokens *x) {
  * ---------------------------------------------------------------------------------------------------------- */
 
 /* PATH.part: the header with another magic, then records: checksum uint64 of what follows and of the record's number,
- * label int32 (-1: a damaged picture), tokens uint16 (flips, h*w). */
-static const char part_magic[8] = "ibtokprt";
+ * label int32 (-1: a damaged picture), tokens uint16 (crops, flips, h*w). */
+static const char part_magic[2][9] = {"ibtokprt", "ibtokpr2"};
 enum { RECORD_LABEL = sizeof(uint64_t), RECORD_TOKENS = RECORD_LABEL + sizeof(int32_t) };
 
 static uint64_t record_checksum(const uint8_t *record, size_t bytes, uint64_t number) {
@@ -154,23 +180,24 @@ static int part_next(TokensPart *p, uint64_t number) {
 /* Counts the whole batches that an earlier run left, and cuts the file behind them; its position is that end. */
 static Err part_continue(TokensPart *p, const TokensHeader *head, size_t batch) {
     TokensHeader theirs;
-    ssize_t got = read(p->fd, &theirs, sizeof theirs);
+    const size_t bytes = header_bytes(p->sizes.crops);
+    ssize_t got = read(p->fd, &theirs, bytes);
     p->done = 0;
-    if (got == (ssize_t)sizeof theirs && memcmp(&theirs, head, sizeof theirs) == 0)
+    if (got == (ssize_t)bytes && memcmp(&theirs, head, bytes) == 0)
         while (p->done < p->sizes.n && part_next(p, p->done)) p->done++;
     if (p->done < p->sizes.n) p->done = p->done / batch * batch;
-    off_t end = p->done ? (off_t)(sizeof *head + p->done * p->bytes) : 0;
+    off_t end = p->done ? (off_t)(bytes + p->done * p->bytes) : 0;
     if (ftruncate(p->fd, end) != 0 || lseek(p->fd, end, SEEK_SET) != end)
         return err("%s: %s", p->part, strerror(errno));
-    return p->done ? OK : write_all(p->fd, p->part, head, sizeof *head);
+    return p->done ? OK : write_all(p->fd, p->part, head, bytes);
 }
 
 Err tokens_start(TokensPart *p, const char *path, const Tokens *sizes, size_t batch) {
     size_t count;
     *p = (TokensPart){.fd = -1, .sizes = *sizes};
-    if (tokens_sizes(&count, sizes->n, sizes->h, sizes->w, sizes->K, sizes->flips) != OK) return err_in(path);
-    TokensHeader head = {{0}, sizes->n, sizes->h, sizes->w, sizes->K, sizes->flips, sizes->vqgan, sizes->source};
-    memcpy(head.magic, part_magic, sizeof head.magic);
+    if (tokens_sizes(&count, sizes->n, sizes->h, sizes->w, sizes->K, sizes->flips, sizes->crops) != OK)
+        return err_in(path);
+    const TokensHeader head = header_of(sizes, part_magic);
     TRY(path_make(p->path, "%s", path));
     TRY(path_make(p->part, "%s.part", path));
     p->bytes = RECORD_TOKENS + count / sizes->n * sizeof *sizes->token;
@@ -203,7 +230,7 @@ static Err part_collect(TokensPart *p, Tokens *x) {
     TRY(size_mul(&total, p->sizes.n, each));
     TRY(mem_alloc(&x->label, p->sizes.n, sizeof *x->label, "labels"));
     TRY(mem_alloc(&x->token, total, sizeof *x->token, "tokens"));
-    if (lseek(p->fd, sizeof(TokensHeader), SEEK_SET) < 0) return err("%s: %s", p->part, strerror(errno));
+    if (lseek(p->fd, (off_t)header_bytes(x->crops), SEEK_SET) < 0) return err("%s: %s", p->part, strerror(errno));
     for (size_t i = 0; i < p->sizes.n; i++) {
         if (!part_next(p, i)) return err("%s: record %zu cannot be read back", p->part, i);
         memcpy(&x->label[x->n], p->record + RECORD_LABEL, sizeof *x->label);

@@ -1,6 +1,7 @@
 /* pictures.c - makes and compares pictures, and compares tensors, for the tests of the programs.
  *
- *   pictures make DIR COUNT SIDE     COUNT pictures of coloured discs and bars in DIR/disc and DIR/bar
+ *   pictures make DIR COUNT SIDE [WIDTH]
+ *                                    COUNT pictures of coloured discs and bars in DIR/disc and DIR/bar, WIDTH (SIDE) x SIDE
  *   pictures same A B X0 Y0 X1 Y1    exit status 0 if the two pictures agree in that rectangle, 1 if not
  *   pictures near A B MOST           exit status 0 if no two colours are farther apart than MOST (of 255), 1 if some are
  *   pictures tensors A P B Q         exit status 0 if every tensor of file A whose name begins with P, and there are some, has
@@ -25,21 +26,22 @@ static int complain(void) {
 }
 
 static void draw(Image *im, uint32_t number, int disc) {
-    long side = (long)im->W, x0 = rng_below(1, rng_stream(RNG_TEST, 0, number), 0, (uint32_t)side / 2) + side / 4;
+    long side = (long)im->H, W = (long)im->W;
+    long x0 = rng_below(1, rng_stream(RNG_TEST, 0, number), 0, (uint32_t)W / 2) + W / 4;
     for (long y = 0; y < side; y++)
-        for (long x = 0; x < side; x++) {
+        for (long x = 0; x < W; x++) {
             long dx = x - x0, dy = y - side / 2;
             int inside = disc ? dx * dx + dy * dy < side * side / 9 : dx * dx < side * side / 64;
             for (uint32_t c = 0; c < 3; c++)
-                im->rgb[3 * (y * side + x) + c] =
+                im->rgb[3 * (y * W + x) + c] =
                     (uint8_t)(inside ? rng_below(1, rng_stream(RNG_TEST, 1, number), c, 120) : 255);
         }
 }
 
-static int make(const char *dir, int count, size_t side) {
-    Image im = {side, side, NULL};
+static int make(const char *dir, int count, size_t side, size_t width) {
+    Image im = {side, width, NULL};
     char path[1100];
-    if (mem_alloc(&im.rgb, side * side, 3, "picture") != OK) return complain();
+    if (mem_alloc(&im.rgb, side * width, 3, "picture") != OK) return complain();
     for (int i = 0; i < count; i++) {
         const char *kind = i % 2 ? "bar" : "disc";
         draw(&im, (uint32_t)i, i % 2 == 0);
@@ -165,7 +167,8 @@ static int weights(char **argv) {
 }
 
 int main(int argc, char **argv) {
-    if (argc == 5 && !strcmp(argv[1], "make")) return make(argv[2], atoi(argv[3]), strtoul(argv[4], NULL, 10));
+    if ((argc == 5 || argc == 6) && !strcmp(argv[1], "make"))
+        return make(argv[2], atoi(argv[3]), strtoul(argv[4], NULL, 10), strtoul(argv[argc - 1], NULL, 10));
     if (argc == 8 && !strcmp(argv[1], "same")) return same(argv);
     if (argc == 5 && !strcmp(argv[1], "near")) return near(argv);
     if (argc == 6 && !strcmp(argv[1], "tensors")) return tensors(argv);

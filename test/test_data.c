@@ -9,6 +9,8 @@
 
 #include "files/files.h"
 
+#include <math.h>
+
 #ifdef HAVE_LMDB
 #include <lmdb.h>
 #endif
@@ -654,6 +656,82 @@ static void test_loader_steps(const Dataset *d, Prep prep, int flip) {
     }
 }
 
+enum { WIDE_N = 3, WIDE_CROPS = 5 };
+
+/* Crops to be encoded: in order, each as image_prepare gives it, of a place that is a function of seed, picture and crop;
+ * not the same for all, and the same in every epoch, whatever the batch. d: a set of the pictures wide/0.png ... */
+static void check_crops(const Dataset *d) {
+    enum { PIXELS = 3 * LOADER_SIZE * LOADER_SIZE };
+    static real want[PIXELS], first[WIDE_N][WIDE_CROPS * PIXELS];
+    for (size_t B = 1; B <= 4; B++) {
+        LoaderConfig c = {
+            .prep = PREP_IMAGENET, .B = B, .size = LOADER_SIZE, .seed = 9, .mark = 1, .crops = WIDE_CROPS};
+        Loader *l;
+        size_t wrong = 0, same = 0, at = 0;
+        CHECK_OK(loader_start(&l, d, &c));
+        while (at < 2 * WIDE_N) {
+            const real *images;
+            const int32_t *labels;
+            CHECK_OK(loader_next(l, &images, &labels));
+            for (size_t b = 0; b < B; b++, at++) {
+                const size_t i = at % WIDE_N;
+                const real *got = images + b * WIDE_CROPS * PIXELS;
+                char name[32];
+                Image im;
+                snprintf(name, sizeof name, "wide/%zu.png", i);
+                CHECK_OK(image_read(&im, in_folder(name)));
+                for (size_t k = 0; k < WIDE_CROPS; k++) {
+                    const uint64_t stream = rng_stream(RNG_CROPS, k, i);
+                    CHECK_OK(image_prepare(want, &im, c.prep, LOADER_SIZE, rng_uniform(9, stream, 0),
+                                           rng_uniform(9, stream, 1), 0));
+                    wrong += memcmp(want, got + k * PIXELS, sizeof want) != 0;
+                    same += k > 0 && !memcmp(got, got + k * PIXELS, sizeof want);
+                }
+                image_free(&im);
+                if (B == 1 && at < WIDE_N) memcpy(first[i], got, sizeof first[i]);
+                wrong += memcmp(first[i], got, sizeof first[i]) != 0;
+            }
+        }
+        CHECK(wrong == 0 && same < WIDE_N * WIDE_CROPS / 2);
+        loader_stop(l);
+    }
+}
+
+static void make_wide(const char *name, size_t W, int number) {
+    Image im = {4, W, NULL};
+    CHECK_OK(mem_alloc(&im.rgb, im.H * im.W, 3, "a picture"));
+    for (size_t k = 0; k < im.H * im.W * 3; k++) im.rgb[k] = (uint8_t)(k * 7 + (size_t)number);
+    CHECK_OK(image_write_png(in_folder(name), &im, NULL));
+    image_free(&im);
+}
+
+/* Of a folder, and of an LMDB */
+static void test_loader_crops(void) {
+    Dataset d;
+    Loader *l;
+    char name[WIDE_N][32];
+    make_folder("wide");
+    for (int i = 0; i < WIDE_N; i++) {
+        snprintf(name[i], sizeof name[i], "wide/%d.png", i);
+        make_wide(name[i], 20, i);
+    }
+    CHECK_OK(dataset_open(&d, in_folder("wide"), SPLIT_ALL));
+    check_crops(&d);
+    LoaderConfig many = {.prep = PREP_IMAGENET, .B = 1, .size = LOADER_SIZE, .crops = CROPS_MAX + 1};
+    CHECK_ERR(loader_start(&l, &d, &many), "65 crops: 0..64 expected");
+    dataset_close(&d);
+#ifdef HAVE_LMDB
+    Record record[WIDE_N];
+    for (int i = 0; i < WIDE_N; i++) record[i] = (Record){name[i] + 5, 1, in_folder(name[i])};
+    make_folder("wide_lmdb");
+    write_lmdb(in_folder("wide_lmdb"), 0, record, WIDE_N);
+    CHECK_OK(dataset_open(&d, in_folder("wide_lmdb"), SPLIT_ALL));
+    CHECK(d.n == WIDE_N && d.n_lmdb == 1);
+    check_crops(&d);
+    dataset_close(&d);
+#endif
+}
+
 /* Without training: in order, unchanged, again and again. */
 static void test_loader_eval(const Dataset *d) {
     LoaderConfig c = {.prep = PREP_LSUN, .B = 1, .size = LOADER_SIZE, .seed = 1, .flip = 1};
@@ -844,6 +922,7 @@ static void test_loader(void) {
     test_loader_steps(&d, PREP_IMAGENET, 1);
     test_loader_steps(&d, PREP_LSUN, 1);
     test_loader_eval(&d);
+    test_loader_crops();
     for (int i = 0; i < 40; i++) { /* stopping at any moment */
         LoaderConfig c = {.prep = PREP_FOLDER, .B = 5, .size = 32, .train = 1};
         Loader *l;
@@ -877,7 +956,7 @@ static void test_tokens(void) {
     int32_t label[N] = {0, 3, 1, 2, 1};
     uint16_t token[COUNT];
     for (size_t i = 0; i < COUNT; i++) token[i] = (uint16_t)(i * 997 % 40000);
-    Tokens x = {N, GRID_H, GRID_W, 40000, FLIPS, 0x123456789abcdef0u, 77, label, token}, got;
+    Tokens x = {N, GRID_H, GRID_W, 40000, FLIPS, 1, 0x123456789abcdef0u, 77, label, token}, got;
     CHECK_OK(tokens_write(in_folder("good.tokens"), &x));
     CHECK_OK(tokens_read(&got, in_folder("good.tokens")));
     CHECK(got.n == N && got.h == GRID_H && got.w == GRID_W && got.K == 40000 && got.flips == FLIPS);
@@ -920,6 +999,41 @@ static void test_tokens(void) {
     CHECK_ERR(tokens_write(in_folder("no/such.tokens"), &x), "no/such.tokens");
 }
 
+/* Several crops a picture: another version of the header, which every byte of is checked. One crop has the first. */
+static void test_tokens_crops(void) {
+    enum { N = 2, CROPS = 3, COUNT = N * CROPS * 2 * 4, HEADER = 72 };
+    int32_t label[N] = {1, 0};
+    uint16_t token[COUNT];
+    for (size_t i = 0; i < COUNT; i++) token[i] = (uint16_t)(i * 7);
+    Tokens x = {N, 2, 2, 1000, 2, CROPS, 5, 6, label, token}, got;
+    CHECK_OK(tokens_write(in_folder("good.tokens"), &x));
+    CHECK_OK(tokens_read(&got, in_folder("good.tokens")));
+    CHECK(got.n == N && got.flips == 2 && got.crops == CROPS && got.vqgan == 5 && got.source == 6);
+    CHECK(!memcmp(got.label, label, sizeof label) && !memcmp(got.token, token, sizeof token));
+    tokens_free(&got);
+    struct stat st;
+    CHECK(stat(in_folder("good.tokens"), &st) == 0 && st.st_size == HEADER + N * 4 + COUNT * 2);
+    CHECK(!tokens_refuse(0, "ibtokns2", 8, ""));
+    CHECK(tokens_refuse(0, "ibtokns3", 8, "is not a token file"));
+    CHECK(tokens_refuse(0, "ibtokens", 8, "its header says")); /* which has no crops */
+    for (size_t field = 0; field < 5; field++) CHECK(tokens_refuse(8 + field * 8, &(uint64_t){0}, 8, "expected"));
+    for (uint64_t crops = 0; crops < 2; crops++) CHECK(tokens_refuse(64, &crops, 8, "crops, 2..64 expected"));
+    CHECK(tokens_refuse(64, &(uint64_t){2}, 8, "its header says"));
+    CHECK(tokens_refuse(64, &(uint64_t){65}, 8, "65 crops, 1..64 expected"));
+    CHECK(tokens_refuse(64, &(uint64_t){UINT64_MAX}, 8, "expected"));
+    CHECK(tokens_refuse(HEADER + N * 4 + 6, &(uint16_t){1000}, 2, "token 3 is 1000, 0..999 expected"));
+    size_t bytes, accepted = 0;
+    uint8_t *p = get_file(in_folder("good.tokens"), &bytes);
+    for (size_t n = 0; n < bytes; n++) {
+        put_file(in_folder("cut.tokens"), p, n);
+        accepted += tokens_read(&got, in_folder("cut.tokens")) == OK;
+        tokens_free(&got);
+    }
+    CHECK(accepted == 0);
+    x.crops = CROPS_MAX + 1;
+    CHECK_ERR(tokens_write(in_folder("good.tokens"), &x), "65 crops");
+}
+
 enum { PART_N = 10, PART_EACH = 2 * 3 * 2 };
 
 /* Picture i's label (2 and 5 are damaged) and tokens, appended. */
@@ -934,7 +1048,7 @@ static void append(TokensPart *p, size_t upto) {
 
 /* An encoding that stops, again and again, and the file at its end. */
 static void test_tokens_part(void) {
-    Tokens sizes = {PART_N, 3, 2, 1000, 2, 11, 22, NULL, NULL}, x, back;
+    Tokens sizes = {PART_N, 3, 2, 1000, 2, 1, 11, 22, NULL, NULL}, x, back;
     TokensPart p;
     size_t n;
     const char *path = in_folder("enc.tokens"), *part = in_folder("enc.tokens.part");
@@ -972,12 +1086,13 @@ static void test_tokens_part(void) {
     CHECK(back.label[1] == 1 && back.label[2] == 3 && back.label[4] == 6 &&
           back.token[2 * PART_EACH + 5] == 3 * 31 + 5);
     tokens_free(&x), tokens_free(&back);
-    for (int what = 0; what < 4; what++) { /* another first stage, dataset, number of pictures, flips: from the start */
+    for (int what = 0; what < 5; what++) { /* another first stage, dataset, number of pictures, flips, crops: afresh */
         Tokens other = sizes;
         CHECK_OK(tokens_start(&p, path, &sizes, 1));
         append(&p, 5);
         tokens_stop(&p);
         other.vqgan += what == 0, other.source += what == 1, other.n -= what == 2, other.flips -= what == 3;
+        other.crops += what == 4;
         CHECK_OK(tokens_start(&p, path, &other, 1));
         CHECK(p.done == 0);
         tokens_stop(&p);
@@ -990,9 +1105,59 @@ static void test_tokens_part(void) {
     CHECK_ERR(tokens_start(&p, in_folder("no/such.tokens"), &sizes, 1), "no/such.tokens.part");
 }
 
+/* The same with crops: what was encoded goes on, and not as one crop */
+static void test_tokens_part_crops(void) {
+    Tokens sizes = {PART_N, 3, 1, 1000, 1, 4, 11, 22, NULL, NULL}, x; /* as many tokens a picture */
+    TokensPart p;
+    const char *path = in_folder("crops.tokens");
+    CHECK_OK(tokens_start(&p, path, &sizes, 2));
+    append(&p, 7);
+    tokens_stop(&p);
+    CHECK_OK(tokens_start(&p, path, &sizes, 2));
+    CHECK(p.done == 6);
+    append(&p, PART_N);
+    CHECK_OK(tokens_finish(&p, &x));
+    tokens_stop(&p);
+    CHECK(x.n == 8 && x.crops == 4 && x.token[2 * PART_EACH + 5] == 3 * 31 + 5);
+    tokens_free(&x);
+    CHECK_OK(tokens_read(&x, path));
+    CHECK(x.n == 8 && x.crops == 4 && x.token[7 * PART_EACH + 11] == 9 * 31 + 11);
+    tokens_free(&x);
+}
+
+/* ---- which crop a step sees ---- */
+
+/* Anew each epoch: all crops and mirrorings equally often, one as often after itself as after another; of the mirroring
+ * what it was before there were several crops. Where classes are balanced, within an epoch too. */
+static void test_choose_crop(void) {
+    enum { N = 7, CROPS_OF = 4, EPOCHS = 600, ALL = N * EPOCHS };
+    const Tokens x = {.n = N, .flips = 2, .crops = CROPS_OF}, one = {.n = N, .flips = 2, .crops = 1};
+    size_t often[CROPS_OF][2] = {{0}}, again = 0, wrong = 0, last[N] = {0}, balanced[CROPS_OF] = {0}, crop, flip, f, c;
+    for (uint64_t at = 0; at < ALL; at++) {
+        const uint64_t epoch = at / N;
+        const size_t i = at % N;
+        choose_crop(&crop, &flip, &x, 5, at, epoch, i, 0);
+        often[crop][flip]++;
+        again += epoch > 0 && crop == last[i];
+        last[i] = crop;
+        choose_crop(&c, &f, &x, 5, at + 3, epoch, i, 0); /* not of the number */
+        wrong += c != crop || f != flip;
+        choose_crop(&c, &f, &one, 5, at, epoch, i, 0);
+        wrong += c != 0 || f != flip || f != rng_below(5, rng_stream(RNG_CROP, epoch, i), 0, 2);
+        choose_crop(&c, &f, &x, 5, at, 0, 3, 1); /* the same picture again and again */
+        balanced[c]++;
+        wrong += f != rng_below(5, rng_stream(RNG_CROP, 0, 3), 0, 2);
+    }
+    const double each = ALL / (2.0 * CROPS_OF), p = 1.0 / CROPS_OF, repeats = (ALL - N) * p;
+    for (size_t k = 0; k < 2 * CROPS_OF; k++) CHECK(fabs((double)often[k / 2][k % 2] - each) < 4 * sqrt(each));
+    for (size_t k = 0; k < CROPS_OF; k++) CHECK(fabs((double)balanced[k] - 2 * each) < 4 * sqrt(2 * each));
+    CHECK(fabs((double)again - repeats) < 4 * sqrt(repeats * (1 - p)));
+    CHECK(wrong == 0);
+}
+
 /* Two processes: the second waits, and finds nothing of its own to go on with. */
 static void test_tokens_wait(void) {
-    Tokens sizes = {PART_N, 3, 2, 1000, 2, 11, 22, NULL, NULL}, x;
+    Tokens sizes = {PART_N, 3, 2, 1000, 2, 1, 11, 22, NULL, NULL}, x;
     TokensPart p;
     int status = 1, ready[2];
     char byte;
@@ -1064,7 +1229,10 @@ int main(int argc, char **argv) {
     test_damaged_order();
     test_webp_left_out();
     test_tokens();
+    test_tokens_crops();
     test_tokens_part();
+    test_tokens_part_crops();
+    test_choose_crop();
     test_tokens_wait();
     nftw(folder, remove_entry, 16, FTW_DEPTH | FTW_PHYS);
     return test_report();

@@ -513,6 +513,59 @@ else
     echo "SKIP a full disk: mounting a small tmpfs needs root"
 fi
 
+# ---- crops: several of a picture, encoded once, one of them each epoch ----
+"$build/pictures" make "$dir/views" 30 16 40 && "$build/pictures" make "$dir/square" 30 16 || exit 1
+{ cat test/tiny.txt && printf '%s.data.prep imagenet\n' vqgan scale; } >"$dir/views.txt"
+crops() { run=$1 && shift && train --config "$dir/views.txt" --data "$dir/views" --run "$dir/$run" --scale 1 --steps 24 "$@"; }
+begun() { mkdir "$dir/$1" && cp "$dir/first/vqgan.safetensors" "$dir/$1"; }
+size() { wc -c <"$dir/$1/train.tokens"; }
+for run in eight eight-killed two one squares squares-one threes; do begun $run; done
+ok "a scale on random crops" crops eight
+ok "eight of each picture, as it says" said '^crops: 8 random ones of each picture, another one each epoch; held-out pictures: the centre$'
+n=$(sed -n 's/^scale1: .* million parameters, \([0-9]*\) pictures.*/\1/p' "$dir/said")
+ok "all of which are encoded" test "$(size eight)" -eq $((72 + n * (4 + 8 * 2 * 64 * 2)))
+begin eight-killed --config "$dir/views.txt" --data "$dir/views" --scale 1 --steps 24
+until_there test -s "$dir/eight-killed/train.tokens.part"
+kill -9 $pid 2>/dev/null
+wait $pid 2>/dev/null
+ok "killed while they are encoded" test ! -e "$dir/eight-killed/train.tokens"
+begin eight-killed --config "$dir/views.txt" --data "$dir/views" --scale 1 --steps 24 --resume
+until_there test -f "$dir/eight-killed/scale1.state-1.safetensors"
+kill -9 $pid 2>/dev/null
+wait $pid 2>/dev/null
+ok "and later" test "$(step_of "$(state eight-killed scale1)")" -lt 24
+ok "goes on" crops eight-killed --resume --threads 2
+ok "to the same state" same eight eight-killed scale1
+ok "with the same tokens" cmp "$dir/eight/train.tokens" "$dir/eight-killed/train.tokens"
+ok "one crop" crops one --crops 1
+ok "is the centre" test "$(size one)" -eq $((64 + n * (4 + 2 * 64 * 2)))
+ok "as of held-out pictures in any case" cmp "$dir/one/val.tokens" "$dir/eight/val.tokens"
+ok "which is another run" sh -c "! cmp -s '$dir/one/scale1.safetensors' '$dir/eight/scale1.safetensors'"
+ok "another number of crops" crops one --crops 3 --resume --steps 25
+ok "is encoded anew" test "$(size one)" -eq $((72 + n * (4 + 3 * 2 * 64 * 2)))
+ok "goes on as it was told" crops one --resume --steps 26
+ok "and is not encoded again" sh -c "! grep -q encoding '$dir/said'"
+ok "another seed" crops two --seed 4
+ok "has other crops" sh -c "! cmp -s '$dir/eight/train.tokens' '$dir/two/train.tokens'"
+ok "of square pictures there is one crop" crops squares --data "$dir/square"
+ok "however many" crops squares-one --data "$dir/square" --crops 1
+losses() { awk -F '\t' -v OFS='\t' '{ $8 = ""; print }' "$dir/$1/log.tsv"; } # but for the speed
+ok "the run is the same" test "$(losses squares)" = "$(losses squares-one)"
+sed '/data.prep/d' "$dir/views.txt" >"$dir/folder.txt"
+ok "crops of a preset that has none" fails "train.crops 2: only data.prep imagenet crops at random" --config "$dir/folder.txt" --run "$dir/threes" --scale 1 --crops 2
+ok "are refused" test ! -e "$dir/threes/train.tokens"
+ok "a crop of each is none" train --config "$dir/folder.txt" --run "$dir/threes" --scale 1 --crops 1 --steps 1
+train --vqgan --crops 2
+ok "a first stage crops in any case" test $? -eq 2
+sed 's/^scale.data.prep.*/&\nscale.train.crops 2/' "$dir/views.txt" >"$dir/pair.txt"
+ok "the recipe may say how many" train --config "$dir/pair.txt" --data "$dir/views" --run "$dir/threes" --scale 2 --steps 1
+ok "they are" said '^crops: 2 random ones'
+in_use() { grep -o '[0-9]* of 16 codes are in use, perplexity [0-9.]*' "$dir/said"; }
+ok "codes of all crops" train --config "$dir/views.txt" --data "$dir/views" --run "$dir/eight-codes" --vqgan --steps 5 --remap
+eight=$(in_use)
+ok "and of one" train --config "$dir/views.txt" --data "$dir/views" --run "$dir/one-codes" --vqgan --steps 5 --remap --crops 1
+ok "are not as many" test -n "$eight" -a "$eight" != "$(in_use)"
+
 # ---- the next command, as it is typed ----
 mkdir "$dir/it's here" && cp -r "$dir/data" "$dir/it's here/my data"
 ok "a first stage" "$build/train" --config test/tiny.txt --vqgan --data "$dir/it's here/my data" --run "$dir/it's here/run" --steps 5

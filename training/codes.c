@@ -83,28 +83,40 @@ Err fit_to_codes(Stage *s, NetConfig *c) {
 
 enum { REMAP_BATCH = 16 };
 
-/* usage (n_embed) of every training picture, as it is and, where transitions train on both, mirrored. */
+/* usage += the codes of images (pictures,crops,...), as they are and, where transitions train on both, mirrored. A label
+ * of -1: a damaged picture. */
+static Err count_crops(Stage *s, const real *images, const int32_t *label, size_t pictures, real *batch, int32_t *raw,
+                       uint32_t *usage) {
+    const size_t pixels = 3 * s->size * s->size, crops = s->set.crops, n = pictures * crops;
+    for (size_t at = 0, B; at < n; at += B) {
+        B = min_size(n - at, REMAP_BATCH);
+        memcpy(batch, images + at * pixels, B * pixels * sizeof *batch);
+        for (int flip = 0; flip <= s->set.flip; flip++) {
+            if (flip) image_mirror(batch, B * 3, s->size);
+            TRY(vqgan_encode(s->vqgan, batch, B, s->size, s->size, s->set.seed, NULL, raw, NULL));
+            for (size_t i = 0; i < B * s->N; i++) usage[raw[i]] += label[(at + i / s->N) / crops] >= 0;
+        }
+    }
+    return OK;
+}
+
+/* usage (n_embed) of every training picture: of all the crops that transitions train on. */
 static Err count_pictures(Stage *s, uint32_t *usage) {
-    enum { B = REMAP_BATCH };
-    const size_t n = s->train.n, pixels = 3 * s->size * s->size;
+    const size_t n = s->train.n, pixels = 3 * s->size * s->size, crops = s->set.crops;
+    const size_t B = max_size(REMAP_BATCH / crops, 1);
     real *batch = NULL;
     int32_t *raw = NULL;
     Loader *l = NULL;
     LoaderConfig c = {.prep = s->prep, .B = B, .size = s->size, .mark = 1};
+    if (crops > 1) c.crops = crops, c.seed = s->set.seed;
     Err e = loader_start(&l, &s->train, &c);
-    if (e == OK) e = mem_alloc(&batch, B * pixels, sizeof *batch, "batch");
-    if (e == OK) e = mem_alloc(&raw, B * s->N, sizeof *raw, "batch of codes");
+    if (e == OK) e = mem_alloc(&batch, REMAP_BATCH * pixels, sizeof *batch, "batch");
+    if (e == OK) e = mem_alloc(&raw, REMAP_BATCH * s->N, sizeof *raw, "batch of codes");
     for (size_t done = 0; done < n && e == OK; done += B) {
         const real *images;
         const int32_t *labels;
-        const size_t rows = min_size(n - done, B);
         e = loader_next(l, &images, &labels);
-        if (e == OK) memcpy(batch, images, rows * pixels * sizeof *batch);
-        for (int flip = 0; flip <= s->set.flip && e == OK; flip++) {
-            if (flip) image_mirror(batch, rows * 3, s->size);
-            e = vqgan_encode(s->vqgan, batch, rows, s->size, s->size, s->set.seed, NULL, raw, NULL);
-            for (size_t i = 0; i < rows * s->N && e == OK; i++) usage[raw[i]] += labels[i / s->N] >= 0;
-        }
+        if (e == OK) e = count_crops(s, images, labels, min_size(n - done, B), batch, raw, usage);
         progress_line("encoding %zu of %zu pictures", min_size(done + B, n), n);
         if (e == OK && interrupted()) e = err("interrupted; the first stage is as it was");
     }

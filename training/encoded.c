@@ -61,13 +61,14 @@ Err open_first_stage(Stage *s, char path[PATH_BYTES]) {
 
 /* ---- the data set as its tokens ---- */
 
-static uint64_t dataset_hash(const Stage *s, const Dataset *d) {
+/* Where crops are is the seed's business. */
+static uint64_t dataset_hash(const Stage *s, const Dataset *d, size_t crops) {
     uint64_t h = fnv1a(FNV_START, &s->prep, sizeof s->prep);
-    return fnv1a(h, &d->identity, sizeof d->identity);
+    h = fnv1a(h, &d->identity, sizeof d->identity);
+    return crops > 1 ? fnv1a(h, &s->set.seed, sizeof s->set.seed) : h;
 }
 
-/* images (B,...) as they are and, with flips, mirrored: token (B, flips, N). Where a label is -1 the image is not
- * used. */
+/* images (B,...) as they are and, with flips, mirrored: token (B, flips, N). */
 static Err encode_batch(Stage *s, size_t flips, const real *images, size_t B, real *mirrored, int32_t *once,
                         int32_t *token) {
     size_t pixels = 3 * s->size * s->size;
@@ -80,29 +81,46 @@ static Err encode_batch(Stage *s, size_t flips, const real *images, size_t B, re
     return OK;
 }
 
-enum { ENCODED_AT_ONCE = 16 };
+enum { ENCODED_AT_ONCE = 16 }; /* crops */
+
+/* The same of crops (pictures * crops,...), as many at once as there is room for */
+static Err encode_crops(Stage *s, const Tokens *sizes, const real *images, size_t pictures, real *mirrored,
+                        int32_t *once, int32_t *token) {
+    const size_t pixels = 3 * s->size * s->size, n = pictures * sizes->crops;
+    for (size_t i = 0, B; i < n; i += B) {
+        B = min_size(n - i, ENCODED_AT_ONCE);
+        TRY(encode_batch(s, sizes->flips, images + i * pixels, B, mirrored, once, token + i * sizes->flips * s->N));
+    }
+    return OK;
+}
+
+/* Pictures of a batch: with crops, fewer */
+static size_t pictures_at_once(const Tokens *sizes) {
+    return max_size(ENCODED_AT_ONCE / sizes->crops, 1);
+}
 
 /* Pictures are read and prepared by the loader's threads, ahead, while all threads encode. Damaged pictures are listed
  * before their place is taken, so that a kill in between forgets none. */
 static Err encode_dataset(Stage *s, TokensPart *p, const Dataset *d) {
-    enum { B = ENCODED_AT_ONCE };
+    const Tokens *sizes = &p->sizes;
+    const size_t n = d->n, B = pictures_at_once(sizes), each = sizes->crops * sizes->flips * s->N;
     Loader *l = NULL;
     real *mirrored = NULL;
     int32_t *once = NULL, *token = NULL;
-    size_t n = d->n, flips = p->sizes.flips;
     LoaderConfig c = {.prep = s->prep, .B = B, .size = s->size, .step = p->done / B, .mark = 1};
+    if (sizes->crops > 1) c.crops = sizes->crops, c.seed = s->set.seed;
     Err e = p->done < n ? loader_start(&l, d, &c) : OK;
-    if (e == OK) e = mem_alloc(&mirrored, B * 3 * s->size, s->size * sizeof *mirrored, "batch");
-    if (e == OK) e = mem_alloc(&once, B * s->N, sizeof *once, "batch of tokens");
-    if (e == OK) e = mem_alloc(&token, B * s->N, flips * sizeof *token, "batch of tokens");
+    if (e == OK) e = mem_alloc(&mirrored, ENCODED_AT_ONCE * 3 * s->size, s->size * sizeof *mirrored, "batch");
+    if (e == OK) e = mem_alloc(&once, ENCODED_AT_ONCE * s->N, sizeof *once, "batch of tokens");
+    if (e == OK) e = mem_alloc(&token, B * each, sizeof *token, "batch of tokens");
     while (e == OK && p->done < n) {
         const real *images;
         const int32_t *labels;
         size_t rows = min_size(n - p->done, B); /* the last batch wraps around: its tail is not used */
         e = loader_next(l, &images, &labels);
-        if (e == OK) e = encode_batch(s, flips, images, rows, mirrored, once, token);
+        if (e == OK) e = encode_crops(s, sizes, images, rows, mirrored, once, token);
         if (e == OK) e = list_damaged(s, d);
-        for (size_t b = 0; b < rows && e == OK; b++) e = tokens_append(p, labels[b], token + b * flips * s->N);
+        for (size_t b = 0; b < rows && e == OK; b++) e = tokens_append(p, labels[b], token + b * each);
         progress_line("encoding %zu of %zu pictures", p->done, n);
         if (e == OK && interrupted() && p->done < n)
             e = err("%s: stopped after %zu of %zu pictures; the same command goes on from there", p->part, p->done, n);
@@ -121,7 +139,9 @@ static Err cached_tokens(Tokens *x, const char *path, const Tokens *wanted, size
     if (!file_exists(path)) return OK;
     TRY(tokens_read(x, path));
     const int ours = x->vqgan == wanted->vqgan && x->source == wanted->source && x->flips == wanted->flips;
-    if (!ours || x->h != wanted->h || x->w != wanted->w || x->K != wanted->K || x->n > wanted->n) tokens_free(x);
+    if (!ours || x->crops != wanted->crops || x->h != wanted->h || x->w != wanted->w || x->K != wanted->K ||
+        x->n > wanted->n)
+        tokens_free(x);
     for (size_t i = 0; i < x->n; i++)
         if ((size_t)x->label[i] >= max_size(n_classes, 1)) {
             const int32_t label = x->label[i];
@@ -138,12 +158,13 @@ static Err load_split(Stage *s, Tokens *x, const Dataset *d, const char *what, c
     TokensPart p;
     if (d->n == 0) return *x = (Tokens){0}, OK; /* none is held out */
     Tokens wanted = {.n = d->n, .h = s->h, .w = s->w, .K = s->K, .flips = s->set.flip ? 2 : 1};
-    wanted.source = dataset_hash(s, d);
+    wanted.crops = d == &s->train ? s->set.crops : 1; /* held-out pictures: the centre, as in the official code */
+    wanted.source = dataset_hash(s, d, wanted.crops);
     snprintf(path, sizeof path, "%s/%s.tokens", s->set.run, what);
     TRY(file_checksum(&wanted.vqgan, vqgan_path));
     TRY(cached_tokens(x, path, &wanted, d->n_classes));
     if (x->n) return tokens_drop_part(path), OK;
-    TRY(tokens_start(&p, path, &wanted, ENCODED_AT_ONCE));
+    TRY(tokens_start(&p, path, &wanted, pictures_at_once(&wanted)));
     Err e = cached_tokens(x, path, &wanted, d->n_classes); /* another process may have made it while this one waited */
     if (e == OK && x->n) {
         unlink(p.part);
@@ -154,6 +175,16 @@ static Err load_split(Stage *s, Tokens *x, const Dataset *d, const char *what, c
     }
     tokens_stop(&p);
     return e;
+}
+
+/* Damaged pictures are not known yet. */
+Err token_bytes(const Stage *s, size_t *bytes) {
+    size_t n, each = s->N * (s->set.flip ? 2 : 1) * sizeof(uint16_t);
+    TRY(size_mul(&each, each, s->set.crops));
+    TRY(size_mul(bytes, s->train.n, each + sizeof(int32_t)));
+    TRY(size_mul(&n, s->val.n, s->N * (s->set.flip ? 2 : 1) * sizeof(uint16_t) + sizeof(int32_t)));
+    *bytes += n;
+    return OK;
 }
 
 static Err load_both(Stage *s, const char *vqgan_path) {

@@ -115,11 +115,17 @@ void say_start(Stage *s) {
             "%s: %.2f million parameters, %zu pictures (%zu held out), batch %zu x %zu, %zu steps, seed %llu, %s, %s\n",
             s->name, (double)params_count(s->params) / 1e6, s->train.n, s->val.n, s->global_batch, s->set.accumulate,
             s->set.steps, (unsigned long long)s->set.seed, threads_text(threads), vector_instructions());
-    char state[32], activations[32], available[32];
-    fprintf(stderr, "memory: parameters, gradients and optimizer%s %s, activations %s; %s available\n",
+    char state[32], activations[32], tokens[64] = "", size[32], available[32];
+    if (s->memory.tokens)
+        snprintf(tokens, sizeof tokens, ", tokens of the pictures %s", bytes_text(size, s->memory.tokens));
+    fprintf(stderr, "memory: parameters, gradients and optimizer%s %s, activations %s%s; %s available\n",
             s->set.bf16_states ? " (in bf16)" : "", bytes_text(state, s->memory.state),
-            bytes_text(activations, s->memory.activations),
+            bytes_text(activations, s->memory.activations), tokens,
             s->memory.available == SIZE_MAX ? "unknown how much is" : bytes_text(available, s->memory.available));
+    if (s->second.train.crops > 1)
+        fprintf(stderr,
+                "crops: %zu random ones of each picture, another one each epoch; held-out pictures: the centre\n",
+                s->second.train.crops);
     if (s->all_read) say_damaged(s);
     say_disk(s);
     if (s->step) fprintf(stderr, "%s: continuing after step %llu\n", s->name, (unsigned long long)s->step);

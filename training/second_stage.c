@@ -13,9 +13,9 @@
  * The tokens of a step
  * ---------------------------------------------------------------------------------------------------------- */
 
-static void take_example(Stage *s, const Tokens *from, size_t example, size_t flip, size_t b) {
+static void take_example(Stage *s, const Tokens *from, size_t example, size_t crop, size_t flip, size_t b) {
     SecondStage *x = &s->second;
-    const uint16_t *token = from->token + (example * from->flips + flip) * s->N;
+    const uint16_t *token = from->token + ((example * from->crops + crop) * from->flips + flip) * s->N;
     for (size_t i = 0; i < s->N; i++) x->x0[b * s->N + i] = token[i];
     x->label[b] = from->label[example];
 }
@@ -37,10 +37,11 @@ static size_t next_example(Stage *s, uint64_t at, uint64_t *epoch) {
 void next_tokens(Stage *s, uint64_t micro) {
     SecondStage *x = &s->second;
     for (size_t b = 0; b < s->batch; b++) {
+        const uint64_t at = example_number(s, micro, b);
         uint64_t epoch;
-        size_t example = next_example(s, example_number(s, micro, b), &epoch);
-        uint32_t flip = rng_below(s->set.seed, rng_stream(RNG_CROP, epoch, example), 0, (uint32_t)x->train.flips);
-        take_example(s, &x->train, example, flip, b);
+        size_t crop, flip, example = next_example(s, at, &epoch);
+        choose_crop(&crop, &flip, &x->train, s->set.seed, at, epoch, example, s->set.balance);
+        take_example(s, &x->train, example, crop, flip, b);
         if (label_dropped(s->set.label_dropout, s->set.seed, micro, s->rank_first + b)) x->label[b] = x->null_class;
     }
 }
@@ -76,7 +77,7 @@ Err second_evaluate(Stage *s, TransitionLoss *loss_of, Metrics *out) {
         for (size_t i = 0, B; i < n; i += B) {
             Loss loss;
             B = min_size(n - i, s->batch);
-            for (size_t b = 0; b < B; b++) take_example(s, &x->val, i + b, 0, b);
+            for (size_t b = 0; b < B; b++) take_example(s, &x->val, i + b, 0, 0, b);
             TRY(loss_of(s, t, B, VALIDATION_SEED, 0, i * s->N, 0, &loss));
             sum[0] += loss.loss * (double)B, sum[1] += loss.hard * (double)B, sum[2] += loss.soft * (double)B;
             count += (double)B;
@@ -101,7 +102,7 @@ Err second_picture(Stage *s, const char *path) {
     real *images = NULL;
     Image im = {0};
     SampleOptions o;
-    for (size_t b = 0; b < n; b++) take_example(s, from, b * (from->n / n), 0, b);
+    for (size_t b = 0; b < n; b++) take_example(s, from, b * (from->n / n), 0, 0, b);
     noise_chain(x->x_prev, x->x_t, x->x0, n * s->N, s->K, &x->schedule, t, VALIDATION_SEED, 1, 0);
     TRY(mem_alloc(&images, 3 * n * pixels, sizeof *images, "picture"));
     memset(&o, 0, sizeof o);
@@ -197,6 +198,7 @@ static Err create_network(Stage *s, const NetConfig *c) {
     if (s->set.cuda) TRY(transformer_use_cuda(net, gpu_precision(s)));
     TRY(transformer_plan_bytes(net, s->batch, s->N, 1, &bytes));
     if (s->set.cuda) TRY(check_gpu_memory(s, bytes));
+    TRY(token_bytes(s, &s->memory.tokens));
     /* 2: the posterior, the gradient of the logits */
     return check_memory(s, 5, s->set.cuda ? 0 : bytes, 2 * s->batch * s->N, s->K);
 }
@@ -231,8 +233,8 @@ Err second_build(Stage *s) {
     TRY(fit_to_codes(s, &c));
     TRY(check_transition(s, &c));
     TRY(add_model_keys(s, &c));
-    TRY(load_tokens(s, vqgan_path));
     TRY(create_network(s, &c));
+    TRY(load_tokens(s, vqgan_path));
     TRY(transformer_plan(x->net, s->batch, s->N, 1));
     TRY(transition_buffers(s));
     x->epoch = UINT64_MAX;

@@ -118,6 +118,10 @@ static const Setting table[] = {
      "with classes: leave the class out this often, so that ./sample can guide\n(--guidance); 0.1 is usual"},
     {OPT_FLAG, "--balance", NULL, "train.", "balance_classes", AT(balance), 0, 0, 1,
      "draw every class equally often, however few its pictures"},
+    {OPT_SIZE, "--crops", "N", "train.", "crops", AT(crops), 0, 1, CROPS_MAX, /* usual: settle_crops */
+     "with data.prep imagenet: N random crops of each picture, one of them each epoch\n(default 8; 1: the centre; disk "
+     "and memory "
+     "grow with it)"},
 
     HEADING("How: numbers"),
     {OPT_SIZE, "--seed", "N", "train.", "seed", AT(seed), 23, 0, HUGE_NUMBER, /* 23: the official default */
@@ -173,6 +177,7 @@ static void check_given(const Settings *o) {
     if (o->perceptual && !(o->vqgan || o->all)) usage_error("--perceptual goes with --vqgan or --all");
     if (o->vqgan && (o->alpha >= 0 || o->label_dropout >= 0 || o->balance))
         usage_error("--alpha, --label-dropout and --balance are of transitions, --vqgan trains none");
+    if (o->vqgan && !o->remap && o->crops != NOT_GIVEN) usage_error("--crops is of transitions, --vqgan trains none");
     if (o->all && o->eval) usage_error("--eval evaluates one stage: --vqgan, --scale N or --joint");
     if (o->precision && strcmp(o->precision, "bf16") && strcmp(o->precision, "f32"))
         usage_error("--precision %s: expected bf16 or f32", o->precision);
@@ -416,6 +421,19 @@ static Err settle_device(Stage *s, int continuing) {
     return config_set(&s->recipe, "train.device", "%s", device_name(o));
 }
 
+/* The official ImageNet transitions see another random crop each time, so theirs are several; the other presets take the
+ * centre. A run of an earlier version, which says nothing of crops, was trained on the centre. */
+static Err settle_crops(Stage *s, int continuing) {
+    enum { USUAL = 8 };
+    const int random = s->prep == PREP_IMAGENET;
+    if (s->set.crops > 1 && !random)
+        return err(
+            "train.crops %zu: only data.prep imagenet crops at random, the others take the centre square; expected 1",
+            s->set.crops);
+    if (s->set.crops == 0) s->set.crops = random && !continuing ? USUAL : 1;
+    return random && !s->set.vqgan ? config_set(&s->recipe, "train.crops", "%zu", s->set.crops) : OK;
+}
+
 /* A run that goes on, whose recipe may have been edited. One that is gone, and that nobody named, says nothing. */
 static Err compare_with_recipe(Stage *s) {
     Config recipe = {0}, now = {0};
@@ -454,5 +472,6 @@ Err settings_read(Stage *s, const Checkpoint *ck) {
         say_once("%s: a step took %zu pictures, from here on it takes %zu: another run than without the change\n",
                  s->name, pictures, pictures_per_step(&s->recipe));
     history_start(&s->history);
-    return prep_read(&s->prep, &s->recipe);
+    TRY(prep_read(&s->prep, &s->recipe));
+    return settle_crops(s, ck != NULL);
 }

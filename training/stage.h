@@ -56,6 +56,7 @@ typedef struct {
     double lr;            /* the learning rate's peak, as the user gave it */
     double alpha;         /* loss = alpha soft + (1-alpha) hard */
     double label_dropout; /* how often a label gives way to "no class" (classifier-free guidance) */
+    size_t crops;         /* of a picture, for transitions; settings_read says how many where nobody does */
     size_t early_stop;    /* evaluations without a better one that end a stage; 0: none do */
     int balance;          /* draw every class equally often */
     int bf16_states;      /* Adam's moments in bf16 */
@@ -92,7 +93,8 @@ typedef struct {
 } Step;
 
 typedef struct {
-    size_t state, activations, available; /* bytes: parameters, gradients and optimizer; the rest; what was free */
+    /* bytes: parameters, gradients and optimizer; the network's plan; a transition's data; what was free */
+    size_t state, activations, tokens, available;
 } Memory;
 
 enum {
@@ -243,7 +245,7 @@ Precision gpu_precision(const Stage *s);
 Err copy_settings(Config *to, const Config *from); /* but for the checksum of the file that they came from */
 int state_exists(const Stage *s);
 int first_stage_trained(const Stage *s, char path[PATH_BYTES]); /* path: of a first stage's state, if the run has one */
-int transitions_path(const Stage *s, char path[PATH_BYTES]); /* of a transition's state, if the run has one */
+int transitions_path(const Stage *s, char path[PATH_BYTES]);    /* of a transition's state, if the run has one */
 /* The newest that can be read, on every rank; damaged newer ones are said, and put aside if `tidy`. */
 Err state_open(const Stage *s, Checkpoint *ck, int tidy);
 Err load_state(Stage *s, const Checkpoint *ck);
@@ -340,6 +342,7 @@ int program_folder(const Settings *set); /* how much of Settings.program is its 
 Err copy_first_stage(const Stage *s);
 Err open_first_stage(Stage *s, char path[PATH_BYTES]);
 Err load_tokens(Stage *s, const char *vqgan_path);
+Err token_bytes(const Stage *s, size_t *bytes); /* of the data as tokens: in memory, and as files once they are made */
 
 /* gan.c: the first stage's discriminator, if the recipe asks for one; without one all of these do nothing. gan_create,
  * when it is known whether there is a perceptual loss, reads the settings, train.freeze_encoder too; gan_plan_bytes
