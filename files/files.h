@@ -304,6 +304,8 @@ Err image_read_as(Image *im, const char *path, int how);
 Err image_read(Image *im, const char *path);
 /* Atomic. text: tEXt/iTXt chunks (seed, model, options). */
 Err image_write_png(const char *path, const Image *im, const Config *text);
+/* The same bytes in memory; release with free(). */
+Err image_encode_png(uint8_t **bytes, size_t *size, const Image *im, const Config *text);
 void image_free(Image *im);
 typedef enum {
     FILTER_NEAREST, /* source pixel floor(i*in/out) */

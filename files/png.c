@@ -175,6 +175,9 @@ Err png_decode(Rows *r, const uint8_t *bytes, size_t size) {
 
 typedef struct {
     AtomicFile file;
+    uint8_t *bytes; /* instead of the file */
+    size_t size, capacity;
+    int in_memory;
     const Image *im;
     png_text *text;
     size_t n_text;
@@ -191,7 +194,11 @@ static void png_out_error(png_structp png, png_const_charp text) {
 
 static void png_out_write(png_structp png, png_bytep data, size_t n) {
     PngOut *p = png_get_io_ptr(png);
-    p->write_failed = atomic_write(&p->file, data, n) != OK;
+    if (p->in_memory) {
+        p->write_failed = mem_grow(&p->bytes, p->size, n, &p->capacity, 1, "a PNG") != OK;
+        if (!p->write_failed) memcpy(p->bytes + p->size, data, n), p->size += n;
+    } else
+        p->write_failed = atomic_write(&p->file, data, n) != OK;
     if (p->write_failed) png_error(png, "write failed");
 }
 
@@ -265,5 +272,16 @@ Err image_write_png(const char *path, const Image *im, const Config *text) {
     if (e == OK) e = atomic_open(&p.file, path);
     if (e == OK) e = atomic_close(&p.file, png_encode(&p));
     free(p.text);
+    return e;
+}
+
+Err image_encode_png(uint8_t **bytes, size_t *size, const Image *im, const Config *text) {
+    PngOut p = {.im = im, .in_memory = 1};
+    Err e = png_texts(&p, text);
+    if (e == OK) e = png_encode(&p);
+    free(p.text);
+    if (e != OK) free(p.bytes);
+    *bytes = e == OK ? p.bytes : NULL;
+    *size = p.size;
     return e;
 }
