@@ -151,6 +151,9 @@ typedef struct {
 /* Fills every *out. Numbers must parse whole and lie in range. -h and --help print intro and table, exit 0; wrong usage
  * prints one line and exits 2. */
 void options_parse(int argc, char **argv, const Option *table, const char *intro);
+/* How many letters must be put in, taken out or replaced to make one word, of n letters, of the other; words of more than
+ * 160 letters are as far apart */
+size_t word_distance(const char *a, size_t n, const char *b);
 void die(const char *fmt, ...) PRINTF_LIKE(1, 2);         /* "program: text" on stderr, exit 1 */
 void usage_error(const char *fmt, ...) PRINTF_LIKE(1, 2); /* the same, exit 2 */
 const char *program(void);                                /* the program's name, for messages */

@@ -110,9 +110,8 @@ static int is_option(const Option *o) {
     return o->kind != OPT_HEADING && o->kind != OPT_ARGUMENT && o->kind != OPT_ARGUMENTS;
 }
 
-/* How many letters must be put in, taken out or replaced to make one word of the other */
-static size_t word_distance(const char *a, size_t n, const char *b) {
-    enum { LONGEST = 64 };
+size_t word_distance(const char *a, size_t n, const char *b) {
+    enum { LONGEST = 160 };
     size_t row[LONGEST + 1];
     const size_t m = strlen(b);
     if (n > LONGEST || m > LONGEST) return LONGEST;

@@ -260,12 +260,17 @@ Err file_bytes(uint8_t **bytes, size_t *size, const char *path, size_t most, int
     return e;
 }
 
+static const char BYTE_ORDER_MARK[] = "\xEF\xBB\xBF";
+
 Err file_text(char **text, const char *path, size_t most) {
     uint8_t *bytes;
     size_t size;
     TRY(file_bytes(&bytes, &size, path, most, NULL));
     *text = (char *)bytes;
-    if (strlen(*text) == size) return OK;
+    if (strlen(*text) == size) {
+        if (!strncmp(*text, BYTE_ORDER_MARK, 3)) memmove(*text, *text + 3, size - 2);
+        return OK;
+    }
     free(*text);
     *text = NULL;
     return err("%s: holds zero bytes, a text expected", path);

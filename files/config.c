@@ -1,6 +1,8 @@
 /* config.c - flat configurations: "dotted.key value" strings. */
 #include "files/files.h"
 
+#include "base/bits.h"
+
 #include <errno.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -179,39 +181,74 @@ Err config_reals(double *out, size_t *n, size_t max, const Config *c, const char
     return OK;
 }
 
-/* Takes one line apart in place. Keys from row `first` on come from this file: none may come twice. */
-enum { LINE_MAX_BYTES = 1 << 16 };
+/* ---- Text files ---- */
 
-static Err config_line(Config *c, size_t first, char *line) {
-    static const char blank[] = " \t\r\n";
+enum { TEXT_BYTES = 1 << 20, LINE_MAX_BYTES = 1 << 16 };
+
+/* Which keys a file has had: places of rows, plus 1, by their keys' hashes; 0: free */
+typedef struct {
+    size_t *row, places;
+} KeySet;
+
+static Err key_set_make(KeySet *s, const char *text) {
+    size_t lines = 1;
+    for (; (text = strchr(text, '\n')) != NULL; text++) lines++;
+    for (s->places = 2; s->places < 2 * lines;) s->places *= 2;
+    return mem_alloc(&s->row, s->places, sizeof *s->row, "a configuration");
+}
+
+/* Where the key is, or will be */
+static size_t *key_set_place(const KeySet *s, const Config *c, const char *key) {
+    size_t i = (size_t)fnv1a(FNV_START, key, strlen(key)) & (s->places - 1);
+    while (s->row[i] && strcmp(c->kv[s->row[i] - 1].key, key) != 0) i = (i + 1) & (s->places - 1);
+    return &s->row[i];
+}
+
+/* One line, in place. old: how many rows there were before this file, which it may replace */
+static Err config_line(Config *c, KeySet *seen, size_t old, char *line, ConfigKeyCheck *refuse) {
+    static const char blank[] = " \t\r";
     char *key = line + strspn(line, blank);
     for (size_t n = strlen(key); n && strchr(blank, key[n - 1]);) key[--n] = 0;
     if (*key == 0 || *key == '#') return OK;
 
-    char *value = key + strcspn(key, blank);
-    if (*value == 0) return err("'%s' has no value, expected 'key value'", key);
+    char *value = key + strcspn(key, blank), *copy;
+    if (*value == 0) return err("'%.200s' has no value, expected 'key value'", key);
     *value++ = 0;
     value += strspn(value, blank);
-    const KeyValue *old = config_find(c, "", key);
-    if (old && old >= c->kv + first) return err("second value for '%s'", key);
-    return config_set(c, key, "%s", value);
+    if (refuse) TRY(refuse(key));
+    size_t *place = key_set_place(seen, c, key), bytes = strlen(value) + 1;
+    if (*place) return err("second value for '%.200s'", key);
+    if (old && config_find(c, "", key)) return config_set(c, key, "%s", value);
+    TRY(mem_alloc(&copy, bytes, 1, "a configuration value"));
+    memcpy(copy, value, bytes);
+    if (config_append(c, key, copy) != OK) return free(copy), FAILED;
+    *place = c->n;
+    return OK;
+}
+
+Err config_read_checked(Config *c, const char *path, ConfigKeyCheck *refuse) {
+    const size_t old = c->n;
+    char *text, where[48];
+    KeySet seen = {0};
+    TRY(file_text(&text, path, TEXT_BYTES));
+    Err e = key_set_make(&seen, text);
+    size_t number = 1;
+    for (char *line = text, *end; e == OK && *line; line = end, number++) {
+        end = line + strcspn(line, "\n");
+        const size_t length = (size_t)(end - line);
+        if (*end) *end++ = 0;
+        e = length < LINE_MAX_BYTES ? config_line(c, &seen, old, line, refuse)
+                                    : err("longer than %d bytes", LINE_MAX_BYTES - 1);
+        snprintf(where, sizeof where, "line %zu", number);
+        if (e != OK) err_in(where), err_in(path);
+    }
+    free(seen.row);
+    free(text);
+    return e;
 }
 
 Err config_read(Config *c, const char *path) {
-    char line[LINE_MAX_BYTES], where[48];
-    size_t first = c->n, number = 0;
-    FILE *f = fopen(path, "rb");
-    if (!f) return io_error(path, "open");
-    Err e = OK;
-    while (e == OK && fgets(line, sizeof line, f)) {
-        int whole = strchr(line, '\n') || feof(f); /* neither cut by the buffer nor by a zero byte */
-        e = whole ? config_line(c, first, line) : err("no text, or longer than %d bytes", LINE_MAX_BYTES - 2);
-        snprintf(where, sizeof where, "line %zu", ++number);
-        if (e != OK) err_in(where), err_in(path);
-    }
-    if (e == OK && ferror(f)) e = io_error(path, "read");
-    fclose(f);
-    return e;
+    return config_read_checked(c, path, NULL);
 }
 
 void config_free(Config *c) {

@@ -48,12 +48,49 @@ typedef struct {
 Err config_table_read(void *to, const ConfigField *s, size_t n, const Config *from, const char *prefix);
 Err config_table_write(Config *to, const void *from, const ConfigField *s, size_t n, const char *prefix);
 Err config_table_check(const void *x, const ConfigField *s, size_t n, const char *whose);
-Err config_read(Config *c, const char *path); /* a text file of "key value" lines */
+/* A text file of "key value" lines, 1 MiB at most, which replace what is there; a key twice is an error, and so is one
+ * that `refuse`, unless NULL, refuses. */
+typedef Err ConfigKeyCheck(const char *key);
+Err config_read_checked(Config *c, const char *path, ConfigKeyCheck *refuse);
+Err config_read(Config *c, const char *path);
 void config_free(Config *c);
 /* Decimal digits at *s, nothing else; *s moves behind them. 0: there are none, or too many for a size_t. */
 int text_digits(size_t *out, const char **s);
 /* Bytes of the UTF-8 character at text, which ends in a zero byte; 0: it is none. */
 size_t utf8_length(const char *text);
+
+/* ---- keys.c: which keys there are ---- */
+enum { /* of whose configuration: a first stage's, a transition's; of which network; refused in training alone */
+       KEYS_FIRST = 1,
+       KEYS_TRANSITION = 2,
+       KEYS_X = 4,
+       KEYS_GPT = 8,
+       KEYS_TRAINING = 16
+};
+typedef enum {
+    KEY_OBEYED,
+    KEY_HARMLESS, /* whatever its value */
+    KEY_ONLY,     /* harmless with some values, refused with others */
+    KEY_OWN       /* ./train's own, in files alone */
+} KeyKind;
+typedef struct {
+    const char *key; /* "lightning.callbacks.*": all that begin so */
+    KeyKind kind;
+    unsigned where;
+    const char *only, *why; /* KEY_ONLY: "false|0" */
+} KnownKey;
+const KnownKey *known_keys(size_t *n);                      /* the table */
+const KnownKey *known_key(const char *key, unsigned where); /* NULL: there is none */
+/* What follows model.params.first_stage_config.params. in a transition's key, or NULL */
+const char *first_stage_key(const char *key);
+/* "part.key" of a recipe: an error that names the nearest if there is no such key */
+Err recipe_key_check(const char *key);
+/* As numbers, else as words whatever their case, lists whatever their blanks and brackets; is the value one of "a|b"? */
+int same_config_value(const char *a, const char *b);
+int is_one_of_values(const char *value, const char *values);
+Err key_value_check(const KnownKey *k, const char *key, const char *value, int training);
+/* A recipe's part, or metadata, in which other people's keys are harmless */
+Err keys_check(const Config *c, unsigned where, int training);
 
 /* ---- tensor.c, checkpoint.c, ckpt.c: named tensors ---- */
 typedef enum {
@@ -149,7 +186,7 @@ Err file_open(int *fd, size_t *size, const char *path);
 /* *bytes (*size) = a whole regular file of 1 to `most` bytes, a zero byte behind it; release with free(). empty,
  * unless NULL: 1 when the file is there but has no bytes, which is an error too. */
 Err file_bytes(uint8_t **bytes, size_t *size, const char *path, size_t most, int *empty);
-/* The same as a text; zero bytes in it are an error. */
+/* The same as a text; zero bytes in it are an error, a byte-order mark is left out. */
 Err file_text(char **text, const char *path, size_t most);
 /* Reads to the end of an open file into bytes (size). */
 Err read_exactly(int fd, const char *path, uint8_t *bytes, size_t size);

@@ -62,18 +62,18 @@ static size_t *size_field(NetConfig *c, const SizeOption *o) {
     return (size_t *)((char *)c + o->field);
 }
 
-/* Every option under `params` must be one that is read here, or be switched off. */
+/* Every option under `params` must be one of this network's, with a value that can be had. */
 static Err refuse_unknown_options(const Config *from, const char *params, NetKind kind) {
-    static const char *const others[] = {"tie_token_emb", "wrap_decoder", "scale_pos",
-                                         "n_scales",      "xt_start",     "xt_size"};
-    const size_t skip = strlen(params), n_others = kind == NET_X ? sizeof others / sizeof *others : 0;
+    const size_t skip = strlen(params);
     for (size_t i = 0; i < from->n; i++) {
-        const char *key = from->kv[i].key, *value = from->kv[i].value;
+        const char *key = from->kv[i].key;
+        char name[160];
         if (strncmp(key, params, skip) != 0) continue;
-        int ok = !strcmp(value, "false") || !strcmp(value, "0") || !strcmp(value, "0.0");
-        for (const SizeOption *o = sizes_of(kind); o->key && !ok; o++) ok = !strcmp(key + skip, o->key);
-        for (size_t k = 0; k < n_others && !ok; k++) ok = !strcmp(key + skip, others[k]);
-        if (!ok) return err("%s: \"%s\" is an option that this program does not implement", key, value);
+        const int fits = snprintf(name, sizeof name, "model.params.transformer_config.params.%s", key + skip) < 160;
+        const KnownKey *k = fits ? known_key(name, KEYS_TRANSITION) : NULL;
+        if (!k || !(k->where & (kind == NET_X ? KEYS_X : KEYS_GPT)))
+            return err("%.200s: not an option of %s", key, kind == NET_X ? "an XTransformer" : "mingpt.GPT");
+        TRY(key_value_check(k, key, from->kv[i].value, 0));
     }
     return OK;
 }
@@ -81,13 +81,20 @@ static Err refuse_unknown_options(const Config *from, const char *params, NetKin
 /* What NET_X has besides sizes. The positions of t and x_t in the encoder's input have one possible value. */
 static Err read_x_options(NetConfig *c, const Config *from, const char *params) {
     size_t scale_pos = 0, xt_start = prompt_length(c), n_scales = (size_t)c->n_scales;
-    int wrap = 0;
     TRY(config_flag(&c->tie_token_emb, from, params, "tie_token_emb", 1));
-    TRY(config_flag(&wrap, from, params, "wrap_decoder", 1));
-    if (wrap) return err("%swrap_decoder: true is broken in the official code and not implemented", params);
     TRY(config_size(&scale_pos, from, params, "scale_pos", 0, 0, 1));
     TRY(config_size(&n_scales, from, params, "n_scales", n_scales, n_scales, 1));
     return config_size(&xt_start, from, params, "xt_start", xt_start, xt_start, 1);
+}
+
+/* The prompt of kept keys and values is never masked (SPEC section 2). Without them the official code draws as it
+ * trained: the same if just the prompt, or one token, is unmasked. */
+static Err check_past(const NetConfig *c, const Config *from, const char *prefix) {
+    int past = 1;
+    TRY(config_flag(&past, from, prefix, "use_past_for_sampling", 1));
+    if (past || max_size(c->n_unmasked, 1) == prompt_length(c)) return OK;
+    return err("%suse_past_for_sampling false: not implemented where n_unmasked (%zu) is not the prompt's length (%zu)",
+               prefix, c->n_unmasked, prompt_length(c));
 }
 
 Err net_config_read(NetConfig *c, const Config *from, const char *prefix) {
@@ -114,7 +121,7 @@ Err net_config_read(NetConfig *c, const Config *from, const char *prefix) {
         TRY(config_size(size_field(c, o), from, params, o->key, o->lo, o->hi, o->optional));
     if (c->kind == NET_X) return read_x_options(c, from, params);
     if (c->input_vocab_size == 0) c->input_vocab_size = c->dec_num_tokens;
-    return OK;
+    return check_past(c, from, prefix);
 }
 
 static Err put(Config *to, const char *prefix, const char *key, const char *text, size_t number) {

@@ -47,11 +47,16 @@ const char *model_folder(char path[PATH_BYTES], const char *name_or_folder) {
     return path;
 }
 
-static Err take_part(Config *to, const Config *recipe, const char *part, const char *except) {
+static int is_of_network(const char *key) {
+    return strstr(key, ".transformer_config.") || !strcmp(key, "model.target");
+}
+
+/* All keys of a part; of_any: but for those of one network alone */
+static Err take_part(Config *to, const Config *recipe, const char *part, int of_any) {
     size_t n = strlen(part);
     for (size_t i = 0; i < recipe->n; i++) {
         const char *key = recipe->kv[i].key;
-        if (strncmp(key, part, n) != 0 || key[n] != '.' || (except && strstr(key, except))) continue;
+        if (strncmp(key, part, n) != 0 || key[n] != '.' || (of_any && is_of_network(key + n + 1))) continue;
         TRY(config_set(to, key + n + 1, "%s", recipe->kv[i].value));
     }
     return OK;
@@ -64,16 +69,33 @@ static Err take_scale(Config *to, const Config *recipe, int scale) {
     if (scale > (int)T) return err("scale %d: this model has scales 1 to %zu", scale, T);
     const int last = scale == (int)T; /* another network: only the settings are shared */
     snprintf(name, sizeof name, "scale%d", scale);
-    TRY(take_part(to, recipe, "scale", last ? ".transformer_config." : NULL));
-    if (last) TRY(take_part(to, recipe, "last", NULL));
-    return take_part(to, recipe, scale ? name : "joint", NULL);
+    TRY(take_part(to, recipe, "scale", last));
+    if (last) TRY(take_part(to, recipe, "last", 0));
+    return take_part(to, recipe, scale ? name : "joint", 0);
+}
+
+/* What the transitions' parts say of the first stage's sizes, as the official files do */
+static Err take_first_stage(Config *to, const Config *recipe) {
+    TRY(take_part(to, recipe, "vqgan", 0));
+    for (size_t i = 0; i < recipe->n; i++) {
+        const char *part = recipe->kv[i].key, *value = recipe->kv[i].value, *dot = strchr(part, '.');
+        const char *key = dot ? first_stage_key(dot + 1) : NULL;
+        char name[128];
+        if (!key || (strncmp(key, "ddconfig.", 9) && strcmp(key, "embed_dim") && strcmp(key, "n_embed"))) continue;
+        if (!strcmp(key, "ddconfig.dropout")) continue; /* it is not trained there */
+        snprintf(name, sizeof name, "model.params.%s", key);
+        const char *said = config_get(to, "", name);
+        if (said && !same_config_value(said, value))
+            return err("%s is %s, but the first stage's %s is %s", part, value, name, said);
+        if (!said) TRY(config_set(to, name, "%s", value));
+    }
+    return OK;
 }
 
 Err recipe_read(Config *to, const char *path, int scale) {
     Config recipe = {0};
-    Err e = config_read(&recipe, path);
-    if (e == OK &&
-        (scale == RECIPE_VQGAN ? take_part(to, &recipe, "vqgan", NULL) : take_scale(to, &recipe, scale)) != OK)
+    Err e = config_read_checked(&recipe, path, recipe_key_check);
+    if (e == OK && (scale == RECIPE_VQGAN ? take_first_stage(to, &recipe) : take_scale(to, &recipe, scale)) != OK)
         e = err_in(path);
     if (e == OK && classes_from_recipe(to, path) != OK) e = err_in(path);
     config_free(&recipe);

@@ -63,10 +63,14 @@ static Err read_remap(VqganConfig *c, const Config *from, const Checkpoint *ck, 
     if (config_get(from, prefix, "re_embed") && c->re_embed != (used ? used->size : 0))
         return err("%sre_embed is %zu, %s has %zu", prefix, c->re_embed, name, used ? used->size : 0);
     c->re_embed = used ? used->size : 0;
+    const char *remap = config_get(from, prefix, "remap");
+    if (remap && !used && !is_one_of_values(remap, "null"))
+        return err("%sremap %.200s: expected a tensor %s, which the file does not have", prefix, remap, name);
     return OK;
 }
 
 Err first_stage_config(VqganConfig *c, const Config *from, const Checkpoint *ck, const char *tensors) {
+    TRY(keys_check(from, KEYS_FIRST, 0));
     TRY(vqgan_config_read(c, from, prefix));
     if (ck) TRY(read_remap(c, from, ck, tensors));
     TRY(vqgan_config_check(c));

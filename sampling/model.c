@@ -115,6 +115,7 @@ static Err read_null_class(int32_t *label, const Config *meta, const NetConfig *
 static Err read_facts(ScaleFacts *f, const Checkpoint *ck, int scale) {
     size_t T = 0, single = 0;
     memset(f, 0, sizeof *f);
+    TRY(keys_check(&ck->meta, KEYS_TRANSITION, 0));
     TRY(config_size(&T, &ck->meta, prefix, "n_scales", 1, MAX_SCALES, 0));
     TRY(config_size(&single, &ck->meta, prefix, "single_scale", 1, T, 1));
     if (scale && single && single != (size_t)scale) return err("it holds scale %zu, its name says %d", single, scale);
@@ -407,6 +408,7 @@ Err model_use_cuda(Model *m) {
 /* The weights to sample with: transformer_ema.* where the file has them and they are wanted, else transformer.* */
 static Err build_net(Model *m, const Checkpoint *ck) {
     NetConfig c;
+    int use_ema = !m->no_ema;
     memset(&c, 0, sizeof c);
     TRY(net_config_read(&c, &ck->meta, prefix));
     TRY(transformer_create(&m->net, &c));
@@ -419,7 +421,8 @@ static Err build_net(Model *m, const Checkpoint *ck) {
         if (sos != 0) return err("sos_token is %d, expected 0", (int)sos);
     }
     TRY(check_unexpected(m->net, ck, p));
-    const int ema = !m->no_ema && checkpoint_find(ck, "transformer_ema.num_updates");
+    if (use_ema) TRY(config_flag(&use_ema, &ck->meta, prefix, "use_ema", 1));
+    const int ema = use_ema && checkpoint_find(ck, "transformer_ema.num_updates");
     p->format = m->weights;
     TRY(params_map(p, ck, ema ? "transformer_ema." : "transformer.", ema));
     return params_send(p);

@@ -161,6 +161,30 @@ static void test_config_values(void) {
     CHECK(c.n == 0 && c.kv == NULL);
 }
 
+/* A byte-order mark is left out; many keys take no long time, too many bytes are refused. */
+static void test_config_bounds(void) {
+    enum { KEYS = 40000 };
+    Config c = {0};
+    const char *path = in_folder("many.txt");
+    put_file(path,
+             "\xEF\xBB\xBF"
+             "a 1\n",
+             7);
+    CHECK_OK(config_read(&c, path));
+    CHECK(c.n == 1 && config_get(&c, "", "a"));
+    FILE *f = fopen(path, "w");
+    for (int i = 0; f && i < KEYS; i++) fprintf(f, "key.number.%d %d\n", i, i);
+    CHECK(f && fclose(f) == 0);
+    config_free(&c);
+    const double started = seconds();
+    CHECK_OK(config_read(&c, path));
+    CHECK(c.n == KEYS && !strcmp(c.kv[KEYS - 1].value, "39999"));
+    CHECK(seconds() - started < 1);
+    config_free(&c);
+    CHECK(truncate(path, 2 << 20) == 0);
+    CHECK_ERR(config_read(&c, path), "at most 1048576 are read");
+}
+
 static void test_config_file(void) {
     static const struct {
         const char *text;
@@ -168,7 +192,7 @@ static void test_config_file(void) {
         const char *error;
     } bad[] = {{"a 1\nb\n", 6, "line 2: 'b' has no value"},
                {"a 1\nb 2\na 3", 11, "line 3: second value for 'a'"},
-               {"a 1\0\nb 2\n", 9, "line 1: no text"},
+               {"a 1\0\nb 2\n", 9, "holds zero bytes"},
                {"a 1\n\n# x\n  b  \n", 15, "line 4: 'b' has no value"}};
     Config c = {0};
     const char *path = in_folder("config.txt"),
@@ -186,8 +210,11 @@ static void test_config_file(void) {
         config_free(&d);
     }
     CHECK_ERR(config_read(&c, in_folder("nothing.txt")), "No such file");
-    CHECK_ERR(config_read(&c, folder), "Is a directory");
-    CHECK_ERR(config_read(&c, "/dev/zero"), "line 1");
+    CHECK_ERR(config_read(&c, folder), "is a folder");
+    CHECK_ERR(config_read(&c, "/dev/zero"), "/dev/zero: is a device or a pipe");
+    CHECK(mkfifo(in_folder("pipe"), 0600) == 0);
+    CHECK_ERR(config_read(&c, in_folder("pipe")), "is a device or a pipe");
+    test_config_bounds();
     config_free(&c);
 }
 

@@ -1,6 +1,10 @@
-/* test_keys.c - the official configuration is obeyed, or refused: schedules of the learning rate. */
+/* test_keys.c - the official configuration is obeyed, or refused: every key of the table, in recipes and in metadata; all
+ * keys of the official files; misspelt ones; schedules of the learning rate. */
 #include "test.h"
 #include "training/training.h"
+
+#include <dirent.h>
+#include <unistd.h>
 
 #define LR "model.params.scheduler_config."
 
@@ -104,7 +108,298 @@ static void test_rate_refusals(void) {
     }
 }
 
+/* ---- The table ---- */
+
+static const char *part_name(unsigned where) {
+    return where & KEYS_FIRST ? "vqgan" : "scale";
+}
+
+/* One key and its value, as a part's configuration */
+static Err check_one(const char *key, const char *value, unsigned where, int training) {
+    Config c = {0};
+    CHECK_OK(config_set(&c, key, "%s", value));
+    Err e = keys_check(&c, where, training);
+    config_free(&c);
+    return e;
+}
+
+/* A key with one letter too few, too many, or other */
+static void misspell(char out[200], const char *key, int how) {
+    const size_t n = strlen(key), at = n - 1 - (key[n - 2] != '.');
+    snprintf(out, 200, "%s", key);
+    if (how == 0) memmove(out + at, out + at + 1, n - at);
+    if (how == 1) memmove(out + at + 1, out + at, n - at + 1);
+    if (how == 2) out[at] = out[at] == 'q' ? 'x' : 'q';
+}
+
+/* Misspelt, it is an error that names it, or another key that is as near. */
+static void check_misspelt(const KnownKey *k, unsigned where) {
+    char wrong[200], key[200], expected[256];
+    snprintf(key, sizeof key, "%s.%s", part_name(where), k->key);
+    for (int how = 0; how < 3; how++) {
+        misspell(wrong, key, how);
+        if (recipe_key_check(wrong) == OK) continue; /* f_min and f_max */
+        CHECK(recipe_key_check(wrong) == FAILED);
+        snprintf(expected, sizeof expected, "did you mean %s?", key);
+        const char *named = strstr(err_text(), "did you mean ");
+        CHECK(named && strstr(err_text(), wrong));
+        if (!named || strstr(named, expected)) continue;
+        char other[200];
+        snprintf(other, sizeof other, "%.*s", (int)strcspn(named + 13, "?"), named + 13);
+        CHECK(word_distance(wrong, strlen(wrong), other) <= word_distance(wrong, strlen(wrong), key));
+        CHECK(recipe_key_check(other) == OK);
+    }
+    misspell(wrong, k->key, 2);
+    if (!known_key(wrong, where)) CHECK_ERR(check_one(wrong, "1", where, 0), "did you mean ");
+}
+
+static void check_key(const KnownKey *k, unsigned where) {
+    char key[200], value[200];
+    if (!(k->where & where)) return;
+    snprintf(key, sizeof key, "%s.%s", part_name(where), k->key);
+    CHECK(strlen(key) < 128 && known_key(k->key, where));
+    if (k->kind == KEY_OWN) {
+        CHECK_ERR(recipe_key_check(key), key);
+        CHECK_OK(check_one(k->key, "1", where, 1));
+        return;
+    }
+    CHECK_OK(recipe_key_check(key));
+    if (!strchr(k->key, '*')) check_misspelt(k, where);
+    if (k->kind == KEY_HARMLESS) CHECK_OK(check_one(k->key, "anything", where, 1));
+    if (k->kind != KEY_ONLY) return;
+    for (const char *s = k->only; *s; s += strcspn(s, "|") + (s[strcspn(s, "|")] != 0)) {
+        snprintf(value, sizeof value, "%.*s", (int)strcspn(s, "|"), s);
+        const int a_class = strcmp(k->key, "model.target") == 0;
+        if (!a_class) CHECK_OK(check_one(k->key, value, where, 1));
+    }
+    CHECK_ERR(check_one(k->key, "0.123", where, 1), k->key);
+    CHECK(strstr(err_text(), k->why));
+    CHECK((check_one(k->key, "0.123", where, 0) == OK) == ((k->where & KEYS_TRAINING) != 0));
+}
+
+static void test_table(void) {
+    size_t n;
+    const KnownKey *table = known_keys(&n);
+    for (size_t i = 0; i < n; i++) {
+        check_key(&table[i], KEYS_FIRST), check_key(&table[i], KEYS_TRANSITION);
+        for (size_t k = 0; k < i; k++)
+            CHECK(strcmp(table[i].key, table[k].key) || !(table[i].where & table[k].where & 3));
+    }
+    CHECK(n > 200);
+}
+
+/* ---- The official files: their keys, with values as they have them. None may be unknown, or refused. ---- */
+
+typedef struct {
+    const char *part, *key, *value;
+} Said;
+
+#define SIZES(part, at)                                                                                                \
+    {part, at "embed_dim", "256"}, {part, at "n_embed", "16384"}, {part, at "ddconfig.double_z", "False"},             \
+        {part, at "ddconfig.z_channels", "256"}, {part, at "ddconfig.resolution", "256"},                              \
+        {part, at "ddconfig.in_channels", "3"}, {part, at "ddconfig.out_ch", "3"}, {part, at "ddconfig.ch", "128"},    \
+        {part, at "ddconfig.ch_mult", "[1, 1, 2, 2, 4]"}, {part, at "ddconfig.num_res_blocks", "2"},                   \
+        {part, at "ddconfig.attn_resolutions", "[16]"}, {                                                              \
+        part, at "ddconfig.dropout", "0.0"                                                                             \
+    }
+
+/* The 24 files of the released models, and of the joint one */
+static const Said official[] = {
+    {"scale", "model.base_learning_rate", "0.0625"},
+    {"scale", "model.target", "imagebart.models.diffusion.DenoisingXTransformer"},
+    {"last", "model.target", "imagebart.models.diffusion.DecoderOnlyDenoiser"},
+    {"scale", "model.params.first_stage_key", "image"},
+    {"scale", "model.params.monitor", "val/loss"},
+    {"scale", "model.params.n_scales", "4"},
+    {"scale2", "model.params.single_scale", "2"},
+    {"last", "model.params.single_scale", "4"},
+    {"scale", "model.params.top_k", "973"},
+    {"scale", "model.params.alpha", "1.0"},
+    {"scale", "model.params.redraw_prob", "geometric"},
+    {"scale", "model.params.use_ema", "True"},
+    {"scale", "model.params.conditioner_config.target", "imagebart.util.ClassProvider"},
+    {"scale", "model.params.conditioner_config.params.key", "class_label"},
+    {"scale", "model.params.scheduler_config.target", "imagebart.lr_scheduler.LambdaWarmUpCosineScheduler"},
+    {"scale", "model.params.scheduler_config.params.verbosity_interval", "0"},
+    {"scale", "model.params.scheduler_config.params.warm_up_steps", "10000"},
+    {"scale", "model.params.scheduler_config.params.max_decay_steps", "10000000"},
+    {"scale", "model.params.scheduler_config.params.lr_start", "2.5e-06"},
+    {"scale", "model.params.scheduler_config.params.lr_max", "0.0001"},
+    {"scale", "model.params.scheduler_config.params.lr_min", "1.0e-08"},
+    {"scale", "model.params.transformer_config.target",
+     "imagebart.modules.xtransformers.x_transformer.ResidualScaledXTransformer"},
+    {"scale", "model.params.transformer_config.params.scale_pos", "0"},
+    {"scale", "model.params.transformer_config.params.n_scales", "4"},
+    {"scale", "model.params.transformer_config.params.xt_start", "2"},
+    {"scale", "model.params.transformer_config.params.xt_size", "256"},
+    {"scale", "model.params.transformer_config.params.wrap_decoder", "False"},
+    {"scale", "model.params.transformer_config.params.dim", "1152"},
+    {"scale", "model.params.transformer_config.params.enc_num_tokens", "1000"},
+    {"scale", "model.params.transformer_config.params.enc_depth", "32"},
+    {"scale", "model.params.transformer_config.params.enc_heads", "16"},
+    {"scale", "model.params.transformer_config.params.enc_max_seq_len", "258"},
+    {"scale", "model.params.transformer_config.params.dec_num_tokens", "973"},
+    {"scale", "model.params.transformer_config.params.dec_depth", "6"},
+    {"scale", "model.params.transformer_config.params.dec_heads", "16"},
+    {"scale", "model.params.transformer_config.params.tie_token_emb", "False"},
+    {"scale", "model.params.transformer_config.params.dec_max_seq_len", "256"},
+    {"last", "model.params.transformer_config.target", "imagebart.modules.transformer.mingpt.GPT"},
+    {"last", "model.params.transformer_config.params.input_vocab_size", "1000"},
+    {"last", "model.params.transformer_config.params.vocab_size", "973"},
+    {"last", "model.params.transformer_config.params.block_size", "258"},
+    {"last", "model.params.transformer_config.params.n_layer", "36"},
+    {"last", "model.params.transformer_config.params.n_head", "16"},
+    {"last", "model.params.transformer_config.params.n_embd", "1216"},
+    {"last", "model.params.transformer_config.params.n_unmasked", "2"},
+    {"scale", "model.params.first_stage_config.target", "imagebart.models.vqgan.VQGANWrapper"},
+    {"scale", "model.params.first_stage_config.params.ckpt_path", "vqgan/vqgan-imagenet.ckpt"},
+    {"scale", "model.params.first_stage_config.params.remap", "data/vqgan_indices/imagenet_indices.npy"},
+    {"scale", "model.params.first_stage_config.params.sane_index_shape", "True"},
+    SIZES("scale", "model.params.first_stage_config.params."),
+    {"scale", "model.params.first_stage_config.params.ddconfig.tanh_out", "True"},
+    {"scale", "model.params.first_stage_config.params.lossconfig.target",
+     "taming.modules.losses.vqperceptual.DummyLoss"},
+    {"scale", "data.target", "main.DataModuleFromConfig"},
+    {"scale", "data.params.batch_size", "16"},
+    {"scale", "data.params.num_workers", "32"},
+    {"scale", "data.params.wrap", "False"},
+    {"scale", "data.params.train.target", "taming.data.imagenet.ImageNetTrain"},
+    {"scale", "data.params.train.params.config.size", "256"},
+    {"scale", "data.params.validation.target", "taming.data.imagenet.ImageNetValidation"},
+    {"scale", "data.params.validation.params.config.size", "256"},
+    {"scale", "data.params.train.params.size", "256"},
+    {"scale", "data.params.validation.params.size", "256"},
+    {"scale", "lightning.callbacks.image_logger.target", "main.ImageLogger"},
+    {"scale", "lightning.callbacks.image_logger.params.batch_frequency", "1000"},
+    {"scale", "lightning.callbacks.image_logger.params.max_images", "4"},
+    {"scale", "lightning.callbacks.image_logger.params.increase_log_steps", "False"},
+    {"scale", "lightning.callbacks.image_logger.params.log_images_kwargs.sample_full", "True"},
+    {"scale", "lightning.trainer.benchmark", "True"},
+    {"scale", "lightning.trainer.accumulate_grad_batches", "2"},
+    {"scale", "train.steps", "10000000"},
+
+    /* taming's faceshq_vqgan, imagenet_vqgan, custom_vqgan */
+    {"vqgan", "model.base_learning_rate", "4.5e-6"},
+    {"vqgan", "model.project", "8k_8f_celebA-hq"},
+    {"vqgan", "model.target", "taming.models.vqgan.VQModel"},
+    SIZES("vqgan", "model.params."),
+    {"vqgan", "model.params.lossconfig.target", "taming.modules.losses.vqperceptual.VQLPIPSWithDiscriminator"},
+    {"vqgan", "model.params.lossconfig.params.disc_conditional", "False"},
+    {"vqgan", "model.params.lossconfig.params.disc_in_channels", "3"},
+    {"vqgan", "model.params.lossconfig.params.disc_start", "250001"},
+    {"vqgan", "model.params.lossconfig.params.disc_weight", "0.8"},
+    {"vqgan", "model.params.lossconfig.params.codebook_weight", "1.0"},
+    {"vqgan", "data.target", "main.DataModuleFromConfig"},
+    {"vqgan", "data.params.batch_size", "3"},
+    {"vqgan", "data.params.num_workers", "8"},
+    {"vqgan", "data.params.train.target", "taming.data.faceshq.FacesHQTrain"},
+    {"vqgan", "data.params.train.params.size", "256"},
+    {"vqgan", "data.params.train.params.crop_size", "256"},
+    {"vqgan", "data.params.train.params.config.size", "256"},
+    {"vqgan", "data.params.train.params.training_images_list_file", "data/customCelebAHQ_train.txt"},
+    {"vqgan", "data.params.validation.target", "taming.data.faceshq.FacesHQValidation"},
+    {"vqgan", "data.params.validation.params.size", "256"},
+    {"vqgan", "data.params.validation.params.crop_size", "256"},
+    {"vqgan", "data.params.validation.params.config.size", "256"},
+    {"vqgan", "data.params.validation.params.test_images_list_file", "data/customCelebAHQ_test.txt"},
+    {"vqgan", "train.steps", "800000"},
+};
+enum { OFFICIAL = sizeof official / sizeof *official };
+
+static void write_official(const char *path) {
+    FILE *f = fopen(path, "w");
+    CHECK(f);
+    for (size_t i = 0; f && i < OFFICIAL; i++)
+        fprintf(f, "%s.%s %s\n", official[i].part, official[i].key, official[i].value);
+    CHECK(f && fclose(f) == 0);
+}
+
+static void check_recipe(const char *path, int scales) {
+    NetConfig net;
+    VqganConfig first;
+    Rate rate;
+    for (int t = RECIPE_VQGAN; t <= scales; t++) {
+        Config c = {0};
+        if (scales == 0 && t > RECIPE_VQGAN) break;
+        CHECK_OK(recipe_read(&c, path, t));
+        CHECK_OK(keys_check(&c, t == RECIPE_VQGAN ? KEYS_FIRST : KEYS_TRANSITION, 1));
+        CHECK_OK(rate_read(&rate, &c, 1));
+        if (t == RECIPE_VQGAN)
+            CHECK_OK(first_stage_config(&first, &c, NULL, ""));
+        else
+            CHECK_OK(net_config_read(&net, &c, "model.params."));
+        config_free(&c);
+    }
+}
+
+static void test_official(void) {
+    char folder[FOLDER_BYTES], path[FOLDER_BYTES + 32];
+    static const struct {
+        const char *name;
+        int scales;
+    } bundled[] = {{"emoji", 3}, {"emoji-sharp", 0}, {"photos", 3},   {"ffhq", 4},     {"ffhq2", 2},
+                   {"cats", 3},  {"bedrooms", 3},    {"churches", 3}, {"imagenet", 5}, {"imagenet4", 4}};
+    CHECK(temporary_folder(folder));
+    snprintf(path, sizeof path, "%s/recipe.txt", folder);
+    write_official(path);
+    check_recipe(path, 4);
+    for (size_t i = 0; i < sizeof bundled / sizeof *bundled; i++) {
+        snprintf(path, sizeof path, "models/%s.txt", bundled[i].name);
+        check_recipe(path, bundled[i].scales);
+    }
+    check_recipe("test/tiny.txt", 3);
+    snprintf(path, sizeof path, "%s/recipe.txt", folder);
+    CHECK(unlink(path) == 0 && rmdir(folder) == 0);
+}
+
+/* ---- What programs ask for must be in the table: "train.", "key" and the like in their sources ---- */
+
+static void check_source(const char *path) {
+    static const char *const sections[] = {"\"train.", "\"imagebart."};
+    char *text, key[128];
+    if (file_text(&text, path, 1 << 20) != OK) {
+        CHECK(!"a source can be read");
+        return;
+    }
+    for (int i = 0; i < 2; i++)
+        for (const char *s = text; (s = strstr(s, sections[i])) != NULL; s++) {
+            const char *section = s + 1, *name = section + strlen(sections[i]) - 1;
+            if (!strncmp(name, "\", \"", 4)) name += 4;
+            const size_t n = strspn(name, "abcdefghijklmnopqrstuvwxyz_0123456789");
+            if (n == 0 || name[n] != '"') continue;
+            snprintf(key, sizeof key, "%.*s%.*s", (int)strlen(sections[i]) - 1, section, (int)n, name);
+            const int found = known_key(key, KEYS_FIRST) || known_key(key, KEYS_TRANSITION);
+            if (!found && !is_one_of_values(key, "imagebart.class|imagebart.c|train.tokens")) { /* other names */
+                printf("%s: %s is not in the table of files/keys.c\n", path, key);
+                CHECK(found);
+            }
+        }
+    free(text);
+}
+
+static void test_sources(void) {
+    static const char *const folders[] = {"training", "sampling", "files"};
+    char path[512];
+    size_t n = 0;
+    for (int i = 0; i < 3; i++) {
+        DIR *d = opendir(folders[i]);
+        CHECK(d);
+        for (struct dirent *e; d && (e = readdir(d));) {
+            const size_t length = strlen(e->d_name);
+            if (length < 3 || strcmp(e->d_name + length - 2, ".c") || !strcmp(e->d_name, "keys.c")) continue;
+            snprintf(path, sizeof path, "%s/%s", folders[i], e->d_name);
+            check_source(path), n++;
+        }
+        if (d) closedir(d);
+    }
+    check_source("train.c"), check_source("sample.c"), check_source("inpaint.c");
+    CHECK(n > 30);
+}
+
 int main(void) {
+    test_table();
+    test_official();
+    test_sources();
     test_constant();
     test_cycles();
     test_rate_refusals();

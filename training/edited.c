@@ -9,14 +9,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* Are two values of a recipe the same, as numbers ("2e-3", "0.002") or as words? */
-static int same_value(const char *a, const char *b) {
-    char *end_a, *end_b;
-    const double x = strtod(a, &end_a), y = strtod(b, &end_b);
-    if (!strcmp(a, b)) return 1;
-    return end_a > a && end_b > b && !*end_a && !*end_b && x == y;
-}
-
 static int begins(const char *key, const char *with) {
     return !strncmp(key, with, strlen(with));
 }
@@ -65,7 +57,7 @@ static int is_fitted(const Stage *s, const Config *recipe, const char *key) {
     key += strlen(lr);
     if (strcmp(key, "max_decay_steps") && strcmp(key, "warm_up_steps")) return 0;
     const char *run = config_get(&s->recipe, "train.", "steps"), *there = config_get(recipe, "train.", "steps");
-    return !run || !there || !same_value(run, there);
+    return !run || !there || !same_config_value(run, there);
 }
 
 /* Does the run have another value of this key for a reason of its own, not because the recipe was edited? */
@@ -79,7 +71,7 @@ static int has_reason(const Stage *s, const Config *recipe, const char *key, con
 
 static Err compare(Stage *s, const Config *recipe, const Config *given, const char *key, const char *there) {
     const char *run = config_get(&s->recipe, "", key);
-    if (config_get(given, "", key) || (run && there && same_value(run, there))) return OK;
+    if (config_get(given, "", key) || (run && there && same_config_value(run, there))) return OK;
     if (there && is_taken_over(key)) {
         say_once("%s: recipe: %s is %s there, %s in the run, which takes it over\n", s->name, key, there,
                  run ? run : "not said");

@@ -453,11 +453,14 @@ static Err compare_with_recipe(Stage *s) {
 }
 
 Err settings_read(Stage *s, const Checkpoint *ck) {
+    char path[PATH_BYTES];
     const int batch_given = s->set.batch != NOT_GIVEN;
     TRY(ck ? copy_settings(&s->recipe, &ck->meta) : read_recipe(&s->set, &s->recipe));
     if (ck && !s->set.eval) TRY(compare_with_recipe(s));
     const size_t pictures = pictures_per_step(&s->recipe);
     TRY(apply_given(&s->recipe, &s->set));
+    if (keys_check(&s->recipe, s->set.vqgan ? KEYS_FIRST : KEYS_TRANSITION, 1) != OK)
+        return err_in(ck ? ck->path : recipe_path(&s->set, path));
     TRY(settle_device(s, ck != NULL));
     for (const Setting *r = table; r < table + ROWS; r++) TRY(take_setting(&s->set, r, &s->recipe));
     TRY(share_batch(s, !ck || batch_given));
