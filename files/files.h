@@ -60,13 +60,8 @@ int text_digits(size_t *out, const char **s);
 size_t utf8_length(const char *text);
 
 /* ---- keys.c: which keys there are ---- */
-enum { /* of whose configuration: a first stage's, a transition's; of which network; refused in training alone */
-       KEYS_FIRST = 1,
-       KEYS_TRANSITION = 2,
-       KEYS_X = 4,
-       KEYS_GPT = 8,
-       KEYS_TRAINING = 16
-};
+/* Of whose configuration: a first stage's, a transition's; of which network; refused in training alone */
+enum { KEYS_FIRST = 1, KEYS_TRANSITION = 2, KEYS_X = 4, KEYS_GPT = 8, KEYS_TRAINING = 16 };
 typedef enum {
     KEY_OBEYED,
     KEY_HARMLESS, /* whatever its value */

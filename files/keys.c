@@ -259,6 +259,7 @@ static const KnownKey table[] = {
     OBEYED("train.bf16_states", B),
     OBEYED("train.weight_decay_scale", B),
     OBEYED("train.ema_decay", T),
+    OBEYED("train.crops", T),
     OBEYED("train.label_dropout", T),
     OBEYED("train.balance_classes", T),
     OBEYED("train.l1_weight", F),
@@ -477,7 +478,7 @@ Err keys_check(const Config *c, unsigned where, int training) {
         const KnownKey *k = known_key(key, where);
         if (k)
             TRY(key_value_check(k, key, c->kv[i].value, training && !first_stage_key(key)));
-        else
+        else if (!known_key(key, B)) /* --all gives its options to every stage */
             TRY(unknown_in_file(key, where));
     }
     return where & KEYS_TRANSITION ? check_class(c) : OK;

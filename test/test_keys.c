@@ -150,7 +150,7 @@ static void check_misspelt(const KnownKey *k, unsigned where) {
         CHECK(recipe_key_check(other) == OK);
     }
     misspell(wrong, k->key, 2);
-    if (!known_key(wrong, where)) CHECK_ERR(check_one(wrong, "1", where, 0), "did you mean ");
+    if (!known_key(wrong, KEYS_FIRST | KEYS_TRANSITION)) CHECK_ERR(check_one(wrong, "1", where, 0), "did you mean ");
 }
 
 static void check_key(const KnownKey *k, unsigned where) {
@@ -186,6 +186,28 @@ static void test_table(void) {
             CHECK(strcmp(table[i].key, table[k].key) || !(table[i].where & table[k].where & 3));
     }
     CHECK(n > 200);
+    /* options of --all come to every stage; other people's metadata is theirs, unless it is ours misspelt */
+    CHECK_OK(check_one("train.label_dropout", "0.1", KEYS_FIRST, 1));
+    static const char *const foreign[] = {"format", "epoch", "license", "modelspec.architecture", "ss_output_name"};
+    for (size_t i = 0; i < sizeof foreign / sizeof *foreign; i++)
+        for (unsigned where = KEYS_FIRST; where <= KEYS_TRANSITION; where++)
+            CHECK_OK(check_one(foreign[i], "pt", where, 1));
+    CHECK_ERR(check_one("modle.params.alpha", "1", KEYS_TRANSITION, 0), "did you mean model.params.alpha?");
+    CHECK_ERR(check_one("model.params.alhpa", "1", KEYS_TRANSITION, 0), "did you mean model.params.alpha?");
+    static const char *const wrong[][2] = {{"vqgn.train.seed", "did you mean vqgan.train.seed?"},
+                                           {"sclae.train.steps", "did you mean scale.train.steps?"},
+                                           {"scale0.train.steps", "did you mean scale.train.steps?"},
+                                           {"scale65.train.steps", "did you mean scale.train.steps?"},
+                                           {"scale12.train.stesp", "did you mean scale12.train.steps?"},
+                                           {"train.seed", "did you mean vqgan.train.seed or scale.train.seed?"},
+                                           {"seed:", "did you mean vqgan.train.seed or scale.train.seed?"},
+                                           {"alpha", "did you mean scale.model.params.alpha?"},
+                                           {"vqgan.train.Flip", "did you mean vqgan.train.flip?"},
+                                           {"vqgan.train.alpha", "unknown key"},
+                                           {"vqgan", "unknown key 'vqgan'"},
+                                           {".train.seed", "did you mean vqgan.train.seed"},
+                                           {"x", "unknown key 'x'"}};
+    for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++) CHECK_ERR(recipe_key_check(wrong[i][0]), wrong[i][1]);
 }
 
 /* ---- The official files: their keys, with values as they have them. None may be unknown, or refused. ---- */
