@@ -446,7 +446,7 @@ static int choose_device(const Settings *o) {
 
 int main(int argc, char **argv) {
     Settings given;
-    signal(SIGXFSZ, SIG_IGN), signal(SIGPIPE, SIG_IGN); /* both are errors of the write, which are dealt with there */
+    signal(SIGPIPE, SIG_IGN); /* an error of the write, which is dealt with there */
     settings_parse(&given, argc, argv);
     if (given.convert_perceptual) {
         check(convert_perceptual(given.perceptual, given.convert_perceptual));

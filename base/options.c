@@ -172,6 +172,7 @@ static void set_option(const Option *table, int argc, char **argv, int *i) {
 void options_parse(int argc, char **argv, const Option *table, const char *intro) {
     const char *slash = strrchr(argv[0], '/');
     program_name = slash ? slash + 1 : argv[0];
+    signal(SIGXFSZ, SIG_IGN); /* beyond ulimit -f a write fails, which is said */
     if (getenv("IMAGEBART_LEVEL")) /* start.c, where there is one, has obeyed it and removed it */
         usage_error("IMAGEBART_LEVEL: this program was compiled for one kind of processor, %s; \"make\" without MARCH "
                     "makes one that chooses, on x86-64",

@@ -14,6 +14,11 @@
 
 static _Thread_local int io_errno; /* of the last file written; 0: it went well so far */
 
+/* What is written next is tried for the first time. */
+static void io_begin(void) {
+    io_errno = 0;
+}
+
 Err io_error(const char *path, const char *doing) {
     io_errno = errno;
     return err("%s: cannot %s: %s", path, doing, strerror(errno));
@@ -94,11 +99,48 @@ static int open_temporary(AtomicFile *f) {
     return -1;
 }
 
+/* ---- Writing ---- */
+
+typedef struct { /* an AtomicFile's; a call that a signal interrupts is made again, which stdio cannot do */
+    int fd;
+    size_t n;
+    uint8_t bytes[1 << 16];
+} Output;
+
+static int write_all(int fd, const uint8_t *bytes, size_t size) {
+    while (size) {
+        const ssize_t put = write(fd, bytes, size);
+        if (put < 0 && errno == EINTR) continue;
+        if (put < 0) return -1;
+        bytes += put, size -= (size_t)put;
+    }
+    return 0;
+}
+
+static int flush(Output *o) {
+    const size_t n = o->n;
+    o->n = 0;
+    return write_all(o->fd, o->bytes, n);
+}
+
+static int sync_disk(int fd) {
+    int code;
+    while ((code = fsync(fd)) != 0 && errno == EINTR) continue;
+    return code;
+}
+
+/* An interrupted close has closed. */
+static int close_file(int fd) {
+    return close(fd) == 0 || errno == EINTR ? 0 : -1;
+}
+
 /* Removes the temporary; safe after a failure or twice. */
 static void atomic_abandon(AtomicFile *f) {
-    if (f->file) fclose((FILE *)f->file);
+    Output *o = f->output;
+    if (o) close(o->fd);
+    free(o);
     if (f->temporary[0]) unlink(f->temporary);
-    f->file = NULL;
+    f->output = NULL;
     f->temporary[0] = 0;
 }
 
@@ -106,7 +148,7 @@ static void atomic_abandon(AtomicFile *f) {
  * the file behind it is replaced. */
 Err atomic_open(AtomicFile *f, const char *path) {
     *f = (AtomicFile){0};
-    io_errno = 0;
+    io_begin();
     struct stat st;
     int exists = stat(path, &st) == 0, direct = exists && !S_ISREG(st.st_mode);
     if (exists && S_ISDIR(st.st_mode)) return err("%s: is a directory, expected a file to write", path);
@@ -116,24 +158,34 @@ Err atomic_open(AtomicFile *f, const char *path) {
     free(behind);
     TRY(fits);
 
+    Output *o = malloc(sizeof *o);
+    if (!o) return err("%s: no memory for writing it", path);
     if (!direct) remove_left(f->path);
-    int fd = direct ? open(path, O_WRONLY | O_CLOEXEC) : open_temporary(f);
-    if (fd < 0) {
+    o->n = 0;
+    o->fd = direct ? open(path, O_WRONLY | O_CLOEXEC) : open_temporary(f);
+    if (o->fd < 0) {
         f->temporary[0] = 0; /* whatever has that name, we did not make it */
-        return io_error(path, "write");
+        io_error(path, "write");
+        free(o);
+        return FAILED;
     }
-    if (exists && !direct) fchmod(fd, st.st_mode & 0777); /* who may read the file stays as it was */
-    f->file = fdopen(fd, "wb");
-    if (f->file) return OK;
-    io_error(path, "write");
-    close(fd);
-    atomic_abandon(f);
-    return FAILED;
+    if (exists && !direct) fchmod(o->fd, st.st_mode & 0777); /* who may read the file stays as it was */
+    f->output = o;
+    return OK;
 }
 
 Err atomic_write(AtomicFile *f, const void *data, size_t bytes) {
-    if (!f->file) return err("%s: is not open for writing", f->path);
-    if (bytes == 0 || fwrite(data, 1, bytes, (FILE *)f->file) == bytes) return OK;
+    Output *o = f->output;
+    if (!o) return err("%s: is not open for writing", f->path);
+    int code = 0;
+    if (bytes > sizeof o->bytes - o->n) code = flush(o);
+    if (bytes > sizeof o->bytes) {
+        if (code == 0) code = write_all(o->fd, data, bytes);
+    } else if (bytes) {
+        memcpy(o->bytes + o->n, data, bytes);
+        o->n += bytes;
+    }
+    if (code == 0) return OK;
     io_error(f->path, "write");
     atomic_abandon(f);
     return FAILED;
@@ -151,14 +203,15 @@ static void sync_folder(const char *path) {
 
 /* The temporary takes the file's place. */
 static Err atomic_commit(AtomicFile *f) {
-    if (!f->file) return err("%s: is not open for writing", f->path);
-    FILE *file = (FILE *)f->file;
-    int direct = f->temporary[0] == 0;
+    Output *o = f->output;
+    if (!o) return err("%s: is not open for writing", f->path);
+    const int direct = f->temporary[0] == 0;
     Err e = OK;
-    if (fflush(file) != 0) e = io_error(f->path, "write");
-    if (e == OK && !direct && fsync(fileno(file)) != 0) e = io_error(f->path, "write to the disk");
-    f->file = NULL;
-    if (fclose(file) != 0 && e == OK) e = io_error(f->path, "close");
+    if (flush(o) != 0) e = io_error(f->path, "write");
+    if (e == OK && !direct && sync_disk(o->fd) != 0) e = io_error(f->path, "write to the disk");
+    if (close_file(o->fd) != 0 && e == OK) e = io_error(f->path, "close");
+    free(o);
+    f->output = NULL;
     if (e == OK && !direct && rename(f->temporary, f->path) != 0) e = io_error(f->path, "replace");
     if (e != OK) {
         atomic_abandon(f);
@@ -181,22 +234,27 @@ int disk_full(void) {
 
 Err file_append(const char *path, const void *data, size_t bytes) {
     struct stat before;
-    size_t done = 0;
-    io_errno = 0;
+    io_begin();
     int fd = open(path, O_WRONLY | O_APPEND | O_CREAT | O_CLOEXEC, 0666);
     if (fd < 0) return io_error(path, "open");
     Err e = fstat(fd, &before) == 0 ? OK : io_error(path, "read");
-    while (e == OK && done < bytes) {
-        ssize_t put = write(fd, (const char *)data + done, bytes - done);
-        if (put >= 0)
-            done += (size_t)put;
-        else if (errno != EINTR)
-            e = io_error(path, "write");
+    if (e == OK && write_all(fd, data, bytes) != 0) {
+        e = io_error(path, "write");
+        if (ftruncate(fd, before.st_size) != 0) err("%s; and the beginning of it stays there", err_text());
     }
-    if (e != OK && done && ftruncate(fd, before.st_size) != 0)
-        err("%s; and the beginning of it stays there", err_text());
-    if (close(fd) != 0 && e == OK) e = io_error(path, "close");
+    if (close_file(fd) != 0 && e == OK) e = io_error(path, "close");
     return e;
+}
+
+Err file_write_at(int fd, const char *path, const void *data, size_t bytes, uint64_t at) {
+    io_begin();
+    for (const uint8_t *p = data; bytes;) {
+        const ssize_t put = pwrite(fd, p, bytes, (off_t)at);
+        if (put < 0 && errno == EINTR) continue;
+        if (put < 0) return io_error(path, "write");
+        p += put, at += (uint64_t)put, bytes -= (size_t)put;
+    }
+    return OK;
 }
 
 Err file_checksum(uint64_t *out, const char *path) {

@@ -191,7 +191,7 @@ Err file_checksum(uint64_t *out, const char *path);
 Err io_error(const char *path, const char *doing);
 /* A file that is replaced whole or not at all: a temporary beside it is opened and written. */
 typedef struct {
-    void *file; /* FILE* */
+    void *output; /* NULL: not open */
     char path[PATH_BYTES], temporary[PATH_BYTES];
 } AtomicFile;
 Err atomic_open(AtomicFile *f, const char *path);
@@ -207,7 +207,9 @@ size_t temporary_left(const char *folder, const char *name);
 int file_lock(int fd);
 /* Writes behind a file's end: all of it, or none of it and an error. */
 Err file_append(const char *path, const void *data, size_t bytes);
-/* Did the last of this thread's AtomicFiles and file_appends fail for want of room (ENOSPC, EDQUOT, EFBIG)? */
+/* Writes at byte `at` of an open file. What failed can be written again. */
+Err file_write_at(int fd, const char *path, const void *data, size_t bytes, uint64_t at);
+/* Did the last of this thread's AtomicFiles, file_appends and file_write_ats fail for want of room (ENOSPC, EDQUOT, EFBIG)? */
 int disk_full(void);
 
 /* ---- names.c: a growing list of names, such as those of files, each with two numbers that are the caller's ---- */

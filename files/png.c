@@ -173,6 +173,7 @@ Err png_decode(Rows *r, const uint8_t *bytes, size_t size) {
  * Out
  * ---------------------------------------------------------------------------------------------------------- */
 
+enum { KEY_BYTES = 79 };
 typedef struct {
     AtomicFile file;
     uint8_t *bytes; /* instead of the file */
@@ -180,6 +181,7 @@ typedef struct {
     int in_memory;
     const Image *im;
     png_text *text;
+    char (*key)[KEY_BYTES + 1], **whole; /* of each text; a value with its key in front, or NULL */
     size_t n_text;
     int write_failed; /* err_text() already says what */
     png_structp png;
@@ -188,7 +190,7 @@ typedef struct {
 
 static void png_out_error(png_structp png, png_const_charp text) {
     PngOut *p = png_get_error_ptr(png);
-    if (!p->write_failed) err("writing a PNG: %s", text);
+    if (!p->write_failed) err("writing a PNG: %s%s", text, strstr(text, "too many") ? ", or no memory for them" : "");
     png_longjmp(png, 1);
 }
 
@@ -217,23 +219,48 @@ static int is_wide_utf8(const char *s) {
     return wide;
 }
 
-/* iTXt holds UTF-8, tEXt Latin-1: whatever is not UTF-8 goes there byte by byte. */
+/* out = the key as a PNG can hold it: 1..79 printable ASCII characters, single spaces. Whether it was so. */
+static int fit_key(char out[KEY_BYTES + 1], const char *key) {
+    size_t n = 0;
+    for (const char *p = key; *p && n < KEY_BYTES; p++) {
+        if (*p == ' ' && (n == 0 || out[n - 1] == ' ')) continue;
+        out[n++] = *p >= ' ' && *p <= '~' ? *p : '?';
+    }
+    while (n && out[n - 1] == ' ') n--;
+    if (n == 0) out[n++] = '?';
+    out[n] = 0;
+    return strcmp(out, key) == 0;
+}
+
+/* iTXt holds UTF-8, tEXt Latin-1: whatever is not UTF-8 goes there byte by byte. Where the key does not fit, the value
+ * has it in front: "key value". */
 static Err png_texts(PngOut *p, const Config *text) {
     p->n_text = text ? text->n : 0;
     TRY(mem_alloc(&p->text, p->n_text, sizeof *p->text, "PNG texts"));
+    TRY(mem_alloc(&p->key, p->n_text, sizeof *p->key, "PNG texts"));
+    TRY(mem_alloc(&p->whole, p->n_text, sizeof *p->whole, "PNG texts"));
     for (size_t i = 0; i < p->n_text; i++) {
-        const char *key = text->kv[i].key;
-        size_t length = strlen(key);
-        int plain = length >= 1 && length <= 79 && key[0] != ' ' && key[length - 1] != ' ' && !strstr(key, "  ");
-        for (size_t k = 0; k < length; k++) plain &= key[k] >= ' ' && key[k] <= '~';
-        if (!plain) return err("PNG text key '%s': 1..79 printable ASCII characters, single spaces expected", key);
-        p->text[i].compression =
-            is_wide_utf8(text->kv[i].value) ? PNG_ITXT_COMPRESSION_NONE : PNG_TEXT_COMPRESSION_NONE;
-        p->text[i].key = text->kv[i].key;
-        p->text[i].text = text->kv[i].value;
-        p->text[i].lang = p->text[i].lang_key = "";
+        png_text *t = &p->text[i];
+        const KeyValue *kv = &text->kv[i];
+        t->text = kv->value;
+        if (!fit_key(p->key[i], kv->key)) {
+            const size_t bytes = strlen(kv->key) + strlen(kv->value) + 2;
+            TRY(mem_alloc(&p->whole[i], bytes, 1, "PNG texts"));
+            snprintf(p->whole[i], bytes, "%s %s", kv->key, kv->value);
+            t->text = p->whole[i];
+        }
+        t->compression = is_wide_utf8(t->text) ? PNG_ITXT_COMPRESSION_NONE : PNG_TEXT_COMPRESSION_NONE;
+        t->key = p->key[i];
+        t->lang = t->lang_key = "";
     }
     return OK;
+}
+
+static void free_texts(PngOut *p) {
+    for (size_t i = 0; p->whole && i < p->n_text; i++) free(p->whole[i]);
+    free(p->whole);
+    free(p->key);
+    free(p->text);
 }
 
 /* Everything that may jump. */
@@ -271,7 +298,7 @@ Err image_write_png(const char *path, const Image *im, const Config *text) {
     Err e = png_texts(&p, text);
     if (e == OK) e = atomic_open(&p.file, path);
     if (e == OK) e = atomic_close(&p.file, png_encode(&p));
-    free(p.text);
+    free_texts(&p);
     return e;
 }
 

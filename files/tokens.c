@@ -137,59 +137,59 @@ static uint64_t record_checksum(const uint8_t *record, size_t bytes, uint64_t nu
     return fnv1a(FNV_START ^ number, record + RECORD_LABEL, bytes - RECORD_LABEL);
 }
 
-static Err write_all(int fd, const char *path, const void *bytes, size_t size) {
-    for (const uint8_t *p = bytes; size;) {
-        ssize_t put = write(fd, p, size);
-        if (put < 0 && errno == EINTR) continue;
-        if (put < 0) return err("%s: %s", path, strerror(errno));
-        p += put, size -= (size_t)put;
-    }
-    return OK;
-}
-
 /* Opens the part file and waits until no other process has it. If that process finished it meanwhile, it is gone:
- * another try makes a new one. */
+ * another try makes a new one. Where files cannot be locked, nobody is waited for. */
 static Err part_open(TokensPart *p) {
     for (;;) {
         struct stat ours, theirs;
         p->fd = open(p->part, O_RDWR | O_CREAT | O_CLOEXEC | O_NONBLOCK, 0666);
-        if (p->fd < 0) return err("%s: %s", p->part, strerror(errno));
-        if (fstat(p->fd, &ours) != 0 || !S_ISREG(ours.st_mode)) return err("%s: is not a regular file", p->part);
-        int code;
-        while ((code = flock(p->fd, LOCK_EX)) != 0 && errno == EINTR) continue;
-        if (code != 0) return err("%s: %s", p->part, strerror(errno));
+        if (p->fd < 0) return io_error(p->part, "open");
+        if (fstat(p->fd, &ours) != 0) return io_error(p->part, "open");
+        if (!S_ISREG(ours.st_mode)) return err("%s: is not a regular file", p->part);
+        while (flock(p->fd, LOCK_EX) != 0 && errno == EINTR) continue;
         if (stat(p->part, &theirs) == 0 && ours.st_ino == theirs.st_ino && ours.st_dev == theirs.st_dev) return OK;
         close(p->fd);
     }
 }
 
-/* Reads the next record into p->record. 0: no whole record is left. */
-static int part_next(TokensPart *p, uint64_t number) {
-    uint64_t checksum;
-    size_t at = 0;
-    while (at < p->bytes) {
-        ssize_t got = read(p->fd, p->record + at, p->bytes - at);
-        if (got < 0 && errno == EINTR) continue;
-        if (got <= 0) return 0;
-        at += (size_t)got;
+/* Reads on, to the end at most; *got: how far. */
+static Err part_read(TokensPart *p, void *bytes, size_t size, size_t *got) {
+    for (*got = 0; *got < size;) {
+        const ssize_t n = read(p->fd, (uint8_t *)bytes + *got, size - *got);
+        if (n < 0 && errno == EINTR) continue;
+        if (n < 0) return io_error(p->part, "read");
+        if (n == 0) return OK;
+        *got += (size_t)n;
     }
-    memcpy(&checksum, p->record, sizeof checksum);
-    return checksum == record_checksum(p->record, p->bytes, number);
+    return OK;
 }
 
-/* Counts the whole batches that an earlier run left, and cuts the file behind them; its position is that end. */
+/* Reads the next record into p->record. *whole = 0: no whole one is left. */
+static Err part_next(TokensPart *p, uint64_t number, int *whole) {
+    uint64_t checksum;
+    size_t got;
+    TRY(part_read(p, p->record, p->bytes, &got));
+    memcpy(&checksum, p->record, sizeof checksum);
+    *whole = got == p->bytes && checksum == record_checksum(p->record, p->bytes, number);
+    return OK;
+}
+
+/* Where the next record goes */
+static uint64_t record_at(const TokensPart *p) {
+    return header_bytes(p->sizes.crops) + (uint64_t)p->done * p->bytes;
+}
+
+/* Counts the whole batches that an earlier run left, and cuts the file behind them. */
 static Err part_continue(TokensPart *p, const TokensHeader *head, size_t batch) {
     TokensHeader theirs;
     const size_t bytes = header_bytes(p->sizes.crops);
-    ssize_t got = read(p->fd, &theirs, bytes);
-    p->done = 0;
-    if (got == (ssize_t)bytes && memcmp(&theirs, head, bytes) == 0)
-        while (p->done < p->sizes.n && part_next(p, p->done)) p->done++;
+    size_t got;
+    TRY(part_read(p, &theirs, bytes, &got));
+    int whole = got == bytes && memcmp(&theirs, head, bytes) == 0;
+    for (p->done = 0; whole && p->done < p->sizes.n; p->done += (size_t)whole) TRY(part_next(p, p->done, &whole));
     if (p->done < p->sizes.n) p->done = p->done / batch * batch;
-    off_t end = p->done ? (off_t)(bytes + p->done * p->bytes) : 0;
-    if (ftruncate(p->fd, end) != 0 || lseek(p->fd, end, SEEK_SET) != end)
-        return err("%s: %s", p->part, strerror(errno));
-    return p->done ? OK : write_all(p->fd, p->part, head, bytes);
+    if (ftruncate(p->fd, p->done ? (off_t)record_at(p) : 0) != 0) return io_error(p->part, "cut");
+    return p->done ? OK : file_write_at(p->fd, p->part, head, bytes, 0);
 }
 
 Err tokens_start(TokensPart *p, const char *path, const Tokens *sizes, size_t batch) {
@@ -217,7 +217,7 @@ Err tokens_append(TokensPart *p, int32_t label, const int32_t *token) {
     }
     uint64_t checksum = record_checksum(p->record, p->bytes, p->done);
     memcpy(p->record, &checksum, sizeof checksum);
-    TRY(write_all(p->fd, p->part, p->record, p->bytes));
+    TRY(file_write_at(p->fd, p->part, p->record, p->bytes, record_at(p)));
     p->done++;
     return OK;
 }
@@ -230,9 +230,11 @@ static Err part_collect(TokensPart *p, Tokens *x) {
     TRY(size_mul(&total, p->sizes.n, each));
     TRY(mem_alloc(&x->label, p->sizes.n, sizeof *x->label, "labels"));
     TRY(mem_alloc(&x->token, total, sizeof *x->token, "tokens"));
-    if (lseek(p->fd, (off_t)header_bytes(x->crops), SEEK_SET) < 0) return err("%s: %s", p->part, strerror(errno));
+    if (lseek(p->fd, (off_t)header_bytes(x->crops), SEEK_SET) < 0) return io_error(p->part, "read");
     for (size_t i = 0; i < p->sizes.n; i++) {
-        if (!part_next(p, i)) return err("%s: record %zu cannot be read back", p->part, i);
+        int whole;
+        TRY(part_next(p, i, &whole));
+        if (!whole) return err_damaged("%s: record %zu is not what was written", p->part, i);
         memcpy(&x->label[x->n], p->record + RECORD_LABEL, sizeof *x->label);
         if (x->label[x->n] < 0) continue;
         memcpy(x->token + x->n * each, p->record + RECORD_TOKENS, each * sizeof *x->token);
@@ -246,7 +248,7 @@ Err tokens_finish(TokensPart *p, Tokens *x) {
     if (p->done != p->sizes.n) return err("%s: %zu of %zu pictures are encoded", p->part, p->done, p->sizes.n);
     Err e = part_collect(p, x);
     if (e == OK) e = tokens_write(p->path, x);
-    if (e == OK) e = unlink(p->part) == 0 ? OK : err("%s: %s", p->part, strerror(errno));
+    if (e == OK) e = unlink(p->part) == 0 ? OK : io_error(p->part, "remove");
     if (e != OK) tokens_free(x);
     return e;
 }

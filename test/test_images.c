@@ -875,6 +875,40 @@ static void check_texts(const char *path) {
     fclose(f);
 }
 
+/* Keys that a PNG cannot hold are shortened and escaped; nothing of them is lost. */
+static void test_keys(void) {
+    static char k79[80], k80[81], k5000[5001];
+    memset(k79, 'k', 79), memset(k80, 'k', 80), memset(k5000, 'k', 5000);
+    char *key[] = {"",        " ", "bad\nkey", "\x1b[31mred", "caf\xc3\xa9", "caf\xe9", " before", "behind ",
+                   "two  of", k79, k80,        k5000,         "plain",       "\x7f",    "\t"};
+    static const char *const fits[] = {"?",      "?", "bad?key", "?[31mred", "caf??", "caf?", "before", "behind",
+                                       "two of", k79, k79,       k79,        "plain", "?",    "?"};
+    enum { N = sizeof key / sizeof *key };
+    KeyValue kv[N];
+    Image im = picture(3, 4);
+    for (size_t i = 0; i < N; i++) kv[i] = (KeyValue){key[i], i % 2 ? "" : "the value"};
+    CHECK_OK(image_write_png(in_folder("keys.png"), &im, &(Config){kv, N, N}));
+    CHECK(reads_as(in_folder("keys.png"), 3, 4, im.rgb));
+    png_structp png = png_create_read_struct(PNG_LIBPNG_VER_STRING, NULL, NULL, NULL);
+    png_infop info = png_create_info_struct(png);
+    FILE *f = fopen(in_folder("keys.png"), "rb");
+    if (!f || setjmp(png_jmpbuf(png))) exit(1);
+    png_init_io(png, f);
+    png_read_info(png, info);
+    png_textp text;
+    if (CHECK(png_get_text(png, info, &text, NULL) == N))
+        for (size_t i = 0; i < N; i++) {
+            char whole[6000];
+            const int same = !strcmp(key[i], fits[i]);
+            snprintf(whole, sizeof whole, "%s%s%s", same ? "" : key[i], same ? "" : " ", kv[i].value);
+            if (!CHECK(!strcmp(text[i].key, fits[i]) && !strcmp(text[i].text, whole)))
+                printf("     key %zu: '%s' '%.100s'\n", i, text[i].key, text[i].text);
+        }
+    png_destroy_read_struct(&png, &info, NULL);
+    fclose(f);
+    image_free(&im);
+}
+
 static void test_write(void) {
     Image im = picture(17, 23);
     KeyValue kv[] = {{(char *)"seed", (char *)"42"},
@@ -884,8 +918,7 @@ static void test_write(void) {
     CHECK_OK(image_write_png(in_folder("out.png"), &im, &text));
     CHECK(reads_as(in_folder("out.png"), 17, 23, im.rgb));
     check_texts(in_folder("out.png"));
-    kv[1].key = (char *)"bad\nkey";
-    CHECK_ERR(image_write_png(in_folder("out.png"), &im, &text), "PNG text key");
+    CHECK_ERR(image_write_png(in_folder("out.png"), &(Image){0, 3, im.rgb}, &text), "cannot be a PNG");
     CHECK(reads_as(in_folder("out.png"), 17, 23, im.rgb)); /* the file of before is untouched */
     CHECK_ERR(image_write_png(in_folder("no/such/out.png"), &im, NULL), "no/such/out.png");
     CHECK_ERR(image_write_png(in_folder("x.png"), &(Image){0, 3, im.rgb}, NULL), "cannot be a PNG");
@@ -1155,6 +1188,7 @@ int main(void) {
     test_webp();
     test_limits();
     test_write();
+    test_keys();
     test_resize_tables();
     test_resize_properties();
     test_prepare();

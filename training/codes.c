@@ -135,23 +135,31 @@ static Err check_untrained(const Stage *s) {
     return OK;
 }
 
+typedef struct {
+    const char *path;
+    const int64_t *used; /* (K) */
+    size_t K;
+} Remapped;
+
 /* The file again, every tensor as it is, with quantize.used (K), as the official models have it. */
-static Err write_remapped(const char *path, const int64_t *used, size_t K) {
+static Err write_remapped(Stage *s, void *remapped) {
+    const Remapped *x = remapped;
     Checkpoint ck;
     TensorList list = {0};
     Config meta = {0};
+    (void)s;
     memset(&ck, 0, sizeof ck);
-    TRY(checkpoint_open(&ck, path));
-    Err e = tensor_list_add(&list, "quantize.used", DT_I64, 1, &K, used, 0);
+    TRY(checkpoint_open(&ck, x->path));
+    Err e = tensor_list_add(&list, "quantize.used", DT_I64, 1, &x->K, x->used, 0);
     for (size_t i = 0; i < ck.n && e == OK; i++) {
-        const Tensor *x = &ck.tensor[i];
-        if (strcmp(x->name, "quantize.used") != 0)
-            e = tensor_list_add(&list, x->name, x->dtype, x->ndim, x->dim, x->data, 0);
+        const Tensor *t = &ck.tensor[i];
+        if (strcmp(t->name, "quantize.used") != 0)
+            e = tensor_list_add(&list, t->name, t->dtype, t->ndim, t->dim, t->data, 0);
     }
     for (size_t i = 0; i < ck.meta.n && e == OK; i++)
         e = config_set(&meta, ck.meta.kv[i].key, "%s", ck.meta.kv[i].value);
-    if (e == OK) e = config_set(&meta, "model.params.re_embed", "%zu", K);
-    if (e == OK) e = checkpoint_write(path, list.tensor, list.from_real, list.n, &meta);
+    if (e == OK) e = config_set(&meta, "model.params.re_embed", "%zu", x->K);
+    if (e == OK) e = checkpoint_write(x->path, list.tensor, list.from_real, list.n, &meta);
     tensor_list_free(&list);
     config_free(&meta);
     checkpoint_close(&ck);
@@ -167,6 +175,11 @@ static void list_used(const Stage *s, const uint32_t *usage, int64_t *used, size
         if (usage[k]) used[(*K)++] = (int64_t)k;
     *same = now && vqgan_config(s->vqgan)->re_embed == *K;
     for (size_t i = 0; *same && i < *K; i++) *same = now[i] == used[i];
+}
+
+static Err put_damaged(Stage *s, void *unused) {
+    (void)unused;
+    return list_damaged(s, &s->train);
 }
 
 Err remap_first_stage(Stage *s) {
@@ -186,11 +199,11 @@ Err remap_first_stage(Stage *s) {
     Err e = mem_alloc(&usage, n, sizeof *usage, "code usage");
     if (e == OK) e = mem_alloc(&used, n, sizeof *used, "codes in use");
     if (e == OK) e = count_pictures(s, usage);
-    if (e == OK) e = list_damaged(s, &s->train);
+    if (e == OK) e = retry_when_full(s, put_damaged, NULL, 0);
     if (e == OK) list_used(s, usage, used, &K, &same);
     if (e == OK && K < 2) e = err("%s: the pictures use %zu of %zu codes; train the first stage", path, K, n);
     if (e == OK && !same) e = check_untrained(s);
-    if (e == OK && !same) e = write_remapped(path, used, K);
+    if (e == OK && !same) e = retry_when_full(s, write_remapped, &(Remapped){path, used, K}, 0);
     if (e == OK)
         fprintf(stderr, "%s: %zu of %zu codes are in use, perplexity %.1f; tokens number those%s\n", path, K, n,
                 code_use(usage, n).perplexity, same ? " already" : " now");

@@ -11,12 +11,15 @@
 
 /* ---- the first stage ---- */
 
-static Err copy_file(const char *to, const char *from) {
+/* paths: to, from */
+static Err copy_file(Stage *s, void *paths) {
+    const char *const *path = paths;
     Checkpoint ck;
     AtomicFile f;
+    (void)s;
     memset(&ck, 0, sizeof ck);
-    TRY(checkpoint_open(&ck, from));
-    Err e = atomic_open(&f, to);
+    TRY(checkpoint_open(&ck, path[1]));
+    Err e = atomic_open(&f, path[0]);
     if (e == OK) e = atomic_close(&f, atomic_write(&f, ck.map, ck.map_bytes));
     checkpoint_close(&ck);
     return e;
@@ -24,7 +27,7 @@ static Err copy_file(const char *to, const char *from) {
 
 /* A run without a VQGAN, and that trained none, gets the model's, so that it can be sampled as it stands. It is said, for
  * the run's name may have been mistyped. */
-Err copy_first_stage(const Stage *s) {
+Err copy_first_stage(Stage *s) {
     char ours[PATH_BYTES], theirs[PATH_BYTES], folder[PATH_BYTES];
     snprintf(ours, sizeof ours, "%s/vqgan.safetensors", s->set.run);
     TRY(path_make(theirs, "%s/vqgan.safetensors", model_folder(folder, s->set.model)));
@@ -33,7 +36,8 @@ Err copy_first_stage(const Stage *s) {
     if (!file_exists(theirs)) return err("%s: no first stage there, nor at %s; train it first: --vqgan", ours, theirs);
     say_once("first stage: %s, %s; %s had none\n",
              strcmp(s->set.model, "emoji") ? "the model's" : "the bundled model's", theirs, s->set.run);
-    return copy_file(ours, theirs);
+    const char *paths[2] = {ours, theirs};
+    return retry_when_full(s, copy_file, paths, 0);
 }
 
 /* The run's own VQGAN */
@@ -99,6 +103,23 @@ static size_t pictures_at_once(const Tokens *sizes) {
     return max_size(ENCODED_AT_ONCE / sizes->crops, 1);
 }
 
+typedef struct {
+    TokensPart *part;
+    int32_t label;
+    const int32_t *token; /* (crops, flips, N) */
+} Encoded;
+
+static Err put_encoded(Stage *s, void *encoded) {
+    (void)s;
+    const Encoded *x = encoded;
+    return tokens_append(x->part, x->label, x->token);
+}
+
+static Err put_damaged(Stage *s, void *dataset) {
+    const Dataset *const *d = dataset;
+    return list_damaged(s, *d);
+}
+
 /* Pictures are read and prepared by the loader's threads, ahead, while all threads encode. Damaged pictures are listed
  * before their place is taken, so that a kill in between forgets none. */
 static Err encode_dataset(Stage *s, TokensPart *p, const Dataset *d) {
@@ -119,8 +140,11 @@ static Err encode_dataset(Stage *s, TokensPart *p, const Dataset *d) {
         size_t rows = min_size(n - p->done, B); /* the last batch wraps around: its tail is not used */
         e = loader_next(l, &images, &labels);
         if (e == OK) e = encode_crops(s, sizes, images, rows, mirrored, once, token);
-        if (e == OK) e = list_damaged(s, d);
-        for (size_t b = 0; b < rows && e == OK; b++) e = tokens_append(p, labels[b], token + b * each);
+        if (e == OK) e = retry_when_full(s, put_damaged, &d, 0);
+        for (size_t b = 0; b < rows && e == OK; b++) {
+            Encoded one = {p, labels[b], token + b * each};
+            e = retry_when_full(s, put_encoded, &one, 0);
+        }
         progress_line("encoding %zu of %zu pictures", p->done, n);
         if (e == OK && interrupted() && p->done < n)
             e = err("%s: stopped after %zu of %zu pictures; the same command goes on from there", p->part, p->done, n);
@@ -152,6 +176,25 @@ static Err cached_tokens(Tokens *x, const char *path, const Tokens *wanted, size
     return OK;
 }
 
+typedef struct {
+    TokensPart *part;
+    Tokens *out;
+    const char *path;
+    const Tokens *wanted;
+} Encoding;
+
+static Err start_encoding(Stage *s, void *encoding) {
+    (void)s;
+    const Encoding *x = encoding;
+    return tokens_start(x->part, x->path, x->wanted, pictures_at_once(x->wanted));
+}
+
+static Err finish_encoding(Stage *s, void *encoding) {
+    (void)s;
+    const Encoding *x = encoding;
+    return tokens_finish(x->part, x->out);
+}
+
 /* The cache belongs to one VQGAN file and one set of pictures; any other is encoded afresh. */
 static Err load_split(Stage *s, Tokens *x, const Dataset *d, const char *what, const char *vqgan_path) {
     char path[PATH_BYTES];
@@ -164,14 +207,15 @@ static Err load_split(Stage *s, Tokens *x, const Dataset *d, const char *what, c
     TRY(file_checksum(&wanted.vqgan, vqgan_path));
     TRY(cached_tokens(x, path, &wanted, d->n_classes));
     if (x->n) return tokens_drop_part(path), OK;
-    TRY(tokens_start(&p, path, &wanted, pictures_at_once(&wanted)));
+    Encoding encoding = {&p, x, path, &wanted};
+    TRY(retry_when_full(s, start_encoding, &encoding, 0));
     Err e = cached_tokens(x, path, &wanted, d->n_classes); /* another process may have made it while this one waited */
     if (e == OK && x->n) {
         unlink(p.part);
     } else if (e == OK) {
         if (p.done) fprintf(stderr, "%s: continuing after %zu pictures\n", p.part, p.done);
         e = encode_dataset(s, &p, d);
-        if (e == OK) e = tokens_finish(&p, x);
+        if (e == OK) e = retry_when_full(s, finish_encoding, &encoding, d->n * p.bytes);
     }
     tokens_stop(&p);
     return e;

@@ -94,7 +94,7 @@ Err make_folder(const char *path) {
         if (!*p || *p == '/') {
             char keep = *p;
             *p = 0;
-            if (mkdir(part, 0777) && errno != EEXIST) return err("%s: %s", part, strerror(errno));
+            if (mkdir(part, 0777) && errno != EEXIST) return io_error(part, "make the folder");
             *p = keep;
             if (!keep) return OK;
         }

@@ -119,8 +119,22 @@ static size_t rising_points(int keep[POINTS], const double metric[POINTS]) {
     return n;
 }
 
+typedef struct {
+    const char *path, *text;
+    size_t bytes;
+} Curve;
+
+static Err put_curve(Stage *s, void *curve) {
+    const Curve *x = curve;
+    AtomicFile f;
+    (void)s;
+    TRY(atomic_open(&f, x->path));
+    return atomic_close(&f, atomic_write(&f, x->text, x->bytes));
+}
+
 static Err write_curve(const Measure *m, size_t n, const char *path) {
     char text[4096];
+    Curve curve = {path, text, 0};
     int keep[POINTS];
     const size_t rising = rising_points(keep, m->metric);
     if (rising < 2 || !(m->metric[POINTS - 1] > 0))
@@ -131,9 +145,8 @@ static Err write_curve(const Measure *m, size_t n, const char *path) {
                       n, m->what, m->s->set.data, (unsigned long long)m->s->set.seed, rising, POINTS);
     for (int p = 0; p < POINTS; p++)
         if (keep[p]) at += snprintf(text + at, sizeof text - (size_t)at, "%.9g %.9g\n", alphacum_at(p), m->metric[p]);
-    AtomicFile f;
-    TRY(atomic_open(&f, path));
-    return atomic_close(&f, atomic_write(&f, text, (size_t)at));
+    curve.bytes = (size_t)at;
+    return retry_when_full(m->s, put_curve, &curve, 0);
 }
 
 /* Read back as training will read it */

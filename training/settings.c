@@ -434,6 +434,22 @@ static Err settle_crops(Stage *s, int continuing) {
     return random && !s->set.vqgan ? config_set(&s->recipe, "train.crops", "%zu", s->set.crops) : OK;
 }
 
+/* On a CPU, sums come in another order where vectors are wider. */
+static Err settle_processor(Stage *s, int continuing) {
+#ifdef PLAIN
+    const char *now = "plain loops";
+#else
+    const char *now = vector_instructions();
+#endif
+    const char *before = continuing ? config_get(&s->recipe, "train.", "processor") : NULL;
+    if (s->set.cuda) return OK;
+    if (before && strcmp(before, now) && !s->set.eval)
+        say_once("%s: trained with %s so far, from here on with %s: bits will differ from those of a run without the "
+                 "change\n",
+                 s->name, before, now);
+    return config_set(&s->recipe, "train.processor", "%s", now);
+}
+
 /* A run that goes on, whose recipe may have been edited. One that is gone, and that nobody named, says nothing. */
 static Err compare_with_recipe(Stage *s) {
     Config recipe = {0}, now = {0};
@@ -462,6 +478,7 @@ Err settings_read(Stage *s, const Checkpoint *ck) {
     if (keys_check(&s->recipe, s->set.vqgan ? KEYS_FIRST : KEYS_TRANSITION, 1) != OK)
         return err_in(ck ? ck->path : recipe_path(&s->set, path));
     TRY(settle_device(s, ck != NULL));
+    TRY(settle_processor(s, ck != NULL));
     for (const Setting *r = table; r < table + ROWS; r++) TRY(take_setting(&s->set, r, &s->recipe));
     TRY(share_batch(s, !ck || batch_given));
     TRY(scale_learning_rate(s));

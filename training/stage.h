@@ -339,7 +339,7 @@ int program_folder(const Settings *set); /* how much of Settings.program is its 
 
 /* encoded.c. A run without a first stage gets the model's; opens the run's own, path: its file; the data set as its
  * tokens, to Stage.second. */
-Err copy_first_stage(const Stage *s);
+Err copy_first_stage(Stage *s);
 Err open_first_stage(Stage *s, char path[PATH_BYTES]);
 Err load_tokens(Stage *s, const char *vqgan_path);
 Err token_bytes(const Stage *s, size_t *bytes); /* of the data as tokens: in memory, and as files once they are made */

@@ -162,7 +162,7 @@ static Err state_put(const Stage *s, const char *written, int beside) {
         if (keep > 1 && file_exists(newest)) link_newest(newest, state_path(s, path, 1));
     }
     if (rename(written, newest)) {
-        Err e = err("%s: cannot replace: %s", newest, strerror(errno));
+        const Err e = io_error(newest, "replace");
         unlink(written);
         return e;
     }

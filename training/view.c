@@ -597,7 +597,7 @@ static Err open_events(const Stage *s, View *v) {
         fd = open(v->path, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
     } while (fd < 0 && errno == EEXIST);
     if (fd >= 0) close(fd);
-    return fd >= 0 ? OK : err("%s: %s", v->path, strerror(errno));
+    return fd >= 0 ? OK : io_error(v->path, "write");
 }
 
 /* ------------------------------------------------------------------------------------------------------------
