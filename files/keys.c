@@ -291,6 +291,7 @@ static const KnownKey table[] = {
     OWN("train.ema_updates", B),
     OWN("train.checksum", B),
     OWN("train.device", B),
+    OWN("train.processor", B),
     OWN("train.skipped", B),
     OWN("train.best_step", B),
     OWN("train.best_validation_loss", B),
