@@ -55,7 +55,7 @@ static Err first_micro_batch(Stage *s, uint64_t micro, Metrics *m) {
 
     /* backward; then the discriminator learns to tell x and xrec apart */
     TRY(vqgan_backward(s->vqgan, dxrec, set->codebook_weight * weight, NULL));
-    return gan_discriminator(s, xrec, &m->loss);
+    return gan_discriminator(s, xrec);
 }
 
 /* A transition at scale t, of B grids of N tokens, of which there are K: x_0, x_{t-1}, x_t (B,N); p, q and dlogits, the
@@ -127,8 +127,7 @@ static Err gradients(Stage *s, Step *step) {
     return OK;
 }
 
-/* AdamW; for a transition EMA with it, once per micro batch as in the official code. If step->bad is set afterwards,
- * the step is not to count, and all that it changed must become again what a checkpoint has. */
+/* AdamW; for a transition EMA with it, once per micro batch as in the official code. */
 static Err update(Stage *s, Step *step) {
     remember_step(s, step->mean.loss, step->norm);
     s->adam.lr = step->lr = s->lr_scale * rate_at(&s->rate, s->step);
@@ -137,9 +136,7 @@ static Err update(Stage *s, Step *step) {
         adamw_ema_step(s->params, &s->adam, s->step, s->set.ema_decay, ++s->ema_updates);
     else
         adamw_step(s->params, &s->adam, s->step);
-    if (s->kind->after_step) TRY(s->kind->after_step(s, &step->bad));
-    if (step->bad) s->step--;
-    return OK;
+    return s->kind->after_step ? s->kind->after_step(s) : OK;
 }
 
 /* After a step that counts: the report, a checkpoint. *stop: the user wants an end. */

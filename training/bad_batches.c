@@ -6,7 +6,8 @@
  * step is passed over: it counts, and moves nothing. If its loss is, the weights may have been led astray before: the
  * run goes back to the newest state and leaves the step's micro batches out from then on. Where nothing was learnt that
  * could be returned to, before the first checkpoint, such a step is passed over too; and with --all, which nobody
- * watches, once the run went back ROLLBACKS times. Otherwise that ends the run.
+ * watches, once the run went back ROLLBACKS times. Otherwise that ends the run. What is bad of a discriminator alone
+ * costs it that update, and the first stage nothing.
  *
  * The numbers left out are part of the state, as are the losses and norms that a step is measured against, and all
  * decisions are functions of these and of the step's mean loss and norm. So a run that was killed takes the same
@@ -137,7 +138,12 @@ double test_norm(const Stage *s, double norm) {
     return norm;
 }
 
-double test_discriminator(const Stage *s, double norm) {
+double test_discriminator_loss(const Stage *s, double loss) {
+    return named_in("IMAGEBART_TEST_SPIKE_DISCRIMINATOR", s, s->first.loader_at - 1) ? 100 : loss;
+}
+
+double test_discriminator_norm(const Stage *s, double norm) {
+    if (named_in("IMAGEBART_TEST_GRADIENT_DISCRIMINATOR", s, s->first.loader_at - 1)) return 1e5 * norm;
     return named_in("IMAGEBART_TEST_NAN_DISCRIMINATOR", s, s->first.loader_at - 1) ? (double)NAN : norm;
 }
 
@@ -174,10 +180,35 @@ const char *why_bad(const Stage *s, double loss, double norm) {
     return is_spike(s, s->history.recent + RECENT, 1, norm) ? gradient_spike : NULL;
 }
 
+static void remember(const Stage *s, real recent[2 * RECENT], double loss, double norm) {
+    recent[s->step % RECENT] = (real)loss;
+    recent[RECENT + s->step % RECENT] = (real)norm;
+}
+
 void remember_step(Stage *s, double loss, double norm) {
     s->not_finite = 0;
-    s->history.recent[s->step % RECENT] = (real)loss;
-    s->history.recent[RECENT + s->step % RECENT] = (real)norm;
+    remember(s, s->history.recent, loss, norm);
+}
+
+static double largest(const real *recent) {
+    double most = 0;
+    for (size_t i = 0; i < RECENT; i++)
+        if ((double)recent[i] > most) most = (double)recent[i];
+    return most;
+}
+
+/* One that is right about nearly all pictures has losses and gradients near 0, out of which those it is wrong about
+ * stand: what it learns from. So a spike of it is far above the largest of the last ones, too, and remembered as no more
+ * than that: if all are so large from here on, that is usual soon. */
+const char *why_bad_discriminator(const Stage *s, real recent[2 * RECENT], double loss, double norm) {
+    enum { FAR = 3 };
+    real *norms = recent + RECENT;
+    const double far_loss = FAR * fmax(largest(recent), 1), far_norm = FAR * largest(norms);
+    if (!isfinite(loss) || !isfinite(norm)) return "discriminator not finite";
+    const int steep = far_norm > 0 && norm > far_norm && is_spike(s, norms, 1, norm);
+    const int wrong = loss > far_loss && is_spike(s, recent, 0.1, loss);
+    remember(s, recent, wrong ? far_loss : loss, steep ? far_norm : norm);
+    return wrong ? "discriminator: loss spike" : steep ? "discriminator: gradient spike" : NULL;
 }
 
 /* ------------------------------------------------------------------------------------------------------------
@@ -203,10 +234,27 @@ static void describe(const Stage *s, const Step *step, const char *micros, const
              step->mean.loss, step->norm, step->bad, how);
 }
 
-/* The step counts from here on. What is remembered is what steps are measured against: if all are so large from here on, that is usual soon. */
-Err pass_over(Stage *s, Step *step) {
+/* The present step's line for skipped_batches.tsv, and, the first times, a word; how: what is passed over */
+static Err note_passed_over(Stage *s, const Step *step, const char *how) {
     char micros[256], line[400];
     size_t list[64];
+    const size_t n = min_size(s->set.accumulate, 64);
+    for (size_t i = 0; i < n; i++) list[i] = micro_number(s, i);
+    numbers_text(micros, sizeof micros, list, n);
+    describe(s, step, micros, PASSED_OVER, line);
+    s->step++;
+    TRY(ranks_agree(rank() ? OK : retry_when_full(s, list_skipped, line, 0)));
+    if (rank() > 0 || s->said_passed_over++ >= 3) return OK;
+    progress_end();
+    fprintf(stderr, "%s step %llu: %s: loss %g, gradient norm %g; %s is passed over%s\n", s->name,
+            (unsigned long long)s->step, step->bad, step->mean.loss, step->norm, how,
+            s->said_passed_over == 3 ? ", as others will be without a word: skipped_batches.tsv lists them" : "");
+    return OK;
+}
+
+/* The step counts from here on. What is remembered is what steps are measured against: if all are so large from here on,
+ * that is usual soon. */
+Err pass_over(Stage *s, Step *step) {
     const int finite = isfinite(step->mean.loss) && isfinite(step->norm);
     if (!finite && ++s->not_finite > RECENT)
         return err(
@@ -214,21 +262,17 @@ Err pass_over(Stage *s, Step *step) {
             "may help",
             s->name, (unsigned long long)s->step + 1, step->mean.loss, step->norm, s->not_finite,
             s->lr_scale * rate_peak(&s->rate));
-    const size_t n = min_size(s->set.accumulate, 64);
-    for (size_t i = 0; i < n; i++) list[i] = micro_number(s, i);
-    numbers_text(micros, sizeof micros, list, n);
-    describe(s, step, micros, PASSED_OVER, line);
     if (finite) remember_step(s, step->mean.loss, step->norm);
-    s->step++;
-    TRY(ranks_agree(rank() ? OK : retry_when_full(s, list_skipped, line, 0)));
-    if (rank() == 0 && s->said_passed_over++ < 3) {
-        progress_end();
-        fprintf(stderr, "%s step %llu: %s: loss %g, gradient norm %g; the step is passed over%s\n", s->name,
-                (unsigned long long)s->step, step->bad, step->mean.loss, step->norm,
-                s->said_passed_over == 3 ? ", as others will be without a word: skipped_batches.tsv lists them" : "");
-    }
+    TRY(note_passed_over(s, step, "the step"));
     step->bad = NULL;
     return OK;
+}
+
+/* The step, which counts, has been made; so it becomes the present one once more while it is described. */
+Err pass_over_discriminator(Stage *s, const char *why, double loss, double norm) {
+    const Step step = {.mean = {.loss = loss}, .norm = norm, .bad = why};
+    s->step--;
+    return note_passed_over(s, &step, "its update");
 }
 
 /* ------------------------------------------------------------------------------------------------------------

@@ -197,9 +197,8 @@ static Err restart_everywhere(Stage *s) {
 }
 
 /* Codes that no latent chose for a while are put where latents are, until the last fifth of the run settles them. */
-Err first_after_step(Stage *s, const char **bad) {
-    TRY(gan_after_step(s, bad));
-    if (*bad) return OK;
+Err first_after_step(Stage *s) {
+    TRY(gan_after_step(s));
     if (!s->set.restart_codes || s->step % s->set.restart_codes) return OK;
     if (s->step >= s->set.steps - s->set.steps / 5) return OK;
     if (ranks() > 1) TRY(ranks_sum_counts(s->first.usage, vqgan_config(s->vqgan)->n_embed));

@@ -38,6 +38,7 @@ struct Gan {
     real *dxrec, *dlogits, *dw, *db; /* of the generator's loss; of the first stage's last layer */
     const real *images;              /* of the last micro batch */
     double disc, g, d_weight;        /* means over the present step's micro batches */
+    real recent[2 * RECENT];         /* (2,RECENT) its loss and gradient norm, as History.recent */
 };
 
 /* ------------------------------------------------------------------------------------------------------------
@@ -113,6 +114,7 @@ Err gan_create(Stage *s) {
     TRY(config_flag(&wanted, c, "train.", "discriminator", 1));
     if (!wanted) return OK;
     TRY(mem_alloc(&s->first.gan, 1, sizeof *s->first.gan, "discriminator"));
+    forget_recent(s->first.gan->recent);
     TRY(read_gan(s->first.gan, c, s->first.perceptual != NULL));
     return create_discriminator(s, s->first.gan);
 }
@@ -222,13 +224,12 @@ static Err judge(Stage *s, const real *pictures, int genuine) {
 }
 
 /* After the first stage's backward; in the official order, the last micro batch's waits for gan_after_step. */
-Err gan_discriminator(Stage *s, const real *xrec, double *loss) {
+Err gan_discriminator(Stage *s, const real *xrec) {
     Gan *g = s->first.gan;
     if (!g || s->step < g->first) return OK;
     if (g->official_order && s->micro_index + 1 == s->set.accumulate) return OK;
     TRY(judge(s, g->images, 1));
     TRY(judge(s, xrec, 0));
-    if (!isfinite(g->disc)) *loss = g->disc; /* a bad batch (bad_batches.c) */
     return OK;
 }
 
@@ -240,8 +241,9 @@ static Err judge_anew(Stage *s) {
     return judge(s, xrec, 0);
 }
 
-/* s->step counts the step that has just been made; the learning rate is the first stage's. */
-Err gan_after_step(Stage *s, const char **bad) {
+/* s->step counts the step that has just been made; the learning rate is the first stage's. A bad loss or gradient of the
+ * discriminator says nothing against the first stage's step, which counts; its own is passed over. */
+Err gan_after_step(Stage *s) {
     Gan *g = s->first.gan;
     if (g && s->step == g->start) forget_steps(&s->history);
     if (!g || s->step <= g->first) return OK;
@@ -251,10 +253,10 @@ Err gan_after_step(Stage *s, const char **bad) {
     TRY(gradients_end(g->params));
     TRY(ranks_sum(sums, 3));
     g->disc = sums[0], g->g = sums[1], g->d_weight = sums[2];
-    if (!isfinite(g->disc) || !isfinite(test_discriminator(s, params_grad_norm(g->params)))) {
-        *bad = "discriminator not finite";
-        return OK;
-    }
+    const double loss = test_discriminator_loss(s, g->disc),
+                 norm = test_discriminator_norm(s, params_grad_norm(g->params));
+    const char *bad = why_bad_discriminator(s, g->recent, loss, norm);
+    if (bad) return pass_over_discriminator(s, bad, loss, norm);
     g->adam.lr = s->adam.lr;
     adamw_step(g->params, &g->adam, s->step - g->adam_from);
     return OK;
@@ -272,9 +274,13 @@ Err gan_gather(const Stage *s) {
     return ranks_same(p->arena[2], p->total * sizeof(real), "moments of the discriminator");
 }
 
+static const char recent_name[] = "recent_discriminator_loss_and_norm";
+static const size_t recent_dim[] = {2, RECENT};
+
 /* Batch norm's buffers are rows of the table: the first rank's, which nothing is computed from in training. */
 Err gan_collect_state(const Stage *s, TensorList *list) {
     if (!s->first.gan) return OK;
+    TRY(tensor_list_add(list, recent_name, DT_F32, 2, recent_dim, s->first.gan->recent, 1));
     TRY(tensor_list_params(list, s->first.gan->params, 'v', "value.", DT_F32));
     TRY(tensor_list_params(list, s->first.gan->params, '1', "adam.m.", DT_F32));
     return tensor_list_params(list, s->first.gan->params, '2', "adam.v.", DT_F32);
@@ -285,6 +291,9 @@ Err gan_load_state(Stage *s, const Checkpoint *ck) {
     TRY(params_load(s->first.gan->params, ck, 'v', "value."));
     TRY(params_load(s->first.gan->params, ck, '1', "adam.m."));
     TRY(params_load(s->first.gan->params, ck, '2', "adam.v."));
+    forget_recent(s->first.gan->recent);
+    if (checkpoint_find(ck, recent_name)) /* states of earlier versions have none */
+        TRY(checkpoint_reals(ck, recent_name, 2, recent_dim, 2 * RECENT, s->first.gan->recent));
     return params_send(s->first.gan->params);
 }
 

@@ -25,6 +25,8 @@
  *   IMAGEBART_TEST_SPIKE="stage:micro[,micro...]"  ... a hundred times what it is
  *   IMAGEBART_TEST_GRADIENT=...                    the gradient norm of their steps becomes 100,000 times what it is
  *   IMAGEBART_TEST_NAN_DISCRIMINATOR=...           the discriminator's gradient norm becomes NaN behind them
+ *   IMAGEBART_TEST_GRADIENT_DISCRIMINATOR=...      ... 100,000 times what it is
+ *   IMAGEBART_TEST_SPIKE_DISCRIMINATOR=...         its loss becomes 100
  *   IMAGEBART_TEST_PAUSE=SECONDS                   between tries while the disk is full, instead of 30 */
 #ifndef STAGE_H
 #define STAGE_H
@@ -148,7 +150,7 @@ typedef struct {
     const char *part_name[2];                                   /* of Metrics.part */
     Err (*build)(Stage *s);                                     /* data, network, buffers; not the parameters' memory */
     Err (*micro_batch)(Stage *s, uint64_t micro, Metrics *out); /* forward, loss, backward with weight 1/shares */
-    Err (*after_step)(Stage *s, const char **bad);              /* *bad: why the step must not count after all */
+    Err (*after_step)(Stage *s);                                /* which counts */
     Err (*evaluate)(Stage *s, Metrics *out);                    /* on the held-out split */
     Err (*picture)(Stage *s, const char *path);
     Err (*start_from)(Stage *s, const Checkpoint *ck);
@@ -265,16 +267,22 @@ int ended_early(const Stage *s);
 Err use_best(Stage *s);
 void say_disk(Stage *s); /* how much of it checkpoints take */
 void history_start(History *h);
+void forget_recent(real recent[2 * RECENT]);
 void forget_steps(History *h); /* the loss will be another one from here on */
 
 /* bad_batches.c. The number of micro batch i of the present step; the loss as tests want it */
 uint64_t micro_number(const Stage *s, size_t i);
 double test_loss(const Stage *s, uint64_t micro, double loss);
 double test_norm(const Stage *s, double norm);
-double test_discriminator(const Stage *s, double norm);
+double test_discriminator_loss(const Stage *s, double loss);
+double test_discriminator_norm(const Stage *s, double norm);
 /* NULL, or what is wrong with a step of this loss and norm; a step that was right becomes part of the measure */
 const char *why_bad(const Stage *s, double loss, double norm);
 void remember_step(Stage *s, double loss, double norm);
+/* The same of a discriminator's update of the step that was just made, which is remembered; recent as History.recent.
+ * That update alone is passed over. */
+const char *why_bad_discriminator(const Stage *s, real recent[2 * RECENT], double loss, double norm);
+Err pass_over_discriminator(Stage *s, const char *why, double loss, double norm);
 /* Need the run not go back after this bad step, whose gradients were not taken? Then the step is passed over. */
 int can_pass_over(const Stage *s, const Step *step);
 Err pass_over(Stage *s, Step *step);
@@ -355,8 +363,8 @@ void gan_free(Stage *s);
 /* Of a micro batch, before and after vqgan_backward: adds the discriminator's judgement to dxrec, which holds
  * 1/accumulate of the gradient of nll, and to loss; the gradients of the discriminator's own loss. Then its update. */
 Err gan_generator(Stage *s, const real *images, const real *xrec, double *loss);
-Err gan_discriminator(Stage *s, const real *xrec, double *loss);
-Err gan_after_step(Stage *s, const char **bad);
+Err gan_discriminator(Stage *s, const real *xrec);
+Err gan_after_step(Stage *s);
 /* Its part of the state file, of --init, of a line of the log and of the progress line */
 Err gan_gather(const Stage *s); /* from the GPU; an error unless all ranks have the same */
 Err gan_collect_state(const Stage *s, TensorList *list);
@@ -383,7 +391,7 @@ Err metric_schedule(Stage *s);
 Err first_build(Stage *s);
 Err next_pictures(Stage *s, uint64_t micro, const real **images);
 Err add_perceptual(Stage *s, const real *images, const real *xrec, size_t B, double weight, double *mean, real *dxrec);
-Err first_after_step(Stage *s, const char **bad);
+Err first_after_step(Stage *s);
 Err first_evaluate(Stage *s, Metrics *out);
 Err first_picture(Stage *s, const char *path);
 Err first_start_from(Stage *s, const Checkpoint *ck);

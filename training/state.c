@@ -390,8 +390,12 @@ void say_disk(Stage *s) {
  * Loading
  * ---------------------------------------------------------------------------------------------------------- */
 
+void forget_recent(real recent[2 * RECENT]) {
+    for (size_t i = 0; i < 2 * RECENT; i++) recent[i] = NAN;
+}
+
 void forget_steps(History *h) {
-    for (size_t i = 0; i < 2 * RECENT; i++) h->recent[i] = NAN;
+    forget_recent(h->recent);
 }
 
 void history_start(History *h) {
