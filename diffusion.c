@@ -400,7 +400,7 @@ Err sample_chain(const Chain *c, const SampleOptions *o, int32_t *tokens) {
     Err e = drawing_buffers(&d);
     if (e == OK) e = sample_scales(&d, c);
     drawing_free(&d);
-    return e == OK ? OK : err_in(c->name);
+    return e == OK || strstr(err_text(), c->name) ? e : err_in(c->name);
 }
 
 Err sample_scale(Transformer *net, const SampleOptions *o, int t, size_t repeat, size_t N, int32_t *tokens) {

@@ -260,6 +260,7 @@ static Err start_from(Stage *s, const char *folder) {
     TRY(checkpoint_open(&ck, path));
     Err e = s->kind->start_from(s, &ck);
     if (e != OK && !strstr(err_text(), path)) err_in(path);
+    if (e == OK) say_note(&ck);
     checkpoint_close(&ck);
     return e;
 }

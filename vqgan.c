@@ -683,12 +683,14 @@ Err vqgan_use_cuda(Vqgan *v, Precision precision) {
 
 Err vqgan_map(Vqgan *v, const Checkpoint *ck, const char *prefix) {
     TRY(params_map(&v->params, ck, prefix, 0));
+    TRY(first_stage_known(&v->params, ck, prefix));
     return remap_load(&v->remap, ck, prefix);
 }
 
 Err vqgan_load(Vqgan *v, const Checkpoint *ck, const char *prefix) {
     TRY(params_plan(&v->params, PLAN_VALUE));
     TRY(params_load(&v->params, ck, 'v', prefix));
+    TRY(first_stage_known(&v->params, ck, prefix));
     return remap_load(&v->remap, ck, prefix);
 }
 

@@ -22,10 +22,44 @@
 static _Thread_local char error_text[ERR_MAX];
 static _Thread_local Err error_kind; /* FAILED or DAMAGED */
 
-/* File contents end up in messages: one line, no terminal escapes. */
-static void make_printable(char *s) {
-    for (; *s; s++)
-        if ((unsigned char)*s < 0x20 || *s == 0x7f) *s = '?';
+/* File contents end up in messages: one line, no terminal escapes. In UTF-8, U+0080..U+009F (a terminal may take U+009B
+ * for ESC [) are C2 80..C2 9F; a byte of theirs alone is as bad where a terminal does not read UTF-8. Marks of direction
+ * (U+061C, U+200E, U+200F, U+2028..U+202E, U+2066..U+2069) show a text in another order than it has. */
+static size_t unprintable(const unsigned char *s) {
+    if (*s < 0x20 || *s == 0x7f || (*s >= 0x80 && *s < 0xa0)) return 1;
+    if (*s == 0xc2 && s[1] >= 0x80 && s[1] < 0xa0) return 2;
+    if (*s == 0xd8 && s[1] == 0x9c) return 2;
+    if (*s != 0xe2 || (s[1] != 0x80 && s[1] != 0x81)) return 0;
+    const int marks =
+        s[1] == 0x80 ? s[2] == 0x8e || s[2] == 0x8f || (s[2] >= 0xa8 && s[2] <= 0xae) : s[2] >= 0xa6 && s[2] <= 0xa9;
+    return marks ? 3 : 0;
+}
+
+/* Bytes of the character that begins with this one; a byte that begins none is one. */
+static size_t utf8_bytes(const unsigned char *s) {
+    const size_t n = *s >= 0xf0 ? 4 : *s >= 0xe0 ? 3 : *s >= 0xc2 ? 2 : 1;
+    for (size_t i = 1; i < n; i++)
+        if ((s[i] & 0xc0) != 0x80) return 1;
+    return n;
+}
+
+char *make_printable(char *s) {
+    unsigned char *to = (unsigned char *)s;
+    for (const unsigned char *from = to; *from;) {
+        const size_t bad = unprintable(from), n = bad ? bad : utf8_bytes(from);
+        if (bad)
+            *to++ = '?';
+        else
+            memmove(to, from, n), to += n;
+        from += n;
+    }
+    *to = 0;
+    return s;
+}
+
+const char *printable(char out[PATH_BYTES], const char *s) {
+    snprintf(out, PATH_BYTES, "%s", s);
+    return make_printable(out);
 }
 
 static Err set_error(Err kind, const char *fmt, va_list args) {

@@ -36,6 +36,11 @@ Err err_damaged(const char *fmt, ...) PRINTF_LIKE(1, 2);
 /* Puts "where: " in front of the present text, to say in which file or option it happened. Returns what the text's own
  * err or err_damaged returned. */
 Err err_in(const char *where);
+/* s, with what a terminal would take for an order, or for another direction, made '?': control characters, those of
+ * U+0080..U+009F, marks of direction. For names and paths that come from files. */
+char *make_printable(char *s);
+/* The same in a copy, of its beginning if it is longer. */
+const char *printable(char out[PATH_BYTES], const char *s);
 /* The text of the last error in this thread; "" if none. */
 const char *err_text(void);
 #define TRY(call)                                                                                                      \

@@ -432,6 +432,15 @@ Err checkpoint_open(Checkpoint *ck, const char *path) {
     return err_in(path);
 }
 
+const char *checkpoint_note(char out[ERR_MAX], const Checkpoint *ck) {
+    if (!*ck->wrapped) return NULL;
+    snprintf(
+        out, ERR_MAX,
+        "%s: \"module.\" and \"_orig_mod.\", as wrappers of a network add them, are left out of names such as '%s'",
+        ck->path, ck->wrapped);
+    return make_printable(out);
+}
+
 void checkpoint_close(Checkpoint *ck) {
     if (ck->map) munmap(ck->map, ck->map_bytes);
     ckpt_free_copies(ck->copies);

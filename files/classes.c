@@ -136,7 +136,7 @@ const char *class_title(char out[CLASS_TITLE_BYTES], const Classes *c, size_t la
     size_t length = strlen(text);
     const char *first = c->verbatim ? text : next_name(&text, &length);
     snprintf(out, CLASS_TITLE_BYTES, "%.*s", (int)min_size(length, CLASS_TITLE_BYTES), first ? first : "");
-    return out;
+    return make_printable(out);
 }
 
 /* Are the folders the classes of the list, one by one? */

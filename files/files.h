@@ -155,6 +155,8 @@ typedef struct {
  * or older; SPEC section 11), whose meta then has "epoch" and "global_step". Errors name the file. What is there but is
  * of a kind that cannot be read is passed over until it is asked for. */
 Err checkpoint_open(Checkpoint *ck, const char *path);
+/* out = what is to be said about a file that was opened, in one line; NULL: nothing */
+const char *checkpoint_note(char out[ERR_MAX], const Checkpoint *ck);
 void checkpoint_close(Checkpoint *ck);                                 /* safe on a zeroed struct */
 const Tensor *checkpoint_find(const Checkpoint *ck, const char *name); /* NULL: no such tensor */
 /* *out = the tensor; an error names it if it is missing or its shape differs. ndim < 0: any shape with `size`
@@ -291,7 +293,7 @@ void list_name(char *name, const char *root);
 /* The label behind a name, "x.png 3", or NULL */
 const char *list_label(const char *name);
 
-/* ---- weights.c: parameter tables from files and into them ---- */
+/* ---- weights.c: parameter tables from files and into them. A number that is NaN or infinite is an error. ---- */
 /* What one letter names below: 'v' value, 'g' grad, '1' m, '2' v, 'e' ema; it must have been planned.
  * Every row's `which` = tensor prefix+name, which must be there with its exact shape. */
 Err params_load(Params *p, const Checkpoint *ck, char which, const char *prefix);
@@ -301,6 +303,9 @@ Err params_load(Params *p, const Checkpoint *ck, char which, const char *prefix)
  * p->format other than WEIGHTS_REAL: matrices have no value but are packed, row by row, so that a file's pages need not
  * stay in memory. */
 Err params_map(Params *p, const Checkpoint *ck, const char *prefix, int strip_dots);
+/* Whether the file has all of the table's tensors, in their shapes; their numbers are not looked at. */
+Err params_fit(const Params *p, const Checkpoint *ck, const char *prefix, int strip_dots);
+int params_has(const Params *p, const char *name);
 /* Tensors for checkpoint_write: `which` of every row, named prefix+name. Appends to *list (capacity grows). */
 typedef struct {
     Tensor *tensor;
@@ -535,6 +540,9 @@ Err vqgan_config_check(const VqganConfig *c);
  * channels, whose grid has a token at least. ck: the file of its weights, whose names begin with `tensors`, and whose
  * quantize.used is what re_embed counts; NULL: there is none yet. */
 Err first_stage_config(VqganConfig *c, const Config *from, const Checkpoint *ck, const char *tensors);
+/* An error if the file has a tensor of those that begin with `tensors` that nothing of a first stage with this table p
+ * asks for, and that is not known to be harmless: then it is of another network. */
+Err first_stage_known(const Params *p, const Checkpoint *ck, const char *tensors);
 
 /* ---- net_config.c: the settings of a transition network (transformer.cu), as the official files have them ---- */
 enum { NET_LENGTH_MAX = 1 << 20 };       /* tokens of a sequence */
@@ -555,6 +563,9 @@ typedef struct {
 /* From the official keys under prefix + "transformer_config."; has_class from "conditioner_config.target". */
 Err net_config_read(NetConfig *c, const Config *from, const char *prefix);
 Err net_config_write(Config *to, const NetConfig *c, const char *prefix);
+/* An error if the file has a tensor that nothing of a transition with this table p asks for, and that is not known to be
+ * harmless: then it is of another network. */
+Err transition_known(const NetConfig *c, const Params *p, const Checkpoint *ck);
 /* What the official classes have besides parameters: a GPT's masks, the second name of a tied embedding. */
 Err net_derived_tensors(TensorList *list, const NetConfig *c);
 /* An error if transformer.cu could not build that. */

@@ -176,6 +176,32 @@ Err net_config_check(const NetConfig *c) {
     return OK;
 }
 
+static int begins(const char *text, const char *with) {
+    return strncmp(text, with, strlen(with)) == 0;
+}
+
+/* Buffers that the official classes keep beside their parameters, and the second name of a tied embedding */
+static int is_buffer(const char *name, const NetConfig *c) {
+    const char *end = strrchr(name, '.');
+    if (c->kind == NET_GPT) return begins(name, "blocks.") && end && strcmp(end, ".mask") == 0;
+    return c->tie_token_emb && strcmp(name, "decoder.token_emb.weight") == 0;
+}
+
+Err transition_known(const NetConfig *c, const Params *p, const Checkpoint *ck) {
+    static const char own[] = "transformer.";
+    static const char *const others[] = {
+        "first_stage_model.", "transformer_ema.",
+        "sos_token",          "alphats",
+        "alphacum",           "loss."}; /* the last one: a training loss's own, such as logvar */
+    for (size_t i = 0; i < ck->n; i++) {
+        const char *name = ck->tensor[i].name, *rest = name + sizeof own - 1;
+        int known = begins(name, own) && (is_buffer(rest, c) || params_has(p, rest));
+        for (size_t k = 0; k < sizeof others / sizeof *others && !known; k++) known = begins(name, others[k]);
+        if (!known) return err("unexpected tensor '%s': another network than its configuration says", name);
+    }
+    return OK;
+}
+
 /* 1 where query i sees key j: causal, and the first n_unmasked see each other (SPEC 2.3). One byte each: PyTorch
  * converts when it loads. */
 static Err mask_tensors(TensorList *list, const NetConfig *c) {

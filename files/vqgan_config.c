@@ -7,6 +7,7 @@
 
 #include <stddef.h>
 #include <stdio.h>
+#include <string.h>
 
 enum {
     MAX_BLOCKS = 64,  /* num_res_blocks */
@@ -66,6 +67,23 @@ static Err read_remap(VqganConfig *c, const Config *from, const Checkpoint *ck, 
     const char *remap = config_get(from, prefix, "remap");
     if (remap && !used && !is_one_of_values(remap, "null"))
         return err("%sremap %.200s: expected a tensor %s, which the file does not have", prefix, remap, name);
+    return OK;
+}
+
+Err first_stage_known(const Params *p, const Checkpoint *ck, const char *tensors) {
+    /* besides: which codes are tokens; discriminator and LPIPS; for pictures of segments; a moving average that the
+     * official code does not sample from */
+    static const char *const others[] = {"quantize.used", "loss.", "colorize", "model_ema."};
+    const size_t skip = strlen(tensors);
+    for (size_t i = 0; i < ck->n; i++) {
+        const char *name = ck->tensor[i].name;
+        if (strncmp(name, tensors, skip) != 0) continue;
+        int known = params_has(p, name + skip);
+        for (size_t k = 0; k < sizeof others / sizeof *others && !known; k++)
+            known = strncmp(name + skip, others[k], strlen(others[k])) == 0;
+        if (!known)
+            return err("%s: unexpected tensor '%s': another network than its configuration says", ck->path, name);
+    }
     return OK;
 }
 

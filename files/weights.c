@@ -2,6 +2,7 @@
 #include "base/compute.h"
 #include "files/files.h"
 
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -19,20 +20,33 @@ static Err join_name(char out[NAME_MAX_BYTES], const char *prefix, const char *n
     return OK;
 }
 
+/* Weights that are no numbers draw black pictures, and train nothing. */
+static Err check_finite(const Checkpoint *ck, const char *name, const real *x, size_t n, size_t first) {
+    size_t bad = 0;
+    for (size_t i = 0; i < n; i++) bad += !isfinite(x[i]);
+    for (size_t i = 0; i < n && bad; i++)
+        if (!isfinite(x[i]))
+            return err(
+                "%s: tensor '%s' element %zu is %g, expected a number: the file is of a training that failed, or "
+                "damaged",
+                ck->path, name, first + i, (double)x[i]);
+    return OK;
+}
+
 /* A moment: as it is where the file has bf16, else rounded to the nearest. */
 static Err load_bf16(uint16_t *out, const Checkpoint *ck, const char *name, const Param *row) {
     const Tensor *x;
     real *numbers;
     TRY(checkpoint_shaped(ck, name, row->ndim, row->dim, row->size, &x));
-    if (x->dtype == DT_BF16) {
-        memcpy(out, x->data, row->size * sizeof *out);
-        return OK;
-    }
     TRY(mem_alloc(&numbers, row->size, sizeof *numbers, "a moment"));
     tensor_to_reals(x, numbers);
-    for (size_t i = 0; i < row->size; i++) out[i] = bf16_from_float((float)numbers[i]);
+    const Err e = check_finite(ck, name, numbers, row->size, 0);
+    if (e == OK && x->dtype == DT_BF16)
+        memcpy(out, x->data, row->size * sizeof *out);
+    else
+        for (size_t i = 0; e == OK && i < row->size; i++) out[i] = bf16_from_float((float)numbers[i]);
     free(numbers);
-    return OK;
+    return e;
 }
 
 static Err load_rows(Params *p, const Checkpoint *ck, char which, const char *prefix, int strip_dots) {
@@ -42,10 +56,12 @@ static Err load_rows(Params *p, const Checkpoint *ck, char which, const char *pr
         char name[NAME_MAX_BYTES];
         Param *row = &p->row[i];
         TRY(join_name(name, prefix, row->name, strip_dots));
-        if (params_in_bf16(p, arena))
+        if (params_in_bf16(p, arena)) {
             TRY(load_bf16(*params_slot16(row, arena), ck, name, row));
-        else
-            TRY(checkpoint_reals(ck, name, row->ndim, row->dim, row->size, *params_slot(row, arena)));
+            continue;
+        }
+        TRY(checkpoint_reals(ck, name, row->ndim, row->dim, row->size, *params_slot(row, arena)));
+        TRY(check_finite(ck, name, *params_slot(row, arena), row->size, 0));
     }
     return OK;
 }
@@ -108,21 +124,23 @@ static void unmap_pages(const Checkpoint *ck, const Tensor *x) {
     if (begin >= map && end <= map + ck->map_bytes && begin < end) madvise((void *)begin, end - begin, MADV_DONTNEED);
 }
 
-/* Packs x (out,in) into its place in the table, a row of x at a time. */
-static Err pack_matrix(const Param *row, const Tensor *x) {
+/* Packs x (out,in) into its place in the table, a row of x at a time. ck: the file that it is from, or NULL */
+static Err pack_matrix(const Param *row, const Tensor *x, const Checkpoint *ck) {
     const size_t in = row->dim[1];
     real *line;
+    Err e = OK;
     TRY(mem_alloc(&line, in, sizeof *line, "a row of a matrix"));
     Tensor part = *x;
     part.size = in;
-    for (size_t r = 0; r < row->dim[0]; r++) {
+    for (size_t r = 0; r < row->dim[0] && e == OK; r++) {
         part.data = (const char *)x->data + r * in * dtype_size(x->dtype);
         tensor_to_reals(&part, line);
+        if (ck) e = check_finite(ck, x->name, line, in, r * in);
         layers_here()->weights_pack(row->packed.format, (void *)row->packed.data, (float *)row->packed.scale, line, r,
                                     in);
     }
     free(line);
-    return OK;
+    return e;
 }
 
 Err params_pack(Params *p, WeightFormat format) {
@@ -131,7 +149,7 @@ Err params_pack(Params *p, WeightFormat format) {
     for (size_t i = 0; i < p->n; i++) {
         Tensor x = {.dtype = sizeof(real) == sizeof(double) ? DT_F64 : DT_F32, .data = p->row[i].value};
         x.size = p->row[i].size;
-        if (p->row[i].matrix) TRY(pack_matrix(&p->row[i], &x));
+        if (p->row[i].matrix) TRY(pack_matrix(&p->row[i], &x, NULL));
     }
     return OK;
 }
@@ -148,17 +166,21 @@ static Err map_rows(Params *p, const Checkpoint *ck, const char *prefix, int str
         TRY(checkpoint_shaped(ck, name, row->ndim, row->dim, row->size, &x));
         if (row->matrix && format != WEIGHTS_REAL) {
             if (arena) {
-                TRY(pack_matrix(row, x));
+                TRY(pack_matrix(row, x, ck));
                 unmap_pages(ck, x);
             }
             continue;
         }
         if (usable_in_place(x)) {
             memcpy(&row->value, &x->data, sizeof row->value);
+            if (arena) TRY(check_finite(ck, name, row->value, row->size, 0));
             continue;
         }
         row->value = arena ? arena + *need : NULL;
-        if (arena) tensor_to_reals(x, row->value);
+        if (arena) {
+            tensor_to_reals(x, row->value);
+            TRY(check_finite(ck, name, row->value, row->size, 0));
+        }
         *need += round_up(row->size, ROW_REALS);
     }
     return OK;
@@ -173,6 +195,23 @@ Err params_map(Params *p, const Checkpoint *ck, const char *prefix, int strip_do
     if (p->format != WEIGHTS_REAL) TRY(plan_packed(p, p->format));
     TRY(mem_alloc(&p->arena[0], need, sizeof(real), "parameters"));
     return map_rows(p, ck, prefix, strip_dots, p->arena[0], &need);
+}
+
+Err params_fit(const Params *p, const Checkpoint *ck, const char *prefix, int strip_dots) {
+    for (size_t i = 0; i < p->n; i++) {
+        char name[NAME_MAX_BYTES];
+        const Param *row = &p->row[i];
+        const Tensor *x;
+        TRY(join_name(name, prefix, row->name, strip_dots));
+        TRY(checkpoint_shaped(ck, name, row->ndim, row->dim, row->size, &x));
+    }
+    return OK;
+}
+
+int params_has(const Params *p, const char *name) {
+    for (size_t i = 0; i < p->n; i++)
+        if (strcmp(p->row[i].name, name) == 0) return 1;
+    return 0;
 }
 
 Err tensor_list_params(TensorList *list, const Params *p, char which, const char *prefix, Dtype dtype) {

@@ -29,9 +29,9 @@ static int has_file(const char *folder, const char *name) {
     return path_make(path, "%s/%s", folder, name) == OK && stat(path, &st) == 0 && S_ISREG(st.st_mode);
 }
 
-/* The file of scale t, 0: of all scales together; official files are .ckpt. */
-static const char *scale_file(char name[32], int t, int official) {
-    const char *ending = official ? "ckpt" : "safetensors";
+/* The file of scale t, 0: of all scales together */
+static const char *scale_file(char name[32], int t, int ckpt) {
+    const char *ending = ckpt ? "ckpt" : "safetensors";
     if (t)
         snprintf(name, 32, "scale%d.%s", t, ending);
     else
@@ -39,9 +39,9 @@ static const char *scale_file(char name[32], int t, int official) {
     return name;
 }
 
-static int has_scale(const char *folder, int t, int official) {
+static int has_scale(const char *folder, int t, int ckpt) {
     char name[32];
-    return has_file(folder, scale_file(name, t, official));
+    return has_file(folder, scale_file(name, t, ckpt));
 }
 
 static void count_file(size_t *here, char missing[32], const char *folder, const char *name) {
@@ -54,13 +54,15 @@ static void count_file(size_t *here, char missing[32], const char *folder, const
 size_t model_files(char missing[32], const NamedModel *model) {
     char folder[PATH_BYTES];
     models_find(folder, model->folder);
-    const int ours = !model->zip || has_file(folder, "vqgan.safetensors") || has_scale(folder, 1, 0);
+    const int apart =
+        !model->zip || has_file(folder, "vqgan.safetensors"); /* official files hold the first stage too */
+    const int ckpt = !apart && !has_scale(folder, 1, 0);
     size_t here = 0;
     char name[32];
     *missing = 0;
-    if (ours) count_file(&here, missing, folder, "vqgan.safetensors"); /* official files hold the first stage too */
-    if (has_scale(folder, 0, !ours)) return here + 1;
-    for (int t = 1; t <= model->T; t++) count_file(&here, missing, folder, scale_file(name, t, !ours));
+    if (apart) count_file(&here, missing, folder, "vqgan.safetensors");
+    if (has_scale(folder, 0, ckpt)) return here + 1;
+    for (int t = 1; t <= model->T; t++) count_file(&here, missing, folder, scale_file(name, t, ckpt));
     return here;
 }
 
@@ -194,31 +196,10 @@ static Err open_file(Checkpoint *ck, char path[PATH_BYTES], const Model *m, cons
     return checkpoint_open(ck, path);
 }
 
-static int begins(const char *text, const char *with) {
-    return strncmp(text, with, strlen(with)) == 0;
-}
-
-/* Buffers that the official classes keep beside their parameters, and the second name of a tied embedding */
-static int is_buffer(const char *name, const NetConfig *c) {
-    const char *end = strrchr(name, '.');
-    if (c->kind == NET_GPT) return begins(name, "blocks.") && end && strcmp(end, ".mask") == 0;
-    return c->tie_token_emb && strcmp(name, "decoder.token_emb.weight") == 0;
-}
-
-/* A tensor that nobody asks for means that this is another network than we take it for. */
-static Err check_unexpected(const Transformer *net, const Checkpoint *ck, const Params *p) {
-    static const char *const others[] = {"first_stage_model.", "transformer_ema.", "sos_token", "alphats", "alphacum"};
-    for (size_t i = 0; i < ck->n; i++) {
-        const char *name = ck->tensor[i].name, *own = name + strlen("transformer.");
-        int known = 0;
-        for (size_t k = 0; k < sizeof others / sizeof *others && !known; k++) known = begins(name, others[k]);
-        if (!known && begins(name, "transformer.")) {
-            known = is_buffer(own, transformer_config(net));
-            for (size_t k = 0; k < p->n && !known; k++) known = strcmp(p->row[k].name, own) == 0;
-        }
-        if (!known) return err("unexpected tensor '%s': another network than its configuration says", name);
-    }
-    return OK;
+/* What is said of a file once: only the first one's note is kept. */
+static void keep_note(Model *m, const Checkpoint *ck) {
+    char note[ERR_MAX];
+    if (!*m->note && checkpoint_note(note, ck)) memcpy(m->note, note, sizeof note);
 }
 
 /* Is this recipe's network the one whose tensors these are? */
@@ -231,8 +212,8 @@ static int recipe_fits(const char *path, const Checkpoint *ck, int scale) {
     if (e == OK) e = net_config_read(&c, &recipe, prefix);
     if (e == OK) e = schedule_read(&s, ck, c.n_scales);
     if (e == OK) e = transformer_create(&net, &c);
-    if (e == OK) e = check_unexpected(net, ck, transformer_params(net));
-    if (e == OK) e = params_map(transformer_params(net), ck, "transformer.", 0);
+    if (e == OK) e = transition_known(&c, transformer_params(net), ck);
+    if (e == OK) e = params_fit(transformer_params(net), ck, "transformer.", 0);
     transformer_free(net);
     config_free(&recipe);
     return e == OK;
@@ -257,7 +238,7 @@ static Err find_recipe(Model *m) {
     if (has_file(m->folder, "config.txt")) return OK;
     for (size_t i = 0; i < n; i++)
         if (models_find(path, named[i].folder) && !strcmp(path, m->folder)) return named_recipe(m, named[i].name);
-    TRY(open_file(&ck, path, m, scale_file(name, scale, 1)));
+    TRY(open_file(&ck, path, m, scale_file(name, scale, m->ckpt)));
     size_t i = 0;
     for (; i < n; i++) {
         if (named_recipe(m, named[i].name) != OK) continue;
@@ -265,7 +246,7 @@ static Err find_recipe(Model *m) {
     }
     checkpoint_close(&ck);
     if (i < n) return OK;
-    return err("%s: .ckpt files do not say their architecture and no recipe models/*.txt has their tensors, expected a "
+    return err("%s: its files do not say their architecture and no recipe models/*.txt has their tensors, expected a "
                "config.txt beside them (models/ffhq.txt is an example)",
                m->folder);
 }
@@ -273,7 +254,7 @@ static Err find_recipe(Model *m) {
 /* t: the scale, 0: all of them. */
 static Err open_scale(Checkpoint *ck, char path[PATH_BYTES], const Model *m, int t) {
     char name[32];
-    TRY(open_file(ck, path, m, scale_file(name, t, m->official)));
+    TRY(open_file(ck, path, m, scale_file(name, t, m->ckpt)));
     if (!m->official || recipe_read(&ck->meta, m->recipe, t) == OK) return OK;
     checkpoint_close(ck);
     return FAILED;
@@ -284,6 +265,7 @@ static Err check_file(Model *m, int scale) {
     Checkpoint ck = {0};
     Err e = open_scale(&ck, path, m, scale);
     if (e == OK && check_facts(m, &ck, scale) != OK) e = err_file(path);
+    if (e == OK) keep_note(m, &ck);
     checkpoint_close(&ck);
     return e;
 }
@@ -307,18 +289,31 @@ static Err open_vqgan(Model *m) {
     char path[PATH_BYTES], name[32];
     Checkpoint *ck = &m->vqgan_file; /* model_close closes it */
     Config recipe = {0};
-    const char *file = m->official ? scale_file(name, m->joint ? 0 : 1, 1) : "vqgan.safetensors";
+    const char *file = m->official ? scale_file(name, m->joint ? 0 : 1, m->ckpt) : "vqgan.safetensors";
     Err e = open_file(ck, path, m, file);
+    if (e == OK) keep_note(m, ck);
     if (e == OK && m->official) e = recipe_read(&recipe, m->recipe, RECIPE_VQGAN);
     if (e == OK && build_vqgan(m, ck, m->official ? &recipe : NULL) != OK) e = err_file(path);
     config_free(&recipe);
     return e;
 }
 
-static Err open_folder(Model *m) {
+/* Whose files are these? Ours say what they are; PyTorch's, and what a converter made of them, do not. */
+static Err tell_official(Model *m) {
+    char path[PATH_BYTES], name[32];
+    Checkpoint ck = {0};
     const int ours = has_scale(m->folder, 1, 0) || has_scale(m->folder, 0, 0);
-    m->official = !ours && (has_scale(m->folder, 1, 1) || has_scale(m->folder, 0, 1));
-    m->joint = !has_scale(m->folder, 1, m->official) && has_scale(m->folder, 0, m->official);
+    m->ckpt = m->official = !ours && (has_scale(m->folder, 1, 1) || has_scale(m->folder, 0, 1));
+    m->joint = !has_scale(m->folder, 1, m->ckpt) && has_scale(m->folder, 0, m->ckpt);
+    if (!ours) return OK;
+    TRY(open_file(&ck, path, m, scale_file(name, m->joint ? 0 : 1, 0)));
+    m->official = !config_get(&ck.meta, prefix, "n_scales");
+    checkpoint_close(&ck);
+    return OK;
+}
+
+static Err open_folder(Model *m) {
+    TRY(tell_official(m));
     if (m->official) TRY(find_recipe(m));
     TRY(open_vqgan(m));
     if (m->joint) return check_file(m, 0);
@@ -420,7 +415,7 @@ static Err build_net(Model *m, const Checkpoint *ck) {
         TRY(checkpoint_ints(ck, "sos_token", 1, &sos));
         if (sos != 0) return err("sos_token is %d, expected 0", (int)sos);
     }
-    TRY(check_unexpected(m->net, ck, p));
+    TRY(transition_known(&c, p, ck));
     if (use_ema) TRY(config_flag(&use_ema, &ck->meta, prefix, "use_ema", 1));
     const int ema = use_ema && checkpoint_find(ck, "transformer_ema.num_updates");
     p->format = m->weights;

@@ -90,8 +90,10 @@ static void report(const Search *s, const Dataset *d, const char *path) {
     printf("picture\tsame tokens of %zu\tas in\trms of pixels\tnearest in pixels\n", s->N);
     for (size_t i = 0; i < s->n; i++) {
         const Nearest *near = s->near + i;
-        printf("%zu\t%zu\t%s\t%.4f\t%s\n", i, near->shared, near->shared ? d->path[near->by_tokens] : "-", rms(s, near),
-               d->path[near->by_pixels]);
+        char by_tokens[PATH_BYTES], by_pixels[PATH_BYTES];
+        printf("%zu\t%zu\t%s\t%.4f\t%s\n", i, near->shared,
+               near->shared ? printable(by_tokens, d->path[near->by_tokens]) : "-", rms(s, near),
+               printable(by_pixels, d->path[near->by_pixels]));
         all += near->shared == s->N, most += near->shared * 10 >= s->N * 9, close += rms(s, near) < 0.05;
     }
     fprintf(

@@ -192,6 +192,7 @@ void sampling_start(SamplingArgs *a, Model *m, const NamedModel **stand_in_for) 
     check(model_open(m, a->model, stand_in_for));
     m->no_ema = a->no_ema;
     m->weights = (WeightFormat)format;
+    if (*m->note) fprintf(stderr, "%s\n", m->note);
     if (cuda) check(model_use_cuda(m));
     const NamedModel *missing = *stand_in_for;
     if (!missing) return;

@@ -25,7 +25,9 @@ typedef struct {
     NetConfig config[MAX_SCALES + 1];   /* [t] of scale t, [0] of all scales of a joint model */
     int32_t null_class[MAX_SCALES + 1]; /* [t] the label "no class" that scale t was trained with too; -1: none */
     int joint;                          /* one file for all scales */
-    int official;                       /* the files are PyTorch's */
+    int official;         /* the files do not say what they are, and have the first stage in them: the recipe says it */
+    int ckpt;             /* they are PyTorch's, else safetensors */
+    char note[ERR_MAX];   /* what is to be said once about the files; "": nothing */
     int no_ema;           /* set after model_open: sample with the trained weights rather than their moving average */
     WeightFormat weights; /* set after model_open: how the transitions' matrices are kept */
     int cuda; /* set after model_open: the transitions run on the GPU, in f32 or, with bf16 weights, in bf16 */

@@ -24,6 +24,31 @@ static void test_errors(void) {
     CHECK(strstr(err_text(), "lines") && strstr(err_text(), "again"));
 }
 
+/* What is shown of names that come from files */
+static void test_printable(void) {
+    static const char *const cases[][2] = {
+        {"golden retriever", "golden retriever"},
+        {"\033]0;pwned\a\033[2J", "?]0;pwned??[2J"},
+        {"a\tb\nc\r\177", "a?b?c??"},
+        {"\302\2332J", "?2J"},                      /* U+009B, which is ESC [ */
+        {"\302\200\302\237\302\240", "??\302\240"}, /* U+0080, U+009F; U+00A0 is a space */
+        {"\2332J", "?2J"},                          /* the same byte where nobody reads UTF-8 */
+        {"caf\303\251 \346\227\245 \360\237\230\200", "caf\303\251 \346\227\245 \360\237\230\200"},
+        {"\303\233\320\233\346\233\233", "\303\233\320\233\346\233\233"}, /* bytes 9B that belong to letters */
+        {"gnp.\342\200\256exe", "gnp.?exe"},                              /* U+202E: right to left */
+        {"\342\200\216\342\200\217\342\200\252\342\201\246\342\201\251\330\234", "??????"},
+        {"\342\200\250\342\200\251", "??"}, /* line and paragraph ends */
+        {"\342\200\223 \342\200\246 \342\201\260", "\342\200\223 \342\200\246 \342\201\260"},
+        {"cut \342\200", "cut \342?"},
+        {"caf\351", "caf\351"}};
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        char out[PATH_BYTES];
+        if (!CHECK(!strcmp(printable(out, cases[i][0]), cases[i][1]))) printf("     case %zu: %s\n", i, out);
+        err("%s", cases[i][0]);
+        CHECK(!strcmp(err_text(), cases[i][1]));
+    }
+}
+
 static void test_memory(void) {
     size_t product;
     CHECK_OK(size_mul(&product, 3, 5));
@@ -322,6 +347,7 @@ static void test_quota(void) {
 
 int main(void) {
     test_errors();
+    test_printable();
     test_memory();
     test_available();
     test_paths();

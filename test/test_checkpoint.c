@@ -1074,6 +1074,48 @@ static Err everything(void) {
     return e;
 }
 
+/* Weights that are no numbers are refused however they are kept: in the file, as copies, packed, as moments. */
+static void test_not_finite(void) {
+    enum { ROWS = 4, COLUMNS = 8, SIZE = ROWS * COLUMNS };
+    static const struct {
+        Dtype dtype;
+        size_t at;
+        double value;
+        const char *says;
+    } cases[] = {{DT_F32, 13, NAN, "element 13 is nan"},
+                 {DT_F64, SIZE - 1, INFINITY, "element 31 is inf"},
+                 {DT_F16, 0, 1e6, "element 0 is inf"}, /* too large for it */
+                 {DT_BF16, 8, -INFINITY, "element 8 is -inf"}};
+    const size_t dim[2] = {ROWS, COLUMNS};
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
+        for (int bad = 0; bad < 2; bad++) {
+            real x[SIZE];
+            Checkpoint ck;
+            TensorList list = {0};
+            for (int k = 0; k < SIZE; k++) x[k] = (real)k;
+            if (bad) x[cases[i].at] = (real)cases[i].value;
+            CHECK_OK(tensor_list_add(&list, "w", cases[i].dtype, 2, dim, x, 1));
+            CHECK_OK(checkpoint_write(in_folder("finite"), list.tensor, list.from_real, 1, NULL));
+            CHECK_OK(checkpoint_open(&ck, in_folder("finite")));
+            for (int way = 0; way < 5; way++) { /* mapped, packed as bf16 and int8, loaded, as moments in bf16 */
+                Params p = {0};
+                if ((way == 1 || way == 2) && !layers_here()) continue;
+                CHECK_OK(params_add(&p, NULL, INIT_ZERO, 0, 0, 2, dim, "w"));
+                p.row[0].matrix = 1;
+                p.format = way == 1 ? WEIGHTS_BF16 : way == 2 ? WEIGHTS_INT8 : WEIGHTS_REAL;
+                p.bf16_moments = way == 4;
+                if (way > 2) CHECK_OK(params_plan(&p, PLAN_VALUE | PLAN_ADAM));
+                const Err e = way < 3 ? params_map(&p, &ck, "", 0) : params_load(&p, &ck, way == 3 ? 'v' : '1', "");
+                if (!CHECK(bad ? e != OK && strstr(err_text(), cases[i].says) && strstr(err_text(), "tensor 'w'")
+                               : e == OK))
+                    printf("     case %zu, way %d: %s\n", i, way, e == OK ? "taken" : err_text());
+                params_free(&p);
+            }
+            checkpoint_close(&ck);
+            tensor_list_free(&list);
+        }
+}
+
 static void test_no_memory(void) {
     size_t failures = 0;
     CHECK(mkdir(in_folder("memory"), 0755) == 0);
@@ -1167,6 +1209,7 @@ int main(int argc, char **argv) {
     test_params_init();
     test_params_arithmetic();
     test_params_files();
+    test_not_finite();
     test_no_memory();
     test_golden(argc > 1 ? argv[1] : "test/golden-cases");
     remove_all(folder);

@@ -838,6 +838,47 @@ static int make_official(const char *run, const char *dir) {
     return test_failed != 0;
 }
 
+/* ---- test_ckpt --plain RUN DIR WRAP: the same as a converter to safetensors leaves it, without metadata, and with
+ *      numbers that nobody reads beside it; WRAP: what a wrapper put in front of names or, "+...", behind their first
+ *      part ---- */
+
+static void plain_tensors(TensorList *list, const Checkpoint *ck, const char *prefix, const char *wrap) {
+    for (size_t i = 0; i < ck->n; i++) {
+        const Tensor *x = &ck->tensor[i];
+        char whole[2 * NAME_MAX_BYTES], name[3 * NAME_MAX_BYTES];
+        snprintf(whole, sizeof whole, "%s%s", prefix, x->name);
+        const size_t first = *wrap == '+' && strchr(whole, '.') ? strcspn(whole, ".") + 1 : 0;
+        snprintf(name, sizeof name, "%.*s%s%s", (int)first, whole, *wrap == '+' && !first ? "" : wrap + (*wrap == '+'),
+                 whole + first);
+        CHECK_OK(tensor_list_add(list, name, x->dtype, x->ndim, x->dim, x->data, 0));
+    }
+}
+
+static int make_plain(const char *run, const char *dir, const char *wrap) {
+    static const unsigned char numbers[16];
+    const size_t two = 2;
+    Checkpoint vqgan, scale;
+    char file_path[600];
+    snprintf(file_path, sizeof file_path, "%s/vqgan.safetensors", run);
+    CHECK_OK(checkpoint_open(&vqgan, file_path));
+    for (int t = 1; !test_failed; t++) {
+        TensorList list = {0};
+        snprintf(file_path, sizeof file_path, "%s/scale%d.safetensors", run, t);
+        if (t > 1 && access(file_path, F_OK) != 0) break;
+        CHECK_OK(checkpoint_open(&scale, file_path));
+        plain_tensors(&list, &vqgan, "first_stage_model.", wrap);
+        plain_tensors(&list, &scale, "", wrap);
+        CHECK_OK(tensor_list_add(&list, "loss.logvar", DT_F8_E4M3, 1, &two, numbers, 0));
+        CHECK_OK(tensor_list_add(&list, "first_stage_model.loss.phase", DT_C64, 1, &two, numbers, 0));
+        snprintf(file_path, sizeof file_path, "%s/scale%d.safetensors", dir, t);
+        CHECK_OK(checkpoint_write(file_path, list.tensor, NULL, list.n, NULL));
+        tensor_list_free(&list);
+        checkpoint_close(&scale);
+    }
+    checkpoint_close(&vqgan);
+    return test_failed != 0;
+}
+
 /* ---- test_ckpt --seeds DIR: small files of every kind for the fuzzers to start from ---- */
 
 static void put_seed(const char *dir, const char *name, const Bytes *data) {
@@ -893,6 +934,8 @@ int main(int argc, char **argv) {
         status = make_seeds(argv[2]);
     else if (argc == 4 && strcmp(argv[1], "--official") == 0)
         status = make_official(argv[2], argv[3]);
+    else if (argc == 5 && strcmp(argv[1], "--plain") == 0)
+        status = make_plain(argv[2], argv[3], argv[4]);
     else
         status = test_all();
     free(file.b);

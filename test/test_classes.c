@@ -42,6 +42,10 @@ static void test_imagenet(void) {
     CHECK(label_of(&m, "tank suit") == 639);      /* the second maillot */
     CHECK(label_of(&m, "projectile") == 744);     /* the first missile of two */
     CHECK(label_of(&m, "Cardigan Welsh") == 264); /* a part of one name */
+    Classes hostile;
+    CHECK_OK(classes_open(&hostile, "a\033]0;pwned\a,\302\2332J\342\200\256b", 2));
+    CHECK(!strcmp(class_title(title, &hostile, 0), "a?]0;pwned?") && !strcmp(class_title(title, &hostile, 1), "?2J?b"));
+    classes_free(&hostile);
     CHECK(!strcmp(class_title(title, &m, 207), "golden retriever") && !strcmp(class_title(title, &m, 0), "tench"));
     CHECK_ERR(classes_find(&m, "crane", &label),
               "several; give a number or a synset: 134 n02012849 crane, 517 n03126707");

@@ -1374,6 +1374,51 @@ static void test_classes(const char *dir) {
 
 /* ---- folders ---- */
 
+/* A first stage's file with a number that is none, or with tensors that its settings do not have: refused when the
+ * model is opened. With what other training left beside it: opened. */
+static void test_vqgan_files(void) {
+    static const struct {
+        const char *row, *extra; /* whose element 5 is NaN, or NULL; another tensor of the file, or NULL */
+        const char *says;        /* NULL: it opens */
+    } cases[] = {{"decoder.conv_out.weight", NULL, "tensor 'decoder.conv_out.weight' element 5 is nan"},
+                 {"encoder.conv_in.weight", NULL, "tensor 'encoder.conv_in.weight' element 5 is nan"},
+                 {NULL, "encoder.down.1.attn.0.q.weight", "unexpected tensor 'encoder.down.1.attn.0.q.weight'"},
+                 {NULL, "quantize.embed.weight", "unexpected tensor 'quantize.embed.weight'"},
+                 {NULL, "loss.logvar", NULL},
+                 {NULL, "loss.discriminator.main.0.weight", NULL},
+                 {NULL, NULL, NULL}};
+    char dir[512], path[600];
+    Model m;
+    Tiny x = {1, 0, 0, 0, 0, X_PLAIN, 0};
+    tiny_folder(dir, "first-stages", &x);
+    tiny_path(path, dir, "vqgan.safetensors");
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        Checkpoint ck;
+        TensorList list = {0};
+        float numbers[4096] = {0};
+        write_vqgan(dir);
+        CHECK_OK(checkpoint_open(&ck, path));
+        for (size_t k = 0; k < ck.n; k++) {
+            const Tensor *from = &ck.tensor[k];
+            const int changed = cases[i].row && !strcmp(from->name, cases[i].row) && CHECK(from->size <= 4096);
+            if (changed) memcpy(numbers, from->data, from->size * sizeof *numbers), numbers[5] = NAN;
+            CHECK_OK(tensor_list_add(&list, from->name, from->dtype, from->ndim, from->dim,
+                                     changed ? numbers : from->data, 0));
+        }
+        if (cases[i].extra) CHECK_OK(tensor_list_add(&list, cases[i].extra, DT_F32, 0, NULL, numbers, 0));
+
+        CHECK_OK(checkpoint_write(path, list.tensor, NULL, list.n, &ck.meta));
+        tensor_list_free(&list);
+        checkpoint_close(&ck);
+        if (cases[i].says)
+            CHECK_ERR(model_open(&m, dir, NULL), cases[i].says);
+        else
+            CHECK_OK(model_open(&m, dir, NULL));
+        CHECK(!cases[i].says || strstr(err_text(), "vqgan.safetensors") != NULL);
+        if (!cases[i].says) model_close(&m);
+    }
+}
+
 static void test_broken(void) {
     static const struct {
         int flip;
@@ -1388,6 +1433,7 @@ static void test_broken(void) {
         CHECK_ERR(model_open(&m, tiny_folder(dir, cases[i].name, &x), NULL), cases[i].says);
         CHECK(strstr(err_text(), "scale2.safetensors") != NULL);
     }
+    test_vqgan_files();
     Tiny nan = {2, 0, 0, 0, 7, X_PLAIN, 0}, short_gpt = {2, 0, 0, 0, 4, X_PLAIN, 0};
     char dir[512];
     Model m;
@@ -1396,7 +1442,7 @@ static void test_broken(void) {
     int32_t tokens[N];
     CHECK_OK(model_open(&m, tiny_folder(dir, "nan", &nan), NULL));
     sample_defaults(&o);
-    CHECK_ERR(model_sample(&m, &o, tokens), "scale 2 gives no usable");
+    CHECK_ERR(model_sample(&m, &o, tokens), "scale2.safetensors: tensor 'transformer.head.weight' element 0 is nan");
     model_close(&m);
 }
 

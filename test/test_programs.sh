@@ -307,7 +307,7 @@ cp "$dir/err" "$dir/said"
 ok "which says so" grep -q "^perceptual loss: LPIPS, weight 1$" "$dir/said"
 ok "and from what" grep -q "^$dir/lpips.safetensors: weights of LPIPS$" "$dir/said"
 ok "and logs it" awk -F '\t' -v l="$l" '$1 == "vqgan" { if (!($l > 0) || ($2 == 4 && !($(l + 1) > 0))) exit 1; n++ } END { exit n != 4 }' "$dir/seen/log.tsv"
-ok "killed and resumed, which remembers the weights" sh -c "'$build/train' $options --run '$dir/seen2' --vqgan --steps 4 --batch 2 --threads 1 --perceptual '$dir/lpips.safetensors' --save-every 2 & p=\$!; while [ ! -f '$dir/seen2/vqgan.state.safetensors' ] && kill -0 \$p; do sleep 0.05; done; kill -9 \$p; '$build/train' $options --run '$dir/seen2' --vqgan --steps 4 --batch 2 --resume"
+ok "killed and resumed, which remembers the weights" sh -c "'$build/train' $options --run '$dir/seen2' --vqgan --steps 4 --batch 2 --threads 1 --perceptual '$dir/lpips.safetensors' --save-every 2 & p=\$!; while [ ! -f '$dir/seen2/vqgan.state.safetensors' ] && kill -0 \$p; do sleep 0.05; done; kill -9 \$p; wait \$p; '$build/train' $options --run '$dir/seen2' --vqgan --steps 4 --batch 2 --resume"
 ok "the same weights" cmp "$dir/seen/vqgan.safetensors" "$dir/seen2/vqgan.safetensors"
 ok "two micro batches of one" train --run "$dir/seen3" --vqgan --steps 4 --batch 1 --accumulate 2 --perceptual "$dir/lpips.safetensors"
 ok "learn as one of two" awk -F '\t' -v l="$l" '$1 == "vqgan" && NR == FNR { a[$2] = $l; next } $1 == "vqgan" { d = $l / a[$2] - 1; if (d * d > 1e-6) exit 1; n++ } END { exit n != 4 }' "$dir/seen/log.tsv" "$dir/seen3/log.tsv"
@@ -393,6 +393,17 @@ ok "which sample" sample "$dir/official" -n 2 --class 1 --seed 7
 cp "$dir/s.png" "$dir/official.png"
 ok "as ours do" sample "$dir/run" -n 2 --class 1 --seed 7
 ok "the same picture" "$build/pictures" same "$dir/s.png" "$dir/official.png" 0 0 34 16
+# The same as a converter to safetensors leaves it: no metadata; names as wrappers of the network make them
+for wrap in "" module. _orig_mod. +_orig_mod.; do
+    rm -rf "$dir/plain" && mkdir "$dir/plain" && cp test/tiny.txt "$dir/plain/config.txt"
+    ok "the run as a plain converter leaves it" "$build/test_ckpt" --plain "$dir/run" "$dir/plain" "$wrap"
+    ok "which samples" sample "$dir/plain" -n 2 --class 1 --seed 7
+    cp "$dir/err" "$dir/said"
+    ok "the same picture" "$build/pictures" same "$dir/s.png" "$dir/official.png" 0 0 34 16
+    ok "what was left out of names is said once" test "$(grep 'as wrappers of a network add them' "$dir/said" | wc -l)" -eq "$([ -n "$wrap" ] && echo 1 || echo 0)"
+done
+rm "$dir/plain/config.txt"
+refused 1 "plain: its files do not say their architecture.*config.txt" sample "$dir/plain" -n 2 --class 1
 mkdir "$dir/converted" "$dir/half"
 ok "converted to safetensors" "$build/sample" "$dir/official" --convert "$dir/converted"
 ok "which sample" sample "$dir/converted" -n 2 --class 1 --seed 7

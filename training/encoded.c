@@ -54,6 +54,7 @@ Err open_first_stage(Stage *s, char path[PATH_BYTES]) {
     /* in f32: whoever continues the run elsewhere must get the same tokens */
     if (e == OK && s->set.cuda) e = vqgan_use_cuda(s->vqgan, PRECISION_F32);
     if (e == OK) e = params_send(vqgan_params(s->vqgan));
+    if (e == OK) say_note(&ck);
     checkpoint_close(&ck);
     if (e != OK) return err_in(path);
     s->size = c.resolution;

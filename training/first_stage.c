@@ -321,6 +321,7 @@ void first_free(Stage *s) {
 /* An official checkpoint has the discriminator too. */
 Err first_start_from(Stage *s, const Checkpoint *ck) {
     TRY(params_load(s->params, ck, 'v', ""));
+    TRY(first_stage_known(s->params, ck, ""));
     return gan_start_from(s, ck);
 }
 

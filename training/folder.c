@@ -21,11 +21,23 @@
 #include <unistd.h>
 
 void say_once(const char *fmt, ...) {
+    char text[2 * ERR_MAX]; /* names of files are in it */
     va_list args;
     if (rank() > 0) return;
     va_start(args, fmt);
-    vfprintf(stderr, fmt, args);
+    vsnprintf(text, sizeof text, fmt, args);
     va_end(args);
+    for (char *line = text, *end; *line; line = end) {
+        const size_t length = strcspn(line, "\n");
+        end = line + length + (line[length] == '\n');
+        line[length] = 0;
+        fprintf(stderr, "%s%s", make_printable(line), end > line + length ? "\n" : "");
+    }
+}
+
+void say_note(const Checkpoint *ck) {
+    char note[ERR_MAX];
+    if (checkpoint_note(note, ck)) say_once("%s\n", note);
 }
 
 const char *run_path(const Stage *s, char out[PATH_BYTES], const char *suffix) {

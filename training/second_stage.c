@@ -256,6 +256,7 @@ void second_free(Stage *s) {
 
 /* A model's weights are its moving average, as the official "-ema_weights" files have them. */
 Err second_start_from(Stage *s, const Checkpoint *ck) {
+    TRY(transition_known(transformer_config(s->second.net), s->params, ck));
     TRY(params_load(s->params, ck, 'v', "transformer."));
     return params_load(s->params, ck, 'e', "transformer.");
 }

@@ -218,6 +218,7 @@ static inline uint64_t example_number(const Stage *s, uint64_t micro, size_t b) 
 
 /* folder.c. To stderr, by the first rank alone */
 void say_once(const char *fmt, ...) PRINTF_LIKE(1, 2);
+void say_note(const Checkpoint *ck); /* what is to be said of a file that was opened, if there is anything */
 const char *run_path(const Stage *s, char out[PATH_BYTES], const char *suffix); /* out = RUN/STAGEsuffix, returned */
 int file_exists(const char *path);
 Err make_folder(const char *path);
