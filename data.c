@@ -239,19 +239,6 @@ static int32_t class_of(const Dataset *d, const char *name, const Layout *layout
  * Datasets
  * ---------------------------------------------------------------------------------------------------------- */
 
-/* Pictures that could not be decoded, as they are met. */
-struct Damage {
-    pthread_mutex_t lock;
-    uint8_t *met; /* (n) */
-    Names lines;  /* path, tab, why */
-};
-
-static Err damage_create(Dataset *d) {
-    TRY(mem_alloc(&d->damage, 1, sizeof *d->damage, "the list of damaged pictures"));
-    pthread_mutex_init(&d->damage->lock, NULL);
-    return mem_alloc(&d->damage->met, d->n, 1, "the list of damaged pictures");
-}
-
 /* folder, *name = the two parts of a path. */
 static Err split_path(char folder[PATH_BYTES], const char **name, const char *path) {
     TRY(join(folder, "", path));
@@ -308,12 +295,12 @@ static Err picture_whole(const Dataset *d, const char *path, int *whole) {
 
 /* If no picture that is held out can be read, the first of the others that can be is held out too, unless it is the last
  * one to train on. all: marked and sorted. */
-static Err hold_out_whole(const Dataset *d, Names *all, const char *folder) {
+static Err hold_out_whole(const Dataset *d, Names *all, const Layout *layout, const char *folder) {
     char path[PATH_BYTES];
     size_t first = NONE, training = 0, held_out = 0;
     int whole;
     for (size_t i = 0; i < all->n; i++) held_out += all->item[i].mark == VALIDATION;
-    if (!held_out) return OK;
+    if (!held_out && !(layout->val[0] && d->left_out->n[OUT_FOREIGN] + d->left_out->n[OUT_OTHER])) return OK;
     for (int side = VALIDATION; side >= TRAINING; side--)
         for (size_t i = 0; i < all->n; i++) {
             if (all->item[i].mark != side) continue;
@@ -351,7 +338,7 @@ static Err dataset_select(Dataset *d, const Names *all, const char *folder, Spli
     if (e == OK) d->n = chosen.n;
     for (size_t i = 0; i < d->n && d->n_classes; i++) d->label[i] = class_of(d, chosen.item[i].name, layout);
     names_free(&chosen);
-    return e == OK ? damage_create(d) : e;
+    return e == OK ? damage_create(&d->damage, d->n) : e;
 }
 
 /* Everything the sources name, sorted, and what the split follows from. */
@@ -368,8 +355,15 @@ static Err dataset_find(Dataset *d, Names *all, Layout *layout, const char *fold
     names_free(&index.found);
     if (e != OK) return e;
     names_sort(all, names_in_byte_order);
+    TRY(folder_check(all, folder, d->left_out));
     layout_find(layout, all, folder);
     return layout_filter(all, layout, d->left_out, d->stray);
+}
+
+static Err no_pictures(const Dataset *d, const char *path) {
+    char text[ERR_MAX];
+    left_out_text(text, d->left_out);
+    return err("%.300s: has no pictures (" EXTENSIONS ")%s%.600s", path, text[0] ? "; left out: " : "", text);
 }
 
 static Err dataset_scan(Dataset *d, const char *path, const char *folder, const char *list, const char *val_list,
@@ -378,9 +372,9 @@ static Err dataset_scan(Dataset *d, const char *path, const char *folder, const 
     Layout layout = {0};
     Err e = dataset_find(d, &all, &layout, folder, list, val_list);
     if (e == OK && all.n > INT32_MAX) e = err("%s: has %zu pictures; fewer than 2^31 expected", path, all.n);
-    if (e == OK && !all.n) e = err("%s: has no pictures (" EXTENSIONS ")", path);
+    if (e == OK && !all.n) e = no_pictures(d, path);
     if (e == OK) layout_sides(&all, &layout);
-    if (e == OK) e = hold_out_whole(d, &all, folder);
+    if (e == OK) e = hold_out_whole(d, &all, &layout, folder);
     if (e == OK) e = find_classes(d, &all, &layout);
     if (e == OK && dataset_select(d, &all, folder, split, &layout) != OK) e = err_in(path);
     names_free(&all);
@@ -396,7 +390,7 @@ static Err dataset_scan_lmdb(Dataset *d, const char *path, const char *folder, c
     if (e == OK && !all.n) e = err("%s: has no pictures", path);
     if (e == OK) names_sort(&all, names_in_byte_order);
     if (e == OK) layout_sides(&all, &none);
-    if (e == OK) e = hold_out_whole(d, &all, folder);
+    if (e == OK) e = hold_out_whole(d, &all, &none, folder);
     if (e == OK && dataset_select(d, &all, folder, split, &none) != OK) e = err_in(path);
     names_free(&all);
     return e;
@@ -439,12 +433,7 @@ Err dataset_open_lists(Dataset *d, const char *path, const char *list, const cha
 
 void dataset_close(Dataset *d) {
     for (size_t i = 0; i < d->n_lmdb; i++) lmdb_close(d->lmdb[i]);
-    if (d->damage) {
-        pthread_mutex_destroy(&d->damage->lock);
-        free(d->damage->met);
-        names_free(&d->damage->lines);
-    }
-    free(d->damage);
+    damage_free(d->damage);
     free(d->left_out);
     free(d->lmdb);
     free(d->path);
@@ -457,87 +446,32 @@ void dataset_close(Dataset *d) {
  * One picture, whole or damaged
  * ---------------------------------------------------------------------------------------------------------- */
 
-static Err damage_note(const Dataset *d, size_t i) {
-    struct Damage *x = d->damage;
-    char line[PATH_BYTES + ERR_MAX];
-    const char *why = err_text(), *path = d->path[i];
-    if (!strncmp(why, path, strlen(path)) && !strncmp(why + strlen(path), ": ", 2)) why += strlen(path) + 2;
-    int n = snprintf(line, sizeof line, "%s\t%s", path, why);
-    for (int k = 0; k < n; k++)
-        if (line[k] == '\n') line[k] = '?';
-    pthread_mutex_lock(&x->lock);
-    Err e = x->met[i] ? OK : names_add(&x->lines, line, (size_t)n, 0, 0);
-    x->met[i] = 1;
-    pthread_mutex_unlock(&x->lock);
-    return e;
-}
-
-static int damage_known(const Dataset *d, size_t i) {
-    pthread_mutex_lock(&d->damage->lock);
-    int met = d->damage->met[i];
-    pthread_mutex_unlock(&d->damage->lock);
-    return met;
-}
-
 Err dataset_picture(const Dataset *d, size_t i, Prep prep, size_t side, Image *im, int *damaged) {
     uint8_t *bytes = NULL;
     size_t size = 0;
     *im = (Image){0};
-    if ((*damaged = damage_known(d, i))) return OK;
+    if ((*damaged = damage_known(d->damage, i))) return OK;
     Err e = picture_bytes(d, d->path[i], &bytes, &size, damaged);
     if (e == OK && (e = image_decode_prepared(im, bytes, size, prep, side)) != OK) {
         *damaged = e == DAMAGED;
         if (!*damaged) e = err_in(d->path[i]);
     }
     free(bytes);
-    return *damaged ? damage_note(d, i) : e;
+    if (e == OK && im->note) damage_note_part(d->damage, i, d->path[i], im->note);
+    return *damaged ? damage_note(d->damage, i, d->path[i]) : e;
 }
 
 size_t dataset_damaged(const Dataset *d) {
-    if (!d->damage) return 0;
-    pthread_mutex_lock(&d->damage->lock);
-    size_t n = d->damage->lines.n;
-    pthread_mutex_unlock(&d->damage->lock);
-    return n;
+    return d->damage ? damage_count(d->damage) : 0;
 }
 
-/* s += the lines of a file, if it is there */
-static Err add_lines(Names *s, const char *path) {
-    uint8_t *bytes;
-    size_t size, length;
-    int empty = 0;
-    if (access(path, F_OK) != 0) return OK;
-    if (file_bytes(&bytes, &size, path, LIST_FILE_BYTES, &empty) != OK) return empty ? OK : FAILED;
-    const char *at = (const char *)bytes, *end = at + size, *line;
-    Err e = OK;
-    while (e == OK && next_line(&line, &length, &at, end))
-        if (length) e = names_add(s, line, length, 0, 0);
-    free(bytes);
-    return e;
+void dataset_met(const Dataset *d, char text[ERR_MAX], int damaged) {
+    text[0] = 0;
+    if (d->damage) damage_text(text, d->damage, damaged);
 }
 
 Err dataset_write_damaged(const Dataset *d, const char *path) {
-    Names all = {0};
-    AtomicFile f;
-    Err e = add_lines(&all, path);
-    size_t before = all.n;
-    pthread_mutex_lock(&d->damage->lock);
-    for (size_t i = 0; i < d->damage->lines.n && e == OK; i++) {
-        const char *line = d->damage->lines.text + d->damage->lines.item[i].start;
-        e = names_add(&all, line, strlen(line), 0, 0);
-    }
-    pthread_mutex_unlock(&d->damage->lock);
-    if (e == OK && all.n > before && (e = atomic_open(&f, path)) == OK) {
-        names_sort(&all, names_in_byte_order);
-        for (size_t i = 0; i < all.n && e == OK; i++) {
-            if (i > 0 && !strcmp(all.item[i].name, all.item[i - 1].name)) continue;
-            e = atomic_write(&f, all.item[i].name, strlen(all.item[i].name));
-            if (e == OK) e = atomic_write(&f, "\n", 1);
-        }
-        e = atomic_close(&f, e);
-    }
-    names_free(&all);
-    return e;
+    return damage_write(d->damage, path);
 }
 
 void epoch_order(uint32_t *order, size_t n, uint64_t seed, uint64_t epoch) {
@@ -630,6 +564,12 @@ static void put_crops(Loader *l, const Claim *claim, uint64_t row, const Image *
     }
 }
 
+static Err none_whole(const Dataset *d) {
+    char text[ERR_MAX];
+    damage_text(text, d->damage, 1);
+    return err("none of the %zu pictures can be read: %.1800s", d->n, text);
+}
+
 /* Into the claimed row. For a damaged picture stands the next whole one of the set (c.mark: a label of -1). */
 static Err loader_example(Loader *l, const Claim *claim) {
     size_t n = l->set->n, i = claim->i, row = claim->row % (l->c.B * RING);
@@ -641,7 +581,7 @@ static Err loader_example(Loader *l, const Claim *claim) {
         TRY(loader_picture(l, i, &im, &fresh));
     }
     l->labels[row] = im.rgb ? l->set->label[i] : -1;
-    if (!im.rgb) return l->c.mark ? OK : err("none of the %zu pictures can be read, such as %s", n, l->set->path[0]);
+    if (!im.rgb) return l->c.mark ? OK : none_whole(l->set);
     put_crops(l, claim, row, &im);
     if (fresh) image_free(&im);
     return OK;

@@ -46,9 +46,9 @@ typedef struct {
     uint64_t identity;  /* hash of the names below the folder and of the sizes of the files */
     struct Lmdb **lmdb; /* (n_lmdb) open ones */
     size_t n_lmdb;
-    struct Damage *damage; /* pictures that could not be decoded, as they are met */
-    LeftOut *left_out;     /* what the folder holds besides */
-    char stray[256];       /* a picture in no sub-folder, for which the set has no classes; or "" */
+    Damage *damage;    /* pictures that could not be decoded, as they are met */
+    LeftOut *left_out; /* what the folder holds besides */
+    char stray[256];   /* a picture in no sub-folder, for which the set has no classes; or "" */
 } Dataset;
 typedef enum { SPLIT_ALL, SPLIT_TRAIN, SPLIT_VAL } Split;
 /* path: a folder (searched recursively; its sub-folders are the classes; a data.mdb is an LMDB of pictures), an LMDB's
@@ -66,6 +66,9 @@ void dataset_close(Dataset *d);
  * empty then. An error is what lies not in the picture, such as a disk that fails. Any number of threads at a time. */
 Err dataset_picture(const Dataset *d, size_t i, Prep prep, size_t size, Image *im, int *damaged);
 size_t dataset_damaged(const Dataset *d); /* how many have been met so far */
+/* Of which pictures met so far a part is used, such as of animations, and (damaged) which cannot be read: how many, with
+ * an example each; "": none. */
+void dataset_met(const Dataset *d, char text[ERR_MAX], int damaged);
 /* Adds those to the list in the file at path: path, tab, why, a line each, sorted, each once. */
 Err dataset_write_damaged(const Dataset *d, const char *path);
 /* order[0..n-1] = the permutation of epoch `epoch` under `seed`. */

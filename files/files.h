@@ -252,19 +252,44 @@ typedef enum {
     OUT_OFFICIAL,
     OUT_REASONS
 } OutReason;
+enum { OUT_KINDS = 12 };
 typedef struct {
     size_t n[OUT_REASONS];
     char first[OUT_REASONS][256]; /* an example */
+    struct {
+        char what[40]; /* "GIF" */
+        size_t n;
+        char first[256];
+    } kind[OUT_KINDS]; /* of OUT_FOREIGN and OUT_OTHER, as far as there is room */
 } LeftOut;
 void left_out_note(LeftOut *x, OutReason why, const char *name);
-/* "2 temporary (such as a/x.png~), ..."; "" if nothing was */
+/* The same for files of a kind that is known */
+void left_out_kind(LeftOut *x, OutReason why, const char *kind, const char *name);
+/* "1 GIF file (such as b.gif), 2 temporary (such as a/x.png~), ..."; "" if nothing was */
 void left_out_text(char text[ERR_MAX], const LeftOut *x);
 static const char DATA_MDB[] = "data.mdb"; /* what the file in every LMDB's folder is called */
 /* Calls take for every picture and LMDB below root, whose names are relative to it, in no order. */
 typedef Err FolderTake(void *context, const char *name, uint64_t bytes, int is_lmdb);
 Err folder_search(const char *root, LeftOut *out, FolderTake *take, void *context);
+/* Leaves out, of not too many names, the files that are no pictures, whatever they are called; a damaged picture stays. */
+Err folder_check(Names *all, const char *root, LeftOut *out);
 /* The first bytes of a file, n of at most `most` */
 Err file_start(uint8_t *bytes, size_t most, size_t *n, const char *path);
+
+/* ---- damage.c: pictures of a set of n that could not be decoded, and of which a part is used, as any number of threads
+ *      meets them ---- */
+typedef struct Damage Damage;
+Err damage_create(Damage **out, size_t n);              /* after an error too it is damage_free's */
+void damage_free(Damage *x);                            /* NULL is fine */
+Err damage_note(Damage *x, size_t i, const char *path); /* picture i, for what err_text() says */
+void damage_note_part(Damage *x, size_t i, const char *path, const char *note); /* note: Image.note */
+int damage_known(Damage *x, size_t i);
+size_t damage_count(Damage *x);
+/* "2 animated WebP, of which the first picture is used (such as a/x.webp)"; damaged: in front of that "3 cannot be
+ * read (such as a/y.png: is empty)"; "": there are none */
+void damage_text(char text[ERR_MAX], Damage *x, int damaged);
+/* Adds the damaged ones to the list in the file at path: path, tab, why, a line each, sorted, each once. */
+Err damage_write(Damage *x, const char *path);
 
 /* ---- layout.c: what the names of a set's pictures say ---- */
 /* The side of the split that a name is on, its mark */
@@ -478,7 +503,17 @@ Err classes_from_folders(Config *to, char *const *folder, size_t n);
 /* ---- Pictures in files; LMDBs ---- */
 
 enum { IMAGE_FILE_BYTES = 1 << 30 };
-/* Whether the first bytes are those of a picture that image_decode knows. */
+/* What a file is by its first bytes. *name, for messages: "GIF", "text", ... */
+typedef enum {
+    FILE_UNKNOWN,
+    FILE_PNG,
+    FILE_JPEG,
+    FILE_WEBP,
+    FILE_FOREIGN, /* a picture that image_decode does not know */
+    FILE_OTHER
+} FileKind;
+FileKind file_kind(const char **name, const uint8_t *bytes, size_t n);
+/* One that image_decode knows */
 int is_picture(const uint8_t *bytes, size_t n);
 
 /* image_prepare in its two steps. out = im with its short side resized to size, or its centre square for the presets

@@ -14,7 +14,11 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-enum { FOLDER_DEPTH = 64, SNIFF_BYTES = 160 /* enough to tell a picture or an LMDB */ };
+enum {
+    FOLDER_DEPTH = 64,
+    SNIFF_BYTES = 160, /* enough to tell a picture or an LMDB */
+    CHECKED = 20000    /* of more files, extensions are believed */
+};
 
 static const char IMAGENET_LEFT_OUT[] = "n06596364_9591.JPEG"; /* the official code leaves it out (SPEC section 10) */
 
@@ -22,10 +26,28 @@ void left_out_note(LeftOut *x, OutReason why, const char *name) {
     if (x->n[why]++ == 0) snprintf(x->first[why], sizeof x->first[why], "%.255s", name);
 }
 
+void left_out_kind(LeftOut *x, OutReason why, const char *kind, const char *name) {
+    left_out_note(x, why, name);
+    for (int k = 0; k < OUT_KINDS; k++) {
+        if (x->kind[k].n && strcmp(x->kind[k].what, kind) != 0) continue;
+        if (x->kind[k].n++ == 0) {
+            snprintf(x->kind[k].what, sizeof x->kind[k].what, "%s", kind);
+            snprintf(x->kind[k].first, sizeof x->kind[k].first, "%.255s", name);
+        }
+        return;
+    }
+}
+
+/* *length += a part of text: how many, of what, an example */
+static void add_text(char text[ERR_MAX], size_t *length, size_t n, const char *what, const char *more,
+                     const char *first) {
+    if (!n || *length >= ERR_MAX) return;
+    *length += (size_t)snprintf(text + *length, ERR_MAX - *length, "%s%zu %s%s%s (such as %.200s)", *length ? ", " : "",
+                                n, what, more, *more && n > 1 ? "s" : "", first);
+}
+
 void left_out_text(char text[ERR_MAX], const LeftOut *x) {
     static const char *const reason[OUT_REASONS] = {
-        [OUT_FOREIGN] = "BMP, TIFF, GIF, HEIC or AVIF",
-        [OUT_OTHER] = "no picture",
         [OUT_SYSTEM] = "hidden or the system's",
         [OUT_TEMPORARY] = "temporary",
         [OUT_LINK] = "a link to nothing",
@@ -35,12 +57,15 @@ void left_out_text(char text[ERR_MAX], const LeftOut *x) {
         [OUT_BESIDE] = "beside the split's two folders",
         [OUT_OFFICIAL] = "left out by the official code",
     };
-    size_t length = 0;
+    size_t length = 0, of_kind = 0;
     text[0] = 0;
-    for (int i = 0; i < OUT_REASONS && length < ERR_MAX; i++)
-        if (x->n[i])
-            length += (size_t)snprintf(text + length, ERR_MAX - length, "%s%zu %s (such as %.200s)", length ? ", " : "",
-                                       x->n[i], reason[i], x->first[i]);
+    for (int k = 0; k < OUT_KINDS; k++) {
+        add_text(text, &length, x->kind[k].n, x->kind[k].what, " file", x->kind[k].first);
+        of_kind += x->kind[k].n;
+    }
+    const size_t others = x->n[OUT_FOREIGN] + x->n[OUT_OTHER] - of_kind;
+    add_text(text, &length, others, "no picture", "", x->first[x->n[OUT_OTHER] ? OUT_OTHER : OUT_FOREIGN]);
+    for (int i = OUT_OTHER + 1; i < OUT_REASONS; i++) add_text(text, &length, x->n[i], reason[i], "", x->first[i]);
 }
 
 Err file_start(uint8_t *bytes, size_t most, size_t *n, const char *path) {
@@ -81,14 +106,13 @@ static int is_of_system(const char *name) {
     return name[0] == '.';
 }
 
-/* A picture that we do not read */
-static int is_foreign(const uint8_t *b, size_t n) {
-    static const char *const brand[] = {"heic", "heix", "hevc", "mif1", "msf1", "avif", "avis"};
-    if (n >= 14 && !memcmp(b, "BM", 2) && !memcmp(b + 6, "\0\0\0\0", 4)) return 1;
-    if (n >= 8 && (!memcmp(b, "II*\0", 4) || !memcmp(b, "MM\0*", 4) || !memcmp(b, "GIF8", 4))) return 1;
-    for (size_t i = 0; n >= 12 && !memcmp(b + 4, "ftyp", 4) && i < sizeof brand / sizeof *brand; i++)
-        if (!memcmp(b + 8, brand[i], 4)) return 1;
-    return 0;
+/* One of a kind that is none of our pictures */
+static void note_kind(LeftOut *out, FileKind kind, const char *what, const char *name) {
+    const OutReason why = kind == FILE_FOREIGN ? OUT_FOREIGN : OUT_OTHER;
+    if (kind == FILE_UNKNOWN)
+        left_out_note(out, why, name);
+    else
+        left_out_kind(out, why, what, name);
 }
 
 /* ---- The walk ---- */
@@ -113,6 +137,7 @@ static Err leave_out(Walk *w, const char *relative, const char *path, int code) 
 /* Extensions of pictures are believed, which spares opening a million files; else the content says. */
 static Err walk_file(Walk *w, const char *relative, const char *path, const char *name, uint64_t size) {
     static const char *const extension[] = {".png", ".jpg", ".jpeg", ".webp"};
+    const char *what;
     uint8_t bytes[SNIFF_BYTES];
     size_t n;
     if (!strcmp(name, DATA_MDB)) return w->take(w->context, relative, size, 1);
@@ -123,8 +148,8 @@ static Err walk_file(Walk *w, const char *relative, const char *path, const char
     errno = 0;
     if (file_start(bytes, sizeof bytes, &n, path) != OK) return leave_out(w, relative, path, errno);
     if (is_picture(bytes, n)) return w->take(w->context, relative, size, 0);
-    left_out_note(w->out, is_foreign(bytes, n) ? OUT_FOREIGN : OUT_OTHER, relative);
-    return OK;
+    const FileKind kind = file_kind(&what, bytes, n);
+    return note_kind(w->out, kind, what, relative), OK;
 }
 
 static Err walk_folder(Walk *w, const char *below, const struct stat *st, int depth);
@@ -170,4 +195,28 @@ Err folder_search(const char *root, LeftOut *out, FolderTake *take, void *contex
     struct stat st;
     if (stat(root, &st) != 0) return err("%s: %s", root, strerror(errno));
     return walk_folder(&w, "", &st, 0);
+}
+
+Err folder_check(Names *all, const char *root, LeftOut *out) {
+    Names kept = {0};
+    Err e = OK;
+    if (all->n > CHECKED) return OK;
+    for (size_t i = 0; i < all->n && e == OK; i++) {
+        const Listed *item = &all->item[i];
+        const char *what;
+        char path[PATH_BYTES];
+        uint8_t bytes[SNIFF_BYTES];
+        size_t n;
+        FileKind kind = FILE_UNKNOWN;
+        e = path_make(path, "%s%s%s", item->name[0] == '/' ? "" : root, item->name[0] == '/' ? "" : "/", item->name);
+        if (e == OK && file_start(bytes, sizeof bytes, &n, path) == OK) kind = file_kind(&what, bytes, n);
+        if (kind == FILE_FOREIGN || kind == FILE_OTHER)
+            note_kind(out, kind, what, item->name);
+        else if (e == OK)
+            e = names_add(&kept, item->name, strlen(item->name), item->bytes, item->mark);
+    }
+    names_free(all);
+    *all = kept;
+    names_sort(all, names_in_byte_order);
+    return e;
 }

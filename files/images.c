@@ -13,8 +13,6 @@
 #include <string.h>
 #include <strings.h>
 
-typedef enum { KIND_UNKNOWN, KIND_PNG, KIND_JPEG, KIND_WEBP, KIND_OTHER } Kind;
-
 /* It begins in ASCII, and every byte is one of a text, in ASCII or beyond. */
 static int is_text(const uint8_t *p, size_t n) {
     if (n && p[0] >= 0x80) return 0;
@@ -24,86 +22,87 @@ static int is_text(const uint8_t *p, size_t n) {
 }
 
 /* Texts: by what stands first in them. */
-static Kind text_kind(const char **name, const uint8_t *p, size_t n) {
+static FileKind text_kind(const char **name, const uint8_t *p, size_t n) {
     enum { LOOKED_AT = 4096 };
     const char *text = (const char *)p;
     n = min_size(n, LOOKED_AT);
     if (n >= 3 && !memcmp(text, "\xef\xbb\xbf", 3)) text += 3, n -= 3; /* a byte order mark */
     while (n && isspace((uint8_t)*text)) text++, n--;
     *name = "HTML";
-    if (n >= 5 && (strncasecmp(text, "<html", 5) == 0 || strncasecmp(text, "<!doc", 5) == 0)) return KIND_OTHER;
+    if (n >= 5 && (strncasecmp(text, "<html", 5) == 0 || strncasecmp(text, "<!doc", 5) == 0)) return FILE_OTHER;
     *name = "XML or SVG";
-    if (n && *text == '<') return KIND_OTHER;
+    if (n && *text == '<') return FILE_OTHER;
     *name = "text";
-    return is_text((const uint8_t *)text, n) ? KIND_OTHER : KIND_UNKNOWN;
+    return is_text((const uint8_t *)text, n) ? FILE_OTHER : FILE_UNKNOWN;
 }
 
-/* What the first bytes say. *name is for messages. */
-static Kind file_kind(const char **name, const uint8_t *p, size_t n) {
+FileKind file_kind(const char **name, const uint8_t *p, size_t n) {
     static const struct {
-        Kind kind;
+        FileKind kind;
         size_t at, length;
         const char *bytes, *name;
     } known[] = {
-        {KIND_PNG, 0, 8, "\x89PNG\r\n\x1a\n", "PNG"},
-        {KIND_JPEG, 0, 3, "\xff\xd8\xff", "JPEG"},
-        {KIND_WEBP, 8, 4, "WEBP", "WebP"},
-        {KIND_OTHER, 0, 4, "GIF8", "GIF"},
-        {KIND_OTHER, 0, 2, "BM", "BMP"},
-        {KIND_OTHER, 0, 4, "II*\0", "TIFF"},
-        {KIND_OTHER, 0, 4, "MM\0*", "TIFF"},
-        {KIND_OTHER, 0, 4, "II+\0", "TIFF"},
-        {KIND_OTHER, 0, 4, "MM\0+", "TIFF"},
-        {KIND_OTHER, 4, 8, "ftypavif", "AVIF"},
-        {KIND_OTHER, 4, 8, "ftypavis", "AVIF"},
-        {KIND_OTHER, 4, 7, "ftyphei", "HEIC"},
-        {KIND_OTHER, 4, 7, "ftyphev", "HEIC"},
-        {KIND_OTHER, 4, 8, "ftypmif1", "HEIC"},
-        {KIND_OTHER, 4, 8, "ftypmsf1", "HEIC"},
-        {KIND_OTHER, 4, 8, "ftypcrx ", "Canon raw"},
-        {KIND_OTHER, 4, 4, "ftyp", "video"},
-        {KIND_OTHER, 0, 4, "\x1a\x45\xdf\xa3", "video"},
-        {KIND_OTHER, 8, 4, "AVI ", "video"},
-        {KIND_OTHER, 0, 2, "\xff\x0a", "JPEG XL"},
-        {KIND_OTHER, 4, 8, "JXL \r\n\x87\n", "JPEG XL"},
-        {KIND_OTHER, 4, 4, "jP  ", "JPEG 2000"},
-        {KIND_OTHER, 0, 4, "\xff\x4f\xff\x51", "JPEG 2000"},
-        {KIND_OTHER, 0, 4, "8BPS", "Photoshop"},
-        {KIND_OTHER, 0, 8, "gimp xcf", "GIMP"},
-        {KIND_OTHER, 0, 4, "\0\0\1\0", "icon"},
-        {KIND_OTHER, 0, 4, "\x76\x2f\x31\x01", "OpenEXR"},
-        {KIND_OTHER, 0, 4, "qoif", "QOI"},
-        {KIND_OTHER, 0, 4, "DDS ", "DDS"},
-        {KIND_OTHER, 0, 5, "%PDF-", "PDF"},
-        {KIND_OTHER, 0, 4, "%!PS", "PostScript"},
-        {KIND_OTHER, 0, 6, "\x93NUMPY", "NumPy"},
-        {KIND_OTHER, 0, 4, "PK\3\4", "zip"},
-        {KIND_OTHER, 0, 2, "\x1f\x8b", "gzip"},
+        {FILE_PNG, 0, 8, "\x89PNG\r\n\x1a\n", "PNG"},
+        {FILE_JPEG, 0, 3, "\xff\xd8\xff", "JPEG"},
+        {FILE_WEBP, 8, 4, "WEBP", "WebP"},
+        {FILE_FOREIGN, 0, 4, "GIF8", "GIF"},
+        {FILE_FOREIGN, 0, 2, "BM", "BMP"},
+        {FILE_FOREIGN, 0, 4, "II*\0", "TIFF"},
+        {FILE_FOREIGN, 0, 4, "MM\0*", "TIFF"},
+        {FILE_FOREIGN, 0, 4, "II+\0", "TIFF"},
+        {FILE_FOREIGN, 0, 4, "MM\0+", "TIFF"},
+        {FILE_FOREIGN, 4, 8, "ftypavif", "AVIF"},
+        {FILE_FOREIGN, 4, 8, "ftypavis", "AVIF"},
+        {FILE_FOREIGN, 4, 7, "ftyphei", "HEIC"},
+        {FILE_FOREIGN, 4, 7, "ftyphev", "HEIC"},
+        {FILE_FOREIGN, 4, 8, "ftypmif1", "HEIC"},
+        {FILE_FOREIGN, 4, 8, "ftypmsf1", "HEIC"},
+        {FILE_FOREIGN, 4, 8, "ftypcrx ", "Canon raw"},
+        {FILE_OTHER, 4, 4, "ftyp", "video"},
+        {FILE_OTHER, 0, 4, "\x1a\x45\xdf\xa3", "video"},
+        {FILE_OTHER, 8, 4, "AVI ", "video"},
+        {FILE_FOREIGN, 0, 2, "\xff\x0a", "JPEG XL"},
+        {FILE_FOREIGN, 4, 8, "JXL \r\n\x87\n", "JPEG XL"},
+        {FILE_FOREIGN, 4, 4, "jP  ", "JPEG 2000"},
+        {FILE_FOREIGN, 0, 4, "\xff\x4f\xff\x51", "JPEG 2000"},
+        {FILE_FOREIGN, 0, 4, "8BPS", "Photoshop"},
+        {FILE_FOREIGN, 0, 8, "gimp xcf", "GIMP"},
+        {FILE_FOREIGN, 0, 4, "\0\0\1\0", "icon"},
+        {FILE_FOREIGN, 0, 4, "\x76\x2f\x31\x01", "OpenEXR"},
+        {FILE_FOREIGN, 0, 4, "qoif", "QOI"},
+        {FILE_FOREIGN, 0, 4, "DDS ", "DDS"},
+        {FILE_OTHER, 0, 5, "%PDF-", "PDF"},
+        {FILE_OTHER, 0, 4, "%!PS", "PostScript"},
+        {FILE_OTHER, 0, 6, "\x93NUMPY", "NumPy"},
+        {FILE_OTHER, 0, 4, "PK\3\4", "zip"},
+        {FILE_OTHER, 0, 2, "\x1f\x8b", "gzip"},
     };
     for (size_t i = 0; i < sizeof known / sizeof *known; i++)
-        if (n >= known[i].at + known[i].length && memcmp(p + known[i].at, known[i].bytes, known[i].length) == 0) {
+        if (n >= known[i].at + known[i].length && memcmp(p + known[i].at, known[i].bytes, known[i].length) == 0 &&
+            !(known[i].length == 2 && is_text(p, n))) { /* "BMW ..." */
             *name = known[i].name;
             return known[i].kind;
         }
     *name = "portable pixmap (PBM, PGM, PPM)";
-    if (n >= 3 && p[0] == 'P' && p[1] >= '1' && p[1] <= '7' && isspace(p[2])) return KIND_OTHER;
+    if (n >= 3 && p[0] == 'P' && p[1] >= '1' && p[1] <= '7' && isspace(p[2])) return FILE_FOREIGN;
     return text_kind(name, p, n);
 }
 
 int is_picture(const uint8_t *bytes, size_t n) {
     const char *name;
-    Kind kind = file_kind(&name, bytes, n);
-    return kind == KIND_PNG || kind == KIND_JPEG || kind == KIND_WEBP;
+    const FileKind kind = file_kind(&name, bytes, n);
+    return kind == FILE_PNG || kind == FILE_JPEG || kind == FILE_WEBP;
 }
 
-/* KIND_UNKNOWN and KIND_OTHER are no pictures of ours, which is damage to a set of pictures. */
+/* What is no picture of ours is damage to a set of pictures. */
 static Err decode_rows(Rows *r, const uint8_t *bytes, size_t size) {
     const char *name;
     switch (file_kind(&name, bytes, size)) {
-    case KIND_PNG: return png_decode(r, bytes, size);
-    case KIND_JPEG: return jpeg_decode(r, bytes, size);
-    case KIND_WEBP: return webp_decode(r, bytes, size);
-    case KIND_OTHER:
+    case FILE_PNG: return png_decode(r, bytes, size);
+    case FILE_JPEG: return jpeg_decode(r, bytes, size);
+    case FILE_WEBP: return webp_decode(r, bytes, size);
+    case FILE_FOREIGN:
+    case FILE_OTHER:
         return err_damaged("is %s %s file; " READABLE " expected", strchr("AEIOHX", name[0]) ? "an" : "a", name);
     default: return err_damaged("is neither PNG nor JPEG nor WebP");
     }

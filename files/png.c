@@ -112,7 +112,7 @@ static Err png_in_body(PngIn *p) {
     png_set_crc_action(png, PNG_CRC_ERROR_QUIT, PNG_CRC_ERROR_QUIT);
     png_set_keep_unknown_chunks(png, PNG_HANDLE_CHUNK_ALWAYS, (png_const_bytep) "acTL", 1);
     png_read_info(png, p->info);
-    if (png_is_animated(p)) p->rows->note = "is an animated PNG, of which the first picture is used";
+    if (png_is_animated(p)) p->rows->note = "animated PNG, of which the first picture is used";
     if (!p->orientation) p->orientation = png_orientation(p);
     const int held = p->orientation, interlaced = png_get_interlace_type(png, p->info) != PNG_INTERLACE_NONE;
     const int clip = png_get_color_type(png, p->info) == PNG_COLOR_TYPE_GRAY && p->rows->how & IMAGE_OFFICIAL;
@@ -126,7 +126,7 @@ static Err png_in_body(PngIn *p) {
     if ((channels != 3 && channels != 4) || (depth != 8 && depth != 16) || stride != W * channels * (size_t)depth / 8)
         return err("%zu channels of %d bits after expansion; 3 or 4 of 8 or 16 expected", channels, depth);
     if (how & SAMPLES_CLIP)
-        p->rows->note = "is 16-bit grey, of which the official preprocessing makes white all above 255";
+        p->rows->note = "16-bit grey, of which the official preprocessing makes white all above 255";
     TRY(rows_begin(p->rows, H, W, held, interlaced, 4 * stride));
     TRY(mem_alloc(&p->raw, stride, 1, "a row of a PNG"));
     TRY(mem_alloc(&p->rgb, W, 3, "a row of a picture"));

@@ -115,7 +115,7 @@ Err webp_decode(Rows *r, const uint8_t *bytes, size_t size) {
     if (riff + 8 > size) return err_damaged("damaged WebP: the file is cut short");
     walk_chunks(&w, bytes, riff + 8);
     if (w.animated && !w.bytes) return err_damaged("damaged WebP: an animation without pictures");
-    if (w.animated) r->note = "is an animated WebP, of which the first picture is used";
+    if (w.animated) r->note = "animated WebP, of which the first picture is used";
     if (!w.animated) w.bytes = bytes, w.size = size;
     const VP8StatusCode s = WebPGetFeatures(w.bytes, w.size, &c.input);
     if (s != VP8_STATUS_OK) return err_damaged("damaged WebP: %s", webp_message(s));

@@ -87,6 +87,7 @@ static double rms(const Search *s, const Nearest *near) {
 
 static void report(const Search *s, const Dataset *d, const char *path) {
     size_t all = 0, most = 0, close = 0;
+    char text[ERR_MAX];
     printf("picture\tsame tokens of %zu\tas in\trms of pixels\tnearest in pixels\n", s->N);
     for (size_t i = 0; i < s->n; i++) {
         const Nearest *near = s->near + i;
@@ -100,7 +101,11 @@ static void report(const Search *s, const Dataset *d, const char *path) {
         stderr,
         "nearest of the %zu pictures in %s: %zu of %zu have all tokens of one of them, %zu nine in ten or more; %zu "
         "are within 0.05 (rms, pixels in 0..1) of one\n",
-        d->n, path, all, s->n, most, close);
+        d->n - dataset_damaged(d), path, all, s->n, most, close);
+    left_out_text(text, d->left_out);
+    if (text[0]) fprintf(stderr, "%s: left out: %s\n", path, text);
+    dataset_met(d, text, 1);
+    if (text[0]) fprintf(stderr, "%s: %s\n", path, text);
 }
 
 Err nearest_check(const char *path) {

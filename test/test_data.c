@@ -50,7 +50,7 @@ static void test_dataset_folder(void) {
     char name[64];
     for (int i = 0; i < 400; i++) {
         snprintf(name, sizeof name, "many/%d.png", i);
-        put_file(in_folder(name), "x", 1);
+        put_file(in_folder(name), "\1", 1);
     }
     CHECK_OK(dataset_open(&train, in_folder("many"), SPLIT_TRAIN));
     CHECK_OK(dataset_open(&val, in_folder("many"), SPLIT_VAL));
@@ -291,12 +291,92 @@ static void test_list_forms(void) {
               "a label stands behind");
 }
 
+/* What is called a picture and is another kind of file is left out, by kind; a damaged picture and a picture under
+ * another format's name are not. */
+static void test_foreign_files(void) {
+    static const struct {
+        const char *name, *bytes, *kind;
+    } f[] = {
+        {"a.png", "GIF89a....", "3 GIF files (such as a.png)"},
+        {"b.jpg", "GIF87a....", NULL},
+        {"c.webp", "GIF89a....", NULL},
+        {"d.jpg", "BM......", "1 BMP file (such as d.jpg)"},
+        {"e.jpeg", "II*\0....", "1 TIFF file (such as e.jpeg)"},
+        {"f.png", "<!DOCTYPE html>", "1 HTML file (such as f.png)"},
+        {"g.jpg", "not found", "1 text file (such as g.jpg)"},
+        {"h.png", "....ftypheic", "1 HEIC file (such as h.png)"},
+        {"i.jpg", "%PDF-1.4", "1 PDF file (such as i.jpg)"},
+        {"j.png", "", NULL},
+        {"k.png", "\x89PNG\r\n", NULL},
+    };
+    char text[ERR_MAX];
+    Dataset d;
+    make_folder("kinds");
+    for (size_t i = 0; i < sizeof f / sizeof *f; i++) {
+        char name[64], bytes[16] = "";
+        snprintf(name, sizeof name, "kinds/%s", f[i].name);
+        memcpy(bytes, f[i].bytes, f[i].bytes[2] == '*' ? 8 : strlen(f[i].bytes));
+        put_file(in_folder(name), bytes,
+                 f[i].bytes[0] ? 16 - (f[i].kind != NULL && strstr(f[i].kind, "text") ? 7 : 0) : 0);
+    }
+    CHECK_OK(dataset_open(&d, in_folder("kinds"), SPLIT_ALL));
+    CHECK(d.n == 2 && strstr(d.path[0], "j.png") && strstr(d.path[1], "k.png"));
+    left_out_text(text, d.left_out);
+    for (size_t i = 0; i < sizeof f / sizeof *f; i++)
+        if (f[i].kind && !CHECK(strstr(text, f[i].kind) != NULL)) printf("     %s\n", text);
+    dataset_close(&d);
+    CHECK(unlink(in_folder("kinds/j.png")) == 0 && unlink(in_folder("kinds/k.png")) == 0);
+    CHECK_ERR(dataset_open(&d, in_folder("kinds"), SPLIT_ALL), "left out: 3 GIF files (such as a.png), 1 BMP file");
+    make_picture("kinds/l.png", 2, 1), make_picture("kinds/m.png", 2, 1);
+    CHECK(rename(in_folder("kinds/l.png"), in_folder("kinds/l.jpg")) == 0);
+    CHECK_OK(dataset_open(&d, in_folder("kinds"), SPLIT_ALL));
+    CHECK(d.n == 2);
+    dataset_close(&d);
+    make_folder("sides"), make_folder("sides/train"), make_folder("sides/val");
+    make_picture("sides/train/a.png", 2, 1), make_picture("sides/train/b.png", 2, 2);
+    put_file(in_folder("sides/val/c.png"), "GIF89a", 6);
+    CHECK_OK(dataset_open(&d, in_folder("sides"), SPLIT_VAL)); /* another stands in */
+    CHECK(d.n == 1 && strstr(d.path[0], "train/a.png"));
+    dataset_close(&d);
+}
+
+/* Of an animated PNG the first picture is used, which is said once, however often it is read. */
+static void test_animated_png(void) {
+    static const uint8_t animation[] = {0, 0, 0, 8, 'a', 'c', 'T', 'L', 0, 0, 0, 2, 0, 0, 0, 0, 0xf3, 0x8d, 0x93, 0x70};
+    enum { HEADER = 33 };
+    uint8_t bytes[1024];
+    char text[ERR_MAX];
+    size_t n;
+    Dataset d;
+    Image im;
+    int damaged;
+    make_folder("moving");
+    for (int i = 0; i < 3; i++) {
+        char name[64];
+        snprintf(name, sizeof name, "moving/%d.png", i);
+        make_picture(name, 4, (uint8_t)i);
+        const uint8_t *p = get_file(in_folder(name), &n);
+        memcpy(bytes, p, HEADER), memcpy(bytes + HEADER, animation, sizeof animation);
+        memcpy(bytes + HEADER + sizeof animation, p + HEADER, n - HEADER);
+        if (i) put_file(in_folder(name), bytes, n + sizeof animation);
+    }
+    CHECK_OK(dataset_open(&d, in_folder("moving"), SPLIT_ALL));
+    for (size_t i = 0; i < 6; i++) {
+        CHECK_OK(dataset_picture(&d, i % 3, PREP_FOLDER, 4, &im, &damaged));
+        image_free(&im);
+    }
+    dataset_met(&d, text, 1);
+    if (!CHECK(strstr(text, "2 animated PNG, of which the first picture is used (such as ") == text)) puts(text);
+    CHECK(strstr(text, "moving/1.png)") != NULL);
+    dataset_close(&d);
+}
+
 /* Whole ones stand in for those held out that are all damaged; never the last to train on. */
 static void test_held_out_damaged(void) {
     Dataset train, val;
     make_folder("held"), make_folder("held/train"), make_folder("held/val");
     make_picture("held/train/a.png", 2, 1), make_picture("held/train/b.png", 2, 2);
-    put_file(in_folder("held/val/x.png"), "x", 1), put_file(in_folder("held/val/y.png"), "", 0);
+    put_file(in_folder("held/val/x.png"), "\1", 1), put_file(in_folder("held/val/y.png"), "", 0);
     CHECK_OK(dataset_open(&train, in_folder("held"), SPLIT_TRAIN));
     CHECK_OK(dataset_open(&val, in_folder("held"), SPLIT_VAL));
     CHECK(train.n == 1 && strstr(train.path[0], "train/b.png"));
@@ -797,7 +877,7 @@ static void make_damaged_set(void) {
     put_file(in_folder("broken/1.png"), "", 0);
     uint8_t *bytes = get_file(in_folder("broken/3.png"), &n);
     put_file(in_folder("broken/3.png"), bytes, n - 9);
-    put_file(in_folder("broken/4.png"), "<html>404", 9);
+    put_file(in_folder("broken/4.png"), "\1\2\3\4", 4);
     Image im = picture(1, 20000);
     CHECK_OK(image_write_png(in_folder("broken/5.png"), &im, NULL));
     image_free(&im);
@@ -846,11 +926,10 @@ static void test_damaged_pictures(void) {
     CHECK_OK(dataset_write_damaged(&d, list)); /* twice is once */
     char *text = (char *)get_file(list, &n), want[4096];
     text[n] = 0;
-    snprintf(
-        want, sizeof want,
-        "%s/broken/1.png\tis empty\n%s/broken/3.png\tdamaged PNG: the file is cut short\n%s/broken/4.png\tis an HTML "
-        "file; ",
-        folder, folder, folder);
+    snprintf(want, sizeof want,
+             "%s/broken/1.png\tis empty\n%s/broken/3.png\tdamaged PNG: the file is cut short\n%s/broken/4.png\tis "
+             "neither PNG",
+             folder, folder, folder);
     CHECK((strncmp(folder, other, 5) > 0 ? strstr(text, other) == text : strstr(text, other) != NULL));
     if (!CHECK(strstr(text, want) != NULL)) printf("     %s", text);
     CHECK(strstr(text, "/broken/5.png\ta picture of ") != NULL);
@@ -858,11 +937,12 @@ static void test_damaged_pictures(void) {
     for (size_t i = 0; i < n; i++) lines += text[i] == '\n';
     CHECK(lines == 5);
     dataset_close(&d);
-    put_file(in_folder("broken/0.png"), "x", 1), put_file(in_folder("broken/2.png"), "x", 1);
+    put_file(in_folder("broken/0.png"), "\1", 1), put_file(in_folder("broken/2.png"), "\1", 1);
     CHECK_OK(dataset_open(&d, in_folder("broken"), SPLIT_ALL));
     c.mark = 0;
     CHECK_OK(loader_start(&l, &d, &c));
-    CHECK_ERR(loader_next(l, &images, &labels), "none of the 6 pictures can be read");
+    CHECK_ERR(loader_next(l, &images, &labels), "none of the 6 pictures can be read: 6 cannot be read (such as ");
+    CHECK(strstr(err_text(), "broken/") != NULL);
     loader_stop(l);
     dataset_close(&d);
 }
@@ -1216,6 +1296,8 @@ int main(int argc, char **argv) {
     test_dataset_layouts();
     test_list_forms();
     test_one_picture();
+    test_foreign_files();
+    test_animated_png();
     test_held_out_damaged();
     test_lmdb_keys();
     test_lmdb_split();

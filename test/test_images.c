@@ -798,7 +798,7 @@ static void test_webp_animated(void) {
         for (size_t y = 0; y < h; y++) memcpy(want + 3 * ((y + Y) * W + X), first.rgb + 3 * y * w, 3 * w);
         CHECK_OK(image_read_as(&got, path, official ? IMAGE_OFFICIAL : IMAGE_UPRIGHT));
         CHECK(difference(&got, &(Image){H, W, want, NULL}) == 0);
-        CHECK(got.note && strstr(got.note, "an animated WebP, of which the first picture is used"));
+        CHECK(got.note && strstr(got.note, "animated WebP, of which the first picture is used"));
         image_free(&got);
     }
     put_webp(path, 6, 8, ANIMATED, rest, 4000); /* a canvas that is too small */

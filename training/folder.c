@@ -61,22 +61,47 @@ Err list_damaged(const Stage *s, const Dataset *d) {
     return dataset_damaged(d) ? dataset_write_damaged(d, skipped_path(s, path)) : OK;
 }
 
-/* How many damaged pictures the list has. Each of several processes knows only those that it met itself. */
-static size_t listed_damaged(const Stage *s) {
-    char path[PATH_BYTES];
-    size_t lines = 0;
+/* What a line of the list calls a file of another kind, "is a GIF file; ..."; 0: it is a damaged picture */
+static int other_kind(char kind[40], const char *line) {
+    const char *why = strchr(line, '\t'), *end = why ? strstr(why, " file; ") : NULL;
+    if (!end || strncmp(why, "\tis a", 5) != 0) return 0;
+    why += why[5] == 'n' ? 7 : 6;
+    return end > why && snprintf(kind, 40, "%.*s", (int)(end - why), why) > 0;
+}
+
+/* How many damaged pictures the list has, and what other files. Each of several processes knows only those that it met
+ * itself. */
+static size_t listed_damaged(const Stage *s, LeftOut *others) {
+    char path[PATH_BYTES], kind[40], *line = NULL;
+    size_t damaged = 0, room = 0;
     FILE *f = fopen(skipped_path(s, path), "r");
-    for (int c; f && (c = getc(f)) != EOF;) lines += c == '\n';
+    while (f && getline(&line, &room, f) > 0) {
+        const int other = other_kind(kind, line);
+        damaged += !other;
+        line[strcspn(line, "\t")] = 0;
+        if (other) left_out_kind(others, OUT_OTHER, kind, line);
+    }
+    free(line);
     if (f) fclose(f);
-    return lines;
+    return damaged;
+}
+
+/* Of the pictures of one side, which are used in part */
+static void say_parts(const Dataset *d) {
+    char text[ERR_MAX];
+    dataset_met(d, text, 0);
+    if (text[0]) say_once("%s\n", text);
 }
 
 void say_damaged(const Stage *s) {
-    char path[PATH_BYTES];
-    size_t n = dataset_damaged(&s->train) + dataset_damaged(&s->val);
-    if (ranks() > 1) n = listed_damaged(s);
-    if (s->all_read) n = s->n_damaged;
+    char path[PATH_BYTES], text[ERR_MAX];
+    LeftOut others = {0};
+    size_t n = listed_damaged(s, &others);
+    if (s->all_read && n + others.n[OUT_OTHER] < s->n_damaged) n = s->n_damaged - others.n[OUT_OTHER];
     if (n) fprintf(stderr, "damaged pictures skipped: %zu; %s lists them\n", n, skipped_path(s, path));
+    left_out_text(text, &others);
+    if (text[0]) fprintf(stderr, "left out: %s; %s lists them\n", text, skipped_path(s, path));
+    say_parts(&s->train), say_parts(&s->val);
 }
 
 void say_pictures(const Stage *s, int has_class) {
