@@ -274,12 +274,23 @@ void say_drafts(const DraftCounts *counts, int T) {
     }
 }
 
+const char *scales_text(char list[MAX_SCALES * 32], const double *x, int T) {
+    size_t at = 0;
+    for (int t = T; t >= 1; t--) {
+        char number[32];
+        for (int digits = 9; digits <= 17; digits++) {
+            snprintf(number, sizeof number, "%.*g", digits, x[t]);
+            if (strtod(number, NULL) == x[t]) break;
+        }
+        at += (size_t)snprintf(list + at, MAX_SCALES * 32 - at, "%s%s", t < T ? "," : "", number);
+    }
+    return list;
+}
+
 /* "1,0.9,0.8", noisiest first. */
 static Err text_per_scale(Config *text, const char *key, const double *x, int T) {
-    char list[MAX_SCALES * 24];
-    size_t at = 0;
-    for (int t = T; t >= 1; t--) at += (size_t)snprintf(list + at, sizeof list - at, "%s%.9g", t < T ? "," : "", x[t]);
-    return config_set(text, key, "%s", list);
+    char list[MAX_SCALES * 32];
+    return config_set(text, key, "%s", scales_text(list, x, T));
 }
 
 static Err text_per_scale_sizes(Config *text, const char *key, const size_t *x, int T) {

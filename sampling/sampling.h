@@ -183,6 +183,8 @@ int sampling_progress(void *context, int t, size_t repeat, size_t done, size_t o
 void say_drafts(const DraftCounts *counts, int T);
 /* The name of a file or folder without those above it: a picture is passed on, and tells nobody's folders. */
 const char *last_part(const char *path);
+/* "0.75,0.5,0.4": x[T] .. x[1], each with as many digits as bring it back. */
+const char *scales_text(char list[MAX_SCALES * 32], const double *x, int T);
 /* The options as PNG text, for image_write_png: n pictures from number `first` on. Of one picture its number is told, if
  * it is of several. */
 Err sampling_text(Config *text, const SamplingArgs *a, const SampleOptions *o, const Model *m);

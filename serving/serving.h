@@ -107,6 +107,18 @@ cJSON *json_read(Fault *f, const uint8_t *text, size_t size);
 int json_number(Fault *f, double *out, const cJSON *x, const char *field, double lo, double hi, int whole);
 int json_flag(Fault *f, int *out, const cJSON *x, const char *field);
 
+/* ---- forms.c ---- */
+/* *out (*size) = what a text is the base64 of, to be freed; DAMAGED: it is none. */
+Err base64_decode(uint8_t **out, size_t *size, const char *text);
+enum { FORM_PARTS = 16 };
+typedef struct {
+    char name[64];
+    const uint8_t *bytes; /* in the body */
+    size_t size;
+} FormPart;
+/* The parts of a multipart/form-data body. */
+int form_read(Fault *f, FormPart part[FORM_PARTS], size_t *parts, const Request *r);
+
 /* ---- models.c: the models that are served ---- */
 typedef struct {
     const char *given; /* what ./sample calls it: emoji, runs/mine */
@@ -126,6 +138,53 @@ cJSON *served_json(const Served *s); /* MODEL */
 /* A number for each scale as a list, the noisiest first */
 cJSON *scales_json(const double *x, int T);
 cJSON *scales_json_sizes(const size_t *x, int T);
+
+/* ---- events.c: what happens to a job, told to its listeners ---- */
+typedef struct EventLog EventLog;
+typedef enum {
+    EVENT_KEPT,    /* told to those who come later, too */
+    EVENT_PASSING, /* of its type only the newest is */
+    EVENT_LAST     /* the stream ends behind it */
+} EventKind;
+Err events_new(EventLog **out); /* the caller holds it */
+void events_release(EventLog *log);
+void events_put(EventLog *log, EventKind kind, const char *type, cJSON *json); /* takes json; type is a literal */
+double events_alone(EventLog *log); /* seconds since the last listener left; 0: there is one */
+Reply events_reply(EventLog *log, const Request *r);
+
+/* ---- job.c: what a job asks for ---- */
+typedef struct {
+    DrawKind kind;
+    Served *served;
+    size_t count, first, best_of;
+    uint64_t seed;
+    char *class_name; /* NULL: none was given */
+    SampleOptions options;
+    int previews, owned;
+    /* of edits */
+    Blob *image, *mask; /* as they came */
+    const char *image_name;
+    char half[8]; /* "": not given; as the sizes are with 0 */
+    size_t window, outside;
+    int paste;
+} Job;
+/* What the server says of itself. */
+typedef struct {
+    Served *model;
+    size_t models, most;          /* most: pictures of a job */
+    const char *device, *weights; /* as given, or NULL */
+} Offer;
+/* Reads JOB; image, mask: parts that came beside it, or NULL. is_text: it stands for what a picture's text says, so that
+ * pictures are left out. To be released with job_free in any case. */
+int job_read(Job *j, const Offer *o, const cJSON *json, Blob *image, Blob *mask, int is_text, Fault *f);
+void job_free(Job *j);
+cJSON *job_json(const Job *j);
+/* The command line that draws the same; NULL: no memory. */
+cJSON *job_command(const Job *j, const Offer *o);
+/* The text of picture k, as ./sample and ./inpaint write it. */
+Err job_text(Config *text, const Job *j, size_t k);
+/* The JOB that a picture's text says, validated. */
+int job_of_text(Job *j, const Offer *o, const Config *text, Fault *f);
 
 /* ---- page.c: web/, embedded ---- */
 Reply page_index(void *context, const Request *r);
