@@ -154,7 +154,7 @@ LDLIBS := $(ARCHIVES) $(if $(HAVE_WEBP),-lwebp) $(if $(HAVE_LMDB),-llmdb) -lpng 
 # compiled for the first level only.
 BASE := base threads params plan compute options
 KERNELS := $(if $(PLAINLY),,fast gemm stream conv norm layers attention guess optimizer discriminator perceptual)
-FILES := folder layout damage config atomic tensor checkpoint pickle zip ckpt weights names pixels orientation resize rows png jpeg webp images mask lmdb tokens places keys recipe betas net_config vqgan_config classes remap
+FILES := folder layout damage config atomic tensor checkpoint pickle zip ckpt weights names pixels orientation resize rows png png_text jpeg webp images mask lmdb tokens places keys recipe betas net_config vqgan_config classes remap
 SAMPLING := model bounds draw options output terminal
 COMPONENTS := $(BASE:%=base/%) $(KERNELS:%=kernels/%) $(FILES:%=files/%) data vqgan transformer diffusion \
               $(SAMPLING:%=sampling/%) training/discriminator training/perceptual training/restart training/rate
@@ -196,7 +196,7 @@ $B/train: $(TRAIN:%=$B/%.o)
 $B/sample: $(DRAWING:%=$B/%.o)
 # ./train as it is where there is no MPI: for test_mpi.sh
 # the files of ./serve
-SERVING := $(addprefix serving/,bytes reply gate http page json forms models job events)
+SERVING := $(addprefix serving/,bytes reply gate http page json forms models job events ticket work)
 SERVE_LIBS := -lmicrohttpd -lcjson
 $B/serve: $(SERVING:%=$B/%.o)
 $B/serve $(if $P,$P/serve): LDLIBS += $(SERVE_LIBS)

@@ -370,6 +370,8 @@ Err image_read(Image *im, const char *path);
 Err image_write_png(const char *path, const Image *im, const Config *text);
 /* The same bytes in memory; release with free(). */
 Err image_encode_png(uint8_t **bytes, size_t *size, const Image *im, const Config *text);
+/* png_text.c. Adds the texts of a PNG, key by key; one that has a key twice gives the first. DAMAGED: no PNG. */
+Err png_read_texts(Config *to, const uint8_t *bytes, size_t n);
 void image_free(Image *im);
 typedef enum {
     FILTER_NEAREST, /* source pixel floor(i*in/out) */

@@ -374,7 +374,7 @@ Err model_open(Model *m, const char *name_or_folder, const NamedModel **substitu
     return FAILED;
 }
 
-static void unload(Model *m) {
+void model_unload(Model *m) {
     transformer_free(m->net);
     checkpoint_close(&m->file);
     m->net = NULL;
@@ -383,7 +383,7 @@ static void unload(Model *m) {
 
 void model_close(Model *m) {
     classes_free(&m->classes);
-    unload(m);
+    model_unload(m);
     vqgan_free(m->vqgan);
     checkpoint_close(&m->vqgan_file);
     config_free(&m->meta);
@@ -430,13 +430,13 @@ Err model_scale(Model *m, int t) {
         return OK;
     }
     char path[PATH_BYTES];
-    unload(m);
+    model_unload(m);
     Err e = open_scale(&m->file, path, m, m->joint ? 0 : t);
     if (e == OK && build_net(m, &m->file) != OK) e = err_file(path);
     if (e == OK)
         m->loaded = t;
     else
-        unload(m);
+        model_unload(m);
     return e;
 }
 

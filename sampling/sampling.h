@@ -42,6 +42,7 @@ void model_close(Model *m);
 size_t model_files(char missing[32], const NamedModel *named);
 /* Once m->weights are chosen: everything computes on the GPU from now on. */
 Err model_use_cuda(Model *m);
+void model_unload(Model *m);      /* releases the transition that is in memory */
 Err model_scale(Model *m, int t); /* loads scale t's transition (EMA weights), releases the other */
 /* What diffusion.c draws from: the chain's network t is loaded when its turn comes. Valid as long as the model. */
 Chain model_chain(Model *m);

@@ -6,6 +6,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <strings.h>
 
 /* ---- A number for every scale ---- */
 
@@ -239,7 +240,54 @@ int job_read(Job *j, const Offer *o, const cJSON *json, Blob *image, Blob *mask,
             return fault(f, 400, shown_text(shown, x->string), "%s: a job of this kind has no such field", shown);
     }
     j->options.seed = j->seed;
+    j->has_mask = j->mask != NULL;
     return j->kind == DRAW_EDIT ? check_edit(f, j, is_text) : 1;
+}
+
+static int is_type(const Request *r, const char *type) {
+    return !strncasecmp(r->type, type, strlen(type)) && strchr("; \t", r->type[strlen(type)]);
+}
+
+/* A form: the parts job, image and mask, each once at most */
+static int job_of_form(Job *j, const Offer *o, const Request *r, Fault *f) {
+    static const char *const names[] = {"job", "image", "mask"};
+    FormPart part[FORM_PARTS];
+    const FormPart *found[3] = {0};
+    Blob *picture[2] = {0};
+    size_t parts;
+    char shown[SHOWN_BYTES];
+    if (!form_read(f, part, &parts, r)) return 0;
+    for (size_t i = 0; i < parts; i++) {
+        size_t k = 0;
+        while (k < 3 && strcmp(part[i].name, names[k]) != 0) k++;
+        if (k == 3)
+            return fault(f, 400, NULL, "part '%s': expected job, image and mask", shown_text(shown, part[i].name));
+        if (found[k]) return fault(f, 400, names[k], "part %s: expected once", names[k]);
+        found[k] = &part[i];
+    }
+    if (!found[0]) return fault(f, 400, "job", "part job: missing");
+    cJSON *json = json_read(f, found[0]->bytes, found[0]->size);
+    int ok = json != NULL;
+    for (size_t k = 0; k < 2 && ok; k++) {
+        if (!found[k + 1]) continue;
+        ok = blob_new(&picture[k], NULL, found[k + 1]->size) == OK;
+        if (ok) memcpy(picture[k]->bytes, found[k + 1]->bytes, found[k + 1]->size);
+        if (!ok) fault(f, 500, NULL, "%s", err_text());
+    }
+    ok = ok && job_read(j, o, json, picture[0], picture[1], 0, f);
+    blob_release(picture[0]), blob_release(picture[1]);
+    cJSON_Delete(json);
+    return ok;
+}
+
+int job_of_request(Job *j, const Offer *o, const Request *r, Fault *f) {
+    if (is_type(r, "multipart/form-data")) return job_of_form(j, o, r, f);
+    if (!is_type(r, "application/json"))
+        return fault(f, 415, NULL, "Content-Type: expected application/json or multipart/form-data");
+    cJSON *json = json_read(f, r->body, r->size);
+    const int ok = json && job_read(j, o, json, NULL, NULL, 0, f);
+    cJSON_Delete(json);
+    return ok;
 }
 
 void job_free(Job *j) {
@@ -325,7 +373,7 @@ static void add_scale_sizes(Line *l, const char *option, const size_t *x, const 
 }
 
 static void add_edit(Line *l, const Job *j) {
-    if (j->mask) add_word(l, "--mask"), add_word(l, "mask.png");
+    if (j->has_mask) add_word(l, "--mask"), add_word(l, "mask.png");
     if (*j->half) add_word(l, "--half"), add_word(l, j->half);
     if (j->window) add_number(l, "--window", j->window);
     if (j->outside) add_number(l, "--outside", j->outside);
@@ -357,9 +405,8 @@ cJSON *job_command(const Job *j, const Offer *o) {
 }
 
 Err job_text(Config *text, const Job *j, size_t k) {
-    static const char *const formats[] = {"f32", "bf16", "int8"};
     const Model *m = &j->served->model;
-    const SamplingArgs a = {.class_name = j->class_name, .seed = j->seed, .weights = formats[m->weights]};
+    const SamplingArgs a = {.class_name = j->class_name, .seed = j->seed, .weights = weight_name(m->weights)};
     TRY(sampling_text(text, &a, &j->options, m));
     if (j->best_of > 1) TRY(config_set(text, "best-of", "%zu", j->best_of));
     return sampling_text_place(text, 1, j->first + k, j->count > 1);

@@ -13,7 +13,7 @@ static Err memory_of(Served *s) {
     return OK;
 }
 
-Err served_open(Served *s, const char *given, WeightFormat weights, int cuda) {
+static Err served_open(Served *s, const char *given, WeightFormat weights, int cuda) {
     const NamedModel *named = find_named(given);
     const SamplingArgs nothing = {0};
     memset(s, 0, sizeof *s);
@@ -31,7 +31,7 @@ Err served_open(Served *s, const char *given, WeightFormat weights, int cuda) {
     return memory_of(s);
 }
 
-void served_absent(Served *s, const NamedModel *named) {
+static void served_absent(Served *s, const NamedModel *named) {
     memset(s, 0, sizeof *s);
     s->given = s->name = named->name;
     s->title = named->what;
@@ -101,4 +101,57 @@ cJSON *served_json(const Served *s) {
     cJSON_AddNumberToObject(x, "memory", (double)s->memory);
     cJSON_AddBoolToObject(x, "text", 0);
     return x;
+}
+
+static const char *const formats[] = {"f32", "bf16", "int8"};
+
+const char *weight_name(WeightFormat format) {
+    return formats[format];
+}
+
+Err weight_format(WeightFormat *format, const char *name) {
+    for (int i = 0; i < 3; i++) {
+        *format = (WeightFormat)i;
+        if (!name || !strcmp(name, formats[i])) return OK;
+    }
+    return err("--weights %s: expected f32, bf16 or int8", name);
+}
+
+static Err is_new(Offer *o, const Served *s) {
+    for (const Served *other = o->model; other < s; other++) {
+        o->twice = !strcmp(other->name, s->name) || !strcmp(other->model.folder, s->model.folder);
+        if (o->twice) return err("%s and %s: a model of this name twice", other->given, s->given);
+    }
+    return OK;
+}
+
+/* Those that are here; the others are listed. */
+static Err open_named(Offer *o, const NamedModel *named, size_t n, WeightFormat weights, int cuda) {
+    for (size_t i = 0; i < n; i++, o->models++) {
+        char missing[32];
+        const size_t files = model_files(missing, &named[i]);
+        if (!*missing && served_open(&o->model[i], named[i].name, weights, cuda) == OK) continue;
+        if (*missing && files) fprintf(stderr, "%s is left out: %s is missing\n", named[i].name, missing);
+        if (!*missing) fprintf(stderr, "%s is left out: %s\n", named[i].name, err_text());
+        served_absent(&o->model[i], &named[i]);
+    }
+    return o->model[0].here ? OK : err("the bundled model is missing; ./serve FOLDER serves another");
+}
+
+Err offer_open(Offer *o, const OptionList *given, WeightFormat weights, int cuda) {
+    size_t n;
+    const NamedModel *named = named_models(&n);
+    TRY(mem_alloc(&o->model, given->n ? given->n : n, sizeof *o->model, "models"));
+    if (!given->n) return open_named(o, named, n, weights, cuda);
+    for (; o->models < given->n; o->models++) {
+        TRY(served_open(&o->model[o->models], given->item[o->models], weights, cuda));
+        TRY(is_new(o, &o->model[o->models]));
+    }
+    return OK;
+}
+
+void offer_close(Offer *o) {
+    for (size_t i = 0; i < o->models; i++)
+        if (o->model[i].here) model_close(&o->model[i].model);
+    free(o->model);
 }

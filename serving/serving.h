@@ -62,6 +62,8 @@ unsigned gate_check(const Gate *g, const Request *r, int secret, const char **wh
 /* origin is scheme://host, scheme://host:port, nothing else. */
 int origin_is_whole(const char *origin);
 Reply gate_sign_in(const Gate *g, const Request *r);
+/* *token = what a file has, but for one line end; an empty one is an error. */
+Err token_read(const char **token, const char *path);
 /* The form that GET / answers with when the token is missing. */
 Reply gate_form(void);
 /* text = n random bytes in base64url. */
@@ -131,9 +133,19 @@ typedef struct {
     size_t memory;                /* bytes, while it draws */
 } Served;
 enum { SERVED_BATCH = 16 }; /* rows computed side by side, as ./sample has it */
-Err served_open(Served *s, const char *given, WeightFormat weights, int cuda);
-/* A named model that is not here: it is listed. */
-void served_absent(Served *s, const NamedModel *named);
+/* What the server has. */
+typedef struct {
+    Served *model;
+    size_t models, most;          /* most: pictures of a job */
+    const char *device, *weights; /* as given, or NULL */
+    int twice;                    /* offer_open failed since a model was named twice */
+} Offer;
+/* Those that were given; else all named ones, of which those that are not here are only listed. */
+Err offer_open(Offer *o, const OptionList *given, WeightFormat weights, int cuda);
+void offer_close(Offer *o);
+/* f32, bf16 or int8; NULL: the first. */
+Err weight_format(WeightFormat *format, const char *name);
+const char *weight_name(WeightFormat format);
 cJSON *served_json(const Served *s); /* MODEL */
 /* A number for each scale as a list, the noisiest first */
 cJSON *scales_json(const double *x, int T);
@@ -162,21 +174,19 @@ typedef struct {
     SampleOptions options;
     int previews, owned;
     /* of edits */
-    Blob *image, *mask; /* as they came */
+    Blob *image, *mask; /* as they came; released when the job is over */
+    int has_mask;
+    size_t paste_pixels; /* of the picture that comes back, if it is not the model's */
     const char *image_name;
     char half[8]; /* "": not given; as the sizes are with 0 */
     size_t window, outside;
     int paste;
 } Job;
-/* What the server says of itself. */
-typedef struct {
-    Served *model;
-    size_t models, most;          /* most: pictures of a job */
-    const char *device, *weights; /* as given, or NULL */
-} Offer;
 /* Reads JOB; image, mask: parts that came beside it, or NULL. is_text: it stands for what a picture's text says, so that
  * pictures are left out. To be released with job_free in any case. */
 int job_read(Job *j, const Offer *o, const cJSON *json, Blob *image, Blob *mask, int is_text, Fault *f);
+/* The same from a request's body: JSON, or a form. */
+int job_of_request(Job *j, const Offer *o, const Request *r, Fault *f);
 void job_free(Job *j);
 cJSON *job_json(const Job *j);
 /* The command line that draws the same; NULL: no memory. */
@@ -185,6 +195,48 @@ cJSON *job_command(const Job *j, const Offer *o);
 Err job_text(Config *text, const Job *j, size_t k);
 /* The JOB that a picture's text says, validated. */
 int job_of_text(Job *j, const Offer *o, const Config *text, Fault *f);
+
+/* ---- ticket.c: a job with its id, from its arrival to its pictures ---- */
+typedef enum { TICKET_QUEUED, TICKET_RUNNING, TICKET_DONE, TICKET_FAILED, TICKET_CANCELLED } TicketState;
+typedef struct Ticket {
+    char id[24];
+    Job job;
+    const Offer *offer;
+    EventLog *events;
+    _Atomic size_t holders;
+    _Atomic int cancel;   /* the worker stops at the next block of tokens */
+    pthread_mutex_t lock; /* of all that follows */
+    _Atomic TicketState state;
+    int scale;                            /* at which it is */
+    size_t done[MAX_SCALES + 1];          /* tokens, of all pictures, candidates and passes of a scale */
+    double spent[MAX_SCALES + 1];         /* seconds */
+    double began, ended;                  /* 0: not yet */
+    Blob **picture, **details, **preview; /* (count), (count), (count,T+1); NULL: not there */
+    size_t width, height;                 /* of the pictures */
+    int32_t *label;                       /* (count) or NULL */
+    double *bound;                        /* (count) */
+    char error[ERR_MAX];
+    size_t bytes; /* that it holds; before it is over, that it may come to hold */
+    /* the server's */
+    struct Ticket *next;
+    size_t told_place;
+} Ticket;
+size_t ticket_results(const Job *j); /* bytes of its results, at most */
+/* Takes what the job has. The caller holds it. */
+Err ticket_new(Ticket **t, Job *job, const Offer *offer);
+void ticket_release(Ticket *t);
+int ticket_is_over(const Ticket *t);
+cJSON *ticket_json(Ticket *t, size_t place); /* STATE */
+size_t ticket_tokens(const Ticket *t, int scale);
+void ticket_add_progress(cJSON *x, const Ticket *t); /* what STATE and the event have; the lock is the caller's */
+void ticket_tell_place(Ticket *t, size_t place);
+Reply ticket_file(Ticket *t, const Request *r); /* K.png, K.png?scale=S, K.json */
+void ticket_start(Ticket *t);
+void ticket_end(Ticket *t, TicketState state); /* the last event */
+
+/* ---- work.c: what the worker does for a ticket ---- */
+/* Runs it to its end, whatever that is. */
+void ticket_run(Ticket *t);
 
 /* ---- page.c: web/, embedded ---- */
 Reply page_index(void *context, const Request *r);
