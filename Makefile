@@ -154,7 +154,7 @@ LDLIBS := $(ARCHIVES) $(if $(HAVE_WEBP),-lwebp) $(if $(HAVE_LMDB),-llmdb) -lpng 
 # compiled for the first level only.
 BASE := base threads params plan compute options
 KERNELS := $(if $(PLAINLY),,fast gemm stream conv norm layers attention guess optimizer discriminator perceptual)
-FILES := folder layout damage config atomic tensor checkpoint pickle zip ckpt weights names pixels orientation resize rows png png_text jpeg webp images mask lmdb tokens places keys recipe betas net_config vqgan_config classes remap
+FILES := folder layout damage config atomic tensor checkpoint pickle zip ckpt weights names pixels orientation prep resize rows png png_text jpeg webp images mask lmdb tokens places keys recipe betas net_config vqgan_config classes remap
 SAMPLING := model bounds draw options output terminal
 COMPONENTS := $(BASE:%=base/%) $(KERNELS:%=kernels/%) $(FILES:%=files/%) data vqgan transformer diffusion \
               $(SAMPLING:%=sampling/%) training/discriminator training/perceptual training/restart training/rate
@@ -186,7 +186,7 @@ $(shell mkdir -p build && echo $(SHIPPED) >build/last)
 endif
 
 # the files of ./train beside train.c and the components
-TRAIN := $(addprefix training/,folder memory state bad_batches edited settings log view report encoded gan \
+TRAIN := $(addprefix training/,folder memory state bad_batches edited official settings log view report encoded gan \
          codes schedule first_stage second_stage parallel)
 # the files of ./sample alone
 DRAWING := $(addprefix sampling/,nearest list)

@@ -387,8 +387,10 @@ typedef enum {
     PREP_IMAGENET, /* the same; training takes a random crop */
     PREP_LSUN      /* centre square, then FILTER_BICUBIC; training flips at random */
 } Prep;
-Err prep_read(Prep *out,
-              const Config *c); /* data.prep of a recipe or a file: folder (without one), ffhq, imagenet, lsun */
+/* data.prep of a recipe or a file: folder (without one), ffhq, imagenet, lsun; or the official data.params.train.target
+ * and validation.target. The sizes that stand with those must be this one. */
+Err prep_read(Prep *out, const Config *c);
+Err prep_size_check(const Config *c, size_t size);
 /* out (3,size,size) = the picture in [-1,1] (u8/127.5 - 1). u_crop_y, u_crop_x in [0,1): where a random crop lies
  * (PREP_IMAGENET in training; pass -1 for a centre crop); flip: mirror left-right. */
 Err image_prepare(real *out, const Image *im, Prep prep, size_t size, double u_crop_y, double u_crop_x, int flip);

@@ -361,20 +361,6 @@ Err image_resize(Image *out, const Image *in, size_t H, size_t W, Filter filter)
  * Preprocessing (SPEC section 10)
  * ---------------------------------------------------------------------------------------------------------- */
 
-static const char *const prep_names[] = {"folder", "ffhq", "imagenet", "lsun"}; /* by Prep */
-
-const char *prep_name(Prep prep) {
-    return prep_names[prep];
-}
-
-Err prep_read(Prep *out, const Config *c) {
-    const char *name = config_get(c, "data.", "prep");
-    *out = PREP_FOLDER;
-    for (int k = 0; name && k < 4; k++)
-        if (!strcmp(name, prep_names[k])) return *out = (Prep)k, OK;
-    return name ? err("data.prep %.200s: expected folder, ffhq, imagenet or lsun", name) : OK;
-}
-
 int prep_how(Prep prep) {
     return prep == PREP_FOLDER ? IMAGE_UPRIGHT : IMAGE_OFFICIAL;
 }

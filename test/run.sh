@@ -124,6 +124,7 @@ check house test/house.sh "$build"
 check golden-cuda "$build/emulated/golden" --device cuda test/golden-cases
 check guidance test/test_guidance.sh "$build"
 check draw test/test_draw.sh "$build"
+check recipes test/test_recipes.sh "$build"
 check serve test/test_serve.sh "$build"
 python_check events tensorboard test/test_events.py
 if [ -n "$any" ]; then

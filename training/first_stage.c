@@ -293,6 +293,7 @@ Err first_build(Stage *s) {
     TRY(vqgan_create(&s->vqgan, &c, 0));
     s->params = vqgan_params(s->vqgan);
     s->size = c.resolution;
+    TRY(prep_size_check(&s->recipe, s->size));
     s->h = s->w = s->size >> (c.levels - 1);
     s->N = s->h * s->w;
     if (s->set.cuda) TRY(vqgan_use_cuda(s->vqgan, gpu_precision(s)));

@@ -129,6 +129,7 @@ Err second_picture(Stage *s, const char *path) {
 static Err check_transition(const Stage *s, const NetConfig *c) {
     const SecondStage *x = &s->second;
     size_t vocabulary = c->kind == NET_X ? c->enc_num_tokens : c->input_vocab_size;
+    TRY(prep_size_check(&s->recipe, s->size));
     if (c->dec_num_tokens != s->K)
         return err("%s: the network writes %zu token values, the first stage has %zu", s->name, c->dec_num_tokens,
                    s->K);
@@ -261,10 +262,10 @@ Err second_start_from(Stage *s, const Checkpoint *ck) {
     return params_load(s->params, ck, 'e', "transformer.");
 }
 
-/* The EMA weights under their plain names; the schedule's buffers */
+/* The EMA weights, if there is one, under their plain names; the schedule's buffers */
 Err second_collect_weights(Stage *s, TensorList *list) {
     SecondStage *x = &s->second;
-    return transition_tensors(list, x->net, 'e', &x->schedule, s->store, s->set.compact);
+    return transition_tensors(list, x->net, s->without_ema ? 'v' : 'e', &x->schedule, s->store, s->set.compact);
 }
 
 void second_print_evaluation(const Stage *s, FILE *to, const Metrics *val, const Metrics *ema) {

@@ -341,6 +341,8 @@ static Err apply_given(Config *recipe, const Settings *given) {
     TRY(rate_kind(&kind, recipe));
     if (given->steps != NOT_GIVEN) TRY(fit_to_steps(recipe, kind, given->steps));
     if (given->lr >= 0) TRY(give_rate(recipe, kind, given->lr));
+    if (given->alpha >= 0 && config_get(recipe, "model.params.", "soft_only"))
+        TRY(config_set(recipe, "model.params.soft_only", "false"));
     for (const Setting *r = table; r < table + ROWS; r++) TRY(put_given(recipe, r, given));
     return OK;
 }
@@ -480,6 +482,7 @@ Err settings_read(Stage *s, const Checkpoint *ck) {
     TRY(settle_device(s, ck != NULL));
     TRY(settle_processor(s, ck != NULL));
     for (const Setting *r = table; r < table + ROWS; r++) TRY(take_setting(&s->set, r, &s->recipe));
+    TRY(official_settings(s, ck ? NULL : recipe_path(&s->set, path)));
     TRY(share_batch(s, !ck || batch_given));
     TRY(scale_learning_rate(s));
     TRY(rate_read(&s->rate, &s->recipe, s->set.steps));

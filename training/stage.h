@@ -9,6 +9,7 @@
  *     state.c           checkpoints
  *     bad_batches.c     which steps do not count; going back
  *     edited.c          what an edited recipe says to a run that goes on
+ *     official.c        what a recipe says in official words
  *     settings.c        the table of all options and recipe keys
  *     log.c view.c      log.tsv; loss.svg and TensorBoard
  *     report.c          what the user is told
@@ -190,6 +191,9 @@ struct Stage {
     FirstStage first;
     SecondStage second;
 
+    char init[PATH_BYTES]; /* the recipe's ckpt_path, which Settings.init then is */
+    int without_ema;       /* the weights that are written are the plain ones */
+
     History history;
     uint64_t saved;           /* the step of the last checkpoint */
     int has_state, rollbacks; /* there is one; how often this process went back to it */
@@ -298,6 +302,10 @@ Err list_skipped(Stage *s, void *line);
  * run's, is said or taken over, but for the keys that the user gives now; a key that the recipe says no more */
 Err compare_recipe(Stage *s, const Config *recipe, const Config *given);
 Err compare_removed(Stage *s, const Config *recipe, const Config *given, const char *key);
+
+/* official.c. The settings read, over them what the recipe says in official words; recipe: its file, of a stage that begins,
+ * or NULL */
+Err official_settings(Stage *s, const char *recipe);
 
 void settings_parse(Settings *given, int argc, char **argv);
 Err settings_read(Stage *s, const Checkpoint *ck);

@@ -1,0 +1,141 @@
+#!/bin/sh
+# test_recipes.sh BUILD: what a recipe says is obeyed, or refused in one line: misspelt keys, official keys in their own
+# words, rates, losses, the preprocessing. Every key of the table is test_keys.c's.
+build=$(cd "$1" && pwd)
+dir=$(mktemp -d)
+trap 'rm -rf "$dir"' EXIT
+. test/lib.sh
+LC_ALL=C && export LC_ALL # sed on binary files
+
+recipe() { # recipe LINE...: the tiny one with more lines, which take the place of their keys'; -KEY: without such keys
+    cp test/tiny.txt "$dir/recipe.txt"
+    for line in "$@"; do
+        key=${line%% *}
+        sed -i "/^${key#-}/d" "$dir/recipe.txt"
+        [ "$key" != "${key#-}" ] || echo "$line" >>"$dir/recipe.txt"
+    done
+}
+train() { # train RUN ARGUMENTS...: a fresh run, with the first stage where scales are trained
+    run=$dir/$1
+    shift
+    rm -rf "$run" && mkdir "$run"
+    case $* in *--scale*) cp "$dir/vqgan.safetensors" "$run" ;; esac
+    "$build/train" --config "$dir/recipe.txt" --data "$dir/data" --run "$run" "$@"
+}
+says() { # says STATUS WORDS COMMAND...: exit status; one line on stderr if it is an error; the words are in it
+    status=$1 words=$2
+    shift 2
+    "$@" >"$dir/out" 2>"$dir/err"
+    got=$?
+    if [ $got -eq "$status" ] && grep -qF -- "$words" "$dir/err" && { [ $got -eq 0 ] || [ "$(grep -c . "$dir/err")" -eq 1 ]; }; then
+        passed=$((passed + 1))
+    else
+        failed=$((failed + 1))
+        echo "FAIL $(tail -n 1 "$dir/recipe.txt"): exit status $got, expected $status and \"$words\"; stderr:"
+        head -5 "$dir/err"
+    fi
+}
+refused() { # refused WORDS STAGE LINE...: before anything is trained
+    words=$1 stage=$2
+    shift 2
+    recipe "$@"
+    # shellcheck disable=SC2086
+    says 1 "$words" train refused $stage --steps 1
+}
+same() { "$build/pictures" tensors "$@"; }
+column() { # column RUN N: of the log, the steps in a line
+    awk -F '\t' -v n="$2" 'NR > 1 { printf "%s%s", $n, FNR ? " " : "" }' "$dir/$1/log.tsv" | sed 's/ $//'
+}
+
+"$build/pictures" make "$dir/data" 8 20 || exit 1
+recipe
+ok "a first stage" train first --vqgan --steps 2
+cp "$dir/first/vqgan.safetensors" "$dir"
+P=model.params. NET=model.params.transformer_config.params. LR=model.params.scheduler_config. LOSS=model.params.lossconfig.
+
+# ---- keys that there are not, and values that cannot be had ----
+refused "recipe.txt: line 58: unknown key 'vqgan.train.sed'; did you mean vqgan.train.seed?" --vqgan "vqgan.train.sed 5"
+refused "did you mean vqgan.train.seed?" "--scale 1" "vqgn.train.seed 5"
+refused "did you mean vqgan.train.seed or scale.train.seed?" --vqgan "train.seed 5"
+refused "did you mean scale.train.steps?" --vqgan "sclae.train.steps 5"
+refused "did you mean vqgan.data.params.batch_size?" --all "vqgan.data.params.batchsize 2"
+refused "recipe.txt: model.target x.GumbelVQ: is another first stage" --vqgan "vqgan.model.target x.GumbelVQ"
+refused "regression true" "--scale 1" "scale.${P}regression true"
+refused "sos_token 3" "--scale 1" "scale.${P}sos_token 3"
+refused "enc_pre_norm false: layers are normalised in front; expected true" "--scale 1" "scale.${NET}enc_pre_norm false"
+refused "causal_decoder False" "--scale 1" "scale.${NET}causal_decoder False"
+refused "dec_ff_dropout 0.1" "--scale 1" "scale.${NET}dec_ff_dropout 0.1"
+refused "ddconfig.dropout 0.5" --vqgan "vqgan.${P}ddconfig.dropout 0.5"
+refused "use_actnorm true" --vqgan "vqgan.${LOSS}params.use_actnorm true"
+refused "remap" --vqgan "vqgan.${P}remap used.npy"
+refused "use_past_for_sampling false" "--scale 3" "last.${P}use_past_for_sampling false" "last.${NET}n_unmasked 5"
+refused "expected imagebart.models.diffusion.DecoderOnlyDenoiser" "--scale 3" "last.model.target imagebart.models.diffusion.DenoisingXTransformer"
+refused "single_scale is 2, but scale1 is to be trained" "--scale 1" "scale.${P}single_scale 2"
+refused "n_embed is 17, but the first stage" --vqgan "scale.${P}first_stage_config.params.n_embed 17"
+refused "ckpt_path nowhere.ckpt: no such file" --vqgan "vqgan.${P}ckpt_path nowhere.ckpt"
+refused "expected imagebart.lr_scheduler.LambdaWarmUpCosineScheduler" --vqgan "vqgan.${LR}target torch.optim.StepLR"
+refused "prepares pictures as ffhq, but data.prep says lsun" --vqgan "vqgan.data.prep lsun" "vqgan.data.params.train.target taming.data.faceshq.FFHQTrain"
+refused "no data set that is known" --vqgan "vqgan.data.params.validation.target taming.data.ade20k.Examples"
+refused "config.size is 256, the first stage's resolution 16" "--scale 1" "scale.data.params.train.params.config.size 256"
+for endless in /dev/zero "$dir/pipe"; do
+    [ -e "$endless" ] || mkfifo "$endless"
+    says 1 "is a device or a pipe" timeout 10 "$build/train" --config "$endless" --data "$dir/data" --run "$dir/none" --vqgan
+done
+
+# ---- the official words ----
+recipe "scale.${P}use_ema false" "scale.model.target imagebart.models.diffusion.DenoisingXTransformer" "scale.${P}use_past_for_sampling false" \
+    "scale.${P}first_stage_config.params.n_embed 16" "scale.${P}first_stage_config.params.ddconfig.dropout 0.1" "scale.lightning.trainer.benchmark True"
+ok "without a moving average" train plain --scale 1 --steps 4
+ok "the weights are the plain ones" same "$dir/plain/scale1.safetensors" transformer. "$dir/plain/scale1.state.safetensors" value.
+recipe
+ok "with one" train moving --scale 1 --steps 4
+ok "they are not" sh -c "! '$build/pictures' tensors '$dir/moving/scale1.safetensors' transformer. '$dir/moving/scale1.state.safetensors' value."
+ok "but are trained alike" same "$dir/plain/scale1.state.safetensors" value. "$dir/moving/scale1.state.safetensors" value.
+sed -i 's/model.params.alpha/model.params.alhpa/' "$dir/moving/scale1.safetensors"
+says 1 "scale1.safetensors: unknown key 'model.params.alhpa'; did you mean model.params.alpha?" "$build/sample" "$dir/moving" -n 1 -o "$dir/x.png"
+recipe "scale.${P}alpha 0.2" "scale.${P}soft_only True"
+ok "soft_only" train soft --scale 2 --steps 2
+recipe
+ok "is alpha 1" train one --scale 2 --steps 2
+ok "at every step" test "$(column soft 3)" = "$(column one 3)"
+ok "unless the user says otherwise" train one --scale 2 --steps 2 --alpha 0.2
+ok "which is another loss" sh -c "[ '$(column soft 3)' != '$(column one 3)' ]"
+recipe "vqgan.${P}ckpt_path vqgan.safetensors" "-vqgan.${LR}" "vqgan.model.base_learning_rate 0"
+says 0 "vqgan: begins with the weights of $dir/vqgan.safetensors (ckpt_path)" train begun --vqgan --steps 2
+ok "which are there" same "$dir/vqgan.safetensors" decoder. "$dir/begun/vqgan.safetensors" decoder.
+recipe "vqgan.data.params.train.target taming.data.imagenet.ImageNetTrain" "vqgan.data.params.train.params.config.size 16"
+ok "pictures of an official data set" train named --vqgan --steps 2
+recipe "vqgan.data.prep imagenet"
+ok "and in our word" train prepared --vqgan --steps 2
+ok "are prepared alike" same "$dir/named/vqgan.safetensors" "" "$dir/prepared/vqgan.safetensors" ""
+ok "not as a folder's" sh -c "! '$build/pictures' tensors '$dir/named/vqgan.safetensors' '' '$dir/first/vqgan.safetensors' ''"
+{ printf '\357\273\277' && sed 1d test/tiny.txt; } >"$dir/recipe.txt"
+ok "a byte-order mark is no part of a key" train marked --vqgan --steps 2
+ok "and changes nothing" cmp "$dir/marked/vqgan.safetensors" "$dir/first/vqgan.safetensors"
+
+# ---- rates: constant without a schedule, also on resuming and with --lr; with cycles ----
+recipe "-vqgan.${LR}" "vqgan.model.base_learning_rate 1e-4"
+ok "a base_learning_rate alone" train rate --vqgan --steps 3
+ok "which goes on" "$build/train" --config "$dir/recipe.txt" --data "$dir/data" --run "$dir/rate" --vqgan --steps 4 --resume
+ok "is constant, times the pictures of a step" test "$(column rate 6)" = "0.0004 0.0004 0.0004 0.0004"
+ok "--lr" train rate --vqgan --steps 3 --lr 1e-3
+ok "is constant in its place" test "$(column rate 6)" = "0.001 0.001 0.001"
+cycles="scheduler_config.params."
+recipe "-vqgan.${LR}" "vqgan.model.base_learning_rate 0.25" "vqgan.${LR}target imagebart.lr_scheduler.LambdaLinearScheduler" \
+    "vqgan.${P}${cycles}warm_up_steps [1, 0]" "vqgan.${P}${cycles}f_start 0,0" "vqgan.${P}${cycles}f_max 1e-3,4e-4" \
+    "vqgan.${P}${cycles}f_min 0,0" "vqgan.${P}${cycles}cycle_lengths 2,2"
+ok "the official linear cycles" train rate --vqgan --steps 5
+ok "are as there" test "$(column rate 6)" = "0 0.0005 0 0.0002 0"
+says 1 "cycle_lengths end at step 4, train.steps is 6" train rate --vqgan --steps 6
+says 1 "--lr: the recipe's schedule has cycles" train rate --vqgan --steps 2 --lr 1
+
+# ---- the loss beside an official lossconfig is L1 alone, the codebook's set aside ----
+recipe "vqgan.${LOSS}target taming.modules.losses.vqperceptual.VQLPIPSWithDiscriminator" "vqgan.${LOSS}params.codebook_weight 0"
+ok "an official loss, without LPIPS" train l1 --vqgan --steps 2 --perceptual none
+ok "is L1" awk -F '\t' 'NR > 1 && ($3 != $4 || !($5 > 0)) { exit 1 }' "$dir/l1/log.tsv"
+echo "vqgan.train.l2_weight 1" >>"$dir/recipe.txt"
+ok "with L2 where it is said" train l2 --vqgan --steps 2 --perceptual none
+ok "is their sum" awk -F '\t' 'NR > 1 && ($3 - $4 - $5) ^ 2 > 1e-10 { exit 1 }' "$dir/l2/log.tsv"
+
+echo "$passed passed, $failed failed"
+[ "$failed" -eq 0 ]
