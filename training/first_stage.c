@@ -98,7 +98,12 @@ static int has_official_loss(const Config *c) {
 
 static Err read_weight(Stage *s) {
     const char *target = config_get(&s->recipe, "model.params.lossconfig.", "target");
-    if (has_official_loss(&s->recipe) && !config_get(&s->recipe, "train.", "l2_weight")) s->set.l2_weight = 0;
+    const int begun =
+        config_get(&s->recipe, "train.", "step") != NULL; /* then perceptual_weight may be the run's own */
+    if (!begun && has_official_loss(&s->recipe) && !config_get(&s->recipe, "train.", "l2_weight")) {
+        s->set.l2_weight = 0;
+        TRY(config_set(&s->recipe, "train.l2_weight", "0"));
+    }
     s->first.perceptual_weight = given(s->set.perceptual) || (target && strstr(target, "LPIPS"));
     return config_real(&s->first.perceptual_weight, &s->recipe, "model.params.lossconfig.params.", "perceptual_weight",
                        0, 1e6, 1);
