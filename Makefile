@@ -13,6 +13,7 @@
 # make emulated-debug   the same kernels for a debugger, in build/*/emulated-debug
 # make bench        how fast, as fractions of this machine's ceilings and beside PyTorch; also in bench.tsv
 # make walkthrough the numbers of doc/walkthrough.md: test/walkthrough 1 ... 8
+# make faults       every call for a file of short runs fails or kills, every allocation fails (a sample is in make test)
 # make fuzz SECONDS=60  the readers of checkpoints under libFuzzer (needs clang; Debian: clang, libclang-rt-14-dev)
 # make ffhq         fetches an official model: also ffhq2 churches bedrooms cats imagenet imagenet4 (models/fetch.sh)
 # make lpips       what ./train --vqgan measures likeness with (models/fetch.sh), checksums compared
@@ -366,6 +367,11 @@ endif
 
 # Test programs and golden cases alone, without the programs' checks: for other compilers, instructions, sanitizers. What
 # is compiled in double, for gradients, is no part of a program and the same loops: it is tested by make test.
+# Every call for a file and every allocation of short runs fails once: test/test_faults.sh
+.PHONY: faults
+faults: $B/pictures $(PROGRAMS:%=$B/%)
+	@test/test_faults.sh $B all
+
 .PHONY: units threads objects list-objects list-libraries
 units: $(TESTS:%=$B/test_%) $B/golden
 	@test/run.sh --units $B $(TESTS:%=$B/test_%)

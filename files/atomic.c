@@ -151,6 +151,7 @@ Err atomic_open(AtomicFile *f, const char *path) {
     io_begin();
     struct stat st;
     int exists = stat(path, &st) == 0, direct = exists && !S_ISREG(st.st_mode);
+    if (!exists && errno != ENOENT && errno != ENOTDIR) return io_error(path, "write");
     if (exists && S_ISDIR(st.st_mode)) return err("%s: is a directory, expected a file to write", path);
 
     char *behind = exists && !direct ? realpath(path, NULL) : NULL;

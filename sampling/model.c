@@ -15,6 +15,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <unistd.h>
 
 /* ---- Files -------------------------------------------------------------------------------------------------- */
 
@@ -539,23 +540,39 @@ static Err scale_tensors(TensorList *list, Config *meta, Model *m, int t, Dtype 
 }
 
 /* t: the scale, 0: the first stage. */
+static Err part_path(char path[PATH_BYTES], const Model *m, const char *folder, int t) {
+    char name[32];
+    return path_make(path, "%s/%s", folder, t ? scale_file(name, m->joint ? 0 : t, 0) : "vqgan.safetensors");
+}
+
 static Err convert_part(Model *m, const char *folder, int t, Dtype store) {
-    char path[PATH_BYTES], name[32];
+    char path[PATH_BYTES];
     TensorList list = {0};
     Config meta = {0};
-    const char *file = t ? scale_file(name, m->joint ? 0 : t, 0) : "vqgan.safetensors";
     Err e = t ? scale_tensors(&list, &meta, m, t, store) : vqgan_tensors(&list, &meta, m->vqgan, store);
-    if (e == OK) e = path_make(path, "%s/%s", folder, file);
+    if (e == OK) e = part_path(path, m, folder, t);
     if (e == OK) e = checkpoint_write(path, list.tensor, list.from_real, list.n, &meta);
     tensor_list_free(&list);
     config_free(&meta);
     return e;
 }
 
+static void remove_part(const Model *m, const char *folder, int t) {
+    char path[PATH_BYTES];
+    if (part_path(path, m, folder, t) == OK) unlink(path);
+}
+
 Err model_convert(Model *m, const char *folder, Dtype store) {
     if (!is_folder(folder)) return err("%s: no such folder to write the model into", folder);
     if (has_scale(folder, 1, 0) || has_scale(folder, 0, 0))
         return err("%s: has a model already, expected an empty folder", folder);
-    for (int t = 0; t <= (m->joint ? 1 : m->schedule.T); t++) TRY(convert_part(m, folder, t, store));
-    return OK;
+    const int parts = 1 + (m->joint ? 1 : m->schedule.T);
+    Err e = OK;
+    int done = 0; /* the first stage, then scales down to the first, with which it is a model */
+    while (e == OK && done < parts) {
+        e = convert_part(m, folder, done ? parts - done : 0, store);
+        done += e == OK;
+    }
+    while (e != OK && done-- > 0) remove_part(m, folder, done ? parts - done : 0);
+    return e;
 }

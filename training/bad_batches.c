@@ -100,13 +100,14 @@ Err list_skipped(Stage *s, void *line) {
     if (!line && !file_exists(path)) return OK;
     TRY(atomic_open(&out, path));
     Err e = atomic_write(&out, skipped_header, strlen(skipped_header));
-    FILE *in = fopen(path, "r");
+    FILE *in = NULL;
+    if (e == OK) e = open_lines(&in, path);
     while (in && e == OK && fgets(old, sizeof old, in)) {
         if (sscanf(old, "%15s\t%llu\t%llu", stage, &step, &first) != 3 || (line && !strcmp(old, line))) continue;
         if (strcmp(stage, s->name) && strchr(old, '\n')) e = atomic_write(&out, old, strlen(old));
         if (!strcmp(stage, s->name) && is_known(s, old, step, first)) e = atomic_write(&out, old, strlen(old));
     }
-    if (in) fclose(in);
+    e = close_lines(in, path, e);
     if (line && e == OK) e = atomic_write(&out, line, strlen(line));
     return atomic_close(&out, e);
 }

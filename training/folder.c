@@ -45,9 +45,21 @@ const char *run_path(const Stage *s, char out[PATH_BYTES], const char *suffix) {
     return out;
 }
 
+/* What cannot be looked at just now is there: opening it says what is wrong. */
 int file_exists(const char *path) {
     struct stat st;
-    return stat(path, &st) == 0;
+    return stat(path, &st) == 0 || (errno != ENOENT && errno != ENOTDIR);
+}
+
+Err open_lines(FILE **f, const char *path) {
+    *f = fopen(path, "re");
+    return *f || errno == ENOENT ? OK : io_error(path, "read");
+}
+
+Err close_lines(FILE *f, const char *path, Err e) {
+    if (f && e == OK && ferror(f)) e = io_error(path, "read");
+    if (f) fclose(f);
+    return e;
 }
 
 /* RUN/skipped.txt names the pictures that could not be read, and why. */

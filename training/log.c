@@ -22,14 +22,14 @@ static Err log_rewind(Stage *s, void *log_path) {
     AtomicFile out;
     TRY(atomic_open(&out, path));
     Err e = atomic_write(&out, log_header, strlen(log_header));
-    FILE *in = fopen(path, "r");
+    FILE *in = NULL;
+    if (e == OK) e = open_lines(&in, path);
     while (in && e == OK && fgets(line, sizeof line, in)) {
         if (sscanf(line, "%15s\t%llu", stage, &step) != 2) continue; /* the header, or a line cut short by a kill */
         if (!strchr(line, '\n') || (!strcmp(stage, s->name) && step > s->step)) continue;
         e = atomic_write(&out, line, strlen(line));
     }
-    if (in) fclose(in);
-    return atomic_close(&out, e);
+    return atomic_close(&out, close_lines(in, path, e));
 }
 
 Err log_open(Stage *s, Log *log) {

@@ -225,6 +225,9 @@ void say_once(const char *fmt, ...) PRINTF_LIKE(1, 2);
 void say_note(const Checkpoint *ck); /* what is to be said of a file that was opened, if there is anything */
 const char *run_path(const Stage *s, char out[PATH_BYTES], const char *suffix); /* out = RUN/STAGEsuffix, returned */
 int file_exists(const char *path);
+/* A file of lines, which may be missing: *f = NULL. close: e, or the error that ended the reading before the file's end */
+Err open_lines(FILE **f, const char *path);
+Err close_lines(FILE *f, const char *path, Err e);
 Err make_folder(const char *path);
 /* Keeps other ./train out of the run, to the end of this one; an error if one is there. Nothing yet if the run has no
  * folder: make_run makes it, too. Where files cannot be locked, that is said. The first rank's work. */

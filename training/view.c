@@ -135,7 +135,7 @@ static Err read_curves(Curves *all, const Stage *s) {
     for (int k = 0; k < SERIES; k++) field[k] = find_field(&header, column[k]);
     Err e = OK;
     while (e == OK && read_line(&l, f)) e = add_line(all, &l, field);
-    fclose(f);
+    e = close_lines(f, path, e);
     for (size_t i = 0; i < all->n; i++)
         for (int k = 0; k < SERIES; k++) all->curve[i].drawn[k] = worth_drawing(&all->curve[i], k);
     return e;
