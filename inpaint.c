@@ -3,7 +3,7 @@
  *     read     picture, mask       read_picture, make_mask: at the model's resolution
  *     encode   pixels -> x_0       encode_picture: the known tokens; token_mask: which of them stay
  *     draw     x_T -> ... -> x_0   draw_tokens: sample_chain (diffusion.c)
- *     write    x_0 -> pixels       write_result: decode_pictures; the kept pixels are put back exactly
+ *     write    x_0 -> pixels       write_files: sheet_files (sampling/sheet.c), which puts the kept pixels back exactly
  *
  * At every scale the known tokens are forced (the guide of SPEC section 5) and the others are drawn. Each scale may run
  * several times, with some noise in between (the paper's forward-backward chains), which lets known and new parts
@@ -24,16 +24,19 @@ typedef struct {
     Model model;
     const SamplingArgs *args;
     const InpaintArgs *in;
-    size_t side, N;
-    size_t M, rows;      /* candidates for a sample; samples times candidates in a batch */
-    Prep prep;           /* how the model's pictures are prepared */
-    Image picture;       /* (side,side), what is completed */
-    uint8_t *keep;       /* (side,side) 1 = the pixel stays */
-    uint8_t *keep_token; /* (N) */
-    int32_t *known;      /* (rows,N) tokens of the picture, once per row of a batch */
-    int32_t *label;      /* (rows) */
-    int32_t *drawn;      /* (rows,N) a batch */
-    int32_t *tokens;     /* (n,N) */
+    size_t side, N, steps; /* steps: T+1 */
+    size_t M, rows;        /* candidates for a sample; samples times candidates in a batch */
+    Prep prep;             /* how the model's pictures are prepared */
+    Image picture;         /* (side,side), what is completed */
+    uint8_t *keep;         /* (side,side) 1 = the pixel stays */
+    uint8_t *keep_token;   /* (N) */
+    size_t redrawn;        /* how many of them do not stay */
+    int32_t *known;        /* (rows,N) tokens of the picture, once per row of a batch */
+    int32_t *label;        /* (rows) */
+    int32_t *drawn;        /* (rows,N) a batch */
+    int32_t *tokens;       /* (n,N) */
+    int32_t *chain;        /* (n,steps,N) x_T .. x_0, for --animate */
+    size_t first;          /* the sample that the batch begins with */
     SampleOptions options;
     DraftCounts counts[MAX_SCALES + 1];
 } Completion;
@@ -46,10 +49,10 @@ static Err read_picture(Completion *c, size_t *height, size_t *width) {
     TRY(prep_read(&c->prep, &c->model.meta));
     TRY(image_read_as(&c->picture, path, prep_how(c->prep) | IMAGE_UPRIGHT));
     size_t H = *height = c->picture.H, W = *width = c->picture.W;
-    if (c->picture.note) fprintf(stderr, "%s: %s\n", path, c->picture.note);
+    if (c->picture.note) say(c->args, "%s: %s\n", path, c->picture.note);
     if (H != c->side || W != c->side)
-        fprintf(stderr, "%s is %zux%zu: its centre square is used at %zux%zu%s%s\n", path, W, H, c->side, c->side,
-                said ? "" : ", scaled as data.prep ", said ? "" : prep_name(c->prep));
+        say(c->args, "%s is %zux%zu: its centre square is used at %zux%zu%s%s\n", path, W, H, c->side, c->side,
+            said ? "" : ", scaled as data.prep ", said ? "" : prep_name(c->prep));
     return image_square(&c->picture, c->prep, c->side) == OK ? OK : err_in(path);
 }
 
@@ -80,7 +83,7 @@ static Err make_mask(Completion *c, size_t H, size_t W) {
         return err("a window of %zu pixels: the picture has %zu", in->window ? in->window : in->outside, c->side);
     if (in->mask) {
         TRY(mask_read(c->keep, &note, in->mask, c->prep, c->side, H, W, in->invert));
-        if (note) fprintf(stderr, "%s: %s\n", in->mask, note);
+        if (note) say(c->args, "%s: %s\n", in->mask, note);
     } else if (in->half)
         half_mask(c, in->half);
     else
@@ -89,7 +92,7 @@ static Err make_mask(Completion *c, size_t H, size_t W) {
     if (kept == c->side * c->side)
         return err("the mask keeps everything: nothing to draw (%s are redrawn)",
                    in->invert ? "with --invert light parts" : "black and transparent parts; with --invert light ones");
-    if (!kept) fprintf(stderr, "the mask keeps nothing: the whole picture is drawn anew\n");
+    if (!kept) say(c->args, "the mask keeps nothing: the whole picture is drawn anew\n");
     return OK;
 }
 
@@ -108,7 +111,7 @@ static Err token_mask(Completion *c) {
     if (redrawn == 0)
         return err("the mask redraws no token (each is %zux%zu pixels); without --official-mask it would", patch,
                    patch);
-    fprintf(stderr, "%zu of %zu tokens are drawn anew\n", redrawn, c->N);
+    c->redrawn = redrawn;
     return OK;
 }
 
@@ -136,6 +139,14 @@ static int progress(void *context, int t, size_t repeat, size_t done, size_t of)
     return sampling_progress(&((Completion *)context)->options, t, repeat, done, of);
 }
 
+/* tokens (rows,N) = x_{t-1} of a batch, when scale t is done, of which each sample's first candidate is shown. */
+static void keep_scale(void *context, int t, const int32_t *tokens) {
+    Completion *c = (Completion *)context;
+    const size_t column = c->steps - (size_t)t; /* t = T+1: x_T, column 0 */
+    for (size_t b = 0; c->chain && b < c->options.n / c->M; b++)
+        memcpy(c->chain + ((c->first + b) * c->steps + column) * c->N, tokens + b * c->M * c->N, c->N * sizeof *tokens);
+}
+
 /* tokens (n,N): of the M candidates for a sample, the first that sample_chain chose. */
 static Err draw_tokens(Completion *c) {
     const SamplingArgs *a = c->args;
@@ -143,12 +154,15 @@ static Err draw_tokens(Completion *c) {
     c->options.keep = c->keep_token;
     c->options.progress = progress;
     c->options.counts = c->counts;
+    c->options.scale_done = keep_scale;
     c->options.context = c;
+    if (a->animate) TRY(mem_alloc(&c->chain, a->n * c->steps, c->N * sizeof *c->chain, "tokens of every scale"));
     size_t M = c->options.candidates = c->M, most = c->rows / M;
     c->options.known = c->known;
     c->options.label = c->label;
     for (size_t first = 0; first < a->n; first += most) {
         size_t n = min_size(most, a->n - first);
+        c->first = first;
         c->options.first = (a->first + first) * M;
         c->options.n = n * M;
         TRY(sample_chain(&chain, &c->options, c->drawn));
@@ -159,46 +173,22 @@ static Err draw_tokens(Completion *c) {
     return OK;
 }
 
-/* ---- Write: each sample beside the others, the kept pixels put back exactly ---- */
+/* ---- Write ---- */
 
-/* The kept pixels of the picture into tiles first .. tiles-1. */
-static void paste(const Completion *c, Image *im, size_t first, size_t tiles, size_t columns, size_t gap) {
-    size_t side = c->side, step = side + gap;
-    for (size_t b = first; b < tiles; b++)
-        for (size_t i = 0; i < side * side; i++) {
-            if (!c->keep[i]) continue;
-            size_t y = b / columns * step + i / side, x = b % columns * step + i % side;
-            memcpy(im->rgb + 3 * (y * im->W + x), c->picture.rgb + 3 * i, 3);
-        }
-}
-
-/* Two tiles (3,side,side): the picture, and the picture with grey where it is drawn anew. */
-static Err comparison_tiles(const Completion *c, real *tiles) {
-    size_t pixels = c->side * c->side;
-    TRY(image_prepare(tiles, &c->picture, PREP_FOLDER, c->side, -1, -1, 0));
-    for (size_t i = 0; i < 3 * pixels; i++) tiles[3 * pixels + i] = c->keep[i % pixels] ? tiles[i] : 0;
-    return OK;
-}
-
-static Err write_result(Completion *c) {
-    size_t first = c->in->compare ? 2 : 0, tiles = c->args->n + first;
-    size_t columns = tiles < 8 ? tiles : 8, gap = tiles > 1 ? 2 : 0, pixels = 3 * c->side * c->side;
-    real *images = NULL;
-    Image im = {0};
+static Err write_files(Completion *c) {
     Config text = {0};
-    TRY(mem_alloc(&images, tiles, pixels * sizeof *images, "pictures"));
-    Err e = first ? comparison_tiles(c, images) : OK;
-    if (e == OK) e = decode_pictures(&c->model, c->tokens, c->args->n, images + first * pixels);
-    if (e == OK) e = image_grid(&im, images, tiles, c->side, c->side, columns, gap);
-    if (e == OK && !c->in->no_paste) paste(c, &im, first, tiles, columns, gap);
-    if (e == OK) e = sampling_text(&text, c->args, &c->options, &c->model);
-    if (e == OK) e = config_set(&text, "inpainted", "%s", last_part(c->in->image));
+    const Sheet s = {.model = &c->model,
+                     .args = c->args,
+                     .options = &c->options,
+                     .text = &text,
+                     .original = &c->picture,
+                     .keep = c->keep,
+                     .no_paste = c->in->no_paste,
+                     .compare = c->in->compare};
+    Err e = config_set(&text, "inpainted", "%s", last_part(c->in->image));
     if (e == OK) e = config_set(&text, "candidates", "%zu", c->M);
-    if (e == OK) e = sampling_text_place(&text, c->args->n, c->args->first, 0);
-    if (e == OK) e = image_write_png(c->args->out, &im, &text);
-    image_free(&im);
+    if (e == OK) e = sheet_files(&s, c->tokens, c->chain, c->args->n, c->steps);
     config_free(&text);
-    free(images);
     return e;
 }
 
@@ -234,9 +224,6 @@ static Err choose_class(Completion *c) {
         TRY(model_class(&c->model, a->class_name, &label));
     else if (label < 0)
         TRY(guess_class(c, &label));
-    char title[CLASS_TITLE_BYTES];
-    fprintf(stderr, "class %s%s\n", class_title(title, &c->model.classes, (size_t)label),
-            a->class_name ? "" : " (--class chooses another)");
     for (size_t b = 0; b < c->rows; b++) c->label[b] = label;
     return OK;
 }
@@ -246,20 +233,49 @@ static void prepare(Completion *c, SamplingArgs *a, const InpaintArgs *in) {
     const NamedModel *missing;
     memset(c, 0, sizeof *c);
     c->args = a, c->in = in;
-    check(outputs_check(a->out, NULL));
+    check(outputs_check(a->out, NULL, a->animate));
     sampling_start(a, &c->model, &missing);
     if (missing && a->class_name == missing->stand_in) a->class_name = NULL; /* the picture tells its class */
     sampling_options(&c->options, a, &c->model, DRAW_EDIT);
     c->side = c->model.side;
     c->N = c->model.h * c->model.w;
-    const size_t tiles = a->n + (in->compare ? 2 : 0);
-    check(output_grid_check("-o", tiles, c->side, min_size(tiles, 8), 2));
+    c->steps = (size_t)c->model.schedule.T + 1;
+    const size_t tiles = is_out_folder(a->out) && !a->animate ? 1 : a->n + (in->compare ? 2 : 0);
+    check(output_grid_check("-o", tiles, c->side, min_size(tiles, 8), SHEET_GAP, a->enlarge));
     check(sampling_many(&c->M, &c->model, in->candidates, DRAW_EDIT));
     c->rows = min_size(a->n, max_size(1, a->batch / c->M)) * c->M;
-    fprintf(stderr, "seed %llu\n", (unsigned long long)a->seed);
+}
+
+/* Says so if the kept part is unlike all that the model has learnt. */
+static Err look_at_kept(const Completion *c) {
+    real *image;
+    Familiar f;
+    if (c->redrawn == c->N) return OK;
+    TRY(mem_alloc(&image, 3 * c->side, c->side * sizeof *image, "picture"));
+    Err e = image_prepare(image, &c->picture, PREP_FOLDER, c->side, -1, -1, 0);
+    if (e == OK)
+        e = familiar(&f, (Model *)&c->model, image, c->known, c->keep_token, c->label ? c->label[0] : -1,
+                     c->args->seed);
+    if (e == OK && f.unlike) familiar_warn(c->args, &c->model, &f);
+    free(image);
+    return e;
+}
+
+/* What will be completed, with what. */
+static void say_beginning(const Completion *c) {
+    const SamplingArgs *a = c->args;
+    char title[CLASS_TITLE_BYTES];
+    say(a, "completing %s with %s, seed %llu: %zu of %zu tokens are drawn anew", last_part(c->in->image),
+        last_part(c->model.folder), (unsigned long long)a->seed, c->redrawn, c->N);
+    if (c->label)
+        say(a, ", class %s%s", class_title(title, &c->model.classes, (size_t)c->label[0]),
+            a->class_name ? "" : " (--class chooses another)");
+    say(a, "\n");
 }
 
 static void inpaint(SamplingArgs *a, const InpaintArgs *in) {
+    const double start = seconds();
+    char took[32];
     Completion c;
     size_t H = 0, W = 0;
     prepare(&c, a, in);
@@ -267,18 +283,19 @@ static void inpaint(SamplingArgs *a, const InpaintArgs *in) {
     check(make_mask(&c, H, W));
     check(token_mask(&c));
     const size_t rows = sampling_rows(&c.options, c.model.schedule.T, c.rows);
-    sampling_memory(&c.model, max_size(rows, BOUND_ROWS), a->n + (in->compare ? 2 : 0));
+    sampling_memory(a, &c.model, max_size(rows, BOUND_ROWS), a->n + (in->compare ? 2 : 0));
     check(encode_picture(&c));
     check(choose_class(&c));
+    say_beginning(&c);
+    check(look_at_kept(&c));
     catch_interrupts();
     check(draw_tokens(&c));
-    say_drafts(c.counts, c.model.schedule.T);
-    check(write_result(&c));
-    printf("%s\n", a->out);
-    if (a->show) check(show_png(a->out));
+    say_drafts(a, c.counts, c.model.schedule.T);
+    check(write_files(&c));
+    say(a, "%zu completion%s in %s\n", a->n, a->n == 1 ? "" : "s", duration(took, seconds() - start));
     image_free(&c.picture);
     model_close(&c.model);
-    void *buffers[] = {c.keep, c.keep_token, c.known, c.label, c.drawn, c.tokens};
+    void *buffers[] = {c.keep, c.keep_token, c.known, c.label, c.drawn, c.tokens, c.chain};
     for (size_t i = 0; i < sizeof buffers / sizeof *buffers; i++) free(buffers[i]);
 }
 
@@ -314,7 +331,9 @@ int main(int argc, char **argv) {
         {OPT_FLAG, "--official-mask", NULL, &in.official_mask, 0, 0,
          "a token is kept if its first pixel is, as in the official code"},
         {OPT_SIZE, "-n", "COUNT", &a.n, 1, 4096, "how many completions (default 1)"},
-        {OPT_STRING, "-o", "OUT.png", &a.out, 0, 0, "where they go (default inpainted.png)"},
+        {OPT_STRING, "-o", "OUT.png", &a.out, 0, 0,
+         "where they go (default inpainted.png); DIR/: a file for each,\nDIR/0001.png ..., behind those that are "
+         "there"},
         {OPT_SIZE, "--candidates", "M", &in.candidates, 1, MAX_CANDIDATES,
          "draw M of each, and after every pass go on from those that the kept part\nfits best (default: what the model "
          "recommends, or 1)"},

@@ -2,13 +2,12 @@
  *
  *     draw     x_T -> ... -> x_0      draw_tokens: sample_chain (diffusion.c), a batch at a time; of the M that are
  *                                     drawn for each picture, sampling/draw.c keeps one that the model finds likely
- *     decode   x_0 -> pixels          write_grid: decode_pictures, which is vqgan_decode_tokens
- *     write    pixels -> PNG          write_grid: image_grid, image_write_png, with the options as text
+ *     decode   x_0 -> pixels          write_files: sheet_files (sampling/sheet.c), decode_pictures, vqgan_decode_tokens
+ *     write    pixels -> PNG          image_grid, image_write_png, with the options as text
  *
  * sample() is all of it in order. Read next: diffusion.c, the chain; vqgan.c, the decoder. */
 #include "sampling/sampling.h"
 
-#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -17,7 +16,7 @@ typedef struct {
     Model model;
     const SamplingArgs *args;
     Draw draw;
-    size_t pixels, steps; /* steps: T+1 */
+    size_t steps; /* T+1 */
     DraftCounts counts[MAX_SCALES + 1];
 } Pictures;
 
@@ -33,6 +32,7 @@ static int progress(void *context, const DrawBatch *b, int t, size_t repeat, siz
 /* x_0 of all n pictures, and with_chain x_T .. x_0. */
 static Err draw_tokens(Pictures *p, int with_chain) {
     p->draw.with_chain = with_chain;
+    p->draw.with_bounds = p->draw.M > 1;
     p->draw.options.counts = p->counts;
     p->draw.watch.progress = progress;
     TRY(draw_pictures(&p->draw));
@@ -40,49 +40,30 @@ static Err draw_tokens(Pictures *p, int with_chain) {
     return OK;
 }
 
-/* ---- Decode and write ---- */
-
-static size_t grid_columns(size_t n) {
-    return (size_t)ceil(sqrt((double)n));
-}
-
-/* tokens (n,N) -> pictures (n,3,side,side) -> one PNG, `columns` wide, that says how it was made. */
-static Err write_grid(Pictures *p, const int32_t *tokens, size_t n, size_t columns, const char *path) {
-    real *images = NULL;
-    Image im = {0};
-    Config text = {0};
-    TRY(mem_alloc(&images, n, p->pixels * sizeof *images, "pictures"));
-    Err e = decode_pictures(&p->model, tokens, n, images);
-    if (e == OK) e = image_grid(&im, images, n, p->model.side, p->model.side, columns, 2);
-    if (e == OK) e = sampling_text(&text, p->args, &p->draw.options, &p->model);
-    if (e == OK && p->draw.M > 1) e = config_set(&text, "best-of", "%zu", p->draw.M);
-    if (e == OK) e = sampling_text_place(&text, p->draw.n, p->draw.first, 0);
-    if (e == OK) e = image_write_png(path, &im, &text);
-    image_free(&im);
-    config_free(&text);
-    free(images);
-    return e;
-}
-
 /* ---- The whole ---- */
 
-/* The seed, and the classes: the first 64 where each sample has its own. */
-static void say_classes(const Pictures *p) {
-    const int32_t *label = p->draw.label;
-    char title[CLASS_TITLE_BYTES];
-    fprintf(stderr, "seed %llu", (unsigned long long)p->args->seed);
-    for (size_t b = 0; label && !p->args->class_name && b < p->args->n && b < 64; b++)
-        fprintf(stderr, "%s%s", b ? ", " : ", classes: ", class_title(title, &p->model.classes, (size_t)label[b]));
-    if (label && p->args->class_name)
-        fprintf(stderr, ", class %d: %s", (int)label[0], class_title(title, &p->model.classes, (size_t)label[0]));
-    fprintf(stderr, "\n");
+/* What will be drawn, with what; with -v the class of each of the first 64, where they have their own. */
+static void say_beginning(const Pictures *p) {
+    const SamplingArgs *a = p->args;
+    const Classes *classes = &p->model.classes;
+    char title[CLASS_TITLE_BYTES], of[CLASS_TITLE_BYTES + 40] = "";
+    if (p->draw.label && a->class_name)
+        snprintf(of, sizeof of, ", class %d: %s", (int)p->draw.label[0], class_title(title, classes, (size_t)p->draw.label[0]));
+    else if (p->draw.label)
+        snprintf(of, sizeof of, ", %s of %zu classes", a->n == 1 ? "one" : "each one", classes->n);
+    say(a, "drawing %zu picture%s with %s, seed %llu%s\n", a->n, a->n == 1 ? "" : "s", last_part(p->model.folder),
+        (unsigned long long)a->seed, of);
+    for (size_t b = 0; p->draw.label && !a->class_name && b < a->n && b < 64; b++)
+        detail(a, "%s%s", b ? ", " : "classes: ", class_title(title, classes, (size_t)p->draw.label[b]));
+    if (p->draw.label && !a->class_name) detail(a, "\n");
 }
 
 /* The model, its options, and room for what will be drawn; what is said before the work begins. */
 static void prepare(Pictures *p, SamplingArgs *a, size_t most, const char *chain_path, const char *nearest) {
     const NamedModel *missing;
+    const Sheet sheet = {0};
     const int with_chain = chain_path != NULL;
-    check(outputs_check(a->out, chain_path));
+    check(outputs_check(a->out, chain_path, a->animate));
     if (nearest) check(nearest_check(nearest));
     memset(p, 0, sizeof *p);
     p->args = a;
@@ -91,38 +72,54 @@ static void prepare(Pictures *p, SamplingArgs *a, size_t most, const char *chain
     sampling_options(&p->draw.options, a, &p->model, DRAW_NEW);
     check(sampling_many(&p->draw.M, &p->model, most, DRAW_NEW));
     p->draw.rows = draw_rows(a->n, a->batch, p->draw.M);
-    p->pixels = 3 * p->model.side * p->model.side;
     p->steps = (size_t)p->model.schedule.T + 1;
-    check(output_grid_check("-o", a->n, p->model.side, grid_columns(a->n), 2));
-    if (with_chain) check(output_grid_check("--chain", a->n * p->steps, p->model.side, p->steps, 2));
+    check(output_grid_check("-o", is_out_folder(a->out) && !a->animate ? 1 : a->n, p->model.side,
+                            sheet_columns(&sheet, a->n), SHEET_GAP, a->enlarge));
+    if (with_chain)
+        check(output_grid_check("--chain", a->n * p->steps, p->model.side, p->steps, SHEET_GAP, a->enlarge));
     check(draw_classes(&p->draw.label, &p->model, a->class_name, a->seed, a->first, a->n));
     const size_t rows = sampling_rows(&p->draw.options, p->model.schedule.T, p->draw.rows),
                  bound_rows = p->draw.M > 1 ? BOUND_ROWS : 0;
-    sampling_memory(&p->model, max_size(rows, bound_rows), with_chain ? a->n * p->steps : a->n);
-    say_classes(p);
+    sampling_memory(a, &p->model, max_size(rows, bound_rows), with_chain ? a->n * p->steps : a->n);
+    say_beginning(p);
     catch_interrupts();
 }
 
+/* How long it took; where one in M was kept, how likely those are, and what a good number is. */
 static void say_end(const Pictures *p, double took) {
-    char text[32], likeliest[48] = "";
-    say_drafts(p->counts, p->model.schedule.T);
-    if (p->draw.M > 1) snprintf(likeliest, sizeof likeliest, ", each a likely one of %zu,", p->draw.M);
-    fprintf(stderr, "%zu picture%s%s in %s, seed %llu\n", p->args->n, p->args->n == 1 ? "" : "s", likeliest,
-            duration(text, took), (unsigned long long)p->args->seed);
+    const SamplingArgs *a = p->args;
+    const Chain chain = model_chain(&((Pictures *)p)->model);
+    char text[32], anchors[SCORE_BYTES];
+    double nats = 0;
+    for (size_t b = 0; p->draw.bound && b < a->n; b++) nats += p->draw.bound[b] / (double)a->n;
+    say_drafts(a, p->counts, p->model.schedule.T);
+    say(a, "%zu picture%s", a->n, a->n == 1 ? "" : "s");
+    if (p->draw.M > 1)
+        say(a, ", %sa likely one of %zu, %.2f nats per token (%s),", a->n == 1 ? "" : "each ", p->draw.M,
+            nats, score_anchors(anchors, &chain, &p->model.meta));
+    say(a, " in %s, seed %llu\n", duration(text, took), (unsigned long long)a->seed);
+}
+
+/* The pictures; each one's chain, x_T .. x_0, as a row. */
+static Err write_files(Pictures *p, const char *chain_path) {
+    const SamplingArgs *a = p->args;
+    Config text = {0};
+    Sheet s = {.model = &p->model, .args = a, .options = &p->draw.options, .text = &text, .label = p->draw.label};
+    Err e = p->draw.M > 1 ? config_set(&text, "best-of", "%zu", p->draw.M) : OK;
+    if (e == OK) e = sheet_files(&s, p->draw.tokens, p->draw.chain, a->n, p->steps);
+    if (e == OK && chain_path) e = sheet_write(&s, p->draw.chain, a->n * p->steps, p->steps, chain_path);
+    if (e == OK && chain_path && !a->quiet) printf("%s\n", chain_path);
+    config_free(&text);
+    return e;
 }
 
 static void sample(SamplingArgs *a, size_t most, const char *chain_path, const char *nearest) {
     const double start = seconds();
     Pictures p;
     prepare(&p, a, most, chain_path, nearest);
-    check(draw_tokens(&p, chain_path != NULL));
-    check(write_grid(&p, p.draw.tokens, a->n, grid_columns(a->n), a->out));
-    if (chain_path)
-        check(write_grid(&p, p.draw.chain, a->n * p.steps, p.steps, chain_path)); /* x_T .. x_0 of a sample: a row */
+    check(draw_tokens(&p, chain_path || a->animate));
+    check(write_files(&p, chain_path));
     say_end(&p, seconds() - start);
-    printf("%s\n", a->out);
-    if (chain_path) printf("%s\n", chain_path);
-    if (a->show) check(show_png(a->out));
     if (nearest) check(nearest_report(&p.model, p.draw.tokens, a->n, nearest));
     model_close(&p.model);
     draw_free(&p.draw);
@@ -151,28 +148,39 @@ int main(int argc, char **argv) {
     SamplingArgs a = {.model = "emoji", .out = "samples.png", .n = 16, .batch = 16};
     const char *chain = NULL, *nearest = NULL, *folder = NULL, *store = "f32";
     size_t most = 0;
-    int list = 0;
+    const char *item[MAX_SCORED];
+    OptionList pictures = {item, 0, MAX_SCORED};
+    int list = 0, score = 0;
     const Option table[] = {
         {OPT_HEADING, "Arguments", NULL, NULL, 0, 0, NULL},
         {OPT_ARGUMENT, "MODEL", NULL, &a.model, 0, 0,
          "emoji (default), a name that --list shows, or a folder with\nweights such as runs/emoji"},
+        {OPT_ARGUMENTS, "PICTURE...", NULL, &pictures, 0, 0, "for --score"},
         {OPT_HEADING, "Options", NULL, NULL, 0, 0, NULL},
         {OPT_SIZE, "-n", "COUNT", &a.n, 1, 4096, "how many pictures (default 16)"},
-        {OPT_STRING, "-o", "OUT.png", &a.out, 0, 0, "where the grid of them goes (default samples.png)"},
+        {OPT_STRING, "-o", "OUT.png", &a.out, 0, 0,
+         "where the grid of them goes (default samples.png); DIR/: a file for\neach, DIR/0001.png ..., behind those "
+         "that are there"},
         {OPT_SIZE, "--best-of", "M", &most, 1, MAX_BEST_OF,
          "draw M for each picture and keep one that the model itself finds likely,\nby the bound it was trained with "
          "(default: what the model recommends, else 1)"},
         {OPT_STRING, "--chain", "CHAIN.png", &chain, 0, 0, "also draw every scale: a row per sample, x_T at the left"},
         {OPT_STRING, "--nearest", "DATA", &nearest, 0, 0,
          "compare each picture with the training pictures in this folder: same tokens,\ndistance of pixels"},
+        {OPT_FLAG, "--score", NULL, &score, 0, 0,
+         "draw nothing: how likely the model finds each PICTURE, in nats per token,\nand how well its first stage "
+         "draws it"},
         {OPT_FLAG, "--list", NULL, &list, 0, 0,
          "the models, which of them are here, how to get the others\n(make ffhq)"},
         {OPT_STRING, "--convert", "DIR", &folder, 0, 0, "write the model as safetensors into DIR instead of sampling"},
         {OPT_STRING, "--store", "TYPE", &store, 0, 0, "with --convert: weights as f32 (default), f16 or bf16"},
         {OPT_END, NULL, NULL, NULL, 0, 0, NULL}};
     sampling_parse(argc, argv, table, &a, intro);
+    if (pictures.n && !score) usage_error("unexpected argument \"%s\"; -h explains", pictures.item[0]);
     if (list)
         check(list_models());
+    else if (score)
+        check(score_pictures(&a, &pictures));
     else if (folder)
         convert(&a, folder, store);
     else

@@ -165,6 +165,8 @@ const char *program(void);                                /* the program's name,
 void check(Err e);                                        /* die(err_text()) unless OK */
 /* stderr: a line that overwrites itself on a terminal, plain lines elsewhere, one every 10 s at most. */
 void progress_line(const char *fmt, ...) PRINTF_LIKE(1, 2);
+void progress_off(void);                       /* no progress lines from here on */
+void progress_patient(void);                   /* elsewhere than on a terminal none before 10 s from here */
 void progress_end(void);                       /* leaves the last progress line standing */
 double seconds(void);                          /* monotonic clock */
 const char *duration(char text[32], double s); /* "1 h 02 min", "3 min 05 s", "4.2 s" */

@@ -216,12 +216,22 @@ const char *duration(char text[32], double s) {
     return text;
 }
 
+static int silent;
+static double last_line = -1e9; /* when a progress line was written */
+
+void progress_off(void) {
+    silent = 1;
+}
+
+void progress_patient(void) {
+    if (!isatty(2)) last_line = seconds();
+}
+
 void progress_line(const char *fmt, ...) {
-    static double last = -1e9;
     int terminal = isatty(2);
     double now = seconds();
-    if (now - last < (terminal ? 0.1 : 10)) return;
-    last = now;
+    if (silent || now - last_line < (terminal ? 0.1 : 10)) return;
+    last_line = now;
     va_list args;
     va_start(args, fmt);
     if (terminal) fprintf(stderr, "\r\033[K");

@@ -21,6 +21,17 @@ uint8_t *image_place(const Image *im, int orientation, size_t y, size_t x);
 enum { SAMPLES_CLIP = 1 << 8 };
 void samples_to_rgb(uint8_t *rgb, const uint8_t *row, size_t W, size_t channels, int depth, int how);
 
+/* row (N*W,3) = row y, every pixel N times. */
+void image_row_enlarged(uint8_t *row, const Image *im, size_t y, size_t N);
+
+/* ---- png.c: texts in PNGs ---- */
+/* Whether s is well-formed UTF-8 with something beyond ASCII in it. */
+int is_wide_utf8(const char *s);
+/* out = the key as a PNG can hold it: 1..79 printable ASCII characters, single spaces. Whether it was so; if not, the value
+ * is to have the whole key in front, "key value". */
+enum { PNG_KEY_BYTES = 79 };
+int png_key(char out[PNG_KEY_BYTES + 1], const char *key);
+
 /* ---- orientation.c. Metadata is often sloppy: 0 means that nothing in it says how the picture was held ---- */
 /* Orientation from a TIFF structure (what follows "Exif\0\0" in a JPEG, the whole eXIf chunk in a PNG). */
 int exif_orientation(const uint8_t *bytes, size_t n);

@@ -372,6 +372,14 @@ Err image_write_png(const char *path, const Image *im, const Config *text);
 Err image_encode_png(uint8_t **bytes, size_t *size, const Image *im, const Config *text);
 /* png_text.c. Adds the texts of a PNG, key by key; one that has a key twice gives the first. DAMAGED: no PNG. */
 Err png_read_texts(Config *to, const uint8_t *bytes, size_t n);
+/* The same with every pixel as enlarge x enlarge of its colour. */
+Err image_write_png_enlarged(const char *path, const Image *im, size_t enlarge, const Config *text);
+/* apng.c. An animated PNG: make(context, i, &im) gives frame i of n, all of one size; im is freed here. They follow each
+ * other every FRAME_MS, the last stays for LAST_FRAME_MS, over and over again. Viewers that know no animations show the
+ * last. Atomic. */
+typedef Err FrameMake(void *context, size_t i, Image *im);
+Err image_write_apng(const char *path, size_t n, FrameMake *make, void *context, size_t enlarge, const Config *text);
+enum { FRAME_MS = 700, LAST_FRAME_MS = 2500 };
 void image_free(Image *im);
 typedef enum {
     FILTER_NEAREST, /* source pixel floor(i*in/out) */

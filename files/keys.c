@@ -285,6 +285,9 @@ static const KnownKey table[] = {
     OBEYED("imagebart.inpaint_chain_length", T),
     OBEYED("imagebart.candidates", T),
     OBEYED("imagebart.best_of", T),
+    OBEYED("imagebart.own_nats", T),
+    OBEYED("imagebart.familiar_nats", T),
+    OBEYED("imagebart.familiar_error", T),
 
     /* what ./train writes into files */
     OWN("train.step", B),

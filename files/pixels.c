@@ -102,3 +102,8 @@ Err image_grid(Image *out, const real *images, size_t n, size_t H, size_t W, siz
         }
     return OK;
 }
+
+void image_row_enlarged(uint8_t *row, const Image *im, size_t y, size_t N) {
+    const uint8_t *from = im->rgb + 3 * y * im->W;
+    for (size_t x = 0; x < im->W * N; x++) memcpy(row + 3 * x, from + 3 * (x / N), 3);
+}

@@ -173,15 +173,16 @@ Err png_decode(Rows *r, const uint8_t *bytes, size_t size) {
  * Out
  * ---------------------------------------------------------------------------------------------------------- */
 
-enum { KEY_BYTES = 79 };
 typedef struct {
     AtomicFile file;
     uint8_t *bytes; /* instead of the file */
     size_t size, capacity;
     int in_memory;
     const Image *im;
+    size_t enlarge;
+    uint8_t *row; /* enlarged */
     png_text *text;
-    char (*key)[KEY_BYTES + 1], **whole; /* of each text; a value with its key in front, or NULL */
+    char (*key)[PNG_KEY_BYTES + 1], **whole; /* of each text; a value with its key in front, or NULL */
     size_t n_text;
     int write_failed; /* err_text() already says what */
     png_structp png;
@@ -208,8 +209,7 @@ static void png_out_flush(png_structp png) {
     (void)png;
 }
 
-/* Whether s is well-formed UTF-8 with something beyond ASCII in it. */
-static int is_wide_utf8(const char *s) {
+int is_wide_utf8(const char *s) {
     int wide = 0;
     for (size_t n; *s; s += n) {
         n = utf8_length(s);
@@ -219,10 +219,9 @@ static int is_wide_utf8(const char *s) {
     return wide;
 }
 
-/* out = the key as a PNG can hold it: 1..79 printable ASCII characters, single spaces. Whether it was so. */
-static int fit_key(char out[KEY_BYTES + 1], const char *key) {
+int png_key(char out[PNG_KEY_BYTES + 1], const char *key) {
     size_t n = 0;
-    for (const char *p = key; *p && n < KEY_BYTES; p++) {
+    for (const char *p = key; *p && n < PNG_KEY_BYTES; p++) {
         if (*p == ' ' && (n == 0 || out[n - 1] == ' ')) continue;
         out[n++] = *p >= ' ' && *p <= '~' ? *p : '?';
     }
@@ -243,7 +242,7 @@ static Err png_texts(PngOut *p, const Config *text) {
         png_text *t = &p->text[i];
         const KeyValue *kv = &text->kv[i];
         t->text = kv->value;
-        if (!fit_key(p->key[i], kv->key)) {
+        if (!png_key(p->key[i], kv->key)) {
             const size_t bytes = strlen(kv->key) + strlen(kv->value) + 2;
             TRY(mem_alloc(&p->whole[i], bytes, 1, "PNG texts"));
             snprintf(p->whole[i], bytes, "%s %s", kv->key, kv->value);
@@ -267,13 +266,17 @@ static void free_texts(PngOut *p) {
 static void png_out_body(PngOut *p) {
     png_structp png = p->png;
     const Image *im = p->im;
+    const size_t N = p->enlarge;
     png_set_write_fn(png, p, png_out_write, png_out_flush);
     png_set_user_limits(png, PNG_UINT_31_MAX, PNG_UINT_31_MAX);
-    png_set_IHDR(png, p->info, (png_uint_32)im->W, (png_uint_32)im->H, 8, PNG_COLOR_TYPE_RGB, PNG_INTERLACE_NONE,
-                 PNG_COMPRESSION_TYPE_DEFAULT, PNG_FILTER_TYPE_DEFAULT);
+    png_set_IHDR(png, p->info, (png_uint_32)(im->W * N), (png_uint_32)(im->H * N), 8, PNG_COLOR_TYPE_RGB,
+                 PNG_INTERLACE_NONE, PNG_COMPRESSION_TYPE_DEFAULT, PNG_FILTER_TYPE_DEFAULT);
     if (p->n_text) png_set_text(png, p->info, p->text, (int)p->n_text);
     png_write_info(png, p->info);
-    for (size_t y = 0; y < im->H; y++) png_write_row(png, im->rgb + y * im->W * 3);
+    for (size_t y = 0; y < im->H * N; y++) {
+        if (y % N == 0) image_row_enlarged(p->row, im, y / N, N);
+        png_write_row(png, p->row);
+    }
     png_write_end(png, p->info);
 }
 
@@ -291,24 +294,33 @@ static Err png_encode(PngOut *p) {
     return e;
 }
 
-Err image_write_png(const char *path, const Image *im, const Config *text) {
-    if (im->H < 1 || im->W < 1 || im->H > PNG_UINT_31_MAX || im->W > PNG_UINT_31_MAX / 8)
+Err image_write_png_enlarged(const char *path, const Image *im, size_t enlarge, const Config *text) {
+    if (im->H < 1 || im->W < 1 || enlarge < 1 || im->H > PNG_UINT_31_MAX / enlarge ||
+        im->W > PNG_UINT_31_MAX / 8 / enlarge)
         return err("%s: a picture of %zu x %zu pixels cannot be a PNG", path, im->W, im->H);
-    PngOut p = {.im = im};
-    Err e = png_texts(&p, text);
+    PngOut p = {.im = im, .enlarge = enlarge};
+    Err e = mem_alloc(&p.row, im->W * enlarge, 3, "a row of a PNG");
+    if (e == OK) e = png_texts(&p, text);
     if (e == OK) e = atomic_open(&p.file, path);
     if (e == OK) e = atomic_close(&p.file, png_encode(&p));
     free_texts(&p);
+    free(p.row);
     return e;
 }
 
 Err image_encode_png(uint8_t **bytes, size_t *size, const Image *im, const Config *text) {
-    PngOut p = {.im = im, .in_memory = 1};
-    Err e = png_texts(&p, text);
+    PngOut p = {.im = im, .enlarge = 1, .in_memory = 1};
+    Err e = mem_alloc(&p.row, im->W, 3, "a row of a PNG");
+    if (e == OK) e = png_texts(&p, text);
     if (e == OK) e = png_encode(&p);
-    free(p.text);
+    free_texts(&p);
+    free(p.row);
     if (e != OK) free(p.bytes);
     *bytes = e == OK ? p.bytes : NULL;
     *size = p.size;
     return e;
+}
+
+Err image_write_png(const char *path, const Image *im, const Config *text) {
+    return image_write_png_enlarged(path, im, 1, text);
 }

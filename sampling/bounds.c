@@ -10,7 +10,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { CLASS_DRAWS = 8, PICTURE_DRAWS = 2 }; /* draws of the chain for a case; they divide BOUND_ROWS */
+enum { CLASS_DRAWS = 8, KEPT_DRAWS = 4, PICTURE_DRAWS = 2 }; /* draws of the chain for a case; they divide BOUND_ROWS */
 
 /* Cases whose bound is wanted: classes for one picture, or pictures. A batch has BOUND_ROWS / draws of them, n tokens
  * in all, of which the kept ones come first in the arrays of size (n) and (n,K). */
@@ -162,6 +162,23 @@ Err class_bounds(const Chain *chain, const int32_t *tokens, const uint8_t *keep,
     return e;
 }
 
+Err kept_bound(const Chain *chain, const int32_t *tokens, const uint8_t *keep, int32_t label, uint64_t seed,
+               double *bound) {
+    const size_t N = chain->h * chain->w;
+    if (!memchr(keep, 1, N)) return err("no token is kept");
+    Bound a = {.cases = 1,
+               .draws = KEPT_DRAWS,
+               .last = chain->schedule->T > 1 ? 2 : 1,
+               .one_picture = 1,
+               .tokens = tokens,
+               .keep = keep,
+               .label = label < 0 ? NULL : &label,
+               .N = N};
+    const Err e = bound_cases(&a, chain, seed, bound);
+    bound_free(&a);
+    return e;
+}
+
 Err picture_guesses(const Chain *chain, const int32_t *tokens, const int32_t *label, size_t n, uint64_t seed,
                     double *bound, float *entropy) {
     Bound a = {
@@ -175,4 +192,22 @@ Err picture_guesses(const Chain *chain, const int32_t *tokens, const int32_t *la
 Err picture_bounds(const Chain *chain, const int32_t *tokens, const int32_t *label, size_t n, uint64_t seed,
                    double *bound) {
     return picture_guesses(chain, tokens, label, n, seed, bound, NULL);
+}
+
+double blind_bound(const Chain *chain, int last) {
+    const size_t K = chain->K;
+    const int32_t x_0[2] = {0, 0}, x_t[2] = {0, K > 1};
+    double sum = 0;
+    real *q;
+    if (mem_alloc(&q, 2 * K, sizeof *q, "posterior") != OK) return NAN;
+    for (int t = chain->schedule->T; t >= last; t--) {
+        double kl[2] = {log((double)K), log((double)K)};
+        posterior(q, x_0, x_t, 2, K, chain->schedule, t);
+        for (size_t i = 0; i < 2 * K; i++)
+            if (q[i] > 0) kl[i / K] += (double)q[i] * log((double)q[i]);
+        const double same = (double)chain->schedule->alphacum[t] * (1 - 1 / (double)K) + 1 / (double)K;
+        sum += same * kl[0] + (1 - same) * kl[1];
+    }
+    free(q);
+    return sum;
 }

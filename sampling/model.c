@@ -465,7 +465,7 @@ Err decode_pictures(Model *m, const int32_t *tokens, size_t n, real *images) {
     TRY(vqgan_plan(m->vqgan, batch, m->side, m->side, 0));
     for (size_t b = 0; b < n; b += batch) {
         TRY(vqgan_decode_tokens(m->vqgan, tokens + b * N, min_size(batch, n - b), m->h, m->w, images + b * pixels));
-        progress_line("decoding picture %zu of %zu", b + 1, n);
+        if (n > batch) progress_line("decoding picture %zu of %zu", b + 1, n);
     }
     progress_end();
     return OK;

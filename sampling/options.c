@@ -6,6 +6,7 @@
 
 #include <errno.h>
 #include <math.h>
+#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -58,15 +59,40 @@ void sampling_parse(int argc, char **argv, const Option *own, SamplingArgs *a, c
          "where everything runs (default: a GPU if there is one)"},
         {OPT_SIZE, "--threads", "N", &a->threads, 0, 4096, "0 (default): all; the result does not depend on it"},
         {OPT_FLAG, "--show", NULL, &a->show, 0, 0, "draw the result in the terminal too"},
+        {OPT_STRING, "--animate", "FILE.png", &a->animate, 0, 0,
+         "also the way from noise to the pictures, as an animated PNG"},
+        {OPT_SIZE, "--enlarge", "N", &a->enlarge, 1, MAX_ENLARGE,
+         "every pixel becomes N x N of its colour, in all files (default 1)"},
+        {OPT_FLAG, "-v", NULL, &a->verbose, 0, 0, "say more: memory, processor, each scale's passes and guesses"},
+        {OPT_FLAG, "-q", NULL, &a->quiet, 0, 0, "say nothing but errors"},
         {OPT_END, NULL, NULL, NULL, 0, 0, NULL}};
     Option table[MOST];
     size_t n = 0;
     while (own[n].kind != OPT_END) n++;
     if (n + sizeof shared / sizeof *shared > MOST) die("%zu options, but room for %d", n, MOST);
     a->seed = fresh_seed();
+    a->enlarge = 1;
     memcpy(table, own, n * sizeof *own);
     memcpy(table + n, shared, sizeof shared);
     options_parse(argc, argv, table, intro);
+    if (a->quiet && a->verbose) usage_error("-q and -v: give one of them");
+    if (a->quiet) progress_off();
+    progress_patient();
+}
+
+void say(const SamplingArgs *a, const char *fmt, ...) {
+    va_list args;
+    va_start(args, fmt);
+    progress_end();
+    if (!a->quiet) vfprintf(stderr, fmt, args);
+    va_end(args);
+}
+
+void detail(const SamplingArgs *a, const char *fmt, ...) {
+    va_list args;
+    va_start(args, fmt);
+    if (a->verbose) vfprintf(stderr, fmt, args);
+    va_end(args);
 }
 
 /* out[t] for t = 1..T */
@@ -118,7 +144,7 @@ static void one_guidance(SampleOptions *o, const SamplingArgs *a, const Model *m
     for (int t = T; t >= 1; t--) {
         if (m->null_class[t] >= 0 || o->guidance[t] == 1) continue;
         o->guidance[t] = 1;
-        fprintf(stderr, "scale %d: --guidance 1, not %s: it was trained without --label-dropout\n", t, a->guidance);
+        say(a, "scale %d: --guidance 1, not %s: it was trained without --label-dropout\n", t, a->guidance);
     }
 }
 
@@ -176,9 +202,10 @@ static Err bundled_honours(const SamplingArgs *a, const Model *m, const NamedMod
     for (size_t i = 0; e == OK && i < sizeof given / sizeof *given; i++)
         if (given[i].list) e = parse_per_scale(value, m->schedule.T, given[i].list, 0, 1e9, given[i].option);
     if (e == OK) return OK;
-    return err("the official weights of %s (%s) are not here; \"make %s\" fetches them. The bundled model cannot stand "
-               "in for them: %s",
-               missing->name, missing->what, missing->name, err_text());
+    char fetch[FETCH_BYTES];
+    return err("the official weights of %s (%s) are not here; \"%s\" fetches them. The bundled model, emoji, cannot "
+               "stand in for them: %s",
+               missing->name, missing->what, models_fetch(fetch, missing->name), err_text());
 }
 
 void sampling_start(SamplingArgs *a, Model *m, const NamedModel **stand_in_for) {
@@ -186,6 +213,7 @@ void sampling_start(SamplingArgs *a, Model *m, const NamedModel **stand_in_for) 
     size_t format = 0;
     while (a->weights && format < 3 && strcmp(a->weights, formats[format]) != 0) format++;
     if (format == 3) usage_error("--weights %s: expected f32, bf16 or int8", a->weights);
+    char fetch[FETCH_BYTES];
     const int cuda = check_device(a->device);
     if (cuda && format == WEIGHTS_INT8) usage_error("--weights int8 is for --device cpu; on a GPU f32 or bf16");
     threads_set((int)a->threads);
@@ -197,17 +225,17 @@ void sampling_start(SamplingArgs *a, Model *m, const NamedModel **stand_in_for) 
     const NamedModel *missing = *stand_in_for;
     if (!missing) return;
     check(bundled_honours(a, m, missing));
-    fprintf(stderr,
-            "%s: the official weights of %s (%s) are not here; \"make %s\" fetches them.\n"
-            "Going on with the bundled model, emoji%s%s.\n",
-            program(), missing->name, missing->what, missing->name,
-            missing->stand_in && !a->class_name ? ", class " : "",
-            missing->stand_in && !a->class_name ? missing->stand_in : "");
+    say(a,
+        "%s: the official weights of %s (%s) are not here (\"%s\" fetches them). Going on with the bundled model: "
+        "emoji%s%s are drawn instead.\n",
+        program(), missing->name, missing->what, models_fetch(fetch, missing->name),
+        missing->stand_in && !a->class_name ? ", class " : "",
+        missing->stand_in && !a->class_name ? missing->stand_in : "");
     if (!a->class_name) a->class_name = missing->stand_in;
 }
 
 /* One line: which GPU, how exact, what goes there; dies if that does not fit. */
-static void say_gpu(const Model *m, const ModelMemory *need) {
+static void say_gpu(const SamplingArgs *a, const Model *m, const ModelMemory *need) {
     char text[CUDA_TEXT_BYTES], first[32], weights[32], plan[32], there[32], what[256];
     size_t available = 0;
     check(cuda_find(text, &available, NULL));
@@ -217,14 +245,14 @@ static void say_gpu(const Model *m, const ModelMemory *need) {
     snprintf(what, sizeof what, "GPU: first stage %s, largest scale %s, activations %s", first, weights, plan);
     check(memory_fits(need->gpu_first_stage + need->gpu_scale + need->gpu_activations, available, what,
                       "a smaller --batch takes less"));
-    fprintf(stderr, "device: %s; in %s\n", text,
-            m->weights == WEIGHTS_BF16 ? "bf16 (--device cpu: the processor)"
-                                       : "f32 (--weights bf16 is faster; --device cpu: the processor)");
-    fprintf(stderr, "GPU memory: first stage %s, largest scale %s, activations %s; %s free\n", first, weights, plan,
-            bytes_text(there, available));
+    say(a, "device: %s; in %s\n", text,
+        m->weights == WEIGHTS_BF16 ? "bf16 (--device cpu: the processor)"
+                                   : "f32 (--weights bf16 is faster; --device cpu: the processor)");
+    detail(a, "GPU memory: first stage %s, largest scale %s, activations %s; %s free\n", first, weights, plan,
+           bytes_text(there, available));
 }
 
-void sampling_memory(Model *m, size_t batch, size_t pictures) {
+void sampling_memory(const SamplingArgs *a, Model *m, size_t batch, size_t pictures) {
     ModelMemory need;
     char first[32], scale[32], rest[32], there[32], threads[96], what[PATH_BYTES + 256];
     size_t available = memory_available();
@@ -233,12 +261,12 @@ void sampling_memory(Model *m, size_t batch, size_t pictures) {
     snprintf(what, sizeof what, "%s: first stage %s, largest scale %s, activations and pictures %s", m->folder, first,
              scale, rest);
     check(memory_fits(need.total, available, what, "a smaller --batch or -n takes less"));
-    fprintf(stderr, "memory: first stage %s, largest scale %s, activations and pictures %s; ", first, scale, rest);
-    fprintf(stderr, "%s available\n", available == SIZE_MAX ? "unknown how much is" : bytes_text(there, available));
-    fprintf(stderr, "processor: %s, %s\n", vector_instructions(), threads_text(threads));
+    detail(a, "memory: first stage %s, largest scale %s, activations and pictures %s; ", first, scale, rest);
+    detail(a, "%s available\n", available == SIZE_MAX ? "unknown how much is" : bytes_text(there, available));
+    detail(a, "processor: %s, %s\n", vector_instructions(), threads_text(threads));
     if (m->cuda)
-        say_gpu(m, &need);
-    else
+        say_gpu(a, m, &need);
+    else if (!a->quiet)
         say_cpu();
 }
 
@@ -252,25 +280,28 @@ int sampling_progress(void *context, int t, size_t repeat, size_t done, size_t o
     size_t M = o->candidates;
     if (t != last_t || repeat != last_repeat || done < last) started = seconds(), first = done;
     last_t = t, last_repeat = repeat, last = done;
-    char time[32], left[64] = "", pass[48] = "";
+    char time[32], which[64], left[64] = "", pass[48] = "";
     double rate = done > first ? (double)(done - first) / (seconds() - started) : 0;
     if (o->chain[t] > 1) snprintf(pass, sizeof pass, ", pass %zu of %zu", repeat + 1, o->chain[t]);
     if (rate > 0) snprintf(left, sizeof left, ", %s left in this scale", duration(time, (double)(of - done) / rate));
-    progress_line("samples %llu to %llu: scale %d%s, token %zu of %zu, %.0f tokens/s%s",
-                  (unsigned long long)(o->first / M + 1), (unsigned long long)((o->first + o->n) / M), t, pass, done,
-                  of, rate * (double)o->n, left);
+    if (o->n == M)
+        snprintf(which, sizeof which, "picture %llu", (unsigned long long)(o->first / M + 1));
+    else
+        snprintf(which, sizeof which, "pictures %llu to %llu", (unsigned long long)(o->first / M + 1),
+                 (unsigned long long)((o->first + o->n) / M));
+    progress_line("%s: scale %d%s, token %zu of %zu%s", which, t, pass, done, of, left);
     return interrupted();
 }
 
-void say_drafts(const DraftCounts *counts, int T) {
+void say_drafts(const SamplingArgs *a, const DraftCounts *counts, int T) {
     for (int t = T; t >= 1; t--) {
         const DraftCounts *n = &counts[t];
         if (n->passes == 0) continue;
-        fprintf(stderr, "scale %d: %zu tokens in %zu passes, %.1f in each, over %zu positions", t, n->tokens, n->passes,
-                (double)n->tokens / (double)n->passes, n->positions);
+        detail(a, "scale %d: %zu tokens in %zu passes, %.1f in each, over %zu positions", t, n->tokens, n->passes,
+               (double)n->tokens / (double)n->passes, n->positions);
         if (n->tried > 0)
-            fprintf(stderr, "; %.0f%% of the drawn ones were as guessed", 100 * (double)n->right / (double)n->tried);
-        fprintf(stderr, "\n");
+            detail(a, "; %.0f%% of the drawn ones were as guessed", 100 * (double)n->right / (double)n->tried);
+        detail(a, "\n");
     }
 }
 

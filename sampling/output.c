@@ -32,6 +32,33 @@ static Err output_check(const char *option, const char *path) {
     return OK;
 }
 
+Err single_path(char path[PATH_BYTES], const char *folder, size_t number) {
+    return path_make(path, "%s%04zu.png", folder, number);
+}
+
+int is_out_folder(const char *path) {
+    const size_t n = strlen(path);
+    return n > 0 && path[n - 1] == '/';
+}
+
+/* A folder for single files, which is made if it is missing: that can be done, and was undone. */
+static Err out_folder_check(const char *option, const char *folder) {
+    char path[PATH_BYTES];
+    struct stat st;
+    TRY(path_make(path, "%s", folder));
+    for (size_t n = strlen(path); n > 1 && path[n - 1] == '/'; n--) path[n - 1] = 0;
+    const int there = stat(path, &st) == 0;
+    if (there && !S_ISDIR(st.st_mode)) return err("%s %s: is a file, expected a folder", option, path);
+    if (!there && mkdir(path, 0777) != 0) {
+        io_error(path, "make");
+        return err_in(option);
+    }
+    Err e = single_path(path, folder, 0);
+    if (e == OK) e = output_check(option, path);
+    if (!there) rmdir(folder);
+    return e;
+}
+
 static Err outputs_differ(const char *option, const char *path, const char *other, const char *other_path) {
     struct stat a, b;
     const int same_file = stat(path, &a) == 0 && stat(other_path, &b) == 0 && S_ISREG(a.st_mode) &&
@@ -40,15 +67,23 @@ static Err outputs_differ(const char *option, const char *path, const char *othe
     return err("%s and %s are the same file, %s: the second picture would replace the first", option, other, path);
 }
 
-Err outputs_check(const char *out, const char *chain) {
-    TRY(output_check("-o", out));
-    if (!chain) return OK;
-    TRY(output_check("--chain", chain));
-    return outputs_differ("-o", out, "--chain", chain);
+Err outputs_check(const char *out, const char *chain, const char *film) {
+    const struct { const char *option, *path; } given[] = {{"-o", out}, {"--chain", chain}, {"--animate", film}};
+    TRY(is_out_folder(out) ? out_folder_check("-o", out) : output_check("-o", out));
+    for (size_t i = 1; i < 3; i++) {
+        if (!given[i].path) continue;
+        TRY(output_check(given[i].option, given[i].path));
+        for (size_t k = 0; k < i; k++)
+            if (given[k].path) TRY(outputs_differ(given[k].option, given[k].path, given[i].option, given[i].path));
+    }
+    return OK;
 }
 
-Err output_grid_check(const char *option, size_t n, size_t side, size_t columns, size_t gap) {
-    size_t H, W;
-    if (image_grid_size(&H, &W, n, side, side, columns, gap) == OK) return OK;
-    return err("%s: %s; a smaller -n", option, err_text());
+Err output_grid_check(const char *option, size_t n, size_t side, size_t columns, size_t gap, size_t enlarge) {
+    size_t H, W, large_H, large_W;
+    if (image_grid_size(&H, &W, n, side, side, columns, gap) != OK)
+        return err("%s: %s; a smaller -n", option, err_text());
+    if (image_grid_size(&large_H, &large_W, 1, H * enlarge, W * enlarge, 1, 0) == OK) return OK;
+    return err("%s: a picture of %zu x %zu pixels is too large; a smaller -n or --enlarge", option, W * enlarge,
+               H * enlarge);
 }

@@ -74,6 +74,8 @@ enum { BOUND_ROWS = 8 }; /* rows in a batch of the following two */
  * scale, which the networks of t >= 2 have learnt to expect; scale 1, whose decoder has read nothing but clean
  * pictures, has no say unless it is the only one. n_classes forward passes per scale. */
 Err class_bounds(const Chain *c, const int32_t *tokens, const uint8_t *keep, uint64_t seed, double *bound);
+/* *bound = the same for one class alone; label -1: a model without classes. Fewer draws. */
+Err kept_bound(const Chain *c, const int32_t *tokens, const uint8_t *keep, int32_t label, uint64_t seed, double *bound);
 /* bound (n) = how unlikely the model finds each picture (n,N) of class label (n; NULL: a model without classes): the
  * variational bound as above, of all tokens and over all scales. Two draws of the chain for each. */
 Err picture_bounds(const Chain *c, const int32_t *tokens, const int32_t *label, size_t n, uint64_t seed, double *bound);
@@ -127,6 +129,17 @@ Err draw_classes(int32_t **label, const Model *m, const char *name, uint64_t see
 Err draw_pictures(Draw *d);
 void draw_free(Draw *d);
 
+/* What the bound of scales T..last would be if every token were guessed blindly, p = 1/K: for all of them and last = 1 it
+ * is somewhat more than ln K. */
+double blind_bound(const Chain *c, int last);
+
+/* ---- score.c ---- */
+
+enum { SCORE_BYTES = 160, MAX_SCORED = 1024 };
+/* What is a good bound of a whole picture: what blind guessing has, and, if the model's file says it
+ * (imagebart.own_nats), what the model's good pictures have. */
+const char *score_anchors(char text[SCORE_BYTES], const Chain *c, const Config *meta);
+
 /* ---- nearest.c ---- */
 
 /* How near drawn pictures, tokens (n,N), come to the training pictures of the dataset at path, mirrored ones included:
@@ -140,13 +153,17 @@ Err nearest_check(const char *path);
 /* On stdout: the named models, which of them are here, how to get the others. */
 Err list_models(void);
 
-/* ---- output.c: where a picture will go, looked at before the work; errors name the option ---- */
+/* ---- output.c: where pictures will go, looked at before the work; errors name the option ---- */
 
-/* PNGs can be written there: the folders are there and writable, the names are not other formats', and two files.
- * Nothing is left there. chain: NULL when none is wanted. */
-Err outputs_check(const char *out, const char *chain);
-/* A grid of n pictures (side,side) is not too large for image_grid. */
-Err output_grid_check(const char *option, size_t n, size_t side, size_t columns, size_t gap);
+/* "DIR/": a file for each picture goes there. */
+int is_out_folder(const char *path);
+/* folder, which ends in '/', and 0001.png */
+Err single_path(char path[PATH_BYTES], const char *folder, size_t number);
+/* PNGs can be written there: the folders are there and writable (out may be DIR/, which is made), the names are not other
+ * formats', and no two are the same file. Nothing is left there. chain, film: NULL when none is wanted. */
+Err outputs_check(const char *out, const char *chain, const char *film);
+/* A grid of n pictures (side,side), enlarged, is not too large for image_grid and for those who read it. */
+Err output_grid_check(const char *option, size_t n, size_t side, size_t columns, size_t gap, size_t enlarge);
 
 /* ---- terminal.c ---- */
 
@@ -159,7 +176,9 @@ typedef struct {
     const char *model, *out, *class_name, *temperature, *top_k, *guidance, *chain_length, *device, *weights;
     size_t n, first, batch, block, threads; /* first: number of the first picture */
     uint64_t seed;                          /* the user's or a new one; it is printed and kept in the PNG */
-    int official_temperature, no_ema, show;
+    const char *animate;                    /* where the chain goes as an animated PNG, or NULL */
+    size_t enlarge;                         /* a pixel becomes so many squared */
+    int official_temperature, no_ema, show, quiet, verbose;
 } SamplingArgs;
 /* options_parse with the program's own rows, then those that both have, which fill *a. */
 void sampling_parse(int argc, char **argv, const Option *own, SamplingArgs *a, const char *intro);
@@ -176,12 +195,15 @@ void sampling_options(SampleOptions *o, const SamplingArgs *a, const Model *m, D
 Err sampling_many(size_t *M, const Model *m, size_t given, DrawKind kind);
 /* Rows of the decoder's batch for n samples: with guidance at any scale two for each, with its class and with none. */
 size_t sampling_rows(const SampleOptions *o, int T, size_t n);
-/* On stderr: how much memory this takes (see model_memory) and how much there is, and which vectors and how many
+/* On stderr unless -q; on stderr with -v alone. */
+void say(const SamplingArgs *a, const char *fmt, ...) PRINTF_LIKE(2, 3);
+void detail(const SamplingArgs *a, const char *fmt, ...) PRINTF_LIKE(2, 3);
+/* On stderr, with -v: how much memory this takes (see model_memory) and how much there is, and which vectors and how many
  * threads compute; dies if memory does not suffice. */
-void sampling_memory(Model *m, size_t batch, size_t pictures);
+void sampling_memory(const SamplingArgs *a, Model *m, size_t batch, size_t pictures);
 int sampling_progress(void *context, int t, size_t repeat, size_t done, size_t of); /* SampleOptions.progress */
 /* A line on stderr per scale: how many passes of the decoder it took, and how good the guesses were. */
-void say_drafts(const DraftCounts *counts, int T);
+void say_drafts(const SamplingArgs *a, const DraftCounts *counts, int T);
 /* The name of a file or folder without those above it: a picture is passed on, and tells nobody's folders. */
 const char *last_part(const char *path);
 /* "0.75,0.5,0.4": x[T] .. x[1], each with as many digits as bring it back. */
@@ -190,6 +212,48 @@ const char *scales_text(char list[MAX_SCALES * 32], const double *x, int T);
  * it is of several. */
 Err sampling_text(Config *text, const SamplingArgs *a, const SampleOptions *o, const Model *m);
 Err sampling_text_place(Config *text, size_t n, uint64_t first, int of_several);
+
+/* ---- sheet.c: pictures from tokens, into files ---- */
+
+enum { SHEET_GAP = 2, MAX_ENLARGE = 64 }; /* white pixels between the pictures of a grid */
+typedef struct {
+    Model *model;
+    const SamplingArgs *args;
+    const SampleOptions *options;
+    const Config *text;    /* what files say of themselves beside the options, or NULL */
+    const int32_t *label;  /* (n) classes, or NULL */
+    const Image *original; /* (side,side) whose kept pixels are put back, or NULL */
+    const uint8_t *keep;   /* (side,side) */
+    int no_paste, compare; /* compare: grids begin with the original, and with what is kept of it */
+} Sheet;
+size_t sheet_columns(const Sheet *s, size_t n); /* of a grid of n */
+/* A grid of the pictures of tokens (n,N). */
+Err sheet_write(const Sheet *s, const int32_t *tokens, size_t n, size_t columns, const char *path);
+/* folder/0001.png ..., from *first on, which is behind what is there already. */
+Err sheet_singles(const Sheet *s, const int32_t *tokens, size_t n, const char *folder, size_t *first);
+/* chain (n,steps,N) as an animated PNG, a frame a step. */
+Err sheet_animate(const Sheet *s, const int32_t *chain, size_t n, size_t steps, const char *path);
+/* All that was asked for: args->out, a grid or single files; the chain, unless NULL, into args->animate. Says where on
+ * stdout, and shows it in the terminal where that was asked for. */
+Err sheet_files(const Sheet *s, const int32_t *tokens, const int32_t *chain, size_t n, size_t steps);
+
+/* ---- score.c ---- */
+/* What tells whether a picture is like those that the model has learnt. Photographs, to a model of emoji, differ most in
+ * how badly its first stage draws them; what a good first stage of other things can draw, the bound tells. */
+typedef struct {
+    double nats, blind; /* the bound per kept token; what blind guessing would have */
+    double error;       /* rms, pixels in 0..1, between the kept part and the first stage's of it */
+    double nats_known[2],
+        error_known[2]; /* least (0: unknown) and most of what the model knows: imagebart.familiar_nats,
+                                           * .familiar_error of its file, else a share of blind, and 0.15 */
+    int unlike;
+} Familiar;
+/* image (3,side,side); its tokens (N), some of which are kept; label -1: a model without classes. */
+Err familiar(Familiar *f, Model *m, const real *image, const int32_t *tokens, const uint8_t *keep, int32_t label,
+             uint64_t seed);
+void familiar_warn(const SamplingArgs *a, const Model *m, const Familiar *f);
+/* ./sample --score: a line on stdout for each picture. */
+Err score_pictures(SamplingArgs *a, OptionList *pictures);
 
 #ifdef __cplusplus
 }

@@ -28,7 +28,7 @@ refused() { # refused WORD COMMAND...: exit status 2 and one line that holds WOR
 }
 
 # Greedy, so that a picture shows which tokens were likeliest at every step; rounding may shift a colour by one.
-draw() { "$any/sample" models/emoji -n 4 --top-k 1 --seed "$2" -o "$dir/$1.png"; }
+draw() { "$any/sample" models/emoji -v -n 4 --top-k 1 --seed "$2" -o "$dir/$1.png"; }
 train() { "$any/train" --config test/tiny.txt --data "$dir/data" --run "$dir/$1" --scale 1 --steps 5; }
 loss() { awk '$1 == "scale1" && $2 == 5 { print $3 }' "$dir/$1/log.tsv"; }
 close_to() { awk "BEGIN { a = $1 + 0; b = $2 + 0; d = a - b; exit !(a > 0 && d * d < 1e-6 * a * a) }"; }

@@ -34,6 +34,10 @@ static int is_taken_over(const char *key) {
                                        "imagebart.chain_length",
                                        "imagebart.candidates",
                                        "imagebart.inpaint_chain_length",
+                                       "imagebart.best_of",
+                                       "imagebart.own_nats",
+                                       "imagebart.familiar_nats",
+                                       "imagebart.familiar_error",
                                        NULL};
     return is_one_of(key, keys);
 }
