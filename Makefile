@@ -188,7 +188,7 @@ endif
 
 # the files of ./train beside train.c and the components
 TRAIN := $(addprefix training/,folder memory state bad_batches edited official settings log view report encoded gan \
-         codes schedule first_stage second_stage parallel)
+         codes schedule ahead first_stage second_stage parallel)
 # the files of ./sample alone
 DRAWING := $(addprefix sampling/,nearest list)
 $B/training/parallel.o: CFLAGS += $(if $(HAVE_MPI),-DHAVE_MPI $(MPI_CFLAGS))

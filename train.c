@@ -379,45 +379,51 @@ static void draw_samples(const Settings *o) {
     die("%s: %s; when it is built: ./sample %s", sample, strerror(errno), o->run);
 }
 
-/* Whatever the transitions would refuse when the first stage is trained, an hour from now, is said at once. Those that
- * were begun have passed. */
-static Err check_ahead(const Settings *given, size_t T) {
+/* Whatever the transitions would refuse when the first stage is trained, an hour from now, is said at once; those that
+ * were begun have passed. *a: how much they will be. */
+static Err check_ahead(const Settings *given, size_t T, Ahead *a) {
     Settings o = *given;
     VqganConfig c;
-    Dataset pictures = {0};
+    Dataset train = {0}, val = {0};
     o.vqgan = 1;
     Stage first = new_stage(&o);
     Err e = settings_read(&first, NULL);
-    if (e == OK) e = first_stage_config(&c, &first.recipe, NULL, NULL);
+    if (e == OK) e = first_check(&first, &c);
+    if (e == OK) ahead_add(a, &first);
     free_stage(&first);
     o.vqgan = 0;
     for (o.scale = 1; e == OK && o.scale <= T; o.scale++) {
         Stage s = new_stage(&o);
-        if (!state_exists(&s)) {
-            s.train = pictures; /* opened once, if a scale needs to know them */
-            e = settings_read(&s, NULL);
-            if (e == OK) e = second_check(&s, &c, open_pictures);
-            pictures = s.train;
-            memset(&s.train, 0, sizeof s.train);
-        }
+        s.train = train, s.val = val; /* opened once */
+        e = settings_read(&s, NULL);
+        if (e == OK) e = second_check(&s, &c, open_pictures);
+        if (e == OK) ahead_add(a, &s);
+        if (state_exists(&s)) e = OK;
+        train = s.train, val = s.val;
+        memset(&s.train, 0, sizeof s.train), memset(&s.val, 0, sizeof s.val);
         free_stage(&s);
     }
-    dataset_close(&pictures);
-    return e;
+    dataset_close(&train);
+    dataset_close(&val);
+    return e == OK ? ahead_disk(a, given) : e;
 }
 
 /* Every stage in turn, finished ones in no time, then samples. */
 static void train_all(const Settings *given) {
     Settings o = *given;
+    Ahead ahead = {0};
     size_t T = 1;
     o.resume = 1;
     check_all(count_scales(&o, NULL, &T));
-    check_all(check_ahead(&o, T));
-    o.vqgan = 1;
+    check_all(check_ahead(&o, T, &ahead));
+    o.vqgan = 1, o.later = work_behind(&ahead, 0);
     train_and_remap(&o);
     o.vqgan = 0;
     if (o.init && is_file(o.init)) o.init = NULL; /* it is a first stage's */
-    for (o.scale = 1; o.scale <= T && !any_interrupted(); o.scale++) train(&o);
+    for (o.scale = 1; o.scale <= T && !any_interrupted(); o.scale++) {
+        o.later = work_behind(&ahead, o.scale);
+        train(&o);
+    }
     if (any_interrupted()) return;
     ranks_end();
     if (rank() == 0) draw_samples(&o);

@@ -272,6 +272,7 @@ ok "soon without a word" test "$(grep -c 'passed over' "$dir/said")" -eq 3
 ok "not gone back from" sh -c "! grep -q 'back to step' '$dir/said'"
 ok "and all noted" test "$(grep -c 'gradient spike, passed over$' "$dir/steep/skipped_batches.tsv")" -eq 13
 ok "every step is in the log" every_step_once steep scale1 60
+ok "a stage alone tells its own time" said '^scale1 step 1/60 .* left$'
 ok "the steps move nothing" test "$(awk '$1 == "scale1" && $2 == 41 { print $6 }' FS='\t' "$dir/steep/log.tsv")" = 0
 begin steep-killed --scale 1 --steps 60
 until_there said "passed over"
@@ -292,10 +293,12 @@ unset IMAGEBART_TEST_NAN
 cp -r "$dir/first" "$dir/all" && rm -f "$dir"/all/scale*
 export IMAGEBART_TEST_SPIKE=scale2:94,96,98,100,102,104,106,108
 ok "--all: loss spikes one after the other" train --run "$dir/all" --all --steps 60
+ok "with what it will take" said "^disk: all stages will take about [0-9.]* MiB more in $dir/all, .* free$"
+ok "and the time left, of all stages too" said '^vqgan step 31/60 .* left, all stages about [0-9.]* '
 ok "are gone back from" test "$(grep -c 'loss spike.*back to step' "$dir/said")" -eq 5
 ok "then passed over" said 'loss spike.*the step is passed over'
 ok "to the samples" test -s "$dir/all/samples.png"
-ok "which are drawn again" train --run "$dir/all" --all --steps 60
+ok "which are drawn again" train --run "$dir/all" --all --steps 60 --no-wait
 ok "after a word for each stage" test "$(grep -c '^[a-z0-9]*: .*, finished after 60 steps: ' "$dir/said")" -eq 4
 ok "that says what it is" said "^scale2: x_2 -> x_1, finished after 60 steps: $dir/all/scale2.safetensors$"
 ok "and no more" sh -c "! grep -q 'continuing\|disk:' '$dir/said'"
@@ -526,6 +529,16 @@ if mkdir "$dir/small" && mount -t tmpfs -o size=8m tmpfs "$dir/small" 2>/dev/nul
     ok "that has room again" test $? -eq 0
     ok "holds the same state" same small/run whole scale1
     ok "and every step in the log" every_step_once small/run scale1 $steps
+    rm -rf "$dir/small/run"
+    ok "--all knows before the first step that a disk is too small" fails \
+        "small/run/all: all stages will take about 1[0-9] MiB more, 8.0 MiB free: [0-9.]* MiB are missing (without --no-wait" --run "$dir/small/run/all" --all --no-wait
+    ok "and makes nothing" test ! -e "$dir/small/run"
+    begin small/all --all --steps 100000
+    until_there said 'step 1/'
+    kill -INT $pid
+    wait $pid 2>/dev/null
+    ok "otherwise it says what will come" said "^disk: all stages will take about .* MiB are missing; when the disk is full, training waits until there is room$"
+    ok "and goes on" test -e "$dir/small/all/vqgan.state.safetensors"
 else
     echo "SKIP a full disk: mounting a small tmpfs needs root"
 fi

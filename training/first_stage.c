@@ -291,16 +291,21 @@ static Err first_plan(Stage *s) {
     return mem_alloc(&f->val_usage, n_embed, sizeof *f->val_usage, "code usage");
 }
 
+Err first_check(Stage *s, VqganConfig *c) {
+    TRY(first_stage_config(c, &s->recipe, NULL, NULL));
+    TRY(vqgan_create(&s->vqgan, c, 0));
+    s->params = vqgan_params(s->vqgan);
+    s->size = c->resolution;
+    TRY(prep_size_check(&s->recipe, s->size));
+    s->h = s->w = s->size >> (c->levels - 1);
+    s->N = s->h * s->w;
+    return OK;
+}
+
 Err first_build(Stage *s) {
     VqganConfig c;
     size_t plan = 0, tables = 0; /* bytes where it computes; of other networks' parameters, which the host has too */
-    TRY(first_stage_config(&c, &s->recipe, NULL, NULL));
-    TRY(vqgan_create(&s->vqgan, &c, 0));
-    s->params = vqgan_params(s->vqgan);
-    s->size = c.resolution;
-    TRY(prep_size_check(&s->recipe, s->size));
-    s->h = s->w = s->size >> (c.levels - 1);
-    s->N = s->h * s->w;
+    TRY(first_check(s, &c));
     if (s->set.cuda) TRY(vqgan_use_cuda(s->vqgan, gpu_precision(s)));
     TRY(vqgan_plan_bytes(s->vqgan, s->batch, s->size, s->size, 1, &plan));
     TRY(open_perceptual(s, &plan, &tables));

@@ -286,6 +286,18 @@ Err gan_collect_state(const Stage *s, TensorList *list) {
     return tensor_list_params(list, s->first.gan->params, '2', "adam.v.", DT_F32);
 }
 
+size_t gan_state_bytes(const Stage *s) {
+    int wanted = config_get(&s->recipe, LOSS, "disc_start") != NULL;
+    DiscConfig c;
+    Discriminator *d = NULL;
+    size_t bytes = 0;
+    if (config_flag(&wanted, &s->recipe, "train.", "discriminator", 1) != OK || !wanted) return 0;
+    if (disc_config_read(&c, &s->recipe, LOSS) == OK && disc_create(&d, &c) == OK)
+        bytes = 3 * disc_params(d)->total * sizeof(float);
+    disc_free(d);
+    return bytes;
+}
+
 Err gan_load_state(Stage *s, const Checkpoint *ck) {
     if (!s->first.gan) return OK;
     TRY(params_load(s->first.gan->params, ck, 'v', "value."));

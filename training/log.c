@@ -36,6 +36,7 @@ Err log_open(Stage *s, Log *log) {
     snprintf(log->path, sizeof log->path, "%s/log.tsv", s->set.run);
     TRY(retry_when_full(s, log_rewind, log->path, 0));
     log->started = seconds();
+    log->work = s->set.later > 0 ? step_work(s) : 0;
     log->first_step = s->step;
     return retry_when_full(s, list_skipped, NULL, 0);
 }
@@ -65,15 +66,20 @@ Err log_step(Stage *s, Log *log, const Step *step, const Metrics *val, const Met
 }
 
 void show_step(const Stage *s, Log *log, const Step *step) {
-    char left[32], own[96] = "";
+    char left[32], later[32], all[64] = "", own[96] = "";
     const Metrics *m = &step->mean;
     const double per_step = (seconds() - log->started) / (double)(s->step - log->first_step);
     log->rate = (double)(s->global_batch * s->set.accumulate) / per_step;
-    duration(left, per_step * (double)(s->set.steps - s->step));
+    const double steps = (double)(s->set.steps - s->step);
+    duration(left, per_step * steps);
+    if (log->work > 0)
+        snprintf(all, sizeof all, ", all stages about %s",
+                 duration(later, per_step * (steps + s->set.later / log->work)));
     if (s->kind->progress) s->kind->progress(s, own);
-    progress_line("%s step %llu/%zu | loss %.4f | %s %.4f | %s %.4f%s | lr %.2e | norm %.3f | %.1f images/s | %s left",
-                  s->name, (unsigned long long)s->step, s->set.steps, m->loss, s->kind->part_name[0], m->part[0],
-                  s->kind->part_name[1], m->part[1], own, step->lr, step->norm, log->rate, left);
+    progress_line(
+        "%s step %llu/%zu | loss %.4f | %s %.4f | %s %.4f%s | lr %.2e | norm %.3f | %.1f images/s | %s left%s", s->name,
+        (unsigned long long)s->step, s->set.steps, m->loss, s->kind->part_name[0], m->part[0], s->kind->part_name[1],
+        m->part[1], own, step->lr, step->norm, log->rate, left, all);
 }
 
 Err evaluate_both(Stage *s, Metrics *val, Metrics *ema) {

@@ -210,7 +210,7 @@ Err second_check(Stage *s, const VqganConfig *first, Err (*open_pictures)(Stage 
     s->second.t = (int)s->set.scale;
     TRY(read_schedule(s));
     TRY(net_config_read(&c, &s->recipe, "model.params."));
-    if (c.has_class && s->train.n == 0) TRY(open_pictures(s));
+    if (s->train.n == 0) TRY(open_pictures(s));
     s->size = first->resolution;
     s->h = s->w = s->size >> (first->levels - 1);
     s->N = s->h * s->w;

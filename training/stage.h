@@ -16,6 +16,7 @@
  *     encoded.c         the data set as tokens
  *     gan.c codes.c     the first stage's discriminator and its codebook
  *     schedule.c        --schedule psim
+ *     ahead.c           --all before its first step: work and disk
  *     first_stage.c     pictures -> tokens -> pictures: all but the micro batch, which train.c shows
  *     second_stage.c    tokens x_t -> x_{t-1}: the same
  *
@@ -47,6 +48,7 @@
 typedef struct {
     const char *program; /* as it was called */
     int cuda;            /* on the GPU */
+    double later;        /* with --all: the work of the stages behind this one, as ahead.c counts it */
 
     /* the user's alone */
     const char *model, *data, *list, *val_list, *run, *config, *init, *device, *precision, *schedule;
@@ -274,6 +276,10 @@ Err check_first_stage(const Stage *s, const char *path);
 int ended_early(const Stage *s);
 Err use_best(Stage *s);
 void say_disk(Stage *s); /* how much of it checkpoints take */
+/* Before the stage is built, its parameters' table is enough: what its states and weights will take when it is done, of
+ * which *state is one state, with `others` in it of other networks, and *there what there is of them. How many steps its weights have: all, if it ended early. */
+size_t planned_bytes(const Stage *s, size_t others, size_t *state, size_t *there);
+size_t trained_steps(const Stage *s);
 void history_start(History *h);
 void forget_recent(real recent[2 * RECENT]);
 void forget_steps(History *h); /* the loss will be another one from here on */
@@ -333,6 +339,7 @@ Err view_close(Stage *s, void *view);
 typedef struct {
     char path[PATH_BYTES], line[512];
     double started, rate; /* when; pictures a second */
+    double work;          /* of a step, where stages follow */
     uint64_t first_step;
 } Log;
 Err log_open(Stage *s, Log *log);
@@ -382,6 +389,7 @@ Err gan_gather(const Stage *s); /* from the GPU; an error unless all ranks have 
 Err gan_collect_state(const Stage *s, TensorList *list);
 Err gan_load_state(Stage *s, const Checkpoint *ck);
 Err gan_start_from(Stage *s, const Checkpoint *ck);
+size_t gan_state_bytes(const Stage *s); /* of a stage that is not built: as the recipe says */
 int gan_log(const Stage *s, char *text, size_t size);
 const char *gan_progress(const Stage *s, char text[96]);
 
@@ -394,6 +402,19 @@ int log_codes(const Stage *s, char *text, size_t size, const Metrics *val); /* t
 Err fit_to_codes(Stage *s, NetConfig *c);
 Err remap_first_stage(Stage *s);
 
+/* ahead.c: what the stages of --all will be. step_work: multiply-adds of a step of this stage; it is built, or checked as
+ * below. add: a stage that was checked. behind: of all stages after that of this index, 0: the first stage. disk: says how
+ * much of it is needed, or refuses. */
+typedef struct {
+    double work[MAX_SCALES + 1];  /* that is left */
+    size_t bytes, moment, tokens; /* of the disk, beyond what is there: in the end, and while a state is written; files of
+                                   * tokens */
+} Ahead;
+double step_work(const Stage *s);
+void ahead_add(Ahead *a, const Stage *s);
+double work_behind(const Ahead *a, size_t index);
+Err ahead_disk(const Ahead *a, const Settings *o);
+
 /* schedule.c: RUN/psim.txt, a curve for schedule_make, from the run's first stage and held-out pictures; the recipe's
  * line on stdout */
 Err metric_schedule(Stage *s);
@@ -401,6 +422,7 @@ Err metric_schedule(Stage *s);
 /* first_stage.c. next_pictures: images (B,3,size,size) of a micro batch. add_perceptual: *mean = LPIPS of B
  * reconstructions, 0 without; dxrec += weight times the gradient of its part of the loss. */
 Err first_build(Stage *s);
+Err first_check(Stage *s, VqganConfig *c); /* --all, before the first step: its configuration and table of parameters */
 Err next_pictures(Stage *s, uint64_t micro, const real **images);
 Err add_perceptual(Stage *s, const real *images, const real *xrec, size_t B, double weight, double *mean, real *dxrec);
 Err first_after_step(Stage *s);

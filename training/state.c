@@ -17,6 +17,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <sys/statvfs.h>
 #include <unistd.h>
 #include <zlib.h>
@@ -384,6 +385,29 @@ void say_disk(Stage *s) {
     if (statvfs(s->set.run, &disk) == 0)
         fprintf(stderr, ", %s free", bytes_text(left, (size_t)disk.f_bavail * disk.f_frsize));
     fprintf(stderr, "\n");
+}
+
+static size_t file_size(const char *path) {
+    struct stat st;
+    return stat(path, &st) == 0 ? (size_t)st.st_size : 0;
+}
+
+size_t planned_bytes(const Stage *s, size_t others, size_t *state, size_t *there) {
+    const size_t n = s->params->total, weights = n * dtype_size(s->store);
+    char path[PATH_BYTES];
+    *state = n * (3 + (s->kind->ema != 0)) * sizeof(float) + others;
+    *there = file_size(run_path(s, path, ".safetensors")) + file_size(run_path(s, path, ".best.safetensors"));
+    for (size_t i = 0; i < s->set.keep; i++) *there += file_size(state_path(s, path, i));
+    return s->set.keep * *state + 2 * weights;
+}
+
+size_t trained_steps(const Stage *s) {
+    char path[PATH_BYTES];
+    size_t step;
+    int early = 0;
+    if (!state_exists(s) || !file_exists(run_path(s, path, ".safetensors"))) return 0; /* not trained, or copied here */
+    if (step_of(&step, &early, path) != OK) return 0;
+    return early ? s->set.steps : step == NONE ? 0 : step;
 }
 
 /* ------------------------------------------------------------------------------------------------------------
