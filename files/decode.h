@@ -63,10 +63,12 @@ void resizer_free(Resizer *r); /* NULL is fine */
 
 /* ---- rows.c: where a decoder's rows go ---- */
 typedef struct {
-    int how;     /* IMAGE_* flags */
-    Prep prep;   /* the picture is prepared as prep_resize does, ... */
-    size_t size; /* ... to this size; 0: it stays as it is */
-    Image *out;  /* the result */
+    int how;      /* IMAGE_* flags */
+    Prep prep;    /* the picture is prepared as prep_resize does, ... */
+    size_t size;  /* ... to this size; 0: it stays as it is */
+    size_t most;  /* pixels at most, 0: see image_size_check; ... */
+    int too_many; /* ... there are more */
+    Image *out;   /* the result */
     /* from rows_begin on */
     size_t H, W; /* of the file */
     int orientation;

@@ -347,6 +347,7 @@ void tensor_list_free(TensorList *list);
 typedef struct {
     size_t H, W;
     uint8_t *rgb;     /* (H,W,3) */
+    uint8_t *alpha;   /* (H,W) or NULL: opaque. PNGs are written with it; nothing else looks at it. */
     const char *note; /* what of the file is left out, such as the other pictures of an animation; NULL: nothing */
 } Image;
 enum { IMAGE_MAX_SIDE = 32768 };
@@ -354,15 +355,20 @@ enum { IMAGE_MAX_SIDE = 32768 };
 enum {
     IMAGE_UPRIGHT = 1, /* as it was held (EXIF, XMP); else as it lies in the file */
     IMAGE_OFFICIAL =
-        2,             /* as Pillow's convert("RGB") does: alpha is dropped, of 16 bits the upper 8 stay, CMYK is always
+        2, /* as Pillow's convert("RGB") does: alpha is dropped, of 16 bits the upper 8 stay, CMYK is always
                            inverted; else alpha is composited on white, 16 bits are rounded, and CMYK is inverted after an
                            Adobe marker */
-    IMAGE_ON_BLACK = 4 /* alpha is composited on black: masks, whose black parts and whose transparent ones are holes */
+    IMAGE_ON_BLACK =
+        4, /* alpha is composited on black: masks, whose black parts and whose transparent ones are holes */
+    IMAGE_STRAIGHT = 8, /* the colours as they are beside alpha */
+    IMAGE_ALPHA = 16    /* of a PNG or a WebP: alpha as grey */
 };
 enum { DECODE_BYTES = 128 << 20 }; /* that all threads together take to decode pictures, but for a huge one */
 /* PNG, JPEG or (where libwebp was found) WebP, told by content, as 8-bit RGB. Truncated or foreign content is DAMAGED;
  * no memory is FAILED. Errors name no file. */
 Err image_decode(Image *im, const uint8_t *bytes, size_t size, int how);
+/* The same of at most that many pixels (0: as image_decode); *too_many is set where there are more. */
+Err image_decode_most(Image *im, const uint8_t *bytes, size_t size, int how, size_t pixels, int *too_many);
 /* A file; errors name it. image_read: IMAGE_UPRIGHT. */
 Err image_read_as(Image *im, const char *path, int how);
 Err image_read(Image *im, const char *path);
@@ -410,7 +416,12 @@ Err image_square(Image *im, Prep prep, size_t size);
 /* keep (size,size) = 1 where the same square of a mask is light: the mean of red, green and blue is 128 or more in all
  * pixels that lie there, so that no thin stroke is lost. invert: where it is dark. */
 Err mask_square(uint8_t *keep, const Image *mask, Prep prep, size_t size, int invert);
-/* mask.c. keep (size,size) = 1 where the mask in a file keeps the picture of H x W pixels that it belongs to; its own
+/* mask.c. Light parts of a mask stay, dark ones are holes: how it is seen, given what of it is transparent. *note: how that
+ * was taken; NULL: nothing is. pixels, too_many: see image_decode_most. */
+Err mask_decode(Image *mask, const char **note, const uint8_t *bytes, size_t size, int invert, size_t pixels,
+                int *too_many);
+int mask_keeps(const Image *mask, size_t y, size_t x, int invert);
+/* keep (size,size) = 1 where the mask in a file keeps the picture of H x W pixels that it belongs to; its own
  * size is that or (size,size). Errors name the file. *note: how its transparent parts were taken; NULL: it has none. */
 Err mask_read(uint8_t *keep, const char **note, const char *path, Prep prep, size_t size, size_t H, size_t W,
               int invert);

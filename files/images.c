@@ -108,9 +108,16 @@ static Err decode_rows(Rows *r, const uint8_t *bytes, size_t size) {
     }
 }
 
+Err image_decode_most(Image *im, const uint8_t *bytes, size_t size, int how, size_t pixels, int *too_many) {
+    Rows r = {.how = how, .out = im, .most = pixels};
+    const Err e = rows_end(&r, decode_rows(&r, bytes, size));
+    *too_many = r.too_many;
+    return e;
+}
+
 Err image_decode(Image *im, const uint8_t *bytes, size_t size, int how) {
-    Rows r = {.how = how, .out = im};
-    return rows_end(&r, decode_rows(&r, bytes, size));
+    int too_many;
+    return image_decode_most(im, bytes, size, how, 0, &too_many);
 }
 
 Err image_decode_prepared(Image *im, const uint8_t *bytes, size_t size, Prep prep, size_t side) {

@@ -56,23 +56,40 @@ static const char *kind_note(MaskKind kind, int invert) {
     }
 }
 
+int mask_keeps(const Image *mask, size_t y, size_t x, int invert) {
+    return is_light(mask->rgb + 3 * (y * mask->W + x)) == !invert;
+}
+
+Err mask_decode(Image *mask, const char **note, const uint8_t *bytes, size_t size, int invert, size_t pixels,
+                int *too_many) {
+    Image white = {0};
+    TRY(image_decode_most(mask, bytes, size, IMAGE_UPRIGHT | IMAGE_ON_BLACK, pixels, too_many));
+    TRY(image_decode(&white, bytes, size, IMAGE_UPRIGHT));
+    const MaskKind kind = mask_kind(mask, &white);
+    for (size_t i = 0; i < mask->H * mask->W && kind == MASK_PICTURE; i++)
+        memset(mask->rgb + 3 * i, is_solid(mask->rgb + 3 * i, white.rgb + 3 * i) ? 255 : 0, 3);
+    *note = kind_note(kind, invert);
+    if (kind == MASK_PAINT) {
+        uint8_t *black = mask->rgb;
+        mask->rgb = white.rgb, white.rgb = black;
+    }
+    image_free(&white);
+    return OK;
+}
+
 Err mask_read(uint8_t *keep, const char **note, const char *path, Prep prep, size_t size, size_t H, size_t W,
               int invert) {
-    Image black = {0}, white = {0};
-    Err e = image_read_as(&black, path, IMAGE_UPRIGHT | IMAGE_ON_BLACK);
-    if (e == OK) e = image_read_as(&white, path, IMAGE_UPRIGHT);
-    if (e == OK && (black.H != H || black.W != W) && (black.H != size || black.W != size))
-        e = err("%s: the mask is %zux%zu; expected the picture's size %zux%zu or %zux%zu", path, black.W, black.H, W, H,
-                size, size);
-    if (e == OK) {
-        const MaskKind kind = mask_kind(&black, &white);
-        for (size_t i = 0; i < black.H * black.W && kind == MASK_PICTURE; i++)
-            memset(black.rgb + 3 * i, is_solid(black.rgb + 3 * i, white.rgb + 3 * i) ? 255 : 0, 3);
-        *note = kind_note(kind, invert);
-        e = mask_square(keep, kind == MASK_PAINT ? &white : &black, prep, size, invert);
-        if (e != OK) err_in(path);
-    }
-    image_free(&black);
-    image_free(&white);
-    return e;
+    Image mask = {0};
+    uint8_t *bytes;
+    size_t n;
+    int too_many;
+    TRY(file_bytes(&bytes, &n, path, IMAGE_FILE_BYTES, NULL));
+    Err e = mask_decode(&mask, note, bytes, n, invert, 0, &too_many);
+    if (e == OK && (mask.H != H || mask.W != W) && (mask.H != size || mask.W != size))
+        e = err("the mask is %zux%zu; expected the picture's size %zux%zu or %zux%zu", mask.W, mask.H, W, H, size,
+                size);
+    if (e == OK) e = mask_square(keep, &mask, prep, size, invert);
+    image_free(&mask);
+    free(bytes);
+    return e == OK ? OK : err_in(path);
 }

@@ -25,6 +25,7 @@ Err image_alloc(Image *im, size_t H, size_t W) {
 
 void image_free(Image *im) {
     free(im->rgb);
+    free(im->alpha);
     *im = (Image){0};
 }
 
@@ -47,6 +48,10 @@ static uint8_t composite(uint64_t c, uint64_t a, uint64_t most, int black) {
 void samples_to_rgb(uint8_t *rgb, const uint8_t *row, size_t W, size_t channels, int depth, int how) {
     const uint64_t most = depth == 16 ? 65535 : 255;
     const size_t bytes = (size_t)depth / 8;
+    if (channels == 3 && how & IMAGE_ALPHA) {
+        memset(rgb, 255, W * 3);
+        return;
+    }
     if (channels == 3 && depth == 8) {
         memcpy(rgb, row, W * 3);
         return;
@@ -54,6 +59,8 @@ void samples_to_rgb(uint8_t *rgb, const uint8_t *row, size_t W, size_t channels,
     for (size_t x = 0; x < W; x++, rgb += 3, row += channels * bytes) {
         uint64_t v[4] = {0, 0, 0, most};
         for (size_t c = 0; c < channels; c++) v[c] = depth == 16 ? (uint64_t)row[2 * c] << 8 | row[2 * c + 1] : row[c];
+        if (how & IMAGE_ALPHA) v[0] = v[1] = v[2] = v[3];
+        if (how & (IMAGE_ALPHA | IMAGE_STRAIGHT)) v[3] = most;
         for (size_t c = 0; c < 3; c++)
             rgb[c] = how & SAMPLES_CLIP     ? (uint8_t)min_size(v[c], 255)
                      : how & IMAGE_OFFICIAL ? row[c * bytes]

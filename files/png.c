@@ -178,6 +178,7 @@ typedef struct {
     uint8_t *bytes; /* instead of the file */
     size_t size, capacity;
     int in_memory;
+    uint8_t *rgba; /* a row, if the picture has alpha */
     const Image *im;
     size_t enlarge;
     uint8_t *row; /* enlarged */
@@ -262,6 +263,15 @@ static void free_texts(PngOut *p) {
     free(p->text);
 }
 
+/* rgba = row y, enlarged, with its alpha */
+static void row_with_alpha(PngOut *p, size_t y) {
+    const size_t N = p->enlarge, W = p->im->W;
+    for (size_t x = 0; x < W * N; x++) {
+        memcpy(p->rgba + 4 * x, p->row + 3 * x, 3);
+        p->rgba[4 * x + 3] = p->im->alpha[y * W + x / N];
+    }
+}
+
 /* Everything that may jump. */
 static void png_out_body(PngOut *p) {
     png_structp png = p->png;
@@ -269,13 +279,15 @@ static void png_out_body(PngOut *p) {
     const size_t N = p->enlarge;
     png_set_write_fn(png, p, png_out_write, png_out_flush);
     png_set_user_limits(png, PNG_UINT_31_MAX, PNG_UINT_31_MAX);
-    png_set_IHDR(png, p->info, (png_uint_32)(im->W * N), (png_uint_32)(im->H * N), 8, PNG_COLOR_TYPE_RGB,
-                 PNG_INTERLACE_NONE, PNG_COMPRESSION_TYPE_DEFAULT, PNG_FILTER_TYPE_DEFAULT);
+    png_set_IHDR(png, p->info, (png_uint_32)(im->W * N), (png_uint_32)(im->H * N), 8,
+                 p->rgba ? PNG_COLOR_TYPE_RGB_ALPHA : PNG_COLOR_TYPE_RGB, PNG_INTERLACE_NONE,
+                 PNG_COMPRESSION_TYPE_DEFAULT, PNG_FILTER_TYPE_DEFAULT);
     if (p->n_text) png_set_text(png, p->info, p->text, (int)p->n_text);
     png_write_info(png, p->info);
     for (size_t y = 0; y < im->H * N; y++) {
         if (y % N == 0) image_row_enlarged(p->row, im, y / N, N);
-        png_write_row(png, p->row);
+        if (p->rgba && y % N == 0) row_with_alpha(p, y / N);
+        png_write_row(png, p->rgba ? p->rgba : p->row);
     }
     png_write_end(png, p->info);
 }
@@ -283,14 +295,17 @@ static void png_out_body(PngOut *p) {
 static Err png_encode(PngOut *p) {
     p->png = png_create_write_struct(PNG_LIBPNG_VER_STRING, p, png_out_error, png_ignore_warning);
     p->info = p->png ? png_create_info_struct(p->png) : NULL;
-    Err e = OK;
-    if (!p->info)
+    Err e = p->im->alpha ? mem_alloc(&p->rgba, p->im->W * p->enlarge, 4, "a row of a PNG") : OK;
+    if (e != OK)
+        ;
+    else if (!p->info)
         e = err("no memory to write a PNG");
     else if (setjmp(png_jmpbuf(p->png)))
         e = FAILED;
     else
         png_out_body(p);
     png_destroy_write_struct(&p->png, &p->info);
+    free(p->rgba);
     return e;
 }
 

@@ -49,6 +49,7 @@ static Err draw_batch(Draw *d) {
     d->options.first = (d->first + d->batch.at) * d->M;
     d->options.n = d->batch.count * d->M;
     d->options.label = d->label ? d->drawn_label : NULL;
+    if (d->known) d->options.known = d->known_rows, d->options.keep = d->keep, d->options.candidates = d->M;
     return sample_chain(&chain, &d->options, d->drawn);
 }
 
@@ -82,6 +83,24 @@ static Err keep_best(Draw *d) {
     return OK;
 }
 
+/* Of the candidates for each picture of the batch, the first is the one that sample_chain chose. */
+static Err take_chosen(Draw *d) {
+    const size_t M = d->M, N = d->N, chain_N = ((size_t)d->model->schedule.T + 1) * N;
+    const Chain chain = model_chain(d->model);
+    const size_t at = d->batch.at, count = d->batch.count;
+    for (size_t b = 0; b < count; b++) {
+        memcpy(d->tokens + (at + b) * N, d->drawn + b * M * N, N * sizeof *d->tokens);
+        if (d->chain)
+            memcpy(d->chain + (at + b) * chain_N, d->drawn_chain + b * M * chain_N, chain_N * sizeof *d->chain);
+    }
+    if (!d->with_bounds) return OK;
+    TRY(picture_guesses(&chain, d->tokens + at * N, d->label ? d->label + at : NULL, count, d->options.seed,
+                        d->bound + at, d->entropy + at * N));
+    for (size_t i = 0; i < count * N; i++)
+        if (d->keep[i % N]) d->entropy[at * N + i] = 0;
+    return OK;
+}
+
 /* ---- The whole ---- */
 
 static Err draw_buffers(Draw *d) {
@@ -90,6 +109,10 @@ static Err draw_buffers(Draw *d) {
     TRY(mem_alloc(&d->drawn, d->rows, bytes, "tokens of a batch"));
     TRY(mem_alloc(&d->drawn_label, d->rows, sizeof *d->drawn_label, "classes of a batch"));
     TRY(mem_alloc(&d->drawn_bound, d->rows, sizeof *d->drawn_bound, "bounds of a batch"));
+    if (d->known) {
+        TRY(mem_alloc(&d->known_rows, d->rows, bytes, "known tokens"));
+        for (size_t b = 0; b < d->rows; b++) memcpy(d->known_rows + b * d->N, d->known, bytes);
+    }
     if (d->with_chain) TRY(mem_alloc(&d->chain, d->n, steps * bytes, "tokens of every scale"));
     if (d->with_chain) TRY(mem_alloc(&d->drawn_chain, d->rows, steps * bytes, "tokens of every scale"));
     if (!d->with_bounds) return OK;
@@ -108,14 +131,14 @@ Err draw_pictures(Draw *d) {
     for (size_t at = 0; at < d->n; at += at_once) {
         d->batch = (DrawBatch){at, min_size(at_once, d->n - at), d->M, &d->options};
         TRY(draw_batch(d));
-        TRY(keep_best(d));
+        TRY(d->known ? take_chosen(d) : keep_best(d));
         if (d->watch.drawn) TRY(d->watch.drawn(d->watch.context, &d->batch));
     }
     return OK;
 }
 
 void draw_free(Draw *d) {
-    void *buffers[] = {d->tokens, d->chain,       d->bound,       d->entropy,     d->drawn,
-                       d->label,  d->drawn_label, d->drawn_chain, d->drawn_bound, d->drawn_entropy};
+    void *buffers[] = {d->tokens,      d->chain,       d->bound,       d->entropy,       d->drawn,     d->label,
+                       d->drawn_label, d->drawn_chain, d->drawn_bound, d->drawn_entropy, d->known_rows};
     for (size_t i = 0; i < sizeof buffers / sizeof *buffers; i++) free(buffers[i]);
 }

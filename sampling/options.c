@@ -356,3 +356,12 @@ Err sampling_text_place(Config *text, size_t n, uint64_t first, int of_several) 
     TRY(config_set(text, "count", "%zu", n));
     return first ? config_set(text, "first", "%llu", (unsigned long long)first) : OK;
 }
+
+Err sampling_text_edit(Config *text, const char *image, size_t candidates, const EditArgs *a) {
+    TRY(config_set(text, "inpainted", "%s", last_part(image)));
+    TRY(config_set(text, "candidates", "%zu", candidates));
+    if (a->half) TRY(config_set(text, "half", "%s", a->half));
+    if (a->window) TRY(config_set(text, "window", "%zu", a->window));
+    if (a->outside) TRY(config_set(text, "outside", "%zu", a->outside));
+    return a->paste ? config_set(text, "paste", "true") : OK;
+}

@@ -108,6 +108,8 @@ typedef struct {
     size_t n, M, rows;     /* M are drawn for each picture, of which one is kept; rows of a batch: draw_rows */
     uint64_t first;        /* number of the first picture */
     int32_t *label;        /* (n) or NULL */
+    const int32_t *known;  /* (N) of a picture that is edited: its tokens, ... */
+    const uint8_t *keep;   /* ... (N) which of them stay; M are candidates then (sample_chain). NULL: new pictures */
     int with_chain, with_bounds;
     DrawWatch watch;
     /* results, to be released with draw_free, as label is */
@@ -118,7 +120,7 @@ typedef struct {
     /* a batch, (rows), of which one in M is kept */
     DrawBatch batch;
     size_t N;
-    int32_t *drawn_label, *drawn, *drawn_chain;
+    int32_t *drawn_label, *drawn, *drawn_chain, *known_rows;
     double *drawn_bound;
     float *drawn_entropy;
 } Draw;
@@ -139,6 +141,45 @@ enum { SCORE_BYTES = 160, MAX_SCORED = 1024 };
 /* What is a good bound of a whole picture: what blind guessing has, and, if the model's file says it
  * (imagebart.own_nats), what the model's good pictures have. */
 const char *score_anchors(char text[SCORE_BYTES], const Chain *c, const Config *meta);
+
+/* ---- edit.c, paste.c: a part of a picture drawn anew ---- */
+
+/* What is to be edited, as files lie in memory, and which part of it: one of mask, half, window and outside. */
+typedef struct {
+    const uint8_t *image, *mask;
+    size_t image_bytes, mask_bytes;
+    const char *half;       /* upper, lower, left or right of the centred square */
+    size_t window, outside; /* a square in its middle, in the model's pixels; all but that */
+    int invert;             /* light parts of the mask are drawn anew */
+    int paste;              /* the result goes back into the whole picture: the square lies around the hole */
+    size_t most_pixels;     /* of a picture; 0: as image_decode */
+} EditArgs;
+typedef struct {
+    Prep prep;
+    size_t H, W;         /* of the picture, upright */
+    Image whole;         /* with paste: it, with its alpha */
+    size_t y0, x0;       /* with paste: where the square begins that the model sees, ... */
+    size_t square;       /* ... and its side */
+    uint8_t *hole;       /* with paste: (square,square) 1 = drawn anew */
+    int hole_is_exact;   /* the mask had the picture's size */
+    Image picture;       /* (side,side) that square, as the model sees it */
+    uint8_t *keep;       /* (side,side) 1 = the pixel stays */
+    uint8_t *keep_token; /* (N) */
+    size_t redrawn;      /* tokens */
+    const char *note;    /* how transparent parts of the mask were taken, or NULL */
+    /* why it failed, if not since it does not fit: */
+    const char *unreadable; /* "image", "mask": no picture that can be read; NULL */
+    int too_many;           /* pixels */
+} EditPicture;
+/* To be released with edit_free in any case. */
+Err edit_read(EditPicture *p, const Model *m, const EditArgs *a);
+void edit_free(EditPicture *p);
+/* known (N) = the tokens of the picture. Plans the first stage. */
+Err edit_encode(const EditPicture *p, Model *m, uint64_t seed, int32_t *known);
+/* *label = the class that explains the kept tokens best. */
+Err edit_class(int32_t *label, const Chain *chain, const int32_t *known, const uint8_t *keep_token, uint64_t seed);
+/* out (H,W) = the whole picture with what was drawn (side,side) in its hole; all else is as it was, bit for bit. */
+Err paste_picture(Image *out, const EditPicture *p, const Model *m, const Image *drawn);
 
 /* ---- nearest.c ---- */
 
@@ -211,6 +252,8 @@ const char *scales_text(char list[MAX_SCALES * 32], const double *x, int T);
 /* The options as PNG text, for image_write_png: n pictures from number `first` on. Of one picture its number is told, if
  * it is of several. */
 Err sampling_text(Config *text, const SamplingArgs *a, const SampleOptions *o, const Model *m);
+/* What the text says of an edit beside that: the picture's name without its folder, ... */
+Err sampling_text_edit(Config *text, const char *image, size_t candidates, const EditArgs *a);
 Err sampling_text_place(Config *text, size_t n, uint64_t first, int of_several);
 
 /* ---- sheet.c: pictures from tokens, into files ---- */

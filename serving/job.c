@@ -222,7 +222,7 @@ static uint64_t fresh_seed(void) {
 
 int job_read(Job *j, const Offer *o, const cJSON *json, Blob *image, Blob *mask, int is_text, Fault *f) {
     char shown[SHOWN_BYTES];
-    *j = (Job){.count = 1, .previews = 1, .paste = 1, .seed = fresh_seed()};
+    *j = (Job){.count = 1, .previews = 1, .paste = 1, .seed = fresh_seed(), .image_name = "image.png"};
     if (!cJSON_IsObject(json)) return fault(f, 400, NULL, "the body: expected a JSON object");
     if (!read_kind(f, j, json) || !read_model(f, j, json, o)) return 0;
     j->options = j->served->recommended[j->kind];
@@ -242,6 +242,42 @@ int job_read(Job *j, const Offer *o, const cJSON *json, Blob *image, Blob *mask,
     j->options.seed = j->seed;
     j->has_mask = j->mask != NULL;
     return j->kind == DRAW_EDIT ? check_edit(f, j, is_text) : 1;
+}
+
+/* ---- Its pictures ---- */
+
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+static pthread_cond_t one_less = PTHREAD_COND_INITIALIZER;
+static int decoding; /* threads that decode pictures: two at a time, for a large one takes much memory */
+
+static void may_decode(int change) {
+    pthread_mutex_lock(&lock);
+    while (change > 0 && decoding == 2) pthread_cond_wait(&one_less, &lock);
+    decoding += change;
+    pthread_cond_signal(&one_less);
+    pthread_mutex_unlock(&lock);
+}
+
+/* Can they be read, and do they fit each other and the model? */
+static int check_pictures(Fault *f, Job *j) {
+    static const struct {
+        FileKind kind;
+        const char *name;
+    } names[] = {{FILE_PNG, "image.png"}, {FILE_JPEG, "image.jpg"}, {FILE_WEBP, "image.webp"}};
+    const EditArgs a = job_edit_args(j);
+    const char *kind;
+    EditPicture p;
+    j->image_name = names[0].name;
+    for (size_t i = 0; i < 3; i++)
+        if (file_kind(&kind, a.image, a.image_bytes) == names[i].kind) j->image_name = names[i].name;
+    may_decode(1);
+    const Err e = edit_read(&p, &j->served->model, &a);
+    if (j->paste) j->paste_pixels = p.H * p.W;
+    edit_free(&p);
+    may_decode(-1);
+    if (e == OK) return 1;
+    const char *field = p.unreadable ? p.unreadable : a.mask ? "mask" : "image";
+    return fault(f, p.too_many ? 413 : p.unreadable ? 415 : 422, field, "%s: %s", field, err_text());
 }
 
 static int is_type(const Request *r, const char *type) {
@@ -274,7 +310,7 @@ static int job_of_form(Job *j, const Offer *o, const Request *r, Fault *f) {
         if (ok) memcpy(picture[k]->bytes, found[k + 1]->bytes, found[k + 1]->size);
         if (!ok) fault(f, 500, NULL, "%s", err_text());
     }
-    ok = ok && job_read(j, o, json, picture[0], picture[1], 0, f);
+    ok = ok && job_read(j, o, json, picture[0], picture[1], 0, f) && (j->kind == DRAW_NEW || check_pictures(f, j));
     blob_release(picture[0]), blob_release(picture[1]);
     cJSON_Delete(json);
     return ok;
@@ -285,7 +321,7 @@ int job_of_request(Job *j, const Offer *o, const Request *r, Fault *f) {
     if (!is_type(r, "application/json"))
         return fault(f, 415, NULL, "Content-Type: expected application/json or multipart/form-data");
     cJSON *json = json_read(f, r->body, r->size);
-    const int ok = json && job_read(j, o, json, NULL, NULL, 0, f);
+    const int ok = json && job_read(j, o, json, NULL, NULL, 0, f) && (j->kind == DRAW_NEW || check_pictures(f, j));
     cJSON_Delete(json);
     return ok;
 }
@@ -404,11 +440,23 @@ cJSON *job_command(const Job *j, const Offer *o) {
     return x;
 }
 
+EditArgs job_edit_args(const Job *j) {
+    EditArgs a = {.half = *j->half ? j->half : NULL, .window = j->window, .outside = j->outside, .paste = j->paste};
+    if (j->image) a.image = j->image->bytes, a.image_bytes = j->image->size;
+    if (j->mask) a.mask = j->mask->bytes, a.mask_bytes = j->mask->size;
+    a.most_pixels = MOST_PIXELS;
+    return a;
+}
+
 Err job_text(Config *text, const Job *j, size_t k) {
     const Model *m = &j->served->model;
     const SamplingArgs a = {.class_name = j->class_name, .seed = j->seed, .weights = weight_name(m->weights)};
     TRY(sampling_text(text, &a, &j->options, m));
-    if (j->best_of > 1) TRY(config_set(text, "best-of", "%zu", j->best_of));
+    const EditArgs edit = job_edit_args(j);
+    if (j->kind == DRAW_EDIT)
+        TRY(sampling_text_edit(text, j->image_name, j->best_of, &edit));
+    else if (j->best_of > 1)
+        TRY(config_set(text, "best-of", "%zu", j->best_of));
     return sampling_text_place(text, 1, j->first + k, j->count > 1);
 }
 

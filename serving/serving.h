@@ -188,6 +188,8 @@ int job_read(Job *j, const Offer *o, const cJSON *json, Blob *image, Blob *mask,
 /* The same from a request's body: JSON, or a form. */
 int job_of_request(Job *j, const Offer *o, const Request *r, Fault *f);
 void job_free(Job *j);
+enum { MOST_PIXELS = 64000000 }; /* of a picture */
+EditArgs job_edit_args(const Job *j);
 cJSON *job_json(const Job *j);
 /* The command line that draws the same; NULL: no memory. */
 cJSON *job_command(const Job *j, const Offer *o);

@@ -13,6 +13,7 @@ typedef struct {
     Ticket *ticket;
     Model *model;
     const Draw *draw;
+    const EditPicture *edit;       /* NULL: new pictures */
     size_t before[MAX_SCALES + 1]; /* tokens of a scale in earlier batches */
     double last, told;             /* the last pass; the last progress that was told */
     real *pixels;                  /* of a picture */
@@ -53,12 +54,31 @@ static Err keep_preview(Ticket *t, size_t k, int scale, const Image *im) {
     return OK;
 }
 
-static Err keep_picture(const Work *w, size_t k, const Image *im) {
+/* The result of an edit: the whole picture, or the model's with the kept pixels as they were. */
+static Err finish_edit(const Work *w, Image *im) {
+    const EditPicture *p = w->edit;
+    if (w->ticket->job.paste) {
+        Image whole;
+        TRY(paste_picture(&whole, p, w->model, im));
+        image_free(im);
+        *im = whole;
+        return OK;
+    }
+    for (size_t i = 0; i < im->H * im->W; i++)
+        if (p->keep[i]) memcpy(im->rgb + 3 * i, p->picture.rgb + 3 * i, 3);
+    return OK;
+}
+
+static Err keep_picture(const Work *w, size_t k, Image *im) {
     Ticket *t = w->ticket;
     Config text = {0};
-    Err e = job_text(&text, &t->job, k);
+    Err e = w->edit ? finish_edit(w, im) : OK;
+    if (e == OK) e = job_text(&text, &t->job, k);
     if (e == OK) e = keep_png(t, t->picture, k, im, &text);
     config_free(&text);
+    pthread_mutex_lock(&t->lock);
+    t->width = im->W, t->height = im->H;
+    pthread_mutex_unlock(&t->lock);
     return e;
 }
 
@@ -113,8 +133,7 @@ static void on_scale(void *context, const DrawBatch *b, int scale, const int32_t
     Work *w = context;
     Ticket *t = w->ticket;
     const Model *m = w->model;
-    const int T = m->schedule.T,
-              is_result = scale == 1 && b->each == 1 && !t->job.paste_pixels && t->job.kind == DRAW_NEW;
+    const int T = m->schedule.T, is_result = scale == 1 && b->each == 1;
     if (scale > T || !t->job.options.chain[scale]) return;
     w->before[scale] += ticket_tokens(t, scale) / t->job.count * b->count;
     for (size_t k = 0; k < b->count && t->job.previews && !is_result && !t->cancel; k++) {
@@ -142,7 +161,6 @@ static Err on_drawn(void *context, const DrawBatch *b) {
         if (e == OK && t->job.previews && b->each == 1) e = keep_preview(t, k, 1, &im);
         if (e == OK) e = keep_details(w, k, w->draw->tokens + k * N, w->draw->entropy + k * N);
         if (e == OK) e = keep_picture(w, k, &im);
-        t->width = im.W, t->height = im.H;
         image_free(&im);
         TRY(e);
     }
@@ -162,22 +180,71 @@ static Err prepare(Work *w, size_t rows) {
     return vqgan_plan(m->vqgan, 1, m->side, m->side, 0);
 }
 
-static Err run_sample(Work *w) {
-    Ticket *t = w->ticket;
-    const Job *j = &t->job;
-    Draw d = {
-        .model = w->model, .options = j->options, .n = j->count, .M = j->best_of, .first = j->first, .with_bounds = 1};
-    d.rows = draw_rows(d.n, SERVED_BATCH, d.M);
-    d.watch = (DrawWatch){on_progress, on_scale, on_drawn, w};
-    w->draw = &d;
-    Err e = draw_classes(&d.label, w->model, j->class_name, j->seed, j->first, j->count);
+static Err draw(Work *w, Draw *d) {
+    d->rows = draw_rows(d->n, SERVED_BATCH, d->M);
+    d->watch = (DrawWatch){on_progress, on_scale, on_drawn, w};
+    w->draw = d;
+    TRY(prepare(w, d->rows));
+    w->last = seconds();
+    return draw_pictures(d);
+}
+
+/* Classes of the pictures, told from now on */
+static void set_classes(Ticket *t, int32_t *label) {
     pthread_mutex_lock(&t->lock);
-    t->label = d.label;
+    t->label = label;
     pthread_mutex_unlock(&t->lock);
-    if (e == OK) e = prepare(w, d.rows);
-    if (e == OK) e = draw_pictures(&d);
+}
+
+static Draw draw_of(const Work *w) {
+    const Job *j = &w->ticket->job;
+    return (Draw){
+        .model = w->model, .options = j->options, .n = j->count, .M = j->best_of, .first = j->first, .with_bounds = 1};
+}
+
+static Err run_sample(Work *w) {
+    const Job *j = &w->ticket->job;
+    Draw d = draw_of(w);
+    Err e = draw_classes(&d.label, w->model, j->class_name, j->seed, j->first, j->count);
+    set_classes(w->ticket, d.label);
+    if (e == OK) e = draw(w, &d);
     d.label = NULL; /* the ticket's */
     draw_free(&d);
+    return e;
+}
+
+/* ---- Edited ones ---- */
+
+/* The class that was named, else the one that the kept part looks like */
+static Err choose_class(Work *w, int32_t **label, const int32_t *known, const uint8_t *keep_token) {
+    const Job *j = &w->ticket->job;
+    const Chain chain = model_chain(w->model);
+    int32_t guess;
+    TRY(draw_classes(label, w->model, j->class_name, j->seed, 0, j->count));
+    if (!*label || j->class_name) return OK;
+    TRY(edit_class(&guess, &chain, known, keep_token, j->seed));
+    for (size_t k = 0; k < j->count; k++) (*label)[k] = guess;
+    return OK;
+}
+
+static Err run_edit(Work *w) {
+    const Job *j = &w->ticket->job;
+    const EditArgs a = job_edit_args(j);
+    Draw d = draw_of(w);
+    EditPicture p;
+    int32_t *known = NULL;
+    Err e = edit_read(&p, w->model, &a);
+    w->edit = &p;
+    if (e == OK) e = mem_alloc(&known, w->model->h * w->model->w, sizeof *known, "known tokens");
+    if (e == OK) e = edit_encode(&p, w->model, j->seed, known);
+    if (e == OK) e = choose_class(w, &d.label, known, p.keep_token);
+    set_classes(w->ticket, d.label);
+    d.known = known, d.keep = p.keep_token;
+    if (e == OK) e = draw(w, &d);
+    d.label = NULL;
+    draw_free(&d);
+    free(known);
+    edit_free(&p);
     return e;
 }
 
@@ -195,7 +262,7 @@ static void keep_error(Ticket *t) {
 
 void ticket_run(Ticket *t) {
     Work w = {.ticket = t, .model = &t->job.served->model, .last = seconds()};
-    const Err e = run_sample(&w);
+    const Err e = t->job.kind == DRAW_EDIT ? run_edit(&w) : run_sample(&w);
     free(w.pixels);
     if (e == OK)
         tell_progress(t);
