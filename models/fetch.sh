@@ -6,9 +6,11 @@
 #     lsun                                                   -> models/lsun, lists of training and validation pictures
 #     lpips                                                  -> models/lpips, what ./train --vqgan measures likeness with
 #
-# lpips is two files with published checksums. Each other one is a zip file: downloaded as NAME.zip.part (run it again to go on after an interruption), unpacked into a
-# folder of its own, where unzip compares every checksum, and only then moved to its place. What is there already is
-# left alone. MODELS_URL is where the files come from; curl or wget fetches them.
+# lpips is two files with published checksums. Each other one is a zip file, of which none is published: downloaded as
+# NAME.zip.part (run it again to go on after an interruption), unpacked into a folder of its own, where unzip compares the
+# zip's own checksums; then the files that the model has, and nothing else, are moved to their place. The SHA-256 of
+# what came is said and kept in fetched.sha256: another fetch that brings another file is refused. What is there already
+# is left alone. MODELS_URL is where the files come from; curl or wget fetches them, and never goes from https to http.
 url=${MODELS_URL:-https://ommer-lab.com/files}
 here=$(cd "$(dirname "$0")" && pwd) || exit 1
 cd "$here" || exit 1
@@ -44,7 +46,7 @@ files_of() { # files_of MODEL: what its folder has when it is complete
 missing() { # missing FOLDER MODEL: the first file that is not there; nothing if all are
     set -f # '*' is for find
     for file in $(files_of "$2"); do
-        [ -n "$(find "$1/" -maxdepth 1 -name "$file" -size +0 2>/dev/null)" ] || { echo "$file" && break; }
+        [ -n "$(find -L "$1/" -maxdepth 1 -name "$file" -type f -size +0 2>/dev/null)" ] || { echo "$file" && break; }
     done
     set +f
 }
@@ -53,30 +55,60 @@ size_of() { # bytes of a file, 0 if there is none
     if [ -f "$1" ]; then wc -c <"$1" | tr -d ' '; else echo 0; fi
 }
 
-size_there() { # size_there URL: the Content-Length that the server announces; nothing if it does not
-    if [ "$tool" = curl ]; then
-        curl -sfIL "$1"
-    else
-        wget --spider -S "$1" 2>&1
-    fi | tr -d '\r' | awk '
-        $1 ~ /^HTTP\// { n = ""; ok = $2 == 200 } # of the last answer, behind any redirections
-        tolower($1) == "content-length:" { n = $2 }
-        END { if (ok && n ~ /^[0-9]+$/) print n }'
+protocols() { # protocols URL: what may be used on the way to it
+    case $1 in https:*) echo '=https' ;; *) echo '=http,https' ;; esac
 }
 
-# receive PART URL: appends what is missing. Sets $got to: whole, cut, full (the disk), norange, refused, or an exit status.
+follow() { # follow URL: where the server sends wget, which has no option against going from https to http
+    at=$1 hops=0
+    while [ $hops -lt 10 ]; do
+        to=$(wget --spider -S --max-redirect=0 "$at" 2>&1 | tr -d '\r' | awk 'tolower($1) == "location:" { print $2; exit }')
+        case $to in
+            '') break ;;
+            https://*) ;;
+            http://*) case $at in https:*) return 1 ;; esac ;;
+            //*) to=${at%%:*}:$to ;;
+            /*) to=$(echo "$at" | sed 's|^\([a-z]*://[^/]*\).*|\1|')$to ;;
+            *) to=${at%/*}/$to ;;
+        esac
+        at=$to hops=$((hops + 1))
+    done
+    echo "$at"
+}
+
+# ask URL: sets $want to the Content-Length that the server announces, $tag to what tells this file from a later one (a
+# strong ETag, else the date); nothing where it does not say.
+ask() {
+    heads=$(if [ "$tool" = curl ]; then
+        curl --proto "$(protocols "$1")" --proto-redir "$(protocols "$1")" -sfIL "$1"
+    else
+        wget --spider -S --max-redirect=0 "$1" 2>&1
+    fi | tr -d '\r' | awk '
+        $1 ~ /^HTTP\// { n = etag = date = ""; ok = $2 == 200 } # of the last answer, behind any redirections
+        tolower($1) == "content-length:" { n = $2 }
+        tolower($1) == "etag:" && $2 ~ /^"/ { etag = $2 }
+        tolower($1) == "last-modified:" { date = $0; sub(/^ *[^ ]* */, "", date) }
+        END { if (ok && n ~ /^[0-9]+$/) print n; else print ""; if (ok) print etag ? etag : date }')
+    want=$(echo "$heads" | sed -n 1p) tag=$(echo "$heads" | sed -n 2p)
+}
+
+# receive PART URL: appends what is missing, if the file is still the one of $tag. Sets $got to: whole, cut, full (the
+# disk), norange, refused, http, or an exit status.
 receive() {
+    [ -s "$1" ] && [ -n "$tag" ] && only="If-Range: $tag" || only=
     if [ "$tool" = curl ]; then
         [ -t 2 ] && meter=--show-error || meter=-s # a terminal sees how it goes on
-        code=$(curl "$meter" -fL --connect-timeout 30 --speed-time 60 --speed-limit 1 -C - -o "$1" -w '%{http_code}' "$2")
+        code=$(curl "$meter" --proto "$(protocols "$2")" --proto-redir "$(protocols "$2")" ${only:+-H "$only"} -fL \
+            --connect-timeout 30 --speed-time 60 --speed-limit 1 -C - -o "$1" -w '%{http_code}' "$2")
         status=$?
     else
         [ -t 2 ] && meter=--show-progress || meter=-nv
-        wget -nv "$meter" -o "$1.log" -S -c --tries=1 --timeout=60 -O "$1" "$2"
+        wget -nv "$meter" -o "$1.log" -S -c --tries=1 --timeout=60 --max-redirect=0 ${only:+--header="$only"} -O "$1" "$2"
         status=$? code=$(awk '$1 ~ /^HTTP\// { code = $2 } END { print code }' "$1.log")
         rm -f "$1.log"
     fi
     case $tool$status in
+        curl1) got=http ;;
         curl0 | wget0) got=whole ;;
         curl18 | curl28 | curl52 | curl55 | curl56 | curl92 | wget4) got='cut' ;;
         curl23 | wget3) got=full ;;
@@ -97,7 +129,7 @@ check_content() { # check_content PART URL: is it a file of its kind at all? Wha
             what="something that is not a zip file"
             ;;
     esac
-    rm -f "$1"
+    rm -f "$1" "$1.tag"
     die "$2 sent $what"
 }
 
@@ -109,10 +141,24 @@ no_room() { # no_room WHY
     die "the disk of $here is full ($(free_kib) KiB left): $1; make room and run this again"
 }
 
+no_http() { # no_http URL
+    die "$1: the server leads from https to http, where anybody on the way can change the file; nothing was fetched"
+}
+
 download() { # download FILE URL
     part=$1.part
-    have=$(size_of "$part") want=$(size_there "$2")
+    if [ "$tool" = wget ]; then
+        asked=$2 && set -- "$1" "$(follow "$2")"
+        [ -n "$2" ] || no_http "$asked"
+    fi
+    ask "$2"
+    have=$(size_of "$part")
+    if [ "$have" -gt 0 ] && [ -s "$part.tag" ] && [ "$(cat "$part.tag")" != "$tag" ]; then
+        echo "fetch: the server's $1 is not the file any more of which $part is the beginning; starting again" >&2
+        rm -f "$part" && have=0
+    fi
     [ "$have" -eq 0 ] && from= || from=", going on at $have"
+    [ "$have" -ne 0 ] || printf '%s' "$tag" >"$part.tag"
     echo "fetch: $2${want:+, $want bytes}$from" >&2
     [ "$have" -le "${want:-$have}" ] ||
         die "$part has $have bytes, the server's file only $want: not the same file? Remove $here/$part to start again"
@@ -124,12 +170,14 @@ download() { # download FILE URL
         rm -f "$part"
         receive "$part" "$2"
     fi
+    [ -s "$part" ] || rm -f "$part.tag"
     [ ! -s "$part" ] || check_content "$part" "$2"
     have=$(size_of "$part")
     [ "$got" != whole ] || [ "$have" -eq "${want:-$have}" ] || got='cut'
     [ "$got" != 'cut' ] || [ "$have" -gt 0 ] || got=$status
     case $got in
-        whole) mv "$part" "$1" ;;
+        whole) mv "$part" "$1" && rm -f "$part.tag" ;;
+        http) no_http "$2" ;;
         full) no_room "$1 has come to $have of ${want:-?} bytes" ;;
         refused) die "$2: the server answers ${code:-with an error}; is the address right?" ;;
         cut) die "$1 ends after $have of ${want:-?} bytes: the connection broke; run this again to go on" ;;
@@ -156,15 +204,26 @@ unpack() { # unpack NAME MODEL: NAME.zip, whose files may lie in a folder, -> NA
         rm -rf "$1.unpacking"
         die "$here/$1.zip holds no $3; unzip -l lists what it holds"
     fi
-    if [ -d "$1" ]; then # was incomplete: what is there stays
-        mv -n "${found%/*}"/* "$1"/
-    else
-        mv "${found%/*}" "$1"
-    fi
+    mkdir -p "$1"
+    set -f
+    for file in $(files_of "$2"); do # no links, no names that a zip invents; what is there already stays
+        find "${found%/*}" -maxdepth 1 -type f -name "$file" ! -name '*[!A-Za-z0-9._-]*' -exec chmod 644 {} \; -exec mv -n {} "$1/" \;
+    done
+    set +f
+    left=$(cd "$1.unpacking" && find . ! -type d | LC_ALL=C tr -c 'A-Za-z0-9._/\n-' '?' | sed 's|^\./||')
+    [ -z "$left" ] || echo "fetch: left out of $1.zip, as no part of the model: $(echo "$left" | head -n 3 | tr '\n' ' ')($(echo "$left" | wc -l | tr -d ' ') in all)" >&2
     rm -rf "$1.unpacking"
     gap=$(missing "$1" "$2")
     [ -z "$gap" ] || die "$here/$1.zip lacks $gap; unzip -l lists what it holds"
     rm "$1.zip"
+}
+
+sha256_of() { # nothing where no program computes it
+    if command -v sha256sum >/dev/null; then
+        sha256sum "$1"
+    elif command -v shasum >/dev/null; then
+        shasum -a 256 "$1"
+    fi | cut -d ' ' -f 1
 }
 
 fetch() { # fetch MODEL
@@ -174,7 +233,13 @@ fetch() { # fetch MODEL
         return
     fi
     [ -f "$name.zip" ] || download "$name.zip" "$url/$name.zip"
+    sum=$(sha256_of "$name.zip")
+    before=$(awk -v f="$name.zip" '$2 == f { s = $1 } END { print s }' fetched.sha256 2>/dev/null)
+    [ -z "$sum" ] || [ "${before:-$sum}" = "$sum" ] ||
+        die "$here/$name.zip is another file than the one fetched before (sha256 $sum, then $before); if it was replaced on purpose, remove its line from $here/fetched.sha256"
     unpack "$name" "$1"
+    [ -z "$sum" ] || echo "fetch: sha256 of $name.zip: $sum${before:+, as before}" >&2
+    [ -z "$sum" ] || [ -n "$before" ] || echo "$sum  $name.zip" >>fetched.sha256
     echo "fetch: models/$name is here" >&2
 }
 

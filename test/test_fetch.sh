@@ -74,17 +74,40 @@ pack("cats_3_scales.zip", [(os.path.basename(f), f) for f in four[:3]])
 pack("churches_3_scales.zip", [("deep/er/" + os.path.basename(f), f) for f in four[:2]])
 pack("ffhq_2_scales_custom.zip", [("readme.txt", four[0])])
 pack("vqgan.zip", [("vqgan/vqgan-ffhq.ckpt", four[0])])
+os.mkdir("new")
+pack("new/ffhq_4_scales_geometric.zip", [(f, four[0]) for f in four])
+def entry(z, name, mode, data):
+    info = zipfile.ZipInfo(name)
+    info.create_system, info.external_attr = 3, mode << 16
+    z.writestr(info, data)
+weights = [open(f, "rb").read() for f in four]
+with zipfile.ZipFile("cin_5_scales_custom.zip", "w") as z: # what a zip may have besides
+    for i in range(5):
+        entry(z, f"m/scale{i + 1}.ckpt", 0o104777, weights[i % 4])
+    entry(z, "m/config.txt", 0o100644, b"vqgan.model.params.n_embed 1\n")
+    entry(z, "m/run \x1b[2J.sh", 0o100755, b"#!/bin/sh\n")
+    entry(z, "m/passwd", 0o120777, b"/etc/passwd")
+    entry(z, "above.txt", 0o100644, b"x")
+for name, inside in ("linked", "scale2.ckpt"), ("linked1", "scale1.ckpt"):
+    os.makedirs(name)
+    with zipfile.ZipFile(f"{name}/ffhq_2_scales_custom.zip", "w") as z: # a link in the place of a file
+        for f in ("scale1.ckpt", "scale2.ckpt"):
+            entry(z, f, 0o120777 if f == inside else 0o100644, b"/etc/passwd" if f == inside else weights[0])
 data = bytearray(open("ffhq_4_scales_geometric.zip", "rb").read())
 data[50000] ^= 1
 open("bedrooms_3_scales.zip", "wb").write(data)
 open("cin_4_scales_geometric.zip", "wb").write(data[:90000])
 PY
 size=$(wc -c <ffhq_4_scales_geometric.zip | tr -d ' ')
-python3 "$here/test/fetch_server.py" "$dir/files" "$dir/port" 2>"$dir/server" &
+openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=127.0.0.1 -addext subjectAltName=IP:127.0.0.1 \
+    -keyout "$dir/key" -out "$dir/certificate" >/dev/null 2>&1 && cat "$dir/key" "$dir/certificate" >"$dir/pem"
+[ -s "$dir/pem" ] && pem=$dir/pem || pem=
+python3 "$here/test/fetch_server.py" "$dir/files" "$dir/port" ${pem:+"$pem"} 2>"$dir/server" &
 server=$!
 tries=0
 while [ ! -f "$dir/port" ] && [ $tries -lt 200 ]; do sleep 0.05 && tries=$((tries + 1)); done
-port=$(cat "$dir/port") || exit 1
+port=$(sed -n 1p "$dir/port") secure=$(sed -n 2p "$dir/port")
+[ -n "$port" ] || exit 1
 
 # A folder of links to every program there is but the one named
 without() { # without FOLDER PROGRAM...
@@ -153,6 +176,41 @@ for tool in curl wget; do
     refused "damaged" from good bedrooms
     ok "a zip with a wrong checksum is not kept" sh -c '! ls -d models/bedrooms*'
     refused "truncated or damaged" from silent imagenet4
+    fresh
+    refused "connection broke" from oldcut ffhq
+    ok "the rest of the same file" from old ffhq
+    holds "its checksum is said" "^fetch: sha256 of ffhq_4_scales_geometric.zip: $(sha256sum "$dir/files/ffhq_4_scales_geometric.zip" | cut -d ' ' -f 1)$"
+    ok "is all that is fetched" asked "ffhq_4_scales_geometric.zip $((size / 2)) "
+    ok "and fits" whole
+    ok "nothing else is left" sh -c '! ls models/*.tag models/*.part'
+    rm models/ffhq_4_scales_geometric/scale3.ckpt
+    refused "is another file than the one fetched before (sha256" from new ffhq
+    ok "which puts nothing in place" sh -c '! ls models/ffhq_4_scales_geometric/scale3.ckpt'
+    rm models/ffhq_4_scales_geometric.zip
+    ok "the same file once more" from old ffhq
+    holds "known" "^fetch: sha256 of .*, as before$"
+    fresh
+    refused "connection broke" from oldcut ffhq
+    ok "another file than half of which is here" from new ffhq
+    holds "which is said" "starting again"
+    ok "is fetched whole" cmp "$dir/files/ffhq_4_scales_geometric/scale1.ckpt" models/ffhq_4_scales_geometric/scale4.ckpt
+    fresh
+    ok "sent elsewhere on the same server" from around ffhq
+    ok "all comes" whole
+    if [ -n "$secure" ]; then
+        printf 'ca_certificate = %s\n' "$dir/certificate" >"$dir/wgetrc"
+        safely() { MODELS_URL=https://127.0.0.1:$secure/$1 PATH=$path CURL_CA_BUNDLE=$dir/certificate WGETRC=$dir/wgetrc models/fetch.sh ffhq; }
+        fresh
+        refused "leads from https to http" safely away
+        ok "nothing is fetched" sh -c '! ls models/*.part models/*.zip'
+        ok "https to https" safely around
+        ok "all comes safely" whole
+        fresh
+        ok "and without detours" safely good
+    else
+        echo "SKIP https that leads to http: no openssl to make a certificate"
+    fi
+    fresh
     refused "lacks scale3.ckpt" from good churches
     refused "holds no scale1.ckpt" from good ffhq2
     MODELS_URL=http://127.0.0.1:1 PATH=$path refused "cannot be reached" models/fetch.sh ffhq
@@ -194,6 +252,20 @@ ok "to the whole file" cmp "$dir/files/vgg.pth" models/lpips/vgg.pth
 rm models/lpips/vgg.pth
 refused "HTML page instead of the file" from html lpips
 refused "answers 404" from nowhere lpips
+tool=zip
+fresh
+ok "a zip with more than the model" from good imagenet
+holds "what is left out is said" "left out of cin_5_scales_custom.zip.* (4 in all)$"
+ok "nothing of it is kept" test "$(ls models/cin_5_scales_custom | tr '\n' ' ')" = "scale1.ckpt scale2.ckpt scale3.ckpt scale4.ckpt scale5.ckpt "
+ok "nor its permissions" test "$(stat -c %a models/cin_5_scales_custom/scale3.ckpt)" = 644
+for at in linked linked1; do
+    fresh && cp "$dir/files/$at/ffhq_2_scales_custom.zip" models/
+    refused "$([ $at = linked ] && echo lacks scale2.ckpt || echo holds no scale1.ckpt)" from nowhere ffhq2
+    ok "a link is not kept" sh -c '[ -z "$(find models -type l)" ]'
+done
+fresh && mkdir models/ffhq_2_scales_custom && cp "$dir/files/ffhq_4_scales_geometric/scale1.ckpt" "$dir/mine.ckpt"
+for i in 1 2; do ln -s "$dir/mine.ckpt" models/ffhq_2_scales_custom/scale$i.ckpt; done
+ok "the user's own links count" from nowhere ffhq2
 tool=none path=$PATH
 fresh
 refused "expected ffhq, ffhq2" from good dragons
