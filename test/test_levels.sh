@@ -59,6 +59,16 @@ x86-64-v4 AVX-512
 x86-64-v4-bf16 AVX-512 with bf16
 LEVELS
 
+if [ "$best" != x86-64 ]; then
+    export IMAGEBART_LEVEL="$best"
+    ok "a run goes on" "$any/train" --config test/tiny.txt --data "$dir/data" --run "$dir/$best" --scale 1 --resume --steps 6
+    cp "$dir/err" "$dir/said"
+    ok "without a word" sh -c "! grep -q 'bits will differ' '$dir/said'"
+    export IMAGEBART_LEVEL=x86-64
+    ok "and at another level" "$any/train" --config test/tiny.txt --data "$dir/data" --run "$dir/$best" --scale 1 --resume --steps 7
+    cp "$dir/err" "$dir/said"
+    ok "with one" grep -q '^scale1: trained with .* so far, from here on with SSE2: bits will differ' "$dir/said"
+fi
 unset IMAGEBART_LEVEL
 ok "without being told" draw chosen 3
 ok "the best level is taken" cmp "$dir/chosen.png" "$dir/$best.png"

@@ -479,6 +479,7 @@ limited() { # limited BYTES RUN ARGUMENTS...: begin under a limit that can be ra
     pid=$!
 }
 waiting='trying again every 0.05 s'
+"$build/lpips" make "$dir/lpips.safetensors" || exit 1
 if command -v prlimit >/dev/null; then
     new_run limited
     limited 100000 limited --scale 1 --steps 60
@@ -510,6 +511,41 @@ if command -v prlimit >/dev/null; then
     ok "says the same at once" sh -c "tail -n 1 '$dir/said' | grep -q 'the checkpoint of step 60 is intact'"
     ok "the checkpoint is" cmp "$(state later scale1)" "$dir/before"
     ok "from which the run" train --run "$dir/later" --scale 1 --steps 70 --resume
+    mkdir "$dir/encoding" "$dir/at-once" && cp "$dir/first/vqgan.safetensors" "$dir/encoding" && cp "$dir/first/vqgan.safetensors" "$dir/at-once"
+    limited 8000 encoding --scale 1 --steps 60
+    until_there said "$waiting"
+    ok "no room while pictures are encoded: the run waits" kill -0 $pid
+    ok "says for what" said "encoding/train.tokens.part: cannot write: File too large; .*; $waiting"
+    ok "there is room" prlimit --pid $pid --fsize=600000:
+    wait $pid 2>/dev/null
+    ok "the run ends well" test $? -eq 0
+    ok "as if nothing had been" same encoding scale1-good scale1
+    ok "and keeps no part" test ! -e "$dir/encoding/train.tokens.part"
+    limited 8000 at-once --scale 1 --steps 60 --no-wait
+    wait $pid 2>/dev/null
+    ok "--no-wait while encoding" test $? -eq 1
+    ok "says so" sh -c "tail -n 1 '$dir/said' | grep -q 'train.tokens.part: cannot write: File too large.*; stopped; there is no checkpoint yet\$'"
+    ok "what was encoded stays" test "$(wc -c <"$dir/at-once/train.tokens.part")" -gt 4000
+    ok "for the next start" train --run "$dir/at-once" --scale 1 --steps 60
+    ok "which goes on there" said "train.tokens.part: continuing after [0-9]* pictures"
+    ok "to the same tokens" cmp "$dir/at-once/train.tokens" "$dir/first/train.tokens"
+    mkdir "$dir/copied"
+    limited 1000 copied --scale 1 --no-wait --config models/emoji.txt
+    wait $pid 2>/dev/null
+    ok "no room for the first stage" sh -c "tail -n 1 '$dir/said' | grep -q 'copied/vqgan.safetensors: cannot write: File too large.*; stopped'"
+    ok "and leaves nothing half-written" test -z "$(ls "$dir/copied")"
+
+    too_large() { # too_large BYTES FILE COMMAND...: exit status 1, a line that names the file, and nothing in $dir/large
+        bytes=$1 file=$2
+        shift 2
+        rm -rf "$dir/large" && mkdir "$dir/large"
+        prlimit --fsize="$bytes" "$build/$@" >/dev/null 2>"$dir/said"
+        [ $? -eq 1 ] && tail -n 1 "$dir/said" | grep -q "large/$file: cannot write: File too large\$" && [ -z "$(ls "$dir/large")" ]
+    }
+    ok "a limit for ./sample" too_large 1000 o.png sample emoji -n 1 --best-of 1 -o "$dir/large/o.png"
+    ok "for ./inpaint" too_large 1000 o.png inpaint emoji models/emoji/example.png --half upper --candidates 1 -o "$dir/large/o.png"
+    ok "for a conversion" too_large 1000 vqgan.safetensors sample emoji --convert "$dir/large"
+    ok "for LPIPS" too_large 1000 lpips.safetensors train --perceptual "$dir/lpips.safetensors" --convert-perceptual "$dir/large/lpips.safetensors"
     cp -r "$dir/scale1-good" "$dir/easy"
     ok "goes on" train --run "$dir/easy" --scale 1 --steps 70 --resume
     ok "as if nothing had been" same later easy scale1
