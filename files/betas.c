@@ -6,7 +6,6 @@
  * takes an equal part. SPEC section 3. */
 #include "files/files.h"
 
-#include <errno.h>
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -54,13 +53,15 @@ static Err betas_of_curve(float *beta, const double *alphacum, const double *met
 
 /* A text file of two columns, alphacum and metric; empty lines and lines after # are skipped. */
 static Err curve_read(double *alphacum, double *metric, size_t *n, size_t max, const char *path) {
-    FILE *f = fopen(path, "r");
-    if (!f) return err("%s: %s", path, strerror(errno));
-    char line[512], tail;
+    char *text, tail;
     Err e = OK;
     *n = 0;
-    for (size_t number = 1; e == OK && fgets(line, sizeof line, f); number++) {
-        size_t start = strspn(line, " \t\r\n");
+    TRY(file_text(&text, path, 1 << 20));
+    size_t number = 1;
+    for (char *line = text, *end; e == OK && *line; line = end, number++) {
+        end = line + strcspn(line, "\n");
+        if (*end) *end++ = 0;
+        const size_t start = strspn(line, " \t\r");
         if (line[start] == 0 || line[start] == '#') continue;
         if (*n == max)
             e = err("%s: more than %zu points", path, max);
@@ -69,8 +70,7 @@ static Err curve_read(double *alphacum, double *metric, size_t *n, size_t max, c
         else
             ++*n;
     }
-    if (e == OK && ferror(f)) e = err("%s: %s", path, strerror(errno));
-    fclose(f);
+    free(text);
     return e;
 }
 

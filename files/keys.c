@@ -359,7 +359,8 @@ static void search(Nearest *x, const char *front, unsigned where, size_t skip) {
     for (const KnownKey *k = table; k < table + KEYS; k++) {
         if (!(k->where & where & B) || k->kind == KEY_OWN || strchr(k->key, '*') || strncmp(k->key, P, skip)) continue;
         const size_t n = (size_t)snprintf(name, sizeof name, "%s%s", front, k->key + skip);
-        size_t d = word_distance(x->key, x->n, name);
+        const size_t longer = n > x->n ? n - x->n : x->n - n; /* letters that are other at least */
+        size_t d = longer < x->least ? word_distance(x->key, x->n, name) : longer;
         if (n > x->n && n < sizeof name && name[n - x->n - 1] == '.' && !strncmp(name + n - x->n, x->key, x->n)) d = 0;
         if (d < x->least) x->least = d, memcpy(x->best, name, sizeof name);
     }
@@ -453,15 +454,17 @@ Err key_value_check(const KnownKey *k, const char *key, const char *value, int t
     return err("%s %.200s: %s; expected %s", key, value, k->why, values);
 }
 
-/* Metadata may be of other people, who have keys of their own: those that begin as ours do or are nearly one are not. */
+/* Metadata may be of other people, who have keys of their own: those that begin as ours, or nearly, and are nearly ours are
+ * not. */
 static Err unknown_in_file(const char *key, unsigned where) {
-    static const char *const ours[] = {"model.", "data.", "train.", "lightning.", "imagebart."};
+    static const char *const ours[] = {"model", "data", "train", "lightning", "imagebart"};
+    const size_t n = strcspn(key, ".");
+    size_t least = 3;
+    for (int i = 0; i < 5 && key[n]; i++) least = min_size(least, word_distance(key, n, ours[i]));
+    if (least == 3) return OK;
     Nearest x = nearest_to(key);
-    int is_ours = 0;
-    for (int i = 0; i < 5; i++) is_ours |= !strncmp(key, ours[i], strlen(ours[i]));
-    if (!is_ours && !strchr(key, '.')) return OK;
     search(&x, "", where, 0);
-    return is_ours || (*x.best && x.least && x.least < 3) ? unknown(&x) : OK;
+    return least == 0 || (*x.best && x.least && x.least < 3) ? unknown(&x) : OK;
 }
 
 /* The official class of the whole model must be the one that has such a network. */

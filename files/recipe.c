@@ -51,12 +51,19 @@ static int is_of_network(const char *key) {
     return strstr(key, ".transformer_config.") || !strcmp(key, "model.target");
 }
 
-/* All keys of a part; of_any: but for those of one network alone */
+/* The official trainer's callbacks, of which there may be any number */
+static int is_of_nobody(const char *key) {
+    const KnownKey *k = known_key(key, KEYS_FIRST | KEYS_TRANSITION);
+    return k && strchr(k->key, '*');
+}
+
+/* All keys of a part that somebody reads; of_any: but for those of one network alone */
 static Err take_part(Config *to, const Config *recipe, const char *part, int of_any) {
     size_t n = strlen(part);
     for (size_t i = 0; i < recipe->n; i++) {
         const char *key = recipe->kv[i].key;
         if (strncmp(key, part, n) != 0 || key[n] != '.' || (of_any && is_of_network(key + n + 1))) continue;
+        if (is_of_nobody(key + n + 1)) continue;
         TRY(config_set(to, key + n + 1, "%s", recipe->kv[i].value));
     }
     return OK;

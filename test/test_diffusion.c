@@ -91,6 +91,7 @@ static void test_schedule_errors(void) {
     CHECK_ERR(schedule_make(&s, "alphacum:1,0,0,0", 3), "value 3");
     CHECK_ERR(schedule_make(&s, "alphacum:1,x,0,0", 3), "4 numbers");
     CHECK_ERR(schedule_make(&s, "curve:/no/such/file", 3), "/no/such/file");
+    CHECK_ERR(schedule_make(&s, "curve:/dev/zero", 3), "is a device or a pipe");
 }
 
 static int betas_are(const Schedule *s, const double *beta) {

@@ -207,6 +207,16 @@ static void test_table(void) {
                                            {"vqgan", "unknown key 'vqgan'"},
                                            {"x", "unknown key 'x'"}};
     for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++) CHECK_ERR(recipe_key_check(wrong[i][0]), wrong[i][1]);
+    Config many = {0}; /* hostile: as many as a header may have, none of which is known */
+    char key[160];
+    for (int i = 0; i < 400; i++) {
+        snprintf(key, sizeof key, "modle.a%.*d", i % 100 + 1, i);
+        CHECK_OK(config_set(&many, key, "1"));
+    }
+    const double started = seconds();
+    CHECK_OK(keys_check(&many, KEYS_TRANSITION, 0));
+    CHECK(seconds() - started < 2);
+    config_free(&many);
 }
 
 /* ---- The official files: their keys, with values as they have them. None may be unknown, or refused. ---- */

@@ -132,6 +132,8 @@ says 1 "--lr: the recipe's schedule has cycles" train rate --vqgan --steps 2 --l
 # ---- the loss beside an official lossconfig is L1 alone, the codebook's set aside ----
 recipe "vqgan.${LOSS}target taming.modules.losses.vqperceptual.VQLPIPSWithDiscriminator" "vqgan.${LOSS}params.codebook_weight 0"
 ok "an official loss, without LPIPS" train l1 --vqgan --steps 2 --perceptual none
+says 0 "vqgan: continuing after step 2" "$build/train" --config "$dir/recipe.txt" --data "$dir/data" --run "$dir/l1" --vqgan --steps 3 --resume
+ok "and goes on, with not a word about it" sh -c "! grep -q l2_weight '$dir/err'"
 ok "is L1" awk -F '\t' 'NR > 1 && ($3 != $4 || !($5 > 0)) { exit 1 }' "$dir/l1/log.tsv"
 echo "vqgan.train.l2_weight 1" >>"$dir/recipe.txt"
 ok "with L2 where it is said" train l2 --vqgan --steps 2 --perceptual none
