@@ -640,6 +640,12 @@ static Err loader_alloc(Loader *l) {
     return OK;
 }
 
+size_t loader_bytes(size_t n, size_t B, size_t size) {
+    const double row = 3.0 * (double)size * (double)size, kept = (double)n * row;
+    const double all = RING * (double)B * row * sizeof(real) + (kept < CACHE_BYTES ? kept : CACHE_BYTES) + DECODE_BYTES;
+    return all < (double)(SIZE_MAX / 2) ? (size_t)all : SIZE_MAX / 2;
+}
+
 /* As many readers as the program has threads; fewer if the system has no more, but one. */
 static Err loader_readers(Loader *l) {
     size_t wanted = min_size(min_size((size_t)threads_get(), READERS), l->c.B * RING);

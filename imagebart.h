@@ -99,6 +99,8 @@ Err loader_start(Loader **l, const Dataset *d, const LoaderConfig *c);
 /* The next batch: images (B,3,size,size), labels (B); valid until the next call. */
 Err loader_next(Loader *l, const real **images, const int32_t **labels);
 void loader_stop(Loader *l); /* NULL is fine */
+/* About the most that loaders of B rows a batch together take for n pictures, those that are being decoded included. */
+size_t loader_bytes(size_t n, size_t B, size_t size);
 
 /* ------------------------------------------------------------------------------------------------------------
  * 2. vqgan.c: first stage, image <-> tokens (SPEC section 8; Esser et al. 2021, "Taming Transformers")

@@ -312,6 +312,7 @@ Err first_build(Stage *s) {
     TRY(gan_create(s));
     TRY(gan_plan_bytes(s, &plan, &tables));
     if (s->set.cuda) TRY(check_gpu_memory(s, plan + tables));
+    s->memory.pictures = loader_bytes(s->train.n + s->val.n, 2 * s->batch, s->size); /* of both sides */
     TRY(check_memory(s, 4, s->set.cuda ? tables : plan + tables, s->batch, 3 * s->size * s->size));
     return first_plan(s);
 }

@@ -15,11 +15,12 @@ Err check_memory(Stage *s, size_t arenas, size_t plan, size_t rows, size_t colum
     s->memory.available = memory_available();
     if (s->memory.available != SIZE_MAX) s->memory.available /= ranks_local();
     const int crops = s->memory.tokens && s->set.crops > 1;
-    char what[200], state[32], activations[32], tokens[32];
-    snprintf(what, sizeof what, "%s: parameters, gradients and optimizer %s, activations %s, tokens of the pictures %s",
-             s->name, bytes_text(state, s->memory.state), bytes_text(activations, s->memory.activations),
-             bytes_text(tokens, s->memory.tokens));
-    return memory_fits(s->memory.state + s->memory.activations + s->memory.tokens, s->memory.available, what,
+    const size_t pictures = s->memory.pictures + s->memory.tokens;
+    char what[200], state[32], activations[32], size[32];
+    snprintf(what, sizeof what, "%s: parameters, gradients and optimizer %s, activations %s, %s %s", s->name,
+             bytes_text(state, s->memory.state), bytes_text(activations, s->memory.activations),
+             s->memory.tokens ? "tokens of the pictures" : "pictures read ahead", bytes_text(size, pictures));
+    return memory_fits(s->memory.state + s->memory.activations + pictures, s->memory.available, what,
                        crops ? "a smaller --batch or fewer --crops take less" : "a smaller --batch takes less");
 }
 

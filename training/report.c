@@ -118,6 +118,8 @@ void say_start(Stage *s) {
     char state[32], activations[32], tokens[64] = "", size[32], available[32];
     if (s->memory.tokens)
         snprintf(tokens, sizeof tokens, ", tokens of the pictures %s", bytes_text(size, s->memory.tokens));
+    if (s->memory.pictures)
+        snprintf(tokens, sizeof tokens, ", pictures read ahead at most %s", bytes_text(size, s->memory.pictures));
     fprintf(stderr, "memory: parameters, gradients and optimizer%s %s, activations %s%s; %s available\n",
             s->set.bf16_states ? " (in bf16)" : "", bytes_text(state, s->memory.state),
             bytes_text(activations, s->memory.activations), tokens,

@@ -98,8 +98,9 @@ typedef struct {
 } Step;
 
 typedef struct {
-    /* bytes: parameters, gradients and optimizer; the network's plan; a transition's data; what was free */
-    size_t state, activations, tokens, available;
+    /* bytes: parameters, gradients and optimizer; the network's plan; a first stage's data, as they are read, and a
+     * transition's; what was free */
+    size_t state, activations, pictures, tokens, available;
 } Memory;
 
 enum {
