@@ -16,7 +16,7 @@
 
 typedef struct {
     const char *image, *mask, *half;
-    size_t window, outside, candidates;
+    size_t window, outside, extend, candidates;
     int invert, no_paste, official_mask, compare;
 } InpaintArgs;
 
@@ -45,32 +45,18 @@ typedef struct {
 
 /* The picture, prepared as those that the model was trained on, but upright; height x width: the size of the file. */
 static Err read_picture(Completion *c, size_t *height, size_t *width) {
-    const char *path = c->in->image, *said = config_get(&c->model.meta, "data.", "prep");
+    const char *path = c->in->image, *told = config_get(&c->model.meta, "data.", "prep");
+    const size_t extend = c->in->extend, size = extend ? extend : c->side;
+    if (extend >= c->side) return err("--extend %zu: the model's pictures have %zu pixels", extend, c->side);
     TRY(prep_read(&c->prep, &c->model.meta));
     TRY(image_read_as(&c->picture, path, prep_how(c->prep) | IMAGE_UPRIGHT));
     size_t H = *height = c->picture.H, W = *width = c->picture.W;
     if (c->picture.note) say(c->args, "%s: %s\n", path, c->picture.note);
-    if (H != c->side || W != c->side)
-        say(c->args, "%s is %zux%zu: its centre square is used at %zux%zu%s%s\n", path, W, H, c->side, c->side,
-            said ? "" : ", scaled as data.prep ", said ? "" : prep_name(c->prep));
-    return image_square(&c->picture, c->prep, c->side) == OK ? OK : err_in(path);
-}
-
-/* Keeps everything outside (or, with inside = 1, only what is inside) a centred window. */
-static void window_mask(Completion *c, size_t size, uint8_t inside) {
-    size_t from = (c->side - size) / 2, to = (c->side + size) / 2;
-    for (size_t y = 0; y < c->side; y++)
-        for (size_t x = 0; x < c->side; x++)
-            c->keep[y * c->side + x] = (y >= from && y < to && x >= from && x < to) == (inside != 0);
-}
-
-/* Redraws the named half, keeps the other. */
-static void half_mask(Completion *c, const char *half) {
-    int upper = !strcmp(half, "upper"), lower = !strcmp(half, "lower"), left = !strcmp(half, "left");
-    size_t middle = c->side / 2;
-    for (size_t y = 0; y < c->side; y++)
-        for (size_t x = 0; x < c->side; x++)
-            c->keep[y * c->side + x] = upper ? y >= middle : lower ? y < middle : left ? x >= middle : x < middle;
+    if (H != size || W != size)
+        say(c->args, "%s is %zux%zu: its centre square is used at %zux%zu%s%s%s\n", path, W, H, size, size,
+            extend ? ", in the middle" : "", told ? "" : ", scaled as data.prep ", told ? "" : prep_name(c->prep));
+    if (image_square(&c->picture, c->prep, size) != OK) return err_in(path);
+    return extend ? put_into_middle(&c->picture, c->side) : OK;
 }
 
 /* keep (side,side), for a picture whose file is H x W. */
@@ -85,9 +71,9 @@ static Err make_mask(Completion *c, size_t H, size_t W) {
         TRY(mask_read(c->keep, &note, in->mask, c->prep, c->side, H, W, in->invert));
         if (note) say(c->args, "%s: %s\n", in->mask, note);
     } else if (in->half)
-        half_mask(c, in->half);
+        half_mask(c->keep, c->side, in->half);
     else
-        window_mask(c, in->window ? in->window : in->outside, in->outside != 0);
+        window_mask(c->keep, c->side, in->window ? in->window : in->outside ? in->outside : in->extend, !in->window);
     for (size_t i = 0; i < c->side * c->side; i++) kept += c->keep[i];
     if (kept == c->side * c->side)
         return err("the mask keeps everything: nothing to draw (%s are redrawn)",
@@ -299,8 +285,28 @@ static void inpaint(SamplingArgs *a, const InpaintArgs *in) {
     for (size_t i = 0; i < sizeof buffers / sizeof *buffers; i++) free(buffers[i]);
 }
 
+/* One thing says what is drawn anew. */
+static void check_what(const InpaintArgs *in) {
+    const struct {
+        const char *option;
+        int given;
+    } what[] = {{"--mask", in->mask != NULL},
+                {"--half", in->half != NULL},
+                {"--window", in->window > 0},
+                {"--outside", in->outside > 0},
+                {"--extend", in->extend > 0}};
+    char given[64] = "";
+    size_t n = 0, at = 0;
+    for (size_t i = 0; i < sizeof what / sizeof *what; i++)
+        if (what[i].given)
+            at += (size_t)snprintf(given + at, sizeof given - at, "%s%s", n++ ? " and " : "", what[i].option);
+    if (n != 1)
+        usage_error("%s%sgive one of --mask, --half, --window, --outside, --extend; -h explains", given, n ? ": " : "");
+}
+
 static const char intro[] =
-    "usage: ./inpaint [MODEL] IMAGE (--mask MASK.png | --half upper | --window SIZE | --outside SIZE) [options]\n\n"
+    "usage: ./inpaint [MODEL] IMAGE (--mask MASK.png | --half upper | --window SIZE |\n"
+    "                 --outside SIZE | --extend SIZE) [options]\n\n"
     "Completes a picture with an ImageBART model: the tokens of the kept part are forced at every scale, the others\n"
     "are sampled with the whole picture in view. Each scale runs several times with some noise in between, so that\n"
     "old and new parts settle on each other (--chain-length; default: what the model recommends, else 3, or 5 and 1\n"
@@ -324,7 +330,10 @@ int main(int argc, char **argv) {
          "... the light parts of it; black and transparent ones are kept"},
         {OPT_STRING, "--half", "WHICH", &in.half, 0, 0, "the upper, lower, left or right half"},
         {OPT_SIZE, "--window", "SIZE", &in.window, 1, 65536, "a centred square of SIZE pixels"},
-        {OPT_SIZE, "--outside", "SIZE", &in.outside, 1, 65536, "everything but a centred square of SIZE pixels"},
+        {OPT_SIZE, "--outside", "SIZE", &in.outside, 1, 65536,
+         "everything but a centred square of SIZE pixels: what the picture has\noutside it is dropped"},
+        {OPT_SIZE, "--extend", "SIZE", &in.extend, 1, 65536,
+         "all around the picture, which is scaled to SIZE pixels and continued\noutwards to the model's size"},
         {OPT_HEADING, "Options", NULL, NULL, 0, 0, NULL},
         {OPT_FLAG, "--no-paste", NULL, &in.no_paste, 0, 0, "leave the kept part as the VQGAN draws it"},
         {OPT_FLAG, "--compare", NULL, &in.compare, 0, 0, "show the picture and what is kept of it before the results"},
@@ -342,8 +351,7 @@ int main(int argc, char **argv) {
     if (a.model && !in.image) in.image = a.model, a.model = NULL; /* one argument is the picture */
     if (!a.model) a.model = "emoji";
     if (!in.image) usage_error("which picture? ./inpaint [MODEL] IMAGE; -h explains");
-    if ((in.mask != NULL) + (in.half != NULL) + (in.window > 0) + (in.outside > 0) != 1)
-        usage_error("give one of --mask, --half, --window, --outside; -h explains");
+    check_what(&in);
     if (in.invert && !in.mask) usage_error("--invert is for --mask");
     if (in.half && strcmp(in.half, "upper") && strcmp(in.half, "lower") && strcmp(in.half, "left") &&
         strcmp(in.half, "right"))

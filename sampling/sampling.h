@@ -206,6 +206,16 @@ Err outputs_check(const char *out, const char *chain, const char *film);
 /* A grid of n pictures (side,side), enlarged, is not too large for image_grid and for those who read it. */
 Err output_grid_check(const char *option, size_t n, size_t side, size_t columns, size_t gap, size_t enlarge);
 
+/* ---- region.c ---- */
+
+/* keep (side,side) = 1 outside of (inside = 1: inside of) a centred square of `size` pixels. */
+void window_mask(uint8_t *keep, size_t side, size_t size, int inside);
+/* keep (side,side) = 0 in the upper, lower, left or right half. */
+void half_mask(uint8_t *keep, size_t side, const char *half);
+/* The square picture moves into the middle of one of side x side. Around it its edges go on: the first stage sees them
+ * beside the kept part. */
+Err put_into_middle(Image *im, size_t side);
+
 /* ---- terminal.c ---- */
 
 /* Draws a PNG file on stdout: Kitty or iTerm2 graphics where the terminal says it has them, else 24-bit half blocks. */

@@ -100,10 +100,10 @@ ok "the opposite" edit emoji models/emoji/example.png --mask "$dir/hole.png" --i
 ok "of it" "$build/pictures" same "$dir/e.png" models/emoji/example.png 0 16 32 48
 refused_late 2 "--invert is for --mask" edit emoji models/emoji/example.png --half upper --invert
 "$build/pictures" make "$dir/large" 1 100
-for prep in folder lsun ffhq pr-p; do
+for prep in folder lsun ffhq none; do
     mkdir "$dir/as-$prep" && cp models/emoji/*.safetensors "$dir/as-$prep"
     case $prep in
-    pr-p) change='s/"data\.prep":"folder"/"data.pr-p":"folder"/' ;;
+    none) change='s/"data\.prep":"folder",/                     /' ;;
     *) change="s/\"data\.prep\":\"folder\"/$(printf '"data.prep":%-8s' "\"$prep\"")/" ;;
     esac
     LC_ALL=C sed -i "$change" "$dir/as-$prep/scale1.safetensors"
@@ -111,7 +111,7 @@ for prep in folder lsun ffhq pr-p; do
     cp "$dir/e.png" "$dir/$prep.png"
 done
 ok "what is not recorded is said" grep -q "at 64x64, scaled as data.prep folder" "$dir/err"
-ok "it is so" "$build/pictures" same "$dir/pr-p.png" "$dir/folder.png" 0 32 64 64
+ok "it is so" "$build/pictures" same "$dir/none.png" "$dir/folder.png" 0 32 64 64
 ok "lsun scales so too" "$build/pictures" same "$dir/lsun.png" "$dir/folder.png" 0 32 64 64
 ok "ffhq does not" sh -c "! '$build/pictures' same '$dir/ffhq.png' '$dir/folder.png' 0 32 64 64"
 
@@ -170,6 +170,22 @@ ok "its first picture is the last frame" "$build/pictures" same "$dir/edit-film.
 ok "kept pixels are kept in it" "$build/pictures" same "$dir/edit-film.png" models/emoji/example.png 0 32 64 64
 early "same file" sample -o "$dir/x.png" --animate "$dir/x.png"
 early "--animate" sample -o "$dir/x.png" --animate "$dir/nowhere/x.png"
+
+# ---- outwards ----
+ok "extend" "$build/inpaint" emoji models/emoji/example.png --extend 32 --candidates 1 --chain-length 0,0,1 --seed 1 -o "$dir/wide.png" --no-paste
+cp "$dir/err" "$dir/said"
+ok "says so" grep -q 'example.png is 64x64: its centre square is used at 32x32, in the middle' "$dir/said"
+ok "48 tokens" grep -q '48 of 64 tokens are drawn anew' "$dir/said"
+ok "outside" "$build/inpaint" emoji models/emoji/example.png --outside 32 --candidates 1 --chain-length 0,0,1 --seed 1 -o "$dir/x.png"
+ok "keeps the middle" "$build/pictures" same "$dir/x.png" models/emoji/example.png 16 16 48 48
+"$build/pictures" make "$dir/small" 1 32
+small=$(find "$dir/small" -name '*.png' | head -n 1)
+ok "extend what is as large" "$build/inpaint" emoji "$small" --extend 32 --candidates 1 --chain-length 0,0,1 -n 2 --compare -o "$dir/x.png"
+ok "no word of its size" test "$(grep -c 'centre square' "$dir/err")" -eq 0
+refused_late 1 "--extend 64: the model's pictures have 64" "$build/inpaint" emoji "$small" --extend 64
+refused_late 2 "^inpaint: --half and --window: give one of --mask, --half, --window, --outside, --extend" inpaint --window 16
+refused_late 2 "^inpaint: --half and --outside and --extend: give one of" inpaint --outside 16 --extend 16
+refused_late 2 "^inpaint: give one of" "$build/inpaint" emoji "$small"
 
 # ---- is a picture like what the model has learnt? ----
 printf '\211PNG\015\012\032\012\000\000\000\015IHDR\000\000\000@\000\000\000@\001\000\000\000\000\202\022Ls\000\000\000\027IDATx\332c`\370\017\205\024\062\250d\014\303\250{\206\224{\000\363\002\377\001\201t\367p\000\000\000\000IEND\256B`\202' >"$dir/chess.png" # a board of 8x8 squares
