@@ -1165,6 +1165,104 @@ static void test_grid(void) {
     CHECK_ERR(image_grid(&g, x, N, 30000, 1, 1, 1), "sides of 1..");
 }
 
+/* ---- Enlarged PNGs, animated PNGs ---- */
+
+static void test_enlarged(void) {
+    Image im = picture(5, 7), back = {0};
+    CHECK_OK(image_write_png_enlarged(in_folder("large.png"), &im, 3, NULL));
+    CHECK_OK(image_read(&back, in_folder("large.png")));
+    CHECK(back.H == 15 && back.W == 21);
+    size_t wrong = 0;
+    for (size_t y = 0; y < back.H; y++)
+        for (size_t x = 0; x < back.W; x++)
+            wrong += memcmp(back.rgb + 3 * (y * back.W + x), im.rgb + 3 * (y / 3 * im.W + x / 3), 3) != 0;
+    CHECK(wrong == 0);
+    CHECK_ERR(image_write_png_enlarged(in_folder("large.png"), &im, 0, NULL), "cannot be a PNG");
+    image_free(&im);
+    image_free(&back);
+}
+
+enum { FRAMES = 4 };
+static Err make_frame(void *context, size_t i, Image *im) {
+    *im = picture(6 + (context && i == 2), 9);
+    memset(im->rgb, (int)(10 * i), 30);
+    return OK;
+}
+
+static size_t be(const uint8_t *p, int n) {
+    size_t v = 0;
+    while (n--) v = v << 8 | *p++;
+    return v;
+}
+
+/* A frame of (H,W) from zlib data whose rows are differences to the row above, is frame number i, enlarged. */
+static int is_frame(const uint8_t *data, size_t bytes, size_t i, size_t H, size_t W, size_t enlarge) {
+    enum { MOST = 100 * 400 };
+    static uint8_t raw[MOST];
+    Image im;
+    uLongf n = MOST;
+    if (uncompress(raw, &n, data, (uLong)bytes) != Z_OK || n != H * (3 * W + 1)) return 0;
+    make_frame(NULL, i, &im);
+    int same = 1;
+    for (size_t y = 0; y < H; y++) {
+        uint8_t *row = raw + y * (3 * W + 1);
+        same &= row[0] == 2;
+        for (size_t x = 1; x <= 3 * W; x++) {
+            if (y) row[x] = (uint8_t)(row[x] + row[x - 3 * W - 1]);
+            same &= row[x] == im.rgb[3 * (y / enlarge * im.W + (x - 1) / 3 / enlarge) + (x - 1) % 3];
+        }
+    }
+    image_free(&im);
+    return same;
+}
+
+/* Chunk by chunk: names in order, checksums, sequence numbers, times, and every frame's pixels. */
+static void test_apng_of(size_t enlarge) {
+    static const char *const order[] = {"IHDR", "acTL", "tEXt", "iTXt", "IDAT", "fcTL", "fdAT",
+                                        "fcTL", "fdAT", "fcTL", "fdAT", "fcTL", "fdAT", "IEND"};
+    const size_t H = 6 * enlarge, W = 9 * enlarge;
+    Config text = {0};
+    size_t n, at = 8, chunk = 0, sequence = 0, frame = 0;
+    CHECK_OK(config_set(&text, "seed", "7"));
+    CHECK_OK(config_set(&text, "class", "caf\xc3\xa9"));
+    CHECK_OK(image_write_apng(in_folder("film.png"), FRAMES, make_frame, NULL, enlarge, &text));
+    uint8_t *p = get_file(in_folder("film.png"), &n);
+    for (; at + 12 <= n && chunk < 14; chunk++) {
+        const size_t length = be(p + at, 4);
+        const uint8_t *type = p + at + 4, *data = type + 4;
+        if (!CHECK(length <= n - at - 12)) break;
+        CHECK(!memcmp(type, order[chunk], 4));
+        CHECK(crc32(crc32(0, NULL, 0), type, (uInt)length + 4) == be(data + length, 4));
+        if (!memcmp(type, "IHDR", 4)) CHECK(be(data, 4) == W && be(data + 4, 4) == H);
+        if (!memcmp(type, "acTL", 4)) CHECK(length == 8 && be(data, 4) == FRAMES && be(data + 4, 4) == 0);
+        if (!memcmp(type, "IDAT", 4)) CHECK(is_frame(data, length, FRAMES - 1, H, W, enlarge)); /* viewers of old */
+        if (!memcmp(type, "fcTL", 4)) {
+            CHECK(length == 26 && be(data, 4) == sequence++ && be(data + 4, 4) == W && be(data + 8, 4) == H);
+            CHECK(be(data + 20, 2) == (frame == FRAMES - 1 ? LAST_FRAME_MS : FRAME_MS) && be(data + 22, 2) == 1000);
+        }
+        if (!memcmp(type, "fdAT", 4))
+            CHECK(be(data, 4) == sequence++ && is_frame(data + 4, length - 4, frame++, H, W, enlarge));
+        at += 12 + length;
+    }
+    CHECK(at == n && chunk == 14 && frame == FRAMES);
+    config_free(&text);
+}
+
+static void test_apng(void) {
+    Image im = {0}, last;
+    test_apng_of(1);
+    test_apng_of(3);
+    CHECK_OK(image_write_apng(in_folder("film.png"), FRAMES, make_frame, NULL, 1, NULL));
+    CHECK_OK(image_read(&im, in_folder("film.png")));
+    make_frame(NULL, FRAMES - 1, &last);
+    CHECK(im.note && strstr(im.note, "animated PNG") && difference(&im, &last) == 0);
+    image_free(&im);
+    image_free(&last);
+    CHECK_ERR(image_write_apng(in_folder("odd.png"), FRAMES, make_frame, "odd", 1, NULL), "several sizes");
+    CHECK_ERR(image_write_apng(in_folder("odd.png"), 0, make_frame, NULL, 1, NULL), "no frames");
+    CHECK_ERR(image_read(&im, in_folder("odd.png")), "No such file");
+}
+
 int main(void) {
     if (!temporary_folder(folder)) return 1;
     test_png_gray();
@@ -1194,6 +1292,8 @@ int main(void) {
     test_prepare();
     test_masks();
     test_grid();
+    test_enlarged();
+    test_apng();
     nftw(folder, remove_entry, 16, FTW_DEPTH | FTW_PHYS);
     return test_report();
 }
