@@ -64,23 +64,6 @@ static Err take_square(EditPicture *p, const Model *m) {
 
 /* ---- What is drawn anew ---- */
 
-/* Keeps everything outside (or, with inside = 1, only what is inside) a centred window. */
-static void window_mask(uint8_t *keep, size_t side, size_t size, uint8_t inside) {
-    const size_t from = (side - size) / 2, to = (side + size) / 2;
-    for (size_t y = 0; y < side; y++)
-        for (size_t x = 0; x < side; x++)
-            keep[y * side + x] = (y >= from && y < to && x >= from && x < to) == (inside != 0);
-}
-
-/* Redraws the named half, keeps the other. */
-static void half_mask(uint8_t *keep, size_t side, const char *half) {
-    const int upper = !strcmp(half, "upper"), lower = !strcmp(half, "lower"), left = !strcmp(half, "left");
-    const size_t middle = side / 2;
-    for (size_t y = 0; y < side; y++)
-        for (size_t x = 0; x < side; x++)
-            keep[y * side + x] = upper ? y >= middle : lower ? y < middle : left ? x >= middle : x < middle;
-}
-
 /* The rectangle y0..y1, x0..x1 in which the mask's hole lies; 0: there is none. */
 static int hole_box(const Image *mask, int invert, size_t box[4]) {
     box[0] = mask->H, box[1] = 0, box[2] = mask->W, box[3] = 0;
