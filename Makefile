@@ -40,6 +40,9 @@ PLAINLY := $(filter 1,$(PLAIN))
 
 B := build/$(notdir $(CC))-$(MARCH)$(if $(filter 1,$(SANITIZE)),-sanitize)$(if $(PLAINLY),-plain)
 
+# A line for each file that is compiled or linked; V=1: the commands. Nothing under make -s.
+say = $(if $(filter 1,$(V))$(findstring s,$(firstword -$(MAKEFLAGS))),,@printf '%-5s%s\n' '$1' '$2';)
+
 comma := ,
 space := $(subst ,, )
 
@@ -109,7 +112,7 @@ LEVELS := $(if $P,$(foreach l,x86-64 x86-64-v3 x86-64-v4 x86-64-v4-bf16,$(if $(c
 
 OFFICIAL := ffhq ffhq2 churches bedrooms cats imagenet imagenet4
 
-ifneq ($(if $(BUILT),,$(filter-out clean format $(OFFICIAL) vqgan lsun lpips,$(or $(MAKECMDGOALS),all))),)
+ifneq ($(if $(BUILT),,$(filter-out help clean format $(OFFICIAL) vqgan lsun lpips,$(or $(MAKECMDGOALS),all))),)
 $(info compiler  $(CC)$(if $(filter 1,$(SANITIZE)), with sanitizers))
 ifeq ($(HAVE_PNG),)
 $(error libpng is missing. Debian: apt-get install libpng-dev)
@@ -180,7 +183,7 @@ $(PROGRAMS): %: $(SHIPPED)/%
 	@cp -f $< $@
 test/golden test/bench test/walkthrough: test/%: $B/%
 	@cp -f $< $@
-.PHONY: all test bench fullsize fuzz clean format walkthrough FORCE $(OFFICIAL) vqgan lsun lpips
+.PHONY: all help test bench fullsize fuzz clean format walkthrough FORCE $(OFFICIAL) vqgan lsun lpips
 ifneq ($(or $(BUILT),$(shell cat build/last 2>/dev/null)),$(or $(BUILT),$(SHIPPED)))
 $(PROGRAMS) test/golden test/bench test/walkthrough: FORCE
 $(shell mkdir -p build && echo $(SHIPPED) >build/last)
@@ -204,65 +207,65 @@ $B/serve $(if $P,$P/serve): LDLIBS += $(SERVE_LIBS)
 $B/serving/page.o $(if $P,$P/x86-64/serving/page.o): $(addprefix web/,index.html page.css page.js)
 $B/serve_client: LDLIBS += $(SERVE_LIBS)
 $B/serve_client: $B/test/serve_client.o $(OBJ)
-	$(CC) $(CFLAGS) -o $@ $^ $(LDLIBS)
+	$(call say,LINK,$@)$(CC) $(CFLAGS) -o $@ $^ $(LDLIBS)
 $B/train-alone: $B/train.o $(patsubst %,$B/%.o,$(filter-out training/parallel,$(TRAIN))) $B/alone/training/parallel.o $(OBJ)
-	$(CC) $(CFLAGS) -o $@ $^ $(LDLIBS)
+	$(call say,LINK,$@)$(CC) $(CFLAGS) -o $@ $^ $(LDLIBS)
 $B/alone/%.o: %.c Makefile
 	@mkdir -p $(@D)
-	$(CC) $(CFLAGS) -MMD -MP -c -o $@ $<
+	$(call say,CC,$<)$(CC) $(CFLAGS) -MMD -MP -c -o $@ $<
 $(PROGRAMS:%=$B/%): $B/%: $B/%.o $(OBJ) $(DEVICE_OBJ)
-	$(CC) $(CFLAGS) -o $@ $^ $(LDLIBS) $(CUDA_LIBS)
+	$(call say,LINK,$@)$(CC) $(CFLAGS) -o $@ $^ $(LDLIBS) $(CUDA_LIBS)
 $B/golden: $B/test/golden.o $(OBJ) $(DEVICE_OBJ)
-	$(CC) $(CFLAGS) -o $@ $^ $(LDLIBS) $(CUDA_LIBS)
+	$(call say,LINK,$@)$(CC) $(CFLAGS) -o $@ $^ $(LDLIBS) $(CUDA_LIBS)
 $B/bench: $B/test/bench.o $(OBJ)
-	$(CC) $(CFLAGS) -o $@ $^ $(LDLIBS)
+	$(call say,LINK,$@)$(CC) $(CFLAGS) -o $@ $^ $(LDLIBS)
 $B/pictures $B/logits $B/lpips $B/codes $B/fullsize $B/walkthrough $B/sizes: $B/%: $B/test/%.o $(OBJ)
-	$(CC) $(CFLAGS) -o $@ $^ $(LDLIBS)
+	$(call say,LINK,$@)$(CC) $(CFLAGS) -o $@ $^ $(LDLIBS)
 $(filter-out %/test_layers,$(TESTS:%=$B/test_%)): $B/test_%: $B/test/test_%.o $(OBJ)
-	$(CC) $(CFLAGS) -o $@ $^ $(LDLIBS)
+	$(call say,LINK,$@)$(CC) $(CFLAGS) -o $@ $^ $(LDLIBS)
 $(filter-out %/test_layers_double,$(TESTS_DOUBLE:%=$B/test_%_double)): $B/test_%_double: $B/double/test/test_%.o $(OBJ_DOUBLE)
-	$(CC) $(CFLAGS) -DREAL_DOUBLE -o $@ $^ $(LDLIBS)
+	$(call say,LINK,$@)$(CC) $(CFLAGS) -DREAL_DOUBLE -o $@ $^ $(LDLIBS)
 # test_layers includes transformer.cu, whose layers are its own; it must be compiled quickly.
 $B/test_layers: $B/test/test_layers.o $(filter-out %/transformer.o,$(OBJ))
-	$(CC) $(CFLAGS) -o $@ $^ $(LDLIBS)
+	$(call say,LINK,$@)$(CC) $(CFLAGS) -o $@ $^ $(LDLIBS)
 $B/test_layers_double: $B/double/test/test_layers.o $(filter-out %/transformer.o,$(OBJ_DOUBLE))
-	$(CC) $(CFLAGS) -DREAL_DOUBLE -o $@ $^ $(LDLIBS)
+	$(call say,LINK,$@)$(CC) $(CFLAGS) -DREAL_DOUBLE -o $@ $^ $(LDLIBS)
 $B/test/test_layers.o $B/double/test/test_layers.o: CFLAGS += -O1
 
 $B/%.o: %.c Makefile
 	@mkdir -p $(@D)
-	$(CC) $(CFLAGS) -MMD -MP -c -o $@ $<
+	$(call say,CC,$<)$(CC) $(CFLAGS) -MMD -MP -c -o $@ $<
 $B/transformer.o: transformer.cu Makefile
 	@mkdir -p $(@D)
-	$(CC) $(CFLAGS) -MMD -MP -x c -c -o $@ $<
+	$(call say,CC,$<)$(CC) $(CFLAGS) -MMD -MP -x c -c -o $@ $<
 $B/double/%.o: %.c Makefile
 	@mkdir -p $(@D)
-	$(CC) $(CFLAGS) -DREAL_DOUBLE -MMD -MP -c -o $@ $<
+	$(call say,CC,$<)$(CC) $(CFLAGS) -DREAL_DOUBLE -MMD -MP -c -o $@ $<
 $B/double/transformer.o: transformer.cu Makefile
 	@mkdir -p $(@D)
-	$(CC) $(CFLAGS) -DREAL_DOUBLE -MMD -MP -x c -c -o $@ $<
+	$(call say,CC,$<)$(CC) $(CFLAGS) -DREAL_DOUBLE -MMD -MP -x c -c -o $@ $<
 
 # ---- the programs for any x86-64: each is start.o and, for every level, a whole program linked into one object ----
 define level
 $P/$1/%.o: %.c Makefile
 	@mkdir -p $$(@D)
-	$$(CC) $$(CFLAGS_ANY) $$(FLAGS_$1) -MMD -MP -c -o $$@ $$<
+	$$(call say,CC,$$<)$$(CC) $$(CFLAGS_ANY) $$(FLAGS_$1) -MMD -MP -c -o $$@ $$<
 $P/$1/transformer.o: transformer.cu Makefile
 	@mkdir -p $$(@D)
-	$$(CC) $$(CFLAGS_ANY) $$(FLAGS_$1) -MMD -MP -x c -c -o $$@ $$<
+	$$(call say,CC,$$<)$$(CC) $$(CFLAGS_ANY) $$(FLAGS_$1) -MMD -MP -x c -c -o $$@ $$<
 $P/$1/whole-train.o: $(TRAIN:%=$P/x86-64/%.o)
 $P/$1/whole-sample.o: $(DRAWING:%=$P/x86-64/%.o)
 $P/$1/whole-serve.o: $(SERVING:%=$P/x86-64/%.o)
 $(PROGRAMS:%=$P/$1/whole-%.o): $P/$1/whole-%.o: $P/x86-64/%.o $(patsubst %,$P/x86-64/%.o,$(COLD)) \
     $(patsubst %,$P/$1/%.o,$(filter-out $(COLD),$(COMPONENTS)))
-	$$(call whole,$$@,$$^,main_$(subst -,_,$1))
+	$$(call say,LINK,$$@)$$(call whole,$$@,$$^,main_$(subst -,_,$1))
 $(PROGRAMS:%=$P/%): $P/%: $P/$1/whole-%.o
 endef
 ifneq ($P,)
 $P/x86-64/training/parallel.o: CFLAGS_ANY += $(if $(HAVE_MPI),-DHAVE_MPI $(MPI_CFLAGS))
 $(foreach l,$(LEVELS),$(eval $(call level,$l)))
 $(PROGRAMS:%=$P/%): $P/x86-64/base/start.o
-	$(CC) $(CFLAGS_ANY) -o $@ $^ $(LDLIBS)
+	$(call say,LINK,$@)$(CC) $(CFLAGS_ANY) -o $@ $^ $(LDLIBS)
 endif
 
 # ---- CUDA: transformer.cu includes every kernel, and is compiled once with floatX = float, once with bf16 ----
@@ -276,21 +279,21 @@ floatX = $(if $(filter %bf16 %bf16.o,$@),-DFLOATX_BF16)
 define emulation # folder, how much the compiler optimises
 $(PRECISIONS:%=$1/device_%.o): transformer.cu Makefile
 	@mkdir -p $$(@D)
-	$$(CXX) $$(EMULATED_FLAGS) $2 $$(floatX) -MMD -MP -c -o $$@ $$<
+	$$(call say,CXX,$$<)$$(CXX) $$(EMULATED_FLAGS) $2 $$(floatX) -MMD -MP -c -o $$@ $$<
 $(PRECISIONS:%=$1/test_cuda_%.o): test/test_cuda.cu Makefile
 $(PRECISIONS:%=$1/test_vqgan_cuda_%.o): test/test_vqgan_cuda.cu Makefile
 $(PRECISIONS:%=$1/test_gan_cuda_%.o): test/test_gan_cuda.cu Makefile
 $(EMULATED_TESTS:$B/emulated/%=$1/%.o):
 	@mkdir -p $$(@D)
-	$$(CXX) $$(EMULATED_FLAGS) $2 $$(floatX) -MMD -MP -c -o $$@ $$<
+	$$(call say,CXX,$$<)$$(CXX) $$(EMULATED_FLAGS) $2 $$(floatX) -MMD -MP -c -o $$@ $$<
 $(EMULATED_TESTS:$B/emulated/%=$1/%): $1/%: $1/%.o $(OBJ)
-	$$(CXX) $(OPT) -o $$@ $$^ $$(LDLIBS)
+	$$(call say,LINK,$$@)$$(CXX) $(OPT) -o $$@ $$^ $$(LDLIBS)
 $(patsubst %,$1/%,$(filter-out serve,$(PROGRAMS))): $1/%: $B/%.o $(OBJ) $(PRECISIONS:%=$1/device_%.o)
-	$$(CXX) $(OPT) -o $$@ $$^ $$(LDLIBS)
+	$$(call say,LINK,$$@)$$(CXX) $(OPT) -o $$@ $$^ $$(LDLIBS)
 $1/golden $1/bench_cuda: $1/%: $B/test/%.o $(OBJ) $(PRECISIONS:%=$1/device_%.o)
-	$$(CXX) $(OPT) -o $$@ $$^ $$(LDLIBS)
+	$$(call say,LINK,$$@)$$(CXX) $(OPT) -o $$@ $$^ $$(LDLIBS)
 $1/test_layers: $B/test/test_layers.o $(filter-out %/transformer.o,$(OBJ)) $(PRECISIONS:%=$1/device_%.o)
-	$$(CXX) $(OPT) -o $$@ $$^ $$(LDLIBS)
+	$$(call say,LINK,$$@)$$(CXX) $(OPT) -o $$@ $$^ $$(LDLIBS)
 $1/sample: $(DRAWING:%=$B/%.o)
 $1/train: $(TRAIN:%=$B/%.o)
 $1/train: LDLIBS += $(if $(HAVE_MPI),$(MPI_LIBS))
@@ -323,15 +326,15 @@ SANITIZER ?=
 NVCC_TESTS := $(foreach t,cuda vqgan_cuda gan_cuda,$(PRECISIONS:%=$B/test_$(t)_%))
 $(PRECISIONS:%=$B/device_%.o): transformer.cu Makefile
 	@mkdir -p $(@D)
-	$(NVCC) $(NVCC_FLAGS) $(floatX) -MMD -MP -MF $(@:.o=.d) -c -o $@ $<
+	$(call say,NVCC,$<)$(NVCC) $(NVCC_FLAGS) $(floatX) -MMD -MP -MF $(@:.o=.d) -c -o $@ $<
 $(PRECISIONS:%=$B/test/test_cuda_%.o): test/test_cuda.cu Makefile
 $(PRECISIONS:%=$B/test/test_vqgan_cuda_%.o): test/test_vqgan_cuda.cu Makefile
 $(PRECISIONS:%=$B/test/test_gan_cuda_%.o): test/test_gan_cuda.cu Makefile
 $(NVCC_TESTS:$B/%=$B/test/%.o):
 	@mkdir -p $(@D)
-	$(NVCC) $(NVCC_FLAGS) $(floatX) -MMD -MP -MF $(@:.o=.d) -c -o $@ $<
+	$(call say,NVCC,$<)$(NVCC) $(NVCC_FLAGS) $(floatX) -MMD -MP -MF $(@:.o=.d) -c -o $@ $<
 $(NVCC_TESTS): $B/%: $B/test/%.o $(OBJ)
-	$(CC) $(CFLAGS) -o $@ $^ $(LDLIBS) $(CUDA_LIBS)
+	$(call say,LINK,$@)$(CC) $(CFLAGS) -o $@ $^ $(LDLIBS) $(CUDA_LIBS)
 NVCC_BIN := $(NVCC_TESTS) $B/golden $B/bench_cuda $(PROGRAMS:%=$B/%) $B/pictures $B/lpips
 .PHONY: cuda-programs
 cuda-programs: $(if $(NVCC),$(NVCC_BIN)) # for BUILT=
@@ -346,7 +349,7 @@ endif
 
 # At full FFHQ size on a GPU, beside PyTorch where PYTHON has it.
 $B/bench_cuda: $B/test/bench_cuda.o $(OBJ) $(DEVICE_OBJ)
-	$(CC) $(CFLAGS) -o $@ $^ $(LDLIBS) $(CUDA_LIBS)
+	$(call say,LINK,$@)$(CC) $(CFLAGS) -o $@ $^ $(LDLIBS) $(CUDA_LIBS)
 bench-cuda: $(if $(BUILT),,$(if $(NVCC),$B/bench_cuda))
 ifeq ($(NVCC)$(BUILT),)
 	@echo "make bench-cuda needs nvcc (NVCC=... names it), or BUILT=DIR, which was built elsewhere"; exit 1
@@ -381,12 +384,12 @@ THREADS_TESTS := base data vqgan transformer
 THREADS_FLAGS := -std=c11 -D_GNU_SOURCE -I. -g -O1 -fsanitize=thread -Wno-unknown-pragmas -Wno-tsan -MMD -MP
 build/threads/%.o: %.c Makefile
 	@mkdir -p $(@D)
-	$(CC) $(THREADS_FLAGS) -c -o $@ $<
+	$(call say,CC,$<)$(CC) $(THREADS_FLAGS) -c -o $@ $<
 build/threads/transformer.o: transformer.cu Makefile
 	@mkdir -p $(@D)
-	$(CC) $(THREADS_FLAGS) -x c -c -o $@ $<
+	$(call say,CC,$<)$(CC) $(THREADS_FLAGS) -x c -c -o $@ $<
 $(THREADS_TESTS:%=build/threads/test_%): build/threads/%: build/threads/test/%.o $(COMPONENTS:%=build/threads/%.o)
-	$(CC) $(THREADS_FLAGS) -o $@ $^ -lpng -ljpeg -lz -lm -lpthread
+	$(call say,LINK,$@)$(CC) $(THREADS_FLAGS) -o $@ $^ -lpng -ljpeg -lz -lm -lpthread
 threads: $(THREADS_TESTS:%=build/threads/test_%)
 	@TSAN_OPTIONS=allocator_may_return_null=1 test/run.sh --threads build/threads $^
 
@@ -441,6 +444,10 @@ format:
 
 clean:
 	rm -rf build $(PROGRAMS) serve test/golden test/bench test/walkthrough
+
+# What can be made, as the top of this file says it
+help:
+	@awk '!/^#/ { exit } { sub(/^# ?/, ""); print }' $(firstword $(MAKEFILE_LIST))
 
 FORCE:
 -include $(shell find $B $(if $P,$P) build/threads -name '*.d' 2>/dev/null)
