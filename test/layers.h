@@ -219,8 +219,8 @@ static inline void copy_numbers(const Compute *on, void *to, const void *from, s
 
 /* ---- Checks: each says in one line layer, sizes, tensor, element and both numbers ---- */
 
-static inline void say(const Checked *l, const size_t sizes[SIZES], const Array *t, size_t element, const char *whose,
-                       double got, const char *other, double want) {
+static inline void say_where(const Checked *l, const size_t sizes[SIZES], const Array *t, size_t element,
+                             const char *whose, double got, const char *other, double want) {
     char text[160] = "";
     size_t k = 0, used = 0;
     for (const char *name = l->sizes; *name && k < SIZES; k++) {
@@ -274,8 +274,8 @@ static inline void compare_case(const Checked *l, const size_t sizes[SIZES], Pla
         if (c.t[i].n > 0 && worst <= allowed(where) * largest)
             test_passed++;
         else
-            test_failed++, say(l, sizes, &c.t[i], at, place_name[where], (double)got[i][at], "by the plain loop",
-                               (double)want[i][at]);
+            test_failed++, say_where(l, sizes, &c.t[i], at, place_name[where], (double)got[i][at], "by the plain loop",
+                                     (double)want[i][at]);
     }
     free_numbers(x), free_numbers(want), free_numbers(got);
     params_free(&c.params);
@@ -321,8 +321,8 @@ static inline void check_gradients(const Checked *l, const size_t sizes[SIZES], 
         if (t->n > 0 && worst <= 1e-6 * largest)
             test_passed++;
         else
-            test_failed++, say(l, sizes, t, at, place_name[where], (double)y[i][at] - (double)x[i][at],
-                               "by central differences", wanted);
+            test_failed++, say_where(l, sizes, t, at, place_name[where], (double)y[i][at] - (double)x[i][at],
+                                     "by central differences", wanted);
     }
     free_numbers(x), free_numbers(y), free_numbers(unused);
     params_free(&c.params);
