@@ -1,8 +1,8 @@
 /* inpaint.c - completes a picture: keeps what a mask keeps and lets the model draw the rest.
  *
- *     read     picture, mask       read_picture, make_mask: at the model's resolution
- *     encode   pixels -> x_0       encode_picture: the known tokens; token_mask: which of them stay
- *     draw     x_T -> ... -> x_0   draw_tokens: sample_chain (diffusion.c)
+ *     read     picture, mask       read_files: edit_read (sampling/edit.c), at the model's resolution; which tokens stay
+ *     encode   pixels -> x_0       edit_encode: the known tokens
+ *     draw     x_T -> ... -> x_0   draw_tokens: sample_chain (diffusion.c), a batch at a time
  *     write    x_0 -> pixels       write_files: sheet_files (sampling/sheet.c), which puts the kept pixels back exactly
  *
  * At every scale the known tokens are forced (the guide of SPEC section 5) and the others are drawn. Each scale may run
@@ -15,146 +15,77 @@
 #include <string.h>
 
 typedef struct {
-    const char *image, *mask, *half;
-    size_t window, outside, extend, candidates;
-    int invert, no_paste, official_mask, compare;
+    const char *image, *mask, *into;
+    EditArgs what; /* which part is drawn anew */
+    size_t candidates;
+    int no_paste, compare;
 } InpaintArgs;
 
 typedef struct {
     Model model;
     const SamplingArgs *args;
     const InpaintArgs *in;
-    size_t side, N, steps; /* steps: T+1 */
-    size_t M, rows;        /* candidates for a sample; samples times candidates in a batch */
-    Prep prep;             /* how the model's pictures are prepared */
-    Image picture;         /* (side,side), what is completed */
-    uint8_t *keep;         /* (side,side) 1 = the pixel stays */
-    uint8_t *keep_token;   /* (N) */
-    size_t redrawn;        /* how many of them do not stay */
-    int32_t *known;        /* (rows,N) tokens of the picture, once per row of a batch */
-    int32_t *label;        /* (rows) */
-    int32_t *drawn;        /* (rows,N) a batch */
-    int32_t *tokens;       /* (n,N) */
-    int32_t *chain;        /* (n,steps,N) x_T .. x_0, for --animate */
-    size_t first;          /* the sample that the batch begins with */
-    SampleOptions options;
+    size_t N, steps;  /* steps: T+1 */
+    EditPicture edit; /* the picture as the model sees it, and what of it stays */
+    int32_t *known;   /* (N) its tokens */
+    Draw draw;
     DraftCounts counts[MAX_SCALES + 1];
 } Completion;
 
-/* ---- Read: the picture and its mask, at the model's resolution ---- */
+/* ---- Read ---- */
 
-/* The picture, prepared as those that the model was trained on, but upright; height x width: the size of the file. */
-static Err read_picture(Completion *c, size_t *height, size_t *width) {
-    const char *path = c->in->image, *told = config_get(&c->model.meta, "data.", "prep");
-    const size_t extend = c->in->extend, size = extend ? extend : c->side;
-    if (extend >= c->side) return err("--extend %zu: the model's pictures have %zu pixels", extend, c->side);
-    TRY(prep_read(&c->prep, &c->model.meta));
-    TRY(image_read_as(&c->picture, path, prep_how(c->prep) | IMAGE_UPRIGHT));
-    size_t H = *height = c->picture.H, W = *width = c->picture.W;
-    if (c->picture.note) say(c->args, "%s: %s\n", path, c->picture.note);
-    if (H != size || W != size)
-        say(c->args, "%s is %zux%zu: its centre square is used at %zux%zu%s%s%s\n", path, W, H, size, size,
-            extend ? ", in the middle" : "", told ? "" : ", scaled as data.prep ", told ? "" : prep_name(c->prep));
-    if (image_square(&c->picture, c->prep, size) != OK) return err_in(path);
-    return extend ? put_into_middle(&c->picture, c->side) : OK;
+/* What was said of the files: their sizes, what of them is left out */
+static void say_picture(const Completion *c) {
+    const EditPicture *p = &c->edit;
+    const char *path = c->in->image, *said = config_get(&c->model.meta, "data.", "prep");
+    const size_t side = c->model.side, size = c->in->what.extend ? c->in->what.extend : side;
+    if (p->picture.note) say(c->args, "%s: %s\n", path, p->picture.note);
+    if (c->in->into)
+        say(c->args, "%s is %zux%zu: the model sees %zux%zu pixels of it, from (%zu, %zu) on, at %zux%zu\n", path, p->W,
+            p->H, p->square, p->square, p->x0, p->y0, side, side);
+    else if (p->H != size || p->W != size)
+        say(c->args, "%s is %zux%zu: its centre square is used at %zux%zu%s%s%s\n", path, p->W, p->H, size, size,
+            size < side ? ", in the middle" : "", said ? "" : ", scaled as data.prep ", said ? "" : prep_name(p->prep));
+    if (p->note) say(c->args, "%s: %s\n", c->in->mask, p->note);
+    if (!p->kept) say(c->args, "the mask keeps nothing: the whole picture is drawn anew\n");
 }
 
-/* keep (side,side), for a picture whose file is H x W. */
-static Err make_mask(Completion *c, size_t H, size_t W) {
+/* The picture and its mask, as the model sees them (sampling/edit.c). */
+static Err read_files(Completion *c) {
     const InpaintArgs *in = c->in;
-    const char *note = NULL;
-    size_t kept = 0;
-    TRY(mem_alloc(&c->keep, c->side * c->side, 1, "mask"));
-    if (in->window >= c->side || in->outside >= c->side)
-        return err("a window of %zu pixels: the picture has %zu", in->window ? in->window : in->outside, c->side);
-    if (in->mask) {
-        TRY(mask_read(c->keep, &note, in->mask, c->prep, c->side, H, W, in->invert));
-        if (note) say(c->args, "%s: %s\n", in->mask, note);
-    } else if (in->half)
-        half_mask(c->keep, c->side, in->half);
-    else
-        window_mask(c->keep, c->side, in->window ? in->window : in->outside ? in->outside : in->extend, !in->window);
-    for (size_t i = 0; i < c->side * c->side; i++) kept += c->keep[i];
-    if (kept == c->side * c->side)
-        return err("the mask keeps everything: nothing to draw (%s are redrawn)",
-                   in->invert ? "with --invert light parts" : "black and transparent parts; with --invert light ones");
-    if (!kept) say(c->args, "the mask keeps nothing: the whole picture is drawn anew\n");
-    return OK;
-}
-
-/* keep_token (N): a token stays if all its pixels do. The official code asks only its first pixel (nearest neighbour,
- * SPEC section 5). */
-static Err token_mask(Completion *c) {
-    size_t patch = c->side / c->model.h, redrawn = 0;
-    TRY(mem_alloc(&c->keep_token, c->N, 1, "token mask"));
-    for (size_t i = 0; i < c->N; i++) {
-        const uint8_t *corner = c->keep + (i / c->model.w) * patch * c->side + (i % c->model.w) * patch;
-        c->keep_token[i] = corner[0];
-        for (size_t p = 0; !c->in->official_mask && p < patch * patch; p++)
-            c->keep_token[i] &= corner[p / patch * c->side + p % patch];
-        redrawn += !c->keep_token[i];
+    EditArgs a = in->what;
+    uint8_t *image = NULL, *mask = NULL, *into = NULL;
+    size_t bytes;
+    a.paste = in->into != NULL;
+    Err e = file_bytes(&image, &a.image_bytes, in->image, IMAGE_FILE_BYTES, NULL);
+    if (e == OK && in->mask) e = file_bytes(&mask, &a.mask_bytes, in->mask, IMAGE_FILE_BYTES, NULL);
+    a.image = image, a.mask = mask;
+    if (e == OK && (e = edit_read(&c->edit, &c->model, &a)) != OK) {
+        const int of_image = c->edit.unreadable && !strcmp(c->edit.unreadable, "image");
+        e = of_image ? err_in(in->image) : mask ? err_in(in->mask) : e;
     }
-    if (redrawn == 0)
-        return err("the mask redraws no token (each is %zux%zu pixels); without --official-mask it would", patch,
-                   patch);
-    c->redrawn = redrawn;
-    return OK;
-}
-
-/* ---- Encode ---- */
-
-/* x_0 = the picture's tokens, once for every row of a batch; room for what will be drawn. */
-static Err encode_picture(Completion *c) {
-    real *image = NULL;
-    size_t side = c->side;
-    TRY(mem_alloc(&image, 3 * side, side * sizeof *image, "picture"));
-    TRY(mem_alloc(&c->known, c->rows * c->N, sizeof *c->known, "known tokens"));
-    TRY(mem_alloc(&c->drawn, c->rows * c->N, sizeof *c->drawn, "tokens of a batch"));
-    TRY(mem_alloc(&c->tokens, c->args->n * c->N, sizeof *c->tokens, "tokens"));
-    Err e = image_prepare(image, &c->picture, PREP_FOLDER, side, -1, -1, 0);
-    if (e == OK) e = vqgan_plan(c->model.vqgan, 1, side, side, 0);
-    if (e == OK) e = vqgan_encode(c->model.vqgan, image, 1, side, side, c->args->seed, NULL, NULL, c->known);
-    for (size_t b = 1; e == OK && b < c->rows; b++) memcpy(c->known + b * c->N, c->known, c->N * sizeof *c->known);
-    free(image);
+    if (e == OK && in->into && strcmp(in->into, in->image) != 0) {
+        e = file_bytes(&into, &bytes, in->into, IMAGE_FILE_BYTES, NULL);
+        if (e == OK && (e = edit_into(&c->edit, into, bytes)) != OK) e = err_in(in->into);
+    }
+    free(image), free(mask), free(into);
     return e;
 }
 
 /* ---- Draw ---- */
 
-static int progress(void *context, int t, size_t repeat, size_t done, size_t of) {
-    return sampling_progress(&((Completion *)context)->options, t, repeat, done, of);
-}
-
-/* tokens (rows,N) = x_{t-1} of a batch, when scale t is done, of which each sample's first candidate is shown. */
-static void keep_scale(void *context, int t, const int32_t *tokens) {
-    Completion *c = (Completion *)context;
-    const size_t column = c->steps - (size_t)t; /* t = T+1: x_T, column 0 */
-    for (size_t b = 0; c->chain && b < c->options.n / c->M; b++)
-        memcpy(c->chain + ((c->first + b) * c->steps + column) * c->N, tokens + b * c->M * c->N, c->N * sizeof *tokens);
+static int progress(void *context, const DrawBatch *b, int t, size_t repeat, size_t done, size_t of) {
+    (void)context;
+    return sampling_progress((void *)(uintptr_t)b->options, t, repeat, done, of);
 }
 
 /* tokens (n,N): of the M candidates for a sample, the first that sample_chain chose. */
 static Err draw_tokens(Completion *c) {
-    const SamplingArgs *a = c->args;
-    const Chain chain = model_chain(&c->model);
-    c->options.keep = c->keep_token;
-    c->options.progress = progress;
-    c->options.counts = c->counts;
-    c->options.scale_done = keep_scale;
-    c->options.context = c;
-    if (a->animate) TRY(mem_alloc(&c->chain, a->n * c->steps, c->N * sizeof *c->chain, "tokens of every scale"));
-    size_t M = c->options.candidates = c->M, most = c->rows / M;
-    c->options.known = c->known;
-    c->options.label = c->label;
-    for (size_t first = 0; first < a->n; first += most) {
-        size_t n = min_size(most, a->n - first);
-        c->first = first;
-        c->options.first = (a->first + first) * M;
-        c->options.n = n * M;
-        TRY(sample_chain(&chain, &c->options, c->drawn));
-        for (size_t b = 0; b < n; b++)
-            memcpy(c->tokens + (first + b) * c->N, c->drawn + b * M * c->N, c->N * sizeof *c->tokens);
-    }
+    c->draw.known = c->known, c->draw.keep = c->edit.keep_token;
+    c->draw.with_chain = c->args->animate != NULL;
+    c->draw.options.counts = c->counts;
+    c->draw.watch.progress = progress;
+    TRY(draw_pictures(&c->draw));
     progress_end();
     return OK;
 }
@@ -165,52 +96,38 @@ static Err write_files(Completion *c) {
     Config text = {0};
     const Sheet s = {.model = &c->model,
                      .args = c->args,
-                     .options = &c->options,
+                     .options = &c->draw.options,
                      .text = &text,
-                     .original = &c->picture,
-                     .keep = c->keep,
+                     .original = &c->edit.picture,
+                     .keep = c->edit.keep,
+                     .into = c->in->into ? &c->edit : NULL,
                      .no_paste = c->in->no_paste,
                      .compare = c->in->compare};
-    Err e = config_set(&text, "inpainted", "%s", last_part(c->in->image));
-    if (e == OK) e = config_set(&text, "candidates", "%zu", c->M);
-    if (e == OK) e = sheet_files(&s, c->tokens, c->chain, c->args->n, c->steps);
+    EditArgs what = c->in->what;
+    what.paste = c->in->into != NULL;
+    Err e = sampling_text_edit(&text, c->in->image, c->draw.M, &what);
+    if (e == OK) e = sheet_files(&s, c->draw.tokens, c->draw.chain, c->args->n, c->steps);
     config_free(&text);
     return e;
 }
 
 /* ---- The whole ---- */
 
-/* The class that explains the kept part best. */
-static Err guess_class(Completion *c, int32_t *label) {
-    enum { MOST = 100 };
-    double bound[MOST];
-    size_t n = c->model.classes.n;
-    if (n > MOST) return err("%s has %zu classes, too many to try them all; name one: --class", c->model.folder, n);
-    const Chain chain = model_chain(&c->model);
-    if (class_bounds(&chain, c->known, c->keep_token, c->args->seed, bound) != OK)
-        return err_in("--class was not given");
-    *label = 0;
-    for (size_t k = 1; k < n; k++)
-        if (bound[k] < bound[*label]) *label = (int32_t)k;
-    return OK;
-}
-
 /* --class, else the name of the picture's folder if that is a class, else what the known part looks like. */
 static Err choose_class(Completion *c) {
     const SamplingArgs *a = c->args;
+    const Chain chain = model_chain(&c->model);
     int32_t label = -1;
     char folder[256] = "";
-    if (c->model.classes.n == 0) return a->class_name ? model_class(&c->model, a->class_name, &label) : OK;
-    TRY(mem_alloc(&c->label, c->rows, sizeof *c->label, "classes"));
+    TRY(draw_classes(&c->draw.label, &c->model, a->class_name, a->seed, 0, a->n));
+    if (!c->draw.label || a->class_name) return OK;
     const char *end = strrchr(c->in->image, '/'), *start = end;
     while (start && start > c->in->image && start[-1] != '/') start--;
     if (end && (size_t)(end - start) < sizeof folder) memcpy(folder, start, (size_t)(end - start));
     if (classes_named(&c->model.classes, folder, &label) != 1) label = -1;
-    if (a->class_name)
-        TRY(model_class(&c->model, a->class_name, &label));
-    else if (label < 0)
-        TRY(guess_class(c, &label));
-    for (size_t b = 0; b < c->rows; b++) c->label[b] = label;
+    if (label < 0 && edit_class(&label, &chain, c->known, c->edit.keep_token, a->seed) != OK)
+        return err_in("--class was not given");
+    for (size_t b = 0; b < a->n; b++) c->draw.label[b] = label;
     return OK;
 }
 
@@ -222,26 +139,37 @@ static void prepare(Completion *c, SamplingArgs *a, const InpaintArgs *in) {
     check(outputs_check(a->out, NULL, a->animate));
     sampling_start(a, &c->model, &missing);
     if (missing && a->class_name == missing->stand_in) a->class_name = NULL; /* the picture tells its class */
-    sampling_options(&c->options, a, &c->model, DRAW_EDIT);
-    c->side = c->model.side;
+    c->draw = (Draw){.model = &c->model, .n = a->n, .first = a->first};
+    sampling_options(&c->draw.options, a, &c->model, DRAW_EDIT);
     c->N = c->model.h * c->model.w;
     c->steps = (size_t)c->model.schedule.T + 1;
     const size_t tiles = is_out_folder(a->out) && !a->animate ? 1 : a->n + (in->compare ? 2 : 0);
-    check(output_grid_check("-o", tiles, c->side, min_size(tiles, 8), SHEET_GAP, a->enlarge));
-    check(sampling_many(&c->M, &c->model, in->candidates, DRAW_EDIT));
-    c->rows = min_size(a->n, max_size(1, a->batch / c->M)) * c->M;
+    check(output_grid_check("-o", tiles, c->model.side, min_size(tiles, 8), SHEET_GAP, a->enlarge));
+    check(sampling_many(&c->draw.M, &c->model, in->candidates, DRAW_EDIT));
+    c->draw.rows = draw_rows(a->n, a->batch, c->draw.M);
+}
+
+/* Whole pictures side by side are a large grid. */
+static Err check_size(const Completion *c) {
+    size_t H, W;
+    const size_t n = is_out_folder(c->args->out) && !c->args->animate ? 1 : c->args->n, N = c->args->enlarge;
+    if (!c->in->into) return OK;
+    if (image_grid_size(&H, &W, n, c->edit.H, c->edit.W, min_size(n, 8), SHEET_GAP) == OK &&
+        image_grid_size(&H, &W, 1, H * N, W * N, 1, 0) == OK)
+        return OK;
+    return err("--paste-into: %s; a smaller -n, or -o DIR/ for a file for each", err_text());
 }
 
 /* Says so if the kept part is unlike all that the model has learnt. */
 static Err look_at_kept(const Completion *c) {
     real *image;
     Familiar f;
-    if (c->redrawn == c->N) return OK;
-    TRY(mem_alloc(&image, 3 * c->side, c->side * sizeof *image, "picture"));
-    Err e = image_prepare(image, &c->picture, PREP_FOLDER, c->side, -1, -1, 0);
-    if (e == OK)
-        e = familiar(&f, (Model *)&c->model, image, c->known, c->keep_token, c->label ? c->label[0] : -1,
-                     c->args->seed);
+    const size_t side = c->model.side;
+    const int32_t label = c->draw.label ? c->draw.label[0] : -1;
+    if (c->edit.redrawn == c->N) return OK;
+    TRY(mem_alloc(&image, 3 * side, side * sizeof *image, "picture"));
+    Err e = image_prepare(image, &c->edit.picture, PREP_FOLDER, side, -1, -1, 0);
+    if (e == OK) e = familiar(&f, (Model *)&c->model, image, c->known, c->edit.keep_token, label, c->args->seed);
     if (e == OK && f.unlike) familiar_warn(c->args, &c->model, &f);
     free(image);
     return e;
@@ -252,9 +180,9 @@ static void say_beginning(const Completion *c) {
     const SamplingArgs *a = c->args;
     char title[CLASS_TITLE_BYTES];
     say(a, "completing %s with %s, seed %llu: %zu of %zu tokens are drawn anew", last_part(c->in->image),
-        last_part(c->model.folder), (unsigned long long)a->seed, c->redrawn, c->N);
-    if (c->label)
-        say(a, ", class %s%s", class_title(title, &c->model.classes, (size_t)c->label[0]),
+        last_part(c->model.folder), (unsigned long long)a->seed, c->edit.redrawn, c->N);
+    if (c->draw.label)
+        say(a, ", class %s%s", class_title(title, &c->model.classes, (size_t)c->draw.label[0]),
             a->class_name ? "" : " (--class chooses another)");
     say(a, "\n");
 }
@@ -263,14 +191,14 @@ static void inpaint(SamplingArgs *a, const InpaintArgs *in) {
     const double start = seconds();
     char took[32];
     Completion c;
-    size_t H = 0, W = 0;
     prepare(&c, a, in);
-    check(read_picture(&c, &H, &W));
-    check(make_mask(&c, H, W));
-    check(token_mask(&c));
-    const size_t rows = sampling_rows(&c.options, c.model.schedule.T, c.rows);
+    check(read_files(&c));
+    say_picture(&c);
+    check(check_size(&c));
+    const size_t rows = sampling_rows(&c.draw.options, c.model.schedule.T, c.draw.rows);
     sampling_memory(a, &c.model, max_size(rows, BOUND_ROWS), a->n + (in->compare ? 2 : 0));
-    check(encode_picture(&c));
+    check(mem_alloc(&c.known, c.N, sizeof *c.known, "known tokens"));
+    check(edit_encode(&c.edit, &c.model, a->seed, c.known));
     check(choose_class(&c));
     say_beginning(&c);
     check(look_at_kept(&c));
@@ -279,22 +207,23 @@ static void inpaint(SamplingArgs *a, const InpaintArgs *in) {
     say_drafts(a, c.counts, c.model.schedule.T);
     check(write_files(&c));
     say(a, "%zu completion%s in %s\n", a->n, a->n == 1 ? "" : "s", duration(took, seconds() - start));
-    image_free(&c.picture);
+    edit_free(&c.edit);
+    draw_free(&c.draw);
+    free(c.known);
     model_close(&c.model);
-    void *buffers[] = {c.keep, c.keep_token, c.known, c.label, c.drawn, c.tokens, c.chain};
-    for (size_t i = 0; i < sizeof buffers / sizeof *buffers; i++) free(buffers[i]);
 }
 
 /* One thing says what is drawn anew. */
 static void check_what(const InpaintArgs *in) {
+    const EditArgs *a = &in->what;
     const struct {
         const char *option;
         int given;
     } what[] = {{"--mask", in->mask != NULL},
-                {"--half", in->half != NULL},
-                {"--window", in->window > 0},
-                {"--outside", in->outside > 0},
-                {"--extend", in->extend > 0}};
+                {"--half", a->half != NULL},
+                {"--window", a->window > 0},
+                {"--outside", a->outside > 0},
+                {"--extend", a->extend > 0}};
     char given[64] = "";
     size_t n = 0, at = 0;
     for (size_t i = 0; i < sizeof what / sizeof *what; i++)
@@ -302,6 +231,8 @@ static void check_what(const InpaintArgs *in) {
             at += (size_t)snprintf(given + at, sizeof given - at, "%s%s", n++ ? " and " : "", what[i].option);
     if (n != 1)
         usage_error("%s%sgive one of --mask, --half, --window, --outside, --extend; -h explains", given, n ? ": " : "");
+    if (in->into && (in->compare || in->no_paste || a->extend))
+        usage_error("--paste-into is not for --%s", a->extend ? "extend" : in->compare ? "compare" : "no-paste");
 }
 
 static const char intro[] =
@@ -326,18 +257,22 @@ int main(int argc, char **argv) {
         {OPT_HEADING, "What to draw anew (one of)", NULL, NULL, 0, 0, NULL},
         {OPT_STRING, "--mask", "MASK.png", &in.mask, 0, 0,
          "the dark and the transparent parts of this picture; light ones are kept"},
-        {OPT_FLAG, "--invert", NULL, &in.invert, 0, 0,
+        {OPT_FLAG, "--invert", NULL, &in.what.invert, 0, 0,
          "... the light parts of it; black and transparent ones are kept"},
-        {OPT_STRING, "--half", "WHICH", &in.half, 0, 0, "the upper, lower, left or right half"},
-        {OPT_SIZE, "--window", "SIZE", &in.window, 1, 65536, "a centred square of SIZE pixels"},
-        {OPT_SIZE, "--outside", "SIZE", &in.outside, 1, 65536,
+        {OPT_STRING, "--half", "WHICH", &in.what.half, 0, 0, "the upper, lower, left or right half"},
+        {OPT_SIZE, "--window", "SIZE", &in.what.window, 1, 65536, "a centred square of SIZE pixels"},
+        {OPT_SIZE, "--outside", "SIZE", &in.what.outside, 1, 65536,
          "everything but a centred square of SIZE pixels: what the picture has\noutside it is dropped"},
-        {OPT_SIZE, "--extend", "SIZE", &in.extend, 1, 65536,
+        {OPT_SIZE, "--extend", "SIZE", &in.what.extend, 1, 65536,
          "all around the picture, which is scaled to SIZE pixels and continued\noutwards to the model's size"},
         {OPT_HEADING, "Options", NULL, NULL, 0, 0, NULL},
+        {OPT_STRING, "--paste-into", "FILE", &in.into, 0, 0,
+         "put what is drawn back into this picture, IMAGE as a rule, at its full\nsize: the model sees a square around "
+         "the "
+         "mask's hole, kept pixels stay\nexactly as they are, -o gets the result"},
         {OPT_FLAG, "--no-paste", NULL, &in.no_paste, 0, 0, "leave the kept part as the VQGAN draws it"},
         {OPT_FLAG, "--compare", NULL, &in.compare, 0, 0, "show the picture and what is kept of it before the results"},
-        {OPT_FLAG, "--official-mask", NULL, &in.official_mask, 0, 0,
+        {OPT_FLAG, "--official-mask", NULL, &in.what.official, 0, 0,
          "a token is kept if its first pixel is, as in the official code"},
         {OPT_SIZE, "-n", "COUNT", &a.n, 1, 4096, "how many completions (default 1)"},
         {OPT_STRING, "-o", "OUT.png", &a.out, 0, 0,
@@ -352,10 +287,10 @@ int main(int argc, char **argv) {
     if (!a.model) a.model = "emoji";
     if (!in.image) usage_error("which picture? ./inpaint [MODEL] IMAGE; -h explains");
     check_what(&in);
-    if (in.invert && !in.mask) usage_error("--invert is for --mask");
-    if (in.half && strcmp(in.half, "upper") && strcmp(in.half, "lower") && strcmp(in.half, "left") &&
-        strcmp(in.half, "right"))
-        usage_error("--half %s: expected upper, lower, left or right", in.half);
+    if (in.what.invert && !in.mask) usage_error("--invert is for --mask");
+    const char *half = in.what.half;
+    if (half && strcmp(half, "upper") && strcmp(half, "lower") && strcmp(half, "left") && strcmp(half, "right"))
+        usage_error("--half %s: expected upper, lower, left or right", half);
     inpaint(&a, &in);
     if (fflush(stdout)) die("standard output could not be written");
     return 0;

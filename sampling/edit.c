@@ -47,6 +47,14 @@ static Err read_whole(EditPicture *p, const EditArgs *a) {
     return OK;
 }
 
+Err edit_into(EditPicture *p, const uint8_t *image, size_t bytes) {
+    const size_t H = p->H, W = p->W;
+    image_free(&p->whole);
+    TRY(read_whole(p, &(EditArgs){.image = image, .image_bytes = bytes}));
+    if (p->H == H && p->W == W) return OK;
+    return err("the picture is %zux%zu; expected %zux%zu, as the one that is completed", p->W, p->H, W, H);
+}
+
 /* The square at y0, x0 as it looks on white, at the model's size. */
 static Err take_square(EditPicture *p, const Model *m) {
     const size_t S = p->square, W = p->whole.W;
@@ -82,11 +90,16 @@ static size_t place(size_t from, size_t to, size_t S, size_t n) {
     return min_size(middle > S / 2 ? middle - S / 2 : 0, n - S);
 }
 
+static Err keeps_everything(int invert) {
+    return err("the mask keeps everything: nothing to draw (%s are redrawn)",
+               invert ? "with --invert light parts" : "black and transparent parts; with --invert light ones");
+}
+
 /* The square around the hole of a mask of the picture's size: twice the hole, the model's size at least. */
 static Err choose_square(EditPicture *p, const Model *m, const Image *mask, int invert) {
     size_t box[4];
     const size_t most = min_size(p->H, p->W);
-    if (!hole_box(mask, invert, box)) return err("the mask keeps everything: nothing to draw");
+    if (!hole_box(mask, invert, box)) return keeps_everything(invert);
     const size_t size = max_size(box[1] - box[0], box[3] - box[2]);
     if (size > most)
         return err("the hole of the mask, %zux%zu pixels, fits no square of the picture, which has %zux%zu",
@@ -130,21 +143,30 @@ static void enlarge_hole(EditPicture *p, const Model *m) {
     for (size_t i = 0; i < S * S; i++) p->hole[i] = !p->keep[i / S * m->side / S * m->side + i % S * m->side / S];
 }
 
-/* keep_token (N): a token stays if all its pixels do. */
-static Err token_mask(EditPicture *p, const Model *m) {
+/* keep_token (N): a token stays if all its pixels do. The official code asks only its first (nearest neighbour, SPEC
+ * section 5). */
+static Err token_mask(EditPicture *p, const Model *m, const EditArgs *a) {
     const size_t patch = m->side / m->h, N = m->h * m->w;
+    for (size_t i = 0; i < m->side * m->side; i++) p->kept += p->keep[i];
+    if (p->kept == m->side * m->side) return keeps_everything(a->invert);
     TRY(mem_alloc(&p->keep_token, N, 1, "token mask"));
     for (size_t i = 0; i < N; i++) {
         const uint8_t *corner = p->keep + i / m->w * patch * m->side + i % m->w * patch;
-        p->keep_token[i] = 1;
-        for (size_t k = 0; k < patch * patch; k++) p->keep_token[i] &= corner[k / patch * m->side + k % patch];
+        p->keep_token[i] = corner[0];
+        for (size_t k = 0; k < patch * patch && !a->official; k++)
+            p->keep_token[i] &= corner[k / patch * m->side + k % patch];
         p->redrawn += !p->keep_token[i];
     }
-    return p->redrawn ? OK : err("the mask keeps everything: nothing to draw");
+    if (p->redrawn) return OK;
+    return err("the mask redraws no token (each is %zux%zu pixels); without --official-mask it would", patch, patch);
 }
 
 Err edit_read(EditPicture *p, const Model *m, const EditArgs *a) {
     memset(p, 0, sizeof *p);
+    const size_t extend = a->extend;
+    if (extend >= m->side) return err("--extend %zu: the model's pictures have %zu pixels", extend, m->side);
+    if (a->window >= m->side || a->outside >= m->side)
+        return err("a window of %zu pixels: the picture has %zu", a->window ? a->window : a->outside, m->side);
     TRY(prep_read(&p->prep, &m->meta));
     TRY(a->paste ? read_whole(p, a) : decode_whole(p, a, prep_how(p->prep)));
     p->square = min_size(p->H, p->W);
@@ -156,13 +178,14 @@ Err edit_read(EditPicture *p, const Model *m, const EditArgs *a) {
     else if (a->half)
         half_mask(p->keep, m->side, a->half);
     else
-        window_mask(p->keep, m->side, a->window ? a->window : a->outside, a->outside != 0);
+        window_mask(p->keep, m->side, a->window ? a->window : a->outside ? a->outside : extend, !a->window);
     if (!p->hole_is_exact) enlarge_hole(p, m);
-    TRY(token_mask(p, m));
+    TRY(token_mask(p, m, a));
     if (a->paste) return take_square(p, m);
     p->picture = p->whole;
     p->whole = (Image){0};
-    return image_square(&p->picture, p->prep, m->side);
+    TRY(image_square(&p->picture, p->prep, extend ? extend : m->side));
+    return extend ? put_into_middle(&p->picture, m->side) : OK;
 }
 
 /* ---- Its tokens, and its class ---- */

@@ -363,5 +363,6 @@ Err sampling_text_edit(Config *text, const char *image, size_t candidates, const
     if (a->half) TRY(config_set(text, "half", "%s", a->half));
     if (a->window) TRY(config_set(text, "window", "%zu", a->window));
     if (a->outside) TRY(config_set(text, "outside", "%zu", a->outside));
+    if (a->extend) TRY(config_set(text, "extend", "%zu", a->extend));
     return a->paste ? config_set(text, "paste", "true") : OK;
 }

@@ -144,13 +144,15 @@ const char *score_anchors(char text[SCORE_BYTES], const Chain *c, const Config *
 
 /* ---- edit.c, paste.c: a part of a picture drawn anew ---- */
 
-/* What is to be edited, as files lie in memory, and which part of it: one of mask, half, window and outside. */
+/* What is to be edited, as files lie in memory, and which part of it: one of mask, half, window, outside and extend. */
 typedef struct {
     const uint8_t *image, *mask;
     size_t image_bytes, mask_bytes;
     const char *half;       /* upper, lower, left or right of the centred square */
     size_t window, outside; /* a square in its middle, in the model's pixels; all but that */
+    size_t extend;          /* all around the picture, which is scaled to so many pixels; not with paste */
     int invert;             /* light parts of the mask are drawn anew */
+    int official;           /* a token stays if its first pixel does, as in the official code (SPEC section 5) */
     int paste;              /* the result goes back into the whole picture: the square lies around the hole */
     size_t most_pixels;     /* of a picture; 0: as image_decode */
 } EditArgs;
@@ -165,6 +167,7 @@ typedef struct {
     Image picture;       /* (side,side) that square, as the model sees it */
     uint8_t *keep;       /* (side,side) 1 = the pixel stays */
     uint8_t *keep_token; /* (N) */
+    size_t kept;         /* pixels */
     size_t redrawn;      /* tokens */
     const char *note;    /* how transparent parts of the mask were taken, or NULL */
     /* why it failed, if not since it does not fit: */
@@ -174,6 +177,8 @@ typedef struct {
 /* To be released with edit_free in any case. */
 Err edit_read(EditPicture *p, const Model *m, const EditArgs *a);
 void edit_free(EditPicture *p);
+/* With paste: the result goes into this picture of the same size instead. */
+Err edit_into(EditPicture *p, const uint8_t *image, size_t bytes);
 /* known (N) = the tokens of the picture. Plans the first stage. */
 Err edit_encode(const EditPicture *p, Model *m, uint64_t seed, int32_t *known);
 /* *label = the class that explains the kept tokens best. */
@@ -273,11 +278,12 @@ typedef struct {
     Model *model;
     const SamplingArgs *args;
     const SampleOptions *options;
-    const Config *text;    /* what files say of themselves beside the options, or NULL */
-    const int32_t *label;  /* (n) classes, or NULL */
-    const Image *original; /* (side,side) whose kept pixels are put back, or NULL */
-    const uint8_t *keep;   /* (side,side) */
-    int no_paste, compare; /* compare: grids begin with the original, and with what is kept of it */
+    const Config *text;      /* what files say of themselves beside the options, or NULL */
+    const int32_t *label;    /* (n) classes, or NULL */
+    const Image *original;   /* (side,side) whose kept pixels are put back, or NULL */
+    const uint8_t *keep;     /* (side,side) */
+    const EditPicture *into; /* they go back into this whole picture, or NULL */
+    int no_paste, compare;   /* compare: grids begin with the original, and with what is kept of it */
 } Sheet;
 size_t sheet_columns(const Sheet *s, size_t n); /* of a grid of n */
 /* A grid of the pictures of tokens (n,N). */

@@ -34,6 +34,38 @@ static Err comparison(const Sheet *s, real *tiles) {
     return OK;
 }
 
+/* One picture into a grid, whose alpha comes with the first that has one. */
+static Err put_tile(Image *grid, const Image *im, size_t y0, size_t x0) {
+    if (im->alpha && !grid->alpha) {
+        TRY(mem_alloc(&grid->alpha, grid->H, grid->W, "pictures"));
+        memset(grid->alpha, 255, grid->H * grid->W);
+    }
+    for (size_t y = 0; y < im->H; y++) {
+        memcpy(grid->rgb + 3 * ((y0 + y) * grid->W + x0), im->rgb + 3 * y * im->W, 3 * im->W);
+        if (im->alpha) memcpy(grid->alpha + (y0 + y) * grid->W + x0, im->alpha + y * im->W, im->W);
+    }
+    return OK;
+}
+
+/* grid = these pictures, each pasted into the whole one. */
+static Err pasted_picture(const Sheet *s, Image *grid, const real *images, size_t n, size_t columns) {
+    const EditPicture *p = s->into;
+    const size_t side = s->model->side;
+    TRY(image_grid_size(&grid->H, &grid->W, n, p->H, p->W, columns, SHEET_GAP));
+    TRY(mem_alloc(&grid->rgb, grid->H, 3 * grid->W, "pictures"));
+    memset(grid->rgb, 255, 3 * grid->H * grid->W);
+    for (size_t b = 0; b < n; b++) {
+        Image drawn = {0}, whole = {0};
+        Err e = image_grid(&drawn, images + b * 3 * side * side, 1, side, side, 1, 0);
+        if (e == OK) e = paste_picture(&whole, p, s->model, &drawn);
+        if (e == OK) e = put_tile(grid, &whole, b / columns * (p->H + SHEET_GAP), b % columns * (p->W + SHEET_GAP));
+        image_free(&drawn);
+        image_free(&whole);
+        TRY(e);
+    }
+    return OK;
+}
+
 /* im = the pictures of tokens (n,N), behind two tiles for comparison if those are wanted. */
 static Err sheet_picture(const Sheet *s, Image *im, const int32_t *tokens, size_t n, size_t columns, int compare) {
     const size_t side = s->model->side, first = compare ? 2 : 0, pixels = 3 * side * side;
@@ -41,8 +73,12 @@ static Err sheet_picture(const Sheet *s, Image *im, const int32_t *tokens, size_
     TRY(mem_alloc(&images, n + first, pixels * sizeof *images, "pictures"));
     Err e = compare ? comparison(s, images) : OK;
     if (e == OK) e = decode_pictures(s->model, tokens, n, images + first * pixels);
-    if (e == OK) e = image_grid(im, images, n + first, side, side, columns, SHEET_GAP);
-    if (e == OK && s->original && !s->no_paste) paste(s, im, first, n + first, min_size(columns, n + first));
+    if (e == OK && s->into)
+        e = pasted_picture(s, im, images, n, columns);
+    else if (e == OK)
+        e = image_grid(im, images, n + first, side, side, columns, SHEET_GAP);
+    if (e == OK && s->original && !s->no_paste && !s->into)
+        paste(s, im, first, n + first, min_size(columns, n + first));
     free(images);
     return e;
 }

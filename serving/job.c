@@ -397,9 +397,11 @@ static void add_number(Line *l, const char *option, uint64_t number) {
 /* An option with a number for each scale, unless the program takes the same by itself */
 static void add_scales(Line *l, const char *option, const double *x, const double *recommended, int T) {
     char list[MAX_SCALES * 32];
+    int same = 1;
     if (!memcmp(x + 1, recommended + 1, (size_t)T * sizeof *x)) return;
+    for (int t = 2; t <= T; t++) same &= x[t] == x[1];
     add_word(l, option);
-    add_word(l, scales_text(list, x, T));
+    add_word(l, scales_text(list, x, same ? 1 : T));
 }
 
 static void add_scale_sizes(Line *l, const char *option, const size_t *x, const size_t *recommended, int T) {
