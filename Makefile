@@ -14,7 +14,7 @@
 # make bench        how fast, as fractions of this machine's ceilings and beside PyTorch; also in bench.tsv
 # make walkthrough the numbers of doc/walkthrough.md: test/walkthrough 1 ... 8
 # make faults       every call for a file of short runs fails or kills, every allocation fails (a sample is in make test)
-# make fuzz SECONDS=60  the readers of checkpoints under libFuzzer (needs clang; Debian: clang, libclang-rt-14-dev)
+# make fuzz FUZZ_SECONDS=60  all that reads files under libFuzzer (needs clang; Debian: clang, libclang-rt-14-dev)
 # make ffhq         fetches an official model: also ffhq2 churches bedrooms cats imagenet imagenet4 (models/fetch.sh)
 # make lpips       what ./train --vqgan measures likeness with (models/fetch.sh), checksums compared
 # make fullsize     the official models at full size, with random weights, against PyTorch (PYTHON=..., MODELS=...)
@@ -164,7 +164,7 @@ COMPONENTS := $(BASE:%=base/%) $(KERNELS:%=kernels/%) $(FILES:%=files/%) data vq
               $(SAMPLING:%=sampling/%) training/discriminator training/perceptual training/restart training/rate
 PROGRAMS := sample train inpaint $(if $(HAVE_SERVE),serve)
 COLD := base/params base/options $(FILES:%=files/%) data sampling/model sampling/options sampling/terminal
-TESTS := base $(if $(PLAINLY),,gemm conv) checkpoint ckpt images data vqgan discriminator perceptual transformer classes keys diffusion $(if $(PLAINLY),,layers)
+TESTS := base $(if $(PLAINLY),,gemm conv) checkpoint ckpt images data vqgan discriminator perceptual transformer classes keys diffusion fuzz $(if $(PLAINLY),,layers)
 TESTS_DOUBLE := $(if $(PLAINLY),,gemm conv) vqgan discriminator perceptual transformer layers
 
 OBJ := $(COMPONENTS:%=$B/%.o)
@@ -225,6 +225,8 @@ $(filter-out %/test_layers,$(TESTS:%=$B/test_%)): $B/test_%: $B/test/test_%.o $(
 	$(call say,LINK,$@)$(CC) $(CFLAGS) -o $@ $^ $(LDLIBS)
 $(filter-out %/test_layers_double,$(TESTS_DOUBLE:%=$B/test_%_double)): $B/test_%_double: $B/double/test/test_%.o $(OBJ_DOUBLE)
 	$(call say,LINK,$@)$(CC) $(CFLAGS) -DREAL_DOUBLE -o $@ $^ $(LDLIBS)
+$B/test_fuzz: $B/test/fuzz.o $B/test/fuzz_files.o $B/test/fuzz_sets.o $(TRAIN:%=$B/%.o)
+$B/test_fuzz: LDLIBS += $(if $(HAVE_MPI),$(MPI_LIBS))
 # test_layers includes transformer.cu, whose layers are its own; it must be compiled quickly.
 $B/test_layers: $B/test/test_layers.o $(filter-out %/transformer.o,$(OBJ))
 	$(call say,LINK,$@)$(CC) $(CFLAGS) -o $@ $^ $(LDLIBS)
@@ -418,18 +420,24 @@ walkthrough: test/walkthrough
 fullsize: $B/fullsize $B/sample
 	@PYTHON=$(PYTHON) test/fullsize.sh $B build/fullsize $(MODELS)
 
-FUZZ := zip pickle legacy safetensors
-SECONDS ?= 60
-fuzz: $B/test_ckpt
-	@for f in $(FUZZ); do mkdir -p build/fuzz/$$f && clang -std=c11 -D_GNU_SOURCE -I. -g -O1 -Wno-unknown-pragmas \
-	    -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -o build/fuzz_$$f test/fuzz_$$f.c base/base.c \
-	    files/config.c files/atomic.c files/tensor.c files/checkpoint.c files/pickle.c files/zip.c files/ckpt.c -lz -lm -lpthread || exit 1; done
-	@$B/test_ckpt --seeds build/fuzz
-	@cp test/golden-cases/ckpt_formats/model_half_legacy.ckpt build/fuzz/legacy
-	@cp test/golden-cases/ckpt_formats/model_half.ckpt build/fuzz/zip
-	@cp test/golden-cases/ckpt_formats/io.safetensors build/fuzz/safetensors
-	@for f in $(FUZZ); do echo "fuzz_$$f, $(SECONDS) s"; build/fuzz_$$f -max_total_time=$(SECONDS) -timeout=10 -max_len=20000 \
-	    -rss_limit_mb=4096 -print_final_stats=1 build/fuzz/$$f >build/fuzz_$$f.log 2>&1 || { tail -30 build/fuzz_$$f.log; exit 1; }; done
+# What reads files, under libFuzzer and the sanitizers: FUZZ_SECONDS for each target, FUZZ names some of them. A finding
+# ends it; its input stays in build/fuzz/found. The plain loops compute, for none of them reads files.
+FUZZ := zip pickle legacy safetensors pictures masks tokens recipes classes schedules $(if $(HAVE_LMDB),lmdb) lists trees logs states
+FUZZ_SECONDS ?= 600
+FUZZ_CC ?= clang
+FUZZ_SOURCES := $(filter-out kernels/% transformer,$(COMPONENTS)) $(TRAIN) test/fuzz test/fuzz_files test/fuzz_sets
+FUZZ_FLAGS := -std=c11 -D_GNU_SOURCE -DFUZZ -DPLAIN -I. -g -O1 -Wno-unknown-pragmas -MMD -MP -fno-sanitize-recover=all \
+              -fsanitize=fuzzer$(comma)address$(comma)undefined $(if $(HAVE_WEBP),-DHAVE_WEBP) $(if $(HAVE_LMDB),-DHAVE_LMDB)
+build/fuzz/%.o: %.c Makefile
+	@mkdir -p $(@D)
+	$(call say,CC,$<)$(FUZZ_CC) $(FUZZ_FLAGS) -c -o $@ $<
+build/fuzz/transformer.o: transformer.cu Makefile
+	@mkdir -p $(@D)
+	$(call say,CC,$<)$(FUZZ_CC) $(FUZZ_FLAGS) -x c -c -o $@ $<
+build/fuzz/fuzz: $(FUZZ_SOURCES:%=build/fuzz/%.o) build/fuzz/transformer.o
+	$(call say,LINK,$@)$(FUZZ_CC) $(FUZZ_FLAGS) -o $@ $^ $(LDLIBS)
+fuzz: build/fuzz/fuzz
+	@test/fuzz.sh build/fuzz $(FUZZ_SECONDS) $(FUZZ)
 
 $(OFFICIAL):
 	@models/fetch.sh $@ vqgan
@@ -450,4 +458,4 @@ help:
 	@awk '!/^#/ { exit } { sub(/^# ?/, ""); print }' $(firstword $(MAKEFILE_LIST))
 
 FORCE:
--include $(shell find $B $(if $P,$P) build/threads -name '*.d' 2>/dev/null)
+-include $(shell find $B $(if $P,$P) build/threads build/fuzz -name '*.d' 2>/dev/null)

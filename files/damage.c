@@ -87,6 +87,7 @@ void damage_text(char text[ERR_MAX], Damage *x, int damaged) {
         length += (size_t)snprintf(text + length, 900, "%s%zu %s (such as %.500s)", length ? ", " : "", x->noted[k].n,
                                    x->noted[k].note, x->noted[k].first);
     pthread_mutex_unlock(&x->lock);
+    make_printable(text);
 }
 
 /* s += the lines of a file, if it is there */

@@ -66,6 +66,7 @@ void left_out_text(char text[ERR_MAX], const LeftOut *x) {
     const size_t others = x->n[OUT_FOREIGN] + x->n[OUT_OTHER] - of_kind;
     add_text(text, &length, others, "no picture", "", x->first[x->n[OUT_OTHER] ? OUT_OTHER : OUT_FOREIGN]);
     for (int i = OUT_OTHER + 1; i < OUT_REASONS; i++) add_text(text, &length, x->n[i], reason[i], "", x->first[i]);
+    make_printable(text);
 }
 
 Err file_start(uint8_t *bytes, size_t most, size_t *n, const char *path) {

@@ -1,37 +1,44 @@
-/* fuzz.h - what the fuzzers share: a file in memory is opened as a checkpoint, and every number in it is read. */
+/* fuzz.h - what the fuzzers share. A target reads one kind of input; a corpus of small files that are right is made by
+ * the target itself. fuzz.c hands libFuzzer's bytes to the target that FUZZ_TARGET names (make fuzz); test_fuzz.c
+ * gives each its corpus, and simple damages of it (make test). */
 #ifndef FUZZ_H
 #define FUZZ_H
 
-#include "files/files.h"
+#include "training/stage.h"
 
 #include <stdio.h>
 #include <stdlib.h>
-#include <sys/mman.h>
-#include <unistd.h>
+#include <string.h>
 
-/* One file of two parts, the first may be empty. */
-static inline int fuzz_open(const void *first, size_t n_first, const uint8_t *data, size_t n) {
-    char path[64];
-    Checkpoint ck;
-    int fd = memfd_create("fuzz", 0);
-    if (fd < 0 || write(fd, first, n_first) != (ssize_t)n_first || write(fd, data, n) != (ssize_t)n) abort();
-    snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
-    if (checkpoint_open(&ck, path) == OK) {
-        for (size_t i = 0; i < ck.n; i++) {
-            const Tensor *x = &ck.tensor[i];
-            real *out = (real *)malloc((x->size + 1) * sizeof *out);
-            if (!out) abort();
-            const Err e = checkpoint_reals(&ck, x->name, x->ndim, x->dim, x->size, out);
-            if ((e == OK) != (x->dtype < DT_NUMBERS)) abort();
-            free(out);
-        }
-        checkpoint_close(&ck);
-    } else if (!err_text()[0])
-        abort(); /* a refusal says why */
-    close(fd);
-    return 0;
+typedef void FuzzSeed(const char *name, const void *bytes, size_t n); /* a corpus's file */
+typedef struct {
+    const char *name;
+    void (*read)(const uint8_t *bytes, size_t n); /* aborts where anything but an answer comes */
+    void (*seeds)(FuzzSeed *take);                /* the corpus */
+    size_t (*mend)(uint8_t *bytes, size_t n, size_t most, unsigned seed); /* after a mutation; NULL: nothing */
+} FuzzTarget;
+extern const FuzzTarget fuzz_file_targets[], fuzz_set_targets[]; /* fuzz_files.c, fuzz_sets.c; a NULL name ends each */
+const FuzzTarget *fuzz_target(const char *name);                 /* NULL: there is none */
+
+/* ---- For targets ---- */
+
+/* Stops unless an answer is OK, or says why not. */
+#define MUST(condition)                                                                                                \
+    do {                                                                                                               \
+        if (!(condition)) fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition), abort();                     \
+    } while (0)
+extern size_t fuzz_accepted; /* how many answers were OK */
+static inline Err answered(Err e) {
+    fuzz_accepted += e == OK;
+    MUST(e == OK || (err_text()[0] && !strchr(err_text(), '\n')));
+    return e;
 }
-
-int LLVMFuzzerTestOneInput(const uint8_t *data, size_t n);
+/* The file `name` in a temporary folder that the process has and removes at its end; the folder itself for NULL. Stays
+ * valid for a few calls. */
+const char *fuzz_path(const char *name);
+/* Such a file, with two parts of bytes, the first may be empty. */
+const char *fuzz_put(const char *name, const void *first, size_t n_first, const void *bytes, size_t n);
+/* A file that is right, to a corpus. */
+void fuzz_take_file(FuzzSeed *take, const char *name, const char *path);
 
 #endif

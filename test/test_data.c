@@ -341,6 +341,27 @@ static void test_foreign_files(void) {
 }
 
 /* Of an animated PNG the first picture is used, which is said once, however often it is read. */
+/* What is said of names is one line without control characters, whatever they hold. */
+static void test_names_said(void) {
+    static const char name[] = "a\nb\x1b[2J\xc2\x9b\x80.gif";
+    char text[ERR_MAX];
+    LeftOut out = {0};
+    Damage *damage = NULL;
+    left_out_note(&out, OUT_STRAY, name);
+    left_out_kind(&out, OUT_FOREIGN, "GIF", name);
+    left_out_text(text, &out);
+    CHECK(strstr(text, "1 GIF file (such as a?b?[2J") && strstr(text, "beside the class folders"));
+    CHECK(!strpbrk(text, "\n\x1b\x80\x9b"));
+    CHECK_OK(damage_create(&damage, 2));
+    damage_note_part(damage, 0, name, "animated");
+    (void)err("%s: is empty", name);
+    CHECK_OK(damage_note(damage, 1, name));
+    damage_text(text, damage, 1);
+    CHECK(strstr(text, "1 cannot be read (such as a?b?[2J") && strstr(text, "1 animated (such as a?b?[2J"));
+    CHECK(!strpbrk(text, "\n\x1b\x80\x9b"));
+    damage_free(damage);
+}
+
 static void test_animated_png(void) {
     static const uint8_t animation[] = {0, 0, 0, 8, 'a', 'c', 'T', 'L', 0, 0, 0, 2, 0, 0, 0, 0, 0xf3, 0x8d, 0x93, 0x70};
     enum { HEADER = 33 };
@@ -1297,6 +1318,7 @@ int main(int argc, char **argv) {
     test_list_forms();
     test_one_picture();
     test_foreign_files();
+    test_names_said();
     test_animated_png();
     test_held_out_damaged();
     test_lmdb_keys();

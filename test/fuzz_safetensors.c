@@ -1,6 +1,0 @@
-/* fuzz_safetensors.c - a safetensors file, whole: make fuzz */
-#include "fuzz.h"
-
-int LLVMFuzzerTestOneInput(const uint8_t *data, size_t n) {
-    return fuzz_open("", 0, data, n);
-}
