@@ -607,12 +607,22 @@ ok "one crop" crops one --crops 1
 ok "is the centre" test "$(size one)" -eq $((64 + n * (4 + 2 * 64 * 2)))
 ok "as of held-out pictures in any case" cmp "$dir/one/val.tokens" "$dir/eight/val.tokens"
 ok "which is another run" sh -c "! cmp -s '$dir/one/scale1.safetensors' '$dir/eight/scale1.safetensors'"
+cp -r "$dir/one" "$dir/earlier" # of a version that knew no crops, as its state says nothing of them
+for file in "$dir"/earlier/scale1.state*; do
+    LC_ALL=C sed -i 's/"train.crops":"1",/                  /; s/,"train.checksum":"[0-9a-f]\{16\}"/                                    /' "$file"
+done
+ok "an earlier run" crops earlier --resume --steps 25
+ok "keeps the centre" cmp "$dir/one/train.tokens" "$dir/earlier/train.tokens"
 ok "another number of crops" crops one --crops 3 --resume --steps 25
 ok "is encoded anew" test "$(size one)" -eq $((72 + n * (4 + 3 * 2 * 64 * 2)))
 ok "goes on as it was told" crops one --resume --steps 26
 ok "and is not encoded again" sh -c "! grep -q encoding '$dir/said'"
+ok "yet another number of crops" crops one --crops 2 --resume --steps 27
+ok "is encoded anew too" test "$(size one)" -eq $((72 + n * (4 + 2 * 2 * 64 * 2)))
 ok "another seed" crops two --seed 4
 ok "has other crops" sh -c "! cmp -s '$dir/eight/train.tokens' '$dir/two/train.tokens'"
+ok "the first seed in the same run" train --config "$dir/views.txt" --data "$dir/views" --run "$dir/two" --scale 2 --steps 1
+ok "has those it had" cmp "$dir/eight/train.tokens" "$dir/two/train.tokens"
 ok "of square pictures there is one crop" crops squares --data "$dir/square"
 ok "however many" crops squares-one --data "$dir/square" --crops 1
 losses() { awk -F '\t' -v OFS='\t' '{ $8 = ""; print }' "$dir/$1/log.tsv"; } # but for the speed
