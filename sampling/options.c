@@ -225,12 +225,12 @@ void sampling_start(SamplingArgs *a, Model *m, const NamedModel **stand_in_for) 
     const NamedModel *missing = *stand_in_for;
     if (!missing) return;
     check(bundled_honours(a, m, missing));
-    say(a,
-        "%s: the official weights of %s (%s) are not here (\"%s\" fetches them). Going on with the bundled model: "
-        "emoji%s%s are drawn instead.\n",
-        program(), missing->name, missing->what, models_fetch(fetch, missing->name),
-        missing->stand_in && !a->class_name ? ", class " : "",
-        missing->stand_in && !a->class_name ? missing->stand_in : "");
+    fprintf(stderr, /* with -q, too: nothing is replaced in silence */
+            "%s: the official weights of %s (%s) are not here; \"%s\" fetches them. Going on with the bundled model, "
+            "which draws emoji%s%s instead.\n",
+            program(), missing->name, missing->what, models_fetch(fetch, missing->name),
+            missing->stand_in && !a->class_name ? ", class " : "",
+            missing->stand_in && !a->class_name ? missing->stand_in : "");
     if (!a->class_name) a->class_name = missing->stand_in;
 }
 
