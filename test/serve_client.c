@@ -1,13 +1,18 @@
 /* serve_client.c - what ./serve answers, byte by byte on a socket: test_serve.sh starts it.
  *
  *     serve_client http PORT      broken, foreign and smuggled requests to a server without a token
- *     serve_client token PORT     to one whose token is "sesame", with --origin https://page.example */
+ *     serve_client token PORT     to one whose token is "sesame", with --origin https://page.example
+ *     serve_client jobs PORT DIR  jobs, to one with --queue 2 --count-limit 40; DIR has ./sample, ./inpaint and models/
+ *     serve_client forget PORT    to one with --results 1
+ *     serve_client end PORT PID   it is ended while jobs run and wait */
+#include "serving/serving.h"
 #include "test/test.h"
 
 #include <arpa/inet.h>
 #include <errno.h>
 #include <netinet/in.h>
 #include <poll.h>
+#include <signal.h>
 #include <sys/socket.h>
 
 static int port;
@@ -63,8 +68,7 @@ static Answer hear(int fd, double patience) {
         return a;
     }
     buffer[n] = 0;
-    for (char *p = buffer; (p = memmem(p, n - (size_t)(p - buffer), "HTTP/1.1 ", 9)); p += 9)
-        a.served += p[9] == '2';
+    for (char *p = buffer; (p = memmem(p, n - (size_t)(p - buffer), "HTTP/1.1 ", 9)); p += 9) a.served += p[9] == '2';
     a.status = atoi(buffer + 9);
     char *end = strstr(buffer, "\r\n\r\n");
     if (!end) return a;
@@ -320,10 +324,580 @@ static void test_token(void) {
     CHECK(ask_for(request, 5).status == 401);
 }
 
+/* ---- Calls ---- */
+
+/* Chunks to a body */
+static void join_chunks(Answer *a) {
+    char *from = a->body, *to = a->body, *end = a->body + a->size;
+    while (from < end) {
+        char *line;
+        const size_t n = strtoul(from, &line, 16);
+        if (n == 0 || line + 2 + n > end) break;
+        memmove(to, line + 2, n);
+        to += n, from = line + 2 + n + 2;
+    }
+    *to = 0;
+    a->size = (size_t)(to - a->body);
+}
+
+static Answer call(const char *method, const char *path, const char *headers, const void *body, size_t size) {
+    char head[2048];
+    const int fd = dial();
+    const int n =
+        snprintf(head, sizeof head,
+                 "%s /%s HTTP/1.1\r\nHost: 127.0.0.1:%d\r\nConnection: close\r\n%sContent-Length: %zu\r\n\r\n", method,
+                 path, port, headers, size);
+    put(fd, head, (size_t)n);
+    put(fd, body, size);
+    Answer a = hear(fd, 60);
+    if (has_header(&a, "Transfer-Encoding: chunked")) join_chunks(&a);
+    close(fd);
+    return a;
+}
+
+static Answer get(const char *path) {
+    return call("GET", path, "", "", 0);
+}
+
+static Answer post(const char *job) {
+    return call("POST", "api/jobs", "Content-Type: application/json\r\n", job, strlen(job));
+}
+
+/* A job that must be taken: its id, and its place in the queue. */
+static int taken(char id[32], const Answer *a) {
+    char location[64];
+    cJSON *x = a->status == 202 ? cJSON_Parse(a->body) : NULL;
+    const char *text = cJSON_GetStringValue(cJSON_GetObjectItem(x, "id"));
+    const cJSON *place = cJSON_GetObjectItem(x, "place");
+    snprintf(id, 32, "%s", text ? text : "");
+    snprintf(location, sizeof location, "Location: jobs/%s\r\n", id);
+    if (!CHECK(text && strlen(text) == 22 && cJSON_IsNumber(place) && has_header(a, location)))
+        printf("     %d %s\n", a->status, a->body ? a->body : "");
+    const int at = place ? place->valueint : -1;
+    cJSON_Delete(x);
+    return at;
+}
+
+static Answer of_job(const char *id, const char *what) {
+    char path[128];
+    snprintf(path, sizeof path, "api/jobs/%s%s", id, what);
+    return get(path);
+}
+
+/* The events of a job as text, from after the one of that number on; waits for its end. */
+static char *events_of(const char *id, const char *after) {
+    char path[128], header[128] = "";
+    snprintf(path, sizeof path, "api/jobs/%s/events", id);
+    if (after) snprintf(header, sizeof header, "Last-Event-ID: %s\r\n", after);
+    Answer a = call("GET", path, header, "", 0);
+    CHECK(a.status == 200 && has_header(&a, "text/event-stream"));
+    return strdup(a.body ? a.body : "");
+}
+
+static size_t count_of(const char *text, const char *what) {
+    size_t n = 0;
+    for (const char *p = text; (p = strstr(p, what)); p++) n++;
+    return n;
+}
+
+static cJSON *state_of(const char *id) {
+    Answer a = of_job(id, "");
+    return a.status == 200 ? cJSON_Parse(a.body) : NULL;
+}
+
+static int is_state(const char *id, const char *state) {
+    cJSON *x = state_of(id);
+    const char *found = cJSON_GetStringValue(cJSON_GetObjectItem(x, "state"));
+    const int same = found && !strcmp(found, state);
+    if (!same) printf("     state %s, expected %s\n", found ? found : "none", state);
+    cJSON_Delete(x);
+    return same;
+}
+
+/* Is the body the file DIR/name? */
+static int same_file(const Answer *a, const char *dir, const char *name) {
+    char path[PATH_BYTES];
+    uint8_t *bytes;
+    size_t n;
+    snprintf(path, sizeof path, "%s/%s", dir, name);
+    if (file_bytes(&bytes, &n, path, 1 << 28, NULL) != OK) return 0;
+    const int same = a->status == 200 && n == a->size && !memcmp(bytes, a->body, n);
+    free(bytes);
+    return same;
+}
+
+/* Runs the command that the job shows, in DIR. */
+static int run_command(const char *dir, const char *id) {
+    char line[PATH_BYTES + 4096];
+    cJSON *x = state_of(id);
+    const char *command = cJSON_GetStringValue(cJSON_GetObjectItem(x, "command"));
+    snprintf(line, sizeof line, "cd '%s' && %s >command.log 2>&1", dir, command ? command : "false");
+    const int ok = system(line) == 0;
+    if (!ok) printf("     %s\n", line);
+    cJSON_Delete(x);
+    return ok;
+}
+
+/* ---- What jobs are refused ---- */
+
+typedef struct {
+    const char *job;
+    int status;
+    const char *field; /* NULL: none */
+} JobCase;
+#define S "{\"kind\":\"sample\","
+#define E "{\"kind\":\"inpaint\",\"image\":\"iVBORw0KGgo=\","
+static const JobCase refused[] = {
+    {"", 400, NULL},
+    {"{}", 400, "kind"},
+    {"[]", 400, NULL},
+    {"\"sample\"", 400, NULL},
+    {"{\"kind\":\"vary\"}", 400, "kind"},
+    {"{\"kind\":null}", 400, "kind"},
+    {"{\"kind\":\"Sample\"}", 400, "kind"},
+    {"{\"kind\":\"sample\"} x", 400, NULL},
+    {"{\"kind\":\"sample\",}", 400, NULL},
+    {"{'kind':'sample'}", 400, NULL},
+    {"\xef\xbb\xbf{\"kind\":\"sample\"}", 400, NULL},
+    {S "\"count\":NaN}", 400, NULL},
+    {S "\"count\":01}", 400, NULL},
+    {S "\"count\":1.}", 400, NULL},
+    {S "\"count\":+1}", 400, NULL},
+    {S "\"class\":\"\xff\"}", 400, NULL},
+    {S "\"class\":\"\xc0\x80\"}", 400, NULL},
+    {S "\"class\":\"\\ud800\"}", 400, NULL},
+    {S "\"class\":\"\\udc00\\ud800\"}", 400, NULL},
+    {S "\"class\":\"\\u0000\"}", 400, NULL},
+    {S "\"class\":\"a\nb\"}", 400, NULL},
+    {S "\"count\":1,\"count\":1}", 400, "count"},
+    {S "\"c\\u006funt\":1,\"count\":1}", 400, "count"},
+    {S "\"x\":[[[[[[[[[[[[[[[[[[1]]]]]]]]]]]]]]]]]]}", 400, NULL},
+    {S "\"colour\":1}", 400, "colour"},
+    {S "\"image\":\"AAAA\"}", 400, "image"},
+    {S "\"window\":24}", 400, "window"},
+    {S "\"count\":0}", 400, "count"},
+    {S "\"count\":-1}", 400, "count"},
+    {S "\"count\":1.5}", 400, "count"},
+    {S "\"count\":\"1\"}", 400, "count"},
+    {S "\"count\":null}", 400, "count"},
+    {S "\"count\":41}", 413, "count"},
+    {S "\"count\":1e300}", 413, "count"},
+    {S "\"first\":-1}", 400, "first"},
+    {S "\"first\":2147483648}", 400, "first"},
+    {S "\"seed\":9007199254740992}", 400, "seed"},
+    {S "\"seed\":-1}", 400, "seed"},
+    {S "\"seed\":\"7\"}", 400, "seed"},
+    {S "\"best_of\":0}", 400, "best_of"},
+    {S "\"best_of\":65}", 400, "best_of"},
+    {S "\"temperature\":\"x\"}", 400, "temperature"},
+    {S "\"temperature\":1001}", 400, "temperature"},
+    {S "\"temperature\":[1,\"x\",1]}", 400, "temperature[1]"},
+    {S "\"temperature\":[1,1,-1]}", 400, "temperature[2]"},
+    {S "\"temperature\":[1,1]}", 400, "temperature"},
+    {S "\"temperature\":[]}", 400, "temperature"},
+    {S "\"temperature\":[1,1,1,1]}", 400, "temperature"},
+    {S "\"top_k\":1.5}", 400, "top_k"},
+    {S "\"top_k\":[0,0,1000000001]}", 400, "top_k[2]"},
+    {S "\"chain_length\":0}", 400, "chain_length"},
+    {S "\"chain_length\":[1,1001,1]}", 400, "chain_length[1]"},
+    {S "\"guidance\":[1,1,2]}", 422, "guidance[2]"},
+    {S "\"guidance\":{}}", 400, "guidance"},
+    {S "\"class\":\"spoons\"}", 422, "class"},
+    {S "\"class\":\"9\"}", 422, "class"},
+    {S "\"class\":\"\"}", 422, "class"},
+    {S "\"class\":3}", 400, "class"},
+    {S "\"model\":\"nothing\"}", 422, "model"},
+    {S "\"model\":\"ffhq\"}", 422, "model"},
+    {S "\"model\":\"../emoji\"}", 422, "model"},
+    {S "\"model\":null}", 400, "model"},
+    {S "\"previews\":1}", 400, "previews"},
+    {S "\"owned\":\"yes\"}", 400, "owned"},
+    {"{\"kind\":\"inpaint\"}", 400, "image"},
+    {"{\"kind\":\"inpaint\",\"image\":\"%\"}", 400, "image"},
+    {"{\"kind\":\"inpaint\",\"image\":\"AAA\"}", 400, "image"},
+    {"{\"kind\":\"inpaint\",\"image\":\"AA==AAAA\"}", 400, "image"},
+    {"{\"kind\":\"inpaint\",\"image\":\"AB==\"}", 400, "image"},
+    {"{\"kind\":\"inpaint\",\"image\":\"AA A=\"}", 400, "image"},
+    {"{\"kind\":\"inpaint\",\"image\":7}", 400, "image"},
+    {E "\"best_of\":1}", 400, "mask"},
+    {E "\"half\":\"upper\",\"window\":8}", 400, "window"},
+    {E "\"half\":\"middle\"}", 400, "half"},
+    {E "\"window\":64}", 400, "window"},
+    {E "\"window\":0}", 400, "window"},
+    {E "\"outside\":64}", 400, "outside"},
+    {E "\"half\":\"upper\",\"chain_length\":0}", 400, "chain_length"},
+    {E "\"half\":\"upper\",\"chain_length\":[0,0,0]}", 400, "chain_length"},
+    {E "\"half\":\"upper\",\"best_of\":4097}", 400, "best_of"},
+    {E "\"half\":\"upper\",\"paste\":0}", 400, "paste"},
+    {E "\"half\":\"upper\",\"from_scale\":2}", 400, "from_scale"},
+    {E "\"half\":\"upper\"}", 415, "image"},
+    {"{\"kind\":\"inpaint\",\"image\":\"AAAA\",\"half\":\"upper\"}", 415, "image"},
+};
+
+static void test_refused(void) {
+    for (size_t i = 0; i < sizeof refused / sizeof *refused; i++) {
+        const Answer a = post(refused[i].job);
+        cJSON *x = a.body ? cJSON_Parse(a.body) : NULL;
+        const char *field = cJSON_GetStringValue(cJSON_GetObjectItem(x, "field"));
+        const char *text = cJSON_GetStringValue(cJSON_GetObjectItem(x, "error"));
+        const int same = refused[i].field ? field && !strcmp(field, refused[i].field) : !field;
+        if (!test_note(a.status == refused[i].status && same && text && !strstr(text, "models/"), __FILE__, __LINE__,
+                       refused[i].job))
+            printf("     %d, field %s: %s\n", a.status, field ? field : "none", text ? text : "no error");
+        cJSON_Delete(x);
+    }
+    Answer a = post(S "\"temperature\":\"'\\u001b[31m\xc3\xa4"
+                      "0123456789012345678901234567890123456789012345678901234567890\"}");
+    CHECK(strstr(a.body, "\\\\'\\\\x1b[31m\xc3\xa4") && strstr(a.body, "...") && !strstr(a.body, "67890'"));
+    a = call("POST", "api/jobs", "Content-Type: text/plain\r\n", "{}", 2);
+    CHECK(a.status == 415);
+    char *many = malloc(40000), *to = many + sprintf(many, S "\"temperature\":[1");
+    for (int k = 0; k < 5000; k++) to += sprintf(to, ",1");
+    sprintf(to, "]}");
+    a = post(many);
+    CHECK(a.status == 400);
+    free(many);
+    a = of_job("AAAAAAAAAAAAAAAAAAAAAA", "");
+    CHECK(a.status == 404);
+    a = of_job("AAAAAAAAAAAAAAAAAAAAAA", "/events");
+    CHECK(a.status == 404);
+}
+
+/* ---- Jobs ---- */
+
+/* The progress of a stream never goes backwards, scale by scale. */
+static int is_monotone(const char *events) {
+    int last_scale = 99, last_token = 0;
+    for (const char *p = events; (p = strstr(p, "event: progress\ndata: ")); p++) {
+        cJSON *x = cJSON_Parse(p + 22);
+        const int scale = cJSON_GetObjectItem(x, "scale")->valueint, token = cJSON_GetObjectItem(x, "token")->valueint;
+        const int of = cJSON_GetObjectItem(x, "tokens")->valueint;
+        cJSON_Delete(x);
+        if (scale > last_scale || (scale == last_scale && token < last_token) || token > of) return 0;
+        last_scale = scale, last_token = token;
+    }
+    return last_scale == 1;
+}
+
+static void test_sample(const char *dir) {
+    char id[32], again[32], one[32];
+    Answer a = post(S "\"count\":2,\"seed\":7,\"best_of\":1,\"class\":\"food\",\"chain_length\":2,\"guidance\":2}");
+    CHECK(taken(id, &a) == 0);
+    char *events = events_of(id, NULL);
+    CHECK(!strncmp(events, "id: 1\nevent: queued\ndata: {\"place\":0}\n\n", 39));
+    CHECK(count_of(events, "event: preview\n") == 6 && is_monotone(events));
+    CHECK(count_of(events, "event: done\n") == 1 && strstr(events, "\"state\":\"done\""));
+    char last[32] = "";
+    for (const char *p = events; (p = strstr(p, "id: ")); p++)
+        if (p == events || p[-1] == '\n') snprintf(last, sizeof last, "%.*s", (int)strcspn(p + 4, "\n"), p + 4);
+    free(events);
+    events = events_of(id, NULL);
+    CHECK(count_of(events, "event: progress\n") == 1 && count_of(events, "event: preview\n") == 6);
+    free(events);
+    events = events_of(id, "1");
+    CHECK(!strstr(events, "event: queued") && count_of(events, "event: done\n") == 1);
+    free(events);
+    events = events_of(id, "99999");
+    CHECK(strstr(events, "event: queued") != NULL);
+    free(events);
+    char path[128], header[64];
+    snprintf(path, sizeof path, "api/jobs/%s/events", id);
+    snprintf(header, sizeof header, "Last-Event-ID: %s\r\n", last);
+    a = call("GET", path, header, "", 0);
+    CHECK(a.status == 204);
+
+    cJSON *x = state_of(id);
+    const cJSON *job = cJSON_GetObjectItem(x, "job"), *results = cJSON_GetObjectItem(x, "results");
+    char *guidance = cJSON_PrintUnformatted(cJSON_GetObjectItem(job, "guidance"));
+    CHECK(guidance && !strcmp(guidance, "[2,2,1]")); /* the last scale has not learnt it */
+    free(guidance);
+    CHECK(cJSON_GetArraySize(results) == 2 && cJSON_IsNull(cJSON_GetObjectItem(x, "error")));
+    const double bound = cJSON_GetObjectItem(cJSON_GetArrayItem(results, 1), "bound")->valuedouble;
+    CHECK(bound < 0 && bound > -50);
+    cJSON_Delete(x);
+    a = of_job(id, "/1.json");
+    x = cJSON_Parse(a.body);
+    CHECK(cJSON_GetArraySize(cJSON_GetObjectItem(x, "tokens")) == 64 &&
+          cJSON_GetArraySize(cJSON_GetObjectItem(x, "entropy")) == 64);
+    CHECK(fabs(cJSON_GetObjectItem(x, "bound")->valuedouble - bound) < 1e-6);
+    cJSON_Delete(x);
+    const struct {
+        const char *file;
+        int status;
+    } files[] = {{"/0.png", 200},         {"/1.png", 200},         {"/2.png", 404},         {"/x.png", 404},
+                 {"/0.gif", 404},         {"/0.png?scale=3", 200}, {"/1.png?scale=1", 200}, {"/0.png?scale=4", 404},
+                 {"/0.png?scale=0", 404}, {"/0.png?scale=x", 400}, {"/0.png?scale=", 400},  {"/2.json", 404}};
+    for (size_t i = 0; i < sizeof files / sizeof *files; i++)
+        test_note(of_job(id, files[i].file).status == files[i].status, __FILE__, __LINE__, files[i].file);
+
+    /* previews change nothing; picture 1 alone is the command's file, byte for byte */
+    a = post(S "\"count\":1,\"first\":1,\"seed\":7,\"best_of\":1,\"class\":\"food\",\"chain_length\":2,\"guidance\":2,"
+               "\"previews\":false}");
+    taken(one, &a);
+    events = events_of(one, NULL);
+    CHECK(!strstr(events, "event: preview"));
+    free(events);
+    CHECK(of_job(one, "/0.png?scale=1").status == 404);
+    CHECK(run_command(dir, one));
+    a = of_job(one, "/0.png");
+    CHECK(same_file(&a, dir, "samples.png"));
+    Answer b = of_job(id, "/1.png");
+    CHECK(same_file(&b, dir, "samples.png"));
+    /* what a picture says is a job that draws it */
+    b = of_job(id, "/1.png");
+    char *bytes = malloc(b.size);
+    const size_t size = b.size;
+    memcpy(bytes, b.body, size);
+    a = call("POST", "api/settings", "", bytes, size);
+    CHECK(a.status == 200 && strstr(a.body, "\"first\":1") && strstr(a.body, "\"count\":1") &&
+          strstr(a.body, "\"seed\":7"));
+    a = call("POST", "api/settings", "", bytes, size / 2);
+    CHECK(a.status == 415);
+    free(bytes);
+    a = call("POST", "api/settings", "", "GIF89a", 6);
+    CHECK(a.status == 415);
+    snprintf(path, sizeof path, "api/jobs/%s", id);
+    CHECK(call("DELETE", path, "", "", 0).status == 204 && get(path).status == 410 &&
+          call("DELETE", path, "", "", 0).status == 410);
+    (void)again;
+}
+
+static double until_over(const char *id) {
+    const double start = seconds();
+    free(events_of(id, NULL));
+    return seconds() - start;
+}
+
+/* One that runs and two that wait; more are refused; the first is cancelled on its way. */
+static void test_queue(void) {
+    char id[4][32], path[128];
+    Answer a = post(S "\"count\":40,\"best_of\":16}");
+    CHECK(taken(id[0], &a) == 0);
+    for (int i = 0; i < 100 && !strstr(of_job(id[0], "").body, "\"running\""); i++) usleep(20000);
+    a = post(S "\"count\":40,\"best_of\":16}");
+    CHECK(taken(id[1], &a) == 1);
+    a = post(S "\"count\":1,\"best_of\":1,\"seed\":1}");
+    CHECK(taken(id[2], &a) == 2);
+    a = post(S "\"count\":1}");
+    CHECK(a.status == 429 && has_header(&a, "Retry-After: "));
+    a = get("api/health");
+    CHECK(strstr(a.body, "\"running\":1,\"queued\":2,\"most\":40") != NULL);
+    CHECK(of_job(id[0], "/0.png").status == 404);
+    snprintf(path, sizeof path, "api/jobs/%s", id[1]);
+    CHECK(call("DELETE", path, "", "", 0).status == 204 && is_state(id[1], "cancelled"));
+    cJSON *x = state_of(id[2]);
+    CHECK(cJSON_GetObjectItem(x, "place")->valueint == 1);
+    cJSON_Delete(x);
+    usleep(300000);
+    snprintf(path, sizeof path, "api/jobs/%s", id[0]);
+    CHECK(call("DELETE", path, "", "", 0).status == 204);
+    const double took = until_over(id[0]);
+    CHECK(took < 1 && is_state(id[0], "cancelled"));
+    char *events = events_of(id[2], NULL);
+    CHECK(count_of(events, "event: queued\n") >= 2 && strstr(events, "event: done\n"));
+    free(events);
+}
+
+/* ---- Edits ---- */
+
+/* A picture of H x W with alpha where asked for, and a mask with a hole, as PNGs in memory */
+static void make_pictures(Image *im, Image *mask, size_t H, size_t W, int with_alpha) {
+    *im = (Image){.H = H, .W = W, .rgb = malloc(3 * H * W), .alpha = with_alpha ? malloc(H * W) : NULL};
+    *mask = (Image){.H = H, .W = W, .rgb = malloc(3 * H * W)};
+    for (size_t i = 0; i < H * W; i++) {
+        const size_t y = i / W, x = i % W;
+        im->rgb[3 * i] = (uint8_t)(x * 2), im->rgb[3 * i + 1] = (uint8_t)(y * 2), im->rgb[3 * i + 2] = (uint8_t)(x ^ y);
+        if (with_alpha) im->alpha[i] = (uint8_t)(x * 7);
+        const int hole = y >= H / 4 && y < H / 2 && x + 40 > W && x + 10 < W;
+        memset(mask->rgb + 3 * i, hole ? 0 : 255, 3);
+    }
+}
+
+static void write_file(const char *dir, const char *name, const uint8_t *bytes, size_t n) {
+    char path[PATH_BYTES];
+    snprintf(path, sizeof path, "%s/%s", dir, name);
+    FILE *f = fopen(path, "wb");
+    CHECK(f && fwrite(bytes, n, 1, f) == 1 && fclose(f) == 0);
+}
+
+static Answer post_form(const char *job, const uint8_t *image, size_t n, const uint8_t *mask, size_t m) {
+    char *body = malloc(n + m + 4096);
+    size_t at = (size_t)sprintf(
+        body,
+        "--xYz\r\nContent-Disposition: form-data; name=\"job\"\r\n\r\n%s\r\n--xYz\r\n"
+        "Content-Disposition: form-data; name=\"image\"; filename=\"../../a.png\"\r\nContent-Type: image/png\r\n\r\n",
+        job);
+    memcpy(body + at, image, n), at += n;
+    if (mask) {
+        at += (size_t)sprintf(body + at, "\r\n--xYz\r\nContent-Disposition: form-data; name=mask\r\n\r\n");
+        memcpy(body + at, mask, m), at += m;
+    }
+    at += (size_t)sprintf(body + at, "\r\n--xYz--\r\n");
+    Answer a = call("POST", "api/jobs", "Content-Type: multipart/form-data; boundary=xYz\r\n", body, at);
+    free(body);
+    return a;
+}
+
+static void test_edit(const char *dir, size_t H, size_t W, int with_alpha, const char *job) {
+    Image im, mask, got = {0}, alpha = {0};
+    uint8_t *image, *mask_bytes;
+    size_t n, m, wrong = 0, changed = 0;
+    char id[32];
+    make_pictures(&im, &mask, H, W, with_alpha);
+    CHECK_OK(image_encode_png(&image, &n, &im, NULL));
+    CHECK_OK(image_encode_png(&mask_bytes, &m, &mask, NULL));
+    write_file(dir, "image.png", image, n), write_file(dir, "mask.png", mask_bytes, m);
+    Answer a = post_form(job, image, n, mask_bytes, m);
+    taken(id, &a);
+    free(events_of(id, NULL));
+    CHECK(is_state(id, "done") && run_command(dir, id));
+    a = of_job(id, "/0.png");
+    CHECK(same_file(&a, dir, "out.png"));
+    CHECK_OK(image_decode(&got, (const uint8_t *)a.body, a.size, IMAGE_STRAIGHT));
+    CHECK_OK(image_decode(&alpha, (const uint8_t *)a.body, a.size, IMAGE_ALPHA));
+    CHECK(got.H == H && got.W == W);
+    for (size_t i = 0; i < H * W && got.H == H && got.W == W; i++) {
+        const int kept = mask.rgb[3 * i] == 255;
+        if (kept)
+            wrong +=
+                memcmp(got.rgb + 3 * i, im.rgb + 3 * i, 3) != 0 || alpha.rgb[3 * i] != (with_alpha ? im.alpha[i] : 255);
+        if (!kept) wrong += alpha.rgb[3 * i] != 255, changed += memcmp(got.rgb + 3 * i, im.rgb + 3 * i, 3) != 0;
+    }
+    CHECK(wrong == 0 && changed > 100);
+    image_free(&im), image_free(&mask), image_free(&got), image_free(&alpha);
+    free(image), free(mask_bytes);
+}
+
+/* Forms and pictures that are refused */
+static void test_bad_edits(void) {
+    static const struct {
+        const char *type, *body;
+    } forms[] = {
+        {"multipart/form-data", "--x--\r\n"},
+        {"multipart/form-data; boundary=x", ""},
+        {"multipart/form-data; boundary=x", "--x--\r\n"},
+        {"multipart/form-data; boundary=x", "--x\r\nContent-Disposition: form-data; name=\"job\"\r\n\r\n{}"},
+        {"multipart/form-data; boundary=x", "--x\r\nContent-Disposition: form-data\r\n\r\n{}\r\n--x--\r\n"},
+        {"multipart/form-data; boundary=x",
+         "--x\r\nContent-Disposition: form-data; name=\"other\"\r\n\r\n{}\r\n--x--\r\n"},
+        {"multipart/form-data; boundary=x", "--x\r\nContent-Disposition: form-data; "
+                                            "name=\"job\"\r\n\r\n{\"kind\":\"sample\"}\r\n--x\r\nContent-Disposition: "
+                                            "form-data; name=\"job\"\r\n\r\n{\"kind\":\"sample\"}\r\n--x--\r\n"},
+        {"multipart/form-data; boundary=x", "--x\r\nContent-Disposition: form-data; "
+                                            "name=\"job\"\r\n\r\n{\"kind\":\"sample\"}\r\n--x\r\nContent-Disposition: "
+                                            "form-data; name=\"image\"\r\n\r\nabc\r\n--x--\r\n"},
+        {"multipart/form-data; boundary=x",
+         "--x\r\nContent-Disposition: form-data; "
+         "name=\"job\"\r\n\r\n{\"kind\":\"inpaint\",\"image\":\"AAAA\",\"half\":\"left\"}\r\n--x\r\nContent-"
+         "Disposition: form-data; name=\"image\"\r\n\r\nabc\r\n--x--\r\n"}};
+    char header[128];
+    for (size_t i = 0; i < sizeof forms / sizeof *forms; i++) {
+        snprintf(header, sizeof header, "Content-Type: %s\r\n", forms[i].type);
+        test_note(call("POST", "api/jobs", header, forms[i].body, strlen(forms[i].body)).status == 400, __FILE__,
+                  __LINE__, forms[i].body);
+    }
+    Image im, mask;
+    uint8_t *image, *bytes;
+    size_t n, m;
+    make_pictures(&im, &mask, 64, 96, 0);
+    CHECK_OK(image_encode_png(&image, &n, &im, NULL));
+    memset(mask.rgb, 255, 3 * 64 * 96);
+    CHECK_OK(image_encode_png(&bytes, &m, &mask, NULL));
+    CHECK(post_form("{\"kind\":\"inpaint\"}", image, n, bytes, m).status == 422); /* keeps everything */
+    CHECK(post_form("{\"kind\":\"inpaint\"}", image, n, image, n / 2).status == 415);
+    CHECK(post_form("{\"kind\":\"inpaint\",\"half\":\"upper\"}", image, n / 2, NULL, 0).status == 415);
+    CHECK(post_form("{\"kind\":\"inpaint\",\"half\":\"upper\"}", image, n, bytes, m).status == 400);
+    free(bytes);
+    for (size_t i = 0; i < 64 * 96; i++) memset(mask.rgb + 3 * i, i % 96 < 4 || i % 96 > 92 ? 0 : 255, 3);
+    CHECK_OK(image_encode_png(&bytes, &m, &mask, NULL));
+    CHECK(post_form("{\"kind\":\"inpaint\"}", image, n, bytes, m).status == 422); /* fits no square */
+    free(bytes);
+    mask.H = 50;
+    CHECK_OK(image_encode_png(&bytes, &m, &mask, NULL));
+    CHECK(post_form("{\"kind\":\"inpaint\"}", image, n, bytes, m).status == 422); /* another size */
+    /* a small file that promises 100 million pixels */
+    uint8_t *huge = malloc(n);
+    memcpy(huge, image, n);
+    const uint32_t side = 10000;
+    for (int i = 0; i < 4; i++) huge[16 + i] = huge[20 + i] = (uint8_t)(side >> (24 - 8 * i));
+    uint32_t crc = 0xFFFFFFFF;
+    for (size_t i = 12; i < 29; i++)
+        for (int bit = 0; bit < 8; bit++) {
+            if (bit == 0) crc ^= huge[i];
+            crc = crc & 1 ? crc >> 1 ^ 0xEDB88320 : crc >> 1;
+        }
+    for (int i = 0; i < 4; i++) huge[29 + i] = (uint8_t)(~crc >> (24 - 8 * i));
+    CHECK(post_form("{\"kind\":\"inpaint\",\"half\":\"upper\"}", huge, n, NULL, 0).status == 413);
+    image_free(&im), image_free(&mask);
+    free(image), free(bytes), free(huge);
+}
+
+static void test_jobs(const char *dir) {
+    test_refused();
+    test_sample(dir);
+    test_edit(dir, 64, 64, 0, "{\"kind\":\"inpaint\",\"seed\":3,\"best_of\":2,\"class\":\"food\"}");
+    test_edit(dir, 100, 150, 1,
+              "{\"kind\":\"inpaint\",\"seed\":3,\"best_of\":1,\"temperature\":[0.1234567890123,1,0.5]}");
+    test_bad_edits();
+    test_queue();
+}
+
+/* ---- Forgetting ---- */
+
+static void test_forget(void) {
+    char first[32], id[32];
+    Answer a = post(S "\"count\":1,\"best_of\":1}");
+    taken(first, &a);
+    until_over(first);
+    CHECK(of_job(first, "/0.png").status == 200);
+    a = post(S "\"count\":64}");
+    CHECK(a.status == 413); /* more than all that is kept */
+    for (int i = 0; i < 6 && of_job(first, "").status == 200; i++) {
+        a = post(S "\"count\":8,\"best_of\":1,\"chain_length\":1}");
+        taken(id, &a);
+        until_over(id);
+    }
+    CHECK(of_job(first, "").status == 410 && of_job(first, "/0.png").status == 410 &&
+          of_job(first, "/events").status == 410);
+    CHECK(of_job(id, "/7.png").status == 200);
+    a = post(S "\"count\":8,\"best_of\":4}");
+    taken(id, &a);
+    a = post(S "\"count\":8,\"best_of\":4}");
+    CHECK(a.status == 429 && has_header(&a, "Retry-After: "));
+}
+
+/* ---- The end ---- */
+
+static void test_end(pid_t pid) {
+    char running[32], queued[32], request[256];
+    Answer a = post(S "\"count\":64,\"best_of\":64}");
+    taken(running, &a);
+    a = post(S "\"count\":1}");
+    taken(queued, &a);
+    const int fd[2] = {dial(), dial()};
+    for (int i = 0; i < 2; i++) {
+        const int n =
+            snprintf(request, sizeof request, "GET /api/jobs/%s/events HTTP/1.1\r\nHost: 127.0.0.1:%d\r\n\r\n",
+                     i ? queued : running, port);
+        put(fd[i], request, (size_t)n);
+    }
+    usleep(300000);
+    kill(pid, SIGTERM);
+    usleep(200000);
+    CHECK(post(S "\"count\":1}").status == 503);
+    for (int i = 1; i >= 0; i--) {
+        a = hear(fd[i], 10);
+        CHECK(a.closed && a.body && strstr(a.body, "event: cancelled\n"));
+    }
+}
+
 int main(int argc, char **argv) {
     if (argc < 3) return 2;
     port = atoi(argv[2]);
     if (!strcmp(argv[1], "http")) test_http();
     if (!strcmp(argv[1], "token")) test_token();
+    if (!strcmp(argv[1], "jobs")) test_jobs(argv[3]);
+    if (!strcmp(argv[1], "forget")) test_forget();
+    if (!strcmp(argv[1], "end")) test_end((pid_t)atoi(argv[3]));
     return test_report();
 }

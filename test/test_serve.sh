@@ -24,8 +24,8 @@ stop() { # ends by SIGTERM, with exit status 0
     ok "the end" wait "$pid"
     pid=
 }
-ask() { # ask WHAT: the client's checks count
-    "$build/serve_client" "$1" "$port" >"$dir/client"
+ask() { # ask WHAT [ARGUMENT]: the client's checks count
+    "$build/serve_client" "$1" "$port" "$2" >"$dir/client"
     grep -v ' passed, ' "$dir/client"
     line=$(tail -n 1 "$dir/client")
     p=$(expr "$line" : '\([0-9]*\) passed') f=$(expr "$line" : '.*, \([0-9]*\) failed')
@@ -60,6 +60,23 @@ stop
 start emoji --host 0.0.0.0 --token-file "$dir/token" --origin https://page.example --origin http://other.example:81
 ask token
 stop
+
+# ---- Jobs: what they draw is what the command that they show draws ----
+mkdir "$dir/work" && ln -s "$build/sample" "$build/inpaint" "$(pwd)/models" "$dir/work"
+start --queue 2 --count-limit 40
+ask jobs "$dir/work"
+stop
+start emoji --results 1
+ask forget
+stop
+
+# ---- The end: what runs is cancelled, everybody is told ----
+start emoji
+began=$(date +%s)
+ask end "$pid"
+ok "the end" wait "$pid"
+ok "soon" test $(($(date +%s) - began)) -lt 8
+pid=
 
 echo "$passed passed, $failed failed"
 [ "$failed" -eq 0 ]
