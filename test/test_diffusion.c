@@ -1107,7 +1107,10 @@ static void test_class_bounds(const char *one_scale, const char *three_scales) {
         CHECK_OK(denoising_loss(&loss, logits, x_0, NULL, N, USED, 0, 1, NULL));
         CHECK(fabs(bound[c] - loss.hard) < 1e-5 * loss.hard);
         CHECK(!(fabs(bound[(c + 1) % 3] - loss.hard) < 1e-5 * loss.hard)); /* the check can fail */
+        CHECK_OK(kept_bound(&chain, x_0, keep, c, 3, &again[c]));
+        CHECK(fabs(again[c] - loss.hard) < 1e-5 * loss.hard);
     }
+    CHECK(fabs(blind_bound(&chain, 1) - log(USED)) < 1e-6); /* one scale: each token is one of USED */
     model_close(&m);
     CHECK_OK(model_open(&m, three_scales, NULL));
     chain = model_chain(&m);
@@ -1118,8 +1121,11 @@ static void test_class_bounds(const char *one_scale, const char *three_scales) {
     other[2] = (x_0[2] + 1) % USED;
     CHECK_OK(class_bounds(&chain, other, few, 3, again));
     for (int c = 0; c < 3; c++) CHECK(bound[c] != again[c]);
+    CHECK_OK(kept_bound(&chain, x_0, few, 1, 3, &again[0]));
+    CHECK(again[0] != again[1] && isfinite(again[0]));
     few[2] = 0;
     CHECK_ERR(class_bounds(&chain, x_0, few, 3, bound), "no token is kept");
+    CHECK_ERR(kept_bound(&chain, x_0, few, 1, 3, bound), "no token is kept");
     model_close(&m);
 }
 
@@ -1148,6 +1154,60 @@ static double picture_bound(Model *m, const int32_t *x_0, const int32_t *label, 
         }
     }
     return bound;
+}
+
+/* What blind guessing has, by drawing x_t many times: ln K less the entropy of the posterior. */
+static void test_blind_bound(const char *dir) {
+    enum { DRAWS = 40000 };
+    static int32_t x_0[DRAWS], x_t[DRAWS];
+    static real q[DRAWS * USED];
+    Model m;
+    double drawn[2] = {0, 0};
+    CHECK_OK(model_open(&m, dir, NULL));
+    const Chain chain = model_chain(&m);
+    for (int i = 0; i < DRAWS; i++) x_t[i] = x_0[i] = i % USED;
+    for (int t = 1; t <= m.schedule.T; t++) {
+        noise_step(x_t, DRAWS, USED, m.schedule.beta[t], 9, rng_stream(RNG_NOISE, (uint64_t)t, 0), 0);
+        posterior(q, x_0, x_t, DRAWS, USED, &m.schedule, t);
+        double sum = log(USED);
+        for (size_t i = 0; i < DRAWS * USED; i++)
+            if (q[i] > 0) sum += (double)q[i] * log((double)q[i]) / DRAWS;
+        drawn[0] += sum, drawn[1] += t > 1 ? sum : 0;
+    }
+    CHECK(fabs(blind_bound(&chain, 1) - drawn[0]) < 0.01 && fabs(blind_bound(&chain, 2) - drawn[1]) < 0.01);
+    CHECK(blind_bound(&chain, 1) > log(USED) && blind_bound(&chain, 2) < blind_bound(&chain, 1));
+    model_close(&m);
+}
+
+/* What a model knows, as its file says it or by default; a first stage of random weights draws nothing of it. */
+static void test_familiar(const char *dir) {
+    enum { EDGE = 64 };
+    static real image[3 * EDGE * EDGE];
+    Model m;
+    Familiar f;
+    int32_t x_0[N];
+    uint8_t keep[N];
+    SamplingArgs quiet = {.quiet = 1};
+    CHECK_OK(model_open(&m, dir, NULL));
+    if (!CHECK(m.side <= EDGE)) return;
+    for (int i = 0; i < N; i++) x_0[i] = (i * 5) % USED, keep[i] = i < 6;
+    CHECK_OK(decode_pictures(&m, x_0, 1, image));
+    for (size_t i = 0; i < 3 * m.side * m.side; i++) image[i] = (real)fmin(fmax((double)image[i], -1), 1);
+    CHECK_OK(familiar(&f, &m, image, x_0, keep, 1, 3));
+    CHECK(f.error < 1e-3 && f.nats > 0 && f.blind > 0 && f.nats_known[0] == 0 && f.error_known[1] == 0.15);
+    CHECK(fabs(f.nats_known[1] - 0.75 * f.blind) < 1e-9);
+    for (size_t i = 0; i < 3 * m.side * m.side; i++) image[i] = image[i] > 0 ? -1 : 1; /* nothing like it */
+    CHECK_OK(familiar(&f, &m, image, x_0, keep, 1, 3));
+    CHECK(f.error > 0.45 && f.unlike);
+    familiar_warn(&quiet, &m, &f);
+    CHECK_OK(config_set(&m.meta, "imagebart.familiar_error", "0.1,0.9"));
+    CHECK_OK(config_set(&m.meta, "imagebart.familiar_nats", "1,100"));
+    CHECK_OK(familiar(&f, &m, image, x_0, keep, 1, 3));
+    CHECK(!f.unlike && f.nats_known[0] == 1 && f.nats_known[1] == 100);
+    CHECK_OK(config_set(&m.meta, "imagebart.familiar_nats", "0,1e-3"));
+    CHECK_OK(familiar(&f, &m, image, x_0, keep, 1, 3));
+    CHECK(f.unlike);
+    model_close(&m);
 }
 
 static void test_picture_bounds(const char *dir, int labelled) {
@@ -1525,6 +1585,35 @@ static void put_empty(const char *path) {
     CHECK(f && fclose(f) == 0);
 }
 
+/* models/ is looked for in $IMAGEBART_MODELS, then here, then beside the program, a name at a time. */
+static void test_places(void) {
+    char home[1024], path[PATH_BYTES], folder[PATH_BYTES], text[PLACES_BYTES], fetch[FETCH_BYTES];
+    if (!CHECK(getcwd(home, sizeof home) && chdir(scratch) == 0)) return;
+    CHECK(mkdir("chosen", 0777) == 0 && mkdir("chosen/emoji", 0777) == 0);
+    CHECK(unsetenv("IMAGEBART_MODELS") == 0);
+    CHECK(!models_find(path, "models/emoji") && !strcmp(path, "models/emoji")); /* nowhere: the usual name */
+    CHECK(!strncmp(models_places(text), "models/ here, /", 15) && !models_place(folder, 0));
+    CHECK(setenv("IMAGEBART_MODELS", "chosen", 1) == 0);
+    CHECK_OK(models_check());
+    CHECK(models_find(path, "models/emoji") && !strcmp(path, "chosen/emoji"));
+    CHECK(models_place(folder, 0) && !strcmp(folder, "chosen") && !models_place(folder, 1));
+    CHECK(!strncmp(models_places(text), "chosen, models/ here, /", 23));
+    CHECK(mkdir("models", 0777) == 0 && mkdir("models/emoji", 0777) == 0 && mkdir("models/cats", 0777) == 0);
+    CHECK(models_find(path, "models/emoji") && !strcmp(path, "chosen/emoji")); /* the chosen one first */
+    CHECK(models_find(path, "models/cats") && !strcmp(path, "models/cats"));   /* what it lacks is here */
+    CHECK(!strcmp(model_folder(path, "emoji"), "chosen/emoji") && !strcmp(model_folder(path, "runs/x"), "runs/x"));
+    CHECK(setenv("IMAGEBART_MODELS", "models", 1) == 0);
+    CHECK(models_place(folder, 0) && !models_place(folder, 1)); /* the same folder counts once */
+    CHECK(!strncmp(models_places(text), "models/ here, /", 15));
+    CHECK(setenv("IMAGEBART_MODELS", "", 1) == 0);
+    CHECK_OK(models_check());
+    CHECK(setenv("IMAGEBART_MODELS", "no/such", 1) == 0);
+    CHECK_ERR(models_check(), "IMAGEBART_MODELS=no/such: no such folder");
+    CHECK(unsetenv("IMAGEBART_MODELS") == 0);
+    CHECK(!strcmp(models_fetch(fetch, "ffhq"), "make ffhq"));
+    CHECK(rmdir("models/emoji") == 0 && rmdir("models/cats") == 0 && rmdir("models") == 0 && chdir(home) == 0);
+}
+
 static void test_named(void) {
     char home[1024], missing[32];
     size_t n;
@@ -1623,6 +1712,8 @@ int main(void) {
     test_guidance_errors(plain, classes);
     test_candidates(single);
     test_class_bounds(labelled, classes);
+    test_blind_bound(classes);
+    test_familiar(classes);
     test_picture_bounds(labelled, 1);
     test_picture_bounds(classes, 1);
     test_picture_bounds(plain, 0);
@@ -1634,6 +1725,7 @@ int main(void) {
     test_broken();
     test_missing(plain);
     test_model_memory(plain);
+    test_places();
     test_named();
     snprintf(command, sizeof command, "rm -r %s", dir);
     CHECK(system(command) == 0);
