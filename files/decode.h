@@ -78,6 +78,8 @@ typedef struct {
     uint8_t *row;     /* (W,3) for rows_put_part */
     const char *note;
 } Rows;
+/* The file's size alone, before a decoder takes memory for it: a picture that promises too many pixels is an error. */
+Err rows_size(Rows *r, size_t H, size_t W);
 /* Before the first row: the file's size, how it was held (0: unknown), whether rows come in parts, and how many bytes
  * the decoder itself is about to take. A picture that is damaged, since it promises too many pixels, or that does not
  * fit into memory, is an error. A second call begins anew. */

@@ -108,7 +108,7 @@ static void png_in_pass(PngIn *p, int pass, size_t H, size_t W, size_t channels,
 static Err png_in_body(PngIn *p) {
     png_structp png = p->png;
     png_set_read_fn(png, p, png_in_read);
-    png_set_user_limits(png, PNG_UINT_31_MAX, PNG_UINT_31_MAX); /* rows_begin has ours */
+    png_set_user_limits(png, PNG_UINT_31_MAX, PNG_UINT_31_MAX); /* rows_size has ours */
     png_set_crc_action(png, PNG_CRC_ERROR_QUIT, PNG_CRC_ERROR_QUIT);
     png_set_keep_unknown_chunks(png, PNG_HANDLE_CHUNK_ALWAYS, (png_const_bytep) "acTL", 1);
     png_read_info(png, p->info);
@@ -116,6 +116,7 @@ static Err png_in_body(PngIn *p) {
     if (!p->orientation) p->orientation = png_orientation(p);
     const int held = p->orientation, interlaced = png_get_interlace_type(png, p->info) != PNG_INTERLACE_NONE;
     const int clip = png_get_color_type(png, p->info) == PNG_COLOR_TYPE_GRAY && p->rows->how & IMAGE_OFFICIAL;
+    TRY(rows_size(p->rows, png_get_image_height(png, p->info), png_get_image_width(png, p->info)));
     png_set_expand(png);
     png_set_gray_to_rgb(png);
     png_read_update_info(png, p->info);

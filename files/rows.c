@@ -39,17 +39,22 @@ static void rows_release(Rows *r) {
     pthread_mutex_unlock(&lock);
 }
 
-Err rows_begin(Rows *r, size_t H, size_t W, int orientation, int parts, size_t bytes) {
-    Fit f = {0};
-    rows_release(r);
+Err rows_size(Rows *r, size_t H, size_t W) {
     r->H = H, r->W = W;
-    r->orientation = orientation && r->how & IMAGE_UPRIGHT ? orientation : 1;
     if (image_size_check(H, W) != OK) {
         r->too_many = 1;
         return err_damaged("%s", err_text());
     }
     r->too_many = r->most && H * W > r->most;
     if (r->too_many) return err("a picture of %zu x %zu pixels; at most %zu million expected", W, H, r->most / 1000000);
+    return OK;
+}
+
+Err rows_begin(Rows *r, size_t H, size_t W, int orientation, int parts, size_t bytes) {
+    Fit f = {0};
+    rows_release(r);
+    r->orientation = orientation && r->how & IMAGE_UPRIGHT ? orientation : 1;
+    TRY(rows_size(r, H, W));
     const size_t h = r->orientation >= 5 ? W : H, w = r->orientation >= 5 ? H : W;
     if (r->size) TRY(prep_fit(&f, r->prep, r->size, h, w));
     TRY(take(r, bytes + (r->size ? resizer_bytes(&f, parts, r->orientation) : 3 * H * W)));

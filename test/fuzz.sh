@@ -11,7 +11,7 @@ for target in "$@"; do
     export FUZZ_TARGET="$target"
     mkdir -p "$folder/corpus/$target"
     FUZZ_SEEDS="$folder/corpus/$target" "$folder/fuzz" >"$folder/$target.log" 2>&1 || { cat "$folder/$target.log" && exit 1; }
-    "$folder/fuzz" -max_total_time="$seconds" -timeout=20 -max_len=20000 -rss_limit_mb=4096 -print_final_stats=1 \
+    "$folder/fuzz" -max_total_time="$seconds" -timeout=120 -max_len=20000 -rss_limit_mb=4096 -print_final_stats=1 \
         -artifact_prefix="$folder/found/$target-" "$folder/corpus/$target" >"$folder/$target.log" 2>&1
     status=$?
     tried=$(sed -n 's/^stat::number_of_executed_units: //p' "$folder/$target.log")
