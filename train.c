@@ -226,7 +226,7 @@ static const StageKind second_stage = {
 };
 
 static Stage new_stage(const Settings *given) {
-    Stage s = {.set = *given};
+    Stage s = {.given = given, .set = *given};
     s.kind = given->vqgan ? &first_stage : &second_stage;
     if (given->vqgan || given->joint)
         snprintf(s.name, sizeof s.name, "%s", given->vqgan ? "vqgan" : "joint");

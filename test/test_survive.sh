@@ -604,6 +604,7 @@ ok "goes on" crops eight-killed --resume --threads 2
 ok "to the same state" same eight eight-killed scale1
 ok "with the same tokens" cmp "$dir/eight/train.tokens" "$dir/eight-killed/train.tokens"
 ok "one crop" crops one --crops 1
+ok "goes along with the next scale" said '^next: .* --run .* --crops 1$'
 ok "is the centre" test "$(size one)" -eq $((64 + n * (4 + 2 * 64 * 2)))
 ok "as of held-out pictures in any case" cmp "$dir/one/val.tokens" "$dir/eight/val.tokens"
 ok "which is another run" sh -c "! cmp -s '$dir/one/scale1.safetensors' '$dir/eight/scale1.safetensors'"
@@ -620,6 +621,7 @@ ok "and is not encoded again" sh -c "! grep -q encoding '$dir/said'"
 ok "yet another number of crops" crops one --crops 2 --resume --steps 27
 ok "is encoded anew too" test "$(size one)" -eq $((72 + n * (4 + 2 * 2 * 64 * 2)))
 ok "another seed" crops two --seed 4
+ok "which the next command repeats" said '^next: .* --run .* --seed 4$'
 ok "has other crops" sh -c "! cmp -s '$dir/eight/train.tokens' '$dir/two/train.tokens'"
 ok "the first seed in the same run" train --config "$dir/views.txt" --data "$dir/views" --run "$dir/two" --scale 2 --steps 1
 ok "has those it had" cmp "$dir/eight/train.tokens" "$dir/two/train.tokens"

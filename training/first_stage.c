@@ -299,7 +299,7 @@ Err first_check(Stage *s, VqganConfig *c) {
     TRY(prep_size_check(&s->recipe, s->size));
     s->h = s->w = s->size >> (c->levels - 1);
     s->N = s->h * s->w;
-    return OK;
+    return gan_check(s);
 }
 
 Err first_build(Stage *s) {

@@ -102,14 +102,24 @@ static Err create_discriminator(Stage *s, Gan *g) {
     return OK;
 }
 
+static Err is_frozen(const Stage *s, int *frozen) {
+    TRY(config_flag(frozen, &s->recipe, "train.", "freeze_encoder", 1));
+    if (*frozen && !s->set.init && !state_exists(s))
+        return err("train.freeze_encoder true: the encoder would stay at random; --init names a trained model");
+    return OK;
+}
+
+Err gan_check(const Stage *s) {
+    int frozen = 0;
+    return is_frozen(s, &frozen);
+}
+
 Err gan_create(Stage *s) {
     const Config *c = &s->recipe;
     int wanted = config_get(c, LOSS, "disc_start") != NULL, frozen = 0;
     if (!config_get(c, "train.", "codebook_weight"))
         TRY(config_real(&s->set.codebook_weight, c, LOSS, "codebook_weight", 0, 1e6, 1));
-    TRY(config_flag(&frozen, c, "train.", "freeze_encoder", 1));
-    if (frozen && !s->set.init && !config_get(c, "train.", "step"))
-        return err("train.freeze_encoder true: the encoder would stay at random; --init names a trained model");
+    TRY(is_frozen(s, &frozen));
     if (frozen) freeze_encoder(s);
     TRY(config_flag(&wanted, c, "train.", "discriminator", 1));
     if (!wanted) return OK;

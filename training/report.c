@@ -145,6 +145,10 @@ static void say_word(const char *word) {
     fprintf(stderr, "'");
 }
 
+static void say_number(const char *option, size_t value) {
+    if (value != NOT_GIVEN) fprintf(stderr, " %s %zu", option, value);
+}
+
 static void say_option(const char *option, const char *value) {
     if (!value) return;
     fprintf(stderr, " %s", option);
@@ -200,6 +204,8 @@ static void say_next(const Stage *s) {
         say_option("--list", o->list);
         say_option("--val-list", o->val_list);
         say_option("--run", o->run);
+        say_number("--seed", s->given->seed); /* tokens depend on these two */
+        say_number("--crops", s->given->crops);
         say_option("--device", o->device);
         if (o->cuda) say_option("--precision", o->precision);
     }

@@ -173,7 +173,8 @@ typedef struct {
 struct Stage {
     char name[16]; /* "vqgan", "scale2", "joint": names the files */
     const StageKind *kind;
-    Settings set;
+    const Settings *given; /* by the user */
+    Settings set;          /* what holds */
     Config recipe; /* the recipe's part for this stage, under the official keys, with the user's changes */
     Params *params;
     AdamW adam;
@@ -376,6 +377,7 @@ Err token_bytes(const Stage *s, size_t *bytes); /* of the data as tokens: in mem
  * when it is known whether there is a perceptual loss, reads the settings, train.freeze_encoder too; gan_plan_bytes
  * adds what gan_plan then allocates: where it computes, and what the host has in any case, which are parameters and
  * what belongs to them. */
+Err gan_check(const Stage *s); /* what gan_create will refuse, for --all before the first step */
 Err gan_create(Stage *s);
 Err gan_plan_bytes(const Stage *s, size_t *plan, size_t *tables);
 Err gan_plan(Stage *s);
