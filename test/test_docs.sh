@@ -109,7 +109,8 @@ done <"$dir/pairs"
 [ "$(wc -l <"$dir/pairs")" -ge 12 ] && pass || fail "few functions are named with their files"
 
 # Options: of the programs, of make's other programs, of mpirun
-for p in sample train inpaint; do "$build/$p" -h; done >"$dir/help" 2>/dev/null
+for p in sample train inpaint serve; do [ ! -x "$build/$p" ] || "$build/$p" -h; done >"$dir/help" 2>/dev/null
+[ -x "$build/serve" ] || docs=$(echo $docs | tr ' ' '\n' | grep -v '^doc/api.md$')
 cat $docs | grep -oE '(^|[^-A-Za-z])--[a-z][a-z0-9-]+' | sed 's/.*--/--/' | sort -u |
     grep -vE '^--(bind-to|host|allow-run-as-root|logdir)$' >"$dir/options"
 while read -r option; do
