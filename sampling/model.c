@@ -171,10 +171,21 @@ static Err adopt_facts(Model *m, const Checkpoint *ck, const ScaleFacts *f) {
     return classes_open(&m->classes, config_get(&m->meta, "", "imagebart.classes"), rows);
 }
 
+/* The file has the tensors of a network of these settings, and none of another one. */
+static Err check_tensors(const NetConfig *c, const Checkpoint *ck) {
+    Transformer *net = NULL;
+    Err e = transformer_create(&net, c);
+    if (e == OK) e = transition_known(c, transformer_params(net), ck);
+    if (e == OK) e = params_fit(transformer_params(net), ck, "transformer.", 0);
+    transformer_free(net);
+    return e;
+}
+
 static Err check_facts(Model *m, const Checkpoint *ck, int scale) {
     ScaleFacts f;
     TRY(read_facts(&f, ck, scale));
     TRY(check_fit(m, &f));
+    TRY(check_tensors(&f.net, ck));
     m->config[scale] = f.net;
     for (int t = scale ? scale : 1; t <= (scale ? scale : f.T); t++) m->null_class[t] = f.null_class;
     if (scale <= 1) return adopt_facts(m, ck, &f);
@@ -208,14 +219,10 @@ static int recipe_fits(const char *path, const Checkpoint *ck, int scale) {
     NetConfig c;
     Schedule s;
     Config recipe = {0};
-    Transformer *net = NULL;
     Err e = recipe_read(&recipe, path, scale);
     if (e == OK) e = net_config_read(&c, &recipe, prefix);
     if (e == OK) e = schedule_read(&s, ck, c.n_scales);
-    if (e == OK) e = transformer_create(&net, &c);
-    if (e == OK) e = transition_known(&c, transformer_params(net), ck);
-    if (e == OK) e = params_fit(transformer_params(net), ck, "transformer.", 0);
-    transformer_free(net);
+    if (e == OK) e = check_tensors(&c, ck);
     config_free(&recipe);
     return e == OK;
 }
@@ -416,7 +423,6 @@ static Err build_net(Model *m, const Checkpoint *ck) {
         TRY(checkpoint_ints(ck, "sos_token", 1, &sos));
         if (sos != 0) return err("sos_token is %d, expected 0", (int)sos);
     }
-    TRY(transition_known(&c, p, ck));
     if (use_ema) TRY(config_flag(&use_ema, &ck->meta, prefix, "use_ema", 1));
     const int ema = use_ema && checkpoint_find(ck, "transformer_ema.num_updates");
     p->format = m->weights;

@@ -458,9 +458,9 @@ for channels in "4 3" "3 4" "4 4" "6 6" "1 1" "1 3"; do
 done
 cp test/tiny.txt "$dir/official/config.txt"
 sed -i 's/enc_depth 1/enc_depth 2/' "$dir/official/config.txt"
-refused_late 1 "no tensor" sample "$dir/official" -n 2 --class 1
+refused 1 "no tensor" sample "$dir/official" -n 2 --class 1
 sed -i 's/enc_depth 2/enc_depth 1/; s/ResidualScaledXTransformer/XTransformer/' "$dir/official/config.txt"
-refused_late 1 "unexpected tensor 'transformer.log_scalors'" sample "$dir/official" -n 2 --class 1
+refused 1 "unexpected tensor 'transformer.log_scalors'" sample "$dir/official" -n 2 --class 1
 rm "$dir/official/config.txt"
 refused 1 "config.txt" sample "$dir/official" -n 2 --class 1
 mkdir "$dir/foreign" && cp test/tiny.txt "$dir/foreign/config.txt"
