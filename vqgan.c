@@ -95,6 +95,33 @@ void conv_backward(const Compute *on, real *dx, real *dw, real *db, const real *
     }
 }
 
+/* ---- Halving and doubling without weights, where settings ask for that (resamp_with_conv false) ----
+ *
+ *     halve    y[c,i,j] = mean of x[c,2i..2i+1,2j..2j+1]      dx[c,i,j] += dy[c,i/2,j/2] / 4
+ *     double   y[c,i,j] = x[c,i/2,j/2]                        dx[c,i,j] += sum of dy[c,2i..2i+1,2j..2j+1]
+ *
+ * Each one's backward is the other's forward, but for a factor. c: planes; h and w: sides of the smaller; H and W: of the
+ * larger, twice that or one more, which nobody reads. */
+static void shrink(real *small, const real *large, double factor, int accumulate, size_t c, size_t h, size_t w,
+                   size_t H, size_t W) {
+    for (size_t i = 0; i < c * h; i++)
+        for (size_t j = 0; j < w; j++) {
+            const real *x = large + (i / h * H + i % h * 2) * W + 2 * j;
+            const double sum = (double)x[0] + (double)x[1] + (double)x[W] + (double)x[W + 1];
+            small[i * w + j] = (real)((accumulate ? (double)small[i * w + j] : 0) + factor * sum);
+        }
+}
+
+static void grow(real *large, const real *small, double factor, int accumulate, size_t c, size_t h, size_t w, size_t H,
+                 size_t W) {
+    for (size_t i = 0; i < c * H; i++)
+        for (size_t j = 0; j < W; j++) {
+            const size_t u = i % H / 2, v = j / 2;
+            const double x = u < h && v < w ? factor * (double)small[(i / H * h + u) * w + v] : 0;
+            large[i * W + j] = (real)((accumulate ? (double)large[i * W + j] : 0) + x);
+        }
+}
+
 /* ---- Group norm, with or without swish ----
  *
  * The C channels form 32 groups of neighbours. With the mean and the variance of a group's numbers in a picture:
@@ -315,7 +342,7 @@ void image_loss(const real *x, const real *xrec, size_t n, double w1, double w2,
  * branches are summed, the last convolution of one adds the other (Layer.add). Backward, the gradient of the sum is
  * the gradient of the other branch: it stays where it is. */
 
-typedef enum { CONV, NORM, ATTEND, QUANTIZE, TANH } LayerKind;
+typedef enum { CONV, NORM, ATTEND, QUANTIZE, TANH, RESAMPLE } LayerKind;
 
 typedef struct {
     LayerKind kind;
@@ -397,6 +424,12 @@ static size_t conv(Vqgan *v, ConvKind kind, size_t in, size_t C, size_t add, Nam
     return l->out;
 }
 
+/* From one level to the next, with a convolution or without weights */
+static size_t resample(Vqgan *v, ConvKind kind, size_t x, size_t C, Name name) {
+    if (v->c.resamp_with_conv) return conv(v, kind, x, C, NONE, name);
+    return add_layer(v, RESAMPLE, x, C, v->value[x].level + (kind == CONV_DOWN ? 1 : (size_t)-1))->out;
+}
+
 static size_t norm(Vqgan *v, size_t in, int swish, Name name) {
     Layer *l = add_layer(v, NORM, in, v->value[in].C, v->value[in].level);
     add_row(v, &l->weight, INIT_ONE, 0, 1, &v->value[in].C, name_of("%s.weight", name.s).s);
@@ -446,7 +479,7 @@ static size_t encoder(Vqgan *v, size_t x) {
     for (size_t i = 0; i < c->levels; i++) {
         const size_t C = c->ch * c->ch_mult[i];
         x = level_blocks(v, x, c->num_res_blocks, C, c->resolution >> i, name_of("encoder.down.%zu", i));
-        if (i + 1 < c->levels) x = conv(v, CONV_DOWN, x, C, NONE, name_of("encoder.down.%zu.downsample.conv", i));
+        if (i + 1 < c->levels) x = resample(v, CONV_DOWN, x, C, name_of("encoder.down.%zu.downsample.conv", i));
     }
     x = norm(v, mid(v, x, "encoder"), 1, name_of("encoder.norm_out"));
     return conv(v, CONV3, x, c->z_channels, NONE, name_of("encoder.conv_out"));
@@ -461,7 +494,7 @@ static size_t decoder(Vqgan *v, size_t x) {
     for (size_t i = c->levels; i-- > 0;) {
         const size_t C = c->ch * c->ch_mult[i], resolution = c->resolution >> top << (top - i);
         x = level_blocks(v, x, c->num_res_blocks + 1, C, resolution, name_of("decoder.up.%zu", i));
-        if (i > 0) x = conv(v, CONV_UP, x, C, NONE, name_of("decoder.up.%zu.upsample.conv", i));
+        if (i > 0) x = resample(v, CONV_UP, x, C, name_of("decoder.up.%zu.upsample.conv", i));
     }
     x = norm(v, x, 1, name_of("decoder.norm_out"));
     return conv(v, CONV3, x, c->out_ch, NONE, name_of("decoder.conv_out"));
@@ -511,6 +544,15 @@ static const real *codebook(const Vqgan *v) {
     return param_value(&v->params, v->layer[v->quantize].weight);
 }
 
+/* Of a layer without weights: to = or += from, both the values or, backward, the gradients on its two sides. */
+static void resample_layer(const Vqgan *v, const Layer *l, real *to, const real *from, int backward, int accumulate) {
+    const Value *x = &v->value[l->in[0]], *y = &v->value[l->out];
+    const size_t halves = y->level > x->level, small = halves ? l->out : l->in[0], large = halves ? l->in[0] : l->out;
+    const size_t h = v->h >> v->value[small].level, H = v->h >> v->value[large].level, c = v->b * x->C;
+    const size_t w = v->w >> v->value[small].level, W = v->w >> v->value[large].level;
+    (halves != (size_t)backward ? shrink : grow)(to, from, halves ? 0.25 : 1, accumulate, c, h, w, H, W);
+}
+
 static void layer_forward(Vqgan *v, const Layer *l) {
     const Compute *on = &v->on;
     const size_t N = plane_size(v, l->out), C = v->value[l->out].C;
@@ -532,6 +574,7 @@ static void layer_forward(Vqgan *v, const Layer *l) {
         straight_through(on, y, v->gap, x, w, v->code, &s);
         break;
     case TANH: tanh_forward(on, y, x, v->b * C * N); break;
+    case RESAMPLE: resample_layer(v, l, y, x, 0, 0); break;
     }
 }
 
@@ -567,6 +610,7 @@ static void layer_backward(Vqgan *v, const Layer *l, double codebook_weight) {
     }
     case QUANTIZE: quantize_layer_backward(v, l, codebook_weight); break;
     case TANH: tanh_backward(on, in->dx, out->dx, out->x, v->b * C * N); break;
+    case RESAMPLE: resample_layer(v, l, in->dx, out->dx, 1, accumulate[0]); break;
     }
 }
 
@@ -678,6 +722,7 @@ const int32_t *vqgan_used(const Vqgan *v) {
 }
 
 Err vqgan_use_cuda(Vqgan *v, Precision precision) {
+    if (!v->c.resamp_with_conv) return err("ddconfig.resamp_with_conv false: not on a GPU; --device cpu does it");
     return use_cuda(&v->params, precision);
 }
 

@@ -585,10 +585,11 @@ typedef struct { /* the official ddconfig and quantiser settings, under their of
     size_t ch, levels, ch_mult[VQ_LEVELS], num_res_blocks;
     size_t n_attn, attn_resolutions[VQ_LEVELS], resolution; /* attention where resolution/2^level is listed */
     size_t in_channels, out_ch, z_channels, embed_dim, n_embed;
-    size_t re_embed; /* entries of the remap table `used`; 0: no remapping */
-    int tanh_out;    /* the official code ignores it: see vqgan_create */
-    int legacy;      /* 1 (official default): beta multiplies the codebook term; 0: the commitment term */
-    double beta;     /* 0.25 */
+    size_t re_embed;      /* entries of the remap table `used`; 0: no remapping */
+    int tanh_out;         /* the official code ignores it: see vqgan_create */
+    int legacy;           /* 1 (official default): beta multiplies the codebook term; 0: the commitment term */
+    double beta;          /* 0.25 */
+    int resamp_with_conv; /* 1 (official default): convolutions halve and double; 0: means and copies of pixels */
 } VqganConfig;
 Err vqgan_config_read(VqganConfig *c, const Config *from, const char *prefix); /* prefix e.g. "model.params." */
 Err vqgan_config_write(Config *to, const VqganConfig *c, const char *prefix);

@@ -31,7 +31,7 @@ static const ConfigField settings[] = {
     {"ddconfig.tanh_out", FIELD_FLAG, offsetof(VqganConfig, tanh_out), 0, 1, 1},
     {"legacy", FIELD_FLAG, offsetof(VqganConfig, legacy), 0, 1, 1},
     {"beta", FIELD_REAL, offsetof(VqganConfig, beta), 0, 1e6, 1},
-    {"ddconfig.resamp_with_conv", FIELD_FIXED, 0, 1, 0, 1}};
+    {"ddconfig.resamp_with_conv", FIELD_FLAG, offsetof(VqganConfig, resamp_with_conv), 0, 1, 1}};
 enum { SETTINGS = sizeof settings / sizeof *settings };
 
 Err vqgan_config_check(const VqganConfig *c) {
@@ -45,7 +45,7 @@ Err vqgan_config_check(const VqganConfig *c) {
 }
 
 Err vqgan_config_read(VqganConfig *c, const Config *from, const char *prefix) {
-    *c = (VqganConfig){.legacy = 1, .beta = 0.25};
+    *c = (VqganConfig){.legacy = 1, .beta = 0.25, .resamp_with_conv = 1};
     return config_table_read(c, settings, SETTINGS, from, prefix);
 }
 

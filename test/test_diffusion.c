@@ -397,7 +397,7 @@ static void write_vqgan(const char *dir) {
     memset(&c, 0, sizeof c);
     c.ch = 32, c.levels = 2, c.ch_mult[0] = c.ch_mult[1] = 1, c.num_res_blocks = 1, c.resolution = 2 * SIDE;
     c.in_channels = c.out_ch = 3, c.z_channels = 4, c.embed_dim = 3, c.n_embed = CODES, c.re_embed = USED;
-    c.legacy = 1, c.beta = 0.25;
+    c.legacy = 1, c.beta = 0.25, c.resamp_with_conv = 1;
     CHECK_OK(vqgan_create(&v, &c, 0));
     CHECK_OK(params_plan(vqgan_params(v), PLAN_VALUE));
     params_init(vqgan_params(v), 5);

@@ -29,6 +29,7 @@ static VqganConfig tiny(void) {
     c.embed_dim = 5;
     c.n_embed = 11;
     c.legacy = 1;
+    c.resamp_with_conv = 1;
     c.beta = 0.25;
     return c;
 }
@@ -199,7 +200,7 @@ static void check_gradients(const VqganConfig *c, int honour_tanh, size_t B, siz
     if (IS_DOUBLE) printf("gradients: parameters %.2g, image %.2g\n", worst, image_error);
     /* negative controls: one flipped element must show */
     if (IS_DOUBLE) {
-        Param *row = find(v, "decoder.up.1.upsample.conv.weight");
+        Param *row = find(v, c->resamp_with_conv ? "decoder.up.1.upsample.conv.weight" : "decoder.conv_out.weight");
         row->grad[5] += (real)1e-2 * row->grad[6];
         CHECK(direction_error(&s, row->value, row->grad, row->size, 11) > limit);
     }
@@ -225,8 +226,65 @@ static void test_gradients(int plainly) {
     c.ch_mult[0] = plainly ? 1 : 2;
     c.ch_mult[1] = 1;
     check_gradients(&c, 1, 1, 6, 10);
+    c.resamp_with_conv = 0;
+    check_gradients(&c, 0, 1, 6, 10);
     compute_plainly(0);
     threads_set(before);
+}
+
+/* Without convolutions, halving and doubling are what convolutions with these weights do: a quarter of each of 2x2 pixels,
+ * one of the doubled picture. Odd sides lose their last row and column. */
+static void test_resampling(void) {
+    enum { B = 2, H = 13, W = 22, PREQUANT = B * 5 * 3 * 5, OUT = B * 2 * 12 * 20 };
+    VqganConfig c = tiny();
+    Vqgan *with = make(&c, 0);
+    c.resamp_with_conv = 0;
+    Vqgan *without = make(&c, 0);
+    const Params *p = vqgan_params(without);
+    size_t resampled = 0;
+    for (size_t i = 0; i < vqgan_params(with)->n; i++) {
+        const Param *row = &vqgan_params(with)->row[i];
+        if (!strstr(row->name, "sample.conv.")) continue;
+        resampled++;
+        memset(row->value, 0, row->size * sizeof *row->value);
+        for (size_t k = 0; row->ndim == 4 && k < row->dim[0]; k++) {
+            real *w = row->value + (k * row->dim[1] + k) * 9;
+            if (strstr(row->name, "down"))
+                w[0] = w[1] = w[3] = w[4] = (real)0.25;
+            else
+                w[4] = 1;
+        }
+    }
+    CHECK(resampled == 8 && p->n + resampled == vqgan_params(with)->n);
+    for (size_t i = 0; i < p->n; i++)
+        memcpy(p->row[i].value, find(with, p->row[i].name)->value, p->row[i].size * sizeof(real));
+    real *image = random_reals(B * 3 * H * W, 1, 70), *z = random_reals(PREQUANT, 1, 71),
+         *dx = random_reals(OUT, 1, 72);
+    real *encoded[2], *decoded[2], *dimage[2];
+    for (int k = 0; k < 2; k++) {
+        Vqgan *v = k ? without : with;
+        const real *xrec;
+        double loss;
+        encoded[k] = random_reals(PREQUANT, 1, 73), decoded[k] = random_reals(OUT, 1, 74);
+        dimage[k] = random_reals(B * 3 * 12 * 20, 1, 75);
+        CHECK_OK(vqgan_plan(v, B, H, W, 0));
+        CHECK_OK(vqgan_encode(v, image, B, H, W, 0, encoded[k], NULL, NULL));
+        CHECK_OK(vqgan_decode(v, z, B, 3, 5, decoded[k]));
+        CHECK_OK(vqgan_plan(v, B, 12, 20, 1));
+        CHECK_OK(vqgan_forward(v, image, B, 12, 20, &xrec, &loss));
+        params_zero_grad(vqgan_params(v));
+        CHECK_OK(vqgan_backward(v, dx, 1, dimage[k]));
+    }
+    const double limit = IS_DOUBLE ? 1e-11 : 3e-5;
+    CHECK_NEAR("halved without convolution", encoded[1], encoded[0], PREQUANT, limit, limit);
+    CHECK_NEAR("doubled", decoded[1], decoded[0], OUT, limit, limit);
+    CHECK_NEAR("backward", dimage[1], dimage[0], B * 3 * 12 * 20, 10 * limit, 10 * limit);
+    const Param *a = find(with, "encoder.conv_in.weight"), *b = find(without, "encoder.conv_in.weight");
+    CHECK_NEAR("gradients", b->grad, a->grad, a->size, 100 * limit, 10 * limit);
+    for (int k = 0; k < 2; k++) free(encoded[k]), free(decoded[k]), free(dimage[k]);
+    free(image), free(z), free(dx);
+    vqgan_free(with);
+    vqgan_free(without);
 }
 
 #ifndef PLAIN
@@ -835,6 +893,7 @@ int main(void) {
     test_smaller_run(20, 20, 19, 3);
     test_smaller_run(6, 4, 1, 1);
     test_accumulation();
+    test_resampling();
 #ifndef PLAIN
     test_gradients(0);
 #endif

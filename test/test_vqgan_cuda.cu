@@ -346,7 +346,7 @@ static VqganConfig tiny(void) {
     c.ch = 32, c.levels = 2, c.ch_mult[0] = 1, c.ch_mult[1] = 2, c.num_res_blocks = 1; /* nin_shortcut up and down */
     c.resolution = 8, c.n_attn = 1, c.attn_resolutions[0] = 4;
     c.in_channels = 3, c.out_ch = 2, c.z_channels = 7, c.embed_dim = 5, c.n_embed = 11;
-    c.legacy = 1, c.beta = 0.25;
+    c.legacy = 1, c.beta = 0.25, c.resamp_with_conv = 1;
     return c;
 }
 
