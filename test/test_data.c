@@ -315,7 +315,7 @@ static void test_foreign_files(void) {
     for (size_t i = 0; i < sizeof f / sizeof *f; i++) {
         char name[64], bytes[16] = "";
         snprintf(name, sizeof name, "kinds/%s", f[i].name);
-        memcpy(bytes, f[i].bytes, f[i].bytes[2] == '*' ? 8 : strlen(f[i].bytes));
+        memcpy(bytes, f[i].bytes, strncmp(f[i].bytes, "II*", 3) ? strlen(f[i].bytes) : 8);
         put_file(in_folder(name), bytes,
                  f[i].bytes[0] ? 16 - (f[i].kind != NULL && strstr(f[i].kind, "text") ? 7 : 0) : 0);
     }
