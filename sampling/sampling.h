@@ -255,7 +255,7 @@ size_t sampling_rows(const SampleOptions *o, int T, size_t n);
 void say(const SamplingArgs *a, const char *fmt, ...) PRINTF_LIKE(2, 3);
 void detail(const SamplingArgs *a, const char *fmt, ...) PRINTF_LIKE(2, 3);
 /* On stderr, with -v: how much memory this takes (see model_memory) and how much there is, and which vectors and how many
- * threads compute; dies if memory does not suffice. */
+ * threads compute, this also if a quota leaves few; dies if memory does not suffice. */
 void sampling_memory(const SamplingArgs *a, Model *m, size_t batch, size_t pictures);
 int sampling_progress(void *context, int t, size_t repeat, size_t done, size_t of); /* SampleOptions.progress */
 /* A line on stderr per scale: how many passes of the decoder it took, and how good the guesses were. */
