@@ -57,7 +57,7 @@ same() {
     for f in $results; do cmp "$area/$f" "$dir/$program-whole/$f" || return 1; done
     [ ! -d "$area/run" ] || steps_of | cmp - "$dir/$program-whole/steps"
 }
-tidy() { ! find "$area" -name '*.tmp*' -o -name '*.part' -o -name '*-new*' -o -name lock | grep .; }
+tidy() { ! find "$area" -name '*.tmp*' -o -name '*.part' -o -name '*-new*' -o -name '*damaged*' -o -name lock | grep .; }
 keep() { # the undisturbed run
     rm -rf "$dir/$program-whole" && cp -r "$area" "$dir/$program-whole"
     [ ! -d "$area/run" ] || steps_of >"$dir/$program-whole/steps"
