@@ -120,6 +120,13 @@ some() { # some CALL COUNT FAULT...: at COUNT of these calls, or at all of them,
         set -- "$@" "$1" && shift
     done
 }
+at() { # at FILE CALL FAULT...: at the first such call for that file, each of the faults
+    file=$1 call=$2
+    n=$(awk -v file="$area/$file" -v call="$call" '$2 == call { n++ } $2 == call && $3 == file { print n; exit }' "$dir/calls")
+    [ -n "$n" ] || { fault="$call $file" && wrong "there is no such call" && return; }
+    shift 2
+    for one in "$@"; do inject "$call" "$n" "$one"; done
+}
 list() { # list PROGRAM: chooses it, runs it undisturbed, lists its calls
     choose "$1"
     prepare
@@ -172,8 +179,10 @@ no_memory 12
 # Of a run that has two more steps to go; the newest state must not be taken for damaged.
 train --config "$here/tiny.txt" --data "$dir/scale-whole/data" --run "$dir/half" --scale 1 --resume --steps 6 --save-every 2
 list resume
-some open 6 EMFILE EIO ENOMEM EACCES ESTALE
-some mmap 3 ENOMEM EIO
+at run/scale1.state.safetensors open EMFILE EIO ENOMEM EACCES ESTALE
+at run/scale1.state.safetensors stat EIO ESTALE
+at run/scale1.state.safetensors mmap ENOMEM
+some open 3 EMFILE EIO EACCES
 some rename 4 KILL EIO
 some write 3 KILL ENOSPC
 no_memory 6
