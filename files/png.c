@@ -66,12 +66,11 @@ static int png_orientation(PngIn *p) {
                 {"XML:com.adobe.xmp", 1, 0},
                 {"Raw profile type xmp", 1, 1}};
     png_textp text = NULL;
-    int found = 0, n = 0;
-#ifdef PNG_eXIf_SUPPORTED
-    png_bytep exif = NULL;
-    png_uint_32 length = 0;
-    if (png_get_eXIf_1(p->png, p->info, &length, &exif)) found = exif_orientation_prefixed(exif, length);
-#endif
+    png_unknown_chunkp chunk = NULL;
+    int found = 0, n = png_get_unknown_chunks(p->png, p->info, &chunk);
+    for (int i = 0; i < n && !found; i++)
+        if (!memcmp(chunk[i].name, "eXIf", 4)) found = exif_orientation_prefixed(chunk[i].data, chunk[i].size);
+    n = 0;
     png_get_text(p->png, p->info, &text, &n);
     for (size_t k = 0; k < sizeof keys / sizeof *keys; k++)
         for (int i = 0; i < n && !found; i++) {
@@ -110,7 +109,7 @@ static Err png_in_body(PngIn *p) {
     png_set_read_fn(png, p, png_in_read);
     png_set_user_limits(png, PNG_UINT_31_MAX, PNG_UINT_31_MAX); /* rows_size has ours */
     png_set_crc_action(png, PNG_CRC_ERROR_QUIT, PNG_CRC_ERROR_QUIT);
-    png_set_keep_unknown_chunks(png, PNG_HANDLE_CHUNK_ALWAYS, (png_const_bytep) "acTL", 1);
+    png_set_keep_unknown_chunks(png, PNG_HANDLE_CHUNK_ALWAYS, (png_const_bytep) "acTL\0eXIf", 2);
     png_read_info(png, p->info);
     if (png_is_animated(p)) p->rows->note = "animated PNG, of which the first picture is used";
     if (!p->orientation) p->orientation = png_orientation(p);

@@ -511,6 +511,9 @@ static void test_orientation_places(void) {
                 CHECK(!is_turned(in_folder("held.png"))); /* negative control */
                 add_chunk(in_folder("held.png"), "eXIf", bytes + 6, n - 6, behind);
                 CHECK(is_turned(in_folder("held.png")));
+                write_png(in_folder("held.png"), &p);
+                add_chunk(in_folder("held.png"), "eXIf", bytes, n, behind); /* as in a JPEG */
+                CHECK(is_turned(in_folder("held.png")));
             }
         }
     for (size_t k = 0; k < sizeof xmp_texts / sizeof *xmp_texts; k++) {

@@ -215,8 +215,10 @@ ok "killed and resumed with damaged pictures" killed vqgan --vqgan --threads 1 -
 ok "the same weights" cmp "$dir/wornrun/vqgan.state.safetensors" "$dir/killed/vqgan.state.safetensors"
 ok "the same list" cmp "$dir/wornrun/skipped.txt" "$dir/killed/skipped.txt"
 rm -rf "$dir/killed" && mv "$dir/killed2" "$dir/killed"
+printf 'lmdb/z\tis a GIF file; PNG, JPEG or WebP expected\n' >>"$dir/wornrun/skipped.txt" # known only once it is read
 ok "tokens without them" train --data "$dir/worn" --run "$dir/wornrun" --scale 1 --steps 2
 cp "$dir/err" "$dir/said"
+ok "and what was no picture" grep -q "^left out: 1 GIF file (such as lmdb/z); $dir/wornrun/skipped.txt lists them" "$dir/said"
 ok "and how many there are" grep -q "^damaged pictures skipped: 3" "$dir/said"
 "$build/pictures" make "$dir/lots" 1200 16
 mkdir "$dir/cut" "$dir/whole" && cp "$dir/run/vqgan.safetensors" "$dir/cut" && cp "$dir/run/vqgan.safetensors" "$dir/whole"
