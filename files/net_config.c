@@ -38,7 +38,7 @@ static const SizeOption x_sizes[] = {
     {"enc_depth", offsetof(NetConfig, enc_depth), 1, DEPTH_MAX, 0},
     {"enc_heads", offsetof(NetConfig, enc_heads), 1, HEADS_MAX, 0},
     {"enc_max_seq_len", offsetof(NetConfig, enc_max_seq_len), 2, NET_LENGTH_MAX, 0},
-    {"dec_num_tokens", offsetof(NetConfig, dec_num_tokens), 2, TOKENS_MAX, 0},
+    {"dec_num_tokens", offsetof(NetConfig, dec_num_tokens), 1, TOKENS_MAX, 0},
     {"dec_depth", offsetof(NetConfig, dec_depth), 1, DEPTH_MAX, 0},
     {"dec_heads", offsetof(NetConfig, dec_heads), 1, HEADS_MAX, 0},
     {"dec_max_seq_len", offsetof(NetConfig, dec_max_seq_len), 1, NET_LENGTH_MAX, 0},
@@ -46,7 +46,7 @@ static const SizeOption x_sizes[] = {
 };
 static const SizeOption gpt_sizes[] = {
     {"n_embd", offsetof(NetConfig, dim), 1, DIM_MAX, 0},
-    {"vocab_size", offsetof(NetConfig, dec_num_tokens), 2, TOKENS_MAX, 0},
+    {"vocab_size", offsetof(NetConfig, dec_num_tokens), 1, TOKENS_MAX, 0},
     {"input_vocab_size", offsetof(NetConfig, input_vocab_size), 2, TOKENS_MAX, 1},
     {"n_layer", offsetof(NetConfig, dec_depth), 1, DEPTH_MAX, 0},
     {"n_head", offsetof(NetConfig, dec_heads), 1, HEADS_MAX, 0},

@@ -1435,6 +1435,33 @@ static void test_classes(const char *dir) {
 
 /* ---- folders ---- */
 
+/* A file's schedule is taken in whatever format of numbers it is kept, if its products are those of its factors. */
+static void test_schedule_formats(void) {
+    static const Dtype formats[] = {DT_F32, DT_F64, DT_F16, DT_BF16};
+    static const char *const kinds[] = {"geometric", "0.1", "0.02"};
+    for (int f = 0; f < 4; f++)
+        for (int T = 1; T <= 20; T++)
+            for (int k = 0; k < 3; k++)
+                for (int wrong = 0; wrong < 2; wrong++) {
+                    Schedule s, got;
+                    real x[2][21];
+                    unsigned char bytes[2][21 * 8];
+                    CHECK_OK(schedule_make(&s, kinds[k], T));
+                    for (int t = 0; t <= T; t++) x[0][t] = (real)s.alphacum[t], x[1][t] = (real)s.alpha[t];
+                    if (wrong) x[0][T] += (real)0.1;
+                    Tensor tensor[2] = {{.name = "alphacum"}, {.name = "alphats"}};
+                    for (int i = 0; i < 2; i++) {
+                        tensor_from_reals(bytes[i], formats[f], x[i], (size_t)T + 1);
+                        tensor[i].dtype = formats[f], tensor[i].ndim = 1, tensor[i].data = bytes[i];
+                        tensor[i].size = tensor[i].dim[0] = (size_t)T + 1;
+                    }
+                    const Checkpoint ck = {.tensor = tensor, .n = 2};
+                    const Err e = schedule_read(&got, &ck, T);
+                    if (!CHECK((e == OK) == !wrong))
+                        printf("     %s, %d scales, %s: %s\n", kinds[k], T, dtype_name(formats[f]), err_text());
+                }
+}
+
 /* A first stage's file with a number that is none, or with tensors that its settings do not have: refused when the
  * model is opened. With what other training left beside it: opened. */
 static void test_vqgan_files(void) {
@@ -1495,6 +1522,7 @@ static void test_broken(void) {
         CHECK(strstr(err_text(), "scale2.safetensors") != NULL);
     }
     test_vqgan_files();
+    test_schedule_formats();
     Tiny nan = {2, 0, 0, 0, 7, X_PLAIN, 0}, short_gpt = {2, 0, 0, 0, 4, X_PLAIN, 0};
     char dir[512];
     Model m;
