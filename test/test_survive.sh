@@ -589,6 +589,7 @@ for run in eight eight-killed two one squares squares-one threes; do begun $run;
 ok "a scale on random crops" crops eight
 ok "eight of each picture, as it says" said '^crops: 8 random ones of each picture, another one each epoch; held-out pictures: the centre$'
 n=$(sed -n 's/^scale1: .* million parameters, \([0-9]*\) pictures.*/\1/p' "$dir/said")
+ok "memory is planned for them" said '^memory: .*, tokens of the pictures 0.1 MiB; '
 ok "all of which are encoded" test "$(size eight)" -eq $((72 + n * (4 + 8 * 2 * 64 * 2)))
 begin eight-killed --config "$dir/views.txt" --data "$dir/views" --scale 1 --steps 24
 until_there test -s "$dir/eight-killed/train.tokens.part"
