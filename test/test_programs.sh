@@ -444,6 +444,24 @@ ok "and says so" grep -q ', class disc$' "$dir/said"
 rm "$dir/official/names.txt"
 refused 1 "official/names.txt: No such file" sample "$dir/official" -n 1 --class 1
 sed -i '/class_list/d' "$dir/official/config.txt"
+# A picture that the levels do not divide is drawn smaller, as officially: 17 as 16.
+rm -rf "$dir/odd" && cp -r "$dir/named" "$dir/odd" && rm "$dir"/odd/scale1.*
+LC_ALL=C sed -i 's/\(ddconfig.resolution":"\)16/\117/' "$dir/odd/vqgan.safetensors"
+sed 's/resolution 16/resolution 17/' test/tiny.txt >"$dir/odd.txt"
+ok "a resolution that the levels do not divide trains a scale" train --run "$dir/odd" --scale 1 --steps 2 --picture-every 1
+ok "draws" sample "$dir/odd" -n 2 --nearest "$dir/data"
+ok "edits" "$build/inpaint" "$dir/odd" "$dir/data/disc/000.png" --half upper -n 1 -o "$dir/i.png"
+refused 1 "resolution is 17, expected a multiple of 2" train --run "$dir/none" --vqgan --config "$dir/odd.txt"
+# One token value; no convolution between levels
+sed 's/n_embed 16$/n_embed 1/; s/dec_num_tokens 16/dec_num_tokens 1/; s/params\.vocab_size 16/params.vocab_size 1/' test/tiny.txt >"$dir/one.txt"
+sed 's/^vqgan.*ddconfig.ch 32/&\nvqgan.model.params.ddconfig.resamp_with_conv false/' test/tiny.txt >"$dir/pooled.txt"
+for recipe in one pooled; do
+    ok "$recipe trains" train --run "$dir/$recipe" --vqgan --config "$dir/$recipe.txt" --steps 2
+    for t in 1 2 3; do ok "scale $t" train --run "$dir/$recipe" --scale $t --config "$dir/$recipe.txt" --steps 1; done
+    ok "$recipe draws" sample "$dir/$recipe" -n 2
+    ok "in fewer bits" sample "$dir/$recipe" -n 2 --weights int8 --best-of 2
+    ok "and edits" "$build/inpaint" "$dir/$recipe" "$dir/data/disc/000.png" --half upper -n 1 -o "$dir/i.png"
+done
 # A first stage of other than three channels, as metadata and as a recipe say it: no program opens or trains one.
 for channels in "4 3" "3 4" "4 4" "6 6" "1 1" "1 3"; do
     rm -rf "$dir/channels" && cp -r "$dir/named" "$dir/channels"
