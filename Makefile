@@ -225,8 +225,10 @@ $(filter-out %/test_layers,$(TESTS:%=$B/test_%)): $B/test_%: $B/test/test_%.o $(
 	$(call say,LINK,$@)$(CC) $(CFLAGS) -o $@ $^ $(LDLIBS)
 $(filter-out %/test_layers_double,$(TESTS_DOUBLE:%=$B/test_%_double)): $B/test_%_double: $B/double/test/test_%.o $(OBJ_DOUBLE)
 	$(call say,LINK,$@)$(CC) $(CFLAGS) -DREAL_DOUBLE -o $@ $^ $(LDLIBS)
-$B/test_fuzz: $B/test/fuzz.o $B/test/fuzz_files.o $B/test/fuzz_sets.o $(TRAIN:%=$B/%.o)
-$B/test_fuzz: LDLIBS += $(if $(HAVE_MPI),$(MPI_LIBS))
+$B/test_fuzz: $B/test/fuzz.o $B/test/fuzz_files.o $B/test/fuzz_sets.o $B/test/fuzz_serving.o $(TRAIN:%=$B/%.o) \
+              $(if $(HAVE_SERVE),$(SERVING:%=$B/%.o))
+$B/test_fuzz: LDLIBS += $(if $(HAVE_MPI),$(MPI_LIBS)) $(if $(HAVE_SERVE),$(SERVE_LIBS))
+$B/test/fuzz_serving.o: CFLAGS += $(if $(HAVE_SERVE),-DHAVE_SERVE)
 # test_layers includes transformer.cu, whose layers are its own; it must be compiled quickly.
 $B/test_layers: $B/test/test_layers.o $(filter-out %/transformer.o,$(OBJ))
 	$(call say,LINK,$@)$(CC) $(CFLAGS) -o $@ $^ $(LDLIBS)
@@ -422,12 +424,14 @@ fullsize: $B/fullsize $B/sample
 
 # What reads files, under libFuzzer and the sanitizers: FUZZ_SECONDS for each target, FUZZ names some of them. A finding
 # ends it; its input stays in build/fuzz/found. The plain loops compute, for none of them reads files.
-FUZZ := zip pickle legacy safetensors pictures masks tokens recipes classes schedules $(if $(HAVE_LMDB),lmdb) lists trees logs states
+FUZZ := zip pickle legacy safetensors pictures masks tokens recipes classes schedules $(if $(HAVE_LMDB),lmdb) lists trees logs states $(if $(HAVE_SERVE),jobs)
 FUZZ_SECONDS ?= 600
 FUZZ_CC ?= clang
-FUZZ_SOURCES := $(filter-out kernels/% transformer,$(COMPONENTS)) $(TRAIN) test/fuzz test/fuzz_files test/fuzz_sets
+FUZZ_SOURCES := $(filter-out kernels/% transformer,$(COMPONENTS)) $(TRAIN) test/fuzz test/fuzz_files test/fuzz_sets test/fuzz_serving \
+                $(if $(HAVE_SERVE),$(SERVING))
 FUZZ_FLAGS := -std=c11 -D_GNU_SOURCE -DFUZZ -DPLAIN -I. -g -O1 -Wno-unknown-pragmas -MMD -MP -fno-sanitize-recover=all \
-              -fsanitize=fuzzer$(comma)address$(comma)undefined $(if $(HAVE_WEBP),-DHAVE_WEBP) $(if $(HAVE_LMDB),-DHAVE_LMDB)
+              -fsanitize=fuzzer$(comma)address$(comma)undefined $(if $(HAVE_WEBP),-DHAVE_WEBP) $(if $(HAVE_LMDB),-DHAVE_LMDB) \
+              $(if $(HAVE_SERVE),-DHAVE_SERVE)
 build/fuzz/%.o: %.c Makefile
 	@mkdir -p $(@D)
 	$(call say,CC,$<)$(FUZZ_CC) $(FUZZ_FLAGS) -c -o $@ $<
@@ -435,7 +439,7 @@ build/fuzz/transformer.o: transformer.cu Makefile
 	@mkdir -p $(@D)
 	$(call say,CC,$<)$(FUZZ_CC) $(FUZZ_FLAGS) -x c -c -o $@ $<
 build/fuzz/fuzz: $(FUZZ_SOURCES:%=build/fuzz/%.o) build/fuzz/transformer.o
-	$(call say,LINK,$@)$(FUZZ_CC) $(FUZZ_FLAGS) -o $@ $^ $(LDLIBS)
+	$(call say,LINK,$@)$(FUZZ_CC) $(FUZZ_FLAGS) -o $@ $^ $(LDLIBS) $(if $(HAVE_SERVE),$(SERVE_LIBS))
 fuzz: build/fuzz/fuzz
 	@test/fuzz.sh build/fuzz $(FUZZ_SECONDS) $(FUZZ)
 

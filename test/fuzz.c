@@ -53,10 +53,11 @@ void fuzz_take_file(FuzzSeed *take, const char *name, const char *path) {
 
 /* ---- The targets ---- */
 
+const FuzzTarget *const fuzz_targets[] = {fuzz_file_targets, fuzz_set_targets, fuzz_serving_targets};
+
 const FuzzTarget *fuzz_target(const char *name) {
-    const FuzzTarget *const table[] = {fuzz_file_targets, fuzz_set_targets};
-    for (size_t i = 0; i < sizeof table / sizeof *table; i++)
-        for (const FuzzTarget *t = table[i]; t->name; t++)
+    for (size_t i = 0; i < FUZZ_TABLES; i++)
+        for (const FuzzTarget *t = fuzz_targets[i]; t->name; t++)
             if (strcmp(t->name, name) == 0) return t;
     return NULL;
 }

@@ -17,8 +17,11 @@ typedef struct {
     void (*seeds)(FuzzSeed *take);                /* the corpus */
     size_t (*mend)(uint8_t *bytes, size_t n, size_t most, unsigned seed); /* after a mutation; NULL: nothing */
 } FuzzTarget;
-extern const FuzzTarget fuzz_file_targets[], fuzz_set_targets[]; /* fuzz_files.c, fuzz_sets.c; a NULL name ends each */
-const FuzzTarget *fuzz_target(const char *name);                 /* NULL: there is none */
+/* fuzz_files.c, fuzz_sets.c, fuzz_serving.c; a NULL name ends each */
+extern const FuzzTarget fuzz_file_targets[], fuzz_set_targets[], fuzz_serving_targets[];
+enum { FUZZ_TABLES = 3 };
+extern const FuzzTarget *const fuzz_targets[FUZZ_TABLES];
+const FuzzTarget *fuzz_target(const char *name); /* NULL: there is none */
 
 /* ---- For targets ---- */
 

@@ -40,11 +40,10 @@ static void seed(const char *name, const void *bytes, size_t n) {
 }
 
 int main(void) {
-    const FuzzTarget *const table[] = {fuzz_file_targets, fuzz_set_targets};
     threads_set(1);
     if (!freopen("/dev/null", "w", stderr)) return 1; /* what is said once, of thousands */
-    for (size_t i = 0; i < 2; i++)
-        for (const FuzzTarget *t = table[i]; t->name; t++) {
+    for (size_t i = 0; i < FUZZ_TABLES; i++)
+        for (const FuzzTarget *t = fuzz_targets[i]; t->name; t++) {
             const clock_t started = clock();
             target = t, chance = 1;
             t->seeds(seed);
