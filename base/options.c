@@ -5,12 +5,14 @@
 
 #include <errno.h>
 #include <math.h>
+#include <pthread.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
+#include <sys/resource.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -43,6 +45,32 @@ void usage_error(const char *fmt, ...) {
 
 void check(Err e) {
     if (e != OK) die("%s", err_text());
+}
+
+/* ---- the stack ----
+ *
+ * Paths and error texts lie on it: a few hundred KiB together. A small limit (ulimit -s) is raised as far as the system
+ * allows before main takes its first step; where that is not far enough, a line says so, instead of a crash. Threads,
+ * whose stacks the library would make as small as that limit, get the usual size. */
+
+enum { STACK_LEAST = 512 << 10, STACK_USUAL = 8 << 20 };
+
+__attribute__((constructor)) static void need_stack(void) {
+    struct rlimit limit;
+    pthread_attr_t attr;
+    if (getrlimit(RLIMIT_STACK, &limit) != 0 || limit.rlim_cur >= STACK_USUAL)
+        return; /* RLIM_INFINITY is the largest */
+    limit.rlim_cur = limit.rlim_max < STACK_USUAL ? limit.rlim_max : STACK_USUAL;
+    if (setrlimit(RLIMIT_STACK, &limit) != 0) getrlimit(RLIMIT_STACK, &limit);
+    if (limit.rlim_cur < STACK_LEAST) {
+        fprintf(stderr, "%s: a stack of %zu KiB (ulimit -s), expected at least %d\n", program_invocation_short_name,
+                (size_t)limit.rlim_cur >> 10, STACK_LEAST >> 10);
+        _exit(1);
+    }
+    if (pthread_attr_init(&attr) != 0) return;
+    pthread_attr_setstacksize(&attr, STACK_USUAL);
+    pthread_setattr_default_np(&attr);
+    pthread_attr_destroy(&attr);
 }
 
 /* ---- options ---- */
@@ -172,7 +200,7 @@ static void set_option(const Option *table, int argc, char **argv, int *i) {
 void options_parse(int argc, char **argv, const Option *table, const char *intro) {
     const char *slash = strrchr(argv[0], '/');
     program_name = slash ? slash + 1 : argv[0];
-    signal(SIGXFSZ, SIG_IGN); /* beyond ulimit -f a write fails, which is said */
+    signal(SIGXFSZ, SIG_IGN);      /* beyond ulimit -f a write fails, which is said */
     if (getenv("IMAGEBART_LEVEL")) /* start.c, where there is one, has obeyed it and removed it */
         usage_error("IMAGEBART_LEVEL: this program was compiled for one kind of processor, %s; \"make\" without MARCH "
                     "makes one that chooses, on x86-64",
