@@ -374,6 +374,7 @@ static void draw_samples(const Settings *o) {
     snprintf(sample, sizeof sample, "%.*ssample", program_folder(o), o->program);
     snprintf(out, sizeof out, "%s/samples.png", o->run);
     fflush(stdout);
+    unlock_run();
     signal(SIGXFSZ, SIG_DFL), signal(SIGPIPE, SIG_DFL);
     execlp(sample, sample, o->run, "-o", out, o->device ? "--device" : (char *)NULL, o->device, (char *)NULL);
     die("%s: %s; when it is built: ./sample %s", sample, strerror(errno), o->run);

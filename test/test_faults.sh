@@ -149,7 +149,7 @@ no_memory() { # no_memory COUNT: at COUNT allocations, or at all of them, once a
         unset OOM_ON
         [ $((i % 3)) -ne 0 ] || { export OOM_ON=1 && fault="$fault and later"; }
         # shellcheck disable=SC2086
-        OOM_AT=$at LD_PRELOAD=$dir/oom.so timeout -s KILL 60 "$build/"$do >/dev/null 2>"$dir/said"
+        timeout -s KILL 60 env OOM_AT="$at" LD_PRELOAD="$dir/oom.so" "$build/"$do >/dev/null 2>"$dir/said"
         status=$?
         unset OOM_ON
         judge

@@ -467,6 +467,7 @@ weights_again no vqgan "older than the state" --vqgan
 rm "$dir/no/vqgan.safetensors" "$dir"/no/scale1.*
 ok "--all" train --run "$dir/no" --all
 ok "too" said "no/vqgan.safetensors: was missing; now it has"
+ok "without a lock at the end" test ! -e "$dir/no/lock" -a -s "$dir/no/samples.png"
 ok "before the scales" cmp "$dir/no/scale1.safetensors" "$dir/first/scale1.safetensors"
 
 # ---- full disks: a limit on the size of files, then a small disk ----

@@ -164,7 +164,8 @@ static int is_lock(int fd) {
            ours.st_dev == theirs.st_dev;
 }
 
-static void unlock_run(void) {
+void unlock_run(void) {
+    if (lock_fd < 0) return;
     if (is_lock(lock_fd)) unlink(lock_path);
     close(lock_fd);
     lock_fd = -1;

@@ -237,6 +237,7 @@ Err make_folder(const char *path);
  * folder: make_run makes it, too. Where files cannot be locked, that is said. The first rank's work. */
 Err lock_run(const char *run);
 Err make_run(const char *run);
+void unlock_run(void); /* where another program takes this one's place */
 /* RUN/skipped.txt gets the damaged pictures of d; how many there are is said */
 Err list_damaged(const Stage *s, const Dataset *d);
 /* The classes of the pictures, if the recipe has such, and what of the folder is left out. say_start says how many there
