@@ -288,6 +288,7 @@ int main(int argc, char **argv) {
     if (!in.image) usage_error("which picture? ./inpaint [MODEL] IMAGE; -h explains");
     check_what(&in);
     if (in.what.invert && !in.mask) usage_error("--invert is for --mask");
+    if (in.compare && is_out_folder(a.out)) usage_error("--compare is for a grid, not for the files of -o %s", a.out);
     const char *half = in.what.half;
     if (half && strcmp(half, "upper") && strcmp(half, "lower") && strcmp(half, "left") && strcmp(half, "right"))
         usage_error("--half %s: expected upper, lower, left or right", half);

@@ -1,6 +1,7 @@
 # lib.sh - what the tests of the programs share: a check is a command that must work, or one that must be refused.
 # Sourced by scripts that have $dir, a folder of their own; what the last command said is in $dir/out and $dir/err.
 passed=0 failed=0
+unset IMAGEBART_MODELS # models/ is the one here
 
 ok() { # ok WHAT COMMAND...: must exit 0; the command may look at what the one before said
     what=$1

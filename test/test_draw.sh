@@ -158,6 +158,7 @@ ok "as number 3" "$build/pictures" same "$dir/single/0003.png" "$dir/alone.png" 
 for i in 1 2; do ok "number $i is as it was" cmp "$dir/before/000$i.png" "$dir/single/000$i.png"; done
 ok "single files of inpaint" inpaint -n 2 --candidates 1 --chain-length 0,0,1 -o "$dir/edits/"
 ok "keep the rest" "$build/pictures" same "$dir/edits/0002.png" models/emoji/example.png 0 32 64 64
+refused_late 2 "--compare is for a grid" inpaint --compare -o "$dir/edits/"
 early "is a file, expected a folder" sample -o "$dir/grid.png/"
 early "-o" sample -o "$dir/nowhere/deep/"
 ok "a folder is not left behind" sh -c "! '$build/sample' nothing -o '$dir/unused/' 2>/dev/null && test ! -e '$dir/unused'"
