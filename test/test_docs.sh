@@ -125,6 +125,8 @@ while read -r target; do
     if grep -qxF "$target" "$dir/targets"; then pass; else fail "make has no target $target"; fi
 done <"$dir/made"
 
+make help 2>/dev/null | grep -q '^make test  *every test' && pass || fail "make help does not say what can be made"
+
 # Links: files and headings
 grep -oE '\]\([^)]*\)' $docs | sed 's/:\](/ /; s/)$//' | grep -v ' https*:' >"$dir/links"
 while read -r from to; do
