@@ -99,6 +99,7 @@ typedef struct {
     void (*scale_done)(void *context, const DrawBatch *b, int t,
                        const int32_t *tokens);       /* (count * each, N) = x_{t-1} */
     Err (*drawn)(void *context, const DrawBatch *b); /* the batch's pictures are there */
+    int (*stopped)(void *context);                   /* asked before every scale, of bounds too; nonzero: stop */
     void *context;
 } DrawWatch;
 
@@ -119,6 +120,7 @@ typedef struct {
     float *entropy;  /* (n,N) */
     /* a batch, (rows), of which one in M is kept */
     DrawBatch batch;
+    Chain chain_of_model;
     size_t N;
     int32_t *drawn_label, *drawn, *drawn_chain, *known_rows;
     double *drawn_bound;

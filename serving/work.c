@@ -146,6 +146,10 @@ static void on_scale(void *context, const DrawBatch *b, int scale, const int32_t
     w->last = seconds();
 }
 
+static int is_cancelled(void *context) {
+    return ((const Work *)context)->ticket->cancel;
+}
+
 /* A batch is done: its pictures. Where one is drawn for each, it is the last scale's preview too. */
 static Err on_drawn(void *context, const DrawBatch *b) {
     Work *w = context;
@@ -182,7 +186,7 @@ static Err prepare(Work *w, size_t rows) {
 
 static Err draw(Work *w, Draw *d) {
     d->rows = draw_rows(d->n, SERVED_BATCH, d->M);
-    d->watch = (DrawWatch){on_progress, on_scale, on_drawn, w};
+    d->watch = (DrawWatch){on_progress, on_scale, on_drawn, is_cancelled, w};
     w->draw = d;
     TRY(prepare(w, d->rows));
     w->last = seconds();
