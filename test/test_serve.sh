@@ -19,9 +19,15 @@ start() { # start OPTIONS: sets $port
     done
     port=$(sed 's/.*:\([0-9]*\)\/$/\1/' "$dir/address")
 }
-stop() { # ends by SIGTERM, with exit status 0
+ended() { # with exit status 0, and nothing to say
+    wait "$pid" && return
+    tail -n 20 "$dir/log"
+    return 1
+}
+stop() { # ends by SIGTERM
     kill "$pid"
-    ok "the end" wait "$pid"
+    ok "the end of $1" ended
+    [ ! -s "$dir/out" ] || cat "$dir/out"
     pid=
 }
 ask() { # ask WHAT [ARGUMENT]: the client's checks count
@@ -54,27 +60,28 @@ refused_late 2 "unknown option" "$serve" --prot 80
 start
 refused_late 1 "cannot listen" "$serve" emoji --port "$port"
 ask http
-stop
+stop http
 
 # ---- One with a token ----
 start emoji --host 0.0.0.0 --token-file "$dir/token" --origin https://page.example --origin http://other.example:81
 ask token
-stop
+stop token
 
 # ---- Jobs: what they draw is what the command that they show draws ----
 mkdir "$dir/work" && ln -s "$build/sample" "$build/inpaint" "$(pwd)/models" "$dir/work"
 start --queue 2 --count-limit 40
 ask jobs "$dir/work"
-stop
+stop jobs
 start emoji --results 1
 ask forget
-stop
+stop forget
 
 # ---- The end: what runs is cancelled, everybody is told ----
 start emoji
 began=$(date +%s)
 ask end "$pid"
-ok "the end" wait "$pid"
+ok "the end" ended
+[ ! -s "$dir/out" ] || cat "$dir/out"
 ok "soon" test $(($(date +%s) - began)) -lt 8
 pid=
 
