@@ -368,6 +368,7 @@ static void hold_signals(void) {
 
 static void serve(ServeArgs *a) {
     Server s = {.args = a};
+    char *token = NULL;
     Http *http;
     pthread_t worker;
     int fd, loopback;
@@ -376,7 +377,8 @@ static void serve(ServeArgs *a) {
         if (!origin_is_whole(a->origins.item[i]))
             usage_error("--origin %s: expected http://HOST, https://HOST or one with :PORT", a->origins.item[i]);
     if (a->token && a->token_file) die("--token and --token-file: expected one of them");
-    if (a->token_file) check(token_read(&a->token, a->token_file));
+    if (a->token_file) check(token_read(&token, a->token_file));
+    if (token) a->token = token;
     hold_signals();
     threads_set((int)a->threads);
     if (weight_format(&s.weights, a->weights) != OK) usage_error("%s", err_text());
@@ -404,6 +406,7 @@ static void serve(ServeArgs *a) {
     while (s.first) forget(&s, s.first);
     free(s.forgotten);
     offer_close(&s.offer);
+    free(token);
 }
 
 static const char intro[] =

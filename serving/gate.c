@@ -90,14 +90,13 @@ static int same_secret(const char *given, size_t n, const char *secret) {
     return !differ;
 }
 
-Err token_read(const char **token, const char *path) {
-    char *text;
-    if (file_text(&text, path, 4096) != OK) return err_in("--token-file");
+Err token_read(char **token, const char *path) {
+    if (file_text(token, path, 4096) != OK) return err_in("--token-file");
+    char *text = *token;
     size_t n = strlen(text);
     if (n && text[n - 1] == '\n') n--;
     if (n && text[n] == '\n' && text[n - 1] == '\r') n--;
     text[n] = 0;
-    *token = text;
     return n ? OK : err("--token-file %s: the token is empty", path);
 }
 

@@ -62,8 +62,8 @@ unsigned gate_check(const Gate *g, const Request *r, int secret, const char **wh
 /* origin is scheme://host, scheme://host:port, nothing else. */
 int origin_is_whole(const char *origin);
 Reply gate_sign_in(const Gate *g, const Request *r);
-/* *token = what a file has, but for one line end; an empty one is an error. */
-Err token_read(const char **token, const char *path);
+/* *token = what a file has, but for one line end; an empty one is an error. To be freed. */
+Err token_read(char **token, const char *path);
 /* The form that GET / answers with when the token is missing. */
 Reply gate_form(void);
 /* text = n random bytes in base64url. */
