@@ -555,7 +555,7 @@ refused 2 "whole number" "$build/sample" killed -n -1
 for program in sample inpaint train; do
     refused 1 "$program: a stack of 64 KiB (ulimit -s), expected at least" sh -c "ulimit -s 64 && exec '$build/$program' -h"
 done
-ok "a small stack that may grow does" sh -c "ulimit -S -s 64 && exec '$build/sample' '$dir/wide' -n 2 -o '$dir/s.png'"
+ok "a small stack that may grow does" sh -c "ulimit -S -s 64 && exec '$build/sample' '$dir/named' -n 2 -o '$dir/s.png'"
 refused 2 "expected 1 to" "$build/sample" killed -n 0
 refused 2 "expected 0 to 64" "$build/sample" killed --block 65
 refused 2 "whole number" "$build/sample" killed --seed 1e99
