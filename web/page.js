@@ -1,32 +1,1669 @@
-// The least that shows the calls at work: draws four pictures of the first model, with previews.
+// page.js - the page of ./serve: Sample, Edit, Learn. The calls that it uses are doc/api.md's.
+//
+//     Helpers      elements, numbers, words for the screen reader
+//     Server       calls, a job from the click to its pictures      start(): one job; follow(): its events
+//     Settings     the form of a job, alike for Sample and Edit     settingsOf(kind) -> {job(), fill(job)}
+//     Results      a card for each job of this visit, and the viewer
+//     Mask         pixels that are drawn anew; each change is a list of runs that were flipped
+//     Canvas       pixelAt(): from an event to a pixel of the picture, the only place that knows
+//     Edit, Learn  the two other tabs
+//
+// Nothing is loaded from elsewhere, and nothing is kept but the numbers of this visit's jobs (sessionStorage).
 "use strict";
-const says = document.getElementById("says"), pictures = document.getElementById("pictures");
 
-function show(k, address) {
-    while (pictures.children.length <= k) pictures.append(new Image());
-    pictures.children[k].src = address;
+// ---- Helpers ----
+
+const $ = (id) => document.getElementById(id);
+
+// A new element: properties are set as they are, those with a dash or "role" as attributes.
+function element(tag, properties = {}, ...children) {
+    const e = document.createElement(tag);
+    for (const [name, value] of Object.entries(properties))
+        if (name.includes("-") || name === "role" || name === "for") e.setAttribute(name, value);
+        else e[name] = value;
+    e.append(...children.filter((c) => c !== null && c !== undefined));
+    return e;
 }
 
-async function draw() {
-    const answer = await fetch("api/jobs", {
-        method: "POST",
-        headers: { "Content-Type": "application/json" },
-        body: JSON.stringify({ kind: "sample", count: 4, owned: true }),
-    });
-    const job = await answer.json();
-    if (!answer.ok) return (says.textContent = job.error);
-    const events = new EventSource(`api/jobs/${job.id}/events`);
+function button(text, act, properties = {}) {
+    return element("button", { type: "button", textContent: text, onclick: act, ...properties });
+}
+
+// A sentence for everybody; a screen reader speaks it.
+function say(text, isError = false) {
+    $("says").textContent = text;
+    $("says").classList.toggle("error", isError);
+}
+
+// "0,8" is 0.8, as half of the world writes it; NaN: no number.
+function numberOf(text) {
+    const t = text.trim().replace(",", ".");
+    return /^[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$/i.test(t) ? Number(t) : NaN;
+}
+
+const clamp = (x, low, high) => Math.max(low, Math.min(high, x));
+const shown = (x, digits = 4) => String(Number(x.toPrecision(digits)));
+const plural = (n, one, many) => `${n} ${n === 1 ? one : many}`;
+
+async function copyText(text) {
+    try {
+        await navigator.clipboard.writeText(text);
+        say("Copied.");
+    } catch {
+        say("The browser allows no copying here (it wants https or this machine); the text can be selected.", true);
+    }
+}
+
+// A command line, and a button that copies it
+function showCommand(place, command) {
+    place.replaceChildren(
+        element("code", { textContent: command, tabIndex: 0 }),
+        button("Copy", () => copyText(command), { className: "quiet", "aria-label": "Copy the command line" }),
+    );
+}
+
+// A word as the shell reads it back
+const quoted = (word) => (/^[\w\-./,+=:@%]+$/.test(word) ? word : `'${word.replaceAll("'", "'\\''")}'`);
+
+// ---- Server ----
+
+let models = []; // api/models
+let most = 64; // pictures of a job
+const runs = []; // the jobs of this visit, the newest first
+
+// The answer's JSON; an Error with the server's sentence and the field that it names.
+async function call(address, options = {}) {
+    let answer;
+    try {
+        answer = await fetch(address, options);
+    } catch {
+        throw new Error("The server does not answer: is ./serve still running?");
+    }
+    const type = answer.headers.get("Content-Type") || "";
+    const json = type.includes("json") ? await answer.json() : {};
+    if (answer.ok) return json;
+    if (answer.status === 401) json.error = "The server wants its token: load this page again.";
+    const error = new Error(json.error || `The server says ${answer.status}.`);
+    error.field = json.field;
+    error.status = answer.status;
+    throw error;
+}
+
+const modelOf = (name) => models.find((m) => m.name === name);
+const runWithId = (id) => runs.find((r) => r.id === id);
+const isOver = (run) => !["sending", "queued", "running"].includes(run.state);
+
+function remember() {
+    const list = runs.filter((r) => r.id).map((r) => ({ id: r.id, kind: r.kind }));
+    sessionStorage.setItem("runs", JSON.stringify(list.reverse()));
+}
+
+// A run: what the page knows of a job. files: {image, mask} of an edit.
+function newRun(kind, job) {
+    return { kind, job, state: "sending", id: null, pictures: [], fraction: 0, scaleFraction: {}, command: "", left: null };
+}
+
+function pictureOf(run, k) {
+    while (run.pictures.length <= k) run.pictures.push({ run, k: run.pictures.length, previews: {}, url: null, blob: null });
+    return run.pictures[k];
+}
+
+// Sends a job and follows it. Errors are said, and marked at the field of the form.
+async function start(run, files, form) {
+    runs.unshift(run);
+    showCard(run);
+    try {
+        const options = { method: "POST" };
+        if (files) {
+            options.body = new FormData();
+            options.body.append("job", JSON.stringify(run.job));
+            for (const name of ["image", "mask"]) if (files[name]) options.body.append(name, files[name]);
+        } else {
+            options.headers = { "Content-Type": "application/json" };
+            options.body = JSON.stringify(run.job);
+        }
+        const answer = await call("api/jobs", options);
+        run.id = answer.id;
+        run.state = "queued";
+        if (run.wantsCancel) return cancelRun(run);
+        remember();
+        follow(run);
+        const state = await call(`api/jobs/${run.id}`);
+        run.command = run.command || state.command;
+        run.job = state.job;
+        updateCard(run);
+    } catch (error) {
+        if (run.id && isOver(run)) return;
+        form.mark(error.field, error.message);
+        endRun(run, "failed", error.message);
+    }
+}
+
+// Listens to a run's events until its end. The browser comes back by itself after a break, with Last-Event-ID.
+function follow(run) {
+    const events = new EventSource(`api/jobs/${run.id}/events`);
     const on = (name, act) => events.addEventListener(name, (e) => act(JSON.parse(e.data)));
-    on("queued", (e) => (says.textContent = `waiting, ${e.place} before it`));
-    on("progress", (e) => (says.textContent = `scale ${e.scale} of ${e.scales}, token ${e.token} of ${e.tokens}`));
-    on("preview", (e) => show(e.k, e.picture));
-    on("done", (e) => {
-        events.close();
-        says.textContent = e.command;
-        e.results.forEach((r, k) => show(k, r.picture));
+    run.events = events;
+    on("queued", (e) => {
+        run.place = e.place;
+        updateCard(run);
     });
-    on("failed", (e) => (events.close(), (says.textContent = e.error)));
-    on("cancelled", () => (events.close(), (says.textContent = "cancelled")));
+    on("progress", (e) => noteProgress(run, e));
+    on("preview", (e) => {
+        pictureOf(run, e.k).previews[e.scale] = e.picture;
+        updatePicture(run, e.k);
+    });
+    on("done", (state) => finish(run, state));
+    on("failed", (e) => endRun(run, "failed", e.error));
+    on("cancelled", () => keepFinished(run));
+    events.onerror = () => {
+        if (isOver(run)) return;
+        if (events.readyState === EventSource.CLOSED) recover(run);
+        else run.note = "the connection was lost; trying again", updateCard(run);
+    };
 }
 
-document.getElementById("draw").addEventListener("click", draw);
+// What became of a run whose events ended or were never heard
+async function recover(run) {
+    try {
+        const state = await call(`api/jobs/${run.id}`);
+        run.job = state.job;
+        run.command = state.command;
+        run.state = state.state;
+        showCard(run);
+        if (state.state === "done") await finish(run, state);
+        else if (state.state === "failed") endRun(run, "failed", state.error);
+        else if (state.state === "cancelled") await keepFinished(run);
+        else follow(run);
+    } catch (error) {
+        const gone = { 410: "The server has forgotten this job to make room.", 404: "The server does not know this job any more: it was started anew." };
+        endRun(run, "failed", gone[error.status] || error.message);
+    }
+}
+
+// How far it is, in all: by the time it will take, never backwards.
+function noteProgress(run, e) {
+    if (run.state !== "running") run.began = performance.now();
+    run.state = "running";
+    run.note = "";
+    run.scale = e.scale;
+    run.scales = e.scales;
+    run.left = e.left;
+    for (let s = e.scales; s > e.scale; s--) run.scaleFraction[s] = Math.max(run.scaleFraction[s] || 0, 0);
+    run.scaleFraction[e.scale] = Math.max(run.scaleFraction[e.scale] || 0, e.token / e.tokens);
+    const spent = (performance.now() - run.began) / 1000;
+    if (e.left !== null) run.fraction = Math.max(run.fraction, spent / (spent + e.left + 1e-3));
+    updateCard(run);
+}
+
+async function finish(run, state) {
+    if (run.events) run.events.close();
+    run.command = state.command;
+    run.job = state.job;
+    run.took = state.took;
+    state.job.chain_length.forEach((passes, i, all) => {
+        for (let k = 0; passes && state.job.previews && k < state.results.length; k++)
+            pictureOf(run, k).previews[all.length - i] = `api/jobs/${run.id}/${k}.png?scale=${all.length - i}`;
+    });
+    await Promise.all(state.results.map((result, k) => takePicture(run, k, result.picture, result)));
+    endRun(run, "done");
+    say(`${plural(state.results.length, "picture", "pictures")} in ${shown(state.took, 2)} s.`);
+    if (run.kind === "inpaint") showEdited(run);
+}
+
+// The picture itself, so that it stays when the server forgets it
+async function takePicture(run, k, address, result) {
+    const picture = pictureOf(run, k);
+    const answer = await fetch(address).catch(() => null);
+    if (!answer || !answer.ok) return false;
+    picture.blob = await answer.blob();
+    picture.url = URL.createObjectURL(picture.blob);
+    picture.result = result;
+    return true;
+}
+
+// Cancelled: pictures that were finished stay.
+async function keepFinished(run) {
+    if (run.events) run.events.close();
+    const count = (run.job && run.job.count) || 1;
+    for (let k = 0; k < count; k++)
+        if (!(await takePicture(run, k, `api/jobs/${run.id}/${k}.png`, null))) break;
+    endRun(run, "cancelled");
+    say("Cancelled.");
+}
+
+function endRun(run, state, error = "") {
+    if (run.events) run.events.close();
+    run.state = state;
+    run.error = error;
+    if (error) say(error, true);
+    updateCard(run);
+    run.pictures.forEach((p) => updatePicture(run, p.k));
+    if (run.kind === "inpaint" && edit.run === run && state !== "done") showPreview(null);
+}
+
+// The button answers at once; the server within a block of tokens.
+function cancelRun(run) {
+    run.wantsCancel = true;
+    updateCard(run);
+    if (run.id) call(`api/jobs/${run.id}`, { method: "DELETE" }).catch(() => {});
+    if (run.id && !run.events) follow(run);
+}
+
+// ---- Settings: fields of a job ----
+
+// A number for every scale. whole: as on the command line.
+const SCALE_FIELDS = [
+    { name: "temperature", option: "--temperature", label: "Temperature", low: 0, high: 2, step: 0.05, most: 1000,
+      hint: "Lower: safer and more alike. 1: as the model has learnt." },
+    { name: "top_k", option: "--top-k", label: "Top-k", low: 0, high: 200, step: 1, most: 1e9, whole: true,
+      hint: "Draws among so many of the likeliest tokens; 0: among all." },
+    { name: "guidance", option: "--guidance", label: "Guidance", low: 0, high: 8, step: 0.1, most: 1000,
+      hint: "More of the class than 1; takes almost twice the time." },
+    { name: "chain_length", option: "--chain-length", label: "Chain length", low: 1, high: 16, step: 1, most: 1000, whole: true, linear: true,
+      hint: "Passes of each scale, with some noise in between: parts settle on each other." },
+];
+
+// A class of the list: {value for the server, title, text to search in}
+function classOf(name, number) {
+    const [, synset, names] = /^(n\d{8})\s+(.*)$/.exec(name) || [null, null, name];
+    const value = synset || (name.includes(",") ? String(number) : name);
+    return { value, title: names, text: `${number} ${synset || ""} ${names}`.toLowerCase(), number: String(number), synset };
+}
+
+// Those in which all words occur; number or beginning first
+function findClasses(classes, query) {
+    const q = query.trim().toLowerCase(), words = q.split(/\s+/);
+    const rank = (c) => (c.number === q || c.synset === q ? 0 : c.title.toLowerCase().startsWith(q) ? 1 : 2);
+    return classes.filter((c) => words.every((w) => c.text.includes(w))).sort((a, b) => rank(a) - rank(b) || a.number - b.number);
+}
+
+// The field of a class: a text in which one searches, and a list from which one chooses
+function classField(id, changed) {
+    const input = element("input", { id, type: "text", autocomplete: "off", spellcheck: false, role: "combobox", placeholder: "each its own",
+        "aria-expanded": "false", "aria-autocomplete": "list", "aria-controls": `${id}-list`, "aria-describedby": `${id}-hint` });
+    const list = element("ul", { id: `${id}-list`, role: "listbox", hidden: true, className: "choices", "aria-label": "Classes" });
+    const field = { input, list, classes: [], chosen: null, at: -1 };
+    const close = () => {
+        list.hidden = true;
+        field.at = -1;
+        input.setAttribute("aria-expanded", "false");
+        input.removeAttribute("aria-activedescendant");
+    };
+    const choose = (c) => {
+        field.chosen = c;
+        input.value = c ? c.title : "";
+        close();
+        changed();
+    };
+    const open = () => {
+        const found = findClasses(field.classes, field.chosen ? "" : input.value).slice(0, 200);
+        list.replaceChildren(...found.map((c, i) => element("li", { id: `${id}-${i}`, role: "option", "aria-selected": "false",
+            textContent: c.synset ? `${c.title} (${c.number}, ${c.synset})` : c.title,
+            onpointerdown: (e) => e.preventDefault(), onclick: () => choose(c) })));
+        list.found = found;
+        list.hidden = !found.length;
+        input.setAttribute("aria-expanded", String(found.length > 0));
+    };
+    const move = (by) => {
+        if (list.hidden) open();
+        if (!list.children.length) return;
+        if (field.at >= 0) list.children[field.at].setAttribute("aria-selected", "false");
+        field.at = (field.at + by + list.children.length + (field.at < 0 && by < 0 ? 1 : 0)) % list.children.length;
+        const item = list.children[field.at];
+        item.setAttribute("aria-selected", "true");
+        item.scrollIntoView({ block: "nearest" });
+        input.setAttribute("aria-activedescendant", item.id);
+    };
+    input.onfocus = input.onclick = open;
+    input.onblur = () => {
+        if (!field.chosen && input.value.trim() && list.found && list.found.length === 1) choose(list.found[0]);
+        close();
+    };
+    input.oninput = () => {
+        field.chosen = null;
+        open();
+        changed();
+    };
+    input.onkeydown = (e) => {
+        if (e.key === "ArrowDown") move(1), e.preventDefault();
+        else if (e.key === "ArrowUp") move(-1), e.preventDefault();
+        else if (e.key === "Escape" && !list.hidden) close(), e.preventDefault();
+        else if (e.key === "Enter" && !list.hidden && list.found.length && input.value.trim()) choose(list.found[Math.max(0, field.at)]), e.preventDefault();
+    };
+    // null: none is wanted. What was typed but not chosen goes to the server, which knows more names.
+    field.value = () => (field.chosen ? field.chosen.value : input.value.trim() || null);
+    field.set = (value) => {
+        field.chosen = field.classes.find((c) => c.value === value || c.number === value || c.title === value) || null;
+        input.value = field.chosen ? field.chosen.title : value || "";
+    };
+    return field;
+}
+
+// One row of SCALE_FIELDS: recommended, the same at all scales, linear, or each by itself
+function scaleField(id, spec, changed) {
+    const place = element("span", { className: "numbers" });
+    const mode = element("select", { id, "aria-describedby": `${id}-hint` },
+        element("option", { value: "", textContent: "recommended" }), element("option", { value: "constant", textContent: "constant" }),
+        spec.linear ? element("option", { value: "linear", textContent: "linear" }) : null,
+        element("option", { value: "scales", textContent: "per scale" }));
+    const field = { spec, mode, recommended: [], allowed: [], inputs: [], place };
+    const numberInput = (label, value, disabled = false) => element("input", { type: "text", inputMode: "decimal", size: 5, value: shown(value, 17), disabled,
+        "aria-label": `${spec.label}, ${label}`, oninput: changed });
+    const build = (values) => {
+        const T = values.length, scale = (i) => `scale ${T - i}${i === 0 ? ", the noisiest" : ""}`;
+        field.inputs = [];
+        place.replaceChildren();
+        if (mode.value === "") place.textContent = values.every((v) => v === values[0]) ? String(values[0]) : values.join(", ");
+        else if (mode.value === "constant") {
+            const start = spec.name === "guidance" && values[0] === 1 ? 2 : values[0];
+            const number = numberInput("all scales", start);
+            const slider = element("input", { type: "range", min: spec.low, max: spec.high, step: spec.step, value: start, "aria-label": `${spec.label}, all scales`,
+                oninput: () => ((number.value = slider.value), changed()) });
+            number.oninput = () => ((slider.value = numberOf(number.value) || 0), changed());
+            field.inputs = [number];
+            place.append(slider, number);
+        } else if (mode.value === "linear") {
+            field.inputs = [numberInput("the noisiest scale", Math.max(1, values[0])), numberInput("the last scale", values[T - 1])];
+            place.append("from ", field.inputs[0], " to ", field.inputs[1]);
+        } else {
+            field.inputs = values.map((v, i) => numberInput(scale(i), v, spec.name === "guidance" && !field.allowed[i]));
+            place.append(...field.inputs.map((input, i) => element("label", { className: "scale" }, input, `${T - i}`)));
+        }
+    };
+    mode.onchange = () => (build(field.recommended), changed());
+    field.reset = (recommended, allowed) => {
+        field.recommended = recommended;
+        field.allowed = allowed;
+        if (mode.value !== "scales" && mode.value !== "" && field.inputs.length) return;
+        if (mode.value === "scales" && field.inputs.length === recommended.length) return;
+        build(recommended);
+    };
+    // undefined: as the model recommends
+    field.value = () => {
+        const x = field.inputs.map((input) => numberOf(input.value));
+        field.inputs.forEach((input, i) => input.setAttribute("aria-invalid", String(!(x[i] >= 0 && x[i] <= spec.most))));
+        if (mode.value === "") return undefined;
+        if (mode.value === "constant") return x[0];
+        if (mode.value === "scales") return x;
+        const T = field.recommended.length;
+        return Array.from({ length: T }, (_, i) => Math.round(x[0] + ((x[1] - x[0]) * i) / Math.max(1, T - 1)));
+    };
+    field.set = (values) => {
+        const same = values.every((v, i) => v === field.recommended[i]);
+        mode.value = same ? "" : values.every((v) => v === values[0]) ? "constant" : "scales";
+        build(same ? field.recommended : values);
+    };
+    return field;
+}
+
+const labelled = (id, label, input, hint) => element("div", { className: "field" },
+    element("label", { for: id, textContent: label }), input, hint ? element("p", { id: `${id}-hint`, className: "hint", textContent: hint }) : null);
+
+// The form of a kind of job. changed() is called whenever a field has another value.
+function settingsOf(kind, root, changed) {
+    const isEdit = kind === "inpaint", id = (name) => `${kind}-${name}`;
+    const model = element("select", { id: id("model") });
+    const classes = classField(id("class"), changed);
+    const text = (name, value) => element("input", { id: id(name), type: "text", inputMode: "numeric", value, size: 6, autocomplete: "off", "aria-describedby": `${id(name)}-hint`, oninput: changed });
+    const count = text("count", isEdit ? "4" : "8"), seed = text("seed", ""), best = text("best_of", "");
+    const scales = SCALE_FIELDS.map((spec) => scaleField(id(spec.name), spec, changed));
+    const again = button("Random", () => ((seed.value = ""), changed()), { className: "quiet", title: "A new seed each time" });
+    seed.placeholder = "random";
+    seed.size = 12;
+    const classLine = labelled(id("class"), "Class", element("div", { className: "combo" }, classes.input, classes.list),
+        isEdit ? "Left out: the one that the kept part looks like." : "A name, a part of one, a number or a synset. Left out: each picture its own.");
+    root.append(
+        labelled(id("model"), "Model", model, ""),
+        classLine,
+        labelled(id("count"), "Pictures", count, isEdit ? "Different completions, side by side." : ""),
+        labelled(id("seed"), "Seed", element("span", { className: "numbers" }, seed, again), "The same seed and settings give the same pictures."),
+        element("details", {}, element("summary", { textContent: "More settings" }),
+            ...scales.map((f) => labelled(id(f.spec.name), f.spec.label, element("span", { className: "numbers" }, f.mode, f.place), f.spec.hint)),
+            labelled(id("best_of"), isEdit ? "Candidates" : "Best of", best, isEdit ? "So many in parallel for each; those that the kept part fits best go on." :
+                "So many are drawn for each picture, one of the likeliest stays. Previews show the first."),
+            button("All as recommended", () => { for (const f of scales) (f.mode.value = ""), f.mode.onchange(); best.value = ""; changed(); }, { className: "quiet" })),
+        element("p", { className: "problem", role: "alert" }),
+    );
+    const form = { model, classes, count, seed, best, scales, problem: root.lastChild };
+    const recommended = () => modelOf(model.value)[isEdit ? "editing" : "defaults"];
+    form.modelChanged = () => {
+        const m = modelOf(model.value);
+        classes.classes = m.classes.map(classOf);
+        if (classes.chosen) classes.set(classes.chosen.value);
+        classLine.hidden = !m.classes.length;
+        best.placeholder = `recommended: ${recommended().best_of}`;
+        best.size = 16;
+        for (const f of scales) f.reset(recommended()[f.spec.name], m.guidance_scales);
+        changed();
+    };
+    model.onchange = form.modelChanged;
+    form.setModels = () => {
+        model.replaceChildren(...models.map((m) => element("option", { value: m.name, disabled: !m.here, textContent: m.here ? `${m.name} – ${m.title}` : `${m.name} – not here: ${m.how}` })));
+        form.modelChanged();
+    };
+    // Which fields are wrong is marked; the server says the rest.
+    form.mark = (field, message) => {
+        form.problem.textContent = message || "";
+        for (const e of root.querySelectorAll("[aria-invalid]")) if (!field) e.removeAttribute("aria-invalid");
+        const [name, i] = (field || "").split(/[[\]]/);
+        const scale = scales.find((f) => f.spec.name === name);
+        const wrong = scale ? scale.inputs[Math.min(Number(i) || 0, scale.inputs.length - 1)] : $(id(name));
+        if (wrong) wrong.setAttribute("aria-invalid", "true"), wrong.focus();
+    };
+    // The job that the form asks for, or null: a field is wrong, which is said
+    form.job = () => {
+        const m = modelOf(model.value), job = { kind, model: m.name };
+        const whole = (input, low, high, name) => {
+            const x = numberOf(input.value);
+            if (!Number.isInteger(x) || x < low || x > high) throw Object.assign(new Error(`${name}: “${input.value}”: expected a whole number of ${low} to ${high}`), { input });
+            return x;
+        };
+        job.count = whole(count, 1, most, "Pictures");
+        if (seed.value.trim()) job.seed = whole(seed, 0, Number.MAX_SAFE_INTEGER, "Seed");
+        if (m.classes.length && classes.value() !== null) job.class = classes.value();
+        for (const f of scales) {
+            const value = f.value();
+            if (value === undefined) continue;
+            for (const x of [value].flat())
+                if (!(x >= 0 && x <= f.spec.most) || (f.spec.whole && !Number.isInteger(x)))
+                    throw Object.assign(new Error(`${f.spec.label}: expected ${f.spec.whole ? "whole numbers" : "numbers"} of ${f.spec.name === "chain_length" && !isEdit ? 1 : 0} to ${f.spec.most}`), { input: f.inputs[0] });
+            job[f.spec.name] = value;
+        }
+        if (best.value.trim()) job.best_of = whole(best, 1, isEdit ? 4096 : 64, isEdit ? "Candidates" : "Best of");
+        return job;
+    };
+    form.fill = (job) => {
+        if (!modelOf(job.model) || !modelOf(job.model).here) return say(`${job.model} is not served here.`, true);
+        model.value = job.model;
+        form.modelChanged();
+        classes.set(job.class ?? null);
+        count.value = job.count;
+        seed.value = job.seed ?? "";
+        for (const f of scales) if (job[f.spec.name]) f.set([job[f.spec.name]].flat());
+        best.value = job.best_of === undefined || job.best_of === recommended().best_of ? "" : job.best_of;
+        changed();
+    };
+    return form;
+}
+
+// form.job(), or null after the field that is wrong was marked
+function readForm(form) {
+    form.mark(null, "");
+    try {
+        return form.job();
+    } catch (error) {
+        form.problem.textContent = error.message;
+        error.input.setAttribute("aria-invalid", "true");
+        error.input.focus();
+        return null;
+    }
+}
+
+// The command line of a job; of one that has run the server says it itself.
+function commandOf(job) {
+    const isEdit = job.kind === "inpaint", words = [isEdit ? "./inpaint" : "./sample", job.model];
+    const add = (option, value) => value !== undefined && words.push(option, String(value));
+    if (isEdit) words.push(edit.file ? `image.${edit.extension}` : "image.png");
+    if (isEdit && !(job.half || job.window || job.outside)) add("--mask", "mask.png");
+    for (const shape of ["half", "window", "outside"]) add(`--${shape}`, job[shape]);
+    add("-n", job.count);
+    add("--seed", job.seed);
+    add("--class", job.class);
+    for (const spec of SCALE_FIELDS) add(spec.option, job[spec.name] === undefined ? undefined : [job[spec.name]].flat().join(","));
+    add(isEdit ? "--candidates" : "--best-of", job.best_of);
+    if (isEdit && job.paste) words.push("--paste-into", `image.${edit.extension || "png"}`, "-o", "out.png");
+    return words.map(quoted).join(" ");
+}
+
+function previewCommand(form, place, more = {}) {
+    if (!models.length) return;
+    try {
+        showCommand(place, commandOf({ ...form.job(), ...more }));
+    } catch {
+        place.replaceChildren();
+    }
+}
+
+// ---- Results ----
+
+const titleOf = (run) => [run.job.model, run.job.class, run.job.seed === undefined ? null : `seed ${run.job.seed}`].filter(Boolean).join(", ");
+const fileName = (p) => `imagebart-${p.run.job.model}-${p.run.job.seed}-${(p.run.job.first || 0) + p.k}.png`;
+const latestPreview = (p) => p.previews[Math.min(...Object.keys(p.previews).map(Number))];
+
+// A card for a run: title, progress, pictures, command line. Made once, then updated.
+function showCard(run) {
+    if (!run.card) {
+        const place = $(run.kind === "inpaint" ? "edit-results" : "sample-results");
+        const part = (tag, name) => element(tag, { className: name });
+        run.card = element("article", { className: "card" });
+        run.title = part("h3", "");
+        run.text = part("p", "state");
+        run.bars = part("div", "bars");
+        run.grid = part("div", "pictures");
+        run.line = part("div", "command");
+        run.cancel = button("Cancel", () => cancelRun(run));
+        run.again = button("Use these settings", () => (run.kind === "inpaint" ? editForm : sampleForm).fill(run.job), { className: "quiet" });
+        run.remove = button("Remove", () => removeRun(run), { className: "quiet" });
+        run.card.append(run.title, run.text, run.bars, run.grid, run.line, element("div", { className: "run" }, run.cancel, run.again, run.remove));
+        place.prepend(run.card);
+        for (const empty of place.querySelectorAll(":scope > .empty")) empty.remove();
+        for (let k = 0; k < (run.job ? run.job.count : 0); k++) updatePicture(run, k);
+    }
+    updateCard(run);
+}
+
+function stateText(run) {
+    const left = run.left === null ? "" : `, about ${run.left < 1 ? "a second" : plural(Math.round(run.left), "second", "seconds")} left`;
+    if (run.wantsCancel && !isOver(run)) return "Cancelling …";
+    switch (run.state) {
+    case "sending": return "Sending …";
+    case "queued": return run.place ? `Waiting: ${plural(run.place, "job", "jobs")} before it.` : "Beginning …";
+    case "running": return run.note || `Scale ${run.scale} of ${run.scales}${left}.`;
+    case "done": return run.took === undefined ? "Done." : `Done in ${shown(run.took, 2)} s.`;
+    case "cancelled": return "Cancelled; what was finished is here.";
+    default: return run.error;
+    }
+}
+
+function updateCard(run) {
+    if (!run.card) return;
+    const running = !isOver(run), T = run.scales || 0;
+    run.title.textContent = titleOf(run);
+    run.text.textContent = stateText(run);
+    run.text.classList.toggle("error", run.state === "failed");
+    run.cancel.hidden = !running;
+    run.cancel.disabled = Boolean(run.wantsCancel);
+    run.again.hidden = run.remove.hidden = running;
+    run.bars.hidden = !running;
+    run.card.setAttribute("aria-busy", String(running));
+    if (run.bars.children.length !== T + 1)
+        run.bars.replaceChildren(element("progress", { max: 1, value: 0, className: "all", "aria-label": "All of it" }),
+            ...Array.from({ length: T }, (_, i) => element("label", {}, element("progress", { max: 1, value: 0 }), `scale ${T - i}`)));
+    run.bars.firstChild.value = run.fraction;
+    for (let i = 0; i < T; i++) run.bars.children[i + 1].firstChild.value = run.scaleFraction[T - i] || 0;
+    if (run.command && run.line.dataset.command !== run.command) {
+        run.line.dataset.command = run.command;
+        showCommand(run.line, run.command);
+    }
+    if (edit.run === run) showEditState(run);
+}
+
+// Beneath the canvas, where the eye is
+function showEditState(run) {
+    const running = run !== null && !isOver(run);
+    $("edit-state").textContent = run ? stateText(run) : "";
+    $("edit-state").classList.toggle("error", run !== null && run.state === "failed");
+    $("edit-progress").hidden = $("edit-cancel").hidden = !running;
+    $("edit-progress").value = run ? run.fraction : 0;
+    $("edit-cancel").disabled = Boolean(run && run.wantsCancel);
+    $("edit-run").disabled = running;
+}
+
+function removeRun(run) {
+    runs.splice(runs.indexOf(run), 1);
+    run.card.remove();
+    run.pictures.forEach((p) => p.url && URL.revokeObjectURL(p.url));
+    if (run.id) call(`api/jobs/${run.id}`, { method: "DELETE" }).catch(() => {});
+    remember();
+}
+
+// The figure of picture k: its last preview until it is there
+function updatePicture(run, k) {
+    const picture = pictureOf(run, k), address = picture.url || latestPreview(picture), r = picture.result;
+    if (!run.card) return;
+    if (!picture.figure) {
+        picture.image = element("img", { alt: "" });
+        picture.open = button("", () => (run.kind === "inpaint" && edit.run === run ? showCandidate(k) : openViewer(picture)), { className: "picture" });
+        picture.open.append(picture.image);
+        picture.caption = element("figcaption");
+        picture.figure = element("figure", {}, picture.open, picture.caption);
+        run.grid.append(picture.figure);
+    }
+    if (address) picture.image.src = address;
+    picture.image.hidden = !address;
+    picture.open.disabled = !address;
+    picture.image.classList.toggle("unfinished", !picture.url);
+    const name = r && r.class ? r.class : `picture ${k + 1}`;
+    picture.open.setAttribute("aria-label", picture.url ? `${name}: enlarge` : `${name}, unfinished`);
+    picture.caption.replaceChildren();
+    if (picture.url)
+        picture.caption.append(
+            element("span", { textContent: r ? `${r.class || ""} ${r.bound === undefined ? "" : shown(r.bound, 3)}`.trim() : "", title: "How likely the model finds it, in nats per token: nearer to 0 is likelier" }),
+            button("Edit", () => editPicture(picture), { className: "quiet" }), button("Learn", () => learnFrom(picture), { className: "quiet" }));
+    if (run.kind === "inpaint" && edit.run === run && !picture.url && k === 0 && address) showPreview(address);
+}
+
+// ---- The viewer: one picture, large ----
+
+let viewed = null; // picture
+let film = 0; // timer of the animation
+
+function openViewer(picture) {
+    viewed = picture;
+    stopFilm();
+    const { run, k, result } = picture, size = result ? `${result.width} × ${result.height}` : "";
+    $("viewer-title").textContent = `${titleOf(run)}, picture ${(run.job.first || 0) + k}`;
+    $("viewer-picture").src = picture.url || latestPreview(picture);
+    $("viewer-picture").alt = result && result.class ? result.class : "the picture";
+    $("viewer-text").textContent = result ? `${size} pixels. ${result.bound.toFixed(3)} nats per token: the nearer to 0, the likelier the model finds it.` : "Unfinished.";
+    $("viewer-save").href = picture.url || latestPreview(picture);
+    $("viewer-save").download = fileName(picture);
+    $("viewer-play").disabled = !Object.keys(picture.previews).length;
+    for (const id of ["viewer-copy", "viewer-edit", "viewer-learn"]) $(id).disabled = !picture.blob;
+    $("viewer-previous").disabled = k === 0;
+    $("viewer-next").disabled = k + 1 >= run.pictures.length;
+    if (!$("viewer").open) $("viewer").showModal();
+}
+
+function viewNext(by) {
+    const next = viewed && viewed.run.pictures[viewed.k + by];
+    if (next && (next.url || latestPreview(next))) openViewer(next);
+}
+
+// Addresses of the picture's steps, from the noisiest on, the picture itself last
+function stepsOf(picture) {
+    const scales = Object.keys(picture.previews).map(Number).sort((a, b) => b - a);
+    const steps = scales.map((s) => ({ scale: s, address: picture.previews[s] }));
+    if (picture.url && picture.run.kind !== "inpaint") (steps.at(-1) || {}).scale === 1 && steps.pop(), steps.push({ scale: 1, address: picture.url });
+    else if (picture.url && !steps.length) steps.push({ scale: 1, address: picture.url });
+    return steps;
+}
+
+function stopFilm() {
+    clearInterval(film);
+    film = 0;
+}
+
+// From noise to the picture, a step every half second
+function playFilm(picture, show) {
+    const steps = stepsOf(picture);
+    let i = 0;
+    stopFilm();
+    const next = () => {
+        show(steps[i], i);
+        if (++i === steps.length) stopFilm();
+    };
+    film = setInterval(next, 600);
+    next();
+}
+
+async function copyPicture(picture) {
+    try {
+        await navigator.clipboard.write([new ClipboardItem({ "image/png": picture.blob })]);
+        say("The picture was copied.");
+    } catch {
+        say("The browser allows no copying here (it wants https or this machine); “Save” does.", true);
+    }
+}
+
+function startViewer() {
+    $("viewer-previous").onclick = () => viewNext(-1);
+    $("viewer-next").onclick = () => viewNext(1);
+    $("viewer-play").onclick = () => playFilm(viewed, (step) => ($("viewer-picture").src = step.address));
+    $("viewer-copy").onclick = () => copyPicture(viewed);
+    $("viewer-edit").onclick = () => ($("viewer").close(), editPicture(viewed));
+    $("viewer-learn").onclick = () => ($("viewer").close(), learnFrom(viewed));
+    $("viewer-close").onclick = () => $("viewer").close();
+    $("viewer").onclose = stopFilm;
+    $("viewer").onkeydown = (e) => {
+        if (e.key === "ArrowLeft") viewNext(-1);
+        if (e.key === "ArrowRight") viewNext(1);
+    };
+}
+
+// ---- Mask: 1 is drawn anew. It has the picture's size, belongs to it, and stays until somebody clears it ----
+
+// A change is the list of runs [from, length, from, length, ...] of pixels that were flipped: flipping them again undoes
+// it. So fifty changes of a photograph of 24 megapixels take little memory.
+const edit = {
+    file: null, extension: "png", // what was opened: goes to the server as it is
+    bitmap: null, W: 0, H: 0, // bitmap: for the screen, may be smaller than the picture
+    mask: null, shape: null, // shape: {half: "upper"}, {window: 24}, {outside: 24}: the mask is just that
+    changes: [], at: 0, // changes[at ...] were undone
+    square: null, cells: null, problem: "", // what the model sees: {x, y, side}; its tokens
+    run: null, candidate: -1, after: null, preview: null, // the run whose results are shown on the canvas
+    tool: "brush", size: 8, stroke: null, cursor: null,
+};
+
+// Pixels from..to-1 become value; those that were not are added to the runs.
+function setRun(runList, from, to, value) {
+    const mask = edit.mask;
+    for (let i = from; i < to; i++) {
+        if (mask[i] === value) continue;
+        const first = i;
+        while (i < to && mask[i] !== value) mask[i++] = value;
+        runList.push(first, i - first);
+    }
+}
+
+function flip(runList) {
+    for (let r = 0; r < runList.length; r += 2)
+        for (let i = runList[r], end = i + runList[r + 1]; i < end; i++) edit.mask[i] ^= 1;
+}
+
+// A round dab of this diameter with its middle at x, y; at least the pixel that lies there
+function dab(runList, x, y, diameter, value) {
+    const { W, H } = edit, r = diameter / 2;
+    for (let row = Math.max(0, Math.ceil(y - r - 0.5)); row <= Math.min(H - 1, Math.floor(y + r - 0.5)); row++) {
+        const half = Math.sqrt(Math.max(0, r * r - (row + 0.5 - y) ** 2));
+        const from = Math.max(0, Math.ceil(x - half - 0.5)), to = Math.min(W - 1, Math.floor(x + half - 0.5));
+        if (from <= to) setRun(runList, row * W + from, row * W + to + 1, value);
+    }
+    const px = Math.floor(x), py = Math.floor(y);
+    if (px >= 0 && py >= 0 && px < W && py < H) setRun(runList, py * W + px, py * W + px + 1, value);
+}
+
+function commit(runList, shape) {
+    if (!runList.length && shape === edit.shape) return maskChanged();
+    edit.changes.length = edit.at;
+    edit.changes.push({ runs: Uint32Array.from(runList), before: edit.shape, after: shape });
+    edit.at++;
+    edit.shape = shape;
+    maskChanged();
+}
+
+function undo() {
+    if (edit.stroke || !edit.at) return;
+    const change = edit.changes[--edit.at];
+    flip(change.runs);
+    edit.shape = change.before;
+    maskChanged();
+}
+
+function redo() {
+    if (edit.stroke || edit.at === edit.changes.length) return;
+    const change = edit.changes[edit.at++];
+    flip(change.runs);
+    edit.shape = change.after;
+    maskChanged();
+}
+
+// The mask becomes what drawnAnew(x, y) says of each pixel.
+function fillMask(drawnAnew, shape) {
+    const { W, H } = edit, list = [];
+    for (let y = 0; y < H; y++)
+        for (let x = 0; x < W; ) {
+            const value = drawnAnew(x, y) ? 1 : 0, first = x;
+            while (x < W && (drawnAnew(x, y) ? 1 : 0) === value) x++;
+            setRun(list, y * W + first, y * W + x, value);
+        }
+    commit(list, shape);
+}
+
+function invertMask() {
+    if (!edit.mask) return;
+    const all = [0, edit.mask.length];
+    flip(all);
+    commit(all, null);
+}
+
+function clearMask() {
+    const list = [];
+    if (!edit.mask) return;
+    setRun(list, 0, edit.mask.length, 0);
+    commit(list, null);
+}
+
+const editModel = () => modelOf(editForm.model.value);
+
+// The square in the middle of the picture
+function middleSquare() {
+    const side = Math.min(edit.W, edit.H);
+    return { x: Math.floor((edit.W - side) / 2), y: Math.floor((edit.H - side) / 2), side };
+}
+
+// Is the model's pixel x, y of this shape drawn anew? As sampling/region.c.
+function inShape(shape, x, y, side) {
+    const size = shape.window || shape.outside, from = Math.floor((side - size) / 2), to = Math.floor((side + size) / 2);
+    const middle = Math.floor(side / 2), inside = x >= from && x < to && y >= from && y < to;
+    if (shape.window) return inside;
+    if (shape.outside) return !inside;
+    return { upper: y < middle, lower: y >= middle, left: x < middle, right: x >= middle }[shape.half];
+}
+
+function setShape(shape) {
+    if (!edit.mask) return;
+    const s = middleSquare(), side = editModel().width, at = (i) => Math.floor((i * side) / s.side);
+    fillMask((x, y) => x >= s.x && y >= s.y && x < s.x + s.side && y < s.y + s.side && inShape(shape, at(x - s.x), at(y - s.y), side), shape);
+}
+
+// The rectangle in which the mask's hole lies, or null
+function holeBox() {
+    const { mask, W, H } = edit, box = { x0: W, y0: H, x1: 0, y1: 0 };
+    const first = mask.indexOf(1);
+    if (first < 0) return null;
+    box.y0 = Math.floor(first / W);
+    box.y1 = Math.floor(mask.lastIndexOf(1) / W) + 1;
+    for (let y = box.y0; y < box.y1; y++) {
+        const from = mask.subarray(y * W, y * W + W).indexOf(1);
+        if (from < 0) continue;
+        box.x0 = Math.min(box.x0, from);
+        let to = W;
+        while (to > box.x1 && !mask[y * W + to - 1]) to--;
+        box.x1 = Math.max(box.x1, to);
+    }
+    return box;
+}
+
+// The square that the model sees: around a painted hole, twice as wide, and at least of the model's size. As sampling/edit.c.
+function findSquare(box) {
+    if (!box || edit.shape || !$("paste").checked) return middleSquare();
+    const { W, H } = edit, most = Math.min(W, H), size = Math.max(box.x1 - box.x0, box.y1 - box.y0);
+    if (size > most) return null;
+    const side = Math.min(Math.max(2 * size, editModel().width), most);
+    const place = (from, to, n) => Math.min(Math.max(0, Math.floor((from + to) / 2) - Math.floor(side / 2)), n - side);
+    return { x: place(box.x0, box.x1, W), y: place(box.y0, box.y1, H), side };
+}
+
+// Which tokens of the square have a pixel that is drawn anew
+function findCells(square) {
+    const [rows, columns] = editModel().grid, cells = new Uint8Array(rows * columns), { mask, W } = edit;
+    for (let r = 0; r < rows; r++)
+        for (let c = 0; c < columns; c++) {
+            const x0 = square.x + Math.floor((c * square.side) / columns), x1 = square.x + Math.ceil(((c + 1) * square.side) / columns);
+            const y0 = square.y + Math.floor((r * square.side) / rows), y1 = square.y + Math.ceil(((r + 1) * square.side) / rows);
+            for (let y = y0; y < y1 && !cells[r * columns + c]; y++)
+                if (mask.subarray(y * W + x0, y * W + x1).includes(1)) cells[r * columns + c] = 1;
+        }
+    return cells;
+}
+
+function maskChanged() {
+    const box = edit.mask && holeBox();
+    edit.square = edit.mask && findSquare(box);
+    edit.cells = edit.square && findCells(edit.square);
+    edit.problem = !edit.mask ? "Open a picture first." : !box ? "Paint what is to be drawn anew first." :
+        !edit.square ? "The painted part fits no square of the picture: make it smaller." : "";
+    $("undo").disabled = !edit.at;
+    $("redo").disabled = edit.at === edit.changes.length;
+    for (const id of ["invert", "clear", "mask-save", "fit", "zoom-in", "zoom-out"]) $(id).disabled = !edit.mask;
+    const [name, value] = Object.entries(edit.shape || {})[0] || [""];
+    $("shape").value = name === "half" ? `half:${value}` : name;
+    $("shape-size-label").hidden = name !== "window" && name !== "outside";
+    if (name === "window" || name === "outside") $("shape-size").value = value;
+    aboutEdit();
+    editChanged();
+    draw();
+}
+
+function aboutEdit() {
+    if (!edit.file) return;
+    const n = edit.cells ? edit.cells.reduce((a, b) => a + b, 0) : 0;
+    const tokens = edit.cells && n ? ` ${n} of ${edit.cells.length} tokens are drawn anew.` : "";
+    $("edit-about").textContent = `${edit.about}.${tokens} ${edit.problem}`;
+}
+
+// ---- A mask as a file: a PNG of one bit a pixel, black where it is drawn anew ----
+
+const crcTable = Uint32Array.from({ length: 256 }, (_, n) => {
+    for (let k = 0; k < 8; k++) n = n & 1 ? 0xedb88320 ^ (n >>> 1) : n >>> 1;
+    return n;
+});
+
+function pngChunk(type, data) {
+    const chunk = new Uint8Array(12 + data.length), view32 = new DataView(chunk.buffer);
+    view32.setUint32(0, data.length);
+    for (let i = 0; i < 4; i++) chunk[4 + i] = type.charCodeAt(i);
+    chunk.set(data, 8);
+    let crc = 0xffffffff;
+    for (let i = 4; i < 8 + data.length; i++) crc = crcTable[(crc ^ chunk[i]) & 255] ^ (crc >>> 8);
+    view32.setUint32(8 + data.length, ~crc >>> 0);
+    return chunk;
+}
+
+async function maskFile() {
+    const { mask, W, H } = edit, bytes = Math.ceil(W / 8), rows = new Uint8Array((bytes + 1) * H), head = new Uint8Array(13);
+    for (let y = 0; y < H; y++)
+        for (let x = 0; x < W; x++) if (!mask[y * W + x]) rows[y * (bytes + 1) + 1 + (x >> 3)] |= 128 >> (x & 7);
+    const packed = new Blob([rows]).stream().pipeThrough(new CompressionStream("deflate"));
+    new DataView(head.buffer).setUint32(0, W);
+    new DataView(head.buffer).setUint32(4, H);
+    head[8] = 1;
+    const data = new Uint8Array(await new Response(packed).arrayBuffer());
+    const signature = Uint8Array.from([137, 80, 78, 71, 13, 10, 26, 10]);
+    return new Blob([signature, pngChunk("IHDR", head), pngChunk("IDAT", data), pngChunk("IEND", new Uint8Array(0))], { type: "image/png" });
+}
+
+function saveBlob(blob, name) {
+    const url = URL.createObjectURL(blob);
+    element("a", { href: url, download: name }).click();
+    setTimeout(() => URL.revokeObjectURL(url), 60000);
+}
+
+// A mask from a file of the picture's size, or of the model's, then of the square in the middle. Dark and transparent
+// parts are drawn anew.
+async function loadMask(file) {
+    let bitmap;
+    try {
+        bitmap = await createImageBitmap(file);
+    } catch {
+        return say(`${file.name}: not a picture that this browser can read.`, true);
+    }
+    const { W, H } = edit, side = editModel().width, whole = bitmap.width === W && bitmap.height === H;
+    if (!edit.mask || (!whole && (bitmap.width !== side || bitmap.height !== side)))
+        return say(`The mask has ${bitmap.width} × ${bitmap.height} pixels; expected ${W} × ${H} as the picture, or ${side} × ${side}.`, true);
+    const canvas = element("canvas", { width: bitmap.width, height: bitmap.height }), c = canvas.getContext("2d");
+    c.drawImage(bitmap, 0, 0);
+    const pixels = c.getImageData(0, 0, bitmap.width, bitmap.height).data, s = middleSquare();
+    const isDark = (x, y) => {
+        const i = 4 * (y * bitmap.width + x);
+        return pixels[i + 3] < 128 || pixels[i] + pixels[i + 1] + pixels[i + 2] < 3 * 128;
+    };
+    const at = (i) => Math.floor((i * side) / s.side);
+    if (whole) fillMask(isDark, null);
+    else fillMask((x, y) => x >= s.x && y >= s.y && x < s.x + s.side && y < s.y + s.side && isDark(at(x - s.x), at(y - s.y)), null);
+    say("The mask was loaded.");
+}
+
+// ---- Canvas ----
+
+const canvas = $("canvas"), pen = canvas.getContext("2d");
+const tint = element("canvas"); // the mask as it is seen
+const view = { x: 0, y: 0, scale: 1 }; // picture pixel at the upper left corner; pixels of the canvas for one of the picture
+const colours = { mask: [230, 0, 126, 120], cell: "rgba(230, 0, 126, 0.22)", line: "rgba(128, 128, 128, 0.55)" };
+
+// The pixel of the picture under a pointer, with its fraction. From the canvas's rectangle at this moment, so that page
+// zoom, scrolling, resizing and the pixel ratio need no care anywhere.
+function pixelAt(event) {
+    const r = canvas.getBoundingClientRect();
+    return {
+        x: view.x + ((event.clientX - r.left) * canvas.width) / r.width / view.scale,
+        y: view.y + ((event.clientY - r.top) * canvas.height) / r.height / view.scale,
+    };
+}
+
+const fitScale = () => Math.min(canvas.width / edit.W, canvas.height / edit.H);
+
+// Within: the whole picture, and 32 screen pixels for one of its own
+function setView(x, y, scale) {
+    const low = fitScale(), high = Math.max(32 * devicePixelRatio, low);
+    view.scale = clamp(scale, low, high);
+    const w = canvas.width / view.scale, h = canvas.height / view.scale;
+    view.x = w >= edit.W ? (edit.W - w) / 2 : clamp(x, 0, edit.W - w);
+    view.y = h >= edit.H ? (edit.H - h) / 2 : clamp(y, 0, edit.H - h);
+    draw();
+}
+
+const fit = () => edit.mask && setView(0, 0, 0);
+
+// The pixel p stays where it is on the screen.
+function zoomAbout(p, factor) {
+    const scale = clamp(view.scale * factor, fitScale(), Math.max(32 * devicePixelRatio, fitScale()));
+    setView(p.x - ((p.x - view.x) * view.scale) / scale, p.y - ((p.y - view.y) * view.scale) / scale, scale);
+}
+
+const zoomMiddle = (factor) => edit.mask && zoomAbout({ x: view.x + canvas.width / view.scale / 2, y: view.y + canvas.height / view.scale / 2 }, factor);
+
+// The canvas has the screen's pixels; what was in its middle stays there.
+function resizeCanvas() {
+    const w = Math.round(canvas.clientWidth * devicePixelRatio), h = Math.round(canvas.clientHeight * devicePixelRatio);
+    if (!w || !h || (w === canvas.width && h === canvas.height)) return;
+    const wasFit = !edit.mask || view.scale <= fitScale() * 1.0001, factor = w / canvas.width;
+    const middle = { x: view.x + canvas.width / view.scale / 2, y: view.y + canvas.height / view.scale / 2 };
+    canvas.width = w;
+    canvas.height = h;
+    if (!edit.mask) return draw();
+    if (wasFit) return fit();
+    const scale = view.scale * factor;
+    setView(middle.x - w / scale / 2, middle.y - h / scale / 2, scale);
+}
+
+let isDrawing = false;
+function draw() {
+    if (!isDrawing) requestAnimationFrame(drawNow);
+    isDrawing = true;
+}
+
+function drawNow() {
+    isDrawing = false;
+    resizeCanvas();
+    pen.clearRect(0, 0, canvas.width, canvas.height);
+    if (!edit.mask) return;
+    const { W, H } = edit, s = view.scale;
+    pen.setTransform(s, 0, 0, s, -view.x * s, -view.y * s);
+    pen.imageSmoothingEnabled = s < 2;
+    pen.drawImage(edit.bitmap, 0, 0, W, H);
+    if (edit.preview && edit.square) pen.drawImage(edit.preview, edit.square.x, edit.square.y, edit.square.side, edit.square.side);
+    if (edit.after) drawAfter(Number($("split").value) / 100);
+    else if (!edit.preview) drawMask();
+    if (!edit.after && edit.square && $("grid").checked) drawGrid(edit.square);
+    if (edit.cursor && !edit.after && edit.tool !== "move") drawRing(edit.cursor);
+    pen.setTransform(1, 0, 0, 1, 0, 0);
+}
+
+// The picture after, left of the line; before, right of it. A result of the model's own size lies in its square.
+function drawAfter(share) {
+    const { W, H } = edit, at = edit.isSquare ? middleSquare() : null;
+    pen.save();
+    pen.beginPath();
+    pen.rect(0, 0, W * share, H);
+    pen.clip();
+    if (!at) pen.clearRect(0, 0, W * share, H);
+    if (at) pen.drawImage(edit.after, at.x, at.y, at.side, at.side);
+    else pen.drawImage(edit.after, 0, 0, W, H);
+    pen.restore();
+    if (share <= 0 || share >= 1) return;
+    pen.fillStyle = "#fff";
+    pen.fillRect(W * share - 1 / view.scale, 0, 2 / view.scale, H);
+}
+
+// The part of the mask that is seen: a pixel each, or, of a picture larger than the screen, as many as the screen has
+function drawMask() {
+    const { mask, W, H } = edit, step = Math.max(1, 1 / view.scale);
+    const x0 = Math.max(0, Math.floor(view.x)), y0 = Math.max(0, Math.floor(view.y));
+    const n = Math.ceil((Math.min(W, Math.ceil(view.x + canvas.width / view.scale)) - x0) / step);
+    const m = Math.ceil((Math.min(H, Math.ceil(view.y + canvas.height / view.scale)) - y0) / step);
+    if (n <= 0 || m <= 0) return;
+    tint.width = n;
+    tint.height = m;
+    const c = tint.getContext("2d"), image = c.createImageData(n, m), pixels = new Uint32Array(image.data.buffer);
+    const colour = new Uint32Array(Uint8Array.from(colours.mask).buffer)[0];
+    for (let j = 0; j < m; j++) {
+        const row = (y0 + Math.floor(j * step)) * W + x0;
+        for (let i = 0; i < n; i++) if (mask[row + Math.floor(i * step)]) pixels[j * n + i] = colour;
+    }
+    c.putImageData(image, 0, 0);
+    pen.imageSmoothingEnabled = false;
+    pen.drawImage(tint, x0, y0, n * step, m * step);
+}
+
+function drawGrid(square) {
+    const [rows, columns] = editModel().grid, w = square.side / columns, h = square.side / rows;
+    pen.fillStyle = colours.cell;
+    edit.cells.forEach((cell, i) => cell && pen.fillRect(square.x + (i % columns) * w, square.y + Math.floor(i / columns) * h, w, h));
+    pen.strokeStyle = colours.line;
+    pen.lineWidth = 1 / view.scale;
+    pen.beginPath();
+    for (let c = 0; c <= columns; c++) pen.moveTo(square.x + c * w, square.y), pen.lineTo(square.x + c * w, square.y + square.side);
+    for (let r = 0; r <= rows; r++) pen.moveTo(square.x, square.y + r * h), pen.lineTo(square.x + square.side, square.y + r * h);
+    pen.stroke();
+}
+
+// What the next dab will paint
+function drawRing(p) {
+    for (const [colour, width] of [["#000", 3], ["#fff", 1.5]]) {
+        pen.strokeStyle = colour;
+        pen.lineWidth = (width * devicePixelRatio) / view.scale;
+        pen.beginPath();
+        pen.arc(p.x, p.y, edit.size / 2, 0, 2 * Math.PI);
+        pen.stroke();
+    }
+}
+
+// ---- Pointers: mouse, pen, fingers ----
+
+const fingers = new Map(); // pointers that are down: id -> event
+let panFrom = null; // {x, y}: the picture's pixel that stays under the pointer
+let pinch = null; // {p, distance}: the same for two fingers, and how far they were apart
+let penSeen = -Infinity; // while a pen is near, a palm does not paint
+let spaceIsDown = false, pointerIsOver = false;
+const PEN_NEAR = 1000; // milliseconds
+
+function beginStroke(p) {
+    hideResult();
+    edit.stroke = { runs: [], value: edit.tool === "eraser" ? 0 : 1, last: p };
+    strokeTo(p);
+}
+
+function strokeTo(p) {
+    const { last, runs: list, value } = edit.stroke, far = Math.hypot(p.x - last.x, p.y - last.y);
+    const steps = Math.max(1, Math.ceil(far / Math.max(0.5, edit.size / 8)));
+    for (let i = 1; i <= steps; i++) dab(list, last.x + ((p.x - last.x) * i) / steps, last.y + ((p.y - last.y) * i) / steps, edit.size, value);
+    edit.stroke.last = p;
+    draw();
+}
+
+function endStroke(keep) {
+    const stroke = edit.stroke;
+    edit.stroke = null;
+    if (!stroke) return;
+    if (keep && stroke.runs.length) return commit(stroke.runs, null);
+    flip(stroke.runs);
+    maskChanged();
+}
+
+function pinchOf() {
+    const [a, b] = [...fingers.values()];
+    return { at: { clientX: (a.clientX + b.clientX) / 2, clientY: (a.clientY + b.clientY) / 2 }, distance: Math.hypot(a.clientX - b.clientX, a.clientY - b.clientY) };
+}
+
+// So that the pixel p comes to lie under the pointer
+function panTo(event, p) {
+    const now = pixelAt(event);
+    setView(view.x + p.x - now.x, view.y + p.y - now.y, view.scale);
+}
+
+canvas.onpointerdown = (e) => {
+    if (!edit.mask) return;
+    if (e.pointerType === "pen") penSeen = e.timeStamp;
+    if (e.pointerType === "touch" && e.timeStamp - penSeen < PEN_NEAR) return;
+    canvas.focus({ preventScroll: true });
+    try {
+        canvas.setPointerCapture(e.pointerId);
+    } catch {
+        // it was released already
+    }
+    fingers.set(e.pointerId, e);
+    if (e.pointerType === "touch" && fingers.size === 2) {
+        endStroke(false);
+        panFrom = null;
+        const two = pinchOf();
+        pinch = { p: pixelAt(two.at), distance: two.distance, scale: view.scale };
+    } else if (fingers.size > 1) return;
+    else if (e.button === 1 || spaceIsDown || edit.tool === "move") panFrom = pixelAt(e);
+    else if (e.button === 0) beginStroke(pixelAt(e));
+    e.preventDefault();
+};
+
+canvas.onpointermove = (e) => {
+    if (!edit.mask) return;
+    if (e.pointerType === "pen") penSeen = e.timeStamp;
+    edit.cursor = e.pointerType === "touch" ? null : pixelAt(e);
+    if (!fingers.has(e.pointerId)) return draw();
+    fingers.set(e.pointerId, e);
+    if (pinch && fingers.size === 2) {
+        const two = pinchOf();
+        setView(view.x, view.y, (pinch.scale * two.distance) / Math.max(1, pinch.distance));
+        panTo(two.at, pinch.p);
+    } else if (panFrom) panTo(e, panFrom);
+    else if (edit.stroke) {
+        const between = e.getCoalescedEvents ? e.getCoalescedEvents() : [];
+        for (const part of between.length ? between : [e]) strokeTo(pixelAt(part));
+    }
+};
+
+function pointerEnds(e, keep) {
+    if (!fingers.delete(e.pointerId)) return;
+    if (fingers.size < 2) pinch = null;
+    panFrom = null;
+    endStroke(keep);
+}
+canvas.onpointerup = (e) => pointerEnds(e, true);
+canvas.onpointercancel = (e) => pointerEnds(e, false);
+canvas.onlostpointercapture = (e) => pointerEnds(e, true);
+canvas.onpointerenter = () => (pointerIsOver = true);
+canvas.onpointerleave = () => {
+    pointerIsOver = false;
+    edit.cursor = null;
+    draw();
+};
+
+canvas.addEventListener("wheel", (e) => {
+    if (!edit.mask || !e.deltaY) return;
+    e.preventDefault();
+    if (e.ctrlKey || e.metaKey || edit.tool === "move") zoomAbout(pixelAt(e), Math.exp(-clamp(e.deltaY, -200, 200) / 400));
+    else setSize(edit.size * (e.deltaY < 0 ? 1.15 : 1 / 1.15), Math.sign(-e.deltaY));
+}, { passive: false });
+
+// ---- Brush and keys ----
+
+const mostSize = () => Math.max(16, Math.max(edit.W, edit.H));
+
+// by: the least that it changes
+function setSize(size, by = 0) {
+    const rounded = size < 1.5 && !by ? 1 : Math.round(size);
+    edit.size = clamp(by > 0 ? Math.max(rounded, edit.size + 1) : by < 0 ? Math.min(rounded, edit.size - 1) : rounded, 1, mostSize());
+    $("brush-size").value = edit.size;
+    $("brush-slider").value = (100 * Math.log(edit.size)) / Math.log(mostSize());
+    draw();
+}
+
+function setTool(tool) {
+    edit.tool = tool;
+    for (const name of ["brush", "eraser", "move"]) {
+        $(`tool-${name}`).setAttribute("aria-checked", String(name === tool));
+        $(`tool-${name}`).tabIndex = name === tool ? 0 : -1;
+    }
+    canvas.style.cursor = tool === "move" ? "grab" : "crosshair";
+    draw();
+}
+
+// The cursor of the keyboard goes from token to token, or by pixels.
+function moveCursor(dx, dy, byPixel) {
+    const s = edit.square || middleSquare(), [rows, columns] = editModel().grid, w = s.side / columns, h = s.side / rows;
+    const p = edit.cursor || { x: s.x + s.side / 2, y: s.y + s.side / 2 };
+    const middle = (v, from, step, d) => from + (Math.floor((v - from) / step) + 0.5 + d) * step;
+    edit.cursor = byPixel ? { x: p.x + dx, y: p.y + dy } : { x: middle(p.x, s.x, w, dx), y: middle(p.y, s.y, h, dy) };
+    edit.cursor = { x: clamp(edit.cursor.x, 0, edit.W - 0.5), y: clamp(edit.cursor.y, 0, edit.H - 0.5) };
+    const painted = edit.mask[Math.floor(edit.cursor.y) * edit.W + Math.floor(edit.cursor.x)];
+    say(`${Math.floor(edit.cursor.x)}, ${Math.floor(edit.cursor.y)}: ${painted ? "drawn anew" : "kept"}`);
+    draw();
+}
+
+function dabAtCursor(value) {
+    if (!edit.cursor) return moveCursor(0, 0, false);
+    hideResult();
+    const list = [];
+    dab(list, edit.cursor.x, edit.cursor.y, edit.size, value);
+    commit(list, null);
+}
+
+const CANVAS_KEYS = {
+    "[": () => setSize(edit.size / 1.15, -1), "]": () => setSize(edit.size * 1.15, 1),
+    "+": () => zoomMiddle(1.25), "=": () => zoomMiddle(1.25), "-": () => zoomMiddle(0.8), f: fit, 0: fit,
+    x: () => setTool(edit.tool === "brush" ? "eraser" : "brush"), b: () => toggleBefore(),
+    Enter: () => dabAtCursor(1), Delete: () => dabAtCursor(0), Backspace: () => dabAtCursor(0),
+};
+const ARROWS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
+
+function onEditKey(e) {
+    if ($("edit").hidden || !edit.mask || $("viewer").open) return;
+    const isTyping = e.target.matches("input[type=text], textarea, select");
+    const key = e.key.length === 1 ? e.key.toLowerCase() : e.key, command = e.ctrlKey || e.metaKey;
+    if (command && !isTyping && (key === "z" || key === "y")) {
+        if (key === "y" || e.shiftKey) redo();
+        else undo();
+        return e.preventDefault();
+    }
+    const onCanvas = document.activeElement === canvas || (pointerIsOver && document.activeElement === document.body);
+    if (command || e.altKey || isTyping || !onCanvas) return;
+    if (key === " ") spaceIsDown = true;
+    else if (ARROWS[key]) moveCursor(...ARROWS[key], e.shiftKey);
+    else if (CANVAS_KEYS[key]) CANVAS_KEYS[key]();
+    else return;
+    e.preventDefault();
+}
+
+// ---- Edit: a picture, its mask, and what became of it ----
+
+let editForm;
+
+// What a file is by its first bytes
+async function kindOf(file) {
+    const b = new Uint8Array(await file.slice(0, 12).arrayBuffer()), ascii = String.fromCharCode(...b);
+    if (ascii.startsWith("\x89PNG")) return "png";
+    if (b[0] === 0xff && b[1] === 0xd8) return "jpg";
+    if (ascii.startsWith("RIFF") && ascii.endsWith("WEBP")) return "webp";
+    return null;
+}
+
+// Opens a picture. keepMask: it is a result of the one before, so that the mask still fits.
+async function openPicture(file, keepMask = false) {
+    const kind = await kindOf(file);
+    if (!kind) return say(`${file.name || "This"} is ${file.type || "no picture"}: PNG, JPEG and WebP are understood.`, true);
+    let bitmap;
+    try {
+        bitmap = await createImageBitmap(file);
+    } catch {
+        return say(`${file.name || "The picture"} cannot be read: it seems to be damaged.`, true);
+    }
+    const { width: W, height: H } = bitmap, MOST = 4096;
+    if (Math.max(W, H) > MOST) { // the screen shows no more; the file itself goes to the server
+        const small = await createImageBitmap(bitmap, { resizeWidth: Math.round((W * MOST) / Math.max(W, H)), resizeQuality: "high" });
+        bitmap.close();
+        bitmap = small;
+    }
+    const stays = keepMask && edit.mask && edit.W === W && edit.H === H, hadMask = edit.mask && edit.mask.includes(1);
+    Object.assign(edit, { file, extension: kind, bitmap, W, H, run: null, candidate: -1, after: null, preview: null, cursor: null });
+    edit.about = `${file.name || "Picture"}: ${W} × ${H} pixels, ${kind.toUpperCase().replace("JPG", "JPEG")}, ${shown(file.size / 1024, 3)} KiB`;
+    if (!stays) Object.assign(edit, { mask: new Uint8Array(W * H), shape: null, changes: [], at: 0 });
+    $("invitation").hidden = true;
+    $("compare").hidden = true;
+    $("edit-candidates").replaceChildren();
+    showEditState(null);
+    if (!stays) setSize(Math.max(1, Math.min(W, H) / 8));
+    resizeCanvas();
+    fit();
+    maskChanged();
+    say(`${edit.about}. ${stays ? "The mask stays." : hadMask ? "The mask of the picture before is gone." : ""}`);
+}
+
+async function editPicture(picture) {
+    const file = new File([picture.blob], fileName(picture), { type: "image/png" });
+    const keepMask = picture.run.kind === "inpaint" && edit.run === picture.run;
+    selectTab("edit");
+    await openPicture(file, keepMask);
+    canvas.focus();
+}
+
+function editExtra() {
+    return { ...(edit.shape || {}), paste: $("paste").checked };
+}
+
+function editChanged() {
+    if (editForm) previewCommand(editForm, $("edit-command"), editExtra());
+}
+
+async function runEdit() {
+    const job = readForm(editForm);
+    if (!job) return;
+    if (edit.problem) {
+        editForm.problem.textContent = edit.problem;
+        return say(edit.problem, true);
+    }
+    Object.assign(job, editExtra(), { owned: true });
+    if (edit.run && !isOver(edit.run)) return;
+    edit.run = newRun("inpaint", job);
+    const files = { image: edit.file, mask: edit.shape ? null : await maskFile() };
+    hideResult();
+    $("board").scrollIntoView({ block: "nearest", behavior: "smooth" });
+    await start(edit.run, files, editForm);
+}
+
+// While it runs: the model's picture of the first, in its square
+async function showPreview(address) {
+    const { run } = edit;
+    const answer = address && (await fetch(address).catch(() => null));
+    const bitmap = answer && answer.ok ? await createImageBitmap(await answer.blob()) : null;
+    if (edit.run === run && !edit.after && (!bitmap || !isOver(run))) edit.preview = bitmap;
+    draw();
+}
+
+// An edit is finished: its candidates beneath the canvas, the likeliest on it
+function showEdited(run) {
+    if (edit.run !== run) return;
+    edit.preview = null;
+    const order = run.pictures.map((p) => p.k).sort((a, b) => run.pictures[b].result.bound - run.pictures[a].result.bound);
+    $("edit-candidates").replaceChildren(...order.map((k, i) => {
+        const p = run.pictures[k];
+        const open = button("", () => showCandidate(k), { className: "picture", "aria-pressed": "false", "aria-label": `Completion ${k + 1}, ${shown(p.result.bound, 3)} nats per token` });
+        open.append(element("img", { src: p.url, alt: "" }));
+        open.dataset.k = k;
+        return element("figure", {}, open, element("figcaption", { textContent: `${i ? "" : "likeliest: "}${shown(p.result.bound, 3)}` }));
+    }));
+    showCandidate(order[0]);
+}
+
+async function showCandidate(k) {
+    const { run } = edit, picture = run.pictures[k];
+    if (!picture.blob) return openViewer(picture);
+    const bitmap = await createImageBitmap(picture.blob);
+    if (edit.run !== run) return;
+    edit.candidate = k;
+    edit.after = bitmap;
+    edit.isSquare = !run.job.paste;
+    $("compare").hidden = false;
+    setSplit(100);
+    for (const b of $("edit-candidates").querySelectorAll("button")) b.setAttribute("aria-pressed", String(Number(b.dataset.k) === k));
+    draw();
+}
+
+function setSplit(share) {
+    $("split").value = share;
+    $("before").setAttribute("aria-pressed", String(share <= 0));
+    draw();
+}
+
+const toggleBefore = () => edit.after && setSplit(Number($("split").value) > 0 ? 0 : 100);
+
+// Back to the picture and its mask
+function hideResult() {
+    edit.after = edit.preview = null;
+    $("compare").hidden = true;
+    for (const b of $("edit-candidates").querySelectorAll("button")) b.setAttribute("aria-pressed", "false");
+    draw();
+}
+
+function startEdit() {
+    editForm = settingsOf("inpaint", $("edit-settings"), editChanged);
+    const modelChanged = editForm.modelChanged;
+    editForm.model.onchange = () => (modelChanged(), edit.shape ? setShape(edit.shape) : maskChanged());
+    $("edit-form").onsubmit = (e) => (e.preventDefault(), runEdit());
+    $("edit-run").onclick = runEdit;
+    $("edit-cancel").onclick = () => cancelRun(edit.run);
+    $("edit-open").onchange = (e) => {
+        if (e.target.files[0]) openPicture(e.target.files[0]);
+        e.target.value = "";
+    };
+    for (const name of ["brush", "eraser", "move"]) $(`tool-${name}`).onclick = () => setTool(name);
+    document.querySelector("[role=radiogroup]").onkeydown = (e) => {
+        if (!ARROWS[e.key]) return;
+        const names = ["brush", "eraser", "move"], by = ARROWS[e.key][0] + ARROWS[e.key][1];
+        setTool(names[(names.indexOf(edit.tool) + by + 3) % 3]);
+        $(`tool-${edit.tool}`).focus();
+        e.preventDefault();
+    };
+    $("brush-slider").oninput = (e) => setSize(mostSize() ** (Number(e.target.value) / 100));
+    $("brush-size").onchange = (e) => setSize(numberOf(e.target.value) || edit.size);
+    $("undo").onclick = undo;
+    $("redo").onclick = redo;
+    $("invert").onclick = invertMask;
+    $("clear").onclick = clearMask;
+    $("fit").onclick = fit;
+    $("zoom-in").onclick = () => zoomMiddle(1.25);
+    $("zoom-out").onclick = () => zoomMiddle(0.8);
+    $("grid").onchange = draw;
+    $("paste").onchange = maskChanged;
+    $("mask-save").onclick = async () => saveBlob(await maskFile(), "mask.png");
+    $("mask-load").onchange = (e) => {
+        if (e.target.files[0]) loadMask(e.target.files[0]);
+        e.target.value = "";
+    };
+    $("shape").onchange = (e) => {
+        const [name, half] = e.target.value.split(":");
+        if (!edit.mask) return maskChanged();
+        if (!name) return commit([], null);
+        setShape(half ? { half } : { [name]: Math.round((editModel().width * 3) / 8) });
+    };
+    $("shape-size").onchange = (e) => {
+        const [name] = Object.keys(edit.shape || {}), size = clamp(Math.round(numberOf(e.target.value)) || 1, 1, editModel().width - 1);
+        if (name === "window" || name === "outside") setShape({ [name]: size });
+    };
+    $("split").oninput = (e) => setSplit(Number(e.target.value));
+    $("before").onclick = toggleBefore;
+    $("next-input").onclick = () => editPicture(edit.run.pictures[edit.candidate]);
+    document.addEventListener("keydown", onEditKey);
+    document.addEventListener("keyup", (e) => e.key === " " && (spaceIsDown = false));
+    addEventListener("blur", () => (spaceIsDown = false));
+    new ResizeObserver(draw).observe(canvas);
+    addEventListener("resize", draw);
+    setTool("brush");
+    setSize(8);
+    maskChanged();
+}
+
+// ---- Learn: the chain of one picture, and how unsure the model was ----
+
+const learn = { picture: null, steps: [], details: null, cell: -1, image: null };
+
+async function learnFrom(picture) {
+    stopFilm();
+    Object.assign(learn, { picture, steps: stepsOf(picture), details: null, cell: -1, image: null });
+    selectTab("learn");
+    $("learn-empty").hidden = true;
+    $("learn-body").hidden = false;
+    const { run, k } = picture, T = run.job.temperature.length;
+    $("learn-text").textContent = `${titleOf(run)}, picture ${k}: ${T} noising steps lead from its tokens x₀ to pure noise x${subscript(T)}. Scale t goes back from x${"ₜ"} to x${"ₜ₋₁"}: a transformer sees the whole noisier grid and writes the cleaner one, token by token. After each scale the tokens are a whole picture.`;
+    $("learn-steps").replaceChildren(...learn.steps.map((step, i) => {
+        const open = button("", () => showStep(i), { className: "picture", "aria-label": stepName(step) });
+        open.append(element("img", { src: step.address, alt: "" }));
+        return element("li", {}, element("figure", {}, open, element("figcaption", { textContent: stepName(step) })));
+    }));
+    $("learn-step").max = learn.steps.length - 1;
+    showStep(learn.steps.length - 1);
+    try {
+        learn.details = await call(`api/jobs/${run.id}/${k}.json`);
+        learn.image = await createImageBitmap(picture.blob);
+        drawHeat();
+        sayHeat();
+    } catch (error) {
+        $("heat-text").textContent = error.status === 410 ? "The server has forgotten this picture’s tokens." : error.message;
+    }
+}
+
+const subscript = (n) => String(n).replace(/\d/g, (d) => "₀₁₂₃₄₅₆₇₈₉"[d]);
+const stepName = (step) => `after scale ${step.scale}: x${subscript(step.scale - 1)}`;
+
+function showStep(i) {
+    const step = learn.steps[i], { run } = learn.picture, T = run.job.temperature.length;
+    if (!step) return;
+    const passes = run.job.chain_length[T - step.scale], temperature = run.job.temperature[T - step.scale], guidance = run.job.guidance[T - step.scale];
+    $("learn-step").value = i;
+    $("learn-picture").src = step.address;
+    $("learn-picture").alt = stepName(step);
+    $("learn-step-text").textContent = `${stepName(step)}, decoded. ${step.scale === T ? "Drawn out of pure noise" : `Drawn from x${subscript(step.scale)}`} at temperature ${temperature}, in ${plural(passes, "pass", "passes")}${guidance === 1 ? "" : `, with guidance ${guidance}`}.${step.scale > 1 && run.job.best_of > 1 ? " It is the first of those of which the best was kept." : ""}`;
+    [...$("learn-steps").querySelectorAll("button")].forEach((b, j) => b.setAttribute("aria-pressed", String(i === j)));
+}
+
+// From sure to unsure: black, violet, orange, yellow
+function heatColour(x) {
+    const stops = [[0, 0, 4], [87, 16, 110], [188, 55, 84], [249, 142, 9], [252, 255, 164]], at = clamp(x, 0, 1) * 4, i = Math.min(3, Math.floor(at));
+    return stops[i].map((v, c) => Math.round(v + (stops[i + 1][c] - v) * (at - i)));
+}
+
+function drawHeat() {
+    const { details, image, cell } = learn, heat = $("heat"), c = heat.getContext("2d");
+    if (!details) return;
+    const [rows, columns] = details.grid, w = heat.width / columns, h = heat.height / rows, most = Math.max(0.1, ...details.entropy);
+    c.clearRect(0, 0, heat.width, heat.height);
+    c.imageSmoothingEnabled = false;
+    const overPicture = $("heat-picture").checked && image.width === image.height;
+    if (overPicture) c.drawImage(image, 0, 0, heat.width, heat.height);
+    c.globalAlpha = overPicture ? 0.7 : 1;
+    details.entropy.forEach((bits, i) => {
+        c.fillStyle = `rgb(${heatColour(bits / most)})`;
+        c.fillRect((i % columns) * w, Math.floor(i / columns) * h, w, h);
+    });
+    c.globalAlpha = 1;
+    if (cell >= 0) {
+        c.strokeStyle = "#fff";
+        c.lineWidth = 4;
+        c.strokeRect((cell % columns) * w + 2, Math.floor(cell / columns) * h + 2, w - 4, h - 4);
+    }
+    const legend = $("heat-legend").getContext("2d");
+    for (let x = 0; x < 256; x++) (legend.fillStyle = `rgb(${heatColour(x / 255)})`), legend.fillRect(x, 0, 1, 1);
+    $("heat-most").textContent = `${shown(most, 3)} bits`;
+}
+
+function sayHeat() {
+    const { details, cell, picture } = learn, K = modelOf(picture.run.job.model).codebook;
+    if (!details) return;
+    const bits = details.entropy, mean = bits.reduce((a, b) => a + b, 0) / bits.length, columns = details.grid[1];
+    if (cell < 0) {
+        $("heat-text").textContent = `Mean ${shown(mean, 3)} bits, most ${shown(Math.max(...bits), 3)}; blind guessing among ${K} would have ${shown(Math.log2(K), 3)}. The picture’s bound: ${shown(details.bound, 4)} nats per token. Choose a token: by click or with the arrow keys.`;
+        return;
+    }
+    $("heat-text").textContent = `Row ${Math.floor(cell / columns) + 1}, column ${(cell % columns) + 1}: token ${details.tokens[cell]} of ${K}. Entropy ${shown(bits[cell], 3)} bits: as unsure as among ${shown(2 ** bits[cell], 3)} equally likely ones.`;
+}
+
+function chooseCell(cell) {
+    learn.cell = clamp(cell, 0, learn.details.entropy.length - 1);
+    drawHeat();
+    sayHeat();
+}
+
+function startLearn() {
+    const heat = $("heat");
+    $("learn-step").oninput = (e) => showStep(Number(e.target.value));
+    $("learn-play").onclick = () => playFilm(learn.picture, (step, i) => showStep(i));
+    $("heat-picture").onchange = drawHeat;
+    heat.onclick = (e) => {
+        if (!learn.details) return;
+        const r = heat.getBoundingClientRect(), [rows, columns] = learn.details.grid;
+        chooseCell(Math.floor(((e.clientY - r.top) / r.height) * rows) * columns + Math.floor(((e.clientX - r.left) / r.width) * columns));
+    };
+    heat.onkeydown = (e) => {
+        if (!ARROWS[e.key] || !learn.details) return;
+        const [dx, dy] = ARROWS[e.key];
+        chooseCell(learn.cell < 0 ? 0 : learn.cell + dx + dy * learn.details.grid[1]);
+        e.preventDefault();
+    };
+}
+
+// ---- Tabs, files that are dropped or pasted, the beginning ----
+
+const TABS = ["sample", "edit", "learn"];
+let sampleForm;
+
+function selectTab(name) {
+    for (const tab of TABS) {
+        $(tab).hidden = tab !== name;
+        $(`tab-${tab}`).setAttribute("aria-selected", String(tab === name));
+        $(`tab-${tab}`).tabIndex = tab === name ? 0 : -1;
+    }
+    if (location.hash !== `#${name}`) history.replaceState(null, "", `#${name}`);
+    draw();
+}
+
+function startTabs() {
+    TABS.forEach((tab, i) => {
+        $(`tab-${tab}`).onclick = () => selectTab(tab);
+        $(`tab-${tab}`).onkeydown = (e) => {
+            const by = { ArrowLeft: -1, ArrowRight: 1 }[e.key];
+            if (!by) return;
+            const next = TABS[(i + by + TABS.length) % TABS.length];
+            selectTab(next);
+            $(`tab-${next}`).focus();
+        };
+    });
+    if (TABS.includes(location.hash.slice(1))) selectTab(location.hash.slice(1));
+}
+
+// Sample: a PNG that was drawn here fills the form.
+async function readSettings(file) {
+    try {
+        const job = await call("api/settings", { method: "POST", body: file });
+        const isEdit = job.kind === "inpaint";
+        selectTab(isEdit ? "edit" : "sample");
+        (isEdit ? editForm : sampleForm).fill(job);
+        say(`The settings of ${file.name}.`);
+    } catch (error) {
+        say(error.message, true);
+    }
+}
+
+// A file that comes by drop or paste: in Sample its settings, else the picture to edit
+function receive(data) {
+    const file = [...data.files][0];
+    if (!file) return say("That is not a file: save the picture first, then drop the file.", true);
+    if (!$("sample").hidden) readSettings(file);
+    else selectTab("edit"), openPicture(file);
+}
+
+async function runSample() {
+    const job = readForm(sampleForm);
+    if (!job) return;
+    if (runs.filter((r) => !isOver(r)).length >= 4) return say("Four of your jobs wait already.", true);
+    const run = newRun("sample", { ...job, owned: true });
+    const started = start(run, null, sampleForm);
+    if (run.card.getBoundingClientRect().top > innerHeight - 100) run.card.scrollIntoView({ behavior: "smooth", block: "start" });
+    await started;
+}
+
+function startSample() {
+    sampleForm = settingsOf("sample", $("sample-settings"), () => sampleForm && previewCommand(sampleForm, $("sample-command")));
+    $("sample-form").onsubmit = (e) => (e.preventDefault(), runSample());
+    $("sample-settings-file").onchange = (e) => {
+        if (e.target.files[0]) readSettings(e.target.files[0]);
+        e.target.value = "";
+    };
+}
+
+// After a reload: the jobs of this visit, as far as the server still knows them
+function comeBack() {
+    for (const { id, kind } of JSON.parse(sessionStorage.getItem("runs") || "[]")) {
+        const run = newRun(kind, { count: 0 });
+        run.id = id;
+        runs.unshift(run);
+        recover(run).then(() => {
+            if (run.card) return;
+            runs.splice(runs.indexOf(run), 1);
+            remember();
+        });
+    }
+}
+
+async function begin() {
+    startTabs();
+    startViewer();
+    startSample();
+    startEdit();
+    startLearn();
+    addEventListener("dragover", (e) => e.preventDefault());
+    addEventListener("drop", (e) => (e.preventDefault(), receive(e.dataTransfer)));
+    addEventListener("paste", (e) => !e.target.matches("input, textarea") && e.clipboardData.files.length && receive(e.clipboardData));
+    try {
+        const [health, list] = await Promise.all([call("api/health"), call("api/models")]);
+        models = list.models;
+        most = health.most;
+        $("server").textContent = `${health.device}, ${health.arithmetic}, ${plural(health.threads, "thread", "threads")}`;
+        sampleForm.setModels();
+        editForm.setModels();
+        comeBack();
+    } catch (error) {
+        say(error.message, true);
+    }
+}
+
+begin();
