@@ -83,7 +83,7 @@ static double median(Work *work, void *context, int runs) {
     return took[runs / 2];
 }
 
-static void say(const char *what, size_t batch, double seconds, const char *rate, double per_second) {
+static void say_speed(const char *what, size_t batch, double seconds, const char *rate, double per_second) {
     printf("%-24s batch %2zu  %9.3f ms", what, batch, 1e3 * seconds);
     if (rate) printf("  %10.1f %s", per_second, rate);
     printf("\n");
@@ -208,7 +208,7 @@ static void bench_training(Results *r, int k) {
     need(transformer_plan(a.net, a.B, a.N, 1));
     r->step[k] = median(train_step, &a, r->size.runs), r->step_flop[k] = step_flop(&a);
     printf("%s\n", kind_name[k]);
-    say("  training step", a.B, r->step[k], "TFLOP/s", 1e-12 * r->step_flop[k] / r->step[k]);
+    say_speed("  training step", a.B, r->step[k], "TFLOP/s", 1e-12 * r->step_flop[k] / r->step[k]);
     close_net(&a);
 }
 
@@ -224,8 +224,9 @@ static void bench_drawing(Results *r, int k) {
         need(transformer_plan(a.net, a.B, a.N, 0));
         r->pass[k][many] = median(draw, &a, r->size.runs);
         const double position = (a.last_time - a.first_time) / (double)(a.last_done - a.first_done);
-        say("  drawing a scale", a.B, r->pass[k][many], "tokens/s", (double)(a.B * a.N) / r->pass[k][many]);
-        say("    a position of it", a.B, position, many ? NULL : "GB/s of weights", 1e-9 * r->weights[k] / position);
+        say_speed("  drawing a scale", a.B, r->pass[k][many], "tokens/s", (double)(a.B * a.N) / r->pass[k][many]);
+        say_speed("    a position of it", a.B, position, many ? NULL : "GB/s of weights",
+                  1e-9 * r->weights[k] / position);
         if (!many) r->position[k] = position;
     }
     close_net(&a);
@@ -296,17 +297,17 @@ static void bench_stage(Results *r) {
         s.B = many ? r->size.stage : 1;
         need(vqgan_plan(s.v, s.B, s.side, s.side, 0));
         r->decode[many] = median(decode, &s, r->size.runs);
-        say("  decode", s.B, r->decode[many], "pictures/s", (double)s.B / r->decode[many]);
+        say_speed("  decode", s.B, r->decode[many], "pictures/s", (double)s.B / r->decode[many]);
         if (!many) continue;
         r->encode = median(encode, &s, r->size.runs);
-        say("  encode", s.B, r->encode, "pictures/s", (double)s.B / r->encode);
+        say_speed("  encode", s.B, r->encode, "pictures/s", (double)s.B / r->encode);
     }
     close_stage(&s);
     open_stage(&s, &r->size, r->precision, 1);
     s.B = r->size.stage_train;
     need(vqgan_plan(s.v, s.B, s.side, s.side, 1));
     r->stage_step = median(stage_step, &s, r->size.runs);
-    say("  training step", s.B, r->stage_step, "pictures/s", (double)s.B / r->stage_step);
+    say_speed("  training step", s.B, r->stage_step, "pictures/s", (double)s.B / r->stage_step);
     close_stage(&s);
 }
 
@@ -342,7 +343,7 @@ static void bench_picture(Results *r) {
     need(vqgan_plan(c.stage.v, 1, c.stage.side, c.stage.side, 0));
     r->picture = median(picture, &c, r->size.runs);
     printf("a picture of %d scales, tokens to pixels\n", c.net[1].t[0]);
-    say("  drawing and decoding", 1, r->picture, NULL, 0);
+    say_speed("  drawing and decoding", 1, r->picture, NULL, 0);
     for (int k = 0; k < KINDS; k++) close_net(&c.net[k]);
     close_stage(&c.stage);
 }
