@@ -339,10 +339,20 @@ const char *last_part(const char *path) {
     return part;
 }
 
+/* The short name of a named model, else the last part of its folder */
+static const char *model_name(const Model *m) {
+    size_t n;
+    const NamedModel *named = named_models(&n);
+    const char *name = last_part(m->folder);
+    for (size_t i = 0; i < n; i++)
+        if (!strcmp(last_part(named[i].folder), name)) return named[i].name;
+    return name;
+}
+
 Err sampling_text(Config *text, const SamplingArgs *a, const SampleOptions *o, const Model *m) {
     const int T = m->schedule.T;
     TRY(config_set(text, "Software", "imagebart.c"));
-    TRY(config_set(text, "model", "%s", last_part(m->folder)));
+    TRY(config_set(text, "model", "%s", model_name(m)));
     TRY(config_set(text, "seed", "%llu", (unsigned long long)a->seed));
     if (a->class_name) TRY(config_set(text, "class", "%s", a->class_name));
     TRY(text_per_scale(text, "temperature", o->temperature, T));
