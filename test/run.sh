@@ -127,6 +127,7 @@ check guidance test/test_guidance.sh "$build"
 check draw test/test_draw.sh "$build"
 check recipes test/test_recipes.sh "$build"
 check serve test/test_serve.sh "$build"
+check page test/test_page.sh "$build"
 python_check events tensorboard test/test_events.py
 if [ -n "$any" ]; then
     check levels test/test_levels.sh "$any" "$build"

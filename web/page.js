@@ -186,6 +186,7 @@ function noteProgress(run, e) {
     if (run.state !== "running") run.began = performance.now();
     run.state = "running";
     run.note = "";
+    if (run.scale !== e.scale) say(`Scale ${e.scale} of ${e.scales}.`);
     run.scale = e.scale;
     run.scales = e.scales;
     run.left = e.left;
@@ -403,7 +404,7 @@ const labelled = (id, label, input, hint) => element("div", { className: "field"
 // The form of a kind of job. changed() is called whenever a field has another value.
 function settingsOf(kind, root, changed) {
     const isEdit = kind === "inpaint", id = (name) => `${kind}-${name}`;
-    const model = element("select", { id: id("model") });
+    const model = element("select", { id: id("model"), "aria-describedby": `${id("model")}-hint` });
     const classes = classField(id("class"), changed);
     const text = (name, value) => element("input", { id: id(name), type: "text", inputMode: "numeric", value, size: 6, autocomplete: "off", "aria-describedby": `${id(name)}-hint`, oninput: changed });
     const count = text("count", isEdit ? "4" : "8"), seed = text("seed", ""), best = text("best_of", "");
@@ -414,7 +415,7 @@ function settingsOf(kind, root, changed) {
     const classLine = labelled(id("class"), "Class", element("div", { className: "combo" }, classes.input, classes.list),
         isEdit ? "Left out: the one that the kept part looks like." : "A name, a part of one, a number or a synset. Left out: each picture its own.");
     root.append(
-        labelled(id("model"), "Model", model, ""),
+        labelled(id("model"), "Model", model, "…"),
         classLine,
         labelled(id("count"), "Pictures", count, isEdit ? "Different completions, side by side." : ""),
         labelled(id("seed"), "Seed", element("span", { className: "numbers" }, seed, again), "The same seed and settings give the same pictures."),
@@ -429,6 +430,7 @@ function settingsOf(kind, root, changed) {
     const recommended = () => modelOf(model.value)[isEdit ? "editing" : "defaults"];
     form.modelChanged = () => {
         const m = modelOf(model.value);
+        $(`${id("model")}-hint`).textContent = m.title !== m.name ? `${m.title}.` : `${m.width} × ${m.height} pixels, ${plural(m.scales, "scale", "scales")}.`;
         classes.classes = m.classes.map(classOf);
         if (classes.chosen) classes.set(classes.chosen.value);
         classLine.hidden = !m.classes.length;
@@ -439,7 +441,7 @@ function settingsOf(kind, root, changed) {
     };
     model.onchange = form.modelChanged;
     form.setModels = () => {
-        model.replaceChildren(...models.map((m) => element("option", { value: m.name, disabled: !m.here, textContent: m.here ? `${m.name} – ${m.title}` : `${m.name} – not here: ${m.how}` })));
+        model.replaceChildren(...models.map((m) => element("option", { value: m.name, disabled: !m.here, textContent: m.here ? m.name : `${m.name} – not here: ${m.how}` })));
         form.modelChanged();
     };
     // Which fields are wrong is marked; the server says the rest.
@@ -527,6 +529,7 @@ function previewCommand(form, place, more = {}) {
 
 // ---- Results ----
 
+const nats = (bound) => `${shown(bound, 3).replace("-", "−")} nats`;
 const titleOf = (run) => [run.job.model, run.job.class, run.job.seed === undefined ? null : `seed ${run.job.seed}`].filter(Boolean).join(", ");
 const fileName = (p) => `imagebart-${p.run.job.model}-${p.run.job.seed}-${(p.run.job.first || 0) + p.k}.png`;
 const latestPreview = (p) => p.previews[Math.min(...Object.keys(p.previews).map(Number))];
@@ -545,7 +548,8 @@ function showCard(run) {
         run.cancel = button("Cancel", () => cancelRun(run));
         run.again = button("Use these settings", () => (run.kind === "inpaint" ? editForm : sampleForm).fill(run.job), { className: "quiet" });
         run.remove = button("Remove", () => removeRun(run), { className: "quiet" });
-        run.card.append(run.title, run.text, run.bars, run.grid, run.line, element("div", { className: "run" }, run.cancel, run.again, run.remove));
+        const head = element("div", { className: "head" }, element("div", {}, run.title, run.text), run.cancel);
+        run.card.append(head, run.bars, run.grid, run.line, element("div", { className: "run" }, run.again, run.remove));
         place.prepend(run.card);
         for (const empty of place.querySelectorAll(":scope > .empty")) empty.remove();
         for (let k = 0; k < (run.job ? run.job.count : 0); k++) updatePicture(run, k);
@@ -580,7 +584,7 @@ function updateCard(run) {
     if (run.bars.children.length !== T + 1)
         run.bars.replaceChildren(element("progress", { max: 1, value: 0, className: "all", "aria-label": "All of it" }),
             ...Array.from({ length: T }, (_, i) => element("label", {}, element("progress", { max: 1, value: 0 }), `scale ${T - i}`)));
-    run.bars.firstChild.value = run.fraction;
+    showFraction(run.bars.firstChild, run);
     for (let i = 0; i < T; i++) run.bars.children[i + 1].firstChild.value = run.scaleFraction[T - i] || 0;
     if (run.command && run.line.dataset.command !== run.command) {
         run.line.dataset.command = run.command;
@@ -589,13 +593,19 @@ function updateCard(run) {
     if (edit.run === run) showEditState(run);
 }
 
+// A bar that moves to and fro until it can be told how long it takes
+function showFraction(bar, run) {
+    if (run.fraction) bar.value = run.fraction;
+    else bar.removeAttribute("value");
+}
+
 // Beneath the canvas, where the eye is
 function showEditState(run) {
     const running = run !== null && !isOver(run);
     $("edit-state").textContent = run ? stateText(run) : "";
     $("edit-state").classList.toggle("error", run !== null && run.state === "failed");
     $("edit-progress").hidden = $("edit-cancel").hidden = !running;
-    $("edit-progress").value = run ? run.fraction : 0;
+    if (run) showFraction($("edit-progress"), run);
     $("edit-cancel").disabled = Boolean(run && run.wantsCancel);
     $("edit-run").disabled = running;
 }
@@ -629,7 +639,7 @@ function updatePicture(run, k) {
     picture.caption.replaceChildren();
     if (picture.url)
         picture.caption.append(
-            element("span", { textContent: r ? `${r.class || ""} ${r.bound === undefined ? "" : shown(r.bound, 3)}`.trim() : "", title: "How likely the model finds it, in nats per token: nearer to 0 is likelier" }),
+            element("span", { textContent: r ? [r.class, nats(r.bound)].filter(Boolean).join(", ") : "", title: "How likely the model finds it, in nats per token: nearer to 0 is likelier" }),
             button("Edit", () => editPicture(picture), { className: "quiet" }), button("Learn", () => learnFrom(picture), { className: "quiet" }));
     if (run.kind === "inpaint" && edit.run === run && !picture.url && k === 0 && address) showPreview(address);
 }
@@ -646,7 +656,7 @@ function openViewer(picture) {
     $("viewer-title").textContent = `${titleOf(run)}, picture ${(run.job.first || 0) + k}`;
     $("viewer-picture").src = picture.url || latestPreview(picture);
     $("viewer-picture").alt = result && result.class ? result.class : "the picture";
-    $("viewer-text").textContent = result ? `${size} pixels. ${result.bound.toFixed(3)} nats per token: the nearer to 0, the likelier the model finds it.` : "Unfinished.";
+    $("viewer-text").textContent = result ? `${size} pixels. ${nats(result.bound)} per token: the nearer to 0, the likelier the model finds it.` : "Unfinished.";
     $("viewer-save").href = picture.url || latestPreview(picture);
     $("viewer-save").download = fileName(picture);
     $("viewer-play").disabled = !Object.keys(picture.previews).length;
@@ -1278,27 +1288,33 @@ async function kindOf(file) {
     return null;
 }
 
+// A picture for the screen, which shows no more than so many pixels, and its size. The file itself goes to the server.
+async function decode(file) {
+    const MOST = 4096, bitmap = await createImageBitmap(file), { width: W, height: H } = bitmap;
+    if (Math.max(W, H) <= MOST) return { bitmap, W, H };
+    const small = await createImageBitmap(bitmap, { resizeWidth: Math.round((W * MOST) / Math.max(W, H)), resizeQuality: "high" });
+    bitmap.close();
+    return { bitmap: small, W, H };
+}
+
 // Opens a picture. keepMask: it is a result of the one before, so that the mask still fits.
 async function openPicture(file, keepMask = false) {
     const kind = await kindOf(file);
     if (!kind) return say(`${file.name || "This"} is ${file.type || "no picture"}: PNG, JPEG and WebP are understood.`, true);
-    let bitmap;
+    let seen;
     try {
-        bitmap = await createImageBitmap(file);
+        seen = await decode(file);
     } catch {
         return say(`${file.name || "The picture"} cannot be read: it seems to be damaged.`, true);
     }
-    const { width: W, height: H } = bitmap, MOST = 4096;
-    if (Math.max(W, H) > MOST) { // the screen shows no more; the file itself goes to the server
-        const small = await createImageBitmap(bitmap, { resizeWidth: Math.round((W * MOST) / Math.max(W, H)), resizeQuality: "high" });
-        bitmap.close();
-        bitmap = small;
-    }
+    const { bitmap, W, H } = seen;
+    if (W * H > 64 << 20) return say(`${W} × ${H} pixels are too many: 64 megapixels at most.`, true);
     const stays = keepMask && edit.mask && edit.W === W && edit.H === H, hadMask = edit.mask && edit.mask.includes(1);
     Object.assign(edit, { file, extension: kind, bitmap, W, H, run: null, candidate: -1, after: null, preview: null, cursor: null });
     edit.about = `${file.name || "Picture"}: ${W} × ${H} pixels, ${kind.toUpperCase().replace("JPG", "JPEG")}, ${shown(file.size / 1024, 3)} KiB`;
     if (!stays) Object.assign(edit, { mask: new Uint8Array(W * H), shape: null, changes: [], at: 0 });
     $("invitation").hidden = true;
+    $("edit-open").parentElement.classList.remove("primary");
     $("compare").hidden = true;
     $("edit-candidates").replaceChildren();
     showEditState(null);
@@ -1329,7 +1345,8 @@ async function runEdit() {
     const job = readForm(editForm);
     if (!job) return;
     if (edit.problem) {
-        editForm.problem.textContent = edit.problem;
+        $("edit-state").textContent = edit.problem;
+        $("edit-state").classList.add("error");
         return say(edit.problem, true);
     }
     Object.assign(job, editExtra(), { owned: true });
@@ -1357,10 +1374,10 @@ function showEdited(run) {
     const order = run.pictures.map((p) => p.k).sort((a, b) => run.pictures[b].result.bound - run.pictures[a].result.bound);
     $("edit-candidates").replaceChildren(...order.map((k, i) => {
         const p = run.pictures[k];
-        const open = button("", () => showCandidate(k), { className: "picture", "aria-pressed": "false", "aria-label": `Completion ${k + 1}, ${shown(p.result.bound, 3)} nats per token` });
+        const open = button("", () => showCandidate(k), { className: "picture", "aria-pressed": "false", "aria-label": `Completion ${k + 1}, ${nats(p.result.bound)} per token` });
         open.append(element("img", { src: p.url, alt: "" }));
         open.dataset.k = k;
-        return element("figure", {}, open, element("figcaption", { textContent: `${i ? "" : "likeliest: "}${shown(p.result.bound, 3)}` }));
+        return element("figure", {}, open, element("figcaption", { textContent: `${i ? "" : "likeliest: "}${nats(p.result.bound)}` }));
     }));
     showCandidate(order[0]);
 }
@@ -1368,7 +1385,7 @@ function showEdited(run) {
 async function showCandidate(k) {
     const { run } = edit, picture = run.pictures[k];
     if (!picture.blob) return openViewer(picture);
-    const bitmap = await createImageBitmap(picture.blob);
+    const { bitmap } = await decode(picture.blob);
     if (edit.run !== run) return;
     edit.candidate = k;
     edit.after = bitmap;
@@ -1531,7 +1548,7 @@ function sayHeat() {
     if (!details) return;
     const bits = details.entropy, mean = bits.reduce((a, b) => a + b, 0) / bits.length, columns = details.grid[1];
     if (cell < 0) {
-        $("heat-text").textContent = `Mean ${shown(mean, 3)} bits, most ${shown(Math.max(...bits), 3)}; blind guessing among ${K} would have ${shown(Math.log2(K), 3)}. The picture’s bound: ${shown(details.bound, 4)} nats per token. Choose a token: by click or with the arrow keys.`;
+        $("heat-text").textContent = `Mean ${shown(mean, 3)} bits, most ${shown(Math.max(...bits), 3)}; blind guessing among ${K} would have ${shown(Math.log2(K), 3)}. The picture’s bound: ${nats(details.bound)} per token. Choose a token: by click or with the arrow keys.`;
         return;
     }
     $("heat-text").textContent = `Row ${Math.floor(cell / columns) + 1}, column ${(cell % columns) + 1}: token ${details.tokens[cell]} of ${K}. Entropy ${shown(bits[cell], 3)} bits: as unsure as among ${shown(2 ** bits[cell], 3)} equally likely ones.`;
@@ -1614,10 +1631,10 @@ function receive(data) {
 async function runSample() {
     const job = readForm(sampleForm);
     if (!job) return;
-    if (runs.filter((r) => !isOver(r)).length >= 4) return say("Four of your jobs wait already.", true);
+    if (runs.filter((r) => !isOver(r)).length >= 3) return say("Three of your jobs wait already.", true);
     const run = newRun("sample", { ...job, owned: true });
     const started = start(run, null, sampleForm);
-    if (run.card.getBoundingClientRect().top > innerHeight - 100) run.card.scrollIntoView({ behavior: "smooth", block: "start" });
+    if (run.card.getBoundingClientRect().top > innerHeight / 2) run.card.scrollIntoView({ behavior: "smooth", block: "start" });
     await started;
 }
 

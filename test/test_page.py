@@ -1,0 +1,388 @@
+"""test_page.py ADDRESS FOLDER: the page of ./serve as one uses it, in headless Chromium. FOLDER/work has ./sample, ./inpaint
+and models/. Positions of pointers are checked from the outside: a marked pixel is looked for on the canvas, and clicked."""
+import base64
+import random
+import struct
+import subprocess
+import sys
+import time
+import zlib
+
+from browser import Browser
+
+passed = failed = 0
+
+
+def ok(what, good, found=""):
+    global passed, failed
+    if good:
+        passed += 1
+    else:
+        failed += 1
+        print("FAIL %s: %s" % (what, found))
+
+
+# ---- PNG files of 8 bits ----
+
+
+def write_png(path, width, height, pixels, channels):
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    rows = b"".join(b"\0" + bytes(pixels[y * width * channels:(y + 1) * width * channels]) for y in range(height))
+    head = struct.pack(">IIBBBBB", width, height, 8, {3: 2, 4: 6}[channels], 0, 0, 0)
+    with open(path, "wb") as f:
+        f.write(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+
+
+def read_png(data):
+    """(width, height, channels, bytes)"""
+    at, packed = 8, b""
+    while at < len(data):
+        n, kind = struct.unpack(">I4s", data[at:at + 8])
+        if kind == b"IHDR":
+            width, height, depth, colour = struct.unpack(">IIBB", data[at + 8:at + 18])
+        if kind == b"IDAT":
+            packed += data[at + 8:at + 8 + n]
+        at += 12 + n
+    assert depth == 8
+    c = {0: 1, 2: 3, 6: 4}[colour]
+    raw, row, out = zlib.decompress(packed), bytes(width * c), b""
+    for y in range(height):
+        kind, line = raw[y * (width * c + 1)], bytearray(raw[y * (width * c + 1) + 1:(y + 1) * (width * c + 1)])
+        for i in range(len(line)):
+            a, b, d = line[i - c] if i >= c else 0, row[i], row[i - c] if i >= c else 0
+            p = abs(b - d), abs(a - d), abs(a + b - 2 * d)
+            paeth = a if p[0] <= p[1] and p[0] <= p[2] else b if p[1] <= p[2] else d
+            line[i] = (line[i] + (0, a, b, (a + b) // 2, paeth)[kind]) & 255
+        row = bytes(line)
+        out += row
+    return width, height, c, out
+
+
+# ---- The page ----
+
+address, folder = sys.argv[1:3]
+work = folder + "/work"
+page = Browser(folder + "/profile")
+
+
+def blob(expression):
+    """The bytes of a Blob of the page"""
+    text = page.js("""const bytes = new Uint8Array(await (await %s).arrayBuffer()); let text = "";
+        for (const b of bytes) text += String.fromCharCode(b); return btoa(text);""" % expression)
+    return base64.b64decode(text)
+
+
+def set_field(selector, text):
+    page.js("const e = document.querySelector(arguments[0]); e.value = arguments[1]; e.dispatchEvent(new Event('input'));"
+            " e.dispatchEvent(new Event('change'));", selector, text)
+
+
+def command_gives(command, result, expected):
+    """The command line that the page shows, run where it says, writes the same bytes."""
+    done = subprocess.run(command, shell=True, cwd=work, capture_output=True, check=False)
+    with open(work + "/" + result, "rb") as f:
+        ok("the same bytes: " + command, f.read() == expected, done.stderr[-200:])
+
+
+def on_canvas(x, y):
+    """Where the picture's point x, y lies on the screen"""
+    return page.js("""const r = canvas.getBoundingClientRect(), s = view.scale * r.width / canvas.width;
+        return [r.left + (arguments[0] - view.x) * s, r.top + (arguments[1] - view.y) * s];""", x, y)
+
+
+def painted():
+    return page.value("edit.mask.reduce((a, b) => a + b, 0)")
+
+
+def stroke(kind, *points):
+    places = [tuple(on_canvas(*p)) for p in points]
+    page.pointer((kind, [places[0], "down"] + places[1:] + ["up"]))
+
+
+def test_sample():
+    set_field("#sample-count", "2")
+    page.click("#sample-class")
+    page.type("#sample-class", "foo\ue007")
+    ok("a class is found by a part of its name", page.value("$('sample-class').value") == "food", page.value("$('sample-class').value"))
+    set_field("#sample-seed", "7")
+    page.js("document.querySelector('#sample details').open = true")
+    set_field("#sample-best_of", "1")
+    set_field("#sample-temperature", "constant")
+    page.js("const e = document.querySelector('#sample .numbers [inputmode=decimal]'); e.value = '0,8'; e.oninput();")
+    shown = page.value("$('sample-command').firstChild.textContent")
+    ok("the command line", shown == "./sample emoji -n 2 --seed 7 --class food --temperature 0.8 --best-of 1", shown)
+    page.js("""window.seen = []; window.states = [];
+        const look = () => { const r = runs[0]; if (r) seen.push(r.fraction), states.push([r.state, Object.keys((r.pictures[0] || { previews: {} }).previews).length]);
+            if (!r || !isOver(r)) setTimeout(look, 10); }; look();""")
+    page.click("#sample-run")
+    ok("pictures", page.wait("runs[0] && runs[0].state === 'done'"), page.value("$('says').textContent"))
+    ok("previews before the end", page.value("states.some(([s, n]) => s === 'running' && n)"))
+    ok("progress goes forward", page.value("seen.every((x, i) => !i || x >= seen[i - 1]) && seen.at(-1) <= 1"))
+    ok("a grid of two", page.value("document.querySelectorAll('#sample-results figure img').length") == 2)
+    ok("a preview of every scale", page.value("Object.keys(runs[0].pictures[1].previews).length") == 3)
+    set_field("#sample-count", "1")
+    page.click("#sample-run")
+    page.wait("runs[0].job.count === 1 && runs[0].state === 'done'")
+    command_gives(page.value("runs[0].line.firstChild.textContent"), "samples.png", blob("runs[0].pictures[0].blob"))
+    ok("picture 0 of two is the one of one", page.js("""const of = async (r) => new Uint8ClampedArray(await createImageBitmap(r.pictures[0].blob).then((b) => {
+        const c = document.createElement('canvas').getContext('2d'); c.drawImage(b, 0, 0); return c.getImageData(0, 0, 64, 64).data; }));
+        return String(await of(runs[0])) === String(await of(runs[1]));"""))
+
+
+def test_wrong_fields():
+    set_field("#sample-seed", "1.5")
+    before = page.value("runs.length")
+    page.click("#sample-run")
+    ok("a wrong seed is marked", page.value("$('sample-seed').getAttribute('aria-invalid') === 'true' && document.activeElement === $('sample-seed')"))
+    set_field("#sample-seed", "7")
+    set_field("#sample-class", "nonsense")
+    page.click("#sample-run")
+    ok("what the server refuses is marked", page.wait("$('sample-class').getAttribute('aria-invalid') === 'true'"))
+    ok("and said", "nonsense" in page.value("$('says').textContent"), page.value("$('says').textContent"))
+    page.js("for (const r of runs.slice(0, arguments[0])) removeRun(r)", page.value("runs.length") - before)
+    set_field("#sample-class", "food")
+
+
+def test_cancel():
+    set_field("#sample-count", "16")
+    set_field("#sample-best_of", "4")
+    page.click("#sample-run")
+    page.wait("runs[0].state === 'running' && runs[0].scaleFraction[3] > 0")
+    said = page.js("runs[0].cancel.click(); return runs[0].text.textContent")
+    ok("cancel answers at once", said == "Cancelling …", said)
+    ok("cancelled", page.wait("runs[0].state === 'cancelled'", 5), page.value("runs[0].state"))
+    ok("the server is free", page.js("return (await call('api/health')).running") == 0)
+
+
+def test_viewer():
+    page.js("runs[1].pictures[0].open.click()")
+    ok("enlarged", page.value("$('viewer').open && $('viewer-picture').naturalWidth === 64"))
+    page.click("#viewer-play")
+    ok("from noise to the picture", page.wait("$('viewer-picture').src.includes('scale=2')"))
+    ok("to be saved", page.value("$('viewer-save').download").startswith("imagebart-emoji-7-0"))
+    page.keys("\ue00c")
+    page.wait("!$('viewer').open")
+    page.js("await readSettings(new File([runs[2].pictures[1].blob], 'x.png'))")
+    ok("a picture's settings", page.value("sampleForm.job().seed === 7 && sampleForm.job().temperature === 0.8"), page.value("$('says').textContent"))
+
+
+def open_file(path):
+    name = path.split("/")[-1]
+    page.js("edit.about = ''")
+    page.type("#edit-open", path)
+    ok("opened", page.wait("edit.about.startsWith('%s') && !isDrawing" % name), page.value("$('says').textContent"))
+
+
+def test_edit():
+    W, H = 100, 80
+    colours = random.Random(1)
+    pixels = [v for _ in range(W * H) for v in (*colours.choices(range(256), k=3), colours.choice((255, 255, 128, 7)))]
+    write_png(work + "/image.png", W, H, pixels, 4)
+    page.click("#tab-edit")
+    open_file(work + "/image.png")
+    set_field("#brush-size", "10")
+    stroke("mouse", (40, 40), (60, 40))
+    area = painted()
+    ok("a stroke of 20 by 10", 250 < area < 310, area)
+    ok("tokens are tinted", page.value("edit.cells.reduce((a, b) => a + b, 0)") > 0)
+    stroke("mouse", (50, 60), (50, 60))
+    two = painted()
+    page.keys("\ue009", "z")
+    ok("undo", painted() == area, (painted(), area))
+    page.keys("\ue009", "y")
+    ok("redo", painted() == two)
+    page.click("#invert")
+    ok("invert", painted() == W * H - two)
+    page.click("#undo")
+    page.click("#undo")
+    stroke("mouse", (20, 20), (21, 20))
+    ok("a stroke cuts what was undone", page.value("$('redo').disabled && edit.changes.length === 2"))
+    page.click("#tool-eraser")
+    stroke("mouse", (20, 20), (21, 20))
+    ok("the eraser", painted() == area, (painted(), area))
+    page.click("#tool-brush")
+    stroke("mouse", (90, 20), (90, -5), (60, -5), (60, 20))
+    ok("out of the canvas and back", page.value("edit.mask[20 * 100 + 60] === 1 && edit.stroke === null && edit.changes.length === 4"))
+    page.click("#undo")
+    page.js("document.querySelector('#edit details').open = true; $('inpaint-best_of').closest('details').open = true")
+    for field, value in (("count", "1"), ("seed", "3"), ("best_of", "2"), ("class", "food")):
+        set_field("#inpaint-" + field, value)
+    page.click("#edit-run")
+    ok("edited", page.wait("edit.after !== null"), page.value("$('says').textContent"))
+    result, mask = blob("edit.run.pictures[0].blob"), page.value("Array.from(edit.mask)")
+    w, h, c, got = read_png(result)
+    ok("its own size", (w, h, c) == (W, H, 4), (w, h, c))
+    changed = [i for i in range(W * H) if got[4 * i:4 * i + 4] != bytes(pixels[4 * i:4 * i + 4])]
+    ok("what the mask keeps is the same to the bit", not [i for i in changed if not mask[i]], len(changed))
+    ok("what it does not is not", len(changed) > area * 0.7, len(changed))
+    with open(work + "/mask.png", "wb") as f:
+        f.write(blob("maskFile()"))
+    command_gives(page.value("edit.run.line.firstChild.textContent"), "out.png", result)
+    page.js("canvas.focus()")
+    page.keys("b")
+    ok("before, by a key", page.value("$('split').value === '0' && $('before').getAttribute('aria-pressed') === 'true'"))
+    page.keys("b")
+    page.click("#next-input")
+    ok("the result is the next picture, the mask stays", page.wait("edit.after === null && edit.file.name.startsWith('imagebart')") and painted() == area)
+    page.js("const m = await maskFile(); clearMask(); await loadMask(m)")
+    ok("a mask saved and loaded", painted() == area, painted())
+    open_file(work + "/image.png")
+    ok("another picture, another mask", painted() == 0 and "gone" in page.value("$('says').textContent"))
+
+
+def test_orientation():
+    """A photograph that lies on its side comes back upright, and the mask fits it."""
+    page.js("""const c = document.createElement('canvas'); c.width = 120; c.height = 80; c.getContext('2d').fillRect(0, 0, 60, 80);
+        const jpeg = new Uint8Array(await (await new Promise((r) => c.toBlob(r, 'image/jpeg'))).arrayBuffer());
+        const exif = [255, 225, 0, 34, 69, 120, 105, 102, 0, 0, 77, 77, 0, 42, 0, 0, 0, 8, 0, 1, 1, 18, 0, 3, 0, 0, 0, 1, 0, 6, 0, 0, 0, 0, 0, 0];
+        await openPicture(new File([jpeg.slice(0, 2), new Uint8Array(exif), jpeg.slice(2)], 'photo.jpg'));""")
+    ok("upright", page.value("[edit.W, edit.H]") == [80, 120], page.value("[edit.W, edit.H]"))
+    stroke("mouse", (40, 60), (50, 60))
+    set_field("#inpaint-best_of", "1")
+    page.click("#edit-run")
+    ok("it comes back upright", page.wait("edit.after !== null") and page.value("[edit.after.width, edit.after.height]") == [80, 120],
+       page.value("$('edit-state').textContent"))
+    page.click("#clear")
+
+
+def test_shapes():
+    open_file(work + "/image.png")
+    set_field("#shape", "half:upper")
+    ok("upper half", painted() == 80 * 40, painted())
+    ok("its command", "--half upper" in page.value("$('edit-command').firstChild.textContent"))
+    set_field("#shape", "outside")
+    set_field("#shape-size", "32")
+    ok("all but a window", painted() == 80 * 80 - 40 * 40, painted())
+    ok("tokens outside of it", page.value("edit.cells.reduce((a, b) => a + b, 0)") == 48)
+    stroke("mouse", (50, 40), (50, 40))
+    ok("painted on, it is a mask", "--mask" in page.value("$('edit-command').firstChild.textContent"))
+    page.click("#clear")
+
+
+def test_keyboard():
+    page.js("clearMask(); canvas.focus(); edit.cursor = null")
+    set_field("#brush-size", "3")
+    page.js("canvas.focus()")
+    page.keys("\ue014")
+    page.keys("\ue007")
+    ok("painted by keys", painted() == 4, painted())
+    page.keys("\ue017")
+    ok("erased by keys", painted() == 0, painted())
+    page.keys("]")
+    ok("a larger brush", page.value("edit.size") == 4, page.value("edit.size"))
+
+
+MARK = (5, 3)
+
+
+def click_mark(what):
+    """The green pixel, found on the canvas, is the one that a click paints."""
+    page.js("clearMask(); setSize(1)")
+    place = page.js("""await new Promise((r) => requestAnimationFrame(() => requestAnimationFrame(r)));
+        const d = pen.getImageData(0, 0, canvas.width, canvas.height).data; let n = 0, x = 0, y = 0;
+        for (let i = 0; i < d.length; i += 4) if (d[i + 1] > 200 && d[i] < 60) n++, x += (i / 4) % canvas.width + 0.5, y += Math.floor(i / 4 / canvas.width) + 0.5;
+        const r = canvas.getBoundingClientRect();
+        return n ? [r.left + x / n * r.width / canvas.width, r.top + y / n * r.height / canvas.height] : null;""")
+    if not place:
+        return ok(what, False, "the pixel is not seen")
+    page.pointer(("mouse", [tuple(place), "down", "up"]))
+    got = page.value("[edit.mask.indexOf(1) % 60, Math.floor(edit.mask.indexOf(1) / 60), edit.mask.reduce((a, b) => a + b, 0)]")
+    ok(what, got == [*MARK, 1], got)
+
+
+def test_pointer():
+    pixels = bytearray(3 * 60 * 40)
+    pixels[3 * (MARK[1] * 60 + MARK[0]) + 1] = 255
+    write_png(work + "/mark.png", 60, 40, pixels, 3)
+    open_file(work + "/mark.png")
+    page.js("$('grid').checked = false")
+    for ratio in (1, 1.5, 2, 3):
+        page.screen(1000, 700, ratio)
+        page.js("await new Promise((r) => requestAnimationFrame(() => requestAnimationFrame(r)));")
+        click_mark("pixel ratio %s" % ratio)
+        page.js("zoomAbout({ x: 5.5, y: 3.5 }, 3)")
+        click_mark("zoomed, pixel ratio %s" % ratio)
+        page.js("setView(view.x - 1.3, view.y + 0.7, view.scale)")
+        click_mark("panned, pixel ratio %s" % ratio)
+        page.js("fit()")
+    for zoom in (0.67, 1.5, 1):
+        page.js("document.documentElement.style.zoom = arguments[0]", zoom)
+        click_mark("page zoom %s" % zoom)
+    page.js("scrollTo(0, 90)")
+    click_mark("scrolled")
+    page.screen(700, 600)
+    click_mark("resized")
+    page.click("#tab-sample")
+    page.screen(1100, 800)
+    page.click("#tab-edit")
+    click_mark("after the tab was hidden")
+    page.js("scrollTo(0, 0); clearMask(); fit()")
+
+
+def test_fingers():
+    page.js("clearMask(); setSize(4)")
+    stroke("touch", (20, 20), (30, 20))
+    ok("a finger paints", painted() > 40, painted())
+    page.click("#undo")
+    scale = page.value("view.scale")
+    a, b, c, d = (tuple(on_canvas(x, 20)) for x in (25, 35, 20, 40))
+    page.pointer(("touch", [a, "down", 50, c, "up"]), ("touch", [b, 30, "down", d, "up"]))
+    ok("two fingers zoom", page.value("view.scale") > 1.5 * scale, (scale, page.value("view.scale")))
+    ok("and leave no dab", painted() == 0, painted())
+    page.js("fit()")
+    stroke("pen", (20, 20), (30, 20))
+    pen_painted = painted()
+    stroke("touch", (40, 30), (45, 30))
+    ok("a pen paints, a palm beside it does not", pen_painted > 40 and painted() == pen_painted, (pen_painted, painted()))
+    page.js("clearMask()")
+
+
+def test_learn():
+    page.click("#tab-sample")
+    page.js("learnFrom(runs.filter((r) => r.kind === 'sample' && r.state === 'done')[0].pictures[0])")
+    ok("three steps", page.wait("learn.details && document.querySelectorAll('#learn-steps li').length === 3"))
+    page.click("#heat")
+    ok("a token", page.value("$('heat-text').textContent").startswith("Row "), page.value("$('heat-text').textContent"))
+
+
+def test_reading():
+    """Every control has a name; nothing is wider than a phone."""
+    page.js("document.querySelectorAll('details').forEach((d) => (d.open = true))")
+    unnamed = page.js("""return [...document.querySelectorAll('button, input, select, canvas, progress, [role=option]')].filter((e) => !e.closest('[aria-hidden]') && e.ariaHidden !== 'true'
+        && !(e.getAttribute('aria-label') || e.textContent.trim() || (e.labels && e.labels.length && [...e.labels].some((l) => l.textContent.trim())))).map((e) => e.outerHTML);""")
+    ok("every control has a name", not unnamed, unnamed)
+    page.screen(390, 844, 2, True)
+    for tab in ("sample", "edit", "learn"):
+        page.click("#tab-" + tab)
+        ok("390 pixels wide: " + tab, page.value("document.documentElement.scrollWidth") <= 390, page.value("document.documentElement.scrollWidth"))
+    page.screen(1100, 800)
+
+
+def test_reload():
+    before = page.value("runs.filter((r) => r.id).length")
+    page.open(address)
+    ok("what was drawn is there after a reload", page.wait("runs.length === %d && runs.filter((r) => r.pictures.some((p) => p.url)).length >= 3" % before), (before, page.value("runs.length")))
+
+
+began = time.time()
+try:
+    page.screen(1100, 800)
+    page.open(address)
+    ok("models", page.wait("models.length"))
+    for test in (test_sample, test_wrong_fields, test_cancel, test_viewer, test_edit, test_orientation, test_shapes, test_keyboard, test_pointer, test_fingers,
+                 test_learn, test_reading, test_reload):
+        at = time.time()
+        try:
+            test()
+        except Exception as error:  # the others go on
+            ok(test.__name__, False, repr(error))
+        if "-v" in sys.argv:
+            print("%s: %.1f s" % (test.__name__, time.time() - at))
+    wrong = [e for e in page.errors() if "422" not in e and "404" not in e]  # a class that is none; pictures of a cancelled job
+    ok("nothing is wrong on the console", not wrong, wrong)
+finally:
+    page.close()
+print("%d passed, %d failed" % (passed, failed))
+sys.exit(failed > 0)
