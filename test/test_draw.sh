@@ -33,6 +33,18 @@ ok "a pipe" sample -o "$dir/pipe"
 wait
 ok "a pipe holds the picture" cmp "$dir/x.png" "$dir/piped.png"
 
+# ---- A picture of several, by its number ----
+ok "two" sample -n 2 --class food -o "$dir/two/"
+ok "the second" sample --first 1 --class food -o "$dir/second.png"
+ok "is the same alone" cmp "$dir/two/0002.png" "$dir/second.png"
+ok "two edits" inpaint -n 2 --class food --candidates 2 -o "$dir/edits/"
+ok "the second" inpaint --first 1 --class food --candidates 2 -o "$dir/second.png"
+ok "is the same alone" cmp "$dir/edits/0002.png" "$dir/second.png"
+ok "into the picture" inpaint --class food --candidates 2 --paste-into models/emoji/example.png -o "$dir/into.png"
+ok "whose size it has" "$build/pictures" same "$dir/into.png" models/emoji/example.png 0 32 64 64
+refused_late 2 "paste-into is not for --extend" "$build/inpaint" emoji models/emoji/example.png --extend 32 --paste-into models/emoji/example.png
+refused_late 1 "expected 64x64" inpaint --class food --paste-into models/emoji/samples.png -o "$dir/into.png"
+
 # ---- models/ is found from anywhere: $IMAGEBART_MODELS, here, beside the program, however it is called ----
 here=$(pwd)
 mkdir "$dir/house" "$dir/else" "$dir/house/models" "$dir/none"
