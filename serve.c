@@ -1,7 +1,9 @@
 /* serve.c - a page to draw on, and the HTTP interface behind it (doc/api.md).
  *
- *     main     options, models, a socket          serve(): everything in order
+ *     queue    who waits, who is forgotten        enqueue, cancel, make_room
+ *     worker   one job after the other            work: ticket_run (serving/work.c), which draws as ./sample and ./inpaint do
  *     calls    a request -> a reply               the table of routes; each runs on its connection's thread
+ *     serve    options, models, a socket          everything in order
  *
  * Safe by default: only this machine can call, no request reads or writes a file. Read next: serving/http.c, how a
  * request comes; serving/gate.c, who may send one. */
@@ -161,9 +163,10 @@ static void *work(void *context) {
 static Reply get_health(void *context, const Request *r) {
     Server *s = context;
     char text[128], gpu[CUDA_TEXT_BYTES] = "cpu";
+    size_t available, total;
     cJSON *x = cJSON_CreateObject();
     (void)r;
-    if (s->cuda && cuda_find(gpu, NULL, NULL) != OK) snprintf(gpu, sizeof gpu, "cuda");
+    if (s->cuda && cuda_find(gpu, &available, &total) != OK) snprintf(gpu, sizeof gpu, "cuda");
     snprintf(text, sizeof text, "%s, %s", weight_name(s->weights), s->cuda ? "GPU" : vector_instructions());
     cJSON_AddStringToObject(x, "version", VERSION);
     cJSON_AddStringToObject(x, "device", gpu);

@@ -218,7 +218,7 @@ typedef struct Ticket {
     int32_t *label;                       /* (count) or NULL */
     double *bound;                        /* (count) */
     char error[ERR_MAX];
-    size_t bytes; /* that it holds; before it is over, that it may come to hold */
+    _Atomic size_t bytes; /* that it holds; before it is over, that it may come to hold */
     /* the server's */
     struct Ticket *next;
     size_t told_place;

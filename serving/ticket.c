@@ -201,7 +201,6 @@ void ticket_end(Ticket *t, TicketState state) {
     size_t held_bytes = TICKET_BYTES;
     const size_t T = (size_t)t->job.served->model.schedule.T;
     pthread_mutex_lock(&t->lock);
-    t->state = state;
     t->ended = seconds();
     blob_release(t->job.image), blob_release(t->job.mask);
     t->job.image = t->job.mask = NULL;
@@ -213,6 +212,7 @@ void ticket_end(Ticket *t, TicketState state) {
         }
     }
     t->bytes = held_bytes;
+    t->state = state; /* the last: from now on the ticket may be forgotten */
     pthread_mutex_unlock(&t->lock);
     cJSON *x = state == TICKET_DONE ? ticket_json(t, 0) : cJSON_CreateObject();
     if (state == TICKET_FAILED) cJSON_AddStringToObject(x, "error", t->error);
