@@ -90,6 +90,10 @@ class Browser:
         up = [{"type": "keyUp", "value": k} for k in reversed(keys)]
         self.call("POST", "/actions", {"actions": [{"type": "key", "id": "keyboard", "actions": down + up}]})
 
+    def wheel(self, x, y, delta):
+        self.call("POST", "/actions", {"actions": [{"type": "wheel", "id": "wheel", "actions": [
+            {"type": "scroll", "x": round(x), "y": round(y), "deltaX": 0, "deltaY": delta, "duration": 0, "origin": "viewport"}]}]})
+
     def errors(self):
         """What the page's console says that is wrong, since the last call"""
         return [e["message"] for e in self.call("POST", "/se/log", {"type": "browser"}) if e["level"] == "SEVERE"]

@@ -360,9 +360,43 @@ def test_reading():
     page.screen(1100, 800)
 
 
+def test_wheel():
+    page.js("fit(); setSize(8)")
+    x, y = on_canvas(20, 10)
+    page.wheel(x, y, -100)
+    ok("the wheel changes the brush", page.value("edit.size") == 9, page.value("edit.size"))
+    page.click("#tool-move")
+    scale = page.value("view.scale")
+    page.wheel(x, y, -200)
+    got = on_canvas(20, 10)
+    ok("with Move it zooms", page.value("view.scale") > scale * 1.2)
+    ok("about the pointer", abs(got[0] - round(x)) + abs(got[1] - round(y)) < 4, (got, x, y))
+    page.wheel(x, y, 2000)
+    page.wheel(x, y, 2000)
+    page.wheel(x, y, 2000)
+    ok("not out of sight", page.value("view.scale") == page.value("fitScale()"))
+    ok("the page stays", page.value("scrollY") == 0)
+    page.click("#tool-brush")
+
+
+def test_classes():
+    """ImageNet's names: by number, synset, a word of any of them"""
+    page.js("""window.list = ['n01443537 goldfish, Carassius auratus', 'n02012849 crane', 'n03126707 crane', 'n02099601 golden retriever', 'plain', '7'].map(classOf);
+        window.found = (q) => findClasses(list, q).map((c) => c.value);""")
+    for query, expected in (("golden", "n02099601"), ("N02099601", "n02099601"), ("carassius", "n01443537"), ("2", "n03126707"), ("plain", "plain")):
+        ok("a class by " + query, page.js("return found(arguments[0])", query)[0] == expected, page.js("return found(arguments[0])", query))
+    ok("cranes are two", page.value("found('crane')") == ["n02012849", "n03126707"])
+
+
 def test_reload():
     before = page.value("runs.filter((r) => r.id).length")
-    page.open(address)
+    set_field("#sample-count", "16")
+    page.click("#tab-sample")
+    page.click("#sample-run")
+    before += page.wait("runs[0].state === 'running'") or 0
+    page.js("window.isOld = true; location.reload()")
+    page.wait("!window.isOld && models.length")
+    ok("what ran goes on", page.wait("runs[0] && runs[0].job.count === 16 && runs[0].state === 'done'"))
     ok("what was drawn is there after a reload", page.wait("runs.length === %d && runs.filter((r) => r.pictures.some((p) => p.url)).length >= 3" % before), (before, page.value("runs.length")))
 
 
@@ -372,7 +406,7 @@ try:
     page.open(address)
     ok("models", page.wait("models.length"))
     for test in (test_sample, test_wrong_fields, test_cancel, test_viewer, test_edit, test_orientation, test_shapes, test_keyboard, test_pointer, test_fingers,
-                 test_learn, test_reading, test_reload):
+                 test_wheel, test_classes, test_learn, test_reading, test_reload):
         at = time.time()
         try:
             test()

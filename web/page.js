@@ -170,6 +170,7 @@ async function recover(run) {
         run.job = state.job;
         run.command = state.command;
         run.state = state.state;
+        if (state.state === "running") run.began = performance.now() - 1000 * state.took;
         showCard(run);
         if (state.state === "done") await finish(run, state);
         else if (state.state === "failed") endRun(run, "failed", state.error);
@@ -183,7 +184,7 @@ async function recover(run) {
 
 // How far it is, in all: by the time it will take, never backwards.
 function noteProgress(run, e) {
-    if (run.state !== "running") run.began = performance.now();
+    run.began ??= performance.now();
     run.state = "running";
     run.note = "";
     if (run.scale !== e.scale) say(`Scale ${e.scale} of ${e.scales}.`);
@@ -230,7 +231,7 @@ async function keepFinished(run) {
     for (let k = 0; k < count; k++)
         if (!(await takePicture(run, k, `api/jobs/${run.id}/${k}.png`, null))) break;
     endRun(run, "cancelled");
-    say("Cancelled.");
+    say(stateText(run));
 }
 
 function endRun(run, state, error = "") {
@@ -281,7 +282,7 @@ function findClasses(classes, query) {
 
 // The field of a class: a text in which one searches, and a list from which one chooses
 function classField(id, changed) {
-    const input = element("input", { id, type: "text", autocomplete: "off", spellcheck: false, role: "combobox", placeholder: "each its own",
+    const input = element("input", { id, type: "text", autocomplete: "off", spellcheck: false, role: "combobox",
         "aria-expanded": "false", "aria-autocomplete": "list", "aria-controls": `${id}-list`, "aria-describedby": `${id}-hint` });
     const list = element("ul", { id: `${id}-list`, role: "listbox", hidden: true, className: "choices", "aria-label": "Classes" });
     const field = { input, list, classes: [], chosen: null, at: -1 };
@@ -406,6 +407,7 @@ function settingsOf(kind, root, changed) {
     const isEdit = kind === "inpaint", id = (name) => `${kind}-${name}`;
     const model = element("select", { id: id("model"), "aria-describedby": `${id("model")}-hint` });
     const classes = classField(id("class"), changed);
+    classes.input.placeholder = isEdit ? "guessed" : "each its own";
     const text = (name, value) => element("input", { id: id(name), type: "text", inputMode: "numeric", value, size: 6, autocomplete: "off", "aria-describedby": `${id(name)}-hint`, oninput: changed });
     const count = text("count", isEdit ? "4" : "8"), seed = text("seed", ""), best = text("best_of", "");
     const scales = SCALE_FIELDS.map((spec) => scaleField(id(spec.name), spec, changed));
@@ -565,7 +567,7 @@ function stateText(run) {
     case "queued": return run.place ? `Waiting: ${plural(run.place, "job", "jobs")} before it.` : "Beginning …";
     case "running": return run.note || `Scale ${run.scale} of ${run.scales}${left}.`;
     case "done": return run.took === undefined ? "Done." : `Done in ${shown(run.took, 2)} s.`;
-    case "cancelled": return "Cancelled; what was finished is here.";
+    case "cancelled": return `${run.wantsCancel ? "Cancelled" : "Cancelled, for nobody listened any more"}; what was finished is here.`;
     default: return run.error;
     }
 }
