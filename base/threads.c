@@ -128,7 +128,7 @@ const char *threads_text(char text[96]) {
         snprintf(text, 96, "%d thread%s (of %d processors, the CPU quota of this container or group)", n,
                  n == 1 ? "" : "s", visible);
     else
-        snprintf(text, 96, "%d threads", n);
+        snprintf(text, 96, "%d thread%s", n, n == 1 ? "" : "s");
     return text;
 }
 

@@ -261,11 +261,10 @@ void sampling_memory(const SamplingArgs *a, Model *m, size_t batch, size_t pictu
     snprintf(what, sizeof what, "%s: first stage %s, largest scale %s, activations and pictures %s", m->folder, first,
              scale, rest);
     check(memory_fits(need.total, available, what, "a smaller --batch or -n takes less"));
+    const char *const arithmetic[] = {[WEIGHTS_REAL] = sizeof(real) == 4 ? "f32" : "f64", "bf16", "int8"};
+    say(a, "processor: %s, %s; weights in %s\n", vector_instructions(), threads_text(threads), arithmetic[m->weights]);
     detail(a, "memory: first stage %s, largest scale %s, activations and pictures %s; ", first, scale, rest);
     detail(a, "%s available\n", available == SIZE_MAX ? "unknown how much is" : bytes_text(there, available));
-    const int by_quota =
-        strchr(threads_text(threads), '(') != NULL; /* fewer threads than processors: said in any case */
-    if (a->verbose || (by_quota && !a->quiet)) fprintf(stderr, "processor: %s, %s\n", vector_instructions(), threads);
     if (m->cuda)
         say_gpu(a, m, &need);
     else if (!a->quiet)

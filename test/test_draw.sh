@@ -129,7 +129,7 @@ ok "it is so" "$build/pictures" same "$dir/none.png" "$dir/folder.png" 0 32 64 6
 ok "lsun scales so too" "$build/pictures" same "$dir/lsun.png" "$dir/folder.png" 0 32 64 64
 ok "ffhq does not" sh -c "! '$build/pictures' same '$dir/ffhq.png' '$dir/folder.png' 0 32 64 64"
 
-# ---- what is said: three lines; -v more, -q nothing ----
+# ---- what is said: three lines, of the processor, of what is drawn, of how long it took; -v more, -q nothing ----
 for how in "" -v -q; do
     # shellcheck disable=SC2086
     ok "sample $how" sample -o "$dir/v.png" $how
@@ -139,7 +139,8 @@ for how in "" -v -q; do
     cat "$dir/out" "$dir/err" >"$dir/edit$how"
 done
 for run in all edit; do
-    ok "three lines ($run)" test "$(grep -vc '^processor: .*CPU quota' "$dir/$run")" -eq 3
+    ok "three lines and where it went ($run)" test "$(wc -l <"$dir/$run")" -eq 4
+    ok "which arithmetic ($run)" grep -q '^processor: .*, [0-9]* thread.*; weights in f32$' "$dir/$run"
     ok "nothing with -q ($run)" test ! -s "$dir/$run-q"
     ok "passes with -v ($run)" grep -q '^scale 1: [0-9]* tokens in [0-9]* pass' "$dir/$run-v"
     ok "memory with -v ($run)" grep -q '^memory: first stage' "$dir/$run-v"
