@@ -1056,8 +1056,10 @@ function drawAfter(share) {
     else pen.drawImage(edit.after, 0, 0, W, H);
     pen.restore();
     if (share <= 0 || share >= 1) return;
-    pen.fillStyle = "#fff";
-    pen.fillRect(W * share - 1 / view.scale, 0, 2 / view.scale, H);
+    for (const [colour, width] of [["#000", 4], ["#fff", 2]]) {
+        pen.fillStyle = colour;
+        pen.fillRect(W * share - width / 2 / view.scale, 0, width / view.scale, H);
+    }
 }
 
 // The part of the mask that is seen: a pixel each, or, of a picture larger than the screen, as many as the screen has
