@@ -38,10 +38,11 @@ enum {
 /* The next line of a text from *at to end, without its end; 0: there is none. */
 static int next_line(const char **line, size_t *length, const char **at, const char *end) {
     if (*at >= end) return 0;
-    const char *stop = memchr(*at, '\n', (size_t)(end - *at));
+    const char *stop = *at;
+    while (stop < end && *stop != '\n' && *stop != '\r') stop++; /* old lists have CR alone */
     *line = *at;
-    *length = (size_t)((stop ? stop : end) - *at);
-    *at += *length + 1;
+    *length = (size_t)(stop - *at);
+    *at = stop + 1 + (stop + 1 < end && stop[0] == '\r' && stop[1] == '\n');
     return 1;
 }
 
@@ -179,7 +180,6 @@ static Err search_list(Search *s, Index *x, const char *list, int side) {
     Err e = memchr(bytes, 0, size) ? err("%s: is neither a folder nor a text file with one path a line", list) : OK;
     for (size_t number = 1; e == OK && next_line(&line, &length, &at, end); number++) {
         char name[PATH_BYTES];
-        if (length && line[length - 1] == '\r') length--;
         if (length >= PATH_BYTES) e = err("%s: line %zu: longer than %d bytes", list, number, PATH_BYTES - 1);
         if (!length || e != OK) continue;
         snprintf(name, sizeof name, "%.*s", (int)length, line);

@@ -48,7 +48,8 @@ static void say_beginning(const Pictures *p) {
     const Classes *classes = &p->model.classes;
     char title[CLASS_TITLE_BYTES], of[CLASS_TITLE_BYTES + 40] = "";
     if (p->draw.label && a->class_name)
-        snprintf(of, sizeof of, ", class %d: %s", (int)p->draw.label[0], class_title(title, classes, (size_t)p->draw.label[0]));
+        snprintf(of, sizeof of, ", class %d: %s", (int)p->draw.label[0],
+                 class_title(title, classes, (size_t)p->draw.label[0]));
     else if (p->draw.label)
         snprintf(of, sizeof of, ", %s of %zu classes", a->n == 1 ? "one" : "each one", classes->n);
     say(a, "drawing %zu picture%s with %s, seed %llu%s\n", a->n, a->n == 1 ? "" : "s", last_part(p->model.folder),
@@ -95,8 +96,8 @@ static void say_end(const Pictures *p, double took) {
     say_drafts(a, p->counts, p->model.schedule.T);
     say(a, "%zu picture%s", a->n, a->n == 1 ? "" : "s");
     if (p->draw.M > 1)
-        say(a, ", %sa likely one of %zu, %.2f nats per token (%s),", a->n == 1 ? "" : "each ", p->draw.M,
-            nats, score_anchors(anchors, &chain, &p->model.meta));
+        say(a, ", %sa likely one of %zu, %.2f nats per token (%s),", a->n == 1 ? "" : "each ", p->draw.M, nats,
+            score_anchors(anchors, &chain, &p->model.meta));
     say(a, " in %s, seed %llu\n", duration(text, took), (unsigned long long)a->seed);
 }
 
@@ -138,6 +139,16 @@ static void convert(SamplingArgs *a, const char *folder, const char *store) {
     model_close(&m);
 }
 
+/* One thing at a time: what is not drawn goes nowhere. drawing: an option is given that only drawing obeys. */
+static void check_kind(int list, int score, const char *folder, int drawing) {
+    if (list + score + (folder != NULL) > 1) usage_error("give one of --list, --score, --convert");
+    if (drawing && (list || score || folder))
+        usage_error("%s draws nothing: --chain, --nearest, --animate, --best-of and --show are for drawing",
+                    list    ? "--list"
+                    : score ? "--score"
+                            : "--convert");
+}
+
 static const char intro[] =
     "usage: ./sample [MODEL] [options]\n\n"
     "Draws pictures with an ImageBART model: starts from a grid of random tokens x_T and, scale by scale, lets a\n"
@@ -146,7 +157,7 @@ static const char intro[] =
 
 int main(int argc, char **argv) {
     SamplingArgs a = {.model = "emoji", .out = "samples.png", .n = 16, .batch = 16};
-    const char *chain = NULL, *nearest = NULL, *folder = NULL, *store = "f32";
+    const char *chain = NULL, *nearest = NULL, *folder = NULL, *store = NULL;
     size_t most = 0;
     const char *item[MAX_SCORED];
     OptionList pictures = {item, 0, MAX_SCORED};
@@ -177,12 +188,14 @@ int main(int argc, char **argv) {
         {OPT_END, NULL, NULL, NULL, 0, 0, NULL}};
     sampling_parse(argc, argv, table, &a, intro);
     if (pictures.n && !score) usage_error("unexpected argument \"%s\"; -h explains", pictures.item[0]);
+    check_kind(list, score, folder, chain || nearest || a.animate || most || a.show);
+    if (store && !folder) usage_error("--store is for --convert");
     if (list)
         check(list_models());
     else if (score)
         check(score_pictures(&a, &pictures));
     else if (folder)
-        convert(&a, folder, store);
+        convert(&a, folder, store ? store : "f32");
     else
         sample(&a, most, chain, nearest);
     if (fflush(stdout)) die("standard output could not be written");

@@ -290,6 +290,8 @@ static Err build_stage(Stage *s, const Checkpoint *ck) {
     else
         params_init(s->params, s->set.seed);
     if (!ck && s->set.init) TRY(start_from(s, s->set.init));
+    if (ck && s->set.init && !s->set.all)
+        say_once("%s: goes on with its own weights; --init %s is of runs that begin\n", s->name, s->set.init);
     return params_send(s->params);
 }
 

@@ -298,7 +298,8 @@ static Err check_layout(Checkpoint *ck, const unsigned char *data, size_t data_b
 /* name = own without the parts that a wrapper of the network added. The official moving average has names without dots
  * behind its prefix. */
 static void unwrap_name(char name[NAME_MAX_BYTES], const char *own) {
-    static const char ema[] = "transformer_ema.", compiled[] = "_orig_mod";
+    static const char ema[] = "transformer_ema.";
+    static const char *const wrappers[] = {"_orig_mod", "module"}; /* no parameter's name begins like these */
     size_t n = 0;
     for (size_t whole; *own; own += whole) {
         const size_t length = strcspn(own, ".");
@@ -306,8 +307,11 @@ static void unwrap_name(char name[NAME_MAX_BYTES], const char *own) {
             (length == 6 && !strncmp(own, "module.", 7)) || (length == 9 && !strncmp(own, "_orig_mod.", 10));
         whole = length + (own[length] == '.');
         if (!wraps) memcpy(name + n, own, whole), n += whole;
-        if (n == sizeof ema - 1 && !memcmp(name, ema, n) && !strncmp(own + whole, compiled, sizeof compiled - 1))
-            whole += sizeof compiled - 1;
+        if (n != sizeof ema - 1 || memcmp(name, ema, n) != 0) continue;
+        for (size_t k = 0; k < 2; k++) {
+            const size_t skip = strlen(wrappers[k]);
+            if (!strncmp(own + whole, wrappers[k], skip)) whole += skip, k = (size_t)-1; /* from the first again */
+        }
     }
     name[n] = 0;
 }

@@ -192,7 +192,7 @@ typedef struct {
 
 static Err key_set_make(KeySet *s, const char *text) {
     size_t lines = 1;
-    for (; (text = strchr(text, '\n')) != NULL; text++) lines++;
+    for (; *(text += strcspn(text, "\r\n")); text++) lines++;
     for (s->places = 2; s->places < 2 * lines;) s->places *= 2;
     return mem_alloc(&s->row, s->places, sizeof *s->row, "a configuration");
 }
@@ -234,9 +234,11 @@ Err config_read_checked(Config *c, const char *path, ConfigKeyCheck *refuse) {
     Err e = key_set_make(&seen, text);
     size_t number = 1;
     for (char *line = text, *end; e == OK && *line; line = end, number++) {
-        end = line + strcspn(line, "\n");
+        end = line + strcspn(line, "\r\n"); /* old files have "\r" alone */
         const size_t length = (size_t)(end - line);
+        const int both = !strncmp(end, "\r\n", 2);
         if (*end) *end++ = 0;
+        end += both;
         e = length < LINE_MAX_BYTES ? config_line(c, &seen, old, line, refuse)
                                     : err("longer than %d bytes", LINE_MAX_BYTES - 1);
         snprintf(where, sizeof where, "line %zu", number);

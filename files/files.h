@@ -622,9 +622,11 @@ typedef struct {
 /* From the official keys under prefix + "transformer_config."; has_class from "conditioner_config.target". */
 Err net_config_read(NetConfig *c, const Config *from, const char *prefix);
 Err net_config_write(Config *to, const NetConfig *c, const char *prefix);
-/* An error if the file has a tensor that nothing of a transition with this table p asks for, and that is not known to be
- * harmless: then it is of another network. */
+/* An error if the file has a tensor below "transformer." that nothing of a transition with this table p asks for: then it
+ * is of another network. */
 Err transition_known(const NetConfig *c, const Params *p, const Checkpoint *ck);
+/* out: that the file has tensors beside those of a transition, which the official code passes over too. NULL: it has none. */
+const char *transition_note(char out[ERR_MAX], const Checkpoint *ck);
 /* What the official classes have besides parameters: a GPT's masks, the second name of a tied embedding. */
 Err net_derived_tensors(TensorList *list, const NetConfig *c);
 /* An error if transformer.cu could not build that. */

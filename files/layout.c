@@ -5,7 +5,9 @@
  * folder `train` among others (bus, car, train) is a class. */
 #include "files/files.h"
 
+#include <limits.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <strings.h>
 #include <sys/stat.h>
@@ -75,12 +77,22 @@ static size_t common_folder(const Names *all) {
 
 typedef enum { ROLE_TRAIN, ROLE_VAL, ROLE_TEST, ROLE_NONE } Role;
 
+/* Also as train_set, test-images, valData */
 static Role role_of(const char *folder, size_t length) {
     static const struct {
         const char *name;
         Role role;
     } known[] = {{"train", ROLE_TRAIN},    {"training", ROLE_TRAIN}, {"val", ROLE_VAL},     {"valid", ROLE_VAL},
-                 {"validation", ROLE_VAL}, {"test", ROLE_TEST},      {"testing", ROLE_TEST}};
+                 {"validation", ROLE_VAL}, {"validate", ROLE_VAL},   {"dev", ROLE_VAL},     {"eval", ROLE_VAL},
+                 {"evaluation", ROLE_VAL}, {"test", ROLE_TEST},      {"testing", ROLE_TEST}};
+    static const char *const kinds[] = {"dataset", "set", "data", "images", "imgs", "pictures", "photos"};
+    for (size_t i = 0; i < sizeof kinds / sizeof *kinds; i++) {
+        const size_t n = strlen(kinds[i]);
+        if (length <= n || strncasecmp(folder + length - n, kinds[i], n) != 0) continue;
+        length -= n;
+        while (length && strchr("_- ", folder[length - 1])) length--;
+        break;
+    }
     for (size_t i = 0; i < sizeof known / sizeof *known; i++)
         if (strlen(known[i].name) == length && !strncasecmp(known[i].name, folder, length)) return known[i].role;
     return ROLE_NONE;
@@ -197,20 +209,44 @@ void layout_sides(Names *all, const Layout *layout) {
 
 /* ---- Names in lists ---- */
 
-void list_name(char *name, const char *root) {
-    const size_t n = strlen(root);
-    char *from = name, *to = name;
-    if (!strncmp(name, root, n) && name[n] == '/') from += n + 1;
-    while (*from) {
-        const int start = to == name || to[-1] == '/';
-        if (start && to != name && *from == '/')
-            from++;
-        else if (start && !strncmp(from, "./", 2))
-            from += 2;
-        else
-            *to++ = *from++;
+/* Without double slashes, "." and, where a folder is in front of it, ".." */
+static void plain_path(char *path) {
+    const size_t first = path[0] == '/';
+    const char *from = path + first;
+    size_t n = first;
+    for (size_t length; *from; from += length + (from[length] == '/')) {
+        length = strcspn(from, "/");
+        if (!length || (length == 1 && from[0] == '.')) continue;
+        size_t last = n > first ? n - 1 : n; /* where the component in front begins */
+        while (last > first && path[last - 1] != '/') last--;
+        if (length == 2 && !strncmp(from, "..", 2) && n > first && strncmp(path + last, "../", 3) != 0) {
+            n = last;
+            continue;
+        }
+        memmove(path + n, from, length);
+        n += length;
+        if (from[length]) path[n++] = '/';
     }
-    *to = 0;
+    path[n - (n > first && path[n - 1] == '/')] = 0;
+}
+
+/* name = what is behind the folder in front of it, if it is there */
+static void drop_folder(char *name, const char *folder) {
+    const char *below = below_folder(name, folder);
+    if (below) memmove(name, below, strlen(below) + 1);
+}
+
+void list_name(char *name, const char *root) {
+    char folder[PATH_BYTES], path[PATH_BYTES], whole[PATH_MAX];
+    snprintf(folder, sizeof folder, "%s", root);
+    drop_folder(name, root);
+    plain_path(name), plain_path(folder);
+    drop_folder(name, folder);
+    if (strncmp(name, "../", 3) != 0 || !realpath(root, whole)) return;
+    snprintf(folder, sizeof folder, "%s", whole);
+    if (path_make(path, "%s/%s", root, name) != OK || !realpath(path, whole)) return;
+    if (strlen(whole) < PATH_BYTES) strcpy(name, whole);
+    drop_folder(name, folder);
 }
 
 const char *list_label(const char *name) {

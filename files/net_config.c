@@ -189,17 +189,28 @@ static int is_buffer(const char *name, const NetConfig *c) {
 
 Err transition_known(const NetConfig *c, const Params *p, const Checkpoint *ck) {
     static const char own[] = "transformer.";
-    static const char *const others[] = {
-        "first_stage_model.", "transformer_ema.",
-        "sos_token",          "alphats",
-        "alphacum",           "loss."}; /* the last one: a training loss's own, such as logvar */
     for (size_t i = 0; i < ck->n; i++) {
         const char *name = ck->tensor[i].name, *rest = name + sizeof own - 1;
-        int known = begins(name, own) && (is_buffer(rest, c) || params_has(p, rest));
-        for (size_t k = 0; k < sizeof others / sizeof *others && !known; k++) known = begins(name, others[k]);
-        if (!known) return err("unexpected tensor '%s': another network than its configuration says", name);
+        if (begins(name, own) && !is_buffer(rest, c) && !params_has(p, rest))
+            return err("unexpected tensor '%s': another network than its configuration says", name);
     }
     return OK;
+}
+
+const char *transition_note(char out[ERR_MAX], const Checkpoint *ck) {
+    static const char *const known[] = {
+        "transformer.", "first_stage_model.", "transformer_ema.", "sos_token", "alphats", "alphacum",
+        "loss."}; /* the last one: a training loss's own, such as logvar */
+    for (size_t i = 0; i < ck->n; i++) {
+        int is_known = 0;
+        for (size_t k = 0; k < sizeof known / sizeof *known && !is_known; k++)
+            is_known = begins(ck->tensor[i].name, known[k]);
+        if (is_known) continue;
+        snprintf(out, ERR_MAX, "%.600s: '%.200s' is no part of a transition: such tensors are left out", ck->path,
+                 ck->tensor[i].name);
+        return make_printable(out);
+    }
+    return NULL;
 }
 
 /* 1 where query i sees key j: causal, and the first n_unmasked see each other (SPEC 2.3). One byte each: PyTorch

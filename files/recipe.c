@@ -99,9 +99,23 @@ static Err take_first_stage(Config *to, const Config *recipe) {
     return OK;
 }
 
+/* Parts of scales that the model does not have would be read by nobody. */
+static Err check_scales(const Config *recipe) {
+    size_t T, t;
+    if (!config_get(recipe, "scale.model.params.", "n_scales")) return OK;
+    TRY(config_size(&T, recipe, "scale.model.params.", "n_scales", 1, MAX_SCALES, 0));
+    for (size_t i = 0; i < recipe->n; i++) {
+        const char *key = recipe->kv[i].key, *s = key + strlen("scale");
+        if (strncmp(key, "scale", strlen("scale")) == 0 && text_digits(&t, &s) && t > T)
+            return err("%s: this model has scales 1 to %zu", key, T);
+    }
+    return OK;
+}
+
 Err recipe_read(Config *to, const char *path, int scale) {
     Config recipe = {0};
     Err e = config_read_checked(&recipe, path, recipe_key_check);
+    if (e == OK && check_scales(&recipe) != OK) e = err_in(path);
     if (e == OK && (scale == RECIPE_VQGAN ? take_first_stage(to, &recipe) : take_scale(to, &recipe, scale)) != OK)
         e = err_in(path);
     if (e == OK && classes_from_recipe(to, path) != OK) e = err_in(path);

@@ -281,6 +281,7 @@ static Err check_file(Model *m, int scale) {
     Err e = open_scale(&ck, path, m, scale);
     if (e == OK && check_facts(m, &ck, scale) != OK) e = err_file(path);
     if (e == OK) keep_note(m, &ck);
+    if (e == OK && !*m->note) transition_note(m->note, &ck);
     checkpoint_close(&ck);
     return e;
 }
@@ -472,6 +473,16 @@ size_t decode_batch(const Model *m, size_t n) {
     return m->cuda ? max_size(min_size(n, PICTURES), 1) : 1;
 }
 
+/* Weights so large that sums are no numbers any more draw black pictures. */
+static Err check_pixels(const Model *m, const real *x, size_t n) {
+    int bad = 0;
+    for (size_t i = 0; i < n; i++) bad |= isnan(x[i]);
+    return !bad ? OK
+                : err("%s: its first stage draws pixels that are no numbers (NaN): the weights are of a training that "
+                      "failed, or too large for floats",
+                      m->folder);
+}
+
 Err decode_pictures(Model *m, const int32_t *tokens, size_t n, real *images) {
     size_t N = m->h * m->w, pixels = 3 * m->side * m->side;
     const size_t batch = decode_batch(m, n);
@@ -481,7 +492,7 @@ Err decode_pictures(Model *m, const int32_t *tokens, size_t n, real *images) {
         if (n > batch) progress_line("decoding picture %zu of %zu", b + 1, n);
     }
     progress_end();
-    return OK;
+    return check_pixels(m, images, n * pixels);
 }
 
 Err model_class(const Model *m, const char *name, int32_t *label) {

@@ -59,12 +59,29 @@ static Err out_folder_check(const char *option, const char *folder) {
     return e;
 }
 
+/* Do two paths name the same entry of the same folder? Neither need be there yet. */
+static int same_entry(const char *path, const char *other) {
+    const char *paths[2] = {path, other}, *base[2];
+    struct stat folder[2];
+    for (int i = 0; i < 2; i++) {
+        char parent[PATH_BYTES];
+        const char *slash = strrchr(paths[i], '/');
+        base[i] = slash ? slash + 1 : paths[i];
+        if (path_make(parent, "%.*s.", (int)(base[i] - paths[i]), paths[i]) != OK) return 0;
+        if (stat(parent, &folder[i]) != 0) return 0;
+    }
+    if (folder[0].st_dev != folder[1].st_dev || folder[0].st_ino != folder[1].st_ino) return 0;
+    const int numbered = strspn(base[1], "0123456789") >= 4 && !strcmp(base[1] + strspn(base[1], "0123456789"), ".png");
+    return *base[0] ? strcmp(base[0], base[1]) == 0 : numbered; /* a folder of single files has 0001.png and so on */
+}
+
 static Err outputs_differ(const char *option, const char *path, const char *other, const char *other_path) {
     struct stat a, b;
     const int same_file = stat(path, &a) == 0 && stat(other_path, &b) == 0 && S_ISREG(a.st_mode) &&
                           a.st_dev == b.st_dev && a.st_ino == b.st_ino;
-    if (!same_file && strcmp(path, other_path) != 0) return OK;
-    return err("%s and %s are the same file, %s: the second picture would replace the first", option, other, path);
+    if (!same_file && !same_entry(path, other_path)) return OK;
+    return err("%s and %s are the same file, %s: the second picture would replace the first", option, other,
+               other_path);
 }
 
 Err outputs_check(const char *out, const char *chain, const char *film) {

@@ -30,6 +30,10 @@ const char *score_anchors(char text[SCORE_BYTES], const Chain *chain, const Conf
 
 /* ---- Is the kept part of a picture like what the model has learnt? ---- */
 
+static Err check_nats(const Model *m, double nats) {
+    return isfinite(nats) ? OK : err("%s: it gives no usable probabilities (NaN or infinite logits)", m->folder);
+}
+
 /* How far the first stage's picture of these tokens is off: root mean square difference of pixels, counted in 0..1, a
  * mean over those of the kept tokens. */
 static Err first_stage_error(double *error, Model *m, const real *image, const int32_t *tokens, const uint8_t *keep) {
@@ -58,6 +62,7 @@ Err familiar(Familiar *f, Model *m, const real *image, const int32_t *tokens, co
     read_range(f->nats_known, &m->meta, "familiar_nats");
     read_range(f->error_known, &m->meta, "familiar_error");
     TRY(kept_bound(&chain, tokens, keep, label, seed, &f->nats));
+    TRY(check_nats(m, f->nats));
     TRY(first_stage_error(&f->error, m, image, tokens, keep));
     f->unlike = f->nats > 1.35 * f->nats_known[1] || f->error > 1.65 * f->error_known[1];
     return OK;
@@ -133,6 +138,7 @@ static Err score_picture(Score *s, const char *path) {
         if (c == 0 || nats < least) least = nats, best = c;
     }
     if (e == OK) e = picture_bounds(&chain, s->tokens, s->label ? s->label + best : NULL, 1, SCORE_SEED, &nats);
+    if (e == OK) e = check_nats(m, nats + least);
     if (e == OK) e = first_stage_error(&error, m, s->image, s->tokens, NULL);
     if (e != OK) return e;
     if (s->label) class_title(title, &m->classes, (size_t)s->label[best]);

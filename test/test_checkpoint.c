@@ -90,7 +90,7 @@ static void remove_all(const char *path) {
 
 /* A safetensors file with this header, `extra` added to its true length, and n bytes of data 0,1,2,... */
 static const char *put_safetensors(const char *header, uint64_t extra, size_t n) {
-    static char file[1 << 17];
+    static char file[1 << 22];
     uint64_t length = strlen(header), written = length + extra;
     memcpy(file, &written, 8);
     memcpy(file + 8, header, length);
@@ -314,6 +314,9 @@ static void test_wrapped_names(void) {
                                            {"transformer._orig_mod.blocks.0.d", "transformer.blocks.0.d"},
                                            {"transformer.module.e", "transformer.e"},
                                            {"transformer_ema._orig_modblocks0f", "transformer_ema.blocks0f"},
+                                           {"transformer_ema.modulepos_emb", "transformer_ema.pos_emb"},
+                                           {"transformer_ema.module_orig_modk", "transformer_ema.k"},
+                                           {"transformer_ema._orig_modmodulel", "transformer_ema.l"},
                                            {"first_stage_model._orig_mod.encoder.g", "first_stage_model.encoder.g"},
                                            {"transformer.modules.h", "transformer.modules.h"},
                                            {"transformer.my_module.i", "transformer.my_module.i"},

@@ -222,6 +222,12 @@ static void test_dataset_layouts(void) {
                 {{"TRAIN"}, 0, 1, 1},
                 {{"bus/x", "car", "train"}, 3, 5, 1},
                 {{"d", "da", "data", "data.", "e"}, 5, 0, 0},
+                {{"train/a", "dev/a", "dev/b"}, 2, 2, 4},
+                {{"training_set/a", "training_set/b", "test_set/a"}, 2, 4, 2},
+                {{"Train-Images", "valImages"}, 0, 2, 2},
+                {{"trainset/a", "eval set/a", "other"}, 1, 2, 2},
+                {{"dev", "prod", "eval"}, 3, 0, 0},
+                {{"set", "images", "trains"}, 3, 0, 0},
                 {{"letters", "test", "train"}, 3, 0, 0},
                 {{"train", "val"}, 0, 2, 2}};
     for (size_t i = 0; i < sizeof sets / sizeof *sets; i++) {
@@ -252,8 +258,11 @@ static void test_dataset_layouts(void) {
 
 /* However a list names the pictures, the classes are theirs. */
 static void test_list_forms(void) {
-    static const char *const form[] = {"./%s/%d.png\n",           "%s/%d.png\r\n", "%s/%d.png  \n", "train/%s/%d.png\n",
-                                       "\357\273\277%s/%d.png\n", "%s\\%d.png\n",  "%s//%d.png\n"};
+    static const char *const form[] = {
+        "./%s/%d.png\n",       "%s/%d.png\r\n",           "%s/%d.png  \n",
+        "train/%s/%d.png\n",   "\357\273\277%s/%d.png\n", "%s\\%d.png\n",
+        "%s//%d.png\n",        ".//%s/./%d.png\n",        "%s/%d.png\r",
+        "../form/%s/%d.png\n", "train/../%s/%d.png\n",    "../form/train/../%s/.//%d.png\n"};
     char text[4096], line[512];
     Dataset d;
     make_folder("form"), make_folder("form/cat"), make_folder("form/dog"), make_folder("form/train");

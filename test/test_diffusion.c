@@ -1509,6 +1509,75 @@ static void test_vqgan_files(void) {
     }
 }
 
+/* The file again, with `value` in all of a row (NULL: in none) and with another tensor (NULL: without) */
+static void rewrite(const char *path, const char *row, float value, const char *extra) {
+    enum { MOST = 1 << 14 };
+    static float numbers[MOST];
+    Checkpoint ck;
+    TensorList list = {0};
+    for (int i = 0; i < MOST; i++) numbers[i] = value;
+    CHECK_OK(checkpoint_open(&ck, path));
+    for (size_t k = 0; k < ck.n; k++) {
+        const Tensor *from = &ck.tensor[k];
+        const int changed = row && !strcmp(from->name, row) && CHECK(from->size <= MOST);
+        CHECK_OK(
+            tensor_list_add(&list, from->name, from->dtype, from->ndim, from->dim, changed ? numbers : from->data, 0));
+    }
+    if (extra) CHECK_OK(tensor_list_add(&list, extra, DT_F32, 0, NULL, numbers, 0));
+    CHECK_OK(checkpoint_write(path, list.tensor, NULL, list.n, &ck.meta));
+    tensor_list_free(&list);
+    checkpoint_close(&ck);
+}
+
+/* Numbers so large that what they give is none: said, and no black picture. */
+static void test_too_large(void) {
+    static const char *const row[] = {"decoder.conv_in.weight", "decoder.mid.block_1.conv1.weight",
+                                      "quantize.embedding.weight", "transformer.encoder.token_emb.weight"};
+    for (size_t i = 0; i < 4; i++) {
+        char dir[512], path[600], name[32];
+        static real image[3 * 64 * 64];
+        int32_t x_0[N] = {0};
+        uint8_t keep[N] = {1};
+        Familiar f;
+        Model m;
+        Tiny x = {2, 0, 0, 0, 0, X_PLAIN, 0};
+        snprintf(name, sizeof name, "too-large-%zu", i);
+        tiny_folder(dir, name, &x);
+        tiny_path(path, dir, i < 3 ? "vqgan.safetensors" : "scale1.safetensors");
+        rewrite(path, row[i], 3e38f, NULL);
+        CHECK_OK(model_open(&m, dir, NULL));
+        if (i < 3)
+            CHECK_ERR(decode_pictures(&m, x_0, 1, image), "no numbers");
+        else
+            CHECK_OK(decode_pictures(&m, x_0, 1, image));
+        CHECK(familiar(&f, &m, image, x_0, keep, -1, 3) == FAILED || (i == 3 && isfinite(f.nats)));
+        model_close(&m);
+    }
+}
+
+/* What lies beside a transition in its file is left out, and said; what lies in it is of another network. */
+static void test_beside_transition(void) {
+    static const char *const extra[] = {
+        "logvar",      "cond_stage_model.embedding.weight", "lpips.net.0.weight", "model_ema.decay",
+        "loss.logvar", "transformer.decoder.other.weight"};
+    for (size_t i = 0; i < sizeof extra / sizeof *extra; i++) {
+        char dir[512], path[600], name[32];
+        Model m;
+        Tiny x = {2, 0, 0, 0, 0, X_PLAIN, 0};
+        snprintf(name, sizeof name, "beside-%zu", i);
+        tiny_folder(dir, name, &x);
+        tiny_path(path, dir, "scale1.safetensors");
+        rewrite(path, NULL, 0, extra[i]);
+        if (i == 5) {
+            CHECK_ERR(model_open(&m, dir, NULL), "unexpected tensor 'transformer.decoder.other.weight'");
+            continue;
+        }
+        CHECK_OK(model_open(&m, dir, NULL));
+        CHECK(i == 4 ? !*m.note : strstr(m.note, extra[i]) && strstr(m.note, "left out"));
+        model_close(&m);
+    }
+}
+
 static void test_broken(void) {
     static const struct {
         int flip;
@@ -1524,6 +1593,8 @@ static void test_broken(void) {
         CHECK(strstr(err_text(), "scale2.safetensors") != NULL);
     }
     test_vqgan_files();
+    test_too_large();
+    test_beside_transition();
     test_schedule_formats();
     Tiny nan = {2, 0, 0, 0, 7, X_PLAIN, 0}, short_gpt = {2, 0, 0, 0, 4, X_PLAIN, 0};
     char dir[512];

@@ -19,6 +19,17 @@ for to in nowhere/x.png folder x.jpg x.JPEG x.webp x.tiff folder/x.gif; do
 done
 early "No such file" sample -o "$dir/x.png" --nearest "$dir/no-pictures"
 early "same file" sample -o "$dir/x.png" --chain "$dir/x.png"
+early "same file" sample -o "$dir/x.png" --chain "$dir/./x.png"
+early "same file" sample -o "$dir/x.png" --animate "$dir/folder/../x.png"
+early "same file" sample -o "$dir/folder/" --chain "$dir//folder/0002.png"
+for also in "--chain $dir/x.png" "--nearest models" "--best-of 2" "--animate $dir/x.png" "--show"; do
+    # shellcheck disable=SC2086
+    refused_late 2 "--score draws nothing" "$build/sample" emoji --score models/emoji/example.png $also
+    # shellcheck disable=SC2086
+    refused_late 2 "--convert draws nothing" "$build/sample" emoji --convert "$dir/folder" $also
+done
+refused_late 2 "--store is for --convert" "$build/sample" emoji -n 1 --store bf16 -o "$dir/x.png"
+refused_late 2 "give one of --list, --score, --convert" "$build/sample" --list --convert "$dir/folder"
 ok "nothing is left behind" test "$(find "$dir" -name 'x*' | wc -l)" -eq 0
 refused_late 1 "-o: a picture of .* pixels.*; a smaller -n" "$build/inpaint" emoji models/emoji/example.png --half upper -n 4096 --compare -o "$dir/x.png"
 refused_late 1 "--chain: a picture of" "$build/sample" emoji -n 600 --best-of 1 --chain "$dir/c.png" -o "$dir/x.png"

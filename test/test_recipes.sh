@@ -112,6 +112,14 @@ ok "not as a folder's" sh -c "! '$build/pictures' tensors '$dir/named/vqgan.safe
 { printf '\357\273\277' && sed 1d test/tiny.txt; } >"$dir/recipe.txt"
 ok "a byte-order mark is no part of a key" train marked --vqgan --steps 2
 ok "and changes nothing" cmp "$dir/marked/vqgan.safetensors" "$dir/first/vqgan.safetensors"
+tr '\n' '\r' <test/tiny.txt >"$dir/recipe.txt"
+ok "lines may end as on old machines" train marked --vqgan --steps 2
+ok "which changes nothing" cmp "$dir/marked/vqgan.safetensors" "$dir/first/vqgan.safetensors"
+says 0 "vqgan: goes on with its own weights; --init $dir/first is of runs that begin" "$build/train" --config "$dir/recipe.txt" --data "$dir/data" \
+    --run "$dir/marked" --vqgan --steps 3 --resume --init "$dir/first"
+recipe "scale4.train.seed 5"
+says 1 "scale4.train.seed: this model has scales 1 to 3" train none --vqgan --steps 1
+says 1 "scale4.train.seed: this model has scales 1 to 3" train none --all --steps 1
 
 # ---- rates: constant without a schedule, also on resuming and with --lr; with cycles ----
 recipe "-vqgan.${LR}" "vqgan.model.base_learning_rate 1e-4"
