@@ -165,7 +165,7 @@ def test_viewer():
     page.keys("\ue00c")
     page.wait("!$('viewer').open")
     page.js("await readSettings(new File([runs[2].pictures[1].blob], 'x.png'))")
-    ok("a picture's settings", page.value("sampleForm.job().seed === 7 && sampleForm.job().temperature === 0.8"), page.value("$('says').textContent"))
+    ok("a picture's settings", page.value("jobOf(sampleForm).seed === 7 && jobOf(sampleForm).temperature === 0.8"), page.value("$('says').textContent"))
 
 
 def open_file(path):

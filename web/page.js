@@ -2,7 +2,7 @@
 //
 //     Helpers      elements, numbers, words for the screen reader
 //     Server       calls, a job from the click to its pictures      start(): one job; follow(): its events
-//     Settings     the form of a job, alike for Sample and Edit     settingsOf(kind) -> {job(), fill(job)}
+//     Settings     the form of a job, alike for Sample and Edit     settingsOf(), jobOf(), fillForm()
 //     Results      a card for each job of this visit, and the viewer
 //     Mask         pixels that are drawn anew; each change is a list of runs that were flipped
 //     Canvas       pixelAt(): from an event to a pixel of the picture, the only place that knows
@@ -134,7 +134,7 @@ async function start(run, files, form) {
         updateCard(run);
     } catch (error) {
         if (run.id && isOver(run)) return;
-        form.mark(error.field, error.message);
+        markField(form, error.field, error.message);
         endRun(run, "failed", error.message);
     }
 }
@@ -344,59 +344,55 @@ function classField(id, changed) {
 
 // One row of SCALE_FIELDS: recommended, the same at all scales, linear, or each by itself
 function scaleField(id, spec, changed) {
-    const place = element("span", { className: "numbers" });
-    const mode = element("select", { id, "aria-describedby": `${id}-hint` },
-        element("option", { value: "", textContent: "recommended" }), element("option", { value: "constant", textContent: "constant" }),
-        spec.linear ? element("option", { value: "linear", textContent: "linear" }) : null,
-        element("option", { value: "scales", textContent: "per scale" }));
-    const field = { spec, mode, recommended: [], allowed: [], inputs: [], place };
-    const numberInput = (label, value, disabled = false) => element("input", { type: "text", inputMode: "decimal", size: 5, value: shown(value, 17), disabled,
-        "aria-label": `${spec.label}, ${label}`, oninput: changed });
-    const build = (values) => {
-        const T = values.length, scale = (i) => `scale ${T - i}${i === 0 ? ", the noisiest" : ""}`;
-        field.inputs = [];
-        place.replaceChildren();
-        if (mode.value === "") place.textContent = values.every((v) => v === values[0]) ? String(values[0]) : values.join(", ");
-        else if (mode.value === "constant") {
-            const start = spec.name === "guidance" && values[0] === 1 ? 2 : values[0];
-            const number = numberInput("all scales", start);
-            const slider = element("input", { type: "range", min: spec.low, max: spec.high, step: spec.step, value: start, "aria-label": `${spec.label}, all scales`,
-                oninput: () => ((number.value = slider.value), changed()) });
-            number.oninput = () => ((slider.value = numberOf(number.value) || 0), changed());
-            field.inputs = [number];
-            place.append(slider, number);
-        } else if (mode.value === "linear") {
-            field.inputs = [numberInput("the noisiest scale", Math.max(1, values[0])), numberInput("the last scale", values[T - 1])];
-            place.append("from ", field.inputs[0], " to ", field.inputs[1]);
-        } else {
-            field.inputs = values.map((v, i) => numberInput(scale(i), v, spec.name === "guidance" && !field.allowed[i]));
-            place.append(...field.inputs.map((input, i) => element("label", { className: "scale" }, input, `${T - i}`)));
-        }
-    };
-    mode.onchange = () => (build(field.recommended), changed());
+    const option = (value, textContent) => element("option", { value, textContent });
+    const mode = element("select", { id, "aria-describedby": `${id}-hint` }, option("", "recommended"), option("constant", "constant"),
+        spec.linear ? option("linear", "linear") : null, option("scales", "per scale"));
+    const field = { spec, changed, mode, recommended: [], allowed: [], inputs: [], place: element("span", { className: "numbers" }) };
+    mode.onchange = () => (showScales(field, field.recommended), changed());
+    // Another model: what was typed stays if it still fits.
     field.reset = (recommended, allowed) => {
-        field.recommended = recommended;
-        field.allowed = allowed;
-        if (mode.value !== "scales" && mode.value !== "" && field.inputs.length) return;
-        if (mode.value === "scales" && field.inputs.length === recommended.length) return;
-        build(recommended);
+        const fits = mode.value === "constant" || mode.value === "linear" || (mode.value === "scales" && field.inputs.length === recommended.length);
+        Object.assign(field, { recommended, allowed });
+        if (!fits || !field.inputs.length) showScales(field, recommended);
     };
-    // undefined: as the model recommends
+    // A number, a list, or undefined: as the model recommends
     field.value = () => {
-        const x = field.inputs.map((input) => numberOf(input.value));
-        field.inputs.forEach((input, i) => input.setAttribute("aria-invalid", String(!(x[i] >= 0 && x[i] <= spec.most))));
+        const x = field.inputs.map((input) => numberOf(input.value)), T = field.recommended.length;
         if (mode.value === "") return undefined;
         if (mode.value === "constant") return x[0];
         if (mode.value === "scales") return x;
-        const T = field.recommended.length;
         return Array.from({ length: T }, (_, i) => Math.round(x[0] + ((x[1] - x[0]) * i) / Math.max(1, T - 1)));
     };
     field.set = (values) => {
-        const same = values.every((v, i) => v === field.recommended[i]);
+        const same = values.length === field.recommended.length && values.every((v, i) => v === field.recommended[i]);
         mode.value = same ? "" : values.every((v) => v === values[0]) ? "constant" : "scales";
-        build(same ? field.recommended : values);
+        showScales(field, values);
     };
     return field;
+}
+
+// The inputs of a row for the way that is chosen in it
+function showScales(field, values) {
+    const { spec, mode, place, changed, allowed } = field, T = values.length;
+    const input = (label, value, disabled = false) => element("input", { type: "text", inputMode: "decimal", size: 5, value: shown(value, 17), disabled,
+        "aria-label": `${spec.label}, ${label}`, oninput: changed });
+    field.inputs = [];
+    place.replaceChildren();
+    if (mode.value === "") place.textContent = values.every((v) => v === values[0]) ? String(values[0]) : values.join(", ");
+    else if (mode.value === "constant") {
+        const number = input("all scales", values[0]);
+        const slider = element("input", { type: "range", min: spec.low, max: spec.high, step: spec.step, value: values[0], "aria-label": `${spec.label}, all scales`,
+            oninput: () => ((number.value = slider.value), changed()) });
+        number.oninput = () => ((slider.value = numberOf(number.value) || 0), changed());
+        field.inputs = [number];
+        place.append(slider, number);
+    } else if (mode.value === "linear") {
+        field.inputs = [input("the noisiest scale", Math.max(1, values[0])), input("the last scale", values[T - 1])];
+        place.append("from ", field.inputs[0], " to ", field.inputs[1]);
+    } else {
+        field.inputs = values.map((v, i) => input(`scale ${T - i}${i === 0 ? ", the noisiest" : ""}`, v, spec.name === "guidance" && !allowed[i]));
+        place.append(...field.inputs.map((one, i) => element("label", { className: "scale" }, one, `${T - i}`)));
+    }
 }
 
 const labelled = (id, label, input, hint) => element("div", { className: "field" },
@@ -405,103 +401,127 @@ const labelled = (id, label, input, hint) => element("div", { className: "field"
 // The form of a kind of job. changed() is called whenever a field has another value.
 function settingsOf(kind, root, changed) {
     const isEdit = kind === "inpaint", id = (name) => `${kind}-${name}`;
-    const model = element("select", { id: id("model"), "aria-describedby": `${id("model")}-hint` });
-    const classes = classField(id("class"), changed);
-    classes.input.placeholder = isEdit ? "guessed" : "each its own";
-    const text = (name, value) => element("input", { id: id(name), type: "text", inputMode: "numeric", value, size: 6, autocomplete: "off", "aria-describedby": `${id(name)}-hint`, oninput: changed });
-    const count = text("count", isEdit ? "4" : "8"), seed = text("seed", ""), best = text("best_of", "");
-    const scales = SCALE_FIELDS.map((spec) => scaleField(id(spec.name), spec, changed));
-    const again = button("Random", () => ((seed.value = ""), changed()), { className: "quiet", title: "A new seed each time" });
-    seed.placeholder = "random";
-    seed.size = 12;
-    const classLine = labelled(id("class"), "Class", element("div", { className: "combo" }, classes.input, classes.list),
+    const text = (name, value, size = 6) => element("input", { id: id(name), type: "text", inputMode: "numeric", value, size, autocomplete: "off", "aria-describedby": `${id(name)}-hint`, oninput: changed });
+    const form = {
+        kind, isEdit, root, changed,
+        model: element("select", { id: id("model"), "aria-describedby": `${id("model")}-hint` }),
+        classes: classField(id("class"), changed),
+        count: text("count", isEdit ? "4" : "8"), seed: text("seed", "", 12), best: text("best_of", "", 16),
+        scales: SCALE_FIELDS.map((spec) => scaleField(id(spec.name), spec, changed)),
+        problem: element("p", { className: "problem", role: "alert" }),
+    };
+    form.seed.placeholder = "random";
+    form.classes.input.placeholder = isEdit ? "guessed" : "each its own";
+    form.classLine = labelled(id("class"), "Class", element("div", { className: "combo" }, form.classes.input, form.classes.list),
         isEdit ? "Left out: the one that the kept part looks like." : "A name, a part of one, a number or a synset. Left out: each picture its own.");
+    const random = button("Random", () => ((form.seed.value = ""), changed()), { className: "quiet", title: "A new seed each time" });
     root.append(
-        labelled(id("model"), "Model", model, "…"),
-        classLine,
-        labelled(id("count"), "Pictures", count, isEdit ? "Different completions, side by side." : ""),
-        labelled(id("seed"), "Seed", element("span", { className: "numbers" }, seed, again), "The same seed and settings give the same pictures."),
+        labelled(id("model"), "Model", form.model, "…"),
+        form.classLine,
+        labelled(id("count"), "Pictures", form.count, isEdit ? "Different completions, side by side." : "They are drawn side by side."),
+        labelled(id("seed"), "Seed", element("span", { className: "numbers" }, form.seed, random), "The same seed and settings give the same pictures."),
         element("details", {}, element("summary", { textContent: "More settings" }),
-            ...scales.map((f) => labelled(id(f.spec.name), f.spec.label, element("span", { className: "numbers" }, f.mode, f.place), f.spec.hint)),
-            labelled(id("best_of"), isEdit ? "Candidates" : "Best of", best, isEdit ? "So many in parallel for each; those that the kept part fits best go on." :
+            ...form.scales.map((f) => labelled(id(f.spec.name), f.spec.label, element("span", { className: "numbers" }, f.mode, f.place), f.spec.hint)),
+            labelled(id("best_of"), isEdit ? "Candidates" : "Best of", form.best, isEdit ? "So many in parallel for each; those that the kept part fits best go on." :
                 "So many are drawn for each picture, one of the likeliest stays. Previews show the first."),
-            button("All as recommended", () => { for (const f of scales) (f.mode.value = ""), f.mode.onchange(); best.value = ""; changed(); }, { className: "quiet" })),
-        element("p", { className: "problem", role: "alert" }),
+            button("All as recommended", () => allAsRecommended(form), { className: "quiet" })),
+        form.problem,
     );
-    const form = { model, classes, count, seed, best, scales, problem: root.lastChild };
-    const recommended = () => modelOf(model.value)[isEdit ? "editing" : "defaults"];
-    form.modelChanged = () => {
-        const m = modelOf(model.value);
-        $(`${id("model")}-hint`).textContent = m.title !== m.name ? `${m.title}.` : `${m.width} × ${m.height} pixels, ${plural(m.scales, "scale", "scales")}.`;
-        classes.classes = m.classes.map(classOf);
-        if (classes.chosen) classes.set(classes.chosen.value);
-        classLine.hidden = !m.classes.length;
-        best.placeholder = `recommended: ${recommended().best_of}`;
-        best.size = 16;
-        for (const f of scales) f.reset(recommended()[f.spec.name], m.guidance_scales);
-        changed();
-    };
-    model.onchange = form.modelChanged;
-    form.setModels = () => {
-        model.replaceChildren(...models.map((m) => element("option", { value: m.name, disabled: !m.here, textContent: m.here ? m.name : `${m.name} – not here: ${m.how}` })));
-        form.modelChanged();
-    };
-    // Which fields are wrong is marked; the server says the rest.
-    form.mark = (field, message) => {
-        form.problem.textContent = message || "";
-        for (const e of root.querySelectorAll("[aria-invalid]")) if (!field) e.removeAttribute("aria-invalid");
-        const [name, i] = (field || "").split(/[[\]]/);
-        const scale = scales.find((f) => f.spec.name === name);
-        const wrong = scale ? scale.inputs[Math.min(Number(i) || 0, scale.inputs.length - 1)] : $(id(name));
-        if (wrong) wrong.setAttribute("aria-invalid", "true"), wrong.focus();
-    };
-    // The job that the form asks for, or null: a field is wrong, which is said
-    form.job = () => {
-        const m = modelOf(model.value), job = { kind, model: m.name };
-        const whole = (input, low, high, name) => {
-            const x = numberOf(input.value);
-            if (!Number.isInteger(x) || x < low || x > high) throw Object.assign(new Error(`${name}: “${input.value}”: expected a whole number of ${low} to ${high}`), { input });
-            return x;
-        };
-        job.count = whole(count, 1, most, "Pictures");
-        if (seed.value.trim()) job.seed = whole(seed, 0, Number.MAX_SAFE_INTEGER, "Seed");
-        if (m.classes.length && classes.value() !== null) job.class = classes.value();
-        for (const f of scales) {
-            const value = f.value();
-            if (value === undefined) continue;
-            for (const x of [value].flat())
-                if (!(x >= 0 && x <= f.spec.most) || (f.spec.whole && !Number.isInteger(x)))
-                    throw Object.assign(new Error(`${f.spec.label}: expected ${f.spec.whole ? "whole numbers" : "numbers"} of ${f.spec.name === "chain_length" && !isEdit ? 1 : 0} to ${f.spec.most}`), { input: f.inputs[0] });
-            job[f.spec.name] = value;
-        }
-        if (best.value.trim()) job.best_of = whole(best, 1, isEdit ? 4096 : 64, isEdit ? "Candidates" : "Best of");
-        return job;
-    };
-    form.fill = (job) => {
-        if (!modelOf(job.model) || !modelOf(job.model).here) return say(`${job.model} is not served here.`, true);
-        model.value = job.model;
-        form.modelChanged();
-        classes.set(job.class ?? null);
-        count.value = job.count;
-        seed.value = job.seed ?? "";
-        for (const f of scales) if (job[f.spec.name]) f.set([job[f.spec.name]].flat());
-        best.value = job.best_of === undefined || job.best_of === recommended().best_of ? "" : job.best_of;
-        changed();
-    };
+    form.model.onchange = () => modelChanged(form);
     return form;
 }
 
-// form.job(), or null after the field that is wrong was marked
+// What the form's model recommends
+const recommendedBy = (form) => modelOf(form.model.value)[form.isEdit ? "editing" : "defaults"];
+
+function allAsRecommended(form) {
+    form.best.value = "";
+    for (const f of form.scales) f.set(recommendedBy(form)[f.spec.name]);
+    form.changed();
+}
+
+function setModels(form) {
+    form.model.replaceChildren(...models.map((m) => element("option", { value: m.name, disabled: !m.here, textContent: m.here ? m.name : `${m.name} – not here: ${m.how}` })));
+    modelChanged(form);
+}
+
+// The fields that depend on the model
+function modelChanged(form) {
+    const m = modelOf(form.model.value), { classes } = form;
+    $(`${form.model.id}-hint`).textContent = m.title !== m.name ? `${m.title}.` : `${m.width} × ${m.height} pixels, ${plural(m.scales, "scale", "scales")}.`;
+    classes.classes = m.classes.map(classOf);
+    if (classes.chosen) classes.set(classes.chosen.value);
+    form.classLine.hidden = !m.classes.length;
+    form.best.placeholder = `recommended: ${recommendedBy(form).best_of}`;
+    for (const f of form.scales) f.reset(recommendedBy(form)[f.spec.name], m.guidance_scales);
+    form.changed();
+}
+
+// Marks the field that a sentence of the server or of ours is about; none: all are right again.
+function markField(form, field, message) {
+    form.problem.textContent = message || "";
+    if (!field) return form.root.querySelectorAll("[aria-invalid]").forEach((e) => e.removeAttribute("aria-invalid"));
+    const [name, i] = field.split(/[[\]]/), scale = form.scales.find((f) => f.spec.name === name);
+    const wrong = scale ? scale.inputs[Math.min(Number(i) || 0, scale.inputs.length - 1)] : $(`${form.kind}-${name}`);
+    if (!wrong) return;
+    wrong.setAttribute("aria-invalid", "true");
+    wrong.focus();
+}
+
+// An error about a field
+const wrongField = (field, message) => Object.assign(new Error(message), { field });
+
+// The whole number of a field, low to high
+function wholeOf(input, name, label, low, high) {
+    const x = numberOf(input.value);
+    if (Number.isInteger(x) && x >= low && x <= high) return x;
+    throw wrongField(name, `${label}: “${input.value}”: expected a whole number of ${low} to ${high}`);
+}
+
+// What a row of SCALE_FIELDS says: a number, a list, or undefined, as the model recommends
+function scalesOf(f, isEdit) {
+    const { name, label, most: high, whole } = f.spec, low = name === "chain_length" && !isEdit ? 1 : 0, value = f.value();
+    const bad = value === undefined ? -1 : [value].flat().findIndex((x) => !(x >= low && x <= high) || (whole && !Number.isInteger(x)));
+    if (bad < 0) return value;
+    throw wrongField(`${name}[${bad}]`, `${label}: “${f.inputs[Math.min(bad, f.inputs.length - 1)].value}”: expected a ${whole ? "whole number" : "number"} of ${low} to ${high}`);
+}
+
+// The job that the form asks for. What is as recommended is left out. Throws what wrongField says.
+function jobOf(form) {
+    const { kind, isEdit, classes } = form, m = modelOf(form.model.value), job = { kind, model: m.name };
+    job.count = wholeOf(form.count, "count", "Pictures", 1, most);
+    if (form.seed.value.trim()) job.seed = wholeOf(form.seed, "seed", "Seed", 0, Number.MAX_SAFE_INTEGER);
+    if (m.classes.length && classes.value() !== null) job.class = classes.value();
+    for (const f of form.scales) {
+        const value = scalesOf(f, isEdit);
+        if (value !== undefined) job[f.spec.name] = value;
+    }
+    if (form.best.value.trim()) job.best_of = wholeOf(form.best, "best_of", isEdit ? "Candidates" : "Best of", 1, isEdit ? 4096 : 64);
+    return job;
+}
+
+// jobOf, or null after the field that is wrong was marked
 function readForm(form) {
-    form.mark(null, "");
+    markField(form, null, "");
     try {
-        return form.job();
+        return jobOf(form);
     } catch (error) {
-        form.problem.textContent = error.message;
-        error.input.setAttribute("aria-invalid", "true");
-        error.input.focus();
+        markField(form, error.field, error.message);
         return null;
     }
+}
+
+// The form as it was for a job
+function fillForm(form, job) {
+    if (!modelOf(job.model) || !modelOf(job.model).here) return say(`${job.model} is not served here.`, true);
+    form.model.value = job.model;
+    modelChanged(form);
+    form.classes.set(job.class ?? null);
+    form.count.value = job.count;
+    form.seed.value = job.seed ?? "";
+    for (const f of form.scales) if (job[f.spec.name] !== undefined) f.set([job[f.spec.name]].flat());
+    form.best.value = job.best_of === undefined || job.best_of === recommendedBy(form).best_of ? "" : job.best_of;
+    form.changed();
 }
 
 // The command line of a job; of one that has run the server says it itself.
@@ -523,7 +543,7 @@ function commandOf(job) {
 function previewCommand(form, place, more = {}) {
     if (!models.length) return;
     try {
-        showCommand(place, commandOf({ ...form.job(), ...more }));
+        showCommand(place, commandOf({ ...jobOf(form), ...more }));
     } catch {
         place.replaceChildren();
     }
@@ -548,7 +568,7 @@ function showCard(run) {
         run.grid = part("div", "pictures");
         run.line = part("div", "command");
         run.cancel = button("Cancel", () => cancelRun(run));
-        run.again = button("Use these settings", () => (run.kind === "inpaint" ? editForm : sampleForm).fill(run.job), { className: "quiet" });
+        run.again = button("Use these settings", () => fillForm(run.kind === "inpaint" ? editForm : sampleForm, run.job), { className: "quiet" });
         run.remove = button("Remove", () => removeRun(run), { className: "quiet" });
         const head = element("div", { className: "head" }, element("div", {}, run.title, run.text), run.cancel);
         run.card.append(head, run.bars, run.grid, run.line, element("div", { className: "run" }, run.again, run.remove));
@@ -1196,6 +1216,7 @@ function pointerEnds(e, keep) {
 canvas.onpointerup = (e) => pointerEnds(e, true);
 canvas.onpointercancel = (e) => pointerEnds(e, false);
 canvas.onlostpointercapture = (e) => pointerEnds(e, true);
+canvas.oncontextmenu = (e) => e.preventDefault(); // a finger that stays would open it
 canvas.onpointerenter = () => (pointerIsOver = true);
 canvas.onpointerleave = () => {
     pointerIsOver = false;
@@ -1418,8 +1439,11 @@ function hideResult() {
 
 function startEdit() {
     editForm = settingsOf("inpaint", $("edit-settings"), editChanged);
-    const modelChanged = editForm.modelChanged;
-    editForm.model.onchange = () => (modelChanged(), edit.shape ? setShape(edit.shape) : maskChanged());
+    editForm.model.onchange = () => {
+        modelChanged(editForm);
+        if (edit.shape) setShape(edit.shape);
+        else maskChanged();
+    };
     $("edit-form").onsubmit = (e) => (e.preventDefault(), runEdit());
     $("edit-run").onclick = runEdit;
     $("edit-cancel").onclick = () => cancelRun(edit.run);
@@ -1485,7 +1509,10 @@ async function learnFrom(picture) {
     $("learn-empty").hidden = true;
     $("learn-body").hidden = false;
     const { run, k } = picture, T = run.job.temperature.length;
-    $("learn-text").textContent = `${titleOf(run)}, picture ${k}: ${T} noising steps lead from its tokens x₀ to pure noise x${subscript(T)}. Scale t goes back from x${"ₜ"} to x${"ₜ₋₁"}: a transformer sees the whole noisier grid and writes the cleaner one, token by token. After each scale the tokens are a whole picture.`;
+    $("learn-text").textContent =
+        `${titleOf(run)}, picture ${k}: ${T} noising steps lead from its tokens x₀ to pure noise x${subscript(T)}. ` +
+        "Scale t goes back from xₜ to xₜ₋₁: a transformer sees the whole noisier grid and writes the cleaner one, " +
+        "token by token. After each scale the tokens are a whole picture.";
     $("learn-steps").replaceChildren(...learn.steps.map((step, i) => {
         const open = button("", () => showStep(i), { className: "picture", "aria-label": stepName(step) });
         open.append(element("img", { src: step.address, alt: "" }));
@@ -1495,12 +1522,20 @@ async function learnFrom(picture) {
     showStep(learn.steps.length - 1);
     try {
         learn.details = await call(`api/jobs/${run.id}/${k}.json`);
-        learn.image = await createImageBitmap(picture.blob);
+        learn.image = await tokensPicture(picture);
         drawHeat();
         sayHeat();
     } catch (error) {
         $("heat-text").textContent = error.status === 410 ? "The server has forgotten this picture’s tokens." : error.message;
     }
+}
+
+// What the tokens of K.json look like: of an edit the model's own square, which is seen only if there was one candidate
+async function tokensPicture(picture) {
+    const { run } = picture, last = learn.steps.at(-1);
+    if (run.kind === "sample") return createImageBitmap(picture.blob);
+    if (run.job.best_of > 1 || !last || last.scale !== 1) return null;
+    return createImageBitmap(await (await fetch(last.address)).blob());
 }
 
 const subscript = (n) => String(n).replace(/\d/g, (d) => "₀₁₂₃₄₅₆₇₈₉"[d]);
@@ -1509,11 +1544,16 @@ const stepName = (step) => `after scale ${step.scale}: x${subscript(step.scale -
 function showStep(i) {
     const step = learn.steps[i], { run } = learn.picture, T = run.job.temperature.length;
     if (!step) return;
-    const passes = run.job.chain_length[T - step.scale], temperature = run.job.temperature[T - step.scale], guidance = run.job.guidance[T - step.scale];
+    const at = (list) => list[T - step.scale], job = run.job;
+    const from = step.scale === T ? "Drawn out of pure noise" : `Drawn from x${subscript(step.scale)}`;
+    const guided = at(job.guidance) === 1 ? "" : `, with guidance ${at(job.guidance)}`;
+    const isOther = job.best_of > 1 && (step.scale > 1 || run.kind === "inpaint");
     $("learn-step").value = i;
     $("learn-picture").src = step.address;
     $("learn-picture").alt = stepName(step);
-    $("learn-step-text").textContent = `${stepName(step)}, decoded. ${step.scale === T ? "Drawn out of pure noise" : `Drawn from x${subscript(step.scale)}`} at temperature ${temperature}, in ${plural(passes, "pass", "passes")}${guidance === 1 ? "" : `, with guidance ${guidance}`}.${step.scale > 1 && run.job.best_of > 1 ? " It is the first of those of which the best was kept." : ""}`;
+    $("learn-step-text").textContent =
+        `${stepName(step)}, decoded. ${from} at temperature ${at(job.temperature)}, in ${plural(at(job.chain_length), "pass", "passes")}` +
+        `${guided}.${isOther ? ` It is the first of ${job.best_of}, of which one of the likeliest was kept.` : ""}`;
     [...$("learn-steps").querySelectorAll("button")].forEach((b, j) => b.setAttribute("aria-pressed", String(i === j)));
 }
 
@@ -1529,7 +1569,8 @@ function drawHeat() {
     const [rows, columns] = details.grid, w = heat.width / columns, h = heat.height / rows, most = Math.max(0.1, ...details.entropy);
     c.clearRect(0, 0, heat.width, heat.height);
     c.imageSmoothingEnabled = false;
-    const overPicture = $("heat-picture").checked && image.width === image.height;
+    const overPicture = $("heat-picture").checked && image !== null;
+    $("heat-picture").disabled = image === null;
     if (overPicture) c.drawImage(image, 0, 0, heat.width, heat.height);
     c.globalAlpha = overPicture ? 0.7 : 1;
     details.entropy.forEach((bits, i) => {
@@ -1552,10 +1593,15 @@ function sayHeat() {
     if (!details) return;
     const bits = details.entropy, mean = bits.reduce((a, b) => a + b, 0) / bits.length, columns = details.grid[1];
     if (cell < 0) {
-        $("heat-text").textContent = `Mean ${shown(mean, 3)} bits, most ${shown(Math.max(...bits), 3)}; blind guessing among ${K} would have ${shown(Math.log2(K), 3)}. The picture’s bound: ${nats(details.bound)} per token. Choose a token: by click or with the arrow keys.`;
+        $("heat-text").textContent =
+            `Mean ${shown(mean, 3)} bits, most ${shown(Math.max(...bits), 3)}; blind guessing among ${K} would have ` +
+            `${shown(Math.log2(K), 3)}. The picture’s bound: ${nats(details.bound)} per token. ` +
+            "Choose a token: by click or with the arrow keys.";
         return;
     }
-    $("heat-text").textContent = `Row ${Math.floor(cell / columns) + 1}, column ${(cell % columns) + 1}: token ${details.tokens[cell]} of ${K}. Entropy ${shown(bits[cell], 3)} bits: as unsure as among ${shown(2 ** bits[cell], 3)} equally likely ones.`;
+    $("heat-text").textContent =
+        `Row ${Math.floor(cell / columns) + 1}, column ${(cell % columns) + 1}: token ${details.tokens[cell]} of ${K}. ` +
+        `Entropy ${shown(bits[cell], 3)} bits: as unsure as among ${shown(2 ** bits[cell], 3)} equally likely ones.`;
 }
 
 function chooseCell(cell) {
@@ -1617,7 +1663,7 @@ async function readSettings(file) {
         const job = await call("api/settings", { method: "POST", body: file });
         const isEdit = job.kind === "inpaint";
         selectTab(isEdit ? "edit" : "sample");
-        (isEdit ? editForm : sampleForm).fill(job);
+        fillForm(isEdit ? editForm : sampleForm, job);
         say(`The settings of ${file.name}.`);
     } catch (error) {
         say(error.message, true);
@@ -1679,8 +1725,8 @@ async function begin() {
         models = list.models;
         most = health.most;
         $("server").textContent = `${health.device}, ${health.arithmetic}, ${plural(health.threads, "thread", "threads")}`;
-        sampleForm.setModels();
-        editForm.setModels();
+        setModels(sampleForm);
+        setModels(editForm);
         comeBack();
     } catch (error) {
         say(error.message, true);
