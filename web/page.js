@@ -177,7 +177,10 @@ async function recover(run) {
         else if (state.state === "cancelled") await keepFinished(run);
         else follow(run);
     } catch (error) {
-        const gone = { 410: "The server has forgotten this job to make room.", 404: "The server does not know this job any more: it was started anew." };
+        const gone = {
+            410: "The server has forgotten this job to make room.",
+            404: "The server does not know this job any more: it was started anew.",
+        };
         endRun(run, "failed", gone[error.status] || error.message);
     }
 }
@@ -256,13 +259,17 @@ function cancelRun(run) {
 
 // A number for every scale. whole: as on the command line.
 const SCALE_FIELDS = [
-    { name: "temperature", option: "--temperature", label: "Temperature", low: 0, high: 2, step: 0.05, most: 1000,
+    { name: "temperature", option: "--temperature", label: "Temperature", most: 1000,
+      slider: { min: 0, max: 2, step: 0.05 },
       hint: "Lower: safer and more alike. 1: as the model has learnt." },
-    { name: "top_k", option: "--top-k", label: "Top-k", low: 0, high: 200, step: 1, most: 1e9, whole: true,
+    { name: "top_k", option: "--top-k", label: "Top-k", most: 1e9, whole: true,
+      slider: { min: 0, max: 200, step: 1 },
       hint: "Draws among so many of the likeliest tokens; 0: among all." },
-    { name: "guidance", option: "--guidance", label: "Guidance", low: 0, high: 8, step: 0.1, most: 1000,
+    { name: "guidance", option: "--guidance", label: "Guidance", most: 1000,
+      slider: { min: 0, max: 8, step: 0.1 },
       hint: "More of the class than 1; takes almost twice the time." },
-    { name: "chain_length", option: "--chain-length", label: "Chain length", low: 1, high: 16, step: 1, most: 1000, whole: true, linear: true,
+    { name: "chain_length", option: "--chain-length", label: "Chain length", most: 1000, whole: true, linear: true,
+      slider: { min: 1, max: 16, step: 1 },
       hint: "Passes of each scale, with some noise in between: parts settle on each other." },
 ];
 
@@ -277,14 +284,18 @@ function classOf(name, number) {
 function findClasses(classes, query) {
     const q = query.trim().toLowerCase(), words = q.split(/\s+/);
     const rank = (c) => (c.number === q || c.synset === q ? 0 : c.title.toLowerCase().startsWith(q) ? 1 : 2);
-    return classes.filter((c) => words.every((w) => c.text.includes(w))).sort((a, b) => rank(a) - rank(b) || a.number - b.number);
+    const found = classes.filter((c) => words.every((w) => c.text.includes(w)));
+    return found.sort((a, b) => rank(a) - rank(b) || a.number - b.number);
 }
 
 // The field of a class: a text in which one searches, and a list from which one chooses
 function classField(id, changed) {
-    const input = element("input", { id, type: "text", autocomplete: "off", spellcheck: false, role: "combobox",
-        "aria-expanded": "false", "aria-autocomplete": "list", "aria-controls": `${id}-list`, "aria-describedby": `${id}-hint` });
-    const list = element("ul", { id: `${id}-list`, role: "listbox", hidden: true, className: "choices", "aria-label": "Classes" });
+    const input = element("input", {
+        id, type: "text", autocomplete: "off", spellcheck: false, role: "combobox", "aria-expanded": "false",
+        "aria-autocomplete": "list", "aria-controls": `${id}-list`, "aria-describedby": `${id}-hint`,
+    });
+    const list = element("ul", { id: `${id}-list`, role: "listbox", className: "choices", "aria-label": "Classes" });
+    list.hidden = true;
     const field = { input, list, classes: [], chosen: null, at: -1 };
     const close = () => {
         list.hidden = true;
@@ -300,9 +311,11 @@ function classField(id, changed) {
     };
     const open = () => {
         const found = findClasses(field.classes, field.chosen ? "" : input.value).slice(0, 200);
-        list.replaceChildren(...found.map((c, i) => element("li", { id: `${id}-${i}`, role: "option", "aria-selected": "false",
+        list.replaceChildren(...found.map((c, i) => element("li", {
+            id: `${id}-${i}`, role: "option", "aria-selected": "false",
             textContent: c.synset ? `${c.title} (${c.number}, ${c.synset})` : c.title,
-            onpointerdown: (e) => e.preventDefault(), onclick: () => choose(c) })));
+            onpointerdown: (e) => e.preventDefault(), onclick: () => choose(c),
+        })));
         list.found = found;
         list.hidden = !found.length;
         input.setAttribute("aria-expanded", String(found.length > 0));
@@ -328,10 +341,12 @@ function classField(id, changed) {
         changed();
     };
     input.onkeydown = (e) => {
-        if (e.key === "ArrowDown") move(1), e.preventDefault();
-        else if (e.key === "ArrowUp") move(-1), e.preventDefault();
-        else if (e.key === "Escape" && !list.hidden) close(), e.preventDefault();
-        else if (e.key === "Enter" && !list.hidden && list.found.length && input.value.trim()) choose(list.found[Math.max(0, field.at)]), e.preventDefault();
+        if (e.key === "ArrowDown") move(1);
+        else if (e.key === "ArrowUp") move(-1);
+        else if (e.key === "Escape" && !list.hidden) close();
+        else if (e.key === "Enter" && !list.hidden && (input.value.trim() || field.at >= 0)) choose(list.found[Math.max(0, field.at)]);
+        else return;
+        e.preventDefault();
     };
     // null: none is wanted. What was typed but not chosen goes to the server, which knows more names.
     field.value = () => (field.chosen ? field.chosen.value : input.value.trim() || null);
@@ -345,13 +360,15 @@ function classField(id, changed) {
 // One row of SCALE_FIELDS: recommended, the same at all scales, linear, or each by itself
 function scaleField(id, spec, changed) {
     const option = (value, textContent) => element("option", { value, textContent });
-    const mode = element("select", { id, "aria-describedby": `${id}-hint` }, option("", "recommended"), option("constant", "constant"),
+    const mode = element("select", { id, "aria-describedby": `${id}-hint` },
+        option("", "recommended"), option("constant", "constant"),
         spec.linear ? option("linear", "linear") : null, option("scales", "per scale"));
-    const field = { spec, changed, mode, recommended: [], allowed: [], inputs: [], place: element("span", { className: "numbers" }) };
+    const place = element("span", { className: "numbers" });
+    const field = { spec, changed, mode, place, recommended: [], allowed: [], inputs: [] };
     mode.onchange = () => (showScales(field, field.recommended), changed());
     // Another model: what was typed stays if it still fits.
     field.reset = (recommended, allowed) => {
-        const fits = mode.value === "constant" || mode.value === "linear" || (mode.value === "scales" && field.inputs.length === recommended.length);
+        const fits = mode.value !== "" && (mode.value !== "scales" || field.inputs.length === recommended.length);
         Object.assign(field, { recommended, allowed });
         if (!fits || !field.inputs.length) showScales(field, recommended);
     };
@@ -374,15 +391,17 @@ function scaleField(id, spec, changed) {
 // The inputs of a row for the way that is chosen in it
 function showScales(field, values) {
     const { spec, mode, place, changed, allowed } = field, T = values.length;
-    const input = (label, value, disabled = false) => element("input", { type: "text", inputMode: "decimal", size: 5, value: shown(value, 17), disabled,
-        "aria-label": `${spec.label}, ${label}`, oninput: changed });
+    const input = (label, value, disabled = false) => element("input", {
+        type: "text", inputMode: "decimal", size: 5, value: shown(value, 17), disabled,
+        "aria-label": `${spec.label}, ${label}`, oninput: changed,
+    });
     field.inputs = [];
     place.replaceChildren();
     if (mode.value === "") place.textContent = values.every((v) => v === values[0]) ? String(values[0]) : values.join(", ");
     else if (mode.value === "constant") {
         const number = input("all scales", values[0]);
-        const slider = element("input", { type: "range", min: spec.low, max: spec.high, step: spec.step, value: values[0], "aria-label": `${spec.label}, all scales`,
-            oninput: () => ((number.value = slider.value), changed()) });
+        const slider = element("input", { type: "range", ...spec.slider, value: values[0], "aria-label": `${spec.label}, all scales` });
+        slider.oninput = () => ((number.value = slider.value), changed());
         number.oninput = () => ((slider.value = numberOf(number.value) || 0), changed());
         field.inputs = [number];
         place.append(slider, number);
@@ -390,18 +409,26 @@ function showScales(field, values) {
         field.inputs = [input("the noisiest scale", Math.max(1, values[0])), input("the last scale", values[T - 1])];
         place.append("from ", field.inputs[0], " to ", field.inputs[1]);
     } else {
-        field.inputs = values.map((v, i) => input(`scale ${T - i}${i === 0 ? ", the noisiest" : ""}`, v, spec.name === "guidance" && !allowed[i]));
+        const name = (i) => `scale ${T - i}${i === 0 ? ", the noisiest" : ""}`;
+        field.inputs = values.map((v, i) => input(name(i), v, spec.name === "guidance" && !allowed[i]));
         place.append(...field.inputs.map((one, i) => element("label", { className: "scale" }, one, `${T - i}`)));
     }
 }
 
-const labelled = (id, label, input, hint) => element("div", { className: "field" },
-    element("label", { for: id, textContent: label }), input, hint ? element("p", { id: `${id}-hint`, className: "hint", textContent: hint }) : null);
+// A field with its label above and what it does beneath
+function labelled(id, label, input, hint) {
+    return element("div", { className: "field" }, element("label", { for: id, textContent: label }), input,
+        element("p", { id: `${id}-hint`, className: "hint", textContent: hint }));
+}
 
 // The form of a kind of job. changed() is called whenever a field has another value.
 function settingsOf(kind, root, changed) {
     const isEdit = kind === "inpaint", id = (name) => `${kind}-${name}`;
-    const text = (name, value, size = 6) => element("input", { id: id(name), type: "text", inputMode: "numeric", value, size, autocomplete: "off", "aria-describedby": `${id(name)}-hint`, oninput: changed });
+    const text = (name, value, size = 6) => element("input", {
+        id: id(name), type: "text", inputMode: "numeric", value, size, autocomplete: "off",
+        "aria-describedby": `${id(name)}-hint`, oninput: changed,
+    });
+    const numbers = (...inputs) => element("span", { className: "numbers" }, ...inputs);
     const form = {
         kind, isEdit, root, changed,
         model: element("select", { id: id("model"), "aria-describedby": `${id("model")}-hint` }),
@@ -412,18 +439,26 @@ function settingsOf(kind, root, changed) {
     };
     form.seed.placeholder = "random";
     form.classes.input.placeholder = isEdit ? "guessed" : "each its own";
-    form.classLine = labelled(id("class"), "Class", element("div", { className: "combo" }, form.classes.input, form.classes.list),
-        isEdit ? "Left out: the one that the kept part looks like." : "A name, a part of one, a number or a synset. Left out: each picture its own.");
-    const random = button("Random", () => ((form.seed.value = ""), changed()), { className: "quiet", title: "A new seed each time" });
+    const hints = isEdit ? {
+        class: "Left out: the one that the kept part looks like.",
+        count: "Different completions, side by side.",
+        best: "So many in parallel for each; those that the kept part fits best go on.",
+    } : {
+        class: "A name, a part of one, a number or a synset. Left out: each picture its own.",
+        count: "They are drawn side by side.",
+        best: "So many are drawn for each picture, one of the likeliest stays. Previews show the first.",
+    };
+    const combo = element("div", { className: "combo" }, form.classes.input, form.classes.list);
+    const random = button("Random", () => ((form.seed.value = ""), changed()), { className: "quiet" });
+    form.classLine = labelled(id("class"), "Class", combo, hints.class);
     root.append(
-        labelled(id("model"), "Model", form.model, "…"),
+        labelled(id("model"), "Model", form.model, ""),
         form.classLine,
-        labelled(id("count"), "Pictures", form.count, isEdit ? "Different completions, side by side." : "They are drawn side by side."),
-        labelled(id("seed"), "Seed", element("span", { className: "numbers" }, form.seed, random), "The same seed and settings give the same pictures."),
+        labelled(id("count"), "Pictures", form.count, hints.count),
+        labelled(id("seed"), "Seed", numbers(form.seed, random), "The same seed and settings give the same pictures."),
         element("details", {}, element("summary", { textContent: "More settings" }),
-            ...form.scales.map((f) => labelled(id(f.spec.name), f.spec.label, element("span", { className: "numbers" }, f.mode, f.place), f.spec.hint)),
-            labelled(id("best_of"), isEdit ? "Candidates" : "Best of", form.best, isEdit ? "So many in parallel for each; those that the kept part fits best go on." :
-                "So many are drawn for each picture, one of the likeliest stays. Previews show the first."),
+            ...form.scales.map((f) => labelled(f.mode.id, f.spec.label, numbers(f.mode, f.place), f.spec.hint)),
+            labelled(id("best_of"), isEdit ? "Candidates" : "Best of", form.best, hints.best),
             button("All as recommended", () => allAsRecommended(form), { className: "quiet" })),
         form.problem,
     );
@@ -441,14 +476,16 @@ function allAsRecommended(form) {
 }
 
 function setModels(form) {
-    form.model.replaceChildren(...models.map((m) => element("option", { value: m.name, disabled: !m.here, textContent: m.here ? m.name : `${m.name} – not here: ${m.how}` })));
+    const text = (m) => (m.here ? m.name : `${m.name} – not here: ${m.how}`);
+    form.model.replaceChildren(...models.map((m) => element("option", { value: m.name, disabled: !m.here, textContent: text(m) })));
     modelChanged(form);
 }
 
 // The fields that depend on the model
 function modelChanged(form) {
     const m = modelOf(form.model.value), { classes } = form;
-    $(`${form.model.id}-hint`).textContent = m.title !== m.name ? `${m.title}.` : `${m.width} × ${m.height} pixels, ${plural(m.scales, "scale", "scales")}.`;
+    const size = `${m.width} × ${m.height} pixels, ${plural(m.scales, "scale", "scales")}`;
+    $(`${form.model.id}-hint`).textContent = `${m.title === m.name ? size : m.title}.`;
     classes.classes = m.classes.map(classOf);
     if (classes.chosen) classes.set(classes.chosen.value);
     form.classLine.hidden = !m.classes.length;
@@ -480,10 +517,12 @@ function wholeOf(input, name, label, low, high) {
 
 // What a row of SCALE_FIELDS says: a number, a list, or undefined, as the model recommends
 function scalesOf(f, isEdit) {
-    const { name, label, most: high, whole } = f.spec, low = name === "chain_length" && !isEdit ? 1 : 0, value = f.value();
-    const bad = value === undefined ? -1 : [value].flat().findIndex((x) => !(x >= low && x <= high) || (whole && !Number.isInteger(x)));
-    if (bad < 0) return value;
-    throw wrongField(`${name}[${bad}]`, `${label}: “${f.inputs[Math.min(bad, f.inputs.length - 1)].value}”: expected a ${whole ? "whole number" : "number"} of ${low} to ${high}`);
+    const { name, label, most: high, whole } = f.spec, low = name === "chain_length" && !isEdit ? 1 : 0;
+    const value = f.value(), isRight = (x) => x >= low && x <= high && (!whole || Number.isInteger(x));
+    const wrong = value === undefined ? -1 : [value].flat().findIndex((x) => !isRight(x));
+    if (wrong < 0) return value;
+    const found = f.inputs[Math.min(wrong, f.inputs.length - 1)].value;
+    throw wrongField(`${name}[${wrong}]`, `${label}: “${found}”: expected a ${whole ? "whole number" : "number"} of ${low} to ${high}`);
 }
 
 // The job that the form asks for. What is as recommended is left out. Throws what wrongField says.
@@ -496,7 +535,8 @@ function jobOf(form) {
         const value = scalesOf(f, isEdit);
         if (value !== undefined) job[f.spec.name] = value;
     }
-    if (form.best.value.trim()) job.best_of = wholeOf(form.best, "best_of", isEdit ? "Candidates" : "Best of", 1, isEdit ? 4096 : 64);
+    const [label, limit] = isEdit ? ["Candidates", 4096] : ["Best of", 64];
+    if (form.best.value.trim()) job.best_of = wholeOf(form.best, "best_of", label, 1, limit);
     return job;
 }
 
@@ -534,7 +574,7 @@ function commandOf(job) {
     add("-n", job.count);
     add("--seed", job.seed);
     add("--class", job.class);
-    for (const spec of SCALE_FIELDS) add(spec.option, job[spec.name] === undefined ? undefined : [job[spec.name]].flat().join(","));
+    for (const { name, option } of SCALE_FIELDS) add(option, job[name] && [job[name]].flat().join(","));
     add(isEdit ? "--candidates" : "--best-of", job.best_of);
     if (isEdit && job.paste) words.push("--paste-into", `image.${edit.extension || "png"}`, "-o", "out.png");
     return words.map(quoted).join(" ");
@@ -551,8 +591,9 @@ function previewCommand(form, place, more = {}) {
 
 // ---- Results ----
 
+const LIKELY = "How likely the model finds it, in nats per token: nearer to 0 is likelier";
 const nats = (bound) => `${shown(bound, 3).replace("-", "−")} nats`;
-const titleOf = (run) => [run.job.model, run.job.class, run.job.seed === undefined ? null : `seed ${run.job.seed}`].filter(Boolean).join(", ");
+const titleOf = ({ job }) => [job.model, job.class, job.seed !== undefined && `seed ${job.seed}`].filter(Boolean).join(", ");
 const fileName = (p) => `imagebart-${p.run.job.model}-${p.run.job.seed}-${(p.run.job.first || 0) + p.k}.png`;
 const latestPreview = (p) => p.previews[Math.min(...Object.keys(p.previews).map(Number))];
 
@@ -568,7 +609,8 @@ function showCard(run) {
         run.grid = part("div", "pictures");
         run.line = part("div", "command");
         run.cancel = button("Cancel", () => cancelRun(run));
-        run.again = button("Use these settings", () => fillForm(run.kind === "inpaint" ? editForm : sampleForm, run.job), { className: "quiet" });
+        const again = () => fillForm(run.kind === "inpaint" ? editForm : sampleForm, run.job);
+        run.again = button("Use these settings", again, { className: "quiet" });
         run.remove = button("Remove", () => removeRun(run), { className: "quiet" });
         const head = element("div", { className: "head" }, element("div", {}, run.title, run.text), run.cancel);
         run.card.append(head, run.bars, run.grid, run.line, element("div", { className: "run" }, run.again, run.remove));
@@ -580,14 +622,14 @@ function showCard(run) {
 }
 
 function stateText(run) {
-    const left = run.left === null ? "" : `, about ${run.left < 1 ? "a second" : plural(Math.round(run.left), "second", "seconds")} left`;
+    const seconds = Math.max(1, Math.round(run.left)), left = run.left === null ? "" : `, about ${seconds} s left`;
     if (run.wantsCancel && !isOver(run)) return "Cancelling …";
     switch (run.state) {
     case "sending": return "Sending …";
     case "queued": return run.place ? `Waiting: ${plural(run.place, "job", "jobs")} before it.` : "Beginning …";
     case "running": return run.note || `Scale ${run.scale} of ${run.scales}${left}.`;
     case "done": return run.took === undefined ? "Done." : `Done in ${shown(run.took, 2)} s.`;
-    case "cancelled": return `${run.wantsCancel ? "Cancelled" : "Cancelled, for nobody listened any more"}; what was finished is here.`;
+    case "cancelled": return `Cancelled${run.wantsCancel ? "" : ", for nobody listened any more"}; what was finished is here.`;
     default: return run.error;
     }
 }
@@ -604,8 +646,7 @@ function updateCard(run) {
     run.bars.hidden = !running;
     run.card.setAttribute("aria-busy", String(running));
     if (run.bars.children.length !== T + 1)
-        run.bars.replaceChildren(element("progress", { max: 1, value: 0, className: "all", "aria-label": "All of it" }),
-            ...Array.from({ length: T }, (_, i) => element("label", {}, element("progress", { max: 1, value: 0 }), `scale ${T - i}`)));
+        showBars(run.bars, T);
     showFraction(run.bars.firstChild, run);
     for (let i = 0; i < T; i++) run.bars.children[i + 1].firstChild.value = run.scaleFraction[T - i] || 0;
     if (run.command && run.line.dataset.command !== run.command) {
@@ -613,6 +654,13 @@ function updateCard(run) {
         showCommand(run.line, run.command);
     }
     if (edit.run === run) showEditState(run);
+}
+
+// A bar for all, and one for each scale
+function showBars(place, T) {
+    const bar = (more) => element("progress", { max: 1, value: 0, ...more });
+    place.replaceChildren(bar({ className: "all", "aria-label": "All of it" }));
+    for (let t = T; t >= 1; t--) place.append(element("label", {}, bar({}), `scale ${t}`));
 }
 
 // A bar that moves to and fro until it can be told how long it takes
@@ -646,7 +694,7 @@ function updatePicture(run, k) {
     if (!run.card) return;
     if (!picture.figure) {
         picture.image = element("img", { alt: "" });
-        picture.open = button("", () => (run.kind === "inpaint" && edit.run === run ? showCandidate(k) : openViewer(picture)), { className: "picture" });
+        picture.open = button("", () => (edit.run === run ? showCandidate(k) : openViewer(picture)), { className: "picture" });
         picture.open.append(picture.image);
         picture.caption = element("figcaption");
         picture.figure = element("figure", {}, picture.open, picture.caption);
@@ -661,8 +709,9 @@ function updatePicture(run, k) {
     picture.caption.replaceChildren();
     if (picture.url)
         picture.caption.append(
-            element("span", { textContent: r ? [r.class, nats(r.bound)].filter(Boolean).join(", ") : "", title: "How likely the model finds it, in nats per token: nearer to 0 is likelier" }),
-            button("Edit", () => editPicture(picture), { className: "quiet" }), button("Learn", () => learnFrom(picture), { className: "quiet" }));
+            element("span", { textContent: r ? [r.class, nats(r.bound)].filter(Boolean).join(", ") : "", title: LIKELY }),
+            button("Edit", () => editPicture(picture), { className: "quiet" }),
+            button("Learn", () => learnFrom(picture), { className: "quiet" }));
     if (run.kind === "inpaint" && edit.run === run && !picture.url && k === 0 && address) showPreview(address);
 }
 
@@ -678,7 +727,8 @@ function openViewer(picture) {
     $("viewer-title").textContent = `${titleOf(run)}, picture ${(run.job.first || 0) + k}`;
     $("viewer-picture").src = picture.url || latestPreview(picture);
     $("viewer-picture").alt = result && result.class ? result.class : "the picture";
-    $("viewer-text").textContent = result ? `${size} pixels. ${nats(result.bound)} per token: the nearer to 0, the likelier the model finds it.` : "Unfinished.";
+    $("viewer-text").textContent =
+        result ? `${size} pixels. ${nats(result.bound)} per token: the nearer to 0, the likelier the model finds it.` : "Unfinished.";
     $("viewer-save").href = picture.url || latestPreview(picture);
     $("viewer-save").download = fileName(picture);
     $("viewer-play").disabled = !Object.keys(picture.previews).length;
@@ -697,8 +747,9 @@ function viewNext(by) {
 function stepsOf(picture) {
     const scales = Object.keys(picture.previews).map(Number).sort((a, b) => b - a);
     const steps = scales.map((s) => ({ scale: s, address: picture.previews[s] }));
-    if (picture.url && picture.run.kind !== "inpaint") (steps.at(-1) || {}).scale === 1 && steps.pop(), steps.push({ scale: 1, address: picture.url });
-    else if (picture.url && !steps.length) steps.push({ scale: 1, address: picture.url });
+    const isLast = steps.length && steps.at(-1).scale === 1, isSquare = picture.run.kind === "sample"; // not a whole photograph
+    if (picture.url && isLast && isSquare) steps.pop();
+    if (picture.url && (isSquare || !steps.length)) steps.push({ scale: 1, address: picture.url });
     return steps;
 }
 
@@ -845,6 +896,8 @@ function middleSquare() {
     return { x: Math.floor((edit.W - side) / 2), y: Math.floor((edit.H - side) / 2), side };
 }
 
+const isWithin = (square, x, y) => x >= square.x && y >= square.y && x < square.x + square.side && y < square.y + square.side;
+
 // Is the model's pixel x, y of this shape drawn anew? As sampling/region.c.
 function inShape(shape, x, y, side) {
     const size = shape.window || shape.outside, from = Math.floor((side - size) / 2), to = Math.floor((side + size) / 2);
@@ -857,7 +910,7 @@ function inShape(shape, x, y, side) {
 function setShape(shape) {
     if (!edit.mask) return;
     const s = middleSquare(), side = editModel().width, at = (i) => Math.floor((i * side) / s.side);
-    fillMask((x, y) => x >= s.x && y >= s.y && x < s.x + s.side && y < s.y + s.side && inShape(shape, at(x - s.x), at(y - s.y), side), shape);
+    fillMask((x, y) => isWithin(s, x, y) && inShape(shape, at(x - s.x), at(y - s.y), side), shape);
 }
 
 // The rectangle in which the mask's hole lies, or null
@@ -891,10 +944,11 @@ function findSquare(box) {
 // Which tokens of the square have a pixel that is drawn anew
 function findCells(square) {
     const [rows, columns] = editModel().grid, cells = new Uint8Array(rows * columns), { mask, W } = edit;
+    const from = (i, n) => Math.floor((i * square.side) / n), to = (i, n) => Math.ceil(((i + 1) * square.side) / n);
     for (let r = 0; r < rows; r++)
         for (let c = 0; c < columns; c++) {
-            const x0 = square.x + Math.floor((c * square.side) / columns), x1 = square.x + Math.ceil(((c + 1) * square.side) / columns);
-            const y0 = square.y + Math.floor((r * square.side) / rows), y1 = square.y + Math.ceil(((r + 1) * square.side) / rows);
+            const x0 = square.x + from(c, columns), x1 = square.x + to(c, columns);
+            const y0 = square.y + from(r, rows), y1 = square.y + to(r, rows);
             for (let y = y0; y < y1 && !cells[r * columns + c]; y++)
                 if (mask.subarray(y * W + x0, y * W + x1).includes(1)) cells[r * columns + c] = 1;
         }
@@ -954,7 +1008,8 @@ async function maskFile() {
     head[8] = 1;
     const data = new Uint8Array(await new Response(packed).arrayBuffer());
     const signature = Uint8Array.from([137, 80, 78, 71, 13, 10, 26, 10]);
-    return new Blob([signature, pngChunk("IHDR", head), pngChunk("IDAT", data), pngChunk("IEND", new Uint8Array(0))], { type: "image/png" });
+    const chunks = [pngChunk("IHDR", head), pngChunk("IDAT", data), pngChunk("IEND", new Uint8Array(0))];
+    return new Blob([signature, ...chunks], { type: "image/png" });
 }
 
 function saveBlob(blob, name) {
@@ -974,7 +1029,7 @@ async function loadMask(file) {
     }
     const { W, H } = edit, side = editModel().width, whole = bitmap.width === W && bitmap.height === H;
     if (!edit.mask || (!whole && (bitmap.width !== side || bitmap.height !== side)))
-        return say(`The mask has ${bitmap.width} × ${bitmap.height} pixels; expected ${W} × ${H} as the picture, or ${side} × ${side}.`, true);
+        return say(`The mask has ${bitmap.width} × ${bitmap.height} pixels; expected the picture's ${W} × ${H}, or ${side} × ${side}.`, true);
     const canvas = element("canvas", { width: bitmap.width, height: bitmap.height }), c = canvas.getContext("2d");
     c.drawImage(bitmap, 0, 0);
     const pixels = c.getImageData(0, 0, bitmap.width, bitmap.height).data, s = middleSquare();
@@ -984,7 +1039,7 @@ async function loadMask(file) {
     };
     const at = (i) => Math.floor((i * side) / s.side);
     if (whole) fillMask(isDark, null);
-    else fillMask((x, y) => x >= s.x && y >= s.y && x < s.x + s.side && y < s.y + s.side && isDark(at(x - s.x), at(y - s.y)), null);
+    else fillMask((x, y) => isWithin(s, x, y) && isDark(at(x - s.x), at(y - s.y)), null);
     say("The mask was loaded.");
 }
 
@@ -1025,20 +1080,21 @@ function zoomAbout(p, factor) {
     setView(p.x - ((p.x - view.x) * view.scale) / scale, p.y - ((p.y - view.y) * view.scale) / scale, scale);
 }
 
-const zoomMiddle = (factor) => edit.mask && zoomAbout({ x: view.x + canvas.width / view.scale / 2, y: view.y + canvas.height / view.scale / 2 }, factor);
+const middle = () => ({ x: view.x + canvas.width / view.scale / 2, y: view.y + canvas.height / view.scale / 2 });
+const zoomMiddle = (factor) => edit.mask && zoomAbout(middle(), factor);
 
 // The canvas has the screen's pixels; what was in its middle stays there.
 function resizeCanvas() {
     const w = Math.round(canvas.clientWidth * devicePixelRatio), h = Math.round(canvas.clientHeight * devicePixelRatio);
     if (!w || !h || (w === canvas.width && h === canvas.height)) return;
     const wasFit = !edit.mask || view.scale <= fitScale() * 1.0001, factor = w / canvas.width;
-    const middle = { x: view.x + canvas.width / view.scale / 2, y: view.y + canvas.height / view.scale / 2 };
+    const kept = middle();
     canvas.width = w;
     canvas.height = h;
     if (!edit.mask) return draw();
     if (wasFit) return fit();
     const scale = view.scale * factor;
-    setView(middle.x - w / scale / 2, middle.y - h / scale / 2, scale);
+    setView(kept.x - w / scale / 2, kept.y - h / scale / 2, scale);
 }
 
 let isDrawing = false;
@@ -1056,13 +1112,15 @@ function drawNow() {
     pen.setTransform(s, 0, 0, s, -view.x * s, -view.y * s);
     pen.imageSmoothingEnabled = s < 2;
     pen.drawImage(edit.bitmap, 0, 0, W, H);
-    if (edit.preview && edit.square) pen.drawImage(edit.preview, edit.square.x, edit.square.y, edit.square.side, edit.square.side);
+    if (edit.preview && edit.square) drawInto(edit.square, edit.preview);
     if (edit.after) drawAfter(Number($("split").value) / 100);
     else if (!edit.preview) drawMask();
     if (!edit.after && edit.square && $("grid").checked) drawGrid(edit.square);
     if (edit.cursor && !edit.after && edit.tool !== "move") drawRing(edit.cursor);
     pen.setTransform(1, 0, 0, 1, 0, 0);
 }
+
+const drawInto = (square, image) => pen.drawImage(image, square.x, square.y, square.side, square.side);
 
 // The picture after, left of the line; before, right of it. A result of the model's own size lies in its square.
 function drawAfter(share) {
@@ -1072,7 +1130,7 @@ function drawAfter(share) {
     pen.rect(0, 0, W * share, H);
     pen.clip();
     if (!at) pen.clearRect(0, 0, W * share, H);
-    if (at) pen.drawImage(edit.after, at.x, at.y, at.side, at.side);
+    if (at) drawInto(at, edit.after);
     else pen.drawImage(edit.after, 0, 0, W, H);
     pen.restore();
     if (share <= 0 || share >= 1) return;
@@ -1105,12 +1163,20 @@ function drawMask() {
 function drawGrid(square) {
     const [rows, columns] = editModel().grid, w = square.side / columns, h = square.side / rows;
     pen.fillStyle = colours.cell;
-    edit.cells.forEach((cell, i) => cell && pen.fillRect(square.x + (i % columns) * w, square.y + Math.floor(i / columns) * h, w, h));
+    edit.cells.forEach((cell, i) => {
+        if (cell) pen.fillRect(square.x + (i % columns) * w, square.y + Math.floor(i / columns) * h, w, h);
+    });
     pen.strokeStyle = colours.line;
     pen.lineWidth = 1 / view.scale;
     pen.beginPath();
-    for (let c = 0; c <= columns; c++) pen.moveTo(square.x + c * w, square.y), pen.lineTo(square.x + c * w, square.y + square.side);
-    for (let r = 0; r <= rows; r++) pen.moveTo(square.x, square.y + r * h), pen.lineTo(square.x + square.side, square.y + r * h);
+    for (let c = 0; c <= columns; c++) {
+        pen.moveTo(square.x + c * w, square.y);
+        pen.lineTo(square.x + c * w, square.y + square.side);
+    }
+    for (let r = 0; r <= rows; r++) {
+        pen.moveTo(square.x, square.y + r * h);
+        pen.lineTo(square.x + square.side, square.y + r * h);
+    }
     pen.stroke();
 }
 
@@ -1141,9 +1207,9 @@ function beginStroke(p) {
 }
 
 function strokeTo(p) {
-    const { last, runs: list, value } = edit.stroke, far = Math.hypot(p.x - last.x, p.y - last.y);
-    const steps = Math.max(1, Math.ceil(far / Math.max(0.5, edit.size / 8)));
-    for (let i = 1; i <= steps; i++) dab(list, last.x + ((p.x - last.x) * i) / steps, last.y + ((p.y - last.y) * i) / steps, edit.size, value);
+    const { last, runs: list, value } = edit.stroke, dx = p.x - last.x, dy = p.y - last.y;
+    const steps = Math.max(1, Math.ceil(Math.hypot(dx, dy) / Math.max(0.5, edit.size / 8)));
+    for (let i = 1; i <= steps; i++) dab(list, last.x + (dx * i) / steps, last.y + (dy * i) / steps, edit.size, value);
     edit.stroke.last = p;
     draw();
 }
@@ -1159,7 +1225,10 @@ function endStroke(keep) {
 
 function pinchOf() {
     const [a, b] = [...fingers.values()];
-    return { at: { clientX: (a.clientX + b.clientX) / 2, clientY: (a.clientY + b.clientY) / 2 }, distance: Math.hypot(a.clientX - b.clientX, a.clientY - b.clientY) };
+    return {
+        at: { clientX: (a.clientX + b.clientX) / 2, clientY: (a.clientY + b.clientY) / 2 },
+        distance: Math.hypot(a.clientX - b.clientX, a.clientY - b.clientY),
+    };
 }
 
 // So that the pixel p comes to lie under the pointer
@@ -1237,8 +1306,9 @@ const mostSize = () => Math.max(16, Math.max(edit.W, edit.H));
 
 // by: the least that it changes
 function setSize(size, by = 0) {
-    const rounded = size < 1.5 && !by ? 1 : Math.round(size);
-    edit.size = clamp(by > 0 ? Math.max(rounded, edit.size + 1) : by < 0 ? Math.min(rounded, edit.size - 1) : rounded, 1, mostSize());
+    const rounded = Math.round(size);
+    const wanted = by > 0 ? Math.max(rounded, edit.size + 1) : by < 0 ? Math.min(rounded, edit.size - 1) : rounded;
+    edit.size = clamp(wanted, 1, mostSize());
     $("brush-size").value = edit.size;
     $("brush-slider").value = (100 * Math.log(edit.size)) / Math.log(mostSize());
     draw();
@@ -1317,7 +1387,8 @@ async function kindOf(file) {
 async function decode(file) {
     const MOST = 4096, bitmap = await createImageBitmap(file), { width: W, height: H } = bitmap;
     if (Math.max(W, H) <= MOST) return { bitmap, W, H };
-    const small = await createImageBitmap(bitmap, { resizeWidth: Math.round((W * MOST) / Math.max(W, H)), resizeQuality: "high" });
+    const resizeWidth = Math.round((W * MOST) / Math.max(W, H));
+    const small = await createImageBitmap(bitmap, { resizeWidth, resizeQuality: "high" });
     bitmap.close();
     return { bitmap: small, W, H };
 }
@@ -1335,8 +1406,10 @@ async function openPicture(file, keepMask = false) {
     const { bitmap, W, H } = seen;
     if (W * H > 64 << 20) return say(`${W} × ${H} pixels are too many: 64 megapixels at most.`, true);
     const stays = keepMask && edit.mask && edit.W === W && edit.H === H, hadMask = edit.mask && edit.mask.includes(1);
-    Object.assign(edit, { file, extension: kind, bitmap, W, H, run: null, candidate: -1, after: null, preview: null, cursor: null });
-    edit.about = `${file.name || "Picture"}: ${W} × ${H} pixels, ${kind.toUpperCase().replace("JPG", "JPEG")}, ${shown(file.size / 1024, 3)} KiB`;
+    Object.assign(edit, { file, extension: kind, bitmap, W, H });
+    Object.assign(edit, { run: null, candidate: -1, after: null, preview: null, cursor: null });
+    const type = { png: "PNG", jpg: "JPEG", webp: "WebP" }[kind];
+    edit.about = `${file.name || "Picture"}: ${W} × ${H} pixels, ${type}, ${shown(file.size / 1024, 3)} KiB`;
     if (!stays) Object.assign(edit, { mask: new Uint8Array(W * H), shape: null, changes: [], at: 0 });
     $("invitation").hidden = true;
     $("edit-open").parentElement.classList.remove("primary");
@@ -1399,7 +1472,8 @@ function showEdited(run) {
     const order = run.pictures.map((p) => p.k).sort((a, b) => run.pictures[b].result.bound - run.pictures[a].result.bound);
     $("edit-candidates").replaceChildren(...order.map((k, i) => {
         const p = run.pictures[k];
-        const open = button("", () => showCandidate(k), { className: "picture", "aria-pressed": "false", "aria-label": `Completion ${k + 1}, ${nats(p.result.bound)} per token` });
+        const open = button("", () => showCandidate(k), { className: "picture", "aria-pressed": "false" });
+        open.setAttribute("aria-label", `Completion ${k + 1}, ${nats(p.result.bound)} per token`);
         open.append(element("img", { src: p.url, alt: "" }));
         open.dataset.k = k;
         return element("figure", {}, open, element("figcaption", { textContent: `${i ? "" : "likeliest: "}${nats(p.result.bound)}` }));
@@ -1417,7 +1491,8 @@ async function showCandidate(k) {
     edit.isSquare = !run.job.paste;
     $("compare").hidden = false;
     setSplit(100);
-    for (const b of $("edit-candidates").querySelectorAll("button")) b.setAttribute("aria-pressed", String(Number(b.dataset.k) === k));
+    for (const b of $("edit-candidates").querySelectorAll("button"))
+        b.setAttribute("aria-pressed", String(Number(b.dataset.k) === k));
     draw();
 }
 
@@ -1482,7 +1557,8 @@ function startEdit() {
         setShape(half ? { half } : { [name]: Math.round((editModel().width * 3) / 8) });
     };
     $("shape-size").onchange = (e) => {
-        const [name] = Object.keys(edit.shape || {}), size = clamp(Math.round(numberOf(e.target.value)) || 1, 1, editModel().width - 1);
+        const [name] = Object.keys(edit.shape || {});
+        const size = clamp(Math.round(numberOf(e.target.value)) || 1, 1, editModel().width - 1);
         if (name === "window" || name === "outside") setShape({ [name]: size });
     };
     $("split").oninput = (e) => setSplit(Number(e.target.value));
@@ -1559,14 +1635,16 @@ function showStep(i) {
 
 // From sure to unsure: black, violet, orange, yellow
 function heatColour(x) {
-    const stops = [[0, 0, 4], [87, 16, 110], [188, 55, 84], [249, 142, 9], [252, 255, 164]], at = clamp(x, 0, 1) * 4, i = Math.min(3, Math.floor(at));
+    const stops = [[0, 0, 4], [87, 16, 110], [188, 55, 84], [249, 142, 9], [252, 255, 164]];
+    const at = clamp(x, 0, 1) * 4, i = Math.min(3, Math.floor(at));
     return stops[i].map((v, c) => Math.round(v + (stops[i + 1][c] - v) * (at - i)));
 }
 
 function drawHeat() {
     const { details, image, cell } = learn, heat = $("heat"), c = heat.getContext("2d");
     if (!details) return;
-    const [rows, columns] = details.grid, w = heat.width / columns, h = heat.height / rows, most = Math.max(0.1, ...details.entropy);
+    const [rows, columns] = details.grid, w = heat.width / columns, h = heat.height / rows;
+    const highest = Math.max(0.1, ...details.entropy);
     c.clearRect(0, 0, heat.width, heat.height);
     c.imageSmoothingEnabled = false;
     const overPicture = $("heat-picture").checked && image !== null;
@@ -1574,7 +1652,7 @@ function drawHeat() {
     if (overPicture) c.drawImage(image, 0, 0, heat.width, heat.height);
     c.globalAlpha = overPicture ? 0.7 : 1;
     details.entropy.forEach((bits, i) => {
-        c.fillStyle = `rgb(${heatColour(bits / most)})`;
+        c.fillStyle = `rgb(${heatColour(bits / highest)})`;
         c.fillRect((i % columns) * w, Math.floor(i / columns) * h, w, h);
     });
     c.globalAlpha = 1;
@@ -1585,7 +1663,7 @@ function drawHeat() {
     }
     const legend = $("heat-legend").getContext("2d");
     for (let x = 0; x < 256; x++) (legend.fillStyle = `rgb(${heatColour(x / 255)})`), legend.fillRect(x, 0, 1, 1);
-    $("heat-most").textContent = `${shown(most, 3)} bits`;
+    $("heat-most").textContent = `${shown(highest, 3)} bits`;
 }
 
 function sayHeat() {
@@ -1618,7 +1696,8 @@ function startLearn() {
     heat.onclick = (e) => {
         if (!learn.details) return;
         const r = heat.getBoundingClientRect(), [rows, columns] = learn.details.grid;
-        chooseCell(Math.floor(((e.clientY - r.top) / r.height) * rows) * columns + Math.floor(((e.clientX - r.left) / r.width) * columns));
+        const row = Math.floor(((e.clientY - r.top) / r.height) * rows), column = Math.floor(((e.clientX - r.left) / r.width) * columns);
+        chooseCell(row * columns + column);
     };
     heat.onkeydown = (e) => {
         if (!ARROWS[e.key] || !learn.details) return;
@@ -1719,7 +1798,9 @@ async function begin() {
     startLearn();
     addEventListener("dragover", (e) => e.preventDefault());
     addEventListener("drop", (e) => (e.preventDefault(), receive(e.dataTransfer)));
-    addEventListener("paste", (e) => !e.target.matches("input, textarea") && e.clipboardData.files.length && receive(e.clipboardData));
+    addEventListener("paste", (e) => {
+        if (!e.target.matches("input, textarea") && e.clipboardData.files.length) receive(e.clipboardData);
+    });
     try {
         const [health, list] = await Promise.all([call("api/health"), call("api/models")]);
         models = list.models;
