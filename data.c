@@ -369,14 +369,14 @@ static Err no_pictures(const Dataset *d, const char *path) {
 static Err dataset_scan(Dataset *d, const char *path, const char *folder, const char *list, const char *val_list,
                         Split split) {
     Names all = {0};
-    Layout layout = {0};
+    Layout layout = {.flat = split & SPLIT_FLAT};
     Err e = dataset_find(d, &all, &layout, folder, list, val_list);
     if (e == OK && all.n > INT32_MAX) e = err("%s: has %zu pictures; fewer than 2^31 expected", path, all.n);
     if (e == OK && !all.n) e = no_pictures(d, path);
     if (e == OK) layout_sides(&all, &layout);
     if (e == OK) e = hold_out_whole(d, &all, &layout, folder);
     if (e == OK) e = find_classes(d, &all, &layout);
-    if (e == OK && dataset_select(d, &all, folder, split, &layout) != OK) e = err_in(path);
+    if (e == OK && dataset_select(d, &all, folder, split & ~SPLIT_FLAT, &layout) != OK) e = err_in(path);
     names_free(&all);
     return e;
 }
@@ -391,7 +391,7 @@ static Err dataset_scan_lmdb(Dataset *d, const char *path, const char *folder, c
     if (e == OK) names_sort(&all, names_in_byte_order);
     if (e == OK) layout_sides(&all, &none);
     if (e == OK) e = hold_out_whole(d, &all, &none, folder);
-    if (e == OK && dataset_select(d, &all, folder, split, &none) != OK) e = err_in(path);
+    if (e == OK && dataset_select(d, &all, folder, split & ~SPLIT_FLAT, &none) != OK) e = err_in(path);
     names_free(&all);
     return e;
 }

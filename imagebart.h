@@ -50,7 +50,8 @@ typedef struct {
     LeftOut *left_out; /* what the folder holds besides */
     char stray[256];   /* a picture in no sub-folder, for which the set has no classes; or "" */
 } Dataset;
-typedef enum { SPLIT_ALL, SPLIT_TRAIN, SPLIT_VAL } Split;
+/* SPLIT_FLAT, with one of the others (|): nobody wants classes, so that pictures beside class folders belong to the set */
+typedef enum { SPLIT_ALL, SPLIT_TRAIN, SPLIT_VAL, SPLIT_FLAT = 4 } Split;
 /* path: a folder (searched recursively; its sub-folders are the classes; a data.mdb is an LMDB of pictures), an LMDB's
  * file, or a text file with one picture path a line (relative to the list's folder). If the folder holds train/ and
  * val/ (or valid/, validation/, a lone test/, or ILSVRC2012_train/data/ and ILSVRC2012_validation/data/), or LSUN's

@@ -267,8 +267,9 @@ static Err start_from(Stage *s, const char *folder) {
 
 static Err open_pictures(Stage *s) {
     const Settings *o = &s->set;
-    TRY(dataset_open_lists(&s->train, o->data, o->list, o->val_list, SPLIT_TRAIN));
-    return dataset_open_lists(&s->val, o->data, o->list, o->val_list, SPLIT_VAL);
+    const Split flat = has_classes(s) ? 0 : SPLIT_FLAT;
+    TRY(dataset_open_lists(&s->train, o->data, o->list, o->val_list, SPLIT_TRAIN | flat));
+    return dataset_open_lists(&s->val, o->data, o->list, o->val_list, SPLIT_VAL | flat);
 }
 
 /* A run that was not there when its states were looked for may be another's by now. */

@@ -300,7 +300,9 @@ typedef struct {
     char only[FOLDER_NAME_BYTES];                          /* the one folder, such as train, in which all is */
     int lmdbs;      /* LMDBs of both sides of LSUN's split are there: NAME_train_lmdb, NAME_val_lmdb */
     size_t outside; /* what names outside of the set's folder begin with */
+    int flat;       /* nobody wants classes */
 } Layout;
+/* Keeps `flat`. */
 void layout_find(Layout *layout, const Names *all, const char *root);
 /* Takes out what lies beside the split's folders, and a few pictures beside class folders. stray: a picture for which
  * the set has no classes, or "". */

@@ -117,7 +117,7 @@ void layout_find(Layout *layout, const Names *all, const char *root) {
     const char *first[ROLE_NONE] = {NULL};
     size_t others = 0, roles = 0;
     int official = 0;
-    *layout = (Layout){.outside = common_folder(all)};
+    *layout = (Layout){.outside = common_folder(all), .flat = layout->flat};
     for (size_t i = 0; i < all->n; i++) {
         const char *name = inner(all->item[i].name, layout), *slash = strchr(name, '/');
         if (below_folder(name, official_train)) official |= 1;
@@ -169,7 +169,7 @@ Err layout_filter(Names *all, const Layout *layout, LeftOut *out, char stray[256
         else if (strays++ == 0)
             snprintf(stray, 256, "%.255s", name);
     }
-    const int drop = strays * 10 <= classed; /* few beside many; else the set has no classes */
+    const int drop = strays * 10 <= classed && !layout->flat; /* few beside many; else the set has no classes */
     for (size_t i = 0; i < all->n && e == OK; i++) {
         const Listed *item = &all->item[i];
         const int beside = is_beside(item->name, layout);

@@ -124,7 +124,7 @@ Err nearest_report(Model *m, const int32_t *tokens, size_t n, const char *path) 
     int32_t *codes = NULL;
     LoaderConfig c = {.B = AT_ONCE, .size = m->side, .mark = 1};
     Err e = prep_read(&c.prep, &m->meta);
-    if (e == OK) e = dataset_open(&d, path, SPLIT_TRAIN);
+    if (e == OK) e = dataset_open(&d, path, SPLIT_TRAIN | (m->classes.n ? 0 : SPLIT_FLAT));
     if (e == OK) e = mem_alloc(&drawn, n, pixels * sizeof *drawn, "drawn pictures");
     if (e == OK) e = mem_alloc(&images, AT_ONCE, pixels * sizeof *images, "pictures to compare with");
     if (e == OK) e = mem_alloc(&codes, AT_ONCE * N, sizeof *codes, "their tokens");

@@ -256,6 +256,32 @@ static void test_dataset_layouts(void) {
     }
 }
 
+/* A few pictures beside many in class folders are left out where classes are wanted, and belong to the set elsewhere. */
+static void test_beside_classes(void) {
+    char name[96];
+    Dataset d;
+    make_folder("beside"), make_folder("beside/cat"), make_folder("beside/dog");
+    for (int i = 0; i < 30; i++) {
+        snprintf(name, sizeof name, "beside/%s/%d.png", i % 2 ? "cat" : "dog", i), make_picture(name, 2, i);
+    }
+    make_picture("beside/cover.png", 2, 40), make_picture("beside/zebra.png", 2, 41);
+    CHECK_OK(dataset_open(&d, in_folder("beside"), SPLIT_ALL));
+    CHECK(d.n == 30 && d.n_classes == 2 && d.left_out->n[OUT_STRAY] == 2);
+    dataset_close(&d);
+    size_t n = 0;
+    for (int split = SPLIT_TRAIN; split <= SPLIT_VAL; split++) {
+        CHECK_OK(dataset_open(&d, in_folder("beside"), (Split)(split | SPLIT_FLAT)));
+        CHECK(d.left_out->n[OUT_STRAY] == 0 && d.n_classes == 0);
+        n += d.n;
+        dataset_close(&d);
+    }
+    CHECK(n == 32);
+    unlink(in_folder("beside/cover.png")), unlink(in_folder("beside/zebra.png"));
+    CHECK_OK(dataset_open(&d, in_folder("beside"), (Split)(SPLIT_ALL | SPLIT_FLAT)));
+    CHECK(d.n == 30 && d.n_classes == 2); /* they are there all the same */
+    dataset_close(&d);
+}
+
 /* However a list names the pictures, the classes are theirs. */
 static void test_list_forms(void) {
     static const char *const form[] = {
@@ -1325,6 +1351,7 @@ int main(int argc, char **argv) {
     test_dataset_sniffed();
     test_dataset_layouts();
     test_list_forms();
+    test_beside_classes();
     test_one_picture();
     test_foreign_files();
     test_names_said();
