@@ -357,6 +357,10 @@ def test_reading():
     for tab in ("sample", "edit", "learn"):
         page.click("#tab-" + tab)
         ok("390 pixels wide: " + tab, page.value("document.documentElement.scrollWidth") <= 390, page.value("document.documentElement.scrollWidth"))
+    page.click("#tab-sample")
+    page.js("runs.find((r) => r.state === 'done').pictures[0].open.click()")
+    ok("390 pixels wide: a picture enlarged", page.value("$('viewer').scrollWidth <= $('viewer').clientWidth"))
+    page.click("#viewer-close")
     page.screen(1100, 800)
 
 
@@ -397,6 +401,9 @@ def test_reload():
     page.js("window.isOld = true; location.reload()")
     page.wait("!window.isOld && models.length")
     ok("what ran goes on", page.wait("runs[0] && runs[0].job.count === 16 && runs[0].state === 'done'"))
+    order = page.value("runs.map((r) => r.id)")
+    ok("the newest first", page.value("[...document.querySelectorAll('#sample-results .card')].map((c) => runs.find((r) => r.card === c).id)") ==
+       [i for i in order if page.js("return runWithId(arguments[0]).kind === 'sample'", i)], order)
     ok("what was drawn is there after a reload", page.wait("runs.length === %d && runs.filter((r) => r.pictures.some((p) => p.url)).length >= 3" % before), (before, page.value("runs.length")))
 
 

@@ -171,7 +171,8 @@ async function recover(run) {
         run.command = state.command;
         run.state = state.state;
         if (state.state === "running") run.began = performance.now() - 1000 * state.took;
-        showCard(run);
+        for (let k = 0; k < run.job.count; k++) updatePicture(run, k);
+        updateCard(run);
         if (state.state === "done") await finish(run, state);
         else if (state.state === "failed") endRun(run, "failed", state.error);
         else if (state.state === "cancelled") await keepFinished(run);
@@ -411,7 +412,7 @@ function showScales(field, values) {
     } else {
         const name = (i) => `scale ${T - i}${i === 0 ? ", the noisiest" : ""}`;
         field.inputs = values.map((v, i) => input(name(i), v, spec.name === "guidance" && !allowed[i]));
-        place.append(...field.inputs.map((one, i) => element("label", { className: "scale" }, one, `${T - i}`)));
+        place.append(...field.inputs.map((one, i) => element("label", { className: "scale" }, one, `scale ${T - i}`)));
     }
 }
 
@@ -684,6 +685,12 @@ function removeRun(run) {
     runs.splice(runs.indexOf(run), 1);
     run.card.remove();
     run.pictures.forEach((p) => p.url && URL.revokeObjectURL(p.url));
+    if (edit.run === run) {
+        hideResult();
+        edit.run = null;
+        $("edit-candidates").replaceChildren();
+        showEditState(null);
+    }
     if (run.id) call(`api/jobs/${run.id}`, { method: "DELETE" }).catch(() => {});
     remember();
 }
@@ -1449,11 +1456,12 @@ async function runEdit() {
     }
     Object.assign(job, editExtra(), { owned: true });
     if (edit.run && !isOver(edit.run)) return;
-    edit.run = newRun("inpaint", job);
+    const run = newRun("inpaint", job);
+    edit.run = run;
     const files = { image: edit.file, mask: edit.shape ? null : await maskFile() };
     hideResult();
     $("board").scrollIntoView({ block: "nearest", behavior: "smooth" });
-    await start(edit.run, files, editForm);
+    await start(run, files, editForm);
 }
 
 // While it runs: the model's picture of the first, in its square
@@ -1782,11 +1790,8 @@ function comeBack() {
         const run = newRun(kind, { count: 0 });
         run.id = id;
         runs.unshift(run);
-        recover(run).then(() => {
-            if (run.card) return;
-            runs.splice(runs.indexOf(run), 1);
-            remember();
-        });
+        showCard(run);
+        recover(run).then(() => run.command || removeRun(run)); // what the server has forgotten was said
     }
 }
 
