@@ -403,7 +403,7 @@ def test_reload():
     ok("what ran goes on", page.wait("runs[0] && runs[0].job.count === 16 && runs[0].state === 'done'"))
     order = page.value("runs.map((r) => r.id)")
     ok("the newest first", page.value("[...document.querySelectorAll('#sample-results .card')].map((c) => runs.find((r) => r.card === c).id)") ==
-       [i for i in order if page.js("return runWithId(arguments[0]).kind === 'sample'", i)], order)
+       [i for i in order if page.js("return runs.find((r) => r.id === arguments[0]).kind === 'sample'", i)], order)
     ok("what was drawn is there after a reload", page.wait("runs.length === %d && runs.filter((r) => r.pictures.some((p) => p.url)).length >= 3" % before), (before, page.value("runs.length")))
 
 

@@ -90,7 +90,6 @@ async function call(address, options = {}) {
 }
 
 const modelOf = (name) => models.find((m) => m.name === name);
-const runWithId = (id) => runs.find((r) => r.id === id);
 const isOver = (run) => !["sending", "queued", "running"].includes(run.state);
 
 function remember() {
@@ -1053,9 +1052,9 @@ async function loadMask(file) {
 // ---- Canvas ----
 
 const canvas = $("canvas"), pen = canvas.getContext("2d");
-const tint = element("canvas"); // the mask as it is seen
+const tint = element("canvas"), hatch = element("canvas"); // the mask as it is seen, a pixel each; with stripes, as the screen has them
 const view = { x: 0, y: 0, scale: 1 }; // picture pixel at the upper left corner; pixels of the canvas for one of the picture
-const colours = { mask: [230, 0, 126, 120], cell: "rgba(230, 0, 126, 0.22)", line: "rgba(128, 128, 128, 0.55)" };
+const colours = { mask: "rgba(230, 0, 126, 0.5)", stripe: "rgba(60, 0, 30, 0.5)", cell: "rgba(230, 0, 126, 0.22)", line: "rgba(128, 128, 128, 0.55)" };
 
 // The pixel of the picture under a pointer, with its fraction. From the canvas's rectangle at this moment, so that page
 // zoom, scrolling, resizing and the pixel ratio need no care anywhere.
@@ -1157,14 +1156,43 @@ function drawMask() {
     tint.width = n;
     tint.height = m;
     const c = tint.getContext("2d"), image = c.createImageData(n, m), pixels = new Uint32Array(image.data.buffer);
-    const colour = new Uint32Array(Uint8Array.from(colours.mask).buffer)[0];
     for (let j = 0; j < m; j++) {
         const row = (y0 + Math.floor(j * step)) * W + x0;
-        for (let i = 0; i < n; i++) if (mask[row + Math.floor(i * step)]) pixels[j * n + i] = colour;
+        for (let i = 0; i < n; i++) if (mask[row + Math.floor(i * step)]) pixels[j * n + i] = 0xffffffff;
     }
     c.putImageData(image, 0, 0);
-    pen.imageSmoothingEnabled = false;
-    pen.drawImage(tint, x0, y0, n * step, m * step);
+    drawHatched(x0, y0, n * step, m * step);
+}
+
+// The tint at this place of the picture, coloured and striped, so that it is seen on any picture
+function drawHatched(x, y, width, height) {
+    const c = hatch.getContext("2d"), s = view.scale;
+    hatch.width = canvas.width;
+    hatch.height = canvas.height;
+    c.imageSmoothingEnabled = false;
+    c.drawImage(tint, (x - view.x) * s, (y - view.y) * s, width * s, height * s);
+    c.globalCompositeOperation = "source-in";
+    c.fillStyle = c.createPattern(stripes(Math.round(10 * devicePixelRatio)), "repeat");
+    c.fillRect(0, 0, hatch.width, hatch.height);
+    pen.save();
+    pen.setTransform(1, 0, 0, 1, 0, 0);
+    pen.drawImage(hatch, 0, 0);
+    pen.restore();
+}
+
+// A tile of so many pixels with a diagonal
+function stripes(size) {
+    const tile = element("canvas", { width: size, height: size }), c = tile.getContext("2d");
+    c.fillStyle = colours.mask;
+    c.fillRect(0, 0, size, size);
+    c.strokeStyle = colours.stripe;
+    c.lineWidth = devicePixelRatio;
+    for (const at of [0, size, 2 * size]) {
+        c.moveTo(at + 1, -1);
+        c.lineTo(at - size - 1, size + 1);
+    }
+    c.stroke();
+    return tile;
 }
 
 function drawGrid(square) {
