@@ -364,9 +364,54 @@ def test_reading():
     page.screen(1100, 800)
 
 
+def test_receive():
+    """Files that are dropped or pasted, and what is none of ours"""
+    page.js("""window.give = (type, kind, file) => { const data = new DataTransfer();
+            if (file) data.items.add(file); else data.setData('text/uri-list', 'https://page.example/a.png');
+            document.body.dispatchEvent(kind === 'drop' ? new DragEvent('drop', { dataTransfer: data, bubbles: true, cancelable: true })
+                                                        : new ClipboardEvent('paste', { clipboardData: data, bubbles: true })); };
+        window.png = async (w, h) => { const c = new OffscreenCanvas(w, h); c.getContext('2d').fillRect(0, 0, 9, 9);
+            return new File([await c.convertToBlob()], w + '.png', { type: 'image/png' }); };
+        give('', 'drop', await png(31, 17));""")
+    ok("dropped", page.wait("edit.W === 31"), page.value("edit.W"))
+    page.js("give('', 'paste', await png(32, 17))")
+    ok("pasted", page.wait("edit.W === 32"), page.value("edit.W"))
+    page.js("give('', 'drop', new File(['GIF89a...'], 'film.gif', { type: 'image/gif' }))")
+    ok("another type is named", page.wait("$('says').textContent.includes('image/gif')"), page.value("$('says').textContent"))
+    page.js("give('', 'drop', new File([(await png(9, 9)).slice(0, 40)], 'half.png'))")
+    ok("a damaged one is said", page.wait("$('says').textContent.includes('damaged')"), page.value("$('says').textContent"))
+    page.js("give('', 'drop', null)")
+    ok("a link is no picture", page.wait("$('says').textContent.includes('not a file')"), page.value("$('says').textContent"))
+    ok("the picture stays", page.value("edit.W") == 32)
+    page.click("#edit-run")
+    ok("nothing painted is said", page.value("$('edit-state').textContent") == "Paint what is to be drawn anew first.", page.value("$('edit-state').textContent"))
+    page.js("setSize(4); beginStroke({ x: 1, y: 8 }); strokeTo({ x: 30, y: 8 }); endStroke(true)")
+    ok("a part that fits no square is said", page.value("edit.problem").startswith("The painted part fits no square"), page.value("edit.problem"))
+    page.click("#tab-sample")
+    page.js("give('', 'drop', await png(8, 8))")
+    ok("a picture without settings", page.wait("$('says').classList.contains('error') && $('says').textContent.includes('how it was drawn')"), page.value("$('says').textContent"))
+    page.click("#tab-edit")
+
+
+def test_waiting():
+    """The second job waits, and is told so; both are cancelled by their own buttons."""
+    page.click("#tab-sample")
+    set_field("#sample-count", "16")
+    page.click("#sample-run")
+    page.click("#sample-run")
+    ok("it waits", page.wait("runs[0].state === 'queued' && runs[0].text.textContent === 'Waiting: 1 job before it.'"), page.value("runs[0].text.textContent"))
+    page.js("runs[0].cancel.click()")
+    ok("cancelled alone", page.wait("runs[0].state === 'cancelled' && !isOver(runs[1])"), page.value("[runs[0].state, runs[1].state]"))
+    page.js("runs[1].cancel.click()")
+    ok("and the other", page.wait("isOver(runs[1])"))
+    page.js("removeRun(runs[1]); removeRun(runs[0])")
+    page.click("#tab-edit")
+
+
 def test_wheel():
     page.js("fit(); setSize(8)")
     x, y = on_canvas(20, 10)
+    page.js("scrollTo(0, 0)")
     page.wheel(x, y, -100)
     ok("the wheel changes the brush", page.value("edit.size") == 9, page.value("edit.size"))
     page.click("#tool-move")
@@ -413,7 +458,7 @@ try:
     page.open(address)
     ok("models", page.wait("models.length"))
     for test in (test_sample, test_wrong_fields, test_cancel, test_viewer, test_edit, test_orientation, test_shapes, test_keyboard, test_pointer, test_fingers,
-                 test_wheel, test_classes, test_learn, test_reading, test_reload):
+                 test_wheel, test_receive, test_waiting, test_classes, test_learn, test_reading, test_reload):
         at = time.time()
         try:
             test()
@@ -421,7 +466,7 @@ try:
             ok(test.__name__, False, repr(error))
         if "-v" in sys.argv:
             print("%s: %.1f s" % (test.__name__, time.time() - at))
-    wrong = [e for e in page.errors() if "422" not in e and "404" not in e]  # a class that is none; pictures of a cancelled job
+    wrong = [e for e in page.errors() if not any(status in e for status in ("422", "404"))]  # a class that is none; pictures of a cancelled job
     ok("nothing is wrong on the console", not wrong, wrong)
 finally:
     page.close()
