@@ -268,6 +268,7 @@ static Err start_from(Stage *s, const char *folder) {
 static Err open_pictures(Stage *s) {
     const Settings *o = &s->set;
     const Split flat = has_classes(s) ? 0 : SPLIT_FLAT;
+    TRY(data_is_there(o->data));
     TRY(dataset_open_lists(&s->train, o->data, o->list, o->val_list, SPLIT_TRAIN | flat));
     return dataset_open_lists(&s->val, o->data, o->list, o->val_list, SPLIT_VAL | flat);
 }

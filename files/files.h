@@ -427,6 +427,8 @@ int mask_keeps(const Image *mask, size_t y, size_t x, int invert);
  * size is that or (size,size). Errors name the file. *note: how its transparent parts were taken; NULL: it has none. */
 Err mask_read(uint8_t *keep, const char **note, const char *path, Prep prep, size_t size, size_t H, size_t W,
               int invert);
+/* The error of a mask that has neither size. */
+Err mask_size_error(const Image *mask, size_t H, size_t W, size_t size);
 /* images (planes,side,side): left and right change places. */
 void image_mirror(real *images, size_t planes, size_t side);
 /* (n,3,H,W) in [-1,1] -> one picture, `columns` wide, `gap` white pixels between; official u8 truncation

@@ -77,6 +77,13 @@ Err mask_decode(Image *mask, const char **note, const uint8_t *bytes, size_t siz
     return OK;
 }
 
+Err mask_size_error(const Image *mask, size_t H, size_t W, size_t size) {
+    if (H == size && W == size)
+        return err("the mask is %zux%zu; expected the picture's size, %zux%zu", mask->W, mask->H, W, H);
+    return err("the mask is %zux%zu; expected the picture's size, %zux%zu, or the model's, %zux%zu", mask->W, mask->H,
+               W, H, size, size);
+}
+
 Err mask_read(uint8_t *keep, const char **note, const char *path, Prep prep, size_t size, size_t H, size_t W,
               int invert) {
     Image mask = {0};
@@ -86,8 +93,7 @@ Err mask_read(uint8_t *keep, const char **note, const char *path, Prep prep, siz
     TRY(file_bytes(&bytes, &n, path, IMAGE_FILE_BYTES, NULL));
     Err e = mask_decode(&mask, note, bytes, n, invert, 0, &too_many);
     if (e == OK && (mask.H != H || mask.W != W) && (mask.H != size || mask.W != size))
-        e = err("the mask is %zux%zu; expected the picture's size %zux%zu or %zux%zu", mask.W, mask.H, W, H, size,
-                size);
+        e = mask_size_error(&mask, H, W, size);
     if (e == OK) e = mask_square(keep, &mask, prep, size, invert);
     image_free(&mask);
     free(bytes);

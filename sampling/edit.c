@@ -116,8 +116,7 @@ static Err read_mask(EditPicture *p, const Model *m, const EditArgs *a) {
     Err e = mask_decode(&mask, &p->note, a->mask, a->mask_bytes, a->invert, a->most_pixels, &p->too_many);
     const int whole = mask.H == p->H && mask.W == p->W;
     if (e == OK && !whole && (mask.H != m->side || mask.W != m->side))
-        e = err("the mask is %zux%zu; expected the picture's size %zux%zu or %zux%zu", mask.W, mask.H, p->W, p->H,
-                m->side, m->side);
+        e = mask_size_error(&mask, p->H, p->W, m->side);
     else if (e == DAMAGED || p->too_many)
         p->unreadable = "mask";
     if (e == OK && whole && a->paste) e = choose_square(p, m, &mask, a->invert);

@@ -38,16 +38,18 @@ void sampling_parse(int argc, char **argv, const Option *own, SamplingArgs *a, c
          "which class, for models that have classes; ImageNet's also by synset\n(n02099601) or any WordNet name "
          "(\"golden retriever\")"},
         {OPT_STRING, "--temperature", "T,..", &a->temperature, 0, 0,
-         "per scale, noisiest first, or one for all (default 1; lower is safer)"},
+         "per scale, noisiest first, or one for all; lower is safer (default: what the\nmodel recommends, else 1)"},
         {OPT_STRING, "--top-k", "K,..", &a->top_k, 0, 0,
-         "draw among the K likeliest tokens only; per scale or one for all\n(default 0: all)"},
+         "draw among the K likeliest tokens only; per scale or one for all (default:\nwhat the model recommends, else "
+         "0: all)"},
         {OPT_STRING, "--guidance", "G,..", &a->guidance, 0, 0,
-         "more of the class: logits = uncond + G (cond - uncond); per scale or one\nfor all (default 1: none; needs "
-         "./train --label-dropout)"},
+         "more of the class: logits = uncond + G (cond - uncond); per scale or one\nfor all; needs ./train "
+         "--label-dropout (default: what the model recommends,\nelse 1: none)"},
         {OPT_FLAG, "--official-temperature", NULL, &a->official_temperature, 0, 0,
          "as the official code: --temperature acts on the noisiest scale only"},
         {OPT_STRING, "--chain-length", "L,..", &a->chain_length, 0, 0,
-         "passes of every scale, with some noise in between; per scale or one\nfor all"},
+         "passes of every scale, with some noise in between; per scale or one\nfor all (default: what the model "
+         "recommends)"},
         {OPT_FLAG, "--no-ema", NULL, &a->no_ema, 0, 0,
          "the trained weights, not their moving average, where a file has both"},
         {OPT_STRING, "--weights", "TYPE", &a->weights, 0, 0,

@@ -86,6 +86,9 @@ static Err outputs_differ(const char *option, const char *path, const char *othe
 
 Err outputs_check(const char *out, const char *chain, const char *film) {
     const struct { const char *option, *path; } given[] = {{"-o", out}, {"--chain", chain}, {"--animate", film}};
+    struct stat st;
+    if (!is_out_folder(out) && stat(out, &st) == 0 && S_ISDIR(st.st_mode))
+        return err("-o %s: is a folder; -o %s/ writes a file for each picture there", out, out);
     TRY(is_out_folder(out) ? out_folder_check("-o", out) : output_check("-o", out));
     for (size_t i = 1; i < 3; i++) {
         if (!given[i].path) continue;

@@ -17,6 +17,7 @@ for to in nowhere/x.png folder x.jpg x.JPEG x.webp x.tiff folder/x.gif; do
     early "-o" inpaint -o "$dir/$to"
     early "--chain" sample -o "$dir/x.png" --chain "$dir/$to"
 done
+for program in sample inpaint; do early "is a folder; -o $dir/folder/ writes a file for each" $program -o "$dir/folder"; done
 early "No such file" sample -o "$dir/x.png" --nearest "$dir/no-pictures"
 early "same file" sample -o "$dir/x.png" --chain "$dir/x.png"
 early "same file" sample -o "$dir/x.png" --chain "$dir/./x.png"

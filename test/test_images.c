@@ -1153,7 +1153,9 @@ static void test_masks(void) {
     CHECK(mask_faults(path, 'h', 0, &note) == 0 && note);
     uint8_t keep[MASK_SIDE * MASK_SIDE];
     CHECK_ERR(mask_read(keep, &note, path, PREP_FOLDER, MASK_SIDE, 20, 30, 0),
-              "mask.png: the mask is 48x48; expected the picture's size 30x20 or 16x16");
+              "mask.png: the mask is 48x48; expected the picture's size, 30x20, or the model's, 16x16");
+    CHECK_ERR(mask_read(keep, &note, path, PREP_FOLDER, MASK_SIDE, MASK_SIDE, MASK_SIDE, 0),
+              "mask.png: the mask is 48x48; expected the picture's size, 16x16");
     CHECK_ERR(mask_read(keep, &note, in_folder("none.png"), PREP_FOLDER, MASK_SIDE, 20, 30, 0), "none.png");
 }
 

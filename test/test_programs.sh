@@ -451,6 +451,7 @@ sed 's/resolution 16/resolution 17/' test/tiny.txt >"$dir/odd.txt"
 ok "a resolution that the levels do not divide trains a scale" train --run "$dir/odd" --scale 1 --steps 2 --picture-every 1
 ok "draws" sample "$dir/odd" -n 2 --nearest "$dir/data"
 ok "edits" "$build/inpaint" "$dir/odd" "$dir/data/disc/000.png" --half upper -n 1 -o "$dir/i.png"
+refused 1 "nothing: no such folder or file; --data PATH says" "$build/train" --config test/tiny.txt --run "$dir/none" --vqgan --data "$dir/nothing"
 refused 1 "resolution is 17, expected a multiple of 2" train --run "$dir/none" --vqgan --config "$dir/odd.txt"
 # One token value; no convolution between levels
 sed 's/n_embed 16$/n_embed 1/; s/dec_num_tokens 16/dec_num_tokens 1/; s/params\.vocab_size 16/params.vocab_size 1/' test/tiny.txt >"$dir/one.txt"

@@ -134,6 +134,13 @@ void say_pictures(const Stage *s, int has_class) {
     if (text[0]) say_once("%s: left out: %s\n", s->set.data, text);
 }
 
+Err data_is_there(const char *data) {
+    struct stat st;
+    if (stat(data, &st) == 0 || errno != ENOENT) return OK; /* another error is for who opens it */
+    return err("%s: no such folder or file; --data PATH says where your pictures are%s", data,
+               strcmp(data, "data/emoji") ? "" : "; \"make data/emoji\" makes those of the bundled model");
+}
+
 /* With room in a path for what will lie in the folder */
 Err make_folder(const char *path) {
     char part[PATH_BYTES - 128];

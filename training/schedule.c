@@ -166,6 +166,7 @@ static Err say_schedule(const Stage *s, const char *path) {
 
 Err metric_schedule(Stage *s) {
     char vqgan_path[PATH_BYTES], path[PATH_BYTES];
+    TRY(data_is_there(s->set.data));
     TRY(dataset_open_lists(&s->val, s->set.data, s->set.list, s->set.val_list, SPLIT_VAL | SPLIT_FLAT));
     TRY(dataset_open_lists(&s->train, s->set.data, s->set.list, s->set.val_list, SPLIT_TRAIN | SPLIT_FLAT));
     const int enough = s->val.n >= PICTURES;

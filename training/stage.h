@@ -232,6 +232,7 @@ int file_exists(const char *path);
 /* A file of lines, which may be missing: *f = NULL. close: e, or the error that ended the reading before the file's end */
 Err open_lines(FILE **f, const char *path);
 Err close_lines(FILE *f, const char *path, Err e);
+Err data_is_there(const char *data); /* Settings.data; the error says how to come by pictures */
 Err make_folder(const char *path);
 /* Keeps other ./train out of the run, to the end of this one; an error if one is there. Nothing yet if the run has no
  * folder: make_run makes it, too. Where files cannot be locked, that is said. The first rank's work. */
