@@ -434,6 +434,10 @@ def test_classes():
         window.found = (q) => findClasses(list, q).map((c) => c.value);""")
     for query, expected in (("golden", "n02099601"), ("N02099601", "n02099601"), ("carassius", "n01443537"), ("2", "n03126707"), ("plain", "plain")):
         ok("a class by " + query, page.js("return found(arguments[0])", query)[0] == expected, page.js("return found(arguments[0])", query))
+    said = page.js("""const [m] = models, few = m.classes; m.classes = Array.from({ length: 1000 }, (_, i) => `n${String(i).padStart(8, 0)} thing ${i}`);
+        editForm.classes.set(null); modelChanged(editForm); let said = ''; try { jobOf(editForm); } catch (e) { said = e.field + ': ' + e.message; }
+        editForm.classes.set('n00000999'); said += jobOf(editForm).class; m.classes = few; editForm.classes.set(null); modelChanged(editForm); return said;""")
+    ok("an edit must name one of a thousand", said == "class: Class: choose one: emoji has too many to try them alln00000999", said)
     ok("cranes are two", page.value("found('crane')") == ["n02012849", "n03126707"])
 
 

@@ -45,6 +45,11 @@ const clamp = (x, low, high) => Math.max(low, Math.min(high, x));
 const shown = (x, digits = 4) => String(Number(x.toPrecision(digits)));
 const plural = (n, one, many) => `${n} ${n === 1 ? one : many}`;
 
+function bringIntoView(e, block) {
+    const behavior = matchMedia("(prefers-reduced-motion: reduce)").matches ? "auto" : "smooth";
+    e.scrollIntoView({ block, behavior });
+}
+
 async function copyText(text) {
     try {
         await navigator.clipboard.writeText(text);
@@ -438,9 +443,8 @@ function settingsOf(kind, root, changed) {
         problem: element("p", { className: "problem", role: "alert" }),
     };
     form.seed.placeholder = "random";
-    form.classes.input.placeholder = isEdit ? "guessed" : "each its own";
     const hints = isEdit ? {
-        class: "Left out: the one that the kept part looks like.",
+        class: "A name, a part of one, a number or a synset.",
         count: "Different completions, side by side.",
         best: "So many in parallel for each; those that the kept part fits best go on.",
     } : {
@@ -481,6 +485,9 @@ function setModels(form) {
     modelChanged(form);
 }
 
+// Of so many classes an edit's cannot be guessed.
+const mustName = (m) => m.classes.length > 100;
+
 // The fields that depend on the model
 function modelChanged(form) {
     const m = modelOf(form.model.value), { classes } = form;
@@ -489,6 +496,7 @@ function modelChanged(form) {
     classes.classes = m.classes.map(classOf);
     if (classes.chosen) classes.set(classes.chosen.value);
     form.classLine.hidden = !m.classes.length;
+    classes.input.placeholder = !form.isEdit ? "each its own" : mustName(m) ? "choose one" : "guessed from what is kept";
     form.best.placeholder = `recommended: ${recommendedBy(form).best_of}`;
     for (const f of form.scales) f.reset(recommendedBy(form)[f.spec.name], m.guidance_scales);
     form.changed();
@@ -531,6 +539,7 @@ function jobOf(form) {
     job.count = wholeOf(form.count, "count", "Pictures", 1, most);
     if (form.seed.value.trim()) job.seed = wholeOf(form.seed, "seed", "Seed", 0, Number.MAX_SAFE_INTEGER);
     if (m.classes.length && classes.value() !== null) job.class = classes.value();
+    if (isEdit && mustName(m) && !job.class) throw wrongField("class", `Class: choose one: ${m.name} has too many to try them all`);
     for (const f of form.scales) {
         const value = scalesOf(f, isEdit);
         if (value !== undefined) job[f.spec.name] = value;
@@ -603,7 +612,7 @@ function showCard(run) {
         const place = $(run.kind === "inpaint" ? "edit-results" : "sample-results");
         const part = (tag, name) => element(tag, { className: name });
         run.card = element("article", { className: "card" });
-        run.title = part("h3", "");
+        run.title = part("h2", "");
         run.text = part("p", "state");
         run.bars = part("div", "bars");
         run.grid = part("div", "pictures");
@@ -1488,7 +1497,7 @@ async function runEdit() {
     edit.run = run;
     const files = { image: edit.file, mask: edit.shape ? null : await maskFile() };
     hideResult();
-    $("board").scrollIntoView({ block: "nearest", behavior: "smooth" });
+    bringIntoView($("board"), "nearest");
     await start(run, files, editForm);
 }
 
@@ -1799,7 +1808,7 @@ async function runSample() {
     if (runs.filter((r) => !isOver(r)).length >= 3) return say("Three of your jobs wait already.", true);
     const run = newRun("sample", { ...job, owned: true });
     const started = start(run, null, sampleForm);
-    if (run.card.getBoundingClientRect().top > innerHeight / 2) run.card.scrollIntoView({ behavior: "smooth", block: "start" });
+    if (run.card.getBoundingClientRect().top > innerHeight / 2) bringIntoView(run.card, "start");
     await started;
 }
 
