@@ -14,6 +14,7 @@
 # make bench        how fast, as fractions of this machine's ceilings and beside PyTorch; also in bench.tsv
 # make walkthrough the numbers of doc/walkthrough.md: test/walkthrough 1 ... 8
 # make faults       every call for a file of short runs fails or kills, every allocation fails (a sample is in make test)
+# make install PREFIX=/usr/local DESTDIR=   one program, imagebart, with models, man pages, completion; make uninstall
 # make fuzz FUZZ_SECONDS=60  all that reads files under libFuzzer (needs clang; Debian: clang, libclang-rt-14-dev)
 # make ffhq         fetches an official model: also ffhq2 churches bedrooms cats imagenet imagenet4 (models/fetch.sh)
 # make lpips       what ./train --vqgan measures likeness with (models/fetch.sh), checksums compared
@@ -112,7 +113,7 @@ LEVELS := $(if $P,$(foreach l,x86-64 x86-64-v3 x86-64-v4 x86-64-v4-bf16,$(if $(c
 
 OFFICIAL := ffhq ffhq2 churches bedrooms cats imagenet imagenet4
 
-ifneq ($(if $(BUILT),,$(filter-out help clean format $(OFFICIAL) vqgan lsun lpips,$(or $(MAKECMDGOALS),all))),)
+ifneq ($(if $(BUILT),,$(filter-out help clean format uninstall $(OFFICIAL) vqgan lsun lpips,$(or $(MAKECMDGOALS),all))),)
 $(info compiler  $(CC)$(if $(filter 1,$(SANITIZE)), with sanitizers))
 ifeq ($(HAVE_PNG),)
 $(error libpng is missing. Debian: apt-get install libpng-dev)
@@ -156,14 +157,14 @@ LDLIBS := $(ARCHIVES) $(if $(HAVE_WEBP),-lwebp) $(if $(HAVE_LMDB),-llmdb) -lpng 
 
 # The house from the ground up (test/house.sh checks the order). FILES: their speed is that of files, so that they are
 # compiled for the first level only.
-BASE := base threads params plan compute options
+BASE := base threads params plan compute options version
 KERNELS := $(if $(PLAINLY),,fast gemm stream conv norm layers attention guess optimizer discriminator perceptual)
 FILES := folder layout damage config atomic tensor checkpoint pickle zip ckpt weights names pixels orientation prep resize rows png png_text apng jpeg webp images mask lmdb tokens places keys recipe betas net_config vqgan_config classes remap
 SAMPLING := model bounds draw edit paste options output sheet score region terminal
 COMPONENTS := $(BASE:%=base/%) $(KERNELS:%=kernels/%) $(FILES:%=files/%) data vqgan transformer diffusion \
               $(SAMPLING:%=sampling/%) training/discriminator training/perceptual training/restart training/rate
 PROGRAMS := sample train inpaint $(if $(HAVE_SERVE),serve)
-COLD := base/params base/options $(FILES:%=files/%) data sampling/model sampling/options sampling/terminal
+COLD := base/params base/options base/version $(FILES:%=files/%) data sampling/model sampling/options sampling/terminal
 TESTS := base $(if $(PLAINLY),,gemm conv) checkpoint ckpt images data vqgan discriminator perceptual transformer classes keys diffusion fuzz $(if $(PLAINLY),,layers)
 TESTS_DOUBLE := $(if $(PLAINLY),,gemm conv) vqgan discriminator perceptual transformer layers
 
@@ -213,7 +214,7 @@ $B/train-alone: $B/train.o $(patsubst %,$B/%.o,$(filter-out training/parallel,$(
 $B/alone/%.o: %.c Makefile
 	@mkdir -p $(@D)
 	$(call say,CC,$<)$(CC) $(CFLAGS) -MMD -MP -c -o $@ $<
-$(PROGRAMS:%=$B/%): $B/%: $B/%.o $(OBJ) $(DEVICE_OBJ)
+$(PROGRAMS:%=$B/%): $B/%: $B/%.o $(OBJ) $(DEVICE_OBJ) $B/commit.o
 	$(call say,LINK,$@)$(CC) $(CFLAGS) -o $@ $^ $(LDLIBS) $(CUDA_LIBS)
 $B/golden: $B/test/golden.o $(OBJ) $(DEVICE_OBJ)
 	$(call say,LINK,$@)$(CC) $(CFLAGS) -o $@ $^ $(LDLIBS) $(CUDA_LIBS)
@@ -249,6 +250,23 @@ $B/double/transformer.o: transformer.cu Makefile
 	@mkdir -p $(@D)
 	$(call say,CC,$<)$(CC) $(CFLAGS) -DREAL_DOUBLE -MMD -MP -x c -c -o $@ $<
 
+# The commit, for --version of the programs
+build/commit.c: FORCE
+	@mkdir -p $(@D); commit=$$([ -e .git ] && git describe --always --dirty --abbrev=12 --match= 2>/dev/null || echo unknown); \
+	text="extern const char version_commit[]; const char version_commit[] = \"$$commit\";"; \
+	[ "$$(cat $@ 2>/dev/null)" = "$$text" ] || echo "$$text" >$@
+$B/commit.o $(if $P,$P/commit.o): build/commit.c
+	@mkdir -p $(@D)
+	$(call say,CC,$<)$(CC) $(CFLAGS_ANY) -c -o $@ $<
+
+# The program of an installation, which calls the others
+$B/imagebart: $B/base/command.o
+	$(call say,LINK,$@)$(CC) $(CFLAGS) -o $@ $^
+ifneq ($P,)
+$P/imagebart: $P/x86-64/base/command.o
+	$(call say,LINK,$@)$(CC) $(CFLAGS_ANY) -o $@ $^
+endif
+
 # ---- the programs for any x86-64: each is start.o and, for every level, a whole program linked into one object ----
 define level
 $P/$1/%.o: %.c Makefile
@@ -268,7 +286,7 @@ endef
 ifneq ($P,)
 $P/x86-64/training/parallel.o: CFLAGS_ANY += $(if $(HAVE_MPI),-DHAVE_MPI $(MPI_CFLAGS))
 $(foreach l,$(LEVELS),$(eval $(call level,$l)))
-$(PROGRAMS:%=$P/%): $P/x86-64/base/start.o
+$(PROGRAMS:%=$P/%): $P/x86-64/base/start.o $P/commit.o
 	$(call say,LINK,$@)$(CC) $(CFLAGS_ANY) -o $@ $^ $(LDLIBS)
 endif
 
@@ -368,7 +386,7 @@ ifneq ($(PLAINLY),)
 test: $(TEST_BIN) $B/golden $B/pictures $B/lpips $B/codes $(PROGRAMS:%=$B/%)
 	@test/run.sh --plain $B $(TEST_BIN)
 else
-test: $(TEST_BIN) $(EMULATED_BIN) $B/golden $B/pictures $B/logits $B/lpips $B/codes $B/walkthrough $B/sizes $(PROGRAMS:%=$B/%) $B/train-alone $(if $(HAVE_SERVE),$B/serve_client) $(if $P,$(PROGRAMS:%=$P/%))
+test: $(TEST_BIN) $(EMULATED_BIN) $B/golden $B/imagebart $B/pictures $B/logits $B/lpips $B/codes $B/walkthrough $B/sizes $(PROGRAMS:%=$B/%) $B/train-alone $(if $(HAVE_SERVE),$B/serve_client) $(if $P,$(PROGRAMS:%=$P/%))
 	@test/run.sh $B "$P" $(TEST_BIN) $(EMULATED_TESTS)
 endif
 
@@ -450,6 +468,17 @@ vqgan lsun lpips:
 
 data/emoji:
 	/usr/bin/python3 dev/emoji.py --out $@
+
+# Under PREFIX, packed under DESTDIR; BUILT=DIR: what was built elsewhere. dev/install.sh says what goes where.
+PREFIX ?= /usr/local
+DESTDIR ?=
+.PHONY: install uninstall
+install uninstall: export PREFIX := $(PREFIX)
+install uninstall: export DESTDIR := $(DESTDIR)
+install: $(if $(BUILT),,$(PROGRAMS) $(SHIPPED)/imagebart)
+	@dev/install.sh install $(if $(BUILT),$B,$(SHIPPED))
+uninstall:
+	@dev/install.sh uninstall
 
 format:
 	clang-format -i $(foreach d,. base kernels files sampling serving training test,$(wildcard $d/*.c $d/*.cu $d/*.h))

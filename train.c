@@ -14,6 +14,7 @@
  * logs, shows and stores is in training/ (stage.h lists it), and no mathematics is here: read next diffusion.c for
  * noise and posterior, transformer.cu and vqgan.c for forward and backward, then sample.c, which draws. */
 #include "training/stage.h"
+#include "files/places.h"
 
 #include <errno.h>
 #include <signal.h>
@@ -375,12 +376,15 @@ static void train_and_remap(const Settings *given) {
 /* ./sample, which lies beside this program, in its place */
 static void draw_samples(const Settings *o) {
     char sample[PATH_BYTES], out[PATH_BYTES];
-    snprintf(sample, sizeof sample, "%.*ssample", program_folder(o), o->program);
+    const int installed = is_installed(o);
+    if (!installed || !program_beside(sample, "sample"))
+        snprintf(sample, sizeof sample, "%.*ssample", program_folder(o), o->program);
     snprintf(out, sizeof out, "%s/samples.png", o->run);
     fflush(stdout);
     unlock_run();
     signal(SIGXFSZ, SIG_DFL), signal(SIGPIPE, SIG_DFL);
-    execlp(sample, sample, o->run, "-o", out, o->device ? "--device" : (char *)NULL, o->device, (char *)NULL);
+    execlp(sample, installed ? "imagebart sample" : sample, o->run, "-o", out, o->device ? "--device" : (char *)NULL,
+           o->device, (char *)NULL);
     die("%s: %s; when it is built: ./sample %s", sample, strerror(errno), o->run);
 }
 

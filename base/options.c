@@ -1,8 +1,10 @@
 /* options.c - what the programs share: one table of options, one way to fail, progress.
  *
- * This is the only file besides the programs that prints or exits. Results go to stdout, everything else to stderr. */
+ * Only this file, version.c and the programs print or exit. Results go to stdout, everything else to stderr. */
 #include "base/base.h"
+#include "base/version.h"
 
+#include <ctype.h>
 #include <errno.h>
 #include <math.h>
 #include <pthread.h>
@@ -21,11 +23,45 @@
 static const char *program_name = "imagebart";
 static int line_open; /* 1: a progress line stands on the terminal; a newline must come before anything else */
 
+static const char installed_name[] = "imagebart "; /* base/command.c calls an installed program "imagebart sample" */
+
+/* How long the name of one of the programs is that a text gives as "./sample"; 0: another text is here. */
+static size_t program_at(const char *text) {
+    static const char *const names[] = {"./sample", "./train", "./inpaint", "./serve"};
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
+        const size_t n = strlen(names[i]);
+        if (strncmp(text, names[i], n) != 0) continue;
+        const char next = text[n];
+        if (isalnum((unsigned char)next) || (next && strchr("/._-", next) && text[n + 1] > ' ')) continue;
+        return n;
+    }
+    return 0;
+}
+
+/* The text, in which programs are called as this one was: installed, "./sample" is "imagebart sample". */
+static void put_text(FILE *to, const char *text) {
+    const int installed = !strncmp(program_name, installed_name, strlen(installed_name));
+    char before = ' ';
+    for (const char *p = text; *p; before = p[-1]) {
+        const size_t n = installed && strchr(" \n\"(", before) ? program_at(p) : 0;
+        if (n) fprintf(to, "%s%.*s", installed_name, (int)n - 2, p + 2);
+        if (!n) fputc(*p, to);
+        p += n ? n : 1;
+    }
+}
+
 static void fail(int status, const char *fmt, va_list args) {
+    char text[2 * PATH_BYTES + ERR_MAX];
+    va_list again;
+    va_copy(again, args);
     progress_end();
     fprintf(stderr, "%s: ", program_name);
-    vfprintf(stderr, fmt, args);
+    if (vsnprintf(text, sizeof text, fmt, args) < (int)sizeof text)
+        put_text(stderr, text);
+    else
+        vfprintf(stderr, fmt, again);
     fprintf(stderr, "\n");
+    va_end(again);
     exit(status);
 }
 
@@ -75,23 +111,35 @@ __attribute__((constructor)) static void need_stack(void) {
 
 /* ---- options ---- */
 
-static void print_help(const Option *table, const char *intro) {
-    printf("%s", intro);
-    for (const Option *o = table; o->kind != OPT_END; o++) {
-        char left[64];
-        if (o->kind == OPT_HEADING) {
-            printf("\n%s\n", o->name);
-            continue;
-        }
-        snprintf(left, sizeof left, "%s%s%s", o->name, o->value ? " " : "", o->value ? o->value : "");
-        printf("  %-24s", left);
-        if (strlen(left) > 23) printf("\n  %-24s", "");
-        for (const char *c = o->help; *c; c++) {
-            putchar(*c);
-            if (*c == '\n') printf("  %-24s", "");
-        }
+static void print_row(const Option *o) {
+    char left[64];
+    if (o->kind == OPT_HEADING) {
         printf("\n");
+        put_text(stdout, o->name);
+        printf("\n");
+        return;
     }
+    snprintf(left, sizeof left, "%s%s%s", o->name, o->value ? " " : "", o->value ? o->value : "");
+    printf("  %-24s", left);
+    if (strlen(left) > 23) printf("\n  %-24s", "");
+    char help[1024], *at = help;
+    for (const char *c = o->help; *c && at < help + sizeof help - 32; c++) {
+        *at++ = *c;
+        if (*c == '\n') at += sprintf(at, "  %-24s", "");
+    }
+    *at = 0;
+    put_text(stdout, help);
+    printf("\n");
+}
+
+static void print_help(const Option *table, const char *intro) {
+    static const Option of_all[] = {{OPT_HEADING, "Of every program", NULL, NULL, 0, 0, NULL},
+                                    {OPT_FLAG, "-h, --help", NULL, NULL, 0, 0, "this text"},
+                                    {OPT_FLAG, "--version", NULL, NULL, 0, 0, "commit, compiler, processor, libraries"},
+                                    {OPT_END, NULL, NULL, NULL, 0, 0, NULL}};
+    put_text(stdout, intro);
+    for (const Option *o = table; o->kind != OPT_END; o++) print_row(o);
+    for (const Option *o = of_all; o->kind != OPT_END; o++) print_row(o);
 }
 
 static void set_number(const Option *o, const char *text) {
@@ -208,6 +256,9 @@ void options_parse(int argc, char **argv, const Option *table, const char *intro
     for (int i = 1; i < argc; i++)
         if (!strcmp(argv[i], "-h") || !strcmp(argv[i], "--help")) {
             print_help(table, intro);
+            exit(fflush(stdout) ? 1 : 0);
+        } else if (!strcmp(argv[i], "--version")) {
+            version_print(program_name);
             exit(fflush(stdout) ? 1 : 0);
         }
     for (int i = 1, arguments = 0; i < argc; i++) {

@@ -2,7 +2,9 @@
  *
  * Three places are looked at, one name at a time, so that a folder models/ of somebody else's hides nothing:
  * $IMAGEBART_MODELS, which the user chose; models/ in the present folder; models/ beside the program, wherever it was
- * called from and by whatever symbolic link. */
+ * called from and by whatever symbolic link. The models of an installed program, PREFIX/libexec/imagebart/NAME, are in
+ * PREFIX/share/imagebart. */
+#include "files/places.h"
 #include "files/files.h"
 
 #include <stdio.h>
@@ -26,13 +28,29 @@ static int program_folder(char out[PATH_BYTES]) {
     return slash != NULL;
 }
 
+int program_beside(char path[PATH_BYTES], const char *name) {
+    char folder[PATH_BYTES];
+    return program_folder(folder) && path_make(path, "%s/%s", folder, name) == OK;
+}
+
+/* folder = models/ beside the program, or what stands for it where that is installed; *installed: it is. 0: unknown. */
+static int own_models(char folder[PATH_BYTES], int *installed) {
+    static const char libexec[] = "/libexec/imagebart";
+    char own[PATH_BYTES];
+    if (!program_folder(own)) return 0;
+    const size_t n = strlen(own), tail = strlen(libexec);
+    *installed = n >= tail && !strcmp(own + n - tail, libexec);
+    if (*installed) own[n - tail] = 0;
+    return path_make(folder, *installed ? "%s/share/imagebart" : "%s/models", own) == OK;
+}
+
 /* The i-th place of all, whether it is there or not; 0: there are no more. */
 static int place(char folder[PATH_BYTES], int i) {
-    char own[PATH_BYTES];
+    int installed;
     const char *chosen = chosen_place();
     if (chosen && i-- == 0) return path_make(folder, "%s", chosen) == OK;
     if (i-- == 0) return path_make(folder, "models") == OK;
-    return i == 0 && program_folder(own) && path_make(folder, "%s/models", own) == OK;
+    return i == 0 && own_models(folder, &installed);
 }
 
 static int is_folder(const char *path) {
@@ -84,10 +102,16 @@ const char *models_places(char text[PLACES_BYTES]) {
 const char *models_fetch(char text[FETCH_BYTES], const char *name) {
     char folder[PATH_BYTES], script[PATH_BYTES];
     struct stat st;
+    int installed;
     snprintf(text, FETCH_BYTES, "make %s", name);
-    if (stat("models/fetch.sh", &st) == 0 || !program_folder(folder)) return text;
-    if (path_make(script, "%s/models/fetch.sh", folder) != OK || stat(script, &st) != 0) return text;
+    if (stat("models/fetch.sh", &st) == 0 || !own_models(folder, &installed)) return text;
+    if (path_make(script, "%s/fetch.sh", folder) != OK || stat(script, &st) != 0) return text;
     const char *quote = strchr(folder, ' ') ? "'" : "";
+    if (installed) { /* into the folder of the script */
+        snprintf(text, FETCH_BYTES, "sh %s%s%s %s", quote, script, quote, name);
+        return text;
+    }
+    folder[strlen(folder) - strlen("/models")] = 0;
     snprintf(text, FETCH_BYTES, "make -C %s%s%s %s", quote, folder, quote, name);
     return text;
 }

@@ -6,14 +6,14 @@
 /* Of its weights: what is here, and how to get the rest. A folder that is not there lacks everything; it is not
  * damaged. */
 static void state_text(char *text, size_t bytes, const NamedModel *m) {
-    char missing[32], folder[PATH_BYTES];
+    char missing[32], folder[PATH_BYTES], fetch[FETCH_BYTES];
     const size_t here = model_files(missing, m);
     if (!*missing)
         snprintf(text, bytes, "here");
     else if (here && m->zip)
-        snprintf(text, bytes, "partly here, no %s: make %s", missing, m->name);
+        snprintf(text, bytes, "partly here, no %s: %s", missing, models_fetch(fetch, m->name));
     else if (m->zip)
-        snprintf(text, bytes, "not here: make %s", m->name);
+        snprintf(text, bytes, "not here: %s", models_fetch(fetch, m->name));
     else if (models_find(folder, m->folder))
         snprintf(text, bytes, "damaged: no %s", missing);
     else
@@ -22,7 +22,7 @@ static void state_text(char *text, size_t bytes, const NamedModel *m) {
 
 Err list_models(void) {
     size_t n;
-    char state[96], places[PLACES_BYTES];
+    char state[FETCH_BYTES + 96], places[PLACES_BYTES], fetch[FETCH_BYTES];
     const NamedModel *m = named_models(&n);
     TRY(models_check());
     printf("%-10s %-36s %s\n", "model", "weights", "what");
@@ -32,9 +32,9 @@ Err list_models(void) {
     }
     printf(
         "\nLooked for in %s.\n"
-        "\"make ffhq\" and so on fetch the official files into models/; their .ckpt files are read as they are.\n"
+        "\"%s\" and so on fetch the official files into models/; their .ckpt files are read as they are.\n"
         "Any folder with vqgan.safetensors and scale1.safetensors ... is a model too, such as a run of ./train; so is\n"
         "one with scale1.ckpt ... of the official code and a recipe config.txt (models/ffhq.txt is an example).\n",
-        models_places(places));
+        models_places(places), models_fetch(fetch, "ffhq"));
     return OK;
 }

@@ -126,6 +126,7 @@ check faults test/test_faults.sh "$build"
 check guidance test/test_guidance.sh "$build"
 check draw test/test_draw.sh "$build"
 check recipes test/test_recipes.sh "$build"
+check install test/test_install.sh "$build"
 check serve test/test_serve.sh "$build"
 check page test/test_page.sh "$build"
 python_check events tensorboard test/test_events.py

@@ -181,6 +181,21 @@ int program_folder(const Settings *o) {
     return slash ? (int)(slash - o->program) + 1 : 0;
 }
 
+int is_installed(const Settings *o) {
+    return !strncmp(o->program, "imagebart ", strlen("imagebart "));
+}
+
+/* How this program was called, or how another one beside it is. */
+static void say_program(const Settings *o, const char *other) {
+    char word[PATH_BYTES];
+    snprintf(word, sizeof word, "%.*s%s", program_folder(o), o->program,
+             other ? other : o->program + program_folder(o));
+    if (is_installed(o))
+        fprintf(stderr, " imagebart %s", other ? other : "train");
+    else
+        say_word(word);
+}
+
 /* The next command, as it can be typed: the first scale that is not trained, then ./sample. */
 static void say_next(const Stage *s) {
     const Settings *o = &s->set;
@@ -190,12 +205,11 @@ static void say_next(const Stage *s) {
     while (!o->joint && next <= T && is_finished(o, next)) next++;
     fprintf(stderr, "next:");
     if (o->joint || next > T) {
-        snprintf(word, sizeof word, "%.*ssample", program_folder(o), o->program);
-        say_word(word);
+        say_program(o, "sample");
         say_word(o->run);
     } else {
         snprintf(word, sizeof word, "%zu", next);
-        say_word(o->program);
+        say_program(o, NULL);
         say_word(o->model);
         say_option("--scale", word);
         if (is_begun(o, next)) fprintf(stderr, " --resume");

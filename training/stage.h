@@ -175,7 +175,7 @@ struct Stage {
     const StageKind *kind;
     const Settings *given; /* by the user */
     Settings set;          /* what holds */
-    Config recipe; /* the recipe's part for this stage, under the official keys, with the user's changes */
+    Config recipe;         /* the recipe's part for this stage, under the official keys, with the user's changes */
     Params *params;
     AdamW adam;
     double lr_scale; /* base_learning_rate times the pictures of a step, or 1 */
@@ -366,6 +366,7 @@ int is_done(const Stage *s); /* nothing is left to train */
 void say_start(Stage *s);
 void say_end(const Stage *s);
 void say_waiting(double waited);         /* while this process waits for others */
+int is_installed(const Settings *set);   /* called as "imagebart train" (base/command.c) */
 int program_folder(const Settings *set); /* how much of Settings.program is its folder */
 
 /* encoded.c. A run without a first stage gets the model's; opens the run's own, path: its file; the data set as its
@@ -411,8 +412,9 @@ Err remap_first_stage(Stage *s);
  * below. add: a stage that was checked. behind: of all stages after that of this index, 0: the first stage. disk: says how
  * much of it is needed, or refuses. */
 typedef struct {
-    double work[MAX_SCALES + 1];  /* that is left */
-    size_t bytes, moment, tokens; /* of the disk, beyond what is there: in the end, and while a state is written; files of
+    double work[MAX_SCALES + 1]; /* that is left */
+    size_t bytes, moment,
+        tokens; /* of the disk, beyond what is there: in the end, and while a state is written; files of
                                    * tokens */
 } Ahead;
 double step_work(const Stage *s);
