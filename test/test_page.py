@@ -25,14 +25,19 @@ def ok(what, good, found=""):
 # ---- PNG files of 8 bits ----
 
 
-def write_png(path, width, height, pixels, channels):
+def profile(name):
+    """An ICC profile that has nothing but a name"""
+    return bytes(128) + struct.pack(">I4sII", 1, b"desc", 144, 13 + len(name)) + b"desc\0\0\0\0" + struct.pack(">I", len(name) + 1) + name + b"\0"
+
+
+def write_png(path, width, height, pixels, channels, icc=None):
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     rows = b"".join(b"\0" + bytes(pixels[y * width * channels:(y + 1) * width * channels]) for y in range(height))
     head = struct.pack(">IIBBBBB", width, height, 8, {3: 2, 4: 6}[channels], 0, 0, 0)
     with open(path, "wb") as f:
-        f.write(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+        f.write(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + (chunk(b"iCCP", b"x\0\0" + zlib.compress(icc)) if icc else b"") + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
 
 
 def read_png(data):
@@ -383,6 +388,9 @@ def test_receive():
     page.js("give('', 'drop', null)")
     ok("a link is no picture", page.wait("$('says').textContent.includes('not a file')"), page.value("$('says').textContent"))
     ok("the picture stays", page.value("edit.W") == 32)
+    write_png(work + "/p3.png", 32, 17, bytes(3 * 32 * 17), 3, profile(b"Display P3"))
+    open_file(work + "/p3.png")
+    ok("its colours are said", "profile Display P3" in page.value("edit.about"), page.value("edit.about"))
     page.click("#edit-run")
     ok("nothing painted is said", page.value("$('edit-state').textContent") == "Paint what is to be drawn anew first.", page.value("$('edit-state').textContent"))
     page.js("setSize(4); beginStroke({ x: 1, y: 8 }); strokeTo({ x: 30, y: 8 }); endStroke(true)")

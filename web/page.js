@@ -1427,6 +1427,51 @@ async function kindOf(file) {
     return null;
 }
 
+const ascii = (bytes, from, length) => String.fromCharCode(...bytes.subarray(from, from + length));
+
+// The bytes of an ICC profile in the beginning of a file of this kind, or null
+async function profileOf(bytes, kind) {
+    const data = new DataView(bytes.buffer);
+    if (kind === "png")
+        for (let at = 8; at + 12 <= bytes.length && ascii(bytes, at + 4, 4) !== "IDAT"; at += 12 + data.getUint32(at)) {
+            if (ascii(bytes, at + 4, 4) !== "iCCP") continue;
+            const packed = bytes.subarray(bytes.indexOf(0, at + 8) + 2, at + 8 + data.getUint32(at));
+            const plain = new Blob([packed]).stream().pipeThrough(new DecompressionStream("deflate"));
+            return new Uint8Array(await new Response(plain).arrayBuffer());
+        }
+    if (kind === "jpg")
+        for (let at = 2; at + 18 <= bytes.length && bytes[at] === 255 && bytes[at + 1] !== 0xda; at += 2 + data.getUint16(at + 2))
+            if (bytes[at + 1] === 0xe2 && ascii(bytes, at + 4, 11) === "ICC_PROFILE") return bytes.slice(at + 18, at + 2 + data.getUint16(at + 2));
+    if (kind === "webp")
+        for (let at = 12; at + 8 <= bytes.length; at += 8 + data.getUint32(at + 4, true) + (data.getUint32(at + 4, true) & 1))
+            if (ascii(bytes, at, 4) === "ICCP") return bytes.slice(at + 8, at + 8 + data.getUint32(at + 4, true));
+    return null;
+}
+
+// The name that a profile gives itself: its tag "desc", in ASCII or, since version 4, in UTF-16
+function profileName(icc) {
+    const data = new DataView(icc.buffer);
+    for (let i = 0, at = 132; i < data.getUint32(128); i++, at += 12) {
+        if (ascii(icc, at, 4) !== "desc") continue;
+        const tag = data.getUint32(at + 4), isWide = ascii(icc, tag, 4) === "mluc";
+        if (!isWide) return ascii(icc, tag + 12, data.getUint32(tag + 8) - 1);
+        const from = tag + data.getUint32(tag + 24);
+        return new TextDecoder("utf-16be").decode(icc.subarray(from, from + data.getUint32(tag + 20)));
+    }
+    return "";
+}
+
+// What is to be said of a picture's colours. We keep its numbers, and read them as sRGB.
+async function coloursOf(file, kind) {
+    try {
+        const icc = await profileOf(new Uint8Array(await file.slice(0, 1 << 20).arrayBuffer()), kind);
+        const name = icc && (profileName(icc).slice(0, 60) || "unnamed");
+        return !icc ? "" : name.includes("sRGB") ? ", sRGB" : `, profile ${name} (results have none, and may look different)`;
+    } catch {
+        return ", a profile that cannot be read";
+    }
+}
+
 // A picture for the screen, which shows no more than so many pixels, and its size. The file itself goes to the server.
 async function decode(file) {
     const MOST = 4096, bitmap = await createImageBitmap(file), { width: W, height: H } = bitmap;
@@ -1447,13 +1492,13 @@ async function openPicture(file, keepMask = false) {
     } catch {
         return say(`${file.name || "The picture"} cannot be read: it seems to be damaged.`, true);
     }
-    const { bitmap, W, H } = seen;
+    const { bitmap, W, H } = seen, colours = await coloursOf(file, kind);
     if (W * H > 64 << 20) return say(`${W} × ${H} pixels are too many: 64 megapixels at most.`, true);
     const stays = keepMask && edit.mask && edit.W === W && edit.H === H, hadMask = edit.mask && edit.mask.includes(1);
     Object.assign(edit, { file, extension: kind, bitmap, W, H });
     Object.assign(edit, { run: null, candidate: -1, after: null, preview: null, cursor: null });
     const type = { png: "PNG", jpg: "JPEG", webp: "WebP" }[kind];
-    edit.about = `${file.name || "Picture"}: ${W} × ${H} pixels, ${type}, ${shown(file.size / 1024, 3)} KiB`;
+    edit.about = `${file.name || "Picture"}: ${W} × ${H} pixels, ${type}, ${shown(file.size / 1024, 3)} KiB${colours}`;
     if (!stays) Object.assign(edit, { mask: new Uint8Array(W * H), shape: null, changes: [], at: 0 });
     $("invitation").hidden = true;
     $("edit-open").parentElement.classList.remove("primary");
