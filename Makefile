@@ -162,7 +162,7 @@ KERNELS := $(if $(PLAINLY),,fast gemm stream conv norm layers attention guess op
 FILES := folder layout damage config atomic tensor checkpoint pickle zip ckpt weights names pixels orientation prep resize rows png png_text apng jpeg webp images mask lmdb tokens places keys recipe betas net_config vqgan_config classes remap
 SAMPLING := model bounds draw edit paste options output sheet score region terminal
 COMPONENTS := $(BASE:%=base/%) $(KERNELS:%=kernels/%) $(FILES:%=files/%) data vqgan transformer diffusion \
-              $(SAMPLING:%=sampling/%) training/discriminator training/perceptual training/restart training/rate
+              $(SAMPLING:%=sampling/%) training/discriminator training/perceptual training/restart training/rate training/spike
 PROGRAMS := sample train inpaint $(if $(HAVE_SERVE),serve)
 COLD := base/params base/options base/version $(FILES:%=files/%) data sampling/model sampling/options sampling/terminal
 TESTS := base $(if $(PLAINLY),,gemm conv) checkpoint ckpt images data vqgan discriminator perceptual transformer classes keys diffusion fuzz $(if $(PLAINLY),,layers)

@@ -1,5 +1,5 @@
 /* test_keys.c - the official configuration is obeyed, or refused: every key of the table, in recipes and in metadata; all
- * keys of the official files; misspelt ones; schedules of the learning rate. */
+ * keys of the official files; misspelt ones; schedules of the learning rate; spikes. */
 #include "test.h"
 #include "training/training.h"
 
@@ -400,7 +400,8 @@ static void check_source(const char *path) {
             if (n == 0 || name[n] != '"') continue;
             snprintf(key, sizeof key, "%.*s%.*s", (int)strlen(sections[i]) - 1, section, (int)n, name);
             const int found = known_key(key, KEYS_FIRST) || known_key(key, KEYS_TRANSITION);
-            if (!found && !is_one_of_values(key, "imagebart.class|imagebart.c|train.tokens|train.target")) { /* other names */
+            if (!found &&
+                !is_one_of_values(key, "imagebart.class|imagebart.c|train.tokens|train.target")) { /* other names */
                 printf("%s: %s is not in the table of files/keys.c\n", path, key);
                 CHECK(found);
             }
@@ -427,10 +428,27 @@ static void test_sources(void) {
     CHECK(n > 30);
 }
 
+/* Which steps stand out: among usual losses, among those of a network that knows its pictures by heart */
+static void test_spike(void) {
+    real usual[RECENT], known[RECENT], few[RECENT];
+    for (int i = 0; i < RECENT; i++) {
+        usual[i] = (real)(2 + 0.25 * ((i % 3) - 1));
+        known[i] = (real)(0.001 * (1 + i % 3));
+        few[i] = i < RECENT / 2 - 1 ? usual[i] : (real)NAN;
+    }
+    CHECK(is_spike(usual, 10, 0.1, 0.01, 6) && !is_spike(usual, 10, 0.1, 0.01, 5));
+    CHECK(!is_spike(usual, 0, 0.1, 0.01, 100) && !is_spike(few, 10, 0.1, 0.01, 100));
+    CHECK(!is_spike(known, 10, 0.1, 0.01, 0.03) && is_spike(known, 10, 0.1, 0, 0.03));
+    CHECK(is_spike(known, 10, 0.1, 0.01, 0.12));
+    usual[3] = usual[9] = 1000; /* outliers move nothing */
+    CHECK(is_spike(usual, 10, 0.1, 0.01, 6));
+}
+
 int main(void) {
     test_table();
     test_official();
     test_sources();
+    test_spike();
     test_constant();
     test_cycles();
     test_rate_refusals();

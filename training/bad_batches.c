@@ -148,37 +148,13 @@ double test_discriminator_norm(const Stage *s, double norm) {
     return named_in("IMAGEBART_TEST_NAN_DISCRIMINATOR", s, s->first.loader_at - 1) ? (double)NAN : norm;
 }
 
-static int by_value(const void *a, const void *b) {
-    const double x = *(const double *)a, y = *(const double *)b;
-    return (x > y) - (x < y);
-}
-
-static double median(double *x, size_t n) {
-    qsort(x, n, sizeof *x, by_value);
-    return x[n / 2];
-}
-
-/* Is x more than `spike` deviations above the median of the last steps? The deviation is the median's own (times
- * 1.4826, that of a normal distribution), which a few outliers do not move, and at least `least` times the median, for
- * a loss that hardly moves is no reason to be strict. Half a window is the least to judge by. */
-static int is_spike(const Stage *s, const real *recent, double least, double x) {
-    double sorted[RECENT];
-    size_t n = 0;
-    for (size_t i = 0; i < RECENT; i++)
-        if (!isnan(recent[i])) sorted[n++] = (double)recent[i];
-    if (s->set.spike <= 0 || n < RECENT / 2) return 0;
-    const double middle = median(sorted, n);
-    for (size_t i = 0; i < n; i++) sorted[i] = fabs(sorted[i] - middle);
-    const double deviation = 1.4826 * median(sorted, n), floor = least * fabs(middle);
-    return x > middle + s->set.spike * (deviation > floor ? deviation : floor);
-}
-
 /* A norm moves more than a loss: with 10 deviations, twice the usual loss can be a spike, eleven times the usual
- * norm. */
+ * norm. A network that knows few pictures by heart has losses of thousandths of a nat, among which a step of 0.03 is no
+ * harm: with 10 deviations, a spike is at least a tenth above the usual loss. */
 const char *why_bad(const Stage *s, double loss, double norm) {
     if (!isfinite(loss) || !isfinite(norm)) return "not finite";
-    if (is_spike(s, s->history.recent, 0.1, loss)) return "loss spike";
-    return is_spike(s, s->history.recent + RECENT, 1, norm) ? gradient_spike : NULL;
+    if (is_spike(s->history.recent, s->set.spike, 0.1, 0.01, loss)) return "loss spike";
+    return is_spike(s->history.recent + RECENT, s->set.spike, 1, 0, norm) ? gradient_spike : NULL;
 }
 
 static void remember(const Stage *s, real recent[2 * RECENT], double loss, double norm) {
@@ -206,8 +182,8 @@ const char *why_bad_discriminator(const Stage *s, real recent[2 * RECENT], doubl
     real *norms = recent + RECENT;
     const double far_loss = FAR * fmax(largest(recent), 1), far_norm = FAR * largest(norms);
     if (!isfinite(loss) || !isfinite(norm)) return "discriminator not finite";
-    const int steep = far_norm > 0 && norm > far_norm && is_spike(s, norms, 1, norm);
-    const int wrong = loss > far_loss && is_spike(s, recent, 0.1, loss);
+    const int steep = far_norm > 0 && norm > far_norm && is_spike(norms, s->set.spike, 1, 0, norm);
+    const int wrong = loss > far_loss && is_spike(recent, s->set.spike, 0.1, 0, loss);
     remember(s, recent, wrong ? far_loss : loss, steep ? far_norm : norm);
     return wrong ? "discriminator: loss spike" : steep ? "discriminator: gradient spike" : NULL;
 }

@@ -105,7 +105,6 @@ typedef struct {
 
 enum {
     KEEP_MAX = 99,     /* states */
-    RECENT = 64,       /* steps that a spike is measured against */
     SKIPPED_MAX = 4096 /* micro batches that a run may leave out */
 };
 

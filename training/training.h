@@ -35,6 +35,12 @@ Err rate_read(Rate *r, const Config *recipe, size_t steps);
 double rate_at(const Rate *r, uint64_t step);
 double rate_peak(const Rate *r);
 
+/* spike.c: is x more than `spike` deviations above the median of the last steps (NaN: none)? A deviation counts as at
+ * least `least` times the median, for a loss that hardly moves is no reason to be strict, and at least `small`, for one
+ * that is nearly 0 is none either. spike 0: never. */
+enum { RECENT = 64 };
+int is_spike(const real recent[RECENT], double spike, double least, double small, double x);
+
 /* perceptual.c: LPIPS, how different two pictures look (Zhang et al. 2018; SPEC section 9). Its network is VGG16, with
  * frozen weights; tests take a smaller one. */
 enum { PERCEPTUAL_STAGES = 5, PERCEPTUAL_DEPTH = 4 };
