@@ -317,6 +317,14 @@ static Err hold_out_whole(const Dataset *d, Names *all, const Layout *layout, co
     return OK;
 }
 
+/* No pictures of that kind, among n others; what was left out may say why. */
+static Err err_none(const Dataset *d, const char *kind, size_t n) {
+    char text[ERR_MAX], among[32] = "";
+    left_out_text(text, d->left_out);
+    if (n) snprintf(among, sizeof among, " among %zu", n);
+    return err("has no %spictures (" EXTENSIONS ")%s%s%.600s", kind, among, text[0] ? "; left out: " : "", text);
+}
+
 /* d = those of `all` that belong to the split; paths and labels. */
 static Err dataset_select(Dataset *d, const Names *all, const char *folder, Split split, const Layout *layout) {
     static const char *const what[] = {"", "training ", "validation "};
@@ -331,7 +339,7 @@ static Err dataset_select(Dataset *d, const Names *all, const char *folder, Spli
         e = names_add(&chosen, item->name, strlen(item->name), item->bytes, item->mark);
     }
     const int alone = split == SPLIT_VAL && all->n == 1 && all->item[0].mark == TRAINING; /* none is held out */
-    if (e == OK && !chosen.n && !alone) e = err("has no %spictures (" EXTENSIONS ") among %zu", what[split], all->n);
+    if (e == OK && !chosen.n && !alone) e = err_none(d, what[split], all->n);
     names_sort(&chosen, names_in_byte_order);
     if (e == OK) e = names_pack(&d->path, &chosen, folder);
     if (e == OK) e = mem_alloc(&d->label, chosen.n, sizeof *d->label, "labels");
@@ -360,19 +368,13 @@ static Err dataset_find(Dataset *d, Names *all, Layout *layout, const char *fold
     return layout_filter(all, layout, d->left_out, d->stray);
 }
 
-static Err no_pictures(const Dataset *d, const char *path) {
-    char text[ERR_MAX];
-    left_out_text(text, d->left_out);
-    return err("%.300s: has no pictures (" EXTENSIONS ")%s%.600s", path, text[0] ? "; left out: " : "", text);
-}
-
 static Err dataset_scan(Dataset *d, const char *path, const char *folder, const char *list, const char *val_list,
                         Split split) {
     Names all = {0};
     Layout layout = {.flat = split & SPLIT_FLAT};
     Err e = dataset_find(d, &all, &layout, folder, list, val_list);
     if (e == OK && all.n > INT32_MAX) e = err("%s: has %zu pictures; fewer than 2^31 expected", path, all.n);
-    if (e == OK && !all.n) e = no_pictures(d, path);
+    if (e == OK && !all.n && err_none(d, "", 0) != OK) e = err_in(path);
     if (e == OK) layout_sides(&all, &layout);
     if (e == OK) e = hold_out_whole(d, &all, &layout, folder);
     if (e == OK) e = find_classes(d, &all, &layout);

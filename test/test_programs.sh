@@ -115,6 +115,7 @@ tell --run "$dir/typo" --scale 1
 ok "the first stage of a run of a mistyped name" test $? -eq 1
 ok "is not its own" told "the network writes 16 token values, the first stage has 1024"
 ok "but another" told "^first stage: the bundled model's, .*models/emoji/vqgan.safetensors; $dir/typo had none$"
+ok "which does not stay there" test ! -e "$dir/typo/vqgan.safetensors"
 rm "$dir/tell2/scale1.safetensors"
 ok "scale 3" tell --run "$dir/tell2" --scale 3 --steps 1 --config "$dir/plain.txt"
 ok "is followed by the one that was begun" told "^next: .*--scale 1 --resume --config"

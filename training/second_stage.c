@@ -8,6 +8,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 /* ------------------------------------------------------------------------------------------------------------
  * The tokens of a step
@@ -222,6 +223,15 @@ Err second_check(Stage *s, const VqganConfig *first, Err (*open_pictures)(Stage 
     return create_network(s, &c);
 }
 
+/* The network, if it goes with the run's first stage and with the pictures; path: that first stage's file */
+static Err second_fit(Stage *s, NetConfig *c, char path[PATH_BYTES]) {
+    TRY(open_first_stage(s, path));
+    TRY(fit_to_codes(s, c));
+    TRY(check_transition(s, c));
+    TRY(add_model_keys(s, c));
+    return create_network(s, c);
+}
+
 Err second_build(Stage *s) {
     SecondStage *x = &s->second;
     char vqgan_path[PATH_BYTES];
@@ -229,12 +239,13 @@ Err second_build(Stage *s) {
     x->t = (int)s->set.scale;
     TRY(read_schedule(s));
     TRY(net_config_read(&c, &s->recipe, "model.params."));
+    TRY(path_make(vqgan_path, "%s/vqgan.safetensors", s->set.run));
+    const int had = rank() != 0 || file_exists(vqgan_path);
     TRY(ranks_agree(rank() == 0 ? copy_first_stage(s) : OK));
-    TRY(open_first_stage(s, vqgan_path));
-    TRY(fit_to_codes(s, &c));
-    TRY(check_transition(s, &c));
-    TRY(add_model_keys(s, &c));
-    TRY(create_network(s, &c));
+    if (second_fit(s, &c, vqgan_path) != OK) {
+        if (!had) unlink(vqgan_path); /* the model's, which the next try would take for the run's own */
+        return FAILED;
+    }
     TRY(load_tokens(s, vqgan_path));
     TRY(transformer_plan(x->net, s->batch, s->N, 1));
     TRY(transition_buffers(s));
