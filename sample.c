@@ -143,7 +143,7 @@ static void convert(SamplingArgs *a, const char *folder, const char *store) {
 static void check_kind(int list, int score, const char *folder, int drawing) {
     if (list + score + (folder != NULL) > 1) usage_error("give one of --list, --score, --convert");
     if (drawing && (list || score || folder))
-        usage_error("%s draws nothing: --chain, --nearest, --animate, --best-of and --show are for drawing",
+        usage_error("%s draws nothing: -n, -o, --chain, --nearest, --animate, --best-of and --show are for drawing",
                     list    ? "--list"
                     : score ? "--score"
                             : "--convert");
@@ -156,7 +156,9 @@ static const char intro[] =
     "turns the tokens x_0 into pixels. --chain shows every step of it.\n";
 
 int main(int argc, char **argv) {
-    SamplingArgs a = {.model = "emoji", .out = "samples.png", .n = 16, .batch = 16};
+    enum { DRAWN = 16 };
+    const char *const out = "samples.png";
+    SamplingArgs a = {.model = "emoji", .out = out, .n = DRAWN, .batch = 16};
     const char *chain = NULL, *nearest = NULL, *folder = NULL, *store = NULL;
     size_t most = 0;
     const char *item[MAX_SCORED];
@@ -188,7 +190,7 @@ int main(int argc, char **argv) {
         {OPT_END, NULL, NULL, NULL, 0, 0, NULL}};
     sampling_parse(argc, argv, table, &a, intro);
     if (pictures.n && !score) usage_error("unexpected argument \"%s\"; -h explains", pictures.item[0]);
-    check_kind(list, score, folder, chain || nearest || a.animate || most || a.show);
+    check_kind(list, score, folder, chain || nearest || a.animate || most || a.show || a.out != out || a.n != DRAWN);
     if (store && !folder) usage_error("--store is for --convert");
     if (list)
         check(list_models());

@@ -280,7 +280,7 @@ static void test_beside_classes(void) {
         make_picture("lost/train/1.png", 2, 2);
     CHECK(symlink("nowhere", in_folder("lost/val/0.png")) == 0 && symlink("nowhere", in_folder("lost/val/1.png")) == 0);
     CHECK_ERR(dataset_open(&d, in_folder("lost"), SPLIT_VAL), "has no validation pictures");
-    CHECK(strstr(err_text(), "among 2; left out: 2 a link to nothing (such as val/0.png)"));
+    CHECK(strstr(err_text(), "among 2; left out: 2 a link to nothing (such as val/"));
     unlink(in_folder("beside/cover.png")), unlink(in_folder("beside/zebra.png"));
     CHECK_OK(dataset_open(&d, in_folder("beside"), (Split)(SPLIT_ALL | SPLIT_FLAT)));
     CHECK(d.n == 30 && d.n_classes == 2); /* they are there all the same */

@@ -23,7 +23,7 @@ early "same file" sample -o "$dir/x.png" --chain "$dir/x.png"
 early "same file" sample -o "$dir/x.png" --chain "$dir/./x.png"
 early "same file" sample -o "$dir/x.png" --animate "$dir/folder/../x.png"
 early "same file" sample -o "$dir/folder/" --chain "$dir//folder/0002.png"
-for also in "--chain $dir/x.png" "--nearest models" "--best-of 2" "--animate $dir/x.png" "--show"; do
+for also in "-n 3" "-o $dir/x.png" "--chain $dir/x.png" "--nearest models" "--best-of 2" "--animate $dir/x.png" "--show"; do
     # shellcheck disable=SC2086
     refused_late 2 "--score draws nothing" "$build/sample" emoji --score models/emoji/example.png $also
     # shellcheck disable=SC2086

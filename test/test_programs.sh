@@ -85,6 +85,8 @@ for bytes in '16 \020\0\0\0\0\0\0\0\004' '32 \100'; do # 16x4 for 8x8; 64 values
 done
 patched 64 '\002'
 refused_late 1 "train.tokens: label 0 is 2, the pictures have 2 classes" train --run "$dir/tuned" --scale 1 --steps 1
+head -c 100 "$dir/run/train.tokens" >"$dir/tuned/train.tokens"
+refused_late 1 "has 100 bytes, its header says .*; without this file it is made anew" train --run "$dir/tuned" --scale 1 --steps 1
 
 # shellcheck disable=SC2086
 "$build/train" $options --run "$dir/int" --vqgan --steps 100000 >/dev/null 2>"$dir/int.err" &

@@ -162,7 +162,7 @@ static Err encode_dataset(Stage *s, TokensPart *p, const Dataset *d) {
 static Err cached_tokens(Tokens *x, const char *path, const Tokens *wanted, size_t n_classes) {
     memset(x, 0, sizeof *x);
     if (!file_exists(path)) return OK;
-    TRY(tokens_read(x, path));
+    if (tokens_read(x, path) != OK) return err("%s; without this file it is made anew", err_text());
     const int ours = x->vqgan == wanted->vqgan && x->source == wanted->source && x->flips == wanted->flips;
     if (!ours || x->crops != wanted->crops || x->h != wanted->h || x->w != wanted->w || x->K != wanted->K ||
         x->n > wanted->n)
