@@ -300,56 +300,24 @@ function classField(id, changed) {
         "aria-autocomplete": "list", "aria-controls": `${id}-list`, "aria-describedby": `${id}-hint`,
     });
     const list = element("ul", { id: `${id}-list`, role: "listbox", className: "choices", "aria-label": "Classes" });
+    const field = { id, input, list, changed, classes: [], found: [], chosen: null, at: -1 };
     list.hidden = true;
-    const field = { input, list, classes: [], chosen: null, at: -1 };
-    const close = () => {
-        list.hidden = true;
-        field.at = -1;
-        input.setAttribute("aria-expanded", "false");
-        input.removeAttribute("aria-activedescendant");
-    };
-    const choose = (c) => {
-        field.chosen = c;
-        input.value = c ? c.title : "";
-        close();
-        changed();
-    };
-    const open = () => {
-        const found = findClasses(field.classes, field.chosen ? "" : input.value).slice(0, 200);
-        list.replaceChildren(...found.map((c, i) => element("li", {
-            id: `${id}-${i}`, role: "option", "aria-selected": "false",
-            textContent: c.synset ? `${c.title} (${c.number}, ${c.synset})` : c.title,
-            onpointerdown: (e) => e.preventDefault(), onclick: () => choose(c),
-        })));
-        list.found = found;
-        list.hidden = !found.length;
-        input.setAttribute("aria-expanded", String(found.length > 0));
-    };
-    const move = (by) => {
-        if (list.hidden) open();
-        if (!list.children.length) return;
-        if (field.at >= 0) list.children[field.at].setAttribute("aria-selected", "false");
-        field.at = (field.at + by + list.children.length + (field.at < 0 && by < 0 ? 1 : 0)) % list.children.length;
-        const item = list.children[field.at];
-        item.setAttribute("aria-selected", "true");
-        item.scrollIntoView({ block: "nearest" });
-        input.setAttribute("aria-activedescendant", item.id);
-    };
-    input.onfocus = input.onclick = open;
+    input.onfocus = input.onclick = () => openChoices(field);
     input.onblur = () => {
-        if (!field.chosen && input.value.trim() && list.found && list.found.length === 1) choose(list.found[0]);
-        close();
+        if (!field.chosen && input.value.trim() && field.found.length === 1) chooseClass(field, field.found[0]);
+        closeChoices(field);
     };
     input.oninput = () => {
         field.chosen = null;
-        open();
+        openChoices(field);
         changed();
     };
     input.onkeydown = (e) => {
-        if (e.key === "ArrowDown") move(1);
-        else if (e.key === "ArrowUp") move(-1);
-        else if (e.key === "Escape" && !list.hidden) close();
-        else if (e.key === "Enter" && !list.hidden && (input.value.trim() || field.at >= 0)) choose(list.found[Math.max(0, field.at)]);
+        const isOpen = !list.hidden;
+        if (e.key === "ArrowDown") moveChoice(field, 1);
+        else if (e.key === "ArrowUp") moveChoice(field, -1);
+        else if (e.key === "Escape" && isOpen) closeChoices(field);
+        else if (e.key === "Enter" && isOpen && (input.value.trim() || field.at >= 0)) chooseClass(field, field.found[Math.max(0, field.at)]);
         else return;
         e.preventDefault();
     };
@@ -360,6 +328,46 @@ function classField(id, changed) {
         input.value = field.chosen ? field.chosen.title : value || "";
     };
     return field;
+}
+
+// Those that what is typed finds; of a class that was chosen all, to choose another
+function openChoices(field) {
+    const { id, list, input } = field;
+    field.found = findClasses(field.classes, field.chosen ? "" : input.value).slice(0, 200);
+    field.at = -1;
+    list.replaceChildren(...field.found.map((c, i) => element("li", {
+        id: `${id}-${i}`, role: "option", "aria-selected": "false",
+        textContent: c.synset ? `${c.title} (${c.number}, ${c.synset})` : c.title,
+        onpointerdown: (e) => e.preventDefault(), onclick: () => chooseClass(field, c),
+    })));
+    list.hidden = !field.found.length;
+    input.setAttribute("aria-expanded", String(!list.hidden));
+    input.removeAttribute("aria-activedescendant");
+}
+
+function closeChoices(field) {
+    field.list.hidden = true;
+    field.at = -1;
+    field.input.setAttribute("aria-expanded", "false");
+    field.input.removeAttribute("aria-activedescendant");
+}
+
+function chooseClass(field, c) {
+    field.chosen = c;
+    field.input.value = c.title;
+    closeChoices(field);
+    field.changed();
+}
+
+function moveChoice(field, by) {
+    if (field.list.hidden) openChoices(field);
+    const items = field.list.children, n = items.length;
+    if (!n) return;
+    if (field.at >= 0) items[field.at].setAttribute("aria-selected", "false");
+    field.at = field.at < 0 ? (by > 0 ? 0 : n - 1) : (field.at + by + n) % n;
+    items[field.at].setAttribute("aria-selected", "true");
+    items[field.at].scrollIntoView({ block: "nearest" });
+    field.input.setAttribute("aria-activedescendant", items[field.at].id);
 }
 
 // One row of SCALE_FIELDS: recommended, the same at all scales, linear, or each by itself
@@ -1602,20 +1610,7 @@ function hideResult() {
     draw();
 }
 
-function startEdit() {
-    editForm = settingsOf("inpaint", $("edit-settings"), editChanged);
-    editForm.model.onchange = () => {
-        modelChanged(editForm);
-        if (edit.shape) setShape(edit.shape);
-        else maskChanged();
-    };
-    $("edit-form").onsubmit = (e) => (e.preventDefault(), runEdit());
-    $("edit-run").onclick = runEdit;
-    $("edit-cancel").onclick = () => cancelRun(edit.run);
-    $("edit-open").onchange = (e) => {
-        if (e.target.files[0]) openPicture(e.target.files[0]);
-        e.target.value = "";
-    };
+function startTools() {
     for (const name of ["brush", "eraser", "move"]) $(`tool-${name}`).onclick = () => setTool(name);
     document.querySelector("[role=radiogroup]").onkeydown = (e) => {
         if (!ARROWS[e.key]) return;
@@ -1633,13 +1628,6 @@ function startEdit() {
     $("fit").onclick = fit;
     $("zoom-in").onclick = () => zoomMiddle(1.25);
     $("zoom-out").onclick = () => zoomMiddle(0.8);
-    $("grid").onchange = draw;
-    $("paste").onchange = maskChanged;
-    $("mask-save").onclick = async () => saveBlob(await maskFile(), "mask.png");
-    $("mask-load").onchange = (e) => {
-        if (e.target.files[0]) loadMask(e.target.files[0]);
-        e.target.value = "";
-    };
     $("shape").onchange = (e) => {
         const [name, half] = e.target.value.split(":");
         if (!edit.mask) return maskChanged();
@@ -1650,6 +1638,30 @@ function startEdit() {
         const [name] = Object.keys(edit.shape || {});
         const size = clamp(Math.round(numberOf(e.target.value)) || 1, 1, editModel().width - 1);
         if (name === "window" || name === "outside") setShape({ [name]: size });
+    };
+}
+
+function startEdit() {
+    editForm = settingsOf("inpaint", $("edit-settings"), editChanged);
+    editForm.model.onchange = () => {
+        modelChanged(editForm);
+        if (edit.shape) setShape(edit.shape);
+        else maskChanged();
+    };
+    $("edit-form").onsubmit = (e) => (e.preventDefault(), runEdit());
+    $("edit-run").onclick = runEdit;
+    $("edit-cancel").onclick = () => cancelRun(edit.run);
+    $("edit-open").onchange = (e) => {
+        if (e.target.files[0]) openPicture(e.target.files[0]);
+        e.target.value = "";
+    };
+    startTools();
+    $("grid").onchange = draw;
+    $("paste").onchange = maskChanged;
+    $("mask-save").onclick = async () => saveBlob(await maskFile(), "mask.png");
+    $("mask-load").onchange = (e) => {
+        if (e.target.files[0]) loadMask(e.target.files[0]);
+        e.target.value = "";
     };
     $("split").oninput = (e) => setSplit(Number(e.target.value));
     $("before").onclick = toggleBefore;
