@@ -194,7 +194,7 @@ endif
 TRAIN := $(addprefix training/,folder memory state bad_batches edited official settings log view report encoded gan \
          codes schedule ahead first_stage second_stage parallel)
 # the files of ./sample alone
-DRAWING := $(addprefix sampling/,nearest list)
+DRAWING := $(addprefix sampling/,nearest list settings)
 $B/training/parallel.o: CFLAGS += $(if $(HAVE_MPI),-DHAVE_MPI $(MPI_CFLAGS))
 $B/train $(if $P,$P/train): LDLIBS += $(if $(HAVE_MPI),$(MPI_LIBS))
 $B/train: $(TRAIN:%=$B/%.o)

@@ -108,7 +108,7 @@ static Err write_files(Pictures *p, const char *chain_path) {
     Sheet s = {.model = &p->model, .args = a, .options = &p->draw.options, .text = &text, .label = p->draw.label};
     Err e = p->draw.M > 1 ? config_set(&text, "best-of", "%zu", p->draw.M) : OK;
     if (e == OK) e = sheet_files(&s, p->draw.tokens, p->draw.chain, a->n, p->steps);
-    if (e == OK && chain_path) e = sheet_write(&s, p->draw.chain, a->n * p->steps, p->steps, chain_path);
+    if (e == OK && chain_path) e = sheet_chain(&s, p->draw.chain, a->n, p->steps, chain_path);
     if (e == OK && chain_path && !a->quiet) printf("%s\n", chain_path);
     config_free(&text);
     return e;
@@ -164,6 +164,8 @@ int main(int argc, char **argv) {
     const char *item[MAX_SCORED];
     OptionList pictures = {item, 0, MAX_SCORED};
     int list = 0, score = 0;
+    Settings settings;
+    const char *from = NULL;
     const Option table[] = {
         {OPT_HEADING, "Arguments", NULL, NULL, 0, 0, NULL},
         {OPT_ARGUMENT, "MODEL", NULL, &a.model, 0, 0,
@@ -180,6 +182,9 @@ int main(int argc, char **argv) {
         {OPT_STRING, "--chain", "CHAIN.png", &chain, 0, 0, "also draw every scale: a row per sample, x_T at the left"},
         {OPT_STRING, "--nearest", "DATA", &nearest, 0, 0,
          "compare each picture with the training pictures in this folder: same tokens,\ndistance of pixels"},
+        {OPT_STRING, "--settings", "PICTURE.png", &from, 0, 0,
+         "draw again what ./sample or ./serve drew: with the model and the options that\nthe text in this file says; "
+         "others that are given come instead"},
         {OPT_FLAG, "--score", NULL, &score, 0, 0,
          "draw nothing: how likely the model finds each PICTURE, in nats per token,\nand how well its first stage "
          "draws it"},
@@ -188,7 +193,13 @@ int main(int argc, char **argv) {
         {OPT_STRING, "--convert", "DIR", &folder, 0, 0, "write the model as safetensors into DIR instead of sampling"},
         {OPT_STRING, "--store", "TYPE", &store, 0, 0, "with --convert: weights as f32 (default), f16 or bf16"},
         {OPT_END, NULL, NULL, NULL, 0, 0, NULL}};
+    const Err e = settings_open(&settings, &argc, &argv);
+    if (settings.path) a.model = NULL;
     sampling_parse(argc, argv, table, &a, intro);
+    check(e);
+    if (from && (list || score || folder)) usage_error("--settings draws: it is not for --list, --score or --convert");
+    if (from && !a.model) check(settings_model(&settings, &a.model));
+    a.one_of_several = settings.one_of_several && a.n == 1;
     if (pictures.n && !score) usage_error("unexpected argument \"%s\"; -h explains", pictures.item[0]);
     check_kind(list, score, folder, chain || nearest || a.animate || most || a.show || a.out != out || a.n != DRAWN);
     if (store && !folder) usage_error("--store is for --convert");
@@ -200,6 +211,7 @@ int main(int argc, char **argv) {
         convert(&a, folder, store ? store : "f32");
     else
         sample(&a, most, chain, nearest);
+    settings_close(&settings);
     if (fflush(stdout)) die("standard output could not be written");
     return 0;
 }

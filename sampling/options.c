@@ -352,8 +352,9 @@ static const char *model_name(const Model *m) {
 
 Err sampling_text(Config *text, const SamplingArgs *a, const SampleOptions *o, const Model *m) {
     const int T = m->schedule.T;
+    const char *name = model_name(m);
     TRY(config_set(text, "Software", "imagebart.c"));
-    TRY(config_set(text, "model", "%s", model_name(m)));
+    TRY(config_set(text, "model", "%.*s", (int)strcspn(name, "/"), name));
     TRY(config_set(text, "seed", "%llu", (unsigned long long)a->seed));
     if (a->class_name) TRY(config_set(text, "class", "%s", a->class_name));
     TRY(text_per_scale(text, "temperature", o->temperature, T));
@@ -361,6 +362,8 @@ Err sampling_text(Config *text, const SamplingArgs *a, const SampleOptions *o, c
     TRY(text_per_scale_sizes(text, "chain-length", o->chain, T));
     if (sampling_rows(o, T, 1) > 1) TRY(text_per_scale(text, "guidance", o->guidance, T));
     if (m->weights != WEIGHTS_REAL) TRY(config_set(text, "weights", "%s", a->weights));
+    if (a->enlarge > 1) TRY(config_set(text, "enlarge", "%zu", a->enlarge));
+    if (a->no_ema) TRY(config_set(text, "no-ema", "true"));
     return a->official_temperature ? config_set(text, "official-temperature", "true") : OK;
 }
 

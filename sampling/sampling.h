@@ -237,6 +237,7 @@ typedef struct {
     const char *animate;                    /* where the chain goes as an animated PNG, or NULL */
     size_t enlarge;                         /* a pixel becomes so many squared */
     int official_temperature, no_ema, show, quiet, verbose;
+    int one_of_several; /* its number is told, though it is drawn alone */
 } SamplingArgs;
 /* options_parse with the program's own rows, then those that both have, which fill *a. */
 void sampling_parse(int argc, char **argv, const Option *own, SamplingArgs *a, const char *intro);
@@ -273,6 +274,24 @@ Err sampling_text(Config *text, const SamplingArgs *a, const SampleOptions *o, c
 Err sampling_text_edit(Config *text, const char *image, size_t candidates, const EditArgs *a);
 Err sampling_text_place(Config *text, size_t n, uint64_t first, int of_several);
 
+/* ---- settings.c: ./sample --settings ---- */
+
+enum { SETTINGS_WORDS = 32 };
+typedef struct {
+    const char *path; /* the picture, NULL: none was given */
+    Config text;      /* what it says */
+    const char *word[SETTINGS_WORDS];
+    size_t words;
+    char **argv;
+    int one_of_several;
+} Settings;
+/* If the arguments give --settings: *argc and *argv are theirs with the picture's options in front, valid until
+ * settings_close. An error if the picture does not say how ./sample drew it. */
+Err settings_open(Settings *s, int *argc, char ***argv);
+/* *model = its model; an error if that is not here: no other may stand in for it. */
+Err settings_model(const Settings *s, const char **model);
+void settings_close(Settings *s);
+
 /* ---- sheet.c: pictures from tokens, into files ---- */
 
 enum { SHEET_GAP = 2, MAX_ENLARGE = 64 }; /* white pixels between the pictures of a grid */
@@ -290,6 +309,8 @@ typedef struct {
 size_t sheet_columns(const Sheet *s, size_t n); /* of a grid of n */
 /* A grid of the pictures of tokens (n,N). */
 Err sheet_write(const Sheet *s, const int32_t *tokens, size_t n, size_t columns, const char *path);
+/* The chains (n,steps,N), a row for each picture, as a grid that says that it is of these. */
+Err sheet_chain(const Sheet *s, const int32_t *chain, size_t n, size_t steps, const char *path);
 /* folder/0001.png ..., from *first on, which is behind what is there already. */
 Err sheet_singles(const Sheet *s, const int32_t *tokens, size_t n, const char *folder, size_t *first);
 /* chain (n,steps,N) as an animated PNG, a frame a step. */

@@ -88,14 +88,15 @@ static Err sheet_text(Config *text, const Sheet *s, size_t n, uint64_t first, in
     TRY(sampling_text(text, s->args, s->options, s->model));
     for (size_t i = 0; s->text && i < s->text->n; i++)
         TRY(config_set(text, s->text->kv[i].key, "%s", s->text->kv[i].value));
-    return sampling_text_place(text, n, first, of_several);
+    return sampling_text_place(text, n, first, of_several || s->args->one_of_several);
 }
 
 static Err write_sheet(const Sheet *s, const int32_t *tokens, size_t tiles, size_t columns, const char *path,
-                       uint64_t first, int of_several) {
+                       uint64_t first, int of_several, const char *frames) {
     Image im = {0};
     Config text = {0};
     Err e = sheet_text(&text, s, of_several ? 1 : s->args->n, first, of_several);
+    if (e == OK && frames) e = config_set(&text, "frames", "%s", frames);
     if (e == OK) e = sheet_picture(s, &im, tokens, tiles, columns, s->compare);
     if (e == OK) e = image_write_png_enlarged(path, &im, s->args->enlarge, &text);
     image_free(&im);
@@ -104,7 +105,11 @@ static Err write_sheet(const Sheet *s, const int32_t *tokens, size_t tiles, size
 }
 
 Err sheet_write(const Sheet *s, const int32_t *tokens, size_t n, size_t columns, const char *path) {
-    return write_sheet(s, tokens, n, columns, path, s->args->first, 0);
+    return write_sheet(s, tokens, n, columns, path, s->args->first, 0, NULL);
+}
+
+Err sheet_chain(const Sheet *s, const int32_t *chain, size_t n, size_t steps, const char *path) {
+    return write_sheet(s, chain, n * steps, steps, path, s->args->first, 0, "chain");
 }
 
 /* ---- A file for each ---- */
@@ -125,17 +130,16 @@ static size_t last_number(const char *folder) {
 /* Picture b of all, with its number among those of the seed, and its class. */
 static Err write_one(const Sheet *s, const int32_t *tokens, size_t b, const char *path) {
     char title[CLASS_TITLE_BYTES];
-    Config own = {0};
+    SamplingArgs args = *s->args;
     Sheet one = *s;
-    Err e = OK;
-    for (size_t i = 0; s->text && i < s->text->n && e == OK; i++)
-        e = config_set(&own, s->text->kv[i].key, "%s", s->text->kv[i].value);
-    if (e == OK && s->label)
-        e = config_set(&own, "class", "%s", class_title(title, &s->model->classes, (size_t)s->label[b]));
-    one.text = &own, one.compare = 0;
-    if (e == OK) e = write_sheet(&one, tokens, 1, 1, path, s->args->first + b, s->args->n > 1);
-    config_free(&own);
-    return e;
+    int32_t label;
+    if (s->label) {
+        args.class_name = class_title(title, &s->model->classes, (size_t)s->label[b]);
+        if (classes_find(&s->model->classes, title, &label) != OK || label != s->label[b]) /* two have that name */
+            snprintf(title, sizeof title, "%d", (int)s->label[b]);
+    }
+    one.args = &args, one.compare = 0;
+    return write_sheet(&one, tokens, 1, 1, path, s->args->first + b, s->args->n > 1, NULL);
 }
 
 Err sheet_singles(const Sheet *s, const int32_t *tokens, size_t n, const char *folder, size_t *first) {
@@ -173,6 +177,7 @@ Err sheet_animate(const Sheet *s, const int32_t *chain, size_t n, size_t steps, 
     Config text = {0};
     TRY(mem_alloc(&f.tokens, n, s->model->h * s->model->w * sizeof *f.tokens, "tokens of a frame"));
     Err e = sheet_text(&text, s, s->args->n, s->args->first, 0);
+    if (e == OK) e = config_set(&text, "frames", "animation");
     if (e == OK) e = image_write_apng(path, steps, film_frame, &f, s->args->enlarge, &text);
     free(f.tokens);
     config_free(&text);

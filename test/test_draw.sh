@@ -113,6 +113,7 @@ ok "a model elsewhere" "$build/sample" "$dir/own//" -n 1 --best-of 1 -o "$dir/p.
 ok "a picture elsewhere" "$build/inpaint" "$dir/own" "$dir/mine.png" --half upper --candidates 1 -o "$dir/q.png"
 for picture in p q; do
     ok "the model's name is in $picture" grep -aq "own" "$dir/$picture.png"
+    ok "the name alone ($picture)" test "$(tr '\000' '\n' <"$dir/$picture.png" | grep -ac '^own/')" -eq 0
     ok "no folder is in $picture" test "$(grep -ac "$dir" "$dir/$picture.png")" -eq 0
 done
 
@@ -140,6 +141,39 @@ ok "what is not recorded is said" grep -q "at 64x64, scaled as data.prep folder"
 ok "it is so" "$build/pictures" same "$dir/none.png" "$dir/folder.png" 0 32 64 64
 ok "lsun scales so too" "$build/pictures" same "$dir/lsun.png" "$dir/folder.png" 0 32 64 64
 ok "ffhq does not" sh -c "! '$build/pictures' same '$dir/ffhq.png' '$dir/folder.png' 0 32 64 64"
+
+# ---- --settings draws a picture again, byte by byte ----
+again() { # again FILE OPTION...: drawn with these and by --settings alone, it is the same
+    file=$1
+    shift
+    ok "drawn: $*" "$build/sample" -q "$@"
+    ok "again: $*" "$build/sample" -q --settings "$file" -o "$dir/again.png"
+    ok "the same: $*" cmp "$file" "$dir/again.png"
+}
+again "$dir/s.png" emoji -n 1 --best-of 2 --seed 3 --first 4 --class food --guidance 2 -o "$dir/s.png"
+again "$dir/s/0001.png" emoji -n 2 --best-of 1 --seed 3 --temperature 0.123456789,.5,1 --top-k 9 --weights bf16 --enlarge 2 -o "$dir/s/" --chain "$dir/steps.png" --animate "$dir/film.png"
+ok "the second of several" "$build/sample" -q --settings "$dir/s/0002.png" -o "$dir/again.png"
+ok "is the same" cmp "$dir/s/0002.png" "$dir/again.png"
+again "$dir/s.png" emoji -n 1 --best-of 1 --seed 3 --official-temperature --temperature .5 --no-ema --chain-length 1,2,1 -o "$dir/s.png"
+ok "another option comes instead" "$build/sample" --settings "$dir/s.png" --seed=9 -o "$dir/again.png"
+ok "it does" grep -q "seed 9$" "$dir/err"
+ok "MODEL too" "$build/sample" "$dir/own" -q --settings "$dir/s.png" -o "$dir/again.png"
+changed() { LC_ALL=C sed "s/$1\\x00$2/$3\\x00$4/" "$dir/s.png" >"$dir/changed.png"; } # changed KEY TEXT KEY TEXT, of the same lengths
+again_changed() { "$build/sample" --settings "$dir/changed.png" -o "$dir/again.png"; }
+changed seed '' sexd ''
+early "changed.png: its text lacks seed; " again_changed
+changed model emoji model ffhq2
+early 'changed.png: it was drawn with ffhq2, whose weights are not here; "make ffhq2" fetches them' again_changed
+changed model emoji model mines
+early 'changed.png: .* a model "mines", and no folder of that name is here' again_changed
+for file in steps film; do early "$file.png: it shows the steps" "$build/sample" --settings "$dir/$file.png" -o "$dir/x.png"; done
+early "p.png: .* \"own\", and no folder" "$build/sample" --settings "$dir/p.png"
+early "q.png: ./inpaint drew it from mine.png" "$build/sample" --settings "$dir/q.png"
+early "example.png: nothing in it says" "$build/sample" --settings models/emoji/example.png
+early "README.md: not a PNG" "$build/sample" --settings README.md
+early "none.png: No such file" "$build/sample" --settings="$dir/no/none.png"
+refused_late 2 "is not for --list" "$build/sample" --settings "$dir/s.png" --list
+refused_late 2 "needs a value" "$build/sample" --settings
 
 # ---- what is said: three lines, of the processor, of what is drawn, of how long it took; -v more, -q nothing ----
 for how in "" -v -q; do
