@@ -46,8 +46,11 @@ static void *early_alloc(size_t bytes) {
     return early + begin;
 }
 
+/* The C++ library of programs built by nvcc asks for much before begin(). */
 static void find_real(void) {
-    if (real_free) return;
+    static int finding;
+    if (real_free || finding) return;
+    finding = 1;
     real_malloc = (void *(*)(size_t))dlsym(RTLD_NEXT, "malloc");
     real_calloc = (void *(*)(size_t, size_t))dlsym(RTLD_NEXT, "calloc");
     real_realloc = (void *(*)(void *, size_t))dlsym(RTLD_NEXT, "realloc");
@@ -76,7 +79,23 @@ __attribute__((constructor)) static void begin(void) {
     at = number ? atol(number) : 0;
     on = getenv("OOM_ON") != NULL;
     dl_iterate_phdr(add_object, NULL);
+}
+
+/* Counting begins with main(): what a CUDA library does before it, within the program's own code, is not ours to mend. */
+typedef int Main(int, char **, char **);
+static Main *real_main;
+
+static int counted_main(int argc, char **argv, char **env) {
     ready = 1;
+    return real_main(argc, argv, env);
+}
+
+int __libc_start_main(Main *program, int argc, char **argv, void (*init)(void), void (*fini)(void),
+                      void (*loader_fini)(void), void *stack_end) {
+    typedef int Start(Main *, int, char **, void (*)(void), void (*)(void), void (*)(void), void *);
+    Start *start = (Start *)dlsym(RTLD_NEXT, "__libc_start_main");
+    real_main = program;
+    return start(counted_main, argc, argv, init, fini, loader_fini, stack_end);
 }
 
 __attribute__((destructor)) static void end(void) {
@@ -103,16 +122,19 @@ static int fails(const void *caller) {
 /* ---- the allocators ---- */
 
 void *malloc(size_t bytes) {
+    find_real();
     if (!real_free) return early_alloc(bytes);
     return FAILS ? NULL : real_malloc(bytes);
 }
 
 void *calloc(size_t n, size_t bytes) {
+    find_real();
     if (!real_free) return early_alloc(n * bytes); /* zeros, as it is used once */
     return FAILS ? NULL : real_calloc(n, bytes);
 }
 
 void *realloc(void *old, size_t bytes) {
+    find_real();
     if (!real_free || is_early(old)) {
         void *fresh = malloc(bytes);
         if (fresh && old) memcpy(fresh, old, bytes); /* more than it had, within the block that it is from */
@@ -127,5 +149,6 @@ void *aligned_alloc(size_t unit, size_t bytes) {
 }
 
 void free(void *p) {
+    find_real();
     if (!is_early(p)) real_free(p);
 }
