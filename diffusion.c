@@ -451,7 +451,7 @@ void sample_defaults(SampleOptions *o) {
     for (int t = 0; t <= MAX_SCALES; t++) o->temperature[t] = o->guidance[t] = 1, o->chain[t] = 1;
 }
 
-static Err check_guidance(const Chain *c, double g, int t) {
+Err check_guidance(const Chain *c, double g, int t) {
     if (g == 1) return OK;
     if (!(g >= 0) || !isfinite(g)) return err("guidance %g of scale %d, expected 0 or more", g, t);
     if (!c->n_classes) return err("guidance %g at scale %d: %s is not a model with classes", g, t, c->name);

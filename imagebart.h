@@ -317,6 +317,7 @@ typedef struct {
     Err (*network)(void *context, int t, Transformer **net); /* *net = scale t's, until the next call */
     void *context;
 } Chain;
+Err check_guidance(const Chain *c, double g, int t); /* can scale t be guided by g? */
 /* tokens (n,N) = x_0, by ancestral sampling t = T..1 (SPEC section 5), with the guide and chains of inpainting.
  * The guide forces known tokens without asking whether what was drawn before them agrees. Candidates ask: after every
  * pass each group is drawn anew from itself, a candidate's weight being the probability its pass gave the known tokens

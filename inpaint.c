@@ -125,6 +125,7 @@ static Err choose_class(Completion *c) {
     while (start && start > c->in->image && start[-1] != '/') start--;
     if (end && (size_t)(end - start) < sizeof folder) memcpy(folder, start, (size_t)(end - start));
     if (classes_named(&c->model.classes, folder, &label) != 1) label = -1;
+    if (label < 0) TRY(edit_keeps_some(&c->edit, &c->model, &c->in->what));
     if (label < 0 && edit_class(&label, &chain, c->known, c->edit.keep_token, a->seed) != OK)
         return err_in("--class was not given");
     for (size_t b = 0; b < a->n; b++) c->draw.label[b] = label;

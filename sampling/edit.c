@@ -200,6 +200,19 @@ Err edit_encode(const EditPicture *p, Model *m, uint64_t seed, int32_t *known) {
     return e;
 }
 
+Err edit_keeps_some(const EditPicture *p, const Model *m, const EditArgs *a) {
+    const size_t N = m->h * m->w, side = m->side / m->h;
+    if (p->redrawn < N) return OK;
+    if (a->half || a->window || a->outside || a->extend)
+        return err("no token is kept, so nothing tells the class: a token is %zux%zu pixels here and kept only if all "
+                   "of it is; keep more, or name the class: --class",
+                   side, side);
+    return err("the mask keeps no token, so nothing tells the class: a token is %zux%zu pixels here and kept only if "
+               "%s is %s; %s keeps the other parts, --class names the class",
+               side, side, a->official ? "its first pixel" : "all of it", a->invert ? "dark or transparent" : "light",
+               a->invert ? "leaving out --invert" : "--invert");
+}
+
 Err edit_class(int32_t *label, const Chain *chain, const int32_t *known, const uint8_t *keep_token, uint64_t seed) {
     enum { MOST = 100 };
     double bound[MOST];

@@ -6,10 +6,12 @@
  * encoded once; the drawn ones are compared with it side by side. Nothing is drawn or learnt here. */
 #include "sampling/sampling.h"
 
+#include <errno.h>
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 
 enum { AT_ONCE = 16 }; /* pictures of the folder that are encoded together */
 
@@ -110,6 +112,12 @@ static void report(const Search *s, const Dataset *d, const char *path) {
 
 Err nearest_check(const char *path) {
     Dataset d;
+    struct stat st;
+    const size_t n = strlen(path) - (strlen(path) > 1 && path[strlen(path) - 1] == '/');
+    const int bundled = n == strlen("data/emoji") && !strncmp(path, "data/emoji", n);
+    if (stat(path, &st) && errno == ENOENT)
+        return err("--nearest: %s: No such file or directory%s", path,
+                   bundled ? "; \"make data/emoji\" makes the pictures of the bundled model" : "");
     if (dataset_open(&d, path, SPLIT_TRAIN) != OK) return err_in("--nearest");
     dataset_close(&d);
     return OK;

@@ -169,6 +169,8 @@ void sampling_options(SampleOptions *o, const SamplingArgs *a, const Model *m, D
     per_scale(o->temperature, m, a->temperature, "temperature", "1", 0, 1000, "--temperature");
     per_scale(o->guidance, m, a->guidance, "guidance", "1", 0, 1000, "--guidance");
     one_guidance(o, a, m);
+    const Chain chain = model_chain((Model *)(uintptr_t)m);
+    for (int t = 1; t <= m->schedule.T; t++) check(check_guidance(&chain, o->guidance[t], t));
     per_scale_sizes(o->top_k, m, a->top_k, "top_k", "0", 0, 1e9, "--top-k");
     per_scale_sizes(o->chain, m, a->chain_length, edit ? "inpaint_chain_length" : "chain_length",
                     edit ? edit_chain_lengths(m, chains) : "1", edit ? 0 : 1, 1000, "--chain-length");

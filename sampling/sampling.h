@@ -183,6 +183,8 @@ void edit_free(EditPicture *p);
 Err edit_into(EditPicture *p, const uint8_t *image, size_t bytes);
 /* known (N) = the tokens of the picture. Plans the first stage. */
 Err edit_encode(const EditPicture *p, Model *m, uint64_t seed, int32_t *known);
+/* An error that says why no token is kept, and what to do: then nothing tells the class. */
+Err edit_keeps_some(const EditPicture *p, const Model *m, const EditArgs *a);
 /* *label = the class that explains the kept tokens best. */
 Err edit_class(int32_t *label, const Chain *chain, const int32_t *known, const uint8_t *keep_token, uint64_t seed);
 /* out (H,W) = the whole picture with what was drawn (side,side) in its hole; all else is as it was, bit for bit. */

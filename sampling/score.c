@@ -119,6 +119,17 @@ static Err score_room(Score *s) {
     return prep_read(&s->prep, &s->model->meta);
 }
 
+/* All of them can be read: looked at before the work, so that no row is printed if one cannot. */
+static Err pictures_check(const Score *s, const OptionList *pictures) {
+    for (size_t i = 0; i < pictures->n; i++) {
+        Image im = {0};
+        const Err e = image_read_as(&im, pictures->item[i], prep_how(s->prep) | IMAGE_UPRIGHT);
+        image_free(&im);
+        if (e != OK) return e;
+    }
+    return OK;
+}
+
 enum { SCORE_SEED = 1 }; /* the same numbers whenever it is asked */
 
 static Err score_picture(Score *s, const char *path) {
@@ -173,6 +184,7 @@ Err score_pictures(SamplingArgs *a, OptionList *pictures) {
     sampling_start(a, &m, &missing);
     sampling_memory(a, &m, BOUND_ROWS, 1);
     Err e = score_room(&s);
+    if (e == OK) e = pictures_check(&s, pictures);
     if (e == OK) printf("picture\tnats per token\twith scale 1\tfirst stage off by\tlikeliest class\n");
     for (size_t i = 0; i < pictures->n && e == OK; i++) e = score_picture(&s, pictures->item[i]);
     if (e == OK) score_end(a, &m);

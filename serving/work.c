@@ -220,13 +220,14 @@ static Err run_sample(Work *w) {
 /* ---- Edited ones ---- */
 
 /* The class that was named, else the one that the kept part looks like */
-static Err choose_class(Work *w, int32_t **label, const int32_t *known, const uint8_t *keep_token) {
+static Err choose_class(Work *w, int32_t **label, const int32_t *known, const EditPicture *p, const EditArgs *a) {
     const Job *j = &w->ticket->job;
     const Chain chain = model_chain(w->model);
     int32_t guess;
     TRY(draw_classes(label, w->model, j->class_name, j->seed, 0, j->count));
     if (!*label || j->class_name) return OK;
-    TRY(edit_class(&guess, &chain, known, keep_token, j->seed));
+    TRY(edit_keeps_some(p, w->model, a));
+    TRY(edit_class(&guess, &chain, known, p->keep_token, j->seed));
     for (size_t k = 0; k < j->count; k++) (*label)[k] = guess;
     return OK;
 }
@@ -241,7 +242,7 @@ static Err run_edit(Work *w) {
     w->edit = &p;
     if (e == OK) e = mem_alloc(&known, w->model->h * w->model->w, sizeof *known, "known tokens");
     if (e == OK) e = edit_encode(&p, w->model, j->seed, known);
-    if (e == OK) e = choose_class(w, &d.label, known, p.keep_token);
+    if (e == OK) e = choose_class(w, &d.label, known, &p, &a);
     set_classes(w->ticket, d.label);
     d.known = known, d.keep = p.keep_token;
     if (e == OK) e = draw(w, &d);

@@ -19,6 +19,7 @@ for to in nowhere/x.png folder x.jpg x.JPEG x.webp x.tiff folder/x.gif; do
 done
 for program in sample inpaint; do early "is a folder; -o $dir/folder/ writes a file for each" $program -o "$dir/folder"; done
 early "No such file" sample -o "$dir/x.png" --nearest "$dir/no-pictures"
+refused_late 1 '^sample: --nearest: data/emoji/*: No such file or directory; "make data/emoji" makes the pictures' sh -c "cd '$dir' && IMAGEBART_MODELS='$PWD/models' '$build/sample' emoji --nearest data/emoji"
 early "same file" sample -o "$dir/x.png" --chain "$dir/x.png"
 early "same file" sample -o "$dir/x.png" --chain "$dir/./x.png"
 early "same file" sample -o "$dir/x.png" --animate "$dir/folder/../x.png"
@@ -125,6 +126,17 @@ ok "is said and drawn" test "$(grep -cE 'hole.png: its transparent parts are dra
 ok "the rest stays" "$build/pictures" same "$dir/e.png" models/emoji/example.png 32 0 64 64
 ok "the opposite" edit emoji models/emoji/example.png --mask "$dir/hole.png" --invert
 ok "of it" "$build/pictures" same "$dir/e.png" models/emoji/example.png 0 16 32 48
+printf '\211PNG\015\012\032\012\000\000\000\015IHDR\000\000\000@\000\000\000@\001\003\000\000\000\220\247\343\235\000\000\000\006PLTE\000\000\000\377\377\377\245\331\237\335\000\000\000\001tRNS\000@\346\330f\000\000\000\036IDATx\332c\140\260\140\200\002j\063\330\377\203\301\007,\014\332Y:\314\134\070\350\031\000\202\343\066W\025v\062\367\000\000\000\000IEND\256B\140\202' >"$dir/layer.png" # white strokes on a transparent layer
+printf '\211PNG\015\012\032\012\000\000\000\015IHDR\000\000\000@\000\000\000@\001\003\000\000\000\220\247\343\235\000\000\000\006PLTE\000\000\000\377\377\377\245\331\237\335\000\000\000\036IDATx\332c\140\260\140\200\002j\063\330\377\203\301\007,\014\332Y:\314\134\070\350\031\000\202\343\066W\025v\062\367\000\000\000\000IEND\256B\140\202' >"$dir/black.png" # on black
+whole() { "$build/inpaint" emoji models/emoji/example.png --candidates 1 --chain-length 0,0,1 --seed 1 -o "$dir/e.png" "$@"; }
+told="so nothing tells the class: a token is 8x8 pixels here and kept only if"
+for mask in layer black; do
+    refused_late 1 "^inpaint: the mask keeps no token, $told all of it is light; --invert keeps the other parts, --class names" whole --mask "$dir/$mask.png"
+    refused_late 1 "$told its first pixel is light; --invert" whole --mask "$dir/$mask.png" --official-mask
+    ok "--invert does" whole --mask "$dir/$mask.png" --invert
+    ok "--class does" whole --mask "$dir/$mask.png" --class food
+done
+refused_late 1 "^inpaint: no token is kept, $told all of it is; keep more, or" whole --outside 4
 refused_late 2 "--invert is for --mask" edit emoji models/emoji/example.png --half upper --invert
 "$build/pictures" make "$dir/large" 1 100
 for prep in folder lsun ffhq none; do
@@ -263,6 +275,10 @@ ok "the emoji is likelier" awk -F '\t' 'NR == 2 { a = $2 } NR == 3 { b = $2 } EN
 ok "without a model" "$build/sample" --score models/emoji/example.png
 cp "$dir/out" "$dir/alone"
 ok "the same" test "$(sed -n 2p "$dir/alone")" = "$(sed -n 2p "$dir/scores")"
+for other in README.md "$dir/no-such.png" models; do
+    refused_late 1 "$other" "$build/sample" emoji --score models/emoji/example.png "$other" "$strange"
+    ok "no row before it" test ! -s "$dir/out"
+done
 refused_late 2 "--score which pictures" "$build/sample" --score
 refused_late 2 "unexpected argument" "$build/sample" emoji models/emoji/example.png
 for key in 'inpaint_chain_length 0,8,8' 'candidates 16'; do

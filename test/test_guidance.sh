@@ -49,7 +49,10 @@ for how in "--block 1" "--block 64" "--batch 1 --threads 1" "--batch 3"; do
     ok "the same file" cmp "$dir/s.png" "$dir/guided.png"
 done
 ok "a scale at a time" sample "$dir/run" -n 4 --seed 7 --guidance 1,1,2.5
-refused_late 1 "guidance 2 at scale 1: .*none was trained without" sample "$dir/none" --guidance 2
+for guidance in 2 2,2,2 1,1,2; do
+    refused_late 1 "guidance 2 at scale 1: .*none was trained without" sample "$dir/none" --guidance $guidance
+    ok "nothing was said before" test "$(grep -c . "$dir/err")" -eq 1
+done
 ok "guidance 1 of a model without" sample "$dir/none" -n 1 --guidance 1
 refused_late 2 "guidance" sample "$dir/run" --guidance -1
 refused_late 2 "guidance" sample "$dir/run" --guidance 1,2

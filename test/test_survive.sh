@@ -171,7 +171,8 @@ bad_batch() { # bad_batch STAGE MICRO MICROS STEP REASON ARGUMENTS...
     fi
     new_run "$stage-bad" && new_run "$stage-killed" && new_run "$stage-good"
     ok "$stage: a bad batch" train --run "$dir/$stage-bad" "$@"
-    ok "is said" said "^$stage step $step: $reason: loss .*; back to step $((step / 5 * 5)), micro batches $micros are left out"
+    case $micros in *-*) which="es $micros are" ;; *) which=" $micros is" ;; esac
+    ok "is said" said "^$stage step $step: $reason: loss .*; back to step $((step / 5 * 5)), micro batch$which left out from now on"
     ok "once" test "$(grep -c 'left out' "$dir/said")" -eq 1
     tab=$(printf '\t')
     ok "and noted" grep -q "^$stage$tab$step$tab$micros$tab.*$tab.*$tab$reason\$" "$dir/$stage-bad/skipped_batches.tsv"

@@ -302,11 +302,12 @@ Err roll_back(Stage *s, const Step *step) {
     size_t out[SKIPPED_MAX], n = 0;
     const unsigned long long number = s->step + 1;
     const double loss = step->mean.loss, norm = step->norm;
-    char micros[256], line[400];
+    char micros[256], which[280], line[400];
     if (left_out(s, out, &n) != OK)
         return err("%s step %llu: %s: loss %g, gradient norm %g, and %zu micro batches were left out already", s->name,
                    number, step->bad, loss, norm, s->history.n_skipped);
     numbers_text(micros, sizeof micros, out + s->history.n_skipped, s->set.accumulate);
+    snprintf(which, sizeof which, s->set.accumulate == 1 ? " %s is" : "es %s are", micros);
     describe(s, step, micros, "", line);
     if (s->rollbacks++ == ROLLBACKS)
         return err("%s step %llu: %s: loss %g, gradient norm %g, after going back to step %llu %d times; a smaller "
@@ -321,8 +322,7 @@ Err roll_back(Stage *s, const Step *step) {
     if (rank() > 0) return OK;
     progress_end();
     fprintf(stderr,
-            "%s step %llu: %s: loss %g, gradient norm %g; back to step %llu, micro batches %s are left out from now "
-            "on\n",
-            s->name, number, step->bad, loss, norm, (unsigned long long)s->step, micros);
+            "%s step %llu: %s: loss %g, gradient norm %g; back to step %llu, micro batch%s left out from now on\n",
+            s->name, number, step->bad, loss, norm, (unsigned long long)s->step, which);
     return OK;
 }

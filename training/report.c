@@ -130,7 +130,11 @@ void say_start(Stage *s) {
                 s->second.train.crops);
     if (s->all_read) say_damaged(s);
     say_disk(s);
-    if (s->step) fprintf(stderr, "%s: continuing after step %llu\n", s->name, (unsigned long long)s->step);
+    if (s->has_state)
+        fprintf(stderr, "%s: continuing after step %llu\n", s->name, (unsigned long long)s->step);
+    else
+        fprintf(stderr, "%s: a new run of %zu step%s, kept in %s\n", s->name, s->set.steps,
+                s->set.steps == 1 ? "" : "s", s->set.run);
 }
 
 /* A word as a shell takes it */
