@@ -15,6 +15,7 @@
 # make walkthrough the numbers of doc/walkthrough.md: test/walkthrough 1 ... 8
 # make faults       every call for a file of short runs fails or kills, every allocation fails (a sample is in make test)
 # make install PREFIX=/usr/local DESTDIR=   one program, imagebart, with models, man pages, completion; make uninstall
+# make lib          libimagebart.so and .a for other programs: sampling/libimagebart.h; dev/imagebart.py for Python
 # make fuzz FUZZ_SECONDS=60  all that reads files under libFuzzer (needs clang; Debian: clang, libclang-rt-14-dev)
 # make ffhq         fetches an official model: also ffhq2 churches bedrooms cats imagenet imagenet4 (models/fetch.sh)
 # make lpips       what ./train --vqgan measures likeness with (models/fetch.sh), checksums compared
@@ -386,7 +387,7 @@ ifneq ($(PLAINLY),)
 test: $(TEST_BIN) $B/golden $B/pictures $B/lpips $B/codes $(PROGRAMS:%=$B/%)
 	@test/run.sh --plain $B $(TEST_BIN)
 else
-test: $(TEST_BIN) $(EMULATED_BIN) $B/golden $B/imagebart $B/pictures $B/logits $B/lpips $B/codes $B/walkthrough $B/sizes $(PROGRAMS:%=$B/%) $B/train-alone $(if $(HAVE_SERVE),$B/serve_client) $(if $P,$(PROGRAMS:%=$P/%))
+test: $(TEST_BIN) $(EMULATED_BIN) $B/golden $B/imagebart $(if $(filter 1,$(SANITIZE)),,$B/libimagebart.so $B/libimagebart.a) $B/pictures $B/logits $B/lpips $B/codes $B/walkthrough $B/sizes $(PROGRAMS:%=$B/%) $B/train-alone $(if $(HAVE_SERVE),$B/serve_client) $(if $P,$(PROGRAMS:%=$P/%))
 	@test/run.sh $B "$P" $(TEST_BIN) $(EMULATED_TESTS)
 endif
 
@@ -468,6 +469,22 @@ vqgan lsun lpips:
 
 data/emoji:
 	/usr/bin/python3 dev/emoji.py --out $@
+
+# The library: sampling/libimagebart.h is all that others see of it. One kind of processor: MARCH=x86-64-v3, say.
+LIBRARY := $(COMPONENTS:%=$B/lib/%.o) $B/lib/sampling/library.o
+$B/lib/%.o: %.c Makefile
+	@mkdir -p $(@D)
+	$(call say,CC,$<)$(CC) $(CFLAGS) -DLIBRARY -fPIC -fvisibility=hidden -MMD -MP -c -o $@ $<
+$B/lib/transformer.o: transformer.cu Makefile
+	@mkdir -p $(@D)
+	$(call say,CC,$<)$(CC) $(CFLAGS) -DLIBRARY -fPIC -fvisibility=hidden -MMD -MP -x c -c -o $@ $<
+$B/libimagebart.so: $(LIBRARY)
+	$(call say,LINK,$@)$(CC) $(CFLAGS) -shared -Wl,-soname,libimagebart.so.1 -o $@ $^ $(LDLIBS)
+$B/libimagebart.a: $(LIBRARY)
+	$(call say,LINK,$@)ld -r -o $@.o $^ && objcopy -w --keep-global-symbol='imagebart_*' $@.o && rm -f $@ && $(AR) rc $@ $@.o && rm $@.o
+.PHONY: lib
+lib: $B/libimagebart.so $B/libimagebart.a
+	@echo "$^"
 
 # Under PREFIX, packed under DESTDIR; BUILT=DIR: what was built elsewhere. dev/install.sh says what goes where.
 PREFIX ?= /usr/local

@@ -91,6 +91,7 @@ void check(Err e) {
 
 enum { STACK_LEAST = 512 << 10, STACK_USUAL = 8 << 20 };
 
+#ifndef LIBRARY /* where the program is another's */
 __attribute__((constructor)) static void need_stack(void) {
     struct rlimit limit;
     pthread_attr_t attr;
@@ -108,6 +109,7 @@ __attribute__((constructor)) static void need_stack(void) {
     pthread_setattr_default_np(&attr);
     pthread_attr_destroy(&attr);
 }
+#endif
 
 /* ---- options ---- */
 

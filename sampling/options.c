@@ -120,21 +120,22 @@ static Err parse_per_scale(double *out, int T, const char *list, double lo, doub
 }
 
 /* The user's list, else what the model's file recommends, else `otherwise`. */
-static void per_scale(double *out, const Model *m, const char *given, const char *key, const char *otherwise, double lo,
-                      double hi, const char *option) {
+static Err per_scale(double *out, const Model *m, const char *given, const char *key, const char *otherwise, double lo,
+                     double hi, const char *option) {
     const char *recommended = config_get(&m->meta, "imagebart.", key);
     const char *list = given ? given : recommended ? recommended : otherwise;
-    if (parse_per_scale(out, m->schedule.T, list, lo, hi, option) != OK) usage_error("%s", err_text());
+    return parse_per_scale(out, m->schedule.T, list, lo, hi, option);
 }
 
-static void per_scale_sizes(size_t *out, const Model *m, const char *given, const char *key, const char *otherwise,
-                            double lo, double hi, const char *option) {
+static Err per_scale_sizes(size_t *out, const Model *m, const char *given, const char *key, const char *otherwise,
+                           double lo, double hi, const char *option) {
     double number[MAX_SCALES + 1] = {0};
-    per_scale(number, m, given, key, otherwise, lo, hi, option);
+    TRY(per_scale(number, m, given, key, otherwise, lo, hi, option));
     for (int t = 1; t <= m->schedule.T; t++) {
-        if (number[t] != floor(number[t])) usage_error("%s: %g is not a whole number", option, number[t]);
+        if (number[t] != floor(number[t])) return err("%s: %g is not a whole number", option, number[t]);
         out[t] = (size_t)number[t];
     }
+    return OK;
 }
 
 /* One number is for the scales that can: those that have learnt "no class" too. If none has, the chain refuses it. */
@@ -159,21 +160,25 @@ static const char *edit_chain_lengths(const Model *m, char list[MAX_SCALES * 2])
     return list;
 }
 
-void sampling_options(SampleOptions *o, const SamplingArgs *a, const Model *m, DrawKind kind) {
+Err sampling_choose(SampleOptions *o, const SamplingArgs *a, const Model *m, DrawKind kind) {
     char chains[MAX_SCALES * 2];
     const int edit = kind == DRAW_EDIT;
     sample_defaults(o);
     o->seed = a->seed;
     o->block = a->block;
     o->official_temperature = a->official_temperature;
-    per_scale(o->temperature, m, a->temperature, "temperature", "1", 0, 1000, "--temperature");
-    per_scale(o->guidance, m, a->guidance, "guidance", "1", 0, 1000, "--guidance");
+    TRY(per_scale(o->temperature, m, a->temperature, "temperature", "1", 0, 1000, "--temperature"));
+    TRY(per_scale(o->guidance, m, a->guidance, "guidance", "1", 0, 1000, "--guidance"));
     one_guidance(o, a, m);
+    TRY(per_scale_sizes(o->top_k, m, a->top_k, "top_k", "0", 0, 1e9, "--top-k"));
+    return per_scale_sizes(o->chain, m, a->chain_length, edit ? "inpaint_chain_length" : "chain_length",
+                           edit ? edit_chain_lengths(m, chains) : "1", edit ? 0 : 1, 1000, "--chain-length");
+}
+
+void sampling_options(SampleOptions *o, const SamplingArgs *a, const Model *m, DrawKind kind) {
     const Chain chain = model_chain((Model *)(uintptr_t)m);
+    if (sampling_choose(o, a, m, kind) != OK) usage_error("%s", err_text());
     for (int t = 1; t <= m->schedule.T; t++) check(check_guidance(&chain, o->guidance[t], t));
-    per_scale_sizes(o->top_k, m, a->top_k, "top_k", "0", 0, 1e9, "--top-k");
-    per_scale_sizes(o->chain, m, a->chain_length, edit ? "inpaint_chain_length" : "chain_length",
-                    edit ? edit_chain_lengths(m, chains) : "1", edit ? 0 : 1, 1000, "--chain-length");
 }
 
 Err sampling_many(size_t *M, const Model *m, size_t given, DrawKind kind) {

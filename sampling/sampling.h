@@ -250,7 +250,8 @@ typedef enum { DRAW_NEW, DRAW_EDIT } DrawKind;
 enum { MAX_BEST_OF = 64, MAX_CANDIDATES = 4096 };
 /* What the user gave, else what the model's file recommends (imagebart.temperature, .top_k, .guidance, and
  * .chain_length or for edits .inpaint_chain_length), else 1, all, 1 and the official chain lengths. */
-void sampling_options(SampleOptions *o, const SamplingArgs *a, const Model *m, DrawKind kind);
+Err sampling_choose(SampleOptions *o, const SamplingArgs *a, const Model *m, DrawKind kind);
+void sampling_options(SampleOptions *o, const SamplingArgs *a, const Model *m, DrawKind kind); /* ends the program */
 /* *M = how many are drawn for each picture, of which one is kept, or for an edit how many candidates: the user's number,
  * else (0) what the model recommends, else 1. */
 Err sampling_many(size_t *M, const Model *m, size_t given, DrawKind kind);

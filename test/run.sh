@@ -127,6 +127,11 @@ check guidance test/test_guidance.sh "$build"
 check draw test/test_draw.sh "$build"
 check recipes test/test_recipes.sh "$build"
 check install test/test_install.sh "$build"
+if [ -f "$build/libimagebart.so" ]; then
+    python_check library numpy test/test_library.py
+else
+    echo "library: skipped: make lib has not made it"
+fi
 check serve test/test_serve.sh "$build"
 check page test/test_page.sh "$build"
 python_check events tensorboard test/test_events.py
