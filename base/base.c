@@ -87,6 +87,8 @@ Err err_damaged(const char *fmt, ...) {
 }
 
 Err err_in(const char *where) {
+    const size_t n = strlen(where);
+    if (!strncmp(error_text, where, n) && error_text[n] == ':') return error_kind; /* it says so already */
     return error_kind == DAMAGED ? err_damaged("%s: %s", where, error_text) : err("%s: %s", where, error_text);
 }
 

@@ -33,7 +33,7 @@ enum { PATH_BYTES = 4096, ERR_MAX = PATH_BYTES + 1024 };
 Err err(const char *fmt, ...) PRINTF_LIKE(1, 2);
 /* The same; returns DAMAGED. */
 Err err_damaged(const char *fmt, ...) PRINTF_LIKE(1, 2);
-/* Puts "where: " in front of the present text, to say in which file or option it happened. Returns what the text's own
+/* Puts "where: " in front of the present text, to say in which file or option it happened, unless it begins so. Returns what the text's own
  * err or err_damaged returned. */
 Err err_in(const char *where);
 /* s, with what a terminal would take for an order, or for another direction, made '?': control characters, those of

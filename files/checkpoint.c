@@ -431,7 +431,10 @@ Err checkpoint_open(Checkpoint *ck, const char *path) {
     memset(ck, 0, sizeof *ck);
     TRY(path_make(ck->path, "%s", path));
     TRY(map_file(ck));
-    if (read_content(ck) == OK) return OK;
+    Err e = read_content(ck);
+    for (size_t i = 0; i < ck->meta.n && e == OK; i++)
+        e = config_place(&ck->meta, ck->meta.kv[i].key, path, ck->meta.kv[i].key);
+    if (e == OK) return OK;
     checkpoint_close(ck);
     return err_in(path);
 }

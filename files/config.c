@@ -24,7 +24,7 @@ static Err config_append(Config *c, const char *key, char *value) {
     TRY(mem_grow(&c->kv, c->n, 1, &c->capacity, sizeof *c->kv, "a configuration"));
     TRY(mem_alloc(&copy, bytes, 1, "a configuration key"));
     memcpy(copy, key, bytes);
-    c->kv[c->n++] = (KeyValue){copy, value};
+    c->kv[c->n++] = (KeyValue){.key = copy, .value = value};
     return OK;
 }
 
@@ -43,8 +43,8 @@ Err config_set(Config *c, const char *key, const char *fmt, ...) {
 
     KeyValue *old = config_find(c, "", key);
     if (old) { /* only now: the old value may have been among the arguments */
-        free(old->value);
-        old->value = value;
+        free(old->value), free(old->place);
+        old->value = value, old->place = NULL, old->typed = NULL;
         return OK;
     }
     Err e = config_append(c, key, value);
@@ -52,20 +52,64 @@ Err config_set(Config *c, const char *key, const char *fmt, ...) {
     return e;
 }
 
+static Err row_place(KeyValue *kv, const char *place, const char *typed) {
+    const size_t at = strlen(place) + 1, bytes = strlen(typed) + 1;
+    char *text;
+    TRY(mem_alloc(&text, at + bytes, 1, "the place of a configuration key"));
+    memcpy(text, place, at);
+    memcpy(text + at, typed, bytes);
+    free(kv->place);
+    kv->place = text, kv->typed = text + at;
+    return OK;
+}
+
+Err config_place(Config *c, const char *key, const char *place, const char *typed) {
+    KeyValue *kv = config_find(c, "", key);
+    return kv ? row_place(kv, place, typed) : OK;
+}
+
+Err config_copy(Config *to, const char *key, const KeyValue *from) {
+    TRY(config_set(to, key, "%s", from->value));
+    return from->place ? config_place(to, key, from->place, from->typed) : OK;
+}
+
 const char *config_get(const Config *c, const char *prefix, const char *key) {
     const KeyValue *kv = config_find(c, prefix, key);
     return kv ? kv->value : NULL;
 }
 
+Err config_in_file(const Config *c) {
+    char file[PATH_BYTES + 48];
+    size_t i = 0, end = 0;
+    while (i < c->n && !c->kv[i].place) i++;
+    if (i == c->n) return FAILED;
+    snprintf(file, sizeof file, "%s", c->kv[i].place);
+    for (const char *p = file; (p = strstr(p, ": line ")); p++) end = (size_t)(p - file);
+    if (end) file[end] = 0;
+    return err_in(file);
+}
+
 /* The value, or NULL: then *e says whether that is an error. */
 static const char *config_need(Err *e, const Config *c, const char *prefix, const char *key, int optional) {
     const char *value = config_get(c, prefix, key);
-    *e = value || optional ? OK : err("no configuration key '%s%s'", prefix ? prefix : "", key);
+    *e = OK;
+    if (!value && !optional) {
+        err("no configuration key '%s%s'", prefix ? prefix : "", key);
+        *e = config_in_file(c);
+    }
     return value;
 }
 
-static Err config_bad(const char *prefix, const char *key, const char *value, const char *expected) {
-    return err("configuration key '%s%s' is '%s', expected %s", prefix ? prefix : "", key, value, expected);
+static Err config_bad(const Config *c, const char *prefix, const char *key, const char *expected) {
+    const KeyValue *kv = config_find(c, prefix, key);
+    const Err e =
+        err("configuration key '%s' is '%s', expected %s", kv->place ? kv->typed : kv->key, kv->value, expected);
+    return kv->place ? err_in(kv->place) : e;
+}
+
+Err config_blame(const Config *c, const char *prefix, const char *key) {
+    const KeyValue *kv = config_find(c, prefix, key);
+    return kv && kv->place ? err_in(kv->place) : FAILED;
 }
 
 /* Decimal digits at *s, nothing else; *s moves behind them. 0: there are none, or too many for a size_t. */
@@ -100,7 +144,7 @@ Err config_size(size_t *out, const Config *c, const char *prefix, const char *ke
     size_t number;
     char expected[96];
     snprintf(expected, sizeof expected, "a whole number from %zu to %zu", lo, hi);
-    if (!text_digits(&number, &s) || *s || number < lo || number > hi) return config_bad(prefix, key, value, expected);
+    if (!text_digits(&number, &s) || *s || number < lo || number > hi) return config_bad(c, prefix, key, expected);
     *out = number;
     return OK;
 }
@@ -112,7 +156,7 @@ Err config_real(double *out, const Config *c, const char *prefix, const char *ke
     char *end, expected[96];
     double number = strtod(value, &end);
     snprintf(expected, sizeof expected, "a number from %g to %g", lo, hi);
-    if (end == value || *end || !(number >= lo && number <= hi)) return config_bad(prefix, key, value, expected);
+    if (end == value || *end || !(number >= lo && number <= hi)) return config_bad(c, prefix, key, expected);
     *out = number;
     return OK;
 }
@@ -122,8 +166,7 @@ Err config_flag(int *out, const Config *c, const char *prefix, const char *key, 
     const char *value = config_need(&e, c, prefix, key, optional);
     if (!value) return e;
     const int yes = !strcmp(value, "true") || !strcmp(value, "True");
-    if (!yes && strcmp(value, "false") && strcmp(value, "False"))
-        return config_bad(prefix, key, value, "true or false");
+    if (!yes && strcmp(value, "false") && strcmp(value, "False")) return config_bad(c, prefix, key, "true or false");
     *out = yes;
     return OK;
 }
@@ -154,7 +197,7 @@ Err config_list(size_t *out, size_t *n, size_t max, const Config *c, const char 
     for (int ok = list_bounds(&s, &end, value); !ok || s < end;) {
         if (ok) s += strspn(s, " ");
         ok = ok && count < max && text_digits(&out[count++], &s) && list_goes_on(&s, end);
-        if (!ok) return config_bad(prefix, key, value, expected);
+        if (!ok) return config_bad(c, prefix, key, expected);
     }
     *n = count;
     return OK;
@@ -176,7 +219,7 @@ Err config_reals(double *out, size_t *n, size_t max, const Config *c, const char
         s = after;
         ok = ok && list_goes_on(&s, end);
     }
-    if (!ok) return config_bad(prefix, key, value, expected);
+    if (!ok) return config_bad(c, prefix, key, expected);
     *n = count;
     return OK;
 }
@@ -204,8 +247,8 @@ static size_t *key_set_place(const KeySet *s, const Config *c, const char *key) 
     return &s->row[i];
 }
 
-/* One line, in place. old: how many rows there were before this file, which it may replace */
-static Err config_line(Config *c, KeySet *seen, size_t old, char *line, ConfigKeyCheck *refuse) {
+/* One line, in place. old: how many rows there were before this file, which it may replace; where: the file and the line */
+static Err config_line(Config *c, KeySet *seen, size_t old, char *line, const char *where, ConfigKeyCheck *refuse) {
     static const char blank[] = " \t\r";
     char *key = line + strspn(line, blank);
     for (size_t n = strlen(key); n && strchr(blank, key[n - 1]);) key[--n] = 0;
@@ -218,17 +261,20 @@ static Err config_line(Config *c, KeySet *seen, size_t old, char *line, ConfigKe
     if (refuse) TRY(refuse(key));
     size_t *place = key_set_place(seen, c, key), bytes = strlen(value) + 1;
     if (*place) return err("second value for '%.200s'", key);
-    if (old && config_find(c, "", key)) return config_set(c, key, "%s", value);
+    if (old && config_find(c, "", key)) {
+        TRY(config_set(c, key, "%s", value));
+        return config_place(c, key, where, key);
+    }
     TRY(mem_alloc(&copy, bytes, 1, "a configuration value"));
     memcpy(copy, value, bytes);
     if (config_append(c, key, copy) != OK) return free(copy), FAILED;
     *place = c->n;
-    return OK;
+    return row_place(&c->kv[c->n - 1], where, key);
 }
 
 Err config_read_checked(Config *c, const char *path, ConfigKeyCheck *refuse) {
     const size_t old = c->n;
-    char *text, where[48];
+    char *text, where[PATH_BYTES + 48];
     KeySet seen = {0};
     TRY(file_text(&text, path, TEXT_BYTES));
     Err e = key_set_make(&seen, text);
@@ -239,10 +285,10 @@ Err config_read_checked(Config *c, const char *path, ConfigKeyCheck *refuse) {
         const int both = !strncmp(end, "\r\n", 2);
         if (*end) *end++ = 0;
         end += both;
-        e = length < LINE_MAX_BYTES ? config_line(c, &seen, old, line, refuse)
+        snprintf(where, sizeof where, "%s: line %zu", path, number);
+        e = length < LINE_MAX_BYTES ? config_line(c, &seen, old, line, where, refuse)
                                     : err("longer than %d bytes", LINE_MAX_BYTES - 1);
-        snprintf(where, sizeof where, "line %zu", number);
-        if (e != OK) err_in(where), err_in(path);
+        if (e != OK) err_in(where);
     }
     free(seen.row);
     free(text);
@@ -257,6 +303,7 @@ void config_free(Config *c) {
     for (size_t i = 0; i < c->n; i++) {
         free(c->kv[i].key);
         free(c->kv[i].value);
+        free(c->kv[i].place);
     }
     free(c->kv);
     *c = (Config){0};
@@ -280,8 +327,7 @@ static Err read_setting(void *to, const ConfigField *s, const Config *from, cons
                            s->optional);
     default:
         TRY(config_flag(&flag, from, prefix, s->key, 1));
-        if (flag == (s->lo != 0)) return OK;
-        return err("%s%s is not supported: must be %s", prefix, s->key, s->lo != 0 ? "true" : "false");
+        return flag == (s->lo != 0) ? OK : config_bad(from, prefix, s->key, s->lo != 0 ? "true" : "false");
     }
 }
 

@@ -12,6 +12,8 @@ extern "C" {
 /* ---- Flat configurations: the official YAML files as "dotted.key value" strings; a file's __metadata__ ---- */
 typedef struct {
     char *key, *value;
+    char *place;       /* where it is written, "FILE: line 3", or "FILE"; NULL: in no file */
+    const char *typed; /* the key as it is written there: behind place, in its memory */
 } KeyValue;
 typedef struct {
     KeyValue *kv;
@@ -19,7 +21,15 @@ typedef struct {
 } Config;
 Err config_set(Config *c, const char *key, const char *fmt, ...) PRINTF_LIKE(3, 4); /* replaces or appends */
 const char *config_get(const Config *c, const char *prefix, const char *key);       /* prefix+key; NULL: absent */
-/* A whole number in lo..hi. Absent: *out is left alone when optional, an error that names the key when not. */
+/* A key's place; without such a key, nothing. */
+Err config_place(Config *c, const char *key, const char *place, const char *typed);
+Err config_copy(Config *to, const char *key, const KeyValue *from); /* as config_set, with its place */
+/* The last error is about this key's value: err_in with the place of the key, if it has one. Returns FAILED. */
+Err config_blame(const Config *c, const char *prefix, const char *key);
+/* The last error is about the configuration as a whole: err_in with its file, if it has one. Returns FAILED. */
+Err config_in_file(const Config *c);
+/* A value that cannot be is an error that names the place and the key as it is written there.
+ * A whole number in lo..hi. Absent: *out is left alone when optional, an error that names the key when not. */
 Err config_size(size_t *out, const Config *c, const char *prefix, const char *key, size_t lo, size_t hi, int optional);
 Err config_real(double *out, const Config *c, const char *prefix, const char *key, double lo, double hi, int optional);
 /* true | false, or Python's */

@@ -483,9 +483,10 @@ Err keys_check(const Config *c, unsigned where, int training) {
     for (size_t i = 0; i < c->n; i++) {
         const char *key = c->kv[i].key;
         const KnownKey *k = known_key(key, where);
-        if (k)
-            TRY(key_value_check(k, key, c->kv[i].value, training && !first_stage_key(key)));
-        else if (!known_key(key, B)) /* --all gives its options to every stage */
+        const char *typed = c->kv[i].place ? c->kv[i].typed : key;
+        if (k && key_value_check(k, typed, c->kv[i].value, training && !first_stage_key(key)) != OK)
+            return config_blame(c, "", key);
+        else if (!k && !known_key(key, B)) /* --all gives its options to every stage */
             TRY(unknown_in_file(key, where));
     }
     return where & KEYS_TRANSITION ? check_class(c) : OK;

@@ -73,7 +73,8 @@ static Err refuse_unknown_options(const Config *from, const char *params, NetKin
         const KnownKey *k = fits ? known_key(name, KEYS_TRANSITION) : NULL;
         if (!k || !(k->where & (kind == NET_X ? KEYS_X : KEYS_GPT)))
             return err("%.200s: not an option of %s", key, kind == NET_X ? "an XTransformer" : "mingpt.GPT");
-        TRY(key_value_check(k, key, from->kv[i].value, 0));
+        const char *typed = from->kv[i].place ? from->kv[i].typed : key;
+        if (key_value_check(k, typed, from->kv[i].value, 0) != OK) return config_blame(from, "", key);
     }
     return OK;
 }
@@ -97,7 +98,7 @@ static Err check_past(const NetConfig *c, const Config *from, const char *prefix
                prefix, c->n_unmasked, prompt_length(c));
 }
 
-Err net_config_read(NetConfig *c, const Config *from, const char *prefix) {
+static Err read_net(NetConfig *c, const Config *from, const char *prefix) {
     char params[256];
     size_t n_scales = 0;
     const NetTarget *found = net_targets;
@@ -107,8 +108,10 @@ Err net_config_read(NetConfig *c, const Config *from, const char *prefix) {
     const char *target = config_get(from, prefix, "transformer_config.target");
     if (!target) return err("%stransformer_config.target is missing", prefix);
     while (found->target && strcmp(target, found->target) != 0) found++;
-    if (!found->target)
-        return err("%stransformer_config.target is \"%s\", expected an XTransformer or mingpt.GPT", prefix, target);
+    if (!found->target) {
+        err("%stransformer_config.target is \"%s\", expected an XTransformer or mingpt.GPT", prefix, target);
+        return config_blame(from, prefix, "transformer_config.target");
+    }
     c->kind = found->kind, c->variant = found->variant;
     const char *conditioner = config_get(from, prefix, "conditioner_config.target");
     if (conditioner && strcmp(conditioner, class_provider) != 0)
@@ -122,6 +125,10 @@ Err net_config_read(NetConfig *c, const Config *from, const char *prefix) {
     if (c->kind == NET_X) return read_x_options(c, from, params);
     if (c->input_vocab_size == 0) c->input_vocab_size = c->dec_num_tokens;
     return check_past(c, from, prefix);
+}
+
+Err net_config_read(NetConfig *c, const Config *from, const char *prefix) {
+    return read_net(c, from, prefix) == OK ? OK : config_in_file(from);
 }
 
 static Err put(Config *to, const char *prefix, const char *key, const char *text, size_t number) {

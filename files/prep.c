@@ -45,10 +45,14 @@ Err prep_read(Prep *out, const Config *c) {
     *out = PREP_FOLDER;
     int k = 0;
     while (name && k < 4 && strcmp(name, names[k])) k++;
-    if (k == 4) return err("data.prep %.200s: expected folder, ffhq, imagenet or lsun", name);
+    if (k == 4) {
+        err("data.prep %.200s: expected folder, ffhq, imagenet or lsun", name);
+        return config_blame(c, "data.", "prep");
+    }
     *out = (Prep)k;
-    TRY(read_target(out, &said, c, "train.target"));
-    return read_target(out, &said, c, "validation.target");
+    Err e = read_target(out, &said, c, "train.target");
+    if (e == OK) e = read_target(out, &said, c, "validation.target");
+    return e == OK ? OK : config_in_file(c);
 }
 
 Err prep_size_check(const Config *c, size_t size) {

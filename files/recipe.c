@@ -64,7 +64,7 @@ static Err take_part(Config *to, const Config *recipe, const char *part, int of_
         const char *key = recipe->kv[i].key;
         if (strncmp(key, part, n) != 0 || key[n] != '.' || (of_any && is_of_network(key + n + 1))) continue;
         if (is_of_nobody(key + n + 1)) continue;
-        TRY(config_set(to, key + n + 1, "%s", recipe->kv[i].value));
+        TRY(config_copy(to, key + n + 1, &recipe->kv[i]));
     }
     return OK;
 }
@@ -92,9 +92,11 @@ static Err take_first_stage(Config *to, const Config *recipe) {
         if (!strcmp(key, "ddconfig.dropout")) continue; /* it is not trained there */
         snprintf(name, sizeof name, "model.params.%s", key);
         const char *said = config_get(to, "", name);
-        if (said && !same_config_value(said, value))
-            return err("%s is %s, but the first stage's %s is %s", part, value, name, said);
-        if (!said) TRY(config_set(to, name, "%s", value));
+        if (said && !same_config_value(said, value)) {
+            err("%s is %s, but the first stage's %s is %s", part, value, name, said);
+            return config_blame(recipe, "", part);
+        }
+        if (!said) TRY(config_copy(to, name, &recipe->kv[i]));
     }
     return OK;
 }

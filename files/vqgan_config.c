@@ -87,7 +87,7 @@ Err first_stage_known(const Params *p, const Checkpoint *ck, const char *tensors
     return OK;
 }
 
-Err first_stage_config(VqganConfig *c, const Config *from, const Checkpoint *ck, const char *tensors) {
+static Err read_first_stage(VqganConfig *c, const Config *from, const Checkpoint *ck, const char *tensors) {
     TRY(keys_check(from, KEYS_FIRST, 0));
     TRY(vqgan_config_read(c, from, prefix));
     if (ck) TRY(read_remap(c, from, ck, tensors));
@@ -99,4 +99,8 @@ Err first_stage_config(VqganConfig *c, const Config *from, const Checkpoint *ck,
         return err("%sddconfig.resolution is %zu, expected %zu..%d for %zu levels", prefix, c->resolution,
                    (size_t)1 << (c->levels - 1), IMAGE_MAX_SIDE, c->levels);
     return OK;
+}
+
+Err first_stage_config(VqganConfig *c, const Config *from, const Checkpoint *ck, const char *tensors) {
+    return read_first_stage(c, from, ck, tensors) == OK ? OK : config_in_file(from);
 }

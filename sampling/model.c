@@ -172,7 +172,7 @@ static Err check_schedule(const Schedule *s, const Schedule *expected) {
 /* Scale 1 (or the joint file) gives the model its meta, schedule and classes. */
 static Err adopt_facts(Model *m, const Checkpoint *ck, const ScaleFacts *f) {
     m->schedule = f->schedule;
-    for (size_t i = 0; i < ck->meta.n; i++) TRY(config_set(&m->meta, ck->meta.kv[i].key, "%s", ck->meta.kv[i].value));
+    for (size_t i = 0; i < ck->meta.n; i++) TRY(config_copy(&m->meta, ck->meta.kv[i].key, &ck->meta.kv[i]));
     if (!f->net.has_class) return OK;
     size_t rows = f->net.kind == NET_X ? f->net.enc_num_tokens : f->net.input_vocab_size;
     return classes_open(&m->classes, config_get(&m->meta, "", "imagebart.classes"), rows);

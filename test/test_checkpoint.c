@@ -101,6 +101,58 @@ static const char *put_safetensors(const char *header, uint64_t extra, size_t n)
 
 /* ---- configurations ---- */
 
+/* A value that cannot be is told by its file, its line and its key as it is written there; so is one of a recipe's part,
+ * and one of metadata by its file. */
+static void test_config_places(void) {
+    static const char recipe[] = "# one\nscale.model.params.n_scales 2\nvqgan.model.params.embed_dim sixteen\r\n"
+                                 "vqgan.model.params.ddconfig.double_z yes\nscale.model.params.use_ema 7\n"
+                                 "vqgan.train.steps many\nscale.data.prep no\nvqgan.model.params.ddconfig.ch_mult 1,x\n"
+                                 "scale.model.params.alpha 2\nscale.train.flip maybe\n";
+    Config c = {0}, d = {0};
+    size_t n;
+    double x;
+    int flag;
+    Prep prep;
+    put_file(in_folder("r.txt"), recipe, strlen(recipe));
+    CHECK_OK(recipe_read(&c, in_folder("r.txt"), 1));
+    CHECK_ERR(config_real(&x, &c, "model.params.", "alpha", 0, 1, 0),
+              "r.txt: line 9: configuration key 'scale.model.params.alpha' is '2', expected a number from 0 to 1");
+    CHECK_ERR(config_flag(&flag, &c, "model.params.", "use_ema", 0),
+              "r.txt: line 5: configuration key 'scale.model.params.use_ema' is '7', expected true or false");
+    CHECK_ERR(config_flag(&flag, &c, "", "train.flip", 0), "r.txt: line 10: configuration key 'scale.train.flip'");
+    CHECK_ERR(prep_read(&prep, &c), "r.txt: line 7: data.prep no: expected");
+    CHECK_ERR(config_size(&n, &c, "model.", "nothing", 0, 1, 0), "r.txt: no configuration key 'model.nothing'");
+    CHECK_ERR(recipe_read(&d, in_folder("r.txt"), 5), "r.txt: scale 5: this model has");
+    config_free(&c);
+    config_free(&d);
+    CHECK(strncmp(err_text(), in_folder("r.txt"), strlen(in_folder("r.txt"))) == 0);
+}
+
+static void test_config_places_copied(void) {
+    static const char header[] = "{\"__metadata__\":{\"model.params.embed_dim\":\"sixteen\"}}";
+    static const char lines[] = "a.size 1\na.size2 x\nlist 1,x\n";
+    Config c = {0}, d = {0};
+    Checkpoint ck;
+    size_t n, list[4];
+    double x[4];
+    put_file(in_folder("l.txt"), lines, strlen(lines));
+    CHECK_OK(config_read(&c, in_folder("l.txt")));
+    CHECK_ERR(config_size(&n, &c, "a.", "size2", 0, 1, 0), "l.txt: line 2: configuration key 'a.size2' is 'x'");
+    CHECK_ERR(config_list(list, &n, 4, &c, "", "list", 0), "l.txt: line 3: configuration key 'list' is '1,x'");
+    CHECK_ERR(config_reals(x, &n, 4, &c, "", "list", 0, 1), "l.txt: line 3: configuration key 'list' is '1,x'");
+    for (size_t i = 0; i < c.n; i++) CHECK_OK(config_copy(&d, c.kv[i].key, &c.kv[i]));
+    CHECK_OK(config_set(&c, "a.size2", "y")); /* by an option: in no file */
+    CHECK_ERR(config_size(&n, &c, "a.", "size2", 0, 1, 0), "configuration key 'a.size2' is 'y'");
+    CHECK(!strstr(err_text(), "l.txt"));
+    config_free(&c);
+    CHECK_ERR(config_size(&n, &d, "a.", "size2", 0, 1, 0), "l.txt: line 2: configuration key 'a.size2' is 'x'");
+    config_free(&d);
+    CHECK_OK(checkpoint_open(&ck, put_safetensors(header, 0, 0)));
+    CHECK_ERR(config_size(&n, &ck.meta, "model.params.", "embed_dim", 1, 9, 0),
+              "hostile.safetensors: configuration key 'model.params.embed_dim' is 'sixteen'");
+    checkpoint_close(&ck);
+}
+
 static void test_config_values(void) {
     Config c = {0};
     size_t n = 77, list[4];
@@ -1201,6 +1253,8 @@ int main(int argc, char **argv) {
     if (!temporary_folder(folder)) return 1;
     chmod(folder, 0755);
     test_config_values();
+    test_config_places();
+    test_config_places_copied();
     test_config_file();
     test_round_trip();
     test_other_kinds();

@@ -898,7 +898,7 @@ static void test_keys(void) {
     enum { N = sizeof key / sizeof *key };
     KeyValue kv[N];
     Image im = picture(3, 4);
-    for (size_t i = 0; i < N; i++) kv[i] = (KeyValue){key[i], i % 2 ? "" : "the value"};
+    for (size_t i = 0; i < N; i++) kv[i] = (KeyValue){.key = key[i], .value = i % 2 ? "" : "the value"};
     CHECK_OK(image_write_png(in_folder("keys.png"), &im, &(Config){kv, N, N}));
     CHECK(reads_as(in_folder("keys.png"), 3, 4, im.rgb));
     png_structp png = png_create_read_struct(PNG_LIBPNG_VER_STRING, NULL, NULL, NULL);
@@ -923,9 +923,9 @@ static void test_keys(void) {
 
 static void test_write(void) {
     Image im = picture(17, 23);
-    KeyValue kv[] = {{(char *)"seed", (char *)"42"},
-                     {(char *)"model name", (char *)"\xce\xb1\xe2\x82\xac\xf0\x9f\x98\x80"}, /* UTF-8 */
-                     {(char *)"path", (char *)"caf\xe9"}};                                   /* Latin-1 */
+    KeyValue kv[] = {{.key = (char *)"seed", .value = (char *)"42"},
+                     {.key = (char *)"model name", .value = (char *)"\xce\xb1\xe2\x82\xac\xf0\x9f\x98\x80"}, /* UTF-8 */
+                     {.key = (char *)"path", .value = (char *)"caf\xe9"}}; /* Latin-1 */
     Config text = {kv, 3, 3};
     CHECK_OK(image_write_png(in_folder("out.png"), &im, &text));
     CHECK(reads_as(in_folder("out.png"), 17, 23, im.rgb));

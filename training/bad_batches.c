@@ -270,7 +270,7 @@ static Err restore_counts(Config *settings, const Config *state) {
     Config c = {0};
     Err e = copy_settings(&c, state);
     for (size_t i = 0; i < settings->n && e == OK; i++)
-        if (!is_count(settings->kv[i].key)) e = config_set(&c, settings->kv[i].key, "%s", settings->kv[i].value);
+        if (!is_count(settings->kv[i].key)) e = config_copy(&c, settings->kv[i].key, &settings->kv[i]);
     config_free(e == OK ? settings : &c);
     if (e == OK) *settings = c;
     return e;

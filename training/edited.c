@@ -73,13 +73,13 @@ static int has_reason(const Stage *s, const Config *recipe, const char *key, con
     return is_fitted(s, recipe, key);
 }
 
-static Err compare(Stage *s, const Config *recipe, const Config *given, const char *key, const char *there) {
-    const char *run = config_get(&s->recipe, "", key);
+static Err compare(Stage *s, const Config *recipe, const Config *given, const char *key, const KeyValue *row) {
+    const char *run = config_get(&s->recipe, "", key), *there = row ? row->value : NULL;
     if (config_get(given, "", key) || (run && there && same_config_value(run, there))) return OK;
     if (there && is_taken_over(key)) {
         say_once("%s: recipe: %s is %s there, %s in the run, which takes it over\n", s->name, key, there,
                  run ? run : "not said");
-        return config_set(&s->recipe, key, "%s", there);
+        return config_copy(&s->recipe, key, row);
     }
     if (!has_reason(s, recipe, key, run))
         say_once("%s: recipe: %s is %s there, %s in the run, which stays\n", s->name, key, there ? there : "not said",
@@ -88,7 +88,7 @@ static Err compare(Stage *s, const Config *recipe, const Config *given, const ch
 }
 
 Err compare_recipe(Stage *s, const Config *recipe, const Config *given) {
-    for (size_t i = 0; i < recipe->n; i++) TRY(compare(s, recipe, given, recipe->kv[i].key, recipe->kv[i].value));
+    for (size_t i = 0; i < recipe->n; i++) TRY(compare(s, recipe, given, recipe->kv[i].key, &recipe->kv[i]));
     return OK;
 }
 

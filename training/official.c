@@ -63,5 +63,5 @@ Err official_settings(Stage *s, const char *recipe) {
     if (s->set.vqgan) return OK;
     TRY(take_soft_only(s));
     TRY(take_use_ema(s));
-    return check_scale(s);
+    return check_scale(s) == OK ? OK : config_in_file(&s->recipe);
 }

@@ -47,9 +47,10 @@ Err rate_kind(RateKind *kind, const Config *c) {
     if (!target || is_class(target, "LambdaWarmUpCosineScheduler")) return OK;
     *kind = is_class(target, "LambdaLinearScheduler") ? RATE_LINEAR_CYCLES : RATE_COSINE_CYCLES;
     if (*kind == RATE_LINEAR_CYCLES || is_class(target, "LambdaWarmUpCosineScheduler2")) return OK;
-    return err(SCHEDULER "target is %s, expected imagebart.lr_scheduler.LambdaWarmUpCosineScheduler, "
-                         "...LambdaWarmUpCosineScheduler2 or ...LambdaLinearScheduler",
-               target);
+    err(SCHEDULER "target is %s, expected imagebart.lr_scheduler.LambdaWarmUpCosineScheduler, "
+                  "...LambdaWarmUpCosineScheduler2 or ...LambdaLinearScheduler",
+        target);
+    return config_blame(c, SCHEDULER, "target");
 }
 
 /* Keys of the other kind say that the target is another one than meant. */
@@ -102,7 +103,8 @@ Err rate_read(Rate *r, const Config *recipe, size_t steps) {
     *r = (Rate){.kind = RATE_CONSTANT};
     TRY(rate_kind(&r->kind, recipe));
     if (r->kind == RATE_CONSTANT) return OK;
-    return r->kind == RATE_COSINE ? read_cosine(r, recipe, steps) : read_cycles(r, recipe, steps);
+    const Err e = r->kind == RATE_COSINE ? read_cosine(r, recipe, steps) : read_cycles(r, recipe, steps);
+    return e == OK ? OK : config_in_file(recipe);
 }
 
 double rate_at(const Rate *r, uint64_t step) {

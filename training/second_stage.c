@@ -187,12 +187,14 @@ static Err read_schedule(Stage *s) {
     const char *redraw = config_get(&s->recipe, "model.params.", "redraw_prob");
     size_t T = 0;
     TRY(config_size(&T, &s->recipe, "model.params.", "n_scales", 1, MAX_SCALES, 0));
-    return schedule_make(&s->second.schedule, redraw ? redraw : "geometric", (int)T);
+    const Err e = schedule_make(&s->second.schedule, redraw ? redraw : "geometric", (int)T);
+    return e == OK ? OK : config_blame(&s->recipe, "model.params.", "redraw_prob");
 }
 
 static Err create_network(Stage *s, const NetConfig *c) {
     Transformer *net;
     size_t bytes = 0;
+    if (net_config_check(c) != OK) return config_in_file(&s->recipe);
     TRY(transformer_create(&s->second.net, c));
     net = s->second.net;
     s->params = transformer_params(net);

@@ -490,7 +490,10 @@ Err settings_read(Stage *s, const Checkpoint *ck) {
     s->adam = (AdamW){0, beta1, beta2, 1e-8, s->set.weight_decay_scale};
     const char *store = config_get(&s->recipe, "imagebart.", "store");
     s->store = DT_F32;
-    if (store && dtype_of_store(&s->store, store) != OK) return err_in("imagebart.store");
+    if (store && dtype_of_store(&s->store, store) != OK) {
+        err_in("imagebart.store");
+        return config_blame(&s->recipe, "imagebart.", "store");
+    }
     if (ck && pictures != pictures_per_step(&s->recipe))
         say_once("%s: a step took %zu pictures, from here on it takes %zu: another run than without the change\n",
                  s->name, pictures, pictures_per_step(&s->recipe));

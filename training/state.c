@@ -192,7 +192,7 @@ static Err collect_state(Stage *s, TensorList *list) {
 
 Err copy_settings(Config *to, const Config *from) {
     for (size_t i = 0; i < from->n; i++)
-        if (strcmp(from->kv[i].key, "train.checksum")) TRY(config_set(to, from->kv[i].key, "%s", from->kv[i].value));
+        if (strcmp(from->kv[i].key, "train.checksum")) TRY(config_copy(to, from->kv[i].key, &from->kv[i]));
     return OK;
 }
 
