@@ -28,10 +28,10 @@
 typedef struct {
     const unsigned char *key;
     size_t length;
-    const unsigned char *data; /* NULL: not found yet, or still deflated */
+    const unsigned char *data; /* NULL: not found yet, or in an entry */
     size_t bytes;
-    const ZipEntry *deflated;
-    Dtype dtype; /* old format */
+    const ZipEntry *entry; /* of an archive, until its bytes are here and checked */
+    Dtype dtype;           /* old format */
 } Blob;
 
 typedef struct {
@@ -84,12 +84,16 @@ static Err copy_room(Checkpoint *ck, const Blobs *blobs, size_t bytes, unsigned 
     return OK;
 }
 
-static Err inflate_blob(Checkpoint *ck, const Blobs *blobs, Blob *b) {
+/* An entry's bytes, once a tensor lies in them, which is when their checksum is compared */
+static Err take_entry(Checkpoint *ck, const Blobs *blobs, Blob *b) {
     unsigned char *out = NULL;
-    if (!b->deflated) return OK;
-    TRY(copy_room(ck, blobs, b->bytes, &out));
-    TRY(zip_inflate(b->deflated, out));
-    b->data = out, b->deflated = NULL;
+    if (!b->entry) return OK;
+    if (b->entry->deflated) {
+        TRY(copy_room(ck, blobs, b->bytes, &out));
+        TRY(zip_inflate(b->entry, out));
+    } else
+        TRY(zip_check(b->entry));
+    b->data = out ? out : b->entry->data, b->entry = NULL;
     return OK;
 }
 
@@ -160,14 +164,14 @@ static Err storage_bytes(Checkpoint *ck, const Value *storage, const Blobs *blob
                          size_t *have) {
     const size_t width = dtype_size((Dtype)storage->dtype);
     Blob *blob = find_blob(blobs, storage->text, storage->length);
-    if (!blob || (!blob->data && !blob->deflated))
+    if (!blob || (!blob->data && !blob->entry))
         return err_damaged("lies in storage '%.*s', which is not in the file",
                            (int)(storage->length < 40 ? storage->length : 40), (const char *)storage->text);
     const size_t there = blob->bytes / width;
     if (storage->first > there || (size_t)storage->number > there - storage->first)
         return err_damaged("lies in a storage of %zu bytes, expected %llu elements of %s", blob->bytes,
                            (unsigned long long)storage->number, dtype_name((Dtype)storage->dtype));
-    TRY(inflate_blob(ck, blobs, blob));
+    TRY(take_entry(ck, blobs, blob));
     *data = blob->data + storage->first * width;
     *have = (size_t)storage->number * width;
     return OK;
@@ -272,11 +276,9 @@ static Err zip_blobs(const Zip *z, const unsigned char *folder, size_t length, B
         size_t n = e->name_length - length;
         if (n == sizeof order - 1 && memcmp(name, order, n) == 0) TRY(check_byteorder(e));
         if (n < sizeof data || memcmp(name, data, sizeof data - 1) != 0) continue;
-        TRY(add_blob(out, (Blob){.key = name + sizeof data - 1,
-                                 .length = n - (sizeof data - 1),
-                                 .data = e->deflated ? NULL : e->data,
-                                 .bytes = e->bytes,
-                                 .deflated = e->deflated ? e : NULL}));
+        TRY(add_blob(
+            out,
+            (Blob){.key = name + sizeof data - 1, .length = n - (sizeof data - 1), .bytes = e->bytes, .entry = e}));
     }
     if (out->n) qsort(out->blob, out->n, sizeof *out->blob, by_key);
     for (size_t i = 1; i < out->n; i++) {

@@ -897,6 +897,28 @@ static int make_seeds(const char *dir) {
     return test_failed != 0;
 }
 
+/* A bit of an entry's data that has turned over; `accepted` where there is no checksum to tell it */
+static void test_flipped(int kind, int accepted) {
+    static const char *const name[] = {"data.pkl", "data/0", "data/1", "data/2", "data/3", "data/4"};
+    make_archive(kind);
+    for (size_t i = 0; i < sizeof name / sizeof *name; i++) {
+        Checkpoint ck;
+        size_t at = 0, k = 0;
+        char whole[32];
+        snprintf(whole, sizeof whole, "scale 1/%s", name[i]);
+        while (k < archive.n && strcmp(archive.name[k], whole) != 0) k++;
+        at = archive.place[k] + 30 + strlen(whole) + 5 + archive.stored[k] - 1;
+        if (accepted && i == 0) continue; /* a program */
+        file.b[at] ^= 1;
+        if (accepted)
+            CHECK_OK(open_file(&ck));
+        else
+            CHECK_ERR(open_file(&ck), name[i]);
+        checkpoint_close(&ck);
+        file.b[at] ^= 1;
+    }
+}
+
 static int test_all(void) {
     snprintf(path, sizeof path, "/tmp/test_ckpt.%ld", (long)getpid());
     make_archive(PLAIN_ZIP);
@@ -912,6 +934,9 @@ static int test_all(void) {
     check_model("without checksums", 1);
     make_archive(BOTH);
     check_model("deflated, without checksums", 0);
+    test_flipped(PLAIN_ZIP, 0);
+    test_flipped(ZIP64, 0);
+    test_flipped(WITHOUT_CRC, 1);
     make_old();
     check_model("old format", 1);
     test_damaged("old format");
