@@ -132,12 +132,23 @@ static Err choose_class(Completion *c) {
     return OK;
 }
 
+/* No picture that is read is written over. */
+static void check_inputs(const SamplingArgs *a, const InpaintArgs *in) {
+    const struct { const char *option, *path; } out[] = {{"-o", a->out}, {"--animate", a->animate}};
+    for (size_t i = 0; i < 2; i++) {
+        check(output_spares(out[i].option, out[i].path, "IMAGE", in->image));
+        check(output_spares(out[i].option, out[i].path, "--mask", in->mask));
+        check(output_spares(out[i].option, out[i].path, "--paste-into", in->into));
+    }
+}
+
 /* The model and its options; how many are drawn. */
 static void prepare(Completion *c, SamplingArgs *a, const InpaintArgs *in) {
     const NamedModel *missing;
     memset(c, 0, sizeof *c);
     c->args = a, c->in = in;
     check(outputs_check(a->out, NULL, a->animate));
+    check_inputs(a, in);
     sampling_start(a, &c->model, &missing);
     if (missing && a->class_name == missing->stand_in) a->class_name = NULL; /* the picture tells its class */
     c->draw = (Draw){.model = &c->model, .n = a->n, .first = a->first};

@@ -65,6 +65,9 @@ static void prepare(Pictures *p, SamplingArgs *a, size_t most, const char *chain
     const Sheet sheet = {0};
     const int with_chain = chain_path != NULL;
     check(outputs_check(a->out, chain_path, a->animate));
+    check(output_spares_folder("-o", a->out, "--nearest", nearest));
+    check(output_spares_folder("--chain", chain_path, "--nearest", nearest));
+    check(output_spares_folder("--animate", a->animate, "--nearest", nearest));
     if (nearest) check(nearest_check(nearest));
     memset(p, 0, sizeof *p);
     p->args = a;

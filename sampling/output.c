@@ -1,7 +1,9 @@
 /* output.c - where a picture will go, looked at before the work begins. */
 #include "sampling/sampling.h"
 
+#include <limits.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <strings.h>
 #include <sys/stat.h>
@@ -97,6 +99,29 @@ Err outputs_check(const char *out, const char *chain, const char *film) {
             if (given[k].path) TRY(outputs_differ(given[k].option, given[k].path, given[i].option, given[i].path));
     }
     return OK;
+}
+
+/* DIR/ is no danger: its files come behind those that are there. */
+Err output_spares(const char *option, const char *path, const char *input, const char *input_path) {
+    struct stat a, b;
+    if (!path || !input_path || is_out_folder(path)) return OK;
+    const int same_file = stat(path, &a) == 0 && stat(input_path, &b) == 0 && S_ISREG(a.st_mode) &&
+                          a.st_dev == b.st_dev && a.st_ino == b.st_ino;
+    if (!same_file && !same_entry(path, input_path)) return OK;
+    return err("%s %s is the file that %s reads and would be replaced: %s another file", option, path, input, option);
+}
+
+/* Neither is what is drawn one of the pictures in this folder. */
+Err output_spares_folder(const char *option, const char *path, const char *input, const char *folder) {
+    char file[PATH_MAX], above[PATH_MAX];
+    struct stat st;
+    if (!path || !folder || is_out_folder(path)) return OK;
+    TRY(output_spares(option, path, input, folder));
+    if (stat(path, &st) != 0 || !S_ISREG(st.st_mode) || !realpath(path, file) || !realpath(folder, above)) return OK;
+    const size_t n = strlen(above);
+    if (strncmp(file, above, n) != 0 || (above[n - 1] != '/' && file[n] != '/')) return OK;
+    return err("%s %s is a file of the folder that %s reads and would be replaced: %s another file", option, path,
+               input, option);
 }
 
 Err output_grid_check(const char *option, size_t n, size_t side, size_t columns, size_t gap, size_t enlarge) {

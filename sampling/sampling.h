@@ -212,6 +212,9 @@ Err single_path(char path[PATH_BYTES], const char *folder, size_t number);
 /* PNGs can be written there: the folders are there and writable (out may be DIR/, which is made), the names are not other
  * formats', and no two are the same file. Nothing is left there. chain, film: NULL when none is wanted. */
 Err outputs_check(const char *out, const char *chain, const char *film);
+/* path, which may be NULL, is not the file that is read, nor in the folder that is; `input` says which option names it. */
+Err output_spares(const char *option, const char *path, const char *input, const char *input_path);
+Err output_spares_folder(const char *option, const char *path, const char *input, const char *folder);
 /* A grid of n pictures (side,side), enlarged, is not too large for image_grid and for those who read it. */
 Err output_grid_check(const char *option, size_t n, size_t side, size_t columns, size_t gap, size_t enlarge);
 

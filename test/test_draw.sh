@@ -24,6 +24,22 @@ early "same file" sample -o "$dir/x.png" --chain "$dir/x.png"
 early "same file" sample -o "$dir/x.png" --chain "$dir/./x.png"
 early "same file" sample -o "$dir/x.png" --animate "$dir/folder/../x.png"
 early "same file" sample -o "$dir/folder/" --chain "$dir//folder/0002.png"
+cp models/emoji/example.png "$dir/in.png" && cp "$dir/in.png" "$dir/mask.png" && cp "$dir/in.png" "$dir/whole.png"
+ln -s in.png "$dir/link.png" && mkdir "$dir/set" "$dir/set/a" && cp "$dir/in.png" "$dir/set/a/1.png"
+edit() { "$build/inpaint" emoji "$dir/in.png" --seed 1 "$@"; }
+for to in in.png ./in.png folder/../in.png link.png; do
+    early "is the file that IMAGE reads and would be replaced" edit --half upper -o "$dir/$to"
+done
+early "is the file that IMAGE reads" edit --half upper -o "$dir/x.png" --animate "$dir/in.png"
+early "is the file that --mask reads" edit --mask "$dir/mask.png" -o "$dir/mask.png"
+early "is the file that --paste-into reads" edit --mask "$dir/mask.png" --paste-into "$dir/whole.png" -o "$dir/whole.png"
+for option in -o --chain --animate; do
+    early "$option .* is a file of the folder that --nearest reads" sample --nearest "$dir/set/" $option "$dir/set/a/1.png"
+done
+early "is a file of the folder that --nearest reads" sample --nearest "$dir" -o "$dir/folder/../in.png"
+ok "they are as they were" sh -c "for f in in mask whole set/a/1; do cmp models/emoji/example.png '$dir'/\$f.png || exit; done"
+rm -r "$dir/set" "$dir/link.png"
+
 for also in "-n 3" "-o $dir/x.png" "--chain $dir/x.png" "--nearest models" "--best-of 2" "--animate $dir/x.png" "--show"; do
     # shellcheck disable=SC2086
     refused_late 2 "--score draws nothing" "$build/sample" emoji --score models/emoji/example.png $also
