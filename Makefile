@@ -15,7 +15,8 @@
 # make walkthrough the numbers of doc/walkthrough.md: test/walkthrough 1 ... 8
 # make faults       every call for a file of short runs fails or kills, every allocation fails (a sample is in make test)
 # make install PREFIX=/usr/local DESTDIR=   one program, imagebart, with models, man pages, completion; make uninstall
-# make lib          libimagebart.so and .a for other programs: sampling/libimagebart.h; dev/imagebart.py for Python
+# make lib          libimagebart.so and .a for other programs: sampling/libimagebart.h; dev/imagebart.py for Python; then
+#                   make install installs them too, with the same MARCH
 # make fuzz FUZZ_SECONDS=60  all that reads files under libFuzzer (needs clang; Debian: clang, libclang-rt-14-dev)
 # make ffhq         fetches an official model: also ffhq2 churches bedrooms cats imagenet imagenet4 (models/fetch.sh)
 # make lpips       what ./train --vqgan measures likeness with (models/fetch.sh), checksums compared
@@ -479,7 +480,7 @@ $B/lib/transformer.o: transformer.cu Makefile
 	@mkdir -p $(@D)
 	$(call say,CC,$<)$(CC) $(CFLAGS) -DLIBRARY -fPIC -fvisibility=hidden -MMD -MP -x c -c -o $@ $<
 $B/libimagebart.so: $(LIBRARY)
-	$(call say,LINK,$@)$(CC) $(CFLAGS) -shared -Wl,-soname,libimagebart.so.1 -o $@ $^ $(LDLIBS)
+	$(call say,LINK,$@)$(CC) $(CFLAGS) -shared -Wl,-soname,libimagebart.so.1 -o $@ $^ $(LDLIBS) -ldl
 $B/libimagebart.a: $(LIBRARY)
 	$(call say,LINK,$@)ld -r -o $@.o $^ && objcopy -w --keep-global-symbol='imagebart_*' $@.o && rm -f $@ && $(AR) rc $@ $@.o && rm $@.o
 .PHONY: lib
@@ -492,8 +493,9 @@ DESTDIR ?=
 .PHONY: install uninstall
 install uninstall: export PREFIX := $(PREFIX)
 install uninstall: export DESTDIR := $(DESTDIR)
+install: export LIBRARY_NEEDS := $(filter -l%,$(LDLIBS)) -ldl
 install: $(if $(BUILT),,$(PROGRAMS) $(SHIPPED)/imagebart)
-	@dev/install.sh install $(if $(BUILT),$B,$(SHIPPED))
+	@dev/install.sh install $(if $(BUILT),$B,$(SHIPPED)) $B
 uninstall:
 	@dev/install.sh uninstall
 

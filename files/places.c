@@ -3,10 +3,13 @@
  * Three places are looked at, one name at a time, so that a folder models/ of somebody else's hides nothing:
  * $IMAGEBART_MODELS, which the user chose; models/ in the present folder; models/ beside the program, wherever it was
  * called from and by whatever symbolic link. The models of an installed program, PREFIX/libexec/imagebart/NAME, are in
- * PREFIX/share/imagebart. */
+ * PREFIX/share/imagebart, as are those of the library in PREFIX/lib. */
 #include "files/places.h"
 #include "files/files.h"
 
+#ifdef LIBRARY
+#include <dlfcn.h>
+#endif
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -19,6 +22,19 @@ static const char *chosen_place(void) {
     return place && *place ? place : NULL;
 }
 
+#ifdef LIBRARY
+/* The folder of the library, links solved; linked into a program, of that. 0: unknown. */
+static int program_folder(char out[PATH_BYTES]) {
+    static const char inside;
+    Dl_info info;
+    char *own = dladdr(&inside, &info) && info.dli_fname ? realpath(info.dli_fname, NULL) : NULL;
+    char *slash = own ? strrchr(own, '/') : NULL;
+    if (slash) slash[slash == own] = 0;
+    const int found = slash && path_make(out, "%s", own) == OK;
+    free(own);
+    return found;
+}
+#else
 /* The folder of the program that is running, links solved; 0: the system does not say. */
 static int program_folder(char out[PATH_BYTES]) {
     const ssize_t n = readlink("/proc/self/exe", out, PATH_BYTES - 1);
@@ -27,6 +43,7 @@ static int program_folder(char out[PATH_BYTES]) {
     if (slash) slash[slash == out] = 0;
     return slash != NULL;
 }
+#endif
 
 int program_beside(char path[PATH_BYTES], const char *name) {
     char folder[PATH_BYTES];
@@ -35,11 +52,15 @@ int program_beside(char path[PATH_BYTES], const char *name) {
 
 /* folder = models/ beside the program, or what stands for it where that is installed; *installed: it is. 0: unknown. */
 static int own_models(char folder[PATH_BYTES], int *installed) {
-    static const char libexec[] = "/libexec/imagebart";
+#ifdef LIBRARY
+    static const char installed_in[] = "/lib";
+#else
+    static const char installed_in[] = "/libexec/imagebart";
+#endif
     char own[PATH_BYTES];
     if (!program_folder(own)) return 0;
-    const size_t n = strlen(own), tail = strlen(libexec);
-    *installed = n >= tail && !strcmp(own + n - tail, libexec);
+    const size_t n = strlen(own), tail = strlen(installed_in);
+    *installed = n >= tail && !strcmp(own + n - tail, installed_in);
     if (*installed) own[n - tail] = 0;
     return path_make(folder, *installed ? "%s/share/imagebart" : "%s/models", own) == OK;
 }

@@ -53,7 +53,8 @@ IMAGEBART_CALL int imagebart_api(void);           /* IMAGEBART_API of the librar
 IMAGEBART_CALL const char *imagebart_error(void); /* of the calling thread's last call that failed */
 IMAGEBART_CALL void imagebart_threads(size_t n);  /* that compute, for all models; 0 (default): all */
 
-/* *model = the one of that name (emoji, ffhq ...; looked for in $IMAGEBART_MODELS and in models/ here) or in that folder.
+/* *model = the one of that name (emoji, ffhq ...; looked for in $IMAGEBART_MODELS, in models/ here, in share/imagebart of the
+ * library's prefix) or in that folder.
  * weights: NULL or "f32", "bf16", "int8". */
 IMAGEBART_CALL int imagebart_open(imagebart_model **model, const char *name_or_folder, const char *weights);
 IMAGEBART_CALL void imagebart_close(imagebart_model *model); /* NULL: nothing */

@@ -46,6 +46,19 @@ ok "is sample -h" imagebart sample -h
 cp "$dir/out" "$dir/other"
 ok "the same" cmp "$dir/other" "$dir/help"
 
+# ---- The library ----
+if [ -f "$build/libimagebart.so" ]; then
+    here=$(pwd)
+    ok "the library has its number" test "$(sed -n 's/^Version: //p' "$dir/moved/lib/pkgconfig/imagebart.pc")" -ge 1
+    printf '#include <libimagebart.h>\nint main(void) {\n    imagebart_model *m;\n    return imagebart_open(&m, "emoji", 0);\n}\n' >"$dir/own.c"
+    ok "a program of one's own" "${CC:-cc}" -I "$dir/moved/include" -o "$dir/own" "$dir/own.c" -L "$dir/moved/lib" -limagebart
+    ok "finds library and model" sh -c "cd '$dir/else' && LD_LIBRARY_PATH='$dir/moved/lib' '$dir/own'"
+    if command -v python3 >/dev/null; then
+        ok "Python, from elsewhere" sh -c "cd '$dir/else' && IMAGEBART_LIBRARY='$dir/moved/lib/libimagebart.so' python3 -B '$here/dev/imagebart.py' emoji '$dir/python.png' seed=1 best_of=1 chain_length=1"
+        ok "the same picture" "$build/pictures" same "$dir/python.png" "$dir/built.png" 0 0 64 64
+    fi
+fi
+
 # ---- Pages and completion: every option of every command ----
 for c in sample inpaint train serve; do
     [ -x "$build/$c" ] || continue
