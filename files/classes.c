@@ -9,7 +9,7 @@
  * between commas, in one line.
  *
  * A class is found by its number, its synset, any of its names, or a part of one that no other class has; case does
- * not matter. Words are not names: ImageNet has two cranes, a bird and a machine. What fits several classes is an error
+ * not matter, nor whether an accent is a part of its letter or a character of its own. Words are not names: ImageNet has two cranes, a bird and a machine. What fits several classes is an error
  * that lists them with their numbers.
  *
  * Read: the list; one class's names; finding a class. */
@@ -105,10 +105,50 @@ static const char *next_name(const char **text, size_t *length) {
     return start;
 }
 
+/* Letters of U+00C0 to U+017F that Unicode also writes as two, a letter and a mark behind it (as macOS does in the names
+ * of files): the letter and, in MARKS, which mark, for each */
+static const char composed[] = "A`A'A^A~A:Ao  C,E`E'E^E:I`I'I^I:  N~O`O'O^O~O:    U`U'U^U:Y'    "
+                               "a`a'a^a~a:ao  c,e`e'e^e:i`i'i^i:  n~o`o'o^o~o:    u`u'u^u:y'  y:"
+                               "A-a-AuauA;a;C'c'C^c^C.c.CvcvDvdv    E-e-EueuE.e.E;e;EvevG^g^Gugu"
+                               "G.g.G,g,H^h^    I~i~I-i-IuiuI;i;I.      J^j^K,k,  L'l'L,l,Lvlv  "
+                               "      N'n'N,n,Nvnv      O-o-OuouO\"o\"    R'r'R,r,RvrvS's'S^s^S,s,"
+                               "SvsvT,t,Tvtv    U~u~U-u-UuuuUouoU\"u\"U;u;W^w^Y^y^Y:Z'z'Z.z.Zvzv  ";
+#define MARKS "`'^~- u.: o\"v                          ,;" /* from U+0300 on; those between do not occur */
+
+/* A text, byte by byte: in lower case, and a letter with its mark as two */
+typedef struct {
+    const char *at, *end;
+    unsigned char mark[2]; /* the last `marked` bytes of it are to come */
+    int marked;
+} Letters;
+
+static int next_letter(Letters *l) {
+    const unsigned char *p = (const unsigned char *)l->at;
+    if (l->marked) return l->mark[2 - l->marked--];
+    if (l->at == l->end) return -1;
+    l->at++;
+    const unsigned code = *p >= 0xc3 && *p <= 0xc5 && l->at < l->end ? (*p & 31u) << 6 | (p[1] & 63u) : 0;
+    if (!code || (p[1] & 0xc0) != 0x80 || composed[2 * (code - 0xc0)] == ' ') return tolower(*p);
+    const size_t which = (size_t)(strchr(MARKS, composed[2 * (code - 0xc0) + 1]) - MARKS);
+    l->at++;
+    l->mark[0] = 0xcc, l->mark[1] = (unsigned char)(0x80 + which);
+    l->marked = 2;
+    return tolower((unsigned char)composed[2 * (code - 0xc0)]);
+}
+
+/* Does the text begin as the name does, or with `whole`, is it that? What looks the same is the same. */
+static int begins(const char *text, size_t length, const char *name, int whole) {
+    Letters a = {.at = text, .end = text + length}, b = {.at = name, .end = name + strlen(name)};
+    for (;;) {
+        const int wanted = next_letter(&b);
+        if (wanted < 0 && !whole) return 1;
+        if (next_letter(&a) != wanted) return 0;
+        if (wanted < 0) return 1;
+    }
+}
+
 static int same(const char *text, size_t length, const char *name) {
-    size_t i = 0;
-    while (i < length && name[i] && tolower((unsigned char)text[i]) == tolower((unsigned char)name[i])) i++;
-    return i == length && name[i] == 0;
+    return begins(text, length, name, 1);
 }
 
 /* Is it exactly the class's line, its synset or one of its names? */
@@ -123,11 +163,11 @@ static int is_named(const char *text, const char *name) {
 
 /* Case-insensitively: does one of the class's names hold `part`? */
 static int holds(const char *text, const char *part) {
-    size_t length, n = strlen(part);
+    size_t length;
     text += synset_length(text);
     for (const char *word; (word = next_name(&text, &length));)
-        for (; length >= n; word++, length--)
-            if (same(word, n, part)) return 1;
+        for (; length; word++, length--)
+            if (begins(word, length, part, 0)) return 1;
     return 0;
 }
 

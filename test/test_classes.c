@@ -128,6 +128,38 @@ static void test_folder_names(void) {
     config_free(&c);
 }
 
+/* Names that look the same, in both of Unicode's forms, as folders and as what is typed */
+static void test_unicode(void) {
+    static const char *const form[][2] = {{"caf\u00e9", "cafe\u0301"},
+                                          {"\u00c5ngstr\u00f6m", "A\u030angstro\u0308m"},
+                                          {"gar\u00e7on", "garc\u0327on"},
+                                          {"\u0141\u00f3d\u017a", "\u0141o\u0301dz\u0301"},
+                                          {"\u010de\u0161tina", "c\u030ces\u030ctina"},
+                                          {"\u0151z", "o\u030bz"},
+                                          {"\u0119\u0101\u0103\u0117", "e\u0328a\u0304a\u0306e\u0307"},
+                                          {"\u00f1u\u00ee\u00e0", "n\u0303ui\u0302a\u0300"},
+                                          {"\u00df\u00f8\u00e6", "\u00df\u00f8\u00e6"}};
+    for (size_t i = 0; i < sizeof form / sizeof *form; i++)
+        for (int k = 0; k < 2; k++) {
+            Classes m = {0};
+            char list[128];
+            snprintf(list, sizeof list, "# folders, one a line\nother\n%s\ncafx", form[i][k]);
+            CHECK_OK(classes_open(&m, list, 3));
+            CHECK(label_of(&m, form[i][0]) == 1 && label_of(&m, form[i][1]) == 1);
+            snprintf(list, sizeof list, "%s", form[i][!k]);
+            CHECK(label_of(&m, list) == 1);
+            classes_free(&m);
+        }
+    Classes m = {0};
+    int32_t label;
+    CHECK_OK(classes_open(&m, "# folders, one a line\ncaf\u00e9\ncafe\u0301\ncafe\ncaf\u00e8\n\xc3\nb\xc5", 6));
+    CHECK(label_of(&m, "caf\u00e9") == 0 && label_of(&m, "cafe\u0301") == 1); /* as it is, where both are there */
+    CHECK(label_of(&m, "cafe") == 2 && label_of(&m, "cafe\u0300") == 3 && label_of(&m, "CAF\u00c8") == 3);
+    CHECK(label_of(&m, "\xc3") == 4 && label_of(&m, "b\xc5") == 5);
+    CHECK_ERR(classes_find(&m, "caf\u00ea", &label), "expected one of");
+    classes_free(&m);
+}
+
 static void test_lists(const char *dir) {
     Classes m = {0};
     Config c = {0};
@@ -171,6 +203,7 @@ int main(void) {
     test_imagenet();
     test_folders();
     test_folder_names();
+    test_unicode();
     test_lists(dir);
     rmdir(dir);
     return test_report();
