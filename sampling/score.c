@@ -168,6 +168,9 @@ static void score_end(const SamplingArgs *a, Model *m) {
     if (read_range(off, &m->meta, "familiar_error"))
         say(a, ", drawn by its first stage %.2f to %.2f off", off[0], off[1]);
     say(a, "\n");
+    if (T > 1)
+        say(a, "compare by the first number: with scale 1 is for pictures known by heart and for the tokens that "
+               "./sample drew; encoding a picture again changes many of them, which scale 1 may find very unlikely\n");
 }
 
 Err score_pictures(SamplingArgs *a, OptionList *pictures) {

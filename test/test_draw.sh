@@ -287,7 +287,14 @@ ok "something else" quick "$strange"
 ok "is, in one line" test "$(grep -c 'unlike all that emoji has learnt.* nats per kept token (what it knows has 1.1 to 4.5, ' "$dir/err")" -eq 1
 ok "score" "$build/sample" emoji --score models/emoji/example.png "$strange"
 cp "$dir/out" "$dir/scores"
+ok "why is said in one line" test "$(grep -c "compare by the first number" "$dir/err")" -eq 1
 ok "the emoji is likelier" awk -F '\t' 'NR == 2 { a = $2 } NR == 3 { b = $2 } END { exit !(NR == 3 && a < 2 && b > 2 * a) }' "$dir/scores"
+ok "a picture that the model draws" sample --class food -o "$dir/drawn.png"
+ok "encoded again" "$build/sample" emoji --score "$dir/drawn.png" models/emoji/example.png
+cp "$dir/out" "$dir/out.kept" && cp "$dir/err" "$dir/said"
+ok "the columns" grep -qx "picture	nats per token	with scale 1	first stage off by	likeliest class" "$dir/out.kept"
+ok "is no worse than what it knows" awk -F '\t' 'NR == 2 && $2 > 4.8 { bad = 1 } END { exit bad || NR != 3 }' "$dir/out.kept"
+ok "why scale 1 may not" grep -q "compare by the first number: .*encoding a picture again changes many of them" "$dir/said"
 ok "without a model" "$build/sample" --score models/emoji/example.png
 cp "$dir/out" "$dir/alone"
 ok "the same" test "$(sed -n 2p "$dir/alone")" = "$(sed -n 2p "$dir/scores")"
