@@ -152,6 +152,7 @@ says 1 "--lr: the recipe's schedule has cycles" train rate --vqgan --steps 2 --l
 # ---- the loss beside an official lossconfig is L1 alone, the codebook's set aside ----
 recipe "vqgan.${LOSS}target taming.modules.losses.vqperceptual.VQLPIPSWithDiscriminator" "vqgan.${LOSS}params.codebook_weight 0"
 ok "an official loss, without LPIPS" train l1 --vqgan --steps 2 --perceptual none
+says 0 "vqgan: a new run of 1 step, kept in $dir/l0" "$build/train" --config "$dir/recipe.txt" --data "$dir/data" --run "$dir/l0" --vqgan --steps 1
 says 0 "vqgan: continuing after step 2" "$build/train" --config "$dir/recipe.txt" --data "$dir/data" --run "$dir/l1" --vqgan --steps 3 --resume
 ok "and goes on, with not a word about it" sh -c "! grep -q l2_weight '$dir/err'"
 ok "is L1" awk -F '\t' 'NR > 1 && ($3 != $4 || !($5 > 0)) { exit 1 }' "$dir/l1/log.tsv"
