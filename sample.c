@@ -167,7 +167,7 @@ int main(int argc, char **argv) {
     const char *item[MAX_SCORED];
     OptionList pictures = {item, 0, MAX_SCORED};
     int list = 0, score = 0;
-    Settings settings;
+    PictureSettings settings;
     const char *from = NULL;
     const Option table[] = {
         {OPT_HEADING, "Arguments", NULL, NULL, 0, 0, NULL},
@@ -196,12 +196,12 @@ int main(int argc, char **argv) {
         {OPT_STRING, "--convert", "DIR", &folder, 0, 0, "write the model as safetensors into DIR instead of sampling"},
         {OPT_STRING, "--store", "TYPE", &store, 0, 0, "with --convert: weights as f32 (default), f16 or bf16"},
         {OPT_END, NULL, NULL, NULL, 0, 0, NULL}};
-    const Err e = settings_open(&settings, &argc, &argv);
+    const Err e = picture_settings_open(&settings, &argc, &argv);
     if (settings.path) a.model = NULL;
     sampling_parse(argc, argv, table, &a, intro);
     check(e);
     if (from && (list || score || folder)) usage_error("--settings draws: it is not for --list, --score or --convert");
-    if (from && !a.model) check(settings_model(&settings, &a.model));
+    if (from && !a.model) check(picture_settings_model(&settings, &a.model));
     a.one_of_several = settings.one_of_several && a.n == 1;
     if (pictures.n && !score) usage_error("unexpected argument \"%s\"; -h explains", pictures.item[0]);
     check_kind(list, score, folder, chain || nearest || a.animate || most || a.show || a.out != out || a.n != DRAWN);
@@ -214,7 +214,7 @@ int main(int argc, char **argv) {
         convert(&a, folder, store ? store : "f32");
     else
         sample(&a, most, chain, nearest);
-    settings_close(&settings);
+    picture_settings_close(&settings);
     if (fflush(stdout)) die("standard output could not be written");
     return 0;
 }

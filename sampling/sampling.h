@@ -290,13 +290,13 @@ typedef struct {
     size_t words;
     char **argv;
     int one_of_several;
-} Settings;
+} PictureSettings;
 /* If the arguments give --settings: *argc and *argv are theirs with the picture's options in front, valid until
- * settings_close. An error if the picture does not say how ./sample drew it. */
-Err settings_open(Settings *s, int *argc, char ***argv);
+ * picture_settings_close. An error if the picture does not say how ./sample drew it. */
+Err picture_settings_open(PictureSettings *s, int *argc, char ***argv);
 /* *model = its model; an error if that is not here: no other may stand in for it. */
-Err settings_model(const Settings *s, const char **model);
-void settings_close(Settings *s);
+Err picture_settings_model(const PictureSettings *s, const char **model);
+void picture_settings_close(PictureSettings *s);
 
 /* ---- sheet.c: pictures from tokens, into files ---- */
 

@@ -46,7 +46,7 @@ static Err settings_whole(const Config *text) {
 
 /* The options of a text; those that are written only where they matter have their usual value else, whatever the model
  * recommends. */
-static void settings_words(Settings *s) {
+static void settings_words(PictureSettings *s) {
     static const struct {
         const char *key, *option, *otherwise; /* NULL: left out */
     } values[] = {{"seed", "--seed", NULL},
@@ -73,7 +73,7 @@ static void settings_words(Settings *s) {
         if (config_get(&s->text, "", flags[i].key)) s->word[s->words++] = flags[i].option;
 }
 
-Err settings_open(Settings *s, int *argc, char ***argv) {
+Err picture_settings_open(PictureSettings *s, int *argc, char ***argv) {
     uint8_t *bytes = NULL;
     size_t size;
     memset(s, 0, sizeof *s);
@@ -95,7 +95,7 @@ Err settings_open(Settings *s, int *argc, char ***argv) {
     return OK;
 }
 
-Err settings_model(const Settings *s, const char **model) {
+Err picture_settings_model(const PictureSettings *s, const char **model) {
     const char *name = config_get(&s->text, "", "model");
     const NamedModel *named = find_named(name);
     char folder[PATH_BYTES], fetch[FETCH_BYTES];
@@ -111,7 +111,7 @@ Err settings_model(const Settings *s, const char **model) {
                s->path, name, s->path);
 }
 
-void settings_close(Settings *s) {
+void picture_settings_close(PictureSettings *s) {
     config_free(&s->text);
     free(s->argv);
     memset(s, 0, sizeof *s);
