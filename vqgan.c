@@ -13,9 +13,8 @@
  *
  * (The paper has beta with the other term; the official code has it here by default: `legacy`.)
  *
- * In the order of this file: every layer as its plain loop, forward, and backward beneath it; the network as a list of
- * layers; the walk along that list, forward and backward; what the rest of the program calls, in the order of use;
- * memory.
+ * In the order of this file: every layer as its plain loop, backward beneath forward; the network as a list of layers;
+ * the walk along that list, forward and backward; what the rest of the program calls, in the order of use; memory.
  *
  * A layer's loop is its definition. Its first line hands over to a faster way of computing the same, if there is one
  * (base/compute.h): on a CPU kernels/conv.c and norm.c, on a GPU kernels/conv.cu and vqgan.cu. Values are (B,C,h,w).
@@ -776,6 +775,7 @@ Err vqgan_encode(Vqgan *v, const real *images, size_t B, size_t H, size_t W, uin
     lend(v, v->image, &v->value[v->image].x, images);
     walk_forward(v, 0, v->quantize);
     const Codes s = codes_of(v);
+    TRY(compute_usable(&v->on, v->value[v->z].x, s.B, s.D, s.N, "the first stage's encoder"));
     if (prequant) TRY(hand_back(v, v->z, prequant, v->value[v->z].x));
     if (!raw && !tokens) return compute_status(&v->on);
     nearest_codes(&v->on, v->code, v->value[v->z].x, codebook(v), &s);

@@ -3,6 +3,7 @@
 #include "base/compute.h"
 #include "base/plan.h"
 
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -93,6 +94,20 @@ Err compute_hand_back(const Compute *on, real *planes, const real *value, size_t
     if (on->device) return on->fast->get_planes(on, planes, value, B, C, hw);
     if (planes != value) memcpy(planes, value, B * C * hw * sizeof *planes);
     return OK;
+}
+
+Err compute_usable(const Compute *on, const real *value, size_t B, size_t C, size_t hw, const char *what) {
+    const size_t n = B * C * hw;
+    size_t i = 0;
+    double bad;
+    real *numbers;
+    TRY(mem_alloc(&numbers, n, sizeof *numbers, what));
+    const Err e = compute_hand_back(on, numbers, value, B, C, hw);
+    while (e == OK && i < n && fabs((double)numbers[i]) <= USABLE_MOST) i++; /* false for NaN */
+    bad = i < n ? (double)numbers[i] : 0;
+    free(numbers);
+    if (e != OK || i == n) return e;
+    return err("%s gives no usable numbers (%g): its weights are of a training that failed, or damaged", what, bad);
 }
 
 uint64_t compute_changes(const Compute *on) {

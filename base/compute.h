@@ -68,6 +68,9 @@ Err compute_get(const Compute *on, void *to, const void *from, size_t bytes);
  * GPU they are copied to where it points, by way of the scratch. Then a value to the caller. */
 void compute_lend(const Compute *on, real **value, const real *planes, size_t B, size_t C, size_t hw);
 Err compute_hand_back(const Compute *on, real *planes, const real *value, size_t B, size_t C, size_t hw);
+/* An error, "`what` gives ...", if a value has numbers whose squares do not add up: NaN, infinite or beyond USABLE_MOST. */
+Err compute_usable(const Compute *on, const real *value, size_t B, size_t C, size_t hw, const char *what);
+#define USABLE_MOST 1e15
 /* Counts whatever changes the parameters' values on a GPU: what a network has prepared from them is then too old. */
 uint64_t compute_changes(const Compute *on);
 /* The f32 copy of x, which has n numbers: it lies behind them. And how many bytes such a value takes. */

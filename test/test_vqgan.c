@@ -422,6 +422,32 @@ static void test_threads(size_t B, size_t H, size_t W) {
     threads_set(before);
 }
 
+/* Latents that are no numbers, or too large to be told apart, have no tokens: that is said, not guessed. */
+static void test_unusable(void) {
+    static const struct {
+        double bias;
+        int usable;
+    } at[] = {{1e3, 1}, {-1e14, 1}, {1e16, 0}, {-1e30, 0}, {HUGE_VAL, 0}, {-HUGE_VAL, 0}, {NAN, 0}};
+    const VqganConfig c = tiny();
+    Vqgan *v = make(&c, 0);
+    Surrogate s = start(v, 3, 12, 20);
+    real *last = find(v, "quant_conv.bias")->value;
+    const real before = *last;
+    int32_t tokens[3 * 15];
+    CHECK_OK(vqgan_plan(v, 3, 12, 20, 0));
+    for (size_t i = 0; i < sizeof at / sizeof *at; i++) {
+        *last = (real)at[i].bias;
+        if (at[i].usable)
+            CHECK_OK(vqgan_encode(v, s.image, 3, 12, 20, 1, NULL, NULL, tokens));
+        else
+            CHECK_ERR(vqgan_encode(v, s.image, 3, 12, 20, 1, NULL, NULL, tokens), "encoder gives no usable numbers");
+    }
+    *last = before;
+    CHECK_OK(vqgan_encode(v, s.image, 3, 12, 20, 1, NULL, NULL, tokens));
+    finish(&s);
+    vqgan_free(v);
+}
+
 /* A picture alone, or in a plan made for larger ones, has the same latents and the same reconstruction. */
 static void test_sizes(void) {
     const VqganConfig c = tiny();
@@ -888,6 +914,7 @@ int main(void) {
     test_remap();
     test_restart();
     test_sizes();
+    test_unusable();
     test_smaller_run(17, 19, 16, 16);
     test_smaller_run(9, 101, 8, 64);
     test_smaller_run(20, 20, 19, 3);
