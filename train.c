@@ -284,6 +284,7 @@ static Err enter_run(const Stage *s) {
 /* Builds the stage from its settings: data, network, parameters and optimizer; fresh, or as `ck` left it. */
 static Err build_stage(Stage *s, const Checkpoint *ck) {
     TRY(open_pictures(s));
+    TRY(settle_pictures(s, ck != NULL));
     TRY(ranks_agree(rank() == 0 ? enter_run(s) : OK));
     TRY(s->kind->build(s));
     s->params->bf16_moments = s->set.bf16_states;

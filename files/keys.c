@@ -295,6 +295,7 @@ static const KnownKey table[] = {
     OWN("train.checksum", B),
     OWN("train.device", B),
     OWN("train.processor", B),
+    OWN("train.pictures", B),
     OWN("train.skipped", B),
     OWN("train.best_step", B),
     OWN("train.best_validation_loss", B),

@@ -336,6 +336,19 @@ ok "what counts as a spike may change" said '^scale1: recipe: train.spike is 7 t
 ok "and has" grep -aq '"train.spike":"7"' "$(state edited scale1)"
 ok "an option wins" train --run "$dir/edited" --scale 1 --steps 16 --resume --config "$dir/edited.txt" --spike 0
 ok "over it" grep -aq '"train.spike":"0"' "$(state edited scale1)"
+ok "nothing else is another run" sh -c "! grep -q 'another run' '$dir/said'"
+ok "another seed" train --run "$dir/edited" --scale 1 --steps 17 --resume --seed 4
+ok "which is said" said '^scale1: trained with seed 23 so far, from here on with 4: another run than without the change$'
+cp -r "$dir/data" "$dir/fewer" && rm "$(find "$dir/fewer" -name '*.png' | sort | head -n 1)"
+ok "fewer pictures" train --run "$dir/edited" --scale 1 --steps 18 --resume --data "$dir/fewer"
+ok "which are said" said '^scale1: trained on [0-9]* pictures so far, from here on on [0-9]*: another run than without'
+ok "only then, as the seed is only then" sh -c "[ \$(grep -c 'another run' '$dir/said') -eq 1 ]"
+first=$(find "$dir/fewer" -name '*.png' | sort | head -n 1) && mv "$first" "${first%.png}-other.png"
+ok "as many, but others" train --run "$dir/edited" --scale 1 --steps 19 --resume --data "$dir/fewer"
+ok "which are said too" said '^scale1: the [0-9]* pictures are others than those it was trained on so far: another run'
+mv "$dir/fewer" "$dir/moved"
+ok "the same elsewhere" train --run "$dir/edited" --scale 1 --steps 20 --resume --data "$dir/moved"
+ok "are the same" sh -c "! grep -q 'another run' '$dir/said'"
 
 # ---- damaged checkpoints: the one before ----
 damage() { # damage RUN HOW
@@ -407,6 +420,13 @@ ok "one that was killed keeps nobody out" train --run "$dir/alone" --vqgan --res
 ok "and an end leaves no lock" test ! -e "$dir/alone/lock"
 ok "a refusal" fails "scale1 exists\|exists: --resume" --run "$dir/first" --scale 1
 ok "neither" test ! -e "$dir/first/lock"
+mkdir -p "$dir/old"
+for run in typo typo/deep/er old/new old; do
+    ok "a start that fails, $run" fails "nothing" --run "$dir/$run" --vqgan --init "$dir/nothing"
+done
+ok "leaves no folder" test ! -e "$dir/typo"
+ok "but what was there" test -z "$(ls -A "$dir/old")"
+ok "as it was" test -d "$dir/old"
 together() { # two in a run that is not there yet; one of them ends well
     for k in 1 2; do "$build/train" --config test/tiny.txt --data "$dir/data" --threads 1 --save-every 1 --run "$dir/both" "$@" >/dev/null 2>"$dir/said$k" & done
     wait %1 && one=0 || one=$?

@@ -141,6 +141,26 @@ Err data_is_there(const char *data) {
                strcmp(data, "data/emoji") ? "" : "; \"make data/emoji\" makes those of the bundled model");
 }
 
+/* The first folder that this process made: its path, from made_from on of folders that were not there before */
+static char made_path[PATH_BYTES];
+static size_t made_from;
+
+/* A start that failed leaves no folder: those that something lies in stay. */
+static void remove_empty(void) {
+    for (size_t n = strlen(made_path); n >= made_from; n--) {
+        if (made_path[n] && made_path[n] != '/') continue;
+        made_path[n] = 0;
+        rmdir(made_path);
+    }
+}
+
+static void remember_made(const char *path, size_t from) {
+    if (made_from) return;
+    snprintf(made_path, sizeof made_path, "%s", path);
+    made_from = from;
+    atexit(remove_empty);
+}
+
 /* With room in a path for what will lie in the folder */
 Err make_folder(const char *path) {
     char part[PATH_BYTES - 128];
@@ -150,7 +170,10 @@ Err make_folder(const char *path) {
         if (!*p || *p == '/') {
             char keep = *p;
             *p = 0;
-            if (mkdir(part, 0777) && errno != EEXIST) return io_error(part, "make the folder");
+            if (mkdir(part, 0777) == 0)
+                remember_made(path, (size_t)(p - part));
+            else if (errno != EEXIST)
+                return io_error(part, "make the folder");
             *p = keep;
             if (!keep) return OK;
         }

@@ -25,6 +25,7 @@ typedef struct {
 
 #define NEEDED (-1.0)
 #define AT(field) offsetof(Settings, field)
+enum { USUAL_SEED = 23 }; /* the official default */
 #define HEADING(text)                                                                                                  \
     { OPT_HEADING, text }
 /* The user alone says it: a flag, a text, a number */
@@ -124,7 +125,7 @@ static const Setting table[] = {
      "grow with it)"},
 
     HEADING("How: numbers"),
-    {OPT_SIZE, "--seed", "N", "train.", "seed", AT(seed), 23, 0, HUGE_NUMBER, /* 23: the official default */
+    {OPT_SIZE, "--seed", "N", "train.", "seed", AT(seed), USUAL_SEED, 0, HUGE_NUMBER,
      "of everything random (default 23)"},
     {OPT_FLAG, "--bf16-states", NULL, "train.", "bf16_states", AT(bf16_states), 0, 0, 1,
      "the optimizer's moments in bf16, rounded at random: half their memory"},
@@ -470,12 +471,35 @@ static Err compare_with_recipe(Stage *s) {
     return e;
 }
 
+/* A recipe that names none has the usual one. */
+static size_t seed_of(const Config *recipe) {
+    size_t seed = USUAL_SEED;
+    return config_size(&seed, recipe, "train.", "seed", 0, SIZE_MAX / 2, 1) == OK ? seed : USUAL_SEED;
+}
+
+/* train.pictures: how many, and the hash of their names and sizes; a run of an earlier version does not say. */
+Err settle_pictures(Stage *s, int continuing) {
+    const char *before = continuing ? config_get(&s->recipe, "train.", "pictures") : NULL;
+    const size_t n = s->train.n, had = before ? (size_t)strtoull(before, NULL, 10) : n;
+    char now[48];
+    snprintf(now, sizeof now, "%zu %016llx", n, (unsigned long long)s->train.identity);
+    if (s->set.eval) return OK;
+    if (n != had)
+        say_once("%s: trained on %zu pictures so far, from here on on %zu: another run than without the change\n",
+                 s->name, had, n);
+    else if (before && strcmp(before, now))
+        say_once("%s: the %zu pictures are others than those it was trained on so far: another run than without the "
+                 "change\n",
+                 s->name, n);
+    return config_set(&s->recipe, "train.pictures", "%s", now);
+}
+
 Err settings_read(Stage *s, const Checkpoint *ck) {
     char path[PATH_BYTES];
     const int batch_given = s->set.batch != NOT_GIVEN;
     TRY(ck ? copy_settings(&s->recipe, &ck->meta) : read_recipe(&s->set, &s->recipe));
     if (ck && !s->set.eval) TRY(compare_with_recipe(s));
-    const size_t pictures = pictures_per_step(&s->recipe);
+    const size_t pictures = pictures_per_step(&s->recipe), seed = seed_of(&s->recipe);
     TRY(apply_given(&s->recipe, &s->set));
     if (keys_check(&s->recipe, s->set.vqgan ? KEYS_FIRST : KEYS_TRANSITION, 1) != OK)
         return err_in(ck ? ck->path : recipe_path(&s->set, path));
@@ -497,6 +521,9 @@ Err settings_read(Stage *s, const Checkpoint *ck) {
     if (ck && pictures != pictures_per_step(&s->recipe))
         say_once("%s: a step took %zu pictures, from here on it takes %zu: another run than without the change\n",
                  s->name, pictures, pictures_per_step(&s->recipe));
+    if (ck && seed != s->set.seed && !s->set.eval)
+        say_once("%s: trained with seed %zu so far, from here on with %zu: another run than without the change\n",
+                 s->name, seed, (size_t)s->set.seed);
     history_start(&s->history);
     TRY(prep_read(&s->prep, &s->recipe));
     return settle_crops(s, ck != NULL);

@@ -321,6 +321,8 @@ Err official_settings(Stage *s, const char *recipe);
 
 void settings_parse(Settings *given, int argc, char **argv);
 Err settings_read(Stage *s, const Checkpoint *ck);
+/* The training pictures, once they are open, as a setting of the run; says so if a run that goes on had others. */
+Err settle_pictures(Stage *s, int continuing);
 Err count_scales(const Settings *given, const Config *recipe, size_t *T);
 int has_classes(
     const Stage
