@@ -1162,7 +1162,7 @@ static void test_not_finite(void) {
             CHECK_OK(checkpoint_open(&ck, in_folder("finite")));
             for (int way = 0; way < 5; way++) { /* mapped, packed as bf16 and int8, loaded, as moments in bf16 */
                 Params p = {0};
-                if ((way == 1 || way == 2) && !layers_here()) continue;
+                if ((way == 1 || way == 2 || way == 4) && !layers_here()) continue;
                 CHECK_OK(params_add(&p, NULL, INIT_ZERO, 0, 0, 2, dim, "w"));
                 p.row[0].matrix = 1;
                 p.format = way == 1 ? WEIGHTS_BF16 : way == 2 ? WEIGHTS_INT8 : WEIGHTS_REAL;
