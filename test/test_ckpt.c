@@ -583,7 +583,12 @@ static void test_bounds(void) {
     put_archive(p);
     CHECK_ERR(open_file(&ck), "over 2097152 values: not a file of weights");
     printf("bounds: %zu MiB more at the most\n", (peak() - before) >> 20);
-    CHECK(peak() - before < (size_t)400 << 20);
+#ifdef __SANITIZE_ADDRESS__ /* it keeps 256 MiB of what was freed, and more around each block */
+    const size_t most = 800;
+#else
+    const size_t most = 400;
+#endif
+    CHECK(peak() - before < most << 20);
 }
 
 /* ---- Tensors that reach where they must not ---- */
