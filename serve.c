@@ -384,7 +384,7 @@ static void serve(ServeArgs *a) {
     if (token) a->token = token;
     hold_signals();
     threads_set((int)a->threads);
-    if (weight_format(&s.weights, a->weights) != OK) usage_error("%s", err_text());
+    if (weight_format(&s.weights, a->weights, "--weights") != OK) usage_error("%s", err_text());
     s.cuda = check_device(a->device);
     if (s.cuda && s.weights == WEIGHTS_INT8) usage_error("--weights int8 is for --device cpu; on a GPU f32 or bf16");
     if (offer_open(&s.offer, &a->models, s.weights, s.cuda) != OK)

@@ -499,6 +499,7 @@ const NamedModel *find_named(const char *name); /* NULL: no model of that name *
 /* path = the first of the three places' that is there; usual: its name as here, "models/emoji". 0: none is, and path =
  * usual. */
 int models_find(char path[PATH_BYTES], const char *usual);
+int is_folder(const char *path); /* or a link to one */
 /* An error if IMAGEBART_MODELS names no folder. */
 Err models_check(void);
 /* folder = the i-th of the places that are there; 0: there are no more. */

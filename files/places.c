@@ -74,7 +74,7 @@ static int place(char folder[PATH_BYTES], int i) {
     return i == 0 && own_models(folder, &installed);
 }
 
-static int is_folder(const char *path) {
+int is_folder(const char *path) {
     struct stat st;
     return stat(path, &st) == 0 && S_ISDIR(st.st_mode);
 }

@@ -36,20 +36,10 @@ void imagebart_threads(size_t n) {
 
 /* ---- Models ---- */
 
-static Err weights_of(WeightFormat *format, const char *name) {
-    static const char *const names[] = {"f32", "bf16", "int8"};
-    for (int i = 0; i < 3; i++)
-        if (!name || !strcmp(name, names[i])) {
-            *format = (WeightFormat)i;
-            return OK;
-        }
-    return err("weights %s: expected f32, bf16 or int8", name);
-}
-
 int imagebart_open(imagebart_model **model, const char *name_or_folder, const char *weights) {
     WeightFormat format = WEIGHTS_REAL;
     *model = NULL;
-    Err e = name_or_folder ? weights_of(&format, weights) : err("no model was named");
+    Err e = name_or_folder ? weight_format(&format, weights, "weights") : err("no model was named");
     if (e == OK) e = mem_alloc(model, 1, sizeof **model, "a model");
     if (e != OK) return IMAGEBART_FAILED;
     memset(*model, 0, sizeof **model);

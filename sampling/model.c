@@ -19,9 +19,18 @@
 
 /* ---- Files -------------------------------------------------------------------------------------------------- */
 
-static int is_folder(const char *path) {
-    struct stat st;
-    return stat(path, &st) == 0 && S_ISDIR(st.st_mode);
+static const char *const weight_names[] = {"f32", "bf16", "int8"};
+
+const char *weight_name(WeightFormat format) {
+    return weight_names[format];
+}
+
+Err weight_format(WeightFormat *format, const char *name, const char *option) {
+    for (int i = 0; i < 3; i++) {
+        *format = (WeightFormat)i;
+        if (!name || !strcmp(name, weight_names[i])) return OK;
+    }
+    return err("%s %s: expected f32, bf16 or int8", option, name);
 }
 
 static int has_file(const char *folder, const char *name) {

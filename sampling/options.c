@@ -218,17 +218,15 @@ static Err bundled_honours(const SamplingArgs *a, const Model *m, const NamedMod
 }
 
 void sampling_start(SamplingArgs *a, Model *m, const NamedModel **stand_in_for) {
-    static const char *const formats[] = {"f32", "bf16", "int8"};
-    size_t format = 0;
-    while (a->weights && format < 3 && strcmp(a->weights, formats[format]) != 0) format++;
-    if (format == 3) usage_error("--weights %s: expected f32, bf16 or int8", a->weights);
+    WeightFormat format;
+    if (weight_format(&format, a->weights, "--weights") != OK) usage_error("%s", err_text());
     char fetch[FETCH_BYTES];
     const int cuda = check_device(a->device);
     if (cuda && format == WEIGHTS_INT8) usage_error("--weights int8 is for --device cpu; on a GPU f32 or bf16");
     threads_set((int)a->threads);
     check(model_open(m, a->model, stand_in_for));
     m->no_ema = a->no_ema;
-    m->weights = (WeightFormat)format;
+    m->weights = format;
     if (*m->note) fprintf(stderr, "%s\n", m->note);
     if (cuda) check(model_use_cuda(m));
     const NamedModel *missing = *stand_in_for;
@@ -270,8 +268,7 @@ void sampling_memory(const SamplingArgs *a, Model *m, size_t batch, size_t pictu
     snprintf(what, sizeof what, "%s: first stage %s, largest scale %s, activations and pictures %s", m->folder, first,
              scale, rest);
     check(memory_fits(need.total, available, what, "a smaller --batch or -n takes less"));
-    const char *const arithmetic[] = {[WEIGHTS_REAL] = sizeof(real) == 4 ? "f32" : "f64", "bf16", "int8"};
-    say(a, "processor: %s, %s; weights in %s\n", vector_instructions(), threads_text(threads), arithmetic[m->weights]);
+    say(a, "processor: %s, %s; weights in %s\n", vector_instructions(), threads_text(threads), weight_name(m->weights));
     detail(a, "memory: first stage %s, largest scale %s, activations and pictures %s; ", first, scale, rest);
     detail(a, "%s available\n", available == SIZE_MAX ? "unknown how much is" : bytes_text(there, available));
     if (m->cuda)

@@ -37,6 +37,9 @@ typedef struct {
  * to the named entry when its weights are not installed and the bundled model was opened instead (the caller must say
  * so); NULL forbids that. */
 Err model_open(Model *m, const char *name_or_folder, const NamedModel **substituted);
+/* f32, bf16 or int8; NULL: the first. Another name is an error, of this option. */
+Err weight_format(WeightFormat *format, const char *name, const char *option);
+const char *weight_name(WeightFormat format);
 void model_close(Model *m);
 /* How many of a named model's files are here; missing: the first that is not, "" if all are. */
 size_t model_files(char missing[32], const NamedModel *named);

@@ -5,7 +5,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/stat.h>
 
 /* The picture that argv gives, or NULL */
 static const char *settings_given(int argc, char **argv) {
@@ -99,13 +98,12 @@ Err picture_settings_model(const PictureSettings *s, const char **model) {
     const char *name = config_get(&s->text, "", "model");
     const NamedModel *named = find_named(name);
     char folder[PATH_BYTES], fetch[FETCH_BYTES];
-    struct stat st;
     *model = name;
     if (named && (models_find(folder, named->folder) || !named->zip)) return OK;
     if (named)
         return err("%s: it was drawn with %s, whose weights are not here; \"%s\" fetches them", s->path, name,
                    models_fetch(fetch, named->name));
-    if (stat(name, &st) == 0 && S_ISDIR(st.st_mode)) return OK;
+    if (is_folder(name)) return OK;
     return err("%s: it was drawn with a model \"%s\", and no folder of that name is here; its folder expected: "
                "./sample FOLDER --settings %s",
                s->path, name, s->path);

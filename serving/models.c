@@ -103,20 +103,6 @@ cJSON *served_json(const Served *s) {
     return x;
 }
 
-static const char *const formats[] = {"f32", "bf16", "int8"};
-
-const char *weight_name(WeightFormat format) {
-    return formats[format];
-}
-
-Err weight_format(WeightFormat *format, const char *name) {
-    for (int i = 0; i < 3; i++) {
-        *format = (WeightFormat)i;
-        if (!name || !strcmp(name, formats[i])) return OK;
-    }
-    return err("--weights %s: expected f32, bf16 or int8", name);
-}
-
 static Err is_new(Offer *o, const Served *s) {
     for (const Served *other = o->model; other < s; other++) {
         o->twice = !strcmp(other->name, s->name) || !strcmp(other->model.folder, s->model.folder);

@@ -1,4 +1,5 @@
 /* page.c - web/, the page, as it lies in the repository, in the program itself. */
+#include "base/bits.h"
 #include "serving/serving.h"
 
 #include <stdio.h>
@@ -23,9 +24,7 @@ EMBED(web_js, "web/page.js");
 
 /* "hash" of the bytes: 64-bit FNV-1a */
 static void etag_of(char etag[24], const char *at, size_t n) {
-    uint64_t hash = 0xcbf29ce484222325u;
-    for (size_t i = 0; i < n; i++) hash = (hash ^ (unsigned char)at[i]) * 0x100000001b3u;
-    snprintf(etag, 24, "\"%016llx\"", (unsigned long long)hash);
+    snprintf(etag, 24, "\"%016llx\"", (unsigned long long)fnv1a(FNV_START, at, n));
 }
 
 /* Is the tag among those of If-None-Match? A list; W/ in front changes nothing; * is any. */

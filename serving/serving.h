@@ -143,9 +143,6 @@ typedef struct {
 /* Those that were given; else all named ones, of which those that are not here are only listed. */
 Err offer_open(Offer *o, const OptionList *given, WeightFormat weights, int cuda);
 void offer_close(Offer *o);
-/* f32, bf16 or int8; NULL: the first. */
-Err weight_format(WeightFormat *format, const char *name);
-const char *weight_name(WeightFormat format);
 cJSON *served_json(const Served *s); /* MODEL */
 /* A number for each scale as a list, the noisiest first */
 cJSON *scales_json(const double *x, int T);
