@@ -100,7 +100,7 @@ static const char *config_need(Err *e, const Config *c, const char *prefix, cons
     return value;
 }
 
-static Err config_bad(const Config *c, const char *prefix, const char *key, const char *expected) {
+Err config_bad(const Config *c, const char *prefix, const char *key, const char *expected) {
     const KeyValue *kv = config_find(c, prefix, key);
     const Err e =
         err("configuration key '%s' is '%s', expected %s", kv->place ? kv->typed : kv->key, kv->value, expected);

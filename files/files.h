@@ -26,6 +26,8 @@ Err config_place(Config *c, const char *key, const char *place, const char *type
 Err config_copy(Config *to, const char *key, const KeyValue *from); /* as config_set, with its place */
 /* The last error is about this key's value: err_in with the place of the key, if it has one. Returns FAILED. */
 Err config_blame(const Config *c, const char *prefix, const char *key);
+/* The error of a value that cannot be: place, key as written there, value, what was expected. Returns FAILED. */
+Err config_bad(const Config *c, const char *prefix, const char *key, const char *expected);
 /* The last error is about the configuration as a whole: err_in with its file, if it has one. Returns FAILED. */
 Err config_in_file(const Config *c);
 /* A value that cannot be is an error that names the place and the key as it is written there.
@@ -96,6 +98,15 @@ int is_one_of_values(const char *value, const char *values);
 Err key_value_check(const KnownKey *k, const char *key, const char *value, int training);
 /* A recipe's part, or metadata, in which other people's keys are harmless */
 Err keys_check(const Config *c, unsigned where, int training);
+
+/* ---- values.c: what the keys imagebart.* may say ---- */
+enum { MAX_BEST_OF = 64, MAX_CANDIDATES = 4096 };
+/* An error if one of them has a value that is none; keys_check calls it. */
+Err own_values_check(const Config *c);
+/* out[1..T] of a list per scale, which must be there */
+Err own_per_scale(double *out, int T, const Config *c, const char *key);
+/* range = one that was checked; 0: there is none */
+int own_range(double range[2], const Config *c, const char *key);
 
 /* ---- tensor.c, checkpoint.c, ckpt.c: named tensors ---- */
 typedef enum {

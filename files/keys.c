@@ -490,5 +490,6 @@ Err keys_check(const Config *c, unsigned where, int training) {
         else if (!k && !known_key(key, B)) /* --all gives its options to every stage */
             TRY(unknown_in_file(key, where));
     }
+    TRY(own_values_check(c));
     return where & KEYS_TRANSITION ? check_class(c) : OK;
 }

@@ -93,7 +93,7 @@ static Err read_x_options(NetConfig *c, const Config *from, const char *params) 
 static Err check_past(const NetConfig *c, const Config *from, const char *prefix) {
     int past = 1;
     TRY(config_flag(&past, from, prefix, "use_past_for_sampling", 1));
-    if (past || max_size(c->n_unmasked, 1) == prompt_length(c)) return OK;
+    if (past || c->kind == NET_X || max_size(c->n_unmasked, 1) == prompt_length(c)) return OK;
     return err("%suse_past_for_sampling false: not implemented where n_unmasked (%zu) is not the prompt's length (%zu)",
                prefix, c->n_unmasked, prompt_length(c));
 }
@@ -122,9 +122,9 @@ static Err read_net(NetConfig *c, const Config *from, const char *prefix) {
     TRY(refuse_unknown_options(from, params, c->kind));
     for (const SizeOption *o = sizes_of(c->kind); o->key; o++)
         TRY(config_size(size_field(c, o), from, params, o->key, o->lo, o->hi, o->optional));
-    if (c->kind == NET_X) return read_x_options(c, from, params);
-    if (c->input_vocab_size == 0) c->input_vocab_size = c->dec_num_tokens;
-    return check_past(c, from, prefix);
+    if (c->kind == NET_GPT && c->input_vocab_size == 0) c->input_vocab_size = c->dec_num_tokens;
+    TRY(check_past(c, from, prefix));
+    return c->kind == NET_X ? read_x_options(c, from, params) : OK;
 }
 
 Err net_config_read(NetConfig *c, const Config *from, const char *prefix) {

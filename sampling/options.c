@@ -122,9 +122,9 @@ static Err parse_per_scale(double *out, int T, const char *list, double lo, doub
 /* The user's list, else what the model's file recommends, else `otherwise`. */
 static Err per_scale(double *out, const Model *m, const char *given, const char *key, const char *otherwise, double lo,
                      double hi, const char *option) {
-    const char *recommended = config_get(&m->meta, "imagebart.", key);
-    const char *list = given ? given : recommended ? recommended : otherwise;
-    return parse_per_scale(out, m->schedule.T, list, lo, hi, option);
+    const int T = m->schedule.T;
+    if (!given && config_get(&m->meta, "imagebart.", key)) return own_per_scale(out, T, &m->meta, key);
+    return parse_per_scale(out, T, given ? given : otherwise, lo, hi, option);
 }
 
 static Err per_scale_sizes(size_t *out, const Model *m, const char *given, const char *key, const char *otherwise,

@@ -253,7 +253,6 @@ void sampling_parse(int argc, char **argv, const Option *own, SamplingArgs *a, c
 void sampling_start(SamplingArgs *a, Model *m, const NamedModel **stand_in_for);
 /* New pictures, or edited ones, for which a model recommends other numbers. */
 typedef enum { DRAW_NEW, DRAW_EDIT } DrawKind;
-enum { MAX_BEST_OF = 64, MAX_CANDIDATES = 4096 };
 /* What the user gave, else what the model's file recommends (imagebart.temperature, .top_k, .guidance, and
  * .chain_length or for edits .inpaint_chain_length), else 1, all, 1 and the official chain lengths. */
 Err sampling_choose(SampleOptions *o, const SamplingArgs *a, const Model *m, DrawKind kind);

@@ -7,20 +7,9 @@
 #include <string.h>
 #include <sys/stat.h>
 
-/* "0.8,2.2" of a model's file, or 0. */
-static int read_range(double range[2], const Config *meta, const char *key) {
-    const char *text = config_get(meta, "imagebart.", key);
-    char *end;
-    if (!text) return 0;
-    range[0] = strtod(text, &end);
-    if (end == text || *end != ',') return 0;
-    range[1] = strtod(end + 1, &end);
-    return !*end && isfinite(range[0]) && isfinite(range[1]) && range[0] <= range[1];
-}
-
 const char *score_anchors(char text[SCORE_BYTES], const Chain *chain, const Config *meta) {
     double own[2], blind = blind_bound(chain, 1);
-    if (read_range(own, meta, "own_nats"))
+    if (own_range(own, meta, "own_nats"))
         snprintf(text, SCORE_BYTES, "its good ones have %.1f to %.1f, blind guessing %.1f; less is likelier", own[0],
                  own[1], blind);
     else
@@ -59,8 +48,8 @@ Err familiar(Familiar *f, Model *m, const real *image, const int32_t *tokens, co
     const Chain chain = model_chain(m);
     *f = (Familiar){.blind = blind_bound(&chain, m->schedule.T > 1 ? 2 : 1), .error_known = {0, 0.15}};
     f->nats_known[1] = 0.75 * f->blind;
-    read_range(f->nats_known, &m->meta, "familiar_nats");
-    read_range(f->error_known, &m->meta, "familiar_error");
+    own_range(f->nats_known, &m->meta, "familiar_nats");
+    own_range(f->error_known, &m->meta, "familiar_error");
     TRY(kept_bound(&chain, tokens, keep, label, seed, &f->nats));
     TRY(check_nats(m, f->nats));
     TRY(first_stage_error(&f->error, m, image, tokens, keep));
@@ -164,8 +153,8 @@ static void score_end(const SamplingArgs *a, Model *m) {
     double known[2], off[2];
     say(a, "nats per token: blind guessing has %.1f, with scale 1 %.1f; less is likelier",
         blind_bound(&chain, T > 1 ? 2 : 1), blind_bound(&chain, 1));
-    if (read_range(known, &m->meta, "familiar_nats")) say(a, "; what it knows has %.1f to %.1f", known[0], known[1]);
-    if (read_range(off, &m->meta, "familiar_error"))
+    if (own_range(known, &m->meta, "familiar_nats")) say(a, "; what it knows has %.1f to %.1f", known[0], known[1]);
+    if (own_range(off, &m->meta, "familiar_error"))
         say(a, ", drawn by its first stage %.2f to %.2f off", off[0], off[1]);
     say(a, "\n");
     if (T > 1)

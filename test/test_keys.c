@@ -177,6 +177,70 @@ static void check_key(const KnownKey *k, unsigned where) {
     CHECK((check_one(k->key, "0.123", where, 0) == OK) == ((k->where & KEYS_TRAINING) != 0));
 }
 
+/* ---- What the keys imagebart.* say ---- */
+
+/* Key and value of a model with three scales, as a file's metadata, and in a recipe */
+static Err check_own(const char *key, const char *value, char said[ERR_MAX]) {
+    char folder[FOLDER_BYTES], path[FOLDER_BYTES + 32];
+    Config c = RECIPE("model.params.n_scales", "3", key, value), read = {0};
+    CHECK_OK(config_place(&c, key, "m/scale1.safetensors", key));
+    const Err e = keys_check(&c, KEYS_TRANSITION, 0);
+    snprintf(said, ERR_MAX, "%s", e == OK ? "" : err_text());
+    config_free(&c);
+    CHECK(temporary_folder(folder));
+    snprintf(path, sizeof path, "%s/recipe.txt", folder);
+    FILE *f = fopen(path, "w");
+    CHECK(f && fprintf(f, "scale.model.params.n_scales 3\nscale.%s %s\n", key, value) > 0 && fclose(f) == 0);
+    CHECK_OK(recipe_read(&read, path, 1));
+    CHECK((keys_check(&read, KEYS_TRANSITION, 1) == OK) == (e == OK));
+    if (e != OK) CHECK(strstr(err_text(), "recipe.txt: line 2: ") && strstr(err_text(), value));
+    config_free(&read);
+    CHECK(unlink(path) == 0 && rmdir(folder) == 0);
+    return e;
+}
+
+/* No value of a wrong kind is passed over: the error names file, key and value. */
+static void test_own_values(void) {
+    static const struct {
+        const char *key, *good, *bad[5];
+    } own[] = {
+        {"store", "bf16", {"foo", "BF16", "f64", "1", "f32,"}},
+        {"compact", "true", {"foo", "1", "yes", "TRUE", "false,"}},
+        {"null_class", "9", {"foo", "-1", "1.5", "4294967296", "9 classes"}},
+        {"h", "16", {"foo", "0", "-16", "40000", "16x16"}},
+        {"w", "16", {"foo", "0", "1e1", "40000", "16,16"}},
+        {"temperature", "1,0.9,0.8", {"foo", "1,0.9", "1,,1", "-1", "nan"}},
+        {"guidance", "[2, 1, 1]", {"foo", "2,1,1,1", "1,", "1001", "inf"}},
+        {"top_k", "100", {"foo", "1.5", "1,2", "-1", "1e10"}},
+        {"chain_length", "3,2,1", {"foo", "0", "1,1", "1.5", "1001"}},
+        {"inpaint_chain_length", "0,5,5", {"foo", "-1", "5,5", "0.5", "-"}},
+        {"candidates", "16", {"foo", "0", "4097", "1.5", "16,16"}},
+        {"best_of", "4", {"foo", "0", "65", "-4", "four"}},
+        {"own_nats", "0.8,2.2", {"foo", "1", "2,1", "1,2,3", "0.8;2.2"}},
+        {"familiar_nats", "[1, 3]", {"foo", "1", "3,1", "-1,1", "1,x"}},
+        {"familiar_error", "0.05,0.2", {"foo", "0.1", "0.2,0.1", "nan,1", "0.1-0.2"}},
+    };
+    char key[64], said[ERR_MAX], expected[128];
+    for (size_t i = 0; i < sizeof own / sizeof *own; i++) {
+        snprintf(key, sizeof key, "imagebart.%s", own[i].key);
+        CHECK_OK(check_own(key, own[i].good, said));
+        for (int k = 0; k < 5; k++) {
+            snprintf(expected, sizeof expected, "m/scale1.safetensors: configuration key '%s' is '%s', expected ", key,
+                     own[i].bad[k]);
+            CHECK(check_own(key, own[i].bad[k], said) == FAILED && strstr(said, expected));
+        }
+    }
+    size_t n, texts = 0; /* every key is one of these, or a text */
+    const KnownKey *table = known_keys(&n);
+    for (size_t i = 0; i < n; i++) {
+        if (strncmp(table[i].key, "imagebart.", 10)) continue;
+        size_t k = 0;
+        while (k < sizeof own / sizeof *own && strcmp(own[k].key, table[i].key + 10)) k++;
+        texts += k == sizeof own / sizeof *own;
+    }
+    CHECK(texts == 2); /* class_list, classes */
+}
+
 static void test_table(void) {
     size_t n;
     const KnownKey *table = known_keys(&n);
@@ -446,6 +510,7 @@ static void test_spike(void) {
 
 int main(void) {
     test_table();
+    test_own_values();
     test_official();
     test_sources();
     test_spike();

@@ -105,6 +105,11 @@ ok "they are not" sh -c "! '$build/pictures' tensors '$dir/moving/scale1.safeten
 ok "but are trained alike" same "$dir/plain/scale1.state.safetensors" value. "$dir/moving/scale1.state.safetensors" value.
 sed -i 's/model.params.alpha/model.params.alhpa/' "$dir/moving/scale1.safetensors"
 says 1 "scale1.safetensors: unknown key 'model.params.alhpa'; did you mean model.params.alpha?" "$build/sample" "$dir/moving" -n 1 -o "$dir/x.png"
+sed -i -e 's/model.params.alhpa/model.params.alpha/' -e 's/"imagebart.h":"8"/"imagebart.h":"x"/' "$dir/moving/scale1.safetensors"
+says 1 "scale1.safetensors: configuration key 'imagebart.h' is 'x', expected a whole number" "$build/sample" "$dir/moving" -n 1 -o "$dir/x.png"
+in_line "configuration key 'scale.imagebart.own_nats' is 'foo', expected two numbers" "--scale 1" "scale.imagebart.own_nats foo"
+in_line "configuration key 'scale.imagebart.temperature' is '1,1', expected 1 number, or 3" "--scale 1" "scale.imagebart.temperature 1,1"
+in_line "configuration key 'scale.model.params.use_past_for_sampling' is 'maybe', expected true" "--scale 1" "scale.${P}use_past_for_sampling maybe"
 recipe "scale.${P}alpha 0.2" "scale.${P}soft_only True"
 ok "soft_only" train soft --scale 2 --steps 2
 recipe

@@ -494,6 +494,14 @@ Err settle_pictures(Stage *s, int continuing) {
     return config_set(&s->recipe, "train.pictures", "%s", now);
 }
 
+static Err read_store(Stage *s) {
+    const char *store = config_get(&s->recipe, "imagebart.", "store");
+    s->store = DT_F32;
+    if (!store || dtype_of_store(&s->store, store) == OK) return OK;
+    err_in("imagebart.store");
+    return config_blame(&s->recipe, "imagebart.", "store");
+}
+
 Err settings_read(Stage *s, const Checkpoint *ck) {
     char path[PATH_BYTES];
     const int batch_given = s->set.batch != NOT_GIVEN;
@@ -501,6 +509,7 @@ Err settings_read(Stage *s, const Checkpoint *ck) {
     if (ck && !s->set.eval) TRY(compare_with_recipe(s));
     const size_t pictures = pictures_per_step(&s->recipe), seed = seed_of(&s->recipe);
     TRY(apply_given(&s->recipe, &s->set));
+    TRY(read_store(s));
     if (keys_check(&s->recipe, s->set.vqgan ? KEYS_FIRST : KEYS_TRANSITION, 1) != OK)
         return err_in(ck ? ck->path : recipe_path(&s->set, path));
     TRY(settle_device(s, ck != NULL));
@@ -512,12 +521,6 @@ Err settings_read(Stage *s, const Checkpoint *ck) {
     TRY(rate_read(&s->rate, &s->recipe, s->set.steps));
     const double beta1 = s->set.vqgan ? 0.5 : 0.9, beta2 = s->set.vqgan ? 0.9 : 0.95;
     s->adam = (AdamW){0, beta1, beta2, 1e-8, s->set.weight_decay_scale};
-    const char *store = config_get(&s->recipe, "imagebart.", "store");
-    s->store = DT_F32;
-    if (store && dtype_of_store(&s->store, store) != OK) {
-        err_in("imagebart.store");
-        return config_blame(&s->recipe, "imagebart.", "store");
-    }
     if (ck && pictures != pictures_per_step(&s->recipe))
         say_once("%s: a step took %zu pictures, from here on it takes %zu: another run than without the change\n",
                  s->name, pictures, pictures_per_step(&s->recipe));
