@@ -266,6 +266,15 @@ static Err start_from(Stage *s, const char *folder) {
     return e;
 }
 
+/* --init's weights, or those that the recipe's ckpt_path names */
+static Err begin_with(Stage *s) {
+    const int from_recipe = s->set.init == s->init;
+    if (start_from(s, s->set.init) != OK)
+        return from_recipe ? config_blame(&s->recipe, "model.params.", "ckpt_path") : FAILED;
+    if (from_recipe) say_once("%s: begins with the weights of %s (ckpt_path)\n", s->name, s->init);
+    return OK;
+}
+
 static Err open_pictures(Stage *s) {
     const Settings *o = &s->set;
     const Split flat = has_classes(s) ? 0 : SPLIT_FLAT;
@@ -293,7 +302,7 @@ static Err build_stage(Stage *s, const Checkpoint *ck) {
         TRY(load_state(s, ck));
     else
         params_init(s->params, s->set.seed);
-    if (!ck && s->set.init) TRY(start_from(s, s->set.init));
+    if (!ck && s->set.init) TRY(begin_with(s));
     if (ck && s->set.init && !s->set.all)
         say_once("%s: goes on with its own weights; --init %s is of runs that begin\n", s->name, s->set.init);
     return params_send(s->params);

@@ -33,8 +33,10 @@ Err classes_from_recipe(Config *to, const char *recipe) {
     const char *file = config_get(to, "imagebart.", "class_list"), *slash = strrchr(recipe, '/');
     if (!file) return OK;
     int folder = *file == '/' || !slash ? 0 : (int)(slash - recipe) + 1;
-    if (path_make(path, "%.*s%s", folder, recipe, file) != OK) return err_in("imagebart.class_list");
-    TRY(file_text(&text, path, LIST_BYTES));
+    if (path_make(path, "%.*s%s", folder, recipe, file) != OK || file_text(&text, path, LIST_BYTES) != OK) {
+        err_in("imagebart.class_list");
+        return config_blame(to, "imagebart.", "class_list");
+    }
     Err e = config_set(to, "imagebart.classes", "%s", text);
     free(text);
     return e;

@@ -112,6 +112,16 @@ Err config_blame(const Config *c, const char *prefix, const char *key) {
     return kv && kv->place ? err_in(kv->place) : FAILED;
 }
 
+Err config_err(const Config *c, const char *prefix, const char *key, const char *fmt, ...) {
+    char text[ERR_MAX];
+    va_list a;
+    va_start(a, fmt);
+    vsnprintf(text, sizeof text, fmt, a);
+    va_end(a);
+    err("%s", text);
+    return config_blame(c, prefix, key);
+}
+
 /* Decimal digits at *s, nothing else; *s moves behind them. 0: there are none, or too many for a size_t. */
 int text_digits(size_t *out, const char **s) {
     const char *start = *s;

@@ -28,6 +28,8 @@ Err config_copy(Config *to, const char *key, const KeyValue *from); /* as config
 Err config_blame(const Config *c, const char *prefix, const char *key);
 /* The error of a value that cannot be: place, key as written there, value, what was expected. Returns FAILED. */
 Err config_bad(const Config *c, const char *prefix, const char *key, const char *expected);
+/* An error about this key's value, in front of which its place stands. Returns FAILED. */
+Err config_err(const Config *c, const char *prefix, const char *key, const char *fmt, ...) PRINTF_LIKE(4, 5);
 /* The last error is about the configuration as a whole: err_in with its file, if it has one. Returns FAILED. */
 Err config_in_file(const Config *c);
 /* A value that cannot be is an error that names the place and the key as it is written there.

@@ -474,10 +474,10 @@ static Err check_class(const Config *c) {
     if (!target || !net) return OK;
     const int gpt = strstr(net, "GPT") != NULL, decoder_only = strstr(target, "DecoderOnlyDenoiser") != NULL;
     if (gpt == decoder_only) return OK;
-    return err("model.target %s: expected %s, for transformer_config.target is %s", target,
-               gpt ? "imagebart.models.diffusion.DecoderOnlyDenoiser"
-                   : "imagebart.models.diffusion.DenoisingXTransformer",
-               net);
+    return config_err(
+        c, "model.", "target", "model.target %s: expected %s, for transformer_config.target is %s", target,
+        gpt ? "imagebart.models.diffusion.DecoderOnlyDenoiser" : "imagebart.models.diffusion.DenoisingXTransformer",
+        net);
 }
 
 Err keys_check(const Config *c, unsigned where, int training) {

@@ -94,8 +94,10 @@ static Err check_past(const NetConfig *c, const Config *from, const char *prefix
     int past = 1;
     TRY(config_flag(&past, from, prefix, "use_past_for_sampling", 1));
     if (past || c->kind == NET_X || max_size(c->n_unmasked, 1) == prompt_length(c)) return OK;
-    return err("%suse_past_for_sampling false: not implemented where n_unmasked (%zu) is not the prompt's length (%zu)",
-               prefix, c->n_unmasked, prompt_length(c));
+    return config_err(
+        from, prefix, "use_past_for_sampling",
+        "%suse_past_for_sampling false: not implemented where n_unmasked (%zu) is not the prompt's length (%zu)",
+        prefix, c->n_unmasked, prompt_length(c));
 }
 
 static Err read_net(NetConfig *c, const Config *from, const char *prefix) {
@@ -115,7 +117,8 @@ static Err read_net(NetConfig *c, const Config *from, const char *prefix) {
     c->kind = found->kind, c->variant = found->variant;
     const char *conditioner = config_get(from, prefix, "conditioner_config.target");
     if (conditioner && strcmp(conditioner, class_provider) != 0)
-        return err("%sconditioner_config.target is \"%s\", expected %s", prefix, conditioner, class_provider);
+        return config_err(from, prefix, "conditioner_config.target",
+                          "%sconditioner_config.target is \"%s\", expected %s", prefix, conditioner, class_provider);
     c->has_class = conditioner != NULL;
     TRY(config_size(&n_scales, from, prefix, "n_scales", 1, MAX_SCALES, 0));
     c->n_scales = (int)n_scales;

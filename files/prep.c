@@ -30,12 +30,13 @@ static Err read_target(Prep *prep, const char **said, const Config *c, const cha
     if (!target || is_one_of_values(target, "null")) return OK;
     while (k > PREP_FOLDER && !is_one_of_values(target, official[k])) k--;
     if (k == PREP_FOLDER)
-        return err("data.params.%s %.200s: no data set that is known; expected one of taming.data.faceshq, "
-                   "taming.data.imagenet, taming.data.custom or imagebart.data.lsun, or data.prep in its place",
-                   key, target);
+        return config_err(c, "data.params.", key,
+                          "data.params.%s %.200s: no data set that is known; expected one of taming.data.faceshq, "
+                          "taming.data.imagenet, taming.data.custom or imagebart.data.lsun, or data.prep in its place",
+                          key, target);
     if (*said && *prep != (Prep)k)
-        return err("data.params.%s %s prepares pictures as %s, but %s says %s", key, target, names[k], *said,
-                   names[*prep]);
+        return config_err(c, "data.params.", key, "data.params.%s %s prepares pictures as %s, but %s says %s", key,
+                          target, names[k], *said, names[*prep]);
     *prep = (Prep)k, *said = key;
     return OK;
 }
@@ -45,14 +46,11 @@ Err prep_read(Prep *out, const Config *c) {
     *out = PREP_FOLDER;
     int k = 0;
     while (name && k < 4 && strcmp(name, names[k])) k++;
-    if (k == 4) {
-        err("data.prep %.200s: expected folder, ffhq, imagenet or lsun", name);
-        return config_blame(c, "data.", "prep");
-    }
+    if (k == 4)
+        return config_err(c, "data.", "prep", "data.prep %.200s: expected folder, ffhq, imagenet or lsun", name);
     *out = (Prep)k;
-    Err e = read_target(out, &said, c, "train.target");
-    if (e == OK) e = read_target(out, &said, c, "validation.target");
-    return e == OK ? OK : config_in_file(c);
+    TRY(read_target(out, &said, c, "train.target"));
+    return read_target(out, &said, c, "validation.target");
 }
 
 Err prep_size_check(const Config *c, size_t size) {
@@ -65,7 +63,9 @@ Err prep_size_check(const Config *c, size_t size) {
         size_t said = 0;
         TRY(config_size(&said, c, "data.params.", key, 1, IMAGE_MAX_SIDE, 0));
         if (said != size)
-            return err("data.params.%s is %zu, the first stage's resolution %zu: expected the same", key, said, size);
+            return config_err(c, "data.params.", key,
+                              "data.params.%s is %zu, the first stage's resolution %zu: expected the same", key, said,
+                              size);
     }
     return OK;
 }

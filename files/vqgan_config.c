@@ -96,8 +96,9 @@ static Err read_first_stage(VqganConfig *c, const Config *from, const Checkpoint
         return err("%sddconfig: in_channels is %zu and out_ch %zu, expected 3 and 3: pictures are red, green and blue",
                    prefix, c->in_channels, c->out_ch);
     if (c->resolution > IMAGE_MAX_SIDE || c->resolution >> (c->levels - 1) == 0)
-        return err("%sddconfig.resolution is %zu, expected %zu..%d for %zu levels", prefix, c->resolution,
-                   (size_t)1 << (c->levels - 1), IMAGE_MAX_SIDE, c->levels);
+        return config_err(from, prefix, "ddconfig.resolution",
+                          "%sddconfig.resolution is %zu, expected %zu..%d for %zu levels", prefix, c->resolution,
+                          (size_t)1 << (c->levels - 1), IMAGE_MAX_SIDE, c->levels);
     return OK;
 }
 

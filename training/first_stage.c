@@ -294,9 +294,11 @@ static Err first_plan(Stage *s) {
 Err first_check(Stage *s, VqganConfig *c) {
     TRY(first_stage_config(c, &s->recipe, NULL, NULL));
     if (c->resolution % ((size_t)1 << (c->levels - 1)))
-        return err("model.params.ddconfig.resolution is %zu, expected a multiple of %zu: with %zu levels it would be "
-                   "reconstructed smaller than it is, which can be drawn from, but not be trained",
-                   c->resolution, (size_t)1 << (c->levels - 1), c->levels);
+        return config_err(
+            &s->recipe, "model.params.", "ddconfig.resolution",
+            "model.params.ddconfig.resolution is %zu, expected a multiple of %zu: with %zu levels it would be "
+            "reconstructed smaller than it is, which can be drawn from, but not be trained",
+            c->resolution, (size_t)1 << (c->levels - 1), c->levels);
     TRY(vqgan_create(&s->vqgan, c, 0));
     s->params = vqgan_params(s->vqgan);
     s->size = c->resolution;

@@ -56,19 +56,16 @@ static void freeze_encoder(Stage *s) {
 }
 
 /* Where the perceptual network (LPIPS) is missing: in its place, the distance of the discriminator's features. */
-static Err read_feature_weight(Gan *g, const Config *c, int has_perceptual) {
-    double perceptual = 0;
-    TRY(config_real(&perceptual, c, LOSS, "perceptual_weight", 0, 1e6, 1));
-    if (perceptual > 0 && !has_perceptual && !config_get(c, "train.", "feature_weight")) {
-        g->feature_weight = perceptual;
+static Err match_features(Gan *g, const Config *c) {
+    TRY(config_real(&g->feature_weight, c, LOSS, "perceptual_weight", 0, 1e6, 1));
+    if (g->feature_weight > 0)
         say_once("perceptual_weight %g without its network: the discriminator's features are matched instead "
                  "(train.feature_weight)\n",
-                 perceptual);
-    }
-    return config_real(&g->feature_weight, c, "train.", "feature_weight", 0, 1e6, 1);
+                 g->feature_weight);
+    return OK;
 }
 
-static Err read_gan(Gan *g, const Config *c, int has_perceptual) {
+static Err read_gan(Gan *g, const Config *c) {
     const char *kind = config_get(c, LOSS, "disc_loss");
     size_t warm_up = 500;
     int conditional = 0;
@@ -81,12 +78,13 @@ static Err read_gan(Gan *g, const Config *c, int has_perceptual) {
     TRY(config_real(&g->factor, c, LOSS, "disc_factor", 0, 1e6, 1));
     TRY(config_flag(&conditional, c, LOSS, "disc_conditional", 1));
     if (conditional)
-        return err("%sdisc_conditional true: a discriminator that sees a condition is not supported", LOSS);
+        return config_err(c, LOSS, "disc_conditional",
+                          "%sdisc_conditional true: a discriminator that sees a condition is not supported", LOSS);
     if (kind && strcmp(kind, "hinge") && strcmp(kind, "vanilla"))
-        return err("%sdisc_loss %s: expected hinge or vanilla", LOSS, kind);
+        return config_err(c, LOSS, "disc_loss", "%sdisc_loss %s: expected hinge or vanilla", LOSS, kind);
     g->kind = kind && !strcmp(kind, "vanilla") ? DISC_VANILLA : DISC_HINGE;
     TRY(config_flag(&g->official_order, c, "train.", "official_order", 1));
-    return read_feature_weight(g, c, has_perceptual);
+    return config_real(&g->feature_weight, c, "train.", "feature_weight", 0, 1e6, 1);
 }
 
 static Err create_discriminator(Stage *s, Gan *g) {
@@ -94,7 +92,8 @@ static Err create_discriminator(Stage *s, Gan *g) {
     const VqganConfig *v = vqgan_config(s->vqgan);
     TRY(disc_config_read(&c, &s->recipe, LOSS));
     if (c.in_channels != v->in_channels || c.in_channels != v->out_ch)
-        return err("%sdisc_in_channels is %zu, expected the pictures' %zu", LOSS, c.in_channels, v->out_ch);
+        return config_err(&s->recipe, LOSS, "disc_in_channels", "%sdisc_in_channels is %zu, expected the pictures' %zu",
+                          LOSS, c.in_channels, v->out_ch);
     TRY(disc_create(&g->d, &c));
     if (s->set.cuda) TRY(disc_use_cuda(g->d, gpu_precision(s)));
     g->params = disc_params(g->d);
@@ -105,12 +104,18 @@ static Err create_discriminator(Stage *s, Gan *g) {
 static Err is_frozen(const Stage *s, int *frozen) {
     TRY(config_flag(frozen, &s->recipe, "train.", "freeze_encoder", 1));
     if (*frozen && !s->set.init && !state_exists(s))
-        return err("train.freeze_encoder true: the encoder would stay at random; --init names a trained model");
+        return config_err(&s->recipe, "train.", "freeze_encoder",
+                          "train.freeze_encoder true: the encoder would stay at random; --init names a trained model");
     return OK;
 }
 
+/* What the recipe says of the discriminator must be right even where there is none. */
 Err gan_check(const Stage *s) {
+    Gan unused = {0};
+    DiscConfig c;
     int frozen = 0;
+    TRY(read_gan(&unused, &s->recipe));
+    TRY(disc_config_read(&c, &s->recipe, LOSS));
     return is_frozen(s, &frozen);
 }
 
@@ -125,7 +130,8 @@ Err gan_create(Stage *s) {
     if (!wanted) return OK;
     TRY(mem_alloc(&s->first.gan, 1, sizeof *s->first.gan, "discriminator"));
     forget_recent(s->first.gan->recent);
-    TRY(read_gan(s->first.gan, c, s->first.perceptual != NULL));
+    TRY(read_gan(s->first.gan, c));
+    if (!s->first.perceptual && !config_get(c, "train.", "feature_weight")) TRY(match_features(s->first.gan, c));
     return create_discriminator(s, s->first.gan);
 }
 

@@ -21,9 +21,9 @@ static Err take_use_ema(Stage *s) {
     TRY(config_flag(&use_ema, &s->recipe, PARAMS, "use_ema", 1));
     if (use_ema) return OK;
     if (config_get(&s->recipe, "train.", "ema_decay"))
-        return err(
-            "train.ema_decay beside model.params.use_ema false: one says that there is a moving average, one that "
-            "there is none");
+        return config_err(&s->recipe, "train.", "ema_decay",
+                          "train.ema_decay beside model.params.use_ema false: one says that there is a moving average, "
+                          "one that there is none");
     s->without_ema = 1, s->set.ema_decay = 0;
     return OK;
 }
@@ -32,7 +32,8 @@ static Err check_scale(const Stage *s) {
     size_t single = 0;
     TRY(config_size(&single, &s->recipe, PARAMS, "single_scale", 1, MAX_SCALES, 1));
     if (!single || single == s->set.scale) return OK;
-    return err("model.params.single_scale is %zu, but %s is to be trained", single, s->name);
+    return config_err(&s->recipe, PARAMS, "single_scale", "model.params.single_scale is %zu, but %s is to be trained",
+                      single, s->name);
 }
 
 /* The official weights to begin with are --init's: beside the recipe, or from here. */
@@ -40,13 +41,15 @@ static Err take_ckpt_path(Stage *s, const char *recipe) {
     const char *said = config_get(&s->recipe, PARAMS, "ckpt_path"), *slash = strrchr(recipe, '/');
     if (!said || is_one_of_values(said, "null") || s->set.init || state_exists(s)) return OK;
     const int folder = *said == '/' || !slash ? 0 : (int)(slash - recipe) + 1;
-    TRY(path_make(s->init, "%.*s%s", folder, recipe, said));
-    if (!file_exists(s->init)) TRY(path_make(s->init, "%s", said));
+    if (path_make(s->init, "%.*s%s", folder, recipe, said) != OK ||
+        (!file_exists(s->init) && path_make(s->init, "%s", said) != OK))
+        return config_blame(&s->recipe, PARAMS, "ckpt_path");
     if (!file_exists(s->init))
-        return err("model.params.ckpt_path %s: no such file beside %s or here; --init PATH names the weights to begin "
-                   "with, or leave the key out",
-                   said, recipe);
-    say_once("%s: begins with the weights of %s (ckpt_path)\n", s->name, s->init);
+        return config_err(
+            &s->recipe, PARAMS, "ckpt_path",
+            "model.params.ckpt_path %s: no such file beside %s or here; --init PATH names the weights to begin "
+            "with, or leave the key out",
+            said, recipe);
     s->set.init = s->init;
     return OK;
 }
@@ -63,5 +66,5 @@ Err official_settings(Stage *s, const char *recipe) {
     if (s->set.vqgan) return OK;
     TRY(take_soft_only(s));
     TRY(take_use_ema(s));
-    return check_scale(s) == OK ? OK : config_in_file(&s->recipe);
+    return check_scale(s);
 }

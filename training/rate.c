@@ -47,16 +47,17 @@ Err rate_kind(RateKind *kind, const Config *c) {
     if (!target || is_class(target, "LambdaWarmUpCosineScheduler")) return OK;
     *kind = is_class(target, "LambdaLinearScheduler") ? RATE_LINEAR_CYCLES : RATE_COSINE_CYCLES;
     if (*kind == RATE_LINEAR_CYCLES || is_class(target, "LambdaWarmUpCosineScheduler2")) return OK;
-    err(SCHEDULER "target is %s, expected imagebart.lr_scheduler.LambdaWarmUpCosineScheduler, "
-                  "...LambdaWarmUpCosineScheduler2 or ...LambdaLinearScheduler",
-        target);
-    return config_blame(c, SCHEDULER, "target");
+    return config_err(c, SCHEDULER, "target",
+                      SCHEDULER "target is %s, expected imagebart.lr_scheduler.LambdaWarmUpCosineScheduler, "
+                                "...LambdaWarmUpCosineScheduler2 or ...LambdaLinearScheduler",
+                      target);
 }
 
 /* Keys of the other kind say that the target is another one than meant. */
 static Err refuse_keys(const Config *c, const char *const *keys, const char *kind) {
     for (; *keys; keys++)
-        if (config_get(c, PARAMS, *keys)) return err(PARAMS "%s: is not a key of %s", *keys, kind);
+        if (config_get(c, PARAMS, *keys))
+            return config_err(c, PARAMS, *keys, PARAMS "%s: is not a key of %s", *keys, kind);
     return OK;
 }
 
@@ -89,13 +90,15 @@ static Err read_cycles(Rate *r, const Config *c, size_t steps) {
         TRY(config_reals(lists[i].to, &n, CYCLES_MAX, c, PARAMS, lists[i].key, lists[i].least, lists[i].most));
         if (i == 0) r->n_cycles = n;
         if (n != r->n_cycles || n == 0)
-            return err(PARAMS "%s has %zu numbers, cycle_lengths %zu; expected as many, one a cycle", lists[i].key, n,
-                       r->n_cycles);
+            return config_err(c, PARAMS, lists[i].key,
+                              PARAMS "%s has %zu numbers, cycle_lengths %zu; expected as many, one a cycle",
+                              lists[i].key, n, r->n_cycles);
     }
     for (size_t i = 0; i < r->n_cycles; i++) last += r->length[i];
     if (steps && (double)(steps - 1) > last)
-        return err(PARAMS "cycle_lengths end at step %.0f, train.steps is %zu, expected at most %.0f", last, steps,
-                   last + 1);
+        return config_err(c, PARAMS, "cycle_lengths",
+                          PARAMS "cycle_lengths end at step %.0f, train.steps is %zu, expected at most %.0f", last,
+                          steps, last + 1);
     return OK;
 }
 

@@ -50,7 +50,9 @@ void next_tokens(Stage *s, uint64_t micro) {
 static Err group_by_class(Stage *s) {
     SecondStage *x = &s->second;
     size_t at = 0;
-    if (s->train.n_classes == 0) return err("train.balance_classes: %s has no classes", s->set.data);
+    if (s->train.n_classes == 0)
+        return config_err(&s->recipe, "train.", "balance_classes", "train.balance_classes: %s has no classes",
+                          s->set.data);
     TRY(mem_alloc(&x->class_at, s->train.n_classes + 1, sizeof *x->class_at, "classes"));
     for (size_t c = 0; c < s->train.n_classes; c++) {
         x->class_at[x->n_drawn] = at;
@@ -146,12 +148,15 @@ static Err check_transition(const Stage *s, const NetConfig *c) {
     if (c->has_class && s->train.n_classes > vocabulary)
         return err("%s: %zu classes; the network has %zu input tokens", s->set.data, s->train.n_classes, vocabulary);
     if (s->set.label_dropout > 0 && !c->has_class)
-        return err("train.label_dropout: %s is not conditioned on classes, expected 0", s->name);
+        return config_err(&s->recipe, "train.", "label_dropout",
+                          "train.label_dropout: %s is not conditioned on classes, expected 0", s->name);
     if (s->set.label_dropout > 0 && s->train.n_classes >= vocabulary)
-        return err("train.label_dropout: %zu classes and \"no class\" need as many input tokens, the network has %zu; "
-                   "raise %s to %zu",
-                   s->train.n_classes, vocabulary, c->kind == NET_X ? "enc_num_tokens" : "input_vocab_size",
-                   s->train.n_classes + 1);
+        return config_err(
+            &s->recipe, "train.", "label_dropout",
+            "train.label_dropout: %zu classes and \"no class\" need as many input tokens, the network has %zu; "
+            "raise %s to %zu",
+            s->train.n_classes, vocabulary, c->kind == NET_X ? "enc_num_tokens" : "input_vocab_size",
+            s->train.n_classes + 1);
     if (x->t && c->kind == NET_GPT && x->t != x->schedule.T)
         return err("%s: a decoder-only network sees no x_t, so it can only be scale %d", s->name, x->schedule.T);
     return OK;

@@ -430,7 +430,8 @@ static Err settle_crops(Stage *s, int continuing) {
     enum { USUAL = 8 };
     const int random = s->prep == PREP_IMAGENET;
     if (s->set.crops > 1 && !random)
-        return err(
+        return config_err(
+            &s->recipe, "train.", "crops",
             "train.crops %zu: only data.prep imagenet crops at random, the others take the centre square; expected 1",
             s->set.crops);
     if (s->set.crops == 0) s->set.crops = random && !continuing ? USUAL : 1;
