@@ -161,13 +161,13 @@ LDLIBS := $(ARCHIVES) $(if $(HAVE_WEBP),-lwebp) $(if $(HAVE_LMDB),-llmdb) -lpng 
 # compiled for the first level only.
 BASE := base threads params plan compute options version
 KERNELS := $(if $(PLAINLY),,fast gemm stream conv norm layers attention guess optimizer discriminator perceptual)
-FILES := folder layout damage config atomic tensor checkpoint pickle zip ckpt weights names pixels orientation prep resize rows png png_text apng jpeg webp images mask lmdb tokens places keys values recipe betas net_config vqgan_config classes remap
+FILES := folder layout damage config atomic tensor checkpoint pickle zip ckpt weights names pixels orientation prep resize rows png png_text apng profile jpeg webp images mask lmdb tokens places keys values recipe betas net_config vqgan_config classes remap
 SAMPLING := model bounds draw edit paste options output sheet score region terminal
 COMPONENTS := $(BASE:%=base/%) $(KERNELS:%=kernels/%) $(FILES:%=files/%) data vqgan transformer diffusion \
               $(SAMPLING:%=sampling/%) training/discriminator training/perceptual training/restart training/rate training/spike
 PROGRAMS := sample train inpaint $(if $(HAVE_SERVE),serve)
 COLD := base/params base/options base/version $(FILES:%=files/%) data sampling/model sampling/options sampling/terminal
-TESTS := base $(if $(PLAINLY),,gemm conv) checkpoint ckpt images data vqgan discriminator perceptual transformer classes keys diffusion fuzz $(if $(PLAINLY),,layers)
+TESTS := base $(if $(PLAINLY),,gemm conv) checkpoint ckpt images profile data vqgan discriminator perceptual transformer classes keys diffusion fuzz $(if $(PLAINLY),,layers)
 TESTS_DOUBLE := $(if $(PLAINLY),,gemm conv) vqgan discriminator perceptual transformer layers
 
 OBJ := $(COMPONENTS:%=$B/%.o)

@@ -47,6 +47,7 @@ static void say_picture(const Completion *c) {
         say(c->args, "%s is %zux%zu: its centre square is used at %zux%zu%s%s%s\n", path, p->W, p->H, size, size,
             size < side ? ", in the middle" : "", said ? "" : ", scaled as data.prep ", said ? "" : prep_name(p->prep));
     if (p->note) say(c->args, "%s: %s\n", c->in->mask, p->note);
+    if (p->profile.note) say(c->args, "%s: %s\n", c->in->into ? c->in->into : path, p->profile.note);
     if (!p->kept) say(c->args, "the mask keeps nothing: the whole picture is drawn anew\n");
 }
 
@@ -100,6 +101,7 @@ static Err write_files(Completion *c) {
                      .text = &text,
                      .original = &c->edit.picture,
                      .keep = c->edit.keep,
+                     .profile = &c->edit.profile,
                      .into = c->in->into ? &c->edit : NULL,
                      .no_paste = c->in->no_paste,
                      .compare = c->in->compare};

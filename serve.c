@@ -7,6 +7,7 @@
  *
  * Safe by default: only this machine can call, no request reads or writes a file. Read next: serving/http.c, how a
  * request comes; serving/gate.c, who may send one. */
+#include "base/version.h"
 #include "serving/serving.h"
 
 #include <signal.h>
@@ -14,8 +15,6 @@
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
-
-static const char VERSION[] = "0.1";
 
 typedef struct {
     OptionList models, origins;
@@ -168,7 +167,7 @@ static Reply get_health(void *context, const Request *r) {
     (void)r;
     if (s->cuda && cuda_find(gpu, &available, &total) != OK) snprintf(gpu, sizeof gpu, "cuda");
     snprintf(text, sizeof text, "%s, %s", weight_name(s->weights), s->cuda ? "GPU" : vector_instructions());
-    cJSON_AddStringToObject(x, "version", VERSION);
+    cJSON_AddStringToObject(x, "version", version_commit_text());
     cJSON_AddStringToObject(x, "device", gpu);
     cJSON_AddStringToObject(x, "arithmetic", text);
     cJSON_AddNumberToObject(x, "threads", threads_get());

@@ -75,8 +75,12 @@ static void print_optional(void) {}
 #define HAS(symbol) 1
 #endif
 
+const char *version_commit_text(void) {
+    return HAS(version_commit) ? version_commit : "unknown";
+}
+
 void version_print(const char *program) {
-    printf("%s of imagebart.c, commit %s\n", program, HAS(version_commit) ? version_commit : "unknown");
+    printf("%s of imagebart.c, commit %s\n", program, version_commit_text());
     printf("compiler: %s\n", COMPILER);
     printf("processor: %s\n", vector_instructions());
     printf("libraries: ");

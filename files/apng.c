@@ -87,6 +87,16 @@ static Err pack(Apng *a, const Image *im, size_t *bytes) {
     return OK;
 }
 
+static Err put_profile(Apng *a, const Profile *p) {
+    uint8_t *data;
+    size_t n;
+    if (!p || !p->size) return OK;
+    TRY(png_profile(&data, &n, p));
+    const Err e = put_chunk(a, "iCCP", data, n);
+    free(data);
+    return e;
+}
+
 static Err put_frame(Apng *a, size_t bytes, size_t ms) {
     uint8_t control[26] = {0}; /* at (0,0), replacing what was there */
     put_u32(control, a->sequence++);
@@ -116,6 +126,7 @@ static Err put_all(Apng *a, size_t n, FrameMake *make, void *context, const Conf
         if (e == OK && i == 0) e = apng_room(a, &im);
         if (e == OK && (im.H * a->enlarge != a->H || im.W * a->enlarge != a->W)) e = err("frames of several sizes");
         if (e == OK && i == 0) e = put_header(a, n);
+        if (e == OK && i == 0) e = put_profile(a, im.profile);
         for (size_t k = 0; text && k < text->n && i == 0 && e == OK; k++) e = put_text(a, &text->kv[k]);
         if (e == OK) e = pack(a, &im, &bytes);
         if (e == OK && i == 0)

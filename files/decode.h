@@ -24,13 +24,16 @@ void samples_to_rgb(uint8_t *rgb, const uint8_t *row, size_t W, size_t channels,
 /* row (N*W,3) = row y, every pixel N times. */
 void image_row_enlarged(uint8_t *row, const Image *im, size_t y, size_t N);
 
-/* ---- png.c: texts in PNGs ---- */
+/* ---- png.c: texts and profiles in PNGs ---- */
 /* Whether s is well-formed UTF-8 with something beyond ASCII in it. */
 int is_wide_utf8(const char *s);
 /* out = the key as a PNG can hold it: 1..79 printable ASCII characters, single spaces. Whether it was so; if not, the value
  * is to have the whole key in front, "key value". */
 enum { PNG_KEY_BYTES = 79 };
 int png_key(char out[PNG_KEY_BYTES + 1], const char *key);
+
+/* *data (n) = what the chunk iCCP of a PNG holds, to be freed. */
+Err png_profile(uint8_t **data, size_t *n, const Profile *p);
 
 /* ---- orientation.c. Metadata is often sloppy: 0 means that nothing in it says how the picture was held ---- */
 /* Orientation from a TIFF structure (what follows "Exif\0\0" in a JPEG, the whole eXIf chunk in a PNG). */

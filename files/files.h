@@ -368,12 +368,24 @@ Err tensor_list_add(TensorList *list, const char *name, Dtype dtype, int ndim, c
                     int from_real);
 void tensor_list_free(TensorList *list);
 
+/* ---- profile.c: what the numbers of a picture mean as colours ---- */
+enum { PROFILE_BYTES = 1 << 20 }; /* of a profile at most */
+typedef struct {
+    uint8_t *bytes;
+    size_t size;      /* 0: none, the picture is sRGB or says nothing */
+    const char *note; /* why the file's is left out, or NULL */
+} Profile;
+/* *p = the ICC profile of a file that image_decode takes; to be released with profile_free. */
+Err profile_read(Profile *p, const uint8_t *bytes, size_t n);
+void profile_free(Profile *p);
+
 /* ---- images.c, pixels.c, png.c, resize.c, mask.c: pictures in and out ---- */
 typedef struct {
     size_t H, W;
     uint8_t *rgb;     /* (H,W,3) */
     uint8_t *alpha;   /* (H,W) or NULL: opaque. PNGs are written with it; nothing else looks at it. */
     const char *note; /* what of the file is left out, such as the other pictures of an animation; NULL: nothing */
+    const Profile *profile; /* another's, or NULL: PNGs are written with it; nothing else looks at it. */
 } Image;
 enum { IMAGE_MAX_SIDE = 32768 };
 /* How a file becomes RGB: flags. */

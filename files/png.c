@@ -8,6 +8,7 @@
 #include <string.h>
 
 #include <png.h>
+#include <zlib.h>
 
 /* ------------------------------------------------------------------------------------------------------------
  * In
@@ -186,6 +187,8 @@ typedef struct {
     char (*key)[PNG_KEY_BYTES + 1], **whole; /* of each text; a value with its key in front, or NULL */
     size_t n_text;
     int write_failed; /* err_text() already says what */
+    uint8_t *profile; /* a chunk's */
+    size_t profile_bytes;
     png_structp png;
     png_infop info;
 } PngOut;
@@ -256,6 +259,18 @@ static Err png_texts(PngOut *p, const Config *text) {
     return OK;
 }
 
+Err png_profile(uint8_t **data, size_t *n, const Profile *p) {
+    static const char name[] = "ICC profile"; /* and a zero byte; another says how it is packed */
+    uLongf size = compressBound((uLong)p->size);
+    TRY(mem_alloc(data, sizeof name + 1 + size, 1, "a colour profile"));
+    memcpy(*data, name, sizeof name);
+    const int z = compress2(*data + sizeof name + 1, &size, p->bytes, (uLong)p->size, Z_BEST_COMPRESSION);
+    *n = sizeof name + 1 + size;
+    if (z == Z_OK) return OK;
+    free(*data);
+    return err("no memory to pack a colour profile");
+}
+
 static void free_texts(PngOut *p) {
     for (size_t i = 0; p->whole && i < p->n_text; i++) free(p->whole[i]);
     free(p->whole);
@@ -283,6 +298,10 @@ static void png_out_body(PngOut *p) {
                  p->rgba ? PNG_COLOR_TYPE_RGB_ALPHA : PNG_COLOR_TYPE_RGB, PNG_INTERLACE_NONE,
                  PNG_COMPRESSION_TYPE_DEFAULT, PNG_FILTER_TYPE_DEFAULT);
     if (p->n_text) png_set_text(png, p->info, p->text, (int)p->n_text);
+    if (p->profile) { /* libpng itself would refuse some that others read */
+        png_write_info_before_PLTE(png, p->info);
+        png_write_chunk(png, (png_const_bytep) "iCCP", p->profile, p->profile_bytes);
+    }
     png_write_info(png, p->info);
     for (size_t y = 0; y < im->H * N; y++) {
         if (y % N == 0) image_row_enlarged(p->row, im, y / N, N);
@@ -295,7 +314,9 @@ static void png_out_body(PngOut *p) {
 static Err png_encode(PngOut *p) {
     p->png = png_create_write_struct(PNG_LIBPNG_VER_STRING, p, png_out_error, png_ignore_warning);
     p->info = p->png ? png_create_info_struct(p->png) : NULL;
+    const Profile *profile = p->im->profile;
     Err e = p->im->alpha ? mem_alloc(&p->rgba, p->im->W * p->enlarge, 4, "a row of a PNG") : OK;
+    if (e == OK && profile && profile->size) e = png_profile(&p->profile, &p->profile_bytes, profile);
     if (e != OK)
         ;
     else if (!p->info)
@@ -305,7 +326,7 @@ static Err png_encode(PngOut *p) {
     else
         png_out_body(p);
     png_destroy_write_struct(&p->png, &p->info);
-    free(p->rgba);
+    free(p->rgba), free(p->profile);
     return e;
 }
 

@@ -12,6 +12,7 @@
 void edit_free(EditPicture *p) {
     image_free(&p->whole);
     image_free(&p->picture);
+    profile_free(&p->profile);
     free(p->hole), free(p->keep), free(p->keep_token);
     p->hole = p->keep = p->keep_token = NULL;
 }
@@ -50,7 +51,9 @@ static Err read_whole(EditPicture *p, const EditArgs *a) {
 Err edit_into(EditPicture *p, const uint8_t *image, size_t bytes) {
     const size_t H = p->H, W = p->W;
     image_free(&p->whole);
+    profile_free(&p->profile);
     TRY(read_whole(p, &(EditArgs){.image = image, .image_bytes = bytes}));
+    TRY(profile_read(&p->profile, image, bytes));
     if (p->H == H && p->W == W) return OK;
     return err("the picture is %zux%zu; expected %zux%zu, as the one that is completed", p->W, p->H, W, H);
 }
@@ -168,6 +171,7 @@ Err edit_read(EditPicture *p, const Model *m, const EditArgs *a) {
         return err("a window of %zu pixels: the picture has %zu", a->window ? a->window : a->outside, m->side);
     TRY(prep_read(&p->prep, &m->meta));
     TRY(a->paste ? read_whole(p, a) : decode_whole(p, a, prep_how(p->prep)));
+    TRY(profile_read(&p->profile, a->image, a->image_bytes));
     p->square = min_size(p->H, p->W);
     p->y0 = (p->H - p->square) / 2, p->x0 = (p->W - p->square) / 2;
     TRY(mem_alloc(&p->hole, p->square * p->square, 1, "mask"));

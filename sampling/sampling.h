@@ -175,6 +175,7 @@ typedef struct {
     size_t kept;         /* pixels */
     size_t redrawn;      /* tokens */
     const char *note;    /* how transparent parts of the mask were taken, or NULL */
+    Profile profile;     /* of the file whose kept pixels the result has */
     /* why it failed, if not since it does not fit: */
     const char *unreadable; /* "image", "mask": no picture that can be read; NULL */
     int too_many;           /* pixels */
@@ -311,6 +312,7 @@ typedef struct {
     const int32_t *label;    /* (n) classes, or NULL */
     const Image *original;   /* (side,side) whose kept pixels are put back, or NULL */
     const uint8_t *keep;     /* (side,side) */
+    const Profile *profile;  /* that files are written with, or NULL */
     const EditPicture *into; /* they go back into this whole picture, or NULL */
     int no_paste, compare;   /* compare: grids begin with the original, and with what is kept of it */
 } Sheet;

@@ -98,6 +98,7 @@ static Err write_sheet(const Sheet *s, const int32_t *tokens, size_t tiles, size
     Err e = sheet_text(&text, s, of_several ? 1 : s->args->n, first, of_several);
     if (e == OK && frames) e = config_set(&text, "frames", "%s", frames);
     if (e == OK) e = sheet_picture(s, &im, tokens, tiles, columns, s->compare);
+    im.profile = s->profile;
     if (e == OK) e = image_write_png_enlarged(path, &im, s->args->enlarge, &text);
     image_free(&im);
     config_free(&text);
@@ -169,7 +170,9 @@ static Err film_frame(void *context, size_t i, Image *im) {
     const size_t N = f->sheet->model->h * f->sheet->model->w;
     for (size_t b = 0; b < f->n; b++)
         memcpy(f->tokens + b * N, f->chain + (b * f->steps + i) * N, N * sizeof *f->tokens);
-    return sheet_picture(f->sheet, im, f->tokens, f->n, sheet_columns(f->sheet, f->n), 0);
+    TRY(sheet_picture(f->sheet, im, f->tokens, f->n, sheet_columns(f->sheet, f->n), 0));
+    im->profile = f->sheet->profile;
+    return OK;
 }
 
 Err sheet_animate(const Sheet *s, const int32_t *chain, size_t n, size_t steps, const char *path) {

@@ -273,6 +273,7 @@ static int check_pictures(Fault *f, Job *j) {
     may_decode(1);
     const Err e = edit_read(&p, &j->served->model, &a);
     if (j->paste) j->paste_pixels = p.H * p.W;
+    j->profile_bytes = p.profile.size;
     edit_free(&p);
     may_decode(-1);
     if (e == OK) return 1;

@@ -173,7 +173,8 @@ typedef struct {
     /* of edits */
     Blob *image, *mask; /* as they came; released when the job is over */
     int has_mask;
-    size_t paste_pixels; /* of the picture that comes back, if it is not the model's */
+    size_t paste_pixels;  /* of the picture that comes back, if it is not the model's */
+    size_t profile_bytes; /* of its colours */
     const char *image_name;
     char half[8]; /* "": not given; as the sizes are with 0 */
     size_t window, outside;

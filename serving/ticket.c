@@ -28,7 +28,8 @@ static size_t worst_details(const Job *j) {
 }
 
 static size_t worst_result(const Job *j) {
-    return j->paste_pixels ? 4 * j->paste_pixels + j->paste_pixels / 512 + PNG_SLACK : worst_picture(j);
+    const size_t profile = j->profile_bytes + j->profile_bytes / 1000;
+    return profile + (j->paste_pixels ? 4 * j->paste_pixels + j->paste_pixels / 512 + PNG_SLACK : worst_picture(j));
 }
 
 size_t ticket_results(const Job *j) {

@@ -54,7 +54,7 @@ static Err keep_preview(Ticket *t, size_t k, int scale, const Image *im) {
     return OK;
 }
 
-/* The result of an edit: the whole picture, or the model's with the kept pixels as they were. */
+/* The result of an edit: the whole picture, or the model's with the kept pixels as they were; in the file's colours. */
 static Err finish_edit(const Work *w, Image *im) {
     const EditPicture *p = w->edit;
     if (w->ticket->job.paste) {
@@ -62,8 +62,10 @@ static Err finish_edit(const Work *w, Image *im) {
         TRY(paste_picture(&whole, p, w->model, im));
         image_free(im);
         *im = whole;
+        im->profile = &p->profile;
         return OK;
     }
+    im->profile = &p->profile;
     for (size_t i = 0; i < im->H * im->W; i++)
         if (p->keep[i]) memcpy(im->rgb + 3 * i, p->picture.rgb + 3 * i, 3);
     return OK;

@@ -1,6 +1,7 @@
 /* fuzz_files.c - fuzzers of single files: checkpoints, pictures and masks, tokens, recipes, class lists, schedules,
  * LMDBs. */
 #include "fuzz.h"
+#include "profiles.h"
 
 #include <jpeglib.h>
 #include <math.h>
@@ -89,6 +90,7 @@ static void prepare(const Image *im, unsigned how, size_t side) {
 static void read_picture(const uint8_t *bytes, size_t n) {
     Image im = {0};
     Config texts = {0};
+    Profile profile;
     if (n < 3) return;
     const unsigned how = bytes[0];
     const size_t side = 1 + bytes[1] % 40;
@@ -106,6 +108,8 @@ static void read_picture(const uint8_t *bytes, size_t n) {
     image_free(&im);
     answered(png_read_texts(&texts, file, n));
     config_free(&texts);
+    if (profile_read(&profile, file, n) == OK) MUST(profile.size <= PROFILE_BYTES && !profile.size == !profile.bytes);
+    profile_free(&profile);
     free(file);
 }
 
@@ -208,6 +212,39 @@ static size_t make_png(uint8_t *out, unsigned type, unsigned depth, int interlac
     return mend_png(out, n, 0);
 }
 
+#ifdef HAVE_WEBP
+/* A WebP of 9x7 with this profile */
+static void take_webp(FuzzSeed *take, const char *name, const uint8_t *p3, const uint8_t *plain, size_t n) {
+    uint8_t bytes[8192] = "RIFF\0\0\0\0WEBPVP8X\12\0\0\0\40\0\0\0\10\0\0\6\0\0ICCP\xf4\1\0\0";
+    enum { BEFORE = 38, HEADER = 12 };
+    const size_t all = BEFORE + P3_BYTES + n - HEADER;
+    MUST(all <= sizeof bytes && P3_BYTES == 0x1f4);
+    memcpy(bytes + BEFORE, p3, P3_BYTES), memcpy(bytes + BEFORE + P3_BYTES, plain + HEADER, n - HEADER);
+    bytes[4] = (uint8_t)(all - 8), bytes[5] = (uint8_t)((all - 8) >> 8);
+    take_picture(take, name, 1, bytes, all);
+}
+#endif
+
+/* With a colour profile: a PNG as we write it, a JPEG */
+static void profile_seeds(FuzzSeed *take, const uint8_t *p3) {
+    static const uint8_t segment[] = "\xff\xe2\2\4ICC_PROFILE\0\1\1"; /* 16 + P3_BYTES */
+    enum { SEGMENT = sizeof segment - 1 };
+    uint8_t rgb[3] = {1, 2, 3}, *bytes, *jpeg;
+    size_t n;
+    const Profile profile = {(uint8_t *)(uintptr_t)p3, P3_BYTES, NULL};
+    const Image im = {.H = 1, .W = 1, .rgb = rgb, .profile = &profile};
+    MUST(image_encode_png(&bytes, &n, &im, NULL) == OK);
+    take_picture(take, "png_profile", 1, bytes, n);
+    free(bytes);
+    jpeg = make_jpeg(&n, JCS_RGB, 3, 0);
+    bytes = malloc(n + SEGMENT + P3_BYTES);
+    MUST(bytes);
+    memcpy(bytes, jpeg, 2), memcpy(bytes + 2, segment, SEGMENT), memcpy(bytes + 2 + SEGMENT, p3, P3_BYTES);
+    memcpy(bytes + 2 + SEGMENT + P3_BYTES, jpeg + 2, n - 2);
+    take_picture(take, "jpeg_profile", 1, bytes, n + SEGMENT + P3_BYTES);
+    free(bytes), free(jpeg);
+}
+
 static void picture_seeds(FuzzSeed *take) {
     static const uint8_t png[][3] = {{2, 8, 0}, {6, 8, 0},  {3, 2, 0},  {0, 1, 0},
                                      {4, 8, 1}, {2, 16, 1}, {6, 16, 0}, {3, 8, 1}};
@@ -216,7 +253,10 @@ static void picture_seeds(FuzzSeed *take) {
         int components, progressive;
     } jpeg[] = {{JCS_RGB, 3, 0}, {JCS_RGB, 3, 1}, {JCS_GRAYSCALE, 1, 0}, {JCS_CMYK, 4, 0}};
     char name[16];
+    uint8_t p3[P3_BYTES];
     size_t n;
+    make_profile(p3, P3_BYTES, p3_primaries, CURVE_PARAMETRIC);
+    profile_seeds(take, p3);
     for (size_t i = 0; i < sizeof png / sizeof *png; i++) {
         uint8_t bytes[8192];
         n = make_png(bytes, png[i][0], png[i][1], png[i][2]);
@@ -234,6 +274,7 @@ static void picture_seeds(FuzzSeed *take) {
     for (size_t i = 0; i < sizeof rgba; i++) rgba[i] = (uint8_t)(i * 29);
     n = WebPEncodeLosslessRGBA(rgba, 9, 7, 9 * 4, &out);
     take_picture(take, "webp0", 1, out, n);
+    take_webp(take, "webp_profile", p3, out, n);
     WebPFree(out);
     n = WebPEncodeRGBA(rgba, 9, 7, 9 * 4, 50, &out);
     take_picture(take, "webp1", 9, out, n);

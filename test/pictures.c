@@ -4,6 +4,8 @@
  *                                    COUNT pictures of coloured discs and bars in DIR/disc and DIR/bar, WIDTH (SIDE) x SIDE
  *   pictures same A B X0 Y0 X1 Y1    exit status 0 if the two pictures agree in that rectangle, 1 if not
  *   pictures near A B MOST           exit status 0 if no two colours are farther apart than MOST (of 255), 1 if some are
+ *   pictures colour A B              B = A with a colour profile of Display P3's primaries
+ *   pictures colours A B             exit status 0 if both files have the same colour profile, 1 if one has none
  *   pictures tensors A P B Q         exit status 0 if every tensor of file A whose name begins with P, and there are some, has
  *                                    the same values in B, where Q stands for P; 1 if not
  *   pictures moved A B P             prints how far apart the numbers of tensors whose names begin with P are at most
@@ -11,6 +13,7 @@
  *                                    from the other's than MOST times the largest of its tensor; but for those of one
  *                                    dimension: a bias in front of a norm has no gradient but rounding, which Adam
  *                                    enlarges */
+#include "profiles.h"
 #include "sampling/sampling.h"
 #include "training/training.h"
 
@@ -86,6 +89,32 @@ static int near(char **argv) {
     image_free(&a);
     image_free(&b);
     return farthest > atoi(argv[4]);
+}
+
+static int colour(char **argv) {
+    Image im;
+    uint8_t p3[P3_BYTES];
+    const Profile profile = {p3, P3_BYTES, NULL};
+    make_profile(p3, P3_BYTES, p3_primaries, CURVE_PARAMETRIC);
+    if (image_read(&im, argv[2]) != OK) return complain();
+    im.profile = &profile;
+    if (image_write_png(argv[3], &im, NULL) != OK) return complain();
+    image_free(&im);
+    return 0;
+}
+
+static int colours(char **argv) {
+    Profile p[2];
+    for (int i = 0; i < 2; i++) {
+        uint8_t *bytes;
+        size_t n;
+        if (file_bytes(&bytes, &n, argv[2 + i], IMAGE_FILE_BYTES, NULL) != OK || profile_read(&p[i], bytes, n) != OK)
+            return complain();
+        free(bytes);
+    }
+    const int same = p[0].size && p[0].size == p[1].size && !memcmp(p[0].bytes, p[1].bytes, p[0].size);
+    profile_free(&p[0]), profile_free(&p[1]);
+    return !same;
 }
 
 static int same_values(const Tensor *x, const Tensor *y) {
@@ -171,10 +200,13 @@ int main(int argc, char **argv) {
         return make(argv[2], atoi(argv[3]), strtoul(argv[4], NULL, 10), strtoul(argv[argc - 1], NULL, 10));
     if (argc == 8 && !strcmp(argv[1], "same")) return same(argv);
     if (argc == 5 && !strcmp(argv[1], "near")) return near(argv);
+    if (argc == 4 && !strcmp(argv[1], "colour")) return colour(argv);
+    if (argc == 4 && !strcmp(argv[1], "colours")) return colours(argv);
     if (argc == 6 && !strcmp(argv[1], "tensors")) return tensors(argv);
     if (argc == 5 && !strcmp(argv[1], "moved")) return moved(argv);
     if (argc == 5 && !strcmp(argv[1], "weights")) return weights(argv);
-    fprintf(stderr, "usage: pictures make DIR COUNT SIDE | same A B X0 Y0 X1 Y1 | near A B MOST | tensors A P B Q | "
+    fprintf(stderr, "usage: pictures make DIR COUNT SIDE | same A B X0 Y0 X1 Y1 | near A B MOST | colour A B | colours "
+                    "A B | tensors A P B Q | "
                     "moved A B P | weights A B MOST\n");
     return 2;
 }

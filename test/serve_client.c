@@ -1,11 +1,13 @@
 /* serve_client.c - what ./serve answers, byte by byte on a socket: test_serve.sh starts it.
  *
  *     serve_client http PORT      broken, foreign and smuggled requests to a server without a token
+ *     serve_client version PORT TEXT  it says this version
  *     serve_client token PORT     to one whose token is "sesame", with --origin https://page.example
  *     serve_client jobs PORT DIR  jobs, to one with --queue 2 --count-limit 40; DIR has ./sample, ./inpaint and models/
  *     serve_client forget PORT    to one with --results 1
  *     serve_client end PORT PID   it is ended while jobs run and wait */
 #include "serving/serving.h"
+#include "test/profiles.h"
 #include "test/test.h"
 
 #include <arpa/inet.h>
@@ -252,6 +254,15 @@ static void test_http(void) {
     a = ask_for("GET /api/health HTTP/1.1\r\nHost: %H\r\n" END, 5);
     CHECK(has_header(&a, "Cache-Control: no-store") && has_header(&a, "Cross-Origin-Resource-Policy: same-origin"));
     long_bodies();
+}
+
+static void test_version(const char *expected) {
+    Answer a = ask_for("GET /api/health HTTP/1.1\r\nHost: %H\r\n" END, 5);
+    cJSON *x = a.status == 200 ? cJSON_Parse(a.body) : NULL;
+    const char *version = cJSON_GetStringValue(cJSON_GetObjectItem(x, "version"));
+    if (!CHECK(version && strlen(expected) >= 7 && !strcmp(version, expected)))
+        printf("     %s, expected %s\n", version ? version : "none", expected);
+    cJSON_Delete(x);
 }
 
 /* ---- With a token ---- */
@@ -743,7 +754,12 @@ static void test_edit(const char *dir, size_t H, size_t W, int with_alpha, const
     uint8_t *image, *mask_bytes;
     size_t n, m, wrong = 0, changed = 0;
     char id[32];
+    uint8_t p3[P3_BYTES];
+    const Profile profile = {p3, P3_BYTES, NULL};
+    Profile back;
+    make_profile(p3, P3_BYTES, p3_primaries, CURVE_PARAMETRIC);
     make_pictures(&im, &mask, H, W, with_alpha);
+    im.profile = with_alpha ? &profile : NULL;
     CHECK_OK(image_encode_png(&image, &n, &im, NULL));
     CHECK_OK(image_encode_png(&mask_bytes, &m, &mask, NULL));
     write_file(dir, "image.png", image, n), write_file(dir, "mask.png", mask_bytes, m);
@@ -753,6 +769,9 @@ static void test_edit(const char *dir, size_t H, size_t W, int with_alpha, const
     CHECK(is_state(id, "done") && run_command(dir, id));
     a = of_job(id, "/0.png");
     CHECK(same_file(&a, dir, "out.png"));
+    CHECK_OK(profile_read(&back, (const uint8_t *)a.body, a.size));
+    CHECK(with_alpha ? back.size == P3_BYTES && !memcmp(back.bytes, p3, P3_BYTES) : back.size == 0);
+    profile_free(&back);
     CHECK_OK(image_decode(&got, (const uint8_t *)a.body, a.size, IMAGE_STRAIGHT));
     CHECK_OK(image_decode(&alpha, (const uint8_t *)a.body, a.size, IMAGE_ALPHA));
     CHECK(got.H == H && got.W == W);
@@ -895,6 +914,7 @@ int main(int argc, char **argv) {
     if (argc < 3) return 2;
     port = atoi(argv[2]);
     if (!strcmp(argv[1], "http")) test_http();
+    if (!strcmp(argv[1], "version")) test_version(argv[3]);
     if (!strcmp(argv[1], "token")) test_token();
     if (!strcmp(argv[1], "jobs")) test_jobs(argv[3]);
     if (!strcmp(argv[1], "forget")) test_forget();

@@ -74,6 +74,19 @@ ok "whose size it has" "$build/pictures" same "$dir/into.png" models/emoji/examp
 refused_late 2 "paste-into is not for --extend" "$build/inpaint" emoji models/emoji/example.png --extend 32 --paste-into models/emoji/example.png
 refused_late 1 "expected 64x64" inpaint --class food --paste-into models/emoji/samples.png -o "$dir/into.png"
 
+# ---- Colours: a result is in those of the picture whose kept pixels it has ----
+ok "Display P3" "$build/pictures" colour models/emoji/example.png "$dir/p3.png"
+p3() { "$build/inpaint" emoji "$dir/p3.png" --half upper --seed 1 --class food --candidates 2 "$@"; }
+for how in "-o $dir/c.png --paste-into $dir/p3.png" "-o $dir/c.png --animate $dir/f.png" "-n 2 -o $dir/c.png" "-o $dir/c.png --no-paste"; do
+    # shellcheck disable=SC2086
+    ok "in its colours" p3 $how
+    ok "which the file says: $how" "$build/pictures" colours "$dir/p3.png" "$dir/c.png"
+done
+ok "the animation's, too" "$build/pictures" colours "$dir/p3.png" "$dir/f.png"
+ok "those of another file, which says nothing" p3 --paste-into models/emoji/example.png -o "$dir/c.png"
+ok "the same pixels" "$build/pictures" same "$dir/c.png" "$dir/into.png" 0 0 64 64
+ok "no colours" test "$("$build/pictures" colours "$dir/p3.png" "$dir/c.png"; echo $?)" -eq 1
+
 # ---- models/ is found from anywhere: $IMAGEBART_MODELS, here, beside the program, however it is called ----
 here=$(pwd)
 mkdir "$dir/house" "$dir/else" "$dir/house/models" "$dir/none"

@@ -27,7 +27,13 @@ def ok(what, good, found=""):
 
 def profile(name):
     """An ICC profile that has nothing but a name"""
-    return bytes(128) + struct.pack(">I4sII", 1, b"desc", 144, 13 + len(name)) + b"desc\0\0\0\0" + struct.pack(">I", len(name) + 1) + name + b"\0"
+    rest = struct.pack(">I4sII", 1, b"desc", 144, 13 + len(name)) + b"desc\0\0\0\0" + struct.pack(">I", len(name) + 1) + name + b"\0"
+    return struct.pack(">I12s4s4s12s4s88s", 128 + len(rest), b"", b"RGB ", b"XYZ ", b"", b"acsp", b"") + rest
+
+
+def profile_in(png):
+    at = png.find(b"iCCP")
+    return None if at < 0 else zlib.decompress(png[png.index(b"\0", at) + 2:at + 4 + struct.unpack(">I", png[at - 4:at])[0]])
 
 
 def write_png(path, width, height, pixels, channels, icc=None):
@@ -184,7 +190,7 @@ def test_edit():
     W, H = 100, 80
     colours = random.Random(1)
     pixels = [v for _ in range(W * H) for v in (*colours.choices(range(256), k=3), colours.choice((255, 255, 128, 7)))]
-    write_png(work + "/image.png", W, H, pixels, 4)
+    write_png(work + "/image.png", W, H, pixels, 4, profile(b"Display P3"))
     page.click("#tab-edit")
     open_file(work + "/image.png")
     set_field("#brush-size", "10")
@@ -219,6 +225,7 @@ def test_edit():
     result, mask = blob("edit.run.pictures[0].blob"), page.value("Array.from(edit.mask)")
     w, h, c, got = read_png(result)
     ok("its own size", (w, h, c) == (W, H, 4), (w, h, c))
+    ok("its own colours", profile_in(result) == profile(b"Display P3"))
     changed = [i for i in range(W * H) if got[4 * i:4 * i + 4] != bytes(pixels[4 * i:4 * i + 4])]
     ok("what the mask keeps is the same to the bit", not [i for i in changed if not mask[i]], len(changed))
     ok("what it does not is not", len(changed) > area * 0.7, len(changed))

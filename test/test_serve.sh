@@ -58,6 +58,8 @@ refused_late 2 "unknown option" "$serve" --prot 80
 
 # ---- A server for this machine ----
 start
+ok "the version" "$serve" --version
+ask version "$(sed -n '1s/.* //p' "$dir/out")"
 refused_late 1 "cannot listen" "$serve" emoji --port "$port"
 ask http
 stop http

@@ -1469,12 +1469,12 @@ function profileName(icc) {
     return "";
 }
 
-// What is to be said of a picture's colours. We keep its numbers, and read them as sRGB.
+// What is to be said of a picture's colours. Results have the same profile; the model reads the numbers as sRGB.
 async function coloursOf(file, kind) {
     try {
         const icc = await profileOf(new Uint8Array(await file.slice(0, 1 << 20).arrayBuffer()), kind);
         const name = icc && (profileName(icc).slice(0, 60) || "unnamed");
-        return !icc ? "" : name.includes("sRGB") ? ", sRGB" : `, profile ${name} (results have none, and may look different)`;
+        return !icc ? "" : name.includes("sRGB") ? ", sRGB" : `, profile ${name}`;
     } catch {
         return ", a profile that cannot be read";
     }
