@@ -346,6 +346,10 @@ ok "only then, as the seed is only then" sh -c "[ \$(grep -c 'another run' '$dir
 first=$(find "$dir/fewer" -name '*.png' | sort | head -n 1) && mv "$first" "${first%.png}-other.png"
 ok "as many, but others" train --run "$dir/edited" --scale 1 --steps 19 --resume --data "$dir/fewer"
 ok "which are said too" said '^scale1: the [0-9]* pictures are others than those it was trained on so far: another run'
+echo "scale.imagebart.temperature 0.5" >>"$dir/edited.txt"
+ok "a stage that is finished" train --run "$dir/edited" --scale 1 --steps 19 --resume --seed 5 --batch 2 --data "$dir/data" --config "$dir/edited.txt"
+ok "does not go on otherwise" sh -c "grep -q 'finished after 19 steps' '$dir/said' && ! grep -q 'so far\|here on\|takes it over' '$dir/said'"
+ok "but keeps what it has" said 'imagebart.temperature is 0.5 there, not said in the run, which is finished and keeps it$'
 mv "$dir/fewer" "$dir/moved"
 ok "the same elsewhere" train --run "$dir/edited" --scale 1 --steps 20 --resume --data "$dir/moved"
 ok "are the same" sh -c "! grep -q 'another run' '$dir/said'"

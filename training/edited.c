@@ -2,12 +2,26 @@
  *
  * A run goes on with the settings that its state has: otherwise it were another run. A recipe that was edited in between
  * is not obeyed, but what it would have changed is said, a line a key. What changes only which steps are taken, or only
- * what ./sample is recommended, is taken over, which is said too. */
+ * what ./sample is recommended, is taken over, which is said too. A stage that is finished keeps its files as they are. */
 #include "training/stage.h"
 
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+
+/* Are steps left to take, as the state, the recipe and the options say before they are settled? */
+int goes_on(const Stage *s) {
+    const Settings *o = &s->set;
+    size_t step = 0, steps = 0, best = 0, early = 0;
+    if (o->eval || config_size(&step, &s->recipe, "train.", "step", 0, SIZE_MAX / 2, 1) != OK ||
+        config_size(&best, &s->recipe, "train.", "best_step", 0, SIZE_MAX / 2, 1) != OK ||
+        config_size(&steps, &s->recipe, "train.", "steps", 0, SIZE_MAX / 2, 1) != OK ||
+        config_size(&early, &s->recipe, "train.", "early_stop", 0, SIZE_MAX / 2, 1) != OK)
+        return !o->eval; /* what is wrong is said where it is read */
+    if (o->steps != NOT_GIVEN) steps = o->steps;
+    if (o->early_stop != NOT_GIVEN) early = o->early_stop;
+    return step < steps && !(early && best && best <= step && (step - best) / o->eval_every >= early);
+}
 
 static int begins(const char *key, const char *with) {
     return !strncmp(key, with, strlen(with));
@@ -76,6 +90,11 @@ static int has_reason(const Stage *s, const Config *recipe, const char *key, con
 static Err compare(Stage *s, const Config *recipe, const Config *given, const char *key, const KeyValue *row) {
     const char *run = config_get(&s->recipe, "", key), *there = row ? row->value : NULL;
     if (config_get(given, "", key) || (run && there && same_config_value(run, there))) return OK;
+    if (there && is_taken_over(key) && !goes_on(s)) {
+        say_once("%s: recipe: %s is %s there, %s in the run, which is finished and keeps it\n", s->name, key, there,
+                 run ? run : "not said");
+        return OK;
+    }
     if (there && is_taken_over(key)) {
         say_once("%s: recipe: %s is %s there, %s in the run, which takes it over\n", s->name, key, there,
                  run ? run : "not said");

@@ -418,7 +418,7 @@ static Err settle_device(Stage *s, int continuing) {
         if (o->cuda) TRY(cuda_find(NULL, NULL, NULL));
     }
     if (!o->precision) o->precision = "bf16";
-    if (before && strcmp(before, device_name(o)))
+    if (before && goes_on(s) && strcmp(before, device_name(o)))
         say_once("%s: trained on %s so far, from here on on %s: another run than without the change\n", s->name, before,
                  device_name(o));
     return config_set(&s->recipe, "train.device", "%s", device_name(o));
@@ -447,7 +447,7 @@ static Err settle_processor(Stage *s, int continuing) {
 #endif
     const char *before = continuing ? config_get(&s->recipe, "train.", "processor") : NULL;
     if (s->set.cuda) return OK;
-    if (before && strcmp(before, now) && !s->set.eval)
+    if (before && goes_on(s) && strcmp(before, now))
         say_once("%s: trained with %s so far, from here on with %s: bits will differ from those of a run without the "
                  "change\n",
                  s->name, before, now);
@@ -485,6 +485,7 @@ Err settle_pictures(Stage *s, int continuing) {
     char now[48];
     snprintf(now, sizeof now, "%zu %016llx", n, (unsigned long long)s->train.identity);
     if (s->set.eval) return OK;
+    if (!continuing || !goes_on(s)) return config_set(&s->recipe, "train.pictures", "%s", now);
     if (n != had)
         say_once("%s: trained on %zu pictures so far, from here on on %zu: another run than without the change\n",
                  s->name, had, n);
@@ -522,10 +523,11 @@ Err settings_read(Stage *s, const Checkpoint *ck) {
     TRY(rate_read(&s->rate, &s->recipe, s->set.steps));
     const double beta1 = s->set.vqgan ? 0.5 : 0.9, beta2 = s->set.vqgan ? 0.9 : 0.95;
     s->adam = (AdamW){0, beta1, beta2, 1e-8, s->set.weight_decay_scale};
-    if (ck && pictures != pictures_per_step(&s->recipe))
+    const int on = ck && goes_on(s);
+    if (on && pictures != pictures_per_step(&s->recipe))
         say_once("%s: a step took %zu pictures, from here on it takes %zu: another run than without the change\n",
                  s->name, pictures, pictures_per_step(&s->recipe));
-    if (ck && seed != s->set.seed && !s->set.eval)
+    if (on && seed != s->set.seed)
         say_once("%s: trained with seed %zu so far, from here on with %zu: another run than without the change\n",
                  s->name, seed, (size_t)s->set.seed);
     history_start(&s->history);

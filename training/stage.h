@@ -310,7 +310,9 @@ Err list_skipped(Stage *s, void *line);
 
 /* settings.c. parse: exits where the command line is wrong. read: of the stage whose Settings.vqgan, .scale say which,
  * over what the recipe says, or ck, the state that the run continues. */
-/* edited.c. A run goes on, and the recipe may have been edited: what it says otherwise than Stage.recipe, which is the
+/* edited.c. Does the stage go on, for there are steps left? */
+int goes_on(const Stage *s);
+/* A run goes on, and the recipe may have been edited: what it says otherwise than Stage.recipe, which is the
  * run's, is said or taken over, but for the keys that the user gives now; a key that the recipe says no more */
 Err compare_recipe(Stage *s, const Config *recipe, const Config *given);
 Err compare_removed(Stage *s, const Config *recipe, const Config *given, const char *key);
