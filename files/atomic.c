@@ -4,6 +4,7 @@
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <pthread.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -66,18 +67,56 @@ static void folder_of(char folder[PATH_BYTES], const char *path) {
     snprintf(folder, PATH_BYTES, "%.*s", length ? length : 1, length ? path : ".");
 }
 
+/* What lay in a folder, among thousands of pictures maybe, when this process first wrote there: names that temporary files
+ * have. Whatever a process leaves behind later, the next one finds. */
+typedef struct {
+    dev_t device;
+    ino_t inode;
+    int known;
+    Names name;
+} Looked;
+enum { LOOKED_MAX = 16 }; /* folders; with more, one is looked at again */
+static Looked looked[LOOKED_MAX];
+static size_t looked_next;
+static pthread_mutex_t looked_lock = PTHREAD_MUTEX_INITIALIZER;
+
+static void look(Looked *x, const char *folder, const struct stat *st) {
+    size_t length;
+    DIR *list = opendir(folder);
+    Err e = list ? OK : FAILED;
+    names_free(&x->name);
+    for (const struct dirent *f; e == OK && (f = readdir(list)) != NULL;)
+        if (temporary_of(&length, f->d_name) > 0) e = names_add(&x->name, f->d_name, strlen(f->d_name), length, 0);
+    if (list) closedir(list);
+    x->device = st->st_dev, x->inode = st->st_ino, x->known = e == OK;
+}
+
+static Looked *looked_at(const char *folder) {
+    struct stat st;
+    if (stat(folder, &st) != 0) return NULL;
+    for (size_t i = 0; i < LOOKED_MAX; i++)
+        if (looked[i].known && looked[i].device == st.st_dev && looked[i].inode == st.st_ino) return &looked[i];
+    Looked *x = &looked[looked_next++ % LOOKED_MAX];
+    look(x, folder, &st);
+    return x;
+}
+
 /* Removes the temporary files of this path that killed processes left. */
 static void remove_left(const char *path) {
     char folder[PATH_BYTES], whole[PATH_BYTES];
     const char *slash = strrchr(path, '/'), *name = slash ? slash + 1 : path;
     const size_t length = strlen(name);
     folder_of(folder, path);
-    DIR *list = opendir(folder);
-    for (const struct dirent *f; list && (f = readdir(list)) != NULL;)
-        if (!strncmp(f->d_name, name, length) && temporary_left(folder, f->d_name) == length &&
-            path_make(whole, "%s/%s", folder, f->d_name) == OK)
+    pthread_mutex_lock(&looked_lock);
+    const Looked *x = looked_at(folder);
+    for (size_t i = 0; x && i < x->name.n; i++) {
+        const Listed *one = &x->name.item[i];
+        const char *left = x->name.text + one->start;
+        if (one->bytes == length && !strncmp(left, name, length) && temporary_left(folder, left) == length &&
+            path_make(whole, "%s/%s", folder, left) == OK)
             unlink(whole);
-    if (list) closedir(list);
+    }
+    pthread_mutex_unlock(&looked_lock);
 }
 
 /* A new file beside f->path, on the same file system, so that rename can replace one by the other. One that was taken

@@ -14,6 +14,7 @@
 #include <sys/mount.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 static char folder[FOLDER_BYTES]; /* everything is written below it */
@@ -852,6 +853,47 @@ static void test_atomic(void) {
     CHECK_ERR(atomic_open(&f, in_folder("atomic")), "is a directory");
 }
 
+static void write_x(const char *path) {
+    AtomicFile f;
+    CHECK_OK(atomic_open(&f, path));
+    CHECK_OK(atomic_close(&f, atomic_write(&f, "x", 1)));
+}
+
+/* What killed processes left goes with the first write of its name. The folder is listed once, however many files are
+ * written: what comes later stays. */
+static void test_left(void) {
+    static const char *const names[] = {"a", "b", "ab"};
+    char left[3][40], later[40];
+    const pid_t dead = fork();
+    if (dead == 0) _exit(0);
+    CHECK(dead > 0 && waitpid(dead, NULL, 0) == dead);
+    CHECK(mkdir(in_folder("left"), 0755) == 0);
+    for (int i = 0; i < 3; i++) {
+        snprintf(left[i], sizeof left[i], "left/%s.tmp%ld-0", names[i], (long)dead);
+        put_file(in_folder(left[i]), "half", 4);
+    }
+    write_x(in_folder("left/a"));
+    CHECK(access(in_folder(left[0]), F_OK) != 0);
+    CHECK(access(in_folder(left[1]), F_OK) == 0 && access(in_folder(left[2]), F_OK) == 0);
+    snprintf(later, sizeof later, "left/a.tmp%ld-1", (long)dead);
+    put_file(in_folder(later), "half", 4);
+    write_x(in_folder("left/a"));
+    CHECK(access(in_folder(later), F_OK) == 0);
+    write_x(in_folder("left/b"));
+    CHECK(access(in_folder(left[1]), F_OK) != 0 && access(in_folder(left[2]), F_OK) == 0);
+    CHECK(unlink(in_folder(later)) == 0);
+    for (int i = 0; i < 40; i++) { /* more folders than are remembered, one after the other */
+        snprintf(later, sizeof later, "left/%d", i);
+        CHECK(mkdir(in_folder(later), 0755) == 0);
+        snprintf(later, sizeof later, "left/%d/a.tmp%ld-0", i, (long)dead);
+        put_file(in_folder(later), "half", 4);
+        snprintf(later, sizeof later, "left/%d/a", i);
+        write_x(in_folder(later));
+        snprintf(later, sizeof later, "left/%d", i);
+        CHECK(count_files(in_folder(later)) == 1);
+    }
+}
+
 /* Writing into `path`, which holds something already, fails with `error`; nothing changes. */
 static void check_full(const char *path, const char *error) {
     enum { N = 60000 };
@@ -1268,6 +1310,7 @@ int main(int argc, char **argv) {
     test_foreign_files();
     test_damaged_files();
     test_atomic();
+    test_left();
     test_not_permitted();
     test_full_disk();
     test_params_table();
