@@ -142,7 +142,7 @@ static void *work(void *context) {
         ticket_start(t);
         tell_places(s);
         pthread_mutex_unlock(&s->lock);
-        if (s->last && s->last != t->job.served) model_unload(&s->last->model);
+        if (s->last && s->last != t->job.served) model_unload(library_model(s->last->library));
         s->last = t->job.served;
         ticket_run(t);
         ticket_release(t);

@@ -185,17 +185,24 @@ Err use_cuda(Params *p, Precision precision) {
 
 static int looked_for_gpu; /* and found none */
 
-int check_device(const char *device) {
+Err device_choose(DevicePlace *place, const char *device) {
     if (!device) device = getenv("IMAGEBART_DEVICE");
-    if (!device) {
-        const int found = cuda_built() && cuda_find(NULL, NULL, NULL) == OK;
-        looked_for_gpu = !found;
-        return found;
-    }
-    if (!strcmp(device, "cpu")) return 0;
-    if (strcmp(device, "cuda") != 0) usage_error("--device %s: expected cpu or cuda", device);
-    check(cuda_find(NULL, NULL, NULL));
-    return 1;
+    *place = DEVICE_CPU;
+    if (!device ? !cuda_built() : !strcmp(device, "cpu")) return OK;
+    if (device && strcmp(device, "cuda") != 0) return err("device %s: expected cpu or cuda", device);
+    const Err e = cuda_find(NULL, NULL, NULL);
+    *place = e == OK ? DEVICE_CUDA : DEVICE_NO_GPU;
+    return device ? e : OK;
+}
+
+int check_device(const char *device) {
+    DevicePlace place;
+    const char *given = device ? device : getenv("IMAGEBART_DEVICE");
+    if (given && strcmp(given, "cpu") != 0 && strcmp(given, "cuda") != 0)
+        usage_error("--device %s: expected cpu or cuda", given);
+    check(device_choose(&place, given));
+    looked_for_gpu = place == DEVICE_NO_GPU;
+    return place == DEVICE_CUDA;
 }
 
 void say_cpu(void) {

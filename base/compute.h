@@ -369,8 +369,11 @@ Err cuda_choose(size_t local);
  * them. */
 Err cuda_measure(Precision precision, size_t n, size_t bytes, double *product, double *copy);
 Err use_cuda(Params *p, Precision precision); /* makes the table's copy there, for params_send to fill */
-/* Is it the GPU? "cpu": no. "cuda": yes where it is built in and there is one, else dies. NULL: what IMAGEBART_DEVICE
- * in the environment says, else a GPU if there is one. say_cpu: a line on stderr, where there was a choice. */
+/* Where to compute: as device says, "cpu" or "cuda", which has to be built in and there; NULL: as IMAGEBART_DEVICE in the
+ * environment says, else on a GPU if there is one. */
+typedef enum { DEVICE_CPU, DEVICE_NO_GPU /* the CPU, for none was found */, DEVICE_CUDA } DevicePlace;
+Err device_choose(DevicePlace *place, const char *device);
+/* For programs: is it the GPU? Dies on error. say_cpu: a line on stderr, where there was a choice. */
 int check_device(const char *device);
 void say_cpu(void);
 

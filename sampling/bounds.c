@@ -134,6 +134,7 @@ static Err bound_cases(Bound *a, const Chain *chain, uint64_t seed, double *boun
         TRY(chain->network(chain->context, t, &net));
         TRY(transformer_plan(net, BOUND_ROWS, a->N, 0));
         for (size_t first = 0; first < a->cases; first += at_once) {
+            TRY(chain->network(chain->context, t, &net)); /* the same, unless the work is to stop */
             a->rows = min_size(at_once, a->cases - first) * a->draws;
             for (size_t row = 0; row < a->rows; row++) bound_row(a, chain, first, row, seed);
             TRY(bound_batch(a, chain, net, first, t, bound));

@@ -49,7 +49,7 @@ static Err network(void *context, int t, Transformer **net) {
     return d->chain_of_model.network(d->chain_of_model.context, t, net);
 }
 
-static Chain chain_of(Draw *d) {
+Chain draw_chain(Draw *d) {
     Chain chain = d->chain_of_model = model_chain(d->model);
     chain.network = network;
     chain.context = d;
@@ -58,7 +58,7 @@ static Chain chain_of(Draw *d) {
 
 /* Draws M times the pictures of the batch. */
 static Err draw_batch(Draw *d) {
-    const Chain chain = chain_of(d);
+    const Chain chain = draw_chain(d);
     for (size_t b = 0; d->label && b < d->batch.count * d->M; b++) d->drawn_label[b] = d->label[d->batch.at + b / d->M];
     d->options.first = (d->first + d->batch.at) * d->M;
     d->options.n = d->batch.count * d->M;
@@ -82,7 +82,7 @@ static size_t first_good(const double *bound, size_t M) {
 /* Of the M that are drawn for each picture of the batch, one becomes it. */
 static Err keep_best(Draw *d) {
     const size_t M = d->M, N = d->N, chain_N = ((size_t)d->model->schedule.T + 1) * N;
-    const Chain chain = chain_of(d);
+    const Chain chain = draw_chain(d);
     if (M > 1 || d->with_bounds)
         TRY(picture_guesses(&chain, d->drawn, d->options.label, d->batch.count * M, d->options.seed, d->drawn_bound,
                             d->drawn_entropy));
@@ -100,7 +100,7 @@ static Err keep_best(Draw *d) {
 /* Of the candidates for each picture of the batch, the first is the one that sample_chain chose. */
 static Err take_chosen(Draw *d) {
     const size_t M = d->M, N = d->N, chain_N = ((size_t)d->model->schedule.T + 1) * N;
-    const Chain chain = chain_of(d);
+    const Chain chain = draw_chain(d);
     const size_t at = d->batch.at, count = d->batch.count;
     for (size_t b = 0; b < count; b++) {
         memcpy(d->tokens + (at + b) * N, d->drawn + b * M * N, N * sizeof *d->tokens);

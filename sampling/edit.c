@@ -19,10 +19,18 @@ void edit_free(EditPicture *p) {
 
 /* ---- The picture ---- */
 
+static Err copy_pixels(Image *to, const Image *from) {
+    to->H = from->H, to->W = from->W;
+    TRY(mem_alloc(&to->rgb, to->H * to->W, 3, "a picture"));
+    memcpy(to->rgb, from->rgb, 3 * to->H * to->W);
+    return OK;
+}
+
 /* p->whole, decoded in this way */
 static Err decode_whole(EditPicture *p, const EditArgs *a, int how) {
-    const Err e =
-        image_decode_most(&p->whole, a->image, a->image_bytes, IMAGE_UPRIGHT | how, a->most_pixels, &p->too_many);
+    const Err e = a->pixels ? copy_pixels(&p->whole, a->pixels)
+                            : image_decode_most(&p->whole, a->image, a->image_bytes, IMAGE_UPRIGHT | how,
+                                                a->most_pixels, &p->too_many);
     if (e == DAMAGED || p->too_many) p->unreadable = "image";
     p->H = p->whole.H, p->W = p->whole.W;
     return e;
@@ -33,7 +41,7 @@ static Err read_whole(EditPicture *p, const EditArgs *a) {
     const char *kind;
     Image alpha = {0};
     TRY(decode_whole(p, a, IMAGE_STRAIGHT));
-    if (file_kind(&kind, a->image, a->image_bytes) == FILE_JPEG) return OK;
+    if (a->pixels || file_kind(&kind, a->image, a->image_bytes) == FILE_JPEG) return OK;
     TRY(image_decode(&alpha, a->image, a->image_bytes, IMAGE_UPRIGHT | IMAGE_ALPHA));
     const size_t n = alpha.H * alpha.W;
     int is_opaque = 1;
@@ -116,7 +124,9 @@ static Err choose_square(EditPicture *p, const Model *m, const Image *mask, int 
 /* A mask as a file: of the picture's size, or of the model's, which is then about the centred square. */
 static Err read_mask(EditPicture *p, const Model *m, const EditArgs *a) {
     Image mask = {0}, part = {0};
-    Err e = mask_decode(&mask, &p->note, a->mask, a->mask_bytes, a->invert, a->most_pixels, &p->too_many);
+    Err e = a->mask_pixels
+                ? copy_pixels(&mask, a->mask_pixels)
+                : mask_decode(&mask, &p->note, a->mask, a->mask_bytes, a->invert, a->most_pixels, &p->too_many);
     const int whole = mask.H == p->H && mask.W == p->W;
     if (e == OK && !whole && (mask.H != m->side || mask.W != m->side))
         e = mask_size_error(&mask, p->H, p->W, m->side);
@@ -171,12 +181,12 @@ Err edit_read(EditPicture *p, const Model *m, const EditArgs *a) {
         return err("a window of %zu pixels: the picture has %zu", a->window ? a->window : a->outside, m->side);
     TRY(prep_read(&p->prep, &m->meta));
     TRY(a->paste ? read_whole(p, a) : decode_whole(p, a, prep_how(p->prep)));
-    TRY(profile_read(&p->profile, a->image, a->image_bytes));
+    if (!a->pixels) TRY(profile_read(&p->profile, a->image, a->image_bytes));
     p->square = min_size(p->H, p->W);
     p->y0 = (p->H - p->square) / 2, p->x0 = (p->W - p->square) / 2;
     TRY(mem_alloc(&p->hole, p->square * p->square, 1, "mask"));
     TRY(mem_alloc(&p->keep, m->side * m->side, 1, "mask"));
-    if (a->mask)
+    if (a->mask || a->mask_pixels)
         TRY(read_mask(p, m, a));
     else if (a->half)
         half_mask(p->keep, m->side, a->half);

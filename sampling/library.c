@@ -1,26 +1,37 @@
-/* library.c - libimagebart: sampling/draw.c and sampling/edit.c for other programs. All that it knows of a model is in the
- * handle; what failed is told by the error text, which each thread has of its own. */
+/* library.c - libimagebart: from what a caller asks for to a Draw (sampling/draw.c), and from what is drawn to pictures, one
+ * after the other as they are finished. All that it knows of a model is in the handle; what failed is told by the error
+ * text, which each thread has of its own. */
 #include "sampling/libimagebart.h"
 #include "sampling/sampling.h"
 
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 struct imagebart_model {
     Model model;
+    SampleOptions recommended[2]; /* [DrawKind] */
+    size_t many[2];               /* [DrawKind] pictures drawn for one, candidates of an edit */
+    char device[CUDA_TEXT_BYTES];
 };
 
 typedef struct {
     Model *model;
     imagebart_options o; /* the caller's, as far as they go */
-    SamplingArgs args;
     Draw draw;
-    real *pixels; /* (3,side,side) of a preview */
-    uint8_t *rgb; /* (side,side,3) of one */
+    DrawKind kind;
+    EditPicture edit;   /* of DRAW_EDIT */
+    int32_t *known;     /* (N) its tokens */
+    uint8_t *rgb;       /* (count,side,side,3) the caller's, or NULL, as */
+    int32_t *tokens;    /* (count,N) */
+    real *pixels;       /* (3,side,side) of one picture */
+    size_t scale, done; /* where it is: tokens of this scale */
     int cancelled;
+    Err failed; /* of a preview; its text is */
+    char failure[ERR_MAX];
 } Call;
 
-enum { BATCH = 16 };
+enum { BATCH = 16, MOST = 4096 }; /* rows computed side by side, as ./sample has it; pictures of a call */
 
 int imagebart_api(void) {
     return IMAGEBART_API;
@@ -34,21 +45,56 @@ void imagebart_threads(size_t n) {
     threads_set((int)min_size(n, 4096));
 }
 
+static int status(Err e) {
+    return e == OK ? IMAGEBART_OK : IMAGEBART_FAILED;
+}
+
 /* ---- Models ---- */
 
-int imagebart_open(imagebart_model **model, const char *name_or_folder, const char *weights) {
+Model *library_model(imagebart_model *model) {
+    return &model->model;
+}
+
+static Err choose_device(imagebart_model *m, const char *device) {
+    DevicePlace place;
+    TRY(device_choose(&place, device));
+    snprintf(m->device, sizeof m->device, "CPU%s", place == DEVICE_NO_GPU ? ", for no usable GPU was found" : "");
+    if (place != DEVICE_CUDA) return OK;
+    if (m->model.weights == WEIGHTS_INT8) return err("weights int8 are for the CPU; on a GPU f32 or bf16");
+    TRY(cuda_find(m->device, NULL, NULL));
+    return model_use_cuda(&m->model);
+}
+
+static Err choose_recommended(imagebart_model *m) {
+    const Chain chain = model_chain(&m->model);
+    const SamplingArgs nothing = {.quiet = 1};
+    for (int k = DRAW_NEW; k <= DRAW_EDIT; k++) {
+        TRY(sampling_choose(&m->recommended[k], &nothing, &m->model, (DrawKind)k));
+        TRY(sampling_many(&m->many[k], &m->model, 0, (DrawKind)k));
+        for (int t = 1; t <= m->model.schedule.T; t++) TRY(check_guidance(&chain, m->recommended[k].guidance[t], t));
+    }
+    return OK;
+}
+
+int imagebart_open_on(imagebart_model **model, const char *name_or_folder, const char *weights, const char *device) {
     WeightFormat format = WEIGHTS_REAL;
-    *model = NULL;
+    imagebart_model *m = *model = NULL;
     Err e = name_or_folder ? weight_format(&format, weights, "weights") : err("no model was named");
-    if (e == OK) e = mem_alloc(model, 1, sizeof **model, "a model");
+    if (e == OK) e = mem_alloc(&m, 1, sizeof *m, "a model");
+    if (e == OK && (e = model_open(&m->model, name_or_folder, NULL)) != OK) free(m); /* it leaves nothing open */
     if (e != OK) return IMAGEBART_FAILED;
-    memset(*model, 0, sizeof **model);
-    e = model_open(&(*model)->model, name_or_folder, NULL);
-    (*model)->model.weights = format;
-    if (e == OK) return IMAGEBART_OK;
-    free(*model); /* model_open leaves nothing open */
-    *model = NULL;
-    return IMAGEBART_FAILED;
+    m->model.weights = format;
+    e = choose_device(m, device);
+    if (e == OK) e = choose_recommended(m);
+    if (e == OK)
+        *model = m;
+    else
+        imagebart_close(m);
+    return status(e);
+}
+
+int imagebart_open(imagebart_model **model, const char *name_or_folder, const char *weights) {
+    return imagebart_open_on(model, name_or_folder, weights, NULL);
 }
 
 void imagebart_close(imagebart_model *model) {
@@ -61,90 +107,202 @@ void imagebart_get_shape(const imagebart_model *model, imagebart_shape *shape) {
     *shape = (imagebart_shape){m->side, m->h, m->w, m->K, (size_t)m->schedule.T, m->classes.n};
 }
 
+const char *imagebart_class_name(const imagebart_model *model, size_t number) {
+    const Classes *c = &model->model.classes;
+    return number < c->n ? c->name[number] : NULL;
+}
+
+const char *imagebart_device(const imagebart_model *model) {
+    return model->device;
+}
+
+size_t imagebart_memory(imagebart_model *model) {
+    ModelMemory need;
+    return model_memory(&model->model, 2 * BATCH, BATCH, &need) == OK ? need.total : 0; /* 2: with guidance */
+}
+
+void imagebart_get_advice(const imagebart_model *model, int of_edits, size_t scale, imagebart_advice *advice) {
+    const DrawKind kind = of_edits ? DRAW_EDIT : DRAW_NEW;
+    const SampleOptions *o = &model->recommended[kind];
+    *advice = (imagebart_advice){0};
+    if (scale < 1 || scale > (size_t)model->model.schedule.T) return;
+    *advice = (imagebart_advice){o->temperature[scale],
+                                 o->guidance[scale],
+                                 o->top_k[scale],
+                                 o->chain[scale],
+                                 model->model.null_class[scale] >= 0,
+                                 model->many[kind]};
+}
+
 /* ---- On the way ---- */
 
-/* rgb (side,side,3) of tokens (N); the first stage is planned for one picture */
-static Err picture_of(const Model *m, const int32_t *tokens, real *pixels, uint8_t *rgb) {
-    Image im = {0};
-    TRY(vqgan_decode_tokens(m->vqgan, tokens, 1, m->h, m->w, pixels));
-    TRY(image_grid(&im, pixels, 1, m->side, m->side, 1, 0));
-    memcpy(rgb, im.rgb, 3 * m->side * m->side);
-    image_free(&im);
-    return OK;
+static size_t tokens_of_pass(const Call *c) {
+    return c->draw.n * c->draw.M * c->model->h * c->model->w;
+}
+
+static int step(Call *c) {
+    const size_t of = tokens_of_pass(c) * c->draw.options.chain[c->scale];
+    if (c->o.step && c->o.step(c->o.user, c->scale, c->done, of)) c->cancelled = 1;
+    return c->cancelled || c->failed;
+}
+
+static int is_stopped(void *context) {
+    return step(context);
 }
 
 static int on_progress(void *context, const DrawBatch *b, int t, size_t repeat, size_t done, size_t of) {
     Call *c = context;
-    (void)b, (void)repeat;
+    const size_t drawn_before = b->at * b->each * c->model->h * c->model->w * c->draw.options.chain[t];
+    c->scale = (size_t)t, c->done = drawn_before + (repeat * of + done) * b->count * b->each;
     if (c->o.progress && c->o.progress(c->o.user, (size_t)t, done, of)) c->cancelled = 1;
-    return c->cancelled;
+    return step(c);
 }
 
-static int is_cancelled(void *context) {
-    return ((const Call *)context)->cancelled;
+/* ---- Pictures ---- */
+
+/* im = the picture of tokens (N); the first stage is planned for one. */
+static Err picture_of(Model *m, const int32_t *tokens, real *pixels, Image *im) {
+    TRY(decode_planned(m, tokens, 1, pixels));
+    return image_grid(im, pixels, 1, m->side, m->side, 1, 0);
 }
 
-/* Of the rows that are drawn for a picture the first is shown. */
+static void tell(Call *c, const imagebart_picture *p) {
+    if (p->scale && c->o.preview) c->o.preview(c->o.user, p->number, p->scale, p->rgb);
+    if (p->scale && !c->o.previews) return;
+    if (c->o.picture && c->o.picture(c->o.user, p)) c->cancelled = 1;
+}
+
+static imagebart_picture picture_to_tell(const Call *c, size_t k, int scale, const Image *im, const int32_t *tokens) {
+    return (imagebart_picture){.number = k,
+                               .scale = (size_t)scale,
+                               .width = im->W,
+                               .height = im->H,
+                               .rgb = im->rgb,
+                               .alpha = im->alpha,
+                               .tokens = tokens,
+                               .label = c->draw.label ? c->draw.label[k] : -1,
+                               .profile = im->profile ? im->profile->bytes : NULL,
+                               .profile_bytes = im->profile ? im->profile->size : 0};
+}
+
+static int with_previews(const Call *c) {
+    return c->o.preview || (c->o.previews && c->o.picture);
+}
+
+static Err preview(Call *c, size_t k, int scale, const int32_t *tokens) {
+    Image im = {0};
+    const Err e = picture_of(c->model, tokens, c->pixels, &im);
+    const imagebart_picture p = picture_to_tell(c, k, scale, &im, tokens);
+    if (e == OK) tell(c, &p);
+    image_free(&im);
+    return e;
+}
+
+/* A scale is done: its pictures, of the first that is drawn for each. The last scale's wait for on_drawn where they are
+ * the results. */
 static void on_scale(void *context, const DrawBatch *b, int t, const int32_t *tokens) {
     Call *c = context;
-    const Model *m = c->model;
-    for (size_t k = 0; k < b->count && c->o.preview && !c->cancelled && t <= m->schedule.T; k++)
-        if (picture_of(m, tokens + k * b->each * m->h * m->w, c->pixels, c->rgb) == OK)
-            c->o.preview(c->o.user, b->at + k, (size_t)t, c->rgb);
+    const int is_result = t == 1 && b->each == 1;
+    if (t > c->model->schedule.T || !c->draw.options.chain[t] || is_result || !with_previews(c)) return;
+    for (size_t k = 0; k < b->count && !step(c); k++) {
+        c->failed = preview(c, b->at + k, t, tokens + k * b->each * c->model->h * c->model->w);
+        if (c->failed) snprintf(c->failure, sizeof c->failure, "%s", err_text());
+    }
 }
 
-/* ---- Drawing ---- */
+/* The result of an edit: the whole picture, or the model's with the kept pixels as they were; in the file's colours. */
+static Err finish_edit(const Call *c, Image *im) {
+    const EditPicture *p = &c->edit;
+    if (p->whole.rgb) {
+        Image whole;
+        TRY(paste_picture(&whole, p, c->model, im));
+        image_free(im);
+        *im = whole;
+        im->profile = &p->profile;
+        return OK;
+    }
+    for (size_t i = 0; i < im->H * im->W; i++)
+        if (p->keep[i]) memcpy(im->rgb + 3 * i, p->picture.rgb + 3 * i, 3);
+    im->profile = &p->profile;
+    return OK;
+}
+
+static Err finish(Call *c, size_t k, Image *im) {
+    const size_t N = c->model->h * c->model->w, bytes = 3 * c->model->side * c->model->side;
+    const int32_t *tokens = c->draw.tokens + k * N;
+    if (c->kind == DRAW_EDIT) TRY(finish_edit(c, im));
+    if (c->rgb) memcpy(c->rgb + k * bytes, im->rgb, bytes);
+    if (c->tokens) memcpy(c->tokens + k * N, tokens, N * sizeof *tokens);
+    imagebart_picture p = picture_to_tell(c, k, 0, im, tokens);
+    if (c->draw.with_bounds) p.bound = c->draw.bound[k], p.entropy = c->draw.entropy + k * N;
+    tell(c, &p);
+    return OK;
+}
+
+/* A batch is done: its pictures, each of which is the last scale's preview too where one is drawn for each. */
+static Err on_drawn(void *context, const DrawBatch *b) {
+    Call *c = context;
+    for (size_t k = b->at; k < b->at + b->count; k++) {
+        const int32_t *tokens = c->draw.tokens + k * c->model->h * c->model->w;
+        Image im = {0};
+        if (step(c)) return err("drawing was stopped");
+        Err e = picture_of(c->model, tokens, c->pixels, &im);
+        const imagebart_picture p = picture_to_tell(c, k, 1, &im, tokens);
+        if (e == OK && b->each == 1) tell(c, &p);
+        if (e == OK) e = finish(c, k, &im);
+        image_free(&im);
+        TRY(e);
+    }
+    return OK;
+}
+
+/* ---- A call ---- */
 
 static Err call_open(Call *c, imagebart_model *model, const imagebart_options *o, DrawKind kind) {
     memset(c, 0, sizeof *c);
-    c->model = &model->model;
+    c->model = &model->model, c->kind = kind;
+    c->scale = (size_t)c->model->schedule.T;
     if (o && o->bytes == 0) return err("imagebart_options.bytes is 0, expected sizeof(imagebart_options)");
     if (o) memcpy(&c->o, o, min_size(o->bytes, sizeof c->o));
     const size_t n = c->o.count ? c->o.count : 1;
-    if (n > 4096) return err("count %zu: expected 1 to 4096", n);
-    c->args = (SamplingArgs){.class_name = c->o.class_name,
-                             .temperature = c->o.temperature,
-                             .top_k = c->o.top_k,
-                             .guidance = c->o.guidance,
-                             .chain_length = c->o.chain_length,
-                             .seed = c->o.seed,
-                             .quiet = 1};
-    c->draw = (Draw){.model = c->model, .n = n, .first = c->o.first};
-    TRY(sampling_choose(&c->draw.options, &c->args, c->model, kind));
-    TRY(sampling_many(&c->draw.M, c->model, c->o.best_of, kind));
-    if (c->draw.M > (kind == DRAW_EDIT ? MAX_CANDIDATES : MAX_BEST_OF)) return err("best_of %zu: too many", c->draw.M);
-    c->draw.rows = draw_rows(n, BATCH, c->draw.M);
-    c->draw.with_bounds = kind == DRAW_NEW && c->draw.M > 1;
-    c->draw.watch = (DrawWatch){on_progress, on_scale, NULL, is_cancelled, c};
-    TRY(mem_alloc(&c->pixels, 3 * c->model->side, c->model->side * sizeof *c->pixels, "a picture"));
-    return mem_alloc(&c->rgb, 3 * c->model->side, c->model->side, "a picture");
+    if (n > MOST) return err("count %zu: expected 1 to %d", n, MOST);
+    const SamplingArgs a = {.class_name = c->o.class_name,
+                            .temperature = c->o.temperature,
+                            .top_k = c->o.top_k,
+                            .guidance = c->o.guidance,
+                            .chain_length = c->o.chain_length,
+                            .seed = c->o.seed,
+                            .quiet = 1};
+    Draw *d = &c->draw;
+    *d = (Draw){.model = c->model, .n = n, .first = c->o.first};
+    TRY(sampling_choose(&d->options, &a, c->model, kind));
+    d->M = c->o.best_of ? c->o.best_of : model->many[kind];
+    if (d->M > (kind == DRAW_EDIT ? MAX_CANDIDATES : MAX_BEST_OF)) return err("best_of %zu: too many", d->M);
+    d->rows = draw_rows(n, BATCH, d->M);
+    d->with_bounds = c->o.guesses != 0;
+    d->watch = (DrawWatch){on_progress, on_scale, on_drawn, is_stopped, c};
+    return mem_alloc(&c->pixels, 3 * c->model->side, c->model->side * sizeof *c->pixels, "a picture");
 }
 
 static int call_close(Call *c, Err e) {
-    free(c->pixels), free(c->rgb);
+    free(c->pixels), free(c->known);
+    edit_free(&c->edit);
     draw_free(&c->draw);
+    if (e != OK && c->failed) err("%s", c->failure);
     if (e != OK && c->cancelled) err("cancelled");
-    return e == OK ? IMAGEBART_OK : c->cancelled ? IMAGEBART_CANCELLED : IMAGEBART_FAILED;
+    return e != OK && c->cancelled ? IMAGEBART_CANCELLED : status(e);
 }
 
 /* Whether there is memory for it; then room for one picture at a time to be decoded. */
-static Err call_prepare(Call *c) {
+static Err draw(Call *c, uint8_t *rgb, int32_t *tokens) {
     Model *m = c->model;
     ModelMemory need;
     const size_t rows = sampling_rows(&c->draw.options, m->schedule.T, c->draw.rows);
+    c->rgb = rgb, c->tokens = tokens;
     TRY(model_memory(m, max_size(rows, BOUND_ROWS), 1, &need));
-    TRY(memory_fits(need.total, memory_available(), "this call", "a smaller count takes less"));
-    return vqgan_plan(m->vqgan, 1, m->side, m->side, 0);
-}
-
-/* What was drawn, for the caller. */
-static Err call_results(Call *c, uint8_t *rgb, int32_t *tokens) {
-    const Model *m = c->model;
-    const size_t N = m->h * m->w, bytes = 3 * m->side * m->side;
-    if (tokens) memcpy(tokens, c->draw.tokens, c->draw.n * N * sizeof *tokens);
-    for (size_t b = 0; b < c->draw.n && rgb; b++)
-        TRY(picture_of(m, c->draw.tokens + b * N, c->pixels, rgb + b * bytes));
-    return OK;
+    TRY(memory_fits(need.total, memory_available(), "this job", "a smaller one takes less"));
+    TRY(vqgan_plan(m->vqgan, 1, m->side, m->side, 0));
+    return draw_pictures(&c->draw);
 }
 
 int imagebart_sample(imagebart_model *model, const imagebart_options *o, uint8_t *rgb, int32_t *tokens) {
@@ -152,91 +310,137 @@ int imagebart_sample(imagebart_model *model, const imagebart_options *o, uint8_t
     Err e = call_open(&c, model, o, DRAW_NEW);
     Draw *d = &c.draw;
     if (e == OK) e = draw_classes(&d->label, c.model, c.o.class_name, c.o.seed, d->first, d->n);
-    if (e == OK) e = call_prepare(&c);
-    if (e == OK) e = draw_pictures(d);
-    if (e == OK) e = call_results(&c, rgb, tokens);
+    if (e == OK) e = draw(&c, rgb, tokens);
     return call_close(&c, e);
 }
 
 /* ---- Editing ---- */
 
-/* The picture and its mask as the files that ./inpaint would read. */
-static Err edit_from(EditPicture *p, const Model *m, const uint8_t *picture, const uint8_t *keep) {
-    const size_t pixels = m->side * m->side;
-    const Image image = {.H = m->side, .W = m->side, .rgb = (uint8_t *)(uintptr_t)picture};
-    Image mask = {.H = m->side, .W = m->side};
-    uint8_t *bytes = NULL, *mask_bytes = NULL;
-    EditArgs a = {0};
-    TRY(mem_alloc(&mask.rgb, pixels, 3, "mask"));
-    for (size_t i = 0; i < 3 * pixels; i++) mask.rgb[i] = keep[i / 3] ? 255 : 0;
-    Err e = image_encode_png(&bytes, &a.image_bytes, &image, NULL);
-    if (e == OK) e = image_encode_png(&mask_bytes, &a.mask_bytes, &mask, NULL);
-    a.image = bytes, a.mask = mask_bytes;
-    if (e == OK) e = edit_read(p, m, &a);
-    free(bytes), free(mask_bytes);
-    image_free(&mask);
-    return e;
-}
-
 /* The class that was named, else the one that the kept part looks like */
-static Err edit_label(Call *c, const int32_t *known, const EditPicture *p) {
-    const Chain chain = model_chain(c->model);
+static Err edit_label(Call *c, const EditArgs *a) {
     Draw *d = &c->draw;
+    const Chain chain = draw_chain(d);
     int32_t guess;
     TRY(draw_classes(&d->label, c->model, c->o.class_name, c->o.seed, 0, d->n));
     if (!d->label || c->o.class_name) return OK;
-    TRY(edit_class(&guess, &chain, known, p->keep_token, c->o.seed));
+    TRY(edit_keeps_some(&c->edit, c->model, a));
+    TRY(edit_class(&guess, &chain, c->known, c->edit.keep_token, c->o.seed));
     for (size_t b = 0; b < d->n; b++) d->label[b] = guess;
     return OK;
 }
 
+static int complete(imagebart_model *model, const imagebart_options *o, const EditArgs *a, uint8_t *rgb,
+                    int32_t *tokens) {
+    Call c;
+    Err e = call_open(&c, model, o, DRAW_EDIT);
+    if (e == OK && step(&c)) e = err("cancelled");
+    if (e == OK) e = edit_read(&c.edit, c.model, a);
+    if (e == OK) e = mem_alloc(&c.known, c.model->h * c.model->w, sizeof *c.known, "known tokens");
+    if (e == OK) e = edit_encode(&c.edit, c.model, c.o.seed, c.known);
+    if (e == OK) e = edit_label(&c, a);
+    c.draw.known = c.known, c.draw.keep = c.edit.keep_token;
+    if (e == OK) e = draw(&c, rgb, tokens);
+    return call_close(&c, e);
+}
+
+/* Pixels that the caller has; *at = NULL: there are none, but perhaps a file. The mask's become its own. */
+static Err pixels_of(Image *im, const Image **at, const imagebart_image *given, int is_mask, const char *what) {
+    const size_t n = given->width * given->height;
+    *at = NULL;
+    if (!given->data || given->bytes) return OK;
+    if (given->width < 1 || given->height < 1 || given->width > IMAGE_MAX_SIDE || given->height > IMAGE_MAX_SIDE)
+        return err("%s: %zux%zu pixels; expected 1 to %d a side", what, given->width, given->height, IMAGE_MAX_SIDE);
+    *im = (Image){.H = given->height, .W = given->width, .rgb = (uint8_t *)(uintptr_t)given->data};
+    *at = im;
+    if (!is_mask) return OK;
+    TRY(mem_alloc(&im->rgb, n, 3, "a mask"));
+    for (size_t i = 0; i < 3 * n; i++) im->rgb[i] = ((const uint8_t *)given->data)[i / 3] ? 255 : 0;
+    return OK;
+}
+
+/* A picture, and one thing that says what is drawn anew */
+static Err check_edit(const imagebart_edit *e) {
+    static const char *const halves[] = {"upper", "lower", "left", "right"};
+    size_t i = 0;
+    if (!e->image.data) return err("there is no picture to complete");
+    if ((e->mask.data != NULL) + (e->half != NULL) + (e->window > 0) + (e->outside > 0) + (e->extend > 0) != 1)
+        return err("expected one of mask, half, window, outside and extend");
+    while (e->half && i < 4 && strcmp(e->half, halves[i]) != 0) i++;
+    if (i == 4) return err("half \"%.20s\": expected upper, lower, left or right", e->half);
+    if (e->extend && e->paste) return err("extend: nothing is pasted into the picture");
+    return OK;
+}
+
+int imagebart_complete(imagebart_model *model, const imagebart_options *o, const imagebart_edit *edit) {
+    imagebart_edit e = {0};
+    Image image, mask = {0};
+    if (edit) memcpy(&e, edit, min_size(edit->bytes, sizeof e));
+    EditArgs a = {.image = e.image.data,
+                  .mask = e.mask.data,
+                  .image_bytes = e.image.bytes,
+                  .mask_bytes = e.mask.bytes,
+                  .half = e.half,
+                  .window = e.window,
+                  .outside = e.outside,
+                  .extend = e.extend,
+                  .invert = e.invert,
+                  .official = e.official,
+                  .paste = e.paste};
+    Err failed = check_edit(&e);
+    if (failed == OK) failed = pixels_of(&image, &a.pixels, &e.image, 0, "the picture");
+    if (failed == OK) failed = pixels_of(&mask, &a.mask_pixels, &e.mask, 1, "the mask");
+    const int s = failed == OK ? complete(model, o, &a, NULL, NULL) : status(failed);
+    if (a.mask_pixels) image_free(&mask);
+    return s;
+}
+
 int imagebart_inpaint(imagebart_model *model, const imagebart_options *o, const uint8_t *picture, const uint8_t *keep,
                       uint8_t *rgb, int32_t *tokens) {
-    Call c;
-    EditPicture p = {0};
-    int32_t *known = NULL;
-    Err e = call_open(&c, model, o, DRAW_EDIT);
-    const Model *m = c.model;
-    const size_t pixels = m->side * m->side;
-    if (e == OK) e = edit_from(&p, m, picture, keep);
-    if (e == OK) e = mem_alloc(&known, m->h * m->w, sizeof *known, "known tokens");
-    if (e == OK) e = edit_encode(&p, c.model, c.o.seed, known);
-    if (e == OK) e = edit_label(&c, known, &p);
-    c.draw.known = known, c.draw.keep = p.keep_token;
-    if (e == OK) e = call_prepare(&c);
-    if (e == OK) e = draw_pictures(&c.draw);
-    if (e == OK) e = call_results(&c, rgb, tokens);
-    for (size_t i = 0; e == OK && rgb && i < c.draw.n * pixels; i++)
-        if (keep[i % pixels]) memcpy(rgb + 3 * i, picture + 3 * (i % pixels), 3);
-    free(known);
-    edit_free(&p);
-    return call_close(&c, e);
+    const size_t side = model->model.side;
+    Image mask;
+    EditArgs a = {0};
+    const Image image = {.H = side, .W = side, .rgb = (uint8_t *)(uintptr_t)picture};
+    if (pixels_of(&mask, &a.mask_pixels, &(imagebart_image){keep, 0, side, side}, 1, "the mask") != OK)
+        return IMAGEBART_FAILED;
+    a.pixels = &image;
+    const int s = complete(model, o, &a, rgb, tokens);
+    image_free(&mask);
+    return s;
 }
 
 /* ---- The first stage alone ---- */
 
-int imagebart_encode(imagebart_model *model, const uint8_t *rgb, size_t count, int32_t *tokens) {
+typedef Err OnePicture(Model *m, real *pixels, uint8_t *rgb, int32_t *tokens);
+
+static Err encode_one(Model *m, real *pixels, uint8_t *rgb, int32_t *tokens) {
+    const Image im = {.H = m->side, .W = m->side, .rgb = rgb};
+    TRY(image_prepare(pixels, &im, PREP_FOLDER, m->side, -1, -1, 0));
+    return vqgan_encode(m->vqgan, pixels, 1, m->side, m->side, 0, NULL, NULL, tokens);
+}
+
+static Err decode_one(Model *m, real *pixels, uint8_t *rgb, int32_t *tokens) {
+    Image im = {0};
+    const Err e = picture_of(m, tokens, pixels, &im);
+    if (e == OK) memcpy(rgb, im.rgb, 3 * m->side * m->side);
+    image_free(&im);
+    return e;
+}
+
+static int first_stage(imagebart_model *model, OnePicture *one, uint8_t *rgb, int32_t *tokens, size_t count) {
     Model *m = &model->model;
-    const size_t pixels = m->side * m->side, N = m->h * m->w;
-    real *x;
-    if (mem_alloc(&x, 3 * pixels, sizeof *x, "a picture") != OK) return IMAGEBART_FAILED;
-    Err e = vqgan_plan(m->vqgan, 1, m->side, m->side, 0);
-    for (size_t b = 0; b < count && e == OK; b++) {
-        const Image im = {.H = m->side, .W = m->side, .rgb = (uint8_t *)(uintptr_t)(rgb + b * 3 * pixels)};
-        e = image_prepare(x, &im, PREP_FOLDER, m->side, -1, -1, 0);
-        if (e == OK) e = vqgan_encode(m->vqgan, x, 1, m->side, m->side, 0, NULL, NULL, tokens + b * N);
-    }
-    free(x);
-    return e == OK ? IMAGEBART_OK : IMAGEBART_FAILED;
+    const size_t bytes = 3 * m->side * m->side, N = m->h * m->w;
+    real *pixels = NULL;
+    Err e = mem_alloc(&pixels, bytes, sizeof *pixels, "a picture");
+    if (e == OK) e = vqgan_plan(m->vqgan, 1, m->side, m->side, 0);
+    for (size_t b = 0; b < count && e == OK; b++) e = one(m, pixels, rgb + b * bytes, tokens + b * N);
+    free(pixels);
+    return status(e);
+}
+
+int imagebart_encode(imagebart_model *model, const uint8_t *rgb, size_t count, int32_t *tokens) {
+    return first_stage(model, encode_one, (uint8_t *)(uintptr_t)rgb, tokens, count);
 }
 
 int imagebart_decode(imagebart_model *model, const int32_t *tokens, size_t count, uint8_t *rgb) {
-    Model *m = &model->model;
-    const size_t pixels = m->side * m->side, N = m->h * m->w;
-    real *x;
-    if (mem_alloc(&x, 3 * pixels, sizeof *x, "a picture") != OK) return IMAGEBART_FAILED;
-    Err e = vqgan_plan(m->vqgan, 1, m->side, m->side, 0);
-    for (size_t b = 0; b < count && e == OK; b++) e = picture_of(m, tokens + b * N, x, rgb + b * 3 * pixels);
-    free(x);
-    return e == OK ? IMAGEBART_OK : IMAGEBART_FAILED;
+    return first_stage(model, decode_one, rgb, (int32_t *)(uintptr_t)tokens, count);
 }

@@ -492,16 +492,21 @@ static Err check_pixels(const Model *m, const real *x, size_t n) {
                       m->folder);
 }
 
+Err decode_planned(Model *m, const int32_t *tokens, size_t n, real *images) {
+    TRY(vqgan_decode_tokens(m->vqgan, tokens, n, m->h, m->w, images));
+    return check_pixels(m, images, n * 3 * m->side * m->side);
+}
+
 Err decode_pictures(Model *m, const int32_t *tokens, size_t n, real *images) {
     size_t N = m->h * m->w, pixels = 3 * m->side * m->side;
     const size_t batch = decode_batch(m, n);
     TRY(vqgan_plan(m->vqgan, batch, m->side, m->side, 0));
     for (size_t b = 0; b < n; b += batch) {
-        TRY(vqgan_decode_tokens(m->vqgan, tokens + b * N, min_size(batch, n - b), m->h, m->w, images + b * pixels));
+        TRY(decode_planned(m, tokens + b * N, min_size(batch, n - b), images + b * pixels));
         if (n > batch) progress_line("decoding picture %zu of %zu", b + 1, n);
     }
     progress_end();
-    return check_pixels(m, images, n * pixels);
+    return OK;
 }
 
 Err model_class(const Model *m, const char *name, int32_t *label) {

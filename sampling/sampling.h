@@ -51,6 +51,7 @@ Err model_scale(Model *m, int t); /* loads scale t's transition (EMA weights), r
 Chain model_chain(Model *m);
 /* images (n,3,side,side) decoded from tokens (n,N), decode_batch pictures at a time. */
 Err decode_pictures(Model *m, const int32_t *tokens, size_t n, real *images);
+Err decode_planned(Model *m, const int32_t *tokens, size_t n, real *images); /* n are planned for already */
 size_t decode_batch(const Model *m, size_t n);
 /* A class of the model as classes_find knows it; an error if the model has none. */
 Err model_class(const Model *m, const char *name, int32_t *label);
@@ -134,6 +135,7 @@ size_t draw_rows(size_t n, size_t batch, size_t M);
  * model has no classes. */
 Err draw_classes(int32_t **label, const Model *m, const char *name, uint64_t seed, uint64_t first, size_t n);
 Err draw_pictures(Draw *d);
+Chain draw_chain(Draw *d); /* the model's, which ends where the watcher stops it */
 void draw_free(Draw *d);
 
 /* What the bound of scales T..last would be if every token were guessed blindly, p = 1/K: for all of them and last = 1 it
@@ -153,13 +155,14 @@ const char *score_anchors(char text[SCORE_BYTES], const Chain *c, const Config *
 typedef struct {
     const uint8_t *image, *mask;
     size_t image_bytes, mask_bytes;
-    const char *half;       /* upper, lower, left or right of the centred square */
-    size_t window, outside; /* a square in its middle, in the model's pixels; all but that */
-    size_t extend;          /* all around the picture, which is scaled to so many pixels; not with paste */
-    int invert;             /* light parts of the mask are drawn anew */
-    int official;           /* a token stays if its first pixel does, as in the official code (SPEC section 5) */
-    int paste;              /* the result goes back into the whole picture: the square lies around the hole */
-    size_t most_pixels;     /* of a picture; 0: as image_decode */
+    const Image *pixels, *mask_pixels; /* instead of them, or NULL */
+    const char *half;                  /* upper, lower, left or right of the centred square */
+    size_t window, outside;            /* a square in its middle, in the model's pixels; all but that */
+    size_t extend;                     /* all around the picture, which is scaled to so many pixels; not with paste */
+    int invert;                        /* light parts of the mask are drawn anew */
+    int official;       /* a token stays if its first pixel does, as in the official code (SPEC section 5) */
+    int paste;          /* the result goes back into the whole picture: the square lies around the hole */
+    size_t most_pixels; /* of a picture; 0: as image_decode */
 } EditArgs;
 typedef struct {
     Prep prep;
@@ -193,6 +196,11 @@ Err edit_keeps_some(const EditPicture *p, const Model *m, const EditArgs *a);
 Err edit_class(int32_t *label, const Chain *chain, const int32_t *known, const uint8_t *keep_token, uint64_t seed);
 /* out (H,W) = the whole picture with what was drawn (side,side) in its hole; all else is as it was, bit for bit. */
 Err paste_picture(Image *out, const EditPicture *p, const Model *m, const Image *drawn);
+
+/* ---- library.c: see libimagebart.h ---- */
+
+struct imagebart_model;
+Model *library_model(struct imagebart_model *model);
 
 /* ---- nearest.c ---- */
 

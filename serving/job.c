@@ -51,7 +51,7 @@ static int read_scale_sizes(Fault *f, size_t *out, int T, const cJSON *x, const 
 /* One number is for the scales that have learnt "no class" too. */
 static int read_guidance(Fault *f, Job *j, const cJSON *x) {
     static const ScaleField g = {"guidance", 0, 1000, 0};
-    const Model *m = &j->served->model;
+    const Model *m = j->served->model;
     const int T = m->schedule.T;
     char field[64] = "guidance";
     int can = 0;
@@ -73,7 +73,7 @@ static int read_guidance(Fault *f, Job *j, const cJSON *x) {
 /* ---- The other fields ---- */
 
 static int read_class(Fault *f, Job *j, const cJSON *x) {
-    const Model *m = &j->served->model;
+    const Model *m = j->served->model;
     int32_t label;
     if (cJSON_IsNull(x)) return 1;
     if (!cJSON_IsString(x)) return wrong_value(f, 400, "class", x, "a name, a number in quotes, or null");
@@ -126,7 +126,7 @@ static int read_base64(Fault *f, Blob **out, const cJSON *x, const char *field) 
 
 /* A field of both kinds; -1: it is none. */
 static int read_common(Fault *f, Job *j, const cJSON *x, const Offer *o) {
-    const int edit = j->kind == DRAW_EDIT, T = j->served->model.schedule.T;
+    const int edit = j->kind == DRAW_EDIT, T = j->served->model->schedule.T;
     const ScaleField temperature = {"temperature", 0, 1000, 0}, top_k = {"top_k", 0, 1e9, 1},
                      chain = {"chain_length", edit ? 0 : 1, 1000, 1};
     const char *name = x->string;
@@ -150,7 +150,7 @@ static int read_common(Fault *f, Job *j, const cJSON *x, const Offer *o) {
 
 /* A field of edits alone; -1: it is none. */
 static int read_edit(Fault *f, Job *j, const cJSON *x, int is_text) {
-    const double side = (double)j->served->model.side;
+    const double side = (double)j->served->model->side;
     const char *name = x->string;
     if (j->kind != DRAW_EDIT) return -1;
     if (!strcmp(name, "half")) return read_half(f, j, x);
@@ -194,7 +194,7 @@ static int check_edit(Fault *f, const Job *j, int is_text) {
         {"mask", j->mask != NULL}, {"half", *j->half != 0}, {"window", j->window > 0}, {"outside", j->outside > 0}};
     const char *found = NULL;
     size_t passes = 0;
-    for (int t = 1; t <= j->served->model.schedule.T; t++) passes += j->options.chain[t];
+    for (int t = 1; t <= j->served->model->schedule.T; t++) passes += j->options.chain[t];
     if (!passes)
         return fault(f, 400, "chain_length", "chain_length: 0 at every scale: expected a pass at one at least");
     for (size_t i = 0; i < 4; i++) {
@@ -206,7 +206,7 @@ static int check_edit(Fault *f, const Job *j, int is_text) {
     if (is_text) return 1;
     if (!j->image) return fault(f, 400, "image", "image: missing: expected a picture");
     if (!found) return fault(f, 400, "mask", "mask: missing: expected a mask, half, window or outside");
-    if (j->served->model.classes.n > 100 && !j->class_name)
+    if (j->served->model->classes.n > 100 && !j->class_name)
         return fault(f, 422, "class", "class: missing: expected one, for this model has too many to try them all");
     return 1;
 }
@@ -271,7 +271,7 @@ static int check_pictures(Fault *f, Job *j) {
     for (size_t i = 0; i < 3; i++)
         if (file_kind(&kind, a.image, a.image_bytes) == names[i].kind) j->image_name = names[i].name;
     may_decode(1);
-    const Err e = edit_read(&p, &j->served->model, &a);
+    const Err e = edit_read(&p, j->served->model, &a);
     if (j->paste) j->paste_pixels = p.H * p.W;
     j->profile_bytes = p.profile.size;
     edit_free(&p);
@@ -339,7 +339,7 @@ void job_free(Job *j) {
 
 cJSON *job_json(const Job *j) {
     const SampleOptions *o = &j->options;
-    const int T = j->served->model.schedule.T;
+    const int T = j->served->model->schedule.T;
     cJSON *x = cJSON_CreateObject();
     cJSON_AddStringToObject(x, "kind", j->kind == DRAW_EDIT ? "inpaint" : "sample");
     cJSON_AddStringToObject(x, "model", j->served->name);
@@ -420,7 +420,7 @@ static void add_edit(Line *l, const Job *j) {
 
 cJSON *job_command(const Job *j, const Offer *o) {
     const SampleOptions *s = &j->options, *usual = &j->served->recommended[j->kind];
-    const int T = j->served->model.schedule.T, edit = j->kind == DRAW_EDIT;
+    const int T = j->served->model->schedule.T, edit = j->kind == DRAW_EDIT;
     Line l = {0};
     add_word(&l, edit ? "./inpaint" : "./sample");
     add_word(&l, j->served->given);
@@ -452,7 +452,7 @@ EditArgs job_edit_args(const Job *j) {
 }
 
 Err job_text(Config *text, const Job *j, size_t k) {
-    const Model *m = &j->served->model;
+    const Model *m = j->served->model;
     const SamplingArgs a = {.class_name = j->class_name, .seed = j->seed, .weights = weight_name(m->weights)};
     TRY(sampling_text(text, &a, &j->options, m));
     const EditArgs edit = job_edit_args(j);
@@ -492,7 +492,7 @@ static void add_digits(cJSON *json, const char *field, const char *text) {
 static void add_model(cJSON *json, const Offer *o, const char *text) {
     const char *name = last_part(text);
     for (size_t i = 0; i < o->models; i++)
-        if (o->model[i].here && !strcmp(last_part(o->model[i].model.folder), name)) name = o->model[i].name;
+        if (o->model[i].here && !strcmp(last_part(o->model[i].model->folder), name)) name = o->model[i].name;
     cJSON_AddStringToObject(json, "model", name);
 }
 

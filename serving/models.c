@@ -1,37 +1,42 @@
 /* models.c - the models that are served, and what a client is told of them. */
+#include "sampling/libimagebart.h"
 #include "serving/serving.h"
 
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
-/* Its most, with previews: a batch with guidance, and a picture at a time decoded. */
-static Err memory_of(Served *s) {
-    ModelMemory need;
-    TRY(model_memory(&s->model, 2 * SERVED_BATCH, SERVED_BATCH, &need));
-    s->memory = need.total;
-    return OK;
+/* What it recommends for new pictures or edits */
+static void recommended_of(Served *s, DrawKind kind) {
+    SampleOptions *o = &s->recommended[kind];
+    sample_defaults(o);
+    for (int t = 1; t <= s->model->schedule.T; t++) {
+        imagebart_advice a;
+        imagebart_get_advice(s->library, kind == DRAW_EDIT, (size_t)t, &a);
+        o->temperature[t] = a.temperature, o->guidance[t] = a.guidance;
+        o->top_k[t] = a.top_k, o->chain[t] = a.chain_length;
+        s->many[kind] = a.best_of;
+    }
 }
 
 static Err served_open(Served *s, const char *given, WeightFormat weights, int cuda) {
     const NamedModel *named = find_named(given);
-    const SamplingArgs nothing = {0};
     memset(s, 0, sizeof *s);
     s->given = given;
     s->name = last_part(given);
     s->title = named ? named->what : s->name;
-    TRY(model_open(&s->model, given, NULL));
-    s->model.weights = weights;
+    if (imagebart_open_on(&s->library, given, weight_name(weights), cuda ? "cuda" : "cpu") != IMAGEBART_OK)
+        return FAILED;
     s->here = 1;
-    if (cuda) TRY(model_use_cuda(&s->model));
-    for (int kind = DRAW_NEW; kind <= DRAW_EDIT; kind++) {
-        sampling_options(&s->recommended[kind], &nothing, &s->model, (DrawKind)kind);
-        TRY(sampling_many(&s->many[kind], &s->model, 0, (DrawKind)kind));
-    }
-    return memory_of(s);
+    s->model = library_model(s->library);
+    recommended_of(s, DRAW_NEW);
+    recommended_of(s, DRAW_EDIT);
+    s->memory = imagebart_memory(s->library);
+    return s->memory ? OK : FAILED;
 }
 
 static void served_absent(Served *s, const NamedModel *named) {
+    imagebart_close(s->library);
     memset(s, 0, sizeof *s);
     s->given = s->name = named->name;
     s->title = named->what;
@@ -52,7 +57,7 @@ cJSON *scales_json_sizes(const size_t *x, int T) {
 
 static cJSON *recommended_json(const Served *s, DrawKind kind) {
     const SampleOptions *o = &s->recommended[kind];
-    const int T = s->model.schedule.T;
+    const int T = s->model->schedule.T;
     cJSON *x = cJSON_CreateObject();
     cJSON_AddItemToObject(x, "temperature", scales_json(o->temperature, T));
     cJSON_AddItemToObject(x, "top_k", scales_json_sizes(o->top_k, T));
@@ -78,7 +83,7 @@ static cJSON *absent_json(const Served *s) {
 }
 
 cJSON *served_json(const Served *s) {
-    const Model *m = &s->model;
+    const Model *m = s->model;
     if (!s->here) return absent_json(s);
     cJSON *x = cJSON_CreateObject(), *list;
     cJSON_AddStringToObject(x, "name", s->name);
@@ -105,7 +110,7 @@ cJSON *served_json(const Served *s) {
 
 static Err is_new(Offer *o, const Served *s) {
     for (const Served *other = o->model; other < s; other++) {
-        o->twice = !strcmp(other->name, s->name) || !strcmp(other->model.folder, s->model.folder);
+        o->twice = !strcmp(other->name, s->name) || !strcmp(other->model->folder, s->model->folder);
         if (o->twice) return err("%s and %s: a model of this name twice", other->given, s->given);
     }
     return OK;
@@ -137,7 +142,6 @@ Err offer_open(Offer *o, const OptionList *given, WeightFormat weights, int cuda
 }
 
 void offer_close(Offer *o) {
-    for (size_t i = 0; i < o->models; i++)
-        if (o->model[i].here) model_close(&o->model[i].model);
+    for (size_t i = 0; i < o->models; i++) imagebart_close(o->model[i].library);
     free(o->model);
 }

@@ -127,12 +127,12 @@ typedef struct {
     const char *name;  /* its last part */
     const char *title;
     int here;
-    Model model;
+    struct imagebart_model *library; /* the same as sampling/libimagebart.h knows it */
+    const Model *model;
     SampleOptions recommended[2]; /* [DrawKind] */
     size_t many[2];               /* [DrawKind] pictures drawn for one, candidates of an edit */
     size_t memory;                /* bytes, while it draws */
 } Served;
-enum { SERVED_BATCH = 16 }; /* rows computed side by side, as ./sample has it */
 /* What the server has. */
 typedef struct {
     Served *model;
@@ -213,7 +213,7 @@ typedef struct Ticket {
     double began, ended;                  /* 0: not yet */
     Blob **picture, **details, **preview; /* (count), (count), (count,T+1); NULL: not there */
     size_t width, height;                 /* of the pictures */
-    int32_t *label;                       /* (count) or NULL */
+    int32_t *label;                       /* (count) classes; -1: none */
     double *bound;                        /* (count) */
     char error[ERR_MAX];
     _Atomic size_t bytes; /* that it holds; before it is over, that it may come to hold */

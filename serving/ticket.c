@@ -11,7 +11,7 @@
 enum { TICKET_BYTES = 8192, PNG_SLACK = 4096 }; /* of a ticket itself; of a PNG beside its pixels */
 
 size_t ticket_tokens(const Ticket *t, int scale) {
-    const Model *m = &t->job.served->model;
+    const Model *m = t->job.served->model;
     return t->job.count * t->job.best_of * m->h * m->w * t->job.options.chain[scale];
 }
 
@@ -19,12 +19,12 @@ size_t ticket_tokens(const Ticket *t, int scale) {
 
 /* The bytes of a picture of the model, of what is told of its tokens, and of a result, at most */
 static size_t worst_picture(const Job *j) {
-    const Model *m = &j->served->model;
+    const Model *m = j->served->model;
     return 3 * m->side * m->side + m->side + PNG_SLACK;
 }
 
 static size_t worst_details(const Job *j) {
-    return 20 * j->served->model.h * j->served->model.w + 256;
+    return 20 * j->served->model->h * j->served->model->w + 256;
 }
 
 static size_t worst_result(const Job *j) {
@@ -33,7 +33,7 @@ static size_t worst_result(const Job *j) {
 }
 
 size_t ticket_results(const Job *j) {
-    const size_t previews = j->previews ? (size_t)j->served->model.schedule.T * worst_picture(j) : 0;
+    const size_t previews = j->previews ? (size_t)j->served->model->schedule.T * worst_picture(j) : 0;
     return j->count * (worst_result(j) + previews + worst_details(j));
 }
 
@@ -42,7 +42,7 @@ static size_t waiting_bytes(const Job *j) {
 }
 
 Err ticket_new(Ticket **out, Job *job, const Offer *offer) {
-    const size_t T = (size_t)job->served->model.schedule.T, n = job->count;
+    const size_t T = (size_t)job->served->model->schedule.T, n = job->count;
     Ticket *t = calloc(1, sizeof *t);
     if (!t) return err("no memory for a job");
     t->job = *job;
@@ -56,7 +56,8 @@ Err ticket_new(Ticket **out, Job *job, const Offer *offer) {
     t->details = calloc(n, sizeof *t->details);
     t->preview = calloc(n * (T + 1), sizeof *t->preview);
     t->bound = calloc(n, sizeof *t->bound);
-    Err e = t->picture && t->details && t->preview && t->bound ? OK : err("no memory for a job");
+    t->label = calloc(n, sizeof *t->label);
+    Err e = t->picture && t->details && t->preview && t->bound && t->label ? OK : err("no memory for a job");
     if (e == OK) e = random_text(t->id, 16);
     if (e == OK) e = events_new(&t->events);
     if (e == OK)
@@ -68,7 +69,7 @@ Err ticket_new(Ticket **out, Job *job, const Offer *offer) {
 
 void ticket_release(Ticket *t) {
     if (--t->holders) return;
-    const size_t n = t->job.count, scales = t->job.served ? (size_t)t->job.served->model.schedule.T + 1 : 0;
+    const size_t n = t->job.count, scales = t->job.served ? (size_t)t->job.served->model->schedule.T + 1 : 0;
     for (size_t k = 0; k < n && t->picture; k++) blob_release(t->picture[k]);
     for (size_t k = 0; k < n && t->details; k++) blob_release(t->details[k]);
     for (size_t k = 0; k < n * scales && t->preview; k++) blob_release(t->preview[k]);
@@ -87,7 +88,7 @@ int ticket_is_over(const Ticket *t) {
 
 static cJSON *results_json(const Ticket *t) {
     cJSON *list = cJSON_CreateArray();
-    const Classes *classes = &t->job.served->model.classes;
+    const Classes *classes = &t->job.served->model->classes;
     for (size_t k = 0; k < t->job.count && t->state == TICKET_DONE; k++) {
         char address[64], title[CLASS_TITLE_BYTES];
         cJSON *x = cJSON_CreateObject();
@@ -95,7 +96,7 @@ static cJSON *results_json(const Ticket *t) {
         cJSON_AddStringToObject(x, "picture", address);
         cJSON_AddNumberToObject(x, "width", (double)t->width);
         cJSON_AddNumberToObject(x, "height", (double)t->height);
-        if (t->label)
+        if (t->label[k] >= 0)
             cJSON_AddStringToObject(x, "class", class_title(title, classes, (size_t)t->label[k]));
         else
             cJSON_AddNullToObject(x, "class");
@@ -108,7 +109,7 @@ static cJSON *results_json(const Ticket *t) {
 /* Seconds: what is left of every scale, at the pace of that scale so far, or of all of them. -1: unknown, as it is until a
  * twentieth is done. */
 static double time_left(const Ticket *t) {
-    const int T = t->job.served->model.schedule.T;
+    const int T = t->job.served->model->schedule.T;
     double spent = 0, left = 0;
     size_t done = 0, all = 0;
     for (int s = 1; s <= T; s++) spent += t->spent[s], done += t->done[s], all += ticket_tokens(t, s);
@@ -124,7 +125,7 @@ static double time_left(const Ticket *t) {
 void ticket_add_progress(cJSON *x, const Ticket *t) {
     const double left = time_left(t);
     cJSON_AddNumberToObject(x, "scale", t->scale);
-    cJSON_AddNumberToObject(x, "scales", t->job.served->model.schedule.T);
+    cJSON_AddNumberToObject(x, "scales", t->job.served->model->schedule.T);
     cJSON_AddNumberToObject(x, "token", (double)t->done[t->scale]);
     cJSON_AddNumberToObject(x, "tokens", (double)ticket_tokens(t, t->scale));
     if (left >= 0)
@@ -181,7 +182,7 @@ static int whole_number(size_t *number, const char **text) {
 }
 
 Reply ticket_file(Ticket *t, const Request *r) {
-    const size_t T = (size_t)t->job.served->model.schedule.T;
+    const size_t T = (size_t)t->job.served->model->schedule.T;
     const char *name = r->part[1], *scale = request_query(r, "scale");
     size_t k = 0, s = 0;
     Blob *b = NULL;
@@ -200,7 +201,7 @@ Reply ticket_file(Ticket *t, const Request *r) {
 
 void ticket_end(Ticket *t, TicketState state) {
     size_t held_bytes = TICKET_BYTES;
-    const size_t T = (size_t)t->job.served->model.schedule.T;
+    const size_t T = (size_t)t->job.served->model->schedule.T;
     pthread_mutex_lock(&t->lock);
     t->ended = seconds();
     blob_release(t->job.image), blob_release(t->job.mask);
