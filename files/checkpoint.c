@@ -14,7 +14,7 @@
  *
  * Read in this order: the JSON cursor; reading safetensors; asking for tensors; writing safetensors; lists of tensors.
  * PyTorch's own containers are read in ckpt.c; checkpoint_open tells files apart by content. */
-#include "files/files.h"
+#include "files/pickle.h"
 
 #include <errno.h>
 #include <stdarg.h>
@@ -452,6 +452,7 @@ void checkpoint_close(Checkpoint *ck) {
     if (ck->map) munmap(ck->map, ck->map_bytes);
     ckpt_free_copies(ck->copies);
     free(ck->tensor);
+    free(ck->entries);
     config_free(&ck->meta);
     memset(ck, 0, sizeof *ck);
 }
@@ -520,9 +521,18 @@ Err checkpoint_shaped(const Checkpoint *ck, const char *name, int ndim, const si
     return same ? OK : wrong_shape(ck, x, ndim, dim, size);
 }
 
+Err checkpoint_intact(const Checkpoint *ck, const Tensor *x) {
+    if (!x->entry || x->size == 0 || zip_check(x->entry) == OK) return OK;
+    char where[NAME_MAX_BYTES + 16];
+    snprintf(where, sizeof where, "tensor '%s'", x->name);
+    err_in(where);
+    return err_in(ck->path);
+}
+
 Err checkpoint_reals(const Checkpoint *ck, const char *name, int ndim, const size_t *dim, size_t size, real *out) {
     const Tensor *x;
     TRY(checkpoint_shaped(ck, name, ndim, dim, size, &x));
+    TRY(checkpoint_intact(ck, x));
     tensor_to_reals(x, out);
     return OK;
 }
@@ -546,6 +556,7 @@ Err checkpoint_ints(const Checkpoint *ck, const char *name, size_t size, int32_t
     if (x->size != size) return wrong_shape(ck, x, -1, NULL, size);
     if (x->dtype != DT_I64 && x->dtype != DT_I32 && x->dtype != DT_I16 && x->dtype != DT_U8)
         return err("%s: tensor '%s' is %s, expected I64, I32, I16 or U8", ck->path, name, dtype_name(x->dtype));
+    TRY(checkpoint_intact(ck, x));
     for (size_t i = 0; i < size; i++) {
         int64_t v = integer_at(x, i);
         if (v < INT32_MIN || v > INT32_MAX)

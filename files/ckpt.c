@@ -30,8 +30,8 @@ typedef struct {
     size_t length;
     const unsigned char *data; /* NULL: not found yet, or in an entry */
     size_t bytes;
-    const ZipEntry *entry; /* of an archive, until its bytes are here and checked */
-    Dtype dtype;           /* old format */
+    ZipEntry *entry; /* of an archive */
+    Dtype dtype;     /* old format */
 } Blob;
 
 typedef struct {
@@ -84,16 +84,16 @@ static Err copy_room(Checkpoint *ck, const Blobs *blobs, size_t bytes, unsigned 
     return OK;
 }
 
-/* An entry's bytes, once a tensor lies in them, which is when their checksum is compared */
+/* An entry's bytes, once a tensor lies in them. Those of a deflated one are a copy, whose checksum is compared at once. */
 static Err take_entry(Checkpoint *ck, const Blobs *blobs, Blob *b) {
     unsigned char *out = NULL;
-    if (!b->entry) return OK;
+    if (b->data) return OK;
     if (b->entry->deflated) {
         TRY(copy_room(ck, blobs, b->bytes, &out));
         TRY(zip_inflate(b->entry, out));
-    } else
-        TRY(zip_check(b->entry));
-    b->data = out ? out : b->entry->data, b->entry = NULL;
+    }
+    b->data = out ? out : b->entry->data;
+    if (out) b->entry = NULL;
     return OK;
 }
 
@@ -159,9 +159,10 @@ static Err read_shape(const Pickle *k, const Value *v, Tensor *x, size_t *stride
     return OK;
 }
 
-/* The bytes of the storage that a tensor lies in, *have of them, from where a view of it begins */
+/* The bytes of the storage that a tensor lies in, *have of them, from where a view of it begins; *entry: NULL, or in which
+ * entry of the archive */
 static Err storage_bytes(Checkpoint *ck, const Value *storage, const Blobs *blobs, const unsigned char **data,
-                         size_t *have) {
+                         size_t *have, ZipEntry **entry) {
     const size_t width = dtype_size((Dtype)storage->dtype);
     Blob *blob = find_blob(blobs, storage->text, storage->length);
     if (!blob || (!blob->data && !blob->entry))
@@ -174,6 +175,7 @@ static Err storage_bytes(Checkpoint *ck, const Value *storage, const Blobs *blob
     TRY(take_entry(ck, blobs, blob));
     *data = blob->data + storage->first * width;
     *have = (size_t)storage->number * width;
+    *entry = blob->entry;
     return OK;
 }
 
@@ -183,7 +185,7 @@ static Err place(Checkpoint *ck, const Pickle *k, const Value *v, const Blobs *b
     const unsigned char *data = NULL;
     TRY(read_shape(k, v, x, stride));
     TRY(reach(x, stride, &elements));
-    TRY(storage_bytes(ck, storage, blobs, &data, &bytes));
+    TRY(storage_bytes(ck, storage, blobs, &data, &bytes, &x->entry));
     const size_t have = bytes / width;
     if (!value_is_count(offset) || (size_t)offset->number > have || elements > have - (size_t)offset->number)
         return err_damaged("reaches element %zu beyond offset %lld of a storage of %zu", elements,
@@ -192,6 +194,7 @@ static Err place(Checkpoint *ck, const Pickle *k, const Value *v, const Blobs *b
     x->data = data;
     if (row_major(x, stride)) return OK;
     unsigned char *copy = NULL;
+    if (x->entry) TRY(zip_check(x->entry));
     TRY(size_mul(&elements, x->size, width));
     TRY(copy_room(ck, blobs, elements, &copy));
     reorder(copy, x, stride, data);
@@ -270,7 +273,7 @@ static Err check_byteorder(const ZipEntry *e) {
 static Err zip_blobs(const Zip *z, const unsigned char *folder, size_t length, Blobs *out) {
     static const char data[] = "data/", order[] = "byteorder";
     for (size_t i = 0; i < z->count; i++) {
-        const ZipEntry *e = &z->entry[i];
+        ZipEntry *e = &z->entry[i];
         if (e->name_length < length || memcmp(e->name, folder, length) != 0) continue;
         const unsigned char *name = e->name + length;
         size_t n = e->name_length - length;
@@ -289,7 +292,7 @@ static Err zip_blobs(const Zip *z, const unsigned char *folder, size_t length, B
 
 /* The program may be deflated, too; then `copy` is to be freed when its values are no longer needed. */
 static Err read_zip(Checkpoint *ck, Zip *z, Pickle *k, Blobs *blobs, unsigned char **copy) {
-    const ZipEntry *pickle = NULL;
+    ZipEntry *pickle = NULL;
     size_t folder = 0;
     Index result = 0;
     TRY(zip_open(z, (const unsigned char *)ck->map, ck->map_bytes));
@@ -388,7 +391,7 @@ Err ckpt_read(Checkpoint *ck) {
     unsigned char *copy = NULL;
     const int zip = ck->map_bytes >= 4 && memcmp(ck->map, "PK", 2) == 0;
     Err e = zip ? read_zip(ck, &z, &k, &blobs, &copy) : read_old(ck, &k, &blobs);
-    free(z.entry);
+    ck->entries = z.entry;
     free(blobs.blob);
     pickle_free(&k);
     free(copy);

@@ -150,12 +150,14 @@ enum {
     TENSOR_DIMS = 8,
     CHECKPOINT_TENSORS = 1 << 16 /* the most of a file; the largest official one has some 3,000 */
 };
+typedef struct ZipEntry ZipEntry; /* of an archive: pickle.h */
 typedef struct {
     char name[NAME_MAX_BYTES];
     Dtype dtype;
     int ndim;
     size_t dim[TENSOR_DIMS], size; /* size = product of dim, elements */
     const void *data;              /* reading: into the mapped file, maybe unaligned; writing: the caller's */
+    ZipEntry *entry;               /* in which data lies: see checkpoint_intact; NULL: in none */
 } Tensor;
 
 size_t tensor_bytes(const Tensor *x);
@@ -166,6 +168,7 @@ typedef struct {
     Config meta; /* __metadata__ */
     void *map;
     size_t map_bytes;
+    ZipEntry *entries; /* what tensors point at */
     void *copies; /* of tensors whose elements do not lie in row-major order in the file, or are compressed there */
     /* a name as the file has it, where parts of names were left out: "module." and "_orig_mod.", which wrappers of a
      * network (torch.compile, data-parallel training) put in front or inside; "": none was */
@@ -176,7 +179,8 @@ typedef struct {
 /* Maps a file, tells by its content what it is, and checks all of it before use: a safetensors file (header length,
  * JSON, names unique, dtypes known, shape product = byte length, no overlap, no gap, no tail) or a PyTorch .ckpt (zip
  * or older; SPEC section 11), whose meta then has "epoch" and "global_step". Errors name the file. What is there but is
- * of a kind that cannot be read is passed over until it is asked for. */
+ * of a kind that cannot be read is passed over until it is asked for. Checksums of a .ckpt are compared as its tensors
+ * are read: what nobody reads costs no time. */
 Err checkpoint_open(Checkpoint *ck, const char *path);
 /* out = what is to be said about a file that was opened, in one line; NULL: nothing */
 const char *checkpoint_note(char out[ERR_MAX], const Checkpoint *ck);
@@ -186,7 +190,10 @@ const Tensor *checkpoint_find(const Checkpoint *ck, const char *name); /* NULL: 
  * elements. */
 Err checkpoint_shaped(const Checkpoint *ck, const char *name, int ndim, const size_t *dim, size_t size,
                       const Tensor **out);
-/* The same, then out[0..size-1] = its elements, converted. */
+/* DAMAGED if the tensor's bytes are not those that its file has a checksum of. Compared once, by all threads; to be called
+ * before numbers are used where they lie. */
+Err checkpoint_intact(const Checkpoint *ck, const Tensor *x);
+/* As checkpoint_shaped, then out[0..size-1] = its elements, converted. */
 Err checkpoint_reals(const Checkpoint *ck, const char *name, int ndim, const size_t *dim, size_t size, real *out);
 Err checkpoint_ints(const Checkpoint *ck, const char *name, size_t size,
                     int32_t *out); /* from I64 I32 I16 U8; range-checked */

@@ -60,14 +60,15 @@ int value_is_count(const Value *v); /* a whole number from 0 on */
 
 /* ---- zip.c. All sizes are checked against the file, and entries do not overlap. ---- */
 
-typedef struct {
+struct ZipEntry {
     const unsigned char *name;
     size_t name_length, begin, end; /* of local header, name and data together */
     const unsigned char *data;
     size_t stored, bytes; /* in the file; once inflated */
     int deflated;
     uint32_t crc; /* 0: none was computed */
-} ZipEntry;
+    int checked;  /* 1: its bytes have that checksum */
+};
 
 typedef struct {
     const unsigned char *file;
@@ -78,10 +79,10 @@ typedef struct {
 
 Err zip_open(Zip *z, const unsigned char *file, size_t bytes); /* release with free(z->entry), errors too */
 /* X/data.pkl, for the one X that has it; then *folder is the length of "X/" */
-Err zip_pickle(const Zip *z, const ZipEntry **pickle, size_t *folder);
+Err zip_pickle(const Zip *z, ZipEntry **pickle, size_t *folder);
 /* out (e->bytes) = a deflated entry's bytes. A checksum that differs is an error. */
 Err zip_inflate(const ZipEntry *e, unsigned char *out);
-/* Of a stored entry */
-Err zip_check(const ZipEntry *e);
+/* Of a stored entry: compares its checksum, if that was not done yet. Any number of threads at a time. */
+Err zip_check(ZipEntry *e);
 
 #endif

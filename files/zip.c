@@ -147,12 +147,12 @@ Err zip_open(Zip *z, const unsigned char *file, size_t bytes) {
 }
 
 /* X/data.pkl, for the one X that has it: then *folder is the length of "X/" */
-Err zip_pickle(const Zip *z, const ZipEntry **pickle, size_t *folder) {
+Err zip_pickle(const Zip *z, ZipEntry **pickle, size_t *folder) {
     static const char name[] = "/data.pkl";
     const size_t length = sizeof name - 1;
     *pickle = NULL;
     for (size_t i = 0; i < z->count; i++) {
-        const ZipEntry *e = &z->entry[i];
+        ZipEntry *e = &z->entry[i];
         if (e->name_length <= length || memcmp(e->name + e->name_length - length, name, length) != 0) continue;
         if (memchr(e->name, '/', e->name_length) != e->name + e->name_length - length) continue; /* deeper */
         if (*pickle) return err_damaged("is a zip archive with two data.pkl");
@@ -170,9 +170,38 @@ static Err damaged_entry(const ZipEntry *e, const char *how) {
                        (const char *)e->name, how);
 }
 
-Err zip_check(const ZipEntry *e) {
-    if (e->crc == 0 || crc32_z(0, e->data, e->bytes) == e->crc) return OK;
-    return damaged_entry(e, "its checksum differs");
+typedef struct {
+    const unsigned char *data;
+    size_t bytes, part; /* of all parts; of one, but for the last */
+    uint32_t crc[64];
+} Parts;
+
+static size_t part_bytes(const Parts *p, size_t i) {
+    return min_size(p->bytes - i * p->part, p->part);
+}
+
+static void part_crc(void *context, size_t i) {
+    Parts *p = (Parts *)context;
+    p->crc[i] = (uint32_t)crc32_z(0, p->data + i * p->part, part_bytes(p, i));
+}
+
+/* Of parts, by all threads, joined */
+static uint32_t crc_of(const unsigned char *data, size_t bytes) {
+    enum { LEAST = 1 << 20 };
+    Parts p = {.data = data, .bytes = bytes};
+    const size_t n = max_size(min_size(bytes / LEAST, sizeof p.crc / sizeof *p.crc), 1);
+    p.part = bytes / n + (bytes % n != 0);
+    parallel_for(n > 1 ? threads_free() : 1, n, part_crc, &p);
+    uLong crc = p.crc[0];
+    for (size_t i = 1; i < n; i++) crc = crc32_combine(crc, p.crc[i], (z_off_t)part_bytes(&p, i));
+    return (uint32_t)crc;
+}
+
+Err zip_check(ZipEntry *e) {
+    if (e->crc == 0 || __atomic_load_n(&e->checked, __ATOMIC_RELAXED)) return OK;
+    if (crc_of(e->data, e->bytes) != e->crc) return damaged_entry(e, "its checksum differs");
+    __atomic_store_n(&e->checked, 1, __ATOMIC_RELAXED);
+    return OK;
 }
 
 /* zlib counts in unsigned int, so that both sides go on in portions. */
