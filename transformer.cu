@@ -1388,19 +1388,19 @@ static __global__ void embed_forward_kernel(float *x, const int32_t *ids, const 
 }
 
 /* Grid and block: a thread takes PACK neighbours, which it moves 16 bytes at a time. The bias of an element is that of
- * its column, i % H; its few kilobytes stay in cache. */
+ * its column, i % H; its few kilobytes stay in cache. A division of 64 bits takes longer than all the rest. */
 static __global__ void gelu_forward_kernel(floatX *g, floatX *dg, const float *bias, size_t n, size_t H) {
     const size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * PACK;
     if (i >= n) return;
     Pack x = load_pack(g, i, n), slope;
-    size_t column = i % H;
+    float column[PACK], cdf, pdf;
+    load_columns(column, bias, n >> 32 ? i % H : (unsigned)i % (unsigned)H, H);
 #pragma unroll
     for (int k = 0; k < PACK; k++) {
-        const float h = to_float(x.at[k]) + bias[column];
-        const float cdf = 0.5f * erfcf(-h * 0.70710678f), pdf = 0.39894228f * expf(-0.5f * h * h);
+        const float h = to_float(x.at[k]) + column[k];
+        normal_distribution_gpu(&cdf, &pdf, h);
         x.at[k] = to_floatX(h * cdf);
         slope.at[k] = to_floatX(cdf + h * pdf);
-        if (++column == H) column = 0;
     }
     store_pack(g, i, n, x);
     if (dg) store_pack(dg, i, n, slope);

@@ -10,6 +10,7 @@
 
 #include "base/compute.h"
 #include "kernels/kernels.h"
+#include "kernels/math.h"
 
 #if defined(__CUDACC__) || defined(CUDA_ON_CPU)
 #define DEVICE_CODE 1
@@ -70,6 +71,37 @@ static __device__ inline void store_pack(floatX *x, size_t i, size_t n, Pack p) 
 #pragma unroll
         for (int k = 0; k < PACK; k++)
             if (i + k < n) x[i + k] = p.at[k];
+}
+
+/* The PACK columns from c on of a row of H floats, which begins at a multiple of 16 bytes; behind the last comes the first. */
+static __device__ inline void load_columns(float to[PACK], const float *row, size_t c, size_t H) {
+    struct alignas(16) Four {
+        float at[4];
+    };
+    const int whole = H % 4 == 0 && c % 4 == 0 && c + PACK <= H;
+#pragma unroll
+    for (int k = 0; k < PACK; k += 4) {
+        Four f;
+        if (whole)
+            f = *(const Four *)(row + c + k);
+        else
+            for (int j = 0; j < 4; j++) f.at[j] = row[(c + k + j) % H];
+        for (int j = 0; j < 4; j++) to[k + j] = f.at[j];
+    }
+}
+
+/* The rows that a turn of a block has found, one bit each in `bits`: takes the first away, and returns which it was. */
+static __device__ inline unsigned take_first(unsigned *bits) {
+    const unsigned first = (unsigned)__ffs((int)*bits) - 1;
+    *bits &= *bits - 1;
+    return first;
+}
+
+/* *cdf = P(z < x), *pdf = its derivative, for z ~ N(0,1), as math.h has it, from one exponential */
+static __device__ inline void normal_distribution_gpu(float *cdf, float *pdf, float x) {
+    const float bell = expf(-0.5f * x * x), tail = bell * normal_tail(fabsf(x));
+    *cdf = x < 0 ? tail : 1 - tail;
+    *pdf = 0.39894228f * bell;
 }
 
 enum { WARP = 32 };

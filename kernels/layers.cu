@@ -213,11 +213,11 @@ static __global__ void embed_backward_kernel(float *dtoken, const float *dx, con
         __syncthreads();
         if (threadIdx.x % WARP == 0) ours[threadIdx.x / WARP] = bits;
         __syncthreads();
-        for (unsigned k = 0; k < blockDim.x; k++) {
-            if (!(ours[k / WARP] >> k % WARP & 1)) continue;
-            found = 1;
-            for (size_t c = threadIdx.x; c < C; c += blockDim.x) sum[c] += dx[(r0 + k) * C + c];
-        }
+        for (unsigned w = 0; w < blockDim.x / WARP; w++)
+            for (unsigned left = ours[w]; left; found = 1) {
+                const float *row = dx + (r0 + w * WARP + take_first(&left)) * C;
+                for (size_t c = threadIdx.x; c < C; c += blockDim.x) sum[c] += row[c];
+            }
     }
     if (!found) return;
     for (size_t c = threadIdx.x; c < C; c += blockDim.x) dtoken[value * C + c] += sum[c];

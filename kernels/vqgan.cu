@@ -408,9 +408,12 @@ static __global__ void book_gradient_kernel(float *dbook, const floatX *z, const
         __syncthreads();
         if (threadIdx.x % WARP == 0) ours[threadIdx.x / WARP] = bits;
         __syncthreads();
-        for (unsigned i = 0; i < blockDim.x; i++)
-            for (size_t c = threadIdx.x; (ours[i / WARP] >> i % WARP & 1) && c < D; c += blockDim.x)
-                sum[c] += to_float(book[k * D + c]) - to_float(z[(r0 + i) * D + c]);
+        for (unsigned w = 0; w < blockDim.x / WARP; w++)
+            for (unsigned left = ours[w]; left;) {
+                const floatX *row = z + (r0 + w * WARP + take_first(&left)) * D;
+                for (size_t c = threadIdx.x; c < D; c += blockDim.x)
+                    sum[c] += to_float(book[k * D + c]) - to_float(row[c]);
+            }
     }
     for (size_t c = threadIdx.x; c < D; c += blockDim.x) dbook[k * D + c] += to_e * sum[c];
 }

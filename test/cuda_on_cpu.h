@@ -375,6 +375,9 @@ static inline int atomicMax(int *at, int x) {
     *at = x > before ? x : before;
     return before;
 }
+static inline int __ffs(int x) {
+    return __builtin_ffs(x);
+}
 static inline float rsqrtf(float x) {
     return 1 / sqrtf(x);
 }
