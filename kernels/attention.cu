@@ -33,18 +33,20 @@ static __device__ inline unsigned last_query(const Attention *s, unsigned i0, un
     return i0 + tile < Tq ? i0 + tile - 1 : Tq - 1;
 }
 
-/* Where head h of batch row b begins in q, y (B,Tq,inner), k, v (B,key_stride,inner). A block is tile blockIdx.x of
- * head blockIdx.y. */
+/* Where head h of batch row b begins in q, y (B,Tq,inner), k, v (B,key_stride,inner), and with which of its T queries or
+ * keys the block's tile. Blocks are the tiles of the first head, then those of the second, in one dimension, for CUDA
+ * allows no more than 65,535 heads in another. */
 typedef struct {
     size_t queries, keys, row; /* row: of lse (B*heads,Tq) */
-    unsigned inner;
+    unsigned inner, first;
 } HeadAt;
-static __device__ inline HeadAt head_at(const Attention *s) {
-    const size_t b = blockIdx.y / s->heads, h = blockIdx.y % s->heads;
+static __device__ inline HeadAt head_at(const Attention *s, size_t T) {
+    const unsigned tiles = ((unsigned)T + TILE - 1) / TILE, head = blockIdx.x / tiles;
+    const size_t b = head / s->heads, h = head % s->heads;
     HeadAt at;
     at.inner = (unsigned)(s->heads * s->D);
     at.queries = b * s->Tq * at.inner + h * s->D, at.keys = b * s->key_stride * at.inner + h * s->D;
-    at.row = blockIdx.y * s->Tq;
+    at.row = head * s->Tq, at.first = blockIdx.x % tiles * TILE;
     return at;
 }
 
@@ -134,8 +136,8 @@ static __global__ void __launch_bounds__(ATTEND_THREADS)
     SHARED(float, queries);
     const int D = (int)s.D, tx = threadIdx.x % SIDE, ty = threadIdx.x / SIDE;
     float *keys = queries + TILE * (D + 1), *p = keys + TILE * (D + 1); /* keys, then values; probabilities */
-    const HeadAt at = head_at(&s);
-    const unsigned i0 = blockIdx.x * TILE, end = visible_keys(&s, last_query(&s, i0, TILE));
+    const HeadAt at = head_at(&s, s.Tq);
+    const unsigned i0 = at.first, end = visible_keys(&s, last_query(&s, i0, TILE));
     float out[PER_SIDE][W / SIDE], largest[PER_SIDE], sum[PER_SIDE];
     for (int a = 0; a < PER_SIDE; a++) {
         largest[a] = -HUGE_VALF, sum[a] = 0;
@@ -221,8 +223,8 @@ template <int W> static __global__ void __launch_bounds__(ATTEND_THREADS) attend
     const Attention *s = &x.s;
     const int D = (int)s->D, tile = TILE * (D + 1);
     float *outs = queries + tile, *keys = outs + tile, *values = keys + tile, *ds = values + tile;
-    const HeadAt at = head_at(s);
-    const unsigned i0 = blockIdx.x * TILE, end = visible_keys(s, last_query(s, i0, TILE));
+    const HeadAt at = head_at(s, s->Tq);
+    const unsigned i0 = at.first, end = visible_keys(s, last_query(s, i0, TILE));
     float dq[PER_SIDE][W / SIDE] = {};
     load_tile(queries, x.q + at.queries, i0, s->Tq, at.inner, D, 1 / sqrtf((float)D));
     load_tile(outs, x.dy + at.queries, i0, s->Tq, at.inner, D, 1);
@@ -247,8 +249,8 @@ template <int W> static __global__ void __launch_bounds__(ATTEND_THREADS) attend
     const Attention *s = &x.s;
     const int D = (int)s->D, tile = TILE * (D + 1);
     float *outs = queries + tile, *keys = outs + tile, *values = keys + tile, *weights = values + tile;
-    const HeadAt at = head_at(s);
-    const unsigned j0 = blockIdx.x * TILE;
+    const HeadAt at = head_at(s, s->Tk);
+    const unsigned j0 = at.first;
     float dk[PER_SIDE][W / SIDE] = {}, dv[PER_SIDE][W / SIDE] = {};
     load_tile(keys, x.k + at.keys, j0, s->Tk, at.inner, D, 1);
     load_tile(values, x.v + at.keys, j0, s->Tk, at.inner, D, 1);
@@ -478,8 +480,8 @@ static __global__ void __launch_bounds__(ATTEND_THREADS)
     attend_forward_kernel(Attention s, floatX *y, float *lse, const floatX *q, const floatX *k, const floatX *v) {
     typedef Tiles<W> T;
     SHARED(floatX, own);
-    const HeadAt at = head_at(&s);
-    const unsigned D = (unsigned)s.D, Tk = (unsigned)s.Tk, i0 = blockIdx.x * TILE, first = threadIdx.x / WARP * 16,
+    const HeadAt at = head_at(&s, s.Tq);
+    const unsigned D = (unsigned)s.D, Tk = (unsigned)s.Tk, i0 = at.first, first = threadIdx.x / WARP * 16,
                    i = i0 + first + threadIdx.x % WARP / 4;
     const unsigned end = visible_keys(&s, last_query(&s, i0, TILE));
     const float scale = LOG2_E / sqrtf((float)D);
@@ -522,8 +524,8 @@ template <int W> static __global__ void __launch_bounds__(ATTEND_THREADS) attend
     typedef Tiles<W> T;
     SHARED(floatX, own);
     const Attention *s = &x.s;
-    const HeadAt at = head_at(s);
-    const unsigned D = (unsigned)s->D, Tq = (unsigned)s->Tq, Tk = (unsigned)s->Tk, i0 = blockIdx.x * TILE,
+    const HeadAt at = head_at(s, s->Tq);
+    const unsigned D = (unsigned)s->D, Tq = (unsigned)s->Tq, Tk = (unsigned)s->Tk, i0 = at.first,
                    first = threadIdx.x / WARP * 16, i = i0 + first + threadIdx.x % WARP / 4;
     const unsigned end = visible_keys(s, last_query(s, i0, TILE));
     const unsigned seen[2] = {visible_keys(s, i), visible_keys(s, i + 8)};
@@ -588,8 +590,8 @@ template <int W> static __global__ void __launch_bounds__(ATTEND_THREADS) attend
     typedef Tiles<W> T;
     SHARED(floatX, own);
     const Attention *s = &x.s;
-    const HeadAt at = head_at(s);
-    const unsigned D = (unsigned)s->D, Tq = (unsigned)s->Tq, Tk = (unsigned)s->Tk, j0 = blockIdx.x * TILE,
+    const HeadAt at = head_at(s, s->Tk);
+    const unsigned D = (unsigned)s->D, Tq = (unsigned)s->Tq, Tk = (unsigned)s->Tk, j0 = at.first,
                    first = threadIdx.x / WARP * 16;
     const float *lse = x.lse + at.row, *delta = x.delta + at.row, scale = LOG2_E / sqrtf((float)D);
     floatX *stages = own + 2 * T::OWN, *mine = own + first * T::PITCH;
@@ -634,14 +636,18 @@ static Err check_head(const Attention *s) {
     return err("transformer: heads of %zu channels; on the GPU they may have %d", s->D, (int)GPU_HEAD_MAX);
 }
 
+static unsigned head_blocks(const Attention *s, size_t T) {
+    return (unsigned)(s->B * s->heads * ceil_div(T, TILE));
+}
+
 /* Forward leaves lse (B*heads,Tq). */
 static size_t attention_saved_gpu(const Attention *s) {
     return s->B * s->heads * s->Tq * sizeof(float);
 }
 
 static Err attention_forward_gpu(const Compute *on, real *y, real *saved, const real *q, const real *k, const real *v,
-                                  const Attention *s) {
-    const dim3 grid(blocks_for(s->Tq, TILE), (unsigned)(s->B * s->heads));
+                                 const Attention *s) {
+    const unsigned grid = head_blocks(s, s->Tq);
     const size_t bytes = attend_bytes(s->D, 0);
     const floatX *qx = (const floatX *)q, *kx = (const floatX *)k, *vx = (const floatX *)v;
     TRY(check_head(s));
@@ -670,7 +676,7 @@ static size_t attention_needs_gpu(const Compute *, const Attention *s, int backw
 }
 
 static Err attention_backward_gpu(const Compute *on, real *dq, real *dk, real *dv, const real *dy, const real *y,
-                                   const real *saved, const real *q, const real *k, const real *v, const Attention *s) {
+                                  const real *saved, const real *q, const real *k, const real *v, const Attention *s) {
     Device *d = on->device;
     float *delta = (float *)on->scratch;
     const AttendBackward x = {*s,
@@ -683,7 +689,7 @@ static Err attention_backward_gpu(const Compute *on, real *dq, real *dk, real *d
                               (const floatX *)v,
                               saved,
                               delta};
-    const dim3 queries(blocks_for(s->Tq, TILE), (unsigned)(s->B * s->heads)), keys(blocks_for(s->Tk, TILE), queries.y);
+    const unsigned queries = head_blocks(s, s->Tq), keys = head_blocks(s, s->Tk);
     const size_t bytes = attend_bytes(s->D, 1);
     TRY(check_head(s));
     LAUNCH(d, attend_delta_kernel, blocks_for(s->B * s->heads * s->Tq, ROW_WARPS), ROW_WARPS * WARP, 0, *s, delta, x.dy,
@@ -837,7 +843,7 @@ static Err keep_positions_gpu(const Compute *on, void *kept, const real *x, size
 }
 
 static Err attend_decode_gpu(Device *d, const Attention *s, const int *pos, floatX *y, const floatX *q, floatX *k,
-                              floatX *v, const floatX *new_k, const floatX *new_v) {
+                             floatX *v, const floatX *new_k, const floatX *new_v) {
     const AttendDecode a = {*s, pos, y, k, v, q, new_k, new_v};
     TRY(check_head(s));
     if (s->D % PACK == 0) return s->D <= 64 ? launch_decode<PACK, 64>(d, &a) : launch_decode<PACK, 128>(d, &a);

@@ -364,7 +364,7 @@ static __device__ inline void mma_finish(float *out, const MmaConv *a, const flo
     Floats wide[2] = {};
     if (whole && a->wide.add)
         wide[0] = *(const Floats *)(a->wide.add + at), wide[1] = *(const Floats *)(a->wide.add + at + 4);
-    if (whole && a->add) add = *(const Pack *)(a->add + at);
+    if (whole && a->add && !a->wide.add) add = *(const Pack *)(a->add + at);
     for (unsigned k = 0; k < n; k++) {
         out[k] = sums[k] + (a->bias ? to_float(a->bias[m + k]) : 0);
         if (a->wide.add)
