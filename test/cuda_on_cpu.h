@@ -12,14 +12,15 @@
  *
  * The blocks of a launch run one after the other. The threads of a block are fibers: each has a stack of its own, and
  * runs until it must wait for others; then the next one goes on. So a kernel without barriers is a plain loop, and a
- * debugger that stops in one shows the thread's own variables. Between the barriers threads run in order, or, with
- * cuda_on_cpu_reverse set, backwards, blocks too: a kernel whose result then changes lacks a barrier or depends on the
- * order of its blocks.
+ * debugger that stops in one shows the thread's own variables. A warp runs until all of its lanes wait at a barrier of
+ * the block, then the next one, so that a warp gets as far ahead of others as a missing barrier lets it. Warps run in
+ * order, or, with cuda_on_cpu_reverse set, backwards, lanes and blocks too: a kernel whose result then changes lacks a
+ * barrier or depends on the order of its blocks.
  *
  * What a GPU would answer with wrong numbers or a hang ends the program with one line: threads of a block that wait at
  * different barriers, or that have left while others wait; a block that is not whole warps; writing beyond the dynamic
  * shared memory (which is full of NaN when a block begins); copy_async and load_matrices at addresses that are not
- * multiples of what they move. copy_async copies no sooner than the thread waits for it. Not looked for: accesses out
+ * multiples of what they move. copy_async copies no sooner than the thread waits for it; backwards, at once. Not looked for: accesses out
  * of bounds of global memory, which the address sanitizer finds, and races that neither order shows.
  *
  * Read: fibers; a block; the stream; warps; the words; the runtime's calls. */
@@ -200,6 +201,19 @@ struct Copies {
 };
 static Copies copies[MAX_THREADS];
 
+/* The lanes of a warp, thread `first` and those behind it, until none can go on. Returns how often one went on. */
+static unsigned run_warp(unsigned first) {
+    unsigned all = 0, ran = 1;
+    for (; ran; all += ran) {
+        ran = 0;
+        for (unsigned k = 0; k < WARP; k++) {
+            const unsigned i = first + (cuda_on_cpu_reverse ? WARP - 1 - k : k);
+            if (fiber[i].state == READY) resume(i), ran++;
+        }
+    }
+    return all;
+}
+
 static void run_block(unsigned n) {
     for (unsigned i = 0; i < n; i++) copies[i].done = copies[i].queued = copies[i].groups = 0;
     if (shared_bytes) memset(shared_memory, 0xff, shared_bytes);
@@ -207,11 +221,8 @@ static void run_block(unsigned n) {
     for (unsigned i = 0; i < n; i++) fiber[i].state = READY, fiber[i].parity = 0;
     for (;;) {
         unsigned ran = 0, left = 0;
-        for (unsigned k = 0; k < n; k++) {
-            const unsigned i = cuda_on_cpu_reverse ? n - 1 - k : k;
-            if (fiber[i].state == READY) resume(i), ran++;
-            left += fiber[i].state == LEFT;
-        }
+        for (unsigned k = 0; k < n; k += WARP) ran += run_warp(cuda_on_cpu_reverse ? n - WARP - k : k);
+        for (unsigned i = 0; i < n; i++) left += fiber[i].state == LEFT;
         if (left == n) break;
         if (!ran) release_barrier(n);
     }
@@ -390,6 +401,7 @@ template <int BYTES = 16> static inline void copy_async(void *shared, const void
     on_cpu::Copies *c = &on_cpu::copies[on_cpu::running];
     check_aligned(shared, BYTES, "copies to a place in shared memory that is no multiple of the bytes copied");
     check_aligned(global, BYTES, "copies from a place in global memory that is no multiple of the bytes copied");
+    if (cuda_on_cpu_reverse) return there ? (void)memcpy(shared, global, BYTES) : (void)memset(shared, 0, BYTES);
     if (c->done == c->queued) c->done = c->queued = 0;
     if (c->queued == c->MOST) on_cpu::fail("begins more copies than the emulation has room for", 0);
     c->queue[c->queued++] = {shared, global, BYTES, there, c->groups};
