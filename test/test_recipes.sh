@@ -163,8 +163,22 @@ recipe "-vqgan.${LR}" "vqgan.model.base_learning_rate 1e-4"
 ok "a base_learning_rate alone" train rate --vqgan --steps 3
 ok "which goes on" "$build/train" --config "$dir/recipe.txt" --data "$dir/data" --run "$dir/rate" --vqgan --steps 4 --resume
 ok "is constant, times the pictures of a step" test "$(column rate 6)" = "0.0004 0.0004 0.0004 0.0004"
-ok "--lr" train rate --vqgan --steps 3 --lr 1e-3
-ok "is constant in its place" test "$(column rate 6)" = "0.001 0.001 0.001"
+ok "the same" train old --vqgan --steps 3
+sed -i -e 's/train.checksum/notes.checksum/' -e 's/train.processor/notes.processor/' -e 's/train.pictures/notes.pictures/' "$dir"/old/vqgan.state*.safetensors
+says 0 "vqgan: begun by an earlier version, whose learning rate" "$build/train" --config "$dir/recipe.txt" --data "$dir/data" --run "$dir/old" --vqgan --steps 4 --resume
+ok "once" "$build/train" --config "$dir/recipe.txt" --data "$dir/data" --run "$dir/old" --vqgan --steps 5 --resume
+ok "no more" sh -c "! grep 'earlier version' '$dir/err'"
+recipe "-vqgan.${LR}" "vqgan.model.base_learning_rate 1e-4" "vqgan.${LR}params.lr_start 2.5e-6" "vqgan.${LR}params.lr_max 1e-4" "vqgan.${LR}params.lr_min 1e-8"
+ok "as it was then" train then --vqgan --steps 5
+ok "it goes on" test "$(column old 6 | cut -d ' ' -f 5)" = "$(column then 6 | cut -d ' ' -f 5)"
+recipe "-vqgan.${LR}" "vqgan.model.base_learning_rate 0.25" "vqgan.${LR}target imagebart.lr_scheduler.LambdaLinearScheduler" \
+    "vqgan.${LR}params.warm_up_steps 0" "vqgan.${LR}params.f_start 0" "vqgan.${LR}params.f_max 1e-3" "vqgan.${LR}params.f_min 0" "vqgan.${LR}params.cycle_lengths 9"
+ok "cycles" train old --vqgan --steps 3
+sed -i -e 's/train.checksum/notes.checksum/' -e 's/train.processor/notes.processor/' -e 's/train.pictures/notes.pictures/' "$dir"/old/vqgan.state*.safetensors
+says 0 "which did not look at scheduler_config.target: from here on" "$build/train" --config "$dir/recipe.txt" --data "$dir/data" --run "$dir/old" --vqgan --steps 4 --resume
+recipe "-vqgan.${LR}" "vqgan.model.base_learning_rate 1e-4"
+ok "--lr in its place" train rate --vqgan --steps 3 --lr 1e-3
+ok "is constant too" test "$(column rate 6)" = "0.001 0.001 0.001"
 cycles="scheduler_config.params."
 recipe "-vqgan.${LR}" "vqgan.model.base_learning_rate 0.25" "vqgan.${LR}target imagebart.lr_scheduler.LambdaLinearScheduler" \
     "vqgan.${P}${cycles}warm_up_steps [1, 0]" "vqgan.${P}${cycles}f_start 0,0" "vqgan.${P}${cycles}f_max 1e-3,4e-4" \

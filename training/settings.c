@@ -496,6 +496,36 @@ Err settle_pictures(Stage *s, int continuing) {
     return config_set(&s->recipe, "train.pictures", "%s", now);
 }
 
+/* Earlier versions took a factor that nobody said as without a base_learning_rate, and never looked at
+ * scheduler_config.target. A state of one, which says neither processor nor pictures, keeps such a rate if it can. */
+static Err keep_old_rate(Stage *s) {
+    static const char *const usual[][2] = {{LR "lr_start", "2.5e-06"}, {LR "lr_max", "0.0001"}, {LR "lr_min", "1e-08"}};
+    const Config *c = &s->recipe;
+    const char *base = config_get(c, "model.", "base_learning_rate");
+    RateKind kind;
+    int missing = 0;
+    if (!base || !strcmp(base, "none") || config_get(c, "train.", "processor") || config_get(c, "train.", "pictures"))
+        return OK;
+    TRY(rate_kind(&kind, c));
+    const int cycles = kind == RATE_COSINE_CYCLES || kind == RATE_LINEAR_CYCLES;
+    for (int i = 0; i < 3 && !cycles; i++) {
+        if (config_get(c, "", usual[i][0])) continue;
+        missing = 1;
+        TRY(config_set(&s->recipe, usual[i][0], "%s", usual[i][1]));
+    }
+    if (missing && goes_on(s))
+        say_once("%s: begun by an earlier version, whose learning rate rose from lr_start 2.5e-06 to lr_max 0.0001 and "
+                 "fell to lr_min 1e-08 where a recipe says none of them: it goes on so; a new run would have "
+                 "model.base_learning_rate all along\n",
+                 s->name);
+    if (cycles && goes_on(s))
+        say_once(
+            "%s: begun by an earlier version, which did not look at scheduler_config.target: from here on its cycles "
+            "are the learning rate's\n",
+            s->name);
+    return OK;
+}
+
 static Err read_store(Stage *s) {
     const char *store = config_get(&s->recipe, "imagebart.", "store");
     s->store = DT_F32;
@@ -508,6 +538,7 @@ Err settings_read(Stage *s, const Checkpoint *ck) {
     char path[PATH_BYTES];
     const int batch_given = s->set.batch != NOT_GIVEN;
     TRY(ck ? copy_settings(&s->recipe, &ck->meta) : read_recipe(&s->set, &s->recipe));
+    if (ck) TRY(keep_old_rate(s));
     if (ck && !s->set.eval) TRY(compare_with_recipe(s));
     const size_t pictures = pictures_per_step(&s->recipe), seed = seed_of(&s->recipe);
     TRY(apply_given(&s->recipe, &s->set));
