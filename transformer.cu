@@ -330,7 +330,8 @@ static void loss_rows(const Compute *on, double sums[2], real *dlogits, const re
     for (size_t r = 0; r < R; r++) {
         const real *l = logits + r * K, *q = posterior ? posterior + r * K : NULL;
         double largest = -HUGE_VAL, sum = 0;
-        for (size_t k = 0; k < K; k++) largest = fmax(largest, (double)l[k]);
+        for (size_t k = 0; k < K; k++)
+            if ((double)l[k] > largest) largest = (double)l[k]; /* fmax() here makes gcc 12 for Arm crash */
         for (size_t k = 0; k < K; k++) sum += exp((double)l[k] - largest);
         sum = log(sum);
         sums[0] += sum - ((double)l[target[r]] - largest);
