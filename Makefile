@@ -203,7 +203,7 @@ $B/train: $(TRAIN:%=$B/%.o)
 $B/sample: $(DRAWING:%=$B/%.o)
 # ./train as it is where there is no MPI: for test_mpi.sh
 # the files of ./serve
-SERVING := $(addprefix serving/,bytes reply gate http page json forms models job events ticket work) sampling/library
+SERVING := $(addprefix serving/,bytes reply gate http page json forms models job events chain ticket work) sampling/library
 SERVE_LIBS := -lmicrohttpd -lcjson
 $B/serve: $(SERVING:%=$B/%.o)
 $B/serve $(if $P,$P/serve): LDLIBS += $(SERVE_LIBS)

@@ -86,6 +86,8 @@ typedef struct {
     const float *entropy;       /* with `guesses`: (h*w) how unsure it is of each token, in bits; else NULL */
     const uint8_t *profile;     /* of an edited file: its ICC profile, if it has one; else NULL */
     size_t profile_bytes;
+    const int32_t *chain; /* with `chains`, of a finished one: (scales+1,h*w) from noise to its tokens; else NULL */
+    const char *note;     /* what of the edited file or of its mask was left out; NULL: nothing */
 } imagebart_picture;
 
 /* All zero but `bytes` is what the model recommends, one picture, seed 0. */
@@ -103,10 +105,11 @@ typedef struct {
     void *user;
     /* API 2. step: at every step of all the work, with how many tokens of the scale are drawn, of those of all pictures,
      * candidates and passes; nonzero cancels. picture: what the pictures of a batch look like when they are finished and,
-     * with `previews`, when a scale is done; nonzero cancels. */
+     * with `previews`, when a scale is done, of the first that is drawn for each picture; once another of the best_of is
+     * chosen, all scales but the last again, of that one. nonzero cancels. */
     int (*step)(void *user, size_t scale, size_t done, size_t of);
     int (*picture)(void *user, const imagebart_picture *p);
-    int previews, guesses;
+    int previews, guesses, chains;
 } imagebart_options;
 
 /* New pictures: rgb (count,side,side,3), tokens (count,h*w); each may be NULL. */

@@ -21,6 +21,7 @@ typedef struct {
     Draw draw;
     DrawKind kind;
     EditPicture edit;   /* of DRAW_EDIT */
+    char note[ERR_MAX]; /* what of its files was left out */
     int32_t *known;     /* (N) its tokens */
     uint8_t *rgb;       /* (count,side,side,3) the caller's, or NULL, as */
     int32_t *tokens;    /* (count,N) */
@@ -198,12 +199,10 @@ static Err preview(Call *c, size_t k, int scale, const int32_t *tokens) {
     return e;
 }
 
-/* A scale is done: its pictures, of the first that is drawn for each. The last scale's wait for on_drawn where they are
- * the results. */
+/* A scale is done: its pictures, of the first that is drawn for each. The last scale's are the results, in on_drawn. */
 static void on_scale(void *context, const DrawBatch *b, int t, const int32_t *tokens) {
     Call *c = context;
-    const int is_result = t == 1 && b->each == 1;
-    if (t > c->model->schedule.T || !c->draw.options.chain[t] || is_result || !with_previews(c)) return;
+    if (t > c->model->schedule.T || t == 1 || !c->draw.options.chain[t] || !with_previews(c)) return;
     for (size_t k = 0; k < b->count && !step(c); k++) {
         c->failed = preview(c, b->at + k, t, tokens + k * b->each * c->model->h * c->model->w);
         if (c->failed) snprintf(c->failure, sizeof c->failure, "%s", err_text());
@@ -235,11 +234,36 @@ static Err finish(Call *c, size_t k, Image *im) {
     if (c->tokens) memcpy(c->tokens + k * N, tokens, N * sizeof *tokens);
     imagebart_picture p = picture_to_tell(c, k, 0, im, tokens);
     if (c->draw.with_bounds) p.bound = c->draw.bound[k], p.entropy = c->draw.entropy + k * N;
+    if (c->o.chains) p.chain = c->draw.chain + k * ((size_t)c->model->schedule.T + 1) * N;
+    if (*c->note) p.note = c->note;
     tell(c, &p);
     return OK;
 }
 
-/* A batch is done: its pictures, each of which is the last scale's preview too where one is drawn for each. */
+/* Of those that were drawn for picture b of the batch another than the first is kept: its steps, which those who want
+ * previews have not seen. */
+static Err tell_its_steps(Call *c, const DrawBatch *batch, size_t b) {
+    const Draw *d = &c->draw;
+    const int T = c->model->schedule.T;
+    const size_t N = c->model->h * c->model->w, n = ((size_t)T + 1) * N, k = batch->at + b;
+    const int32_t *chain = d->chain + k * n;
+    if (!c->o.previews || !c->o.picture) return OK;
+    if (!memcmp(chain, d->drawn_chain + b * batch->each * n, n * sizeof *chain)) return OK;
+    for (int t = T; t > 1; t--) {
+        if (!d->options.chain[t]) continue;
+        if (step(c)) return err("drawing was stopped");
+        const int32_t *tokens = chain + (size_t)(T + 1 - t) * N;
+        Image im = {0};
+        const Err e = picture_of(c->model, tokens, c->pixels, &im);
+        const imagebart_picture p = picture_to_tell(c, k, t, &im, tokens);
+        if (e == OK && c->o.picture(c->o.user, &p)) c->cancelled = 1;
+        image_free(&im);
+        TRY(e);
+    }
+    return OK;
+}
+
+/* A batch is done: its pictures, each of which is the last scale's preview too. */
 static Err on_drawn(void *context, const DrawBatch *b) {
     Call *c = context;
     for (size_t k = b->at; k < b->at + b->count; k++) {
@@ -248,7 +272,8 @@ static Err on_drawn(void *context, const DrawBatch *b) {
         if (step(c)) return err("drawing was stopped");
         Err e = picture_of(c->model, tokens, c->pixels, &im);
         const imagebart_picture p = picture_to_tell(c, k, 1, &im, tokens);
-        if (e == OK && b->each == 1) tell(c, &p);
+        if (e == OK) tell(c, &p);
+        if (e == OK && c->draw.with_chain) e = tell_its_steps(c, b, k - b->at);
         if (e == OK) e = finish(c, k, &im);
         image_free(&im);
         TRY(e);
@@ -280,6 +305,7 @@ static Err call_open(Call *c, imagebart_model *model, const imagebart_options *o
     if (d->M > (kind == DRAW_EDIT ? MAX_CANDIDATES : MAX_BEST_OF)) return err("best_of %zu: too many", d->M);
     d->rows = draw_rows(n, BATCH, d->M);
     d->with_bounds = c->o.guesses != 0;
+    d->with_chain = c->o.chains || (c->o.previews && c->o.picture && d->M > 1);
     d->watch = (DrawWatch){on_progress, on_scale, on_drawn, is_stopped, c};
     return mem_alloc(&c->pixels, 3 * c->model->side, c->model->side * sizeof *c->pixels, "a picture");
 }
@@ -329,12 +355,23 @@ static Err edit_label(Call *c, const EditArgs *a) {
     return OK;
 }
 
+static void set_note(Call *c) {
+    const EditPicture *p = &c->edit;
+    const char *const notes[] = {p->whole.note ? p->whole.note : p->picture.note, p->note, p->profile.note};
+    static const char *const of[] = {"the picture", "the mask", "the picture"};
+    size_t at = 0;
+    for (size_t i = 0; i < 3; i++)
+        if (notes[i] && at < sizeof c->note)
+            at += (size_t)snprintf(c->note + at, sizeof c->note - at, "%s%s: %s", at ? "; " : "", of[i], notes[i]);
+}
+
 static int complete(imagebart_model *model, const imagebart_options *o, const EditArgs *a, uint8_t *rgb,
                     int32_t *tokens) {
     Call c;
     Err e = call_open(&c, model, o, DRAW_EDIT);
     if (e == OK && step(&c)) e = err("cancelled");
     if (e == OK) e = edit_read(&c.edit, c.model, a);
+    if (e == OK) set_note(&c);
     if (e == OK) e = mem_alloc(&c.known, c.model->h * c.model->w, sizeof *c.known, "known tokens");
     if (e == OK) e = edit_encode(&c.edit, c.model, c.o.seed, c.known);
     if (e == OK) e = edit_label(&c, a);

@@ -68,8 +68,8 @@ static cJSON *recommended_json(const Served *s, DrawKind kind) {
 }
 
 static cJSON *absent_json(const Served *s) {
-    static const char *const unknown[] = {"width",   "height",          "grid",     "codebook", "scales",
-                                          "classes", "guidance_scales", "defaults", "editing",  "memory"};
+    static const char *const unknown[] = {"width",           "height", "grid",      "codebook", "scales",  "classes",
+                                          "guidance_scales", "betas",  "alpha_bar", "defaults", "editing", "memory"};
     char how[64];
     cJSON *x = cJSON_CreateObject();
     cJSON_AddStringToObject(x, "name", s->name);
@@ -80,6 +80,15 @@ static cJSON *absent_json(const Served *s) {
     for (size_t i = 0; i < sizeof unknown / sizeof *unknown; i++) cJSON_AddNullToObject(x, unknown[i]);
     cJSON_AddBoolToObject(x, "text", 0);
     return x;
+}
+
+/* beta_t, and alpha_bar_t = alpha_1 ... alpha_t */
+static void add_schedule(cJSON *x, const Schedule *s) {
+    cJSON *betas = cJSON_AddArrayToObject(x, "betas"), *alpha_bar = cJSON_AddArrayToObject(x, "alpha_bar");
+    for (int t = s->T; t >= 1; t--) {
+        cJSON_AddItemToArray(betas, float_json(s->beta[t]));
+        cJSON_AddItemToArray(alpha_bar, float_json(s->alphacum[t]));
+    }
 }
 
 cJSON *served_json(const Served *s) {
@@ -101,6 +110,7 @@ cJSON *served_json(const Served *s) {
     for (size_t i = 0; i < m->classes.n; i++) cJSON_AddItemToArray(list, cJSON_CreateString(m->classes.name[i]));
     list = cJSON_AddArrayToObject(x, "guidance_scales");
     for (int t = m->schedule.T; t >= 1; t--) cJSON_AddItemToArray(list, cJSON_CreateBool(m->null_class[t] >= 0));
+    add_schedule(x, &m->schedule);
     cJSON_AddItemToObject(x, "defaults", recommended_json(s, DRAW_NEW));
     cJSON_AddItemToObject(x, "editing", recommended_json(s, DRAW_EDIT));
     cJSON_AddNumberToObject(x, "memory", (double)s->memory);

@@ -196,6 +196,12 @@ Err job_text(Config *text, const Job *j, size_t k);
 /* The JOB that a picture's text says, validated. */
 int job_of_text(Job *j, const Offer *o, const Config *text, Fault *f);
 
+/* ---- chain.c: a step of a picture's chain ---- */
+/* With as few digits as bring it back */
+cJSON *float_json(float x);
+/* K.json?scale=t. chain: (T+1,N) int32 x_T .. x_0 */
+Reply chain_reply(const Model *m, const Blob *chain, int t);
+
 /* ---- ticket.c: a job with its id, from its arrival to its pictures ---- */
 typedef enum { TICKET_QUEUED, TICKET_RUNNING, TICKET_DONE, TICKET_FAILED, TICKET_CANCELLED } TicketState;
 typedef struct Ticket {
@@ -212,10 +218,12 @@ typedef struct Ticket {
     double spent[MAX_SCALES + 1];         /* seconds */
     double began, ended;                  /* 0: not yet */
     Blob **picture, **details, **preview; /* (count), (count), (count,T+1); NULL: not there */
+    Blob **chain;                         /* (count) see chain_reply */
     size_t width, height;                 /* of the pictures */
     int32_t *label;                       /* (count) classes; -1: none */
     double *bound;                        /* (count) */
     char error[ERR_MAX];
+    char note[ERR_MAX];   /* what of the picture or the mask was left out, "": nothing */
     _Atomic size_t bytes; /* that it holds; before it is over, that it may come to hold */
     /* the server's */
     struct Ticket *next;
@@ -230,7 +238,7 @@ cJSON *ticket_json(Ticket *t, size_t place); /* STATE */
 size_t ticket_tokens(const Ticket *t, int scale);
 void ticket_add_progress(cJSON *x, const Ticket *t); /* what STATE and the event have; the lock is the caller's */
 void ticket_tell_place(Ticket *t, size_t place);
-Reply ticket_file(Ticket *t, const Request *r); /* K.png, K.png?scale=S, K.json */
+Reply ticket_file(Ticket *t, const Request *r); /* K.png, K.json, both with ?scale=S too */
 void ticket_start(Ticket *t);
 void ticket_end(Ticket *t, TicketState state); /* the last event */
 

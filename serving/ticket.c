@@ -27,6 +27,11 @@ static size_t worst_details(const Job *j) {
     return 20 * j->served->model->h * j->served->model->w + 256;
 }
 
+static size_t chain_bytes(const Job *j) {
+    const Model *m = j->served->model;
+    return ((size_t)m->schedule.T + 1) * m->h * m->w * sizeof(int32_t);
+}
+
 static size_t worst_result(const Job *j) {
     const size_t profile = j->profile_bytes + j->profile_bytes / 1000;
     return profile + (j->paste_pixels ? 4 * j->paste_pixels + j->paste_pixels / 512 + PNG_SLACK : worst_picture(j));
@@ -34,7 +39,7 @@ static size_t worst_result(const Job *j) {
 
 size_t ticket_results(const Job *j) {
     const size_t previews = j->previews ? (size_t)j->served->model->schedule.T * worst_picture(j) : 0;
-    return j->count * (worst_result(j) + previews + worst_details(j));
+    return j->count * (worst_result(j) + previews + worst_details(j) + chain_bytes(j));
 }
 
 static size_t waiting_bytes(const Job *j) {
@@ -55,9 +60,11 @@ Err ticket_new(Ticket **out, Job *job, const Offer *offer) {
     t->picture = calloc(n, sizeof *t->picture);
     t->details = calloc(n, sizeof *t->details);
     t->preview = calloc(n * (T + 1), sizeof *t->preview);
+    t->chain = calloc(n, sizeof *t->chain);
     t->bound = calloc(n, sizeof *t->bound);
     t->label = calloc(n, sizeof *t->label);
-    Err e = t->picture && t->details && t->preview && t->bound && t->label ? OK : err("no memory for a job");
+    Err e =
+        t->picture && t->details && t->preview && t->chain && t->bound && t->label ? OK : err("no memory for a job");
     if (e == OK) e = random_text(t->id, 16);
     if (e == OK) e = events_new(&t->events);
     if (e == OK)
@@ -73,7 +80,8 @@ void ticket_release(Ticket *t) {
     for (size_t k = 0; k < n && t->picture; k++) blob_release(t->picture[k]);
     for (size_t k = 0; k < n && t->details; k++) blob_release(t->details[k]);
     for (size_t k = 0; k < n * scales && t->preview; k++) blob_release(t->preview[k]);
-    free(t->picture), free(t->details), free(t->preview), free(t->bound), free(t->label);
+    for (size_t k = 0; k < n && t->chain; k++) blob_release(t->chain[k]);
+    free(t->picture), free(t->details), free(t->preview), free(t->chain), free(t->bound), free(t->label);
     if (t->events) events_release(t->events);
     pthread_mutex_destroy(&t->lock);
     job_free(&t->job);
@@ -151,6 +159,10 @@ cJSON *ticket_json(Ticket *t, size_t place) {
         cJSON_AddStringToObject(x, "error", t->error);
     else
         cJSON_AddNullToObject(x, "error");
+    if (*t->note)
+        cJSON_AddStringToObject(x, "note", t->note);
+    else
+        cJSON_AddNullToObject(x, "note");
     pthread_mutex_unlock(&t->lock);
     return x;
 }
@@ -182,21 +194,25 @@ static int whole_number(size_t *number, const char **text) {
 }
 
 Reply ticket_file(Ticket *t, const Request *r) {
-    const size_t T = (size_t)t->job.served->model->schedule.T;
-    const char *name = r->part[1], *scale = request_query(r, "scale");
+    const Model *m = t->job.served->model;
+    const size_t T = (size_t)m->schedule.T;
+    const char *name = r->part[1], *scale = request_query(r, "scale"), *digits = scale;
     size_t k = 0, s = 0;
-    Blob *b = NULL;
     const int numbered = whole_number(&k, &name), png = !strcmp(name, ".png");
     if (!numbered || (!png && strcmp(name, ".json") != 0)) return reply_error(404, NULL, "a job has no such file");
-    if (png && scale && (!whole_number(&s, &scale) || *scale))
+    if (scale && (!whole_number(&s, &digits) || *digits))
         return reply_error(400, "scale", "scale: expected a whole number");
-    if (k < t->job.count && !png) b = held(t, t->details, k);
-    if (k < t->job.count && png && !request_query(r, "scale")) b = held(t, t->picture, k);
-    if (k < t->job.count && png && request_query(r, "scale") && s <= T) b = held(t, t->preview, k * (T + 1) + s);
+    const int is_one = k < t->job.count && (!scale || (s >= 1 && s <= T));
+    Blob **const list = png ? (scale ? t->preview : t->picture) : scale ? t->chain : t->details;
+    Blob *b = is_one ? held(t, list, png && scale ? k * (T + 1) + s : k) : NULL;
     if (!b) return reply_error(404, NULL, "this is not there%s", ticket_is_over(t) ? "" : " yet");
-    Reply reply = reply_blob(png ? "image/png" : "application/json", b);
+    Reply reply = !png && scale ? chain_reply(m, b, (int)s) : reply_blob(png ? "image/png" : "application/json", b);
     blob_release(b);
     return reply;
+}
+
+static size_t size_of(const Blob *b) {
+    return b ? b->size : 0;
 }
 
 void ticket_end(Ticket *t, TicketState state) {
@@ -207,11 +223,8 @@ void ticket_end(Ticket *t, TicketState state) {
     blob_release(t->job.image), blob_release(t->job.mask);
     t->job.image = t->job.mask = NULL;
     for (size_t k = 0; k < t->job.count; k++) {
-        held_bytes += (t->picture[k] ? t->picture[k]->size : 0) + (t->details[k] ? t->details[k]->size : 0);
-        for (size_t s = 1; s <= T; s++) {
-            const Blob *b = t->preview[k * (T + 1) + s];
-            held_bytes += b ? b->size : 0;
-        }
+        held_bytes += size_of(t->picture[k]) + size_of(t->details[k]) + size_of(t->chain[k]);
+        for (size_t s = 1; s <= T; s++) held_bytes += size_of(t->preview[k * (T + 1) + s]);
     }
     t->bytes = held_bytes;
     t->state = state; /* the last: from now on the ticket may be forgotten */

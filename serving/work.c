@@ -42,14 +42,19 @@ static Err keep_png(Ticket *t, Blob **list, size_t k, const imagebart_picture *p
     TRY(image_encode_png(&bytes, &size, &im, text));
     TRY(blob_new(&b, bytes, size));
     pthread_mutex_lock(&t->lock);
+    blob_release(list[k]);
     list[k] = b;
     pthread_mutex_unlock(&t->lock);
     return OK;
 }
 
+/* The second one of a scale is of another candidate, which is kept: at the same address, told by no event */
 static Err keep_preview(Ticket *t, const imagebart_picture *p) {
     char address[96];
-    TRY(keep_png(t, t->preview, p->number * ((size_t)t->job.served->model->schedule.T + 1) + p->scale, p, NULL));
+    const size_t at = p->number * ((size_t)t->job.served->model->schedule.T + 1) + p->scale;
+    const int is_second = t->preview[at] != NULL; /* only this thread changes it */
+    TRY(keep_png(t, t->preview, at, p, NULL));
+    if (is_second) return OK;
     cJSON *x = cJSON_CreateObject();
     snprintf(address, sizeof address, "api/jobs/%s/%zu.png?scale=%zu", t->id, p->number, p->scale);
     cJSON_AddStringToObject(x, "picture", address);
@@ -78,9 +83,23 @@ static Err keep_details(Ticket *t, const imagebart_picture *p) {
     return OK;
 }
 
+/* x_T .. x_0 of the picture */
+static Err keep_chain(Ticket *t, const imagebart_picture *p) {
+    const Model *m = t->job.served->model;
+    const size_t bytes = ((size_t)m->schedule.T + 1) * m->h * m->w * sizeof *p->chain;
+    Blob *b;
+    TRY(blob_new(&b, NULL, bytes));
+    memcpy(b->bytes, p->chain, bytes);
+    pthread_mutex_lock(&t->lock);
+    t->chain[p->number] = b;
+    pthread_mutex_unlock(&t->lock);
+    return OK;
+}
+
 static Err keep_picture(Ticket *t, const imagebart_picture *p) {
     Config text = {0};
     TRY(keep_details(t, p));
+    TRY(keep_chain(t, p));
     Err e = job_text(&text, &t->job, p->number);
     if (e == OK) e = keep_png(t, t->picture, p->number, p, &text);
     config_free(&text);
@@ -88,6 +107,7 @@ static Err keep_picture(Ticket *t, const imagebart_picture *p) {
     t->width = p->width, t->height = p->height;
     t->label[p->number] = p->label;
     t->bound[p->number] = -p->bound;
+    if (p->note) snprintf(t->note, sizeof t->note, "%s", p->note);
     pthread_mutex_unlock(&t->lock);
     return e;
 }
@@ -163,6 +183,7 @@ static int draw(Work *w) {
                                  .picture = on_picture,
                                  .previews = j->previews,
                                  .guesses = 1,
+                                 .chains = 1,
                                  .user = w};
     if (j->kind == DRAW_NEW) return imagebart_sample(j->served->library, &o, NULL, NULL);
     const imagebart_edit e = edit_of(j);

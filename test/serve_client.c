@@ -437,16 +437,20 @@ static int same_file(const Answer *a, const char *dir, const char *name) {
     return same;
 }
 
-/* Runs the command that the job shows, in DIR. */
-static int run_command(const char *dir, const char *id) {
+/* Runs the command that the job shows, in DIR, with more options. */
+static int run_command_with(const char *dir, const char *id, const char *more) {
     char line[PATH_BYTES + 4096];
     cJSON *x = state_of(id);
     const char *command = cJSON_GetStringValue(cJSON_GetObjectItem(x, "command"));
-    snprintf(line, sizeof line, "cd '%s' && %s >command.log 2>&1", dir, command ? command : "false");
+    snprintf(line, sizeof line, "cd '%s' && %s%s >command.log 2>&1", dir, command ? command : "false", more);
     const int ok = system(line) == 0;
     if (!ok) printf("     %s\n", line);
     cJSON_Delete(x);
     return ok;
+}
+
+static int run_command(const char *dir, const char *id) {
+    return run_command_with(dir, id, "");
 }
 
 /* ---- What jobs are refused ---- */
@@ -574,6 +578,107 @@ static void test_refused(void) {
     CHECK(a.status == 404);
 }
 
+/* ---- The chain ---- */
+
+enum { STEPS = 4, TOKENS = 64 }; /* of emoji */
+
+static double item(const cJSON *x, const char *list, int i) {
+    const cJSON *found = cJSON_GetArrayItem(cJSON_GetObjectItem(x, list), i);
+    return cJSON_IsNumber(found) ? found->valuedouble : NAN;
+}
+
+/* q (K) = q(x_{t-1} | x_t, x_0) by going from x_0 step by step through all K values, then weighing by q(x_t | x_{t-1}) */
+static void step_by_step(double *q, size_t K, const double *beta, int t, size_t x0, size_t xt) {
+    double sum = 0;
+    for (size_t k = 0; k < K; k++) q[k] = k == x0;
+    for (int s = 1; s < t; s++)
+        for (size_t k = 0; k < K; k++) q[k] = (1 - beta[s]) * q[k] + beta[s] / (double)K;
+    for (size_t k = 0; k < K; k++) sum += q[k] *= (1 - beta[t]) * (k == xt) + beta[t] / (double)K;
+    for (size_t k = 0; k < K; k++) q[k] /= sum;
+}
+
+/* Step t of a chain: what is told of each token is what follows from the tokens and the betas. */
+static void check_step(const cJSON *x, int t, const double *beta, size_t K, const cJSON *x0) {
+    double *q = malloc(K * sizeof *q), worst = 0;
+    int changed = 0, others = 0;
+    for (int i = 0; i < TOKENS; i++) {
+        const size_t at = (size_t)item(x, "before", i), clean = (size_t)item(x0, "tokens", i);
+        const double told[3] = {item(x, "at_xt", i), item(x, "at_x0", i), item(x, "elsewhere", i)};
+        step_by_step(q, K, beta, t, clean, at);
+        const double rest = 1 - q[at] - (at == clean ? 0 : q[clean]);
+        worst = fmax(worst, fmax(fabs(told[0] - q[at]), fmax(fabs(told[1] - q[clean]), fabs(told[2] - rest))));
+        worst = isnan(told[0] + told[1] + told[2]) ? INFINITY : worst;
+        changed += item(x, "before", i) != item(x, "tokens", i);
+        others += at != clean;
+    }
+    CHECK(worst < 1e-6);
+    CHECK(cJSON_GetObjectItem(x, "changed")->valueint == changed && (t == 1 || (changed > 0 && others > 0)));
+    CHECK(cJSON_GetObjectItem(x, "scale")->valueint == t && item(x, "grid", 0) == 8 && item(x, "grid", 1) == 8);
+    CHECK(fabs(cJSON_GetObjectItem(x, "beta")->valuedouble - beta[t]) < 1e-6);
+    free(q);
+}
+
+/* The whole chain of picture k: each step begins where the one before ended, the last has the picture's tokens. */
+static void check_chain(const char *id, int k) {
+    char what[64];
+    double beta[STEPS] = {0}, product = 1;
+    Answer a = get("api/models");
+    cJSON *all = cJSON_Parse(a.body), *step[STEPS] = {0};
+    const cJSON *m = cJSON_GetArrayItem(cJSON_GetObjectItem(all, "models"), 0);
+    for (int t = 1; t < STEPS; t++) {
+        beta[t] = item(m, "betas", STEPS - 1 - t);
+        product *= 1 - beta[t];
+        CHECK(fabs(item(m, "alpha_bar", STEPS - 1 - t) - product) < 1e-6);
+    }
+    CHECK(beta[STEPS - 1] == 1 && cJSON_GetArraySize(cJSON_GetObjectItem(m, "betas")) == STEPS - 1);
+    for (int t = 0; t < STEPS; t++) {
+        snprintf(what, sizeof what, t ? "/%d.json?scale=%d" : "/%d.json", k, t);
+        a = of_job(id, what);
+        step[t] = a.status == 200 ? cJSON_Parse(a.body) : NULL;
+        CHECK(cJSON_GetArraySize(cJSON_GetObjectItem(step[t], "tokens")) == TOKENS);
+    }
+    for (int t = 1; t < STEPS && step[t] && step[0]; t++) {
+        CHECK(cJSON_Compare(cJSON_GetObjectItem(step[t], "tokens"),
+                            cJSON_GetObjectItem(step[t - 1], t > 1 ? "before" : "tokens"), 1));
+        check_step(step[t], t, beta, (size_t)cJSON_GetObjectItem(m, "codebook")->valueint, step[0]);
+    }
+    for (int t = 0; t < STEPS; t++) cJSON_Delete(step[t]);
+    cJSON_Delete(all);
+}
+
+/* How many pixels of a job's picture differ from the tile at x0 of a grid. */
+static size_t differ_from(const char *id, const char *what, const Image *grid, size_t x0) {
+    Image im;
+    size_t n = 0;
+    Answer a = of_job(id, what);
+    if (a.status != 200 || image_decode(&im, (const uint8_t *)a.body, a.size, 0) != OK) return SIZE_MAX;
+    for (size_t y = 0; y < im.H; y++)
+        for (size_t x = 0; x < im.W; x++)
+            n += memcmp(im.rgb + 3 * (y * im.W + x), grid->rgb + 3 * (y * grid->W + x0 + x), 3) != 0;
+    image_free(&im);
+    return n;
+}
+
+/* One of four is kept: the steps are its own, as ./sample --chain draws them. */
+static void test_chain(const char *dir) {
+    static const char *const steps[STEPS] = {NULL, "/0.png?scale=3", "/0.png?scale=2", "/0.png?scale=1"};
+    for (int seed = 1; seed <= 4; seed++) {
+        char id[32], job[128], path[PATH_BYTES];
+        Image grid;
+        snprintf(job, sizeof job, S "\"seed\":%d,\"best_of\":4}", seed);
+        Answer a = post(job);
+        taken(id, &a);
+        free(events_of(id, NULL));
+        check_chain(id, 0);
+        CHECK(run_command_with(dir, id, " --chain chain.png"));
+        snprintf(path, sizeof path, "%s/chain.png", dir);
+        if (!CHECK(image_read(&grid, path) == OK)) continue;
+        for (int i = 1; i < STEPS; i++) CHECK(differ_from(id, steps[i], &grid, 66 * (size_t)i) == 0);
+        CHECK(differ_from(id, "/0.png", &grid, 66 * 3) == 0 && differ_from(id, "/0.png", &grid, 66) > 0);
+        image_free(&grid);
+    }
+}
+
 /* ---- Jobs ---- */
 
 /* The progress of a stream never goes backwards, scale by scale. */
@@ -635,9 +740,12 @@ static void test_sample(const char *dir) {
     const struct {
         const char *file;
         int status;
-    } files[] = {{"/0.png", 200},         {"/1.png", 200},         {"/2.png", 404},         {"/x.png", 404},
-                 {"/0.gif", 404},         {"/0.png?scale=3", 200}, {"/1.png?scale=1", 200}, {"/0.png?scale=4", 404},
-                 {"/0.png?scale=0", 404}, {"/0.png?scale=x", 400}, {"/0.png?scale=", 400},  {"/2.json", 404}};
+    } files[] = {
+        {"/0.png", 200},          {"/1.png", 200},          {"/2.png", 404},          {"/x.png", 404},
+        {"/0.gif", 404},          {"/0.png?scale=3", 200},  {"/1.png?scale=1", 200},  {"/0.png?scale=4", 404},
+        {"/0.png?scale=0", 404},  {"/0.png?scale=x", 400},  {"/0.png?scale=", 400},   {"/2.json", 404},
+        {"/0.json?scale=0", 404}, {"/0.json?scale=4", 404}, {"/0.json?scale=x", 400}, {"/2.json?scale=1", 404}};
+    check_chain(id, 1);
     for (size_t i = 0; i < sizeof files / sizeof *files; i++)
         test_note(of_job(id, files[i].file).status == files[i].status, __FILE__, __LINE__, files[i].file);
 
@@ -854,6 +962,7 @@ static void test_bad_edits(void) {
 static void test_jobs(const char *dir) {
     test_refused();
     test_sample(dir);
+    test_chain(dir);
     test_edit(dir, 64, 64, 0, "{\"kind\":\"inpaint\",\"seed\":3,\"best_of\":2,\"class\":\"food\"}");
     test_edit(dir, 100, 150, 1,
               "{\"kind\":\"inpaint\",\"seed\":3,\"best_of\":1,\"temperature\":[0.1234567890123,1,0.5]}");
