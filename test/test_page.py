@@ -351,19 +351,85 @@ def test_fingers():
     page.js("clearMask()")
 
 
+def pixel(selector, x, y):
+    """The colour of a canvas there, counted in its own size"""
+    return page.js("""const c = document.querySelector(arguments[0]);
+        return [...c.getContext("2d").getImageData(Math.floor(arguments[1] * c.width), Math.floor(arguments[2] * c.height), 1, 1).data].slice(0, 3);""", selector, x, y)
+
+
+def click_cell(selector, row, column, n=8):
+    page.js("document.querySelector(arguments[0]).scrollIntoView({ block: 'center' })", selector)
+    left, top, side = page.js("const r = document.querySelector(arguments[0]).getBoundingClientRect(); return [r.left, r.top, r.width]", selector)
+    page.pointer(("mouse", [(left + (column + 0.5) * side / n, top + (row + 0.5) * side / n), "down", "up"]))
+
+
 def test_learn():
+    """The chain step by step; what is shown of a token is what the server says of it"""
     page.click("#tab-sample")
     page.js("learnFrom(runs.filter((r) => r.kind === 'sample' && r.state === 'done')[0].pictures[0])")
     ok("three steps", page.wait("learn.details && document.querySelectorAll('#learn-steps li').length === 3"))
-    page.click("#heat")
-    ok("a token", page.value("$('heat-text').textContent").startswith("Row "), page.value("$('heat-text').textContent"))
+    told = [page.js("return await call(`api/jobs/${learn.picture.run.id}/${learn.picture.k}.json?scale=${arguments[0]}`)", s) for s in (3, 2, 1)]
+    captions = page.value("[...document.querySelectorAll('#learn-steps figcaption')].map((f) => f.textContent)")
+    for i, (step, caption) in enumerate(zip(told, captions)):
+        ok("how many changed", "%d of 64 changed" % step["changed"] in caption, caption)
+        ok("its beta", "%.4g" % step["beta"] in caption, (step["beta"], caption))
+        page.click("#learn-steps li:nth-child(%d) button" % (i + 1))
+        ok("the step is shown", page.value("learn.at") == i and "%d of 64 tokens changed" % step["changed"] in page.value("$('learn-step-text').textContent"))
+        cell = 8 * 2 + 5
+        click_cell("#chain-after" if i else "#chain-before", 2, 5)
+        ok("a token by a click", page.value("learn.cell") == cell, page.value("learn.cell"))
+        said = page.value("$('token-text').textContent")
+        ok("its place and values", said.startswith("Row 3, column 6: from %d in" % step["before"][cell]) and "drew %d for" % step["tokens"][cell] in said, said)
+        rows = page.value("[...$('posterior').rows].map((r) => [r.cells[0].textContent, r.cells[1].textContent, r.className])")
+        clean = told[2]["tokens"][cell]
+        expected = [step["at_xt"][cell], step["at_x0"][cell], step["elsewhere"][cell]]
+        if step["before"][cell] == clean:
+            expected.pop(0)
+        shown = [float(r[1].split()[0]) / 100 for r in rows]
+        ok("the posterior", len(shown) == len(expected) and all(abs(a - b) < 0.006 * max(b, 1e-9) for a, b in zip(shown, expected)), (rows, expected))
+        ok("is a distribution", abs(sum(shown) - 1) < 0.01, shown)
+        drawn = [r[0] for r in rows if r[2] == "drawn"]
+        ok("what was drawn is marked", len(drawn) == 1 and (drawn[0].startswith("one of the other") or drawn[0].startswith(str(step["tokens"][cell]))), rows)
+    for selector in ("#chain-before", "#chain-after", "#heat"):
+        ring = pixel(selector, (5 + 0.5) / 8, 2 / 8 + 2 / page.value("document.querySelector('%s').clientWidth" % selector))
+        ok("the token is marked in " + selector, ring == [255, 255, 255], ring)
+    before = page.value("$('before-title').textContent")
+    page.js("document.activeElement.blur(); scrollTo(0, 0)")
+    page.keys("\ue00e")
+    ok("page up: a step back", page.value("learn.at") == 1 and page.value("$('before-title').textContent") != before)
+    page.keys("\ue012")
+    ok("an arrow, too", page.value("learn.at === 0 && $('learn-back').disabled"))
+    page.js("$('chain-before').focus()")
+    page.keys("\ue014")
+    ok("in a grid it chooses the next token", page.value("learn.at === 0 && learn.cell") == 22, page.value("[learn.at, learn.cell]"))
+    for _ in range(5):
+        page.keys("\ue014")
+    ok("and stays in its row", page.value("learn.cell") == 23, page.value("learn.cell"))
+    colour = pixel("#chain-before", 0.03, 0.03)
+    page.click("#learn-forth")
+    page.click("#learn-codes")
+    page.click("#learn-back")
+    ok("noise has colours alone", pixel("#chain-before", 0.03, 0.03) == colour and page.value("$('before-title').textContent").endswith("pure noise"), colour)
+    same = page.js("const a = learn.steps[0].told.tokens[0], b = learn.steps[1].told.before[0]; return [a === b, tokenColour(a) === tokenColour(b)]")
+    ok("a step begins where the last one ended", same == [True, True], same)
+    page.click("#learn-play")
+    ok("played to the end", page.wait("learn.at === 2 && !film && $('learn-play').textContent === 'Play'"), page.value("learn.at"))
+    page.click("#learn-codes")
+    click_cell("#heat", 0, 0)
+    ok("the entropy of a token", page.value("$('heat-text').textContent").startswith("Row 1, column 1"), page.value("$('heat-text').textContent"))
+    ok("the same token in all", page.value("$('token-text').textContent").startswith("Row 1, column 1"))
+    page.click("#tab-sample")
+    page.js("learnFrom(runs.filter((r) => r.kind === 'inpaint' && r.state === 'done')[0].pictures[0])")
+    ok("an edit's chain", page.wait("learn.details && learn.steps.every((s) => s.told && (s.image || s.told.changed === 0))"))
+    ok("a scale that was left out is said", page.js("""const passes = learn.picture.run.job.chain_length;
+        return learn.steps.every((s, i) => (showStep(i), (passes[i] === 0) === $("learn-step-text").textContent.includes("is left out")));"""))
 
 
 def test_reading():
     """Every control has a name; nothing is wider than a phone."""
     page.js("document.querySelectorAll('details').forEach((d) => (d.open = true))")
     unnamed = page.js("""return [...document.querySelectorAll('button, input, select, canvas, progress, [role=option]')].filter((e) => !e.closest('[aria-hidden]') && e.ariaHidden !== 'true'
-        && !(e.getAttribute('aria-label') || e.textContent.trim() || (e.labels && e.labels.length && [...e.labels].some((l) => l.textContent.trim())))).map((e) => e.outerHTML);""")
+        && !(e.getAttribute('aria-label') || e.textContent.trim() || ($(e.getAttribute('aria-labelledby')) || {}).textContent || (e.labels && e.labels.length && [...e.labels].some((l) => l.textContent.trim())))).map((e) => e.outerHTML);""")
     ok("every control has a name", not unnamed, unnamed)
     page.screen(390, 844, 2, True)
     for tab in ("sample", "edit", "learn"):

@@ -211,6 +211,7 @@ async function finish(run, state) {
     run.command = state.command;
     run.job = state.job;
     run.took = state.took;
+    run.leftOut = state.note;
     state.job.chain_length.forEach((passes, i, all) => {
         for (let k = 0; passes && state.job.previews && k < state.results.length; k++)
             pictureOf(run, k).previews[all.length - i] = `api/jobs/${run.id}/${k}.png?scale=${all.length - i}`;
@@ -645,7 +646,7 @@ function stateText(run) {
     case "sending": return "Sending …";
     case "queued": return run.place ? `Waiting: ${plural(run.place, "job", "jobs")} before it.` : "Beginning …";
     case "running": return run.note || `Scale ${run.scale} of ${run.scales}${left}.`;
-    case "done": return run.took === undefined ? "Done." : `Done in ${shown(run.took, 2)} s.`;
+    case "done": return `Done${run.took === undefined ? "" : ` in ${shown(run.took, 2)} s`}.${run.leftOut ? ` Of the files: ${run.leftOut}.` : ""}`;
     case "cancelled": return `Cancelled${run.wantsCancel ? "" : ", for nobody listened any more"}; what was finished is here.`;
     default: return run.error;
     }
@@ -769,7 +770,8 @@ function viewNext(by) {
 // Addresses of the picture's steps, from the noisiest on, the picture itself last
 function stepsOf(picture) {
     const scales = Object.keys(picture.previews).map(Number).sort((a, b) => b - a);
-    const steps = scales.map((s) => ({ scale: s, address: picture.previews[s] }));
+    const kept = picture.url ? "&kept" : ""; // another address: the steps of the one that was kept, not of the first that was drawn
+    const steps = scales.map((s) => ({ scale: s, address: picture.previews[s] + kept }));
     const isLast = steps.length && steps.at(-1).scale === 1, isSquare = picture.run.kind === "sample"; // not a whole photograph
     if (picture.url && isLast && isSquare) steps.pop();
     if (picture.url && (isSquare || !steps.length)) steps.push({ scale: 1, address: picture.url });
@@ -779,6 +781,7 @@ function stepsOf(picture) {
 function stopFilm() {
     clearInterval(film);
     film = 0;
+    $("learn-play").textContent = "Play";
 }
 
 // From noise to the picture, a step every half second
@@ -1676,63 +1679,176 @@ function startEdit() {
     maskChanged();
 }
 
-// ---- Learn: the chain of one picture, and how unsure the model was ----
+// ---- Learn: the chain of one picture step by step, and how unsure the model was ----
 
-const learn = { picture: null, steps: [], details: null, cell: -1, image: null };
+// steps: {scale, image, told}, from the noisiest on; told: what the server says of that step (K.json?scale=S)
+const learn = { picture: null, steps: [], at: 0, details: null, cell: -1 };
 
 async function learnFrom(picture) {
     stopFilm();
-    Object.assign(learn, { picture, steps: stepsOf(picture), details: null, cell: -1, image: null });
+    const { run, k } = picture, T = run.job.temperature.length, seen = stepsOf(picture);
+    const steps = Array.from({ length: T }, (_, i) => {
+        const found = seen.find((s) => s.scale === T - i);
+        return { scale: T - i, image: found ? element("img", { src: found.address, alt: "" }) : null, told: null };
+    });
+    Object.assign(learn, { picture, steps, at: T - 1, details: null, cell: -1 });
     selectTab("learn");
     $("learn-empty").hidden = true;
     $("learn-body").hidden = false;
-    const { run, k } = picture, T = run.job.temperature.length;
+    $("learn-step").max = T - 1;
     $("learn-text").textContent =
-        `${titleOf(run)}, picture ${k}: ${T} noising steps lead from its tokens x₀ to pure noise x${subscript(T)}. ` +
-        "Scale t goes back from xₜ to xₜ₋₁: a transformer sees the whole noisier grid and writes the cleaner one, " +
-        "token by token. After each scale the tokens are a whole picture.";
-    $("learn-steps").replaceChildren(...learn.steps.map((step, i) => {
-        const open = button("", () => showStep(i), { className: "picture", "aria-label": stepName(step) });
-        open.append(element("img", { src: step.address, alt: "" }));
-        return element("li", {}, element("figure", {}, open, element("figcaption", { textContent: stepName(step) })));
-    }));
-    $("learn-step").max = learn.steps.length - 1;
-    showStep(learn.steps.length - 1);
+        `${titleOf(run)}, picture ${(run.job.first || 0) + k}: ${T} noising steps lead from its tokens x₀ to pure noise x${subscript(T)}. ` +
+        "Step t draws every token anew with probability βₜ. Scale t goes back from xₜ to xₜ₋₁: a transformer sees the whole " +
+        "noisier grid and writes the cleaner one, token by token.";
+    showSteps();
     try {
-        learn.details = await call(`api/jobs/${run.id}/${k}.json`);
-        learn.image = await tokensPicture(picture);
-        drawHeat();
-        sayHeat();
+        const address = `api/jobs/${run.id}/${k}.json`;
+        const [details, ...told] = await Promise.all([call(address), ...steps.map((s) => call(`${address}?scale=${s.scale}`))]);
+        await Promise.all(steps.map((s) => s.image && s.image.decode().catch(() => (s.image = null))));
+        if (learn.steps !== steps) return; // another picture was chosen meanwhile
+        learn.details = details;
+        steps.forEach((s, i) => (s.told = told[i]));
     } catch (error) {
-        $("heat-text").textContent = error.status === 410 ? "The server has forgotten this picture’s tokens." : error.message;
+        $("learn-step-text").textContent = error.status === 410 ? "The server has forgotten this picture’s tokens." : error.message;
     }
-}
-
-// What the tokens of K.json look like: of an edit the model's own square, which is seen only if there was one candidate
-async function tokensPicture(picture) {
-    const { run } = picture, last = learn.steps.at(-1);
-    if (run.kind === "sample") return createImageBitmap(picture.blob);
-    if (run.job.best_of > 1 || !last || last.scale !== 1) return null;
-    return createImageBitmap(await (await fetch(last.address)).blob());
+    showSteps();
 }
 
 const subscript = (n) => String(n).replace(/\d/g, (d) => "₀₁₂₃₄₅₆₇₈₉"[d]);
-const stepName = (step) => `after scale ${step.scale}: x${subscript(step.scale - 1)}`;
+const xOf = (t) => `x${subscript(t)}`;
+const percent = (p) => `${shown(100 * p, 3)} %`;
+const changedText = ({ changed, tokens }) => `${changed} of ${tokens.length} changed`;
+
+// The step's betas and the like, of the model's lists: the noisiest scale is first
+function scheduleAt(t) {
+    const m = modelOf(learn.picture.run.job.model), T = m.scales;
+    return { K: m.codebook, beta: m.betas[T - t], alphaBefore: t > 1 ? m.alpha_bar[T - t + 1] : 1 };
+}
+
+// A picture for each step
+function showSteps() {
+    $("learn-steps").replaceChildren(...learn.steps.map((step, i) => {
+        const name = `${xOf(step.scale - 1)}, after scale ${step.scale}`, beta = `β${subscript(step.scale)} = ${shown(scheduleAt(step.scale).beta)}`;
+        const open = button("", () => showStep(i), { className: "picture", "aria-label": name });
+        open.append(step.image || element("span", { className: "hint", textContent: "no preview" }));
+        const lines = [name, beta, step.told ? changedText(step.told) : ""].map((textContent) => element("span", { textContent }));
+        return element("li", {}, element("figure", {}, open, element("figcaption", {}, ...lines)));
+    }));
+    showStep(learn.at);
+}
+
+function stepText({ scale, told }) {
+    const { run } = learn.picture, { job } = run, at = (list) => list[list.length - scale];
+    if (at(job.chain_length) === 0) return `Scale ${scale} is left out (a chain length of 0): the start, ${xOf(scale)}, is ${xOf(scale - 1)} too.`;
+    const { beta } = scheduleAt(scale), guided = at(job.guidance) === 1 ? "" : `, with guidance ${at(job.guidance)}`;
+    const others = run.kind === "inpaint" && job.best_of > 1 ? ` Of ${job.best_of} candidates each grid shows the one that went on.` : "";
+    return `Scale ${scale}: from ${xOf(scale)}${beta === 1 ? ", pure noise," : ""} to ${xOf(scale - 1)}, at temperature ${at(job.temperature)}, in ` +
+        `${plural(at(job.chain_length), "pass", "passes")}${guided}. β${subscript(scale)} = ${shown(beta)}` +
+        `${told ? `; ${told.changed} of ${plural(told.tokens.length, "token", "tokens")} changed` : ""}.${others}`;
+}
 
 function showStep(i) {
-    const step = learn.steps[i], { run } = learn.picture, T = run.job.temperature.length;
-    if (!step) return;
-    const at = (list) => list[T - step.scale], job = run.job;
-    const from = step.scale === T ? "Drawn out of pure noise" : `Drawn from x${subscript(step.scale)}`;
-    const guided = at(job.guidance) === 1 ? "" : `, with guidance ${at(job.guidance)}`;
-    const isOther = job.best_of > 1 && (step.scale > 1 || run.kind === "inpaint");
-    $("learn-step").value = i;
-    $("learn-picture").src = step.address;
-    $("learn-picture").alt = stepName(step);
-    $("learn-step-text").textContent =
-        `${stepName(step)}, decoded. ${from} at temperature ${at(job.temperature)}, in ${plural(at(job.chain_length), "pass", "passes")}` +
-        `${guided}.${isOther ? ` It is the first of ${job.best_of}, of which one of the likeliest was kept.` : ""}`;
-    [...$("learn-steps").querySelectorAll("button")].forEach((b, j) => b.setAttribute("aria-pressed", String(i === j)));
+    learn.at = clamp(i, 0, learn.steps.length - 1);
+    const step = learn.steps[learn.at], { scale } = step;
+    $("learn-step").value = learn.at;
+    $("learn-step").setAttribute("aria-valuetext", `scale ${scale}`);
+    $("learn-back").disabled = learn.at === 0;
+    $("learn-forth").disabled = learn.at === learn.steps.length - 1;
+    $("before-title").textContent = `${xOf(scale)}, ${scheduleAt(scale).beta === 1 ? "pure noise" : "before"}`;
+    $("after-title").textContent = `${xOf(scale - 1)}, after scale ${scale}`;
+    if (step.told || !learn.details) $("learn-step-text").textContent = stepText(step);
+    [...$("learn-steps").querySelectorAll("button")].forEach((b, j) => b.setAttribute("aria-pressed", String(learn.at === j)));
+    drawLearn();
+    sayToken();
+    sayHeat();
+}
+
+// From noise to the picture, a step a second; a second click stops it.
+function playChain() {
+    if (film) return stopFilm();
+    showStep(learn.at + 1 < learn.steps.length ? learn.at : 0);
+    $("learn-play").textContent = "Pause";
+    film = setInterval(() => {
+        showStep(learn.at + 1);
+        if (learn.at + 1 === learn.steps.length) stopFilm();
+    }, 1200);
+}
+
+// A canvas with as many pixels as the screen has there, and its cells; null: it is not seen.
+function cellsOf(canvas) {
+    const size = Math.round(canvas.clientWidth * devicePixelRatio), [rows, columns] = learn.details.grid;
+    if (!size) return null;
+    if (canvas.width !== size) canvas.width = canvas.height = size;
+    const c = canvas.getContext("2d"), w = canvas.width / columns, h = canvas.height / rows;
+    c.clearRect(0, 0, canvas.width, canvas.height);
+    c.imageSmoothingEnabled = false;
+    const place = (i) => [(i % columns) * w, Math.floor(i / columns) * h];
+    return { c, w, h, rows, columns, place, size, pixel: devicePixelRatio };
+}
+
+const tokenColour = (token) => `hsl(${(token * 137.508) % 360} ${50 + (token % 3) * 15}% ${30 + (token % 5) * 5}%)`;
+
+// A token's number on its colour, if there is room
+function drawCode({ c, w, h, place, pixel }, token, i) {
+    const [left, top] = place(i);
+    c.fillStyle = tokenColour(token);
+    c.fillRect(left, top, w + 1, h + 1);
+    if (w < 26 * pixel) return;
+    c.fillStyle = "#fff";
+    c.shadowColor = "#000";
+    c.shadowBlur = 3 * pixel;
+    c.font = `${w / 3.6}px system-ui, sans-serif`;
+    c.textAlign = "center";
+    c.textBaseline = "middle";
+    c.fillText(String(token), left + w / 2, top + h / 2);
+    c.shadowBlur = 0;
+}
+
+function drawLines({ c, w, h, rows, columns, size, pixel }) {
+    c.fillStyle = "rgba(128, 128, 128, 0.5)";
+    for (let i = 1; i < columns; i++) c.fillRect(Math.round(i * w), 0, pixel, size);
+    for (let i = 1; i < rows; i++) c.fillRect(0, Math.round(i * h), size, pixel);
+}
+
+// A corner: this token changed. With an edge, to be seen on any picture.
+function drawCorner({ c, w, place, pixel }, i) {
+    const [left, top] = place(i);
+    for (const [colour, side] of [["#fff", w / 4 + 2 * pixel], ["#e6007e", w / 4]]) {
+        c.fillStyle = colour;
+        c.beginPath();
+        c.moveTo(left, top), c.lineTo(left + side, top), c.lineTo(left, top + side);
+        c.fill();
+    }
+}
+
+function drawChosen({ c, w, h, place, pixel }) {
+    if (learn.cell < 0) return;
+    const [left, top] = place(learn.cell);
+    for (const [colour, width] of [["#000", 7 * pixel], ["#fff", 3 * pixel]]) {
+        c.strokeStyle = colour;
+        c.lineWidth = width;
+        c.strokeRect(left + 2 * pixel, top + 2 * pixel, w - 4 * pixel, h - 4 * pixel);
+    }
+}
+
+// The picture of these tokens, if there is one, else each token in a colour of its own
+function drawTokens(canvas, image, tokens, before) {
+    const cells = cellsOf(canvas);
+    if (!cells) return;
+    if (image && !$("learn-codes").checked) cells.c.drawImage(image, 0, 0, cells.size, cells.size);
+    else tokens.forEach((token, i) => drawCode(cells, token, i));
+    drawLines(cells);
+    if (before) tokens.forEach((token, i) => token !== before[i] && drawCorner(cells, i));
+    drawChosen(cells);
+}
+
+function drawLearn() {
+    const { details, steps, at } = learn, step = steps[at];
+    if (!details || !step.told) return;
+    $("chain").classList.toggle("fine", details.grid[1] > 8);
+    drawTokens($("chain-before"), at > 0 ? steps[at - 1].image : null, step.told.before, null);
+    drawTokens($("chain-after"), step.image, step.told.tokens, step.told.before);
+    drawHeat();
 }
 
 // From sure to unsure: black, violet, orange, yellow
@@ -1743,70 +1859,118 @@ function heatColour(x) {
 }
 
 function drawHeat() {
-    const { details, image, cell } = learn, heat = $("heat"), c = heat.getContext("2d");
-    if (!details) return;
-    const [rows, columns] = details.grid, w = heat.width / columns, h = heat.height / rows;
-    const highest = Math.max(0.1, ...details.entropy);
-    c.clearRect(0, 0, heat.width, heat.height);
-    c.imageSmoothingEnabled = false;
+    const { entropy } = learn.details, { image } = learn.steps.at(-1), cells = cellsOf($("heat"));
+    if (!cells) return;
+    const { c, w, h, place, size } = cells, highest = Math.max(0.1, ...entropy);
     const overPicture = $("heat-picture").checked && image !== null;
     $("heat-picture").disabled = image === null;
-    if (overPicture) c.drawImage(image, 0, 0, heat.width, heat.height);
+    if (overPicture) c.drawImage(image, 0, 0, size, size);
     c.globalAlpha = overPicture ? 0.7 : 1;
-    details.entropy.forEach((bits, i) => {
+    entropy.forEach((bits, i) => {
         c.fillStyle = `rgb(${heatColour(bits / highest)})`;
-        c.fillRect((i % columns) * w, Math.floor(i / columns) * h, w, h);
+        c.fillRect(...place(i), w, h);
     });
     c.globalAlpha = 1;
-    if (cell >= 0) {
-        c.strokeStyle = "#fff";
-        c.lineWidth = 4;
-        c.strokeRect((cell % columns) * w + 2, Math.floor(cell / columns) * h + 2, w - 4, h - 4);
-    }
+    drawChosen(cells);
     const legend = $("heat-legend").getContext("2d");
-    for (let x = 0; x < 256; x++) (legend.fillStyle = `rgb(${heatColour(x / 255)})`), legend.fillRect(x, 0, 1, 1);
+    for (let i = 0; i < 256; i++) (legend.fillStyle = `rgb(${heatColour(i / 255)})`), legend.fillRect(i, 0, 1, 1);
     $("heat-most").textContent = `${shown(highest, 3)} bits`;
 }
 
+const placeText = (cell) => {
+    const columns = learn.details.grid[1];
+    return `Row ${Math.floor(cell / columns) + 1}, column ${(cell % columns) + 1}`;
+};
+
 function sayHeat() {
-    const { details, cell, picture } = learn, K = modelOf(picture.run.job.model).codebook;
+    const { details, cell, picture } = learn;
     if (!details) return;
-    const bits = details.entropy, mean = bits.reduce((a, b) => a + b, 0) / bits.length, columns = details.grid[1];
-    if (cell < 0) {
-        $("heat-text").textContent =
-            `Mean ${shown(mean, 3)} bits, most ${shown(Math.max(...bits), 3)}; blind guessing among ${K} would have ` +
-            `${shown(Math.log2(K), 3)}. The picture’s bound: ${nats(details.bound)} per token. ` +
-            "Choose a token: by click or with the arrow keys.";
-        return;
-    }
-    $("heat-text").textContent =
-        `Row ${Math.floor(cell / columns) + 1}, column ${(cell % columns) + 1}: token ${details.tokens[cell]} of ${K}. ` +
-        `Entropy ${shown(bits[cell], 3)} bits: as unsure as among ${shown(2 ** bits[cell], 3)} equally likely ones.`;
+    const K = modelOf(picture.run.job.model).codebook, bits = details.entropy, mean = bits.reduce((a, b) => a + b, 0) / bits.length;
+    $("heat-text").textContent = cell < 0
+        ? `Mean ${shown(mean, 3)} bits, most ${shown(Math.max(...bits), 3)}; blind guessing among ${K} would have ` +
+          `${shown(Math.log2(K), 3)}. The picture’s bound: ${nats(details.bound)} per token. ` +
+          "Choose a token: by click or with the arrow keys."
+        : `${placeText(cell)}: token ${details.tokens[cell]} of ${K}. ` +
+          `Entropy ${shown(bits[cell], 3)} bits: ${bits[cell] < 0.05 ? "it was sure" : `as unsure as among ${shown(2 ** bits[cell], 3)} equally likely ones`}.`;
+}
+
+// What xₜ₋₁ can be, with its probability and whether it was drawn
+function posteriorRows({ scale, told }, cell) {
+    const from = told.before[cell], drawn = told.tokens[cell], clean = learn.details.tokens[cell], { K } = scheduleAt(scale);
+    const isSame = from === clean, others = K - (isSame ? 1 : 2), elsewhere = told.elsewhere[cell];
+    const rows = isSame
+        ? [[`${from}, as in ${xOf(scale)} and in x₀`, told.at_xt[cell], drawn === from]]
+        : [[`${from}, as in ${xOf(scale)}: it stays`, told.at_xt[cell], drawn === from],
+           [`${clean}, as in x₀`, told.at_x0[cell], drawn === clean]];
+    rows.push([`one of the other ${others}, each ${percent(elsewhere / others)}`, elsewhere, drawn !== from && drawn !== clean]);
+    return rows;
+}
+
+function sayToken() {
+    const step = learn.steps[learn.at], { scale, told } = step, { cell } = learn, chosen = told && cell >= 0;
+    const { K, beta, alphaBefore } = scheduleAt(scale);
+    $("formula-values").textContent =
+        `Here t = ${scale}, K = ${K}, β${subscript(scale)} = ${shown(beta)}, ᾱ${subscript(scale - 1)} = ${shown(alphaBefore)}.`;
+    $("posterior").hidden = !chosen;
+    if (!chosen) return ($("token-text").textContent = "Choose a token in one of the grids.");
+    const rows = posteriorRows(step, cell), clean = learn.details.tokens[cell];
+    $("token-text").textContent =
+        `${placeText(cell)}: from ${told.before[cell]} in ${xOf(scale)} the network drew ${told.tokens[cell]} for ${xOf(scale - 1)}; x₀ has ${clean}.`;
+    $("posterior-title").textContent = `q(${xOf(scale - 1)} | ${xOf(scale)}, x₀)`;
+    $("posterior").tBodies[0].replaceChildren(...rows.map(([name, p, isDrawn]) => {
+        const row = element("tr", { className: isDrawn ? "drawn" : "" },
+            element("th", { scope: "row", textContent: isDrawn ? `${name} (drawn)` : name }), element("td", { textContent: percent(p) }));
+        row.style.setProperty("--share", `${100 * p}%`);
+        return row;
+    }));
 }
 
 function chooseCell(cell) {
-    learn.cell = clamp(cell, 0, learn.details.entropy.length - 1);
-    drawHeat();
+    learn.cell = clamp(cell, 0, learn.details.tokens.length - 1);
+    drawLearn();
+    sayToken();
     sayHeat();
 }
 
-function startLearn() {
-    const heat = $("heat");
-    $("learn-step").oninput = (e) => showStep(Number(e.target.value));
-    $("learn-play").onclick = () => playFilm(learn.picture, (step, i) => showStep(i));
-    $("heat-picture").onchange = drawHeat;
-    heat.onclick = (e) => {
+// A click chooses the token there; arrow keys go to the next.
+function startCells(canvas) {
+    canvas.onclick = (e) => {
         if (!learn.details) return;
-        const r = heat.getBoundingClientRect(), [rows, columns] = learn.details.grid;
-        const row = Math.floor(((e.clientY - r.top) / r.height) * rows), column = Math.floor(((e.clientX - r.left) / r.width) * columns);
-        chooseCell(row * columns + column);
+        const r = canvas.getBoundingClientRect(), [rows, columns] = learn.details.grid;
+        const at = (share, n) => clamp(Math.floor(share * n), 0, n - 1);
+        chooseCell(at((e.clientY - r.top) / r.height, rows) * columns + at((e.clientX - r.left) / r.width, columns));
     };
-    heat.onkeydown = (e) => {
+    canvas.onkeydown = (e) => {
         if (!ARROWS[e.key] || !learn.details) return;
-        const [dx, dy] = ARROWS[e.key];
-        chooseCell(learn.cell < 0 ? 0 : learn.cell + dx + dy * learn.details.grid[1]);
+        const [dx, dy] = ARROWS[e.key], [rows, columns] = learn.details.grid, { cell } = learn;
+        const column = clamp((cell % columns) + dx, 0, columns - 1), row = clamp(Math.floor(cell / columns) + dy, 0, rows - 1);
+        chooseCell(cell < 0 ? 0 : row * columns + column);
         e.preventDefault();
     };
+}
+
+// Steps by keys, those of a presenter's remote control too
+function onLearnKey(e) {
+    const isPage = e.key === "PageUp" || e.key === "PageDown", by = { ArrowLeft: -1, PageUp: -1, ArrowRight: 1, PageDown: 1 }[e.key];
+    if (!by || $("learn").hidden || !learn.steps.length || $("viewer").open || e.ctrlKey || e.altKey || e.metaKey) return;
+    if (!isPage && e.target.matches("input, select, canvas, [role=tab]")) return; // they have arrow keys of their own
+    stopFilm();
+    showStep(learn.at + by);
+    e.preventDefault();
+}
+
+function startLearn() {
+    $("learn-step").oninput = (e) => (stopFilm(), showStep(Number(e.target.value)));
+    $("learn-back").onclick = () => (stopFilm(), showStep(learn.at - 1));
+    $("learn-forth").onclick = () => (stopFilm(), showStep(learn.at + 1));
+    $("learn-play").onclick = playChain;
+    $("learn-full").onclick = () => (document.fullscreenElement ? document.exitFullscreen() : $("learn-body").requestFullscreen());
+    $("learn-full").hidden = !document.fullscreenEnabled;
+    addEventListener("fullscreenchange", () => ($("learn-full").textContent = document.fullscreenElement ? "Leave full screen" : "Full screen"));
+    $("learn-codes").onchange = $("heat-picture").onchange = drawLearn;
+    for (const id of ["chain-before", "chain-after", "heat"]) startCells($(id));
+    new ResizeObserver(drawLearn).observe($("chain"));
+    addEventListener("keydown", onLearnKey);
 }
 
 // ---- Tabs, files that are dropped or pasted, the beginning ----
