@@ -156,6 +156,7 @@ static int read_edit(Fault *f, Job *j, const cJSON *x, int is_text) {
     if (!strcmp(name, "half")) return read_half(f, j, x);
     if (!strcmp(name, "window")) return read_size(f, &j->window, x, name, 1, side - 1);
     if (!strcmp(name, "outside")) return read_size(f, &j->outside, x, name, 1, side - 1);
+    if (!strcmp(name, "extend")) return read_size(f, &j->extend, x, name, 1, side - 1);
     if (!strcmp(name, "paste")) return json_flag(f, &j->paste, x, name);
     if (!strcmp(name, "image") && !is_text) return read_base64(f, &j->image, x, name);
     if (!strcmp(name, "mask") && !is_text) return read_base64(f, &j->mask, x, name);
@@ -190,22 +191,27 @@ static int check_edit(Fault *f, const Job *j, int is_text) {
     const struct {
         const char *field;
         int is_there;
-    } parts[] = {
-        {"mask", j->mask != NULL}, {"half", *j->half != 0}, {"window", j->window > 0}, {"outside", j->outside > 0}};
+    } parts[] = {{"mask", j->mask != NULL},
+                 {"half", *j->half != 0},
+                 {"window", j->window > 0},
+                 {"outside", j->outside > 0},
+                 {"extend", j->extend > 0}};
     const char *found = NULL;
     size_t passes = 0;
     for (int t = 1; t <= j->served->model->schedule.T; t++) passes += j->options.chain[t];
     if (!passes)
         return fault(f, 400, "chain_length", "chain_length: 0 at every scale: expected a pass at one at least");
-    for (size_t i = 0; i < 4; i++) {
+    for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) {
         if (!parts[i].is_there) continue;
         if (found)
             return fault(f, 400, parts[i].field, "%s: %s is there too: expected one of them", parts[i].field, found);
         found = parts[i].field;
     }
+    if (j->extend && j->paste)
+        return fault(f, 400, "paste", "paste: true: expected false, for with extend the result is the model's picture");
     if (is_text) return 1;
     if (!j->image) return fault(f, 400, "image", "image: missing: expected a picture");
-    if (!found) return fault(f, 400, "mask", "mask: missing: expected a mask, half, window or outside");
+    if (!found) return fault(f, 400, "mask", "mask: missing: expected a mask, half, window, outside or extend");
     if (j->served->model->classes.n > 100 && !j->class_name)
         return fault(f, 422, "class", "class: missing: expected one, for this model has too many to try them all");
     return 1;
@@ -240,6 +246,7 @@ int job_read(Job *j, const Offer *o, const cJSON *json, Blob *image, Blob *mask,
             return fault(f, 400, shown_text(shown, x->string), "%s: a job of this kind has no such field", shown);
     }
     j->options.seed = j->seed;
+    if (j->extend && !cJSON_GetObjectItemCaseSensitive(json, "paste")) j->paste = 0;
     j->has_mask = j->mask != NULL;
     return j->kind == DRAW_EDIT ? check_edit(f, j, is_text) : 1;
 }
@@ -361,6 +368,7 @@ cJSON *job_json(const Job *j) {
     if (*j->half) cJSON_AddStringToObject(x, "half", j->half);
     if (j->window) cJSON_AddNumberToObject(x, "window", (double)j->window);
     if (j->outside) cJSON_AddNumberToObject(x, "outside", (double)j->outside);
+    if (j->extend) cJSON_AddNumberToObject(x, "extend", (double)j->extend);
     cJSON_AddBoolToObject(x, "paste", j->paste);
     return x;
 }
@@ -416,6 +424,7 @@ static void add_edit(Line *l, const Job *j) {
     if (*j->half) add_word(l, "--half"), add_word(l, j->half);
     if (j->window) add_number(l, "--window", j->window);
     if (j->outside) add_number(l, "--outside", j->outside);
+    if (j->extend) add_number(l, "--extend", j->extend);
 }
 
 cJSON *job_command(const Job *j, const Offer *o) {
@@ -444,7 +453,11 @@ cJSON *job_command(const Job *j, const Offer *o) {
 }
 
 EditArgs job_edit_args(const Job *j) {
-    EditArgs a = {.half = *j->half ? j->half : NULL, .window = j->window, .outside = j->outside, .paste = j->paste};
+    EditArgs a = {.half = *j->half ? j->half : NULL,
+                  .window = j->window,
+                  .outside = j->outside,
+                  .extend = j->extend,
+                  .paste = j->paste};
     if (j->image) a.image = j->image->bytes, a.image_bytes = j->image->size;
     if (j->mask) a.mask = j->mask->bytes, a.mask_bytes = j->mask->size;
     a.most_pixels = MOST_PIXELS;
@@ -505,7 +518,7 @@ int job_of_text(Job *j, const Offer *o, const Config *text, Fault *f) {
         {"top-k", "top_k", LIST},       {"guidance", "guidance", LIST},    {"chain-length", "chain_length", LIST},
         {"best-of", "best_of", NUMBER}, {"candidates", "best_of", NUMBER}, {"count", "count", NUMBER},
         {"first", "first", NUMBER},     {"picture", "first", NUMBER},      {"half", "half", TEXT},
-        {"window", "window", NUMBER},   {"outside", "outside", NUMBER}};
+        {"window", "window", NUMBER},   {"outside", "outside", NUMBER},    {"extend", "extend", NUMBER}};
     const char *model = config_get(text, "", "model"), *paste = config_get(text, "", "paste");
     const int edit = config_get(text, "", "inpainted") != NULL;
     if (!model || !config_get(text, "", "seed"))

@@ -177,7 +177,7 @@ typedef struct {
     size_t profile_bytes; /* of its colours */
     const char *image_name;
     char half[8]; /* "": not given; as the sizes are with 0 */
-    size_t window, outside;
+    size_t window, outside, extend;
     int paste;
 } Job;
 /* Reads JOB; image, mask: parts that came beside it, or NULL. is_text: it stands for what a picture's text says, so that

@@ -157,6 +157,7 @@ static imagebart_edit edit_of(const Job *j) {
                         .half = *j->half ? j->half : NULL,
                         .window = j->window,
                         .outside = j->outside,
+                        .extend = j->extend,
                         .paste = j->paste};
     if (j->mask) e.mask = (imagebart_image){.data = j->mask->bytes, .bytes = j->mask->size};
     return e;

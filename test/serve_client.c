@@ -540,6 +540,11 @@ static const JobCase refused[] = {
     {E "\"window\":64}", 400, "window"},
     {E "\"window\":0}", 400, "window"},
     {E "\"outside\":64}", 400, "outside"},
+    {E "\"extend\":64}", 400, "extend"},
+    {E "\"extend\":0}", 400, "extend"},
+    {E "\"extend\":32,\"half\":\"upper\"}", 400, "extend"},
+    {E "\"extend\":32,\"paste\":true}", 400, "paste"},
+    {S "\"extend\":32}", 400, "extend"},
     {E "\"half\":\"upper\",\"chain_length\":0}", 400, "chain_length"},
     {E "\"half\":\"upper\",\"chain_length\":[0,0,0]}", 400, "chain_length"},
     {E "\"half\":\"upper\",\"best_of\":4097}", 400, "best_of"},
@@ -895,6 +900,40 @@ static void test_edit(const char *dir, size_t H, size_t W, int with_alpha, const
     free(image), free(mask_bytes);
 }
 
+/* A picture that goes on around its edges: as ./inpaint --extend draws it, and its text says so. */
+static void test_extend(const char *dir) {
+    Image im, mask;
+    uint8_t *image;
+    size_t n;
+    char id[32];
+    make_pictures(&im, &mask, 80, 100, 0);
+    CHECK_OK(image_encode_png(&image, &n, &im, NULL));
+    write_file(dir, "image.png", image, n);
+    Answer a = post_form("{\"kind\":\"inpaint\",\"seed\":3,\"best_of\":1,\"class\":\"food\",\"extend\":48}", image, n,
+                         NULL, 0);
+    taken(id, &a);
+    free(events_of(id, NULL));
+    CHECK(is_state(id, "done") && run_command(dir, id));
+    a = of_job(id, "");
+    CHECK(strstr(a.body, "--extend 48") && !strstr(a.body, "--paste-into"));
+    a = of_job(id, "/0.png");
+    CHECK(same_file(&a, dir, "inpainted.png"));
+    uint8_t *png = malloc(a.size);
+    memcpy(png, a.body, a.size);
+    a = call("POST", "api/settings", "", png, a.size);
+    CHECK(a.status == 200 && strstr(a.body, "\"extend\":48,\"paste\":false}") &&
+          strstr(a.body, "\"kind\":\"inpaint\""));
+    /* what it says is a job again, with the picture beside it */
+    char *job = strdup(a.body);
+    a = post_form(job, image, n, NULL, 0);
+    taken(id, &a);
+    free(events_of(id, NULL));
+    a = of_job(id, "/0.png");
+    CHECK(same_file(&a, dir, "inpainted.png"));
+    image_free(&im), image_free(&mask);
+    free(image), free(png), free(job);
+}
+
 /* Forms and pictures that are refused */
 static void test_bad_edits(void) {
     static const struct {
@@ -966,6 +1005,7 @@ static void test_jobs(const char *dir) {
     test_edit(dir, 64, 64, 0, "{\"kind\":\"inpaint\",\"seed\":3,\"best_of\":2,\"class\":\"food\"}");
     test_edit(dir, 100, 150, 1,
               "{\"kind\":\"inpaint\",\"seed\":3,\"best_of\":1,\"temperature\":[0.1234567890123,1,0.5]}");
+    test_extend(dir);
     test_bad_edits();
     test_queue();
 }
