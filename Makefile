@@ -16,7 +16,7 @@
 # make faults       every call for a file of short runs fails or kills, every allocation fails (a sample is in make test)
 # make install PREFIX=/usr/local DESTDIR=   one program, imagebart, with models, man pages, completion; make uninstall
 # make lib          libimagebart.so and .a for other programs: sampling/libimagebart.h; dev/imagebart.py for Python; then
-#                   make install installs them too, with the same MARCH
+#                   make install installs them too, with the same MARCH and NVCC
 # make fuzz FUZZ_SECONDS=60  all that reads files under libFuzzer (needs clang; Debian: clang, libclang-rt-14-dev)
 # make ffhq         fetches an official model: also ffhq2 churches bedrooms cats imagenet imagenet4 (models/fetch.sh)
 # make lpips       what ./train --vqgan measures likeness with (models/fetch.sh), checksums compared
@@ -90,7 +90,7 @@ B := $(patsubst %/,%,$(BUILT))
 endif
 
 # One program for any x86-64 (start.c) where the compiler makes that kind of objects and the linker can join them.
-whole = ld -r -o $(1).tmp $(2) && objcopy --redefine-sym main=$(3) --keep-global-symbol=$(3) $(1).tmp $(1) && rm $(1).tmp
+whole = ld -r -o $(1).tmp $(2) && objcopy --redefine-sym $(or $(4),main)=$(3) --keep-global-symbol=$(3) $(1).tmp $(1) && rm $(1).tmp
 ifneq ($(filter 1,$(SANITIZE)),)
 WHY_ONE := sanitizers
 else ifneq ($(PLAINLY),)
@@ -155,6 +155,7 @@ CFLAGS_ANY := -std=c11 -D_GNU_SOURCE -I. -g $(OPT) -ffp-contract=fast -fno-math-
               $(if $(HAVE_SIMD),-fopenmp-simd,-Wno-unknown-pragmas) \
               $(if $(HAVE_WEBP),-DHAVE_WEBP) $(if $(HAVE_LMDB),-DHAVE_LMDB) $(if $(PLAINLY),-DPLAIN)
 CFLAGS := $(CFLAGS_ANY) $(if $(HAVE_MARCH),-march=$(MARCH))
+SHARING := -fPIC -fvisibility=hidden # what may lie in the library
 LDLIBS := $(ARCHIVES) $(if $(HAVE_WEBP),-lwebp) $(if $(HAVE_LMDB),-llmdb) -lpng -ljpeg -lz $(SHARED) -lm -lpthread
 
 # The house from the ground up (test/house.sh checks the order). FILES: their speed is that of files, so that they are
@@ -167,7 +168,7 @@ COMPONENTS := $(BASE:%=base/%) $(KERNELS:%=kernels/%) $(FILES:%=files/%) data vq
               $(SAMPLING:%=sampling/%) training/discriminator training/perceptual training/restart training/rate training/spike
 PROGRAMS := sample train inpaint $(if $(HAVE_SERVE),serve)
 COLD := base/params base/options base/version $(FILES:%=files/%) data sampling/model sampling/options sampling/terminal
-TESTS := base $(if $(PLAINLY),,gemm conv) checkpoint ckpt images profile data vqgan discriminator perceptual transformer classes keys diffusion fuzz $(if $(PLAINLY),,layers)
+TESTS := base $(if $(PLAINLY),,gemm conv) checkpoint ckpt images profile data vqgan discriminator perceptual transformer classes keys diffusion library fuzz $(if $(PLAINLY),,layers)
 TESTS_DOUBLE := $(if $(PLAINLY),,gemm conv) vqgan discriminator perceptual transformer layers
 
 OBJ := $(COMPONENTS:%=$B/%.o)
@@ -232,6 +233,7 @@ $B/test_fuzz: $B/test/fuzz.o $B/test/fuzz_files.o $B/test/fuzz_sets.o $B/test/fu
               $(if $(HAVE_SERVE),$(SERVING:%=$B/%.o))
 $B/test_fuzz: LDLIBS += $(if $(HAVE_MPI),$(MPI_LIBS)) $(if $(HAVE_SERVE),$(SERVE_LIBS))
 $B/test/fuzz_serving.o: CFLAGS += $(if $(HAVE_SERVE),-DHAVE_SERVE)
+$B/test_library: $B/sampling/library.o
 # test_layers includes transformer.cu, whose layers are its own; it must be compiled quickly.
 $B/test_layers: $B/test/test_layers.o $(filter-out %/transformer.o,$(OBJ))
 	$(call say,LINK,$@)$(CC) $(CFLAGS) -o $@ $^ $(LDLIBS)
@@ -273,10 +275,10 @@ endif
 define level
 $P/$1/%.o: %.c Makefile
 	@mkdir -p $$(@D)
-	$$(call say,CC,$$<)$$(CC) $$(CFLAGS_ANY) $$(FLAGS_$1) -MMD -MP -c -o $$@ $$<
+	$$(call say,CC,$$<)$$(CC) $$(CFLAGS_ANY) $$(SHARING) $$(FLAGS_$1) -MMD -MP -c -o $$@ $$<
 $P/$1/transformer.o: transformer.cu Makefile
 	@mkdir -p $$(@D)
-	$$(call say,CC,$$<)$$(CC) $$(CFLAGS_ANY) $$(FLAGS_$1) -MMD -MP -x c -c -o $$@ $$<
+	$$(call say,CC,$$<)$$(CC) $$(CFLAGS_ANY) $$(SHARING) $$(FLAGS_$1) -MMD -MP -x c -c -o $$@ $$<
 $P/$1/whole-train.o: $(TRAIN:%=$P/x86-64/%.o)
 $P/$1/whole-sample.o: $(DRAWING:%=$P/x86-64/%.o)
 $P/$1/whole-serve.o: $(SERVING:%=$P/x86-64/%.o)
@@ -284,11 +286,14 @@ $(PROGRAMS:%=$P/$1/whole-%.o): $P/$1/whole-%.o: $P/x86-64/%.o $(patsubst %,$P/x8
     $(patsubst %,$P/$1/%.o,$(filter-out $(COLD),$(COMPONENTS)))
 	$$(call say,LINK,$$@)$$(call whole,$$@,$$^,main_$(subst -,_,$1))
 $(PROGRAMS:%=$P/%): $P/%: $P/$1/whole-%.o
+$P/$1/whole-library.o: $(patsubst %,$P/library/%.o,sampling/library files/places) \
+    $(patsubst %,$P/x86-64/%.o,$(filter-out files/places,$(COLD))) $(patsubst %,$P/$1/%.o,$(filter-out $(COLD),$(COMPONENTS)))
+	$$(call say,LINK,$$@)$$(call whole,$$@,$$^,library_$(subst -,_,$1),library_calls)
 endef
 ifneq ($P,)
 $P/x86-64/training/parallel.o: CFLAGS_ANY += $(if $(HAVE_MPI),-DHAVE_MPI $(MPI_CFLAGS))
 $(foreach l,$(LEVELS),$(eval $(call level,$l)))
-$(PROGRAMS:%=$P/%): $P/x86-64/base/start.o $P/commit.o
+$(PROGRAMS:%=$P/%): $P/x86-64/base/start.o $P/x86-64/base/level.o $P/commit.o
 	$(call say,LINK,$@)$(CC) $(CFLAGS_ANY) -o $@ $^ $(LDLIBS)
 endif
 
@@ -388,7 +393,7 @@ ifneq ($(PLAINLY),)
 test: $(TEST_BIN) $B/golden $B/pictures $B/lpips $B/codes $(PROGRAMS:%=$B/%)
 	@test/run.sh --plain $B $(TEST_BIN)
 else
-test: $(TEST_BIN) $(EMULATED_BIN) $B/golden $B/imagebart $(if $(filter 1,$(SANITIZE)),,$B/libimagebart.so $B/libimagebart.a) $B/pictures $B/logits $B/lpips $B/codes $B/walkthrough $B/sizes $(PROGRAMS:%=$B/%) $B/train-alone $(if $(HAVE_SERVE),$B/serve_client) $(if $P,$(PROGRAMS:%=$P/%))
+test: $(TEST_BIN) $(EMULATED_BIN) $B/golden $B/imagebart $(if $(filter 1,$(SANITIZE)),,$B/libimagebart.so $B/libimagebart.a) $B/pictures $B/logits $B/lpips $B/codes $B/walkthrough $B/sizes $(PROGRAMS:%=$B/%) $B/train-alone $(if $(HAVE_SERVE),$B/serve_client) $(if $P,$(PROGRAMS:%=$P/%) $P/libimagebart.so $P/libimagebart.a)
 	@test/run.sh $B "$P" $(TEST_BIN) $(EMULATED_TESTS)
 endif
 
@@ -404,7 +409,7 @@ units: $(TESTS:%=$B/test_%) $B/golden
 	@test/run.sh --units $B $(TESTS:%=$B/test_%)
 
 # What threads share, under the thread sanitizer
-THREADS_TESTS := base data vqgan transformer
+THREADS_TESTS := base data vqgan transformer library
 THREADS_FLAGS := -std=c11 -D_GNU_SOURCE -I. -g -O1 -fsanitize=thread -Wno-unknown-pragmas -Wno-tsan -MMD -MP
 build/threads/%.o: %.c Makefile
 	@mkdir -p $(@D)
@@ -414,6 +419,7 @@ build/threads/transformer.o: transformer.cu Makefile
 	$(call say,CC,$<)$(CC) $(THREADS_FLAGS) -x c -c -o $@ $<
 $(THREADS_TESTS:%=build/threads/test_%): build/threads/%: build/threads/test/%.o $(COMPONENTS:%=build/threads/%.o)
 	$(call say,LINK,$@)$(CC) $(THREADS_FLAGS) -o $@ $^ -lpng -ljpeg -lz -lm -lpthread
+build/threads/test_library: build/threads/sampling/library.o
 threads: $(THREADS_TESTS:%=build/threads/test_%)
 	@TSAN_OPTIONS=allocator_may_return_null=1 test/run.sh --threads build/threads $^
 
@@ -471,20 +477,31 @@ vqgan lsun lpips:
 data/emoji:
 	/usr/bin/python3 dev/emoji.py --out $@
 
-# The library: sampling/libimagebart.h is all that others see of it. One kind of processor: MARCH=x86-64-v3, say.
-LIBRARY := $(COMPONENTS:%=$B/lib/%.o) $B/lib/sampling/library.o
+# The library: sampling/libimagebart.h is all that others see of it. As the programs it is for any x86-64 or, with MARCH or
+# CUDA, for one kind of processor.
 $B/lib/%.o: %.c Makefile
 	@mkdir -p $(@D)
-	$(call say,CC,$<)$(CC) $(CFLAGS) -DLIBRARY -fPIC -fvisibility=hidden -MMD -MP -c -o $@ $<
+	$(call say,CC,$<)$(CC) $(CFLAGS) $(SHARING) -DLIBRARY -MMD -MP -c -o $@ $<
 $B/lib/transformer.o: transformer.cu Makefile
 	@mkdir -p $(@D)
-	$(call say,CC,$<)$(CC) $(CFLAGS) -DLIBRARY -fPIC -fvisibility=hidden -MMD -MP -x c -c -o $@ $<
-$B/libimagebart.so: $(LIBRARY)
-	$(call say,LINK,$@)$(CC) $(CFLAGS) -shared -Wl,-soname,libimagebart.so.1 -o $@ $^ $(LDLIBS) -ldl
-$B/libimagebart.a: $(LIBRARY)
+	$(call say,CC,$<)$(CC) $(CFLAGS) $(SHARING) -DLIBRARY -MMD -MP -x c -c -o $@ $<
+$(PRECISIONS:%=$B/lib/device_%.o): transformer.cu Makefile
+	@mkdir -p $(@D)
+	$(call say,NVCC,$<)$(NVCC) $(NVCC_FLAGS) $(SHARING:%=-Xcompiler %) $(floatX) -MMD -MP -MF $(@:.o=.d) -c -o $@ $<
+$B/libimagebart.so $B/libimagebart.a: $(COMPONENTS:%=$B/lib/%.o) $B/lib/sampling/library.o $(DEVICE_OBJ:$B/%=$B/lib/%)
+ifneq ($P,)
+$P/library/%.o: %.c Makefile
+	@mkdir -p $(@D)
+	$(call say,CC,$<)$(CC) $(CFLAGS_ANY) $(SHARING) $(FLAGS_x86-64) -DLIBRARY -DLIBRARY_LEVELS -MMD -MP -c -o $@ $<
+$P/libimagebart.so $P/libimagebart.a: $P/library/sampling/levels.o $P/x86-64/base/level.o $(LEVELS:%=$P/%/whole-library.o)
+endif
+%/libimagebart.so:
+	$(call say,LINK,$@)$(CC) $(CFLAGS) -shared -Wl,-soname,libimagebart.so.1,-z,nodelete,--exclude-libs,ALL -o $@ $^ $(LDLIBS) \
+	    $(if $(filter $B/%,$@),$(CUDA_LIBS)) -ldl
+%/libimagebart.a:
 	$(call say,LINK,$@)ld -r -o $@.o $^ && objcopy -w --keep-global-symbol='imagebart_*' $@.o && rm -f $@ && $(AR) rc $@ $@.o && rm $@.o
 .PHONY: lib
-lib: $B/libimagebart.so $B/libimagebart.a
+lib: $(SHIPPED)/libimagebart.so $(SHIPPED)/libimagebart.a
 	@echo "$^"
 
 # Under PREFIX, packed under DESTDIR; BUILT=DIR: what was built elsewhere. dev/install.sh says what goes where.
@@ -493,9 +510,9 @@ DESTDIR ?=
 .PHONY: install uninstall
 install uninstall: export PREFIX := $(PREFIX)
 install uninstall: export DESTDIR := $(DESTDIR)
-install: export LIBRARY_NEEDS := $(filter -l%,$(LDLIBS)) -ldl
+install: export LIBRARY_NEEDS := $(filter -l%,$(LDLIBS)) $(filter -L% -l%,$(CUDA_LIBS)) -ldl
 install: $(if $(BUILT),,$(PROGRAMS) $(SHIPPED)/imagebart)
-	@dev/install.sh install $(if $(BUILT),$B,$(SHIPPED)) $B
+	@dev/install.sh install $(if $(BUILT),$B,$(SHIPPED))
 uninstall:
 	@dev/install.sh uninstall
 

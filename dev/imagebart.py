@@ -1,65 +1,75 @@
-"""imagebart.py - libimagebart from Python, by ctypes alone: pictures as numpy arrays (count, side, side, 3), or as bytes
-where numpy is not installed. Make it with "make lib"; IMAGEBART_LIBRARY names the file if it is not found.
+"""imagebart.py - libimagebart from Python, by ctypes alone: pictures as numpy arrays (height, width, 3), or as bytes where
+numpy is not installed. Make it with "make lib"; IMAGEBART_LIBRARY names the file if it is not found.
 
     python3 dev/imagebart.py emoji picture.png class_name=food seed=7     # as ./sample emoji -n 1 --class food --seed 7
 """
-import ctypes as c, glob, os, struct, sys, zlib
+import ctypes as c, glob, math, os, struct, sys, zlib
 try:
     import numpy
 except ImportError:
     numpy = None
 
-PROGRESS = c.CFUNCTYPE(c.c_int, c.c_void_p, c.c_size_t, c.c_size_t, c.c_size_t)
-PREVIEW = c.CFUNCTYPE(None, c.c_void_p, c.c_size_t, c.c_size_t, c.POINTER(c.c_uint8))
-class Shape(c.Structure):
-    _fields_ = [(name, c.c_size_t) for name in "side h w K scales classes".split()]
-class Options(c.Structure): # as sampling/libimagebart.h has it
-    _fields_ = [("bytes", c.c_size_t), ("count", c.c_size_t), ("seed", c.c_uint64), ("first", c.c_uint64),
-                *((name, c.c_char_p) for name in "class_name temperature top_k guidance chain_length".split()),
-                ("best_of", c.c_size_t), ("progress", PROGRESS), ("preview", PREVIEW), ("user", c.c_void_p)]
+def structure(*fields): # as sampling/libimagebart.h has it
+    return type("Structure", (c.Structure,), {"_fields_": [(name, kind) for kind, names in fields for name in names.split()]})
+TEXTS = "class_name temperature top_k guidance chain_length"
+STEP = c.CFUNCTYPE(c.c_int, c.c_void_p, c.c_size_t, c.c_size_t, c.c_size_t)
+Shape = structure((c.c_size_t, "side h w K scales classes"))
+Picture = structure((c.c_size_t, "number scale width height"), (c.POINTER(c.c_uint8), "rgb alpha"), (c.POINTER(c.c_int32), "tokens"),
+                    (c.c_int32, "label"), (c.c_double, "bound"), (c.POINTER(c.c_float), "entropy"))
+PICTURE = c.CFUNCTYPE(c.c_int, c.c_void_p, c.POINTER(Picture))
+Options = structure((c.c_size_t, "bytes count"), (c.c_uint64, "seed first"), (c.c_char_p, TEXTS), (c.c_size_t, "best_of"),
+                    (c.c_void_p, "progress preview user"), (STEP, "step"), (PICTURE, "picture"), (c.c_int, "previews guesses"))
+Image = structure((c.c_char_p, "data"), (c.c_size_t, "bytes width height"))
+Edit = structure((c.c_size_t, "bytes"), (Image, "image mask"), (c.c_char_p, "half"), (c.c_size_t, "window outside extend"),
+                 (c.c_int, "invert official paste"))
 
 here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 found = os.environ.get("IMAGEBART_LIBRARY") or next(iter(glob.glob(here + "/build/*/libimagebart.so")), "libimagebart.so.1")
 lib = c.CDLL(found)
-lib.imagebart_error.restype = c.c_char_p
-lib.imagebart_close.argtypes = [c.c_void_p]
+lib.imagebart_error.restype = lib.imagebart_class_name.restype = lib.imagebart_device.restype = c.c_char_p
+
+def array(at, *shape): # a copy
+    raw = c.string_at(at, c.sizeof(at._type_) * math.prod(shape))
+    return numpy.frombuffer(raw, at._type_).reshape(shape) if numpy else raw
+def encoded(x): return None if x is None else str(x).encode()
+def given(x): # an image: bytes of a file, or (pixels, width, height)
+    return Image(x, len(x)) if isinstance(x, bytes) else Image(bytes(x[0]), 0, *x[1:]) if x else Image()
 
 class Model:
-    def __init__(self, name="emoji", weights=None):
+    def __init__(self, name="emoji", weights=None, device=None):
         self.handle, self.shape = c.c_void_p(), Shape()
-        self.call("open", c.byref(self.handle), name.encode(), weights and weights.encode())
+        self.call("open_on", c.byref(self.handle), encoded(name), encoded(weights), encoded(device))
         lib.imagebart_get_shape(self.handle, c.byref(self.shape))
-        self.picture, self.grid = (self.shape.side, self.shape.side, 3), (self.shape.h, self.shape.w)
+        self.device = lib.imagebart_device(self.handle).decode()
+        self.classes = [lib.imagebart_class_name(self.handle, c.c_size_t(k)).decode() for k in range(self.shape.classes)]
     def close(self):
         self.handle = lib.imagebart_close(self.handle)
     def call(self, name, *arguments):
         if getattr(lib, "imagebart_" + name)(*arguments): raise RuntimeError(lib.imagebart_error().decode())
-    def buffers(self, n): # pictures and their tokens
-        return (c.c_uint8 * (n * 3 * self.shape.side ** 2))(), (c.c_int32 * (n * self.shape.h * self.shape.w))()
-    def arrays(self, n, rgb, tokens):
-        if numpy is None: return bytes(rgb), list(tokens)
-        return numpy.ctypeslib.as_array(rgb).reshape(n, *self.picture), numpy.ctypeslib.as_array(tokens).reshape(n, *self.grid)
-    def options(self, count=1, progress=None, preview=None, **given): # progress(scale, done, of): true cancels
-        texts = {k: str(v).encode() if k in "class_name temperature top_k guidance chain_length" else v for k, v in given.items()}
-        return Options(c.sizeof(Options), count, progress=PROGRESS(lambda user, *at: bool(progress(*at))) if progress else PROGRESS(),
-                       preview=PREVIEW(lambda user, k, scale, rgb: preview(k, scale, rgb)) if preview else PREVIEW(), **texts)
-    def sample(self, count=1, **options):
-        o, out = self.options(count, **options), self.buffers(count)
-        self.call("sample", self.handle, c.byref(o), *out)
-        return self.arrays(count, *out)
-    def inpaint(self, picture, keep, count=1, **options): # keep: a byte for each pixel, 0 = draw anew
-        o, out = self.options(count, **options), self.buffers(count)
-        self.call("inpaint", self.handle, c.byref(o), bytes(picture), bytes(keep), *out)
-        return self.arrays(count, *out)
+    def draw(self, call, *edit, step=None, seen=None, **options): # step(scale, done, of), seen(Picture): true cancels
+        pictures, s = [], self.shape
+        def picture(user, p):
+            if p[0].scale == 0: pictures.append((array(p[0].rgb, p[0].height, p[0].width, 3), array(p[0].tokens, s.h, s.w)))
+            return bool(seen and seen(p[0]))
+        o = Options(c.sizeof(Options), step=STEP(lambda user, *at: bool(step and step(*at))), picture=PICTURE(picture),
+                    **{k: encoded(v) if k in TEXTS else v for k, v in options.items()})
+        self.call(call, self.handle, c.byref(o), *edit)
+        return pictures
+    def sample(self, count=1, **options): # a list of (picture, tokens)
+        return self.draw("sample", None, None, count=count, **options)
+    def complete(self, image, mask=None, half=None, window=0, outside=0, extend=0, invert=0, paste=1, **options): # the same
+        e = Edit(c.sizeof(Edit), given(image), given(mask), encoded(half), window, outside, extend, invert, 0, paste)
+        return self.draw("complete", c.byref(e), **options)
 
-def write_png(path, side, rgb):
+def write_png(path, width, rgb):
     def chunk(kind, data): return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-    rows = b"".join(b"\0" + rgb[3 * side * y:3 * side * (y + 1)] for y in range(side))
+    height = len(rgb) // (3 * width)
+    rows = b"".join(b"\0" + rgb[3 * width * y:3 * width * (y + 1)] for y in range(height))
     with open(path, "wb") as f:
-        f.write(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)) +
+        f.write(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)) +
                 chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
 
 if __name__ == "__main__":
     model, options = Model(sys.argv[1]), dict(word.split("=", 1) for word in sys.argv[3:])
-    pictures, tokens = model.sample(**{k: int(v) if v.isdigit() else v for k, v in options.items()})
-    write_png(sys.argv[2], model.shape.side, bytes(pictures))
+    [(picture, tokens)] = model.sample(**{k: int(v) if v.isdigit() else v for k, v in options.items()})
+    write_png(sys.argv[2], model.shape.side, bytes(picture))

@@ -1,6 +1,6 @@
 #!/bin/sh
-# install.sh install BUILD [LIBRARY]: the programs that lie in BUILD, with what they need, under $DESTDIR$PREFIX, and the
-# library of the folder LIBRARY if "make lib" has made it; "make install" calls it. install.sh uninstall takes away what was put there, and the folders that were made for it.
+# install.sh install BUILD: the programs that lie in BUILD, with what they need, under $DESTDIR$PREFIX, and the library if
+# "make lib" has made it; "make install" calls it. install.sh uninstall takes away what was put there, and the folders that were made for it.
 #
 #     bin/imagebart                          imagebart sample, train, inpaint, serve
 #     libexec/imagebart/                     these four as they were built
@@ -15,7 +15,7 @@ die() {
     echo "make $what: $*" >&2
     exit 1
 }
-what=$1 build=$2 library=${3:-$2}
+what=$1 build=$2
 root=$DESTDIR$PREFIX
 share=$PREFIX/share/imagebart list=$root/share/imagebart/installed
 case $PREFIX in /*) ;; *) die "PREFIX=$PREFIX: expected an absolute path" ;; esac
@@ -68,8 +68,8 @@ pages() { # man pages and completion, from what the installed program says
 }
 
 library() { # so, a, header, and what pkg-config is told
-    put 644 "$library/libimagebart.so" "$PREFIX/lib/libimagebart.so.1"
-    put 644 "$library/libimagebart.a" "$PREFIX/lib/libimagebart.a"
+    put 644 "$build/libimagebart.so" "$PREFIX/lib/libimagebart.so.1"
+    put 644 "$build/libimagebart.a" "$PREFIX/lib/libimagebart.a"
     put 644 sampling/libimagebart.h "$PREFIX/include/libimagebart.h"
     ln -sf libimagebart.so.1 "$root/lib/libimagebart.so" && echo "file $PREFIX/lib/libimagebart.so" >>"$made" || exit 1
     cat >"$work/pc" <<PC
@@ -101,7 +101,7 @@ install)
     put 755 "$build/imagebart" "$PREFIX/bin/imagebart"
     for f in models/*.txt models/emoji/*; do put 644 "$f" "$share${f#models}"; done
     put 755 models/fetch.sh "$share/fetch.sh"
-    [ ! -f "$library/libimagebart.so" ] || library
+    [ ! -f "$build/libimagebart.so" ] || library
     pages "$commands"
     for own in "$share" "$share/emoji" "$PREFIX/libexec/imagebart"; do echo "folder $own" >>"$made"; done
     LC_ALL=C sort -u "$made" >"$work/sorted" && put 644 "$work/sorted" "$share/installed" || exit 1

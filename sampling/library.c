@@ -1,7 +1,7 @@
 /* library.c - libimagebart: from what a caller asks for to a Draw (sampling/draw.c), and from what is drawn to pictures, one
  * after the other as they are finished. All that it knows of a model is in the handle; what failed is told by the error
  * text, which each thread has of its own. */
-#include "sampling/libimagebart.h"
+#include "sampling/calls.h"
 #include "sampling/sampling.h"
 
 #include <stdio.h>
@@ -77,9 +77,23 @@ static Err choose_recommended(imagebart_model *m) {
     return OK;
 }
 
+/* A library for any x86-64 has obeyed it. */
+static Err obeys_no_level(void) {
+#ifdef LIBRARY_LEVELS
+    return OK;
+#else
+    if (!getenv("IMAGEBART_LEVEL")) return OK;
+    return err(
+        "IMAGEBART_LEVEL: this library was compiled for one kind of processor, %s; \"make lib\" without MARCH makes "
+        "one that chooses, on x86-64",
+        vector_instructions());
+#endif
+}
+
 int imagebart_open_on(imagebart_model **model, const char *name_or_folder, const char *weights, const char *device) {
     WeightFormat format = WEIGHTS_REAL;
     imagebart_model *m = *model = NULL;
+    if (obeys_no_level() != OK) return IMAGEBART_FAILED;
     Err e = name_or_folder ? weight_format(&format, weights, "weights") : err("no model was named");
     if (e == OK) e = mem_alloc(&m, 1, sizeof *m, "a model");
     if (e == OK && (e = model_open(&m->model, name_or_folder, NULL)) != OK) free(m); /* it leaves nothing open */
@@ -314,9 +328,9 @@ static int call_close(Call *c, Err e) {
     free(c->pixels), free(c->known);
     edit_free(&c->edit);
     draw_free(&c->draw);
-    if (e != OK && c->failed) err("%s", c->failure);
-    if (e != OK && c->cancelled) err("cancelled");
-    return e != OK && c->cancelled ? IMAGEBART_CANCELLED : status(e);
+    if (c->failed) e = err("%s", c->failure);
+    if (c->cancelled) e = err("cancelled");
+    return c->cancelled ? IMAGEBART_CANCELLED : status(e);
 }
 
 /* Whether there is memory for it; then room for one picture at a time to be decoded. */
@@ -481,3 +495,15 @@ int imagebart_encode(imagebart_model *model, const uint8_t *rgb, size_t count, i
 int imagebart_decode(imagebart_model *model, const int32_t *tokens, size_t count, uint8_t *rgb) {
     return first_stage(model, decode_one, rgb, (int32_t *)(uintptr_t)tokens, count);
 }
+
+/* ---- For levels.c ---- */
+
+#ifdef LIBRARY_LEVELS
+static int refuse(const char *why) {
+    return status(err("%s", why));
+}
+
+extern const LibraryCalls library_calls;
+#define IN_TABLE(type, name, parameters, arguments) imagebart_##name,
+const LibraryCalls library_calls = {imagebart_open_on, refuse, LIBRARY_CALLS(IN_TABLE)};
+#endif

@@ -1,7 +1,7 @@
 #!/bin/sh
 # test_levels.sh ANY BUILD: the programs in ANY, which hold a copy of themselves for each level of x86-64 (start.c):
-# every level that this machine has draws the same tokens and trains to the same loss. BUILD holds test programs and
-# programs for this processor only.
+# every level that this machine has draws the same tokens, in the library too, and trains to the same loss. BUILD holds
+# test programs and programs for this processor only.
 any=$1 build=$2
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
@@ -33,6 +33,9 @@ train() { "$any/train" --config test/tiny.txt --data "$dir/data" --run "$dir/$1"
 loss() { awk '$1 == "scale1" && $2 == 5 { print $3 }' "$dir/$1/log.tsv"; }
 close_to() { awk "BEGIN { a = $1 + 0; b = $2 + 0; d = a - b; exit !(a > 0 && d * d < 1e-6 * a * a) }"; }
 
+library() { IMAGEBART_DEVICE=cpu IMAGEBART_LIBRARY="$any/libimagebart.so" $python -B dev/imagebart.py emoji "$1" seed=3; }
+python=$(command -v python3) || echo "SKIP the library at every level: there is no python3"
+
 "$build/pictures" make "$dir/data" 40 20 || exit 1
 ok "a first stage" "$any/train" --config test/tiny.txt --data "$dir/data" --run "$dir/first" --vqgan --steps 5
 
@@ -48,6 +51,11 @@ while read -r level vectors; do
     cp "$dir/err" "$dir/said"
     ok "$level is what computes" grep -q "^processor: $vectors, " "$dir/said"
     ok "$level: the same picture as x86-64" "$build/pictures" near "$dir/$level.png" "$dir/x86-64.png" 2
+    if [ -n "$python" ]; then
+        ok "$level: one picture" "$any/sample" emoji -q -n 1 --seed 3 -o "$dir/one.png"
+        ok "$level: the library" library "$dir/library.png"
+        ok "$level: the library's picture is the program's" "$build/pictures" same "$dir/library.png" "$dir/one.png" 0 0 64 64
+    fi
     mkdir "$dir/$level" && cp "$dir/first/vqgan.safetensors" "$dir/$level"
     ok "$level trains" train "$level"
     ok "$level: the same loss as x86-64" close_to "$(loss "$level")" "$(loss x86-64)"
@@ -76,6 +84,11 @@ ok "another seed" draw other 4
 ok "draws other pictures" sh -c "! '$build/pictures' near '$dir/other.png' '$dir/$best.png' 2" # the check can fail
 export IMAGEBART_LEVEL=x86-64-v9
 refused "no such level; expected one of: x86-64" "$any/sample" --list
+if [ -n "$python" ]; then
+    library "$dir/never.png" >"$dir/refused" 2>&1
+    ok "the library refuses it, too" grep -q "^RuntimeError: .*no such level; expected one of: x86-64" "$dir/refused"
+    ok "and draws nothing" test ! -e "$dir/never.png"
+fi
 export IMAGEBART_LEVEL=x86-64
 refused "one kind of processor" "$build/sample" --list # never silently another than the one asked for
 echo "$passed passed, $failed failed"

@@ -1,0 +1,145 @@
+/* test_library.c - libimagebart.h from C: models that are used by several threads at the same time give what each gives
+ * alone, and each thread has its own error text (make threads: under the thread sanitizer). */
+#include "sampling/libimagebart.h"
+#include "test.h"
+
+#include <pthread.h>
+
+enum { SIDE = 64, N = 64, COUNT = 2, USERS = 3, PIXELS = 3 * SIDE * SIDE };
+
+/* Where several wait until all are there */
+static struct {
+    pthread_mutex_t lock;
+    pthread_cond_t all_there;
+    int wanted, there;
+} meeting = {.lock = PTHREAD_MUTEX_INITIALIZER, .all_there = PTHREAD_COND_INITIALIZER};
+
+static void meet(void) {
+    pthread_mutex_lock(&meeting.lock);
+    if (++meeting.there == meeting.wanted) pthread_cond_broadcast(&meeting.all_there);
+    while (meeting.there < meeting.wanted) pthread_cond_wait(&meeting.all_there, &meeting.lock);
+    pthread_mutex_unlock(&meeting.lock);
+}
+
+/* What a thread does with a model of its own, and what came out */
+typedef struct {
+    const char *weights;
+    uint64_t seed;
+    imagebart_model *model;
+    uint8_t rgb[COUNT * PIXELS], edited[PIXELS], decoded[PIXELS];
+    int32_t tokens[COUNT * N], encoded[N];
+    size_t steps, told; /* told: pictures */
+    int status, is_right;
+    char error[128];
+} User;
+
+static int on_step(void *context, size_t scale, size_t done, size_t of) {
+    User *u = context;
+    if (u->steps++ == 0) meet(); /* from here on all draw at once */
+    u->is_right &= scale >= 1 && scale <= 3 && done <= of;
+    return 0;
+}
+
+static int on_picture(void *context, const imagebart_picture *p) {
+    User *u = context;
+    u->is_right &= p->width == SIDE && p->height == SIDE && !p->alpha && p->label >= 0 && p->label < 9;
+    u->is_right &= (p->scale > 0) == (p->entropy == NULL);
+    u->told++;
+    return 0;
+}
+
+static void *use(void *context) {
+    User *u = context;
+    char nowhere[64];
+    static const uint8_t keep[SIDE * SIDE]; /* nothing */
+    const imagebart_options o = {.bytes = sizeof o,
+                                 .count = COUNT,
+                                 .seed = u->seed,
+                                 .class_name = "food",
+                                 .chain_length = "1",
+                                 .best_of = 1,
+                                 .step = on_step,
+                                 .picture = on_picture,
+                                 .previews = 1,
+                                 .guesses = 1,
+                                 .user = u};
+    imagebart_options one = o;
+    one.count = 1, one.guesses = one.previews = 0, one.step = NULL, one.picture = NULL;
+    u->steps = u->told = 0, u->is_right = 1;
+    u->status = imagebart_sample(u->model, &o, u->rgb, u->tokens);
+    u->status |= imagebart_inpaint(u->model, &one, u->rgb, keep, u->edited, NULL);
+    u->status |= imagebart_encode(u->model, u->rgb, 1, u->encoded);
+    u->status |= imagebart_decode(u->model, u->tokens, 1, u->decoded);
+    imagebart_model *none;
+    snprintf(nowhere, sizeof nowhere, "nowhere-%llu", (unsigned long long)u->seed);
+    u->is_right &= imagebart_open(&none, nowhere, NULL) == IMAGEBART_FAILED && !none;
+    meet();
+    snprintf(u->error, sizeof u->error, "%s", imagebart_error());
+    u->is_right &= strstr(u->error, nowhere) != NULL;
+    return NULL;
+}
+
+static void check_user(const User *u) {
+    if (!CHECK(u->status == IMAGEBART_OK)) printf("     %s\n", u->error);
+    CHECK(u->is_right);
+    CHECK(u->told == COUNT * 4 && u->steps > COUNT);
+    CHECK(!memcmp(u->rgb, u->decoded, PIXELS));
+}
+
+static void test_at_once(void) {
+    static User alone[USERS] = {
+        {.weights = "f32", .seed = 1}, {.weights = "bf16", .seed = 2}, {.weights = "f32", .seed = 3}};
+    static User at_once[USERS];
+    pthread_t thread[USERS];
+    memcpy(at_once, alone, sizeof alone);
+    for (int i = 0; i < USERS; i++) {
+        CHECK_OK(imagebart_open_on(&alone[i].model, "models/emoji", alone[i].weights, "cpu"));
+        CHECK_OK(imagebart_open_on(&at_once[i].model, "models/emoji", alone[i].weights, "cpu"));
+        meeting.there = 0, meeting.wanted = 1;
+        use(&alone[i]);
+        check_user(&alone[i]);
+    }
+    meeting.there = 0, meeting.wanted = USERS;
+    for (int i = 0; i < USERS; i++) CHECK(!pthread_create(&thread[i], NULL, use, &at_once[i]));
+    for (int i = 0; i < USERS; i++) {
+        CHECK(!pthread_join(thread[i], NULL));
+        check_user(&at_once[i]);
+        CHECK(!memcmp(alone[i].rgb, at_once[i].rgb, sizeof alone[i].rgb));
+        CHECK(!memcmp(alone[i].edited, at_once[i].edited, PIXELS));
+        CHECK(!memcmp(alone[i].tokens, at_once[i].tokens, sizeof alone[i].tokens));
+        CHECK(!memcmp(alone[i].encoded, at_once[i].encoded, sizeof alone[i].encoded));
+        CHECK(memcmp(alone[i].rgb, alone[(i + 1) % USERS].rgb, sizeof alone[i].rgb) != 0);
+        imagebart_close(alone[i].model);
+        imagebart_close(at_once[i].model);
+    }
+}
+
+static void test_details(void) {
+    imagebart_model *m;
+    imagebart_shape s;
+    imagebart_advice a, none;
+    CHECK(imagebart_api() == IMAGEBART_API);
+    CHECK_ERR(imagebart_open_on(&m, "models/emoji", NULL, "gpu"), "device gpu: expected cpu or cuda");
+    CHECK_ERR(imagebart_open_on(&m, "models/emoji", "f64", "cpu"), "expected f32");
+    CHECK_ERR(imagebart_open(&m, NULL, NULL), "no model was named");
+    CHECK_OK(imagebart_open_on(&m, "models/emoji", NULL, "cpu"));
+    imagebart_get_shape(m, &s);
+    CHECK(s.side == SIDE && s.h * s.w == N && s.scales == 3 && s.classes == 9);
+    CHECK(imagebart_class_name(m, 8) && *imagebart_class_name(m, 8) && !imagebart_class_name(m, 9));
+    CHECK(!strcmp(imagebart_device(m), "CPU") && imagebart_memory(m) > 1 << 20);
+    for (size_t t = 1; t <= s.scales; t++) {
+        imagebart_get_advice(m, 0, t, &a);
+        CHECK(a.temperature > 0 && a.guidance >= 1 && a.chain_length >= 1 && a.best_of >= 1);
+    }
+    imagebart_get_advice(m, 1, 1, &a);
+    CHECK(a.best_of == 16);
+    imagebart_get_advice(m, 1, 4, &none);
+    CHECK(none.chain_length == 0);
+    imagebart_close(m);
+}
+
+int main(void) {
+    test_details();
+    test_at_once();
+    return test_report();
+}
