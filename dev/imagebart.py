@@ -18,7 +18,7 @@ Picture = structure((c.c_size_t, "number scale width height"), (c.POINTER(c.c_ui
                     (c.c_int32, "label"), (c.c_double, "bound"), (c.POINTER(c.c_float), "entropy"))
 PICTURE = c.CFUNCTYPE(c.c_int, c.c_void_p, c.POINTER(Picture))
 Options = structure((c.c_size_t, "bytes count"), (c.c_uint64, "seed first"), (c.c_char_p, TEXTS), (c.c_size_t, "best_of"),
-                    (c.c_void_p, "progress preview user"), (STEP, "step"), (PICTURE, "picture"), (c.c_int, "previews guesses"))
+                    (c.c_void_p, "progress preview user"), (STEP, "step"), (PICTURE, "picture"), (c.c_int, "previews guesses chains"))
 Image = structure((c.c_char_p, "data"), (c.c_size_t, "bytes width height"))
 Edit = structure((c.c_size_t, "bytes"), (Image, "image mask"), (c.c_char_p, "half"), (c.c_size_t, "window outside extend"),
                  (c.c_int, "invert official paste"))
