@@ -273,6 +273,29 @@ def test_shapes():
     page.click("#clear")
 
 
+def test_extend():
+    """A picture that goes on around its edges: seen in the middle of the square that the model draws"""
+    open_file(work + "/image.png")
+    set_field("#shape", "extend")
+    ok("nothing is painted, all around is drawn", painted() == 0 and page.value("edit.cells.reduce((a, b) => a + b, 0)") == 28 and page.value("edit.problem") == "",
+       page.value("[...edit.cells]"))
+    ok("it is not pasted", page.value("$('paste').disabled") and "--extend 48" in page.value("$('edit-command').firstChild.textContent")
+       and "--paste-into" not in page.value("$('edit-command').firstChild.textContent"), page.value("$('edit-command').firstChild.textContent"))
+    corner, side = page.value("[edit.square.x, edit.square.y]"), page.value("edit.square.side")
+    ok("the square is around the picture's", abs(side - 80 * 64 / 48) < 1e-6 and abs(corner[0] - (50 - side / 2)) < 1e-6 and abs(corner[1] - (40 - side / 2)) < 1e-6, (corner, side))
+    left, top = on_canvas(*corner)
+    ok("all of it is seen", page.js("const r = canvas.getBoundingClientRect(); return arguments[0] >= r.left - 1 && arguments[1] >= r.top - 1", left, top), (left, top))
+    set_field("#inpaint-best_of", "1")
+    page.click("#edit-run")
+    ok("extended", page.wait("edit.after !== null") and page.value("[edit.after.width, edit.after.height]") == [64, 64], page.value("$('says').textContent"))
+    command_gives(page.value("edit.run.line.firstChild.textContent"), "inpainted.png", blob("edit.run.pictures[0].blob"))
+    page.js("window.result = edit.run.pictures[0].blob; clearMask()")
+    ok("cleared", page.value("edit.shape === null && !$('paste').disabled"))
+    page.js("await readSettings(new File([result], 'x.png'))")
+    ok("its settings say it", page.value("edit.shape && edit.shape.extend === 48 && $('shape').value === 'extend'"), page.value("[edit.shape, $('says').textContent]"))
+    page.click("#clear")
+
+
 def test_keyboard():
     page.js("clearMask(); canvas.focus(); edit.cursor = null")
     set_field("#brush-size", "3")
@@ -542,7 +565,7 @@ try:
     page.screen(1100, 800)
     page.open(address)
     ok("models", page.wait("models.length"))
-    for test in (test_sample, test_wrong_fields, test_cancel, test_viewer, test_edit, test_orientation, test_shapes, test_keyboard, test_pointer, test_fingers,
+    for test in (test_sample, test_wrong_fields, test_cancel, test_viewer, test_edit, test_orientation, test_shapes, test_extend, test_keyboard, test_pointer, test_fingers,
                  test_wheel, test_receive, test_waiting, test_classes, test_learn, test_reading, test_reload):
         at = time.time()
         try:

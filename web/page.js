@@ -588,7 +588,7 @@ function commandOf(job) {
     const add = (option, value) => value !== undefined && words.push(option, String(value));
     if (isEdit) words.push(edit.file ? `image.${edit.extension}` : "image.png");
     if (isEdit && !(job.half || job.window || job.outside)) add("--mask", "mask.png");
-    for (const shape of ["half", "window", "outside"]) add(`--${shape}`, job[shape]);
+    for (const shape of ["half", ...SIZED]) add(`--${shape}`, job[shape]);
     add("-n", job.count);
     add("--seed", job.seed);
     add("--class", job.class);
@@ -930,6 +930,7 @@ function inShape(shape, x, y, side) {
     const middle = Math.floor(side / 2), inside = x >= from && x < to && y >= from && y < to;
     if (shape.window) return inside;
     if (shape.outside) return !inside;
+    if (shape.extend) return false; // it is kept whole
     return { upper: y < middle, lower: y >= middle, left: x < middle, right: x >= middle }[shape.half];
 }
 
@@ -957,8 +958,17 @@ function holeBox() {
     return box;
 }
 
+// The square that the model sees when the picture's middle becomes so many of its pixels: it reaches beyond the picture.
+function squareAround(size) {
+    const m = middleSquare(), side = (m.side * editModel().width) / size;
+    return { x: m.x - (side - m.side) / 2, y: m.y - (side - m.side) / 2, side };
+}
+
+const isExtended = () => Boolean(edit.shape && edit.shape.extend);
+
 // The square that the model sees: around a painted hole, twice as wide, and at least of the model's size. As sampling/edit.c.
 function findSquare(box) {
+    if (isExtended()) return squareAround(edit.shape.extend);
     if (!box || edit.shape || !$("paste").checked) return middleSquare();
     const { W, H } = edit, most = Math.min(W, H), size = Math.max(box.x1 - box.x0, box.y1 - box.y0);
     if (size > most) return null;
@@ -967,8 +977,17 @@ function findSquare(box) {
     return { x: place(box.x0, box.x1, W), y: place(box.y0, box.y1, H), side };
 }
 
+// Which tokens have a pixel outside of the square of so many of the model's pixels in the middle
+function cellsAround(size) {
+    const { grid: [rows, columns], width } = editModel(), patch = width / columns;
+    const from = Math.floor((width - size) / 2), to = Math.floor((width + size) / 2);
+    const isKept = (i) => i * patch >= from && (i + 1) * patch <= to;
+    return Uint8Array.from({ length: rows * columns }, (_, i) => !(isKept(i % columns) && isKept(Math.floor(i / columns))));
+}
+
 // Which tokens of the square have a pixel that is drawn anew
 function findCells(square) {
+    if (isExtended()) return cellsAround(edit.shape.extend);
     const [rows, columns] = editModel().grid, cells = new Uint8Array(rows * columns), { mask, W } = edit;
     const from = (i, n) => Math.floor((i * square.side) / n), to = (i, n) => Math.ceil(((i + 1) * square.side) / n);
     for (let r = 0; r < rows; r++)
@@ -981,19 +1000,25 @@ function findCells(square) {
     return cells;
 }
 
+const SIZED = ["window", "outside", "extend"]; // shapes of so many pixels
+
 function maskChanged() {
     const box = edit.mask && holeBox();
     edit.square = edit.mask && findSquare(box);
     edit.cells = edit.square && findCells(edit.square);
-    edit.problem = !edit.mask ? "Open a picture first." : !box ? "Paint what is to be drawn anew first." :
+    edit.problem = !edit.mask ? "Open a picture first." : isExtended() ? "" : !box ? "Paint what is to be drawn anew first." :
         !edit.square ? "The painted part fits no square of the picture: make it smaller." : "";
     $("undo").disabled = !edit.at;
     $("redo").disabled = edit.at === edit.changes.length;
     for (const id of ["invert", "clear", "mask-save", "fit", "zoom-in", "zoom-out"]) $(id).disabled = !edit.mask;
     const [name, value] = Object.entries(edit.shape || {})[0] || [""];
     $("shape").value = name === "half" ? `half:${value}` : name;
-    $("shape-size-label").hidden = name !== "window" && name !== "outside";
-    if (name === "window" || name === "outside") $("shape-size").value = value;
+    $("shape-size-label").hidden = !SIZED.includes(name);
+    if (SIZED.includes(name)) $("shape-size").value = value;
+    $("paste").disabled = name === "extend";
+    const beyond = isExtended() ? value : 0;
+    if (beyond !== edit.beyond) fit(); // what is to be seen is another size
+    edit.beyond = beyond;
     aboutEdit();
     editChanged();
     draw();
@@ -1086,15 +1111,24 @@ function pixelAt(event) {
     };
 }
 
-const fitScale = () => Math.min(canvas.width / edit.W, canvas.height / edit.H);
+// All that is to be seen: the picture, or the square that reaches beyond it
+function boardBox() {
+    const { W, H, square } = edit;
+    return isExtended() && square ? { x: square.x, y: square.y, w: square.side, h: square.side } : { x: 0, y: 0, w: W, h: H };
+}
+
+function fitScale() {
+    const box = boardBox();
+    return Math.min(canvas.width / box.w, canvas.height / box.h);
+}
 
 // Within: the whole picture, and 32 screen pixels for one of its own
 function setView(x, y, scale) {
-    const low = fitScale(), high = Math.max(32 * devicePixelRatio, low);
+    const low = fitScale(), high = Math.max(32 * devicePixelRatio, low), box = boardBox();
     view.scale = clamp(scale, low, high);
     const w = canvas.width / view.scale, h = canvas.height / view.scale;
-    view.x = w >= edit.W ? (edit.W - w) / 2 : clamp(x, 0, edit.W - w);
-    view.y = h >= edit.H ? (edit.H - h) / 2 : clamp(y, 0, edit.H - h);
+    view.x = w >= box.w ? box.x + (box.w - w) / 2 : clamp(x, box.x, box.x + box.w - w);
+    view.y = h >= box.h ? box.y + (box.h - h) / 2 : clamp(y, box.y, box.y + box.h - h);
     draw();
 }
 
@@ -1150,10 +1184,10 @@ const drawInto = (square, image) => pen.drawImage(image, square.x, square.y, squ
 
 // The picture after, left of the line; before, right of it. A result of the model's own size lies in its square.
 function drawAfter(share) {
-    const { W, H } = edit, at = edit.isSquare ? middleSquare() : null;
+    const { W, H } = edit, box = boardBox(), at = !edit.isSquare ? null : isExtended() ? edit.square : middleSquare();
     pen.save();
     pen.beginPath();
-    pen.rect(0, 0, W * share, H);
+    pen.rect(box.x, box.y, box.w * share, box.h);
     pen.clip();
     if (!at) pen.clearRect(0, 0, W * share, H);
     if (at) drawInto(at, edit.after);
@@ -1162,7 +1196,7 @@ function drawAfter(share) {
     if (share <= 0 || share >= 1) return;
     for (const [colour, width] of [["#000", 4], ["#fff", 2]]) {
         pen.fillStyle = colour;
-        pen.fillRect(W * share - width / 2 / view.scale, 0, width / view.scale, H);
+        pen.fillRect(box.x + box.w * share - width / 2 / view.scale, box.y, width / view.scale, box.h);
     }
 }
 
@@ -1532,7 +1566,7 @@ async function editPicture(picture) {
 }
 
 function editExtra() {
-    return { ...(edit.shape || {}), paste: $("paste").checked };
+    return { ...(edit.shape || {}), paste: $("paste").checked && !isExtended() };
 }
 
 function editChanged() {
@@ -1635,12 +1669,12 @@ function startTools() {
         const [name, half] = e.target.value.split(":");
         if (!edit.mask) return maskChanged();
         if (!name) return commit([], null);
-        setShape(half ? { half } : { [name]: Math.round((editModel().width * 3) / 8) });
+        setShape(half ? { half } : { [name]: Math.round((editModel().width * (name === "extend" ? 6 : 3)) / 8) });
     };
     $("shape-size").onchange = (e) => {
         const [name] = Object.keys(edit.shape || {});
         const size = clamp(Math.round(numberOf(e.target.value)) || 1, 1, editModel().width - 1);
-        if (name === "window" || name === "outside") setShape({ [name]: size });
+        if (SIZED.includes(name)) setShape({ [name]: size });
     };
 }
 
@@ -2002,6 +2036,14 @@ function startTabs() {
     if (TABS.includes(location.hash.slice(1))) selectTab(location.hash.slice(1));
 }
 
+// Which part an edit drew anew, if its picture says it; a painted mask it does not have.
+function takeRegion(job) {
+    const name = ["half", ...SIZED].find((n) => job[n] !== undefined);
+    if (!edit.mask || !name) return;
+    if (name !== "extend") $("paste").checked = job.paste;
+    setShape({ [name]: job[name] });
+}
+
 // Sample: a PNG that was drawn here fills the form.
 async function readSettings(file) {
     try {
@@ -2009,6 +2051,7 @@ async function readSettings(file) {
         const isEdit = job.kind === "inpaint";
         selectTab(isEdit ? "edit" : "sample");
         fillForm(isEdit ? editForm : sampleForm, job);
+        if (isEdit) takeRegion(job);
         say(`The settings of ${file.name}.`);
     } catch (error) {
         say(error.message, true);
