@@ -196,8 +196,8 @@ static imagebart_picture picture_to_tell(const Call *c, size_t k, int scale, con
                                .alpha = im->alpha,
                                .tokens = tokens,
                                .label = c->draw.label ? c->draw.label[k] : -1,
-                               .profile = im->profile ? im->profile->bytes : NULL,
-                               .profile_bytes = im->profile ? im->profile->size : 0};
+                               .profile = c->edit.profile.bytes,
+                               .profile_bytes = c->edit.profile.size};
 }
 
 static int with_previews(const Call *c) {
@@ -223,7 +223,7 @@ static void on_scale(void *context, const DrawBatch *b, int t, const int32_t *to
     }
 }
 
-/* The result of an edit: the whole picture, or the model's with the kept pixels as they were; in the file's colours. */
+/* The result of an edit: the whole picture, or the model's with the kept pixels as they were. */
 static Err finish_edit(const Call *c, Image *im) {
     const EditPicture *p = &c->edit;
     if (p->whole.rgb) {
@@ -231,12 +231,10 @@ static Err finish_edit(const Call *c, Image *im) {
         TRY(paste_picture(&whole, p, c->model, im));
         image_free(im);
         *im = whole;
-        im->profile = &p->profile;
         return OK;
     }
     for (size_t i = 0; i < im->H * im->W; i++)
         if (p->keep[i]) memcpy(im->rgb + 3 * i, p->picture.rgb + 3 * i, 3);
-    im->profile = &p->profile;
     return OK;
 }
 

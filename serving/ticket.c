@@ -17,10 +17,14 @@ size_t ticket_tokens(const Ticket *t, int scale) {
 
 /* ---- Arrival and end ---- */
 
-/* The bytes of a picture of the model, of what is told of its tokens, and of a result, at most */
+/* Bytes at most: of a packed profile, of a picture of the model, of what is told of its tokens, of its chain, of a result */
+static size_t profile_bytes(const Job *j) {
+    return j->profile_bytes + j->profile_bytes / 1000;
+}
+
 static size_t worst_picture(const Job *j) {
     const Model *m = j->served->model;
-    return 3 * m->side * m->side + m->side + PNG_SLACK;
+    return profile_bytes(j) + 3 * m->side * m->side + m->side + PNG_SLACK;
 }
 
 static size_t worst_details(const Job *j) {
@@ -33,8 +37,8 @@ static size_t chain_bytes(const Job *j) {
 }
 
 static size_t worst_result(const Job *j) {
-    const size_t profile = j->profile_bytes + j->profile_bytes / 1000;
-    return profile + (j->paste_pixels ? 4 * j->paste_pixels + j->paste_pixels / 512 + PNG_SLACK : worst_picture(j));
+    if (!j->paste_pixels) return worst_picture(j);
+    return profile_bytes(j) + 4 * j->paste_pixels + j->paste_pixels / 512 + PNG_SLACK;
 }
 
 size_t ticket_results(const Job *j) {

@@ -882,9 +882,12 @@ static void test_edit(const char *dir, size_t H, size_t W, int with_alpha, const
     CHECK(is_state(id, "done") && run_command(dir, id));
     a = of_job(id, "/0.png");
     CHECK(same_file(&a, dir, "out.png"));
-    CHECK_OK(profile_read(&back, (const uint8_t *)a.body, a.size));
-    CHECK(with_alpha ? back.size == P3_BYTES && !memcmp(back.bytes, p3, P3_BYTES) : back.size == 0);
-    profile_free(&back);
+    for (int preview = 1; preview >= 0; preview--) {
+        a = of_job(id, preview ? "/0.png?scale=1" : "/0.png");
+        CHECK_OK(profile_read(&back, (const uint8_t *)a.body, a.size));
+        CHECK(with_alpha ? back.size == P3_BYTES && !memcmp(back.bytes, p3, P3_BYTES) : back.size == 0);
+        profile_free(&back);
+    }
     CHECK_OK(image_decode(&got, (const uint8_t *)a.body, a.size, IMAGE_STRAIGHT));
     CHECK_OK(image_decode(&alpha, (const uint8_t *)a.body, a.size, IMAGE_ALPHA));
     CHECK(got.H == H && got.W == W);
@@ -900,13 +903,30 @@ static void test_edit(const char *dir, size_t H, size_t W, int with_alpha, const
     free(image), free(mask_bytes);
 }
 
+/* Did the last command say this? */
+static int system_says(const char *dir, const char *text) {
+    char path[PATH_BYTES];
+    uint8_t *bytes;
+    size_t n;
+    snprintf(path, sizeof path, "%s/command.log", dir);
+    if (file_bytes(&bytes, &n, path, 1 << 20, NULL) != OK) return 0;
+    const int found = memmem(bytes, n, text, strlen(text)) != NULL;
+    free(bytes);
+    return found;
+}
+
 /* A picture that goes on around its edges: as ./inpaint --extend draws it, and its text says so. */
 static void test_extend(const char *dir) {
     Image im, mask;
     uint8_t *image;
     size_t n;
     char id[32];
+    uint8_t ink[P3_BYTES];
+    const Profile profile = {ink, P3_BYTES, NULL};
+    make_profile(ink, P3_BYTES, p3_primaries, CURVE_PARAMETRIC);
+    memcpy(ink + 16, "CMYK", 4); /* left out, which is said */
     make_pictures(&im, &mask, 80, 100, 0);
+    im.profile = &profile;
     CHECK_OK(image_encode_png(&image, &n, &im, NULL));
     write_file(dir, "image.png", image, n);
     Answer a = post_form("{\"kind\":\"inpaint\",\"seed\":3,\"best_of\":1,\"class\":\"food\",\"extend\":48}", image, n,
@@ -916,6 +936,8 @@ static void test_extend(const char *dir) {
     CHECK(is_state(id, "done") && run_command(dir, id));
     a = of_job(id, "");
     CHECK(strstr(a.body, "--extend 48") && !strstr(a.body, "--paste-into"));
+    CHECK(strstr(a.body, "\"note\":\"the picture: its colour profile is not for RGB and is left out"));
+    CHECK(system_says(dir, "not for RGB"));
     a = of_job(id, "/0.png");
     CHECK(same_file(&a, dir, "inpainted.png"));
     uint8_t *png = malloc(a.size);
