@@ -162,13 +162,13 @@ LDLIBS := $(ARCHIVES) $(if $(HAVE_WEBP),-lwebp) $(if $(HAVE_LMDB),-llmdb) -lpng 
 # compiled for the first level only.
 BASE := base threads params plan compute options version
 KERNELS := $(if $(PLAINLY),,fast gemm stream conv norm layers attention guess optimizer discriminator perceptual)
-FILES := folder layout damage config atomic tensor checkpoint pickle zip ckpt weights names pixels orientation prep resize rows png png_text apng profile jpeg webp images mask lmdb tokens places keys values recipe betas net_config vqgan_config classes remap
+FILES := folder layout damage config atomic tensor checkpoint pickle zip ckpt weights names pixels orientation prep resize rows png png_text apng profile jpeg webp images mask lmdb tokens places keys values recipe betas net_config vqgan_config classes npy remap
 SAMPLING := model bounds draw edit paste options output sheet score region terminal
 COMPONENTS := $(BASE:%=base/%) $(KERNELS:%=kernels/%) $(FILES:%=files/%) data vqgan transformer diffusion \
               $(SAMPLING:%=sampling/%) training/discriminator training/perceptual training/restart training/rate training/spike
 PROGRAMS := sample train inpaint $(if $(HAVE_SERVE),serve)
 COLD := base/params base/options base/version $(FILES:%=files/%) data sampling/model sampling/options sampling/terminal
-TESTS := base $(if $(PLAINLY),,gemm conv) checkpoint ckpt images profile data vqgan discriminator perceptual transformer classes keys diffusion library fuzz $(if $(PLAINLY),,layers)
+TESTS := base $(if $(PLAINLY),,gemm conv) checkpoint ckpt npy images profile data vqgan discriminator perceptual transformer classes keys diffusion library fuzz $(if $(PLAINLY),,layers)
 TESTS_DOUBLE := $(if $(PLAINLY),,gemm conv) vqgan discriminator perceptual transformer layers
 
 OBJ := $(COMPONENTS:%=$B/%.o)
@@ -450,7 +450,7 @@ fullsize: $B/fullsize $B/sample
 
 # What reads files, under libFuzzer and the sanitizers: FUZZ_SECONDS for each target, FUZZ names some of them. A finding
 # ends it; its input stays in build/fuzz/found. The plain loops compute, for none of them reads files.
-FUZZ := zip pickle legacy safetensors pictures masks tokens recipes classes schedules $(if $(HAVE_LMDB),lmdb) lists trees logs states $(if $(HAVE_SERVE),jobs)
+FUZZ := zip pickle legacy safetensors npy pictures masks tokens recipes classes schedules $(if $(HAVE_LMDB),lmdb) lists trees logs states $(if $(HAVE_SERVE),jobs)
 FUZZ_SECONDS ?= 600
 FUZZ_CC ?= clang
 FUZZ_SOURCES := $(filter-out kernels/% transformer,$(COMPONENTS)) $(TRAIN) test/fuzz test/fuzz_files test/fuzz_sets test/fuzz_serving \

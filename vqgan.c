@@ -680,7 +680,7 @@ Err vqgan_create(Vqgan **out, const VqganConfig *c, int honour_tanh) {
     TRY(vqgan_config_check(c));
     TRY(mem_alloc(&v, 1, sizeof *v, "vqgan"));
     v->c = *c;
-    if (build(v, c->tanh_out && honour_tanh) != OK || remap_make(&v->remap, c->re_embed, c->n_embed) != OK) {
+    if (build(v, c->tanh_out && honour_tanh) != OK || remap_make(&v->remap, c) != OK) {
         vqgan_free(v);
         return FAILED;
     }

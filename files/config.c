@@ -8,6 +8,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 
 static KeyValue *config_find(const Config *c, const char *prefix, const char *key) {
     size_t skip = prefix ? strlen(prefix) : 0;
@@ -120,6 +121,22 @@ Err config_err(const Config *c, const char *prefix, const char *key, const char 
     va_end(a);
     err("%s", text);
     return config_blame(c, prefix, key);
+}
+
+static int is_file(const char *path) {
+    struct stat st;
+    return stat(path, &st) == 0 && S_ISREG(st.st_mode);
+}
+
+int config_file(char path[PATH_BYTES], const Config *c, const char *prefix, const char *key) {
+    const KeyValue *kv = config_find(c, prefix, key);
+    const char *place = kv && kv->place ? kv->place : "", *slash = NULL, *line = NULL;
+    if (!kv) return 0;
+    for (const char *p = place; (p = strstr(p, ": line ")); p++) line = p;
+    for (const char *p = place; *p && p != line; p++) slash = *p == '/' ? p : slash;
+    const int folder = slash && kv->value[0] != '/' ? (int)(slash - place) + 1 : 0;
+    if (path_make(path, "%.*s%s", folder, place, kv->value) == OK && is_file(path)) return 1;
+    return folder && path_make(path, "%s", kv->value) == OK && is_file(path);
 }
 
 /* Decimal digits at *s, nothing else; *s moves behind them. 0: there are none, or too many for a size_t. */

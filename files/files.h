@@ -30,6 +30,8 @@ Err config_blame(const Config *c, const char *prefix, const char *key);
 Err config_bad(const Config *c, const char *prefix, const char *key, const char *expected);
 /* An error about this key's value, in front of which its place stands. Returns FAILED. */
 Err config_err(const Config *c, const char *prefix, const char *key, const char *fmt, ...) PRINTF_LIKE(4, 5);
+/* path = the file that a key names: beside the file in which the key is written, or from here. 0: there is none. */
+int config_file(char path[PATH_BYTES], const Config *c, const char *prefix, const char *key);
 /* The last error is about the configuration as a whole: err_in with its file, if it has one. Returns FAILED. */
 Err config_in_file(const Config *c);
 /* A value that cannot be is an error that names the place and the key as it is written there.
@@ -607,14 +609,19 @@ Err lmdb_names(Lmdb *x, LmdbTake *take, void *context);
 /* *bytes (*size) = a copy of the value of that name; release with free(). Any number of threads at a time. */
 Err lmdb_value(Lmdb *x, const char *name, uint8_t **bytes, size_t *size);
 
+/* ---- npy.c: *out (*n) = the whole numbers of a NumPy array of one dimension, 1 to `most` ---- */
+Err npy_read(int64_t **out, size_t *n, const char *path, size_t most);
+
 /* ---- remap.c: which n of n_codes codebook entries are tokens (the official quantize.used). n = 0: all, and used and
  *      inverse are NULL. ---- */
 typedef struct {
     size_t n, n_codes;
     int32_t *used, *inverse; /* (n) entry of a token; (n_codes) token of an entry, -1: none */
+    int from_file;           /* they are those of VqganConfig.remap */
 } Remap;
-Err remap_make(Remap *r, size_t n, size_t n_codes); /* at first the first n */
-Err remap_load(Remap *r, const Checkpoint *ck, const char *prefix);
+Err remap_load(Remap *r, const Checkpoint *ck, const char *prefix); /* its tensor prefix + quantize.used */
+/* *used (*n) = the entries that a .npy lists as tokens (the official remap), 1 to n_codes of them */
+Err remap_file(int64_t **used, size_t *n, const char *path, size_t n_codes);
 void remap_free(Remap *r);
 static inline size_t remap_K(const Remap *r) { /* how many tokens there are */
     return r->n ? r->n : r->n_codes;
@@ -632,19 +639,21 @@ typedef struct { /* the official ddconfig and quantiser settings, under their of
     size_t ch, levels, ch_mult[VQ_LEVELS], num_res_blocks;
     size_t n_attn, attn_resolutions[VQ_LEVELS], resolution; /* attention where resolution/2^level is listed */
     size_t in_channels, out_ch, z_channels, embed_dim, n_embed;
-    size_t re_embed;      /* entries of the remap table `used`; 0: no remapping */
-    int tanh_out;         /* the official code ignores it: see vqgan_create */
-    int legacy;           /* 1 (official default): beta multiplies the codebook term; 0: the commitment term */
-    double beta;          /* 0.25 */
-    int resamp_with_conv; /* 1 (official default): convolutions halve and double; 0: means and copies of pixels */
+    size_t re_embed;        /* entries of the remap table `used`; 0: no remapping */
+    char remap[PATH_BYTES]; /* the .npy that says them where the file of the weights does not; "": none */
+    int tanh_out;           /* the official code ignores it: see vqgan_create */
+    int legacy;             /* 1 (official default): beta multiplies the codebook term; 0: the commitment term */
+    double beta;            /* 0.25 */
+    int resamp_with_conv;   /* 1 (official default): convolutions halve and double; 0: means and copies of pixels */
 } VqganConfig;
+Err remap_make(Remap *r, const VqganConfig *c);                                /* without a .npy the first re_embed */
 Err vqgan_config_read(VqganConfig *c, const Config *from, const char *prefix); /* prefix e.g. "model.params." */
 Err vqgan_config_write(Config *to, const VqganConfig *c, const char *prefix);
 /* An error if vqgan.c could not build that. */
 Err vqgan_config_check(const VqganConfig *c);
 /* Those of a first stage that a program opens or trains, from the keys "model.params.*": one for pictures of three
  * channels, whose grid has a token at least. ck: the file of its weights, whose names begin with `tensors`, and whose
- * quantize.used is what re_embed counts; NULL: there is none yet. */
+ * quantize.used is what re_embed counts, or else the .npy that remap names; NULL: there is none yet. */
 Err first_stage_config(VqganConfig *c, const Config *from, const Checkpoint *ck, const char *tensors);
 /* An error if the file has a tensor of those that begin with `tensors` that nothing of a first stage with this table p
  * asks for, and that is not known to be harmless: then it is of another network. */

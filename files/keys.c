@@ -61,7 +61,7 @@ static const KnownKey table[] = {
     OBEYED(P "re_embed", F),
     OBEYED(P "legacy", F),
     OBEYED(P "beta", F),
-    TRAINING_ONLY(P "remap", F, "null", "the table is made from the training pictures: --remap"),
+    OBEYED(P "remap", F),
     HARMLESS(P "sane_index_shape", F),
     ONLY(P "image_key", F, "image", "pictures are all there is"),
     ONLY(P "colorize_nlabels", F, "null", NOT_HERE),

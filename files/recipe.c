@@ -81,14 +81,16 @@ static Err take_scale(Config *to, const Config *recipe, int scale) {
     return take_part(to, recipe, scale ? name : "joint", 0);
 }
 
-/* What the transitions' parts say of the first stage's sizes, as the official files do */
+/* What the transitions' parts say of the first stage's sizes and of its codes, as the official files do */
 static Err take_first_stage(Config *to, const Config *recipe) {
     TRY(take_part(to, recipe, "vqgan", 0));
     for (size_t i = 0; i < recipe->n; i++) {
         const char *part = recipe->kv[i].key, *value = recipe->kv[i].value, *dot = strchr(part, '.');
         const char *key = dot ? first_stage_key(dot + 1) : NULL;
         char name[128];
-        if (!key || (strncmp(key, "ddconfig.", 9) && strcmp(key, "embed_dim") && strcmp(key, "n_embed"))) continue;
+        if (!key || (strncmp(key, "ddconfig.", 9) && strcmp(key, "embed_dim") && strcmp(key, "n_embed") &&
+                     strcmp(key, "remap")))
+            continue;
         if (!strcmp(key, "ddconfig.dropout")) continue; /* it is not trained there */
         snprintf(name, sizeof name, "model.params.%s", key);
         const char *said = config_get(to, "", name);

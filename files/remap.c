@@ -1,33 +1,61 @@
-/* remap.c - what an official first stage's file says beside its tensors: which entries of the codebook are tokens
- * (quantize.used), and the order of the tensors. */
+/* remap.c - what an official first stage says beside its weights: which entries of the codebook are tokens (the tensor
+ * quantize.used, or the .npy that it came from), and the order of the tensors. */
 #include "files/files.h"
 
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
-Err remap_make(Remap *r, size_t n, size_t n_codes) {
-    *r = (Remap){.n = n, .n_codes = n_codes};
-    if (n == 0) return OK;
-    TRY(mem_alloc(&r->used, n, sizeof *r->used, "used codes"));
-    TRY(mem_alloc(&r->inverse, n_codes, sizeof *r->inverse, "used codes"));
-    for (size_t i = 0; i < n_codes; i++) r->inverse[i] = i < n ? (int32_t)i : -1;
-    for (size_t i = 0; i < n; i++) r->used[i] = (int32_t)i;
+/* The first position wins where a code is listed twice, as in the official search. */
+static void number_codes(Remap *r) {
+    for (size_t i = 0; i < r->n_codes; i++) r->inverse[i] = -1;
+    for (size_t i = r->n; i-- > 0;) r->inverse[r->used[i]] = (int32_t)i;
+}
+
+Err remap_file(int64_t **used, size_t *n, const char *path, size_t n_codes) {
+    TRY(npy_read(used, n, path, n_codes));
+    for (size_t i = 0; i < *n; i++) {
+        const int64_t code = (*used)[i];
+        if (code >= 0 && (uint64_t)code < n_codes) continue;
+        free(*used);
+        *used = NULL;
+        return err_damaged("%s: number %zu is %lld, expected a code, 0..%zu", path, i, (long long)code, n_codes - 1);
+    }
     return OK;
 }
 
-/* The first position wins where a code is listed twice, as in the official search. */
+static Err take_file(Remap *r, const char *path) {
+    int64_t *used;
+    size_t n;
+    TRY(remap_file(&used, &n, path, r->n_codes));
+    const Err e = n == r->n ? OK : err("%s: has %zu codes, %zu a moment ago", path, n, r->n);
+    for (size_t i = 0; i < r->n && e == OK; i++) r->used[i] = (int32_t)used[i];
+    free(used);
+    r->from_file = 1;
+    return e;
+}
+
+Err remap_make(Remap *r, const VqganConfig *c) {
+    *r = (Remap){.n = c->re_embed, .n_codes = c->n_embed};
+    if (r->n == 0) return OK;
+    TRY(mem_alloc(&r->used, r->n, sizeof *r->used, "used codes"));
+    TRY(mem_alloc(&r->inverse, r->n_codes, sizeof *r->inverse, "used codes"));
+    for (size_t i = 0; i < r->n; i++) r->used[i] = (int32_t)i;
+    if (c->remap[0]) TRY(take_file(r, c->remap));
+    number_codes(r);
+    return OK;
+}
+
 Err remap_load(Remap *r, const Checkpoint *ck, const char *prefix) {
     char name[NAME_MAX_BYTES];
     if (r->n == 0) return OK;
     snprintf(name, sizeof name, "%squantize.used", prefix);
+    if (r->from_file && !checkpoint_find(ck, name)) return OK;
     TRY(checkpoint_ints(ck, name, r->n, r->used));
-    for (size_t i = 0; i < r->n_codes; i++) r->inverse[i] = -1;
-    for (size_t i = r->n; i-- > 0;) {
+    for (size_t i = 0; i < r->n; i++)
         if (r->used[i] < 0 || (size_t)r->used[i] >= r->n_codes)
             return err("%s: %s[%zu] is %d, expected 0..%zu", ck->path, name, i, r->used[i], r->n_codes - 1);
-        r->inverse[r->used[i]] = (int32_t)i;
-    }
+    number_codes(r);
     return OK;
 }
 

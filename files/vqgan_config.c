@@ -7,6 +7,7 @@
 
 #include <stddef.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 enum {
@@ -55,18 +56,39 @@ Err vqgan_config_write(Config *to, const VqganConfig *c, const char *prefix) {
 
 static const char prefix[] = "model.params.";
 
-/* Which codes are tokens, the file's quantize.used says; re_embed, if it is given, must be its length. */
+/* The codes that the .npy lists. A state says how many they were, and has them itself, so that its .npy may be gone. */
+static Err read_remap_file(VqganConfig *c, const Config *from, const Checkpoint *ck, const char *tensor) {
+    int64_t *used;
+    size_t n;
+    const char *said = config_get(from, prefix, "remap");
+    const int counted = c->re_embed != 0;
+    if (!config_file(c->remap, from, prefix, "remap")) {
+        c->remap[0] = 0;
+        if (!ck && counted) return OK;
+        return config_err(from, prefix, "remap", "%sremap %.200s: no such file beside this one or from here%s%s",
+                          prefix, said, ck ? ", and the weights have no tensor " : "", ck ? tensor : "");
+    }
+    if (remap_file(&used, &n, c->remap, c->n_embed) != OK) return config_blame(from, prefix, "remap");
+    free(used);
+    if (counted && c->re_embed != n)
+        return config_err(from, prefix, "re_embed", "%sre_embed is %zu, %s has %zu", prefix, c->re_embed, c->remap, n);
+    c->re_embed = n;
+    return OK;
+}
+
+/* Which codes are tokens, the file's quantize.used says, else the official remap; re_embed, if it is given, must be how
+ * many. */
 static Err read_remap(VqganConfig *c, const Config *from, const Checkpoint *ck, const char *tensors) {
     char name[NAME_MAX_BYTES];
-    snprintf(name, sizeof name, "%squantize.used", tensors);
-    const Tensor *used = checkpoint_find(ck, name);
+    snprintf(name, sizeof name, "%squantize.used", ck ? tensors : "");
+    const Tensor *used = ck ? checkpoint_find(ck, name) : NULL;
+    const char *remap = config_get(from, prefix, "remap");
     if (used && used->size == 0) return err("%s is empty", name);
+    if (!used && remap && !is_one_of_values(remap, "null")) return read_remap_file(c, from, ck, name);
+    if (!ck) return OK;
     if (config_get(from, prefix, "re_embed") && c->re_embed != (used ? used->size : 0))
         return err("%sre_embed is %zu, %s has %zu", prefix, c->re_embed, name, used ? used->size : 0);
     c->re_embed = used ? used->size : 0;
-    const char *remap = config_get(from, prefix, "remap");
-    if (remap && !used && !is_one_of_values(remap, "null"))
-        return err("%sremap %.200s: expected a tensor %s, which the file does not have", prefix, remap, name);
     return OK;
 }
 
@@ -90,7 +112,7 @@ Err first_stage_known(const Params *p, const Checkpoint *ck, const char *tensors
 static Err read_first_stage(VqganConfig *c, const Config *from, const Checkpoint *ck, const char *tensors) {
     TRY(keys_check(from, KEYS_FIRST, 0));
     TRY(vqgan_config_read(c, from, prefix));
-    if (ck) TRY(read_remap(c, from, ck, tensors));
+    TRY(read_remap(c, from, ck, tensors));
     TRY(vqgan_config_check(c));
     if (c->in_channels != 3 || c->out_ch != 3)
         return err("%sddconfig: in_channels is %zu and out_ch %zu, expected 3 and 3: pictures are red, green and blue",

@@ -86,6 +86,43 @@ static void safetensors_seeds(FuzzSeed *take) {
 }
 
 /* ------------------------------------------------------------------------------------------------------------
+ * Arrays of NumPy: as numbers, and as the codes of a first stage
+ * ---------------------------------------------------------------------------------------------------------- */
+
+static void read_npy(const uint8_t *bytes, size_t n) {
+    enum { CODES = 1024 };
+    VqganConfig c = {.n_embed = CODES};
+    const char *path = fuzz_put("x.npy", "", 0, bytes, n);
+    int64_t *x;
+    size_t many;
+    if (answered(npy_read(&x, &many, path, 1 << 24)) == OK) MUST(many && many <= n / 2);
+    free(x);
+    if (answered(remap_file(&x, &c.re_embed, path, CODES)) != OK) return;
+    Remap r;
+    snprintf(c.remap, sizeof c.remap, "%s", path);
+    MUST(remap_make(&r, &c) == OK && remap_K(&r) == c.re_embed && c.re_embed <= CODES);
+    for (size_t i = 0; i < c.re_embed; i++) {
+        MUST(r.used[i] == x[i]);
+        MUST(r.used[r.inverse[x[i]]] == x[i] && (size_t)r.inverse[x[i]] <= i);
+    }
+    remap_free(&r);
+    free(x);
+}
+
+static void npy_seeds(FuzzSeed *take) {
+    static const char one[] = "\x93NUMPY\1\0\x38\0{'descr': '<i8', 'fortran_order': False, 'shape': (2,)}\n"
+                              "\3\0\0\0\0\0\0\0\1\0\0\0\0\0\0\0",
+                      two[] =
+                          "\x93NUMPY\2\0\x3f\0\0\0{'shape': (3L,), 'fortran_order': True, 'descr': \">i4\", }     \n"
+                          "\0\0\0\1\0\0\2\0\0\0\0\1",
+                      three[] = "\x93NUMPY\3\0\x3a\0\0\0{'descr': '<i2', 'fortran_order': False, 'shape': (3,), }\n"
+                                "\7\0\xff\3\0\0";
+    take("one", one, sizeof one - 1);
+    take("two", two, sizeof two - 1);
+    take("three", three, sizeof three - 1);
+}
+
+/* ------------------------------------------------------------------------------------------------------------
  * Pictures. Byte 0: how they are decoded; byte 1: to which side; the rest is the file.
  * ---------------------------------------------------------------------------------------------------------- */
 
@@ -572,6 +609,7 @@ static void lmdb_seeds(FuzzSeed *take) {
 
 const FuzzTarget fuzz_file_targets[] = {
     {"zip", read_whole, zip_seeds, NULL},
+    {"npy", read_npy, npy_seeds, NULL},
     {"pickle", read_pickle, pickle_seeds, NULL},
     {"legacy", read_whole, legacy_seeds, NULL},
     {"safetensors", read_whole, safetensors_seeds, NULL},

@@ -4,6 +4,7 @@
 #include "training/training.h"
 
 #include <dirent.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #define LR "model.params.scheduler_config."
@@ -369,6 +370,7 @@ static const Said official[] = {
     {"scale", "lightning.callbacks.image_logger.params.max_images", "4"},
     {"scale", "lightning.callbacks.image_logger.params.increase_log_steps", "False"},
     {"scale", "lightning.callbacks.image_logger.params.log_images_kwargs.sample_full", "True"},
+    {"scale", "lightning.callbacks.image_logger.params.log_images_kwargs.sample_half", "True"},
     {"scale", "lightning.trainer.benchmark", "True"},
     {"scale", "lightning.trainer.accumulate_grad_batches", "2"},
     {"scale", "train.steps", "10000000"},
@@ -401,6 +403,169 @@ static const Said official[] = {
 };
 enum { OFFICIAL = sizeof official / sizeof *official };
 
+/* Keys that files have together, by a letter; without what they begin with in every file */
+#define P "model.params."
+#define NET P "transformer_config.params."
+#define STAGE P "first_stage_config.params."
+#define LOGGER "lightning.callbacks.image_logger."
+#define DDCONFIG(at)                                                                                                   \
+    at "ddconfig.double_z", at "ddconfig.z_channels", at "ddconfig.resolution", at "ddconfig.in_channels",             \
+        at "ddconfig.out_ch", at "ddconfig.ch", at "ddconfig.ch_mult", at "ddconfig.num_res_blocks",                   \
+        at "ddconfig.attn_resolutions", at "ddconfig.dropout"
+static const struct {
+    char letter;
+    const char *key[40];
+} groups[] = {
+    {'T', /* every transition */
+     {"model.base_learning_rate",
+      "model.target",
+      P "first_stage_key",
+      P "monitor",
+      P "n_scales",
+      P "top_k",
+      P "alpha",
+      P "redraw_prob",
+      P "use_ema",
+      LR "target",
+      LR "params.verbosity_interval",
+      LR "params.warm_up_steps",
+      LR "params.max_decay_steps",
+      LR "params.lr_start",
+      LR "params.lr_max",
+      LR "params.lr_min",
+      P "transformer_config.target",
+      P "first_stage_config.target",
+      STAGE "ckpt_path",
+      STAGE "remap",
+      STAGE "sane_index_shape",
+      STAGE "embed_dim",
+      STAGE "n_embed",
+      DDCONFIG(STAGE),
+      STAGE "lossconfig.target",
+      "data.target",
+      "data.params.batch_size",
+      "data.params.wrap",
+      "data.params.train.target",
+      "data.params.validation.target"}},
+    {'1', {P "single_scale"}},
+    {'C', {P "conditioner_config.target", P "conditioner_config.params.key"}},
+    {'X',
+     {NET "wrap_decoder", NET "dim", NET "enc_num_tokens", NET "enc_depth", NET "enc_heads", NET "enc_max_seq_len",
+      NET "dec_num_tokens", NET "dec_depth", NET "dec_heads", NET "tie_token_emb", NET "dec_max_seq_len"}},
+    {'R', {NET "scale_pos", NET "n_scales", NET "xt_start", NET "xt_size"}},
+    {'G', {NET "vocab_size", NET "block_size", NET "n_layer", NET "n_head", NET "n_embd"}},
+    {'I', {NET "input_vocab_size"}},
+    {'U', {NET "n_unmasked"}},
+    {'t', {STAGE "ddconfig.tanh_out"}},
+    {'w', {"data.params.num_workers"}},
+    {'s', {"data.params.train.params.size", "data.params.validation.params.size"}},
+    {'c', {"data.params.train.params.config.size", "data.params.validation.params.config.size"}},
+    {'L',
+     {LOGGER "target", LOGGER "params.batch_frequency", LOGGER "params.max_images", LOGGER "params.increase_log_steps",
+      "lightning.trainer.benchmark"}},
+    {'A', {"lightning.trainer.accumulate_grad_batches"}},
+    {'J', {LOGGER "params.log_images_kwargs.sample_full", LOGGER "params.log_images_kwargs.sample_half"}},
+    {'V', /* every first stage */
+     {"model.base_learning_rate", "model.target", P "embed_dim", P "n_embed", DDCONFIG(P), P "lossconfig.target",
+      P "lossconfig.params.disc_conditional", P "lossconfig.params.disc_in_channels", P "lossconfig.params.disc_start",
+      P "lossconfig.params.disc_weight", P "lossconfig.params.codebook_weight", "data.target", "data.params.batch_size",
+      "data.params.train.target", "data.params.validation.target"}},
+    {'k', {"data.params.train.params.crop_size", "data.params.validation.params.crop_size"}},
+    {'p',
+     {"model.project", "data.params.train.params.training_images_list_file",
+      "data.params.validation.params.test_images_list_file"}},
+};
+enum { GROUPS = sizeof groups / sizeof *groups };
+
+/* configs/NAME.yaml of the official repository, a file for each of the scales; the last three are taming's */
+static const struct {
+    const char *name, *scales, *groups;
+} files[] = {
+    {"ffhq/2_scales/ffhq-custom-scale", "1", "T1Xws"},
+    {"ffhq/2_scales/ffhq-custom-scale", "2", "T1Gs"},
+    {"ffhq/4_scales/ffhq-geometric-scale", "123", "T1XRwsL"},
+    {"ffhq/4_scales/ffhq-geometric-scale", "4", "T1GsL"},
+    {"ffhq/ffhq_4-scales_joint-training", "", "TXRwsLJ"},
+    {"imagenet/4_scales/imagenet_geometric_scale", "123", "T1CXRtcLA"},
+    {"imagenet/4_scales/imagenet_geometric_scale", "4", "T1CGIUcLA"},
+    {"imagenet/5_scales/imagenet-custom-scale", "1234", "T1CXcLA"},
+    {"imagenet/5_scales/imagenet-custom-scale", "5", "T1CGIUcLA"},
+    {"lsun-beds/lsun-beds-scale", "12", "T1XtsLA"},
+    {"lsun-beds/lsun-beds-scale", "3", "T1GItsLA"},
+    {"lsun-cats/lsun-cats-scale", "12", "T1XtsLA"},
+    {"lsun-cats/lsun-cats-scale", "3", "T1GItsLA"},
+    {"lsun-churches/lsun-churches-scale", "12", "T1XtsLA"},
+    {"lsun-churches/lsun-churches-scale", "3", "T1GItsLA"},
+    {"faceshq_vqgan", "", "Vwsk"},
+    {"imagenet_vqgan", "", "Vwc"},
+    {"custom_vqgan", "", "Vwsp"},
+};
+
+/* As the list above has it: for a decoder-only network what is said of the last scale, if anything is */
+static const char *value_of(const char *key, const char *of, int used[OFFICIAL]) {
+    const char *const part[] = {strchr(of, 'V') ? "vqgan" : strchr(of, 'G') ? "last" : "scale", "scale"};
+    if (!strcmp(key, NET "xt_start")) return strchr(of, 'C') ? "2" : "1"; /* behind scale and class */
+    if (!strcmp(key, P "single_scale")) return "1";
+    if (!strcmp(key, P "transformer_config.target") && strchr(of, 'X') && !strchr(of, 'R'))
+        return "imagebart.modules.xtransformers.x_transformer.XTransformer";
+    for (int k = 0; k < 2; k++)
+        for (size_t i = 0; i < OFFICIAL; i++)
+            if (!strcmp(official[i].part, part[k]) && !strcmp(official[i].key, key)) {
+                used[i] = 1;
+                return official[i].value;
+            }
+    printf("%s is in no list\n", key);
+    CHECK(!"a key of a file has a value");
+    return "";
+}
+
+/* All of it is understood: the network, the data, the schedule. */
+static void check_file(const Config *c, int first) {
+    NetConfig net;
+    VqganConfig stage;
+    Rate rate;
+    Prep prep;
+    CHECK_OK(keys_check(c, first ? KEYS_FIRST : KEYS_TRANSITION, 1));
+    CHECK_OK(rate_read(&rate, c, 1));
+    CHECK_OK(prep_read(&prep, c));
+    CHECK_OK(prep_size_check(c, 256));
+    if (first)
+        CHECK_OK(first_stage_config(&stage, c, NULL, NULL));
+    else
+        CHECK_OK(net_config_read(&net, c, P));
+}
+
+/* Every key of every official file is in the table and not refused with the value that stands there; every key of the list
+ * above is in a file, but for ours. */
+static void test_official_files(void) {
+    int used[OFFICIAL] = {0};
+    size_t n = 0, keys;
+    for (size_t i = 0; i < sizeof files / sizeof *files; i++) {
+        const char *of = files[i].groups;
+        const int first = strchr(of, 'V') != NULL;
+        Config c = {0};
+        keys = 0;
+        for (size_t g = 0; g < GROUPS; g++)
+            for (const char *const *key = groups[g].key; strchr(of, groups[g].letter) && *key; key++, keys++) {
+                const KnownKey *k = known_key(*key, first ? KEYS_FIRST : KEYS_TRANSITION);
+                if (!k) printf("%s%s: %s\n", files[i].name, files[i].scales, *key);
+                CHECK(k && k->kind != KEY_OWN);
+                CHECK_OK(config_set(&c, *key, "%s", value_of(*key, of, used)));
+            }
+        CHECK(c.n == keys);
+        check_file(&c, first);
+        config_free(&c);
+        n += max_size(strlen(files[i].scales), 1);
+    }
+    CHECK(n == 25 + 3);
+    for (size_t i = 0; i < OFFICIAL; i++) {
+        const int other = strcmp(official[i].key, "train.steps") == 0 || strstr(official[i].key, "xt_start") ||
+                          !strcmp(official[i].key, P "single_scale");
+        if (!used[i] && !other) printf("%s.%s: in no file\n", official[i].part, official[i].key);
+        CHECK(used[i] || other);
+    }
+}
+
 static void write_official(const char *path) {
     FILE *f = fopen(path, "w");
     CHECK(f);
@@ -427,6 +592,28 @@ static void check_recipe(const char *path, int scales) {
     }
 }
 
+/* The codes that the official file lists, as many */
+static const char *const codes_in[] = {"data", "data/vqgan_indices", "data/vqgan_indices/imagenet_indices.npy"};
+
+static void make_codes(const char *folder) {
+    char path[3][FOLDER_BYTES + 64];
+    for (int i = 0; i < 3; i++) snprintf(path[i], sizeof path[i], "%s/%s", folder, codes_in[i]);
+    CHECK(mkdir(path[0], 0700) == 0 && mkdir(path[1], 0700) == 0);
+    FILE *f = fopen(path[2], "wb");
+    CHECK(f);
+    fprintf(f, "\x93NUMPY\1%c\x76%c%-117s\n", 0, 0, "{'descr': '<i8', 'fortran_order': False, 'shape': (973,), }");
+    for (int64_t i = 0; f && i < 973; i++) CHECK(fwrite(&(int64_t){16 * i}, sizeof i, 1, f) == 1);
+    CHECK(f && fclose(f) == 0);
+}
+
+static void remove_codes(const char *folder) {
+    char path[FOLDER_BYTES + 64];
+    for (int i = 2; i >= 0; i--) {
+        snprintf(path, sizeof path, "%s/%s", folder, codes_in[i]);
+        CHECK(remove(path) == 0);
+    }
+}
+
 static void test_official(void) {
     char folder[FOLDER_BYTES], path[FOLDER_BYTES + 32];
     static const struct {
@@ -435,9 +622,11 @@ static void test_official(void) {
     } bundled[] = {{"emoji", 3}, {"emoji-sharp", 0}, {"photos", 3},   {"ffhq", 4},     {"ffhq2", 2},
                    {"cats", 3},  {"bedrooms", 3},    {"churches", 3}, {"imagenet", 5}, {"imagenet4", 4}};
     CHECK(temporary_folder(folder));
+    make_codes(folder);
     snprintf(path, sizeof path, "%s/recipe.txt", folder);
     write_official(path);
     check_recipe(path, 4);
+    remove_codes(folder);
     for (size_t i = 0; i < sizeof bundled / sizeof *bundled; i++) {
         snprintf(path, sizeof path, "models/%s.txt", bundled[i].name);
         check_recipe(path, bundled[i].scales);
@@ -512,6 +701,7 @@ int main(void) {
     test_table();
     test_own_values();
     test_official();
+    test_official_files();
     test_sources();
     test_spike();
     test_constant();

@@ -99,7 +99,6 @@ refused "causal_decoder False" "--scale 1" "scale.${NET}causal_decoder False"
 refused "dec_ff_dropout 0.1" "--scale 1" "scale.${NET}dec_ff_dropout 0.1"
 refused "ddconfig.dropout 0.5" --vqgan "vqgan.${P}ddconfig.dropout 0.5"
 refused "use_actnorm true" --vqgan "vqgan.${LOSS}params.use_actnorm true"
-refused "remap" --vqgan "vqgan.${P}remap used.npy"
 refused "use_past_for_sampling false" "--scale 3" "last.${P}use_past_for_sampling false" "last.${NET}n_unmasked 5"
 refused "expected imagebart.models.diffusion.DecoderOnlyDenoiser" "--scale 3" "last.model.target imagebart.models.diffusion.DenoisingXTransformer"
 refused "single_scale is 2, but scale1 is to be trained" "--scale 1" "scale.${P}single_scale 2"
@@ -187,6 +186,58 @@ ok "the official linear cycles" train rate --vqgan --steps 5
 ok "are as there" test "$(column rate 6)" = "0 0.0005 0 0.0002 0"
 says 1 "cycle_lengths end at step 4, train.steps is 6" train rate --vqgan --steps 6
 says 1 "--lr: the recipe's schedule has cycles" train rate --vqgan --steps 2 --lr 1
+
+# ---- the official remap: which codes are tokens, from a .npy ----
+npy() { # npy FILE NUMBER...: as numpy.save writes int16
+    file=$1
+    shift
+    header="{'descr': '<i2', 'fortran_order': False, 'shape': ($#,), }"
+    { printf '\223NUMPY\001\000\166\000%-117s\n' "$header" && for n in "$@"; do printf "\\$(printf %o "$n")\\000"; done; } >"$file"
+}
+npy "$dir/used.npy" 3 1 4 5 9 2 6 7
+npy "$dir/others.npy" 1 2 3 4 5 6 7 8
+npy "$dir/outside.npy" 1 2 16
+used="${P}first_stage_config.params.remap"
+in_line "model.params.remap nowhere.npy: no such file beside this one or from here" --vqgan "vqgan.${P}remap nowhere.npy"
+in_line "$dir/recipe.txt: is no .npy file" --vqgan "vqgan.${P}remap recipe.txt"
+in_line "$dir/outside.npy: number 2 is 16, expected a code, 0..15" --vqgan "vqgan.${P}remap outside.npy"
+in_line "model.params.re_embed is 9, $dir/used.npy has 8" --vqgan "vqgan.${P}re_embed 9" "vqgan.${P}remap used.npy"
+in_line "model.params.re_embed 8: is how many codes" --vqgan "vqgan.${P}re_embed 8"
+in_line "--remap beside model.params.remap" "--vqgan --remap" "vqgan.${P}remap used.npy"
+in_line "scale.$used is others.npy, but the first stage's model.params.remap is used.npy" --vqgan "scale.$used others.npy" "vqgan.${P}remap used.npy"
+in_line "$used nowhere.npy: no such file" "--scale 1" "scale.$used nowhere.npy"
+coded() { recipe "scale.$used $1" "scale.${NET}dec_num_tokens 8" "last.${NET}vocab_size 8"; }
+eight() { "$build/codes" "$dir/coded/vqgan.safetensors" "$dir/data" "$dir/raw" | grep -q '^8 [1-8] I64$'; }
+coded used.npy
+ok "a first stage of eight codes" train coded --vqgan --steps 2
+ok "as many tokens" eight
+ok "trains as one of all" same "$dir/coded/vqgan.safetensors" decoder. "$dir/first/vqgan.safetensors" decoder.
+mv "$dir/used.npy" "$dir/gone.npy"
+ok "and goes on without the file" "$build/train" --config "$dir/recipe.txt" --data "$dir/data" --run "$dir/coded" --vqgan --steps 3 --resume
+ok "with those of its state" eight
+mv "$dir/gone.npy" "$dir/used.npy"
+says 0 "tokens number 8 of 16 codes now, as $dir/used.npy lists them" train adopted --scale 1 --steps 1
+on() { "$build/train" --config "$dir/recipe.txt" --data "$dir/data" --run "$dir/adopted" --steps 1 "$@"; }
+ok "the next scale too" on --scale 2
+coded nowhere.npy
+ok "whose first stage knows its codes" on --scale 3
+rm "$dir"/adopted/scale2*
+coded others.npy
+says 1 "lists 8 codes, and $dir/adopted/vqgan.safetensors has other ones, 8" on --scale 2
+coded used.npy
+ok "again" on --scale 2
+ok "drawn" "$build/sample" "$dir/adopted" -n 2 --class 1 --seed 7 -o "$dir/ours.png"
+mkdir "$dir/official" && mv "$dir/adopted/vqgan.safetensors" "$dir/adopted.safetensors" && cp "$dir/vqgan.safetensors" "$dir/adopted"
+ok "as official files, without the codes" "$build/test_ckpt" --official "$dir/adopted" "$dir/official"
+draw() { "$build/sample" "$dir/official" -n 2 --class 1 --seed 7 -o "$dir/theirs.png"; }
+cp "$dir/recipe.txt" "$dir/official/config.txt"
+says 1 "config.txt: line $(grep -n "remap used" "$dir/recipe.txt" | cut -d : -f 1): model.params.remap used.npy: no such file beside this one or from here, and the weights have no tensor first_stage_model.quantize.used" draw
+cp "$dir/used.npy" "$dir/official"
+ok "drawn with those of the file" draw
+ok "the same" "$build/pictures" same "$dir/ours.png" "$dir/theirs.png" 0 0 34 16
+cp "$dir/others.npy" "$dir/official/used.npy"
+ok "drawn with other codes" draw
+ok "is not" sh -c "! '$build/pictures' same '$dir/ours.png' '$dir/theirs.png' 0 0 34 16"
 
 # ---- the loss beside an official lossconfig is L1 alone, the codebook's set aside ----
 recipe "vqgan.${LOSS}target taming.modules.losses.vqperceptual.VQLPIPSWithDiscriminator" "vqgan.${LOSS}params.codebook_weight 0"

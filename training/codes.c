@@ -166,6 +166,58 @@ static Err write_remapped(Stage *s, void *remapped) {
     return e;
 }
 
+/* ---- The official remap ---- */
+
+/* Are the codes of the first stage's file these? */
+static int same_codes(const Vqgan *v, const int64_t *codes, size_t n) {
+    const int32_t *used = vqgan_used(v);
+    size_t i = 0;
+    if (vqgan_config(v)->re_embed != n) return 0;
+    while (i < n && used[i] == codes[i]) i++;
+    return i == n;
+}
+
+/* The first stage's file gets the codes, unless it has them. */
+static Err put_codes(Stage *s, const char *path, const char *file) {
+    static const char *const prefix = "model.params.first_stage_config.params.";
+    int64_t *codes;
+    size_t n;
+    if (remap_file(&codes, &n, file, vqgan_config(s->vqgan)->n_embed) != OK)
+        return config_blame(&s->recipe, prefix, "remap");
+    const int same = same_codes(s->vqgan, codes, n);
+    Err e = OK;
+    if (!same && vqgan_used(s->vqgan))
+        e = config_err(&s->recipe, prefix, "remap", "%sremap %s: lists %zu codes, and %s has other ones, %zu", prefix,
+                       file, n, path, s->K);
+    if (!same && e == OK) e = check_untrained(s);
+    if (!same && e == OK) e = retry_when_full(s, write_remapped, &(Remapped){path, codes, n}, 0);
+    if (!same && e == OK)
+        say_once("%s: tokens number %zu of %zu codes now, as %s lists them\n", path, n, vqgan_config(s->vqgan)->n_embed,
+                 file);
+    free(codes);
+    return e;
+}
+
+Err adopt_codes(Stage *s) {
+    static const char *const prefix = "model.params.first_stage_config.params.";
+    char path[PATH_BYTES], file[PATH_BYTES];
+    const char *said = config_get(&s->recipe, prefix, "remap");
+    if (!said || is_one_of_values(said, "null") || s->has_state) return OK;
+    TRY(open_first_stage(s, path));
+    Err e = OK;
+    if (config_file(file, &s->recipe, prefix, "remap"))
+        e = put_codes(s, path, file);
+    else if (!vqgan_used(s->vqgan))
+        e = config_err(&s->recipe, prefix, "remap",
+                       "%sremap %s: no such file beside this one or from here, and %s does not say its codes", prefix,
+                       said, path);
+    vqgan_free(s->vqgan);
+    s->vqgan = NULL;
+    return e;
+}
+
+/* ---- --remap: what the pictures use ---- */
+
 /* used (n_embed) = the codes that occur, rising; *K of them; *same: the first stage is numbered so already */
 static void list_used(const Stage *s, const uint32_t *usage, int64_t *used, size_t *K, int *same) {
     const size_t n = vqgan_config(s->vqgan)->n_embed;

@@ -291,15 +291,36 @@ static Err first_plan(Stage *s) {
     return mem_alloc(&f->val_usage, n_embed, sizeof *f->val_usage, "code usage");
 }
 
+/* The codes that are tokens: from the recipe's remap, once; a run that goes on has them in its state. They are not trained,
+ * but written beside the weights. */
+static Err read_codes(Stage *s, const VqganConfig *c) {
+    FirstStage *f = &s->first;
+    if (c->re_embed && !c->remap[0] && !config_get(&s->recipe, "train.", "step"))
+        return config_err(
+            &s->recipe, "model.params.", "re_embed",
+            "model.params.re_embed %zu: is how many codes model.params.remap FILE.npy lists; --remap counts "
+            "those that the pictures use",
+            c->re_embed);
+    if (!c->remap[0]) return OK;
+    if (s->set.remap)
+        return config_err(&s->recipe, "model.params.", "remap",
+                          "--remap beside model.params.remap %s: both say which codes are tokens", c->remap);
+    TRY(remap_file(&f->used, &f->n_used, c->remap, c->n_embed));
+    return config_set(&s->recipe, "model.params.re_embed", "%zu", f->n_used);
+}
+
 Err first_check(Stage *s, VqganConfig *c) {
     TRY(first_stage_config(c, &s->recipe, NULL, NULL));
+    TRY(read_codes(s, c));
     if (c->resolution % ((size_t)1 << (c->levels - 1)))
         return config_err(
             &s->recipe, "model.params.", "ddconfig.resolution",
             "model.params.ddconfig.resolution is %zu, expected a multiple of %zu: with %zu levels it would be "
             "reconstructed smaller than it is, which can be drawn from, but not be trained",
             c->resolution, (size_t)1 << (c->levels - 1), c->levels);
-    TRY(vqgan_create(&s->vqgan, c, 0));
+    VqganConfig all = *c; /* codes are trained, whether they are tokens or not */
+    all.re_embed = 0, all.remap[0] = 0;
+    TRY(vqgan_create(&s->vqgan, &all, 0));
     s->params = vqgan_params(s->vqgan);
     s->size = c->resolution;
     TRY(prep_size_check(&s->recipe, s->size));
@@ -328,7 +349,7 @@ void first_free(Stage *s) {
     loader_stop(f->loader);
     gan_free(s);
     perceptual_free(f->perceptual);
-    void *buffers[] = {f->dxrec, f->usage, f->val_usage};
+    void *buffers[] = {f->dxrec, f->usage, f->val_usage, f->used};
     for (size_t i = 0; i < sizeof buffers / sizeof *buffers; i++) free(buffers[i]);
 }
 
@@ -356,20 +377,44 @@ Err first_gather(Stage *s, int counts_alone) {
     return OK;
 }
 
+static const char CODES[] = "quantize.used";
+
+static Err add_codes(const Stage *s, TensorList *list) {
+    const FirstStage *f = &s->first;
+    return f->used ? tensor_list_add(list, CODES, DT_I64, 1, &f->n_used, f->used, 0) : OK;
+}
+
+/* From a state, whether or not the recipe's file is still there */
+static Err load_codes(Stage *s, const Checkpoint *ck) {
+    FirstStage *f = &s->first;
+    const Tensor *x = checkpoint_find(ck, CODES);
+    if (!x) return OK;
+    free(f->used);
+    f->used = NULL;
+    TRY(mem_alloc(&f->used, x->size, sizeof *f->used, "codes that are tokens"));
+    f->n_used = x->size;
+    if (x->dtype != DT_I64) return err("%s: %s is %s, expected I64", ck->path, CODES, dtype_name(x->dtype));
+    memcpy(f->used, x->data, x->size * sizeof *f->used);
+    return OK;
+}
+
 Err first_collect(Stage *s, TensorList *list) {
     const size_t n = vqgan_config(s->vqgan)->n_embed;
     TRY(gan_collect_state(s, list));
+    TRY(add_codes(s, list));
     return tensor_list_add(list, "usage", DT_I32, 1, &n, s->first.usage, 0);
 }
 
 Err first_load(Stage *s, const Checkpoint *ck) {
     TRY(gan_load_state(s, ck));
+    TRY(load_codes(s, ck));
     TRY(checkpoint_ints(ck, "usage", vqgan_config(s->vqgan)->n_embed, (int32_t *)s->first.usage));
     if (rank() > 0) clear_usage(s);
     return OK;
 }
 
 Err first_collect_weights(Stage *s, TensorList *list) {
+    TRY(add_codes(s, list));
     return tensor_list_params(list, s->params, 'v', "", s->store);
 }
 

@@ -249,7 +249,7 @@ Err second_build(Stage *s) {
     TRY(path_make(vqgan_path, "%s/vqgan.safetensors", s->set.run));
     const int had = rank() != 0 || file_exists(vqgan_path);
     TRY(ranks_agree(rank() == 0 ? copy_first_stage(s) : OK));
-    if (second_fit(s, &c, vqgan_path) != OK) {
+    if (ranks_agree(rank() == 0 ? adopt_codes(s) : OK) != OK || second_fit(s, &c, vqgan_path) != OK) {
         if (!had) unlink(vqgan_path); /* the model's, which the next try would take for the run's own */
         return FAILED;
     }

@@ -125,6 +125,8 @@ typedef struct {
     real *dxrec;         /* (B,3,size,size) gradient of the reconstruction */
     uint32_t *usage;     /* (n_embed) how often each code was used since the last restart of dead codes */
     uint32_t *val_usage; /* (n_embed) the same in an evaluation */
+    int64_t *used; /* (n_used) codes that are tokens, as the recipe's remap says; NULL: all, or --remap counts them */
+    size_t n_used;
     double perceptual_weight;
     Perceptual *perceptual; /* NULL: not part of the loss */
     Gan *gan;               /* NULL: no discriminator */
@@ -410,6 +412,8 @@ void print_codes(const Stage *s, FILE *to, const CodeUse *val);
 int log_codes(const Stage *s, char *text, size_t size, const Metrics *val); /* the last columns, as StageKind.log */
 Err fit_to_codes(Stage *s, NetConfig *c);
 Err remap_first_stage(Stage *s);
+/* Before transitions: the run's first stage numbers the codes that their recipe's first_stage_config says. */
+Err adopt_codes(Stage *s);
 
 /* ahead.c: what the stages of --all will be. step_work: multiply-adds of a step of this stage; it is built, or checked as
  * below. add: a stage that was checked. behind: of all stages after that of this index, 0: the first stage. disk: says how
