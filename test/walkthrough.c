@@ -444,7 +444,7 @@ static void keep(void *context, int t, const int32_t *tokens) { /* tokens are x_
     memcpy(g->x[t - 1], tokens, sizeof g->x[0]);
 }
 
-static Err draw_chain(Model *m, Grids *grids) {
+static Err draw_grids(Model *m, Grids *grids) {
     SampleOptions o;
     int32_t label, tokens[64];
     const double temperature[SCALES + 1] = {0, 0.4, 0.5, 0.75};
@@ -469,7 +469,7 @@ static Err page_7(void) {
     for (int k = 0; k < K; k++) shown[k] = (double)prob[k];
     row("prob", shown, K);
     printf("u = 0.05 draws %d, u = 0.90 draws %d\n", (int)sample_pick(prob, K, 0.05), (int)sample_pick(prob, K, 0.9));
-    TRY(draw_chain(&b.m, &grids));
+    TRY(draw_grids(&b.m, &grids));
     for (int t = SCALES; t >= 0; t--) {
         char name[8];
         snprintf(name, sizeof name, "x_%d", t);
