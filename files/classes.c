@@ -117,25 +117,68 @@ static const char composed[] = "A`A'A^A~A:Ao  C,E`E'E^E:I`I'I^I:  N~O`O'O^O~O:  
                                "SvsvT,t,Tvtv    U~u~U-u-UuuuUouoU\"u\"U;u;W^w^Y^y^Y:Z'z'Z.z.Zvzv  ";
 #define MARKS "`'^~- u.: o\"v                          ,;" /* from U+0300 on; those between do not occur */
 
+/* The same of small letters of Greek and Cyrillic: the code, the letter's, and the mark's from U+0300 on */
+static const unsigned short marked[][3] = {
+    {0x3ac, 0x3b1, 1}, {0x3ad, 0x3b5, 1}, {0x3ae, 0x3b7, 1}, {0x3af, 0x3b9, 1}, {0x3cc, 0x3bf, 1}, {0x3cd, 0x3c5, 1},
+    {0x3ce, 0x3c9, 1}, {0x3ca, 0x3b9, 8}, {0x3cb, 0x3c5, 8}, {0x439, 0x438, 6}, {0x450, 0x435, 0}, {0x451, 0x435, 8},
+    {0x453, 0x433, 1}, {0x457, 0x456, 8}, {0x45c, 0x43a, 1}, {0x45d, 0x438, 0}, {0x45e, 0x443, 6}};
+
+/* A capital letter of Latin, Greek or Cyrillic becomes a small one; the sigma at a word's end is a sigma. */
+static unsigned small_letter(unsigned code) {
+    if ((code >= 0xc0 && code <= 0xde && code != 0xd7) || (code >= 0x391 && code <= 0x3ab) ||
+        (code >= 0x410 && code <= 0x42f))
+        return code + 0x20;
+    if ((code >= 0x100 && code <= 0x12f) || (code >= 0x132 && code <= 0x137) || (code >= 0x14a && code <= 0x177))
+        return code | 1;
+    if ((code >= 0x139 && code <= 0x148) || (code >= 0x179 && code <= 0x17e)) return code + (code & 1);
+    if (code >= 0x400 && code <= 0x40f) return code + 0x50;
+    if (code >= 0x388 && code <= 0x38a) return code + 0x25;
+    if (code == 0x38e || code == 0x38f) return code + 0x3f;
+    return code == 0x386 ? 0x3ac : code == 0x38c ? 0x3cc : code == 0x3c2 ? 0x3c3 : code;
+}
+
 /* A text, byte by byte: in lower case, and a letter with its mark as two */
 typedef struct {
     const char *at, *end;
-    unsigned char mark[2]; /* the last `marked` bytes of it are to come */
-    int marked;
+    unsigned char rest[4]; /* the last `left` bytes of it are to come */
+    int left;
 } Letters;
+
+static int next_byte(Letters *l) {
+    return l->rest[4 - l->left--];
+}
+
+/* Puts a code below U+0800 in front of what is to come. */
+static void put_code(Letters *l, unsigned code) {
+    if (code >= 0x80) l->rest[4 - ++l->left] = (unsigned char)(0x80 | (code & 63));
+    l->rest[4 - ++l->left] = (unsigned char)(code < 0x80 ? code : 0xc0 | code >> 6);
+}
+
+/* One of two bytes: its letter, small, and its mark, if it has one */
+static void put_letter(Letters *l, unsigned code) {
+    const size_t at = 2 * (size_t)(code - 0xc0);
+    if (code >= 0xc0 && code < 0x180 && composed[at] != ' ') {
+        put_code(l, 0x300 + (unsigned)(strchr(MARKS, composed[at + 1]) - MARKS));
+        put_code(l, (unsigned)tolower((unsigned char)composed[at]));
+        return;
+    }
+    code = small_letter(code);
+    size_t i = 0;
+    while (i < sizeof marked / sizeof *marked && marked[i][0] != code) i++;
+    const int whole = i == sizeof marked / sizeof *marked;
+    if (!whole) put_code(l, 0x300 + marked[i][2]);
+    put_code(l, whole ? code : marked[i][1]);
+}
 
 static int next_letter(Letters *l) {
     const unsigned char *p = (const unsigned char *)l->at;
-    if (l->marked) return l->mark[2 - l->marked--];
+    if (l->left) return next_byte(l);
     if (l->at == l->end) return -1;
     l->at++;
-    const unsigned code = *p >= 0xc3 && *p <= 0xc5 && l->at < l->end ? (*p & 31u) << 6 | (p[1] & 63u) : 0;
-    if (!code || (p[1] & 0xc0) != 0x80 || composed[2 * (code - 0xc0)] == ' ') return tolower(*p);
-    const size_t which = (size_t)(strchr(MARKS, composed[2 * (code - 0xc0) + 1]) - MARKS);
+    if (*p < 0xc2 || *p > 0xdf || l->at == l->end || (p[1] & 0xc0) != 0x80) return tolower(*p);
     l->at++;
-    l->mark[0] = 0xcc, l->mark[1] = (unsigned char)(0x80 + which);
-    l->marked = 2;
-    return tolower((unsigned char)composed[2 * (code - 0xc0)]);
+    put_letter(l, (*p & 31u) << 6 | (p[1] & 63u));
+    return next_byte(l);
 }
 
 /* Does the text begin as the name does, or with `whole`, is it that? What looks the same is the same. */

@@ -160,6 +160,36 @@ static void test_unicode(void) {
     classes_free(&m);
 }
 
+/* Capital and small letters of Latin, Greek and Cyrillic are the same, also with their marks as two. */
+static void test_case(void) {
+    static const char *const word[][3] = {
+        {"\u00c6\u00d8\u00c5\u00de\u0141\u0110\u0147", "\u00e6\u00f8\u00e5\u00fe\u0142\u0111\u0148",
+         "\u00e6\u00f8a\u030a\u00fe\u0142\u0111n\u030c"},
+        {"\u0393\u0391\u03a4\u0391", "\u03b3\u03b1\u03c4\u03b1", "\u0393\u03b1\u03c4\u03b1"}, /* cat */
+        {"\u03a3\u039a\u038e\u039b\u039f\u03a3", "\u03c3\u03ba\u03cd\u03bb\u03bf\u03c2",
+         "\u03c3\u03ba\u03c5\u0301\u03bb\u03bf\u03c2"}, /* dog */
+        {"\u0386\u0388\u0389\u038a\u038c\u038f\u03aa\u03ab", "\u03ac\u03ad\u03ae\u03af\u03cc\u03ce\u03ca\u03cb",
+         "\u03b1\u0301\u0395\u0301\u03b7\u0301\u03b9\u0301\u03bf\u0301\u03c9\u0301\u03b9\u0308\u03c5\u0308"},
+        {"\u041a\u041e\u0428\u041a\u0410", "\u043a\u043e\u0448\u043a\u0430",
+         "\u041a\u043e\u0448\u043a\u0430"},                                                         /* cat */
+        {"\u0401\u0416\u0418\u041a", "\u0451\u0436\u0438\u043a", "\u0435\u0308\u0436\u0438\u043a"}, /* hedgehog */
+        {"\u0427\u0410\u0419", "\u0447\u0430\u0439", "\u0447\u0430\u0438\u0306"},                   /* tea */
+        {"\u0407\u0416\u0410\u040e\u0402\u0403\u040c", "\u0457\u0436\u0430\u045e\u0452\u0453\u045c",
+         "\u0456\u0308\u0436\u0430\u0443\u0306\u0402\u0433\u0301\u043a\u0301"}};
+    char list[160];
+    for (size_t i = 0; i < sizeof word / sizeof *word; i++)
+        for (int k = 0; k < 3; k++) {
+            Classes m = {0};
+            int32_t label;
+            snprintf(list, sizeof list, "# folders, one a line\nother\n%s\n\u03b3\u0430", word[i][k]);
+            CHECK_OK(classes_open(&m, list, 3));
+            for (int of = 0; of < 3; of++) CHECK(label_of(&m, word[i][of]) == 1);
+            CHECK_ERR(classes_find(&m, "\u03b3\u0430x", &label), "expected one of");
+            CHECK(label_of(&m, "\u0393\u0410") == 2);
+            classes_free(&m);
+        }
+}
+
 static void test_lists(const char *dir) {
     Classes m = {0};
     Config c = {0};
@@ -204,6 +234,7 @@ int main(void) {
     test_folders();
     test_folder_names();
     test_unicode();
+    test_case();
     test_lists(dir);
     rmdir(dir);
     return test_report();
