@@ -168,7 +168,7 @@ COMPONENTS := $(BASE:%=base/%) $(KERNELS:%=kernels/%) $(FILES:%=files/%) data vq
               $(SAMPLING:%=sampling/%) training/discriminator training/perceptual training/restart training/rate training/spike
 PROGRAMS := sample train inpaint $(if $(HAVE_SERVE),serve)
 COLD := base/params base/options base/version $(FILES:%=files/%) data sampling/model sampling/options sampling/terminal
-TESTS := base $(if $(PLAINLY),,gemm conv) checkpoint ckpt npy images profile data vqgan discriminator perceptual transformer classes keys diffusion library fuzz $(if $(PLAINLY),,layers)
+TESTS := base $(if $(PLAINLY),,gemm conv) checkpoint ckpt npy images profile data vqgan discriminator perceptual transformer classes keys schedule diffusion model library fuzz $(if $(PLAINLY),,layers)
 TESTS_DOUBLE := $(if $(PLAINLY),,gemm conv) vqgan discriminator perceptual transformer layers
 
 OBJ := $(COMPONENTS:%=$B/%.o)

@@ -118,6 +118,19 @@ static inline int temporary_folder(char out[FOLDER_BYTES]) {
     return 0;
 }
 
+static inline void write_text(const char *path, const char *text) {
+    FILE *f = fopen(path, "w");
+    if (!CHECK(f != NULL)) return;
+    fputs(text, f);
+    fclose(f);
+}
+
+static inline int remove_folder(const char *folder) {
+    char command[FOLDER_BYTES + 8];
+    snprintf(command, sizeof command, "rm -r %s", folder);
+    return system(command);
+}
+
 /* Whatever opens as a checkpoint must be readable to the last byte (the sanitizers watch). 1: it opened. */
 static inline int open_and_read(const char *path) {
     Checkpoint ck;
