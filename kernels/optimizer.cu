@@ -155,6 +155,7 @@ static Err plan_rows(Device *d, const Params *p) {
     }
     d->arena_floats[0] = values;
     TRY(device_alloc(&d->arena[0], values * sizeof(float), "parameters"));
+    TRY(device_zero(d, d->arena[0], values * sizeof(float))); /* between tensors, too, where swap_kernel reads */
     static const char *const what[5] = {"", "gradients", "first moments", "second moments", "the moving average"};
     for (int k = 1; k < 5; k++) {
         if (!p->arena[k]) continue;
