@@ -11,13 +11,13 @@ enum { SIDE = 64, N = 64, COUNT = 2, USERS = 3, PIXELS = 3 * SIDE * SIDE };
 static struct {
     pthread_mutex_t lock;
     pthread_cond_t all_there;
-    int wanted, there;
+    int wanted, there; /* there: since the beginning; the n-th meeting needs n times those wanted */
 } meeting = {.lock = PTHREAD_MUTEX_INITIALIZER, .all_there = PTHREAD_COND_INITIALIZER};
 
-static void meet(void) {
+static void meet(int nth) {
     pthread_mutex_lock(&meeting.lock);
-    if (++meeting.there == meeting.wanted) pthread_cond_broadcast(&meeting.all_there);
-    while (meeting.there < meeting.wanted) pthread_cond_wait(&meeting.all_there, &meeting.lock);
+    if (++meeting.there == nth * meeting.wanted) pthread_cond_broadcast(&meeting.all_there);
+    while (meeting.there < nth * meeting.wanted) pthread_cond_wait(&meeting.all_there, &meeting.lock);
     pthread_mutex_unlock(&meeting.lock);
 }
 
@@ -35,7 +35,7 @@ typedef struct {
 
 static int on_step(void *context, size_t scale, size_t done, size_t of) {
     User *u = context;
-    if (u->steps++ == 0) meet(); /* from here on all draw at once */
+    if (u->steps++ == 0) meet(1); /* from here on all draw at once */
     u->is_right &= scale >= 1 && scale <= 3 && done <= of;
     return 0;
 }
@@ -73,7 +73,7 @@ static void *use(void *context) {
     imagebart_model *none;
     snprintf(nowhere, sizeof nowhere, "nowhere-%llu", (unsigned long long)u->seed);
     u->is_right &= imagebart_open(&none, nowhere, NULL) == IMAGEBART_FAILED && !none;
-    meet();
+    meet(2);
     snprintf(u->error, sizeof u->error, "%s", imagebart_error());
     u->is_right &= strstr(u->error, nowhere) != NULL;
     return NULL;
