@@ -4,6 +4,10 @@
 #include "sampling/calls.h"
 #include "sampling/sampling.h"
 
+#include <locale.h>
+#ifdef __APPLE__
+#include <xlocale.h>
+#endif
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -15,9 +19,16 @@ struct imagebart_model {
     char device[CUDA_TEXT_BYTES];
 };
 
+/* The caller may have a locale in which 0.9 is written 0,9. In the thread that calls, it is "C" until the call returns, but
+ * for the caller's own functions. */
+typedef struct {
+    locale_t ours, theirs;
+} Locale;
+
 typedef struct {
     Model *model;
     imagebart_options o; /* the caller's, as far as they go */
+    Locale locale;
     Draw draw;
     DrawKind kind;
     EditPicture edit;   /* of DRAW_EDIT */
@@ -48,6 +59,17 @@ void imagebart_threads(size_t n) {
 
 static int status(Err e) {
     return e == OK ? IMAGEBART_OK : IMAGEBART_FAILED;
+}
+
+static Locale locale_enter(void) {
+    Locale l = {.ours = newlocale(LC_ALL_MASK, "C", (locale_t)0)};
+    l.theirs = uselocale(l.ours);
+    return l;
+}
+
+static void locale_leave(Locale l) {
+    uselocale(l.theirs);
+    if (l.ours) freelocale(l.ours);
 }
 
 /* ---- Models ---- */
@@ -90,14 +112,17 @@ static Err obeys_no_level(void) {
 #endif
 }
 
-int imagebart_open_on(imagebart_model **model, const char *name_or_folder, const char *weights, const char *device) {
-    WeightFormat format = WEIGHTS_REAL;
-    imagebart_model *m = *model = NULL;
-    if (obeys_no_level() != OK) return IMAGEBART_FAILED;
-    Err e = name_or_folder ? weight_format(&format, weights, "weights") : err("no model was named");
-    if (e == OK) e = mem_alloc(&m, 1, sizeof *m, "a model");
-    if (e == OK && (e = model_open(&m->model, name_or_folder, NULL)) != OK) free(m); /* it leaves nothing open */
-    if (e != OK) return IMAGEBART_FAILED;
+static Err open_model(imagebart_model **model, const char *name_or_folder, const char *weights, const char *device) {
+    WeightFormat format;
+    imagebart_model *m;
+    *model = NULL;
+    TRY(obeys_no_level());
+    if (!name_or_folder) return err("no model was named");
+    TRY(weight_format(&format, weights, "weights"));
+    TRY(mem_alloc(&m, 1, sizeof *m, "a model"));
+    Err e = model_open(&m->model, name_or_folder, NULL);
+    if (e != OK) free(m); /* it leaves nothing open */
+    TRY(e);
     m->model.weights = format;
     e = choose_device(m, device);
     if (e == OK) e = choose_recommended(m);
@@ -105,6 +130,13 @@ int imagebart_open_on(imagebart_model **model, const char *name_or_folder, const
         *model = m;
     else
         imagebart_close(m);
+    return e;
+}
+
+int imagebart_open_on(imagebart_model **model, const char *name_or_folder, const char *weights, const char *device) {
+    const Locale locale = locale_enter();
+    const Err e = open_model(model, name_or_folder, weights, device);
+    locale_leave(locale);
     return status(e);
 }
 
@@ -157,7 +189,9 @@ static size_t tokens_of_pass(const Call *c) {
 
 static int step(Call *c) {
     const size_t of = tokens_of_pass(c) * c->draw.options.chain[c->scale];
+    uselocale(c->locale.theirs);
     if (c->o.step && c->o.step(c->o.user, c->scale, c->done, of)) c->cancelled = 1;
+    uselocale(c->locale.ours);
     return c->cancelled || c->failed;
 }
 
@@ -169,6 +203,7 @@ static int on_progress(void *context, const DrawBatch *b, int t, size_t repeat, 
     Call *c = context;
     const size_t drawn_before = b->at * b->each * c->model->h * c->model->w * c->draw.options.chain[t];
     c->scale = (size_t)t, c->done = drawn_before + (repeat * of + done) * b->count * b->each;
+    uselocale(c->locale.theirs);
     if (c->o.progress && c->o.progress(c->o.user, (size_t)t, done, of)) c->cancelled = 1;
     return step(c);
 }
@@ -181,10 +216,17 @@ static Err picture_of(Model *m, const int32_t *tokens, real *pixels, Image *im) 
     return image_grid(im, pixels, 1, m->side, m->side, 1, 0);
 }
 
-static void tell(Call *c, const imagebart_picture *p) {
-    if (p->scale && c->o.preview) c->o.preview(c->o.user, p->number, p->scale, p->rgb);
-    if (p->scale && !c->o.previews) return;
+static void tell_picture(Call *c, const imagebart_picture *p) {
+    uselocale(c->locale.theirs);
     if (c->o.picture && c->o.picture(c->o.user, p)) c->cancelled = 1;
+    uselocale(c->locale.ours);
+}
+
+static void tell(Call *c, const imagebart_picture *p) {
+    uselocale(c->locale.theirs);
+    if (p->scale && c->o.preview) c->o.preview(c->o.user, p->number, p->scale, p->rgb);
+    if (!p->scale || c->o.previews) tell_picture(c, p);
+    uselocale(c->locale.ours);
 }
 
 static imagebart_picture picture_to_tell(const Call *c, size_t k, int scale, const Image *im, const int32_t *tokens) {
@@ -268,7 +310,7 @@ static Err tell_its_steps(Call *c, const DrawBatch *batch, size_t b) {
         Image im = {0};
         const Err e = picture_of(c->model, tokens, c->pixels, &im);
         const imagebart_picture p = picture_to_tell(c, k, t, &im, tokens);
-        if (e == OK && c->o.picture(c->o.user, &p)) c->cancelled = 1;
+        if (e == OK) tell_picture(c, &p);
         image_free(&im);
         TRY(e);
     }
@@ -297,6 +339,7 @@ static Err on_drawn(void *context, const DrawBatch *b) {
 
 static Err call_open(Call *c, imagebart_model *model, const imagebart_options *o, DrawKind kind) {
     memset(c, 0, sizeof *c);
+    c->locale = locale_enter();
     c->model = &model->model, c->kind = kind;
     c->scale = (size_t)c->model->schedule.T;
     if (o && o->bytes == 0) return err("imagebart_options.bytes is 0, expected sizeof(imagebart_options)");
@@ -326,6 +369,7 @@ static int call_close(Call *c, Err e) {
     free(c->pixels), free(c->known);
     edit_free(&c->edit);
     draw_free(&c->draw);
+    locale_leave(c->locale);
     if (c->failed) e = err("%s", c->failure);
     if (c->cancelled) e = err("cancelled");
     return c->cancelled ? IMAGEBART_CANCELLED : status(e);

@@ -138,7 +138,56 @@ static void test_details(void) {
     imagebart_close(m);
 }
 
+/* ---- A caller that was compiled for API 1 ---- */
+
+static int never(void *user, size_t scale, size_t done, size_t of) {
+    (void)user, (void)scale, (void)done, (void)of;
+    CHECK(!"called, though the caller's options end before it");
+    return 1;
+}
+
+static size_t passes, previews;
+
+static int on_progress(void *user, size_t scale, size_t done, size_t of) {
+    (void)user;
+    passes += scale >= 1 && done <= of && of == N;
+    return passes == *(size_t *)user;
+}
+
+static void on_preview(void *user, size_t picture, size_t scale, const uint8_t *rgb) {
+    (void)user;
+    previews += picture < COUNT && scale >= 1 && rgb;
+}
+
+static void test_api_1(void) {
+    static uint8_t old[COUNT * PIXELS], new[COUNT * PIXELS];
+    size_t stop = 0;
+    imagebart_model *m;
+    imagebart_options o = {.bytes = offsetof(imagebart_options, step),
+                           .count = COUNT,
+                           .chain_length = "1",
+                           .best_of = 1,
+                           .progress = on_progress,
+                           .preview = on_preview,
+                           .user = &stop,
+                           .step = never,
+                           .guesses = 1};
+    CHECK_OK(imagebart_open_on(&m, "models/emoji", NULL, "cpu"));
+    CHECK_OK(imagebart_sample(m, &o, old, NULL));
+    CHECK(passes > 3 && previews == COUNT * 3);
+    stop = passes + 2;
+    CHECK(imagebart_sample(m, &o, old, NULL) == IMAGEBART_CANCELLED && !strcmp(imagebart_error(), "cancelled"));
+    stop = 0;
+    o.bytes = 0;
+    CHECK_ERR(imagebart_sample(m, &o, old, NULL), "bytes is 0");
+    o.bytes = sizeof o, o.step = NULL, o.preview = NULL, o.guesses = 0;
+    CHECK_OK(imagebart_sample(m, &o, new, NULL));
+    CHECK(!memcmp(old, new, sizeof old));
+    imagebart_close(m);
+}
+
 int main(void) {
+    test_api_1();
     test_details();
     test_at_once();
     return test_report();

@@ -1,7 +1,7 @@
 """test_library.py BUILD: libimagebart by dev/imagebart.py. It draws and completes what ./sample and ./inpaint do, byte by
 byte; two models at once in one process give what each gives alone; errors and cancelling, at every step, leave the model
 usable; it prints nothing, shows no names but its header's, and shares no variables but those that doc and header name."""
-import ctypes, glob, os, re, subprocess, sys, tempfile, threading
+import ctypes, glob, locale, os, re, signal, subprocess, sys, tempfile, threading
 
 build = os.path.abspath(sys.argv[1])
 os.environ["IMAGEBART_LIBRARY"] = build + "/libimagebart.so"
@@ -30,6 +30,7 @@ with tempfile.TemporaryDirectory() as folder:
         with open(path, "rb") as f: return f.read()
     printed, stderr = os.open(said, os.O_CREAT | os.O_RDWR), os.dup(2)
     os.dup2(printed, 2)
+    sys.stderr = sys.stdout
     model, half = imagebart.Model("emoji"), imagebart.Model("models/emoji", weights="bf16")
     side, shape = model.shape.side, model.shape
     ok("shape", (side, shape.h, shape.w, shape.scales, shape.classes) == (64, 8, 8, 3, 9))
@@ -138,11 +139,45 @@ with tempfile.TemporaryDirectory() as folder:
     ok("steps while it is rated", phases.count(phases[-1]) > 3)
     for stop in sorted({1, 2, 3, 5, 8, len(phases) // 2, len(phases) - 2, len(phases)}):
         refused("cancel at step %d of %d" % (stop, len(phases)), "cancelled", lambda: steps_until(stop))
+    # ---- A caller's own locale, in which 0.9 is 0,9 ----
+    if subprocess.call(["localedef", "-i", "de_DE", "-f", "UTF-8", folder + "/de_DE.UTF-8"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) < 2:
+        os.environ["LOCPATH"] = folder
+        locale.setlocale(locale.LC_ALL, "de_DE.UTF-8")
+        points = set()
+        def point(*at): points.add(locale.localeconv()["decimal_point"])
+        other = imagebart.Model("emoji", weights="bf16")
+        ok("the same in German", raw(other.sample(2, step=point, seen=point, **options)) == drawn["bf16"])
+        point()
+        ok("in which the caller is left: %s" % points, points == {","})
+        other.close(), locale.setlocale(locale.LC_ALL, "C")
+    else:
+        print("skipped: a locale with another decimal point, which localedef would make")
+
     refused("cancel at a picture", "cancelled", lambda: model.sample(2, seen=lambda p: p.number == 1, **options))
     ok("it goes on", raw(model.sample(2, **options)) == drawn["f32"])
+    child = os.fork()
+    if not child:
+        signal.alarm(300) # should it hang
+        os._exit(raw(model.sample(2, **options)) != drawn["f32"])
+    ok("in a child of this process", os.waitpid(child, 0)[1] == 0)
     model.close(), half.close()
     os.dup2(stderr, 2)
     ok("nothing was printed: %s" % file(said), file(said) == b"")
+
+    # ---- The example of doc/library.md, in C ----
+    lines = open("doc/library.md").read().split("\n")
+    start = lines.index("    #include <libimagebart.h>")
+    code = "\n".join(line[4:] for line in lines[start:lines.index("    }", lines.index("    }", start) + 1) + 1])
+    with open(folder + "/food.c", "w") as f: f.write(code)
+    subprocess.check_call([os.environ.get("CC", "cc"), "-Wall", "-Wextra", "-Werror", "-I", "sampling", "-o", folder + "/food", folder + "/food.c",
+                           "-L", build, "-limagebart"])
+    os.symlink(build + "/libimagebart.so", folder + "/libimagebart.so.1")
+    where = dict(os.environ, LD_LIBRARY_PATH=folder, IMAGEBART_MODELS=os.path.abspath("models"))
+    ok("the example runs", subprocess.call([folder + "/food"], cwd=folder, env=where) == 0)
+    program("sample", "emoji", "-n", "1", "--seed", "7", "--class", "food")
+    ppm = file(folder + "/food.ppm")
+    imagebart.write_png(mine, side, ppm[-pixels:])
+    ok("the example's picture", ppm.startswith(b"P6 64 64 255\n") and same())
 
 # ---- Names and variables ----
 def names_of(*command): return {line.split()[-1] for line in subprocess.check_output(command, text=True).split("\n") if len(line.split()) > 2}
@@ -150,6 +185,7 @@ calls = set(re.findall(r"^IMAGEBART_CALL [^(]*?(\w+)\(", open("sampling/libimage
 for name, where in ("libimagebart.so", ("-D",)), ("libimagebart.a", ("-g",)):
     names = names_of("nm", *where, "--defined-only", build + "/" + name)
     ok("%s shows its header's names: %s" % (name, names ^ calls), names == calls and len(calls) >= 10)
+ok("it stays loaded, as its threads do", "NODELETE" in subprocess.check_output(["readelf", "-d", build + "/libimagebart.so"], text=True))
 # What can be written to: threads (pool, known), memory of large pictures (lock, given_back, taken); the rest is of programs alone.
 shared = {"pool", "known", "lock", "given_back", "taken"}
 programs = {"plainly", "looked_for_gpu", "program_name", "line_open", "interrupt_flag", "silent", "last_line", "last_t", "last_repeat",
