@@ -1075,74 +1075,89 @@ static void test_params_arithmetic(void) {
     params_free(&p);
 }
 
+/* A table's values, moments and averages, in a file: in the exact type, in two of 16 bits, under the official names of the
+ * moving average, without dots */
+static void write_params(Params *a, TensorList *list) {
+    CHECK_ERR(tensor_list_params(list, a, 'v', "net.", DT_F32), "never planned");
+    CHECK_OK(params_plan(a, PLAN_VALUE | PLAN_ADAM | PLAN_EMA));
+    params_init(a, 3);
+    for (int k = 2; k < 5; k++)
+        for (size_t i = 0; i < a->total; i++) a->arena[k][i] = (real)(k + (double)(i % 64) / 64);
+    Dtype exact = sizeof(real) == 8 ? DT_F64 : DT_F32;
+    CHECK_OK(tensor_list_params(list, a, 'v', "net.", exact));
+    CHECK_OK(tensor_list_params(list, a, '1', "m.", DT_F16));
+    CHECK_OK(tensor_list_params(list, a, '2', "v.", DT_BF16));
+    CHECK_OK(tensor_list_params(list, a, 'e', "ema.", exact));
+    CHECK_ERR(tensor_list_params(list, a, 'x', "net.", DT_F32), "kind 'x'");
+    CHECK_OK(tensor_list_add(list, "net_ema.encoderlayers0weight", exact, 2, a->row[0].dim, a->row[0].ema, 1));
+    for (size_t i = 1; i < a->n; i++) {
+        char name[64], *dot;
+        snprintf(name, sizeof name, "net_ema/%.40s", a->row[i].name);
+        while ((dot = strchr(name, '.'))) memmove(dot, dot + 1, strlen(dot));
+        name[7] = '.';
+        CHECK_OK(tensor_list_add(list, name, exact, a->row[i].ndim, a->row[i].dim, a->row[i].ema, 1));
+    }
+    CHECK_OK(checkpoint_write(in_folder("params"), list->tensor, list->from_real, list->n, NULL));
+}
+
+/* b: planned, from what a wrote */
+static void test_params_loaded(const Params *a, Params *b, const Checkpoint *ck) {
+    const size_t bytes = a->total * sizeof(real);
+    CHECK_OK(params_load(b, ck, 'v', "net."));
+    CHECK(!memcmp(a->arena[0], b->arena[0], bytes));
+    CHECK_OK(params_load_ema(b, ck, 'e', "net_ema."));
+    for (size_t i = 0; i < b->n; i++) CHECK(!memcmp(a->row[i].ema, b->row[i].ema, b->row[i].size * sizeof(real)));
+    CHECK(!memcmp(a->arena[0], b->arena[0], bytes));
+    CHECK_OK(params_load_ema(b, ck, 'v', "net_ema."));
+    CHECK(!memcmp(a->row[1].ema, b->row[1].value, b->row[1].size * sizeof(real)));
+    CHECK_OK(params_load(b, ck, 'v', "m."));
+    CHECK_NEAR("moments as F16", b->row[0].value, a->row[0].m, b->row[0].size, 0, 1.0 / 2048);
+    CHECK_OK(params_load(b, ck, 'v', "v."));
+    CHECK_NEAR("moments as BF16", b->row[0].value, a->row[0].v, b->row[0].size, 0, 1.0 / 256);
+}
+
+static void drop_values(Params *p) {
+    free(p->arena[0]);
+    p->arena[0] = NULL;
+}
+
+/* As they lie in the file, or copied; b has no memory then */
+static void test_params_mapped(const Params *a, Params *b, const Checkpoint *ck) {
+    const char *map = (const char *)ck->map;
+    CHECK_ERR(params_map(b, ck, "net.", 0), "cannot be mapped"); /* it has memory */
+    for (int k = 0; k < 5; k++) {
+        free(b->arena[k]);
+        b->arena[k] = NULL;
+    }
+    CHECK_OK(params_map(b, ck, "net.", 0));
+    for (size_t i = 0; i < b->n; i++) {
+        const char *value = (const char *)b->row[i].value;
+        CHECK(value >= map && value < map + ck->map_bytes);
+        CHECK(!memcmp(a->row[i].value, value, b->row[i].size * sizeof(real)));
+    }
+    drop_values(b);
+    CHECK_OK(params_map(b, ck, "m.", 0));
+    for (size_t i = 0; i < b->n; i++)
+        CHECK((const char *)b->row[i].value < map || (const char *)b->row[i].value >= map + ck->map_bytes);
+    CHECK_NEAR("moments as F16, copied", b->row[1].value, a->row[1].m, b->row[1].size, 0, 1.0 / 2048);
+    drop_values(b);
+    CHECK_OK(params_map(b, ck, "net_ema.", 1));
+    CHECK(!memcmp(a->row[1].ema, b->row[1].value, b->row[1].size * sizeof(real)));
+    drop_values(b);
+}
+
 static void test_params_files(void) {
     Params a = {0}, b = {0};
     TensorList list = {0};
     Checkpoint ck;
     make_params(&a);
     make_params(&b);
-    CHECK_ERR(tensor_list_params(&list, &a, 'v', "net.", DT_F32), "never planned");
-    CHECK_OK(params_plan(&a, PLAN_VALUE | PLAN_ADAM | PLAN_EMA));
+    write_params(&a, &list);
     CHECK_OK(params_plan(&b, PLAN_VALUE | PLAN_EMA));
-    params_init(&a, 3);
-    for (int k = 2; k < 5; k++)
-        for (size_t i = 0; i < a.total; i++) a.arena[k][i] = (real)(k + (double)(i % 64) / 64);
-    Dtype exact = sizeof(real) == 8 ? DT_F64 : DT_F32;
-    CHECK_OK(tensor_list_params(&list, &a, 'v', "net.", exact));
-    CHECK_OK(tensor_list_params(&list, &a, '1', "m.", DT_F16));
-    CHECK_OK(tensor_list_params(&list, &a, '2', "v.", DT_BF16));
-    CHECK_OK(tensor_list_params(&list, &a, 'e', "ema.", exact));
-    CHECK_ERR(tensor_list_params(&list, &a, 'x', "net.", DT_F32), "kind 'x'");
-    /* the official names of the moving average, without dots */
-    CHECK_OK(tensor_list_add(&list, "net_ema.encoderlayers0weight", exact, 2, a.row[0].dim, a.row[0].ema, 1));
-    for (size_t i = 1; i < a.n; i++) {
-        char name[64], *dot;
-        snprintf(name, sizeof name, "net_ema/%.40s", a.row[i].name);
-        while ((dot = strchr(name, '.'))) memmove(dot, dot + 1, strlen(dot));
-        name[7] = '.';
-        CHECK_OK(tensor_list_add(&list, name, exact, a.row[i].ndim, a.row[i].dim, a.row[i].ema, 1));
-    }
-    CHECK_OK(checkpoint_write(in_folder("params"), list.tensor, list.from_real, list.n, NULL));
     CHECK_OK(checkpoint_open(&ck, in_folder("params")));
     CHECK(ck.n == 5 * a.n);
-
-    size_t bytes = a.total * sizeof(real);
-    CHECK_OK(params_load(&b, &ck, 'v', "net."));
-    CHECK(!memcmp(a.arena[0], b.arena[0], bytes));
-    CHECK_OK(params_load_ema(&b, &ck, 'e', "net_ema."));
-    for (size_t i = 0; i < b.n; i++) CHECK(!memcmp(a.row[i].ema, b.row[i].ema, b.row[i].size * sizeof(real)));
-    CHECK(!memcmp(a.arena[0], b.arena[0], bytes));
-    CHECK_OK(params_load_ema(&b, &ck, 'v', "net_ema."));
-    CHECK(!memcmp(a.row[1].ema, b.row[1].value, b.row[1].size * sizeof(real)));
-    CHECK_OK(params_load(&b, &ck, 'v', "m."));
-    CHECK_NEAR("moments as F16", b.row[0].value, a.row[0].m, b.row[0].size, 0, 1.0 / 2048);
-    CHECK_OK(params_load(&b, &ck, 'v', "v."));
-    CHECK_NEAR("moments as BF16", b.row[0].value, a.row[0].v, b.row[0].size, 0, 1.0 / 256);
-
-    CHECK_ERR(params_map(&b, &ck, "net.", 0), "cannot be mapped"); /* it has memory */
-    for (int k = 0; k < 5; k++) {                                  /* as they lie in the file, or copied */
-        free(b.arena[k]);
-        b.arena[k] = NULL;
-    }
-    const char *map = (const char *)ck.map;
-    CHECK_OK(params_map(&b, &ck, "net.", 0));
-    for (size_t i = 0; i < b.n; i++) {
-        const char *value = (const char *)b.row[i].value;
-        CHECK(value >= map && value < map + ck.map_bytes);
-        CHECK(!memcmp(a.row[i].value, value, b.row[i].size * sizeof(real)));
-    }
-    free(b.arena[0]);
-    b.arena[0] = NULL;
-    CHECK_OK(params_map(&b, &ck, "m.", 0));
-    for (size_t i = 0; i < b.n; i++)
-        CHECK((const char *)b.row[i].value < map || (const char *)b.row[i].value >= map + ck.map_bytes);
-    CHECK_NEAR("moments as F16, copied", b.row[1].value, a.row[1].m, b.row[1].size, 0, 1.0 / 2048);
-    free(b.arena[0]);
-    b.arena[0] = NULL;
-    CHECK_OK(params_map(&b, &ck, "net_ema.", 1));
-    CHECK(!memcmp(a.row[1].ema, b.row[1].value, b.row[1].size * sizeof(real)));
-    free(b.arena[0]);
-    b.arena[0] = NULL;
+    test_params_loaded(&a, &b, &ck);
+    test_params_mapped(&a, &b, &ck);
     CHECK_OK(params_plan(&b, PLAN_VALUE | PLAN_EMA));
     CHECK_ERR(params_load(&b, &ck, 'v', "nets."), "no tensor 'nets.encoder.layers.0.weight'");
     CHECK_ERR(params_load(&b, &ck, 'v', ""), "(there is '"); /* the prefix was forgotten */

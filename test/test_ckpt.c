@@ -347,7 +347,11 @@ static void test_protocols(void) {
     CHECK_OK(open_file(&ck));
     check_numbers(&ck, "w", (const double[]){2, 3}, 2);
     checkpoint_close(&ck);
+}
 
+static void test_bad_pickles(void) {
+    Checkpoint ck;
+    Bytes *p = &pickle;
     static const struct {
         const char *pickle, *error;
     } others[] = {
@@ -706,6 +710,11 @@ static void test_hostile_archives(void) {
     lie_at_end(1, 22 + 12, UINT64_MAX, 8, "not where it says");
     lie_at_end(1, 22 + 20 + 8, UINT64_MAX - 7, 8, "does not fit in it");
     lie_at_end(1, 22 + 20 + 24, UINT64_MAX / 8, 8, "does not fit in it");
+}
+
+/* Archives that are others than torch.save writes */
+static void test_foreign_archives(void) {
+    Checkpoint ck;
     make_archive(0);
     set(file.b + 60, 0, 1); /* inside data.pkl */
     CHECK_ERR(open_file(&ck), "damaged 'scale 1/data.pkl': its checksum differs");
@@ -1037,8 +1046,10 @@ static int test_all(void) {
     test_objects();
     test_bounds();
     test_protocols();
+    test_bad_pickles();
     test_hostile_tensors();
     test_hostile_archives();
+    test_foreign_archives();
     test_hostile_old();
     unlink(path);
     return test_report();

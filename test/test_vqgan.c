@@ -580,11 +580,57 @@ static void write_model(Vqgan *v, const char *path, const int64_t *used, size_t 
     tensor_list_free(&list);
 }
 
+static const int64_t remap_used[4] = {9, 2, 5, 10};
+enum { REMAP_B = 3, REMAP_N = 15 * 12 };
+
+/* The tokens of pictures, where raw says the nearest entries: known ones have their number, each unknown one any, other
+ * ones under another seed. */
+static void check_tokens(const int32_t *raw, const int32_t *tokens, const int32_t *other) {
+    size_t known = 0, unknown = 0, moved = 0, count[4] = {0};
+    for (size_t i = 0; i < REMAP_B * REMAP_N; i++) {
+        CHECK(tokens[i] >= 0 && tokens[i] < 4);
+        count[tokens[i]]++;
+        size_t at = 0;
+        while (at < 4 && remap_used[at] != raw[i]) at++;
+        if (at < 4) {
+            known++;
+            if (tokens[i] != (int32_t)at || other[i] != (int32_t)at) CHECK(!"a known code moved");
+        } else {
+            unknown++;
+            moved += other[i] != tokens[i];
+        }
+    }
+    CHECK(known > 20 && unknown > 20 && moved > unknown / 2);
+    CHECK(count[0] > 20 && count[1] > 20 && count[2] > 20 && count[3] > 20);
+}
+
+static void test_remapped(Vqgan *w) {
+    enum { B = REMAP_B, N = REMAP_N };
+    real *image = random_reals(B * 3 * 60 * 48, 2, 60), *back = random_reals(B * N * 5, 1, 61);
+    real *book = find(w, "quantize.embedding.weight")->value, *z = random_reals(B * N * 5, 1, 62);
+    static int32_t raw[B * N], tokens[B * N], again[B * N], other[B * N];
+    CHECK_OK(vqgan_plan(w, B, 60, 48, 0));
+    CHECK_OK(vqgan_encode(w, image, B, 60, 48, 1, z, NULL, NULL));
+    for (size_t k = 0; k < 11; k++) /* entries that are latents, so that each is the nearest of some */
+        for (size_t d = 0; d < 5; d++) book[k * 5 + d] = z[d * N + k * N / 11];
+    CHECK_OK(vqgan_encode(w, image, B, 60, 48, 1, NULL, raw, tokens));
+    CHECK_OK(vqgan_encode(w, image, B, 60, 48, 1, NULL, NULL, again));
+    CHECK_OK(vqgan_encode(w, image, B, 60, 48, 2, NULL, NULL, other));
+    check_tokens(raw, tokens, other);
+    CHECK(memcmp(tokens, again, sizeof tokens) == 0);
+    CHECK_OK(first_stage_lookup(w, tokens, B, N, back));
+    CHECK(back[0] == book[remap_used[tokens[0]] * 5]);
+    free(image);
+    free(z);
+    free(back);
+}
+
 static void test_remap(void) {
     const char *path = "/tmp/test_vqgan.safetensors";
     VqganConfig c = tiny();
     c.re_embed = 4;
-    int64_t used[4] = {9, 2, 5, 10};
+    int64_t used[4];
+    memcpy(used, remap_used, sizeof used);
     Vqgan *v = make(&c, 0), *w = make(&c, 0);
     Checkpoint ck;
     memset(&ck, 0, sizeof ck);
@@ -596,38 +642,7 @@ static void test_remap(void) {
     CHECK(vqgan_K(w) == 4 && vqgan_used(w)[0] == 9 && vqgan_used(w)[3] == 10);
     const real *a = find(v, "encoder.mid.attn_1.q.weight")->value, *b = find(w, "encoder.mid.attn_1.q.weight")->value;
     CHECK_NEAR("loaded", b, a, 32 * 32, 0, 1e-7);
-
-    enum { B = 3, N = 15 * 12 };
-    real *image = random_reals(B * 3 * 60 * 48, 2, 60), *back = random_reals(B * N * 5, 1, 61);
-    real *book = find(w, "quantize.embedding.weight")->value, *z = random_reals(B * N * 5, 1, 62);
-    static int32_t raw[B * N], tokens[B * N], again[B * N], other[B * N];
-    size_t known = 0, unknown = 0, moved = 0, count[4] = {0};
-    CHECK_OK(vqgan_plan(w, B, 60, 48, 0));
-    CHECK_OK(vqgan_encode(w, image, B, 60, 48, 1, z, NULL, NULL));
-    for (size_t k = 0; k < 11; k++) /* entries that are latents, so that each is the nearest of some */
-        for (size_t d = 0; d < 5; d++) book[k * 5 + d] = z[d * N + k * N / 11];
-    CHECK_OK(vqgan_encode(w, image, B, 60, 48, 1, NULL, raw, tokens));
-    CHECK_OK(vqgan_encode(w, image, B, 60, 48, 1, NULL, NULL, again));
-    CHECK_OK(vqgan_encode(w, image, B, 60, 48, 2, NULL, NULL, other));
-    for (size_t i = 0; i < B * N; i++) {
-        CHECK(tokens[i] >= 0 && tokens[i] < 4);
-        count[tokens[i]]++;
-        size_t at = 0;
-        while (at < 4 && used[at] != raw[i]) at++;
-        if (at < 4) {
-            known++;
-            if (tokens[i] != (int32_t)at || other[i] != (int32_t)at) CHECK(!"a known code moved");
-        } else {
-            unknown++;
-            moved += other[i] != tokens[i];
-        }
-    }
-    CHECK(known > 20 && unknown > 20 && moved > unknown / 2);
-    CHECK(count[0] > 20 && count[1] > 20 && count[2] > 20 && count[3] > 20);
-    CHECK(memcmp(tokens, again, sizeof tokens) == 0);
-    CHECK_OK(first_stage_lookup(w, tokens, B, N, back));
-    CHECK(back[0] == book[used[tokens[0]] * 5]);
-    free(image);
+    test_remapped(w);
 
     used[2] = 11;
     write_model(v, path, used, 4);
@@ -640,8 +655,6 @@ static void test_remap(void) {
     CHECK_ERR(vqgan_load(w, &ck, "first_stage_model."), "quantize.used");
     checkpoint_close(&ck);
     remove(path);
-    free(z);
-    free(back);
     vqgan_free(v);
     vqgan_free(w);
 }
