@@ -142,6 +142,27 @@ static Activation activation_on(const ActivationSide *side, size_t M, size_t n, 
     return s;
 }
 
+/* The same on the device; what is turned lies there so; a is to be written. */
+static ActivationSide sent_side(const ActivationSide *here, size_t n, size_t M) {
+    ActivationSide there = {as_real((floatX *)on_device(n * M * sizeof(floatX))),
+                            as_real(send_turned(here->y, M, n)),
+                            as_real(send_turned(here->other, M, n)),
+                            as_real(send_turned(here->g, M, n)),
+                            send(here->dgamma, M),
+                            send(here->dbeta, M),
+                            NULL,
+                            send(here->tracked, 1),
+                            send(here->gamma, M),
+                            send(here->beta, M)};
+    return there;
+}
+
+static void near_statistics(const Activation *gpu, const Activation *plain, size_t M) {
+    near_f("mean", gpu->mean, plain->mean, M), near_f("1/deviation", gpu->rstd, plain->rstd, M);
+    near_f("running mean", gpu->running_mean, plain->running_mean, M);
+    near_f("running variance", gpu->running_var, plain->running_var, M);
+}
+
 /* normal: with a norm, else a bias */
 static void test_norm(size_t n, size_t M, double step, int normal) {
     const size_t size = n * M;
@@ -164,16 +185,7 @@ static void test_norm(size_t n, size_t M, double step, int normal) {
                                gamma,
                                beta};
         for (size_t i = 2 * M; i < 4 * M; i++) stats[i] = (real)fabs((double)stats[i]);
-        ActivationSide there = {as_real((floatX *)on_device(size * sizeof(floatX))),
-                                as_real(send_turned(y, M, n)),
-                                as_real(send_turned(other, M, n)),
-                                as_real(send_turned(da, M, n)),
-                                send(here.dgamma, M),
-                                send(here.dbeta, M),
-                                NULL,
-                                send(&tracked, 1),
-                                send(gamma, M),
-                                send(beta, M)};
+        ActivationSide there = sent_side(&here, n, M);
         Activation s = activation_on(&here, M, n, normal), gpu_s = activation_on(&there, M, n, normal);
         gpu_s.mean = send(stats, M), gpu_s.rstd = send(stats + M, M);
         gpu_s.running_mean = send(stats + 2 * M, M), gpu_s.running_var = send(stats + 3 * M, M);
@@ -193,9 +205,7 @@ static void test_norm(size_t n, size_t M, double step, int normal) {
         near_f("norm dbeta", there.dbeta, here.dbeta, M);
         CHECK_OK(to_host(device, &dev_tracked, there.tracked, sizeof dev_tracked));
         CHECK(dev_tracked == (normal ? 4 : 3) && tracked == dev_tracked);
-        if (normal) near_f("mean", gpu_s.mean, s.mean, M), near_f("1/deviation", gpu_s.rstd, s.rstd, M);
-        if (normal) near_f("running mean", gpu_s.running_mean, s.running_mean, M);
-        if (normal) near_f("running variance", gpu_s.running_var, s.running_var, M);
+        if (normal) near_statistics(&gpu_s, &s, M);
         digest = 0;
         add_digest(there.a, size * sizeof(floatX)), add_digest(there.g, size * sizeof(floatX)),
             add_digest(there.dgamma, M * 4);
