@@ -26,9 +26,22 @@ def ok(what, good, found=""):
 
 
 def profile(name):
-    """An ICC profile that has nothing but a name"""
-    rest = struct.pack(">I4sII", 1, b"desc", 144, 13 + len(name)) + b"desc\0\0\0\0" + struct.pack(">I", len(name) + 1) + name + b"\0"
-    return struct.pack(">I12s4s4s12s4s88s", 128 + len(rest), b"", b"RGB ", b"XYZ ", b"", b"acsp", b"") + rest
+    """An ICC profile of that name with the primaries of Display P3 and sRGB's curve"""
+    def number(*values):
+        return b"".join(struct.pack(">i", round(v * 65536)) for v in values)
+
+    parts = [(b"desc", b"desc\0\0\0\0" + struct.pack(">I", len(name) + 1) + name + bytes(4 - len(name) % 4))]
+    for tag, xyz in ((b"rXYZ", (0.5151, 0.2412, -0.0011)), (b"gXYZ", (0.2920, 0.6922, 0.0419)), (b"bXYZ", (0.1571, 0.0666, 0.7841))):
+        parts.append((tag, b"XYZ \0\0\0\0" + number(*xyz)))
+    for tag in (b"rTRC", b"gTRC", b"bTRC"):
+        parts.append((tag, b"para\0\0\0\0\0\3\0\0" + number(2.4, 1 / 1.055, 0.055 / 1.055, 1 / 12.92, 0.04045)))
+    table, data = struct.pack(">I", len(parts)), b""
+    for tag, content in parts:
+        table += tag + struct.pack(">II", 132 + 12 * len(parts) + len(data), len(content))
+        data += content
+    head = struct.pack(">I4sI4s4s4s12s4s28s12s48s", 128 + len(table + data), b"", 0x04000000, b"mntr", b"RGB ", b"XYZ ", b"", b"acsp", b"",
+                       number(0.9642, 1, 0.8249), b"")
+    return head + table + data
 
 
 def profile_in(png):
@@ -226,6 +239,11 @@ def test_edit():
     w, h, c, got = read_png(result)
     ok("its own size", (w, h, c) == (W, H, 4), (w, h, c))
     ok("its own colours", profile_in(result) == profile(b"Display P3"))
+    place = next(i for i in range(W * H) if pixels[4 * i + 3] == 255 and not mask[i] and max(pixels[4 * i:4 * i + 3]) - min(pixels[4 * i:4 * i + 3]) > 90)
+    seen = page.js("""const seen = async (blob) => { const b = await createImageBitmap(blob), c = document.createElement('canvas').getContext('2d');
+            c.drawImage(b, -(arguments[0] % b.width), -Math.floor(arguments[0] / b.width)); return [...c.getImageData(0, 0, 1, 1).data].slice(0, 3); };
+        return [await seen(edit.file), await seen(edit.run.pictures[0].blob)];""", place)
+    ok("and they look so in a browser", seen[0] == seen[1] and seen[0] != list(pixels[4 * place:4 * place + 3]), (seen, pixels[4 * place:4 * place + 3]))
     changed = [i for i in range(W * H) if got[4 * i:4 * i + 4] != bytes(pixels[4 * i:4 * i + 4])]
     ok("what the mask keeps is the same to the bit", not [i for i in changed if not mask[i]], len(changed))
     ok("what it does not is not", len(changed) > area * 0.7, len(changed))
