@@ -700,10 +700,8 @@ static int is_monotone(const char *events) {
     return last_scale == 1;
 }
 
-static void test_sample(const char *dir) {
-    char id[32], again[32], one[32];
-    Answer a = post(S "\"count\":2,\"seed\":7,\"best_of\":1,\"class\":\"food\",\"chain_length\":2,\"guidance\":2}");
-    CHECK(taken(id, &a) == 0);
+/* What was sent of a job that is done, again from any event on */
+static void check_events(const char *id) {
     char *events = events_of(id, NULL);
     CHECK(!strncmp(events, "id: 1\nevent: queued\ndata: {\"place\":0}\n\n", 39));
     CHECK(count_of(events, "event: preview\n") == 6 && is_monotone(events));
@@ -724,9 +722,10 @@ static void test_sample(const char *dir) {
     char path[128], header[64];
     snprintf(path, sizeof path, "api/jobs/%s/events", id);
     snprintf(header, sizeof header, "Last-Event-ID: %s\r\n", last);
-    a = call("GET", path, header, "", 0);
-    CHECK(a.status == 204);
+    CHECK(call("GET", path, header, "", 0).status == 204);
+}
 
+static void check_results(const char *id) {
     cJSON *x = state_of(id);
     const cJSON *job = cJSON_GetObjectItem(x, "job"), *results = cJSON_GetObjectItem(x, "results");
     char *guidance = cJSON_PrintUnformatted(cJSON_GetObjectItem(job, "guidance"));
@@ -736,12 +735,15 @@ static void test_sample(const char *dir) {
     const double bound = cJSON_GetObjectItem(cJSON_GetArrayItem(results, 1), "bound")->valuedouble;
     CHECK(bound < 0 && bound > -50);
     cJSON_Delete(x);
-    a = of_job(id, "/1.json");
+    const Answer a = of_job(id, "/1.json");
     x = cJSON_Parse(a.body);
     CHECK(cJSON_GetArraySize(cJSON_GetObjectItem(x, "tokens")) == 64 &&
           cJSON_GetArraySize(cJSON_GetObjectItem(x, "entropy")) == 64);
     CHECK(fabs(cJSON_GetObjectItem(x, "bound")->valuedouble - bound) < 1e-6);
     cJSON_Delete(x);
+}
+
+static void check_files(const char *id) {
     const struct {
         const char *file;
         int status;
@@ -750,15 +752,18 @@ static void test_sample(const char *dir) {
         {"/0.gif", 404},          {"/0.png?scale=3", 200},  {"/1.png?scale=1", 200},  {"/0.png?scale=4", 404},
         {"/0.png?scale=0", 404},  {"/0.png?scale=x", 400},  {"/0.png?scale=", 400},   {"/2.json", 404},
         {"/0.json?scale=0", 404}, {"/0.json?scale=4", 404}, {"/0.json?scale=x", 400}, {"/2.json?scale=1", 404}};
-    check_chain(id, 1);
     for (size_t i = 0; i < sizeof files / sizeof *files; i++)
         test_note(of_job(id, files[i].file).status == files[i].status, __FILE__, __LINE__, files[i].file);
+}
 
-    /* previews change nothing; picture 1 alone is the command's file, byte for byte */
-    a = post(S "\"count\":1,\"first\":1,\"seed\":7,\"best_of\":1,\"class\":\"food\",\"chain_length\":2,\"guidance\":2,"
+/* Previews change nothing; picture 1 alone is the command's file, byte for byte. */
+static void check_alone(const char *dir, const char *id) {
+    char one[32];
+    Answer a =
+        post(S "\"count\":1,\"first\":1,\"seed\":7,\"best_of\":1,\"class\":\"food\",\"chain_length\":2,\"guidance\":2,"
                "\"previews\":false}");
     taken(one, &a);
-    events = events_of(one, NULL);
+    char *events = events_of(one, NULL);
     CHECK(!strstr(events, "event: preview"));
     free(events);
     CHECK(of_job(one, "/0.png?scale=1").status == 404);
@@ -767,12 +772,15 @@ static void test_sample(const char *dir) {
     CHECK(same_file(&a, dir, "samples.png"));
     Answer b = of_job(id, "/1.png");
     CHECK(same_file(&b, dir, "samples.png"));
-    /* what a picture says is a job that draws it */
-    b = of_job(id, "/1.png");
+}
+
+/* What a picture says is a job that draws it. */
+static void check_settings(const char *id) {
+    const Answer b = of_job(id, "/1.png");
     char *bytes = malloc(b.size);
     const size_t size = b.size;
     memcpy(bytes, b.body, size);
-    a = call("POST", "api/settings", "", bytes, size);
+    Answer a = call("POST", "api/settings", "", bytes, size);
     CHECK(a.status == 200 && strstr(a.body, "\"first\":1") && strstr(a.body, "\"count\":1") &&
           strstr(a.body, "\"seed\":7"));
     a = call("POST", "api/settings", "", bytes, size / 2);
@@ -780,10 +788,21 @@ static void test_sample(const char *dir) {
     free(bytes);
     a = call("POST", "api/settings", "", "GIF89a", 6);
     CHECK(a.status == 415);
+}
+
+static void test_sample(const char *dir) {
+    char id[32], path[128];
+    Answer a = post(S "\"count\":2,\"seed\":7,\"best_of\":1,\"class\":\"food\",\"chain_length\":2,\"guidance\":2}");
+    CHECK(taken(id, &a) == 0);
+    check_events(id);
+    check_results(id);
+    check_chain(id, 1);
+    check_files(id);
+    check_alone(dir, id);
+    check_settings(id);
     snprintf(path, sizeof path, "api/jobs/%s", id);
     CHECK(call("DELETE", path, "", "", 0).status == 204 && get(path).status == 410 &&
           call("DELETE", path, "", "", 0).status == 410);
-    (void)again;
 }
 
 static double until_over(const char *id) {
@@ -957,7 +976,7 @@ static void test_extend(const char *dir) {
 }
 
 /* Forms and pictures that are refused */
-static void test_bad_edits(void) {
+static void test_bad_forms(void) {
     static const struct {
         const char *type, *body;
     } forms[] = {
@@ -984,6 +1003,26 @@ static void test_bad_edits(void) {
         test_note(call("POST", "api/jobs", header, forms[i].body, strlen(forms[i].body)).status == 400, __FILE__,
                   __LINE__, forms[i].body);
     }
+}
+
+/* A small file that promises 100 million pixels */
+static void check_huge(const uint8_t *image, size_t n) {
+    uint8_t *huge = malloc(n);
+    memcpy(huge, image, n);
+    const uint32_t side = 10000;
+    for (int i = 0; i < 4; i++) huge[16 + i] = huge[20 + i] = (uint8_t)(side >> (24 - 8 * i));
+    uint32_t crc = 0xFFFFFFFF;
+    for (size_t i = 12; i < 29; i++)
+        for (int bit = 0; bit < 8; bit++) {
+            if (bit == 0) crc ^= huge[i];
+            crc = crc & 1 ? crc >> 1 ^ 0xEDB88320 : crc >> 1;
+        }
+    for (int i = 0; i < 4; i++) huge[29 + i] = (uint8_t)(~crc >> (24 - 8 * i));
+    CHECK(post_form("{\"kind\":\"inpaint\",\"half\":\"upper\"}", huge, n, NULL, 0).status == 413);
+    free(huge);
+}
+
+static void test_bad_edits(void) {
     Image im, mask;
     uint8_t *image, *bytes;
     size_t n, m;
@@ -1003,21 +1042,9 @@ static void test_bad_edits(void) {
     mask.H = 50;
     CHECK_OK(image_encode_png(&bytes, &m, &mask, NULL));
     CHECK(post_form("{\"kind\":\"inpaint\"}", image, n, bytes, m).status == 422); /* another size */
-    /* a small file that promises 100 million pixels */
-    uint8_t *huge = malloc(n);
-    memcpy(huge, image, n);
-    const uint32_t side = 10000;
-    for (int i = 0; i < 4; i++) huge[16 + i] = huge[20 + i] = (uint8_t)(side >> (24 - 8 * i));
-    uint32_t crc = 0xFFFFFFFF;
-    for (size_t i = 12; i < 29; i++)
-        for (int bit = 0; bit < 8; bit++) {
-            if (bit == 0) crc ^= huge[i];
-            crc = crc & 1 ? crc >> 1 ^ 0xEDB88320 : crc >> 1;
-        }
-    for (int i = 0; i < 4; i++) huge[29 + i] = (uint8_t)(~crc >> (24 - 8 * i));
-    CHECK(post_form("{\"kind\":\"inpaint\",\"half\":\"upper\"}", huge, n, NULL, 0).status == 413);
+    check_huge(image, n);
     image_free(&im), image_free(&mask);
-    free(image), free(bytes), free(huge);
+    free(image), free(bytes);
 }
 
 static void test_jobs(const char *dir) {
@@ -1028,6 +1055,7 @@ static void test_jobs(const char *dir) {
     test_edit(dir, 100, 150, 1,
               "{\"kind\":\"inpaint\",\"seed\":3,\"best_of\":1,\"temperature\":[0.1234567890123,1,0.5]}");
     test_extend(dir);
+    test_bad_forms();
     test_bad_edits();
     test_queue();
 }
