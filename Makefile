@@ -14,7 +14,8 @@
 # make bench        how fast, as fractions of this machine's ceilings and beside PyTorch; also in bench.tsv
 # make walkthrough the numbers of doc/walkthrough.md: test/walkthrough 1 ... 8
 # make faults       every call for a file of short runs fails or kills, every allocation fails (a sample is in make test)
-# make install PREFIX=/usr/local DESTDIR=   one program, imagebart, with models, man pages, completion; make uninstall
+# make install PREFIX=/usr/local DESTDIR=   one program, imagebart, with models, man pages, completion; make uninstall;
+#                   dev/Dockerfile: the same in a container
 # make lib          libimagebart.so and .a for other programs: sampling/libimagebart.h; dev/imagebart.py for Python; then
 #                   make install installs them too, with the same MARCH and NVCC
 # make fuzz FUZZ_SECONDS=60  all that reads files under libFuzzer (needs clang; Debian: clang, libclang-rt-14-dev)
@@ -23,7 +24,7 @@
 # make fullsize     the official models at full size, with random weights, against PyTorch (PYTHON=..., MODELS=...)
 # make data/emoji   the pictures that the bundled model was trained on
 # Variables: NVCC=... (empty: no CUDA), CUDA_ARCH="80 90", HAVE_WEBP=, HAVE_LMDB=, HAVE_MPI= and HAVE_SERVE= leave these out though they are there,
-# STATIC=1 (the libraries for images linked in, for machines that lack them),
+# PKG_CONFIG=... (which says where libraries are, if it is there), STATIC=1 (the libraries for images linked in, for machines that lack them),
 # CC=clang, MARCH=x86-64-v3 (one processor's instructions, for tests too), SANITIZE=1 (each combination builds in its own
 # folder), -j1 (default: as many jobs as there are processors),
 # MODELS_URL=https://... (where official models come from), PYTHON=... (which has PyTorch, for comparisons).
@@ -47,6 +48,7 @@ B := build/$(notdir $(CC))-$(MARCH)$(if $(filter 1,$(SANITIZE)),-sanitize)$(if $
 say = $(if $(filter 1,$(V))$(findstring s,$(firstword -$(MAKEFLAGS))),,@printf '%-5s%s\n' '$1' '$2';)
 
 comma := ,
+hash := \#
 space := $(subst ,, )
 
 # nvcc 12 or later makes the programs compute on NVIDIA GPUs too. CUDA_ARCH: the compute capabilities to compile for, e.g.
@@ -57,7 +59,7 @@ ifneq ($(filter 1,$(SANITIZE))$(PLAINLY),)
 override NVCC :=
 endif
 CUDA_ARCH ?= 80
-HAVE_NCCL = $(if $(NVCC),$(call compiles,#include <nccl.h>\nint main(void) { return 0; },-I$(dir $(NVCC))../include))
+HAVE_NCCL = $(if $(NVCC),$(call compiles,$(hash)include <nccl.h>\nint main(void) { return 0; },-I$(dir $(NVCC))../include))
 
 # ---- what this machine has: each feature is verified by compiling something ----
 compiles = $(shell printf '%b\n' '$(1)' | $(CC) -x c - $(2) -o /dev/null 2>/dev/null && echo yes)
@@ -67,18 +69,29 @@ HAVE_MARCH := $(call compiles,int main(void) { return 0; },-march=$(MARCH))
 STATIC ?= 0
 ARCHIVES := $(if $(filter 1,$(STATIC)),-Wl$(comma)-Bstatic)
 SHARED := $(if $(filter 1,$(STATIC)),-Wl$(comma)-Bdynamic)
-HAVE_PNG := $(call compiles,#include <png.h>\nint main(void) { return !png_get_libpng_ver(0); },$(ARCHIVES) -lpng -lz $(SHARED) -lm)
-HAVE_JPEG := $(call compiles,#include <stdio.h>\n#include <jpeglib.h>\nint main(void) { return !jpeg_std_error(0); },$(ARCHIVES) -ljpeg $(SHARED))
-HAVE_WEBP := $(call compiles,#include <webp/decode.h>\nint main(void) { return !WebPGetDecoderVersion(); },$(ARCHIVES) -lwebp $(SHARED) -lm -lpthread)
-HAVE_LMDB := $(call compiles,#include <lmdb.h>\nint main(void) { return !mdb_version(0$(comma) 0$(comma) 0); },$(ARCHIVES) -llmdb $(SHARED) -lpthread)
+# A library is where pkg-config says, and where there is none or it does not know, where the compiler looks by itself.
+PKG_CONFIG ?= pkg-config
+libs_of = $(or $(filter -L% -l%,$(shell $(PKG_CONFIG) --libs $(1) 2>/dev/null)),$(2))
+PNG_LIBS := $(call libs_of,libpng,-lpng)
+JPEG_LIBS := $(call libs_of,libjpeg,-ljpeg)
+ZLIB_LIBS := $(call libs_of,zlib,-lz)
+WEBP_LIBS := $(call libs_of,libwebp,-lwebp)
+LMDB_LIBS := $(call libs_of,lmdb,-llmdb)
+MICROHTTPD_LIBS := $(call libs_of,libmicrohttpd,-lmicrohttpd)
+CJSON_LIBS := $(call libs_of,libcjson,-lcjson)
+HEADERS := $(foreach d,$(sort $(patsubst -I%,%,$(filter -I%,$(foreach l,libpng libjpeg zlib libwebp lmdb libmicrohttpd libcjson,$(shell $(PKG_CONFIG) --cflags $l 2>/dev/null))))),-isystem $d)
+HAVE_PNG := $(call compiles,$(hash)include <png.h>\nint main(void) { return !png_get_libpng_ver(0); },$(HEADERS) $(ARCHIVES) $(PNG_LIBS) $(ZLIB_LIBS) $(SHARED) -lm)
+HAVE_JPEG := $(call compiles,$(hash)include <stdio.h>\n$(hash)include <jpeglib.h>\nint main(void) { return !jpeg_std_error(0); },$(HEADERS) $(ARCHIVES) $(JPEG_LIBS) $(SHARED))
+HAVE_WEBP := $(call compiles,$(hash)include <webp/decode.h>\nint main(void) { return !WebPGetDecoderVersion(); },$(HEADERS) $(ARCHIVES) $(WEBP_LIBS) $(SHARED) -lm -lpthread)
+HAVE_LMDB := $(call compiles,$(hash)include <lmdb.h>\nint main(void) { return !mdb_version(0$(comma) 0$(comma) 0); },$(HEADERS) $(ARCHIVES) $(LMDB_LIBS) $(SHARED) -lpthread)
 # MPI, for ./train alone: what its compiler wrapper would say
 MPI := $(shell mpicc -show 2>/dev/null)
 MPI_CFLAGS := $(patsubst -I%,-isystem %,$(filter -I%,$(MPI)))
 MPI_LIBS := $(filter -L% -l% -Wl$(comma)%,$(MPI))
-HAVE_MPI := $(call compiles,#include <mpi.h>\nint main(void) { return MPI_Finalize(); },$(MPI_CFLAGS) $(MPI_LIBS))
+HAVE_MPI := $(call compiles,$(hash)include <mpi.h>\nint main(void) { return MPI_Finalize(); },$(MPI_CFLAGS) $(MPI_LIBS))
 # HTTP and JSON, for ./serve alone
-HAVE_MICROHTTPD := $(call compiles,#include <microhttpd.h>\nint main(void) { return !MHD_get_version(); },-lmicrohttpd)
-HAVE_CJSON := $(call compiles,#include <cjson/cJSON.h>\nint main(void) { return !cJSON_Version(); },-lcjson)
+HAVE_MICROHTTPD := $(call compiles,$(hash)include <microhttpd.h>\nint main(void) { return !MHD_get_version(); },$(HEADERS) $(MICROHTTPD_LIBS))
+HAVE_CJSON := $(call compiles,$(hash)include <cjson/cJSON.h>\nint main(void) { return !cJSON_Version(); },$(HEADERS) $(CJSON_LIBS))
 HAVE_SERVE := $(and $(HAVE_MICROHTTPD),$(HAVE_CJSON))
 LEFT_OUT := $(if $(filter 1,$(STATIC)),-static)$(if $(HAVE_WEBP),,-nowebp)$(if $(HAVE_LMDB),,-nolmdb)$(if $(HAVE_MPI),,-nompi)
 B := $B$(LEFT_OUT)
@@ -118,10 +131,10 @@ OFFICIAL := ffhq ffhq2 churches bedrooms cats imagenet imagenet4
 ifneq ($(if $(BUILT),,$(filter-out help clean format uninstall $(OFFICIAL) vqgan lsun lpips,$(or $(MAKECMDGOALS),all))),)
 $(info compiler  $(CC)$(if $(filter 1,$(SANITIZE)), with sanitizers))
 ifeq ($(HAVE_PNG),)
-$(error libpng is missing. Debian: apt-get install libpng-dev)
+$(error libpng is missing. Debian: apt-get install libpng-dev; README.md names it for other systems)
 endif
 ifeq ($(HAVE_JPEG),)
-$(error libjpeg is missing. Debian: apt-get install libjpeg-dev)
+$(error libjpeg is missing. Debian: apt-get install libjpeg-dev; README.md names it for other systems)
 endif
 ifeq ($(HAVE_MARCH),)
 $(if $(ONE_MARCH),$(error $(CC) does not know -march=$(ONE_MARCH)),$(info processor $(CC) does not know -march=native: its default instructions))
@@ -151,23 +164,24 @@ ifneq ($(findstring clang,$(shell $(CC) --version 2>/dev/null)),)
 WARN += -Wno-pass-failed # "this loop was not vectorised" is a remark about speed, not about the code
 endif
 OPT := $(if $(filter 1,$(SANITIZE)),-O2 -fsanitize=address$(comma)undefined -fno-sanitize-recover=all -fno-omit-frame-pointer,-O3)
-CFLAGS_ANY := -std=c11 -D_GNU_SOURCE -I. -g $(OPT) -ffp-contract=fast -fno-math-errno -fno-trapping-math $(WARN) \
+CFLAGS_ANY := -std=c11 -D_GNU_SOURCE -I. $(HEADERS) -g $(OPT) -ffp-contract=fast -fno-math-errno -fno-trapping-math $(WARN) \
               $(if $(HAVE_SIMD),-fopenmp-simd,-Wno-unknown-pragmas) \
               $(if $(HAVE_WEBP),-DHAVE_WEBP) $(if $(HAVE_LMDB),-DHAVE_LMDB) $(if $(PLAINLY),-DPLAIN)
 CFLAGS := $(CFLAGS_ANY) $(if $(HAVE_MARCH),-march=$(MARCH))
 SHARING := -fPIC -fvisibility=hidden # what may lie in the library
-LDLIBS := $(ARCHIVES) $(if $(HAVE_WEBP),-lwebp) $(if $(HAVE_LMDB),-llmdb) -lpng -ljpeg -lz $(SHARED) -lm -lpthread
+LDLIBS := $(ARCHIVES) $(if $(HAVE_WEBP),$(WEBP_LIBS)) $(if $(HAVE_LMDB),$(LMDB_LIBS)) $(PNG_LIBS) $(JPEG_LIBS) $(ZLIB_LIBS) $(SHARED) -lm -lpthread
 
 # The house from the ground up (test/house.sh checks the order). FILES: their speed is that of files, so that they are
 # compiled for the first level only.
-BASE := base threads params plan compute options version
+BASE := base threads params plan compute options own_path version
 KERNELS := $(if $(PLAINLY),,fast gemm stream conv norm layers attention guess optimizer discriminator perceptual)
 FILES := folder layout damage config atomic tensor checkpoint pickle zip ckpt weights names pixels orientation prep resize rows png png_text apng profile jpeg webp images mask lmdb tokens places keys values recipe betas net_config vqgan_config classes npy remap
 SAMPLING := model bounds draw edit paste options output sheet score region terminal
 COMPONENTS := $(BASE:%=base/%) $(KERNELS:%=kernels/%) $(FILES:%=files/%) data vqgan transformer diffusion \
               $(SAMPLING:%=sampling/%) training/discriminator training/perceptual training/restart training/rate training/spike
 PROGRAMS := sample train inpaint $(if $(HAVE_SERVE),serve)
-COLD := base/params base/options base/version $(FILES:%=files/%) data sampling/model sampling/options sampling/terminal
+LIBRARY_OWN := base/own_path base/options files/places # which know whether they are in a library
+COLD := base/params base/options base/own_path base/version $(FILES:%=files/%) data sampling/model sampling/options sampling/terminal
 TESTS := base $(if $(PLAINLY),,gemm conv) checkpoint ckpt npy images profile data vqgan discriminator perceptual transformer classes keys schedule diffusion model library fuzz $(if $(PLAINLY),,layers)
 TESTS_DOUBLE := $(if $(PLAINLY),,gemm conv) vqgan discriminator perceptual transformer layers
 
@@ -204,8 +218,8 @@ $B/train: $(TRAIN:%=$B/%.o)
 $B/sample: $(DRAWING:%=$B/%.o)
 # ./train as it is where there is no MPI: for test_mpi.sh
 # the files of ./serve
-SERVING := $(addprefix serving/,bytes reply gate http page json forms models job events chain ticket work) sampling/library
-SERVE_LIBS := -lmicrohttpd -lcjson
+SERVING := $(addprefix serving/,bytes reply gate http signals page json forms models job events chain ticket work) sampling/library
+SERVE_LIBS := $(MICROHTTPD_LIBS) $(CJSON_LIBS)
 $B/serve: $(SERVING:%=$B/%.o)
 $B/serve $(if $P,$P/serve): LDLIBS += $(SERVE_LIBS)
 $B/serving/page.o $(if $P,$P/x86-64/serving/page.o): $(addprefix web/,index.html page.css page.js)
@@ -264,10 +278,10 @@ $B/commit.o $(if $P,$P/commit.o): build/commit.c
 	$(call say,CC,$<)$(CC) $(CFLAGS_ANY) -c -o $@ $<
 
 # The program of an installation, which calls the others
-$B/imagebart: $B/base/command.o
+$B/imagebart: $B/dev/command.o $B/base/own_path.o
 	$(call say,LINK,$@)$(CC) $(CFLAGS) -o $@ $^
 ifneq ($P,)
-$P/imagebart: $P/x86-64/base/command.o
+$P/imagebart: $P/x86-64/dev/command.o $P/x86-64/base/own_path.o
 	$(call say,LINK,$@)$(CC) $(CFLAGS_ANY) -o $@ $^
 endif
 
@@ -286,8 +300,8 @@ $(PROGRAMS:%=$P/$1/whole-%.o): $P/$1/whole-%.o: $P/x86-64/%.o $(patsubst %,$P/x8
     $(patsubst %,$P/$1/%.o,$(filter-out $(COLD),$(COMPONENTS)))
 	$$(call say,LINK,$$@)$$(call whole,$$@,$$^,main_$(subst -,_,$1))
 $(PROGRAMS:%=$P/%): $P/%: $P/$1/whole-%.o
-$P/$1/whole-library.o: $(patsubst %,$P/library/%.o,sampling/library files/places) \
-    $(patsubst %,$P/x86-64/%.o,$(filter-out files/places,$(COLD))) $(patsubst %,$P/$1/%.o,$(filter-out $(COLD),$(COMPONENTS)))
+$P/$1/whole-library.o: $(patsubst %,$P/library/%.o,sampling/library $(LIBRARY_OWN)) \
+    $(patsubst %,$P/x86-64/%.o,$(filter-out $(LIBRARY_OWN),$(COLD))) $(patsubst %,$P/$1/%.o,$(filter-out $(COLD),$(COMPONENTS)))
 	$$(call say,LINK,$$@)$$(call whole,$$@,$$^,library_$(subst -,_,$1),library_calls)
 endef
 ifneq ($P,)
@@ -305,7 +319,8 @@ EMULATED_TESTS := $(foreach t,cuda vqgan_cuda gan_cuda,$(PRECISIONS:%=$B/emulate
 EMULATED_FLAGS := -x c++ -std=c++17 -I. -D_GNU_SOURCE -DCUDA_ON_CPU -g -ffp-contract=off $(WARN) -Wno-unknown-pragmas
 floatX = $(if $(filter %bf16 %bf16.o,$@),-DFLOATX_BF16)
 
-define emulation # folder, how much the compiler optimises
+# of $1, a folder, and $2, how much the compiler optimises
+define emulation
 $(PRECISIONS:%=$1/device_%.o): transformer.cu Makefile
 	@mkdir -p $$(@D)
 	$$(call say,CXX,$$<)$$(CXX) $$(EMULATED_FLAGS) $2 $$(floatX) -MMD -MP -c -o $$@ $$<
@@ -404,13 +419,13 @@ endif
 faults: $B/pictures $(PROGRAMS:%=$B/%)
 	@test/test_faults.sh $B all
 
-.PHONY: units threads objects list-objects list-libraries
+.PHONY: units threads objects list-objects list-libraries list-folder
 units: $(TESTS:%=$B/test_%) $B/golden
 	@test/run.sh --units $B $(TESTS:%=$B/test_%)
 
 # What threads share, under the thread sanitizer
 THREADS_TESTS := base data vqgan transformer library
-THREADS_FLAGS := -std=c11 -D_GNU_SOURCE -I. -g -O1 -fsanitize=thread -Wno-unknown-pragmas -Wno-tsan -MMD -MP
+THREADS_FLAGS := -std=c11 -D_GNU_SOURCE -I. $(HEADERS) -g -O1 -fsanitize=thread -Wno-unknown-pragmas -Wno-tsan -MMD -MP
 build/threads/%.o: %.c Makefile
 	@mkdir -p $(@D)
 	$(call say,CC,$<)$(CC) $(THREADS_FLAGS) -c -o $@ $<
@@ -418,17 +433,19 @@ build/threads/transformer.o: transformer.cu Makefile
 	@mkdir -p $(@D)
 	$(call say,CC,$<)$(CC) $(THREADS_FLAGS) -x c -c -o $@ $<
 $(THREADS_TESTS:%=build/threads/test_%): build/threads/%: build/threads/test/%.o $(COMPONENTS:%=build/threads/%.o)
-	$(call say,LINK,$@)$(CC) $(THREADS_FLAGS) -o $@ $^ -lpng -ljpeg -lz -lm -lpthread
+	$(call say,LINK,$@)$(CC) $(THREADS_FLAGS) -o $@ $^ $(PNG_LIBS) $(JPEG_LIBS) $(ZLIB_LIBS) -lm -lpthread
 build/threads/test_library: build/threads/sampling/library.o
 threads: $(THREADS_TESTS:%=build/threads/test_%)
 	@TSAN_OPTIONS=allocator_may_return_null=1 test/run.sh --threads build/threads $^
 
-# For test/ptx.sh
+# For scripts in test/
 objects: $(OBJ)
 list-objects:
 	@echo $(OBJ)
 list-libraries:
 	@echo $(LDLIBS)
+list-folder:
+	@echo $B
 
 # The official model in PyTorch beside ours, where PYTHON has PyTorch.
 PYTHON ?= python3
@@ -441,6 +458,7 @@ ifneq ($(NVCC),)
 else
 	@echo "skipped: bench-cuda, for there is no nvcc"
 endif
+	@test/neon_row.sh -o bench.tsv $(filter-out -march=%,$(CFLAGS_ANY))
 
 walkthrough: test/walkthrough
 
@@ -455,7 +473,7 @@ FUZZ_SECONDS ?= 600
 FUZZ_CC ?= clang
 FUZZ_SOURCES := $(filter-out kernels/% transformer,$(COMPONENTS)) $(TRAIN) test/fuzz test/fuzz_files test/fuzz_sets test/fuzz_serving \
                 $(if $(HAVE_SERVE),$(SERVING))
-FUZZ_FLAGS := -std=c11 -D_GNU_SOURCE -DFUZZ -DPLAIN -I. -g -O1 -Wno-unknown-pragmas -MMD -MP -fno-sanitize-recover=all \
+FUZZ_FLAGS := -std=c11 -D_GNU_SOURCE -DFUZZ -DPLAIN -I. $(HEADERS) -g -O1 -Wno-unknown-pragmas -MMD -MP -fno-sanitize-recover=all \
               -fsanitize=fuzzer$(comma)address$(comma)undefined $(if $(HAVE_WEBP),-DHAVE_WEBP) $(if $(HAVE_LMDB),-DHAVE_LMDB) \
               $(if $(HAVE_SERVE),-DHAVE_SERVE)
 build/fuzz/%.o: %.c Makefile
@@ -495,8 +513,10 @@ $P/library/%.o: %.c Makefile
 	$(call say,CC,$<)$(CC) $(CFLAGS_ANY) $(SHARING) $(FLAGS_x86-64) -DLIBRARY -DLIBRARY_LEVELS -MMD -MP -c -o $@ $<
 $P/libimagebart.so $P/libimagebart.a: $P/library/sampling/levels.o $P/x86-64/base/level.o $(LEVELS:%=$P/%/whole-library.o)
 endif
+MACOS := $(filter %darwin %macos,$(shell $(CC) -dumpmachine 2>/dev/null | tr -d 0-9.))
+SO_FLAGS := -Wl,$(if $(MACOS),-install_name$(comma)@rpath/libimagebart.so.1,-soname$(comma)libimagebart.so.1$(comma)-z$(comma)nodelete$(comma)--exclude-libs$(comma)ALL)
 %/libimagebart.so:
-	$(call say,LINK,$@)$(CC) $(CFLAGS) -shared -Wl,-soname,libimagebart.so.1,-z,nodelete,--exclude-libs,ALL -o $@ $^ $(LDLIBS) \
+	$(call say,LINK,$@)$(CC) $(CFLAGS) -shared $(SO_FLAGS) -o $@ $^ $(LDLIBS) \
 	    $(if $(filter $B/%,$@),$(CUDA_LIBS)) -ldl
 %/libimagebart.a:
 	$(call say,LINK,$@)ld -r -o $@.o $^ && objcopy -w --keep-global-symbol='imagebart_*' $@.o && rm -f $@ && $(AR) rc $@ $@.o && rm $@.o
@@ -508,16 +528,15 @@ lib: $(SHIPPED)/libimagebart.so $(SHIPPED)/libimagebart.a
 PREFIX ?= /usr/local
 DESTDIR ?=
 .PHONY: install uninstall
-install uninstall: export PREFIX := $(PREFIX)
-install uninstall: export DESTDIR := $(DESTDIR)
-install: export LIBRARY_NEEDS := $(filter -l%,$(LDLIBS)) $(filter -L% -l%,$(CUDA_LIBS)) -ldl
+LIBRARY_NEEDS := $(filter -L% -l%,$(LDLIBS) $(CUDA_LIBS)) -ldl
+export PREFIX DESTDIR LIBRARY_NEEDS
 install: $(if $(BUILT),,$(PROGRAMS) $(SHIPPED)/imagebart)
 	@dev/install.sh install $(if $(BUILT),$B,$(SHIPPED))
 uninstall:
 	@dev/install.sh uninstall
 
 format:
-	clang-format -i $(foreach d,. base kernels files sampling serving training test,$(wildcard $d/*.c $d/*.cu $d/*.h))
+	clang-format -i $(foreach d,. base kernels files sampling serving training dev test,$(wildcard $d/*.c $d/*.cu $d/*.h))
 
 clean:
 	rm -rf build $(PROGRAMS) serve test/golden test/bench test/walkthrough

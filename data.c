@@ -653,7 +653,7 @@ static Err loader_readers(Loader *l) {
     size_t wanted = min_size(min_size((size_t)threads_get(), READERS), l->c.B * RING);
     int failure = 0;
     while (l->readers < wanted && !failure)
-        if (!(failure = pthread_create(&l->thread[l->readers], NULL, loader_thread, l))) l->readers++;
+        if (!(failure = thread_start(&l->thread[l->readers], 0, loader_thread, l))) l->readers++;
     return l->readers ? OK : err("starting a reader thread: %s", strerror(failure));
 }
 

@@ -10,7 +10,6 @@
 #include "base/version.h"
 #include "serving/serving.h"
 
-#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -331,16 +330,6 @@ static void cancel_deserted(Server *s) {
     pthread_mutex_unlock(&s->lock);
 }
 
-/* Until a signal comes */
-static void wait_for_end(Server *s) {
-    const struct timespec second = {1, 0};
-    sigset_t signals;
-    sigemptyset(&signals);
-    sigaddset(&signals, SIGINT);
-    sigaddset(&signals, SIGTERM);
-    while (sigtimedwait(&signals, NULL, &second) < 0) cancel_deserted(s);
-}
-
 /* What waits is cancelled; what runs may finish within a few seconds. */
 static void end(Server *s) {
     struct timespec until;
@@ -358,16 +347,6 @@ static void end(Server *s) {
     pthread_mutex_unlock(&s->lock);
 }
 
-/* Signals come to the thread that waits for them, no other. */
-static void hold_signals(void) {
-    sigset_t signals;
-    sigemptyset(&signals);
-    sigaddset(&signals, SIGINT);
-    sigaddset(&signals, SIGTERM);
-    pthread_sigmask(SIG_BLOCK, &signals, NULL);
-    signal(SIGPIPE, SIG_IGN);
-}
-
 static void serve(ServeArgs *a) {
     Server s = {.args = a};
     char *token = NULL;
@@ -381,7 +360,7 @@ static void serve(ServeArgs *a) {
     if (a->token && a->token_file) die("--token and --token-file: expected one of them");
     if (a->token_file) check(token_read(&token, a->token_file));
     if (token) a->token = token;
-    hold_signals();
+    signals_hold();
     threads_set((int)a->threads);
     if (weight_format(&s.weights, a->weights, "--weights") != OK) usage_error("%s", err_text());
     s.cuda = check_device(a->device);
@@ -397,11 +376,11 @@ static void serve(ServeArgs *a) {
     pthread_cond_init(&s.changed, NULL);
     s.offer.most = a->most, s.offer.device = a->device, s.offer.weights = a->weights;
     check(mem_alloc(&s.forgotten, FORGOTTEN, sizeof *s.forgotten, "ids"));
-    if (pthread_create(&worker, NULL, work, &s) != 0) die("the worker cannot be started");
+    if (thread_start(&worker, 0, work, &s) != 0) die("the worker cannot be started");
     check(http_start(&http, fd, &c));
     printf("http://%s%s%s:%u/\n", strchr(a->host, ':') ? "[" : "", a->host, strchr(a->host, ':') ? "]" : "", port);
     if (fflush(stdout)) die("standard output could not be written");
-    wait_for_end(&s);
+    while (!signal_within(1)) cancel_deserted(&s);
     end(&s);
     pthread_join(worker, NULL);
     http_stop(http);

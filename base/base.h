@@ -5,6 +5,8 @@
 
 #include "base/bits.h"
 
+#include <pthread.h>
+
 #ifdef __cplusplus
 extern "C" {
 #endif
@@ -124,6 +126,10 @@ const char *threads_text(char text[96]); /* "2 threads", and why so few if a quo
 const char *vector_instructions(void);   /* that this copy of the program was compiled for: "AVX2" */
 int threads_free(void);    /* what a loop that starts here can use: 1 inside a parallel_for, else threads_get() */
 size_t thread_index(void); /* of the calling thread in its loop: 0..threads-1 */
+/* pthread_create, detached or not, with the usual stack whatever "ulimit -s" and the system's own size are: paths and error
+ * texts lie on it, a few hundred KiB together. Returns what that returns. */
+enum { STACK_USUAL = 8 << 20 };
+int thread_start(pthread_t *thread, int detached, void *(*run)(void *), void *context);
 
 /* ---- options.c: one table of options, one way to fail, progress. Only this file and the programs print or exit. ---- */
 

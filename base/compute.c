@@ -8,7 +8,12 @@
 #include <stdlib.h>
 #include <string.h>
 
+#ifdef __ELF__
 extern const DeviceOps cuda_f32 __attribute__((weak)), cuda_bf16 __attribute__((weak));
+#define IF_LINKED(table) (&(table))
+#else /* no weak references, and no CUDA either */
+#define IF_LINKED(table) NULL
+#endif
 
 #ifndef PLAIN
 extern const Layers fast_layers; /* kernels/fast.c */
@@ -141,7 +146,7 @@ Err params_there(const Params *p, const char *what) {
 /* ---- The GPU ---- */
 
 static const DeviceOps *cuda_ops(Precision precision) {
-    const DeviceOps *f32 = &cuda_f32, *bf16 = &cuda_bf16;
+    const DeviceOps *f32 = IF_LINKED(cuda_f32), *bf16 = IF_LINKED(cuda_bf16);
     return precision == PRECISION_BF16 ? bf16 : f32;
 }
 

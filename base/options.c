@@ -7,7 +7,6 @@
 #include <ctype.h>
 #include <errno.h>
 #include <math.h>
-#include <pthread.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -86,28 +85,29 @@ void check(Err e) {
 /* ---- the stack ----
  *
  * Paths and error texts lie on it: a few hundred KiB together. A small limit (ulimit -s) is raised as far as the system
- * allows before main takes its first step; where that is not far enough, a line says so, instead of a crash. Threads,
- * whose stacks the library would make as small as that limit, get the usual size. */
+ * allows before main takes its first step; where that is not far enough, a line says so, instead of a crash. Threads
+ * have theirs from thread_start. */
 
-enum { STACK_LEAST = 512 << 10, STACK_USUAL = 8 << 20 };
+enum { STACK_LEAST = 512 << 10 };
+
+#ifdef __APPLE__
+#define OWN_NAME getprogname()
+#else
+#define OWN_NAME program_invocation_short_name
+#endif
 
 #ifndef LIBRARY /* where the program is another's */
 __attribute__((constructor)) static void need_stack(void) {
     struct rlimit limit;
-    pthread_attr_t attr;
     if (getrlimit(RLIMIT_STACK, &limit) != 0 || limit.rlim_cur >= STACK_USUAL)
         return; /* RLIM_INFINITY is the largest */
     limit.rlim_cur = limit.rlim_max < STACK_USUAL ? limit.rlim_max : STACK_USUAL;
     if (setrlimit(RLIMIT_STACK, &limit) != 0) getrlimit(RLIMIT_STACK, &limit);
     if (limit.rlim_cur < STACK_LEAST) {
-        fprintf(stderr, "%s: a stack of %zu KiB (ulimit -s), expected at least %d\n", program_invocation_short_name,
+        fprintf(stderr, "%s: a stack of %zu KiB (ulimit -s), expected at least %d\n", OWN_NAME,
                 (size_t)limit.rlim_cur >> 10, STACK_LEAST >> 10);
         _exit(1);
     }
-    if (pthread_attr_init(&attr) != 0) return;
-    pthread_attr_setstacksize(&attr, STACK_USUAL);
-    pthread_setattr_default_np(&attr);
-    pthread_attr_destroy(&attr);
 }
 #endif
 

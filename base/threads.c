@@ -219,19 +219,26 @@ static void *work(void *number) {
     return NULL;
 }
 
+int thread_start(pthread_t *thread, int detached, void *(*run)(void *), void *context) {
+    pthread_attr_t attr;
+    int failure = pthread_attr_init(&attr);
+    if (failure) return failure;
+    pthread_attr_setdetachstate(&attr, detached ? PTHREAD_CREATE_DETACHED : PTHREAD_CREATE_JOINABLE);
+    pthread_attr_setstacksize(&attr, STACK_USUAL);
+    failure = pthread_create(thread, &attr, run, context);
+    pthread_attr_destroy(&attr);
+    return failure;
+}
+
 /* Starts workers 1..n-1, or fewer if the system gives no more threads. Workers take no signals. */
 static void start_workers(int n) {
     sigset_t all, before;
-    pthread_attr_t detached;
     pthread_t thread;
     if (pool.workers + 1 >= n) return;
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
-    pthread_attr_init(&detached);
-    pthread_attr_setdetachstate(&detached, PTHREAD_CREATE_DETACHED);
-    while (pool.workers + 1 < n && pthread_create(&thread, &detached, work, (void *)(size_t)(pool.workers + 1)) == 0)
+    while (pool.workers + 1 < n && thread_start(&thread, 1, work, (void *)(size_t)(pool.workers + 1)) == 0)
         pool.workers++;
-    pthread_attr_destroy(&detached);
     pthread_sigmask(SIG_SETMASK, &before, NULL);
 }
 

@@ -21,8 +21,8 @@ extern const char *cJSON_Version(void) IF_LINKED;
 extern int MPI_Get_library_version(char *, int *) IF_LINKED;
 extern int cudaRuntimeGetVersion(int *) IF_LINKED;
 extern const char *gnu_get_libc_version(void) IF_LINKED;
-#else /* no weak references: what every program links */
-extern const char version_commit[];
+#else /* no weak references, but definitions that give way: what every program links */
+__attribute__((weak)) const char version_commit[] = "unknown";
 extern const char *png_get_libpng_ver(const void *);
 extern const char *zlibVersion(void);
 #endif

@@ -5,16 +5,13 @@
  * called from and by whatever symbolic link. The models of an installed program, PREFIX/libexec/imagebart/NAME, are in
  * PREFIX/share/imagebart, as are those of the library in PREFIX/lib. */
 #include "files/places.h"
+#include "base/own_path.h"
 #include "files/files.h"
 
-#ifdef LIBRARY
-#include <dlfcn.h>
-#endif
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
-#include <unistd.h>
 
 /* $IMAGEBART_MODELS, or NULL */
 static const char *chosen_place(void) {
@@ -22,28 +19,12 @@ static const char *chosen_place(void) {
     return place && *place ? place : NULL;
 }
 
-#ifdef LIBRARY
-/* The folder of the library, links solved; linked into a program, of that. 0: unknown. */
+/* The folder of the program that is running, or of the library; 0: the system does not say. */
 static int program_folder(char out[PATH_BYTES]) {
-    static const char inside;
-    Dl_info info;
-    char *own = dladdr(&inside, &info) && info.dli_fname ? realpath(info.dli_fname, NULL) : NULL;
-    char *slash = own ? strrchr(own, '/') : NULL;
-    if (slash) slash[slash == own] = 0;
-    const int found = slash && path_make(out, "%s", own) == OK;
-    free(own);
-    return found;
-}
-#else
-/* The folder of the program that is running, links solved; 0: the system does not say. */
-static int program_folder(char out[PATH_BYTES]) {
-    const ssize_t n = readlink("/proc/self/exe", out, PATH_BYTES - 1);
-    out[n > 0 && n < PATH_BYTES - 1 ? n : 0] = 0;
-    char *slash = strrchr(out, '/');
+    char *slash = own_path(out) ? strrchr(out, '/') : NULL;
     if (slash) slash[slash == out] = 0;
     return slash != NULL;
 }
-#endif
 
 int program_beside(char path[PATH_BYTES], const char *name) {
     char folder[PATH_BYTES];

@@ -11,6 +11,9 @@
 #if defined(__AVX512F__) || defined(__FMA__)
 #include <immintrin.h>
 #endif
+#ifdef __ARM_NEON
+#include <arm_neon.h>
+#endif
 
 #include "kernels/kernels.h"
 
@@ -123,6 +126,8 @@ INLINE Vec load_bf16(const uint16_t *p) {
 #elif defined(__AVX2__) && !defined(REAL_DOUBLE)
     const __m256i bits = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(const void *)p));
     return _mm256_castsi256_ps(_mm256_slli_epi32(bits, 16));
+#elif defined(__ARM_NEON) && !defined(REAL_DOUBLE)
+    return (Vec)vshll_n_u16(vld1_u16(p), 16);
 #else
     Halves h;
     memcpy(&h, p, sizeof h);

@@ -11,6 +11,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/socket.h>
 #include <time.h>
 
 typedef struct {
@@ -35,7 +36,9 @@ Err events_new(EventLog **out) {
     if (!log) return err("no memory for a job's events");
     pthread_condattr_t attributes;
     pthread_condattr_init(&attributes);
+#ifndef __APPLE__ /* which waits for a span, not until a time */
     pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC);
+#endif
     pthread_cond_init(&log->more, &attributes);
     pthread_condattr_destroy(&attributes);
     pthread_mutex_init(&log->lock, NULL);
@@ -119,18 +122,31 @@ static int next_event(Listener *l) {
 /* How the client's end of the line is: gone, perhaps gone (it sends no more), there. */
 typedef enum { GONE, SILENT, THERE } Line;
 static Line look_at_line(int fd) {
+#ifdef POLLRDHUP
     struct pollfd p = {fd, POLLRDHUP, 0};
     if (fd < 0 || poll(&p, 1, 0) <= 0) return THERE;
     return p.revents & (POLLERR | POLLHUP | POLLNVAL) ? GONE : SILENT;
+#else
+    struct pollfd p = {fd, POLLIN, 0};
+    char byte;
+    if (fd < 0 || poll(&p, 1, 0) <= 0) return THERE;
+    if (p.revents & (POLLERR | POLLHUP | POLLNVAL)) return GONE;
+    return recv(fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT) == 0 ? SILENT : THERE;
+#endif
 }
 
 static void wait_for_more(EventLog *log) {
+#ifdef __APPLE__
+    const struct timespec glance = {0, GLANCE_MS * 1000000L};
+    pthread_cond_timedwait_relative_np(&log->more, &log->lock, &glance);
+#else
     struct timespec until;
     clock_gettime(CLOCK_MONOTONIC, &until);
     until.tv_nsec += GLANCE_MS * 1000000L;
     until.tv_sec += until.tv_nsec / 1000000000;
     until.tv_nsec %= 1000000000;
     pthread_cond_timedwait(&log->more, &log->lock, &until);
+#endif
 }
 
 /* A comment shows proxies that the line lives, and this server whether it does: to one that was closed it brings an error

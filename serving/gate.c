@@ -12,6 +12,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <strings.h>
+#include <sys/random.h>
 #include <unistd.h>
 
 enum { SESSIONS = 1024, SESSION_BYTES = 24, SESSION_TEXT = 33 };

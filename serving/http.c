@@ -12,6 +12,7 @@
 
 #include <arpa/inet.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <microhttpd.h>
 #include <netdb.h>
 #include <netinet/in.h>
@@ -407,8 +408,9 @@ Err http_listen(int *fd, unsigned *port, int *loopback, const char *host) {
     if (trouble) return err("--host %s: %s", host, gai_strerror(trouble));
     *loopback = 1;
     for (const struct addrinfo *a = found; a; a = a->ai_next) *loopback &= is_loopback(a->ai_addr);
-    *fd = socket(found->ai_family, SOCK_STREAM | SOCK_CLOEXEC, 0);
-    int ok = *fd >= 0 && setsockopt(*fd, SOL_SOCKET, SO_REUSEADDR, &yes, sizeof yes) == 0 &&
+    *fd = socket(found->ai_family, SOCK_STREAM, 0);
+    int ok = *fd >= 0 && fcntl(*fd, F_SETFD, FD_CLOEXEC) == 0 &&
+             setsockopt(*fd, SOL_SOCKET, SO_REUSEADDR, &yes, sizeof yes) == 0 &&
              bind(*fd, found->ai_addr, found->ai_addrlen) == 0 && listen(*fd, 511) == 0 &&
              getsockname(*fd, (struct sockaddr *)&got, &n) == 0;
     freeaddrinfo(found);
@@ -447,8 +449,9 @@ Err http_start(Http **out, int fd, const HttpConfig *c) {
         NULL, on_request, h, MHD_OPTION_EXTERNAL_LOGGER, say_nothing, NULL, MHD_OPTION_LISTEN_SOCKET, fd,
         MHD_OPTION_URI_LOG_CALLBACK, on_line, h, MHD_OPTION_NOTIFY_COMPLETED, on_end, h, MHD_OPTION_NOTIFY_CONNECTION,
         on_connection, h, MHD_OPTION_UNESCAPE_CALLBACK, leave_escaped, NULL, MHD_OPTION_STRICT_FOR_CLIENT, 1,
-        MHD_OPTION_CONNECTION_LIMIT, (unsigned)CONNECTIONS, MHD_OPTION_CONNECTION_TIMEOUT, 75u, MHD_OPTION_END);
-    const int started = h->daemon && pthread_create(&h->watcher, NULL, watch, h) == 0;
+        MHD_OPTION_CONNECTION_LIMIT, (unsigned)CONNECTIONS, MHD_OPTION_CONNECTION_TIMEOUT, 75u,
+        MHD_OPTION_THREAD_STACK_SIZE, (size_t)STACK_USUAL, MHD_OPTION_END);
+    const int started = h->daemon && thread_start(&h->watcher, 0, watch, h) == 0;
     *out = h;
     if (started) return OK;
     if (h->daemon) MHD_stop_daemon(h->daemon);

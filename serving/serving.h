@@ -90,6 +90,11 @@ Err http_listen(int *fd, unsigned *port, int *loopback, const char *host);
 Err http_start(Http **h, int fd, const HttpConfig *c);
 void http_stop(Http *h); /* waits until every connection is closed */
 
+/* ---- signals.c: SIGINT and SIGTERM ---- */
+
+void signals_hold(void);           /* before any thread is started: they wait */
+int signal_within(time_t seconds); /* waits for one as long as that; 1: one came */
+
 /* ---- json.c ---- */
 /* What is wrong with a request: the status, the field or "", and a sentence. */
 typedef struct {

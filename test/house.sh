@@ -25,7 +25,7 @@ rule() { # rule WHAT WRONG: passes if WRONG, a list of what is wrong, is empty
 }
 
 sources() { # of the product
-    ls ./*.c ./*.cu ./*.h base/*.[ch] kernels/*.[ch] kernels/*.cu files/*.[ch] sampling/*.[ch] serving/*.[ch] training/*.[ch] training/*.cu \
+    ls ./*.c ./*.cu ./*.h base/*.[ch] kernels/*.[ch] kernels/*.cu files/*.[ch] sampling/*.[ch] serving/*.[ch] training/*.[ch] training/*.cu dev/*.c \
         2>/dev/null | sed 's|^\./||'
 }
 
@@ -96,7 +96,7 @@ function level(f) {
     if (f ~ /^(vqgan|transformer|data)\./) return 4
     if (f ~ /^diffusion\./) return 5
     if (f ~ /^serving\//) return 7
-    if (f ~ /^(train|sample|inpaint|serve)\./) return 8
+    if (f ~ /^(train|sample|inpaint|serve)\./ || f ~ /^dev\//) return 8
     return 9
 }'
 arrows_up() {

@@ -127,6 +127,7 @@ check guidance test/test_guidance.sh "$build"
 check draw test/test_draw.sh "$build"
 check recipes test/test_recipes.sh "$build"
 check install test/test_install.sh "$build"
+check docker test/test_docker.sh "$build"
 if [ -f "$build/libimagebart.so" ]; then
     python_check library numpy test/test_library.py
 else

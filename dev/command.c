@@ -1,9 +1,10 @@
 /* command.c - the one program of an installation: "imagebart sample ..." goes on as PREFIX/libexec/imagebart/sample, which
  * is ./sample as it was built. The prefix is where this program lies, through links: an installation may be moved.
  *
- * It is no part of the other programs, and has a main of its own. */
+ * It is no part of the other programs, and knows nothing of them but their names. */
+#include "base/own_path.h"
+
 #include <errno.h>
-#include <limits.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -15,7 +16,7 @@ static const struct {
                 {"inpaint", "completes a picture of which a part is drawn anew"},
                 {"train", "trains a model on a folder of pictures"},
                 {"serve", "shows a page to draw and to edit on, and answers HTTP calls"}};
-enum { COMMANDS = sizeof commands / sizeof *commands, PATH_MOST = 4096 };
+enum { COMMANDS = sizeof commands / sizeof *commands };
 
 static int help(FILE *to) {
     fprintf(to,
@@ -28,21 +29,25 @@ static int help(FILE *to) {
     return fflush(to) ? 1 : 0;
 }
 
-/* path = PREFIX/libexec/imagebart/NAME, the prefix being the folder above that of this program, links solved. */
-static int program_path(char path[PATH_MOST], const char *called, const char *name) {
-    char own[PATH_MAX];
-    if (!realpath("/proc/self/exe", own) && !(strchr(called, '/') && realpath(called, own))) return 0;
+/* path = PREFIX/libexec/imagebart/NAME, the prefix being the folder above that of this program */
+static int program_path(char path[PATH_BYTES], const char *called, const char *name) {
+    char own[PATH_BYTES];
+    if (!own_path(own)) { /* no /proc here */
+        char *solved = strchr(called, '/') ? realpath(called, NULL) : NULL;
+        if (!solved || snprintf(own, sizeof own, "%s", solved) >= PATH_BYTES) *own = 0;
+        free(solved);
+    }
     for (int up = 0; up < 2; up++) {
         char *slash = strrchr(own, '/');
         if (!slash) return 0;
         *slash = 0;
     }
-    const int n = snprintf(path, PATH_MOST, "%s/libexec/imagebart/%s", own, name);
-    return n > 0 && n < PATH_MOST;
+    const int n = snprintf(path, PATH_BYTES, "%s/libexec/imagebart/%s", own, name);
+    return n > 0 && n < PATH_BYTES;
 }
 
 int main(int argc, char **argv) {
-    char path[PATH_MOST], name[64];
+    char path[PATH_BYTES], name[64];
     int i = 0;
     if (argc < 2) {
         help(stderr);
