@@ -555,7 +555,7 @@ static void stack_forward(Transformer *m, Stack *s, const Pass *pass, size_t ski
     const size_t R = pass->B * pass->n, C = s->C;
     embed_forward(on, s->layer[0].act.x, s->ids, value_of(m, s->token_emb), value_of(m, s->pos_emb), pass->position,
                   pass->B, pass->n, C);
-    for (size_t i = 0; i < s->n_layers; i++) {
+    for (size_t i = 0; i < s->n_layers && !work_stops(); i++) {
         Layer *l = &s->layer[i];
         real *next = i + 1 < s->n_layers ? s->layer[i + 1].act.x : s->x_end;
         norm_forward(on, l->act.normed, l->act.mean, l->act.rstd, l->act.x, value_of(m, l->norm.weight),
@@ -1139,7 +1139,7 @@ Err transformer_decode_block(Transformer *m, const DecodePosition *at, size_t n,
     feed_positions(m, n);
     head_forward(m, 1, n, m->position);
     *logits = m->logits;
-    return OK;
+    return compute_status(&m->on);
 }
 
 Err transformer_decode_step(Transformer *m, const int32_t *prev, size_t i, const real **logits) {

@@ -626,7 +626,7 @@ static void prepare_weights(Vqgan *v) {
 
 static void walk_forward(Vqgan *v, size_t first, size_t end) {
     prepare_weights(v);
-    for (size_t i = first; i < end; i++) layer_forward(v, &v->layer[i]);
+    for (size_t i = first; i < end && !work_stops(); i++) layer_forward(v, &v->layer[i]);
 }
 
 /* Nothing in front of the quantiser needs a gradient when encoder and codebook are not trained. */

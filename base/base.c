@@ -96,11 +96,38 @@ const char *err_text(void) {
     return error_text;
 }
 
+/* ---- whether to go on ---- */
+
+static _Thread_local struct {
+    int (*stop)(void *context);
+    void *context;
+    int said;
+} asked;
+
+void work_ask(int (*stop)(void *context), void *context) {
+    asked.stop = stop, asked.context = context, asked.said = 0;
+}
+
+int work_stops(void) {
+    if (asked.stop && !asked.said) asked.said = asked.stop(asked.context) != 0;
+    return asked.said;
+}
+
 /* ---- memory ---- */
 
 Err size_mul(size_t *out, size_t a, size_t b) {
     if (__builtin_mul_overflow(a, b, out)) return err("a size of %zu x %zu is too large", a, b);
     return OK;
+}
+
+/* 0: the work is to stop, and not all of it was set. */
+static int set_to_zero(char *p, size_t bytes) {
+    const size_t piece = 16 << 20;
+    for (size_t at = 0; at < bytes; at += piece) {
+        if (at && work_stops()) return 0;
+        memset(p + at, 0, min_size(piece, bytes - at));
+    }
+    return 1;
 }
 
 Err mem_alloc(void *out_pointer, size_t count, size_t size, const char *what) {
@@ -120,7 +147,10 @@ Err mem_alloc(void *out_pointer, size_t count, size_t size, const char *what) {
 #endif
         p = aligned_alloc(LINE_BYTES, rounded);
     if (!p) return err("%s: no memory for %.1f MiB", what, (double)bytes / 1048576.0);
-    memset(p, 0, rounded);
+    if (!set_to_zero(p, rounded)) {
+        free(p);
+        return err("the work was stopped");
+    }
     memcpy(out_pointer, &p, sizeof p);
     return OK;
 }

@@ -109,6 +109,11 @@ double rng_uniform(uint64_t seed, uint64_t stream, uint64_t index);             
 double rng_normal(uint64_t seed, uint64_t stream, uint64_t index);                  /* N(0,1), Box-Muller */
 uint32_t rng_below(uint64_t seed, uint64_t stream, uint64_t index, uint32_t below); /* 0..below-1, below >= 1 */
 
+/* stop(context) is asked, on this thread and by what it calls, whether long work should end early: between the layers of
+ * networks, in loops within (parallel_work), while much memory is set to zero. NULL: nobody is asked any more. */
+void work_ask(int (*stop)(void *context), void *context);
+int work_stops(void); /* has it said so? It is asked again, until it has. */
+
 /* The rank-th largest (rank >= 1) of z (n), which is reordered. No NaN in z. */
 real select_largest(real *z, size_t n, size_t rank);
 
@@ -117,6 +122,9 @@ real select_largest(real *z, size_t n, size_t rank);
  * threads <= 1, inside another parallel_for, and while another thread of the program uses the workers. Cannot fail. */
 typedef void Task(void *context, size_t i);
 void parallel_for(int threads, size_t n, Task *task, void *context);
+/* The same, but what is not begun when the work is to stop (work_stops) stays undone: for networks, whose compute_status then
+ * is an error. */
+void parallel_work(int threads, size_t n, Task *task, void *context);
 void threads_set(int n); /* how many a program uses; 0 (default): as many as there are processors for it */
 int threads_get(void);
 /* Threads that the quotas of this process's control groups allow (docker --cpus), rounded up; 0: no quota. root: "", or

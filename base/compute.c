@@ -85,7 +85,8 @@ Err compute_get(const Compute *on, void *to, const void *from, size_t bytes) {
 }
 
 Err compute_status(const Compute *on) {
-    return on->device ? on->ops->status(on->device) : OK;
+    if (on->device) TRY(on->ops->status(on->device));
+    return work_stops() ? err("the work was stopped") : OK;
 }
 
 void compute_lend(const Compute *on, real **value, const real *planes, size_t B, size_t C, size_t hw) {

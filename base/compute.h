@@ -17,7 +17,8 @@
  * have them (floatX: float, or bf16), and lie as (B,h,w,C) where vqgan.c says (B,C,h,w); what is marked f32 below is
  * float on every GPU. Parameters and their gradients are f32; kernels find a parameter's bf16 copy by its place.
  *
- * A layer cannot fail on a CPU. On a GPU the first failure sticks to the device, and compute_status gives it. */
+ * A layer cannot fail on a CPU. On a GPU the first failure sticks to the device, and compute_status gives it; also that
+ * the work is to stop (work_ask), when what was computed is not whole. */
 #ifndef COMPUTE_H
 #define COMPUTE_H
 

@@ -174,8 +174,9 @@ static void pause_a_little(void) {
 }
 
 /* Draws tasks until none is left. */
-static void run_tasks(void) {
+static void run_tasks(int is_work) {
     for (;;) {
+        if (is_work && work_stops()) atomic_store(&pool.next, pool.n);
         const size_t begin = atomic_fetch_add(&pool.next, pool.chunk);
         if (begin >= pool.n) return;
         for (size_t i = begin; i < min_size(begin + pool.chunk, pool.n); i++) pool.task(pool.context, i);
@@ -208,7 +209,7 @@ static void *work(void *number) {
         atomic_fetch_add(&pool.joined, 1);
         if (atomic_load(&pool.turn) == seen) { /* still open, and the caller will not leave before us */
             spins = pool.spins;
-            if (own_index < (size_t)pool.threads) run_tasks();
+            if (own_index < (size_t)pool.threads) run_tasks(0);
         }
         if (atomic_fetch_sub(&pool.joined, 1) == 1 && atomic_load(&pool.waiting)) {
             pthread_mutex_lock(&pool.lock);
@@ -255,7 +256,7 @@ static void wait_for_workers(void) {
     pthread_mutex_unlock(&pool.lock);
 }
 
-static void run_turn(int threads, size_t n, Task *task, void *context) {
+static void run_turn(int threads, size_t n, Task *task, void *context, int is_work) {
     start_workers(threads);
     pool.task = task, pool.context = context, pool.n = n, pool.threads = threads;
     pool.chunk = max_size(1, n / ((size_t)threads * CHUNKS_PER_THREAD));
@@ -268,19 +269,27 @@ static void run_turn(int threads, size_t n, Task *task, void *context) {
         pthread_mutex_unlock(&pool.lock);
     }
     in_loop = 1;
-    run_tasks();
+    run_tasks(is_work);
     in_loop = 0;
     atomic_fetch_add(&pool.turn, 1);
     wait_for_workers();
 }
 
-void parallel_for(int threads, size_t n, Task *task, void *context) {
+static void loop(int threads, size_t n, Task *task, void *context, int is_work) {
     const int useful = threads > 1 ? (int)min_size((size_t)threads, n) : 1;
     int nobody = 0;
     if (useful > 1 && !in_loop && atomic_compare_exchange_strong(&pool.taken, &nobody, 1)) {
-        run_turn(useful, n, task, context);
+        run_turn(useful, n, task, context, is_work);
         atomic_store(&pool.taken, 0);
         return;
     }
-    for (size_t i = 0; i < n; i++) task(context, i);
+    for (size_t i = 0; i < n && !(is_work && work_stops()); i++) task(context, i);
+}
+
+void parallel_for(int threads, size_t n, Task *task, void *context) {
+    loop(threads, n, task, context, 0);
+}
+
+void parallel_work(int threads, size_t n, Task *task, void *context) {
+    loop(threads, n, task, context, 1);
 }

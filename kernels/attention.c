@@ -70,7 +70,7 @@ static void attend_forward_head(void *context, size_t task) {
 void attention_forward_fast(const Compute *on, real *y, real *saved, const real *q, const real *k, const real *v,
                             const Attention *s) {
     Attend a = {.s = s, .q = q, .k = k, .v = v, .y = y, .p = saved, .scores = (real *)on->scratch};
-    parallel_for(threads_free(), s->B * s->heads, attend_forward_head, &a);
+    parallel_work(threads_free(), s->B * s->heads, attend_forward_head, &a);
 }
 
 /* ---- Kept keys and values ----

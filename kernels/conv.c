@@ -433,7 +433,7 @@ typedef struct {
 } TileJob;
 
 static void tile_tasks(TileJob *j, size_t n, Task *task) {
-    parallel_for((int)min_size((size_t)threads_free(), j->s->threads), n, task, j);
+    parallel_work((int)min_size((size_t)threads_free(), j->s->threads), n, task, j);
 }
 
 static real *own_lines(const Scratch *s) {
@@ -834,7 +834,7 @@ void conv_forward_fast(const Compute *on, real *y, const real *x, const real *w,
     const Scratch s = place_scratch(on, c, 0);
     if (p.block) winograd_weights(s.weights, w, &p);
     Job job = {p, &s, x, w, bias, add, NULL, y, NULL, 0, 0};
-    parallel_for(tile_threads(&s, p.tiles), p.tiles, forward_task, &job);
+    parallel_work(tile_threads(&s, p.tiles), p.tiles, forward_task, &job);
 }
 
 /* db (C) += sums of dy (B,C,hw) over pictures and pixels */

@@ -339,5 +339,5 @@ void gemm(int trans_a, int trans_b, size_t M, size_t N, size_t K, const real *A,
     }
     const int threads = threads_for(M, N, K);
     choose_tiles(&p, (size_t)threads);
-    parallel_for(threads, p.tiles, tile_task, &p);
+    parallel_work(threads, p.tiles, tile_task, &p);
 }

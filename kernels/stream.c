@@ -551,7 +551,7 @@ void gemm_stream(size_t M, size_t N, size_t K, const real *A, size_t lda, const 
             s.A = (const Step *)work, s.lda = round.steps;
         }
         s.outputs = round_up(ceil_div(N, (size_t)threads * TASKS_PER_THREAD), VECS * LANES);
-        parallel_for(threads, ceil_div(N, s.outputs), stream_task, &s);
+        parallel_work(threads, ceil_div(N, s.outputs), stream_task, &s);
     }
 }
 

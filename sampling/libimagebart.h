@@ -103,10 +103,10 @@ typedef struct {
     int (*progress)(void *user, size_t scale, size_t done, size_t of);
     void (*preview)(void *user, size_t picture, size_t scale, const uint8_t *rgb);
     void *user;
-    /* API 2. step: at every step of all the work, with how many tokens of the scale are drawn, of those of all pictures,
-     * candidates and passes; nonzero cancels. picture: what the pictures of a batch look like when they are finished and,
-     * with `previews`, when a scale is done, of the first that is drawn for each picture; once another of the best_of is
-     * chosen, all scales but the last again, of that one. nonzero cancels. */
+    /* API 2. step: at every step of all the work and often in between, with how many tokens of the scale are drawn, of those
+     * of all pictures, candidates and passes; nonzero cancels. picture: what the pictures of a batch look like when they
+     * are finished and, with `previews`, when a scale is done, of the first that is drawn for each picture; once another of
+     * the best_of is chosen, all scales but the last again, of that one. nonzero cancels. */
     int (*step)(void *user, size_t scale, size_t done, size_t of);
     int (*picture)(void *user, const imagebart_picture *p);
     int previews, guesses, chains;

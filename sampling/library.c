@@ -362,10 +362,12 @@ static Err call_open(Call *c, imagebart_model *model, const imagebart_options *o
     d->with_bounds = c->o.guesses != 0;
     d->with_chain = c->o.chains || (c->o.previews && c->o.picture && d->M > 1);
     d->watch = (DrawWatch){on_progress, on_scale, on_drawn, is_stopped, c};
+    work_ask(is_stopped, c);
     return mem_alloc(&c->pixels, 3 * c->model->side, c->model->side * sizeof *c->pixels, "a picture");
 }
 
 static int call_close(Call *c, Err e) {
+    work_ask(NULL, NULL);
     free(c->pixels), free(c->known);
     edit_free(&c->edit);
     draw_free(&c->draw);

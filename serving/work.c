@@ -134,7 +134,8 @@ static int on_step(void *context, size_t scale, size_t done, size_t of) {
     Work *w = context;
     Ticket *t = w->ticket;
     const double now = seconds();
-    (void)of; /* ticket_tokens */
+    (void)of;                                                               /* ticket_tokens */
+    if (t->scale == (int)scale && t->done[scale] == done) return t->cancel; /* only the worker writes them */
     pthread_mutex_lock(&t->lock);
     t->scale = (int)scale;
     if (done > t->done[scale]) t->spent[scale] += now - w->last;

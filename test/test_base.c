@@ -1,6 +1,7 @@
 /* test_base.c - errors, memory, paths, hashes, bf16, random streams, threads. */
 #include "test.h"
 #include <pthread.h>
+#include <stdatomic.h>
 #include <time.h>
 
 #include <sys/resource.h>
@@ -244,6 +245,46 @@ static void test_loops(void) {
     CHECK(!ran_once(&l, 64, TASKS));
 }
 
+/* Work that is to stop after some questions leaves the rest undone; other loops and small memory know nothing of it. */
+typedef struct {
+    size_t asked, until;
+} Patience;
+static int ask_patience(void *context) {
+    Patience *p = (Patience *)context;
+    return ++p->asked > p->until;
+}
+static void count_task(void *context, size_t i) {
+    (void)i;
+    atomic_fetch_add((atomic_size_t *)context, 1);
+}
+static void slow_task(void *context, size_t i) {
+    const struct timespec pause = {0, 1000000};
+    nanosleep(&pause, NULL);
+    count_task(context, i);
+}
+static void test_stopped(void) {
+    for (int threads = 1; threads <= 3; threads++) {
+        atomic_size_t ran = 0;
+        Patience p = {0, 1};
+        void *memory;
+        parallel_work(threads, TASKS, count_task, &ran);
+        CHECK(ran == TASKS && !work_stops());
+        work_ask(ask_patience, &p);
+        ran = 0;
+        parallel_work(threads, TASKS, slow_task, &ran);
+        CHECK(ran > 0 && ran < TASKS && work_stops() && p.asked == 2);
+        ran = 0;
+        parallel_for(threads, TASKS, count_task, &ran);
+        CHECK(ran == TASKS);
+        CHECK_ERR(mem_alloc(&memory, 64 << 20, 1, "much"), "stopped");
+        CHECK_OK(mem_alloc(&memory, 1 << 20, 1, "little"));
+        free(memory);
+        work_ask(NULL, NULL);
+        parallel_work(threads, TASKS, count_task, &ran);
+        CHECK(ran == 2 * TASKS && !work_stops());
+    }
+}
+
 static void *loop_many(void *context) {
     Loop *l = (Loop *)context;
     for (int repeat = 0; repeat < 300; repeat++) {
@@ -362,6 +403,7 @@ int main(void) {
     threads_set(3);
     CHECK(threads_get() == 3 && threads_free() == 3 && thread_index() == 0);
     test_loops();
+    test_stopped();
     test_two_callers();
     test_idle();
     return test_report();

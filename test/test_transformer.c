@@ -586,6 +586,34 @@ static size_t training_step(const NetConfig *config, int threads, real **out) {
     return used;
 }
 
+/* A forward pass that is stopped anywhere is an error; the next one is as if it had not been. */
+static int ask_patience(void *context) {
+    return (*(size_t *)context)-- == 0;
+}
+static void test_stopped(void) {
+    Case c;
+    const real *logits;
+    case_make(&c, &x_small, 2, 5);
+    CHECK_OK(transformer_plan(c.net, 2, 5, 0));
+    const size_t n = 2 * 5 * c.K;
+    CHECK_OK(forward(&c, &logits));
+    real *whole = (real *)malloc(n * sizeof(real));
+    memcpy(whole, logits, n * sizeof(real));
+    size_t stopped = 0;
+    for (size_t patience = 0; stopped == patience; patience++) {
+        size_t left = patience;
+        work_ask(ask_patience, &left);
+        const Err e = forward(&c, &logits);
+        stopped += e != OK && strstr(err_text(), "stopped");
+        work_ask(NULL, NULL);
+        CHECK_OK(forward(&c, &logits));
+        CHECK(!memcmp(whole, logits, n * sizeof(real)));
+    }
+    CHECK(stopped > 4);
+    free(whole);
+    case_free(&c);
+}
+
 static void test_threads(void) {
     int before = threads_get();
     NetConfig x = x_small, gpt = gpt_small;
@@ -1320,6 +1348,7 @@ int main(void) {
     test_fine_scaling();
     test_unmasked();
     test_threads();
+    test_stopped();
     test_decay_rules();
     test_learning_rate();
     test_names();
