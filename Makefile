@@ -12,6 +12,7 @@
 # make test-cuda-emulated   every CUDA kernel, run on the CPU, against its C twin (part of make test)
 # make emulated-debug   the same kernels for a debugger, in build/*/emulated-debug
 # make bench        how fast, as fractions of this machine's ceilings and beside PyTorch; also in bench.tsv
+# make load SECONDS=120   fifty clients upon ./serve at once (also SANITIZE=1); make load-threads: under the thread sanitizer
 # make walkthrough the numbers of doc/walkthrough.md: test/walkthrough 1 ... 8
 # make faults       every call for a file of short runs fails or kills, every allocation fails (a sample is in make test)
 # make install PREFIX=/usr/local DESTDIR=   one program, imagebart, with models, man pages, completion; make uninstall;
@@ -224,7 +225,7 @@ $B/serve: $(SERVING:%=$B/%.o)
 $B/serve $(if $P,$P/serve): LDLIBS += $(SERVE_LIBS)
 $B/serving/page.o $(if $P,$P/x86-64/serving/page.o): $(addprefix web/,index.html page.css page.js)
 $B/serve_client: LDLIBS += $(SERVE_LIBS)
-$B/serve_client: $B/test/serve_client.o $(OBJ)
+$B/serve_client $B/load: $B/%: $B/test/%.o $(OBJ)
 	$(call say,LINK,$@)$(CC) $(CFLAGS) -o $@ $^ $(LDLIBS)
 $B/train-alone: $B/train.o $(patsubst %,$B/%.o,$(filter-out training/parallel,$(TRAIN))) $B/alone/training/parallel.o $(OBJ)
 	$(call say,LINK,$@)$(CC) $(CFLAGS) -o $@ $^ $(LDLIBS)
@@ -243,11 +244,11 @@ $(filter-out %/test_layers,$(TESTS:%=$B/test_%)): $B/test_%: $B/test/test_%.o $(
 	$(call say,LINK,$@)$(CC) $(CFLAGS) -o $@ $^ $(LDLIBS)
 $(filter-out %/test_layers_double,$(TESTS_DOUBLE:%=$B/test_%_double)): $B/test_%_double: $B/double/test/test_%.o $(OBJ_DOUBLE)
 	$(call say,LINK,$@)$(CC) $(CFLAGS) -DREAL_DOUBLE -o $@ $^ $(LDLIBS)
-$B/test_fuzz: $B/test/fuzz.o $B/test/fuzz_files.o $B/test/fuzz_sets.o $B/test/fuzz_serving.o $(TRAIN:%=$B/%.o) \
+$B/test_fuzz: $B/test/fuzz.o $B/test/fuzz_files.o $B/test/fuzz_sets.o $B/test/fuzz_serving.o $B/test/fuzz_requests.o $(TRAIN:%=$B/%.o) \
               $(if $(HAVE_SERVE),$(SERVING:%=$B/%.o))
 $B/test_fuzz: LDLIBS += $(if $(HAVE_MPI),$(MPI_LIBS)) $(if $(HAVE_SERVE),$(SERVE_LIBS))
-$B/test/fuzz_serving.o: CFLAGS += $(if $(HAVE_SERVE),-DHAVE_SERVE)
 $B/test_library: $B/sampling/library.o
+$B/test/fuzz_serving.o $B/test/fuzz_requests.o: CFLAGS += $(if $(HAVE_SERVE),-DHAVE_SERVE)
 # test_layers includes transformer.cu, whose layers are its own; it must be compiled quickly.
 $B/test_layers: $B/test/test_layers.o $(filter-out %/transformer.o,$(OBJ))
 	$(call say,LINK,$@)$(CC) $(CFLAGS) -o $@ $^ $(LDLIBS)
@@ -408,7 +409,7 @@ ifneq ($(PLAINLY),)
 test: $(TEST_BIN) $B/golden $B/pictures $B/lpips $B/codes $(PROGRAMS:%=$B/%)
 	@test/run.sh --plain $B $(TEST_BIN)
 else
-test: $(TEST_BIN) $(EMULATED_BIN) $B/golden $B/imagebart $(if $(filter 1,$(SANITIZE)),,$B/libimagebart.so $B/libimagebart.a) $B/pictures $B/logits $B/lpips $B/codes $B/walkthrough $B/sizes $(PROGRAMS:%=$B/%) $B/train-alone $(if $(HAVE_SERVE),$B/serve_client) $(if $P,$(PROGRAMS:%=$P/%) $P/libimagebart.so $P/libimagebart.a)
+test: $(TEST_BIN) $(EMULATED_BIN) $B/golden $B/imagebart $(if $(filter 1,$(SANITIZE)),,$B/libimagebart.so $B/libimagebart.a) $B/pictures $B/logits $B/lpips $B/codes $B/walkthrough $B/sizes $(PROGRAMS:%=$B/%) $B/train-alone $(if $(HAVE_SERVE),$B/serve_client $B/load) $(if $P,$(PROGRAMS:%=$P/%) $P/libimagebart.so $P/libimagebart.a)
 	@test/run.sh $B "$P" $(TEST_BIN) $(EMULATED_TESTS)
 endif
 
@@ -435,8 +436,21 @@ build/threads/transformer.o: transformer.cu Makefile
 $(THREADS_TESTS:%=build/threads/test_%): build/threads/%: build/threads/test/%.o $(COMPONENTS:%=build/threads/%.o)
 	$(call say,LINK,$@)$(CC) $(THREADS_FLAGS) -o $@ $^ $(PNG_LIBS) $(JPEG_LIBS) $(ZLIB_LIBS) -lm -lpthread
 build/threads/test_library: build/threads/sampling/library.o
+build/threads/serving/page.o: $(addprefix web/,index.html page.css page.js)
+build/threads/load: build/threads/test/load.o $(COMPONENTS:%=build/threads/%.o)
+	$(call say,LINK,$@)$(CC) $(THREADS_FLAGS) -o $@ $^ $(PNG_LIBS) $(JPEG_LIBS) $(ZLIB_LIBS) -lm -lpthread
+build/threads/serve: $(addprefix build/threads/,serve.o $(SERVING:%=%.o) $(COMPONENTS:%=%.o)) $B/commit.o
+	$(call say,LINK,$@)$(CC) $(THREADS_FLAGS) -o $@ $^ $(PNG_LIBS) $(JPEG_LIBS) $(ZLIB_LIBS) -lm -lpthread $(SERVE_LIBS)
 threads: $(THREADS_TESTS:%=build/threads/test_%)
 	@TSAN_OPTIONS=allocator_may_return_null=1 test/run.sh --threads build/threads $^
+
+# Fifty clients upon ./serve at once; load-threads: under the thread sanitizer
+.PHONY: load load-threads
+SECONDS ?= 120
+load: $B/load $B/serve
+	@$B/load $B/serve $(SECONDS)
+load-threads: build/threads/load build/threads/serve
+	@build/threads/load build/threads/serve $(SECONDS)
 
 # For scripts in test/
 objects: $(OBJ)
@@ -468,10 +482,10 @@ fullsize: $B/fullsize $B/sample
 
 # What reads files, under libFuzzer and the sanitizers: FUZZ_SECONDS for each target, FUZZ names some of them. A finding
 # ends it; its input stays in build/fuzz/found. The plain loops compute, for none of them reads files.
-FUZZ := zip pickle legacy safetensors npy pictures masks tokens recipes classes schedules $(if $(HAVE_LMDB),lmdb) lists trees logs states $(if $(HAVE_SERVE),jobs)
+FUZZ := zip pickle legacy safetensors npy pictures masks tokens recipes classes schedules $(if $(HAVE_LMDB),lmdb) lists trees logs states $(if $(HAVE_SERVE),jobs settings requests)
 FUZZ_SECONDS ?= 600
 FUZZ_CC ?= clang
-FUZZ_SOURCES := $(filter-out kernels/% transformer,$(COMPONENTS)) $(TRAIN) test/fuzz test/fuzz_files test/fuzz_sets test/fuzz_serving \
+FUZZ_SOURCES := $(filter-out kernels/% transformer,$(COMPONENTS)) $(TRAIN) test/fuzz test/fuzz_files test/fuzz_sets test/fuzz_serving test/fuzz_requests \
                 $(if $(HAVE_SERVE),$(SERVING))
 FUZZ_FLAGS := -std=c11 -D_GNU_SOURCE -DFUZZ -DPLAIN -I. $(HEADERS) -g -O1 -Wno-unknown-pragmas -MMD -MP -fno-sanitize-recover=all \
               -fsanitize=fuzzer$(comma)address$(comma)undefined $(if $(HAVE_WEBP),-DHAVE_WEBP) $(if $(HAVE_LMDB),-DHAVE_LMDB) \

@@ -34,7 +34,8 @@ typedef struct {
     Served *last;          /* whose transition is in memory */
     char (*forgotten)[24]; /* ids, a ring */
     size_t forgotten_n;
-    int ending, is_ended; /* no more jobs; the worker has stopped */
+    int is_ended;       /* the worker has stopped */
+    _Atomic int ending; /* no more jobs; set with the lock */
 } Server;
 enum { FORGOTTEN = 65536 };
 static const double OWNED_SECONDS = 30, ENDING_SECONDS = 4;

@@ -139,7 +139,7 @@ typedef struct {
     size_t memory;                /* bytes, while it draws */
 } Served;
 /* What the server has. */
-typedef struct {
+typedef struct Offer {
     Served *model;
     size_t models, most;          /* most: pictures of a job */
     const char *device, *weights; /* as given, or NULL */

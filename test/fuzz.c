@@ -53,7 +53,8 @@ void fuzz_take_file(FuzzSeed *take, const char *name, const char *path) {
 
 /* ---- The targets ---- */
 
-const FuzzTarget *const fuzz_targets[] = {fuzz_file_targets, fuzz_set_targets, fuzz_serving_targets};
+const FuzzTarget *const fuzz_targets[] = {fuzz_file_targets, fuzz_set_targets, fuzz_serving_targets,
+                                          fuzz_request_targets};
 
 const FuzzTarget *fuzz_target(const char *name) {
     for (size_t i = 0; i < FUZZ_TABLES; i++)

@@ -17,9 +17,9 @@ typedef struct {
     void (*seeds)(FuzzSeed *take);                /* the corpus */
     size_t (*mend)(uint8_t *bytes, size_t n, size_t most, unsigned seed); /* after a mutation; NULL: nothing */
 } FuzzTarget;
-/* fuzz_files.c, fuzz_sets.c, fuzz_serving.c; a NULL name ends each */
-extern const FuzzTarget fuzz_file_targets[], fuzz_set_targets[], fuzz_serving_targets[];
-enum { FUZZ_TABLES = 3 };
+/* fuzz_files.c, fuzz_sets.c, fuzz_serving.c, fuzz_requests.c; a NULL name ends each */
+extern const FuzzTarget fuzz_file_targets[], fuzz_set_targets[], fuzz_serving_targets[], fuzz_request_targets[];
+enum { FUZZ_TABLES = 4 };
 extern const FuzzTarget *const fuzz_targets[FUZZ_TABLES];
 const FuzzTarget *fuzz_target(const char *name); /* NULL: there is none */
 
@@ -41,6 +41,8 @@ static inline Err answered(Err e) {
 const char *fuzz_path(const char *name);
 /* Such a file, with two parts of bytes, the first may be empty. */
 const char *fuzz_put(const char *name, const void *first, size_t n_first, const void *bytes, size_t n);
+/* The bundled model, as ./serve has it (fuzz_serving.c) */
+const struct Offer *fuzz_offer(void);
 /* A file that is right, to a corpus. */
 void fuzz_take_file(FuzzSeed *take, const char *name, const char *path);
 

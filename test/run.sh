@@ -134,6 +134,11 @@ else
     echo "library: skipped: make lib has not made it"
 fi
 check serve test/test_serve.sh "$build"
+if [ -x "$build/serve" ]; then
+    check load "$build/load" "$build/serve" 4
+else
+    echo "load: skipped: ./serve, which needs libmicrohttpd and libcjson"
+fi
 check page test/test_page.sh "$build"
 python_check events tensorboard test/test_events.py
 if [ -n "$any" ]; then

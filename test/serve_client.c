@@ -79,12 +79,14 @@ static Answer hear(int fd, double patience) {
     return a;
 }
 
-/* text with %H for this server's name and port */
+/* text with %H for this server's name and port, %Z for a zero */
 static size_t fill(char *out, const char *text) {
     char *to = out;
     for (const char *p = text; *p; p++)
         if (p[0] == '%' && p[1] == 'H')
             to += sprintf(to, "127.0.0.1:%d", port), p++;
+        else if (p[0] == '%' && p[1] == 'Z')
+            *to++ = 0, p++;
         else
             *to++ = *p;
     *to = 0;
@@ -155,6 +157,50 @@ static const Case smuggled[] = {
     {"a zero in the query", "GET /api/health?x=%00 HTTP/1.1\r\nHost: %H\r\n\r\n" SECOND, 400, 404},
     {"half an escape", "GET /api/health%4 HTTP/1.1\r\nHost: %H\r\n\r\n" SECOND, 400, 404},
     {"a whole address", "GET http://evil.example/api/health HTTP/1.1\r\nHost: %H\r\n\r\n" SECOND, 400, 404},
+    {"a head's lines without CR", "GET /api/health HTTP/1.1\nHost: %H\n\n" SECOND, 400, 0},
+    {"a length behind LF alone", "POST /api/settings HTTP/1.1\r\nHost: %H\r\nX: a\nContent-Length: 3\r\n\r\nabc" SECOND,
+     400, 0},
+    {"an encoding behind CR alone",
+     "POST /api/settings HTTP/1.1\r\nHost: %H\r\nX: a\rTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n" SECOND, 400, 0},
+    {"a length on a joined line",
+     "POST /api/settings HTTP/1.1\r\nHost: %H\r\nX: a\r\n Content-Length: 3\r\n\r\nabc" SECOND, 400, 0},
+    {"an encoding on a joined line",
+     "POST /api/settings HTTP/1.1\r\nHost: %H\r\nTransfer-Encoding:\r\n chunked\r\n\r\n0\r\n\r\n" SECOND, 400, 0},
+    {"a line of a colon", "POST /api/settings HTTP/1.1\r\nHost: %H\r\n:\r\nContent-Length: 3\r\n\r\nabc" SECOND, 400,
+     0},
+    {"a line of a zero", "POST /api/settings HTTP/1.1\r\nHost: %H\r\n%Z\r\nContent-Length: 3\r\n\r\nabc" SECOND, 400,
+     0},
+    {"a zero in a name", "GET /api/health HTTP/1.1\r\nHost: %H\r\nX%Z: a\r\n\r\n" SECOND, 400, 0},
+    {"a zero in a value", "GET /api/health HTTP/1.1\r\nHost: %H%Z.evil.example\r\n\r\n" SECOND, 400, 0},
+    {"a zero in an address, raw", "GET /api/health%Zx HTTP/1.1\r\nHost: %H\r\n\r\n" SECOND, 400, 0},
+    {"two blanks", "GET  /api/health HTTP/1.1\r\nHost: %H\r\n\r\n" SECOND, 400, 0},
+    {"three words", "GET /api/health x HTTP/1.1\r\nHost: %H\r\n\r\n" SECOND, 400, 0},
+    {"HTTP/0.9", "GET /api/health\r\nHost: %H\r\n\r\n" SECOND, 400, 0},
+    {"HTTP/2", "GET /api/health HTTP/2.0\r\nHost: %H\r\n\r\n" SECOND, 505, 400},
+    {"CONNECT", "CONNECT evil.example:80 HTTP/1.1\r\nHost: %H\r\n\r\n" SECOND, 400, 405},
+    {"a line without a colon", "GET /api/health HTTP/1.1\r\nHost: %H\r\nnothing\r\n\r\n" SECOND, 400, 0},
+    {"no length after its name", "POST /api/settings HTTP/1.1\r\nHost: %H\r\nContent-Length: \r\n\r\n" SECOND, 400, 0},
+    {"a length beyond 2^64",
+     "POST /api/settings HTTP/1.1\r\nHost: %H\r\nContent-Length: 18446744073709551617\r\n\r\nx" SECOND, 413, 400},
+};
+
+/* Chunks whose size is none, or not that of what follows */
+#define CHUNKS "POST /api/settings HTTP/1.1\r\nHost: %H\r\nTransfer-Encoding: chunked\r\n\r\n"
+#define NO_CHUNK(what, chunk)                                                                                          \
+    { what, CHUNKS chunk "\r\n0\r\n\r\n" SECOND, 400, 413 }
+static const Case chunked[] = {
+    NO_CHUNK("0x", "0x3\r\nabc"),
+    NO_CHUNK("plus", "+3\r\nabc"),
+    NO_CHUNK("minus", "-3\r\nabc"),
+    NO_CHUNK("a blank in front", " 3\r\nabc"),
+    NO_CHUNK("a blank behind", "3 \r\nabc"),
+    NO_CHUNK("no digit", "\r\nabc"),
+    NO_CHUNK("no number", "x\r\nabc"),
+    NO_CHUNK("more than is said", "2\r\nabc"),
+    NO_CHUNK("no line behind", "3\r\nabcd"),
+    NO_CHUNK("2^64", "10000000000000003\r\nabc"),
+    NO_CHUNK("17 digits", "fffffffffffffffff\r\nabc"),
+    NO_CHUNK("LF in an extension", "3;a\nb\r\nabc"),
 };
 
 static const Case foreign[] = {
@@ -169,6 +215,23 @@ static const Case foreign[] = {
     {"a page from elsewhere", "GET /api/health HTTP/1.1\r\nHost: %H\r\nOrigin: http://evil.example\r\n" END, 403, 403},
     {"a sandbox", "GET /api/health HTTP/1.1\r\nHost: %H\r\nOrigin: null\r\n" END, 403, 403},
     {"https of ours", "GET /api/health HTTP/1.1\r\nHost: %H\r\nOrigin: https://%H\r\n" END, 403, 403},
+    {"no origin after its name", "GET /api/health HTTP/1.1\r\nHost: %H\r\nOrigin: \r\n" END, 403, 403},
+    {"an origin that begins with ours",
+     "GET /api/health HTTP/1.1\r\nHost: %H\r\nOrigin: http://%H.evil.example\r\n" END, 403, 403},
+    {"an origin with a path", "GET /api/health HTTP/1.1\r\nHost: %H\r\nOrigin: http://%H/\r\n" END, 403, 403},
+    {"another port's page", "GET /api/health HTTP/1.1\r\nHost: %H\r\nOrigin: http://127.0.0.1:1\r\n" END, 403, 403},
+    {"a list of origins", "GET /api/health HTTP/1.1\r\nHost: %H\r\nOrigin: http://%H http://%H\r\n" END, 403, 403},
+    {"a file's page", "GET /api/health HTTP/1.1\r\nHost: %H\r\nOrigin: file://\r\n" END, 403, 403},
+    {"whether a page from elsewhere may",
+     "OPTIONS /api/jobs HTTP/1.1\r\nHost: %H\r\nOrigin: http://evil.example\r\nAccess-Control-Request-Method: "
+     "POST\r\n" END,
+     403, 403},
+    {"a job from elsewhere",
+     "POST /api/jobs HTTP/1.1\r\nHost: %H\r\nOrigin: http://evil.example\r\nContent-Type: text/plain\r\n"
+     "Content-Length: 17\r\n" END "{\"kind\":\"sample\"}",
+     403, 403},
+    {"what a page from elsewhere cancels",
+     "DELETE /api/jobs/AAAAAAAAAAAAAAAAAAAAAA HTTP/1.1\r\nHost: %H\r\nOrigin: null\r\n" END, 403, 403},
     {"two origins", "GET /api/health HTTP/1.1\r\nHost: %H\r\nOrigin: http://%H\r\nOrigin: http://%H\r\n" END, 403, 403},
     {"even for what is not there", "GET /nothing HTTP/1.1\r\nHost: %H\r\nOrigin: null\r\n" END, 403, 403},
     {"even for the page's files", "GET /page.js HTTP/1.1\r\nHost: evil.example\r\n" END, 403, 403},
@@ -209,8 +272,9 @@ static void run_cases(const Case *c, size_t n, int must_close) {
         test_note(right && once, __FILE__, __LINE__, c[i].what);
         if (!right || !once)
             printf("     status %d, %d served, %s\n", a.status, a.served, a.closed ? "closed" : "open");
-        if (a.head && !has_header(&a, "X-Content-Type-Options: nosniff") && a.status != 400)
-            test_note(0, __FILE__, __LINE__, "nosniff");
+        const int is_library = a.status >= 400 && a.body && strstr(a.body, "<html><head>");
+        if (a.head && !has_header(&a, "X-Content-Type-Options: nosniff") && a.status != 400 && !is_library)
+            test_note(0, __FILE__, __LINE__, c[i].what), printf("     %s\n", a.body ? a.body : "");
     }
 }
 #define CASES(list, must_close) run_cases(list, sizeof list / sizeof *list, must_close)
@@ -239,8 +303,75 @@ static void long_bodies(void) {
     CHECK(a.status == 413 && a.closed);
 }
 
+/* What is longer than there is room for: refused or closed, nothing is served. */
+static void long_heads(void) {
+    enum { MANY = 200000 };
+    static const struct {
+        const char *what, *front, *fill, *back;
+    } heads[] = {
+        {"a long value", "GET /api/health HTTP/1.1\r\nHost: %H\r\nX: ", "a", "\r\n" END},
+        {"a long address", "GET /api/health?", "a", " HTTP/1.1\r\nHost: %H\r\n" END},
+        {"a long method", "", "A", " /api/health HTTP/1.1\r\nHost: %H\r\n" END},
+        {"many lines", "GET /api/health HTTP/1.1\r\nHost: %H\r\n", "X: a\r\n", END},
+        {"many cookies", "GET /api/health HTTP/1.1\r\nHost: %H\r\nCookie: ", "a=b; ", "\r\n" END},
+        {"many empty lines in front", "", "\r\n", "GET /api/health HTTP/1.1\r\nHost: %H\r\nX: a\nb: c\r\n" END},
+    };
+    char *text = malloc(2 * MANY), *sent = malloc(2 * MANY);
+    for (size_t i = 0; i < sizeof heads / sizeof *heads; i++) {
+        char *to = text + sprintf(text, "%s", heads[i].front);
+        while (to < text + MANY) to += sprintf(to, "%s", heads[i].fill);
+        strcpy(to, heads[i].back);
+        const int fd = dial();
+        put(fd, sent, fill(sent, text));
+        const Answer a = hear(fd, 12);
+        if (!test_note(a.closed && !a.served && (a.status == 0 || a.status >= 400), __FILE__, __LINE__, heads[i].what))
+            printf("     status %d, %d served, %s\n", a.status, a.served, a.closed ? "closed" : "open");
+        close(fd);
+    }
+    free(text), free(sent);
+}
+
+/* Requests that end too early get nothing, those that come a byte at a time their answer. */
+static void broken_off(void) {
+    static const char whole[] =
+        "POST /api/settings HTTP/1.1\r\nHost: %H\r\nContent-Length: 6\r\nConnection: close\r\n\r\nGIF89a";
+    char text[256];
+    const size_t n = fill(text, whole);
+    for (size_t cut = 1; cut < n; cut += cut + 8 < n ? 7 : 1) {
+        const int fd = dial();
+        put(fd, text, cut);
+        shutdown(fd, SHUT_WR);
+        const Answer a = hear(fd, 5);
+        if (!CHECK(a.closed && !a.served && a.status != 415)) printf("     %zu of %zu bytes: %d\n", cut, n, a.status);
+        close(fd);
+    }
+    const int fd = dial();
+    for (size_t i = 0; i < n; i++) put(fd, text + i, 1), usleep(2000);
+    const Answer a = hear(fd, 5);
+    CHECK(a.status == 415 && a.closed);
+    close(fd);
+}
+
+/* A head that does not come to its end is waited for 10 s; others are answered meanwhile. */
+static const double HEAD_SECONDS = 10;
+static void late_head(int fd, double since) {
+    const Answer a = hear(fd, HEAD_SECONDS + 3);
+    const double took = seconds() - since;
+    if (!CHECK(a.closed && !a.served && took > HEAD_SECONDS - 0.5 && took < HEAD_SECONDS + 2))
+        printf("     %s after %.1f s\n", a.closed ? "closed" : "open", took);
+    close(fd);
+}
+
 static void test_http(void) {
+    const double since = seconds();
+    const int late[2] = {dial(), dial()};
+    put(late[0], "GET /api/health HTTP/1.1\r\nX: ", 30);
     CASES(smuggled, 1);
+    CASES(chunked, 1);
+    broken_off();
+    late_head(late[0], since);
+    late_head(late[1], since);
+    long_heads();
     CASES(foreign, 0);
     CASES(fine, 0);
     Answer a = ask_for("OPTIONS /api/health HTTP/1.1\r\nHost: %H\r\n" END, 5);
