@@ -100,10 +100,16 @@ static enum MHD_Result look_at_header(void *context, enum MHD_ValueKind kind, co
     return MHD_YES;
 }
 
+static int is_target(const char *target) {
+    for (const char *p = target; *p; p++)
+        if ((unsigned char)*p <= ' ' || *p == 0x7f) return 0;
+    return *target == '/' && !strstr(target, "%00");
+}
+
 /* Where the request ends, and for whom it is, could be read in two ways: why, else NULL. */
 static const char *framing_fault(const Framing *f, const char *target, const char *version) {
     if (f->is_broken) return "a header that is none";
-    if (strstr(target, "%00") || *target != '/') return "address: one that begins with / expected, without %00";
+    if (!is_target(target)) return "address: one that begins with / expected, without %00 and control characters";
     if (f->hosts != 1) return "Host: expected once";
     if (f->lengths > 1) return "Content-Length: expected once";
     if (f->encodings && f->lengths) return "Transfer-Encoding and Content-Length: expected one of them";

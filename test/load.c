@@ -489,8 +489,8 @@ static void start_server(const char *serve) {
     if (server == 0) {
         dup2(end[1], 1);
         close(end[0]), close(end[1]);
-        execl(serve, serve, "emoji", "--port", "0", "--queue", "10", "--count-limit", "4", "--results", "2",
-              (char *)NULL);
+        execl(serve, serve, "emoji", "--port", "0", "--queue", SLOWER > 1 ? "3" : "10", "--count-limit", "4",
+              "--results", "2", (char *)NULL);
         _exit(127);
     }
     close(end[1]);

@@ -173,6 +173,7 @@ static const Case smuggled[] = {
     {"a zero in a name", "GET /api/health HTTP/1.1\r\nHost: %H\r\nX%Z: a\r\n\r\n" SECOND, 400, 0},
     {"a zero in a value", "GET /api/health HTTP/1.1\r\nHost: %H%Z.evil.example\r\n\r\n" SECOND, 400, 0},
     {"a zero in an address, raw", "GET /api/health%Zx HTTP/1.1\r\nHost: %H\r\n\r\n" SECOND, 400, 0},
+    {"CR alone in an address", "GET /api/health?\rx=1 HTTP/1.1\r\nHost: %H\r\n\r\n" SECOND, 400, 0},
     {"two blanks", "GET  /api/health HTTP/1.1\r\nHost: %H\r\n\r\n" SECOND, 400, 0},
     {"three words", "GET /api/health x HTTP/1.1\r\nHost: %H\r\n\r\n" SECOND, 400, 0},
     {"HTTP/0.9", "GET /api/health\r\nHost: %H\r\n\r\n" SECOND, 400, 0},
