@@ -10,7 +10,7 @@ trap 'rm -rf "$dir"' EXIT
 . test/lib.sh
 export IMAGEBART_DEVICE=cpu MAKEFLAGS=
 for tool in $cc qemu-aarch64; do
-    command -v $tool >/dev/null || { echo "skipped: there is no $tool" && exit 0; }
+    command -v "$tool" >/dev/null || { echo "skipped: there is no $tool" && exit 0; }
 done
 
 # where Debian keeps what pkg-config is told of arm64
@@ -49,6 +49,11 @@ for c in schedules x_class gpt_class train_gpt train_x vqgan_noremap ckpt_format
     sums "golden case $c" emulated golden test/golden-cases/$c
 done
 sums images emulated test_images
+
+# ---- The row of "make bench" that the compiled loops give: a matrix product has little beside its multiply-adds ----
+ok "inner loops of NEON" test/neon_row.sh -o "$dir/table" -std=c11 -D_GNU_SOURCE -I. -O3 -ffp-contract=fast -fno-math-errno -fno-trapping-math -fopenmp-simd
+ok "a matrix product's" awk -F ': ' '/gemm micro_tile f32/ { found = $2 + 0 } END { exit !(found >= 1 && found < 2) }' "$dir/table"
+ok "kept keys in bf16" awk -F ': ' '/kept_dots bf16/ { found = $2 + 0 } END { exit !(found >= 1 && found < 5) }' "$dir/table"
 
 # ---- Training: the same loss; greedy pictures: the same tokens, rounding may shift a colour by one ----
 close_to() { awk "BEGIN { a = $1 + 0; b = $2 + 0; d = a - b; exit !(a > 0 && d * d < 1e-6 * a * a) }"; }
