@@ -304,6 +304,7 @@ static void png_out_body(PngOut *p) {
     }
     png_write_info(png, p->info);
     for (size_t y = 0; y < im->H * N; y++) {
+        if (work_stops()) png_error(png, "the work was stopped");
         if (y % N == 0) image_row_enlarged(p->row, im, y / N, N);
         if (p->rgba && y % N == 0) row_with_alpha(p, y / N);
         png_write_row(png, p->rgba ? p->rgba : p->row);

@@ -39,7 +39,8 @@ typedef enum { IDLE, HEAD, BODY, REPLY } Phase;
 typedef struct Wire {
     int fd;
     Phase phase;
-    double since, stepped; /* the phase began; the body's last byte came */
+    double since, stepped;     /* the phase began; the body's last byte came */
+    struct Exchange *exchange; /* that is under way, or NULL */
     struct Wire *next, *before;
 } Wire;
 
@@ -54,7 +55,7 @@ struct Http {
 };
 
 /* A request and what has come of it. */
-typedef struct {
+typedef struct Exchange {
     Request request;
     Wire *wire;
     const Route *route;
@@ -319,13 +320,25 @@ static enum MHD_Result on_request(void *context, struct MHD_Connection *connecti
     return send_reply(x, x->route->call(h->config.context, &x->request));
 }
 
-/* The request's line is there. */
+static void exchange_end(Http *h, Exchange *x) {
+    pthread_mutex_lock(&h->lock);
+    h->bodies -= x->room;
+    pthread_mutex_unlock(&h->lock);
+    if (x->refusal.response) MHD_destroy_response(x->refusal.response);
+    if (x->wire) x->wire->exchange = NULL;
+    free(x->body);
+    free(x);
+}
+
+/* The request's line is there. Of some heads that it cannot read the library does not say that they are over. */
 static void *on_line(void *context, const char *target, struct MHD_Connection *connection) {
     Http *h = context;
     Exchange *x = calloc(1, sizeof *x);
     const union MHD_ConnectionInfo *info = MHD_get_connection_info(connection, MHD_CONNECTION_INFO_SOCKET_CONTEXT);
     if (!x) return NULL;
     x->wire = info ? info->socket_context : NULL;
+    if (x->wire && x->wire->exchange) exchange_end(h, x->wire->exchange);
+    if (x->wire) x->wire->exchange = x;
     snprintf(x->target, sizeof x->target, "%s", strlen(target) < sizeof x->target ? target : "/%"); /* "%": refused */
     x->sent_target = target;
     set_phase(h, x->wire, HEAD);
@@ -339,12 +352,7 @@ static void on_end(void *context, struct MHD_Connection *connection, void **own,
     if (!x) return;
     *own = NULL;
     set_phase(h, x->wire, IDLE);
-    pthread_mutex_lock(&h->lock);
-    h->bodies -= x->room;
-    pthread_mutex_unlock(&h->lock);
-    if (x->refusal.response) MHD_destroy_response(x->refusal.response);
-    free(x->body);
-    free(x);
+    exchange_end(h, x);
 }
 
 /* Addresses are decoded here, not by the library, which would end them at %00. */
@@ -374,6 +382,7 @@ static void on_connection(void *context, struct MHD_Connection *connection, void
     }
     Wire *w = *own;
     if (!w) return;
+    if (w->exchange) exchange_end(h, w->exchange);
     pthread_mutex_lock(&h->lock); /* the watcher must not close what by then is another's */
     if (w->next) w->next->before = w->before, w->before->next = w->next;
     pthread_mutex_unlock(&h->lock);
