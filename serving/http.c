@@ -83,12 +83,14 @@ static int is_next(const char *end, const char *next, size_t between) {
     return (uintptr_t)next - (uintptr_t)end == between || strverscmp(MHD_get_version(), "0.9.77") >= 0;
 }
 
+/* Letters of a method and of a header's name */
+static const char name_letters[] = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789!#$%&'*+-.^_`|~";
+
 static enum MHD_Result look_at_header(void *context, enum MHD_ValueKind kind, const char *key, size_t key_size,
                                       const char *value, size_t value_size) {
-    static const char name[] = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789!#$%&'*+-.^_`|~";
     Framing *f = context;
     (void)kind;
-    f->is_broken |= !key_size || strspn(key, name) != key_size || (value && strcspn(value, "\r") != value_size);
+    f->is_broken |= !key_size || strspn(key, name_letters) != key_size || (value && strcspn(value, "\r") != value_size);
     f->is_broken |= !is_next(f->line_end, key, 2);
     f->line_end = value ? value + strlen(value) : key + key_size;
     f->hosts += !strcasecmp(key, "Host");
@@ -109,7 +111,7 @@ static int is_target(const char *target) {
 
 /* Where the request ends, and for whom it is, could be read in two ways: why, else NULL. */
 static const char *framing_fault(const Framing *f, const char *target, const char *version) {
-    if (f->is_broken) return "a header that is none";
+    if (f->is_broken) return "a method or a header that is none";
     if (!is_target(target)) return "address: one that begins with / expected, without %00 and control characters";
     if (f->hosts != 1) return "Host: expected once";
     if (f->lengths > 1) return "Content-Length: expected once";
@@ -202,6 +204,7 @@ static Reply refuse(const Http *h, Exchange *x, const char *method, const char *
     const union MHD_ConnectionInfo *head =
         MHD_get_connection_info(r->connection, MHD_CONNECTION_INFO_REQUEST_HEADER_SIZE);
     if (head) f.is_broken |= !is_next(f.line_end, method + head->header_size, 4);
+    f.is_broken |= strspn(method, name_letters) != strlen(method);
     f.is_broken |= !is_next(method + strlen(method), x->sent_target, 1) ||
                    !is_next(x->sent_target + strlen(x->target), version, 1);
     why = framing_fault(&f, x->target, version);

@@ -174,6 +174,8 @@ static const Case smuggled[] = {
     {"a zero in a value", "GET /api/health HTTP/1.1\r\nHost: %H%Z.evil.example\r\n\r\n" SECOND, 400, 0},
     {"a zero in an address, raw", "GET /api/health%Zx HTTP/1.1\r\nHost: %H\r\n\r\n" SECOND, 400, 0},
     {"CR alone in an address", "GET /api/health?\rx=1 HTTP/1.1\r\nHost: %H\r\n\r\n" SECOND, 400, 0},
+    {"a method that is none", "GE(T) /api/health HTTP/1.1\r\nHost: %H\r\n\r\n" SECOND, 400, 0},
+    {"a tab in a method", "X\tGET /api/health HTTP/1.1\r\nHost: %H\r\n\r\n" SECOND, 400, 0},
     {"two blanks", "GET  /api/health HTTP/1.1\r\nHost: %H\r\n\r\n" SECOND, 400, 0},
     {"three words", "GET /api/health x HTTP/1.1\r\nHost: %H\r\n\r\n" SECOND, 400, 0},
     {"HTTP/0.9", "GET /api/health\r\nHost: %H\r\n\r\n" SECOND, 400, 0},
