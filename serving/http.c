@@ -75,12 +75,19 @@ typedef struct {
     const char *line_end; /* of the head's last line that was looked at, in the library's buffer */
 } Framing;
 
+/* Is the library that runs 0.9.77 or later? */
+static int is_strict(void) {
+    unsigned major = 0, minor = 0, patch = 0;
+    sscanf(MHD_get_version(), "%u.%u.%u", &major, &minor, &patch);
+    return (major * 1000 + minor) * 1000 + patch >= 9077;
+}
+
 /* Are two parts of the head so many bytes apart? The library, before 0.9.77, reads it in place and leaves zeros between its
  * parts. It takes a lone LF for a line's end too, cuts text at a zero, joins a line that begins with a blank to the one
  * before, which then lies elsewhere, and takes a line that begins with a zero or a colon for the empty one. Later ones are
  * strict themselves. */
 static int is_next(const char *end, const char *next, size_t between) {
-    return (uintptr_t)next - (uintptr_t)end == between || strverscmp(MHD_get_version(), "0.9.77") >= 0;
+    return (uintptr_t)next - (uintptr_t)end == between || is_strict();
 }
 
 /* Letters of a method and of a header's name */

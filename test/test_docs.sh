@@ -112,7 +112,7 @@ done <"$dir/pairs"
 for p in sample train inpaint serve; do [ ! -x "$build/$p" ] || "$build/$p" -h; done >"$dir/help" 2>/dev/null
 [ -x "$build/serve" ] || docs=$(echo $docs | tr ' ' '\n' | grep -v '^doc/api.md$')
 cat $docs | grep -oE '(^|[^-A-Za-z])--[a-z][a-z0-9-]+' | sed 's/.*--/--/' | sort -u |
-    grep -vE '^--(bind-to|host|allow-run-as-root|logdir|cflags|libs)$' >"$dir/options"
+    grep -vE '^--(bind-to|host|allow-run-as-root|logdir|cflags|libs|install)$' >"$dir/options"
 while read -r option; do
     if grep -qE -- "(^|[^-a-z])$option([^-a-z]|\$)" "$dir/help"; then pass; else fail "no program has the option $option"; fi
 done <"$dir/options"
