@@ -246,7 +246,11 @@ static int strict_request(Strict *s) {
     const char *line;
     size_t n;
     s->size = 0;
-    while (s->end - s->at >= 2 && s->at[0] == '\r' && s->at[1] == '\n') s->at += 2;
+    while (s->end - s->at >= 2 && (!memcmp(s->at, "\r\n", 2) || !*s->at)) { /* a zero makes a line empty, too */
+        const uint8_t *line = memchr(s->at, '\n', (size_t)(s->end - s->at));
+        if (!line) return 0;
+        s->at = line + 1;
+    }
     if (!strict_line(s, &line, &n)) return 0;
     const size_t method = strcspn(line, " \t\r");
     if (!method || line[method] != ' ') return 0;
