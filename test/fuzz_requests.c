@@ -247,9 +247,9 @@ static int strict_request(Strict *s) {
     size_t n;
     s->size = 0;
     while (s->end - s->at >= 2 && (!memcmp(s->at, "\r\n", 2) || !*s->at)) { /* a zero makes a line empty, too */
-        const uint8_t *line = memchr(s->at, '\n', (size_t)(s->end - s->at));
-        if (!line) return 0;
-        s->at = line + 1;
+        const uint8_t *empty = memchr(s->at, '\n', (size_t)(s->end - s->at));
+        if (!empty) return 0;
+        s->at = empty + 1;
     }
     if (!strict_line(s, &line, &n)) return 0;
     const size_t method = strcspn(line, " \t\r");
