@@ -177,15 +177,23 @@ typedef struct {
     uint8_t *body; /* of a request */
     size_t size;
     char method[16];
+    int joined; /* the line that was read ended with a zero and CR LF, and LF alone follows */
 } Strict;
 
 /* line (n) = up to CR LF, in which there is no other CR, LF or zero; 0: there is none. What the library leaves in memory as it
- * leaves CR LF passes too, for http.c cannot see it: a zero and LF; a colon and LF, an empty line. */
+ * leaves CR LF passes too, for http.c cannot see it: a zero and LF; a colon and LF, an empty line; and zero, CR LF, LF for
+ * CR LF, CR LF. */
 static int strict_line(Strict *s, const char **line, size_t *n) {
     const uint8_t *end = memchr(s->at, '\n', (size_t)(s->end - s->at));
-    if (!end || end == s->at) return 0;
-    *line = (const char *)s->at, *n = (size_t)(end - s->at) - 1;
+    *line = (const char *)s->at, *n = 0;
+    if (!end) return 0;
     s->at = end + 1;
+    const int was_joined = s->joined;
+    s->joined = 0;
+    if ((const char *)end == *line) return was_joined;
+    *n = (size_t)(end - (const uint8_t *)*line) - 1;
+    s->joined = *n && end[-1] == '\r' && !end[-2] && s->at < s->end && *s->at == '\n';
+    *n -= (size_t)s->joined;
     return (!*n && end[-1] == ':') ||
            ((end[-1] == '\r' || !end[-1]) && !memchr(*line, '\r', *n) && !memchr(*line, 0, *n));
 }
@@ -273,7 +281,7 @@ static int strict_request(Strict *s) {
 /* Is each call a request that the strict reader finds too? */
 static void compare(const uint8_t *bytes, size_t n) {
     uint8_t *body = malloc(n + 1);
-    Strict s = {bytes, bytes + n, body, 0, ""};
+    Strict s = {bytes, bytes + n, body, 0, "", 0};
     size_t c = 0;
     MUST(body);
     while (c < calls && c < MANY && strict_request(&s)) {
