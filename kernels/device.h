@@ -10,7 +10,6 @@
 
 #include "base/compute.h"
 #include "kernels/kernels.h"
-#include "kernels/math.h"
 
 #if defined(__CUDACC__) || defined(CUDA_ON_CPU)
 #define DEVICE_CODE 1

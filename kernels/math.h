@@ -61,16 +61,6 @@ static inline real log_positive(real x) {
     return e * 0.69314718f + 2 * s * series;
 }
 
-/* P(z > a) / exp(-a^2/2) for z ~ N(0,1), a >= 0: it is u w(u) with u = 1/(1+0.26a), and w a polynomial fitted to 6e-9
- * relative by Chebyshev interpolation on 0 <= a <= 9. */
-BITS_FUNCTION float normal_tail(float a) {
-    const float w[9] = {0.10379182f,  0.10251124f, 0.10634528f,  0.038958745f, 0.18764427f,
-                        -0.18772396f, 0.28233662f, -0.16725112f, 0.033387092f};
-    float u = 1 / (1 + 0.26f * a), sum = w[8];
-    for (int k = 7; k >= 0; k--) sum = sum * u + w[k];
-    return u * sum;
-}
-
 /* *cdf = P(z < x), *pdf = its derivative, for z ~ N(0,1) */
 static inline void normal_distribution(real *cdf, real *pdf, real x) {
     float a = x < 0 ? -x : x, bell = exp_negative(-0.5f * a * a), tail = bell * normal_tail(a);
