@@ -254,7 +254,8 @@ static int strict_request(Strict *s) {
     const char *line;
     size_t n;
     s->size = 0;
-    while (s->end - s->at >= 2 && (!memcmp(s->at, "\r\n", 2) || !*s->at)) { /* a zero makes a line empty, too */
+    /* Empty lines in front: a zero makes a line empty, too, and LF alone may end it. */
+    while (s->end - s->at >= 2 && (!memcmp(s->at, "\r\n", 2) || *s->at == '\n' || !*s->at)) {
         const uint8_t *empty = memchr(s->at, '\n', (size_t)(s->end - s->at));
         if (!empty) return 0;
         s->at = empty + 1;
