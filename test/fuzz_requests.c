@@ -177,25 +177,36 @@ typedef struct {
     uint8_t *body; /* of a request */
     size_t size;
     char method[16];
-    int joined; /* the line that was read ended with a zero and CR LF, and LF alone follows */
+    int empty_next; /* looks_like_end: an empty line comes next */
 } Strict;
 
+/* Where CR LF, CR LF may stand so that the library leaves the same in memory, for it writes zeros over what ends names and
+ * lines: four bytes around the line's LF, each CR, LF, a zero or a colon. NULL: nowhere */
+static const uint8_t *looks_like_end(const Strict *s, const uint8_t *line, const uint8_t *lf) {
+    for (const uint8_t *t = lf - line < 3 ? line : lf - 3; t <= lf && t + 4 <= s->end; t++) {
+        size_t like = 0;
+        while (like < 4 && (!t[like] || strchr("\r\n:", t[like]))) like++;
+        if (like == 4 && !memchr(line, '\r', (size_t)(t - line)) && !memchr(line, 0, (size_t)(t - line))) return t;
+    }
+    return NULL;
+}
+
 /* line (n) = up to CR LF, in which there is no other CR, LF or zero; 0: there is none. What the library leaves in memory as it
- * leaves CR LF passes too, for http.c cannot see it: a zero and LF; a colon and LF, an empty line; and zero, CR LF, LF for
- * CR LF, CR LF. */
+ * leaves CR LF passes too, for http.c cannot see it: a zero and LF; a colon and LF, an empty line; looks_like_end. */
 static int strict_line(Strict *s, const char **line, size_t *n) {
-    const uint8_t *end = memchr(s->at, '\n', (size_t)(s->end - s->at));
-    *line = (const char *)s->at, *n = 0;
-    if (!end) return 0;
-    s->at = end + 1;
-    const int was_joined = s->joined;
-    s->joined = 0;
-    if ((const char *)end == *line) return was_joined;
-    *n = (size_t)(end - (const uint8_t *)*line) - 1;
-    s->joined = *n && end[-1] == '\r' && !end[-2] && s->at < s->end && *s->at == '\n';
-    *n -= (size_t)s->joined;
-    return (!*n && end[-1] == ':') ||
-           ((end[-1] == '\r' || !end[-1]) && !memchr(*line, '\r', *n) && !memchr(*line, 0, *n));
+    const uint8_t *const begin = s->at, *const lf = memchr(begin, '\n', (size_t)(s->end - begin)), *end;
+    *line = (const char *)begin, *n = 0;
+    if (s->empty_next) return s->empty_next = 0, 1;
+    if (!lf) return 0;
+    s->at = lf + 1;
+    if (lf > begin) {
+        *n = (size_t)(lf - begin) - 1;
+        if (!*n && *begin == ':') return 1;
+        if ((lf[-1] == '\r' || !lf[-1]) && !memchr(begin, '\r', *n) && !memchr(begin, 0, *n)) return 1;
+    }
+    if (!(end = looks_like_end(s, begin, lf))) return 0;
+    *n = (size_t)(end - begin), s->at = end + 4, s->empty_next = 1;
+    return 1;
 }
 
 typedef struct {
