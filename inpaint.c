@@ -176,17 +176,11 @@ static Err check_size(const Completion *c) {
 
 /* Says so if the kept part is unlike all that the model has learnt. */
 static Err look_at_kept(const Completion *c) {
-    real *image;
-    Familiar f;
-    const size_t side = c->model.side;
+    char text[ERR_MAX];
     const int32_t label = c->draw.label ? c->draw.label[0] : -1;
-    if (c->edit.redrawn == c->N) return OK;
-    TRY(mem_alloc(&image, 3 * side, side * sizeof *image, "picture"));
-    Err e = image_prepare(image, &c->edit.picture, PREP_FOLDER, side, -1, -1, 0);
-    if (e == OK) e = familiar(&f, (Model *)&c->model, image, c->known, c->edit.keep_token, label, c->args->seed);
-    if (e == OK && f.unlike) familiar_warn(c->args, &c->model, &f);
-    free(image);
-    return e;
+    TRY(edit_unlike(text, &c->edit, (Model *)&c->model, c->known, label, c->args->seed));
+    if (*text) say(c->args, "%s\n", text);
+    return OK;
 }
 
 /* What will be completed, with what. */

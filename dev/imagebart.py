@@ -3,7 +3,7 @@ numpy is not installed. Make it with "make lib"; IMAGEBART_LIBRARY names the fil
 
     python3 dev/imagebart.py emoji picture.png class_name=food seed=7     # as ./sample emoji -n 1 --class food --seed 7
 """
-import ctypes as c, glob, math, os, struct, sys, zlib
+import ctypes as c, glob, math, os, struct, sys, warnings, zlib
 try:
     import numpy
 except ImportError:
@@ -15,7 +15,8 @@ TEXTS = "class_name temperature top_k guidance chain_length"
 STEP = c.CFUNCTYPE(c.c_int, c.c_void_p, c.c_size_t, c.c_size_t, c.c_size_t)
 Shape = structure((c.c_size_t, "side h w K scales classes"))
 Picture = structure((c.c_size_t, "number scale width height"), (c.POINTER(c.c_uint8), "rgb alpha"), (c.POINTER(c.c_int32), "tokens"),
-                    (c.c_int32, "label"), (c.c_double, "bound"), (c.POINTER(c.c_float), "entropy"))
+                    (c.c_int32, "label"), (c.c_double, "bound"), (c.POINTER(c.c_float), "entropy"),
+                    (c.c_void_p, "profile"), (c.c_size_t, "profile_bytes"), (c.POINTER(c.c_int32), "chain"), (c.c_char_p, "note"))
 PICTURE = c.CFUNCTYPE(c.c_int, c.c_void_p, c.POINTER(Picture))
 Options = structure((c.c_size_t, "bytes count"), (c.c_uint64, "seed first"), (c.c_char_p, TEXTS), (c.c_size_t, "best_of"),
                     (c.c_void_p, "progress preview user"), (STEP, "step"), (PICTURE, "picture"), (c.c_int, "previews guesses chains"))
@@ -47,13 +48,15 @@ class Model:
     def call(self, name, *arguments):
         if getattr(lib, "imagebart_" + name)(*arguments): raise RuntimeError(lib.imagebart_error().decode())
     def draw(self, call, *edit, step=None, seen=None, **options): # step(scale, done, of), seen(Picture): true cancels
-        pictures, s = [], self.shape
+        pictures, s, notes = [], self.shape, set()
         def picture(user, p):
+            if p[0].note: notes.add(p[0].note.decode())
             if p[0].scale == 0: pictures.append((array(p[0].rgb, p[0].height, p[0].width, 3), array(p[0].tokens, s.h, s.w)))
             return bool(seen and seen(p[0]))
         o = Options(c.sizeof(Options), step=STEP(lambda user, *at: bool(step and step(*at))), picture=PICTURE(picture),
                     **{k: encoded(v) if k in TEXTS else v for k, v in options.items()})
         self.call(call, self.handle, c.byref(o), *edit)
+        for note in notes: warnings.warn(note, stacklevel=3) # what of an edit's files was left out; a kept part unlike all learnt
         return pictures
     def sample(self, count=1, **options): # a list of (picture, tokens)
         return self.draw("sample", None, None, count=count, **options)

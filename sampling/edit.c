@@ -238,3 +238,18 @@ Err edit_class(int32_t *label, const Chain *chain, const int32_t *known, const u
         if (bound[k] < bound[*label]) *label = (int32_t)k;
     return OK;
 }
+
+Err edit_unlike(char text[ERR_MAX], const EditPicture *p, Model *m, const int32_t *known, int32_t label,
+                uint64_t seed) {
+    real *image;
+    Familiar f;
+    const size_t side = m->side;
+    *text = '\0';
+    if (p->redrawn == m->h * m->w) return OK;
+    TRY(mem_alloc(&image, 3 * side, side * sizeof *image, "picture"));
+    Err e = image_prepare(image, &p->picture, PREP_FOLDER, side, -1, -1, 0);
+    if (e == OK) e = familiar(&f, m, image, known, p->keep_token, label, seed);
+    if (e == OK && f.unlike) familiar_text(text, m, &f);
+    free(image);
+    return e;
+}

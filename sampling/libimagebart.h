@@ -87,7 +87,7 @@ typedef struct {
     const uint8_t *profile;     /* of an edited file: its ICC profile, if it has one; else NULL */
     size_t profile_bytes;
     const int32_t *chain; /* with `chains`, of a finished one: (scales+1,h*w) from noise to its tokens; else NULL */
-    const char *note;     /* what of the edited file or of its mask was left out; NULL: nothing */
+    const char *note; /* of an edit: what of its files was left out, that the kept part is unlike all learnt; or NULL */
 } imagebart_picture;
 
 /* All zero but `bytes` is what the model recommends, one picture, seed 0. */

@@ -32,7 +32,7 @@ typedef struct {
     Draw draw;
     DrawKind kind;
     EditPicture edit;   /* of DRAW_EDIT */
-    char note[ERR_MAX]; /* what of its files was left out */
+    char note[ERR_MAX]; /* of an edit: what its caller is to know */
     int32_t *known;     /* (N) its tokens */
     uint8_t *rgb;       /* (count,side,side,3) the caller's, or NULL, as */
     int32_t *tokens;    /* (count,N) */
@@ -413,14 +413,24 @@ static Err edit_label(Call *c, const EditArgs *a) {
     return OK;
 }
 
-static void set_note(Call *c) {
+static void add_note(Call *c, const char *of, const char *text) {
+    const size_t at = strlen(c->note);
+    if (text && *text) snprintf(c->note + at, sizeof c->note - at, "%s%s%s", at ? "; " : "", of, text);
+}
+
+static void note_files(Call *c) {
     const EditPicture *p = &c->edit;
-    const char *const notes[] = {p->whole.note ? p->whole.note : p->picture.note, p->note, p->profile.note};
-    static const char *const of[] = {"the picture", "the mask", "the picture"};
-    size_t at = 0;
-    for (size_t i = 0; i < 3; i++)
-        if (notes[i] && at < sizeof c->note)
-            at += (size_t)snprintf(c->note + at, sizeof c->note - at, "%s%s: %s", at ? "; " : "", of[i], notes[i]);
+    add_note(c, "the picture: ", p->whole.note ? p->whole.note : p->picture.note);
+    add_note(c, "the mask: ", p->note);
+    add_note(c, "the picture: ", p->profile.note);
+}
+
+/* As ./inpaint warns */
+static Err note_unlike(Call *c) {
+    char text[ERR_MAX];
+    TRY(edit_unlike(text, &c->edit, c->model, c->known, c->draw.label ? c->draw.label[0] : -1, c->o.seed));
+    add_note(c, "", text);
+    return OK;
 }
 
 static int complete(imagebart_model *model, const imagebart_options *o, const EditArgs *a, uint8_t *rgb,
@@ -429,10 +439,11 @@ static int complete(imagebart_model *model, const imagebart_options *o, const Ed
     Err e = call_open(&c, model, o, DRAW_EDIT);
     if (e == OK && step(&c)) e = err("cancelled");
     if (e == OK) e = edit_read(&c.edit, c.model, a);
-    if (e == OK) set_note(&c);
+    if (e == OK) note_files(&c);
     if (e == OK) e = mem_alloc(&c.known, c.model->h * c.model->w, sizeof *c.known, "known tokens");
     if (e == OK) e = edit_encode(&c.edit, c.model, c.o.seed, c.known);
     if (e == OK) e = edit_label(&c, a);
+    if (e == OK) e = note_unlike(&c);
     c.draw.known = c.known, c.draw.keep = c.edit.keep_token;
     if (e == OK) e = draw(&c, rgb, tokens);
     return call_close(&c, e);

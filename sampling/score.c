@@ -57,17 +57,16 @@ Err familiar(Familiar *f, Model *m, const real *image, const int32_t *tokens, co
     return OK;
 }
 
-void familiar_warn(const SamplingArgs *a, const Model *m, const Familiar *f) {
+void familiar_text(char text[ERR_MAX], const Model *m, const Familiar *f) {
     char nats[48] = "", error[48] = "";
     if (f->nats_known[0] > 0)
         snprintf(nats, sizeof nats, "what it knows has %.1f to %.1f, ", f->nats_known[0], f->nats_known[1]);
     if (f->error_known[0] > 0)
         snprintf(error, sizeof error, " (what it knows %.2f to %.2f)", f->error_known[0], f->error_known[1]);
-    say(a,
-        "the kept part is unlike all that %s has learnt, so expect nonsense: %.1f nats per kept token (%sblind "
-        "guessing %.1f), and "
-        "its first stage draws it %.2f off%s\n",
-        last_part(m->folder), f->nats, nats, f->blind, f->error, error);
+    snprintf(text, ERR_MAX,
+             "the kept part is unlike all that %.80s has learnt, so expect nonsense: %.1f nats per kept token (%sblind "
+             "guessing %.1f), and its first stage draws it %.2f off%s",
+             last_part(m->folder), f->nats, nats, f->blind, f->error, error);
 }
 
 /* ---- ./sample --score ---- */

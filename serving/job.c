@@ -79,9 +79,8 @@ static int read_class(Fault *f, Job *j, const cJSON *x) {
     if (!cJSON_IsString(x)) return wrong_value(f, 400, "class", x, "a name, a number in quotes, or null");
     if (!m->classes.n) return wrong_value(f, 422, "class", x, "none: this model has no classes");
     if (!*x->valuestring || classes_find(&m->classes, x->valuestring, &label) != OK) {
-        char shown[SHOWN_BYTES];
-        return fault(f, 422, "class", "class: '%s': expected a class of %s: %.600s", shown_text(shown, x->valuestring),
-                     j->served->name, *x->valuestring ? err_text() : "its name, number or synset");
+        if (*x->valuestring) return fault(f, 422, "class", "%.700s", err_text());
+        return fault(f, 422, "class", "class: \"\": expected its name, number or synset");
     }
     j->class_name = strdup(x->valuestring);
     return j->class_name ? 1 : fault(f, 500, NULL, "no memory");

@@ -228,7 +228,7 @@ typedef struct Ticket {
     int32_t *label;                       /* (count) classes; -1: none */
     double *bound;                        /* (count) */
     char error[ERR_MAX];
-    char note[ERR_MAX];   /* what of the picture or the mask was left out, "": nothing */
+    char note[ERR_MAX];   /* of an edit, as imagebart_picture has it; "": nothing */
     _Atomic size_t bytes; /* that it holds; before it is over, that it may come to hold */
     /* the server's */
     struct Ticket *next;

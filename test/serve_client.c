@@ -1068,6 +1068,36 @@ static int system_says(const char *dir, const char *text) {
     return found;
 }
 
+/* A board of 8x8 squares is no emoji: the note says so in the words of ./inpaint. An emoji's is null. */
+static void test_unlike(const char *dir) {
+    static const char job[] =
+        "{\"kind\":\"inpaint\",\"seed\":1,\"best_of\":1,\"chain_length\":[0,0,1],\"half\":\"upper\"}";
+    Image board = {.H = 64, .W = 64, .rgb = malloc(3 * 64 * 64)};
+    uint8_t *image;
+    size_t n;
+    char id[32];
+    for (size_t i = 0; i < 64 * 64; i++) memset(board.rgb + 3 * i, (i / 512 + i % 64 / 8) % 2 ? 255 : 0, 3);
+    CHECK_OK(image_encode_png(&image, &n, &board, NULL));
+    write_file(dir, "image.png", image, n);
+    Answer a = post_form(job, image, n, NULL, 0);
+    taken(id, &a);
+    free(events_of(id, NULL));
+    CHECK(is_state(id, "done") && run_command(dir, id));
+    a = of_job(id, "");
+    char *note = strstr(a.body, "\"note\":\"the kept part is unlike all that emoji has learnt"), *end = NULL;
+    if (note) end = strchr(note += strlen("\"note\":\""), '"');
+    if (CHECK(end != NULL)) *end = '\0';
+    CHECK(end && system_says(dir, note));
+    free(image), image_free(&board);
+    CHECK_OK(file_bytes(&image, &n, "models/emoji/example.png", 1 << 20, NULL));
+    a = post_form(job, image, n, NULL, 0);
+    taken(id, &a);
+    free(events_of(id, NULL));
+    a = of_job(id, "");
+    CHECK(is_state(id, "done") && strstr(a.body, "\"note\":null"));
+    free(image);
+}
+
 /* A picture that goes on around its edges: as ./inpaint --extend draws it, and its text says so. */
 static void test_extend(const char *dir) {
     Image im, mask;
@@ -1189,6 +1219,7 @@ static void test_jobs(const char *dir) {
     test_edit(dir, 100, 150, 1,
               "{\"kind\":\"inpaint\",\"seed\":3,\"best_of\":1,\"temperature\":[0.1234567890123,1,0.5]}");
     test_extend(dir);
+    test_unlike(dir);
     test_bad_forms();
     test_bad_edits();
     test_queue();

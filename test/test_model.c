@@ -103,7 +103,6 @@ static void test_familiar(const char *dir) {
     Familiar f;
     int32_t x_0[N];
     uint8_t keep[N];
-    SamplingArgs quiet = {.quiet = 1};
     CHECK_OK(model_open(&m, dir, NULL));
     if (!CHECK(m.side <= EDGE)) return;
     for (int i = 0; i < N; i++) x_0[i] = (i * 5) % USED, keep[i] = i < 6;
@@ -115,7 +114,9 @@ static void test_familiar(const char *dir) {
     for (size_t i = 0; i < 3 * m.side * m.side; i++) image[i] = image[i] > 0 ? -1 : 1; /* nothing like it */
     CHECK_OK(familiar(&f, &m, image, x_0, keep, 1, 3));
     CHECK(f.error > 0.45 && f.unlike);
-    familiar_warn(&quiet, &m, &f);
+    char text[ERR_MAX];
+    familiar_text(text, &m, &f);
+    CHECK(strstr(text, "unlike all that") != NULL);
     CHECK_OK(config_set(&m.meta, "imagebart.familiar_nats", "1,100"));
     CHECK_OK(familiar(&f, &m, image, x_0, keep, 1, 3));
     CHECK(f.unlike); /* since the first stage's is off */

@@ -164,7 +164,9 @@ def test_wrong_fields():
     set_field("#sample-class", "nonsense")
     page.click("#sample-run")
     ok("what the server refuses is marked", page.wait("$('sample-class').getAttribute('aria-invalid') === 'true'"))
-    ok("and said", "nonsense" in page.value("$('says').textContent"), page.value("$('says').textContent"))
+    said = page.value("document.body.innerText").split("nonsense")
+    ok("and said once", len(said) == 2 + ("nonsense" in page.value("$('sample-command').innerText")), said)
+    ok("no card is left of it", page.value("runs.length") == before)
     page.js("for (const r of runs.slice(0, arguments[0])) removeRun(r)", page.value("runs.length") - before)
     set_field("#sample-class", "food")
 
@@ -235,6 +237,8 @@ def test_edit():
         set_field("#inpaint-" + field, value)
     page.click("#edit-run")
     ok("edited", page.wait("edit.after !== null"), page.value("$('says').textContent"))
+    ok("what is said of it", page.js("const s = await call(`api/jobs/${edit.run.id}`); return (s.note === null) === ($('edit-remark').textContent === '') && $('edit-remark').textContent.slice(1, -1) === (s.note || '').slice(1)"), page.value("$('edit-remark').textContent"))
+    ok("one order", page.value("[...$('edit-candidates').querySelectorAll('img')].map((i) => i.src).join() === [...edit.run.grid.querySelectorAll('img')].map((i) => i.src).join()"))
     result, mask = blob("edit.run.pictures[0].blob"), page.value("Array.from(edit.mask)")
     w, h, c, got = read_png(result)
     ok("its own size", (w, h, c) == (W, H, 4), (w, h, c))
@@ -406,15 +410,23 @@ def click_cell(selector, row, column, n=8):
 
 def test_learn():
     """The chain step by step; what is shown of a token is what the server says of it"""
+    page.click("#tab-learn")
+    page.click("#learn-draw")
+    ok("a picture to learn from", page.wait("learn.details && learn.picture.run === runs[0] && !$('learn-body').hidden"), page.value("$('learn-draw-state').textContent"))
+    page.js("learn.picture = learn.details = null; removeRun(runs[0])")
     page.click("#tab-sample")
     page.js("learnFrom(runs.filter((r) => r.kind === 'sample' && r.state === 'done')[0].pictures[0])")
-    ok("three steps", page.wait("learn.details && document.querySelectorAll('#learn-steps li').length === 3"))
+    ok("the start and three steps", page.wait("learn.details && document.querySelectorAll('#learn-steps li').length === 4"))
+    ok("it opens on the noisiest", page.value("learn.at") == 0 and "pure noise" in page.value("$('before-title').textContent"))
+    start = page.js("""const c = document.querySelector('#learn-steps canvas'), d = c.getContext('2d').getImageData(0, 0, 8, 8).data, t = learn.steps[0].told.before;
+        const of = (i) => String(d.slice(4 * i, 4 * i + 4)); return t.every((x, i) => t.every((y, j) => x !== y || of(i) === of(j))) && new Set(t.map((x, i) => of(i))).size > 8;""")
+    ok("the start's tokens have their colours", start)
     told = [page.js("return await call(`api/jobs/${learn.picture.run.id}/${learn.picture.k}.json?scale=${arguments[0]}`)", s) for s in (3, 2, 1)]
-    captions = page.value("[...document.querySelectorAll('#learn-steps figcaption')].map((f) => f.textContent)")
+    captions = page.value("[...document.querySelectorAll('#learn-steps li + li figcaption')].map((f) => f.textContent)")
     for i, (step, caption) in enumerate(zip(told, captions)):
         ok("how many changed", "%d of 64 changed" % step["changed"] in caption, caption)
         ok("its beta", "%.4g" % step["beta"] in caption, (step["beta"], caption))
-        page.click("#learn-steps li:nth-child(%d) button" % (i + 1))
+        page.click("#learn-steps li:nth-child(%d) button" % (i + 2))
         ok("the step is shown", page.value("learn.at") == i and "%d of 64 tokens changed" % step["changed"] in page.value("$('learn-step-text').textContent"))
         cell = 8 * 2 + 5
         click_cell("#chain-after" if i else "#chain-before", 2, 5)
@@ -512,7 +524,10 @@ def test_receive():
     page.click("#tab-sample")
     page.js("give('', 'drop', await png(8, 8))")
     ok("a picture without settings", page.wait("$('says').classList.contains('error') && $('says').textContent.includes('how it was drawn')"), page.value("$('says').textContent"))
+    page.js("await readSettings(new File([new Uint8Array([255, 216, 255, 224])], 'photo.jpg'))")
+    ok("a file that is no PNG is named", page.value("$('says').textContent").startswith("photo.jpg is no PNG"), page.value("$('says').textContent"))
     page.click("#tab-edit")
+    ok("what is said stays in its tab", "photo.jpg" not in page.value("$('says').textContent"))
 
 
 def test_waiting():

@@ -29,8 +29,17 @@ function button(text, act, properties = {}) {
     return element("button", { type: "button", textContent: text, onclick: act, ...properties });
 }
 
-// A sentence for everybody; a screen reader speaks it.
-function say(text, isError = false) {
+const said = {}; // the last sentence of each tab: [text, isError]
+let tabShown = "sample";
+
+// A sentence for everybody, on its tab; a screen reader speaks it.
+function say(text, isError = false, tab = tabShown) {
+    said[tab] = [text, isError];
+    if (tab === tabShown) showSaid();
+}
+
+function showSaid() {
+    const [text, isError] = said[tabShown] || ["", false];
     $("says").textContent = text;
     $("says").classList.toggle("error", isError);
 }
@@ -95,6 +104,7 @@ async function call(address, options = {}) {
 }
 
 const modelOf = (name) => models.find((m) => m.name === name);
+const tabOf = (run) => (run.kind === "inpaint" ? "edit" : "sample");
 const isOver = (run) => !["sending", "queued", "running"].includes(run.state);
 
 function remember() {
@@ -104,7 +114,7 @@ function remember() {
 
 // A run: what the page knows of a job. files: {image, mask} of an edit.
 function newRun(kind, job) {
-    return { kind, job, state: "sending", id: null, pictures: [], fraction: 0, scaleFraction: {}, command: "", left: null };
+    return { kind, job, state: "sending", id: null, pictures: [], fraction: 0, scaleFraction: {}, command: "", left: null, remark: "" };
 }
 
 function pictureOf(run, k) {
@@ -138,9 +148,19 @@ async function start(run, files, form) {
         updateCard(run);
     } catch (error) {
         if (run.id && isOver(run)) return;
-        markField(form, error.field, error.message);
-        endRun(run, "failed", error.message);
+        if (run.id) endRun(run, "failed", error.message);
+        else refuse(run, form, error);
     }
+}
+
+// A job that the server does not take: the form says why, and no card is left.
+function refuse(run, form, error) {
+    run.state = "failed";
+    run.error = error.message;
+    updateCard(run);
+    removeRun(run);
+    markField(form, error.field, error.message);
+    bringIntoView(form.problem, "nearest");
 }
 
 // Listens to a run's events until its end. The browser comes back by itself after a break, with Last-Event-ID.
@@ -195,7 +215,7 @@ function noteProgress(run, e) {
     run.began ??= performance.now();
     run.state = "running";
     run.note = "";
-    if (run.scale !== e.scale) say(`Scale ${e.scale} of ${e.scales}.`);
+    if (run.scale !== e.scale) say(`Scale ${e.scale} of ${e.scales}.`, false, tabOf(run));
     run.scale = e.scale;
     run.scales = e.scales;
     run.left = e.left;
@@ -211,15 +231,16 @@ async function finish(run, state) {
     run.command = state.command;
     run.job = state.job;
     run.took = state.took;
-    run.leftOut = state.note;
+    run.remark = state.note ? `${state.note[0].toUpperCase()}${state.note.slice(1)}.` : "";
     state.job.chain_length.forEach((passes, i, all) => {
         for (let k = 0; passes && state.job.previews && k < state.results.length; k++)
             pictureOf(run, k).previews[all.length - i] = `api/jobs/${run.id}/${k}.png?scale=${all.length - i}`;
     });
     await Promise.all(state.results.map((result, k) => takePicture(run, k, result.picture, result)));
     endRun(run, "done");
-    say(`${plural(state.results.length, "picture", "pictures")} in ${shown(state.took, 2)} s.`);
+    say(`${plural(state.results.length, "picture", "pictures")} in ${shown(state.took, 2)} s.`, false, tabOf(run));
     if (run.kind === "inpaint") showEdited(run);
+    if (run.isToLearn && tabShown === "learn" && !learn.picture) learnFrom(run.pictures[0]);
 }
 
 // The picture itself, so that it stays when the server forgets it
@@ -240,14 +261,14 @@ async function keepFinished(run) {
     for (let k = 0; k < count; k++)
         if (!(await takePicture(run, k, `api/jobs/${run.id}/${k}.png`, null))) break;
     endRun(run, "cancelled");
-    say(stateText(run));
+    say(stateText(run), false, tabOf(run));
 }
 
 function endRun(run, state, error = "") {
     if (run.events) run.events.close();
     run.state = state;
     run.error = error;
-    if (error) say(error, true);
+    if (error) say(error, true, tabOf(run));
     updateCard(run);
     run.pictures.forEach((p) => updatePicture(run, p.k));
     if (run.kind === "inpaint" && edit.run === run && state !== "done") showPreview(null);
@@ -610,7 +631,7 @@ function previewCommand(form, place, more = {}) {
 // ---- Results ----
 
 const LIKELY = "How likely the model finds it, in nats per token: nearer to 0 is likelier";
-const nats = (bound) => `${shown(bound, 3).replace("-", "−")} nats`;
+const nats = (bound) => `${bound.toFixed(2).replace("-", "−")}\u00a0nats`; // on one line
 const titleOf = ({ job }) => [job.model, job.class, job.seed !== undefined && `seed ${job.seed}`].filter(Boolean).join(", ");
 const fileName = (p) => `imagebart-${p.run.job.model}-${p.run.job.seed}-${(p.run.job.first || 0) + p.k}.png`;
 const latestPreview = (p) => p.previews[Math.min(...Object.keys(p.previews).map(Number))];
@@ -625,13 +646,14 @@ function showCard(run) {
         run.text = part("p", "state");
         run.bars = part("div", "bars");
         run.grid = part("div", "pictures");
+        run.remarkText = part("p", "remark");
         run.line = part("div", "command");
         run.cancel = button("Cancel", () => cancelRun(run));
         const again = () => fillForm(run.kind === "inpaint" ? editForm : sampleForm, run.job);
         run.again = button("Use these settings", again, { className: "quiet" });
         run.remove = button("Remove", () => removeRun(run), { className: "quiet" });
         const head = element("div", { className: "head" }, element("div", {}, run.title, run.text), run.cancel);
-        run.card.append(head, run.bars, run.grid, run.line, element("div", { className: "run" }, run.again, run.remove));
+        run.card.append(head, run.bars, run.grid, run.remarkText, run.line, element("div", { className: "run" }, run.again, run.remove));
         place.prepend(run.card);
         for (const empty of place.querySelectorAll(":scope > .empty")) empty.remove();
         for (let k = 0; k < (run.job ? run.job.count : 0); k++) updatePicture(run, k);
@@ -646,7 +668,7 @@ function stateText(run) {
     case "sending": return "Sending …";
     case "queued": return run.place ? `Waiting: ${plural(run.place, "job", "jobs")} before it.` : "Beginning …";
     case "running": return run.note || `Scale ${run.scale} of ${run.scales}${left}.`;
-    case "done": return `Done${run.took === undefined ? "" : ` in ${shown(run.took, 2)} s`}.${run.leftOut ? ` Of the files: ${run.leftOut}.` : ""}`;
+    case "done": return `Done${run.took === undefined ? "" : ` in ${shown(run.took, 2)} s`}.`;
     case "cancelled": return `Cancelled${run.wantsCancel ? "" : ", for nobody listened any more"}; what was finished is here.`;
     default: return run.error;
     }
@@ -657,6 +679,7 @@ function updateCard(run) {
     const running = !isOver(run), T = run.scales || 0;
     run.title.textContent = titleOf(run);
     run.text.textContent = stateText(run);
+    run.remarkText.textContent = run.remark;
     run.text.classList.toggle("error", run.state === "failed");
     run.cancel.hidden = !running;
     run.cancel.disabled = Boolean(run.wantsCancel);
@@ -672,6 +695,7 @@ function updateCard(run) {
         showCommand(run.line, run.command);
     }
     if (edit.run === run) showEditState(run);
+    if (run.isToLearn) showLearnState(run);
 }
 
 // A bar for all, and one for each scale
@@ -691,6 +715,7 @@ function showFraction(bar, run) {
 function showEditState(run) {
     const running = run !== null && !isOver(run);
     $("edit-state").textContent = run ? stateText(run) : "";
+    $("edit-remark").textContent = run ? run.remark : "";
     $("edit-state").classList.toggle("error", run !== null && run.state === "failed");
     $("edit-progress").hidden = $("edit-cancel").hidden = !running;
     if (run) showFraction($("edit-progress"), run);
@@ -727,6 +752,7 @@ function updatePicture(run, k) {
     if (address) picture.image.src = address;
     picture.image.hidden = !address;
     picture.open.disabled = !address;
+    picture.figure.hidden = isOver(run) && !address;
     picture.image.classList.toggle("unfinished", !picture.url);
     const name = r && r.class ? r.class : `picture ${k + 1}`;
     picture.open.setAttribute("aria-label", picture.url ? `${name}: enlarge` : `${name}, unfinished`);
@@ -1600,20 +1626,20 @@ async function showPreview(address) {
     draw();
 }
 
-// An edit is finished: its candidates beneath the canvas, the likeliest on it
+// An edit is finished: its candidates beneath the canvas, in the order of the card, the likeliest on it
 function showEdited(run) {
     if (edit.run !== run) return;
     edit.preview = null;
-    const order = run.pictures.map((p) => p.k).sort((a, b) => run.pictures[b].result.bound - run.pictures[a].result.bound);
-    $("edit-candidates").replaceChildren(...order.map((k, i) => {
-        const p = run.pictures[k];
+    const best = run.pictures.reduce((a, b) => (b.result.bound > a.result.bound ? b : a));
+    $("edit-candidates").replaceChildren(...run.pictures.map((p) => {
+        const { k } = p;
         const open = button("", () => showCandidate(k), { className: "picture", "aria-pressed": "false" });
         open.setAttribute("aria-label", `Completion ${k + 1}, ${nats(p.result.bound)} per token`);
         open.append(element("img", { src: p.url, alt: "" }));
         open.dataset.k = k;
-        return element("figure", {}, open, element("figcaption", { textContent: `${i ? "" : "likeliest: "}${nats(p.result.bound)}` }));
+        return element("figure", {}, open, element("figcaption", { textContent: `${p === best ? "likeliest: " : ""}${nats(p.result.bound)}` }));
     }));
-    showCandidate(order[0]);
+    showCandidate(best.k);
 }
 
 async function showCandidate(k) {
@@ -1725,7 +1751,7 @@ async function learnFrom(picture) {
         const found = seen.find((s) => s.scale === T - i);
         return { scale: T - i, image: found ? element("img", { src: found.address, alt: "" }) : null, told: null };
     });
-    Object.assign(learn, { picture, steps, at: T - 1, details: null, cell: -1 });
+    Object.assign(learn, { picture, steps, at: 0, details: null, cell: -1 });
     selectTab("learn");
     $("learn-empty").hidden = true;
     $("learn-body").hidden = false;
@@ -1759,9 +1785,24 @@ function scheduleAt(t) {
     return { K: m.codebook, beta: m.betas[T - t], alphaBefore: t > 1 ? m.alpha_bar[T - t + 1] : 1 };
 }
 
-// A picture for each step
+// The start, x_T, of which there is no picture: a pixel of its colour for each token
+function startFigure() {
+    const T = learn.steps.length, { told } = learn.steps[0], name = `${xOf(T)}, the start`;
+    const canvas = element("canvas", { className: "picture", role: "img", "aria-label": `${name}: its tokens as colours` });
+    if (told) {
+        const [rows, columns] = learn.details.grid, c = canvas.getContext("2d");
+        Object.assign(canvas, { width: columns, height: rows });
+        told.before.forEach((token, i) => {
+            c.fillStyle = tokenColour(token);
+            c.fillRect(i % columns, Math.floor(i / columns), 1, 1);
+        });
+    }
+    return element("li", {}, element("figure", {}, canvas, element("figcaption", {}, element("span", { textContent: name }))));
+}
+
+// The start, and a picture for each step
 function showSteps() {
-    $("learn-steps").replaceChildren(...learn.steps.map((step, i) => {
+    $("learn-steps").replaceChildren(startFigure(), ...learn.steps.map((step, i) => {
         const name = `${xOf(step.scale - 1)}, after scale ${step.scale}`, beta = `β${subscript(step.scale)} = ${shown(scheduleAt(step.scale).beta)}`;
         const open = button("", () => showStep(i), { className: "picture", "aria-label": name });
         open.append(step.image || element("span", { className: "hint", textContent: "no preview" }));
@@ -1774,11 +1815,13 @@ function showSteps() {
 function stepText({ scale, told }) {
     const { run } = learn.picture, { job } = run, at = (list) => list[list.length - scale];
     if (at(job.chain_length) === 0) return `Scale ${scale} is left out (a chain length of 0): the start, ${xOf(scale)}, is ${xOf(scale - 1)} too.`;
+    const drawn = run.kind === "inpaint" ? "every token that is not kept" : "every token";
     const { beta } = scheduleAt(scale), guided = at(job.guidance) === 1 ? "" : `, with guidance ${at(job.guidance)}`;
     const others = run.kind === "inpaint" && job.best_of > 1 ? ` Of ${job.best_of} candidates each grid shows the one that went on.` : "";
     return `Scale ${scale}: from ${xOf(scale)}${beta === 1 ? ", pure noise," : ""} to ${xOf(scale - 1)}, at temperature ${at(job.temperature)}, in ` +
-        `${plural(at(job.chain_length), "pass", "passes")}${guided}. β${subscript(scale)} = ${shown(beta)}` +
-        `${told ? `; ${told.changed} of ${plural(told.tokens.length, "token", "tokens")} changed` : ""}.${others}`;
+        `${plural(at(job.chain_length), "pass", "passes")}${guided}. β${subscript(scale)} = ${shown(beta)} is the share that noise draws anew on the way to ${xOf(scale)}; ` +
+        `on the way back each pass draws ${drawn} anew` +
+        `${told ? `: ${told.changed} of ${plural(told.tokens.length, "token", "tokens")} changed` : ""}.${others}`;
 }
 
 function showStep(i) {
@@ -1993,7 +2036,21 @@ function onLearnKey(e) {
     e.preventDefault();
 }
 
+// One picture of the model that is chosen in Sample, to begin with
+function drawToLearn() {
+    const run = newRun("sample", { kind: "sample", model: sampleForm.model.value, count: 1, owned: true });
+    run.isToLearn = true;
+    return start(run, null, sampleForm);
+}
+
+function showLearnState(run) {
+    $("learn-draw").disabled = !isOver(run);
+    $("learn-draw-state").textContent = stateText(run);
+    $("learn-draw-state").classList.toggle("error", run.state === "failed");
+}
+
 function startLearn() {
+    $("learn-draw").onclick = drawToLearn;
     $("learn-step").oninput = (e) => (stopFilm(), showStep(Number(e.target.value)));
     $("learn-back").onclick = () => (stopFilm(), showStep(learn.at - 1));
     $("learn-forth").onclick = () => (stopFilm(), showStep(learn.at + 1));
@@ -2013,6 +2070,8 @@ const TABS = ["sample", "edit", "learn"];
 let sampleForm;
 
 function selectTab(name) {
+    tabShown = name;
+    showSaid();
     for (const tab of TABS) {
         $(tab).hidden = tab !== name;
         $(`tab-${tab}`).setAttribute("aria-selected", String(tab === name));
@@ -2046,6 +2105,7 @@ function takeRegion(job) {
 
 // Sample: a PNG that was drawn here fills the form.
 async function readSettings(file) {
+    if ((await kindOf(file)) !== "png") return say(`${file.name} is no PNG: only PNGs that were drawn here hold their settings.`, true);
     try {
         const job = await call("api/settings", { method: "POST", body: file });
         const isEdit = job.kind === "inpaint";
@@ -2054,7 +2114,7 @@ async function readSettings(file) {
         if (isEdit) takeRegion(job);
         say(`The settings of ${file.name}.`);
     } catch (error) {
-        say(error.message, true);
+        say(`${file.name}: ${error.message}`, true);
     }
 }
 
