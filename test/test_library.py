@@ -1,13 +1,14 @@
 """test_library.py BUILD: libimagebart by dev/imagebart.py. It draws and completes what ./sample and ./inpaint do, byte by
 byte; two models at once in one process give what each gives alone; errors and cancelling, at every step, leave the model
 usable; it prints nothing, shows no names but its header's, and shares no variables but those that doc and header name."""
-import ctypes, glob, locale, os, re, signal, subprocess, sys, tempfile, threading
+import ctypes, glob, locale, os, re, signal, subprocess, sys, tempfile, threading, warnings
 
 build = os.path.abspath(sys.argv[1])
 os.environ["IMAGEBART_LIBRARY"] = build + "/libimagebart.so"
 sys.path.insert(0, "dev")
 sys.dont_write_bytecode = True
 import imagebart
+warnings.simplefilter("ignore") # that pictures are no emoji, but where it is looked for
 
 passed = failed = 0
 def ok(what, right):
@@ -102,7 +103,10 @@ with tempfile.TemporaryDirectory() as folder:
     stays = bytes(int(not (40 <= y < 90 and 60 <= x < 120)) for y in range(high) for x in range(wide))
     grey = bytes(255 * k for k in stays for _ in range(3))
     imagebart.write_png(folder + "/large.png", wide, large), imagebart.write_png(folder + "/mask.png", wide, grey)
-    pasted = raw(model.complete((large, wide, high), (stays, wide, high), **edit))[0][0]
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        pasted = raw(model.complete((large, wide, high), (stays, wide, high), **edit))[0][0]
+    ok("it is no emoji, which is said", ["unlike all that emoji has learnt" in str(w.message) for w in warned] == [True])
     imagebart.write_png(mine, wide, pasted)
     program("inpaint", "emoji", folder + "/large.png", "--mask", folder + "/mask.png", "--paste-into", folder + "/large.png",
             "--seed", "5", "--class", "food", "--candidates", "2")
@@ -131,14 +135,14 @@ with tempfile.TemporaryDirectory() as folder:
         def step(scale, done, of):
             at[0] += 1
             phases.append((scale, done))
-            return at[0] == stop
+            return stop in (at[0], (scale, done))
         model.complete((picture, 64, 64), half="upper", step=step, seed=5, best_of=2, guesses=1, chain_length=1, **options)
         return phases
     phases = steps_until(0)
     ok("steps while the class is guessed: %d" % phases.count((3, 0)), phases.count((3, 0)) > 6)
     ok("steps while it is rated", phases.count(phases[-1]) > 3)
-    for stop in sorted({1, 2, 3, 5, 8, len(phases) // 2, len(phases) - 2, len(phases)}):
-        refused("cancel at step %d of %d" % (stop, len(phases)), "cancelled", lambda: steps_until(stop))
+    for stop in [1, 2, 3, 5, 8, len(phases) // 2, phases[-1]]: # how often one is asked differs from run to run
+        refused("cancel at step %s of %d" % (stop, len(phases)), "cancelled", lambda: steps_until(stop))
     # ---- A caller's own locale, in which 0.9 is 0,9 ----
     if subprocess.call(["localedef", "-i", "de_DE", "-f", "UTF-8", folder + "/de_DE.UTF-8"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) < 2:
         os.environ["LOCPATH"] = folder
