@@ -253,7 +253,7 @@ static int strict_chunks(Strict *s) {
         const uint8_t *line = memchr(s->at, '\n', (size_t)(s->end - s->at));
         if (!line) return 0;
         const size_t n = (size_t)(line - s->at);
-        const int empty = n == 0 || (n == 1 && *s->at == '\r');
+        const int empty = n == 0 || (n == 1 && *s->at == '\r') || !*s->at; /* a zero makes a line empty here, too */
         s->at = line + 1;
         if (empty) return 1;
     }

@@ -9,6 +9,7 @@ trap 'kill $pid 2>/dev/null; rm -rf "$dir"' EXIT
 . test/lib.sh
 export MAKEFLAGS=
 file=dev/Dockerfile
+BASE='libc6 libgcc-s1 libstdc++6' # what debian:12 has
 [ -x "$build/serve" ] || { echo "skipped: ./serve was left out" && exit 0; }
 
 # ---- What it copies ----
@@ -24,8 +25,8 @@ runtime=$(sed -n '/^FROM debian:12$/,$ s/^RUN .*--no-install-recommends \(.*\) &
 if command -v dpkg >/dev/null && command -v objdump >/dev/null; then
     for needed in $(objdump -p "$root/libexec/imagebart/"* | awk '$1 == "NEEDED" { print $2 }' | sort -u); do
         case $needed in libmpi* | libopen-*) continue ;; esac # MPI is not in the image
-        package=$(dpkg -S "*/$needed" 2>/dev/null | sed 's/:.*//' | sort -u | grep -v -e -cross | head -n 1)
-        ok "$needed is of $package, which is installed" sh -c "case ' libc6 $runtime ' in *' $package '*) ;; *) exit 1 ;; esac"
+        package=$(dpkg -S "*/$(dpkg-architecture -qDEB_HOST_MULTIARCH 2>/dev/null || gcc -print-multiarch)/$needed" 2>/dev/null | sed 's/:.*//' | sort -u | head -n 1)
+        ok "$needed is of $package, which is installed" sh -c "case ' $BASE $runtime ' in *' $package '*) ;; *) exit 1 ;; esac"
     done
     for package in $runtime; do
         library=$(dpkg -L "$package" 2>/dev/null | sed -n 's/.*\/\(lib[a-z]*[0-9-]*\.so\.[0-9]*\)$/\1/p' | head -n 1)
