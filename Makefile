@@ -1,6 +1,6 @@
 # make              the programs: ./sample ./train ./inpaint ./serve, for any x86-64 processor
 # make MARCH=native the programs for this processor only: a third of the time to compile
-# make check LAYER=group_norm  one layer: plain, fast and as a CUDA kernel, in seconds; without LAYER: their names
+# make check LAYER=group_norm  one layer: plain, fast and as a CUDA kernel, in seconds after a first build; without LAYER: their names
 # make test         every test; the last line is "N passed, N failed"
 # make PLAIN=1      the programs from their plain loops alone, without kernels/, which may be missing; make test PLAIN=1
 # make units        the test programs and golden cases alone (CC=clang, MARCH=..., SANITIZE=1); make threads: for races
@@ -149,7 +149,7 @@ $(info MPI       $(if $(HAVE_MPI),yes: mpirun ./train,left out; libopenmpi bring
 ifneq ($(PLAINLY),)
 $(info device    CPU, by plain loops alone: PLAIN=1)
 else ifeq ($(NVCC),)
-$(info device    CPU (no nvcc was found, NVCC=... names it; the CUDA kernels run on the CPU in make test))
+$(info device    CPU ($(if $(filter 1,$(SANITIZE)),sanitizers leave CUDA out,$(if $(filter file,$(origin NVCC)),no nvcc was found$(comma) NVCC=... names it,CUDA is left out by NVCC=)); the CUDA kernels run on the CPU in make test))
 else
 $(info device    CPU and CUDA ($(NVCC), for sm_$(subst $(space),$(comma) sm_,$(CUDA_ARCH)) and later; NVCC= leaves it out))
 $(info NCCL      $(if $(HAVE_NCCL),yes: one GPU for each process,left out; libnccl-dev (NVIDIA) brings it))

@@ -1,6 +1,7 @@
 /* libimagebart.h - the library: pictures drawn, completed and taken apart by ImageBART models, in C or any language that
- * calls it. "make lib" makes libimagebart.so and libimagebart.a, imagebart.pc of "make install" says what they need;
- * dev/imagebart.py is an example, ./serve another.
+ * calls it. "make lib" makes libimagebart.so and libimagebart.a in the folder under build/ that it prints, imagebart.pc of
+ * "make install" says what they need. Under a prefix that is not searched: PKG_CONFIG_PATH=PREFIX/lib/pkgconfig to compile,
+ * LD_LIBRARY_PATH=PREFIX/lib to run, or -Wl,-rpath,PREFIX/lib. dev/imagebart.py is an example, ./serve another.
  *
  * Pictures are bytes: (count, side, side, 3) red, green, blue, row by row. Tokens are (count, h * w), each 0..K-1. Scales
  * are numbered from 1, the last that is drawn, to the noisiest.

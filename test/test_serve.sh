@@ -78,6 +78,18 @@ start emoji --results 1
 ask forget
 stop forget
 
+# ---- doc/api.md's lines for a shell ----
+if command -v curl >/dev/null; then
+    start emoji
+    awk '/^## / { on = $0 == "## From a shell" } on && sub(/^    /, "")' doc/api.md | sed "s/:8080/:$port/" >"$dir/lines"
+    "$build/sample" emoji -n 1 --seed 7 -q -o "$dir/first.png"
+    ok "a shell's lines" sh -c "cd '$dir' && . ./lines"
+    cp "$dir/out" "$dir/events"
+    ok "its events end" grep -q "^event: done" "$dir/events"
+    ok "its picture" "$build/pictures" same "$dir/0.png" "$dir/first.png" 0 0 64 64
+    stop "a shell's lines"
+fi
+
 # ---- The end: what runs is cancelled, everybody is told ----
 start emoji
 began=$(date +%s)
