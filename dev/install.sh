@@ -16,10 +16,12 @@ die() {
     exit 1
 }
 what=$1 build=$2
-root=$DESTDIR$PREFIX
-share=$PREFIX/share/imagebart list=$root/share/imagebart/installed
 case $PREFIX in /*) ;; *) die "PREFIX=$PREFIX: expected an absolute path" ;; esac
 case $DESTDIR in /* | "") ;; *) die "DESTDIR=$DESTDIR: expected an absolute path" ;; esac
+plain() { printf '%s\n' "$1" | sed 's|//*|/|g; s|/$||'; } # plain PATH: //a//b/ is /a/b, / is empty
+PREFIX=$(plain "$PREFIX") DESTDIR=$(plain "$DESTDIR")
+root=$DESTDIR$PREFIX
+share=$PREFIX/share/imagebart list=$root/share/imagebart/installed
 
 uninstall() { # files, then folders, the innermost first
     while read -r kind path; do
@@ -36,6 +38,7 @@ uninstall() { # files, then folders, the innermost first
 folder() { # folder PATH: made with those above it, which are remembered if they are new
     [ -d "$DESTDIR$1" ] || {
         case $1 in /*/*) folder "${1%/*}" ;; esac
+        [ ! -d "$DESTDIR$1" ] || return 0 # a/.. and a/. are there when a is
         mkdir "$DESTDIR$1" && chmod 755 "$DESTDIR$1" || exit 1
         echo "folder $1" >>"$made"
     }

@@ -104,6 +104,17 @@ done
 mv "$dir/moved" "$root"
 ok "make uninstall" make -s uninstall PREFIX="/opt/image bart" DESTDIR="$stage"
 ok "nothing is left" test -z "$(list "$stage")"
+for prefix in /new/ /a//b //a///b// /a/./b/../c /; do # each taken away as it was put there, or as others write it
+    ok "PREFIX=$prefix" by_hand "$prefix" "$stage" install
+    case $prefix in */) away=${prefix%/} ;; *) away=$prefix// ;; esac
+    ok "works" "$stage/$prefix/bin/imagebart" -h
+    ok "no path has two slashes" test "$(grep -c // "$stage/$prefix/share/imagebart/installed")" -eq 0
+    ok "uninstalled as PREFIX=$away" by_hand "${away:-/}" "$stage/" uninstall
+    ok "PREFIX=$prefix: nothing is left: $(list "$stage" | head -n 3)" test -z "$(list "$stage")"
+done
+ok "DESTDIR//" by_hand /usr/ "$stage//" install
+ok "is DESTDIR" by_hand /usr "$stage" uninstall
+ok "nothing of it is left" test -z "$(list "$stage")"
 refused_late 1 "nothing is installed there" by_hand /opt/x "$stage" uninstall
 refused_late 1 "expected an absolute path" by_hand opt/x "$stage" install
 mkdir -p "$stage/usr/bin" && echo mine >"$stage/usr/bin/mine"
