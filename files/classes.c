@@ -8,9 +8,9 @@
  * A model trained on folders has their names as they are, a line each behind the line FOLDERS; older ones have them
  * between commas, in one line.
  *
- * A class is found by its number, its synset, any of its names, or a part of one that no other class has; case does
- * not matter, nor whether an accent is a part of its letter or a character of its own. Words are not names: ImageNet has two cranes, a bird and a machine. What fits several classes is an error
- * that lists them with their numbers.
+ * A class is found by its number, its synset, any of its names, or a part of one that no other class has. What looks
+ * the same but for case is the same (letters.c). Words are not names: ImageNet has two cranes, a bird and a machine. What
+ * fits several classes is an error that lists them with their numbers.
  *
  * Read: the list; one class's names; finding a class. */
 #include "files/files.h"
@@ -107,93 +107,8 @@ static const char *next_name(const char **text, size_t *length) {
     return start;
 }
 
-/* Letters of U+00C0 to U+017F that Unicode also writes as two, a letter and a mark behind it (as macOS does in the names
- * of files): the letter and, in MARKS, which mark, for each */
-static const char composed[] = "A`A'A^A~A:Ao  C,E`E'E^E:I`I'I^I:  N~O`O'O^O~O:    U`U'U^U:Y'    "
-                               "a`a'a^a~a:ao  c,e`e'e^e:i`i'i^i:  n~o`o'o^o~o:    u`u'u^u:y'  y:"
-                               "A-a-AuauA;a;C'c'C^c^C.c.CvcvDvdv    E-e-EueuE.e.E;e;EvevG^g^Gugu"
-                               "G.g.G,g,H^h^    I~i~I-i-IuiuI;i;I.      J^j^K,k,  L'l'L,l,Lvlv  "
-                               "      N'n'N,n,Nvnv      O-o-OuouO\"o\"    R'r'R,r,RvrvS's'S^s^S,s,"
-                               "SvsvT,t,Tvtv    U~u~U-u-UuuuUouoU\"u\"U;u;W^w^Y^y^Y:Z'z'Z.z.Zvzv  ";
-#define MARKS "`'^~- u.: o\"v                          ,;" /* from U+0300 on; those between do not occur */
-
-/* The same of small letters of Greek and Cyrillic: the code, the letter's, and the mark's from U+0300 on */
-static const unsigned short marked[][3] = {
-    {0x3ac, 0x3b1, 1}, {0x3ad, 0x3b5, 1}, {0x3ae, 0x3b7, 1}, {0x3af, 0x3b9, 1}, {0x3cc, 0x3bf, 1}, {0x3cd, 0x3c5, 1},
-    {0x3ce, 0x3c9, 1}, {0x3ca, 0x3b9, 8}, {0x3cb, 0x3c5, 8}, {0x439, 0x438, 6}, {0x450, 0x435, 0}, {0x451, 0x435, 8},
-    {0x453, 0x433, 1}, {0x457, 0x456, 8}, {0x45c, 0x43a, 1}, {0x45d, 0x438, 0}, {0x45e, 0x443, 6}};
-
-/* A capital letter of Latin, Greek or Cyrillic becomes a small one; the sigma at a word's end is a sigma. */
-static unsigned small_letter(unsigned code) {
-    if ((code >= 0xc0 && code <= 0xde && code != 0xd7) || (code >= 0x391 && code <= 0x3ab) ||
-        (code >= 0x410 && code <= 0x42f))
-        return code + 0x20;
-    if ((code >= 0x100 && code <= 0x12f) || (code >= 0x132 && code <= 0x137) || (code >= 0x14a && code <= 0x177))
-        return code | 1;
-    if ((code >= 0x139 && code <= 0x148) || (code >= 0x179 && code <= 0x17e)) return code + (code & 1);
-    if (code >= 0x400 && code <= 0x40f) return code + 0x50;
-    if (code >= 0x388 && code <= 0x38a) return code + 0x25;
-    if (code == 0x38e || code == 0x38f) return code + 0x3f;
-    return code == 0x386 ? 0x3ac : code == 0x38c ? 0x3cc : code == 0x3c2 ? 0x3c3 : code;
-}
-
-/* A text, byte by byte: in lower case, and a letter with its mark as two */
-typedef struct {
-    const char *at, *end;
-    unsigned char rest[4]; /* the last `left` bytes of it are to come */
-    int left;
-} Letters;
-
-static int next_byte(Letters *l) {
-    return l->rest[4 - l->left--];
-}
-
-/* Puts a code below U+0800 in front of what is to come. */
-static void put_code(Letters *l, unsigned code) {
-    if (code >= 0x80) l->rest[4 - ++l->left] = (unsigned char)(0x80 | (code & 63));
-    l->rest[4 - ++l->left] = (unsigned char)(code < 0x80 ? code : 0xc0 | code >> 6);
-}
-
-/* One of two bytes: its letter, small, and its mark, if it has one */
-static void put_letter(Letters *l, unsigned code) {
-    const size_t at = 2 * (size_t)(code - 0xc0);
-    if (code >= 0xc0 && code < 0x180 && composed[at] != ' ') {
-        put_code(l, 0x300 + (unsigned)(strchr(MARKS, composed[at + 1]) - MARKS));
-        put_code(l, (unsigned)tolower((unsigned char)composed[at]));
-        return;
-    }
-    code = small_letter(code);
-    size_t i = 0;
-    while (i < sizeof marked / sizeof *marked && marked[i][0] != code) i++;
-    const int whole = i == sizeof marked / sizeof *marked;
-    if (!whole) put_code(l, 0x300 + marked[i][2]);
-    put_code(l, whole ? code : marked[i][1]);
-}
-
-static int next_letter(Letters *l) {
-    const unsigned char *p = (const unsigned char *)l->at;
-    if (l->left) return next_byte(l);
-    if (l->at == l->end) return -1;
-    l->at++;
-    if (*p < 0xc2 || *p > 0xdf || l->at == l->end || (p[1] & 0xc0) != 0x80) return tolower(*p);
-    l->at++;
-    put_letter(l, (*p & 31u) << 6 | (p[1] & 63u));
-    return next_byte(l);
-}
-
-/* Does the text begin as the name does, or with `whole`, is it that? What looks the same is the same. */
-static int begins(const char *text, size_t length, const char *name, int whole) {
-    Letters a = {.at = text, .end = text + length}, b = {.at = name, .end = name + strlen(name)};
-    for (;;) {
-        const int wanted = next_letter(&b);
-        if (wanted < 0 && !whole) return 1;
-        if (next_letter(&a) != wanted) return 0;
-        if (wanted < 0) return 1;
-    }
-}
-
 static int same(const char *text, size_t length, const char *name) {
-    return begins(text, length, name, 1);
+    return letters_begin(text, length, name, 1);
 }
 
 /* Is it exactly the class's line, its synset or one of its names? */
@@ -212,7 +127,7 @@ static int holds(const char *text, const char *part) {
     text += synset_length(text);
     for (const char *word; (word = next_name(&text, &length));)
         for (; length; word++, length--)
-            if (begins(word, length, part, 0)) return 1;
+            if (letters_begin(word, length, part, 0)) return 1;
     return 0;
 }
 

@@ -548,6 +548,10 @@ const char *models_fetch(char text[FETCH_BYTES], const char *name);
  * metric). */
 Err betas_read(float *beta, const char *redraw_prob, int T);
 
+/* ---- letters.c: texts that look the same but for case ---- */
+/* Do the first `length` bytes of a string begin as the name does, or with `whole`, are they that? */
+int letters_begin(const char *text, size_t length, const char *name, int whole);
+
 /* ---- classes.c: what a model's classes are called ---- */
 typedef struct {
     char **name; /* (n) all names of a class, after its synset if it has one: "n01440764 tench, Tinca tinca" */

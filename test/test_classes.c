@@ -160,7 +160,7 @@ static void test_unicode(void) {
     classes_free(&m);
 }
 
-/* Capital and small letters of Latin, Greek and Cyrillic are the same, also with their marks as two. */
+/* Capital and small letters of Latin, Greek, Cyrillic and Armenian are the same, also with their marks as two. */
 static void test_case(void) {
     static const char *const word[][3] = {
         {"\u00c6\u00d8\u00c5\u00de\u0141\u0110\u0147", "\u00e6\u00f8\u00e5\u00fe\u0142\u0111\u0148",
@@ -175,7 +175,21 @@ static void test_case(void) {
         {"\u0401\u0416\u0418\u041a", "\u0451\u0436\u0438\u043a", "\u0435\u0308\u0436\u0438\u043a"}, /* hedgehog */
         {"\u0427\u0410\u0419", "\u0447\u0430\u0439", "\u0447\u0430\u0438\u0306"},                   /* tea */
         {"\u0407\u0416\u0410\u040e\u0402\u0403\u040c", "\u0457\u0436\u0430\u045e\u0452\u0453\u045c",
-         "\u0456\u0308\u0436\u0430\u0443\u0306\u0402\u0433\u0301\u043a\u0301"}};
+         "\u0456\u0308\u0436\u0430\u0443\u0306\u0402\u0433\u0301\u043a\u0301"},
+        {"\u0490\u0410\u041d\u041e\u041a", "\u0491\u0430\u043d\u043e\u043a",
+         "\u0490\u0430\u043d\u043e\u043a"},                                                         /* porch */
+        {"\u0218ARPE\u021a", "\u0219arpe\u021b", "S\u0326arpeT\u0326"},                             /* snake */
+        {"\u03aa\u0301\u038c\u03a3", "\u0390\u03cc\u03c2", "\u03b9\u0308\u0301\u03bf\u0301\u03c3"}, /* virus */
+        {"\u03ab\u0301\u0393", "\u03b0\u03b3", "\u03c5\u0344\u03b3"},
+        {"\u0186\u0181\u0187\u01c7\u01d5\u023a\u0243", "\u0254\u0253\u0188\u01c9\u01d6\u2c65\u0180",
+         "\u0254\u0181\u0188\u01c8u\u0308\u0304\u2c65\u0243"},
+        {"\u0460\u0480\u048a\u04c0\u04c1\u04cd\u04d0\u052e", "\u0461\u0481\u048b\u04cf\u04c2\u04ce\u04d1\u052f",
+         "\u0460\u0480\u048b\u04cf\u0436\u0306\u04cd\u0430\u0306\u052f"},
+        {"CH\u00da V\u1eb8T \u1edem", "ch\u00fa v\u1eb9t \u1edfm", "chu\u0301 ve\u0323t o\u031b\u0309m"},
+        {"TI\u1ebeNG VI\u1ec6T", "ti\u1ebfng vi\u1ec7t", "tie\u0302\u0301ng vie\u0323\u0302t"},
+        {"\u053f\u0531\u054f\u0548\u0552", "\u056f\u0561\u057f\u0578\u0582", "\u053f\u0561\u057f\u0578\u0582"}};
+    static const char *const other[] = {"\u0397\u0302", "\u0219",       "\u0308",
+                                        "\u0491\u0460", "\u20ac\u2c66", "\U0001f600"};
     char list[160];
     for (size_t i = 0; i < sizeof word / sizeof *word; i++)
         for (int k = 0; k < 3; k++) {
@@ -188,6 +202,15 @@ static void test_case(void) {
             CHECK(label_of(&m, "\u0393\u0410") == 2);
             classes_free(&m);
         }
+    for (size_t i = 0; i < sizeof other / sizeof *other; i++) { /* none of these is another */
+        Classes m = {0};
+        int32_t label;
+        snprintf(list, sizeof list, "# folders, one a line\n\u03b7\u0301\n\u015f\n%s\nx", other[i]);
+        CHECK_OK(classes_open(&m, list, 4));
+        for (size_t k = 0; k < sizeof other / sizeof *other; k++)
+            CHECK(classes_named(&m, other[k], &label) == (k == i) && (k != i || label == 2));
+        classes_free(&m);
+    }
 }
 
 static void test_lists(const char *dir) {
