@@ -123,20 +123,30 @@ Err config_err(const Config *c, const char *prefix, const char *key, const char 
     return config_blame(c, prefix, key);
 }
 
-static int is_file(const char *path) {
+typedef enum { NOTHING, NO_FILE, REGULAR_FILE } There;
+
+/* What the path leads to; what cannot be looked at is no file, and file_open says why. */
+static There what_is_at(const char *path) {
     struct stat st;
-    return stat(path, &st) == 0 && S_ISREG(st.st_mode);
+    if (stat(path, &st) != 0) return errno == ENOENT || errno == ENOTDIR ? NOTHING : NO_FILE;
+    return S_ISREG(st.st_mode) ? REGULAR_FILE : NO_FILE;
 }
 
 int config_file(char path[PATH_BYTES], const Config *c, const char *prefix, const char *key) {
     const KeyValue *kv = config_find(c, prefix, key);
     const char *place = kv && kv->place ? kv->place : "", *slash = NULL, *line = NULL;
+    char other[PATH_BYTES];
+    *path = 0;
     if (!kv) return 0;
     for (const char *p = place; (p = strstr(p, ": line ")); p++) line = p;
     for (const char *p = place; *p && p != line; p++) slash = *p == '/' ? p : slash;
     const int folder = slash && kv->value[0] != '/' ? (int)(slash - place) + 1 : 0;
-    if (path_make(path, "%.*s%s", folder, place, kv->value) == OK && is_file(path)) return 1;
-    return folder && path_make(path, "%s", kv->value) == OK && is_file(path);
+    const There beside = path_make(path, "%.*s%s", folder, place, kv->value) == OK ? what_is_at(path) : NOTHING;
+    if (beside == REGULAR_FILE) return 1;
+    const There here = folder && path_make(other, "%s", kv->value) == OK ? what_is_at(other) : NOTHING;
+    if (here > beside) memcpy(path, other, sizeof other);
+    if (beside == NOTHING && here == NOTHING) *path = 0;
+    return here == REGULAR_FILE;
 }
 
 /* Decimal digits at *s, nothing else; *s moves behind them. 0: there are none, or too many for a size_t. */

@@ -30,7 +30,8 @@ Err config_blame(const Config *c, const char *prefix, const char *key);
 Err config_bad(const Config *c, const char *prefix, const char *key, const char *expected);
 /* An error about this key's value, in front of which its place stands. Returns FAILED. */
 Err config_err(const Config *c, const char *prefix, const char *key, const char *fmt, ...) PRINTF_LIKE(4, 5);
-/* path = the file that a key names: beside the file in which the key is written, or from here. 0: there is none. */
+/* path = the file that a key names: beside the file in which the key is written, or from here. 0: there is none, and
+ * path = what else has that name, such as a folder, or "". */
 int config_file(char path[PATH_BYTES], const Config *c, const char *prefix, const char *key);
 /* The last error is about the configuration as a whole: err_in with its file, if it has one. Returns FAILED. */
 Err config_in_file(const Config *c);
@@ -624,6 +625,10 @@ typedef struct {
     int from_file;           /* they are those of VqganConfig.remap */
 } Remap;
 Err remap_load(Remap *r, const Checkpoint *ck, const char *prefix); /* its tensor prefix + quantize.used */
+/* The error of a remap of which config_file has found no file, but `path`; `besides` ends it. Returns FAILED. */
+Err remap_missing(const Config *c, const char *prefix, const char *path, const char *besides);
+/* How many of used (n), entries below n_codes, are listed further ahead already: tokens that no picture gets */
+Err remap_repeated(size_t *repeated, const int64_t *used, size_t n, size_t n_codes);
 /* *used (*n) = the entries that a .npy lists as tokens (the official remap), 1 to n_codes of them */
 Err remap_file(int64_t **used, size_t *n, const char *path, size_t n_codes);
 void remap_free(Remap *r);

@@ -5,6 +5,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 /* The first position wins where a code is listed twice, as in the official search. */
 static void number_codes(Remap *r) {
@@ -21,6 +22,31 @@ Err remap_file(int64_t **used, size_t *n, const char *path, size_t n_codes) {
         *used = NULL;
         return err_damaged("%s: number %zu is %lld, expected a code, 0..%zu", path, i, (long long)code, n_codes - 1);
     }
+    return OK;
+}
+
+Err remap_missing(const Config *c, const char *prefix, const char *path, const char *besides) {
+    int fd;
+    size_t size;
+    if (!*path)
+        return config_err(c, prefix, "remap", "%sremap %.200s: no such file beside this one or from here%s", prefix,
+                          config_get(c, prefix, "remap"), besides);
+    if (file_open(&fd, &size, path) == OK) { /* it has come meanwhile */
+        close(fd);
+        err("%s: was no file a moment ago", path);
+    }
+    return config_blame(c, prefix, "remap");
+}
+
+Err remap_repeated(size_t *repeated, const int64_t *used, size_t n, size_t n_codes) {
+    uint8_t *seen;
+    *repeated = 0;
+    TRY(mem_alloc(&seen, n_codes, 1, "codes of the remap"));
+    for (size_t i = 0; i < n; i++) {
+        *repeated += seen[used[i]];
+        seen[used[i]] = 1;
+    }
+    free(seen);
     return OK;
 }
 

@@ -60,13 +60,14 @@ static const char prefix[] = "model.params.";
 static Err read_remap_file(VqganConfig *c, const Config *from, const Checkpoint *ck, const char *tensor) {
     int64_t *used;
     size_t n;
-    const char *said = config_get(from, prefix, "remap");
     const int counted = c->re_embed != 0;
     if (!config_file(c->remap, from, prefix, "remap")) {
+        char path[PATH_BYTES], besides[NAME_MAX_BYTES + 40] = "";
+        memcpy(path, c->remap, sizeof path);
         c->remap[0] = 0;
         if (!ck && counted) return OK;
-        return config_err(from, prefix, "remap", "%sremap %.200s: no such file beside this one or from here%s%s",
-                          prefix, said, ck ? ", and the weights have no tensor " : "", ck ? tensor : "");
+        if (ck) snprintf(besides, sizeof besides, ", and the weights have no tensor %s", tensor);
+        return remap_missing(from, prefix, path, besides);
     }
     if (remap_file(&used, &n, c->remap, c->n_embed) != OK) return config_blame(from, prefix, "remap");
     free(used);

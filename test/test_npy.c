@@ -151,9 +151,15 @@ static void test_codes(void) {
     VqganConfig c = {.n_embed = 16, .re_embed = 4};
     Remap r;
     int64_t *used;
-    size_t n;
+    size_t n, repeated;
     snprintf(c.remap, sizeof c.remap, "%s", path);
     make(&(Made){1, "<i8", NULL, 4, SIZE_MAX}, codes);
+    CHECK_OK(remap_file(&used, &n, path, 16));
+    CHECK_OK(remap_repeated(&repeated, used, n, 16));
+    CHECK(repeated == 1);
+    CHECK_OK(remap_repeated(&repeated, used, 3, 16));
+    CHECK(repeated == 0);
+    free(used);
     CHECK_OK(remap_make(&r, &c));
     CHECK(remap_K(&r) == 4 && r.used[0] == 9 && r.used[3] == 3);
     CHECK(r.inverse[9] == 0 && r.inverse[3] == 1 && r.inverse[7] == 2 && r.inverse[0] == -1); /* the first of two */

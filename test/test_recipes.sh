@@ -197,8 +197,14 @@ npy() { # npy FILE NUMBER...: as numpy.save writes int16
 npy "$dir/used.npy" 3 1 4 5 9 2 6 7
 npy "$dir/others.npy" 1 2 3 4 5 6 7 8
 npy "$dir/outside.npy" 1 2 16
+npy "$dir/twice.npy" 3 1 4 3 9 2 3 1
 used="${P}first_stage_config.params.remap"
 in_line "model.params.remap nowhere.npy: no such file beside this one or from here" --vqgan "vqgan.${P}remap nowhere.npy"
+mkdir "$dir/folder.npy" && mkfifo "$dir/pipe.npy"
+for kind in "folder.npy=$dir/folder.npy: is a folder" "pipe.npy=$dir/pipe.npy: is a device or a pipe" "/dev/zero=/dev/zero: is a device" "/dev/null=/dev/null: is a device"; do
+    in_line "${kind#*=}" --vqgan "vqgan.${P}remap ${kind%%=*}"
+done
+in_line "$dir/folder.npy: is a folder, not a regular file" "--scale 1" "scale.$used folder.npy"
 in_line "$dir/recipe.txt: is no .npy file" --vqgan "vqgan.${P}remap recipe.txt"
 in_line "$dir/outside.npy: number 2 is 16, expected a code, 0..15" --vqgan "vqgan.${P}remap outside.npy"
 in_line "model.params.re_embed is 9, $dir/used.npy has 8" --vqgan "vqgan.${P}re_embed 9" "vqgan.${P}remap used.npy"
@@ -222,6 +228,13 @@ ok "the next scale too" on --scale 2
 coded nowhere.npy
 ok "whose first stage knows its codes" on --scale 3
 rm "$dir"/adopted/scale2*
+coded others.npy
+coded twice.npy
+says 0 "$dir/twice.npy: 3 of its 8 entries repeat a code further ahead" train twice --vqgan --steps 1
+says 0 "tokens number 8 of 16 codes now, as $dir/twice.npy lists them" train twice2 --scale 1 --steps 1
+ok "and says it there" grep -q "twice.npy: 3 of its 8 entries repeat" "$dir/err"
+ok "the state has them" "$build/train" --config "$dir/recipe.txt" --data "$dir/data" --run "$dir/twice" --vqgan --steps 2 --resume
+ok "and they are said once" sh -c "! grep -q repeat '$dir/err'"
 coded others.npy
 says 1 "lists 8 codes, and $dir/adopted/vqgan.safetensors has other ones, 8" on --scale 2
 coded used.npy

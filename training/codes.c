@@ -177,6 +177,16 @@ static int same_codes(const Vqgan *v, const int64_t *codes, size_t n) {
     return i == n;
 }
 
+/* The official code, too, takes a list with a code twice. */
+Err say_repeated(const Stage *s, const char *file, const int64_t *codes, size_t n) {
+    size_t repeated;
+    TRY(remap_repeated(&repeated, codes, n, vqgan_config(s->vqgan)->n_embed));
+    if (repeated)
+        say_once("%s: %zu of its %zu entries repeat a code further ahead, whose token counts: no picture has theirs\n",
+                 file, repeated, n);
+    return OK;
+}
+
 /* The first stage's file gets the codes, unless it has them. */
 static Err put_codes(Stage *s, const char *path, const char *file) {
     static const char *const prefix = "model.params.first_stage_config.params.";
@@ -194,23 +204,23 @@ static Err put_codes(Stage *s, const char *path, const char *file) {
     if (!same && e == OK)
         say_once("%s: tokens number %zu of %zu codes now, as %s lists them\n", path, n, vqgan_config(s->vqgan)->n_embed,
                  file);
+    if (!same && e == OK) e = say_repeated(s, file, codes, n);
     free(codes);
     return e;
 }
 
 Err adopt_codes(Stage *s) {
     static const char *const prefix = "model.params.first_stage_config.params.";
-    char path[PATH_BYTES], file[PATH_BYTES];
+    char path[PATH_BYTES], file[PATH_BYTES], besides[PATH_BYTES + 40];
     const char *said = config_get(&s->recipe, prefix, "remap");
     if (!said || is_one_of_values(said, "null") || s->has_state) return OK;
     TRY(open_first_stage(s, path));
     Err e = OK;
+    snprintf(besides, sizeof besides, ", and %s does not say its codes", path);
     if (config_file(file, &s->recipe, prefix, "remap"))
         e = put_codes(s, path, file);
     else if (!vqgan_used(s->vqgan))
-        e = config_err(&s->recipe, prefix, "remap",
-                       "%sremap %s: no such file beside this one or from here, and %s does not say its codes", prefix,
-                       said, path);
+        e = remap_missing(&s->recipe, prefix, file, besides);
     vqgan_free(s->vqgan);
     s->vqgan = NULL;
     return e;

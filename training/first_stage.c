@@ -333,6 +333,7 @@ Err first_build(Stage *s) {
     VqganConfig c;
     size_t plan = 0, tables = 0; /* bytes where it computes; of other networks' parameters, which the host has too */
     TRY(first_check(s, &c));
+    if (s->first.used && !s->has_state) TRY(say_repeated(s, c.remap, s->first.used, s->first.n_used));
     if (s->set.cuda) TRY(vqgan_use_cuda(s->vqgan, gpu_precision(s)));
     TRY(vqgan_plan_bytes(s->vqgan, s->batch, s->size, s->size, 1, &plan));
     TRY(open_perceptual(s, &plan, &tables));

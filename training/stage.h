@@ -412,6 +412,8 @@ void print_codes(const Stage *s, FILE *to, const CodeUse *val);
 int log_codes(const Stage *s, char *text, size_t size, const Metrics *val); /* the last columns, as StageKind.log */
 Err fit_to_codes(Stage *s, NetConfig *c);
 Err remap_first_stage(Stage *s);
+/* A line, if the codes that a file lists as tokens have some twice */
+Err say_repeated(const Stage *s, const char *file, const int64_t *codes, size_t n);
 /* Before transitions: the run's first stage numbers the codes that their recipe's first_stage_config says. */
 Err adopt_codes(Stage *s);
 
