@@ -304,6 +304,11 @@ ok "after a word for each stage" test "$(grep -c '^[a-z0-9]*: .*, finished after
 ok "that says what it is" said "^scale2: x_2 -> x_1, finished after 60 steps: $dir/all/scale2.safetensors$"
 ok "and no more" sh -c "! grep -q 'continuing\|disk:' '$dir/said'"
 unset IMAGEBART_TEST_SPIKE
+ok "options that come too late" train --run "$dir/all" --all --resume --seed 5 --lr 1 --batch 3 --bf16-states --spike 7.5 --store f16
+late="--batch 3, --lr 1, --spike 7.5, --seed 5, --bf16-states, --store f16"
+ok "are said to" test "$(grep -c "finished after 60 steps: .*.safetensors; $late: without effect$" "$dir/said")" -eq 4
+ok "usual values, and those of the recipe" train --run "$dir/all" --all --resume --seed 23 --spike 10 --store f32 --steps 50
+ok "are not" sh -c "! grep -q 'without effect' '$dir/said'"
 
 # ---- --all: what a later stage would refuse is refused before the first step ----
 mkdir "$dir/flat" && cp "$dir"/data/*/000.png "$dir"/data/*/001.png "$dir/flat" 2>/dev/null

@@ -93,8 +93,9 @@ static void say_finished(const Stage *s) {
     char path[PATH_BYTES], what[64] = "the first stage";
     if (s->set.joint) snprintf(what, sizeof what, "all scales in one");
     if (s->second.t) snprintf(what, sizeof what, "x_%d -> x_%d", s->second.t, s->second.t - 1);
-    fprintf(stderr, "%s: %s, finished after %llu steps%s: %s\n", s->name, what, (unsigned long long)s->step,
-            s->step < s->set.steps ? " (--early-stop)" : "", run_path(s, path, ".safetensors"));
+    fprintf(stderr, "%s: %s, finished after %llu steps%s: %s%s%s%s\n", s->name, what, (unsigned long long)s->step,
+            s->step < s->set.steps ? " (--early-stop)" : "", run_path(s, path, ".safetensors"), *s->idle ? "; " : "",
+            s->idle, *s->idle ? ": without effect" : "");
 }
 
 void say_start(Stage *s) {

@@ -526,6 +526,42 @@ static Err keep_old_rate(Stage *s) {
     return OK;
 }
 
+/* How far it goes may be what finished it; with --early-stop its best weights may yet be written. */
+static int may_be_idle(const Settings *o, const Setting *r) {
+    if (!r->key || !r->option || !strcmp(r->key, "steps") || !strcmp(r->key, "early_stop")) return 0;
+    if (!strcmp(r->key, "batch_size")) return ranks() == 1; /* the run has that of all processes */
+    return strcmp(r->key, "store") || o->early_stop == NOT_GIVEN;
+}
+
+/* Has the run, or where it does not say, the usual, this value of a row? */
+static int is_so(const Config *run, const Setting *r, const char *key, const char *value) {
+    const char *has = config_get(run, "", key);
+    char usual[40];
+    snprintf(usual, sizeof usual, "%.17g", r->usual);
+    if (!has) has = r->kind == OPT_FLAG ? "false" : r->kind == OPT_STRING ? "f32" : usual; /* --store is the one text */
+    return same_config_value(has, value);
+}
+
+/* s->idle: what the user gave of what a finished run has otherwise */
+static Err list_idle(Stage *s) {
+    size_t n = 0;
+    for (const Setting *r = table; r < table + ROWS; r++) {
+        Config one = {0};
+        char value[40] = "";
+        if (!may_be_idle(&s->set, r)) continue;
+        const Err e = put_given(&one, r, &s->set);
+        const int differs = one.n && !is_so(&s->recipe, r, one.kv[0].key, one.kv[0].value);
+        if (differs && r->kind == OPT_REAL) snprintf(value, sizeof value, " %g", strtod(one.kv[0].value, NULL));
+        if (differs && (r->kind == OPT_SIZE || r->kind == OPT_STRING))
+            snprintf(value, sizeof value, " %s", one.kv[0].value);
+        if (differs && n < sizeof s->idle)
+            n += (size_t)snprintf(s->idle + n, sizeof s->idle - n, "%s%s%s", n ? ", " : "", r->option, value);
+        config_free(&one);
+        TRY(e);
+    }
+    return OK;
+}
+
 static Err read_store(Stage *s) {
     const char *store = config_get(&s->recipe, "imagebart.", "store");
     s->store = DT_F32;
@@ -541,6 +577,7 @@ Err settings_read(Stage *s, const Checkpoint *ck) {
     if (ck) TRY(keep_old_rate(s));
     if (ck && !s->set.eval) TRY(compare_with_recipe(s));
     const size_t pictures = pictures_per_step(&s->recipe), seed = seed_of(&s->recipe);
+    if (ck && !s->set.eval && !goes_on(s)) TRY(list_idle(s));
     TRY(apply_given(&s->recipe, &s->set));
     TRY(read_store(s));
     if (keys_check(&s->recipe, s->set.vqgan ? KEYS_FIRST : KEYS_TRANSITION, 1) != OK)

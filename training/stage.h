@@ -196,6 +196,7 @@ struct Stage {
     FirstStage first;
     SecondStage second;
 
+    char idle[256];        /* options that a finished stage has otherwise: "--seed 5, --lr 1"; "": none */
     char init[PATH_BYTES]; /* the recipe's ckpt_path, which Settings.init then is */
     int without_ema;       /* the weights that are written are the plain ones */
 
