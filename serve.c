@@ -298,7 +298,7 @@ static Reply post_settings(void *context, const Request *r) {
     Config text = {0};
     if (s->ending) return reply_error(503, NULL, "the server is ending");
     const Err e = png_read_texts(&text, r->body, r->size);
-    Reply reply = e != OK ? reply_error(415, NULL, "the body: %s: expected a PNG", err_text())
+    Reply reply = e != OK ? reply_error(415, NULL, "the body: %s: expected a PNG of ours", err_text())
                   : job_of_text(&job, &s->offer, &text, &f) ? reply_json(200, job_json(&job))
                                                             : fault_reply(&f);
     job_free(&job);

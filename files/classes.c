@@ -229,6 +229,9 @@ static Err class_error(const Classes *c, const char *name, const char *why, int 
     return err("class \"%.100s\": %s %s", name, why, list);
 }
 
+/* A name is kept by those who ask: what is found is no longer than this, or than the class's own line. */
+enum { MOST_DIGITS = 10 };
+
 Err classes_find(const Classes *c, const char *name, int32_t *label) {
     if (*name == 0) return class_error(c, name, "expected one of", NULL);
     size_t matches = classes_named(c, name, label);
@@ -236,7 +239,8 @@ Err classes_find(const Classes *c, const char *name, int32_t *label) {
     if (matches > 1) return class_error(c, name, "is the name of several; give a number or a synset:", is_named);
     if (name[strspn(name, "0123456789")] == 0) {
         unsigned long long number = strtoull(name, NULL, 10);
-        if (number >= c->n) return err("class %.100s: expected 0..%zu or a name", name, c->n - 1);
+        if (number >= c->n || strlen(name) > MOST_DIGITS)
+            return err("class %.100s: expected 0..%zu or a name", name, c->n - 1);
         *label = (int32_t)number;
         return OK;
     }

@@ -1,9 +1,11 @@
 /* png_text.c - the texts in a PNG: what pictures say of how they were drawn. Only the chunks are walked: no pixel is
- * decoded, so that any PNG, however large, is read at once. */
+ * decoded, so that any PNG, however large, is read at once. A text is looked for among those before it: MOST_TEXTS bounds them. */
 #include "files/files.h"
 
 #include <stdlib.h>
 #include <string.h>
+
+enum { MOST_TEXTS = 256 }; /* ours have about 20 */
 
 static uint32_t big_endian(const uint8_t *p) {
     return (uint32_t)p[0] << 24 | (uint32_t)p[1] << 16 | (uint32_t)p[2] << 8 | p[3];
@@ -58,13 +60,17 @@ static Err add_chunk(Config *to, const uint8_t *data, size_t n, int internationa
 
 Err png_read_texts(Config *to, const uint8_t *bytes, size_t n) {
     static const uint8_t signature[8] = {0x89, 'P', 'N', 'G', '\r', '\n', 0x1A, '\n'};
+    size_t texts = 0;
     if (n < 8 || memcmp(bytes, signature, 8) != 0) return err_damaged("not a PNG");
     for (size_t at = 8; n - at >= 12;) {
         const size_t length = big_endian(bytes + at);
         const uint8_t *type = bytes + at + 4;
         if (length > n - at - 12) return err_damaged("a PNG that is cut short");
         if (!memcmp(type, "IEND", 4)) return OK;
-        if (!memcmp(type, "tEXt", 4) || !memcmp(type, "iTXt", 4)) TRY(add_chunk(to, type + 4, length, *type == 'i'));
+        if (!memcmp(type, "tEXt", 4) || !memcmp(type, "iTXt", 4)) {
+            if (++texts > MOST_TEXTS) return err_damaged("a PNG with more than %d texts", MOST_TEXTS);
+            TRY(add_chunk(to, type + 4, length, *type == 'i'));
+        }
         at += 12 + length;
     }
     return err_damaged("a PNG that is cut short");

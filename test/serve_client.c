@@ -653,6 +653,7 @@ static const JobCase refused[] = {
     {S "\"guidance\":{}}", 400, "guidance"},
     {S "\"class\":\"spoons\"}", 422, "class"},
     {S "\"class\":\"9\"}", 422, "class"},
+    {S "\"class\":\"00000000001\"}", 422, "class"},
     {S "\"class\":\"\"}", 422, "class"},
     {S "\"class\":3}", 400, "class"},
     {S "\"model\":\"nothing\"}", 422, "model"},

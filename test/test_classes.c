@@ -57,6 +57,8 @@ static void test_imagenet(void) {
     CHECK_ERR(classes_find(&m, "dragon slayer", &label), "expected one of");
     CHECK_ERR(classes_find(&m, "n99999999", &label), "expected one of");
     CHECK_ERR(classes_find(&m, "1000", &label), "0..999");
+    CHECK_OK(classes_find(&m, "0000000001", &label));
+    CHECK_ERR(classes_find(&m, "00000000001", &label), "0..999");
     CHECK_ERR(classes_find(&m, "", &label), "expected one of");
     CHECK(classes_named(&m, "crane", &label) == 2 && label == 134);
     CHECK(classes_named(&m, "retriever", &label) == 0);

@@ -921,6 +921,32 @@ static void test_keys(void) {
     image_free(&im);
 }
 
+/* A picture has its own texts, few; one with more is refused before it takes time. */
+static void test_many_texts(void) {
+    enum { MOST = 256 };
+    static char key[MOST + 1][8];
+    KeyValue kv[MOST + 1];
+    Image im = picture(3, 4);
+    for (size_t n = MOST; n <= MOST + 1; n++) {
+        uint8_t *bytes;
+        size_t size;
+        Config found = {0};
+        for (size_t i = 0; i < n; i++) {
+            snprintf(key[i], sizeof key[i], "k%zu", i);
+            kv[i] = (KeyValue){.key = key[i], .value = (char *)"v"};
+        }
+        CHECK_OK(image_encode_png(&bytes, &size, &im, &(Config){kv, n, n}));
+        if (n == MOST)
+            CHECK_OK(png_read_texts(&found, bytes, size));
+        else
+            CHECK_ERR(png_read_texts(&found, bytes, size), "more than 256 texts");
+        CHECK(found.n == MOST);
+        config_free(&found);
+        free(bytes);
+    }
+    image_free(&im);
+}
+
 static void test_write(void) {
     Image im = picture(17, 23);
     KeyValue kv[] = {{.key = (char *)"seed", .value = (char *)"42"},
@@ -1301,6 +1327,7 @@ int main(void) {
     test_limits();
     test_write();
     test_keys();
+    test_many_texts();
     test_resize_tables();
     test_resize_properties();
     test_prepare();
