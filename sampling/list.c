@@ -3,18 +3,15 @@
 
 #include <stdio.h>
 
-/* Of its weights: what is here, and how to get the rest. A folder that is not there lacks everything; it is not
- * damaged. */
+/* Of its weights: what is here. A folder that is not there lacks everything; it is not damaged. */
 static void state_text(char *text, size_t bytes, const NamedModel *m) {
-    char missing[32], folder[PATH_BYTES], fetch[FETCH_BYTES];
+    char missing[32], folder[PATH_BYTES];
     const size_t here = model_files(missing, m);
     if (!*missing)
         snprintf(text, bytes, "here");
     else if (here && m->zip)
-        snprintf(text, bytes, "partly here, no %s: %s", missing, models_fetch(fetch, m->name));
-    else if (m->zip)
-        snprintf(text, bytes, "not here: %s", models_fetch(fetch, m->name));
-    else if (models_find(folder, m->folder))
+        snprintf(text, bytes, "partly here, no %s", missing);
+    else if (!m->zip && models_find(folder, m->folder))
         snprintf(text, bytes, "damaged: no %s", missing);
     else
         snprintf(text, bytes, "not here");
@@ -22,13 +19,13 @@ static void state_text(char *text, size_t bytes, const NamedModel *m) {
 
 Err list_models(void) {
     size_t n;
-    char state[FETCH_BYTES + 96], places[PLACES_BYTES], fetch[FETCH_BYTES];
+    char state[96], places[PLACES_BYTES], fetch[FETCH_BYTES];
     const NamedModel *m = named_models(&n);
     TRY(models_check());
-    printf("%-10s %-36s %s\n", "model", "weights", "what");
+    printf("%-10s %-30s %s\n", "model", "weights", "what");
     for (size_t i = 0; i < n; i++) {
         state_text(state, sizeof state, &m[i]);
-        printf("%-10s %-36s %s\n", m[i].name, state, m[i].what);
+        printf("%-10s %-30s %s\n", m[i].name, state, m[i].what);
     }
     printf(
         "\nLooked for in %s.\n"

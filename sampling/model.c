@@ -220,8 +220,11 @@ static Err err_file(const char *path) {
 
 static Err open_file(Checkpoint *ck, char path[PATH_BYTES], const Model *m, const char *name) {
     TRY(path_make(path, "%s/%s", m->folder, name));
-    if (!has_file(m->folder, name)) return err("%s is missing", path);
-    return checkpoint_open(ck, path);
+    if (has_file(m->folder, name)) return checkpoint_open(ck, path);
+    if (!has_file(m->folder, "log.tsv") || has_file(m->folder, "joint.state.safetensors"))
+        return err("%s is missing", path);
+    return err("%s is missing: an unfinished run; ./train RECIPE --all --data DIR --run %s goes on with it", path,
+               m->folder);
 }
 
 /* What is said of a file once: only the first one's note is kept. */
@@ -372,6 +375,15 @@ static Err no_weights(char folder[PATH_BYTES], const NamedModel *found, const Na
                substituted ? ", and the bundled model is missing too" : "", places);
 }
 
+static int is_recipe(const char *name) {
+    char usual[PATH_BYTES], path[PATH_BYTES];
+    Config vqgan = {0};
+    if (strchr(name, '/') || path_make(usual, "models/%s.txt", name) != OK || !models_find(path, usual)) return 0;
+    const Err e = recipe_read(&vqgan, path, RECIPE_VQGAN);
+    config_free(&vqgan);
+    return e == OK;
+}
+
 /* folder = where to look; *substituted as model_open. */
 static Err find_folder(char folder[PATH_BYTES], const char *name_or_folder, const NamedModel **substituted) {
     const NamedModel *found = find_named(name_or_folder);
@@ -383,6 +395,10 @@ static Err find_folder(char folder[PATH_BYTES], const char *name_or_folder, cons
     if (stat(folder, &st) == 0)
         return err("model \"%.200s\": is a file, expected a folder of weights; zip files have to be unpacked first",
                    folder);
+    if (is_recipe(name_or_folder))
+        return err("model \"%.200s\": is a recipe without weights; \"./train %.200s --all --data DIR\" first, then "
+                   "runs/%.200s is a model",
+                   name_or_folder, name_or_folder, name_or_folder);
     return err("model \"%.200s\": no such folder, and not one of emoji, ffhq, ffhq2, churches, bedrooms, cats, "
                "imagenet, imagenet4",
                name_or_folder);

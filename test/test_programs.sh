@@ -99,6 +99,9 @@ ok "and says how to go on" grep -q -- --resume "$dir/int.err"
 
 "$build/pictures" make "$dir/two" 2 20
 ok "a folder of two pictures: one trains, one is held out" train --data "$dir/two" --run "$dir/pair" --vqgan --steps 2
+cp "$dir/err" "$dir/said"
+ok "says so" grep -q ' 1 picture (1 held out)' "$dir/said"
+ok "which is learnt by heart" grep -q 'fewer than 50 pictures: .*by heart' "$dir/said"
 
 # ---- what a run says of its pictures, its first stage and its numbers ----
 told() { grep -q -- "$1" "$dir/told"; }
@@ -515,8 +518,8 @@ for i in 1 2 3; do touch "$dir/models/churches_3_scales/scale$i.ckpt"; done
 ok "the list" sh -c "cd $dir && $build/sample --list"
 cp "$dir/out" "$dir/list"
 ok "says what is here" grep -q '^churches  *here ' "$dir/list"
-ok "what is partly here" grep -q '^cats  *partly here, no scale2.ckpt: make cats ' "$dir/list"
-ok "how to get the others" grep -q '^ffhq2  *not here: make ffhq2 ' "$dir/list"
+ok "what is partly here" grep -q '^cats  *partly here, no scale2.ckpt  *LSUN' "$dir/list"
+ok "how to get the others" grep -q '^"make ffhq" and so on fetch' "$dir/list"
 for model in emoji ffhq ffhq2 churches bedrooms cats imagenet imagenet4; do
     ok "which names $model" grep -q "^$model " "$dir/list"
 done
@@ -541,6 +544,14 @@ ok "which comes first" "$build/pictures" same "$dir/i.png" "$dir/i.png" 0 0 52 1
 ok "a picture of another size" inpaint "$picture" --half left -n 1
 ok "without pasting" inpaint "$fit" --half right -n 1 --no-paste
 refused_late 1 "mask" "$build/inpaint" "$dir/killed" "$fit" --mask "$picture"
+
+# ---- what has no weights yet says how it gets them ----
+refused 1 'a recipe without weights; "./train photos --all --data DIR" first' "$build/sample" photos
+refused 1 "no such folder, and not one of" "$build/sample" imagenet-classes # no recipe
+mkdir "$dir/unfinished" && touch "$dir/unfinished/log.tsv"
+refused 1 "an unfinished run; ./train RECIPE --all --data DIR --run $dir/unfinished" "$build/sample" "$dir/unfinished"
+refused 1 "no first stage there, nor in photos/vqgan.safetensors here; a recipe" "$build/train" photos --scale 1 --data "$dir/two" --run "$dir/none"
+refused 1 "nor of the model ffhq (looked in models/ here" "$build/train" ffhq --scale 1 --data "$dir/two" --run "$dir/none"
 
 # ---- wrong usage: exit 2; what is missing or broken: exit 1; always one line ----
 cd "$dir" && mkdir empty && echo '<!DOCTYPE html><html>' >page.png && head -c 60 "$fit" >cut.png && : >zero.png

@@ -25,6 +25,16 @@ static Err copy_file(Stage *s, void *paths) {
     return e;
 }
 
+/* theirs was looked for in all places of models/ if the model has a name, else there alone. */
+static Err no_first_stage(const Stage *s, const char *ours, const char *theirs) {
+    char places[PLACES_BYTES];
+    if (find_named(s->set.model))
+        return err("%s: no first stage there, nor of the model %s (looked in %s); train it first: --vqgan", ours,
+                   s->set.model, models_places(places));
+    return err("%s: no first stage there, nor in %s here; a recipe alone has none; train it first: --vqgan", ours,
+               theirs);
+}
+
 /* A run without a VQGAN, and that trained none, gets the model's, so that it can be sampled as it stands. It is said, for
  * the run's name may have been mistyped. */
 Err copy_first_stage(Stage *s) {
@@ -33,7 +43,7 @@ Err copy_first_stage(Stage *s) {
     TRY(path_make(theirs, "%s/vqgan.safetensors", model_folder(folder, s->set.model)));
     TRY(check_first_stage(s, ours));
     if (file_exists(ours)) return OK;
-    if (!file_exists(theirs)) return err("%s: no first stage there, nor at %s; train it first: --vqgan", ours, theirs);
+    if (!file_exists(theirs)) return no_first_stage(s, ours, theirs);
     say_once("first stage: %s, %s; %s had none\n",
              strcmp(s->set.model, "emoji") ? "the model's" : "the bundled model's", theirs, s->set.run);
     const char *paths[2] = {ours, theirs};

@@ -98,6 +98,8 @@ static void say_finished(const Stage *s) {
             s->idle, *s->idle ? ": without effect" : "");
 }
 
+enum { FEW = 50 }; /* pictures */
+
 void say_start(Stage *s) {
     if (s->has_state && is_done(s)) {
         say_finished(s);
@@ -112,10 +114,15 @@ void say_start(Stage *s) {
     else
         say_cpu();
     char threads[96];
-    fprintf(stderr,
-            "%s: %.2f million parameters, %zu pictures (%zu held out), batch %zu x %zu, %zu steps, seed %llu, %s, %s\n",
-            s->name, (double)params_count(s->params) / 1e6, s->train.n, s->val.n, s->global_batch, s->set.accumulate,
-            s->set.steps, (unsigned long long)s->set.seed, threads_text(threads), vector_instructions());
+    fprintf(
+        stderr,
+        "%s: %.2f million parameters, %zu picture%s (%zu held out), batch %zu x %zu, %zu steps, seed %llu, %s, %s\n",
+        s->name, (double)params_count(s->params) / 1e6, s->train.n, s->train.n == 1 ? "" : "s", s->val.n,
+        s->global_batch, s->set.accumulate, s->set.steps, (unsigned long long)s->set.seed, threads_text(threads),
+        vector_instructions());
+    if (s->train.n < FEW)
+        say_once("%s: fewer than %d pictures: they will be learnt by heart; what is drawn will resemble them\n",
+                 s->set.data, FEW);
     char state[32], activations[32], tokens[64] = "", size[32], available[32];
     if (s->memory.tokens)
         snprintf(tokens, sizeof tokens, ", tokens of the pictures %s", bytes_text(size, s->memory.tokens));
