@@ -532,6 +532,7 @@ SO_FLAGS := -Wl,$(if $(MACOS),-install_name$(comma)@rpath/libimagebart.so.1,-son
 %/libimagebart.so:
 	$(call say,LINK,$@)$(CC) $(CFLAGS) -shared $(SO_FLAGS) -o $@ $^ $(LDLIBS) \
 	    $(if $(filter $B/%,$@),$(CUDA_LIBS)) -ldl
+	@ln -sf libimagebart.so $@.1 # what linked programs look for
 %/libimagebart.a:
 	$(call say,LINK,$@)ld -r -o $@.o $^ && objcopy -w --keep-global-symbol='imagebart_*' $@.o && rm -f $@ && $(AR) rc $@ $@.o && rm $@.o
 .PHONY: lib

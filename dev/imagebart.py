@@ -44,7 +44,8 @@ class Model:
         self.device = lib.imagebart_device(self.handle).decode()
         self.classes = [lib.imagebart_class_name(self.handle, c.c_size_t(k)).decode() for k in range(self.shape.classes)]
     def close(self):
-        self.handle = lib.imagebart_close(self.handle)
+        lib.imagebart_close(self.handle)
+        self.handle = None
     def call(self, name, *arguments):
         if getattr(lib, "imagebart_" + name)(*arguments): raise RuntimeError(lib.imagebart_error().decode())
     def draw(self, call, *edit, step=None, seen=None, **options): # step(scale, done, of), seen(Picture): true cancels

@@ -22,7 +22,7 @@ __attribute__((constructor)) static void take_level(void) {
 }
 
 int imagebart_open_on(imagebart_model **model, const char *name_or_folder, const char *weights, const char *device) {
-    *model = 0;
+    if (model) *model = 0;
     return *refusal ? taken->refuse(refusal) : taken->open_on(model, name_or_folder, weights, device);
 }
 

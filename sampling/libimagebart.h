@@ -8,7 +8,8 @@
  * Calls return IMAGEBART_OK or, with imagebart_error() saying why, another status; they never end the program and print
  * nothing. The results are those of ./sample and ./inpaint with the same options.
  *
- * Models share nothing: several may be open, and used by several threads at once, each model by one thread at a time.
+ * Models share nothing: several may be open, and used by several threads at once, each model by one call at a time: while
+ * it draws, completes, encodes or decodes, other such calls fail, of another thread or of a function that it calls back.
  * What a process has once is the threads that compute (imagebart_threads; a call whose turn it is not computes alone) and
  * the memory that large pictures may take while they are decoded. Neither changes a result. Each thread has an error text
  * of its own. Threads need 1 MiB of stack. The environment (IMAGEBART_MODELS, _DEVICE, _LEVEL) is read by imagebart_open. */
@@ -46,7 +47,7 @@ IMAGEBART_CALL int imagebart_open(imagebart_model **model, const char *name_or_f
 /* The same on this device: "cpu", "cuda", NULL as above (API 2) */
 IMAGEBART_CALL int imagebart_open_on(imagebart_model **model, const char *name_or_folder, const char *weights,
                                      const char *device);
-IMAGEBART_CALL void imagebart_close(imagebart_model *model); /* NULL: nothing */
+IMAGEBART_CALL void imagebart_close(imagebart_model *model); /* NULL: nothing; at work: freed when that call ends */
 
 typedef struct {
     size_t side;    /* of a picture, in pixels */
@@ -60,7 +61,7 @@ IMAGEBART_CALL void imagebart_get_shape(const imagebart_model *model, imagebart_
 IMAGEBART_CALL const char *imagebart_class_name(const imagebart_model *model, size_t number);
 /* Where the model computes: "CPU", "CPU, for no usable GPU was found", or a GPU's name (API 2) */
 IMAGEBART_CALL const char *imagebart_device(const imagebart_model *model);
-/* Bytes of memory that drawing takes at most; 0: unknown, imagebart_error() says why (API 2) */
+/* Bytes of memory that drawing takes at most; 0: unknown or at work, imagebart_error() says why (API 2) */
 IMAGEBART_CALL size_t imagebart_memory(imagebart_model *model);
 
 /* What a model recommends for new pictures or for edits at a scale (API 2) */
@@ -93,8 +94,8 @@ typedef struct {
 
 /* All zero but `bytes` is what the model recommends, one picture, seed 0. */
 typedef struct {
-    size_t bytes;           /* sizeof(imagebart_options), as the caller was compiled */
-    size_t count;           /* how many; 0: one */
+    size_t bytes; /* sizeof(imagebart_options), as the caller was compiled; sizes that no version had are refused */
+    size_t count; /* how many; 0: one */
     uint64_t seed, first;   /* first: number of the first picture, as ./sample --first */
     const char *class_name; /* as --class; NULL: of each its own, of an edit what the kept part looks like */
     const char *temperature, *top_k, *guidance, *chain_length; /* "0.9" or "1,0.9,0.8", noisiest first; NULL */

@@ -4,16 +4,22 @@
 #include "sampling/calls.h"
 #include "sampling/sampling.h"
 
+#include <ctype.h>
 #include <locale.h>
 #ifdef __APPLE__
 #include <xlocale.h>
 #endif
+#include <stdatomic.h>
+#include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
+typedef enum { IDLE, AT_WORK, CLOSED } ModelState; /* CLOSED: while at work; the call that works frees it */
+
 struct imagebart_model {
     Model model;
+    atomic_int state;             /* ModelState */
     SampleOptions recommended[2]; /* [DrawKind] */
     size_t many[2];               /* [DrawKind] pictures drawn for one, candidates of an edit */
     char device[CUDA_TEXT_BYTES];
@@ -49,8 +55,47 @@ int imagebart_api(void) {
     return IMAGEBART_API;
 }
 
+/* What the parts say of options and programs, and what that is called here */
+static const struct {
+    const char *of_programs, *here;
+} words[] = {{"--class", "class_name"},
+             {"--temperature", "temperature"},
+             {"--top-k", "top_k"},
+             {"--guidance", "guidance"},
+             {"--chain-length", "chain_length"},
+             {"--extend", "extend"},
+             {"--invert", "invert"},
+             {"--official-mask", "official"},
+             {"--device", "device"},
+             {"this program", "this library"},
+             {"make clean && make", "make clean && make lib"}};
+
+/* The number of the words that text begins with, or how many there are */
+static size_t word_at(const char *text) {
+    const size_t count = sizeof words / sizeof *words;
+    for (size_t i = 0; i < count; i++) {
+        const size_t n = strlen(words[i].of_programs);
+        if (!strncmp(text, words[i].of_programs, n) && !isalnum((unsigned char)text[n]) && text[n] != '-') return i;
+    }
+    return count;
+}
+
 const char *imagebart_error(void) {
-    return err_text();
+    static _Thread_local char text[ERR_MAX];
+    const char *from = err_text(), *const begin = from;
+    size_t n = 0;
+    while (*from && n + 1 < sizeof text) {
+        const int begins = from == begin || from[-1] == ' ' || from[-1] == '(';
+        const size_t i = begins ? word_at(from) : sizeof words / sizeof *words;
+        if (i == sizeof words / sizeof *words) {
+            text[n++] = *from++;
+            continue;
+        }
+        n = min_size(n + (size_t)snprintf(text + n, sizeof text - n, "%s", words[i].here), sizeof text - 1);
+        from += strlen(words[i].of_programs);
+    }
+    text[n] = '\0';
+    return text;
 }
 
 void imagebart_threads(size_t n) {
@@ -73,6 +118,28 @@ static void locale_leave(Locale l) {
 }
 
 /* ---- Models ---- */
+
+static Err there_is(const imagebart_model *m) {
+    return m ? OK : err("model is NULL; expected one that imagebart_open has opened");
+}
+
+static void model_free(imagebart_model *m) {
+    model_close(&m->model);
+    free(m);
+}
+
+/* From here to model_leave it is this call's alone: not another thread's, not that of a function that it calls back. */
+static Err model_enter(imagebart_model *m) {
+    int idle = IDLE;
+    TRY(there_is(m));
+    if (atomic_compare_exchange_strong(&m->state, &idle, AT_WORK)) return OK;
+    return err("this model is at work: one call at a time");
+}
+
+static void model_leave(imagebart_model *m) {
+    int at_work = AT_WORK;
+    if (!atomic_compare_exchange_strong(&m->state, &at_work, IDLE)) model_free(m);
+}
 
 Model *library_model(imagebart_model *model) {
     return &model->model;
@@ -115,6 +182,7 @@ static Err obeys_no_level(void) {
 static Err open_model(imagebart_model **model, const char *name_or_folder, const char *weights, const char *device) {
     WeightFormat format;
     imagebart_model *m;
+    if (!model) return err("imagebart_open: model is NULL; expected where the opened one is to be put");
     *model = NULL;
     TRY(obeys_no_level());
     if (!name_or_folder) return err("no model was named");
@@ -145,34 +213,41 @@ int imagebart_open(imagebart_model **model, const char *name_or_folder, const ch
 }
 
 void imagebart_close(imagebart_model *model) {
-    if (model) model_close(&model->model);
-    free(model);
+    if (model && atomic_exchange(&model->state, CLOSED) == IDLE) model_free(model);
 }
 
 void imagebart_get_shape(const imagebart_model *model, imagebart_shape *shape) {
+    if (!shape) return;
+    *shape = (imagebart_shape){0};
+    if (there_is(model) != OK) return;
     const Model *m = &model->model;
     *shape = (imagebart_shape){m->side, m->h, m->w, m->K, (size_t)m->schedule.T, m->classes.n};
 }
 
 const char *imagebart_class_name(const imagebart_model *model, size_t number) {
+    if (there_is(model) != OK) return NULL;
     const Classes *c = &model->model.classes;
     return number < c->n ? c->name[number] : NULL;
 }
 
 const char *imagebart_device(const imagebart_model *model) {
-    return model->device;
+    return there_is(model) == OK ? model->device : NULL;
 }
 
 size_t imagebart_memory(imagebart_model *model) {
     ModelMemory need;
-    return model_memory(&model->model, 2 * BATCH, BATCH, &need) == OK ? need.total : 0; /* 2: with guidance */
+    if (model_enter(model) != OK) return 0;
+    const Err e = model_memory(&model->model, 2 * BATCH, BATCH, &need); /* 2: with guidance */
+    model_leave(model);
+    return e == OK ? need.total : 0;
 }
 
 void imagebart_get_advice(const imagebart_model *model, int of_edits, size_t scale, imagebart_advice *advice) {
     const DrawKind kind = of_edits ? DRAW_EDIT : DRAW_NEW;
-    const SampleOptions *o = &model->recommended[kind];
+    if (!advice) return;
     *advice = (imagebart_advice){0};
-    if (scale < 1 || scale > (size_t)model->model.schedule.T) return;
+    if (there_is(model) != OK || scale < 1 || scale > (size_t)model->model.schedule.T) return;
+    const SampleOptions *o = &model->recommended[kind];
     *advice = (imagebart_advice){o->temperature[scale],
                                  o->guidance[scale],
                                  o->top_k[scale],
@@ -337,13 +412,22 @@ static Err on_drawn(void *context, const DrawBatch *b) {
 
 /* ---- A call ---- */
 
+/* `to` = what of a struct of the caller's a version had. bytes: that version's (older, or this one's), or a later one's. */
+static Err take(void *to, size_t to_bytes, const void *given, size_t bytes, size_t older, const char *what) {
+    char or_older[64] = "";
+    if (older) snprintf(or_older, sizeof or_older, ", %zu as API 1 had it,", older);
+    if (bytes < to_bytes && (!older || bytes != older))
+        return err("%s.bytes is %zu; expected sizeof(%s): %zu%s or more", what, bytes, what, to_bytes, or_older);
+    memcpy(to, given, min_size(bytes, to_bytes));
+    return OK;
+}
+
 static Err call_open(Call *c, imagebart_model *model, const imagebart_options *o, DrawKind kind) {
     memset(c, 0, sizeof *c);
     c->locale = locale_enter();
     c->model = &model->model, c->kind = kind;
     c->scale = (size_t)c->model->schedule.T;
-    if (o && o->bytes == 0) return err("imagebart_options.bytes is 0, expected sizeof(imagebart_options)");
-    if (o) memcpy(&c->o, o, min_size(o->bytes, sizeof c->o));
+    if (o) TRY(take(&c->o, sizeof c->o, o, o->bytes, offsetof(imagebart_options, step), "imagebart_options"));
     const size_t n = c->o.count ? c->o.count : 1;
     if (n > MOST) return err("count %zu: expected 1 to %d", n, MOST);
     const SamplingArgs a = {.class_name = c->o.class_name,
@@ -356,8 +440,9 @@ static Err call_open(Call *c, imagebart_model *model, const imagebart_options *o
     Draw *d = &c->draw;
     *d = (Draw){.model = c->model, .n = n, .first = c->o.first};
     TRY(sampling_choose(&d->options, &a, c->model, kind));
+    const size_t most = kind == DRAW_EDIT ? MAX_CANDIDATES : MAX_BEST_OF;
     d->M = c->o.best_of ? c->o.best_of : model->many[kind];
-    if (d->M > (kind == DRAW_EDIT ? MAX_CANDIDATES : MAX_BEST_OF)) return err("best_of %zu: too many", d->M);
+    if (d->M > most) return err("best_of %zu: expected 1 to %zu, or 0: as recommended", d->M, most);
     d->rows = draw_rows(n, BATCH, d->M);
     d->with_bounds = c->o.guesses != 0;
     d->with_chain = c->o.chains || (c->o.previews && c->o.picture && d->M > 1);
@@ -391,11 +476,14 @@ static Err draw(Call *c, uint8_t *rgb, int32_t *tokens) {
 
 int imagebart_sample(imagebart_model *model, const imagebart_options *o, uint8_t *rgb, int32_t *tokens) {
     Call c;
+    if (model_enter(model) != OK) return IMAGEBART_FAILED;
     Err e = call_open(&c, model, o, DRAW_NEW);
     Draw *d = &c.draw;
     if (e == OK) e = draw_classes(&d->label, c.model, c.o.class_name, c.o.seed, d->first, d->n);
     if (e == OK) e = draw(&c, rgb, tokens);
-    return call_close(&c, e);
+    const int s = call_close(&c, e);
+    model_leave(model);
+    return s;
 }
 
 /* ---- Editing ---- */
@@ -433,12 +521,19 @@ static Err note_unlike(Call *c) {
     return OK;
 }
 
+/* Its files; an error says which of them cannot be read. */
+static Err read_files(Call *c, const EditArgs *a) {
+    const Err e = edit_read(&c->edit, c->model, a);
+    if (e == OK || !c->edit.unreadable) return e;
+    return err_in(strcmp(c->edit.unreadable, "mask") ? "the picture" : "the mask");
+}
+
 static int complete(imagebart_model *model, const imagebart_options *o, const EditArgs *a, uint8_t *rgb,
                     int32_t *tokens) {
     Call c;
     Err e = call_open(&c, model, o, DRAW_EDIT);
     if (e == OK && step(&c)) e = err("cancelled");
-    if (e == OK) e = edit_read(&c.edit, c.model, a);
+    if (e == OK) e = read_files(&c, a);
     if (e == OK) note_files(&c);
     if (e == OK) e = mem_alloc(&c.known, c.model->h * c.model->w, sizeof *c.known, "known tokens");
     if (e == OK) e = edit_encode(&c.edit, c.model, c.o.seed, c.known);
@@ -477,40 +572,57 @@ static Err check_edit(const imagebart_edit *e) {
     return OK;
 }
 
-int imagebart_complete(imagebart_model *model, const imagebart_options *o, const imagebart_edit *edit) {
-    imagebart_edit e = {0};
+static int complete_edit(imagebart_model *model, const imagebart_options *o, const imagebart_edit *e) {
     Image image, mask = {0};
-    if (edit) memcpy(&e, edit, min_size(edit->bytes, sizeof e));
-    EditArgs a = {.image = e.image.data,
-                  .mask = e.mask.data,
-                  .image_bytes = e.image.bytes,
-                  .mask_bytes = e.mask.bytes,
-                  .half = e.half,
-                  .window = e.window,
-                  .outside = e.outside,
-                  .extend = e.extend,
-                  .invert = e.invert,
-                  .official = e.official,
-                  .paste = e.paste};
-    Err failed = check_edit(&e);
-    if (failed == OK) failed = pixels_of(&image, &a.pixels, &e.image, 0, "the picture");
-    if (failed == OK) failed = pixels_of(&mask, &a.mask_pixels, &e.mask, 1, "the mask");
+    EditArgs a = {.image = e->image.data,
+                  .mask = e->mask.data,
+                  .image_bytes = e->image.bytes,
+                  .mask_bytes = e->mask.bytes,
+                  .half = e->half,
+                  .window = e->window,
+                  .outside = e->outside,
+                  .extend = e->extend,
+                  .invert = e->invert,
+                  .official = e->official,
+                  .paste = e->paste};
+    Err failed = check_edit(e);
+    if (failed == OK) failed = pixels_of(&image, &a.pixels, &e->image, 0, "the picture");
+    if (failed == OK) failed = pixels_of(&mask, &a.mask_pixels, &e->mask, 1, "the mask");
     const int s = failed == OK ? complete(model, o, &a, NULL, NULL) : status(failed);
     if (a.mask_pixels) image_free(&mask);
     return s;
 }
 
-int imagebart_inpaint(imagebart_model *model, const imagebart_options *o, const uint8_t *picture, const uint8_t *keep,
-                      uint8_t *rgb, int32_t *tokens) {
+int imagebart_complete(imagebart_model *model, const imagebart_options *o, const imagebart_edit *edit) {
+    imagebart_edit e = {0};
+    if (model_enter(model) != OK) return IMAGEBART_FAILED;
+    Err failed = edit ? OK : err("edit is NULL: there is no picture to complete");
+    if (failed == OK) failed = take(&e, sizeof e, edit, edit->bytes, 0, "imagebart_edit");
+    const int s = failed == OK ? complete_edit(model, o, &e) : status(failed);
+    model_leave(model);
+    return s;
+}
+
+static int inpaint(imagebart_model *model, const imagebart_options *o, const uint8_t *picture, const uint8_t *keep,
+                   uint8_t *rgb, int32_t *tokens) {
     const size_t side = model->model.side;
-    Image mask;
+    Image mask = {0};
     EditArgs a = {0};
     const Image image = {.H = side, .W = side, .rgb = (uint8_t *)(uintptr_t)picture};
-    if (pixels_of(&mask, &a.mask_pixels, &(imagebart_image){keep, 0, side, side}, 1, "the mask") != OK)
-        return IMAGEBART_FAILED;
+    Err e = picture ? OK : err("picture is NULL: there is no picture");
+    if (e == OK && !keep) e = err("keep is NULL: there is no mask");
+    if (e == OK) e = pixels_of(&mask, &a.mask_pixels, &(imagebart_image){keep, 0, side, side}, 1, "the mask");
     a.pixels = &image;
-    const int s = complete(model, o, &a, rgb, tokens);
+    const int s = e == OK ? complete(model, o, &a, rgb, tokens) : status(e);
     image_free(&mask);
+    return s;
+}
+
+int imagebart_inpaint(imagebart_model *model, const imagebart_options *o, const uint8_t *picture, const uint8_t *keep,
+                      uint8_t *rgb, int32_t *tokens) {
+    if (model_enter(model) != OK) return IMAGEBART_FAILED;
+    const int s = inpaint(model, o, picture, keep, rgb, tokens);
+    model_leave(model);
     return s;
 }
 
@@ -532,23 +644,31 @@ static Err decode_one(Model *m, real *pixels, uint8_t *rgb, int32_t *tokens) {
     return e;
 }
 
-static int first_stage(imagebart_model *model, OnePicture *one, uint8_t *rgb, int32_t *tokens, size_t count) {
-    Model *m = &model->model;
+static Err first_stage(Model *m, OnePicture *one, uint8_t *rgb, int32_t *tokens, size_t count) {
     const size_t bytes = 3 * m->side * m->side, N = m->h * m->w;
     real *pixels = NULL;
-    Err e = mem_alloc(&pixels, bytes, sizeof *pixels, "a picture");
-    if (e == OK) e = vqgan_plan(m->vqgan, 1, m->side, m->side, 0);
+    if (!rgb && count) return err("rgb is NULL; expected %zu pictures, %zux%zu", count, m->side, m->side);
+    if (!tokens && count) return err("tokens is NULL; expected those of %zu pictures, %zu each", count, N);
+    TRY(mem_alloc(&pixels, bytes, sizeof *pixels, "a picture"));
+    Err e = vqgan_plan(m->vqgan, 1, m->side, m->side, 0);
     for (size_t b = 0; b < count && e == OK; b++) e = one(m, pixels, rgb + b * bytes, tokens + b * N);
     free(pixels);
+    return e;
+}
+
+static int call_first_stage(imagebart_model *model, OnePicture *one, uint8_t *rgb, int32_t *tokens, size_t count) {
+    if (model_enter(model) != OK) return IMAGEBART_FAILED;
+    const Err e = first_stage(&model->model, one, rgb, tokens, count);
+    model_leave(model);
     return status(e);
 }
 
 int imagebart_encode(imagebart_model *model, const uint8_t *rgb, size_t count, int32_t *tokens) {
-    return first_stage(model, encode_one, (uint8_t *)(uintptr_t)rgb, tokens, count);
+    return call_first_stage(model, encode_one, (uint8_t *)(uintptr_t)rgb, tokens, count);
 }
 
 int imagebart_decode(imagebart_model *model, const int32_t *tokens, size_t count, uint8_t *rgb) {
-    return first_stage(model, decode_one, rgb, (int32_t *)(uintptr_t)tokens, count);
+    return call_first_stage(model, decode_one, rgb, (int32_t *)(uintptr_t)tokens, count);
 }
 
 /* ---- For levels.c ---- */

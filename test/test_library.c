@@ -193,7 +193,138 @@ static void test_api_1(void) {
     imagebart_close(m);
 }
 
+/* ---- What is refused ---- */
+
+#define CHECK_REFUSED(call, part)                                                                                      \
+    do {                                                                                                               \
+        if (!CHECK((call) == IMAGEBART_FAILED && strstr(imagebart_error(), (part))))                                   \
+            printf("     error text: \"%s\"\n", imagebart_error());                                                    \
+    } while (0)
+
+static void test_null(imagebart_model *m) {
+    static uint8_t rgb[PIXELS], keep[SIDE * SIDE];
+    int32_t tokens[N];
+    imagebart_shape s = {.side = 1};
+    imagebart_advice a = {.best_of = 1};
+    CHECK_REFUSED(imagebart_open(NULL, "models/emoji", NULL), "model is NULL");
+    CHECK_REFUSED(imagebart_sample(NULL, NULL, rgb, NULL), "model is NULL");
+    CHECK_REFUSED(imagebart_inpaint(NULL, NULL, rgb, keep, rgb, NULL), "model is NULL");
+    CHECK_REFUSED(imagebart_complete(NULL, NULL, NULL), "model is NULL");
+    CHECK_REFUSED(imagebart_encode(NULL, rgb, 1, tokens), "model is NULL");
+    CHECK_REFUSED(imagebart_decode(NULL, tokens, 1, rgb), "model is NULL");
+    imagebart_get_shape(NULL, &s), imagebart_get_advice(NULL, 0, 1, &a);
+    CHECK(s.side == 0 && a.best_of == 0 && !imagebart_class_name(NULL, 0) && !imagebart_device(NULL));
+    CHECK(imagebart_memory(NULL) == 0 && strstr(imagebart_error(), "model is NULL"));
+    CHECK_REFUSED(imagebart_inpaint(m, NULL, NULL, keep, rgb, NULL), "there is no picture");
+    CHECK_REFUSED(imagebart_inpaint(m, NULL, rgb, NULL, rgb, NULL), "there is no mask");
+    CHECK_REFUSED(imagebart_complete(m, NULL, NULL), "there is no picture");
+    CHECK_REFUSED(imagebart_encode(m, NULL, 1, tokens), "rgb is NULL");
+    CHECK_REFUSED(imagebart_encode(m, rgb, 1, NULL), "tokens is NULL");
+    CHECK_REFUSED(imagebart_decode(m, NULL, 1, rgb), "tokens is NULL");
+    CHECK_REFUSED(imagebart_decode(m, tokens, 1, NULL), "rgb is NULL");
+}
+
+/* Sizes at which a version's struct ended are taken, and all from today's on. */
+static void test_struct_sizes(imagebart_model *m) {
+    char expected[96];
+    imagebart_options o = {.class_name = "no such class", .count = 1};
+    imagebart_edit e = {.half = "no such half", .image = {"", 1, 0, 0}};
+    const size_t api_1 = offsetof(imagebart_options, step);
+    for (o.bytes = 0; o.bytes < sizeof o + 9; o.bytes++) {
+        const int is_known = o.bytes == api_1 || o.bytes >= sizeof o;
+        snprintf(expected, sizeof expected, "imagebart_options.bytes is %zu; expected sizeof(imagebart_options): %zu",
+                 o.bytes, sizeof o);
+        CHECK_REFUSED(imagebart_sample(m, &o, NULL, NULL), is_known ? "no such class" : expected);
+    }
+    for (e.bytes = 0; e.bytes < sizeof e + 9; e.bytes++) {
+        snprintf(expected, sizeof expected, "imagebart_edit.bytes is %zu; expected sizeof(imagebart_edit): %zu",
+                 e.bytes, sizeof e);
+        CHECK_REFUSED(imagebart_complete(m, NULL, &e), e.bytes >= sizeof e ? "no such half" : expected);
+    }
+}
+
+/* Errors name fields, limits, and which of two files it is. */
+static void test_texts(imagebart_model *m) {
+    static const uint8_t none[SIDE * SIDE], pixels[PIXELS];
+    imagebart_options o = {.bytes = sizeof o, .temperature = "1,x"};
+    imagebart_edit e = {.bytes = sizeof e, .image = {"no file", 7, 0, 0}, .half = "left"};
+    CHECK_REFUSED(imagebart_sample(m, &o, NULL, NULL), "temperature 1,x: expected numbers");
+    CHECK(!strstr(imagebart_error(), "--"));
+    o.temperature = NULL, o.chain_length = "-1";
+    CHECK_REFUSED(imagebart_sample(m, &o, NULL, NULL), "chain_length -1: ");
+    o.chain_length = NULL, o.best_of = 65;
+    CHECK_REFUSED(imagebart_sample(m, &o, NULL, NULL), "best_of 65: expected 1 to 64");
+    CHECK_REFUSED(imagebart_inpaint(m, NULL, pixels, none, NULL, NULL), "class_name names the class");
+    CHECK(!strstr(imagebart_error(), "--"));
+    CHECK_REFUSED(imagebart_complete(m, NULL, &e), "the picture: ");
+    e.image = (imagebart_image){pixels, 0, SIDE, SIDE}, e.mask = (imagebart_image){"no file", 7, 0, 0}, e.half = NULL;
+    CHECK_REFUSED(imagebart_complete(m, NULL, &e), "the mask: ");
+    e.mask.data = NULL, e.extend = SIDE;
+    CHECK_REFUSED(imagebart_complete(m, NULL, &e), "extend 64: ");
+    CHECK(!strstr(imagebart_error(), "--"));
+}
+
+static void test_refused(void) {
+    imagebart_model *m;
+    CHECK_OK(imagebart_open_on(&m, "models/emoji", NULL, "cpu"));
+    test_null(m);
+    test_struct_sizes(m);
+    test_texts(m);
+    imagebart_close(m);
+}
+
+/* ---- A model at work ---- */
+
+typedef struct {
+    imagebart_model *model;
+    size_t steps, at; /* at: the step at which it is called again */
+    int closes;
+} Again;
+
+static void *call_again(void *context) {
+    static uint8_t rgb[PIXELS], keep[SIDE * SIDE];
+    int32_t tokens[N] = {0};
+    imagebart_model *m = ((Again *)context)->model;
+    CHECK_REFUSED(imagebart_sample(m, NULL, rgb, NULL), "this model is at work");
+    CHECK_REFUSED(imagebart_inpaint(m, NULL, rgb, keep, rgb, NULL), "this model is at work");
+    CHECK_REFUSED(imagebart_complete(m, NULL, NULL), "this model is at work");
+    CHECK_REFUSED(imagebart_encode(m, rgb, 1, tokens), "this model is at work");
+    CHECK_REFUSED(imagebart_decode(m, tokens, 1, rgb), "this model is at work");
+    CHECK(imagebart_memory(m) == 0 && imagebart_device(m) && imagebart_class_name(m, 0));
+    return NULL;
+}
+
+static int step_again(void *user, size_t scale, size_t done, size_t of) {
+    Again *a = user;
+    pthread_t thread;
+    (void)scale, (void)done, (void)of;
+    if (a->steps++ != a->at) return 0;
+    call_again(a);
+    CHECK(!pthread_create(&thread, NULL, call_again, a) && !pthread_join(thread, NULL));
+    if (a->closes) imagebart_close(a->model), imagebart_close(a->model), call_again(a);
+    return 0;
+}
+
+/* Calls from its own callback and from another thread are refused and change nothing; closed, it is freed at the end. */
+static void test_at_work(void) {
+    static uint8_t alone[PIXELS], rgb[PIXELS];
+    Again a = {.at = SIZE_MAX};
+    imagebart_options o = {
+        .bytes = sizeof o, .seed = 5, .best_of = 1, .chain_length = "1", .step = step_again, .user = &a};
+    CHECK_OK(imagebart_open_on(&a.model, "models/emoji", NULL, "cpu"));
+    CHECK_OK(imagebart_sample(a.model, &o, alone, NULL));
+    const size_t late = a.steps * 3 / 4, at[] = {0, late / 2, late}; /* how many steps there are differs a little */
+    for (size_t i = 0; i < 3; i++) {
+        a.steps = 0, a.at = at[i], a.closes = i == 2;
+        memset(rgb, 0, sizeof rgb);
+        CHECK_OK(imagebart_sample(a.model, &o, rgb, NULL));
+        CHECK(a.steps > a.at && !memcmp(rgb, alone, sizeof rgb));
+    }
+}
+
 int main(void) {
+    test_refused();
+    test_at_work();
     test_api_1();
     test_details();
     test_at_once();
