@@ -199,6 +199,11 @@ static Reply admit(Server *s, Job *job) {
     if (ticket_results(job) > most << 20)
         return reply_error(413, "count", "the results may take more than the %zu MiB that are kept (./serve --results)",
                            most);
+    if (ticket_bytes(job) > most << 20) /* not even alone */
+        return reply_error(413, job->image ? "image" : "count",
+                           "the results and the pictures that came may take more than the %zu MiB that are kept "
+                           "(./serve --results)",
+                           most);
     if (ticket_new(&t, job, &s->offer) != OK) return reply_error(500, NULL, "%s", err_text());
     cJSON *x = cJSON_CreateObject();
     cJSON_AddStringToObject(x, "id", t->id);

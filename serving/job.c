@@ -278,10 +278,14 @@ static int check_pictures(Fault *f, Job *j) {
         if (file_kind(&kind, a.image, a.image_bytes) == names[i].kind) j->image_name = names[i].name;
     may_decode(1);
     const Err e = edit_read(&p, j->served->model, &a);
+    const size_t classes = j->served->model->classes.n, tokens = j->served->model->h * j->served->model->w;
+    const int tells_nothing = e == OK && p.redrawn == tokens && classes && !j->class_name;
     if (j->paste) j->paste_pixels = p.H * p.W;
     j->profile_bytes = p.profile.size;
     edit_free(&p);
     may_decode(-1);
+    if (tells_nothing)
+        return fault(f, 422, "class", "class: missing: expected one, for no token is kept, so that nothing tells it");
     if (e == OK) return 1;
     const char *field = p.unreadable ? p.unreadable : a.mask ? "mask" : "image";
     return fault(f, p.too_many ? 413 : p.unreadable ? 415 : 422, field, "%s: %s", field, err_text());
@@ -493,10 +497,8 @@ static void add_list(cJSON *json, const char *field, const char *list) {
 }
 
 static void add_digits(cJSON *json, const char *field, const char *text) {
-    char *end;
-    const double number = strtod(text, &end);
-    if (*text >= '0' && *text <= '9' && !*end)
-        cJSON_AddNumberToObject(json, field, number);
+    if (*text && !text[strspn(text, "0123456789")])
+        cJSON_AddNumberToObject(json, field, strtod(text, NULL));
     else
         cJSON_AddStringToObject(json, field, text);
 }

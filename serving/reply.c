@@ -11,8 +11,23 @@ const char *request_header(const Request *r, const char *name) {
     return MHD_lookup_connection_value(r->connection, MHD_HEADER_KIND, name);
 }
 
-const char *request_query(const Request *r, const char *name) {
-    return MHD_lookup_connection_value(r->connection, MHD_GET_ARGUMENT_KIND, name);
+typedef struct {
+    const char *name, *value;
+    size_t times;
+} Query;
+
+static enum MHD_Result query_one(void *context, enum MHD_ValueKind kind, const char *name, const char *value) {
+    Query *q = context;
+    (void)kind;
+    if (!strcmp(name, q->name)) q->times++, q->value = value ? value : "";
+    return MHD_YES;
+}
+
+size_t request_query(const char **value, const Request *r, const char *name) {
+    Query q = {.name = name};
+    MHD_get_connection_values(r->connection, MHD_GET_ARGUMENT_KIND, query_one, &q);
+    *value = q.value;
+    return q.times;
 }
 
 /* ---- Replies ---- */

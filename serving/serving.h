@@ -33,7 +33,8 @@ typedef struct {
     int fd; /* the client's socket */
 } Request;
 const char *request_header(const Request *r, const char *name); /* NULL: there is none */
-const char *request_query(const Request *r, const char *name);  /* the value behind ?name=, NULL: there is none */
+/* *value = what is behind ?name=, "" where = is missing, NULL: there is none; how often the name is there. */
+size_t request_query(const char **value, const Request *r, const char *name);
 
 typedef struct {
     unsigned status;
@@ -235,6 +236,7 @@ typedef struct Ticket {
     size_t told_place;
 } Ticket;
 size_t ticket_results(const Job *j); /* bytes of its results, at most */
+size_t ticket_bytes(const Job *j);   /* of all that it holds: these, what came with it, itself */
 /* Takes what the job has. The caller holds it. */
 Err ticket_new(Ticket **t, Job *job, const Offer *offer);
 void ticket_release(Ticket *t);

@@ -50,6 +50,10 @@ static size_t waiting_bytes(const Job *j) {
     return (j->image ? j->image->size : 0) + (j->mask ? j->mask->size : 0);
 }
 
+size_t ticket_bytes(const Job *j) {
+    return TICKET_BYTES + waiting_bytes(j) + ticket_results(j);
+}
+
 Err ticket_new(Ticket **out, Job *job, const Offer *offer) {
     const size_t T = (size_t)job->served->model->schedule.T, n = job->count;
     Ticket *t = calloc(1, sizeof *t);
@@ -59,7 +63,7 @@ Err ticket_new(Ticket **out, Job *job, const Offer *offer) {
     t->offer = offer;
     t->holders = 1;
     t->scale = (int)T;
-    t->bytes = TICKET_BYTES + waiting_bytes(&t->job) + ticket_results(&t->job);
+    t->bytes = ticket_bytes(&t->job);
     pthread_mutex_init(&t->lock, NULL);
     t->picture = calloc(n, sizeof *t->picture);
     t->details = calloc(n, sizeof *t->details);
@@ -200,12 +204,14 @@ static int whole_number(size_t *number, const char **text) {
 Reply ticket_file(Ticket *t, const Request *r) {
     const Model *m = t->job.served->model;
     const size_t T = (size_t)m->schedule.T;
-    const char *name = r->part[1], *scale = request_query(r, "scale"), *digits = scale;
+    const char *name = r->part[1], *scale;
     size_t k = 0, s = 0;
+    const size_t times = request_query(&scale, r, "scale");
+    const char *digits = scale;
     const int numbered = whole_number(&k, &name), png = !strcmp(name, ".png");
     if (!numbered || (!png && strcmp(name, ".json") != 0)) return reply_error(404, NULL, "a job has no such file");
-    if (scale && (!whole_number(&s, &digits) || *digits))
-        return reply_error(400, "scale", "scale: expected a whole number");
+    if (times > 1 || (scale && (!whole_number(&s, &digits) || *digits)))
+        return reply_error(400, "scale", "scale: expected a whole number, once");
     const int is_one = k < t->job.count && (!scale || (s >= 1 && s <= T));
     Blob **const list = png ? (scale ? t->preview : t->picture) : scale ? t->chain : t->details;
     Blob *b = is_one ? held(t, list, png && scale ? k * (T + 1) + s : k) : NULL;

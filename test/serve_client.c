@@ -882,11 +882,27 @@ static void check_files(const char *id) {
     const struct {
         const char *file;
         int status;
-    } files[] = {
-        {"/0.png", 200},          {"/1.png", 200},          {"/2.png", 404},          {"/x.png", 404},
-        {"/0.gif", 404},          {"/0.png?scale=3", 200},  {"/1.png?scale=1", 200},  {"/0.png?scale=4", 404},
-        {"/0.png?scale=0", 404},  {"/0.png?scale=x", 400},  {"/0.png?scale=", 400},   {"/2.json", 404},
-        {"/0.json?scale=0", 404}, {"/0.json?scale=4", 404}, {"/0.json?scale=x", 400}, {"/2.json?scale=1", 404}};
+    } files[] = {{"/0.png", 200},
+                 {"/1.png", 200},
+                 {"/2.png", 404},
+                 {"/x.png", 404},
+                 {"/0.gif", 404},
+                 {"/0.png?scale=3", 200},
+                 {"/1.png?scale=1", 200},
+                 {"/0.png?scale=4", 404},
+                 {"/0.png?scale=0", 404},
+                 {"/0.png?scale=x", 400},
+                 {"/0.png?scale=", 400},
+                 {"/0.png?scale", 400},
+                 {"/0.png?scale=1&scale=2", 400},
+                 {"/0.png?scale=1&scale", 400},
+                 {"/0.json?scale", 400},
+                 {"/0.json?scale=1&scale=1", 400},
+                 {"/2.json", 404},
+                 {"/0.json?scale=0", 404},
+                 {"/0.json?scale=4", 404},
+                 {"/0.json?scale=x", 400},
+                 {"/2.json?scale=1", 404}};
     for (size_t i = 0; i < sizeof files / sizeof *files; i++)
         test_note(of_job(id, files[i].file).status == files[i].status, __FILE__, __LINE__, files[i].file);
 }
@@ -909,6 +925,18 @@ static void check_alone(const char *dir, const char *id) {
     CHECK(same_file(&b, dir, "samples.png"));
 }
 
+/* A seed in a picture's text is digits, as the programs want it. */
+static void check_seed_text(const char *seed, int status) {
+    KeyValue kv[] = {{.key = (char *)"model", .value = (char *)"emoji"},
+                     {.key = (char *)"seed", .value = (char *)(uintptr_t)seed}};
+    uint8_t rgb[3] = {0}, *bytes;
+    size_t n;
+    CHECK_OK(image_encode_png(&bytes, &n, &(Image){.H = 1, .W = 1, .rgb = rgb}, &(Config){kv, 2, 2}));
+    const Answer a = call("POST", "api/settings", "", bytes, n);
+    if (!CHECK(a.status == status)) printf("     seed %s: %d\n", seed, a.status);
+    free(bytes);
+}
+
 /* What a picture says is a job that draws it. */
 static void check_settings(const char *id) {
     const Answer b = of_job(id, "/1.png");
@@ -923,6 +951,8 @@ static void check_settings(const char *id) {
     free(bytes);
     a = call("POST", "api/settings", "", "GIF89a", 6);
     CHECK(a.status == 415);
+    check_seed_text("1000", 200);
+    check_seed_text("1e3", 422), check_seed_text("0x10", 422), check_seed_text("1.0", 422), check_seed_text("", 422);
 }
 
 static void test_sample(const char *dir) {
@@ -1187,6 +1217,17 @@ static void check_huge(const uint8_t *image, size_t n) {
     free(huge);
 }
 
+/* Where no token is kept nothing tells the class, which so must be named. */
+static void check_all_new(const uint8_t *image, size_t n) {
+    static const char *const edits[] = {"\"extend\":1", "\"window\":63", "\"outside\":1"};
+    char job[128];
+    for (size_t i = 0; i < sizeof edits / sizeof *edits; i++) {
+        snprintf(job, sizeof job, "{\"kind\":\"inpaint\",%s}", edits[i]);
+        const Answer a = post_form(job, image, n, NULL, 0);
+        if (!CHECK(a.status == 422 && strstr(a.body, "\"field\":\"class\""))) printf("     %s: %d\n", job, a.status);
+    }
+}
+
 static void test_bad_edits(void) {
     Image im, mask;
     uint8_t *image, *bytes;
@@ -1208,6 +1249,7 @@ static void test_bad_edits(void) {
     CHECK_OK(image_encode_png(&bytes, &m, &mask, NULL));
     CHECK(post_form("{\"kind\":\"inpaint\"}", image, n, bytes, m).status == 422); /* another size */
     check_huge(image, n);
+    check_all_new(image, n);
     image_free(&im), image_free(&mask);
     free(image), free(bytes);
 }
@@ -1228,8 +1270,24 @@ static void test_jobs(const char *dir) {
 
 /* ---- Forgetting ---- */
 
+/* What never fits is not to come again. */
+static void check_too_large(void) {
+    enum { SIDE = 800 };
+    Image im = {.H = SIDE, .W = SIDE, .rgb = malloc(3 * SIDE * SIDE)};
+    uint8_t *bytes;
+    size_t n;
+    for (size_t i = 0; i < 3 * SIDE * SIDE; i++)
+        im.rgb[i] = (uint8_t)rng_below(1, rng_stream(RNG_START, 1, i), 0, 256); /* cannot be packed */
+    CHECK_OK(image_encode_png(&bytes, &n, &im, NULL));
+    const Answer a = post_form("{\"kind\":\"inpaint\",\"extend\":32,\"class\":\"food\"}", bytes, n, NULL, 0);
+    CHECK(n > 1 << 20 && a.status == 413 && strstr(a.body, "\"field\":\"image\""));
+    image_free(&im);
+    free(bytes);
+}
+
 static void test_forget(void) {
     char first[32], id[32];
+    check_too_large();
     Answer a = post(S "\"count\":1,\"best_of\":1}");
     taken(first, &a);
     until_over(first);
