@@ -165,6 +165,7 @@ with tempfile.TemporaryDirectory() as folder:
         os._exit(raw(model.sample(2, **options)) != drawn["f32"])
     ok("in a child of this process", os.waitpid(child, 0)[1] == 0)
     model.close(), half.close()
+    refused("a closed model", "model is NULL", lambda: model.sample(**options))
     os.dup2(stderr, 2)
     ok("nothing was printed: %s" % file(said), file(said) == b"")
 
