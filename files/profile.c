@@ -5,7 +5,7 @@
  *     WebP    a chunk ICCP
  *
  * A profile is carried as it is, or left out with a word: one that is damaged, has more than PROFILE_BYTES, or is not for
- * RGB, which is what pictures become here. sRGB needs none: what says nothing is shown as that. */
+ * RGB, which is what pictures become here; in a PNG also one for RGB where the picture is grey, or behind the pixels. sRGB needs none: what says nothing is shown as that. */
 #include "files/decode.h"
 
 #include <math.h>
@@ -17,6 +17,10 @@
 static const char damaged[] = "its colour profile is damaged and left out: the result may look different";
 static const char too_large[] = "its colour profile has more than 1 MiB and is left out: the result may look different";
 static const char not_rgb[] = "its colour profile is not for RGB and is left out: the result may look different";
+
+static const char for_colours[] =
+    "its colour profile is for RGB, the picture is grey: it is left out: the result may look different";
+static const char late[] = "its colour profile comes behind the pixels and is left out: the result may look different";
 
 static size_t u16(const uint8_t *p) {
     return (size_t)p[0] << 8 | p[1];
@@ -141,16 +145,32 @@ static Err unpack(Profile *p, const uint8_t *packed, size_t n) {
     return OK;
 }
 
+/* A grey PNG has a profile for grey, which RGB cannot take; one for RGB is not its own. */
+static Err unpack_of_png(Profile *p, int grey, const uint8_t *packed, size_t n) {
+    TRY(unpack(p, packed, n));
+    if (!grey || !p->size) return OK;
+    profile_free(p);
+    p->note = for_colours;
+    return OK;
+}
+
 static Err of_png(Profile *p, const uint8_t *bytes, size_t n) {
+    enum { COLOUR_TYPE = 25, COLOURED = 2 };
+    int behind_pixels = 0;
     for (size_t at = 8; n >= 12 && at <= n - 12;) {
         const size_t length = u32(bytes + at);
         const uint8_t *type = bytes + at + 4, *data = type + 4;
-        if (length > n - at - 12 || !memcmp(type, "IDAT", 4)) return OK;
+        if (length > n - at - 12) return OK;
         at += 12 + length;
+        behind_pixels |= !memcmp(type, "IDAT", 4);
         if (memcmp(type, "iCCP", 4) != 0) continue;
+        if (behind_pixels) {
+            p->note = late;
+            return OK;
+        }
         const uint8_t *zero = length ? memchr(data, 0, length) : NULL;
         if (zero && zero + 2 <= data + length && !zero[1])
-            return unpack(p, zero + 2, (size_t)(data + length - zero) - 2);
+            return unpack_of_png(p, !(bytes[COLOUR_TYPE] & COLOURED), zero + 2, (size_t)(data + length - zero) - 2);
         p->note = damaged;
         return OK;
     }

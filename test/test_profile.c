@@ -36,17 +36,21 @@ static void put_png_chunk(const char *type, const uint8_t *data, size_t n) {
     put(number, 4);
 }
 
+/* How a PNG is made: grey (else RGB), its profile behind the pixels */
+static int grey_png, late_profile;
+
 /* A PNG of a pixel, with this as chunk iCCP */
 static void make_png(const void *chunk, size_t n) {
-    static const uint8_t head[] = {0, 0, 0, 1, 0, 0, 0, 1, 8, 2, 0, 0, 0};
+    const uint8_t head[] = {0, 0, 0, 1, 0, 0, 0, 1, 8, grey_png ? 0 : 2, 0, 0, 0};
     uint8_t packed[64];
     uLongf size = sizeof packed;
-    compress(packed, &size, (const uint8_t *)"\0\1\2\3", 4);
+    compress(packed, &size, (const uint8_t *)"\0\1\2\3", grey_png ? 2 : 4);
     file.n = 0;
     put("\x89PNG\r\n\x1a\n", 8);
     put_png_chunk("IHDR", head, sizeof head);
-    put_png_chunk("iCCP", chunk, n);
+    if (!late_profile) put_png_chunk("iCCP", chunk, n);
     put_png_chunk("IDAT", packed, size);
+    if (late_profile) put_png_chunk("iCCP", chunk, n);
     put_png_chunk("IEND", NULL, 0);
 }
 
@@ -215,6 +219,25 @@ static void test_srgb(void) {
 
 /* ---- What is left out ---- */
 
+/* A profile that is not the picture's, or not where one is looked for */
+static void test_misplaced(void) {
+    static uint8_t srgb[4096], grey[P3_BYTES];
+    make_profile(srgb, sizeof srgb, srgb_primaries, CURVE_PARAMETRIC);
+    memcpy(grey, p3, P3_BYTES);
+    memcpy(grey + 16, "GRAY", 4);
+    grey_png = 1;
+    make_png_with(p3, P3_BYTES);
+    CHECK(is_picture_still() && leaves_out("the picture is grey"));
+    make_png_with(srgb, sizeof srgb); /* which changes nothing */
+    CHECK(is_picture_still() && gives(NULL, 0));
+    make_png_with(grey, P3_BYTES);
+    CHECK(is_picture_still() && leaves_out("not for RGB"));
+    grey_png = 0, late_profile = 1;
+    make_png_with(p3, P3_BYTES);
+    CHECK(is_picture_still() && leaves_out("behind the pixels"));
+    late_profile = 0;
+}
+
 static void test_hostile(void) {
     static const struct {
         size_t at, value;
@@ -336,6 +359,7 @@ int main(void) {
     test_read();
     test_jpeg_parts();
     test_srgb();
+    test_misplaced();
     test_hostile();
     test_cut();
     test_write();
