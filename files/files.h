@@ -425,6 +425,7 @@ Err image_write_png(const char *path, const Image *im, const Config *text);
 Err image_encode_png(uint8_t **bytes, size_t *size, const Image *im, const Config *text);
 /* png_text.c. Adds the texts of a PNG, key by key; one that has a key twice gives the first. DAMAGED: no PNG, or one with
  * more texts than any picture needs. */
+enum { MOST_TEXTS = 256 }; /* ours have about 20 */
 Err png_read_texts(Config *to, const uint8_t *bytes, size_t n);
 /* The same with every pixel as enlarge x enlarge of its colour. */
 Err image_write_png_enlarged(const char *path, const Image *im, size_t enlarge, const Config *text);

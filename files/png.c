@@ -109,6 +109,7 @@ static Err png_in_body(PngIn *p) {
     png_structp png = p->png;
     png_set_read_fn(png, p, png_in_read);
     png_set_user_limits(png, PNG_UINT_31_MAX, PNG_UINT_31_MAX); /* rows_size has ours */
+    png_set_chunk_cache_max(png, MOST_TEXTS); /* libpng keeps each unpacked, with 8 MB at most, until the end */
     png_set_crc_action(png, PNG_CRC_ERROR_QUIT, PNG_CRC_ERROR_QUIT);
     png_set_keep_unknown_chunks(png, PNG_HANDLE_CHUNK_ALWAYS, (png_const_bytep) "acTL\0eXIf", 2);
     png_read_info(png, p->info);

@@ -5,7 +5,8 @@
  *     WebP    a chunk ICCP
  *
  * A profile is carried as it is, or left out with a word: one that is damaged, has more than PROFILE_BYTES, or is not for
- * RGB, which is what pictures become here; in a PNG also one for RGB where the picture is grey, or behind the pixels. sRGB needs none: what says nothing is shown as that. */
+ * RGB, which is what pictures become here; in a PNG also one for RGB where the picture is grey, or behind the pixels.
+ * sRGB needs none: what says nothing is shown as that. */
 #include "files/decode.h"
 
 #include <math.h>
