@@ -34,14 +34,14 @@ BITS_FUNCTION double unit_of_bits(uint32_t high, uint32_t low) {
     return (double)(((uint64_t)high << 32 | low) >> 11) * 0x1p-53;
 }
 
-/* P(z > a) / exp(-a^2/2) for z ~ N(0,1), a >= 0: it is u w(u) with u = 1/(1+0.26a), and w a polynomial fitted to 6e-9
- * relative by Chebyshev interpolation on 0 <= a <= 9. */
-BITS_FUNCTION float normal_tail(float a) {
+/* P(z > a) for z ~ N(0,1), a >= 0, from bell = exp(-a^2/2): bell u w(u) with u = 1/(1+0.26a), and w a polynomial fitted
+ * to 6e-9 relative by Chebyshev interpolation on 0 <= a <= 9. */
+BITS_FUNCTION float normal_tail(float a, float bell) {
     const float w[9] = {0.10379182f,  0.10251124f, 0.10634528f,  0.038958745f, 0.18764427f,
                         -0.18772396f, 0.28233662f, -0.16725112f, 0.033387092f};
     float u = 1 / (1 + 0.26f * a), sum = w[8];
     for (int k = 7; k >= 0; k--) sum = sum * u + w[k];
-    return u * sum;
+    return bell * u * sum;
 }
 
 /* 64 random bits as a whole number in 0..below-1: the high word of their product with `below` (Lemire). Biased by less

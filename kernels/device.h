@@ -98,7 +98,7 @@ static __device__ inline unsigned take_first(unsigned *bits) {
 
 /* *cdf = P(z < x), *pdf = its derivative, for z ~ N(0,1), as math.h has it, from one exponential */
 static __device__ inline void normal_distribution_gpu(float *cdf, float *pdf, float x) {
-    const float bell = expf(-0.5f * x * x), tail = bell * normal_tail(fabsf(x));
+    const float bell = expf(-0.5f * x * x), tail = normal_tail(fabsf(x), bell);
     *cdf = x < 0 ? tail : 1 - tail;
     *pdf = 0.39894228f * bell;
 }

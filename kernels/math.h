@@ -63,7 +63,7 @@ static inline real log_positive(real x) {
 
 /* *cdf = P(z < x), *pdf = its derivative, for z ~ N(0,1) */
 static inline void normal_distribution(real *cdf, real *pdf, real x) {
-    float a = x < 0 ? -x : x, bell = exp_negative(-0.5f * a * a), tail = bell * normal_tail(a);
+    float a = x < 0 ? -x : x, bell = exp_negative(-0.5f * a * a), tail = normal_tail(a, bell);
     *cdf = x < 0 ? tail : 1 - tail;
     *pdf = 0.398942280f * bell;
 }
