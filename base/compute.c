@@ -36,7 +36,7 @@ const Layers *layers_here(void) {
 }
 
 Compute compute_of(const Params *p) {
-    Compute on = {.unit = sizeof(real), .threads = threads_get()};
+    Compute on = {.unit = sizeof(real), .threads = threads_get(), .precision = p ? p->precision : PRECISION_F32};
     if (p && p->device) {
         on.ops = p->ops, on.device = p->device;
         on.fast = p->ops->layers, on.unit = p->ops->unit;

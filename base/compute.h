@@ -41,6 +41,7 @@ struct Compute {
     const DeviceOps *ops; /* of the GPU, whose fellows they are; NULL: this processor's */
     Device *device;
     size_t unit;          /* bytes of a number of an activation */
+    Precision precision;  /* of products on this processor: the parameter table's */
     int threads;          /* that the scratch memory is for */
     void *scratch;        /* what layers work in, one after the other */
     size_t scratch_bytes; /* the most that any of them needs */
@@ -360,8 +361,7 @@ static inline void conv_needs(Compute *on, const Conv *c, int backward) {
 /* Is there one? text (CUDA_TEXT_BYTES): its name, compute capability and memory; free, total: bytes of it. Each may be
  * NULL. FAILED says why not: a program without CUDA, no driver, no GPU, too old a GPU. */
 enum { CUDA_TEXT_BYTES = 320 };
-int cuda_built(void);                                     /* was this program made with CUDA? */
-typedef enum { PRECISION_F32, PRECISION_BF16 } Precision; /* of activations and matrix products; sums are float */
+int cuda_built(void); /* was this program made with CUDA? */
 Err cuda_find(char *text, size_t *free_bytes, size_t *total_bytes);
 /* Of several processes on a machine each takes one GPU: before anything else, the one of this number. */
 Err cuda_choose(size_t local);

@@ -20,6 +20,10 @@ static inline size_t weight_bytes(WeightFormat f) { /* of one number */
     return f == WEIGHTS_BF16 ? 2 : f == WEIGHTS_INT8 ? 1 : sizeof(real);
 }
 
+/* What matrix products multiply: floats; each float as the sum of two bf16, three products of the four; bf16. Sums are
+ * float. On a GPU activations are kept in it, too, and there is no bf16x3. */
+typedef enum { PRECISION_F32, PRECISION_BF16X3, PRECISION_BF16 } Precision;
+
 enum { NAME_MAX_BYTES = 160 };
 enum { MAX_SCALES = 64 }; /* of a model */
 /* A table has one row per tensor of a model. Allocation, init, load, save, decay, optimizer, EMA and gradient checks
@@ -49,6 +53,7 @@ struct Params {
     int bf16_moments;            /* set before the plan: m and v are kept in bf16, in half the memory */
     void *packed;                /* of all matrices */
     WeightFormat format;         /* how params_map keeps matrices; set before */
+    Precision precision;         /* of products on this processor; set before the network is planned */
     struct Device *device;       /* the table's copy on a GPU, where everything then happens; NULL: here (compute.h) */
     const struct DeviceOps *ops; /* of that GPU */
     void (*ready)(Params *p, size_t row); /* whom params_ready tells; NULL: nobody */

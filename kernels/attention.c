@@ -49,6 +49,7 @@ typedef struct {
     const real *q, *k, *v, *dy;
     real *y, *scores, *dq, *dk, *dv;
     real *p; /* NULL: the probabilities are not kept */
+    Precision precision;
 } Attend;
 
 static void attend_forward_head(void *context, size_t task) {
@@ -61,15 +62,16 @@ static void attend_forward_head(void *context, size_t task) {
         const size_t rows = min_size(block, s->Tq - i0), keys = visible(s, i0 + rows - 1);
         const size_t at = (b * s->Tq + i0) * inner + h * s->D;
         real *pi = a->p ? a->p + (task * s->Tq + i0) * s->Tk : a->scores + task * QUERY_BLOCK * s->Tk;
-        gemm(0, 1, rows, keys, s->D, a->q + at, inner, a->k + at_key, inner, 0, pi, s->Tk);
+        gemm(a->precision, 0, 1, rows, keys, s->D, a->q + at, inner, a->k + at_key, inner, 0, pi, s->Tk);
         for (size_t i = 0; i < rows; i++) softmax_row(pi + i * s->Tk, visible(s, i0 + i), keys, scale);
-        gemm(0, 0, rows, s->D, keys, pi, s->Tk, a->v + at_key, inner, 0, a->y + at, inner);
+        gemm(a->precision, 0, 0, rows, s->D, keys, pi, s->Tk, a->v + at_key, inner, 0, a->y + at, inner);
     }
 }
 
 void attention_forward_fast(const Compute *on, real *y, real *saved, const real *q, const real *k, const real *v,
                             const Attention *s) {
-    Attend a = {.s = s, .q = q, .k = k, .v = v, .y = y, .p = saved, .scores = (real *)on->scratch};
+    Attend a = {
+        .s = s, .q = q, .k = k, .v = v, .y = y, .p = saved, .scores = (real *)on->scratch, .precision = on->precision};
     parallel_work(threads_free(), s->B * s->heads, attend_forward_head, &a);
 }
 
@@ -196,11 +198,11 @@ static void attend_backward_head(void *context, size_t task) {
         const size_t rows = min_size(block, s->Tq - i0), keys = visible(s, i0 + rows - 1);
         const size_t at = (b * s->Tq + i0) * inner + h * s->D;
         const real *pi = a->p + (task * s->Tq + i0) * s->Tk;
-        gemm(1, 0, keys, s->D, rows, pi, s->Tk, a->dy + at, inner, 1, dv, inner);
-        gemm(0, 1, rows, keys, s->D, a->dy + at, inner, a->v + at_key, inner, 0, ds, s->Tk);
+        gemm(a->precision, 1, 0, keys, s->D, rows, pi, s->Tk, a->dy + at, inner, 1, dv, inner);
+        gemm(a->precision, 0, 1, rows, keys, s->D, a->dy + at, inner, a->v + at_key, inner, 0, ds, s->Tk);
         softmax_backward(ds, pi, rows, keys, s->Tk, scale);
-        gemm(0, 0, rows, s->D, keys, ds, s->Tk, a->k + at_key, inner, 0, a->dq + at, inner);
-        gemm(1, 0, keys, s->D, rows, ds, s->Tk, a->q + at, inner, 1, dk, inner);
+        gemm(a->precision, 0, 0, rows, s->D, keys, ds, s->Tk, a->k + at_key, inner, 0, a->dq + at, inner);
+        gemm(a->precision, 1, 0, keys, s->D, rows, ds, s->Tk, a->q + at, inner, 1, dk, inner);
     }
 }
 
@@ -208,6 +210,6 @@ void attention_backward_fast(const Compute *on, real *dq, real *dk, real *dv, co
                              const real *saved, const real *q, const real *k, const real *v, const Attention *s) {
     Attend a = {.s = s, .q = q, .k = k, .v = v, .dy = dy, .p = (real *)saved, .scores = (real *)on->scratch};
     (void)y;
-    a.dq = dq, a.dk = dk, a.dv = dv;
+    a.dq = dq, a.dk = dk, a.dv = dv, a.precision = on->precision;
     parallel_for(threads_free(), s->B * s->heads, attend_backward_head, &a);
 }

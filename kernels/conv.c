@@ -200,7 +200,7 @@ static void direct_products(real *out, const Product *p, const Tile *t, const re
     real *to = in_place ? out + tile_offset(p, t, 0, p->M, 0) : stage;
     const size_t K = p->C * p->n, ld_to = in_place ? p->gh * p->gw : t->cols;
     const int adds = in_place && add == out;
-    gemm(0, 0, p->M, t->cols, K, weight, K, patch, ld, adds, to, ld_to);
+    gemm(PRECISION_F32, 0, 0, p->M, t->cols, K, weight, K, patch, ld, adds, to, ld_to);
     if (!in_place || bias || (add && !adds)) store_tile(out, p, t, to, ld_to, bias, adds ? NULL : add);
 }
 
@@ -217,7 +217,7 @@ static void direct_backward(real *dx, real *partial, const Product *p, const Til
     size_t ld, ldx;
     const real *patch = gather(columns, &ld, p, t, dy, p->C, p->n);
     const real *pixels = x ? gather(stage, &ldx, p, t, x, p->M, 1) : NULL;
-    if (pixels) gemm(0, 1, p->C * p->n, p->M, t->cols, patch, ld, pixels, ldx, begun, partial, p->M);
+    if (pixels) gemm(PRECISION_F32, 0, 1, p->C * p->n, p->M, t->cols, patch, ld, pixels, ldx, begun, partial, p->M);
     if (dx) direct_products(dx, p, t, weight, patch, ld, NULL, accumulate ? dx : NULL, stage);
 }
 
@@ -679,7 +679,7 @@ static void product_task(void *context, size_t k) {
     if (drops_out(p, k))
         memset(to, 0, n * sizeof(real));
     else
-        gemm(p->backward, 0, p->M, cols, p->C, j->U + k * matrix_step(p->C, p->M), ldu,
+        gemm(PRECISION_F32, p->backward, 0, p->M, cols, p->C, j->U + k * matrix_step(p->C, p->M), ldu,
              j->x + k * matrix_step(p->C, cols), cols, 0, to, cols);
 }
 
@@ -690,8 +690,8 @@ static void gradient_task(void *context, size_t k) {
     const size_t cols = j->t->cols;
     real *to = j->out + k * matrix_step(p->C, p->M);
     if (!drops_out(p, k))
-        gemm(0, 1, p->C, p->M, cols, j->V + k * matrix_step(p->C, cols), cols, j->stage + k * matrix_step(p->M, cols),
-             cols, j->begun, to, p->M);
+        gemm(PRECISION_F32, 0, 1, p->C, p->M, cols, j->V + k * matrix_step(p->C, cols), cols,
+             j->stage + k * matrix_step(p->M, cols), cols, j->begun, to, p->M);
     else if (!j->begun)
         memset(to, 0, p->C * p->M * sizeof(real));
 }

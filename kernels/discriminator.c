@@ -104,7 +104,7 @@ void conv4_forward_fast(const Compute *on, real *y, const real *x, const real *w
         Strip s = strip_at(on, c, x, NULL, row);
         const size_t cols = s.rows * s.w;
         parallel_for(threads_worth(K * cols), K, gather_task, &s);
-        gemm(0, 0, c->M, cols, K, w, K, s.columns, cols, 0, y + row * s.w, rows * s.w);
+        gemm(on->precision, 0, 0, c->M, cols, K, w, K, s.columns, cols, 0, y + row * s.w, rows * s.w);
     }
 }
 
@@ -119,10 +119,10 @@ void conv4_backward_fast(const Compute *on, real *dx, real *dw, const real *dy, 
         const real *g = dy + row * s.w;
         if (dw) {
             parallel_for(threads_worth(K * cols), K, gather_task, &s);
-            gemm(0, 1, c->M, K, cols, g, n, s.columns, cols, 1, dw, K);
+            gemm(on->precision, 0, 1, c->M, K, cols, g, n, s.columns, cols, 1, dw, K);
         }
         if (!dx) continue;
-        gemm(1, 0, K, cols, c->M, w, K, g, n, 0, s.columns, cols);
+        gemm(on->precision, 1, 0, K, cols, c->M, w, K, g, n, 0, s.columns, cols);
         parallel_for(threads_worth(K * cols), c->C, scatter_task, &s);
     }
 }

@@ -51,8 +51,8 @@ uint16_t round_at_random(float x, uint32_t random);
  * Empty M or N does nothing; K = 0 zeroes C (or leaves it, when accumulating). No aliasing of C with A or B.
  * The order of additions for an element of C is fixed by K alone: any thread count gives the same bits. Called
  * from inside a parallel region it runs on the calling thread alone, with the same bits. Cannot fail. */
-void gemm(int trans_a, int trans_b, size_t M, size_t N, size_t K, const real *A, size_t lda, const real *B, size_t ldb,
-          int accumulate, real *C, size_t ldc);
+void gemm(Precision precision, int trans_a, int trans_b, size_t M, size_t N, size_t K, const real *A, size_t lda,
+          const real *B, size_t ldb, int accumulate, real *C, size_t ldc);
 
 size_t weights_bytes(WeightFormat format, size_t N, size_t K); /* of data */
 /* Row j of a matrix of row length K, x (K), goes to its place in `data`, zero before; format not WEIGHTS_REAL. bf16

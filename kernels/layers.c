@@ -178,7 +178,7 @@ void linear_forward_fast(const Compute *on, real *y, const real *x, const real *
                          int y_f32, size_t R, size_t C, size_t M) {
     const int filled = fill_rows(y, add, bias, R, M);
     (void)on, (void)y_f32;
-    gemm(0, 1, R, M, C, x, C, w, C, filled, y, M);
+    gemm(on->precision, 0, 1, R, M, C, x, C, w, C, filled, y, M);
 }
 
 size_t stream_needs_fast(const Compute *on, size_t R, size_t C) {
@@ -213,8 +213,8 @@ static void sum_columns(void *context, size_t task) {
 void linear_backward_fast(const Compute *on, real *dx, real *dw, real *db, const real *dy, const real *x, const real *w,
                           int accumulate, int dx_f32, size_t R, size_t C, size_t M) {
     (void)on, (void)dx_f32;
-    gemm(0, 0, R, C, M, dy, M, w, C, accumulate, dx, C);
-    gemm(1, 0, M, C, R, dy, M, x, C, 1, dw, C);
+    gemm(on->precision, 0, 0, R, C, M, dy, M, w, C, accumulate, dx, C);
+    gemm(on->precision, 1, 0, M, C, R, dy, M, x, C, 1, dw, C);
     if (!db) return;
     ColumnSums sums = {db, dy, R, M};
     parallel_for(threads_for(R * M), column_tasks(M), sum_columns, &sums);

@@ -187,6 +187,7 @@ typedef struct {
     const real *q, *k, *v, *dy;
     real *dq, *dk, *dv, *ds; /* ds (B,N,N) */
     const int *accumulate;
+    Precision precision;
 } AttentionJob;
 
 size_t picture_attention_needs_fast(const Compute *on, size_t B, size_t C, size_t N, int backward) {
@@ -208,18 +209,17 @@ static void attention_forward_task(void *context, size_t b) {
     const size_t C = a->C, N = a->N, at = b * C * N;
     const real scale = (real)(1 / sqrt((double)C));
     real *p = a->p + b * N * N;
-    gemm(1, 0, N, N, C, a->q + at, N, a->k + at, N, 0, p, N);
+    gemm(a->precision, 1, 0, N, N, C, a->q + at, N, a->k + at, N, 0, p, N);
     for (size_t i = 0; i < N; i++) {
         for (size_t j = 0; j < N; j++) p[i * N + j] *= scale;
         softmax_row(p + i * N, N);
     }
-    gemm(0, 1, C, N, N, a->v + at, N, p, N, 0, a->y + at, N);
+    gemm(a->precision, 0, 1, C, N, N, a->v + at, N, p, N, 0, a->y + at, N);
 }
 
 void picture_attention_forward_fast(const Compute *on, real *y, real *p, const real *q, const real *k, const real *v,
                                     size_t B, size_t C, size_t N) {
-    AttentionJob job = {.C = C, .N = N, .y = y, .p = p, .q = q, .k = k, .v = v};
-    (void)on;
+    AttentionJob job = {.C = C, .N = N, .y = y, .p = p, .q = q, .k = k, .v = v, .precision = on->precision};
     parallel_for(threads_free(), B, attention_forward_task, &job);
 }
 
@@ -230,20 +230,20 @@ static void attention_backward_task(void *context, size_t b) {
     const real scale = (real)(1 / sqrt((double)C));
     const real *dy = a->dy + at, *p = a->p + b * N * N;
     real *ds = a->ds + b * N * N;
-    gemm(0, 0, C, N, N, dy, N, p, N, a->accumulate[2], a->dv + at, N);
-    gemm(1, 0, N, N, C, dy, N, a->v + at, N, 0, ds, N);
+    gemm(a->precision, 0, 0, C, N, N, dy, N, p, N, a->accumulate[2], a->dv + at, N);
+    gemm(a->precision, 1, 0, N, N, C, dy, N, a->v + at, N, 0, ds, N);
     for (size_t i = 0; i < N; i++) {
         const real *row = p + i * N, mean = (real)dot(ds + i * N, 0, row, 0, N);
         for (size_t j = 0; j < N; j++) ds[i * N + j] = scale * row[j] * (ds[i * N + j] - mean);
     }
-    gemm(0, 1, C, N, N, a->k + at, N, ds, N, a->accumulate[0], a->dq + at, N);
-    gemm(0, 0, C, N, N, a->q + at, N, ds, N, a->accumulate[1], a->dk + at, N);
+    gemm(a->precision, 0, 1, C, N, N, a->k + at, N, ds, N, a->accumulate[0], a->dq + at, N);
+    gemm(a->precision, 0, 0, C, N, N, a->q + at, N, ds, N, a->accumulate[1], a->dk + at, N);
 }
 
 void picture_attention_backward_fast(const Compute *on, real *dq, real *dk, real *dv, const real *dy, const real *q,
                                      const real *k, const real *v, const real *p, const int accumulate[3], size_t B,
                                      size_t C, size_t N) {
-    AttentionJob job = {C, N, NULL, (real *)p, q, k, v, dy, dq, dk, dv, (real *)on->scratch, accumulate};
+    AttentionJob job = {C, N, NULL, (real *)p, q, k, v, dy, dq, dk, dv, (real *)on->scratch, accumulate, on->precision};
     parallel_for(threads_free(), B, attention_backward_task, &job);
 }
 
@@ -277,7 +277,7 @@ static void nearest_of_few(const NearestJob *a, const real *z, size_t ld, size_t
     real best[LATENTS];
     for (size_t k = 0; k < a->s->K; k += CODES) {
         const size_t codes = min_size(CODES, a->s->K - k);
-        gemm(0, 0, codes, n, D, a->book + k * D, D, z, ld, 0, score, n);
+        gemm(PRECISION_F32, 0, 0, codes, n, D, a->book + k * D, D, z, ld, 0, score, n);
         for (size_t i = 0; i < codes; i++) {
             const int32_t id = (int32_t)(k + i);
             const real half = a->half_norm[k + i];

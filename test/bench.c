@@ -216,7 +216,7 @@ typedef struct {
 
 static void run_product(void *context) {
     const Product *p = (const Product *)context;
-    gemm(p->s.trans_a, p->s.trans_b, p->s.M, p->s.N, p->s.K, p->A, p->s.trans_a ? p->s.M : p->s.K, p->B,
+    gemm(PRECISION_F32, p->s.trans_a, p->s.trans_b, p->s.M, p->s.N, p->s.K, p->A, p->s.trans_a ? p->s.M : p->s.K, p->B,
          p->s.trans_b ? p->s.K : p->s.N, 0, p->C, p->s.N);
 }
 

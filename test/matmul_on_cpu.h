@@ -28,8 +28,8 @@ static Err matmul_now(const Matmul *p) {
     TRY(as_floats(&A, p->A, p->trans_a ? p->K : p->M, p->trans_a ? p->M : p->K, p->lda));
     TRY(as_floats(&B, p->B, p->trans_b ? p->N : p->K, p->trans_b ? p->K : p->N, p->ldb));
     TRY(mem_alloc(&C, p->M * p->N, sizeof *C, "a matrix"));
-    gemm(p->trans_a, p->trans_b, p->M, p->N, p->K, A, p->trans_a ? p->M : p->K, B, p->trans_b ? p->K : p->N, 0, C,
-         p->N);
+    gemm(PRECISION_F32, p->trans_a, p->trans_b, p->M, p->N, p->K, A, p->trans_a ? p->M : p->K, B,
+         p->trans_b ? p->K : p->N, 0, C, p->N);
     for (size_t r = 0; r < p->M; r++)
         for (size_t c = 0; c < p->N; c++) {
             const size_t at = r * p->ldd + c;

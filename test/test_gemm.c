@@ -69,7 +69,7 @@ static void free_case(Case *c) {
 
 static void run(const Case *c, real *C) {
     memcpy(C, c->before, c->c_size * sizeof(real));
-    gemm(c->trans_a, c->trans_b, c->M, c->N, c->K, c->A, c->lda, c->B, c->ldb, c->accumulate, C, c->ldc);
+    gemm(PRECISION_F32, c->trans_a, c->trans_b, c->M, c->N, c->K, c->A, c->lda, c->B, c->ldb, c->accumulate, C, c->ldc);
 }
 
 static real a_at(const Case *c, size_t i, size_t k) {
@@ -181,12 +181,12 @@ static void test_shapes(void) {
 static void test_empty(void) {
     real C[6] = {1, 2, 3, 4, 5, 6};
     const real one = 1;
-    gemm(0, 0, 0, 3, 2, &one, 2, &one, 3, 0, C, 3);
-    gemm(0, 0, 3, 0, 2, &one, 2, &one, 3, 0, C, 3);
-    gemm(0, 0, 0, 0, 0, NULL, 0, NULL, 0, 0, NULL, 0);
-    gemm(1, 1, 2, 2, 0, NULL, 0, NULL, 0, 1, C, 3); /* K = 0 adds nothing */
+    gemm(PRECISION_F32, 0, 0, 0, 3, 2, &one, 2, &one, 3, 0, C, 3);
+    gemm(PRECISION_F32, 0, 0, 3, 0, 2, &one, 2, &one, 3, 0, C, 3);
+    gemm(PRECISION_F32, 0, 0, 0, 0, 0, NULL, 0, NULL, 0, 0, NULL, 0);
+    gemm(PRECISION_F32, 1, 1, 2, 2, 0, NULL, 0, NULL, 0, 1, C, 3); /* K = 0 adds nothing */
     CHECK(C[0] == 1 && C[1] == 2 && C[2] == 3 && C[3] == 4 && C[4] == 5 && C[5] == 6);
-    gemm(0, 0, 2, 2, 0, NULL, 0, NULL, 0, 0, C, 3); /* K = 0 is a sum of nothing */
+    gemm(PRECISION_F32, 0, 0, 2, 2, 0, NULL, 0, NULL, 0, 0, C, 3); /* K = 0 is a sum of nothing */
     CHECK(C[0] == 0 && C[1] == 0 && C[2] == 3 && C[3] == 0 && C[4] == 0 && C[5] == 6);
 }
 
@@ -242,7 +242,7 @@ static int single_rows_agree(const Case *c, const real *expected) {
     for (size_t i = 0; i < c->M; i += c->M / 5 + 1) {
         const real *A = c->trans_a ? c->A + i : c->A + i * c->lda;
         memcpy(row, c->before + i * c->ldc, c->N * sizeof(real));
-        gemm(c->trans_a, c->trans_b, 1, c->N, c->K, A, c->lda, c->B, c->ldb, c->accumulate, row, c->ldc);
+        gemm(PRECISION_F32, c->trans_a, c->trans_b, 1, c->N, c->K, A, c->lda, c->B, c->ldb, c->accumulate, row, c->ldc);
         ok &= memcmp(row, expected + i * c->ldc, c->N * sizeof(real)) == 0;
     }
     free(row);
