@@ -7,7 +7,7 @@
 
 /* ---- A layer on both sides: the plain loop here, its fellow there ---- */
 
-static const Compute plain = {NULL, NULL, NULL, sizeof(real), 1, NULL, 0};
+static const Compute plain = {NULL, NULL, NULL, sizeof(real), PRECISION_F32, 1, NULL, 0};
 
 /* Two parameters of a layer: n and m numbers, in a table on both sides. `there` computes with `bytes` of scratch. */
 typedef struct {
