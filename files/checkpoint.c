@@ -521,7 +521,10 @@ Err checkpoint_shaped(const Checkpoint *ck, const char *name, int ndim, const si
     return same ? OK : wrong_shape(ck, x, ndim, dim, size);
 }
 
-Err checkpoint_intact(const Checkpoint *ck, const Tensor *x) {
+Err checkpoint_whole(const Checkpoint *ck, const char *name, int ndim, const size_t *dim, size_t size,
+                     const Tensor **out) {
+    TRY(checkpoint_shaped(ck, name, ndim, dim, size, out));
+    const Tensor *x = *out;
     if (!x->entry || x->size == 0 || zip_check(x->entry) == OK) return OK;
     char where[NAME_MAX_BYTES + 16];
     snprintf(where, sizeof where, "tensor '%s'", x->name);
@@ -531,8 +534,7 @@ Err checkpoint_intact(const Checkpoint *ck, const Tensor *x) {
 
 Err checkpoint_reals(const Checkpoint *ck, const char *name, int ndim, const size_t *dim, size_t size, real *out) {
     const Tensor *x;
-    TRY(checkpoint_shaped(ck, name, ndim, dim, size, &x));
-    TRY(checkpoint_intact(ck, x));
+    TRY(checkpoint_whole(ck, name, ndim, dim, size, &x));
     tensor_to_reals(x, out);
     return OK;
 }
@@ -552,11 +554,9 @@ static int64_t integer_at(const Tensor *x, size_t i) {
 
 Err checkpoint_ints(const Checkpoint *ck, const char *name, size_t size, int32_t *out) {
     const Tensor *x = checkpoint_find(ck, name);
-    if (!x) return missing_tensor(ck, name);
-    if (x->size != size) return wrong_shape(ck, x, -1, NULL, size);
-    if (x->dtype != DT_I64 && x->dtype != DT_I32 && x->dtype != DT_I16 && x->dtype != DT_U8)
+    if (x && x->dtype != DT_I64 && x->dtype != DT_I32 && x->dtype != DT_I16 && x->dtype != DT_U8)
         return err("%s: tensor '%s' is %s, expected I64, I32, I16 or U8", ck->path, name, dtype_name(x->dtype));
-    TRY(checkpoint_intact(ck, x));
+    TRY(checkpoint_whole(ck, name, -1, NULL, size, &x));
     for (size_t i = 0; i < size; i++) {
         int64_t v = integer_at(x, i);
         if (v < INT32_MIN || v > INT32_MAX)

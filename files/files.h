@@ -160,7 +160,7 @@ typedef struct {
     int ndim;
     size_t dim[TENSOR_DIMS], size; /* size = product of dim, elements */
     const void *data;              /* reading: into the mapped file, maybe unaligned; writing: the caller's */
-    ZipEntry *entry;               /* in which data lies: see checkpoint_intact; NULL: in none */
+    ZipEntry *entry;               /* in which data lies: see checkpoint_whole; NULL: in none */
 } Tensor;
 
 size_t tensor_bytes(const Tensor *x);
@@ -193,10 +193,11 @@ const Tensor *checkpoint_find(const Checkpoint *ck, const char *name); /* NULL: 
  * elements. */
 Err checkpoint_shaped(const Checkpoint *ck, const char *name, int ndim, const size_t *dim, size_t size,
                       const Tensor **out);
-/* DAMAGED if the tensor's bytes are not those that its file has a checksum of. Compared once, by all threads; to be called
- * before numbers are used where they lie. */
-Err checkpoint_intact(const Checkpoint *ck, const Tensor *x);
-/* As checkpoint_shaped, then out[0..size-1] = its elements, converted. */
+/* The same, of a tensor whose numbers are about to be used. DAMAGED if its bytes are not those that its file has a checksum
+ * of, which is compared once, by all threads. */
+Err checkpoint_whole(const Checkpoint *ck, const char *name, int ndim, const size_t *dim, size_t size,
+                     const Tensor **out);
+/* As checkpoint_whole, then out[0..size-1] = its elements, converted. */
 Err checkpoint_reals(const Checkpoint *ck, const char *name, int ndim, const size_t *dim, size_t size, real *out);
 Err checkpoint_ints(const Checkpoint *ck, const char *name, size_t size,
                     int32_t *out); /* from I64 I32 I16 U8; range-checked */

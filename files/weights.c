@@ -37,8 +37,7 @@ static Err check_finite(const Checkpoint *ck, const char *name, const real *x, s
 static Err load_bf16(uint16_t *out, const Checkpoint *ck, const char *name, const Param *row) {
     const Tensor *x;
     real *numbers;
-    TRY(checkpoint_shaped(ck, name, row->ndim, row->dim, row->size, &x));
-    TRY(checkpoint_intact(ck, x));
+    TRY(checkpoint_whole(ck, name, row->ndim, row->dim, row->size, &x));
     TRY(mem_alloc(&numbers, row->size, sizeof *numbers, "a moment"));
     tensor_to_reals(x, numbers);
     const Err e = check_finite(ck, name, numbers, row->size, 0);
@@ -164,8 +163,7 @@ static Err map_rows(Params *p, const Checkpoint *ck, const char *prefix, int str
         Param *row = &p->row[i];
         const Tensor *x;
         TRY(join_name(name, prefix, row->name, strip_dots));
-        TRY(checkpoint_shaped(ck, name, row->ndim, row->dim, row->size, &x));
-        if (arena) TRY(checkpoint_intact(ck, x));
+        TRY((arena ? checkpoint_whole : checkpoint_shaped)(ck, name, row->ndim, row->dim, row->size, &x));
         if (row->matrix && format != WEIGHTS_REAL) {
             if (arena) {
                 TRY(pack_matrix(row, x, ck));
