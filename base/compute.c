@@ -191,11 +191,17 @@ Err use_cuda(Params *p, Precision precision) {
 
 static int looked_for_gpu; /* and found none */
 
+/* *device = what it is, or IMAGEBART_DEVICE says; NULL: nobody says anything */
+static Err device_named(const char **device) {
+    if (!*device) *device = getenv("IMAGEBART_DEVICE");
+    if (!*device || !strcmp(*device, "cpu") || !strcmp(*device, "cuda")) return OK;
+    return err("device %s: expected cpu or cuda", *device);
+}
+
 Err device_choose(DevicePlace *place, const char *device) {
-    if (!device) device = getenv("IMAGEBART_DEVICE");
     *place = DEVICE_CPU;
+    TRY(device_named(&device));
     if (!device ? !cuda_built() : !strcmp(device, "cpu")) return OK;
-    if (device && strcmp(device, "cuda") != 0) return err("device %s: expected cpu or cuda", device);
     const Err e = cuda_find(NULL, NULL, NULL);
     *place = e == OK ? DEVICE_CUDA : DEVICE_NO_GPU;
     return device ? e : OK;
@@ -203,10 +209,8 @@ Err device_choose(DevicePlace *place, const char *device) {
 
 int check_device(const char *device) {
     DevicePlace place;
-    const char *given = device ? device : getenv("IMAGEBART_DEVICE");
-    if (given && strcmp(given, "cpu") != 0 && strcmp(given, "cuda") != 0)
-        usage_error("--device %s: expected cpu or cuda", given);
-    check(device_choose(&place, given));
+    if (device_named(&device) != OK) usage_error("--%s", err_text());
+    check(device_choose(&place, device));
     looked_for_gpu = place == DEVICE_NO_GPU;
     return place == DEVICE_CUDA;
 }
