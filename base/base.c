@@ -98,14 +98,16 @@ const char *err_text(void) {
 
 /* ---- whether to go on ---- */
 
-static _Thread_local struct {
-    int (*stop)(void *context);
-    void *context;
-    int said;
-} asked;
+static _Thread_local WorkAsker asked;
 
-void work_ask(int (*stop)(void *context), void *context) {
-    asked.stop = stop, asked.context = context, asked.said = 0;
+WorkAsker work_ask(int (*stop)(void *context), void *context) {
+    const WorkAsker before = asked;
+    asked = (WorkAsker){stop, context, 0};
+    return before;
+}
+
+void work_ask_again(WorkAsker before) {
+    asked = before;
 }
 
 int work_stops(void) {

@@ -110,8 +110,15 @@ double rng_normal(uint64_t seed, uint64_t stream, uint64_t index);              
 uint32_t rng_below(uint64_t seed, uint64_t stream, uint64_t index, uint32_t below); /* 0..below-1, below >= 1 */
 
 /* stop(context) is asked, on this thread and by what it calls, whether long work should end early: between the layers of
- * networks, in loops within (parallel_work), while much memory is set to zero. NULL: nobody is asked any more. */
-void work_ask(int (*stop)(void *context), void *context);
+ * networks, in loops within (parallel_work), while much memory is set to zero. NULL: nobody is asked any more. Returned is
+ * who was asked before, which work_ask_again takes: what is asked may itself do long work. */
+typedef struct {
+    int (*stop)(void *context);
+    void *context;
+    int said; /* that the work is to stop */
+} WorkAsker;
+WorkAsker work_ask(int (*stop)(void *context), void *context);
+void work_ask_again(WorkAsker before);
 int work_stops(void); /* has it said so? It is asked again, until it has. */
 
 /* The rank-th largest (rank >= 1) of z (n), which is reordered. No NaN in z. */

@@ -26,15 +26,17 @@ struct imagebart_model {
 };
 
 /* The caller may have a locale in which 0.9 is written 0,9. In the thread that calls, it is "C" until the call returns, but
- * for the caller's own functions. */
+ * for the caller's own functions. Such a function may call the library again, for another model: whom work of the first
+ * call asks, the second does not. */
 typedef struct {
     locale_t ours, theirs;
-} Locale;
+    WorkAsker before;
+} Entry;
 
 typedef struct {
     Model *model;
     imagebart_options o; /* the caller's, as far as they go */
-    Locale locale;
+    Entry entry;
     Draw draw;
     DrawKind kind;
     EditPicture edit;   /* of DRAW_EDIT */
@@ -106,15 +108,16 @@ static int status(Err e) {
     return e == OK ? IMAGEBART_OK : IMAGEBART_FAILED;
 }
 
-static Locale locale_enter(void) {
-    Locale l = {.ours = newlocale(LC_ALL_MASK, "C", (locale_t)0)};
-    l.theirs = uselocale(l.ours);
-    return l;
+static Entry enter(void) {
+    Entry e = {.ours = newlocale(LC_ALL_MASK, "C", (locale_t)0), .before = work_ask(NULL, NULL)};
+    e.theirs = uselocale(e.ours);
+    return e;
 }
 
-static void locale_leave(Locale l) {
-    uselocale(l.theirs);
-    if (l.ours) freelocale(l.ours);
+static void leave(Entry e) {
+    uselocale(e.theirs);
+    if (e.ours) freelocale(e.ours);
+    work_ask_again(e.before);
 }
 
 /* ---- Models ---- */
@@ -202,9 +205,9 @@ static Err open_model(imagebart_model **model, const char *name_or_folder, const
 }
 
 int imagebart_open_on(imagebart_model **model, const char *name_or_folder, const char *weights, const char *device) {
-    const Locale locale = locale_enter();
+    const Entry entry = enter();
     const Err e = open_model(model, name_or_folder, weights, device);
-    locale_leave(locale);
+    leave(entry);
     return status(e);
 }
 
@@ -264,9 +267,9 @@ static size_t tokens_of_pass(const Call *c) {
 
 static int step(Call *c) {
     const size_t of = tokens_of_pass(c) * c->draw.options.chain[c->scale];
-    uselocale(c->locale.theirs);
+    uselocale(c->entry.theirs);
     if (c->o.step && c->o.step(c->o.user, c->scale, c->done, of)) c->cancelled = 1;
-    uselocale(c->locale.ours);
+    uselocale(c->entry.ours);
     return c->cancelled || c->failed;
 }
 
@@ -278,7 +281,7 @@ static int on_progress(void *context, const DrawBatch *b, int t, size_t repeat, 
     Call *c = context;
     const size_t drawn_before = b->at * b->each * c->model->h * c->model->w * c->draw.options.chain[t];
     c->scale = (size_t)t, c->done = drawn_before + (repeat * of + done) * b->count * b->each;
-    uselocale(c->locale.theirs);
+    uselocale(c->entry.theirs);
     if (c->o.progress && c->o.progress(c->o.user, (size_t)t, done, of)) c->cancelled = 1;
     return step(c);
 }
@@ -292,16 +295,16 @@ static Err picture_of(Model *m, const int32_t *tokens, real *pixels, Image *im) 
 }
 
 static void tell_picture(Call *c, const imagebart_picture *p) {
-    uselocale(c->locale.theirs);
+    uselocale(c->entry.theirs);
     if (c->o.picture && c->o.picture(c->o.user, p)) c->cancelled = 1;
-    uselocale(c->locale.ours);
+    uselocale(c->entry.ours);
 }
 
 static void tell(Call *c, const imagebart_picture *p) {
-    uselocale(c->locale.theirs);
+    uselocale(c->entry.theirs);
     if (p->scale && c->o.preview) c->o.preview(c->o.user, p->number, p->scale, p->rgb);
     if (!p->scale || c->o.previews) tell_picture(c, p);
-    uselocale(c->locale.ours);
+    uselocale(c->entry.ours);
 }
 
 static imagebart_picture picture_to_tell(const Call *c, size_t k, int scale, const Image *im, const int32_t *tokens) {
@@ -424,7 +427,7 @@ static Err take(void *to, size_t to_bytes, const void *given, size_t bytes, size
 
 static Err call_open(Call *c, imagebart_model *model, const imagebart_options *o, DrawKind kind) {
     memset(c, 0, sizeof *c);
-    c->locale = locale_enter();
+    c->entry = enter();
     c->model = &model->model, c->kind = kind;
     c->scale = (size_t)c->model->schedule.T;
     if (o) TRY(take(&c->o, sizeof c->o, o, o->bytes, offsetof(imagebart_options, step), "imagebart_options"));
@@ -452,11 +455,10 @@ static Err call_open(Call *c, imagebart_model *model, const imagebart_options *o
 }
 
 static int call_close(Call *c, Err e) {
-    work_ask(NULL, NULL);
     free(c->pixels), free(c->known);
     edit_free(&c->edit);
     draw_free(&c->draw);
-    locale_leave(c->locale);
+    leave(c->entry);
     if (c->failed) e = err("%s", c->failure);
     if (c->cancelled) e = err("cancelled");
     return c->cancelled ? IMAGEBART_CANCELLED : status(e);
@@ -658,7 +660,9 @@ static Err first_stage(Model *m, OnePicture *one, uint8_t *rgb, int32_t *tokens,
 
 static int call_first_stage(imagebart_model *model, OnePicture *one, uint8_t *rgb, int32_t *tokens, size_t count) {
     if (model_enter(model) != OK) return IMAGEBART_FAILED;
+    const Entry entry = enter();
     const Err e = first_stage(&model->model, one, rgb, tokens, count);
+    leave(entry);
     model_leave(model);
     return status(e);
 }

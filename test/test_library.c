@@ -322,9 +322,60 @@ static void test_at_work(void) {
     }
 }
 
+/* ---- A model that works while another does ---- */
+
+typedef struct {
+    imagebart_model *other; /* that draws, encodes and decodes inside one step; NULL: none does */
+    size_t steps, at, end;  /* at: that step; end: the one that cancels */
+} Within;
+
+static int step_of_other(void *user, size_t scale, size_t done, size_t of) {
+    (void)scale, (void)done, (void)of;
+    ++*(size_t *)user;
+    return 0;
+}
+
+static int step_within(void *user, size_t scale, size_t done, size_t of) {
+    static uint8_t rgb[PIXELS];
+    Within *w = user;
+    size_t own = 0;
+    int32_t tokens[N];
+    const imagebart_options o = {
+        .bytes = sizeof o, .best_of = 1, .chain_length = "1", .step = step_of_other, .user = &own};
+    (void)scale, (void)done, (void)of;
+    if (++w->steps != w->at || !w->other) return w->steps == w->end;
+    CHECK_OK(imagebart_sample(w->other, &o, rgb, tokens));
+    CHECK(own > 0 && w->steps == w->at);
+    CHECK_OK(imagebart_encode(w->other, rgb, 1, tokens));
+    CHECK_OK(imagebart_decode(w->other, tokens, 1, rgb));
+    CHECK(w->steps == w->at); /* no work of these asks the first call's caller */
+    return 0;
+}
+
+/* The first call is asked as often as without the second, and can be cancelled behind it. */
+static void test_within(void) {
+    static uint8_t alone[PIXELS], rgb[PIXELS];
+    imagebart_model *m, *other;
+    Within w = {.at = 0};
+    imagebart_options o = {.bytes = sizeof o, .best_of = 1, .chain_length = "1", .step = step_within, .user = &w};
+    CHECK_OK(imagebart_open_on(&m, "models/emoji", NULL, "cpu"));
+    CHECK_OK(imagebart_open_on(&other, "models/emoji", NULL, "cpu"));
+    imagebart_threads(1); /* with more, how often one is asked differs */
+    CHECK_OK(imagebart_sample(m, &o, alone, NULL));
+    const size_t steps = w.steps;
+    w = (Within){other, 0, steps / 2, 0};
+    CHECK_OK(imagebart_sample(m, &o, rgb, NULL));
+    CHECK(w.steps == steps && !memcmp(rgb, alone, sizeof rgb));
+    w = (Within){other, 0, steps / 2, steps / 2 + 1};
+    CHECK(imagebart_sample(m, &o, rgb, NULL) == IMAGEBART_CANCELLED && w.steps == steps / 2 + 1);
+    imagebart_threads(0);
+    imagebart_close(m), imagebart_close(other);
+}
+
 int main(void) {
     test_refused();
     test_at_work();
+    test_within();
     test_api_1();
     test_details();
     test_at_once();
