@@ -144,6 +144,8 @@ typedef struct {
      * or, when Tk > 0, keys 0..Tk-1 of its row. NULL: all positions of all rows. */
     const Position *position;
     int kept_bf16; /* kept keys and values are bf16, else real */
+    /* Numbers from row to row of q, and of k and v, which a GPU may have side by side; 0: heads*D */
+    size_t q_row, kv_row;
 } Attention;
 
 /* A convolution of 4x4 windows, one pixel of zeros around: x (C,B,H,W) -> y (M,B,h,w), h = (H-2)/stride + 1. */

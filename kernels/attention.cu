@@ -33,19 +33,21 @@ static __device__ inline unsigned last_query(const Attention *s, unsigned i0, un
     return i0 + tile < Tq ? i0 + tile - 1 : Tq - 1;
 }
 
-/* Where head h of batch row b begins in q, y (B,Tq,inner), k, v (B,key_stride,inner), and with which of its T queries or
- * keys the block's tile. Blocks are the tiles of the first head, then those of the second, in one dimension, for CUDA
- * allows no more than 65,535 heads in another. */
+/* Where head h of batch row b begins in q (B,Tq,q_row), k, v (B,key_stride,kv_row) and y (B,Tq,inner), and with which of
+ * its T queries or keys the block's tile. Blocks are the tiles of the first head, then those of the second, in one
+ * dimension, for CUDA allows no more than 65,535 heads in another. */
 typedef struct {
-    size_t queries, keys, row; /* row: of lse (B*heads,Tq) */
-    unsigned inner, first;
+    size_t queries, keys, outs, row; /* row: of lse (B*heads,Tq) */
+    unsigned q_row, kv_row, inner, first;
 } HeadAt;
 static __device__ inline HeadAt head_at(const Attention *s, size_t T) {
     const unsigned tiles = ((unsigned)T + TILE - 1) / TILE, head = blockIdx.x / tiles;
     const size_t b = head / s->heads, h = head % s->heads;
     HeadAt at;
     at.inner = (unsigned)(s->heads * s->D);
-    at.queries = b * s->Tq * at.inner + h * s->D, at.keys = b * s->key_stride * at.inner + h * s->D;
+    at.q_row = s->q_row ? (unsigned)s->q_row : at.inner, at.kv_row = s->kv_row ? (unsigned)s->kv_row : at.inner;
+    at.queries = b * s->Tq * at.q_row + h * s->D, at.keys = b * s->key_stride * at.kv_row + h * s->D;
+    at.outs = b * s->Tq * at.inner + h * s->D;
     at.row = head * s->Tq, at.first = blockIdx.x % tiles * TILE;
     return at;
 }
@@ -144,11 +146,11 @@ static __global__ void __launch_bounds__(ATTEND_THREADS)
 #pragma unroll
         for (int b = 0; b < W / SIDE; b++) out[a][b] = 0;
     }
-    load_tile(queries, q + at.queries, i0, s.Tq, at.inner, D, 1 / sqrtf((float)D));
+    load_tile(queries, q + at.queries, i0, s.Tq, at.q_row, D, 1 / sqrtf((float)D));
     for (unsigned j0 = 0; j0 < end; j0 += TILE) {
         float score[PER_SIDE][PER_SIDE];
         __syncthreads();
-        load_tile(keys, k + at.keys, j0, s.Tk, at.inner, D, 1);
+        load_tile(keys, k + at.keys, j0, s.Tk, at.kv_row, D, 1);
         __syncthreads();
         multiply_rows(score, queries, keys, D, D + 1);
         for (int a = 0; a < PER_SIDE; a++) {
@@ -171,7 +173,7 @@ static __global__ void __launch_bounds__(ATTEND_THREADS)
             for (int b = 0; b < W / SIDE; b++) out[a][b] *= fade;
         }
         __syncthreads();
-        load_tile(keys, v + at.keys, j0, s.Tk, at.inner, D, 1);
+        load_tile(keys, v + at.keys, j0, s.Tk, at.kv_row, D, 1);
         __syncthreads();
         weigh_rows<W>(out, p, 0, keys, D);
     }
@@ -180,7 +182,7 @@ static __global__ void __launch_bounds__(ATTEND_THREADS)
         if (i >= s.Tq) continue;
 #pragma unroll
         for (int b = 0; b < W / SIDE; b++)
-            if (tx + SIDE * b < D) y[at.queries + i * at.inner + tx + SIDE * b] = to_floatX(out[a][b] / sum[a]);
+            if (tx + SIDE * b < D) y[at.outs + i * at.inner + tx + SIDE * b] = to_floatX(out[a][b] / sum[a]);
         if (tx == 0 && lse) lse[at.row + i] = largest[a] + logf(sum[a]);
     }
 }
@@ -226,13 +228,13 @@ template <int W> static __global__ void __launch_bounds__(ATTEND_THREADS) attend
     const HeadAt at = head_at(s, s->Tq);
     const unsigned i0 = at.first, end = visible_keys(s, last_query(s, i0, TILE));
     float dq[PER_SIDE][W / SIDE] = {};
-    load_tile(queries, x.q + at.queries, i0, s->Tq, at.inner, D, 1 / sqrtf((float)D));
-    load_tile(outs, x.dy + at.queries, i0, s->Tq, at.inner, D, 1);
+    load_tile(queries, x.q + at.queries, i0, s->Tq, at.q_row, D, 1 / sqrtf((float)D));
+    load_tile(outs, x.dy + at.outs, i0, s->Tq, at.inner, D, 1);
     for (unsigned j0 = 0; j0 < end; j0 += TILE) {
         float p[PER_SIDE][PER_SIDE], dp[PER_SIDE][PER_SIDE];
         __syncthreads();
-        load_tile(keys, x.k + at.keys, j0, s->Tk, at.inner, D, 1);
-        load_tile(values, x.v + at.keys, j0, s->Tk, at.inner, D, 1);
+        load_tile(keys, x.k + at.keys, j0, s->Tk, at.kv_row, D, 1);
+        load_tile(values, x.v + at.keys, j0, s->Tk, at.kv_row, D, 1);
         __syncthreads();
         multiply_rows(p, queries, keys, D, D + 1);
         multiply_rows(dp, outs, values, D, D + 1);
@@ -241,7 +243,7 @@ template <int W> static __global__ void __launch_bounds__(ATTEND_THREADS) attend
         __syncthreads();
         weigh_rows<W>(dq, ds, 0, keys, D);
     }
-    put_rows<W>(x.dq + at.queries, i0, s->Tq, at.inner, dq, D, 1 / sqrtf((float)D));
+    put_rows<W>(x.dq + at.queries, i0, s->Tq, at.q_row, dq, D, 1 / sqrtf((float)D));
 }
 
 template <int W> static __global__ void __launch_bounds__(ATTEND_THREADS) attend_keys_kernel(AttendBackward x) {
@@ -252,14 +254,14 @@ template <int W> static __global__ void __launch_bounds__(ATTEND_THREADS) attend
     const HeadAt at = head_at(s, s->Tk);
     const unsigned j0 = at.first;
     float dk[PER_SIDE][W / SIDE] = {}, dv[PER_SIDE][W / SIDE] = {};
-    load_tile(keys, x.k + at.keys, j0, s->Tk, at.inner, D, 1);
-    load_tile(values, x.v + at.keys, j0, s->Tk, at.inner, D, 1);
+    load_tile(keys, x.k + at.keys, j0, s->Tk, at.kv_row, D, 1);
+    load_tile(values, x.v + at.keys, j0, s->Tk, at.kv_row, D, 1);
     for (unsigned i0 = 0; i0 < s->Tq; i0 += TILE) {
         float p[PER_SIDE][PER_SIDE], dp[PER_SIDE][PER_SIDE];
         if (visible_keys(s, last_query(s, i0, TILE)) <= j0) continue; /* none of these queries sees any of our keys */
         __syncthreads();
-        load_tile(queries, x.q + at.queries, i0, s->Tq, at.inner, D, 1 / sqrtf((float)D));
-        load_tile(outs, x.dy + at.queries, i0, s->Tq, at.inner, D, 1);
+        load_tile(queries, x.q + at.queries, i0, s->Tq, at.q_row, D, 1 / sqrtf((float)D));
+        load_tile(outs, x.dy + at.outs, i0, s->Tq, at.inner, D, 1);
         __syncthreads();
         multiply_rows(p, queries, keys, D, D + 1);
         multiply_rows(dp, outs, values, D, D + 1);
@@ -272,8 +274,8 @@ template <int W> static __global__ void __launch_bounds__(ATTEND_THREADS) attend
         __syncthreads();
         weigh_rows<W>(dk, weights, 1, queries, D);
     }
-    put_rows<W>(x.dk + at.keys, j0, s->Tk, at.inner, dk, D, 1);
-    put_rows<W>(x.dv + at.keys, j0, s->Tk, at.inner, dv, D, 1);
+    put_rows<W>(x.dk + at.keys, j0, s->Tk, at.kv_row, dk, D, 1);
+    put_rows<W>(x.dv + at.keys, j0, s->Tk, at.kv_row, dv, D, 1);
 }
 
 #else
@@ -330,12 +332,12 @@ static __device__ inline void copy_tile(floatX *tile, const floatX *x, unsigned 
         copy_units<1, W, ROWS>(tile, x, first, rows, stride, D);
 }
 
-/* A stage: STREAM rows of x, and of y, which has its shape. Closes the group of copies. */
+/* A stage: STREAM rows of x, and as many of y. Closes the group of copies. */
 template <int W>
-static __device__ inline void copy_stage(floatX *stage, const floatX *x, const floatX *y, unsigned first, unsigned rows,
-                                         unsigned stride, unsigned D) {
-    copy_tile<W, STREAM>(stage, x, first, rows, stride, D);
-    copy_tile<W, STREAM>(stage + Tiles<W>::PASSING, y, first, rows, stride, D);
+static __device__ inline void copy_stage(floatX *stage, const floatX *x, unsigned x_row, const floatX *y,
+                                         unsigned y_row, unsigned first, unsigned rows, unsigned D) {
+    copy_tile<W, STREAM>(stage, x, first, rows, x_row, D);
+    copy_tile<W, STREAM>(stage + Tiles<W>::PASSING, y, first, rows, y_row, D);
     copy_commit();
 }
 
@@ -490,15 +492,16 @@ static __global__ void __launch_bounds__(ATTEND_THREADS)
     unsigned rows[W / 16][4];
     float out[W / 8][4] = {};
     clear_tiles<W>(own, TILE + 4 * STREAM, D);
-    copy_tile<W, TILE>(own, q + at.queries, i0, (unsigned)s.Tq, at.inner, D);
-    copy_stage<W>(stages, k + at.keys, v + at.keys, 0, Tk, at.inner, D);
+    copy_tile<W, TILE>(own, q + at.queries, i0, (unsigned)s.Tq, at.q_row, D);
+    copy_stage<W>(stages, k + at.keys, at.kv_row, v + at.keys, at.kv_row, 0, Tk, D);
     for (unsigned j0 = 0, turn = 0; j0 < end; j0 += STREAM, turn = !turn) {
         float p[STREAM / 8][4];
         const floatX *now = stages + turn * T::STAGE;
         copy_wait<0>();
         __syncthreads(); /* everybody's copies are there, and nobody reads the other stage any more */
         if (j0 + STREAM < end)
-            copy_stage<W>(stages + !turn * T::STAGE, k + at.keys, v + at.keys, j0 + STREAM, Tk, at.inner, D);
+            copy_stage<W>(stages + !turn * T::STAGE, k + at.keys, at.kv_row, v + at.keys, at.kv_row, j0 + STREAM, Tk,
+                          D);
         if (j0 == 0) load_rows<W>(rows, mine);
         multiply_rows<W>(p, rows, now);
         softmax_step<W>(&x, p, out, j0, scale);
@@ -506,7 +509,7 @@ static __global__ void __launch_bounds__(ATTEND_THREADS)
     }
 #pragma unroll
     for (int r = 0; r < 2; r++) x.sum[r] = quad_sum(x.sum[r]);
-    store_rows<W>(y + at.queries, i0 + first, s.Tq, at.inner, D, mine, out, 1 / x.sum[0], 1 / x.sum[1]);
+    store_rows<W>(y + at.outs, i0 + first, s.Tq, at.inner, D, mine, out, 1 / x.sum[0], 1 / x.sum[1]);
 #pragma unroll
     for (unsigned r = 0; r < 2; r++)
         if (lse && threadIdx.x % 4 == 0 && i + 8 * r < s.Tq)
@@ -536,9 +539,9 @@ template <int W> static __global__ void __launch_bounds__(ATTEND_THREADS) attend
     unsigned rows[W / 16][4], outs[W / 16][4];
     float dq[W / 8][4] = {};
     clear_tiles<W>(own, 2 * TILE + 4 * STREAM, D);
-    copy_tile<W, TILE>(own, x.q + at.queries, i0, Tq, at.inner, D);
-    copy_tile<W, TILE>(own + T::OWN, x.dy + at.queries, i0, Tq, at.inner, D);
-    copy_stage<W>(stages, x.k + at.keys, x.v + at.keys, 0, Tk, at.inner, D);
+    copy_tile<W, TILE>(own, x.q + at.queries, i0, Tq, at.q_row, D);
+    copy_tile<W, TILE>(own + T::OWN, x.dy + at.outs, i0, Tq, at.inner, D);
+    copy_stage<W>(stages, x.k + at.keys, at.kv_row, x.v + at.keys, at.kv_row, 0, Tk, D);
     for (unsigned j0 = 0, turn = 0; j0 < end; j0 += STREAM, turn = !turn) {
         const unsigned j = j0 + threadIdx.x % 4 * 2;
         float p[STREAM / 8][4], dp[STREAM / 8][4];
@@ -546,7 +549,8 @@ template <int W> static __global__ void __launch_bounds__(ATTEND_THREADS) attend
         copy_wait<0>();
         __syncthreads();
         if (j0 + STREAM < end)
-            copy_stage<W>(stages + !turn * T::STAGE, x.k + at.keys, x.v + at.keys, j0 + STREAM, Tk, at.inner, D);
+            copy_stage<W>(stages + !turn * T::STAGE, x.k + at.keys, at.kv_row, x.v + at.keys, at.kv_row, j0 + STREAM,
+                          Tk, D);
         if (j0 == 0) load_rows<W>(rows, mine), load_rows<W>(outs, mine + T::OWN);
         multiply_rows<W>(p, rows, now);
         multiply_rows<W>(dp, outs, now + T::PASSING);
@@ -559,7 +563,7 @@ template <int W> static __global__ void __launch_bounds__(ATTEND_THREADS) attend
         weigh_rows<W>(dq, dp, now);
     }
     const float factor = 1 / sqrtf((float)D);
-    store_rows<W>(x.dq + at.queries, i0 + first, Tq, at.inner, D, mine, dq, factor, factor);
+    store_rows<W>(x.dq + at.queries, i0 + first, Tq, at.q_row, D, mine, dq, factor, factor);
 }
 
 /* STREAM queries' lse and delta, for a stage; zeros beyond the last */
@@ -600,10 +604,10 @@ template <int W> static __global__ void __launch_bounds__(ATTEND_THREADS) attend
     unsigned i0 = 0; /* the first queries of which one sees one of our keys */
     while (i0 < Tq && visible_keys(s, last_query(s, i0, STREAM)) <= j0) i0 += STREAM;
     clear_tiles<W>(own, 2 * TILE + 4 * STREAM, D);
-    copy_tile<W, TILE>(own, x.k + at.keys, j0, Tk, at.inner, D);
-    copy_tile<W, TILE>(own + T::OWN, x.v + at.keys, j0, Tk, at.inner, D);
+    copy_tile<W, TILE>(own, x.k + at.keys, j0, Tk, at.kv_row, D);
+    copy_tile<W, TILE>(own + T::OWN, x.v + at.keys, j0, Tk, at.kv_row, D);
     copy_sums(sums, lse, delta, i0, Tq);
-    copy_stage<W>(stages, x.q + at.queries, x.dy + at.queries, i0, Tq, at.inner, D);
+    copy_stage<W>(stages, x.q + at.queries, at.q_row, x.dy + at.outs, at.inner, i0, Tq, D);
     for (unsigned turn = 0; i0 < Tq; i0 += STREAM, turn = !turn) {
         float p[STREAM / 8][4], dp[STREAM / 8][4];
         unsigned rows[W / 16][4];
@@ -612,7 +616,8 @@ template <int W> static __global__ void __launch_bounds__(ATTEND_THREADS) attend
         __syncthreads();
         if (i0 + STREAM < Tq) {
             copy_sums(sums + !turn * 2 * STREAM, lse, delta, i0 + STREAM, Tq);
-            copy_stage<W>(stages + !turn * T::STAGE, x.q + at.queries, x.dy + at.queries, i0 + STREAM, Tq, at.inner, D);
+            copy_stage<W>(stages + !turn * T::STAGE, x.q + at.queries, at.q_row, x.dy + at.outs, at.inner, i0 + STREAM,
+                          Tq, D);
         }
         load_rows<W>(rows, mine);
         multiply_rows<W>(p, rows, now);
@@ -624,8 +629,8 @@ template <int W> static __global__ void __launch_bounds__(ATTEND_THREADS) attend
     }
     copy_wait<0>();
     __syncthreads();
-    store_rows<W>(x.dk + at.keys, j0 + first, Tk, at.inner, D, mine, dk, 1 / sqrtf((float)D), 1 / sqrtf((float)D));
-    store_rows<W>(x.dv + at.keys, j0 + first, Tk, at.inner, D, mine + T::OWN, dv, 1, 1);
+    store_rows<W>(x.dk + at.keys, j0 + first, Tk, at.kv_row, D, mine, dk, 1 / sqrtf((float)D), 1 / sqrtf((float)D));
+    store_rows<W>(x.dv + at.keys, j0 + first, Tk, at.kv_row, D, mine + T::OWN, dv, 1, 1);
 }
 #endif
 

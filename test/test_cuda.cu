@@ -269,11 +269,32 @@ static void near_zero(const char *name, const floatX *got, size_t n) {
     free(x);
 }
 
+/* (R,row) of zeros with x (R,n) from column `at` on */
+static real *apart(const real *x, size_t R, size_t n, size_t row, size_t at) {
+    real *y = reals(R * row);
+    for (size_t i = 0; i < R * row; i++) y[i] = i % row >= at && i % row < at + n ? x[i / row * n + i % row - at] : 0;
+    return y;
+}
+static floatX *send_apart(const real *x, size_t R, size_t n, size_t row, size_t at) {
+    real *y = apart(x, R, n, row, at);
+    floatX *there = send_x(y, R * row) + at;
+    free(y);
+    return there;
+}
+/* got: where send_apart put zeros, and what lies between must be zero still */
+static void near_apart(const char *name, const floatX *got, const real *want, size_t R, size_t n, size_t row,
+                       size_t at) {
+    real *y = apart(want, R, n, row, at);
+    near_x(name, got - at, y, R * row);
+    free(y);
+}
+
+/* Once with rows that follow each other, once with those of q, k and v side by side with others, backwards. */
 static void test_attention(size_t B, size_t heads, size_t D, size_t Tq, size_t Tk, int causal, size_t unmasked) {
-    const Attention s = {B, heads, D, Tq, Tk, Tk, causal, unmasked, NULL, 0};
-    const size_t inner = heads * D, nq = B * Tq * inner, nk = B * Tk * inner;
+    Attention s = {B, heads, D, Tq, Tk, Tk, causal, unmasked, NULL, 0, 0, 0};
+    const size_t inner = heads * D, Rq = B * Tq, Rk = B * Tk, nq = Rq * inner, nk = Rk * inner;
     real *q = random_reals(nq, 1, 1.5), *k = random_reals(nk, 2, 1.5), *v = random_reals(nk, 3, 1),
-         *dy = random_reals(nq, 4, 1);
+         *dy = random_reals(nq, 4, 1), *zero = random_reals(nq + nk, 5, 0);
     real *y = reals(nq), *p = reals(B * heads * Tq * Tk);
     real *dq = reals(nq), *dk = reals(nk), *dv = reals(nk);
     seam(0, Tk * sizeof(real));
@@ -281,10 +302,14 @@ static void test_attention(size_t B, size_t heads, size_t D, size_t Tq, size_t T
     plain->attention_backward(&cpu, dq, dk, dv, dy, y, p, q, k, v, &s);
     seam_end();
     for (int order = 0; order < 2; order++) {
+        const size_t q_row = order ? 3 * inner : inner, kv_row = order ? 2 * inner : inner, at = q_row - inner,
+                     v_at = kv_row - inner;
+        if (order) s.q_row = q_row, s.kv_row = kv_row;
         seam(gpu.fast->attention_needs(&gpu, &s, 1), 0);
-        floatX *gq = send_x(q, nq), *gk = send_x(k, nk), *gv = send_x(v, nk), *gdy = send_x(dy, nq);
-        floatX *gy = (floatX *)on_device(nq * sizeof(floatX)), *gdq = (floatX *)on_device(nq * sizeof(floatX));
-        floatX *gdk = (floatX *)on_device(nk * sizeof(floatX)), *gdv = (floatX *)on_device(nk * sizeof(floatX));
+        floatX *gq = send_apart(q, Rq, inner, q_row, at), *gk = send_apart(k, Rk, inner, kv_row, 0);
+        floatX *gv = send_apart(v, Rk, inner, kv_row, v_at), *gdy = send_x(dy, nq);
+        floatX *gy = (floatX *)on_device(nq * sizeof(floatX)), *gdq = send_apart(zero, Rq, inner, q_row, at);
+        floatX *gdk = send_apart(zero, Rk, inner, kv_row, 0), *gdv = send_apart(zero, Rk, inner, kv_row, v_at);
         float *lse = (float *)on_device(gpu.fast->attention_saved(&s));
         reverse(order);
         gpu.fast->attention_forward(&gpu, as_real(gy), lse, as_real(gq), as_real(gk), as_real(gv), &s);
@@ -293,16 +318,16 @@ static void test_attention(size_t B, size_t heads, size_t D, size_t Tq, size_t T
         reverse(0);
         near_x("attention", gy, y, nq);
         if (Tk == 1) { /* p is 1 whatever q and k are */
-            near_zero("attention to one key, dq", gdq, nq);
-            near_zero("attention to one key, dk", gdk, nk);
+            near_zero("attention to one key, dq", gdq - at, Rq * q_row);
+            near_zero("attention to one key, dk", gdk, Rk * kv_row);
         } else {
-            near_x("attention, dq", gdq, dq, nq);
-            near_x("attention, dk", gdk, dk, nk);
+            near_apart("attention, dq", gdq, dq, Rq, inner, q_row, at);
+            near_apart("attention, dk", gdk, dk, Rk, inner, kv_row, 0);
         }
-        near_x("attention, dv", gdv, dv, nk);
+        near_apart("attention, dv", gdv, dv, Rk, inner, kv_row, v_at);
         seam_end();
     }
-    free(q), free(k), free(v), free(dy), free(y), free(p), free(dq), free(dk), free(dv);
+    free(q), free(k), free(v), free(dy), free(zero), free(y), free(p), free(dq), free(dk), free(dv);
 }
 
 /* Widths of a head whose rows begin at multiples of 16, of 4 and of 2 bytes, each with whole and broken tiles of
@@ -323,7 +348,7 @@ static void test_attention_shapes(void) {
 /* n new positions from `pos` on in caches with room for more, all seeing all. */
 static void test_attention_decoding(size_t B, size_t heads, size_t D, size_t pos, size_t n, size_t room) {
     const size_t inner = heads * D, keys = pos + n, all = B * room * inner, rows = B * n * inner;
-    const Attention s = {B, heads, D, n, keys, room, 0, 0, NULL, 0};
+    const Attention s = {B, heads, D, n, keys, room, 0, 0, NULL, 0, 0, 0};
     real *q = random_reals(rows, 1, 1.5), *k = random_reals(all, 2, 1.5), *v = random_reals(all, 3, 1);
     real *new_k = random_reals(rows, 4, 1.5), *new_v = random_reals(rows, 5, 1), *y = reals(rows);
     seam(0, room * sizeof(real));
@@ -560,7 +585,8 @@ static void test_network(const char *what, const NetConfig *c, size_t B, size_t 
     reverse(0);
     params_zero_grad(transformer_params(a.gpu));
     CHECK_OK(transformer_loss_cuda(a.gpu, &a.schedule, a.x0, a.x, a.x_t, a.t, a.label, B, N, 0.3, 1.7, 1, &fused));
-    CHECK(fabs(fused.hard - loss.hard) <= TOLERANCE * loss.hard && fabs(fused.soft - loss.soft) <= TOLERANCE * loss.soft);
+    CHECK(fabs(fused.hard - loss.hard) <= TOLERANCE * loss.hard &&
+          fabs(fused.soft - loss.soft) <= TOLERANCE * loss.soft);
     CHECK(fabs(fused.loss - loss.loss) <= TOLERANCE * loss.loss);
     CHECK_OK(params_fetch(transformer_params(a.gpu)));
     near_rows(what, transformer_params(a.gpu), transformer_params(a.cpu), 'g');
