@@ -50,6 +50,8 @@ static __host__ __device__ inline floatX to_floatX(float x) {
 enum { IS_BF16 = 0 };
 #endif
 
+enum { WARP = 32 };
+
 /* 16 bytes, which a thread moves at once */
 enum { PACK = 16 / sizeof(floatX) };
 struct alignas(16) Pack {
@@ -89,11 +91,22 @@ static __device__ inline void load_columns(float to[PACK], const float *row, siz
     }
 }
 
-/* The rows that a turn of a block has found, one bit each in `bits`: takes the first away, and returns which it was. */
-static __device__ inline unsigned take_first(unsigned *bits) {
-    const unsigned first = (unsigned)__ffs((int)*bits) - 1;
-    *bits &= *bits - 1;
-    return first;
+/* add(r) for every row r of R whose id is `value`, in their order, by each thread of the block; returns whether there are
+ * any. A turn looks at as many ids as there are threads; found (threads / WARP): those that it found, one bit each. */
+template <typename Add>
+static __device__ inline bool for_rows_of(size_t value, const int32_t *ids, size_t R, unsigned *found, Add add) {
+    bool any = false;
+    for (size_t r0 = 0; r0 < R; r0 += blockDim.x) {
+        const size_t r = r0 + threadIdx.x;
+        const unsigned bits = __ballot_sync(0xffffffffu, r < R && (size_t)ids[r] == value);
+        __syncthreads(); /* whoever still reads those of the last turn */
+        if (threadIdx.x % WARP == 0) found[threadIdx.x / WARP] = bits;
+        __syncthreads();
+        for (unsigned w = 0; w < blockDim.x / WARP; w++)
+            for (unsigned left = found[w]; left; left &= left - 1, any = true)
+                add(r0 + w * WARP + (unsigned)__ffs((int)left) - 1);
+    }
+    return any;
 }
 
 /* *cdf = P(z < x), *pdf = its derivative, for z ~ N(0,1), as math.h has it, from one exponential */
@@ -102,8 +115,6 @@ static __device__ inline void normal_distribution_gpu(float *cdf, float *pdf, fl
     *cdf = x < 0 ? tail : 1 - tail;
     *pdf = 0.39894228f * bell;
 }
-
-enum { WARP = 32 };
 
 static __device__ inline float warp_sum(float x) {
     for (int k = WARP / 2; k; k /= 2) x += __shfl_xor_sync(0xffffffffu, x, k);

@@ -199,27 +199,17 @@ static Err embed_forward_gpu(const Compute *on, real *x, const int32_t *ids, con
     return embed_from(on->device, x, ids, token, position, NULL, B, n, C);
 }
 
-/* A block per value of a token: it goes through all ids, and where it finds its own adds up that row of dx, in order; a
- * thread has columns of its own. shared: sums (C), which of the present ids are ours, by warp. */
+/* A block per value of a token adds up its rows of dx; a thread has columns of its own. Shared: the sums (C), then what
+ * for_rows_of needs. */
 static __global__ void embed_backward_kernel(float *dtoken, const float *dx, const int32_t *ids, size_t R, size_t C) {
     SHARED(float, sum);
-    unsigned *ours = (unsigned *)(void *)(sum + C);
+    unsigned *found = (unsigned *)(void *)(sum + C);
     const size_t value = blockIdx.x;
-    int found = 0;
     for (size_t c = threadIdx.x; c < C; c += blockDim.x) sum[c] = 0;
-    for (size_t r0 = 0; r0 < R; r0 += blockDim.x) {
-        const size_t mine = r0 + threadIdx.x;
-        const unsigned bits = __ballot_sync(0xffffffffu, mine < R && (size_t)ids[mine] == value);
-        __syncthreads();
-        if (threadIdx.x % WARP == 0) ours[threadIdx.x / WARP] = bits;
-        __syncthreads();
-        for (unsigned w = 0; w < blockDim.x / WARP; w++)
-            for (unsigned left = ours[w]; left; found = 1) {
-                const float *row = dx + (r0 + w * WARP + take_first(&left)) * C;
-                for (size_t c = threadIdx.x; c < C; c += blockDim.x) sum[c] += row[c];
-            }
-    }
-    if (!found) return;
+    const bool any = for_rows_of(value, ids, R, found, [=](size_t r) {
+        for (size_t c = threadIdx.x; c < C; c += blockDim.x) sum[c] += dx[r * C + c];
+    });
+    if (!any) return;
     for (size_t c = threadIdx.x; c < C; c += blockDim.x) dtoken[value * C + c] += sum[c];
 }
 

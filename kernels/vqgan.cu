@@ -394,27 +394,18 @@ static __global__ void commit_kernel(floatX *dz, const floatX *z, const floatX *
     dz[i] = to_floatX(to_float(dz[i]) + to_z * (to_float(z[i]) - to_float(book[(size_t)raw[i / D] * D + i % D])));
 }
 
-/* dbook[k] += to_e (e - z) over the rows whose code is k, in their order: a block per entry looks for its rows, 256 at
- * a time, and a thread has channels of its own. Shared: the sums (D), then which of those rows are ours. */
+/* dbook[k] += to_e (e - z) over the rows whose code is k: a block per entry, and a thread has channels of its own. Shared:
+ * the sums (D), then what for_rows_of needs. */
 static __global__ void book_gradient_kernel(float *dbook, const floatX *z, const floatX *book, const int32_t *raw,
                                             float to_e, size_t rows, size_t D) {
     SHARED(float, sum);
-    unsigned *ours = (unsigned *)(void *)(sum + D);
+    unsigned *found = (unsigned *)(void *)(sum + D);
     const size_t k = blockIdx.x;
     for (size_t c = threadIdx.x; c < D; c += blockDim.x) sum[c] = 0;
-    for (size_t r0 = 0; r0 < rows; r0 += blockDim.x) {
-        const size_t mine = r0 + threadIdx.x;
-        const unsigned bits = __ballot_sync(0xffffffffu, mine < rows && (size_t)raw[mine] == k);
-        __syncthreads();
-        if (threadIdx.x % WARP == 0) ours[threadIdx.x / WARP] = bits;
-        __syncthreads();
-        for (unsigned w = 0; w < blockDim.x / WARP; w++)
-            for (unsigned left = ours[w]; left;) {
-                const floatX *row = z + (r0 + w * WARP + take_first(&left)) * D;
-                for (size_t c = threadIdx.x; c < D; c += blockDim.x)
-                    sum[c] += to_float(book[k * D + c]) - to_float(row[c]);
-            }
-    }
+    for_rows_of(k, raw, rows, found, [=](size_t r) {
+        for (size_t c = threadIdx.x; c < D; c += blockDim.x)
+            sum[c] += to_float(book[k * D + c]) - to_float(z[r * D + c]);
+    });
     for (size_t c = threadIdx.x; c < D; c += blockDim.x) dbook[k * D + c] += to_e * sum[c];
 }
 
