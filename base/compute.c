@@ -46,6 +46,23 @@ Compute compute_of(const Params *p) {
     return on;
 }
 
+Precision precision_usual(void) {
+    const Layers *here = layers_here();
+    return here && here->multiplies_fast(PRECISION_BF16X3) ? PRECISION_BF16X3 : PRECISION_F32;
+}
+
+Err precision_there(Precision p) {
+    if (p == PRECISION_F32 || layers_here()) return OK;
+    return err("products in %s need kernels/, which this program was built without (PLAIN=1)", precision_name(p));
+}
+
+const char *precision_text(char text[PRECISION_TEXT], Precision p) {
+    const Layers *here = layers_here();
+    const int slow = here && !here->multiplies_fast(p);
+    snprintf(text, PRECISION_TEXT, "%s%s", precision_name(p), slow ? ", slower than f32 on this processor" : "");
+    return text;
+}
+
 Err compute_alloc(const Compute *on, void *out_pointer, size_t bytes, const char *what) {
     return on->device ? on->ops->alloc(out_pointer, bytes, what) : mem_alloc(out_pointer, bytes, 1, what);
 }

@@ -52,6 +52,14 @@ struct Compute {
 Compute compute_of(const Params *p);
 /* This processor's fellows, whoever else computes; NULL in a program without kernels/ (PLAIN=1). */
 const Layers *layers_here(void);
+/* What this processor multiplies where nobody says anything: bf16x3 where that is faster than f32, which it is as exact as,
+ * else f32. */
+Precision precision_usual(void);
+/* OK, or an error: products of operands in bf16 are those of kernels/. */
+Err precision_there(Precision p);
+/* "bf16", and whether that is slower here than f32 */
+enum { PRECISION_TEXT = 64 };
+const char *precision_text(char text[PRECISION_TEXT], Precision p);
 /* Tests: networks that are planned from now on compute with the plain loops. */
 void compute_plainly(int plainly);
 /* A layer will need so many bytes of scratch. */
@@ -348,6 +356,8 @@ struct Layers {
     void (*put_scaled)(const Compute *on, real *x, const real *pictures, const double *shift, const double *scale,
                        size_t B, size_t hw);
     Err (*get_scaled)(const Compute *on, real *dpictures, const real *dx, const double *scale, size_t B, size_t hw);
+
+    int (*multiplies_fast)(Precision p); /* at least as fast as in f32? */
 
     /* ---- diffusion.c, on a CPU alone ---- */
     void (*guess_block)(Sample *sample, Guesses *g);

@@ -9,8 +9,9 @@ extern "C" {
 #endif
 
 /* How the numbers of a weight matrix (N,K) are kept: as reals, row-major without gaps; as bf16, the upper halves of
- * floats; as whole numbers -127..127 and a factor for each row. The last two lie in panels (kernels/stream.c). */
-typedef enum { WEIGHTS_REAL, WEIGHTS_BF16, WEIGHTS_INT8 } WeightFormat;
+ * floats; as whole numbers -127..127 and a factor for each row; as the sums of two bf16. All but the first lie in panels
+ * (kernels/stream.c). */
+typedef enum { WEIGHTS_REAL, WEIGHTS_BF16, WEIGHTS_INT8, WEIGHTS_BF16X3 } WeightFormat;
 typedef struct {
     WeightFormat format;
     const void *data;
@@ -23,6 +24,13 @@ static inline size_t weight_bytes(WeightFormat f) { /* of one number */
 /* What matrix products multiply: floats; each float as the sum of two bf16, three products of the four; bf16. Sums are
  * float. On a GPU activations are kept in it, too, and there is no bf16x3. */
 typedef enum { PRECISION_F32, PRECISION_BF16X3, PRECISION_BF16 } Precision;
+const char *precision_name(Precision p); /* f32, bf16x3, bf16 */
+/* Another name is an error, of this option. */
+Err precision_read(Precision *p, const char *name, const char *option);
+/* Of everything else in a network whose matrices are kept in this format */
+static inline Precision weight_precision(WeightFormat f) {
+    return f == WEIGHTS_REAL ? PRECISION_F32 : f == WEIGHTS_BF16X3 ? PRECISION_BF16X3 : PRECISION_BF16;
+}
 
 enum { NAME_MAX_BYTES = 160 };
 enum { MAX_SCALES = 64 }; /* of a model */

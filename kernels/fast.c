@@ -1,6 +1,13 @@
 /* fast.c - the table of the CPU's fast fellows of the plain layers. */
 #include "kernels/kernels.h"
 
+static int multiplies_fast(Precision p) {
+#if defined(__AVX512BF16__) && defined(__AVX512VNNI__)
+    if (p == PRECISION_BF16) return 1;
+#endif
+    return p == PRECISION_F32;
+}
+
 const Layers fast_layers = {
     .conv_needs = conv_needs_fast,
     .conv_forward = conv_forward_fast,
@@ -41,6 +48,7 @@ const Layers fast_layers = {
     .guess_block = guess_block,
     .weights_bytes = weights_bytes,
     .weights_pack = weights_pack,
+    .multiplies_fast = multiplies_fast,
     .conv4_needs = conv4_needs_fast,
     .conv4_forward = conv4_forward_fast,
     .conv4_backward = conv4_backward_fast,

@@ -126,7 +126,8 @@ static Err open_perceptual(Stage *s, size_t *plan, size_t *tables) {
                    s->first.perceptual_weight));
     TRY(load_perceptual(&s->first.perceptual, files));
     say_once("perceptual loss: LPIPS, weight %g\n", s->first.perceptual_weight);
-    if (s->set.cuda) TRY(perceptual_use_cuda(s->first.perceptual, gpu_precision(s)));
+    perceptual_params(s->first.perceptual)->precision = s->precision;
+    if (s->set.cuda) TRY(perceptual_use_cuda(s->first.perceptual, s->precision));
     TRY(perceptual_plan_bytes(s->first.perceptual, s->batch, s->size, s->size, 1, &features));
     *plan += features;
     *tables += perceptual_params(s->first.perceptual)->total * sizeof(real);
@@ -334,7 +335,8 @@ Err first_build(Stage *s) {
     size_t plan = 0, tables = 0; /* bytes where it computes; of other networks' parameters, which the host has too */
     TRY(first_check(s, &c));
     if (s->first.used && !s->has_state) TRY(say_repeated(s, c.remap, s->first.used, s->first.n_used));
-    if (s->set.cuda) TRY(vqgan_use_cuda(s->vqgan, gpu_precision(s)));
+    s->params->precision = s->precision;
+    if (s->set.cuda) TRY(vqgan_use_cuda(s->vqgan, s->precision));
     TRY(vqgan_plan_bytes(s->vqgan, s->batch, s->size, s->size, 1, &plan));
     TRY(open_perceptual(s, &plan, &tables));
     TRY(gan_create(s));

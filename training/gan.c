@@ -95,7 +95,8 @@ static Err create_discriminator(Stage *s, Gan *g) {
         return config_err(&s->recipe, LOSS, "disc_in_channels", "%sdisc_in_channels is %zu, expected the pictures' %zu",
                           LOSS, c.in_channels, v->out_ch);
     TRY(disc_create(&g->d, &c));
-    if (s->set.cuda) TRY(disc_use_cuda(g->d, gpu_precision(s)));
+    disc_params(g->d)->precision = s->precision;
+    if (s->set.cuda) TRY(disc_use_cuda(g->d, s->precision));
     g->params = disc_params(g->d);
     g->adam = (AdamW){0, 0.5, 0.9, 1e-8, 0};
     return OK;

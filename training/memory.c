@@ -24,14 +24,10 @@ Err check_memory(Stage *s, size_t arenas, size_t plan, size_t rows, size_t colum
                        crops ? "a smaller --batch or fewer --crops take less" : "a smaller --batch takes less");
 }
 
-Precision gpu_precision(const Stage *s) {
-    return strcmp(s->set.precision, "bf16") ? PRECISION_F32 : PRECISION_BF16;
-}
-
 /* Values, gradients, moments (or in bf16) and moving average in float, and in bf16 the values again; the network's
  * plan. */
 Err check_gpu_memory(Stage *s, size_t plan) {
-    const int bf16 = gpu_precision(s) == PRECISION_BF16;
+    const int bf16 = s->precision == PRECISION_BF16;
     char what[160], state[32], activations[32];
     const size_t moment = s->set.bf16_states ? sizeof(uint16_t) : sizeof(float);
     s->gpu_memory.state = s->params->total * (3 * sizeof(float) + 2 * moment + (bf16 ? 2 : 0)),

@@ -77,10 +77,20 @@ Err report_end(Stage *s, Report *r) {
 static void say_gpu(const Stage *s) {
     char text[CUDA_TEXT_BYTES], state[32], activations[32], available[32];
     check(cuda_find(text, NULL, NULL));
-    fprintf(stderr, "device: %s; %s, %s (--device cpu: the processor)\n", text, s->name, s->set.precision);
+    fprintf(stderr, "device: %s; %s, %s (--device cpu: the processor)\n", text, s->name, precision_name(s->precision));
     fprintf(stderr, "GPU memory: parameters, gradients and optimizer %s, activations %s; %s was free\n",
             bytes_text(state, s->gpu_memory.state), bytes_text(activations, s->gpu_memory.activations),
             bytes_text(available, s->gpu_memory.available));
+}
+
+void say_processor(const Stage *s) {
+    static char said[256];
+    char text[sizeof said], threads[96], precision[PRECISION_TEXT];
+    if (s->set.cuda) return; /* say_gpu */
+    snprintf(text, sizeof text, "processor: %s, %s; products in %s\n", vector_instructions(), threads_text(threads),
+             precision_text(precision, s->precision));
+    if (strcmp(text, said) != 0) say_once("%s", text);
+    memcpy(said, text, sizeof said);
 }
 
 /* Is there nothing to train? */
@@ -113,13 +123,10 @@ void say_start(Stage *s) {
         say_gpu(s);
     else
         say_cpu();
-    char threads[96];
-    fprintf(
-        stderr,
-        "%s: %.2f million parameters, %zu picture%s (%zu held out), batch %zu x %zu, %zu steps, seed %llu, %s, %s\n",
-        s->name, (double)params_count(s->params) / 1e6, s->train.n, s->train.n == 1 ? "" : "s", s->val.n,
-        s->global_batch, s->set.accumulate, s->set.steps, (unsigned long long)s->set.seed, threads_text(threads),
-        vector_instructions());
+    fprintf(stderr,
+            "%s: %.2f million parameters, %zu picture%s (%zu held out), batch %zu x %zu, %zu steps, seed %llu\n",
+            s->name, (double)params_count(s->params) / 1e6, s->train.n, s->train.n == 1 ? "" : "s", s->val.n,
+            s->global_batch, s->set.accumulate, s->set.steps, (unsigned long long)s->set.seed);
     if (s->train.n < FEW)
         say_once("%s: fewer than %d pictures: they will be learnt by heart; what is drawn will resemble them\n",
                  s->set.data, FEW);
@@ -233,7 +240,7 @@ static void say_next(const Stage *s) {
         say_number("--seed", s->given->seed); /* tokens depend on these two */
         say_number("--crops", s->given->crops);
         say_option("--device", o->device);
-        if (o->cuda) say_option("--precision", o->precision);
+        if (s->precision != s->usual_precision) say_option("--precision", precision_name(s->precision));
     }
     fprintf(stderr, "\n");
 }

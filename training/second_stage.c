@@ -204,7 +204,8 @@ static Err create_network(Stage *s, const NetConfig *c) {
     net = s->second.net;
     s->params = transformer_params(net);
     transformer_set_alphas(net, s->second.schedule.alpha);
-    if (s->set.cuda) TRY(transformer_use_cuda(net, gpu_precision(s)));
+    s->params->precision = s->precision;
+    if (s->set.cuda) TRY(transformer_use_cuda(net, s->precision));
     TRY(transformer_plan_bytes(net, s->batch, s->N, 1, &bytes));
     if (s->set.cuda) TRY(check_gpu_memory(s, bytes));
     TRY(token_bytes(s, &s->memory.tokens));

@@ -150,7 +150,8 @@ static const Setting table[] = {
     COUNT("--threads", threads, 0, 0, 4096, "0 (default): all; the result does not depend on it"),
     TEXT("--device", "cpu|cuda", device, "where to train (default: where the run began, else a GPU if there is one)"),
     TEXT("--precision", "TYPE", precision,
-         "with --device cuda: bf16 (default), weights and sums still in float, or f32"),
+         "what products multiply: f32, bf16, or on a CPU bf16x3, as exact as f32 (default:\n"
+         "on a CPU with AMX bf16x3, on others f32, on a GPU bf16); sums and weights: f32"),
     HEADING("Several processes: mpirun -np 2 --bind-to none ./train ... (needs MPI; doc/training.md).\n"
             "Each takes --batch pictures, and the gradients are added up."),
 };
@@ -180,8 +181,8 @@ static void check_given(const Settings *o) {
         usage_error("--alpha, --label-dropout and --balance are of transitions, --vqgan trains none");
     if (o->vqgan && !o->remap && o->crops != NOT_GIVEN) usage_error("--crops is of transitions, --vqgan trains none");
     if (o->all && o->eval) usage_error("--eval evaluates one stage: --vqgan, --scale N or --joint");
-    if (o->precision && strcmp(o->precision, "bf16") && strcmp(o->precision, "f32"))
-        usage_error("--precision %s: expected bf16 or f32", o->precision);
+    Precision p;
+    if (o->precision && precision_read(&p, o->precision, "--precision") != OK) usage_error("%s", err_text());
 }
 
 /* Where nothing is said, run and data are called as the recipe is. */
@@ -404,24 +405,43 @@ static Err scale_learning_rate(Stage *s) {
     return OK;
 }
 
-/* A run goes on where it was, unless the user says otherwise: bits differ from one device to another. */
-static const char *device_name(const Settings *o) {
-    return !o->cuda ? "cpu" : strcmp(o->precision, "bf16") ? "cuda f32" : "cuda bf16";
+/* train.device: "cpu" (in f32), "cpu bf16", "cuda f32" ... */
+static Name device_name(const Stage *s) {
+    if (!s->set.cuda && s->precision == PRECISION_F32) return name_of("cpu");
+    return name_of("%s %s", s->set.cuda ? "cuda" : "cpu", precision_name(s->precision));
 }
+
+/* What the user says; else what the run was trained in so far, on such a device; else the usual */
+static Err settle_precision(Stage *s, const char *before) {
+    const Settings *o = &s->set;
+    const char *device = o->cuda ? "cuda" : "cpu";
+    const size_t n = strlen(device);
+    s->precision = s->usual_precision = o->cuda ? PRECISION_BF16 : precision_usual();
+    if (o->precision)
+        TRY(precision_read(&s->precision, o->precision, "--precision"));
+    else if (before && !strncmp(before, device, n))
+        TRY(precision_read(&s->precision, before[n] ? before + n + 1 : "f32", "train.device"));
+    if (o->cuda && s->precision == PRECISION_BF16X3)
+        return err("--precision bf16x3 is for --device cpu; on a GPU f32 or bf16");
+    return o->cuda ? OK : precision_there(s->precision);
+}
+
+/* A run goes on where it was, unless the user says otherwise: bits differ from one device to another. */
 
 static Err settle_device(Stage *s, int continuing) {
     Settings *o = &s->set;
     const char *before = continuing ? config_get(&s->recipe, "train.", "device") : NULL;
     if (before && !o->device) {
         o->cuda = strncmp(before, "cuda", 4) == 0;
-        if (o->cuda && !o->precision) o->precision = strcmp(before, "cuda f32") ? "bf16" : "f32";
         if (o->cuda) TRY(cuda_find(NULL, NULL, NULL));
     }
-    if (!o->precision) o->precision = "bf16";
-    if (before && goes_on(s) && strcmp(before, device_name(o)))
+    TRY(settle_precision(s, before));
+    say_processor(s);
+    const Name now = device_name(s);
+    if (before && goes_on(s) && strcmp(before, now.s))
         say_once("%s: trained on %s so far, from here on on %s: another run than without the change\n", s->name, before,
-                 device_name(o));
-    return config_set(&s->recipe, "train.device", "%s", device_name(o));
+                 now.s);
+    return config_set(&s->recipe, "train.device", "%s", now.s);
 }
 
 /* The official ImageNet transitions see another random crop each time, so theirs are several; the other presets take the

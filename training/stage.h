@@ -179,9 +179,10 @@ struct Stage {
     Config recipe;         /* the recipe's part for this stage, under the official keys, with the user's changes */
     Params *params;
     AdamW adam;
-    double lr_scale; /* base_learning_rate times the pictures of a step, or 1 */
-    Rate rate;       /* the factor of that, step by step */
-    Dtype store;     /* of the weights for sampling */
+    double lr_scale;                      /* base_learning_rate times the pictures of a step, or 1 */
+    Rate rate;                            /* the factor of that, step by step */
+    Dtype store;                          /* of the weights for sampling */
+    Precision precision, usual_precision; /* of products; where neither the user nor the run says which */
 
     size_t batch, global_batch, rank_first; /* pictures of a micro batch: this rank's, all ranks', where its begin */
     double shares;                          /* a step is the mean over these: micro batches of all ranks */
@@ -257,7 +258,6 @@ void remove_leftovers(const Stage *s); /* temporary files whose process is gone 
  * again. */
 Err check_memory(Stage *s, size_t arenas, size_t plan, size_t rows, size_t columns);
 Err check_gpu_memory(Stage *s, size_t plan);
-Precision gpu_precision(const Stage *s);
 
 /* state.c */
 Err copy_settings(Config *to, const Config *from); /* but for the checksum of the file that they came from */
@@ -368,7 +368,9 @@ int due(uint64_t step, size_t every, size_t last);
 Err report_begin(Stage *s, Report *r);
 Err report_step(Stage *s, Report *r, const Step *step);
 Err report_end(Stage *s, Report *r);
-int is_done(const Stage *s); /* nothing is left to train */
+int is_done(const Stage *s);
+void say_processor(const Stage *s);
+    /* and the precision of products, unless that was the last that was said of it */ /* nothing is left to train */
 void say_start(Stage *s);
 void say_end(const Stage *s);
 void say_waiting(double waited);         /* while this process waits for others */
