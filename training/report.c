@@ -83,16 +83,6 @@ static void say_gpu(const Stage *s) {
             bytes_text(available, s->gpu_memory.available));
 }
 
-void say_processor(const Stage *s) {
-    static char said[256];
-    char text[sizeof said], threads[96], precision[PRECISION_TEXT];
-    if (s->set.cuda) return; /* say_gpu */
-    snprintf(text, sizeof text, "processor: %s, %s; products in %s\n", vector_instructions(), threads_text(threads),
-             precision_text(precision, s->precision));
-    if (strcmp(text, said) != 0) say_once("%s", text);
-    memcpy(said, text, sizeof said);
-}
-
 /* Is there nothing to train? */
 int is_done(const Stage *s) {
     return s->step >= s->set.steps || ended_early(s);

@@ -369,8 +369,7 @@ Err report_begin(Stage *s, Report *r);
 Err report_step(Stage *s, Report *r, const Step *step);
 Err report_end(Stage *s, Report *r);
 int is_done(const Stage *s);
-void say_processor(const Stage *s);
-    /* and the precision of products, unless that was the last that was said of it */ /* nothing is left to train */
+/* and the precision of products, unless that was the last that was said of it */ /* nothing is left to train */
 void say_start(Stage *s);
 void say_end(const Stage *s);
 void say_waiting(double waited);         /* while this process waits for others */
