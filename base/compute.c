@@ -46,6 +46,22 @@ Compute compute_of(const Params *p) {
     return on;
 }
 
+/* ---- What is multiplied ---- */
+
+static const char *const precision_names[] = {"f32", "bf16x3", "bf16"};
+
+const char *precision_name(Precision p) {
+    return precision_names[p];
+}
+
+Err precision_read(Precision *p, const char *name, const char *option) {
+    for (int i = PRECISION_F32; i <= PRECISION_BF16; i++) {
+        *p = (Precision)i;
+        if (!strcmp(name, precision_names[i])) return OK;
+    }
+    return err("%s %s: expected f32, bf16x3 or bf16", option, name);
+}
+
 Precision precision_usual(void) {
     const Layers *here = layers_here();
     return here && here->multiplies_fast(PRECISION_BF16X3) ? PRECISION_BF16X3 : PRECISION_F32;
@@ -62,6 +78,8 @@ const char *precision_text(char text[PRECISION_TEXT], Precision p) {
     snprintf(text, PRECISION_TEXT, "%s%s", precision_name(p), slow ? ", slower than f32 on this processor" : "");
     return text;
 }
+
+/* ---- Memory there ---- */
 
 Err compute_alloc(const Compute *on, void *out_pointer, size_t bytes, const char *what) {
     return on->device ? on->ops->alloc(out_pointer, bytes, what) : mem_alloc(out_pointer, bytes, 1, what);

@@ -52,6 +52,9 @@ struct Compute {
 Compute compute_of(const Params *p);
 /* This processor's fellows, whoever else computes; NULL in a program without kernels/ (PLAIN=1). */
 const Layers *layers_here(void);
+const char *precision_name(Precision p); /* f32, bf16x3, bf16 */
+/* Another name is an error, of this option. */
+Err precision_read(Precision *p, const char *name, const char *option);
 /* What this processor multiplies where nobody says anything: bf16x3 where that is faster than f32, which it is as exact as,
  * else f32. */
 Precision precision_usual(void);

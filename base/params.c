@@ -18,20 +18,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-static const char *const precision_names[] = {"f32", "bf16x3", "bf16"};
-
-const char *precision_name(Precision p) {
-    return precision_names[p];
-}
-
-Err precision_read(Precision *p, const char *name, const char *option) {
-    for (int i = PRECISION_F32; i <= PRECISION_BF16; i++) {
-        *p = (Precision)i;
-        if (!strcmp(name, precision_names[i])) return OK;
-    }
-    return err("%s %s: expected f32, bf16x3 or bf16", option, name);
-}
-
 real **params_slot(Param *row, int arena) {
     real **slots[ARENAS] = {&row->value, &row->grad, &row->m, &row->v, &row->ema};
     return slots[arena];

@@ -24,9 +24,6 @@ static inline size_t weight_bytes(WeightFormat f) { /* of one number */
 /* What matrix products multiply: floats; each float as the sum of two bf16, three products of the four; bf16. Sums are
  * float. On a GPU activations are kept in it, too, and there is no bf16x3. */
 typedef enum { PRECISION_F32, PRECISION_BF16X3, PRECISION_BF16 } Precision;
-const char *precision_name(Precision p); /* f32, bf16x3, bf16 */
-/* Another name is an error, of this option. */
-Err precision_read(Precision *p, const char *name, const char *option);
 /* Of everything else in a network whose matrices are kept in this format */
 static inline Precision weight_precision(WeightFormat f) {
     return f == WEIGHTS_REAL ? PRECISION_F32 : f == WEIGHTS_BF16X3 ? PRECISION_BF16X3 : PRECISION_BF16;
