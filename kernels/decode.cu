@@ -28,7 +28,7 @@ typedef struct {
     Compute on;
     size_t samples; /* rows of the batch, or half of them if guided */
     /* in s->work */
-    int *pos;                    /* of the next position */
+    int *pos;                    /* (B) of the next position, each the same */
     floatX *new_key, *new_value; /* (B*(prompt+1),inner) */
     DrawHow *how;
     uint64_t *stream;        /* (B) */
@@ -46,7 +46,7 @@ static size_t place_work(Decoding *x, const Decoder *s) {
         used += round_up(n * sizeof **array, 4 * ALIGNMENT);
     };
     const size_t rows = s->B * (s->prompt + 1), inner = s->heads * s->D;
-    place(&x->pos, 1), place(&x->new_key, rows * inner), place(&x->new_value, rows * inner);
+    place(&x->pos, s->B), place(&x->new_key, rows * inner), place(&x->new_value, rows * inner);
     place(&x->how, 1), place(&x->stream, s->B), place(&x->fit, s->B);
     place(&x->known, s->B * s->N), place(&x->tokens, s->B * s->N), place(&x->keep, s->N);
     return used;
@@ -85,28 +85,62 @@ typedef struct {
     size_t R, N, K;
 } Stream;
 
-/* rows (R,K) in shared memory. Every block does the norm for itself, and its weights wait for it: so x is read with
- * many loads under way at a time. */
-static __device__ inline void load_rows(floatX *rows, const Stream *s) {
-    const size_t lane = threadIdx.x % WARP, K = s->K;
-    if (s->in) {
-        for (size_t i = threadIdx.x * PACK; i < s->R * K; i += STREAM_WARPS * WARP * PACK)
-            store_pack(rows, i, s->R * K, load_pack(s->in, i, s->R * K));
-        return;
+/* What a block shares: sums of its warps, and the rows that its products read, (R,K) */
+typedef float WarpSums[STREAM_WARPS][STREAM_ROWS];
+static size_t stream_bytes(size_t R, size_t K) {
+    return sizeof(WarpSums) + R * K * sizeof(floatX);
+}
+
+/* Sum over the block of each of R numbers that a thread brings, added in the order of the warps. */
+static __device__ inline void block_sums(float sum[STREAM_ROWS], WarpSums part, size_t R) {
+    __syncthreads();
+#pragma unroll
+    for (size_t r = 0; r < STREAM_ROWS; r++) {
+        if (r >= R) continue;
+        sum[r] = warp_sum(sum[r]);
+        if (threadIdx.x % WARP == 0) part[threadIdx.x / WARP][r] = sum[r];
     }
-    for (size_t r = threadIdx.x / WARP; r < s->R; r += STREAM_WARPS) {
-        const float *x = s->x + r * K;
-        float sum = 0, square = 0;
-#pragma unroll 16
-        for (size_t c = lane; c < K; c += WARP) sum += x[c];
-        const float mu = warp_sum(sum) / (float)K;
-#pragma unroll 8
-        for (size_t c = lane; c < K; c += WARP) square += (x[c] - mu) * (x[c] - mu);
-        const float scale = 1 / sqrtf(warp_sum(square) / (float)K + s->eps);
-#pragma unroll 8
-        for (size_t c = lane; c < K; c += WARP)
-            rows[r * K + c] = to_floatX((x[c] - mu) * scale * s->norm_weight[c] + s->norm_bias[c]);
+    __syncthreads();
+#pragma unroll
+    for (size_t r = 0; r < STREAM_ROWS; r++) {
+        if (r >= R) continue;
+        sum[r] = 0;
+        for (int w = 0; w < STREAM_WARPS; w++) sum[r] += part[w][r];
     }
+}
+
+/* rows (R,K) in shared memory = norm of x. Every block does it for itself, and its weights wait for it: so all warps share
+ * each row, also of one row alone, and x is read with many loads under way at a time. */
+static __device__ inline void norm_rows(floatX *rows, WarpSums part, const Stream *s) {
+    enum { THREADS = STREAM_WARPS * WARP };
+    const size_t K = s->K;
+    float mu[STREAM_ROWS] = {}, scale[STREAM_ROWS] = {};
+#pragma unroll
+    for (size_t r = 0; r < STREAM_ROWS; r++)
+#pragma unroll 8
+        for (size_t c = threadIdx.x; r < s->R && c < K; c += THREADS) mu[r] += s->x[r * K + c];
+    block_sums(mu, part, s->R);
+#pragma unroll
+    for (size_t r = 0; r < STREAM_ROWS; r++) {
+        mu[r] /= (float)K;
+#pragma unroll 8
+        for (size_t c = threadIdx.x; r < s->R && c < K; c += THREADS)
+            scale[r] += (s->x[r * K + c] - mu[r]) * (s->x[r * K + c] - mu[r]);
+    }
+    block_sums(scale, part, s->R);
+#pragma unroll
+    for (size_t r = 0; r < STREAM_ROWS; r++) {
+        scale[r] = 1 / sqrtf(scale[r] / (float)K + s->eps);
+#pragma unroll 8
+        for (size_t c = threadIdx.x; r < s->R && c < K; c += THREADS)
+            rows[r * K + c] = to_floatX((s->x[r * K + c] - mu[r]) * scale[r] * s->norm_weight[c] + s->norm_bias[c]);
+    }
+}
+
+static __device__ inline void load_rows(floatX *rows, WarpSums part, const Stream *s) {
+    if (!s->in) return norm_rows(rows, part, s);
+    for (size_t i = threadIdx.x * PACK; i < s->R * s->K; i += STREAM_WARPS * WARP * PACK)
+        store_pack(rows, i, s->R * s->K, load_pack(s->in, i, s->R * s->K));
 }
 
 enum { STREAM_AHEAD = 4 };
@@ -132,7 +166,8 @@ static __device__ inline void stream_pack(float sum[STREAM_ROWS], const Stream *
 /* A warp per row of a matrix, that is, per column of out: it reads that row once, 16 bytes a lane, for all R rows.
  * Weights are asked for STREAM_AHEAD packs ahead, the first of them before the rows that they meet are there. */
 static __global__ void __launch_bounds__(STREAM_WARPS *WARP) stream_kernel(Stream s) {
-    SHARED(floatX, rows);
+    SHARED(WarpSums, part);
+    floatX *const rows = (floatX *)(void *)(part + 1);
     const size_t column = (size_t)blockIdx.x * STREAM_WARPS + threadIdx.x / WARP, lane = threadIdx.x % WARP, K = s.K;
     const size_t n = column % s.N, which = column / s.N;
     const bool there = which <= 2 && s.part[which].weight;
@@ -141,7 +176,7 @@ static __global__ void __launch_bounds__(STREAM_WARPS *WARP) stream_kernel(Strea
     float sum[STREAM_ROWS] = {};
     Pack ahead[STREAM_AHEAD] = {};
     load_ahead(ahead, weight, lane * PACK, whole);
-    load_rows(rows, &s);
+    load_rows(rows, *part, &s);
     __syncthreads();
     if (!there) return;
     for (size_t k0 = lane * PACK; k0 < whole; k0 += STREAM_AHEAD * WARP * PACK) {
@@ -186,8 +221,7 @@ static void add_part(const Decoding *x, Stream *a, int which, const Projection *
 
 static Err stream_gpu(Device *d, const Stream *s) {
     const size_t parts = s->part[2].weight ? 3 : 1;
-    LAUNCH(d, stream_kernel, blocks_for(parts * s->N, STREAM_WARPS), STREAM_WARPS * WARP, s->R * s->K * sizeof(floatX),
-           *s);
+    LAUNCH(d, stream_kernel, blocks_for(parts * s->N, STREAM_WARPS), STREAM_WARPS * WARP, stream_bytes(s->R, s->K), *s);
     return OK;
 }
 
@@ -202,7 +236,7 @@ static Err stream_back(const Decoding *x, const Projection *p, const real *in) {
 /* ---- Blocks: x = x + block(norm(x)), n positions of every row ---- */
 
 static Err project_gpu(const Decoding *x, const Projection *p, void *y, const real *in, const real *add, int y_f32,
-                        size_t R) {
+                       size_t R) {
     return linear_forward_gpu(&x->on, (real *)y, in, p->weight, p->bias, add, y_f32, R, p->in, p->out);
 }
 
@@ -213,8 +247,8 @@ static Err attend_gpu(const Decoding *x, const DecoderLayer *l, size_t n) {
     memset(&a, 0, sizeof a);
     a.B = s->B, a.heads = s->heads, a.D = s->D, a.Tq = n;
     a.Tk = self ? n : s->T_context, a.key_stride = self ? s->T : s->T_context;
-    return attend_decode_gpu(x->d, &a, self ? x->pos : NULL, (floatX *)s->y, (const floatX *)s->query,
-                              (floatX *)l->key, (floatX *)l->value, x->new_key, x->new_value);
+    return attend_decode_gpu(x->d, &a, self ? x->pos : NULL, (floatX *)s->y, (const floatX *)s->query, (floatX *)l->key,
+                             (floatX *)l->value, x->new_key, x->new_value);
 }
 
 static Err attention_stream(const Decoding *x, const DecoderLayer *l) {
@@ -237,7 +271,7 @@ static Err feed_stream(const Decoding *x, const DecoderLayer *l) {
 static Err norm_block(const Decoding *x, const DecoderLayer *l, size_t n) {
     const Decoder *s = x->s;
     return norm_forward_gpu(&x->on, s->normed, s->mean, s->rstd, s->x, l->norm_weight, l->norm_bias, s->B * n, s->C, n,
-                             0);
+                            0);
 }
 
 static Err attention_block(const Decoding *x, const DecoderLayer *l, size_t n) {
@@ -264,13 +298,12 @@ static Err feed_block(const Decoding *x, const DecoderLayer *l, size_t n) {
     return project_gpu(x, &l->down, s->x, s->g, s->x, 1, R);
 }
 
-/* n positions of every row from *pos on, whose ids are in place; the last gives logits (B,K). */
-static Err feed_decoder(const Decoding *x, size_t n) {
+/* n positions of every row from *pos on, embedded in x; the last gives logits (B,K). */
+static Err feed_embedded(const Decoding *x, size_t n) {
     const Decoder *s = x->s;
     const DecoderLayer *feed = &s->layer[s->n_layers - 1];
     const size_t widest = max_size(feed->up.out, s->heads * s->D);
-    const int streams = n == 1 && s->B <= STREAM_ROWS && s->B * widest * sizeof(floatX) <= STREAM_BYTES;
-    TRY(embed_from(x->d, s->x, s->ids, s->token, s->position, x->pos, s->B, n, s->C));
+    const int streams = n == 1 && s->B <= STREAM_ROWS && stream_bytes(s->B, widest) <= STREAM_BYTES;
     for (size_t i = 0; i < s->n_layers; i++) {
         const DecoderLayer *l = &s->layer[i];
         if (streams)
@@ -285,11 +318,21 @@ static Err feed_decoder(const Decoding *x, size_t n) {
         TRY(stream_gpu(x->d, &a));
     } else {
         TRY(norm_forward_gpu(&x->on, s->last, s->mean, s->rstd, s->x, s->norm_weight, s->norm_bias, s->B, s->C, n,
-                              n - 1));
+                             n - 1));
         TRY(project_gpu(x, &s->head, s->raw, s->last, NULL, 1, s->B));
     }
     if (!s->variant.log_scalors && !s->variant.residual) return OK;
     return variant_from(x->d, s->logits, s->raw, &s->variant, x->pos, s->B, 1, s->K);
+}
+
+/* The same, of which the ids are in place */
+static Err embed_positions(const Decoding *x, size_t n) {
+    const Decoder *s = x->s;
+    return embed_from(x->d, s->x, s->ids, s->token, s->position, x->pos, s->B, n, s->C);
+}
+static Err feed_decoder(const Decoding *x, size_t n) {
+    TRY(embed_positions(x, n));
+    return feed_embedded(x, n);
 }
 
 /* ---- One token ---- */
@@ -455,19 +498,14 @@ typedef struct {
     const uint8_t *keep;
     double *fit;
     int32_t *tokens, *ids; /* (samples,N) and what the next step reads (B) */
-    const int *pos;
-    int prompt; /* positions in front of the tokens' */
-    size_t N;
+    size_t samples, N;
     int K;
 } DrawStep;
 
-/* A block per sample: draws its token i, -1 if there are no probabilities. Guided, its other row is gridDim.x rows
- * on. */
-static __global__ void __launch_bounds__(DRAW_THREADS) draw_kernel(DrawStep a) {
-    SHARED(DrawShared, s);
-    const size_t b = blockIdx.x, i = (size_t)(*a.pos - a.prompt);
+/* A block draws token i of sample b, -1 if there are no probabilities. Guided, the sample's other row is `samples` rows on. */
+static __device__ inline int draw_one(DrawShared *s, const DrawStep &a, size_t b, size_t i) {
     float *row = a.logits + b * (size_t)a.K;
-    if (a.how->guided) mix_rows(row, row + gridDim.x * (size_t)a.K, a.how->guidance, a.K);
+    if (a.how->guided) mix_rows(row, row + a.samples * (size_t)a.K, a.how->guidance, a.K);
     const float heat = (float)a.how->temperature;
     const int guide = a.how->forced && a.keep[i] ? a.known[b * a.N + i] : -1;
     float largest, least = -HUGE_VALF;
@@ -482,21 +520,44 @@ static __global__ void __launch_bounds__(DRAW_THREADS) draw_kernel(DrawStep a) {
             least = kth_largest(s, row, a.K, heat, (unsigned)a.how->top_k);
         token = pick(s, row, a.K, heat, largest / heat, least, uniform(a.how->seed, a.stream[b], i));
     }
-    if (threadIdx.x > 0) return;
-    a.tokens[b * a.N + i] = token, a.ids[b] = token < 0 ? 0 : token;
-    if (a.how->guided) a.ids[gridDim.x + b] = a.ids[b];
+    if (threadIdx.x == 0) a.tokens[b * a.N + i] = token;
+    token = token < 0 ? 0 : token;
+    if (threadIdx.x == 0) a.ids[b] = token;
+    if (threadIdx.x == 0 && a.how->guided) a.ids[a.samples + b] = token;
+    return token;
 }
 
-static __global__ void advance_kernel(int *pos) {
-    if (threadIdx.x == 0) ++*pos;
+/* What the step after a draw begins with: position i of sample b, whose token was `token` */
+typedef struct {
+    int *pos;   /* (samples) */
+    int prompt; /* positions in front of the tokens' */
+    float *x;   /* (B,C) */
+    const float *token, *position;
+    size_t C;
+} NextStep;
+
+/* A block per sample: draws a token, goes on to the next position and embeds the token there. */
+static __global__ void __launch_bounds__(DRAW_THREADS) draw_kernel(DrawStep a, NextStep n) {
+    SHARED(DrawShared, s);
+    const size_t b = blockIdx.x, pos = (size_t)n.pos[b], i = pos - (size_t)n.prompt;
+    const float *token = n.token + (size_t)draw_one(s, a, b, i) * n.C, *position = n.position + (pos + 1) * n.C;
+    __syncthreads();
+    if (threadIdx.x == 0) n.pos[b] = (int)pos + 1;
+    for (size_t c = threadIdx.x; i + 1 < a.N && c < n.C; c += DRAW_THREADS) {
+        n.x[b * n.C + c] = token[c] + position[c];
+        if (a.how->guided) n.x[(a.samples + b) * n.C + c] = token[c] + position[c];
+    }
 }
 
 /* ---- A pass ---- */
 
 static Err set_position(const Decoding *x, size_t pos) {
-    const int value = (int)pos;
-    TRY(to_device(x->d, x->pos, &value, sizeof value));
-    return wait_for(x->d);
+    int *all;
+    TRY(mem_alloc(&all, x->s->B, sizeof *all, "positions"));
+    for (size_t b = 0; b < x->s->B; b++) all[b] = (int)pos;
+    const Err e = to_device(x->d, x->pos, all, x->s->B * sizeof *all);
+    free(all);
+    return e;
 }
 
 static Err decode_prompt_gpu(Device *d, const Decoder *s, size_t n) {
@@ -512,22 +573,26 @@ static Err decode_step_gpu(Device *d, const Decoder *s, size_t pos) {
     return feed_decoder(&x, 1);
 }
 
-static Err launch_draw(Device *d, const DrawStep *a, size_t samples) {
-    LAUNCH(d, draw_kernel, (unsigned)samples, DRAW_THREADS, sizeof(DrawShared), *a);
+static DrawStep draw_of(const Decoding *x) {
+    const Decoder *s = x->s;
+    return {s->logits, x->how, x->stream, x->known, x->keep, x->fit, x->tokens, s->ids, x->samples, s->N, (int)s->K};
+}
+
+static Err launch_draw(Device *d, const DrawStep *a, const NextStep *n) {
+    LAUNCH(d, draw_kernel, (unsigned)a->samples, DRAW_THREADS, sizeof(DrawShared), *a, *n);
     return OK;
 }
 
 static Err draw_token(const Decoding *x) {
     const Decoder *s = x->s;
-    const DrawStep a = {s->logits, x->how, x->stream, x->known,       x->keep, x->fit,
-                        x->tokens, s->ids, x->pos,    (int)s->prompt, s->N,    (int)s->K};
-    TRY(launch_draw(x->d, &a, x->samples));
-    LAUNCH(x->d, advance_kernel, 1, WARP, 0, x->pos);
-    return OK;
+    const DrawStep a = draw_of(x);
+    const NextStep n = {x->pos, (int)s->prompt, s->x, s->token, s->position, s->C};
+    return launch_draw(x->d, &a, &n);
 }
 
+/* The token before is embedded already. */
 static Err draw_step(const Decoding *x) {
-    TRY(feed_decoder(x, 1));
+    TRY(feed_embedded(x, 1));
     return draw_token(x);
 }
 
@@ -579,6 +644,7 @@ static Err draw_all(const Decoding *x, const DrawOptions *o, StepGraph *g) {
     }
     /* The first step runs as it is: it loads what it needs, which must not happen while a graph is captured. */
     if (done < N) {
+        if (done == 0) TRY(embed_positions(x, 1));
         TRY(draw_step(x));
         done++;
     }

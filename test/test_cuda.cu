@@ -790,19 +790,21 @@ static void test_pick(size_t K, double temperature, size_t top_k) {
     }
     logits[3 * K + K / 2] = (real)NAN, logits[5 * K + K - 1] = (real)HUGE_VAL;
     const DrawHow how = {42, temperature, top_k, 0, 0, 0, 0};
-    int one = 1;
+    int at[ROWS];
+    for (int &one : at) one = 1;
     DrawStep a;
-    memset(&a, 0, sizeof a);
-    int *pos = (int *)on_device(sizeof *pos);
+    NextStep next;
+    memset(&a, 0, sizeof a), memset(&next, 0, sizeof next);
+    next.pos = (int *)on_device(sizeof at);
     DrawHow *ghow = (DrawHow *)on_device(sizeof how);
     uint64_t *gstream = (uint64_t *)on_device(sizeof stream);
-    a.logits = send(logits, ROWS * K), a.K = (int)K, a.N = N, a.how = ghow, a.stream = gstream, a.pos = pos;
+    a.logits = send(logits, ROWS * K), a.K = (int)K, a.N = N, a.how = ghow, a.stream = gstream, a.samples = ROWS;
     a.tokens = (int32_t *)on_device(sizeof got), a.ids = (int32_t *)on_device(ROWS * sizeof *a.ids);
     CHECK_OK(to_device(device, ghow, &how, sizeof how));
     CHECK_OK(to_device(device, gstream, stream, sizeof stream));
-    CHECK_OK(to_device(device, pos, &one, sizeof one));
+    CHECK_OK(to_device(device, next.pos, at, sizeof at));
     CHECK_OK(device_zero(device, a.tokens, sizeof got)); /* of which the kernel writes the second of a row */
-    CHECK_OK(launch_draw(device, &a, ROWS));
+    CHECK_OK(launch_draw(device, &a, &next));
     CHECK_OK(to_host(device, got, a.tokens, sizeof got));
     for (size_t b = 0; b < ROWS; b++) {
         sample_probs(prob, logits + b * K, K, -1, temperature, top_k);
@@ -917,7 +919,8 @@ static void test_emulation(void) {
 }
 #endif
 
-int main(void) {
+/* test_cuda_bf16 decoding: that alone */
+int main(int argc, char **argv) {
     char text[CUDA_TEXT_BYTES];
     if (find_cuda(text, NULL, NULL) != OK || open_device(&device) != OK) {
         printf("FAIL %s\n0 passed, 1 failed\n", err_text());
@@ -925,6 +928,11 @@ int main(void) {
     }
     printf("%s, %s\n", text, IS_BF16 ? "bf16" : "f32");
     seam(0, 0); /* so that needs can be asked for */
+    if (argc > 1 && strcmp(argv[1], "decoding") == 0) {
+        test_decodings();
+        close_device(device);
+        return test_report();
+    }
 #ifdef CUDA_ON_CPU
     test_emulation();
 #endif
