@@ -59,17 +59,6 @@ enum {
 static __thread real block_a[MC * KC] __attribute__((aligned(LINE_BYTES)));
 static __thread real panel_b[KC * NR] __attribute__((aligned(LINE_BYTES)));
 
-/* A matrix seen through two strides: element (i,j) is p[i * row + j * col]. Either row or col is 1. */
-typedef struct {
-    const real *p;
-    size_t row, col;
-} View;
-
-INLINE View view_at(View v, size_t i, size_t j) {
-    v.p += i * v.row + j * v.col;
-    return v;
-}
-
 /* ---- Micro kernel ---- */
 
 /* c[i,j] = or += sum_k a[i,k] b[k,j]    i < rows <= MR, j < vecs*LANES
@@ -332,13 +321,16 @@ void gemm(Precision precision, int trans_a, int trans_b, size_t M, size_t N, siz
           const real *B, size_t ldb, int accumulate, real *C, size_t ldc) {
     const View a = {A, trans_a ? 1 : lda, trans_a ? lda : 1}, b = {B, trans_b ? 1 : ldb, trans_b ? ldb : 1};
     Product p = {M, N, K, a, b, accumulate, C, ldc, 0, 0, 0, 0};
-    (void)precision; /* all products are of floats yet */
     if (M == 0 || N == 0) return;
     if (K == 0) {
         if (!accumulate) clear(C, M, N, ldc);
         return;
     }
     const int threads = threads_for(M, N, K);
+    if (precision != PRECISION_F32) {
+        gemm_bf16(precision == PRECISION_BF16X3, M, N, K, a, b, accumulate, C, ldc, threads);
+        return;
+    }
     choose_tiles(&p, (size_t)threads);
     parallel_work(threads, p.tiles, tile_task, &p);
 }

@@ -1,4 +1,4 @@
-/* vector.h - vectors of LANES numbers, as wide as the processor of this build has them: what gemm.c and stream.c share.
+/* vector.h - vectors of LANES numbers, as wide as the processor of this build has them: what the matrix products share.
  * Nobody else includes it.
  *
  * gcc's and clang's vector types give the same code on x86-64, at any width, and on Arm; the few operations that
@@ -111,6 +111,78 @@ INLINE Vec interleave_high(Vec a, Vec b) {
 #endif
 }
 
+/* A matrix seen through two strides: element (i,j) is p[i * row + j * col]. Either row or col is 1. */
+typedef struct {
+    const real *p;
+    size_t row, col;
+} View;
+
+INLINE View view_at(View v, size_t i, size_t j) {
+    v.p += i * v.row + j * v.col;
+    return v;
+}
+
+#ifndef REAL_DOUBLE
+
+/* Within every 16 bytes: the first or second halves of a and b, interleaved by numbers or by pairs of numbers. Of a and
+ * then b: every second 16 bytes. */
+#if LANES == 16
+#define LOW4(a, b) SHUFFLE(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29)
+#define HIGH4(a, b) SHUFFLE(a, b, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31)
+#define LOW2(a, b) SHUFFLE(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29)
+#define HIGH2(a, b) SHUFFLE(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31)
+#define EVEN(a, b) SHUFFLE(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27)
+#define ODD(a, b) SHUFFLE(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31)
+#elif LANES == 8
+#define LOW4(a, b) SHUFFLE(a, b, 0, 8, 1, 9, 4, 12, 5, 13)
+#define HIGH4(a, b) SHUFFLE(a, b, 2, 10, 3, 11, 6, 14, 7, 15)
+#define LOW2(a, b) SHUFFLE(a, b, 0, 1, 8, 9, 4, 5, 12, 13)
+#define HIGH2(a, b) SHUFFLE(a, b, 2, 3, 10, 11, 6, 7, 14, 15)
+#define EVEN(a, b) SHUFFLE(a, b, 0, 1, 2, 3, 8, 9, 10, 11)
+#define ODD(a, b) SHUFFLE(a, b, 4, 5, 6, 7, 12, 13, 14, 15)
+#else
+#define LOW4(a, b) SHUFFLE(a, b, 0, 4, 1, 5)
+#define HIGH4(a, b) SHUFFLE(a, b, 2, 6, 3, 7)
+#define LOW2(a, b) SHUFFLE(a, b, 0, 1, 4, 5)
+#define HIGH2(a, b) SHUFFLE(a, b, 2, 3, 6, 7)
+#endif
+
+/* The first n numbers at p and zeros behind; LANES at most. */
+INLINE Vec load_first(const real *p, size_t n) {
+    Vec v = {0};
+    if (n >= LANES) return load(p);
+#if defined(__AVX512F__)
+    return _mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p);
+#endif
+    memcpy(&v, p, n * sizeof *p);
+    return v;
+}
+
+/* Number j of v[i] and number i of v[j] change places: squares of 4 x 4 numbers in themselves, within 16 bytes, where
+ * processors shuffle fastest; then the squares, 16 bytes at a time. */
+INLINE void transpose_vecs(Vec v[LANES]) {
+    Vec t[LANES];
+    for (int i = 0; i < LANES; i += 4) {
+        const Vec low = LOW4(v[i], v[i + 1]), high = HIGH4(v[i], v[i + 1]);
+        const Vec low2 = LOW4(v[i + 2], v[i + 3]), high2 = HIGH4(v[i + 2], v[i + 3]);
+        t[i] = LOW2(low, low2), t[i + 1] = HIGH2(low, low2);
+        t[i + 2] = LOW2(high, high2), t[i + 3] = HIGH2(high, high2);
+    }
+    for (int i = 0; i < 4; i++) {
+#if LANES == 16
+        const Vec a = EVEN(t[i], t[i + 4]), b = ODD(t[i], t[i + 4]);
+        const Vec c = EVEN(t[i + 8], t[i + 12]), d = ODD(t[i + 8], t[i + 12]);
+        v[i] = EVEN(a, c), v[i + 4] = EVEN(b, d), v[i + 8] = ODD(a, c), v[i + 12] = ODD(b, d);
+#elif LANES == 8
+        v[i] = EVEN(t[i], t[i + 4]), v[i + 4] = ODD(t[i], t[i + 4]);
+#else
+        v[i] = t[i];
+#endif
+    }
+}
+
+#endif
+
 /* ---- Weights in fewer bits ---- */
 
 typedef uint32_t Words __attribute__((vector_size(LANES * 4)));
@@ -142,5 +214,8 @@ INLINE Vec load_factors(const float *p) {
     memcpy(&f, p, sizeof f);
     return __builtin_convertvector(f, Vec);
 }
+
+/* bf16.c: gemm of operands in bf16, or each the sum of two; M, N, K > 0. */
+void gemm_bf16(int x3, size_t M, size_t N, size_t K, View a, View b, int accumulate, real *C, size_t ldc, int threads);
 
 #endif

@@ -19,6 +19,7 @@ enum { KC = 384 }; /* as in gemm.c: part of its promise on bits */
 static const real MARK = 12345;
 
 typedef struct {
+    Precision precision;
     int trans_a, trans_b, accumulate;
     size_t M, N, K, lda, ldb, ldc;
     real *A, *B, *C, *before; /* before: C before the product */
@@ -26,6 +27,14 @@ typedef struct {
 } Case;
 
 static uint64_t seed;
+static Precision precision; /* of the cases that are made */
+
+static real from_bf16(uint16_t half) {
+    const uint32_t bits = (uint32_t)half << 16;
+    float f;
+    memcpy(&f, &bits, sizeof f);
+    return (real)f;
+}
 
 static real random_real(int whole) {
     seed++;
@@ -41,7 +50,13 @@ static real *matrix(size_t rows, size_t cols, size_t ld, int whole, size_t *size
 }
 
 static Case make_case(int trans, size_t M, size_t N, size_t K, size_t pad, int whole) {
-    Case c = {.trans_a = trans & 1, .trans_b = trans >> 1 & 1, .accumulate = trans >> 2 & 1, .M = M, .N = N, .K = K};
+    Case c = {.precision = precision,
+              .trans_a = trans & 1,
+              .trans_b = trans >> 1 & 1,
+              .accumulate = trans >> 2 & 1,
+              .M = M,
+              .N = N,
+              .K = K};
     size_t size;
     c.lda = (c.trans_a ? M : K) + pad;
     c.ldb = (c.trans_b ? K : N) + 2 * pad;
@@ -69,7 +84,7 @@ static void free_case(Case *c) {
 
 static void run(const Case *c, real *C) {
     memcpy(C, c->before, c->c_size * sizeof(real));
-    gemm(PRECISION_F32, c->trans_a, c->trans_b, c->M, c->N, c->K, c->A, c->lda, c->B, c->ldb, c->accumulate, C, c->ldc);
+    gemm(c->precision, c->trans_a, c->trans_b, c->M, c->N, c->K, c->A, c->lda, c->B, c->ldb, c->accumulate, C, c->ldc);
 }
 
 static real a_at(const Case *c, size_t i, size_t k) {
@@ -86,11 +101,30 @@ static size_t piece(size_t K) {
     return pieces ? (K + pieces - 1) / pieces : 1;
 }
 
-/* Every element of c->C within the a-priori bound, every element beside them untouched. Adding n terms in sequence
- * with unit roundoff u errs by at most n*u/(1-n*u) * sum |terms| (Higham, Accuracy and Stability, 2002, sec. 3.1);
- * n = a product, a piece, the pieces, the old C. Whole numbers below 2^24 allow no error at all. */
+/* What the product takes a number for. */
+static long double operand(const Case *c, real x) {
+    uint16_t half;
+    if (c->precision != PRECISION_BF16) return (long double)x;
+    round_bf16(&half, &x, 1);
+    return (long double)from_bf16(half);
+}
+
+/* Of the sum of |terms|. Adding n terms in sequence with unit roundoff u errs by at most n*u/(1-n*u) of it (Higham,
+ * Accuracy and Stability, 2002, sec. 3.1); n = a product, a piece, the pieces, the old C. bf16: the products are exact,
+ * both ways of adding pairs take at most one addition more. bf16x3: three products, two of them with a low part, 2^-8 of a
+ * number at most; the low part is rounded, 2^-16 of a number for each of the two, and low times low is left out, another
+ * 2^-16. Whole numbers that bf16 holds, with sums below 2^24, allow no error at all. */
+static double error_bound(const Case *c, int whole) {
+    const double terms = c->precision == PRECISION_F32
+                             ? (double)(piece(c->K) + (c->K + KC - 1) / KC + 3)
+                             : (double)(c->K + c->K / 32 + 6) * (c->precision == PRECISION_BF16X3 ? 1.01 * 3 : 1);
+    const double n = terms * UNIT;
+    return whole ? 0 : n / (1 - n) + (c->precision == PRECISION_BF16X3 ? 3.03 * 0x1p-16 : 0);
+}
+
+/* Every element of c->C within the a-priori bound, every element beside them untouched. */
 static int correct(const Case *c, int whole) {
-    const double n = (double)(piece(c->K) + (c->K + KC - 1) / KC + 3) * UNIT, bound = whole ? 0 : n / (1 - n);
+    const double bound = error_bound(c, whole);
     for (size_t e = 0; e < c->c_size; e++) {
         const size_t i = e / c->ldc, j = e % c->ldc;
         if (j >= c->N) {
@@ -99,7 +133,7 @@ static int correct(const Case *c, int whole) {
         }
         long double sum = c->accumulate ? (long double)c->before[e] : 0, size = c->accumulate ? fabsl(sum) : 0;
         for (size_t k = 0; k < c->K; k++) {
-            const long double product = (long double)a_at(c, i, k) * (long double)b_at(c, k, j);
+            const long double product = operand(c, a_at(c, i, k)) * operand(c, b_at(c, k, j));
             sum += product;
             size += fabsl(product);
         }
@@ -149,8 +183,8 @@ static int product_is(int trans, size_t M, size_t N, size_t K, size_t pad, int w
     run(&c, c.C);
     const int ok = correct(&c, whole);
     if (!ok)
-        printf("     trans_a %d trans_b %d accumulate %d M %zu N %zu K %zu pad %zu\n", c.trans_a, c.trans_b,
-               c.accumulate, M, N, K, pad);
+        printf("     precision %d trans_a %d trans_b %d accumulate %d M %zu N %zu K %zu pad %zu\n", c.precision,
+               c.trans_a, c.trans_b, c.accumulate, M, N, K, pad);
     free_case(&c);
     return ok;
 }
@@ -176,6 +210,18 @@ static void test_shapes(void) {
         }
     CHECK(ok);
     CHECK(bound);
+}
+
+/* In bf16 more than one piece of k, and of rows and columns as large as a thread's buffers. */
+static void test_pieces(void) {
+    int ok = 1;
+    for (int trans = 0; trans < 8; trans++)
+        for (int whole = 0; whole < 2; whole++) {
+            ok &= product_is(trans, 70, 90, 2049, 1, whole);
+            ok &= product_is(trans, 19, 5, 4200, 0, whole);
+        }
+    ok &= product_is(0, 600, 600, 2100, 0, 1); /* and of the program's */
+    CHECK(ok);
 }
 
 static void test_empty(void) {
@@ -242,11 +288,17 @@ static int single_rows_agree(const Case *c, const real *expected) {
     for (size_t i = 0; i < c->M; i += c->M / 5 + 1) {
         const real *A = c->trans_a ? c->A + i : c->A + i * c->lda;
         memcpy(row, c->before + i * c->ldc, c->N * sizeof(real));
-        gemm(PRECISION_F32, c->trans_a, c->trans_b, 1, c->N, c->K, A, c->lda, c->B, c->ldb, c->accumulate, row, c->ldc);
+        gemm(c->precision, c->trans_a, c->trans_b, 1, c->N, c->K, A, c->lda, c->B, c->ldb, c->accumulate, row, c->ldc);
         ok &= memcmp(row, expected + i * c->ldc, c->N * sizeof(real)) == 0;
     }
     free(row);
     return ok;
+}
+
+/* With one thread; in bf16 each kind of processor has its own order of additions. */
+static void run_alone(const Case *c, real *C) {
+    threads_set(1);
+    run(c, C);
 }
 
 static void test_bits(void) {
@@ -254,7 +306,10 @@ static void test_bits(void) {
     for (int trans = 0; trans < 8; trans++) {
         Case c = make_case(trans, 131, 173, 601, 3, 0); /* large enough to be shared among threads */
         real *expected = (real *)malloc(c.c_size * sizeof(real));
-        promised_order(&c, expected);
+        if (precision == PRECISION_F32)
+            promised_order(&c, expected);
+        else
+            run_alone(&c, expected);
         for (int threads = 1; threads <= 3; threads++) {
             threads_set(threads);
             run(&c, c.C);
@@ -312,13 +367,6 @@ typedef struct {
 
 static real number(size_t i) {
     return (real)(2 * rng_uniform(5, rng_stream(RNG_TEST, 0, 0), i) - 1);
-}
-
-static real from_bf16(uint16_t half) {
-    const uint32_t bits = (uint32_t)half << 16;
-    float f;
-    memcpy(&f, &bits, sizeof f);
-    return (real)f;
 }
 
 static void round_all(real *to, const real *x, size_t n) {
@@ -545,10 +593,74 @@ static void test_pack_error(void) {
     }
 }
 
+/* ---- Operands in bf16 ---- */
+
+static real one_product(Precision p, real a, real b) {
+    real c = 7;
+    gemm(p, 0, 0, 1, 1, 1, &a, 1, &b, 1, 0, &c, 1);
+    return c;
+}
+
+/* A number that is not finite stays one, infinity times a number is infinity of the right sign, as in f32, but infinity
+ * times infinity is NaN in bf16x3. */
+static void test_not_finite(void) {
+    const real inf = (real)INFINITY, odd = (real)1.00390625, below = (real)1.0039; /* low parts 0, above and below 0 */
+    for (int p = PRECISION_F32; p <= PRECISION_BF16; p++) {
+        const Precision how = (Precision)p;
+        const real numbers[] = {1, odd, below, (real)-1.0039, (real)-3e-5};
+        for (size_t i = 0; i < sizeof numbers / sizeof *numbers; i++) {
+            const real x = numbers[i], expected = x > 0 ? inf : -inf;
+            CHECK(one_product(how, inf, x) == expected && one_product(how, x, inf) == expected);
+            CHECK(one_product(how, -inf, x) == -expected && one_product(how, x, -inf) == -expected);
+            CHECK(isnan((double)one_product(how, x, (real)NAN)) && isnan((double)one_product(how, (real)NAN, x)));
+        }
+        CHECK(isnan((double)one_product(how, inf, 0)) && isnan((double)one_product(how, 0, inf)));
+        CHECK(!isfinite((double)one_product(how, inf, inf)));
+        CHECK(one_product(how, (real)3e38, 1) > (real)2.9e38 && one_product(how, 0, (real)3e38) == 0);
+    }
+    CHECK(one_product(PRECISION_BF16, odd, 1) == 1); /* a tie: to even */
+    CHECK(one_product(PRECISION_BF16X3, odd, 1) == odd && one_product(PRECISION_BF16X3, 1, odd) == odd);
+}
+
+/* bf16x3 is off by a few millionths of the largest result, and bf16 by far more: it is another product. */
+static void test_split_error(void) {
+    double worst[3] = {0}, largest = 0;
+    for (int p = PRECISION_F32; p <= PRECISION_BF16; p++) {
+        precision = (Precision)p;
+        seed = 1; /* the same numbers each time */
+        Case c = make_case(0, 96, 160, 1024, 0, 0);
+        run(&c, c.C);
+        for (size_t i = 0; i < c.M; i++)
+            for (size_t j = 0; j < c.N; j++) {
+                double sum = 0;
+                for (size_t k = 0; k < c.K; k++) sum += (double)a_at(&c, i, k) * (double)b_at(&c, k, j);
+                worst[p] = fmax(worst[p], fabs((double)c.C[i * c.ldc + j] - sum)), largest = fmax(largest, fabs(sum));
+            }
+        free_case(&c);
+    }
+    printf("a product of 1024, off by at most, of the largest: f32 %.1e, bf16x3 %.1e, bf16 %.1e\n", worst[0] / largest,
+           worst[1] / largest, worst[2] / largest);
+    CHECK(worst[PRECISION_BF16X3] < 5e-6 * largest);
+    CHECK(worst[PRECISION_BF16] > 1e-4 * largest && worst[PRECISION_BF16] < 5e-3 * largest);
+}
+
+static void test_bf16(void) {
+    for (int p = PRECISION_BF16X3; p <= PRECISION_BF16; p++) {
+        precision = (Precision)p;
+        test_shapes();
+        test_pieces();
+        test_bits();
+    }
+    test_not_finite();
+    test_split_error();
+    precision = PRECISION_F32;
+}
+
 int main(void) {
     test_shapes();
     test_empty();
     test_bits();
+    test_bf16();
     test_negative_control();
     test_stream();
     test_stream_lengths();

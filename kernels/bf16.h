@@ -1,0 +1,177 @@
+/* bf16.h - products of bf16 with sums of float, in blocks of 32 x 32: what bf16.c and convolutions share.
+ *
+ *     C (rows, cols) = (+ C) sum over steps s of A_s (rows, 32) B_s (32, cols)        rows, cols <= 32
+ *
+ * A step is a tile of A times a tile of B, each 16 rows of 64 bytes, as the tile instructions of Intel's processors
+ * (AMX) take them:
+ *
+ *     A   16 rows of C by 32 k: a row is 32 neighbouring bf16 at a + offset[s] + row * a_row. So A may be rows, or tiles
+ *         that were packed, or a picture, channels last, seen through the window of a convolution: then a step is 32
+ *         channels under one tap.
+ *     B   32 k by 16 columns of C, packed: word (p,j) of the 16 x 16 holds k = 2p (lower half) and 2p+1 of column j. The
+ *         tiles of all steps lie one behind the other: a panel. Weights in bf16 are such panels (stream.c).
+ *
+ * bf16x3: an operand is the sum of two, x = high + low, high = bf16(x), low = bf16(x - high), and
+ * A B = high high + high low + low high. A tile of low stands a_low numbers behind its tile of high; in a panel of B it
+ * follows it. A number that is not finite, and one that bf16 rounds to infinity, is high = 0, low = x: in low it meets no
+ * low, whose sign may be the other one, and so infinity times a number stays infinity. Infinity times infinity is NaN.
+ *
+ * Promise on bits: an element of C is one sum over the steps, in order, begun with 0; rows, cols and position do not
+ * change it. On each kind of processor the order within a step is its own. Tile instructions and avx512_bf16 take
+ * numbers below 2^-126 for 0. */
+#ifndef BF16_H
+#define BF16_H
+
+#include "kernels/vector.h"
+
+enum {
+    TILE = 16,                  /* rows of C in a tile of A, columns in a tile of B */
+    STEP = 32,                  /* k of a tile */
+    TILE_NUMBERS = TILE * STEP, /* 1 KB */
+    BLOCK = 2 * TILE            /* rows and columns of a block of C */
+};
+
+/* The sum of a block. All 16 rows of a tile of A are read, if any is. */
+typedef struct {
+    size_t steps;
+    const uint16_t *a[2];   /* of rows 0..15 and 16..31; the second is not read if rows <= 16 */
+    const uint32_t *offset; /* (steps); NULL: s * a_step */
+    size_t a_step, a_row, a_low;
+    const uint16_t *b[2]; /* panels of columns 0..15 and 16..31; the second is not read if cols <= 16 */
+} BlockSum;
+
+INLINE size_t a_of_step(const BlockSum *p, size_t s) {
+    return p->offset ? p->offset[s] : s * p->a_step;
+}
+
+/* ---- Operands ---- */
+
+/* What of a number an operand holds. */
+typedef enum { PART_WHOLE, PART_HIGH, PART_LOW } Part;
+
+INLINE uint16_t part_of(Part part, real x) {
+    const uint16_t whole = bf16_from_float((float)x);
+    const float near = bf16_to_float(whole), high = near - near == 0 ? near : 0;
+    return part == PART_WHOLE ? whole : bf16_from_float(part == PART_HIGH ? high : (float)(x - (real)high));
+}
+
+/* ---- Vectors ---- */
+
+#if defined(__AVX512BF16__) && !defined(REAL_DOUBLE)
+#define HAVE_DPBF16 1
+#else
+#define HAVE_DPBF16 0
+#endif
+
+enum {
+    BLOCK_VECS = BLOCK < 2 * LANES ? 1 : 2, /* vectors of columns at a time */
+    BLOCK_ROWS = VECTOR_BYTES == 64 ? 8 : 4 /* rows at a time: the sums stay in registers */
+};
+
+INLINE Words load_words(const uint16_t *p) {
+    Words w;
+    memcpy(&w, p, sizeof w);
+    return w;
+}
+
+INLINE real number_of_bits(uint32_t bits) {
+    float f;
+    memcpy(&f, &bits, sizeof f);
+    return (real)f;
+}
+
+/* sum + the products of two k of a row of A and of LANES columns of B */
+INLINE Vec add_pair(const uint16_t *a, Words b, Vec sum) {
+    uint32_t pair;
+    memcpy(&pair, a, sizeof pair);
+#if HAVE_DPBF16
+    return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_set1_epi32((int)pair), (__m512bh)b);
+#else
+    const Floats even = (Floats)(b << 16), odd = (Floats)(b & 0xffff0000u);
+    sum = multiply_add(number_of_bits(pair << 16), __builtin_convertvector(even, Vec), sum);
+    return multiply_add(number_of_bits(pair & 0xffff0000u), __builtin_convertvector(odd, Vec), sum);
+#endif
+}
+
+/* C (rows, LANES or the first n columns) = or += sum */
+INLINE void put_vector(real *c, Vec sum, size_t n, int add) {
+    if (n >= LANES)
+        store(c, add ? load(c) + sum : sum);
+    else
+        for (size_t i = 0; i < n; i++) c[i] = add ? c[i] + sum[i] : sum[i];
+}
+
+/* `rows` rows of C from row i of the block on, `vecs` vectors from column j on. rows, vecs and x3 are constants where this
+ * is expanded. */
+INLINE void vector_rows(int rows, int vecs, int x3, const BlockSum *p, size_t i, size_t j, size_t cols, int add,
+                        real *c, size_t ldc) {
+    const size_t a_row = p->a_row, b_step = (x3 ? 2 : 1) * TILE_NUMBERS;
+    const uint16_t *from = p->a[i / TILE] + i % TILE * a_row;
+    const uint16_t *panel[BLOCK_VECS];
+    Vec sum[BLOCK_ROWS][BLOCK_VECS];
+    for (int v = 0; v < vecs; v++) {
+        const size_t column = j + (size_t)v * LANES;
+        panel[v] = p->b[column / TILE] + column % TILE * 2;
+        for (int r = 0; r < rows; r++) sum[r][v] = (Vec){0};
+    }
+    for (size_t s = 0; s < p->steps; s++) {
+        const uint16_t *a = from + a_of_step(p, s);
+        for (size_t k = 0; k < STEP; k += 2) {
+            Words high[BLOCK_VECS], low[BLOCK_VECS];
+            for (int v = 0; v < vecs; v++) {
+                high[v] = load_words(panel[v] + s * b_step + k * TILE);
+                if (x3) low[v] = load_words(panel[v] + s * b_step + TILE_NUMBERS + k * TILE);
+            }
+            for (int r = 0; r < rows; r++)
+                for (int v = 0; v < vecs; v++) {
+                    const uint16_t *ak = a + (size_t)r * a_row + k;
+                    if (x3) sum[r][v] = add_pair(ak, low[v], sum[r][v]);
+                    sum[r][v] = add_pair(ak, high[v], sum[r][v]);
+                    if (x3) sum[r][v] = add_pair(ak + p->a_low, high[v], sum[r][v]);
+                }
+        }
+    }
+    for (int r = 0; r < rows; r++)
+        for (int v = 0; v < vecs; v++) {
+            const size_t column = j + (size_t)v * LANES;
+            put_vector(c + (i + (size_t)r) * ldc + column, sum[r][v], cols - column, add);
+        }
+}
+
+/* Chooses the expansion for a number of rows; called with constant vecs and x3. */
+INLINE void vector_group(size_t rows, int vecs, int x3, const BlockSum *p, size_t i, size_t j, size_t cols, int add,
+                         real *c, size_t ldc) {
+#define EXPAND_ROWS(n)                                                                                                 \
+    case n: vector_rows(n, vecs, x3, p, i, j, cols, add, c, ldc); break
+    switch (rows) {
+        EXPAND_ROWS(1);
+        EXPAND_ROWS(2);
+        EXPAND_ROWS(3);
+        EXPAND_ROWS(4);
+#if VECTOR_BYTES == 64
+        EXPAND_ROWS(5);
+        EXPAND_ROWS(6);
+        EXPAND_ROWS(7);
+        EXPAND_ROWS(8);
+#endif
+    }
+#undef EXPAND_ROWS
+}
+
+INLINE void vector_block(int x3, const BlockSum *p, size_t rows, size_t cols, int add, real *c, size_t ldc) {
+    for (size_t j = 0; j < cols; j += BLOCK_VECS * LANES)
+        for (size_t i = 0; i < rows; i += BLOCK_ROWS)
+            if (cols - j <= LANES)
+                vector_group(min_size(BLOCK_ROWS, rows - i), 1, x3, p, i, j, cols, add, c, ldc);
+            else
+                vector_group(min_size(BLOCK_ROWS, rows - i), BLOCK_VECS, x3, p, i, j, cols, add, c, ldc);
+}
+
+/* ---- The block ---- */
+
+/* C (rows, cols) = or += the sum; rows, cols: 1..32 */
+INLINE void block_sum(int x3, const BlockSum *p, size_t rows, size_t cols, int add, real *c, size_t ldc) {
+    vector_block(x3, p, rows, cols, add, c, ldc);
+}
+
+#endif
