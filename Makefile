@@ -10,6 +10,7 @@
 # make test-cuda BUILT=DIR, make bench-cuda BUILT=DIR   with what was built elsewhere (STATIC=1 CUDA_ARCH=90 MARCH=x86-64-v3),
 #                   on a machine that has a GPU but neither nvcc nor libraries
 # make test-cuda-emulated   every CUDA kernel, run on the CPU, against its C twin (part of make test)
+# make test-cuda-ptx PTXSIM=DIR   nvcc's PTX, run on the CPU by the interpreter in DIR; WHOLE=1: in all orders, for 80, 90, 90a
 # make emulated-debug   the same kernels for a debugger, in build/*/emulated-debug
 # make bench        how fast, as fractions of this machine's ceilings and beside PyTorch; also in bench.tsv
 # make load SECONDS=120   fifty clients upon ./serve at once (also SANITIZE=1); make load-threads: under the thread sanitizer
@@ -316,36 +317,35 @@ endif
 # Emulated: by a C++ compiler, with test/cuda_on_cpu.h in the place of CUDA's headers.
 CXX := $(if $(findstring clang,$(notdir $(CC))),$(subst clang,clang++,$(CC)),$(subst gcc,g++,$(CC)))
 PRECISIONS := f32 bf16
-EMULATED_TESTS := $(foreach t,cuda vqgan_cuda gan_cuda,$(PRECISIONS:%=$B/emulated/test_$(t)_%))
+CUDA_TESTS := $(foreach t,cuda vqgan_cuda gan_cuda,$(PRECISIONS:%=test_$(t)_%))
+EMULATED_TESTS := $(CUDA_TESTS:%=$B/emulated/%)
 EMULATED_FLAGS := -x c++ -std=c++17 -I. -D_GNU_SOURCE -DCUDA_ON_CPU -g -ffp-contract=off $(WARN) -Wno-unknown-pragmas
 floatX = $(if $(filter %bf16 %bf16.o,$@),-DFLOATX_BF16)
 
-# of $1, a folder, and $2, how much the compiler optimises
-define emulation
+# the tests and programs of $1, a folder, whose CUDA code $2 compiles by $3; linked with $4
+define cuda_folder
 $(PRECISIONS:%=$1/device_%.o): transformer.cu Makefile
-	@mkdir -p $$(@D)
-	$$(call say,CXX,$$<)$$(CXX) $$(EMULATED_FLAGS) $2 $$(floatX) -MMD -MP -c -o $$@ $$<
 $(PRECISIONS:%=$1/test_cuda_%.o): test/test_cuda.cu Makefile
 $(PRECISIONS:%=$1/test_vqgan_cuda_%.o): test/test_vqgan_cuda.cu Makefile
 $(PRECISIONS:%=$1/test_gan_cuda_%.o): test/test_gan_cuda.cu Makefile
-$(EMULATED_TESTS:$B/emulated/%=$1/%.o):
+$(PRECISIONS:%=$1/device_%.o) $(CUDA_TESTS:%=$1/%.o):
 	@mkdir -p $$(@D)
-	$$(call say,CXX,$$<)$$(CXX) $$(EMULATED_FLAGS) $2 $$(floatX) -MMD -MP -c -o $$@ $$<
-$(EMULATED_TESTS:$B/emulated/%=$1/%): $1/%: $1/%.o $(OBJ)
-	$$(call say,LINK,$$@)$$(CXX) $(OPT) -o $$@ $$^ $$(LDLIBS)
+	$$(call say,$2,$$<)$3 $$(floatX) -MMD -MP -MF $$(@:.o=.d) -c -o $$@ $$<
+$(CUDA_TESTS:%=$1/%): $1/%: $1/%.o $(OBJ)
+	$$(call say,LINK,$$@)$$(CXX) $(OPT) -o $$@ $$^ $$(LDLIBS) $4
 $(patsubst %,$1/%,$(filter-out serve,$(PROGRAMS))): $1/%: $B/%.o $(OBJ) $(PRECISIONS:%=$1/device_%.o)
-	$$(call say,LINK,$$@)$$(CXX) $(OPT) -o $$@ $$^ $$(LDLIBS)
+	$$(call say,LINK,$$@)$$(CXX) $(OPT) -o $$@ $$^ $$(LDLIBS) $4
 $1/golden $1/bench_cuda: $1/%: $B/test/%.o $(OBJ) $(PRECISIONS:%=$1/device_%.o)
-	$$(call say,LINK,$$@)$$(CXX) $(OPT) -o $$@ $$^ $$(LDLIBS)
+	$$(call say,LINK,$$@)$$(CXX) $(OPT) -o $$@ $$^ $$(LDLIBS) $4
 $1/test_layers: $B/test/test_layers.o $(filter-out %/transformer.o,$(OBJ)) $(PRECISIONS:%=$1/device_%.o)
-	$$(call say,LINK,$$@)$$(CXX) $(OPT) -o $$@ $$^ $$(LDLIBS)
+	$$(call say,LINK,$$@)$$(CXX) $(OPT) -o $$@ $$^ $$(LDLIBS) $4
 $1/sample: $(DRAWING:%=$B/%.o)
 $1/train: $(TRAIN:%=$B/%.o)
 $1/train: LDLIBS += $(if $(HAVE_MPI),$(MPI_LIBS))
 endef
 EMULATION_OPT ?= $(if $(filter 1,$(SANITIZE)),$(OPT),-O2)
-$(eval $(call emulation,$B/emulated,$(EMULATION_OPT)))
-$(eval $(call emulation,$B/emulated-debug,-O0 $(if $(filter 1,$(SANITIZE)),$(OPT))))
+$(eval $(call cuda_folder,$B/emulated,CXX,$$(CXX) $$(EMULATED_FLAGS) $(EMULATION_OPT)))
+$(eval $(call cuda_folder,$B/emulated-debug,CXX,$$(CXX) $$(EMULATED_FLAGS) -O0 $(if $(filter 1,$(SANITIZE)),$(OPT))))
 EMULATED_TESTS += $B/emulated/test_layers
 EMULATED_BIN := $(EMULATED_TESTS) $(patsubst %,$B/emulated/%,$(filter-out serve,$(PROGRAMS))) $B/emulated/golden $B/emulated/bench_cuda
 
@@ -368,7 +368,7 @@ test-cuda-emulated: $(EMULATED_BIN) $(PROGRAMS:%=$B/%) $B/pictures $B/lpips
 
 # On a GPU, by nvcc. SANITIZER=memcheck (or racecheck, synccheck, initcheck) runs the layers under compute-sanitizer.
 SANITIZER ?=
-NVCC_TESTS := $(foreach t,cuda vqgan_cuda gan_cuda,$(PRECISIONS:%=$B/test_$(t)_%))
+NVCC_TESTS := $(CUDA_TESTS:%=$B/%)
 $(PRECISIONS:%=$B/device_%.o): transformer.cu Makefile
 	@mkdir -p $(@D)
 	$(call say,NVCC,$<)$(NVCC) $(NVCC_FLAGS) $(floatX) -MMD -MP -MF $(@:.o=.d) -c -o $@ $<
@@ -390,6 +390,28 @@ else ifneq ($(SANITIZER),)
 	@for t in $(NVCC_TESTS); do compute-sanitizer --tool $(SANITIZER) --error-exitcode 1 $$t || exit 1; done
 else
 	@test/run.sh --cuda $B $B $(NVCC_TESTS)
+endif
+
+# nvcc's PTX on the CPU: PTXSIM=DIR is an interpreter, whose build.sh makes a library that stands in for CUDA's runtime.
+PTXSIM ?=
+CUDA_PTX_ARCH ?= $(if $(filter 1,$(WHOLE)),80 90 90a,80)
+CUDA_PTX_ORDERS ?= $(if $(filter 1,$(WHOLE)),plain reverse random eager early clocks,plain)
+CUDA_PTX_PARTS ?= $(CUDA_TESTS:test_%=%) golden sample train
+.PHONY: test-cuda-ptx
+ifeq ($(and $(NVCC),$(PTXSIM)),)
+test-cuda-ptx:
+	@echo "make test-cuda-ptx needs nvcc (NVCC=... names it) and PTXSIM=DIR, an interpreter of its PTX"; exit 1
+else
+$B/ptxsim/libptxsim.so: $(wildcard $(PTXSIM)/*.cpp $(PTXSIM)/*.h)
+	@mkdir -p $(@D)
+	$(call say,PTX,$(PTXSIM))CUDA_HOME=$(dir $(NVCC)).. $(PTXSIM)/build.sh $(@D) >/dev/null
+PTX_FLAGS := -x cu -std=c++17 -I. -O3 -lineinfo --no-compress
+PTX_LIBS := -L$B/ptxsim -lptxsim -Wl$(comma)-rpath$(comma)$(CURDIR)/$B/ptxsim -ldl
+$(foreach a,$(CUDA_PTX_ARCH),$(eval $(call cuda_folder,$B/ptx-$a,NVCC,$$(NVCC) $$(PTX_FLAGS) -gencode arch=compute_$a$$(comma)code=compute_$a,$$(PTX_LIBS))))
+PTX_BIN := $(foreach a,$(CUDA_PTX_ARCH),$(patsubst %,$B/ptx-$a/%,$(CUDA_TESTS) golden sample train))
+$(PTX_BIN): | $B/ptxsim/libptxsim.so
+test-cuda-ptx: $(PTX_BIN) $B/pictures
+	@test/ptx.sh $B "$(CUDA_PTX_ARCH)" "$(CUDA_PTX_ORDERS)" "$(CUDA_PTX_PARTS)"
 endif
 
 # At full FFHQ size on a GPU, beside PyTorch where PYTHON has it.

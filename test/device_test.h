@@ -8,6 +8,38 @@
 static const double TOLERANCE = IS_BF16 ? 2e-2 : 1e-4;
 static Device *device;
 
+/* ---- The bits that the device computed: the same in any order of threads and blocks ---- */
+
+static uint64_t digest;   /* of what was looked at since the order began */
+static uint64_t all_bits; /* of everything: what test programs say at their end */
+static inline void add_bits(const void *p, size_t bytes) {
+    for (size_t i = 0; i < bytes; i++) {
+        digest = (digest ^ ((const unsigned char *)p)[i]) * 1099511628211u;
+        all_bits = (all_bits ^ ((const unsigned char *)p)[i]) * 1099511628211u;
+    }
+}
+
+static void reverse(int on) {
+#ifdef CUDA_ON_CPU
+    cuda_on_cpu_reverse = on;
+#else
+    (void)on;
+#endif
+}
+
+/* for (int order = first_order(); order < 2; order = next_order(order)): the second time, where kernels are emulated, threads
+ * and blocks run in the opposite order, and the bits must be the same. */
+static inline int first_order(void) {
+    return digest = 0;
+}
+static inline int next_order(int order) {
+    static uint64_t first;
+    if (order) CHECK(digest == first);
+    first = digest, digest = 0;
+    reverse(!order);
+    return order + 1;
+}
+
 /* ---- Arrays that exist on both sides ---- */
 
 enum { ARRAYS = 128 };
@@ -52,6 +84,7 @@ static inline float *send(const real *x, size_t n) {
 static void near_f(const char *name, const float *got, const real *want, size_t n) {
     real *x = (real *)malloc((n + 1) * sizeof *x);
     CHECK_OK(to_host(device, x, got, n * sizeof *x));
+    add_bits(x, n * sizeof *x);
     CHECK_NEAR(name, x, want, n, 1e-30, TOLERANCE);
     free(x);
 }
@@ -60,17 +93,10 @@ static void near_x(const char *name, const floatX *got, const real *want, size_t
     floatX *low = (floatX *)malloc((n + 1) * sizeof *low);
     real *x = (real *)malloc((n + 1) * sizeof *x);
     CHECK_OK(to_host(device, low, got, n * sizeof *low));
+    add_bits(low, n * sizeof *low);
     for (size_t i = 0; i < n; i++) x[i] = to_float(low[i]);
     CHECK_NEAR(name, x, want, n, 1e-30, TOLERANCE);
     free(low), free(x);
-}
-
-static void reverse(int on) {
-#ifdef CUDA_ON_CPU
-    cuda_on_cpu_reverse = on;
-#else
-    (void)on;
-#endif
 }
 
 /* ---- Pictures on both sides: here (B,C,cells), on the device (B,cells,C) ---- */
@@ -97,13 +123,17 @@ static inline void near_picture(const char *name, const floatX *got, const real 
     free(y);
 }
 
-/* The same bits as the first time: a digest of what the device wrote, in either order of threads and blocks. */
-static uint64_t digest;
 static inline void add_digest(const void *p, size_t bytes) {
     unsigned char *here = (unsigned char *)malloc(bytes + 1);
     CHECK_OK(to_host(device, here, p, bytes));
-    for (size_t i = 0; i < bytes; i++) digest = (digest ^ here[i]) * 1099511628211u;
+    add_bits(here, bytes);
     free(here);
+}
+
+/* The end of a test program */
+static int device_report(void) {
+    printf("bits of what was computed: %016llx\n", (unsigned long long)all_bits);
+    return test_report();
 }
 
 /* ---- Root mean squares ---- */
@@ -124,6 +154,7 @@ static inline double rms_of(const real *x, size_t n) {
 static inline void near_rms(const char *name, const real *got, const real *want, size_t n, double least, double limit) {
     real *gap = copy_of(got, n);
     for (size_t i = 0; i < n; i++) gap[i] -= want[i];
+    add_bits(got, n * sizeof *got);
     const double error = rms_of(gap, n) / fmax(rms_of(want, n), least);
     if (!test_note(n > 0 && error <= limit, __FILE__, __LINE__, name))
         printf("     an error of %.3g, at most %.3g\n", error, limit);

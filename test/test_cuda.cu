@@ -4,7 +4,8 @@
  * test-cuda-emulated), by nvcc for a GPU (make test-cuda). It includes transformer.cu, so it sees every function there.
  * Tolerances are relative to the largest number of a tensor: 1e-4 in float, 2e-2 in bf16; inputs of a bf16 kernel are
  * rounded to bf16 first. Every kernel runs twice, the second time in the opposite order of threads and blocks when it
- * is emulated, and must give the same bits. */
+ * is emulated, and must give the same bits. A line at the end has a digest of all bits: an interpreter of nvcc's PTX has
+ * more orders, between which runs are compared (make test-cuda-ptx). */
 #include "transformer.cu"
 
 #include "device_test.h"
@@ -41,13 +42,11 @@ static void test_gelu(size_t R, size_t H, int backward) {
     const size_t n = R * H;
     real *h = random_reals(n, 1, 2), *bias = random_reals(H, 2, 1), *slope = random_reals(n, 3, 1),
          *dh = random_reals(n, 4, 1);
-    for (int order = 0; order < 2; order++) {
+    for (int order = first_order(); order < 2; order = next_order(order)) {
         seam(0, 0);
         floatX *g = send_x(h, n), *dg = send_x(slope, n), *d = send_x(dh, n);
-        reverse(order);
         gpu.fast->gelu_forward(&gpu, as_real(g), backward ? as_real(dg) : NULL, send(bias, H), R, H);
         if (backward) gpu.fast->gelu_backward(&gpu, as_real(d), as_real(dg), R, H);
-        reverse(0);
         real *want_g = random_reals(n, 1, 2), *want_dg = random_reals(n, 3, 1), *want_d = random_reals(n, 4, 1);
         plain->gelu_forward(&cpu, want_g, backward ? want_dg : NULL, bias, R, H);
         if (backward) plain->gelu_backward(&cpu, want_d, want_dg, R, H);
@@ -125,7 +124,7 @@ static real *reals(size_t n) {
 static void test_norm(size_t B, size_t n, size_t skip, size_t C) {
     const size_t R = B * (n - skip), all = B * n * C;
     Fixture f;
-    for (int order = 0; order < 2; order++) {
+    for (int order = first_order(); order < 2; order = next_order(order)) {
         fixture_make(&f, C, 3);
         seam(gpu.fast->norm_needs(&gpu, R, C), 0);
         const size_t w = f.norm_weight, b = f.norm_bias;
@@ -133,11 +132,9 @@ static void test_norm(size_t B, size_t n, size_t skip, size_t C) {
         real *y = reals(R * C), *mean = reals(R), *rstd = reals(R);
         float *gx = send(x, all), *gdx = send(dx, all), *gm = send(mean, R), *gr = send(rstd, R);
         floatX *gy = send_x(y, R * C), *copy = IS_BF16 ? send_x(dx, all) : (floatX *)(void *)gdx;
-        reverse(order);
         gpu.fast->norm_forward(&gpu, as_real(gy), gm, gr, gx, there(w), there(b), R, C, n, skip);
         gpu.fast->norm_backward(&gpu, gdx, as_real(copy), grad_there(w), grad_there(b), send(dy, R * C), gx, there(w),
                                 gm, gr, R, C, n, skip);
-        reverse(0);
         plain->norm_forward(&cpu, y, mean, rstd, x, here(&f, w), here(&f, b), R, C, n, skip);
         plain->norm_backward(&cpu, dx, dx, grad_here(&f, w), grad_here(&f, b), dy, x, here(&f, w), mean, rstd, R, C, n,
                              skip);
@@ -188,7 +185,7 @@ static void test_linear(size_t R, size_t in, size_t out, int bias) {
 static void test_embedding(size_t B, size_t n, size_t C) {
     int32_t ids[64];
     Fixture f;
-    for (int order = 0; order < 2; order++) {
+    for (int order = first_order(); order < 2; order = next_order(order)) {
         fixture_make(&f, C, 3);
         seam(0, 0);
         for (size_t i = 0; i < B * n; i++) ids[i] = (int32_t)rng_below(5, 6, i, TOKENS - 3);
@@ -199,7 +196,6 @@ static void test_embedding(size_t B, size_t n, size_t C) {
         int two = 2, *at = (int *)on_device(sizeof two);
         CHECK_OK(to_device(device, gids, ids, sizeof ids));
         CHECK_OK(to_device(device, at, &two, sizeof two));
-        reverse(order);
         gpu.fast->embed_forward(&gpu, gx, gids, there(f.token), there(f.position), NULL, B, n, C);
         plain->embed_forward(&cpu, x, ids, token, position, NULL, B, n, C);
         near_f("embedding", gx, x, B * n * C);
@@ -209,7 +205,6 @@ static void test_embedding(size_t B, size_t n, size_t C) {
         plain->embed_forward(&cpu, x, ids, token, position, from, B, n, C);
         near_f("embedding from position 2 on", gx, x, B * n * C);
         gpu.fast->embed_backward(&gpu, grad_there(f.token), grad_there(f.position), gdx, gids, B, n, C, TOKENS);
-        reverse(0);
         plain->embed_backward(&cpu, grad_here(&f, f.token), grad_here(&f, f.position), dx, ids, B, n, C, TOKENS);
         near_grad(&f, f.token);
         near_grad(&f, f.position);
@@ -227,7 +222,7 @@ static void test_variant(size_t B, size_t N, size_t K, int scaled, int residual)
     for (size_t b = 0; b < B; b++)
         for (size_t i = 0; i < PROMPT + N; i++)
             ids[b * (PROMPT + N) + i] = (int32_t)(i ? rng_below(3, 4, b * N + i, (uint32_t)K) : 1 + b % SCALES);
-    for (int order = 0; order < 2; order++) {
+    for (int order = first_order(); order < 2; order = next_order(order)) {
         seam(gpu.fast->variant_needs(&gpu, B * N), 0);
         real *raw = random_reals(n, 1, 2), *s = random_reals(scalors, 2, 0.3), *dlogits = random_reals(n, 3, 1);
         real *logits = reals(n), *draw = reals(n), *ds = random_reals(scalors, 4, 1);
@@ -242,10 +237,8 @@ static void test_variant(size_t B, size_t N, size_t K, int scaled, int residual)
         CHECK_OK(to_device(device, gids, ids, sizeof ids));
         v.log_scalors = scaled ? send(s, scalors) : NULL, w.log_scalors = scaled ? s : NULL;
         v.ids = gids, w.ids = ids;
-        reverse(order);
         gpu.fast->variant_forward(&gpu, glogits, graw, &v, NULL, B, N, K);
         gpu.fast->variant_backward(&gpu, as_real(gdraw), gds, send(dlogits, n), graw, &v, B, N, K);
-        reverse(0);
         plain->variant_forward(&cpu, logits, raw, &w, NULL, B, N, K);
         if (scaled) plain->variant_backward(&cpu, draw, ds, dlogits, raw, &w, B, N, K);
         near_f("logits of a variant", glogits, logits, n);
@@ -449,6 +442,7 @@ static void test_bf16_moments(void) {
         CHECK(memcmp(p.row[r].v16, want, n * sizeof *want) == 0);
         free(want);
     }
+    add_bits(p.arena[0], p.total * sizeof *value);
     CHECK(memcmp(value, p.arena[0], p.total * sizeof *value) == 0);
     CHECK(memcmp(m16, p.arena[2], p.total * sizeof *m16) == 0);
     free_rows(device);
@@ -542,6 +536,7 @@ static void near_rows(const char *what, const Params *got, const Params *want, i
         for (size_t k = 0; k < want->row[r].size; k++)
             off += pow((double)g[k] - (double)w[k], 2), norm += pow((double)w[k], 2);
         all_off += off, all += norm;
+        add_bits(g, want->row[r].size * sizeof *g);
         if (IS_BF16 && which == 'G') continue;
         if (IS_BF16 && which == 'g') {
             if (!test_note(sqrt(off) <= 5e-2 * sqrt(key_bias ? before : norm) + 1e-7, __FILE__, __LINE__, name))
@@ -716,11 +711,13 @@ static void test_decoding(const char *what, const NetConfig *c, size_t B, size_t
         for (size_t b = 0; i > 0 && b < B; b++) prev[b] = a.x[b * N + i - 1];
         CHECK_OK(transformer_decode_step(a.cpu, prev, i, &want));
         CHECK_OK(transformer_decode_step(a.gpu, prev, i, &got));
+        add_bits(got, B * a.K * sizeof *got);
         CHECK_NEAR(what, got, want, B * a.K, 0, TOLERANCE);
     }
     const real *whole, *got;
     CHECK_OK(transformer_forward(a.cpu, a.x, a.x_t, a.t, a.label, B, N, &whole)); /* the plan serves this too */
     CHECK_OK(transformer_forward(a.gpu, a.x, a.x_t, a.t, a.label, B, N, &got));
+    add_bits(got, B * N * a.K * sizeof *got);
     CHECK_NEAR(what, got, whole, B * N * a.K, 0, TOLERANCE);
     pair_free(&a);
 }
@@ -768,6 +765,7 @@ static void test_drawing(const NetConfig *c, size_t B, size_t N, double temperat
             want[b * N + i] = sample_pick(prob, a.K, rng_uniform(99, stream[b], i));
         }
     }
+    add_bits(got, n * N * sizeof *got), add_bits(fit, sizeof fit);
     CHECK(memcmp(got, want, n * N * sizeof *got) == 0);
     for (size_t b = 0; b < n; b++) CHECK(fabs(fit[b] - want_fit[b]) <= 1e-4 * fabs(want_fit[b]));
     free(prob), free(mixed);
@@ -806,6 +804,7 @@ static void test_pick(size_t K, double temperature, size_t top_k) {
     CHECK_OK(device_zero(device, a.tokens, sizeof got)); /* of which the kernel writes the second of a row */
     CHECK_OK(launch_draw(device, &a, &next));
     CHECK_OK(to_host(device, got, a.tokens, sizeof got));
+    add_bits(got, sizeof got);
     for (size_t b = 0; b < ROWS; b++) {
         sample_probs(prob, logits + b * K, K, -1, temperature, top_k);
         const int32_t want = sample_pick(prob, K, rng_uniform(42, stream[b], 1));
@@ -944,9 +943,11 @@ int main(int argc, char **argv) {
     test_norm(3, 50, 0, 33);
     test_norm(2, 9, 1, 70);
     test_norm(3, 5, 2, 7);
-    test_linear(1, 1, 1, 1);
-    test_linear(5, 7, 3, 0);
-    test_linear(140, 40, 33, 1);
+    for (int order = first_order(); order < 2; order = next_order(order)) {
+        test_linear(1, 1, 1, 1);
+        test_linear(5, 7, 3, 0);
+        test_linear(140, 40, 33, 1);
+    }
     test_embedding(3, 7, 40);
     test_embedding(1, 1, 5);
     for (int scaled = 0; scaled < 3; scaled++) test_variant(3, 7, 11, scaled, 0), test_variant(4, 5, 40, scaled, 1);
@@ -957,21 +958,27 @@ int main(int argc, char **argv) {
     test_attention(1, 1, 72, 70, 70, 1, 66);
     test_attention(2, 1, 128, 1, 3, 0, 0);
     test_attention_shapes();
-    test_attention_decoding(2, 3, 50, 4, 1, 9);
-    test_attention_decoding(3, 1, 64, 0, 2, 5);
-    test_attention_decoding(1, 2, 128, 200, 1, 258);
-    test_attention_decoding(1, 2, 64, 256, 1, 257);
-    test_attention_decoding(1, 1, 50, 255, 2, 257);
-    test_attention_decoding(2, 1, 15, 30, 1, 40);
-    test_attention_decoding(1, 2, 121, 0, 1, 3);
-    test_updates();
-    test_bf16_moments();
+    for (int order = first_order(); order < 2; order = next_order(order)) {
+        test_attention_decoding(2, 3, 50, 4, 1, 9);
+        test_attention_decoding(3, 1, 64, 0, 2, 5);
+        test_attention_decoding(1, 2, 128, 200, 1, 258);
+        test_attention_decoding(1, 2, 64, 256, 1, 257);
+        test_attention_decoding(1, 1, 50, 255, 2, 257);
+        test_attention_decoding(2, 1, 15, 30, 1, 40);
+        test_attention_decoding(1, 2, 121, 0, 1, 3);
+    }
+    for (int order = first_order(); order < 2; order = next_order(order)) {
+        test_updates();
+        test_bf16_moments();
+    }
     test_networks();
     test_bundled(1), test_bundled(2), test_bundled(3);
-    test_training(&x_small);
-    test_training(&gpt_small);
-    test_decodings();
+    for (int order = first_order(); order < 2; order = next_order(order)) {
+        test_training(&x_small);
+        test_training(&gpt_small);
+        test_decodings();
+    }
     test_refusals();
     close_device(device);
-    return test_report();
+    return device_report();
 }

@@ -580,5 +580,5 @@ int main(void) {
     test_lpips_layers();
     test_perceptuals();
     close_device(device);
-    return test_report();
+    return device_report();
 }

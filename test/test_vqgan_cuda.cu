@@ -173,6 +173,11 @@ static void test_convs(void) {
                                  {CONV_DOWN, 1, 32, 40, 14, 20},
                                  {CONV_UP, 1, 64, 32, 4, 9},
                                  {CONV3, 1, 96, 33, 3, 2},
+                                 /* 4 divides the channels, 8 does not: a pack would reach into the next cell */
+                                 {CONV3, 1, 4, 8, 5, 7},
+                                 {CONV3, 1, 36, 12, 3, 5},
+                                 {CONV_DOWN, 2, 12, 4, 6, 10},
+                                 {CONV_UP, 1, 4, 12, 3, 4},
                                  {CONV3, 2, 3, 5, 7, 9},
                                  {CONV3, 1, 1, 1, 1, 1},
                                  {CONV3, 2, 16, 24, 5, 3},
@@ -618,5 +623,5 @@ int main(void) {
     test_layers();
     test_networks();
     close_device(device);
-    return test_report();
+    return device_report();
 }
