@@ -36,62 +36,14 @@ static __thread uint16_t own_b[OWN_ROOM] __attribute__((aligned(LINE_BYTES)));
 
 /* ---- Packing ---- */
 
-#if HAVE_DPBF16
-
-INLINE Vec split_off(Part part, Vec x) {
-    const __m512i whole = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(x));
-    const Vec near = (Vec)_mm512_slli_epi32(whole, 16);
-    const Vec high = _mm512_maskz_mov_ps(_knot_mask16(_mm512_fpclass_ps_mask(near, 0x99)), near); /* NaN, infinity: 0 */
-    return part == PART_HIGH ? high : x - high;
-}
-
-INLINE __m512i parts_of(Part part, Vec first, Vec second) {
-    if (part != PART_WHOLE) first = split_off(part, first), second = split_off(part, second);
-    return (__m512i)_mm512_cvtne2ps_pbh(second, first);
-}
-
-/* A tile: k < n <= STEP of the rows of v, zeros behind. by_pairs: as a tile of B, whose columns those rows are. */
-INLINE void pack_tile(Part part, int by_pairs, uint16_t *to, View v, size_t rows, size_t n) {
-    static const uint16_t pairs[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                                       8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-    const __m512i order = _mm512_loadu_si512(pairs);
-    Vec word[TILE];
-    for (size_t i = 0; i < TILE; i++) {
-        Vec first = {0}, second = {0};
-        if (v.col == 1 && i < rows) {
-            first = load_first(v.p + i * v.row, n);
-            second = load_first(v.p + i * v.row + LANES, n > LANES ? n - LANES : 0);
-        } else if (v.col != 1) {
-            if (2 * i < n) first = load_first(v.p + 2 * i * v.col, rows);
-            if (2 * i + 1 < n) second = load_first(v.p + (2 * i + 1) * v.col, rows);
-        }
-        const __m512i both = parts_of(part, first, second);
-        word[i] = (Vec)(v.col == 1 ? both : _mm512_permutexvar_epi16(order, both));
-    }
-    if ((v.col == 1) == by_pairs) transpose_vecs(word);
-    for (size_t i = 0; i < TILE; i++) memcpy(to + i * STEP, &word[i], sizeof word[i]);
-}
-
-#else
-
-INLINE void pack_tile(Part part, int by_pairs, uint16_t *to, View v, size_t rows, size_t n) {
-    for (size_t i = 0; i < TILE; i++)
-        for (size_t k = 0; k < STEP; k++) {
-            const uint16_t x = i < rows && k < n ? part_of(part, v.p[i * v.row + k * v.col]) : 0;
-            to[by_pairs ? k / 2 * STEP + i * 2 + k % 2 : i * STEP + k] = x;
-        }
-}
-
-#endif
-
 /* to (steps) tiles: `rows` <= TILE rows of v, K long. */
 INLINE void pack_part(Part part, int by_pairs, uint16_t *to, size_t to_step, View v, size_t rows, size_t K) {
     for (size_t k = 0; k < K; k += STEP, to += to_step) {
         const View vk = view_at(v, 0, k);
         if (rows == TILE && K - k >= STEP)
-            pack_tile(part, by_pairs, to, vk, TILE, STEP);
+            pack_tile(part, by_pairs, to, STEP, vk, TILE, STEP);
         else
-            pack_tile(part, by_pairs, to, vk, rows, min_size(STEP, K - k));
+            pack_tile(part, by_pairs, to, STEP, vk, rows, min_size(STEP, K - k));
     }
 }
 
