@@ -40,43 +40,20 @@ static Err norm_forward_gpu(const Compute *on, real *y, real *mean, real *rstd, 
     return OK;
 }
 
-/* dx += and, for the matrix product that reads it next, a copy of it in floatX. As norm_forward: a warp per row. */
-static __global__ void norm_backward_kernel(float *dx, floatX *dx_copy, const float *dy, const float *x,
-                                            const float *weight, const float *mean, const float *rstd, size_t R,
-                                            size_t C, size_t n, size_t skip) {
-    const size_t r = (size_t)blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP, lane = threadIdx.x % WARP;
-    if (r >= R) return;
-    const size_t at = source_row(r, n, skip) * C;
-    const float mu = mean[r], s = rstd[r];
-    float sum = 0, sum_hat = 0;
-    for (size_t c = lane; c < C; c += WARP) {
-        const float g = dy[r * C + c] * weight[c];
-        sum += g, sum_hat += g * (x[at + c] - mu);
-    }
-    const float shift = warp_sum(sum) / (float)C, slope = warp_sum(sum_hat) * s * s / (float)C;
-    for (size_t c = lane; c < C; c += WARP) {
-        const float more = s * (dy[r * C + c] * weight[c] - shift - (x[at + c] - mu) * slope),
-                    total = dx[at + c] + more;
-        dx[at + c] = total;
-        if ((void *)dx_copy != (void *)dx) dx_copy[at + c] = to_floatX(total);
-    }
-}
+/* ---- Sums over rows: each block adds up a slice of the rows, then a second kernel the slices. The order depends on sizes
+ * alone. ---- */
 
-/* ---- Sums over rows: each block adds up a slice of the rows for 32 columns, then one thread a column adds the slices.
- * The order depends on sizes alone. ---- */
+enum { SLICE_ROWS = 128, NORM_ROWS = 32 /* of a slice of products', of norms' gradients */, COLUMN_THREADS = 256 };
 
-enum { SLICE_ROWS = 128, COLUMN_THREADS = 256 };
-
-/* Of the slices of R rows of C columns, for `sums` sums of each */
-static size_t partial_floats(size_t R, size_t C, size_t sums) {
-    return ceil_div(R, SLICE_ROWS) * C * sums;
+/* Of the slices of R rows of C columns */
+static size_t partial_floats(size_t R, size_t C, size_t slice_rows) {
+    return ceil_div(R, slice_rows) * C;
 }
 
 /* Eight sums of a column, one a warp, meet in shared memory (8,32); the first warp returns their total. */
 static __device__ inline float add_warps(float *shared, float x) {
     const unsigned lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     float sum = 0;
-    __syncthreads(); /* whoever still reads what is there */
     shared[threadIdx.x] = x;
     __syncthreads();
     for (unsigned k = 0; warp == 0 && k < COLUMN_THREADS / WARP; k++) sum += shared[k * WARP + lane];
@@ -94,59 +71,123 @@ static __global__ void sum_columns_kernel(float *partial, const floatX *x, size_
     if (threadIdx.x < WARP && c < C) partial[blockIdx.y * C + c] = sum;
 }
 
-/* The same for a norm: partial (2,slices,C) = sums of dy (x - mean) rstd, and of dy. */
-static __global__ void norm_columns_kernel(float *partial, const float *dy, const float *x, const float *mean,
-                                           const float *rstd, size_t R, size_t C, size_t n, size_t skip) {
+/* first (C) += the slices of partial (slices,C), and second (C) += the slices behind those. Grid: columns / 32, which of
+ * the two; block: 32 columns x 8 slices. */
+static __global__ void add_slices_kernel(float *first, float *second, const float *partial, size_t slices, size_t C) {
     SHARED(float, shared);
-    const size_t c = (size_t)blockIdx.x * WARP + threadIdx.x % WARP, r0 = (size_t)blockIdx.y * SLICE_ROWS;
-    float dw = 0, db = 0;
-    for (size_t r = r0 + threadIdx.x / WARP; c < C && r < R && r < r0 + SLICE_ROWS; r += COLUMN_THREADS / WARP) {
-        const float g = dy[r * C + c];
-        dw += g * (x[source_row(r, n, skip) * C + c] - mean[r]) * rstd[r];
-        db += g;
+    const size_t c = (size_t)blockIdx.x * WARP + threadIdx.x % WARP;
+    float sum = 0;
+    partial += blockIdx.y * slices * C;
+#pragma unroll 8 /* few threads: each has many loads under way */
+    for (size_t k = threadIdx.x / WARP; k < slices; k += COLUMN_THREADS / WARP)
+        if (c < C) sum += partial[k * C + c];
+    sum = add_warps(shared, sum);
+    if (threadIdx.x < WARP && c < C) (blockIdx.y ? second : first)[c] += sum;
+}
+
+/* second: may be NULL */
+static Err add_slices(Device *d, float *first, float *second, const float *partial, size_t slices, size_t C) {
+    const dim3 grid(blocks_for(C, WARP), second ? 2 : 1);
+    LAUNCH(d, add_slices_kernel, grid, COLUMN_THREADS, COLUMN_THREADS * sizeof(float), first, second, partial, slices,
+           C);
+    return OK;
+}
+
+/* ---- Layer norm, backward ---- */
+
+/* sum (n) = over the block's warps what their lanes have of n columns, lane by lane. shared: (ROW_WARPS,HELD,WARP) */
+template <int HELD>
+static __device__ inline void add_rows(float *sum, float *shared, const float mine[HELD], size_t n) {
+    __syncthreads(); /* whoever still reads what is there */
+#pragma unroll
+    for (int k = 0; k < HELD; k++) shared[(threadIdx.x / WARP * HELD + k) * WARP + threadIdx.x % WARP] = mine[k];
+    __syncthreads();
+    for (size_t c = threadIdx.x; c < n; c += ROW_WARPS * WARP) {
+        sum[c] = 0;
+        for (unsigned w = 0; w < ROW_WARPS; w++) sum[c] += shared[w * HELD * WARP + c];
     }
-    dw = add_warps(shared, dw), db = add_warps(shared, db);
-    if (threadIdx.x >= WARP || c >= C) return;
-    partial[blockIdx.y * C + c] = dw;
-    partial[(gridDim.y + blockIdx.y) * C + c] = db;
 }
 
-static __global__ void add_slices_kernel(float *sum, const float *partial, size_t slices, size_t C) {
-    const size_t c = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
-    float total = 0;
-    if (c >= C) return;
-#pragma unroll 16 /* few threads: each has many loads under way */
-    for (size_t k = 0; k < slices; k++) total += partial[k * C + c];
-    sum[c] += total;
+typedef struct {
+    float *dx, *partial; /* partial (2,slices,C): what a slice adds to dweight, and to dbias */
+    floatX *dx_copy;
+    const float *dy, *x, *weight, *mean, *rstd;
+    size_t R, C, n, skip;
+} NormBackward;
+
+/* dx += and, for the matrix product that reads it next, a copy of it in floatX; and the sums of columns. As norm_forward: a
+ * warp per row. A block has a slice of the rows, of which it writes a panel of columns, HELD for each lane; their dy and
+ * x stay in registers, so that a row of one panel is read once. Grid: the panels of the first slice, then the second's. */
+template <int HELD> static __global__ void __launch_bounds__(ROW_WARPS *WARP) norm_backward_kernel(NormBackward a) {
+    SHARED(float, shared);
+    const size_t C = a.C, panels = (C + HELD * WARP - 1) / (HELD * WARP), slice = blockIdx.x / panels;
+    const size_t panel = blockIdx.x % panels * HELD * WARP, own = panel + threadIdx.x % WARP;
+    const size_t r0 = slice * NORM_ROWS, end = r0 + NORM_ROWS < a.R ? r0 + NORM_ROWS : a.R;
+    float dweight[HELD] = {}, dbias[HELD] = {};
+    for (size_t r = r0 + threadIdx.x / WARP; r < end; r += ROW_WARPS) {
+        const size_t at = source_row(r, a.n, a.skip) * C;
+        const float *dy = a.dy + r * C, *x = a.x + at, mu = a.mean[r], s = a.rstd[r];
+        float g[HELD], hat[HELD], sum = 0, sum_hat = 0; /* g = dy weight, hat = (x - mean) rstd */
+#pragma unroll
+        for (int k = 0; k < HELD; k++) {
+            const size_t c = own + k * WARP;
+            g[k] = c < C ? dy[c] : 0, hat[k] = c < C ? (x[c] - mu) * s : 0;
+        }
+#pragma unroll
+        for (int k = 0; k < HELD; k++) {
+            dweight[k] += g[k] * hat[k], dbias[k] += g[k];
+            g[k] *= own + k * WARP < C ? a.weight[own + k * WARP] : 0;
+            sum += g[k], sum_hat += g[k] * hat[k];
+        }
+        for (size_t c = threadIdx.x % WARP; panels > 1 && c < C; c += WARP) { /* the other panels */
+            const float other = c < panel || c >= panel + HELD * WARP ? dy[c] * a.weight[c] : 0;
+            sum += other, sum_hat += other * (x[c] - mu) * s;
+        }
+        const float shift = warp_sum(sum) / (float)C, slope = warp_sum(sum_hat) / (float)C;
+#pragma unroll
+        for (int k = 0; k < HELD; k++) { /* all loads, then all stores, which nothing may overtake */
+            g[k] = s * (g[k] - shift - hat[k] * slope);
+            if (own + k * WARP < C) g[k] += a.dx[at + own + k * WARP];
+        }
+#pragma unroll
+        for (int k = 0; k < HELD; k++) {
+            const size_t c = own + k * WARP;
+            if (c < C) a.dx[at + c] = g[k];
+            if (c < C && (void *)a.dx_copy != (void *)a.dx) a.dx_copy[at + c] = to_floatX(g[k]);
+        }
+    }
+    const size_t width = C - panel < HELD * WARP ? C - panel : HELD * WARP;
+    float *sums = a.partial + slice * C + panel;
+    add_rows<HELD>(sums, shared, dweight, width);
+    add_rows<HELD>(sums + gridDim.x / panels * C, shared, dbias, width);
 }
 
-static Err add_slices(Device *d, float *sum, const float *partial, size_t slices, size_t C) {
-    enum { THREADS = 128 };
-    LAUNCH(d, add_slices_kernel, blocks_for(C, THREADS), THREADS, 0, sum, partial, slices, C);
+template <int HELD> static Err launch_norm_backward(Device *d, const NormBackward *a) {
+    const unsigned grid = blocks_for(a->C, HELD * WARP) * blocks_for(a->R, NORM_ROWS);
+    LAUNCH(d, norm_backward_kernel<HELD>, grid, ROW_WARPS * WARP, ROW_WARPS * HELD * WARP * sizeof(float), *a);
     return OK;
 }
 
 /* Scratch of both: the slices */
 static size_t norm_needs_gpu(const Compute *, size_t R, size_t C) {
-    return partial_floats(R, C, 2) * sizeof(float);
+    return 2 * partial_floats(R, C, NORM_ROWS) * sizeof(float);
 }
 static size_t linear_needs_gpu(const Compute *, size_t R, size_t, size_t M) {
-    return partial_floats(R, M, 1) * sizeof(float);
+    return partial_floats(R, M, SLICE_ROWS) * sizeof(float);
 }
 
 static Err norm_backward_gpu(const Compute *on, real *dx, real *dx_operand, real *dweight, real *dbias, const real *dy,
                              const real *x, const real *weight, const real *mean, const real *rstd, size_t R, size_t C,
                              size_t n, size_t skip) {
-    Device *d = on->device;
-    const size_t slices = ceil_div(R, SLICE_ROWS);
-    const dim3 grid(blocks_for(C, WARP), (unsigned)slices);
     float *partial = (float *)on->scratch;
-    LAUNCH(d, norm_backward_kernel, blocks_for(R, ROW_WARPS), ROW_WARPS * WARP, 0, dx, (floatX *)dx_operand, dy, x,
-           weight, mean, rstd, R, C, n, skip);
-    LAUNCH(d, norm_columns_kernel, grid, COLUMN_THREADS, COLUMN_THREADS * sizeof(float), partial, dy, x, mean, rstd, R,
-           C, n, skip);
-    TRY(add_slices(d, dweight, partial, slices, C));
-    return add_slices(d, dbias, partial + slices * C, slices, C);
+    const NormBackward a = {dx, partial, (floatX *)dx_operand, dy, x, weight, mean, rstd, R, C, n, skip};
+    if (C <= 8 * WARP)
+        TRY(launch_norm_backward<8>(on->device, &a));
+    else if (C <= 24 * WARP)
+        TRY(launch_norm_backward<24>(on->device, &a));
+    else
+        TRY(launch_norm_backward<32>(on->device, &a));
+    return add_slices(on->device, dweight, dbias, partial, ceil_div(R, NORM_ROWS), C);
 }
 
 /* ---- Linear ---- */
@@ -181,7 +222,7 @@ static Err linear_backward_gpu(const Compute *on, real *dx, real *dw, real *db, 
     const dim3 grid(blocks_for(M, WARP), blocks_for(R, SLICE_ROWS));
     LAUNCH(d, sum_columns_kernel, grid, COLUMN_THREADS, COLUMN_THREADS * sizeof(float), partial, (const floatX *)dy, R,
            M);
-    return add_slices(d, db, partial, grid.y, M);
+    return add_slices(d, db, NULL, partial, grid.y, M);
 }
 
 /* ---- Embedding ---- */

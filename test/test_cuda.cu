@@ -954,6 +954,8 @@ int main(int argc, char **argv) {
     test_norm(3, 50, 0, 33);
     test_norm(2, 9, 1, 70);
     test_norm(3, 5, 2, 7);
+    test_norm(2, 70, 1, 300);
+    test_norm(1, 7, 0, 1050);
     for (int order = first_order(); order < 2; order = next_order(order)) {
         test_linear(1, 1, 1, 1);
         test_linear(5, 7, 3, 0);
