@@ -117,6 +117,11 @@ typedef struct {
     int y_f32, add_f32; /* y, add have such a copy */
     int y_f32_only;     /* nobody reads the bf16 numbers of y: they need not be written */
     void *prepared;     /* a GPU: the weights in the order of patches, from conv_prepare; else NULL */
+    /* GPUs may compute a group norm while reading its input, which x then is (conv_norms); y's moments are for the norm
+     * that comes next (conv_parts). */
+    const real *norm; /* what group_norm_forward kept, or NULL: x is read as it is */
+    int norm_swish, norm_f32;
+    void *moments; /* (B,conv_parts,3,M) floats: y's count, mean and sum of squares around it, or NULL: not wanted */
 } Conv;
 
 static inline size_t conv_height(const Conv *c) { /* of y */
@@ -132,6 +137,9 @@ typedef struct {
     size_t B, C, hw;
     int swish; /* y = swish(t), else y = t */
     int x_f32; /* a GPU in bf16: x has an f32 copy, which is read */
+    int deferred;        /* y is not written: the convolution that reads it norms x itself */
+    const void *moments; /* (B,parts,3,C) of x: Conv.moments; or NULL */
+    size_t parts;
 } GroupNorm;
 
 /* Entries of the codebook (K,D) for latents z (B,D,N). */
@@ -254,6 +262,8 @@ struct Layers {
     size_t (*conv_needs)(const Compute *on, const Conv *c, int backward);
     size_t (*conv_prepared_bytes)(const Conv *c); /* 0: nothing is prepared */
     void (*conv_prepare)(const Compute *on, void *prepared, const real *w, const Conv *c);
+    int (*conv_norms)(const Conv *c);    /* a GPU: can it norm what it reads? */
+    size_t (*conv_parts)(const Conv *c); /* a GPU: how many moments of each channel of a picture it leaves; 0: none */
     void (*conv_forward)(const Compute *on, real *y, const real *x, const real *w, const real *bias, const real *add,
                          const Conv *c);
     void (*conv_backward)(const Compute *on, real *dx, real *dw, real *db, const real *dy, const real *x, const real *w,

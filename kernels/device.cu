@@ -139,6 +139,10 @@ static Err measure_ceilings(Device *d, size_t n, size_t bytes, double *product, 
 
 #include "kernels/decode.cu"
 
+#include "kernels/window.cu"
+
+#include "kernels/conv_tiles.cu"
+
 #include "kernels/conv.cu"
 
 #include "kernels/vqgan.cu"
@@ -190,6 +194,7 @@ static Layers make_layers() {
     l.variant_forward = Sticky<variant_forward_gpu>::call, l.variant_backward = Sticky<variant_backward_gpu>::call;
     l.kept_bytes = kept_bytes_gpu, l.keep_positions = Sticky<keep_positions_gpu>::call;
     l.conv_needs = conv_needs_gpu, l.conv_prepared_bytes = conv_prepared_bytes, l.conv_prepare = conv_prepare_gpu;
+    l.conv_norms = conv_norms_gpu, l.conv_parts = conv_parts_gpu;
     l.conv_forward = conv_forward_gpu, l.conv_backward = conv_backward_gpu;
     l.group_norm_needs = group_norm_needs_gpu, l.group_norm_kept = group_norm_kept_gpu;
     l.group_norm_forward = group_norm_forward_gpu, l.group_norm_backward = group_norm_backward_gpu;

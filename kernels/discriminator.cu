@@ -13,6 +13,17 @@ static Window conv4_window(const Conv4 *c) {
                        (int)c->stride, 1, 0);
 }
 
+/* Which results saw a pixel of x: with a stride of 2 in four phases, each 2x2 of them. */
+static Window conv4_input_window(const Conv4 *c) {
+    const size_t h = conv4_side(c->H, c->stride), w = conv4_side(c->W, c->stride);
+    if (c->stride == 2) return phase_window(c->M, ceil_div(c->H, 2), ceil_div(c->W, 2), h, w, 0);
+    return make_window(c->M, c->H, c->W, h, w, CONV4_SIDE, 1, 2, 0);
+}
+static int conv4_input_directly(const Conv4 *c) {
+    const Window p = conv4_input_window(c);
+    return can_multiply_directly(&p);
+}
+
 /* out (M,pitch) = w (M,C,4,4) tap by tap, in each C channels; zeros behind them */
 static __global__ void order_taps_kernel(floatX *out, const float *w, size_t M, size_t C, size_t pitch) {
     const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x, m = i / pitch, tap = i % pitch / C,
@@ -20,56 +31,89 @@ static __global__ void order_taps_kernel(floatX *out, const float *w, size_t M, 
     if (m < M) out[i] = to_floatX(tap < CONV4_TAPS ? w[(m * C + c) * CONV4_TAPS + tap] : 0);
 }
 
-/* dw (M,C,4,4) += total (M,pitch), which is in that order */
-static __global__ void add_taps_kernel(float *dw, const float *total, size_t M, size_t C, size_t pitch) {
-    const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x, m = i / CONV4_TAPS / C, c = i / CONV4_TAPS % C,
-                 tap = i % CONV4_TAPS;
-    if (m < M) dw[i] += total[m * pitch + tap * C + c];
+/* The same for dx: out (C,16,M), the window turned round, or, with a stride of 2, (4,C,4,M): along each axis a pixel of phase
+ * q is seen by result j of its two through kernel row 3 - q - 2j. */
+static __global__ void order_input_taps_kernel(floatX *out, const float *w, unsigned M, unsigned C, unsigned stride) {
+    const unsigned i = blockIdx.x * blockDim.x + threadIdx.x, taps = CONV4_TAPS / stride / stride,
+                   side = CONV4_SIDE / stride;
+    const unsigned m = i % M, j = i / M % taps, c = i / M / taps % C, phase = i / M / taps / C;
+    const unsigned ky = 3 - stride * (j / side) - phase / 2, kx = 3 - stride * (j % side) - phase % 2;
+    if (i < M * C * CONV4_TAPS) out[i] = to_floatX(w[(m * C + c) * CONV4_TAPS + ky * CONV4_SIDE + kx]);
 }
 
-/* The scratch of a convolution: the weights' gradient in the order of patches, then patches of as many rows as fit. */
+/* dw (M,C,4,4) += totals (shares,M,pitch), which are in that order */
+static __global__ void add_taps_kernel(float *dw, const float *total, size_t M, size_t C, size_t pitch, size_t shares) {
+    const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x, m = i / CONV4_TAPS / C, c = i / CONV4_TAPS % C,
+                 tap = i % CONV4_TAPS;
+    float sum = 0;
+    if (m >= M) return;
+    for (size_t s = 0; s < shares; s++) sum += total[(s * M + m) * pitch + tap * C + c];
+    dw[i] += sum;
+}
+
+/* The scratch of a convolution: the weights' gradient in the order of patches, sums of splits (conv_tiles.cu), then
+ * patches of as many rows as fit. */
 typedef struct {
-    float *totals;   /* (M,pitch) */
+    float *totals; /* (shares,M,pitch) */
+    float *partial;
     floatX *columns; /* (column_size) */
     size_t column_size;
 } Conv4Scratch;
 
-static size_t totals_bytes(const Window *p, size_t M) {
-    return round_up(M * p->pitch * sizeof(float), 4 * ALIGNMENT);
+static size_t totals_bytes(const Conv4 *c) {
+    const Window p = conv4_window(c);
+    const size_t shares = can_multiply_directly(&p) ? shares_of(&p, c->B, c->M) : 1;
+    return round_up(shares * c->M * p.pitch * sizeof(float), 4 * ALIGNMENT);
+}
+static size_t splits_bytes(const Conv4 *c) {
+    const Window y = conv4_window(c), x = conv4_input_window(c);
+    return max_size(split_floats(&y, c->B, c->M), split_floats(&x, c->B, c->C)) * sizeof(float);
 }
 
-static Conv4Scratch conv4_scratch(const Compute *on, const Window *p, size_t M) {
-    const size_t totals = totals_bytes(p, M);
-    const Conv4Scratch s = {(float *)on->scratch, (floatX *)(void *)((char *)on->scratch + totals),
-                            (on->scratch_bytes - totals) / sizeof(floatX)};
+static Conv4Scratch conv4_scratch(const Compute *on, const Conv4 *c) {
+    const size_t totals = totals_bytes(c), fixed = totals + splits_bytes(c);
+    char *at = (char *)on->scratch;
+    const Conv4Scratch s = {(float *)(void *)at, (float *)(void *)(at + totals), (floatX *)(void *)(at + fixed),
+                            (on->scratch_bytes - fixed) / sizeof(floatX)};
     return s;
 }
 
 /* All patches, or as many as make a tile, or at least those of a picture. */
 static size_t conv4_needs_gpu(const Compute *on, const Conv4 *c) {
     const Window p = conv4_window(c);
-    const size_t positions = p.gh * p.gw, picture = (round_up(positions, TILE_ROWS) + TILE_ROWS) * p.pitch;
+    const size_t positions = p.gh * p.gw, picture = (round_up(positions, TILE_ROWS) + TILE_ROWS) * p.pitch,
+                 fixed = totals_bytes(c) + splits_bytes(c);
     (void)on;
-    return totals_bytes(&p, c->M) + max_size(columns_for(&p, c->B * positions), picture) * sizeof(floatX);
+    if (can_multiply_directly(&p) && conv4_input_directly(c)) return fixed;
+    return fixed + max_size(columns_for(&p, c->B * positions), picture) * sizeof(floatX);
 }
 
+/* Weights in the order of patches, and then, if tensor cores make dx, in the order of its. */
 static size_t conv4_prepared_bytes_gpu(const Conv4 *c) {
-    return c->M * conv4_window(c).pitch * sizeof(floatX);
+    const size_t forward = round_up(c->M * conv4_window(c).pitch * sizeof(floatX), ALIGNMENT);
+    return forward + (conv4_input_directly(c) ? c->M * c->C * CONV4_TAPS * sizeof(floatX) : 0);
+}
+static floatX *input_weights(void *prepared, const Conv4 *c) {
+    return (floatX *)(void *)((char *)prepared + round_up(c->M * conv4_window(c).pitch * sizeof(floatX), ALIGNMENT));
 }
 
-static Err prepare_conv4(Device *d, floatX *prepared, const float *w, const Conv4 *c) {
+static Err prepare_conv4(Device *d, void *prepared, const float *w, const Conv4 *c) {
     const size_t pitch = conv4_window(c).pitch;
-    LAUNCH(d, order_taps_kernel, blocks_for(c->M * pitch, CELL_THREADS), CELL_THREADS, 0, prepared, w, c->M, c->C,
-           pitch);
+    LAUNCH(d, order_taps_kernel, blocks_for(c->M * pitch, CELL_THREADS), CELL_THREADS, 0, (floatX *)prepared, w, c->M,
+           c->C, pitch);
+    if (conv4_input_directly(c))
+        LAUNCH(d, order_input_taps_kernel, blocks_for(c->M * c->C * CONV4_TAPS, CELL_THREADS), CELL_THREADS, 0,
+               input_weights(prepared, c), w, (unsigned)c->M, (unsigned)c->C, (unsigned)c->stride);
     return OK;
 }
 
 static Err forward_conv4(const Compute *on, floatX *y, const floatX *x, const Conv4 *c) {
     const Window p = conv4_window(c);
-    const Conv4Scratch s = conv4_scratch(on, &p, c->M);
+    const Conv4Scratch s = conv4_scratch(on, c);
     const size_t rows = c->B * p.gh * p.gw, tile = tile_rows(s.column_size, p.pitch);
     const floatX *w = (const floatX *)c->prepared;
-    if (can_multiply_directly(&p)) return multiply_directly(on->device, y, &p, x, w, rows, c->M, NULL, NULL, -1);
+    if (can_multiply_directly(&p))
+        return multiply_tiles_of(on->device, tile_conv(y, &p, c->B, c->M, plain_source(x), w, s.partial));
     for (size_t r = 0; r < rows; r += tile) {
         const size_t n = min_size(tile, rows - r);
         TRY(gather(on->device, s.columns, x, &p, r, n));
@@ -82,16 +126,18 @@ static Err forward_conv4(const Compute *on, floatX *y, const floatX *x, const Co
 /* dw (M,C,4,4) += from dy (rows,M) and x */
 static Err weights_of_conv4(const Compute *on, float *dw, const floatX *dy, const floatX *x, const Conv4 *c) {
     const Window p = conv4_window(c);
-    const Conv4Scratch s = conv4_scratch(on, &p, c->M);
+    const Conv4Scratch s = conv4_scratch(on, c);
     const size_t rows = c->B * p.gh * p.gw, tile = tile_rows(s.column_size, p.pitch);
-    for (size_t r = 0; r < rows; r += tile) {
+    const int directly = can_multiply_directly(&p);
+    if (directly) TRY(multiply_weights(on->device, TileWeights{p, c->B, c->M, plain_source(x), dy, s.totals, 0}));
+    for (size_t r = 0; r < rows && !directly; r += tile) {
         const size_t n = min_size(tile, rows - r);
         TRY(gather(on->device, s.columns, x, &p, r, n));
         const Matmul sums = turned_times(s.totals, dy + r * c->M, s.columns, c->M, p.pitch, n, r > 0);
         TRY(matmul(on->device, &sums));
     }
     LAUNCH(on->device, add_taps_kernel, blocks_for(c->M * c->C * CONV4_TAPS, CELL_THREADS), CELL_THREADS, 0, dw,
-           s.totals, c->M, c->C, p.pitch);
+           s.totals, c->M, c->C, p.pitch, directly ? shares_of(&p, c->B, c->M) : (size_t)1);
     return OK;
 }
 
@@ -113,10 +159,18 @@ static __global__ void fold_taps_kernel(floatX *dx, const floatX *dcolumns, Wind
     dx[(size_t)first * h * w * C + i] = to_floatX(sum);
 }
 
+static Err input_of_conv4_directly(const Compute *on, floatX *dx, const floatX *dy, const Conv4 *c) {
+    const Window p = conv4_input_window(c);
+    const TileConv a =
+        tile_conv(dx, &p, c->B, c->C, plain_source(dy), input_weights(c->prepared, c), conv4_scratch(on, c).partial);
+    return c->stride == 2 ? multiply_phases(on->device, a, c->H, c->W) : multiply_tiles_of(on->device, a);
+}
+
 /* dx of all pictures, as many at a time as there is room for; a matrix begins at an aligned row, at or before theirs. */
 static Err input_of_conv4(const Compute *on, floatX *dx, const floatX *dy, const Conv4 *c) {
     const Window p = conv4_window(c);
-    const Conv4Scratch s = conv4_scratch(on, &p, c->M);
+    const Conv4Scratch s = conv4_scratch(on, c);
+    if (conv4_input_directly(c)) return input_of_conv4_directly(on, dx, dy, c);
     const size_t positions = p.gh * p.gw, numbers = p.h * p.w * p.C;
     const size_t at_once = max_size((s.column_size / p.pitch - TILE_ROWS) / positions, 1);
     for (size_t b = 0; b < c->B; b += at_once) {
@@ -131,7 +185,7 @@ static Err input_of_conv4(const Compute *on, floatX *dx, const floatX *dy, const
 }
 
 static void conv4_prepare_gpu(const Compute *on, void *prepared, const real *w, const Conv4 *c) {
-    keep_failure(on->device, prepare_conv4(on->device, (floatX *)prepared, w, c));
+    keep_failure(on->device, prepare_conv4(on->device, prepared, w, c));
 }
 static void conv4_forward_gpu(const Compute *on, real *y, const real *x, const real *w, const Conv4 *c) {
     (void)w; /* prepared */

@@ -22,44 +22,12 @@ static NormKept norm_kept(float *memory, const NormShape *s) {
     return k;
 }
 
-/* PACK numbers of x, which is in floatX or, in a residual stream, float */
-struct Numbers {
-    float at[PACK];
-};
-static __device__ inline Numbers numbers_at(const floatX *x, size_t i) {
-    const Pack p = *(const Pack *)(x + i);
-    Numbers n;
-    for (int k = 0; k < PACK; k++) n.at[k] = to_float(p.at[k]);
-    return n;
-}
-#ifdef FLOATX_BF16
-static __device__ inline Numbers numbers_at(const float *x, size_t i) {
-    const Floats a = *(const Floats *)(x + i), b = *(const Floats *)(x + i + 4);
-    Numbers n;
-    for (int k = 0; k < 4; k++) n.at[k] = a.at[k], n.at[k + 4] = b.at[k];
-    return n;
-}
-#endif
-
-/* Pairs of numbers for PACK channels, from a multiple of 16 bytes: what lanes read lies far apart, so four at a time */
-struct Pairs {
-    float at[2 * PACK];
-};
-static __device__ inline Pairs pairs_at(const float *x) {
-    Pairs p;
-#pragma unroll
-    for (int k = 0; k < PACK / 2; k++) {
-        const Floats four = *(const Floats *)(x + 4 * k);
-        for (int j = 0; j < 4; j++) p.at[4 * k + j] = four.at[j];
-    }
-    return p;
-}
-
-/* Sums of x - pivot and of its square, where the pivot is the first number of the group: close to the mean, so that
- * little is lost in their difference. */
-template <typename X> static __global__ void norm_sums_kernel(float *partial, const X *x, NormShape n) {
+/* Moments are the count of some numbers, their mean, and the sum of squares around it: of each channel over parts of a
+ * picture, (B,parts,3,C), from the convolution that made x, or from here, where a part is a slice. Sums are of x - pivot,
+ * where the pivot is the first number of the group: close to the mean, so that little is lost in their difference. */
+template <typename X> static __global__ void norm_sums_kernel(float *moments, const X *x, NormShape n) {
     const Share s = share_of(n.C, n.pixels, PACK);
-    const size_t per = n.C / NORM_GROUPS;
+    const size_t per = n.C / NORM_GROUPS, left = n.pixels - blockIdx.y * SLICE_CELLS;
     float sum[PACK] = {}, square[PACK] = {}, pivot[PACK] = {};
     x += blockIdx.z * n.pixels * n.C;
     for (int j = 0; j < PACK && s.end; j++) pivot[j] = to_float(x[(s.c + j) / per * per]);
@@ -70,33 +38,50 @@ template <typename X> static __global__ void norm_sums_kernel(float *partial, co
             sum[j] += gap, square[j] += gap * gap;
         }
     }
-    store_channel_sums<PACK>(partial, sum, square, n.C);
+    const ChannelSums total = add_lanes<PACK>(sum, square, n.C);
+    if (!total.there) return;
+    const float count = (float)(left < SLICE_CELLS ? left : (size_t)SLICE_CELLS);
+    float *to = moments + ((size_t)blockIdx.z * gridDim.y + blockIdx.y) * 3 * n.C + total.c;
+    to[0] = count, to[n.C] = to_float(x[total.c / per * per]) + total.a / count;
+    to[2 * n.C] = total.b - total.a * total.a / count;
 }
 
-/* A block per picture, a warp per group. */
-template <typename X>
-static __global__ void __launch_bounds__(NORM_GROUPS *WARP)
-    norm_groups_kernel(NormKept kept, const float *partial, const X *x, const float *gamma, const float *beta,
-                       NormShape n, size_t slices) {
-    const size_t b = blockIdx.x, g = threadIdx.x / WARP, lane = threadIdx.x % WARP, per = n.C / NORM_GROUPS;
+/* Of all threads, warp after warp; warps: shared, one for each */
+static __device__ inline double block_sum(double *warps, double x) {
+    x = warp_sum(x);
+    __syncthreads(); /* the sum before has been read */
+    if (threadIdx.x % WARP == 0) warps[threadIdx.x / WARP] = x;
+    __syncthreads();
+    x = 0;
+    for (unsigned k = 0; k < blockDim.x / WARP; k++) x += warps[k];
+    return x;
+}
+
+/* A block per group and picture: the mean of all its moments, then the squares around it. */
+static __global__ void norm_groups_kernel(NormKept kept, const float *moments, const float *gamma, const float *beta,
+                                          NormShape s, size_t parts) {
+    SHARED(double, warps);
+    const size_t b = blockIdx.y, g = blockIdx.x, per = s.C / NORM_GROUPS, row = 3 * s.C;
+    const double count = (double)(s.pixels * per);
     double sum = 0, square = 0;
-    for (size_t i = lane; i < slices * per; i += WARP) {
-        const float *p = partial + (b * slices + i / per) * 2 * n.C + g * per + i % per;
-        sum += (double)p[0], square += (double)p[n.C];
+    moments += b * parts * row + g * per;
+    for (size_t i = threadIdx.x; i < parts * per; i += blockDim.x) {
+        const float *p = moments + i / per * row + i % per;
+        sum += (double)p[0] * (double)p[s.C];
     }
-    const double count = (double)(n.pixels * per), gap = warp_sum(sum) / count,
-                 var = warp_sum(square) / count - gap * gap;
-    const float mean = (float)((double)to_float(x[b * n.pixels * n.C + g * per]) + gap);
-    const float rstd = (float)(1 / sqrt((var > 0 ? var : 0) + (double)GROUP_EPS));
-    if (lane == 0) kept.group[(b * NORM_GROUPS + g) * 2] = mean, kept.group[(b * NORM_GROUPS + g) * 2 + 1] = rstd;
-    for (size_t c = g * per + lane; c < (g + 1) * per; c += WARP) {
+    const double mean = block_sum(warps, sum) / count;
+    for (size_t i = threadIdx.x; i < parts * per; i += blockDim.x) {
+        const float *p = moments + i / per * row + i % per;
+        const double gap = (double)p[s.C] - mean;
+        square += (double)p[2 * s.C] + (double)p[0] * gap * gap;
+    }
+    const float rstd = (float)(1 / sqrt(block_sum(warps, square) / count + (double)GROUP_EPS)), level = (float)mean;
+    if (threadIdx.x == 0)
+        kept.group[(b * NORM_GROUPS + g) * 2] = level, kept.group[(b * NORM_GROUPS + g) * 2 + 1] = rstd;
+    for (size_t c = g * per + threadIdx.x; c < (g + 1) * per; c += blockDim.x) {
         const float scale = rstd * gamma[c];
-        kept.channel[(b * n.C + c) * 2] = scale, kept.channel[(b * n.C + c) * 2 + 1] = beta[c] - mean * scale;
+        kept.channel[(b * s.C + c) * 2] = scale, kept.channel[(b * s.C + c) * 2 + 1] = beta[c] - level * scale;
     }
-}
-
-static __device__ inline float sigmoid(float t) {
-    return 1 / (1 + expf(-t));
 }
 
 /* y = swish(t). Grid: packs of a picture, pictures; a pack is within a pixel. */
@@ -106,27 +91,26 @@ static __global__ void norm_cells_kernel(floatX *y, const X *x, const float *cha
     const size_t i = blockIdx.y * n.pixels * n.C + in_picture;
     if (in_picture >= n.pixels * n.C) return;
     const Pairs scale = pairs_at(channel + (blockIdx.y * n.C + in_picture % C) * 2);
-    const Numbers p = numbers_at(x, i);
-    Pack out;
-    for (int j = 0; j < PACK; j++) {
-        const float t = p.at[j] * scale.at[2 * j] + scale.at[2 * j + 1];
-        out.at[j] = to_floatX(n.swish ? t * sigmoid(t) : t);
-    }
-    store_whole(y + i, out);
+    store_whole(y + i, normed(numbers_at(x, i), scale, n.swish));
 }
 
 static dim3 pack_grid(const NormShape *n) {
     return dim3(blocks_for(n->pixels * n->C, CELL_THREADS * PACK), (unsigned)n->B);
 }
 
+/* y NULL: only what is kept is wanted. moments (B,parts,3,C) NULL: they are still to be found, in partial. */
 template <typename X>
 static Err group_norm_forward_cuda(Device *d, floatX *y, NormKept kept, const X *x, const float *gamma,
-                                   const float *beta, const NormShape *n, float *partial) {
+                                   const float *beta, const NormShape *n, const float *moments, size_t parts,
+                                   float *partial) {
     const dim3 grid = slice_grid(n->C, n->pixels, n->B, PACK);
-    LAUNCH(d, norm_sums_kernel<X>, grid, CELL_THREADS, CELL_THREADS * PACK * sizeof(float), partial, x, *n);
-    LAUNCH(d, norm_groups_kernel<X>, (unsigned)n->B, NORM_GROUPS * WARP, 0, kept, partial, x, gamma, beta, *n,
-           (size_t)grid.y);
-    LAUNCH(d, norm_cells_kernel<X>, pack_grid(n), CELL_THREADS, 0, y, x, kept.channel, *n);
+    if (!moments) {
+        LAUNCH(d, norm_sums_kernel<X>, grid, CELL_THREADS, CELL_THREADS * PACK * sizeof(float), partial, x, *n);
+        moments = partial, parts = grid.y;
+    }
+    LAUNCH(d, norm_groups_kernel, dim3(NORM_GROUPS, (unsigned)n->B), CELL_THREADS, CELL_THREADS / WARP * sizeof(double),
+           kept, moments, gamma, beta, *n, parts);
+    if (y) LAUNCH(d, norm_cells_kernel<X>, pack_grid(n), CELL_THREADS, 0, y, x, kept.channel, *n);
     return OK;
 }
 
@@ -214,7 +198,7 @@ static Err group_norm_backward_cuda(Device *d, floatX *dx, float *dgamma, float 
 }
 
 static size_t norm_partial_size(const NormShape *n) {
-    return channel_slices(n->B, n->pixels, n->C) + n->B * n->C * 2;
+    return n->B * n->C * (3 * ceil_div(n->pixels, SLICE_CELLS) + 2);
 }
 
 /* ---- Attention over the pixels of a picture, one head ----
@@ -475,13 +459,13 @@ static void group_norm_forward_gpu(const Compute *on, real *y, real *kept, const
                                    const real *beta, const GroupNorm *n) {
     const NormShape s = norm_shape(n);
     const NormKept k = norm_kept(kept, &s);
+    const float *moments = (const float *)n->moments, *f32 = compute_f32_copy(on, x, n->B * n->C * n->hw);
     Device *d = on->device;
+    floatX *to = n->deferred ? NULL : low(y);
     float *partial = scratch_floats(on);
-    if (n->x_f32) {
-        const float *f32 = compute_f32_copy(on, x, n->B * n->C * n->hw);
-        keep_failure(d, group_norm_forward_cuda(d, low(y), k, f32, gamma, beta, &s, partial));
-    } else
-        keep_failure(d, group_norm_forward_cuda(d, low(y), k, (const floatX *)low(x), gamma, beta, &s, partial));
+    keep_failure(d, n->x_f32 ? group_norm_forward_cuda(d, to, k, f32, gamma, beta, &s, moments, n->parts, partial)
+                             : group_norm_forward_cuda(d, to, k, (const floatX *)low(x), gamma, beta, &s, moments,
+                                                       n->parts, partial));
 }
 
 static void group_norm_backward_gpu(const Compute *on, real *dx, real *dgamma, real *dbeta, real *dy, const real *x,

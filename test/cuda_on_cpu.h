@@ -484,6 +484,9 @@ template <typename T> static inline void store_whole(void *to, const T &from) {
 static inline float exp2_approx(float x) {
     return exp2f(x);
 }
+static inline float reciprocal_approx(float x) {
+    return 1 / x;
+}
 static inline unsigned bf16_pair(float first, float second) {
     return __float2bfloat16(first).bits | (unsigned)__float2bfloat16(second).bits << 16;
 }

@@ -100,7 +100,7 @@ static void test_f32(Conv c, const Side *s, const real *x, const real *add, cons
 static void conv_scratch(Compute *on, const Conv *c, int small) {
     for (int backward = 0; backward < 2; backward++) conv_needs(on, c, backward);
     ConvMemory m = {};
-    conv_needs_cuda(&m, c, 1);
+    for (int backward = 0; backward < 2; backward++) conv_needs_cuda(&m, c, backward);
     const size_t least = (round_up(c->w + 1, TILE_ROWS) + TILE_ROWS) * (c->kind == CONV_UP ? 16 : 9) *
                          round_up(max_size(c->C, c->M), PACK);
     give_scratch(on, small ? min_size(on->scratch_bytes, fixed_bytes(&m) + least * sizeof(floatX)) : on->scratch_bytes);
@@ -194,11 +194,114 @@ static void test_convs(void) {
     }
 }
 
+/* What a convolution says of its results' channels, part by part, put together: (B,M,3) count, mean, sum of squares around it. */
+static void join_parts(real *all, const float *part, size_t B, size_t parts, size_t M) {
+    for (size_t bm = 0; bm < B * M; bm++) {
+        double n = 0, mean = 0, square = 0;
+        for (size_t i = 0; i < parts; i++) {
+            const float *p = part + (bm / M * parts + i) * 3 * M + bm % M;
+            const double m = (double)p[0], gap = (double)p[M] - mean;
+            square += (double)p[2 * M] + gap * gap * n * m / (n + m), mean += gap * m / (n + m), n += m;
+        }
+        all[3 * bm] = (real)n, all[3 * bm + 1] = (real)mean, all[3 * bm + 2] = (real)square;
+    }
+}
+
+static void test_moments(Conv c, int f32, double offset) {
+    const size_t k = c.kind == CONV1 ? 1 : 9, nx = c.B * c.C * c.h * c.w, out = rows_of(&c) / c.B, ny = c.B * c.M * out;
+    uint64_t first = 0;
+    for (int order = 0; order < 2; order++) {
+        Side s = make_side(c.M * c.C * k, c.M, 2, 0.3);
+        const size_t parts = s.there.fast->conv_parts(&c), size = c.B * parts * 3 * c.M;
+        real *x = random_reals(nx, 1, 1), *y = random_reals(ny, 6, 1), *add = random_reals(ny, 4, 1), *got, *want,
+             *here;
+        CHECK(parts > 0);
+        for (size_t i = 0; i < ny; i++) add[i] += (real)offset;
+        real *dev_x = as_real(send_picture(x, c.B, c.C, c.h * c.w)), *dev_y = room(&s.there, ny);
+        real *dev_add = send_both(&s.there, add, c.B, c.M, out);
+        conv_scratch(&s.there, &c, 0);
+        c.prepared = on_device(s.there.fast->conv_prepared_bytes(&c));
+        c.moments = on_device(size * sizeof(float)), c.y_f32 = c.add_f32 = f32;
+        reverse(order);
+        s.there.fast->conv_prepare(&s.there, c.prepared, param_value(&s.table, 0), &c);
+        conv_forward(&s.there, dev_y, dev_x, param_value(&s.table, 0), param_value(&s.table, 1), dev_add, &c);
+        reverse(0);
+        conv_forward(&plain, y, x, s.w, s.b, add, &c);
+        got = random_reals(size, 1, 1), want = random_reals(c.B * c.M * 3, 1, 1),
+        here = random_reals(c.B * c.M * 3, 1, 1);
+        CHECK_OK(compute_get(&s.there, got, c.moments, size * sizeof *got));
+        join_parts(here, got, c.B, parts, c.M);
+        for (size_t bm = 0; bm < c.B * c.M; bm++) {
+            double mean = 0, square = 0;
+            for (size_t i = 0; i < out; i++) mean += (double)y[bm * out + i] / (double)out;
+            for (size_t i = 0; i < out; i++)
+                square += ((double)y[bm * out + i] - mean) * ((double)y[bm * out + i] - mean);
+            CHECK(here[3 * bm] == (real)out);
+            want[3 * bm] = here[3 * bm] = 0, want[3 * bm + 1] = (real)mean, want[3 * bm + 2] = (real)square;
+        }
+        CHECK_NEAR("moments", here, want, c.B * c.M * 3, 1e-30, f32 && c.kind != CONV_UP ? 1e-4 : TOLERANCE);
+        digest = 0;
+        add_digest(c.moments, size * sizeof(float));
+        if (order) CHECK(digest == first);
+        first = digest;
+        free(x), free(y), free(add), free(got), free(want), free(here);
+        free_side(&s);
+    }
+}
+
+/* A convolution that norms what it reads is the norm and then the convolution, bit for bit, and so are both ways back. */
+static void test_normed(Conv c, int swish, int f32) {
+    const size_t hw = c.h * c.w, nx = c.B * c.C * hw, ny = c.B * c.M * hw, nw = c.M * c.C * 9;
+    GroupNorm n = {c.B, c.C, hw, swish, f32, 0, NULL, 0};
+    uint64_t first[2] = {0, 0};
+    for (int deferred = 0; deferred < 2; deferred++) {
+        Side s = make_side(nw, max_size(c.M, c.C), 2, 0.3);
+        real *x = random_reals(nx, 1, 2), *dy = random_reals(ny, 5, 1);
+        real *dev_x = send_both(&s.there, x, c.B, c.C, hw), *dev_y = room(&s.there, ny),
+             *dev_normed = room(&s.there, nx);
+        real *dev_dy = as_real(send_picture(dy, c.B, c.M, hw)), *dev_dx = room(&s.there, nx);
+        real *kept = as_real(on_device(s.there.fast->group_norm_kept(&n)));
+        const real *w = param_value(&s.table, 0), *b = param_value(&s.table, 1);
+        CHECK(s.there.fast->conv_norms(&c));
+        compute_needs(&s.there, s.there.fast->group_norm_needs(&s.there, &n, 1));
+        conv_scratch(&s.there, &c, 0);
+        c.prepared = on_device(s.there.fast->conv_prepared_bytes(&c));
+        s.there.fast->conv_prepare(&s.there, c.prepared, w, &c);
+        n.deferred = deferred;
+        c.norm = deferred ? kept : NULL, c.norm_swish = swish, c.norm_f32 = f32;
+        group_norm_forward(&s.there, deferred ? NULL : dev_normed, kept, dev_x, b, b, &n);
+        conv_forward(&s.there, dev_y, deferred ? dev_x : dev_normed, w, b, NULL, &c);
+        conv_backward(&s.there, dev_dx, param_grad(&s.table, 0), param_grad(&s.table, 1), dev_dy,
+                      deferred ? dev_x : dev_normed, w, 0, &c);
+        CHECK_OK(compute_status(&s.there));
+        for (int i = 0; i < 2; i++) {
+            digest = 0;
+            i ? add_digest(param_grad(&s.table, 0), nw * 4) : add_digest(dev_y, ny * sizeof(floatX));
+            if (deferred) CHECK(digest == first[i]);
+            first[i] = digest;
+        }
+        free(x), free(dy);
+        free_side(&s);
+    }
+}
+
+static void test_reading(void) {
+    const Conv c = {CONV3, 2, 64, 40, 9, 21}, narrow = {CONV3, 1, 32, 3, 17, 5}, small = {CONV3, 1, 160, 136, 4, 4};
+    const Conv down = {CONV_DOWN, 2, 32, 16, 18, 20}, up = {CONV_UP, 1, 32, 40, 5, 18};
+    const Compute on = {.fast = &cuda_layers};
+    CHECK(on.fast->conv_norms(&c) == IS_BF16 && (on.fast->conv_parts(&c) > 0) == IS_BF16);
+    if (!IS_BF16) return;
+    for (int i = 0; i < 4; i++) {
+        test_normed(i / 2 ? narrow : c, i % 2, i % 2), test_normed(i / 2 ? small : c, i % 2, !(i % 2));
+        test_moments(i / 2 ? small : c, i % 2, 0), test_moments(i / 2 ? up : down, i % 2, i % 2 * 100);
+    }
+}
+
 /* ---- Norm, attention, quantiser, tanh ---- */
 
 static void test_norm(size_t B, size_t hw, size_t C, int swish, int accumulate) {
     const size_t size = B * hw * C;
-    GroupNorm n = {B, C, hw, swish, 0};
+    GroupNorm n = {B, C, hw, swish, 0, 0, NULL, 0};
     uint64_t first = 0;
     for (int order = 0; order < 3; order++) { /* order 2: x is read in f32 */
         Side s = make_side(C, C, 12, 1);
@@ -620,6 +723,7 @@ int main(void) {
     }
     printf("%s, %s\n", text, IS_BF16 ? "bf16" : "f32");
     test_convs();
+    test_reading();
     test_layers();
     test_networks();
     close_device(device);
