@@ -368,9 +368,8 @@ static void serve(ServeArgs *a) {
     if (token) a->token = token;
     signals_hold();
     threads_set((int)a->threads);
-    if (weight_format(&s.weights, a->weights, "--weights") != OK) usage_error("%s", err_text());
     s.cuda = check_device(a->device);
-    if (s.cuda && s.weights == WEIGHTS_INT8) usage_error("--weights int8 is for --device cpu; on a GPU f32 or bf16");
+    if (weight_format(&s.weights, a->weights, s.cuda, "--weights") != OK) usage_error("%s", err_text());
     if (offer_open(&s.offer, &a->models, s.weights, s.cuda) != OK)
         s.offer.twice ? usage_error("%s", err_text()) : die("%s", err_text());
     check(http_listen(&fd, &port, &loopback, a->host));
@@ -429,7 +428,9 @@ int main(int argc, char **argv) {
         {OPT_SIZE, "--threads", "N", &a.threads, 0, 4096, "that compute; 0 (default): all"},
         {OPT_STRING, "--device", "cpu|cuda", &a.device, 0, 0, "where everything runs (default: a GPU if there is one)"},
         {OPT_STRING, "--weights", "TYPE", &a.weights, 0, 0,
-         "the transformers' matrices as f32 (default), bf16 or int8: faster,\nless exact"},
+         "the transformers' matrices as f32, bf16x3 (as exact), bf16 or int8 (faster, less\n"
+         "exact: products of both networks are of bf16 then). Default: bf16x3 where the\n"
+         "processor has AMX, else f32"},
         {OPT_END, NULL, NULL, NULL, 0, 0, NULL}};
     options_parse(argc, argv, table, intro);
     serve(&a);

@@ -460,7 +460,7 @@ static Attention attention_of(const Transformer *m, const Stack *s, const Layer 
         a.Tk = a.key_stride = pass->T_context;
     else
         a.causal = pass->causal;
-    a.unmasked = s->unmasked, a.position = pass->position, a.kept_bf16 = m->format != WEIGHTS_REAL;
+    a.unmasked = s->unmasked, a.position = pass->position, a.kept_bf16 = weight_precision(m->format) == PRECISION_BF16;
     return a;
 }
 
@@ -1169,7 +1169,7 @@ Err transformer_draw_cuda(Transformer *m, const DrawOptions *o, int32_t *tokens)
 }
 
 DecodeReads transformer_decode_reads(const Transformer *m, size_t N) {
-    const double number = m->format == WEIGHTS_REAL ? sizeof(real) : sizeof(uint16_t); /* of keys and values */
+    const double number = weight_precision(m->format) == PRECISION_BF16 ? sizeof(uint16_t) : sizeof(real); /* of keys */
     DecodeReads r = {0, 0, 0};
     for (size_t i = 0; i < m->decoder.n_layers; i++) {
         const Layer *l = &m->decoder.layer[i];

@@ -148,12 +148,9 @@ Model *library_model(imagebart_model *model) {
     return &model->model;
 }
 
-static Err choose_device(imagebart_model *m, const char *device) {
-    DevicePlace place;
-    TRY(device_choose(&place, device));
+static Err use_device(imagebart_model *m, DevicePlace place) {
     snprintf(m->device, sizeof m->device, "CPU%s", place == DEVICE_NO_GPU ? ", for no usable GPU was found" : "");
     if (place != DEVICE_CUDA) return OK;
-    if (m->model.weights == WEIGHTS_INT8) return err("weights int8 are for the CPU; on a GPU f32 or bf16");
     TRY(cuda_find(m->device, NULL, NULL));
     return model_use_cuda(&m->model);
 }
@@ -184,18 +181,20 @@ static Err obeys_no_level(void) {
 
 static Err open_model(imagebart_model **model, const char *name_or_folder, const char *weights, const char *device) {
     WeightFormat format;
+    DevicePlace place;
     imagebart_model *m;
     if (!model) return err("imagebart_open: model is NULL; expected where the opened one is to be put");
     *model = NULL;
     TRY(obeys_no_level());
     if (!name_or_folder) return err("no model was named");
-    TRY(weight_format(&format, weights, "weights"));
+    TRY(device_choose(&place, device));
+    TRY(weight_format(&format, weights, place == DEVICE_CUDA, "weights"));
     TRY(mem_alloc(&m, 1, sizeof *m, "a model"));
     Err e = model_open(&m->model, name_or_folder, NULL);
     if (e != OK) free(m); /* it leaves nothing open */
     TRY(e);
-    m->model.weights = format;
-    e = choose_device(m, device);
+    model_weights(&m->model, format);
+    e = use_device(m, place);
     if (e == OK) e = choose_recommended(m);
     if (e == OK)
         *model = m;

@@ -19,18 +19,33 @@
 
 /* ---- Files -------------------------------------------------------------------------------------------------- */
 
-static const char *const weight_names[] = {"f32", "bf16", "int8"};
+static const char *const weight_names[] = {"f32", "bf16", "int8", "bf16x3"}; /* [WeightFormat] */
 
 const char *weight_name(WeightFormat format) {
     return weight_names[format];
 }
 
-Err weight_format(WeightFormat *format, const char *name, const char *option) {
-    for (int i = 0; i < 3; i++) {
-        *format = (WeightFormat)i;
-        if (!name || !strcmp(name, weight_names[i])) return OK;
-    }
-    return err("%s %s: expected f32, bf16 or int8", option, name);
+Err weight_format(WeightFormat *format, const char *name, int cuda, const char *option) {
+    int i = WEIGHTS_REAL;
+    *format = cuda || precision_usual() == PRECISION_F32 ? WEIGHTS_REAL : WEIGHTS_BF16X3;
+    if (!name) return OK;
+    while (i <= WEIGHTS_BF16X3 && strcmp(name, weight_names[i])) i++;
+    if (i > WEIGHTS_BF16X3) return err("%s %s: expected f32, bf16x3, bf16 or int8", option, name);
+    *format = (WeightFormat)i;
+    if (cuda && i != WEIGHTS_REAL && i != WEIGHTS_BF16)
+        return err("%s %s is for --device cpu; on a GPU f32 or bf16", option, name);
+    return cuda ? OK : precision_there(weight_precision(*format));
+}
+
+void model_weights(Model *m, WeightFormat format) {
+    m->weights = format;
+    vqgan_params(m->vqgan)->precision = weight_precision(format);
+}
+
+/* A transition as m->weights have it */
+static void set_weights(const Model *m, Params *p) {
+    p->format = m->weights == WEIGHTS_BF16X3 ? WEIGHTS_REAL : m->weights;
+    p->precision = weight_precision(m->weights);
 }
 
 static int has_file(const char *folder, const char *name) {
@@ -458,7 +473,7 @@ static Err build_net(Model *m, const Checkpoint *ck) {
     }
     if (use_ema) TRY(config_flag(&use_ema, &ck->meta, prefix, "use_ema", 1));
     const int ema = use_ema && checkpoint_find(ck, "transformer_ema.num_updates");
-    p->format = m->weights;
+    set_weights(m, p);
     TRY(params_map(p, ck, ema ? "transformer_ema." : "transformer.", ema));
     return params_send(p);
 }
@@ -535,10 +550,10 @@ static Err scale_memory(const Model *m, int t, size_t batch, ModelMemory *need, 
     Transformer *net;
     size_t bytes = 0;
     TRY(transformer_create(&net, &m->config[t]));
-    transformer_params(net)->format = m->weights;
+    set_weights(m, transformer_params(net));
     Err e = m->cuda ? transformer_use_cuda(net, cuda_precision(m)) : OK;
     if (e == OK) e = transformer_plan_bytes(net, batch, m->h * m->w, 0, &bytes);
-    need->scale = max_size(need->scale, params_bytes(transformer_params(net), m->weights));
+    need->scale = max_size(need->scale, params_bytes(transformer_params(net), transformer_params(net)->format));
     if (m->cuda)
         need->gpu_activations = max_size(need->gpu_activations, bytes);
     else

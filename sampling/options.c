@@ -53,7 +53,9 @@ void sampling_parse(int argc, char **argv, const Option *own, SamplingArgs *a, c
         {OPT_FLAG, "--no-ema", NULL, &a->no_ema, 0, 0,
          "the trained weights, not their moving average, where a file has both"},
         {OPT_STRING, "--weights", "TYPE", &a->weights, 0, 0,
-         "the transformers' matrices as f32 (default), bf16 or int8: faster,\nless exact"},
+         "the transformers' matrices as f32, bf16x3 (as exact), bf16 or int8 (faster, less\n"
+         "exact: products of both networks are of bf16 then). Default: bf16x3 where the\n"
+         "processor has AMX, else f32"},
         {OPT_SIZE, "--batch", "N", &a->batch, 1, 4096, "samples computed side by side (default 16)"},
         {OPT_SIZE, "--block", "N", &a->block, 0, DECODE_BLOCK,
          "guess ahead up to N positions: 1 none, 0 (default) as many as pay off;\nthe result does not depend on it"},
@@ -219,14 +221,13 @@ static Err bundled_honours(const SamplingArgs *a, const Model *m, const NamedMod
 
 void sampling_start(SamplingArgs *a, Model *m, const NamedModel **stand_in_for) {
     WeightFormat format;
-    if (weight_format(&format, a->weights, "--weights") != OK) usage_error("%s", err_text());
     char fetch[FETCH_BYTES];
     const int cuda = check_device(a->device);
-    if (cuda && format == WEIGHTS_INT8) usage_error("--weights int8 is for --device cpu; on a GPU f32 or bf16");
+    if (weight_format(&format, a->weights, cuda, "--weights") != OK) usage_error("%s", err_text());
     threads_set((int)a->threads);
     check(model_open(m, a->model, stand_in_for));
     m->no_ema = a->no_ema;
-    m->weights = format;
+    model_weights(m, format);
     if (*m->note) fprintf(stderr, "%s\n", m->note);
     if (cuda) check(model_use_cuda(m));
     const NamedModel *missing = *stand_in_for;
@@ -261,14 +262,16 @@ static void say_gpu(const SamplingArgs *a, const Model *m, const ModelMemory *ne
 
 void sampling_memory(const SamplingArgs *a, Model *m, size_t batch, size_t pictures) {
     ModelMemory need;
-    char first[32], scale[32], rest[32], there[32], threads[96], what[PATH_BYTES + 256];
+    char first[32], scale[32], rest[32], there[32], threads[96], precision[PRECISION_TEXT], what[PATH_BYTES + 256];
     size_t available = memory_available();
     check(model_memory(m, batch, pictures, &need));
     bytes_text(first, need.first_stage), bytes_text(scale, need.scale), bytes_text(rest, need.activations);
     snprintf(what, sizeof what, "%s: first stage %s, largest scale %s, activations and pictures %s", m->folder, first,
              scale, rest);
     check(memory_fits(need.total, available, what, "a smaller --batch or -n takes less"));
-    say(a, "processor: %s, %s; weights in %s\n", vector_instructions(), threads_text(threads), weight_name(m->weights));
+    const Precision p = weight_precision(m->weights);
+    say(a, "processor: %s, %s; weights in %s, products in %s\n", vector_instructions(), threads_text(threads),
+        weight_name(m->weights), m->cuda ? precision_name(p) : precision_text(precision, p));
     detail(a, "memory: first stage %s, largest scale %s, activations and pictures %s; ", first, scale, rest);
     detail(a, "%s available\n", available == SIZE_MAX ? "unknown how much is" : bytes_text(there, available));
     if (m->cuda)
@@ -365,7 +368,7 @@ Err sampling_text(Config *text, const SamplingArgs *a, const SampleOptions *o, c
     TRY(text_per_scale_sizes(text, "top-k", o->top_k, T));
     TRY(text_per_scale_sizes(text, "chain-length", o->chain, T));
     if (sampling_rows(o, T, 1) > 1) TRY(text_per_scale(text, "guidance", o->guidance, T));
-    if (m->weights != WEIGHTS_REAL) TRY(config_set(text, "weights", "%s", a->weights));
+    if (m->weights != WEIGHTS_REAL) TRY(config_set(text, "weights", "%s", weight_name(m->weights)));
     if (a->enlarge > 1) TRY(config_set(text, "enlarge", "%zu", a->enlarge));
     if (a->no_ema) TRY(config_set(text, "no-ema", "true"));
     return a->official_temperature ? config_set(text, "official-temperature", "true") : OK;

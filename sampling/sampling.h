@@ -29,21 +29,25 @@ typedef struct {
     int ckpt;             /* they are PyTorch's, else safetensors */
     char note[ERR_MAX];   /* what is to be said once about the files; "": nothing */
     int no_ema;           /* set after model_open: sample with the trained weights rather than their moving average */
-    WeightFormat weights; /* set after model_open: how the transitions' matrices are kept */
-    int cuda; /* set after model_open: the transitions run on the GPU, in f32 or, with bf16 weights, in bf16 */
+    WeightFormat weights; /* model_weights: how the transitions' matrices are kept */
+    int cuda;             /* model_use_cuda */
 } Model;
 /* name_or_folder: a named model, or a folder with vqgan.safetensors and scale1..scaleT.safetensors, or one with the
  * official scale1..scaleT.ckpt and, unless their tensors are a named model's, a recipe config.txt. *substituted is set
  * to the named entry when its weights are not installed and the bundled model was opened instead (the caller must say
  * so); NULL forbids that. */
 Err model_open(Model *m, const char *name_or_folder, const NamedModel **substituted);
-/* f32, bf16 or int8; NULL: the first. Another name is an error, of this option. */
-Err weight_format(WeightFormat *format, const char *name, const char *option);
+/* f32, bf16x3, bf16 or int8; NULL: the usual. Another name, or what there is not here, is an error, of this option. cuda:
+ * for a GPU. */
+Err weight_format(WeightFormat *format, const char *name, int cuda, const char *option);
 const char *weight_name(WeightFormat format);
+/* How matrices of transitions are kept; and so, what products multiply everywhere else in both networks
+ * (weight_precision). f32 until then. */
+void model_weights(Model *m, WeightFormat format);
 void model_close(Model *m);
 /* How many of a named model's files are here; missing: the first that is not, "" if all are. */
 size_t model_files(char missing[32], const NamedModel *named);
-/* Once m->weights are chosen: everything computes on the GPU from now on. */
+/* After model_weights: everything computes on the GPU from now on. */
 Err model_use_cuda(Model *m);
 void model_unload(Model *m);      /* releases the transition that is in memory */
 Err model_scale(Model *m, int t); /* loads scale t's transition (EMA weights), releases the other */

@@ -469,7 +469,7 @@ EditArgs job_edit_args(const Job *j) {
 
 Err job_text(Config *text, const Job *j, size_t k) {
     const Model *m = j->served->model;
-    const SamplingArgs a = {.class_name = j->class_name, .seed = j->seed, .weights = weight_name(m->weights)};
+    const SamplingArgs a = {.class_name = j->class_name, .seed = j->seed};
     TRY(sampling_text(text, &a, &j->options, m));
     const EditArgs edit = job_edit_args(j);
     if (j->kind == DRAW_EDIT)

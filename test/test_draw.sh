@@ -227,7 +227,7 @@ for how in "" -v -q; do
 done
 for run in all edit; do
     ok "three lines and where it went ($run)" test "$(grep -vc '^device: ' "$dir/$run")" -eq 4
-    ok "which arithmetic ($run)" grep -q '^processor: .*, [0-9]* thread.*; weights in f32$' "$dir/$run"
+    ok "which arithmetic ($run)" grep -q '^processor: .*, [0-9]* thread.*; weights in f32, products in f32$' "$dir/$run"
     ok "nothing with -q ($run)" test ! -s "$dir/$run-q"
     ok "passes with -v ($run)" grep -q '^scale 1: [0-9]* tokens in [0-9]* pass' "$dir/$run-v"
     ok "memory with -v ($run)" grep -q '^memory: first stage' "$dir/$run-v"

@@ -101,10 +101,14 @@ static void say_finished(const Stage *s) {
 enum { FEW = 50 }; /* pictures */
 
 void say_start(Stage *s) {
+    char threads[96], precision[PRECISION_TEXT];
     if (s->has_state && is_done(s)) {
         say_finished(s);
         return;
     }
+    if (!s->set.cuda)
+        fprintf(stderr, "processor: %s, %s; products in %s\n", vector_instructions(), threads_text(threads),
+                precision_text(precision, s->precision));
     say_pictures(s, has_classes(s));
     if (ranks() > 1)
         fprintf(stderr, "%zu processes, each takes %zu of the %zu pictures of a micro batch, with %d threads\n",

@@ -426,17 +426,6 @@ static Err settle_precision(Stage *s, const char *before) {
     return o->cuda ? OK : precision_there(s->precision);
 }
 
-/* What computes, in what arithmetic, unless that was the last that was said of it. Of a GPU report.c says more. */
-static void say_processor(const Stage *s) {
-    static char said[256];
-    char text[sizeof said], threads[96], precision[PRECISION_TEXT];
-    if (s->set.cuda) return;
-    snprintf(text, sizeof text, "processor: %s, %s; products in %s\n", vector_instructions(), threads_text(threads),
-             precision_text(precision, s->precision));
-    if (strcmp(text, said) != 0) say_once("%s", text);
-    memcpy(said, text, sizeof said);
-}
-
 /* A run goes on where it was, unless the user says otherwise: bits differ from one device to another. */
 
 static Err settle_device(Stage *s, int continuing) {
@@ -447,7 +436,6 @@ static Err settle_device(Stage *s, int continuing) {
         if (o->cuda) TRY(cuda_find(NULL, NULL, NULL));
     }
     TRY(settle_precision(s, before));
-    say_processor(s);
     const Name now = device_name(s);
     if (before && goes_on(s) && strcmp(before, now.s))
         say_once("%s: trained on %s so far, from here on on %s: another run than without the change\n", s->name, before,
