@@ -51,6 +51,7 @@ typedef enum { HONEST, MOVED, MADE_NAN, RENAMED } Falsify; /* --selftest */
 static size_t passed, failed, green; /* green: cases with tensors that failed nowhere */
 static Falsify falsify;
 static int on_cuda; /* --device cuda */
+static Precision precision; /* --precision bf16x3, bf16: of products on the CPU */
 
 typedef struct {
     const char *name; /* folder */
@@ -260,6 +261,7 @@ static Err open_vqgan(Case *c, Vqgan **v, const char *tensors, const char *keys,
     if (!table && config_get(&c->config, keys, "remap")) return err("%s has no tensor %s", c->model.path, used);
     config.re_embed = table ? table->size : 0;
     TRY(vqgan_create(v, &config, honour_tanh));
+    vqgan_params(*v)->precision = precision;
     TRY(params_plan(vqgan_params(*v), PLAN_VALUE | PLAN_GRAD));
     TRY(vqgan_load(*v, &c->model, tensors));
     if (on_cuda) TRY(vqgan_use_cuda(*v, PRECISION_F32));
@@ -504,6 +506,7 @@ static Err open_discriminator(Case *c, const Pictures *p) {
     DiscConfig config;
     TRY(disc_config_read(&config, &c->config, loss_keys));
     TRY(disc_create(&c->disc, &config));
+    disc_params(c->disc)->precision = precision;
     TRY(params_plan(disc_params(c->disc), PLAN_VALUE | PLAN_GRAD));
     TRY(params_load(disc_params(c->disc), &c->model, 'v', ""));
     if (on_cuda) TRY(disc_use_cuda(c->disc, PRECISION_F32));
@@ -631,6 +634,7 @@ static Err open_net(Case *c, Schedule *s) {
     TRY(transformer_create(&c->net, &config));
     if (on_cuda) TRY(transformer_use_cuda(c->net, PRECISION_F32));
     Params *p = transformer_params(c->net);
+    p->precision = precision;
     TRY(params_plan(p, PLAN_VALUE | PLAN_GRAD));
     TRY(params_load(p, &c->model, 'v', "transformer."));
     TRY(params_send(p));
@@ -1392,6 +1396,13 @@ static int selftest(int n, char **dirs) {
 int main(int argc, char **argv) {
     if (argc > 2 && strcmp(argv[1], "--device") == 0) {
         on_cuda = strcmp(argv[2], "cuda") == 0;
+        argc -= 2, argv += 2;
+    }
+    if (argc > 2 && strcmp(argv[1], "--precision") == 0) {
+        if (precision_read(&precision, argv[2], "--precision") != OK) {
+            fprintf(stderr, "golden: %s\n", err_text());
+            return 2;
+        }
         argc -= 2, argv += 2;
     }
     int test_itself = argc > 1 && strcmp(argv[1], "--selftest") == 0;
