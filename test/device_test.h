@@ -130,8 +130,31 @@ static inline void add_digest(const void *p, size_t bytes) {
     free(here);
 }
 
-/* The end of a test program */
-static int device_report(void) {
+/* ---- A test program: its sections, or those of them that its arguments name ---- */
+
+typedef struct {
+    const char *name;
+    void (*run)(void);
+} Section;
+
+static int run_sections(int argc, char **argv, const Section *section, size_t n) {
+    char text[CUDA_TEXT_BYTES];
+    if (find_cuda(text, NULL, NULL) != OK || open_device(&device) != OK) {
+        printf("FAIL %s\n0 passed, 1 failed\n", err_text());
+        return 1;
+    }
+    printf("%s, %s\n", text, IS_BF16 ? "bf16" : "f32");
+    for (int i = 1; i < argc; i++) {
+        size_t known = 0;
+        while (known < n && strcmp(argv[i], section[known].name) != 0) known++;
+        if (!CHECK(known < n)) printf("     there is no section %s\n", argv[i]);
+    }
+    for (size_t s = 0; s < n; s++) {
+        int wanted = argc < 2;
+        for (int i = 1; i < argc; i++) wanted |= strcmp(argv[i], section[s].name) == 0;
+        if (wanted) section[s].run();
+    }
+    close_device(device);
     printf("bits of what was computed: %016llx\n", (unsigned long long)all_bits);
     return test_report();
 }

@@ -36,7 +36,7 @@ run() { # run WHAT COMMAND...: exit status 0 and no finding
 }
 
 sample() { # beside the CPU's: another token moves colours by tens, rounding by one of the 255 steps
-    draw() { "$programs/sample" models/emoji -n 1 --seed 5 --candidates 1 --chain-length 1 "$@"; }
+    draw() { "$programs/sample" models/emoji -n 1 --seed 5 --best-of 1 --chain-length 1 "$@"; }
     ok "sample on the CPU" draw -o "$dir/cpu.png" --device cpu
     run "sample in f32" draw -o "$out/f32.png" --device cuda
     ok "the same picture" "$build/pictures" near "$dir/cpu.png" "$out/f32.png" 1

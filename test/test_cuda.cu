@@ -930,22 +930,10 @@ static void test_emulation(void) {
 #endif
 
 /* test_cuda_bf16 decoding: that alone */
-int main(int argc, char **argv) {
-    char text[CUDA_TEXT_BYTES];
-    if (find_cuda(text, NULL, NULL) != OK || open_device(&device) != OK) {
-        printf("FAIL %s\n0 passed, 1 failed\n", err_text());
-        return 1;
-    }
-    printf("%s, %s\n", text, IS_BF16 ? "bf16" : "f32");
+/* ---- Sections ---- */
+
+static void test_layers(void) {
     seam(0, 0); /* so that needs can be asked for */
-    if (argc > 1 && strcmp(argv[1], "decoding") == 0) {
-        test_decodings();
-        close_device(device);
-        return test_report();
-    }
-#ifdef CUDA_ON_CPU
-    test_emulation();
-#endif
     test_gelu(3, 5, 1);
     test_gelu(1, 1, 0);
     test_gelu(7, 300, 1);
@@ -964,6 +952,9 @@ int main(int argc, char **argv) {
     test_embedding(3, 7, 40);
     test_embedding(1, 1, 5);
     for (int scaled = 0; scaled < 3; scaled++) test_variant(3, 7, 11, scaled, 0), test_variant(4, 5, 40, scaled, 1);
+}
+
+static void test_attentions(void) {
     test_attention(2, 2, 5, 7, 7, 0, 0);
     test_attention(1, 3, 50, 69, 69, 1, 0);
     test_attention(2, 1, 64, 65, 130, 0, 0);
@@ -980,18 +971,39 @@ int main(int argc, char **argv) {
         test_attention_decoding(2, 1, 15, 30, 1, 40);
         test_attention_decoding(1, 2, 121, 0, 1, 3);
     }
+}
+
+static void test_all_updates(void) {
     for (int order = first_order(); order < 2; order = next_order(order)) {
         test_updates();
         test_bf16_moments();
     }
-    test_networks();
-    test_bundled(1), test_bundled(2), test_bundled(3);
+}
+
+static void test_bundled_scales(void) {
+    for (int t = 1; t <= 3; t++) test_bundled(t);
+}
+
+static void test_trainings(void) {
     for (int order = first_order(); order < 2; order = next_order(order)) {
         test_training(&x_small);
         test_training(&gpt_small);
-        test_decodings();
     }
-    test_refusals();
-    close_device(device);
-    return device_report();
+}
+
+static void test_both_decodings(void) {
+    for (int order = first_order(); order < 2; order = next_order(order)) test_decodings();
+}
+
+static const Section sections[] = {
+#ifdef CUDA_ON_CPU
+    {"emulation", test_emulation},
+#endif
+    {"layers", test_layers},           {"attention", test_attentions},   {"updates", test_all_updates},
+    {"networks", test_networks},       {"bundled", test_bundled_scales}, {"training", test_trainings},
+    {"decoding", test_both_decodings}, {"refusals", test_refusals},
+};
+
+int main(int argc, char **argv) {
+    return run_sections(argc, argv, sections, sizeof sections / sizeof *sections);
 }

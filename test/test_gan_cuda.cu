@@ -346,7 +346,7 @@ static Said said_here(const DiscConfig *c, int move, size_t B, size_t H, size_t 
 }
 
 static void test_disc(DiscConfig c, size_t B, size_t H, size_t W) {
-    Said want = said_here(&c, 0, B, H, W), moved[MOVES + 1], first;
+    Said want = said_here(&c, 0, B, H, W), moved[MOVES + 1], first = {};
     for (int m = 0; m < MOVES; m++) moved[m] = said_here(&c, m + 1, B, H, W);
     for (int order = 0; order < 2; order++) {
         Discriminator *there = make_disc(&c, 1, 0);
@@ -567,18 +567,12 @@ static void test_perceptuals(void) {
 
 /* ---- main ---- */
 
-int main(void) {
-    char text[CUDA_TEXT_BYTES];
-    if (find_cuda(text, NULL, NULL) != OK || open_device(&device) != OK) {
-        printf("FAIL %s\n0 passed, 1 failed\n", err_text());
-        return 1;
-    }
-    printf("%s, %s\n", text, IS_BF16 ? "bf16" : "f32");
-    test_convs();
-    test_norms();
-    test_discs();
-    test_lpips_layers();
-    test_perceptuals();
-    close_device(device);
-    return device_report();
+static const Section sections[] = {{"conv", test_convs},
+                                   {"norm", test_norms},
+                                   {"disc", test_discs},
+                                   {"lpips_layers", test_lpips_layers},
+                                   {"lpips", test_perceptuals}};
+
+int main(int argc, char **argv) {
+    return run_sections(argc, argv, sections, sizeof sections / sizeof *sections);
 }

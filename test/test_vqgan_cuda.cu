@@ -715,17 +715,9 @@ static void test_networks(void) {
 
 /* ---- main ---- */
 
-int main(void) {
-    char text[CUDA_TEXT_BYTES];
-    if (find_cuda(text, NULL, NULL) != OK || open_device(&device) != OK) {
-        printf("FAIL %s\n0 passed, 1 failed\n", err_text());
-        return 1;
-    }
-    printf("%s, %s\n", text, IS_BF16 ? "bf16" : "f32");
-    test_convs();
-    test_reading();
-    test_layers();
-    test_networks();
-    close_device(device);
-    return device_report();
+static const Section sections[] = {
+    {"conv", test_convs}, {"reading", test_reading}, {"layers", test_layers}, {"networks", test_networks}};
+
+int main(int argc, char **argv) {
+    return run_sections(argc, argv, sections, sizeof sections / sizeof *sections);
 }
