@@ -124,9 +124,11 @@ FLAGS_x86-64 := -march=x86-64
 FLAGS_x86-64-v3 := -march=x86-64-v3
 FLAGS_x86-64-v4 := -march=x86-64-v4
 FLAGS_x86-64-v4-bf16 := -march=x86-64-v4 -mavx512bf16 -mavx512vnni
+# Every processor with AMX has the byte permutations of VBMI, too.
+FLAGS_x86-64-v4-amx := $(FLAGS_x86-64-v4-bf16) -mavx512vbmi -mamx-tile -mamx-bf16 -mamx-int8
 # The folder of ./sample, ./train, ./inpaint, ./serve. With CUDA they are for this processor; the others are tested all the same.
 SHIPPED := $(if $(NVCC),$B,$(or $P,$B))
-LEVELS := $(if $P,$(foreach l,x86-64 x86-64-v3 x86-64-v4 x86-64-v4-bf16,$(if $(call compiles,int main(void) { return 0; },$(FLAGS_$l)),$l)))
+LEVELS := $(if $P,$(foreach l,x86-64 x86-64-v3 x86-64-v4 x86-64-v4-bf16 x86-64-v4-amx,$(if $(call compiles,int main(void) { return 0; },$(FLAGS_$l)),$l)))
 
 OFFICIAL := ffhq ffhq2 churches bedrooms cats imagenet imagenet4
 
@@ -175,7 +177,7 @@ LDLIBS := $(ARCHIVES) $(if $(HAVE_WEBP),$(WEBP_LIBS)) $(if $(HAVE_LMDB),$(LMDB_L
 
 # The house from the ground up (test/house.sh checks the order). FILES: their speed is that of files, so that they are
 # compiled for the first level only.
-BASE := base threads params plan compute options own_path version
+BASE := base tiles threads params plan compute options own_path version
 KERNELS := $(if $(PLAINLY),,fast gemm bf16 stream conv norm layers attention guess optimizer discriminator perceptual)
 FILES := folder layout damage config atomic tensor checkpoint pickle zip ckpt weights names pixels orientation prep resize rows png png_text apng profile jpeg webp images mask lmdb tokens places keys values recipe betas net_config vqgan_config letters classes npy remap
 SAMPLING := model bounds draw edit paste options output sheet score region terminal
@@ -187,6 +189,8 @@ COLD := base/params base/options base/own_path base/version $(FILES:%=files/%) d
 TESTS := base $(if $(PLAINLY),,gemm conv) checkpoint ckpt npy images profile data vqgan discriminator perceptual transformer classes keys schedule diffusion model library fuzz $(if $(PLAINLY),,layers)
 TESTS_DOUBLE := $(if $(PLAINLY),,gemm conv) vqgan discriminator perceptual transformer layers
 
+TESTS_TILES := $(if $(PLAINLY),,gemm)
+
 OBJ := $(COMPONENTS:%=$B/%.o)
 DEVICE_OBJ := $(if $(NVCC),$B/device_f32.o $B/device_bf16.o)
 CUDA_LIBS := $(if $(NVCC),-L$(dir $(NVCC))../lib64 -lcudart_static -ldl -lrt $(ARCHIVES) -lstdc++ $(SHARED))
@@ -194,7 +198,7 @@ NVCC_FLAGS := -x cu -std=c++17 -I. -O3 -lineinfo $(foreach a,$(CUDA_ARCH),-genco
               -gencode arch=compute_$(lastword $(CUDA_ARCH))$(comma)code=compute_$(lastword $(CUDA_ARCH)) \
               $(if $(HAVE_NCCL),-DHAVE_NCCL) -Xcompiler -Wall$(comma)-Wextra$(comma)-Wno-missing-field-initializers$(comma)-Werror -Werror all-warnings
 OBJ_DOUBLE := $(COMPONENTS:%=$B/double/%.o)
-TEST_BIN := $(TESTS:%=$B/test_%) $(TESTS_DOUBLE:%=$B/test_%_double)
+TEST_BIN := $(TESTS:%=$B/test_%) $(TESTS_DOUBLE:%=$B/test_%_double) $(TESTS_TILES:%=$B/test_%_tiles)
 
 all: $(PROGRAMS)
 
@@ -250,6 +254,14 @@ $B/test_fuzz: $B/test/fuzz.o $B/test/fuzz_files.o $B/test/fuzz_sets.o $B/test/fu
 $B/test_fuzz: LDLIBS += $(if $(HAVE_MPI),$(MPI_LIBS)) $(if $(HAVE_SERVE),$(SERVE_LIBS))
 $B/test_library: $B/sampling/library.o
 $B/test/fuzz_serving.o $B/test/fuzz_requests.o: CFLAGS += $(if $(HAVE_SERVE),-DHAVE_SERVE)
+# Tests upon the tiles of AMX in plain C, test/tiles_in_c.h, which every machine has
+TILED := base/tiles kernels/bf16 kernels/stream
+$B/tiles/%.o: %.c Makefile
+	@mkdir -p $(@D)
+	$(call say,CC,$<)$(CC) $(CFLAGS) -DTILES_IN_C -MMD -MP -c -o $@ $<
+$(TESTS_TILES:%=$B/test_%_tiles): $B/test_%_tiles: $B/tiles/test/test_%.o $B/tiles/test/tiles_in_c.o $(TILED:%=$B/tiles/%.o) \
+    $(filter-out $(TILED:%=$B/%.o),$(OBJ))
+	$(call say,LINK,$@)$(CC) $(CFLAGS) -o $@ $^ $(LDLIBS)
 # test_layers includes transformer.cu, whose layers are its own; it must be compiled quickly.
 $B/test_layers: $B/test/test_layers.o $(filter-out %/transformer.o,$(OBJ))
 	$(call say,LINK,$@)$(CC) $(CFLAGS) -o $@ $^ $(LDLIBS)
@@ -309,7 +321,7 @@ endef
 ifneq ($P,)
 $P/x86-64/training/parallel.o: CFLAGS_ANY += $(if $(HAVE_MPI),-DHAVE_MPI $(MPI_CFLAGS))
 $(foreach l,$(LEVELS),$(eval $(call level,$l)))
-$(PROGRAMS:%=$P/%): $P/x86-64/base/start.o $P/x86-64/base/level.o $P/commit.o
+$(PROGRAMS:%=$P/%): $P/x86-64/base/start.o $P/x86-64/base/level.o $P/x86-64/base/tiles.o $P/commit.o
 	$(call say,LINK,$@)$(CC) $(CFLAGS_ANY) -o $@ $^ $(LDLIBS)
 endif
 
@@ -443,8 +455,8 @@ faults: $B/pictures $(PROGRAMS:%=$B/%)
 	@test/test_faults.sh $B all
 
 .PHONY: units threads objects list-objects list-libraries list-folder
-units: $(TESTS:%=$B/test_%) $B/golden
-	@test/run.sh --units $B $(TESTS:%=$B/test_%)
+units: $(TESTS:%=$B/test_%) $(TESTS_TILES:%=$B/test_%_tiles) $B/golden
+	@test/run.sh --units $B $(TESTS:%=$B/test_%) $(TESTS_TILES:%=$B/test_%_tiles)
 
 # What threads share, under the thread sanitizer
 THREADS_TESTS := base data vqgan transformer library
@@ -547,7 +559,7 @@ ifneq ($P,)
 $P/library/%.o: %.c Makefile
 	@mkdir -p $(@D)
 	$(call say,CC,$<)$(CC) $(CFLAGS_ANY) $(SHARING) $(FLAGS_x86-64) -DLIBRARY -DLIBRARY_LEVELS -MMD -MP -c -o $@ $<
-$P/libimagebart.so $P/libimagebart.a: $P/library/sampling/levels.o $P/x86-64/base/level.o $(LEVELS:%=$P/%/whole-library.o)
+$P/libimagebart.so $P/libimagebart.a: $P/library/sampling/levels.o $P/x86-64/base/level.o $P/x86-64/base/tiles.o $(LEVELS:%=$P/%/whole-library.o)
 endif
 MACOS := $(filter %darwin %macos,$(shell $(CC) -dumpmachine 2>/dev/null | tr -d 0-9.))
 SO_FLAGS := -Wl,$(if $(MACOS),-install_name$(comma)@rpath/libimagebart.so.1,-soname$(comma)libimagebart.so.1$(comma)-z$(comma)nodelete$(comma)--exclude-libs$(comma)ALL)

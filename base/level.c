@@ -2,6 +2,7 @@
  * IMAGEBART_LEVEL=x86-64-v3 chooses that level; one that the machine lacks, or that was not compiled, is refused. */
 #if defined(__x86_64__)
 #include "base/level.h"
+#include "base/tiles.h"
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -26,18 +27,21 @@ static int has_cpuid(unsigned leaf, unsigned bits) {
 #endif
 #if defined(__clang__) || __GNUC__ >= 11
 #define HAS_BF16 (HAS("avx512bf16") && HAS("avx512vnni"))
+#define HAS_VBMI HAS("avx512vbmi")
 #else
 #define HAS_BF16 0
+#define HAS_VBMI 0
 #endif
 
-static const char *const names[LEVELS] = {"x86-64", "x86-64-v3", "x86-64-v4", "x86-64-v4-bf16"};
+static const char *const names[LEVELS] = {"x86-64", "x86-64-v3", "x86-64-v4", "x86-64-v4-bf16", "x86-64-v4-amx"};
 
-/* How many of the levels, from the first, this machine has. */
-static int machine_has(void) {
+/* How many of the levels, from the first, this machine has. The system is asked for tiles only where they are wanted. */
+static int machine_has(int wants_tiles) {
     __builtin_cpu_init();
-    if (!HAS_V3) return 1;
-    if (!HAS_V4) return 2;
-    return HAS_BF16 ? 4 : 3;
+    if (!HAS_V3) return LEVEL_V3;
+    if (!HAS_V4) return LEVEL_V4;
+    if (!HAS_BF16) return LEVEL_V4_BF16;
+    return wants_tiles && HAS_VBMI && tiles_here() ? LEVELS : LEVEL_V4_AMX;
 }
 
 static int refuse(char refusal[LEVEL_TEXT], const char *wanted, const char *why, const int there[LEVELS], int has) {
@@ -48,8 +52,8 @@ static int refuse(char refusal[LEVEL_TEXT], const char *wanted, const char *why,
 }
 
 int level_take(const int there[LEVELS], char refusal[LEVEL_TEXT]) {
-    const int has = machine_has();
     const char *wanted = getenv("IMAGEBART_LEVEL");
+    const int has = machine_has(there[LEVEL_V4_AMX] && (!wanted || !strcmp(wanted, names[LEVEL_V4_AMX])));
     int take = has - 1;
     *refusal = 0;
     while (take > 0 && !there[take]) take--;

@@ -16,9 +16,10 @@ extern Main main_x86_64;
 extern Main main_x86_64_v3 __attribute__((weak));
 extern Main main_x86_64_v4 __attribute__((weak));
 extern Main main_x86_64_v4_bf16 __attribute__((weak));
+extern Main main_x86_64_v4_amx __attribute__((weak));
 
 int main(int argc, char **argv) {
-    Main *const copy[LEVELS] = {main_x86_64, main_x86_64_v3, main_x86_64_v4, main_x86_64_v4_bf16};
+    Main *const copy[LEVELS] = {main_x86_64, main_x86_64_v3, main_x86_64_v4, main_x86_64_v4_bf16, main_x86_64_v4_amx};
     const char *program = argc > 0 ? argv[0] : "imagebart", *slash = strrchr(program, '/');
     char refusal[LEVEL_TEXT];
     int there[LEVELS];

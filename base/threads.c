@@ -6,6 +6,7 @@
  * machine has no room to run. Between turns workers spin a little, because the next loop of a network is microseconds
  * away, and then sleep: on a busy machine they cost their neighbours at most that little. */
 #include "base/base.h"
+#include "base/tiles.h"
 
 #include <pthread.h>
 #include <sched.h>
@@ -142,6 +143,9 @@ int threads_get(void) {
 }
 
 const char *vector_instructions(void) {
+#if defined(__AMX_BF16__)
+    if (tiles_here()) return "AVX-512 with bf16, AMX";
+#endif
 #if defined(__AVX512BF16__) && defined(__AVX512VNNI__)
     return "AVX-512 with bf16";
 #elif defined(__AVX512F__)

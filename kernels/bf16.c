@@ -100,10 +100,12 @@ static void multiply_task(void *context, size_t t) {
     const Piece *p = (const Piece *)context;
     const size_t down = ceil_div(p->M, p->rows), i = t % down * p->rows, j = t / down * p->cols;
     const size_t i1 = min_size(p->M, i + p->rows), j1 = min_size(p->N, j + p->cols);
+    tiles_begin(p->M);
     if (p->x3)
         multiply(1, p, i, i1, j, j1);
     else
         multiply(0, p, i, i1, j, j1);
+    tiles_end();
 }
 
 /* Tasks whose A fits L2, halved along the longer side until every thread has several. */

@@ -22,7 +22,7 @@
 #ifndef BF16_H
 #define BF16_H
 
-#include "kernels/vector.h"
+#include "kernels/tiles.h"
 
 enum {
     TILE = 16,                  /* rows of C in a tile of A, columns in a tile of B */
@@ -46,6 +46,12 @@ INLINE size_t a_of_step(const BlockSum *p, size_t s) {
 
 /* ---- Operands ---- */
 
+#if defined(__AVX512BF16__) && !defined(REAL_DOUBLE)
+#define HAVE_DPBF16 1
+#else
+#define HAVE_DPBF16 0
+#endif
+
 /* What of a number an operand holds. */
 typedef enum { PART_WHOLE, PART_HIGH, PART_LOW } Part;
 
@@ -54,120 +60,6 @@ INLINE uint16_t part_of(Part part, real x) {
     const float near = bf16_to_float(whole), high = near - near == 0 ? near : 0;
     return part == PART_WHOLE ? whole : bf16_from_float(part == PART_HIGH ? high : (float)(x - (real)high));
 }
-
-/* ---- Vectors ---- */
-
-#if defined(__AVX512BF16__) && !defined(REAL_DOUBLE)
-#define HAVE_DPBF16 1
-#else
-#define HAVE_DPBF16 0
-#endif
-
-enum {
-    BLOCK_VECS = BLOCK < 2 * LANES ? 1 : 2, /* vectors of columns at a time */
-    BLOCK_ROWS = VECTOR_BYTES == 64 ? 8 : 4 /* rows at a time: the sums stay in registers */
-};
-
-INLINE Words load_words(const uint16_t *p) {
-    Words w;
-    memcpy(&w, p, sizeof w);
-    return w;
-}
-
-INLINE real number_of_bits(uint32_t bits) {
-    float f;
-    memcpy(&f, &bits, sizeof f);
-    return (real)f;
-}
-
-/* sum + the products of two k of a row of A and of LANES columns of B */
-INLINE Vec add_pair(const uint16_t *a, Words b, Vec sum) {
-    uint32_t pair;
-    memcpy(&pair, a, sizeof pair);
-#if HAVE_DPBF16
-    return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_set1_epi32((int)pair), (__m512bh)b);
-#else
-    const Floats even = (Floats)(b << 16), odd = (Floats)(b & 0xffff0000u);
-    sum = multiply_add(number_of_bits(pair << 16), __builtin_convertvector(even, Vec), sum);
-    return multiply_add(number_of_bits(pair & 0xffff0000u), __builtin_convertvector(odd, Vec), sum);
-#endif
-}
-
-/* C (rows, LANES or the first n columns) = or += sum */
-INLINE void put_vector(real *c, Vec sum, size_t n, int add) {
-    if (n >= LANES)
-        store(c, add ? load(c) + sum : sum);
-    else
-        for (size_t i = 0; i < n; i++) c[i] = add ? c[i] + sum[i] : sum[i];
-}
-
-/* `rows` rows of C from row i of the block on, `vecs` vectors from column j on. rows, vecs and x3 are constants where this
- * is expanded. */
-INLINE void vector_rows(int rows, int vecs, int x3, const BlockSum *p, size_t i, size_t j, size_t cols, int add,
-                        real *c, size_t ldc) {
-    const size_t a_row = p->a_row, b_step = (x3 ? 2 : 1) * TILE_NUMBERS;
-    const uint16_t *from = p->a[i / TILE] + i % TILE * a_row;
-    const uint16_t *panel[BLOCK_VECS];
-    Vec sum[BLOCK_ROWS][BLOCK_VECS];
-    for (int v = 0; v < vecs; v++) {
-        const size_t column = j + (size_t)v * LANES;
-        panel[v] = p->b[column / TILE] + column % TILE * 2;
-        for (int r = 0; r < rows; r++) sum[r][v] = (Vec){0};
-    }
-    for (size_t s = 0; s < p->steps; s++) {
-        const uint16_t *a = from + a_of_step(p, s);
-        for (size_t k = 0; k < STEP; k += 2) {
-            Words high[BLOCK_VECS], low[BLOCK_VECS];
-            for (int v = 0; v < vecs; v++) {
-                high[v] = load_words(panel[v] + s * b_step + k * TILE);
-                if (x3) low[v] = load_words(panel[v] + s * b_step + TILE_NUMBERS + k * TILE);
-            }
-            for (int r = 0; r < rows; r++)
-                for (int v = 0; v < vecs; v++) {
-                    const uint16_t *ak = a + (size_t)r * a_row + k;
-                    if (x3) sum[r][v] = add_pair(ak, low[v], sum[r][v]);
-                    sum[r][v] = add_pair(ak, high[v], sum[r][v]);
-                    if (x3) sum[r][v] = add_pair(ak + p->a_low, high[v], sum[r][v]);
-                }
-        }
-    }
-    for (int r = 0; r < rows; r++)
-        for (int v = 0; v < vecs; v++) {
-            const size_t column = j + (size_t)v * LANES;
-            put_vector(c + (i + (size_t)r) * ldc + column, sum[r][v], cols - column, add);
-        }
-}
-
-/* Chooses the expansion for a number of rows; called with constant vecs and x3. */
-INLINE void vector_group(size_t rows, int vecs, int x3, const BlockSum *p, size_t i, size_t j, size_t cols, int add,
-                         real *c, size_t ldc) {
-#define EXPAND_ROWS(n)                                                                                                 \
-    case n: vector_rows(n, vecs, x3, p, i, j, cols, add, c, ldc); break
-    switch (rows) {
-        EXPAND_ROWS(1);
-        EXPAND_ROWS(2);
-        EXPAND_ROWS(3);
-        EXPAND_ROWS(4);
-#if VECTOR_BYTES == 64
-        EXPAND_ROWS(5);
-        EXPAND_ROWS(6);
-        EXPAND_ROWS(7);
-        EXPAND_ROWS(8);
-#endif
-    }
-#undef EXPAND_ROWS
-}
-
-INLINE void vector_block(int x3, const BlockSum *p, size_t rows, size_t cols, int add, real *c, size_t ldc) {
-    for (size_t j = 0; j < cols; j += BLOCK_VECS * LANES)
-        for (size_t i = 0; i < rows; i += BLOCK_ROWS)
-            if (cols - j <= LANES)
-                vector_group(min_size(BLOCK_ROWS, rows - i), 1, x3, p, i, j, cols, add, c, ldc);
-            else
-                vector_group(min_size(BLOCK_ROWS, rows - i), BLOCK_VECS, x3, p, i, j, cols, add, c, ldc);
-}
-
-/* ---- Packing ---- */
 
 #if HAVE_DPBF16
 
@@ -218,10 +110,198 @@ INLINE void pack_tile(Part part, int by_pairs, uint16_t *to, size_t to_row, View
 
 #endif
 
+/* ---- Vectors ---- */
+
+enum {
+    BLOCK_VECS = BLOCK < 2 * LANES ? 1 : 2, /* vectors of columns at a time */
+    BLOCK_ROWS = VECTOR_BYTES == 64 ? 8 : 4 /* rows at a time: the sums stay in registers */
+};
+
+/* Unrolled whole, the 16 pairs of a step fill the cache of instructions. */
+#if defined(__clang__)
+#define UNROLL_LITTLE _Pragma("clang loop unroll(disable)")
+#else
+#define UNROLL_LITTLE _Pragma("GCC unroll 2")
+#endif
+
+INLINE Words load_words(const uint16_t *p) {
+    Words w;
+    memcpy(&w, p, sizeof w);
+    return w;
+}
+
+INLINE real number_of_bits(uint32_t bits) {
+    float f;
+    memcpy(&f, &bits, sizeof f);
+    return (real)f;
+}
+
+/* sum + the products of two k of a row of A and of LANES columns of B */
+INLINE Vec add_pair(const uint16_t *a, Words b, Vec sum) {
+    uint32_t pair;
+    memcpy(&pair, a, sizeof pair);
+#if HAVE_DPBF16
+    return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_set1_epi32((int)pair), (__m512bh)b);
+#else
+    const Floats even = (Floats)(b << 16), odd = (Floats)(b & 0xffff0000u);
+    sum = multiply_add(number_of_bits(pair << 16), __builtin_convertvector(even, Vec), sum);
+    return multiply_add(number_of_bits(pair & 0xffff0000u), __builtin_convertvector(odd, Vec), sum);
+#endif
+}
+
+/* C (rows, LANES or the first n columns) = or += sum */
+INLINE void put_vector(real *c, Vec sum, size_t n, int add) {
+    if (n >= LANES)
+        store(c, add ? load(c) + sum : sum);
+    else
+        for (size_t i = 0; i < n; i++) c[i] = add ? c[i] + sum[i] : sum[i];
+}
+
+/* `rows` rows of C from row i of the block on, `vecs` vectors from column j on. rows, vecs and x3 are constants where this
+ * is expanded. */
+INLINE void vector_rows(int rows, int vecs, int x3, const BlockSum *p, size_t i, size_t j, size_t cols, int add,
+                        real *c, size_t ldc) {
+    const size_t a_row = p->a_row, b_step = (x3 ? 2 : 1) * TILE_NUMBERS;
+    const uint16_t *from = p->a[i / TILE] + i % TILE * a_row;
+    const uint16_t *panel[BLOCK_VECS];
+    Vec sum[BLOCK_ROWS][BLOCK_VECS];
+    for (int v = 0; v < vecs; v++) {
+        const size_t column = j + (size_t)v * LANES;
+        panel[v] = p->b[column / TILE] + column % TILE * 2;
+        for (int r = 0; r < rows; r++) sum[r][v] = (Vec){0};
+    }
+    for (size_t s = 0; s < p->steps; s++) {
+        const uint16_t *a = from + a_of_step(p, s);
+        UNROLL_LITTLE
+        for (size_t k = 0; k < STEP; k += 2) {
+            Words high[BLOCK_VECS], low[BLOCK_VECS];
+            for (int v = 0; v < vecs; v++) {
+                high[v] = load_words(panel[v] + s * b_step + k * TILE);
+                if (x3) low[v] = load_words(panel[v] + s * b_step + TILE_NUMBERS + k * TILE);
+            }
+            for (int r = 0; r < rows; r++)
+                for (int v = 0; v < vecs; v++) {
+                    const uint16_t *ak = a + (size_t)r * a_row + k;
+                    if (x3) sum[r][v] = add_pair(ak, low[v], sum[r][v]);
+                    sum[r][v] = add_pair(ak, high[v], sum[r][v]);
+                    if (x3) sum[r][v] = add_pair(ak + p->a_low, high[v], sum[r][v]);
+                }
+        }
+    }
+    for (int r = 0; r < rows; r++)
+        for (int v = 0; v < vecs; v++) {
+            const size_t column = j + (size_t)v * LANES;
+            put_vector(c + (i + (size_t)r) * ldc + column, sum[r][v], cols - column, add);
+        }
+}
+
+/* All rows from column j on, as many at a time as a power of two; vecs and x3 are constants. */
+INLINE void vector_columns(int vecs, int x3, const BlockSum *p, size_t rows, size_t j, size_t cols, int add, real *c,
+                           size_t ldc) {
+    size_t i = 0;
+    for (; i + BLOCK_ROWS <= rows; i += BLOCK_ROWS) vector_rows(BLOCK_ROWS, vecs, x3, p, i, j, cols, add, c, ldc);
+    for (; i + 4 <= rows; i += 4) vector_rows(4, vecs, x3, p, i, j, cols, add, c, ldc);
+    for (; i < rows; i++) vector_rows(1, vecs, x3, p, i, j, cols, add, c, ldc);
+}
+
+INLINE void vector_block(int x3, const BlockSum *p, size_t rows, size_t cols, int add, real *c, size_t ldc) {
+    for (size_t j = 0; j < cols; j += BLOCK_VECS * LANES)
+        if (cols - j <= LANES)
+            vector_columns(1, x3, p, rows, j, cols, add, c, ldc);
+        else
+            vector_columns(BLOCK_VECS, x3, p, rows, j, cols, add, c, ldc);
+}
+
+/* ---- Tiles ---- */
+
+#if HAVE_TILES
+
+/* C in tiles 0..3, of B in 4 and 5, of A in 6 and 7. down, across: has the block rows, columns from 16 on? Constants
+ * where these are expanded. */
+INLINE void load_tiles_a(int down, const BlockSum *p, size_t at) {
+    tile_load(6, p->a[0] + at, p->a_row * sizeof(uint16_t));
+    if (down) tile_load(7, p->a[1] + at, p->a_row * sizeof(uint16_t));
+}
+
+INLINE void load_tiles_b(int across, const BlockSum *p, size_t at) {
+    tile_load(4, p->b[0] + at, STEP * sizeof(uint16_t));
+    if (across) tile_load(5, p->b[1] + at, STEP * sizeof(uint16_t));
+}
+
+INLINE void add_tile_products(int down, int across) {
+    tile_add_product(0, 6, 4);
+    if (across) tile_add_product(1, 6, 5);
+    if (down) tile_add_product(2, 7, 4);
+    if (down && across) tile_add_product(3, 7, 5);
+}
+
+/* x3: eight tiles are loaded for twelve products. */
+INLINE void tile_steps(int x3, int down, int across, const BlockSum *p) {
+    for (size_t s = 0; s < p->steps; s++) {
+        const size_t a = a_of_step(p, s), b = s * (x3 ? 2 : 1) * TILE_NUMBERS;
+        load_tiles_a(down, p, a);
+        if (x3) {
+            load_tiles_b(across, p, b + TILE_NUMBERS);
+            add_tile_products(down, across);
+        }
+        load_tiles_b(across, p, b);
+        add_tile_products(down, across);
+        if (x3) {
+            load_tiles_a(down, p, a + p->a_low);
+            add_tile_products(down, across);
+        }
+    }
+}
+
+/* C (rows, cols) = or += sum (rows, row stride BLOCK) */
+INLINE void put_rows(const real *sum, size_t rows, size_t cols, int add, real *c, size_t ldc) {
+    for (size_t i = 0; i < rows; i++)
+        for (size_t j = 0; j < cols; j += LANES) put_vector(c + i * ldc + j, load(sum + i * BLOCK + j), cols - j, add);
+}
+
+/* The sums take a way over the stack: C itself may be narrower than a tile, and its rows fight for places in the cache. */
+INLINE void tile_block(int x3, int down, int across, const BlockSum *p, size_t rows, size_t cols, int add, real *c,
+                       size_t ldc) {
+    real sum[BLOCK * BLOCK] __attribute__((aligned(LINE_BYTES)));
+    const size_t row = BLOCK * sizeof(real);
+    tile_zero(0);
+    tile_zero(1);
+    tile_zero(2);
+    tile_zero(3);
+    tile_steps(x3, down, across, p);
+    tile_store(0, sum, row);
+    if (across) tile_store(1, sum + TILE, row);
+    if (down) tile_store(2, sum + TILE * BLOCK, row);
+    if (down && across) tile_store(3, sum + TILE * BLOCK + TILE, row);
+    if (rows == BLOCK && cols == BLOCK)
+        put_rows(sum, BLOCK, BLOCK, add, c, ldc);
+    else
+        put_rows(sum, rows, cols, add, c, ldc);
+}
+
+INLINE void tiles_block_sum(int x3, const BlockSum *p, size_t rows, size_t cols, int add, real *c, size_t ldc) {
+    if (rows > TILE && cols > TILE)
+        tile_block(x3, 1, 1, p, rows, cols, add, c, ldc);
+    else if (rows > TILE)
+        tile_block(x3, 1, 0, p, rows, cols, add, c, ldc);
+    else if (cols > TILE)
+        tile_block(x3, 0, 1, p, rows, cols, add, c, ldc);
+    else
+        tile_block(x3, 0, 0, p, rows, cols, add, c, ldc);
+}
+
+#endif
+
 /* ---- The block ---- */
 
-/* C (rows, cols) = or += the sum; rows, cols: 1..32 */
+/* C (rows, cols) = or += the sum; rows, cols: 1..32. Between tiles_begin and tiles_end (tiles.h). */
 INLINE void block_sum(int x3, const BlockSum *p, size_t rows, size_t cols, int add, real *c, size_t ldc) {
+#if HAVE_TILES
+    if (tiles_here()) {
+        tiles_block_sum(x3, p, rows, cols, add, c, ldc);
+        return;
+    }
+#endif
     vector_block(x3, p, rows, cols, add, c, ldc);
 }
 

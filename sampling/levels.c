@@ -7,6 +7,7 @@ extern const LibraryCalls library_x86_64;
 extern const LibraryCalls library_x86_64_v3 __attribute__((weak));
 extern const LibraryCalls library_x86_64_v4 __attribute__((weak));
 extern const LibraryCalls library_x86_64_v4_bf16 __attribute__((weak));
+extern const LibraryCalls library_x86_64_v4_amx __attribute__((weak));
 
 /* Set once, before anything is called */
 static const LibraryCalls *taken;
@@ -14,7 +15,7 @@ static char refusal[LEVEL_TEXT];
 
 __attribute__((constructor)) static void take_level(void) {
     const LibraryCalls *const copy[LEVELS] = {&library_x86_64, &library_x86_64_v3, &library_x86_64_v4,
-                                              &library_x86_64_v4_bf16};
+                                              &library_x86_64_v4_bf16, &library_x86_64_v4_amx};
     int there[LEVELS];
     for (int i = 0; i < LEVELS; i++) there[i] = copy[i] != 0;
     const int take = level_take(there, refusal);

@@ -40,7 +40,7 @@ strangers() {
 
 includes() {
     sources | xargs awk '/^ *# *include "/ { split($0, q, "\""); sub(/^\.\//, "", FILENAME); print FILENAME, q[2], FILENAME ":" FNR }' |
-        grep -v ' test/\(cuda_on_cpu\|matmul_on_cpu\)\.h kernels/device\.' # stand in for CUDA
+        grep -v ' test/\(cuda_on_cpu\|matmul_on_cpu\)\.h kernels/device\.\| test/tiles_in_c\.h kernels/tiles\.h' # stand in for CUDA, AMX
 }
 
 # The objects of sources: "D FILE SYMBOL" defined there, "U FILE SYMBOL" used there. Weak uses bind nobody.

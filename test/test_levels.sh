@@ -65,6 +65,7 @@ x86-64 SSE2
 x86-64-v3 AVX2
 x86-64-v4 AVX-512
 x86-64-v4-bf16 AVX-512 with bf16
+x86-64-v4-amx AVX-512 with bf16, AMX
 LEVELS
 
 if [ "$best" != x86-64 ]; then

@@ -1,0 +1,9 @@
+/* tiles.h - may this process use the tile registers of Intel's processors, AMX? */
+#ifndef TILES_H
+#define TILES_H
+
+/* 1: this processor has them, with products of bf16, and the system has granted them to this process; both are asked
+ * once. Where the system refuses what the processor has, a line on stderr says so, and AVX-512 goes on. */
+int tiles_here(void);
+
+#endif
