@@ -11,7 +11,7 @@
  *             for each 32 rows: A walks through L2                                  block_sum
  *
  * What is packed is packed once for all threads, so the buffers belong to the program: they serve one product at a time.
- * A product on one thread, and one that finds them in use, has small ones of its own thread.
+ * A small product on one thread, and one that finds them in use, has the small ones of its own thread.
  *
  * Promise on bits: as gemm's, of K alone, for each kind of processor. K is cut into as few equal pieces, of whole steps, as
  * are at most KC long. */
@@ -134,9 +134,10 @@ static void piece_product(Piece *p, int pack_b) {
 /* ---- The product ---- */
 
 void gemm_bf16(int x3, size_t M, size_t N, size_t K, View a, View b, int accumulate, real *C, size_t ldc, int threads) {
-    const int shared = threads > 1 && !atomic_flag_test_and_set(&shared_taken);
-    const size_t pieces = ceil_div(K, KC), kc = round_up(ceil_div(K, pieces), STEP);
-    const size_t panel = kc * TILE * (x3 ? 2 : 1), most = (shared ? ROOM : OWN_ROOM) / panel * TILE / BLOCK * BLOCK;
+    const size_t pieces = ceil_div(K, KC), kc = round_up(ceil_div(K, pieces), STEP), panel = kc * TILE * (x3 ? 2 : 1);
+    const int large = threads > 1 || ceil_div(max_size(M, N), TILE) * panel > OWN_ROOM;
+    const int shared = large && !atomic_flag_test_and_set(&shared_taken);
+    const size_t most = (shared ? ROOM : OWN_ROOM) / panel * TILE / BLOCK * BLOCK;
     const View columns = {b.p, b.col, b.row};
     Piece p = {.x3 = x3, .threads = threads, .ldc = ldc, .panel = panel};
     p.to_a = shared ? shared_a : own_a, p.to_b = shared ? shared_b : own_b;
