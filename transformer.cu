@@ -360,6 +360,7 @@ typedef struct {
     real *normed;          /* (R,C) */
     real *query, *y;       /* (R,inner) queries; output of the heads, before out */
     real *key, *value;     /* (B,keys,inner) */
+    real *joint;           /* where those of them that are one product begin, side by side; NULL: none is */
     real *saved;           /* of attention, for backward; NULL: nothing */
     real *g, *dg;          /* (R,4C) gelu(h) and its derivative; dg NULL: not wanted */
 } Activations;
@@ -369,6 +370,7 @@ typedef struct {
     BlockKind kind;
     Norm norm;
     Linear q, k, v, out; /* attention, in heads of D channels; inner = heads*D */
+    Linear joint;        /* q, k and v, or k and v of a context, as one; in = 0: they are not */
     size_t heads, D;
     Linear up, down;             /* feed-forward */
     Activations act;             /* training: its own; else all layers share one set */
@@ -461,6 +463,7 @@ static Attention attention_of(const Transformer *m, const Stack *s, const Layer 
     else
         a.causal = pass->causal;
     a.unmasked = s->unmasked, a.position = pass->position, a.kept_bf16 = weight_precision(m->format) == PRECISION_BF16;
+    a.q_row = cross ? 0 : l->joint.out, a.kv_row = l->joint.out;
     return a;
 }
 
@@ -494,7 +497,44 @@ static void project_keys(const Transformer *m, const Layer *l, const Attention *
     keep_positions(&m->on, l->kept_value, l->act.value, n, s);
 }
 
+/* On a GPU that trains, q, k and v of one input are one product each way where their weights follow each other, and side by
+ * side in its rows: q, k, v, or GPT's order k, q, v, or k, v of a context. Does row `last` lie n tensors behind `first`? */
+static int follows(const Transformer *m, size_t first, size_t last, size_t n) {
+    size_t (*const place)(const Params *, size_t) = m->on.ops->place;
+    return first == NONE || place(&m->params, last) == place(&m->params, first) + n * m->params.row[first].size;
+}
+
+static Linear joint_of(const Transformer *m, const Layer *l) {
+    const size_t n = l->kind == BLOCK_CROSS ? 2 : 3;
+    Linear x = n == 3 && l->q.weight < l->k.weight ? l->q : l->k;
+    if (!follows(m, x.weight, l->v.weight, n - 1) || !follows(m, x.bias, l->v.bias, n - 1)) return (Linear){0};
+    return x.out *= n, x;
+}
+
+/* Of q, k, v, or their gradients, those that are joint: where they lie in the array of the first, which is returned. */
+static real *side_by_side(const Transformer *m, const Layer *l, real **q, real **k, real **v) {
+    const size_t inner = l->heads * l->D;
+    const int k_first = l->joint.weight == l->k.weight;
+    real *const first = k_first ? *k : *q;
+    if (!l->joint.in) return NULL;
+    if (l->kind != BLOCK_CROSS) *(k_first ? q : k) = compute_at(&m->on, first, inner);
+    *v = compute_at(&m->on, first, l->joint.out - inner);
+    return first;
+}
+
 /* ---- Blocks ---- */
+
+/* Queries, keys and values; those of the context may be in place. */
+static void project_heads(const Transformer *m, const Layer *l, const Attention *s, const Pass *pass, int keep) {
+    const Activations *act = &l->act;
+    const int cross = l->kind == BLOCK_CROSS;
+    const real *source = cross ? pass->context : act->normed;
+    if (cross || !act->joint) project(m, &l->q, act->query, act->normed, l->q.bias, NULL, 0, pass->B * pass->n);
+    if (act->joint)
+        project(m, &l->joint, act->joint, source, l->joint.bias, NULL, 0, s->B * s->Tk);
+    else if (source)
+        project_keys(m, l, s, source, cross ? pass->T_context : pass->n, keep);
+}
 
 /* next (R,C) = x + out(attention(q normed, k source, v source)); source is normed itself, or the context.
  * With packed weights a whole pass reads the kept keys too, so that decoding gives the same bits. */
@@ -503,11 +543,7 @@ static void attention_block_forward(Transformer *m, const Stack *s, Layer *l, re
     const Attention a = attention_of(m, s, l, pass);
     const int keep = l->kept_key && (pass->position || (a.kept_bf16 && !m->on.device));
     Activations *act = &l->act;
-    project(m, &l->q, act->query, act->normed, l->q.bias, NULL, 0, R);
-    if (l->kind == BLOCK_SELF)
-        project_keys(m, l, &a, act->normed, pass->n, keep);
-    else if (pass->context)
-        project_keys(m, l, &a, pass->context, pass->T_context, keep);
+    project_heads(m, l, &a, pass, keep);
     if (keep)
         attention_from_kept(&m->on, act->y, act->query, l->kept_key, l->kept_value, &a);
     else
@@ -522,14 +558,15 @@ static void attention_block_backward(Transformer *m, const Stack *s, const Layer
     const Attention a = attention_of(m, s, l, pass);
     const Activations *act = &l->act;
     const int cross = l->kind == BLOCK_CROSS;
-    real *dsource = cross ? dcontext : m->dnormed;
+    real *dsource = cross ? dcontext : m->dnormed, *dq = m->dquery, *dk = m->dkey, *dv = m->dvalue;
+    real *djoint = side_by_side(m, l, &dq, &dk, &dv);
     const real *source = cross ? pass->context : act->normed;
     project_backward(m, &l->out, m->dy, m->dx_operand, act->y, 0, 0, R);
-    attention_backward(&m->on, m->dquery, m->dkey, m->dvalue, m->dy, act->y, act->saved, act->query, act->key,
-                       act->value, &a);
-    project_backward(m, &l->q, m->dnormed, m->dquery, act->normed, 0, 1, R);
-    project_backward(m, &l->k, dsource, m->dkey, source, 1, 1, a.B * a.Tk);
-    project_backward(m, &l->v, dsource, m->dvalue, source, 1, 1, a.B * a.Tk);
+    attention_backward(&m->on, dq, dk, dv, m->dy, act->y, act->saved, act->query, act->key, act->value, &a);
+    if (cross || !djoint) project_backward(m, &l->q, m->dnormed, dq, act->normed, 0, 1, R);
+    if (djoint) return project_backward(m, &l->joint, dsource, djoint, source, cross, 1, a.B * a.Tk);
+    project_backward(m, &l->k, dsource, dk, source, 1, 1, a.B * a.Tk);
+    project_backward(m, &l->v, dsource, dv, source, 1, 1, a.B * a.Tk);
 }
 
 /* next (R,C) = x + down(gelu(up normed)) */
@@ -834,11 +871,14 @@ static void want_f32(Arrays *a, real **target, size_t n1, size_t n2) {
 }
 
 /* R = B*n rows, and rows of keys. A layer has either attention or a feed-forward block, what all share has both. */
-static void want_activations(Arrays *a, Activations *x, size_t R, size_t keys, size_t C, size_t inner, size_t hidden) {
+static void want_activations(Arrays *a, Activations *x, const Layer *l, size_t R, size_t keys, size_t C, size_t inner,
+                             size_t hidden) {
+    const size_t joint = l->joint.out, k_first = l->joint.weight == l->k.weight, cross = l->kind == BLOCK_CROSS;
+    const size_t q = !joint || cross ? inner : k_first ? 0 : joint, k = !joint ? inner : k_first ? joint : 0;
     want_f32(a, &x->x, R, C), want_f32(a, &x->mean, R, 1), want_f32(a, &x->rstd, R, 1);
     want_reals(a, &x->normed, R, C);
-    if (inner) want_reals(a, &x->query, R, inner), want_reals(a, &x->y, R, inner);
-    if (inner) want_reals(a, &x->key, keys, inner), want_reals(a, &x->value, keys, inner);
+    if (inner) want_reals(a, &x->query, R, q), want_reals(a, &x->y, R, inner);
+    if (inner) want_reals(a, &x->key, keys, k), want_reals(a, &x->value, keys, joint ? 0 : inner);
     if (hidden) want_reals(a, &x->g, R, hidden);
 }
 
@@ -851,10 +891,11 @@ static void want_layer(Arrays *a, const Stack *s, Layer *l, size_t T_context) {
     const size_t R = m->B * s->T;
     const int attends = l->kind != BLOCK_FEED;
     memset(&l->act, 0, sizeof l->act);
+    l->joint = attends && m->train && on->device ? joint_of(m, l) : (Linear){0};
     l->kept_key = l->kept_value = NULL;
     if (attends) compute_needs(on, attention_needs(on, &whole, m->train));
     if (m->train) {
-        want_activations(a, &l->act, R, m->B * whole.Tk, s->C, l->heads * l->D, l->up.out);
+        want_activations(a, &l->act, l, R, m->B * whole.Tk, s->C, l->heads * l->D, l->up.out);
         if (attends) want(&a->there, &l->act.saved, attention_saved(on, &whole), 1, 1);
         if (!attends) want_reals(a, &l->act.dg, R, l->up.out);
     } else if (attends && s->causal) {
@@ -879,16 +920,16 @@ static void want_stack(Arrays *a, Stack *s, size_t T_context) {
 static void want_gradients(Arrays *a, size_t R, size_t inner, size_t hidden, size_t rows) {
     Transformer *m = a->m;
     Compute *on = &m->on;
-    const size_t C = m->config.dim, K = m->config.dec_num_tokens;
+    const size_t C = m->config.dim, K = m->config.dec_num_tokens, joint = on->device ? 3 * inner : inner;
     want_f32(a, &m->dx, R, C), want_f32(a, &m->dnormed, R, C), want_f32(a, &m->dcontext, R, C);
     if (on->unit != f32_bytes(on)) want_reals(a, &m->dx_operand, R, C);
     if (on->device) want_reals(a, &m->draw, rows, K);
-    want_reals(a, &m->dquery, R, inner), want_reals(a, &m->dkey, R, inner), want_reals(a, &m->dvalue, R, inner);
+    want_reals(a, &m->dquery, R, joint), want_reals(a, &m->dkey, R, joint), want_reals(a, &m->dvalue, R, inner);
     want_reals(a, &m->dy, R, inner), want_reals(a, &m->dh, R, hidden);
     if (is_scaled(&m->config)) compute_needs(on, variant_needs(on, rows));
     if (!on->fast || !on->fast->linear_needs) return;
     compute_needs(on, on->fast->norm_needs(on, R, C));
-    compute_needs(on, on->fast->linear_needs(on, R, C, max_size(hidden, max_size(K, inner))));
+    compute_needs(on, on->fast->linear_needs(on, R, C, max_size(hidden, max_size(K, joint))));
 }
 
 /* What a GPU has besides: the arrays of its loss, or of its decoding */
@@ -912,7 +953,7 @@ static void want_all(Arrays *a) {
     const Layer *first = e->n_layers ? e->layer : d->layer;
     const size_t B = m->B, C = d->C, K = m->config.dec_num_tokens, R = B * max_size(e->T, d->T), rows = B * m->N;
     const size_t inner = max_size(first->heads * first->D, d->layer->heads * d->layer->D), hidden = FEED_FACTOR * C;
-    if (!m->train) want_activations(a, &m->shared, R, R, C, inner, hidden);
+    if (!m->train) want_activations(a, &m->shared, &(Layer){0}, R, R, C, inner, hidden);
     if (e->n_layers) want_stack(a, e, 0);
     want_stack(a, d, e->T);
     want_f32(a, &m->logits, rows, K);
@@ -932,7 +973,11 @@ static void share_arrays(Transformer *m) {
     for (int k = 0; k < 2; k++) {
         Stack *s = stack[k];
         if (!m->on.device) s->ids = s->host_ids;
-        for (size_t i = 0; i < s->n_layers && !m->train; i++) s->layer[i].act = m->shared;
+        for (size_t i = 0; i < s->n_layers; i++) {
+            Layer *l = &s->layer[i];
+            if (!m->train) l->act = m->shared;
+            l->act.joint = side_by_side(m, l, &l->act.query, &l->act.key, &l->act.value);
+        }
         if (!m->train) s->x_end = m->shared.x, s->end_mean = m->shared.mean, s->end_rstd = m->shared.rstd;
     }
     if (!(m->train && is_scaled(&m->config))) m->raw = m->logits;
@@ -1377,7 +1422,7 @@ const Layers transformer_layers = {
 #else /* ================================ 6. On a GPU ================================ */
 
 /* nvcc compiles what follows, with floatX = float and with floatX = bf16. A kernel is what one thread does; LAUNCH
- * starts as many as there are numbers. These are the shortest; kernels/layers.cu and attention.cu have the others. */
+ * starts as many as there are numbers. This is the shortest; kernels/layers.cu and attention.cu have the others. */
 #include "kernels/runtime.cu"
 
 /* A block per position; *at (NULL: 0) is where the n positions begin. */
@@ -1386,49 +1431,6 @@ static __global__ void embed_forward_kernel(float *x, const int32_t *ids, const 
     const size_t r = blockIdx.x, i = (at ? (size_t)*at : 0) + r % n;
     const float *t = token + (size_t)ids[r] * C, *p = position + i * C;
     for (size_t c = threadIdx.x; c < C; c += blockDim.x) x[r * C + c] = t[c] + p[c];
-}
-
-/* Grid and block: a thread takes PACK neighbours, which it moves 16 bytes at a time. The bias of an element is that of
- * its column, i % H; its few kilobytes stay in cache. A division of 64 bits takes longer than all the rest. */
-static __global__ void gelu_forward_kernel(floatX *g, floatX *dg, const float *bias, size_t n, size_t H) {
-    const size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * PACK;
-    if (i >= n) return;
-    Pack x = load_pack(g, i, n), slope;
-    float column[PACK], cdf, pdf;
-    load_columns(column, bias, n >> 32 ? i % H : (unsigned)i % (unsigned)H, H);
-#pragma unroll
-    for (int k = 0; k < PACK; k++) {
-        const float h = to_float(x.at[k]) + column[k];
-        normal_distribution_gpu(&cdf, &pdf, h);
-        x.at[k] = to_floatX(h * cdf);
-        slope.at[k] = to_floatX(cdf + h * pdf);
-    }
-    store_pack(g, i, n, x);
-    if (dg) store_pack(dg, i, n, slope);
-}
-
-static Err gelu_forward_gpu(const Compute *on, real *g, real *dg, const real *bias, size_t R, size_t H) {
-    enum { THREADS = 128 };
-    LAUNCH(on->device, gelu_forward_kernel, blocks_for(R * H, THREADS * PACK), THREADS, 0, (floatX *)g, (floatX *)dg,
-           bias, R * H, H);
-    return OK;
-}
-
-static __global__ void gelu_backward_kernel(floatX *dh, const floatX *dg, size_t n) {
-    const size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * PACK;
-    if (i >= n) return;
-    Pack x = load_pack(dh, i, n);
-    const Pack slope = load_pack(dg, i, n);
-#pragma unroll
-    for (int k = 0; k < PACK; k++) x.at[k] = to_floatX(to_float(x.at[k]) * to_float(slope.at[k]));
-    store_pack(dh, i, n, x);
-}
-
-static Err gelu_backward_gpu(const Compute *on, real *dh, const real *dg, size_t R, size_t H) {
-    enum { THREADS = 128 };
-    LAUNCH(on->device, gelu_backward_kernel, blocks_for(R * H, THREADS * PACK), THREADS, 0, (floatX *)dh,
-           (const floatX *)dg, R * H);
-    return OK;
 }
 
 #include "kernels/device.cu"

@@ -94,6 +94,10 @@ static inline float *compute_f32_copy(const Compute *on, const void *x, size_t n
 static inline size_t compute_bytes(const Compute *on, size_t n, int f32_copy) {
     return f32_copy ? round_up(n * on->unit, F32_COPY_ALIGNMENT) + n * sizeof(float) : n * on->unit;
 }
+/* Number n of an array of activations */
+static inline real *compute_at(const Compute *on, real *x, size_t n) {
+    return (real *)(void *)((char *)x + n * on->unit);
+}
 /* The first failure of a layer on a GPU; OK on a CPU. */
 Err compute_status(const Compute *on);
 /* The memory of a network: the areas of its plan, and the scratch of its layers. *bytes: all of it. memory: where it then
@@ -499,14 +503,14 @@ struct DeviceOps {
     Err (*decode_step)(Device *d, const Decoder *s, size_t pos);
     Err (*draw)(Device *d, const Decoder *s, const DrawOptions *o, int32_t *tokens);
     /* several GPUs, one for each rank of parallel.c: nccl.cu. choose: the GPU of the rank of this number on
-     * its machine. join_id: what the ranks find each other by, drawn by one of them. grad_place: where a row lies in
-     * the gradient, row n_rows: its length. grad_sum: n numbers of it become the sum over ranks, while the GPU goes on;
-     * grad_wait: what follows waits for that. */
+     * its machine. join_id: what the ranks find each other by, drawn by one of them. place: where a row lies in the
+     * values, the gradient and so on of a table that is trained, sent or not; row n: their length. grad_sum: n numbers
+     * of the gradient become the sum over ranks, while the GPU goes on; grad_wait: what follows waits for that. */
     Err (*choose)(size_t local);
     int (*joined)(const Device *d);
     Err (*join_id)(unsigned char id[DEVICE_ID_BYTES]);
     Err (*join)(Device *d, const unsigned char id[DEVICE_ID_BYTES], int ranks, int rank);
-    size_t (*grad_place)(const Device *d, size_t row);
+    size_t (*place)(const Params *p, size_t row); /* optimizer.cu */
     Err (*grad_sum)(Device *d, size_t from, size_t n);
     Err (*grad_wait)(Device *d);
 };

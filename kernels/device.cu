@@ -230,5 +230,5 @@ const DeviceOps CUDA_TABLE = {find_cuda,        open_device,      close_device,
                               fused_loss_gpu,   decode_needs_gpu, decode_prompt_gpu,
                               decode_step_gpu,  draw_gpu,         choose_gpu,
                               joined,           join_id,          join,
-                              grad_place,       grad_sum,         grad_wait};
+                              place_of,         grad_sum,         grad_wait};
 }

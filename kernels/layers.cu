@@ -1,5 +1,5 @@
-/* layers.cu - the layers of the transformer but attention on a GPU: layer norm, linear, embedding, head variants. (GELU, and the
- * embedding's kernel, stand at the end of transformer.cu.)
+/* layers.cu - the layers of the transformer but attention on a GPU: layer norm, linear, GELU, embedding, head variants. (The
+ * embedding's kernel stands at the end of transformer.cu.)
  *
  * Each is the fellow of the plain loop of the same name in transformer.cu, where formula and shapes stand. device.cu
  * includes this file. */
@@ -223,6 +223,51 @@ static Err linear_backward_gpu(const Compute *on, real *dx, real *dw, real *db, 
     LAUNCH(d, sum_columns_kernel, grid, COLUMN_THREADS, COLUMN_THREADS * sizeof(float), partial, (const floatX *)dy, R,
            M);
     return add_slices(d, db, NULL, partial, grid.y, M);
+}
+
+/* ---- GELU ---- */
+
+/* Grid and block: a thread takes PACK neighbours, which it moves 16 bytes at a time. The bias of an element is that of
+ * its column, i % H; its few kilobytes stay in cache. A division of 64 bits takes longer than all the rest. */
+static __global__ void gelu_forward_kernel(floatX *g, floatX *dg, const float *bias, size_t n, size_t H) {
+    const size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * PACK;
+    if (i >= n) return;
+    Pack x = load_pack(g, i, n), slope;
+    float column[PACK], cdf, pdf;
+    load_columns(column, bias, n >> 32 ? i % H : (unsigned)i % (unsigned)H, H);
+#pragma unroll
+    for (int k = 0; k < PACK; k++) {
+        const float h = to_float(x.at[k]) + column[k];
+        normal_distribution_gpu(&cdf, &pdf, h);
+        x.at[k] = to_floatX(h * cdf);
+        slope.at[k] = to_floatX(cdf + h * pdf);
+    }
+    store_pack(g, i, n, x);
+    if (dg) store_pack(dg, i, n, slope);
+}
+
+static Err gelu_forward_gpu(const Compute *on, real *g, real *dg, const real *bias, size_t R, size_t H) {
+    enum { THREADS = 128 };
+    LAUNCH(on->device, gelu_forward_kernel, blocks_for(R * H, THREADS * PACK), THREADS, 0, (floatX *)g, (floatX *)dg,
+           bias, R * H, H);
+    return OK;
+}
+
+static __global__ void gelu_backward_kernel(floatX *dh, const floatX *dg, size_t n) {
+    const size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * PACK;
+    if (i >= n) return;
+    Pack x = load_pack(dh, i, n);
+    const Pack slope = load_pack(dg, i, n);
+#pragma unroll
+    for (int k = 0; k < PACK; k++) x.at[k] = to_floatX(to_float(x.at[k]) * to_float(slope.at[k]));
+    store_pack(dh, i, n, x);
+}
+
+static Err gelu_backward_gpu(const Compute *on, real *dh, const real *dg, size_t R, size_t H) {
+    enum { THREADS = 128 };
+    LAUNCH(on->device, gelu_backward_kernel, blocks_for(R * H, THREADS * PACK), THREADS, 0, (floatX *)dh,
+           (const floatX *)dg, R * H);
+    return OK;
 }
 
 /* ---- Embedding ---- */

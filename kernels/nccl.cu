@@ -129,7 +129,3 @@ static void leave(Device *d) {
     free(d->nccl);
 }
 #endif
-
-static size_t grad_place(const Device *d, size_t row) {
-    return row < d->n_rows ? (size_t)(d->row[row].grad - (const float *)d->arena[1]) : d->arena_floats[1];
-}

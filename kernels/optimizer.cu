@@ -145,13 +145,46 @@ static size_t number_bytes(const Params *p, int k) {
     return in_bf16(p, k) ? sizeof(uint16_t) : sizeof(float);
 }
 
+/* Numbers between the beginnings of a row and of the next */
+static size_t spacing(const Param *row) {
+    return round_up(row->size, ALIGNMENT / sizeof(uint16_t));
+}
+
+/* How many linear layers of one shape begin with row i, each a weight and its bias */
+static size_t alike_from(const Params *p, size_t i) {
+    const Param *first = &p->row[i];
+    size_t n = 0;
+    for (; i + 1 < p->n; i += 2, n++) {
+        const Param *weight = &p->row[i];
+        if (!weight->matrix || weight->size != first->size) break;
+        if (weight[1].matrix || weight[1].size != first[1].size) break;
+    }
+    return n;
+}
+
+/* Where a row lies in every arena of a table that is trained: in the table's order, but of linear layers alike first the
+ * weights, then the biases. So GPT's key, query and value are one matrix, as those of the encoder-decoder are, which have
+ * no bias. */
+static size_t place_of(const Params *p, size_t row) {
+    size_t place = 0;
+    for (size_t i = 0; i < p->n;) {
+        const size_t n = alike_from(p, i), weight = spacing(&p->row[i]), bias = n ? spacing(&p->row[i + 1]) : 0;
+        if (n && row < i + 2 * n)
+            return place + (row - i) / 2 * ((row - i) % 2 ? bias : weight) + (row - i) % 2 * n * weight;
+        if (row == i) break;
+        place += n ? n * (weight + bias) : weight;
+        i += n ? 2 * n : 1;
+    }
+    return place;
+}
+
 static Err plan_rows(Device *d, const Params *p) {
     size_t values = 0, all = 0;
     TRY(mem_alloc(&d->row, p->n, sizeof *d->row, "a parameter table"));
     d->n_rows = p->n;
     for (size_t i = 0; i < p->n; i++) {
-        all += round_up(p->row[i].size, 64);
-        if (keeps_value(p, &p->row[i])) values += round_up(p->row[i].size, 64);
+        all += spacing(&p->row[i]);
+        if (keeps_value(p, &p->row[i])) values += spacing(&p->row[i]);
     }
     d->arena_floats[0] = values;
     TRY(device_alloc(&d->arena[0], values * sizeof(float), "parameters"));
@@ -167,8 +200,8 @@ static Err plan_rows(Device *d, const Params *p) {
     for (size_t i = 0, v = 0, low = values; i < p->n; i++) {
         DeviceRow *r = &d->row[i];
         const int keeps = keeps_value(p, &p->row[i]);
-        const size_t at = keeps ? v : low;
-        *(keeps ? &v : &low) += round_up(p->row[i].size, 64);
+        const size_t at = values == all ? place_of(p, i) : keeps ? v : low;
+        *(keeps ? &v : &low) += spacing(&p->row[i]);
         if (keeps) r->value = arena(d, 0) + at;
         float **const slot[4] = {&r->grad, &r->m, &r->v, &r->ema};
         for (int k = 1; k < 5; k++) *slot[k - 1] = d->arena[k] && !in_bf16(p, k) ? arena(d, k) + at : NULL;

@@ -598,6 +598,8 @@ static void test_networks(void) {
     test_network("gpt", &c, 3, 8);
     c.has_class = 1, c.n_unmasked = 2;
     test_network("gpt, class, 2 unmasked", &c, 2, 72);
+    c.dim = 64, c.dec_heads = 2; /* whose projections follow each other: one product */
+    test_network("gpt, key, query and value as one", &c, 2, 10);
 }
 
 /* tokens (B,N) of the example picture and of its parts moved around */

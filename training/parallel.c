@@ -300,7 +300,7 @@ static struct {
 
 /* Where a row lies in the gradient; behind the last one: how long it is. */
 static size_t gradient_place(const Params *p, size_t row) {
-    if (p->device) return p->ops->grad_place(p->device, row);
+    if (p->device) return p->ops->place(p, row);
     return row < p->n ? (size_t)(p->row[row].grad - p->arena[1]) : p->total;
 }
 
