@@ -3,6 +3,7 @@
  *     test/golden DIR...              every case folder under DIR
  *     test/golden --selftest DIR...   the same with falsified expectations: nothing may pass
  *     test/golden --device cuda DIR...  all of it on the GPU, in float
+ *     test/golden --precision P DIR...  products of bf16x3, with the same tolerances, or of bf16
  *
  * A case is a folder with config.txt (the official configuration), model.ckpt (a checkpoint of the official training)
  * or else model.safetensors (its state dict), io.safetensors (inputs in.*, expectations everything else), or with
@@ -42,6 +43,11 @@
 #define TOL_FINAL 1e-3     /* after training: of the parameter's largest movement */
 #define TOL_KEY_BIAS 1e-2  /* absolute: Adam amplifies the rounding noise in gradients of the keys' biases */
 #define FLOOR_FINAL 2.4e-7 /* two units in the last place of the parameter's largest value */
+/* --precision bf16, as of a GPU's bf16; gradients by their norms, for roundings are many and of any sign */
+#define BF16_OUTPUT 2e-2 /* of the tensor's largest magnitude; of the norm of all gradients together */
+#define BF16_GRAD 5e-2   /* of one tensor's norm */
+#define BF16_KINKS 4 /* times these where a discriminator's leaky ReLUs have another slope if rounding changes a sign */
+enum { BF16_CODES = 100 };    /* one of so many codes may be another */
 enum { GRADSUB_STRIDE = 61 }; /* gradsub.* holds every 61st element of a large gradient */
 
 /* ---- Bookkeeping ---- */
@@ -50,7 +56,7 @@ typedef enum { HONEST, MOVED, MADE_NAN, RENAMED } Falsify; /* --selftest */
 
 static size_t passed, failed, green; /* green: cases with tensors that failed nowhere */
 static Falsify falsify;
-static int on_cuda; /* --device cuda */
+static int on_cuda;         /* --device cuda */
 static Precision precision; /* --precision bf16x3, bf16: of products on the CPU */
 
 typedef struct {
@@ -64,6 +70,9 @@ typedef struct {
     Transformer *net;
     void **block; /* (n_blocks) buffers, freed with the case */
     size_t n_blocks;
+    size_t other_codes;       /* than the expected ones, in bf16 */
+    double kinks;             /* 1, or BF16_KINKS */
+    double off, norm, before; /* bf16: squares of the gradients so far, of their errors; the norm of the last one */
 } Case;
 
 static void report(const Case *c, const char *what, int ok, const char *detail) {
@@ -144,31 +153,66 @@ static double largest(const real *x, size_t n) {
     return most;
 }
 
+static double norm_of(const real *x, size_t n) {
+    double sum = 0;
+    for (size_t i = 0; i < n; i++) sum += (double)x[i] * (double)x[i];
+    return sqrt(sum);
+}
+
+/* Of got and want (n): the largest difference, or with `norm` that of the differences */
+static double distance(const real *got, const real *want, size_t n, int norm) {
+    double worst = n ? 0 : NAN, sum = 0;
+    for (size_t i = 0; i < n && worst == worst; i++) {
+        double d = fabs((double)got[i] - (double)want[i]);
+        if (isinf(want[i]) && got[i] == want[i]) d = 0;
+        if (!(d <= worst)) worst = d; /* also taken when d is NaN */
+        sum += d * d;
+    }
+    return norm ? sqrt(sum) : worst;
+}
+
 /* want (n) is the expectation; --selftest falsifies one element of it by two tolerances. */
-static void compare(const Case *c, const char *what, const real *got, real *want, size_t n, double tolerance) {
-    double worst = n ? 0 : NAN;
+static void compare_by(int norm, const Case *c, const char *what, const real *got, real *want, size_t n,
+                       double tolerance) {
     char detail[80];
     if (falsify == MOVED && n) {
         double rounding = 4 * FLT_EPSILON * fabs((double)want[n / 2]) + 1e-30; /* else the move could round away */
         want[n / 2] = isfinite(want[n / 2]) ? want[n / 2] + (real)(2 * tolerance + rounding) : 0;
     }
     if (falsify == MADE_NAN && n) want[n / 2] = NAN;
-    for (size_t i = 0; i < n && worst == worst; i++) {
-        double d = fabs((double)got[i] - (double)want[i]);
-        if (isinf(want[i]) && got[i] == want[i]) d = 0;
-        if (!(d <= worst)) worst = d; /* also taken when d is NaN */
-    }
+    const double worst = distance(got, want, n, norm);
     snprintf(detail, sizeof detail, "%.2g of the tolerance %.2g", tolerance > 0 ? worst / tolerance : worst, tolerance);
     report(c, what, worst <= tolerance, detail);
 }
 
-static void compare_tokens(const Case *c, const char *what, const int32_t *got, int32_t *want, size_t n) {
+static void compare(const Case *c, const char *what, const real *got, real *want, size_t n, double tolerance) {
+    compare_by(0, c, what, got, want, n, tolerance);
+}
+
+static double output_tolerance(const real *want, size_t n) {
+    return (precision == PRECISION_BF16 ? BF16_OUTPUT : TOL_OUTPUT) * largest(want, n);
+}
+
+/* In bf16 the first stage's code of a latent may be another where two entries are nearly as near: of few tokens none may. */
+static void compare_tokens(Case *c, const char *what, const int32_t *got, int32_t *want, size_t n) {
     size_t wrong = 0;
+    const size_t other = precision == PRECISION_BF16 ? n / BF16_CODES : 0;
     char detail[80];
-    if (falsify != HONEST && falsify != RENAMED && n) want[n / 2]++;
+    for (size_t i = 0; i < n; i++) c->other_codes += got[i] != want[i];
+    if (falsify != HONEST && falsify != RENAMED)
+        for (size_t i = 0; i < n; i += n / (other + 1)) want[i]++;
     for (size_t i = 0; i < n; i++) wrong += got[i] != want[i];
     snprintf(detail, sizeof detail, "%zu of %zu differ", wrong, n);
-    report(c, what, n > 0 && wrong == 0, detail);
+    report(c, what, n > 0 && wrong <= other, detail);
+}
+
+/* What follows from other codes is of other pictures. */
+static Err leave_out(Case *c) {
+    size_t n = 0;
+    for (size_t i = 0; i < c->io.n; i++) n += !c->seen[i];
+    memset(c->seen, 1, c->io.n);
+    printf("skipped: %s  %zu codes differ: %zu expectations follow from them\n", c->name, c->other_codes, n);
+    return OK;
 }
 
 static Err io_expected(Case *c, const char *name, real **want, size_t n) {
@@ -187,7 +231,7 @@ static Err absent(const Case *c, const char *label) {
 static Err check_output(Case *c, const char *name, const char *label, const real *got, size_t n) {
     real *want;
     if (io_expected(c, name, &want, n) != OK) return absent(c, label);
-    compare(c, label, got, want, n, TOL_OUTPUT * largest(want, n));
+    compare(c, label, got, want, n, output_tolerance(want, n));
     return OK;
 }
 
@@ -208,6 +252,28 @@ static double grad_tolerance(const real *want, size_t n) {
     return most < NOISE_GRAD ? FLOOR_GRAD : TOL_GRAD * most;
 }
 
+/* In bf16 a gradient that is zero in exact arithmetic, as that of a bias in front of a norm, may be off by what its weight's
+ * may, which stands before it. */
+static void compare_gradient(Case *c, const char *name, const real *got, real *want, size_t n) {
+    if (precision != PRECISION_BF16) {
+        compare(c, name, got, want, n, grad_tolerance(want, n));
+        return;
+    }
+    if (largest(want, n) >= NOISE_GRAD) c->before = norm_of(want, n);
+    compare_by(1, c, name, got, want, n, BF16_GRAD * c->kinks * c->before);
+    c->off += pow(distance(got, want, n, 1), 2), c->norm += pow(norm_of(want, n), 2);
+}
+
+/* In bf16 all gradients since the last call, as one */
+static void compare_gradients(Case *c, const char *what) {
+    char detail[80];
+    const double off = sqrt(c->off), norm = sqrt(c->norm);
+    c->off = c->norm = c->before = 0;
+    if (precision != PRECISION_BF16) return;
+    snprintf(detail, sizeof detail, "as a whole off by %.2g of %.2g", off, norm);
+    report(c, what, off <= BF16_OUTPUT * c->kinks * norm, detail);
+}
+
 /* A large gradient is kept as every 61st element and the norm of the whole. */
 static Err check_sampled_gradient(Case *c, const Param *row, const char *prefix) {
     char name[NAME_MAX_BYTES + 40];
@@ -219,11 +285,12 @@ static Err check_sampled_gradient(Case *c, const Param *row, const char *prefix)
     for (size_t i = 0; i < row->size; i++) sum += (double)row->grad[i] * (double)row->grad[i];
     snprintf(name, sizeof name, "gradsub.%s%s", prefix, row->name);
     if (io_expected(c, name, &want, n) != OK) return absent(c, name);
-    compare(c, name, got, want, n, grad_tolerance(want, n));
+    compare_gradient(c, name, got, want, n);
     snprintf(name, sizeof name, "gradnorm.%s%s", prefix, row->name);
     if (io_expected(c, name, &want, 1) != OK) return absent(c, name);
     real norm = (real)sqrt(sum);
-    compare(c, name, &norm, want, 1, grad_tolerance(want, 1));
+    compare(c, name, &norm, want, 1,
+            precision == PRECISION_BF16 ? BF16_GRAD * (double)want[0] : grad_tolerance(want, 1));
     return OK;
 }
 
@@ -242,10 +309,11 @@ static Err check_gradients(Case *c, Params *p, const char *prefix) {
         snprintf(name, sizeof name, "grad.%s%s", prefix, row->name);
         if (row->untrained && !has(c, name)) continue;
         if (io_expected(c, name, &want, row->size) == OK)
-            compare(c, name, row->grad, want, row->size, grad_tolerance(want, row->size));
+            compare_gradient(c, name, row->grad, want, row->size);
         else
             absent(c, name);
     }
+    compare_gradients(c, "gradients");
     return OK;
 }
 
@@ -394,6 +462,17 @@ static Err vqgan_decoding(Case *c, Vqgan *v, const Pictures *p) {
     return e;
 }
 
+/* In bf16: dxrec = L1's gradient at the expected reconstruction. It is a sign, which is another where picture and
+ * reconstruction nearly meet. */
+static Err at_expected(Case *c, const Pictures *p, real *dxrec) {
+    real *xrec;
+    double l1, l2;
+    if (precision != PRECISION_BF16) return OK;
+    TRY(io_expected(c, "out.xrec", &xrec, p->pixels));
+    image_loss(p->image, xrec, p->pixels, 1, 0, &l1, &l2, dxrec);
+    return OK;
+}
+
 static Err vqgan_training(Case *c, Vqgan *v, const Pictures *p) {
     const real *xrec, *z, *zq_st;
     const int32_t *raw;
@@ -401,16 +480,18 @@ static Err vqgan_training(Case *c, Vqgan *v, const Pictures *p) {
     double codebook, l1, l2;
     TRY(vqgan_forward(v, p->image, p->B, p->H, p->W, &xrec, &codebook));
     vqgan_latents(v, &z, &zq_st, &raw);
-    TRY(check_output(c, "out.xrec", "out.xrec", xrec, p->pixels));
     TRY(check_output(c, "out.prequant", "out.prequant (training)", z, p->latents));
-    TRY(check_output(c, "out.zq_st", "out.zq_st", zq_st, p->latents));
     TRY(check_tokens(c, "out.raw_indices", "out.raw_indices (training)", raw, p->B * p->N));
+    if (c->other_codes && falsify != RENAMED) return leave_out(c);
+    TRY(check_output(c, "out.xrec", "out.xrec", xrec, p->pixels));
+    TRY(check_output(c, "out.zq_st", "out.zq_st", zq_st, p->latents));
     TRY(check_scalar(c, "out.codebook_loss", codebook));
     TRY(case_reals(c, &dxrec, p->pixels));
     image_loss(p->image, xrec, p->pixels, 1, 0, &l1, &l2, dxrec);
     TRY(check_scalar(c, "out.loss_l1", l1));
     TRY(check_scalar(c, "out.loss", l1 + codebook));
     params_zero_grad(vqgan_params(v));
+    TRY(at_expected(c, p, dxrec));
     TRY(vqgan_backward(v, dxrec, 1, NULL));
     TRY(check_gradients(c, vqgan_params(v), ""));
     real *given; /* the straight-through latents, as the official forward decodes them */
@@ -439,7 +520,7 @@ static Err run_vqgan(Case *c) {
 static Err check_gradient(Case *c, const char *name, const real *got, size_t n) {
     real *want;
     if (io_expected(c, name, &want, n) != OK) return absent(c, name);
-    compare(c, name, got, want, n, grad_tolerance(want, n));
+    compare_gradient(c, name, got, want, n);
     return OK;
 }
 
@@ -454,6 +535,7 @@ static Err check_rows(Case *c, Params *p, const char *prefix, int buffers) {
         TRY(buffers ? check_output(c, name, name, row->value, row->size)
                     : check_gradient(c, name, row->grad, row->size));
     }
+    if (!buffers) compare_gradients(c, prefix);
     return OK;
 }
 
@@ -514,12 +596,6 @@ static Err open_discriminator(Case *c, const Pictures *p) {
     return disc_plan(c->disc, p->B, p->H, p->W, 0);
 }
 
-static double norm_of(const real *x, size_t n) {
-    double sum = 0;
-    for (size_t i = 0; i < n; i++) sum += (double)x[i] * (double)x[i];
-    return sqrt(sum);
-}
-
 /* The share of the pictures' loss and of the generator's in the gradient of the decoder's last layer -> d_weight; dxrec,
  * dg: what each gives to the reconstruction. */
 static Err generator_weight(Case *c, const AdversarialLoss *loss, const real *dxrec, const real *dg, double *weight) {
@@ -551,6 +627,7 @@ static Err generator_pass(Case *c, const AdversarialLoss *loss, const Pictures *
     TRY(check_scalar(c, "out.g_loss", g));
     image_loss(p->image, xrec, p->pixels, 1, 0, &l1, &l2, dxrec);
     TRY(check_scalar(c, "out.nll_loss", l1));
+    TRY(at_expected(c, p, dxrec));
     TRY(disc_backward(c->disc, dlogits, 0, 0, dg));
     TRY(generator_weight(c, loss, dxrec, dg, &weight));
     TRY(check_scalar(c, "out.disc_factor", loss->factor));
@@ -605,14 +682,16 @@ static Err run_adversarial(Case *c) {
     AdversarialLoss loss;
     const real *xrec;
     double codebook;
+    c->kinks = BF16_KINKS;
     TRY(read_loss(c, &loss));
     TRY(open_vqgan(c, &c->vqgan, "", "model.params.", 0));
     TRY(open_pictures(c, &p, c->vqgan, ""));
     TRY(open_discriminator(c, &p));
     TRY(vqgan_plan(c->vqgan, p.B, p.H, p.W, 1));
     TRY(vqgan_forward(c->vqgan, p.image, p.B, p.H, p.W, &xrec, &codebook));
-    TRY(check_output(c, "out.xrec", "out.xrec", xrec, p.pixels));
     TRY(check_adversarial_codes(c, &p));
+    if (c->other_codes && falsify != RENAMED) return leave_out(c);
+    TRY(check_output(c, "out.xrec", "out.xrec", xrec, p.pixels));
     TRY(check_scalar(c, "out.codebook_loss", codebook));
     TRY(generator_pass(c, &loss, &p, xrec, codebook));
     return discriminator_pass(c, &loss, &p, xrec);
@@ -854,6 +933,18 @@ static Err check_guided(Case *c, const Greedy *free_run) {
     return check_greedy(c, &g, "greedy.tokens_guided");
 }
 
+/* In bf16 another token may be the last of the likeliest: prob (R,K) is cut where the expectation is. */
+static Err cut_as_expected(Case *c, real *prob, size_t R, size_t K) {
+    real *want;
+    TRY(io_expected(c, "sample.probs", &want, R * K));
+    for (size_t r = 0; r < R; r++, prob += K, want += K) {
+        real sum = 0;
+        for (size_t k = 0; k < K; k++) sum += want[k] > 0 ? prob[k] : 0;
+        for (size_t k = 0; k < K; k++) prob[k] = want[k] > 0 ? prob[k] / sum : 0;
+    }
+    return OK;
+}
+
 /* sample_single_scale with temperature and top-k, the draw replaced by the argmax. The official encoder-decoder ignores
  * the temperature (SPEC 1.11). */
 static Err check_sample(Case *c, const Greedy *free_run) {
@@ -863,9 +954,11 @@ static Err check_sample(Case *c, const Greedy *free_run) {
     TRY(config_real(&g.temperature, &c->io.meta, "", "temp", 1e-3, 1e3, 1));
     TRY(config_size(&g.top_k, &c->io.meta, "", "top_k", 1, 1 << 20, 1));
     if (transformer_config(c->net)->kind == NET_X) g.temperature = 1;
+    if (precision == PRECISION_BF16) g.top_k = 0;
     TRY(case_reals(c, &g.prob, n * g.b->K));
     TRY(greedy_decode(c, &g));
     TRY(check_tokens(c, "sample.tokens", "sample.tokens", g.tokens, n));
+    if (precision == PRECISION_BF16) TRY(cut_as_expected(c, g.prob, n, g.b->K));
     return check_output(c, "sample.probs", "sample.probs", g.prob, n * g.b->K);
 }
 
@@ -1140,22 +1233,20 @@ static void strip_dots(char *dst, const char *src) {
     *dst = 0;
 }
 
-/* final.<name> after training, against the tolerance of how far it moved from the checkpoint's <name>. */
+/* final.<name> after training, against the tolerance of how far it moved from the checkpoint's <name>. In bf16 and bf16x3 by
+ * norms: Adam moves an element by its gradient over that gradient's own size, so that one whose gradient is small in its
+ * tensor may move anyhow. */
 static Err check_final(Case *c, const char *name, const real *got, size_t n, int key_bias) {
     char final[NAME_MAX_BYTES + 40];
     real *want, *before;
-    double moved = 0;
+    const int by_norm = precision != PRECISION_F32 && !key_bias;
+    const double of_way = precision == PRECISION_BF16 ? BF16_GRAD : TOL_FINAL;
     snprintf(final, sizeof final, "final.%s", name);
     TRY(case_reals(c, &before, n));
     TRY(checkpoint_reals(&c->model, name, -1, NULL, n, before));
     if (io_expected(c, final, &want, n) != OK) return absent(c, final);
-    for (size_t i = 0; i < n; i++) {
-        double d = fabs((double)want[i] - (double)before[i]);
-        moved = d > moved ? d : moved;
-    }
-    double tolerance = TOL_FINAL * moved, floor = FLOOR_FINAL * largest(want, n);
-    if (tolerance < floor) tolerance = floor;
-    compare(c, final, got, want, n, key_bias ? TOL_KEY_BIAS : tolerance);
+    const double floor = FLOOR_FINAL * largest(want, n), tolerance = of_way * distance(want, before, n, by_norm);
+    compare_by(by_norm, c, final, got, want, n, key_bias ? TOL_KEY_BIAS : fmax(tolerance, floor));
     return OK;
 }
 
@@ -1328,7 +1419,7 @@ static void close_case(Case *c) {
 }
 
 static void run_case(const char *dir) {
-    Case c = {0};
+    Case c = {.kinks = 1};
     size_t before = passed + failed, failures = failed;
     snprintf(c.dir, sizeof c.dir, "%s", dir);
     c.name = strrchr(c.dir, '/') ? strrchr(c.dir, '/') + 1 : c.dir;
@@ -1403,11 +1494,17 @@ int main(int argc, char **argv) {
             fprintf(stderr, "golden: %s\n", err_text());
             return 2;
         }
+        if (precision_there(precision) != OK) {
+            printf("skipped: %s\n", err_text());
+            return 0;
+        }
         argc -= 2, argv += 2;
     }
     int test_itself = argc > 1 && strcmp(argv[1], "--selftest") == 0;
     if (argc < 2 + test_itself) {
-        fprintf(stderr, "golden: expected a folder of cases: test/golden [--device cuda] [--selftest] DIR...\n");
+        fprintf(
+            stderr,
+            "golden: expected a folder of cases: test/golden [--device cuda | --precision P] [--selftest] DIR...\n");
         return 2;
     }
     if (test_itself) return selftest(argc - 2, argv + 2);

@@ -106,7 +106,11 @@ for t in $later; do
     *) check "$(basename "$t")" "$t" ;;
     esac
 done
-[ "$units" = --threads ] || [ -n "$cuda" ] || check golden "$build/golden" test/golden-cases
+if [ "$units" != --threads ] && [ -z "$cuda" ]; then
+    check golden "$build/golden" test/golden-cases
+    check golden-bf16x3 "$build/golden" --precision bf16x3 test/golden-cases
+    check golden-bf16 "$build/golden" --precision bf16 test/golden-cases
+fi
 [ -z "$units" ] || run_all
 if [ -n "$cuda" ]; then
     check golden-cuda "$cuda/golden" --device cuda test/golden-cases
@@ -114,6 +118,7 @@ if [ -n "$cuda" ]; then
     run_all
 fi
 check golden-selftest "$build/golden" --selftest test/golden-cases
+check golden-bf16-selftest "$build/golden" --precision bf16 --selftest test/golden-cases
 if [ -n "$plain" ]; then
     check plain-programs test/test_plain.sh "$build"
     echo "skipped: what needs kernels/: products and convolutions made fast, weights in bf16 and int8, CUDA and its emulation"
