@@ -63,8 +63,7 @@ Err precision_read(Precision *p, const char *name, const char *option) {
 }
 
 Precision precision_usual(void) {
-    const Layers *here = layers_here();
-    return here && here->multiplies_fast(PRECISION_BF16X3) ? PRECISION_BF16X3 : PRECISION_F32;
+    return PRECISION_F32;
 }
 
 Err precision_there(Precision p) {

@@ -1,7 +1,11 @@
 /* fast.c - the table of the CPU's fast fellows of the plain layers. */
+#include "base/tiles.h"
 #include "kernels/kernels.h"
 
 static int multiplies_fast(Precision p) {
+#if defined(__AMX_BF16__)
+    if (tiles_here()) return 1;
+#endif
 #if defined(__AVX512BF16__) && defined(__AVX512VNNI__)
     if (p == PRECISION_BF16) return 1;
 #endif

@@ -42,7 +42,7 @@ IMAGEBART_CALL void imagebart_threads(size_t n);  /* that compute, for all model
 
 /* *model = the one of that name (emoji, ffhq ...; looked for in $IMAGEBART_MODELS, in models/ here, in share/imagebart of the
  * library's prefix) or in that folder.
- * weights: "f32", "bf16x3" (as exact), "bf16", "int8"; NULL: "bf16x3" where the processor has AMX, else "f32".
+ * weights: "f32", "bf16x3", "bf16", "int8", as --weights of ./sample; NULL: "f32".
  * It computes where $IMAGEBART_DEVICE says, else on a GPU if there is one. */
 IMAGEBART_CALL int imagebart_open(imagebart_model **model, const char *name_or_folder, const char *weights);
 /* The same on this device: "cpu", "cuda", NULL as above (API 2) */

@@ -128,6 +128,7 @@ check house-selftest test/house.sh --selftest
 check house test/house.sh "$build"
 check golden-cuda "$build/emulated/golden" --device cuda test/golden-cases
 check faults test/test_faults.sh "$build"
+check precision test/test_precision.sh "$build"
 check guidance test/test_guidance.sh "$build"
 check draw test/test_draw.sh "$build"
 check recipes test/test_recipes.sh "$build"

@@ -61,8 +61,7 @@ Err open_first_stage(Stage *s, char path[PATH_BYTES]) {
     if (e == OK) e = vqgan_create(&s->vqgan, &c, 0);
     if (e == OK) e = params_plan(vqgan_params(s->vqgan), PLAN_VALUE);
     if (e == OK) e = vqgan_load(s->vqgan, &ck, "");
-    /* as exact as in f32: whoever continues the run elsewhere must get the same tokens */
-    if (e == OK) vqgan_params(s->vqgan)->precision = s->precision == PRECISION_F32 ? PRECISION_F32 : precision_usual();
+    /* in f32: whoever continues the run elsewhere must get the same tokens */
     if (e == OK && s->set.cuda) e = vqgan_use_cuda(s->vqgan, PRECISION_F32);
     if (e == OK) e = params_send(vqgan_params(s->vqgan));
     if (e == OK) say_note(&ck);

@@ -150,8 +150,9 @@ static const Setting table[] = {
     COUNT("--threads", threads, 0, 0, 4096, "0 (default): all; the result does not depend on it"),
     TEXT("--device", "cpu|cuda", device, "where to train (default: where the run began, else a GPU if there is one)"),
     TEXT("--precision", "TYPE", precision,
-         "what products multiply: f32, bf16, or on a CPU bf16x3, as exact as f32 (default:\n"
-         "on a CPU with AMX bf16x3, on others f32, on a GPU bf16); sums and weights: f32"),
+         "what products multiply: f32 (default on a CPU), bf16 (default on a GPU), or on a\n"
+         "CPU bf16x3: three products of bf16 for one, within 3e-5 of f32 and faster with AMX.\n"
+         "Sums, weights and losses are in f32"),
     HEADING("Several processes: mpirun -np 2 --bind-to none ./train ... (needs MPI; doc/training.md).\n"
             "Each takes --batch pictures, and the gradients are added up."),
 };
