@@ -111,6 +111,35 @@ INLINE Vec interleave_high(Vec a, Vec b) {
 #endif
 }
 
+/* to[j,i] = from[i,j] for a square of LANES x LANES, in registers. Each round interleaves row i with row i+LANES/2;
+ * that rotates the bits of (i,j) by one, so log2(LANES) rounds swap i and j. */
+static inline void transpose_square(real *to, size_t to_stride, const real *from, size_t from_stride) {
+    Vec row[LANES], next[LANES];
+    for (int i = 0; i < LANES; i++) row[i] = load(from + (size_t)i * from_stride);
+    for (int round = 1; round < LANES; round *= 2) {
+        for (int i = 0; i < LANES / 2; i++) {
+            next[2 * i] = interleave_low(row[i], row[i + LANES / 2]);
+            next[2 * i + 1] = interleave_high(row[i], row[i + LANES / 2]);
+        }
+        for (int i = 0; i < LANES; i++) row[i] = next[i];
+    }
+    for (int i = 0; i < LANES; i++) store(to + (size_t)i * to_stride, row[i]);
+}
+
+/* to[j,i] = from[i,j] for i < rows, j < cols */
+static inline void transpose(real *to, size_t to_stride, const real *from, size_t from_stride, size_t rows,
+                             size_t cols) {
+    for (size_t i = 0; i < rows; i += LANES) {
+        const size_t high = min_size(LANES, rows - i);
+        size_t j = 0;
+        if (high == LANES)
+            for (; j + LANES <= cols; j += LANES)
+                transpose_square(to + j * to_stride + i, to_stride, from + i * from_stride + j, from_stride);
+        for (; j < cols; j++)
+            for (size_t r = 0; r < high; r++) to[j * to_stride + i + r] = from[(i + r) * from_stride + j];
+    }
+}
+
 /* A matrix seen through two strides: element (i,j) is p[i * row + j * col]. Either row or col is 1. */
 typedef struct {
     const real *p;
