@@ -178,7 +178,7 @@ LDLIBS := $(ARCHIVES) $(if $(HAVE_WEBP),$(WEBP_LIBS)) $(if $(HAVE_LMDB),$(LMDB_L
 # The house from the ground up (test/house.sh checks the order). FILES: their speed is that of files, so that they are
 # compiled for the first level only.
 BASE := base tiles threads params plan compute options own_path version
-KERNELS := $(if $(PLAINLY),,fast gemm bf16 stream conv norm layers attention guess optimizer discriminator perceptual)
+KERNELS := $(if $(PLAINLY),,fast gemm bf16 stream conv conv_bf16 norm layers attention guess optimizer discriminator perceptual)
 FILES := folder layout damage config atomic tensor checkpoint pickle zip ckpt weights names pixels orientation prep resize rows png png_text apng profile jpeg webp images mask lmdb tokens places keys values recipe betas net_config vqgan_config letters classes npy remap
 SAMPLING := model bounds draw edit paste options output sheet score region terminal
 COMPONENTS := $(BASE:%=base/%) $(KERNELS:%=kernels/%) $(FILES:%=files/%) data vqgan transformer diffusion \
@@ -189,7 +189,7 @@ COLD := base/params base/options base/own_path base/version $(FILES:%=files/%) d
 TESTS := base $(if $(PLAINLY),,gemm conv) checkpoint ckpt npy images profile data vqgan discriminator perceptual transformer classes keys schedule diffusion model library fuzz $(if $(PLAINLY),,layers)
 TESTS_DOUBLE := $(if $(PLAINLY),,gemm conv) vqgan discriminator perceptual transformer layers
 
-TESTS_TILES := $(if $(PLAINLY),,gemm)
+TESTS_TILES := $(if $(PLAINLY),,gemm conv)
 
 OBJ := $(COMPONENTS:%=$B/%.o)
 DEVICE_OBJ := $(if $(NVCC),$B/device_f32.o $B/device_bf16.o)
@@ -255,7 +255,7 @@ $B/test_fuzz: LDLIBS += $(if $(HAVE_MPI),$(MPI_LIBS)) $(if $(HAVE_SERVE),$(SERVE
 $B/test_library: $B/sampling/library.o
 $B/test/fuzz_serving.o $B/test/fuzz_requests.o: CFLAGS += $(if $(HAVE_SERVE),-DHAVE_SERVE)
 # Tests upon the tiles of AMX in plain C, test/tiles_in_c.h, which every machine has
-TILED := base/tiles kernels/bf16 kernels/stream
+TILED := base/tiles kernels/bf16 kernels/stream kernels/conv_bf16
 $B/tiles/%.o: %.c Makefile
 	@mkdir -p $(@D)
 	$(call say,CC,$<)$(CC) $(CFLAGS) -DTILES_IN_C -MMD -MP -c -o $@ $<

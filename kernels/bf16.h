@@ -95,6 +95,7 @@ INLINE void pack_tile(Part part, int by_pairs, uint16_t *to, size_t to_row, View
         word[i] = (Vec)(v.col == 1 ? both : _mm512_permutexvar_epi16(order, both));
     }
     if ((v.col == 1) == by_pairs) transpose_vecs(word);
+#pragma GCC unroll 16 /* else gcc makes it a call of memcpy */
     for (size_t i = 0; i < TILE; i++) memcpy(to + i * to_row, &word[i], sizeof word[i]);
 }
 

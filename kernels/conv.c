@@ -45,6 +45,7 @@ typedef struct {
     Source source, pixels; /* of patches; of x in the gradient of the weights */
     Results results;
     int drops;                             /* the i and j that drop out, or KEPT */
+    Precision precision;                   /* of the direct way */
     size_t images, rows, row_tiles, tiles; /* a tile: `rows` grid rows of `images` pictures */
 } Product;
 
@@ -95,7 +96,13 @@ static void cut_tiles(Product *p) {
     p->tiles = (p->B + p->images - 1) / p->images * p->row_tiles;
 }
 
-static Product make_product(const Conv *c, size_t block, int backward) {
+/* Is it conv_bf16.c's? In bf16 and bf16x3 only sources of few channels stay here, whose patches fill the tiles of a
+ * product better. */
+static int in_blocks(const Compute *on, const Conv *c, int backward) {
+    return on->precision != PRECISION_F32 && (c->kind != CONV3 || (backward ? c->M : c->C) >= FEW_CHANNELS);
+}
+
+static Product make_product(Precision precision, const Conv *c, size_t block, int backward) {
     const size_t pixels =
         block && c->kind != CONV_UP ? block : 1; /* of c's grid in one of the product's, along a side */
     Product p;
@@ -110,6 +117,7 @@ static Product make_product(const Conv *c, size_t block, int backward) {
     p.n = block ? p.side * p.side : c->kind == CONV1 ? 1 : 9;
     p.backward = backward;
     p.drops = KEPT;
+    p.precision = precision;
     if (c->kind == CONV_UP) {
         p.source = backward ? FINE : DOUBLED;
         p.pixels = DOUBLED;
@@ -200,7 +208,7 @@ static void direct_products(real *out, const Product *p, const Tile *t, const re
     real *to = in_place ? out + tile_offset(p, t, 0, p->M, 0) : stage;
     const size_t K = p->C * p->n, ld_to = in_place ? p->gh * p->gw : t->cols;
     const int adds = in_place && add == out;
-    gemm(PRECISION_F32, 0, 0, p->M, t->cols, K, weight, K, patch, ld, adds, to, ld_to);
+    gemm(p->precision, 0, 0, p->M, t->cols, K, weight, K, patch, ld, adds, to, ld_to);
     if (!in_place || bias || (add && !adds)) store_tile(out, p, t, to, ld_to, bias, adds ? NULL : add);
 }
 
@@ -217,7 +225,7 @@ static void direct_backward(real *dx, real *partial, const Product *p, const Til
     size_t ld, ldx;
     const real *patch = gather(columns, &ld, p, t, dy, p->C, p->n);
     const real *pixels = x ? gather(stage, &ldx, p, t, x, p->M, 1) : NULL;
-    if (pixels) gemm(PRECISION_F32, 0, 1, p->C * p->n, p->M, t->cols, patch, ld, pixels, ldx, begun, partial, p->M);
+    if (pixels) gemm(p->precision, 0, 1, p->C * p->n, p->M, t->cols, patch, ld, pixels, ldx, begun, partial, p->M);
     if (dx) direct_products(dx, p, t, weight, patch, ld, NULL, accumulate ? dx : NULL, stage);
 }
 
@@ -728,7 +736,7 @@ static void winograd_backward(real *dx, real *partial, const Product *p, const T
 
 /* Raises what scratch must hold so that it is enough for this algorithm. backward: 0 no, 1 yes, 2 of dx alone. */
 static void raise_needs(Scratch *s, const Conv *c, size_t block, int backward) {
-    const Product p = make_product(c, block, backward != 0);
+    const Product p = make_product(PRECISION_F32, c, block, backward != 0);
     const size_t cols = max_size(tile_columns(&p), p.gw), extra = block ? p.n * 2 * ALIGN : 0; /* matrix_step */
     s->column_reals = max_size(s->column_reals, round_up(p.C * p.n * cols + extra, ALIGN));
     s->stage_reals = max_size(s->stage_reals, round_up((block ? p.n : 1) * p.M * cols + extra, ALIGN));
@@ -745,6 +753,7 @@ static size_t scratch_bytes(const Scratch *s) {
 /* Enough for c and for the same convolution of fewer or smaller pictures, which may be done another way. */
 size_t conv_needs_fast(const Compute *on, const Conv *c, int backward) {
     Scratch s = {.threads = (size_t)on->threads};
+    if (in_blocks(on, c, backward)) return conv_bf16_needs(on, c, backward);
     for (size_t block = 0; block <= 4; block += 2) {
         const int direct = c->kind == CONV1 || c->kind == CONV3;
         const int blocks = block == 2 ? c->kind != CONV1 : c->kind == CONV3;
@@ -825,12 +834,16 @@ static void odd_task(void *context, size_t bm) {
 
 void conv_forward_fast(const Compute *on, real *y, const real *x, const real *w, const real *bias, const real *add,
                        const Conv *c) {
+    if (in_blocks(on, c, 0)) {
+        conv_bf16_forward(on, y, x, w, bias, add, c);
+        return;
+    }
     if (is_odd(c)) {
         OddJob odd = {c, y, x, w, bias, add};
         parallel_for(threads_free(), c->B * c->M, odd_task, &odd);
         return;
     }
-    const Product p = make_product(c, best_block(c), 0);
+    const Product p = make_product(on->precision, c, best_block(c), 0);
     const Scratch s = place_scratch(on, c, 0);
     if (p.block) winograd_weights(s.weights, w, &p);
     Job job = {p, &s, x, w, bias, add, NULL, y, NULL, 0, 0};
@@ -893,11 +906,11 @@ static void backward_task(void *context, size_t part) {
 }
 
 /* A part is a run of tiles, and their number does not depend on the threads. */
-void conv_backward_fast(const Compute *on, real *dx, real *dw, real *db, const real *dy, const real *x, const real *w,
-                        int accumulate, const Conv *c) {
-    const Product p = make_product(c, best_block(c), 1);
+static void backward_by_parts(const Compute *on, real *dx, real *dw, const real *dy, const real *x, const real *w,
+                              int accumulate, const Conv *c) {
+    const Product p = make_product(on->precision, c, best_block(c), 1);
     const Scratch s = place_scratch(on, c, dw ? 1 : 2);
-    const size_t n = p.C * p.n * p.M, parts = dw ? min_size(PARTS, p.tiles) : p.tiles, results = c->h * c->w;
+    const size_t n = p.C * p.n * p.M, parts = dw ? min_size(PARTS, p.tiles) : p.tiles;
     if (p.block)
         winograd_weights(s.weights, w, &p);
     else
@@ -911,12 +924,20 @@ void conv_backward_fast(const Compute *on, real *dx, real *dw, real *db, const r
         add_parts(s.partials, parts, n);
         add_direct_gradient(dw, s.partials, &p);
     }
-    bias_backward(db, dy, c->B, c->M, c->kind == CONV_UP ? 4 * results : c->kind == CONV_DOWN ? results / 4 : results);
+}
+
+void conv_backward_fast(const Compute *on, real *dx, real *dw, real *db, const real *dy, const real *x, const real *w,
+                        int accumulate, const Conv *c) {
+    if (in_blocks(on, c, 1))
+        conv_bf16_backward(on, dx, dw, dy, x, w, accumulate, c);
+    else
+        backward_by_parts(on, dx, dw, dy, x, w, accumulate, c);
+    if (dw) bias_backward(db, dy, c->B, c->M, conv_height(c) * conv_width(c));
 }
 
 /* How many multiplications c takes. The direct way takes C*M*9 (1x1: C*M) for each pixel of y, and twice that backward. */
 double conv_multiplications(const Conv *c, int backward) {
-    const Product p = make_product(c, best_block(c), backward);
+    const Product p = make_product(PRECISION_F32, c, best_block(c), backward);
     const double points = p.drops == KEPT ? (double)p.n : 9, pixels = (double)(p.B * p.gh * p.gw);
     return points * pixels * (double)(p.C * p.M) * (backward ? 2 : 1);
 }

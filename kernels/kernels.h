@@ -84,6 +84,13 @@ void conv_backward_fast(const Compute *on, real *dx, real *dw, real *db, const r
  * backward. */
 double conv_multiplications(const Conv *c, int backward);
 
+/* ---- conv_bf16.c: what conv.c leaves to it, in bf16 and bf16x3. dx and dw may be NULL. ---- */
+size_t conv_bf16_needs(const Compute *on, const Conv *c, int backward);
+void conv_bf16_forward(const Compute *on, real *y, const real *x, const real *w, const real *bias, const real *add,
+                       const Conv *c);
+void conv_bf16_backward(const Compute *on, real *dx, real *dw, const real *dy, const real *x, const real *w,
+                        int accumulate, const Conv *c);
+
 /* ---- guess.c ---- */
 /* The next block: sample[b].length positions of each sample from sample[b].at on, 0 for one that is done. tokens gets
  * the guesses that all but the last of them are fed to the next one as. */

@@ -1,5 +1,6 @@
-/* test_conv.c - fast convolutions against the plain loops of vqgan.c, and those against themselves; the same bits for
- * every thread count. Sizes are chosen to take every path: both algorithms, tiles of several pictures and of a few rows, edges. */
+/* test_conv.c - fast convolutions, in float, bf16x3 and bf16, against the plain loops of vqgan.c, and those against
+ * themselves; the same bits for every thread count. Sizes are chosen to take every path: all algorithms, tiles and bands
+ * of several pictures and of a few rows, edges. */
 
 #include "kernels/kernels.h"
 #include "test.h"
@@ -91,6 +92,151 @@ static void check_conv(Conv c) {
     for (size_t i = 0; i < sizeof arrays / sizeof *arrays; i++) free(arrays[i]);
 }
 
+/* ---- bf16 and bf16x3 ---- */
+
+/* Of one convolution: what it is given, and what comes out. */
+typedef struct {
+    size_t nx, ny, nw;
+    real *x, *w, *bias, *add, *dy;
+    real *y, *dx, *dw, *db;
+} Numbers;
+
+static Numbers numbers_of(const Conv *c) {
+    Numbers n = {.nx = c->B * c->C * c->h * c->w, .ny = results(c), .nw = c->M * c->C * (c->kind == CONV1 ? 1 : 9)};
+    n.x = random_reals(n.nx, 1), n.w = random_reals(n.nw, 2), n.bias = random_reals(c->M, 3);
+    n.add = random_reals(n.ny, 4), n.dy = random_reals(n.ny, 5), n.y = random_reals(n.ny, 6);
+    n.dx = random_reals(n.nx, 7), n.dw = random_reals(n.nw, 8), n.db = random_reals(c->M, 9);
+    return n;
+}
+
+static void free_numbers(const Numbers *n) {
+    real *const all[] = {n->x, n->w, n->bias, n->add, n->dy, n->y, n->dx, n->dw, n->db};
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
+}
+
+static void round_to_bf16(real *x, size_t n) {
+    for (size_t i = 0; i < n; i++) x[i] = (real)bf16_to_float(bf16_from_float((float)x[i]));
+}
+
+/* Weights whose sums of four are bf16 too: after nearest doubling such sums are rounded, not the weights. */
+static void make_coarse(real *w, size_t n) {
+    for (size_t i = 0; i < n; i++) w[i] = (real)floor(fmin(fmax((double)w[i], -2), 2) * 32) / 64;
+}
+
+/* With scratch as large as needed to the byte. */
+enum { NO_BIAS = 1, NO_ADD = 2, ADDS = 4 /* to dx */, DX_ALONE = 8, DW_ALONE = 16 };
+static void run_conv(Numbers *n, const Conv *c, Precision precision, int options) {
+    const int backward = options & DX_ALONE ? 2 : 1;
+    for (int back = 0; back <= backward; back += backward) {
+        Compute on = compute_of(&(Params){.precision = precision});
+        conv_needs(&on, c, back);
+        CHECK_OK(mem_alloc(&on.scratch, on.scratch_bytes, 1, "test"));
+        memset(on.scratch, 0xff, on.scratch_bytes); /* NaN */
+        if (back == 0)
+            conv_forward(&on, n->y, n->x, n->w, options & NO_BIAS ? NULL : n->bias, options & NO_ADD ? NULL : n->add,
+                         c);
+        else if (options & DX_ALONE)
+            conv_backward(&on, n->dx, NULL, NULL, n->dy, NULL, n->w, options & ADDS, c);
+        else
+            conv_backward(&on, options & DW_ALONE ? NULL : n->dx, n->dw, n->db, n->dy, n->x, n->w, options & ADDS, c);
+        free(on.scratch);
+    }
+}
+
+/* What the plain loops give without bias and add, from gradients that are 0. Errors of the others are of their arithmetic
+ * alone: in bf16 the plain loops get operands that are rounded already. */
+static Numbers plain_sums(Precision precision, const Conv *c) {
+    Numbers n = numbers_of(c);
+    const Compute plain = {.unit = sizeof(real), .threads = 1};
+    if (c->kind == CONV_UP) make_coarse(n.w, n.nw);
+    if (precision == PRECISION_BF16) round_to_bf16(n.x, n.nx), round_to_bf16(n.w, n.nw), round_to_bf16(n.dy, n.ny);
+    memset(n.bias, 0, c->M * sizeof *n.bias), memset(n.dw, 0, n.nw * sizeof *n.dw);
+    conv_forward(&plain, n.y, n.x, n.w, n.bias, NULL, c);
+    conv_backward(&plain, n.dx, n.dw, NULL, n.dy, n.x, n.w, 0, c);
+    return n;
+}
+
+/* |got - (sum + before)| is 1e-5 of the largest at most: in bf16x3 a product lacks low*low and what low was rounded by,
+ * 2^-18 of it each; sums of float err less. */
+static int is_sum(Precision precision, const real *got, const real *sum, const real *before, size_t n) {
+    real *ref = NULL;
+    double worst;
+    CHECK_OK(mem_alloc(&ref, n, sizeof *ref, "test"));
+    for (size_t i = 0; i < n; i++) ref[i] = sum[i] + (before ? before[i] : 0);
+    const int ok = near_reals(got, ref, n, 0, precision == PRECISION_BF16 && sizeof(real) == 8 ? 1e-12 : 1e-5, &worst);
+    free(ref);
+    return ok;
+}
+
+static void check_in(Precision precision, const Conv *c, const Numbers *plain, int options) {
+    Numbers n = numbers_of(c), before = numbers_of(c);
+    if (c->kind == CONV_UP) make_coarse(n.w, n.nw);
+    for (size_t i = 0; i < n.ny; i++) /* add and bias, as far as they are given */
+        before.y[i] =
+            (options & NO_ADD ? 0 : n.add[i]) + (options & NO_BIAS ? 0 : n.bias[i / (n.ny / c->B / c->M) % c->M]);
+    run_conv(&n, c, precision, options);
+    const int y = is_sum(precision, n.y, plain->y, before.y, n.ny);
+    const int dx = options & DW_ALONE ? !memcmp(n.dx, before.dx, n.nx * sizeof *n.dx)
+                                      : is_sum(precision, n.dx, plain->dx, options & ADDS ? before.dx : NULL, n.nx);
+    const int dw = options & DX_ALONE ? !memcmp(n.dw, before.dw, n.nw * sizeof *n.dw)
+                                      : is_sum(precision, n.dw, plain->dw, before.dw, n.nw);
+    if (!CHECK(y && dx && dw))
+        printf("     %s %s B %zu C %zu M %zu %zux%zu options %d: y %d dx %d dw %d\n", precision_name(precision),
+               kind_name[c->kind], c->B, c->C, c->M, c->h, c->w, options, y, dx, dw);
+    free_numbers(&n), free_numbers(&before);
+}
+
+/* The same bits with other threads; y and dx of the last picture alone as in the batch, in scratch as large as that of
+ * the batch at most. */
+static void check_bits_in(Precision precision, Conv c) {
+    Numbers n = numbers_of(&c), other = numbers_of(&c), one;
+    const int threads = threads_get();
+    run_conv(&n, &c, precision, 0);
+    threads_set(threads == 1 ? 3 : 1);
+    run_conv(&other, &c, precision, 0);
+    CHECK(memcmp(n.y, other.y, n.ny * sizeof *n.y) == 0 && memcmp(n.dx, other.dx, n.nx * sizeof *n.dx) == 0);
+    CHECK(memcmp(n.dw, other.dw, n.nw * sizeof *n.dw) == 0 && memcmp(n.db, other.db, c.M * sizeof *n.db) == 0);
+    threads_set(threads);
+    Conv alone = c;
+    alone.B = 1;
+    one = numbers_of(&alone);
+    const size_t at_x = n.nx - one.nx, at_y = n.ny - one.ny;
+    memcpy(one.x, n.x + at_x, one.nx * sizeof *n.x), memcpy(one.dy, n.dy + at_y, one.ny * sizeof *n.x);
+    memcpy(one.add, n.add + at_y, one.ny * sizeof *n.x);
+    run_conv(&one, &alone, precision, 0);
+    CHECK(memcmp(one.y, n.y + at_y, one.ny * sizeof *n.y) == 0 &&
+          memcmp(one.dx, n.dx + at_x, one.nx * sizeof *n.y) == 0);
+    for (int backward = 0; backward < 3; backward++) {
+        Compute all = compute_of(&(Params){.precision = precision}), less = all, shorter = all;
+        Conv low = c;
+        low.h = low.h > 2 ? low.h - 2 : low.h, low.w = low.w > 4 ? 4 : low.w;
+        conv_needs(&all, &c, backward), conv_needs(&less, &alone, backward), conv_needs(&shorter, &low, backward);
+        CHECK(less.scratch_bytes <= all.scratch_bytes && shorter.scratch_bytes <= all.scratch_bytes);
+    }
+    free_numbers(&n), free_numbers(&other), free_numbers(&one);
+}
+
+static void test_bf16(void) {
+    static const Conv cases[] = {
+        {CONV1, 2, 5, 3, 7, 9},         {CONV1, 2, 70, 33, 4, 4},      {CONV1, 1, 520, 20, 20, 21},
+        {CONV3, 2, 3, 5, 7, 9},         {CONV3, 1, 1, 1, 1, 1},        {CONV3, 2, 3, 40, 20, 16},
+        {CONV3, 2, 40, 3, 16, 20},      {CONV3, 3, 17, 19, 5, 3},      {CONV3, 2, 16, 16, 1, 1},
+        {CONV3, 3, 16, 17, 2, 2},       {CONV3, 2, 32, 64, 16, 16},    {CONV3, 5, 48, 33, 4, 8},
+        {CONV3, 1, 70, 16, 4, 260},     {CONV3, 1, 20, 24, 40, 50},    {CONV3, 2, 33, 100, 12, 31},
+        {CONV_DOWN, 2, 3, 5, 2, 2},     {CONV_DOWN, 3, 33, 17, 6, 10}, {CONV_DOWN, 1, 32, 40, 64, 34},
+        {CONV_DOWN, 3, 130, 2, 40, 40}, {CONV_DOWN, 2, 17, 70, 7, 9},  {CONV_UP, 2, 3, 5, 1, 1},
+        {CONV_UP, 3, 17, 33, 3, 5},     {CONV_UP, 1, 32, 32, 33, 20},  {CONV_UP, 3, 2, 130, 20, 20},
+        {CONV_UP, 2, 70, 33, 8, 16}};
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
+        for (Precision p = PRECISION_BF16X3; p <= PRECISION_BF16; p++) {
+            const Numbers plain = plain_sums(p, &cases[i]);
+            check_in(p, &cases[i], &plain, 0), check_in(p, &cases[i], &plain, NO_BIAS | ADDS);
+            check_in(p, &cases[i], &plain, NO_ADD | DX_ALONE), check_in(p, &cases[i], &plain, ADDS | DW_ALONE);
+            check_bits_in(p, cases[i]);
+            free_numbers(&plain);
+        }
+}
+
 /* <dy, y> is linear in x and in w, so a difference has no error but rounding: the plain loops' gradients are its. */
 static void check_plain(Conv c) {
     const size_t nx = c.B * c.C * c.h * c.w, ny = results(&c), nw = c.M * c.C * (c.kind == CONV1 ? 1 : 9);
@@ -135,6 +281,7 @@ int main(void) {
         CHECK(conv_multiplications(c, 0) == counts[i].times * pairs);
         CHECK(conv_multiplications(c, 1) == 2 * counts[i].times * pairs);
     }
+    test_bf16();
     real x[3] = {1, 2, 4};
     CHECK(sum_reals(x, 3) == 7 && sum_reals(x, 0) == 0);
     return test_report();
