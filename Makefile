@@ -7,10 +7,12 @@
 # make test SANITIZE=1   the same under AddressSanitizer and UndefinedBehaviorSanitizer
 # make test-cuda    the CUDA kernels on this machine's GPU; SANITIZER=memcheck: under compute-sanitizer
 # make bench-cuda   training, drawing and decoding on a GPU at full size, beside PyTorch, and what was asked for
-# make test-cuda BUILT=DIR, make bench-cuda BUILT=DIR   with what was built elsewhere (STATIC=1 CUDA_ARCH=90 MARCH=x86-64-v3),
-#                   on a machine that has a GPU but neither nvcc nor libraries
+# make carry        the CUDA programs stripped and packed, build/carried.tar.xz (STATIC=1 CUDA_ARCH=90 MARCH=x86-64-v3), for
+# make on-gpu BUILT=build/carried.tar.xz   test-cuda, under memcheck and racecheck, bench-cuda, on a machine that has a GPU but neither
+#                   nvcc nor libraries; without BUILT: where there are all; test-cuda and bench-cuda have BUILT=DIR, too
 # make test-cuda-emulated   every CUDA kernel, run on the CPU, against its C twin (part of make test)
 # make test-cuda-ptx PTXSIM=DIR   nvcc's PTX, run on the CPU by the interpreter in DIR; WHOLE=1: in all orders, for 80, 90, 90a
+# make planted PTXSIM=DIR   faults planted in the CUDA code one by one, which these tests must find (test/planted.txt)
 # make emulated-debug   the same kernels for a debugger, in build/*/emulated-debug
 # make bench        how fast, as fractions of this machine's ceilings and beside PyTorch; also in bench.tsv
 # make load SECONDS=120   fifty clients upon ./serve at once (also SANITIZE=1); make load-threads: under the thread sanitizer
@@ -54,13 +56,17 @@ hash := \#
 space := $(subst ,, )
 
 # nvcc 12 or later makes the programs compute on NVIDIA GPUs too. CUDA_ARCH: the compute capabilities to compile for, e.g.
-# "80 90 100"; the last one's intermediate code, too, which the driver compiles for any later GPU when first run: 80 alone
-# serves all, and each more takes nvcc several seconds. Under the sanitizers of the host there is only the emulation.
+# "80 90 100"; the last one's intermediate code, too, which the driver compiles for any later GPU when first run (a minute).
+# Each takes nvcc a while. Unless it is given: those of this machine's GPUs that nvcc knows; without a GPU 80 and 90. Under the
+# sanitizers of the host there is only the emulation.
 NVCC ?= $(firstword $(shell command -v nvcc 2>/dev/null) $(wildcard /usr/local/cuda/bin/nvcc))
 ifneq ($(filter 1,$(SANITIZE))$(PLAINLY),)
 override NVCC :=
 endif
-CUDA_ARCH ?= 80
+GPUS = $(shell nvidia-smi --query-gpu=compute_cap --format=csv$(comma)noheader 2>/dev/null | tr -dc '0-9\n' | sort -nu)
+ifeq ($(origin CUDA_ARCH),undefined)
+CUDA_ARCH := $(if $(NVCC),$(or $(patsubst sm_%,%,$(filter $(GPUS:%=sm_%),$(shell $(NVCC) --list-gpu-code 2>/dev/null))),80 90))
+endif
 HAVE_NCCL = $(if $(NVCC),$(call compiles,$(hash)include <nccl.h>\nint main(void) { return 0; },-I$(dir $(NVCC))../include))
 
 # ---- what this machine has: each feature is verified by compiling something ----
@@ -395,6 +401,20 @@ $(NVCC_TESTS): $B/%: $B/test/%.o $(OBJ)
 NVCC_BIN := $(NVCC_TESTS) $B/golden $B/bench_cuda $(PROGRAMS:%=$B/%) $B/pictures $B/lpips
 .PHONY: cuda-programs
 cuda-programs: $(if $(NVCC),$(NVCC_BIN)) # for BUILT=
+# The same stripped and packed, for on-gpu there: at most 64 MiB
+CARRIED_MOST := 67108864
+.PHONY: carry on-gpu
+carry: $(if $(NVCC),$(NVCC_BIN))
+ifeq ($(NVCC),)
+	@echo "make carry needs nvcc (NVCC=... names it)"; exit 1
+else
+	@rm -rf build/carried && mkdir -p build/carried && for p in $(NVCC_BIN); do strip -s -o build/carried/$${p##*/} $$p || exit 1; done
+	@tar -C build -cf - carried | xz -9 >build/carried.tar.xz
+	@bytes=$$(wc -c <build/carried.tar.xz); echo "build/carried.tar.xz: $$bytes bytes"; \
+	[ $$bytes -le $(CARRIED_MOST) ] || { echo "expected $(CARRIED_MOST) or less: CUDA_ARCH with one GPU's capability"; exit 1; }
+endif
+on-gpu:
+	@test/on_gpu.sh $(BUILT)
 test-cuda: $(if $(BUILT),,$(if $(NVCC),$(NVCC_BIN)))
 ifeq ($(NVCC)$(BUILT),)
 	@echo "make test-cuda needs nvcc (NVCC=... names it), or BUILT=DIR, which was built elsewhere"; exit 1
@@ -424,7 +444,15 @@ PTX_BIN := $(foreach a,$(CUDA_PTX_ARCH),$(patsubst %,$B/ptx-$a/%,$(CUDA_TESTS) g
 $(PTX_BIN): | $B/ptxsim/libptxsim.so
 test-cuda-ptx: $(PTX_BIN) $B/pictures
 	@test/ptx.sh $B "$(CUDA_PTX_ARCH)" "$(CUDA_PTX_ORDERS)" "$(CUDA_PTX_PARTS)"
+planted: $B/ptxsim/libptxsim.so
 endif
+
+# Faults of test/planted.txt, or those that FAULTS names
+.PHONY: planted
+planted: $(OBJ)
+	@OBJECTS="$(OBJ)" LIBRARIES="$(LDLIBS)" EMULATION="$(CXX) $(EMULATED_FLAGS) -O1 -w" \
+	    $(if $(PTX_FLAGS),PTX="$(NVCC) $(PTX_FLAGS) -gencode arch=compute_90a$(comma)code=compute_90a" PTX_LIBRARIES="$(PTX_LIBS)") \
+	    test/planted.sh $B $(FAULTS)
 
 # At full FFHQ size on a GPU, beside PyTorch where PYTHON has it.
 $B/bench_cuda: $B/test/bench_cuda.o $(OBJ) $(DEVICE_OBJ)

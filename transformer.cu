@@ -1013,6 +1013,7 @@ static Err lay_out(Arrays *a, size_t B, size_t N, int train) {
     if (B < 1 || B > BATCH_MAX) return err("transformer: batch of %zu, expected 1..%d", B, (int)BATCH_MAX);
     TRY(set_lengths(m, N));
     m->on = compute_of(&m->params), m->format = m->params.format, m->train = train;
+    TRY(compute_heads_fit(&m->on, m->decoder.layer[0].D, train));
     if (m->format != WEIGHTS_REAL && !m->on.fast)
         return err("transformer: packed weights, which the plain loops do not have");
     m->B = B, m->N = N;

@@ -123,6 +123,10 @@ Err compute_status(const Compute *on) {
     return work_stops() ? err("the work was stopped") : OK;
 }
 
+Err compute_heads_fit(const Compute *on, size_t D, int train) {
+    return on->ops ? on->ops->heads_fit(on->device, D, train) : OK;
+}
+
 void compute_lend(const Compute *on, real **value, const real *planes, size_t B, size_t C, size_t hw) {
     if (on->device)
         on->fast->put_planes(on, *value, planes, B, C, hw);

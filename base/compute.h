@@ -86,6 +86,8 @@ Err compute_usable(const Compute *on, const real *value, size_t B, size_t C, siz
 #define USABLE_MOST 1e15
 /* Counts whatever changes the parameters' values on a GPU: what a network has prepared from them is then too old. */
 uint64_t compute_changes(const Compute *on);
+/* An error if attention with heads of D channels is not possible where it computes. */
+Err compute_heads_fit(const Compute *on, size_t D, int train);
 /* The f32 copy of x, which has n numbers: it lies behind them. And how many bytes such a value takes. */
 enum { F32_COPY_ALIGNMENT = 256 };
 static inline float *compute_f32_copy(const Compute *on, const void *x, size_t n) {
@@ -495,7 +497,8 @@ struct DeviceOps {
     double (*grad_norm)(Device *d);
     void (*swap_ema)(Device *d);
     void (*update)(Device *d, const Params *p, const AdamW *o, uint64_t step, float ema_step);
-    /* transformers: what is not made of layers */
+    /* transformers: what is not made of layers. heads_fit: an error if attention cannot have heads of D channels. */
+    Err (*heads_fit)(const Device *d, size_t D, int train);
     size_t (*fused_loss_needs)(size_t R);
     Err (*fused_loss)(const Compute *on, const FusedLoss *l);
     size_t (*decode_needs)(const Decoder *s); /* bytes of Decoder.work */

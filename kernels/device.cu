@@ -36,6 +36,11 @@ static void close_device(Device *d) {
 }
 
 static Err start_device(Device *d) {
+    int chosen = 0;
+    cudaDeviceProp p;
+    TRY(cuda_error(cudaGetDevice(&chosen), "the GPU in use"));
+    TRY(cuda_error(cudaGetDeviceProperties(&p, chosen), "properties of the GPU"));
+    d->shared_most = p.sharedMemPerBlockOptin;
     TRY(cuda_error(cudaStreamCreate(&d->stream), "a stream"));
     TRY(device_alloc(&d->sums, SUM_BLOCKS * sizeof *d->sums, "partial sums"));
     return open_blas(d);
@@ -212,6 +217,22 @@ static Layers make_layers() {
 }
 static const Layers cuda_layers = make_layers();
 
+static Err heads_fit_gpu(const Device *d, size_t D, int train) {
+    Attention s;
+    memset(&s, 0, sizeof s);
+    s.D = D;
+    TRY(check_head(&s));
+    const size_t bytes = max_size(attend_bytes(D, 0), train ? attend_bytes(D, 1) : 0);
+    if (bytes <= d->shared_most) return OK;
+    return err(
+        "transformer: attention in %s with heads of %zu channels takes %zu bytes of shared memory a block, this GPU "
+        "has %zu; %s--device cpu does without",
+        IS_BF16 ? "bf16" : "f32", D, bytes, d->shared_most,
+        IS_BF16 ? ""
+        : train ? "--precision bf16 takes less, "
+                : "--weights bf16 takes less, ");
+}
+
 #ifdef FLOATX_BF16
 #define CUDA_TABLE cuda_bf16
 #else
@@ -219,16 +240,41 @@ static const Layers cuda_layers = make_layers();
 #endif
 extern "C" {
 extern const DeviceOps CUDA_TABLE;
-const DeviceOps CUDA_TABLE = {find_cuda,        open_device,      close_device,
-                              measure_ceilings, &cuda_layers,     sizeof(floatX),
-                              device_alloc,     device_free,      put_bytes,
-                              to_host,          zero_bytes,       copy_bytes,
-                              earlier_failure,  count_changes,    row_value,
-                              row_grad,         send_params,      fetch_params,
-                              send_part,        zero_grad_cuda,   grad_norm_cuda,
-                              swap_ema_cuda,    update_params,    fused_loss_needs_gpu,
-                              fused_loss_gpu,   decode_needs_gpu, decode_prompt_gpu,
-                              decode_step_gpu,  draw_gpu,         choose_gpu,
-                              joined,           join_id,          join,
-                              place_of,         grad_sum,         grad_wait};
+const DeviceOps CUDA_TABLE = {find_cuda,
+                              open_device,
+                              close_device,
+                              measure_ceilings,
+                              &cuda_layers,
+                              sizeof(floatX),
+                              device_alloc,
+                              device_free,
+                              put_bytes,
+                              to_host,
+                              zero_bytes,
+                              copy_bytes,
+                              earlier_failure,
+                              count_changes,
+                              row_value,
+                              row_grad,
+                              send_params,
+                              fetch_params,
+                              send_part,
+                              zero_grad_cuda,
+                              grad_norm_cuda,
+                              swap_ema_cuda,
+                              update_params,
+                              heads_fit_gpu,
+                              fused_loss_needs_gpu,
+                              fused_loss_gpu,
+                              decode_needs_gpu,
+                              decode_prompt_gpu,
+                              decode_step_gpu,
+                              draw_gpu,
+                              choose_gpu,
+                              joined,
+                              join_id,
+                              join,
+                              place_of,
+                              grad_sum,
+                              grad_wait};
 }

@@ -159,7 +159,8 @@ struct Device {
     size_t arena_floats[5];
     void *chunks; /* (n_chunks) of optimizer.cu */
     size_t n_chunks;
-    double *sums; /* (SUM_BLOCKS) partial sums, of the gradient's norm and of losses */
+    double *sums;       /* (SUM_BLOCKS) partial sums, of the gradient's norm and of losses */
+    size_t shared_most; /* bytes of shared memory that a block can have */
 
     struct Blas *blas; /* cuBLASLt and the matrix products seen so far */
     struct Nccl *nccl; /* the other ranks' GPUs; NULL: there is one */

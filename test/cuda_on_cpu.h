@@ -54,7 +54,8 @@ struct dim3 {
     dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
 };
 static dim3 threadIdx, blockIdx, blockDim, gridDim;
-static int cuda_on_cpu_reverse; /* 1: threads and blocks in the opposite order */
+static int cuda_on_cpu_reverse;               /* 1: threads and blocks in the opposite order */
+static size_t cuda_on_cpu_shared = 227 << 10; /* bytes of shared memory that a block can have */
 
 /* ---- Fibers ---- */
 
@@ -252,7 +253,7 @@ static void run_grid(const char *name, dim3 grid, dim3 block, size_t shared, con
     blockDim = block, gridDim = grid, running = 0;
     if (n == 0 || n % WARP || n > MAX_THREADS || blocks == 0)
         fail("an empty grid, or a block that is not 1 to 32 whole warps", 0);
-    if (shared > (227u << 10)) fail("more than 227 KiB of shared memory, which is all that a block can have", 0);
+    if (shared > cuda_on_cpu_shared) fail("more shared memory than a block can have", 0);
     for (unsigned i = 0; i < n; i++) make_fiber(&fiber[i]);
     shared_bytes = shared,
     shared_memory = shared ? (char *)aligned_alloc(256, (shared + GUARD_BYTES + 255) / 256 * 256) : NULL;
@@ -508,6 +509,7 @@ typedef on_cpu::Graph *cudaGraph_t, *cudaGraphExec_t;
 struct cudaDeviceProp {
     char name[256];
     int major, minor;
+    size_t sharedMemPerBlockOptin;
 };
 
 static inline const char *cudaGetErrorString(cudaError_t e) {
@@ -528,7 +530,7 @@ static inline cudaError_t cudaGetDevice(int *chosen) {
     return *chosen = 0, cudaSuccess;
 }
 static inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp *p, int) {
-    *p = {"no GPU: CUDA kernels run on the CPU, for tests", 8, 0};
+    *p = {"no GPU: CUDA kernels run on the CPU, for tests", 8, 0, cuda_on_cpu_shared};
     return cudaSuccess;
 }
 static inline cudaError_t cudaMemGetInfo(size_t *available, size_t *total) {

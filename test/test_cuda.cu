@@ -850,6 +850,26 @@ static void test_decodings(void) {
     }
 }
 
+#ifdef CUDA_ON_CPU
+/* Heads that a block's shared memory is too small for are refused when it is planned: in f32 76 channels just fit. */
+static void test_wide_heads(void) {
+    for (int heads = 2; heads > 0; heads--) {
+        NetConfig c = gpt_small;
+        Schedule s;
+        Transformer *net;
+        c.dim = heads == 2 ? 2 * 76 : 128, c.dec_heads = heads;
+        CHECK_OK(schedule_make(&s, "geometric", c.n_scales));
+        network_make(&net, &c, &s, 1);
+        if (IS_BF16 || heads == 2)
+            CHECK_OK(transformer_plan(net, 2, 8, 1));
+        else
+            CHECK_ERR(transformer_plan(net, 2, 8, 1), "with heads of 128 channels takes");
+        CHECK_OK(transformer_plan(net, 2, 8, 0));
+        transformer_free(net);
+    }
+}
+#endif
+
 static void test_refusals(void) {
     NetConfig c = x_small;
     Pair a;
@@ -878,6 +898,11 @@ static void test_refusals(void) {
     CHECK_ERR(transformer_use_cuda(a.gpu, IS_BF16 ? PRECISION_BF16 : PRECISION_F32), "already");
     CHECK_ERR(transformer_use_cuda(a.cpu, IS_BF16 ? PRECISION_F32 : PRECISION_BF16), "precision");
     pair_free(&a);
+#ifdef CUDA_ON_CPU
+    cuda_on_cpu_shared = 99 << 10; /* as of compute capability 8.6, 8.9 and 12.0 */
+    test_wide_heads();
+    cuda_on_cpu_shared = 227 << 10;
+#endif
 }
 
 /* ---- The emulation itself ---- */

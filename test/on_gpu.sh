@@ -1,0 +1,31 @@
+#!/bin/sh
+# on_gpu.sh [BUILT]: all that a machine with a GPU is to be asked, in this order: make test-cuda, the same under memcheck and
+# racecheck, make bench-cuda. BUILT: what make carry packed elsewhere, or a folder; without it this machine's nvcc compiles. Each
+# step's output goes to build/on-gpu (or LOGS), its last lines are shown, and the next runs whatever it says. STEPS="..."
+# chooses some of them; none lasts longer than LIMIT seconds (3600). The last line is "N passed, N failed", of steps.
+built=$1 logs=${LOGS:-build/on-gpu} passed=0 failed=0
+case $built in
+*.tar.xz)
+    # python's where there is no xz
+    tar -C build -xJf "$built" 2>/dev/null || python3 -c 'import sys, tarfile; tarfile.open(sys.argv[1]).extractall("build")' "$built" || exit 1
+    built=build/carried
+    ;;
+esac
+mkdir -p "$logs"
+nvidia-smi --query-gpu=name,compute_cap,driver_version,memory.total --format=csv,noheader 2>&1
+for step in ${STEPS:-test memcheck racecheck bench}; do
+    case $step in
+    test) command="test-cuda" ;;
+    bench) command="bench-cuda" ;;
+    *) command="test-cuda SANITIZER=$step" ;;
+    esac
+    started=$(date +%s)
+    # shellcheck disable=SC2086
+    timeout "${LIMIT:-3600}" make $command ${built:+BUILT="$built"} >"$logs/$step.log" 2>&1
+    status=$?
+    echo "==== $step: make $command: exit status $status, $(($(date +%s) - started)) s; $logs/$step.log ends:"
+    tail -n "$([ "$step" = bench ] && echo 25 || echo 8)" "$logs/$step.log"
+    if [ $status -eq 0 ]; then passed=$((passed + 1)); else failed=$((failed + 1)); fi
+done
+echo "$passed passed, $failed failed"
+[ "$failed" -eq 0 ]

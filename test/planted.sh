@@ -1,0 +1,128 @@
+#!/bin/sh
+# planted.sh --check: does every fault of test/planted.txt still have its place in the code? Its last line is "N passed, N
+# failed"; part of make test, for code moves.
+#
+# planted.sh BUILD [FAULT...]: plants one fault after the other in a copy of the CUDA code, all of them or those named,
+# compiles the test that concerns it and demands that it goes red where the table says so: a check fails, the program
+# crashes or hangs, or the interpreter finds something. make planted PTXSIM=DIR runs it and says by what to compile and
+# with what to link: EMULATION and, where there is nvcc and an interpreter, PTX and PTX_LIBRARIES; OBJECTS, LIBRARIES. Two at a
+# time (JOBS).
+#
+# planted.sh --one BUILD FAULT: one of them, whose sums go to BUILD/planted/FAULT.sums
+TABLE=test/planted.txt
+export IMAGEBART_DEVICE=cpu
+
+faults() { sed -n 's/^fault: *//p' $TABLE; }
+
+field() { # field FAULT KEY: one line of its entry
+    awk -v fault="$1" -v key="$2:" '$1 == "fault:" { on = $2 == fault } on && $1 == key { sub(/^[a-z]+: */, ""); print; exit }' $TABLE
+}
+
+# plant FAULT FILE: FILE, which the entry is about, with the fault in it; or exit status 1 and why that cannot be
+plant() {
+    awk -v fault="$1" '
+        function lost(what) { print "FAIL " fault ": " file " has no line with: " what >"/dev/stderr"; bad = 1; exit 1 }
+        FNR == NR {
+            key = $1
+            text = $0
+            sub(/^[a-z]+: */, "", text)
+            if (key == "fault:") on = text == fault
+            if (!on) next
+            if (key == "after:") after[++marks] = text
+            if (key == "old:") old[++pieces] = text
+            if (key == "new:") new[pieces] = text
+            next
+        }
+        { line[++n] = $0; file = FILENAME }
+        END {
+            if (bad) exit 1
+            if (!pieces) lost("an entry of " fault)
+            for (m = 1; m <= marks; m++) {
+                for (at++; at <= n && !index(line[at], after[m]); at++);
+                if (at > n) lost(after[m])
+            }
+            for (end = at + 1; end < n && line[end] !~ /^}/; end++);
+            for (p = 1; p <= pieces; p++) {
+                for (i = at; i <= end && !index(line[i], old[p]); i++);
+                if (i > end) lost(old[p])
+                k = index(line[i], old[p])
+                line[i] = substr(line[i], 1, k - 1) new[p] substr(line[i], k + length(old[p]))
+            }
+            for (i = 1; i <= n; i++) print line[i]
+        }' $TABLE "$2"
+}
+
+if [ "$1" = --check ]; then
+    passed=0 failed=0
+    for fault in $(faults); do
+        file=$(field "$fault" in)
+        if plant "$fault" "$file" | cmp -s - "$file"; then
+            failed=$((failed + 1)) && echo "FAIL $fault: nothing changed in $file"
+        elif plant "$fault" "$file" >/dev/null; then
+            passed=$((passed + 1))
+        else
+            failed=$((failed + 1))
+        fi
+    done
+    [ "$passed" -ge 20 ] || { failed=$((failed + 1)) && echo "FAIL $passed faults, expected 20 or more"; }
+    echo "$passed passed, $failed failed"
+    [ "$failed" -eq 0 ]
+    exit
+fi
+
+# try WHERE COMPILER LIBRARIES: prints red and why, or green, or that it does not compile
+try() {
+    program=$tree/$1
+    # shellcheck disable=SC2086
+    if ! { (cd "$tree" && $2 $floatX -c -o "$1.o" "test/test_${test%_*}.cu") && g++ -o "$program" "$program.o" $OBJECTS $3; } >"$program.log" 2>&1; then
+        echo "not compiled: $(grep -m 1 'error\|undefined' "$program.log")"
+        return
+    fi
+    # shellcheck disable=SC2086
+    PTXSIM=plain timeout "${LIMIT:-900}" "$program" $sections >"$program.log" 2>"$program.err"
+    status=$?
+    found=$(sed -n 's/^PTXSIM: \([0-9]*\) findings$/\1/p' "$program.err")
+    if [ $status -eq 0 ] && [ "${found:-0}" -eq 0 ]; then
+        echo green
+    else
+        echo "red: $(grep -c '^FAIL' "$program.log") checks, exit status $status${found:+, $found findings}" \
+            "$(grep -v '^PTXSIM: [0-9]* findings' "$program.err" | head -n 1 | cut -c 1-150)"
+    fi
+}
+
+if [ "$1" = --one ]; then
+    build=$2 fault=$3 passed=0 failed=0 tree=$2/planted/$3
+    rm -rf "$tree" && mkdir -p "$tree"
+    cp -r transformer.cu imagebart.h kernels base files sampling training test "$tree"
+    plant "$fault" "$(field "$fault" in)" >"$tree/$(field "$fault" in)" || exit 1
+    tests=$(field "$fault" test)
+    test=${tests%% *} sections=${tests#"$test"}
+    case $test in *bf16) floatX=-DFLOATX_BF16 ;; *) floatX='' ;; esac
+    for where in emulation ${PTX:+ptx}; do
+        case $where in
+        emulation) got=$(try $where "$EMULATION" "$LIBRARIES") ;;
+        ptx) got=$(try $where "$PTX" "$LIBRARIES $PTX_LIBRARIES") ;;
+        esac
+        if [ "${got%%:*}" = "$(field "$fault" $where)" ]; then
+            passed=$((passed + 1)) && echo "$fault, $where: $got"
+        else
+            failed=$((failed + 1)) && echo "FAIL $fault, $where: $got; expected $(field "$fault" $where)"
+        fi
+    done
+    echo "$passed $failed" >"$build/planted/$fault.sums"
+    rm -rf "$tree"
+    exit 0
+fi
+
+build=$1 passed=0 failed=0
+shift
+# shellcheck disable=SC2046
+[ $# -gt 0 ] || set -- $(faults)
+for fault in "$@"; do rm -f "$build/planted/$fault.sums"; done
+printf '%s\n' "$@" | xargs -P "${JOBS:-2}" -I FAULT test/planted.sh --one "$build" FAULT
+for fault in "$@"; do
+    read -r p f 2>/dev/null <"$build/planted/$fault.sums" || { p=0 f=1 && echo "FAIL $fault: it left no sums"; }
+    passed=$((passed + p)) failed=$((failed + f))
+done
+echo "$passed passed, $failed failed"
+[ "$failed" -eq 0 ]
