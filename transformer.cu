@@ -1014,8 +1014,7 @@ static Err lay_out(Arrays *a, size_t B, size_t N, int train) {
     TRY(set_lengths(m, N));
     m->on = compute_of(&m->params), m->format = m->params.format, m->train = train;
     TRY(compute_heads_fit(&m->on, m->decoder.layer[0].D, train));
-    if (m->format != WEIGHTS_REAL && !m->on.fast)
-        return err("transformer: packed weights, which the plain loops do not have");
+    if (m->format != WEIGHTS_REAL && !m->on.fast) return err("transformer: packed weights need kernels/");
     m->B = B, m->N = N;
     want_all(a);
     m->B = 0; /* until the memory is there */
