@@ -247,7 +247,7 @@ $(PROGRAMS:%=$B/%): $B/%: $B/%.o $(OBJ) $(DEVICE_OBJ) $B/commit.o
 	$(call say,LINK,$@)$(CC) $(CFLAGS) -o $@ $^ $(LDLIBS) $(CUDA_LIBS)
 $B/golden: $B/test/golden.o $(OBJ) $(DEVICE_OBJ)
 	$(call say,LINK,$@)$(CC) $(CFLAGS) -o $@ $^ $(LDLIBS) $(CUDA_LIBS)
-$B/bench: $B/test/bench.o $(OBJ)
+$B/bench: $B/test/bench.o $B/test/peaks.o $(OBJ)
 	$(call say,LINK,$@)$(CC) $(CFLAGS) -o $@ $^ $(LDLIBS)
 $B/pictures $B/logits $B/lpips $B/codes $B/fullsize $B/walkthrough $B/sizes: $B/%: $B/test/%.o $(OBJ)
 	$(call say,LINK,$@)$(CC) $(CFLAGS) -o $@ $^ $(LDLIBS)

@@ -11,6 +11,9 @@
  *
  *     time   GFLOP/s   % of the multiply-add ceiling   GB/s it must move at least   % of the read ceiling
  *
+ * Rows in bf16 have the ceiling of the unit that multiplies bf16, tiles or vectors, and rows in bf16x3 a third of it, for each
+ * of their products is three; where there is no such unit, that of multiply-adds.
+ *
  * A row near 100 % of either ceiling is done; data that fit in the caches can pass 100 % of the second.
  *
  * A convolution counts the operations of the direct way, 2*9*C*M for each 3x3 result, as everybody does. Winograd's
@@ -23,6 +26,7 @@
 #include "sampling/sampling.h"
 #include "training/training.h"
 #include "test/inside.h"
+#include "test/peaks.h"
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -85,7 +89,10 @@ static double best_time(Work *work, void *context, double budget) {
 typedef real Vec __attribute__((vector_size(VECTOR_BYTES)));
 enum { LANES = VECTOR_BYTES / (int)sizeof(real), CHAINS = 12, STEPS = 10000 };
 
-static struct { double flops, bytes; /* per second */ } ceiling;
+static struct {
+    double flops, bf16, int8, bytes; /* per second; bf16, int8: 0: there is no such unit */
+    const char *unit;                /* that bf16 is of */
+} ceiling;
 
 /* Multiply-adds per second of this thread: CHAINS independent chains, more than the units have stages and few enough
  * for 16 registers. The best of many short runs; their numbers have many digits, because units that work hard may be
@@ -117,20 +124,32 @@ typedef struct {
     real kept[THREADS_MAX];
 } Rates;
 
-static void rate_task(void *context, size_t i) {
+static void flops_task(void *context, size_t i) {
     Rates *r = (Rates *)context;
-    r->rate[i] = multiply_add_rate(&r->kept[i], 0.5);
+    r->rate[i] = 2 * multiply_add_rate(&r->kept[i], 0.5);
 }
 
-static double multiply_add_ceiling(void) {
+static void bf16_task(void *context, size_t i) {
+    Rates *r = (Rates *)context;
+    const char *unit;
+    r->rate[i] = bf16_peak(0.5, &r->kept[i], &unit);
+    if (i == 0) ceiling.unit = unit;
+}
+
+static void int8_task(void *context, size_t i) {
+    ((Rates *)context)->rate[i] = int8_peak(0.5);
+}
+
+static double all_threads(Task *task) {
     static Rates r;
     double sum = 0;
-    parallel_for(threads_get(), (size_t)threads_get(), rate_task, &r);
+    memset(&r, 0, sizeof r);
+    parallel_for(threads_get(), (size_t)threads_get(), task, &r);
     for (int i = 0; i < threads_get(); i++) {
         if (r.kept[i] != r.kept[i]) printf("(the chains overflowed)\n");
         sum += r.rate[i];
     }
-    return 2 * sum;
+    return sum;
 }
 
 typedef struct {
@@ -165,11 +184,15 @@ static double read_rate(size_t bytes) {
 }
 
 static void measure_ceilings(void) {
-    ceiling.flops = multiply_add_ceiling();
-    ceiling.bytes = read_rate((size_t)256 << 20);
+    ceiling.flops = all_threads(flops_task), ceiling.bf16 = all_threads(bf16_task);
+    ceiling.int8 = all_threads(int8_task), ceiling.bytes = read_rate((size_t)256 << 20);
     printf("ceilings with %d threads: %.0f GFLOP/s multiply-add (%d bytes wide), %.1f GB/s read from memory "
            "(%.1f GB/s of 4 MB in the caches)\n",
            threads_get(), ceiling.flops * 1e-9, VECTOR_BYTES, ceiling.bytes * 1e-9, read_rate((size_t)4 << 20) * 1e-9);
+    if (ceiling.bf16 > 0) printf("bf16 by %s: %.0f GFLOP/s", ceiling.unit, ceiling.bf16 * 1e-9);
+    if (ceiling.int8 > 0) printf(", int8: %.0f GOP/s", ceiling.int8 * 1e-9);
+    printf("%s; processor: %s; products are in %s where nothing else is said\n",
+           ceiling.bf16 > 0 ? "" : "no unit for bf16", vector_instructions(), precision_name(precision_usual()));
 }
 
 /* ---- Rows ---- */
@@ -177,7 +200,18 @@ static void measure_ceilings(void) {
 typedef struct {
     const char *name;
     double flops, bytes; /* of one call: multiplications and additions; what it must at least read and write */
+    Precision precision; /* of its products */
 } Row;
+
+static double peak_of(Precision p) {
+    if (p == PRECISION_F32 || ceiling.bf16 == 0) return ceiling.flops;
+    return p == PRECISION_BF16 ? ceiling.bf16 : ceiling.bf16 / 3;
+}
+
+/* "what", and of another precision than f32 ", bf16x3" */
+static Name named(const char *what, Precision p) {
+    return p == PRECISION_F32 ? name_of("%s", what) : name_of("%s, %s", what, precision_name(p));
+}
 
 static void section(const char *title) {
     printf("\n%-58s %11s %9s %5s %7s %5s\n", title, "time", "GFLOP/s", "%", "GB/s", "%");
@@ -190,11 +224,11 @@ static void print_row(Row r, double t) {
     char time_text[32];
     snprintf(time_text, sizeof time_text, t < 1e-3 ? "%.2f us" : "%.2f ms", t < 1e-3 ? t * 1e6 : t * 1e3);
     printf("%-58s %11s %9.1f %5.1f %7.1f %5.1f\n", r.name, time_text, r.flops / t * 1e-9,
-           100 * r.flops / t / ceiling.flops, r.bytes / t * 1e-9, 100 * r.bytes / t / ceiling.bytes);
+           100 * r.flops / t / peak_of(r.precision), r.bytes / t * 1e-9, 100 * r.bytes / t / ceiling.bytes);
     fflush(stdout);
     if (tsv)
         fprintf(tsv, "%s\t%s\t%.6g\t%.4g\t%.4g\t%.4g\t%.4g\n", section_name, r.name, t, r.flops / t * 1e-9,
-                r.flops / t / ceiling.flops, r.bytes / t * 1e-9, r.bytes / t / ceiling.bytes);
+                r.flops / t / peak_of(r.precision), r.bytes / t * 1e-9, r.bytes / t / ceiling.bytes);
 }
 
 static void row(Row r, Work *work, void *context) {
@@ -212,11 +246,12 @@ typedef struct {
 typedef struct {
     Shape s;
     real *A, *B, *C;
+    Precision precision;
 } Product;
 
 static void run_product(void *context) {
     const Product *p = (const Product *)context;
-    gemm(PRECISION_F32, p->s.trans_a, p->s.trans_b, p->s.M, p->s.N, p->s.K, p->A, p->s.trans_a ? p->s.M : p->s.K, p->B,
+    gemm(p->precision, p->s.trans_a, p->s.trans_b, p->s.M, p->s.N, p->s.K, p->A, p->s.trans_a ? p->s.M : p->s.K, p->B,
          p->s.trans_b ? p->s.K : p->s.N, 0, p->C, p->s.N);
 }
 
@@ -267,20 +302,24 @@ static const Shape products[] = {
     {"decode 16 rows, weights from memory", 0, 1, 16, 8192, 8192},
 };
 
-static void bench_gemm(void) {
-    section("gemm: op(A) (M,K) * op(B) (K,N)");
+static void bench_products(Precision precision) {
     for (size_t i = 0; i < COUNT(products); i++) {
         const Shape s = products[i];
-        Product p = {s, reals(s.M * s.K, "A"), reals(s.K * s.N, "B"), reals(s.M * s.N, "C")};
+        Product p = {s, reals(s.M * s.K, "A"), reals(s.K * s.N, "B"), reals(s.M * s.N, "C"), precision};
         const double numbers = (double)s.M * (double)s.K + (double)s.K * (double)s.N + (double)s.M * (double)s.N;
-        char name[96], size[40];
-        snprintf(size, sizeof size, "%zu x %zu x %zu", s.M, s.K, s.N);
-        snprintf(name, sizeof name, "%-38s %19s", s.what, size);
-        row((Row){name, 2.0 * (double)s.M * (double)s.N * (double)s.K, numbers * sizeof(real)}, run_product, &p);
+        const Name name =
+            name_of("%-38s %19s", named(s.what, precision).s, name_of("%zu x %zu x %zu", s.M, s.K, s.N).s);
+        row((Row){name.s, 2.0 * (double)s.M * (double)s.N * (double)s.K, numbers * sizeof(real), precision},
+            run_product, &p);
         free(p.A);
         free(p.B);
         free(p.C);
     }
+}
+
+static void bench_gemm(void) {
+    section("gemm: op(A) (M,K) * op(B) (K,N)");
+    for (int p = PRECISION_F32; p <= PRECISION_BF16; p++) bench_products((Precision)p);
 }
 
 /* ---- Few rows against weights from memory, as decoding does ---- */
@@ -301,7 +340,7 @@ static void run_stream(void *context) {
     }
 }
 
-static const char *const format_names[] = {"f32", "bf16", "int8"};
+static const char *const format_names[] = {"f32", "bf16", "int8", "bf16x3"}; /* [WeightFormat] */
 
 static void bench_stream(void) {
     static const size_t shapes[][2] = {{1024, 752}, {752, 1024}, {3008, 752}, {752, 3008}, {3200, 800}, {548, 752}};
@@ -358,9 +397,9 @@ static void pack(Transformer *m, WeightFormat format) {
     Params *p = transformer_params(m);
     free(p->packed);
     p->packed = NULL;
-    p->format = WEIGHTS_REAL;
+    p->format = WEIGHTS_REAL, p->precision = weight_precision(format);
     for (size_t i = 0; i < p->n; i++) p->row[i].packed.data = NULL;
-    if (format != WEIGHTS_REAL) must(params_pack(p, format));
+    if (format == WEIGHTS_BF16 || format == WEIGHTS_INT8) must(params_pack(p, format));
 }
 
 /* Numbers in the matrices that a part of a network multiplies with: names that hold `part`, but neither of `not`. */
@@ -441,7 +480,8 @@ static void bench_transition(int scale, const char *what) {
     for (size_t b = 0; b < 16; b++) d.t[b] = scale;
     for (size_t k = 0; k < COUNT(batches); k++) {
         d.B = batches[k];
-        for (int format = WEIGHTS_REAL; format <= WEIGHTS_INT8; format++) {
+        for (int format = WEIGHTS_REAL; format <= WEIGHTS_BF16X3; format++) {
+            if (format == WEIGHTS_BF16X3 && !(encodes && d.B == 1)) continue;
             pack(d.m, (WeightFormat)format);
             must(transformer_plan(d.m, d.B, TOKENS, 0));
             begin_decoding(&d);
@@ -449,10 +489,11 @@ static void bench_transition(int scale, const char *what) {
                 const double numbers = matrix_numbers(d.m, "encoder.", "to_logits", "token_emb");
                 char name[96];
                 snprintf(name, sizeof name, "%s, encoder pass, batch 1, %s", what, format_names[format]);
-                row((Row){name, 2 * numbers * (TOKENS + 1), numbers * (double)weight_bytes((WeightFormat)format)},
+                row((Row){name, 2 * numbers * (TOKENS + 1), numbers * (double)weight_bytes((WeightFormat)format),
+                          weight_precision((WeightFormat)format)},
                     begin_decoding, &d);
             }
-            bench_steps(&d, (WeightFormat)format);
+            if (format != WEIGHTS_BF16X3) bench_steps(&d, (WeightFormat)format); /* few rows are multiplied as floats */
         }
     }
     free(d.x_t);
@@ -512,13 +553,14 @@ static double forward_flops(Transformer *m, size_t B) {
 }
 
 /* The parts one after another, three times; the best of each. A step is their sum. */
-static void bench_step(int scale, const char *what, size_t B) {
+static void bench_step(int scale, const char *what, size_t B, Precision precision) {
     Training a = {full_size(scale), B, 0, NULL, NULL, NULL, NULL, NULL, NULL, 0};
     static Work *const parts[] = {run_forward, run_backward, run_optimizer};
     static const char *const names[] = {"forward", "loss and backward", "AdamW, EMA, gradients to zero", "whole step"};
     Params *p = transformer_params(a.m);
     double best[4] = {1e30, 1e30, 1e30, 0};
     must(params_plan(p, PLAN_GRAD | PLAN_ADAM | PLAN_EMA));
+    p->precision = precision;
     must(transformer_plan(a.m, B, TOKENS, 1));
     a.K = transformer_config(a.m)->dec_num_tokens;
     must(mem_alloc(&a.x, B * TOKENS, sizeof *a.x, "tokens"));
@@ -538,14 +580,13 @@ static void bench_step(int scale, const char *what, size_t B) {
         }
     best[3] = best[0] + best[1] + best[2];
     const double forward = forward_flops(a.m, B), floats = (double)params_count(p) * sizeof(real);
-    const Row rows[] = {{NULL, forward, floats},
-                        {NULL, 2 * forward, 2 * floats},
-                        {NULL, 0, 11 * floats},
-                        {NULL, 3 * forward, 14 * floats}};
+    const Row rows[] = {{NULL, forward, floats, precision},
+                        {NULL, 2 * forward, 2 * floats, precision},
+                        {NULL, 0, 11 * floats, precision},
+                        {NULL, 3 * forward, 14 * floats, precision}};
     for (size_t k = 0; k < COUNT(rows); k++) {
-        char name[96];
-        snprintf(name, sizeof name, "%s, batch %zu, %s", what, B, names[k]);
-        print_row((Row){name, rows[k].flops, rows[k].bytes}, best[k]);
+        const Name name = name_of("%s, batch %zu, %s", named(what, precision).s, B, names[k]);
+        print_row((Row){name.s, rows[k].flops, rows[k].bytes, precision}, best[k]);
     }
     free(a.x), free(a.x_t), free(a.t), free(a.dlogits), free(a.posterior);
     transformer_free(a.m);
@@ -553,8 +594,10 @@ static void bench_step(int scale, const char *what, size_t B) {
 
 static void bench_train(void) {
     section("training at full size: 256 tokens, 548 codes");
-    bench_step(1, "encoder-decoder", 4);
-    bench_step(4, "last scale (GPT)", 4);
+    for (int p = PRECISION_F32; p <= PRECISION_BF16; p++) {
+        bench_step(1, "encoder-decoder", 4, (Precision)p);
+        bench_step(4, "last scale (GPT)", 4, (Precision)p);
+    }
 }
 
 /* ---- Blocks: n positions of every row in one pass, as guessed tokens are checked ---- */
@@ -688,7 +731,7 @@ static void run_conv_backward(void *context) {
     conv_backward(&j->on, j->dx, j->dw, j->db, j->y, j->x, j->w, 0, &j->c);
 }
 
-static void bench_conv(Conv c) {
+static void bench_conv(Conv c, Precision precision) {
     static const char *const kind[] = {"1x1", "3x3", "down", "up"};
     const size_t results = c.h * c.w * (c.kind == CONV_UP ? 4 : 1) / (c.kind == CONV_DOWN ? 4 : 1);
     const size_t kernel = c.kind == CONV1 ? 1 : 9, nx = c.B * c.C * c.h * c.w, ny = c.B * c.M * results;
@@ -701,15 +744,16 @@ static void bench_conv(Conv c) {
                  reals(nx, "dx"),
                  reals(nw, "dw"),
                  reals(c.M, "db"),
-                 compute_of(&(Params){0})};
+                 compute_of(&(Params){.precision = precision})};
     for (int backward = 0; backward < 2; backward++) conv_needs(&j.on, &c, backward);
     j.on.scratch = reals(ceil_div(j.on.scratch_bytes, sizeof(real)), "scratch");
     for (int backward = 0; backward < 2; backward++) {
         const double times = backward ? 2 : 1, flops = 2 * (double)(nw * results * c.B);
         char name[96];
+        const double multiplied = conv_multiplications(&c, backward) / (times * flops / 2);
         snprintf(name, sizeof name, "%s %zu->%zu at %zux%zu, %s (%.2f)", kind[c.kind], c.C, c.M, c.h, c.w,
-                 backward ? "backward" : "forward", conv_multiplications(&c, backward) / (times * flops / 2));
-        row((Row){name, times * flops, times * (double)(nx + ny + nw) * sizeof(real)},
+                 backward ? "backward" : "forward", precision == PRECISION_F32 ? multiplied : 1);
+        row((Row){named(name, precision).s, times * flops, times * (double)(nx + ny + nw) * sizeof(real), precision},
             backward ? run_conv_backward : run_conv_forward, &j);
     }
     real *all[] = {j.x, j.w, j.bias, j.y, j.dx, j.dw, j.db, j.on.scratch};
@@ -760,8 +804,9 @@ static StageJob first_stage(size_t B) {
     return j;
 }
 
-static void bench_stage(size_t B) {
+static void bench_stage(size_t B, Precision precision) {
     StageJob j = first_stage(B);
+    vqgan_params(j.v)->precision = precision;
     const double weights = (double)params_count(vqgan_params(j.v)) * sizeof(real);
     const double encode = vqgan_flops(j.v, B, SIDE, SIDE, 1, 0), decode = vqgan_flops(j.v, B, SIDE, SIDE, 0, 1);
     size_t bytes;
@@ -769,15 +814,15 @@ static void bench_stage(size_t B) {
     must(vqgan_plan_bytes(j.v, B, SIDE, SIDE, 0, &bytes));
     must(vqgan_plan(j.v, B, SIDE, SIDE, 0));
     snprintf(name, sizeof name, "encode, batch %zu", B);
-    row((Row){name, encode, weights / 2}, run_encode, &j);
+    row((Row){named(name, precision).s, encode, weights / 2, precision}, run_encode, &j);
     snprintf(name, sizeof name, "decode, batch %zu", B);
-    row((Row){name, decode, weights / 2}, run_decode, &j);
+    row((Row){named(name, precision).s, decode, weights / 2, precision}, run_decode, &j);
     printf("    %zu MiB besides the weights\n", bytes >> 20);
     if (B == 1) {
         must(vqgan_plan_bytes(j.v, B, SIDE, SIDE, 1, &bytes));
         must(vqgan_plan(j.v, B, SIDE, SIDE, 1));
         snprintf(name, sizeof name, "training step, batch %zu", B);
-        row((Row){name, 3 * (encode + decode), 3 * weights}, run_training_step, &j);
+        row((Row){named(name, precision).s, 3 * (encode + decode), 3 * weights, precision}, run_training_step, &j);
         printf("    %zu MiB besides the weights and their gradients\n", bytes >> 20);
     }
     vqgan_free(j.v);
@@ -791,13 +836,15 @@ static void bench_layers(void) {
         {CONV3, 1, 128, 3, 256, 256},     {CONV1, 1, 256, 128, 128, 128},     {CONV1, 1, 512, 512, 16, 16},
         {CONV_UP, 1, 128, 128, 128, 128}, {CONV_DOWN, 1, 128, 128, 256, 256}, {CONV_UP, 1, 512, 512, 16, 16}};
     section("convolutions (multiplications, of the direct way's)");
-    for (size_t i = 0; i < COUNT(layers); i++) bench_conv(layers[i]);
+    for (int p = PRECISION_F32; p <= PRECISION_BF16; p++)
+        for (size_t i = 0; i < COUNT(layers); i++) bench_conv(layers[i], (Precision)p);
 }
 
 static void bench_vqgan(void) {
     static const size_t batches[] = {1, 4};
     section("the first stage at full size, pictures of 256x256");
-    for (size_t i = 0; i < COUNT(batches); i++) bench_stage(batches[i]);
+    for (int p = PRECISION_F32; p <= PRECISION_BF16; p++)
+        for (size_t i = 0; i < COUNT(batches); i++) bench_stage(batches[i], (Precision)p);
 }
 
 /* ---- All of them ---- */

@@ -1,6 +1,6 @@
 """bench_torch.py - the same work in PyTorch: what a strong user would write, and what the official code does.
 
-    python3 test/bench_torch.py bench.tsv            every row of the sections decode, train, conv and vqgan
+    python3 test/bench_torch.py bench.tsv            every row of the sections gemm, decode, train, conv and vqgan
     python3 test/bench_torch.py bench.tsv int8 ...   only rows whose names hold one of the words, and no images
 
 Reads the table that test/bench wrote, times an equivalent model with made-up weights (PyTorch's own threads), prints both
@@ -11,9 +11,11 @@ times and their ratio, and adds two columns to the table. A transition at the fu
                in int8 with a factor per row (torch._weight_int8pack_mm), the rest bfloat16.
     official   the decoder runs over the whole prefix for every token (keys and values of the context included): timed at
                a few lengths, summed over all of them with straight lines in between
-    training   a step at batch 4 in float32, eager and compiled, the faster of the two
+    training   a step at batch 4, eager and compiled, the faster of the two; bf16: under autocast, weights in float32
+    gemm       F.linear of matrices that lie as a linear layer's
 
-The first stage and its convolutions are bench_torch_vqgan.py's. What this PyTorch cannot do is skipped aloud.
+The first stage and its convolutions are bench_torch_vqgan.py's. Beside rows in bf16x3, which are as exact as float32 but for
+3e-5, stands PyTorch's float32. What this PyTorch cannot do is skipped aloud.
 """
 import sys
 import time
@@ -179,8 +181,8 @@ def measure(wanted):
     return result
 
 
-def training_seconds(what):
-    """A step at batch 4: forward, losses (hard and soft, half each), backward, AdamW (fused), EMA."""
+def training_seconds(what, bf16):
+    """A step at batch 4: forward, losses (hard and soft, half each), backward, AdamW (fused), EMA. bf16: by autocast."""
     dim, head, depth = SIZES[what]
     cross, B = what == "encoder-decoder", 4
     decoder, logits = [layer(dim, head, "f32", cross) for _ in range(depth)], weight(CODES, dim, "f32")
@@ -195,8 +197,10 @@ def training_seconds(what):
     target, posterior = torch.randint(CODES, (B * N,)), torch.full((B * N, CODES), 1 / CODES)
 
     def loss():
-        seen = whole(encoder, context, head, False) if cross else None
-        p = F.log_softmax(F.linear(whole(decoder, x, head, True, seen), logits).flatten(0, 1), -1)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            seen = whole(encoder, context, head, False) if cross else None
+            raw = F.linear(whole(decoder, x, head, True, seen), logits)
+        p = F.log_softmax(raw.float().flatten(0, 1), -1)
         return 0.5 * F.nll_loss(p, target) + 0.5 * F.kl_div(p, posterior, reduction="batchmean")
 
     def run(work):
@@ -214,8 +218,41 @@ def training_seconds(what):
         return seconds
 
 
+def product_seconds(name, bf16):
+    """ "linear, forward, bf16          64 x 256 x 256": M x K x N"""
+    M, K, N = (int(n) for n in name.split("  ")[-1].split(" x "))
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    x, w = torch.rand(M, K).to(dtype), torch.rand(N, K).to(dtype)
+    return best(lambda: F.linear(x, w), max(5, min(200, int(2e9 / (M * K * N)))))
+
+
+def in_format(name):
+    """The row's name without its format, which of PyTorch's it goes with: (name, is it bf16?)"""
+    for format in (", bf16x3", ", bf16"):
+        if format in name:
+            return name.replace(format, "", 1), format == ", bf16"
+    return name, False
+
+
+def beside(title, ours, seconds):
+    """compare, with seconds(name without format, bf16), which is asked once for both f32 and bf16x3."""
+    asked, theirs = {}, {}
+    for name in ours:
+        key = in_format(name)
+        if key not in asked:
+            try:
+                asked[key] = seconds(*key)
+            except Exception as e:  # whatever a version lacks
+                print(f"skipped: {name}: {str(e).strip().splitlines()[0][:120]}", flush=True)
+                asked[key] = None
+        theirs[name] = asked[key]
+    return compare(title, ours, theirs)
+
+
 def twin(theirs, name):
     """Their time for our row. An encoder pass in int8 has no twin but the faster of the other formats."""
+    if name.endswith("encoder pass, batch 1, bf16x3"):
+        return theirs.get(name[:-6] + "f32")
     if name not in theirs and "encoder pass" in name:
         return min((t for n, t in theirs.items() if "encoder pass" in n), default=None)
     return theirs.get(name)
@@ -225,7 +262,10 @@ def image(seconds, format, B):
     """B 4-scale images: three encoder-decoder scales and the last one; the first stage left out. An encoder pass of a
     batch, bound by arithmetic, counts as B passes of one."""
     first, last = SIZES
+    needed = [f"{what}, a token, batch {B}, {format}" for what in SIZES]
     encoder = twin(seconds, f"{first}, encoder pass, batch 1, {format}")
+    if not encoder or not all(n in seconds for n in needed):
+        return None
     return 3 * (B * encoder + N * seconds[f"{first}, a token, batch {B}, {format}"]
                 ) + N * seconds[f"{last}, a token, batch {B}, {format}"]
 
@@ -237,9 +277,11 @@ def image_rows(ours, theirs):
                     ) + theirs[f"official {last}"]
     rows = []
     for B in (1, 16):
-        possible = {f: image(theirs, f, B) for f in FORMATS if f"{last}, a token, batch {B}, {f}" in theirs}
+        possible = {f: image(theirs, f, B) for f in FORMATS if image(theirs, f, B)}
         for format in FORMATS:
             t = image(ours, format, B)
+            if not t or not possible:
+                continue
             if format in possible:
                 rows.append((f"batch {B} image, {format}; PyTorch: the same", t, possible[format]))
             rows.append((f"batch {B} image, {format}; PyTorch: its best", t, min(possible.values())))
@@ -270,15 +312,16 @@ def main(path, words):
         lines += compare("decoding", ours("decode"), theirs)
         images = [] if words else image_rows(ours("decode"), theirs)
         compare("images of four scales", {name: t for name, t, _ in images}, {name: their for name, _, their in images})
-    for what in SIZES:
-        name = f"{what}, batch 4, whole step"
-        if name in ours("train"):
-            lines += compare("training", {name: ours("train")[name]}, {name: training_seconds(what)})
-    stage = ours("conv", "vqgan")
-    if stage:
-        lines += compare("the first stage", stage, {name: stage_seconds(name, best)[0] for name in stage})
+    steps = {name: t for name, t in ours("train").items() if name.endswith("whole step")}
+    if ours("gemm"):
+        with torch.inference_mode():
+            lines += beside("products", ours("gemm"), product_seconds)
+    if steps:
+        lines += beside("training", steps, lambda name, bf16: training_seconds(name.split(", batch")[0], bf16))
+    if ours("conv", "vqgan"):
+        lines += beside("the first stage", ours("conv", "vqgan"), lambda name, bf16: stage_seconds(name, best, bf16)[0])
     if not lines:
-        sys.exit(f"bench_torch.py: {path} has no rows of the sections decode, train, conv, vqgan; test/bench -o {path} "
+        sys.exit(f"bench_torch.py: {path} has no rows of the sections gemm, decode, train, conv, vqgan; test/bench -o {path} "
                  "writes them")
     added = {name: their for name, _, their in lines}
     with open(path, "w") as f:

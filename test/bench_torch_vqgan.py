@@ -1,5 +1,5 @@
 """bench_torch_vqgan.py - the first stage at full size, and single convolutions of it, in PyTorch: what test/bench_torch.py
-puts beside the rows of the sections conv and vqgan. In float32: as PyTorch lays images out by default, with channels
+puts beside the rows of the sections conv and vqgan. In float32 and bfloat16 (training: float32 weights under autocast): as PyTorch lays images out by default, with channels
 last, and the whole networks compiled too, where torch.compile finds what it needs; the fastest counts.
 """
 import torch
@@ -74,13 +74,15 @@ def decoder():
                                torch.nn.Conv2d(C, 3, 3, 1, 1))
 
 
-def stage_work(name, layout, compiled):
+def stage_work(name, layout, compiled, bf16):
     """A function that does what our row does: "encode, batch 1", "decode, batch 4", "training step, batch 2"."""
     what, B = name.split(", batch ")
     x, z = torch.rand(int(B), 3, 256, 256) - 0.5, torch.rand(int(B), 256, 16, 16) - 0.5
     x, z = x.to(memory_format=layout), z.to(memory_format=layout)
     net = dict(encode=encoder, decode=decoder).get(what, lambda: torch.nn.Sequential(encoder(), decoder()))()
     net = net.to(memory_format=layout)
+    if bf16 and what in ("encode", "decode"):
+        net, x, z = net.to(torch.bfloat16), x.to(torch.bfloat16), z.to(torch.bfloat16)
     run = torch.compile(net) if compiled else net
 
     def inference():
@@ -88,42 +90,45 @@ def stage_work(name, layout, compiled):
             run(x if what == "encode" else z)
 
     def training():
-        y = run(x)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            y = run(x)
         y.backward(y.detach())
 
     return inference if what in ("encode", "decode") else training
 
 
-def conv_work(name, layout):
+def conv_work(name, layout, bf16):
     """"3x3 128->128 at 256x256, forward (0.25)" and the like."""
     kind, channels, _, size, direction, _ = name.replace(",", "").split(" ")
     into, out = (int(c) for c in channels.split("->"))
     side = int(size.split("x")[0])
     make = {"1x1": lambda: torch.nn.Conv2d(into, out, 1), "3x3": lambda: torch.nn.Conv2d(into, out, 3, 1, 1),
             "down": lambda: Down(into, out, 3, 2, 0), "up": lambda: Up(into, out, 3, 1, 1)}
-    net = make[kind]().to(memory_format=layout)
-    x = torch.rand(1, into, side, side).to(memory_format=layout)
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    net = make[kind]().to(dtype).to(memory_format=layout)
+    x = torch.rand(1, into, side, side).to(dtype).to(memory_format=layout)
     if direction == "forward":
         def forward():
             with torch.inference_mode():
                 net(x)
         return forward
     y = net(x.requires_grad_())
-    dy = torch.rand(y.shape).to(memory_format=layout)
+    dy = torch.rand(y.shape).to(dtype).to(memory_format=layout)
     return lambda: torch.autograd.grad(y, [x, net.weight, net.bias], dy, retain_graph=True)
 
 
-def stage_seconds(name, best_of):
+def stage_seconds(name, best_of, bf16):
     """The best of PyTorch's ways, and which it was; best_of(work, repeats) times."""
     single = "->" in name
     ways = {}
     for layout, fmt in LAYOUTS.items():
-        ways[layout] = best_of(conv_work(name, fmt) if single else stage_work(name, fmt, False), 5 if single else 2)
+        ways[layout] = best_of(conv_work(name, fmt, bf16) if single else stage_work(name, fmt, False, bf16),
+                               5 if single else 2)
     if name.startswith("training step"):
         print(f"skipped: torch.compile of {name}: it compiles for longer than all the rest takes", flush=True)
     elif name.endswith("batch 1") and not single:
         try:
-            ways["compiled"] = best_of(stage_work(name, torch.channels_last, True), 2)
+            ways["compiled"] = best_of(stage_work(name, torch.channels_last, True, bf16), 2)
         except Exception as e:  # no compiler for it, for instance
             print(f"skipped: torch.compile of {name}: {str(e).splitlines()[0][:80]}")
     way = min(ways, key=ways.get)
