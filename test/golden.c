@@ -44,10 +44,11 @@
 #define TOL_KEY_BIAS 1e-2  /* absolute: Adam amplifies the rounding noise in gradients of the keys' biases */
 #define FLOOR_FINAL 2.4e-7 /* two units in the last place of the parameter's largest value */
 /* --precision bf16, as of a GPU's bf16; gradients by their norms, for roundings are many and of any sign */
-#define BF16_OUTPUT 2e-2 /* of the tensor's largest magnitude; of the norm of all gradients together */
-#define BF16_GRAD 5e-2   /* of one tensor's norm */
-#define BF16_KINKS 4 /* times these where a discriminator's leaky ReLUs have another slope if rounding changes a sign */
-enum { BF16_CODES = 100 };    /* one of so many codes may be another */
+#define BF16_OUTPUT 2e-2   /* of the tensor's largest magnitude; of the norm of all gradients together */
+#define BF16_GRAD 5e-2     /* of one tensor's norm */
+#define BF16_STAGE 2       /* times these in a first stage: in four of five, rounding the weights alone changes codes */
+#define BF16_KINKS 4       /* times these where leaky ReLUs have another slope if rounding changes a sign */
+enum { BF16_CODES = 100 }; /* one of so many codes may be another */
 enum { GRADSUB_STRIDE = 61 }; /* gradsub.* holds every 61st element of a large gradient */
 
 /* ---- Bookkeeping ---- */
@@ -71,7 +72,7 @@ typedef struct {
     void **block; /* (n_blocks) buffers, freed with the case */
     size_t n_blocks;
     size_t other_codes;       /* than the expected ones, in bf16 */
-    double kinks;             /* 1, or BF16_KINKS */
+    double times;             /* 1, BF16_STAGE or BF16_KINKS */
     double off, norm, before; /* bf16: squares of the gradients so far, of their errors; the norm of the last one */
 } Case;
 
@@ -260,7 +261,7 @@ static void compare_gradient(Case *c, const char *name, const real *got, real *w
         return;
     }
     if (largest(want, n) >= NOISE_GRAD) c->before = norm_of(want, n);
-    compare_by(1, c, name, got, want, n, BF16_GRAD * c->kinks * c->before);
+    compare_by(1, c, name, got, want, n, BF16_GRAD * c->times * c->before);
     c->off += pow(distance(got, want, n, 1), 2), c->norm += pow(norm_of(want, n), 2);
 }
 
@@ -271,7 +272,7 @@ static void compare_gradients(Case *c, const char *what) {
     c->off = c->norm = c->before = 0;
     if (precision != PRECISION_BF16) return;
     snprintf(detail, sizeof detail, "as a whole off by %.2g of %.2g", off, norm);
-    report(c, what, off <= BF16_OUTPUT * c->kinks * norm, detail);
+    report(c, what, off <= BF16_OUTPUT * c->times * norm, detail);
 }
 
 /* A large gradient is kept as every 61st element and the norm of the whole. */
@@ -504,6 +505,7 @@ static Err vqgan_training(Case *c, Vqgan *v, const Pictures *p) {
 
 static Err run_vqgan(Case *c) {
     Pictures p;
+    c->times = BF16_STAGE;
     TRY(open_vqgan(c, &c->vqgan, "", "model.params.", 0));
     TRY(open_pictures(c, &p, c->vqgan, ""));
     /* Between a picture and a reconstruction of another shape there is no loss: the official code has none either. */
@@ -682,7 +684,7 @@ static Err run_adversarial(Case *c) {
     AdversarialLoss loss;
     const real *xrec;
     double codebook;
-    c->kinks = BF16_KINKS;
+    c->times = BF16_KINKS;
     TRY(read_loss(c, &loss));
     TRY(open_vqgan(c, &c->vqgan, "", "model.params.", 0));
     TRY(open_pictures(c, &p, c->vqgan, ""));
@@ -1419,7 +1421,7 @@ static void close_case(Case *c) {
 }
 
 static void run_case(const char *dir) {
-    Case c = {.kinks = 1};
+    Case c = {.times = 1};
     size_t before = passed + failed, failures = failed;
     snprintf(c.dir, sizeof c.dir, "%s", dir);
     c.name = strrchr(c.dir, '/') ? strrchr(c.dir, '/') + 1 : c.dir;
