@@ -144,17 +144,30 @@ static size_t band_pixels(const Window *o, size_t pixels) {
     return min_size(o->stack * o->wide, max_size(pixels, o->wide));
 }
 
-/* n pixels of `channels` channels, each `step` behind the other, as a matrix; by way of `copy` (channels, n) if they do
- * not lie side by side. */
-static View pixels_of(const Planes *p, const real *first, size_t channels, size_t n, real *copy, int channels_last) {
+/* to (rows,n), row stride to_row = every step-th number of rows of `from` */
+INLINE void copy_every(size_t step, real *to, size_t to_row, const real *from, size_t from_row, size_t rows, size_t n) {
+    for (size_t r = 0; r < rows; r++)
+        for (size_t i = 0; i < n; i++) to[r * to_row + i] = from[r * from_row + i * step];
+}
+
+/* The same of the n pixels of a phase from `first` on, channel after channel */
+static void copy_pixels(const Planes *p, real *to, size_t to_row, const real *first, size_t channels, size_t n) {
     const size_t plane = p->H * p->W;
-    View v = {first, plane, 1};
-    if (p->step == 2) {
-        for (size_t c = 0; c < channels; c++)
-            for (size_t i = 0; i < n; i++) copy[c * n + i] = first[c * plane + 2 * i];
-        v.p = copy, v.row = n;
-    }
-    return channels_last ? (View){v.p, v.col, v.row} : v;
+    if (p->step == 1)
+        copy_every(1, to, to_row, first, plane, channels, n);
+    else if (n == TILE)
+        copy_every(2, to, to_row, first, plane, channels, TILE);
+    else if (n == STEP)
+        copy_every(2, to, to_row, first, plane, channels, STEP);
+    else
+        copy_every(2, to, to_row, first, plane, channels, n);
+}
+
+/* n <= STEP pixels of `channels` channels as a matrix (channels, n); by way of `copy` if they do not lie side by side. */
+static View pixels_of(const Planes *p, const real *first, size_t channels, size_t n, real *copy) {
+    if (p->step == 1) return (View){first, p->H * p->W, 1};
+    copy_pixels(p, copy, n, first, channels, n);
+    return (View){copy, n, 1};
 }
 
 static void pack(const Window *o, int by_pairs, uint16_t *to, size_t to_row, size_t to_low, View v, size_t rows,
@@ -247,16 +260,17 @@ static void pack_row(const Window *o, uint16_t *to, const real *row, size_t widt
         const size_t n = min_size(TILE, width - i);
         const real *first = row + c * o->from.H * o->from.W + i * o->from.step;
         for (size_t k = 0; k < channels; k++) __builtin_prefetch(first + k * o->from.H * o->from.W + AHEAD, 0, 3);
-        pack(o, 0, to + i * o->pixel, o->pixel, STEP, pixels_of(&o->from, first, channels, n, copy, 1), n, channels);
+        const View v = pixels_of(&o->from, first, channels, n, copy);
+        pack(o, 0, to + i * o->pixel, o->pixel, STEP, (View){v.p, v.col, v.row}, n, channels);
     }
 }
 
 static void pack_band(const Job *j, uint16_t *band, size_t first, size_t rows) {
     const Window *o = &j->o;
     memset(band, 0, j->band * sizeof *band);
-    for (size_t phase = 0; phase < phases_of(&o->from); phase++)
-        for (size_t c = 0; c < o->from.C; c += STEP)
-            for (size_t r = 0; r < o->above + rows + o->below; r++) {
+    for (size_t c = 0; c < o->from.C; c += STEP)
+        for (size_t r = 0; r < o->above + rows + o->below; r++)
+            for (size_t phase = 0; phase < phases_of(&o->from); phase++) {
                 const real *row = row_of(o, &o->from, j->from, phase, (long)(first + r) - (long)o->above);
                 uint16_t *to = band + phase * j->phase + (r * o->wide + 1) * o->pixel + c * o->parts;
                 if (row) pack_row(o, to, row, phase_width(&o->from, phase), c);
@@ -300,15 +314,15 @@ static void store_pixels(const Job *j, size_t at, const real *line, size_t n, si
     const Planes *to = &j->o.to;
     for (size_t i = 0; i < outs; i++, line += TILE, at += to->H * to->W) {
         const real shift = j->bias ? j->bias[m + i] : 0, *add = j->add ? j->add + at : NULL;
-        if (to->step == 1 && n == TILE) {
-            put_pixels(j->to + at, line, shift, add, TILE);
-        } else if (to->step == 1) {
-            put_pixels(j->to + at, line, shift, add, n);
-        } else {
-            real both[2 * TILE];
-            for (size_t k = 0; k < TILE; k++) both[2 * k] = line[k], both[2 * k + 1] = line[BLOCK * TILE + k];
+        real both[2 * TILE];
+        if (to->step == 2)
+            for (size_t k = 0; k < ceil_div(n, 2); k++) both[2 * k] = line[k], both[2 * k + 1] = line[BLOCK * TILE + k];
+        if (to->step == 2)
             put_pixels(j->to + at, both, shift, add, n);
-        }
+        else if (n == TILE)
+            put_pixels(j->to + at, line, shift, add, TILE);
+        else
+            put_pixels(j->to + at, line, shift, add, n);
     }
 }
 
@@ -438,7 +452,7 @@ static void pack_lines(const Gradient *g, size_t phase, size_t c) {
             real copy[STEP * TILE];
             const size_t n = min_size(STEP, width - i);
             const real *first = row + c * o->from.H * o->from.W + i * o->from.step;
-            pack(o, 0, lines + 1 + r * o->wide + i, g->lines, g->line, pixels_of(&o->from, first, channels, n, copy, 0),
+            pack(o, 0, lines + 1 + r * o->wide + i, g->lines, g->line, pixels_of(&o->from, first, channels, n, copy),
                  channels, n);
         }
     }
@@ -450,17 +464,17 @@ static void pack_panels(const Gradient *g, size_t phase, size_t m) {
     const Planes *p = &o->to;
     const size_t channels = min_size(TILE, p->C - m), width = phase_width(p, phase);
     uint16_t *to = g->of_dy + (phase * ceil_div(p->C, TILE) + m / TILE) * g->panel;
-    for (size_t s = 0; s < g->steps; s++) {
+    for (size_t s = 0; s < g->steps; s++, to += o->parts * TILE_NUMBERS) {
         real pixels[TILE][STEP] = {{0}};
         for (size_t i = 0, run; i < STEP; i += run) {
             const size_t row = (s * STEP + i) / o->wide, x = (s * STEP + i) % o->wide;
             const real *from = row < g->rows ? row_of(o, p, g->dy, phase, (long)(g->first + row)) : NULL;
             run = min_size(STEP - i, o->wide - x);
-            for (size_t k = 0; from && k < channels; k++)
-                for (size_t n = 0; n < run && x + n < width; n++)
-                    pixels[k][i + n] = from[(m + k) * p->H * p->W + (x + n) * p->step];
+            if (from && x < width)
+                copy_pixels(p, pixels[0] + i, STEP, from + m * p->H * p->W + x * p->step, channels,
+                            min_size(run, width - x));
         }
-        pack(o, 1, to + s * o->parts * TILE_NUMBERS, STEP, TILE_NUMBERS, (View){pixels[0], STEP, 1}, TILE, STEP);
+        pack(o, 1, to, STEP, TILE_NUMBERS, (View){pixels[0], STEP, 1}, TILE, STEP);
     }
 }
 
