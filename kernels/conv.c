@@ -936,8 +936,9 @@ void conv_backward_fast(const Compute *on, real *dx, real *dw, real *db, const r
 }
 
 /* How many multiplications c takes. The direct way takes C*M*9 (1x1: C*M) for each pixel of y, and twice that backward. */
-double conv_multiplications(const Conv *c, int backward) {
-    const Product p = make_product(PRECISION_F32, c, best_block(c), backward);
-    const double points = p.drops == KEPT ? (double)p.n : 9, pixels = (double)(p.B * p.gh * p.gw);
+double conv_multiplications(Precision precision, const Conv *c, int backward) {
+    const Product p = make_product(precision, c, precision == PRECISION_F32 ? best_block(c) : 0, backward);
+    const double pixels = (double)(p.B * p.gh * p.gw) / (p.block || c->kind != CONV_DOWN ? 1 : 4);
+    const double points = !p.block && c->kind == CONV_UP ? 16 : p.drops == KEPT ? (double)p.n : 9;
     return points * pixels * (double)(p.C * p.M) * (backward ? 2 : 1);
 }

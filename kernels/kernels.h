@@ -80,9 +80,9 @@ void conv_forward_fast(const Compute *on, real *y, const real *x, const real *w,
                        const Conv *c);
 void conv_backward_fast(const Compute *on, real *dx, real *dw, real *db, const real *dy, const real *x, const real *w,
                         int accumulate, const Conv *c);
-/* How many multiplications that takes; the direct way takes C*M*9 (1x1: C*M) for each pixel of y, and twice that
- * backward. */
-double conv_multiplications(const Conv *c, int backward);
+/* How many multiplications that takes, one of bf16x3 counted once; the direct way takes C*M*9 (1x1: C*M) for each pixel
+ * of y, and twice that backward. */
+double conv_multiplications(Precision precision, const Conv *c, int backward);
 
 /* ---- conv_bf16.c: what conv.c leaves to it, in bf16 and bf16x3. dx and dw may be NULL. ---- */
 size_t conv_bf16_needs(const Compute *on, const Conv *c, int backward);

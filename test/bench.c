@@ -750,9 +750,9 @@ static void bench_conv(Conv c, Precision precision) {
     for (int backward = 0; backward < 2; backward++) {
         const double times = backward ? 2 : 1, flops = 2 * (double)(nw * results * c.B);
         char name[96];
-        const double multiplied = conv_multiplications(&c, backward) / (times * flops / 2);
+        const double multiplied = conv_multiplications(precision, &c, backward) / (times * flops / 2);
         snprintf(name, sizeof name, "%s %zu->%zu at %zux%zu, %s (%.2f)", kind[c.kind], c.C, c.M, c.h, c.w,
-                 backward ? "backward" : "forward", precision == PRECISION_F32 ? multiplied : 1);
+                 backward ? "backward" : "forward", multiplied);
         row((Row){named(name, precision).s, times * flops, times * (double)(nx + ny + nw) * sizeof(real), precision},
             backward ? run_conv_backward : run_conv_forward, &j);
     }

@@ -268,18 +268,21 @@ int main(void) {
         {CONV_UP, 1, 32, 32, 33, 20},   {CONV3, 2, 17, 16, 32, 36}, {CONV3, 1, 20, 24, 36, 132},
         {CONV3, 3, 16, 33, 32, 32},     {CONV3, 1, 70, 16, 4, 260}};
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) check_conv(cases[i]), check_plain(cases[i]);
-    /* Of the 9 multiplications for every cell and pair of channels: all, 4, 9/4; after doubling 9 instead of 36. */
+    /* Of the 9 multiplications for every cell and pair of channels: all, 4, 9/4; after doubling 9 instead of 36. In bf16:
+     * all, after doubling 16. */
     static const struct {
         Conv c;
-        double times;
-    } counts[] = {{{CONV3, 2, 3, 5, 64, 64}, 9},      {{CONV3, 2, 16, 20, 30, 32}, 4},
-                  {{CONV3, 2, 16, 20, 32, 32}, 2.25}, {{CONV_DOWN, 2, 3, 5, 32, 32}, 2.25},
-                  {{CONV_UP, 2, 3, 5, 32, 32}, 9},    {{CONV1, 2, 3, 5, 7, 9}, 1}};
+        double times, in_bf16;
+    } counts[] = {{{CONV3, 2, 3, 5, 64, 64}, 9, 9},      {{CONV3, 2, 16, 20, 30, 32}, 4, 9},
+                  {{CONV3, 2, 16, 20, 32, 32}, 2.25, 9}, {{CONV_DOWN, 2, 3, 5, 32, 32}, 2.25, 2.25},
+                  {{CONV_UP, 2, 3, 5, 32, 32}, 9, 16},   {{CONV1, 2, 3, 5, 7, 9}, 1, 1}};
     for (size_t i = 0; i < sizeof counts / sizeof *counts; i++) {
         const Conv *c = &counts[i].c;
         const double pairs = (double)(c->B * c->C * c->M * c->h * c->w);
-        CHECK(conv_multiplications(c, 0) == counts[i].times * pairs);
-        CHECK(conv_multiplications(c, 1) == 2 * counts[i].times * pairs);
+        CHECK(conv_multiplications(PRECISION_F32, c, 0) == counts[i].times * pairs);
+        CHECK(conv_multiplications(PRECISION_F32, c, 1) == 2 * counts[i].times * pairs);
+        CHECK(conv_multiplications(PRECISION_BF16, c, 0) == counts[i].in_bf16 * pairs);
+        CHECK(conv_multiplications(PRECISION_BF16X3, c, 1) == 2 * counts[i].in_bf16 * pairs);
     }
     test_bf16();
     real x[3] = {1, 2, 4};
