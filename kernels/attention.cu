@@ -19,7 +19,7 @@
  * These three kernels are here twice, under the same names: in float, as plain as the mathematics allows, and in bf16
  * on tensor cores. The float build of device.cu has the ones, the bf16 build the others. */
 
-enum { TILE = 64, GPU_HEAD_MAX = 128 };
+enum { GPU_HEAD_MAX = 128 };
 
 static __device__ inline unsigned visible_keys(const Attention *s, unsigned i) {
     const unsigned Tk = (unsigned)s->Tk, unmasked = (unsigned)s->unmasked;
@@ -33,54 +33,104 @@ static __device__ inline unsigned last_query(const Attention *s, unsigned i0, un
     return i0 + tile < Tq ? i0 + tile - 1 : Tq - 1;
 }
 
-/* Where head h of batch row b begins in q (B,Tq,q_row), k, v (B,key_stride,kv_row) and y (B,Tq,inner), and with which of
- * its T queries or keys the block's tile. Blocks are the tiles of the first head, then those of the second, in one
- * dimension, for CUDA allows no more than 65,535 heads in another. */
+/* Rows move in units of UNIT numbers: of 16 bytes where rows are a multiple of that, else one by one. A head's D numbers may begin and end within a unit. What is moved is its window: `shift` strangers, the head up
+ * to `end`, strangers up to a multiple of UNIT; all rows of a head have the same. W: the most that a window may have. */
+static __device__ inline unsigned window_shift(const Attention *s, unsigned head, unsigned unit) {
+    return head % (unsigned)s->heads * (unsigned)s->D % unit;
+}
+static size_t widest_window(const Attention *s, size_t unit) {
+    size_t most = 0;
+    if (s->heads * s->D % unit || s->q_row % unit || s->kv_row % unit) return (size_t)-1;
+    for (size_t h = 0; h < s->heads && h < unit; h++) most = h * s->D % unit > most ? h * s->D % unit : most;
+    return most + s->D;
+}
+
+/* What backward needs of a query: (B*heads,padded(Tq)), zeros beyond the last query of a head */
+struct alignas(8) Sums {
+    float lse, delta;
+};
+struct alignas(16) TwoSums {
+    Sums at[2];
+};
+static __host__ __device__ inline size_t padded(size_t Tq) {
+    return (Tq + 63) / 64 * 64;
+}
+
+/* Where the window of head h of batch row b begins in q (B,Tq,q_row), k, v (B,key_stride,kv_row) and y (B,Tq,inner), and
+ * with which of its T queries or keys the block's tile. Blocks are the tiles of the first head, then those of the second,
+ * in one dimension, for CUDA allows no more than 65,535 heads in another. */
 typedef struct {
-    size_t queries, keys, outs, row; /* row: of lse (B*heads,Tq) */
-    unsigned q_row, kv_row, inner, first;
+    size_t queries, keys, outs, row, sums; /* row: of lse (B*heads,Tq) */
+    unsigned q_row, kv_row, inner, shift, end, first;
 } HeadAt;
-static __device__ inline HeadAt head_at(const Attention *s, size_t T) {
-    const unsigned tiles = ((unsigned)T + TILE - 1) / TILE, head = blockIdx.x / tiles;
-    const size_t b = head / s->heads, h = head % s->heads;
+template <int UNIT> static __device__ inline HeadAt head_at(const Attention *s, size_t T, unsigned tile) {
+    const unsigned tiles = ((unsigned)T + tile - 1) / tile, head = blockIdx.x / tiles, D = (unsigned)s->D;
+    const unsigned b = head / (unsigned)s->heads, h = head % (unsigned)s->heads;
     HeadAt at;
-    at.inner = (unsigned)(s->heads * s->D);
+    at.inner = (unsigned)s->heads * D, at.shift = window_shift(s, h, UNIT), at.end = at.shift + D;
     at.q_row = s->q_row ? (unsigned)s->q_row : at.inner, at.kv_row = s->kv_row ? (unsigned)s->kv_row : at.inner;
-    at.queries = b * s->Tq * at.q_row + h * s->D, at.keys = b * s->key_stride * at.kv_row + h * s->D;
-    at.outs = b * s->Tq * at.inner + h * s->D;
-    at.row = head * s->Tq, at.first = blockIdx.x % tiles * TILE;
+    at.queries = (size_t)b * s->Tq * at.q_row + h * D - at.shift;
+    at.keys = (size_t)b * s->key_stride * at.kv_row + h * D - at.shift;
+    at.outs = (size_t)b * s->Tq * at.inner + h * D - at.shift;
+    at.row = (size_t)head * s->Tq, at.sums = head * padded(s->Tq), at.first = blockIdx.x % tiles * tile;
     return at;
 }
 
 typedef struct {
     Attention s;
     floatX *dq, *dk, *dv;
-    const floatX *dy, *q, *k, *v;
-    const float *lse, *delta;
+    const floatX *dy, *y, *q, *k, *v;
+    const float *lse;
+    Sums *sums;
 } AttendBackward;
 
-/* Rows of D numbers begin at multiples of D, so that 16 bytes of them can move at a time, or only two numbers, or one:
- * a Unit. ACROSS lanes share a row of up to W numbers and have PER_LANE units each. */
+/* A lane moves a unit at a time. ACROSS lanes share a row of up to W numbers and have PER_LANE units each. */
 template <int UNIT> struct alignas(UNIT * sizeof(floatX)) Unit { floatX at[UNIT]; };
 template <int UNIT, int W> struct Moves {
     enum { ACROSS = W / UNIT < WARP ? W / UNIT : WARP, PER_LANE = W / UNIT / ACROSS };
 };
 
+/* What a lane has of a window; zeros beyond it, or if the row is not there */
+template <int UNIT, int W>
+static __device__ inline void load_share(Unit<UNIT> share[Moves<UNIT, W>::PER_LANE], const floatX *window, unsigned end,
+                                         bool there) {
+    typedef Moves<UNIT, W> M;
+#pragma unroll
+    for (unsigned u = 0; u < M::PER_LANE; u++) {
+        const unsigned c = (u * M::ACROSS + threadIdx.x % M::ACROSS) * UNIT;
+        share[u] = {};
+        if (there && c < end) share[u] = *(const Unit<UNIT> *)(window + c);
+    }
+}
+/* Zero for what load_share gave of strangers: number e of unit u */
+template <int UNIT, int W>
+static __device__ inline float own_number(const Unit<UNIT> share[Moves<UNIT, W>::PER_LANE], unsigned u, unsigned e,
+                                          unsigned shift, unsigned end) {
+    const unsigned c = (u * Moves<UNIT, W>::ACROSS + threadIdx.x % Moves<UNIT, W>::ACROSS) * UNIT + e;
+    return c >= shift && c < end ? to_float(share[u].at[e]) : 0;
+}
+
 #ifndef FLOATX_BF16
 /* ---- In float: plain ----
  *
- * Keys come TILE at a time. 256 threads stand as 16 x 16: thread (tx,ty) has queries ty + 16a and keys or channels
- * tx + 16b, so that 16 lanes that share a query can add up by exchanging. Tiles lie in shared memory as float, rows of
- * D+1 or TILE+1: the odd stride puts what 16 lanes read in different banks. */
+ * Keys come TILE at a time, as many as a block has queries. 256 threads stand as 16 x 16: thread (tx,ty) has queries
+ * ty + 16a and keys or channels tx + 16b, so that 16 lanes that share a query can add up by exchanging. Tiles lie in
+ * shared memory as float, rows of D+1 or TILE+1: the odd stride puts what 16 lanes read in different banks. */
 
-enum { SIDE = 16, PER_SIDE = TILE / SIDE, ATTEND_THREADS = SIDE * SIDE };
+enum { SIDE = 16 };
+
+/* Heads of more than 64 channels have smaller tiles: GPUs but those of data centres have 99 KB of shared memory. */
+template <int W> struct Tiles {
+    enum { TILE = W > 64 ? 32 : 64, PER_SIDE = TILE / SIDE, THREADS = SIDE * SIDE };
+};
 
 /* Shared memory: tiles of queries and keys, of dy and values, and one of probabilities or their gradient */
-static size_t attend_bytes(size_t D, int backward) {
-    return TILE * ((backward ? 4 : 2) * (D + 1) + TILE + 1) * sizeof(float);
+template <int W> static size_t attend_bytes(size_t D, int backward) {
+    return Tiles<W>::TILE * ((backward ? 4 : 2) * (D + 1) + Tiles<W>::TILE + 1) * sizeof(float);
 }
 
 /* tile (TILE,D+1) = scale * rows first.. of x, which has `rows` of them, stride apart; zeros beyond */
+template <int TILE>
 static __device__ inline void load_tile(float *tile, const floatX *x, size_t first, size_t rows, size_t stride, int D,
                                         float scale) {
     const int tx = threadIdx.x % SIDE, ty = threadIdx.x / SIDE;
@@ -90,8 +140,8 @@ static __device__ inline void load_tile(float *tile, const floatX *x, size_t fir
 }
 
 /* sum[a][b] = row ty+16a of x times row tx+16b of y, each of n numbers, rows stride apart */
-static __device__ inline void multiply_rows(float sum[PER_SIDE][PER_SIDE], const float *x, const float *y, int n,
-                                            int stride) {
+template <int PER_SIDE>
+static __device__ inline void multiply_rows(float (*sum)[PER_SIDE], const float *x, const float *y, int n, int stride) {
     const int tx = threadIdx.x % SIDE, ty = threadIdx.x / SIDE;
     for (int a = 0; a < PER_SIDE; a++)
         for (int b = 0; b < PER_SIDE; b++) sum[a][b] = 0;
@@ -107,8 +157,8 @@ static __device__ inline void multiply_rows(float sum[PER_SIDE][PER_SIDE], const
 /* sum[a][b] += sum_j w[ty+16a, j] x[j, tx+16b]; with turned, w[j, ty+16a]. w (TILE,TILE+1), x (TILE,D+1). W: how many
  * channels there can be. */
 template <int W>
-static __device__ inline void weigh_rows(float sum[PER_SIDE][W / SIDE], const float *w, int turned, const float *x,
-                                         int D) {
+static __device__ inline void weigh_rows(float sum[][W / SIDE], const float *w, int turned, const float *x, int D) {
+    enum { TILE = Tiles<W>::TILE, PER_SIDE = Tiles<W>::PER_SIDE };
     const int tx = threadIdx.x % SIDE, ty = threadIdx.x / SIDE;
     for (int j = 0; j < TILE; j++) {
         float ws[PER_SIDE];
@@ -132,13 +182,14 @@ static __device__ inline float side_sum(float x) {
     return x;
 }
 
-template <int W>
-static __global__ void __launch_bounds__(ATTEND_THREADS)
+template <int UNIT, int W>
+static __global__ void __launch_bounds__(Tiles<W>::THREADS)
     attend_forward_kernel(Attention s, floatX *y, float *lse, const floatX *q, const floatX *k, const floatX *v) {
+    enum { TILE = Tiles<W>::TILE, PER_SIDE = Tiles<W>::PER_SIDE };
     SHARED(float, queries);
     const int D = (int)s.D, tx = threadIdx.x % SIDE, ty = threadIdx.x / SIDE;
     float *keys = queries + TILE * (D + 1), *p = keys + TILE * (D + 1); /* keys, then values; probabilities */
-    const HeadAt at = head_at(&s, s.Tq);
+    const HeadAt at = head_at<1>(&s, s.Tq, TILE);
     const unsigned i0 = at.first, end = visible_keys(&s, last_query(&s, i0, TILE));
     float out[PER_SIDE][W / SIDE], largest[PER_SIDE], sum[PER_SIDE];
     for (int a = 0; a < PER_SIDE; a++) {
@@ -146,13 +197,13 @@ static __global__ void __launch_bounds__(ATTEND_THREADS)
 #pragma unroll
         for (int b = 0; b < W / SIDE; b++) out[a][b] = 0;
     }
-    load_tile(queries, q + at.queries, i0, s.Tq, at.q_row, D, 1 / sqrtf((float)D));
+    load_tile<TILE>(queries, q + at.queries, i0, s.Tq, at.q_row, D, 1 / sqrtf((float)D));
     for (unsigned j0 = 0; j0 < end; j0 += TILE) {
         float score[PER_SIDE][PER_SIDE];
         __syncthreads();
-        load_tile(keys, k + at.keys, j0, s.Tk, at.kv_row, D, 1);
+        load_tile<TILE>(keys, k + at.keys, j0, s.Tk, at.kv_row, D, 1);
         __syncthreads();
-        multiply_rows(score, queries, keys, D, D + 1);
+        multiply_rows<PER_SIDE>(score, queries, keys, D, D + 1);
         for (int a = 0; a < PER_SIDE; a++) {
             const unsigned i = i0 + ty + SIDE * a, seen = visible_keys(&s, i);
             float peak = largest[a], part = 0;
@@ -173,7 +224,7 @@ static __global__ void __launch_bounds__(ATTEND_THREADS)
             for (int b = 0; b < W / SIDE; b++) out[a][b] *= fade;
         }
         __syncthreads();
-        load_tile(keys, v + at.keys, j0, s.Tk, at.kv_row, D, 1);
+        load_tile<TILE>(keys, v + at.keys, j0, s.Tk, at.kv_row, D, 1);
         __syncthreads();
         weigh_rows<W>(out, p, 0, keys, D);
     }
@@ -188,31 +239,31 @@ static __global__ void __launch_bounds__(ATTEND_THREADS)
 }
 
 /* p and dp of queries i0.. and keys j0.., whose tiles are in shared memory, become p and ds. */
-static __device__ inline void softmax_gradient(float p[PER_SIDE][PER_SIDE], float dp[PER_SIDE][PER_SIDE],
-                                               const Attention *s, const float *lse, const float *delta, unsigned i0,
-                                               unsigned j0) {
+template <int PER_SIDE>
+static __device__ inline void softmax_gradient(float (*p)[PER_SIDE], float (*dp)[PER_SIDE], const Attention *s,
+                                               const Sums *sums, unsigned i0, unsigned j0) {
     const int tx = threadIdx.x % SIDE, ty = threadIdx.x / SIDE;
     for (int a = 0; a < PER_SIDE; a++) {
         const unsigned i = i0 + ty + SIDE * a, seen = i < s->Tq ? visible_keys(s, i) : 0;
-        const float log_sum = i < s->Tq ? lse[i] : 0, mean = i < s->Tq ? delta[i] : 0;
+        const Sums of = i < s->Tq ? sums[i] : Sums{0, 0};
         for (int b = 0; b < PER_SIDE; b++) {
-            p[a][b] = j0 + tx + SIDE * b < seen ? expf(p[a][b] - log_sum) : 0;
-            dp[a][b] = p[a][b] * (dp[a][b] - mean);
+            p[a][b] = j0 + tx + SIDE * b < seen ? expf(p[a][b] - of.lse) : 0;
+            dp[a][b] = p[a][b] * (dp[a][b] - of.delta);
         }
     }
 }
 
-static __device__ inline void put_tile(float *tile, float x[PER_SIDE][PER_SIDE]) {
+template <int PER_SIDE> static __device__ inline void put_tile(float *tile, float (*x)[PER_SIDE]) {
     const int tx = threadIdx.x % SIDE, ty = threadIdx.x / SIDE;
     for (int a = 0; a < PER_SIDE; a++)
-        for (int b = 0; b < PER_SIDE; b++) tile[(ty + SIDE * a) * (TILE + 1) + tx + SIDE * b] = x[a][b];
+        for (int b = 0; b < PER_SIDE; b++) tile[(ty + SIDE * a) * (SIDE * PER_SIDE + 1) + tx + SIDE * b] = x[a][b];
 }
 
 template <int W>
-static __device__ inline void put_rows(floatX *x, size_t first, size_t rows, size_t stride,
-                                       float sum[PER_SIDE][W / SIDE], int D, float scale) {
+static __device__ inline void put_rows(floatX *x, size_t first, size_t rows, size_t stride, float sum[][W / SIDE],
+                                       int D, float scale) {
     const int tx = threadIdx.x % SIDE, ty = threadIdx.x / SIDE;
-    for (int a = 0; a < PER_SIDE; a++) {
+    for (int a = 0; a < Tiles<W>::PER_SIDE; a++) {
         const size_t i = first + ty + SIDE * a;
 #pragma unroll
         for (int b = 0; b < W / SIDE; b++)
@@ -220,57 +271,61 @@ static __device__ inline void put_rows(floatX *x, size_t first, size_t rows, siz
     }
 }
 
-template <int W> static __global__ void __launch_bounds__(ATTEND_THREADS) attend_queries_kernel(AttendBackward x) {
+template <int UNIT, int W>
+static __global__ void __launch_bounds__(Tiles<W>::THREADS) attend_queries_kernel(AttendBackward x) {
+    enum { TILE = Tiles<W>::TILE, PER_SIDE = Tiles<W>::PER_SIDE };
     SHARED(float, queries);
     const Attention *s = &x.s;
     const int D = (int)s->D, tile = TILE * (D + 1);
     float *outs = queries + tile, *keys = outs + tile, *values = keys + tile, *ds = values + tile;
-    const HeadAt at = head_at(s, s->Tq);
+    const HeadAt at = head_at<1>(s, s->Tq, TILE);
     const unsigned i0 = at.first, end = visible_keys(s, last_query(s, i0, TILE));
     float dq[PER_SIDE][W / SIDE] = {};
-    load_tile(queries, x.q + at.queries, i0, s->Tq, at.q_row, D, 1 / sqrtf((float)D));
-    load_tile(outs, x.dy + at.outs, i0, s->Tq, at.inner, D, 1);
+    load_tile<TILE>(queries, x.q + at.queries, i0, s->Tq, at.q_row, D, 1 / sqrtf((float)D));
+    load_tile<TILE>(outs, x.dy + at.outs, i0, s->Tq, at.inner, D, 1);
     for (unsigned j0 = 0; j0 < end; j0 += TILE) {
         float p[PER_SIDE][PER_SIDE], dp[PER_SIDE][PER_SIDE];
         __syncthreads();
-        load_tile(keys, x.k + at.keys, j0, s->Tk, at.kv_row, D, 1);
-        load_tile(values, x.v + at.keys, j0, s->Tk, at.kv_row, D, 1);
+        load_tile<TILE>(keys, x.k + at.keys, j0, s->Tk, at.kv_row, D, 1);
+        load_tile<TILE>(values, x.v + at.keys, j0, s->Tk, at.kv_row, D, 1);
         __syncthreads();
-        multiply_rows(p, queries, keys, D, D + 1);
-        multiply_rows(dp, outs, values, D, D + 1);
-        softmax_gradient(p, dp, s, x.lse + at.row, x.delta + at.row, i0, j0);
-        put_tile(ds, dp);
+        multiply_rows<PER_SIDE>(p, queries, keys, D, D + 1);
+        multiply_rows<PER_SIDE>(dp, outs, values, D, D + 1);
+        softmax_gradient<PER_SIDE>(p, dp, s, x.sums + at.sums, i0, j0);
+        put_tile<PER_SIDE>(ds, dp);
         __syncthreads();
         weigh_rows<W>(dq, ds, 0, keys, D);
     }
     put_rows<W>(x.dq + at.queries, i0, s->Tq, at.q_row, dq, D, 1 / sqrtf((float)D));
 }
 
-template <int W> static __global__ void __launch_bounds__(ATTEND_THREADS) attend_keys_kernel(AttendBackward x) {
+template <int UNIT, int W>
+static __global__ void __launch_bounds__(Tiles<W>::THREADS) attend_keys_kernel(AttendBackward x) {
+    enum { TILE = Tiles<W>::TILE, PER_SIDE = Tiles<W>::PER_SIDE };
     SHARED(float, queries);
     const Attention *s = &x.s;
     const int D = (int)s->D, tile = TILE * (D + 1);
     float *outs = queries + tile, *keys = outs + tile, *values = keys + tile, *weights = values + tile;
-    const HeadAt at = head_at(s, s->Tk);
+    const HeadAt at = head_at<1>(s, s->Tk, TILE);
     const unsigned j0 = at.first;
     float dk[PER_SIDE][W / SIDE] = {}, dv[PER_SIDE][W / SIDE] = {};
-    load_tile(keys, x.k + at.keys, j0, s->Tk, at.kv_row, D, 1);
-    load_tile(values, x.v + at.keys, j0, s->Tk, at.kv_row, D, 1);
+    load_tile<TILE>(keys, x.k + at.keys, j0, s->Tk, at.kv_row, D, 1);
+    load_tile<TILE>(values, x.v + at.keys, j0, s->Tk, at.kv_row, D, 1);
     for (unsigned i0 = 0; i0 < s->Tq; i0 += TILE) {
         float p[PER_SIDE][PER_SIDE], dp[PER_SIDE][PER_SIDE];
         if (visible_keys(s, last_query(s, i0, TILE)) <= j0) continue; /* none of these queries sees any of our keys */
         __syncthreads();
-        load_tile(queries, x.q + at.queries, i0, s->Tq, at.q_row, D, 1 / sqrtf((float)D));
-        load_tile(outs, x.dy + at.outs, i0, s->Tq, at.inner, D, 1);
+        load_tile<TILE>(queries, x.q + at.queries, i0, s->Tq, at.q_row, D, 1 / sqrtf((float)D));
+        load_tile<TILE>(outs, x.dy + at.outs, i0, s->Tq, at.inner, D, 1);
         __syncthreads();
-        multiply_rows(p, queries, keys, D, D + 1);
-        multiply_rows(dp, outs, values, D, D + 1);
-        softmax_gradient(p, dp, s, x.lse + at.row, x.delta + at.row, i0, j0);
-        put_tile(weights, p);
+        multiply_rows<PER_SIDE>(p, queries, keys, D, D + 1);
+        multiply_rows<PER_SIDE>(dp, outs, values, D, D + 1);
+        softmax_gradient<PER_SIDE>(p, dp, s, x.sums + at.sums, i0, j0);
+        put_tile<PER_SIDE>(weights, p);
         __syncthreads();
         weigh_rows<W>(dv, weights, 1, outs, D);
         __syncthreads();
-        put_tile(weights, dp);
+        put_tile<PER_SIDE>(weights, dp);
         __syncthreads();
         weigh_rows<W>(dk, weights, 1, queries, D);
     }
@@ -281,72 +336,72 @@ template <int W> static __global__ void __launch_bounds__(ATTEND_THREADS) attend
 #else
 /* ---- In bf16: tensor cores ----
  *
- * A block of 4 warps has tiles of TILE rows of its own, 16 for a warp, and others stream past them, a stage of copies
- * ahead of the products: queries see keys and values pass (forward and dq), keys and values see queries and dy (dk and
- * dv). What is multiplied lies in shared memory, rows of W = 64 or 128 channels, zeros from D on, W + 8 apart, so that
- * the 8 rows that a warp loads at a time lie in different banks. Products stay in registers, as multiply_tiles leaves
- * them: of every 8 columns a thread has two in each of two rows, lane / 4 of its warp's 16 and the 8th after it, and 4
- * lanes share a row. Rounded to bf16, this is how multiply_tiles takes its left operand: probabilities go straight into
- * the next product (Dao 2023, "FlashAttention-2"). */
+ * A block has tiles of rows of its own, 16 for a warp, and others stream past them, a stage of copies ahead of the
+ * products: queries see keys and values pass (forward and dq), keys and values see queries and dy (dk and dv). What is
+ * multiplied lies in shared memory, windows of W numbers, W + 8 apart, so that the 8 rows that a warp loads at a time
+ * lie in different banks. Strangers are made zero in own tiles alone: in a product of two rows they count for nothing
+ * then, and what they give in a sum of rows is not stored. Products stay in registers, as multiply_tiles leaves them: of
+ * every 8 columns a thread has two in each of two rows, lane / 4 of its warp's 16 and the 8th after it, and 4 lanes share
+ * a row. Rounded to bf16, this is how multiply_tiles takes its left operand: probabilities go straight into the next
+ * product (Dao 2023, "FlashAttention-2"). A warp without rows, or whose rows see nothing of a stage, only copies. */
 
-enum { ATTEND_THREADS = TILE / 16 * WARP, STREAM = 32 /* rows that pass at a time */ };
-
-/* Sizes in numbers: from row to row, of an own tile, of a tile that passes, and of a stage, which is two of these */
+/* PASS: rows that pass in a stage. Sizes in numbers: from row to row, of an own tile, of a stage */
 template <int W> struct Tiles {
-    enum { PITCH = W + 8, OWN = TILE * PITCH, PASSING = STREAM * PITCH, STAGE = 2 * PASSING };
+    enum { TILE = W > 64 ? 64 : 128, THREADS = TILE / 16 * WARP, PASS = W > 64 ? 32 : 64 };
+    enum { PITCH = W + 8, OWN = TILE * PITCH, PASSING = PASS * PITCH, STAGE = 2 * PASSING };
 };
 
-/* Shared memory: own queries or, in backward, two own tiles; two stages; in backward lse and delta of each */
-template <int W> static size_t tile_bytes(int backward) {
+/* Shared memory: own queries or, in backward, two own tiles; two stages; in backward the sums of each */
+template <int W> static size_t attend_bytes(size_t, int backward) {
     typedef Tiles<W> T;
-    return ((backward ? 2 : 1) * T::OWN + 2 * T::STAGE) * sizeof(floatX) + 4 * STREAM * sizeof(float);
-}
-static size_t attend_bytes(size_t D, int backward) {
-    return D <= 64 ? tile_bytes<64>(backward) : tile_bytes<128>(backward);
+    return ((backward ? 2 : 1) * T::OWN + 2 * T::STAGE) * sizeof(floatX) + (backward ? 2 * T::PASS * sizeof(Sums) : 0);
 }
 
+/* Of a tile of ROWS rows a thread copies the units from column `column` on of EACH rows, the first of them `row`. */
+template <int UNIT, int W, int ROWS> struct CopyShare {
+    enum { ACROSS = W / UNIT, APART = Tiles<W>::THREADS / ACROSS, EACH = ROWS / APART };
+    static_assert(ROWS % APART == 0 && Tiles<W>::THREADS % ACROSS == 0, "every thread has as many units");
+    static __device__ inline unsigned row() { return threadIdx.x / ACROSS; }
+    static __device__ inline unsigned column() { return threadIdx.x % ACROSS * UNIT; }
+};
+
+/* tile (ROWS,PITCH) = windows, up to `end`, of rows first.. of x, which has `rows` of them, stride apart; zeros beyond the
+ * last, and up to W. */
 template <int UNIT, int W, int ROWS>
-static __device__ inline void copy_units(floatX *tile, const floatX *x, unsigned first, unsigned rows, unsigned stride,
-                                         unsigned D) {
-    typedef Moves<UNIT, W> M;
-    const unsigned c = threadIdx.x % M::ACROSS * UNIT;
-#pragma unroll 2
-    for (unsigned r = threadIdx.x / M::ACROSS; r < ROWS; r += ATTEND_THREADS / M::ACROSS) {
-        const bool there = first + r < rows;
-        const floatX *from = there ? x + (size_t)(first + r) * stride : x;
+static __device__ inline void copy_tile(floatX *tile, const floatX *x, unsigned first, unsigned rows, unsigned stride,
+                                        unsigned end) {
+    typedef CopyShare<UNIT, W, ROWS> S;
+    const unsigned r = S::row(), c = S::column(), left = c < end && first + r < rows ? rows - first - r : 0;
+    const floatX *from = x + (size_t)(first + r) * stride + c;
+    tile += r * Tiles<W>::PITCH + c;
+#pragma unroll(UNIT == 1 ? 1 : S::EACH)
+    for (unsigned n = 0; n < S::EACH; n++, from += S::APART * stride)
+        copy_async<UNIT * sizeof(floatX)>(tile + n * S::APART * Tiles<W>::PITCH, n * S::APART < left ? from : x,
+                                          n * S::APART < left);
+}
+
+/* Zeros for the strangers among the units that this thread has copied to an own tile */
+template <int UNIT, int W> static __device__ inline void clear_strangers(floatX *tile, const HeadAt *at) {
+    typedef CopyShare<UNIT, W, Tiles<W>::TILE> S;
+    const unsigned c = S::column();
+    if ((c >= at->shift && c + UNIT <= at->end) || c >= at->end) return;
+#pragma unroll(UNIT == 1 ? 1 : S::EACH)
+    for (unsigned n = 0; n < S::EACH; n++) {
+        Unit<UNIT> *unit = (Unit<UNIT> *)(tile + (n * S::APART + S::row()) * Tiles<W>::PITCH + c), x = *unit;
 #pragma unroll
-        for (unsigned at = c; at < c + W; at += M::ACROSS * UNIT)
-            if (at < D) copy_async<UNIT * sizeof(floatX)>(tile + r * Tiles<W>::PITCH + at, from + at, there);
+        for (unsigned e = 0; e < UNIT; e++)
+            if (c + e < at->shift || c + e >= at->end) x.at[e] = to_floatX(0);
+        *unit = x;
     }
 }
 
-/* tile (ROWS,PITCH) = rows first.. of x, which has `rows` of them, stride apart, each of D; zeros beyond the last */
-template <int W, int ROWS>
-static __device__ inline void copy_tile(floatX *tile, const floatX *x, unsigned first, unsigned rows, unsigned stride,
-                                        unsigned D) {
-    if (D % PACK == 0)
-        copy_units<PACK, W, ROWS>(tile, x, first, rows, stride, D);
-    else if (D % 2 == 0)
-        copy_units<2, W, ROWS>(tile, x, first, rows, stride, D);
-    else
-        copy_units<1, W, ROWS>(tile, x, first, rows, stride, D);
-}
-
-/* A stage: STREAM rows of x, and as many of y. Closes the group of copies. */
-template <int W>
+/* A stage: PASS rows of x, and as many of y. Closes the group of copies. */
+template <int UNIT, int W>
 static __device__ inline void copy_stage(floatX *stage, const floatX *x, unsigned x_row, const floatX *y,
-                                         unsigned y_row, unsigned first, unsigned rows, unsigned D) {
-    copy_tile<W, STREAM>(stage, x, first, rows, x_row, D);
-    copy_tile<W, STREAM>(stage + Tiles<W>::PASSING, y, first, rows, y_row, D);
+                                         unsigned y_row, unsigned first, unsigned rows, unsigned end) {
+    copy_tile<UNIT, W, Tiles<W>::PASS>(stage, x, first, rows, x_row, end);
+    copy_tile<UNIT, W, Tiles<W>::PASS>(stage + Tiles<W>::PASSING, y, first, rows, y_row, end);
     copy_commit();
-}
-
-/* Before any copy: zeros where none will go, between D and W. */
-template <int W> static __device__ inline void clear_tiles(floatX *tiles, unsigned rows, unsigned D) {
-    if (D == W) return;
-    for (unsigned i = threadIdx.x * PACK; i < rows * Tiles<W>::PITCH; i += ATTEND_THREADS * PACK)
-        *(Pack *)(tiles + i) = {};
-    __syncthreads();
 }
 
 /* The warp's 16 rows, as the left operand of multiply_tiles */
@@ -356,33 +411,32 @@ template <int W> static __device__ inline void load_rows(unsigned a[W / 16][4], 
     for (int k = 0; k < W / 16; k++) load_matrices(a[k], rows + lane % 16 * Tiles<W>::PITCH + lane / 16 * 8 + k * 16);
 }
 
-/* p (16,STREAM) = rows (16,W) tile (STREAM,W)^T */
-template <int W>
-static __device__ inline void multiply_rows(float p[STREAM / 8][4], const unsigned rows[W / 16][4],
-                                            const floatX *tile) {
+/* p (16,ROWS) = rows (16,W) tile (ROWS,W)^T */
+template <int W, int ROWS>
+static __device__ inline void multiply_rows(float p[ROWS / 8][4], const unsigned rows[W / 16][4], const floatX *tile) {
     typedef Tiles<W> T;
     const unsigned lane = threadIdx.x % WARP;
     tile += (lane / 16 * 8 + lane % 8) * T::PITCH + lane / 8 % 2 * 8;
 #pragma unroll
-    for (int n = 0; n < STREAM / 8; n++) p[n][0] = p[n][1] = p[n][2] = p[n][3] = 0;
+    for (int n = 0; n < ROWS / 8; n++) p[n][0] = p[n][1] = p[n][2] = p[n][3] = 0;
 #pragma unroll
     for (int k = 0; k < W / 16; k++)
 #pragma unroll
-        for (int n = 0; n < STREAM / 8; n += 2) {
+        for (int n = 0; n < ROWS / 8; n += 2) {
             unsigned b[4]; /* 8 rows of the tile, with the first and the second 8 of the 16 channels, then 8 more */
             load_matrices(b, tile + n * 8 * T::PITCH + k * 16);
             multiply_tiles(p[n], rows[k], b), multiply_tiles(p[n + 1], rows[k], b + 2);
         }
 }
 
-/* sum (16,W) += p (16,STREAM) tile (STREAM,W) */
-template <int W>
-static __device__ inline void weigh_rows(float sum[W / 8][4], const float p[STREAM / 8][4], const floatX *tile) {
+/* sum (16,W) += p (16,ROWS) tile (ROWS,W) */
+template <int W, int ROWS>
+static __device__ inline void weigh_rows(float sum[W / 8][4], const float p[ROWS / 8][4], const floatX *tile) {
     typedef Tiles<W> T;
     const unsigned lane = threadIdx.x % WARP;
     tile += lane % 16 * T::PITCH + lane / 16 * 8;
 #pragma unroll
-    for (int k = 0; k < STREAM / 8; k += 2) {
+    for (int k = 0; k < ROWS / 8; k += 2) {
         const unsigned a[4] = {bf16_pair(p[k][0], p[k][1]), bf16_pair(p[k][2], p[k][3]),
                                bf16_pair(p[k + 1][0], p[k + 1][1]), bf16_pair(p[k + 1][2], p[k + 1][3])};
 #pragma unroll
@@ -394,23 +448,20 @@ static __device__ inline void weigh_rows(float sum[W / 8][4], const float p[STRE
     }
 }
 
-template <int UNIT, int W>
-static __device__ inline void store_units(floatX *x, const floatX *own, unsigned rows, unsigned stride, unsigned D) {
-    typedef Moves<UNIT, W> M;
-    const unsigned lane = threadIdx.x % WARP, c = lane % M::ACROSS * UNIT;
-#pragma unroll 2
-    for (unsigned r = lane / M::ACROSS; r < 16; r += WARP / M::ACROSS)
+/* A unit from column c on, BY numbers at a time, but for strangers */
+template <int UNIT, int BY>
+static __device__ inline void store_some(floatX *to, const floatX *from, unsigned shift, unsigned end, unsigned c) {
 #pragma unroll
-        for (unsigned at = c; at < c + W; at += M::ACROSS * UNIT)
-            if (r < rows && at < D)
-                *(Unit<UNIT> *)(x + (size_t)r * stride + at) = *(const Unit<UNIT> *)(own + r * Tiles<W>::PITCH + at);
+    for (unsigned e = 0; e < UNIT; e += BY)
+        if (c + e >= shift && c + e < end) *(Unit<BY> *)(to + e) = *(const Unit<BY> *)(from + e);
 }
 
-/* x, up to 16 rows = sum (16,W), row r times factor[r / 8]; by way of own, what the warp has in shared memory of a tile
- * of its own and needs no more, so that a row is written in one go */
-template <int W>
-static __device__ inline void store_rows(floatX *x, unsigned first, unsigned end, unsigned stride, unsigned D,
+/* Rows first.. of x, up to 16 before `end` = sum (16,W), row r times factor[r / 8]; by way of own, what the warp has in
+ * shared memory of a tile of its own and needs no more, so that a row is written in units; strangers stay as they are. */
+template <int UNIT, int W>
+static __device__ inline void store_rows(floatX *x, unsigned first, unsigned end, unsigned stride, const HeadAt *at,
                                          floatX *own, const float sum[W / 8][4], float factor, float factor_8) {
+    enum { ACROSS = Moves<UNIT, W>::ACROSS, STEP = ACROSS * UNIT };
     const unsigned lane = threadIdx.x % WARP, rows = first < end ? end - first : 0;
     unsigned *word = (unsigned *)(void *)(own + lane / 4 * Tiles<W>::PITCH + lane % 4 * 2);
     x += (size_t)first * stride;
@@ -421,15 +472,20 @@ static __device__ inline void store_rows(floatX *x, unsigned first, unsigned end
         word[n * 4 + 4 * Tiles<W>::PITCH] = bf16_pair(sum[n][2] * factor_8, sum[n][3] * factor_8);
     }
     __syncwarp();
-    if (D % PACK == 0)
-        store_units<PACK, W>(x, own, rows, stride, D);
-    else if (D % 2 == 0)
-        store_units<2, W>(x, own, rows, stride, D);
-    else
-        store_units<1, W>(x, own, rows, stride, D);
+    for (unsigned r = lane / ACROSS; r < 16 && r < rows; r += WARP / ACROSS)
+        for (unsigned c = lane % ACROSS * UNIT; c < at->end; c += STEP) {
+            const floatX *from = own + r * Tiles<W>::PITCH + c;
+            floatX *to = x + (size_t)r * stride + c;
+            if (c >= at->shift && c + UNIT <= at->end)
+                *(Unit<UNIT> *)to = *(const Unit<UNIT> *)from;
+            else if ((at->shift | at->end) % 2 == 0)
+                store_some<UNIT, 2>(to, from, at->shift, at->end, c);
+            else
+                store_some<UNIT, 1>(to, from, at->shift, at->end, c);
+        }
 }
 
-static const float LOG2_E = 1.44269504f, LN_2 = 0.69314718f; /* powers of 2 are what a GPU computes */
+static const float LOG2_E = 1.44269504f; /* powers of 2 are what a GPU computes */
 
 /* Over the 4 lanes that share a row */
 static __device__ inline float quad_max(float x) {
@@ -441,208 +497,269 @@ static __device__ inline float quad_sum(float x) {
     return x + __shfl_xor_sync(0xffffffffu, x, 2);
 }
 
-/* What forward keeps of a thread's two queries: how many keys each sees, the largest q k^T so far, and the thread's
- * part of the sum of 2^(scale (q k^T - largest)) */
+/* The keys that all of a warp's 16 queries see, and those that one does: none if it has no query. */
 typedef struct {
-    unsigned seen[2];
+    unsigned all, any;
+} Sight;
+static __device__ inline Sight warp_sight(const Attention *s, unsigned first) {
+    if (first >= s->Tq) return {0, 0};
+    return {visible_keys(s, first), visible_keys(s, last_query(s, first, 16))};
+}
+
+/* p holds q k^T of keys j0.. and the warp's 16 queries from `first` on; what a query does not see becomes -inf. */
+template <int ROWS>
+static __device__ inline void hide(const Attention *s, float p[ROWS / 8][4], unsigned first, unsigned j0) {
+    const unsigned i = first + threadIdx.x % WARP / 4, j = j0 + threadIdx.x % 4 * 2;
+#pragma unroll
+    for (unsigned r = 0; r < 2; r++) {
+        const unsigned seen = visible_keys(s, i + 8 * r);
+#pragma unroll
+        for (unsigned n = 0; n < ROWS / 8; n++)
+#pragma unroll
+            for (unsigned k = 0; k < 2; k++)
+                if (j + n * 8 + k >= seen) p[n][2 * r + k] = -HUGE_VALF;
+    }
+}
+
+/* What forward keeps of a thread's two queries: the largest q k^T so far, and the thread's part of the sum of
+ * 2^(scale (q k^T - largest)) */
+typedef struct {
     float largest[2], sum[2];
 } Softmax;
 
-/* p holds q k^T of keys j0..; becomes the numerators of probabilities, and what is in out (16,W) fades accordingly.
- * Every query sees key 0, so the first keys that come make `largest` finite. */
-template <int W>
-static __device__ inline void softmax_step(Softmax *x, float p[STREAM / 8][4], float out[W / 8][4], unsigned j0,
-                                           float scale) {
-    const unsigned j = j0 + threadIdx.x % 4 * 2;
+/* A score may be larger than all before: `largest` follows, and what was summed up fades. */
+template <int W> static __device__ inline void rise(Softmax *x, const float peak[2], float out[W / 8][4], float scale) {
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-        float peak = x->largest[r];
-        if (x->seen[r] < j0 + STREAM) {
-#pragma unroll
-            for (unsigned n = 0; n < STREAM / 8; n++)
-                for (unsigned k = 0; k < 2; k++)
-                    if (j + n * 8 + k >= x->seen[r]) p[n][2 * r + k] = -HUGE_VALF;
-        }
-#pragma unroll
-        for (int n = 0; n < STREAM / 8; n++) peak = fmaxf(peak, fmaxf(p[n][2 * r], p[n][2 * r + 1]));
-        peak = quad_max(peak);
-        const float fade = exp2_approx(scale * (x->largest[r] - peak)), top = scale * peak;
-        x->largest[r] = peak, x->sum[r] *= fade;
-#pragma unroll
-        for (int n = 0; n < STREAM / 8; n++)
-            for (int k = 2 * r; k < 2 * r + 2; k++)
-                p[n][k] = exp2_approx(fmaf(scale, p[n][k], -top)), x->sum[r] += p[n][k];
+        const float top = quad_max(peak[r]), fade = exp2_approx(scale * (x->largest[r] - top));
+        x->largest[r] = top, x->sum[r] *= fade;
 #pragma unroll
         for (int n = 0; n < W / 8; n++) out[n][2 * r] *= fade, out[n][2 * r + 1] *= fade;
     }
 }
 
-template <int W>
-static __global__ void __launch_bounds__(ATTEND_THREADS)
+/* p holds q k^T, -inf where a query does not see a key; becomes the numerators of probabilities, relative to `largest`.
+ * Every query sees key 0, so the first keys that come make `largest` finite. */
+template <int W, int ROWS>
+static __device__ inline void softmax_step(Softmax *x, float p[ROWS / 8][4], float out[W / 8][4], float scale) {
+    float peak[2];
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        peak[r] = x->largest[r];
+#pragma unroll
+        for (int n = 0; n < ROWS / 8; n++) peak[r] = fmaxf(peak[r], fmaxf(p[n][2 * r], p[n][2 * r + 1]));
+    }
+    if (__ballot_sync(0xffffffffu, peak[0] > x->largest[0] || peak[1] > x->largest[1])) rise<W>(x, peak, out, scale);
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        const float top = scale * x->largest[r];
+#pragma unroll
+        for (int n = 0; n < ROWS / 8; n++)
+#pragma unroll
+            for (int k = 2 * r; k < 2 * r + 2; k++)
+                p[n][k] = exp2_approx(fmaf(scale, p[n][k], -top)), x->sum[r] += p[n][k];
+    }
+}
+
+/* The warp's 16 queries from `first` on see ROWS more keys, j0.., which are in `keys` and `values`. */
+template <int W, int ROWS>
+static __device__ inline void attend_step(const Attention *s, Softmax *x, float out[W / 8][4],
+                                          const unsigned rows[W / 16][4], const floatX *keys, const floatX *values,
+                                          unsigned first, unsigned j0, Sight sight, float scale) {
+    float p[ROWS / 8][4];
+    multiply_rows<W, ROWS>(p, rows, keys);
+    if (sight.all < j0 + ROWS) hide<ROWS>(s, p, first, j0);
+    softmax_step<W, ROWS>(x, p, out, scale);
+    weigh_rows<W, ROWS>(out, p, values);
+}
+
+/* lse is the base-2 logarithm here. */
+template <int UNIT, int W>
+static __global__ void __launch_bounds__(Tiles<W>::THREADS, 2)
     attend_forward_kernel(Attention s, floatX *y, float *lse, const floatX *q, const floatX *k, const floatX *v) {
     typedef Tiles<W> T;
     SHARED(floatX, own);
-    const HeadAt at = head_at(&s, s.Tq);
-    const unsigned D = (unsigned)s.D, Tk = (unsigned)s.Tk, i0 = at.first, first = threadIdx.x / WARP * 16,
-                   i = i0 + first + threadIdx.x % WARP / 4;
-    const unsigned end = visible_keys(&s, last_query(&s, i0, TILE));
-    const float scale = LOG2_E / sqrtf((float)D);
-    floatX *stages = own + T::OWN, *mine = own + first * T::PITCH;
-    Softmax x = {{visible_keys(&s, i), visible_keys(&s, i + 8)}, {-HUGE_VALF, -HUGE_VALF}, {0, 0}};
+    const HeadAt at = head_at<UNIT>(&s, s.Tq, T::TILE);
+    const unsigned Tk = (unsigned)s.Tk, mine = threadIdx.x / WARP * 16, first = at.first + mine,
+                   end = visible_keys(&s, last_query(&s, at.first, T::TILE));
+    const Sight sight = warp_sight(&s, first);
+    const float scale = LOG2_E * rsqrtf((float)s.D);
+    floatX *stages = own + T::OWN, *my_rows = own + mine * T::PITCH;
+    Softmax x = {{-HUGE_VALF, -HUGE_VALF}, {0, 0}};
     unsigned rows[W / 16][4];
     float out[W / 8][4] = {};
-    clear_tiles<W>(own, TILE + 4 * STREAM, D);
-    copy_tile<W, TILE>(own, q + at.queries, i0, (unsigned)s.Tq, at.q_row, D);
-    copy_stage<W>(stages, k + at.keys, at.kv_row, v + at.keys, at.kv_row, 0, Tk, D);
-    for (unsigned j0 = 0, turn = 0; j0 < end; j0 += STREAM, turn = !turn) {
-        float p[STREAM / 8][4];
-        const floatX *now = stages + turn * T::STAGE;
+    k += at.keys, v += at.keys;
+    copy_tile<UNIT, W, T::TILE>(own, q + at.queries, at.first, (unsigned)s.Tq, at.q_row, at.end);
+    copy_commit();
+    copy_stage<UNIT, W>(stages, k, at.kv_row, v, at.kv_row, 0, Tk, at.end);
+    copy_wait<1>();
+    clear_strangers<UNIT, W>(own, &at);
+    for (unsigned j0 = 0, turn = 0; j0 < end; j0 += T::PASS, turn = !turn) {
+        const floatX *keys = stages + turn * T::STAGE, *values = keys + T::PASSING;
         copy_wait<0>();
         __syncthreads(); /* everybody's copies are there, and nobody reads the other stage any more */
-        if (j0 + STREAM < end)
-            copy_stage<W>(stages + !turn * T::STAGE, k + at.keys, at.kv_row, v + at.keys, at.kv_row, j0 + STREAM, Tk,
-                          D);
-        if (j0 == 0) load_rows<W>(rows, mine);
-        multiply_rows<W>(p, rows, now);
-        softmax_step<W>(&x, p, out, j0, scale);
-        weigh_rows<W>(out, p, now + T::PASSING);
+        if (j0 + T::PASS < end)
+            copy_stage<UNIT, W>(stages + !turn * T::STAGE, k, at.kv_row, v, at.kv_row, j0 + T::PASS, Tk, at.end);
+        if (j0 == 0) load_rows<W>(rows, my_rows);
+        if (sight.any + 16 > j0 + T::PASS)
+            attend_step<W, T::PASS>(&s, &x, out, rows, keys, values, first, j0, sight, scale);
+        else /* few are left */
+            for (unsigned j = 0; j0 + j < sight.any; j += 16)
+                attend_step<W, 16>(&s, &x, out, rows, keys + j * T::PITCH, values + j * T::PITCH, first, j0 + j, sight,
+                                   scale);
     }
 #pragma unroll
     for (int r = 0; r < 2; r++) x.sum[r] = quad_sum(x.sum[r]);
-    store_rows<W>(y + at.outs, i0 + first, s.Tq, at.inner, D, mine, out, 1 / x.sum[0], 1 / x.sum[1]);
+    store_rows<UNIT, W>(y + at.outs, first, (unsigned)s.Tq, at.inner, &at, my_rows, out, 1 / x.sum[0], 1 / x.sum[1]);
+    const unsigned i = first + threadIdx.x % WARP / 4;
 #pragma unroll
     for (unsigned r = 0; r < 2; r++)
         if (lse && threadIdx.x % 4 == 0 && i + 8 * r < s.Tq)
-            lse[at.row + i + 8 * r] = LN_2 * scale * x.largest[r] + logf(x.sum[r]);
+            lse[at.row + i + 8 * r] = scale * x.largest[r] + log2_approx(x.sum[r]);
 }
 
 /* p holds q k^T and dp holds dy v^T of a query and a key; they become p and ds. */
-static __device__ inline void softmax_gradient(float *p, float *dp, bool seen, float scale, float log2_sum,
-                                               float delta) {
-    *p = seen ? exp2_approx(fmaf(scale, *p, -log2_sum)) : 0;
-    *dp = *p * (*dp - delta);
+static __device__ inline void softmax_gradient(float *p, float *dp, float scale, Sums of) {
+    *p = exp2_approx(fmaf(scale, *p, -of.lse));
+    *dp = *p * (*dp - of.delta);
 }
 
-template <int W> static __global__ void __launch_bounds__(ATTEND_THREADS) attend_queries_kernel(AttendBackward x) {
+template <int UNIT, int W>
+static __global__ void __launch_bounds__(Tiles<W>::THREADS, 2) attend_queries_kernel(AttendBackward x) {
     typedef Tiles<W> T;
     SHARED(floatX, own);
     const Attention *s = &x.s;
-    const HeadAt at = head_at(s, s->Tq);
-    const unsigned D = (unsigned)s->D, Tq = (unsigned)s->Tq, Tk = (unsigned)s->Tk, i0 = at.first,
-                   first = threadIdx.x / WARP * 16, i = i0 + first + threadIdx.x % WARP / 4;
-    const unsigned end = visible_keys(s, last_query(s, i0, TILE));
-    const unsigned seen[2] = {visible_keys(s, i), visible_keys(s, i + 8)};
-    const float *lse = x.lse + at.row, *delta = x.delta + at.row, scale = LOG2_E / sqrtf((float)D);
-    const float log2_sum[2] = {i < Tq ? LOG2_E * lse[i] : 0, i + 8 < Tq ? LOG2_E * lse[i + 8] : 0};
-    const float mean[2] = {i < Tq ? delta[i] : 0, i + 8 < Tq ? delta[i + 8] : 0};
-    floatX *stages = own + 2 * T::OWN, *mine = own + first * T::PITCH;
+    const HeadAt at = head_at<UNIT>(s, s->Tq, T::TILE);
+    const unsigned Tq = (unsigned)s->Tq, Tk = (unsigned)s->Tk, mine = threadIdx.x / WARP * 16, first = at.first + mine,
+                   i = first + threadIdx.x % WARP / 4, end = visible_keys(s, last_query(s, at.first, T::TILE));
+    const Sight sight = warp_sight(s, first);
+    const float factor = rsqrtf((float)s->D), scale = LOG2_E * factor;
+    const Sums *sums = x.sums + at.sums, none = {0, 0};
+    const Sums of[2] = {i < Tq ? sums[i] : none, i + 8 < Tq ? sums[i + 8] : none};
+    const floatX *k = x.k + at.keys, *v = x.v + at.keys;
+    floatX *stages = own + 2 * T::OWN, *my_rows = own + mine * T::PITCH;
     unsigned rows[W / 16][4], outs[W / 16][4];
     float dq[W / 8][4] = {};
-    clear_tiles<W>(own, 2 * TILE + 4 * STREAM, D);
-    copy_tile<W, TILE>(own, x.q + at.queries, i0, Tq, at.q_row, D);
-    copy_tile<W, TILE>(own + T::OWN, x.dy + at.outs, i0, Tq, at.inner, D);
-    copy_stage<W>(stages, x.k + at.keys, at.kv_row, x.v + at.keys, at.kv_row, 0, Tk, D);
-    for (unsigned j0 = 0, turn = 0; j0 < end; j0 += STREAM, turn = !turn) {
-        const unsigned j = j0 + threadIdx.x % 4 * 2;
-        float p[STREAM / 8][4], dp[STREAM / 8][4];
-        const floatX *now = stages + turn * T::STAGE;
+    copy_tile<UNIT, W, T::TILE>(own, x.q + at.queries, at.first, Tq, at.q_row, at.end);
+    copy_tile<UNIT, W, T::TILE>(own + T::OWN, x.dy + at.outs, at.first, Tq, at.inner, at.end);
+    copy_commit();
+    copy_stage<UNIT, W>(stages, k, at.kv_row, v, at.kv_row, 0, Tk, at.end);
+    copy_wait<1>();
+    clear_strangers<UNIT, W>(own, &at), clear_strangers<UNIT, W>(own + T::OWN, &at);
+    for (unsigned j0 = 0, turn = 0; j0 < end; j0 += T::PASS, turn = !turn) {
+        const floatX *keys = stages + turn * T::STAGE;
         copy_wait<0>();
         __syncthreads();
-        if (j0 + STREAM < end)
-            copy_stage<W>(stages + !turn * T::STAGE, x.k + at.keys, at.kv_row, x.v + at.keys, at.kv_row, j0 + STREAM,
-                          Tk, D);
-        if (j0 == 0) load_rows<W>(rows, mine), load_rows<W>(outs, mine + T::OWN);
-        multiply_rows<W>(p, rows, now);
-        multiply_rows<W>(dp, outs, now + T::PASSING);
+        if (j0 + T::PASS < end)
+            copy_stage<UNIT, W>(stages + !turn * T::STAGE, k, at.kv_row, v, at.kv_row, j0 + T::PASS, Tk, at.end);
+        if (j0 == 0) load_rows<W>(rows, my_rows), load_rows<W>(outs, my_rows + T::OWN);
+#pragma unroll 1
+        for (unsigned j = j0; j < j0 + T::PASS && j < sight.any; j += 16, keys += 16 * T::PITCH) {
+            float p[2][4], dp[2][4];
+            multiply_rows<W, 16>(p, rows, keys);
+            multiply_rows<W, 16>(dp, outs, keys + T::PASSING);
+            if (sight.all < j + 16) hide<16>(s, p, first, j);
 #pragma unroll
-        for (unsigned n = 0; n < STREAM / 8; n++)
+            for (unsigned n = 0; n < 2; n++)
 #pragma unroll
-            for (unsigned k = 0; k < 4; k++)
-                softmax_gradient(&p[n][k], &dp[n][k], j + n * 8 + k % 2 < seen[k / 2], scale, log2_sum[k / 2],
-                                 mean[k / 2]);
-        weigh_rows<W>(dq, dp, now);
-    }
-    const float factor = 1 / sqrtf((float)D);
-    store_rows<W>(x.dq + at.queries, i0 + first, Tq, at.q_row, D, mine, dq, factor, factor);
-}
-
-/* STREAM queries' lse and delta, for a stage; zeros beyond the last */
-static __device__ inline void copy_sums(float *sums, const float *lse, const float *delta, unsigned i0, unsigned Tq) {
-    const unsigned n = threadIdx.x % STREAM, which = threadIdx.x / STREAM;
-    const float *from = which ? delta : lse;
-    if (which < 2) copy_async<4>(sums + threadIdx.x, i0 + n < Tq ? from + i0 + n : from, i0 + n < Tq);
-}
-
-/* Rows are keys and columns are queries here: a thread has two keys, and of every 8 queries two. */
-static __device__ inline void softmax_gradient_turned(float p[STREAM / 8][4], float dp[STREAM / 8][4],
-                                                      const Attention *s, const float *sums, unsigned i0, unsigned j,
-                                                      float scale) {
-    const bool all = visible_keys(s, i0) > j + 8; /* the first of these queries sees both, and so does the last */
-#pragma unroll
-    for (unsigned n = 0; n < STREAM / 8; n++)
-#pragma unroll
-        for (unsigned k = 0; k < 2; k++) {
-            const unsigned i = n * 8 + threadIdx.x % 4 * 2 + k;
-            const unsigned seen = all ? ~0u : visible_keys(s, i0 + i);
-            const float log2_sum = LOG2_E * sums[i], delta = sums[STREAM + i];
-            softmax_gradient(&p[n][k], &dp[n][k], j < seen, scale, log2_sum, delta);
-            softmax_gradient(&p[n][k + 2], &dp[n][k + 2], j + 8 < seen, scale, log2_sum, delta);
+                for (unsigned e = 0; e < 4; e++) softmax_gradient(&p[n][e], &dp[n][e], scale, of[e / 2]);
+            weigh_rows<W, 16>(dq, dp, keys);
         }
+    }
+    store_rows<UNIT, W>(x.dq + at.queries, first, Tq, at.q_row, &at, my_rows, dq, factor, factor);
 }
 
-template <int W> static __global__ void __launch_bounds__(ATTEND_THREADS) attend_keys_kernel(AttendBackward x) {
+/* The sums of ROWS queries, for a stage */
+template <int ROWS> static __device__ inline void copy_sums(Sums *to, const Sums *from) {
+    if (threadIdx.x < ROWS / 2) copy_async(to + 2 * threadIdx.x, from + 2 * threadIdx.x, 1);
+}
+
+/* p and dp of the warp's 16 keys from `first` on (rows) and queries i.. (columns) become p and ds: a thread has two keys,
+ * and of every 8 queries two. Queries beyond the last have dy = 0 and sums of 0, and so count for nothing. */
+static __device__ inline void softmax_gradient_turned(const Attention *s, float p[2][4], float dp[2][4],
+                                                      const Sums *sums, unsigned i, unsigned first, float scale) {
+    const unsigned mine = threadIdx.x % 4 * 2, j = first + threadIdx.x % WARP / 4;
+    if (s->causal && visible_keys(s, i) < first + 16) /* else the first query sees all, and so do the others */
+#pragma unroll
+        for (unsigned e = 0; e < 4; e++) {
+            const unsigned seen = visible_keys(s, i + mine + e / 2 * 8 + e % 2);
+            if (j >= seen) p[e / 2][e % 2] = -HUGE_VALF;
+            if (j + 8 >= seen) p[e / 2][e % 2 + 2] = -HUGE_VALF;
+        }
+#pragma unroll
+    for (unsigned n = 0; n < 2; n++) {
+        const TwoSums of = *(const TwoSums *)(sums + n * 8 + mine);
+#pragma unroll
+        for (unsigned e = 0; e < 4; e++) softmax_gradient(&p[n][e], &dp[n][e], scale, of.at[e % 2]);
+    }
+}
+
+template <int UNIT, int W>
+static __global__ void __launch_bounds__(Tiles<W>::THREADS, 2) attend_keys_kernel(AttendBackward x) {
     typedef Tiles<W> T;
     SHARED(floatX, own);
     const Attention *s = &x.s;
-    const HeadAt at = head_at(s, s->Tk);
-    const unsigned D = (unsigned)s->D, Tq = (unsigned)s->Tq, Tk = (unsigned)s->Tk, j0 = at.first,
-                   first = threadIdx.x / WARP * 16;
-    const float *lse = x.lse + at.row, *delta = x.delta + at.row, scale = LOG2_E / sqrtf((float)D);
-    floatX *stages = own + 2 * T::OWN, *mine = own + first * T::PITCH;
-    float *sums = (float *)(void *)(stages + 2 * T::STAGE);
+    const HeadAt at = head_at<UNIT>(s, s->Tk, T::TILE);
+    const unsigned Tq = (unsigned)s->Tq, Tk = (unsigned)s->Tk, mine = threadIdx.x / WARP * 16, first = at.first + mine;
+    const Sums *sums_there = x.sums + at.sums;
+    const float factor = rsqrtf((float)s->D), scale = LOG2_E * factor;
+    const floatX *q = x.q + at.queries, *dy = x.dy + at.outs;
+    floatX *stages = own + 2 * T::OWN, *my_rows = own + mine * T::PITCH;
     float dk[W / 8][4] = {}, dv[W / 8][4] = {};
-    unsigned i0 = 0; /* the first queries of which one sees one of our keys */
-    while (i0 < Tq && visible_keys(s, last_query(s, i0, STREAM)) <= j0) i0 += STREAM;
-    clear_tiles<W>(own, 2 * TILE + 4 * STREAM, D);
-    copy_tile<W, TILE>(own, x.k + at.keys, j0, Tk, at.kv_row, D);
-    copy_tile<W, TILE>(own + T::OWN, x.v + at.keys, j0, Tk, at.kv_row, D);
-    copy_sums(sums, lse, delta, i0, Tq);
-    copy_stage<W>(stages, x.q + at.queries, at.q_row, x.dy + at.outs, at.inner, i0, Tq, D);
-    for (unsigned turn = 0; i0 < Tq; i0 += STREAM, turn = !turn) {
-        float p[STREAM / 8][4], dp[STREAM / 8][4];
-        unsigned rows[W / 16][4];
-        const floatX *now = stages + turn * T::STAGE;
+    Sums *sums_here = (Sums *)(void *)(stages + 2 * T::STAGE);
+    unsigned rows[W / 16][4], i0 = 0; /* the first queries of which one sees one of our keys */
+    while (i0 < Tq && visible_keys(s, last_query(s, i0, T::PASS)) <= at.first) i0 += T::PASS;
+    copy_tile<UNIT, W, T::TILE>(own, x.k + at.keys, at.first, Tk, at.kv_row, at.end);
+    copy_tile<UNIT, W, T::TILE>(own + T::OWN, x.v + at.keys, at.first, Tk, at.kv_row, at.end);
+    copy_commit();
+    copy_sums<T::PASS>(sums_here, sums_there + i0);
+    copy_stage<UNIT, W>(stages, q, at.q_row, dy, at.inner, i0, Tq, at.end);
+    copy_wait<1>();
+    clear_strangers<UNIT, W>(own, &at), clear_strangers<UNIT, W>(own + T::OWN, &at);
+    copy_wait<0>();
+    __syncthreads();
+    load_rows<W>(rows, my_rows);
+    for (unsigned turn = 0; i0 < Tq; i0 += T::PASS, turn = !turn) {
+        const floatX *queries = stages + turn * T::STAGE;
+        const Sums *sums = sums_here + turn * T::PASS;
         copy_wait<0>();
         __syncthreads();
-        if (i0 + STREAM < Tq) {
-            copy_sums(sums + !turn * 2 * STREAM, lse, delta, i0 + STREAM, Tq);
-            copy_stage<W>(stages + !turn * T::STAGE, x.q + at.queries, at.q_row, x.dy + at.outs, at.inner, i0 + STREAM,
-                          Tq, D);
+        if (i0 + T::PASS < Tq) {
+            copy_sums<T::PASS>(sums_here + !turn * T::PASS, sums_there + i0 + T::PASS);
+            copy_stage<UNIT, W>(stages + !turn * T::STAGE, q, at.q_row, dy, at.inner, i0 + T::PASS, Tq, at.end);
         }
-        load_rows<W>(rows, mine);
-        multiply_rows<W>(p, rows, now);
-        load_rows<W>(rows, mine + T::OWN);
-        multiply_rows<W>(dp, rows, now + T::PASSING);
-        softmax_gradient_turned(p, dp, s, sums + turn * 2 * STREAM, i0, j0 + first + threadIdx.x % WARP / 4, scale);
-        weigh_rows<W>(dv, p, now + T::PASSING);
-        weigh_rows<W>(dk, dp, now);
+#pragma unroll 1
+        for (unsigned i = i0; i < i0 + T::PASS && i < Tq && first < Tk; i += 16, queries += 16 * T::PITCH, sums += 16) {
+            float p[2][4], dp[2][4];
+            unsigned values[W / 16][4];
+            if (s->causal && visible_keys(s, last_query(s, i, 16)) <= first) continue;
+            multiply_rows<W, 16>(p, rows, queries);
+            load_rows<W>(values, my_rows + T::OWN);
+            multiply_rows<W, 16>(dp, values, queries + T::PASSING);
+            softmax_gradient_turned(s, p, dp, sums, i, first, scale);
+            weigh_rows<W, 16>(dv, p, queries + T::PASSING);
+            weigh_rows<W, 16>(dk, dp, queries);
+        }
     }
     copy_wait<0>();
     __syncthreads();
-    store_rows<W>(x.dk + at.keys, j0 + first, Tk, at.kv_row, D, mine, dk, 1 / sqrtf((float)D), 1 / sqrtf((float)D));
-    store_rows<W>(x.dv + at.keys, j0 + first, Tk, at.kv_row, D, mine + T::OWN, dv, 1, 1);
+    store_rows<UNIT, W>(x.dk + at.keys, first, Tk, at.kv_row, &at, my_rows, dk, factor, factor);
+    store_rows<UNIT, W>(x.dv + at.keys, first, Tk, at.kv_row, &at, my_rows + T::OWN, dv, 1, 1);
 }
 #endif
 
 /* ---- Launching either ---- */
 
-static Err check_head(const Attention *s) {
-    if (s->D <= GPU_HEAD_MAX) return OK;
-    return err("transformer: heads of %zu channels; on the GPU they may have %d", s->D, (int)GPU_HEAD_MAX);
-}
+/* F<UNIT,W>(arguments...) for s */
+#define FOR_WINDOWS(F, s, ...)                                                                                         \
+    (widest_window(s, PACK) <= 64             ? F<PACK, 64>(__VA_ARGS__)                                               \
+     : widest_window(s, PACK) <= GPU_HEAD_MAX ? F<PACK, GPU_HEAD_MAX>(__VA_ARGS__)                                     \
+     : (s)->D <= GPU_HEAD_MAX                                                                                          \
+         ? F<1, GPU_HEAD_MAX>(__VA_ARGS__)                                                                             \
+         : err("transformer: heads of %zu channels; on the GPU they may have %d", (s)->D, (int)GPU_HEAD_MAX))
 
-static unsigned head_blocks(const Attention *s, size_t T) {
-    return (unsigned)(s->B * s->heads * ceil_div(T, TILE));
+static unsigned head_blocks(const Attention *s, size_t T, size_t tile) {
+    return (unsigned)(s->B * s->heads * ceil_div(T, tile));
 }
 
 /* Forward leaves lse (B*heads,Tq). */
@@ -650,63 +767,73 @@ static size_t attention_saved_gpu(const Attention *s) {
     return s->B * s->heads * s->Tq * sizeof(float);
 }
 
-static Err attention_forward_gpu(const Compute *on, real *y, real *saved, const real *q, const real *k, const real *v,
-                                 const Attention *s) {
-    const unsigned grid = head_blocks(s, s->Tq);
-    const size_t bytes = attend_bytes(s->D, 0);
-    const floatX *qx = (const floatX *)q, *kx = (const floatX *)k, *vx = (const floatX *)v;
-    TRY(check_head(s));
-    if (s->D <= 64)
-        LAUNCH(on->device, attend_forward_kernel<64>, grid, ATTEND_THREADS, bytes, *s, (floatX *)y, saved, qx, kx, vx);
-    else
-        LAUNCH(on->device, attend_forward_kernel<128>, grid, ATTEND_THREADS, bytes, *s, (floatX *)y, saved, qx, kx, vx);
+template <int UNIT, int W>
+static Err launch_forward(Device *d, floatX *y, float *lse, const floatX *q, const floatX *k, const floatX *v,
+                          const Attention *s) {
+    LAUNCH(d, (attend_forward_kernel<UNIT, W>), head_blocks(s, s->Tq, Tiles<W>::TILE), Tiles<W>::THREADS,
+           attend_bytes<W>(s->D, 0), *s, y, lse, q, k, v);
     return OK;
 }
 
-/* delta (B*heads,Tq): a warp per row. */
-static __global__ void attend_delta_kernel(Attention s, float *delta, const floatX *dy, const floatX *y) {
-    const size_t r = (size_t)blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP, lane = threadIdx.x % WARP;
-    if (r >= s.B * s.heads * s.Tq) return;
-    const size_t i = r % s.Tq, b = r / s.Tq / s.heads, h = r / s.Tq % s.heads;
-    const size_t at = (b * s.Tq + i) * s.heads * s.D + h * s.D;
-    float sum = 0;
-    for (size_t c = lane; c < s.D; c += WARP) sum += to_float(dy[at + c]) * to_float(y[at + c]);
-    sum = warp_sum(sum);
-    if (lane == 0) delta[r] = sum;
+static Err attention_forward_gpu(const Compute *on, real *y, real *saved, const real *q, const real *k, const real *v,
+                                 const Attention *s) {
+    return FOR_WINDOWS(launch_forward, s, on->device, (floatX *)y, saved, (const floatX *)q, (const floatX *)k,
+                       (const floatX *)v, s);
 }
 
-/* Scratch: delta (B*heads,Tq) */
+/* x.sums, from x.lse: lanes share a row as load_share has it. */
+template <int UNIT, int W>
+static __global__ void __launch_bounds__(ROW_WARPS *WARP) attend_sums_kernel(AttendBackward x) {
+    enum { ACROSS = Moves<UNIT, W>::ACROSS, PER_LANE = Moves<UNIT, W>::PER_LANE };
+    const Attention *s = &x.s;
+    const unsigned Tq = (unsigned)s->Tq, rows = (unsigned)padded(Tq), heads = (unsigned)s->heads, D = (unsigned)s->D,
+                   r = (blockIdx.x * blockDim.x + threadIdx.x) / ACROSS, i = r % rows, head = r / rows,
+                   h = head % heads, shift = window_shift(s, h, UNIT), end = shift + D;
+    const bool there = head < s->B * heads && i < Tq;
+    const size_t at = ((size_t)(head / heads) * Tq + i) * heads * D + h * D - shift;
+    Unit<UNIT> dy[PER_LANE], y[PER_LANE];
+    float sum = 0;
+    load_share<UNIT, W>(dy, x.dy + at, end, there), load_share<UNIT, W>(y, x.y + at, end, there);
+#pragma unroll
+    for (unsigned u = 0; u < PER_LANE; u++)
+#pragma unroll
+        for (unsigned e = 0; e < UNIT; e++) sum += own_number<UNIT, W>(dy, u, e, shift, end) * to_float(y[u].at[e]);
+    for (int far = ACROSS / 2; far; far /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, far);
+    if (head < s->B * heads && threadIdx.x % ACROSS == 0)
+        x.sums[r] = there ? Sums{x.lse[(size_t)head * Tq + i], sum} : Sums{0, 0};
+}
+
+/* Scratch: sums */
 static size_t attention_needs_gpu(const Compute *, const Attention *s, int backward) {
-    return backward ? s->B * s->heads * s->Tq * sizeof(float) : 0;
+    return backward ? s->B * s->heads * padded(s->Tq) * sizeof(Sums) : 0;
+}
+
+template <int UNIT, int W> static Err launch_backward(Device *d, const AttendBackward *x) {
+    typedef Tiles<W> T;
+    const Attention *s = &x->s;
+    const size_t bytes = attend_bytes<W>(s->D, 1);
+    LAUNCH(d, (attend_sums_kernel<UNIT, W>),
+           blocks_for(s->B * s->heads * padded(s->Tq), ROW_WARPS * WARP / Moves<UNIT, W>::ACROSS), ROW_WARPS * WARP, 0,
+           *x);
+    LAUNCH(d, (attend_queries_kernel<UNIT, W>), head_blocks(s, s->Tq, T::TILE), T::THREADS, bytes, *x);
+    LAUNCH(d, (attend_keys_kernel<UNIT, W>), head_blocks(s, s->Tk, T::TILE), T::THREADS, bytes, *x);
+    return OK;
 }
 
 static Err attention_backward_gpu(const Compute *on, real *dq, real *dk, real *dv, const real *dy, const real *y,
                                   const real *saved, const real *q, const real *k, const real *v, const Attention *s) {
-    Device *d = on->device;
-    float *delta = (float *)on->scratch;
     const AttendBackward x = {*s,
                               (floatX *)dq,
                               (floatX *)dk,
                               (floatX *)dv,
                               (const floatX *)dy,
+                              (const floatX *)y,
                               (const floatX *)q,
                               (const floatX *)k,
                               (const floatX *)v,
                               saved,
-                              delta};
-    const unsigned queries = head_blocks(s, s->Tq), keys = head_blocks(s, s->Tk);
-    const size_t bytes = attend_bytes(s->D, 1);
-    TRY(check_head(s));
-    LAUNCH(d, attend_delta_kernel, blocks_for(s->B * s->heads * s->Tq, ROW_WARPS), ROW_WARPS * WARP, 0, *s, delta, x.dy,
-           (const floatX *)y);
-    if (s->D <= 64) {
-        LAUNCH(d, attend_queries_kernel<64>, queries, ATTEND_THREADS, bytes, x);
-        LAUNCH(d, attend_keys_kernel<64>, keys, ATTEND_THREADS, bytes, x);
-    } else {
-        LAUNCH(d, attend_queries_kernel<128>, queries, ATTEND_THREADS, bytes, x);
-        LAUNCH(d, attend_keys_kernel<128>, keys, ATTEND_THREADS, bytes, x);
-    }
-    return OK;
+                              (Sums *)on->scratch};
+    return FOR_WINDOWS(launch_backward, s, on->device, &x);
 }
 
 /* ---- Decoding: n new queries (one, or a prompt) against all keys so far ----
@@ -732,31 +859,27 @@ static __device__ inline void append_keys(const Attention *s, floatX *cache, con
     }
 }
 
-/* What a lane has of a row of D numbers; zeros beyond, or if the row is not there */
-template <int UNIT, int W>
-static __device__ inline void load_share(Unit<UNIT> share[Moves<UNIT, W>::PER_LANE], const floatX *row, unsigned D,
-                                         bool there) {
-    typedef Moves<UNIT, W> M;
-#pragma unroll
-    for (unsigned u = 0; u < M::PER_LANE; u++) {
-        const unsigned c = (u * M::ACROSS + threadIdx.x % M::ACROSS) * UNIT;
-        share[u] = {};
-        if (there && c < D) share[u] = *(const Unit<UNIT> *)(row + c);
-    }
+/* Windows of the keys or values that a block sees: the first `pos` are in the cache, the rest in `fresh`. Other blocks put
+ * these into the cache meanwhile, and strangers nobody wrote yet may be NaN. */
+typedef struct {
+    const floatX *cache, *fresh;
+} Seen;
+static __device__ inline const floatX *seen_row(Seen x, unsigned j, unsigned pos, unsigned inner) {
+    return j < pos ? x.cache + (size_t)j * inner : x.fresh + (size_t)(j - pos) * inner;
 }
 
 /* A team sees key j and AHEAD - 1 more, as many apart as there are teams, of rows inner apart. */
 template <int UNIT, int W>
-static __device__ inline void see_keys(Team<UNIT, W> *x, const floatX *k, const floatX *v, unsigned j, unsigned keys,
-                                       size_t inner, unsigned D) {
+static __device__ inline void see_keys(Team<UNIT, W> *x, Seen k, Seen v, unsigned j, unsigned pos, unsigned keys,
+                                       unsigned inner, unsigned end) {
     typedef Team<UNIT, W> T;
     Unit<UNIT> key[AHEAD][T::PER_LANE], value[AHEAD][T::PER_LANE];
     float score[AHEAD], peak = x->largest;
 #pragma unroll
     for (unsigned a = 0; a < AHEAD; a++) {
         const unsigned at = j + a * T::COUNT;
-        load_share<UNIT, W>(key[a], k + at * inner, D, at < keys);
-        load_share<UNIT, W>(value[a], v + at * inner, D, at < keys);
+        load_share<UNIT, W>(key[a], seen_row(k, at, pos, inner), end, at < keys);
+        load_share<UNIT, W>(value[a], seen_row(v, at, pos, inner), end, at < keys);
     }
 #pragma unroll
     for (unsigned a = 0; a < AHEAD; a++) {
@@ -779,9 +902,10 @@ static __device__ inline void see_keys(Team<UNIT, W> *x, const floatX *k, const 
     }
 }
 
-/* y (D) = what all teams of the block have seen; thread c gives channel c */
+/* y (end), a window, = what all teams of the block have seen; thread c gives channel c, from `shift` on */
 template <int UNIT, int W>
-static __device__ inline void join_teams(floatX *y, float *shared, const Team<UNIT, W> *x, unsigned D) {
+static __device__ inline void join_teams(floatX *y, float *shared, const Team<UNIT, W> *x, unsigned shift,
+                                         unsigned end) {
     typedef Team<UNIT, W> T;
     const unsigned lane = threadIdx.x % T::LANES, c = threadIdx.x;
     float *mine = shared + threadIdx.x / T::LANES * (W + 2), peak = -HUGE_VALF, sum = 0, out = 0;
@@ -791,11 +915,11 @@ static __device__ inline void join_teams(floatX *y, float *shared, const Team<UN
     __syncthreads();
     for (unsigned t = 0; t < T::COUNT; t++) peak = fmaxf(peak, shared[t * (W + 2) + W]);
 #pragma unroll 4
-    for (unsigned t = 0; t < T::COUNT && c < D; t++) {
+    for (unsigned t = 0; t < T::COUNT && c < end; t++) {
         const float *other = shared + t * (W + 2), weight = expf(other[W] - peak);
         sum += weight * other[W + 1], out += weight * other[c];
     }
-    if (c < D) y[c] = to_floatX(out / sum);
+    if (c >= shift && c < end) y[c] = to_floatX(out / sum);
     __syncthreads();
 }
 
@@ -812,22 +936,23 @@ static __global__ void __launch_bounds__(DECODE_THREADS, 2) attend_decode_kernel
     SHARED(float, shared);
     typedef Team<UNIT, W> T;
     const Attention *s = &a.s;
-    const size_t b = blockIdx.x / s->heads, h = blockIdx.x % s->heads, inner = s->heads * s->D;
-    const size_t at_key = b * s->key_stride * inner + h * s->D;
-    const unsigned D = (unsigned)s->D, pos = a.pos ? (unsigned)*a.pos : 0,
-                   keys = (unsigned)(a.pos ? pos + s->Tq : s->Tk);
+    const HeadAt at = head_at<UNIT>(s, 1, 1); /* a block for each head */
+    const unsigned pos = (unsigned)(a.pos ? *a.pos : s->Tk), keys = (unsigned)(a.pos ? pos + s->Tq : s->Tk);
+    const Seen k = {a.k + at.keys, a.new_k + at.outs}, v = {a.v + at.keys, a.new_v + at.outs};
+    const float factor = rsqrtf((float)s->D);
     if (a.pos) append_keys(s, a.k, a.new_k, pos), append_keys(s, a.v, a.new_v, pos);
-    __syncthreads();
-    for (size_t i = 0; i < s->Tq; i++) {
-        const size_t at = (b * s->Tq + i) * inner + h * s->D;
+    for (unsigned i = 0; i < s->Tq; i++) {
         Unit<UNIT> query[T::PER_LANE];
         T x = {{}, {}, -HUGE_VALF, 0};
-        load_share<UNIT, W>(query, a.q + at, D, true);
-        for (int u = 0; u < T::PER_LANE; u++)
-            for (int e = 0; e < UNIT; e++) x.query[u][e] = to_float(query[u].at[e]) / sqrtf((float)D);
+        load_share<UNIT, W>(query, a.q + at.queries + (size_t)i * at.q_row, at.end, true);
+#pragma unroll
+        for (unsigned u = 0; u < T::PER_LANE; u++)
+#pragma unroll
+            for (unsigned e = 0; e < UNIT; e++)
+                x.query[u][e] = factor * own_number<UNIT, W>(query, u, e, at.shift, at.end);
         for (unsigned j = 0; j < keys; j += AHEAD * T::COUNT)
-            see_keys<UNIT, W>(&x, a.k + at_key, a.v + at_key, j + threadIdx.x / T::LANES, keys, inner, D);
-        join_teams<UNIT, W>(a.y + at, shared, &x, D);
+            see_keys<UNIT, W>(&x, k, v, j + threadIdx.x / T::LANES, pos, keys, at.inner, at.end);
+        join_teams<UNIT, W>(a.y + at.outs + (size_t)i * at.inner, shared, &x, at.shift, at.end);
     }
 }
 
@@ -850,8 +975,5 @@ static Err keep_positions_gpu(const Compute *on, void *kept, const real *x, size
 static Err attend_decode_gpu(Device *d, const Attention *s, const int *pos, floatX *y, const floatX *q, floatX *k,
                              floatX *v, const floatX *new_k, const floatX *new_v) {
     const AttendDecode a = {*s, pos, y, k, v, q, new_k, new_v};
-    TRY(check_head(s));
-    if (s->D % PACK == 0) return s->D <= 64 ? launch_decode<PACK, 64>(d, &a) : launch_decode<PACK, 128>(d, &a);
-    if (s->D % 2 == 0) return s->D <= 64 ? launch_decode<2, 64>(d, &a) : launch_decode<2, 128>(d, &a);
-    return s->D <= 64 ? launch_decode<1, 64>(d, &a) : launch_decode<1, 128>(d, &a);
+    return FOR_WINDOWS(launch_decode, s, d, &a);
 }

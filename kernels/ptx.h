@@ -38,7 +38,8 @@ template <typename T> static __device__ inline void store_whole(void *to, const 
  *                    c a lane has row lane / 4, columns lane % 4 * 2 and the next, then the same of row lane / 4 + 8
  *   bf16_pair        two floats as bf16 in a word, as matrices have them
  *   exp2_approx      2^x to 2 units in the last place, 0 below 2^-126: one instruction, where exp2f takes four
- *   reciprocal_approx   1 / x to a unit in the last place, 0 beyond 2^126: one instruction */
+ *   reciprocal_approx   1 / x to a unit in the last place, 0 beyond 2^126: one instruction
+ *   log2_approx      the logarithm, to 2^-22 between 1/2 and 2, else to 2 units in the last place */
 template <int BYTES = 16> static __device__ inline void copy_async(void *shared, const void *global, int there) {
     const unsigned to = (unsigned)__cvta_generic_to_shared(shared), bytes = there ? BYTES : 0;
     if constexpr (BYTES == 16)
@@ -83,6 +84,11 @@ static __device__ inline float exp2_approx(float x) {
 static __device__ inline float reciprocal_approx(float x) {
     float y;
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+static __device__ inline float log2_approx(float x) {
+    float y;
+    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
 static __device__ inline unsigned bf16_pair(float first, float second) {

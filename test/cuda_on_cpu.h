@@ -488,6 +488,9 @@ static inline float exp2_approx(float x) {
 static inline float reciprocal_approx(float x) {
     return 1 / x;
 }
+static inline float log2_approx(float x) {
+    return log2f(x);
+}
 static inline unsigned bf16_pair(float first, float second) {
     return __float2bfloat16(first).bits | (unsigned)__float2bfloat16(second).bits << 16;
 }

@@ -988,6 +988,10 @@ static void test_attentions(void) {
     test_attention(1, 2, 16, 70, 70, 1, 2);
     test_attention(1, 1, 72, 70, 70, 1, 66);
     test_attention(2, 1, 128, 1, 3, 0, 0);
+    test_attention(1, 8, 50, 69, 133, 0, 0); /* heads begin at every even place among 8 */
+    test_attention(2, 8, 19, 70, 70, 1, 0);  /* and at every place */
+    test_attention(1, 4, 62, 65, 66, 0, 0);  /* a window wider than 64 */
+    test_attention(1, 8, 126, 9, 20, 0, 0);  /* and one wider than 128 */
     test_attention_shapes();
     for (int order = first_order(); order < 2; order = next_order(order)) {
         test_attention_decoding(2, 3, 50, 4, 1, 9);
@@ -997,6 +1001,8 @@ static void test_attentions(void) {
         test_attention_decoding(1, 1, 50, 255, 2, 257);
         test_attention_decoding(2, 1, 15, 30, 1, 40);
         test_attention_decoding(1, 2, 121, 0, 1, 3);
+        test_attention_decoding(2, 8, 50, 5, 3, 9);
+        test_attention_decoding(2, 8, 19, 5, 1, 9);
     }
 }
 
