@@ -863,15 +863,15 @@ static __device__ inline void append_keys(const Attention *s, floatX *cache, con
  * these into the cache meanwhile, and strangers nobody wrote yet may be NaN. */
 typedef struct {
     const floatX *cache, *fresh;
-} Seen;
-static __device__ inline const floatX *seen_row(Seen x, unsigned j, unsigned pos, unsigned inner) {
+} SeenRows;
+static __device__ inline const floatX *seen_row(SeenRows x, unsigned j, unsigned pos, unsigned inner) {
     return j < pos ? x.cache + (size_t)j * inner : x.fresh + (size_t)(j - pos) * inner;
 }
 
 /* A team sees key j and AHEAD - 1 more, as many apart as there are teams, of rows inner apart. */
 template <int UNIT, int W>
-static __device__ inline void see_keys(Team<UNIT, W> *x, Seen k, Seen v, unsigned j, unsigned pos, unsigned keys,
-                                       unsigned inner, unsigned end) {
+static __device__ inline void see_keys(Team<UNIT, W> *x, SeenRows k, SeenRows v, unsigned j, unsigned pos,
+                                       unsigned keys, unsigned inner, unsigned end) {
     typedef Team<UNIT, W> T;
     Unit<UNIT> key[AHEAD][T::PER_LANE], value[AHEAD][T::PER_LANE];
     float score[AHEAD], peak = x->largest;
@@ -938,7 +938,7 @@ static __global__ void __launch_bounds__(DECODE_THREADS, 2) attend_decode_kernel
     const Attention *s = &a.s;
     const HeadAt at = head_at<UNIT>(s, 1, 1); /* a block for each head */
     const unsigned pos = (unsigned)(a.pos ? *a.pos : s->Tk), keys = (unsigned)(a.pos ? pos + s->Tq : s->Tk);
-    const Seen k = {a.k + at.keys, a.new_k + at.outs}, v = {a.v + at.keys, a.new_v + at.outs};
+    const SeenRows k = {a.k + at.keys, a.new_k + at.outs}, v = {a.v + at.keys, a.new_v + at.outs};
     const float factor = rsqrtf((float)s->D);
     if (a.pos) append_keys(s, a.k, a.new_k, pos), append_keys(s, a.v, a.new_v, pos);
     for (unsigned i = 0; i < s->Tq; i++) {
