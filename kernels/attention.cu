@@ -750,13 +750,22 @@ static __global__ void __launch_bounds__(Tiles<W>::THREADS, 2) attend_keys_kerne
 
 /* ---- Launching either ---- */
 
+static Err check_head(const Attention *s) {
+    if (s->D <= GPU_HEAD_MAX) return OK;
+    return err("transformer: heads of %zu channels; on the GPU they may have %d", s->D, (int)GPU_HEAD_MAX);
+}
+
 /* F<UNIT,W>(arguments...) for s */
 #define FOR_WINDOWS(F, s, ...)                                                                                         \
     (widest_window(s, PACK) <= 64             ? F<PACK, 64>(__VA_ARGS__)                                               \
      : widest_window(s, PACK) <= GPU_HEAD_MAX ? F<PACK, GPU_HEAD_MAX>(__VA_ARGS__)                                     \
-     : (s)->D <= GPU_HEAD_MAX                                                                                          \
-         ? F<1, GPU_HEAD_MAX>(__VA_ARGS__)                                                                             \
-         : err("transformer: heads of %zu channels; on the GPU they may have %d", (s)->D, (int)GPU_HEAD_MAX))
+     : check_head(s) == OK                    ? F<1, GPU_HEAD_MAX>(__VA_ARGS__)                                        \
+                                              : FAILED)
+
+/* The most shared memory that heads of D channels take, whatever their windows */
+static size_t attend_bytes(size_t D, int backward) {
+    return max_size(D <= 64 ? attend_bytes<64>(D, backward) : 0, attend_bytes<GPU_HEAD_MAX>(D, backward));
+}
 
 static unsigned head_blocks(const Attention *s, size_t T, size_t tile) {
     return (unsigned)(s->B * s->heads * ceil_div(T, tile));
