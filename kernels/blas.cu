@@ -25,7 +25,7 @@
 
 /* A product of one kind and size: how cuBLASLt does it is decided when it is first seen. */
 typedef struct {
-    int trans_a, trans_b, d_is_float, add, bias;
+    int trans_a, trans_b, d_is_float, add, bias, sums;
     size_t M, N, K, lda, ldb, ldd;
 } MatmulKey;
 typedef struct {
@@ -42,6 +42,7 @@ struct Blas {
     void *workspace;
     MatmulPlan *plan; /* (n) */
     size_t n, capacity;
+    int has_sums;
 #define F(name) decltype(&::name) name;
     BLAS_FUNCTIONS(F)
 #undef F
@@ -66,6 +67,7 @@ static Err find_blas(Blas *blas) {
     if (!blas->function) return err("--device cuda: %s has no function " #function, name);
     BLAS_FUNCTIONS(F)
 #undef F
+    blas->has_sums = dlsym(blas->library, "cublasLtGetVersion") != NULL; /* stand-ins have no version, and no sums */
     return OK;
 }
 
@@ -97,15 +99,17 @@ static Err describe(Blas *blas, MatmulPlan *p) {
     const cudaDataType_t type = IS_BF16 ? CUDA_R_16BF : CUDA_R_32F, type_d = k->d_is_float ? CUDA_R_32F : type;
     const cublasOperation_t op_first = k->trans_b ? CUBLAS_OP_T : CUBLAS_OP_N,
                             op_second = k->trans_a ? CUBLAS_OP_T : CUBLAS_OP_N;
-    const cublasLtEpilogue_t epilogue = k->bias ? CUBLASLT_EPILOGUE_BIAS : CUBLASLT_EPILOGUE_DEFAULT;
+    const cublasLtEpilogue_t epilogue = k->bias   ? CUBLASLT_EPILOGUE_BIAS
+                                        : k->sums ? CUBLASLT_EPILOGUE_BGRADB
+                                                  : CUBLASLT_EPILOGUE_DEFAULT;
     TRY(blas_error(blas->cublasLtMatmulDescCreate(&p->desc, CUBLAS_COMPUTE_32F, CUDA_R_32F), "a product"));
 #define SET(attribute, value)                                                                                          \
     TRY(blas_error(blas->cublasLtMatmulDescSetAttribute(p->desc, attribute, &value, sizeof value), #attribute))
     SET(CUBLASLT_MATMUL_DESC_TRANSA, op_first);
     SET(CUBLASLT_MATMUL_DESC_TRANSB, op_second);
     SET(CUBLASLT_MATMUL_DESC_EPILOGUE, epilogue);
-    if (k->bias) SET(CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, type_d);
-    if (k->bias)
+    if (k->bias || k->sums) SET(CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, type_d);
+    if (k->bias || k->sums)
         SET(CUBLASLT_MATMUL_DESC_BIAS_POINTER, blas->workspace); /* aligned as any; each product sets its own */
 #undef SET
     TRY(blas_error(blas->cublasLtMatrixLayoutCreate(&p->a, type, k->trans_b ? k->K : k->N, k->trans_b ? k->N : k->K,
@@ -177,21 +181,32 @@ static Err matmul_then_bias(Device *d, const Matmul *p) {
     return OK;
 }
 
-static Err matmul(Device *d, const Matmul *p) {
-    const float one = 1, beta = p->add ? 1 : 0;
+static Err plan_of(Device *d, const Matmul *p, MatmulPlan **plan) {
     MatmulKey key;
-    MatmulPlan *plan;
-    TRY(check_aligned(p));
     memset(&key, 0, sizeof key); /* gaps too: keys are compared byte by byte */
     key.trans_a = p->trans_a, key.trans_b = p->trans_b, key.d_is_float = p->d_is_float, key.add = p->add != NULL;
-    key.bias = p->bias != NULL, key.M = p->M, key.N = p->N, key.K = p->K;
+    key.bias = p->bias != NULL, key.sums = p->sums != NULL, key.M = p->M, key.N = p->N, key.K = p->K;
     key.lda = p->lda, key.ldb = p->ldb, key.ldd = p->ldd;
-    TRY(find_plan(d->blas, &key, &plan));
+    return find_plan(d->blas, &key, plan);
+}
+
+static int can_sum(Device *d, const Matmul *p) {
+    MatmulPlan *plan;
+    return d->blas->has_sums && plan_of(d, p, &plan) == OK && plan->possible;
+}
+
+static Err matmul(Device *d, const Matmul *p) {
+    const float one = 1, beta = p->add ? 1 : 0;
+    const void *const vector =
+        p->bias ? p->bias : p->sums; /* as long as D^T, what cuBLASLt sees, has rows, or columns */
+    MatmulPlan *plan;
+    TRY(check_aligned(p));
+    TRY(plan_of(d, p, &plan));
     if (!plan->possible && p->bias) return matmul_then_bias(d, p);
     if (!plan->possible) return err("cuBLASLt cannot multiply %zu x %zu by %zu x %zu", p->M, p->K, p->K, p->N);
-    if (p->bias)
-        TRY(blas_error(d->blas->cublasLtMatmulDescSetAttribute(plan->desc, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &p->bias,
-                                                               sizeof p->bias),
+    if (vector)
+        TRY(blas_error(d->blas->cublasLtMatmulDescSetAttribute(plan->desc, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &vector,
+                                                               sizeof vector),
                        "a bias"));
     return blas_error(d->blas->cublasLtMatmul(d->blas->handle, plan->desc, &one, p->B, plan->a, p->A, plan->b, &beta,
                                               p->add ? p->add : p->D, plan->d, p->D, plan->d, &plan->algo,

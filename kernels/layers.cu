@@ -217,11 +217,15 @@ static Err linear_backward_gpu(const Compute *on, real *dx, real *dw, real *db, 
     memset(&p, 0, sizeof p);
     p.trans_a = 1, p.d_is_float = 1, p.M = M, p.N = C, p.K = R;
     p.A = (const floatX *)dy, p.lda = M, p.B = (const floatX *)x, p.ldb = C, p.D = dw, p.ldd = C, p.add = dw;
-    TRY(matmul(d, &p));
-    if (!db) return OK;
+    p.sums = db ? partial : NULL;
+    if (!db || can_sum(d, &p)) {
+        TRY(matmul(d, &p));
+        return db ? add_slices(d, db, NULL, partial, 1, M) : OK;
+    }
     const dim3 grid(blocks_for(M, WARP), blocks_for(R, SLICE_ROWS));
-    LAUNCH(d, sum_columns_kernel, grid, COLUMN_THREADS, COLUMN_THREADS * sizeof(float), partial, (const floatX *)dy, R,
-           M);
+    p.sums = NULL;
+    TRY(matmul(d, &p));
+    LAUNCH(d, sum_columns_kernel, grid, COLUMN_THREADS, COLUMN_THREADS * sizeof(float), partial, p.A, R, M);
     return add_slices(d, db, NULL, partial, grid.y, M);
 }
 
