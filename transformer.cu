@@ -94,12 +94,13 @@ static void norm_forward(const Compute *on, real *y, real *mean, real *rstd, con
 
 /* With g = dy weight, and means over a row:
  *     dx += rstd (g - mean(g) - xhat mean(g xhat))     dweight += sum_r dy xhat     dbias += sum_r dy
- * dx_operand: a GPU's copy of dx for matrix products; elsewhere it is dx. */
+ * dx_operand: a GPU's copy of dx for matrix products; elsewhere it is dx. dy_f32: a GPU has dy as float */
 static void norm_backward(const Compute *on, real *dx, real *dx_operand, real *dweight, real *dbias, const real *dy,
-                          const real *x, const real *weight, const real *mean, const real *rstd, size_t R, size_t C,
-                          size_t n, size_t skip) {
+                          const real *x, const real *weight, const real *mean, const real *rstd, int dy_f32, size_t R,
+                          size_t C, size_t n, size_t skip) {
     if (on->fast)
-        return on->fast->norm_backward(on, dx, dx_operand, dweight, dbias, dy, x, weight, mean, rstd, R, C, n, skip);
+        return on->fast->norm_backward(on, dx, dx_operand, dweight, dbias, dy, x, weight, mean, rstd, dy_f32, R, C, n,
+                                       skip);
     for (size_t r = 0; r < R; r++) {
         const size_t at = source_row(r, n, skip) * C;
         const real *row = x + at, *d = dy + r * C;
@@ -360,8 +361,7 @@ typedef struct {
     real *normed;          /* (R,C) */
     real *query, *y;       /* (R,inner) queries; output of the heads, before out */
     real *key, *value;     /* (B,keys,inner) */
-    real *joint;           /* where those of them that are one product begin, side by side; NULL: none is */
-    real *saved;           /* of attention, for backward; NULL: nothing */
+    real *joint, *saved;   /* the first of those that are one product, or NULL; of attention, for backward, or NULL */
     real *g, *dg;          /* (R,4C) gelu(h) and its derivative; dg NULL: not wanted */
 } Activations;
 
@@ -411,7 +411,7 @@ struct Transformer {
     void *memory, *host_memory;
     Activations shared;                         /* of all layers, unless trained */
     real *raw, *logits, *draw;                  /* (B,N,K) before and after the variant; gradient of raw */
-    real *dx, *dx_operand, *dcontext, *dnormed; /* gradients, reused by every layer; f32 but for dx_operand */
+    real *dx, *dx_operand, *dcontext, *dnormed; /* gradients, reused by every layer; dx, dcontext: f32 */
     real *dquery, *dkey, *dvalue, *dy, *dh;
     real *host_logits;        /* a GPU's, when asked for; else logits */
     size_t *fed;              /* (B) decoding: positions of a batch row whose keys and values are there */
@@ -563,10 +563,10 @@ static void attention_block_backward(Transformer *m, const Stack *s, const Layer
     const real *source = cross ? pass->context : act->normed;
     project_backward(m, &l->out, m->dy, m->dx_operand, act->y, 0, 0, R);
     attention_backward(&m->on, dq, dk, dv, m->dy, act->y, act->saved, act->query, act->key, act->value, &a);
-    if (cross || !djoint) project_backward(m, &l->q, m->dnormed, dq, act->normed, 0, 1, R);
-    if (djoint) return project_backward(m, &l->joint, dsource, djoint, source, cross, 1, a.B * a.Tk);
-    project_backward(m, &l->k, dsource, dk, source, 1, 1, a.B * a.Tk);
-    project_backward(m, &l->v, dsource, dv, source, 1, 1, a.B * a.Tk);
+    if (cross || !djoint) project_backward(m, &l->q, m->dnormed, dq, act->normed, 0, 0, R);
+    if (djoint) return project_backward(m, &l->joint, dsource, djoint, source, cross, cross, a.B * a.Tk);
+    project_backward(m, &l->k, dsource, dk, source, 1, cross, a.B * a.Tk);
+    project_backward(m, &l->v, dsource, dv, source, 1, cross, a.B * a.Tk);
 }
 
 /* next (R,C) = x + down(gelu(up normed)) */
@@ -581,7 +581,7 @@ static void feed_block_backward(Transformer *m, const Layer *l, size_t R) {
     const Activations *act = &l->act;
     project_backward(m, &l->down, m->dh, m->dx_operand, act->g, 0, 0, R);
     gelu_backward(&m->on, m->dh, act->dg, R, l->up.out);
-    project_backward(m, &l->up, m->dnormed, m->dh, act->normed, 0, 1, R);
+    project_backward(m, &l->up, m->dnormed, m->dh, act->normed, 0, 0, R);
 }
 
 /* ---- Stacks ---- */
@@ -615,11 +615,11 @@ static size_t first_row(const Layer *l) {
 /* From dout (B,n-skip,C): parameters +=, dcontext +=. Overwrites m->dx. */
 static void stack_backward(Transformer *m, Stack *s, const real *dout, real *dcontext, const Pass *pass, size_t skip) {
     const Compute *on = &m->on;
-    const size_t R = pass->B * pass->n, C = s->C;
+    const size_t R = pass->B * pass->n, C = s->C, rows = pass->B * (pass->n - skip);
     compute_zero(on, m->dx, R * C * f32_bytes(on));
     if (m->dx_operand != m->dx) compute_zero(on, m->dx_operand, R * C * on->unit);
     norm_backward(on, m->dx, m->dx_operand, grad_of(m, s->norm.weight), grad_of(m, s->norm.bias), dout, s->x_end,
-                  value_of(m, s->norm.weight), s->end_mean, s->end_rstd, pass->B * (pass->n - skip), C, pass->n, skip);
+                  value_of(m, s->norm.weight), s->end_mean, s->end_rstd, dout == m->dcontext, rows, C, pass->n, skip);
     for (size_t i = s->n_layers; i-- > 0;) {
         const Layer *l = &s->layer[i];
         if (l->kind == BLOCK_FEED)
@@ -627,7 +627,7 @@ static void stack_backward(Transformer *m, Stack *s, const real *dout, real *dco
         else
             attention_block_backward(m, s, l, dcontext, pass);
         norm_backward(on, m->dx, m->dx_operand, grad_of(m, l->norm.weight), grad_of(m, l->norm.bias), m->dnormed,
-                      l->act.x, value_of(m, l->norm.weight), l->act.mean, l->act.rstd, R, C, pass->n, 0);
+                      l->act.x, value_of(m, l->norm.weight), l->act.mean, l->act.rstd, 0, R, C, pass->n, 0);
         params_ready(&m->params, first_row(l));
     }
     embed_backward(on, grad_of(m, s->token_emb), grad_of(m, s->pos_emb), m->dx, s->ids, pass->B, pass->n, C,
@@ -674,7 +674,7 @@ static void network_backward(Transformer *m, const real *draw) {
     Stack *e = &m->encoder, *d = &m->decoder;
     const size_t B = m->now_B, N = m->now_N, P = prompt_length(&m->config);
     real *dout = m->dnormed; /* (B*N,C): the final norm reads it before the last block writes there */
-    project_backward(m, &m->head, dout, draw, d->out, 0, 1, B * N);
+    project_backward(m, &m->head, dout, draw, d->out, 0, 0, B * N);
     if (m->config.kind == NET_X) {
         const Pass encode = whole_pass(e, B, P + N, NULL, 0), decode = whole_pass(d, B, N, e->out, P + N);
         compute_zero(&m->on, m->dcontext, B * (P + N) * e->C * f32_bytes(&m->on));
@@ -921,7 +921,7 @@ static void want_gradients(Arrays *a, size_t R, size_t inner, size_t hidden, siz
     Transformer *m = a->m;
     Compute *on = &m->on;
     const size_t C = m->config.dim, K = m->config.dec_num_tokens, joint = on->device ? 3 * inner : inner;
-    want_f32(a, &m->dx, R, C), want_f32(a, &m->dnormed, R, C), want_f32(a, &m->dcontext, R, C);
+    want_f32(a, &m->dx, R, C), want_reals(a, &m->dnormed, R, C), want_f32(a, &m->dcontext, R, C);
     if (on->unit != f32_bytes(on)) want_reals(a, &m->dx_operand, R, C);
     if (on->device) want_reals(a, &m->draw, rows, K);
     want_reals(a, &m->dquery, R, joint), want_reals(a, &m->dkey, R, joint), want_reals(a, &m->dvalue, R, inner);

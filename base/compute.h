@@ -300,7 +300,7 @@ struct Layers {
     void (*put_planes)(const Compute *on, real *to, const real *planes, size_t B, size_t C, size_t hw);
     Err (*get_planes)(const Compute *on, real *planes, const real *from, size_t B, size_t C, size_t hw);
 
-    /* ---- transformer.cu: activations (R,C). f32: x, dx, mean, rstd, dy of a norm, logits ---- */
+    /* ---- transformer.cu: activations (R,C). f32: x, dx, mean, rstd, logits ---- */
     void (*embed_forward)(const Compute *on, real *x, const int32_t *ids, const real *token, const real *position,
                           const Position *at, size_t B, size_t n, size_t C);
     void (*embed_backward)(const Compute *on, real *dtoken, real *dposition, const real *dx, const int32_t *ids,
@@ -309,7 +309,7 @@ struct Layers {
     void (*norm_forward)(const Compute *on, real *y, real *mean, real *rstd, const real *x, const real *weight,
                          const real *bias, size_t R, size_t C, size_t n, size_t skip);
     void (*norm_backward)(const Compute *on, real *dx, real *dx_operand, real *dweight, real *dbias, const real *dy,
-                          const real *x, const real *weight, const real *mean, const real *rstd, size_t R, size_t C,
+                          const real *x, const real *weight, const real *mean, const real *rstd, int dy_f32, size_t R, size_t C,
                           size_t n, size_t skip);
     size_t (*linear_needs)(const Compute *on, size_t R, size_t C, size_t M);
     void (*linear_forward)(const Compute *on, real *y, const real *x, const real *w, const real *bias, const real *add,

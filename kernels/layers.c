@@ -138,10 +138,10 @@ static void norm_backward_columns(void *context, size_t task) {
 }
 
 void norm_backward_fast(const Compute *on, real *dx, real *dx_operand, real *dweight, real *dbias, const real *dy,
-                        const real *x, const real *weight, const real *mean, const real *rstd, size_t R, size_t C,
-                        size_t n, size_t skip) {
+                        const real *x, const real *weight, const real *mean, const real *rstd, int dy_f32, size_t R,
+                        size_t C, size_t n, size_t skip) {
     NormRows a = {.weight = weight, .x = x, .dy = dy, .dx = dx, .mean = (real *)mean, .rstd = (real *)rstd};
-    (void)on, (void)dx_operand;
+    (void)on, (void)dx_operand, (void)dy_f32;
     a.dweight = dweight, a.dbias = dbias, a.R = R, a.C = C, a.n = n, a.skip = skip;
     parallel_for(threads_for(R * C), R, norm_backward_row, &a);
     parallel_for(threads_for(R * C), column_tasks(C), norm_backward_columns, &a);

@@ -111,14 +111,16 @@ static __device__ inline void add_rows(float *sum, float *shared, const float mi
 typedef struct {
     float *dx, *partial; /* partial (2,slices,C): what a slice adds to dweight, and to dbias */
     floatX *dx_copy;
-    const float *dy, *x, *weight, *mean, *rstd;
+    const void *dy; /* T */
+    const float *x, *weight, *mean, *rstd;
     size_t R, C, n, skip;
 } NormBackward;
 
 /* dx += and, for the matrix product that reads it next, a copy of it in floatX; and the sums of columns. As norm_forward: a
  * warp per row. A block has a slice of the rows, of which it writes a panel of columns, HELD for each lane; their dy and
  * x stay in registers, so that a row of one panel is read once. Grid: the panels of the first slice, then the second's. */
-template <int HELD> static __global__ void __launch_bounds__(ROW_WARPS *WARP) norm_backward_kernel(NormBackward a) {
+template <int HELD, typename T>
+static __global__ void __launch_bounds__(ROW_WARPS *WARP) norm_backward_kernel(NormBackward a) {
     SHARED(float, shared);
     const size_t C = a.C, panels = (C + HELD * WARP - 1) / (HELD * WARP), slice = blockIdx.x / panels;
     const size_t panel = blockIdx.x % panels * HELD * WARP, own = panel + threadIdx.x % WARP;
@@ -126,12 +128,13 @@ template <int HELD> static __global__ void __launch_bounds__(ROW_WARPS *WARP) no
     float dweight[HELD] = {}, dbias[HELD] = {};
     for (size_t r = r0 + threadIdx.x / WARP; r < end; r += ROW_WARPS) {
         const size_t at = source_row(r, a.n, a.skip) * C;
-        const float *dy = a.dy + r * C, *x = a.x + at, mu = a.mean[r], s = a.rstd[r];
+        const T *dy = (const T *)a.dy + r * C;
+        const float *x = a.x + at, mu = a.mean[r], s = a.rstd[r];
         float g[HELD], hat[HELD], sum = 0, sum_hat = 0; /* g = dy weight, hat = (x - mean) rstd */
 #pragma unroll
         for (int k = 0; k < HELD; k++) {
             const size_t c = own + k * WARP;
-            g[k] = c < C ? dy[c] : 0, hat[k] = c < C ? (x[c] - mu) * s : 0;
+            g[k] = c < C ? to_float(dy[c]) : 0, hat[k] = c < C ? (x[c] - mu) * s : 0;
         }
 #pragma unroll
         for (int k = 0; k < HELD; k++) {
@@ -140,7 +143,7 @@ template <int HELD> static __global__ void __launch_bounds__(ROW_WARPS *WARP) no
             sum += g[k], sum_hat += g[k] * hat[k];
         }
         for (size_t c = threadIdx.x % WARP; panels > 1 && c < C; c += WARP) { /* the other panels */
-            const float other = c < panel || c >= panel + HELD * WARP ? dy[c] * a.weight[c] : 0;
+            const float other = c < panel || c >= panel + HELD * WARP ? to_float(dy[c]) * a.weight[c] : 0;
             sum += other, sum_hat += other * (x[c] - mu) * s;
         }
         const float shift = warp_sum(sum) / (float)C, slope = warp_sum(sum_hat) / (float)C;
@@ -162,9 +165,13 @@ template <int HELD> static __global__ void __launch_bounds__(ROW_WARPS *WARP) no
     add_rows<HELD>(sums + gridDim.x / panels * C, shared, dbias, width);
 }
 
-template <int HELD> static Err launch_norm_backward(Device *d, const NormBackward *a) {
-    const unsigned grid = blocks_for(a->C, HELD * WARP) * blocks_for(a->R, NORM_ROWS);
-    LAUNCH(d, norm_backward_kernel<HELD>, grid, ROW_WARPS * WARP, ROW_WARPS * HELD * WARP * sizeof(float), *a);
+template <int HELD> static Err launch_norm_backward(Device *d, const NormBackward *a, int dy_f32) {
+    const unsigned grid = blocks_for(a->C, HELD * WARP) * blocks_for(a->R, NORM_ROWS), block = ROW_WARPS * WARP;
+    const size_t bytes = ROW_WARPS * HELD * WARP * sizeof(float);
+    if (dy_f32)
+        LAUNCH(d, (norm_backward_kernel<HELD, float>), grid, block, bytes, *a);
+    else
+        LAUNCH(d, (norm_backward_kernel<HELD, floatX>), grid, block, bytes, *a);
     return OK;
 }
 
@@ -177,16 +184,16 @@ static size_t linear_needs_gpu(const Compute *, size_t R, size_t, size_t M) {
 }
 
 static Err norm_backward_gpu(const Compute *on, real *dx, real *dx_operand, real *dweight, real *dbias, const real *dy,
-                             const real *x, const real *weight, const real *mean, const real *rstd, size_t R, size_t C,
-                             size_t n, size_t skip) {
+                             const real *x, const real *weight, const real *mean, const real *rstd, int dy_f32,
+                             size_t R, size_t C, size_t n, size_t skip) {
     float *partial = (float *)on->scratch;
     const NormBackward a = {dx, partial, (floatX *)dx_operand, dy, x, weight, mean, rstd, R, C, n, skip};
     if (C <= 8 * WARP)
-        TRY(launch_norm_backward<8>(on->device, &a));
+        TRY(launch_norm_backward<8>(on->device, &a, dy_f32));
     else if (C <= 24 * WARP)
-        TRY(launch_norm_backward<24>(on->device, &a));
+        TRY(launch_norm_backward<24>(on->device, &a, dy_f32));
     else
-        TRY(launch_norm_backward<32>(on->device, &a));
+        TRY(launch_norm_backward<32>(on->device, &a, dy_f32));
     return add_slices(on->device, dweight, dbias, partial, ceil_div(R, NORM_ROWS), C);
 }
 

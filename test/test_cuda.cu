@@ -121,7 +121,7 @@ static real *reals(size_t n) {
     return x;
 }
 
-static void test_norm(size_t B, size_t n, size_t skip, size_t C) {
+static void test_norm(size_t B, size_t n, size_t skip, size_t C, int dy_f32) {
     const size_t R = B * (n - skip), all = B * n * C;
     Fixture f;
     for (int order = first_order(); order < 2; order = next_order(order)) {
@@ -133,11 +133,12 @@ static void test_norm(size_t B, size_t n, size_t skip, size_t C) {
         float *gx = send(x, all), *gdx = send(dx, all), *gm = send(mean, R), *gr = send(rstd, R);
         floatX *gy = send_x(y, R * C), *copy = IS_BF16 ? send_x(dx, all) : (floatX *)(void *)gdx;
         gpu.fast->norm_forward(&gpu, as_real(gy), gm, gr, gx, there(w), there(b), R, C, n, skip);
-        gpu.fast->norm_backward(&gpu, gdx, as_real(copy), grad_there(w), grad_there(b), send(dy, R * C), gx, there(w),
-                                gm, gr, R, C, n, skip);
+        const real *gdy = dy_f32 ? send(dy, R * C) : as_real(send_x(dy, R * C));
+        gpu.fast->norm_backward(&gpu, gdx, as_real(copy), grad_there(w), grad_there(b), gdy, gx, there(w), gm, gr,
+                                dy_f32, R, C, n, skip);
         plain->norm_forward(&cpu, y, mean, rstd, x, here(&f, w), here(&f, b), R, C, n, skip);
-        plain->norm_backward(&cpu, dx, dx, grad_here(&f, w), grad_here(&f, b), dy, x, here(&f, w), mean, rstd, R, C, n,
-                             skip);
+        plain->norm_backward(&cpu, dx, dx, grad_here(&f, w), grad_here(&f, b), dy, x, here(&f, w), mean, rstd, dy_f32,
+                             R, C, n, skip);
         near_x("norm", gy, y, R * C);
         near_f("norm, mean", gm, mean, R);
         near_f("norm, rstd", gr, rstd, R);
@@ -967,12 +968,14 @@ static void test_layers(void) {
     test_gelu(1, 1, 0);
     test_gelu(7, 300, 1);
     test_gelu(1, 4097, 0);
-    test_norm(1, 1, 0, 1);
-    test_norm(3, 50, 0, 33);
-    test_norm(2, 9, 1, 70);
-    test_norm(3, 5, 2, 7);
-    test_norm(2, 70, 1, 300);
-    test_norm(1, 7, 0, 1050);
+    for (int dy_f32 = 0; dy_f32 < 2; dy_f32++) {
+        test_norm(1, 1, 0, 1, dy_f32);
+        test_norm(3, 50, 0, 33, dy_f32);
+        test_norm(2, 9, 1, 70, dy_f32);
+        test_norm(3, 5, 2, 7, dy_f32);
+        test_norm(2, 70, 1, 300, dy_f32);
+        test_norm(1, 7, 0, 1050, dy_f32);
+    }
     for (int order = first_order(); order < 2; order = next_order(order)) {
         test_linear(1, 1, 1, 1);
         test_linear(5, 7, 3, 0);

@@ -237,7 +237,7 @@ static void norm_run(const Compute *on, const Case *c) {
     const size_t n = c->s[1], skip = c->s[2], C = c->s[3], R = c->s[0] * (n - skip);
     norm_forward(on, P(LN_Y), P(LN_MEAN), P(LN_RSTD), P(LN_X), P(LN_WEIGHT), P(LN_BIAS), R, C, n, skip);
     norm_backward(on, P(LN_DX), on->device ? P(LN_OPERAND) : P(LN_DX), P(LN_DWEIGHT), P(LN_DBIAS), P(LN_DY), P(LN_X),
-                  P(LN_WEIGHT), P(LN_MEAN), P(LN_RSTD), R, C, n, skip);
+                  P(LN_WEIGHT), P(LN_MEAN), P(LN_RSTD), 1, R, C, n, skip);
 }
 THERE(norm_forward)
 

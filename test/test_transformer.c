@@ -1147,7 +1147,7 @@ static void test_norm_fellows(size_t B, size_t n, size_t skip, size_t C) {
         y[k] = numbers(R * C, 5, 1), mean[k] = numbers(R, 6, 1), rstd[k] = numbers(R, 7, 1);
         dx[k] = numbers(B * n * C, 8, 1), dw[k] = numbers(C, 9, 1), db[k] = numbers(C, 10, 1);
         l->norm_forward(&place[k].on, y[k], mean[k], rstd[k], x, w, b, R, C, n, skip);
-        l->norm_backward(&place[k].on, dx[k], dx[k], dw[k], db[k], dy, x, w, mean[k], rstd[k], R, C, n, skip);
+        l->norm_backward(&place[k].on, dx[k], dx[k], dw[k], db[k], dy, x, w, mean[k], rstd[k], 1, R, C, n, skip);
     }
     near_fellows("norm", "y", y, R * C);
     near_fellows("norm", "mean", mean, R);
