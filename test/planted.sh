@@ -79,7 +79,7 @@ try() {
         return
     fi
     # shellcheck disable=SC2086
-    PTXSIM=plain timeout "${LIMIT:-900}" "$program" $sections >"$program.log" 2>"$program.err"
+    PTXSIM="plain sms=16" timeout "${LIMIT:-900}" "$program" $sections >"$program.log" 2>"$program.err"
     status=$?
     found=$(sed -n 's/^PTXSIM: \([0-9]*\) findings$/\1/p' "$program.err")
     if [ $status -eq 0 ] && [ "${found:-0}" -eq 0 ]; then
