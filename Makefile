@@ -188,7 +188,7 @@ KERNELS := $(if $(PLAINLY),,fast gemm bf16 stream conv conv_bf16 norm layers att
 FILES := folder layout damage config atomic tensor checkpoint pickle zip ckpt weights names pixels orientation prep resize rows png png_text apng profile jpeg webp images mask lmdb tokens places keys values recipe betas net_config vqgan_config letters classes npy remap
 SAMPLING := model bounds draw edit paste options output sheet score region terminal
 COMPONENTS := $(BASE:%=base/%) $(KERNELS:%=kernels/%) $(FILES:%=files/%) data vqgan transformer diffusion \
-              $(SAMPLING:%=sampling/%) training/discriminator training/perceptual training/restart training/rate training/spike
+              $(SAMPLING:%=sampling/%) training/discriminator training/perceptual training/restart training/image_loss training/rate training/spike
 PROGRAMS := sample train inpaint $(if $(HAVE_SERVE),serve)
 LIBRARY_OWN := base/own_path base/options files/places # which know whether they are in a library
 COLD := base/params base/options base/own_path base/version $(FILES:%=files/%) data sampling/model sampling/options sampling/terminal

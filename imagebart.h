@@ -146,8 +146,6 @@ const Param *vqgan_last_layer(const Vqgan *v);
 /* What the last forward saw: latents z and straight-through z_q (B,embed_dim,h,w), raw codes (B,h*w). z is NULL if
  * there was none under this plan. */
 void vqgan_latents(const Vqgan *v, const real **z, const real **zq_st, const int32_t **raw);
-/* l1 = mean|x-xrec|, l2 = mean (x-xrec)^2; dxrec (n) = w1 dl1 + w2 dl2 (overwritten; may be NULL). */
-void image_loss(const real *x, const real *xrec, size_t n, double w1, double w2, double *l1, double *l2, real *dxrec);
 
 /* Its layers. What each computes stands with it in vqgan.c; what they need of scratch, and GPUs of Conv.prepared, must
  * be planned before: base/compute.h. conv_needs: backward 0 no, 1 yes, 2 of dx alone. */

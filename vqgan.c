@@ -315,22 +315,6 @@ void tanh_backward(const Compute *on, real *dx, const real *dy, const real *y, s
     for (size_t i = 0; i < n; i++) dx[i] = dy[i] * (1 - y[i] * y[i]);
 }
 
-/* ---- The loss of a reconstruction ----
- *
- *     l1 = mean |xrec - x|      l2 = mean (xrec - x)^2      dxrec (n) = w1 dl1/dxrec + w2 dl2/dxrec, or NULL */
-void image_loss(const real *x, const real *xrec, size_t n, double w1, double w2, double *l1, double *l2, real *dxrec) {
-    const real g1 = (real)(w1 / (double)n), g2 = (real)(2 * w2 / (double)n);
-    double s1 = 0, s2 = 0;
-    for (size_t i = 0; i < n; i++) {
-        const real d = xrec[i] - x[i];
-        s1 += fabs((double)d);
-        s2 += (double)d * (double)d;
-        if (dxrec) dxrec[i] = g1 * (real)((d > 0) - (d < 0)) + g2 * d;
-    }
-    *l1 = s1 / (double)n;
-    *l2 = s2 / (double)n;
-}
-
 /* ---- The network, as a list of layers in the order in which they run ----
  *
  *     image -> CONV3 -> [blocks, CONV_DOWN]* -> mid -> NORM, CONV3 -> CONV1 -> z                          encoder

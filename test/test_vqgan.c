@@ -7,6 +7,7 @@
  * that moves z. The other term, which moves the codebook, is checked by its closed form. */
 
 #include "first_stage.h"
+#include "training/training.h"
 #include "test.h"
 
 enum { IS_DOUBLE = sizeof(real) == 8 };

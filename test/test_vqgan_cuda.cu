@@ -4,6 +4,7 @@
 
 #include "device_test.h"
 #include "first_stage.h"
+#include "training/training.h"
 
 /* ---- A layer on both sides: the plain loop here, its fellow there ---- */
 

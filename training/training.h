@@ -8,6 +8,11 @@
 extern "C" {
 #endif
 
+/* ---- image_loss.c ---- */
+
+/* l1 = mean|x-xrec|, l2 = mean (x-xrec)^2; dxrec (n) = w1 dl1 + w2 dl2 (overwritten; may be NULL). */
+void image_loss(const real *x, const real *xrec, size_t n, double w1, double w2, double *l1, double *l2, real *dxrec);
+
 /* ---- restart.c ---- */
 
 /* Every entry of the codebook with usage[code] = 0 becomes a latent of the last vqgan_forward, which had B pictures of N
