@@ -335,7 +335,7 @@ typedef struct {
     size_t add;            /* CONV: a value that is added to the result, or NONE */
     size_t weight, bias;   /* rows of the parameter table, or NONE */
     size_t gradients_from; /* after its backward, rows from here on get no more of their gradient */
-    real *kept;            /* what forward keeps for backward: NORM (B,32,2), ATTEND (B,N,N) */
+    real *kept;            /* what forward keeps for backward: NORM (B,32,2), ATTEND (B,N,N); CONV: Conv.moments */
     void *prepared;        /* CONV on a GPU: Conv.prepared */
 } Layer;
 
@@ -371,6 +371,7 @@ struct Vqgan {
     double *gap;               /* of straight_through */
     real *last;                /* on a GPU: gradients of the last layer's weight and bias, alone */
     uint64_t prepared_at;      /* compute_changes when weights were prepared */
+    void *recorded;            /* on a GPU: the decoder's launches */
     /* the present run */
     size_t b, h, w;   /* pictures; their sides */
     int can_backward; /* vqgan_forward ran: backward may, once, for it reuses the memory of values */
@@ -507,16 +508,28 @@ static size_t plane_size(const Vqgan *v, size_t value) { /* h*w, in this run */
     return (v->h >> v->value[value].level) * (v->w >> v->value[value].level);
 }
 
+/* Layer i writes value i + 1; value 0 is the picture. Is this one left to the layer that reads it (base/plan.h)? */
+static int deferred(const Vqgan *v, size_t value) {
+    return value > 0 && v->step[value - 1].deferred;
+}
+
 static Conv conv_of(const Vqgan *v, const Layer *l) {
     const Value *x = &v->value[l->in[0]], *y = &v->value[l->out];
-    const int add_f32 = l->add != NONE && v->value[l->add].f32_copy;
-    return (Conv){l->conv,          v->b,        x->C,    y->C,        v->h >> x->level,
-                  v->w >> x->level, y->f32_copy, add_f32, y->f32_only, l->prepared};
+    Conv c = {.kind = l->conv, .B = v->b, .C = x->C, .M = y->C, .h = v->h >> x->level, .w = v->w >> x->level};
+    c.y_f32 = y->f32_copy, c.y_f32_only = y->f32_only, c.add_f32 = l->add != NONE && v->value[l->add].f32_copy;
+    c.prepared = l->prepared, c.moments = l->kept;
+    if (!deferred(v, l->in[0])) return c;
+    const Layer *n = &v->layer[l->in[0] - 1];
+    c.norm = n->kept, c.norm_swish = n->swish, c.norm_f32 = v->value[n->in[0]].f32_copy;
+    return c;
 }
 
 static GroupNorm norm_of(const Vqgan *v, const Layer *l) {
     const Value *x = &v->value[l->in[0]];
-    return (GroupNorm){.B = v->b, .C = x->C, .hw = plane_size(v, l->out), .swish = l->swish, .x_f32 = x->f32_copy};
+    const Layer *maker = &v->layer[l->in[0] ? l->in[0] - 1 : 0];
+    GroupNorm n = {v->b, x->C, plane_size(v, l->out), l->swish, x->f32_copy, deferred(v, l->out), NULL, 0};
+    if (l->in[0] && maker->kind == CONV) n.moments = maker->kept, n.parts = conv_parts(&v->on, conv_of(v, maker));
+    return n;
 }
 
 static Codes codes_of(const Vqgan *v) {
@@ -641,7 +654,8 @@ static Err finish_network(Vqgan *v) {
                                            .add = l->add,
                                            .out = l->out,
                                            .rereads_out = l->kind == TANH,
-                                           .in_place = l->kind == QUANTIZE};
+                                           .in_place = l->kind == QUANTIZE,
+                                           .defers = l->kind == NORM};
     }
     free(moved);
     return OK;
@@ -731,8 +745,8 @@ static void begin(Vqgan *v, size_t B, size_t H, size_t W) {
     v->b = B, v->h = H, v->w = W;
     v->can_backward = v->has_latents = 0;
     for (size_t i = 0; i < v->n_values; i++) {
-        v->value[i].x = v->value[i].memory;
-        v->value[i].dx = v->value[i].grad_memory;
+        v->value[i].x = deferred(v, i) ? v->value[v->layer[i - 1].in[0]].x : v->value[i].memory;
+        v->value[i].dx = v->value[v->life[v->n_values + i].home].grad_memory;
     }
 }
 
@@ -743,11 +757,6 @@ static void lend(Vqgan *v, size_t value, real **to, const real *from) {
 
 static Err hand_back(const Vqgan *v, size_t value, real *to, const real *from) {
     return compute_hand_back(&v->on, to, from, v->b, v->value[value].C, plane_size(v, value));
-}
-
-static Err hand_back_codes(Vqgan *v) {
-    const size_t bytes = v->b * plane_size(v, v->z) * sizeof *v->code;
-    return v->on.device ? compute_get(&v->on, v->seen_code, v->code, bytes) : OK;
 }
 
 /* ---- Pictures to tokens ---- */
@@ -763,7 +772,7 @@ Err vqgan_encode(Vqgan *v, const real *images, size_t B, size_t H, size_t W, uin
     if (prequant) TRY(hand_back(v, v->z, prequant, v->value[v->z].x));
     if (!raw && !tokens) return compute_status(&v->on);
     nearest_codes(&v->on, v->code, v->value[v->z].x, codebook(v), &s);
-    TRY(hand_back_codes(v));
+    TRY(compute_get(&v->on, v->seen_code, v->code, s.B * s.N * sizeof *v->code));
     if (raw) memcpy(raw, v->seen_code, s.B * s.N * sizeof *raw);
     if (tokens) remap_tokens(&v->remap, tokens, v->seen_code, s.B, s.N, seed);
     return compute_status(&v->on);
@@ -772,10 +781,15 @@ Err vqgan_encode(Vqgan *v, const real *images, size_t B, size_t H, size_t W, uin
 /* ---- Tokens to pictures ---- */
 
 /* From zq to the reconstruction, which on a CPU is written where the caller wants it. */
+static void walk_decoder(void *v) {
+    walk_forward((Vqgan *)v, ((Vqgan *)v)->quantize + 1, ((Vqgan *)v)->n_layers);
+}
 static Err decode(Vqgan *v, real *images) {
     Value *xrec = &v->value[v->xrec];
+    const size_t key[REPLAY_KEY] = {v->b, v->h, v->w, (size_t)(uintptr_t)codebook(v)};
     if (!v->on.device) xrec->x = images;
-    walk_forward(v, v->quantize + 1, v->n_layers);
+    prepare_weights(v);
+    TRY(compute_replay(&v->on, &v->recorded, key, walk_decoder, v));
     TRY(hand_back(v, v->xrec, images, xrec->x));
     return compute_status(&v->on);
 }
@@ -820,7 +834,7 @@ Err vqgan_forward(Vqgan *v, const real *images, size_t B, size_t H, size_t W, co
     double gap = 0;
     TRY(compute_get(&v->on, &gap, v->gap, sizeof gap));
     for (int i = 0; i < SHOWN; i++) TRY(hand_back(v, v->shown[i], v->value[v->shown[i]].seen, v->value[v->shown[i]].x));
-    TRY(hand_back_codes(v));
+    TRY(compute_get(&v->on, v->seen_code, v->code, s.B * s.N * sizeof *v->code));
     *codebook_loss = (1 + v->c.beta) * gap / (double)(s.B * s.D * s.N);
     *xrec = v->value[v->xrec].seen;
     v->can_backward = v->has_latents = 1;
@@ -878,9 +892,9 @@ static int reads(const Layer *l, size_t value) {
 /* A GPU in bf16 keeps in f32 too what residuals are added to and norms read along the way: the sum over the network's
  * depth, whose roundings would all count. Where no product reads the bf16 numbers, they are not even written. */
 static void plan_precision(Vqgan *v, size_t i) {
-    int made = 0, summed = 0, normed = 0, multiplied = 0;
+    const int made = i > 0 && v->layer[i - 1].kind == CONV;
+    int summed = 0, normed = 0, multiplied = 0;
     for (const Layer *l = v->layer; l < v->layer + v->n_layers; l++) {
-        made |= l->kind == CONV && l->out == i;
         summed |= l->add == i || (l->out == i && l->add != NONE);
         normed |= l->kind == NORM && l->in[0] == i;
         multiplied |= l->kind != NORM && reads(l, i);
@@ -901,7 +915,7 @@ static void plan_values(Vqgan *v, Plan *plan) {
         const int callers = !v->on.device && (i == v->image || i == v->xrec);
         if (v->on.device && n > (size_t)1 << 31 && plan->broken == OK)
             plan->broken = err("vqgan: activations of more than 2^31 numbers; a smaller batch takes less");
-        if (!callers || v->train)
+        if ((!callers || v->train) && !deferred(v, i))
             plan_add(plan, &x->memory, compute_bytes(&v->on, n, x->f32_copy), 1, v->life[i].from, v->life[i].to);
         if (!callers && v->train && grad->home == i)
             plan_add(plan, &x->grad_memory, n, v->on.unit, grad->from, grad->to);
@@ -912,14 +926,16 @@ static void plan_values(Vqgan *v, Plan *plan) {
 static void plan_layer(Vqgan *v, Plan *plan, size_t j) {
     Layer *l = &v->layer[j];
     const Layers *fast = v->on.fast;
-    const size_t C = v->value[l->out].C, N = plane_size(v, l->out), last = v->train ? 2 * v->n_layers - 1 - j : j;
+    const size_t C = v->value[l->out].C, N = plane_size(v, l->out), read = v->life[l->out].to;
+    size_t kept = 0, needs = 0, last = v->train ? 2 * v->n_layers - 1 - j : l->kind == NORM ? read : j;
     const Conv c = conv_of(v, l);
     const GroupNorm n = norm_of(v, l);
-    size_t kept = 0, needs = 0;
-    l->prepared = NULL;
+    l->prepared = NULL, l->kept = NULL;
     for (int backward = 0; l->kind == CONV && backward <= v->train; backward++) conv_needs(&v->on, &c, backward);
     if (l->kind == CONV && v->on.device && fast->conv_prepared_bytes(&c))
         plan_add(plan, &l->prepared, fast->conv_prepared_bytes(&c), 1, 0, PLAN_END);
+    if (l->kind == CONV)
+        kept = v->B * conv_parts(&v->on, c) * 3 * C * sizeof(float), last = min_size(read, v->n_layers);
     if (l->kind == NORM) kept = fast ? fast->group_norm_kept(&n) : v->B * NORM_GROUPS * 2 * sizeof(real);
     if (l->kind == NORM && fast) needs = fast->group_norm_needs(&v->on, &n, v->train);
     if (l->kind == ATTEND) kept = round_up(N, 64) * v->on.unit; /* a GPU's pictures begin at a multiple of 64 */
@@ -944,6 +960,7 @@ static void plan_rest(Vqgan *v, Plan *plan) {
 
 static void drop_plan(Vqgan *v) {
     if (v->memory) compute_free(&v->on, v->memory);
+    compute_forget(&v->on, &v->recorded);
     free(v->seen_memory);
     v->memory = v->seen_memory = NULL;
     v->can_backward = v->has_latents = 0;
@@ -980,6 +997,7 @@ static Err lay_out(Vqgan *v, size_t B, size_t H, size_t W, int train, void **mem
     TRY(check_picture(v, B, H, W, "vqgan_plan"));
     v->on = compute_of(&v->params);
     v->b = v->B = B, v->h = v->H = H, v->w = v->W = W;
+    for (size_t j = 0; j < v->n_layers; j++) v->step[j].takes_over = conv_norms(&v->on, conv_of(v, &v->layer[j]));
     plan_lives(v->step, v->n_layers, v->train, v->life, v->life + v->n_values, v->n_values);
     for (int i = 0; v->train && i < SHOWN; i++) v->life[v->shown[i]].to = PLAN_END;
     plan_values(v, &plan);
@@ -1013,7 +1031,5 @@ Err vqgan_plan(Vqgan *v, size_t B, size_t H, size_t W, int train) {
     size_t bytes = 0;
     TRY(lay_out(v, B, H, W, train, &v->memory, &bytes));
     v->prepared_at = (uint64_t)-1;
-    for (size_t i = 0; i < v->n_values; i++)
-        v->value[i].grad_memory = v->value[v->life[v->n_values + i].home].grad_memory;
     return place_seen(v);
 }

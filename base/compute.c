@@ -114,7 +114,7 @@ void compute_copy(const Compute *on, void *to, const void *from, size_t bytes) {
 
 Err compute_get(const Compute *on, void *to, const void *from, size_t bytes) {
     if (on->device) return on->ops->get(on->device, to, from, bytes);
-    memcpy(to, from, bytes);
+    if (to != from) memcpy(to, from, bytes);
     return OK;
 }
 
@@ -125,6 +125,18 @@ Err compute_status(const Compute *on) {
 
 Err compute_heads_fit(const Compute *on, size_t D, int train) {
     return on->ops ? on->ops->heads_fit(on->device, D, train) : OK;
+}
+
+Err compute_replay(const Compute *on, void **recorded, const size_t key[REPLAY_KEY], void (*work)(void *),
+                   void *context) {
+    if (on->device) return on->ops->replay(on->device, recorded, key, work, context);
+    work(context);
+    return OK;
+}
+
+void compute_forget(const Compute *on, void **recorded) {
+    if (*recorded) on->ops->forget(*recorded);
+    *recorded = NULL;
 }
 
 void compute_lend(const Compute *on, real **value, const real *planes, size_t B, size_t C, size_t hw) {

@@ -105,6 +105,12 @@ Err compute_status(const Compute *on);
 /* The memory of a network: the areas of its plan, and the scratch of its layers. *bytes: all of it. memory: where it then
  * lies, and the plan's targets point into it; NULL: it is only counted. Frees the plan. */
 Err compute_memory(Compute *on, struct Plan *plan, void **memory, size_t *bytes);
+/* Does work(context). On a GPU, where that only launches kernels, and always the same ones while key is the same (sizes,
+ * addresses), they are recorded the second time, and from then on launched all at once. forget: when addresses change. */
+enum { REPLAY_KEY = 4 };
+Err compute_replay(const Compute *on, void **recorded, const size_t key[REPLAY_KEY], void (*work)(void *),
+                   void *context);
+void compute_forget(const Compute *on, void **recorded);
 /* A parameter and its gradient where the network computes. */
 const real *param_value(const Params *p, size_t row);
 real *param_grad(const Params *p, size_t row);
@@ -386,6 +392,13 @@ struct Layers {
 static inline void conv_needs(Compute *on, const Conv *c, int backward) {
     if (on->fast) compute_needs(on, on->fast->conv_needs(on, c, backward));
 }
+/* As Layers say; 0 on a CPU. */
+static inline int conv_norms(const Compute *on, Conv c) {
+    return on->device && on->fast->conv_norms(&c);
+}
+static inline size_t conv_parts(const Compute *on, Conv c) {
+    return on->device ? on->fast->conv_parts(&c) : 0;
+}
 
 /* ---- The GPU, if the program was built with nvcc ---- */
 
@@ -486,6 +499,8 @@ struct DeviceOps {
     void (*zero)(Device *d, void *p, size_t bytes);
     void (*copy)(Device *d, void *to, const void *from, size_t bytes); /* within that memory */
     Err (*status)(const Device *d);
+    Err (*replay)(Device *d, void **recorded, const size_t *key, void (*work)(void *), void *context);
+    void (*forget)(void *recorded);
     uint64_t (*changes)(const Device *d);
     real *(*value)(const Device *d, size_t row); /* where a parameter lies, and its gradient; NULL: not sent yet */
     real *(*grad)(const Device *d, size_t row);

@@ -87,12 +87,27 @@ static void plan_gradients(PlanStep *step, size_t n_layers, Life *grad) {
     }
 }
 
+/* Whose result does one layer read alone, which takes it over? */
+static void plan_deferred(PlanStep *step, size_t n_layers) {
+    for (size_t j = 0; j < n_layers; j++) {
+        size_t readers = 0, reader = j;
+        for (size_t i = 0; i < n_layers; i++) {
+            const PlanStep *s = &step[i];
+            if (s->in[0] != step[j].out && s->in[1] != step[j].out && s->in[2] != step[j].out && s->add != step[j].out)
+                continue;
+            readers++, reader = i;
+        }
+        step[j].deferred = step[j].defers && readers == 1 && step[reader].takes_over && step[reader].add != step[j].out;
+    }
+}
+
 /* Values live from their making to their last use, which in training may be a backward; gradients from the backward of
  * the last layer that reads the value to the backward of the one that made it. A home lives as long as all that share
  * it. */
 void plan_lives(PlanStep *step, size_t n_layers, int train, Life *value, Life *grad, size_t n_values) {
     for (size_t i = 0; i < n_values; i++) value[i] = grad[i] = (Life){NONE, 0, i};
     plan_gradients(step, n_layers, grad);
+    plan_deferred(step, n_layers);
     for (size_t i = 0; i < n_values; i++) grad[i].to = 0;
     for (size_t j = 0; j < n_layers; j++) {
         const PlanStep *s = &step[j];
@@ -107,4 +122,6 @@ void plan_lives(PlanStep *step, size_t n_layers, int train, Life *value, Life *g
         }
         if (train && s->rereads_out) needed(&value[s->out], back);
     }
+    for (size_t j = 0; j < n_layers; j++)
+        if (step[j].deferred) needed(&value[step[j].in[0]], value[step[j].out].to);
 }

@@ -35,6 +35,9 @@ typedef struct {
     size_t in[3], add, out; /* it reads `in`, adds `add` to its result, and writes `out`; NONE: there is none */
     int rereads_out;        /* backward reads `out` again, else `in` */
     int in_place;      /* backward, the gradient of in[0] lies where that of `out` does, as that of `add` always does */
+    int defers;        /* it may leave its result to the one layer that reads it, if that one takes it over */
+    int takes_over;    /* it can compute the layer in front of it, reading that one's in[0] instead of in[0] */
+    int deferred;      /* plan_lives says: `out` is never written, and in[0] lives until `out` has been read */
     int accumulate[3]; /* plan_lives says: backward finds the gradient of in[i] already begun */
 } PlanStep;
 typedef struct {

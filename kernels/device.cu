@@ -176,6 +176,50 @@ static real *row_grad(const Device *d, size_t row) {
     return d->row ? d->row[row].grad : NULL;
 }
 
+/* ---- Launches that are recorded: as a graph, which starts all kernels at once ---- */
+
+typedef struct {
+    size_t key[REPLAY_KEY];
+    cudaGraph_t graph;
+    cudaGraphExec_t ready; /* NULL: still to be recorded */
+} Recording;
+
+static void forget(void *recorded) {
+    Recording *r = (Recording *)recorded;
+    if (r->ready) cudaGraphExecDestroy(r->ready);
+    if (r->graph) cudaGraphDestroy(r->graph);
+    free(r);
+}
+
+static Err record(Device *d, Recording *r, void (*work)(void *), void *context) {
+    TRY(cuda_error(cudaStreamBeginCapture(d->stream, cudaStreamCaptureModeThreadLocal), "recording launches"));
+    work(context);
+    TRY(cuda_error(cudaStreamEndCapture(d->stream, &r->graph), "recording launches"));
+    TRY(earlier_failure(d));
+    if (work_stops()) return err("the work was stopped"); /* and is not whole */
+    return cuda_error(cudaGraphInstantiate(&r->ready, r->graph, 0), "preparing what was recorded");
+}
+
+/* The first time work runs as it is: it loads what it needs, which must not happen while a graph is recorded. */
+static Err replay(Device *d, void **recorded, const size_t *key, void (*work)(void *), void *context) {
+    Recording *r = (Recording *)*recorded;
+    Err e = OK;
+    if (r && memcmp(r->key, key, sizeof r->key)) forget(r), r = NULL;
+    *recorded = r;
+    if (!r) {
+        TRY(mem_alloc(&r, 1, sizeof *r, "recorded launches"));
+        memcpy(r->key, key, sizeof r->key);
+        *recorded = r;
+        work(context);
+        return earlier_failure(d);
+    }
+    if (!r->ready) e = record(d, r, work, context);
+    if (e == OK) return cuda_error(cudaGraphLaunch(r->ready, d->stream), "recorded launches");
+    forget(r);
+    *recorded = NULL;
+    return e;
+}
+
 /* ---- The fellows of the plain layers ---- */
 
 /* F as Layers wants it: what F says went wrong sticks to the device. */
@@ -253,6 +297,8 @@ const DeviceOps CUDA_TABLE = {find_cuda,
                               zero_bytes,
                               copy_bytes,
                               earlier_failure,
+                              replay,
+                              forget,
                               count_changes,
                               row_value,
                               row_grad,

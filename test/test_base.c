@@ -1,5 +1,6 @@
 /* test_base.c - errors, memory, paths, hashes, bf16, random streams, threads. */
 #include "test.h"
+#include "base/plan.h"
 #include <pthread.h>
 #include <stdatomic.h>
 #include <time.h>
@@ -386,6 +387,26 @@ static void test_quota(void) {
     }
 }
 
+/* x -> A -> a -> B -> b -> C (+ x) -> c; A's result is B's to compute, if B can, and nobody else's reader. */
+static void test_deferred(void) {
+    PlanStep step[3] = {{.in = {0, NONE, NONE}, .add = NONE, .out = 1, .defers = 1},
+                        {.in = {1, NONE, NONE}, .add = NONE, .out = 2, .takes_over = 1},
+                        {.in = {2, NONE, NONE}, .add = NONE, .out = 3}};
+    Life life[8];
+    for (int train = 0; train < 2; train++) {
+        plan_lives(step, 3, train, life, life + 4, 4);
+        CHECK(step[0].deferred && !step[1].deferred && !step[2].deferred);
+        CHECK(life[0].from == 0 && life[0].to == (train ? 5 : 1)); /* until B has read it, or A's backward */
+        CHECK(life[1].to == (train ? 4 : 1));
+    }
+    step[1].takes_over = 0;
+    plan_lives(step, 3, 0, life, life + 4, 4);
+    CHECK(!step[0].deferred && life[0].to == 0);
+    step[1].takes_over = 1, step[2].add = 1; /* C adds what A made: it must be there */
+    plan_lives(step, 3, 0, life, life + 4, 4);
+    CHECK(!step[0].deferred && life[0].to == 0 && life[1].to == 2);
+}
+
 int main(void) {
     test_errors();
     test_printable();
@@ -406,5 +427,6 @@ int main(void) {
     test_stopped();
     test_two_callers();
     test_idle();
+    test_deferred();
     return test_report();
 }

@@ -612,6 +612,35 @@ static void test_network(const VqganConfig *c, int honour_tanh, size_t B, size_t
     free(a.image), free(a.z), free(a.dxrec), free(a.tokens);
 }
 
+/* From the second picture of a size on, the decoder's launches are a recording: the same bits as launched one by one, for
+ * other tokens, after other sizes, and after a weight has changed. */
+static void test_replay(void) {
+    enum { TIMES = 9, MOST = 2 * 2 * 8 * 12 };
+    static const size_t pictures[TIMES] = {2, 2, 2, 2, 1, 1, 1, 2, 2};
+    const VqganConfig c = tiny();
+    static real picture[2][TIMES][MOST];
+    int32_t tokens[2 * 24];
+    for (int anew = 0; anew < 2; anew++) { /* 1: a plan forgets what was recorded */
+        Vqgan *v = make_vqgan(&c, 0);
+        Params *p = vqgan_params(v);
+        Param *row = &p->row[first_stage_row(v, "decoder.mid.block_1.conv1.weight") - p->row];
+        CHECK_OK(open_device(&p->device));
+        p->ops = &CUDA_TABLE;
+        CHECK_OK(params_send(p));
+        CHECK_OK(vqgan_plan(v, 2, 8, 12, 0));
+        for (size_t k = 0; k < TIMES; k++) {
+            for (size_t i = 0; i < 2 * 24; i++) tokens[i] = (int32_t)((i * 7 + k * 5) % 11);
+            for (size_t i = 0; i < 32; i++) row->value[i] = k < 3 ? 1 : -2;
+            params_send_part(p, (size_t)(row - p->row), 0, 32);
+            if (anew) CHECK_OK(vqgan_plan(v, 2, 8, 12, 0));
+            CHECK_OK(vqgan_decode_tokens(v, tokens, pictures[k], 4, 6, picture[anew][k]));
+            CHECK(memcmp(picture[anew][k], picture[0][k], pictures[k] * 2 * 8 * 12 * sizeof(real)) == 0);
+            CHECK(k == 0 || memcmp(picture[anew][k], picture[anew][k - 1], 2 * 8 * 12 * sizeof(real)));
+        }
+        vqgan_free(v);
+    }
+}
+
 /* Codes start again from latents, and an optimizer step is seen by the convolutions. */
 static void test_training(void) {
     const VqganConfig c = tiny();
@@ -710,6 +739,7 @@ static void test_networks(void) {
     test_network(&c, 0, 2, 8, 12);
     c.legacy = 0, c.beta = 0.6, c.tanh_out = 1, c.re_embed = 6, c.n_attn = 0, c.levels = 1, c.ch_mult[0] = 1;
     test_network(&c, 1, 1, 3, 5);
+    test_replay();
     test_training();
     test_bundled();
 }
