@@ -202,7 +202,7 @@ static void input_needs(ConvMemory *m, const Conv *c) {
     const Window p = input_window(c), f = forward_window(c);
     if (can_multiply_directly(&p)) {
         m->weight_size = max_size(m->weight_size, (c->kind == CONV_DOWN ? 4 : 1) * c->C * p.pitch);
-        m->partial_size = max_size(m->partial_size, split_floats(&p, c->B, c->C));
+        m->partial_size = max_size(m->partial_size, split_floats(&p, c->C));
     } else if (c->kind == CONV_DOWN) {
         m->weight_size = max_size(m->weight_size, c->M * f.pitch), patches_need(m, &f, c->B);
     } else
@@ -224,7 +224,7 @@ static void conv_needs_cuda(ConvMemory *m, const Conv *c, int train) {
     if (train == 1) weights_need(m, c);
     if (train) return;
     if (can_multiply_directly(&f))
-        m->partial_size = max_size(m->partial_size, split_floats(&f, c->B, c->M));
+        m->partial_size = max_size(m->partial_size, split_floats(&f, c->M));
     else
         patches_need(m, &f, c->B);
 }

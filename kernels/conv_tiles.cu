@@ -6,7 +6,7 @@
  * and what stands between the source and the convolution, group norm and swish, is computed on the way, once a pixel.
  *
  * A row of shared memory has STEP channels of a pixel, and a pack more: 80 bytes, so that the 8 neighbouring rows that a
- * warp reads at a time lie in different banks. Whole numbers are of 32 bits, which vqgan_plan_cuda has seen to. */
+ * warp reads at a time lie in different banks. Whole numbers are of 32 bits, which plans have seen to. */
 #include "kernels/device.h"
 
 /* ---- What both kernels are asked for ---- */
@@ -88,10 +88,11 @@ static unsigned splits_of(const Window *p, size_t B, size_t M) {
     return splits;
 }
 
-/* Floats of TileConv.partial */
-static size_t split_floats(const Window *p, size_t B, size_t M) {
-    const unsigned splits = can_multiply_directly(p) ? splits_of(p, B, M) : 1;
-    return splits < 2 ? 0 : splits * B * tiles_of(p) * ceil_div(M, TILE_N) * TILE_M * TILE_N;
+/* Floats of TileConv.partial: enough for fewer and smaller pictures, too, which may be split where these are not. Blocks
+ * are doubled while there are fewer than FEW_BLOCKS. */
+static size_t split_floats(const Window *p, size_t M) {
+    const int splits = can_multiply_directly(p) && M > NARROW_N && p->C >= 2 * STEP;
+    return splits ? (size_t)2 * FEW_BLOCKS * TILE_M * TILE_N : 0;
 }
 
 /* Of the weights' gradient: rows of it that a block makes, and how many blocks share the tiles, each with a sum of its

@@ -67,7 +67,7 @@ static size_t totals_bytes(const Conv4 *c) {
 }
 static size_t splits_bytes(const Conv4 *c) {
     const Window y = conv4_window(c), x = conv4_input_window(c);
-    return max_size(split_floats(&y, c->B, c->M), split_floats(&x, c->B, c->C)) * sizeof(float);
+    return max_size(split_floats(&y, c->M), split_floats(&x, c->C)) * sizeof(float);
 }
 
 static Conv4Scratch conv4_scratch(const Compute *on, const Conv4 *c) {

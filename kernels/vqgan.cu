@@ -219,13 +219,17 @@ static __global__ void softmax_rows_kernel(floatX *p, const float *scores, float
     for (size_t j = lane; j < n; j += WARP) p[r * n + j] = to_floatX(expf(scale * (s[j] - largest)) * norm);
 }
 
-/* ds = scale p (dp - sum_j dp p) */
+/* ds = scale p (dp - sum_j dp p). A row of ds adds up to 0, and what keys have in common must cancel: as p is rounded, the
+ * sum is divided by that of p. */
 static __global__ void softmax_gradient_kernel(floatX *ds, const float *dp, const floatX *p, float scale, size_t n) {
     const size_t r = (size_t)blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP, lane = threadIdx.x % WARP;
     if (r >= n) return;
-    float sum = 0;
-    for (size_t j = lane; j < n; j += WARP) sum += dp[r * n + j] * to_float(p[r * n + j]);
-    const float mean = warp_sum(sum);
+    float sum = 0, all = 0;
+    for (size_t j = lane; j < n; j += WARP) {
+        const float weight = to_float(p[r * n + j]);
+        sum += dp[r * n + j] * weight, all += weight;
+    }
+    const float mean = warp_sum(sum) / warp_sum(all);
     for (size_t j = lane; j < n; j += WARP)
         ds[r * n + j] = to_floatX(scale * to_float(p[r * n + j]) * (dp[r * n + j] - mean));
 }

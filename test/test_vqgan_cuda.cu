@@ -160,6 +160,21 @@ static void test_conv(Conv c, int small) {
     for (int order = 0; order < 3; order++) test_conv_order(c, small, order, &first);
 }
 
+/* What is planned for many large pictures is enough for one small one. */
+static void test_needs(void) {
+    const Compute on = {.fast = &cuda_layers};
+    for (int kind = CONV1; kind <= CONV_UP; kind++)
+        for (size_t C = 3; C <= 512; C = C < 32 ? 32 : 4 * C)
+            for (size_t M = 3; M <= 512; M = M < 32 ? 32 : 4 * M) {
+                const Conv large = {(ConvKind)kind, 16, C, M, 64, 128}, small = {(ConvKind)kind, 1, C, M, 2, 4},
+                           middle = {(ConvKind)kind, 2, C, M, 16, 16};
+                for (int backward = 0; backward < (kind == CONV3 ? 3 : 2); backward++) {
+                    CHECK(on.fast->conv_needs(&on, &large, backward) >= on.fast->conv_needs(&on, &middle, backward));
+                    CHECK(on.fast->conv_needs(&on, &middle, backward) >= on.fast->conv_needs(&on, &small, backward));
+                }
+            }
+}
+
 static void test_convs(void) {
     static const Conv cases[] = {{CONV1, 2, 5, 3, 7, 9},
                                  {CONV1, 1, 32, 16, 4, 4},
@@ -746,8 +761,11 @@ static void test_networks(void) {
 
 /* ---- main ---- */
 
-static const Section sections[] = {
-    {"conv", test_convs}, {"reading", test_reading}, {"layers", test_layers}, {"networks", test_networks}};
+static const Section sections[] = {{"needs", test_needs},
+                                   {"conv", test_convs},
+                                   {"reading", test_reading},
+                                   {"layers", test_layers},
+                                   {"networks", test_networks}};
 
 int main(int argc, char **argv) {
     return run_sections(argc, argv, sections, sizeof sections / sizeof *sections);
