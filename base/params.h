@@ -18,7 +18,7 @@ typedef struct {
     const float *scale; /* (N), WEIGHTS_INT8 only */
 } Weights;
 static inline size_t weight_bytes(WeightFormat f) { /* of one number */
-    return f == WEIGHTS_BF16 ? 2 : f == WEIGHTS_INT8 ? 1 : sizeof(real);
+    return f == WEIGHTS_BF16 ? 2 : f == WEIGHTS_INT8 ? 1 : f == WEIGHTS_BF16X3 ? 4 : sizeof(real);
 }
 
 /* What matrix products multiply: floats; each float as the sum of two bf16, three products of the four; bf16. Sums are

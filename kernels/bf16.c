@@ -34,6 +34,10 @@ static atomic_flag shared_taken = ATOMIC_FLAG_INIT;
 static __thread uint16_t own_a[OWN_ROOM] __attribute__((aligned(LINE_BYTES)));
 static __thread uint16_t own_b[OWN_ROOM] __attribute__((aligned(LINE_BYTES)));
 
+uint16_t *bf16_room(void) {
+    return own_b;
+}
+
 /* ---- Packing ---- */
 
 /* to (steps) tiles: `rows` <= TILE rows of v, K long. */
@@ -47,7 +51,7 @@ INLINE void pack_part(Part part, int by_pairs, uint16_t *to, size_t to_step, Vie
     }
 }
 
-static void pack_panel(int x3, int by_pairs, uint16_t *to, View v, size_t rows, size_t K) {
+void pack_panel(int x3, int by_pairs, uint16_t *to, View v, size_t rows, size_t K) {
     if (!x3 && by_pairs)
         pack_part(PART_WHOLE, 1, to, TILE_NUMBERS, v, rows, K);
     else if (!x3)

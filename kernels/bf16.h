@@ -38,7 +38,23 @@ typedef struct {
     const uint32_t *offset; /* (steps); NULL: s * a_step */
     size_t a_step, a_row, a_low;
     const uint16_t *b[2]; /* panels of columns 0..15 and 16..31; the second is not read if cols <= 16 */
+    size_t ahead;         /* so many numbers of the panels are fetched ahead from memory; 0: none */
 } BlockSum;
+
+/* to (ceil(K/32)) tiles, bf16x3: of high and low in turn: `rows` <= 16 rows of v, zeros behind. by_pairs: as a panel of B,
+ * whose columns those rows are. bf16.c */
+void pack_panel(int x3, int by_pairs, uint16_t *to, View v, size_t rows, size_t K);
+
+/* The calling thread's room for 32 columns of B, 4,096 long. bf16.c uses it for its own products. */
+uint16_t *bf16_room(void);
+
+/* Asks for what will be the next but some tiles. */
+INLINE void fetch_b(int x3, int across, const BlockSum *p, size_t s) {
+    const size_t step = (x3 ? 2 : 1) * TILE_NUMBERS;
+    for (int i = 0; p->ahead && i <= across; i++)
+        for (size_t n = 0; n < step; n += LINE_BYTES / sizeof(uint16_t))
+            __builtin_prefetch(p->b[i] + s * step + p->ahead + n, 0, 2);
+}
 
 INLINE size_t a_of_step(const BlockSum *p, size_t s) {
     return p->offset ? p->offset[s] : s * p->a_step;
@@ -173,6 +189,7 @@ INLINE void vector_rows(int rows, int vecs, int x3, const BlockSum *p, size_t i,
     }
     for (size_t s = 0; s < p->steps; s++) {
         const uint16_t *a = from + a_of_step(p, s);
+        if (i == 0) fetch_b(x3, cols > TILE, p, s);
         UNROLL_LITTLE
         for (size_t k = 0; k < STEP; k += 2) {
             Words high[BLOCK_VECS], low[BLOCK_VECS];
@@ -240,6 +257,7 @@ INLINE void add_tile_products(int down, int across) {
 INLINE void tile_steps(int x3, int down, int across, const BlockSum *p) {
     for (size_t s = 0; s < p->steps; s++) {
         const size_t a = a_of_step(p, s), b = s * (x3 ? 2 : 1) * TILE_NUMBERS;
+        fetch_b(x3, across, p, s);
         load_tiles_a(down, p, a);
         if (x3) {
             load_tiles_b(across, p, b + TILE_NUMBERS);

@@ -21,7 +21,7 @@
  * Promise on bits: an element of C is one sum over k in a fixed order. Threads, M, N and position do not change it, so
  * a row computed alone equals bit for bit the same row in any batch. */
 
-#include "kernels/vector.h"
+#include "kernels/bf16.h"
 
 /* ---- Weights in fewer bits ---- */
 
@@ -47,12 +47,13 @@ static int8_t to_int8(float q) {
 }
 
 /* A packed matrix (N,K) is cut into panels of PANEL_ROWS rows, each (words of K, PANEL_ROWS), zeros behind its ends: a
- * vector of it holds the same k of neighbouring rows. A word is two bf16 or four int8. */
-enum { PANEL_ROWS = 16, WORD = 4 };
+ * vector of it holds the same k of neighbouring rows. A word is two bf16 or four int8; panels are whole steps of bf16.h, and
+ * those of bf16x3 have a tile of high parts and one of low parts in turn. */
+enum { PANEL_ROWS = TILE, WORD = 4 };
 
 /* Bytes from one panel to the next. */
 static size_t panel_bytes(WeightFormat format, size_t K) {
-    return round_up(K * weight_bytes(format), WORD) * PANEL_ROWS;
+    return round_up(K, STEP) * weight_bytes(format) * PANEL_ROWS;
 }
 
 size_t weights_bytes(WeightFormat format, size_t N, size_t K) {
@@ -64,17 +65,20 @@ void weights_pack(WeightFormat format, void *out, float *scale, const real *x, s
     const float factor = format == WEIGHTS_INT8 ? int8_factor(x, K) : 0;
     const float inverse = factor > 0 ? 1 / factor : 0; /* NaN: all 0, and the factor says it */
     for (size_t k = 0; k < K; k++) {
-        const uint16_t half = bf16_from_float((float)x[k]);
+        const uint16_t half = part_of(PART_WHOLE, x[k]), high = part_of(PART_HIGH, x[k]), low = part_of(PART_LOW, x[k]);
         const int8_t byte = to_int8((float)x[k] * inverse);
+        char *pair = to + (format == WEIGHTS_BF16X3 ? k / STEP * STEP + k : k) / 2 * WORD * PANEL_ROWS + k % 2 * 2;
         if (format == WEIGHTS_BF16)
-            memcpy(to + k / 2 * WORD * PANEL_ROWS + k % 2 * 2, &half, 2);
+            memcpy(pair, &half, 2);
+        else if (format == WEIGHTS_BF16X3)
+            memcpy(pair, &high, 2), memcpy(pair + TILE_NUMBERS * sizeof low, &low, 2);
         else
             memcpy(to + k / 4 * WORD * PANEL_ROWS + k % 4, &byte, 1);
     }
     if (format == WEIGHTS_INT8) scale[j] = factor;
 }
 
-/* ---- The product ---- */
+/* ---- By vectors ---- */
 
 #if defined(__AVX512BF16__) && defined(__AVX512VBMI__) && !defined(REAL_DOUBLE)
 #define PAIRS 1 /* two neighbouring k of packed weights are one step */
@@ -88,6 +92,7 @@ enum {
     STEPS = 128,                        /* of a panel: 16 KB */
     FEW = 4,                            /* rows, at most, that do without a panel */
     AHEAD = 8192,                       /* bytes fetched ahead then */
+    AHEAD_NUMBERS = 4096,               /* of a panel of bf16, in blocks */
     BURST = 16,                         /* steps between two rounds of fetching */
     ROWS = 512,                         /* rows of A, at most, that share one reading of the weights */
     TASKS_PER_THREAD = 4                /* so that a delayed thread costs little */
@@ -474,8 +479,132 @@ static void round_row(void *context, size_t r) {
 #endif
 }
 
+/* ---- Blocks: by tiles where there are tiles, for any number of rows; bf16x3 everywhere ---- */
+
+enum { WIDENED = 4096 }; /* k of int8 that are widened at a time: part of the promise on bits */
+
+typedef struct {
+    size_t M, N, K;
+    const real *A;
+    size_t lda;
+    const Weights *w;
+    int accumulate;
+    real *C;
+    size_t ldc;
+    uint16_t *panels; /* of A */
+    size_t outputs;   /* of a task */
+} Blocks;
+
+static int in_blocks(WeightFormat format) {
+    return format == WEIGHTS_BF16X3 || (format != WEIGHTS_REAL && HAVE_TILES && tiles_here());
+}
+
+/* to = `steps` tiles of bf16 from words of int8 */
+static void widen_int8(uint16_t *to, const int8_t *from, size_t steps) {
+    const size_t words = steps * STEP / 4;
+#if PAIRS
+    static const uint8_t first[16] = {0, 64, 1, 65, 4, 68, 5, 69, 8, 72, 9, 73, 12, 76, 13, 77};
+    const long long lane = 0x1010101010101010;
+    const Int8Tables t = int8_tables();
+    const __m512i sign = _mm512_set1_epi8((char)0x80);
+    __m512i even = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)(const void *)first));
+    even = _mm512_add_epi8(even, _mm512_set_epi64(lane * 3, lane * 3, lane * 2, lane * 2, lane, lane, 0, 0));
+    const __m512i odd = _mm512_add_epi8(even, _mm512_set1_epi8(2));
+    for (size_t i = 0; i < words; i++) {
+        const __m512i byte = _mm512_loadu_si512(from + i * 64), size = _mm512_abs_epi8(byte);
+        const __m512i low = _mm512_permutex2var_epi8(t.low[0], size, t.low[1]);
+        const __m512i high = _mm512_permutex2var_epi8(t.high[0], size, t.high[1]);
+        const __m512i with_sign = _mm512_ternarylogic_epi32(high, byte, sign, 0xf8); /* high | (byte & sign) */
+        _mm512_store_si512(to + i * 64, _mm512_permutex2var_epi8(low, even, with_sign));
+        _mm512_store_si512(to + i * 64 + 32, _mm512_permutex2var_epi8(low, odd, with_sign));
+    }
+#else
+    for (size_t i = 0; i < words; i++)
+        for (size_t j = 0; j < TILE; j++)
+            for (size_t k = 0; k < 4; k++)
+                to[i * 64 + k / 2 * STEP + j * 2 + k % 2] = bf16_from_float((float)from[i * 64 + j * 4 + k]);
+#endif
+}
+
+/* C (rows, cols) = or += sum times the factors of the columns */
+static void put_scaled(const Blocks *s, size_t i, size_t j, const real *sum, size_t rows, size_t cols, int add) {
+    for (size_t r = 0; r < rows; r++)
+        for (size_t c = 0; c < cols; c++) {
+            real *to = s->C + (i + r) * s->ldc + j + c;
+            const real x = sum[r * BLOCK + c] * (real)s->w->scale[j + c];
+            *to = add ? *to + x : x;
+        }
+}
+
+/* All rows with outputs j ..., BLOCK at most, in k from k0 on. stride: numbers from a panel of b to the next. */
+INLINE void rows_of_block(WeightFormat format, const Blocks *s, size_t j, size_t cols, size_t k0, size_t K,
+                          const uint16_t *b, size_t stride) {
+    const int x3 = format == WEIGHTS_BF16X3, add = s->accumulate || k0 > 0;
+    const size_t tile = (x3 ? 2 : 1) * TILE_NUMBERS, a_panel = ceil_div(s->K, STEP) * tile;
+    const uint16_t *a = s->panels + k0 / STEP * tile;
+    real sum[BLOCK * BLOCK] __attribute__((aligned(LINE_BYTES)));
+    for (size_t i = 0; i < s->M; i += BLOCK, a += 2 * a_panel) {
+        const size_t rows = min_size(BLOCK, s->M - i), ahead = i == 0 && format != WEIGHTS_INT8 ? AHEAD_NUMBERS : 0;
+        const BlockSum p = {ceil_div(K, STEP), {a, a + a_panel}, NULL, tile, STEP,
+                            TILE_NUMBERS,      {b, b + stride},  ahead};
+        if (format == WEIGHTS_INT8) {
+            block_sum(0, &p, rows, cols, 0, sum, BLOCK);
+            put_scaled(s, i, j, sum, rows, cols, add);
+        } else
+            block_sum(x3, &p, rows, cols, add, s->C + i * s->ldc + j, s->ldc);
+    }
+}
+
+/* int8: two panels at a time are widened for all rows. */
+static void int8_block(const Blocks *s, size_t j, size_t cols) {
+    const size_t stride = panel_bytes(WEIGHTS_INT8, s->K);
+    uint16_t *wide = bf16_room();
+    for (size_t k = 0; k < s->K; k += WIDENED) {
+        const size_t K = min_size(WIDENED, s->K - k), steps = ceil_div(K, STEP);
+        for (size_t i = 0; i * TILE < cols; i++)
+            widen_int8(wide + i * steps * TILE_NUMBERS,
+                       (const int8_t *)s->w->data + (j / TILE + i) * stride + k * PANEL_ROWS, steps);
+        tiles_see_stores();
+        rows_of_block(WEIGHTS_INT8, s, j, cols, k, K, wide, steps * TILE_NUMBERS);
+    }
+}
+
+static void blocks_task(void *context, size_t task) {
+    const Blocks *s = (const Blocks *)context;
+    const size_t begin = task * s->outputs, end = min_size(s->N, begin + s->outputs);
+    const size_t stride = panel_bytes(s->w->format, s->K) / sizeof(uint16_t);
+    tiles_begin(s->M);
+    for (size_t j = begin; j < end; j += BLOCK) {
+        const size_t cols = min_size(BLOCK, end - j);
+        const uint16_t *b = (const uint16_t *)s->w->data + j / TILE * stride;
+        if (s->w->format == WEIGHTS_INT8)
+            int8_block(s, j, cols);
+        else if (s->w->format == WEIGHTS_BF16)
+            rows_of_block(WEIGHTS_BF16, s, j, cols, 0, s->K, b, stride);
+        else
+            rows_of_block(WEIGHTS_BF16X3, s, j, cols, 0, s->K, b, stride);
+    }
+    tiles_end();
+}
+
+static void pack_rows(void *context, size_t t) {
+    const Blocks *s = (const Blocks *)context;
+    const int x3 = s->w->format == WEIGHTS_BF16X3;
+    const View rows = {s->A + t * TILE * s->lda, s->lda, 1};
+    pack_panel(x3, 0, s->panels + t * ceil_div(s->K, STEP) * (x3 ? 2 : 1) * TILE_NUMBERS, rows,
+               min_size(TILE, s->M - t * TILE), s->K);
+}
+
+static void stream_blocks(Blocks *s, int threads) {
+    parallel_for(s->M * s->K < 65536 ? 1 : threads, ceil_div(s->M, TILE), pack_rows, s);
+    s->outputs = round_up(ceil_div(s->N, (size_t)threads * TASKS_PER_THREAD), BLOCK);
+    parallel_work(threads, ceil_div(s->N, s->outputs), blocks_task, s);
+}
+
+/* ---- The product ---- */
+
 size_t gemm_stream_work(size_t M, size_t K) {
-    return min_size(M, ROWS) * round_up(K, 4) * sizeof(Step);
+    return round_up(min_size(M, ROWS), TILE) * round_up(K, STEP) * sizeof(Step);
 }
 
 void gemm_stream(size_t M, size_t N, size_t K, const real *A, size_t lda, const Weights *w, int accumulate, real *C,
@@ -488,6 +617,11 @@ void gemm_stream(size_t M, size_t N, size_t K, const real *A, size_t lda, const 
         const Step *a = (const Step *)(const void *)(A + x * lda);
         Stream s = {rows, N, K, a, lda, w, accumulate, C + x * ldc, ldc, 0};
         const int threads = (double)(rows + 8) * (double)N * (double)K < SMALL_PRODUCT ? 1 : threads_free();
+        if (in_blocks(w->format)) {
+            Blocks b = {rows, N, K, A + x * lda, lda, w, accumulate, C + x * ldc, ldc, (uint16_t *)work, 0};
+            stream_blocks(&b, threads);
+            continue;
+        }
         if (packed) {
             Round round = {A + x * lda, (Step *)work, lda, K, all_steps(w->format, K), w->format};
             parallel_for(rows * K < 65536 ? 1 : threads, rows, round_row, &round);
