@@ -44,7 +44,7 @@ void model_weights(Model *m, WeightFormat format) {
 
 /* A transition as m->weights have it */
 static void set_weights(const Model *m, Params *p) {
-    p->format = m->weights == WEIGHTS_BF16X3 ? WEIGHTS_REAL : m->weights;
+    p->format = m->weights;
     p->precision = weight_precision(m->weights);
 }
 

@@ -565,13 +565,16 @@ static void test_model_memory(const char *dir) {
     CHECK_OK(model_memory(&m, 4, 3, &pictures));
     CHECK(!m.net && !m.loaded); /* it loads nothing */
 #ifndef PLAIN
-    ModelMemory bf16, int8;
-    m.weights = WEIGHTS_BF16;
-    CHECK_OK(model_memory(&m, 1, 0, &bf16));
-    m.weights = WEIGHTS_INT8;
-    CHECK_OK(model_memory(&m, 1, 0, &int8));
+    ModelMemory wide[WEIGHTS_BF16X3 + 1]; /* packed rows are multiples of 32 numbers: wider than the tiny model's */
+    for (int t = 1; t <= m.schedule.T; t++) m.config[t].dim *= 8;
+    for (int format = WEIGHTS_REAL; format <= WEIGHTS_BF16X3; format++) {
+        m.weights = (WeightFormat)format;
+        CHECK_OK(model_memory(&m, 1, 0, &wide[format]));
+    }
+    for (int t = 1; t <= m.schedule.T; t++) m.config[t].dim /= 8;
     m.weights = WEIGHTS_REAL;
-    CHECK(2 * bf16.scale >= one.scale && bf16.scale < one.scale && int8.scale < bf16.scale);
+    const size_t f32 = wide[WEIGHTS_REAL].scale, bf16 = wide[WEIGHTS_BF16].scale, int8 = wide[WEIGHTS_INT8].scale;
+    CHECK(2 * bf16 >= f32 && bf16 < f32 && int8 < bf16 && wide[WEIGHTS_BF16X3].scale > bf16);
 #else
     m.weights = WEIGHTS_BF16;
     CHECK_ERR(model_memory(&m, 1, 0, &one), "packed weights");

@@ -11,7 +11,7 @@ enum { B_MAX = 8, N_MAX = 80 };
 #ifdef PLAIN
 enum { FORMATS = WEIGHTS_REAL + 1 }; /* of matrices */
 #else
-enum { FORMATS = WEIGHTS_INT8 + 1 };
+enum { FORMATS = WEIGHTS_BF16X3 + 1 };
 #endif
 
 /* A network with every parameter moved off its initial value, so that no term is hidden by a 0 or a 1. */
@@ -438,7 +438,7 @@ static void test_packed(void) {
     static const double bounds[] = {0, 0.02, 0.05};
     const NetConfig *const configs[] = {&x_small, &gpt_small};
     for (size_t net = 0; net < 2; net++)
-        for (int format = WEIGHTS_BF16; format <= WEIGHTS_INT8; format++) {
+        for (int format = WEIGHTS_BF16; format <= WEIGHTS_INT8; format++) { /* which have the same bits both ways */
             Case c;
             real *out;
             const real *logits;
