@@ -102,7 +102,7 @@ static void near_x(const char *name, const floatX *got, const real *want, size_t
 /* ---- Pictures on both sides: here (B,C,cells), on the device (B,cells,C) ---- */
 
 static inline real *as_cells(const real *x, size_t B, size_t C, size_t cells) {
-    real *y = (real *)malloc((B * C * cells + 1) * sizeof *y);
+    real *y = (real *)calloc(B * C * cells + 1, sizeof *y);
     for (size_t b = 0; b < B; b++)
         for (size_t c = 0; c < C; c++)
             for (size_t i = 0; i < cells; i++) y[(b * cells + i) * C + c] = x[(b * C + c) * cells + i];

@@ -599,7 +599,7 @@ static void same_said(const Said *got, const Said *want, const Asked *a, Vqgan *
 static void test_network(const VqganConfig *c, int honour_tanh, size_t B, size_t H, size_t W) {
     const Asked a = ask(c, B, H, W);
     Vqgan *here = make_vqgan(c, honour_tanh);
-    Said want = say(here, &a), first;
+    Said want = say(here, &a), first = {};
     for (int order = 0; order < 2; order++) {
         Vqgan *there = make_vqgan(c, honour_tanh);
         Params *p = vqgan_params(there);
