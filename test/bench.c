@@ -347,7 +347,7 @@ static void bench_stream(void) {
     static const size_t rows[] = {1, 2, 4, 16};
     const size_t total = (size_t)128 << 20;
     section("gemm_stream: (M,K) * (N,K)^T, 128 MiB of matrices");
-    for (int format = WEIGHTS_REAL; format <= WEIGHTS_INT8; format++)
+    for (int format = WEIGHTS_REAL; format <= WEIGHTS_BF16X3; format++)
         for (size_t m = 0; m < COUNT(rows); m++)
             for (size_t k = 0; k < COUNT(shapes); k++) {
                 StreamJob s = {rows[m], shapes[k][0], shapes[k][1], 0, {(WeightFormat)format, NULL, NULL},
@@ -399,7 +399,7 @@ static void pack(Transformer *m, WeightFormat format) {
     p->packed = NULL;
     p->format = WEIGHTS_REAL, p->precision = weight_precision(format);
     for (size_t i = 0; i < p->n; i++) p->row[i].packed.data = NULL;
-    if (format == WEIGHTS_BF16 || format == WEIGHTS_INT8) must(params_pack(p, format));
+    if (format != WEIGHTS_REAL) must(params_pack(p, format));
 }
 
 /* Numbers in the matrices that a part of a network multiplies with: names that hold `part`, but neither of `not`. */
@@ -428,7 +428,8 @@ static double token_numbers(Transformer *m) {
 static double kept_bytes(const NetConfig *c, WeightFormat format, size_t B, size_t i) {
     const size_t D = c->kind == NET_X ? 64 : c->dim / c->dec_heads,
                  positions = i + 1 + (c->kind == NET_X ? TOKENS + 1 : 0);
-    const size_t head = format == WEIGHTS_REAL ? D * sizeof(real) : round_up(D, 16) * sizeof(uint16_t);
+    const size_t head =
+        weight_precision(format) == PRECISION_BF16 ? round_up(D, 16) * sizeof(uint16_t) : D * sizeof(real);
     return 2.0 * (double)(B * positions * c->dec_depth * c->dec_heads * head);
 }
 
@@ -481,7 +482,6 @@ static void bench_transition(int scale, const char *what) {
     for (size_t k = 0; k < COUNT(batches); k++) {
         d.B = batches[k];
         for (int format = WEIGHTS_REAL; format <= WEIGHTS_BF16X3; format++) {
-            if (format == WEIGHTS_BF16X3 && !(encodes && d.B == 1)) continue;
             pack(d.m, (WeightFormat)format);
             must(transformer_plan(d.m, d.B, TOKENS, 0));
             begin_decoding(&d);
@@ -493,7 +493,7 @@ static void bench_transition(int scale, const char *what) {
                           weight_precision((WeightFormat)format)},
                     begin_decoding, &d);
             }
-            if (format != WEIGHTS_BF16X3) bench_steps(&d, (WeightFormat)format); /* few rows are multiplied as floats */
+            bench_steps(&d, (WeightFormat)format);
         }
     }
     free(d.x_t);
@@ -636,7 +636,7 @@ static void bench_block(void) {
     for (size_t i = 0; i < 16 * TOKENS; i++) d.x_t[i] = (int32_t)(i * 37 % 548);
     for (size_t b = 0; b < 16; b++) d.t[b] = 1;
     const double weights = token_numbers(d.m);
-    for (int format = WEIGHTS_REAL; format <= WEIGHTS_INT8; format++)
+    for (int format = WEIGHTS_REAL; format <= WEIGHTS_BF16X3; format++)
         for (size_t k = 0; k < COUNT(batches); k++) {
             double single = 0;
             d.B = batches[k];
@@ -693,7 +693,7 @@ static void bench_draft(void) {
     Transformer *m = full_size(1);
     printf("\n%-30s %7s %9s %8s %8s %7s %7s %8s\n", "An FFHQ scale, 256 tokens", "right", "one by one", "guessing",
            "speed-up", "passes", "of", "positions");
-    for (int format = WEIGHTS_REAL; format <= WEIGHTS_INT8; format++)
+    for (int format = WEIGHTS_REAL; format <= WEIGHTS_BF16X3; format++)
         for (size_t k = 0; k < COUNT(batches); k++)
             for (size_t a = 0; a < COUNT(alphas); a++) {
                 DraftCounts single, guessed;

@@ -190,8 +190,9 @@ static void compare(const Case *c, const char *what, const real *got, real *want
     compare_by(0, c, what, got, want, n, tolerance);
 }
 
-static double output_tolerance(const real *want, size_t n) {
-    return (precision == PRECISION_BF16 ? BF16_OUTPUT : TOL_OUTPUT) * largest(want, n);
+static double output_tolerance(const Case *c, const real *want, size_t n) {
+    const double in_bf16 = BF16_OUTPUT * fmin(c->times, BF16_STAGE);
+    return (precision == PRECISION_BF16 ? in_bf16 : TOL_OUTPUT) * largest(want, n);
 }
 
 /* In bf16 the first stage's code of a latent may be another where two entries are nearly as near: of few tokens none may. */
@@ -232,7 +233,7 @@ static Err absent(const Case *c, const char *label) {
 static Err check_output(Case *c, const char *name, const char *label, const real *got, size_t n) {
     real *want;
     if (io_expected(c, name, &want, n) != OK) return absent(c, label);
-    compare(c, label, got, want, n, output_tolerance(want, n));
+    compare(c, label, got, want, n, output_tolerance(c, want, n));
     return OK;
 }
 
