@@ -30,7 +30,7 @@ enum {
     KERNEL = 9,        /* elements of 3x3 */
     MOST_TAPS = 16,    /* of a convolution */
     PART_STEPS = 16,   /* of a sum: so much of B stays in the L1 cache. Part of the promise on bits */
-    GROUP_BLOCKS = 32, /* blocks of results at a time */
+    GROUP_BLOCKS = 32, /* of results at a time */
     AHEAD = 128        /* reals: of a plane, that are fetched while others are converted */
 };
 static const size_t BAND_NUMBERS = 192 * 1024;  /* of a band, unless that is less than a row */
@@ -139,9 +139,10 @@ static const real *row_of(const Window *o, const Planes *p, const real *planes, 
     return planes + (b * p->C * p->H + i) * p->W + phase % p->step;
 }
 
-/* Pixels that a band of so many may have at most; whole rows. Smaller pictures have no larger bands. */
-static size_t band_pixels(const Window *o, size_t pixels) {
-    return min_size(o->stack * o->wide, max_size(pixels, o->wide));
+/* Pixels that a band may have, of so many at most unless that is less than a row: rows are whole. Fewer or smaller
+ * pictures have no larger bands. */
+static size_t band_pixels(const Window *o, size_t most) {
+    return min_size(o->stack * o->wide, max_size(most, o->wide));
 }
 
 /* to (rows,n), row stride to_row = every step-th number of rows of `from` */
@@ -197,11 +198,12 @@ typedef struct {
     int backward;               /* w is of channels of the source, then of the results; else the other way round */
     size_t steps;               /* of all taps */
     size_t rows, bands, splits; /* rows of a band; shares of the channels of the results */
+    size_t pixels;              /* that a band may have */
     size_t phase, band, stage;  /* numbers of a phase in a band and of a band; reals of a stage */
     uint32_t *offset;           /* (steps) in a band */
     uint16_t *weights;          /* panels of 16 channels of the results */
-    uint16_t *bands_of;         /* of each thread: a band, */
-    real *stages;               /* and the blocks of a group */
+    uint16_t *band_memory;      /* of each thread: a band, */
+    real *stage_memory;         /* and the blocks of a group */
 } Job;
 
 static size_t panel_numbers(const Job *j) {
@@ -368,8 +370,8 @@ static void band_task(void *context, size_t task) {
     const Job *j = (const Job *)context;
     const Window *o = &j->o;
     const size_t panels = ceil_div(o->to.C, BLOCK), split = task % j->splits;
-    uint16_t *band = j->bands_of + thread_index() * j->band;
-    real *stage = j->stages + thread_index() * j->stage;
+    uint16_t *band = j->band_memory + thread_index() * j->band;
+    real *stage = j->stage_memory + thread_index() * j->stage;
     Group g = {.first = task / j->splits * j->rows};
     g.rows = min_size(j->rows, o->stack - g.first);
     pack_band(j, band, g.first, g.rows);
@@ -390,7 +392,7 @@ static void band_task(void *context, size_t task) {
 /* Bands of equal heights, as many as keep all threads at work; channels are shared where there are too few. */
 static void cut_bands(Job *j, size_t threads) {
     const Window *o = &j->o;
-    const size_t least = ceil_div(o->stack, band_pixels(o, BAND_NUMBERS / (o->pixel * phases_of(&o->from))) / o->wide);
+    const size_t least = ceil_div(o->stack, j->pixels / o->wide);
     const size_t most = max_size(least, o->stack / 4); /* lower ones convert too many rows twice */
     j->bands = min_size(round_up(least, threads), most);
     j->rows = ceil_div(o->stack, j->bands);
@@ -401,17 +403,17 @@ static void cut_bands(Job *j, size_t threads) {
 /* Where the scratch of a convolution lies, from `at` on; returns its end. */
 static uintptr_t place_job(Job *j, uintptr_t at, size_t threads) {
     const Window *o = &j->o;
-    const size_t pixels = band_pixels(o, BAND_NUMBERS / (o->pixel * phases_of(&o->from)));
+    j->pixels = band_pixels(o, BAND_NUMBERS / (o->pixel * phases_of(&o->from)));
     j->steps = o->taps * (o->depth / STEP);
-    j->phase = (1 + pixels + (o->above + o->below) * o->wide + TILE) * o->pixel;
+    j->phase = (1 + j->pixels + (o->above + o->below) * o->wide + TILE) * o->pixel;
     j->band = j->phase * phases_of(&o->from);
     j->stage = o->to.step * GROUP_BLOCKS * BLOCK * BLOCK;
     j->weights = (uint16_t *)at;
     at += round_up(o->to.C, TILE) / TILE * panel_numbers(j) * sizeof *j->weights;
-    j->bands_of = (uint16_t *)at;
-    at += threads * j->band * sizeof *j->bands_of;
-    j->stages = (real *)at;
-    at += threads * j->stage * sizeof *j->stages;
+    j->band_memory = (uint16_t *)at;
+    at += threads * j->band * sizeof *j->band_memory;
+    j->stage_memory = (real *)at;
+    at += threads * j->stage * sizeof *j->stage_memory;
     j->offset = (uint32_t *)at;
     return at + round_up(j->steps * sizeof *j->offset, LINE_BYTES);
 }
@@ -433,6 +435,8 @@ typedef struct {
     Window o; /* forward */
     const real *x, *dy;
     real *dw;
+    size_t x16, dy16;          /* times 16 channels, of all phases */
+    size_t pixels;             /* that a band may have */
     size_t first, rows, steps; /* of the band; steps of 32 pixels */
     size_t line, lines;        /* numbers of a line, and from one channel's to the next's */
     size_t panel;              /* numbers of a panel of 16 channels of dy */
@@ -481,11 +485,11 @@ static void pack_panels(const Gradient *g, size_t phase, size_t m) {
 static void pack_task(void *context, size_t task) {
     const Gradient *g = (const Gradient *)context;
     const Window *o = &g->o;
-    const size_t of_x = ceil_div(o->from.C, TILE), of_dy = ceil_div(o->to.C, TILE), lines = phases_of(&o->from) * of_x;
-    if (task < lines)
-        pack_lines(g, task / of_x, task % of_x * TILE);
+    const size_t x16 = ceil_div(o->from.C, TILE), dy16 = ceil_div(o->to.C, TILE);
+    if (task < g->x16)
+        pack_lines(g, task / x16, task % x16 * TILE);
     else
-        pack_panels(g, (task - lines) / of_dy, (task - lines) % of_dy * TILE);
+        pack_panels(g, (task - g->x16) / dy16, (task - g->x16) % dy16 * TILE);
 }
 
 static real *blocks_of(const Gradient *g, size_t task) {
@@ -536,38 +540,29 @@ static void spread_task(void *context, size_t task) {
     }
 }
 
-static size_t gradient_rows(const Window *o) {
-    const size_t of_x = phases_of(&o->from) * round_up(o->from.C, TILE);
-    const size_t of_dy = phases_of(&o->to) * round_up(o->to.C, TILE);
-    return band_pixels(o, LINES_NUMBERS / (max_size(of_x, of_dy) * o->parts)) / o->wide;
-}
-
 static uintptr_t place_gradient(Gradient *g, uintptr_t at) {
     const Window *o = &g->o;
-    const size_t of_x = phases_of(&o->from) * round_up(o->from.C, TILE);
-    const size_t of_dy = phases_of(&o->to) * round_up(o->to.C, TILE);
-    const size_t pixels = round_up(band_pixels(o, LINES_NUMBERS / (max_size(of_x, of_dy) * o->parts)), STEP);
-    g->line = round_up(1 + pixels + (o->above + o->below) * o->wide + STEP, 2 * STEP) + STEP;
+    g->x16 = phases_of(&o->from) * ceil_div(o->from.C, TILE), g->dy16 = phases_of(&o->to) * ceil_div(o->to.C, TILE);
+    g->pixels = band_pixels(o, LINES_NUMBERS / (max_size(g->x16, g->dy16) * TILE * o->parts));
+    g->line = round_up(1 + g->pixels + (o->above + o->below) * o->wide + 2 * STEP, 2 * STEP) + STEP;
     g->lines = g->line * o->parts;
-    g->panel = pixels * TILE * o->parts;
+    g->panel = round_up(g->pixels, STEP) * TILE * o->parts;
     g->of_x = (uint16_t *)at;
-    at += of_x * g->lines * sizeof *g->of_x;
+    at += g->x16 * TILE * g->lines * sizeof *g->of_x;
     g->of_dy = (uint16_t *)at;
-    at += of_dy / TILE * g->panel * sizeof *g->of_dy;
+    at += g->dy16 * g->panel * sizeof *g->of_dy;
     g->blocks = (real *)at;
     return at + ceil_div(o->from.C, BLOCK) * ceil_div(o->to.C, BLOCK) * o->taps * BLOCK * BLOCK * sizeof *g->blocks;
 }
 
 static void weight_gradient(const Compute *on, Gradient *g) {
     const Window *o = &g->o;
-    const size_t of_x = phases_of(&o->from) * ceil_div(o->from.C, TILE);
-    const size_t of_dy = phases_of(&o->to) * ceil_div(o->to.C, TILE);
-    const size_t tasks = ceil_div(o->from.C, BLOCK) * ceil_div(o->to.C, BLOCK), rows = gradient_rows(o);
+    const size_t tasks = ceil_div(o->from.C, BLOCK) * ceil_div(o->to.C, BLOCK);
     place_gradient(g, (uintptr_t)on->scratch);
-    for (g->first = 0; g->first < o->stack; g->first += rows) {
-        g->rows = min_size(rows, o->stack - g->first);
+    for (g->first = 0; g->first < o->stack; g->first += g->rows) {
+        g->rows = min_size(g->pixels / o->wide, o->stack - g->first);
         g->steps = ceil_div(g->rows * o->wide, STEP);
-        parallel_for(threads_free(), of_x + of_dy, pack_task, g);
+        parallel_for(threads_free(), g->x16 + g->dy16, pack_task, g);
         parallel_for(threads_free(), tasks, gradient_task, g);
     }
     parallel_for(threads_free(), tasks, spread_task, g);
