@@ -414,7 +414,7 @@ else
 	[ $$bytes -le $(CARRIED_MOST) ] || { echo "expected $(CARRIED_MOST) or less: CUDA_ARCH with one GPU's capability"; exit 1; }
 endif
 on-gpu:
-	@test/on_gpu.sh $(BUILT)
+	+@test/on_gpu.sh $(BUILT)
 test-cuda: $(if $(BUILT),,$(if $(NVCC),$(NVCC_BIN)))
 ifeq ($(NVCC)$(BUILT),)
 	@echo "make test-cuda needs nvcc (NVCC=... names it), or BUILT=DIR, which was built elsewhere"; exit 1
