@@ -437,11 +437,14 @@ else
 $B/ptxsim/libptxsim.so: $(wildcard $(PTXSIM)/*.cpp $(PTXSIM)/*.h)
 	@mkdir -p $(@D)
 	$(call say,PTX,$(PTXSIM))CUDA_HOME=$(dir $(NVCC)).. $(PTXSIM)/build.sh $(@D) >/dev/null
+$B/ptxsim/more.o: test/ptxsim_more.c
+	@mkdir -p $(@D)
+	$(call say,CC,$<)$(CC) -I$(dir $(NVCC))../include -c -o $@ $<
 PTX_FLAGS := -x cu -std=c++17 -I. -O3 -lineinfo --no-compress
-PTX_LIBS := -L$B/ptxsim -lptxsim -Wl$(comma)-rpath$(comma)$(CURDIR)/$B/ptxsim -ldl
+PTX_LIBS := $B/ptxsim/more.o -L$B/ptxsim -lptxsim -Wl$(comma)-rpath$(comma)$(CURDIR)/$B/ptxsim -ldl
 $(foreach a,$(CUDA_PTX_ARCH),$(eval $(call cuda_folder,$B/ptx-$a,NVCC,$$(NVCC) $$(PTX_FLAGS) -gencode arch=compute_$a$$(comma)code=compute_$a,$$(PTX_LIBS))))
 PTX_BIN := $(foreach a,$(CUDA_PTX_ARCH),$(patsubst %,$B/ptx-$a/%,$(CUDA_TESTS) golden sample train))
-$(PTX_BIN): | $B/ptxsim/libptxsim.so
+$(PTX_BIN): | $B/ptxsim/libptxsim.so $B/ptxsim/more.o
 test-cuda-ptx: $(PTX_BIN) $B/pictures
 	@test/ptx.sh $B "$(CUDA_PTX_ARCH)" "$(CUDA_PTX_ORDERS)" "$(CUDA_PTX_PARTS)"
 planted: $B/ptxsim/libptxsim.so

@@ -804,8 +804,7 @@ static void describe_decoder(Transformer *m) {
         to->q = projection_of(m, &l->q), to->k = projection_of(m, &l->k), to->v = projection_of(m, &l->v);
         to->out = projection_of(m, &l->out), to->up = projection_of(m, &l->up), to->down = projection_of(m, &l->down);
     }
-    g->layer = m->gpu_layer, g->n_layers = d->n_layers, g->B = m->now_B, g->N = m->now_N;
-    g->C = d->C, g->K = c->dec_num_tokens, g->heads = d->layer[0].heads, g->D = d->layer[0].D, g->T = d->T;
+    g->layer = m->gpu_layer, g->B = m->now_B, g->N = m->now_N, g->T = d->T; /* more: want_on_gpu */
     g->T_context = c->kind == NET_X ? prompt_length(c) + m->now_N : 0;
     g->prompt = c->kind == NET_X ? 0 : prompt_length(c) - 1, g->prompted = c->kind == NET_GPT;
     g->token = value_of(m, d->token_emb), g->position = value_of(m, d->pos_emb);
@@ -942,7 +941,8 @@ static void want_on_gpu(Arrays *a, size_t rows) {
     want(&a->there, &m->t, m->B, 1, sizeof *m->t), want(&a->there, &m->loss_sums, 2, 1, sizeof *m->loss_sums);
     compute_needs(&m->on, m->on.ops->fused_loss_needs(rows));
     g->B = m->B, g->N = m->N, g->heads = m->decoder.layer->heads, g->D = m->decoder.layer->D;
-    g->prompt = prompt_length(&m->config);
+    g->prompt = prompt_length(&m->config), g->C = m->decoder.C, g->K = m->config.dec_num_tokens;
+    g->n_layers = m->decoder.n_layers, g->T_context = m->encoder.n_layers ? m->encoder.T : 0;
     if (!m->train) want(&a->there, &g->work, m->on.ops->decode_needs(g), 1, 1);
 }
 

@@ -4,15 +4,18 @@
  * base/compute.h), and feeds it one position of all batch rows after the other: the stack of transformer.cu, without
  * its backward pass.
  *
- * For few rows (a batch of up to STREAM_ROWS) a step is bound by reading weights and by starting kernels: stream_kernel
- * does norm, product and what follows it in one go, so that a block of the network takes two or three kernels. Larger
- * batches go through the matrix products of training. Tokens are drawn where the logits are; a step is captured in a
- * graph once per pass and started N times, without the host having a say in between. device.cu includes this file. */
+ * For few rows (a batch of up to STREAM_ROWS) a step is bound by reading weights and by starting kernels. On GPUs from
+ * capability 9 on the step kernel (decode_step.cu) is all there is. On others stream_kernel does norm, product and what
+ * follows it in one go, so that a block of the network takes two or three kernels. Larger batches go through the matrix
+ * products of training. Tokens are drawn where the logits are (draw.cu); a step of many kernels is captured in a graph once
+ * per pass and started N times, without the host having a say in between. device.cu includes this file. */
 #include "kernels/device.h"
 
 #include "kernels/draw.cu"
 
-enum { STREAM_ROWS = 8, STREAM_WARPS = 4, STREAM_BYTES = 96 << 10 };
+#include "kernels/decode_step.cu"
+
+enum { STREAM_ROWS = 8, STREAM_WARPS = 4, STREAM_BYTES = 96 << 10, BETWEEN_REPORTS = 32 /* tokens */ };
 
 /* A pass through the decoder: what Decoder.work holds, and where it runs */
 typedef struct {
@@ -28,6 +31,8 @@ typedef struct {
     double *fit;             /* (B) */
     int32_t *known, *tokens; /* (B,N) */
     uint8_t *keep;           /* (N) */
+    int by_steps;            /* the step kernel serves this batch */
+    Step step;
 } Decoding;
 
 /* The arrays in work one after the other; returns how many bytes they take. */
@@ -42,6 +47,9 @@ static size_t place_work(Decoding *x, const Decoder *s) {
     place(&x->pos, s->B), place(&x->new_key, rows * inner), place(&x->new_value, rows * inner);
     place(&x->how, 1), place(&x->stream, s->B), place(&x->fit, s->B);
     place(&x->known, s->B * s->N), place(&x->tokens, s->B * s->N), place(&x->keep, s->N);
+    const int fits = step_fits(&x->step, s);
+    if (fits) place_step(&x->step, place);
+    x->by_steps = fits && s->B <= STEP_ROWS;
     return used;
 }
 
@@ -52,11 +60,19 @@ static size_t decode_needs_gpu(const Decoder *s) {
     return place_work(&x, &without);
 }
 
+static DrawStep draw_of(const Decoding *x) {
+    const Decoder *s = x->s;
+    return {s->logits, x->how, x->stream, x->known, x->keep, x->fit, x->tokens, s->ids, x->samples, s->N, (int)s->K};
+}
+
 static Decoding decoding_of(Device *d, const Decoder *s) {
     Decoding x;
     memset(&x, 0, sizeof x);
-    x.s = s, x.d = d, x.on.device = d;
+    x.s = s, x.d = d, x.on.device = d, x.samples = s->B;
     place_work(&x, s);
+    Step *const p = &x.step;
+    p->token = s->token, p->position = s->position, p->raw = s->raw, p->variant = s->variant;
+    p->pos = x.pos, p->prompt = (int)s->prompt, p->draw = draw_of(&x);
     return x;
 }
 
@@ -367,18 +383,16 @@ static Err decode_prompt_gpu(Device *d, const Decoder *s, size_t n) {
     const Decoding x = decoding_of(d, s);
     TRY(earlier_failure(d));
     TRY(set_position(&x, 0));
+    if (x.by_steps) TRY(pack_weights(d, s, &x.step));
     return feed_decoder(&x, n);
 }
 
 static Err decode_step_gpu(Device *d, const Decoder *s, size_t pos) {
     const Decoding x = decoding_of(d, s);
     TRY(set_position(&x, pos));
-    return feed_decoder(&x, 1);
-}
-
-static DrawStep draw_of(const Decoding *x) {
-    const Decoder *s = x->s;
-    return {s->logits, x->how, x->stream, x->known, x->keep, x->fit, x->tokens, s->ids, x->samples, s->N, (int)s->K};
+    if (!x.by_steps) return feed_decoder(&x, 1);
+    if (pos == 0) TRY(pack_weights(d, s, &x.step)); /* else before */
+    return run_steps(d, &x.step, 1, 0);
 }
 
 static Err launch_draw(Device *d, const DrawStep *a, const NextStep *n) {
@@ -425,7 +439,7 @@ static void graph_free(StepGraph *g) {
 
 static Err send_options(Decoding *x, const DrawOptions *o) {
     const Decoder *s = x->s;
-    const size_t n = x->samples = o->guided ? s->B / 2 : s->B;
+    const size_t n = x->samples = x->step.draw.samples = o->guided ? s->B / 2 : s->B;
     const DrawHow how = {o->seed,        o->temperature, o->top_k,          o->known != NULL,
                          o->fit != NULL, o->guided,      (float)o->guidance};
     TRY(to_device(x->d, x->how, &how, sizeof how));
@@ -437,26 +451,44 @@ static Err send_options(Decoding *x, const DrawOptions *o) {
     return set_position(x, s->prompt);
 }
 
-static Err draw_all(const Decoding *x, const DrawOptions *o, StepGraph *g) {
-    enum { BETWEEN_REPORTS = 32 };
+/* Lets the caller know, between steps. */
+static Err report(const Decoding *x, const DrawOptions *o, size_t done) {
+    TRY(wait_for(x->d));
+    return o->progress && o->progress(o->context, done) ? err("sampling was stopped") : OK;
+}
+
+static Err draw_by_steps(const Decoding *x, const DrawOptions *o, size_t done) {
     const size_t N = x->s->N;
-    size_t done = 0;
-    if (x->s->prompted) {
-        TRY(draw_token(x)); /* from the prompt's logits */
-        done++;
+    if (done == 0) TRY(pack_weights(x->d, x->s, &x->step)); /* else before the prompt */
+    while (done < N) {
+        const size_t left = N - done, n = left < BETWEEN_REPORTS ? left : (size_t)BETWEEN_REPORTS;
+        TRY(run_steps(x->d, &x->step, n, 1));
+        done += n;
+        TRY(report(x, o, done));
     }
-    /* The first step runs as it is: it loads what it needs, which must not happen while a graph is captured. */
+    return OK;
+}
+
+/* The first step runs as it is: it loads what it needs, which must not happen while a graph is captured. */
+static Err draw_by_graph(const Decoding *x, const DrawOptions *o, size_t done, StepGraph *g) {
+    const size_t N = x->s->N;
+    if (done == 0) TRY(embed_positions(x, 1));
     if (done < N) {
-        if (done == 0) TRY(embed_positions(x, 1));
         TRY(draw_step(x));
         done++;
     }
     if (done < N) TRY(graph_make(g, x));
     while (done < N) {
         for (size_t k = 0; k < BETWEEN_REPORTS && done < N; k++, done++) TRY(graph_run(g, x));
-        TRY(wait_for(x->d));
-        if (o->progress && o->progress(o->context, done)) return err("sampling was stopped");
+        TRY(report(x, o, done));
     }
+    return OK;
+}
+
+static Err draw_all(const Decoding *x, const DrawOptions *o, StepGraph *g) {
+    const size_t done = x->s->prompted ? 1 : 0;
+    if (done) TRY(draw_token(x)); /* from the prompt's logits */
+    TRY(x->by_steps ? draw_by_steps(x, o, done) : draw_by_graph(x, o, done, g));
     return wait_for(x->d);
 }
 

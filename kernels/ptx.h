@@ -97,4 +97,112 @@ static __device__ inline unsigned bf16_pair(float first, float second) {
     return word;
 }
 
+/* Blocks that know each other, from capability 9 on. HAS_CLUSTERS: code for such a GPU is compiled.
+ *   cluster_rank     a block's number in its cluster
+ *   cluster_sync     all threads of a cluster meet; what they wrote to each other's shared memory is there
+ *   in_block         where block `rank` of the cluster has what this one has at an address of shared memory
+ *   barrier_init     a barrier in shared memory where copies are awaited; barrier_fence: before the first copy
+ *   barrier_expect   the next copies to this barrier have so many bytes
+ *   bulk_copy        a multiple of 16 bytes from global to shared memory, both at a multiple of 16, while all go on
+ *   barrier_wait     until the copies are there: parity 0 the first time, then by turns
+ *   count_up, counted   one more at a counter in global memory, after all that this thread knows to be written; how many,
+ *                    before all that it will read */
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+#define HAS_CLUSTERS 1
+#else
+#define HAS_CLUSTERS 0
+#endif
+static __device__ inline unsigned shared_address(const void *shared) {
+    return (unsigned)__cvta_generic_to_shared(shared);
+}
+static __device__ inline unsigned cluster_rank() {
+    unsigned rank;
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+static __device__ inline void cluster_sync() {
+    asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+template <typename T> static __device__ inline T *in_block(T *mine, unsigned rank) {
+    T *there;
+    asm volatile("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(mine), "r"(rank));
+    return there;
+}
+static __device__ inline void barrier_init(uint64_t *barrier) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
+}
+static __device__ inline void barrier_fence() {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+static __device__ inline void barrier_expect(uint64_t *barrier, unsigned bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+                 : "memory");
+}
+static __device__ inline void bulk_copy(void *shared, const void *global, unsigned bytes, uint64_t *barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                     shared_address(shared)),
+                 "l"(__cvta_generic_to_global(global)), "r"(bytes), "r"(shared_address(barrier))
+                 : "memory");
+}
+static __device__ inline void barrier_wait(uint64_t *barrier, unsigned parity) {
+    unsigned done = 0;
+    while (!done)
+        asm volatile("{\n\t.reg .pred p;\n\tmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n\t"
+                     "selp.u32 %0, 1, 0, p;\n\t}"
+                     : "=r"(done)
+                     : "r"(shared_address(barrier)), "r"(parity)
+                     : "memory");
+}
+static __device__ inline void count_up(unsigned *counter) {
+    asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(__cvta_generic_to_global(counter)) : "memory");
+}
+static __device__ inline unsigned counted(const unsigned *counter) {
+    unsigned n;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(n) : "l"(__cvta_generic_to_global(counter)) : "memory");
+    return n;
+}
+
+/* The shared memory that a block can have; how many clusters of so many blocks the GPU holds at once; starting them, all or
+ * none. A kernel compiled for GPUs before capability 9 allows fewer threads, so that none fit. */
+static size_t most_shared() {
+    int device = 0, bytes = 0;
+    if (cudaGetDevice(&device) != cudaSuccess) return 0;
+    cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    return (size_t)bytes;
+}
+static cudaLaunchConfig_t cluster_launch(cudaLaunchAttribute how[2], unsigned clusters, unsigned size, unsigned threads,
+                                         size_t bytes) {
+    cudaLaunchConfig_t c = {};
+    how[0] = how[1] = {};
+    how[0].id = cudaLaunchAttributeClusterDimension, how[1].id = cudaLaunchAttributeCooperative;
+    how[0].val.clusterDim.x = size, how[0].val.clusterDim.y = how[0].val.clusterDim.z = 1;
+    how[1].val.cooperative = 1;
+    c.gridDim = clusters * size, c.blockDim = threads, c.dynamicSmemBytes = bytes, c.attrs = how, c.numAttrs = 2;
+    return c;
+}
+template <typename... P>
+static unsigned most_clusters(void (*kernel)(P...), unsigned size, unsigned threads, size_t bytes) {
+    cudaLaunchAttribute how[2];
+    const cudaLaunchConfig_t c = cluster_launch(how, 1, size, threads, bytes);
+    cudaFuncAttributes a;
+    int device = 0, major = 0, n = 0;
+    cudaGetDevice(&device);
+    if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess || major < 9 ||
+        cudaFuncGetAttributes(&a, kernel) != cudaSuccess || a.maxThreadsPerBlock < (int)threads ||
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes) != cudaSuccess ||
+        cudaOccupancyMaxActiveClusters(&n, kernel, &c) != cudaSuccess) {
+        cudaGetLastError();
+        return 0;
+    }
+    return (unsigned)n;
+}
+template <typename... P, typename... A>
+static cudaError_t start_clusters(void (*kernel)(P...), unsigned clusters, unsigned size, unsigned threads,
+                                  size_t bytes, cudaStream_t stream, A... a) {
+    cudaLaunchAttribute how[2];
+    cudaLaunchConfig_t c = cluster_launch(how, clusters, size, threads, bytes);
+    c.stream = stream;
+    return cudaLaunchKernelEx(&c, kernel, a...);
+}
+
 #endif

@@ -8,9 +8,10 @@
  *     __syncthreads __syncwarp __shfl_xor_sync __shfl_up_sync __shfl_sync __ballot_sync   threads meet and exchange
  *     atomicAdd, __nv_bfloat16, expf and its kin
  *     copy_async load_matrices multiply_tiles...   what kernels/ptx.h has of tensor cores and what feeds them
+ *     cluster_sync in_block bulk_copy barrier_wait...   and of blocks that know each other
  *     cudaMalloc cudaMemcpyAsync cudaGraphLaunch...   the calls of CUDA's runtime that device.cu and decode.cu make
  *
- * The blocks of a launch run one after the other. The threads of a block are fibers: each has a stack of its own, and
+ * The blocks of a launch run one after the other, those of start_clusters together, each as far as it can by turns. The threads of a block are fibers: each has a stack of its own, and
  * runs until it must wait for others; then the next one goes on. So a kernel without barriers is a plain loop, and a
  * debugger that stops in one shows the thread's own variables. A warp runs until all of its lanes wait at a barrier of
  * the block, then the next one, so that a warp gets as far ahead of others as a missing barrier lets it. Warps run in
@@ -61,8 +62,8 @@ static size_t cuda_on_cpu_shared = 227 << 10; /* bytes of shared memory that a b
 
 namespace on_cpu {
 
-enum { WARP = 32, MAX_THREADS = 1024, STACK_BYTES = 128 << 10, GUARD_BYTES = 256 };
-typedef enum { READY, AT_BARRIER, AT_WARP, LEFT } State;
+enum { WARP = 32, MAX_THREADS = 1024, MAX_FIBERS = 4096, STACK_BYTES = 128 << 10, GUARD_BYTES = 256 };
+typedef enum { READY, AT_BARRIER, AT_WARP, AT_CLUSTER, SPINNING, LEFT } State;
 
 struct Fiber {
     State state;
@@ -73,8 +74,9 @@ struct Fiber {
     void *sp; /* where its stack ends while others run */
     void *asan;
 };
-static Fiber fiber[MAX_THREADS], scheduler;
-static unsigned running; /* index of the fiber that runs */
+static Fiber fiber[MAX_FIBERS], scheduler;
+static unsigned running;                        /* index of the fiber that runs */
+static unsigned per_block = 1, per_cluster = 1; /* threads of a block, blocks of a cluster; of the present launch */
 
 struct Kernel { /* a launch's function and arguments */
     virtual void run() const = 0;
@@ -85,7 +87,7 @@ static const char *kernel_name;
 
 static void fail(const char *what, int line) {
     fprintf(stderr, "%s, block (%u,%u,%u), thread %u, line %d: %s\n", kernel_name, blockIdx.x, blockIdx.y, blockIdx.z,
-            running, line, what);
+            running % per_block, line, what);
     abort();
 }
 
@@ -162,7 +164,8 @@ static void make_fiber(Fiber *f) {
 
 static void resume(unsigned i) {
     running = i;
-    threadIdx = dim3(i % blockDim.x, i / blockDim.x % blockDim.y, i / (blockDim.x * blockDim.y));
+    const unsigned t = i % per_block;
+    threadIdx = dim3(t % blockDim.x, t / blockDim.x % blockDim.y, t / (blockDim.x * blockDim.y));
     switch_to(&scheduler, &fiber[i]);
 }
 
@@ -172,23 +175,33 @@ static void wait(State why, int line) {
     switch_to(f, &scheduler);
 }
 
-/* ---- A block: its threads run until all have left ---- */
+/* ---- Blocks: their threads run until all have left ---- */
 
-static char *shared_memory; /* dynamic, of the present launch; behind it GUARD_BYTES that nobody may touch */
+enum { MAX_BLOCKS = MAX_FIBERS / WARP };
+static char
+    *shared_of[MAX_BLOCKS]; /* dynamic, of the blocks that run together; behind it GUARD_BYTES that nobody may touch */
+static char *shared_memory; /* of the block that runs */
 static size_t shared_bytes;
 
-/* When nobody can go on: all must be at one barrier. */
-static void release_barrier(unsigned n) {
-    for (unsigned i = 0; i < n; i++) {
+/* When nobody of a block can go on, all must be at one barrier, or some wait for other blocks. Returns whether they go on. */
+static bool release_barrier(unsigned first) {
+    unsigned left = 0;
+    for (unsigned i = first; i < first + per_block; i++) {
+        if (fiber[i].state == AT_CLUSTER || fiber[i].state == SPINNING) return false;
+        left += fiber[i].state == LEFT;
+    }
+    if (left == per_block) return false;
+    for (unsigned i = first; i < first + per_block; i++) {
         running = i;
         if (fiber[i].state == LEFT) fail("a thread has left while others wait at __syncthreads or for its warp", 0);
         if (fiber[i].state == AT_WARP) fail("waits for lanes of its warp that never come", fiber[i].line);
-        if (fiber[i].line != fiber[0].line) fail("waits at another __syncthreads than thread 0", fiber[i].line);
+        if (fiber[i].line != fiber[first].line) fail("waits at another __syncthreads than thread 0", fiber[i].line);
     }
-    for (unsigned i = 0; i < n; i++) fiber[i].state = READY;
+    for (unsigned i = first; i < first + per_block; i++) fiber[i].state = READY;
+    return true;
 }
 
-static unsigned arrived[MAX_THREADS / WARP]; /* lanes of each warp that wait for the others */
+static unsigned arrived[MAX_FIBERS / WARP]; /* lanes of each warp that wait for the others */
 
 /* Copies that a thread has begun: queue[done..closed-1] in whole groups, up to queued - 1 in one that is still open. */
 struct Copies {
@@ -200,7 +213,7 @@ struct Copies {
     } queue[MOST];
     int done, queued, groups;
 };
-static Copies copies[MAX_THREADS];
+static Copies copies[MAX_FIBERS];
 
 /* The lanes of a warp, thread `first` and those behind it, until none can go on. Returns how often one went on. */
 static unsigned run_warp(unsigned first) {
@@ -215,20 +228,58 @@ static unsigned run_warp(unsigned first) {
     return all;
 }
 
-static void run_block(unsigned n) {
+/* Block q of those that run together, number k of the grid, until it is done or waits for others */
+static void run_block(unsigned q, size_t k) {
+    const unsigned first = q * per_block;
+    unsigned ran;
+    blockIdx =
+        dim3((unsigned)(k % gridDim.x), (unsigned)(k / gridDim.x % gridDim.y), (unsigned)(k / gridDim.x / gridDim.y));
+    shared_memory = shared_of[q];
+    do {
+        ran = 0;
+        for (unsigned w = 0; w < per_block; w += WARP)
+            ran += run_warp(first + (cuda_on_cpu_reverse ? per_block - WARP - w : w));
+    } while (ran || release_barrier(first));
+}
+
+/* Lets those go on who wait for other blocks: the threads of a cluster that have all come, and whoever looks again and
+ * again for what another block writes. Returns how many threads have still to go on. */
+static unsigned wake_blocks(unsigned blocks) {
+    enum { PATIENCE = 1000 };
+    static unsigned looked; /* rounds in which there was nothing but looking */
+    const unsigned n = blocks * per_block, team = per_cluster * per_block;
+    unsigned left = 0, met = 0;
+    for (unsigned first = 0; first < n; first += team) {
+        unsigned there = 0;
+        for (unsigned i = first; i < first + team; i++) there += fiber[i].state == AT_CLUSTER;
+        for (unsigned i = first; i < first + team && there == team; i++) fiber[i].state = READY, met = 1;
+    }
+    for (unsigned i = 0; i < n; i++) {
+        if (fiber[i].state == SPINNING) fiber[i].state = READY;
+        left += fiber[i].state == LEFT;
+        running = i;
+        if (looked > PATIENCE && fiber[i].state != LEFT) fail("waits for what never comes", fiber[i].line);
+    }
+    looked = met || left == n ? 0 : looked + 1;
+    return n - left;
+}
+
+/* Blocks k.. of the grid at once */
+static void run_blocks(unsigned blocks, size_t k) {
+    const unsigned n = blocks * per_block;
     for (unsigned i = 0; i < n; i++) copies[i].done = copies[i].queued = copies[i].groups = 0;
-    if (shared_bytes) memset(shared_memory, 0xff, shared_bytes);
+    for (unsigned q = 0; q < blocks && shared_bytes; q++) memset(shared_of[q], 0xff, shared_bytes);
     memset(arrived, 0, sizeof arrived);
     for (unsigned i = 0; i < n; i++) fiber[i].state = READY, fiber[i].parity = 0;
-    for (;;) {
-        unsigned ran = 0, left = 0;
-        for (unsigned k = 0; k < n; k += WARP) ran += run_warp(cuda_on_cpu_reverse ? n - WARP - k : k);
-        for (unsigned i = 0; i < n; i++) left += fiber[i].state == LEFT;
-        if (left == n) break;
-        if (!ran) release_barrier(n);
-    }
-    for (size_t i = 0; shared_bytes && i < GUARD_BYTES; i++)
-        if (shared_memory[shared_bytes + i] != 0x55) fail("the block wrote beyond its shared memory", 0);
+    do {
+        for (unsigned c = 0; c < blocks; c++) {
+            const unsigned q = cuda_on_cpu_reverse ? blocks - 1 - c : c;
+            run_block(q, k + q);
+        }
+    } while (wake_blocks(blocks));
+    for (unsigned q = 0; q < blocks && shared_bytes; q++)
+        for (size_t i = 0; i < GUARD_BYTES; i++)
+            if (shared_of[q][shared_bytes + i] != 0x55) fail("the block wrote beyond its shared memory", 0);
 }
 
 /* A kernel's launch, or anything else that the stream does, with its arguments as they were when it was asked for */
@@ -246,24 +297,26 @@ template <typename... P> static CallOf<P...> call_of(void (*f)(P...)) {
     return CallOf<P...>{f};
 }
 
-static void run_grid(const char *name, dim3 grid, dim3 block, size_t shared, const Kernel &call) {
+/* cluster: blocks of a cluster of a grid whose blocks all run at once; 0: they run one after the other. */
+static void run_grid(const char *name, dim3 grid, dim3 block, size_t shared, const Kernel &call, unsigned cluster = 0) {
     const unsigned n = block.x * block.y * block.z;
     const size_t blocks = (size_t)grid.x * grid.y * grid.z;
+    const unsigned together = cluster ? (unsigned)blocks : 1;
     kernel = &call, kernel_name = name;
-    blockDim = block, gridDim = grid, running = 0;
+    blockDim = block, gridDim = grid, running = 0, per_block = n, per_cluster = cluster ? cluster : 1;
     if (n == 0 || n % WARP || n > MAX_THREADS || blocks == 0)
         fail("an empty grid, or a block that is not 1 to 32 whole warps", 0);
+    if (together > MAX_BLOCKS || together * n > MAX_FIBERS || together % per_cluster)
+        fail("more blocks at once than the emulation has room for, or no whole clusters", 0);
     if (shared > cuda_on_cpu_shared) fail("more shared memory than a block can have", 0);
-    for (unsigned i = 0; i < n; i++) make_fiber(&fiber[i]);
-    shared_bytes = shared,
-    shared_memory = shared ? (char *)aligned_alloc(256, (shared + GUARD_BYTES + 255) / 256 * 256) : NULL;
-    if (shared) memset(shared_memory + shared, 0x55, GUARD_BYTES);
-    for (size_t k = 0; k < blocks; k++) {
-        const size_t b = cuda_on_cpu_reverse ? blocks - 1 - k : k;
-        blockIdx = dim3((unsigned)(b % grid.x), (unsigned)(b / grid.x % grid.y), (unsigned)(b / grid.x / grid.y));
-        run_block(n);
+    for (unsigned i = 0; i < together * n; i++) make_fiber(&fiber[i]);
+    shared_bytes = shared;
+    for (unsigned q = 0; q < together && shared; q++) {
+        shared_of[q] = (char *)aligned_alloc(256, (shared + GUARD_BYTES + 255) / 256 * 256);
+        memset(shared_of[q] + shared, 0x55, GUARD_BYTES);
     }
-    free(shared_memory);
+    for (size_t k = 0; k < blocks; k += together) run_blocks(together, cuda_on_cpu_reverse ? blocks - together - k : k);
+    for (unsigned q = 0; q < together && shared; q++) free(shared_of[q]), shared_of[q] = NULL;
 }
 
 /* ---- The stream: what is asked for happens at once, or while a graph is captured, when that is launched ---- */
@@ -312,7 +365,7 @@ static void fill(void *to, int byte, size_t bytes) {
 
 /* ---- Warps: 32 threads that exchange values through slots ---- */
 
-static uint64_t slot[2][MAX_THREADS];
+static uint64_t slot[2][MAX_FIBERS];
 
 static void meet_warp(int line) {
     const unsigned first = running / WARP * WARP;
@@ -445,7 +498,7 @@ static inline float bf16_of(unsigned word, unsigned half) {
     memcpy(&f, &bits, sizeof f);
     return f;
 }
-static float mma_a[32][16][16], mma_b[32][8][16]; /* of each warp */
+static float mma_a[on_cpu::MAX_FIBERS / 32][16][16], mma_b[on_cpu::MAX_FIBERS / 32][8][16]; /* of each warp */
 static inline void multiply_tiles(float c[4], const unsigned a[4], const unsigned b[2], int line) {
     const unsigned g = on_cpu::lane() / 4, t = on_cpu::lane() % 4, warp = on_cpu::running / on_cpu::WARP;
     for (unsigned i = 0; i < 8; i++)
@@ -491,6 +544,69 @@ static inline float reciprocal_approx(float x) {
 static inline float log2_approx(float x) {
     return log2f(x);
 }
+
+/* Blocks that know each other. A barrier's word: how many bytes it still awaits, and the phase, which ends when there are
+ * none. Bulk copies land when somebody waits for them; backwards, at once. */
+static unsigned cuda_on_cpu_clusters = 2; /* that there is room for at once */
+static inline unsigned cluster_rank() {
+    return on_cpu::running / on_cpu::per_block % on_cpu::per_cluster;
+}
+static inline void cluster_sync() {
+    on_cpu::wait(on_cpu::AT_CLUSTER, 0);
+}
+template <typename T> static inline T *in_block(T *mine, unsigned rank) {
+    const size_t at = (size_t)((char *)mine - on_cpu::shared_memory);
+    if (at >= on_cpu::shared_bytes || rank >= on_cpu::per_cluster)
+        on_cpu::fail("no place in the cluster's shared memory", 0);
+    const unsigned q = on_cpu::running / on_cpu::per_block;
+    return (T *)(void *)(on_cpu::shared_of[q / on_cpu::per_cluster * on_cpu::per_cluster + rank] + at);
+}
+struct BulkCopy {
+    void *to;
+    const void *from;
+    unsigned bytes;
+    int32_t *barrier;
+};
+static std::vector<BulkCopy> bulk_copies;
+static inline void land(const BulkCopy &c) {
+    memcpy(c.to, c.from, c.bytes);
+    c.barrier[0] -= (int32_t)c.bytes;
+    if (c.barrier[0] == 0) c.barrier[1]++;
+}
+static inline void barrier_init(uint64_t *barrier) {
+    *barrier = 0;
+}
+static inline void barrier_fence() {}
+static inline void barrier_expect(uint64_t *barrier, unsigned bytes) {
+    int32_t *const awaited = (int32_t *)(void *)barrier;
+    if (awaited[0]) on_cpu::fail("a second copy under way to one barrier", 0);
+    *awaited = (int32_t)bytes;
+}
+static inline void bulk_copy(void *shared, const void *global, unsigned bytes, uint64_t *barrier) {
+    const BulkCopy c = {shared, global, bytes, (int32_t *)(void *)barrier};
+    check_aligned(shared, 16, "copies in bulk to no multiple of 16 bytes");
+    check_aligned(global, 16, "copies in bulk from no multiple of 16 bytes");
+    if (bytes % 16) on_cpu::fail("copies no multiple of 16 bytes in bulk", 0);
+    if (cuda_on_cpu_reverse) return land(c);
+    bulk_copies.push_back(c);
+}
+static inline void barrier_wait(uint64_t *barrier, unsigned parity) {
+    int32_t *const awaited = (int32_t *)(void *)barrier;
+    while ((unsigned)awaited[1] % 2 == parity) {
+        size_t k = 0;
+        while (k < bulk_copies.size() && bulk_copies[k].barrier != awaited) k++;
+        if (k == bulk_copies.size())
+            on_cpu::wait(on_cpu::SPINNING, 0);
+        else
+            land(bulk_copies[k]), bulk_copies.erase(bulk_copies.begin() + (long)k);
+    }
+}
+static inline void count_up(unsigned *counter) {
+    ++*counter;
+}
+static inline unsigned counted(const unsigned *counter) {
+    return on_cpu::wait(on_cpu::SPINNING, 0), *counter;
+}
 static inline unsigned bf16_pair(float first, float second) {
     return __float2bfloat16(first).bits | (unsigned)__float2bfloat16(second).bits << 16;
 }
@@ -504,6 +620,7 @@ static inline unsigned bf16_pair(float first, float second) {
 
 /* ---- The runtime's calls ---- */
 
+#define HAS_CLUSTERS 1
 typedef enum { cudaSuccess, cudaErrorMemoryAllocation = 2, cudaErrorStreamCaptureUnsupported = 900 } cudaError_t;
 typedef enum { cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice } cudaMemcpyKind;
 enum { cudaFuncAttributeMaxDynamicSharedMemorySize = 8, cudaStreamCaptureModeThreadLocal = 1 };
@@ -540,6 +657,20 @@ static inline cudaError_t cudaMemGetInfo(size_t *available, size_t *total) {
     return *available = *total = memory_available(), cudaSuccess;
 }
 static inline cudaError_t cudaFuncSetAttribute(const void *, int, int) {
+    return cudaSuccess;
+}
+static inline size_t most_shared() {
+    return cuda_on_cpu_shared;
+}
+template <typename... P> static inline unsigned most_clusters(void (*)(P...), unsigned, unsigned, size_t) {
+    return cuda_on_cpu_clusters;
+}
+/* Begins in the graph that is captured, too, on a GPU; here nobody asks for it. */
+template <typename... P, typename... A>
+static inline cudaError_t start_clusters(void (*kernel)(P...), unsigned clusters, unsigned size, unsigned threads,
+                                         size_t bytes, cudaStream_t, A... a) {
+    if (on_cpu::capturing) return cudaErrorStreamCaptureUnsupported;
+    on_cpu::run_grid("a kernel of clusters", clusters * size, threads, bytes, on_cpu::call_of(kernel)(a...), size);
     return cudaSuccess;
 }
 

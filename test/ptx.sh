@@ -17,6 +17,8 @@
 # ptx.sh --one BUILD ARCH ORDER PART: one of them, whose sums go to BUILD/ptx-ARCH/ORDER/PART.sums
 export IMAGEBART_DEVICE=cpu # where nothing else is said
 
+SMS="sms=16" # two clusters of the kernel that decodes: more would only take longer
+
 findings() { # findings FILE: what the interpreter counted there, in all runs; nothing if one left no count
     awk '/^PTXSIM: [0-9]+ findings$/ { n++; sum += $2 } END { if (n) print sum }' "$1"
 }
@@ -24,7 +26,7 @@ findings() { # findings FILE: what the interpreter counted there, in all runs; n
 run() { # run WHAT COMMAND...: exit status 0 and no finding
     what=$1
     shift
-    PTXSIM=$order "$@" >"$dir/out" 2>"$dir/err"
+    PTXSIM="$order $SMS" "$@" >"$dir/out" 2>"$dir/err"
     status=$?
     cat "$dir/out" "$dir/err" >>"$out/$part.said"
     if [ $status -eq 0 ] && [ "$(findings "$dir/err")" = 0 ]; then
@@ -89,8 +91,8 @@ if [ "$1" = --one ]; then
     sample | train) $part >"$out/$part.log" 2>&1 ;;
     *)
         case $part in
-        golden) PTXSIM=$order "$programs/golden" --device cuda test/golden-cases ;;
-        *) PTXSIM=$order "$programs/test_$part" ;;
+        golden) PTXSIM="$order $SMS" "$programs/golden" --device cuda test/golden-cases ;;
+        *) PTXSIM="$order $SMS" "$programs/test_$part" ;;
         esac >"$out/$part.log" 2>"$out/$part.said"
         status=$?
         line=$(grep -E '^[0-9]+ passed, [0-9]+ failed$' "$out/$part.log" | tail -n 1)

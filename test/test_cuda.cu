@@ -470,10 +470,12 @@ typedef struct {
 static const NetConfig x_small = {NET_X, X_PLAIN, 3, 0, 24, 11, 1, 2, 74, 9, 2, 1, 72, 0, 0, 0};
 static const NetConfig gpt_small = {NET_GPT, X_PLAIN, 3, 0, 30, 0, 0, 0, 0, 9, 2, 3, 73, 12, 0, 0};
 
+static double shaking = 0.15; /* less where rows are long: what a bf16 is off by grows from layer to layer */
+
 static void shake(Params *p) {
     for (size_t r = 0; r < p->n; r++)
         for (size_t k = 0; k < p->row[r].size; k++) {
-            p->row[r].value[k] += (real)(0.15 * rng_normal(5, rng_stream(RNG_TEST, r, 0), k));
+            p->row[r].value[k] += (real)(shaking * rng_normal(5, rng_stream(RNG_TEST, r, 0), k));
             if (IS_BF16 && p->row[r].matrix) p->row[r].value[k] = to_float(to_floatX(p->row[r].value[k]));
         }
     memcpy(p->arena[4], p->arena[0], p->total * sizeof(real));
@@ -736,6 +738,43 @@ static void test_decoding(const char *what, const NetConfig *c, size_t B, size_t
     pair_free(&a);
 }
 
+/* Logits (N,B,K) of rows `first` to first+B-1 on the GPU, given the tokens */
+static real *decoded(Pair *a, size_t first, size_t B) {
+    real *all = reals(a->N * B * a->K);
+    CHECK_OK(transformer_decode_begin(a->gpu, a->x_t + first * a->N, a->t + first, a->label + first, B, a->N));
+    for (size_t i = 0; i < a->N; i++) {
+        int32_t prev[B_MAX] = {0};
+        const real *got = NULL;
+        for (size_t b = 0; i > 0 && b < B; b++) prev[b] = a->x[(first + b) * a->N + i - 1];
+        CHECK_OK(transformer_decode_step(a->gpu, prev, i, &got));
+        memcpy(all + i * B * a->K, got, B * a->K * sizeof *all);
+    }
+    return all;
+}
+
+/* The same bits with fewer blocks, and of a row alone */
+static void test_decoded_bits(const NetConfig *c, size_t B, size_t N) {
+    Pair a;
+    pair_make(&a, c, B, N, 0);
+    const size_t n = B * a.K;
+    real *want = decoded(&a, 0, B);
+    add_bits(want, N * n * sizeof *want);
+#ifdef CUDA_ON_CPU
+    cuda_on_cpu_clusters = 1;
+    real *other = decoded(&a, 0, B);
+    cuda_on_cpu_clusters = 2;
+    CHECK(memcmp(want, other, N * n * sizeof *want) == 0);
+    free(other);
+#endif
+    for (size_t b = 0; b < B; b += B - 1) {
+        real *row = decoded(&a, b, 1);
+        for (size_t i = 0; i < N; i++) CHECK(memcmp(want + i * n + b * a.K, row + i * a.K, a.K * sizeof *want) == 0);
+        free(row);
+    }
+    free(want);
+    pair_free(&a);
+}
+
 static int count_reports(void *context, size_t done) {
     return ++*(int *)context == 3 || done > 1000;
 }
@@ -829,8 +868,37 @@ static void test_pick(size_t K, double temperature, size_t top_k) {
     free_arrays();
 }
 
+/* Whether the step kernel serves an official model's scale: nobody must notice only by the time that it takes. */
+static void test_step_fits(void) {
+    Decoder s;
+    Step p;
+    memset(&s, 0, sizeof s);
+    s.n_layers = 18, s.B = 8, s.N = s.T = s.T_context = 256, s.C = 752, s.K = 548, s.heads = 16, s.D = 64;
+    const int can = IS_BF16 && most_clusters(step_kernel, CLUSTER, STEP_THREADS, 100 << 10) > 0;
+    CHECK(step_fits(&p, &s) == can);
+    s.C = 800, s.D = 50, s.n_layers = 52, s.T_context = 0;
+    CHECK(step_fits(&p, &s) == can);
+    s.C = 1216, s.D = 76, s.K = 8192, s.n_layers = 72;
+    CHECK(step_fits(&p, &s) == can);
+    s.D = 75;
+    CHECK(!step_fits(&p, &s));
+}
+
+/* Rows long enough that warps share a tile, more parts than clusters, wide heads */
+static void test_wide_decoding(void) {
+    NetConfig c = x_small;
+    c.dim = 264, shaking = 0.05;
+    test_decoding("decoding, wide", &c, 2, 4);
+    test_decoded_bits(&c, 3, 2);
+    c = gpt_small;
+    c.dim = 264;
+    test_decoding("decoding, wide gpt", &c, 3, 4);
+    shaking = 0.15;
+}
+
 static void test_decodings(void) {
     NetConfig c = x_small;
+    test_decoded_bits(&c, 8, 5);
     c.variant = X_FINE_SCALED;
     test_decoding("decoding", &c, 3, 7);
     test_drawing(&c, 3, 7, 1, 0, 0, 1);
@@ -1029,17 +1097,34 @@ static void test_trainings(void) {
     }
 }
 
-static void test_both_decodings(void) {
+/* By the kernels that serve all GPUs and batches, and by the step kernel where it can */
+static void test_kernel_decodings(void) {
+    decode_by_kernels = 1;
     for (int order = first_order(); order < 2; order = next_order(order)) test_decodings();
+    decode_by_kernels = 0;
+}
+
+static void test_step_decodings(void) {
+    test_step_fits();
+    for (int order = first_order(); order < 2; order = next_order(order)) {
+        test_decodings();
+        test_wide_decoding();
+    }
 }
 
 static const Section sections[] = {
 #ifdef CUDA_ON_CPU
     {"emulation", test_emulation},
 #endif
-    {"layers", test_layers},           {"attention", test_attentions},   {"updates", test_all_updates},
-    {"networks", test_networks},       {"bundled", test_bundled_scales}, {"training", test_trainings},
-    {"decoding", test_both_decodings}, {"refusals", test_refusals},
+    {"layers", test_layers},
+    {"attention", test_attentions},
+    {"updates", test_all_updates},
+    {"networks", test_networks},
+    {"bundled", test_bundled_scales},
+    {"training", test_trainings},
+    {"decoding", test_kernel_decodings},
+    {"steps", test_step_decodings},
+    {"refusals", test_refusals},
 };
 
 int main(int argc, char **argv) {
