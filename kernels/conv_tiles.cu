@@ -78,15 +78,8 @@ static int can_multiply_directly(const Window *p) {
     return IS_BF16 && p->C % STEP == 0;
 }
 
-/* Where few tiles would leave most of a GPU idle, each is made by several blocks, which share the channels of the source:
- * their sums are written down, and added in order. */
+/* Channels of a tile, or of a narrow one; FEW_BLOCKS: see splits_of */
 enum { TILE_N = 128, NARROW_N = 32, FEW_BLOCKS = 64 };
-static unsigned splits_of(const Window *p, size_t B, size_t M) {
-    const size_t blocks = B * tiles_of(p) * ceil_div(M, TILE_N), chunks = p->C / STEP;
-    unsigned splits = 1;
-    while (M > NARROW_N && blocks * splits < FEW_BLOCKS && 2 * splits <= chunks) splits *= 2;
-    return splits;
-}
 
 /* Floats of TileConv.partial: enough for fewer and smaller pictures, too, which may be split where these are not. Blocks
  * are doubled while there are fewer than FEW_BLOCKS. */
@@ -107,6 +100,15 @@ static unsigned shares_of(const Window *p, size_t B, size_t M) {
 }
 
 #ifdef FLOATX_BF16
+/* Where few tiles would leave most of a GPU idle, each is made by several blocks, which share the channels of the source:
+ * their sums are written down, and added in order. */
+static unsigned splits_of(const Window *p, size_t B, size_t M) {
+    const size_t blocks = B * tiles_of(p) * ceil_div(M, TILE_N), chunks = p->C / STEP;
+    unsigned splits = 1;
+    while (M > NARROW_N && blocks * splits < FEW_BLOCKS && 2 * splits <= chunks) splits *= 2;
+    return splits;
+}
+
 /* ---- Tiles and their halos ---- */
 
 enum { ROW = STEP + PACK, STAGES = 4, MMA_THREADS = 256, MMA_WARPS = MMA_THREADS / WARP, LOADERS = MMA_THREADS / 4 };
