@@ -1048,6 +1048,7 @@ static void test_layers(void) {
         test_linear(1, 1, 1, 1);
         test_linear(5, 7, 3, 0);
         test_linear(140, 40, 33, 1);
+        test_linear(9, 5, 36, 1);
     }
     test_embedding(3, 7, 40);
     test_embedding(1, 1, 5);
