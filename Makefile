@@ -7,7 +7,7 @@
 # make test SANITIZE=1   the same under AddressSanitizer and UndefinedBehaviorSanitizer
 # make test-cuda    the CUDA kernels on this machine's GPU; SANITIZER=memcheck: under compute-sanitizer
 # make bench-cuda   training, drawing and decoding on a GPU at full size, beside PyTorch, and what was asked for
-# make carry        the CUDA programs stripped and packed, build/carried.tar.xz (STATIC=1 CUDA_ARCH=90 MARCH=x86-64-v3), for
+# make carry        the CUDA programs stripped and packed, build/carried.tar.xz (STATIC=1 CUDA_ARCH=90a MARCH=x86-64-v3), for
 # make on-gpu BUILT=build/carried.tar.xz   test-cuda, under memcheck and racecheck, bench-cuda, on a machine that has a GPU but neither
 #                   nvcc nor libraries; without BUILT: where there are all; test-cuda and bench-cuda have BUILT=DIR, too
 # make test-cuda-emulated   every CUDA kernel, run on the CPU, against its C twin (part of make test)
@@ -27,7 +27,7 @@
 # make lpips       what ./train --vqgan measures likeness with (models/fetch.sh), checksums compared
 # make fullsize     the official models at full size, with random weights, against PyTorch (PYTHON=..., MODELS=...)
 # make data/emoji   the pictures that the bundled model was trained on
-# Variables: NVCC=... (empty: no CUDA), CUDA_ARCH="80 90", HAVE_WEBP=, HAVE_LMDB=, HAVE_MPI= and HAVE_SERVE= leave these out though they are there,
+# Variables: NVCC=... (empty: no CUDA), CUDA_ARCH="80 90a", HAVE_WEBP=, HAVE_LMDB=, HAVE_MPI= and HAVE_SERVE= leave these out though they are there,
 # PKG_CONFIG=... (which says where libraries are, if it is there), STATIC=1 (the libraries for images linked in, for machines that lack them),
 # CC=clang, MARCH=x86-64-v3 (one processor's instructions, for tests too), SANITIZE=1 (each combination builds in its own
 # folder), -j1 (default: as many jobs as there are processors),
@@ -56,16 +56,16 @@ hash := \#
 space := $(subst ,, )
 
 # nvcc 12 or later makes the programs compute on NVIDIA GPUs too. CUDA_ARCH: the compute capabilities to compile for, e.g.
-# "80 90 100"; the last one's intermediate code, too, which the driver compiles for any later GPU when first run (a minute).
-# Each takes nvcc a while. Unless it is given: those of this machine's GPUs that nvcc knows; without a GPU 80 and 90. Under the
-# sanitizers of the host there is only the emulation.
+# "80 90a 100"; the intermediate code of the last without an a, too, which the driver compiles for any later GPU when first run
+# (a minute). 90a has what 9.0 alone can (kernels/attention_90a.cu). Each takes nvcc a while. Unless it is given: those of this
+# machine's GPUs that nvcc knows; without a GPU 80 and 90a. Under the sanitizers of the host there is only the emulation.
 NVCC ?= $(firstword $(shell command -v nvcc 2>/dev/null) $(wildcard /usr/local/cuda/bin/nvcc))
 ifneq ($(filter 1,$(SANITIZE))$(PLAINLY),)
 override NVCC :=
 endif
 GPUS = $(shell nvidia-smi --query-gpu=compute_cap --format=csv$(comma)noheader 2>/dev/null | tr -dc '0-9\n' | sort -nu)
 ifeq ($(origin CUDA_ARCH),undefined)
-CUDA_ARCH := $(if $(NVCC),$(or $(patsubst sm_%,%,$(filter $(GPUS:%=sm_%),$(shell $(NVCC) --list-gpu-code 2>/dev/null))),80 90))
+CUDA_ARCH := $(if $(NVCC),$(patsubst 90,90a,$(or $(patsubst sm_%,%,$(filter $(GPUS:%=sm_%),$(shell $(NVCC) --list-gpu-code 2>/dev/null))),80 90)))
 endif
 HAVE_NCCL = $(if $(NVCC),$(call compiles,$(hash)include <nccl.h>\nint main(void) { return 0; },-I$(dir $(NVCC))../include))
 
@@ -201,7 +201,7 @@ OBJ := $(COMPONENTS:%=$B/%.o)
 DEVICE_OBJ := $(if $(NVCC),$B/device_f32.o $B/device_bf16.o)
 CUDA_LIBS := $(if $(NVCC),-L$(dir $(NVCC))../lib64 -lcudart_static -ldl -lrt $(ARCHIVES) -lstdc++ $(SHARED))
 NVCC_FLAGS := -x cu -std=c++17 -I. -O3 -lineinfo $(foreach a,$(CUDA_ARCH),-gencode arch=compute_$a$(comma)code=sm_$a) \
-              -gencode arch=compute_$(lastword $(CUDA_ARCH))$(comma)code=compute_$(lastword $(CUDA_ARCH)) \
+              $(foreach a,$(lastword $(or $(filter-out %a,$(CUDA_ARCH)),$(CUDA_ARCH))),-gencode arch=compute_$a$(comma)code=compute_$a) \
               $(if $(HAVE_NCCL),-DHAVE_NCCL) -Xcompiler -Wall$(comma)-Wextra$(comma)-Wno-missing-field-initializers$(comma)-Werror -Werror all-warnings
 OBJ_DOUBLE := $(COMPONENTS:%=$B/double/%.o)
 TEST_BIN := $(TESTS:%=$B/test_%) $(TESTS_DOUBLE:%=$B/test_%_double) $(TESTS_TILES:%=$B/test_%_tiles)

@@ -429,6 +429,12 @@ static __device__ inline void multiply_rows(float p[ROWS / 8][4], const unsigned
         }
 }
 
+/* Two blocks of 8 columns, as multiply_tiles leaves them, as a left operand */
+static __device__ inline void round_pairs(unsigned a[4], const float p[2][4]) {
+    a[0] = bf16_pair(p[0][0], p[0][1]), a[1] = bf16_pair(p[0][2], p[0][3]);
+    a[2] = bf16_pair(p[1][0], p[1][1]), a[3] = bf16_pair(p[1][2], p[1][3]);
+}
+
 /* sum (16,W) += p (16,ROWS) tile (ROWS,W) */
 template <int W, int ROWS>
 static __device__ inline void weigh_rows(float sum[W / 8][4], const float p[ROWS / 8][4], const floatX *tile) {
@@ -437,8 +443,8 @@ static __device__ inline void weigh_rows(float sum[W / 8][4], const float p[ROWS
     tile += lane % 16 * T::PITCH + lane / 16 * 8;
 #pragma unroll
     for (int k = 0; k < ROWS / 8; k += 2) {
-        const unsigned a[4] = {bf16_pair(p[k][0], p[k][1]), bf16_pair(p[k][2], p[k][3]),
-                               bf16_pair(p[k + 1][0], p[k + 1][1]), bf16_pair(p[k + 1][2], p[k + 1][3])};
+        unsigned a[4];
+        round_pairs(a, p + k);
 #pragma unroll
         for (int n = 0; n < W / 8; n += 2) {
             unsigned b[4]; /* 8 channels of the first and the second 8 of 16 rows, then of 8 channels more */
@@ -538,18 +544,20 @@ template <int W> static __device__ inline void rise(Softmax *x, const float peak
     }
 }
 
-/* p holds q k^T, -inf where a query does not see a key; becomes the numerators of probabilities, relative to `largest`.
- * Every query sees key 0, so the first keys that come make `largest` finite. */
-template <int W, int ROWS>
-static __device__ inline void softmax_step(Softmax *x, float p[ROWS / 8][4], float out[W / 8][4], float scale) {
-    float peak[2];
+/* p holds q k^T, -inf where a query does not see a key. Is one larger than all before, for any lane? peak: the lane's */
+template <int ROWS>
+static __device__ inline bool find_peaks(float peak[2], const Softmax *x, const float p[ROWS / 8][4]) {
 #pragma unroll
     for (int r = 0; r < 2; r++) {
         peak[r] = x->largest[r];
 #pragma unroll
         for (int n = 0; n < ROWS / 8; n++) peak[r] = fmaxf(peak[r], fmaxf(p[n][2 * r], p[n][2 * r + 1]));
     }
-    if (__ballot_sync(0xffffffffu, peak[0] > x->largest[0] || peak[1] > x->largest[1])) rise<W>(x, peak, out, scale);
+    return __ballot_sync(0xffffffffu, peak[0] > x->largest[0] || peak[1] > x->largest[1]);
+}
+
+/* p becomes the numerators of probabilities, relative to `largest`, which is finite: every query sees key 0. */
+template <int ROWS> static __device__ inline void take_powers(Softmax *x, float p[ROWS / 8][4], float scale) {
 #pragma unroll
     for (int r = 0; r < 2; r++) {
         const float top = scale * x->largest[r];
@@ -566,10 +574,11 @@ template <int W, int ROWS>
 static __device__ inline void attend_step(const Attention *s, Softmax *x, float out[W / 8][4],
                                           const unsigned rows[W / 16][4], const floatX *keys, const floatX *values,
                                           unsigned first, unsigned j0, Sight sight, float scale) {
-    float p[ROWS / 8][4];
+    float p[ROWS / 8][4], peak[2];
     multiply_rows<W, ROWS>(p, rows, keys);
     if (sight.all < j0 + ROWS) hide<ROWS>(s, p, first, j0);
-    softmax_step<W, ROWS>(x, p, out, scale);
+    if (find_peaks<ROWS>(peak, x, p)) rise<W>(x, peak, out, scale);
+    take_powers<ROWS>(x, p, scale);
     weigh_rows<W, ROWS>(out, p, values);
 }
 

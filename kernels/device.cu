@@ -35,6 +35,8 @@ static void close_device(Device *d) {
     free(d);
 }
 
+static Err find_groups(Device *d);
+
 static Err start_device(Device *d) {
     int chosen = 0;
     cudaDeviceProp p;
@@ -43,6 +45,7 @@ static Err start_device(Device *d) {
     d->shared_most = p.sharedMemPerBlockOptin;
     TRY(cuda_error(cudaStreamCreate(&d->stream), "a stream"));
     TRY(device_alloc(&d->sums, SUM_BLOCKS * sizeof *d->sums, "partial sums"));
+    TRY(find_groups(d));
     return open_blas(d);
 }
 
@@ -139,6 +142,8 @@ static Err measure_ceilings(Device *d, size_t n, size_t bytes, double *product, 
 #include "kernels/layers.cu"
 
 #include "kernels/attention.cu"
+
+#include "kernels/attention_90a.cu"
 
 #include "kernels/optimizer.cu"
 
@@ -237,7 +242,7 @@ static Layers make_layers() {
     l.linear_forward = Sticky<linear_forward_gpu>::call, l.linear_backward = Sticky<linear_backward_gpu>::call;
     l.gelu_forward = Sticky<gelu_forward_gpu>::call, l.gelu_backward = Sticky<gelu_backward_gpu>::call;
     l.attention_needs = attention_needs_gpu, l.attention_saved = attention_saved_gpu;
-    l.attention_forward = Sticky<attention_forward_gpu>::call;
+    l.attention_forward = Sticky<attention_forward_best_gpu>::call;
     l.attention_backward = Sticky<attention_backward_gpu>::call;
     l.variant_needs = variant_needs_gpu;
     l.variant_forward = Sticky<variant_forward_gpu>::call, l.variant_backward = Sticky<variant_backward_gpu>::call;
@@ -284,43 +289,17 @@ static Err heads_fit_gpu(const Device *d, size_t D, int train) {
 #endif
 extern "C" {
 extern const DeviceOps CUDA_TABLE;
-const DeviceOps CUDA_TABLE = {find_cuda,
-                              open_device,
-                              close_device,
-                              measure_ceilings,
-                              &cuda_layers,
-                              sizeof(floatX),
-                              device_alloc,
-                              device_free,
-                              put_bytes,
-                              to_host,
-                              zero_bytes,
-                              copy_bytes,
-                              earlier_failure,
-                              replay,
-                              forget,
-                              count_changes,
-                              row_value,
-                              row_grad,
-                              send_params,
-                              fetch_params,
-                              send_part,
-                              zero_grad_cuda,
-                              grad_norm_cuda,
-                              swap_ema_cuda,
-                              update_params,
-                              heads_fit_gpu,
-                              fused_loss_needs_gpu,
-                              fused_loss_gpu,
-                              decode_needs_gpu,
-                              decode_prompt_gpu,
-                              decode_step_gpu,
-                              draw_gpu,
-                              choose_gpu,
-                              joined,
-                              join_id,
-                              join,
-                              place_of,
-                              grad_sum,
-                              grad_wait};
+const DeviceOps CUDA_TABLE = {find_cuda,        open_device,      close_device,
+                              measure_ceilings, &cuda_layers,     sizeof(floatX),
+                              device_alloc,     device_free,      put_bytes,
+                              to_host,          zero_bytes,       copy_bytes,
+                              earlier_failure,  replay,           forget,
+                              count_changes,    row_value,        row_grad,
+                              send_params,      fetch_params,     send_part,
+                              zero_grad_cuda,   grad_norm_cuda,   swap_ema_cuda,
+                              update_params,    heads_fit_gpu,    fused_loss_needs_gpu,
+                              fused_loss_gpu,   decode_needs_gpu, decode_prompt_gpu,
+                              decode_step_gpu,  draw_gpu,         choose_gpu,
+                              joined,           join_id,          join,
+                              place_of,         grad_sum,         grad_wait};
 }

@@ -162,6 +162,8 @@ struct Device {
     double *sums;       /* (SUM_BLOCKS) partial sums, of the gradient's norm and of losses */
     size_t shared_most; /* bytes of shared memory that a block can have */
 
+    void *encode_map; /* attention_90a.cu: NULL where the GPU or its code has no warpgroups */
+
     struct Blas *blas; /* cuBLASLt and the matrix products seen so far */
     struct Nccl *nccl; /* the other ranks' GPUs; NULL: there is one */
 };

@@ -5,6 +5,7 @@
 #ifndef PTX_H
 #define PTX_H
 
+#include <cuda.h>
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 #include <string.h>
@@ -128,8 +129,8 @@ template <typename T> static __device__ inline T *in_block(T *mine, unsigned ran
     asm volatile("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(mine), "r"(rank));
     return there;
 }
-static __device__ inline void barrier_init(uint64_t *barrier) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
+static __device__ inline void barrier_init(uint64_t *barrier, unsigned arrivals = 1) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
 }
 static __device__ inline void barrier_fence() {
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -204,5 +205,77 @@ static cudaError_t start_clusters(void (*kernel)(P...), unsigned clusters, unsig
     c.stream = stream;
     return cudaLaunchKernelEx(&c, kernel, a...);
 }
+/* Compute capability 9.0 alone, compiled as 90a. Boxes come by the tensor memory accelerator: 64 rows of 64 bf16, of which the units of 16 bytes lie swizzled:
+ * unit c of row r where unit c ^ r % 8 would be. They begin at multiples of 1024 bytes.
+ *   barrier_arrive   one of the arrivals that a barrier waits for besides bytes
+ *   copy_box         a box from column x, row y, picture z on to shared memory; zeros beyond the map; tells the barrier
+ *   see_stores       what this thread stored is seen by products and boxes that come after a barrier
+ *   group_fence, group_commit, group_wait<N>, hold   a warpgroup, 128 threads, multiplies while it goes on. Before it begins:
+ *                    fence. Products between two commits are a group; wait until all but the last N are done. What is
+ *                    being read or written must not be touched before: hold says so to the compiler.
+ *   multiply_boxes   c (64,64) float (+)= columns 16k.. of a (64,64) times those of b (64,64)^T; 16 rows of c to a warp, as
+ *                    multiply_tiles has them
+ *   weigh_box        c (64,64) += a (64,16), which is in registers, times rows 16k.. of b (64,64) */
+static __device__ inline void barrier_arrive(uint64_t *b) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(b)) : "memory");
+}
+static __device__ inline void copy_box(void *to, const CUtensorMap *map, unsigned x, unsigned y, unsigned z,
+                                       uint64_t *b) {
+    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, "
+                 "%4}], [%5];" ::"r"(shared_address(to)),
+                 "l"(map), "r"(x), "r"(y), "r"(z), "r"(shared_address(b))
+                 : "memory");
+}
+static __device__ inline void see_stores() {
+    asm volatile("fence.proxy.async;" ::: "memory");
+}
+template <int WHICH> static __device__ inline void group_meet() {
+    asm volatile("bar.sync %0, 128;" ::"n"(WHICH + 1) : "memory");
+}
+static __device__ inline void group_fence() {
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+static __device__ inline void group_commit() {
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+template <int N> static __device__ inline void group_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
+}
+template <int N> static __device__ inline void hold(float (*c)[4]) {
+#pragma unroll
+    for (int n = 0; n < N; n++) asm volatile("" : "+f"(c[n][0]), "+f"(c[n][1]), "+f"(c[n][2]), "+f"(c[n][3])::"memory");
+}
+template <int N> static __device__ inline void hold(unsigned (*a)[4]) {
+#pragma unroll
+    for (int n = 0; n < N; n++) asm volatile("" : "+r"(a[n][0]), "+r"(a[n][1]), "+r"(a[n][2]), "+r"(a[n][3])::"memory");
+}
+static __device__ inline unsigned long long box_at(const void *box, unsigned bytes) {
+    const unsigned long long leading = 8192 >> 4, rows_8 = 1024 >> 4, swizzled_128 = 1;
+    return ((shared_address(box) + bytes) >> 4 & 0x3fff) | leading << 16 | rows_8 << 32 | swizzled_128 << 62;
+}
+/* clang-format off */
+#define ALL_OF(c) \
+        "+f"(c[0][0]), "+f"(c[0][1]), "+f"(c[0][2]), "+f"(c[0][3]),\
+        "+f"(c[1][0]), "+f"(c[1][1]), "+f"(c[1][2]), "+f"(c[1][3]),\
+        "+f"(c[2][0]), "+f"(c[2][1]), "+f"(c[2][2]), "+f"(c[2][3]),\
+        "+f"(c[3][0]), "+f"(c[3][1]), "+f"(c[3][2]), "+f"(c[3][3]),\
+        "+f"(c[4][0]), "+f"(c[4][1]), "+f"(c[4][2]), "+f"(c[4][3]),\
+        "+f"(c[5][0]), "+f"(c[5][1]), "+f"(c[5][2]), "+f"(c[5][3]),\
+        "+f"(c[6][0]), "+f"(c[6][1]), "+f"(c[6][2]), "+f"(c[6][3]),\
+        "+f"(c[7][0]), "+f"(c[7][1]), "+f"(c[7][2]), "+f"(c[7][3])
+static __device__ inline void multiply_boxes(float (*c)[4], const void *a, const void *b, unsigned k, int add) {
+    asm volatile("{\n .reg .pred p;\n setp.ne.b32 p, %34, 0;\n wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+                 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+                 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, %32, %33, p, 1, 1, 0, 0;\n}"
+                 : ALL_OF(c) : "l"(box_at(a, 32 * k)), "l"(box_at(b, 32 * k)), "r"(add));
+}
+static __device__ inline void weigh_box(float (*c)[4], const unsigned a[4], const void *b, unsigned k) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+                 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+                 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, {%32, %33, %34, %35}, %36, 1, 1, 1, 1;"
+                 : ALL_OF(c) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(box_at(b, 2048 * k)));
+}
+#undef ALL_OF
+/* clang-format on */
 
 #endif

@@ -1066,6 +1066,8 @@ static void test_attentions(void) {
     test_attention(2, 8, 19, 70, 70, 1, 0);  /* and at every place */
     test_attention(1, 4, 62, 65, 66, 0, 0);  /* a window wider than 64 */
     test_attention(1, 8, 126, 9, 20, 0, 0);  /* and one wider than 128 */
+    test_attention(1, 2, 50, 70, 400, 0, 0); /* more keys than are on their way at once */
+    test_attention(1, 1, 64, 400, 400, 1, 0);
     test_attention_shapes();
     for (int order = first_order(); order < 2; order = next_order(order)) {
         test_attention_decoding(2, 3, 50, 4, 1, 9);
