@@ -118,8 +118,8 @@ ok "a finished run takes its best" train --run "$dir/risen" --vqgan --resume --e
 ok "too" test "$(step_of "$dir/risen/vqgan.safetensors")" = "$(best_of risen vqgan)"
 
 # ---- signals: saved first; with a second one nothing is lost but the steps since the last checkpoint ----
-steps=600
-case $build in *sanitize*) steps=150 ;; esac # which take as long
+steps=250
+case $build in *sanitize*) steps=60 ;; esac # which take as long
 long="--scale 1 --steps $steps"
 new_run whole
 # shellcheck disable=SC2086
