@@ -161,7 +161,7 @@ ok "it moves if told" train "$cuda" states --scale 2 --steps 6 --resume --device
 ok "which is said" grep -q "scale2: trained on cuda f32 so far, from here on on cpu: another run" "$dir/err"
 
 refused_late 2 "int8" sample "$cuda" cpu no.png --device cuda --weights int8
-refused_late 2 "expected bf16 or f32" train "$cuda" f32 --scale 1 --device cuda --precision f16
+refused_late 2 "expected f32, bf16x3 or bf16" train "$cuda" f32 --scale 1 --device cuda --precision f16
 
 # The benchmark works, and its table has a number in every row when PyTorch's are there.
 awk 'BEGIN { n = split("train compiled x,train compiled gpt,train eager x,train eager gpt,draw x one,draw x many,draw gpt one,draw gpt many,decode one,decode many,decode compiled many,encode many,stage step", name, ",")
