@@ -129,9 +129,8 @@ endif
 FLAGS_x86-64 := -march=x86-64
 FLAGS_x86-64-v3 := -march=x86-64-v3
 FLAGS_x86-64-v4 := -march=x86-64-v4
-FLAGS_x86-64-v4-bf16 := -march=x86-64-v4 -mavx512bf16 -mavx512vnni
-# Every processor with AMX has the byte permutations of VBMI, too.
-FLAGS_x86-64-v4-amx := $(FLAGS_x86-64-v4-bf16) -mavx512vbmi -mamx-tile -mamx-bf16 -mamx-int8
+FLAGS_x86-64-v4-bf16 := -march=x86-64-v4 -mavx512bf16 -mavx512vnni -mavx512vbmi
+FLAGS_x86-64-v4-amx := $(FLAGS_x86-64-v4-bf16) -mamx-tile -mamx-bf16 -mamx-int8
 # The folder of ./sample, ./train, ./inpaint, ./serve. With CUDA they are for this processor; the others are tested all the same.
 SHIPPED := $(if $(NVCC),$B,$(or $P,$B))
 LEVELS := $(if $P,$(foreach l,x86-64 x86-64-v3 x86-64-v4 x86-64-v4-bf16 x86-64-v4-amx,$(if $(call compiles,int main(void) { return 0; },$(FLAGS_$l)),$l)))

@@ -26,11 +26,9 @@ static int has_cpuid(unsigned leaf, unsigned bits) {
 #define HAS_V4 (HAS("avx512f") && HAS("avx512dq") && HAS("avx512cd") && HAS("avx512bw") && HAS("avx512vl"))
 #endif
 #if defined(__clang__) || __GNUC__ >= 11
-#define HAS_BF16 (HAS("avx512bf16") && HAS("avx512vnni"))
-#define HAS_VBMI HAS("avx512vbmi")
+#define HAS_BF16 (HAS("avx512bf16") && HAS("avx512vnni") && HAS("avx512vbmi"))
 #else
 #define HAS_BF16 0
-#define HAS_VBMI 0
 #endif
 
 static const char *const names[LEVELS] = {"x86-64", "x86-64-v3", "x86-64-v4", "x86-64-v4-bf16", "x86-64-v4-amx"};
@@ -41,7 +39,7 @@ static int machine_has(int wants_tiles) {
     if (!HAS_V3) return LEVEL_V3;
     if (!HAS_V4) return LEVEL_V4;
     if (!HAS_BF16) return LEVEL_V4_BF16;
-    return wants_tiles && HAS_VBMI && tiles_here() ? LEVELS : LEVEL_V4_AMX;
+    return wants_tiles && tiles_here() ? LEVELS : LEVEL_V4_AMX;
 }
 
 static int refuse(char refusal[LEVEL_TEXT], const char *wanted, const char *why, const int there[LEVELS], int has) {
