@@ -21,22 +21,16 @@
 #include <stdatomic.h>
 
 enum {
-    KC = 2048,             /* part of the promise on bits */
-    ROOM = 2 << 20,        /* numbers of each operand in the program's buffers */
-    OWN_ROOM = 128 * 1024, /* in a thread's: 32 rows of KC in bf16x3 */
-    L2_NUMBERS = 1 << 18,  /* of A in a task: 512 KB */
-    TASKS_PER_THREAD = 2   /* at least */
+    KC = 2048,                  /* part of the promise on bits */
+    ROOM = 2 << 20,             /* numbers of each operand in the program's buffers */
+    OWN_ROOM = THREAD_ROOM / 4, /* in a thread's: 32 rows of KC in bf16x3 */
+    L2_NUMBERS = 1 << 18,       /* of A in a task: 512 KB */
+    TASKS_PER_THREAD = 2        /* at least */
 };
 
 static uint16_t shared_a[ROOM] __attribute__((aligned(LINE_BYTES)));
 static uint16_t shared_b[ROOM] __attribute__((aligned(LINE_BYTES)));
 static atomic_flag shared_taken = ATOMIC_FLAG_INIT;
-static __thread uint16_t own_a[OWN_ROOM] __attribute__((aligned(LINE_BYTES)));
-static __thread uint16_t own_b[OWN_ROOM] __attribute__((aligned(LINE_BYTES)));
-
-uint16_t *bf16_room(void) {
-    return own_b;
-}
 
 /* ---- Packing ---- */
 
@@ -137,14 +131,15 @@ static void piece_product(Piece *p, int pack_b) {
 
 /* ---- The product ---- */
 
-void gemm_bf16(int x3, size_t M, size_t N, size_t K, View a, View b, int accumulate, real *C, size_t ldc, int threads) {
+void gemm_bf16(int x3, size_t M, size_t N, size_t K, View a, View b, int accumulate, real *C, size_t ldc, int threads,
+               uint16_t *room) {
     const size_t pieces = ceil_div(K, KC), kc = round_up(ceil_div(K, pieces), STEP), panel = kc * TILE * (x3 ? 2 : 1);
     const int large = threads > 1 || ceil_div(max_size(M, N), TILE) * panel > OWN_ROOM;
     const int shared = large && !atomic_flag_test_and_set(&shared_taken);
     const size_t most = (shared ? ROOM : OWN_ROOM) / panel * TILE / BLOCK * BLOCK;
     const View columns = {b.p, b.col, b.row};
     Piece p = {.x3 = x3, .threads = threads, .ldc = ldc, .panel = panel};
-    p.to_a = shared ? shared_a : own_a, p.to_b = shared ? shared_b : own_b;
+    p.to_a = shared ? shared_a : room, p.to_b = shared ? shared_b : room + OWN_ROOM;
     for (size_t k = 0; k < K; k += kc)
         for (size_t j = 0; j < N; j += most)
             for (size_t i = 0; i < M; i += most) {

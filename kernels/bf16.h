@@ -45,9 +45,6 @@ typedef struct {
  * whose columns those rows are. bf16.c */
 void pack_panel(int x3, int by_pairs, uint16_t *to, View v, size_t rows, size_t K);
 
-/* The calling thread's room for 32 columns of B, 4,096 long. bf16.c uses it for its own products. */
-uint16_t *bf16_room(void);
-
 /* Asks for what will be the next but some tiles. */
 INLINE void fetch_b(int x3, int across, const BlockSum *p, size_t s) {
     const size_t step = (x3 ? 2 : 1) * TILE_NUMBERS;

@@ -56,8 +56,15 @@ enum {
     TILES_PER_THREAD = 2, /* at least */
 };
 
-static __thread real block_a[MC * KC] __attribute__((aligned(LINE_BYTES)));
+static __thread union {
+    real block_a[MC * KC];
+    uint16_t numbers[THREAD_ROOM / sizeof(uint16_t)]; /* of products in bf16 */
+} room __attribute__((aligned(LINE_BYTES)));
 static __thread real panel_b[KC * NR] __attribute__((aligned(LINE_BYTES)));
+
+uint16_t *thread_room(void) {
+    return room.numbers;
+}
 
 /* ---- Micro kernel ---- */
 
@@ -180,7 +187,7 @@ typedef struct {
 
 static void prepare_next(const Next *to_do, size_t i, size_t rows, size_t kc) {
     if (to_do->a.p) {
-        pack_a(block_a + i * KC, view_at(to_do->a, i, 0), min_size(MR, rows - i), kc);
+        pack_a(room.block_a + i * KC, view_at(to_do->a, i, 0), min_size(MR, rows - i), kc);
         if (i + MR < rows) fetch(view_at(to_do->a, i + MR, 0), min_size(MR, rows - i - MR), kc, 0, 1);
     }
     if (to_do->b_rows) fetch(to_do->b, to_do->b_rows, to_do->b_cols, i / MR, ceil_div(rows, MR));
@@ -219,7 +226,7 @@ typedef struct {
 static void block_product(const Product *p, size_t rows, size_t cols, size_t kc, View a, size_t k0, size_t j0, int add,
                           real *c) {
     const int packs = cols > PACK_A_COLS && rows > MR;
-    const View rows_of_a = {block_a, KC, 1}, panels_of_a = {block_a, 1, MR}, none = {NULL, 0, 0};
+    const View rows_of_a = {room.block_a, KC, 1}, panels_of_a = {room.block_a, 1, MR}, none = {NULL, 0, 0};
     const View packed = !packs ? a : a.col == 1 ? rows_of_a : panels_of_a;
     const size_t a_step = packs ? MR * KC : MR * a.row; /* both kinds of packed panel are MR*KC long */
     for (size_t j = 0; j < cols; j += NR) {
@@ -300,7 +307,7 @@ void gemm(Precision precision, int trans_a, int trans_b, size_t M, size_t N, siz
     }
     const int threads = threads_for(M, N, K);
     if (precision != PRECISION_F32) {
-        gemm_bf16(precision == PRECISION_BF16X3, M, N, K, a, b, accumulate, C, ldc, threads);
+        gemm_bf16(precision == PRECISION_BF16X3, M, N, K, a, b, accumulate, C, ldc, threads, room.numbers);
         return;
     }
     choose_tiles(&p, (size_t)threads);

@@ -558,7 +558,7 @@ INLINE void rows_of_block(WeightFormat format, const Blocks *s, size_t j, size_t
 /* int8: two panels at a time are widened for all rows. */
 static void int8_block(const Blocks *s, size_t j, size_t cols) {
     const size_t stride = panel_bytes(WEIGHTS_INT8, s->K);
-    uint16_t *wide = bf16_room();
+    uint16_t *wide = thread_room();
     for (size_t k = 0; k < s->K; k += WIDENED) {
         const size_t K = min_size(WIDENED, s->K - k), steps = ceil_div(K, STEP);
         for (size_t i = 0; i * TILE < cols; i++)

@@ -244,7 +244,11 @@ INLINE Vec load_factors(const float *p) {
     return __builtin_convertvector(f, Vec);
 }
 
-/* bf16.c: gemm of operands in bf16, or each the sum of two; M, N, K > 0. */
-void gemm_bf16(int x3, size_t M, size_t N, size_t K, View a, View b, int accumulate, real *C, size_t ldc, int threads);
+/* gemm.c: this thread's room for what is packed, where no product of floats is under way. */
+enum { THREAD_ROOM = 512 * 1024 }; /* bytes */
+uint16_t *thread_room(void);
+/* bf16.c: gemm of operands in bf16, or each the sum of two; M, N, K > 0; room: the calling thread's. */
+void gemm_bf16(int x3, size_t M, size_t N, size_t K, View a, View b, int accumulate, real *C, size_t ldc, int threads,
+               uint16_t *room);
 
 #endif
