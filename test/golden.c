@@ -47,8 +47,9 @@
 #define BF16_OUTPUT 2e-2   /* of the tensor's largest magnitude; of the norm of all gradients together */
 #define BF16_GRAD 5e-2     /* of one tensor's norm */
 #define BF16_STAGE 2       /* times these in a first stage: in four of five, rounding the weights alone changes codes */
+#define BF16_STAGE_GRAD 3  /* there times BF16_GRAD: levels round in another order; up to 2.2 was seen */
 #define BF16_KINKS 4       /* times these where leaky ReLUs have another slope if rounding changes a sign */
-enum { BF16_CODES = 100 }; /* one of so many codes may be another */
+enum { BF16_CODES = 100 }; /* one of so many codes may be another, and as chance has it three deviations more */
 enum { GRADSUB_STRIDE = 61 }; /* gradsub.* holds every 61st element of a large gradient */
 
 /* ---- Bookkeeping ---- */
@@ -195,10 +196,12 @@ static double output_tolerance(const Case *c, const real *want, size_t n) {
     return (precision == PRECISION_BF16 ? in_bf16 : TOL_OUTPUT) * largest(want, n);
 }
 
-/* In bf16 the first stage's code of a latent may be another where two entries are nearly as near: of few tokens none may. */
+/* In bf16 the first stage's code of a latent may be another where two entries are nearly as near: of few tokens none may.
+ * How many it is differs between processors, by chance: the deviation of a count is its root. */
 static void compare_tokens(Case *c, const char *what, const int32_t *got, int32_t *want, size_t n) {
     size_t wrong = 0;
-    const size_t other = precision == PRECISION_BF16 ? n / BF16_CODES : 0;
+    const size_t mean = precision == PRECISION_BF16 ? n / BF16_CODES : 0,
+                 other = mean + (size_t)(3 * sqrt((double)mean));
     char detail[80];
     for (size_t i = 0; i < n; i++) c->other_codes += got[i] != want[i];
     if (falsify != HONEST && falsify != RENAMED)
@@ -262,7 +265,8 @@ static void compare_gradient(Case *c, const char *name, const real *got, real *w
         return;
     }
     if (largest(want, n) >= NOISE_GRAD) c->before = norm_of(want, n);
-    compare_by(1, c, name, got, want, n, BF16_GRAD * c->times * c->before);
+    const double times = c->times == BF16_STAGE ? BF16_STAGE_GRAD : c->times;
+    compare_by(1, c, name, got, want, n, BF16_GRAD * times * c->before);
     c->off += pow(distance(got, want, n, 1), 2), c->norm += pow(norm_of(want, n), 2);
 }
 
