@@ -108,8 +108,8 @@ if [ "$1" = --one ]; then
     {
         grep -h -A 5 FAIL "$out/$part.log" | head -40
         [ "$found" = 0 ] || head -10 "$out/$part.said"
-        printf '%-30s %6s passed, %s failed, %s findings, %s s, of a processor %s\n' "$arch $order $part" "$passed" "$failed" \
-            "${found:-no count of}" $(($(date +%s) - started)) "$(times | tail -n 1 | cut -d ' ' -f 1)"
+        printf '%-30s %6s passed, %s failed, %s findings, %s s\n' "$arch $order $part" "$passed" "$failed" \
+            "${found:-no count of}" $(($(date +%s) - started))
     } >"$out/$part.report"
     cat "$out/$part.report" # at once, so that lines of two do not mix
     echo "$passed $((failed + ${found:-1}))" >"$out/$part.sums"
