@@ -51,9 +51,12 @@ static int8_t to_int8(float q) {
  * those of bf16x3 have a tile of high parts and one of low parts in turn. */
 enum { PANEL_ROWS = TILE, WORD = 4 };
 
-/* Bytes from one panel to the next. */
+/* Bytes from one panel to the next. Not whole pages: neighbouring panels, which are read side by side, would fight for the
+ * same places in the L1 cache. */
 static size_t panel_bytes(WeightFormat format, size_t K) {
-    return round_up(K, STEP) * weight_bytes(format) * PANEL_ROWS;
+    enum { PAGE = 4096, APART = 8 * LINE_BYTES };
+    const size_t bytes = round_up(K, STEP) * weight_bytes(format) * PANEL_ROWS;
+    return bytes % PAGE ? bytes : bytes + APART;
 }
 
 size_t weights_bytes(WeightFormat format, size_t N, size_t K) {
