@@ -367,6 +367,7 @@ static void serve(ServeArgs *a) {
     if (a->token_file) check(token_read(&token, a->token_file));
     if (token) a->token = token;
     signals_hold();
+    mem_give_back();
     threads_set((int)a->threads);
     s.cuda = check_device(a->device);
     if (weight_format(&s.weights, a->weights, s.cuda, "--weights") != OK) usage_error("%s", err_text());

@@ -9,6 +9,9 @@
 #include "base/base.h"
 
 #include <errno.h>
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
 #include <math.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -169,6 +172,13 @@ Err mem_grow(void *array, size_t n, size_t more, size_t *capacity, size_t size, 
     *capacity = wanted;
     free(old);
     return OK;
+}
+
+void mem_give_back(void) {
+#ifdef __GLIBC__ /* others keep little */
+    mallopt(M_MMAP_THRESHOLD, 4 << 20);
+    mallopt(M_TRIM_THRESHOLD, 1 << 20);
+#endif
 }
 
 Err path_make(char path[PATH_BYTES], const char *fmt, ...) {

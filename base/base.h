@@ -60,6 +60,9 @@ Err mem_alloc(void *out_pointer, size_t count, size_t size, const char *what);
 /* Makes room for `more` elements behind the n of *array (capacity elements of size bytes); it grows by half at
  * least. */
 Err mem_grow(void *array_pointer, size_t n, size_t more, size_t *capacity, size_t size, const char *what);
+/* For programs that run for long: arrays of 4 MiB and more go back to the system when they are freed. By itself glibc keeps
+ * what one job took for the next, for each of its threads, and there is ever less of it in one piece. */
+void mem_give_back(void);
 /* *out = a*b; an error if that overflows. */
 Err size_mul(size_t *out, size_t a, size_t b);
 /* Bytes that this process can still take: the least of what the machine, its control groups (containers) and the
