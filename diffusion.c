@@ -1,8 +1,9 @@
 /* diffusion.c - the Markov chain over tokens: noise forward, networks backward.
  *
- * A grid x_0 of N tokens, each one of K values, is destroyed in T steps. At step t each token becomes, with probability
- * beta_t, a uniform one. alpha_t = 1 - beta_t; A_t = alpha_1 ... alpha_t (alphacum) is the probability that a token is
- * left alone t times. beta_T = 1, so x_T is pure noise. [a = b] is 1 if a equals b, else 0. c makes a sum of 1. For one token:
+ * A grid x_0 of N tokens, each one of K values, is destroyed in T steps. At step t each token becomes, with
+ * probability beta_t, a uniform one. alpha_t = 1 - beta_t; A_t = alpha_1 ... alpha_t (alphacum) is the probability
+ * that a token is left alone t times. beta_T = 1, so x_T is pure noise. [a = b] is 1 if a equals b, else 0. c makes
+ * a sum of 1. For one token:
  *
  *     a step      q(x_t = k | x_{t-1})       =  alpha_t [k = x_{t-1}] + (1 - alpha_t)/K             noise_step
  *     t steps     q(x_t = k | x_0)           =  A_t [k = x_0] + (1 - A_t)/K

@@ -77,8 +77,8 @@ void epoch_order(uint32_t *order, size_t n, uint64_t seed, uint64_t epoch);
 /* Label dropout: does row b of this micro batch lose its label, as it does with probability p? */
 int label_dropped(double p, uint64_t seed, uint64_t micro, uint64_t b);
 
-/* Which of a picture's encoded crops, and which mirroring, is number `at` of the training sequence, in this epoch. balanced:
- * classes are drawn equally often, so that a picture may come often in an epoch. */
+/* Which of a picture's encoded crops, and which mirroring, is number `at` of the training sequence, in this epoch.
+ * balanced: classes are drawn equally often, so that a picture may come often in an epoch. */
 void choose_crop(size_t *crop, size_t *flip, const Tokens *x, uint64_t seed, uint64_t at, uint64_t epoch,
                  size_t picture, int balanced);
 

@@ -35,8 +35,8 @@ enum { PATH_BYTES = 4096, ERR_MAX = PATH_BYTES + 1024 };
 Err err(const char *fmt, ...) PRINTF_LIKE(1, 2);
 /* The same; returns DAMAGED. */
 Err err_damaged(const char *fmt, ...) PRINTF_LIKE(1, 2);
-/* Puts "where: " in front of the present text, to say in which file or option it happened, unless it begins so. Returns what the text's own
- * err or err_damaged returned. */
+/* Puts "where: " in front of the present text, to say in which file or option it happened, unless it begins so.
+ * Returns what the text's own err or err_damaged returned. */
 Err err_in(const char *where);
 /* s, with what a terminal would take for an order, or for another direction, made '?': control characters, those of
  * U+0080..U+009F, marks of direction. For names and paths that come from files. */
@@ -132,8 +132,8 @@ real select_largest(real *z, size_t n, size_t rank);
  * threads <= 1, inside another parallel_for, and while another thread of the program uses the workers. Cannot fail. */
 typedef void Task(void *context, size_t i);
 void parallel_for(int threads, size_t n, Task *task, void *context);
-/* The same, but what is not begun when the work is to stop (work_stops) stays undone: for networks, whose compute_status then
- * is an error. */
+/* The same, but what is not begun when the work is to stop (work_stops) stays undone: for networks, whose
+ * compute_status then is an error. */
 void parallel_work(int threads, size_t n, Task *task, void *context);
 void threads_set(int n); /* how many a program uses; 0 (default): as many as there are processors for it */
 int threads_get(void);

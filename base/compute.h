@@ -1,8 +1,9 @@
 /* compute.h - where a network computes: the seam between the plain layers and their fast versions.
  *
  * Every layer of the networks is a plain loop: in vqgan.c, in transformer.cu, and for what only training needs in
- * training/. That loop is the definition. In its first line it hands over to its fast version, its fellow of the same name, if the
- * network has one: the CPU's (kernels/fast.c), or a GPU's (kernels/layers.cu, in float or in bf16).
+ * training/. That loop is the definition. In its first line it hands over to its fast version, its fellow of the
+ * same name, if the network has one: the CPU's (kernels/fast.c), or a GPU's (kernels/layers.cu, in float or in
+ * bf16).
  *
  *     void gelu_backward(const Compute *on, real *dh, const real *dg, size_t R, size_t H) {
  *         if (on->fast) return on->fast->gelu_backward(on, dh, dg, R, H);
@@ -55,8 +56,9 @@ const Layers *layers_here(void);
 const char *precision_name(Precision p); /* f32, bf16x3, bf16 */
 /* Another name is an error, of this option. */
 Err precision_read(Precision *p, const char *name, const char *option);
-/* What a processor multiplies where nobody says anything: f32. bf16x3 is faster where there are tiles, but in logits it errs
- * 15 times as much: by up to 2.5e-5 of the largest, where 1e-4 is allowed, and less than a tenth of that is wanted. */
+/* What a processor multiplies where nobody says anything: f32. bf16x3 is faster where there are tiles, but in logits
+ * it errs 15 times as much: by up to 2.5e-5 of the largest, where 1e-4 is allowed, and less than a tenth of that is
+ * wanted. */
 Precision precision_usual(void);
 /* OK, or an error: products of operands in bf16 are those of kernels/. */
 Err precision_there(Precision p);
@@ -315,8 +317,8 @@ struct Layers {
     void (*norm_forward)(const Compute *on, real *y, real *mean, real *rstd, const real *x, const real *weight,
                          const real *bias, size_t R, size_t C, size_t n, size_t skip);
     void (*norm_backward)(const Compute *on, real *dx, real *dx_operand, real *dweight, real *dbias, const real *dy,
-                          const real *x, const real *weight, const real *mean, const real *rstd, int dy_f32, size_t R, size_t C,
-                          size_t n, size_t skip);
+                          const real *x, const real *weight, const real *mean, const real *rstd, int dy_f32, size_t R,
+                          size_t C, size_t n, size_t skip);
     size_t (*linear_needs)(const Compute *on, size_t R, size_t C, size_t M);
     void (*linear_forward)(const Compute *on, real *y, const real *x, const real *w, const real *bias, const real *add,
                            int y_f32, size_t R, size_t C, size_t M);

@@ -245,7 +245,8 @@ int file_lock(int fd);
 Err file_append(const char *path, const void *data, size_t bytes);
 /* Writes at byte `at` of an open file. What failed can be written again. */
 Err file_write_at(int fd, const char *path, const void *data, size_t bytes, uint64_t at);
-/* Did the last of this thread's AtomicFiles, file_appends and file_write_ats fail for want of room (ENOSPC, EDQUOT, EFBIG)? */
+/* Did the last of this thread's AtomicFiles, file_appends and file_write_ats fail for want of room (ENOSPC, EDQUOT,
+ * EFBIG)? */
 int disk_full(void);
 
 /* ---- names.c: a growing list of names, such as those of files, each with two numbers that are the caller's ---- */
@@ -562,8 +563,8 @@ typedef struct {
     size_t n;
     int verbatim; /* the names are those of folders, as they are: a comma in one is a comma */
 } Classes;
-/* From imagebart.classes: a class a line, or (older models) between commas; NULL: the numbers below `most`, which is how many classes
- * the network knows. */
+/* From imagebart.classes: a class a line, or (older models) between commas; NULL: the numbers below `most`, which is
+ * how many classes the network knows. */
 Err classes_open(Classes *c, const char *list, size_t most);
 void classes_free(Classes *c);
 /* A class's first name, without its synset, for messages. */
@@ -693,7 +694,8 @@ Err net_config_write(Config *to, const NetConfig *c, const char *prefix);
 /* An error if the file has a tensor below "transformer." that nothing of a transition with this table p asks for: then it
  * is of another network. */
 Err transition_known(const NetConfig *c, const Params *p, const Checkpoint *ck);
-/* out: that the file has tensors beside those of a transition, which the official code passes over too. NULL: it has none. */
+/* out: that the file has tensors beside those of a transition, which the official code passes over too. NULL: it has
+ * none. */
 const char *transition_note(char out[ERR_MAX], const Checkpoint *ck);
 /* What the official classes have besides parameters: a GPT's masks, the second name of a tied embedding. */
 Err net_derived_tensors(TensorList *list, const NetConfig *c);

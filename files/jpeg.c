@@ -30,10 +30,11 @@ static void jpeg_in_error(j_common_ptr cinfo) {
     longjmp(j->jump, 1);
 }
 
-/* Warnings (level < 0) mean damage that libjpeg papers over, such as a file cut short: here they are errors. Those that
- * tell nothing of pixels are not: an unknown Adobe transform or JFIF version, a bad colour profile, a baseline scan that
- * names another range of coefficients (Samsung's cameras), scans in an unusual order, and bytes in front of a marker that
- * belong to nothing: what is in front of them was decoded whole, and a marker other than the expected is another warning. */
+/* Warnings (level < 0) mean damage that libjpeg papers over, such as a file cut short: here they are errors. Those
+ * that tell nothing of pixels are not: an unknown Adobe transform or JFIF version, a bad colour profile, a baseline
+ * scan that names another range of coefficients (Samsung's cameras), scans in an unusual order, and bytes in front
+ * of a marker that belong to nothing: what is in front of them was decoded whole, and a marker other than the
+ * expected is another warning. */
 static void jpeg_in_warning(j_common_ptr cinfo, int level) {
     if (level >= 0) return;
     switch (cinfo->err->msg_code) {

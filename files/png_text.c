@@ -1,5 +1,6 @@
 /* png_text.c - the texts in a PNG: what pictures say of how they were drawn. Only the chunks are walked: no pixel is
- * decoded, so that any PNG, however large, is read at once. A text is looked for among those before it: MOST_TEXTS bounds them. */
+ * decoded, so that any PNG, however large, is read at once. A text is looked for among those before it: MOST_TEXTS
+ * bounds them. */
 #include "files/files.h"
 
 #include <stdlib.h>

@@ -66,7 +66,8 @@ static double fixed(const uint8_t *p) { /* s15Fixed16 */
     return (double)(int32_t)(uint32_t)u32(p) / 65536;
 }
 
-/* *y = the curve of a channel at x: a table, or the five numbers of y = x < d ? c x : (a x + b)^g. Others are not sRGB's. */
+/* *y = the curve of a channel at x: a table, or the five numbers of y = x < d ? c x : (a x + b)^g. Others are not
+ * sRGB's. */
 static int curve_at(double *y, const Profile *p, const char *name, double x) {
     size_t bytes;
     const uint8_t *at = find_tag(p, name, "curv", 12, &bytes);

@@ -1,5 +1,5 @@
-/* levels.c - the library for any x86-64: every call goes to the copy of the code that is taken when the library is loaded, as
- * the programs take one (base/start.c). */
+/* levels.c - the library for any x86-64: every call goes to the copy of the code that is taken when the library is
+ * loaded, as the programs take one (base/start.c). */
 #include "base/level.h"
 #include "sampling/calls.h"
 

@@ -41,10 +41,9 @@ IMAGEBART_CALL void imagebart_threads(size_t n);  /* that compute, for all model
 
 /* ---- A model ---- */
 
-/* *model = the one of that name (emoji, ffhq ...; looked for in $IMAGEBART_MODELS, in models/ here, in share/imagebart of the
- * library's prefix) or in that folder.
- * weights: "f32", "bf16x3", "bf16", "int8", as --weights of ./sample; NULL: "f32".
- * It computes where $IMAGEBART_DEVICE says, else on a GPU if there is one. */
+/* *model = the one of that name (emoji, ffhq ...; looked for in $IMAGEBART_MODELS, in models/ here, in
+ * share/imagebart of the library's prefix) or in that folder. weights: "f32", "bf16x3", "bf16", "int8", as --weights
+ * of ./sample; NULL: "f32". It computes where $IMAGEBART_DEVICE says, else on a GPU if there is one. */
 IMAGEBART_CALL int imagebart_open(imagebart_model **model, const char *name_or_folder, const char *weights);
 /* The same on this device: "cpu", "cuda", NULL as above (API 2) */
 IMAGEBART_CALL int imagebart_open_on(imagebart_model **model, const char *name_or_folder, const char *weights,
@@ -107,10 +106,10 @@ typedef struct {
     int (*progress)(void *user, size_t scale, size_t done, size_t of);
     void (*preview)(void *user, size_t picture, size_t scale, const uint8_t *rgb);
     void *user;
-    /* API 2. step: at every step of all the work and often in between, with how many tokens of the scale are drawn, of those
-     * of all pictures, candidates and passes; nonzero cancels. picture: what the pictures of a batch look like when they
-     * are finished and, with `previews`, when a scale is done, of the first that is drawn for each picture; once another of
-     * the best_of is chosen, all scales but the last again, of that one. nonzero cancels. */
+    /* API 2. step: at every step of all the work and often in between, with how many tokens of the scale are drawn,
+     * of those of all pictures, candidates and passes; nonzero cancels. picture: what the pictures of a batch look
+     * like when they are finished and, with `previews`, when a scale is done, of the first that is drawn for each
+     * picture; once another of the best_of is chosen, all scales but the last again, of that one. nonzero cancels. */
     int (*step)(void *user, size_t scale, size_t done, size_t of);
     int (*picture)(void *user, const imagebart_picture *p);
     int previews, guesses, chains;

@@ -1,6 +1,6 @@
-/* library.c - libimagebart: from what a caller asks for to a Draw (sampling/draw.c), and from what is drawn to pictures, one
- * after the other as they are finished. All that it knows of a model is in the handle; what failed is told by the error
- * text, which each thread has of its own. */
+/* library.c - libimagebart: from what a caller asks for to a Draw (sampling/draw.c), and from what is drawn to
+ * pictures, one after the other as they are finished. All that it knows of a model is in the handle; what failed is
+ * told by the error text, which each thread has of its own. */
 #include "sampling/calls.h"
 #include "sampling/sampling.h"
 

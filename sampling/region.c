@@ -1,4 +1,5 @@
-/* region.c - which part of a picture ./inpaint keeps, where no mask says it, and a picture in the middle of a larger one. */
+/* region.c - which part of a picture ./inpaint keeps, where no mask says it, and a picture in the middle of a larger
+ * one. */
 #include "sampling/sampling.h"
 
 #include <string.h>

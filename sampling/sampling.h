@@ -198,7 +198,8 @@ Err edit_encode(const EditPicture *p, Model *m, uint64_t seed, int32_t *known);
 Err edit_keeps_some(const EditPicture *p, const Model *m, const EditArgs *a);
 /* *label = the class that explains the kept tokens best. */
 Err edit_class(int32_t *label, const Chain *chain, const int32_t *known, const uint8_t *keep_token, uint64_t seed);
-/* text = a sentence if the kept part is unlike all that the model has learnt, else "". label -1: a model without classes. */
+/* text = a sentence if the kept part is unlike all that the model has learnt, else "". label -1: a model without
+ * classes. */
 Err edit_unlike(char text[ERR_MAX], const EditPicture *p, Model *m, const int32_t *known, int32_t label, uint64_t seed);
 /* out (H,W) = the whole picture with what was drawn (side,side) in its hole; all else is as it was, bit for bit. */
 Err paste_picture(Image *out, const EditPicture *p, const Model *m, const Image *drawn);

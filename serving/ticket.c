@@ -1,7 +1,8 @@
-/* ticket.c - a job in the queue and beyond: from its arrival to its pictures: how far it is, what it has, what its listeners are told.
+/* ticket.c - a job in the queue and beyond: from its arrival to its pictures: how far it is, what it has, what its
+ * listeners are told.
  *
- * The worker runs it (ticket_run), any number of connections look at it. Under the lock is what both touch. What is drawn
- * does not depend on whether anybody looks, nor on previews. */
+ * The worker runs it (ticket_run), any number of connections look at it. Under the lock is what both touch. What is
+ * drawn does not depend on whether anybody looks, nor on previews. */
 #include "serving/serving.h"
 
 #include <stdio.h>
@@ -17,7 +18,8 @@ size_t ticket_tokens(const Ticket *t, int scale) {
 
 /* ---- Arrival and end ---- */
 
-/* Bytes at most: of a packed profile, of a picture of the model, of what is told of its tokens, of its chain, of a result */
+/* Bytes at most: of a packed profile, of a picture of the model, of what is told of its tokens, of its chain, of a
+ * result */
 static size_t profile_bytes(const Job *j) {
     return j->profile_bytes + j->profile_bytes / 1000;
 }

@@ -1,6 +1,6 @@
-/* work.c - what the worker does for a ticket: has the library draw its pictures (sampling/libimagebart.h), keeps them and, on
- * the way, every scale as a picture, and tells the listeners. A job that is cancelled stops at the next block of tokens;
- * what was finished by then stays. */
+/* work.c - what the worker does for a ticket: has the library draw its pictures (sampling/libimagebart.h), keeps
+ * them and, on the way, every scale as a picture, and tells the listeners. A job that is cancelled stops at the next
+ * block of tokens; what was finished by then stays. */
 #include "sampling/libimagebart.h"
 #include "serving/serving.h"
 

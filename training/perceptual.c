@@ -84,8 +84,9 @@ void pool_backward(const Compute *on, real *dx, const real *dy, const real *x, s
  *     d = a/|a| - r/|r|     distance = sum over channels of lin d^2
  *     dr = or += weight * d distance/dr = -2 weight/|r| (lin d - r/|r|^2 * sum over channels of lin d r)
  *   sums: of distances, comparison_sums of them     dr, a, r (B,C,hw); dr may be NULL     lin (C)
- * |a| and |r| get 1e-10 where they divide; where a is 0 in all channels, so is a/|a|. Where r is 0 in all channels its direction has no gradient. d is computed as
- * (a-r)/|a| + r (1/|a| - 1/|r|), which is exactly 0 for equal features. All in double, for what is alike cancels out. */
+ * |a| and |r| get 1e-10 where they divide; where a is 0 in all channels, so is a/|a|. Where r is 0 in all channels
+ * its direction has no gradient. d is computed as (a-r)/|a| + r (1/|a| - 1/|r|), which is exactly 0 for equal
+ * features. All in double, for what is alike cancels out. */
 void compare_features(const Compute *on, double *sums, real *dr, const real *a, const real *r, const real *lin,
                       const TapShape *c) {
     if (on->fast) return on->fast->compare_features(on, sums, dr, a, r, lin, c);

@@ -1,10 +1,11 @@
 /* settings.c - what a stage is trained with: one table of all options and recipe keys.
  *
- * A row of `table` is all there is to know of a setting: its option, its key in the recipe, its place in Settings, its
- * kind, what holds where nobody says anything, its range, its help. From the rows come the command line
- * (settings_parse), what the user gave written over the recipe (apply_given), and both read into Settings (settings_read): so that the
- * recipe, as a state file keeps it, is what the run is trained with. What is more than one number stands behind the
- * table: which options exclude each other, batch and processes, the learning-rate rule, the device. */
+ * A row of `table` is all there is to know of a setting: its option, its key in the recipe, its place in Settings,
+ * its kind, what holds where nobody says anything, its range, its help. From the rows come the command line
+ * (settings_parse), what the user gave written over the recipe (apply_given), and both read into Settings
+ * (settings_read): so that the recipe, as a state file keeps it, is what the run is trained with. What is more than
+ * one number stands behind the table: which options exclude each other, batch and processes, the learning-rate rule,
+ * the device. */
 #include "training/stage.h"
 
 #include <dirent.h>

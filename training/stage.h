@@ -282,8 +282,9 @@ Err check_first_stage(const Stage *s, const char *path);
 int ended_early(const Stage *s);
 Err use_best(Stage *s);
 void say_disk(Stage *s); /* how much of it checkpoints take */
-/* Before the stage is built, its parameters' table is enough: what its states and weights will take when it is done, of
- * which *state is one state, with `others` in it of other networks, and *there what there is of them. How many steps its weights have: all, if it ended early. */
+/* Before the stage is built, its parameters' table is enough: what its states and weights will take when it is done,
+ * of which *state is one state, with `others` in it of other networks, and *there what there is of them. How many
+ * steps its weights have: all, if it ended early. */
 size_t planned_bytes(const Stage *s, size_t others, size_t *state, size_t *there);
 size_t trained_steps(const Stage *s);
 void history_start(History *h);
@@ -320,8 +321,8 @@ int goes_on(const Stage *s);
 Err compare_recipe(Stage *s, const Config *recipe, const Config *given);
 Err compare_removed(Stage *s, const Config *recipe, const Config *given, const char *key);
 
-/* official.c. The settings read, over them what the recipe says in official words; recipe: its file, of a stage that begins,
- * or NULL */
+/* official.c. The settings read, over them what the recipe says in official words; recipe: its file, of a stage that
+ * begins, or NULL */
 Err official_settings(Stage *s, const char *recipe);
 
 void settings_parse(Settings *given, int argc, char **argv);
