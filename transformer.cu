@@ -753,9 +753,8 @@ static Err take_batch(Transformer *m, const int32_t *x, const int32_t *x_t, cons
  * Decoding keeps the keys and values of earlier positions (a KV cache). A pass feeds new positions of any batch rows
  * through the same stack as training. Their keys and values join the kept ones before a layer's attention reads
  * them, so that a position sees those in front of it in the same pass. With one position a row, a pass does only two
- * operations for each number it reads, so that memory limits its speed. Further positions are cheap, and worth
- * feeding whenever the tokens in front of them are known or likely: a guess that turns out wrong is taken back by
- * feeding its position once more.
+ * operations for each number it reads: memory limits its speed. Further positions are cheap, and worth feeding whenever
+ * tokens in front of them are known or likely: a guess that turns out wrong is taken back by feeding it once more.
  *
  * Promise on bits: the logits of a position are those of feeding one position at a time, whatever is fed beside it. */
 

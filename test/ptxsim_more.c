@@ -5,7 +5,8 @@
 cudaError_t cudaOccupancyMaxActiveClusters(int *n, const void *kernel, const cudaLaunchConfig_t *c) {
     int per_sm = 0, sms = 0;
     unsigned size = 1;
-    cudaError_t e = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, kernel, (int)c->blockDim.x, c->dynamicSmemBytes);
+    cudaError_t e =
+        cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, kernel, (int)c->blockDim.x, c->dynamicSmemBytes);
     if (e == cudaSuccess) e = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, 0);
     for (unsigned k = 0; k < c->numAttrs; k++)
         if (c->attrs[k].id == cudaLaunchAttributeClusterDimension) size = c->attrs[k].val.clusterDim.x;

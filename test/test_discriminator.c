@@ -352,7 +352,8 @@ static void test_threads(void) {
 
 static void test_last_layer(void) {
     VqganConfig c = {.ch = 32, .levels = 2, .ch_mult = {1, 1}, .num_res_blocks = 1, .resolution = 16};
-    c.in_channels = c.out_ch = 3, c.z_channels = 4, c.embed_dim = 4, c.n_embed = 8, c.legacy = 1, c.beta = 0.25, c.resamp_with_conv = 1;
+    c.in_channels = c.out_ch = 3, c.z_channels = 4, c.embed_dim = 4, c.n_embed = 8, c.legacy = 1, c.beta = 0.25,
+    c.resamp_with_conv = 1;
     enum { N = 2 * 3 * 16 * 12, WEIGHT = 3 * 32 * 9 };
     Vqgan *v = NULL;
     CHECK_OK(vqgan_create(&v, &c, 0));
