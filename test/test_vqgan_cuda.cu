@@ -564,20 +564,36 @@ static void forget(Said *s) {
 /* Of row i. A bias is compared on the scale of the weight before it: in front of a norm, and in attention's keys, a
  * bias has no gradient but what rounding leaves.
  *
- * In bf16 the gradient as a whole is held to 2e-2, and so is what the network says. A single tensor's cannot be: where
- * nothing is rounded but the operands of products, which is what bf16 means, some weights of random networks like these
- * are off by up to 2.3e-2 (the whole by 1.2e-2; at the depth of FFHQ's by 2.2e-2), and those biases by more. Everything
- * in bf16, residual stream included, would be 2.0e-2 to 2.5e-2 for the whole of these, 3.9e-2 at that depth. */
-static const double GRADIENTS = IS_BF16 ? 7e-2 : 1e-4, WEIGHTS = IS_BF16 ? 2.5e-2 : 1e-4;
+ * In bf16 the gradient as a whole is held to 2e-2, and so is what the network says. A single weight's is held to what bf16
+ * means: `rounded` is the C that rounds the operands of its products, and nothing else. The GPU, whose activations are in
+ * bf16 besides, may be twice as far off (seen: 1.5 times, of up to 2.1e-2). Biases are off by more. */
+static const double BIASES = IS_BF16 ? 7e-2 : 1e-4, WEIGHTS = IS_BF16 ? 1e-3 : 1e-4, ROUNDINGS = 2;
 
-static void same_gradient(const Said *got, const Said *want, const Params *p, size_t i) {
-    const Param *r = &p->row[i];
-    const size_t at = (size_t)(r->grad - p->arena[1]), before = i ? (size_t)(p->row[i - 1].grad - p->arena[1]) : 0;
-    const double scale = r->ndim == 1 && i ? rms_of(want->grad + before, p->row[i - 1].size) : 0;
-    near_rms(r->name, got->grad + at, want->grad + at, r->size, scale, r->ndim == 1 ? GRADIENTS : WEIGHTS);
+static double distance(const real *a, const real *b, size_t n) { /* relative to b */
+    real *gap = copy_of(a, n);
+    for (size_t i = 0; i < n; i++) gap[i] -= b[i];
+    const double error = rms_of(gap, n) / rms_of(b, n);
+    free(gap);
+    return error;
 }
 
-static void same_said(const Said *got, const Said *want, const Asked *a, Vqgan *v) {
+static void same_gradient(const Said *got, const Said *want, const Said *rounded, const Params *p, size_t i) {
+    const Param *r = &p->row[i];
+    const size_t at = (size_t)(r->grad - p->arena[1]), before = i ? (size_t)(p->row[i - 1].grad - p->arena[1]) : 0;
+    const int is_bias = r->ndim == 1;
+    const double scale = is_bias && i ? rms_of(want->grad + before, p->row[i - 1].size) : 0;
+    double limit = is_bias ? BIASES : WEIGHTS;
+    if (IS_BF16 && !is_bias) limit = fmax(limit, ROUNDINGS * distance(rounded->grad + at, want->grad + at, r->size));
+    near_rms(r->name, got->grad + at, want->grad + at, r->size, scale, limit);
+}
+
+/* The same network and questions, with the operands of products in bf16 on this processor. In float nobody asks. */
+static Said say_rounded(Vqgan *here, const Asked *a) {
+    vqgan_params(here)->precision = PRECISION_BF16;
+    return IS_BF16 ? say(here, a) : Said{};
+}
+
+static void same_said(const Said *got, const Said *want, const Said *rounded, const Asked *a, Vqgan *v) {
     const Params *p = vqgan_params(v);
     near_rms("prequant", got->prequant, want->prequant, a->n_z, 0, TOLERANCE);
     near_rms("decoded", got->decoded, want->decoded, a->n_out, 0, TOLERANCE);
@@ -593,13 +609,13 @@ static void same_said(const Said *got, const Said *want, const Asked *a, Vqgan *
     CHECK(memcmp(got->raw, want->raw, a->B * a->cells * 4) == 0);
     CHECK(fabs(got->loss - want->loss) <= TOLERANCE * fabs(want->loss));
     near_rms("gradient as a whole", got->grad, want->grad, p->total, 0, TOLERANCE);
-    for (size_t i = 0; i < p->n; i++) same_gradient(got, want, p, i);
+    for (size_t i = 0; i < p->n; i++) same_gradient(got, want, rounded, p, i);
 }
 
 static void test_network(const VqganConfig *c, int honour_tanh, size_t B, size_t H, size_t W) {
     const Asked a = ask(c, B, H, W);
     Vqgan *here = make_vqgan(c, honour_tanh);
-    Said want = say(here, &a), first = {};
+    Said want = say(here, &a), rounded = say_rounded(here, &a), first = {};
     for (int order = 0; order < 2; order++) {
         Vqgan *there = make_vqgan(c, honour_tanh);
         Params *p = vqgan_params(there);
@@ -612,7 +628,7 @@ static void test_network(const VqganConfig *c, int honour_tanh, size_t B, size_t
         Said got = say(there, &a);
         reverse(0);
         if (order == 0) {
-            same_said(&got, &want, &a, there);
+            same_said(&got, &want, &rounded, &a, there);
             first = got;
         } else {
             CHECK(memcmp(got.grad, first.grad, p->total * sizeof *got.grad) == 0);
@@ -622,7 +638,7 @@ static void test_network(const VqganConfig *c, int honour_tanh, size_t B, size_t
         }
         vqgan_free(there);
     }
-    forget(&want), forget(&first);
+    forget(&want), forget(&rounded), forget(&first);
     vqgan_free(here);
     free(a.image), free(a.z), free(a.dxrec), free(a.tokens);
 }
@@ -701,10 +717,10 @@ static void test_training(void) {
 /* The bundled first stage, a network as training leaves them, on 32x32 pixels of a picture, and the gradient of a
  * loss. */
 static void test_bundled(void) {
-    enum { SIDE = 32, PIXELS = 3 * SIDE * SIDE };
+    enum { SIDE = 32, PIXELS = 3 * SIDE * SIDE, F32 = 0, ROUNDED, GPU, NETS };
     Model m;
     Image im;
-    Said s[2];
+    Said s[NETS];
     real x[PIXELS], dxrec[PIXELS];
     CHECK_OK(model_open(&m, "models/emoji", NULL));
     CHECK_OK(image_read(&im, "models/emoji/example.png"));
@@ -713,39 +729,40 @@ static void test_bundled(void) {
         const size_t c = i / SIDE / SIDE, row = 4 + i / SIDE % SIDE, column = 24 + i % SIDE;
         x[i] = to_float(to_floatX((float)im.rgb[(row * im.W + column) * 3 + c] / 127.5f - 1));
     }
-    for (int there = 0; there < 2; there++) {
+    for (int n = F32; n < NETS; n++) {
         const real *xrec, *z;
         const int32_t *raw;
         double l1, l2;
         Vqgan *v;
-        memset(&s[there], 0, sizeof s[there]);
+        memset(&s[n], 0, sizeof s[n]);
         CHECK_OK(vqgan_create(&v, vqgan_config(m.vqgan), 0));
         Params *p = vqgan_params(v), *from = vqgan_params(m.vqgan);
         CHECK_OK(params_plan(p, PLAN_VALUE | PLAN_GRAD));
         for (size_t r = 0; r < p->n; r++)
             for (size_t k = 0; k < p->row[r].size; k++) p->row[r].value[k] = to_float(to_floatX(from->row[r].value[k]));
-        if (there) CHECK_OK(open_device(&p->device));
-        if (there) p->ops = &CUDA_TABLE;
+        if (n == ROUNDED && IS_BF16) p->precision = PRECISION_BF16;
+        if (n == GPU) CHECK_OK(open_device(&p->device));
+        if (n == GPU) p->ops = &CUDA_TABLE;
         CHECK_OK(vqgan_plan(v, 1, SIDE, SIDE, 1));
         CHECK_OK(params_send(p));
         params_zero_grad(p);
-        CHECK_OK(vqgan_forward(v, x, 1, SIDE, SIDE, &xrec, &s[there].loss));
+        CHECK_OK(vqgan_forward(v, x, 1, SIDE, SIDE, &xrec, &s[n].loss));
         vqgan_latents(v, &z, NULL, &raw);
-        s[there].xrec = copy_of(xrec, PIXELS), s[there].raw = (int32_t *)malloc(16 * sizeof(int32_t));
-        memcpy(s[there].raw, raw, 16 * sizeof(int32_t));
-        if (!there) image_loss(x, xrec, PIXELS, 1, 1, &l1, &l2, dxrec);
+        s[n].xrec = copy_of(xrec, PIXELS), s[n].raw = (int32_t *)malloc(16 * sizeof(int32_t));
+        memcpy(s[n].raw, raw, 16 * sizeof(int32_t));
+        if (n == F32) image_loss(x, xrec, PIXELS, 1, 1, &l1, &l2, dxrec);
         CHECK_OK(vqgan_backward(v, dxrec, 1, NULL));
         CHECK_OK(params_fetch(p));
-        s[there].grad = copy_of(p->arena[1], p->total);
-        if (there) {
-            CHECK(memcmp(s[1].raw, s[0].raw, 16 * sizeof(int32_t)) == 0);
-            near_rms("reconstruction, bundled", s[1].xrec, s[0].xrec, PIXELS, 0, TOLERANCE);
-            near_rms("gradient as a whole, bundled", s[1].grad, s[0].grad, p->total, 0, TOLERANCE);
-            for (size_t r = 0; r < p->n; r++) same_gradient(&s[1], &s[0], p, r);
+        s[n].grad = copy_of(p->arena[1], p->total);
+        CHECK(memcmp(s[n].raw, s[F32].raw, 16 * sizeof(int32_t)) == 0);
+        if (n == GPU) {
+            near_rms("reconstruction, bundled", s[GPU].xrec, s[F32].xrec, PIXELS, 0, TOLERANCE);
+            near_rms("gradient as a whole, bundled", s[GPU].grad, s[F32].grad, p->total, 0, TOLERANCE);
+            for (size_t r = 0; r < p->n; r++) same_gradient(&s[GPU], &s[F32], &s[ROUNDED], p, r);
         }
         vqgan_free(v);
     }
-    forget(&s[0]), forget(&s[1]);
+    for (int n = F32; n < NETS; n++) forget(&s[n]);
     image_free(&im), model_close(&m);
 }
 
