@@ -27,6 +27,11 @@ static __device__ inline unsigned visible_keys(const Attention *s, unsigned i) {
     return i >= unmasked ? i + 1 : unmasked < Tk ? unmasked : Tk;
 }
 
+/* The first query that sees key j; all later ones do, too. */
+static __device__ inline unsigned first_query(const Attention *s, unsigned j) {
+    return s->causal && j >= (unsigned)s->unmasked ? j : 0;
+}
+
 /* Of query i0 and those that share its tile, the last. It sees the most keys. */
 static __device__ inline unsigned last_query(const Attention *s, unsigned i0, unsigned tile) {
     const unsigned Tq = (unsigned)s->Tq;
@@ -61,13 +66,13 @@ static __host__ __device__ inline size_t padded(size_t Tq) {
  * in one dimension, for CUDA allows no more than 65,535 heads in another. */
 typedef struct {
     size_t queries, keys, outs, row, sums; /* row: of lse (B*heads,Tq) */
-    unsigned q_row, kv_row, inner, shift, end, first;
+    unsigned head, q_row, kv_row, inner, shift, end, first;
 } HeadAt;
 template <int UNIT> static __device__ inline HeadAt head_at(const Attention *s, size_t T, unsigned tile) {
     const unsigned tiles = ((unsigned)T + tile - 1) / tile, head = blockIdx.x / tiles, D = (unsigned)s->D;
     const unsigned b = head / (unsigned)s->heads, h = head % (unsigned)s->heads;
     HeadAt at;
-    at.inner = (unsigned)s->heads * D, at.shift = window_shift(s, h, UNIT), at.end = at.shift + D;
+    at.head = head, at.inner = (unsigned)s->heads * D, at.shift = window_shift(s, h, UNIT), at.end = at.shift + D;
     at.q_row = s->q_row ? (unsigned)s->q_row : at.inner, at.kv_row = s->kv_row ? (unsigned)s->kv_row : at.inner;
     at.queries = (size_t)b * s->Tq * at.q_row + h * D - at.shift;
     at.keys = (size_t)b * s->key_stride * at.kv_row + h * D - at.shift;
@@ -627,10 +632,31 @@ static __global__ void __launch_bounds__(Tiles<W>::THREADS, 2)
             lse[at.row + i + 8 * r] = scale * x.largest[r] + log2_approx(x.sum[r]);
 }
 
-/* p holds q k^T and dp holds dy v^T of a query and a key; they become p and ds. */
-static __device__ inline void softmax_gradient(float *p, float *dp, float scale, Sums of) {
-    *p = exp2_approx(fmaf(scale, *p, -of.lse));
-    *dp = *p * (*dp - of.delta);
+/* p = q k^T becomes probabilities, dp = dy v^T then ds. Rows are queries, and `of` are the sums of the thread's two; TURNED:
+ * rows are keys, columns ROWS queries, whose sums are `of`. Queries beyond the last have dy = 0 and sums of 0, and so count
+ * for nothing. */
+template <bool TURNED> static __device__ inline TwoSums sums_of_block(const Sums *of, unsigned n) {
+    if (TURNED) return *(const TwoSums *)(of + n * 8 + threadIdx.x % 4 * 2);
+    return {{of[0], of[1]}};
+}
+template <int ROWS, bool TURNED>
+static __device__ inline void take_probabilities(float p[ROWS / 8][4], const Sums *of, float scale) {
+#pragma unroll
+    for (unsigned n = 0; n < ROWS / 8; n++) {
+        const TwoSums two = sums_of_block<TURNED>(of, n);
+#pragma unroll
+        for (unsigned e = 0; e < 4; e++)
+            p[n][e] = exp2_approx(fmaf(scale, p[n][e], -two.at[TURNED ? e % 2 : e / 2].lse));
+    }
+}
+template <int ROWS, bool TURNED>
+static __device__ inline void take_gradients(float dp[ROWS / 8][4], const float p[ROWS / 8][4], const Sums *of) {
+#pragma unroll
+    for (unsigned n = 0; n < ROWS / 8; n++) {
+        const TwoSums two = sums_of_block<TURNED>(of, n);
+#pragma unroll
+        for (unsigned e = 0; e < 4; e++) dp[n][e] = p[n][e] * (dp[n][e] - two.at[TURNED ? e % 2 : e / 2].delta);
+    }
 }
 
 template <int UNIT, int W>
@@ -668,10 +694,8 @@ static __global__ void __launch_bounds__(Tiles<W>::THREADS, 2) attend_queries_ke
             multiply_rows<W, 16>(p, rows, keys);
             multiply_rows<W, 16>(dp, outs, keys + T::PASSING);
             if (sight.all < j + 16) hide<16>(s, p, first, j);
-#pragma unroll
-            for (unsigned n = 0; n < 2; n++)
-#pragma unroll
-                for (unsigned e = 0; e < 4; e++) softmax_gradient(&p[n][e], &dp[n][e], scale, of[e / 2]);
+            take_probabilities<16, false>(p, of, scale);
+            take_gradients<16, false>(dp, p, of);
             weigh_rows<W, 16>(dq, dp, keys);
         }
     }
@@ -683,24 +707,23 @@ template <int ROWS> static __device__ inline void copy_sums(Sums *to, const Sums
     if (threadIdx.x < ROWS / 2) copy_async(to + 2 * threadIdx.x, from + 2 * threadIdx.x, 1);
 }
 
-/* p and dp of the warp's 16 keys from `first` on (rows) and queries i.. (columns) become p and ds: a thread has two keys,
- * and of every 8 queries two. Queries beyond the last have dy = 0 and sums of 0, and so count for nothing. */
-static __device__ inline void softmax_gradient_turned(const Attention *s, float p[2][4], float dp[2][4],
-                                                      const Sums *sums, unsigned i, unsigned first, float scale) {
-    const unsigned mine = threadIdx.x % 4 * 2, j = first + threadIdx.x % WARP / 4;
-    if (s->causal && visible_keys(s, i) < first + 16) /* else the first query sees all, and so do the others */
+/* p holds k q^T of the warp's 16 keys from `first` on and ROWS queries i0..; a key that a query does not see becomes -inf:
+ * a thread has two keys, and of every 8 queries two. */
+template <int ROWS>
+static __device__ inline void hide_turned(const Attention *s, float p[ROWS / 8][4], unsigned first, unsigned i0) {
+    const unsigned i = i0 + threadIdx.x % 4 * 2, j = first + threadIdx.x % WARP / 4;
 #pragma unroll
-        for (unsigned e = 0; e < 4; e++) {
-            const unsigned seen = visible_keys(s, i + mine + e / 2 * 8 + e % 2);
-            if (j >= seen) p[e / 2][e % 2] = -HUGE_VALF;
-            if (j + 8 >= seen) p[e / 2][e % 2 + 2] = -HUGE_VALF;
+    for (unsigned n = 0; n < ROWS / 8; n++)
+#pragma unroll
+        for (unsigned k = 0; k < 2; k++) {
+            const unsigned seen = visible_keys(s, i + n * 8 + k);
+            if (j >= seen) p[n][k] = -HUGE_VALF;
+            if (j + 8 >= seen) p[n][k + 2] = -HUGE_VALF;
         }
-#pragma unroll
-    for (unsigned n = 0; n < 2; n++) {
-        const TwoSums of = *(const TwoSums *)(sums + n * 8 + mine);
-#pragma unroll
-        for (unsigned e = 0; e < 4; e++) softmax_gradient(&p[n][e], &dp[n][e], scale, of.at[e % 2]);
-    }
+}
+/* Whether that does anything: where the first query sees all, the others do. */
+static __device__ inline bool hides_turned(const Attention *s, unsigned first, unsigned i0) {
+    return s->causal && visible_keys(s, i0) < first + 16;
 }
 
 template <int UNIT, int W>
@@ -745,7 +768,9 @@ static __global__ void __launch_bounds__(Tiles<W>::THREADS, 2) attend_keys_kerne
             multiply_rows<W, 16>(p, rows, queries);
             load_rows<W>(values, my_rows + T::OWN);
             multiply_rows<W, 16>(dp, values, queries + T::PASSING);
-            softmax_gradient_turned(s, p, dp, sums, i, first, scale);
+            if (hides_turned(s, first, i)) hide_turned<16>(s, p, first, i);
+            take_probabilities<16, true>(p, sums, scale);
+            take_gradients<16, true>(dp, p, sums);
             weigh_rows<W, 16>(dv, p, queries + T::PASSING);
             weigh_rows<W, 16>(dk, dp, queries);
         }
@@ -826,17 +851,27 @@ static size_t attention_needs_gpu(const Compute *, const Attention *s, int backw
     return backward ? s->B * s->heads * padded(s->Tq) * sizeof(Sums) : 0;
 }
 
+template <int UNIT, int W> static Err launch_sums(Device *d, const AttendBackward *x) {
+    LAUNCH(d, (attend_sums_kernel<UNIT, W>),
+           blocks_for(x->s.B * x->s.heads * padded(x->s.Tq), ROW_WARPS * WARP / Moves<UNIT, W>::ACROSS),
+           ROW_WARPS * WARP, 0, *x);
+    return OK;
+}
+
 template <int UNIT, int W> static Err launch_backward(Device *d, const AttendBackward *x) {
     typedef Tiles<W> T;
     const Attention *s = &x->s;
     const size_t bytes = attend_bytes<W>(s->D, 1);
-    LAUNCH(d, (attend_sums_kernel<UNIT, W>),
-           blocks_for(s->B * s->heads * padded(s->Tq), ROW_WARPS * WARP / Moves<UNIT, W>::ACROSS), ROW_WARPS * WARP, 0,
-           *x);
+    TRY((launch_sums<UNIT, W>(d, x)));
     LAUNCH(d, (attend_queries_kernel<UNIT, W>), head_blocks(s, s->Tq, T::TILE), T::THREADS, bytes, *x);
     LAUNCH(d, (attend_keys_kernel<UNIT, W>), head_blocks(s, s->Tk, T::TILE), T::THREADS, bytes, *x);
     return OK;
 }
+
+static Err attend_backward(Device *d, const AttendBackward *x) {
+    return FOR_WINDOWS(launch_backward, &x->s, d, x);
+}
+static Err attend_backward_best(Device *d, const AttendBackward *x); /* attention_90a.cu: that, or by warpgroups */
 
 static Err attention_backward_gpu(const Compute *on, real *dq, real *dk, real *dv, const real *dy, const real *y,
                                   const real *saved, const real *q, const real *k, const real *v, const Attention *s) {
@@ -851,7 +886,7 @@ static Err attention_backward_gpu(const Compute *on, real *dq, real *dk, real *d
                               (const floatX *)v,
                               saved,
                               (Sums *)on->scratch};
-    return FOR_WINDOWS(launch_backward, s, on->device, &x);
+    return attend_backward_best(on->device, &x);
 }
 
 /* ---- Decoding: n new queries (one, or a prompt) against all keys so far ----

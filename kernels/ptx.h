@@ -251,7 +251,7 @@ template <int N> static __device__ inline void hold(unsigned (*a)[4]) {
 }
 static __device__ inline unsigned long long box_at(const void *box, unsigned bytes) {
     const unsigned long long leading = 8192 >> 4, rows_8 = 1024 >> 4, swizzled_128 = 1;
-    return ((shared_address(box) + bytes) >> 4 & 0x3fff) | leading << 16 | rows_8 << 32 | swizzled_128 << 62;
+    return ((shared_address(box) >> 4 & 0x3fff) | leading << 16 | rows_8 << 32 | swizzled_128 << 62) + (bytes >> 4);
 }
 /* clang-format off */
 #define ALL_OF(c) \

@@ -1068,6 +1068,7 @@ static void test_attentions(void) {
     test_attention(1, 8, 126, 9, 20, 0, 0);  /* and one wider than 128 */
     test_attention(1, 2, 50, 70, 400, 0, 0); /* more keys than are on their way at once */
     test_attention(1, 1, 64, 400, 400, 1, 0);
+    test_attention(1, 4, 50, 330, 330, 1, 130); /* and queries, with strangers */
     test_attention_shapes();
     for (int order = first_order(); order < 2; order = next_order(order)) {
         test_attention_decoding(2, 3, 50, 4, 1, 9);
