@@ -446,13 +446,13 @@ PTX_BIN := $(foreach a,$(CUDA_PTX_ARCH),$(patsubst %,$B/ptx-$a/%,$(CUDA_TESTS) g
 $(PTX_BIN): | $B/ptxsim/libptxsim.so $B/ptxsim/more.o
 test-cuda-ptx: $(PTX_BIN) $B/pictures
 	@test/ptx.sh $B "$(CUDA_PTX_ARCH)" "$(CUDA_PTX_ORDERS)" "$(CUDA_PTX_PARTS)"
-planted: $B/ptxsim/libptxsim.so
+planted: $B/ptxsim/libptxsim.so $B/ptxsim/more.o
 endif
 
 # Faults of test/planted.txt, or those that FAULTS names
 .PHONY: planted
 planted: $(OBJ)
-	@OBJECTS="$(OBJ)" LIBRARIES="$(LDLIBS)" EMULATION="$(CXX) $(EMULATED_FLAGS) -O1 -w" \
+	@OBJECTS="$(OBJ)" LIBRARIES="$(LDLIBS)" EMULATION="$(CXX) $(EMULATED_FLAGS) -O1 -g0 -w" \
 	    $(if $(PTX_FLAGS),PTX="$(NVCC) $(PTX_FLAGS) -gencode arch=compute_90a$(comma)code=compute_90a" PTX_LIBRARIES="$(PTX_LIBS)") \
 	    test/planted.sh $B $(FAULTS)
 
