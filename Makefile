@@ -427,7 +427,7 @@ endif
 PTXSIM ?=
 CUDA_PTX_ARCH ?= $(if $(filter 1,$(WHOLE)),80 90 90a,80)
 CUDA_PTX_ORDERS ?= $(if $(filter 1,$(WHOLE)),plain reverse random eager early clocks,plain)
-CUDA_PTX_PARTS ?= $(CUDA_TESTS:test_%=%) golden sample train
+CUDA_PTX_PARTS ?= $(CUDA_TESTS:test_%=%) golden sample_f32 sample_bf16 train_f32 train_bf16
 .PHONY: test-cuda-ptx
 ifeq ($(and $(NVCC),$(PTXSIM)),)
 test-cuda-ptx:

@@ -7,8 +7,9 @@
 #            land at once), early (a dependent grid begins before the one before it ends), clocks (vector clocks for all)
 #   PARTS    test programs without test_ (cuda_f32, vqgan_cuda_bf16 ...), and
 #            golden   the golden cases
-#            sample   one picture of the bundled model, in f32 that of the CPU but for rounding, and in bf16
-#            train    two steps of a small run: the first stage with a discriminator, a scale of either kind
+#            sample_f32, sample_bf16   one picture of the bundled model, in f32 that of the CPU but for rounding
+#            train_f32, train_bf16     two steps of a small run: the first stage with a discriminator, a scale of either
+#                     kind; in f32 with the losses of the CPU
 #
 # What the interpreter finds (races, reads of what nobody wrote, misuse of the runtime) is a failure, too. All orders of a
 # part must leave the same bits: what test programs say, with a digest of what was computed, the picture's file, the
@@ -38,17 +39,17 @@ run() { # run WHAT COMMAND...: exit status 0 and no finding
     fi
 }
 
-sample() { # beside the CPU's: another token moves colours by tens, rounding by one of the 255 steps
+sample() { # sample PRECISION. Beside the CPU's: another token moves colours by tens, rounding by one of the 255 steps
     draw() { "$programs/sample" models/emoji -n 1 --seed 5 --best-of 1 --chain-length 1 "$@"; }
-    ok "sample on the CPU" draw -o "$dir/cpu.png" --device cpu
-    run "sample in f32" draw -o "$out/f32.png" --device cuda
-    ok "the same picture" "$build/pictures" near "$dir/cpu.png" "$out/f32.png" 1
-    run "sample in bf16" draw -o "$out/bf16.png" --device cuda --weights bf16
-    cksum <"$out/f32.png" >"$out/$part.bits"
-    cksum <"$out/bf16.png" >>"$out/$part.bits"
+    run "sample in $1" draw -o "$out/$1.png" --device cuda --weights "$1"
+    if [ "$1" = f32 ]; then
+        ok "sample on the CPU" draw -o "$dir/cpu.png" --device cpu
+        ok "the same picture" "$build/pictures" near "$dir/cpu.png" "$out/f32.png" 1
+    fi
+    cksum <"$out/$1.png" >"$out/$part.bits"
 }
 
-train() { # in both precisions; the losses of f32 are the CPU's
+train() { # train PRECISION. A scale stands on the first stage that the CPU has trained.
     {
         cat test/tiny.txt
         printf 'vqgan.model.params.lossconfig.params.%s\n' 'disc_start 0' 'disc_num_layers 2' 'disc_ndf 8'
@@ -60,18 +61,19 @@ train() { # in both precisions; the losses of f32 are the CPU's
         shift
         "$programs/train" --config "$dir/config.txt" --data "$dir/data" --run "$dir/$name" --steps 2 --eval-every 2 "$@"
     }
-    for where in cpu f32 bf16; do
+    for where in cpu "$1"; do
         case $where in
         cpu) check=ok on="--device cpu" ;;
         *) check=run on="--device cuda --precision $where" ;;
         esac
         # shellcheck disable=SC2086
         $check "vqgan, $where" step $where $on --vqgan --perceptual none
-        [ $where = cpu ] || cp "$dir/cpu/vqgan.safetensors" "$dir/$where"
+        [ "$where" = cpu ] || cp "$dir/cpu/vqgan.safetensors" "$dir/$where"
         # shellcheck disable=SC2086
         for scale in 2 3; do $check "scale $scale, $where" step $where $on --scale $scale; done
-        [ $where = cpu ] || cat "$dir/$where"/*.state.safetensors | cksum >>"$out/$part.bits"
     done
+    cat "$dir/$1"/*.state.safetensors | cksum >"$out/$part.bits"
+    [ "$1" = f32 ] || return
     ok "losses of f32" awk 'function off(a, b) { return (a > b ? a - b : b - a) > 1e-3 * (b > 0 ? b : -b) }
         FNR == 1 { next } NR == FNR { want[$1, $2] = $3; next }
         { n++; if (!(($1, $2) in want) || off($3, want[$1, $2])) { print $1, $2, $3, "expected", want[$1, $2] >"/dev/stderr"; bad = 1 } }
@@ -89,7 +91,7 @@ if [ "$1" = --one ]; then
     : >"$out/$part.said"
     rm -f "$out/$part.bits"
     case $part in
-    sample | train) $part >"$out/$part.log" 2>&1 ;;
+    sample_* | train_*) "${part%_*}" "${part#*_}" >"$out/$part.log" 2>&1 ;;
     *)
         case $part in
         golden) PTXSIM="$order $SMS" "$programs/golden" --device cuda test/golden-cases ;;
@@ -129,7 +131,7 @@ ptx_of() { # ptx_of OBJECT: a sum of the PTX in it, but for what it says it is f
 build=$1 archs=$2 orders=$3 parts=$4 passed=0 failed=0
 again() { # again ARCH PART: is it what is run for the first of them?
     case $2 in
-    golden) object=device_f32.o ;;
+    golden | sample_f32 | train_f32) object=device_f32.o ;;
     *_f32) object=test_$2.o ;;
     *) return 1 ;;
     esac
