@@ -119,11 +119,11 @@ if [ "$1" = --one ]; then
     exit 0
 fi
 
-ptx_of() { # ptx_of OBJECT: a sum of the PTX in it, but for what it says it is for and from
+ptx_of() { # ptx_of OBJECT: a sum of the PTX in it, but for what it says it is for and from, and what is for debuggers
     tr '\0' '\n' <"$1" | LC_ALL=C awk -v object="$1" '
         /^\.version/ { on = n = 1 }
         /^[^ -~\t]/ { on = 0 }
-        /^[ \t]*\.(target|loc|file)/ { next }
+        /^[ \t]*($|\.(target|loc|file|b8))/ { next }
         on
         END { if (!n) print object }' | cksum
 }
