@@ -27,6 +27,7 @@
 #include "training/training.h"
 #include "test/inside.h"
 #include "test/peaks.h"
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -117,27 +118,44 @@ static double multiply_add_rate(real *sink, double budget) {
     return best;
 }
 
-/* All threads at once, so that they share what clock and power there is; the sum of what each can do. */
+/* All threads at once, so that they share what clock and power there is; the sum of what each can do. Each task begins when
+ * all have: else one thread could measure twice, alone. */
 enum { THREADS_MAX = 1024 };
+static const double LONGEST_WAIT = 5; /* seconds */
 typedef struct {
     double rate[THREADS_MAX];
     real kept[THREADS_MAX];
+    atomic_int begun;
 } Rates;
+
+static void wait_for_all(Rates *r) {
+    atomic_fetch_add(&r->begun, 1);
+    for (const double end = now() + LONGEST_WAIT; atomic_load(&r->begun) < threads_get();)
+        if (now() > end) {
+            fprintf(stderr, "bench: the system gives %d of %d threads: no ceiling of all\n", atomic_load(&r->begun),
+                    threads_get());
+            exit(1);
+        }
+}
 
 static void flops_task(void *context, size_t i) {
     Rates *r = (Rates *)context;
+    wait_for_all(r);
     r->rate[i] = 2 * multiply_add_rate(&r->kept[i], 0.5);
 }
 
 static void bf16_task(void *context, size_t i) {
     Rates *r = (Rates *)context;
     const char *unit;
+    wait_for_all(r);
     r->rate[i] = bf16_peak(0.5, &r->kept[i], &unit);
     if (i == 0) ceiling.unit = unit;
 }
 
 static void int8_task(void *context, size_t i) {
-    ((Rates *)context)->rate[i] = int8_peak(0.5);
+    Rates *r = (Rates *)context;
+    wait_for_all(r);
+    r->rate[i] = int8_peak(0.5);
 }
 
 static double all_threads(Task *task) {
