@@ -31,3 +31,17 @@ refused_late() { # refused_late STATUS WORD COMMAND...: exit status, and a last 
         tail -n 3 "$dir/err"
     fi
 }
+
+killed_at() { # killed_at FILE COMMAND...: in the background until FILE is there, then SIGKILL
+    file=$1
+    shift
+    "$@" >/dev/null 2>&1 &
+    pid=$! # the program itself, not a shell around it
+    tries=0
+    while [ ! -f "$file" ] && [ $tries -lt 1200 ] && kill -0 $pid 2>/dev/null; do
+        sleep 0.05
+        tries=$((tries + 1))
+    done
+    kill -9 $pid 2>/dev/null
+    wait $pid 2>/dev/null
+}

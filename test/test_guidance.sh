@@ -89,12 +89,8 @@ for stage in vqgan scale1; do
     ok "and counts" awk '{ sub(/ \(in bf16\)/, "") } NR == 1 { whole = $2 } NR == 2 { exit !($2 < 0.85 * whole && $2 > 0.5 * whole) }' "$dir/floats" "$dir/halves"
     ok "$stage learns as well" awk "BEGIN { a = $(mean float $stage); b = $(mean bf16 $stage); exit !(a > 0 && b < 1.05 * a && b > 0.95 * a && a != b) }"
     # shellcheck disable=SC2086
-    "$build/train" --config test/tiny.txt --data "$dir/data" --save-every 5 --run "$dir/killed" $arguments --bf16-states \
-        --threads 1 >/dev/null 2>&1 &
-    pid=$! # the program itself, not a shell around it
-    while [ ! -f "$dir/killed/$stage.state.safetensors" ] && kill -0 $pid 2>/dev/null; do sleep 0.02; done
-    kill -9 $pid 2>/dev/null
-    wait $pid 2>/dev/null
+    killed_at "$dir/killed/$stage.state.safetensors" "$build/train" --config test/tiny.txt --data "$dir/data" \
+        --save-every 5 --run "$dir/killed" $arguments --bf16-states --threads 1
     # shellcheck disable=SC2086
     ok "$stage killed and resumed" train --run "$dir/killed" $arguments --resume
     ok "to the bit" cmp "$dir/killed/$stage.state.safetensors" "$dir/bf16/$stage.state.safetensors"

@@ -10,14 +10,10 @@ train() {
     "$build/train" --config test/tiny.txt --data "$dir/data" --save-every 5 --eval-every 10 --picture-every 20 "$@"
 }
 killed() { # killed STAGE ARGUMENTS...: SIGKILL after the first checkpoint, then resumed to the end
-    file=$dir/parts/$1.state.safetensors
+    state=$dir/parts/$1.state.safetensors
     shift
-    "$build/train" --config test/tiny.txt --data "$dir/data" --save-every 5 --eval-every 10 --picture-every 20 --run "$dir/parts" "$@" \
-        >/dev/null 2>&1 &
-    pid=$!
-    while [ ! -f "$file" ] && kill -0 $pid 2>/dev/null; do sleep 0.05; done
-    kill -9 $pid 2>/dev/null
-    wait $pid 2>/dev/null
+    killed_at "$state" "$build/train" --config test/tiny.txt --data "$dir/data" --save-every 5 --eval-every 10 \
+        --picture-every 20 --run "$dir/parts" "$@"
     train --run "$dir/parts" "$@" --resume
 }
 falls() { # falls LOG STAGE: the mean loss of the last 5 steps is below that of the first 5

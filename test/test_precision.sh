@@ -32,15 +32,8 @@ falls() { # falls RUN STAGE: the mean loss of the last 5 steps is below that of 
 killed() { # killed RUN STAGE ARGUMENTS...: by SIGKILL after its second checkpoint, with one thread; goes on with two
     run=$1 stage=$2
     shift 2
-    "$build/train" --config "$dir/config.txt" --data "$dir/data" --run "$dir/$run" --save-every 5 --eval-every 10 --threads 1 "$@" >/dev/null 2>&1 &
-    pid=$!
-    tries=0
-    while [ ! -f "$dir/$run/$stage.state-1.safetensors" ] && [ $tries -lt 1200 ] && kill -0 $pid 2>/dev/null; do
-        sleep 0.05
-        tries=$((tries + 1))
-    done
-    kill -9 $pid 2>/dev/null
-    wait $pid 2>/dev/null
+    killed_at "$dir/$run/$stage.state-1.safetensors" "$build/train" --config "$dir/config.txt" --data "$dir/data" \
+        --run "$dir/$run" --save-every 5 --eval-every 10 --threads 1 "$@"
     train "$run" --resume --threads 2 "$@"
 }
 

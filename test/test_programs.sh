@@ -34,15 +34,7 @@ killed() { # killed ARGUMENTS...: starts a run, SIGKILL after its second checkpo
     stage=$1
     shift
     # shellcheck disable=SC2086
-    "$build/train" $options --run "$dir/killed" "$@" >/dev/null 2>&1 &
-    pid=$! # the program itself, not a shell around it
-    tries=0
-    while [ ! -f "$dir/killed/$stage.state-1.safetensors" ] && [ $tries -lt 1200 ] && kill -0 $pid 2>/dev/null; do
-        sleep 0.05
-        tries=$((tries + 1))
-    done
-    kill -9 $pid 2>/dev/null
-    wait $pid 2>/dev/null
+    killed_at "$dir/killed/$stage.state-1.safetensors" "$build/train" $options --run "$dir/killed" "$@"
     train --run "$dir/killed" "$@" --resume
 }
 
