@@ -182,7 +182,7 @@ LDLIBS := $(ARCHIVES) $(if $(HAVE_WEBP),$(WEBP_LIBS)) $(if $(HAVE_LMDB),$(LMDB_L
 
 # The house from the ground up (test/house.sh checks the order). FILES: their speed is that of files, so that they are
 # compiled for the first level only.
-BASE := base tiles threads params plan compute options own_path version
+BASE := base tiles threads caches params plan compute options own_path version
 KERNELS := $(if $(PLAINLY),,fast gemm bf16 stream conv conv_bf16 norm layers attention guess optimizer discriminator perceptual)
 FILES := folder layout damage config atomic tensor checkpoint pickle zip ckpt weights names pixels orientation prep resize rows png png_text apng profile jpeg webp images mask lmdb tokens places keys values recipe betas net_config vqgan_config letters classes npy remap
 SAMPLING := model bounds draw edit paste options output sheet score region terminal

@@ -24,7 +24,6 @@ enum {
     KC = 2048,                  /* part of the promise on bits */
     ROOM = 2 << 20,             /* numbers of each operand in the program's buffers */
     OWN_ROOM = THREAD_ROOM / 4, /* in a thread's: 32 rows of KC in bf16x3 */
-    L2_NUMBERS = 1 << 18,       /* of A in a task: 512 KB */
     TASKS_PER_THREAD = 2        /* at least */
 };
 
@@ -106,9 +105,10 @@ static void multiply_task(void *context, size_t t) {
     tiles_end();
 }
 
-/* Tasks whose A fits L2, halved along the longer side until every thread has several. */
+/* Tasks whose A takes half of the L2 cache, halved along the longer side until every thread has several. */
 static void choose_tasks(Piece *p) {
-    p->rows = min_size(round_up(p->M, BLOCK), max_size(BLOCK, L2_NUMBERS * TILE / p->panel / BLOCK * BLOCK));
+    const size_t numbers = l2_bytes() / 2 / sizeof *p->to_a;
+    p->rows = min_size(round_up(p->M, BLOCK), max_size(BLOCK, numbers * TILE / p->panel / BLOCK * BLOCK));
     p->cols = round_up(p->N, BLOCK);
     for (;;) {
         const size_t tasks = ceil_div(p->M, p->rows) * ceil_div(p->N, p->cols);

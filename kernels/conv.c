@@ -65,7 +65,8 @@ enum {
     FEW_CHANNELS = 16, /* fewer: transforms cost more than they save */
     FEW_PIXELS = 1024  /* fewer: blocks of 4x4 leave too narrow matrices */
 };
-static const size_t PATCH_REALS = 64 * 1024; /* patches of a tile, unless that is less than MIN_COLUMNS */
+static const size_t PATCH_REALS =
+    64 * 1024; /* patches of a tile, unless that is less than MIN_COLUMNS; see cut_tiles */
 static const size_t MIN_COLUMNS = 64;
 
 /* Results along a side of a block of the fastest algorithm; 0: direct. It depends on one picture, not on how many there
@@ -76,19 +77,27 @@ static size_t best_block(const Conv *c) {
     return c->h % 4 == 0 && c->w % 4 == 0 && c->h * c->w >= FEW_PIXELS ? 4 : 2;
 }
 
-/* Columns of a tile's patches, if the grid is not wider. */
-static size_t tile_columns(const Product *p) {
-    return max_size(PATCH_REALS / (p->C * p->n), MIN_COLUMNS);
+/* Columns of a tile's patches of so many reals, if the grid is not wider. */
+static size_t tile_columns(const Product *p, size_t reals) {
+    return max_size(reals / (p->C * p->n), MIN_COLUMNS);
 }
 
-/* Cuts the grid: whole rows, several pictures where one is small. */
+/* What a tile's patches take of a picture that is cut: forward, a quarter of the L2 cache. Backward, tiles are pieces of the
+ * sums for the weights: their sizes are part of the promise on bits. */
+static size_t patch_reals(const Product *p) {
+    return p->backward ? PATCH_REALS : l2_bytes() / 4 / sizeof(real);
+}
+
+/* Cuts the grid: whole rows, several pictures where one is small. Which are small does not depend on caches: sums of several
+ * are added to what is there in another order. */
 static void cut_tiles(Product *p) {
-    const size_t rows = max_size(tile_columns(p) / p->gw, 1);
+    size_t rows = max_size(tile_columns(p, PATCH_REALS) / p->gw, 1);
     p->images = p->row_tiles = 1;
     p->rows = p->gh;
     if (rows >= p->gh) {
         p->images = min_size(rows / p->gh, p->B);
     } else {
+        rows = max_size(tile_columns(p, patch_reals(p)) / p->gw, 1);
         p->row_tiles = (p->gh + rows - 1) / rows;
         p->rows = (p->gh + p->row_tiles - 1) / p->row_tiles; /* equal heights, not one thin rest */
         p->row_tiles = (p->gh + p->rows - 1) / p->rows;
@@ -737,7 +746,8 @@ static void winograd_backward(real *dx, real *partial, const Product *p, const T
 /* Raises what scratch must hold so that it is enough for this algorithm. backward: 0 no, 1 yes, 2 of dx alone. */
 static void raise_needs(Scratch *s, const Conv *c, size_t block, int backward) {
     const Product p = make_product(PRECISION_F32, c, block, backward != 0);
-    const size_t cols = max_size(tile_columns(&p), p.gw), extra = block ? p.n * 2 * ALIGN : 0; /* matrix_step */
+    const size_t cols = max_size(tile_columns(&p, max_size(PATCH_REALS, patch_reals(&p))), p.gw),
+                 extra = block ? p.n * 2 * ALIGN : 0; /* matrix_step */
     s->column_reals = max_size(s->column_reals, round_up(p.C * p.n * cols + extra, ALIGN));
     s->stage_reals = max_size(s->stage_reals, round_up((block ? p.n : 1) * p.M * cols + extra, ALIGN));
     s->line_reals = max_size(s->line_reals, block ? winograd_line_reals(&p) : 0);

@@ -22,7 +22,7 @@
  *     y, dx   A: 16 pixels of a band, channels last     B: weights           a step: 32 channels of a tap
  *     dW      A: 16 channels of x, pixels last          B: dy, packed        a step: 32 pixels
  *
- * Promise on bits: they do not depend on threads; those of y and dx not on the batch either. */
+ * Promise on bits: they do not depend on threads, nor on the size of caches; those of y and dx not on the batch either. */
 
 #include "kernels/bf16.h"
 
@@ -33,8 +33,8 @@ enum {
     GROUP_BLOCKS = 32, /* of results at a time */
     AHEAD = 128        /* reals: of a plane, that are fetched while others are converted */
 };
-static const size_t BAND_NUMBERS = 192 * 1024;  /* of a band, unless that is less than a row */
-static const size_t LINES_NUMBERS = 512 * 1024; /* of a band's x, and of its dy, for the gradient of weights */
+/* Of a band's x, and of its dy, for the gradient of weights. Part of the promise on bits. */
+static const size_t LINES_NUMBERS = 512 * 1024;
 
 /* ---- Taps ---- */
 
@@ -389,6 +389,11 @@ static void band_task(void *context, size_t task) {
     tiles_end();
 }
 
+/* Numbers of a band, unless that is less than a row: three eighths of the L2 cache */
+static size_t band_numbers(void) {
+    return l2_bytes() / 8 * 3 / sizeof(uint16_t);
+}
+
 /* Bands of equal heights, as many as keep all threads at work; channels are shared where there are too few. */
 static void cut_bands(Job *j, size_t threads) {
     const Window *o = &j->o;
@@ -403,7 +408,7 @@ static void cut_bands(Job *j, size_t threads) {
 /* Where the scratch of a convolution lies, from `at` on; returns its end. */
 static uintptr_t place_job(Job *j, uintptr_t at, size_t threads) {
     const Window *o = &j->o;
-    j->pixels = band_pixels(o, BAND_NUMBERS / (o->pixel * phases_of(&o->from)));
+    j->pixels = band_pixels(o, band_numbers() / (o->pixel * phases_of(&o->from)));
     j->steps = o->taps * (o->depth / STEP);
     j->phase = (1 + j->pixels + (o->above + o->below) * o->wide + TILE) * o->pixel;
     j->band = j->phase * phases_of(&o->from);

@@ -6,7 +6,7 @@
  * than it can read. So C is cut into pieces in three levels, each sized for one level of the memory hierarchy
  * (Goto and van de Geijn 2008; Van Zee and van de Geijn 2015 "BLIS"):
  *
- *     tile     MC x NC of C   one thread's unit of work; its MC x KC block of A stays in the L2 cache
+ *     tile     MC x NC of C   one thread's unit of work; its MC x KC block of A stays in the L2 cache, by whose size MC is chosen
  *     panel    KC x NR of B   packed to stand contiguous, zero-padded to NR columns
  *     micro    MR x NR of C   lives in registers while k runs through KC: the micro kernel
  *
@@ -50,7 +50,7 @@ enum { MR = 6, NV = 2 }; /* 16 registers: 12 sums */
 enum {
     NR = NV * LANES,                                                 /* columns of a panel */
     KC = 384,                                                        /* part of the promise on bits */
-    MC = (512 * 1024 / (KC * (int)sizeof(real)) + MR - 1) / MR * MR, /* rows of a block of A: about 512 KB */
+    MC = (512 * 1024 / (KC * (int)sizeof(real)) + MR - 1) / MR * MR, /* most rows of a block of A: about 512 KB */
     NC = 1024,                                                       /* columns of a tile */
     PACK_A_COLS = 2 * NR, /* a tile as narrow as this reads A where it stands */
     TILES_PER_THREAD = 2, /* at least */
@@ -250,10 +250,15 @@ static double cost(size_t M, size_t N, size_t K) {
     return (double)(M + MR) * (double)N * (double)K;
 }
 
-/* Tiles of MC x NC, halved along the longer side until every thread has several, and all about the same number, or they
+/* A block of A takes half of the L2 cache. */
+static size_t block_rows(void) {
+    return min_size(MC, round_up(l2_bytes() / 2 / (KC * sizeof(real)), MR));
+}
+
+/* Tiles as high as a block and NC wide, halved along the longer side until every thread has several, and all about the same number, or they
  * become too small. */
 static void choose_tiles(Product *p, size_t threads) {
-    p->rows = min_size(p->M, MC);
+    p->rows = min_size(p->M, block_rows());
     p->cols = min_size(p->N, NC);
     for (;;) {
         const size_t across = ceil_div(p->N, p->cols);

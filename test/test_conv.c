@@ -18,6 +18,14 @@ static real *random_reals(size_t n, uint64_t stream) {
     return x;
 }
 
+#define COUNT(array) (sizeof(array) / sizeof *(array))
+
+/* Shapes for every precision. */
+static const Conv common[] = {{CONV1, 2, 5, 3, 7, 9},     {CONV3, 2, 3, 5, 7, 9},        {CONV3, 1, 1, 1, 1, 1},
+                              {CONV3, 3, 17, 19, 5, 3},   {CONV3, 3, 16, 17, 2, 2},      {CONV3, 5, 48, 33, 4, 8},
+                              {CONV_DOWN, 2, 3, 5, 2, 2}, {CONV_DOWN, 3, 33, 17, 6, 10}, {CONV_UP, 2, 3, 5, 1, 1},
+                              {CONV_UP, 3, 17, 33, 3, 5}, {CONV_UP, 1, 32, 32, 33, 20},  {CONV3, 1, 70, 16, 4, 260}};
+
 static size_t results(const Conv *c) {
     return c->B * c->M * conv_height(c) * conv_width(c);
 }
@@ -124,7 +132,14 @@ static void make_coarse(real *w, size_t n) {
 }
 
 /* With scratch as large as needed to the byte. */
-enum { NO_BIAS = 1, NO_ADD = 2, ADDS = 4 /* to dx */, DX_ALONE = 8, DW_ALONE = 16 };
+enum {
+    NO_BIAS = 1,
+    NO_ADD = 2,
+    ADDS = 4 /* to dx */,
+    DX_ALONE = 8,
+    DW_ALONE = 16,
+    IN_PLACE = 32 /* y itself is added */
+};
 static void run_conv(Numbers *n, const Conv *c, Precision precision, int options) {
     const int backward = options & DX_ALONE ? 2 : 1;
     for (int back = 0; back <= backward; back += backward) {
@@ -133,7 +148,10 @@ static void run_conv(Numbers *n, const Conv *c, Precision precision, int options
         CHECK_OK(mem_alloc(&on.scratch, on.scratch_bytes, 1, "test"));
         memset(on.scratch, 0xff, on.scratch_bytes); /* NaN */
         if (back == 0)
-            conv_forward(&on, n->y, n->x, n->w, options & NO_BIAS ? NULL : n->bias, options & NO_ADD ? NULL : n->add,
+            conv_forward(&on, n->y, n->x, n->w, options & NO_BIAS ? NULL : n->bias,
+                         options & NO_ADD     ? NULL
+                         : options & IN_PLACE ? n->y
+                                              : n->add,
                          c);
         else if (options & DX_ALONE)
             conv_backward(&on, n->dx, NULL, NULL, n->dy, NULL, n->w, options & ADDS, c);
@@ -186,6 +204,33 @@ static void check_in(Precision precision, const Conv *c, const Numbers *plain, i
     free_numbers(&n), free_numbers(&before);
 }
 
+static int same_results(const Numbers *a, const Numbers *b, const Conv *c) {
+    return !memcmp(a->y, b->y, a->ny * sizeof *a->y) && !memcmp(a->dx, b->dx, a->nx * sizeof *a->dx) &&
+           !memcmp(a->dw, b->dw, a->nw * sizeof *a->dw) && !memcmp(a->db, b->db, c->M * sizeof *a->db);
+}
+
+/* Blocks are chosen by the size of the L2 cache: the same bits for every size, in scratch for that size. */
+static void check_caches(Precision precision, Conv c) {
+    static const size_t sizes[] = {L2_LEAST, 512 << 10, L2_MOST};
+    static const int options[] = {0, IN_PLACE | ADDS, IN_PLACE | ADDS | DX_ALONE};
+    for (size_t k = 0; k < COUNT(options); k++) {
+        Numbers first = numbers_of(&c);
+        l2_set(0);
+        run_conv(&first, &c, precision, options[k]);
+        for (size_t i = 0; i < COUNT(sizes); i++) {
+            Numbers n = numbers_of(&c);
+            l2_set(sizes[i]);
+            run_conv(&n, &c, precision, options[k]);
+            if (!CHECK(same_results(&n, &first, &c)))
+                printf("     %s %s B %zu C %zu M %zu %zux%zu, L2 of %zu KB\n", precision_name(precision),
+                       kind_name[c.kind], c.B, c.C, c.M, c.h, c.w, sizes[i] >> 10);
+            free_numbers(&n);
+        }
+        free_numbers(&first);
+    }
+    l2_set(0);
+}
+
 /* The same bits with other threads; y and dx of the last picture alone as in the batch, in scratch as large as that of
  * the batch at most. */
 static void check_bits_in(Precision precision, Conv c) {
@@ -194,8 +239,7 @@ static void check_bits_in(Precision precision, Conv c) {
     run_conv(&n, &c, precision, 0);
     threads_set(threads == 1 ? 3 : 1);
     run_conv(&other, &c, precision, 0);
-    CHECK(memcmp(n.y, other.y, n.ny * sizeof *n.y) == 0 && memcmp(n.dx, other.dx, n.nx * sizeof *n.dx) == 0);
-    CHECK(memcmp(n.dw, other.dw, n.nw * sizeof *n.dw) == 0 && memcmp(n.db, other.db, c.M * sizeof *n.db) == 0);
+    CHECK(same_results(&n, &other, &c));
     threads_set(threads);
     Conv alone = c;
     alone.B = 1;
@@ -216,25 +260,26 @@ static void check_bits_in(Precision precision, Conv c) {
     free_numbers(&n), free_numbers(&other), free_numbers(&one);
 }
 
+static void check_halves(Precision p, Conv c) {
+    const Numbers plain = plain_sums(p, &c);
+    check_in(p, &c, &plain, 0), check_in(p, &c, &plain, NO_BIAS | ADDS);
+    check_in(p, &c, &plain, NO_ADD | DX_ALONE), check_in(p, &c, &plain, ADDS | DW_ALONE);
+    check_bits_in(p, c), check_caches(p, c);
+    free_numbers(&plain);
+}
+
+/* Where tiles and bands end, and rests begin. */
 static void test_bf16(void) {
     static const Conv cases[] = {
-        {CONV1, 2, 5, 3, 7, 9},         {CONV1, 2, 70, 33, 4, 4},      {CONV1, 1, 520, 20, 20, 21},
-        {CONV3, 2, 3, 5, 7, 9},         {CONV3, 1, 1, 1, 1, 1},        {CONV3, 2, 3, 40, 20, 16},
-        {CONV3, 2, 40, 3, 16, 20},      {CONV3, 3, 17, 19, 5, 3},      {CONV3, 2, 16, 16, 1, 1},
-        {CONV3, 3, 16, 17, 2, 2},       {CONV3, 2, 32, 64, 16, 16},    {CONV3, 5, 48, 33, 4, 8},
-        {CONV3, 1, 70, 16, 4, 260},     {CONV3, 1, 20, 24, 40, 50},    {CONV3, 2, 33, 100, 12, 31},
-        {CONV_DOWN, 2, 3, 5, 2, 2},     {CONV_DOWN, 3, 33, 17, 6, 10}, {CONV_DOWN, 1, 32, 40, 64, 34},
-        {CONV_DOWN, 3, 130, 2, 40, 40}, {CONV_DOWN, 2, 17, 70, 7, 9},  {CONV_UP, 2, 3, 5, 1, 1},
-        {CONV_UP, 3, 17, 33, 3, 5},     {CONV_UP, 1, 32, 32, 33, 20},  {CONV_UP, 3, 2, 130, 20, 20},
+        {CONV1, 2, 70, 33, 4, 4},       {CONV1, 1, 520, 20, 20, 21},  {CONV3, 2, 3, 40, 20, 16},
+        {CONV3, 2, 40, 3, 16, 20},      {CONV3, 2, 16, 16, 1, 1},     {CONV3, 2, 32, 64, 16, 16},
+        {CONV3, 1, 20, 24, 40, 50},     {CONV3, 2, 33, 100, 12, 31},  {CONV_DOWN, 1, 32, 40, 64, 34},
+        {CONV_DOWN, 3, 130, 2, 40, 40}, {CONV_DOWN, 2, 17, 70, 7, 9}, {CONV_UP, 3, 2, 130, 20, 20},
         {CONV_UP, 2, 70, 33, 8, 16}};
-    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
-        for (Precision p = PRECISION_BF16X3; p <= PRECISION_BF16; p++) {
-            const Numbers plain = plain_sums(p, &cases[i]);
-            check_in(p, &cases[i], &plain, 0), check_in(p, &cases[i], &plain, NO_BIAS | ADDS);
-            check_in(p, &cases[i], &plain, NO_ADD | DX_ALONE), check_in(p, &cases[i], &plain, ADDS | DW_ALONE);
-            check_bits_in(p, cases[i]);
-            free_numbers(&plain);
-        }
+    for (Precision p = PRECISION_BF16X3; p <= PRECISION_BF16; p++) {
+        for (size_t i = 0; i < COUNT(common); i++) check_halves(p, common[i]);
+        for (size_t i = 0; i < COUNT(cases); i++) check_halves(p, cases[i]);
+    }
 }
 
 /* <dy, y> is linear in x and in w, so a difference has no error but rounding: the plain loops' gradients are its. */
@@ -257,17 +302,22 @@ static void check_plain(Conv c) {
     for (size_t i = 0; i < sizeof arrays / sizeof *arrays; i++) free(arrays[i]);
 }
 
-int main(void) {
+static void check_floats(Conv c) {
+    check_conv(c), check_plain(c), check_caches(PRECISION_F32, c);
+}
+
+/* Where one algorithm ends, and the next one begins. */
+static void test_f32(void) {
     static const Conv cases[] = {
-        {CONV1, 2, 5, 3, 7, 9},         {CONV1, 3, 33, 17, 4, 4},   {CONV1, 1, 1, 1, 1, 1},
-        {CONV1, 2, 20, 24, 40, 33},     {CONV3, 2, 3, 5, 7, 9},     {CONV3, 1, 1, 1, 1, 1},
-        {CONV3, 3, 17, 19, 5, 3},       {CONV3, 2, 3, 32, 70, 64},  {CONV3, 3, 16, 17, 2, 2},
-        {CONV3, 2, 17, 16, 6, 10},      {CONV3, 5, 48, 33, 4, 8},   {CONV3, 1, 20, 24, 34, 130},
-        {CONV3, 2, 16, 16, 8, 1},       {CONV_DOWN, 2, 3, 5, 2, 2}, {CONV_DOWN, 3, 33, 17, 6, 10},
-        {CONV_DOWN, 1, 32, 32, 64, 34}, {CONV_UP, 2, 3, 5, 1, 1},   {CONV_UP, 3, 17, 33, 3, 5},
-        {CONV_UP, 1, 32, 32, 33, 20},   {CONV3, 2, 17, 16, 32, 36}, {CONV3, 1, 20, 24, 36, 132},
-        {CONV3, 3, 16, 33, 32, 32},     {CONV3, 1, 70, 16, 4, 260}};
-    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) check_conv(cases[i]), check_plain(cases[i]);
+        {CONV1, 3, 33, 17, 4, 4},    {CONV1, 1, 1, 1, 1, 1},         {CONV1, 2, 20, 24, 40, 33},
+        {CONV3, 2, 3, 32, 70, 64},   {CONV3, 2, 17, 16, 6, 10},      {CONV3, 1, 20, 24, 34, 130},
+        {CONV3, 2, 16, 16, 8, 1},    {CONV_DOWN, 1, 32, 32, 64, 34}, {CONV3, 2, 17, 16, 32, 36},
+        {CONV3, 1, 20, 24, 36, 132}, {CONV3, 3, 16, 33, 32, 32}};
+    for (size_t i = 0; i < COUNT(common); i++) check_floats(common[i]);
+    for (size_t i = 0; i < COUNT(cases); i++) check_floats(cases[i]);
+}
+
+static void test_counts(void) {
     /* Of the 9 multiplications for every cell and pair of channels: all, 4, 9/4; after doubling 9 instead of 36. In bf16:
      * all, after doubling 16. */
     static const struct {
@@ -284,6 +334,11 @@ int main(void) {
         CHECK(conv_multiplications(PRECISION_BF16, c, 0) == counts[i].in_bf16 * pairs);
         CHECK(conv_multiplications(PRECISION_BF16X3, c, 1) == 2 * counts[i].in_bf16 * pairs);
     }
+}
+
+int main(void) {
+    test_f32();
+    test_counts();
     test_bf16();
     real x[3] = {1, 2, 4};
     CHECK(sum_reals(x, 3) == 7 && sum_reals(x, 0) == 0);

@@ -307,6 +307,20 @@ static void run_alone(const Case *c, real *C) {
     run(c, C);
 }
 
+/* Blocks are chosen by the size of the L2 cache. */
+static int other_caches_agree(const Case *c, const real *expected) {
+    static const size_t sizes[] = {L2_LEAST, 512 << 10, L2_MOST};
+    int ok = 1;
+    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++)
+        for (int threads = 1; threads <= 3; threads += 2) {
+            l2_set(sizes[i]), threads_set(threads);
+            run(c, c->C);
+            ok &= same_bits(c, c->C, expected);
+        }
+    l2_set(0);
+    return ok;
+}
+
 static void test_bits(void) {
     Case other = make_case(2, 150, 140, 300, 1, 0);
     for (int trans = 0; trans < 8; trans++) {
@@ -321,6 +335,7 @@ static void test_bits(void) {
             run(&c, c.C);
             CHECK(same_bits(&c, c.C, expected));
         }
+        CHECK(other_caches_agree(&c, expected));
         CHECK(inside_parallel_agrees(&c, expected));
         CHECK(plain_threads_agree(&c, expected, &other));
         CHECK(single_rows_agree(&c, expected));
