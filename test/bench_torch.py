@@ -16,214 +16,93 @@ times and their ratio, and adds two columns to the table. A transition at the fu
 
 The first stage and its convolutions are bench_torch_vqgan.py's. Beside rows in bf16x3, which are as exact as float32 but for
 3e-5, stands PyTorch's float32. What this PyTorch cannot do is skipped aloud.
+
+Every way of every row is timed by another process, which is killed, with the compilers that it started, after LIMIT seconds:
+a compiler may take for ever, and no signal ends a product that waits for its threads. What was killed is said; the other
+ways count.
 """
+import json
+import os
+import select
+import signal
+import subprocess
 import sys
 import time
 
-import torch
-import torch.nn.functional as F
-
-from bench_torch_vqgan import stage_seconds
-
-N, HEADS, CODES = 256, 16, 548
-SIZES = {"encoder-decoder": (752, 64, 6), "last scale (GPT)": (800, 50, 26)}  # dim, of a head, layers
-ENCODER_DEPTH = 18
-REPEATS = 7
-EARLY, POSITIONS = [20], [1, 64, 128, 192, 255]  # timed; in between, straight lines
-FORMATS = {"f32": torch.float32, "bf16": torch.bfloat16, "int8": torch.bfloat16}  # type of activations
+SIZES = ("encoder-decoder", "last scale (GPT)")
+FORMATS = ("f32", "bf16", "int8")
+LIMIT = 120  # seconds for one way of a row, its compilation included
 
 
-def weight(out, into, format):
-    """A matrix; in int8 with the factors of its rows."""
-    w = (torch.rand(out, into) - 0.5) * 0.05
-    if format != "int8":
-        return w.to(FORMATS[format])
-    scale = w.abs().amax(1) / 127
-    return (w / scale[:, None]).round().to(torch.int8), scale.to(torch.bfloat16)
+class Worker:
+    """A process that times one thing after the other; another takes its place when it was killed or ended."""
 
+    def __init__(self, limit):
+        self.process, self.limit = None, limit
 
-def linear(x, w, bias=None):
-    if not isinstance(w, tuple):
-        return F.linear(x, w, bias)
-    y = torch._weight_int8pack_mm(x.reshape(-1, x.shape[-1]), *w).view(*x.shape[:-1], -1)
-    return y if bias is None else y + bias
+    def start(self):
+        self.process = subprocess.Popen([sys.executable, os.path.join(os.path.dirname(os.path.abspath(__file__)),
+                                                                      "bench_torch_rows.py")], stdin=subprocess.PIPE,
+                                        stdout=subprocess.PIPE, start_new_session=True)
 
+    def stop(self):
+        if self.process:
+            try:
+                os.killpg(self.process.pid, signal.SIGKILL)  # a session of its own: compilers too
+            except ProcessLookupError:
+                pass
+            self.process.wait()
+            self.process.stdin.close(), self.process.stdout.close()
+        self.process = None
 
-def layer(dim, head, format, cross):
-    """One layer's matrices: self-attention, cross-attention if there is one, feed-forward."""
-    inner, dtype = HEADS * head, FORMATS[format]
-    attention = lambda: [weight(inner, dim, format), weight(inner, dim, format), weight(inner, dim, format),
-                         weight(dim, inner, format)]
-    return dict(attend=attention(), cross=attention() if cross else None, norm=torch.ones(dim, dtype=dtype),
-                shift=torch.zeros(dim, dtype=dtype), up=weight(4 * dim, dim, format),
-                down=weight(dim, 4 * dim, format), up_bias=torch.zeros(4 * dim, dtype=dtype),
-                down_bias=torch.zeros(dim, dtype=dtype))
-
-
-def norm(l, x):
-    return F.layer_norm(x, x.shape[-1:], l["norm"], l["shift"])
-
-
-def split(x, head):
-    return x.view(x.shape[0], x.shape[1], HEADS, head).transpose(1, 2)
-
-
-def attend(q, k, v, causal=False):
-    y = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-    return y.transpose(1, 2).reshape(y.shape[0], y.shape[2], -1)
-
-
-def feed(l, x):
-    return x + linear(F.gelu(linear(norm(l, x), l["up"], l["up_bias"])), l["down"], l["down_bias"])
-
-
-def whole(layers, x, head, causal, context=None):
-    """All positions at once: the encoder pass, and a prefix as the official decoder runs it."""
-    for l in layers:
-        q, k, v, out = l["attend"]
-        n = norm(l, x)
-        x = x + linear(attend(*(split(linear(n, w), head) for w in (q, k, v)), causal), out)
-        if l["cross"]:
-            q, k, v, out = l["cross"]
-            x = x + linear(attend(split(linear(norm(l, x), q), head), split(linear(context, k), head),
-                                    split(linear(context, v), head)), out)
-        x = feed(l, x)
-    return x
-
-
-def caches(layers, B, head, dtype):
-    shape = (B, HEADS, N + 1, head)
-    return [[torch.rand(shape).to(dtype) for _ in range(4)] for _ in layers]
-
-
-def layer_step(l, cache, x, head, position):
-    """One layer at one new position: x (B,1,dim)."""
-    k_kept, v_kept, k_context, v_context = cache
-    q, k, v, out = l["attend"]
-    n = norm(l, x)
-    k_kept[:, :, position] = linear(n, k).view(-1, HEADS, head)
-    v_kept[:, :, position] = linear(n, v).view(-1, HEADS, head)
-    seen = position + 1
-    x = x + linear(attend(split(linear(n, q), head), k_kept[:, :, :seen], v_kept[:, :, :seen]), out)
-    if l["cross"]:
-        q, _, _, out = l["cross"]
-        x = x + linear(attend(split(linear(norm(l, x), q), head), k_context, v_context), out)
-    return feed(l, x)
-
-
-def step(one_layer, layers, cache, x, head, position, logits):
-    for l, kept in zip(layers, cache):
-        x = one_layer(l, kept, x, head, position)
-    return linear(x, logits)
-
-
-def best(work, repeats=REPEATS):
-    work()
-    times = []
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - begin)
-    return min(times)
-
-
-def official_seconds(layers, dim, head, context):
-    """Seconds for all N tokens, from a few prefix lengths."""
-    lengths = [1, 64, 128, 192, N]
-    times = [best(lambda: whole(layers, torch.rand(1, n, dim), head, True, context), 2) for n in lengths]
-    return sum((b - a) * (s + t) / 2 for a, b, s, t in zip(lengths, lengths[1:], times, times[1:])) + times[0]
-
-
-def mean_over_positions(seconds_at):
-    """Of all positions POSITIONS[0]..POSITIONS[-1], from the times at a few."""
-    times = [seconds_at(p) for p in POSITIONS]
-    lines = zip(POSITIONS, POSITIONS[1:], times, times[1:])
-    return sum((b - a) * (s + t) / 2 for a, b, s, t in lines) / (POSITIONS[-1] - POSITIONS[0])
-
-
-def token_seconds(what, format, B):
-    """(a token, an early token), eager or compiled, whichever is faster; None: PyTorch cannot."""
-    dim, head, depth = SIZES[what]
-    cross = what == "encoder-decoder"
-    found = []
-    torch._dynamo.reset()
-    for way, one_layer in (("eager", layer_step), ("compiled", torch.compile(layer_step, dynamic=True))):
+    def ask(self, what, kind, *arguments):
+        """The answer, or None, which is said: what failed, ended or took longer than the limit."""
+        if not self.process:
+            self.start()
+        why, answer, end = None, b"", time.monotonic() + self.limit
         try:
-            layers, logits = [layer(dim, head, format, cross) for _ in range(depth)], weight(CODES, dim, format)
-            cache, x = caches(layers, B, head, FORMATS[format]), torch.rand(B, 1, dim).to(FORMATS[format])
-            at = lambda p: best(lambda: step(one_layer, layers, cache, x, head, p, logits), REPEATS)
-            found.append((mean_over_positions(at), at(EARLY[0])))
-            print(f"# {what}, batch {B}, {format}, {way}: {1e3 * found[-1][0]:.2f} ms a token", flush=True)
-        except Exception as e:  # whatever a compiler may throw
-            print(f"skipped: {what}, batch {B}, {format}, {way}: {str(e).strip().splitlines()[0][:120]}", flush=True)
-    return min(found) if found else None
+            self.process.stdin.write(json.dumps([kind, *arguments]).encode() + b"\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            pass  # it has ended: nothing comes
+        while not why and not answer.endswith(b"\n"):
+            if not select.select([self.process.stdout], [], [], max(0, end - time.monotonic()))[0]:
+                why = f"not done after {self.limit:g} s"
+            else:
+                part = os.read(self.process.stdout.fileno(), 65536)
+                answer += part
+                why = None if part else "PyTorch's process ended"
+        if why:
+            self.stop()
+        else:
+            value, why = json.loads(answer)
+        if why:
+            print(f"skipped: {what}: {why}", flush=True)
+            return None
+        return value
+
+    def fastest(self, what, kind, arguments, ways):
+        """The least of what the ways give; None: none gave anything."""
+        found = [self.ask(f"{what}, {way}", kind, *arguments, way) for way in ways]
+        return min((f for f in found if f is not None), default=None)
 
 
-def measure(wanted):
+def measure(worker, wanted):
     """Name of a row -> seconds, for the rows that `wanted` says."""
     result = {}
-    for what, (dim, head, depth) in SIZES.items():
-        cross = what == "encoder-decoder"
+    for what in SIZES:
         for format in FORMATS:
             for B in (1, 16):
                 names = [f"{what}, {a} token, batch {B}, {format}" for a in ("a", "an early")]
-                times = token_seconds(what, format, B) if any(map(wanted, names)) else None
-                result.update(zip(names, times) if times else [])
+                if any(map(wanted, names)):
+                    times = worker.fastest(names[0], "token", (what, format, B), ("eager", "compiled"))
+                    result.update(zip(names, times or []))
             name = f"{what}, encoder pass, batch 1, {format}"
-            if cross and format != "int8" and wanted(name):
-                encoder = [layer(dim, head, format, False) for _ in range(ENCODER_DEPTH)]
-                x = torch.rand(1, N + 1, dim).to(FORMATS[format])
-                result[name] = best(lambda: whole(encoder, x, head, False), 3)
+            if what == "encoder-decoder" and format != "int8" and wanted(name):
+                result[name] = worker.ask(name, "encoder", what, format)
         if wanted(f"official {what}"):
-            layers = [layer(dim, head, "f32", cross) for _ in range(depth)]
-            context = torch.rand(1, N + 1, dim) if cross else None
-            result[f"official {what}"] = official_seconds(layers, dim, head, context)
-    return result
-
-
-def training_seconds(what, bf16):
-    """A step at batch 4: forward, losses (hard and soft, half each), backward, AdamW (fused), EMA. bf16: by autocast."""
-    dim, head, depth = SIZES[what]
-    cross, B = what == "encoder-decoder", 4
-    decoder, logits = [layer(dim, head, "f32", cross) for _ in range(depth)], weight(CODES, dim, "f32")
-    encoder = [layer(dim, head, "f32", False) for _ in range(ENCODER_DEPTH)] if cross else []
-    tensors = lambda v: sum((tensors(x) for x in v), []) if isinstance(v, list) else [v] if v is not None else []
-    values = [logits] + sum((tensors(list(l.values())) for l in encoder + decoder), [])
-    for v in values:
-        v.requires_grad_()
-    averages = [v.detach().clone() for v in values]
-    optimizer = torch.optim.AdamW(values, lr=1e-5, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
-    x, context = torch.rand(B, N, dim), torch.rand(B, N + 1, dim)
-    target, posterior = torch.randint(CODES, (B * N,)), torch.full((B * N, CODES), 1 / CODES)
-
-    def loss():
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            seen = whole(encoder, context, head, False) if cross else None
-            raw = F.linear(whole(decoder, x, head, True, seen), logits)
-        p = F.log_softmax(raw.float().flatten(0, 1), -1)
-        return 0.5 * F.nll_loss(p, target) + 0.5 * F.kl_div(p, posterior, reduction="batchmean")
-
-    def run(work):
-        work().backward()
-        optimizer.step()
-        torch._foreach_lerp_(averages, values, 1e-4)
-        optimizer.zero_grad(set_to_none=True)
-
-    seconds = best(lambda: run(loss), 2)
-    try:
-        compiled = torch.compile(loss)
-        return min(seconds, best(lambda: run(compiled), 2))
-    except Exception as error:  # no compiler for its code, or none of this version
-        print(f"skipped: torch.compile of a training step: {str(error).splitlines()[0]}")
-        return seconds
-
-
-def product_seconds(name, bf16):
-    """ "linear, forward, bf16          64 x 256 x 256": M x K x N"""
-    M, K, N = (int(n) for n in name.split("  ")[-1].split(" x "))
-    dtype = torch.bfloat16 if bf16 else torch.float32
-    x, w = torch.rand(M, K).to(dtype), torch.rand(N, K).to(dtype)
-    return best(lambda: F.linear(x, w), max(5, min(200, int(2e9 / (M * K * N)))))
+            result[f"official {what}"] = worker.ask(f"official {what}", "official", what)
+    return {name: t for name, t in result.items() if t}
 
 
 def in_format(name):
@@ -234,17 +113,25 @@ def in_format(name):
     return name, False
 
 
+def named(name, bf16):
+    return " ".join(name.split()) + (", bf16" if bf16 else "")
+
+
+def stage_ways(name):
+    """The ways in which PyTorch does a row of the first stage or of convolutions."""
+    whole, training = "->" not in name, name.startswith("training step")
+    if training:
+        print(f"skipped: {name}, compiled: it compiles for longer than all the rest takes", flush=True)
+    return ["rows", "channels last"] + (["compiled"] if whole and name.endswith("batch 1") and not training else [])
+
+
 def beside(title, ours, seconds):
     """compare, with seconds(name without format, bf16), which is asked once for both f32 and bf16x3."""
     asked, theirs = {}, {}
     for name in ours:
         key = in_format(name)
         if key not in asked:
-            try:
-                asked[key] = seconds(*key)
-            except Exception as e:  # whatever a version lacks
-                print(f"skipped: {name}: {str(e).strip().splitlines()[0][:120]}", flush=True)
-                asked[key] = None
+            asked[key] = seconds(*key)
         theirs[name] = asked[key]
     return compare(title, ours, theirs)
 
@@ -273,8 +160,8 @@ def image(seconds, format, B):
 def image_rows(ours, theirs):
     """(name, our seconds, theirs): beside the same format, beside PyTorch's best, beside the official algorithm."""
     first, last = SIZES
-    official = 3 * (theirs[f"{first}, encoder pass, batch 1, f32"] + theirs[f"official {first}"]
-                    ) + theirs[f"official {last}"]
+    parts = [theirs.get(n) for n in (f"{first}, encoder pass, batch 1, f32", f"official {first}", f"official {last}")]
+    official = 3 * (parts[0] + parts[1]) + parts[2] if all(parts) else None
     rows = []
     for B in (1, 16):
         possible = {f: image(theirs, f, B) for f in FORMATS if image(theirs, f, B)}
@@ -286,7 +173,7 @@ def image_rows(ours, theirs):
             if same in possible:
                 rows.append((f"batch {B} image, {format}; PyTorch: {'the same' if same == format else same}", t, possible[same]))
             rows.append((f"batch {B} image, {format}; PyTorch: its best", t, min(possible.values())))
-            if B == 1:
+            if B == 1 and official:
                 rows.append((f"batch 1 image, {format}; PyTorch: official algorithm", t, official))
     return rows
 
@@ -305,22 +192,27 @@ def main(path, words):
         header, *rows = [line.rstrip("\n").split("\t") for line in f]
     wanted = lambda name: not words or any(w in name for w in words)
     ours = lambda *sections: {r[1]: float(r[2]) for r in rows if r[0] in sections and wanted(r[1])}
-    print(f"\nbeside PyTorch {torch.__version__}, {torch.get_num_threads()} threads", flush=True)
+    worker = Worker(LIMIT)
+    version = worker.ask("PyTorch", "version")
+    if not version:
+        sys.exit(1)
+    print(f"\nbeside PyTorch {version}", flush=True)
     lines, images = [], []
     if ours("decode"):
-        with torch.inference_mode():
-            theirs = measure(wanted)
+        theirs = measure(worker, wanted)
         lines += compare("decoding", ours("decode"), theirs)
         images = [] if words else image_rows(ours("decode"), theirs)
         compare("images of four scales", {name: t for name, t, _ in images}, {name: their for name, _, their in images})
     steps = {name: t for name, t in ours("train").items() if name.endswith("whole step")}
     if ours("gemm"):
-        with torch.inference_mode():
-            lines += beside("products", ours("gemm"), product_seconds)
+        lines += beside("products", ours("gemm"), lambda name, bf16: worker.ask(named(name, bf16), "product", name, bf16))
     if steps:
-        lines += beside("training", steps, lambda name, bf16: training_seconds(name.split(", batch")[0], bf16))
+        lines += beside("training", steps, lambda name, bf16: worker.fastest(
+            named(name, bf16), "training", (name.split(", batch")[0], bf16), ("eager", "compiled")))
     if ours("conv", "vqgan"):
-        lines += beside("the first stage", ours("conv", "vqgan"), lambda name, bf16: stage_seconds(name, best, bf16)[0])
+        lines += beside("the first stage", ours("conv", "vqgan"), lambda name, bf16: worker.fastest(
+            named(name, bf16), "stage", (name, bf16), stage_ways(name)))
+    worker.stop()
     if not lines:
         sys.exit(f"bench_torch.py: {path} has no rows of the sections gemm, decode, train, conv, vqgan; test/bench -o {path} "
                  "writes them")

@@ -117,19 +117,9 @@ def conv_work(name, layout, bf16):
     return lambda: torch.autograd.grad(y, [x, net.weight, net.bias], dy, retain_graph=True)
 
 
-def stage_seconds(name, best_of, bf16):
-    """The best of PyTorch's ways, and which it was; best_of(work, repeats) times."""
-    single = "->" in name
-    ways = {}
-    for layout, fmt in LAYOUTS.items():
-        ways[layout] = best_of(conv_work(name, fmt, bf16) if single else stage_work(name, fmt, False, bf16),
-                               5 if single else 2)
-    if name.startswith("training step"):
-        print(f"skipped: torch.compile of {name}: it compiles for longer than all the rest takes", flush=True)
-    elif name.endswith("batch 1") and not single:
-        try:
-            ways["compiled"] = best_of(stage_work(name, torch.channels_last, True, bf16), 2)
-        except Exception as e:  # no compiler for it, for instance
-            print(f"skipped: torch.compile of {name}: {str(e).splitlines()[0][:80]}")
-    way = min(ways, key=ways.get)
-    return ways[way], way
+def stage_seconds(name, bf16, way, best_of):
+    """One way's best time; best_of(work, repeats) times."""
+    if "->" in name:
+        return best_of(conv_work(name, LAYOUTS[way], bf16), 5)
+    layout = LAYOUTS["channels last" if way == "compiled" else way]
+    return best_of(stage_work(name, layout, way == "compiled", bf16), 2)
