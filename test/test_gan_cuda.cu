@@ -57,7 +57,7 @@ static void test_conv4(size_t B, size_t C, size_t M, size_t stride, size_t H, si
     uint64_t first = 0;
     conv4_forward(&plain, y, x, w, &c);
     conv4_backward(&plain, dx, dw, dy, x, w, &c);
-    for (int order = 0; order < 2; order++) {
+    for (int order = 0; order < orders(); order++) {
         const size_t least = round_up(M * pitch * sizeof(float), 4 * ALIGNMENT) +
                              (round_up(hw, TILE_ROWS) + TILE_ROWS) * pitch * sizeof(floatX);
         const Compute gpu = gpu_side(small ? least : cuda_layers.conv4_needs(&plain, &c));
@@ -171,7 +171,7 @@ static void test_norm(size_t n, size_t M, double step, int normal) {
     const Compute plain = plain_side();
     uint64_t first = 0;
     for (size_t i = 0; i < size; i++) y[i] = to_float(to_floatX(y[i] + 4)); /* a mean far from zero */
-    for (int order = 0; order < 2; order++) {
+    for (int order = 0; order < orders(); order++) {
         float tracked = 3, dev_tracked = 0;
         real *stats = random_reals(4 * M, 20, 1);
         ActivationSide here = {random_reals(size, 16, 1),
@@ -348,7 +348,7 @@ static Said said_here(const DiscConfig *c, int move, size_t B, size_t H, size_t 
 static void test_disc(DiscConfig c, size_t B, size_t H, size_t W) {
     Said want = said_here(&c, 0, B, H, W), moved[MOVES + 1], first = {};
     for (int m = 0; m < MOVES; m++) moved[m] = said_here(&c, m + 1, B, H, W);
-    for (int order = 0; order < 2; order++) {
+    for (int order = 0; order < orders(); order++) {
         Discriminator *there = make_disc(&c, 1, 0);
         const Params *p = disc_params(there);
         reverse(order);
@@ -533,7 +533,7 @@ static void test_perceptual(const PerceptualConfig *c, size_t B, size_t H, size_
     const real *moved[MOVES + 1];
     real *want = differ_here(c, 0, &a, &wanted), *first = NULL;
     for (int m = 0; m < MOVES; m++) moved[m] = differ_here(c, m + 1, &a, &said);
-    for (int order = 0; order < 2; order++) {
+    for (int order = 0; order < orders(); order++) {
         Perceptual *p = make_perceptual(c, 1, 0);
         real *got = (real *)calloc(n, sizeof *got);
         CHECK_OK(perceptual_plan(p, at_once, H, W, 1));

@@ -231,7 +231,7 @@ static void join_parts(real *all, const float *part, size_t B, size_t parts, siz
 static void test_moments(Conv c, int f32, double offset) {
     const size_t k = c.kind == CONV1 ? 1 : 9, nx = c.B * c.C * c.h * c.w, out = rows_of(&c) / c.B, ny = c.B * c.M * out;
     uint64_t first = 0;
-    for (int order = 0; order < 2; order++) {
+    for (int order = 0; order < orders(); order++) {
         Side s = make_side(c.M * c.C * k, c.M, 2, 0.3);
         const size_t parts = s.there.fast->conv_parts(&c), size = c.B * parts * 3 * c.M;
         real *x = random_reals(nx, 1, 1), *y = random_reals(ny, 6, 1), *add = random_reals(ny, 4, 1), *got, *want,
@@ -362,7 +362,7 @@ static void test_picture_attention(size_t B, size_t N, size_t C) {
     const size_t size = B * N * C;
     const int accumulate[3] = {0, 1, 0};
     uint64_t first = 0;
-    for (int order = 0; order < 2; order++) {
+    for (int order = 0; order < orders(); order++) {
         Side s = make_side(1, 1, 20, 1);
         real *q = random_reals(size, 21, 1), *k = random_reals(size, 22, 1), *v = random_reals(size, 23, 1),
              *dy = random_reals(size, 24, 1), *y = random_reals(size, 25, 1), *p = random_reals(B * N * N, 29, 1);
@@ -397,7 +397,7 @@ static void test_picture_attention(size_t B, size_t N, size_t C) {
 static void test_quantiser(size_t rows, size_t K, size_t D, size_t tile) {
     const Codes c = {1, D, rows, K};
     int32_t *want = (int32_t *)malloc(rows * sizeof *want), *got = (int32_t *)malloc(rows * sizeof *got);
-    for (int order = 0; order < 2; order++) {
+    for (int order = 0; order < orders(); order++) {
         Side s = make_side(K * D, 1, 32, 1);
         real *z = random_reals(rows * D, 31, 1), *dz = random_reals(rows * D, 33, 1),
              *zq = random_reals(rows * D, 35, 1);
@@ -622,7 +622,7 @@ static void test_network(const VqganConfig *c, int honour_tanh, size_t B, size_t
     const Asked a = ask(c, B, H, W);
     Vqgan *here = make_vqgan(c, honour_tanh);
     Said want = say(here, &a), rounded = say_rounded(here, &a), first = {};
-    for (int order = 0; order < 2; order++) {
+    for (int order = 0; order < orders(); order++) {
         Vqgan *there = make_vqgan(c, honour_tanh);
         Params *p = vqgan_params(there);
         CHECK_OK(open_device(&p->device));
