@@ -38,8 +38,9 @@ static __device__ inline unsigned last_query(const Attention *s, unsigned i0, un
     return i0 + tile < Tq ? i0 + tile - 1 : Tq - 1;
 }
 
-/* Rows move in units of UNIT numbers: of 16 bytes where rows are a multiple of that, else one by one. A head's D numbers may begin and end within a unit. What is moved is its window: `shift` strangers, the head up
- * to `end`, strangers up to a multiple of UNIT; all rows of a head have the same. W: the most that a window may have. */
+/* Rows move in units of UNIT numbers: of 16 bytes where rows are a multiple of that, else one by one. A head's D
+ * numbers may begin and end within a unit. What is moved is its window: `shift` strangers, the head up to `end`,
+ * strangers up to a multiple of UNIT; all rows of a head have the same. W: the most that a window may have. */
 static __device__ inline unsigned window_shift(const Attention *s, unsigned head, unsigned unit) {
     return head % (unsigned)s->heads * (unsigned)s->D % unit;
 }
@@ -632,9 +633,9 @@ static __global__ void __launch_bounds__(Tiles<W>::THREADS, 2)
             lse[at.row + i + 8 * r] = scale * x.largest[r] + log2_approx(x.sum[r]);
 }
 
-/* p = q k^T becomes probabilities, dp = dy v^T then ds. Rows are queries, and `of` are the sums of the thread's two; TURNED:
- * rows are keys, columns ROWS queries, whose sums are `of`. Queries beyond the last have dy = 0 and sums of 0, and so count
- * for nothing. */
+/* p = q k^T becomes probabilities, dp = dy v^T then ds. Rows are queries, and `of` are the sums of the thread's two;
+ * TURNED: rows are keys, columns ROWS queries, whose sums are `of`. Queries beyond the last have dy = 0 and sums of
+ * 0, and so count for nothing. */
 template <bool TURNED> static __device__ inline TwoSums sums_of_block(const Sums *of, unsigned n) {
     if (TURNED) return *(const TwoSums *)(of + n * 8 + threadIdx.x % 4 * 2);
     return {{of[0], of[1]}};

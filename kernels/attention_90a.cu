@@ -1,9 +1,9 @@
 /* attention_90a.cu - attention by warpgroups, on GPUs of compute capability 9.0.
  *
- * The same as the kernels of attention.cu, for heads of up to 64 channels: wgmma takes its operands from shared memory, and
- * the tensor memory accelerator puts them there, without addresses in registers or turns of threads. Code for 90a alone has
- * these instructions (CUDA_ARCH="80 90a"); where it is not, or the GPU or the shape another, attention.cu's kernels are
- * used. device.cu includes this file.
+ * The same as the kernels of attention.cu, for heads of up to 64 channels: wgmma takes its operands from shared
+ * memory, and the tensor memory accelerator puts them there, without addresses in registers or turns of threads.
+ * Code for 90a alone has these instructions (CUDA_ARCH="80 90a"); where it is not, or the GPU or the shape another,
+ * attention.cu's kernels are used. device.cu includes this file.
  *
  * A box is BOX rows of a head. A block has GROUPS warpgroups. Each has boxes of its own; others pass, in pairs, through
  * stages of shared memory, the same for all groups. What is multiplied, and what is left of it in registers:
@@ -16,9 +16,9 @@
  * Each p is begun ahead of the sums of the box before, and each dp behind them: tensor cores add up and multiply while
  * threads make probabilities of p. No sum is in two groups: all bits are the same whoever comes first.
  *
- * A stage goes round: the block's first thread asks for a pair (ask_for_box), all wait until it is there (wait_for_box), and
- * each warp gives it back when its products have read it (give_back), box n while it is at n + 1. The first thread asks
- * again another box later, so that it does not wait for the slowest warp. */
+ * A stage goes round: the block's first thread asks for a pair (ask_for_box), all wait until it is there
+ * (wait_for_box), and each warp gives it back when its products have read it (give_back): that of a box while it is at
+ * the next. The first thread asks again another box later, so that it does not wait for the slowest warp. */
 #include "kernels/device.h"
 
 #if defined(CUDA_ON_CPU) || !defined(FLOATX_BF16)

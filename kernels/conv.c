@@ -82,14 +82,14 @@ static size_t tile_columns(const Product *p, size_t reals) {
     return max_size(reals / (p->C * p->n), MIN_COLUMNS);
 }
 
-/* What a tile's patches take of a picture that is cut: forward, a quarter of the L2 cache. Backward, tiles are pieces of the
- * sums for the weights: their sizes are part of the promise on bits. */
+/* What a tile's patches take of a picture that is cut: forward, a quarter of the L2 cache. Backward, tiles are
+ * pieces of the sums for the weights: their sizes are part of the promise on bits. */
 static size_t patch_reals(const Product *p) {
     return p->backward ? PATCH_REALS : l2_bytes() / 4 / sizeof(real);
 }
 
-/* Cuts the grid: whole rows, several pictures where one is small. Which are small does not depend on caches: sums of several
- * are added to what is there in another order. */
+/* Cuts the grid: whole rows, several pictures where one is small. Which are small does not depend on caches: sums of
+ * several are added to what is there in another order. */
 static void cut_tiles(Product *p) {
     size_t rows = max_size(tile_columns(p, PATCH_REALS) / p->gw, 1);
     p->images = p->row_tiles = 1;

@@ -1,7 +1,8 @@
 /* decode_step.cu - a step of decoding as one kernel, which keeps the whole GPU for many tokens.
  *
- * For GPUs from capability 9 on, bf16, up to STEP_ROWS rows; decode.cu includes this file and has the kernels for the others.
- * Blocks stand in clusters of CLUSTER, of which each takes its parts of every layer: heads, or slices of the hidden units.
+ * For GPUs from capability 9 on, bf16, up to STEP_ROWS rows; decode.cu includes this file and has the kernels for
+ * the others. Blocks stand in clusters of CLUSTER, of which each takes its parts of every layer: heads, or slices of
+ * the hidden units.
  *
  *     a token:  x = token[id] + position[pos]
  *       a layer:  rows = norm(x)
@@ -12,13 +13,15 @@
  *         x = x + partial[0] + partial[1] + ...
  *       logits = head(norm(x))      -- all meet --      draw      -- all meet --
  *
- * Within a cluster blocks share rows of W, keys, and columns of x, and write results into each other's shared memory. So the
- * GPU meets once a layer, and what it reads from memory, the weights, does not wait for that: each block's share of all
- * matrices lies in one stream (pack_kernel), in the order of use, and a ring in shared memory runs ahead of it.
+ * Within a cluster blocks share rows of W, keys, and columns of x, and write results into each other's shared
+ * memory. So the GPU meets once a layer, and what it reads from memory, the weights, does not wait for that: each
+ * block's share of all matrices lies in one stream (pack_kernel), in the order of use, and a ring in shared memory
+ * runs ahead of it.
  *
- * A matrix comes in tiles of 8 rows, a tile in blocks of 32 columns, a block as tensor cores take it: of row g numbers 8t to
- * 8t+7 are lane 4g+t's. They are b of two products with k = 16, for the order of k does not matter as long as x has the same.
- * All sums run in an order that depends on sizes alone: not on the GPU, and for a row not on what else is in the batch. */
+ * A matrix comes in tiles of 8 rows, a tile in blocks of 32 columns, a block as tensor cores take it: of row g
+ * numbers 8t to 8t+7 are lane 4g+t's. They are b of two products with k = 16, for the order of k does not matter as
+ * long as x has the same. All sums run in an order that depends on sizes alone: not on the GPU, and for a row not on
+ * what else is in the batch. */
 
 enum {
     STEP_ROWS = 8,
@@ -212,7 +215,8 @@ static __host__ __device__ inline size_t place_shared(StepShared *s, const Step 
 
 /* ---- The ring ---- */
 
-/* What a thread knows of its block, and where it is. The ring's places and the stream's chunks are counted on, not divided. */
+/* What a thread knows of its block, and where it is. The ring's places and the stream's chunks are counted on, not
+ * divided. */
 typedef struct {
     const Step *p;
     StepShared s;
@@ -411,8 +415,8 @@ static __device__ inline float fading(float peak, float highest) {
     return peak == -HUGE_VALF ? 0 : expf(peak - highest);
 }
 
-/* What CLUSTER or STEP_WARPS (8 of either) who saw keys have seen together: channel c of the output, largest score and sum of
- * exponentials. Their numbers lie `apart`; lane k of each eight fades those of number k. For whole warps. */
+/* What CLUSTER or STEP_WARPS (8 of either) who saw keys have seen together: channel c of the output, largest score
+ * and sum of exponentials. Their numbers lie `apart`; lane k of each eight fades those of number k. For whole warps. */
 typedef struct {
     float out, peak, sum;
 } SeenKeys;
@@ -435,8 +439,8 @@ template <int W, typename Use> static __device__ inline void each_channel(const 
     for (unsigned b = threadIdx.x / W; b < h->p->R; b += STEP_THREADS / W) use(b, threadIdx.x % W);
 }
 
-/* What a warp has seen of a row's keys: of channels 2 lane and the next, and the same W / 2 of 64 on, the output relative to
- * the largest score */
+/* What a warp has seen of a row's keys: of channels 2 lane and the next, and the same W / 2 of 64 on, the output
+ * relative to the largest score */
 template <int W> struct WarpSight {
     enum { UNITS = W / 64 };
     float query[UNITS][2], out[UNITS][2], largest, sum;
@@ -659,7 +663,8 @@ static __global__ void __launch_bounds__(WARP) step_kernel(Step) {}
 
 static int decode_by_kernels; /* 1: the step kernel stays away, for tests */
 
-/* Sizes, and whether this GPU can: then what there is of it. What the memory of a plan depends on is the same for any batch. */
+/* Sizes, and whether this GPU can: then what there is of it. What the memory of a plan depends on is the same for
+ * any batch. */
 static int step_fits(Step *p, const Decoder *s) {
     StepShared unused;
     memset(p, 0, sizeof *p);

@@ -1,9 +1,10 @@
-/* device.cu - the GPU: what its layers stand on, parameter tables there, what it can do at best, and all that C sees of it.
+/* device.cu - the GPU: what its layers stand on, parameter tables there, what it can do at best, and all that C sees
+ * of it.
  *
- * transformer.cu includes this file, behind runtime.cu; device.h says how they are compiled. It includes the other layers
- * and ends with the table of functions that is all that C sees of them. Everything runs on one stream, in the order in which
- * it is asked for. Sums run in an order that depends on sizes alone, nothing is added by float atomics: the same seed gives
- * the same bits on the same kind of GPU. */
+ * transformer.cu includes this file, behind runtime.cu; device.h says how they are compiled. It includes the other
+ * layers and ends with the table of functions that is all that C sees of them. Everything runs on one stream, in the
+ * order in which it is asked for. Sums run in an order that depends on sizes alone, nothing is added by float
+ * atomics: the same seed gives the same bits on the same kind of GPU. */
 #include "kernels/device.h"
 
 #include <math.h>

@@ -74,7 +74,8 @@ static __device__ inline void store_pack(floatX *x, size_t i, size_t n, Pack p) 
             if (i + k < n) x[i + k] = p.at[k];
 }
 
-/* The PACK columns from c on of a row of H floats, which begins at a multiple of 16 bytes; behind the last comes the first. */
+/* The PACK columns from c on of a row of H floats, which begins at a multiple of 16 bytes; behind the last comes the
+ * first. */
 static __device__ inline void load_columns(float to[PACK], const float *row, size_t c, size_t H) {
     struct alignas(16) Four {
         float at[4];

@@ -31,8 +31,8 @@ static __global__ void order_taps_kernel(floatX *out, const float *w, size_t M, 
     if (m < M) out[i] = to_floatX(tap < CONV4_TAPS ? w[(m * C + c) * CONV4_TAPS + tap] : 0);
 }
 
-/* The same for dx: out (C,16,M), the window turned round, or, with a stride of 2, (4,C,4,M): along each axis a pixel of phase
- * q is seen by result j of its two through kernel row 3 - q - 2j. */
+/* The same for dx: out (C,16,M), the window turned round, or, with a stride of 2, (4,C,4,M): along each axis a pixel
+ * of phase q is seen by result j of its two through kernel row 3 - q - 2j. */
 static __global__ void order_input_taps_kernel(floatX *out, const float *w, unsigned M, unsigned C, unsigned stride) {
     const unsigned i = blockIdx.x * blockDim.x + threadIdx.x, taps = CONV4_TAPS / stride / stride,
                    side = CONV4_SIDE / stride;

@@ -179,7 +179,8 @@ typedef struct {
     int K;
 } DrawStep;
 
-/* A block draws token i of sample b, -1 if there are no probabilities. Guided, the sample's other row is `samples` rows on. */
+/* A block draws token i of sample b, -1 if there are no probabilities. Guided, the sample's other row is `samples`
+ * rows on. */
 static __device__ inline int draw_one(DrawShared *s, const DrawStep &a, size_t b, size_t i) {
     float *row = a.logits + b * (size_t)a.K;
     if (a.how->guided) mix_rows(row, row + a.samples * (size_t)a.K, a.how->guidance, a.K);

@@ -255,8 +255,8 @@ static size_t block_rows(void) {
     return min_size(MC, round_up(l2_bytes() / 2 / (KC * sizeof(real)), MR));
 }
 
-/* Tiles as high as a block and NC wide, halved along the longer side until every thread has several, and all about the same number, or they
- * become too small. */
+/* Tiles as high as a block and NC wide, halved along the longer side until every thread has several, and all about
+ * the same number, or they become too small. */
 static void choose_tiles(Product *p, size_t threads) {
     p->rows = min_size(p->M, block_rows());
     p->cols = min_size(p->N, NC);

@@ -1,5 +1,5 @@
-/* layers.cu - the layers of the transformer but attention on a GPU: layer norm, linear, GELU, embedding, head variants. (The
- * embedding's kernel stands at the end of transformer.cu.)
+/* layers.cu - the layers of the transformer but attention on a GPU: layer norm, linear, GELU, embedding, head
+ * variants. (The embedding's kernel stands at the end of transformer.cu.)
  *
  * Each is the fellow of the plain loop of the same name in transformer.cu, where formula and shapes stand. device.cu
  * includes this file. */

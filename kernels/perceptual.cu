@@ -100,9 +100,9 @@ static __device__ inline double direction_gap(floatX a, floatX r, double in_a, d
     return ((double)to_float(a) - (double)to_float(r)) * in_a + (double)to_float(r) * gap;
 }
 
-/* sums (blocks) of the distances of a (positions,C), features of x, and r, of xrec; a warp takes a position at a time. dr = or
- * += weight times the gradient, unless NULL. In double, as in C: what is alike cancels out, and where all of x's
- * features are 0 the two parts are as large as 1e10. */
+/* sums (blocks) of the distances of a (positions,C), features of x, and r, of xrec; a warp takes a position at a
+ * time. dr = or += weight times the gradient, unless NULL. In double, as in C: what is alike cancels out, and where
+ * all of x's features are 0 the two parts are as large as 1e10. */
 static __global__ void compare_kernel(double *sums, floatX *dr, const floatX *a, const floatX *r, const float *lin,
                                       size_t positions, size_t C, double weight, int accumulate) {
     const size_t warps = CELL_THREADS / WARP, lane = threadIdx.x % WARP;

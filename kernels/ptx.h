@@ -205,8 +205,9 @@ static cudaError_t start_clusters(void (*kernel)(P...), unsigned clusters, unsig
     c.stream = stream;
     return cudaLaunchKernelEx(&c, kernel, a...);
 }
-/* Compute capability 9.0 alone, compiled as 90a. Boxes come by the tensor memory accelerator: 64 rows of 64 bf16, of which the units of 16 bytes lie swizzled:
- * unit c of row r where unit c ^ r % 8 would be. They begin at multiples of 1024 bytes.
+/* Compute capability 9.0 alone, compiled as 90a. Boxes come by the tensor memory accelerator: 64 rows of 64 bf16, of
+ * which the units of 16 bytes lie swizzled: unit c of row r where unit c ^ r % 8 would be. They begin at multiples
+ * of 1024 bytes.
  *   barrier_arrive   one of the arrivals that a barrier waits for besides bytes
  *   copy_box         a box from column x, row y, picture z on to shared memory; zeros beyond the map; tells the barrier
  *   see_stores       what this thread stored is seen by products and boxes that come after a barrier

@@ -46,9 +46,9 @@ static int8_t to_int8(float q) {
     return (int8_t)(q > 127 ? 127 : q + (q < 0 ? -0.5f : 0.5f));
 }
 
-/* A packed matrix (N,K) is cut into panels of PANEL_ROWS rows, each (words of K, PANEL_ROWS), zeros behind its ends: a
- * vector of it holds the same k of neighbouring rows. A word is two bf16 or four int8; panels are whole steps of bf16.h, and
- * those of bf16x3 have a tile of high parts and one of low parts in turn. */
+/* A packed matrix (N,K) is cut into panels of PANEL_ROWS rows, each (words of K, PANEL_ROWS), zeros behind its ends:
+ * a vector of it holds the same k of neighbouring rows. A word is two bf16 or four int8; panels are whole steps of
+ * bf16.h, and those of bf16x3 have a tile of high parts and one of low parts in turn. */
 enum { PANEL_ROWS = TILE, WORD = 4 };
 
 /* Bytes from one panel to the next. Not whole pages: neighbouring panels, which are read side by side, would fight for the

@@ -11,8 +11,8 @@
  *
  *     time   GFLOP/s   % of the multiply-add ceiling   GB/s it must move at least   % of the read ceiling
  *
- * Rows in bf16 have the ceiling of the unit that multiplies bf16, tiles or vectors, and rows in bf16x3 a third of it, for each
- * of their products is three; where there is no such unit, that of multiply-adds.
+ * Rows in bf16 have the ceiling of the unit that multiplies bf16, tiles or vectors, and rows in bf16x3 a third of
+ * it, for each of their products is three; where there is no such unit, that of multiply-adds.
  *
  * A row near 100 % of either ceiling is done; data that fit in the caches can pass 100 % of the second.
  *

@@ -11,18 +11,20 @@
  *     cluster_sync in_block bulk_copy barrier_wait...   and of blocks that know each other
  *     cudaMalloc cudaMemcpyAsync cudaGraphLaunch...   the calls of CUDA's runtime that device.cu and decode.cu make
  *
- * The blocks of a launch run one after the other, those of start_clusters together, each as far as it can by turns. The threads of a block are fibers: each has a stack of its own, and
- * runs until it must wait for others; then the next one goes on. So a kernel without barriers is a plain loop, and a
- * debugger that stops in one shows the thread's own variables. A warp runs until all of its lanes wait at a barrier of
- * the block, then the next one, so that a warp gets as far ahead of others as a missing barrier lets it. Warps run in
- * order, or, with cuda_on_cpu_reverse set, backwards, lanes and blocks too: a kernel whose result then changes lacks a
- * barrier or depends on the order of its blocks.
+ * The blocks of a launch run one after the other, those of start_clusters together, each as far as it can by turns.
+ * The threads of a block are fibers: each has a stack of its own, and runs until it must wait for others; then the
+ * next one goes on. So a kernel without barriers is a plain loop, and a debugger that stops in one shows the
+ * thread's own variables. A warp runs until all of its lanes wait at a barrier of the block, then the next one, so
+ * that a warp gets as far ahead of others as a missing barrier lets it. Warps run in order, or, with
+ * cuda_on_cpu_reverse set, backwards, lanes and blocks too: a kernel whose result then changes lacks a barrier or
+ * depends on the order of its blocks.
  *
- * What a GPU would answer with wrong numbers or a hang ends the program with one line: threads of a block that wait at
- * different barriers, or that have left while others wait; a block that is not whole warps; writing beyond the dynamic
- * shared memory (which is full of NaN when a block begins); copy_async and load_matrices at addresses that are not
- * multiples of what they move. copy_async copies no sooner than the thread waits for it; backwards, at once. Not looked for: accesses out
- * of bounds of global memory, which the address sanitizer finds, and races that neither order shows.
+ * What a GPU would answer with wrong numbers or a hang ends the program with one line: threads of a block that wait
+ * at different barriers, or that have left while others wait; a block that is not whole warps; writing beyond the
+ * dynamic shared memory (which is full of NaN when a block begins); copy_async and load_matrices at addresses that
+ * are not multiples of what they move. copy_async copies no sooner than the thread waits for it; backwards, at once.
+ * Not looked for: accesses out of bounds of global memory, which the address sanitizer finds, and races that neither
+ * order shows.
  *
  * Read: fibers; a block; the stream; warps; the words; the runtime's calls. */
 #ifndef CUDA_ON_CPU_H
@@ -183,7 +185,8 @@ static char
 static char *shared_memory; /* of the block that runs */
 static size_t shared_bytes;
 
-/* When nobody of a block can go on, all must be at one barrier, or some wait for other blocks. Returns whether they go on. */
+/* When nobody of a block can go on, all must be at one barrier, or some wait for other blocks. Returns whether they
+ * go on. */
 static bool release_barrier(unsigned first) {
     unsigned left = 0;
     for (unsigned i = first; i < first + per_block; i++) {

@@ -32,8 +32,8 @@ static inline int orders(void) {
     return getenv("PTXSIM") ? 1 : 2;
 }
 
-/* for (int order = first_order(); order < 2; order = next_order(order)): the second time, where kernels are emulated, threads
- * and blocks run in the opposite order, and the bits must be the same. */
+/* for (int order = first_order(); order < 2; order = next_order(order)): the second time, where kernels are
+ * emulated, threads and blocks run in the opposite order, and the bits must be the same. */
 static inline int first_order(void) {
     return digest = 0;
 }

@@ -191,8 +191,9 @@ static const uint8_t *looks_like_end(const Strict *s, const uint8_t *line, const
     return NULL;
 }
 
-/* line (n) = up to CR LF, in which there is no other CR, LF or zero; 0: there is none. What the library leaves in memory as it
- * leaves CR LF passes too, for http.c cannot see it: a zero and LF; a colon and LF, an empty line; looks_like_end. */
+/* line (n) = up to CR LF, in which there is no other CR, LF or zero; 0: there is none. What the library leaves in
+ * memory as it leaves CR LF passes too, for http.c cannot see it: a zero and LF; a colon and LF, an empty line;
+ * looks_like_end. */
 static int strict_line(Strict *s, const char **line, size_t *n) {
     const uint8_t *const begin = s->at, *const lf = memchr(begin, '\n', (size_t)(s->end - begin)), *end;
     *line = (const char *)begin, *n = 0;

@@ -944,9 +944,9 @@ static void strip_dots(char *dst, const char *src) {
     *dst = 0;
 }
 
-/* final.<name> after training, against the tolerance of how far it moved from the checkpoint's <name>. In bf16 and bf16x3 by
- * norms: Adam moves an element by its gradient over that gradient's own size, so that one whose gradient is small in its
- * tensor may move anyhow. */
+/* final.<name> after training, against the tolerance of how far it moved from the checkpoint's <name>. In bf16 and
+ * bf16x3 by norms: Adam moves an element by its gradient over that gradient's own size, so that one whose gradient
+ * is small in its tensor may move anyhow. */
 static Err check_final(Case *c, const char *name, const real *got, size_t n, int key_bias) {
     char final[NAME_MAX_BYTES + 40];
     real *want, *before;

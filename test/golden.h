@@ -1,5 +1,5 @@
-/* golden.h - for golden.c: what a golden case holds, and comparisons of numbers, tokens and gradients with its expectations.
- * Each prints a line and counts; --selftest falsifies here what is expected. */
+/* golden.h - for golden.c: what a golden case holds, and comparisons of numbers, tokens and gradients with its
+ * expectations. Each prints a line and counts; --selftest falsifies here what is expected. */
 #ifndef GOLDEN_H
 #define GOLDEN_H
 
@@ -236,8 +236,8 @@ static double grad_tolerance(const real *want, size_t n) {
     return most < NOISE_GRAD ? FLOOR_GRAD : TOL_GRAD * most;
 }
 
-/* In bf16 a gradient that is zero in exact arithmetic, as that of a bias in front of a norm, may be off by what its weight's
- * may, which stands before it. */
+/* In bf16 a gradient that is zero in exact arithmetic, as that of a bias in front of a norm, may be off by what its
+ * weight's may, which stands before it. */
 static void compare_gradient(Case *c, const char *name, const real *got, real *want, size_t n) {
     if (precision != PRECISION_BF16) {
         compare(c, name, got, want, n, grad_tolerance(want, n));

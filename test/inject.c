@@ -1,12 +1,14 @@
-/* inject.c - a disk that fails, for test_faults.sh: a program's Nth call for a file fails, or the program is killed there.
+/* inject.c - a disk that fails, for test_faults.sh: a program's Nth call for a file fails, or the program is killed
+ * there.
  *
  *     inject AREA CALL N FAULT COMMAND ...    the Nth CALL for a file below the folder AREA; exit status: the program's,
  *                                             128 and the signal's number if one ended it
  *     inject AREA list FILE COMMAND ...       nothing fails; FILE gets a line "N CALL PATH" for each call
  *
- * CALL is open, read, write, fsync, rename, link, unlink, mkdir, ftruncate, mmap, readdir, stat, flock or close; or change:
- * N then counts all that may change something, which are those but read, mmap, readdir, stat and close. FAULT is the name of an error (EIO, ENOSPC, ...), which the call ends with instead of being
- * made; SHORT: it is asked for half of its bytes; KILL: SIGKILL before it. N+: that call and all after it.
+ * CALL is open, read, write, fsync, rename, link, unlink, mkdir, ftruncate, mmap, readdir, stat, flock or close; or
+ * change: N then counts all that may change something, which are those but read, mmap, readdir, stat and close.
+ * FAULT is the name of an error (EIO, ENOSPC, ...), which the call ends with instead of being made; SHORT: it is
+ * asked for half of its bytes; KILL: SIGKILL before it. N+: that call and all after it.
  *
  * A filter of the kernel (seccomp) stops the program at these calls alone, and this process, its tracer, decides. Where
  * that cannot be done (another processor, no permission), the exit status is 77. */

@@ -1,12 +1,12 @@
-/* load.c - many clients at once upon ./serve, for a while: none of them gets an answer that is wrong for what it asked, none
- * holds the others up, and what the server holds does not grow.
+/* load.c - many clients at once upon ./serve, for a while: none of them gets an answer that is wrong for what it
+ * asked, none holds the others up, and what the server holds does not grow.
  *
  *     load SERVE SECONDS [CLIENTS]     starts SERVE (build/.../serve); 50 clients
  *
- * A client pays one visit after the other, by chance (visits): it draws, follows the events, comes back with Last-Event-ID,
- * reads slowly, writes slowly, cancels, hangs up in the middle of whatever it is, or sends what is to be refused. The
- * same job is drawn again and again, and must always be the same bytes. Then all leave: threads and descriptors of the
- * server must be as before. At last they come once more, and SIGTERM comes while they are busy. */
+ * A client pays one visit after the other, by chance (visits): it draws, follows the events, comes back with
+ * Last-Event-ID, reads slowly, writes slowly, cancels, hangs up in the middle of whatever it is, or sends what is to
+ * be refused. The same job is drawn again and again, and must always be the same bytes. Then all leave: threads and
+ * descriptors of the server must be as before. At last they come once more, and SIGTERM comes while they are busy. */
 #include "test/test.h"
 
 #include <arpa/inet.h>

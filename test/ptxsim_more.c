@@ -1,5 +1,5 @@
-/* ptxsim_more.c - a call of CUDA's runtime that the interpreter of PTX does not have: how many clusters the GPU holds at once,
- * as if any blocks could stand in one. test/ptx.sh links it. */
+/* ptxsim_more.c - a call of CUDA's runtime that the interpreter of PTX does not have: how many clusters the GPU
+ * holds at once, as if any blocks could stand in one. test/ptx.sh links it. */
 #include <cuda_runtime.h>
 
 cudaError_t cudaOccupancyMaxActiveClusters(int *n, const void *kernel, const cudaLaunchConfig_t *c) {

@@ -1,5 +1,5 @@
-/* test_npy.c - arrays of NumPy: every version, type and byte order; headers as NumPy writes them and as nobody does; the codes
- * that a file lists as tokens. */
+/* test_npy.c - arrays of NumPy: every version, type and byte order; headers as NumPy writes them and as nobody does;
+ * the codes that a file lists as tokens. */
 #include "test.h"
 
 #include <unistd.h>

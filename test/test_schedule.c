@@ -1,5 +1,5 @@
-/* test_schedule.c - schedules against the official numbers; noise and posterior against sums over every token; the draw of one
- * token. */
+/* test_schedule.c - schedules against the official numbers; noise and posterior against sums over every token; the
+ * draw of one token. */
 #include "test.h"
 
 #include <float.h>

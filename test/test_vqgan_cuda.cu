@@ -215,7 +215,8 @@ static void test_convs(void) {
     }
 }
 
-/* What a convolution says of its results' channels, part by part, put together: (B,M,3) count, mean, sum of squares around it. */
+/* What a convolution says of its results' channels, part by part, put together: (B,M,3) count, mean, sum of squares
+ * around it. */
 static void join_parts(real *all, const float *part, size_t B, size_t parts, size_t M) {
     for (size_t bm = 0; bm < B * M; bm++) {
         double n = 0, mean = 0, square = 0;

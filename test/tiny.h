@@ -1,4 +1,5 @@
-/* tiny.h - tiny random models in a folder, for the tests of the chain and of whole models, and a batch of samples of one. */
+/* tiny.h - tiny random models in a folder, for the tests of the chain and of whole models, and a batch of samples of
+ * one. */
 #ifndef TINY_H
 #define TINY_H
 
