@@ -107,7 +107,28 @@ B := $B$(LEFT_OUT)
 # Made elsewhere: nothing is looked for, nothing is compiled.
 BUILT ?=
 ifneq ($(BUILT),)
+ifeq ($(wildcard $(BUILT)),)
+$(error BUILT=$(BUILT): it is not there)
+endif
 B := $(patsubst %/,%,$(BUILT))
+endif
+
+# What is asked for and cannot be is refused before anything is compiled.
+asked = $(filter $1,$(MAKECMDGOALS))
+others = $(if $(filter-out $2,$1),$(error no such $3: $(filter-out $2,$1); expected some of: $2))
+PTX_ORDERS := plain reverse random eager early clocks
+ifneq ($(call asked,planted),)
+$(if $(FAULTS),$(foreach no,$(shell test/planted.sh --unknown $(FAULTS)),$(error no such fault: $(no); test/planted.txt lists them)))
+endif
+ifneq ($(call asked,on-gpu),)
+$(call others,$(STEPS),test memcheck racecheck synccheck initcheck bench,step)
+endif
+ifneq ($(call asked,planted test-cuda-ptx),)
+ifneq ($(PTXSIM),)
+$(if $(NVCC),,$(error PTXSIM=$(PTXSIM) needs nvcc: NVCC=... names it))
+$(if $(wildcard $(PTXSIM)/build.sh),,$(error PTXSIM=$(PTXSIM): there is no build.sh; an interpreter of nvcc's PTX has one))
+endif
+$(call others,$(CUDA_PTX_ORDERS),$(PTX_ORDERS),order)
 endif
 
 # One program for any x86-64 (start.c) where the compiler makes that kind of objects and the linker can join them.
@@ -138,6 +159,9 @@ LEVELS := $(if $P,$(foreach l,x86-64 x86-64-v3 x86-64-v4 x86-64-v4-bf16 x86-64-v
 OFFICIAL := ffhq ffhq2 churches bedrooms cats imagenet imagenet4
 
 ifneq ($(if $(BUILT),,$(filter-out help clean format uninstall $(OFFICIAL) vqgan lsun lpips,$(or $(MAKECMDGOALS),all))),)
+ifneq ($(if $(NVCC),$(shell at=$$(command -v $(NVCC)) && [ -f "$$at" ] && [ -x "$$at" ] && echo there),there),there)
+$(error NVCC=$(NVCC): no such program; NVCC= leaves CUDA out)
+endif
 $(info compiler  $(CC)$(if $(filter 1,$(SANITIZE)), with sanitizers))
 ifeq ($(HAVE_PNG),)
 $(error libpng is missing. Debian: apt-get install libpng-dev; README.md names it for other systems)
@@ -376,6 +400,7 @@ check: $B/test_layers_double $(if $(PLAINLY),,$B/test_layers $B/emulated-debug/t
 ifeq ($(LAYER),)
 	@echo "make check LAYER=..., one of:"; $B/test_layers_double --list
 else
+	@$B/test_layers_double --has $(LAYER)
 	@for t in $^; do $$t $(LAYER) >$$t.log || failed=yes; sed "s|^|$${t#$B/} |" $$t.log; done; [ -z "$$failed" ]
 endif
 
@@ -426,8 +451,10 @@ endif
 # nvcc's PTX on the CPU: PTXSIM=DIR is an interpreter, whose build.sh makes a library that stands in for CUDA's runtime.
 PTXSIM ?=
 CUDA_PTX_ARCH ?= $(if $(filter 1,$(WHOLE)),80 90 90a,80)
-CUDA_PTX_ORDERS ?= $(if $(filter 1,$(WHOLE)),plain reverse random eager early clocks,plain)
-CUDA_PTX_PARTS ?= $(CUDA_TESTS:test_%=%) golden sample_f32 sample_bf16 train_f32 train_bf16
+CUDA_PTX_ORDERS ?= $(if $(filter 1,$(WHOLE)),$(PTX_ORDERS),plain)
+PTX_PARTS := $(CUDA_TESTS:test_%=%) golden sample_f32 sample_bf16 train_f32 train_bf16
+CUDA_PTX_PARTS ?= $(PTX_PARTS)
+$(if $(call asked,test-cuda-ptx),$(call others,$(CUDA_PTX_PARTS),$(PTX_PARTS),part))
 .PHONY: test-cuda-ptx
 ifeq ($(and $(NVCC),$(PTXSIM)),)
 test-cuda-ptx:
@@ -449,7 +476,7 @@ test-cuda-ptx: $(PTX_BIN) $B/pictures
 planted: $B/ptxsim/libptxsim.so $B/ptxsim/more.o
 endif
 
-# Faults of test/planted.txt, or those that FAULTS names
+# Faults of test/planted.txt, or those that FAULTS names; without PTXSIM those that the emulation finds
 .PHONY: planted
 planted: $(OBJ)
 	@OBJECTS="$(OBJ)" LIBRARIES="$(LDLIBS)" EMULATION="$(CXX) $(EMULATED_FLAGS) -O1 -g0 -w" \

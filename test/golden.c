@@ -1,7 +1,7 @@
 /* golden.c - runs the golden cases: tiny models with what the official implementation computes with them.
  *
- *     test/golden DIR...              every case folder under DIR
- *     test/golden --selftest DIR...   the same with falsified expectations: nothing may pass
+ *     test/golden DIR...                every case folder under DIR
+ *     test/golden --selftest DIR...     the same with falsified expectations: nothing may pass
  *     test/golden --device cuda DIR...  all of it on the GPU, in float
  *     test/golden --precision P DIR...  products of bf16x3, with the same tolerances, or of bf16
  *
@@ -1180,12 +1180,12 @@ static void run_folder(const char *dir) {
 
 /* With one element of every expectation moved by two tolerances, or NaN, or tokens off by one, every comparison must
  * fail; with one expectation misnamed, every case must. */
-static int selftest(int n, char **dirs) {
+static int selftest(size_t n, const char *const *dirs) {
     size_t red = 0, wrong = 0;
     static const char *const what[] = {"", "moved by two tolerances", "made NaN", "one misnamed per case"};
     for (falsify = MOVED; falsify <= RENAMED; falsify++) {
         passed = failed = green = 0;
-        for (int i = 0; i < n; i++) run_folder(dirs[i]);
+        for (size_t i = 0; i < n; i++) run_folder(dirs[i]);
         int ok = failed > 0 && (falsify == RENAMED ? green == 0 : passed == 0);
         printf("selftest: expectations %s: %zu passed, %zu failed: %s\n", what[falsify], passed, failed,
                ok ? "as it must" : "FAIL");
@@ -1195,31 +1195,33 @@ static int selftest(int n, char **dirs) {
     return wrong != 0;
 }
 
+static const char intro[] =
+    "usage: test/golden [options] DIR...\n\n"
+    "Compares with the golden cases in these folders. The last line is \"N passed, N failed\".\n";
+
 int main(int argc, char **argv) {
-    if (argc > 2 && strcmp(argv[1], "--device") == 0) {
-        on_cuda = strcmp(argv[2], "cuda") == 0;
-        argc -= 2, argv += 2;
+    enum { FOLDERS = 64 };
+    const char *folder[FOLDERS], *device = "cpu", *type = "f32";
+    OptionList folders = {folder, 0, FOLDERS};
+    int test_itself = 0;
+    const Option table[] = {
+        {OPT_ARGUMENTS, "DIR...", NULL, &folders, 0, 0, "a case, or a folder of cases"},
+        {OPT_STRING, "--device", "cpu|cuda", &device, 0, 0, "where it is computed (default cpu)"},
+        {OPT_STRING, "--precision", "TYPE", &type, 0, 0, "products on the CPU: f32 (default), bf16x3 or bf16"},
+        {OPT_FLAG, "--selftest", NULL, &test_itself, 0, 0, "falsifies what is expected: all must fail"},
+        {OPT_END, NULL, NULL, NULL, 0, 0, NULL}};
+    options_parse(argc, argv, table, intro);
+    on_cuda = strcmp(device, "cuda") == 0;
+    if (!on_cuda && strcmp(device, "cpu")) usage_error("--device %s: expected cpu or cuda", device);
+    if (precision_read(&precision, type, "--precision") != OK) usage_error("%s", err_text());
+    if (on_cuda && precision != PRECISION_F32) usage_error("--precision %s is for --device cpu", type);
+    if (folders.n == 0) usage_error("expected a folder of cases; -h explains");
+    if (precision_there(precision) != OK) {
+        printf("skipped: %s\n", err_text());
+        return 0;
     }
-    if (argc > 2 && strcmp(argv[1], "--precision") == 0) {
-        if (precision_read(&precision, argv[2], "--precision") != OK) {
-            fprintf(stderr, "golden: %s\n", err_text());
-            return 2;
-        }
-        if (precision_there(precision) != OK) {
-            printf("skipped: %s\n", err_text());
-            return 0;
-        }
-        argc -= 2, argv += 2;
-    }
-    int test_itself = argc > 1 && strcmp(argv[1], "--selftest") == 0;
-    if (argc < 2 + test_itself) {
-        fprintf(
-            stderr,
-            "golden: expected a folder of cases: test/golden [--device cuda | --precision P] [--selftest] DIR...\n");
-        return 2;
-    }
-    if (test_itself) return selftest(argc - 2, argv + 2);
-    for (int i = 1; i < argc; i++) run_folder(argv[i]);
+    if (test_itself) return selftest(folders.n, folder);
+    for (size_t i = 0; i < folders.n; i++) run_folder(folder[i]);
     if (passed + failed == 0) failed = 1;
     printf("%zu passed, %zu failed\n", passed, failed);
     return failed != 0;

@@ -4,16 +4,25 @@
 # step's output goes to build/on-gpu (or LOGS), its last lines are shown, and the next runs whatever it says. STEPS="..."
 # chooses some of them; none lasts longer than LIMIT seconds (3600). The last line is "N passed, N failed", of steps.
 built=$1 logs=${LOGS:-build/on-gpu} passed=0 failed=0
+steps=${STEPS:-test memcheck racecheck bench}
+for step in $steps; do
+    case $step in
+    test | memcheck | racecheck | synccheck | initcheck | bench) ;;
+    *) echo "no such step: $step; expected some of: test memcheck racecheck synccheck initcheck bench" >&2 && exit 2 ;;
+    esac
+done
+[ -z "$built" ] || [ -e "$built" ] || { echo "BUILT=$built: it is not there" >&2 && exit 2; }
 case $built in
 *.tar.xz)
     # python's where there is no xz
-    tar -C build -xJf "$built" 2>/dev/null || python3 -c 'import sys, tarfile; tarfile.open(sys.argv[1]).extractall("build")' "$built" || exit 1
+    tar -C build -xJf "$built" 2>/dev/null || python3 -c 'import sys, tarfile; tarfile.open(sys.argv[1]).extractall("build")' "$built" 2>/dev/null ||
+        { echo "BUILT=$built: cannot be unpacked; expected what make carry packed" >&2 && exit 1; }
     built=build/carried
     ;;
 esac
 mkdir -p "$logs"
 nvidia-smi --query-gpu=name,compute_cap,driver_version,memory.total --format=csv,noheader 2>&1
-for step in ${STEPS:-test memcheck racecheck bench}; do
+for step in $steps; do
     case $step in
     test) command="test-cuda" ;;
     bench) command="bench-cuda" ;;

@@ -6,7 +6,10 @@
 # compiles the test that concerns it and demands that it goes red where the table says so: a check fails, the program
 # crashes or hangs, or the interpreter finds something. Before that the same tests must be green without a fault. make planted
 # PTXSIM=DIR runs it and says by what to compile and with what to link: EMULATION and, where there is nvcc and an interpreter,
-# PTX and PTX_LIBRARIES; OBJECTS, LIBRARIES. Two at a time (JOBS).
+# PTX and PTX_LIBRARIES; OBJECTS, LIBRARIES. Two at a time (JOBS). Without PTX only the emulation is tried, and faults that it
+# does not see are skipped, which is said.
+#
+# planted.sh --unknown FAULT...: those that test/planted.txt does not have
 #
 # planted.sh --one BUILD FAULT: one of them, or without,TEST,SECTION...; its sums go to BUILD/planted/FAULT.sums
 TABLE=test/planted.txt
@@ -51,6 +54,18 @@ plant() {
             for (i = 1; i <= n; i++) print line[i]
         }' $TABLE "$2"
 }
+
+unknown() { # unknown FAULT...
+    for fault in "$@"; do
+        [ -n "$(field "$fault" in)" ] || echo "$fault"
+    done
+}
+
+if [ "$1" = --unknown ]; then
+    shift
+    unknown "$@"
+    exit
+fi
 
 if [ "$1" = --check ]; then
     passed=0 failed=0
@@ -133,6 +148,17 @@ build=$1 passed=0 failed=0
 shift
 # shellcheck disable=SC2046
 [ $# -gt 0 ] || set -- $(faults)
+for fault in $(unknown "$@"); do echo "no such fault: $fault; $TABLE lists them" >&2 && exit 1; done
+if [ -z "$PTX" ]; then
+    only=''
+    for fault in "$@"; do
+        shift
+        if [ "$(field "$fault" emulation)" = green ]; then only="$only $fault"; else set -- "$@" "$fault"; fi
+    done
+    echo "nvcc's PTX is not tried, only the emulation (PTXSIM=DIR names an interpreter, NVCC=... nvcc)"
+    [ -z "$only" ] || echo "skipped: $(echo "$only" | wc -w) that only the PTX shows:$only"
+    [ $# -gt 0 ] || { echo "nothing is left to try" >&2 && exit 1; }
+fi
 # shellcheck disable=SC2046
 set -- $(for fault in "$@"; do field "$fault" test; done | sort -u | tr ' ' , | sed 's/^/without,/') "$@"
 for fault in "$@"; do rm -f "$build/planted/$fault.sums"; done

@@ -127,6 +127,7 @@ fi
 check house-selftest test/house.sh --selftest
 check house test/house.sh "$build"
 check planted test/planted.sh --check
+check refused test/test_refused.sh "$build"
 check golden-cuda "$build/emulated/golden" --device cuda test/golden-cases
 check faults test/test_faults.sh "$build"
 check precision test/test_precision.sh "$build"
