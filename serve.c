@@ -363,7 +363,7 @@ static void serve(ServeArgs *a) {
     for (size_t i = 0; i < a->origins.n; i++)
         if (!origin_is_whole(a->origins.item[i]))
             usage_error("--origin %s: expected http://HOST, https://HOST or one with :PORT", a->origins.item[i]);
-    if (a->token && a->token_file) die("--token and --token-file: expected one of them");
+    if (a->token && a->token_file) usage_error("--token and --token-file: expected one of them");
     if (a->token_file) check(token_read(&token, a->token_file));
     if (token) a->token = token;
     signals_hold();
@@ -375,7 +375,7 @@ static void serve(ServeArgs *a) {
         s.offer.twice ? usage_error("%s", err_text()) : die("%s", err_text());
     check(http_listen(&fd, &port, &loopback, a->host));
     if (!loopback && !a->token)
-        die("--host %s: others can reach this machine there; give a --token that they must know", a->host);
+        usage_error("--host %s: others can reach this machine there; give a --token that they must know", a->host);
     s.gate = (Gate){a->token, a->origins.item, a->origins.n, port};
     const HttpConfig c = {s.gate, routes, sizeof routes / sizeof *routes, &s};
     pthread_mutex_init(&s.lock, NULL);

@@ -459,7 +459,7 @@ static void make_schedule(const Settings *given) {
 /* By default all processes compute on a GPU of their own, or none does. */
 static int choose_device(const Settings *o) {
     const char *device = o->device ? o->device : getenv("IMAGEBART_DEVICE");
-    if (ranks() == 1 || (device && strcmp(device, "cuda"))) return check_device(device);
+    if (ranks() == 1 || (device && strcmp(device, "cuda"))) return check_device(o->device);
     const Err e = cuda_built() || device ? cuda_choose(rank_local()) : FAILED;
     if (device) check_all(e);
     int without = e != OK;

@@ -241,11 +241,17 @@ Err use_cuda(Params *p, Precision precision) {
 
 static int looked_for_gpu; /* and found none */
 
+static int is_device(const char *device) {
+    return !strcmp(device, "cpu") || !strcmp(device, "cuda");
+}
+
 /* *device = what it is, or IMAGEBART_DEVICE says; NULL: nobody says anything */
 static Err device_named(const char **device) {
-    if (!*device) *device = getenv("IMAGEBART_DEVICE");
-    if (!*device || !strcmp(*device, "cpu") || !strcmp(*device, "cuda")) return OK;
-    return err("device %s: expected cpu or cuda", *device);
+    const char *said = *device ? NULL : getenv("IMAGEBART_DEVICE");
+    if (*device && !is_device(*device)) return err("device %s: expected cpu or cuda", *device);
+    if (said && !is_device(said)) return err("IMAGEBART_DEVICE=%s: expected cpu or cuda", said);
+    if (said) *device = said;
+    return OK;
 }
 
 Err device_choose(DevicePlace *place, const char *device) {
@@ -259,7 +265,8 @@ Err device_choose(DevicePlace *place, const char *device) {
 
 int check_device(const char *device) {
     DevicePlace place;
-    if (device_named(&device) != OK) usage_error("--%s", err_text());
+    const char *option = device ? "--" : "";
+    if (device_named(&device) != OK) usage_error("%s%s", option, err_text());
     check(device_choose(&place, device));
     looked_for_gpu = place == DEVICE_NO_GPU;
     return place == DEVICE_CUDA;

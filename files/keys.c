@@ -353,6 +353,14 @@ static Nearest nearest_to(const char *key) {
     return x;
 }
 
+/* Is a name with d other letters near? They are few beside those that follow the words which both begin with. */
+static int is_near(const Nearest *x, const char *name, size_t d) {
+    size_t same = 0, words = 0;
+    for (; same < x->n && x->key[same] == name[same]; same++)
+        if (name[same] == '.') words = same + 1;
+    return d <= max_size((x->n - words) / 3, 2);
+}
+
 /* Of the table's keys, without their `skip` letters of P behind `front`: one that ends so, or else the one with the fewest
  * other letters */
 static void search(Nearest *x, const char *front, unsigned where, size_t skip) {
@@ -363,7 +371,7 @@ static void search(Nearest *x, const char *front, unsigned where, size_t skip) {
         const size_t longer = n > x->n ? n - x->n : x->n - n; /* letters that are other at least */
         size_t d = longer < x->least ? word_distance(x->key, x->n, name) : longer;
         if (n > x->n && n < sizeof name && name[n - x->n - 1] == '.' && !strncmp(name + n - x->n, x->key, x->n)) d = 0;
-        if (d < x->least) x->least = d, memcpy(x->best, name, sizeof name);
+        if (d < x->least && is_near(x, name, d)) x->least = d, memcpy(x->best, name, sizeof name);
     }
 }
 

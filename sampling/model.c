@@ -632,7 +632,10 @@ static void remove_part(const Model *m, const char *folder, int t) {
 }
 
 Err model_convert(Model *m, const char *folder, Dtype store) {
-    if (!is_folder(folder)) return err("%s: no such folder to write the model into", folder);
+    struct stat st;
+    const int there = stat(folder, &st) == 0;
+    if (there && !S_ISDIR(st.st_mode)) return err("%s: is a file, expected a folder", folder);
+    if (!there && mkdir(folder, 0777) != 0) return io_error(folder, "make");
     if (has_scale(folder, 1, 0) || has_scale(folder, 0, 0))
         return err("%s: has a model already, expected an empty folder", folder);
     const int parts = 1 + (m->joint ? 1 : m->schedule.T);
@@ -643,5 +646,6 @@ Err model_convert(Model *m, const char *folder, Dtype store) {
         done += e == OK;
     }
     while (e != OK && done-- > 0) remove_part(m, folder, done ? parts - done : 0);
+    if (e != OK && !there) rmdir(folder);
     return e;
 }

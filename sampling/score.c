@@ -107,6 +107,27 @@ static Err score_room(Score *s) {
     return prep_read(&s->prep, &s->model->meta);
 }
 
+/* Not one of our own files that show several pictures */
+static Err single_check(const char *path) {
+    Config text = {0};
+    uint8_t *bytes = NULL;
+    size_t size;
+    TRY(file_bytes(&bytes, &size, path, IMAGE_FILE_BYTES, NULL));
+    Err e = OK;
+    if (png_read_texts(&text, bytes, size) == OK) { /* else it is no PNG */
+        const char *software = config_get(&text, "", "Software"), *what = config_get(&text, "", "count");
+        if (config_get(&text, "", "compare")) what = "several";
+        if (config_get(&text, "", "frames")) what = "the way to";
+        if (what && software && !strcmp(software, "imagebart.c"))
+            e = err("%s: %s pictures, as ./sample or ./inpaint drew them side by side; --score takes single ones, "
+                    "which -o DIR/ writes",
+                    path, what);
+    }
+    free(bytes);
+    config_free(&text);
+    return e;
+}
+
 /* All of them can be read: looked at before the work, so that no row is printed if one cannot. */
 static Err pictures_check(const Score *s, const OptionList *pictures) {
     for (size_t i = 0; i < pictures->n; i++) {
@@ -114,6 +135,7 @@ static Err pictures_check(const Score *s, const OptionList *pictures) {
         const Err e = image_read_as(&im, pictures->item[i], prep_how(s->prep) | IMAGE_UPRIGHT);
         image_free(&im);
         if (e != OK) return e;
+        TRY(single_check(pictures->item[i]));
     }
     return OK;
 }

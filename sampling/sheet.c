@@ -97,6 +97,7 @@ static Err write_sheet(const Sheet *s, const int32_t *tokens, size_t tiles, size
     Config text = {0};
     Err e = sheet_text(&text, s, of_several ? 1 : s->args->n, first, of_several);
     if (e == OK && frames) e = config_set(&text, "frames", "%s", frames);
+    if (e == OK && s->compare) e = config_set(&text, "compare", "true");
     if (e == OK) e = sheet_picture(s, &im, tokens, tiles, columns, s->compare);
     im.profile = s->profile;
     if (e == OK) e = image_write_png_enlarged(path, &im, s->args->enlarge, &text);

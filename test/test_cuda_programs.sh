@@ -158,7 +158,7 @@ ok "stays there" grep -q "^device: CPU (--device cuda: the GPU)" "$dir/err"
 ok "a run on the GPU" anywhere "$cuda/train" --config test/tiny.txt --data "$dir/data" --run "$dir/states" --scale 2 --steps 5 --resume
 ok "stays there" grep -q "^device: .*; scale2, f32 (--device cpu: the processor)" "$dir/err"
 ok "it moves if told" train "$cuda" states --scale 2 --steps 6 --resume --device cpu
-ok "which is said" grep -q "scale2: trained on cuda f32 so far, from here on on cpu: another run" "$dir/err"
+ok "which is said" grep -q "scale2: trained on cuda in f32 so far, now on cpu in f32: another run" "$dir/err"
 
 refused_late 2 "int8" sample "$cuda" cpu no.png --device cuda --weights int8
 refused_late 2 "expected f32, bf16x3 or bf16" train "$cuda" f32 --scale 1 --device cuda --precision f16

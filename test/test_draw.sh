@@ -316,6 +316,19 @@ for other in README.md "$dir/no-such.png" models; do
     ok "no row before it" test ! -s "$dir/out"
 done
 refused_late 2 "--score which pictures" "$build/sample" --score
+ok "a grid" "$build/sample" emoji -n 2 --seed 1 --best-of 1 -o "$dir/grid.png" --chain "$dir/chain.png"
+refused_late 1 "grid.png: 2 pictures, .* -o DIR/" "$build/sample" emoji --score "$dir/grid.png"
+refused_late 1 "chain.png: the way to pictures, .* -o DIR/" "$build/sample" emoji --score "$dir/chain.png"
+ok "a comparison" "$build/inpaint" emoji models/emoji/example.png --half upper --candidates 1 --chain-length 0,0,1 --compare -o "$dir/beside.png"
+refused_late 1 "beside.png: several pictures, .* -o DIR/" "$build/sample" emoji --score "$dir/beside.png"
+
+# ---- The device that the environment names ----
+for device in wrong ''; do
+    refused_late 2 "^sample: IMAGEBART_DEVICE=$device: expected cpu or cuda" env IMAGEBART_DEVICE="$device" "$build/sample" -n 1 -o "$dir/none.png"
+    refused_late 2 "^train: IMAGEBART_DEVICE=$device: expected cpu or cuda" env IMAGEBART_DEVICE="$device" "$build/train" --vqgan --run "$dir/none"
+    refused_late 2 "^inpaint: --device wrong: expected" env IMAGEBART_DEVICE="$device" "$build/inpaint" models/emoji/example.png --half upper --device wrong
+done
+
 refused_late 2 "unexpected argument" "$build/sample" emoji models/emoji/example.png
 for key in 'inpaint_chain_length 0,8,8' 'candidates 16'; do
     for recipe in emoji photos; do ok "$recipe edits well" grep -qx "scale.imagebart.$key" "models/$recipe.txt"; done

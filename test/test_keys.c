@@ -259,6 +259,8 @@ static void test_table(void) {
             CHECK_OK(check_one(foreign[i], "pt", where, 1));
     CHECK_ERR(check_one("modle.params.alpha", "1", KEYS_TRANSITION, 0), "did you mean model.params.alpha?");
     CHECK_ERR(check_one("model.params.alhpa", "1", KEYS_TRANSITION, 0), "did you mean model.params.alpha?");
+    CHECK(recipe_key_check("vqgan.train.precision") == FAILED &&
+          !strstr(err_text(), "did you mean")); /* none is near */
     static const char *const wrong[][2] = {{"vqgn.train.seed", "did you mean vqgan.train.seed?"},
                                            {"sclae.train.steps", "did you mean scale.train.steps?"},
                                            {"scale0.train.steps", "did you mean scale.train.steps?"},

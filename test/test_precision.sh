@@ -61,11 +61,11 @@ for precision in bf16x3 bf16; do
     ok "tokens are those of f32" cmp "$dir/f32/train.tokens" "$dir/$precision/train.tokens"
     cp -r "$dir/$precision" "$dir/other"
     ok "another precision from here on" train other --scale 1 --steps 32 --resume --precision f32
-    ok "is said" grep -q "^scale1: trained on cpu $precision so far, from here on on cpu: another run" "$dir/err"
+    ok "is said" grep -q "^scale1: trained on cpu in $precision so far, now on cpu in f32: another run" "$dir/err"
     rm -r "$dir/other"
 done
 ok "what was trained in f32" train f32 --scale 1 --steps 32 --resume --precision bf16
-ok "may go on in bf16, which is said" grep -q '^scale1: trained on cpu so far, from here on on cpu bf16: another run' "$dir/err"
+ok "may go on in bf16, which is said" grep -q '^scale1: trained on cpu in f32 so far, now on cpu in bf16: another run' "$dir/err"
 refused_late 2 "expected f32, bf16x3 or bf16" train f32 --scale 1 --precision f16
 
 # ---- drawing: alike for any batch, block and threads ----

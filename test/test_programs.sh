@@ -423,7 +423,10 @@ ok "a model of f32 packed to int8" sample "$dir/converted" -n 1 --weights int8
 ok "an official file packed to int8" sample "$dir/official" -n 1 --weights int8
 refused 2 "expected f32, bf16x3, bf16 or int8" "$build/sample" "$dir/half" --weights f16
 refused 1 "has a model already" "$build/sample" "$dir/official" --convert "$dir/half"
-refused 1 "no such folder" "$build/sample" "$dir/official" --convert "$dir/nowhere"
+refused 1 "cannot make" "$build/sample" "$dir/official" --convert "$dir/nowhere/below"
+refused 1 "is a file, expected a folder" "$build/sample" "$dir/official" --convert "$dir/official/config.txt"
+ok "into a folder that is made" "$build/sample" "$dir/official" --convert "$dir/made/"
+ok "the same" cmp "$dir/made/scale1.safetensors" "$dir/converted/scale1.safetensors"
 refused 2 "f32, f16 or bf16" "$build/sample" "$dir/official" --convert "$dir/nowhere" --store int8
 refused 1 "not installed" "$build/sample" ffhq --convert "$dir/nowhere"
 ok "without the moving average" sample "$dir/official" -n 1 --class 1 --no-ema

@@ -65,6 +65,12 @@ in_line() { # in_line WORDS STAGE LINE...: refused, by the file, the first line 
     recipe "$@"
     refused "recipe.txt: line $(grep -n -F -x -- "$its" "$dir/recipe.txt" | cut -d : -f 1): $said" "$of" "$@"
 }
+# also where an option comes instead
+in_line "configuration key 'vqgan.train.steps' is 'nan', expected a whole number" --vqgan "vqgan.train.steps nan"
+in_line "configuration key 'vqgan.${LR}params.max_decay_steps' is 'nan'" --vqgan "vqgan.${LR}params.max_decay_steps nan"
+in_line "configuration key 'vqgan.${LR}params.lr_max' is 'x'" "--vqgan --lr 1e-3" "vqgan.${LR}params.lr_max x"
+in_line "configuration key 'scale.${P}soft_only' is 'maybe'" "--scale 1 --alpha 0.5" "scale.${P}soft_only maybe"
+in_line "imagebart.store: f8: expected" "--vqgan --store f16" "vqgan.imagebart.store f8"
 in_line "vqgan.model.target x.GumbelVQ: is another first stage" --vqgan "vqgan.model.target x.GumbelVQ"
 in_line "configuration key 'vqgan.model.params.embed_dim' is 'sixteen', expected a whole number" --vqgan "vqgan.model.params.embed_dim sixteen"
 in_line "configuration key 'scale.train.flip' is 'maybe', expected true" "--scale 1" "scale.train.flip maybe"

@@ -44,13 +44,13 @@ refused_late 2 "emoji" "$serve" emoji emoji
 refused_late 2 "emoji" "$serve" emoji models/emoji
 refused_late 1 "ffhq" "$serve" ffhq
 refused_late 1 "no such folder" "$serve" "$dir"/nowhere
-refused_late 1 "token" "$serve" emoji --host 0.0.0.0 --port 0
-refused_late 1 "token" "$serve" emoji --host :: --port 0
+refused_late 2 "token" "$serve" emoji --host 0.0.0.0 --port 0
+refused_late 2 "token" "$serve" emoji --host :: --port 0
 refused_late 2 "token" "$serve" emoji --token ""
 printf '\n' >"$dir/empty" && printf 'sesame\n' >"$dir/token"
 refused_late 1 "empty" "$serve" emoji --token-file "$dir/empty"
 refused_late 1 "token-file" "$serve" emoji --token-file "$dir/nothing"
-refused_late 1 "token-file" "$serve" emoji --token a --token-file "$dir/token"
+refused_late 2 "expected one of them" "$serve" emoji --token a --token-file "$dir/token"
 for origin in example.org http:// https://a/ https://a/b ftp://a http://a:x "http://a b" null; do
     refused_late 2 "origin" "$serve" emoji --origin "$origin"
 done

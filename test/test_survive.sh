@@ -350,7 +350,7 @@ ok "another seed" train --run "$dir/edited" --scale 1 --steps 17 --resume --seed
 ok "which is said" said '^scale1: trained with seed 23 so far, from here on with 4: another run than without the change$'
 cp -r "$dir/data" "$dir/fewer" && rm "$(find "$dir/fewer" -name '*.png' | sort | head -n 1)"
 ok "fewer pictures" train --run "$dir/edited" --scale 1 --steps 18 --resume --data "$dir/fewer"
-ok "which are said" said '^scale1: trained on [0-9]* pictures so far, from here on on [0-9]*: another run than without'
+ok "which are said" said '^scale1: trained on [0-9]* pictures so far, now on [0-9]*: another run than without'
 ok "only then, as the seed is only then" sh -c "[ \$(grep -c 'another run' '$dir/said') -eq 1 ]"
 first=$(find "$dir/fewer" -name '*.png' | sort | head -n 1) && mv "$first" "${first%.png}-other.png"
 ok "as many, but others" train --run "$dir/edited" --scale 1 --steps 19 --resume --data "$dir/fewer"

@@ -413,6 +413,12 @@ static Name device_name(const Stage *s) {
     return name_of("%s %s", s->set.cuda ? "cuda" : "cpu", precision_name(s->precision));
 }
 
+/* As people say it: "cpu in f32" */
+static Name device_words(const char *device) {
+    const size_t n = strcspn(device, " ");
+    return name_of("%.*s in %s", (int)n, device, device[n] ? device + n + 1 : "f32");
+}
+
 /* What the user says; else what the run was trained in so far, on such a device; else the usual */
 static Err settle_precision(Stage *s, const char *before) {
     const Settings *o = &s->set;
@@ -429,7 +435,6 @@ static Err settle_precision(Stage *s, const char *before) {
 }
 
 /* A run goes on where it was, unless the user says otherwise: bits differ from one device to another. */
-
 static Err settle_device(Stage *s, int continuing) {
     Settings *o = &s->set;
     const char *before = continuing ? config_get(&s->recipe, "train.", "device") : NULL;
@@ -440,8 +445,8 @@ static Err settle_device(Stage *s, int continuing) {
     TRY(settle_precision(s, before));
     const Name now = device_name(s);
     if (before && goes_on(s) && strcmp(before, now.s))
-        say_once("%s: trained on %s so far, from here on on %s: another run than without the change\n", s->name, before,
-                 now.s);
+        say_once("%s: trained on %s so far, now on %s: another run than without the change\n", s->name,
+                 device_words(before).s, device_words(now.s).s);
     return config_set(&s->recipe, "train.device", "%s", now.s);
 }
 
@@ -508,7 +513,7 @@ Err settle_pictures(Stage *s, int continuing) {
     if (s->set.eval) return OK;
     if (!continuing || !goes_on(s)) return config_set(&s->recipe, "train.pictures", "%s", now);
     if (n != had)
-        say_once("%s: trained on %zu pictures so far, from here on on %zu: another run than without the change\n",
+        say_once("%s: trained on %zu pictures so far, now on %zu: another run than without the change\n",
                  s->name, had, n);
     else if (before && strcmp(before, now))
         say_once("%s: the %zu pictures are others than those it was trained on so far: another run than without the "
@@ -591,6 +596,20 @@ static Err read_store(Stage *s) {
     return config_blame(&s->recipe, "imagebart.", "store");
 }
 
+/* What the recipe says must be right where an option comes instead, too. */
+static Err check_recipe(Stage *s) {
+    Settings read;
+    RateKind kind;
+    Rate rate;
+    for (const Setting *r = table; r < table + ROWS; r++)
+        if (r->key && config_get(&s->recipe, r->prefix, r->key)) TRY(take_setting(&read, r, &s->recipe));
+    TRY(config_flag(&read.all, &s->recipe, "model.params.", "soft_only", 1));
+    TRY(read_store(s));
+    TRY(rate_kind(&kind, &s->recipe));
+    const int cycles = kind == RATE_COSINE_CYCLES || kind == RATE_LINEAR_CYCLES; /* how many is for --steps to say */
+    return cycles ? OK : rate_read(&rate, &s->recipe, 1);
+}
+
 Err settings_read(Stage *s, const Checkpoint *ck) {
     char path[PATH_BYTES];
     const int batch_given = s->set.batch != NOT_GIVEN;
@@ -599,6 +618,7 @@ Err settings_read(Stage *s, const Checkpoint *ck) {
     if (ck && !s->set.eval) TRY(compare_with_recipe(s));
     const size_t pictures = pictures_per_step(&s->recipe), seed = seed_of(&s->recipe);
     if (ck && !s->set.eval && !goes_on(s)) TRY(list_idle(s));
+    if (!ck) TRY(check_recipe(s));
     TRY(apply_given(&s->recipe, &s->set));
     TRY(read_store(s));
     if (keys_check(&s->recipe, s->set.vqgan ? KEYS_FIRST : KEYS_TRANSITION, 1) != OK)
