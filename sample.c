@@ -193,8 +193,7 @@ int main(int argc, char **argv) {
          "draws it"},
         {OPT_FLAG, "--list", NULL, &list, 0, 0,
          "the models, which of them are here, how to get the others\n(make ffhq)"},
-        {OPT_STRING, "--convert", "DIR", &folder, 0, 0,
-         "write the model as safetensors into DIR (made if missing), draw nothing"},
+        {OPT_STRING, "--convert", "DIR", &folder, 0, 0, "write the model as safetensors into DIR, new or empty"},
         {OPT_STRING, "--store", "TYPE", &store, 0, 0, "with --convert: weights as f32 (default), f16 or bf16"},
         {OPT_END, NULL, NULL, NULL, 0, 0, NULL}};
     const Err e = picture_settings_open(&settings, &argc, &argv);

@@ -36,6 +36,14 @@ ok "and that the PTX is not tried" grep -q "^nvcc's PTX is not tried" "$dir/said
 echo x >"$dir/bad.tar.xz"
 refused 1 "BUILT=$dir/bad.tar.xz: cannot be unpacked" test/on_gpu.sh "$dir/bad.tar.xz"
 
+# ---- One layer: what make check asks before it runs any ----
+if [ -x "$build/test_layers_double" ]; then
+    ok "layers, or how they begin" "$build/test_layers_double" --has gelu conv
+    "$build/test_layers_double" --has gelu bogus >"$dir/said"
+    ok "another is refused" test $? -eq 1
+    ok "and named, with the list" grep -q "^no such layer: bogus; there are conv, group_norm, " "$dir/said"
+fi
+
 # ---- test/golden ----
 cases=test/golden-cases/schedules
 for arguments in "--device wrong $cases" "$cases --device wrong"; do
