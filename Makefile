@@ -321,11 +321,11 @@ $B/commit.o $(if $P,$P/commit.o): build/commit.c
 	$(call say,CC,$<)$(CC) $(CFLAGS_ANY) -c -o $@ $<
 
 # The program of an installation, which calls the others
-$B/imagebart: $B/dev/command.o $B/base/own_path.o
-	$(call say,LINK,$@)$(CC) $(CFLAGS) -o $@ $^
+$B/imagebart: $B/dev/command.o $B/base/own_path.o $B/base/base.o
+	$(call say,LINK,$@)$(CC) $(CFLAGS) -o $@ $^ -lm
 ifneq ($P,)
-$P/imagebart: $P/x86-64/dev/command.o $P/x86-64/base/own_path.o
-	$(call say,LINK,$@)$(CC) $(CFLAGS_ANY) -o $@ $^
+$P/imagebart: $P/x86-64/dev/command.o $P/x86-64/base/own_path.o $P/x86-64/base/base.o
+	$(call say,LINK,$@)$(CC) $(CFLAGS_ANY) -o $@ $^ -lm
 endif
 
 # ---- the programs for any x86-64: each is start.o and, for every level, a whole program linked into one object ----

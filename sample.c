@@ -112,7 +112,7 @@ static Err write_files(Pictures *p, const char *chain_path) {
     Err e = p->draw.M > 1 ? config_set(&text, "best-of", "%zu", p->draw.M) : OK;
     if (e == OK) e = sheet_files(&s, p->draw.tokens, p->draw.chain, a->n, p->steps);
     if (e == OK && chain_path) e = sheet_chain(&s, p->draw.chain, a->n, p->steps, chain_path);
-    if (e == OK && chain_path && !a->quiet) printf("%s\n", chain_path);
+    if (e == OK && chain_path && !a->quiet) say_result("%s\n", chain_path);
     config_free(&text);
     return e;
 }
@@ -138,7 +138,7 @@ static void convert(SamplingArgs *a, const char *folder, const char *store) {
     check(model_open(&m, a->model, NULL));
     m.no_ema = a->no_ema;
     check(model_convert(&m, folder, type));
-    printf("%s\n", folder);
+    say_result("%s\n", folder);
     model_close(&m);
 }
 

@@ -6,6 +6,7 @@
 #include "base/bits.h"
 
 #include <pthread.h>
+#include <stdarg.h>
 
 #ifdef __cplusplus
 extern "C" {
@@ -193,7 +194,12 @@ size_t word_distance(const char *a, size_t n, const char *b);
 void die(const char *fmt, ...) PRINTF_LIKE(1, 2);         /* "program: text" on stderr, exit 1 */
 void usage_error(const char *fmt, ...) PRINTF_LIKE(1, 2); /* the same, exit 2 */
 const char *program(void);                                /* the program's name, for messages */
-void check(Err e);                                        /* die(err_text()) unless OK */
+/* A line, or a part of one, on stderr or as a result on stdout, made printable but for the line feed that ends fmt: it may
+ * hold names of files and classes */
+void say_text(const char *fmt, ...) PRINTF_LIKE(1, 2);
+void say_text_args(const char *fmt, va_list args);
+void say_result(const char *fmt, ...) PRINTF_LIKE(1, 2);
+void check(Err e); /* die(err_text()) unless OK */
 /* stderr: a line that overwrites itself on a terminal, plain lines elsewhere, one every 10 s at most. */
 void progress_line(const char *fmt, ...) PRINTF_LIKE(1, 2);
 void progress_off(void);                       /* no progress lines from here on */

@@ -49,18 +49,46 @@ static void put_text(FILE *to, const char *text) {
     }
 }
 
+enum { SAID_BYTES = 3 * ERR_MAX };
+
+/* fmt and args, printable but for the line feed that ends fmt; what does not fit ends in "..." */
+static const char *said(char text[SAID_BYTES], const char *fmt, va_list args) {
+    const size_t length = strlen(fmt);
+    const int line = length > 0 && fmt[length - 1] == '\n';
+    if (vsnprintf(text, SAID_BYTES - 1, fmt, args) >= SAID_BYTES - 1)
+        strcpy(text + SAID_BYTES - 6, line ? "...\n" : "...");
+    const size_t n = strlen(text);
+    if (line && n) text[n - 1] = 0;
+    make_printable(text);
+    return line ? strcat(text, "\n") : text;
+}
+
+void say_text_args(const char *fmt, va_list args) {
+    char text[SAID_BYTES];
+    fputs(said(text, fmt, args), stderr);
+}
+
+void say_text(const char *fmt, ...) {
+    va_list args;
+    va_start(args, fmt);
+    say_text_args(fmt, args);
+    va_end(args);
+}
+
+void say_result(const char *fmt, ...) {
+    char text[SAID_BYTES];
+    va_list args;
+    va_start(args, fmt);
+    fputs(said(text, fmt, args), stdout);
+    va_end(args);
+}
+
 static void fail(int status, const char *fmt, va_list args) {
-    char text[2 * PATH_BYTES + ERR_MAX];
-    va_list again;
-    va_copy(again, args);
+    char text[SAID_BYTES];
     progress_end();
     fprintf(stderr, "%s: ", program_name);
-    if (vsnprintf(text, sizeof text, fmt, args) < (int)sizeof text)
-        put_text(stderr, text);
-    else
-        vfprintf(stderr, fmt, again);
+    put_text(stderr, said(text, fmt, args));
     fprintf(stderr, "\n");
-    va_end(again);
     exit(status);
 }
 
@@ -316,7 +344,7 @@ void progress_line(const char *fmt, ...) {
     va_list args;
     va_start(args, fmt);
     if (terminal) fprintf(stderr, "\r\033[K");
-    vfprintf(stderr, fmt, args);
+    say_text_args(fmt, args);
     if (!terminal) fprintf(stderr, "\n");
     va_end(args);
     fflush(stderr);

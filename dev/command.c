@@ -60,7 +60,7 @@ int main(int argc, char **argv) {
     while (i < COMMANDS && strcmp(commands[i].name, wanted) != 0) i++;
     if (i == COMMANDS) {
         fprintf(stderr, "imagebart: no command \"%s\"; expected sample, inpaint, train or serve; -h explains\n",
-                wanted);
+                printable(path, wanted));
         return 2;
     }
     if (!program_path(path, argv[0], wanted)) {
@@ -72,7 +72,7 @@ int main(int argc, char **argv) {
     char **rest = version ? argv : argv + 1; /* its first word becomes the name */
     rest[0] = name;
     execv(path, rest);
-    fprintf(stderr, "imagebart: %s: %s%s\n", path, strerror(errno),
+    fprintf(stderr, "imagebart: %s: %s%s\n", make_printable(path), strerror(errno),
             errno == ENOENT ? "; this installation was made without it (\"make install\" says what is missing)" : "");
     return 1;
 }

@@ -99,15 +99,14 @@ static void report(const Search *s, const Dataset *d, const char *path) {
                printable(by_pixels, d->path[near->by_pixels]));
         all += near->shared == s->N, most += near->shared * 10 >= s->N * 9, close += rms(s, near) < 0.05;
     }
-    fprintf(
-        stderr,
+    say_text(
         "nearest of the %zu pictures in %s: %zu of %zu have all tokens of one of them, %zu nine in ten or more; %zu "
         "are within 0.05 (rms, pixels in 0..1) of one\n",
         d->n - dataset_damaged(d), path, all, s->n, most, close);
     left_out_text(text, d->left_out);
-    if (text[0]) fprintf(stderr, "%s: left out: %s\n", path, text);
+    if (text[0]) say_text("%s: left out: %s\n", path, text);
     dataset_met(d, text, 1);
-    if (text[0]) fprintf(stderr, "%s: %s\n", path, text);
+    if (text[0]) say_text("%s: %s\n", path, text);
 }
 
 Err nearest_check(const char *path) {

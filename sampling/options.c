@@ -88,14 +88,14 @@ void say(const SamplingArgs *a, const char *fmt, ...) {
     va_list args;
     va_start(args, fmt);
     progress_end();
-    if (!a->quiet) vfprintf(stderr, fmt, args);
+    if (!a->quiet) say_text_args(fmt, args);
     va_end(args);
 }
 
 void detail(const SamplingArgs *a, const char *fmt, ...) {
     va_list args;
     va_start(args, fmt);
-    if (a->verbose) vfprintf(stderr, fmt, args);
+    if (a->verbose) say_text_args(fmt, args);
     va_end(args);
 }
 
@@ -228,17 +228,17 @@ void sampling_start(SamplingArgs *a, Model *m, const NamedModel **stand_in_for) 
     check(model_open(m, a->model, stand_in_for));
     m->no_ema = a->no_ema;
     model_weights(m, format);
-    if (*m->note) fprintf(stderr, "%s\n", m->note);
+    if (*m->note) say_text("%s\n", m->note);
     if (cuda) check(model_use_cuda(m));
     const NamedModel *missing = *stand_in_for;
     if (!missing) return;
     check(bundled_honours(a, m, missing));
-    fprintf(stderr, /* with -q, too: nothing is replaced in silence */
-            "%s: the official weights of %s (%s) are not here; \"%s\" fetches them. Going on with the bundled model, "
-            "which draws emoji%s%s instead.\n",
-            program(), missing->name, missing->what, models_fetch(fetch, missing->name),
-            missing->stand_in && !a->class_name ? ", class " : "",
-            missing->stand_in && !a->class_name ? missing->stand_in : "");
+    say_text(/* with -q, too: nothing is replaced in silence */
+             "%s: the official weights of %s (%s) are not here; \"%s\" fetches them. Going on with the bundled model, "
+             "which draws emoji%s%s instead.\n",
+             program(), missing->name, missing->what, models_fetch(fetch, missing->name),
+             missing->stand_in && !a->class_name ? ", class " : "",
+             missing->stand_in && !a->class_name ? missing->stand_in : "");
     if (!a->class_name) a->class_name = missing->stand_in;
 }
 

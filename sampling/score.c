@@ -163,7 +163,8 @@ static Err score_picture(Score *s, const char *path) {
     if (e == OK) e = first_stage_error(&error, m, s->image, s->tokens, NULL);
     if (e != OK) return e;
     if (s->label) class_title(title, &m->classes, (size_t)s->label[best]);
-    printf("%s\t%.2f\t%.2f\t%.3f\t%s\n", path, least, nats, error, title);
+    char name[PATH_BYTES];
+    printf("%s\t%.2f\t%.2f\t%.3f\t%s\n", printable(name, path), least, nats, error, title);
     return OK;
 }
 

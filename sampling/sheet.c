@@ -191,7 +191,7 @@ Err sheet_animate(const Sheet *s, const int32_t *chain, size_t n, size_t steps, 
 /* ---- All that was asked for ---- */
 
 static Err say_file(const Sheet *s, const char *path) {
-    if (!s->args->quiet) printf("%s\n", path);
+    if (!s->args->quiet) say_result("%s\n", path);
     return s->args->show ? show_png(path) : OK;
 }
 
@@ -218,6 +218,6 @@ Err sheet_files(const Sheet *s, const int32_t *tokens, const int32_t *chain, siz
     }
     if (!a->animate) return OK;
     TRY(sheet_animate(s, chain, n, steps, a->animate));
-    if (!a->quiet) printf("%s\n", a->animate);
+    if (!a->quiet) say_result("%s\n", a->animate);
     return OK;
 }

@@ -132,8 +132,8 @@ static Err open_named(Offer *o, const NamedModel *named, size_t n, WeightFormat 
         char missing[32];
         const size_t files = model_files(missing, &named[i]);
         if (!*missing && served_open(&o->model[i], named[i].name, weights, cuda) == OK) continue;
-        if (*missing && files) fprintf(stderr, "%s is left out: %s is missing\n", named[i].name, missing);
-        if (!*missing) fprintf(stderr, "%s is left out: %s\n", named[i].name, err_text());
+        if (*missing && files) say_text("%s is left out: %s is missing\n", named[i].name, missing);
+        if (!*missing) say_text("%s is left out: %s\n", named[i].name, err_text());
         served_absent(&o->model[i], &named[i]);
     }
     return o->model[0].here ? OK : err("the bundled model is missing; ./serve FOLDER serves another");

@@ -32,6 +32,10 @@ refused_late() { # refused_late STATUS WORD COMMAND...: exit status, and a last 
     fi
 }
 
+printed() { # printed FILE: is there nothing in it that a terminal obeys but ends of lines and tabs?
+    ! LC_ALL=C tr -d '\n\t' <"$1" | LC_ALL=C grep -q '[[:cntrl:]]'
+}
+
 killed_at() { # killed_at FILE COMMAND...: in the background until FILE is there, then SIGKILL
     file=$1
     shift

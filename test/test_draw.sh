@@ -322,6 +322,29 @@ refused_late 1 "chain.png: the way to pictures, .* -o DIR/" "$build/sample" emoj
 ok "a comparison" "$build/inpaint" emoji models/emoji/example.png --half upper --candidates 1 --chain-length 0,0,1 --compare -o "$dir/beside.png"
 refused_late 1 "beside.png: several pictures, .* -o DIR/" "$build/sample" emoji --score "$dir/beside.png"
 
+# ---- Names with a line feed and an escape: each is '?' in whatever is said ----
+odd=$(printf 'p\ni \033[31mc')
+cp models/emoji/example.png "$dir/$odd.png"
+for command in "$build/inpaint emoji IN --half upper --candidates 1 --chain-length 0,0,1 -o OUT" "$build/sample emoji --score IN" \
+    "$build/sample emoji -v -n 1 --best-of 1 --nearest IN/ -o OUT" "$build/sample emoji -n 1 --best-of 1 -o OUT/" "$build/sample emoji IN" "$build/sample --seed=IN"; do
+    set --
+    for word in $command; do
+        case $word in
+        IN/) word="$dir/$odd" ;;
+        IN) word="$dir/$odd.png" ;;
+        OUT*) word="$dir/$odd${word#OUT}" && [ "${word%/}" != "$word" ] || word="$word-out.png" ;;
+        *IN) word="${word%IN}$odd" ;;
+        esac
+        set -- "$@" "$word"
+    done
+    mkdir -p "$dir/$odd" && cp models/emoji/example.png "$dir/$odd"
+    "$@" >"$dir/said.out" 2>"$dir/said"
+    cat "$dir/said.out" >>"$dir/said"
+    ok "$command: said printably" printed "$dir/said"
+    ok "with the name" grep -q 'p?i ?\[31mc' "$dir/said"
+done
+ok "which raw text is not" sh -c ". test/lib.sh; printf '%s' '$odd' >'$dir/raw'; ! printed '$dir/raw'"
+
 # ---- The device that the environment names ----
 for device in wrong ''; do
     refused_late 2 "^sample: IMAGEBART_DEVICE=$device: expected cpu or cuda" env IMAGEBART_DEVICE="$device" "$build/sample" -n 1 -o "$dir/none.png"

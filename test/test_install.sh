@@ -39,6 +39,7 @@ refused_late 1 "^imagebart train: .*recipes: .*photos" imagebart train nope --vq
 refused_late 2 "^imagebart inpaint: which picture. imagebart inpaint .MODEL. IMAGE" imagebart inpaint
 refused_late 2 "^imagebart sample: unknown option --sed; did you mean --seed" imagebart sample --sed 1
 refused_late 2 '^imagebart: no command "smaple"; expected sample' imagebart smaple
+refused_late 2 '^imagebart: no command "sm?aple"; expected sample' imagebart "$(printf 'sm\033aple')"
 refused_late 2 "commit, compiler" imagebart
 ok "help sample" imagebart help sample
 cp "$dir/out" "$dir/help"

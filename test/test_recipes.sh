@@ -163,6 +163,16 @@ recipe "scale4.train.seed 5"
 says 1 "scale4.train.seed: this model has scales 1 to 3" train none --vqgan --steps 1
 says 1 "scale4.train.seed: this model has scales 1 to 3" train none --all --steps 1
 
+# ---- names with a line feed and an escape: each is '?' in what is said, and in the next command as a shell takes it ----
+recipe
+odd=$(printf "p\ni \033[31mc'")
+cp -r "$dir/data" "$dir/$odd"
+ok "odd names" "$build/train" --config "$dir/recipe.txt" --data "$dir/$odd" --run "$dir/$odd-run" --vqgan --steps 1
+cat "$dir/out" "$dir/err" >"$dir/said"
+ok "are said printably" printed "$dir/said"
+ok "as a name" grep -q "kept in .*p?i ?\[31mc'-run$" "$dir/said"
+ok "and as a word of the next command" grep -qF -- "--data \$'$dir/p\\012i \\033[31mc\\'' --run" "$dir/said"
+
 # ---- rates: constant without a schedule, also on resuming and with --lr; with cycles ----
 recipe "-vqgan.${LR}" "vqgan.model.base_learning_rate 1e-4"
 ok "a base_learning_rate alone" train rate --vqgan --steps 3

@@ -5,7 +5,7 @@ build=$(cd "$1" && pwd)
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
 . test/lib.sh
-unset MAKEFLAGS MAKEOVERRIDES MFLAGS MAKELEVEL STEPS BUILT
+unset MAKEFLAGS MAKEOVERRIDES MFLAGS MAKELEVEL NVCC PTXSIM CUDA_PTX_ORDERS CUDA_PTX_PARTS FAULTS STEPS BUILT
 
 refused() { # refused STATUS WORD COMMAND...: with one line, on stderr alone, that holds WORD
     refused_late "$@"

@@ -223,9 +223,9 @@ static Err note_passed_over(Stage *s, const Step *step, const char *how) {
     TRY(ranks_agree(rank() ? OK : retry_when_full(s, list_skipped, line, 0)));
     if (rank() > 0 || s->said_passed_over++ >= 3) return OK;
     progress_end();
-    fprintf(stderr, "%s step %llu: %s: loss %g, gradient norm %g; %s is passed over%s\n", s->name,
-            (unsigned long long)s->step, step->bad, step->mean.loss, step->norm, how,
-            s->said_passed_over == 3 ? ", as others will be without a word: skipped_batches.tsv lists them" : "");
+    say_text("%s step %llu: %s: loss %g, gradient norm %g; %s is passed over%s\n", s->name, (unsigned long long)s->step,
+             step->bad, step->mean.loss, step->norm, how,
+             s->said_passed_over == 3 ? ", as others will be without a word: skipped_batches.tsv lists them" : "");
     return OK;
 }
 
@@ -321,8 +321,7 @@ Err roll_back(Stage *s, const Step *step) {
     TRY(save_state(s, 0)); /* in the place of the one without the list */
     if (rank() > 0) return OK;
     progress_end();
-    fprintf(stderr,
-            "%s step %llu: %s: loss %g, gradient norm %g; back to step %llu, micro batch%s left out from now on\n",
-            s->name, number, step->bad, loss, norm, (unsigned long long)s->step, which);
+    say_text("%s step %llu: %s: loss %g, gradient norm %g; back to step %llu, micro batch%s left out from now on\n",
+             s->name, number, step->bad, loss, norm, (unsigned long long)s->step, which);
     return OK;
 }

@@ -254,8 +254,7 @@ Err remap_first_stage(Stage *s) {
     TRY(open_first_stage(s, path));
     const size_t n = vqgan_config(s->vqgan)->n_embed;
     if (vqgan_used(s->vqgan) && check_untrained(s) != OK) { /* --all goes on */
-        fprintf(stderr, "%s: tokens number %zu of %zu codes already, and transitions are trained on them\n", path, s->K,
-                n);
+        say_text("%s: tokens number %zu of %zu codes already, and transitions are trained on them\n", path, s->K, n);
         return OK;
     }
     Err e = mem_alloc(&usage, n, sizeof *usage, "code usage");
@@ -267,8 +266,8 @@ Err remap_first_stage(Stage *s) {
     if (e == OK && !same) e = check_untrained(s);
     if (e == OK && !same) e = retry_when_full(s, write_remapped, &(Remapped){path, used, K}, 0);
     if (e == OK)
-        fprintf(stderr, "%s: %zu of %zu codes are in use, perplexity %.1f; tokens number those%s\n", path, K, n,
-                code_use(usage, n).perplexity, same ? " already" : " now");
+        say_text("%s: %zu of %zu codes are in use, perplexity %.1f; tokens number those%s\n", path, K, n,
+                 code_use(usage, n).perplexity, same ? " already" : " now");
     free(usage);
     free(used);
     return e;

@@ -224,7 +224,7 @@ static Err load_split(Stage *s, Tokens *x, const Dataset *d, const char *what, c
     if (e == OK && x->n) {
         unlink(p.part);
     } else if (e == OK) {
-        if (p.done) fprintf(stderr, "%s: continuing after %zu pictures\n", p.part, p.done);
+        if (p.done) say_text("%s: continuing after %zu pictures\n", p.part, p.done);
         e = encode_dataset(s, &p, d);
         if (e == OK) e = retry_when_full(s, finish_encoding, &encoding, d->n * p.bytes);
     }

@@ -21,18 +21,11 @@
 #include <unistd.h>
 
 void say_once(const char *fmt, ...) {
-    char text[2 * ERR_MAX]; /* names of files are in it */
     va_list args;
     if (rank() > 0) return;
     va_start(args, fmt);
-    vsnprintf(text, sizeof text, fmt, args);
+    say_text_args(fmt, args);
     va_end(args);
-    for (char *line = text, *end; *line; line = end) {
-        const size_t length = strcspn(line, "\n");
-        end = line + length + (line[length] == '\n');
-        line[length] = 0;
-        fprintf(stderr, "%s%s", make_printable(line), end > line + length ? "\n" : "");
-    }
 }
 
 void say_note(const Checkpoint *ck) {
@@ -110,9 +103,9 @@ void say_damaged(const Stage *s) {
     LeftOut others = {0};
     size_t n = listed_damaged(s, &others);
     if (s->all_read && n + others.n[OUT_OTHER] < s->n_damaged) n = s->n_damaged - others.n[OUT_OTHER];
-    if (n) fprintf(stderr, "damaged pictures skipped: %zu; %s lists them\n", n, skipped_path(s, path));
+    if (n) say_text("damaged pictures skipped: %zu; %s lists them\n", n, skipped_path(s, path));
     left_out_text(text, &others);
-    if (text[0]) fprintf(stderr, "left out: %s; %s lists them\n", text, skipped_path(s, path));
+    if (text[0]) say_text("left out: %s; %s lists them\n", text, skipped_path(s, path));
     say_parts(&s->train), say_parts(&s->val);
 }
 
@@ -215,8 +208,7 @@ static Err in_use(const char *run, int fd) {
 
 static Err cannot_lock(void) {
     lock_refused = 1;
-    fprintf(stderr, "%s: cannot be locked: %s; nothing keeps another ./train out of this run\n", lock_path,
-            strerror(errno));
+    say_text("%s: cannot be locked: %s; nothing keeps another ./train out of this run\n", lock_path, strerror(errno));
     return OK;
 }
 
@@ -288,7 +280,7 @@ Err retry_when_full(Stage *s, Err (*write)(Stage *s, void *argument), void *argu
     const double between = pause_seconds();
     for (int tries = 0;; tries++) {
         if (write(s, argument) == OK) {
-            if (tries) fprintf(stderr, "%s: there is room again; training goes on\n", s->set.run);
+            if (tries) say_text("%s: there is room again; training goes on\n", s->set.run);
             return OK;
         }
         if (!disk_full()) return FAILED;
@@ -299,8 +291,7 @@ Err retry_when_full(Stage *s, Err (*write)(Stage *s, void *argument), void *argu
         if (interrupted() || s->set.no_wait) return err("%s; stopped; there is no checkpoint yet", err_text());
         progress_end();
         if (tries == 0)
-            fprintf(stderr, "%s; trying again every %g s, Ctrl-C ends the run (--no-wait: at once)\n", err_text(),
-                    between);
+            say_text("%s; trying again every %g s, Ctrl-C ends the run (--no-wait: at once)\n", err_text(), between);
         wait_a_little(between);
     }
 }
@@ -347,5 +338,5 @@ void remove_leftovers(const Stage *s) {
         removed += unlink(path) == 0;
     }
     if (folder) closedir(folder);
-    if (removed) fprintf(stderr, "%s: temporary files of a killed run removed: %zu\n", s->set.run, removed);
+    if (removed) say_text("%s: temporary files of a killed run removed: %zu\n", s->set.run, removed);
 }

@@ -77,10 +77,10 @@ Err report_end(Stage *s, Report *r) {
 static void say_gpu(const Stage *s) {
     char text[CUDA_TEXT_BYTES], state[32], activations[32], available[32];
     check(cuda_find(text, NULL, NULL));
-    fprintf(stderr, "device: %s; %s, %s (--device cpu: the processor)\n", text, s->name, precision_name(s->precision));
-    fprintf(stderr, "GPU memory: parameters, gradients and optimizer %s, activations %s; %s was free\n",
-            bytes_text(state, s->gpu_memory.state), bytes_text(activations, s->gpu_memory.activations),
-            bytes_text(available, s->gpu_memory.available));
+    say_text("device: %s; %s, %s (--device cpu: the processor)\n", text, s->name, precision_name(s->precision));
+    say_text("GPU memory: parameters, gradients and optimizer %s, activations %s; %s was free\n",
+             bytes_text(state, s->gpu_memory.state), bytes_text(activations, s->gpu_memory.activations),
+             bytes_text(available, s->gpu_memory.available));
 }
 
 /* Is there nothing to train? */
@@ -93,9 +93,9 @@ static void say_finished(const Stage *s) {
     char path[PATH_BYTES], what[64] = "the first stage";
     if (s->set.joint) snprintf(what, sizeof what, "all scales in one");
     if (s->second.t) snprintf(what, sizeof what, "x_%d -> x_%d", s->second.t, s->second.t - 1);
-    fprintf(stderr, "%s: %s, finished after %llu steps%s: %s%s%s%s\n", s->name, what, (unsigned long long)s->step,
-            s->step < s->set.steps ? " (--early-stop)" : "", run_path(s, path, ".safetensors"), *s->idle ? "; " : "",
-            s->idle, *s->idle ? ": without effect" : "");
+    say_text("%s: %s, finished after %llu steps%s: %s%s%s%s\n", s->name, what, (unsigned long long)s->step,
+             s->step < s->set.steps ? " (--early-stop)" : "", run_path(s, path, ".safetensors"), *s->idle ? "; " : "",
+             s->idle, *s->idle ? ": without effect" : "");
 }
 
 enum { FEW = 50 }; /* pictures */
@@ -107,20 +107,19 @@ void say_start(Stage *s) {
         return;
     }
     if (!s->set.cuda)
-        fprintf(stderr, "processor: %s, %s; products in %s\n", vector_instructions(), threads_text(threads),
-                precision_text(precision, s->precision));
+        say_text("processor: %s, %s; products in %s\n", vector_instructions(), threads_text(threads),
+                 precision_text(precision, s->precision));
     say_pictures(s, has_classes(s));
     if (ranks() > 1)
-        fprintf(stderr, "%zu processes, each takes %zu of the %zu pictures of a micro batch, with %d threads\n",
-                ranks(), s->batch, s->global_batch, threads_get());
+        say_text("%zu processes, each takes %zu of the %zu pictures of a micro batch, with %d threads\n", ranks(),
+                 s->batch, s->global_batch, threads_get());
     if (s->set.cuda)
         say_gpu(s);
     else
         say_cpu();
-    fprintf(stderr,
-            "%s: %.2f million parameters, %zu picture%s (%zu held out), batch %zu x %zu, %zu steps, seed %llu\n",
-            s->name, (double)params_count(s->params) / 1e6, s->train.n, s->train.n == 1 ? "" : "s", s->val.n,
-            s->global_batch, s->set.accumulate, s->set.steps, (unsigned long long)s->set.seed);
+    say_text("%s: %.2f million parameters, %zu picture%s (%zu held out), batch %zu x %zu, %zu steps, seed %llu\n",
+             s->name, (double)params_count(s->params) / 1e6, s->train.n, s->train.n == 1 ? "" : "s", s->val.n,
+             s->global_batch, s->set.accumulate, s->set.steps, (unsigned long long)s->set.seed);
     if (s->train.n < FEW)
         say_once("%s: fewer than %d pictures: they will be learnt by heart; what is drawn will resemble them\n",
                  s->set.data, FEW);
@@ -129,21 +128,33 @@ void say_start(Stage *s) {
         snprintf(tokens, sizeof tokens, ", tokens of the pictures %s", bytes_text(size, s->memory.tokens));
     if (s->memory.pictures)
         snprintf(tokens, sizeof tokens, ", pictures read ahead at most %s", bytes_text(size, s->memory.pictures));
-    fprintf(stderr, "memory: parameters, gradients and optimizer%s %s, activations %s%s; %s available\n",
-            s->set.bf16_states ? " (in bf16)" : "", bytes_text(state, s->memory.state),
-            bytes_text(activations, s->memory.activations), tokens,
-            s->memory.available == SIZE_MAX ? "unknown how much is" : bytes_text(available, s->memory.available));
+    say_text("memory: parameters, gradients and optimizer%s %s, activations %s%s; %s available\n",
+             s->set.bf16_states ? " (in bf16)" : "", bytes_text(state, s->memory.state),
+             bytes_text(activations, s->memory.activations), tokens,
+             s->memory.available == SIZE_MAX ? "unknown how much is" : bytes_text(available, s->memory.available));
     if (s->second.train.crops > 1)
-        fprintf(stderr,
-                "crops: %zu random ones of each picture, another one each epoch; held-out pictures: the centre\n",
-                s->second.train.crops);
+        say_text("crops: %zu random ones of each picture, another one each epoch; held-out pictures: the centre\n",
+                 s->second.train.crops);
     if (s->all_read) say_damaged(s);
     say_disk(s);
     if (s->has_state)
-        fprintf(stderr, "%s: continuing after step %llu\n", s->name, (unsigned long long)s->step);
+        say_text("%s: continuing after step %llu\n", s->name, (unsigned long long)s->step);
     else
-        fprintf(stderr, "%s: a new run of %zu step%s, kept in %s\n", s->name, s->set.steps,
-                s->set.steps == 1 ? "" : "s", s->set.run);
+        say_text("%s: a new run of %zu step%s, kept in %s\n", s->name, s->set.steps, s->set.steps == 1 ? "" : "s",
+                 s->set.run);
+}
+
+/* A word with what a terminal would obey, as $'\033' */
+static void say_escaped(const char *word) {
+    fprintf(stderr, " $'");
+    for (; *word; word++) {
+        const unsigned char c = (unsigned char)*word;
+        if (c < 0x20 || c >= 0x7f)
+            fprintf(stderr, "\\%03o", c);
+        else
+            fprintf(stderr, c == '\'' || c == '\\' ? "\\%c" : "%c", c);
+    }
+    fprintf(stderr, "'");
 }
 
 /* A word as a shell takes it */
@@ -153,18 +164,23 @@ static void say_word(const char *word) {
         fprintf(stderr, " %s", word);
         return;
     }
+    char shown[PATH_BYTES];
+    if (strcmp(printable(shown, word), word) != 0) {
+        say_escaped(word);
+        return;
+    }
     fprintf(stderr, " '");
     for (; *word; word++) *word == '\'' ? fprintf(stderr, "'\\''") : fprintf(stderr, "%c", *word);
     fprintf(stderr, "'");
 }
 
 static void say_number(const char *option, size_t value) {
-    if (value != NOT_GIVEN) fprintf(stderr, " %s %zu", option, value);
+    if (value != NOT_GIVEN) say_text(" %s %zu", option, value);
 }
 
 static void say_option(const char *option, const char *value) {
     if (!value) return;
-    fprintf(stderr, " %s", option);
+    say_text(" %s", option);
     say_word(value);
 }
 
@@ -204,7 +220,7 @@ static void say_program(const Settings *o, const char *other) {
     snprintf(word, sizeof word, "%.*s%s", program_folder(o), o->program,
              other ? other : o->program + program_folder(o));
     if (is_installed(o))
-        fprintf(stderr, " imagebart %s", other ? other : "train");
+        say_text(" imagebart %s", other ? other : "train");
     else
         say_word(word);
 }
@@ -216,7 +232,7 @@ static void say_next(const Stage *s) {
     char word[PATH_BYTES];
     if (count_scales(o, o->vqgan ? NULL : &s->recipe, &T) != OK) T = 1;
     while (!o->joint && next <= T && is_finished(o, next)) next++;
-    fprintf(stderr, "next:");
+    say_text("next:");
     if (o->joint || next > T) {
         say_program(o, "sample");
         say_word(o->run);
@@ -225,7 +241,7 @@ static void say_next(const Stage *s) {
         say_program(o, NULL);
         say_word(o->model);
         say_option("--scale", word);
-        if (is_begun(o, next)) fprintf(stderr, " --resume");
+        if (is_begun(o, next)) say_text(" --resume");
         say_option("--config", o->config);
         say_option("--data", o->data);
         say_option("--list", o->list);
@@ -236,19 +252,19 @@ static void say_next(const Stage *s) {
         say_option("--device", o->device);
         if (s->precision != s->usual_precision) say_option("--precision", precision_name(s->precision));
     }
-    fprintf(stderr, "\n");
+    say_text("\n");
 }
 
 void say_end(const Stage *s) {
     if (s->set.all && !s->trained && is_done(s)) return;
     if (!s->all_read) say_damaged(s);
     if (!is_done(s)) {
-        fprintf(stderr, "stopped after step %llu, everything is saved; %s\n", (unsigned long long)s->step,
-                s->set.all ? "the same command continues" : "--resume continues");
+        say_text("stopped after step %llu, everything is saved; %s\n", (unsigned long long)s->step,
+                 s->set.all ? "the same command continues" : "--resume continues");
         return;
     }
     char path[PATH_BYTES];
-    printf("%s\n", run_path(s, path, ".safetensors"));
+    say_result("%s\n", run_path(s, path, ".safetensors"));
     if (!s->set.all) say_next(s);
 }
 

@@ -159,8 +159,8 @@ static Err say_schedule(const Stage *s, const char *path) {
     TRY(schedule_make(&made, redraw, (int)T));
     printf("scale\tbeta\talphacum\n");
     for (int t = 1; t <= made.T; t++) printf("%d\t%.6f\t%.6f\n", t, (double)made.beta[t], (double)made.alphacum[t]);
-    printf("scale.model.params.redraw_prob %s\n", redraw);
-    fprintf(stderr, "the last line belongs into the recipe, for all scales\n");
+    say_result("scale.model.params.redraw_prob %s\n", redraw);
+    say_text("the last line belongs into the recipe, for all scales\n");
     return OK;
 }
 

@@ -513,8 +513,8 @@ Err settle_pictures(Stage *s, int continuing) {
     if (s->set.eval) return OK;
     if (!continuing || !goes_on(s)) return config_set(&s->recipe, "train.pictures", "%s", now);
     if (n != had)
-        say_once("%s: trained on %zu pictures so far, now on %zu: another run than without the change\n",
-                 s->name, had, n);
+        say_once("%s: trained on %zu pictures so far, now on %zu: another run than without the change\n", s->name, had,
+                 n);
     else if (before && strcmp(before, now))
         say_once("%s: the %zu pictures are others than those it was trained on so far: another run than without the "
                  "change\n",

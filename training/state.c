@@ -301,7 +301,7 @@ Err save_missing_weights(Stage *s) {
     TRY(set_counters(s));
     TRY(retry_when_full(s, write_weights, suffix, list_bytes(s, s->kind->collect_weights)));
     const char *was = e == DAMAGED ? "damaged" : step ? "older than the state" : "missing";
-    fprintf(stderr, "%s: was %s; now it has the weights of step %llu\n", path, was, (unsigned long long)s->step);
+    say_text("%s: was %s; now it has the weights of step %llu\n", path, was, (unsigned long long)s->step);
     return OK;
 }
 
@@ -365,12 +365,12 @@ Err use_best(Stage *s) {
     TRY(step_of(&step, &early, run_path(s, path, ".safetensors")));
     if (step == s->history.best_step) return OK; /* done; it may have been remapped since */
     if (s->set.vqgan && transitions_path(s, path)) {
-        fprintf(stderr, "%s: its last weights stay, not the best: %s is trained on their tokens\n", s->name, path);
+        say_text("%s: its last weights stay, not the best: %s is trained on their tokens\n", s->name, path);
         return OK;
     }
     TRY(retry_when_full(s, copy_best, NULL, list_bytes(s, s->kind->collect_weights)));
-    fprintf(stderr, "%s: ended after step %llu, for validation was best at step %zu: %s has the weights of that step\n",
-            s->name, (unsigned long long)s->step, s->history.best_step, run_path(s, path, ".safetensors"));
+    say_text("%s: ended after step %llu, for validation was best at step %zu: %s has the weights of that step\n",
+             s->name, (unsigned long long)s->step, s->history.best_step, run_path(s, path, ".safetensors"));
     return OK;
 }
 
@@ -379,12 +379,11 @@ void say_disk(Stage *s) {
     size_t state = list_bytes(s, collect_state), weights = list_bytes(s, s->kind->collect_weights);
     char one[32], two[32], all[32], left[32];
     struct statvfs disk;
-    fprintf(stderr, "disk: a state %s, weights %s twice: with --keep %zu at most %s in %s", bytes_text(one, state),
-            bytes_text(two, weights), s->set.keep, bytes_text(all, (s->set.keep + 1) * state + 2 * weights),
-            s->set.run);
-    if (statvfs(s->set.run, &disk) == 0)
-        fprintf(stderr, ", %s free", bytes_text(left, (size_t)disk.f_bavail * disk.f_frsize));
-    fprintf(stderr, "\n");
+    say_text("disk: a state %s, weights %s twice: with --keep %zu at most %s in %s", bytes_text(one, state),
+             bytes_text(two, weights), s->set.keep, bytes_text(all, (s->set.keep + 1) * state + 2 * weights),
+             s->set.run);
+    if (statvfs(s->set.run, &disk) == 0) say_text(", %s free", bytes_text(left, (size_t)disk.f_bavail * disk.f_frsize));
+    say_text("\n");
 }
 
 static size_t file_size(const char *path) {
