@@ -211,8 +211,8 @@ static int same_results(const Numbers *a, const Numbers *b, const Conv *c) {
 
 /* Blocks are chosen by the size of the L2 cache: the same bits for every size, in scratch for that size. */
 static void check_caches(Precision precision, Conv c) {
-    static const size_t sizes[] = {L2_LEAST, 512 << 10, L2_MOST};
-    static const int options[] = {0, IN_PLACE | ADDS, IN_PLACE | ADDS | DX_ALONE};
+    static const size_t sizes[] = {L2_LEAST, L2_MOST};
+    static const int options[] = {IN_PLACE | ADDS, IN_PLACE | ADDS | DX_ALONE};
     for (size_t k = 0; k < COUNT(options); k++) {
         Numbers first = numbers_of(&c);
         l2_set(0);
