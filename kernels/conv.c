@@ -65,8 +65,8 @@ enum {
     FEW_CHANNELS = 16, /* fewer: transforms cost more than they save */
     FEW_PIXELS = 1024  /* fewer: blocks of 4x4 leave too narrow matrices */
 };
-static const size_t PATCH_REALS =
-    64 * 1024; /* patches of a tile, unless that is less than MIN_COLUMNS; see cut_tiles */
+/* Of a tile's patches, unless that is less than MIN_COLUMNS; see cut_tiles */
+static const size_t PATCH_REALS = 64 * 1024;
 static const size_t MIN_COLUMNS = 64;
 
 /* Results along a side of a block of the fastest algorithm; 0: direct. It depends on one picture, not on how many there

@@ -178,15 +178,21 @@ static inline double rms_of(const real *x, size_t n) {
     return sqrt(sum / (double)n);
 }
 
-/* Root mean squares: of the error at most `limit` times that of what is wanted, or `least` times if that is larger. */
-static inline void near_rms(const char *name, const real *got, const real *want, size_t n, double least, double limit) {
+/* The difference of got and want (n), relative to want, or to `least` where that is more */
+static inline double rms_error(const real *got, const real *want, size_t n, double least) {
     real *gap = copy_of(got, n);
     for (size_t i = 0; i < n; i++) gap[i] -= want[i];
-    add_bits(got, n * sizeof *got);
     const double error = rms_of(gap, n) / fmax(rms_of(want, n), least);
+    free(gap);
+    return error;
+}
+
+/* Root mean squares: of the error at most `limit` times that of what is wanted, or `least` times if that is larger. */
+static inline void near_rms(const char *name, const real *got, const real *want, size_t n, double least, double limit) {
+    const double error = rms_error(got, want, n, least);
+    add_bits(got, n * sizeof *got);
     if (!test_note(n > 0 && error <= limit, __FILE__, __LINE__, name))
         printf("     an error of %.3g, at most %.3g\n", error, limit);
-    free(gap);
 }
 
 #endif

@@ -576,21 +576,14 @@ static void forget(Said *s) {
  * bf16 besides, may be twice as far off (seen: 1.5 times, of up to 2.1e-2). Biases are off by more. */
 static const double BIASES = IS_BF16 ? 7e-2 : 1e-4, WEIGHTS = IS_BF16 ? 1e-3 : 1e-4, ROUNDINGS = 2;
 
-static double distance(const real *a, const real *b, size_t n) { /* relative to b */
-    real *gap = copy_of(a, n);
-    for (size_t i = 0; i < n; i++) gap[i] -= b[i];
-    const double error = rms_of(gap, n) / rms_of(b, n);
-    free(gap);
-    return error;
-}
-
 static void same_gradient(const Said *got, const Said *want, const Said *rounded, const Params *p, size_t i) {
     const Param *r = &p->row[i];
     const size_t at = (size_t)(r->grad - p->arena[1]), before = i ? (size_t)(p->row[i - 1].grad - p->arena[1]) : 0;
     const int is_bias = r->ndim == 1;
     const double scale = is_bias && i ? rms_of(want->grad + before, p->row[i - 1].size) : 0;
     double limit = is_bias ? BIASES : WEIGHTS;
-    if (IS_BF16 && !is_bias) limit = fmax(limit, ROUNDINGS * distance(rounded->grad + at, want->grad + at, r->size));
+    if (IS_BF16 && !is_bias)
+        limit = fmax(limit, ROUNDINGS * rms_error(rounded->grad + at, want->grad + at, r->size, 0));
     near_rms(r->name, got->grad + at, want->grad + at, r->size, scale, limit);
 }
 
