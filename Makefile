@@ -291,6 +291,8 @@ $B/tiles/%.o: %.c Makefile
 $(TESTS_TILES:%=$B/test_%_tiles): $B/test_%_tiles: $B/tiles/test/test_%.o $B/tiles/test/tiles_in_c.o $(TILED:%=$B/tiles/%.o) \
     $(filter-out $(TILED:%=$B/%.o),$(OBJ))
 	$(call say,LINK,$@)$(CC) $(CFLAGS) -o $@ $^ $(LDLIBS)
+# The tiles' product stands for a processor: for this one, without sanitizers, whatever is tested
+$B/tiles/test/tiles_in_c.o: CFLAGS := $(filter-out -march=% -fsanitize=% -fno-sanitize%,$(CFLAGS_ANY)) -O3 $(if $(HAVE_MARCH),-march=native)
 # test_layers includes transformer.cu, whose layers are its own; it must be compiled quickly.
 $B/test_layers: $B/test/test_layers.o $(filter-out %/transformer.o,$(OBJ))
 	$(call say,LINK,$@)$(CC) $(CFLAGS) -o $@ $^ $(LDLIBS)
@@ -452,7 +454,7 @@ endif
 PTXSIM ?=
 CUDA_PTX_ARCH ?= $(if $(filter 1,$(WHOLE)),80 90 90a,80)
 CUDA_PTX_ORDERS ?= $(if $(filter 1,$(WHOLE)),$(PTX_ORDERS),plain)
-PTX_PARTS := $(CUDA_TESTS:test_%=%) golden sample_f32 sample_bf16 train_f32 train_bf16
+PTX_PARTS := sample_f32 sample_bf16 $(CUDA_TESTS:test_%=%) golden train_f32 train_bf16
 CUDA_PTX_PARTS ?= $(PTX_PARTS)
 $(if $(call asked,test-cuda-ptx),$(call others,$(CUDA_PTX_PARTS),$(PTX_PARTS),part))
 .PHONY: test-cuda-ptx
@@ -513,10 +515,10 @@ faults: $B/pictures $(PROGRAMS:%=$B/%)
 
 .PHONY: units threads objects list-objects list-libraries list-folder
 units: $(TESTS:%=$B/test_%) $(TESTS_TILES:%=$B/test_%_tiles) $B/golden
-	@test/run.sh --units $B $(TESTS:%=$B/test_%) $(TESTS_TILES:%=$B/test_%_tiles)
+	@test/run.sh --units $B $(TESTS_TILES:%=$B/test_%_tiles) $(TESTS:%=$B/test_%)
 
 # What threads share, under the thread sanitizer
-THREADS_TESTS := base data vqgan transformer library
+THREADS_TESTS := library vqgan transformer data base
 THREADS_FLAGS := -std=c11 -D_GNU_SOURCE -I. $(HEADERS) -g -O1 -fsanitize=thread -Wno-unknown-pragmas -Wno-tsan -MMD -MP
 build/threads/%.o: %.c Makefile
 	@mkdir -p $(@D)

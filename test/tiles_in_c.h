@@ -8,8 +8,6 @@
 #ifndef TILES_IN_C_H
 #define TILES_IN_C_H
 
-#include <float.h>
-#include <math.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -66,46 +64,6 @@ static inline void tile_store(int t, void *p, size_t stride) {
     for (int i = 0; i < from->rows; i++) memcpy((char *)p + (size_t)i * stride, from->row[i], (size_t)from->bytes);
 }
 
-static inline float no_denormal(float x) {
-    return fabsf(x) < FLT_MIN ? 0 * x : x; /* keeps the sign */
-}
-
-/* The numbers of a row of pairs of bf16: even (or odd) ones of n pairs. */
-static inline void tile_row_numbers(float *to, const unsigned char *row, int odd, int n) {
-    for (int i = 0; i < n; i++) {
-        uint16_t half;
-        memcpy(&half, row + 4 * i + 2 * odd, sizeof half);
-        const uint32_t bits = (uint32_t)half << 16;
-        memcpy(to + i, &bits, sizeof bits);
-        to[i] = no_denormal(to[i]);
-    }
-}
-
-static inline void tile_add_product(int sum, int a, int b) {
-    TileInC *c = tile_in_c(sum);
-    const TileInC *x = tile_in_c(a), *y = tile_in_c(b);
-    const int pairs = x->bytes / 4, columns = c->bytes / 4;
-    float of_b[2][16][16];
-    if (c->rows != x->rows || c->bytes != y->bytes || pairs != y->rows) {
-        fprintf(stderr, "shapes of tiles do not match: %d x %d, %d x %d, %d x %d\n", c->rows, columns, x->rows, pairs,
-                y->rows, y->bytes / 4);
-        abort();
-    }
-    for (int k = 0; k < pairs; k++)
-        for (int odd = 0; odd < 2; odd++) tile_row_numbers(of_b[odd][k], y->row[k], odd, columns);
-    for (int m = 0; m < c->rows; m++) {
-        float of_a[2][16], part[2][16] = {{0}}, total[16];
-        for (int odd = 0; odd < 2; odd++) {
-            tile_row_numbers(of_a[odd], x->row[m], odd, pairs);
-            for (int k = 0; k < pairs; k++)
-                for (int n = 0; n < columns; n++)
-                    part[odd][n] = no_denormal(fmaf(of_a[odd][k], of_b[odd][k][n], part[odd][n]));
-        }
-        memcpy(total, c->row[m], sizeof total);
-        for (int n = 0; n < columns; n++)
-            total[n] = no_denormal(no_denormal(total[n]) + no_denormal(part[0][n] + part[1][n]));
-        memcpy(c->row[m], total, (size_t)c->bytes);
-    }
-}
+void tile_add_product(int sum, int a, int b);
 
 #endif
