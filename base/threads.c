@@ -143,7 +143,7 @@ int threads_get(void) {
 }
 
 const char *vector_instructions(void) {
-#if defined(__AMX_BF16__)
+#if TILES_COMPILED
     if (tiles_here()) return "AVX-512 with bf16, AMX";
 #endif
 #if defined(__AVX512BF16__) && defined(__AVX512VNNI__)

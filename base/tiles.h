@@ -2,6 +2,13 @@
 #ifndef TILES_H
 #define TILES_H
 
+/* 1: the compiler may use their instructions. Older clang has names of its own. */
+#if (defined(__AMX_BF16__) && defined(__AMX_INT8__)) || (defined(__AMXBF16__) && defined(__AMXINT8__))
+#define TILES_COMPILED 1
+#else
+#define TILES_COMPILED 0
+#endif
+
 /* 1: this processor has them, with products of bf16, and the system has granted them to this process; both are asked
  * once. Where the system refuses what the processor has, a line on stderr says so, and AVX-512 goes on. */
 int tiles_here(void);

@@ -3,7 +3,7 @@
 #include "kernels/kernels.h"
 
 static int multiplies_fast(Precision p) {
-#if defined(__AMX_BF16__)
+#if TILES_COMPILED
     if (tiles_here()) return 1;
 #endif
 #if defined(__AVX512BF16__) && defined(__AVX512VNNI__)

@@ -17,7 +17,7 @@
 #elif defined(TILES_IN_C)
 #define HAVE_TILES 1
 #include "test/tiles_in_c.h"
-#elif defined(__AMX_BF16__) && defined(__AVX512F__)
+#elif TILES_COMPILED && defined(__AVX512F__)
 #define HAVE_TILES 1
 #define tile_configure(shape) _tile_loadconfig(shape)
 #define tile_release() _tile_release()

@@ -4,7 +4,7 @@
 
 #include <time.h>
 
-#if HAVE_TILES && defined(__AMX_INT8__) && !defined(TILES_IN_C)
+#if HAVE_TILES && !defined(TILES_IN_C)
 #define TILES 1
 #endif
 
@@ -28,16 +28,27 @@ static double tile_rate(int int8, double seconds) {
     const double products = 4.0 * 16 * 16 * (int8 ? 64 : 32);
     double best = 0;
     tiles_begin(16);
-    tile_load(4, ones, 64), tile_load(5, ones, 64), tile_load(6, ones, 64), tile_load(7, ones, 64);
+    tile_load(4, ones, 64);
+    tile_load(5, ones, 64);
+    tile_load(6, ones, 64);
+    tile_load(7, ones, 64);
     for (const double end = now() + seconds; now() < end;) {
-        tile_zero(0), tile_zero(1), tile_zero(2), tile_zero(3);
+        tile_zero(0);
+        tile_zero(1);
+        tile_zero(2);
+        tile_zero(3);
         const double begin = now();
         for (int s = 0; s < STEPS; s++)
             if (int8) {
-                _tile_dpbssd(0, 6, 4), _tile_dpbssd(1, 6, 5), _tile_dpbssd(2, 7, 4), _tile_dpbssd(3, 7, 5);
+                _tile_dpbssd(0, 6, 4);
+                _tile_dpbssd(1, 6, 5);
+                _tile_dpbssd(2, 7, 4);
+                _tile_dpbssd(3, 7, 5);
             } else {
-                tile_add_product(0, 6, 4), tile_add_product(1, 6, 5);
-                tile_add_product(2, 7, 4), tile_add_product(3, 7, 5);
+                tile_add_product(0, 6, 4);
+                tile_add_product(1, 6, 5);
+                tile_add_product(2, 7, 4);
+                tile_add_product(3, 7, 5);
             }
         const double rate = STEPS * products / (now() - begin);
         if (rate > best) best = rate;
