@@ -460,11 +460,15 @@ static void make_schedule(const Settings *given) {
 static int choose_device(const Settings *o) {
     const char *device = o->device ? o->device : getenv("IMAGEBART_DEVICE");
     if (ranks() == 1 || (device && strcmp(device, "cuda"))) return check_device(o->device);
-    const Err e = cuda_built() || device ? cuda_choose(rank_local()) : FAILED;
+    unsigned char id[GPU_ID_BYTES] = {0};
+    const Err e = cuda_built() || device ? cuda_choose(rank_local(), id) : FAILED;
     if (device) check_all(e);
     int without = e != OK;
     check_all(ranks_any(&without));
-    return !without;
+    if (without) return 0;
+    const Err own = ranks_differ(id, sizeof id, "GPU");
+    if (device) check_all(own);
+    return own == OK;
 }
 
 int main(int argc, char **argv) {

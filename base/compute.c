@@ -214,10 +214,10 @@ Err cuda_find(char *text, size_t *free_bytes, size_t *total_bytes) {
     return ops->find(text, free_bytes, total_bytes);
 }
 
-Err cuda_choose(size_t local) {
+Err cuda_choose(size_t local, unsigned char id[GPU_ID_BYTES]) {
     const DeviceOps *ops = cuda_ops(PRECISION_F32);
     if (!ops) ops = cuda_ops(PRECISION_BF16);
-    return ops ? ops->choose(local) : cuda_find(NULL, NULL, NULL);
+    return ops ? ops->choose(local, id) : cuda_find(NULL, NULL, NULL);
 }
 
 Err cuda_measure(Precision precision, size_t n, size_t bytes, double *product, double *copy) {

@@ -409,8 +409,10 @@ static inline size_t conv_parts(const Compute *on, Conv c) {
 enum { CUDA_TEXT_BYTES = 320 };
 int cuda_built(void); /* was this program made with CUDA? */
 Err cuda_find(char *text, size_t *free_bytes, size_t *total_bytes);
-/* Of several processes on a machine each takes one GPU: before anything else, the one of this number. */
-Err cuda_choose(size_t local);
+/* Of several processes on a machine each takes one GPU: before anything else, the one of this number among those that it
+ * sees, which may be one alone, its own (then again from 0); id: which one that is, of all in the world. */
+enum { GPU_ID_BYTES = 16 };
+Err cuda_choose(size_t local, unsigned char id[GPU_ID_BYTES]);
 /* What the GPU can do at best, for test/bench_cuda.c: seconds (medians) that a product of two n x n matrices takes, as
  * the networks multiply them, and a copy of `bytes` from one place in its memory to another, which reads and writes
  * them. */
@@ -526,7 +528,7 @@ struct DeviceOps {
      * its machine. join_id: what the ranks find each other by, drawn by one of them. place: where a row lies in the
      * values, the gradient and so on of a table that is trained, sent or not; row n: their length. grad_sum: n numbers
      * of the gradient become the sum over ranks, while the GPU goes on; grad_wait: what follows waits for that. */
-    Err (*choose)(size_t local);
+    Err (*choose)(size_t local, unsigned char id[GPU_ID_BYTES]);
     int (*joined)(const Device *d);
     Err (*join_id)(unsigned char id[DEVICE_ID_BYTES]);
     Err (*join)(Device *d, const unsigned char id[DEVICE_ID_BYTES], int ranks, int rank);

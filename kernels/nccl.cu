@@ -11,8 +11,10 @@ static Err no_nccl(void) {
     return err("--device cuda in several processes needs NCCL, which this program was built without; libnccl-dev "
                "(NVIDIA's package) brings it, then: make clean && make");
 }
-static Err choose_gpu(size_t local) {
-    return local ? no_nccl() : OK;
+static Err choose_gpu(size_t local, unsigned char id[GPU_ID_BYTES]) {
+    if (local) return no_nccl();
+    TRY(find_cuda(NULL, NULL, NULL));
+    return gpu_id(id);
 }
 static int joined(const Device *d) {
     (void)d;
@@ -73,13 +75,12 @@ static Err find_nccl(Nccl *nccl) {
     return OK;
 }
 
-static Err choose_gpu(size_t local) {
+static Err choose_gpu(size_t local, unsigned char id[GPU_ID_BYTES]) {
     int n = 0;
     if (cudaGetDeviceCount(&n) != cudaSuccess || n < 1) return find_cuda(NULL, NULL, NULL); /* says why */
-    if (local >= (size_t)n)
-        return err("--device cuda: process %zu of this machine has no GPU of its own; there are %d", local + 1, n);
-    TRY(cuda_error(cudaSetDevice((int)local), "choosing a GPU"));
-    return find_cuda(NULL, NULL, NULL); /* only now: what asks a GPU for its memory takes some of it */
+    TRY(cuda_error(cudaSetDevice((int)(local % (size_t)n)), "choosing a GPU"));
+    TRY(find_cuda(NULL, NULL, NULL)); /* only now: what asks a GPU for its memory takes some of it */
+    return gpu_id(id);
 }
 
 static int joined(const Device *d) {

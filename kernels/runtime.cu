@@ -11,9 +11,18 @@ static Err cuda_error(cudaError_t e, const char *what) {
     return err("CUDA: %s: %s", what, cudaGetErrorString(e));
 }
 
-/* A block may have more than 48 KB of dynamic shared memory only when asked for. */
+/* A block may have more than 48 KB of dynamic shared memory only when asked for. The limit is the kernel's, whoever starts it:
+ * it is set to all that there is, so that no thread lowers what another is about to use. */
 static Err allow_shared(const void *kernel, size_t bytes, const char *what) {
-    return cuda_error(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes), what);
+    cudaFuncAttributes a;
+    TRY(cuda_error(cudaFuncGetAttributes(&a, kernel), what));
+    const size_t most = most_shared();
+    if (bytes + a.sharedSizeBytes > most)
+        return err("CUDA: %s: a block takes %zu bytes of shared memory, this GPU has %zu", what,
+                   bytes + a.sharedSizeBytes, most);
+    return cuda_error(
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)(most - a.sharedSizeBytes)),
+        what);
 }
 
 static Err find_cuda(char *text, size_t *free_bytes, size_t *total_bytes) {
@@ -35,6 +44,15 @@ static Err find_cuda(char *text, size_t *free_bytes, size_t *total_bytes) {
     if (text)
         snprintf(text, CUDA_TEXT_BYTES, "%s, compute capability %d.%d, %s", p.name, p.major, p.minor,
                  bytes_text(memory, total));
+    return OK;
+}
+
+static Err gpu_id(unsigned char id[GPU_ID_BYTES]) {
+    int chosen = 0;
+    cudaDeviceProp p;
+    TRY(cuda_error(cudaGetDevice(&chosen), "the GPU in use"));
+    TRY(cuda_error(cudaGetDeviceProperties(&p, chosen), "properties of the GPU"));
+    memcpy(id, &p.uuid, GPU_ID_BYTES);
     return OK;
 }
 

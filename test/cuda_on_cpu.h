@@ -633,6 +633,7 @@ struct cudaDeviceProp {
     char name[256];
     int major, minor;
     size_t sharedMemPerBlockOptin;
+    unsigned char uuid[16];
 };
 
 static inline const char *cudaGetErrorString(cudaError_t e) {
@@ -661,6 +662,12 @@ static inline cudaError_t cudaMemGetInfo(size_t *available, size_t *total) {
 }
 static inline cudaError_t cudaFuncSetAttribute(const void *, int, int) {
     return cudaSuccess;
+}
+struct cudaFuncAttributes {
+    size_t sharedSizeBytes;
+};
+static inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes *a, const void *) {
+    return a->sharedSizeBytes = 0, cudaSuccess;
 }
 static inline size_t most_shared() {
     return cuda_on_cpu_shared;

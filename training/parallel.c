@@ -288,6 +288,18 @@ Err ranks_same(const void *bytes, size_t n, const char *what) {
                                      what);
 }
 
+Err ranks_differ(const void *bytes, size_t n, const char *what) {
+    unsigned char other[64];
+    int alike = 0;
+    for (size_t r = 0; r < world.ranks; r++) {
+        memcpy(other, bytes, n);
+        TRY(ranks_broadcast(r, other, n));
+        alike |= r != world.rank && memcmp(other, bytes, n) == 0;
+    }
+    TRY(ranks_any(&alike));
+    return alike ? err("two processes have the same %s; expected one of its own for each", what) : OK;
+}
+
 /* ---- Gradients ---- */
 
 /* The gradient that is being added up. Numbers `sent` and on of its arena are on their way. */

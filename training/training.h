@@ -155,6 +155,8 @@ Err ranks_broadcast(size_t from, void *bytes, size_t n);
 Err ranks_agree(Err e);
 /* An error, which calls the bytes `what`, unless all ranks have the same. */
 Err ranks_same(const void *bytes, size_t n, const char *what);
+/* An error, which calls the bytes `what`, if two ranks have the same n <= 64. */
+Err ranks_differ(const void *bytes, size_t n, const char *what);
 /* begin, then a backward pass, then end: every row's gradient is the sum over ranks. While backward goes on, the rows
  * that params_ready says are complete are sent already. One table at a time. A rank whose backward failed calls end all
  * the same. */
