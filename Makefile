@@ -63,7 +63,7 @@ NVCC ?= $(firstword $(shell command -v nvcc 2>/dev/null) $(wildcard /usr/local/c
 ifneq ($(filter 1,$(SANITIZE))$(PLAINLY),)
 override NVCC :=
 endif
-GPUS = $(shell nvidia-smi --query-gpu=compute_cap --format=csv$(comma)noheader 2>/dev/null | tr -dc '0-9\n' | sort -nu)
+GPUS = $(shell nvidia-smi --query-gpu=compute_cap --format=csv$(comma)noheader 2>/dev/null | tr -dc '0-9\n' | awk '$$1 >= 80' | sort -nu)
 ifeq ($(origin CUDA_ARCH),undefined)
 CUDA_ARCH := $(if $(NVCC),$(patsubst 90,90a,$(or $(patsubst sm_%,%,$(filter $(GPUS:%=sm_%),$(shell $(NVCC) --list-gpu-code 2>/dev/null))),80 90)))
 endif
@@ -445,7 +445,8 @@ test-cuda: $(if $(BUILT),,$(if $(NVCC),$(NVCC_BIN)))
 ifeq ($(NVCC)$(BUILT),)
 	@echo "make test-cuda needs nvcc (NVCC=... names it), or BUILT=DIR, which was built elsewhere"; exit 1
 else ifneq ($(SANITIZER),)
-	@for t in $(NVCC_TESTS); do compute-sanitizer --tool $(SANITIZER) --error-exitcode 1 $$t || exit 1; done
+	@failed=; for t in $(NVCC_TESTS); do compute-sanitizer --tool $(SANITIZER) --error-exitcode 1 $$t || failed="$$failed $$t"; done; \
+	[ -z "$$failed" ] || { echo "compute-sanitizer --tool $(SANITIZER) is not content with$$failed"; exit 1; }
 else
 	@test/run.sh --cuda $B $B $(NVCC_TESTS)
 endif

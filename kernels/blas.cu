@@ -109,8 +109,8 @@ static Err describe(Blas *blas, MatmulPlan *p) {
     SET(CUBLASLT_MATMUL_DESC_TRANSB, op_second);
     SET(CUBLASLT_MATMUL_DESC_EPILOGUE, epilogue);
     if (k->bias || k->sums) SET(CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, type_d);
-    if (k->bias || k->sums)
-        SET(CUBLASLT_MATMUL_DESC_BIAS_POINTER, blas->workspace); /* aligned as any; each product sets its own */
+    const void *const vector = (char *)blas->workspace + ALIGNMENT; /* aligned as the one that each product sets */
+    if (k->bias || k->sums) SET(CUBLASLT_MATMUL_DESC_BIAS_POINTER, vector);
 #undef SET
     TRY(blas_error(blas->cublasLtMatrixLayoutCreate(&p->a, type, k->trans_b ? k->K : k->N, k->trans_b ? k->N : k->K,
                                                     (int64_t)k->ldb),
@@ -121,10 +121,9 @@ static Err describe(Blas *blas, MatmulPlan *p) {
     return blas_error(blas->cublasLtMatrixLayoutCreate(&p->d, type_d, k->N, k->M, (int64_t)k->ldd), "a matrix");
 }
 
-/* The fastest way by cuBLASLt's own estimate, but for those that add up in an order that varies. */
+/* The fastest way by cuBLASLt's own estimate, but for those that add up in an order that varies, or add up in bf16. */
 static Err choose_algorithm(Blas *blas, MatmulPlan *p) {
-    const uint32_t schemes = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE | CUBLASLT_REDUCTION_SCHEME_OUTPUT_TYPE,
-                   align = ALIGNMENT;
+    const uint32_t schemes = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE, align = ALIGNMENT;
     const size_t workspace = WORKSPACE_BYTES;
     cublasLtMatmulPreference_t wish;
     cublasLtMatmulHeuristicResult_t found;
@@ -190,26 +189,37 @@ static Err plan_of(Device *d, const Matmul *p, MatmulPlan **plan) {
     return find_plan(d->blas, &key, plan);
 }
 
-static int can_sum(Device *d, const Matmul *p) {
-    MatmulPlan *plan;
-    return d->blas->has_sums && plan_of(d, p, &plan) == OK && plan->possible;
-}
-
-static Err matmul(Device *d, const Matmul *p) {
+static cublasStatus_t multiply(Device *d, const Matmul *p, const MatmulPlan *plan) {
     const float one = 1, beta = p->add ? 1 : 0;
     const void *const vector =
         p->bias ? p->bias : p->sums; /* as long as D^T, what cuBLASLt sees, has rows, or columns */
+    if (vector) {
+        const cublasStatus_t e = d->blas->cublasLtMatmulDescSetAttribute(plan->desc, CUBLASLT_MATMUL_DESC_BIAS_POINTER,
+                                                                         &vector, sizeof vector);
+        if (e != CUBLAS_STATUS_SUCCESS) return e;
+    }
+    return d->blas->cublasLtMatmul(d->blas->handle, plan->desc, &one, p->B, plan->a, p->A, plan->b, &beta,
+                                   p->add ? p->add : p->D, plan->d, p->D, plan->d, &plan->algo, d->blas->workspace,
+                                   WORKSPACE_BYTES, d->stream);
+}
+
+static Err matmul(Device *d, const Matmul *p) {
     MatmulPlan *plan;
     TRY(check_aligned(p));
     TRY(plan_of(d, p, &plan));
     if (!plan->possible && p->bias) return matmul_then_bias(d, p);
     if (!plan->possible) return err("cuBLASLt cannot multiply %zu x %zu by %zu x %zu", p->M, p->K, p->K, p->N);
-    if (vector)
-        TRY(blas_error(d->blas->cublasLtMatmulDescSetAttribute(plan->desc, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &vector,
-                                                               sizeof vector),
-                       "a bias"));
-    return blas_error(d->blas->cublasLtMatmul(d->blas->handle, plan->desc, &one, p->B, plan->a, p->A, plan->b, &beta,
-                                              p->add ? p->add : p->D, plan->d, p->D, plan->d, &plan->algo,
-                                              d->blas->workspace, WORKSPACE_BYTES, d->stream),
-                      "a product");
+    return blas_error(multiply(d, p, plan), "a product");
+}
+
+/* The product and its sums, if cuBLASLt has a way (done): else nothing, and the sums are somebody else's. */
+static Err multiply_and_sum(Device *d, const Matmul *p, int *done) {
+    MatmulPlan *plan;
+    *done = 0;
+    if (!d->blas->has_sums) return OK;
+    TRY(check_aligned(p));
+    TRY(plan_of(d, p, &plan));
+    if (plan->possible && multiply(d, p, plan) != CUBLAS_STATUS_SUCCESS) plan->possible = 0; /* it never has one */
+    *done = plan->possible;
+    return OK;
 }

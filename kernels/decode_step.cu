@@ -663,28 +663,34 @@ static __global__ void __launch_bounds__(WARP) step_kernel(Step) {}
 
 static int decode_by_kernels; /* 1: the step kernel stays away, for tests */
 
-/* Sizes, and whether this GPU can: then what there is of it. What the memory of a plan depends on is the same for
- * any batch. */
-static int step_fits(Step *p, const Decoder *s) {
+/* Chunks of the ring that fit beside a block's other shared memory */
+static unsigned chunks_beside(const Step *p, size_t most) {
     StepShared unused;
+    const size_t without = place_shared(&unused, p, NULL) + 128, chunk = CHUNK_BLOCKS * BLOCK_BYTES + sizeof(uint64_t);
+    const size_t n = most < without ? 0 : (most - without) / chunk;
+    return n < MOST_CHUNKS ? (unsigned)n : (unsigned)MOST_CHUNKS;
+}
+
+/* Sizes, and whether this GPU can, with any number of rows: then what there is of it. What the memory of a plan depends on
+ * is the same for any batch, for a batch may be smaller than what was planned. */
+static int step_fits(Step *p, const Decoder *s) {
     memset(p, 0, sizeof *p);
-    p->R = s->B < STEP_ROWS ? (unsigned)s->B : (unsigned)STEP_ROWS, p->C = (unsigned)s->C, p->K = (unsigned)s->K;
+    p->R = STEP_ROWS, p->C = (unsigned)s->C, p->K = (unsigned)s->K;
     p->heads = (unsigned)s->heads, p->D = (unsigned)s->D, p->hidden = 4 * p->C, p->n_layers = (unsigned)s->n_layers;
     p->T = (unsigned)s->T, p->T_context = (unsigned)s->T_context;
     p->width = ceil_of(ceil_of(p->hidden, FEED_PARTS), STEP_TILE) * STEP_TILE,
     p->feed_parts = ceil_of(p->hidden, p->width);
     if (!IS_BF16 || decode_by_kernels || p->D % 2 || p->D > GPU_HEAD_MAX) return 0;
-    const size_t most = most_shared(), chunk = CHUNK_BLOCKS * BLOCK_BYTES;
+    const size_t most = most_shared();
     const unsigned ready = most_clusters(step_kernel, CLUSTER, STEP_THREADS, most),
                    parts = max_size(p->heads, p->feed_parts);
-    const size_t without = place_shared(&unused, p, NULL);
     const unsigned blocks = ceil_of(p->C > p->width ? p->C : p->width, BLOCK_COLUMNS);
     const unsigned least = ceil_of(1 + tiles_at_once(blocks) * blocks, CHUNK_BLOCKS) + 1;
     p->clusters = ready < parts ? ready : parts;
-    if (p->clusters == 0 || most < without + 128) return 0;
-    p->chunks = (unsigned)((most - without - 128) / (chunk + sizeof(uint64_t)));
-    if (p->chunks > MOST_CHUNKS) p->chunks = MOST_CHUNKS;
-    return p->chunks >= least;
+    if (p->clusters == 0 || chunks_beside(p, most) < least) return 0;
+    if (s->B < STEP_ROWS) p->R = (unsigned)s->B;
+    p->chunks = chunks_beside(p, most);
+    return 1;
 }
 
 /* Blocks of the longest stream: of each product the block with most tiles, in the cluster with most parts */

@@ -50,10 +50,27 @@ static Err start_device(Device *d) {
     return open_blas(d);
 }
 
+static __global__ void scatter_kernel(floatX *x, size_t n);
+
+/* A GPU, and code for it in this program: where there is none, any kernel says so. */
+static Err find_device(char *text, size_t *free_bytes, size_t *total_bytes) {
+    char gpu[CUDA_TEXT_BYTES];
+    cudaFuncAttributes unused;
+    TRY(find_cuda(gpu, free_bytes, total_bytes));
+    if (text) snprintf(text, sizeof gpu, "%s", gpu);
+    const cudaError_t e = cudaFuncGetAttributes(&unused, (const void *)scatter_kernel);
+    if (e == cudaSuccess) return OK;
+    cudaGetLastError();
+    return err(
+        "--device cuda: %s, has no kernels in this program, which was built for other GPUs (%s); make clean && make on "
+        "this machine, or CUDA_ARCH=... names them",
+        gpu, cudaGetErrorString(e));
+}
+
 static Err open_device(Device **out) {
     Device *d;
     *out = NULL;
-    TRY(find_cuda(NULL, NULL, NULL));
+    TRY(find_device(NULL, NULL, NULL));
     TRY(mem_alloc(&d, 1, sizeof *d, "a device"));
     if (start_device(d) != OK) {
         close_device(d);
@@ -290,7 +307,7 @@ static Err heads_fit_gpu(const Device *d, size_t D, int train) {
 #endif
 extern "C" {
 extern const DeviceOps CUDA_TABLE;
-const DeviceOps CUDA_TABLE = {find_cuda,        open_device,      close_device,
+const DeviceOps CUDA_TABLE = {find_device,      open_device,      close_device,
                               measure_ceilings, &cuda_layers,     sizeof(floatX),
                               device_alloc,     device_free,      put_bytes,
                               to_host,          zero_bytes,       copy_bytes,

@@ -174,7 +174,7 @@ enum { SUM_BLOCKS = 256, WORKSPACE_BYTES = 32 << 20, ALIGNMENT = 64 /* bytes, of
 
 /* D (M,N) = op(A) op(B) (+ add) (+ bias), row-major as gemm of kernels.h. A and B are floatX; D, and add, which may
  * be D and has its row stride, are floatX or float; bias (N) is of D's type. add and bias may be NULL.
- * sums (M) = sum_k op(A)[m,k], beside a D in float and no bias, where can_sum says that there is a way; NULL: not wanted */
+ * sums (M) = sum_k op(A)[m,k], beside a D in float and no bias, of multiply_and_sum alone; NULL: not wanted */
 typedef struct {
     int trans_a, trans_b, d_is_float;
     size_t M, N, K, lda, ldb, ldd;

@@ -224,11 +224,11 @@ static Err linear_backward_gpu(const Compute *on, real *dx, real *dw, real *db, 
     memset(&p, 0, sizeof p);
     p.trans_a = 1, p.d_is_float = 1, p.M = M, p.N = C, p.K = R;
     p.A = (const floatX *)dy, p.lda = M, p.B = (const floatX *)x, p.ldb = C, p.D = dw, p.ldd = C, p.add = dw;
-    p.sums = db ? partial : NULL;
-    if (!db || can_sum(d, &p)) {
-        TRY(matmul(d, &p));
-        return db ? add_slices(d, db, NULL, partial, 1, M) : OK;
-    }
+    if (!db) return matmul(d, &p);
+    int done;
+    p.sums = partial;
+    TRY(multiply_and_sum(d, &p, &done));
+    if (done) return add_slices(d, db, NULL, partial, 1, M);
     const dim3 grid(blocks_for(M, WARP), blocks_for(R, SLICE_ROWS));
     p.sums = NULL;
     TRY(matmul(d, &p));

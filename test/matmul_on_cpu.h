@@ -54,16 +54,15 @@ static void matmul_or_end(Matmul p) {
     fprintf(stderr, "a matrix product: %s\n", err_text());
     abort();
 }
-/* Odd sizes stand for those that cuBLASLt has no way for. */
-static int can_sum(Device *d, const Matmul *p) {
-    (void)d;
-    return p->M % 2 == 0;
-}
 static Err matmul(Device *d, const Matmul *p) {
     (void)d;
     TRY(check_aligned(p));
     on_cpu::submit(on_cpu::call_of(matmul_or_end)(*p));
     return OK;
+}
+/* Odd sizes stand for those that cuBLASLt has no way for. */
+static Err multiply_and_sum(Device *d, const Matmul *p, int *done) {
+    return (*done = p->M % 2 == 0) ? matmul(d, p) : OK;
 }
 
 #endif

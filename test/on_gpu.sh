@@ -20,6 +20,9 @@ case $built in
     built=build/carried
     ;;
 esac
+# cuBLAS that pip brought stands where no loader looks, and is taken if there is no other.
+pip=$(python3 -c 'import glob, nvidia; print(":".join(sorted(d for p in nvidia.__path__ for d in glob.glob(p + "/*/lib"))))' 2>/dev/null)
+export LD_LIBRARY_PATH="${LD_LIBRARY_PATH:+$LD_LIBRARY_PATH:}/usr/local/cuda/lib64${pip:+:$pip}"
 mkdir -p "$logs"
 nvidia-smi --query-gpu=name,compute_cap,driver_version,memory.total --format=csv,noheader 2>&1
 for step in $steps; do

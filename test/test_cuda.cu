@@ -183,6 +183,25 @@ static void test_linear(size_t R, size_t in, size_t out, int bias) {
     fixture_free(&f);
 }
 
+/* Ones: whoever splits K into parts and leaves out some of it is caught, at the K of weights' gradients. */
+static void test_ones(size_t K) {
+    enum { M = 64, N = 32 };
+    real *ones = reals(K * M), *want = reals(M * N);
+    for (size_t i = 0; i < K * M; i++) ones[i] = 1;
+    for (size_t i = 0; i < M * N; i++) want[i] = (real)K;
+    float *D = send(want, M * N);
+    Matmul p;
+    memset(&p, 0, sizeof p);
+    p.trans_a = 1, p.d_is_float = 1, p.M = M, p.N = N, p.K = K, p.D = D, p.ldd = N;
+    p.A = send_x(ones, K * M), p.lda = M, p.B = send_x(ones, K * N), p.ldb = N;
+    CHECK_OK(matmul(device, &p));
+    real *got = reals(M * N);
+    CHECK_OK(to_host(device, got, D, M * N * sizeof *got));
+    CHECK(memcmp(got, want, M * N * sizeof *got) == 0);
+    free(ones), free(want), free(got);
+    free_arrays();
+}
+
 static void test_embedding(size_t B, size_t n, size_t C) {
     int32_t ids[64];
     Fixture f;
@@ -752,7 +771,20 @@ static real *decoded(Pair *a, size_t first, size_t B) {
     return all;
 }
 
-/* The same bits with fewer blocks, and of a row alone */
+/* Every row moves to the next one's place, the last to the first. */
+static void turn_batch(Pair *a) {
+    int32_t *const all[] = {a->x, a->x_t, a->t, a->label};
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++) {
+        const size_t n = i < 2 ? a->N : 1, last = (a->B - 1) * n;
+        int32_t kept[N_MAX];
+        memcpy(kept, all[i] + last, n * sizeof *kept);
+        memmove(all[i] + n, all[i], last * sizeof *kept);
+        memcpy(all[i], kept, n * sizeof *kept);
+    }
+}
+
+/* The same bits with fewer blocks, and of a row elsewhere in the batch; and alone, where no product is cuBLASLt's, whose
+ * sums are of another order for another number of rows: GPT's, whose prompt is one token. */
 static void test_decoded_bits(const NetConfig *c, size_t B, size_t N) {
     Pair a;
     pair_make(&a, c, B, N, 0);
@@ -766,11 +798,17 @@ static void test_decoded_bits(const NetConfig *c, size_t B, size_t N) {
     CHECK(memcmp(want, other, N * n * sizeof *want) == 0);
     free(other);
 #endif
-    for (size_t b = 0; b < B; b += B - 1) {
+    for (size_t b = 0; b < B && c->kind == NET_GPT; b += B - 1) {
         real *row = decoded(&a, b, 1);
         for (size_t i = 0; i < N; i++) CHECK(memcmp(want + i * n + b * a.K, row + i * a.K, a.K * sizeof *want) == 0);
         free(row);
     }
+    turn_batch(&a);
+    real *turned = decoded(&a, 0, B);
+    for (size_t i = 0; i < N; i++)
+        CHECK(memcmp(want + i * n, turned + i * n + a.K, (n - a.K) * sizeof *want) == 0 &&
+              memcmp(want + (i + 1) * n - a.K, turned + i * n, a.K * sizeof *want) == 0);
+    free(turned);
     free(want);
     pair_free(&a);
 }
@@ -869,7 +907,8 @@ static void test_pick(size_t K, double temperature, size_t top_k) {
 }
 
 static int steps_here(void) {
-    return IS_BF16 && most_clusters(step_kernel, CLUSTER, STEP_THREADS, 100 << 10) > 0;
+    const size_t shared = 100 << 10;
+    return IS_BF16 && most_shared() >= shared && most_clusters(step_kernel, CLUSTER, STEP_THREADS, shared) > 0;
 }
 
 /* Whether the step kernel serves an official model's scale: nobody must notice only by the time that it takes. */
@@ -888,6 +927,22 @@ static void test_step_fits(void) {
     CHECK(!step_fits(&p, &s));
 }
 
+/* A plan's memory is enough for every smaller batch, also where the step kernel only just fits, or does not. */
+static void test_step_memory(void) {
+    Decoder s;
+    memset(&s, 0, sizeof s);
+    s.n_layers = 18, s.prompt = 1, s.N = s.T = s.T_context = 256, s.K = 548, s.heads = 16;
+    for (s.D = 8; s.D <= GPU_HEAD_MAX; s.D += 2) {
+        size_t most = 0;
+        s.C = s.heads * s.D;
+        for (s.B = 1; s.B <= 2 * STEP_ROWS; s.B++) {
+            const size_t needs = decode_needs_gpu(&s);
+            CHECK(needs >= most);
+            most = needs;
+        }
+    }
+}
+
 /* Rows long enough that warps share a tile, more parts than clusters, wide heads */
 static void test_wide_decoding(void) {
     NetConfig c = x_small;
@@ -897,6 +952,7 @@ static void test_wide_decoding(void) {
     c = gpt_small;
     c.dim = 264;
     test_decoding("decoding, wide gpt", &c, 3, 4);
+    test_decoded_bits(&c, 3, 2);
     shaking = 0.15;
 }
 
@@ -908,6 +964,7 @@ static void test_decodings(void) {
     test_decoding("decoding", &c, 3, 7);
     test_drawing(&c, 3, 7, 1, 0, 0, 1);
     c = gpt_small;
+    test_decoded_bits(&c, 8, 5);
     test_decoding("decoding, gpt", &c, 2, 40);
     test_drawing(&c, 2, 40, 1.2, 0, 1, 1);
     test_drawing(&c, 2, 40, 1.2, 0, 0, 0);
@@ -1057,6 +1114,7 @@ static void test_layers(void) {
         test_norm(1, 7, 0, 1050, dy_f32);
     }
     for (int order = first_order(); order < 2; order = next_order(order)) {
+        test_ones(257), test_ones(514), test_ones(1028), test_ones(4112);
         test_linear(1, 1, 1, 1);
         test_linear(5, 7, 3, 0);
         test_linear(140, 40, 33, 1);
@@ -1122,6 +1180,7 @@ static void test_kernel_decodings(void) {
 
 static void test_step_decodings(void) {
     test_step_fits();
+    test_step_memory();
     for (int order = first_order(); order < 2 && steps_here(); order = next_order(order)) test_decodings();
 }
 
