@@ -215,6 +215,7 @@ COMPONENTS := $(BASE:%=base/%) $(KERNELS:%=kernels/%) $(FILES:%=files/%) data vq
 PROGRAMS := sample train inpaint $(if $(HAVE_SERVE),serve)
 LIBRARY_OWN := base/own_path base/options files/places # which know whether they are in a library
 COLD := base/params base/options base/own_path base/version $(FILES:%=files/%) data sampling/model sampling/options sampling/terminal
+ONCE := base/tiles # which level.o, too, has asked for: no copy for each level
 TESTS := base $(if $(PLAINLY),,gemm conv) checkpoint ckpt npy images profile data vqgan discriminator perceptual transformer classes keys schedule diffusion model library fuzz $(if $(PLAINLY),,layers)
 TESTS_DOUBLE := $(if $(PLAINLY),,gemm conv) vqgan discriminator perceptual transformer layers
 
@@ -291,6 +292,7 @@ $B/tiles/%.o: %.c Makefile
 $(TESTS_TILES:%=$B/test_%_tiles): $B/test_%_tiles: $B/tiles/test/test_%.o $B/tiles/test/tiles_in_c.o $(TILED:%=$B/tiles/%.o) \
     $(filter-out $(TILED:%=$B/%.o),$(OBJ))
 	$(call say,LINK,$@)$(CC) $(CFLAGS) -o $@ $^ $(LDLIBS)
+$B/test_gemm_tiles: $B/base/level.o
 # The tiles' product stands for a processor: for this one, without sanitizers, whatever is tested
 $B/tiles/test/tiles_in_c.o: CFLAGS := $(filter-out -march=% -fsanitize=% -fno-sanitize%,$(CFLAGS_ANY)) -O3 $(if $(HAVE_MARCH),-march=native)
 # test_layers includes transformer.cu, whose layers are its own; it must be compiled quickly.
@@ -342,11 +344,11 @@ $P/$1/whole-train.o: $(TRAIN:%=$P/x86-64/%.o)
 $P/$1/whole-sample.o: $(DRAWING:%=$P/x86-64/%.o)
 $P/$1/whole-serve.o: $(SERVING:%=$P/x86-64/%.o)
 $(PROGRAMS:%=$P/$1/whole-%.o): $P/$1/whole-%.o: $P/x86-64/%.o $(patsubst %,$P/x86-64/%.o,$(COLD)) \
-    $(patsubst %,$P/$1/%.o,$(filter-out $(COLD),$(COMPONENTS)))
+    $(patsubst %,$P/$1/%.o,$(filter-out $(COLD) $(ONCE),$(COMPONENTS)))
 	$$(call say,LINK,$$@)$$(call whole,$$@,$$^,main_$(subst -,_,$1))
 $(PROGRAMS:%=$P/%): $P/%: $P/$1/whole-%.o
 $P/$1/whole-library.o: $(patsubst %,$P/library/%.o,sampling/library $(LIBRARY_OWN)) \
-    $(patsubst %,$P/x86-64/%.o,$(filter-out $(LIBRARY_OWN),$(COLD))) $(patsubst %,$P/$1/%.o,$(filter-out $(COLD),$(COMPONENTS)))
+    $(patsubst %,$P/x86-64/%.o,$(filter-out $(LIBRARY_OWN),$(COLD))) $(patsubst %,$P/$1/%.o,$(filter-out $(COLD) $(ONCE),$(COMPONENTS)))
 	$$(call say,LINK,$$@)$$(call whole,$$@,$$^,library_$(subst -,_,$1),library_calls)
 endef
 ifneq ($P,)

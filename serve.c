@@ -370,6 +370,7 @@ static void serve(ServeArgs *a) {
     mem_give_back();
     threads_set((int)a->threads);
     s.cuda = check_device(a->device);
+    if (!s.cuda) say_cpu();
     if (weight_format(&s.weights, a->weights, s.cuda, "--weights") != OK) usage_error("%s", err_text());
     if (offer_open(&s.offer, &a->models, s.weights, s.cuda) != OK)
         s.offer.twice ? usage_error("%s", err_text()) : die("%s", err_text());

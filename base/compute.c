@@ -2,6 +2,7 @@
  * it has no CUDA. */
 #include "base/compute.h"
 #include "base/plan.h"
+#include "base/tiles.h"
 
 #include <math.h>
 #include <stdio.h>
@@ -273,8 +274,10 @@ int check_device(const char *device) {
 }
 
 void say_cpu(void) {
+    char text[TILES_TEXT];
     if (cuda_built())
         fprintf(stderr, "device: CPU%s\n",
                 looked_for_gpu ? ", for no usable GPU was found (--device cuda says why)"
                                : " (--device cuda: the GPU)");
+    if (*tiles_refusal(text)) fprintf(stderr, "note: %s\n", text);
 }

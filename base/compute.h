@@ -422,7 +422,8 @@ Err use_cuda(Params *p, Precision precision); /* makes the table's copy there, f
  * environment says, else on a GPU if there is one. */
 typedef enum { DEVICE_CPU, DEVICE_NO_GPU /* the CPU, for none was found */, DEVICE_CUDA } DevicePlace;
 Err device_choose(DevicePlace *place, const char *device);
-/* For programs: is it the GPU? Dies on error. say_cpu: a line on stderr, where there was a choice. */
+/* For programs: is it the GPU? Dies on error. say_cpu: a line on stderr, where there was a choice, and
+ * one where the system refuses AMX. */
 int check_device(const char *device);
 void say_cpu(void);
 

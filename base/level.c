@@ -33,7 +33,8 @@ static int has_cpuid(unsigned leaf, unsigned bits) {
 
 static const char *const names[LEVELS] = {"x86-64", "x86-64-v3", "x86-64-v4", "x86-64-v4-bf16", "x86-64-v4-amx"};
 
-/* How many of the levels, from the first, this machine has. The system is asked for tiles only where they are wanted. */
+/* How many of the levels, from the first, this machine has. The system is asked for tiles only where they are wanted, or
+ * listed. */
 static int machine_has(int wants_tiles) {
     __builtin_cpu_init();
     if (!HAS_V3) return LEVEL_V3;
@@ -51,12 +52,14 @@ static int refuse(char refusal[LEVEL_TEXT], const char *wanted, const char *why,
 
 int level_take(const int there[LEVELS], char refusal[LEVEL_TEXT]) {
     const char *wanted = getenv("IMAGEBART_LEVEL");
-    const int has = machine_has(there[LEVEL_V4_AMX] && (!wanted || !strcmp(wanted, names[LEVEL_V4_AMX])));
-    int take = has - 1;
+    int take = 0;
+    while (wanted && take < LEVELS && strcmp(wanted, names[take]) != 0) take++;
+    const int has = machine_has(there[LEVEL_V4_AMX] && (!wanted || take >= LEVEL_V4_AMX));
     *refusal = 0;
-    while (take > 0 && !there[take]) take--;
-    if (!wanted) return take;
-    for (take = 0; take < LEVELS && strcmp(wanted, names[take]) != 0;) take++;
+    if (!wanted) {
+        for (take = has - 1; take > 0 && !there[take];) take--;
+        return take;
+    }
     if (take == LEVELS) return refuse(refusal, wanted, "no such level", there, has);
     if (!there[take]) return refuse(refusal, wanted, "not compiled into this program", there, has);
     return take < has ? take : refuse(refusal, wanted, "this processor or system lacks it", there, has);

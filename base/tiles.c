@@ -4,12 +4,14 @@
  * holds for all of its threads. Kernels before 5.16 do not know the question, some containers forbid it. */
 #include "base/tiles.h"
 
+#include <errno.h>
 #include <stdatomic.h>
 #include <stdio.h>
+#include <string.h>
 
 #if defined(TILES_IN_C) /* test/tiles_in_c.c */
 int processor_has_tiles(void);
-int system_grants_tiles(void);
+int system_refuses_tiles(void);
 #elif defined(__x86_64__) && defined(__linux__)
 #include <cpuid.h>
 #include <sys/syscall.h>
@@ -21,28 +23,44 @@ static int processor_has_tiles(void) {
     return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & ALL) == ALL;
 }
 
-static int system_grants_tiles(void) {
+/* 0, or errno */
+static int system_refuses_tiles(void) {
     enum { ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18 };
-    return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+    return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0 ? 0 : errno;
 }
 #else
 static int processor_has_tiles(void) {
     return 0;
 }
-static int system_grants_tiles(void) {
+static int system_refuses_tiles(void) {
     return 0;
 }
 #endif
 
+enum { UNKNOWN, GRANTED = -1, NONE = -2 }; /* or errno: refused */
+static atomic_int known;
+
 int tiles_here(void) {
-    enum { UNKNOWN, NO, YES };
-    static atomic_int known;
     int was = atomic_load(&known);
-    if (was != UNKNOWN) return was == YES;
-    const int has = processor_has_tiles(), granted = has && system_grants_tiles();
-    if (atomic_compare_exchange_strong(&known, &was, granted ? YES : NO) && has && !granted)
-        fprintf(stderr,
-                "note: this processor has AMX, but the system refuses its tiles (Linux grants them from 5.16 on, "
-                "unless a container forbids it): AVX-512 goes on\n");
-    return granted;
+    if (was == UNKNOWN) {
+        const int refused = processor_has_tiles() ? system_refuses_tiles() : NONE;
+        const int now = refused ? refused : GRANTED;
+        if (atomic_compare_exchange_strong(&known, &was, now)) was = now;
+    }
+    return was == GRANTED;
+}
+
+const char *tiles_refusal(char text[TILES_TEXT]) {
+    const int error = atomic_load(&known);
+    *text = 0;
+    if (error == ENOSPC)
+        snprintf(text, TILES_TEXT,
+                 "AVX-512 instead of AMX, which Linux refuses while a thread's alternate signal stack is "
+                 "too small for it");
+    else if (error > 0)
+        snprintf(text, TILES_TEXT,
+                 "AVX-512 instead of AMX, which the system refuses: Linux grants it from 5.16 on, unless "
+                 "a container forbids it (%s)",
+                 strerror(error));
+    return text;
 }

@@ -10,7 +10,12 @@
 #endif
 
 /* 1: this processor has them, with products of bf16, and the system has granted them to this process; both are asked
- * once. Where the system refuses what the processor has, a line on stderr says so, and AVX-512 goes on. */
+ * once. */
 int tiles_here(void);
+
+/* Where the system has refused what the processor has: what goes on instead, and why. Else "", also before anybody has
+ * asked. */
+enum { TILES_TEXT = 192 };
+const char *tiles_refusal(char text[TILES_TEXT]);
 
 #endif

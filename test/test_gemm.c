@@ -686,44 +686,60 @@ static void test_bf16(void) {
 }
 
 #ifdef TILES_IN_C
+#include <errno.h>
 #include <sys/wait.h>
 #include "base/tiles.h"
 extern int tiles_in_c_refused;
 
-/* Where the system refuses tiles, one line on stderr says so, and vectors go on; in a process of its own, for it is asked
- * once. */
-static void test_refused(void) {
-    int ends[2], status = 1;
-    char said[1024];
-    if (!CHECK(pipe(ends) == 0)) return;
+/* Where the system refuses tiles, vectors go on, and the reason is there; in a process of its own, for it is asked once. */
+static int works_refused(int error, const char *reason) {
+    char text[TILES_TEXT];
+    int status = 1;
     fflush(NULL);
     const pid_t child = fork();
     if (child == 0) {
-        dup2(ends[1], 2);
-        tiles_in_c_refused = 1;
-        int ok = !tiles_here();
+        tiles_in_c_refused = error;
+        int ok = !*tiles_refusal(text) && !tiles_here() && strstr(tiles_refusal(text), reason);
         for (int p = PRECISION_BF16X3; p <= PRECISION_BF16; p++) {
             precision = (Precision)p;
             ok &= product_is(5, 37, 41, 300, 1, 1);
         }
         _exit(!ok);
     }
-    close(ends[1]);
-    size_t n = 0;
-    for (ssize_t got; (got = read(ends[0], said + n, sizeof said - 1 - n)) > 0;) n += (size_t)got;
-    said[n] = 0;
-    close(ends[0]);
-    CHECK(child > 0 && waitpid(child, &status, 0) == child && status == 0);
-    CHECK(!strncmp(said, "note: this processor has AMX, but the system refuses", 52) &&
-          strchr(said, '\n') == said + n - 1);
-    CHECK(tiles_here());
+    return child > 0 && waitpid(child, &status, 0) == child && status == 0;
+}
+
+static void test_refused(void) {
+    char text[TILES_TEXT];
+    CHECK(works_refused(EINVAL, "Linux grants it from 5.16 on"));
+    CHECK(works_refused(ENOSPC, "a thread's alternate signal stack"));
+    CHECK(!works_refused(0, "")); /* the check can fail */
+    CHECK(tiles_here() && !*tiles_refusal(text));
+}
+
+#if defined(__x86_64__)
+#include "base/level.h"
+
+/* The list of levels holds the one with tiles where there are tiles. */
+static void test_levels_listed(void) {
+    const int there[LEVELS] = {1, 1, 1, 1, 1};
+    char refusal[LEVEL_TEXT];
+    setenv("IMAGEBART_LEVEL", "x86-64-v9", 1);
+    CHECK(level_take(there, refusal) == -1);
+    CHECK(!strstr(refusal, " x86-64-v4-bf16") == !strstr(refusal, " x86-64-v4-amx"));
+    unsetenv("IMAGEBART_LEVEL");
 }
 #else
+static void test_levels_listed(void) {}
+#endif
+#else
 static void test_refused(void) {}
+static void test_levels_listed(void) {}
 #endif
 
 int main(void) {
     test_refused(); /* before threads are started */
+    test_levels_listed();
     test_shapes();
     test_empty();
     test_bits();

@@ -6,16 +6,16 @@
 #include <math.h>
 
 _Thread_local TilesInC tiles_in_c;
-int tiles_in_c_refused; /* by the system */
+int tiles_in_c_refused; /* by the system: errno */
 
 int processor_has_tiles(void);
 int processor_has_tiles(void) {
     return 1;
 }
 
-int system_grants_tiles(void);
-int system_grants_tiles(void) {
-    return !tiles_in_c_refused;
+int system_refuses_tiles(void);
+int system_refuses_tiles(void) {
+    return tiles_in_c_refused;
 }
 
 static inline float no_denormal(float x) {
