@@ -5,9 +5,8 @@
 
 #include "sampling/libimagebart.h"
 
-/* CALL(type, name, parameters, arguments): all but those that open a model */
+/* CALL(type, name, parameters, arguments): all but those that open a model and imagebart_api */
 #define LIBRARY_CALLS(CALL)                                                                                            \
-    CALL(int, api, (void), ())                                                                                         \
     CALL(const char *, error, (void), ())                                                                              \
     CALL(void, threads, (size_t n), (n))                                                                               \
     CALL(void, close, (imagebart_model * m), (m))                                                                      \

@@ -12,8 +12,8 @@
  * it draws, completes, encodes or decodes, other such calls fail, of another thread or of a function that it calls back.
  * What a process has once is the threads that compute (imagebart_threads; a call whose turn it is not computes alone), the
  * memory that large pictures may take while they are decoded, and that of large products in bf16. None changes a result.
- * Each thread has an error text of its own. Threads need 1 MiB of stack. The environment (IMAGEBART_MODELS, _DEVICE,
- * _LEVEL) is read by imagebart_open. */
+ * Each thread has an error text of its own. Threads need 1 MiB of stack. The environment is read by imagebart_open
+ * (IMAGEBART_MODELS, _DEVICE) and by the first call but imagebart_api (_LEVEL). */
 #ifndef LIBIMAGEBART_H
 #define LIBIMAGEBART_H
 
