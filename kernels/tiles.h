@@ -4,8 +4,8 @@
  * end: a thread that keeps tiles makes every change of tasks save 8 KB more. Without such a processor at compile time all
  * of this is nothing; TILES_IN_C puts plain C in its place (test/tiles_in_c.h).
  *
- * The compiler does not know that a tile is read from memory: between stores to it and tile_load there must be a call
- * that it does not see into, or tiles_see_stores(). */
+ * The compiler does not know that a tile is read from memory: between stores to it and tile_load there must be
+ * tiles_begin, or tiles_see_stores(). */
 #ifndef KERNELS_TILES_H
 #define KERNELS_TILES_H
 
@@ -61,6 +61,7 @@ INLINE void tiles_begin(size_t rows) {
 #if HAVE_TILES
     if (tiles_here()) tile_configure(&tile_shapes[min_size(rows, 16) - 1]);
 #endif
+    tiles_see_stores();
     (void)rows;
 }
 
