@@ -7,7 +7,7 @@
  *       for each piece of B, of A, as large as the buffers                          piece_product
  *         round and pack it: 16 rows of A, or columns of B, to a panel of tiles     pack_panel   (threads)
  *         for each task of C                                                        multiply     (threads)
- *           for each 32 columns: B's two panels stay in the L1 cache
+ *           for each 32 columns: B's two panels stay in the L2 cache, in L1 if K < 500
  *             for each 32 rows: A walks through L2                                  block_sum
  *
  * What is packed is packed once for all threads, so the buffers belong to the program: they serve one product at a time.
