@@ -38,19 +38,20 @@ typedef struct {
     const uint32_t *offset; /* (steps); NULL: s * a_step */
     size_t a_step, a_row, a_low;
     const uint16_t *b[2]; /* panels of columns 0..15 and 16..31; the second is not read if cols <= 16 */
-    size_t ahead;         /* so many numbers of the panels are fetched ahead from memory; 0: none */
+    size_t ahead; /* so many numbers of the panels are fetched ahead from memory; 0: none. Blocks lie side by side */
 } BlockSum;
 
 /* to (ceil(K/32)) tiles, bf16x3: of high and low in turn: `rows` <= 16 rows of v, zeros behind. by_pairs: as a panel of B,
  * whose columns those rows are. bf16.c */
 void pack_panel(int x3, int by_pairs, uint16_t *to, View v, size_t rows, size_t K);
 
-/* Asks for what will be the next but some tiles. */
+/* Asks for what will be the next but some tiles: behind the end of a panel, those of the next block, one panel further. */
 INLINE void fetch_b(int x3, int across, const BlockSum *p, size_t s) {
-    const size_t step = (x3 ? 2 : 1) * TILE_NUMBERS;
-    for (int i = 0; p->ahead && i <= across; i++)
+    if (!p->ahead) return;
+    const size_t step = (x3 ? 2 : 1) * TILE_NUMBERS, panel = (size_t)(p->b[1] - p->b[0]), at = s * step + p->ahead;
+    for (int i = 0; i <= across; i++)
         for (size_t n = 0; n < step; n += LINE_BYTES / sizeof(uint16_t))
-            __builtin_prefetch(p->b[i] + s * step + p->ahead + n, 0, 2);
+            __builtin_prefetch(p->b[i] + (at < panel ? at : at + panel) + n, 0, 2);
 }
 
 INLINE size_t a_of_step(const BlockSum *p, size_t s) {
