@@ -502,6 +502,11 @@ static int in_blocks(WeightFormat format) {
     return format == WEIGHTS_BF16X3 || (format != WEIGHTS_REAL && HAVE_TILES && tiles_here());
 }
 
+/* Numbers of 16 rows of A */
+static size_t a_panel_numbers(const Blocks *s) {
+    return ceil_div(s->K, STEP) * (s->w->format == WEIGHTS_BF16X3 ? 2 : 1) * TILE_NUMBERS;
+}
+
 /* to = `steps` tiles of bf16 from words of int8 */
 static void widen_int8(uint16_t *to, const int8_t *from, size_t steps) {
     const size_t words = steps * STEP / 4;
@@ -543,7 +548,7 @@ static void put_scaled(const Blocks *s, size_t i, size_t j, const real *sum, siz
 INLINE void rows_of_block(WeightFormat format, const Blocks *s, size_t j, size_t cols, size_t k0, size_t K,
                           const uint16_t *b, size_t stride) {
     const int x3 = format == WEIGHTS_BF16X3, add = s->accumulate || k0 > 0;
-    const size_t tile = (x3 ? 2 : 1) * TILE_NUMBERS, a_panel = ceil_div(s->K, STEP) * tile;
+    const size_t tile = (x3 ? 2 : 1) * TILE_NUMBERS, a_panel = a_panel_numbers(s);
     const uint16_t *a = s->panels + k0 / STEP * tile;
     real sum[BLOCK * BLOCK] __attribute__((aligned(LINE_BYTES)));
     for (size_t i = 0; i < s->M; i += BLOCK, a += 2 * a_panel) {
@@ -572,11 +577,9 @@ static void int8_block(const Blocks *s, size_t j, size_t cols) {
     }
 }
 
-static void blocks_task(void *context, size_t task) {
-    const Blocks *s = (const Blocks *)context;
-    const size_t begin = task * s->outputs, end = min_size(s->N, begin + s->outputs);
+/* All rows with outputs begin .. end-1 */
+static void blocks_of_rows(const Blocks *s, size_t begin, size_t end) {
     const size_t stride = panel_bytes(s->w->format, s->K) / sizeof(uint16_t);
-    tiles_begin(s->M);
     for (size_t j = begin; j < end; j += BLOCK) {
         const size_t cols = min_size(BLOCK, end - j);
         const uint16_t *b = (const uint16_t *)s->w->data + j / TILE * stride;
@@ -587,14 +590,33 @@ static void blocks_task(void *context, size_t task) {
         else
             rows_of_block(WEIGHTS_BF16X3, s, j, cols, 0, s->K, b, stride);
     }
+}
+
+/* Rows of A at a time: with tiles as many as take half of the L2 cache. Vectors are slow enough to have A from behind it. */
+static size_t rows_at_a_time(const Blocks *s) {
+    const size_t bytes = ceil_div(s->M, TILE) * a_panel_numbers(s) * sizeof *s->panels;
+    if (!HAVE_TILES || !tiles_here()) return s->M;
+    return round_up(ceil_div(s->M, ceil_div(bytes, l2_bytes() / 2)), BLOCK);
+}
+
+static void blocks_task(void *context, size_t task) {
+    const Blocks *s = (const Blocks *)context;
+    const size_t begin = task * s->outputs, end = min_size(s->N, begin + s->outputs), most = rows_at_a_time(s);
+    tiles_begin(s->M);
+    for (size_t i = 0; i < s->M; i += most) {
+        Blocks rows = *s;
+        rows.M = min_size(most, s->M - i);
+        rows.panels += i / TILE * a_panel_numbers(s);
+        rows.C += i * s->ldc;
+        blocks_of_rows(&rows, begin, end);
+    }
     tiles_end();
 }
 
 static void pack_rows(void *context, size_t t) {
     const Blocks *s = (const Blocks *)context;
-    const int x3 = s->w->format == WEIGHTS_BF16X3;
     const View rows = {s->A + t * TILE * s->lda, s->lda, 1};
-    pack_panel(x3, 0, s->panels + t * ceil_div(s->K, STEP) * (x3 ? 2 : 1) * TILE_NUMBERS, rows,
+    pack_panel(s->w->format == WEIGHTS_BF16X3, 0, s->panels + t * a_panel_numbers(s), rows,
                min_size(TILE, s->M - t * TILE), s->K);
 }
 

@@ -451,8 +451,12 @@ static void test_stream_many(const Packed *p, const real *all) {
     CHECK_OK(mem_alloc(&a, MANY * LONG, sizeof *a, "rows"));
     CHECK_OK(mem_alloc(&c, MANY * COLS, sizeof *c, "products"));
     for (size_t i = 0; i < MANY; i++) memcpy(a + i * LONG, p->A + i % FEW * LONG, LONG * sizeof *a);
-    gemm_stream(MANY, COLS, LONG, a, LONG, &p->w, 0, c, COLS, p->work);
-    for (size_t i = 0; i < MANY; i++) same &= !memcmp(c + i * COLS, all + i % FEW * COLS, COLS * sizeof *c);
+    for (size_t cache = L2_LEAST; cache <= L2_MOST; cache *= L2_MOST / L2_LEAST) { /* which chooses groups of rows */
+        l2_set(cache);
+        gemm_stream(MANY, COLS, LONG, a, LONG, &p->w, 0, c, COLS, p->work);
+        for (size_t i = 0; i < MANY; i++) same &= !memcmp(c + i * COLS, all + i % FEW * COLS, COLS * sizeof *c);
+    }
+    l2_set(0);
     CHECK(same);
     free(a);
     free(c);
