@@ -146,11 +146,12 @@ const char *vector_instructions(void);   /* that this copy of the program was co
 int threads_free(void);    /* what a loop that starts here can use: 1 inside a parallel_for, else threads_get() */
 size_t thread_index(void); /* of the calling thread in its loop: 0..threads-1 */
 
-/* Bytes of a core's L2 cache, by which kernels choose their blocks; L2_USUAL where nobody knows. What is less or more than
- * these is not believed: virtual machines make sizes up, and a larger one serves several cores. Results do not depend on
- * it, scratch memory does. */
+/* Bytes of an L2 cache that a thread has, by which kernels choose their blocks; L2_USUAL where nobody knows. What is less or
+ * more than these is not believed: virtual machines make sizes up, and a larger one serves several cores. Results do not
+ * depend on it, scratch memory does. */
 enum { L2_LEAST = 128 << 10, L2_USUAL = 1 << 20, L2_MOST = 2 << 20 };
 size_t l2_bytes(void);
+size_t l2_sharers(const char *root); /* logical processors that share this thread's; root as above */
 void l2_set(size_t bytes); /* tests: another size, for what is planned from now on; 0: the processor's again */
 /* pthread_create, detached or not, with the usual stack whatever "ulimit -s" and the system's own size are: paths and error
  * texts lie on it, a few hundred KiB together. Returns what that returns. */

@@ -1,7 +1,13 @@
-/* caches.c - how large the L2 cache of a core is: the system is asked first, then the processor itself (x86). */
+/* caches.c - how much of an L2 cache a thread has: the system is asked for its size first, then the processor itself
+ * (x86). The logical processors of a core share it, as far as this process may run on them. */
 #include "base/base.h"
 
+#ifdef __linux__
+#include <sched.h>
+#endif
 #include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
 #include <unistd.h>
 
 #if defined(__x86_64__) || defined(__i386__)
@@ -40,11 +46,41 @@ static size_t l2_of_processor(void) {
 }
 #endif
 
+#ifdef __linux__
+/* Those of a list, "0-1,8", that are in `ours` */
+static size_t count_listed(const char *list, const cpu_set_t *ours) {
+    size_t n = 0;
+    for (char *end; *list >= '0' && *list <= '9'; list = *end == ',' ? end + 1 : end) {
+        const unsigned long first = strtoul(list, &end, 10), last = *end == '-' ? strtoul(end + 1, &end, 10) : first;
+        for (unsigned long i = first; i <= last && i < CPU_SETSIZE; i++) n += CPU_ISSET(i, ours) != 0;
+    }
+    return n;
+}
+
+size_t l2_sharers(const char *root) {
+    char path[PATH_BYTES], list[256] = "";
+    cpu_set_t ours;
+    const int here = sched_getcpu();
+    if (here < 0 || sched_getaffinity(0, sizeof ours, &ours) != 0 ||
+        path_make(path, "%s/sys/devices/system/cpu/cpu%d/cache/index2/shared_cpu_list", root, here) != OK)
+        return 1;
+    FILE *f = fopen(path, "r");
+    if (f && !fgets(list, sizeof list, f)) *list = 0;
+    if (f) fclose(f);
+    return max_size(1, count_listed(list, &ours));
+}
+#else
+size_t l2_sharers(const char *root) {
+    (void)root;
+    return 1;
+}
+#endif
+
 static size_t ask_for_l2(void) {
     size_t bytes = l2_of_system();
     if (bytes == 0) bytes = l2_of_processor();
     if (bytes == 0) bytes = L2_USUAL;
-    return min_size(max_size(bytes, L2_LEAST), L2_MOST);
+    return min_size(max_size(bytes / l2_sharers(""), L2_LEAST), L2_MOST);
 }
 
 size_t l2_bytes(void) {

@@ -2,6 +2,7 @@
 #include "test.h"
 #include "base/plan.h"
 #include <pthread.h>
+#include <sched.h>
 #include <stdatomic.h>
 #include <time.h>
 
@@ -387,6 +388,27 @@ static void test_quota(void) {
     }
 }
 
+/* Whatever processor this thread is on: of those that share its L2 cache, as many as it may run on. */
+static void test_l2_sharers(void) {
+#ifdef __linux__
+    static const char *const lists[] = {"0-1023\n", "5000-5001\n", "none\n"};
+    char root[] = "/tmp/test_base-XXXXXX", path[128], command[64];
+    cpu_set_t ours;
+    CHECK(mkdtemp(root) && sched_getaffinity(0, sizeof ours, &ours) == 0);
+    CHECK(l2_sharers(root) == 1);
+    for (int i = 0; i < 3; i++) {
+        for (int cpu = 0; cpu < CPU_SETSIZE; cpu++)
+            if (CPU_ISSET((size_t)cpu, &ours)) {
+                snprintf(path, sizeof path, "sys/devices/system/cpu/cpu%d/cache/index2/shared_cpu_list", cpu);
+                put(root, path, lists[i]);
+            }
+        CHECK(l2_sharers(root) == (i == 0 ? (size_t)CPU_COUNT(&ours) : 1));
+    }
+    snprintf(command, sizeof command, "rm -r %s", root);
+    CHECK(system(command) == 0);
+#endif
+}
+
 /* x -> A -> a -> B -> b -> C (+ x) -> c; A's result is B's to compute, if B can, and nobody else's reader. */
 static void test_deferred(void) {
     PlanStep step[3] = {{.in = {0, NONE, NONE}, .add = NONE, .out = 1, .defers = 1},
@@ -418,6 +440,7 @@ int main(void) {
     test_philox();
     test_streams();
     test_quota();
+    test_l2_sharers();
     CHECK(threads_get() >= 1);
     threads_set(1);
     CHECK(threads_get() == 1 && threads_free() == 1);
