@@ -1,7 +1,7 @@
 #!/bin/sh
 # test_levels.sh ANY BUILD: the programs in ANY, which hold a copy of themselves for each level of x86-64 (start.c):
-# every level that this machine has draws the same tokens, in the library too, and trains to the same loss. BUILD holds
-# test programs and programs for this processor only.
+# every level that this machine has draws the same tokens, in the library too, and trains to the same loss, in fewer bits near
+# it. BUILD holds test programs and programs for this processor only.
 any=$1 build=$2
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
@@ -29,12 +29,25 @@ refused() { # refused WORD COMMAND...: exit status 2 and one line that holds WOR
 
 # Greedy, so that a picture shows which tokens were likeliest at every step; rounding may shift a colour by one.
 draw() { "$any/sample" models/emoji -v -n 4 --top-k 1 --seed "$2" -o "$dir/$1.png"; }
-train() { "$any/train" --config test/tiny.txt --data "$dir/data" --run "$dir/$1" --scale 1 --steps 5; }
-loss() { awk '$1 == "scale1" && $2 == 5 { print $3 }' "$dir/$1/log.tsv"; }
-close_to() { awk "BEGIN { a = $1 + 0; b = $2 + 0; d = a - b; exit !(a > 0 && d * d < 1e-6 * a * a) }"; }
+draw_in() { "$any/sample" models/emoji -v -n 1 --top-k 1 --seed 3 --weights "$1" -o "$dir/$2.png"; }
+train() { "$any/train" --config test/tiny.txt --data "$dir/data" --run "$dir/$1" --scale 1 --steps "$2" --precision "$3"; }
+loss() { awk -v step="$2" '$1 == "scale1" && $2 == step { print $3 }' "$dir/$1/log.tsv"; }
+within() { awk "BEGIN { a = $2 + 0; b = $3 + 0; d = a - b; exit !(a > 0 && d * d < $1 * $1 * a * a) }"; }
 
 library() { IMAGEBART_DEVICE=cpu IMAGEBART_LIBRARY="$any/libimagebart.so" $python -B dev/imagebart.py emoji "$1" seed=3; }
 python=$(command -v python3) || echo "SKIP the library at every level: there is no python3"
+
+# the level is set when the library is there already, and its number of the API is asked for
+late_level() {
+    IMAGEBART_LIBRARY="$any/libimagebart.so" $python -B -c 'import os, sys
+sys.path.append("dev")
+import imagebart
+imagebart.lib.imagebart_api()
+os.environ["IMAGEBART_LEVEL"] = "x86-64-v9"
+try: imagebart.Model()
+except RuntimeError as e: sys.exit("no such level" not in str(e))
+sys.exit(1)'
+}
 
 "$build/pictures" make "$dir/data" 40 20 || exit 1
 ok "a first stage" "$any/train" --config test/tiny.txt --data "$dir/data" --run "$dir/first" --vqgan --steps 5
@@ -56,9 +69,22 @@ while read -r level vectors; do
         ok "$level: the library" library "$dir/library.png"
         ok "$level: the library's picture is the program's" "$build/pictures" same "$dir/library.png" "$dir/one.png" 0 0 64 64
     fi
-    mkdir "$dir/$level" && cp "$dir/first/vqgan.safetensors" "$dir/$level"
-    ok "$level trains" train "$level"
-    ok "$level: the same loss as x86-64" close_to "$(loss "$level")" "$(loss x86-64)"
+    mkdir "$dir/$level" "$dir/bf16-$level" && cp "$dir/first/vqgan.safetensors" "$dir/$level"
+    cp "$dir/first/vqgan.safetensors" "$dir/bf16-$level"
+    ok "$level trains" train "$level" 5 f32
+    ok "$level: the same loss as x86-64" within 1e-3 "$(loss "$level" 5)" "$(loss x86-64 5)"
+
+    # Products in fewer bits: bf16x3 draws what f32 does; what bf16 rounds may choose other tokens.
+    ok "$level: one picture in f32" draw_in f32 f32
+    for weights in bf16x3 bf16 int8; do
+        ok "$level draws in $weights" draw_in $weights $weights
+        cp "$dir/err" "$dir/said"
+        ok "$level says so" grep -q "^processor: .*; weights in $weights, " "$dir/said"
+        ok "$level: a picture in $weights" "$build/pictures" near "$dir/$weights.png" "$dir/$weights.png" 0
+    done
+    ok "$level: in bf16x3 the same as in f32" "$build/pictures" near "$dir/bf16x3.png" "$dir/f32.png" 2
+    ok "$level trains in bf16" train "bf16-$level" 2 bf16
+    ok "$level: at first as in f32" within 0.05 "$(loss "$level" 2)" "$(loss "bf16-$level" 2)"
     best=$level
 done <<LEVELS
 x86-64 SSE2
@@ -89,6 +115,8 @@ if [ -n "$python" ]; then
     library "$dir/never.png" >"$dir/refused" 2>&1
     ok "the library refuses it, too" grep -q "^RuntimeError: .*no such level; expected one of: x86-64" "$dir/refused"
     ok "and draws nothing" test ! -e "$dir/never.png"
+    export IMAGEBART_LEVEL=x86-64
+    ok "a level is taken by the first call, not when the library is loaded" late_level
 fi
 export IMAGEBART_LEVEL=x86-64
 refused "one kind of processor" "$build/sample" --list # never silently another than the one asked for
