@@ -102,7 +102,7 @@ try() {
     # shellcheck disable=SC2086
     PTXSIM="plain sms=16" timeout "${LIMIT:-900}" stdbuf -oL "$program" $sections >"$program.said" 2>&1 &
     said=$(grep -m 1 -E '^FAIL|^PTXSIM [^:]*:|^PTXSIM: [^0]|block \(' "$program.said")
-    [ -z "$said" ] || kill $!
+    [ -z "$said" ] || kill $! 2>/dev/null
     wait $! 2>/dev/null
     status=$?
     if [ -n "$said" ]; then
