@@ -39,10 +39,8 @@ static void close_device(Device *d) {
 static Err find_groups(Device *d);
 
 static Err start_device(Device *d) {
-    int chosen = 0;
     cudaDeviceProp p;
-    TRY(cuda_error(cudaGetDevice(&chosen), "the GPU in use"));
-    TRY(cuda_error(cudaGetDeviceProperties(&p, chosen), "properties of the GPU"));
+    TRY(gpu_properties(&p));
     d->shared_most = p.sharedMemPerBlockOptin;
     TRY(cuda_error(cudaStreamCreate(&d->stream), "a stream"));
     TRY(device_alloc(&d->sums, SUM_BLOCKS * sizeof *d->sums, "partial sums"));

@@ -25,8 +25,15 @@ static Err allow_shared(const void *kernel, size_t bytes, const char *what) {
         what);
 }
 
+/* Of the GPU in use */
+static Err gpu_properties(cudaDeviceProp *p) {
+    int chosen = 0;
+    TRY(cuda_error(cudaGetDevice(&chosen), "the GPU in use"));
+    return cuda_error(cudaGetDeviceProperties(p, chosen), "properties of the GPU");
+}
+
 static Err find_cuda(char *text, size_t *free_bytes, size_t *total_bytes) {
-    int n = 0, driver = 0, chosen = 0;
+    int n = 0, driver = 0;
     size_t unused, total;
     char memory[32];
     cudaDeviceProp p;
@@ -35,8 +42,7 @@ static Err find_cuda(char *text, size_t *free_bytes, size_t *total_bytes) {
     const cudaError_t e = cudaGetDeviceCount(&n);
     if (e != cudaSuccess) return err("--device cuda: no usable GPU: %s; use --device cpu", cudaGetErrorString(e));
     if (n < 1) return err("--device cuda: no GPU on this machine; use --device cpu");
-    TRY(cuda_error(cudaGetDevice(&chosen), "the GPU in use"));
-    TRY(cuda_error(cudaGetDeviceProperties(&p, chosen), "properties of the GPU"));
+    TRY(gpu_properties(&p));
     if (p.major < 8)
         return err("--device cuda: %s has compute capability %d.%d, expected 8.0 or more", p.name, p.major, p.minor);
     TRY(cuda_error(cudaMemGetInfo(free_bytes ? free_bytes : &unused, &total), "memory of the GPU"));
@@ -48,10 +54,8 @@ static Err find_cuda(char *text, size_t *free_bytes, size_t *total_bytes) {
 }
 
 static Err gpu_id(unsigned char id[GPU_ID_BYTES]) {
-    int chosen = 0;
     cudaDeviceProp p;
-    TRY(cuda_error(cudaGetDevice(&chosen), "the GPU in use"));
-    TRY(cuda_error(cudaGetDeviceProperties(&p, chosen), "properties of the GPU"));
+    TRY(gpu_properties(&p));
     memcpy(id, &p.uuid, GPU_ID_BYTES);
     return OK;
 }
